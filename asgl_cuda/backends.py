@@ -1,0 +1,98 @@
+"""Which backends there are, which of them work here, and which one a tensor gets."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from . import ops
+
+
+class Operators(NamedTuple):
+    """The three operators of csrc/ops.cpp, or what stands for them."""
+
+    draw_rng_state: Callable[..., Any]
+    lif_forward: Callable[..., Any]
+    lif_backward: Callable[..., Any]
+
+
+class Backend(NamedTuple):
+    """A way to compute the neuron. `operators` is None for the reference, which is differentiated by autograd."""
+
+    device_types: tuple[str, ...]  # empty: any
+    operators: Operators | None
+    problem: str | None  # why it does not work here and what would make it work
+
+    def serves(self, device: torch.device) -> bool:
+        return not self.device_types or device.type in self.device_types
+
+
+def compiled_operators(namespace: str) -> Operators:
+    library = getattr(torch.ops, namespace)
+    return Operators(library.draw_rng_state.default, library.lif_forward.default, library.lif_backward.default)
+
+
+def _compiled(device_type: str, problem: str | None) -> Backend:
+    return Backend((device_type,), None if problem else compiled_operators("asgl_cuda"), problem)
+
+
+def _extension_problem() -> str | None:
+    if ops.extension is not None:
+        return None
+    return f"the compiled extension is missing: {ops.extension_error}. To build it: {ops.REBUILD}"
+
+
+# In the order in which they are preferred.
+BACKENDS: dict[str, Backend] = {
+    "cpu": _compiled("cpu", _extension_problem()),
+    "reference": Backend((), None, None),
+}
+
+_warned: set[str] = set()
+
+
+def available_backends() -> tuple[str, ...]:
+    """The names of the backends that work here, preferred ones first.
+
+    `unavailable_backends` tells of the others.
+    """
+    return tuple(name for name, backend in BACKENDS.items() if backend.problem is None)
+
+
+def unavailable_backends() -> dict[str, str]:
+    """For each backend that does not work here: why, and what would make it work."""
+    return {name: backend.problem for name, backend in BACKENDS.items() if backend.problem is not None}
+
+
+def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
+    """The backend asked for, or the best for the device; with one warning where that is the reference for want of better.
+
+    Raises ValueError for a name that is unknown or does not serve the device, RuntimeError for one that does not work here.
+    """
+    if name is not None:
+        if name not in BACKENDS:
+            raise ValueError(f"{caller}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        backend = BACKENDS[name]
+        if backend.problem is not None:
+            raise RuntimeError(f"{caller}: backend {name!r} is not available: {backend.problem}")
+        if not backend.serves(device):
+            raise ValueError(f"{caller}: backend {name!r} needs x_seq on {' or '.join(backend.device_types)}, got {device}")
+        return name
+    for candidate, backend in BACKENDS.items():
+        if backend.problem is None and backend.serves(device):
+            if candidate == "reference":
+                _warn_about_reference(device)
+            return candidate
+    raise AssertionError("the reference serves every device")
+
+
+def _warn_about_reference(device: torch.device) -> None:
+    if device.type in _warned:
+        return
+    _warned.add(device.type)
+    problems = [backend.problem for backend in BACKENDS.values() if backend.problem and backend.serves(device)]
+    why = "; ".join(problems) if problems else f"no fused backend serves {device.type}"
+    warnings.warn(f"asgl_cuda: using the slow reference backend on {device.type}: {why}", stacklevel=4)

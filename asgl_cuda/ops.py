@@ -1,0 +1,101 @@
+"""The compiled part: loading it, and typed calls of its operators with their fake versions for tracing."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .reference import memory_order, real_type
+
+CHECKPOINT_STEPS = 16  # kCheckpointSteps of csrc/lif_params.h
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps asgl_cuda (from a checkout: the same with . for asgl_cuda)"
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+def _load_extension() -> tuple[ModuleType | None, str | None]:
+    """The extension module, or None and the reason."""
+    try:
+        info = importlib.import_module("asgl_cuda._build_info")
+    except ImportError:
+        return None, "it was not built with this installation"
+    if _minor(info.TORCH_VERSION) != _minor(torch.__version__):
+        return None, f"it was built for torch {info.TORCH_VERSION}, and this is torch {torch.__version__}"
+    try:
+        return importlib.import_module("asgl_cuda._C"), None
+    except (ImportError, OSError) as error:
+        return None, f"it does not load: {error}"
+
+
+extension, extension_error = _load_extension()
+
+ForwardResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+BackwardResult = tuple[Tensor, Tensor, list[Tensor]]
+
+
+def _empty_state(x_seq: Tensor, time_dim: int) -> Tensor:
+    """As Layout::empty_state of csrc/ops.cpp: x_seq's shape and memory order without time."""
+    order = [dim - (dim > time_dim) for dim in memory_order(x_seq, time_dim) if dim != time_dim]
+    sizes = _state_sizes(x_seq, time_dim)
+    state = x_seq.new_empty([sizes[dim] for dim in order], dtype=real_type(x_seq.dtype))
+    return state.permute([order.index(dim) for dim in range(len(order))])
+
+
+def _state_sizes(x_seq: Tensor, time_dim: int) -> list[int]:
+    return [size for dim, size in enumerate(x_seq.shape) if dim != time_dim]
+
+
+def register_fakes(namespace: str) -> None:
+    """Gives the operators of `namespace` their shapes and types, for torch.compile and fake tensors."""
+
+    @torch.library.register_fake(f"{namespace}::draw_rng_state")
+    def draw_rng_state(x_seq: Tensor) -> Tensor:
+        return x_seq.new_empty(2, dtype=torch.int64)
+
+    @torch.library.register_fake(f"{namespace}::lif_forward")
+    def lif_forward(
+        x_seq, v_init, rng_state, parameters, constants, surrogate, surrogate_gain, v_rest, hard_reset,
+        strict_threshold, scale_output, analog_below, time_dim, return_v_last, return_v_seq, return_h_seq,
+        keep_checkpoints,
+    ) -> ForwardResult:  # fmt: skip
+        real = real_type(x_seq.dtype)
+        neurons = math.prod(_state_sizes(x_seq, time_dim))
+        kept = (x_seq.shape[time_dim] - 1) // CHECKPOINT_STEPS
+
+        def sequence(wanted: bool) -> Tensor:
+            return torch.empty_like(x_seq, dtype=real) if wanted else x_seq.new_empty(0, dtype=real)
+
+        return (
+            torch.empty_like(x_seq),
+            _empty_state(x_seq, time_dim) if return_v_last else x_seq.new_empty(0, dtype=real),
+            sequence(return_v_seq),
+            sequence(return_h_seq),
+            x_seq.new_empty((kept, neurons) if keep_checkpoints else (0,), dtype=real),
+        )
+
+    @torch.library.register_fake(f"{namespace}::lif_backward")
+    def lif_backward(
+        grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq, x_seq, v_init, rng_state, checkpoints, parameters, constants,
+        surrogate, surrogate_gain, v_rest, hard_reset, strict_threshold, scale_output, detach_reset, analog_below,
+        time_dim, needs_x_seq, needs_v_init, needs_parameters,
+    ) -> BackwardResult:  # fmt: skip
+        real = real_type(x_seq.dtype)
+        return (
+            torch.empty_like(x_seq) if needs_x_seq else x_seq.new_empty(0),
+            _empty_state(x_seq, time_dim) if needs_v_init else x_seq.new_empty(0, dtype=real),
+            [
+                x_seq.new_empty(parameter.shape if needed else (0,), dtype=real)
+                for parameter, needed in zip(parameters, needs_parameters, strict=True)
+            ],
+        )
+
+
+if extension is not None:
+    register_fakes("asgl_cuda")

@@ -1,0 +1,156 @@
+"""The neuron and its noise in plain PyTorch: the definition of what every other backend computes.
+
+    c    = input_gain * x[t] + input_bias
+    h[t] = v_rest + decay * (v[t-1] - v_rest) + c
+    u    = h[t] - v_threshold
+    a    = F(u / width)                                     analog value
+    z    = 1 if u >= 0 else 0                               hard spike (strict_threshold: u > 0)
+    s    = a where the element is analog at t, else z       value; its gradient is always that of a
+    v[t] = h[t] * (1 - s) + v_reset * s                     hard reset
+         = h[t] - reset_amount * s                          soft reset
+    out  = s, or v_threshold * s with scale_output
+
+Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023. The
+paper's forward pass mixes the noise in as s = m z + (1 - m) a with m = 0 where analog, and hides it from the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .surrogate import Surrogate
+
+
+class NeuronOptions(NamedTuple):
+    """What is the same for every element and step of a call."""
+
+    surrogate: Surrogate
+    surrogate_gain: float
+    v_rest: float
+    hard_reset: bool
+    strict_threshold: bool
+    scale_output: bool
+    detach_reset: bool
+    analog_below: int  # round(analog_prob * 65536)
+    time_dim: int  # not negative
+
+
+def real_type(dtype: torch.dtype) -> torch.dtype:
+    """The type of state, arithmetic and parameters for an input of type `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _GradientOf(torch.autograd.Function):
+    """The value of `s` with the gradient of `a`, times `gain`: a + stop_gradient(s - a), but exact."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, a: Tensor, gain: float) -> Tensor:
+        ctx.gain = gain
+        return s.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+        return None, grad * ctx.gain, None
+
+
+def lif_reference(
+    x_seq: Tensor,
+    v_init: Tensor | None,
+    rng_state: Tensor | None,
+    parameters: Sequence[Tensor | float],
+    options: NeuronOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """s_seq, v_last, v_seq and h_seq. `parameters`: width, decay, v_threshold, v_reset or reset_amount, input_gain, input_bias."""
+    real = real_type(x_seq.dtype)
+    time_dim = options.time_dim
+
+    def by_step(value: Tensor | float) -> Tensor:
+        tensor = torch.as_tensor(value, dtype=real, device=x_seq.device)
+        return tensor[(None,) * (x_seq.dim() - tensor.dim())].movedim(time_dim, 0)
+
+    width, decay, v_threshold, reset, input_gain, input_bias = (by_step(value) for value in parameters)
+    inverse_width = 1 / width
+    x = x_seq.to(real).movedim(time_dim, 0)
+    analog = analog_mask_below(x_seq, options.analog_below, rng_state, time_dim).movedim(time_dim, 0)
+    v_rest = options.v_rest
+
+    def at(value: Tensor, t: int) -> Tensor:
+        return value[t if value.shape[0] > 1 else 0]
+
+    v = torch.full_like(x[0], v_rest) if v_init is None else v_init
+    s_seq, v_seq, h_seq = [], [], []
+    for t in range(x.shape[0]):
+        h = v_rest + at(decay, t) * (v - v_rest) + (at(input_gain, t) * x[t] + at(input_bias, t))
+        u = h - at(v_threshold, t)
+        a = options.surrogate.cumulative(u * at(inverse_width, t))
+        z = (u > 0 if options.strict_threshold else u >= 0).to(real)
+        s = _GradientOf.apply(torch.where(analog[t], a, z).detach(), a, options.surrogate_gain)
+        s_reset = s.detach() if options.detach_reset else s
+        v = h * (1 - s_reset) + at(reset, t) * s_reset if options.hard_reset else h - at(reset, t) * s_reset
+        s_seq.append(s)
+        v_seq.append(v)
+        h_seq.append(h)
+
+    s_out = torch.stack(s_seq)
+    if options.scale_output:
+        s_out = v_threshold * s_out
+    out, v_out, h_out = (seq.movedim(0, time_dim) for seq in (s_out, torch.stack(v_seq), torch.stack(h_seq)))
+    return out.to(x_seq.dtype), v, v_out, h_out
+
+
+def is_channels_last(x_seq: Tensor, time_dim: int) -> bool:
+    """Whether the channels (the second dimension but time) are innermost in memory, all else in order."""
+    channel = 2 if time_dim <= 1 else 1
+    return x_seq.dim() > 3 and x_seq.movedim(channel, -1).is_contiguous()
+
+
+def memory_order(x_seq: Tensor, time_dim: int) -> list[int]:
+    """The dimensions of x_seq, outermost first; what is neither contiguous nor channels_last is taken as contiguous."""
+    order = list(range(x_seq.dim()))
+    if not x_seq.is_contiguous() and is_channels_last(x_seq, time_dim):
+        order.append(order.pop(2 if time_dim <= 1 else 1))
+    return order
+
+
+def _philox4x32(counter: Sequence[Tensor | int], key: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011) on words of 32 bits held in int64 tensors."""
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The products wrap modulo 2^64: their bits are right, whatever the sign.
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = (product1 >> 32 & low) ^ c1 ^ k0, product1 & low
+        c2, c3 = (product0 >> 32 & low) ^ c3 ^ k1, product0 & low
+        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+    return c0, c1, c2, c3  # type: ignore[return-value]
+
+
+def _draws(neurons: int, steps: int, rng_state: Tensor) -> Tensor:
+    """16 random bits for each step and neuron, [steps, neurons]: one Philox block serves 4 neurons and 2 steps."""
+    low = 0xFFFFFFFF
+    device = rng_state.device
+    group = torch.arange((neurons + 3) // 4, device=device)
+    pair = torch.arange((steps + 1) // 2, device=device)[:, None]
+    seed, offset = rng_state[0], rng_state[1]
+    words = _philox4x32((group & low, group >> 32, pair, offset & low), (seed & low, seed >> 32 & low))
+    lanes = [bits for word in torch.broadcast_tensors(*words) for bits in (word & 0xFFFF, word >> 16)]
+    draws = torch.stack(lanes, dim=-1).unflatten(-1, (2, 4))  # pair, group, step in pair, neuron in group
+    return draws.transpose(1, 2).flatten(2, 3).flatten(0, 1)[:steps, :neurons]
+
+
+def analog_mask_below(x_seq: Tensor, analog_below: int, rng_state: Tensor | None, time_dim: int) -> Tensor:
+    if analog_below in (0, 65536):
+        return torch.full(x_seq.shape, analog_below > 0, dtype=torch.bool, device=x_seq.device)
+    assert rng_state is not None
+    order = memory_order(x_seq, time_dim)
+    sizes = [x_seq.shape[dim] for dim in order if dim != time_dim]
+    steps = x_seq.shape[time_dim]
+    mask = _draws(x_seq.numel() // steps, steps, rng_state) < analog_below
+    # Time goes from the first place to where it lies in memory; then memory order becomes that of the dimensions.
+    mask = mask.unflatten(1, sizes).movedim(0, order.index(time_dim)) if sizes else mask[:, 0]
+    return mask.permute([order.index(dim) for dim in range(x_seq.dim())])

@@ -1,0 +1,86 @@
+// One clone of a loop per instruction set, so that one binary serves old and new processors.
+//
+// A loop is a type with `struct Args` and `static void run(const Args&)`, forced inline, so that its body is compiled for
+// the instruction set of the clone that it lands in. FMA is left out on purpose: every backend rounds each operation.
+#pragma once
+
+namespace asgl::cpu {
+
+enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
+
+inline InstructionSet instruction_set() {
+#if defined(__x86_64__)
+  static const InstructionSet best = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      return InstructionSet::kAvx512;
+    }
+    return __builtin_cpu_supports("avx2") ? InstructionSet::kAvx2 : InstructionSet::kBaseline;
+  }();
+  return best;
+#else
+  return InstructionSet::kBaseline;
+#endif
+}
+
+inline const char* instruction_set_name() {
+  switch (instruction_set()) {
+    case InstructionSet::kAvx512:
+      return "AVX-512";
+    case InstructionSet::kAvx2:
+      return "AVX2";
+    default:
+      return "baseline";
+  }
+}
+
+template <class Loop>
+void run_baseline(const typename Loop::Args& args) {
+  Loop::run(args);
+}
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#define ASGL_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#else
+#define ASGL_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+#endif
+
+template <class Loop>
+__attribute__((target("avx2"))) void run_avx2(const typename Loop::Args& args) {
+  Loop::run(args);
+}
+
+template <class Loop>
+ASGL_TARGET_AVX512 void run_avx512(const typename Loop::Args& args) {
+  Loop::run(args);
+}
+#endif
+
+template <class Loop>
+using Clone = void (*)(const typename Loop::Args&);
+
+template <class Loop>
+Clone<Loop> clone_for(InstructionSet set) {
+#if defined(__x86_64__)
+  switch (set) {
+    case InstructionSet::kAvx512:
+      return &run_avx512<Loop>;
+    case InstructionSet::kAvx2:
+      return &run_avx2<Loop>;
+    case InstructionSet::kBaseline:
+      break;
+  }
+#endif
+  return &run_baseline<Loop>;
+}
+
+// Runs the loop on this processor's best clone.
+template <class Loop>
+void run(const typename Loop::Args& args) {
+  static const Clone<Loop> clone = clone_for<Loop>(instruction_set());
+  clone(args);
+}
+
+}  // namespace asgl::cpu

@@ -1,0 +1,69 @@
+// One step of the neuron and its adjoint, for one element. Every backend runs these very functions.
+#pragma once
+
+#include "surrogate_math.h"
+
+namespace asgl {
+
+// The neuron's parameters at one element and step. `reset` is v_reset for the hard reset, reset_amount for the soft one.
+template <class Real>
+struct Neuron {
+  Real decay, v_threshold, reset, inverse_width, input_gain, input_bias;
+};
+
+// What is the same for all elements and steps.
+template <class Real>
+struct NeuronOptions {
+  Real v_rest;
+  Real surrogate_gain;
+  bool strict_threshold;
+  bool scale_output;
+  bool detach_reset;
+};
+
+// h[t] = v_rest + decay * (v[t-1] - v_rest) + (input_gain * x[t] + input_bias)
+template <class Real>
+ASGL_HOST_DEVICE Real charge(Real x, Real v, const Neuron<Real>& neuron, Real v_rest) {
+  return (v_rest + neuron.decay * (v - v_rest)) + (neuron.input_gain * x + neuron.input_bias);
+}
+
+// s = F(u / width) where analog, else 1 if u >= 0 (strict: u > 0) else 0,   u = h - v_threshold
+template <Surrogate kSurrogate, class Real>
+ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, bool strict_threshold) {
+  const Real u = h - neuron.v_threshold;
+  const Real a = SurrogateMath<kSurrogate>::value(u * neuron.inverse_width);
+  const bool over = (u > Real(0)) | ((u == Real(0)) & !strict_threshold);
+  const Real z = over ? Real(1) : Real(0);
+  return analog ? a : z;
+}
+
+// v[t] = h * (1 - s) + v_reset * s   hard,   h - reset_amount * s   soft
+template <bool kHardReset, class Real>
+ASGL_HOST_DEVICE Real reset(Real h, Real s, const Neuron<Real>& neuron) {
+  return kHardReset ? h * (Real(1) - s) + neuron.reset * s : h - neuron.reset * s;
+}
+
+template <class Real>
+struct StepGradient {
+  Real dy;  // of y = u / width
+  Real dh;  // of the potential before reset
+};
+
+// With dv the gradient of v[t], g that of s and gh that of h where it is returned:
+//   ds = g + dv * v_reset - dv * h   hard,   g - dv * reset_amount   soft,   g under detach_reset
+//   dy = F'(y) * ds * surrogate_gain
+//   dh = gh + dv * (1 - s) + dy / width   hard,   gh + dv + dy / width   soft
+// in the order in which autograd adds these terms for the reference. `carried` is false where nothing has flowed into
+// v[t] yet (the last step, unless v was returned): its terms are then absent, not zero times a value that may be infinite.
+template <Surrogate kSurrogate, bool kHardReset, class Real>
+ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real g, Real gh, Real dv, Real h, Real s, bool carried,
+                                                 const Neuron<Real>& neuron, const NeuronOptions<Real>& options) {
+  const Real y = (h - neuron.v_threshold) * neuron.inverse_width;
+  const Real through_reset = kHardReset ? (g + dv * neuron.reset) - dv * h : g - dv * neuron.reset;
+  const Real ds = carried & !options.detach_reset ? through_reset : g;
+  const Real dy = SurrogateMath<kSurrogate>::adjoint(y, ds * options.surrogate_gain);
+  const Real from_v = kHardReset ? gh + dv * (Real(1) - s) : gh + dv;
+  return {dy, (carried ? from_v : gh) + dy * neuron.inverse_width};
+}
+
+}  // namespace asgl

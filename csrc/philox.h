@@ -1,0 +1,53 @@
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw; SC 2011) as a pure function of counter and key, and the noise made from it.
+#pragma once
+
+#include "host_device.h"
+
+namespace asgl {
+
+// Four words of 32 bits, each in the low half of a 64-bit lane; what lies above is left over and means nothing.
+// A 32 x 32 -> 64 bit product then needs no shuffle, neither in a vector register nor in a pair of GPU registers.
+struct PhiloxWords {
+  uint64 w[4];
+};
+
+ASGL_HOST_DEVICE PhiloxWords philox4x32(PhiloxWords counter, uint32 key0, uint32 key1) {
+  constexpr uint64 kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+  constexpr uint32 kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
+  constexpr uint64 kLow = 0xFFFFFFFFu;
+  uint64 c0 = counter.w[0], c1 = counter.w[1], c2 = counter.w[2], c3 = counter.w[3];
+  for (int round = 0; round < 10; ++round) {
+    const uint64 product0 = kMultiplier0 * (c0 & kLow);
+    const uint64 product1 = kMultiplier1 * (c2 & kLow);
+    c0 = (product1 >> 32) ^ c1 ^ key0;
+    c2 = (product0 >> 32) ^ c3 ^ key1;
+    c1 = product1;
+    c3 = product0;
+    key0 += kWeyl0;
+    key1 += kWeyl1;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The draws of 4 neighbouring neurons: bits 16 j to 16 j + 15 of draws[t % 2] belong to neuron 4 group + j at step t.
+struct NoiseBlock {
+  uint64 draws[2];
+};
+
+struct NoiseKey {
+  uint32 seed_low, seed_high, offset;
+};
+
+ASGL_HOST_DEVICE NoiseKey noise_key(const int64* rng_state) {
+  const uint64 seed = static_cast<uint64>(rng_state[0]);
+  return {static_cast<uint32>(seed), static_cast<uint32>(seed >> 32), static_cast<uint32>(rng_state[1])};
+}
+
+// Serves steps 2 step_pair and 2 step_pair + 1. An element is analog where its draw is below round(analog_prob * 65536).
+ASGL_HOST_DEVICE NoiseBlock noise_block(uint64 group, uint32 step_pair, NoiseKey key) {
+  const PhiloxWords counter = {{group & 0xFFFFFFFFu, group >> 32, step_pair, key.offset}};
+  const PhiloxWords words = philox4x32(counter, key.seed_low, key.seed_high);
+  return {{(words.w[0] & 0xFFFFFFFFu) | (words.w[1] << 32), (words.w[2] & 0xFFFFFFFFu) | (words.w[3] << 32)}};
+}
+
+}  // namespace asgl

@@ -1,0 +1,146 @@
+// The surrogates as unit-width cumulative functions F and their slopes f = F' (table in the README and in surrogate.py).
+#pragma once
+
+#include "host_device.h"
+
+namespace asgl {
+
+enum class Surrogate : int { kRectangle, kTriangle, kSigmoid, kArctan, kErf, kFastSigmoid, kLaplace };
+constexpr int kNumSurrogates = 7;
+
+namespace math {
+
+#if defined(__CUDA_ARCH__)
+
+ASGL_HOST_DEVICE float exp(float x) { return ::expf(x); }
+ASGL_HOST_DEVICE float erf(float x) { return ::erff(x); }
+ASGL_HOST_DEVICE float atan(float x) { return ::atanf(x); }
+ASGL_HOST_DEVICE double exp(double x) { return ::exp(x); }
+ASGL_HOST_DEVICE double erf(double x) { return ::erf(x); }
+ASGL_HOST_DEVICE double atan(double x) { return ::atan(x); }
+
+#else
+
+ASGL_HOST_DEVICE float exp(float x) { return __builtin_expf(x); }
+ASGL_HOST_DEVICE float erf(float x) { return __builtin_erff(x); }
+ASGL_HOST_DEVICE float atan(float x) { return __builtin_atanf(x); }
+ASGL_HOST_DEVICE double exp(double x) { return __builtin_exp(x); }
+ASGL_HOST_DEVICE double erf(double x) { return __builtin_erf(x); }
+ASGL_HOST_DEVICE double atan(double x) { return __builtin_atan(x); }
+
+#endif
+
+// Comparisons, not fabs or fmin: NaN must go through.
+template <class Real>
+ASGL_HOST_DEVICE Real magnitude(Real x) {
+  return x < Real(0) ? -x : x;
+}
+
+}  // namespace math
+
+template <Surrogate kind>
+struct SurrogateMath;
+
+// value is F(y); adjoint is the gradient of y, given y and the gradient da of F(y).
+// Rectangle and triangle repeat the operations of PyTorch's autograd on the reference in its order, for equal bits.
+
+template <>
+struct SurrogateMath<Surrogate::kRectangle> {
+  template <class Real>
+  static ASGL_HOST_DEVICE Real value(Real y) {
+    const Real ramp = y + Real(0.5);
+    const Real above = ramp < Real(0) ? Real(0) : ramp;
+    return above > Real(1) ? Real(1) : above;
+  }
+  template <class Real>
+  static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
+    const Real ramp = y + Real(0.5);
+    return (ramp >= Real(0)) & (ramp <= Real(1)) ? da : Real(0);
+  }
+};
+
+template <>
+struct SurrogateMath<Surrogate::kTriangle> {
+  template <class Real>
+  static ASGL_HOST_DEVICE Real distance_to_edge(Real y) {
+    return y < Real(0) ? y + Real(1) : Real(1) - y;
+  }
+  template <class Real>
+  static ASGL_HOST_DEVICE Real value(Real y) {
+    const Real edge = distance_to_edge(y);
+    const Real inside = edge < Real(0) ? Real(0) : edge;
+    const Real tail = Real(0.5) * inside * inside;
+    return y < Real(0) ? tail : Real(1) - tail;
+  }
+  template <class Real>
+  static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
+    const Real edge = distance_to_edge(y);
+    return edge >= Real(0) ? da * edge : Real(0);
+  }
+};
+
+template <>
+struct SurrogateMath<Surrogate::kSigmoid> {
+  template <class Real>
+  static ASGL_HOST_DEVICE Real value(Real y) {
+    return Real(1) / (Real(1) + math::exp(-y));
+  }
+  template <class Real>
+  static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
+    const Real a = value(y);
+    return da * ((Real(1) - a) * a);
+  }
+};
+
+template <>
+struct SurrogateMath<Surrogate::kArctan> {
+  template <class Real>
+  static ASGL_HOST_DEVICE Real value(Real y) {
+    return math::atan(y * Real(1.57079632679489661923)) * Real(0.318309886183790671538) + Real(0.5);
+  }
+  template <class Real>
+  static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
+    const Real scaled = y * Real(1.57079632679489661923);
+    return da * (Real(0.5) / (Real(1) + scaled * scaled));
+  }
+};
+
+template <>
+struct SurrogateMath<Surrogate::kErf> {
+  template <class Real>
+  static ASGL_HOST_DEVICE Real value(Real y) {
+    return (Real(1) + math::erf(y)) * Real(0.5);
+  }
+  template <class Real>
+  static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
+    return da * (math::exp(-(y * y)) * Real(0.564189583547756286948));
+  }
+};
+
+template <>
+struct SurrogateMath<Surrogate::kFastSigmoid> {
+  template <class Real>
+  static ASGL_HOST_DEVICE Real value(Real y) {
+    return y / (Real(2) * (Real(1) + math::magnitude(y))) + Real(0.5);
+  }
+  template <class Real>
+  static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
+    const Real denominator = Real(1) + math::magnitude(y);
+    return da * (Real(0.5) / (denominator * denominator));
+  }
+};
+
+template <>
+struct SurrogateMath<Surrogate::kLaplace> {
+  template <class Real>
+  static ASGL_HOST_DEVICE Real value(Real y) {
+    const Real tail = Real(0.5) * math::exp(-math::magnitude(y));
+    return y < Real(0) ? tail : Real(1) - tail;
+  }
+  template <class Real>
+  static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
+    return da * (Real(0.5) * math::exp(-math::magnitude(y)));
+  }
+};
+
+}  // namespace asgl
