@@ -52,7 +52,6 @@ class LIFFunction(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         x_seq, v_init, rng_state, checkpoints, *parameters = ctx.saved_tensors
         needs_x_seq, needs_v_init, _, *needs_parameters = ctx.needs_input_grad[4:]
@@ -63,12 +62,36 @@ class LIFFunction(torch.autograd.Function):
             options.surrogate_gain, options.v_rest, options.hard_reset, options.strict_threshold, options.scale_output,
             options.detach_reset, options.analog_below, options.time_dim, needs_x_seq, needs_v_init, needs_parameters,
         )  # fmt: skip
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            inputs = (x_seq, v_init, *parameters, *grads)
+            grad_x_seq, grad_v_init, *grad_parameters = _OnceDifferentiable.apply(
+                2 + len(parameters), grad_x_seq, grad_v_init, *grad_parameters, *inputs
+            )
         return (
             *(None,) * 4,
             grad_x_seq if needs_x_seq else None,
             grad_v_init if needs_v_init else None,
             None,
             *(grad if needed else None for grad, needed in zip(grad_parameters, needs_parameters, strict=True)),
+        )
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The first `count` tensors unchanged, as functions of the others that can't be differentiated.
+
+    torch's own once_differentiable cuts the graph where only the inputs, not the incoming gradients, require one: a
+    gradient penalty would then train on without its penalty.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:  # type: ignore[override]
+        raise RuntimeError(
+            "asgl_cuda.lif: a second derivative was asked for, and the fused backends have only the first; "
+            "backend='reference' has all"
         )
 
 

@@ -56,13 +56,15 @@ struct StepLoop {
     const Neurons neurons = args.neurons;
     const NeuronOptions<Real> options = args.options;
     const uint32 analog_below = args.analog_below;
-    const Real* __restrict x = args.x;
-    const Real* __restrict v = args.v;
-    const uint16* __restrict draws = args.draws;
-    Real* __restrict h_row = args.h;
-    Real* __restrict s_row = args.s;
-    Real* __restrict v_next = args.v_next;
-    for (int64 i = 0; i < args.length; ++i) {
+    const Real* x = args.x;
+    const Real* v = args.v;
+    const uint16* draws = args.draws;
+    Real* h_row = args.h;
+    Real* s_row = args.s;
+    Real* v_next = args.v_next;
+    const int64 length = args.length;
+#pragma GCC ivdep
+    for (int64 i = 0; i < length; ++i) {
       const Neuron<Real> neuron = neurons[i];
       const Real h = charge(x[i], v[i], neuron, options.v_rest);
       const Real s = fire<kSurrogate>(h, draws[i] < analog_below, neuron, options.strict_threshold);
@@ -94,15 +96,17 @@ struct AdjointLoop {
     const Neurons neurons = args.neurons;
     const NeuronOptions<Real> options = args.options;
     const bool carried = args.carried;
-    const Real* __restrict g = args.g;
-    const Real* __restrict gh = args.gh;
-    const Real* __restrict h = args.h;
-    const Real* __restrict s = args.s;
-    Real* __restrict dv = args.dv;
-    Real* __restrict dy = args.dy;
-    Real* __restrict dh = args.dh;
-    Real* __restrict dx = args.dx;
-    for (int64 i = 0; i < args.length; ++i) {
+    const Real* g = args.g;
+    const Real* gh = args.gh;
+    const Real* h = args.h;
+    const Real* s = args.s;
+    Real* dv = args.dv;
+    Real* dy = args.dy;
+    Real* dh = args.dh;
+    Real* dx = args.dx;
+    const int64 length = args.length;
+#pragma GCC ivdep
+    for (int64 i = 0; i < length; ++i) {
       const Neuron<Real> neuron = neurons[i];
       const StepGradient<Real> step =
           step_adjoint<kSurrogate, kHardReset>(g[i], gh[i], dv[i], h[i], s[i], carried, neuron, options);
@@ -128,9 +132,11 @@ struct NoiseLoop {
     const NoiseKey key = args.key;
     const uint64 first_group = args.first_group;
     const uint32 step_pair = args.step_pair;
-    uint64* __restrict even = args.even;
-    uint64* __restrict odd = args.odd;
-    for (int64 i = 0; i < args.groups; ++i) {
+    uint64* even = args.even;
+    uint64* odd = args.odd;
+    const int64 groups = args.groups;
+#pragma GCC ivdep
+    for (int64 i = 0; i < groups; ++i) {
       const NoiseBlock block = noise_block(first_group + static_cast<uint64>(i), step_pair, key);
       even[i] = block.draws[0];
       odd[i] = block.draws[1];
@@ -159,16 +165,18 @@ struct AccumulateLoop {
   template <class B, class C>
   static ASGL_HOST_DEVICE void loop(const Args& args, B b, C c) {
     const Real factor = args.factor;
-    const Real* __restrict a = args.a;
-    Real* __restrict sum = args.sum;
-    for (int64 i = 0; i < args.length; ++i) {
+    const Real* a = args.a;
+    Real* sum = args.sum;
+    const int64 length = args.length;
+#pragma GCC ivdep
+    for (int64 i = 0; i < length; ++i) {
       sum[i] += factor * (a[i] * (b(i) - c(i)));
     }
   }
 
   static ASGL_HOST_DEVICE void run(const Args& args) {
-    const Real* __restrict b_row = args.b.row;
-    const Real* __restrict c_row = args.c.row;
+    const Real* b_row = args.b.row;
+    const Real* c_row = args.c.row;
     const Real b_value = args.b.value, c_value = args.c.value;
     const auto b_lane = [=](int64 i) __attribute__((always_inline)) { return b_row[i]; };
     const auto c_lane = [=](int64 i) __attribute__((always_inline)) { return c_row[i]; };
@@ -192,7 +200,7 @@ struct SumLoop {
   };
 
   static ASGL_HOST_DEVICE void run(const Args& args) {
-    const Real* __restrict row = args.row;
+    const Real* row = args.row;
     double lanes[8] = {};
     int64 i = 0;
     for (; i + 8 <= args.length; i += 8) {
@@ -216,9 +224,11 @@ struct ConvertLoop {
   };
 
   static ASGL_HOST_DEVICE void run(const Args& args) {
-    const From* __restrict from = args.from;
-    To* __restrict to = args.to;
-    for (int64 i = 0; i < args.length; ++i) {
+    const From* from = args.from;
+    To* to = args.to;
+    const int64 length = args.length;
+#pragma GCC ivdep
+    for (int64 i = 0; i < length; ++i) {
       to[i] = from_real<To>(to_real(from[i]));
     }
   }
@@ -235,14 +245,17 @@ struct MultiplyLoop {
   };
 
   static ASGL_HOST_DEVICE void run(const Args& args) {
-    const Real* __restrict a = args.a;
-    const Real* __restrict b = args.b.row;
-    Real* __restrict to = args.to;
+    const Real* a = args.a;
+    const Real* b = args.b.row;
+    Real* to = args.to;
     const Real value = args.b.value;
+    const int64 length = args.length;
     if (b != nullptr) {
-      for (int64 i = 0; i < args.length; ++i) to[i] = a[i] * b[i];
+#pragma GCC ivdep
+      for (int64 i = 0; i < length; ++i) to[i] = a[i] * b[i];
     } else {
-      for (int64 i = 0; i < args.length; ++i) to[i] = a[i] * value;
+#pragma GCC ivdep
+      for (int64 i = 0; i < length; ++i) to[i] = a[i] * value;
     }
   }
 };

@@ -32,8 +32,8 @@ template <Surrogate kSurrogate, class Real>
 ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, bool strict_threshold) {
   const Real u = h - neuron.v_threshold;
   const Real a = SurrogateMath<kSurrogate>::value(u * neuron.inverse_width);
-  const bool over = (u > Real(0)) | ((u == Real(0)) & !strict_threshold);
-  const Real z = over ? Real(1) : Real(0);
+  const Real at_threshold = strict_threshold ? Real(0) : Real(1);
+  const Real z = u > Real(0) ? Real(1) : u == Real(0) ? at_threshold : Real(0);
   return analog ? a : z;
 }
 
@@ -59,11 +59,16 @@ template <Surrogate kSurrogate, bool kHardReset, class Real>
 ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real g, Real gh, Real dv, Real h, Real s, bool carried,
                                                  const Neuron<Real>& neuron, const NeuronOptions<Real>& options) {
   const Real y = (h - neuron.v_threshold) * neuron.inverse_width;
-  const Real through_reset = kHardReset ? (g + dv * neuron.reset) - dv * h : g - dv * neuron.reset;
-  const Real ds = carried & !options.detach_reset ? through_reset : g;
+  Real ds = g;
+  if (carried && !options.detach_reset) {
+    ds = kHardReset ? (g + dv * neuron.reset) - dv * h : g - dv * neuron.reset;
+  }
   const Real dy = SurrogateMath<kSurrogate>::adjoint(y, ds * options.surrogate_gain);
-  const Real from_v = kHardReset ? gh + dv * (Real(1) - s) : gh + dv;
-  return {dy, (carried ? from_v : gh) + dy * neuron.inverse_width};
+  Real dh = gh;
+  if (carried) {
+    dh = kHardReset ? gh + dv * (Real(1) - s) : gh + dv;
+  }
+  return {dy, dh + dy * neuron.inverse_width};
 }
 
 }  // namespace asgl

@@ -1,6 +1,7 @@
 // The surrogates as unit-width cumulative functions F and their slopes f = F' (table in the README and in surrogate.py).
 #pragma once
 
+#include "float_math.h"
 #include "host_device.h"
 
 namespace asgl {
@@ -21,9 +22,9 @@ ASGL_HOST_DEVICE double atan(double x) { return ::atan(x); }
 
 #else
 
-ASGL_HOST_DEVICE float exp(float x) { return __builtin_expf(x); }
-ASGL_HOST_DEVICE float erf(float x) { return __builtin_erff(x); }
-ASGL_HOST_DEVICE float atan(float x) { return __builtin_atanf(x); }
+ASGL_HOST_DEVICE float exp(float x) { return float_math::exp(x); }
+ASGL_HOST_DEVICE float erf(float x) { return float_math::erf(x); }
+ASGL_HOST_DEVICE float atan(float x) { return float_math::atan(x); }
 ASGL_HOST_DEVICE double exp(double x) { return __builtin_exp(x); }
 ASGL_HOST_DEVICE double erf(double x) { return __builtin_erf(x); }
 ASGL_HOST_DEVICE double atan(double x) { return __builtin_atan(x); }
@@ -55,7 +56,8 @@ struct SurrogateMath<Surrogate::kRectangle> {
   template <class Real>
   static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
     const Real ramp = y + Real(0.5);
-    return (ramp >= Real(0)) & (ramp <= Real(1)) ? da : Real(0);
+    const Real below_top = ramp <= Real(1) ? da : Real(0);
+    return ramp >= Real(0) ? below_top : Real(0);
   }
 };
 
@@ -121,7 +123,8 @@ template <>
 struct SurrogateMath<Surrogate::kFastSigmoid> {
   template <class Real>
   static ASGL_HOST_DEVICE Real value(Real y) {
-    return y / (Real(2) * (Real(1) + math::magnitude(y))) + Real(0.5);
+    const Real tail = Real(0.5) / (Real(1) + math::magnitude(y));
+    return y < Real(0) ? tail : Real(1) - tail;
   }
   template <class Real>
   static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {

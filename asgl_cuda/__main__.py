@@ -1,0 +1,62 @@
+"""`python -m asgl_cuda info` and `python -m asgl_cuda check`."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+
+import torch
+
+from . import __version__, available_backends, ops, unavailable_backends
+from .selfcheck import Row, check_backends
+
+
+def info() -> int:
+    """Prints which backends work here, and why the others do not."""
+    print(f"asgl_cuda {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    if ops.extension is not None:
+        print(f"CPU kernels: {ops.extension.cpu_instruction_set()}, {torch.get_num_threads()} threads")
+    for name in available_backends():
+        print(f"  {name:<10} works")
+    for name, problem in unavailable_backends().items():
+        print(f"  {name:<10} {problem}")
+    return 0
+
+
+def check() -> int:
+    """Compares every available backend with the reference and prints the worst of each group."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in check_backends():
+        groups.setdefault((row.backend, row.what), []).append(row)
+    if not groups:
+        print("only the reference works here: nothing to compare (python -m asgl_cuda info says why)")
+        return 0
+    print(f"{'backend':<10}{'case':<42}{'spikes':>10}{'potentials':>12}{'grad x':>10}{'grad params':>13}")
+    failed = 0
+    for (backend, what), rows in groups.items():
+        by_name = {row.quantity: row.difference.relative for row in rows}
+        potentials = max(by_name[name] for name in ("v_last", "v_seq", "h_seq"))
+        parameters = max(by_name[name] for name in ("grad_width", "grad_decay", "grad_v_threshold"))
+        bad = [row.quantity for row in rows if not row.passed]
+        failed += bool(bad)
+        print(
+            f"{backend:<10}{what:<42}{by_name['s_seq']:>10.1e}{potentials:>12.1e}{by_name['grad_x_seq']:>10.1e}"
+            f"{parameters:>13.1e}{'  MISMATCH in ' + ', '.join(bad) if bad else ''}"
+        )
+    print("largest differences from the reference, as a share of its largest value; 0: the same bits")
+    print(f"{len(groups) - failed} cases agree, {failed} do not")
+    return 1 if failed else 0
+
+
+def main() -> int:
+    """Runs the command that was asked for."""
+    parser = argparse.ArgumentParser(prog="python -m asgl_cuda", description="What asgl_cuda can do on this machine.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="which backends work here, and what would make the others work")
+    commands.add_parser("check", help="compare every backend that works here with the reference")
+    return {"info": info, "check": check}[parser.parse_args().command]()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Compares a backend with the reference on this machine: forward, gradients, noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS, available_backends
+from .functional import lif
+from .surrogate import SURROGATES
+
+# These repeat the reference's operations one by one; the others call exp, erf or atan, which round as the library likes.
+EXACT_SURROGATES = ("rectangle", "triangle")
+
+# Two computations of a potential that differ in the last places may disagree whether it has reached the threshold. A
+# neuron that comes this close (some tens of float32 roundings) is left out where the bits are not promised to be equal.
+THRESHOLD_BAND = 1e-5
+
+
+class Difference(NamedTuple):
+    """The largest difference of one tensor, as it is and as a share of what it should be compared with.
+
+    That is the reference's largest value; for the gradient of a parameter, a sum over elements, the sum itself or the
+    root of the sum of its squared terms, whichever is larger: terms may cancel, their roundings do not.
+    """
+
+    absolute: float
+    relative: float
+
+
+def differences(x_seq: Tensor, backend: str, band: float = 0.0, **options: Any) -> dict[str, Difference]:
+    """Runs `lif` on both backends and compares the outputs and the gradients of all tensors that require them.
+
+    The gradients that come in are random, of all four outputs. Options are those of `lif`; `band`: see THRESHOLD_BAND.
+    """
+    leaves = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    every = {"return_v_last": True, "return_v_seq": True, "return_h_seq": True}
+    # One value an element shows the reference's gradient before it is summed.
+    terms = {name: leaf.expand(x_seq.shape) for name, leaf in leaves.items() if name not in ("x_seq", "v_init")}
+    expected = lif(x_seq, **{**options, **terms}, **every, backend="reference")
+    actual = lif(x_seq, **options, **every, backend=backend)
+
+    time_dim = options.get("time_dim", 0)
+    v_threshold = torch.as_tensor(options.get("v_threshold", 1.0), device=x_seq.device)
+    near = (expected.h_seq.detach() - v_threshold.detach()).abs() < band
+    keep_seq = (~near.any(dim=time_dim, keepdim=True)).expand_as(x_seq)
+    keep = {name: keep_seq.select(time_dim, 0) if name == "v_last" else keep_seq for name in expected._fields}
+
+    def close_to_zero(value: Tensor, name: str) -> Tensor:
+        return torch.where(keep[name], value, torch.zeros_like(value))
+
+    generator = torch.Generator().manual_seed(0)
+    grads = [
+        close_to_zero(torch.randn(output.shape, generator=generator).to(output), name)
+        for name, output in expected._asdict().items()
+    ]
+    expected_grads = torch.autograd.grad(expected, list({**leaves, **terms}.values()), grads)
+    actual_grads = torch.autograd.grad(actual, list(leaves.values()), grads)
+    pairs = {
+        name: (close_to_zero(value, name), close_to_zero(getattr(actual, name), name))
+        for name, value in expected._asdict().items()
+    }
+    found = {name: _difference(*pair) for name, pair in pairs.items()}
+    for (name, leaf), expected_grad, actual_grad in zip(leaves.items(), expected_grads, actual_grads, strict=True):
+        size = None
+        if name in terms:
+            size = expected_grad.double().square().sum_to_size(leaf.shape).sqrt()
+            expected_grad = expected_grad.double().sum_to_size(leaf.shape)
+        found[f"grad_{name}"] = _difference(expected_grad, actual_grad, size)
+    return found
+
+
+def _difference(expected: Tensor, actual: Tensor, size: Tensor | None = None) -> Difference:
+    assert expected.shape == actual.shape
+    expected, actual = expected.detach().double(), actual.detach().double()
+    same = (expected == actual) | (expected.isnan() & actual.isnan())
+    gap = torch.where(same, 0.0, (expected - actual).abs().nan_to_num(nan=float("inf")))
+    if size is None:
+        finite = expected.abs()[expected.isfinite()]
+        size = finite.max() if finite.numel() else torch.zeros(())
+    else:
+        size = torch.maximum(size, expected.abs())
+    relative = gap / size.clamp(min=1e-30)
+    return Difference(*(value.max().item() if value.numel() else 0.0 for value in (gap, relative)))
+
+
+class Row(NamedTuple):
+    """One line of the table that `python -m asgl_cuda check` prints."""
+
+    backend: str
+    what: str
+    quantity: str
+    difference: Difference
+    allowed: float  # relative; 0: the same bits
+
+    @property
+    def passed(self) -> bool:
+        return self.difference.relative <= self.allowed
+
+
+def check_backends() -> Iterator[Row]:
+    """A row for each available backend, device, type, surrogate and reset: its worst quantity measured by what is allowed."""
+    for backend in available_backends():
+        if backend == "reference":
+            continue
+        for device in BACKENDS[backend].device_types:
+            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+                for surrogate in SURROGATES:
+                    for v_reset in (0.0, None):
+                        yield from _check(backend, torch.device(device), dtype, surrogate, v_reset)
+
+
+def _check(backend: str, device: torch.device, dtype: torch.dtype, surrogate: str, v_reset: float | None) -> Iterator[Row]:
+    steps, batch, channels = 21, 5, 67
+    generator = torch.Generator().manual_seed(1)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def random(*shape: int, low: float, high: float) -> Tensor:
+        values = torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low
+        return values.to(device, real).requires_grad_()
+
+    x_seq = random(steps, batch, channels, low=-1.0, high=2.0).detach().to(dtype).requires_grad_()
+    exact = surrogate in EXACT_SURROGATES
+    rows = differences(
+        x_seq,
+        backend,
+        band=0.0 if exact else THRESHOLD_BAND,
+        width=random(channels, low=0.5, high=2.0),
+        decay=random(low=0.4, high=0.8),
+        v_threshold=random(channels, low=0.8, high=1.2),
+        v_reset=v_reset,
+        surrogate=surrogate,
+        analog_prob=0.3,
+        rng_state=torch.tensor([1234567890123, 42], device=device),
+    )
+    # A last place of the output's type; sums over thousands of elements round in another order.
+    spacing = {torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(dtype, 1e-6)
+    what = f"{str(dtype).removeprefix('torch.')}, {surrogate}, {'soft' if v_reset is None else 'hard'} reset"
+    for name, difference in rows.items():
+        summed = name.startswith("grad_") and name != "grad_x_seq"
+        typed = name in ("s_seq", "grad_x_seq")
+        allowed = 1e-5 if summed else 0.0 if exact else spacing if typed else 1e-6
+        yield Row(backend, what, name, difference, allowed)

@@ -1,0 +1,33 @@
+"""The backends under test, and what holds for every test."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import asgl_cuda
+
+# Every backend that works here but the reference is held against the reference by the whole suite.
+FUSED_BACKENDS = [name for name in asgl_cuda.available_backends() if name != "reference"]
+
+
+@pytest.fixture(params=FUSED_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """The device that the backend under test works on."""
+    return torch.device(asgl_cuda.backends.BACKENDS[backend].device_types[0])
+
+
+@pytest.fixture(autouse=True)
+def outputs_filled_with_nan() -> Iterator[None]:
+    """Uninitialised memory is filled with NaN, so that an element that a kernel forgets to write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(before)

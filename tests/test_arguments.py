@@ -1,0 +1,149 @@
+"""Bad input: the error's type, and that it names what was expected and what came."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+
+import asgl_cuda
+from asgl_cuda import backends
+
+X = torch.zeros(4, 6, 3)
+
+BAD = [
+    # options, error, what the message must name
+    ({"x_seq": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, ["x_seq", "float32", "torch.int64"]),
+    ({"x_seq": torch.zeros(4, 3, dtype=torch.complex64)}, TypeError, ["x_seq", "float32", "complex64"]),
+    ({"x_seq": [[1.0]]}, TypeError, ["x_seq", "tensor", "list"]),
+    ({"x_seq": torch.tensor(1.0)}, ValueError, ["x_seq", "at least one dimension"]),
+    ({"x_seq": torch.zeros(0, 3)}, ValueError, ["x_seq", "time step", "[0, 3]"]),
+    ({"time_dim": 3}, ValueError, ["time_dim", "[-3, 2]", "got 3"]),
+    ({"time_dim": -4}, ValueError, ["time_dim", "got -4"]),
+    ({"time_dim": 1.0}, TypeError, ["time_dim", "int", "float"]),
+    ({"width": torch.ones(5)}, ValueError, ["width", "[4, 6, 3]", "[5]"]),
+    ({"decay": torch.ones(2, 4, 6, 3)}, ValueError, ["decay", "[4, 6, 3]", "[2, 4, 6, 3]"]),
+    ({"v_threshold": torch.ones(6)}, ValueError, ["v_threshold", "[4, 6, 3]", "[6]"]),
+    ({"input_gain": torch.ones(6, 2)}, ValueError, ["input_gain", "[6, 2]"]),
+    ({"width": torch.ones(3, dtype=torch.int32)}, TypeError, ["width", "floating", "torch.int32"]),
+    ({"decay": torch.ones((), dtype=torch.bool)}, TypeError, ["decay", "floating", "torch.bool"]),
+    ({"v_threshold": torch.ones(3, dtype=torch.complex64)}, TypeError, ["v_threshold", "floating"]),
+    ({"width": torch.ones(3, device="meta")}, ValueError, ["width", "cpu", "meta"]),
+    ({"width": "1"}, TypeError, ["width", "float or a tensor", "str"]),
+    ({"decay": None}, TypeError, ["decay", "float or a tensor", "NoneType"]),
+    ({"width": True}, TypeError, ["width", "bool"]),
+    ({"width": 0.0}, ValueError, ["width", "> 0", "0.0"]),
+    ({"width": -1}, ValueError, ["width", "> 0", "-1"]),
+    ({"width": float("nan")}, ValueError, ["width", "> 0", "nan"]),
+    ({"analog_prob": 1.5}, ValueError, ["analog_prob", "[0, 1]", "1.5"]),
+    ({"analog_prob": -0.1}, ValueError, ["analog_prob", "[0, 1]", "-0.1"]),
+    ({"analog_prob": float("nan")}, ValueError, ["analog_prob", "[0, 1]", "nan"]),
+    ({"analog_prob": torch.tensor(0.5)}, TypeError, ["analog_prob", "float", "Tensor"]),
+    ({"surrogate": "gaussian"}, ValueError, ["surrogate", "rectangle, triangle, sigmoid", "'gaussian'"]),
+    ({"surrogate_gain": "2"}, TypeError, ["surrogate_gain", "str"]),
+    ({"v_rest": torch.zeros(3)}, TypeError, ["v_rest", "float", "Tensor"]),
+    ({"backend": "gpu"}, ValueError, ["backend", "cpu", "reference", "'gpu'"]),
+    ({"rng_state": (1, 2)}, TypeError, ["rng_state", "int64", "tuple"]),
+    ({"rng_state": torch.zeros(2)}, TypeError, ["rng_state", "int64", "float32"]),
+    ({"rng_state": torch.zeros(3, dtype=torch.int64)}, ValueError, ["rng_state", "[2]", "[3]"]),
+    ({"rng_state": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, ["rng_state", "cpu", "meta"]),
+    (
+        {"rng_state": torch.zeros(2, dtype=torch.int64), "generator": torch.Generator()},
+        ValueError,
+        ["rng_state", "generator"],
+    ),
+    ({"v_init": torch.zeros(6, 4)}, ValueError, ["v_init", "[6, 3]", "[6, 4]"]),
+    ({"v_init": torch.zeros(3)}, ValueError, ["v_init", "[6, 3]", "[3]"]),
+    ({"v_init": 0.0}, TypeError, ["v_init", "tensor", "float"]),
+    ({"v_init": torch.zeros(6, 3, dtype=torch.int64)}, TypeError, ["v_init", "floating", "int64"]),
+    ({"v_init": torch.zeros(6, 3, device="meta")}, ValueError, ["v_init", "cpu", "meta"]),
+    ({"reset_amount": 1.0}, ValueError, ["reset_amount", "v_reset=None"]),
+    ({"reset_amount": torch.ones(5), "v_reset": None}, ValueError, ["reset_amount", "[4, 6, 3]", "[5]"]),
+    ({"v_reset": torch.ones(5)}, ValueError, ["v_reset", "[5]"]),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "words"), BAD, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_bad_arguments(options, error, words, backend):
+    options = {"backend": backend, **options}
+    state = torch.get_rng_state()
+    with pytest.raises(error) as caught:
+        asgl_cuda.lif(options.pop("x_seq", X), **options)
+    message = str(caught.value)
+    assert message.startswith("asgl_cuda.lif: ")
+    for word in words:
+        assert word in message, message
+    assert torch.equal(state, torch.get_rng_state()), "the generator must not have been advanced"
+
+
+def test_bad_arguments_of_analog_mask():
+    state = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"asgl_cuda.analog_mask: analog_prob must be in \[0, 1\], got 2"):
+        asgl_cuda.analog_mask(X, 2, state)
+    with pytest.raises(TypeError, match="asgl_cuda.analog_mask: rng_state"):
+        asgl_cuda.analog_mask(X, 0.5, state.float())
+    with pytest.raises(ValueError, match="asgl_cuda.analog_mask: time_dim"):
+        asgl_cuda.analog_mask(X, 0.5, state, time_dim=7)
+
+
+def test_half_parameters_are_taken(backend, device):
+    """A model cast to half has half parameters: they are widened, and their gradients come back in their type."""
+    x_seq = torch.rand(4, 6, 3, device=device).bfloat16()
+    width = torch.ones(3, device=device, dtype=torch.bfloat16, requires_grad=True)
+    v_init = torch.zeros(6, 3, device=device, dtype=torch.bfloat16, requires_grad=True)
+    asgl_cuda.lif(x_seq, width=width, v_init=v_init, backend=backend).sum().backward()
+    assert width.grad.dtype == v_init.grad.dtype == torch.bfloat16
+
+
+def test_integers_are_numbers(backend, device):
+    x_seq = torch.rand(4, 6, device=device)
+    floats = asgl_cuda.lif(x_seq, decay=0.0, v_threshold=1.0, v_reset=0.0, analog_prob=1.0, backend=backend)
+    assert torch.equal(floats, asgl_cuda.lif(x_seq, decay=0, v_threshold=1, v_reset=0, analog_prob=1, backend=backend))
+
+
+def test_backend_that_does_not_serve_the_device():
+    with pytest.raises(ValueError, match="backend 'cpu' needs x_seq on cpu, got meta"):
+        asgl_cuda.lif(X.to("meta"), backend="cpu")
+
+
+@pytest.fixture
+def without_extension(monkeypatch):
+    """As if the extension had been built for another torch."""
+    problem = "the compiled extension is missing: it was built for torch 1.2.3"
+    broken = {
+        name: backend if name == "reference" else backend._replace(operators=None, problem=problem)
+        for name, backend in backends.BACKENDS.items()
+    }
+    monkeypatch.setattr(backends, "BACKENDS", broken)
+    monkeypatch.setattr("asgl_cuda.functional.BACKENDS", broken)
+    monkeypatch.setattr(backends, "_warned", set())
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_missing_extension_falls_back_with_one_warning():
+    with pytest.warns(UserWarning, match="slow reference backend on cpu: .*built for torch 1.2.3"):
+        asgl_cuda.lif(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        asgl_cuda.lif(X)
+        asgl_cuda.LIF()(X)
+    assert asgl_cuda.available_backends() == ("reference",)
+    with pytest.raises(RuntimeError, match=r"asgl_cuda.lif: backend 'cpu' is not available: .*built for torch 1\.2\.3"):
+        asgl_cuda.lif(X, backend="cpu")
+
+
+def test_extension_for_another_torch_is_not_loaded(monkeypatch):
+    info = sys.modules.get("asgl_cuda._build_info") or __import__("asgl_cuda._build_info", fromlist=["_"])
+    monkeypatch.setattr(info, "TORCH_VERSION", "1.2.3")
+    extension, error = asgl_cuda.ops._load_extension()
+    assert extension is None
+    assert "built for torch 1.2.3" in error
+    assert torch.__version__ in error
+
+
+def test_extension_that_does_not_load_is_reported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "asgl_cuda._C", None)
+    extension, error = asgl_cuda.ops._load_extension()
+    assert extension is None
+    assert "does not load" in error

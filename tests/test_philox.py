@@ -1,0 +1,152 @@
+"""The noise: the generator against its published vectors, its statistics, and the same mask everywhere."""
+
+import math
+
+import pytest
+import torch
+from comparison import rng_state
+
+import asgl_cuda
+from asgl_cuda.reference import _draws, _philox4x32
+
+# Known-answer vectors of Philox4x32-10, published with Random123 (Salmon et al., SC 2011): counter, key, result.
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (
+        (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
+        (0xFFFFFFFF, 0xFFFFFFFF),
+        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    ),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_known_answers(counter, key, expected):
+    words = _philox4x32([torch.tensor(word) for word in counter], [torch.tensor(word) for word in key])
+    assert tuple(word.item() for word in words) == expected
+
+
+def analog_elements(x_seq, backend, analog_prob, state, time_dim=0):
+    """The mask that a backend uses, read off its output: u = 1/4 everywhere, so a hard spike is 1 and an analog one 3/4."""
+    x_seq = torch.full_like(x_seq, 1.25)
+    s_seq = asgl_cuda.lif(x_seq, decay=0.0, analog_prob=analog_prob, rng_state=state, time_dim=time_dim, backend=backend)
+    assert set(s_seq.unique().tolist()) <= {0.75, 1.0}
+    return s_seq == 0.75
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (5, 1031), (33, 7, 3), (4, 2, 3, 4, 5)])
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 7, -(2**62)])
+@pytest.mark.parametrize("offset", [0, 3, 2**32 + 3, -5])
+def test_mask_of_backend_is_analog_mask(backend, device, shape, seed, offset):
+    x_seq = torch.empty(shape, device=device)
+    state = rng_state(seed, offset, device)
+    mask = asgl_cuda.analog_mask(x_seq, 0.4, state)
+    assert torch.equal(mask, analog_elements(x_seq, backend, 0.4, state))
+    # Only the low 32 bits of the offset count.
+    assert torch.equal(mask, asgl_cuda.analog_mask(x_seq, 0.4, rng_state(seed, offset % 2**32, device)))
+
+
+@pytest.mark.parametrize("time_dim", [0, 1, 2, -1])
+def test_mask_with_time_elsewhere(backend, device, time_dim):
+    x_seq = torch.empty(6, 5, 9, device=device)
+    state = rng_state(device=device)
+    mask = asgl_cuda.analog_mask(x_seq, 0.3, state, time_dim=time_dim)
+    assert torch.equal(mask, analog_elements(x_seq, backend, 0.3, state, time_dim))
+    flat = asgl_cuda.analog_mask(x_seq.movedim(time_dim, 0).contiguous(), 0.3, state)
+    assert torch.equal(mask, flat.movedim(0, time_dim))
+
+
+def test_mask_follows_memory_of_channels_last(backend, device):
+    x_seq = torch.empty(3, 2, 5, 4, 6, device=device)
+    channels_last = x_seq.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    state = rng_state(device=device)
+    mask = asgl_cuda.analog_mask(channels_last, 0.3, state)
+    assert torch.equal(mask, analog_elements(channels_last, backend, 0.3, state))
+    in_memory_order = asgl_cuda.analog_mask(channels_last.permute(0, 1, 3, 4, 2).contiguous(), 0.3, state)
+    assert torch.equal(mask, in_memory_order.permute(0, 1, 4, 2, 3))
+
+
+def test_definition_element_by_element():
+    """Section 3 of the design, written out with Python integers for each element."""
+    steps, neurons, seed, offset, analog_prob = 5, 11, 2**35 + 11, 7, 0.37
+    mask = asgl_cuda.analog_mask(torch.empty(steps, neurons), analog_prob, rng_state(seed, offset))
+    for t in range(steps):
+        for n in range(neurons):
+            group = n // 4
+            counter = (group % 2**32, group // 2**32, t // 2, offset % 2**32)
+            words = _philox4x32([torch.tensor(word) for word in counter], [torch.tensor(seed % 2**32), torch.tensor(seed // 2**32)])
+            lane = 4 * (t % 2) + n % 4
+            r = words[lane // 2].item() >> (16 * (lane % 2)) & 0xFFFF
+            assert mask[t, n].item() == (r < round(analog_prob * 65536))
+
+
+@pytest.mark.parametrize("analog_prob", [0.0, 1.0, 0.5 / 65536 - 1e-9, 1 - 1e-9])
+def test_none_and_all_need_no_draw(backend, device, analog_prob):
+    x_seq = torch.empty(4, 37, device=device)
+    mask = analog_elements(x_seq, backend, analog_prob, rng_state(device=device))
+    assert mask.all() if analog_prob > 0.5 else not mask.any()
+
+
+def test_share_of_analog_elements():
+    """The share is binomial: five deviations leave one chance in two million of a false alarm (and the seed is fixed)."""
+    x_seq = torch.empty(64, 20000)
+    for analog_prob in (1 / 65536, 0.01, 0.2, 0.5, 0.9):
+        share = asgl_cuda.analog_mask(x_seq, analog_prob, rng_state()).double().mean().item()
+        probability = round(analog_prob * 65536) / 65536
+        deviation = math.sqrt(probability * (1 - probability) / x_seq.numel())
+        assert abs(share - probability) < 5 * deviation
+
+
+def test_independence_over_neurons_and_steps():
+    """Correlation of the mask with itself, shifted by every short distance over n and t; 5 deviations of 1 / sqrt(M)."""
+    centred = asgl_cuda.analog_mask(torch.empty(64, 20000), 0.2, rng_state(77, 1)).double() - 0.2
+    variance = 0.2 * 0.8
+    for step in range(5):
+        for neuron in range(9):
+            if step == neuron == 0:
+                continue
+            product = centred[step:, neuron:] * centred[: 64 - step, : 20000 - neuron]
+            assert abs(product.mean().item()) / variance < 5 / math.sqrt(product.numel()), (step, neuron)
+
+
+def test_independence_of_draws_with_other_seed_or_offset():
+    first = _draws(20000, 64, rng_state(1, 1)).double()
+    for state in (rng_state(2, 1), rng_state(1, 2), rng_state(1 + 2**32, 1)):
+        other = _draws(20000, 64, state).double()
+        correlation = torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1].item()
+        assert abs(correlation) < 5 / math.sqrt(first.numel())
+
+
+def test_draws_are_uniform():
+    """Chi-squared over 256 bins of the high and of the low byte: mean 255, deviation sqrt(510)."""
+    draws = _draws(20000, 64, rng_state(5, 9)).flatten()
+    for byte in (draws >> 8, draws & 255):
+        counts = torch.bincount(byte, minlength=256).double()
+        expected = draws.numel() / 256
+        statistic = ((counts - expected) ** 2 / expected).sum().item()
+        assert abs(statistic - 255) < 5 * math.sqrt(510)
+
+
+def test_default_noise_obeys_manual_seed(backend, device):
+    x_seq = torch.full((4, 64), 1.25, device=device)
+
+    def run(generator=None):
+        return asgl_cuda.lif(x_seq, decay=0.0, analog_prob=0.5, generator=generator, backend=backend)
+
+    torch.manual_seed(7)
+    first, second = run(), run()
+    torch.manual_seed(7)
+    assert torch.equal(first, run())
+    assert not torch.equal(first, second)
+    # The reference draws the same numbers from the same generator.
+    torch.manual_seed(7)
+    assert torch.equal(first, asgl_cuda.lif(x_seq, decay=0.0, analog_prob=0.5, backend="reference"))
+    generator = torch.Generator(device).manual_seed(3)
+    third = run(generator)
+    assert torch.equal(third, run(torch.Generator(device).manual_seed(3)))
+    assert not torch.equal(third, first)
