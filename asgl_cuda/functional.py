@@ -48,13 +48,15 @@ class LIFFunction(torch.autograd.Function):
         ctx.save_for_backward(x_seq, v_init, rng_state, checkpoints, *parameters)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(output for output, asked in zip(outputs[1:], wanted, strict=True) if not asked))
-        ctx.backend, ctx.options, ctx.constants = backend, options, constants
+        ctx.backend, ctx.options, ctx.constants, ctx.wanted = backend, options, constants, wanted
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         x_seq, v_init, rng_state, checkpoints, *parameters = ctx.saved_tensors
         needs_x_seq, needs_v_init, _, *needs_parameters = ctx.needs_input_grad[4:]
+        # A compiled graph passes empty gradients for the empty outputs.
+        grads = tuple(grad if asked else None for grad, asked in zip(grads, (True, *ctx.wanted), strict=True))
         options = ctx.options
         operators = BACKENDS[ctx.backend].operators
         grad_x_seq, grad_v_init, grad_parameters = operators.lif_backward(
@@ -271,7 +273,7 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
 def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: str) -> Tensor:
     operators = BACKENDS[backend].operators
     if generator is None and operators is not None:
-        return operators.draw_rng_state(x_seq)
+        return operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=x_seq.device))
     return torch.randint(2**63 - 1, (2,), generator=generator, device=x_seq.device)
 
 

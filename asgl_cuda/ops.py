@@ -56,8 +56,8 @@ def register_fakes(namespace: str) -> None:
     """Gives the operators of `namespace` their shapes and types, for torch.compile and fake tensors."""
 
     @torch.library.register_fake(f"{namespace}::draw_rng_state")
-    def draw_rng_state(x_seq: Tensor) -> Tensor:
-        return x_seq.new_empty(2, dtype=torch.int64)
+    def draw_rng_state(fresh: Tensor) -> Tensor:
+        return torch.empty_like(fresh)
 
     @torch.library.register_fake(f"{namespace}::lif_forward")
     def lif_forward(
@@ -67,7 +67,7 @@ def register_fakes(namespace: str) -> None:
     ) -> ForwardResult:  # fmt: skip
         real = real_type(x_seq.dtype)
         neurons = math.prod(_state_sizes(x_seq, time_dim))
-        kept = (x_seq.shape[time_dim] - 1) // CHECKPOINT_STEPS
+        kept = (x_seq.shape[time_dim] - 1) // CHECKPOINT_STEPS * neurons + 2  # as checkpoint_elements of csrc/ops.cpp
 
         def sequence(wanted: bool) -> Tensor:
             return torch.empty_like(x_seq, dtype=real) if wanted else x_seq.new_empty(0, dtype=real)
@@ -77,7 +77,7 @@ def register_fakes(namespace: str) -> None:
             _empty_state(x_seq, time_dim) if return_v_last else x_seq.new_empty(0, dtype=real),
             sequence(return_v_seq),
             sequence(return_h_seq),
-            x_seq.new_empty((kept, neurons) if keep_checkpoints else (0,), dtype=real),
+            x_seq.new_empty((kept if keep_checkpoints else 0,), dtype=real),
         )
 
     @torch.library.register_fake(f"{namespace}::lif_backward")

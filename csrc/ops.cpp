@@ -43,6 +43,11 @@ const Element* const_pointer(const OptionalTensor& tensor) {
   return reinterpret_cast<const Element*>(tensor->const_data_ptr<typename AtenType<Element>::type>());
 }
 
+// Two more than are written: shapes that a tracer can prove to be neither 0 nor 1 need no guard on the number of steps.
+int64_t checkpoint_elements(const SequenceShape& shape) {
+  return (shape.steps - 1) / kCheckpointSteps * shape.neurons() + 2;
+}
+
 at::ScalarType real_type(const Tensor& x_seq) { return x_seq.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 // Where x_seq's dimensions lie in memory: contiguous, or with the channels (the second dimension but time) innermost.
@@ -298,8 +303,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lif_forward(
   const Tensor v_last = return_v_last ? layout.empty_state(real) : none;
   const Tensor v_seq = return_v_seq ? layout.empty_sequence(real) : none;
   const Tensor h_seq = return_h_seq ? layout.empty_sequence(real) : none;
-  const Tensor checkpoints =
-      keep_checkpoints ? at::empty({(shape.steps - 1) / kCheckpointSteps, shape.neurons()}, real) : none;
+  const Tensor checkpoints = keep_checkpoints ? at::empty({checkpoint_elements(shape)}, real) : none;
+  if (keep_checkpoints) checkpoints.narrow(0, checkpoints.numel() - 2, 2).zero_();
   if (shape.neurons() > 0) {
     with_scalar(x_seq.scalar_type(), [&](auto scalar) {
       using Scalar = decltype(scalar);
@@ -332,7 +337,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(
   const SequenceShape& shape = layout.shape();
   const at::TensorOptions real = call.real_options();
   TORCH_CHECK_VALUE(checkpoints.scalar_type() == real_type(x_seq) && checkpoints.is_contiguous() &&
-                        checkpoints.numel() == (shape.steps - 1) / kCheckpointSteps * shape.neurons(),
+                        checkpoints.numel() == checkpoint_elements(shape),
                     "asgl_cuda: checkpoints do not belong to this x_seq");
   const auto sequence = [&](const OptionalTensor& grad, at::ScalarType type) -> OptionalTensor {
     if (!grad.has_value()) return std::nullopt;
@@ -388,16 +393,15 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(
   return {grad_x_seq, grad_v_init, grad_parameters};
 }
 
-// (seed, offset) from the default generator of x_seq's device. An operator of its own, so that a compiled graph draws the
-// same numbers as eager mode.
-Tensor draw_rng_state(const Tensor& x_seq) {
-  return at::randint(std::numeric_limits<int64_t>::max(), {2}, x_seq.options().dtype(at::kLong));
-}
+// (seed, offset) from the default generator of the device. An operator of its own, so that a compiled graph draws the same
+// numbers as eager mode. `fresh` is a newly allocated tensor, of which only type, shape and device count: compilers merge
+// equal calls of an operator, but not allocations, and so leave two draws two.
+Tensor draw_rng_state(const Tensor& fresh) { return at::randint(std::numeric_limits<int64_t>::max(), {2}, fresh.options()); }
 
 }  // namespace
 
 TORCH_LIBRARY(asgl_cuda, m) {
-  m.def("draw_rng_state(Tensor x_seq) -> Tensor", {at::Tag::nondeterministic_seeded});
+  m.def("draw_rng_state(Tensor fresh) -> Tensor", {at::Tag::nondeterministic_seeded});
   m.def(
       "lif_forward(Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor?[] parameters, float[] constants, "
       "int surrogate, float surrogate_gain, float v_rest, bool hard_reset, bool strict_threshold, bool scale_output, "

@@ -4,8 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._inductor.config
 
 import asgl_cuda
+
+# A graph that was cached before an operator changed would be run as if it had not.
+torch._inductor.config.force_disable_caches = True
 
 # Every backend that works here but the reference is held against the reference by the whole suite.
 FUSED_BACKENDS = [name for name in asgl_cuda.available_backends() if name != "reference"]
