@@ -22,6 +22,31 @@ int64 segment_steps(int64 steps) { return steps <= 4 ? 4 : steps <= 8 ? 8 : kChe
 
 // ---- loops over the neurons of a tile, one clone per instruction set ----
 
+// Rows that will be read and written next. Hardware prefetchers stop at page boundaries, and a row of a tile is about a
+// page; asked for by hand, a few lines at a time, they arrive while this row is computed.
+struct Ahead {
+  template <class Read, class Write>
+  Ahead(const Read* read, Write* write)
+      : read(reinterpret_cast<const char*>(read)), write(reinterpret_cast<char*>(write)), read_size(sizeof(Read)),
+        write_size(sizeof(Write)) {}
+
+  ASGL_HOST_DEVICE void fetch(int64 first, int64 length) const {
+    constexpr int64 kCacheLine = 64;
+    if (read != nullptr) {
+      for (int64 at = first * read_size; at < (first + length) * read_size; at += kCacheLine) __builtin_prefetch(read + at, 0);
+    }
+    if (write != nullptr) {
+      for (int64 at = first * write_size; at < (first + length) * write_size; at += kCacheLine) __builtin_prefetch(write + at, 1);
+    }
+  }
+
+  const char* read;
+  char* write;
+  int64 read_size, write_size;
+};
+
+constexpr int64 kNeuronsPerFetch = 128;
+
 // The neuron's parameters in a tile: one value for all, or a row each.
 template <class Real>
 struct UniformNeuron {
@@ -50,6 +75,7 @@ struct StepLoop {
     Real* h;
     Real* s;
     Real* v_next;
+    Ahead ahead;
   };
 
   static ASGL_HOST_DEVICE void run(const Args& args) {
@@ -63,14 +89,18 @@ struct StepLoop {
     Real* s_row = args.s;
     Real* v_next = args.v_next;
     const int64 length = args.length;
+    for (int64 begin = 0; begin < length; begin += kNeuronsPerFetch) {
+      const int64 end = begin + kNeuronsPerFetch < length ? begin + kNeuronsPerFetch : length;
+      args.ahead.fetch(begin, end - begin);
 #pragma GCC ivdep
-    for (int64 i = 0; i < length; ++i) {
+    for (int64 i = begin; i < end; ++i) {
       const Neuron<Real> neuron = neurons[i];
       const Real h = charge(x[i], v[i], neuron, options.v_rest);
       const Real s = fire<kSurrogate>(h, draws[i] < analog_below, neuron, options.strict_threshold);
       h_row[i] = h;
       s_row[i] = s;
       v_next[i] = reset<kHardReset>(h, s, neuron);
+    }
     }
   }
 };
@@ -90,6 +120,7 @@ struct AdjointLoop {
     Real* dy;
     Real* dh;
     Real* dx;
+    Ahead ahead;
   };
 
   static ASGL_HOST_DEVICE void run(const Args& args) {
@@ -105,8 +136,11 @@ struct AdjointLoop {
     Real* dh = args.dh;
     Real* dx = args.dx;
     const int64 length = args.length;
+    for (int64 begin = 0; begin < length; begin += kNeuronsPerFetch) {
+      const int64 end = begin + kNeuronsPerFetch < length ? begin + kNeuronsPerFetch : length;
+      args.ahead.fetch(begin, end - begin);
 #pragma GCC ivdep
-    for (int64 i = 0; i < length; ++i) {
+    for (int64 i = begin; i < end; ++i) {
       const Neuron<Real> neuron = neurons[i];
       const StepGradient<Real> step =
           step_adjoint<kSurrogate, kHardReset>(g[i], gh[i], dv[i], h[i], s[i], carried, neuron, options);
@@ -114,6 +148,7 @@ struct AdjointLoop {
       dh[i] = step.dh;
       dx[i] = neuron.input_gain * step.dh;
       dv[i] = neuron.decay * step.dh;
+    }
     }
   }
 };
@@ -317,6 +352,13 @@ void finish_row(const Real_t<Element>* row, Element* sequence, const SequenceSha
   });
 }
 
+// Where row t lies, for a hint to the cache; null where it is not one stretch or not there.
+template <class Element>
+Element* row_ahead(Element* sequence, const SequenceShape& shape, int64 first, int64 length, int64 t) {
+  const bool in_one_stretch = first < shape.neurons() && first % shape.inner + length <= shape.inner;
+  return sequence != nullptr && in_one_stretch ? sequence + shape.element(first, t) : nullptr;
+}
+
 template <class Real>
 void fill_parameter_row(const ParameterView<Real>& parameter, int64 first, int64 length, int64 t, Real* row) {
   if (parameter.data == nullptr) {
@@ -497,8 +539,11 @@ void forward(const ForwardParams<Scalar>& params) {
         Real* s = start_row(params.s_seq, shape, first, length, t, s_buffer);
         Real* h = start_row(params.h_seq, shape, first, length, t, h_buffer);
         neurons.move_to(first, length, t);
+        const int64 next_first = t + 1 < shape.steps ? first : first + kForwardTile, next_t = (t + 1) % shape.steps;
+        const Ahead ahead(row_ahead(params.x_seq, shape, next_first, length, next_t),
+                          row_ahead(params.s_seq, shape, next_first, length, next_t));
         run<Step>({neurons, params.options, params.noise.analog_below, length, x, v[0], noise.row(first, length, t), h, s,
-                   v[1]});
+                   v[1], ahead});
         std::swap(v[0], v[1]);
         if (params.options.scale_output) {
           run<MultiplyLoop<Real>>({s, neurons.v_threshold(), s_buffer, length});
@@ -584,7 +629,8 @@ void backward(const BackwardParams<Scalar>& params) {
       }
       bool carried = params.grad_v_last != nullptr;
 
-      for (int64 start = (shape.steps - 1) / segment * segment; start >= 0; start -= segment) {
+      const int64 last_start = (shape.steps - 1) / segment * segment;
+      for (int64 start = last_start; start >= 0; start -= segment) {
         const int64 stop = std::min(shape.steps, start + segment);
         if (start > 0) {
           std::copy_n(params.checkpoints + (start / kCheckpointSteps - 1) * shape.neurons() + first, length, v);
@@ -597,8 +643,11 @@ void backward(const BackwardParams<Scalar>& params) {
           const int64 k = t - start;
           const Real* x = read_row(params.x_seq, shape, first, length, t, x_buffer);
           neurons.move_to(first, length, t);
+          const Scalar* next = t + 1 < stop ? row_ahead(params.x_seq, shape, first, length, t + 1)
+                                            : row_ahead(params.grad_s_seq, shape, first, length, t);
+          const Ahead ahead(next, t + 1 < stop ? nullptr : row_ahead(params.grad_x_seq, shape, first, length, t));
           run<Step>({neurons, options, params.noise.analog_below, length, x, row(v, k % v_rows),
-                     noise.row(first, length, t), row(h, k), row(s, k), row(v, (k + 1) % v_rows)});
+                     noise.row(first, length, t), row(h, k), row(s, k), row(v, (k + 1) % v_rows), ahead});
         }
         for (int64 t = stop - 1; t >= start; --t) {
           const int64 k = t - start;
@@ -624,7 +673,11 @@ void backward(const BackwardParams<Scalar>& params) {
             accumulate(kReset, kHardReset ? Real(1) : Real(-1), dv, {row(s, k), Real(0)}, kZero);
           }
           Real* dx = start_row(params.grad_x_seq, shape, first, length, t, dx_buffer);
-          run<Adjoint>({neurons, options, length, carried, g, gh, row(h, k), row(s, k), dv, dy, dh, dx});
+          const Scalar* next = t > start ? row_ahead(params.grad_s_seq, shape, first, length, t - 1)
+                               : start > 0 ? row_ahead(params.x_seq, shape, first, length, start - segment)
+                                           : row_ahead(params.x_seq, shape, first + tile_size, length, last_start);
+          const Ahead ahead(next, t > start ? row_ahead(params.grad_x_seq, shape, first, length, t - 1) : nullptr);
+          run<Adjoint>({neurons, options, length, carried, g, gh, row(h, k), row(s, k), dv, dy, dh, dx, ahead});
           carried = true;
           finish_row(dx, params.grad_x_seq, shape, first, length, t);
           accumulate(kWidth, Real(1), dy, {row(h, k), Real(0)}, neurons.v_threshold());
