@@ -14,7 +14,9 @@ from .selfcheck import Row, check_backends
 
 def info() -> int:
     """Prints which backends work here, and why the others do not."""
-    print(f"asgl_cuda {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    print(
+        f"asgl_cuda {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
+    )
     if ops.extension is not None:
         print(f"CPU kernels: {ops.extension.cpu_instruction_set()}, {torch.get_num_threads()} threads")
     for name in available_backends():

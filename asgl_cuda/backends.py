@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -14,9 +14,9 @@ from . import ops
 class Operators(NamedTuple):
     """The three operators of csrc/ops.cpp, or what stands for them."""
 
-    draw_rng_state: Callable[..., Any]
-    lif_forward: Callable[..., Any]
-    lif_backward: Callable[..., Any]
+    draw_rng_state: Callable[[torch.Tensor], torch.Tensor]
+    lif_forward: Callable[..., ops.ForwardResult]
+    lif_backward: Callable[..., ops.BackwardResult]
 
 
 class Backend(NamedTuple):
@@ -68,9 +68,9 @@ def unavailable_backends() -> dict[str, str]:
 
 
 def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
-    """The backend asked for, or the best for the device; with one warning where that is the reference for want of better.
+    """The backend asked for, or the best for the device; with a warning where that is the reference for want of better.
 
-    Raises ValueError for a name that is unknown or does not serve the device, RuntimeError for one that does not work here.
+    Raises ValueError for a name that is unknown or does not serve the device, RuntimeError for one that does not work.
     """
     if name is not None:
         if name not in BACKENDS:
@@ -79,7 +79,9 @@ def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
         if backend.problem is not None:
             raise RuntimeError(f"{caller}: backend {name!r} is not available: {backend.problem}")
         if not backend.serves(device):
-            raise ValueError(f"{caller}: backend {name!r} needs x_seq on {' or '.join(backend.device_types)}, got {device}")
+            raise ValueError(
+                f"{caller}: backend {name!r} needs x_seq on {' or '.join(backend.device_types)}, got {device}"
+            )
         return name
     for candidate, backend in BACKENDS.items():
         if backend.problem is None and backend.serves(device):

@@ -1,19 +1,29 @@
-"""The fused neuron as a function: checks, autograd wiring, `lif` and `analog_mask`."""
+"""The fused neuron as a function: autograd wiring, `lif` and `analog_mask`."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, choose_backend
+from .backends import BACKENDS, Operators, choose_backend
+from .checks import (
+    DRAWS,
+    check_analog_prob,
+    check_input,
+    check_number,
+    check_parameter,
+    check_rng_state,
+    check_surrogate,
+    check_v_init,
+    check_width,
+)
+from .ops import ForwardResult
 from .reference import NeuronOptions, analog_mask_below, is_channels_last, lif_reference, real_type
 from .surrogate import SURROGATES
 
-_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_DRAWS = 65536  # noise is compared in steps of 1 / 65536
+_CALLER = "asgl_cuda.lif"
 
 
 class LIFOutput(NamedTuple):
@@ -44,12 +54,13 @@ class LIFFunction(torch.autograd.Function):
         rng_state: Tensor | None,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *outputs, checkpoints = _forward(backend, options, constants, wanted, x_seq, v_init, rng_state, parameters, True)
+        result = _forward(backend, options, constants, wanted, x_seq, v_init, rng_state, parameters, True)
+        outputs, checkpoints = result[:4], result[4]
         ctx.save_for_backward(x_seq, v_init, rng_state, checkpoints, *parameters)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(output for output, asked in zip(outputs[1:], wanted, strict=True) if not asked))
         ctx.backend, ctx.options, ctx.constants, ctx.wanted = backend, options, constants, wanted
-        return tuple(outputs)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -58,15 +69,14 @@ class LIFFunction(torch.autograd.Function):
         # A compiled graph passes empty gradients for the empty outputs.
         grads = tuple(grad if asked else None for grad, asked in zip(grads, (True, *ctx.wanted), strict=True))
         options = ctx.options
-        operators = BACKENDS[ctx.backend].operators
-        grad_x_seq, grad_v_init, grad_parameters = operators.lif_backward(
+        grad_x_seq, grad_v_init, grad_parameters = _operators(ctx.backend).lif_backward(
             *grads, x_seq, v_init, rng_state, checkpoints, parameters, ctx.constants, options.surrogate.id,
             options.surrogate_gain, options.v_rest, options.hard_reset, options.strict_threshold, options.scale_output,
             options.detach_reset, options.analog_below, options.time_dim, needs_x_seq, needs_v_init, needs_parameters,
         )  # fmt: skip
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             inputs = (x_seq, v_init, *parameters, *grads)
-            grad_x_seq, grad_v_init, *grad_parameters = _OnceDifferentiable.apply(
+            grad_x_seq, grad_v_init, *grad_parameters = _OnceDifferentiable.apply(  # type: ignore[no-untyped-call]
                 2 + len(parameters), grad_x_seq, grad_v_init, *grad_parameters, *inputs
             )
         return (
@@ -87,14 +97,20 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count] if tensor is not None)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             "asgl_cuda.lif: a second derivative was asked for, and the fused backends have only the first; "
             "backend='reference' has all"
         )
+
+
+def _operators(backend: str) -> Operators:
+    operators = BACKENDS[backend].operators
+    assert operators is not None  # the reference is differentiated by autograd and does not come here
+    return operators
 
 
 def _forward(
@@ -107,8 +123,8 @@ def _forward(
     rng_state: Tensor | None,
     parameters: tuple[Tensor | None, ...],
     keep_checkpoints: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return BACKENDS[backend].operators.lif_forward(
+) -> ForwardResult:
+    return _operators(backend).lif_forward(
         x_seq, v_init, rng_state, parameters, constants, options.surrogate.id, options.surrogate_gain, options.v_rest,
         options.hard_reset, options.strict_threshold, options.scale_output, options.analog_below, options.time_dim,
         *wanted, keep_checkpoints,
@@ -154,9 +170,9 @@ def lif(
         surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: share of elements and steps that emit F(u / width) instead of a spike, in steps of 1 / 65536.
-        rng_state: int64 `[seed, offset]` on x_seq's device, which fixes the noise. By default drawn from `generator`, or
-            from the default generator of the device. Neurons are counted in memory order: a channels_last x_seq gets
-            other noise than its contiguous copy.
+        rng_state: int64 `[seed, offset]` on x_seq's device, which fixes the noise. Neurons are counted in memory order:
+            a channels_last x_seq gets other noise than its contiguous copy.
+        generator: what rng_state is drawn from by default; without it, the default generator of the device.
         input_gain, input_bias: the input current is `input_gain * x_seq + input_bias`.
         strict_threshold: fire at u > 0 instead of u >= 0.
         scale_output: emit `v_threshold * s`.
@@ -189,11 +205,12 @@ def lif(
             s[t] = a + torch.where(mask[t], 0, z - a).detach()
             v = h * (1 - s[t]) + v_reset * s[t]
     """
-    time_dim = _check_input(x_seq, time_dim, "asgl_cuda.lif")
-    if surrogate not in SURROGATES:
-        raise ValueError(f"asgl_cuda.lif: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
+    time_dim = check_input(x_seq, time_dim, _CALLER)
+    check_surrogate(surrogate, _CALLER)
     if reset_amount is not None and v_reset is not None:
-        raise ValueError("asgl_cuda.lif: reset_amount is for the soft reset and needs v_reset=None, got v_reset and reset_amount")
+        raise ValueError(
+            "asgl_cuda.lif: reset_amount is for the soft reset and needs v_reset=None, got v_reset and reset_amount"
+        )
     real = real_type(x_seq.dtype)
     reset = v_reset if v_reset is not None else v_threshold if reset_amount is None else reset_amount
     named = (
@@ -208,55 +225,61 @@ def lif(
     parameters: list[Tensor | None] = []
     for name, value in named:
         if isinstance(value, Tensor):
-            _check_parameter(name, value, x_seq)
+            check_parameter(name, value, x_seq, _CALLER)
             constants.append(0.0)
             parameters.append(value.to(real))
         else:
-            constants.append(_check_float(name, value))
+            constants.append(check_number(name, value, _CALLER, "a float or a tensor"))
             parameters.append(None)
-    if parameters[0] is None and not constants[0] > 0:
-        raise ValueError(f"asgl_cuda.lif: width must be > 0, got {constants[0]}")
+    if parameters[0] is None:
+        check_width(constants[0], _CALLER)
     if v_init is not None:
-        _check_v_init(v_init, x_seq, time_dim)
+        check_v_init(v_init, x_seq, time_dim, _CALLER)
         v_init = v_init.to(real)
     options = NeuronOptions(
         SURROGATES[surrogate],
-        _check_float("surrogate_gain", surrogate_gain),
-        _check_float("v_rest", v_rest),
+        check_number("surrogate_gain", surrogate_gain, _CALLER),
+        check_number("v_rest", v_rest, _CALLER),
         v_reset is not None,
         strict_threshold,
         scale_output,
         detach_reset,
-        _check_analog_prob(analog_prob, "asgl_cuda.lif"),
+        check_analog_prob(analog_prob, _CALLER),
         time_dim,
     )
-    backend = choose_backend(backend, x_seq.device, "asgl_cuda.lif")
+    backend = choose_backend(backend, x_seq.device, _CALLER)
     if rng_state is not None:
-        _check_rng_state(rng_state, x_seq, "asgl_cuda.lif")
+        check_rng_state(rng_state, x_seq, _CALLER)
         if generator is not None:
             raise ValueError("asgl_cuda.lif: rng_state and generator exclude each other, got both")
     if not x_seq.is_contiguous() and not is_channels_last(x_seq, time_dim):
         x_seq = x_seq.contiguous()
-    if 0 < options.analog_below < _DRAWS:
+    if 0 < options.analog_below < DRAWS:
         rng_state = _draw_rng_state(x_seq, generator, backend) if rng_state is None else rng_state.contiguous()
     else:
         rng_state = None
 
     wanted = (return_v_last, return_v_seq, return_h_seq)
     if BACKENDS[backend].operators is None:
-        values = [constant if tensor is None else tensor for constant, tensor in zip(constants, parameters, strict=True)]
+        values = [
+            constant if tensor is None else tensor for constant, tensor in zip(constants, parameters, strict=True)
+        ]
         outputs = lif_reference(x_seq, v_init, rng_state, values, options)
     elif torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x_seq, v_init, *parameters)
     ):
-        outputs = LIFFunction.apply(backend, options, tuple(constants), wanted, x_seq, v_init, rng_state, *parameters)
-    else:
-        *outputs, _ = _forward(
-            backend, options, tuple(constants), wanted, x_seq, v_init, rng_state, tuple(parameters), False
+        outputs = LIFFunction.apply(  # type: ignore[no-untyped-call]
+            backend, options, tuple(constants), wanted, x_seq, v_init, rng_state, *parameters
         )
+    else:
+        outputs = _forward(
+            backend, options, tuple(constants), wanted, x_seq, v_init, rng_state, tuple(parameters), False
+        )[:4]
     if not any(wanted):
         return outputs[0]
-    return LIFOutput(outputs[0], *(output if asked else None for output, asked in zip(outputs[1:], wanted, strict=True)))
+    return LIFOutput(
+        outputs[0], *(output if asked else None for output, asked in zip(outputs[1:], wanted, strict=True))
+    )
 
 
 def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: int = 0) -> Tensor:
@@ -265,9 +288,9 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
     Only shape, memory layout and device of x_seq count; `analog_prob` acts in steps of 1 / 65536. Raises TypeError and
     ValueError as `lif` does.
     """
-    time_dim = _check_input(x_seq, time_dim, "asgl_cuda.analog_mask")
-    _check_rng_state(rng_state, x_seq, "asgl_cuda.analog_mask")
-    return analog_mask_below(x_seq, _check_analog_prob(analog_prob, "asgl_cuda.analog_mask"), rng_state, time_dim)
+    time_dim = check_input(x_seq, time_dim, "asgl_cuda.analog_mask")
+    check_rng_state(rng_state, x_seq, "asgl_cuda.analog_mask")
+    return analog_mask_below(x_seq, check_analog_prob(analog_prob, "asgl_cuda.analog_mask"), rng_state, time_dim)
 
 
 def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: str) -> Tensor:
@@ -275,71 +298,3 @@ def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: s
     if generator is None and operators is not None:
         return operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=x_seq.device))
     return torch.randint(2**63 - 1, (2,), generator=generator, device=x_seq.device)
-
-
-def _check_input(x_seq: Tensor, time_dim: int, caller: str) -> int:
-    if not isinstance(x_seq, Tensor):
-        raise TypeError(f"{caller}: x_seq must be a tensor, got {type(x_seq).__name__}")
-    if x_seq.dtype not in _TYPES:
-        raise TypeError(f"{caller}: x_seq must be float16, bfloat16, float32 or float64, got {x_seq.dtype}")
-    dims = x_seq.dim()
-    if dims < 1:
-        raise ValueError(f"{caller}: x_seq must have at least one dimension, got a scalar")
-    if isinstance(time_dim, bool) or not isinstance(time_dim, int):
-        raise TypeError(f"{caller}: time_dim must be an int, got {type(time_dim).__name__}")
-    if not -dims <= time_dim < dims:
-        raise ValueError(f"{caller}: time_dim must be in [{-dims}, {dims - 1}] for x_seq of shape {list(x_seq.shape)}, got {time_dim}")
-    time_dim %= dims
-    if x_seq.shape[time_dim] == 0:
-        raise ValueError(f"{caller}: x_seq must have at least one time step, got shape {list(x_seq.shape)} with time_dim {time_dim}")
-    return time_dim
-
-
-def _check_float(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (float, int)):
-        raise TypeError(f"asgl_cuda.lif: {name} must be a float or a tensor, got {type(value).__name__}")
-    return float(value)
-
-
-def _check_parameter(name: str, value: Tensor, x_seq: Tensor) -> None:
-    if value.dtype not in _TYPES:
-        raise TypeError(f"asgl_cuda.lif: {name} must be of a floating type, got {value.dtype}")
-    if value.device != x_seq.device:
-        raise ValueError(f"asgl_cuda.lif: {name} must be on {x_seq.device} as x_seq, got {value.device}")
-    extra = x_seq.dim() - value.dim()
-    if extra < 0 or any(size != 1 and size != x_seq.shape[extra + dim] for dim, size in enumerate(value.shape)):
-        raise ValueError(
-            f"asgl_cuda.lif: {name} must broadcast against x_seq of shape {list(x_seq.shape)}, got shape {list(value.shape)}"
-        )
-
-
-def _check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int) -> None:
-    if not isinstance(v_init, Tensor):
-        raise TypeError(f"asgl_cuda.lif: v_init must be a tensor, got {type(v_init).__name__}")
-    if v_init.dtype not in _TYPES:
-        raise TypeError(f"asgl_cuda.lif: v_init must be of a floating type, got {v_init.dtype}")
-    shape = [size for dim, size in enumerate(x_seq.shape) if dim != time_dim]
-    if list(v_init.shape) != shape:
-        raise ValueError(f"asgl_cuda.lif: v_init must have shape {shape}, got {list(v_init.shape)}")
-    if v_init.device != x_seq.device:
-        raise ValueError(f"asgl_cuda.lif: v_init must be on {x_seq.device} as x_seq, got {v_init.device}")
-
-
-def _check_analog_prob(analog_prob: float, caller: str) -> int:
-    """round(analog_prob * 65536), the number that draws are compared with."""
-    if isinstance(analog_prob, bool) or not isinstance(analog_prob, (float, int)):
-        raise TypeError(f"{caller}: analog_prob must be a float, got {type(analog_prob).__name__}")
-    if math.isnan(analog_prob) or not 0 <= analog_prob <= 1:
-        raise ValueError(f"{caller}: analog_prob must be in [0, 1], got {analog_prob}")
-    return round(analog_prob * _DRAWS)
-
-
-def _check_rng_state(rng_state: Tensor, x_seq: Tensor, caller: str) -> None:
-    if not isinstance(rng_state, Tensor):
-        raise TypeError(f"{caller}: rng_state must be an int64 tensor, got {type(rng_state).__name__}")
-    if rng_state.dtype != torch.int64:
-        raise TypeError(f"{caller}: rng_state must be of type torch.int64, got {rng_state.dtype}")
-    if rng_state.shape != (2,):
-        raise ValueError(f"{caller}: rng_state must have shape [2], got {list(rng_state.shape)}")
-    if rng_state.device != x_seq.device:
-        raise ValueError(f"{caller}: rng_state must be on {x_seq.device} as x_seq, got {rng_state.device}")

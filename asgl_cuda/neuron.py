@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .checks import check_analog_prob, check_input, check_number, check_surrogate, check_time_dim, check_width
 from .functional import LIFOutput, lif
-from .surrogate import SURROGATES
+
+_CALLER = "asgl_cuda.LIF"
 
 Granularity = Literal["layer", "channel", "neuron"]
+
+
+def _bounded(value: Tensor) -> Tensor:
+    """The value in float32, kept within 15 of 0 without stopping its gradient.
+
+    exp and sigmoid then stay positive, finite and below 1, whatever an optimizer's step has done.
+    """
+    value = value if value.dtype == torch.float64 else value.float()
+    return value + (value.clamp(-15.0, 15.0) - value).detach()
 
 
 class LIF(nn.Module):
@@ -31,7 +42,8 @@ class LIF(nn.Module):
         learn_width, learn_decay, learn_threshold: which of them are parameters; the others stay constants.
         detach_reset: let no gradient flow through the spike inside the reset.
         scale_output: emit `v_threshold` instead of 1 for a spike.
-        stateful: carry the potential from call to call until `reset()`.
+        stateful: carry the potential from call to call until `reset()`. Not for activation checkpointing, which calls
+            twice.
         time_dim: where time is in the input.
         backend: see `asgl_cuda.lif`.
 
@@ -42,8 +54,6 @@ class LIF(nn.Module):
 
     The same in PyTorch: `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`, whose docstring has the loop.
     """
-
-    v: Tensor | None
 
     def __init__(
         self,
@@ -68,17 +78,18 @@ class LIF(nn.Module):
         super().__init__()
         if granularity not in ("layer", "channel", "neuron"):
             raise ValueError(f"asgl_cuda.LIF: granularity must be layer, channel or neuron, got {granularity!r}")
-        if surrogate not in SURROGATES:
-            raise ValueError(f"asgl_cuda.LIF: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
-        if not width > 0:
-            raise ValueError(f"asgl_cuda.LIF: width must be > 0, got {width}")
+        check_surrogate(surrogate, _CALLER)
+        check_time_dim(time_dim, _CALLER)
+        check_analog_prob(analog_prob, _CALLER)
+        width = check_number("width", width, _CALLER)
+        check_width(width, _CALLER)
+        decay = check_number("decay", decay, _CALLER)
         if learn_decay and not 0 < decay < 1:
             raise ValueError(f"asgl_cuda.LIF: a learned decay must be in (0, 1), got {decay}")
-        if not 0 <= analog_prob <= 1:
-            raise ValueError(f"asgl_cuda.LIF: analog_prob must be in [0, 1], got {analog_prob}")
+        v_threshold = check_number("v_threshold", v_threshold, _CALLER)
         self.num_features = self._features(num_features, granularity)
         self.granularity = granularity
-        self.v_reset = v_reset
+        self.v_reset = None if v_reset is None else check_number("v_reset", v_reset, _CALLER)
         self.surrogate = surrogate
         self.analog_prob = analog_prob
         self.detach_reset = detach_reset
@@ -90,16 +101,25 @@ class LIF(nn.Module):
         self.log_width = self._parameter(math.log(width), learn_width)
         self.logit_decay = self._parameter(math.log(decay / (1 - decay)) if learn_decay else 0.0, learn_decay)
         self.threshold = self._parameter(v_threshold, learn_threshold)
-        self.register_buffer("v", None, persistent=False)
+        # Not a buffer: DistributedDataParallel would give every process the potentials of the first.
+        self.v: Tensor | None = None
 
     @staticmethod
     def _features(num_features: int | Sequence[int] | None, granularity: Granularity) -> tuple[int, ...]:
         if granularity == "layer":
             return ()
         sizes = (num_features,) if isinstance(num_features, int) else num_features
-        if sizes is None or granularity == "channel" and len(sizes) != 1:
+        if sizes is not None and (not isinstance(sizes, Sequence) or any(not isinstance(size, int) for size in sizes)):
+            raise TypeError(
+                f"asgl_cuda.LIF: num_features must be an int or a sequence of ints, got {type(num_features).__name__}"
+            )
+        if sizes is not None and any(size < 1 for size in sizes):
+            raise ValueError(f"asgl_cuda.LIF: num_features must be positive, got {num_features}")
+        if sizes is None or (granularity == "channel" and len(sizes) != 1):
             wanted = "the number of channels" if granularity == "channel" else "the shape of the neurons"
-            raise ValueError(f"asgl_cuda.LIF: granularity {granularity!r} needs num_features, {wanted}, got {num_features}")
+            raise ValueError(
+                f"asgl_cuda.LIF: granularity {granularity!r} needs num_features, {wanted}, got {num_features}"
+            )
         return tuple(sizes)
 
     def _parameter(self, value: float, learned: bool) -> nn.Parameter | None:
@@ -108,12 +128,12 @@ class LIF(nn.Module):
     @property
     def width(self) -> Tensor | float:
         """The width, in units of the input: a tensor of the granularity's shape if learned."""
-        return self._width if self.log_width is None else self.log_width.exp()
+        return self._width if self.log_width is None else _bounded(self.log_width).exp()
 
     @property
     def decay(self) -> Tensor | float:
         """The decay per step: a tensor of the granularity's shape if learned."""
-        return self._decay if self.logit_decay is None else self.logit_decay.sigmoid()
+        return self._decay if self.logit_decay is None else _bounded(self.logit_decay).sigmoid()
 
     @property
     def v_threshold(self) -> Tensor | float:
@@ -121,7 +141,7 @@ class LIF(nn.Module):
         return self._v_threshold if self.threshold is None else self.threshold
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        time_dim = self.time_dim % x_seq.dim() if x_seq.dim() else 0
+        time_dim = check_input(x_seq, self.time_dim, _CALLER)
         if self.v is not None:
             shape = [size for dim, size in enumerate(x_seq.shape) if dim != time_dim]
             if list(self.v.shape) != shape:
@@ -139,7 +159,7 @@ class LIF(nn.Module):
             analog_prob=self.analog_prob if self.training else 0.0,
             scale_output=self.scale_output,
             detach_reset=self.detach_reset,
-            v_init=self.v,
+            v_init=self._carried(),
             time_dim=self.time_dim,
             return_v_last=self.stateful,
             backend=self.backend,
@@ -149,6 +169,12 @@ class LIF(nn.Module):
             return result.s_seq
         return result
 
+    def _carried(self) -> Tensor | None:
+        # A potential computed in inference mode can't take part in training; its copy can.
+        if self.v is not None and not torch.compiler.is_compiling() and self.v.is_inference():
+            return self.v if torch.is_inference_mode_enabled() else self.v.clone()
+        return self.v
+
     def _broadcast(self, value: Tensor | float, x_seq: Tensor, time_dim: int) -> Tensor | float:
         """A parameter of the granularity's shape, reshaped to broadcast against x_seq."""
         if isinstance(value, float) or value.dim() == 0:
@@ -157,8 +183,8 @@ class LIF(nn.Module):
         dims = neuron_dims[1:2] if self.granularity == "channel" else neuron_dims[-value.dim() :]
         if [x_seq.shape[dim] for dim in dims] != list(self.num_features):
             raise ValueError(
-                f"asgl_cuda.LIF: granularity {self.granularity!r} with num_features {list(self.num_features)} does not fit "
-                f"an input of shape {list(x_seq.shape)} with time_dim {self.time_dim}"
+                f"asgl_cuda.LIF: granularity {self.granularity!r} with num_features {list(self.num_features)} does not "
+                f"fit an input of shape {list(x_seq.shape)} with time_dim {self.time_dim}"
             )
         shape = [1] * x_seq.dim()
         for dim, size in zip(dims, self.num_features, strict=True):
@@ -175,10 +201,17 @@ class LIF(nn.Module):
             self.v = self.v.detach()
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LIF:
+        # .to(), .half() and the like move the carried potential as well.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.v is not None:
+            self.v = fn(self.v)
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         # A potential inside a graph can be neither copied nor pickled.
         state = self.__dict__.copy()
-        state["_buffers"] = {name: None if buffer is None else buffer.detach() for name, buffer in self._buffers.items()}
+        state["v"] = None if self.v is None else self.v.detach()
         return state
 
     def extra_repr(self) -> str:
@@ -190,9 +223,7 @@ class LIF(nn.Module):
         ]
         parts.append(f"v_reset={self.v_reset}")
         parts.append(f"surrogate={self.surrogate}, analog_prob={self.analog_prob:g}, granularity={self.granularity}")
-        for flag in ("detach_reset", "scale_output", "stateful"):
-            if getattr(self, flag):
-                parts.append(f"{flag}=True")
+        parts.extend(f"{flag}=True" for flag in ("detach_reset", "scale_output", "stateful") if getattr(self, flag))
         if self.time_dim:
             parts.append(f"time_dim={self.time_dim}")
         return features + ", ".join(parts)

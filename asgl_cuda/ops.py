@@ -13,7 +13,10 @@ from torch import Tensor
 from .reference import memory_order, real_type
 
 CHECKPOINT_STEPS = 16  # kCheckpointSteps of csrc/lif_params.h
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps asgl_cuda (from a checkout: the same with . for asgl_cuda)"
+REBUILD = (
+    "pip install --no-build-isolation --force-reinstall --no-deps asgl_cuda "
+    "(from a checkout: the same with . for asgl_cuda)"
+)
 
 
 def _minor(version: str) -> str:
@@ -52,49 +55,85 @@ def _state_sizes(x_seq: Tensor, time_dim: int) -> list[int]:
     return [size for dim, size in enumerate(x_seq.shape) if dim != time_dim]
 
 
+def _fake_draw_rng_state(fresh: Tensor) -> Tensor:
+    return torch.empty_like(fresh)
+
+
+def _fake_lif_forward(
+    x_seq: Tensor,
+    v_init: Tensor | None,
+    rng_state: Tensor | None,
+    parameters: Sequence[Tensor | None],
+    constants: Sequence[float],
+    surrogate: int,
+    surrogate_gain: float,
+    v_rest: float,
+    hard_reset: bool,
+    strict_threshold: bool,
+    scale_output: bool,
+    analog_below: int,
+    time_dim: int,
+    return_v_last: bool,
+    return_v_seq: bool,
+    return_h_seq: bool,
+    keep_checkpoints: bool,
+) -> ForwardResult:
+    real = real_type(x_seq.dtype)
+    neurons = math.prod(_state_sizes(x_seq, time_dim))
+    kept = (x_seq.shape[time_dim] - 1) // CHECKPOINT_STEPS * neurons + 2  # as checkpoint_elements of csrc/ops.cpp
+
+    def sequence(wanted: bool) -> Tensor:
+        return torch.empty_like(x_seq, dtype=real) if wanted else x_seq.new_empty(0, dtype=real)
+
+    return (
+        torch.empty_like(x_seq),
+        _empty_state(x_seq, time_dim) if return_v_last else x_seq.new_empty(0, dtype=real),
+        sequence(return_v_seq),
+        sequence(return_h_seq),
+        x_seq.new_empty((kept if keep_checkpoints else 0,), dtype=real),
+    )
+
+
+def _fake_lif_backward(
+    grad_s_seq: Tensor | None,
+    grad_v_last: Tensor | None,
+    grad_v_seq: Tensor | None,
+    grad_h_seq: Tensor | None,
+    x_seq: Tensor,
+    v_init: Tensor | None,
+    rng_state: Tensor | None,
+    checkpoints: Tensor,
+    parameters: Sequence[Tensor | None],
+    constants: Sequence[float],
+    surrogate: int,
+    surrogate_gain: float,
+    v_rest: float,
+    hard_reset: bool,
+    strict_threshold: bool,
+    scale_output: bool,
+    detach_reset: bool,
+    analog_below: int,
+    time_dim: int,
+    needs_x_seq: bool,
+    needs_v_init: bool,
+    needs_parameters: Sequence[bool],
+) -> BackwardResult:
+    real = real_type(x_seq.dtype)
+    return (
+        torch.empty_like(x_seq) if needs_x_seq else x_seq.new_empty(0),
+        _empty_state(x_seq, time_dim) if needs_v_init else x_seq.new_empty(0, dtype=real),
+        [
+            x_seq.new_empty(parameter.shape if needed and parameter is not None else (0,), dtype=real)
+            for parameter, needed in zip(parameters, needs_parameters, strict=True)
+        ],
+    )
+
+
 def register_fakes(namespace: str) -> None:
     """Gives the operators of `namespace` their shapes and types, for torch.compile and fake tensors."""
-
-    @torch.library.register_fake(f"{namespace}::draw_rng_state")
-    def draw_rng_state(fresh: Tensor) -> Tensor:
-        return torch.empty_like(fresh)
-
-    @torch.library.register_fake(f"{namespace}::lif_forward")
-    def lif_forward(
-        x_seq, v_init, rng_state, parameters, constants, surrogate, surrogate_gain, v_rest, hard_reset,
-        strict_threshold, scale_output, analog_below, time_dim, return_v_last, return_v_seq, return_h_seq,
-        keep_checkpoints,
-    ) -> ForwardResult:  # fmt: skip
-        real = real_type(x_seq.dtype)
-        neurons = math.prod(_state_sizes(x_seq, time_dim))
-        kept = (x_seq.shape[time_dim] - 1) // CHECKPOINT_STEPS * neurons + 2  # as checkpoint_elements of csrc/ops.cpp
-
-        def sequence(wanted: bool) -> Tensor:
-            return torch.empty_like(x_seq, dtype=real) if wanted else x_seq.new_empty(0, dtype=real)
-
-        return (
-            torch.empty_like(x_seq),
-            _empty_state(x_seq, time_dim) if return_v_last else x_seq.new_empty(0, dtype=real),
-            sequence(return_v_seq),
-            sequence(return_h_seq),
-            x_seq.new_empty((kept if keep_checkpoints else 0,), dtype=real),
-        )
-
-    @torch.library.register_fake(f"{namespace}::lif_backward")
-    def lif_backward(
-        grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq, x_seq, v_init, rng_state, checkpoints, parameters, constants,
-        surrogate, surrogate_gain, v_rest, hard_reset, strict_threshold, scale_output, detach_reset, analog_below,
-        time_dim, needs_x_seq, needs_v_init, needs_parameters,
-    ) -> BackwardResult:  # fmt: skip
-        real = real_type(x_seq.dtype)
-        return (
-            torch.empty_like(x_seq) if needs_x_seq else x_seq.new_empty(0),
-            _empty_state(x_seq, time_dim) if needs_v_init else x_seq.new_empty(0, dtype=real),
-            [
-                x_seq.new_empty(parameter.shape if needed else (0,), dtype=real)
-                for parameter, needed in zip(parameters, needs_parameters, strict=True)
-            ],
-        )
+    torch.library.register_fake(f"{namespace}::draw_rng_state", _fake_draw_rng_state)
+    torch.library.register_fake(f"{namespace}::lif_forward", _fake_lif_forward)
+    torch.library.register_fake(f"{namespace}::lif_backward", _fake_lif_backward)
 
 
 if extension is not None:

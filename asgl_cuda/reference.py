@@ -53,7 +53,7 @@ class _GradientOf(torch.autograd.Function):
         return s.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         return None, grad * ctx.gain, None
 
 
@@ -64,7 +64,10 @@ def lif_reference(
     parameters: Sequence[Tensor | float],
     options: NeuronOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """s_seq, v_last, v_seq and h_seq. `parameters`: width, decay, v_threshold, v_reset or reset_amount, input_gain, input_bias."""
+    """The loop over the steps: s_seq, v_last, v_seq and h_seq.
+
+    `parameters` are width, decay, v_threshold, v_reset or reset_amount, input_gain, input_bias.
+    """
     real = real_type(x_seq.dtype)
     time_dim = options.time_dim
 
@@ -88,7 +91,8 @@ def lif_reference(
         u = h - at(v_threshold, t)
         a = options.surrogate.cumulative(u * at(inverse_width, t))
         z = (u > 0 if options.strict_threshold else u >= 0).to(real)
-        s = _GradientOf.apply(torch.where(analog[t], a, z).detach(), a, options.surrogate_gain)
+        hard_or_analog = torch.where(analog[t], a, z).detach()
+        s: Tensor = _GradientOf.apply(hard_or_analog, a, options.surrogate_gain)  # type: ignore[no-untyped-call]
         s_reset = s.detach() if options.detach_reset else s
         v = h * (1 - s_reset) + at(reset, t) * s_reset if options.hard_reset else h - at(reset, t) * s_reset
         s_seq.append(s)
@@ -116,7 +120,7 @@ def memory_order(x_seq: Tensor, time_dim: int) -> list[int]:
     return order
 
 
-def _philox4x32(counter: Sequence[Tensor | int], key: Sequence[Tensor]) -> Sequence[Tensor]:
+def _philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al., SC 2011) on words of 32 bits held in int64 tensors."""
     low = 0xFFFFFFFF
     c0, c1, c2, c3 = counter
@@ -127,7 +131,7 @@ def _philox4x32(counter: Sequence[Tensor | int], key: Sequence[Tensor]) -> Seque
         c0, c1 = (product1 >> 32 & low) ^ c1 ^ k0, product1 & low
         c2, c3 = (product0 >> 32 & low) ^ c3 ^ k1, product0 & low
         k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
-    return c0, c1, c2, c3  # type: ignore[return-value]
+    return c0, c1, c2, c3
 
 
 def _draws(neurons: int, steps: int, rng_state: Tensor) -> Tensor:
@@ -139,7 +143,7 @@ def _draws(neurons: int, steps: int, rng_state: Tensor) -> Tensor:
     seed, offset = rng_state[0], rng_state[1]
     words = _philox4x32((group & low, group >> 32, pair, offset & low), (seed & low, seed >> 32 & low))
     lanes = [bits for word in torch.broadcast_tensors(*words) for bits in (word & 0xFFFF, word >> 16)]
-    draws = torch.stack(lanes, dim=-1).unflatten(-1, (2, 4))  # pair, group, step in pair, neuron in group
+    draws: Tensor = torch.stack(lanes, dim=-1).unflatten(-1, (2, 4))  # pair, group, step in pair, neuron in group
     return draws.transpose(1, 2).flatten(2, 3).flatten(0, 1)[:steps, :neurons]
 
 

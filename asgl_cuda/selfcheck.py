@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, available_backends
-from .functional import lif
+from .functional import LIFOutput, lif
 from .surrogate import SURROGATES
 
-# These repeat the reference's operations one by one; the others call exp, erf or atan, which round as the library likes.
+# These repeat the reference's operations one by one; the others call exp, erf or atan, which round as a library likes.
 EXACT_SURROGATES = ("rectangle", "triangle")
 
 # Two computations of a potential that differ in the last places may disagree whether it has reached the threshold. A
@@ -38,17 +38,16 @@ def differences(x_seq: Tensor, backend: str, band: float = 0.0, **options: Any) 
     """
     leaves = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    every = {"return_v_last": True, "return_v_seq": True, "return_h_seq": True}
     # One value an element shows the reference's gradient before it is summed.
     terms = {name: leaf.expand(x_seq.shape) for name, leaf in leaves.items() if name not in ("x_seq", "v_init")}
-    expected = lif(x_seq, **{**options, **terms}, **every, backend="reference")
-    actual = lif(x_seq, **options, **every, backend=backend)
+    expected = _all_outputs(x_seq, "reference", **{**options, **terms})
+    actual = _all_outputs(x_seq, backend, **options)
 
     time_dim = options.get("time_dim", 0)
     v_threshold = torch.as_tensor(options.get("v_threshold", 1.0), device=x_seq.device)
-    near = (expected.h_seq.detach() - v_threshold.detach()).abs() < band
+    near = (expected["h_seq"].detach() - v_threshold.detach()).abs() < band
     keep_seq = (~near.any(dim=time_dim, keepdim=True)).expand_as(x_seq)
-    keep = {name: keep_seq.select(time_dim, 0) if name == "v_last" else keep_seq for name in expected._fields}
+    keep = {name: keep_seq.select(time_dim, 0) if name == "v_last" else keep_seq for name in expected}
 
     def close_to_zero(value: Tensor, name: str) -> Tensor:
         return torch.where(keep[name], value, torch.zeros_like(value))
@@ -56,14 +55,11 @@ def differences(x_seq: Tensor, backend: str, band: float = 0.0, **options: Any) 
     generator = torch.Generator().manual_seed(0)
     grads = [
         close_to_zero(torch.randn(output.shape, generator=generator).to(output), name)
-        for name, output in expected._asdict().items()
+        for name, output in expected.items()
     ]
-    expected_grads = torch.autograd.grad(expected, list({**leaves, **terms}.values()), grads)
-    actual_grads = torch.autograd.grad(actual, list(leaves.values()), grads)
-    pairs = {
-        name: (close_to_zero(value, name), close_to_zero(getattr(actual, name), name))
-        for name, value in expected._asdict().items()
-    }
+    expected_grads = torch.autograd.grad(list(expected.values()), list({**leaves, **terms}.values()), grads)
+    actual_grads = torch.autograd.grad(list(actual.values()), list(leaves.values()), grads)
+    pairs = {name: (close_to_zero(value, name), close_to_zero(actual[name], name)) for name, value in expected.items()}
     found = {name: _difference(*pair) for name, pair in pairs.items()}
     for (name, leaf), expected_grad, actual_grad in zip(leaves.items(), expected_grads, actual_grads, strict=True):
         size = None
@@ -72,6 +68,12 @@ def differences(x_seq: Tensor, backend: str, band: float = 0.0, **options: Any) 
             expected_grad = expected_grad.double().sum_to_size(leaf.shape)
         found[f"grad_{name}"] = _difference(expected_grad, actual_grad, size)
     return found
+
+
+def _all_outputs(x_seq: Tensor, backend: str, **options: Any) -> dict[str, Tensor]:
+    output = lif(x_seq, **options, return_v_last=True, return_v_seq=True, return_h_seq=True, backend=backend)
+    assert isinstance(output, LIFOutput)
+    return output._asdict()
 
 
 def _difference(expected: Tensor, actual: Tensor, size: Tensor | None = None) -> Difference:
@@ -103,7 +105,7 @@ class Row(NamedTuple):
 
 
 def check_backends() -> Iterator[Row]:
-    """A row for each available backend, device, type, surrogate and reset: its worst quantity measured by what is allowed."""
+    """A row for each quantity of each available backend, device, type, surrogate and reset."""
     for backend in available_backends():
         if backend == "reference":
             continue
@@ -114,7 +116,9 @@ def check_backends() -> Iterator[Row]:
                         yield from _check(backend, torch.device(device), dtype, surrogate, v_reset)
 
 
-def _check(backend: str, device: torch.device, dtype: torch.dtype, surrogate: str, v_reset: float | None) -> Iterator[Row]:
+def _check(
+    backend: str, device: torch.device, dtype: torch.dtype, surrogate: str, v_reset: float | None
+) -> Iterator[Row]:
     steps, batch, channels = 21, 5, 67
     generator = torch.Generator().manual_seed(1)
     real = torch.float64 if dtype == torch.float64 else torch.float32

@@ -22,9 +22,11 @@ struct NeuronOptions {
 };
 
 // h[t] = v_rest + decay * (v[t-1] - v_rest) + (input_gain * x[t] + input_bias)
-template <class Real>
+// kPlain: v_rest = 0, input_gain = 1, input_bias = 0. What is left out then changes nothing but the sign of a zero.
+template <bool kPlain, class Real>
 ASGL_HOST_DEVICE Real charge(Real x, Real v, const Neuron<Real>& neuron, Real v_rest) {
-  return (v_rest + neuron.decay * (v - v_rest)) + (neuron.input_gain * x + neuron.input_bias);
+  return kPlain ? neuron.decay * v + x
+                : (v_rest + neuron.decay * (v - v_rest)) + (neuron.input_gain * x + neuron.input_bias);
 }
 
 // s = F(u / width) where analog, else 1 if u >= 0 (strict: u > 0) else 0,   u = h - v_threshold
@@ -32,8 +34,7 @@ template <Surrogate kSurrogate, class Real>
 ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, bool strict_threshold) {
   const Real u = h - neuron.v_threshold;
   const Real a = SurrogateMath<kSurrogate>::value(u * neuron.inverse_width);
-  const Real at_threshold = strict_threshold ? Real(0) : Real(1);
-  const Real z = u > Real(0) ? Real(1) : u == Real(0) ? at_threshold : Real(0);
+  const Real z = strict_threshold ? (u > Real(0) ? Real(1) : Real(0)) : (u >= Real(0) ? Real(1) : Real(0));
   return analog ? a : z;
 }
 
@@ -41,6 +42,14 @@ ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, bool
 template <bool kHardReset, class Real>
 ASGL_HOST_DEVICE Real reset(Real h, Real s, const Neuron<Real>& neuron) {
   return kHardReset ? h * (Real(1) - s) + neuron.reset * s : h - neuron.reset * s;
+}
+
+// `value`, or 0 whatever it is. The condition is the same for all elements: as a mask it costs no branch in their loop.
+ASGL_HOST_DEVICE float keep_if(bool condition, float value) {
+  return bit_cast<float>(bit_cast<uint32>(value) & (0u - static_cast<uint32>(condition)));
+}
+ASGL_HOST_DEVICE double keep_if(bool condition, double value) {
+  return bit_cast<double>(bit_cast<uint64>(value) & (0ull - static_cast<uint64>(condition)));
 }
 
 template <class Real>
@@ -59,16 +68,12 @@ template <Surrogate kSurrogate, bool kHardReset, class Real>
 ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real g, Real gh, Real dv, Real h, Real s, bool carried,
                                                  const Neuron<Real>& neuron, const NeuronOptions<Real>& options) {
   const Real y = (h - neuron.v_threshold) * neuron.inverse_width;
-  Real ds = g;
-  if (carried && !options.detach_reset) {
-    ds = kHardReset ? (g + dv * neuron.reset) - dv * h : g - dv * neuron.reset;
-  }
+  const bool through_reset = carried && !options.detach_reset;
+  const Real ds = kHardReset ? (g + keep_if(through_reset, dv * neuron.reset)) - keep_if(through_reset, dv * h)
+                             : g - keep_if(through_reset, dv * neuron.reset);
   const Real dy = SurrogateMath<kSurrogate>::adjoint(y, ds * options.surrogate_gain);
-  Real dh = gh;
-  if (carried) {
-    dh = kHardReset ? gh + dv * (Real(1) - s) : gh + dv;
-  }
-  return {dy, dh + dy * neuron.inverse_width};
+  const Real from_v = kHardReset ? dv * (Real(1) - s) : dv;
+  return {dy, (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width};
 }
 
 }  // namespace asgl

@@ -11,20 +11,22 @@ struct PhiloxWords {
   uint64 w[4];
 };
 
+constexpr uint64 kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
+constexpr uint32 kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
+
 ASGL_HOST_DEVICE PhiloxWords philox4x32(PhiloxWords counter, uint32 key0, uint32 key1) {
-  constexpr uint64 kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
-  constexpr uint32 kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
   constexpr uint64 kLow = 0xFFFFFFFFu;
   uint64 c0 = counter.w[0], c1 = counter.w[1], c2 = counter.w[2], c3 = counter.w[3];
-  for (int round = 0; round < 10; ++round) {
-    const uint64 product0 = kMultiplier0 * (c0 & kLow);
-    const uint64 product1 = kMultiplier1 * (c2 & kLow);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64 product0 = kPhiloxMultiplier0 * (c0 & kLow);
+    const uint64 product1 = kPhiloxMultiplier1 * (c2 & kLow);
     c0 = (product1 >> 32) ^ c1 ^ key0;
     c2 = (product0 >> 32) ^ c3 ^ key1;
     c1 = product1;
     c3 = product0;
-    key0 += kWeyl0;
-    key1 += kWeyl1;
+    key0 += kPhiloxWeyl0;
+    key1 += kPhiloxWeyl1;
   }
   return {{c0, c1, c2, c3}};
 }

@@ -50,8 +50,8 @@ struct SurrogateMath<Surrogate::kRectangle> {
   template <class Real>
   static ASGL_HOST_DEVICE Real value(Real y) {
     const Real ramp = y + Real(0.5);
-    const Real above = ramp < Real(0) ? Real(0) : ramp;
-    return above > Real(1) ? Real(1) : above;
+    const Real from_below = ramp < Real(0) ? Real(0) : ramp;
+    return ramp > Real(1) ? Real(1) : from_below;
   }
   template <class Real>
   static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {

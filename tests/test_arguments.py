@@ -81,9 +81,9 @@ def test_bad_arguments_of_analog_mask():
     state = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"asgl_cuda.analog_mask: analog_prob must be in \[0, 1\], got 2"):
         asgl_cuda.analog_mask(X, 2, state)
-    with pytest.raises(TypeError, match="asgl_cuda.analog_mask: rng_state"):
+    with pytest.raises(TypeError, match=r"asgl_cuda\.analog_mask: rng_state"):
         asgl_cuda.analog_mask(X, 0.5, state.float())
-    with pytest.raises(ValueError, match="asgl_cuda.analog_mask: time_dim"):
+    with pytest.raises(ValueError, match=r"asgl_cuda\.analog_mask: time_dim"):
         asgl_cuda.analog_mask(X, 0.5, state, time_dim=7)
 
 

@@ -53,13 +53,14 @@ def test_neuron(backend, device, dtype, surrogate, v_reset, detach_reset):
 @pytest.mark.parametrize("analog_prob", [0.0, 0.5, 1.0])
 def test_options(backend, device, surrogate, v_reset, strict_threshold, scale_output, detach_reset, analog_prob):
     steps, batch, channels = 6, 3, 10
-    reset = {"v_reset": v_reset} if v_reset is not None else {"v_reset": None, "reset_amount": uniform(low=0.5, high=1.5, device=device)}
+    reset_amount = uniform(low=0.5, high=1.5, device=device) if v_reset is None else None
     assert_equals_reference(
         random_input(steps, batch, channels, device=device),
         backend,
         surrogate=surrogate,
         surrogate_gain=1.7,
-        **reset,
+        v_reset=v_reset,
+        reset_amount=reset_amount,
         strict_threshold=strict_threshold,
         scale_output=scale_output,
         detach_reset=detach_reset,
@@ -129,7 +130,7 @@ def test_parameter_shapes(backend, device, layout, shape, v_reset):
 @pytest.mark.parametrize("sizes", [(), (33,), (17, 1, 1)])
 def test_one_parameter_at_a_time(backend, device, name, sizes):
     """Alone, so that no other parameter's accumulator or row hides what is missing."""
-    middle = {"width": 1.0, "decay": 0.5, "v_threshold": 1.0, "v_reset": 0.1, "input_gain": 1.0, "input_bias": 0.0}[name]
+    middle = {"decay": 0.5, "v_reset": 0.1, "input_bias": 0.0}.get(name, 1.0)
     value = uniform(*sizes, low=middle - 0.1, high=middle + 0.1, device=device)
     for scale_output in (False, True):
         assert_equals_reference(
@@ -187,7 +188,7 @@ def test_half_types_are_as_good_as_pytorch(backend, device, dtype, surrogate):
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("v_reset", [0.0, None])
 def test_nan_and_infinity_go_through(backend, device, value, surrogate, v_reset):
-    """In x at the first, a middle and the last step: forward and backward have their NaN where the reference has them."""
+    """In x at the first, a middle and the last step: forward and backward have NaN where the reference has it."""
     for step in (0, 2, 5):
         x_seq = random_input(6, 24, device=device)
         with torch.no_grad():
@@ -231,7 +232,9 @@ def test_same_bits_for_every_number_of_threads(backend, device):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            s_seq = asgl_cuda.lif(x_seq, width=width, analog_prob=0.2, rng_state=rng_state(device=device), backend=backend)
+            s_seq = asgl_cuda.lif(
+                x_seq, width=width, analog_prob=0.2, rng_state=rng_state(device=device), backend=backend
+            )
             results.append((s_seq, *torch.autograd.grad(s_seq, (x_seq, width), grad)))
     finally:
         torch.set_num_threads(before)

@@ -19,7 +19,7 @@ def double(*shape, low, high, device):
 @pytest.mark.parametrize("v_reset", ["hard", "soft"])
 @pytest.mark.parametrize("scale_output", [False, True])
 def test_gradcheck(name, surrogate, v_reset, scale_output):
-    """analog_prob = 1: the function is smooth (rectangle and triangle but for kinks that random inputs miss by 1e-6)."""
+    """analog_prob = 1: the function is smooth (rectangle and triangle but for kinks, missed by 1e-6 here)."""
     device = torch.device((asgl_cuda.backends.BACKENDS[name].device_types or ("cpu",))[0])
     hard = v_reset == "hard"
     leaves = {
@@ -62,7 +62,7 @@ def residual_frozen_loop(x_seq, residual, surrogate, hard, width, decay, v_thres
 @pytest.mark.parametrize("hard", [True, False])
 @pytest.mark.parametrize("analog_prob", [0.0, 0.4])
 def test_finite_differences_with_frozen_residual(backend, device, surrogate, hard, analog_prob):
-    """Hard spikes are a constant plus F: with that constant held, central differences must give the kernels' gradient."""
+    """Hard spikes are a constant plus F: with that constant held, central differences must give the gradient."""
     steps, neurons = 6, 40
     x_seq = double(steps, neurons, low=-1, high=2, device=device)
     parameters = [
@@ -177,7 +177,8 @@ def test_reference_has_second_derivatives():
     x_seq = uniform(3, 4, low=-1, high=2, dtype=DOUBLE)
     width = uniform(low=0.8, high=1.5, dtype=DOUBLE)
     assert torch.autograd.gradgradcheck(
-        lambda x, w: asgl_cuda.lif(x, width=w, surrogate="sigmoid", analog_prob=1.0, backend="reference"), (x_seq, width)
+        lambda x, w: asgl_cuda.lif(x, width=w, surrogate="sigmoid", analog_prob=1.0, backend="reference"),
+        (x_seq, width),
     )
 
 

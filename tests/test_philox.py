@@ -32,9 +32,11 @@ def test_known_answers(counter, key, expected):
 
 
 def analog_elements(x_seq, backend, analog_prob, state, time_dim=0):
-    """The mask that a backend uses, read off its output: u = 1/4 everywhere, so a hard spike is 1 and an analog one 3/4."""
+    """The mask that a backend uses, read off its output: u = 1/4 everywhere, so hard spikes are 1, analog ones 3/4."""
     x_seq = torch.full_like(x_seq, 1.25)
-    s_seq = asgl_cuda.lif(x_seq, decay=0.0, analog_prob=analog_prob, rng_state=state, time_dim=time_dim, backend=backend)
+    s_seq = asgl_cuda.lif(
+        x_seq, decay=0.0, analog_prob=analog_prob, rng_state=state, time_dim=time_dim, backend=backend
+    )
     assert set(s_seq.unique().tolist()) <= {0.75, 1.0}
     return s_seq == 0.75
 
@@ -79,7 +81,8 @@ def test_definition_element_by_element():
         for n in range(neurons):
             group = n // 4
             counter = (group % 2**32, group // 2**32, t // 2, offset % 2**32)
-            words = _philox4x32([torch.tensor(word) for word in counter], [torch.tensor(seed % 2**32), torch.tensor(seed // 2**32)])
+            key = (seed % 2**32, seed // 2**32)
+            words = _philox4x32([torch.tensor(word) for word in counter], [torch.tensor(word) for word in key])
             lane = 4 * (t % 2) + n % 4
             r = words[lane // 2].item() >> (16 * (lane % 2)) & 0xFFFF
             assert mask[t, n].item() == (r < round(analog_prob * 65536))
@@ -93,7 +96,7 @@ def test_none_and_all_need_no_draw(backend, device, analog_prob):
 
 
 def test_share_of_analog_elements():
-    """The share is binomial: five deviations leave one chance in two million of a false alarm (and the seed is fixed)."""
+    """The share is binomial: five deviations leave one chance in two million of a false alarm (the seed is fixed)."""
     x_seq = torch.empty(64, 20000)
     for analog_prob in (1 / 65536, 0.01, 0.2, 0.5, 0.9):
         share = asgl_cuda.analog_mask(x_seq, analog_prob, rng_state()).double().mean().item()
@@ -103,7 +106,7 @@ def test_share_of_analog_elements():
 
 
 def test_independence_over_neurons_and_steps():
-    """Correlation of the mask with itself, shifted by every short distance over n and t; 5 deviations of 1 / sqrt(M)."""
+    """Correlation of the mask with itself, shifted by short distances over n and t; 5 deviations of 1 / sqrt(M)."""
     centred = asgl_cuda.analog_mask(torch.empty(64, 20000), 0.2, rng_state(77, 1)).double() - 0.2
     variance = 0.2 * 0.8
     for step in range(5):

@@ -1,4 +1,4 @@
-"""What users do around a layer: torch.compile, autocast, checkpointing, no_grad, inference mode, opcheck, meta tensors."""
+"""What users do around a layer: torch.compile, export, autocast, checkpointing, no_grad, inference mode, fakes."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from asgl_cuda.backends import BACKENDS
 
 @pytest.fixture
 def compiled(backend):
-    """lif under torch.compile(fullgraph=True), with a count of how often it was compiled."""
+    """What compiles a function with fullgraph=True, with a count of how often it was compiled."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
 
@@ -46,7 +46,13 @@ def test_compile_gives_the_same(backend, device, compiled, all_outputs):
     def function(x_seq, width, decay):
         # Operations around the layer, so that the graph holds more than one node.
         return asgl_cuda.lif(
-            x_seq * 1.5, width=width.exp(), decay=decay.sigmoid(), analog_prob=0.3, rng_state=state, backend=backend, **every
+            x_seq * 1.5,
+            width=width.exp(),
+            decay=decay.sigmoid(),
+            analog_prob=0.3,
+            rng_state=state,
+            backend=backend,
+            **every,
         )
 
     inputs = (
@@ -76,7 +82,8 @@ def test_compile_draws_the_same_noise_as_eager(backend, device, compiled):
     compile_it, _ = compiled
 
     def function(x_seq):
-        return asgl_cuda.lif(x_seq, analog_prob=0.5, backend=backend), asgl_cuda.lif(x_seq, analog_prob=0.5, backend=backend)
+        first = asgl_cuda.lif(x_seq, analog_prob=0.5, backend=backend)
+        return first, asgl_cuda.lif(x_seq, analog_prob=0.5, backend=backend)
 
     fast = compile_it(function)
     for requires_grad in (True, False):
@@ -93,9 +100,7 @@ def test_dynamic_shapes_compile_once(backend, device, compiled):
     state = rng_state(device=device)
 
     def function(x_seq, width):
-        return asgl_cuda.lif(
-            x_seq, width=width, analog_prob=0.3, rng_state=state, return_v_last=True, backend=backend
-        )
+        return asgl_cuda.lif(x_seq, width=width, analog_prob=0.3, rng_state=state, return_v_last=True, backend=backend)
 
     width = uniform(low=0.5, high=1.5, device=device)
     fast = compile_it(function, dynamic=True)
@@ -110,9 +115,12 @@ def test_dynamic_shapes_compile_once(backend, device, compiled):
 def test_compile_of_channels_last_and_module(backend, device, compiled):
     compile_it, counter = compiled
     model = torch.nn.Sequential(
-        torch.nn.Flatten(0, 1), torch.nn.Conv2d(2, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.Unflatten(0, (4, 3)),
+        torch.nn.Flatten(0, 1),
+        torch.nn.Conv2d(2, 8, 3, padding=1),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.Unflatten(0, (4, 3)),
         asgl_cuda.LIF(8, granularity="channel", analog_prob=0.3, learn_decay=True, backend=backend),
-    ).to(device, memory_format=torch.channels_last)  # fmt: skip
+    ).to(device, memory_format=torch.channels_last)
     x_seq = torch.rand(4, 3, 2, 6, 6, device=device)
     torch.manual_seed(1)
     expected = model(x_seq)
@@ -141,7 +149,8 @@ def test_opcheck(backend, device, steps, layout):
     s_seq, v_last, v_seq, h_seq, checkpoints = operators.lif_forward(*forward)
     grads = [torch.randn_like(output) for output in (s_seq, v_last, v_seq, h_seq)]
     needs = [True, False, False, True, False, False]
-    backward = (*grads, x_seq, v_init, state, checkpoints, parameters, constants, *neuron, False, 20000, 0, True, True, needs)
+    inputs = (x_seq, v_init, state, checkpoints, parameters, constants)
+    backward = (*grads, *inputs, *neuron, False, 20000, 0, True, True, needs)
     torch.library.opcheck(operators.lif_backward, backward)
     no_grads = (None, grads[1], None, None)
     torch.library.opcheck(operators.lif_backward, (*no_grads, *backward[4:-3], False, False, needs))
@@ -174,7 +183,12 @@ def test_autocast(backend, device, dtype):
     with torch.autocast(device.type, dtype):
         current = layer(x_seq)
         out = asgl_cuda.lif(
-            current, width=width, analog_prob=0.3, rng_state=rng_state(device=device), return_v_last=True, backend=backend
+            current,
+            width=width,
+            analog_prob=0.3,
+            rng_state=rng_state(device=device),
+            return_v_last=True,
+            backend=backend,
         )
     assert current.dtype == out.s_seq.dtype == dtype
     assert out.v_last.dtype == torch.float32
@@ -199,7 +213,9 @@ def test_activation_checkpointing_repeats_the_noise(backend, device, use_reentra
         s_seq = call()
         # Numbers drawn between forward and recomputation must not change the latter.
         torch.rand(7)
-        return (s_seq, *torch.autograd.grad(s_seq.square().sum(), (x_seq, width))) if not use_reentrant else backward(s_seq)
+        if use_reentrant:
+            return backward(s_seq)
+        return s_seq, *torch.autograd.grad(s_seq.square().sum(), (x_seq, width))
 
     def backward(s_seq):
         x_seq.grad = width.grad = None
@@ -207,7 +223,8 @@ def test_activation_checkpointing_repeats_the_noise(backend, device, use_reentra
         return s_seq, x_seq.grad, width.grad
 
     assert_all_equal(
-        run(lambda: checkpoint(function, x_seq, width, use_reentrant=use_reentrant)), run(lambda: function(x_seq, width))
+        run(lambda: checkpoint(function, x_seq, width, use_reentrant=use_reentrant)),
+        run(lambda: function(x_seq, width)),
     )
 
 

@@ -1,0 +1,54 @@
+# The environment in .venv sets itself up when a target first needs it, and again when what it was made from changes.
+PYTHON ?= python3
+ifeq ($(origin CXX), default)
+CXX := c++
+endif
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip -q --disable-pip-version-check
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test lint bench setup clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: setup  ## train a network with the plain and with the fused neuron, compare, draw demo.png
+	@$(RUN) -m benchmarks.demo
+
+test: setup  ## run all tests
+	@$(RUN) -m pytest
+
+lint: setup  ## check style, formatting and types
+	@$(RUN) -m ruff check
+	@$(RUN) -m ruff format --check
+	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	@$(RUN) -m mypy
+
+bench: setup  ## time the neuron against an element-wise multiply
+	@$(RUN) -m benchmarks.microbench
+
+setup: $(VENV)/built  ## make .venv with everything, once (the targets above do it themselves)
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "asgl_cuda needs Python 3.10 or newer: make PYTHON=/path/to/python3 (this is $$($(PYTHON) --version 2>&1))"; exit 1; }
+	@command -v $(firstword $(CXX)) > /dev/null || \
+	  { echo "asgl_cuda needs a C++ compiler, and there is no $(CXX): install g++, or name another in CXX"; exit 1; }
+	@echo "Making a virtual environment in $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing PyTorch: a large download the first time"
+	@$(PIP) install "setuptools>=77" "torch>=2.6" ninja
+	@touch $@
+
+$(VENV)/built: $(VENV)/created setup.py pyproject.toml MANIFEST.in $(wildcard csrc/*)
+	@echo "Installing what tests and benchmarks need, compiling csrc: a minute or two"
+	@$(PIP) install --no-build-isolation --editable ".[test,bench,dev]"
+	@touch $@
+
+clean:  ## remove .venv and all else that the targets made
+	rm -rf $(VENV) build dist *.egg-info asgl_cuda/_C.*.so asgl_cuda/_build_info.py demo.png
+	rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	find asgl_cuda benchmarks tests -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,108 @@
+"""Checks of arguments: an error says where, what was expected and what came."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .surrogate import SURROGATES
+
+FLOATING_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DRAWS = 65536  # noise is compared in steps of 1 / 65536
+
+
+def check_input(x_seq: Tensor, time_dim: int, caller: str) -> int:
+    """Type and shape of x_seq; returns time_dim counted from the front."""
+    if not isinstance(x_seq, Tensor):
+        raise TypeError(f"{caller}: x_seq must be a tensor, got {type(x_seq).__name__}")
+    if x_seq.dtype not in FLOATING_TYPES:
+        raise TypeError(f"{caller}: x_seq must be float16, bfloat16, float32 or float64, got {x_seq.dtype}")
+    dims = x_seq.dim()
+    if dims < 1:
+        raise ValueError(f"{caller}: x_seq must have at least one dimension, got a scalar")
+    check_time_dim(time_dim, caller)
+    if not -dims <= time_dim < dims:
+        raise ValueError(
+            f"{caller}: time_dim must be in [{-dims}, {dims - 1}] for x_seq of shape {list(x_seq.shape)}, "
+            f"got {time_dim}"
+        )
+    time_dim %= dims
+    if x_seq.shape[time_dim] == 0:
+        raise ValueError(
+            f"{caller}: x_seq must have at least one time step, got shape {list(x_seq.shape)} with time_dim {time_dim}"
+        )
+    return time_dim
+
+
+def check_time_dim(time_dim: Any, caller: str) -> None:
+    """An int; its range depends on the input."""
+    if isinstance(time_dim, bool) or not isinstance(time_dim, int):
+        raise TypeError(f"{caller}: time_dim must be an int, got {type(time_dim).__name__}")
+
+
+def check_surrogate(surrogate: Any, caller: str) -> None:
+    """One of the names in SURROGATES."""
+    if not isinstance(surrogate, str) or surrogate not in SURROGATES:
+        raise ValueError(f"{caller}: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
+
+
+def check_width(width: float, caller: str) -> None:
+    """Greater than 0, and a number."""
+    if not width > 0:
+        raise ValueError(f"{caller}: width must be > 0, got {width}")
+
+
+def check_number(name: str, value: Any, caller: str, expected: str = "a float") -> float:
+    """The value as a float; Python's and numpy's numbers will do."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{caller}: {name} must be {expected}, got {type(value).__name__}")
+    return float(value)
+
+
+def check_parameter(name: str, value: Tensor, x_seq: Tensor, caller: str) -> None:
+    """Floating type, device of x_seq, and a shape that broadcasts against it."""
+    if value.dtype not in FLOATING_TYPES:
+        raise TypeError(f"{caller}: {name} must be of a floating type, got {value.dtype}")
+    if value.device != x_seq.device:
+        raise ValueError(f"{caller}: {name} must be on {x_seq.device} as x_seq, got {value.device}")
+    extra = x_seq.dim() - value.dim()
+    if extra < 0 or any(size != 1 and size != x_seq.shape[extra + dim] for dim, size in enumerate(value.shape)):
+        raise ValueError(
+            f"{caller}: {name} must broadcast against x_seq of shape {list(x_seq.shape)}, got shape {list(value.shape)}"
+        )
+
+
+def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str) -> None:
+    """Floating type, device of x_seq, and its shape without time."""
+    if not isinstance(v_init, Tensor):
+        raise TypeError(f"{caller}: v_init must be a tensor, got {type(v_init).__name__}")
+    if v_init.dtype not in FLOATING_TYPES:
+        raise TypeError(f"{caller}: v_init must be of a floating type, got {v_init.dtype}")
+    shape = [size for dim, size in enumerate(x_seq.shape) if dim != time_dim]
+    if list(v_init.shape) != shape:
+        raise ValueError(f"{caller}: v_init must have shape {shape}, got {list(v_init.shape)}")
+    if v_init.device != x_seq.device:
+        raise ValueError(f"{caller}: v_init must be on {x_seq.device} as x_seq, got {v_init.device}")
+
+
+def check_analog_prob(analog_prob: float, caller: str) -> int:
+    """round(analog_prob * 65536), the number that draws are compared with."""
+    analog_prob = check_number("analog_prob", analog_prob, caller)
+    if not 0 <= analog_prob <= 1:  # nor NaN
+        raise ValueError(f"{caller}: analog_prob must be in [0, 1], got {analog_prob}")
+    return round(analog_prob * DRAWS)
+
+
+def check_rng_state(rng_state: Tensor, x_seq: Tensor, caller: str) -> None:
+    """int64, shape [2], device of x_seq."""
+    if not isinstance(rng_state, Tensor):
+        raise TypeError(f"{caller}: rng_state must be an int64 tensor, got {type(rng_state).__name__}")
+    if rng_state.dtype != torch.int64:
+        raise TypeError(f"{caller}: rng_state must be of type torch.int64, got {rng_state.dtype}")
+    if rng_state.shape != (2,):
+        raise ValueError(f"{caller}: rng_state must have shape [2], got {list(rng_state.shape)}")
+    if rng_state.device != x_seq.device:
+        raise ValueError(f"{caller}: rng_state must be on {x_seq.device} as x_seq, got {rng_state.device}")

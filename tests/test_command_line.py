@@ -1,0 +1,115 @@
+"""`python -m asgl_cuda`, and what importing the package costs."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import asgl_cuda
+import asgl_cuda.__main__
+from asgl_cuda.backends import BACKENDS
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
+
+
+def test_info_names_every_backend():
+    result = run("-m", "asgl_cuda", "info")
+    assert result.returncode == 0, result.stderr
+    assert asgl_cuda.__version__ in result.stdout
+    assert torch.__version__ in result.stdout
+    lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.startswith("  ")}
+    assert set(lines) == set(BACKENDS)
+    for name in asgl_cuda.available_backends():
+        assert lines[name].split() == [name, "works"]
+    for name, problem in asgl_cuda.unavailable_backends().items():
+        assert problem in lines[name]
+
+
+def test_info_tells_why_a_backend_does_not_work(monkeypatch, capsys):
+    broken = BACKENDS["cpu"]._replace(operators=None, problem="the compiled extension is missing: no compiler")
+    monkeypatch.setitem(BACKENDS, "cpu", broken)
+    assert asgl_cuda.__main__.info() == 0
+    assert "cpu        the compiled extension is missing: no compiler" in capsys.readouterr().out
+
+
+def test_check_agrees_here():
+    result = run("-m", "asgl_cuda", "check")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert ", 0 do not" in result.stdout
+    assert "MISMATCH" not in result.stdout
+    for name in asgl_cuda.available_backends():
+        if name != "reference":
+            assert f"\n{name} " in result.stdout
+
+
+def flip_one(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.clone()
+    last = tensor.view(-1)[-1:]
+    last.copy_(1 - last)
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("operator", "broken", "quantity"),
+    [
+        ("lif_forward", lambda result: (flip_one(result[0]), *result[1:]), "s_seq"),
+        ("lif_forward", lambda result: (result[0], flip_one(result[1]), *result[2:]), "v_last"),
+        ("lif_backward", lambda result: (flip_one(result[0]), *result[1:]), "grad_x_seq"),
+        ("lif_backward", lambda result: (*result[:2], [grad + 0.1 * grad for grad in result[2]]), "grad_width"),
+    ],
+    ids=["spike", "potential", "gradient", "parameter gradient"],
+)
+def test_check_finds_one_wrong_element(backend, monkeypatch, capsys, operator, broken, quantity):
+    operators = BACKENDS[backend].operators
+    right = getattr(operators, operator)
+    wrong = operators._replace(**{operator: lambda *arguments: broken(right(*arguments))})
+    for other in asgl_cuda.available_backends():
+        if other not in (backend, "reference"):
+            monkeypatch.delitem(BACKENDS, other)
+    monkeypatch.setitem(BACKENDS, backend, BACKENDS[backend]._replace(operators=wrong))
+    assert asgl_cuda.__main__.check() == 1
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if "MISMATCH" in line]
+    assert lines
+    assert all(quantity in line for line in lines)
+    assert f"0 cases agree, {len(lines)} do not" in out
+
+
+def test_check_without_a_fused_backend_says_so(monkeypatch, capsys):
+    for name in asgl_cuda.available_backends():
+        if name != "reference":
+            monkeypatch.delitem(BACKENDS, name)
+    assert asgl_cuda.__main__.check() == 0
+    assert "nothing to compare" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [(), ("bench",)], ids=["none", "unknown"])
+def test_no_command_prints_usage(arguments):
+    result = run("-m", "asgl_cuda", *arguments)
+    assert result.returncode == 2
+    assert not result.stdout
+    assert result.stderr.startswith("usage: python -m asgl_cuda")
+    assert "info" in result.stderr
+    assert "check" in result.stderr
+
+
+def test_import_brings_nothing_but_torch():
+    """Neither what tests and benchmarks use nor what an interop module would need, even where it is installed."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import asgl_cuda
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    # A lazily loaded part of torch itself may come with it.
+    assert set(result.stdout.split()) - {"torch"} == {"asgl_cuda"}
+
+
+def test_import_prints_and_warns_nothing():
+    result = run("-W", "error:asgl_cuda", "-c", "import torch; import asgl_cuda")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -1,0 +1,46 @@
+"""The README's Python runs as it stands, top to bottom, and its signature is that of the code."""
+
+import inspect
+import re
+from pathlib import Path
+
+import torch
+
+import asgl_cuda
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    """Its code blocks, each behind as many empty lines as precede it, so that a traceback names the README's line."""
+    text = README.read_text()
+    return [
+        "\n" * text.count("\n", 0, match.start(1)) + match[1]
+        for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+def test_python_blocks_run():
+    python = blocks("python")
+    assert len(python) == 3
+    torch.manual_seed(0)
+    namespace: dict[str, object] = {}
+    for block in python:
+        exec(compile(block, README, "exec"), namespace)
+    x_seq, width, mask, lif, fused = (namespace[name] for name in ("x_seq", "width", "mask", "lif", "fused"))
+    grad = torch.randn_like(x_seq)
+    ours = torch.autograd.grad(fused, (x_seq, width), grad)
+    theirs = torch.autograd.grad(lif(x_seq, mask, width=width), (x_seq, width), grad)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_signature_is_that_of_lif():
+    (block,) = blocks("text")
+    code = re.sub(r"#.*", "", block)
+    written = dict(re.findall(r"(\w+)=([^,\s]+)", code))
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(asgl_cuda.lif).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    assert {name: eval(value) for name, value in written.items()} == defaults
