@@ -18,7 +18,7 @@ def info() -> int:
         f"asgl_cuda {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
     )
     if ops.extension is not None:
-        print(f"CPU kernels: {ops.extension.cpu_instruction_set()}, {torch.get_num_threads()} threads")
+        print(f"CPU kernels: {ops.extension.cpu_instruction_set()}, {ops.extension.cpu_threads()} threads")
     for name in available_backends():
         print(f"  {name:<10} works")
     for name, problem in unavailable_backends().items():

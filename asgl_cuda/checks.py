@@ -57,7 +57,7 @@ def check_width(width: float, caller: str) -> None:
 
 def check_number(name: str, value: Any, caller: str, expected: str = "a float") -> float:
     """The value as a float; Python's and numpy's numbers will do."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
         raise TypeError(f"{caller}: {name} must be {expected}, got {type(value).__name__}")
     return float(value)
 

@@ -28,6 +28,7 @@ from torch.utils.benchmark import Timer
 import asgl_cuda
 
 ANALOG_PROB = 0.2
+COLUMNS = ("", "forward", "backward", "both, ms", "ns/elem.", "multiplies", "faster")
 FLOOR = "multiply"
 REFERENCE = "reference"
 # Beyond this many steps the compiler unrolls for minutes.
@@ -90,7 +91,7 @@ def rows(size: Size) -> Iterator[Row]:
     yield Row(FLOOR, lambda: x_seq * 2, lambda out: x_seq * grad)
     for backend in asgl_cuda.available_backends():
         if backend != REFERENCE:
-            yield Row(f"asgl_cuda, {backend}", layer(backend), backward)
+            yield Row(f"asgl_cuda {backend}", layer(backend), backward)
     yield Row(REFERENCE, layer(REFERENCE), backward)
     if size.steps <= MOST_STEPS_TO_COMPILE:
         # Its backward must be repeatable to be timed alone, so it may not give its buffers away.
@@ -123,8 +124,8 @@ def measure(size: Size, repeats: int, console: Console) -> dict[str, Timing]:
 def table(size: Size, timings: dict[str, Timing]) -> Table:
     """The measurement as a person reads it."""
     result = Table(title=str(size), title_justify="left")
-    for column in ("", "forward ms", "backward ms", "both ms", "ns/element", "x multiply", "x faster"):
-        result.add_column(column, justify="left" if not column else "right")
+    for column in COLUMNS:
+        result.add_column(column, justify="right" if column else "left")
     for name, timing in timings.items():
         result.add_row(
             name,
@@ -204,7 +205,8 @@ def main() -> None:
     console.print(
         f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; medians of {arguments.repeats}"
     )
-    console.print(f"rectangle, hard reset, analog_prob {ANALOG_PROB}, learned width; gradients of x and width\n")
+    console.print(f"rectangle, hard reset, analog_prob {ANALOG_PROB}, learned width; gradients of x and width")
+    console.print("multiplies: time of both over that of x * 2 and x * g; faster: than the reference\n")
     results = []
     for size in sizes:
         timings = measure(size, arguments.repeats, console)

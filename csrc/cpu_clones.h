@@ -1,27 +1,41 @@
 // One clone of a loop per instruction set, so that one binary serves old and new processors.
 //
-// A loop is a type with `struct Args` and `static void run(const Args&)`, forced inline, so that its body is compiled for
-// the instruction set of the clone that it lands in. FMA is left out on purpose: every backend rounds each operation.
+// A loop is a type with `struct Args` and `static void run(const Args&)`, forced inline, so that its body is compiled
+// for the instruction set of the clone that it lands in. FMA is left out on purpose: every backend rounds each
+// operation.
 #pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <string_view>
 
 namespace asgl::cpu {
 
 enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
 
-inline InstructionSet instruction_set() {
+inline InstructionSet best_instruction_set() {
 #if defined(__x86_64__)
-  static const InstructionSet best = [] {
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      return InstructionSet::kAvx512;
-    }
-    return __builtin_cpu_supports("avx2") ? InstructionSet::kAvx2 : InstructionSet::kBaseline;
-  }();
-  return best;
-#else
-  return InstructionSet::kBaseline;
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return InstructionSet::kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2")) return InstructionSet::kAvx2;
 #endif
+  return InstructionSet::kBaseline;
+}
+
+// The environment may ask for less than the processor has, so that one machine can test every clone.
+inline InstructionSet instruction_set() {
+  static const InstructionSet chosen = [] {
+    const char* variable = std::getenv("ASGL_CUDA_INSTRUCTION_SET");
+    const std::string_view asked = variable == nullptr ? "" : variable;
+    const InstructionSet most = asked == "baseline" ? InstructionSet::kBaseline
+                                : asked == "avx2"   ? InstructionSet::kAvx2
+                                                    : InstructionSet::kAvx512;
+    return std::min(most, best_instruction_set());
+  }();
+  return chosen;
 }
 
 inline const char* instruction_set_name() {

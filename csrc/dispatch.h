@@ -1,4 +1,5 @@
-// Run-time values to template arguments: each function calls a generic lambda with a compile-time constant or a type tag.
+// Run-time values to template arguments: each function calls a generic lambda with a compile-time constant or a type
+// tag.
 #pragma once
 
 #include <type_traits>

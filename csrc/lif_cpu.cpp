@@ -1,5 +1,5 @@
-// The CPU kernels. A task owns a tile of neurons, whose state stays in the cache; steps are the outer loop and neurons the
-// inner one (cpu_loops.h).
+// The CPU kernels. A task owns a tile of neurons, whose state stays in the cache; steps are the outer loop and neurons
+// the inner one (cpu_loops.h).
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -23,7 +23,8 @@ int64 segment_steps(int64 steps) { return steps <= 4 ? 4 : steps <= 8 ? 8 : kChe
 
 // ---- a tile's rows in memory ----
 
-// Calls f(offset in the tile, element in the sequence, length) for each stretch of the tile that is contiguous at step t.
+// Calls f(offset in the tile, element in the sequence, length) for each stretch of the tile that is contiguous at step
+// t.
 template <class F>
 void for_each_stretch(const SequenceShape& shape, int64 first, int64 length, int64 t, F&& f) {
   for (int64 i = 0; i < length;) {
@@ -34,7 +35,8 @@ void for_each_stretch(const SequenceShape& shape, int64 first, int64 length, int
   }
 }
 
-// Row t of a sequence as contiguous numbers of the arithmetic's type: where it lies, if it is so already, else in `buffer`.
+// Row t of a sequence as contiguous numbers of the arithmetic's type: where it lies, if it is so already, else in
+// `buffer`.
 template <class Element>
 const Real_t<Element>* read_row(const Element* sequence, const SequenceShape& shape, int64 first, int64 length, int64 t,
                                 Real_t<Element>* buffer) {
@@ -135,8 +137,9 @@ class Rows {
 class TileNoise {
  public:
   TileNoise(const NoiseParams& noise, int64 tile)
-      : drawn_(noise.drawn()), key_(drawn_ ? noise_key(noise.rng_state) : NoiseKey{}),
-        rows_(kCheckpointSteps, (tile + 3) / 4) {
+      : drawn_(noise.drawn()),
+        key_(drawn_ ? noise_key(noise.rng_state) : NoiseKey{}),
+        rows_(kCheckpointSteps, (tile / 4 + kNoiseGroups - 1) / kNoiseGroups * kNoiseGroups) {
     pairs_.fill(-1);
     if (!drawn_) std::fill_n(rows_.row(0), rows_.stride(), 0);
   }
@@ -179,7 +182,8 @@ bool all_uniform(const ParameterView<Real>* parameters) {
 template <class Real>
 Neuron<Real> uniform_neuron(const ParameterView<Real>* parameters) {
   const auto value = [&](ParameterId id) { return parameters[id].at(0, 0); };
-  return {value(kDecay), value(kThreshold), value(kReset), Real(1) / value(kWidth), value(kInputGain), value(kInputBias)};
+  return {value(kDecay),           value(kThreshold), value(kReset),
+          Real(1) / value(kWidth), value(kInputGain), value(kInputBias)};
 }
 
 // The six parameters in a tile: one value for all, or rows, read anew at every step only where they depend on it.
@@ -238,7 +242,8 @@ void load_potential(const LIFParams<Scalar>& params, const Real_t<Scalar>* check
 }
 
 template <class Scalar>
-void store_checkpoint(const ForwardParams<Scalar>& params, const Real_t<Scalar>* v, int64 steps, int64 first, int64 length) {
+void store_checkpoint(const ForwardParams<Scalar>& params, const Real_t<Scalar>* v, int64 steps, int64 first,
+                      int64 length) {
   if (params.checkpoints != nullptr && steps % kCheckpointSteps == 0 && steps < params.shape.steps) {
     std::copy_n(v, length, params.checkpoints + (steps / kCheckpointSteps - 1) * params.shape.neurons() + first);
   }
@@ -276,8 +281,8 @@ void forward(const ForwardParams<Scalar>& params) {
         Real* s = start_row(params.s_seq, shape, first, length, t, s_buffer);
         Real* h = start_row(params.h_seq, shape, first, length, t, h_buffer);
         neurons.move_to(first, length, t);
-        run<Step>({neurons, params.options, params.noise.analog_below, length, x, v[0], noise.row(first, length, t), h, s,
-                   v[1]});
+        run<Step>({neurons, params.options, params.noise.analog_below, length, x, v[0], noise.row(first, length, t), h,
+                   s, v[1]});
         std::swap(v[0], v[1]);
         if (params.options.scale_output) {
           run<MultiplyLoop<Real>>({s, neurons.v_threshold(), s_buffer, length});
@@ -320,10 +325,12 @@ void forward_uniform(const ForwardParams<Scalar>& params) {
       for (int64 t = 0; t < shape.steps; ++t) {
         const Real* x = read_row(params.x_seq, shape, first, length, t, x_buffer);
         Real* s = start_row(params.s_seq, shape, first, length, t, s_buffer);
-        const int64 next_first = first + (t + kRowsAhead) / shape.steps * kForwardTile, next_t = (t + kRowsAhead) % shape.steps;
+        const int64 next_first = first + (t + kRowsAhead) / shape.steps * kForwardTile,
+                    next_t = (t + kRowsAhead) % shape.steps;
         const Ahead ahead = {row_ahead(params.x_seq, shape, next_first, length, next_t),
                              row_ahead(params.s_seq, shape, next_first, length, next_t), sizeof(Scalar)};
-        run<Step>({neuron, params.options, params.noise.analog_below, length, x, noise.row(first, length, t), v, s, ahead});
+        run<Step>(
+            {neuron, params.options, params.noise.analog_below, length, x, noise.row(first, length, t), v, s, ahead});
         finish_row(s, params.s_seq, shape, first, length, t);
         store_checkpoint(params, v, t + 1, first, length);
       }
@@ -421,9 +428,8 @@ void backward(const BackwardParams<Scalar>& params) {
               g = gv_buffer;
             }
           }
-          const Real* gh = params.grad_h_seq == nullptr
-                               ? zeros
-                               : read_row(params.grad_h_seq, shape, first, length, t, gh_buffer);
+          const Real* gh =
+              params.grad_h_seq == nullptr ? zeros : read_row(params.grad_h_seq, shape, first, length, t, gh_buffer);
           if (params.grad_v_seq != nullptr) {
             const Real* gv = read_row(params.grad_v_seq, shape, first, length, t, x_buffer);
             run<Accumulate>({length, Real(1), gv, kOne, kZero, dv});
@@ -513,9 +519,8 @@ void backward_uniform(const BackwardParams<Scalar>& params) {
                      h_row(t - start), ahead(t - start)});
         }
         for (int64 t = stop - 1; t >= start; --t) {
-          const Real* g = params.grad_s_seq == nullptr
-                              ? zeros
-                              : read_row(params.grad_s_seq, shape, first, length, t, g_buffer);
+          const Real* g =
+              params.grad_s_seq == nullptr ? zeros : read_row(params.grad_s_seq, shape, first, length, t, g_buffer);
           Real* dx = start_row(params.grad_x_seq, shape, first, length, t, dx_buffer);
           run<Adjoint>({neuron, params.options, params.noise.analog_below, length, carried, g, h_row(t - start),
                         noise.row(first, length, t), dv, width, dx, ahead(steps + stop - 1 - t)});
@@ -538,7 +543,8 @@ template <class Scalar>
 bool has_plain_input(const LIFParams<Scalar>& params) {
   const auto& gain = params.parameters[kInputGain];
   const auto& bias = params.parameters[kInputBias];
-  return params.options.v_rest == 0 && gain.data == nullptr && gain.constant == 1 && bias.data == nullptr && bias.constant == 0;
+  return params.options.v_rest == 0 && gain.data == nullptr && gain.constant == 1 && bias.data == nullptr &&
+         bias.constant == 0;
 }
 
 template <class Scalar, class F>
@@ -556,9 +562,16 @@ void with_neuron(Surrogate surrogate, bool hard_reset, const ParameterView<Real_
 
 }  // namespace
 
-TilePlan backward_tiles(const SequenceShape& shape) {
-  return {kBackwardTile, num_tiles(shape, kBackwardTile)};
+// at::parallel_for is silently serial in code that was compiled without OpenMP: what counts is the flag of this file.
+int num_threads() {
+#if defined(_OPENMP)
+  return at::get_num_threads();
+#else
+  return 1;
+#endif
 }
+
+TilePlan backward_tiles(const SequenceShape& shape) { return {kBackwardTile, num_tiles(shape, kBackwardTile)}; }
 
 template <class Scalar>
 void launch_forward(Surrogate surrogate, bool hard_reset, const ForwardParams<Scalar>& params) {
@@ -579,7 +592,8 @@ void launch_forward(Surrogate surrogate, bool hard_reset, const ForwardParams<Sc
 template <class Scalar>
 void launch_backward(Surrogate surrogate, bool hard_reset, const BackwardParams<Scalar>& params) {
   if constexpr (std::is_same_v<Real_t<Scalar>, float>) {
-    const bool only_spikes = params.grad_v_seq == nullptr && params.grad_h_seq == nullptr && !params.options.scale_output;
+    const bool only_spikes =
+        params.grad_v_seq == nullptr && params.grad_h_seq == nullptr && !params.options.scale_output;
     const bool only_width = std::all_of(params.partials + 1, params.partials + kNumParameters,
                                         [](const auto& partials) { return partials.data == nullptr; });
     static_assert(kWidth == 0);
@@ -618,8 +632,8 @@ void launch_gradient_sum(const GradientSum<Real>& sum) {
   });
 }
 
-#define ASGL_INSTANTIATE(Scalar)                                                                  \
-  template void launch_forward<Scalar>(Surrogate, bool, const ForwardParams<Scalar>&);            \
+#define ASGL_INSTANTIATE(Scalar)                                                       \
+  template void launch_forward<Scalar>(Surrogate, bool, const ForwardParams<Scalar>&); \
   template void launch_backward<Scalar>(Surrogate, bool, const BackwardParams<Scalar>&);
 ASGL_INSTANTIATE(Half)
 ASGL_INSTANTIATE(BFloat16)

@@ -24,6 +24,8 @@ struct GradientSum {
 
 namespace cpu {
 
+int num_threads();
+
 TilePlan backward_tiles(const SequenceShape& shape);
 
 template <class Scalar>

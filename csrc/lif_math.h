@@ -5,7 +5,8 @@
 
 namespace asgl {
 
-// The neuron's parameters at one element and step. `reset` is v_reset for the hard reset, reset_amount for the soft one.
+// The neuron's parameters at one element and step. `reset` is v_reset for the hard reset, reset_amount for the soft
+// one.
 template <class Real>
 struct Neuron {
   Real decay, v_threshold, reset, inverse_width, input_gain, input_bias;
@@ -63,7 +64,8 @@ struct StepGradient {
 //   dy = F'(y) * ds * surrogate_gain
 //   dh = gh + dv * (1 - s) + dy / width   hard,   gh + dv + dy / width   soft
 // in the order in which autograd adds these terms for the reference. `carried` is false where nothing has flowed into
-// v[t] yet (the last step, unless v was returned): its terms are then absent, not zero times a value that may be infinite.
+// v[t] yet (the last step, unless v was returned): its terms are then absent, not zero times a value that may be
+// infinite.
 template <Surrogate kSurrogate, bool kHardReset, class Real>
 ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real g, Real gh, Real dv, Real h, Real s, bool carried,
                                                  const Neuron<Real>& neuron, const NeuronOptions<Real>& options) {

@@ -6,7 +6,8 @@
 
 namespace asgl {
 
-// A sequence lies in memory as (outer, steps, inner). Neuron n = o * inner + i at step t is element (o * steps + t) * inner + i.
+// A sequence lies in memory as (outer, steps, inner). Neuron n = o * inner + i at step t is element (o * steps + t) *
+// inner + i.
 struct SequenceShape {
   int64 outer, steps, inner;
 

@@ -1,8 +1,8 @@
 // The operators: layout, parameter views, allocation and TORCH_LIBRARY. Arguments have been checked in Python, with the
 // words that a user should read; what is checked here again would otherwise read or write out of bounds.
 #include <ATen/ATen.h>
-#include <torch/library.h>
 #include <torch/extension.h>
+#include <torch/library.h>
 
 #include <array>
 #include <limits>
@@ -55,7 +55,8 @@ class Layout {
  public:
   Layout(const Tensor& x_seq, int64_t time_dim) : sizes_(x_seq.sizes().vec()), time_dim_(time_dim) {
     const int64_t dims = x_seq.dim();
-    TORCH_CHECK_VALUE(0 <= time_dim && time_dim < dims, "asgl_cuda: time_dim must be in [0, ", dims, "), got ", time_dim);
+    TORCH_CHECK_VALUE(0 <= time_dim && time_dim < dims, "asgl_cuda: time_dim must be in [0, ", dims, "), got ",
+                      time_dim);
     for (int64_t dim = 0; dim < dims; ++dim) order_.push_back(dim);
     if (!x_seq.is_contiguous()) {
       const int64_t channel = time_dim <= 1 ? 2 : 1;
@@ -83,10 +84,13 @@ class Layout {
   const std::vector<int64_t>& sizes() const { return sizes_; }
 
   // A sequence whose memory is ordered as x_seq's.
-  Tensor empty_sequence(const at::TensorOptions& options) const { return unpermute(at::empty(permuted(sizes_, order_), options), order_); }
+  Tensor empty_sequence(const at::TensorOptions& options) const {
+    return unpermute(at::empty(permuted(sizes_, order_), options), order_);
+  }
 
   Tensor match_sequence(const Tensor& tensor) const {
-    TORCH_CHECK_VALUE(tensor.sizes() == sizes_, "asgl_cuda: expected shape ", at::IntArrayRef(sizes_), ", got ", tensor.sizes());
+    TORCH_CHECK_VALUE(tensor.sizes() == sizes_, "asgl_cuda: expected shape ", at::IntArrayRef(sizes_), ", got ",
+                      tensor.sizes());
     return unpermute(tensor.permute(order_).contiguous(), order_);
   }
 
@@ -98,7 +102,8 @@ class Layout {
 
   Tensor match_state(const Tensor& tensor) const {
     const auto order = state_order();
-    TORCH_CHECK_VALUE(tensor.sizes() == state_sizes(), "asgl_cuda: expected shape ", at::IntArrayRef(state_sizes()), ", got ", tensor.sizes());
+    TORCH_CHECK_VALUE(tensor.sizes() == state_sizes(), "asgl_cuda: expected shape ", at::IntArrayRef(state_sizes()),
+                      ", got ", tensor.sizes());
     return unpermute(tensor.permute(order).contiguous(), order);
   }
 
@@ -144,8 +149,9 @@ class ParameterTensor {
       return sizes;
     }());
     for (int64_t dim = 0; dim < dims; ++dim) {
-      TORCH_CHECK_VALUE(full.size(dim) == 1 || full.size(dim) == layout.sizes()[dim], "asgl_cuda: a parameter of shape ",
-                        tensor.sizes(), " does not broadcast against x_seq of shape ", at::IntArrayRef(layout.sizes()));
+      TORCH_CHECK_VALUE(full.size(dim) == 1 || full.size(dim) == layout.sizes()[dim],
+                        "asgl_cuda: a parameter of shape ", tensor.sizes(),
+                        " does not broadcast against x_seq of shape ", at::IntArrayRef(layout.sizes()));
     }
     const auto& order = layout.neuron_order();
     size_t begin = order.size(), end = order.size();
@@ -207,8 +213,8 @@ class Call {
        const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> constants, const Options& options,
        int64_t time_dim)
       : x_seq_(x_seq), layout_(x_seq, time_dim), options_(options), constants_(constants.vec()), rng_state_(rng_state) {
-    TORCH_CHECK_VALUE(parameters.size() == kNumParameters && constants.size() == kNumParameters,
-                      "asgl_cuda: expected ", kNumParameters, " parameters");
+    TORCH_CHECK_VALUE(parameters.size() == kNumParameters && constants.size() == kNumParameters, "asgl_cuda: expected ",
+                      kNumParameters, " parameters");
     TORCH_CHECK_VALUE(static_cast<int>(options.surrogate) >= 0 && static_cast<int>(options.surrogate) < kNumSurrogates,
                       "asgl_cuda: no surrogate has the number ", static_cast<int>(options.surrogate));
     if (v_init.has_value()) {
@@ -241,8 +247,9 @@ class Call {
     for (int id = 0; id < kNumParameters; ++id) params.parameters[id] = view<Real>(id);
     params.options = {static_cast<Real>(options_.v_rest), static_cast<Real>(options_.surrogate_gain),
                       options_.strict_threshold, options_.scale_output, options_.detach_reset};
-    params.noise = {rng_state_.has_value() ? reinterpret_cast<const int64*>(rng_state_->const_data_ptr<int64_t>()) : nullptr,
-                    static_cast<uint32>(options_.analog_below)};
+    params.noise = {
+        rng_state_.has_value() ? reinterpret_cast<const int64*>(rng_state_->const_data_ptr<int64_t>()) : nullptr,
+        static_cast<uint32>(options_.analog_below)};
     params.x_seq = const_pointer<Scalar>(x_seq_);
     params.v_init = const_pointer<Real>(v_init_);
   }
@@ -255,10 +262,10 @@ class Call {
   }
 
   void check_real(const Tensor& tensor, const char* name) const {
-    TORCH_CHECK_TYPE(tensor.scalar_type() == real_type(x_seq_), "asgl_cuda: ", name, " must have type ", real_type(x_seq_),
-                     ", got ", tensor.scalar_type());
-    TORCH_CHECK_VALUE(tensor.device() == x_seq_.device(), "asgl_cuda: ", name, " must be on ", x_seq_.device(), ", got ",
-                      tensor.device());
+    TORCH_CHECK_TYPE(tensor.scalar_type() == real_type(x_seq_), "asgl_cuda: ", name, " must have type ",
+                     real_type(x_seq_), ", got ", tensor.scalar_type());
+    TORCH_CHECK_VALUE(tensor.device() == x_seq_.device(), "asgl_cuda: ", name, " must be on ", x_seq_.device(),
+                      ", got ", tensor.device());
   }
 
  private:
@@ -288,12 +295,13 @@ void with_scalar(at::ScalarType type, F&& f) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lif_forward(
     const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state,
-    const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> constants, int64_t surrogate, double surrogate_gain,
-    double v_rest, bool hard_reset, bool strict_threshold, bool scale_output, int64_t analog_below, int64_t time_dim,
-    bool return_v_last, bool return_v_seq, bool return_h_seq, bool keep_checkpoints) {
+    const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> constants, int64_t surrogate,
+    double surrogate_gain, double v_rest, bool hard_reset, bool strict_threshold, bool scale_output,
+    int64_t analog_below, int64_t time_dim, bool return_v_last, bool return_v_seq, bool return_h_seq,
+    bool keep_checkpoints) {
   const Call call(x_seq, v_init, rng_state, parameters, constants,
-                  {static_cast<Surrogate>(surrogate), hard_reset, v_rest, surrogate_gain, strict_threshold, scale_output,
-                   false, analog_below},
+                  {static_cast<Surrogate>(surrogate), hard_reset, v_rest, surrogate_gain, strict_threshold,
+                   scale_output, false, analog_below},
                   time_dim);
   const Layout& layout = call.layout();
   const SequenceShape& shape = layout.shape();
@@ -325,13 +333,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lif_forward(
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(
     const OptionalTensor& grad_s_seq, const OptionalTensor& grad_v_last, const OptionalTensor& grad_v_seq,
-    const OptionalTensor& grad_h_seq, const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state,
-    const Tensor& checkpoints, const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> constants, int64_t surrogate,
-    double surrogate_gain, double v_rest, bool hard_reset, bool strict_threshold, bool scale_output, bool detach_reset,
-    int64_t analog_below, int64_t time_dim, bool needs_x_seq, bool needs_v_init, std::array<bool, kNumParameters> needs_parameters) {
+    const OptionalTensor& grad_h_seq, const Tensor& x_seq, const OptionalTensor& v_init,
+    const OptionalTensor& rng_state, const Tensor& checkpoints, const c10::List<OptionalTensor>& parameters,
+    at::ArrayRef<double> constants, int64_t surrogate, double surrogate_gain, double v_rest, bool hard_reset,
+    bool strict_threshold, bool scale_output, bool detach_reset, int64_t analog_below, int64_t time_dim,
+    bool needs_x_seq, bool needs_v_init, std::array<bool, kNumParameters> needs_parameters) {
   const Call call(x_seq, v_init, rng_state, parameters, constants,
-                  {static_cast<Surrogate>(surrogate), hard_reset, v_rest, surrogate_gain, strict_threshold, scale_output,
-                   detach_reset, analog_below},
+                  {static_cast<Surrogate>(surrogate), hard_reset, v_rest, surrogate_gain, strict_threshold,
+                   scale_output, detach_reset, analog_below},
                   time_dim);
   const Layout& layout = call.layout();
   const SequenceShape& shape = layout.shape();
@@ -357,7 +366,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(
   }
   if (shape.neurons() == 0) {
     for (int id = 0; id < kNumParameters; ++id) {
-      if (needs_parameters[id]) grad_parameters[id] = call.parameter(id).gradient_in_own_shape(grad_parameters[id].zero_());
+      if (needs_parameters[id])
+        grad_parameters[id] = call.parameter(id).gradient_in_own_shape(grad_parameters[id].zero_());
     }
     return {grad_x_seq, grad_v_init, grad_parameters};
   }
@@ -393,10 +403,12 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(
   return {grad_x_seq, grad_v_init, grad_parameters};
 }
 
-// (seed, offset) from the default generator of the device. An operator of its own, so that a compiled graph draws the same
-// numbers as eager mode. `fresh` is a newly allocated tensor, of which only type, shape and device count: compilers merge
-// equal calls of an operator, but not allocations, and so leave two draws two.
-Tensor draw_rng_state(const Tensor& fresh) { return at::randint(std::numeric_limits<int64_t>::max(), {2}, fresh.options()); }
+// (seed, offset) from the default generator of the device. An operator of its own, so that a compiled graph draws the
+// same numbers as eager mode. `fresh` is a newly allocated tensor, of which only type, shape and device count:
+// compilers merge equal calls of an operator, but not allocations, and so leave two draws two.
+Tensor draw_rng_state(const Tensor& fresh) {
+  return at::randint(std::numeric_limits<int64_t>::max(), {2}, fresh.options());
+}
 
 }  // namespace
 
@@ -405,13 +417,15 @@ TORCH_LIBRARY(asgl_cuda, m) {
   m.def(
       "lif_forward(Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor?[] parameters, float[] constants, "
       "int surrogate, float surrogate_gain, float v_rest, bool hard_reset, bool strict_threshold, bool scale_output, "
-      "int analog_below, int time_dim, bool return_v_last, bool return_v_seq, bool return_h_seq, bool keep_checkpoints) "
+      "int analog_below, int time_dim, bool return_v_last, bool return_v_seq, bool return_h_seq, bool "
+      "keep_checkpoints) "
       "-> (Tensor s_seq, Tensor v_last, Tensor v_seq, Tensor h_seq, Tensor checkpoints)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "lif_backward(Tensor? grad_s_seq, Tensor? grad_v_last, Tensor? grad_v_seq, Tensor? grad_h_seq, Tensor x_seq, "
       "Tensor? v_init, Tensor? rng_state, Tensor checkpoints, Tensor?[] parameters, float[] constants, int surrogate, "
-      "float surrogate_gain, float v_rest, bool hard_reset, bool strict_threshold, bool scale_output, bool detach_reset, "
+      "float surrogate_gain, float v_rest, bool hard_reset, bool strict_threshold, bool scale_output, bool "
+      "detach_reset, "
       "int analog_below, int time_dim, bool needs_x_seq, bool needs_v_init, bool[6] needs_parameters) "
       "-> (Tensor grad_x_seq, Tensor grad_v_init, Tensor[] grad_parameters)",
       {at::Tag::pt2_compliant_tag});
@@ -425,6 +439,7 @@ TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Build information of asgl_cuda's compiled part; importing it registers torch.ops.asgl_cuda.";
+  m.def("cpu_threads", &cpu::num_threads, "Threads that the kernels run on; 1 where they were built without OpenMP.");
   m.def("cpu_instruction_set", [] { return cpu::instruction_set_name(); });
 }
 

@@ -1,4 +1,5 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw; SC 2011) as a pure function of counter and key, and the noise made from it.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw; SC 2011) as a pure function of counter and key, and the noise made from
+// it.
 #pragma once
 
 #include "host_device.h"
@@ -45,7 +46,8 @@ ASGL_HOST_DEVICE NoiseKey noise_key(const int64* rng_state) {
   return {static_cast<uint32>(seed), static_cast<uint32>(seed >> 32), static_cast<uint32>(rng_state[1])};
 }
 
-// Serves steps 2 step_pair and 2 step_pair + 1. An element is analog where its draw is below round(analog_prob * 65536).
+// Serves steps 2 step_pair and 2 step_pair + 1. An element is analog where its draw is below round(analog_prob *
+// 65536).
 ASGL_HOST_DEVICE NoiseBlock noise_block(uint64 group, uint32 step_pair, NoiseKey key) {
   const PhiloxWords counter = {{group & 0xFFFFFFFFu, group >> 32, step_pair, key.offset}};
   const PhiloxWords words = philox4x32(counter, key.seed_low, key.seed_high);

@@ -1,4 +1,5 @@
-// The surrogates as unit-width cumulative functions F and their slopes f = F' (table in the README and in surrogate.py).
+// The surrogates as unit-width cumulative functions F and their slopes f = F' (table in the README and in
+// surrogate.py).
 #pragma once
 
 #include "float_math.h"

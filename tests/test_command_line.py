@@ -52,6 +52,12 @@ def flip_one(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def only(monkeypatch, backends):
+    """Replaces the table wherever it is known: taking rows out would leave it in another order of preference."""
+    for module in ("backends", "functional", "selfcheck"):
+        monkeypatch.setattr(f"asgl_cuda.{module}.BACKENDS", backends)
+
+
 @pytest.mark.parametrize(
     ("operator", "broken", "quantity"),
     [
@@ -66,10 +72,7 @@ def test_check_finds_one_wrong_element(backend, monkeypatch, capsys, operator, b
     operators = BACKENDS[backend].operators
     right = getattr(operators, operator)
     wrong = operators._replace(**{operator: lambda *arguments: broken(right(*arguments))})
-    for other in asgl_cuda.available_backends():
-        if other not in (backend, "reference"):
-            monkeypatch.delitem(BACKENDS, other)
-    monkeypatch.setitem(BACKENDS, backend, BACKENDS[backend]._replace(operators=wrong))
+    only(monkeypatch, {backend: BACKENDS[backend]._replace(operators=wrong), "reference": BACKENDS["reference"]})
     assert asgl_cuda.__main__.check() == 1
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if "MISMATCH" in line]
@@ -79,9 +82,7 @@ def test_check_finds_one_wrong_element(backend, monkeypatch, capsys, operator, b
 
 
 def test_check_without_a_fused_backend_says_so(monkeypatch, capsys):
-    for name in asgl_cuda.available_backends():
-        if name != "reference":
-            monkeypatch.delitem(BACKENDS, name)
+    only(monkeypatch, {"reference": BACKENDS["reference"]})
     assert asgl_cuda.__main__.check() == 0
     assert "nothing to compare" in capsys.readouterr().out
 

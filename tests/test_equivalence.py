@@ -240,3 +240,16 @@ def test_same_bits_for_every_number_of_threads(backend, device):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_number_of_threads_is_honoured():
+    extension = asgl_cuda.ops.extension
+    if extension is None:
+        pytest.skip("no compiled extension")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert extension.cpu_threads() == threads
+    finally:
+        torch.set_num_threads(before)
