@@ -1,7 +1,9 @@
 """`python -m asgl_cuda`, and what importing the package costs."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ import asgl_cuda.__main__
 from asgl_cuda.backends import BACKENDS
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
 
 
 def test_info_names_every_backend():
@@ -43,6 +47,22 @@ def test_check_agrees_here():
     for name in asgl_cuda.available_backends():
         if name != "reference":
             assert f"\n{name} " in result.stdout
+
+
+@pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), reason="no CPU kernels")
+@pytest.mark.parametrize(("asked", "name"), [("baseline", "baseline"), ("avx2", "AVX2")])
+def test_every_clone_of_the_cpu_kernels_agrees(asked, name):
+    """The suite runs on the best clone that the processor has; older processors get the others."""
+    found = run("-m", "asgl_cuda", "info", ASGL_CUDA_INSTRUCTION_SET=asked)
+    if f"CPU kernels: {name}," not in found.stdout:
+        pytest.skip(f"this processor has no {name}")
+    result = run("-m", "asgl_cuda", "check", ASGL_CUDA_INSTRUCTION_SET=asked)
+    assert result.returncode == 0, result.stdout + result.stderr
+    # What check leaves out: the lean loops, long sequences and tails.
+    here = Path(__file__).parent
+    suite = [f"{here}/test_equivalence.py::test_sizes", f"{here}/test_philox.py::test_mask_of_backend_is_analog_mask"]
+    result = run("-m", "pytest", *suite, ASGL_CUDA_INSTRUCTION_SET=asked)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def flip_one(tensor: torch.Tensor) -> torch.Tensor:
