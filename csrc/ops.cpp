@@ -306,12 +306,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lif_forward(
   const Layout& layout = call.layout();
   const SequenceShape& shape = layout.shape();
   const at::TensorOptions real = call.real_options();
-  const Tensor none = at::empty({0}, real);
+  // What is not asked for is empty, each a tensor of its own: outputs of an operator may not share memory.
+  const auto none = [&] { return at::empty({0}, real); };
   const Tensor s_seq = layout.empty_sequence(x_seq.options());
-  const Tensor v_last = return_v_last ? layout.empty_state(real) : none;
-  const Tensor v_seq = return_v_seq ? layout.empty_sequence(real) : none;
-  const Tensor h_seq = return_h_seq ? layout.empty_sequence(real) : none;
-  const Tensor checkpoints = keep_checkpoints ? at::empty({checkpoint_elements(shape)}, real) : none;
+  const Tensor v_last = return_v_last ? layout.empty_state(real) : none();
+  const Tensor v_seq = return_v_seq ? layout.empty_sequence(real) : none();
+  const Tensor h_seq = return_h_seq ? layout.empty_sequence(real) : none();
+  const Tensor checkpoints = keep_checkpoints ? at::empty({checkpoint_elements(shape)}, real) : none();
   if (keep_checkpoints) checkpoints.narrow(0, checkpoints.numel() - 2, 2).zero_();
   if (shape.neurons() > 0) {
     with_scalar(x_seq.scalar_type(), [&](auto scalar) {
@@ -327,8 +328,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lif_forward(
       cpu::launch_forward(call.options().surrogate, hard_reset, params);
     });
   }
-  return {s_seq, return_v_last ? v_last : at::empty({0}, real), return_v_seq ? v_seq : at::empty({0}, real),
-          return_h_seq ? h_seq : at::empty({0}, real), keep_checkpoints ? checkpoints : at::empty({0}, real)};
+  return {s_seq, v_last, v_seq, h_seq, checkpoints};
 }
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(

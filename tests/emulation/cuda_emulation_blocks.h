@@ -1,0 +1,663 @@
+// Runs the threads of a block: how they wait for each other, and in which order they get to run.
+#ifndef ASGL_CUDA_EMULATION_BLOCKS_H
+#define ASGL_CUDA_EMULATION_BLOCKS_H
+
+#include <algorithm>
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cuda_emulation_types.h"
+
+#if defined(__SANITIZE_THREAD__) && !defined(ASGL_EMULATE_THREADS)
+#error "ThreadSanitizer cannot follow fibres: compile with -DASGL_EMULATE_THREADS"
+#endif
+
+#ifdef ASGL_EMULATE_THREADS
+#include <condition_variable>
+#else
+#include <sys/mman.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if !defined(__x86_64__) && !defined(ASGL_EMULATE_UCONTEXT)
+#define ASGL_EMULATE_UCONTEXT
+#endif
+#ifdef ASGL_EMULATE_UCONTEXT
+#include <ucontext.h>
+#endif
+#endif
+
+namespace asgl_emulation {
+
+__attribute__((format(printf, 1, 2))) inline std::string text(const char* format, ...) {
+  char buffer[512];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(buffer, sizeof buffer, format, arguments);
+  va_end(arguments);
+  return buffer;
+}
+
+inline std::string text(const uint3& index) { return text("(%u,%u,%u)", index.x, index.y, index.z); }
+
+// The order in which a block's warps, and the lanes of a warp, get to run until they must wait. `middle` descends
+// from the middle and wraps round (2 1 0 3), so that index 0 runs after some and before others: a missing barrier
+// then shows both where 0 writes for the others and where the others write for 0. With only two warps it
+// cannot show the latter; `ascending` does.
+enum class Order { middle, ascending, descending, shuffled };
+
+// To be changed only while no kernel runs.
+struct Settings {
+  int multiprocessors = 4;
+  unsigned os_threads = std::max(1u, std::thread::hardware_concurrency());
+  Order order = Order::middle;
+  unsigned order_seed = 0;
+
+  // ASGL_EMULATION_ORDER is the name of an order, or a number that seeds `shuffled`.
+  Settings() {
+    const char* const value = std::getenv("ASGL_EMULATION_ORDER");
+    const std::string name = value ? value : "middle";
+    if (name == "middle") return;
+    order = name == "ascending" ? Order::ascending : name == "descending" ? Order::descending : Order::shuffled;
+    order_seed = unsigned(std::strtoul(value, nullptr, 10));
+  }
+};
+
+inline Settings& settings() {
+  static Settings the_settings;
+  return the_settings;
+}
+
+enum class Operation : unsigned char { syncthreads, syncwarp, shfl, shfl_up, shfl_down, shfl_xor, ballot };
+
+inline const char* name_of(Operation operation) {
+  static const char* const names[] = {"__syncthreads",    "__syncwarp",      "__shfl_sync",  "__shfl_up_sync",
+                                      "__shfl_down_sync", "__shfl_xor_sync", "__ballot_sync"};
+  return names[static_cast<int>(operation)];
+}
+
+// A place in the kernel's source. As a default argument, `here()` is the place of the outermost call.
+struct Site {
+  const char* file;
+  int line;
+
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+  bool operator==(const Site& other) const { return line == other.line && std::strcmp(file, other.file) == 0; }
+};
+
+struct Request {
+  Operation operation;
+  Site site;
+  unsigned mask;         // lanes that take part, for a warp's operations
+  std::uint64_t value;   // what this lane gives
+  unsigned source_lane;  // whose value it takes, for shuffles
+
+  std::string describe() const {
+    std::string description = text("%s at %s:%d", name_of(operation), site.file, site.line);
+    return operation == Operation::syncthreads ? description : description + text(" with mask 0x%08x", mask);
+  }
+};
+
+// A Gate guards what threads of a block or warp share, a Bed is where one thread sleeps. Each has its own, because
+// waking up through a shared mutex would order it, in ThreadSanitizer's eyes, after all that left the gate meanwhile.
+#ifdef ASGL_EMULATE_THREADS
+using Gate = std::mutex;
+struct Bed {
+  std::mutex mutex;
+  std::condition_variable changed;
+
+  template <class Done>
+  void sleep_until(Done done) {
+    std::unique_lock<std::mutex> lock(mutex);
+    changed.wait(lock, done);
+  }
+  template <class Change>
+  void wake_after(Change change) {
+    std::lock_guard<std::mutex> lock(mutex);
+    change();
+    changed.notify_one();
+  }
+};
+#else
+// The fibres of a block take turns on one OS thread: there is nothing to lock, and whoever is done gets resumed.
+void yield_fibre();
+struct Gate {
+  void lock() {}
+  void unlock() {}
+};
+struct Bed {
+  template <class Done>
+  void sleep_until(Done) {
+    yield_fibre();
+  }
+  template <class Change>
+  void wake_after(Change change) {
+    change();
+  }
+};
+#endif
+using Lock = std::unique_lock<Gate>;
+
+template <class Visit>
+void for_each_lane(unsigned lanes, Visit visit) {
+  for (; lanes; lanes &= lanes - 1) visit(unsigned(__builtin_ctz(lanes)));
+}
+
+class Fibre;
+
+struct Thread {
+  uint3 index;
+  unsigned number;  // in the block
+  Request request;
+  std::uint64_t result;
+  bool waiting;
+  bool finished;
+  Bed bed;
+  Fibre* fibre;  // from the thread's first step to its last; none where the thread is an OS thread
+
+  unsigned lane() const { return number % 32; }
+  unsigned lane_bit() const { return 1u << lane(); }
+};
+
+struct Warp {
+  Gate gate;
+  Thread* lanes;
+  unsigned live;     // lanes that have not exited
+  unsigned arrived;  // lanes whose request is not yet granted
+};
+
+// Thrown out of a waiting thread to leave a kernel that has failed.
+struct KernelAborted {};
+
+struct Launch {
+  std::function<void()> kernel;
+  dim3 grid, block;
+  std::uint64_t blocks;
+  unsigned block_threads;
+  std::atomic<std::uint64_t> next_block{0};
+  std::atomic<bool> failed{false};
+  std::mutex mutex;
+  cudaError_t error = cudaSuccess;
+  std::string message;
+
+  // Only the first fault counts; blocks not yet begun are left out after it.
+  void report(cudaError_t kind, const std::string& fault) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (error != cudaSuccess) return;
+    error = kind;
+    message = fault;
+    failed = true;
+  }
+};
+
+class Block {
+ public:
+  explicit Block(Launch& launch_)
+      : launch(launch_), threads(launch_.block_threads), warps((launch_.block_threads + 31) / 32) {}
+
+  void begin(std::uint64_t number);
+  void run_thread(Thread& self);
+  void synchronise(Thread& self, const Site& site);
+  std::uint64_t exchange(Thread& self, const Request& request);
+  std::string describe(const Thread& thread) const {
+    return "thread " + text(thread.index) + " of block " + text(index);
+  }
+
+  Launch& launch;
+  uint3 index;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::atomic<bool> aborted;
+
+ private:
+  void pause(Lock& lock, Thread& self);
+  void leave(Thread& self);
+  void release(Thread& thread);
+  void release_barrier();
+  bool complete(Warp& warp, const Request& request, Lock& lock);
+  [[noreturn]] void fail(Lock& lock, const std::string& fault);
+  [[noreturn]] void fail_stuck(Lock& lock);
+
+  Gate gate;
+  unsigned live;        // threads that have not exited
+  unsigned at_barrier;  // threads that wait at __syncthreads
+  Thread* first_at_barrier;
+  // Counted without ordering memory, lest it hide from ThreadSanitizer a race between warps.
+  std::atomic<unsigned> running;
+};
+
+inline thread_local Block* current_block = nullptr;
+inline thread_local Thread* current_thread = nullptr;
+
+inline void Block::begin(std::uint64_t number) {
+  const dim3& grid = launch.grid;
+  const dim3& block = launch.block;
+  index = {unsigned(number % grid.x), unsigned(number / grid.x % grid.y), unsigned(number / grid.x / grid.y)};
+  for (unsigned i = 0; i < threads.size(); ++i) {
+    Thread& thread = threads[i];
+    thread.number = i;
+    thread.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+    thread.waiting = thread.finished = false;
+    thread.fibre = nullptr;
+  }
+  for (unsigned w = 0; w < warps.size(); ++w) {
+    const unsigned lanes = launch.block_threads - 32 * w;
+    warps[w].lanes = &threads[32 * w];
+    warps[w].live = lanes < 32 ? (1u << lanes) - 1 : ~0u;
+    warps[w].arrived = 0;
+  }
+  live = launch.block_threads;
+  at_barrier = 0;
+  running = live;
+  aborted = false;
+}
+
+// Not inlined, because a fibre may end one block on one OS thread and begin the next on another: addresses of
+// thread_local variables must not be kept in the fibre's outermost frame.
+__attribute__((noinline)) inline void Block::run_thread(Thread& self) {
+  try {
+    launch.kernel();
+    leave(self);
+  } catch (const KernelAborted&) {
+  }
+  self.finished = true;
+}
+
+inline void Block::synchronise(Thread& self, const Site& site) {
+  Lock lock(gate);
+  self.request = {Operation::syncthreads, site, 0, 0, 0};
+  if (at_barrier == 0) first_at_barrier = &self;
+  const Request& first = first_at_barrier->request;
+  if (!(first.site == site)) {
+    fail(lock, describe(self) + " has reached " + self.request.describe() + " while " + describe(*first_at_barrier) +
+                   " waits at " + first.describe());
+  }
+  if (++at_barrier == live) {
+    release_barrier();
+  } else {
+    pause(lock, self);
+  }
+}
+
+inline std::uint64_t Block::exchange(Thread& self, const Request& request) {
+  Warp& warp = warps[self.number / 32];
+  Lock lock(warp.gate);
+  self.request = request;
+  if (!(request.mask & self.lane_bit())) {
+    fail(lock, describe(self) + ", lane " + std::to_string(self.lane()) + ", is not in the mask of its " +
+                   request.describe());
+  }
+  warp.arrived |= self.lane_bit();
+  if (!complete(warp, request, lock)) pause(lock, self);
+  return self.result;
+}
+
+inline void Block::pause(Lock& lock, Thread& self) {
+  self.waiting = true;
+  if (running.fetch_sub(1, std::memory_order_relaxed) == 1) fail_stuck(lock);
+  lock.unlock();
+  self.bed.sleep_until([&] { return !self.waiting || aborted; });
+  if (aborted) throw KernelAborted{};
+}
+
+inline void Block::release(Thread& thread) {
+  if (!thread.waiting) return;  // the thread that completes an operation has not begun to wait
+  running.fetch_add(1, std::memory_order_relaxed);
+  thread.bed.wake_after([&] { thread.waiting = false; });
+}
+
+inline void Block::release_barrier() {
+  at_barrier = 0;
+  for (Thread& thread : threads) release(thread);
+}
+
+// Grants the operation if all the lanes it names are there. An exited lane is no hindrance to __syncwarp, but to
+// name one in an operation that exchanges values is a fault.
+inline bool Block::complete(Warp& warp, const Request& request, Lock& lock) {
+  const unsigned gone = request.mask & ~warp.live;
+  if (gone && request.operation != Operation::syncwarp) {
+    fail(lock, "block " + text(index) + ": " + request.describe() +
+                   text(" names lane %d, which has exited or does not exist", __builtin_ctz(gone)));
+  }
+  const unsigned members = request.mask & warp.live;
+  if (members & ~warp.arrived) return false;
+
+  Thread* const lanes = warp.lanes;
+  bool same_mask = true;
+  unsigned votes = 0;
+  for_each_lane(members, [&](unsigned lane) {
+    same_mask &= lanes[lane].request.mask == request.mask;
+    votes |= unsigned(lanes[lane].request.value != 0) << lane;
+  });
+  if (!same_mask) return false;
+  for_each_lane(members, [&](unsigned lane) {
+    const Request& other = lanes[lane].request;
+    const bool same_site = other.site == request.site || other.operation == Operation::syncwarp;
+    if (other.operation == request.operation && same_site) return;
+    fail(lock, "the warp of " + describe(lanes[lane]) + " has diverged: this thread is at " + other.describe() +
+                   ", another at " + request.describe());
+  });
+
+  for_each_lane(members, [&](unsigned lane) {
+    // What a lane outside the mask would give is undefined: all ones, a NaN as a floating-point number.
+    const unsigned source = lanes[lane].request.source_lane;
+    const std::uint64_t taken = members >> source & 1 ? lanes[source].request.value : ~std::uint64_t(0);
+    lanes[lane].result = request.operation == Operation::ballot ? votes : taken;
+  });
+  warp.arrived &= ~members;
+  // Only now, since a released lane may change its request at once.
+  for_each_lane(members, [&](unsigned lane) { release(lanes[lane]); });
+  return true;
+}
+
+inline void Block::leave(Thread& self) {
+  if (aborted) return;
+  Warp& warp = warps[self.number / 32];
+  {
+    Lock lock(warp.gate);
+    warp.live &= ~self.lane_bit();
+    for_each_lane(warp.arrived, [&](unsigned lane) {
+      const Request& request = warp.lanes[lane].request;
+      const bool still_waits = warp.arrived >> lane & 1;
+      if (still_waits && (request.mask & self.lane_bit())) complete(warp, request, lock);
+    });
+  }
+  Lock lock(gate);
+  --live;
+  if (live > 0 && at_barrier == live) release_barrier();
+  if (running.fetch_sub(1, std::memory_order_relaxed) == 1 && live > 0) fail_stuck(lock);
+}
+
+inline void Block::fail(Lock& lock, const std::string& fault) {
+  lock.unlock();
+  launch.report(cudaErrorLaunchFailure, fault);
+  for (Thread& thread : threads) thread.bed.wake_after([&] { aborted = true; });
+  throw KernelAborted{};
+}
+
+// Called by the last thread of the block that could still run, so that what the others wait for never comes.
+inline void Block::fail_stuck(Lock& lock) {
+  lock.unlock();
+  std::vector<Lock> locks;
+  for (Warp& warp : warps) locks.emplace_back(warp.gate);
+  locks.emplace_back(gate);
+
+  struct Waiters {
+    unsigned count = 0;
+    const Thread* first = nullptr;
+  };
+  std::map<std::string, Waiters> places;
+  for (const Thread& thread : threads) {
+    if (!thread.waiting) continue;
+    Waiters& waiters = places[thread.request.describe()];
+    if (waiters.count++ == 0) waiters.first = &thread;
+  }
+  std::string fault =
+      "block " + text(index) +
+      text(" cannot go on: %u of its %u threads have exited", launch.block_threads - live, launch.block_threads);
+  for (const auto& [place, waiters] : places) {
+    fault += text("; %u wait at ", waiters.count) + place + ", the first is thread " + text(waiters.first->index);
+  }
+  locks.clear();
+  lock.lock();
+  fail(lock, fault);
+}
+
+inline void set_thread(Block& block, Thread& thread) {
+  current_block = &block;
+  current_thread = &thread;
+  threadIdx = thread.index;
+  blockIdx = block.index;
+  blockDim = block.launch.block;
+  gridDim = block.launch.grid;
+}
+
+#ifdef ASGL_EMULATE_THREADS
+inline void run_launch(Launch& launch) {
+  Block block(launch);
+  for (std::uint64_t number = 0; number < launch.blocks && !launch.failed; ++number) {
+    block.begin(number);
+    std::vector<std::thread> os_threads;
+    for (Thread& thread : block.threads) {
+      os_threads.emplace_back([&block, &thread] {
+        set_thread(block, thread);
+        block.run_thread(thread);
+      });
+    }
+    for (std::thread& os_thread : os_threads) os_thread.join();
+  }
+}
+
+#else
+#ifdef __SANITIZE_ADDRESS__
+constexpr std::size_t fibre_stack_bytes = 256 * 1024;
+constexpr auto announce_switch = &__sanitizer_start_switch_fiber;
+constexpr auto confirm_switch = &__sanitizer_finish_switch_fiber;
+#else
+constexpr std::size_t fibre_stack_bytes = 64 * 1024;
+inline void announce_switch(void**, const void*, std::size_t) {}
+inline void confirm_switch(void*, const void**, std::size_t*) {}
+#endif
+
+// A place to go on from. The bounds and the fake stack are for AddressSanitizer.
+struct Context {
+  const void* stack = nullptr;
+  std::size_t stack_bytes = 0;
+  void* fake_stack = nullptr;
+#ifdef ASGL_EMULATE_UCONTEXT
+  ucontext_t registers;
+
+  void prepare(void* bottom, void (*entry)()) {
+    getcontext(&registers);
+    registers.uc_stack.ss_sp = bottom;
+    registers.uc_stack.ss_size = stack_bytes;
+    makecontext(&registers, entry, 0);
+  }
+  void exchange(Context& to) { swapcontext(&registers, &to.registers); }
+#else
+  void* stack_pointer = nullptr;
+
+  // Lays out what exchange_stacks pops: six registers and the entry point, which finds a null return address.
+  void prepare(void* bottom, void (*entry)()) {
+    void** const top = reinterpret_cast<void**>(static_cast<char*>(bottom) + stack_bytes);
+    top[-1] = nullptr;
+    top[-2] = reinterpret_cast<void*>(entry);
+    stack_pointer = top - 8;
+  }
+  void exchange(Context& to) { exchange_stacks(&stack_pointer, to.stack_pointer); }
+
+  // Keeps the callee-saved registers on the old stack and takes those of the new one. The floating-point control
+  // words are left alone, since kernels do not change them.
+  __attribute__((naked, noinline)) static void exchange_stacks(void** /*old_stack*/, void* /*new_stack*/) {
+    asm("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n\t"
+        "movq %rsp, (%rdi)\n\t"
+        "movq %rsi, %rsp\n\t"
+        "popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp\n\t"
+        "ret");
+  }
+#endif
+
+  void switch_to(Context& to) {
+    announce_switch(&fake_stack, to.stack, to.stack_bytes);
+    exchange(to);
+    confirm_switch(fake_stack, &to.stack, &to.stack_bytes);
+  }
+};
+
+// A stack that runs one CUDA thread after another, going back to its scheduler whenever a thread waits or ends.
+class Fibre {
+ public:
+  Fibre(Context& scheduler_, unsigned number) : scheduler(scheduler_) {
+    memory = mmap(nullptr, memory_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) {
+      std::perror("asgl_emulation: no memory for a fibre's stack");
+      std::abort();
+    }
+    // Stack tops at different offsets in a page, or the frames of a warp would compete for the same cache lines.
+    void* const bottom = static_cast<char*>(memory) + page;
+    context.stack = bottom;
+    context.stack_bytes = fibre_stack_bytes + number % 16 * 256;
+    context.prepare(bottom, &Fibre::main);
+  }
+  Fibre(const Fibre&) = delete;
+  Fibre& operator=(const Fibre&) = delete;
+  ~Fibre() { munmap(memory, memory_bytes); }
+
+  void resume(Block& block_, Thread& thread_) {
+    block = &block_;
+    thread = &thread_;
+    starting = this;
+    scheduler.switch_to(context);
+  }
+
+  void yield() { context.switch_to(scheduler); }
+
+ private:
+  static constexpr std::size_t page = 4096;
+  static constexpr std::size_t memory_bytes = page + fibre_stack_bytes + page;  // the first page guards the stack
+
+  [[noreturn]] static void main() {
+    Fibre& self = *starting;
+    confirm_switch(nullptr, &self.scheduler.stack, &self.scheduler.stack_bytes);
+    for (;;) {
+      self.block->run_thread(*self.thread);
+      self.yield();
+    }
+  }
+
+  inline static thread_local Fibre* starting = nullptr;
+
+  Context& scheduler;
+  Context context;
+  void* memory;
+  Block* block = nullptr;
+  Thread* thread = nullptr;
+};
+
+inline void yield_fibre() { current_thread->fibre->yield(); }
+
+inline std::vector<unsigned> visiting_order(unsigned count) {
+  const Order order = settings().order;
+  std::vector<unsigned> visits(count);
+  std::iota(visits.begin(), visits.end(), 0u);
+  if (order == Order::shuffled) {
+    std::shuffle(visits.begin(), visits.end(), std::minstd_rand(settings().order_seed));
+  } else if (order != Order::ascending) {
+    std::reverse(visits.begin(), visits.end());
+    if (order == Order::middle) std::rotate(visits.begin(), visits.begin() + (count - 1) / 2, visits.end());
+  }
+  return visits;
+}
+
+// Runs blocks, one at a time, on the OS thread that calls it.
+class Scheduler {
+ public:
+  void run(Block& block) {
+    const std::vector<unsigned> warps = visiting_order(unsigned(block.warps.size())), lanes = visiting_order(32);
+    bool progress;
+    do {
+      progress = false;
+      for (unsigned warp : warps) {
+        while (visit_lanes(block, warp, lanes)) progress = true;
+      }
+    } while (progress);
+  }
+
+ private:
+  bool visit_lanes(Block& block, unsigned warp, const std::vector<unsigned>& lanes) {
+    bool progress = false;
+    for (unsigned lane : lanes) {
+      const unsigned number = 32 * warp + lane;
+      if (number >= block.threads.size()) continue;
+      Thread& thread = block.threads[number];
+      // In a failed block the threads that wait are resumed to unwind, and no new ones begin.
+      const bool can_run = block.aborted ? thread.fibre != nullptr : !thread.waiting;
+      if (thread.finished || !can_run) continue;
+      step(block, thread);
+      progress = true;
+    }
+    return progress;
+  }
+
+  void step(Block& block, Thread& thread) {
+    if (!thread.fibre) thread.fibre = take_idle_fibre();
+    set_thread(block, thread);
+    thread.fibre->resume(block, thread);
+    current_thread = nullptr;
+    if (thread.finished) idle.push_back(thread.fibre);
+  }
+
+  // The fibre that became idle last comes first, so that a kernel without barriers runs on one warm stack.
+  Fibre* take_idle_fibre() {
+    if (idle.empty()) {
+      fibres.push_back(std::make_unique<Fibre>(context, unsigned(fibres.size())));
+      idle.push_back(fibres.back().get());
+    }
+    Fibre* const fibre = idle.back();
+    idle.pop_back();
+    return fibre;
+  }
+
+  Context context;
+  std::vector<std::unique_ptr<Fibre> > fibres;
+  std::vector<Fibre*> idle;
+};
+
+inline void run_blocks(Launch& launch) {
+  // Schedulers outlive launches and OS threads, because their stacks are costly to make.
+  static std::mutex mutex;
+  static std::vector<std::unique_ptr<Scheduler> > idle;
+  std::unique_ptr<Scheduler> scheduler;
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (idle.empty()) idle.push_back(std::make_unique<Scheduler>());
+    scheduler = std::move(idle.back());
+    idle.pop_back();
+  }
+  Block block(launch);
+  while (!launch.failed) {
+    const std::uint64_t number = launch.next_block++;
+    if (number >= launch.blocks) break;
+    block.begin(number);
+    scheduler->run(block);
+  }
+  std::lock_guard<std::mutex> lock(mutex);
+  idle.push_back(std::move(scheduler));
+}
+
+inline void run_launch(Launch& launch) {
+  // Below about this many CUDA threads, starting an OS thread costs more than it saves.
+  constexpr std::uint64_t worth_another_os_thread = 4096;
+  const std::uint64_t useful = std::min(launch.blocks, launch.blocks * launch.block_threads / worth_another_os_thread);
+  std::vector<std::thread> helpers;
+  for (std::uint64_t i = 1; i < std::min<std::uint64_t>(settings().os_threads, useful); ++i) {
+    helpers.emplace_back([&launch] { run_blocks(launch); });
+  }
+  run_blocks(launch);
+  for (std::thread& helper : helpers) helper.join();
+}
+#endif
+
+inline void check_alignment(const void* address, std::size_t alignment, const char* access) {
+  const std::size_t excess = reinterpret_cast<std::uintptr_t>(address) % alignment;
+  if (__builtin_expect(excess == 0 || !current_thread, 1)) return;
+  current_block->launch.report(
+      cudaErrorMisalignedAddress,
+      current_block->describe(*current_thread) +
+          text(": a vector %s that needs %zu-byte alignment is %zu bytes off", access, alignment, excess));
+}
+
+}  // namespace asgl_emulation
+
+#endif  // ASGL_CUDA_EMULATION_BLOCKS_H
