@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reference import state_shape
 from .surrogate import SURROGATES
 
 FLOATING_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -81,7 +82,7 @@ def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str) -> N
         raise TypeError(f"{caller}: v_init must be a tensor, got {type(v_init).__name__}")
     if v_init.dtype not in FLOATING_TYPES:
         raise TypeError(f"{caller}: v_init must be of a floating type, got {v_init.dtype}")
-    shape = [size for dim, size in enumerate(x_seq.shape) if dim != time_dim]
+    shape = state_shape(x_seq, time_dim)
     if list(v_init.shape) != shape:
         raise ValueError(f"{caller}: v_init must have shape {shape}, got {list(v_init.shape)}")
     if v_init.device != x_seq.device:

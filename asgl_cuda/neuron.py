@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .checks import check_analog_prob, check_input, check_number, check_surrogate, check_time_dim, check_width
 from .functional import LIFOutput, lif
+from .reference import GradientOf, real_type, state_shape
 
 _CALLER = "asgl_cuda.LIF"
 
@@ -22,8 +23,8 @@ def _bounded(value: Tensor) -> Tensor:
 
     exp and sigmoid then stay positive, finite and below 1, whatever an optimizer's step has done.
     """
-    value = value if value.dtype == torch.float64 else value.float()
-    return value + (value.clamp(-15.0, 15.0) - value).detach()
+    value = value.to(real_type(value.dtype))
+    return GradientOf.apply(value.detach().clamp(-15.0, 15.0), value, 1.0)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class LIF(nn.Module):
@@ -143,7 +144,7 @@ class LIF(nn.Module):
     def forward(self, x_seq: Tensor) -> Tensor:
         time_dim = check_input(x_seq, self.time_dim, _CALLER)
         if self.v is not None:
-            shape = [size for dim, size in enumerate(x_seq.shape) if dim != time_dim]
+            shape = state_shape(x_seq, time_dim)
             if list(self.v.shape) != shape:
                 raise ValueError(
                     f"asgl_cuda.LIF: the carried potential has shape {list(self.v.shape)} and the input, without time, "

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .reference import memory_order, real_type
+from .reference import memory_order, real_type, state_shape
 
 CHECKPOINT_STEPS = 16  # kCheckpointSteps of csrc/lif_params.h
 REBUILD = (
@@ -46,13 +46,9 @@ BackwardResult = tuple[Tensor, Tensor, list[Tensor]]
 def _empty_state(x_seq: Tensor, time_dim: int) -> Tensor:
     """As Layout::empty_state of csrc/ops.cpp: x_seq's shape and memory order without time."""
     order = [dim - (dim > time_dim) for dim in memory_order(x_seq, time_dim) if dim != time_dim]
-    sizes = _state_sizes(x_seq, time_dim)
+    sizes = state_shape(x_seq, time_dim)
     state = x_seq.new_empty([sizes[dim] for dim in order], dtype=real_type(x_seq.dtype))
     return state.permute([order.index(dim) for dim in range(len(order))])
-
-
-def _state_sizes(x_seq: Tensor, time_dim: int) -> list[int]:
-    return [size for dim, size in enumerate(x_seq.shape) if dim != time_dim]
 
 
 def _fake_draw_rng_state(fresh: Tensor) -> Tensor:
@@ -79,7 +75,7 @@ def _fake_lif_forward(
     keep_checkpoints: bool,
 ) -> ForwardResult:
     real = real_type(x_seq.dtype)
-    neurons = math.prod(_state_sizes(x_seq, time_dim))
+    neurons = math.prod(state_shape(x_seq, time_dim))
     kept = (x_seq.shape[time_dim] - 1) // CHECKPOINT_STEPS * neurons + 2  # as checkpoint_elements of csrc/ops.cpp
 
     def sequence(wanted: bool) -> Tensor:

@@ -44,7 +44,7 @@ def real_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class _GradientOf(torch.autograd.Function):
+class GradientOf(torch.autograd.Function):
     """The value of `s` with the gradient of `a`, times `gain`: a + stop_gradient(s - a), but exact."""
 
     @staticmethod
@@ -92,7 +92,7 @@ def lif_reference(
         a = options.surrogate.cumulative(u * at(inverse_width, t))
         z = (u > 0 if options.strict_threshold else u >= 0).to(real)
         hard_or_analog = torch.where(analog[t], a, z).detach()
-        s: Tensor = _GradientOf.apply(hard_or_analog, a, options.surrogate_gain)  # type: ignore[no-untyped-call]
+        s: Tensor = GradientOf.apply(hard_or_analog, a, options.surrogate_gain)  # type: ignore[no-untyped-call]
         s_reset = s.detach() if options.detach_reset else s
         v = h * (1 - s_reset) + at(reset, t) * s_reset if options.hard_reset else h - at(reset, t) * s_reset
         s_seq.append(s)
@@ -106,17 +106,26 @@ def lif_reference(
     return out.to(x_seq.dtype), v, v_out, h_out
 
 
+def state_shape(x_seq: Tensor, time_dim: int) -> list[int]:
+    """The shape of a potential: x_seq's without time."""
+    return [size for dim, size in enumerate(x_seq.shape) if dim != time_dim]
+
+
+def _channel_dim(time_dim: int) -> int:
+    """The second dimension but time."""
+    return 2 if time_dim <= 1 else 1
+
+
 def is_channels_last(x_seq: Tensor, time_dim: int) -> bool:
     """Whether the channels (the second dimension but time) are innermost in memory, all else in order."""
-    channel = 2 if time_dim <= 1 else 1
-    return x_seq.dim() > 3 and x_seq.movedim(channel, -1).is_contiguous()
+    return x_seq.dim() > 3 and x_seq.movedim(_channel_dim(time_dim), -1).is_contiguous()
 
 
 def memory_order(x_seq: Tensor, time_dim: int) -> list[int]:
     """The dimensions of x_seq, outermost first; what is neither contiguous nor channels_last is taken as contiguous."""
     order = list(range(x_seq.dim()))
     if not x_seq.is_contiguous() and is_channels_last(x_seq, time_dim):
-        order.append(order.pop(2 if time_dim <= 1 else 1))
+        order.append(order.pop(_channel_dim(time_dim)))
     return order
 
 

@@ -13,8 +13,7 @@
 namespace asgl::cpu {
 namespace {
 
-constexpr int64 kForwardTile = 1024;
-constexpr int64 kBackwardTile = 1024;
+constexpr int64 kTile = 1024;  // neurons
 constexpr int64 kElementsPerTask = 32768;
 // A row takes about as long as memory does to answer, so that one row ahead would come too late.
 constexpr int64 kRowsAhead = 2;
@@ -23,8 +22,8 @@ int64 segment_steps(int64 steps) { return steps <= 4 ? 4 : steps <= 8 ? 8 : kChe
 
 // ---- a tile's rows in memory ----
 
-// Calls f(offset in the tile, element in the sequence, length) for each stretch of the tile that is contiguous at step
-// t.
+// Calls f(offset in the tile, element in the sequence, length) for each stretch of the tile that step t has in one
+// piece.
 template <class F>
 void for_each_stretch(const SequenceShape& shape, int64 first, int64 length, int64 t, F&& f) {
   for (int64 i = 0; i < length;) {
@@ -35,7 +34,7 @@ void for_each_stretch(const SequenceShape& shape, int64 first, int64 length, int
   }
 }
 
-// Row t of a sequence as contiguous numbers of the arithmetic's type: where it lies, if it is so already, else in
+// Row t of a sequence as contiguous numbers of the arithmetic's type: where it lies if it is so already, else a copy in
 // `buffer`.
 template <class Element>
 const Real_t<Element>* read_row(const Element* sequence, const SequenceShape& shape, int64 first, int64 length, int64 t,
@@ -136,10 +135,10 @@ class Rows {
 // The noise of a tile for the steps of a segment. Without draws every row is 0: below any analog_below but 0.
 class TileNoise {
  public:
-  TileNoise(const NoiseParams& noise, int64 tile)
+  explicit TileNoise(const NoiseParams& noise)
       : drawn_(noise.drawn()),
         key_(drawn_ ? noise_key(noise.rng_state) : NoiseKey{}),
-        rows_(kCheckpointSteps, (tile / 4 + kNoiseGroups - 1) / kNoiseGroups * kNoiseGroups) {
+        rows_(kCheckpointSteps, kTile / 4) {
     pairs_.fill(-1);
     if (!drawn_) std::fill_n(rows_.row(0), rows_.stride(), 0);
   }
@@ -161,6 +160,7 @@ class TileNoise {
 
  private:
   static constexpr int64 kPairs = kCheckpointSteps / 2;
+  static_assert(kTile / 4 % kNoiseGroups == 0);
 
   bool drawn_;
   NoiseKey key_;
@@ -249,13 +249,13 @@ void store_checkpoint(const ForwardParams<Scalar>& params, const Real_t<Scalar>*
   }
 }
 
-int64 num_tiles(const SequenceShape& shape, int64 tile) { return (shape.neurons() + tile - 1) / tile; }
+int64 num_tiles(const SequenceShape& shape) { return (shape.neurons() + kTile - 1) / kTile; }
 
 // Calls task(tile index range) on as many threads as torch.get_num_threads() allows.
 template <class Task>
-void for_each_tile_range(const SequenceShape& shape, int64 tile, Task&& task) {
-  const int64 tiles = num_tiles(shape, tile);
-  const int64 grain = std::max<int64>(1, kElementsPerTask / (tile * shape.steps));
+void for_each_tile_range(const SequenceShape& shape, Task&& task) {
+  const int64 tiles = num_tiles(shape);
+  const int64 grain = std::max<int64>(1, kElementsPerTask / (kTile * shape.steps));
   at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) { task(begin, end); });
 }
 
@@ -266,15 +266,15 @@ void forward(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   using Step = StepLoop<Real, kSurrogate, kHardReset, Neurons>;
   const SequenceShape& shape = params.shape;
-  for_each_tile_range(shape, kForwardTile, [&](int64 begin, int64 end) {
-    Rows<Real> rows(5, kForwardTile);
+  for_each_tile_range(shape, [&](int64 begin, int64 end) {
+    Rows<Real> rows(5, kTile);
     Real *x_buffer = rows.take(), *s_buffer = rows.take(), *h_buffer = rows.take();
     std::array<Real*, 2> v = {rows.take(), rows.take()};
-    TileNoise noise(params.noise, kForwardTile);
-    TileNeurons<Real> neurons(params.parameters, kForwardTile);
+    TileNoise noise(params.noise);
+    TileNeurons<Real> neurons(params.parameters, kTile);
     for (int64 tile = begin; tile < end; ++tile) {
-      const int64 first = tile * kForwardTile;
-      const int64 length = std::min(kForwardTile, shape.neurons() - first);
+      const int64 first = tile * kTile;
+      const int64 length = std::min(kTile, shape.neurons() - first);
       load_potential<Scalar>(params, nullptr, 0, first, length, v[0]);
       for (int64 t = 0; t < shape.steps; ++t) {
         const Real* x = read_row(params.x_seq, shape, first, length, t, x_buffer);
@@ -314,18 +314,18 @@ void forward_uniform(const ForwardParams<Scalar>& params) {
   using Step = UniformStepLoop<Real, kSurrogate, kHardReset, true>;
   const SequenceShape& shape = params.shape;
   const Neuron<Real> neuron = uniform_neuron(params.parameters);
-  for_each_tile_range(shape, kForwardTile, [&](int64 begin, int64 end) {
-    Rows<Real> rows(3, kForwardTile);
+  for_each_tile_range(shape, [&](int64 begin, int64 end) {
+    Rows<Real> rows(3, kTile);
     Real *x_buffer = rows.take(), *s_buffer = rows.take(), *v = rows.take();
-    TileNoise noise(params.noise, kForwardTile);
+    TileNoise noise(params.noise);
     for (int64 tile = begin; tile < end; ++tile) {
-      const int64 first = tile * kForwardTile;
-      const int64 length = std::min(kForwardTile, shape.neurons() - first);
+      const int64 first = tile * kTile;
+      const int64 length = std::min(kTile, shape.neurons() - first);
       load_potential<Scalar>(params, nullptr, 0, first, length, v);
       for (int64 t = 0; t < shape.steps; ++t) {
         const Real* x = read_row(params.x_seq, shape, first, length, t, x_buffer);
         Real* s = start_row(params.s_seq, shape, first, length, t, s_buffer);
-        const int64 next_first = first + (t + kRowsAhead) / shape.steps * kForwardTile,
+        const int64 next_first = first + (t + kRowsAhead) / shape.steps * kTile,
                     next_t = (t + kRowsAhead) % shape.steps;
         const Ahead ahead = {row_ahead(params.x_seq, shape, next_first, length, next_t),
                              row_ahead(params.s_seq, shape, next_first, length, next_t), sizeof(Scalar)};
@@ -376,20 +376,20 @@ void backward(const BackwardParams<Scalar>& params) {
   // The potentials before each step are needed again only for the gradient of decay.
   const int64 v_rows = wanted(kDecay) ? segment + 1 : 2;
 
-  for_each_tile_range(shape, kBackwardTile, [&](int64 begin, int64 end) {
-    Rows<Real> rows(2 * segment + v_rows + 9 + kNumParameters, kBackwardTile);
+  for_each_tile_range(shape, [&](int64 begin, int64 end) {
+    Rows<Real> rows(2 * segment + v_rows + 9 + kNumParameters, kTile);
     Real *h = rows.take(segment), *s = rows.take(segment), *v = rows.take(v_rows);
-    Real *x_buffer = rows.take(), *g_buffer = rows.take(), *gh_buffer = rows.take(), *gv_buffer = rows.take();
+    Real *x_buffer = rows.take(), *g_buffer = rows.take(), *gh_buffer = rows.take(), *scaled_g = rows.take();
     Real *dx_buffer = rows.take(), *dv = rows.take(), *dy = rows.take(), *dh = rows.take(), *zeros = rows.take();
-    std::fill_n(zeros, kBackwardTile, Real(0));
+    std::fill_n(zeros, kTile, Real(0));
     std::array<Real*, kNumParameters> sums;
     for (Real*& sum : sums) sum = rows.take();
-    TileNoise noise(params.noise, kBackwardTile);
-    TileNeurons<Real> neurons(params.parameters, kBackwardTile);
+    TileNoise noise(params.noise);
+    TileNeurons<Real> neurons(params.parameters, kTile);
 
     for (int64 tile = begin; tile < end; ++tile) {
-      const int64 first = tile * kBackwardTile;
-      const int64 length = std::min(kBackwardTile, shape.neurons() - first);
+      const int64 first = tile * kTile;
+      const int64 length = std::min(kTile, shape.neurons() - first);
       const auto row = [&](Real* rows_of, int64 k) { return rows_of + k * rows.stride(); };
       const auto accumulate = [&](ParameterId id, Real factor, const Real* a, Operand<Real> b, Operand<Real> c) {
         if (wanted(id)) run<Accumulate>({length, factor, a, b, c, sums[id]});
@@ -424,8 +424,8 @@ void backward(const BackwardParams<Scalar>& params) {
             g = read_row(params.grad_s_seq, shape, first, length, t, g_buffer);
             if (options.scale_output) {
               accumulate(kThreshold, Real(1), g, {row(s, k), Real(0)}, kZero);
-              run<MultiplyLoop<Real>>({g, neurons.v_threshold(), gv_buffer, length});
-              g = gv_buffer;
+              run<MultiplyLoop<Real>>({g, neurons.v_threshold(), scaled_g, length});
+              g = scaled_g;
             }
           }
           const Real* gh =
@@ -478,16 +478,16 @@ void backward_uniform(const BackwardParams<Scalar>& params) {
   const int64 segment = segment_steps(shape.steps);
   const int64 last_start = (shape.steps - 1) / segment * segment;
 
-  for_each_tile_range(shape, kBackwardTile, [&](int64 begin, int64 end) {
-    Rows<Real> rows(segment + 7, kBackwardTile);
+  for_each_tile_range(shape, [&](int64 begin, int64 end) {
+    Rows<Real> rows(segment + 7, kTile);
     Real *h = rows.take(segment), *v = rows.take(), *dv = rows.take(), *width = rows.take(), *zeros = rows.take();
     Real *x_buffer = rows.take(), *g_buffer = rows.take(), *dx_buffer = rows.take();
-    std::fill_n(zeros, kBackwardTile, Real(0));
-    TileNoise noise(params.noise, kBackwardTile);
+    std::fill_n(zeros, kTile, Real(0));
+    TileNoise noise(params.noise);
 
     for (int64 tile = begin; tile < end; ++tile) {
-      const int64 first = tile * kBackwardTile;
-      const int64 length = std::min(kBackwardTile, shape.neurons() - first);
+      const int64 first = tile * kTile;
+      const int64 length = std::min(kTile, shape.neurons() - first);
       const auto h_row = [&](int64 k) { return h + k * rows.stride(); };
       bool carried = params.grad_v_last != nullptr;
       std::copy_n(carried ? params.grad_v_last + first : zeros, length, dv);
@@ -507,7 +507,7 @@ void backward_uniform(const BackwardParams<Scalar>& params) {
             return {row_ahead(params.grad_s_seq, shape, first, length, t),
                     row_ahead(params.grad_x_seq, shape, first, length, t), sizeof(Scalar)};
           }
-          const int64 next_first = start > 0 ? first : first + kBackwardTile;
+          const int64 next_first = start > 0 ? first : first + kTile;
           const int64 next_start = start > 0 ? start - segment : last_start;
           const int64 t = std::min(next_start + next - 2 * steps, shape.steps - 1);
           return {row_ahead(params.x_seq, shape, next_first, length, t), nullptr, sizeof(Scalar)};
@@ -571,7 +571,7 @@ int num_threads() {
 #endif
 }
 
-TilePlan backward_tiles(const SequenceShape& shape) { return {kBackwardTile, num_tiles(shape, kBackwardTile)}; }
+TilePlan backward_tiles(const SequenceShape& shape) { return {kTile, num_tiles(shape)}; }
 
 template <class Scalar>
 void launch_forward(Surrogate surrogate, bool hard_reset, const ForwardParams<Scalar>& params) {

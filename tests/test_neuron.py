@@ -553,3 +553,16 @@ def test_inference_mode_before_training(backend, device):
         layer(x_seq)
     layer(x_seq).sum().backward()
     assert x_seq.grad is not None
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), 1e10, -1e10])
+def test_parameters_at_the_end_of_the_number_line_stay_valid(value):
+    layer = LIF(learn_decay=True)
+    with torch.no_grad():
+        layer.log_width.fill_(value)
+        layer.logit_decay.fill_(value)
+    assert 0 < layer.width.item() < float("inf")
+    assert 0 < layer.decay.item() < 1
+    layer.width.backward()
+    assert layer.log_width.grad.isfinite()
+    assert layer.log_width.grad > 0
