@@ -41,7 +41,9 @@ class Build(BuildExtension):
         super().run()
         target = PACKAGE if self.inplace else Path(self.build_lib) / "asgl_cuda"
         target.mkdir(parents=True, exist_ok=True)
-        (target / "_build_info.py").write_text(f'TORCH_VERSION = "{torch.__version__}"\n')
+        (target / "_build_info.py").write_text(
+            f"TORCH_VERSION = {torch.__version__!r}\nCUDA = None\nREASON = 'not yet'\n"
+        )
         print(f"asgl_cuda: built the CPU kernels for torch {torch.__version__} on {platform.machine()} ({REASON})")
 
 

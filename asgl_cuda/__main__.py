@@ -19,6 +19,8 @@ def info() -> int:
     )
     if ops.extension is not None:
         print(f"CPU kernels: {ops.extension.cpu_instruction_set()}, {ops.extension.cpu_threads()} threads")
+    if ops.build_info is not None and ops.build_info.cuda is not None:
+        print(f"CUDA kernels: {ops.build_info.cuda}")
     for name in available_backends():
         print(f"  {name:<10} works")
     for name, problem in unavailable_backends().items():

@@ -24,10 +24,16 @@ class Backend(NamedTuple):
 
     device_types: tuple[str, ...]  # empty: any
     operators: Operators | None
-    problem: str | None  # why it does not work here and what would make it work
+    problem: str | None  # why it was not built or does not load, and what would help
 
     def serves(self, device: torch.device) -> bool:
         return not self.device_types or device.type in self.device_types
+
+    def problem_here(self) -> str | None:
+        """Also looks for the device, which `problem` does not: asking wakes the driver, and importing must not."""
+        if self.problem is None and self.device_types == ("cuda",) and not torch.cuda.is_available():
+            return "torch finds no CUDA device: torch.cuda.is_available() is False"
+        return self.problem
 
 
 def compiled_operators(namespace: str) -> Operators:
@@ -45,8 +51,17 @@ def _extension_problem() -> str | None:
     return f"the compiled extension is missing: {ops.extension_error}. To build it: {ops.REBUILD}"
 
 
+def _cuda_problem() -> str | None:
+    if ops.extension is None or ops.build_info is None:
+        return _extension_problem()
+    if ops.build_info.cuda is None:
+        return f"the extension was built without CUDA: {ops.build_info.reason}. To build it anew: {ops.REBUILD}"
+    return None
+
+
 # In the order in which they are preferred.
 BACKENDS: dict[str, Backend] = {
+    "cuda": _compiled("cuda", _cuda_problem()),
     "cpu": _compiled("cpu", _extension_problem()),
     "reference": Backend((), None, None),
 }
@@ -59,12 +74,13 @@ def available_backends() -> tuple[str, ...]:
 
     `unavailable_backends` tells of the others.
     """
-    return tuple(name for name, backend in BACKENDS.items() if backend.problem is None)
+    return tuple(name for name, backend in BACKENDS.items() if backend.problem_here() is None)
 
 
 def unavailable_backends() -> dict[str, str]:
     """For each backend that does not work here: why, and what would make it work."""
-    return {name: backend.problem for name, backend in BACKENDS.items() if backend.problem is not None}
+    problems = {name: backend.problem_here() for name, backend in BACKENDS.items()}
+    return {name: problem for name, problem in problems.items() if problem is not None}
 
 
 def choose_backend(name: str | None, device: torch.device, caller: str) -> str:

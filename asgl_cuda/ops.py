@@ -6,6 +6,7 @@ import importlib
 import math
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,21 +24,30 @@ def _minor(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
-def _load_extension() -> tuple[ModuleType | None, str | None]:
-    """The extension module, or None and the reason."""
+class BuildInfo(NamedTuple):
+    """What setup.py noted when it compiled the extension."""
+
+    torch_version: str
+    cuda: str | None  # the toolkit and the architectures that the CUDA kernels were compiled by and for
+    reason: str  # why with or without CUDA
+
+
+def _load_extension() -> tuple[ModuleType | None, BuildInfo | None, str | None]:
+    """The extension module and what it was built for, or None and the reason."""
     try:
-        info = importlib.import_module("asgl_cuda._build_info")
-    except ImportError:
-        return None, "it was not built with this installation"
-    if _minor(info.TORCH_VERSION) != _minor(torch.__version__):
-        return None, f"it was built for torch {info.TORCH_VERSION}, and this is torch {torch.__version__}"
+        noted = importlib.import_module("asgl_cuda._build_info")
+        info = BuildInfo(noted.TORCH_VERSION, noted.CUDA, noted.REASON)
+    except (ImportError, AttributeError):
+        return None, None, "it was not built with this installation"
+    if _minor(info.torch_version) != _minor(torch.__version__):
+        return None, info, f"it was built for torch {info.torch_version}, and this is torch {torch.__version__}"
     try:
-        return importlib.import_module("asgl_cuda._C"), None
+        return importlib.import_module("asgl_cuda._C"), info, None
     except (ImportError, OSError) as error:
-        return None, f"it does not load: {error}"
+        return None, info, f"it does not load: {error}"
 
 
-extension, extension_error = _load_extension()
+extension, build_info, extension_error = _load_extension()
 
 ForwardResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 BackwardResult = tuple[Tensor, Tensor, list[Tensor]]

@@ -169,28 +169,11 @@ class TileNoise {
   std::array<int64, kPairs> pairs_;
 };
 
-template <class Real>
-bool is_uniform(const ParameterView<Real>& parameter) {
-  return parameter.data == nullptr || (parameter.count == 1 && parameter.step_stride == 0);
-}
-
-template <class Real>
-bool all_uniform(const ParameterView<Real>* parameters) {
-  return std::all_of(parameters, parameters + kNumParameters, is_uniform<Real>);
-}
-
-template <class Real>
-Neuron<Real> uniform_neuron(const ParameterView<Real>* parameters) {
-  const auto value = [&](ParameterId id) { return parameters[id].at(0, 0); };
-  return {value(kDecay),           value(kThreshold), value(kReset),
-          Real(1) / value(kWidth), value(kInputGain), value(kInputBias)};
-}
-
 // The six parameters in a tile: one value for all, or rows, read anew at every step only where they depend on it.
 template <class Real>
 class TileNeurons {
  public:
-  TileNeurons(const ParameterView<Real>* parameters, int64 tile)
+  TileNeurons(const ParameterView<Real> (&parameters)[kNumParameters], int64 tile)
       : parameters_(parameters), uniform_(all_uniform(parameters)), rows_(uniform_ ? 0 : kNumParameters, tile) {
     if (uniform_) values_ = uniform_neuron(parameters);
     for (Real*& row : row_) row = uniform_ ? nullptr : rows_.take();
@@ -538,21 +521,12 @@ void backward_uniform(const BackwardParams<Scalar>& params) {
   });
 }
 
-// Whether charge<true> will do.
-template <class Scalar>
-bool has_plain_input(const LIFParams<Scalar>& params) {
-  const auto& gain = params.parameters[kInputGain];
-  const auto& bias = params.parameters[kInputBias];
-  return params.options.v_rest == 0 && gain.data == nullptr && gain.constant == 1 && bias.data == nullptr &&
-         bias.constant == 0;
-}
-
 template <class Scalar, class F>
-void with_neuron(Surrogate surrogate, bool hard_reset, const ParameterView<Real_t<Scalar>>* parameters, F&& f) {
+void with_neuron(Surrogate surrogate, bool hard_reset, const LIFParams<Scalar>& params, F&& f) {
   using Real = Real_t<Scalar>;
   with_surrogate(surrogate, [&](auto kind) {
     with_bool(hard_reset, [&](auto hard) {
-      with_bool(all_uniform(parameters), [&](auto uniform) {
+      with_bool(all_uniform(params.parameters), [&](auto uniform) {
         using Neurons = std::conditional_t<uniform, UniformNeuron<Real>, NeuronRows<Real>>;
         f(kind, hard, static_cast<Neurons*>(nullptr));
       });
@@ -577,14 +551,14 @@ template <class Scalar>
 void launch_forward(Surrogate surrogate, bool hard_reset, const ForwardParams<Scalar>& params) {
   if constexpr (std::is_same_v<Real_t<Scalar>, float>) {
     const bool only_spikes = params.v_seq == nullptr && params.h_seq == nullptr && !params.options.scale_output;
-    if (only_spikes && all_uniform(params.parameters) && has_plain_input(params)) {
+    if (only_spikes && all_uniform(params.parameters) && params.has_plain_input()) {
       with_surrogate(surrogate, [&](auto kind) {
         with_bool(hard_reset, [&](auto hard) { forward_uniform<Scalar, kind, hard>(params); });
       });
       return;
     }
   }
-  with_neuron<Scalar>(surrogate, hard_reset, params.parameters, [&](auto kind, auto hard, auto* neurons) {
+  with_neuron<Scalar>(surrogate, hard_reset, params, [&](auto kind, auto hard, auto* neurons) {
     forward<Scalar, kind, hard, std::remove_pointer_t<decltype(neurons)>>(params);
   });
 }
@@ -597,38 +571,22 @@ void launch_backward(Surrogate surrogate, bool hard_reset, const BackwardParams<
     const bool only_width = std::all_of(params.partials + 1, params.partials + kNumParameters,
                                         [](const auto& partials) { return partials.data == nullptr; });
     static_assert(kWidth == 0);
-    if (only_spikes && only_width && all_uniform(params.parameters) && has_plain_input(params)) {
+    if (only_spikes && only_width && all_uniform(params.parameters) && params.has_plain_input()) {
       with_surrogate(surrogate, [&](auto kind) {
         with_bool(hard_reset, [&](auto hard) { backward_uniform<Scalar, kind, hard>(params); });
       });
       return;
     }
   }
-  with_neuron<Scalar>(surrogate, hard_reset, params.parameters, [&](auto kind, auto hard, auto* neurons) {
+  with_neuron<Scalar>(surrogate, hard_reset, params, [&](auto kind, auto hard, auto* neurons) {
     backward<Scalar, kind, hard, std::remove_pointer_t<decltype(neurons)>>(params);
   });
 }
 
 template <class Real>
 void launch_gradient_sum(const GradientSum<Real>& sum) {
-  const ParameterView<Real>& parameter = sum.parameter;
-  const int64 repeats = sum.shape.neurons() / (parameter.inner * parameter.count);
-  const int64 rows = parameter.step_stride != 0 ? sum.shape.steps : 1;
-  at::parallel_for(0, rows * parameter.count, 2048, [&](int64_t begin, int64_t end) {
-    for (int64 index = begin; index < end; ++index) {
-      const int64 t = index / parameter.count, i = index % parameter.count;
-      double total = 0;
-      for (int64 repeat = 0; repeat < repeats; ++repeat) {
-        const int64 run_index = repeat * parameter.count + i;
-        const int64 first_tile = run_index * parameter.inner / sum.tile;
-        const int64 last_tile = ((run_index + 1) * parameter.inner - 1) / sum.tile;
-        for (int64 tile = first_tile; tile <= last_tile; ++tile) {
-          total += static_cast<double>(sum.partials.data[t * sum.partials.slots + run_index + tile]);
-        }
-      }
-      const double width = sum.is_width ? static_cast<double>(parameter.at(i * parameter.inner, t)) : 1;
-      sum.gradient[index] = static_cast<Real>(sum.is_width ? -total / (width * width) : total);
-    }
+  at::parallel_for(0, sum.elements(), 2048, [&](int64_t begin, int64_t end) {
+    for (int64 element = begin; element < end; ++element) sum.store(element, sum.sum_slots(element, 0, 1));
   });
 }
 

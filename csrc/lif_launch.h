@@ -11,17 +11,6 @@ struct TilePlan {
   int64 tiles;  // in all
 };
 
-// What turns the partial sums of one parameter's gradient into the gradient, [steps or 1, count].
-template <class Real>
-struct GradientSum {
-  GradientPartials<Real> partials;
-  ParameterView<Real> parameter;
-  SequenceShape shape;
-  int64 tile;
-  bool is_width;  // the sums are then of 1 / width
-  Real* gradient;
-};
-
 namespace cpu {
 
 int num_threads();

@@ -30,12 +30,31 @@ ASGL_HOST_DEVICE Real charge(Real x, Real v, const Neuron<Real>& neuron, Real v_
                 : (v_rest + neuron.decay * (v - v_rest)) + (neuron.input_gain * x + neuron.input_bias);
 }
 
-// s = F(u / width) where analog, else 1 if u >= 0 (strict: u > 0) else 0,   u = h - v_threshold
-template <Surrogate kSurrogate, class Real>
-ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, bool strict_threshold) {
+// 1 if u >= 0 (strict: u > 0) else 0
+template <class Real>
+ASGL_HOST_DEVICE Real hard_spike(Real u, bool strict_threshold) {
+  return strict_threshold ? (u > Real(0) ? Real(1) : Real(0)) : (u >= Real(0) ? Real(1) : Real(0));
+}
+
+// The same as one comparison, where subnormal numbers are not taken for zero.
+template <class Real>
+struct LeastSpike {
+  Real u;
+
+  ASGL_HOST_DEVICE explicit LeastSpike(bool strict_threshold)
+      : u(strict_threshold ? (sizeof(Real) == 4 ? Real(0x1p-149f) : Real(0x1p-1074)) : Real(0)) {}
+};
+template <class Real>
+ASGL_HOST_DEVICE Real hard_spike(Real u, LeastSpike<Real> least) {
+  return u >= least.u ? Real(1) : Real(0);
+}
+
+// s = F(u / width) where analog, else the hard spike,   u = h - v_threshold
+template <Surrogate kSurrogate, class Real, class Strictness>
+ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, Strictness strictness) {
   const Real u = h - neuron.v_threshold;
   const Real a = SurrogateMath<kSurrogate>::value(u * neuron.inverse_width);
-  const Real z = strict_threshold ? (u > Real(0) ? Real(1) : Real(0)) : (u >= Real(0) ? Real(1) : Real(0));
+  const Real z = hard_spike(u, strictness);
   return analog ? a : z;
 }
 

@@ -28,10 +28,28 @@ struct ParameterView {
   Real constant;
   int64 step_stride, inner, count;
 
-  ASGL_HOST_DEVICE Real at(int64 n, int64 t) const {
-    return data == nullptr ? constant : data[t * step_stride + (n / inner) % count];
-  }
+  ASGL_HOST_DEVICE int64 index(int64 n) const { return count == 1 ? 0 : (n / inner) % count; }
+  ASGL_HOST_DEVICE Real at(int64 n, int64 t) const { return data == nullptr ? constant : data[t * step_stride + index(n)]; }
+
+  // One value for all neurons and steps.
+  ASGL_HOST_DEVICE bool is_uniform() const { return data == nullptr || (count == 1 && step_stride == 0); }
+  ASGL_HOST_DEVICE Real uniform_value() const { return data == nullptr ? constant : *data; }
 };
+
+template <class Real>
+ASGL_HOST_DEVICE bool all_uniform(const ParameterView<Real> (&parameters)[kNumParameters]) {
+  bool all = true;
+  for (int id = 0; id < kNumParameters; ++id) all = all && parameters[id].is_uniform();
+  return all;
+}
+
+// If all are uniform.
+template <class Real>
+ASGL_HOST_DEVICE Neuron<Real> uniform_neuron(const ParameterView<Real> (&parameters)[kNumParameters]) {
+  const auto value = [&](ParameterId id) { return parameters[id].uniform_value(); };
+  return {value(kDecay),           value(kThreshold), value(kReset),
+          Real(1) / value(kWidth), value(kInputGain), value(kInputBias)};
+}
 
 struct NoiseParams {
   const int64* rng_state;  // (seed, offset)
@@ -50,6 +68,13 @@ struct LIFParams {
   NoiseParams noise;
   const Scalar* x_seq;
   const Real* v_init;  // null: v_rest
+
+  // Whether charge<true> will do.
+  ASGL_HOST_DEVICE bool has_plain_input() const {
+    const ParameterView<Real>&gain = parameters[kInputGain], &bias = parameters[kInputBias];
+    return options.v_rest == Real(0) && gain.data == nullptr && gain.constant == Real(1) && bias.data == nullptr &&
+           bias.constant == Real(0);
+  }
 };
 
 // Outputs that are null are not asked for.
@@ -84,6 +109,48 @@ struct BackwardParams : LIFParams<Scalar> {
   Scalar* grad_x_seq;
   Real* grad_v_init;
   GradientPartials<Real> partials[kNumParameters];
+};
+
+// What turns the partial sums of one parameter's gradient into the gradient, [steps or 1, count].
+template <class Real>
+struct GradientSum {
+  GradientPartials<Real> partials;
+  ParameterView<Real> parameter;
+  SequenceShape shape;
+  int64 tile;     // neurons
+  bool is_width;  // the sums are then of 1 / width
+  Real* gradient;
+
+  ASGL_HOST_DEVICE int64 elements() const { return (parameter.step_stride != 0 ? shape.steps : 1) * parameter.count; }
+
+  // Adds up the slots first, first + stride, ... of the given element of the gradient.
+  ASGL_HOST_DEVICE double sum_slots(int64 element, int64 first, int64 stride) const {
+    const int64 t = element / parameter.count, i = element % parameter.count;
+    double total = 0;
+    for (int64 slot = first; slot < slots(); slot += stride) {
+      const int64 run = slot / most_tiles() * parameter.count + i;
+      const int64 run_tile = run * parameter.inner / tile + slot % most_tiles();
+      if (run_tile * tile < (run + 1) * parameter.inner) {
+        total += static_cast<double>(partials.data[t * partials.slots + run + run_tile]);
+      }
+    }
+    return total;
+  }
+
+  // An upper bound of the slots of one element: not every run touches so many tiles.
+  ASGL_HOST_DEVICE int64 slots() const { return shape.neurons() / (parameter.inner * parameter.count) * most_tiles(); }
+
+  ASGL_HOST_DEVICE void store(int64 element, double total) const {
+    if (is_width) {
+      const int64 t = element / parameter.count, i = element % parameter.count;
+      const double width = static_cast<double>(parameter.at(i * parameter.inner, t));
+      total = -total / (width * width);
+    }
+    gradient[element] = static_cast<Real>(total);
+  }
+
+ private:
+  ASGL_HOST_DEVICE int64 most_tiles() const { return (parameter.inner + tile - 2) / tile + 1; }
 };
 
 }  // namespace asgl

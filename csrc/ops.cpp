@@ -1,441 +1,85 @@
-// The operators: layout, parameter views, allocation and TORCH_LIBRARY. Arguments have been checked in Python, with the
-// words that a user should read; what is checked here again would otherwise read or write out of bounds.
-#include <ATen/ATen.h>
+// Registers the operators of ops.h for the backends that this build has, and the small Python module.
 #include <torch/extension.h>
-#include <torch/library.h>
-
-#include <array>
-#include <limits>
-#include <vector>
+#if defined(ASGL_WITH_CUDA)
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
 
 #include "cpu_clones.h"
-#include "lif_launch.h"
+#include "ops.h"
+#if defined(ASGL_WITH_CUDA)
+#include "lif_cuda.h"
+#endif
 
 namespace asgl {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-template <class Scalar>
-struct AtenType {
-  using type = Scalar;
-};
-template <>
-struct AtenType<Half> {
-  using type = at::Half;
-};
-template <>
-struct AtenType<BFloat16> {
-  using type = at::BFloat16;
-};
-
-// Null for a tensor that is not there.
-template <class Element>
-Element* pointer(const Tensor& tensor) {
-  if (!tensor.defined() || tensor.numel() == 0) return nullptr;
-  return reinterpret_cast<Element*>(tensor.mutable_data_ptr<typename AtenType<Element>::type>());
-}
-
-template <class Element>
-const Element* const_pointer(const OptionalTensor& tensor) {
-  if (!tensor.has_value() || tensor->numel() == 0) return nullptr;
-  return reinterpret_cast<const Element*>(tensor->const_data_ptr<typename AtenType<Element>::type>());
-}
-
-// Two more than are written: shapes that a tracer can prove to be neither 0 nor 1 need no guard on the number of steps.
-int64_t checkpoint_elements(const SequenceShape& shape) {
-  return (shape.steps - 1) / kCheckpointSteps * shape.neurons() + 2;
-}
-
-at::ScalarType real_type(const Tensor& x_seq) { return x_seq.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
-// Where x_seq's dimensions lie in memory: contiguous, or with the channels (the second dimension but time) innermost.
-class Layout {
+class CpuBackend {
  public:
-  Layout(const Tensor& x_seq, int64_t time_dim) : sizes_(x_seq.sizes().vec()), time_dim_(time_dim) {
-    const int64_t dims = x_seq.dim();
-    TORCH_CHECK_VALUE(0 <= time_dim && time_dim < dims, "asgl_cuda: time_dim must be in [0, ", dims, "), got ",
-                      time_dim);
-    for (int64_t dim = 0; dim < dims; ++dim) order_.push_back(dim);
-    if (!x_seq.is_contiguous()) {
-      const int64_t channel = time_dim <= 1 ? 2 : 1;
-      TORCH_CHECK_VALUE(channel < dims, "asgl_cuda: x_seq must be contiguous or channels_last");
-      order_.erase(order_.begin() + channel);
-      order_.push_back(channel);
-      TORCH_CHECK_VALUE(x_seq.permute(order_).is_contiguous(), "asgl_cuda: x_seq must be contiguous or channels_last");
-    }
-    shape_ = {1, x_seq.size(time_dim), 1};
-    int64* extent = &shape_.outer;
-    TORCH_CHECK_VALUE(shape_.steps > 0, "asgl_cuda: x_seq must have at least one time step");
-    for (const int64_t dim : order_) {
-      if (dim == time_dim) {
-        extent = &shape_.inner;
-      } else {
-        *extent *= sizes_[dim];
-        neuron_order_.push_back(dim);
-      }
-    }
-  }
-
-  const SequenceShape& shape() const { return shape_; }
-  const std::vector<int64_t>& neuron_order() const { return neuron_order_; }
-  int64_t time_dim() const { return time_dim_; }
-  const std::vector<int64_t>& sizes() const { return sizes_; }
-
-  // A sequence whose memory is ordered as x_seq's.
-  Tensor empty_sequence(const at::TensorOptions& options) const {
-    return unpermute(at::empty(permuted(sizes_, order_), options), order_);
-  }
-
-  Tensor match_sequence(const Tensor& tensor) const {
-    TORCH_CHECK_VALUE(tensor.sizes() == sizes_, "asgl_cuda: expected shape ", at::IntArrayRef(sizes_), ", got ",
-                      tensor.sizes());
-    return unpermute(tensor.permute(order_).contiguous(), order_);
-  }
-
-  // A tensor of x_seq's shape without time, its memory ordered as the neurons are numbered.
-  Tensor empty_state(const at::TensorOptions& options) const {
-    const auto order = state_order();
-    return unpermute(at::empty(permuted(state_sizes(), order), options), order);
-  }
-
-  Tensor match_state(const Tensor& tensor) const {
-    const auto order = state_order();
-    TORCH_CHECK_VALUE(tensor.sizes() == state_sizes(), "asgl_cuda: expected shape ", at::IntArrayRef(state_sizes()),
-                      ", got ", tensor.sizes());
-    return unpermute(tensor.permute(order).contiguous(), order);
-  }
-
- private:
-  std::vector<int64_t> state_sizes() const {
-    auto sizes = sizes_;
-    sizes.erase(sizes.begin() + time_dim_);
-    return sizes;
-  }
-  std::vector<int64_t> state_order() const {
-    auto order = neuron_order_;
-    for (int64_t& dim : order) dim -= dim > time_dim_;
-    return order;
-  }
-  static std::vector<int64_t> permuted(const std::vector<int64_t>& sizes, const std::vector<int64_t>& order) {
-    std::vector<int64_t> result;
-    for (const int64_t dim : order) result.push_back(sizes[dim]);
-    return result;
-  }
-  static Tensor unpermute(const Tensor& tensor, const std::vector<int64_t>& order) {
-    std::vector<int64_t> inverse(order.size());
-    for (size_t i = 0; i < order.size(); ++i) inverse[order[i]] = static_cast<int64_t>(i);
-    return tensor.permute(inverse);
-  }
-
-  std::vector<int64_t> sizes_;
-  int64_t time_dim_;
-  std::vector<int64_t> order_;         // all dimensions, outermost first
-  std::vector<int64_t> neuron_order_;  // the same without time
-  SequenceShape shape_;
-};
-
-// A parameter tensor laid out for ParameterView: [steps or 1, count], count running over a contiguous range of the
-// neurons' dimensions. Dimensions inside that range in which the parameter is broadcast are expanded.
-class ParameterTensor {
- public:
-  ParameterTensor(const Tensor& tensor, const Layout& layout) : sizes_(tensor.sizes().vec()) {
-    const int64_t dims = static_cast<int64_t>(layout.sizes().size());
-    TORCH_CHECK_VALUE(tensor.dim() <= dims, "asgl_cuda: a parameter has more dimensions than x_seq");
-    const Tensor full = tensor.reshape([&] {
-      std::vector<int64_t> sizes(dims - tensor.dim(), 1);
-      sizes.insert(sizes.end(), sizes_.begin(), sizes_.end());
-      return sizes;
-    }());
-    for (int64_t dim = 0; dim < dims; ++dim) {
-      TORCH_CHECK_VALUE(full.size(dim) == 1 || full.size(dim) == layout.sizes()[dim],
-                        "asgl_cuda: a parameter of shape ", tensor.sizes(),
-                        " does not broadcast against x_seq of shape ", at::IntArrayRef(layout.sizes()));
-    }
-    const auto& order = layout.neuron_order();
-    size_t begin = order.size(), end = order.size();
-    for (size_t i = 0; i < order.size(); ++i) {
-      if (full.size(order[i]) > 1) {
-        if (begin == order.size()) begin = i;
-        end = i + 1;
-      }
-    }
-    expanded_ = full.sizes().vec();
-    for (size_t i = 0; i < order.size(); ++i) {
-      if (begin <= i && i < end) {
-        expanded_[order[i]] = layout.sizes()[order[i]];
-        count_ *= layout.sizes()[order[i]];
-      } else if (i >= end) {
-        inner_ *= layout.sizes()[order[i]];
-      }
-    }
-    if (begin == order.size()) inner_ = layout.shape().neurons();
-    per_step_ = full.size(layout.time_dim()) > 1;
-    memory_order_.push_back(layout.time_dim());
-    memory_order_.insert(memory_order_.end(), order.begin(), order.end());
-    data_ = full.expand(expanded_).permute(memory_order_).contiguous();
-  }
-
-  template <class Real>
-  ParameterView<Real> view() const {
-    return {data_.const_data_ptr<Real>(), Real(0), per_step_ ? count_ : 0, inner_, count_};
-  }
-
-  Tensor empty_gradient() const { return at::empty_like(data_); }
-
-  // From [steps or 1, count] back to the parameter's own shape.
-  Tensor gradient_in_own_shape(const Tensor& gradient) const {
-    std::vector<int64_t> inverse(memory_order_.size());
-    for (size_t i = 0; i < memory_order_.size(); ++i) inverse[memory_order_[i]] = static_cast<int64_t>(i);
-    return gradient.permute(inverse).sum_to_size(sizes_).contiguous();
-  }
-
- private:
-  std::vector<int64_t> sizes_, expanded_, memory_order_;
-  int64_t inner_ = 1, count_ = 1;
-  bool per_step_ = false;
-  Tensor data_;
-};
-
-struct Options {
-  Surrogate surrogate;
-  bool hard_reset;
-  double v_rest, surrogate_gain;
-  bool strict_threshold, scale_output, detach_reset;
-  int64_t analog_below;
-};
-
-// Everything that forward and backward prepare in the same way.
-class Call {
- public:
-  Call(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state,
-       const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> constants, const Options& options,
-       int64_t time_dim)
-      : x_seq_(x_seq), layout_(x_seq, time_dim), options_(options), constants_(constants.vec()), rng_state_(rng_state) {
-    TORCH_CHECK_VALUE(parameters.size() == kNumParameters && constants.size() == kNumParameters, "asgl_cuda: expected ",
-                      kNumParameters, " parameters");
-    TORCH_CHECK_VALUE(static_cast<int>(options.surrogate) >= 0 && static_cast<int>(options.surrogate) < kNumSurrogates,
-                      "asgl_cuda: no surrogate has the number ", static_cast<int>(options.surrogate));
-    if (v_init.has_value()) {
-      check_real(*v_init, "v_init");
-      v_init_ = layout_.match_state(*v_init);
-    }
-    if (options.analog_below > 0 && options.analog_below < 65536) {
-      TORCH_CHECK_VALUE(rng_state.has_value() && rng_state->scalar_type() == at::kLong && rng_state->numel() == 2 &&
-                            rng_state->is_contiguous() && rng_state->device() == x_seq.device(),
-                        "asgl_cuda: rng_state must be a contiguous int64 tensor of 2 elements on ", x_seq.device());
-    }
-    for (int id = 0; id < kNumParameters; ++id) {
-      const OptionalTensor parameter = parameters.get(id);
-      if (parameter.has_value()) {
-        check_real(*parameter, "a parameter");
-        parameters_[id].emplace(*parameter, layout_);
-      }
-    }
-  }
-
-  const Layout& layout() const { return layout_; }
-  const Options& options() const { return options_; }
-  const ParameterTensor& parameter(int id) const { return *parameters_[id]; }
-  at::TensorOptions real_options() const { return x_seq_.options().dtype(real_type(x_seq_)); }
+  explicit CpuBackend(const at::Tensor&) {}
 
   template <class Scalar>
-  void fill(LIFParams<Scalar>& params) const {
-    using Real = Real_t<Scalar>;
-    params.shape = layout_.shape();
-    for (int id = 0; id < kNumParameters; ++id) params.parameters[id] = view<Real>(id);
-    params.options = {static_cast<Real>(options_.v_rest), static_cast<Real>(options_.surrogate_gain),
-                      options_.strict_threshold, options_.scale_output, options_.detach_reset};
-    params.noise = {
-        rng_state_.has_value() ? reinterpret_cast<const int64*>(rng_state_->const_data_ptr<int64_t>()) : nullptr,
-        static_cast<uint32>(options_.analog_below)};
-    params.x_seq = const_pointer<Scalar>(x_seq_);
-    params.v_init = const_pointer<Real>(v_init_);
+  TilePlan backward_tiles(const BackwardParams<Scalar>& params) const {
+    return cpu::backward_tiles(params.shape);
   }
-
+  template <class Params>
+  void launch_forward(Surrogate surrogate, bool hard_reset, const Params& params) const {
+    cpu::launch_forward(surrogate, hard_reset, params);
+  }
+  template <class Params>
+  void launch_backward(Surrogate surrogate, bool hard_reset, const Params& params) const {
+    cpu::launch_backward(surrogate, hard_reset, params);
+  }
   template <class Real>
-  ParameterView<Real> view(int id) const {
-    if (parameters_[id].has_value()) return parameters_[id]->view<Real>();
-    const int64 neurons = layout_.shape().neurons();
-    return {nullptr, static_cast<Real>(constants_[id]), 0, neurons, 1};
+  void launch_gradient_sum(const GradientSum<Real>& sum) const {
+    cpu::launch_gradient_sum(sum);
   }
+};
 
-  void check_real(const Tensor& tensor, const char* name) const {
-    TORCH_CHECK_TYPE(tensor.scalar_type() == real_type(x_seq_), "asgl_cuda: ", name, " must have type ",
-                     real_type(x_seq_), ", got ", tensor.scalar_type());
-    TORCH_CHECK_VALUE(tensor.device() == x_seq_.device(), "asgl_cuda: ", name, " must be on ", x_seq_.device(),
-                      ", got ", tensor.device());
+#if defined(ASGL_WITH_CUDA)
+
+// On x_seq's device and its current stream.
+class CudaBackend {
+ public:
+  explicit CudaBackend(const at::Tensor& x_seq)
+      : guard_(x_seq.device()), stream_(c10::cuda::getCurrentCUDAStream(x_seq.device().index())) {}
+
+  template <class Scalar>
+  TilePlan backward_tiles(const BackwardParams<Scalar>& params) const {
+    TilePlan plan{};
+    C10_CUDA_CHECK(cuda::backward_tiles(params, &plan));
+    return plan;
+  }
+  template <class Params>
+  void launch_forward(Surrogate surrogate, bool hard_reset, const Params& params) const {
+    C10_CUDA_CHECK(cuda::launch_forward(surrogate, hard_reset, params, stream_));
+  }
+  template <class Params>
+  void launch_backward(Surrogate surrogate, bool hard_reset, const Params& params) const {
+    C10_CUDA_CHECK(cuda::launch_backward(surrogate, hard_reset, params, stream_));
+  }
+  template <class Real>
+  void launch_gradient_sum(const GradientSum<Real>& sum) const {
+    C10_CUDA_CHECK(cuda::launch_gradient_sum(sum, stream_));
   }
 
  private:
-  Tensor x_seq_;
-  Layout layout_;
-  Options options_;
-  std::vector<double> constants_;
-  OptionalTensor v_init_, rng_state_;
-  std::optional<ParameterTensor> parameters_[kNumParameters];
+  c10::cuda::CUDAGuard guard_;
+  c10::cuda::CUDAStream stream_;
 };
 
-template <class F>
-void with_scalar(at::ScalarType type, F&& f) {
-  switch (type) {
-    case at::kHalf:
-      return f(Half{});
-    case at::kBFloat16:
-      return f(BFloat16{});
-    case at::kFloat:
-      return f(float{});
-    case at::kDouble:
-      return f(double{});
-    default:
-      TORCH_CHECK_TYPE(false, "asgl_cuda: x_seq must be float16, bfloat16, float32 or float64, got ", type);
-  }
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lif_forward(
-    const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state,
-    const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> constants, int64_t surrogate,
-    double surrogate_gain, double v_rest, bool hard_reset, bool strict_threshold, bool scale_output,
-    int64_t analog_below, int64_t time_dim, bool return_v_last, bool return_v_seq, bool return_h_seq,
-    bool keep_checkpoints) {
-  const Call call(x_seq, v_init, rng_state, parameters, constants,
-                  {static_cast<Surrogate>(surrogate), hard_reset, v_rest, surrogate_gain, strict_threshold,
-                   scale_output, false, analog_below},
-                  time_dim);
-  const Layout& layout = call.layout();
-  const SequenceShape& shape = layout.shape();
-  const at::TensorOptions real = call.real_options();
-  // What is not asked for is empty, each a tensor of its own: outputs of an operator may not share memory.
-  const auto none = [&] { return at::empty({0}, real); };
-  const Tensor s_seq = layout.empty_sequence(x_seq.options());
-  const Tensor v_last = return_v_last ? layout.empty_state(real) : none();
-  const Tensor v_seq = return_v_seq ? layout.empty_sequence(real) : none();
-  const Tensor h_seq = return_h_seq ? layout.empty_sequence(real) : none();
-  const Tensor checkpoints = keep_checkpoints ? at::empty({checkpoint_elements(shape)}, real) : none();
-  if (keep_checkpoints) checkpoints.narrow(0, checkpoints.numel() - 2, 2).zero_();
-  if (shape.neurons() > 0) {
-    with_scalar(x_seq.scalar_type(), [&](auto scalar) {
-      using Scalar = decltype(scalar);
-      using Real = Real_t<Scalar>;
-      ForwardParams<Scalar> params{};
-      call.fill(params);
-      params.s_seq = pointer<Scalar>(s_seq);
-      params.v_last = pointer<Real>(v_last);
-      params.v_seq = pointer<Real>(v_seq);
-      params.h_seq = pointer<Real>(h_seq);
-      params.checkpoints = pointer<Real>(checkpoints);
-      cpu::launch_forward(call.options().surrogate, hard_reset, params);
-    });
-  }
-  return {s_seq, v_last, v_seq, h_seq, checkpoints};
-}
-
-std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(
-    const OptionalTensor& grad_s_seq, const OptionalTensor& grad_v_last, const OptionalTensor& grad_v_seq,
-    const OptionalTensor& grad_h_seq, const Tensor& x_seq, const OptionalTensor& v_init,
-    const OptionalTensor& rng_state, const Tensor& checkpoints, const c10::List<OptionalTensor>& parameters,
-    at::ArrayRef<double> constants, int64_t surrogate, double surrogate_gain, double v_rest, bool hard_reset,
-    bool strict_threshold, bool scale_output, bool detach_reset, int64_t analog_below, int64_t time_dim,
-    bool needs_x_seq, bool needs_v_init, std::array<bool, kNumParameters> needs_parameters) {
-  const Call call(x_seq, v_init, rng_state, parameters, constants,
-                  {static_cast<Surrogate>(surrogate), hard_reset, v_rest, surrogate_gain, strict_threshold,
-                   scale_output, detach_reset, analog_below},
-                  time_dim);
-  const Layout& layout = call.layout();
-  const SequenceShape& shape = layout.shape();
-  const at::TensorOptions real = call.real_options();
-  TORCH_CHECK_VALUE(checkpoints.scalar_type() == real_type(x_seq) && checkpoints.is_contiguous() &&
-                        checkpoints.numel() == checkpoint_elements(shape),
-                    "asgl_cuda: checkpoints do not belong to this x_seq");
-  const auto sequence = [&](const OptionalTensor& grad, at::ScalarType type) -> OptionalTensor {
-    if (!grad.has_value()) return std::nullopt;
-    return layout.match_sequence(grad->to(type));
-  };
-  const OptionalTensor s_grad = sequence(grad_s_seq, x_seq.scalar_type());
-  const OptionalTensor v_grad = sequence(grad_v_seq, real_type(x_seq));
-  const OptionalTensor h_grad = sequence(grad_h_seq, real_type(x_seq));
-  const OptionalTensor v_last_grad =
-      grad_v_last.has_value() ? OptionalTensor(layout.match_state(grad_v_last->to(real_type(x_seq)))) : std::nullopt;
-
-  const Tensor grad_x_seq = needs_x_seq ? layout.empty_sequence(x_seq.options()) : at::empty({0}, x_seq.options());
-  const Tensor grad_v_init = needs_v_init ? layout.empty_state(real) : at::empty({0}, real);
-  std::vector<Tensor> grad_parameters;
-  for (int id = 0; id < kNumParameters; ++id) {
-    grad_parameters.push_back(needs_parameters[id] ? call.parameter(id).empty_gradient() : at::empty({0}, real));
-  }
-  if (shape.neurons() == 0) {
-    for (int id = 0; id < kNumParameters; ++id) {
-      if (needs_parameters[id])
-        grad_parameters[id] = call.parameter(id).gradient_in_own_shape(grad_parameters[id].zero_());
-    }
-    return {grad_x_seq, grad_v_init, grad_parameters};
-  }
-  with_scalar(x_seq.scalar_type(), [&](auto scalar) {
-    using Scalar = decltype(scalar);
-    using Real = Real_t<Scalar>;
-    BackwardParams<Scalar> params{};
-    call.fill(params);
-    params.grad_s_seq = const_pointer<Scalar>(s_grad);
-    params.grad_v_last = const_pointer<Real>(v_last_grad);
-    params.grad_v_seq = const_pointer<Real>(v_grad);
-    params.grad_h_seq = const_pointer<Real>(h_grad);
-    params.checkpoints = const_pointer<Real>(checkpoints);
-    params.grad_x_seq = pointer<Scalar>(grad_x_seq);
-    params.grad_v_init = pointer<Real>(grad_v_init);
-    const TilePlan plan = cpu::backward_tiles(shape);
-    Tensor partials[kNumParameters];
-    for (int id = 0; id < kNumParameters; ++id) {
-      if (!needs_parameters[id]) continue;
-      const auto& view = params.parameters[id];
-      const int64 slots = shape.neurons() / view.inner + plan.tiles;
-      partials[id] = at::empty({view.step_stride != 0 ? shape.steps : 1, slots}, real);
-      params.partials[id] = {pointer<Real>(partials[id]), slots};
-    }
-    cpu::launch_backward(call.options().surrogate, hard_reset, params);
-    for (int id = 0; id < kNumParameters; ++id) {
-      if (!needs_parameters[id]) continue;
-      cpu::launch_gradient_sum<Real>({params.partials[id], params.parameters[id], shape, plan.tile, id == kWidth,
-                                      pointer<Real>(grad_parameters[id])});
-      grad_parameters[id] = call.parameter(id).gradient_in_own_shape(grad_parameters[id]);
-    }
-  });
-  return {grad_x_seq, grad_v_init, grad_parameters};
-}
-
-// (seed, offset) from the default generator of the device. An operator of its own, so that a compiled graph draws the
-// same numbers as eager mode. `fresh` is a newly allocated tensor, of which only type, shape and device count:
-// compilers merge equal calls of an operator, but not allocations, and so leave two draws two.
-Tensor draw_rng_state(const Tensor& fresh) {
-  return at::randint(std::numeric_limits<int64_t>::max(), {2}, fresh.options());
-}
+#endif
 
 }  // namespace
 
-TORCH_LIBRARY(asgl_cuda, m) {
-  m.def("draw_rng_state(Tensor fresh) -> Tensor", {at::Tag::nondeterministic_seeded});
-  m.def(
-      "lif_forward(Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor?[] parameters, float[] constants, "
-      "int surrogate, float surrogate_gain, float v_rest, bool hard_reset, bool strict_threshold, bool scale_output, "
-      "int analog_below, int time_dim, bool return_v_last, bool return_v_seq, bool return_h_seq, bool "
-      "keep_checkpoints) "
-      "-> (Tensor s_seq, Tensor v_last, Tensor v_seq, Tensor h_seq, Tensor checkpoints)",
-      {at::Tag::pt2_compliant_tag});
-  m.def(
-      "lif_backward(Tensor? grad_s_seq, Tensor? grad_v_last, Tensor? grad_v_seq, Tensor? grad_h_seq, Tensor x_seq, "
-      "Tensor? v_init, Tensor? rng_state, Tensor checkpoints, Tensor?[] parameters, float[] constants, int surrogate, "
-      "float surrogate_gain, float v_rest, bool hard_reset, bool strict_threshold, bool scale_output, bool "
-      "detach_reset, "
-      "int analog_below, int time_dim, bool needs_x_seq, bool needs_v_init, bool[6] needs_parameters) "
-      "-> (Tensor grad_x_seq, Tensor grad_v_init, Tensor[] grad_parameters)",
-      {at::Tag::pt2_compliant_tag});
-}
+TORCH_LIBRARY(asgl_cuda, m) { ops::define(m); }
 
-TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) {
-  m.impl("draw_rng_state", draw_rng_state);
-  m.impl("lif_forward", lif_forward);
-  m.impl("lif_backward", lif_backward);
-}
+TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) { ops::implement<CpuBackend>(m); }
+
+#if defined(ASGL_WITH_CUDA)
+TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) { ops::implement<CudaBackend>(m); }
+#endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Build information of asgl_cuda's compiled part; importing it registers torch.ops.asgl_cuda.";

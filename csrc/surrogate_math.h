@@ -38,6 +38,21 @@ ASGL_HOST_DEVICE Real magnitude(Real x) {
   return x < Real(0) ? -x : x;
 }
 
+template <class Real>
+ASGL_HOST_DEVICE Real clamp_to_unit(Real x) {
+  const Real from_below = x < Real(0) ? Real(0) : x;
+  return x > Real(1) ? Real(1) : from_below;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+ASGL_HOST_DEVICE float clamp_to_unit(float x) {
+  float from_below, clamped;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(from_below) : "f"(x));
+  asm("min.NaN.f32 %0, %1, 0f3F800000;" : "=f"(clamped) : "f"(from_below));
+  return clamped;
+}
+#endif
+
 }  // namespace math
 
 template <Surrogate kind>
@@ -50,9 +65,7 @@ template <>
 struct SurrogateMath<Surrogate::kRectangle> {
   template <class Real>
   static ASGL_HOST_DEVICE Real value(Real y) {
-    const Real ramp = y + Real(0.5);
-    const Real from_below = ramp < Real(0) ? Real(0) : ramp;
-    return ramp > Real(1) ? Real(1) : from_below;
+    return math::clamp_to_unit(y + Real(0.5));
   }
   template <class Real>
   static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {

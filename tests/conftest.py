@@ -1,7 +1,9 @@
 """The backends under test, and what holds for every test."""
 
+import os
 from collections.abc import Iterator
 
+import emulated
 import pytest
 import torch
 import torch._inductor.config
@@ -11,8 +13,21 @@ import asgl_cuda
 # A graph that was cached before an operator changed would be run as if it had not.
 torch._inductor.config.force_disable_caches = True
 
-# Every backend that works here but the reference is held against the reference by the whole suite.
-FUSED_BACKENDS = [name for name in asgl_cuda.available_backends() if name != "reference"]
+# ASGL_TEST_BACKENDS names those to test, with commas between them; without it, all that work here and the emulation.
+WANTED = os.environ.get("ASGL_TEST_BACKENDS")
+EMULATION = None
+if WANTED is None or "emulated" in WANTED:
+    if emulated.compiler() is None:
+        print("asgl_cuda: no C++ compiler, so the CUDA kernels are not tested by emulation")
+    else:
+        EMULATION = emulated.register()
+
+# Every one of them is held against the reference by the whole suite.
+FUSED_BACKENDS = [
+    name
+    for name in asgl_cuda.available_backends()
+    if name != "reference" and (WANTED is None or name in WANTED.split(","))
+]
 
 
 @pytest.fixture(params=FUSED_BACKENDS)

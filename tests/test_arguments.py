@@ -136,7 +136,7 @@ def test_missing_extension_falls_back_with_one_warning():
 def test_extension_for_another_torch_is_not_loaded(monkeypatch):
     info = sys.modules.get("asgl_cuda._build_info") or __import__("asgl_cuda._build_info", fromlist=["_"])
     monkeypatch.setattr(info, "TORCH_VERSION", "1.2.3")
-    extension, error = asgl_cuda.ops._load_extension()
+    extension, _, error = asgl_cuda.ops._load_extension()
     assert extension is None
     assert "built for torch 1.2.3" in error
     assert torch.__version__ in error
@@ -144,6 +144,6 @@ def test_extension_for_another_torch_is_not_loaded(monkeypatch):
 
 def test_extension_that_does_not_load_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "asgl_cuda._C", None)
-    extension, error = asgl_cuda.ops._load_extension()
+    extension, _, error = asgl_cuda.ops._load_extension()
     assert extension is None
     assert "does not load" in error
