@@ -78,4 +78,31 @@ ASGL_HOST_DEVICE Half from_real<Half>(float value) {
 #endif
 }
 
+// Two neighbours in memory as one word, the first in its low half.
+template <class Scalar>
+ASGL_HOST_DEVICE void unpack(uint32 word, float& first, float& second) {
+  first = to_real(Scalar{static_cast<uint16>(word)});
+  second = to_real(Scalar{static_cast<uint16>(word >> 16)});
+}
+
+template <class Scalar>
+ASGL_HOST_DEVICE uint32 pack(float first, float second) {
+  return from_real<Scalar>(first).bits | static_cast<uint32>(from_real<Scalar>(second).bits) << 16;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <>
+ASGL_HOST_DEVICE uint32 pack<BFloat16>(float first, float second) {
+  uint32 word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+template <>
+ASGL_HOST_DEVICE uint32 pack<Half>(float first, float second) {
+  uint32 word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+#endif
+
 }  // namespace asgl

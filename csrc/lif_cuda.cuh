@@ -73,6 +73,15 @@ cudaError_t choose_lanes(const BackwardParams<Scalar>& params, int* lanes) {
                       params.checkpoints, params.grad_x_seq, params.grad_v_init);
 }
 
+template <class Scalar>
+cudaError_t backward_tiles(const BackwardParams<Scalar>& params, TilePlan* plan) {
+  int lanes = 1;
+  const cudaError_t error = choose_lanes(params, &lanes);
+  const int64 tile = int64{lanes} * kBlockThreads;
+  *plan = {tile, blocks_for(params.shape.neurons(), tile)};
+  return error;
+}
+
 // The kPlain of the kernels, as far as it is the same for both.
 template <class Scalar>
 bool is_plain(const LIFParams<Scalar>& params) {
@@ -115,6 +124,15 @@ cudaError_t launch_backward(const BackwardParams<Scalar>& params, cudaStream_t s
     }
   }
   return launch(kernel, blocks, kBlockThreads, params, stream);
+}
+
+template <class Real>
+cudaError_t launch_gradient_sum(const GradientSum<Real>& sum, cudaStream_t stream) {
+  constexpr int64 kManySlots = 256;
+  if (sum.slots() >= kManySlots) {
+    return launch(&gradient_sum_kernel<Real, true>, sum.elements(), kSumThreads, sum, stream);
+  }
+  return launch(&gradient_sum_kernel<Real, false>, blocks_for(sum.elements(), kSumThreads), kSumThreads, sum, stream);
 }
 
 }  // namespace asgl::cuda

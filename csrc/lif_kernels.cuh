@@ -43,19 +43,24 @@ struct Access<4> {
     to[0] = values.x, to[1] = values.y, to[2] = values.z, to[3] = values.w;
   }
   static __device__ __forceinline__ void store(const float (&from)[4], float* to) {
+#if defined(__CUDA_ARCH__)  // left to itself, the compiler splits some of these stores
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]),
+                 "f"(from[3])
+                 : "memory");
+#else
     *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+#endif
   }
   // Half and BFloat16
   template <class Element>
   static __device__ __forceinline__ void load(const Element* from, float (&to)[4]) {
-    const ushort4 values = *reinterpret_cast<const ushort4*>(from);
-    to[0] = to_real(Element{values.x}), to[1] = to_real(Element{values.y});
-    to[2] = to_real(Element{values.z}), to[3] = to_real(Element{values.w});
+    const uint2 pairs = *reinterpret_cast<const uint2*>(from);
+    unpack<Element>(pairs.x, to[0], to[1]);
+    unpack<Element>(pairs.y, to[2], to[3]);
   }
   template <class Element>
   static __device__ __forceinline__ void store(const float (&from)[4], Element* to) {
-    *reinterpret_cast<ushort4*>(to) = make_ushort4(from_real<Element>(from[0]).bits, from_real<Element>(from[1]).bits,
-                                                   from_real<Element>(from[2]).bits, from_real<Element>(from[3]).bits);
+    *reinterpret_cast<uint2*>(to) = make_uint2(pack<Element>(from[0], from[1]), pack<Element>(from[2], from[3]));
   }
 };
 
@@ -63,6 +68,14 @@ template <int kLanes, class Real>
 __device__ __forceinline__ void fill(Real (&values)[kLanes], Real value) {
 #pragma unroll
   for (int j = 0; j < kLanes; ++j) values[j] = value;
+}
+
+// Lest the compiler compute the addresses of all steps beforehand, and run out of registers for them.
+__device__ __forceinline__ void advance(int64& element, int64 stride) {
+  element += stride;
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(element));
+#endif
 }
 
 // ---- who computes what ----
@@ -151,6 +164,14 @@ class NoiseSource {
         key_(drawn_ ? noise_key(noise.rng_state) : NoiseKey{}),
         limit_(drawn_ ? noise.analog_below << 16 : noise.analog_below > 0 ? 1u : 0u) {}
 
+  __device__ __forceinline__ void forget_origin() {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(key_.seed_low), "+r"(key_.seed_high));
+#endif
+  }
+  __device__ __forceinline__ bool drawn() const { return drawn_; }
+  __device__ __forceinline__ bool always() const { return !drawn_ && limit_ > 0; }
+
   // Where nothing needs to be drawn every draw is 0, and so below a limit of 1.
   __device__ __forceinline__ NoiseBlock draw(int64 n, int64 step_pair) const {
     if (!drawn_) return {};
@@ -208,18 +229,9 @@ template <int kSteps>
 class SegmentNoise<4, kSteps> {
  public:
   __device__ __forceinline__ SegmentNoise(const NoiseSource& source, int64 n, int64 start) {
-    static_assert(kSteps <= 16);
-#pragma unroll
-    for (int pair = 0; pair < kSteps / 2; ++pair) {
-      const NoiseBlock block = source.draw(n, start / 2 + pair);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const uint32 bit = static_cast<uint32>(source.is_analog(block, i / 4, i % 4)) << (8 * (pair % 4) + i);
-        (pair < 4 ? steps_0_to_7_ : steps_8_to_15_) |= bit;
-      }
-    }
-    // Lest the compiler keep the draws after all, in eight times as many registers.
-    asm("" : "+r"(steps_0_to_7_), "+r"(steps_8_to_15_));
+    static_assert(kSteps == 8 || kSteps == 16);
+    steps_0_to_7_ = eight_steps(source, n, start);
+    if constexpr (kSteps > 8) steps_8_to_15_ = eight_steps(source, n, start + 8);
   }
 
   __device__ __forceinline__ bool is_analog(int k, int j) const {
@@ -227,7 +239,23 @@ class SegmentNoise<4, kSteps> {
   }
 
  private:
-  uint32 steps_0_to_7_ = 0, steps_8_to_15_ = 0;
+  static __device__ __forceinline__ uint32 eight_steps(const NoiseSource& source, int64 n, int64 start) {
+    if (!source.drawn()) return source.always() ? 0xFFFFFFFFu : 0u;
+    NoiseSource local = source;
+    local.forget_origin();
+    uint32 bits = 0;
+#pragma unroll 2
+    for (int pair = 0; pair < 4; ++pair) {
+      const NoiseBlock block = local.draw(n, start / 2 + pair);
+      uint32 byte = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) byte |= static_cast<uint32>(source.is_analog(block, i / 4, i % 4)) << i;
+      bits |= byte << (8 * pair);
+    }
+    return bits;
+  }
+
+  uint32 steps_0_to_7_, steps_8_to_15_ = 0;
 };
 
 // So few that the draws themselves can be kept, which saves packing and unpacking.
@@ -271,24 +299,26 @@ __global__ void __launch_bounds__(kBlockThreads) lif_forward_kernel(const Forwar
   Real v[kLanes];
   load_potential(params, static_cast<const Real*>(nullptr), 0, place, v);
 
-  const Scalar* x_next = params.x_seq + place.element;
-  const auto load_steps = [&](int64 start, Real(&x)[kSteps][kLanes]) {
+  int64 load_element = place.element;
+  const auto load_steps = [&](int64 left, Real(&x)[kSteps][kLanes]) {
+    const int length = left < kSteps ? static_cast<int>(left) : kSteps;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      if (start + k < steps) Lanes::load(x_next, x[k]);
-      x_next += stride;
+      if (k < length) Lanes::load(params.x_seq + load_element, x[k]);
+      advance(load_element, stride);
     }
   };
 
   Real x[kSteps][kLanes], later_x[kSteps][kLanes];
-  load_steps(0, x);
+  load_steps(steps, x);
   int64 element = place.element;
   for (int64 start = 0; start < steps; start += kSteps) {
-    load_steps(start + kSteps, later_x);  // on their way while these steps are computed
+    const int length = steps - start < kSteps ? static_cast<int>(steps - start) : kSteps;
+    load_steps(steps - start - kSteps, later_x);  // on their way while these steps are computed
     const SegmentNoise<kLanes, kSteps> noise(source, place.n, start);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      if (start + k < steps) {
+      if (k < length) {
         Neuron<Real> neuron;
         if constexpr (kPlain) {
           neuron = thread_neuron;
@@ -312,7 +342,7 @@ __global__ void __launch_bounds__(kBlockThreads) lif_forward_kernel(const Forwar
           }
         }
         if (place.live) Lanes::store(s, params.s_seq + element);
-        element += stride;
+        advance(element, stride);
       }
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) x[k][j] = later_x[k][j];
@@ -364,9 +394,10 @@ __device__ __forceinline__ void store_partial(Real* slots, const Run& run, bool 
 
 // ---- backward ----
 
+
 // A multiprocessor's registers are meant for at least so many blocks: enough loads under way to keep the memory busy.
 template <int kSteps>
-constexpr int kMinBlocks = kSteps == 4 ? 4 : 3;
+constexpr int kMinBlocks = kSteps <= 8 ? 4 : 3;
 
 // For what kPlain of lif_forward_kernel allows, where only the gradients of x, v_init and width are wanted. The
 // potentials of a segment of kSteps steps stay in registers.
@@ -396,10 +427,10 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<kSteps>) lif_backwar
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         if (k < length) Lanes::load(params.x_seq + element, h[k]);
-        element += stride;
+        advance(element, stride);
       }
       const auto load_gradient = [&](int k) {  // k is how far `element` is beyond the first of the segment
-        element -= stride;
+        advance(element, -stride);
         Real(&row)[kLanes] = g[(k + kAhead) % kAhead];
         fill(row, Real(0));
         if (k >= 0 && k < length && params.grad_s_seq != nullptr) Lanes::load(params.grad_s_seq + element, row);
@@ -419,6 +450,7 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<kSteps>) lif_backwar
           }
         }
       }
+      element = place.element + (start + kSteps) * stride;
 #pragma unroll
       for (int k = kSteps - 1; k >= kSteps - kAhead; --k) load_gradient(k);
 #pragma unroll

@@ -6,10 +6,15 @@
 
 namespace asgl {
 
-// Four words of 32 bits, each in the low half of a 64-bit lane; what lies above is left over and means nothing.
-// A 32 x 32 -> 64 bit product then needs no shuffle, neither in a vector register nor in a pair of GPU registers.
+// Four words of 32 bits. On a CPU each is in the low half of a 64-bit lane, and what lies above is left over and means
+// nothing: 32 x 32 -> 64 bit products then need no shuffle in a vector register.
+#if defined(__CUDA_ARCH__)
+using PhiloxWord = uint32;
+#else
+using PhiloxWord = uint64;
+#endif
 struct PhiloxWords {
-  uint64 w[4];
+  PhiloxWord w[4];
 };
 
 constexpr uint64 kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
@@ -18,14 +23,14 @@ constexpr int kPhiloxRounds = 10;
 
 ASGL_HOST_DEVICE PhiloxWords philox4x32(PhiloxWords counter, uint32 key0, uint32 key1) {
   constexpr uint64 kLow = 0xFFFFFFFFu;
-  uint64 c0 = counter.w[0], c1 = counter.w[1], c2 = counter.w[2], c3 = counter.w[3];
+  PhiloxWord c0 = counter.w[0], c1 = counter.w[1], c2 = counter.w[2], c3 = counter.w[3];
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64 product0 = kPhiloxMultiplier0 * (c0 & kLow);
     const uint64 product1 = kPhiloxMultiplier1 * (c2 & kLow);
-    c0 = (product1 >> 32) ^ c1 ^ key0;
-    c2 = (product0 >> 32) ^ c3 ^ key1;
-    c1 = product1;
-    c3 = product0;
+    c0 = static_cast<PhiloxWord>(product1 >> 32) ^ c1 ^ key0;
+    c2 = static_cast<PhiloxWord>(product0 >> 32) ^ c3 ^ key1;
+    c1 = static_cast<PhiloxWord>(product1);
+    c3 = static_cast<PhiloxWord>(product0);
     key0 += kPhiloxWeyl0;
     key1 += kPhiloxWeyl1;
   }
@@ -49,9 +54,11 @@ ASGL_HOST_DEVICE NoiseKey noise_key(const int64* rng_state) {
 // Serves steps 2 step_pair and 2 step_pair + 1. An element is analog where its draw is below round(analog_prob *
 // 65536).
 ASGL_HOST_DEVICE NoiseBlock noise_block(uint64 group, uint32 step_pair, NoiseKey key) {
-  const PhiloxWords counter = {{group & 0xFFFFFFFFu, group >> 32, step_pair, key.offset}};
+  const PhiloxWords counter = {
+      {static_cast<uint32>(group), static_cast<uint32>(group >> 32), step_pair, key.offset}};
   const PhiloxWords words = philox4x32(counter, key.seed_low, key.seed_high);
-  return {{(words.w[0] & 0xFFFFFFFFu) | (words.w[1] << 32), (words.w[2] & 0xFFFFFFFFu) | (words.w[3] << 32)}};
+  const auto join = [](uint64 low, uint64 high) { return (low & 0xFFFFFFFFu) | (high << 32); };
+  return {{join(words.w[0], words.w[1]), join(words.w[2], words.w[3])}};
 }
 
 }  // namespace asgl

@@ -44,6 +44,20 @@ ASGL_HOST_DEVICE Real clamp_to_unit(Real x) {
   return x > Real(1) ? Real(1) : from_below;
 }
 
+// Of a number of at least 1. On a GPU it may be off by one unit in the last place.
+template <class Real>
+ASGL_HOST_DEVICE Real reciprocal(Real x) {
+  return Real(1) / x;
+}
+
+#if defined(__CUDA_ARCH__)
+ASGL_HOST_DEVICE float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+#endif
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 ASGL_HOST_DEVICE float clamp_to_unit(float x) {
   float from_below, clamped;
@@ -99,7 +113,7 @@ template <>
 struct SurrogateMath<Surrogate::kSigmoid> {
   template <class Real>
   static ASGL_HOST_DEVICE Real value(Real y) {
-    return Real(1) / (Real(1) + math::exp(-y));
+    return math::reciprocal(Real(1) + math::exp(-y));
   }
   template <class Real>
   static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
@@ -117,7 +131,7 @@ struct SurrogateMath<Surrogate::kArctan> {
   template <class Real>
   static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
     const Real scaled = y * Real(1.57079632679489661923);
-    return da * (Real(0.5) / (Real(1) + scaled * scaled));
+    return da * (Real(0.5) * math::reciprocal(Real(1) + scaled * scaled));
   }
 };
 
@@ -137,13 +151,13 @@ template <>
 struct SurrogateMath<Surrogate::kFastSigmoid> {
   template <class Real>
   static ASGL_HOST_DEVICE Real value(Real y) {
-    const Real tail = Real(0.5) / (Real(1) + math::magnitude(y));
+    const Real tail = Real(0.5) * math::reciprocal(Real(1) + math::magnitude(y));
     return y < Real(0) ? tail : Real(1) - tail;
   }
   template <class Real>
   static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
     const Real denominator = Real(1) + math::magnitude(y);
-    return da * (Real(0.5) / (denominator * denominator));
+    return da * (Real(0.5) * math::reciprocal(denominator * denominator));
   }
 };
 
