@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,21 +31,25 @@ class Difference(NamedTuple):
     relative: float
 
 
-def differences(x_seq: Tensor, backend: str, band: float = 0.0, **options: Any) -> dict[str, Difference]:
-    """Runs `lif` on both backends and compares the outputs and the gradients of all tensors that require them.
+def differences(
+    x_seq: Tensor, backend: str, band: float = 0.0, outputs: Sequence[str] = LIFOutput._fields, **options: Any
+) -> dict[str, Difference]:
+    """Runs `lif` on both backends and compares `outputs` and the gradients of all tensors that require them.
 
-    The gradients that come in are random, of all four outputs. Options are those of `lif`; `band`: see THRESHOLD_BAND.
+    The gradients that come in are random, one for each of `outputs`: the backend is asked for no other. Options are
+    those of `lif`; `band`: see THRESHOLD_BAND.
     """
     leaves = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     # One value an element shows the reference's gradient before it is summed.
     terms = {name: leaf.expand(x_seq.shape) for name, leaf in leaves.items() if name not in ("x_seq", "v_init")}
-    expected = _all_outputs(x_seq, "reference", **{**options, **terms})
-    actual = _all_outputs(x_seq, backend, **options)
+    everything = _outputs(x_seq, "reference", LIFOutput._fields, **{**options, **terms})
+    expected = {name: everything[name] for name in outputs}
+    actual = _outputs(x_seq, backend, outputs, **options)
 
     time_dim = options.get("time_dim", 0)
     v_threshold = torch.as_tensor(options.get("v_threshold", 1.0), device=x_seq.device)
-    near = (expected["h_seq"].detach() - v_threshold.detach()).abs() < band
+    near = (everything["h_seq"].detach() - v_threshold.detach()).abs() < band
     keep_seq = (~near.any(dim=time_dim, keepdim=True)).expand_as(x_seq)
     keep = {name: keep_seq.select(time_dim, 0) if name == "v_last" else keep_seq for name in expected}
 
@@ -70,10 +74,11 @@ def differences(x_seq: Tensor, backend: str, band: float = 0.0, **options: Any) 
     return found
 
 
-def _all_outputs(x_seq: Tensor, backend: str, **options: Any) -> dict[str, Tensor]:
-    output = lif(x_seq, **options, return_v_last=True, return_v_seq=True, return_h_seq=True, backend=backend)
-    assert isinstance(output, LIFOutput)
-    return output._asdict()
+def _outputs(x_seq: Tensor, backend: str, names: Sequence[str], **options: Any) -> dict[str, Tensor]:
+    wanted: dict[str, Any] = {f"return_{name}": name in names for name in LIFOutput._fields[1:]}
+    output = lif(x_seq, **options, **wanted, backend=backend)
+    found = output._asdict() if isinstance(output, LIFOutput) else {"s_seq": output}
+    return {name: found[name] for name in names}
 
 
 def _difference(expected: Tensor, actual: Tensor, size: Tensor | None = None) -> Difference:

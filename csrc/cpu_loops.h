@@ -208,7 +208,7 @@ struct UniformAdjointLoop {
       for (int64 i = begin; i < end; ++i) {
         const Real s = fire<kSurrogate>(h[i], draws[i] < analog_below, neuron, options.strict_threshold);
         const StepGradient<Real> step =
-            step_adjoint<kSurrogate, kHardReset>(g[i], Real(0), dv[i], h[i], s, carried, neuron, options);
+            step_adjoint<kSurrogate, kHardReset>(g[i], NoGradient{}, dv[i], h[i], s, carried, neuron, options);
         width[i] += step.dy * (h[i] - neuron.v_threshold);
         dx[i] = step.dh;
         dv[i] = neuron.decay * step.dh;

@@ -20,8 +20,8 @@ cudaError_t launch_backward(Surrogate surrogate, bool hard_reset, const Backward
   });
 }
 
-#define ASGL_INSTANTIATE(Scalar)                                                                       \
-  template cudaError_t backward_tiles<Scalar>(const BackwardParams<Scalar>&, TilePlan*);               \
+#define ASGL_INSTANTIATE(Scalar)                                                                            \
+  template cudaError_t backward_tiles<Scalar>(const BackwardParams<Scalar>&, TilePlan*);                    \
   template cudaError_t launch_forward<Scalar>(Surrogate, bool, const ForwardParams<Scalar>&, cudaStream_t); \
   template cudaError_t launch_backward<Scalar>(Surrogate, bool, const BackwardParams<Scalar>&, cudaStream_t);
 ASGL_INSTANTIATE(Half)

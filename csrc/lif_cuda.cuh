@@ -115,7 +115,8 @@ cudaError_t launch_backward(const BackwardParams<Scalar>& params, cudaStream_t s
   if constexpr (!std::is_same_v<Scalar, double>) {
     if (lanes == 4) {
       bool plain = is_plain(params) && params.grad_v_seq == nullptr && params.grad_h_seq == nullptr;
-      for (int id = 0; id < kNumParameters; ++id) plain = plain && (id == kWidth || params.partials[id].data == nullptr);
+      for (int id = 0; id < kNumParameters; ++id)
+        plain = plain && (id == kWidth || params.partials[id].data == nullptr);
       const int64 steps = params.shape.steps;
       kernel = !plain       ? &lif_backward_kernel<Scalar, kSurrogate, kHardReset, 4>
                : steps <= 4 ? &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 4>

@@ -96,9 +96,25 @@ struct Place {
         element(shape.outer == 1 ? read_n : shape.element(read_n, 0)) {}
 };
 
-// The parameters of a thread's neurons, which share them.
+// The parameters of a thread's neurons, which share them. kUniform: all neurons do, at all steps.
+template <class Real, bool kUniform>
+class ThreadNeuron;
+
 template <class Real>
-class ThreadNeuron {
+class ThreadNeuron<Real, true> {
+ public:
+  __device__ __forceinline__ ThreadNeuron(const ParameterView<Real> (&parameters)[kNumParameters], int64)
+      : neuron_(uniform_neuron(parameters)) {}
+
+  __device__ __forceinline__ void move_to(int64) {}
+  __device__ __forceinline__ const Neuron<Real>& now() const { return neuron_; }
+
+ private:
+  Neuron<Real> neuron_;
+};
+
+template <class Real>
+class ThreadNeuron<Real, false> {
  public:
   __device__ __forceinline__ ThreadNeuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n)
       : parameters_(parameters) {
@@ -162,8 +178,9 @@ class NoiseSource {
   __device__ __forceinline__ explicit NoiseSource(const NoiseParams& noise)
       : drawn_(noise.drawn()),
         key_(drawn_ ? noise_key(noise.rng_state) : NoiseKey{}),
-        limit_(drawn_ ? noise.analog_below << 16 : noise.analog_below > 0 ? 1u : 0u) {}
+        limit_(drawn_ ? noise.analog_below << 16 : static_cast<uint32>(noise.analog_below > 0)) {}
 
+  // Lest the compiler keep the keys of all ten rounds in registers while they are not needed.
   __device__ __forceinline__ void forget_origin() {
 #if defined(__CUDA_ARCH__)
     asm volatile("" : "+r"(key_.seed_low), "+r"(key_.seed_high));
@@ -288,14 +305,7 @@ __global__ void __launch_bounds__(kBlockThreads) lif_forward_kernel(const Forwar
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const LeastSpike<Real> least_spike(options.strict_threshold);
-  const auto neuron_source = [&] {
-    if constexpr (kPlain) {
-      return uniform_neuron(params.parameters);
-    } else {
-      return ThreadNeuron<Real>(params.parameters, place.read_n);
-    }
-  };
-  auto thread_neuron = neuron_source();
+  ThreadNeuron<Real, kPlain> neuron(params.parameters, place.read_n);
   Real v[kLanes];
   load_potential(params, static_cast<const Real*>(nullptr), 0, place, v);
 
@@ -319,26 +329,20 @@ __global__ void __launch_bounds__(kBlockThreads) lif_forward_kernel(const Forwar
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       if (k < length) {
-        Neuron<Real> neuron;
-        if constexpr (kPlain) {
-          neuron = thread_neuron;
-        } else {
-          thread_neuron.move_to(start + k);
-          neuron = thread_neuron.now();
-        }
+        neuron.move_to(start + k);
         Real h[kLanes], s[kLanes];
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
-          h[j] = charge<kPlain>(x[k][j], v[j], neuron, options.v_rest);
-          s[j] = fire<kSurrogate>(h[j], noise.is_analog(k, j), neuron, least_spike);
-          v[j] = reset<kHardReset>(h[j], s[j], neuron);
+          h[j] = charge<kPlain>(x[k][j], v[j], neuron.now(), options.v_rest);
+          s[j] = fire<kSurrogate>(h[j], noise.is_analog(k, j), neuron.now(), least_spike);
+          v[j] = reset<kHardReset>(h[j], s[j], neuron.now());
         }
         if constexpr (!kPlain) {
           if (params.h_seq != nullptr && place.live) Lanes::store(h, params.h_seq + element);
           if (params.v_seq != nullptr && place.live) Lanes::store(v, params.v_seq + element);
           if (options.scale_output) {
 #pragma unroll
-            for (int j = 0; j < kLanes; ++j) s[j] = s[j] * neuron.v_threshold;
+            for (int j = 0; j < kLanes; ++j) s[j] = s[j] * neuron.now().v_threshold;
           }
         }
         if (place.live) Lanes::store(s, params.s_seq + element);
@@ -394,7 +398,6 @@ __device__ __forceinline__ void store_partial(Real* slots, const Run& run, bool 
 
 // ---- backward ----
 
-
 // A multiprocessor's registers are meant for at least so many blocks: enough loads under way to keep the memory busy.
 template <int kSteps>
 constexpr int kMinBlocks = kSteps <= 8 ? 4 : 3;
@@ -402,7 +405,8 @@ constexpr int kMinBlocks = kSteps <= 8 ? 4 : 3;
 // For what kPlain of lif_forward_kernel allows, where only the gradients of x, v_init and width are wanted. The
 // potentials of a segment of kSteps steps stay in registers.
 template <class Scalar, Surrogate kSurrogate, bool kHardReset, int kSteps>
-__global__ void __launch_bounds__(kBlockThreads, kMinBlocks<kSteps>) lif_backward_plain_kernel(const BackwardParams<Scalar> params) {
+__global__ void __launch_bounds__(kBlockThreads, kMinBlocks<kSteps>)
+    lif_backward_plain_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   constexpr int kLanes = 4;
   constexpr int kAhead = 2;  // steps by which a gradient is loaded before it is needed
@@ -460,7 +464,7 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<kSteps>) lif_backwar
 #pragma unroll
           for (int j = 0; j < kLanes; ++j) {
             const StepGradient<Real> step = step_adjoint<kSurrogate, kHardReset>(
-                g[k % kAhead][j], Real(0), dv[j], h[k][j], fire_lane(k, j), carried, neuron, options);
+                g[k % kAhead][j], NoGradient{}, dv[j], h[k][j], fire_lane(k, j), carried, neuron, options);
             width_sum += step.dy * (h[k][j] - neuron.v_threshold);
             dx[j] = step.dh;
             dv[j] = neuron.decay * step.dh;
@@ -493,7 +497,7 @@ __global__ void __launch_bounds__(kBlockThreads) lif_backward_kernel(const Backw
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const LeastSpike<Real> least_spike(options.strict_threshold);
-  ThreadNeuron<Real> neuron(params.parameters, place.read_n);
+  ThreadNeuron<Real, false> neuron(params.parameters, place.read_n);
   const auto wanted = [&](int id) { return params.partials[id].data != nullptr; };
   const auto store_sum = [&](int id, int64 t, Real sum) {
     const ParameterView<Real>& parameter = params.parameters[id];

@@ -72,6 +72,12 @@ ASGL_HOST_DEVICE double keep_if(bool condition, double value) {
   return bit_cast<double>(bit_cast<uint64>(value) & (0ull - static_cast<uint64>(condition)));
 }
 
+// A gradient that does not flow, where that is known when compiling: not even a zero is added.
+struct NoGradient {};
+
+ASGL_HOST_DEVICE float operator+(NoGradient, float value) { return value; }
+ASGL_HOST_DEVICE double operator+(NoGradient, double value) { return value; }
+
 template <class Real>
 struct StepGradient {
   Real dy;  // of y = u / width
@@ -85,8 +91,8 @@ struct StepGradient {
 // in the order in which autograd adds these terms for the reference. `carried` is false where nothing has flowed into
 // v[t] yet (the last step, unless v was returned): its terms are then absent, not zero times a value that may be
 // infinite.
-template <Surrogate kSurrogate, bool kHardReset, class Real>
-ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real g, Real gh, Real dv, Real h, Real s, bool carried,
+template <Surrogate kSurrogate, bool kHardReset, class Real, class GradientOfH>
+ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real g, GradientOfH gh, Real dv, Real h, Real s, bool carried,
                                                  const Neuron<Real>& neuron, const NeuronOptions<Real>& options) {
   const Real y = (h - neuron.v_threshold) * neuron.inverse_width;
   const bool through_reset = carried && !options.detach_reset;

@@ -29,7 +29,9 @@ struct ParameterView {
   int64 step_stride, inner, count;
 
   ASGL_HOST_DEVICE int64 index(int64 n) const { return count == 1 ? 0 : (n / inner) % count; }
-  ASGL_HOST_DEVICE Real at(int64 n, int64 t) const { return data == nullptr ? constant : data[t * step_stride + index(n)]; }
+  ASGL_HOST_DEVICE Real at(int64 n, int64 t) const {
+    return data == nullptr ? constant : data[t * step_stride + index(n)];
+  }
 
   // One value for all neurons and steps.
   ASGL_HOST_DEVICE bool is_uniform() const { return data == nullptr || (count == 1 && step_stride == 0); }

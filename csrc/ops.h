@@ -2,11 +2,10 @@
 // Python, with the words that a user should read; what is checked here again would otherwise read or write out of
 // bounds.
 //
-// A Backend is made from x_seq for the time of one call and has
-//   TilePlan backward_tiles(params)                          how backward will cut the neurons; partials are not yet set
-//   void launch_forward(surrogate, hard_reset, params)       these three return when the work is done or queued, and
-//   void launch_backward(surrogate, hard_reset, params)      throw where that fails
-//   void launch_gradient_sum(sum)
+// A Backend is made from x_seq for the time of one call. Its backward_tiles(params) says how backward will cut the
+// neurons; the partial sums are not yet allocated then. Its launch_forward(surrogate, hard_reset, params),
+// launch_backward(surrogate, hard_reset, params) and launch_gradient_sum(sum) return when the work is done or queued,
+// and throw where that fails.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -55,7 +54,9 @@ inline int64_t checkpoint_elements(const SequenceShape& shape) {
   return (shape.steps - 1) / kCheckpointSteps * shape.neurons() + 2;
 }
 
-inline at::ScalarType real_type(const Tensor& x_seq) { return x_seq.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+inline at::ScalarType real_type(const Tensor& x_seq) {
+  return x_seq.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 // Where x_seq's dimensions lie in memory: contiguous, or with the channels (the second dimension but time) innermost.
 class Layout {
@@ -406,8 +407,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(
     backend.launch_backward(call.options().surrogate, hard_reset, params);
     for (int id = 0; id < kNumParameters; ++id) {
       if (!needs_parameters[id]) continue;
-      backend.launch_gradient_sum(GradientSum<Real>{params.partials[id], params.parameters[id], shape, plan.tile, id == kWidth,
-                                      pointer<Real>(grad_parameters[id])});
+      backend.launch_gradient_sum(GradientSum<Real>{params.partials[id], params.parameters[id], shape, plan.tile,
+                                                    id == kWidth, pointer<Real>(grad_parameters[id])});
       grad_parameters[id] = call.parameter(id).gradient_in_own_shape(grad_parameters[id]);
     }
   });

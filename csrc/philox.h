@@ -54,8 +54,7 @@ ASGL_HOST_DEVICE NoiseKey noise_key(const int64* rng_state) {
 // Serves steps 2 step_pair and 2 step_pair + 1. An element is analog where its draw is below round(analog_prob *
 // 65536).
 ASGL_HOST_DEVICE NoiseBlock noise_block(uint64 group, uint32 step_pair, NoiseKey key) {
-  const PhiloxWords counter = {
-      {static_cast<uint32>(group), static_cast<uint32>(group >> 32), step_pair, key.offset}};
+  const PhiloxWords counter = {{static_cast<uint32>(group), static_cast<uint32>(group >> 32), step_pair, key.offset}};
   const PhiloxWords words = philox4x32(counter, key.seed_low, key.seed_high);
   const auto join = [](uint64 low, uint64 high) { return (low & 0xFFFFFFFFu) | (high << 32); };
   return {{join(words.w[0], words.w[1]), join(words.w[2], words.w[3])}};

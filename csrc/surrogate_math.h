@@ -84,8 +84,7 @@ struct SurrogateMath<Surrogate::kRectangle> {
   template <class Real>
   static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
     const Real ramp = y + Real(0.5);
-    const Real below_top = ramp <= Real(1) ? da : Real(0);
-    return ramp >= Real(0) ? below_top : Real(0);
+    return math::clamp_to_unit(ramp) == ramp ? da : Real(0);  // the edges are inside, NaN is not
   }
 };
 

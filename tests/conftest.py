@@ -50,3 +50,13 @@ def outputs_filled_with_nan() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def emulation() -> Iterator[emulated.Emulation]:
+    """The emulated device, as it was before when the test is over."""
+    if EMULATION is None:
+        pytest.skip("no emulation")
+    EMULATION.take_launches()
+    yield EMULATION
+    EMULATION.set_multiprocessors(emulated.TINY)

@@ -28,6 +28,33 @@ def test_sizes(backend, device, steps, neurons, v_reset):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("v_reset", [0.1, None])
+@pytest.mark.parametrize("steps", [3, 4, 7, 18, 35])
+@pytest.mark.parametrize("neurons", [(4, 68), (5, 33)])
+def test_nothing_but_spikes(backend, device, dtype, surrogate, v_reset, steps, neurons):
+    """What layers in a network ask for, and what the leanest kernels are for."""
+    real = real_of(dtype)
+    for options in (
+        {"analog_prob": 0.3},
+        {"analog_prob": 0.0, "detach_reset": True, "strict_threshold": True, "surrogate_gain": 1.7},
+        {"analog_prob": 1.0, "v_init": uniform(*neurons, low=-1, high=1, dtype=real, device=device)},
+    ):
+        assert_equals_reference(
+            random_input(steps, *neurons, dtype=dtype, device=device),
+            backend,
+            outputs=("s_seq", "v_last") if "v_init" in options else ("s_seq",),
+            surrogate=surrogate,
+            width=uniform(low=0.7, high=1.5, dtype=real, device=device),
+            decay=0.6,
+            v_threshold=0.9,
+            v_reset=v_reset,
+            rng_state=rng_state(device=device),
+            **options,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("v_reset", [0.1, None])
 @pytest.mark.parametrize("detach_reset", [False, True])
 def test_neuron(backend, device, dtype, surrogate, v_reset, detach_reset):
     real = real_of(dtype)
