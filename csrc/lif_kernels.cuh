@@ -291,10 +291,16 @@ class SegmentNoise<4, 4> {
 
 // ---- forward ----
 
+// The second number of __launch_bounds__ is how many blocks a multiprocessor's registers are shared by: enough to have
+// the memory busy, and few enough that nothing is spilled (RESOURCES.md).
+
 // kPlain: uniform parameters, charge<true> will do, and only spikes, v_last and checkpoints are wanted, the spikes
 // unscaled.
 template <class Scalar, Surrogate kSurrogate, bool kHardReset, int kLanes, bool kPlain>
-__global__ void __launch_bounds__(kBlockThreads) lif_forward_kernel(const ForwardParams<Scalar> params) {
+__global__ void __launch_bounds__(kBlockThreads, kPlain        ? 8
+                                                 : kLanes == 1 ? 6
+                                                               : 5)
+    lif_forward_kernel(const ForwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
   constexpr int kSteps = kLanes == 1 ? 8 : 4;  // that are loaded at a time
@@ -398,14 +404,10 @@ __device__ __forceinline__ void store_partial(Real* slots, const Run& run, bool 
 
 // ---- backward ----
 
-// A multiprocessor's registers are meant for at least so many blocks: enough loads under way to keep the memory busy.
-template <int kSteps>
-constexpr int kMinBlocks = kSteps <= 8 ? 4 : 3;
-
 // For what kPlain of lif_forward_kernel allows, where only the gradients of x, v_init and width are wanted. The
 // potentials of a segment of kSteps steps stay in registers.
 template <class Scalar, Surrogate kSurrogate, bool kHardReset, int kSteps>
-__global__ void __launch_bounds__(kBlockThreads, kMinBlocks<kSteps>)
+__global__ void __launch_bounds__(kBlockThreads, kSteps <= 8 ? 4 : 3)
     lif_backward_plain_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   constexpr int kLanes = 4;
@@ -483,7 +485,8 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<kSteps>)
 
 // Everything that there is. The potentials of a segment stay in shared memory, where a loop can index them.
 template <class Scalar, Surrogate kSurrogate, bool kHardReset, int kLanes>
-__global__ void __launch_bounds__(kBlockThreads) lif_backward_kernel(const BackwardParams<Scalar> params) {
+__global__ void __launch_bounds__(kBlockThreads, kLanes == 1 ? 5 : 3)
+    lif_backward_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
   constexpr int kSteps = kCheckpointSteps;
@@ -626,7 +629,7 @@ constexpr int kSumThreads = 512;
 
 // One thread for each element of the gradient, or, where each has many slots, one block.
 template <class Real, bool kWholeBlock>
-__global__ void __launch_bounds__(kSumThreads) gradient_sum_kernel(const GradientSum<Real> sum) {
+__global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const GradientSum<Real> sum) {
   const int thread = static_cast<int>(threadIdx.x);
   const int64 element = kWholeBlock ? blockIdx.x : static_cast<int64>(blockIdx.x) * kSumThreads + thread;
   if (element >= sum.elements()) return;
