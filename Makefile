@@ -9,17 +9,23 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip -q --disable-pip-version-check
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint bench setup clean
+.PHONY: help demo test sanitize cuda-compile lint bench gpu-check setup clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 19
 
 demo: setup  ## train a network with the plain and with the fused neuron, compare, draw demo.png
 	@$(RUN) -m benchmarks.demo
 
 test: setup  ## run all tests
 	@$(RUN) -m pytest
+
+sanitize:  ## run the emulated CUDA kernels under AddressSanitizer, UBSan and ThreadSanitizer
+	@$(PYTHON) tests/sanitize.py
+
+cuda-compile: setup  ## compile the CUDA kernels for all architectures, compare with csrc/RESOURCES.md
+	@$(RUN) -m tests.cuda_compile
 
 lint: setup  ## check style, formatting and types
 	@$(RUN) -m ruff check
@@ -29,6 +35,9 @@ lint: setup  ## check style, formatting and types
 
 bench: setup  ## time the neuron against an element-wise multiply
 	@$(RUN) -m benchmarks.microbench
+
+gpu-check:  ## on a machine with a GPU: build with PYTHON as it is, test and time; log and results to OUT
+	@$(PYTHON) -m benchmarks.gpu_check $(or $(OUT),build/gpu-check)
 
 setup: $(VENV)/built  ## make .venv with everything, once (the targets above do it themselves)
 

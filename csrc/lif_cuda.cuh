@@ -32,7 +32,7 @@ template <class Scalar, class... Elements>
 bool groups_of_four(const LIFParams<Scalar>& params, const Elements*... sequences_and_states) {
   bool shared = params.shape.inner % 4 == 0;
   for (const auto& parameter : params.parameters) {
-    shared = shared && (parameter.data == nullptr || parameter.count == 1 || parameter.inner % 4 == 0);
+    shared = shared && (parameter.data == nullptr || parameter.inner % 4 == 0);
   }
   return shared && is_aligned(params.x_seq) && is_aligned(params.v_init) && (is_aligned(sequences_and_states) && ...);
 }

@@ -291,15 +291,21 @@ class SegmentNoise<4, 4> {
 
 // ---- forward ----
 
-// The second number of __launch_bounds__ is how many blocks a multiprocessor's registers are shared by: enough to have
-// the memory busy, and few enough that nothing is spilled (RESOURCES.md).
+// How many blocks are to share a multiprocessor's registers: enough to keep the memory busy, and few enough that
+// nothing is spilled (RESOURCES.md).
+template <class Real, bool kPlain>
+constexpr int kForwardBlocks = kPlain              ? 8
+                               : sizeof(Real) == 4 ? 5
+                                                   : 3;
+template <class Real, int kLanes>
+constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
+template <int kSteps>
+constexpr int kPlainBackwardBlocks = kSteps <= 8 ? 4 : 3;
 
 // kPlain: uniform parameters, charge<true> will do, and only spikes, v_last and checkpoints are wanted, the spikes
 // unscaled.
 template <class Scalar, Surrogate kSurrogate, bool kHardReset, int kLanes, bool kPlain>
-__global__ void __launch_bounds__(kBlockThreads, kPlain        ? 8
-                                                 : kLanes == 1 ? 6
-                                                               : 5)
+__global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, kPlain>)
     lif_forward_kernel(const ForwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
@@ -407,7 +413,7 @@ __device__ __forceinline__ void store_partial(Real* slots, const Run& run, bool 
 // For what kPlain of lif_forward_kernel allows, where only the gradients of x, v_init and width are wanted. The
 // potentials of a segment of kSteps steps stay in registers.
 template <class Scalar, Surrogate kSurrogate, bool kHardReset, int kSteps>
-__global__ void __launch_bounds__(kBlockThreads, kSteps <= 8 ? 4 : 3)
+__global__ void __launch_bounds__(kBlockThreads, kPlainBackwardBlocks<kSteps>)
     lif_backward_plain_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   constexpr int kLanes = 4;
@@ -485,7 +491,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSteps <= 8 ? 4 : 3)
 
 // Everything that there is. The potentials of a segment stay in shared memory, where a loop can index them.
 template <class Scalar, Surrogate kSurrogate, bool kHardReset, int kLanes>
-__global__ void __launch_bounds__(kBlockThreads, kLanes == 1 ? 5 : 3)
+__global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>, kLanes>)
     lif_backward_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;

@@ -13,6 +13,9 @@ import asgl_cuda
 # A graph that was cached before an operator changed would be run as if it had not.
 torch._inductor.config.force_disable_caches = True
 
+# Read at the first matrix product on a GPU, where deterministic algorithms need it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # ASGL_TEST_BACKENDS names those to test, with commas between them; without it, all that work here and the emulation.
 WANTED = os.environ.get("ASGL_TEST_BACKENDS")
 EMULATION = None

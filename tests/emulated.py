@@ -6,6 +6,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import torch
 import torch.utils.cpp_extension
 
 from asgl_cuda import backends, ops
@@ -46,7 +47,7 @@ class Emulation:
 
 def register() -> Emulation:
     """Compiles what has changed, and makes `emulated` a backend like the others."""
-    directory = ROOT / "build" / "emulated"
+    directory = ROOT / "build" / f"emulated-torch-{torch.__version__}"
     directory.mkdir(parents=True, exist_ok=True)
     path = torch.utils.cpp_extension.load(
         NAMESPACE,

@@ -61,7 +61,7 @@ def test_every_clone_of_the_cpu_kernels_agrees(asked, name):
     # What check leaves out: the lean loops, long sequences and tails.
     here = Path(__file__).parent
     suite = [f"{here}/test_equivalence.py::test_sizes", f"{here}/test_philox.py::test_mask_of_backend_is_analog_mask"]
-    result = run("-m", "pytest", *suite, ASGL_CUDA_INSTRUCTION_SET=asked)
+    result = run("-m", "pytest", *suite, ASGL_CUDA_INSTRUCTION_SET=asked, ASGL_TEST_BACKENDS="cpu")
     assert result.returncode == 0, result.stdout + result.stderr
 
 

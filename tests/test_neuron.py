@@ -29,7 +29,7 @@ def randomized(layer):
 
 
 def test_training_draws_noise_and_evaluation_fires_hard_spikes(backend, device):
-    layer = LIF(backend=backend, analog_prob=0.5)
+    layer = LIF(backend=backend, analog_prob=0.5).to(device)
     x_seq = random_input(6, 64, device=device)
     assert not hard(layer(x_seq))
     layer.eval()
@@ -40,7 +40,7 @@ def test_training_draws_noise_and_evaluation_fires_hard_spikes(backend, device):
 
 
 def test_noise_obeys_manual_seed(backend, device):
-    layer = LIF(backend=backend, analog_prob=0.5)
+    layer = LIF(backend=backend, analog_prob=0.5).to(device)
     x_seq = random_input(6, 64, device=device)
     torch.manual_seed(3)
     first, second = layer(x_seq), layer(x_seq)
@@ -50,7 +50,7 @@ def test_noise_obeys_manual_seed(backend, device):
 
 
 def test_evaluation_leaves_the_generator_alone(backend, device):
-    layer = LIF(backend=backend, analog_prob=0.5).eval()
+    layer = LIF(backend=backend, analog_prob=0.5).to(device).eval()
     x_seq = random_input(6, 64, device=device)
     torch.manual_seed(3)
     expected = torch.rand(8, device=device)
@@ -224,7 +224,7 @@ def test_split_sequence_is_one_sequence(backend, device, v_reset, time_dim, cuts
 
 
 def test_reset_starts_at_rest_again(backend, device):
-    layer = LIF(stateful=True, backend=backend).eval()
+    layer = LIF(stateful=True, backend=backend).to(device).eval()
     x_seq = random_input(5, 3, 31, device=device)
     first, second = layer(x_seq), layer(x_seq)
     layer.reset()
@@ -233,7 +233,7 @@ def test_reset_starts_at_rest_again(backend, device):
 
 
 def test_stateless_layer_carries_nothing(backend, device):
-    layer = LIF(backend=backend).eval()
+    layer = LIF(backend=backend).to(device).eval()
     x_seq = random_input(5, 3, 31, device=device)
     assert torch.equal(layer(x_seq), layer(x_seq))
     assert layer.v is None
@@ -282,7 +282,7 @@ def test_detach_before_the_first_call(backend):
 
 @pytest.mark.parametrize("shape", [(5, 2, 31), (5, 3, 30), (5, 3, 31, 1), (5, 31)])
 def test_changed_batch_shape_names_both_shapes(backend, device, shape):
-    layer = LIF(stateful=True, backend=backend)
+    layer = LIF(stateful=True, backend=backend).to(device)
     layer(torch.rand(5, 3, 31, device=device))
     v = layer.v
     with pytest.raises(ValueError, match=r"asgl_cuda\.LIF: .*reset\(\)") as caught:
@@ -296,7 +296,7 @@ def test_changed_batch_shape_names_both_shapes(backend, device, shape):
 
 
 def test_number_of_steps_may_change_between_calls(backend, device):
-    layer = LIF(stateful=True, backend=backend)
+    layer = LIF(stateful=True, backend=backend).to(device)
     for steps in (4, 1, 33):
         layer(torch.rand(steps, 3, 31, device=device))
 

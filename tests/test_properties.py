@@ -3,15 +3,19 @@
 import math
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from comparison import assert_equals_reference, real_of, rng_state, uniform
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import asgl_cuda
 from asgl_cuda.selfcheck import EXACT_SURROGATES
 from asgl_cuda.surrogate import SURROGATES
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 EVERY = {"return_v_last": True, "return_v_seq": True, "return_h_seq": True}
 

@@ -1,0 +1,215 @@
+"""The CUDA kernels as compiled: nvcc, what ptxas says of each, the disassembly. Needs no GPU."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from asgl_cuda.surrogate import SURROGATES
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+OLDEST_ARCHITECTURE = 75
+VIRTUAL = (75, 80)  # what setup.py has made of the source, and the others of that
+
+_DTYPES = {"float": "float32", "double": "float64", "asgl::Half": "float16", "asgl::BFloat16": "bfloat16"}
+_SURROGATES = {f"(asgl::Surrogate){surrogate.id}": name for name, surrogate in SURROGATES.items()}
+# What is left of the template arguments when type, surrogate and reset are taken away.
+_KINDS = {
+    "lif_forward_kernel<1, false>": "forward, 1 neuron",
+    "lif_forward_kernel<4, false>": "forward, 4 neurons",
+    "lif_forward_kernel<4, true>": "forward plain, 4 neurons",
+    "lif_backward_kernel<1>": "backward, 1 neuron",
+    "lif_backward_kernel<4>": "backward, 4 neurons",
+    "lif_backward_plain_kernel<4>": "backward plain, K = 4",
+    "lif_backward_plain_kernel<8>": "backward plain, K = 8",
+    "lif_backward_plain_kernel<16>": "backward plain, K = 16",
+    "gradient_sum_kernel<false>": "gradient sum, a thread each",
+    "gradient_sum_kernel<true>": "gradient sum, a block each",
+}
+
+
+class Kernel(NamedTuple):
+    """One instantiation; `surrogate` and `reset` are empty where it has none."""
+
+    kind: str
+    dtype: str
+    surrogate: str = ""
+    reset: str = ""
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, self))
+
+    @classmethod
+    def of_symbol(cls, demangled: str) -> Kernel:
+        """From `void asgl::lif_forward_kernel<float, (asgl::Surrogate)0, true, 4, true>(...)`."""
+        match = re.match(r"void asgl::(\w+)<(.*?)>\(", demangled)
+        if match is None:
+            return cls(demangled, "")
+        name, (dtype, *rest) = match[1], match[2].split(", ")
+        surrogate = reset = ""
+        if rest[0] in _SURROGATES:
+            surrogate, reset = _SURROGATES[rest[0]], {"true": "hard", "false": "soft"}[rest[1]]
+            rest = rest[2:]
+        kind = f"{name}<{', '.join(rest)}>"
+        return cls(_KINDS.get(kind, kind), _DTYPES[dtype], surrogate, reset)
+
+
+class Usage(NamedTuple):
+    """What ptxas says of one kernel for one architecture: registers a thread, the rest in bytes."""
+
+    registers: int
+    shared: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+
+    @property
+    def spills(self) -> tuple[int, int, int]:
+        return self.stack, self.spill_stores, self.spill_loads
+
+
+class Instruction(NamedTuple):
+    """One line of SASS."""
+
+    address: int
+    guard: str  # the predicate that it depends on, or nothing
+    opcode: str
+    operands: str
+
+    @property
+    def name(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def bits(self) -> int:
+        """How wide a load or store is."""
+        widths = re.findall(r"\.[US]?(8|16|64|128|256)\b", self.opcode)
+        return int(widths[-1]) if widths else 32
+
+
+def setup_constant(name: str) -> Any:
+    """A literal that setup.py, which cannot be imported, binds to `name`."""
+    for statement in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
+            return ast.literal_eval(statement.value)
+    raise LookupError(f"setup.py binds no {name}")
+
+
+def run(command: Iterable[str | Path], environment: dict[str, str] | None = None) -> str:
+    """Standard output and error of a command that must succeed."""
+    words = [str(word) for word in command]
+    result = subprocess.run(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False
+    )
+    if result.returncode != 0:
+        raise SystemExit(f"{' '.join(words)}\n{result.stdout}")
+    return result.stdout
+
+
+class Nvcc:
+    """The compiler; `Nvcc.find()` is None where there is none."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.flags: list[str] = setup_constant("NVCC_FLAGS")
+
+    @classmethod
+    def find(cls) -> Nvcc | None:
+        path = shutil.which(os.environ.get("NVCC", "nvcc"))
+        return cls(path) if path else None
+
+    @property
+    def version(self) -> str:
+        return re.search(r"V([\d.]+)", run([self.path, "--version"]))[1]
+
+    @property
+    def architectures(self) -> list[int]:
+        """All that it compiles for, of those that the package supports."""
+        known = map(int, re.findall(r"sm_(\d+)$", run([self.path, "--list-gpu-code"]), re.MULTILINE))
+        return sorted(architecture for architecture in known if architecture >= OLDEST_ARCHITECTURE)
+
+    @property
+    def include(self) -> Path:
+        """The directory of cuda_runtime.h, which only the real nvcc behind a wrapper knows."""
+        dry = run([self.path, "-v", "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull])
+        return Path(re.search(r'INCLUDES="-I([^"]+)"', dry)[1].strip())
+
+    def to_ptx(self, source: Path, directory: Path) -> Path:
+        """Leaves `<name>.compute_75.ptx`, `<name>.compute_80.ptx` and the host's object `<name>.o` in the directory."""
+        virtual = [f"-gencode=arch=compute_{v},code=compute_{v}" for v in VIRTUAL]
+        target = directory / f"{source.stem}.o"
+        # Several architectures in one run, so that the names of what is kept say which is which.
+        command = [self.path, *self.flags, *virtual, "--threads=2", "-I", CSRC, "--keep", "--keep-dir", directory]
+        run([*command, "-c", source, "-o", target])
+        return target
+
+    def to_cubin(self, directory: Path, stem: str, architecture: int) -> tuple[Path, str]:
+        """From the PTX of `to_ptx` to `<stem>.sm_90.cubin`; also ptxas's report."""
+        virtual = max(v for v in VIRTUAL if v <= architecture)
+        cubin = directory / f"{stem}.sm_{architecture}.cubin"
+        ptx = directory / f"{stem}.compute_{virtual}.ptx"
+        log = run([self.path, *self.flags, f"-arch=sm_{architecture}", "-Xptxas=-v", "-cubin", ptx, "-o", cubin])
+        return cubin, log
+
+
+@lru_cache
+def _demangled(symbol: str) -> str:
+    return run(["c++filt", symbol]).strip()
+
+
+def kernel_of(symbol: str) -> Kernel:
+    return Kernel.of_symbol(_demangled(symbol))
+
+
+_REPORT = re.compile(
+    r"Compiling entry function '(?P<symbol>\S+)' for .*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
+    re.DOTALL,
+)
+
+
+def usages(log: str) -> dict[str, Usage]:
+    """The report of ptxas, by symbol."""
+    return {
+        match["symbol"]: Usage(
+            *(int(match[key] or 0) for key in ("registers", "shared", "stack", "stores", "loads")),
+        )
+        for match in _REPORT.finditer(log)
+    }
+
+
+class Disassembler:
+    """cuobjdump, which itself calls nvdisasm; `Disassembler.find()` is None where either is missing."""
+
+    def __init__(self, directories: str) -> None:
+        self._environment = {**os.environ, "PATH": directories}
+
+    @classmethod
+    def find(cls) -> Disassembler | None:
+        # The PATH first, then the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+        spec = find_spec("nvidia")
+        places = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
+        wheels = [str(path) for place in places for path in Path(place).glob("*/bin")]
+        directories = os.pathsep.join([os.environ["PATH"], *wheels])
+        found = all(shutil.which(tool, path=directories) for tool in ("cuobjdump", "nvdisasm"))
+        return cls(directories) if found else None
+
+    def instructions(self, cubin: Path, symbols: Iterable[str]) -> dict[str, list[Instruction]]:
+        """The code of each of these kernels."""
+        text = run(["cuobjdump", "-sass", "-fun", ",".join(symbols), cubin], self._environment)
+        functions = re.split(r"^\s*Function : (\S+)$", text, flags=re.MULTILINE)[1:]
+        line = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([\w.]+)([^;]*);", re.MULTILINE)
+        return {
+            symbol: [Instruction(int(m[1], 16), m[2] or "", m[3], m[4].strip()) for m in line.finditer(code)]
+            for symbol, code in zip(functions[::2], functions[1::2], strict=True)
+        }

@@ -1,0 +1,299 @@
+"""Compiles the CUDA kernels for every architecture and holds what comes out against csrc/RESOURCES.md.
+
+What fails: a kernel that does not compile or that the table lacks; a spill or a stack that the table lacks; on the
+architectures that count, any of those, narrow accesses or local memory in the default paths; glue that does not compile
+against the installed torch. A change of registers is only reported. Everything is compiled as setup.py has it: to PTX
+for compute_75 and compute_80, and from that for each architecture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import sys
+import sysconfig
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, Usage, kernel_of, run
+from benchmarks.cuda_code import setup_constant as from_setup
+from benchmarks.cuda_code import usages as usages_of
+
+TABLE = CSRC / "RESOURCES.md"
+SOURCE = CSRC / "lif_cuda.cu"
+LISTED_DTYPES = ("float32", "bfloat16")
+LISTED_SURROGATES = ("rectangle", "sigmoid")
+OTHERS, SPILLS = "All others", "Spills and stack"
+SPILL_COLUMNS = ("stack", "spill stores", "spill loads")
+
+# What most calls run must be beyond reproach here.
+HOT_KINDS = ("forward plain, 4 neurons", "backward plain, K = 4", "backward plain, K = 8", "backward plain, K = 16")
+DEFAULT_KINDS = (*HOT_KINDS, "forward, 1 neuron", "backward, 1 neuron")
+DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+DISASSEMBLED = (80, 90, 100)
+ACCESS_BITS = {"float32": 128, "bfloat16": 64}
+# Loads that are not of a sequence or a state: six parameters and the three words of rng_state.
+MOST_NARROW_LOADS = 9
+
+Resources = dict[Kernel, dict[int, Usage]]
+
+
+class Row(NamedTuple):
+    """A row of the table, by the heading that it stands under."""
+
+    section: str
+    name: str
+    columns: dict[str, str]
+
+
+def default_paths(kinds: Iterable[str] = DEFAULT_KINDS) -> list[Kernel]:
+    return [Kernel(*names) for names in product(kinds, LISTED_DTYPES, LISTED_SURROGATES, ("hard", "soft"))]
+
+
+# ---- the table ----
+
+
+def section_and_name(kernel: Kernel) -> tuple[str, str]:
+    """The row that counts the kernel."""
+    if kernel.dtype in LISTED_DTYPES and kernel.surrogate in LISTED_SURROGATES:
+        return f"{kernel.dtype}, {kernel.surrogate}", f"{kernel.kind}, {kernel.reset}"
+    return OTHERS, f"{kernel.kind}, {kernel.dtype}"
+
+
+def in_reading_order(kernel: Kernel) -> tuple[Any, ...]:
+    numbers = [int(number) for number in re.findall(r"\d+", kernel.kind)]
+    return kernel.dtype, kernel.surrogate, kernel.kind[0] == "b", re.sub(r"\d+", "", kernel.kind), numbers, kernel.reset
+
+
+def rows_of(resources: Resources) -> list[Row]:
+    groups: dict[tuple[str, str], list[dict[int, Usage]]] = defaultdict(list)
+    for kernel in sorted(resources, key=in_reading_order):
+        groups[section_and_name(kernel)].append(resources[kernel])
+    rows = []
+    for (section, name), usages in sorted(groups.items(), key=lambda item: item[0][0] == OTHERS):
+        columns = {"kernels": len(usages)} if section == OTHERS else {}
+        columns["shared"] = max(usage.shared for each in usages for usage in each.values())
+        columns |= {f"sm_{a}": max(each[a].registers for each in usages) for a in usages[0]}
+        rows.append(Row(section, name, {column: str(value) for column, value in columns.items()}))
+    for kernel in sorted(resources, key=in_reading_order):
+        spills = {a: usage.spills for a, usage in resources[kernel].items() if any(usage.spills)}
+        for sizes in sorted(set(spills.values())):
+            where = " ".join(f"sm_{a}" for a, those in spills.items() if those == sizes)
+            columns = dict(zip(("architectures", *SPILL_COLUMNS), (where, *map(str, sizes)), strict=True))
+            rows.append(Row(SPILLS, str(kernel), columns))
+    return rows
+
+
+def spills_in(rows: Iterable[Row]) -> set[tuple[str, str]]:
+    """Kernel and architecture of whatever spills or has a stack."""
+    return {(row.name, a) for row in rows if row.section == SPILLS for a in row.columns["architectures"].split()}
+
+
+INTRODUCTION = """\
+# What the CUDA kernels take
+
+Registers a thread and bytes of shared memory a block, as ptxas reports them: nvcc {version}, `{flags}`,
+for sm_75 from the PTX of compute_75, for the others from that of compute_80. Made by
+`python -m tests.cuda_compile --update`, held against the code by `make cuda-compile`; no row is written by hand.
+
+K is how many steps a segment has; *plain* is what runs for uniform parameters of which at most the width has a
+gradient; *1 neuron* and *4 neurons* are what a thread owns. Spills and stack, where there are any, come last.
+"""
+
+
+def to_markdown(rows: Iterable[Row], version: str, flags: Sequence[str]) -> str:
+    lines = [INTRODUCTION.format(version=version, flags=" ".join(flags))]
+    sections = {section: list(group) for section, group in groupby(rows, key=lambda row: row.section)}
+    for section, those in {**sections, SPILLS: sections.get(SPILLS, [])}.items():
+        lines += [f"## {section}", ""]
+        if section == OTHERS:
+            lines += ["The most that any takes: the other surrogates, and the other types with every surrogate.", ""]
+        if not those:
+            lines += ["None.", ""]
+            continue
+        columns = list(those[0].columns)
+        body = [["", *columns], *([row.name, *row.columns.values()] for row in those)]
+        widths = [max(len(row[i]) for row in body) for i in range(len(columns) + 1)]
+        texts = [not cell.isdigit() for cell in body[1]]
+        rule = ["-" * width if text else "-" * (width - 1) + ":" for width, text in zip(widths, texts, strict=True)]
+        body.insert(1, rule)
+        lines += [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in body]
+        lines += [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def from_markdown(text: str) -> tuple[list[Row], str]:
+    """The rows, and the version of nvcc that they come from."""
+    rows: list[Row] = []
+    section, header = "", []
+    for line in text.splitlines():
+        if line.startswith("## "):
+            section, header = line[3:], []
+        elif line.startswith("| "):
+            name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            if not header:
+                header = cells
+            elif not name.startswith("--"):
+                rows.append(Row(section, name, dict(zip(header, cells, strict=True))))
+    version = re.search(r"nvcc ([\d.]+\d)", text)
+    return rows, version[1] if version else ""
+
+
+# ---- what fails ----
+
+
+class Findings(NamedTuple):
+    """What fails, and what is only worth knowing."""
+
+    problems: list[str]
+    notes: list[str]
+
+
+def compare(rows: Sequence[Row], version: str, committed: Sequence[Row], committed_version: str) -> Findings:
+    problems, notes = [], []
+    table = {(row.section, row.name): row.columns for row in committed if row.section != SPILLS}
+    for section, name, columns in rows:
+        if section == SPILLS:
+            continue
+        before = table.get((section, name))
+        if before is None or int(columns.get("kernels", 1)) > int(before.get("kernels", 1)):
+            problems.append(f"{TABLE.name} lacks a kernel: {section}: {name}")
+        elif version == committed_version:
+            changed = [f"{c} {before.get(c)} -> {value}" for c, value in columns.items() if before.get(c) != value]
+            notes += [f"{section}: {name}: {', '.join(changed)}"] if changed else []
+    expected = spills_in(committed)
+    problems += [f"a new spill or stack: {kernel}, {a}" for kernel, a in sorted(spills_in(rows) - expected)]
+    return Findings(problems, notes)
+
+
+def default_path_problems(resources: Resources) -> Iterator[str]:
+    for kernel in default_paths():
+        if kernel not in resources:
+            yield f"a default path is gone, or has another name: {kernel}"
+        for architecture, usage in resources.get(kernel, {}).items():
+            if architecture in DEFAULT_ARCHITECTURES and any(usage.spills):
+                sizes = ", ".join(map("{} {}".format, SPILL_COLUMNS, usage.spills))
+                yield f"a default path spills: {kernel}, sm_{architecture}: {sizes}"
+
+
+def code_problems(kernel: Kernel, code: Sequence[Instruction]) -> Iterator[str]:
+    """Of a hot kernel: local memory, or accesses that take less than four neurons at once."""
+    local = [i for i in code if i.name in ("LDL", "STL")]
+    if local:
+        yield f"{len(local)} accesses to local memory"
+    bits = ACCESS_BITS[kernel.dtype]
+    segment = re.search(r"K = (\d+)", kernel.kind)
+    least_loads, least_stores = (2 * int(segment[1]), int(segment[1])) if segment else (4, 4)
+    most_narrow_stores = 1 if segment else 0  # backward's partial sum
+    for verb, name, least, most_narrow in (
+        ("loads", "LDG", least_loads, MOST_NARROW_LOADS),
+        ("stores", "STG", least_stores, most_narrow_stores),
+    ):
+        widths = [i.bits for i in code if i.name == name]
+        narrow = sum(width < bits for width in widths)
+        if widths.count(bits) < least:
+            yield f"{widths.count(bits)} {verb} of {bits} bits, expected at least {least}"
+        if narrow > most_narrow:
+            yield f"{narrow} {verb} of fewer than {bits} bits, expected at most {most_narrow}"
+
+
+# ---- compilation ----
+
+
+def compile_ops(nvcc: Nvcc, directory: Path) -> None:
+    """ops.cpp as in a CUDA build, to an object against the installed torch, whichever build that is."""
+    from torch.utils.cpp_extension import include_paths
+
+    # Generated when torch is built for CUDA, and so absent from its CPU build, where nothing else is missing.
+    stand_in = directory / "include" / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    includes = [nvcc.include, *include_paths(), sysconfig.get_paths()["include"], directory / "include"]
+    isystem = [word for path in includes for word in ("-isystem", path)]
+    defines = ["-DASGL_WITH_CUDA", "-DTORCH_EXTENSION_NAME=_C"]
+    flags = [*from_setup("CXX_FLAGS"), "-O0"]  # it is not run
+    run([*compiler, *flags, *defines, *isystem, "-c", CSRC / "ops.cpp", "-o", directory / "ops.o"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.cuda_compile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--update", action="store_true", help=f"write {TABLE.relative_to(CSRC.parent)}")
+    parser.add_argument(
+        "--architectures", type=int, nargs="+", metavar="90", help="only these (default: all from 75 that nvcc knows)"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: one a core)")
+    arguments = parser.parse_args()
+    if arguments.update and arguments.architectures:
+        parser.error("--update needs all architectures")
+    nvcc = Nvcc.find()
+    if nvcc is None:
+        print("cuda-compile: SKIPPED, there is no nvcc on the PATH")
+        return 0
+    with tempfile.TemporaryDirectory() as directory:
+        return check(nvcc, Path(directory), arguments)
+
+
+def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
+    start = time.monotonic()
+    architectures = arguments.architectures or nvcc.architectures
+    resources: dict[Kernel, dict[int, Usage]] = defaultdict(dict)
+    symbols: dict[Kernel, str] = {}
+    cubins: dict[int, Path] = {}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        glue = pool.submit(compile_ops, nvcc, directory)
+        nvcc.to_ptx(SOURCE, directory)
+        compiled = pool.map(lambda a: nvcc.to_cubin(directory, SOURCE.stem, a), architectures)
+        for architecture, (cubin, log) in zip(architectures, compiled, strict=True):
+            cubins[architecture] = cubin
+            for symbol, usage in usages_of(log).items():
+                symbols[kernel_of(symbol)] = symbol
+                resources[kernel_of(symbol)][architecture] = usage
+        glue.result()
+    names = ", ".join(f"sm_{architecture}" for architecture in architectures)
+    print(f"nvcc {nvcc.version}: {len(resources)} kernels for {names}; the glue; {time.monotonic() - start:.0f} s")
+
+    problems = list(default_path_problems(resources))
+    hot = [kernel for kernel in default_paths(HOT_KINDS) if kernel in symbols]
+    disassembler = Disassembler.find()
+    if disassembler is None:
+        print(
+            "the disassembly: SKIPPED, there are no cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump "
+            "nvidia-cuda-nvdisasm"
+        )
+    else:
+        for architecture in sorted(set(DISASSEMBLED) & set(architectures)):
+            codes = disassembler.instructions(cubins[architecture], [symbols[kernel] for kernel in hot])
+            for kernel in hot:
+                found = code_problems(kernel, codes[symbols[kernel]])
+                problems += [f"{kernel}, sm_{architecture}: {problem}" for problem in found]
+    rows = rows_of(resources)
+    if arguments.update:
+        TABLE.write_text(to_markdown(rows, nvcc.version, nvcc.flags))
+        print(f"wrote {TABLE.relative_to(CSRC.parent)}")
+    elif TABLE.exists():
+        findings = compare(rows, nvcc.version, *from_markdown(TABLE.read_text()))
+        problems += findings.problems
+        for note in findings.notes:
+            print(f"note: {note}")
+    else:
+        problems.append(f"there is no {TABLE.relative_to(CSRC.parent)}: --update writes it")
+    for problem in problems:
+        print(f"FAILED: {problem}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

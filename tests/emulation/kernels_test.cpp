@@ -1,0 +1,481 @@
+// The CUDA kernels and their launchers, run by the emulation, against a plain loop over neurons and steps. No torch,
+// and few instantiations: it compiles in seconds, also for a sanitizer. `kernels_test small` runs fewer cases, for an
+// emulation in which every CUDA thread is an OS thread.
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "lif_cuda.cuh"
+
+namespace {
+
+using namespace asgl;
+
+using Texts = std::vector<std::string>;
+
+class Random {
+ public:
+  explicit Random(unsigned seed) : bits_(seed) {}
+
+  bool once_in(unsigned times) { return bits_() % times == 0; }
+  bool toss() { return once_in(2); }
+  double between(double low, double high) { return low + (high - low) * (bits_() * 0x1p-32); }
+  int64 one_of(const std::vector<int64>& choices) { return choices[bits_() % choices.size()]; }
+  // A divisor of `number` that is a multiple of `unit`, which divides it.
+  int64 divisor(int64 number, int64 unit) {
+    std::vector<int64> divisors;
+    for (int64 k = unit; k <= number; k += unit) {
+      if (number % k == 0) divisors.push_back(k);
+    }
+    return one_of(divisors);
+  }
+
+ private:
+  std::mt19937 bits_;
+};
+
+// Ends with its last element, so that AddressSanitizer sees an overrun. Filled with NaN, of every type all bits set.
+template <class Element>
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(int64 size, int64 offset) : size_(size), offset_(offset), storage_(new Element[size + offset]) {
+    std::memset(static_cast<void*>(storage_.get()), 0xFF, (size + offset) * sizeof(Element));
+  }
+
+  void fill(Random& random, double low, double high) {
+    for (int64 i = 0; i < size_; ++i) {
+      data()[i] = from_real<Element>(static_cast<Real_t<Element>>(random.between(low, high)));
+    }
+  }
+
+  Element* data() const { return storage_ == nullptr ? nullptr : storage_.get() + offset_; }
+  int64 size() const { return size_; }
+  bool is_aligned() const { return offset_ == 0; }
+
+ private:
+  int64 size_ = 0, offset_ = 0;
+  std::unique_ptr<Element[]> storage_;
+};
+
+// ---- what the kernels are to compute ----
+
+struct Sum {
+  double total = 0, magnitude = 0;
+
+  void add(double term) { total += term, magnitude += std::fabs(term); }
+};
+
+template <class Real>
+struct Expected {
+  std::vector<Real> s_seq, h_seq, v_seq, v_last, grad_x_seq, grad_v_init;
+  std::vector<Sum> grad_parameters[kNumParameters];
+};
+
+bool is_analog(const NoiseParams& noise, int64 n, int64 t) {
+  if (!noise.drawn()) return noise.analog_below > 0;
+  const NoiseBlock block =
+      noise_block(static_cast<uint64>(n / 4), static_cast<uint32>(t / 2), noise_key(noise.rng_state));
+  return (block.draws[t % 2] >> (16 * (n % 4)) & 0xFFFFu) < noise.analog_below;
+}
+
+template <Surrogate kSurrogate, bool kHardReset, class Scalar>
+Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
+  using Real = Real_t<Scalar>;
+  const SequenceShape& shape = params.shape;
+  const NeuronOptions<Real>& options = params.options;
+  Expected<Real> expected;
+  for (auto* sequence : {&expected.s_seq, &expected.h_seq, &expected.v_seq, &expected.grad_x_seq}) {
+    sequence->resize(shape.neurons() * shape.steps);
+  }
+  for (auto* state : {&expected.v_last, &expected.grad_v_init}) state->resize(shape.neurons());
+  for (int id = 0; id < kNumParameters; ++id) {
+    const ParameterView<Real>& parameter = params.parameters[id];
+    expected.grad_parameters[id].resize((parameter.step_stride != 0 ? shape.steps : 1) * parameter.count);
+  }
+
+  std::vector<Neuron<Real>> neurons(shape.steps);
+  std::vector<Real> spikes(shape.steps), v_before(shape.steps);
+  for (int64 n = 0; n < shape.neurons(); ++n) {
+    Real v = params.v_init != nullptr ? params.v_init[n] : options.v_rest;
+    for (int64 t = 0; t < shape.steps; ++t) {
+      const int64 element = shape.element(n, t);
+      const auto at = [&](ParameterId id) { return params.parameters[id].at(n, t); };
+      neurons[t] = {at(kDecay), at(kThreshold), at(kReset), Real(1) / at(kWidth), at(kInputGain), at(kInputBias)};
+      const Real h = charge<false>(to_real(params.x_seq[element]), v, neurons[t], options.v_rest);
+      const Real s = fire<kSurrogate>(h, is_analog(params.noise, n, t), neurons[t], options.strict_threshold);
+      v_before[t] = v;
+      v = reset<kHardReset>(h, s, neurons[t]);
+      spikes[t] = s;
+      expected.h_seq[element] = h;
+      expected.v_seq[element] = v;
+      expected.s_seq[element] = options.scale_output ? s * neurons[t].v_threshold : s;
+    }
+    expected.v_last[n] = v;
+
+    bool carried = params.grad_v_last != nullptr;
+    Real dv = carried ? params.grad_v_last[n] : Real(0);
+    for (int64 t = shape.steps - 1; t >= 0; --t) {
+      const int64 element = shape.element(n, t);
+      const Neuron<Real>& neuron = neurons[t];
+      const Real h = expected.h_seq[element], s = spikes[t];
+      Real g = params.grad_s_seq != nullptr ? to_real(params.grad_s_seq[element]) : Real(0);
+      const Real gh = params.grad_h_seq != nullptr ? params.grad_h_seq[element] : Real(0);
+      if (params.grad_v_seq != nullptr) {
+        dv += params.grad_v_seq[element];
+        carried = true;
+      }
+      const auto add = [&](ParameterId id, double term) {
+        const ParameterView<Real>& parameter = params.parameters[id];
+        const int64 row = parameter.step_stride != 0 ? t * parameter.count : 0;
+        expected.grad_parameters[id][row + parameter.index(n)].add(term);
+      };
+      if (options.scale_output) {
+        add(kThreshold, static_cast<double>(g) * s);
+        g = g * neuron.v_threshold;
+      }
+      const StepGradient<Real> step = step_adjoint<kSurrogate, kHardReset>(g, gh, dv, h, s, carried, neuron, options);
+      const double dy = step.dy, dh = step.dh, width = params.parameters[kWidth].at(n, t);
+      add(kWidth, -dy * (h - neuron.v_threshold) / (width * width));
+      add(kDecay, dh * (v_before[t] - options.v_rest));
+      add(kThreshold, -dy / width);
+      if (carried) add(kReset, kHardReset ? static_cast<double>(dv) * s : -static_cast<double>(dv) * s);
+      add(kInputGain, dh * to_real(params.x_seq[element]));
+      add(kInputBias, dh);
+      expected.grad_x_seq[element] = neuron.input_gain * step.dh;
+      dv = neuron.decay * step.dh;
+      carried = true;
+    }
+    expected.grad_v_init[n] = dv;
+  }
+  return expected;
+}
+
+// ---- comparison ----
+
+bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+__attribute__((format(printf, 1, 2))) std::string text(const char* format, ...) {
+  char buffer[512];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(buffer, sizeof buffer, format, arguments);
+  va_end(arguments);
+  return buffer;
+}
+
+// Equal, but for the sign of a zero: charge<true> may give another.
+template <class Element>
+void compare(const char* name, const Buffer<Element>& found, const std::vector<Real_t<Element>>& expected,
+             Texts& differences) {
+  for (int64 i = 0; i < found.size(); ++i) {
+    const double is = to_real(found.data()[i]), should_be = to_real(from_real<Element>(expected[i]));
+    if (same(is, should_be)) continue;
+    differences.push_back(text("%s[%lld] is %.9g, expected %.9g", name, i, is, should_be));
+    return;
+  }
+}
+
+// A kernel adds up a thread's terms, of at most four neurons, then those of 128 threads in five and three additions,
+// all in Real; a few roundings more make the term. Each is at most half an epsilon of the sum of all magnitudes.
+template <class Real>
+void compare(const std::string& name, const Buffer<Real>& found, const std::vector<Sum>& expected, int64 steps,
+             Texts& differences) {
+  const double tolerance = static_cast<double>(std::numeric_limits<Real>::epsilon()) * (2 * steps + 8);
+  for (int64 i = 0; i < found.size(); ++i) {
+    const double is = found.data()[i], should_be = expected[i].total;
+    if (std::fabs(is - should_be) <= tolerance * expected[i].magnitude) continue;
+    differences.push_back(text("%s[%lld] is %.9g, expected %.9g", name.c_str(), i, is, should_be));
+    return;
+  }
+}
+
+// ---- a case ----
+
+enum class Parameters { kPlain, kUniform, kInFours, kAny };
+const char* const kParametersNames[] = {"plain", "uniform", "shared in fours", "shared at random"};
+const char* const kParameterNames[] = {"width", "decay", "v_threshold", "reset", "input_gain", "input_bias"};
+
+// The number decides whatever the rest leaves open.
+struct Case {
+  SequenceShape shape;
+  Parameters parameters;
+  int multiprocessors;
+  unsigned number;
+};
+
+struct Coverage {
+  int one_lane = 0, four_lanes = 0, whole_block_sums = 0;
+};
+
+template <class Scalar, Surrogate kSurrogate, bool kHardReset>
+class Trial {
+  using Real = Real_t<Scalar>;
+
+ public:
+  explicit Trial(const Case& it) : case_(it), random_(it.number) {
+    const bool plain = it.parameters == Parameters::kPlain;
+    const int64 neurons = it.shape.neurons(), elements = neurons * it.shape.steps;
+    if (random_.once_in(4)) misaligned_ = static_cast<int>(random_.between(0, 13));
+    infinite_ = random_.once_in(it.shape.steps == 1 ? 2 : 8);
+    gradients_ = !infinite_ && !random_.once_in(4);
+
+    forward_.shape = it.shape;
+    const bool strict = random_.toss(), scaled = random_.once_in(plain ? 4 : 2), detached = random_.toss();
+    forward_.options = {Real(plain ? 0.0 : random_.between(-0.2, 0.2)), Real(random_.toss() ? 1.0 : 1.5), strict,
+                        scaled, detached && !infinite_};
+    const uint32 analog_below[] = {0, 20000, 20000, 20000, 65535, 65536};
+    rng_state_[0] = static_cast<int64>(random_.between(-1e18, 1e18));
+    rng_state_[1] = static_cast<int64>(random_.between(-1e10, 1e10));
+    forward_.noise = {rng_state_, analog_below[it.number % 6]};
+    make_parameters();
+
+    x_seq_ = input<Scalar>(true, elements, -1, 2);
+    v_init_ = input<Real>(random_.toss(), neurons, -0.5, 1);
+    s_seq_ = output<Scalar>(true, elements);
+    v_last_ = output<Real>(random_.toss(), neurons);
+    v_seq_ = output<Real>(random_.once_in(plain ? 8 : 2), elements);
+    h_seq_ = output<Real>(random_.once_in(plain ? 8 : 2), elements);
+    checkpoints_ = output<Real>(!random_.once_in(8), (it.shape.steps - 1) / kCheckpointSteps * neurons);
+    grad_s_seq_ = input<Scalar>(!random_.once_in(8), elements, -1, 1);
+    grad_v_last_ = input<Real>(random_.toss() && !infinite_, neurons, -1, 1);
+    grad_v_seq_ = input<Real>(random_.once_in(plain ? 8 : 2) && !infinite_, elements, -1, 1);
+    grad_h_seq_ = input<Real>(random_.once_in(plain ? 8 : 2), elements, -1, 1);
+    grad_x_seq_ = output<Scalar>(!random_.once_in(8), elements);
+    grad_v_init_ = output<Real>(random_.toss(), neurons);
+  }
+
+  Texts run(Coverage& coverage) {
+    Texts differences;
+    asgl_emulation::settings().multiprocessors = case_.multiprocessors;
+    asgl_emulation::clear_recorded_launches();
+
+    forward_.x_seq = x_seq_.data();
+    forward_.v_init = v_init_.data();
+    forward_.s_seq = s_seq_.data();
+    forward_.v_last = v_last_.data();
+    forward_.v_seq = v_seq_.data();
+    forward_.h_seq = h_seq_.data();
+    forward_.checkpoints = checkpoints_.data();
+    const int forward_lanes = lanes(x_seq_, v_init_, s_seq_, v_last_, v_seq_, h_seq_, checkpoints_);
+    ++(forward_lanes == 4 ? coverage.four_lanes : coverage.one_lane);
+    check("forward", cuda::launch_forward<kSurrogate, kHardReset>(forward_, nullptr), differences);
+    check_blocks("forward", forward_lanes, differences);
+
+    BackwardParams<Scalar> backward{};
+    static_cast<LIFParams<Scalar>&>(backward) = forward_;
+    backward.grad_s_seq = grad_s_seq_.data();
+    backward.grad_v_last = grad_v_last_.data();
+    backward.grad_v_seq = grad_v_seq_.data();
+    backward.grad_h_seq = grad_h_seq_.data();
+    backward.checkpoints = checkpoints_.data();
+    backward.grad_x_seq = grad_x_seq_.data();
+    backward.grad_v_init = grad_v_init_.data();
+    const Expected<Real> expected = expect<kSurrogate, kHardReset>(backward);
+    compare("s_seq", s_seq_, expected.s_seq, differences);
+    compare("v_last", v_last_, expected.v_last, differences);
+    compare("v_seq", v_seq_, expected.v_seq, differences);
+    compare("h_seq", h_seq_, expected.h_seq, differences);
+    if (checkpoints_.data() == nullptr) return differences;
+
+    TilePlan plan{};
+    check("backward_tiles", cuda::backward_tiles(backward, &plan), differences);
+    Buffer<Real> partials[kNumParameters], sums[kNumParameters];
+    for (int id = 0; id < kNumParameters; ++id) {
+      if (!wanted_[id]) continue;
+      const int64 rows = forward_.parameters[id].step_stride != 0 ? case_.shape.steps : 1;
+      const int64 slots = case_.shape.neurons() / forward_.parameters[id].inner + plan.tiles;
+      partials[id] = Buffer<Real>(rows * slots, 0);
+      sums[id] = Buffer<Real>(rows * forward_.parameters[id].count, 0);
+      backward.partials[id] = {partials[id].data(), slots};
+    }
+    const int backward_lanes = lanes(x_seq_, v_init_, grad_s_seq_, grad_v_last_, grad_v_seq_, grad_h_seq_, checkpoints_,
+                                     grad_x_seq_, grad_v_init_);
+    check("backward", cuda::launch_backward<kSurrogate, kHardReset>(backward, nullptr), differences);
+    check_blocks("backward", backward_lanes, differences);
+    compare("grad_x_seq", grad_x_seq_, expected.grad_x_seq, differences);
+    compare("grad_v_init", grad_v_init_, expected.grad_v_init, differences);
+    for (int id = 0; id < kNumParameters; ++id) {
+      if (!wanted_[id]) continue;
+      const GradientSum<Real> sum{backward.partials[id], forward_.parameters[id], case_.shape, plan.tile,
+                                  id == kWidth,          sums[id].data()};
+      check("sum", cuda::launch_gradient_sum(sum, nullptr), differences);
+      const bool whole_blocks = asgl_emulation::recorded_launches().back().grid.x == sum.elements();
+      coverage.whole_block_sums += whole_blocks && sum.elements() > 1;
+      compare(std::string("grad_") + kParameterNames[id], sums[id], expected.grad_parameters[id], case_.shape.steps,
+              differences);
+    }
+    return differences;
+  }
+
+ private:
+  // The buffer whose turn it is lies one element beyond an aligned address.
+  template <class Element>
+  Buffer<Element> output(bool wanted, int64 size) {
+    const bool misaligned = buffers_++ == misaligned_;
+    return wanted ? Buffer<Element>(size, misaligned) : Buffer<Element>();
+  }
+  template <class Element>
+  Buffer<Element> input(bool wanted, int64 size, double low, double high) {
+    Buffer<Element> buffer = output<Element>(wanted, size);
+    buffer.fill(random_, low, high);
+    return buffer;
+  }
+
+  void make_parameters() {
+    const bool plain = case_.parameters == Parameters::kPlain, per_step = !plain && random_.once_in(3);
+    const double reset_low = kHardReset ? -0.2 : 0.5, reset_high = kHardReset ? 0.2 : 1;
+    const double low[] = {0.5, 0.2, 0.6, reset_low, 0.5, -0.2}, high[] = {1.5, 0.95, 1.2, reset_high, 1.5, 0.2};
+    for (int id = 0; id < kNumParameters; ++id) {
+      ParameterView<Real>& view = forward_.parameters[id];
+      const int64 neurons = case_.shape.neurons();
+      view = {nullptr, Real(random_.between(low[id], high[id])), 0, neurons, 1};
+      if (plain && id >= kInputGain) view.constant = Real(id == kInputGain);
+      const bool constant = plain ? id >= kInputGain || random_.toss() : random_.once_in(8);
+      // Of a width alone in most plain cases, or few would be what the plain kernel is for.
+      wanted_[id] = gradients_ && !constant && (plain && id != kWidth ? random_.once_in(5) : !random_.once_in(4));
+      if (constant) continue;
+      if (case_.parameters == Parameters::kInFours && neurons % 4 == 0) {
+        view.inner = random_.divisor(neurons, 4);
+        view.count = random_.divisor(neurons / view.inner, 1);
+      } else if (case_.parameters == Parameters::kAny) {
+        view.inner = random_.toss() ? 1 : random_.divisor(neurons, 1);
+        view.count = random_.divisor(neurons / view.inner, 1);
+      }
+      if (view.count == 1) view.inner = neurons;
+      const bool steps = per_step && random_.toss();
+      data_[id] = Buffer<Real>((steps ? case_.shape.steps : 1) * view.count, 0);
+      data_[id].fill(random_, low[id], high[id]);
+      view.data = data_[id].data();
+      view.step_stride = steps ? view.count : 0;
+    }
+    if (infinite_) make_last_reset_infinite();
+  }
+
+  // Where no gradient of the last potential is given, none comes from it, not even zero times infinity.
+  void make_last_reset_infinite() {
+    constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
+    ParameterView<Real>& view = forward_.parameters[kReset];
+    if (view.step_stride == 0 && case_.shape.steps > 1) return;
+    view.constant = kInfinity;
+    Buffer<Real>& values = data_[kReset];
+    if (view.data != nullptr)
+      std::fill(values.data() + values.size() - view.count, values.data() + values.size(), kInfinity);
+  }
+
+  // How many neurons a thread is to get.
+  template <class... Buffers>
+  int lanes(const Buffers&... buffers) const {
+    bool four = case_.multiprocessors == 0 && sizeof(Scalar) <= 4 && case_.shape.inner % 4 == 0;
+    for (const auto& view : forward_.parameters) four = four && view.inner % 4 == 0;
+    return four && (buffers.is_aligned() && ...) ? 4 : 1;
+  }
+
+  void check(const char* what, cudaError_t error, Texts& differences) {
+    if (error == cudaSuccess) return;
+    differences.push_back(text("%s: %s", what, cudaGetErrorString(error)));
+    asgl_emulation::clear_errors();
+  }
+
+  void check_blocks(const char* what, int64 lanes, Texts& differences) {
+    const auto launches = asgl_emulation::recorded_launches();
+    const int64 blocks = launches.empty() ? 0 : launches.back().grid.x;
+    const int64 should_be = cuda::blocks_for(case_.shape.neurons(), lanes * kBlockThreads);
+    if (blocks != should_be) differences.push_back(text("%s: %lld blocks, expected %lld", what, blocks, should_be));
+  }
+
+  const Case& case_;
+  Random random_;
+  int buffers_ = 0, misaligned_ = -1;
+  bool infinite_, gradients_, wanted_[kNumParameters] = {};
+  int64 rng_state_[2];
+  ForwardParams<Scalar> forward_{};
+  Buffer<Real> data_[kNumParameters];
+  Buffer<Scalar> x_seq_, s_seq_, grad_s_seq_, grad_x_seq_;
+  Buffer<Real> v_init_, v_last_, v_seq_, h_seq_, checkpoints_, grad_v_last_, grad_v_seq_, grad_h_seq_, grad_v_init_;
+};
+
+const char* const kInstantiations[] = {"float rectangle hard", "float sigmoid soft", "bfloat16 rectangle hard",
+                                       "bfloat16 sigmoid soft", "double sigmoid soft"};
+
+// double has but one lane, and so less to go wrong.
+int instantiation(const Case& it) {
+  const int turn = static_cast<int>(it.number % 9);
+  return turn == 8 ? 4 : turn % 4;
+}
+
+Texts run(const Case& it, Coverage& coverage) {
+  switch (instantiation(it)) {
+    case 0:
+      return Trial<float, Surrogate::kRectangle, true>(it).run(coverage);
+    case 1:
+      return Trial<float, Surrogate::kSigmoid, false>(it).run(coverage);
+    case 2:
+      return Trial<BFloat16, Surrogate::kRectangle, true>(it).run(coverage);
+    case 3:
+      return Trial<BFloat16, Surrogate::kSigmoid, false>(it).run(coverage);
+    default:
+      return Trial<double, Surrogate::kSigmoid, false>(it).run(coverage);
+  }
+}
+
+std::vector<SequenceShape> shapes(bool small) {
+  std::vector<SequenceShape> all;
+  if (small) {
+    for (const int64 steps : {5, 17}) {
+      for (const auto& [outer, inner] : {std::pair{1, 7}, {1, 257}, {4, 128}}) all.push_back({outer, steps, inner});
+    }
+    return all;
+  }
+  for (const int64 steps : {17, 4, 1, 33, 8, 5, 2, 16, 100}) {  // first those that find most mistakes
+    for (const int64 neurons : {1, 7, 31, 128, 257, 512, 700}) all.push_back({1, steps, neurons});
+    for (const auto& [outer, inner] : {std::pair{3, 4}, {6, 10}, {5, 7}, {4, 128}, {28, 25}}) {
+      all.push_back({outer, steps, inner});
+    }
+  }
+  for (const int64 steps : {4, 17}) {
+    all.push_back({1, steps, 4096});
+    all.push_back({8, steps, 512});
+  }
+  return all;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  constexpr int kManyFailures = 3;
+  const bool small = argc > 1 && std::string(argv[1]) == "small";
+  Coverage coverage;
+  unsigned cases = 0;
+  int failed = 0;
+  for (const SequenceShape& shape : shapes(small)) {
+    for (const Parameters parameters :
+         {Parameters::kPlain, Parameters::kUniform, Parameters::kInFours, Parameters::kAny}) {
+      // Any grid fills a device without multiprocessors, so that a thread gets four lanes wherever the layout allows
+      // it.
+      for (const int multiprocessors : shape.inner % 4 == 0 ? std::vector{0, 132, 0} : std::vector{0}) {
+        if (failed == kManyFailures) break;
+        const Case it{shape, parameters, multiprocessors, cases++};
+        const Texts differences = run(it, coverage);
+        failed += !differences.empty();
+        if (differences.empty()) continue;
+        std::printf("case %u: %s, (%lld, %lld, %lld), %s parameters, %d multiprocessors:", it.number,
+                    kInstantiations[instantiation(it)], shape.outer, shape.steps, shape.inner,
+                    kParametersNames[static_cast<int>(parameters)], multiprocessors);
+        for (const std::string& difference : differences) std::printf(" %s;", difference.c_str());
+        std::printf("\n");
+      }
+    }
+  }
+  std::printf("%d of %u cases failed; %d ran with four lanes, %d with one; %d sums by whole blocks\n", failed, cases,
+              coverage.four_lanes, coverage.one_lane, coverage.whole_block_sums);
+  const bool covered = coverage.four_lanes > 0 && coverage.one_lane > 0 && coverage.whole_block_sums > 0;
+  return failed == 0 && covered ? 0 : 1;
+}

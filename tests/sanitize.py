@@ -1,0 +1,73 @@
+"""Runs the CUDA kernels and their emulation under sanitizers: `python tests/sanitize.py`, without torch or a GPU."""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+CSRC = Path(__file__).parents[1] / "csrc"
+EMULATION = Path(__file__).parent / "emulation"
+# No contraction, as in the build of the extension: the kernels promise equal bits.
+FLAGS = ("-std=c++20", "-ffp-contract=off", "-pthread")
+
+ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# It cannot follow fibres: there, every thread of a block is one of the operating system's.
+THREAD = ("-fsanitize=thread", "-DASGL_EMULATE_THREADS")
+
+JOBS = (
+    ("kernels_test", ADDRESS, ()),
+    ("kernels_test", THREAD, ("small",)),
+    ("selftest", ADDRESS, ()),
+    ("selftest", THREAD, ()),
+)
+
+
+def build(name: str, program: Path, flags: Sequence[str] = (), csrc: Path = CSRC) -> None:
+    """Compiles tests/emulation/NAME.cpp with the kernels that are in `csrc`."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    paths = [f"-I{EMULATION / 'include'}", f"-I{csrc}"]
+    command = [*compiler, *FLAGS, *flags, *paths, str(EMULATION / f"{name}.cpp"), "-o", str(program)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)}\n{result.stderr}")
+
+
+def run(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(program), *arguments]
+    # A program that has raced may never end, and its first race says enough.
+    variables = {"TSAN_OPTIONS": "halt_on_error=1", **os.environ, **environment}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables)
+    # ThreadSanitizer cannot start where addresses are random in more bits than it knows of.
+    if "unexpected memory mapping" in result.stderr and shutil.which("setarch"):
+        command = ["setarch", platform.machine(), "-R", *command]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables)
+    return result
+
+
+def sanitize(name: str, flags: Sequence[str], arguments: Sequence[str], directory: Path) -> bool:
+    title = f"{name} {' '.join([*flags[:1], *arguments])}"
+    program = directory / title.replace(" ", "_")
+    build(name, program, ["-O1", "-g", *flags], CSRC)
+    result = run(program, *arguments)
+    if result.returncode == 0:
+        print(f"{title}: {result.stdout.splitlines()[-1]}", flush=True)
+    else:
+        print(f"{title}: status {result.returncode}\n{result.stdout}{result.stderr}", flush=True)
+    return result.returncode == 0
+
+
+def main() -> int:
+    directory = CSRC.parent / "build" / "sanitize"
+    directory.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        clean = list(pool.map(lambda job: sanitize(*job, directory), JOBS))
+    return 0 if all(clean) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""`make gpu-check` as far as it can be tried without a GPU: limits of time, verdicts, what it says is missing."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Step
+
+
+def test_steps_take_less_than_nine_minutes(tmp_path):
+    found = gpu_check.steps("python", (9, 0), tmp_path)
+    assert sum(step.seconds for step in found) < 540
+    assert found[0].environment == {"ASGL_CUDA_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    for argument in (word for step in found for word in step.command if word.startswith(("--ignore=", "--deselect="))):
+        assert (gpu_check.ROOT / argument.split("=")[1].split("::")[0]).exists()
+
+
+def test_step_is_stopped_with_its_children_and_stops_no_other():
+    slow = Step("slow", ["bash", "-c", "echo begun; sleep 60 & sleep 60"], 1, {})
+    failing = Step("failing", ["bash", "-c", "echo FAILED one; echo '1 failed, 2 passed in 0.5s'; exit 3"], 5, {})
+    silent = Step("silent", ["bash", "-c", "echo 4 skipped in 0.1s"], 5, {}, gpu_check.nothing_passed)
+    good = Step("good", ["bash", "-c", "echo $WORD"], 5, {"WORD": "heard"})
+    log = io.StringIO()
+    started = time.monotonic()
+    outcomes = gpu_check.run_all([slow, failing, silent, good], log)
+    assert time.monotonic() - started < 30, "the sleeping child was waited for"
+    assert [outcome.passed for outcome in outcomes] == [False, False, False, True]
+    assert outcomes[0].ended.startswith("stopped after")
+    assert [outcome.ended for outcome in outcomes[1:]] == ["failed with status 3", "no test was run", "passed"]
+    assert "begun\n" in log.getvalue()
+    assert outcomes[3].lines == ["heard"]
+    text = gpu_check.summary(outcomes, [])
+    assert text.startswith("FAILED one\nfailing: 1 failed, 2 passed in 0.5s\n")
+    assert text.endswith("gpu-check: 3 of 4 failed")
+
+
+def test_verdicts():
+    def measured(steps, power, dtype, **rows):
+        seconds = {name: {"forward": f, "backward": b, "both": f + b} for name, (f, b) in rows.items()}
+        return {"steps": steps, "neurons": 2**power, "dtype": dtype, "seconds": seconds}
+
+    ours = "asgl_cuda cuda"
+    bars = gpu_check.bars(
+        {
+            "sizes": [
+                measured(
+                    4, 24, "float32",
+                    **{"multiply": (1, 1.5), ours: (1.1, 1.9), "reference": (20, 30), "torch.compile": (1, 1.9)},
+                ),
+                measured(128, 19, "bfloat16", **{"multiply": (1, 1.5), ours: (1.25, 1.5), "reference": (10, 20)}),
+            ]
+        }
+    )  # fmt: skip
+    verdicts = {bar.what: (bar.measured and round(bar.measured, 3), bar.passed) for bar in bars}
+    first, last = "T = 4, N = 2^24, float32: ", "T = 128, N = 2^19, bfloat16: "
+    assert verdicts[first + "forward over x * 2"] == (1.1, True)
+    assert verdicts[first + "backward over x * g"] == (1.267, False)
+    assert verdicts[first + "reference over ours"] == (16.667, True)
+    assert verdicts[first + "torch.compile over ours"] == (0.967, False)
+    assert verdicts[last + "forward over x * 2"] == (1.25, True)
+    assert verdicts[last + "reference over ours"] == (10.909, False)
+    assert last + "torch.compile over ours" not in verdicts
+    assert verdicts["T = 4, N = 2^24, bfloat16: forward over x * 2"] == (None, False)
+    json.dumps(gpu_check.result([], bars, {}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path):
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "benchmarks.gpu_check", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.startswith("gpu-check: torch ")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
