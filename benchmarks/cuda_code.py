@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterable
 from functools import lru_cache
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 from asgl_cuda.surrogate import SURROGATES
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
-OLDEST_ARCHITECTURE = 75
-VIRTUAL = (75, 80)  # what setup.py has made of the source, and the others of that
 
 _DTYPES = {"float": "float32", "double": "float64", "asgl::Half": "float16", "asgl::BFloat16": "bfloat16"}
 _SURROGATES = {f"(asgl::Surrogate){surrogate.id}": name for name, surrogate in SURROGATES.items()}
@@ -96,12 +94,14 @@ class Instruction(NamedTuple):
         return int(widths[-1]) if widths else 32
 
 
-def setup_constant(name: str) -> Any:
-    """A literal that setup.py, which cannot be imported, binds to `name`."""
-    for statement in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
-            return ast.literal_eval(statement.value)
-    raise LookupError(f"setup.py binds no {name}")
+def load_setup() -> ModuleType:
+    """setup.py as a module, anew: how the extension is compiled is said there alone."""
+    spec = spec_from_file_location("setup_of_asgl_cuda", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(command: Iterable[str | Path], environment: dict[str, str] | None = None) -> str:
@@ -120,7 +120,11 @@ class Nvcc:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.flags: list[str] = setup_constant("NVCC_FLAGS")
+        setup = load_setup()
+        self.flags: list[str] = setup.NVCC_FLAGS
+        self._oldest: int = setup.OLDEST_ARCHITECTURE
+        # What the source is compiled to; all architectures are made of that.
+        self._virtual: tuple[int, int] = (setup.OLDEST_ARCHITECTURE, setup.SHARED_ARCHITECTURE)
 
     @classmethod
     def find(cls) -> Nvcc | None:
@@ -135,7 +139,7 @@ class Nvcc:
     def architectures(self) -> list[int]:
         """All that it compiles for, of those that the package supports."""
         known = map(int, re.findall(r"sm_(\d+)$", run([self.path, "--list-gpu-code"]), re.MULTILINE))
-        return sorted(architecture for architecture in known if architecture >= OLDEST_ARCHITECTURE)
+        return sorted(architecture for architecture in known if architecture >= self._oldest)
 
     @property
     def include(self) -> Path:
@@ -145,7 +149,7 @@ class Nvcc:
 
     def to_ptx(self, source: Path, directory: Path) -> Path:
         """Leaves `<name>.compute_75.ptx`, `<name>.compute_80.ptx` and the host's object `<name>.o` in the directory."""
-        virtual = [f"-gencode=arch=compute_{v},code=compute_{v}" for v in VIRTUAL]
+        virtual = [f"-gencode=arch=compute_{v},code=compute_{v}" for v in self._virtual]
         target = directory / f"{source.stem}.o"
         # Several architectures in one run, so that the names of what is kept say which is which.
         command = [self.path, *self.flags, *virtual, "--threads=2", "-I", CSRC, "--keep", "--keep-dir", directory]
@@ -154,7 +158,7 @@ class Nvcc:
 
     def to_cubin(self, directory: Path, stem: str, architecture: int) -> tuple[Path, str]:
         """From the PTX of `to_ptx` to `<stem>.sm_90.cubin`; also ptxas's report."""
-        virtual = max(v for v in VIRTUAL if v <= architecture)
+        virtual = max(v for v in self._virtual if v <= architecture)
         cubin = directory / f"{stem}.sm_{architecture}.cubin"
         ptx = directory / f"{stem}.compute_{virtual}.ptx"
         log = run([self.path, *self.flags, f"-arch=sm_{architecture}", "-Xptxas=-v", "-cubin", ptx, "-o", cubin])

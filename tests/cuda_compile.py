@@ -23,8 +23,7 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, Usage, kernel_of, run
-from benchmarks.cuda_code import setup_constant as from_setup
+from benchmarks.cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, Usage, kernel_of, load_setup, run
 from benchmarks.cuda_code import usages as usages_of
 
 TABLE = CSRC / "RESOURCES.md"
@@ -220,7 +219,7 @@ def compile_ops(nvcc: Nvcc, directory: Path) -> None:
     includes = [nvcc.include, *include_paths(), sysconfig.get_paths()["include"], directory / "include"]
     isystem = [word for path in includes for word in ("-isystem", path)]
     defines = ["-DASGL_WITH_CUDA", "-DTORCH_EXTENSION_NAME=_C"]
-    flags = [*from_setup("CXX_FLAGS"), "-O0"]  # it is not run
+    flags = [*load_setup().CXX_FLAGS, "-O0"]  # it is not run
     run([*compiler, *flags, *defines, *isystem, "-c", CSRC / "ops.cpp", "-o", directory / "ops.o"])
 
 

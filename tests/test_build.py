@@ -1,6 +1,5 @@
 """What setup.py decides to build; the compilers here are scripts of a few lines."""
 
-import importlib.util
 import runpy
 from pathlib import Path
 from types import ModuleType
@@ -9,20 +8,13 @@ import pytest
 import torch
 from setuptools import Distribution
 
-REPOSITORY = Path(__file__).parent.parent
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("setup_of_asgl_cuda", REPOSITORY / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from benchmarks.cuda_code import load_setup
 
 
 @pytest.fixture
 def build(monkeypatch, tmp_path) -> ModuleType:
     """setup.py as a module, for a torch of CUDA 13.2 on a machine without a toolkit."""
-    module = load()
+    module = load_setup()
     for name in ("ASGL_CUDA_BUILD", "CUDA_HOME", "CUDA_PATH", "CXX", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -70,7 +62,7 @@ def test_toolkit_behind_a_wrapper(build, tmp_path):
 
 def test_toolkit_of_wheels(build, monkeypatch, tmp_path):
     make_toolkit(tmp_path / "site-packages/nvidia/cu13", cudart="lib/libcudart.so.13")
-    monkeypatch.setattr(build, "wheel_homes", load().wheel_homes)
+    monkeypatch.setattr(build, "wheel_homes", load_setup().wheel_homes)
     monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
     assert build.choose_toolkit(None)[0].cudart == tmp_path / "site-packages/nvidia/cu13/lib/libcudart.so.13"
 

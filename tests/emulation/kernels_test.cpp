@@ -3,7 +3,6 @@
 // emulation in which every CUDA thread is an OS thread.
 #include <algorithm>
 #include <cmath>
-#include <cstdarg>
 #include <cstdio>
 #include <cstring>
 #include <limits>
@@ -17,6 +16,7 @@
 namespace {
 
 using namespace asgl;
+using asgl_emulation::text;
 
 using Texts = std::vector<std::string>;
 
@@ -161,15 +161,6 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
 // ---- comparison ----
 
 bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
-
-__attribute__((format(printf, 1, 2))) std::string text(const char* format, ...) {
-  char buffer[512];
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(buffer, sizeof buffer, format, arguments);
-  va_end(arguments);
-  return buffer;
-}
 
 // Equal, but for the sign of a zero: charge<true> may give another.
 template <class Element>
