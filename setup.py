@@ -1,7 +1,8 @@
 """Builds the compiled part of asgl_cuda; everything else is in pyproject.toml.
 
 ASGL_CUDA_BUILD says what to compile: cuda, the kernels for CPU and GPU; cpu, only those for the CPU; none, which leaves
-only the PyTorch reference. Without it, cuda where the installed torch and a toolkit allow that, a GPU or not; else cpu.
+the PyTorch reference and, on a GPU, what CuPy compiles. Without it, cuda where the installed torch and a toolkit allow
+that, a GPU or not; else cpu.
 TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", says for which GPUs; without it, for all that nvcc knows from sm_75 on.
 """
 
@@ -29,6 +30,17 @@ except ImportError as error:
     ) from error
 
 PACKAGE = Path(__file__).parent / "asgl_cuda"
+# lif_kernels.cuh and what it includes.
+KERNEL_HEADERS = (
+    "float_math.h",
+    "half_types.h",
+    "host_device.h",
+    "lif_kernels.cuh",
+    "lif_math.h",
+    "lif_params.h",
+    "philox.h",
+    "surrogate_math.h",
+)
 DEFAULT_TOOLKIT = Path("/usr/local/cuda")
 FIRST_MAJOR_WITH_WHEELS = 13  # the wheel for CUDA 12 has no nvcc in it
 OLDEST_ARCHITECTURE = 75
@@ -209,7 +221,20 @@ def build_with(cuda: str | None, reason: str) -> type[cpp_extension.BuildExtensi
     return Build
 
 
-class BuildWithoutExtension(build_py):
+class BuildPackage(build_py):
+    """The package and, of csrc, the headers that CuPy has compiled when the kernels are first used."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # they are found beside the package then
+            return
+        target = Path(self.build_lib) / "asgl_cuda" / "csrc"
+        target.mkdir(parents=True, exist_ok=True)
+        for name in KERNEL_HEADERS:
+            shutil.copy2(PACKAGE.parent / "csrc" / name, target)
+
+
+class BuildWithoutExtension(BuildPackage):
     """The package less what an earlier build has left in the source tree."""
 
     def run(self) -> None:
@@ -217,7 +242,7 @@ class BuildWithoutExtension(build_py):
         target = PACKAGE if self.editable_mode else Path(self.build_lib) / "asgl_cuda"
         for leftover in (target / "_build_info.py", *target.glob("_C.*")):
             leftover.unlink(missing_ok=True)
-        print("asgl_cuda: built no kernels, only the PyTorch reference: ASGL_CUDA_BUILD was none")
+        print("asgl_cuda: compiled no kernels: ASGL_CUDA_BUILD was none. CuPy compiles those for a GPU when first used")
 
 
 def main() -> None:
@@ -230,7 +255,7 @@ def main() -> None:
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     toolkit, reason = choose_toolkit(wanted)
     extension, cuda = extension_for(toolkit)
-    setup(ext_modules=[extension], cmdclass={"build_ext": build_with(cuda, reason)})
+    setup(ext_modules=[extension], cmdclass={"build_py": BuildPackage, "build_ext": build_with(cuda, reason)})
 
 
 if __name__ == "__main__":

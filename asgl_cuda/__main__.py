@@ -8,7 +8,8 @@ import sys
 
 import torch
 
-from . import __version__, available_backends, ops, unavailable_backends
+from . import __version__, available_backends, jit, ops, unavailable_backends
+from .backends import BACKENDS
 from .selfcheck import Row, check_backends
 
 
@@ -20,8 +21,13 @@ def info() -> int:
     if ops.extension is not None:
         print(f"CPU kernels: {ops.extension.cpu_instruction_set()}, {ops.extension.cpu_threads()} threads")
     if ops.build_info is not None and ops.build_info.cuda is not None:
-        print(f"CUDA kernels: {ops.build_info.cuda}")
-    for name in available_backends():
+        print(f"CUDA kernels: compiled ahead of time, {ops.build_info.cuda}")
+    print(f"CuPy kernels: compiled when first used; {jit.description()}")
+    available = available_backends()
+    for name, device in (("CPU", "cpu"), ("GPU", "cuda")):
+        best = next(each for each in available if BACKENDS[each].serves(torch.device(device)))
+        print(f"default on a {name}: {best}")
+    for name in available:
         print(f"  {name:<10} works")
     for name, problem in unavailable_backends().items():
         print(f"  {name:<10} {problem}")

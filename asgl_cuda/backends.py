@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from . import ops
+from . import jit, ops
 
 
 class Operators(NamedTuple):
-    """The three operators of csrc/ops.cpp, or what stands for them."""
+    """The three operators of asgl_cuda/ops.py, as one backend implements them."""
 
     draw_rng_state: Callable[[torch.Tensor], torch.Tensor]
     lif_forward: Callable[..., ops.ForwardResult]
@@ -20,29 +20,30 @@ class Operators(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """A way to compute the neuron. `operators` is None for the reference, which is differentiated by autograd."""
+    """A way to compute the neuron. `operators` is None for the reference, which is differentiated by autograd.
+
+    `problem` says why it does not work and what would help, None where it does. It is asked when a backend is chosen
+    for a tensor, never at import.
+    """
 
     device_types: tuple[str, ...]  # empty: any
     operators: Operators | None
-    problem: str | None  # why it was not built or does not load, and what would help
+    problem: Callable[[], str | None]
 
     def serves(self, device: torch.device) -> bool:
         return not self.device_types or device.type in self.device_types
 
     def problem_here(self) -> str | None:
-        """Also looks for the device, which `problem` does not: asking wakes the driver, and importing must not."""
-        if self.problem is None and self.device_types == ("cuda",) and not torch.cuda.is_available():
+        """Also looks for the device, which a tensor that a backend is chosen for shows to be there."""
+        problem = self.problem()
+        if problem is None and self.device_types == ("cuda",) and not torch.cuda.is_available():
             return "torch finds no CUDA device: torch.cuda.is_available() is False"
-        return self.problem
+        return problem
 
 
-def compiled_operators(namespace: str) -> Operators:
+def operators_in(namespace: str) -> Operators:
     library = getattr(torch.ops, namespace)
     return Operators(library.draw_rng_state.default, library.lif_forward.default, library.lif_backward.default)
-
-
-def _compiled(device_type: str, problem: str | None) -> Backend:
-    return Backend((device_type,), None if problem else compiled_operators("asgl_cuda"), problem)
 
 
 def _extension_problem() -> str | None:
@@ -61,9 +62,10 @@ def _cuda_problem() -> str | None:
 
 # In the order in which they are preferred.
 BACKENDS: dict[str, Backend] = {
-    "cuda": _compiled("cuda", _cuda_problem()),
-    "cpu": _compiled("cpu", _extension_problem()),
-    "reference": Backend((), None, None),
+    "cuda": Backend(("cuda",), operators_in("asgl_cuda"), _cuda_problem),
+    "cupy": Backend(("cuda",), operators_in(jit.NAMESPACE), jit.problem),
+    "cpu": Backend(("cpu",), operators_in("asgl_cuda"), _extension_problem),
+    "reference": Backend((), None, lambda: None),
 }
 
 _warned: set[str] = set()
@@ -92,15 +94,16 @@ def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
         if name not in BACKENDS:
             raise ValueError(f"{caller}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
         backend = BACKENDS[name]
-        if backend.problem is not None:
-            raise RuntimeError(f"{caller}: backend {name!r} is not available: {backend.problem}")
+        problem = backend.problem()
+        if problem is not None:
+            raise RuntimeError(f"{caller}: backend {name!r} is not available: {problem}")
         if not backend.serves(device):
             raise ValueError(
                 f"{caller}: backend {name!r} needs x_seq on {' or '.join(backend.device_types)}, got {device}"
             )
         return name
     for candidate, backend in BACKENDS.items():
-        if backend.problem is None and backend.serves(device):
+        if backend.serves(device) and backend.problem() is None:
             if candidate == "reference":
                 _warn_about_reference(device)
             return candidate
@@ -111,6 +114,10 @@ def _warn_about_reference(device: torch.device) -> None:
     if device.type in _warned:
         return
     _warned.add(device.type)
-    problems = [backend.problem for backend in BACKENDS.values() if backend.problem and backend.serves(device)]
+    problems = [
+        f"{name}: {problem}"
+        for name, backend in BACKENDS.items()
+        if backend.serves(device) and (problem := backend.problem()) is not None
+    ]
     why = "; ".join(problems) if problems else f"no fused backend serves {device.type}"
     warnings.warn(f"asgl_cuda: using the slow reference backend on {device.type}: {why}", stacklevel=4)

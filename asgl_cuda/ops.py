@@ -1,12 +1,15 @@
-"""The compiled part: loading it, and typed calls of its operators with their fake versions for tracing."""
+"""The operators: their schemas and their fake versions for tracing, and the compiled part that implements them.
+
+A backend implements them in a namespace of its own; C++ and CUDA kernels share `torch.ops.asgl_cuda`.
+"""
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,8 +56,13 @@ ForwardResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 BackwardResult = tuple[Tensor, Tensor, list[Tensor]]
 
 
-def _empty_state(x_seq: Tensor, time_dim: int) -> Tensor:
-    """As Layout::empty_state of csrc/ops.cpp: x_seq's shape and memory order without time."""
+def checkpoint_elements(x_seq: Tensor, time_dim: int) -> int:
+    """As in csrc/ops.h, which says why there are two more than one would expect."""
+    return (x_seq.shape[time_dim] - 1) // CHECKPOINT_STEPS * math.prod(state_shape(x_seq, time_dim)) + 2
+
+
+def empty_state(x_seq: Tensor, time_dim: int) -> Tensor:
+    """As Layout::empty_state of csrc/ops.h: x_seq's shape and memory order without time."""
     order = [dim - (dim > time_dim) for dim in memory_order(x_seq, time_dim) if dim != time_dim]
     sizes = state_shape(x_seq, time_dim)
     state = x_seq.new_empty([sizes[dim] for dim in order], dtype=real_type(x_seq.dtype))
@@ -85,18 +93,17 @@ def _fake_lif_forward(
     keep_checkpoints: bool,
 ) -> ForwardResult:
     real = real_type(x_seq.dtype)
-    neurons = math.prod(state_shape(x_seq, time_dim))
-    kept = (x_seq.shape[time_dim] - 1) // CHECKPOINT_STEPS * neurons + 2  # as checkpoint_elements of csrc/ops.cpp
+    kept = checkpoint_elements(x_seq, time_dim) if keep_checkpoints else 0
 
     def sequence(wanted: bool) -> Tensor:
         return torch.empty_like(x_seq, dtype=real) if wanted else x_seq.new_empty(0, dtype=real)
 
     return (
         torch.empty_like(x_seq),
-        _empty_state(x_seq, time_dim) if return_v_last else x_seq.new_empty(0, dtype=real),
+        empty_state(x_seq, time_dim) if return_v_last else x_seq.new_empty(0, dtype=real),
         sequence(return_v_seq),
         sequence(return_h_seq),
-        x_seq.new_empty((kept if keep_checkpoints else 0,), dtype=real),
+        x_seq.new_empty((kept,), dtype=real),
     )
 
 
@@ -127,7 +134,7 @@ def _fake_lif_backward(
     real = real_type(x_seq.dtype)
     return (
         torch.empty_like(x_seq) if needs_x_seq else x_seq.new_empty(0),
-        _empty_state(x_seq, time_dim) if needs_v_init else x_seq.new_empty(0, dtype=real),
+        empty_state(x_seq, time_dim) if needs_v_init else x_seq.new_empty(0, dtype=real),
         [
             x_seq.new_empty(parameter.shape if needed and parameter is not None else (0,), dtype=real)
             for parameter, needed in zip(parameters, needs_parameters, strict=True)
@@ -135,12 +142,39 @@ def _fake_lif_backward(
     )
 
 
-def register_fakes(namespace: str) -> None:
-    """Gives the operators of `namespace` their shapes and types, for torch.compile and fake tensors."""
-    torch.library.register_fake(f"{namespace}::draw_rng_state", _fake_draw_rng_state)
-    torch.library.register_fake(f"{namespace}::lif_forward", _fake_lif_forward)
-    torch.library.register_fake(f"{namespace}::lif_backward", _fake_lif_backward)
+_SCHEMAS = (
+    "draw_rng_state(Tensor fresh) -> Tensor",
+    "lif_forward(Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor?[] parameters, float[] constants, "
+    "int surrogate, float surrogate_gain, float v_rest, bool hard_reset, bool strict_threshold, bool scale_output, "
+    "int analog_below, int time_dim, bool return_v_last, bool return_v_seq, bool return_h_seq, bool keep_checkpoints) "
+    "-> (Tensor s_seq, Tensor v_last, Tensor v_seq, Tensor h_seq, Tensor checkpoints)",
+    "lif_backward(Tensor? grad_s_seq, Tensor? grad_v_last, Tensor? grad_v_seq, Tensor? grad_h_seq, Tensor x_seq, "
+    "Tensor? v_init, Tensor? rng_state, Tensor checkpoints, Tensor?[] parameters, float[] constants, int surrogate, "
+    "float surrogate_gain, float v_rest, bool hard_reset, bool strict_threshold, bool scale_output, bool detach_reset, "
+    "int analog_below, int time_dim, bool needs_x_seq, bool needs_v_init, bool[6] needs_parameters) "
+    "-> (Tensor grad_x_seq, Tensor grad_v_init, Tensor[] grad_parameters)",
+)
+_FAKES: dict[str, Callable[..., Any]] = {
+    "draw_rng_state": _fake_draw_rng_state,
+    "lif_forward": _fake_lif_forward,
+    "lif_backward": _fake_lif_backward,
+}
+_libraries: list[torch.library.Library] = []  # an operator lives as long as the library that defines it
 
 
-if extension is not None:
-    register_fakes("asgl_cuda")
+def define_operators(namespace: str) -> torch.library.Library:
+    """The three operators without kernels, but with shapes and types for torch.compile and fake tensors.
+
+    Kernels in C++ are checked against the schemas when they are loaded.
+    """
+    library = torch.library.Library(namespace, "DEF")
+    _libraries.append(library)
+    for schema in _SCHEMAS:
+        name = schema.partition("(")[0]
+        tag = torch.Tag.nondeterministic_seeded if name == "draw_rng_state" else torch.Tag.pt2_compliant_tag
+        library.define(schema, tags=(tag,))
+        torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
+    return library
+
+
+define_operators("asgl_cuda")

@@ -1,4 +1,4 @@
-// The launchers, the bridge between operators and kernels. They check nothing: ops.cpp has.
+// The launchers, the bridge between operators and kernels. They check nothing: ops.h has.
 #pragma once
 
 #include "lif_params.h"

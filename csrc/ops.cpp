@@ -73,8 +73,6 @@ class CudaBackend {
 
 }  // namespace
 
-TORCH_LIBRARY(asgl_cuda, m) { ops::define(m); }
-
 TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) { ops::implement<CpuBackend>(m); }
 
 #if defined(ASGL_WITH_CUDA)
@@ -82,7 +80,7 @@ TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) { ops::implement<CudaBackend>(m); }
 #endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "Build information of asgl_cuda's compiled part; importing it registers torch.ops.asgl_cuda.";
+  m.doc() = "Build information of asgl_cuda's compiled part; importing it adds kernels to torch.ops.asgl_cuda.";
   m.def("cpu_threads", &cpu::num_threads, "Threads that the kernels run on; 1 where they were built without OpenMP.");
   m.def("cpu_instruction_set", [] { return cpu::instruction_set_name(); });
 }

@@ -422,25 +422,7 @@ inline Tensor draw_rng_state(const Tensor& fresh) {
   return at::randint(std::numeric_limits<int64_t>::max(), {2}, fresh.options());
 }
 
-inline void define(torch::Library& m) {
-  m.def("draw_rng_state(Tensor fresh) -> Tensor", {at::Tag::nondeterministic_seeded});
-  m.def(
-      "lif_forward(Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor?[] parameters, float[] constants, "
-      "int surrogate, float surrogate_gain, float v_rest, bool hard_reset, bool strict_threshold, bool scale_output, "
-      "int analog_below, int time_dim, bool return_v_last, bool return_v_seq, bool return_h_seq, bool "
-      "keep_checkpoints) "
-      "-> (Tensor s_seq, Tensor v_last, Tensor v_seq, Tensor h_seq, Tensor checkpoints)",
-      {at::Tag::pt2_compliant_tag});
-  m.def(
-      "lif_backward(Tensor? grad_s_seq, Tensor? grad_v_last, Tensor? grad_v_seq, Tensor? grad_h_seq, Tensor x_seq, "
-      "Tensor? v_init, Tensor? rng_state, Tensor checkpoints, Tensor?[] parameters, float[] constants, int surrogate, "
-      "float surrogate_gain, float v_rest, bool hard_reset, bool strict_threshold, bool scale_output, bool "
-      "detach_reset, "
-      "int analog_below, int time_dim, bool needs_x_seq, bool needs_v_init, bool[6] needs_parameters) "
-      "-> (Tensor grad_x_seq, Tensor grad_v_init, Tensor[] grad_parameters)",
-      {at::Tag::pt2_compliant_tag});
-}
-
+// The schemas are in asgl_cuda/ops.py.
 template <class Backend>
 void implement(torch::Library& m) {
   m.impl("draw_rng_state", draw_rng_state);

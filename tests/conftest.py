@@ -16,10 +16,10 @@ torch._inductor.config.force_disable_caches = True
 # Read at the first matrix product on a GPU, where deterministic algorithms need it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# ASGL_TEST_BACKENDS names those to test, with commas between them; without it, all that work here and the emulation.
+# ASGL_TEST_BACKENDS names those to test, with commas between them; without it, all that work here and the emulations.
 WANTED = os.environ.get("ASGL_TEST_BACKENDS")
 EMULATION = None
-if WANTED is None or "emulated" in WANTED:
+if WANTED is None or {"emulated", "replayed"} & set(WANTED.split(",")):
     if emulated.compiler() is None:
         print("asgl_cuda: no C++ compiler, so the CUDA kernels are not tested by emulation")
     else:

@@ -1,24 +1,31 @@
-"""The backend `emulated`: the CUDA kernels and their launchers, run on the CPU by the emulation beside this file."""
+"""The CUDA kernels run on the CPU by the emulation beside this file, as two backends.
+
+`emulated`: the launchers in C++ as well, with the operators of csrc/ops.h, as in the backend `cuda`. `replayed`: the
+operators and launchers in Python, as in the backend `cupy`; what they give to the driver is run.
+"""
 
 import ctypes
 import os
 import shlex
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.utils.cpp_extension
 
-from asgl_cuda import backends, ops
+from asgl_cuda import backends, launch, ops
 
 ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests" / "emulation"
 NAMESPACE = "asgl_cuda_emulated"
+REPLAYED_NAMESPACE = "asgl_cuda_replayed"
 # As the extension is compiled, but for speed of compilation and what warns of #pragma unroll.
 FLAGS = ["-O2", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wno-unknown-pragmas"]
 
 # On a device that any grid fills, the launchers take four neurons a thread wherever the layout allows it.
 TINY, LARGE = 0, 132  # multiprocessors
+THREADS_EACH = 2048  # that a multiprocessor holds, as in emulation/cuda_emulation.h
 
 
 def compiler() -> list[str] | None:
@@ -27,28 +34,58 @@ def compiler() -> list[str] | None:
     return command if shutil.which(command[0]) else None
 
 
+class Launch(NamedTuple):
+    """What the driver was given."""
+
+    kernel: str
+    blocks: int
+    threads: int
+    params: bytes
+
+
+RECEIVER = ctypes.CFUNCTYPE(
+    None, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_char), ctypes.c_size_t
+)
+
+
 class Emulation:
-    """The loaded library, and what tests ask of the emulated device."""
+    """The loaded library: the device itself, and what tests ask of it. To launch.py it is a launcher."""
 
     def __init__(self, path: str) -> None:
         self._library = ctypes.CDLL(path)
+        self._library.asgl_emulated_launch.restype = ctypes.c_char_p
         self.set_multiprocessors(TINY)
 
     def set_multiprocessors(self, count: int) -> None:
+        self._multiprocessors = count
         self._library.asgl_emulated_set_multiprocessors(count)
 
-    def take_launches(self) -> list[tuple[int, int]]:
-        """Grid and block of every launch since the last call."""
-        capacity = 4096
-        pairs = (ctypes.c_uint * (2 * capacity))()
-        count = self._library.asgl_emulated_take_launches(pairs, capacity)
-        return [(pairs[2 * i], pairs[2 * i + 1]) for i in range(count)]
+    def take_launches(self) -> list[Launch]:
+        """Every launch since the last call."""
+        launches: list[Launch] = []
+
+        def receive(kernel, blocks, threads, params, size):
+            launches.append(Launch(kernel.decode(), blocks, threads, params[:size]))
+
+        self._library.asgl_emulated_take_launches(RECEIVER(receive))
+        return launches
+
+    def resident_threads(self, device: torch.device) -> int:
+        return self._multiprocessors * THREADS_EACH
+
+    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: ctypes.Structure) -> None:
+        problem = self._library.asgl_emulated_launch(
+            kernel.encode(), blocks, threads, ctypes.byref(params), ctypes.c_size_t(ctypes.sizeof(params))
+        )
+        if problem is not None:
+            raise RuntimeError(f"emulated CUDA: {kernel}: {problem.decode()}")
 
 
 def register() -> Emulation:
-    """Compiles what has changed, and makes `emulated` a backend like the others."""
+    """Compiles what has changed, and makes both backends like the others."""
     directory = ROOT / "build" / f"emulated-torch-{torch.__version__}"
     directory.mkdir(parents=True, exist_ok=True)
+    ops.define_operators(NAMESPACE)
     path = torch.utils.cpp_extension.load(
         NAMESPACE,
         [str(EMULATION / "emulated_lif.cpp"), str(EMULATION / "emulated_ops.cpp")],
@@ -58,6 +95,8 @@ def register() -> Emulation:
         build_directory=str(directory),
         is_python_module=False,
     )
-    ops.register_fakes(NAMESPACE)
-    backends.BACKENDS["emulated"] = backends.Backend(("cpu",), backends.compiled_operators(NAMESPACE), None)
-    return Emulation(path or str(directory / f"{NAMESPACE}.so"))
+    emulation = Emulation(path or str(directory / f"{NAMESPACE}.so"))
+    launch.implement(REPLAYED_NAMESPACE, "CPU", emulation)
+    for name, namespace in (("emulated", NAMESPACE), ("replayed", REPLAYED_NAMESPACE)):
+        backends.BACKENDS[name] = backends.Backend(("cpu",), backends.operators_in(namespace), lambda: None)
+    return emulation

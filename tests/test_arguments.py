@@ -112,7 +112,7 @@ def without_extension(monkeypatch):
     """As if the extension had been built for another torch."""
     problem = "the compiled extension is missing: it was built for torch 1.2.3"
     broken = {
-        name: backend if name == "reference" else backend._replace(operators=None, problem=problem)
+        name: backend if name == "reference" else backend._replace(problem=lambda: problem)
         for name, backend in backends.BACKENDS.items()
     }
     monkeypatch.setattr(backends, "BACKENDS", broken)

@@ -18,7 +18,7 @@ EVERY = {"return_v_last": True, "return_v_seq": True, "return_h_seq": True}
 @pytest.fixture
 def cuda_backend(monkeypatch):
     """The backend as in a build with CUDA; fake tensors never reach its kernels."""
-    backend = backends.Backend(("cuda",), backends.compiled_operators("asgl_cuda"), None)
+    backend = backends.Backend(("cuda",), backends.operators_in("asgl_cuda"), lambda: None)
     monkeypatch.setitem(backends.BACKENDS, "cuda", backend)
 
 
@@ -53,7 +53,7 @@ def calls(device, steps, layout, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_operators_describe_their_results(steps, layout, dtype):
     """On the device of x, otherwise as the kernels on the CPU return them."""
-    operators = backends.compiled_operators("asgl_cuda")
+    operators = backends.operators_in("asgl_cuda")
 
     def run(device):
         forward, backward = calls(device, steps, layout, dtype)
@@ -98,7 +98,7 @@ def targets(graph):
 
 @pytest.mark.usefixtures("cuda_backend")
 def test_traced_by_make_fx():
-    operators = backends.compiled_operators("asgl_cuda")
+    operators = backends.operators_in("asgl_cuda")
 
     def function(x_seq, grad):
         state = operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=x_seq.device))
@@ -118,7 +118,7 @@ def test_traced_by_make_fx():
 @pytest.mark.usefixtures("cuda_backend")
 @pytest.mark.parametrize("training", [False, True])
 def test_exported(training):
-    operators = backends.compiled_operators("asgl_cuda")
+    operators = backends.operators_in("asgl_cuda")
     layer = asgl_cuda.LIF(learn_width=False, analog_prob=0.3).train(training)
     with FakeTensorMode():
         x_seq = torch.rand(20, 3, 5, device="cuda")

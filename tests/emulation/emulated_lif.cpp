@@ -1,2 +1,95 @@
-// The CUDA kernels and launchers as they are, for the host's compiler.
+// The CUDA kernels and launchers as they are, for the host's compiler, and the kernels by the names that a run-time
+// compiler is asked for.
 #include "lif_cuda.cu"
+
+#include "emulated_kernels.h"
+
+namespace asgl_emulation {
+namespace {
+
+using namespace asgl;
+
+class Kernels {
+ public:
+  Kernels() {
+    add_scalar<Half>("asgl::Half");
+    add_scalar<BFloat16>("asgl::BFloat16");
+    add_scalar<float>("float");
+    add_scalar<double>("double");
+    add_sum<float>("float");
+    add_sum<double>("double");
+  }
+
+  static const Kernels& table() {
+    static const Kernels the_table;
+    return the_table;
+  }
+
+  const EmulatedKernel* find(const std::string& name) const {
+    const auto found = by_name_.find(name);
+    return found == by_name_.end() ? nullptr : &found->second;
+  }
+  const char* name_of(const void* address) const {
+    const auto found = names_.find(address);
+    return found == names_.end() ? "" : found->second.c_str();
+  }
+
+ private:
+  template <class Params>
+  void add(const std::string& name, void (*kernel)(Params)) {
+    const auto launch = [kernel](unsigned blocks, unsigned threads, const void* params) {
+      void* arguments[] = {const_cast<void*>(params)};
+      return cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), arguments);
+    };
+    by_name_[name] = {sizeof(Params), launch};
+    names_[reinterpret_cast<const void*>(kernel)] = name;
+  }
+
+  template <class Scalar>
+  void add_scalar(const std::string& scalar) {
+    for (int surrogate = 0; surrogate < kNumSurrogates; ++surrogate) {
+      with_surrogate(static_cast<Surrogate>(surrogate), [&](auto kind) {
+        for (const bool hard_reset : {false, true}) {
+          with_bool(hard_reset, [&](auto hard) {
+            const std::string kinds =
+                "<" + scalar + ", (asgl::Surrogate)" + std::to_string(surrogate) + (hard ? ", true" : ", false");
+            add_kernels<Scalar, kind, hard>(kinds);
+          });
+        }
+      });
+    }
+  }
+
+  template <class Scalar, Surrogate kSurrogate, bool kHardReset>
+  void add_kernels(const std::string& kinds) {
+    const auto forward = "asgl::lif_forward_kernel" + kinds, backward = "asgl::lif_backward_kernel" + kinds;
+    add(forward + ", 1, false>", &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 1, false>);
+    add(backward + ", 1>", &lif_backward_kernel<Scalar, kSurrogate, kHardReset, 1>);
+    if constexpr (!std::is_same_v<Scalar, double>) {
+      const auto plain = "asgl::lif_backward_plain_kernel" + kinds;
+      add(forward + ", 4, false>", &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 4, false>);
+      add(forward + ", 4, true>", &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 4, true>);
+      add(backward + ", 4>", &lif_backward_kernel<Scalar, kSurrogate, kHardReset, 4>);
+      add(plain + ", 4>", &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 4>);
+      add(plain + ", 8>", &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 8>);
+      add(plain + ", 16>", &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 16>);
+    }
+  }
+
+  template <class Real>
+  void add_sum(const std::string& real) {
+    add("asgl::gradient_sum_kernel<" + real + ", false>", &gradient_sum_kernel<Real, false>);
+    add("asgl::gradient_sum_kernel<" + real + ", true>", &gradient_sum_kernel<Real, true>);
+  }
+
+  std::map<std::string, EmulatedKernel> by_name_;
+  std::map<const void*, std::string> names_;
+};
+
+}  // namespace
+
+const EmulatedKernel* find_kernel(const char* name) { return Kernels::table().find(name); }
+
+const char* kernel_name(const void* address) { return Kernels::table().name_of(address); }
+
+}  // namespace asgl_emulation

@@ -1,5 +1,6 @@
 // The operators of csrc/ops.h on the CUDA kernels and launchers as the emulation runs them, as
-// torch.ops.asgl_cuda_emulated, for tensors on the CPU.
+// torch.ops.asgl_cuda_emulated, for tensors on the CPU; and the emulated device, for those that are in Python.
+#include "emulated_kernels.h"
 #include "lif_cuda.h"
 #include "ops.h"
 
@@ -41,7 +42,6 @@ class EmulatedBackend {
 
 }  // namespace
 
-TORCH_LIBRARY(asgl_cuda_emulated, m) { ops::define(m); }
 TORCH_LIBRARY_IMPL(asgl_cuda_emulated, CPU, m) { ops::implement<EmulatedBackend>(m); }
 
 }  // namespace asgl
@@ -50,13 +50,29 @@ TORCH_LIBRARY_IMPL(asgl_cuda_emulated, CPU, m) { ops::implement<EmulatedBackend>
 
 extern "C" void asgl_emulated_set_multiprocessors(int count) { asgl_emulation::settings().multiprocessors = count; }
 
-// Grid and block of the launches since the last call: up to `capacity` pairs; returns how many there were.
-extern "C" int asgl_emulated_take_launches(unsigned* pairs, int capacity) {
-  const auto launches = asgl_emulation::recorded_launches();
-  for (int i = 0; i < static_cast<int>(launches.size()) && i < capacity; ++i) {
-    pairs[2 * i] = launches[i].grid.x;
-    pairs[2 * i + 1] = launches[i].block.x;
+// Tells of every launch since the last call.
+extern "C" void asgl_emulated_take_launches(void (*receive)(const char* kernel, unsigned blocks, unsigned threads,
+                                                            const void* params, std::size_t bytes)) {
+  for (const auto& launch : asgl_emulation::recorded_launches()) {
+    const auto& params = launch.arguments.at(0);
+    receive(asgl_emulation::kernel_name(launch.kernel), launch.grid.x, launch.block.x, params.data(), params.size());
   }
   asgl_emulation::clear_recorded_launches();
-  return static_cast<int>(launches.size());
+}
+
+// Runs a kernel on arguments that are given as bytes. Returns what went wrong, or null.
+extern "C" const char* asgl_emulated_launch(const char* kernel, unsigned blocks, unsigned threads, const void* params,
+                                            std::size_t bytes) {
+  static std::string problem;
+  const auto* found = asgl_emulation::find_kernel(kernel);
+  if (found == nullptr) return "there is no such kernel";
+  if (found->params_bytes != bytes) {
+    problem = "its parameters take " + std::to_string(found->params_bytes) + " bytes, got " + std::to_string(bytes);
+    return problem.c_str();
+  }
+  const cudaError_t error = found->launch(blocks, threads, params);
+  if (error == cudaSuccess) return nullptr;
+  problem = std::string(cudaGetErrorString(error)) + " " + asgl_emulation::error_message();
+  asgl_emulation::clear_errors();
+  return problem.c_str();
 }
