@@ -13,7 +13,7 @@ import logging
 import os
 import tempfile
 import time
-from ctypes import Structure, addressof
+from ctypes import Structure, addressof, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,9 +99,7 @@ def nvrtc_version() -> str:
 
 
 @functools.cache
-def _digest_of_headers() -> bytes:
-    directory = header_directory()
-    assert directory is not None
+def _digest_of_headers(directory: Path) -> bytes:
     digest = hashlib.sha256()
     for path in sorted((*directory.glob("*.h"), *directory.glob("*.cuh"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -114,8 +112,10 @@ def cache_directory() -> Path:
 
 def load_or_compile(kernel: str, architecture: str) -> Binary:
     """From the cache on disk, or compiled and put there."""
+    directory = header_directory()
+    assert directory is not None  # problem() says so otherwise
     parts = (kernel, architecture, nvrtc_version(), *OPTIONS)
-    key = hashlib.sha256(_digest_of_headers() + "\0".join(parts).encode()).hexdigest()
+    key = hashlib.sha256(_digest_of_headers(directory) + "\0".join(parts).encode()).hexdigest()
     path = cache_directory() / f"asgl_cuda_{key}.cubin"
     binary = _read(path)
     if binary is None:
@@ -154,11 +154,20 @@ def _write(path: Path, binary: Binary) -> None:
 # ---- launching ----
 
 
+def _driver() -> Any:
+    from cupy_backends.cuda.api import driver
+
+    return driver
+
+
 class CupyLauncher:
-    """Starts kernels through CuPy. The device that is current, to torch and to CuPy, stays so."""
+    """Starts kernels through CuPy's binding of the CUDA driver, in the context that torch uses.
+
+    The device that is current, to torch and to CuPy, stays so.
+    """
 
     def __init__(self) -> None:
-        self._kernels: dict[tuple[int, str], Any] = {}
+        self._functions: dict[tuple[int, str], int] = {}
         self._resident_threads: dict[int, int] = {}
 
     def resident_threads(self, device: torch.device) -> int:
@@ -170,25 +179,31 @@ class CupyLauncher:
         return self._resident_threads[index]
 
     def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: Structure) -> None:
-        import cupy
-        from cupy.cuda.function import CPointer
+        driver = _driver()
+        arguments = (c_void_p * 1)(addressof(params))
+        with torch.cuda.device(device):
+            function = self._functions.get((device.index, kernel)) or self.load(device, kernel)
+            stream = torch.cuda.current_stream(device).cuda_stream
+            _make_context(driver, device.index)
+            driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(arguments), 0)
 
-        index = device.index
-        stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream)
-        with cupy.cuda.Device(index):
-            function = self._kernels.get((index, kernel)) or self.load(device, kernel)
-            function((blocks, 1, 1), (threads, 1, 1), (CPointer(addressof(params)),), 0, stream)
-
-    def load(self, device: torch.device, kernel: str) -> Any:
-        """The kernel on the device, which must be CuPy's current one."""
-        import cupy
-
+    def load(self, device: torch.device, kernel: str) -> int:
+        """A handle of the kernel on the device, which must be the current one."""
+        driver = _driver()
         binary = load_or_compile(kernel, target(torch.cuda.get_device_capability(device)))
-        module = cupy.cuda.Module()
-        module.load(binary.image)
-        function = module.get_function(binary.symbol)  # keeps the module
-        self._kernels[device.index, kernel] = function
+        _make_context(driver, device.index)
+        module = driver.moduleLoadData(binary.image)  # stays loaded
+        function: int = driver.moduleGetFunction(module, binary.symbol)
+        self._functions[device.index, kernel] = function
         return function
+
+
+def _make_context(driver: Any, device_index: int) -> None:
+    """For a thread that has not used the device yet; CUDA's runtime would do it unasked, the driver does not."""
+    if not driver.ctxGetCurrent():
+        import cupy
+
+        cupy.cuda.runtime.setDevice(device_index)
 
 
 LAUNCHER = CupyLauncher()
@@ -238,7 +253,8 @@ def _problem_of_cupy() -> str | None:
         return f"torch {torch.__version__} is a build without CUDA. With one for CUDA: {install}"
     try:
         import cupy
-        from cupy_backends.cuda.api import driver
+
+        driver = _driver()
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
             return f"CuPy is not installed. To install it: {install}"
@@ -269,8 +285,6 @@ def _problem_of_device() -> str | None:
 
 def _problem_of_compilation() -> str | None:
     """NVRTC and the headers are there, and the smallest kernel can be compiled and loaded."""
-    import cupy
-
     if header_directory() is None:
         return (
             f"{HEADER}, which was installed with asgl_cuda, is gone. "
@@ -282,8 +296,7 @@ def _problem_of_compilation() -> str | None:
         return f"NVRTC, which compiles the kernels, is missing ({error}). To install it: {install_command()}"
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        with cupy.cuda.Device(device.index):
-            LAUNCHER.load(device, PROBE)
+        LAUNCHER.load(device, PROBE)
     except RuntimeError as error:
         return f"a first kernel could not be compiled and loaded: {error}"
     return None

@@ -1,9 +1,14 @@
-"""Compiles the CUDA kernels for every architecture and holds what comes out against csrc/RESOURCES.md.
+"""Compiles the CUDA kernels by nvcc for every architecture and holds what comes out against csrc/RESOURCES.md.
 
 What fails: a kernel that does not compile or that the table lacks; a spill or a stack that the table lacks; on the
 architectures that count, any of those, narrow accesses or local memory in the default paths; glue that does not compile
 against the installed torch. A change of registers is only reported. Everything is compiled as setup.py has it: to PTX
 for compute_75 and compute_80, and from that for each architecture.
+
+NVRTC compiles what asgl_cuda/launch.py can ask for, as asgl_cuda/jit.py has it, for some architectures. What fails: a
+kernel that nvcc's build lacks or has beyond; a spill that nvcc's does not have; and, where NVRTC is of nvcc's version
+and both go by the same PTX version, other registers than nvcc's. The general backward kernel may have others, as long
+as as many blocks fit on a multiprocessor: NVRTC's front end puts its many values in another order.
 """
 
 from __future__ import annotations
@@ -18,11 +23,15 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from asgl_cuda import jit, launch
+from asgl_cuda.surrogate import SURROGATES
 from benchmarks.cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, Usage, kernel_of, load_setup, run
 from benchmarks.cuda_code import usages as usages_of
 
@@ -30,7 +39,7 @@ TABLE = CSRC / "RESOURCES.md"
 SOURCE = CSRC / "lif_cuda.cu"
 LISTED_DTYPES = ("float32", "bfloat16")
 LISTED_SURROGATES = ("rectangle", "sigmoid")
-OTHERS, SPILLS = "All others", "Spills and stack"
+OTHERS, NVRTC, SPILLS = "All others", "NVRTC", "Spills and stack"
 SPILL_COLUMNS = ("stack", "spill stores", "spill loads")
 
 # What most calls run must be beyond reproach here.
@@ -39,6 +48,13 @@ DEFAULT_KINDS = (*HOT_KINDS, "forward, 1 neuron", "backward, 1 neuron")
 DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DISASSEMBLED = (80, 90, 100)
 ACCESS_BITS = {"float32": 128, "bfloat16": 64}
+NVRTC_ARCHITECTURES = (75, 80, 90, 120)
+# For these NVRTC's PTX is not that of compute_80, which setup.py has nvcc make.
+OTHER_PTX_FROM = 100
+FREE_KINDS = ("backward, 1 neuron", "backward, 4 neurons")
+MULTIPROCESSOR_REGISTERS = 65536
+# Kernels that NVRTC compiles at a time: the headers are read anew each time, and the last should not take long.
+CHUNK = 8
 # Loads that are not of a sequence or a state: six parameters and the three words of rng_state.
 MOST_NARROW_LOADS = 9
 
@@ -115,6 +131,13 @@ def to_markdown(rows: Iterable[Row], version: str, flags: Sequence[str]) -> str:
         lines += [f"## {section}", ""]
         if section == OTHERS:
             lines += ["The most that any takes: the other surrogates, and the other types with every surrogate.", ""]
+        if section == NVRTC:
+            lines += [
+                "What NVRTC makes of the same source, in registers against the tables above. Only the general backward",
+                "kernel has others, whose values NVRTC's front end orders otherwise; as many blocks fit as of nvcc's.",
+                "On sm_120 all may have: NVRTC's PTX is that of compute_120, nvcc's that of compute_80.",
+                "",
+            ]
         if not those:
             lines += ["None.", ""]
             continue
@@ -165,7 +188,7 @@ def compare(rows: Sequence[Row], version: str, committed: Sequence[Row], committ
         before = table.get((section, name))
         if before is None or int(columns.get("kernels", 1)) > int(before.get("kernels", 1)):
             problems.append(f"{TABLE.name} lacks a kernel: {section}: {name}")
-        elif version == committed_version:
+        elif version == committed_version or section == NVRTC:
             changed = [f"{c} {before.get(c)} -> {value}" for c, value in columns.items() if before.get(c) != value]
             notes += [f"{section}: {name}: {', '.join(changed)}"] if changed else []
     expected = spills_in(committed)
@@ -223,6 +246,91 @@ def compile_ops(nvcc: Nvcc, directory: Path) -> None:
     run([*compiler, *flags, *defines, *isystem, "-c", CSRC / "ops.cpp", "-o", directory / "ops.o"])
 
 
+# ---- NVRTC ----
+
+
+def kernels_asked_for() -> list[str]:
+    """The name of every kernel that the launchers in Python can ask for."""
+    names = [
+        launch.gradient_sum_kernel(real, whole) for real in (torch.float32, torch.float64) for whole in (False, True)
+    ]
+    for dtype, surrogate, hard in product(launch.SCALARS, range(len(SURROGATES)), (False, True)):
+        kinds = dtype, surrogate, hard
+        four = dtype != torch.float64
+        names += [launch.forward_kernel(*kinds, 1, False), launch.backward_kernel(*kinds, 1, False)]
+        if four:
+            names += [launch.forward_kernel(*kinds, 4, plain) for plain in (False, True)]
+            names += [launch.backward_kernel(*kinds, 4, False)]
+            names += [launch.backward_kernel(*kinds, 4, True, steps) for steps in launch.SEGMENT_STEPS]
+    return names
+
+
+def why_no_nvrtc() -> str | None:
+    try:
+        jit.nvrtc_version()
+    except (ImportError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def compile_by_nvrtc(architecture: int, kernels: list[str]) -> dict[str, Usage]:
+    """By symbol."""
+    _, log = jit.compile_kernels(kernels, f"sm_{architecture}", "-Xptxas=-v")
+    return usages_of(log)
+
+
+def nvrtc_resources(architectures: Sequence[int], jobs: int) -> Resources:
+    resources: Resources = defaultdict(dict)
+    names = kernels_asked_for()
+    chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
+    with ProcessPoolExecutor(jobs) as pool:
+        work = list(product(architectures, chunks))
+        for (architecture, _), usages in zip(work, pool.map(compile_by_nvrtc, *zip(*work, strict=True)), strict=True):
+            for symbol, usage in usages.items():
+                resources[kernel_of(symbol)][architecture] = usage
+    return resources
+
+
+def resident_blocks(kernel: Kernel, usage: Usage) -> int:
+    """How many blocks' registers a multiprocessor has room for; it deals them out by eight a thread."""
+    threads = launch.SUM_THREADS if kernel.kind.startswith("gradient") else launch.BLOCK_THREADS
+    return MULTIPROCESSOR_REGISTERS // (threads * -(-usage.registers // 8) * 8)
+
+
+def compare_compilers(ours: Resources, theirs: Resources, same_version: bool) -> list[str]:
+    """What is wrong with NVRTC's kernels, the first, against nvcc's."""
+    problems = [f"nvcc's build lacks what NVRTC was asked for: {kernel}" for kernel in ours.keys() - theirs.keys()]
+    problems += [f"the launchers in Python never ask for {kernel}" for kernel in theirs.keys() - ours.keys()]
+    for kernel in sorted(ours.keys() & theirs.keys(), key=in_reading_order):
+        for architecture, usage in ours[kernel].items():
+            expected = theirs[kernel][architecture]
+            may_differ = kernel.kind in FREE_KINDS and resident_blocks(kernel, usage) == resident_blocks(
+                kernel, expected
+            )
+            same_ptx = same_version and architecture < OTHER_PTX_FROM
+            if any(usage.spills) and usage.spills != expected.spills:
+                problems.append(f"a spill of NVRTC's: {kernel}, sm_{architecture}: {usage}, nvcc's: {expected}")
+            elif same_ptx and usage.registers != expected.registers and not may_differ:
+                problems.append(f"other registers by NVRTC: {kernel}, sm_{architecture}: {usage}, nvcc's: {expected}")
+    return problems
+
+
+def rows_of_nvrtc(ours: Resources, theirs: Resources) -> list[Row]:
+    rows = []
+    for architecture in sorted({architecture for usages in ours.values() for architecture in usages}):
+        both = [(each[architecture], theirs[kernel][architecture]) for kernel, each in ours.items() if kernel in theirs]
+        differences = [usage.registers - expected.registers for usage, expected in both]
+        columns = {
+            "kernels": len(both),
+            "same registers": differences.count(0),
+            "most fewer": -min(differences),
+            "most more": max(differences),
+            "spills": sum(any(usage.spills) for usage, _ in both),
+        }
+        rows.append(Row(NVRTC, f"sm_{architecture}", {name: str(value) for name, value in columns.items()}))
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.cuda_compile",
@@ -235,8 +343,8 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: one a core)")
     arguments = parser.parse_args()
-    if arguments.update and arguments.architectures:
-        parser.error("--update needs all architectures")
+    if arguments.update and (arguments.architectures or why_no_nvrtc()):
+        parser.error("--update needs all architectures, and NVRTC")
     nvcc = Nvcc.find()
     if nvcc is None:
         print("cuda-compile: SKIPPED, there is no nvcc on the PATH")
@@ -279,6 +387,18 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
                 found = code_problems(kernel, codes[symbols[kernel]])
                 problems += [f"{kernel}, sm_{architecture}: {problem}" for problem in found]
     rows = rows_of(resources)
+    reason = why_no_nvrtc()
+    if reason is not None:
+        print(f"NVRTC: SKIPPED, {reason}: pip install cupy-cuda13x nvidia-cuda-nvrtc")
+    else:
+        start = time.monotonic()
+        version = jit.nvrtc_version()
+        chosen = sorted(set(NVRTC_ARCHITECTURES) & set(architectures))
+        found = nvrtc_resources(chosen, arguments.jobs)
+        names = ", ".join(f"sm_{architecture}" for architecture in chosen)
+        print(f"NVRTC {version}: {len(found)} kernels for {names}; {time.monotonic() - start:.0f} s")
+        problems += compare_compilers(found, resources, nvcc.version.startswith(f"{version}."))
+        rows += rows_of_nvrtc(found, resources)
     if arguments.update:
         TABLE.write_text(to_markdown(rows, nvcc.version, nvcc.flags))
         print(f"wrote {TABLE.relative_to(CSRC.parent)}")

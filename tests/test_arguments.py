@@ -11,6 +11,8 @@ from asgl_cuda import backends
 
 X = torch.zeros(4, 6, 3)
 
+with_extension = pytest.mark.skipif(asgl_cuda.ops.extension is None, reason=str(asgl_cuda.ops.extension_error))
+
 BAD = [
     # options, error, what the message must name
     ({"x_seq": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, ["x_seq", "float32", "torch.int64"]),
@@ -102,6 +104,7 @@ def test_integers_are_numbers(backend, device):
     assert torch.equal(floats, asgl_cuda.lif(x_seq, decay=0, v_threshold=1, v_reset=0, analog_prob=1, backend=backend))
 
 
+@with_extension
 def test_backend_that_does_not_serve_the_device():
     with pytest.raises(ValueError, match="backend 'cpu' needs x_seq on cpu, got meta"):
         asgl_cuda.lif(X.to("meta"), backend="cpu")
@@ -133,6 +136,7 @@ def test_missing_extension_falls_back_with_one_warning():
         asgl_cuda.lif(X, backend="cpu")
 
 
+@with_extension
 def test_extension_for_another_torch_is_not_loaded(monkeypatch):
     info = sys.modules.get("asgl_cuda._build_info") or __import__("asgl_cuda._build_info", fromlist=["_"])
     monkeypatch.setattr(info, "TORCH_VERSION", "1.2.3")
@@ -142,6 +146,7 @@ def test_extension_for_another_torch_is_not_loaded(monkeypatch):
     assert torch.__version__ in error
 
 
+@with_extension
 def test_extension_that_does_not_load_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "asgl_cuda._C", None)
     extension, _, error = asgl_cuda.ops._load_extension()

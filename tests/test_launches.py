@@ -146,7 +146,7 @@ PARAMETERS = ("width", "decay", "v_threshold", "v_reset", "input_gain", "input_b
 @pytest.mark.parametrize("steps", [1, 4, 5, 8, 9, 33])
 def test_same_launches_over_sizes(emulation, multiprocessors, dtype, steps):
     emulation.set_multiprocessors(multiprocessors)
-    for neurons in (1, 31, 2048, 2052, 4 * 2048, 300 * BLOCK):
+    for neurons in (1, 31, 2048, 2052, 4 * 2048, 254 * BLOCK, 255 * BLOCK, 300 * BLOCK):
         compiled, in_python = both(
             emulation, dtype, random_input(steps, neurons, dtype=dtype), width=uniform(low=0.5, high=1.5)
         )
@@ -200,6 +200,19 @@ def test_same_launches_over_parameters(emulation, layout, sizes):
             parameter = uniform(*size, low=0.5, high=1.0)
             compiled, in_python = both(emulation, torch.float32, x_seq, time_dim=time_dim, **{name: parameter})
             assert in_python == compiled, name
+
+
+@pytest.mark.parametrize("what", ["x_seq", "v_init"])
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_same_launches_where_storage_begins_anywhere(emulation, what, offset):
+    x_seq, v_init = torch.randn(3, 2048), torch.randn(2048)
+    shifted = {name: torch.randn(value.numel() + offset)[offset:].view_as(value) for name, value in
+               (("x_seq", x_seq), ("v_init", v_init))}  # fmt: skip
+    inputs = {"x_seq": x_seq, "v_init": v_init, what: shifted[what]}
+    compiled, in_python = both(
+        emulation, torch.float32, **{name: leaf.requires_grad_() for name, leaf in inputs.items()}
+    )
+    assert in_python == compiled
 
 
 def test_an_argument_of_the_wrong_size_is_refused(emulation):

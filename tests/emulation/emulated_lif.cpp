@@ -1,8 +1,7 @@
 // The CUDA kernels and launchers as they are, for the host's compiler, and the kernels by the names that a run-time
 // compiler is asked for.
-#include "lif_cuda.cu"
-
 #include "emulated_kernels.h"
+#include "lif_cuda.cu"
 
 namespace asgl_emulation {
 namespace {
