@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +127,10 @@ def samples(size: Size, device: torch.device) -> list[Sample]:
     return result
 
 
+def fused_backends(device: torch.device) -> list[str]:
+    return [name for name in asgl_cuda.available_backends() if name != REFERENCE and BACKENDS[name].serves(device)]
+
+
 def rows(size: Size, device: torch.device) -> Iterator[Row]:
     """The floor, every available backend, the reference in eager mode and compiled."""
     width = torch.ones((), device=device, requires_grad=True)
@@ -140,9 +145,8 @@ def rows(size: Size, device: torch.device) -> Iterator[Row]:
         return torch.autograd.grad(out, (sample.leaf, width), sample.grad, retain_graph=True)
 
     yield Row(FLOOR, lambda sample: sample.x * 2, lambda sample, out: sample.x * sample.grad)
-    for backend in asgl_cuda.available_backends():
-        if backend != REFERENCE and BACKENDS[backend].serves(device):
-            yield row(f"asgl_cuda {backend}", layer(backend))
+    for backend in fused_backends(device):
+        yield row(f"asgl_cuda {backend}", layer(backend))
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         if size.elements * REFERENCE_BYTES_AN_ELEMENT > memory / 2:
@@ -273,11 +277,11 @@ def table(size: Size, timings: dict[str, Timing]) -> str:
 def call_overhead(device: torch.device, calls: int = 2000, repeats: int = 15) -> dict[str, float]:
     """Microseconds of one call on a tiny tensor without gradients."""
     x_seq = torch.randn(4, 64, device=device)
-    functions: dict[str, Callable[[], Tensor]] = {
-        FLOOR: lambda: x_seq * 2,
-        "asgl_cuda": lambda: asgl_cuda.lif(x_seq),
-        "asgl_cuda with noise": lambda: asgl_cuda.lif(x_seq, analog_prob=ANALOG_PROB),
-    }
+    functions: dict[str, Callable[[], Tensor]] = {FLOOR: lambda: x_seq * 2}
+    for backend in fused_backends(device):
+        functions[f"asgl_cuda {backend}"] = partial(asgl_cuda.lif, x_seq, backend=backend)
+        noisy = partial(asgl_cuda.lif, x_seq, analog_prob=ANALOG_PROB, backend=backend)
+        functions[f"asgl_cuda {backend} with noise"] = noisy
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     with torch.no_grad():
         for _ in range(repeats):
@@ -313,6 +317,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
         "cuda": torch.version.cuda,
         "kernels": asgl_cuda.ops.build_info.cuda if asgl_cuda.ops.build_info else None,
+        "nvrtc": asgl_cuda.jit.nvrtc_version() if "cupy" in asgl_cuda.available_backends() else None,
     }
 
 
@@ -334,7 +339,7 @@ def _output(*command: str) -> str | None:
 def main() -> None:
     """Measures the sizes that were asked for and prints a table for each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.microbench", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", help="default: cuda if the CUDA kernels work here, else cpu")
+    parser.add_argument("--device", help="default: cuda if a backend works there, else cpu")
     parser.add_argument("--steps", type=int, help="time steps; with --neurons, measures this size alone")
     parser.add_argument("--neurons", type=int, help="neurons, batch included")
     parser.add_argument("--dtype", default="float32", choices=("float16", "bfloat16", "float32", "float64"))
@@ -349,7 +354,7 @@ def main() -> None:
         parser.error("--steps and --neurons go together")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device or ("cuda" if "cuda" in asgl_cuda.available_backends() else "cpu"))
+    device = torch.device(arguments.device or ("cuda" if fused_backends(torch.device("cuda")) else "cpu"))
     sizes = GPU_SWEEP if arguments.sweep else GPU_SIZES if device.type == "cuda" else CPU_SIZES
     if arguments.steps is not None:
         sizes = (Size(arguments.steps, arguments.neurons, arguments.dtype),)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,16 +14,24 @@ from comparison import assert_equals_reference, random_input, rng_state, uniform
 from torch import Tensor
 
 import asgl_cuda
+from asgl_cuda.backends import BACKENDS
 from asgl_cuda.reference import _philox4x32
 
-AVAILABLE = "cuda" in asgl_cuda.available_backends()
+WANTED = os.environ.get("ASGL_TEST_BACKENDS", "cuda,cupy").split(",")
+GPU_BACKENDS = [name for name in ("cuda", "cupy") if name in WANTED and name in asgl_cuda.available_backends()]
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not AVAILABLE, reason=str(asgl_cuda.unavailable_backends().get("cuda"))),
+    pytest.mark.skipif(not GPU_BACKENDS, reason=str(asgl_cuda.unavailable_backends())),
 ]
 
 WAIT = 100_000_000  # cycles, some 50 ms: long after the host has queued what follows
+
+
+@pytest.fixture(params=GPU_BACKENDS or ["none"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Those of a GPU alone."""
+    return request.param
 
 
 @pytest.fixture
@@ -32,10 +41,10 @@ def large() -> int:
     return 2 * properties.multi_processor_count * properties.max_threads_per_multi_processor
 
 
-def results(x_seq: Tensor, grad: Tensor | None = None, **options) -> tuple[Tensor, ...]:
+def results(backend: str, x_seq: Tensor, grad: Tensor | None = None, **options) -> tuple[Tensor, ...]:
     """Spikes and the gradients of x and, where they require one, of the tensors among the options."""
     leaf = x_seq.detach().requires_grad_()
-    s_seq = asgl_cuda.lif(leaf, **options, backend="cuda")
+    s_seq = asgl_cuda.lif(leaf, **options, backend=backend)
     leaves = [leaf, *(value for value in options.values() if isinstance(value, Tensor) and value.requires_grad)]
     return s_seq.detach(), *torch.autograd.grad(s_seq, leaves, s_seq.detach() if grad is None else grad)
 
@@ -47,16 +56,16 @@ def same_bits(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
 @pytest.mark.parametrize("steps", [1, 4, 7, 16, 18])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("v_reset", [0.1, None])
-def test_large_layer_with_one_width(large, steps, dtype, v_reset):
+def test_large_layer_with_one_width(backend, large, steps, dtype, v_reset):
     assert_equals_reference(
-        random_input(steps, large, dtype=dtype, device="cuda"), "cuda", outputs=("s_seq",), v_reset=v_reset,
+        random_input(steps, large, dtype=dtype, device="cuda"), backend, outputs=("s_seq",), v_reset=v_reset,
         width=uniform(low=0.5, high=1.5, device="cuda"), analog_prob=0.3, rng_state=rng_state(device="cuda"),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("sizes", "surrogate"), [((), "rectangle"), ((16, 1), "sigmoid"), ((1, 128), "rectangle")])
-def test_large_layer_with_everything(large, dtype, sizes, surrogate):
+def test_large_layer_with_everything(backend, large, dtype, sizes, surrogate):
     real = torch.float64 if dtype == torch.float64 else torch.float32
 
     def parameter(low, high, *shape):
@@ -64,7 +73,7 @@ def test_large_layer_with_everything(large, dtype, sizes, surrogate):
 
     assert_equals_reference(
         random_input(18, large // 2048, 16, 128, dtype=dtype, device="cuda"),
-        "cuda",
+        backend,
         surrogate=surrogate,
         width=parameter(0.7, 1.5, *sizes),
         decay=parameter(0.4, 0.9, *sizes),
@@ -79,17 +88,18 @@ def test_large_layer_with_everything(large, dtype, sizes, surrogate):
     )
 
 
-def test_two_runs_of_a_large_layer_are_bit_identical(large):
+def test_two_runs_of_a_large_layer_are_bit_identical(backend, large):
     x_seq = random_input(18, large // 16, 16, device="cuda")
     options = {"analog_prob": 0.3, "rng_state": rng_state(device="cuda")}
     for sizes in ((), (16,)):
         width = uniform(*sizes, low=0.5, high=1.5, device="cuda")
-        assert same_bits(results(x_seq, width=width, **options), results(x_seq, width=width, **options))
+        first, second = (results(backend, x_seq, width=width, **options) for _ in range(2))
+        assert same_bits(first, second)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("offset", [1, 2, 3, 4])
-def test_storage_that_begins_anywhere(large, dtype, offset):
+def test_storage_that_begins_anywhere(backend, large, dtype, offset):
     """Input, gradient and potential as views that begin where no vector access may."""
     real = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -100,7 +110,7 @@ def test_storage_that_begins_anywhere(large, dtype, offset):
     x_seq, grad = (random_input(5, large, dtype=dtype, device="cuda").detach() for _ in range(2))
     v_init = random_input(large, dtype=real, device="cuda").detach()
     options = {"analog_prob": 0.3, "rng_state": rng_state(device="cuda")}
-    expected = results(x_seq, grad, v_init=v_init.requires_grad_(), **options)
+    expected = results(backend, x_seq, grad, v_init=v_init.requires_grad_(), **options)
     for x, g, v in (
         (shifted(x_seq), shifted(grad), shifted(v_init)),
         (shifted(x_seq), grad, v_init),
@@ -108,32 +118,44 @@ def test_storage_that_begins_anywhere(large, dtype, offset):
         (x_seq, grad, shifted(v_init)),
     ):
         assert x.is_contiguous()
-        assert same_bits(results(x, g, v_init=v.detach().requires_grad_(), **options), expected)
+        assert same_bits(results(backend, x, g, v_init=v.detach().requires_grad_(), **options), expected)
 
 
-def test_work_goes_to_the_current_stream(large):
+def test_work_goes_to_the_current_stream(backend, large):
     """Its input is written late, on a stream of its own, and nothing waits for that on the host."""
     x_seq = random_input(18, large, device="cuda").detach()
     width = uniform(low=0.5, high=1.5, device="cuda")
     options = {"width": width, "analog_prob": 0.3, "rng_state": rng_state(device="cuda")}
-    expected = results(x_seq, **options)
+    expected = results(backend, x_seq, **options)
     late = torch.zeros_like(x_seq)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        results(late, **options)  # loads, and allocates on this stream what is then at hand
+        results(backend, late, **options)  # loads, and allocates on this stream what is then at hand
         side.synchronize()
         torch.cuda._sleep(WAIT)
         late.copy_(x_seq)
-        actual = results(late, **options)
+        actual = results(backend, late, **options)
         waiting = not side.query()
     side.synchronize()
     assert waiting
     assert same_bits(actual, expected)
 
 
-def test_nothing_waits_for_the_device():
-    layer = asgl_cuda.LIF(31, granularity="channel", learn_decay=True, stateful=True, backend="cuda").to("cuda")
+def test_thread_that_has_not_used_the_device(backend):
+    """Its memory comes from torch's cache, so that nothing but the kernel needs the device."""
+    x_seq = random_input(18, 1000, device="cuda").detach()
+    width = uniform(low=0.5, high=1.5, device="cuda")
+    expected = results(backend, x_seq, width=width)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(results(backend, x_seq, width=width)))
+    thread.start()
+    thread.join()
+    assert same_bits(*found, expected)
+
+
+def test_nothing_waits_for_the_device(backend):
+    layer = asgl_cuda.LIF(31, granularity="channel", learn_decay=True, stateful=True, backend=backend).to("cuda")
     x_seq = random_input(20, 3, 31, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -147,14 +169,16 @@ def test_nothing_waits_for_the_device():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_second_device_while_the_first_is_current(large):
+def test_second_device_while_the_first_is_current(backend, large):
     second = torch.device("cuda", 1)
     for neurons in (31, large):
         assert_equals_reference(
-            random_input(18, neurons, device=second), "cuda", width=uniform(low=0.5, high=1.5, device=second),
+            random_input(18, neurons, device=second), backend, width=uniform(low=0.5, high=1.5, device=second),
             analog_prob=0.3, rng_state=rng_state(device=second),
         )  # fmt: skip
-        assert asgl_cuda.lif(random_input(18, neurons, device=second), analog_prob=0.3, backend="cuda").device == second
+        assert (
+            asgl_cuda.lif(random_input(18, neurons, device=second), analog_prob=0.3, backend=backend).device == second
+        )
         assert torch.cuda.current_device() == 0
     with pytest.raises(ValueError, match=r"width must be on cuda:1 as x_seq, got cuda:0"):
         asgl_cuda.lif(random_input(4, 31, device=second), width=torch.ones((), device="cuda:0"))
@@ -175,28 +199,28 @@ def captured(function: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUD
 
 
 @pytest.mark.parametrize("size", ["small", "large"])
-def test_graph_of_forward_and_backward(large, size):
+def test_graph_of_forward_and_backward(backend, large, size):
     neurons = large if size == "large" else 1000
     x_seq = random_input(18, neurons, device="cuda").detach()
     width = uniform(low=0.5, high=1.5, device="cuda")
     state = rng_state(device="cuda")
     options = {"width": width, "analog_prob": 0.3, "rng_state": state}
-    graph, outputs = captured(lambda: results(x_seq, **options))
+    graph, outputs = captured(lambda: results(backend, x_seq, **options))
     for seed in (1, 2):
         x_seq.copy_(random_input(18, neurons, device="cuda"))
         state.copy_(rng_state(seed, device="cuda"))
         width.data.mul_(1.5)
         for _ in range(2):
             graph.replay()
-            assert same_bits(outputs, results(x_seq, **options))
+            assert same_bits(outputs, results(backend, x_seq, **options))
 
 
-def test_graph_draws_fresh_noise_at_each_replay():
+def test_graph_draws_fresh_noise_at_each_replay(backend):
     x_seq = random_input(18, 1000, device="cuda").detach()
     x_seq[0] = 1.25  # u = 1/4: hard spikes are 1, analog ones 3/4
 
     def step() -> tuple[Tensor, ...]:
-        return results(x_seq, analog_prob=0.5)
+        return results(backend, x_seq, analog_prob=0.5)
 
     def replayed(seed: int) -> list[tuple[Tensor, ...]]:
         torch.manual_seed(seed)
@@ -218,17 +242,17 @@ def test_graph_draws_fresh_noise_at_each_replay():
             assert abs((mask == later).float().mean().item() - 0.5) < 0.08
 
 
-def test_graph_draws_the_same_noise_for_forward_and_backward():
+def test_graph_draws_the_same_noise_for_forward_and_backward(backend):
     x_seq = random_input(18, 1000, device="cuda").detach()
 
     def step() -> tuple[Tensor, ...]:
-        state = torch.ops.asgl_cuda.draw_rng_state(torch.empty(2, dtype=torch.int64, device="cuda"))
-        return state, *results(x_seq, analog_prob=0.5, rng_state=state)
+        state = BACKENDS[backend].operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device="cuda"))
+        return state, *results(backend, x_seq, analog_prob=0.5, rng_state=state)
 
     graph, (state, *outputs) = captured(step)
     for _ in range(2):
         graph.replay()
-        assert same_bits(tuple(outputs), results(x_seq, analog_prob=0.5, rng_state=state.clone()))
+        assert same_bits(tuple(outputs), results(backend, x_seq, analog_prob=0.5, rng_state=state.clone()))
 
 
 def philox_mask(first: int, neurons: int, steps: int, analog_prob: float, state: Tensor) -> Tensor:
@@ -265,20 +289,20 @@ def assert_chunks_equal_reference(x_seq: Tensor, chunk: int, outputs: tuple[Tens
     assert abs(dwidth.item() - expected_dwidth) <= 1e-5 * max(abs(expected_dwidth), terms**0.5)
 
 
-def test_more_than_2_31_elements():
+def test_more_than_2_31_elements(backend):
     """All neurons without noise; the noise at the ends, where neurons have the largest numbers."""
     steps, neurons = 4, 2**29 + 12
     if torch.cuda.mem_get_info()[0] < 30 * 2**30:
         pytest.skip("needs 30 GiB of the GPU's memory")
     x_seq = torch.empty(steps, neurons, dtype=torch.bfloat16, device="cuda").uniform_(-1, 2)
     width = torch.ones((), device="cuda", requires_grad=True)
-    outputs = results(x_seq, width=width)
+    outputs = results(backend, x_seq, width=width)
     assert_chunks_equal_reference(x_seq, 2**24, outputs, width)
     del outputs
 
     # So wide that analog elements are neither 0 nor 1 in any case.
     state = rng_state(device="cuda")
-    s_seq = asgl_cuda.lif(x_seq, width=16.0, analog_prob=0.3, rng_state=state, backend="cuda")
+    s_seq = asgl_cuda.lif(x_seq, width=16.0, analog_prob=0.3, rng_state=state, backend=backend)
     analog = (s_seq != 0) & (s_seq != 1)
     for first, count in ((0, 4096), (2**28, 4096), (neurons - 4096, 4096)):
         assert torch.equal(analog[:, first : first + count], philox_mask(first, count, steps, 0.3, state))
@@ -297,14 +321,14 @@ def little_memory() -> Iterator[Callable[[int], None]]:
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_out_of_memory_is_an_error_and_no_more(little_memory):
+def test_out_of_memory_is_an_error_and_no_more(backend, little_memory):
     x_seq = random_input(4, 2**24, dtype=torch.bfloat16, device="cuda")
     size = x_seq.numel() * x_seq.element_size()
-    s_seq = asgl_cuda.lif(x_seq, backend="cuda")
+    s_seq = asgl_cuda.lif(x_seq, backend=backend)
     (expected,) = torch.autograd.grad(s_seq, x_seq, s_seq.detach(), retain_graph=True)
     # Forward has room for the spikes but not for the potentials; backward for nothing.
     for room, call in (
-        (2 * size, lambda: asgl_cuda.lif(x_seq, return_v_seq=True, return_h_seq=True, backend="cuda")),
+        (2 * size, lambda: asgl_cuda.lif(x_seq, return_v_seq=True, return_h_seq=True, backend=backend)),
         (size // 2, lambda: torch.autograd.grad(s_seq, x_seq, s_seq.detach(), retain_graph=True)),
     ):
         before = torch.cuda.memory_allocated()
@@ -313,7 +337,7 @@ def test_out_of_memory_is_an_error_and_no_more(little_memory):
             call()
         assert torch.cuda.memory_allocated() == before
         torch.cuda.set_per_process_memory_fraction(1.0)
-        assert same_bits(results(x_seq), (s_seq.detach(), expected))
+        assert same_bits(results(backend, x_seq), (s_seq.detach(), expected))
 
 
 # Both mappings, with tails, checkpoints and sums of both kinds.
@@ -329,7 +353,7 @@ for dtype, shape in (
     x_seq = torch.rand(shape, dtype=torch.float32).to(dtype).cuda().requires_grad_()
     for sizes in ((), shape[2:]):
         width = torch.ones(sizes).cuda().requires_grad_()
-        s_seq = asgl_cuda.lif(x_seq, width=width, analog_prob=0.3, backend="cuda")
+        s_seq = asgl_cuda.lif(x_seq, width=width, analog_prob=0.3, backend="BACKEND")
         torch.autograd.grad(s_seq, (x_seq, width), s_seq.detach())
 torch.cuda.synchronize()
 print("done")
@@ -338,13 +362,13 @@ print("done")
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on PATH")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_sanitizer(tool):
+def test_sanitizer(backend, tool):
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
     # Without torch's cache each tensor is an allocation with an end that can be run over.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     result = subprocess.run(
-        [*command, sys.executable, "-c", SMALL_RUN], capture_output=True, text=True, timeout=120,
-        env={**os.environ, **environment},
+        [*command, sys.executable, "-c", SMALL_RUN.replace("BACKEND", backend)],
+        capture_output=True, text=True, timeout=120, env={**os.environ, **environment},
     )  # fmt: skip
     if "Device not supported" in result.stdout:
         pytest.skip("compute-sanitizer does not support this device")

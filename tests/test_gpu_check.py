@@ -14,8 +14,11 @@ from benchmarks import gpu_check
 from benchmarks.gpu_check import Step
 
 
-def test_steps_take_less_than_nine_minutes(tmp_path):
+@pytest.mark.parametrize("with_cupy", [False, True])
+def test_steps_take_less_than_nine_minutes(tmp_path, monkeypatch, with_cupy):
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: object() if with_cupy else None)
     found = gpu_check.steps("python", (9, 0), tmp_path)
+    assert ("suite on CuPy" in [step.name for step in found]) == with_cupy
     assert sum(step.seconds for step in found) < 540
     assert found[0].environment == {"ASGL_CUDA_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0"}
     for argument in (word for step in found for word in step.command if word.startswith(("--ignore=", "--deselect="))):
@@ -41,21 +44,24 @@ def test_step_is_stopped_with_its_children_and_stops_no_other():
     assert text.endswith("gpu-check: 3 of 4 failed")
 
 
-def test_verdicts():
+def test_verdicts(monkeypatch):
     def measured(steps, power, dtype, **rows):
         seconds = {name: {"forward": f, "backward": b, "both": f + b} for name, (f, b) in rows.items()}
         return {"steps": steps, "neurons": 2**power, "dtype": dtype, "seconds": seconds}
 
-    ours = "asgl_cuda cuda"
+    ours, cupy = "asgl_cuda cuda", "asgl_cuda cupy"
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: object())
     bars = gpu_check.bars(
         {
             "sizes": [
                 measured(
                     4, 24, "float32",
                     **{"multiply": (1, 1.5), ours: (1.1, 1.9), "reference": (20, 30), "torch.compile": (1, 1.9)},
+                    **{cupy: (1.12, 2)},
                 ),
                 measured(128, 19, "bfloat16", **{"multiply": (1, 1.5), ours: (1.25, 1.5), "reference": (10, 20)}),
-            ]
+            ],
+            "call_microseconds": {ours: 12.0, cupy: 43.0},
         }
     )  # fmt: skip
     verdicts = {bar.what: (bar.measured and round(bar.measured, 3), bar.passed) for bar in bars}
@@ -64,10 +70,13 @@ def test_verdicts():
     assert verdicts[first + "backward over x * g"] == (1.267, False)
     assert verdicts[first + "reference over ours"] == (16.667, True)
     assert verdicts[first + "torch.compile over ours"] == (0.967, False)
+    assert verdicts[first + "CuPy over nvcc, forward"] == (1.018, True)
+    assert verdicts[first + "CuPy over nvcc, backward"] == (1.053, False)
     assert verdicts[last + "forward over x * 2"] == (1.25, True)
     assert verdicts[last + "reference over ours"] == (10.909, False)
     assert last + "torch.compile over ours" not in verdicts
     assert verdicts["T = 4, N = 2^24, bfloat16: forward over x * 2"] == (None, False)
+    assert verdicts["a call, CuPy over nvcc, microseconds"] == (31.0, False)
     json.dumps(gpu_check.result([], bars, {}))
 
 
