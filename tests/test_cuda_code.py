@@ -165,3 +165,46 @@ def test_instructions_on_the_longest_way():
     }
     assert counted.steps == 2
     assert sum(counted.per_element(4).values()) == (2 + 2 * 10 + 2) / (4 * 4)
+
+
+# ---- NVRTC's kernels against nvcc's ----
+
+GENERAL = Kernel("backward, 1 neuron", "float32", "erf", "hard")
+
+
+def nvrtc_problems(ours: cuda_compile.Resources, same_version: bool = True) -> list[str]:
+    theirs = {FORWARD: {90: FINE, 120: FINE}, GENERAL: {90: FINE._replace(registers=110), 120: FINE}}
+    return cuda_compile.compare_compilers({**theirs, **ours}, theirs, same_version)
+
+
+def test_nvrtc_that_agrees():
+    assert not nvrtc_problems({})
+    fewer_blocks_fit, as_many_fit = ({GENERAL: {90: FINE._replace(registers=number)}} for number in (130, 112))
+    assert not nvrtc_problems(as_many_fit)
+    assert nvrtc_problems(fewer_blocks_fit)
+
+
+def test_nvrtc_that_takes_other_registers():
+    other = FINE._replace(registers=42)
+    (problem,) = nvrtc_problems({FORWARD: {90: other}})
+    assert problem.startswith(f"other registers by NVRTC: {FORWARD}, sm_90: ")
+    assert not nvrtc_problems({FORWARD: {90: other}}, same_version=False)
+    assert not nvrtc_problems({FORWARD: {120: other}})
+
+
+def test_nvrtc_that_spills():
+    for same_version in (False, True):
+        (problem,) = nvrtc_problems({GENERAL: {120: SPILLING}}, same_version)
+        assert problem.startswith(f"a spill of NVRTC's: {GENERAL}, sm_120: ")
+
+
+def test_kernels_that_only_one_of_them_has():
+    (problem,) = nvrtc_problems({OTHER: {90: FINE}})
+    assert problem == f"nvcc's build lacks what NVRTC was asked for: {OTHER}"
+    (problem,) = cuda_compile.compare_compilers({}, {OTHER: {90: FINE}}, True)
+    assert problem == f"the launchers in Python never ask for {OTHER}"
+
+
+def test_every_kernel_that_can_be_asked_for_has_one_name():
+    names = cuda_compile.kernels_asked_for()
+    assert len(set(names)) == len(names) == 368
