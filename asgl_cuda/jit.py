@@ -2,7 +2,10 @@
 
 NVRTC, a library of CUDA, compiles each kernel when it is first used, from the headers that are installed with this
 package, and CuPy starts it. What was compiled is kept in CuPy's cache on disk (CUPY_CACHE_DIR, else
-~/.cupy/kernel_cache).
+~/.cupy/kernel_cache). CuPy's own compilation, RawModule, is not used: it always flushes subnormal numbers to zero.
+
+While a CUDA graph is captured, a kernel can be started but not loaded: it must have been called once before, as torch
+asks for anyway.
 """
 
 from __future__ import annotations
