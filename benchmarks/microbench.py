@@ -1,8 +1,10 @@
 """Time of one neuron layer, forward and backward, measured against an element-wise multiply in the same run.
 
 The multiply is the floor: `x * 2` reads x and writes the result as forward must, `x * g` reads two tensors and writes
-one as backward must. All rows take turns within each repeat, so that a machine whose speed drifts slows them alike;
-what is reported is the median over the repeats.
+one as backward must. Against it stand the neuron of ASGL in every backend, as the reference and as a paper's author
+writes it, and the ordinary LIF neuron, which the other libraries have, too. All rows take turns within each repeat, so
+that a machine whose speed drifts slows them alike; what is reported is the median over the repeats. Before a peer is
+timed, its spikes are compared with ours.
 
 On a GPU the time is that of the device, between two CUDA events, while the host runs ahead. Several inputs take turns,
 so that as far as 16 of them outgrow the cache they come from memory, as in a network.
@@ -19,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,25 +33,34 @@ from torch.utils.benchmark import Timer
 
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS
+from asgl_cuda.selfcheck import THRESHOLD_BAND
+
+from .clocks import MOST_SAMPLES, PARTS, CpuClock, GpuClock, Row, Sample, keep_memory, peak_bytes, saved_bytes, spread
+from .peers import DECAY, Peer, asgl_loop, installed_peers
 
 ANALOG_PROB = 0.2
 FLOOR = "multiply"
 REFERENCE = "reference"
 COMPILED = "torch.compile"
+LOOP = "author's loop"
+PLAIN = "LIF: "  # what the names of rows without noise and learned width begin with
 # Beyond this many steps the compiler unrolls for minutes.
 MOST_STEPS_TO_COMPILE = 16
 # Autograd keeps some fifteen float32 tensors of the reference, and the gradients need room, too.
 REFERENCE_BYTES_AN_ELEMENT = 100
-MOST_SAMPLES = 16
+LAYOUTS = ("time first", "batch first", "channels_last")
+BATCH, CHANNELS = 32, 32  # of the layouts that have them
 
 
 class Size(NamedTuple):
-    """The shape [steps, neurons] and type of one measurement."""
+    """The shape and type of one measurement: [steps, neurons], or another layout of as many neurons."""
 
     steps: int
     neurons: int
     dtype: str
     compiled: bool = True  # whether torch.compile is measured, which takes seconds to compile
+    peers: bool = True  # whether the other libraries are
+    layout: str = LAYOUTS[0]
 
     @property
     def elements(self) -> int:
@@ -59,15 +70,32 @@ class Size(NamedTuple):
     def bytes(self) -> int:
         return self.elements * getattr(torch, self.dtype).itemsize
 
+    @property
+    def time_dim(self) -> int:
+        return int(self.layout == "batch first")
+
+    def random(self, device: torch.device) -> Tensor:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device, dtype=getattr(torch, self.dtype))
+
+        if self.layout == "batch first":
+            return normal(BATCH, self.steps, self.neurons // BATCH)
+        if self.layout == "channels_last":
+            side = math.isqrt(self.neurons // (BATCH * CHANNELS))
+            return normal(self.steps, BATCH, side, self.neurons // (BATCH * CHANNELS * side), CHANNELS).movedim(4, 2)
+        return normal(self.steps, self.neurons)
+
     def __str__(self) -> str:
-        return f"T = {self.steps}, N = {self.neurons}, {self.dtype}"
+        layout = "" if self.layout == LAYOUTS[0] else f", {self.layout}"
+        return f"T = {self.steps}, N = {self.neurons}, {self.dtype}{layout}"
 
 
 CPU_SIZES = (
     Size(4, 2**20, "float32"),
-    Size(4, 2**20, "bfloat16"),
+    Size(16, 2**18, "float32"),
     Size(128, 2**15, "float32"),
-    Size(4, 2**23, "float32"),
+    Size(4, 2**20, "bfloat16", peers=False),
+    Size(4, 2**23, "float32", peers=False),
 )
 # What the kernels' speed is judged by.
 GPU_SIZES = tuple(
@@ -75,33 +103,32 @@ GPU_SIZES = tuple(
 )
 # From layers that a GPU hardly notices to the largest that 2^28 elements allow.
 GPU_SWEEP = (
-    *GPU_SIZES,
+    *(size._replace(peers=False) for size in GPU_SIZES),
     *(
-        Size(steps, 2**power, dtype, compiled=False)
+        Size(steps, 2**power, dtype, compiled=False, peers=False)
         for steps in (4, 16, 128)
         for power in range(14, 27, 2)
         for dtype in ("float32", "bfloat16")
         if steps * 2**power <= 2**28 and (steps, power) not in ((4, 24), (16, 22))
     ),
-    Size(16, 2**22, "float32"),
-    Size(16, 2**22, "bfloat16"),
+    Size(16, 2**22, "float32", peers=False),
+    Size(16, 2**22, "bfloat16", peers=False),
 )
 
 
-class Sample(NamedTuple):
-    """One input with the gradient of its output; `leaf` is x in the eyes of autograd."""
+def sweep(name: str, device: torch.device) -> Sequence[Size]:
+    """The sizes of a sweep; on a GPU, which needs them to be busy, of 16 times the neurons."""
+    more = 4 if device.type == "cuda" else 0
+    return {
+        "T": [Size(steps, 2 ** (15 + more), "float32") for steps in (1, 2, 4, 8, 16, 32, 64, 128)],
+        "N": [Size(4, 2 ** (power + more), "float32") for power in range(8, 23, 2)],
+        "dtype": [Size(4, 2 ** (20 + more), dtype, peers=False) for dtype in DTYPES],
+        "layout": [Size(4, 2 ** (20 + more), "float32", peers=False, layout=layout) for layout in LAYOUTS],
+        "gpu": GPU_SWEEP,
+    }[name]
 
-    x: Tensor
-    leaf: Tensor
-    grad: Tensor
 
-
-class Row(NamedTuple):
-    """What is timed: backward gets the result of forward."""
-
-    name: str
-    forward: Callable[[Sample], Tensor]
-    backward: Callable[[Sample, Tensor], Any]
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Timing(NamedTuple):
@@ -112,6 +139,16 @@ class Timing(NamedTuple):
     both: float
 
 
+class Measurement(NamedTuple):
+    """What was found out of one row."""
+
+    timing: Timing
+    spread: float  # half the distance of the quartiles of `both`, as a share of its median
+    saved_bytes: int | None
+    peak_bytes: int | None
+    first_seconds: float  # forward and backward, for the first time
+
+
 def samples(size: Size, device: torch.device) -> list[Sample]:
     """The inputs that take turns: one on a CPU, where the cache is part of the machine as users find it."""
     count = 1
@@ -120,9 +157,7 @@ def samples(size: Size, device: torch.device) -> list[Sample]:
         count = min(math.ceil(2 * cache / size.bytes), MOST_SAMPLES)
     result = []
     for _ in range(count):
-        x, grad = (
-            torch.randn(size.steps, size.neurons, device=device, dtype=getattr(torch, size.dtype)) for _ in range(2)
-        )
+        x, grad = size.random(device), size.random(device)
         result.append(Sample(x, x.detach().requires_grad_(), grad))
     return result
 
@@ -132,146 +167,198 @@ def fused_backends(device: torch.device) -> list[str]:
 
 
 def rows(size: Size, device: torch.device) -> Iterator[Row]:
-    """The floor, every available backend, the reference in eager mode and compiled."""
+    """The floor; ASGL in every way; plain LIF in every way."""
     width = torch.ones((), device=device, requires_grad=True)
 
-    def layer(backend: str) -> Callable[[Tensor], Tensor]:
-        return lambda x_seq: asgl_cuda.lif(x_seq, width=width, analog_prob=ANALOG_PROB, backend=backend)
+    def layer(backend: str, **options: Any) -> Callable[[Tensor], Tensor]:
+        return partial(asgl_cuda.lif, decay=DECAY, time_dim=size.time_dim, backend=backend, **options)
 
-    def row(name: str, function: Callable[[Tensor], Tensor]) -> Row:
+    def row(name: str, function: Callable[[Tensor], Tensor], *parameters: Tensor) -> Row:
+        def backward(sample: Sample, out: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(out, (sample.leaf, *parameters), sample.grad, retain_graph=True)
+
         return Row(name, lambda sample: function(sample.leaf), backward)
 
-    def backward(sample: Sample, out: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, (sample.leaf, width), sample.grad, retain_graph=True)
-
-    yield Row(FLOOR, lambda sample: sample.x * 2, lambda sample, out: sample.x * sample.grad)
-    for backend in fused_backends(device):
-        yield row(f"asgl_cuda {backend}", layer(backend))
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        if size.elements * REFERENCE_BYTES_AN_ELEMENT > memory / 2:
+    def compiled_rows(name: str, function: Callable[[Tensor], Tensor], *parameters: Tensor) -> Iterator[Row]:
+        if not size.compiled or size.steps > MOST_STEPS_TO_COMPILE:
             return
-    yield row(REFERENCE, layer(REFERENCE))
-    if size.compiled and size.steps <= MOST_STEPS_TO_COMPILE:
         # Its backward must be repeatable to be timed alone, so it may not give its buffers away.
         torch._functorch.config.donated_buffer = False
-        # Compiled for this size alone, not for any size because there was another before.
-        torch._dynamo.reset()
-        yield row(COMPILED, torch.compile(layer(REFERENCE), fullgraph=True, dynamic=False))
+        for mode in (None, "max-autotune-no-cudagraphs") if device.type == "cuda" and size.peers else (None,):
+            # Compiled for this size alone, not for any size because there was another before.
+            torch._dynamo.reset()
+            compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+            yield row(name if mode is None else f"{name} max-autotune", compiled, *parameters)
+
+    asgl = {"width": width, "analog_prob": ANALOG_PROB}
+    yield Row(FLOOR, lambda sample: sample.x * 2, lambda sample, out: sample.x * sample.grad)
+    for backend in fused_backends(device):
+        yield row(f"asgl_cuda {backend}", layer(backend, **asgl), width)
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    if size.elements * REFERENCE_BYTES_AN_ELEMENT > memory / 2:
+        return
+    yield row(REFERENCE, layer(REFERENCE, **asgl), width)
+    yield from compiled_rows(COMPILED, layer(REFERENCE, **asgl), width)
+    if size.layout != LAYOUTS[0] or not size.peers:
+        return
+    yield row(LOOP, lambda x_seq: asgl_loop(x_seq, width, ANALOG_PROB), width)
+    for backend in fused_backends(device):
+        yield row(f"{PLAIN}asgl_cuda {backend}", layer(backend))
+    yield row(f"{PLAIN}{REFERENCE}", layer(REFERENCE))
+    for peer in installed_peers(device)[0]:
+        yield row(f"{PLAIN}{peer.name}", peer.spikes)
 
 
-# Of a part: what is timed, and what is set up before.
-CPU_STATEMENTS = {
-    "forward": ("row.forward(sample)", "pass"),
-    "backward": ("row.backward(sample, out)", "out = row.forward(sample)"),
-    "both": ("row.backward(sample, row.forward(sample))", "pass"),
-}
+def check_peers(device: torch.device, dtype: torch.dtype) -> None:
+    """All rows do the same work: the others' spikes are ours, but where a potential is as good as at the threshold."""
+    x_seq = torch.randn(20, 4096, device=device, dtype=dtype)
+    state = torch.tensor([1, 2], device=device)
+    mask = asgl_cuda.analog_mask(x_seq, ANALOG_PROB, state)
+    width = torch.ones((), device=device)
+    noisy = {"width": width, "analog_prob": ANALOG_PROB, "rng_state": state}
+    loop = Peer(LOOP, lambda x: asgl_loop(x, width, ANALOG_PROB, mask), noisy)
+    for peer in (loop, *installed_peers(device)[0]):
+        options = {"decay": DECAY, "return_h_seq": True, **peer.same_neuron}
+        expected = asgl_cuda.lif(x_seq, backend=REFERENCE, **options)
+        assert isinstance(expected, asgl_cuda.LIFOutput)
+        assert expected.h_seq is not None
+        sure = ((expected.h_seq - 1).abs() > THRESHOLD_BAND).all(0)
+        with torch.no_grad():
+            differ = ((peer.spikes(x_seq) - expected.s_seq).abs() > THRESHOLD_BAND) & sure
+        if differ.any():
+            raise RuntimeError(f"{peer.name} emits other spikes than asgl_cuda.lif, at {int(differ.sum())} elements")
 
 
-class CpuClock:
-    """Seconds of one call of a part of a row: forward, backward, or both."""
+class Clocks(NamedTuple):
+    """A row, warmed up."""
 
-    def __init__(self, row: Row, part: str, inputs: list[Sample]) -> None:
-        names = {"row": row, "sample": inputs[0]}
-        self._timer = Timer(*CPU_STATEMENTS[part], globals=names, num_threads=torch.get_num_threads())
-        self.seconds()  # compiles, loads, fills caches
-
-    def seconds(self) -> float:
-        return self._timer.timeit(1).mean
+    parts: dict[str, CpuClock | GpuClock]
+    saved_bytes: int | None
+    peak_bytes: int | None
+    first_seconds: float
 
 
-class GpuClock:
-    """The same on the GPU: of several calls in a row, which the host has queued before the first one starts."""
+def clocks_of(row: Row, inputs: list[Sample], cold: bool) -> Clocks | None:
+    """None where the row does not work and the others still count."""
+    device = inputs[0].x.device
 
-    CYCLES_A_SECOND = 2e9  # about; the wait need only be long enough
-    LONGEST = 0.02  # seconds, of the calls in a row and of the wait
+    def call() -> None:
+        row.backward(inputs[0], row.forward(inputs[0]))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
-    def __init__(self, row: Row, part: str, inputs: list[Sample]) -> None:
-        outs = [row.forward(sample) for sample in inputs] if part == "backward" else []
-        self._call = {
-            "forward": lambda i: row.forward(inputs[i]),
-            "backward": lambda i: row.backward(inputs[i], outs[i]),
-            "both": lambda i: row.backward(inputs[i], row.forward(inputs[i])),
-        }[part]
-        self._samples, self._next = len(inputs), 0
-        self._run(1)  # compiles, loads
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        self._run(1)
-        queued = time.perf_counter()
-        torch.cuda.synchronize()
-        done = time.perf_counter()
-        self._count = max(1, min(MOST_SAMPLES, int(self.LONGEST / (done - started))))
-        self._wait = int(min(2 * self._count * (queued - started), self.LONGEST) * self.CYCLES_A_SECOND)
-
-    def _run(self, count: int) -> None:
-        for _ in range(count):
-            self._call(self._next)
-            self._next = (self._next + 1) % self._samples
-
-    def seconds(self) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(self._wait)
-        start.record()
-        self._run(self._count)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / self._count
-
-
-def clocks_of(row: Row, inputs: list[Sample]) -> dict[tuple[str, str], CpuClock | GpuClock]:
-    """A clock for each part of the row, warmed up; none where the row does not work and the others still count."""
-    clock = GpuClock if inputs[0].x.is_cuda else CpuClock
     try:
-        return {(row.name, part): clock(row, part, inputs) for part in Timing._fields}
+        started = time.perf_counter()
+        call()
+        first = time.perf_counter() - started
+        parts: dict[str, CpuClock | GpuClock] = {
+            part: GpuClock(row, part, inputs) if device.type == "cuda" else CpuClock(row, part, inputs, cold)
+            for part in PARTS
+        }
+        saved = None if row.name == FLOOR else saved_bytes(row, inputs[0])
+        return Clocks(parts, saved, peak_bytes(call, device), first)
     except RuntimeError as error:
-        if row.name not in (REFERENCE, COMPILED):
+        if row.name.startswith("asgl_cuda") or row.name == FLOOR:
             raise
         print(f"{row.name} does not work here: {str(error).splitlines()[0]}")
-        return {}
+        return None
 
 
-def measure(size: Size, device: torch.device, repeats: int) -> dict[str, Timing]:
-    """Median times of all rows, which take turns."""
+def measure(size: Size, device: torch.device, repeats: int, cold: bool = False) -> dict[str, Measurement]:
+    """All rows, which take turns."""
     torch.manual_seed(0)
     torch.cuda.empty_cache()  # of the size before; does nothing without a GPU
     inputs = samples(size, device)
-    clocks: dict[tuple[str, str], CpuClock | GpuClock] = {}
-    for row in rows(size, device):
-        clocks |= clocks_of(row, inputs)
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in clocks}
+    clocks = {row.name: found for row in rows(size, device) if (found := clocks_of(row, inputs, cold)) is not None}
+    seconds: dict[tuple[str, str], list[float]] = {(name, part): [] for name in clocks for part in PARTS}
     for _ in range(repeats):
-        for key, clock in clocks.items():
-            seconds[key].append(clock.seconds())
-    median = {key: statistics.median(values) for key, values in seconds.items()}
+        for name, part in seconds:
+            seconds[name, part].append(clocks[name].parts[part].seconds())
     return {
-        name: Timing(*(median[name, part] for part in Timing._fields))
-        for name in dict.fromkeys(name for name, _ in median)
+        name: Measurement(
+            Timing(*(statistics.median(seconds[name, part]) for part in PARTS)),
+            spread(seconds[name, "both"]),
+            found.saved_bytes,
+            found.peak_bytes,
+            found.first_seconds,
+        )
+        for name, found in clocks.items()
     }
 
 
-def table(size: Size, timings: dict[str, Timing]) -> str:
+HEAD = (
+    "", "forward", "backward", "both, ms", "+-", "ns/el.", "GB/s", "x * 2", "x * g", "both", "faster", "saved", "peak",
+    "first, s",
+)  # fmt: skip
+
+
+def table(size: Size, found: dict[str, Measurement]) -> str:
     """The measurement as a person reads it."""
-    head = ("", "forward", "backward", "both, ms", "ns/el.", "x * 2", "x * g", "both", "faster")
-    lines = [head]
-    floor, reference = timings[FLOOR], timings.get(REFERENCE)
-    for name, timing in timings.items():
+    lines = [HEAD]
+    floor = found[FLOOR].timing
+    for name, (timing, spread_, saved, peak, first) in found.items():
         multiples = [seconds / least for seconds, least in zip(timing, floor, strict=True)]
+        reference = found.get(f"{PLAIN}{REFERENCE}" if name.startswith(PLAIN) else REFERENCE)
         lines.append(
             (
                 name,
                 *(f"{1e3 * seconds:.3f}" for seconds in timing),
+                f"{100 * spread_:.0f} %",
                 f"{1e9 * timing.both / size.elements:.3f}",
+                f"{5 * size.bytes / timing.both / 1e9:.1f}",
                 *(f"{multiple:.{2 if multiple < 100 else 0}f}" for multiple in multiples),
-                f"{reference.both / timing.both:.1f}" if reference else "",
+                f"{reference.timing.both / timing.both:.1f}" if reference else "",
+                "" if saved is None else f"{saved / size.elements:.1f}",
+                "" if peak is None else f"{peak / size.elements:.1f}",
+                f"{first:.2f}",
             )
         )
-    widths = (9, 10, 10, 9, 7, 7, 7, 7)
+    widths = (9, 10, 10, 6, 9, 7, 7, 7, 7, 7, 7, 7, 9)
     text = [
-        f"{name:<15}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        f"{name:<24}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         for name, *cells in lines
     ]
     return "\n".join((str(size), *text, ""))
+
+
+def plot(report: dict[str, Any], file: Path) -> None:
+    """Nanoseconds an element over T, at the N with the most sizes, and over N; the floor as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    for panel, along, fixed, label in (
+        (panels[0], "steps", "neurons", "time steps T"),
+        (panels[1], "neurons", "steps", "neurons N"),
+    ):
+        sizes = [size for size in report["sizes"] if size["dtype"] == "float32" and size["layout"] == LAYOUTS[0]]
+        values = [size[fixed] for size in sizes]
+        chosen = max(sorted(set(values)), key=values.count)
+        sizes = sorted((size for size in sizes if size[fixed] == chosen), key=lambda size: size[along])
+        for name in dict.fromkeys(name for size in sizes for name in size["seconds"]):
+            points = [
+                (size[along], 1e9 * size["seconds"][name]["both"] / (size["steps"] * size["neurons"]))
+                for size in sizes
+                if name in size["seconds"]
+            ]
+            ours = "asgl_cuda" in name
+            style: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 2.2 if ours else 1}
+            if name == FLOOR:
+                style = {"color": "black", "linestyle": "--", "linewidth": 1.5}
+            elif name.startswith(PLAIN):
+                style |= {"linestyle": ":"}
+            panel.plot(*zip(*points, strict=True), label="two multiplies" if name == FLOOR else name, **style)
+        panel.set(xscale="log", yscale="log", xlabel=label)
+        panel.set_xscale("log", base=2)
+        panel.set_title(f"{'N' if fixed == 'neurons' else 'T'} = {chosen}")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("forward and backward, ns an element")
+    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    about = report["machine"]
+    figure.suptitle(f"{about.get('gpu') or about['processor']}, torch {about['torch']}, float32")
+    figure.savefig(file, dpi=120)
 
 
 def call_overhead(device: torch.device, calls: int = 2000, repeats: int = 15) -> dict[str, float]:
@@ -302,6 +389,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "asgl_cuda": asgl_cuda.__version__,
         "python": platform.python_version(),
         "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "peers": [peer.name for peer in installed_peers(device)[0]],
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -336,18 +424,22 @@ def _output(*command: str) -> str | None:
     return result.stdout.strip() or None if result.returncode == 0 else None
 
 
-def main() -> None:
+def main() -> int:
     """Measures the sizes that were asked for and prints a table for each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.microbench", description=__doc__.splitlines()[0])
     parser.add_argument("--device", help="default: cuda if a backend works there, else cpu")
     parser.add_argument("--steps", type=int, help="time steps; with --neurons, measures this size alone")
     parser.add_argument("--neurons", type=int, help="neurons, batch included")
-    parser.add_argument("--dtype", default="float32", choices=("float16", "bfloat16", "float32", "float64"))
-    parser.add_argument("--sweep", choices=("gpu",), help="measures T = 4, 16, 128 and N from 2^14 to 2^26")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--sweep", nargs="+", choices=("T", "N", "dtype", "layout", "gpu"), help="over what to measure")
+    parser.add_argument(
+        "--cold", action="store_true", help="fill the CPU's caches with something else before each call"
+    )
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further size after this time")
     parser.add_argument("--repeats", type=int, default=15, help="the median is over this many rounds (default 15)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them; without --sweep, over T and N")
     arguments = parser.parse_args()
     started = time.monotonic()
     if (arguments.steps is None) != (arguments.neurons is None):
@@ -355,17 +447,33 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if fused_backends(torch.device("cuda")) else "cpu"))
-    sizes = GPU_SWEEP if arguments.sweep else GPU_SIZES if device.type == "cuda" else CPU_SIZES
+    sweeps = arguments.sweep or (["T", "N"] if arguments.plot and arguments.steps is None else [])
+    sizes = [size for name in sweeps for size in sweep(name, device)]
     if arguments.steps is not None:
-        sizes = (Size(arguments.steps, arguments.neurons, arguments.dtype),)
+        sizes = [Size(arguments.steps, arguments.neurons, arguments.dtype)]
+    sizes = sizes or list(GPU_SIZES if device.type == "cuda" else CPU_SIZES)
 
+    kept = keep_memory()
     about = machine(device)
     on = about.get("gpu") or f"{about['processor']}, {about['threads']} threads"
-    print(f"{on}, torch {about['torch']}; medians of {arguments.repeats}")
+    print(
+        f"{on}, torch {about['torch']}; medians of {arguments.repeats}, {'cold' if arguments.cold else 'warm'} caches"
+    )
+    if device.type == "cpu":
+        print(f"the C library {'keeps' if kept else 'may give back'} memory that is freed")
     print(f"rectangle, hard reset, analog_prob {ANALOG_PROB}, learned width; gradients of x and width")
+    print(f"{PLAIN}without noise and learned width, as the other libraries have it (they have no ASGL); each with the")
+    print("surrogate that it has by default; gradient of x")
+    print("+-: half the distance of the quartiles; GB/s: of the five accesses that an element needs")
     print("x * 2, x * g, both: forward, backward and both as multiples of these multiplies, and of both of them")
-    print("faster: both, than the reference in eager mode; torch.compile: of the reference\n", flush=True)
-    report: dict[str, Any] = {"machine": about, "analog_prob": ANALOG_PROB, "sizes": []}
+    print("faster: both, than the reference in eager mode; torch.compile: of the reference")
+    print("saved: bytes an element kept for backward; peak: bytes an element allocated; first: the first call")
+    missing = installed_peers(device)[1]
+    if missing:
+        print(f'not installed: {", ".join(missing)} (pip install ".[bench]")')
+    check_peers(device, torch.float32)
+    print("the spikes of the author's loop and of each peer are ours\n", flush=True)
+    report: dict[str, Any] = {"machine": about, "analog_prob": ANALOG_PROB, "cold": arguments.cold, "sizes": []}
 
     def write() -> None:
         if arguments.json:
@@ -379,19 +487,28 @@ def main() -> None:
             report["not_measured"] = [str(left) for left in sizes[number:]]
             print(f"not measured for want of time: {'; '.join(report['not_measured'])}")
             break
-        timings = measure(size, device, arguments.repeats)
-        print(table(size, timings), flush=True)
+        found = measure(size, device, arguments.repeats, arguments.cold)
+        print(table(size, found), flush=True)
         report["sizes"].append(
             {
                 "steps": size.steps,
                 "neurons": size.neurons,
                 "dtype": size.dtype,
-                "seconds": {name: timing._asdict() for name, timing in timings.items()},
+                "layout": size.layout,
+                "seconds": {name: each.timing._asdict() for name, each in found.items()},
+                "rows": {
+                    name: {key: value for key, value in each._asdict().items() if key != "timing"}
+                    for name, each in found.items()
+                },
             }
         )
         write()  # now and whole, lest a limit from outside take all results
     write()
     print("one call on [4, 64], no_grad: " + ", ".join(f"{name} {us:.1f} µs" for name, us in overhead.items()))
+    if arguments.plot:
+        plot(report, arguments.plot)
+        print(f"wrote {arguments.plot}")
+    return 0
 
 
 if __name__ == "__main__":

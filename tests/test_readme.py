@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import asgl_cuda
+from benchmarks import readme
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -44,3 +45,19 @@ def test_signature_is_that_of_lif():
         if parameter.default is not parameter.empty
     }
     assert {name: eval(value) for name, value in written.items()} == defaults
+
+
+def test_figures_are_those_of_the_results():
+    """`python -m benchmarks.readme` writes them."""
+    text = README.read_text()
+    assert readme.with_sections(text) == text
+
+
+def test_a_figure_that_was_changed_by_hand_is_found():
+    text = README.read_text()
+    for name in readme.sections():
+        begin = text.index("--: |\n", text.index(f"<!-- {name} -->"))
+        figure = re.compile(r"\| [^|]*(\d)[^|\d]*\|\n").search(text, begin)
+        assert figure.end() < text.index(f"<!-- /{name} -->")
+        changed = text[: figure.start(1)] + str((int(figure[1]) + 1) % 10) + text[figure.end(1) :]
+        assert readme.with_sections(changed) == text

@@ -1,0 +1,168 @@
+"""Seconds and bytes of forward and backward of one layer."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+PARTS = ("forward", "backward", "both")
+MOST_SAMPLES = 16
+# More than any cache of a CPU holds.
+COLD_BYTES = 2**28
+
+
+def keep_memory() -> bool:
+    """Has the C library keep what is freed, as torch does on a GPU; False where it can't.
+
+    Otherwise it gives large blocks back to the system at some sizes and not at others, and what is measured there is
+    the system handing out the same pages again.
+    """
+    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(parameter, most) for parameter in (trim_threshold, mmap_threshold))
+
+
+class Sample(NamedTuple):
+    """One input with the gradient of its output; `leaf` is x in the eyes of autograd."""
+
+    x: Tensor
+    leaf: Tensor
+    grad: Tensor
+
+
+class Row(NamedTuple):
+    """What is timed: backward gets the result of forward."""
+
+    name: str
+    forward: Callable[[Sample], Tensor]
+    backward: Callable[[Sample, Tensor], Any]
+
+
+# Of a part: what is timed, and what is set up before.
+CPU_STATEMENTS = {
+    "forward": ("row.forward(sample)", "pass"),
+    "backward": ("row.backward(sample, out)", "out = row.forward(sample)"),
+    "both": ("row.backward(sample, row.forward(sample))", "pass"),
+}
+
+
+class CpuClock:
+    """Seconds of one call of a part of a row, forward, backward or both; `cold`: caches are full of something else."""
+
+    def __init__(self, row: Row, part: str, inputs: list[Sample], cold: bool) -> None:
+        self._elsewhere = torch.empty(COLD_BYTES, dtype=torch.uint8) if cold else None
+        names = {"row": row, "sample": inputs[0]}
+        self._timer = Timer(*CPU_STATEMENTS[part], globals=names, num_threads=torch.get_num_threads())
+        self.seconds()  # compiles, loads, fills caches
+
+    def seconds(self) -> float:
+        if self._elsewhere is not None:
+            self._elsewhere.fill_(1)
+        return self._timer.timeit(1).mean
+
+
+class GpuClock:
+    """The same on the GPU: of several calls in a row, which the host has queued before the first one starts."""
+
+    CYCLES_A_SECOND = 2e9  # about; the wait need only be long enough
+    LONGEST = 0.02  # seconds, of the calls in a row and of the wait
+
+    def __init__(self, row: Row, part: str, inputs: list[Sample]) -> None:
+        outs = [row.forward(sample) for sample in inputs] if part == "backward" else []
+        self._call = {
+            "forward": lambda i: row.forward(inputs[i]),
+            "backward": lambda i: row.backward(inputs[i], outs[i]),
+            "both": lambda i: row.backward(inputs[i], row.forward(inputs[i])),
+        }[part]
+        self._samples, self._next = len(inputs), 0
+        self._run(1)  # compiles, loads
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        self._run(1)
+        queued = time.perf_counter()
+        torch.cuda.synchronize()
+        done = time.perf_counter()
+        self._count = max(1, min(MOST_SAMPLES, int(self.LONGEST / (done - started))))
+        self._wait = int(min(2 * self._count * (queued - started), self.LONGEST) * self.CYCLES_A_SECOND)
+
+    def _run(self, count: int) -> None:
+        for _ in range(count):
+            self._call(self._next)
+            self._next = (self._next + 1) % self._samples
+
+    def seconds(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(self._wait)
+        start.record()
+        self._run(self._count)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / self._count
+
+
+def saved_bytes(row: Row, sample: Sample) -> int:
+    """What autograd keeps for backward, the input included."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = row.forward(sample)  # kept, lest an address be used twice
+    del out
+    return sum(storages.values())
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """The profiler's library announces each of its runs on standard error, whatever one asks of it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """The most that a call has allocated at a time, beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with silence(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    allocations = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = now = 0
+    for event in sorted(allocations, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def spread(values: Sequence[float]) -> float:
+    """Half the distance of the quartiles, as a share of the median."""
+    if len(values) < 2:
+        return 0.0
+    lower, median, upper = statistics.quantiles(values, n=4)
+    return (upper - lower) / 2 / median

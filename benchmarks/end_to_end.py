@@ -1,0 +1,309 @@
+"""Training steps of three networks with their neuron layers swapped: how long, where the time goes, how much memory.
+
+A step is forward, loss, backward and optimiser. All variants take turns within each repeat; the median is reported.
+Where the time goes is taken from the profiler, in a run of its own: every layer opens a range in forward and, by an
+identity before and after it, in backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import asgl_cuda
+
+from .clocks import keep_memory, peak_bytes, silence, spread
+from .microbench import MOST_STEPS_TO_COMPILE, fused_backends, machine
+
+ANALOG_PROB = 0.2
+NEURONS, PRODUCTS, NORMALISATION, REST = "neuron layers", "convolutions and linear", "normalisation", "the rest"
+CATEGORIES = (NEURONS, PRODUCTS, NORMALISATION)
+PROFILED_STEPS = 5
+
+MakeNeuron = Callable[[], nn.Module]
+
+
+# ---- networks ----
+
+
+class OverTime(nn.Module):
+    """A layer that knows no time, applied to [T, B, ...] at once."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        return self.layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])
+
+
+def mlp(neuron: MakeNeuron) -> nn.Sequential:
+    """Four layers of 512."""
+    layers: list[nn.Module] = []
+    for inputs in (784, 512, 512, 512):
+        layers += [OverTime(nn.Linear(inputs, 512)), neuron()]
+    return nn.Sequential(*layers, OverTime(nn.Linear(512, 10)))
+
+
+def convolutional(neuron: MakeNeuron) -> nn.Sequential:
+    """In the manner of VGG, with batch normalisation, on images of 32 x 32."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)):
+        if inputs in (32, 64) and inputs != outputs:
+            layers.append(OverTime(nn.AvgPool2d(2)))
+        convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        layers += [OverTime(convolution), OverTime(nn.BatchNorm2d(outputs)), neuron()]
+    return nn.Sequential(*layers, OverTime(nn.AvgPool2d(8)), OverTime(nn.Flatten()), OverTime(nn.Linear(128, 10)))
+
+
+def speech(neuron: MakeNeuron) -> nn.Sequential:
+    """Three layers of 256 over the frames of a word, without recurrence."""
+    layers: list[nn.Module] = []
+    for inputs in (700, 256, 256):
+        layers += [OverTime(nn.Linear(inputs, 256)), neuron()]
+    return nn.Sequential(*layers, OverTime(nn.Linear(256, 20)))
+
+
+class Network(NamedTuple):
+    """What is trained, and on what."""
+
+    make: Callable[[MakeNeuron], nn.Sequential]
+    input_shape: tuple[int, ...]  # [T, B, ...]
+    classes: int
+
+
+NETWORKS = {
+    "MLP": Network(mlp, (8, 128, 784), 10),
+    "convolutional": Network(convolutional, (4, 32, 3, 32, 32), 10),
+    "speech": Network(speech, (100, 64, 700), 20),
+}
+
+
+# ---- neurons ----
+
+
+def asgl(backend: str) -> nn.Module:
+    return asgl_cuda.LIF(analog_prob=ANALOG_PROB, backend=backend)
+
+
+def plain(backend: str) -> nn.Module:
+    return asgl_cuda.LIF(learn_width=False, analog_prob=0.0, backend=backend)
+
+
+def spikingjelly() -> nn.Module:
+    from spikingjelly.activation_based import neuron, surrogate
+
+    return neuron.LIFNode(tau=2.0, decay_input=False, surrogate_function=surrogate.Sigmoid(alpha=4.0), step_mode="m")
+
+
+def variants(network: Network, device: torch.device) -> Iterator[tuple[str, MakeNeuron]]:
+    """ASGL in every way; then the plain neuron, which SpikingJelly has, too."""
+    yield "reference", lambda: asgl("reference")
+    if network.input_shape[0] <= MOST_STEPS_TO_COMPILE:
+        yield "torch.compile", lambda: torch.compile(asgl("reference"), fullgraph=True, dynamic=False)
+    for backend in fused_backends(device):
+        yield f"asgl_cuda {backend}", lambda backend=backend: asgl(backend)
+    for backend in fused_backends(device):
+        yield f"LIF: asgl_cuda {backend}", lambda backend=backend: plain(backend)
+    try:
+        spikingjelly()
+    except ImportError:
+        return
+    yield "LIF: SpikingJelly", spikingjelly
+
+
+# ---- a step ----
+
+
+class Training:
+    """A network with its data and optimiser."""
+
+    def __init__(self, network: Network, neuron: MakeNeuron, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.model = network.make(neuron).to(device)
+        self.device = device
+        self._x_seq = torch.rand(network.input_shape, device=device)
+        self._labels = torch.randint(network.classes, network.input_shape[1:2], device=device)
+        self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+
+    def step(self) -> None:
+        self._optimizer.zero_grad()
+        for layer in self.model.modules():
+            if hasattr(layer, "store_v_seq"):  # SpikingJelly's state
+                layer.reset()
+        loss = functional.cross_entropy(self.model(self._x_seq).mean(0), self._labels)
+        loss.backward()
+        self._optimizer.step()
+
+    def seconds(self) -> float:
+        started = time.perf_counter()
+        self.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+# ---- where the time goes ----
+
+
+class Ranges:
+    """The profiler's ranges that are open in backward: one at most, since the networks are chains."""
+
+    def __init__(self) -> None:
+        self._open: Any = None
+
+    def begin(self, name: str) -> None:
+        self.end()
+        self._open = torch.profiler.record_function(name)
+        self._open.__enter__()
+
+    def end(self) -> None:
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+            self._open = None
+
+
+class Mark(torch.autograd.Function):
+    """The identity; in backward it calls a function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[], None]) -> Tensor:
+        ctx.function = function
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.function()
+        return grad, None
+
+
+class Ranged(nn.Module):
+    """A layer with a range in forward and in backward."""
+
+    def __init__(self, layer: nn.Module, name: str, ranges: Ranges) -> None:
+        super().__init__()
+        self.layer, self.name, self.ranges = layer, name, ranges
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = Mark.apply(x, self.ranges.end)
+        with torch.profiler.record_function(self.name):
+            y = self.layer(x)
+        return Mark.apply(y, lambda: self.ranges.begin(self.name))
+
+
+def category(layer: nn.Module) -> str | None:
+    inner = layer.layer if isinstance(layer, OverTime) else layer
+    if isinstance(inner, (nn.Linear, nn.Conv2d)):
+        return PRODUCTS
+    if isinstance(inner, nn.BatchNorm2d):
+        return NORMALISATION
+    return None if isinstance(inner, (nn.AvgPool2d, nn.Flatten)) else NEURONS
+
+
+def shares(training: Training) -> dict[str, float]:
+    """The share of each category in the time of a step."""
+    ranges = Ranges()
+    for place, layer in enumerate(training.model):
+        name = category(layer)
+        if name is not None:
+            training.model[place] = Ranged(layer, name, ranges)
+
+    def step() -> None:
+        training.step()
+        ranges.end()  # of the first layer, whose input needs no gradient
+
+    step()
+    cuda = training.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if cuda else [])
+    with silence(), torch.profiler.profile(activities=activities) as profile:
+        for _ in range(PROFILED_STEPS):
+            with torch.profiler.record_function("step"):
+                step()
+        if cuda:
+            torch.cuda.synchronize()
+    averages = {event.key: event for event in profile.key_averages()}
+
+    def total(name: str) -> float:
+        event = averages.get(name)
+        return 0.0 if event is None else float(event.device_time_total if cuda else event.cpu_time_total)
+
+    found = {name: total(name) / total("step") for name in CATEGORIES}
+    return {**found, REST: 1 - sum(found.values())}
+
+
+# ---- the whole ----
+
+
+def measure(network: Network, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
+    """Median seconds of a step, their spread, the shares of its parts and the peak of its memory, by variant."""
+    trainings = {name: Training(network, neuron, device) for name, neuron in variants(network, device)}
+    for training in trainings.values():
+        for _ in range(2):
+            training.seconds()  # compiles, loads
+    seconds: dict[str, list[float]] = {name: [] for name in trainings}
+    for _ in range(repeats):
+        for name, training in trainings.items():
+            seconds[name].append(training.seconds())
+    return {
+        name: {
+            "seconds": statistics.median(seconds[name]),
+            "spread": spread(seconds[name]),
+            "peak_bytes": peak_bytes(training.step, device),
+            "shares": shares(training),
+        }
+        for name, training in trainings.items()
+    }
+
+
+def table(name: str, network: Network, found: dict[str, dict[str, Any]]) -> str:
+    """As a person reads it."""
+    lines = [f"{name}, {list(network.input_shape)}"]
+    head = ("step, ms", "+-", "faster", "neurons", "products", "norm", "rest", "peak, MB")
+    lines.append(f"{'':<24}" + "".join(f"{cell:>10}" for cell in head))
+    slowest = found["reference"]["seconds"]
+    for variant, each in found.items():
+        cells = [f"{1e3 * each['seconds']:.1f}", f"{100 * each['spread']:.0f} %", f"{slowest / each['seconds']:.1f}"]
+        cells += [f"{100 * share:.0f} %" for share in each["shares"].values()]
+        cells.append(f"{each['peak_bytes'] / 1e6:.0f}")
+        lines.append(f"{variant:<24}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join((*lines, ""))
+
+
+def main() -> int:
+    """Measures all networks and prints a table for each."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", help="default: cuda if a backend works there, else cpu")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="only these")
+    parser.add_argument("--repeats", type=int, default=11, help="the median is over this many steps (default 11)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to FILE")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device or ("cuda" if fused_backends(torch.device("cuda")) else "cpu"))
+    keep_memory()
+    about = machine(device)
+    on = about.get("gpu") or f"{about['processor']}, {about['threads']} threads"
+    print(f"{on}, torch {about['torch']}; medians of {arguments.repeats} training steps")
+    print("faster: than with the reference; shares of the step by the profiler; peak: allocated during a step")
+    print("LIF: without noise and learned width, as SpikingJelly has it\n", flush=True)
+    report: dict[str, Any] = {"machine": about, "networks": {}}
+    for name in arguments.networks:
+        network = NETWORKS[name]
+        found = measure(network, device, arguments.repeats)
+        print(table(name, network, found), flush=True)
+        report["networks"][name] = {"input_shape": network.input_shape, "variants": found}
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

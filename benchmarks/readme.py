@@ -1,0 +1,116 @@
+"""Puts the figures of benchmarks/results into README.md: `python -m benchmarks.readme`. None is written by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from .end_to_end import NEURONS
+from .microbench import COMPILED, FLOOR, LOOP, PLAIN, REFERENCE
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    rule = ["--:" if i else "---" for i in range(len(header))]
+    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
+
+
+def nanoseconds(size: dict[str, Any], row: str) -> float | None:
+    """An element, forward and backward."""
+    timing = size["seconds"].get(row)
+    return None if timing is None else 1e9 * timing["both"] / (size["steps"] * size["neurons"])
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.{2 if value < 10 else 1}f}"
+
+
+def power_of_two(value: int) -> str:
+    return f"2^{value.bit_length() - 1}" if value & (value - 1) == 0 else str(value)
+
+
+def microbench(report: dict[str, Any]) -> str:
+    """ASGL over sizes, then the ordinary neuron of every library."""
+    about = report["machine"]
+    ours = "asgl_cuda cpu"
+    rows = []
+    for size in report["sizes"]:
+        floor, mine, compiled, reference, loop = (
+            nanoseconds(size, name) for name in (FLOOR, ours, COMPILED, REFERENCE, LOOP)
+        )
+        assert floor is not None
+        assert mine is not None
+        name = f"T = {size['steps']}, N = {power_of_two(size['neurons'])}, {size['dtype']}"
+        rows.append([name, *map(number, (floor, mine, mine / floor, compiled, loop, reference))])
+    head = ["", "two multiplies", "asgl_cuda", "times multiplies", "torch.compile", "author's loop", "reference"]
+    where = f"{about['processor']}, {about['threads']} threads, {about['instruction_set']}, torch {about['torch']}"
+    lines = [
+        f"Forward and backward, nanoseconds an element, on {where}, {about['date']}:",
+        "",
+        *markdown_table(head, rows),
+        "",
+        "The same as an ordinary LIF neuron, without noise and learned width, which is what the other libraries have:",
+        "",
+    ]
+    compared = [size for size in report["sizes"] if f"{PLAIN}{ours}" in size["seconds"]]
+    names = [name for name in compared[0]["seconds"] if name.startswith(PLAIN)]
+    rows = [[f"T = {size['steps']}", *(number(nanoseconds(size, name)) for name in names)] for size in compared]
+    lines += markdown_table(["", *(name.removeprefix(PLAIN) for name in names)], rows)
+    calls = report["call_microseconds"]
+    noisy = calls[f"{ours} with noise"]
+    lines += [
+        "",
+        f"One call on `[4, 64]` without gradients: {calls[ours]:.1f} µs, with noise {noisy:.1f} µs, "
+        f"`x * 2` {calls[FLOOR]:.1f} µs.",
+    ]
+    return "\n".join(lines)
+
+
+def end_to_end(report: dict[str, Any]) -> str:
+    """Milliseconds of a training step and, of these, what the neuron layers take, for every network and variant."""
+    variants = list(dict.fromkeys(name for each in report["networks"].values() for name in each["variants"]))
+    rows = []
+    for variant in variants:
+        cells = []
+        for network in report["networks"].values():
+            found = network["variants"].get(variant)
+            cells.append("" if found is None else f"{1e3 * found['seconds']:.0f} ms, {found['shares'][NEURONS]:.0%}")
+        rows.append([variant, *cells])
+    heads = [f"{name}, {report['networks'][name]['input_shape']}" for name in report["networks"]]
+    return "\n".join(
+        (
+            "A whole training step, and the share of the neuron layers in it, on the same machine:",
+            "",
+            *markdown_table(["", *heads], rows),
+        )
+    )
+
+
+def sections() -> dict[str, str]:
+    """What stands between `<!-- name -->` and `<!-- /name -->`."""
+    makers = {"microbench": microbench, "end_to_end": end_to_end}
+    return {name: make(json.loads((RESULTS / f"{name}_cpu.json").read_text())) for name, make in makers.items()}
+
+
+def with_sections(text: str) -> str:
+    for name, content in sections().items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        assert pattern.search(text), f"README.md has no section {name}"
+        text = pattern.sub(lambda match, content=content: match[1] + content + match[2], text)
+    return text
+
+
+def main() -> int:
+    """Writes README.md."""
+    README.write_text(with_sections(README.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The benchmark of whole training steps: the shares are those of the layers, and measuring changes no result."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import end_to_end
+from benchmarks.end_to_end import NEURONS, NORMALISATION, PRODUCTS, REST, Network, OverTime, Training
+
+CPU = torch.device("cpu")
+SECONDS = 0.04  # long against what the profiler itself takes
+
+
+class Slow(torch.autograd.Function):
+    """The identity, at leisure."""
+
+    @staticmethod
+    def forward(ctx, x):
+        time.sleep(SECONDS)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(3 * SECONDS)
+        return grad
+
+
+class SlowNeuron(nn.Module):
+    """Takes `SECONDS` forward and three times that backward."""
+
+    def forward(self, x):
+        return Slow.apply(x)
+
+
+class SlowNorm(nn.BatchNorm2d):
+    """As long."""
+
+    def forward(self, x):
+        return Slow.apply(super().forward(x))
+
+
+def small(neuron):
+    return nn.Sequential(OverTime(nn.Linear(3, 4)), neuron(), OverTime(nn.Linear(4, 2)))
+
+
+def normalised(neuron):
+    first = OverTime(nn.Conv2d(1, 2, 1)), OverTime(SlowNorm(2)), neuron()
+    return nn.Sequential(*first, OverTime(nn.Flatten()), OverTime(nn.Linear(8, 2)))
+
+
+def test_time_is_booked_where_it_is_spent():
+    found = end_to_end.shares(Training(Network(small, (2, 5, 3), 2), SlowNeuron, CPU))
+    assert sum(found.values()) == pytest.approx(1)
+    assert found[NEURONS] > 0.9
+    found = end_to_end.shares(Training(Network(normalised, (2, 5, 1, 2, 2), 2), SlowNeuron, CPU))
+    assert sum(found.values()) == pytest.approx(1)
+    assert found[NEURONS] == pytest.approx(0.5, abs=0.07)
+    assert found[NORMALISATION] == pytest.approx(0.5, abs=0.07)
+    found = end_to_end.shares(Training(Network(normalised, (2, 5, 1, 2, 2), 2), nn.Identity, CPU))
+    assert found[NEURONS] < 0.1
+    assert found[NORMALISATION] > 0.9
+
+
+def test_ranges_change_no_result():
+    network = end_to_end.NETWORKS["convolutional"]._replace(input_shape=(2, 2, 3, 32, 32))
+    plain, ranged = (Training(network, lambda: end_to_end.plain("reference"), CPU) for _ in range(2))
+    assert {PRODUCTS, NORMALISATION, NEURONS, REST} == set(end_to_end.shares(ranged))
+    for _ in range(1 + end_to_end.PROFILED_STEPS):
+        plain.step()
+    for ours, theirs in zip(plain.model.parameters(), ranged.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", end_to_end.NETWORKS)
+def test_networks_train_with_every_neuron(name):
+    network = end_to_end.NETWORKS[name]
+    network = network._replace(input_shape=(3, 2, *network.input_shape[2:]))
+    for variant, neuron in end_to_end.variants(network, CPU):
+        if variant == "torch.compile":
+            continue
+        training = Training(network, neuron, CPU)
+        before = [parameter.detach().clone() for parameter in training.model.parameters()]
+        training.step()
+        training.step()  # state of one sequence must not leak into the next
+        changed = [not torch.equal(ours, old) for ours, old in zip(training.model.parameters(), before, strict=True)]
+        assert changed[-1], variant
+
+
+def test_table():
+    network = Network(small, (2, 5, 3), 2)
+    found = {
+        "reference": {"seconds": 0.2, "spread": 0.1, "peak_bytes": 5e6, "shares": {NEURONS: 0.6, REST: 0.4}},
+        "asgl_cuda cpu": {"seconds": 0.1, "spread": 0.1, "peak_bytes": 2e6, "shares": {NEURONS: 0.1, REST: 0.9}},
+    }
+    line = end_to_end.table("small", network, found).splitlines()[3]
+    assert line.split() == ["asgl_cuda", "cpu", "100.0", "10", "%", "2.0", "10", "%", "90", "%", "2"]
