@@ -92,9 +92,25 @@ def end_to_end(report: dict[str, Any]) -> str:
     )
 
 
+def smoothing(report: dict[str, Any]) -> str:
+    """Width and smoothing error, means over the layers, and both losses, at the start and at the end."""
+    rows = []
+    for run in report["runs"]:
+        first, last = run["epochs"][0], run["epochs"][-1]
+        changes = [
+            " to ".join(f"{sum(epoch[key]) / len(epoch[key]):.2f}" for epoch in (first, last))
+            for key in ("width", "smoothing_error")
+        ]
+        losses = [f"{last[key]:.3f}" for key in ("noisy_loss", "spiking_loss")]
+        rows.append([f"{run['surrogate']}, width {run['width']:g}", *changes, *losses, f"{last['accuracy']:.1%}"])
+    head = ["", "learned width", "smoothing error", "loss, noisy", "loss, spiking", "accuracy, spiking"]
+    epochs = len(report["runs"][0]["epochs"]) - 1
+    return "\n".join((f"Over {epochs} epochs on handwritten digits:", "", *markdown_table(head, rows)))
+
+
 def sections() -> dict[str, str]:
     """What stands between `<!-- name -->` and `<!-- /name -->`."""
-    makers = {"microbench": microbench, "end_to_end": end_to_end}
+    makers = {"microbench": microbench, "end_to_end": end_to_end, "smoothing": smoothing}
     return {name: make(json.loads((RESULTS / f"{name}_cpu.json").read_text())) for name, make in makers.items()}
 
 
