@@ -76,10 +76,11 @@ def test_kernel_is_compiled_once_and_then_read(cache, caplog):
 def test_damaged_file_is_compiled_again(cache, damage):
     compiled = jit.load_or_compile(jit.PROBE, "sm_90")
     (file,) = cache.iterdir()
-    whole = file.read_bytes()
-    file.write_bytes(damage(whole))
-    assert jit.load_or_compile(jit.PROBE, "sm_90") == compiled
-    assert file.read_bytes() == whole
+    file.write_bytes(damage(file.read_bytes()))
+    assert jit._read(file) is None
+    again = jit.load_or_compile(jit.PROBE, "sm_90")
+    assert again.symbol == compiled.symbol  # NVRTC gives no two images the same bits
+    assert jit._read(file) == again
 
 
 @pytest.mark.usefixtures("nvrtc")
