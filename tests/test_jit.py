@@ -79,7 +79,7 @@ def test_damaged_file_is_compiled_again(cache, damage):
     file.write_bytes(damage(file.read_bytes()))
     assert jit._read(file) is None
     again = jit.load_or_compile(jit.PROBE, "sm_90")
-    assert again.symbol == compiled.symbol  # NVRTC gives no two images the same bits
+    assert again.symbol == compiled.symbol  # the bits of two compilations need not be the same
     assert jit._read(file) == again
 
 
