@@ -184,9 +184,9 @@ def rows(size: Size, device: torch.device) -> Iterator[Row]:
             return
         # Its backward must be repeatable to be timed alone, so it may not give its buffers away.
         torch._functorch.config.donated_buffer = False
+        # Compiled for this size alone, not for any size because there was another before.
+        torch._dynamo.reset()
         for mode in (None, "max-autotune-no-cudagraphs") if device.type == "cuda" and size.peers else (None,):
-            # Compiled for this size alone, not for any size because there was another before.
-            torch._dynamo.reset()
             compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
             yield row(name if mode is None else f"{name} max-autotune", compiled, *parameters)
 
