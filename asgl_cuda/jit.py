@@ -101,6 +101,15 @@ def nvrtc_version() -> str:
     return ".".join(map(str, _nvrtc().getVersion()))
 
 
+def nvrtc_problem() -> str | None:
+    """Why there is no NVRTC, or no CuPy to call it."""
+    try:
+        nvrtc_version()
+    except (ImportError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
 @functools.cache
 def _digest_of_headers(directory: Path) -> bytes:
     digest = hashlib.sha256()
@@ -218,12 +227,10 @@ launch.implement(NAMESPACE, "CUDA", LAUNCHER)
 
 def description() -> str:
     """Where the headers, NVRTC and the cache are, as far as they are there; for people."""
-    try:
-        version = nvrtc_version()
-    except (ImportError, RuntimeError):
+    if nvrtc_problem() is not None:
         nvrtc = "NVRTC missing"
     else:
-        nvrtc = f"NVRTC {version}" + "".join(f" in {path}" for path in _loaded("libnvrtc.so"))
+        nvrtc = f"NVRTC {nvrtc_version()}" + "".join(f" in {path}" for path in _loaded("libnvrtc.so"))
     return f"headers {header_directory() or 'missing'}, {nvrtc}, cache {cache_directory()}"
 
 
@@ -293,10 +300,9 @@ def _problem_of_compilation() -> str | None:
             f"{HEADER}, which was installed with asgl_cuda, is gone. "
             "To install it again: pip install --force-reinstall --no-deps asgl_cuda"
         )
-    try:
-        nvrtc_version()
-    except RuntimeError as error:
-        return f"NVRTC, which compiles the kernels, is missing ({error}). To install it: {install_command()}"
+    missing = nvrtc_problem()
+    if missing is not None:
+        return f"NVRTC, which compiles the kernels, is missing ({missing}). To install it: {install_command()}"
     device = torch.device("cuda", torch.cuda.current_device())
     try:
         LAUNCHER.load(device, PROBE)

@@ -13,12 +13,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from asgl_cuda.launch import SCALARS
 from asgl_cuda.surrogate import SURROGATES
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 
-_DTYPES = {"float": "float32", "double": "float64", "asgl::Half": "float16", "asgl::BFloat16": "bfloat16"}
+_DTYPES = {scalar: str(dtype).removeprefix("torch.") for dtype, scalar in SCALARS.items()}
 _SURROGATES = {f"(asgl::Surrogate){surrogate.id}": name for name, surrogate in SURROGATES.items()}
 # What is left of the template arguments when type, surrogate and reset are taken away.
 _KINDS = {

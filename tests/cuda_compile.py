@@ -265,14 +265,6 @@ def kernels_asked_for() -> list[str]:
     return names
 
 
-def why_no_nvrtc() -> str | None:
-    try:
-        jit.nvrtc_version()
-    except (ImportError, RuntimeError) as error:
-        return str(error)
-    return None
-
-
 def compile_by_nvrtc(architecture: int, kernels: list[str]) -> dict[str, Usage]:
     """By symbol."""
     _, log = jit.compile_kernels(kernels, f"sm_{architecture}", "-Xptxas=-v")
@@ -343,7 +335,7 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: one a core)")
     arguments = parser.parse_args()
-    if arguments.update and (arguments.architectures or why_no_nvrtc()):
+    if arguments.update and (arguments.architectures or jit.nvrtc_problem()):
         parser.error("--update needs all architectures, and NVRTC")
     nvcc = Nvcc.find()
     if nvcc is None:
@@ -387,7 +379,7 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
                 found = code_problems(kernel, codes[symbols[kernel]])
                 problems += [f"{kernel}, sm_{architecture}: {problem}" for problem in found]
     rows = rows_of(resources)
-    reason = why_no_nvrtc()
+    reason = jit.nvrtc_problem()
     if reason is not None:
         print(f"NVRTC: SKIPPED, {reason}: pip install cupy-cuda13x nvidia-cuda-nvrtc")
     else:

@@ -28,12 +28,9 @@ BACKWARD = launch.backward_kernel(torch.float32, 0, True, 4, True, 4)
 
 @pytest.fixture
 def nvrtc():
-    module = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="CuPy is not installed")
-    try:
-        module.getVersion()
-    except RuntimeError as error:
-        pytest.skip(f"no NVRTC: {error}")
-    return module
+    missing = jit.nvrtc_problem()
+    if missing is not None:
+        pytest.skip(f"no NVRTC: {missing}")
 
 
 @pytest.fixture

@@ -74,11 +74,10 @@ def host_compiler(text: str) -> str:
 
 def nvrtc(text: str) -> str:
     """What NVRTC has to say against it."""
-    nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="CuPy is not installed")
-    try:
-        nvrtc.getVersion()
-    except RuntimeError as error:
-        pytest.skip(f"no NVRTC: {error}")
+    missing = jit.nvrtc_problem()
+    if missing is not None:
+        pytest.skip(f"no NVRTC: {missing}")
+    nvrtc = jit._nvrtc()
     program = nvrtc.createProgram(OFFSETOF + text, "layout.cu", (), ())
     try:
         nvrtc.compileProgram(program, (*jit.OPTIONS, "--gpu-architecture=compute_80", f"-I{CSRC}"))

@@ -29,7 +29,7 @@ def test_every_peer_is_there_or_named():
 
 
 def test_peers_emit_the_same_spikes():
-    microbench.check_peers(CPU, torch.float32)
+    microbench.check_peers(CPU)
 
 
 def test_another_neuron_is_refused(monkeypatch):
@@ -38,13 +38,13 @@ def test_another_neuron_is_refused(monkeypatch):
 
     monkeypatch.setattr(microbench, "installed_peers", lambda device: ([peers.Peer("wrong 1.0", fire_always, {})], []))
     with pytest.raises(RuntimeError, match=r"wrong 1\.0 emits other spikes than asgl_cuda\.lif, at \d+ elements"):
-        microbench.check_peers(CPU, torch.float32)
+        microbench.check_peers(CPU)
 
 
 def test_another_loop_is_refused(monkeypatch):
     monkeypatch.setattr(microbench, "asgl_loop", lambda x, width, p, mask: peers.asgl_loop(x, width, p, ~mask))
     with pytest.raises(RuntimeError, match=f"{LOOP} emits other spikes"):
-        microbench.check_peers(CPU, torch.float32)
+        microbench.check_peers(CPU)
 
 
 def test_loop_draws_its_masks():
