@@ -1,8 +1,8 @@
 """Training steps of three networks with their neuron layers swapped: how long, where the time goes, how much memory.
 
 A step is forward, loss, backward and optimiser. All variants take turns within each repeat; the median is reported.
-Where the time goes is taken from the profiler, in a run of its own: every layer opens a range in forward and, by an
-identity before and after it, in backward.
+Where the time goes is taken from the profiler, in a run of its own: hooks of every layer open a range in forward and in
+backward.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .microbench import MOST_STEPS_TO_COMPILE, fused_backends, machine
 ANALOG_PROB = 0.2
 NEURONS, PRODUCTS, NORMALISATION, REST = "neuron layers", "convolutions and linear", "normalisation", "the rest"
 CATEGORIES = (NEURONS, PRODUCTS, NORMALISATION)
-PROFILED_STEPS = 5
+PROFILED_STEPS = 20
 
 MakeNeuron = Callable[[], nn.Module]
 
@@ -157,10 +157,21 @@ class Training:
 
 
 class Ranges:
-    """The profiler's ranges that are open in backward: one at most, since the networks are chains."""
+    """The profiler's range that is open: one at most, since the networks are chains."""
 
     def __init__(self) -> None:
         self._open: Any = None
+
+    def watch(self, layer: nn.Module, name: str) -> None:
+        """A range in forward and in backward, where that of the layer before it in the network ends it."""
+
+        def after(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            self.end()
+            if output is not inputs[0]:  # else there is nothing for it to do in backward
+                output.register_hook(lambda grad: self.begin(name))
+
+        layer.register_forward_pre_hook(lambda *_: self.begin(name))
+        layer.register_forward_hook(after)
 
     def begin(self, name: str) -> None:
         self.end()
@@ -173,54 +184,24 @@ class Ranges:
             self._open = None
 
 
-class Mark(torch.autograd.Function):
-    """The identity; in backward it calls a function."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[[], None]) -> Tensor:
-        ctx.function = function
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.function()
-        return grad, None
-
-
-class Ranged(nn.Module):
-    """A layer with a range in forward and in backward."""
-
-    def __init__(self, layer: nn.Module, name: str, ranges: Ranges) -> None:
-        super().__init__()
-        self.layer, self.name, self.ranges = layer, name, ranges
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = Mark.apply(x, self.ranges.end)
-        with torch.profiler.record_function(self.name):
-            y = self.layer(x)
-        return Mark.apply(y, lambda: self.ranges.begin(self.name))
-
-
-def category(layer: nn.Module) -> str | None:
+def category(layer: nn.Module) -> str:
     inner = layer.layer if isinstance(layer, OverTime) else layer
     if isinstance(inner, (nn.Linear, nn.Conv2d)):
         return PRODUCTS
     if isinstance(inner, nn.BatchNorm2d):
         return NORMALISATION
-    return None if isinstance(inner, (nn.AvgPool2d, nn.Flatten)) else NEURONS
+    return REST if isinstance(inner, (nn.AvgPool2d, nn.Flatten)) else NEURONS
 
 
 def shares(training: Training) -> dict[str, float]:
     """The share of each category in the time of a step."""
     ranges = Ranges()
-    for place, layer in enumerate(training.model):
-        name = category(layer)
-        if name is not None:
-            training.model[place] = Ranged(layer, name, ranges)
+    for layer in training.model:
+        ranges.watch(layer, category(layer))
 
     def step() -> None:
         training.step()
-        ranges.end()  # of the first layer, whose input needs no gradient
+        ranges.end()  # of the first layer
 
     step()
     cuda = training.device.type == "cuda"

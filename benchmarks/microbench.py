@@ -209,9 +209,9 @@ def rows(size: Size, device: torch.device) -> Iterator[Row]:
         yield row(f"{PLAIN}{peer.name}", peer.spikes)
 
 
-def check_peers(device: torch.device, dtype: torch.dtype) -> None:
+def check_peers(device: torch.device) -> None:
     """All rows do the same work: the others' spikes are ours, but where a potential is as good as at the threshold."""
-    x_seq = torch.randn(20, 4096, device=device, dtype=dtype)
+    x_seq = torch.randn(20, 4096, device=device)
     state = torch.tensor([1, 2], device=device)
     mask = asgl_cuda.analog_mask(x_seq, ANALOG_PROB, state)
     width = torch.ones((), device=device)
@@ -471,7 +471,7 @@ def main() -> int:
     missing = installed_peers(device)[1]
     if missing:
         print(f'not installed: {", ".join(missing)} (pip install ".[bench]")')
-    check_peers(device, torch.float32)
+    check_peers(device)
     print("the spikes of the author's loop and of each peer are ours\n", flush=True)
     report: dict[str, Any] = {"machine": about, "analog_prob": ANALOG_PROB, "cold": arguments.cold, "sizes": []}
 
