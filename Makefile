@@ -49,7 +49,8 @@ $(VENV)/created:
 	@echo "Making a virtual environment in $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing PyTorch: a large download the first time"
-	@$(PIP) install "setuptools>=77" "torch>=2.6" ninja
+	@# Norse comes as source, and is built without isolation, like asgl_cuda: what it is built with must be there.
+	@$(PIP) install "setuptools>=77" "setuptools-scm>=8" "torch>=2.6" ninja
 	@touch $@
 
 $(VENV)/built: $(VENV)/created setup.py pyproject.toml MANIFEST.in $(wildcard csrc/*)

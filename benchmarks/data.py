@@ -1,0 +1,327 @@
+"""Data of the four kinds that the paper tests: for each a set that needs no download, and real ones from a folder.
+
+Every set is `Data`, whatever it was made from.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.nn import functional
+
+from .demo import load_data as load_digits
+
+SPLIT_SEED = 0  # of every set that comes in one piece
+
+
+class Data(NamedTuple):
+    """Samples `[N, T, ...]`, float32 or, where they count events, uint8; T = 1 where a sample does not change in time.
+
+    Images are `[N, T, C, H, W]`. Labels are int64, from 0.
+    """
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    augment: Callable[[Tensor], Tensor] | None = None  # of one training sample
+
+    @property
+    def classes(self) -> int:
+        return int(self.train_labels.max()) + 1
+
+
+def in_parts(samples: Tensor, labels: Tensor) -> Data:
+    """A fifth of it to test on, with the classes in equal shares."""
+    split = train_test_split(samples, labels, test_size=0.2, stratify=labels, random_state=SPLIT_SEED)
+    train, test, train_labels, test_labels = split
+    return Data(train, train_labels, test, test_labels)
+
+
+def standardised(data: Data) -> Data:
+    """Every feature with mean 0 and deviation 1 over the training samples and their time."""
+    mean, deviation = data.train.mean((0, 1)), data.train.std((0, 1)).clamp(min=1e-6)
+    return data._replace(train=(data.train - mean) / deviation, test=(data.test - mean) / deviation)
+
+
+# ---- static images ----
+
+
+def digits() -> Data:
+    """Handwritten digits of 8 x 8, which scikit-learn carries."""
+    train, test, train_labels, test_labels = load_digits(SPLIT_SEED)
+    images = (part.reshape(-1, 1, 1, 8, 8) for part in (train, test))
+    train, test = images
+    return Data(train, train_labels, test, test_labels)
+
+
+def cifar(root: Path, classes: int) -> Data:
+    """CIFAR-10 or CIFAR-100; in training shifted by up to 4 pixels and mirrored."""
+    from torchvision import datasets, transforms
+
+    parts = []
+    for train in (True, False):
+        part = getattr(datasets, f"CIFAR{classes}")(str(root), train=train)
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2)[:, None] / 255
+        parts += [images, torch.tensor(part.targets)]
+    mean, deviation = (
+        torch.stack([statistic(parts[0][:, :, channel]) for channel in range(3)]).reshape(3, 1, 1)
+        for statistic in (torch.mean, torch.std)
+    )
+    parts[0], parts[2] = ((images - mean) / deviation for images in (parts[0], parts[2]))
+    augment = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()])
+    return Data(*parts, augment)
+
+
+# ---- dynamic event streams ----
+
+SACCADE = ((0.0, 0.0), (2.0, 1.0), (0.0, 2.0), (0.0, 0.0))  # the corners of the eye's path, in pixels
+SACCADE_FRAMES = 2  # for each of the three movements
+MOVES_A_FRAME = 4
+CONTRAST = 0.25  # of the logarithm of the intensity: what sets off an event
+DARKEST = 0.1
+
+
+def saccade_events(images: Tensor) -> Tensor:
+    """What an event camera sees of `images` `[N, 1, H, W]`, 0 to 1, that move through its view in three saccades.
+
+    A pixel remembers the logarithm of the intensity at its last event. Whenever that has changed by `CONTRAST`, it
+    emits an event, ON for brighter, OFF for darker. Counts `[N, T, 2, H, W]`, uint8, as N-MNIST was recorded (Orchard,
+    Jayawant, Cohen, Thakor: Converting Static Image Datasets to Spiking Neuromorphic Datasets Using Saccades, 2015).
+    """
+    corners = torch.tensor(SACCADE)
+    moves = SACCADE_FRAMES * MOVES_A_FRAME
+    shares = torch.arange(1, moves + 1)[:, None] / moves
+    path = torch.cat([start + shares * (end - start) for start, end in pairwise(corners)])
+
+    def seen(at: Tensor) -> Tensor:
+        """The logarithm of the intensity, with the images shifted by `at` pixels."""
+        height, width = images.shape[-2:]
+        shift = torch.tensor([[1, 0, -2 * at[0] / width], [0, 1, -2 * at[1] / height]], dtype=images.dtype)
+        grid = functional.affine_grid(shift.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+        return (functional.grid_sample(images, grid, align_corners=False)[:, 0] + DARKEST).log()
+
+    remembered = seen(corners[0])
+    counts = torch.zeros(len(images), len(path) // MOVES_A_FRAME, 2, *images.shape[-2:], dtype=torch.uint8)
+    for number, at in enumerate(path):
+        events = ((seen(at) - remembered) / CONTRAST).trunc()
+        remembered += events * CONTRAST
+        frame = counts[:, number // MOVES_A_FRAME]
+        frame[:, 0] += events.clamp(min=0).to(torch.uint8)
+        frame[:, 1] += (-events).clamp(min=0).to(torch.uint8)
+    return counts
+
+
+def digit_saccades() -> Data:
+    """The digits, enlarged to 16 x 16 with a margin and moved before an event camera."""
+    data = digits()
+
+    def events(samples: Tensor) -> Tensor:
+        enlarged = functional.interpolate(samples[:, 0], size=(12, 12), mode="bilinear")
+        return saccade_events(functional.pad(enlarged, (1, 3, 1, 3)))
+
+    return data._replace(train=events(data.train), test=events(data.test))
+
+
+def frames(dataset: Any) -> tuple[Tensor, Tensor]:
+    """All samples of a data set of tonic whose transform makes frames, and their labels."""
+    samples, labels = [], []
+    for sample, label in (dataset[index] for index in range(len(dataset))):
+        samples.append(torch.from_numpy(sample).clamp(max=255).to(torch.uint8))
+        labels.append(int(label))
+    return torch.stack(samples), torch.tensor(labels)
+
+
+def event_camera(root: Path, name: str, time_bins: int, side: int | None = None) -> Data:
+    """A recording that tonic reads, in frames `[T, 2, H, W]`, of `side` by `side` pixels or of what the sensor has."""
+    import tonic
+
+    dataset = getattr(tonic.datasets, name)
+    width, height, polarities = dataset.sensor_size
+    steps: list[Any] = []
+    if side is not None:
+        steps.append(tonic.transforms.Downsample(spatial_factor=side / width))
+        width = height = side
+    steps.append(tonic.transforms.ToFrame(sensor_size=(width, height, polarities), n_time_bins=time_bins))
+    load = partial(dataset, str(root), transform=tonic.transforms.Compose(steps))
+    if name == "CIFAR10DVS":  # comes in one piece
+        return in_parts(*frames(load()))
+    return Data(*frames(load(train=True)), *frames(load(train=False)))
+
+
+# ---- speech ----
+
+
+def vowels() -> Data:
+    """JapaneseVowels, which aeon carries: nine speakers by 12 cepstral coefficients over 7 to 29 frames, then zeros."""
+    from aeon.datasets import load_japanese_vowels
+
+    parts = [load_japanese_vowels(split) for split in ("train", "test")]
+    longest = max(series.shape[1] for samples, _ in parts for series in samples)
+    mean, deviation = (
+        statistic(np.concatenate(parts[0][0], axis=1), axis=1)[:, None] for statistic in (np.mean, np.std)
+    )
+    tensors = []
+    for samples, labels in parts:
+        padded = [np.pad((series - mean) / deviation, ((0, 0), (0, longest - series.shape[1]))).T for series in samples]
+        tensors += [torch.tensor(np.array(padded), dtype=torch.float32), torch.tensor(labels.astype(int) - 1)]
+    return Data(*tensors)
+
+
+def spiking_heidelberg_digits(root: Path) -> Data:
+    """SHD: spikes of 700 auditory nerve fibres, in 100 frames."""
+    import tonic
+
+    frame = tonic.transforms.ToFrame(sensor_size=tonic.datasets.SHD.sensor_size, n_time_bins=100)
+    parts = [frames(tonic.datasets.SHD(str(root), train=train, transform=frame)) for train in (True, False)]
+    return Data(*(value for samples, labels in parts for value in (samples.flatten(2), labels)))
+
+
+# ---- sounds ----
+
+RATE = 16000  # samples a second
+HOP = 512  # samples a frame
+BANDS = 40
+
+
+def spectrogram(sound: NDArray[np.float32]) -> Tensor:
+    """The logarithm of the power in `BANDS` bands of the mel scale, `[T, BANDS]`, one frame for every `HOP` samples."""
+    import librosa
+
+    with warnings.catch_warnings(category=UserWarning, action="ignore"):  # the lowest bands are narrower than a bin
+        power = librosa.feature.melspectrogram(
+            y=sound, sr=RATE, n_fft=2 * HOP, hop_length=HOP, n_mels=BANDS, center=False
+        )
+    return torch.from_numpy(np.log(power.T + 1e-3))
+
+
+class Instrument(NamedTuple):
+    """A sound: amplitudes of the harmonics, seconds of attack, rate of decay, and vibrato in semitones."""
+
+    harmonics: tuple[float, ...]
+    attack: float
+    decay: float  # 1 / s; that of a higher harmonic is as much greater as `damping` says
+    damping: float
+    vibrato: float
+
+
+INSTRUMENTS = {
+    "flute": Instrument((1, 0.5, 0.2, 0.1, 0.05), 0.08, 0.5, 0, 0.4),
+    "clarinet": Instrument((1, 0.05, 0.7, 0.1, 0.5, 0.1, 0.3, 0.1, 0.2), 0.05, 0.5, 0, 0.05),
+    "violin": Instrument((1, 0.8, 0.6, 0.5, 0.5, 0.4, 0.3, 0.3, 0.2), 0.06, 0.5, 0, 0.5),
+    "trumpet": Instrument((0.5, 0.8, 1, 0.9, 0.7, 0.5, 0.4, 0.3, 0.2), 0.03, 0.5, 0, 0.15),
+    "piano": Instrument((1, 0.6, 0.35, 0.25, 0.2, 0.1, 0.1, 0.05, 0.05), 0.005, 4, 0.1, 0),
+    "guitar": Instrument((1, 0.7, 0.5, 0.4, 0.2, 0.2, 0.1, 0.1, 0.1), 0.005, 5, 0.5, 0),
+}
+TONES = 400  # of each instrument
+TONE_FRAMES = 16
+VIBRATO_RATE = 5.5  # Hz
+
+
+def tone(instrument: Instrument, rng: np.random.Generator) -> NDArray[np.float32]:
+    """One note of random pitch, length, loudness, timbre and noise, somewhere in `TONE_FRAMES` frames."""
+    time = np.arange((TONE_FRAMES + 1) * HOP) / RATE
+    pitch = 220 * 2 ** rng.uniform(0, 2)
+    length, start = rng.uniform(0.2, 0.45), rng.uniform(0, 0.05)
+    since = np.maximum(time - start, 0)
+    bend = 2 ** (instrument.vibrato / 12 * np.sin(2 * np.pi * (VIBRATO_RATE * time + rng.uniform())))
+    phase = 2 * np.pi * np.cumsum(pitch * bend) / RATE
+    sound = np.zeros_like(time)
+    for number, amplitude in enumerate(instrument.harmonics, start=1):
+        if number * pitch < RATE / 2.5:  # and with vibrato still below half the rate
+            fading = np.exp(-instrument.decay * (1 + instrument.damping * (number - 1)) * since)
+            sound += amplitude * rng.lognormal(0, 0.3) * fading * np.sin(number * phase + rng.uniform(0, 2 * np.pi))
+    envelope = np.minimum(since / instrument.attack, 1) * np.clip((start + length - time) / 0.05, 0, 1)
+    sound *= envelope
+    noise = 10 ** rng.uniform(-1.5, -0.5) * np.sqrt(np.mean(sound**2))
+    return (rng.uniform(0.2, 1) * (sound + noise * rng.standard_normal(len(time)))).astype(np.float32)
+
+
+def tones() -> Data:
+    """Notes of six instruments, made from their harmonics, envelopes and vibrato."""
+    rng = np.random.default_rng(SPLIT_SEED)
+    samples = [spectrogram(tone(instrument, rng)) for instrument in INSTRUMENTS.values() for _ in range(TONES)]
+    labels = torch.arange(len(INSTRUMENTS)).repeat_interleave(TONES)
+    return standardised(in_parts(torch.stack(samples), labels))
+
+
+RECORDED_FRAMES = 31  # a second
+
+
+def recordings(folder: Path) -> Data:
+    """The first second of WAV files, in one subfolder for each label, as Speech Commands is laid out.
+
+    Those that a file `testing_list.txt` names are to test on; without that file, a fifth of all. Subfolders whose name
+    begins with _ are left out.
+    """
+    import librosa
+
+    labels = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("_"))
+    files = [(file, number) for number, label in enumerate(labels) for file in sorted((folder / label).glob("*.wav"))]
+    if not files:
+        raise FileNotFoundError(f"{folder} must have a subfolder of .wav files for each label, found {labels}")
+    samples = []
+    for file, _ in files:
+        sound, _ = librosa.load(file, sr=RATE, duration=(RECORDED_FRAMES + 1) * HOP / RATE)
+        samples.append(spectrogram(librosa.util.fix_length(sound, size=(RECORDED_FRAMES + 1) * HOP)))
+    all_samples, all_labels = torch.stack(samples), torch.tensor([number for _, number in files])
+    listed = folder / "testing_list.txt"
+    if not listed.exists():
+        return standardised(in_parts(all_samples, all_labels))
+    names = set(listed.read_text().split())
+    tested = torch.tensor([f"{file.parent.name}/{file.name}" in names for file, _ in files])
+    return standardised(Data(all_samples[~tested], all_labels[~tested], all_samples[tested], all_labels[tested]))
+
+
+# ---- all of them ----
+
+
+class Source(NamedTuple):
+    """Where a set comes from: a function without arguments, or of `folder` (one name or more) in the data root."""
+
+    kind: str
+    load: Callable[..., Data]
+    folder: str | None = None
+    in_root: bool = False  # the loader finds its folder in the root itself
+
+    def read(self, root: Path | None) -> Data:
+        """Raises FileNotFoundError where the data is not below `root`."""
+        if self.folder is None:
+            return self.load()
+        if root is None or not (root / self.folder).is_dir():
+            raise FileNotFoundError(f"expected a folder {self.folder} in the data root, which is {root}")
+        return self.load(root if self.in_root else root / self.folder)
+
+
+IMAGES, EVENTS, SPEECH, MUSIC = KINDS = ("static images", "event streams", "speech", "instrumental sounds")
+SOURCES = {
+    "digits": Source(IMAGES, digits),
+    "digit_saccades": Source(EVENTS, digit_saccades),
+    "vowels": Source(SPEECH, vowels),
+    "tones": Source(MUSIC, tones),
+    "cifar10": Source(IMAGES, partial(cifar, classes=10), "cifar-10-batches-py", True),
+    "cifar100": Source(IMAGES, partial(cifar, classes=100), "cifar-100-python", True),
+    "nmnist": Source(EVENTS, partial(event_camera, name="NMNIST", time_bins=10), "NMNIST", True),
+    "cifar10_dvs": Source(EVENTS, partial(event_camera, name="CIFAR10DVS", time_bins=10, side=32), "CIFAR10DVS", True),
+    "dvs_gesture": Source(EVENTS, partial(event_camera, name="DVSGesture", time_bins=16, side=32), "DVSGesture", True),
+    "shd": Source(SPEECH, spiking_heidelberg_digits, "SHD", True),
+    "speech_commands": Source(SPEECH, recordings, "SpeechCommands/speech_commands_v0.02"),
+    "instruments": Source(MUSIC, recordings, "instruments"),
+}
+
+
+def available(root: Path | None) -> Iterator[str]:
+    """Those that need no download, and those whose folder is in `root`."""
+    for name, source in SOURCES.items():
+        if source.folder is None or (root is not None and (root / source.folder).is_dir()):
+            yield name
