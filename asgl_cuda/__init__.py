@@ -3,6 +3,7 @@
 from ._version import __version__
 from .backends import available_backends, unavailable_backends
 from .functional import LIFOutput, analog_mask, lif
+from .interop import convert, revert
 from .neuron import LIF
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "__version__",
     "analog_mask",
     "available_backends",
+    "convert",
     "lif",
+    "revert",
     "unavailable_backends",
 ]

@@ -18,7 +18,7 @@ _CALLER = "asgl_cuda.LIF"
 Granularity = Literal["layer", "channel", "neuron"]
 
 
-def _bounded(value: Tensor) -> Tensor:
+def bounded(value: Tensor) -> Tensor:
     """The value in float32, kept within 15 of 0 without stopping its gradient.
 
     exp and sigmoid then stay positive, finite and below 1, whatever an optimizer's step has done.
@@ -129,12 +129,12 @@ class LIF(nn.Module):
     @property
     def width(self) -> Tensor | float:
         """The width, in units of the input: a tensor of the granularity's shape if learned."""
-        return self._width if self.log_width is None else _bounded(self.log_width).exp()
+        return self._width if self.log_width is None else bounded(self.log_width).exp()
 
     @property
     def decay(self) -> Tensor | float:
         """The decay per step: a tensor of the granularity's shape if learned."""
-        return self._decay if self.logit_decay is None else _bounded(self.logit_decay).sigmoid()
+        return self._decay if self.logit_decay is None else bounded(self.logit_decay).sigmoid()
 
     @property
     def v_threshold(self) -> Tensor | float:

@@ -65,8 +65,10 @@ def empty_state(x_seq: Tensor, time_dim: int) -> Tensor:
     """As Layout::empty_state of csrc/ops.h: x_seq's shape and memory order without time."""
     order = [dim - (dim > time_dim) for dim in memory_order(x_seq, time_dim) if dim != time_dim]
     sizes = state_shape(x_seq, time_dim)
-    state = x_seq.new_empty([sizes[dim] for dim in order], dtype=real_type(x_seq.dtype))
-    return state.permute([order.index(dim) for dim in range(len(order))])
+    strides = [1] * len(sizes)
+    for inner, outer in zip(reversed(order), reversed(order[:-1]), strict=False):
+        strides[outer] = strides[inner] * max(sizes[inner], 1)
+    return x_seq.new_empty_strided(sizes, strides, dtype=real_type(x_seq.dtype))  # no view: see csrc/ops.h
 
 
 def _fake_draw_rng_state(fresh: Tensor) -> Tensor:

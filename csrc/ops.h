@@ -11,6 +11,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <optional>
@@ -93,7 +94,7 @@ class Layout {
 
   // A sequence whose memory is ordered as x_seq's.
   Tensor empty_sequence(const at::TensorOptions& options) const {
-    return unpermute(at::empty(permuted(sizes_, order_), options), order_);
+    return empty(sizes_, order_, options);
   }
 
   Tensor match_sequence(const Tensor& tensor) const {
@@ -104,8 +105,7 @@ class Layout {
 
   // A tensor of x_seq's shape without time, its memory ordered as the neurons are numbered.
   Tensor empty_state(const at::TensorOptions& options) const {
-    const auto order = state_order();
-    return unpermute(at::empty(permuted(state_sizes(), order), options), order);
+    return empty(state_sizes(), state_order(), options);
   }
 
   Tensor match_state(const Tensor& tensor) const {
@@ -126,10 +126,17 @@ class Layout {
     for (int64_t& dim : order) dim -= dim > time_dim_;
     return order;
   }
-  static std::vector<int64_t> permuted(const std::vector<int64_t>& sizes, const std::vector<int64_t>& order) {
-    std::vector<int64_t> result;
-    for (const int64_t dim : order) result.push_back(sizes[dim]);
-    return result;
+  // Its memory goes through the dimensions in `order`, outermost first. It is no view, as a permuted tensor would be:
+  // autograd lets nobody change or detach a view in place.
+  static Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& order,
+                      const at::TensorOptions& options) {
+    std::vector<int64_t> strides(sizes.size());
+    int64_t stride = 1;
+    for (auto dim = order.rbegin(); dim != order.rend(); ++dim) {
+      strides[*dim] = stride;
+      stride *= std::max<int64_t>(sizes[*dim], 1);
+    }
+    return at::empty_strided(sizes, strides, options);
   }
   static Tensor unpermute(const Tensor& tensor, const std::vector<int64_t>& order) {
     std::vector<int64_t> inverse(order.size());

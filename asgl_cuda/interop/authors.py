@@ -1,0 +1,85 @@
+"""The code that the authors of ASGL published: `LIFLayer` with a `LIFCell` and an `EfficientNoisySpikeII`.
+
+    h = sigmoid(decay) v + x;  u = h - thresh;  v = h - thresh s, or h (1 - s) + vreset s;  the output is thresh s
+    InvRectangle: 1 / width = exp(alpha);  InvSigmoid: 1 / width = alpha;  p is the share of analog elements
+
+It is no package, so a layer is known by the names of its class and of its parts. The noise is another: whether an
+element is analog is drawn by asgl_cuda, with the same probability.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .fused import Fused, Settings, SpikeFunction
+
+_SURROGATES = {"InvRectangle": "rectangle", "InvSigmoid": "sigmoid"}
+
+
+class FusedLIFLayer(Fused):
+    """All steps in one call. Width and share of analog elements stay where the authors keep them."""
+
+    def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
+        self.settings = settings
+        self.log_width = None
+
+    def end(self) -> None:
+        del self.settings, self.log_width
+        self.__class__ = self.original  # type: ignore[assignment]
+
+    @property
+    def analog_prob(self) -> float:
+        """`p` of the noisy spike; 0 for `EfficientNoisySpike`, which has none."""
+        return float(getattr(self.cell.spike_fn, "p", 0.0))
+
+    @analog_prob.setter
+    def analog_prob(self, value: float) -> None:
+        self.cell.spike_fn.p = value
+
+    @property
+    def width(self) -> Tensor | float:
+        alpha = self.cell.spike_fn.inv_sg.alpha
+        if self.settings.spike.surrogate == "rectangle":
+            return torch.as_tensor(-alpha).exp()
+        return 1 / torch.as_tensor(alpha)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cell = self.cell
+        for name in ("reset", "reset2"):  # of one version of the code and of another
+            getattr(cell, name, lambda: None)()
+        surrogate = cell.spike_fn.inv_sg
+        if surrogate.learnable and not isinstance(surrogate.alpha, nn.Parameter):
+            surrogate(torch.zeros_like(x[0]))  # makes its parameter when it first sees an input
+        output = self.lif(
+            x[: self.nb_steps],
+            decay=torch.as_tensor(cell.decay).sigmoid(),
+            v_threshold=cell.thresh,
+            v_reset=cell.vreset,
+            scale_output=True,
+        )
+        if getattr(self, "retain_v", False):
+            self.vmem = output.v_last
+        return output.s_seq
+
+
+def find(layer: nn.Module) -> tuple[type[Fused], SpikeFunction] | str | None:
+    """What fuses `layer`, and its spike function; or why it is left; None where it is no layer of that code."""
+    cell: Any = getattr(layer, "cell", None)
+    if type(layer).__name__ != "LIFLayer" or type(cell).__name__ != "LIFCell" or not hasattr(cell, "spike_fn"):
+        return None
+    spike = cell.spike_fn
+    if type(spike).__name__ not in ("EfficientNoisySpike", "EfficientNoisySpikeII"):
+        return (
+            f"its spike function is no EfficientNoisySpike but {getattr(spike, '__qualname__', type(spike).__name__)}"
+        )
+    if type(spike.inv_sg).__name__ not in _SURROGATES:
+        return f"its surrogate is {type(spike.inv_sg).__name__}; known are {' and '.join(_SURROGATES)}"
+    if not getattr(spike, "spike", True):
+        return "it emits smooth values in evaluation (spike=False)"
+    for flag in ("use_gate", "return_noreset_v"):
+        if getattr(cell, flag, False):
+            return f"it has {flag}=True"
+    return FusedLIFLayer, SpikeFunction(_SURROGATES[type(spike.inv_sg).__name__], 1.0, 1.0, False)

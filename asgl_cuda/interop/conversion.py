@@ -1,0 +1,204 @@
+"""`convert` and `revert`: neuron layers of other libraries on the fused neuron, and back."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import BACKENDS
+from ..checks import check_analog_prob, check_number, check_surrogate, check_width
+from . import authors
+from .fused import Fused, Settings, SpikeFunction, fires_strictly, fused_class, identify
+
+_CALLER = "asgl_cuda.convert"
+
+# Files of this folder, and the module that is imported where a model may hold the library's layers.
+_LIBRARIES = {
+    "spikingjelly": "spikingjelly.activation_based",
+    "snntorch": "snntorch",
+    "norse": "norse.torch",
+    "sinabs": "sinabs.layers",
+}
+
+
+class Replaced(NamedTuple):
+    """A layer that was converted: where it is, its class, and what computes it now."""
+
+    path: str
+    layer: str
+    by: str
+
+
+class Left(NamedTuple):
+    """A neuron layer, or a value, that could not be converted: where, its class, and why."""
+
+    path: str
+    layer: str
+    reason: str
+
+
+class Report(NamedTuple):
+    """What `convert` or `revert` did. `print` shows it as a table."""
+
+    replaced: list[Replaced]
+    left: list[Left]
+
+    def __str__(self) -> str:
+        rows = [(row.path or "(the model)", row.layer, row.by) for row in self.replaced]
+        rows += [(row.path or "(the model)", row.layer, f"left: {row.reason}") for row in self.left]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+        lines = [f"{path:<{widths[0]}}  {layer:<{widths[1]}}  {text}" for path, layer, text in rows]
+        return "\n".join([f"{len(self.replaced)} layers replaced, {len(self.left)} left", *lines])
+
+
+class _ASGL(NamedTuple):
+    """The argument `asgl` of `convert`."""
+
+    surrogate: str | None
+    width: float | None
+    analog_prob: float
+    learn_width: bool
+
+
+def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
+    if asgl is None:
+        return None
+    defaults = {"surrogate": None, "width": None, "analog_prob": 0.2, "learn_width": True}
+    if unknown := set(asgl) - set(defaults):
+        raise TypeError(f"{_CALLER}: asgl may have {', '.join(defaults)}, got {', '.join(sorted(unknown))}")
+    found = _ASGL(**{**defaults, **asgl})
+    if found.width is not None:
+        check_width(check_number("width", found.width, _CALLER), _CALLER)
+    check_analog_prob(found.analog_prob, _CALLER)
+    if found.surrogate is not None:
+        check_surrogate(found.surrogate, _CALLER)
+    return found
+
+
+def _libraries() -> Iterator[Any]:
+    yield authors
+    for name, module in _LIBRARIES.items():
+        if module in sys.modules:
+            yield importlib.import_module(f".{name}", __package__)
+
+
+def convert(
+    model: nn.Module, *, asgl: Mapping[str, Any] | None = None, inplace: bool = False, backend: str | None = None
+) -> tuple[nn.Module, Report]:
+    """The model with its neuron layers computed by the fused neuron, and a report of what was replaced and what left.
+
+    Known are SpikingJelly's `IFNode`, `LIFNode` and `ParametricLIFNode`, snnTorch's `Leaky`, Norse's `LIFBoxCell`,
+    sinabs' `LIF` and `IAF` with their Squeeze forms, and `LIFLayer` of the code that the authors of ASGL published. A
+    converted layer gives the same spikes, states and gradients as before; it keeps its parameters, with their names,
+    its state and its place among the library's classes, so that an optimizer, a state dict and functions like
+    SpikingJelly's `reset_net` go on working. What it holds is read at each call, but for its surrogate, which is read
+    here. Layers that can't be represented exactly are left as they are, and the report says why.
+
+    Args:
+        model: any module, also a neuron layer itself.
+        asgl: makes the replaced layers ASGL layers: a mapping with `width` (at the start; default: that of the layer's
+            own surrogate), `analog_prob` (default 0.2), `learn_width` (default True) and `surrogate` (default: the
+            layer's own). The width is then a new parameter `log_width` of each layer, for the optimizer to know. Layers
+            of the authors' code are ASGL layers as they are; they keep their own width and share of analog elements.
+        inplace: convert the model itself and not a copy; optimizers then hold its parameters already.
+        backend: of all layers, see `asgl_cuda.lif`.
+
+    Raises TypeError or ValueError for arguments that are not as described; the model is then unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{_CALLER}: model must be a torch.nn.Module, got {type(model).__name__}")
+    wanted = _checked(asgl)
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{_CALLER}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if not inplace:
+        model = _copy(model)
+    libraries = list(_libraries())
+    report = Report([], [])
+    inside: list[str] = []  # of layers that are replaced, whose parts need no mention
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, Fused) or path.startswith(tuple(inside)):
+            continue
+        name = type(layer).__name__
+        found = next((answer for library in libraries if (answer := library.find(layer)) is not None), None)
+        if found is None:
+            continue
+        spike = found if isinstance(found, str) else _spike_function(found[1], wanted)
+        if isinstance(spike, str):
+            report.left.append(Left(path, name, spike))
+            continue
+        layer.__class__ = fused_class(found[0], type(layer))
+        assert isinstance(layer, Fused)
+        layer.begin(Settings(spike, backend), *((0.0, False) if wanted is None else wanted[2:]))
+        report.replaced.append(Replaced(path, name, _description(layer)))
+        inside.append(f"{path}." if path else "")
+    return model, report
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy. Potentials that are inside a graph, as after a call, are copied without it."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        attributes = vars(module)
+        for values in (attributes, *(value for value in attributes.values() if isinstance(value, dict))):
+            graphs = (value for value in values.values() if isinstance(value, Tensor) and not value.is_leaf)
+            memo.update((id(value), value.detach().clone()) for value in graphs)
+    return copy.deepcopy(model, memo)
+
+
+def _spike_function(function: Callable[[Tensor], Tensor] | SpikeFunction, wanted: _ASGL | None) -> SpikeFunction | str:
+    if isinstance(function, SpikeFunction):
+        return function
+    if wanted is None:
+        return identify(function)
+    surrogate, width = wanted.surrogate, wanted.width
+    if surrogate is None or width is None:
+        own = identify(function)
+        if isinstance(own, str):
+            return f"{own}; asgl needs a surrogate and a width"
+        surrogate, width = surrogate or own.surrogate, width or own.width
+    return SpikeFunction(surrogate, width, 1.0, fires_strictly(function))
+
+
+def _description(layer: Fused) -> str:
+    surrogate, _, gain, _ = layer.settings.spike
+    text = f"{surrogate}, width {float(torch.as_tensor(layer.width).detach().mean()):.4g}"
+    if abs(gain - 1) > 1e-6:
+        text += f", gradient times {gain:.4g}"
+    if layer.analog_prob or layer.log_width is not None:
+        text += f", analog_prob {layer.analog_prob:g}{', width learned' if layer.log_width is not None else ''}"
+    return text
+
+
+def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
+    """The model with its original neuron layers, with the values that training gave their parameters, and a report.
+
+    A learned width goes into the layer's own surrogate where that has one of the same kind (SpikingJelly's `alpha`,
+    sinabs' `grad_width`); otherwise the report tells that it is lost, as is the share of analog elements.
+
+    Args:
+        model: a module that `convert` returned.
+        inplace: revert the model itself and not a copy.
+
+    Raises TypeError where it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"asgl_cuda.revert: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not inplace:
+        model = _copy(model)
+    report = Report([], [])
+    for path, layer in list(model.named_modules()):
+        if not isinstance(layer, Fused):
+            continue
+        name = layer.original.__name__
+        if layer.log_width is not None and not layer.hold_width():
+            width = float(torch.as_tensor(layer.width).detach())
+            report.left.append(Left(path, name, f"its learned width, {width:.4g}: its own surrogate can't hold it"))
+        layer.end()
+        report.replaced.append(Replaced(path, f"Fused{name}", name))
+    return model, report

@@ -1,0 +1,189 @@
+"""A layer of another library whose steps are computed by the fused neuron.
+
+It stays an instance of its class: `convert` puts a class between the two, whose forward calls `asgl_cuda.lif` with what
+the layer holds. So parameters, buffers, state, hooks and names are those of the layer, the library's own functions that
+reset, detach or copy it go on working, and to give the layer back is to take that class away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import LIFOutput, lif
+from ..neuron import bounded
+from ..surrogate import SURROGATES
+
+
+class SpikeFunction(NamedTuple):
+    """A spike and its gradient: `gain / width * f(u / width)`, the spike at u > 0 if `strict`, else at u >= 0."""
+
+    surrogate: str
+    width: float
+    gain: float
+    strict: bool
+
+
+class Settings(NamedTuple):
+    """How a layer was converted, beside what the layer itself holds."""
+
+    spike: SpikeFunction
+    backend: str | None
+
+
+class Fused(nn.Module):
+    """What stands between a converted layer and its class. Each library has a subclass of its own."""
+
+    settings: Settings
+    analog_prob: float
+    log_width: nn.Parameter | None
+
+    # Of the class that `fused_class` makes of it.
+    fused_forward: type[Fused]
+    original: type[nn.Module]
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """What the library's class has."""
+
+    @property
+    def width(self) -> Tensor | float:
+        """The width of the surrogate, in units of the input: a tensor of one value if learned."""
+        return self.settings.spike.width if self.log_width is None else bounded(self.log_width).exp()
+
+    def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
+        """Takes up the settings of a conversion."""
+        self.settings = settings
+        self.analog_prob = analog_prob
+        self.log_width = None
+        if learn_width:
+            device = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), None)
+            self.log_width = nn.Parameter(torch.tensor(math.log(settings.spike.width), device=device))
+
+    def end(self) -> None:
+        """Becomes what it was before, with the values that its parameters have now."""
+        for name in ("settings", "analog_prob", "log_width"):
+            delattr(self, name)
+        self.__class__ = self.original  # type: ignore[assignment]
+
+    def lif(self, x_seq: Tensor, **options: Any) -> LIFOutput:
+        """`asgl_cuda.lif` with the layer's surrogate and noise."""
+        # Numbers in tensors may stay behind where a model is moved; PyTorch takes them from any device.
+        options = {
+            name: value.to(x_seq.device) if isinstance(value, Tensor) and value.dim() == 0 else value
+            for name, value in options.items()
+        }
+        result = lif(
+            x_seq,
+            width=self.width,
+            surrogate=self.settings.spike.surrogate,
+            surrogate_gain=self.settings.spike.gain,
+            strict_threshold=self.settings.spike.strict,
+            analog_prob=self.analog_prob if self.training else 0.0,
+            return_v_last=True,
+            backend=self.settings.backend,
+            **options,
+        )
+        assert isinstance(result, LIFOutput)
+        return result
+
+    def hold_width(self) -> bool:
+        """Writes the learned width into the layer's own surrogate, if that can hold it."""
+        return False
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class has no name to be found by: it is made again.
+        _, _, *rest = tuple(super().__reduce_ex__(protocol))
+        return _new, (self.fused_forward, self.original), *rest
+
+
+_classes: dict[tuple[type[Fused], type[nn.Module]], type[Fused]] = {}
+
+
+def fused_class(forward: type[Fused], original: type[nn.Module]) -> type[Fused]:
+    """`original` with the forward of `forward`: one class, however often it is asked for."""
+    if (forward, original) in _classes:
+        return _classes[forward, original]
+    names = {"fused_forward": forward, "original": original, "__module__": forward.__module__}
+    made = _classes[forward, original] = type(f"Fused{original.__name__}", (forward, original), names)
+    return made
+
+
+def _new(forward: type[Fused], original: type[nn.Module]) -> Fused:
+    made = fused_class(forward, original)
+    return made.__new__(made)
+
+
+# ---- which surrogate a library's spike function has ----
+
+# Where f is half its largest value, and that value, at width 1.
+_HALF: dict[str, tuple[float, float]] = {
+    "rectangle": (0.5, 1.0),
+    "triangle": (0.5, 1.0),
+    "sigmoid": (2 * math.log(1 + math.sqrt(2)), 0.25),
+    "arctan": (2 / math.pi, 0.5),
+    "erf": (math.sqrt(math.log(2)), 1 / math.sqrt(math.pi)),
+    "fast_sigmoid": (math.sqrt(2) - 1, 0.5),
+    "laplace": (math.log(2), 0.5),
+}
+_PROBES = (0.05, 0.11, 0.23, 0.37, 0.61, 0.79, 0.93, 1.3, 1.9, 2.7, 4.1)
+
+
+def slopes(function: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+    """The gradient of a function of one value, at each of `u`."""
+    with torch.enable_grad():
+        leaf = u.detach().clone().requires_grad_()
+        (slope,) = torch.autograd.grad(function(leaf).sum(), leaf)
+    return slope
+
+
+def fires_strictly(function: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a spike function needs u > 0 to fire."""
+    return not bool(function(torch.zeros(1, dtype=torch.float64)) > 0)
+
+
+def identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
+    """What `function` of u = h - v_threshold is, told by its values and gradients; or why it is nothing known.
+
+    Width and gain follow from the largest slope and from where it has halved; the slope is then compared with that of
+    the surrogate on both sides of the threshold, to 1e-6 of its largest value.
+    """
+    try:
+        return _identify(function)
+    except Exception as error:  # of a function that is the library's or the user's
+        return f"its spike function fails with {type(error).__name__}: {error}"
+
+
+def _identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
+    def at(*u: float) -> Tensor:
+        return slopes(function, torch.tensor(u, dtype=torch.float64))
+
+    around = torch.tensor([-1e3, -1e-9, 1e-9, 1e3], dtype=torch.float64)
+    if function(around).tolist() != [0, 0, 1, 1]:
+        return "its spike function emits something else than 0 below and 1 above the threshold"
+    leaf = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    if not function(leaf).requires_grad:
+        return "its spike function has no gradient"
+    peak = float(at(1e-15))
+    if not (math.isfinite(peak) and peak > 0):
+        return f"its surrogate has the slope {peak:g} at the threshold"
+    grid = [10.0 ** (power / 4) for power in range(-24, 17)]
+    high = next((u for u, slope in zip(grid, at(*grid).tolist(), strict=True) if slope < peak / 2), None)
+    if high is None:
+        return "its surrogate does not fall off"
+    low = 0.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(at(middle)) >= peak / 2 else (low, middle)
+    for name, (half, largest) in _HALF.items():
+        width = high / half
+        u = [sign * probe * width for probe in _PROBES for sign in (-1, 1)]
+        expected = slopes(SURROGATES[name].cumulative, torch.tensor(u, dtype=torch.float64) / width)
+        if ((at(*u) / peak - expected / largest).abs() < 1e-6).all():
+            return SpikeFunction(name, width, peak * width / largest, fires_strictly(function))
+    return "its surrogate is none of those of asgl_cuda"

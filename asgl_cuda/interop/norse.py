@@ -1,0 +1,49 @@
+"""Norse: `LIFBoxCell`, a step a call.
+
+h = v + dt tau_mem_inv (x + v_leak - v)
+spike = h > v_th;  v = v_reset or, with reset_subtract, h - v_th where it spiked; nothing is detached
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from norse.torch.functional.reset import reset_subtract, reset_value
+from norse.torch.functional.threshold import threshold
+from norse.torch.module import lif_box, snn
+from torch import Tensor, nn
+
+from .fused import Fused
+
+
+class FusedLIFBoxCell(Fused):
+    """One step a call, with the states of `LIFBoxCell`."""
+
+    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        p = self.p
+        state = self.initial_state(input_tensor) if state is None else state
+        share = self.dt * p.tau_mem_inv
+        output = self.lif(
+            input_tensor[None],
+            decay=1 - share,
+            input_gain=share,
+            input_bias=share * p.v_leak,
+            v_threshold=p.v_th,
+            v_reset=p.v_reset if p.reset_method is reset_value else None,
+            v_init=state.v.to(input_tensor.device).expand(input_tensor.shape),
+        )
+        return output.s_seq[0], type(state)(v=output.v_last)
+
+
+def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | str | None:
+    """What fuses `layer`, and its spike function; or why it is left; None where it is no neuron of Norse."""
+    if type(layer) is not lif_box.LIFBoxCell:
+        bases = (snn.SNN, snn.SNNCell, snn.SNNRecurrent, snn.SNNRecurrentCell)
+        return "asgl_cuda has no such neuron" if isinstance(layer, bases) else None
+    p: Any = layer.p
+    if p.reset_method not in (reset_value, reset_subtract):
+        return "it resets by a function of its own"
+    alpha = torch.as_tensor(p.alpha)
+    return FusedLIFBoxCell, lambda u: threshold(u, p.method, alpha)

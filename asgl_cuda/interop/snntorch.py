@@ -1,0 +1,135 @@
+"""snnTorch: `Leaky`, a step a call, and `MultiStep` for a whole sequence.
+
+    m[t] = clamp(beta, 0, 1) m[t-1] + x[t] - threshold [m[t-1] > threshold]        "subtract"; the reset is detached
+    m[t] = clamp(beta, 0, 1) m[t-1] (1 - [m[t-1] > threshold]) + x[t]              "zero";     and "none" has none
+    spike = m[t] > threshold
+
+The reset comes a step late, so m is the potential before reset, h, and v[t] = h[t] - threshold / beta s[t] that after.
+With reset_delay=False m is returned after a reset that is not detached, and is not reset again.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import snntorch
+import torch
+from torch import Tensor, nn
+
+from ..functional import LIFOutput
+from .fused import Fused, Settings
+
+# A learned beta of 0 is taken for this much, since threshold / beta must exist; what it changes is below float32's
+# resolution at the threshold.
+_LEAST_BETA = 1e-6
+
+
+class FusedLeaky(Fused):
+    """One step a call, with arguments and results of `Leaky`."""
+
+    def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
+        super().begin(settings, analog_prob, learn_width)
+        # By this list snnTorch finds the layers to reset and to detach; a copy is not in it.
+        instances: list[Any] = snntorch.SpikingNeuron.instances
+        if not any(layer is self for layer in instances):
+            instances.append(self)
+
+    def forward(self, input_: Tensor, mem: Tensor | None = None) -> Any:
+        output = self.steps(input_[None], mem)
+        assert output.h_seq is not None
+        spk, h = output.s_seq[0], output.h_seq[0].clone()  # no view, which could not be detached in place
+        self.mem = h
+        if not self.reset_delay:
+            do_reset = spk - self.reset
+            if self.reset_mechanism == "subtract":
+                self.mem = h - do_reset * self.threshold
+            elif self.reset_mechanism == "zero":
+                self.mem = h - do_reset * h
+        return self.results(spk, self.mem)
+
+    def results(self, spk: Tensor, mem: Tensor) -> Any:
+        return spk if self.init_hidden and not self.output else (spk, mem)
+
+    def steps(self, x_seq: Tensor, mem: Tensor | None, **options: Any) -> LIFOutput:
+        """From the potential that is given or kept."""
+        if mem is not None:
+            if self.init_hidden:
+                raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
+            self.mem = mem
+        if self.mem.shape != x_seq.shape[1:]:
+            self.mem = torch.zeros_like(x_seq[0])
+        self.reset = (self.mem - self.threshold > 0).to(x_seq.dtype).detach()
+        beta = self.beta.clamp(0, 1)
+        resets: dict[str, Any] = {"v_reset": None, "reset_amount": 0.0, "v_init": self.mem}
+        if self.reset_mechanism == "zero":
+            resets = {"v_reset": 0.0, "v_init": (1 - self.reset) * self.mem}
+        elif self.reset_mechanism == "subtract":
+            beta = beta.clamp(min=_LEAST_BETA)
+            amount = self.threshold / beta
+            resets |= {"reset_amount": amount, "v_init": self.mem - self.reset * amount}
+        arguments = {"decay": beta, "v_threshold": self.threshold, "detach_reset": True, "return_h_seq": True}
+        return self.lif(x_seq, **arguments | resets | options)
+
+
+class MultiStep(nn.Module):
+    """`Leaky` over a whole sequence in one call.
+
+    Args:
+        layer: a `snntorch.Leaky`, converted or not; it is converted here, in place.
+
+    Called with `x_seq` `[T, ...]` and, unless the layer has init_hidden, optionally the first potential, it returns
+    what `Leaky` returns at each step, stacked: spikes, or spikes and potentials.
+
+    Raises ValueError for a layer that can't be represented, or whose reset takes the threshold away without delay.
+
+    The same with snnTorch::
+
+        for x in x_seq:
+            spk, mem = layer(x, mem)
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        from .conversion import convert
+
+        super().__init__()
+        converted, report = convert(layer, inplace=True)
+        if not isinstance(converted, FusedLeaky):
+            reason = report.left[0].reason if report.left else f"it is a {type(layer).__name__}"
+            raise ValueError(f"asgl_cuda.interop.snntorch.MultiStep: layer must be a Leaky of snnTorch: {reason}")
+        if not converted.reset_delay and converted.reset_mechanism == "subtract":
+            raise ValueError(
+                "asgl_cuda.interop.snntorch.MultiStep: a reset by subtraction needs reset_delay=True, got False"
+            )
+        self.layer = converted
+
+    def forward(self, x_seq: Tensor, mem: Tensor | None = None) -> Any:
+        layer: Any = self.layer
+        if layer.reset_delay or layer.reset_mechanism == "none":
+            output = layer.steps(x_seq, mem)
+            mem_seq = output.h_seq
+        else:
+            output = layer.steps(x_seq, mem, detach_reset=False, return_h_seq=False, return_v_seq=True)
+            mem_seq = output.v_seq
+        layer.mem = mem_seq[-1].clone()
+        return layer.results(output.s_seq, mem_seq)
+
+
+def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | str | None:
+    """What fuses `layer`, and its spike function; or why it is left; None where it is no neuron of snnTorch."""
+    if type(layer) is not snntorch.Leaky:
+        return "asgl_cuda has no such neuron" if isinstance(layer, snntorch.SpikingNeuron) else None
+    leaky: Any = layer
+    if importlib.metadata.version("snntorch").split(".")[0] != "1":
+        return f"of snnTorch {importlib.metadata.version('snntorch')}; known is the reset of version 1"
+    if leaky.inhibition:
+        return "it has inhibition"
+    if leaky.state_quant:
+        return "it quantises its state"
+    if isinstance(leaky.graded_spikes_factor, nn.Parameter) or bool((leaky.graded_spikes_factor != 1).any()):
+        return "its spikes are graded"
+    constant = not isinstance(leaky.beta, nn.Parameter)
+    if leaky.reset_mechanism == "subtract" and constant and bool((leaky.beta < _LEAST_BETA).any()):
+        return "it subtracts the threshold from a potential of which nothing is left (beta=0)"
+    return FusedLeaky, leaky.spike_grad

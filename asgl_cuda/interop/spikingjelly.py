@@ -1,0 +1,97 @@
+"""SpikingJelly: `IFNode`, `LIFNode` and `ParametricLIFNode`, of version 2 and of the versions 0.0.0.0.x before it.
+
+    h = v + x                                   IFNode
+    h = v - (v - v_reset) / tau + x             LIFNode; (x - (v - v_reset)) / tau is added with decay_input
+    1 / tau = sigmoid(w)                        ParametricLIFNode
+
+A spike at h >= v_threshold resets to v_reset or, where that is None (and 0 in the equations), takes v_threshold away.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import neuron
+from torch import Tensor, nn
+
+from ..functional import LIFOutput
+from .fused import Fused
+
+
+class FusedNode(Fused):
+    """All steps in one call for step mode "m", one step for "s"; `v` and `v_seq` are kept as SpikingJelly does."""
+
+    v: Any
+    surrogate_function: Any
+
+    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+        output = self._steps(x_seq)
+        if self.store_v_seq:
+            self.v_seq = output.v_seq
+        return output.s_seq
+
+    def single_step_forward(self, x: Tensor) -> Tensor:
+        output = self._steps(x[None])
+        if self.store_v_seq and hasattr(self, "_append_v_seq"):  # since version 2
+            self._append_v_seq(output.v_last)
+        return output.s_seq[0]
+
+    def _steps(self, x_seq: Tensor) -> LIFOutput:
+        v_rest = 0.0 if self.v_reset is None else self.v_reset
+        decay, input_gain = self._charge()
+        v_init = None
+        if not isinstance(self.v, Tensor):
+            v_init = None if self.v == v_rest else torch.full_like(x_seq[0], self.v)
+        elif self.v.shape == x_seq.shape[1:]:  # else it begins anew, as SpikingJelly does
+            v_init = self.v
+        output = self.lif(
+            x_seq,
+            decay=decay,
+            input_gain=input_gain,
+            v_threshold=self.v_threshold,
+            v_reset=self.v_reset,
+            v_rest=v_rest,
+            v_init=v_init,
+            detach_reset=self.detach_reset,
+            return_v_seq=self.store_v_seq and self.step_mode == "m",
+        )
+        self.v = output.v_last
+        return output
+
+    def _charge(self) -> tuple[Tensor | float, Tensor | float]:
+        """Decay and input gain."""
+        if isinstance(self, neuron.IFNode):
+            return 1.0, 1.0
+        share = self.w.sigmoid() if isinstance(self, neuron.ParametricLIFNode) else 1 / self.tau
+        return 1 - share, share if self.decay_input else 1.0
+
+    def hold_width(self) -> bool:
+        function = self.surrogate_function
+        kinds = {
+            "rectangle": "Rect", "triangle": "PiecewiseQuadratic", "sigmoid": "Sigmoid", "arctan": "ATan", "erf": "Erf",
+            "fast_sigmoid": "SoftSign",
+        }  # fmt: skip
+        if kinds.get(self.settings.spike.surrogate) != type(function).__name__:
+            return False
+        self.surrogate_function = copy.deepcopy(function)  # by default all layers have the same
+        self.surrogate_function.alpha = 1 / float(torch.as_tensor(self.width).detach())
+        return True
+
+
+_KNOWN = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode)
+
+
+def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | str | None:
+    """What fuses `layer`, and its spike function; or why it is left; None where it is no neuron of SpikingJelly."""
+    if type(layer) not in _KNOWN:
+        is_neuron = isinstance(layer, neuron.BaseNode) or hasattr(layer, "neuronal_charge")
+        return "asgl_cuda has no such neuron" if is_neuron else None
+    node: Any = layer
+    if not getattr(node.surrogate_function, "spiking", True):
+        return "its surrogate function does not spike (spiking=False)"
+    if getattr(node, "_neuron_precision", None) is not None:
+        return "it has a precision of its own"
+    return FusedNode, node.surrogate_function
