@@ -5,15 +5,29 @@ from .backends import available_backends, unavailable_backends
 from .functional import LIFOutput, analog_mask, lif
 from .interop import convert, revert
 from .neuron import LIF
+from .training import (
+    AnalogProbSchedule,
+    Monitor,
+    asgl_layers,
+    lightning_callback,
+    parameter_groups,
+    spiking_eval,
+)
 
 __all__ = [
     "LIF",
+    "AnalogProbSchedule",
     "LIFOutput",
+    "Monitor",
     "__version__",
     "analog_mask",
+    "asgl_layers",
     "available_backends",
     "convert",
     "lif",
+    "lightning_callback",
+    "parameter_groups",
     "revert",
+    "spiking_eval",
     "unavailable_backends",
 ]

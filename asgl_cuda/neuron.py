@@ -150,7 +150,15 @@ class LIF(nn.Module):
                     f"asgl_cuda.LIF: the carried potential has shape {list(self.v.shape)} and the input, without time, "
                     f"{shape}; call reset() before a batch of another shape"
                 )
-        result = lif(
+        result = self._lif(x_seq, time_dim, v_init=self._carried(), return_v_last=self.stateful)
+        if isinstance(result, LIFOutput):
+            self.v = result.v_last
+            return result.s_seq
+        return result
+
+    def _lif(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
+        """`asgl_cuda.lif` with what the layer holds, but for the carried potential."""
+        return lif(
             x_seq,
             decay=self._broadcast(self.decay, x_seq, time_dim),
             v_threshold=self._broadcast(self.v_threshold, x_seq, time_dim),
@@ -160,15 +168,10 @@ class LIF(nn.Module):
             analog_prob=self.analog_prob if self.training else 0.0,
             scale_output=self.scale_output,
             detach_reset=self.detach_reset,
-            v_init=self._carried(),
             time_dim=self.time_dim,
-            return_v_last=self.stateful,
             backend=self.backend,
+            **options,
         )
-        if isinstance(result, LIFOutput):
-            self.v = result.v_last
-            return result.s_seq
-        return result
 
     def _carried(self) -> Tensor | None:
         # A potential computed in inference mode can't take part in training; its copy can.

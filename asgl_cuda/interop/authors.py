@@ -22,6 +22,8 @@ _SURROGATES = {"InvRectangle": "rectangle", "InvSigmoid": "sigmoid"}
 class FusedLIFLayer(Fused):
     """All steps in one call. Width and share of analog elements stay where the authors keep them."""
 
+    time_dim = 0
+
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         self.settings = settings
         self.log_width = None

@@ -41,6 +41,7 @@ class Fused(nn.Module):
     settings: Settings
     analog_prob: float
     log_width: nn.Parameter | None
+    time_dim: int | None  # where time is in its input, None if that is of one step
 
     # Of the class that `fused_class` makes of it.
     fused_forward: type[Fused]

@@ -21,6 +21,8 @@ from .fused import Fused
 class FusedLIFBoxCell(Fused):
     """One step a call, with the states of `LIFBoxCell`."""
 
+    time_dim = None
+
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         p = self.p
         state = self.initial_state(input_tensor) if state is None else state

@@ -27,6 +27,10 @@ class FusedLayer(Fused):
     v_mem: Tensor
     surrogate_grad_fn: Any
 
+    @property
+    def time_dim(self) -> int | None:  # type: ignore[override]
+        return None if isinstance(self, SqueezeMixin) else 1
+
     def forward(self, input_data: Tensor) -> Tensor:
         if isinstance(self, SqueezeMixin):
             return self.squeeze_forward(input_data, self._steps)  # type: ignore[no-any-return]

@@ -29,6 +29,8 @@ _LEAST_BETA = 1e-6
 class FusedLeaky(Fused):
     """One step a call, with arguments and results of `Leaky`."""
 
+    time_dim = None
+
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         super().begin(settings, analog_prob, learn_width)
         # By this list snnTorch finds the layers to reset and to detach; a copy is not in it.

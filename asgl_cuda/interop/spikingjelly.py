@@ -27,6 +27,10 @@ class FusedNode(Fused):
     v: Any
     surrogate_function: Any
 
+    @property
+    def time_dim(self) -> int | None:  # type: ignore[override]
+        return 0 if self.step_mode == "m" else None
+
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         output = self._steps(x_seq)
         if self.store_v_seq:

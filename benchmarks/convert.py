@@ -1,0 +1,174 @@
+"""What `asgl_cuda.convert` saves: layers of other libraries, forward and backward, before and after they are converted.
+
+Both take turns within each repeat; the median is reported. Their spikes are compared before they are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.metadata
+import importlib.util
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import asgl_cuda
+
+from .clocks import CpuClock, GpuClock, Row, Sample, keep_memory, spread
+from .microbench import fused_backends, machine
+
+
+class Case(NamedTuple):
+    """A layer and how it is called with a sequence `[T, N]`, from rest; and with what, when it is converted."""
+
+    library: str
+    name: str
+    layer: nn.Module
+    spikes: Callable[[Any, Tensor], Tensor]
+    converted: Callable[[nn.Module], nn.Module] = lambda layer: asgl_cuda.convert(layer)[0]
+
+
+def spikingjelly() -> Iterator[Case]:
+    from spikingjelly.activation_based import functional, neuron
+
+    def whole(node: Any, x_seq: Tensor) -> Tensor:
+        functional.reset_net(node)
+        return node(x_seq)  # type: ignore[no-any-return]
+
+    def by_step(node: Any, x_seq: Tensor) -> Tensor:
+        functional.reset_net(node)
+        return torch.stack([node(x) for x in x_seq])
+
+    for make in (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode):
+        yield Case("spikingjelly", make.__name__, make(step_mode="m"), whole)
+    yield Case("spikingjelly", "LIFNode, a step a call", neuron.LIFNode(step_mode="s"), by_step)
+
+
+def snntorch() -> Iterator[Case]:
+    from snntorch import Leaky
+
+    from asgl_cuda.interop.snntorch import MultiStep
+
+    def spikes(layer: Any, x_seq: Tensor) -> Tensor:
+        if isinstance(layer, MultiStep):
+            return layer(x_seq, torch.zeros_like(x_seq[0]))[0]  # type: ignore[no-any-return]
+        potential, out = torch.zeros_like(x_seq[0]), []
+        for x in x_seq:
+            s, potential = layer(x, potential)
+            out.append(s)
+        return torch.stack(out)
+
+    yield Case("snntorch", "Leaky, a step a call", Leaky(beta=0.5), spikes)
+    yield Case("snntorch", "Leaky in MultiStep", Leaky(beta=0.5), spikes, lambda layer: MultiStep(copy.deepcopy(layer)))
+
+
+def norse() -> Iterator[Case]:
+    from norse.torch import LIFBoxCell, LIFBoxParameters
+
+    def spikes(cell: Any, x_seq: Tensor) -> Tensor:
+        state, out = None, []
+        for x in x_seq:
+            s, state = cell(x, state)
+            out.append(s)
+        return torch.stack(out)
+
+    p = LIFBoxParameters(tau_mem_inv=torch.tensor(500.0))
+    yield Case("norse", "LIFBoxCell, a step a call", LIFBoxCell(p), spikes)
+
+
+def sinabs() -> Iterator[Case]:
+    from sinabs import layers
+    from sinabs.activation import SingleSpike
+
+    def spikes(layer: Any, x_seq: Tensor) -> Tensor:
+        layer.reset_states()
+        return layer(x_seq[None])[0]  # type: ignore[no-any-return]
+
+    yield Case("sinabs", "LIF", layers.LIF(2.0, spike_fn=SingleSpike, norm_input=False), spikes)
+    yield Case("sinabs", "IAF", layers.IAF(spike_fn=SingleSpike), spikes)
+
+
+def cases() -> Iterator[Case]:
+    """Of the libraries that are installed."""
+    for library in (spikingjelly, snntorch, norse, sinabs):
+        if importlib.util.find_spec(library.__name__) is None:
+            print(f'not installed: {library.__name__} (pip install ".[bench]")')
+        else:
+            yield from library()
+
+
+def measure(case: Case, sample: Sample, repeats: int) -> dict[str, Any]:
+    """Median seconds of both, forward and backward."""
+    device = sample.x.device
+    layers = {"before": case.layer.to(device), "after": case.converted(case.layer).to(device)}
+    with torch.no_grad():
+        before, after = (case.spikes(layer, sample.x) for layer in layers.values())
+    if (before != after).float().mean() > 1e-4:  # potentials that are as good as at the threshold
+        raise RuntimeError(f"{case.library} {case.name} emits other spikes when it is converted")
+
+    def clock(layer: nn.Module) -> CpuClock | GpuClock:
+        row = Row(
+            case.name,
+            lambda sample: case.spikes(layer, sample.leaf),
+            lambda sample, out: torch.autograd.grad(out, sample.leaf, sample.grad),
+        )
+        if device.type == "cuda":
+            return GpuClock(row, "both", [sample])
+        return CpuClock(row, "both", [sample], False)
+
+    clocks = {name: clock(layer) for name, layer in layers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in clocks}
+    for _ in range(repeats):
+        for name, each in clocks.items():
+            seconds[name].append(each.seconds())
+    return {
+        "library": f"{case.library} {importlib.metadata.version(case.library)}",
+        "layer": case.name,
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "spread": {name: spread(values) for name, values in seconds.items()},
+    }
+
+
+def main() -> int:
+    """Measures every layer at every number of steps."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", help="default: cuda if a backend works there, else cpu")
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 16, 128], help="time steps (default 4 16 128)")
+    parser.add_argument("--elements", type=int, default=2**22, help="steps times neurons (default 2^22)")
+    parser.add_argument("--repeats", type=int, default=11, help="the median is over this many rounds (default 11)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to FILE")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device or ("cuda" if fused_backends(torch.device("cuda")) else "cpu"))
+    keep_memory()
+    about = machine(device)
+    on = about.get("gpu") or f"{about['processor']}, {about['threads']} threads"
+    print(f"{on}, torch {about['torch']}; forward and backward, medians of {arguments.repeats}")
+    print(f"{'':<40}{'T':>6}{'before, ms':>14}{'after, ms':>14}{'faster':>10}", flush=True)
+    report: dict[str, Any] = {"machine": about, "elements": arguments.elements, "sizes": []}
+    for steps in arguments.steps:
+        torch.manual_seed(0)
+        x = torch.randn(steps, arguments.elements // steps, device=device)
+        sample = Sample(x, x.clone().requires_grad_(), torch.randn_like(x))
+        found = []
+        for case in cases():
+            each = measure(case, sample, arguments.repeats)
+            found.append(each)
+            before, after = each["seconds"]["before"], each["seconds"]["after"]
+            name = f"{each['library']} {each['layer']}"
+            cells = f"{1e3 * before:>14.2f}{1e3 * after:>14.2f}{before / after:>10.1f}"
+            print(f"{name:<40}{steps:>6}{cells}", flush=True)
+        report["sizes"].append({"steps": steps, "neurons": arguments.elements // steps, "layers": found})
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
