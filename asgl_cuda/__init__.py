@@ -5,6 +5,7 @@ from .backends import available_backends, unavailable_backends
 from .functional import LIFOutput, analog_mask, lif
 from .interop import convert, revert
 from .neuron import LIF
+from .nir import from_nir, to_nir
 from .training import (
     AnalogProbSchedule,
     Monitor,
@@ -24,10 +25,12 @@ __all__ = [
     "asgl_layers",
     "available_backends",
     "convert",
+    "from_nir",
     "lif",
     "lightning_callback",
     "parameter_groups",
     "revert",
     "spiking_eval",
+    "to_nir",
     "unavailable_backends",
 ]

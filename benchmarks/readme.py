@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .data import SOURCES
 from .end_to_end import NEURONS
 from .microbench import COMPILED, FLOOR, LOOP, PLAIN, REFERENCE
+from .width_robustness import series
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -108,9 +110,59 @@ def smoothing(report: dict[str, Any]) -> str:
     return "\n".join((f"Over {epochs} epochs on handwritten digits:", "", *markdown_table(head, rows)))
 
 
+def width_robustness(report: dict[str, Any]) -> str:
+    """Mean accuracy and standard deviation over the seeds by width; the best and the worst in the last column."""
+    every = list(series(report))
+    widths = every[0].widths
+    rows = [
+        [
+            f"{each.data}, {each.surrogate}, {each.method}",
+            *(f"{mean:.1f} ± {spread:.1f}" for mean, spread in zip(each.means, each.deviations, strict=True)),
+            f"{each.drop:.1f}",
+        ]
+        for each in every
+    ]
+    seeds = len(report["runs"]) // (len(every) * len(widths))
+    names = list(dict.fromkeys(each.data for each in every))
+    kinds = ", ".join(f"{name} ({SOURCES[name].kind})" for name in names)
+    return "\n".join(
+        (
+            f"Test accuracy in percent on {kinds} over the width at the start, mean ± standard deviation of {seeds} "
+            f"seeds, and how far the worst width is under the best. {len(report['runs'])} trainings took "
+            f"{report['seconds'] / 60:.0f} minutes, {report['jobs']} at a time:",
+            "",
+            *markdown_table(["", *(f"{width:g}" for width in widths), "best - worst"], rows),
+        )
+    )
+
+
+def convert(report: dict[str, Any]) -> str:
+    """How many times faster, by layer and number of steps."""
+    names = [f"{each['library']} {each['layer']}" for each in report["sizes"][0]["layers"]]
+    rows = []
+    for number, name in enumerate(names):
+        timings = [size["layers"][number]["seconds"] for size in report["sizes"]]
+        rows.append([name, *(f"{each['before'] / each['after']:.1f}" for each in timings)])
+    head = [f"T = {size['steps']}" for size in report["sizes"]]
+    return "\n".join(
+        (
+            f"How many times faster the layers are, forward and backward, on {report['elements']:,} elements, "
+            f"{report['machine']['processor']}, {report['machine']['threads']} threads, {report['machine']['date']}:",
+            "",
+            *markdown_table(["", *head], rows),
+        )
+    )
+
+
 def sections() -> dict[str, str]:
     """What stands between `<!-- name -->` and `<!-- /name -->`."""
-    makers = {"microbench": microbench, "end_to_end": end_to_end, "smoothing": smoothing}
+    makers = {
+        "microbench": microbench,
+        "end_to_end": end_to_end,
+        "smoothing": smoothing,
+        "width_robustness": width_robustness,
+        "convert": convert,
+    }
     return {name: make(json.loads((RESULTS / f"{name}_cpu.json").read_text())) for name, make in makers.items()}
 
 

@@ -1,0 +1,588 @@
+"""Models to and from NIR: the same layer comes back, and other libraries read and write the same neuron."""
+
+import dataclasses
+import inspect
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from comparison import random_input
+from torch import nn
+
+import asgl_cuda
+from asgl_cuda import LIF
+from asgl_cuda.nir import OverTime, from_nir, to_nir
+
+nir = pytest.importorskip("nir")
+np = pytest.importorskip("numpy")
+pytest.importorskip("nirtorch")
+
+V_RESET = "v_reset" in {field.name for field in dataclasses.fields(nir.LIF)}
+needs_v_reset = pytest.mark.skipif(not V_RESET, reason="this nir's LIF has no v_reset")
+NUMBERS = ("tau", "r", "v_leak", "v_threshold", "v_reset")
+LEARN_ALL = {"learn_width": True, "learn_decay": True, "learn_threshold": True}
+
+
+def randomized(model):
+    """The same model with another value for each element of the neurons' parameters."""
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, LIF):
+                for parameter in layer.parameters():
+                    parameter += torch.rand_like(parameter) * 0.3
+    return model
+
+
+def convolutional(layer):
+    """Takes [T, B, 2, 6, 5]; the layer has 4 channels of 6 x 5 neurons."""
+    return nn.Sequential(OverTime(nn.Conv2d(2, 4, 3, padding=1)), layer, nn.Flatten(2), nn.Linear(120, 7))
+
+
+def rewritten(graph, path):
+    nir.write(path, graph)
+    return nir.read(path)
+
+
+def euler(node, x_seq, dt=1e-4):
+    """What NIR says that a LIF or IF node does, in float64, by steps of dt."""
+    x_seq = x_seq.double()
+    number = {name: torch.as_tensor(value).double() for name, value in vars(node).items() if name in NUMBERS}
+    zero = torch.zeros_like(number["r"])
+    v_leak, v_reset = number.get("v_leak", zero), number.get("v_reset", zero)
+    v, s_seq = v_leak.expand(x_seq.shape[1:]), []
+    for x in x_seq:
+        current = number["r"] * x
+        v = v + dt * ((v_leak - v + current) / number["tau"] if "tau" in number else current)
+        s = v > number["v_threshold"]
+        v = torch.where(s, v_reset, v)
+        s_seq.append(s)
+    return torch.stack(s_seq).float()
+
+
+def public_types(layer):
+    return {name: type(value) for name, value in vars(layer).items() if not name.startswith("_")}
+
+
+def fires(s_seq):
+    return 0.02 < (s_seq != 0).float().mean() < 0.9
+
+
+LAYERS = {
+    "hard reset": (lambda: LIF(), {}),
+    "no width learned": (lambda: LIF(learn_width=False, width=0.3, decay=0.9, v_threshold=0.3), {}),
+    "soft reset": (lambda: LIF(v_reset=None, **LEARN_ALL), {"allow_soft_reset": True}),
+    "learned": (lambda: LIF(**LEARN_ALL), {}),
+    "channel": (lambda: LIF(4, granularity="channel", **LEARN_ALL), {}),
+    "neuron": (lambda: LIF((4, 6, 5), granularity="neuron", **LEARN_ALL), {}),
+    "some dimensions of the neurons": (lambda: LIF((6, 5), granularity="neuron", **LEARN_ALL), {}),
+    "no decay": (lambda: LIF(decay=0.0), {}),
+    "no leak": (lambda: LIF(decay=1.0, v_threshold=1.5), {}),
+    "scaled output": (lambda: LIF(4, granularity="channel", scale_output=True, v_threshold=0.6, **LEARN_ALL), {}),
+    "options": (lambda: LIF(surrogate="arctan", analog_prob=0.4, detach_reset=True, stateful=True), {}),
+    "another step": (lambda: LIF(**LEARN_ALL), {"dt": 1e-3}),
+    "v_reset": (lambda: LIF(v_reset=-0.25), {}),
+}
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_same_layer_comes_back(name, written, tmp_path):
+    if name == "v_reset" and not V_RESET:
+        pytest.skip("this nir's LIF has no v_reset")
+    make, options = LAYERS[name]
+    model = randomized(convolutional(make()))
+    x_seq = random_input(6, 3, 2, 6, 5).detach()
+    graph = to_nir(model, x_seq, **options)
+    back = from_nir(rewritten(graph, tmp_path / "model.nir") if written else graph)
+    assert not back.training
+    layers = [[layer for layer in each.modules() if isinstance(layer, LIF)] for each in (model, back)]
+    assert [repr(layer) for layer in layers[0]] == [repr(layer) for layer in layers[1]]
+    for before, after in zip(*layers, strict=True):
+        assert public_types(before) == public_types(after)
+    parameters = [[parameter for layer in each for parameter in layer.parameters()] for each in layers]
+    for before, after in zip(*parameters, strict=True):
+        assert after.requires_grad
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert torch.equal(back(x_seq), model.eval()(x_seq))
+    assert fires(model[:2](x_seq))
+
+
+def test_float64_and_what_the_metadata_says(tmp_path):
+    layer = randomized(LIF(3, granularity="channel", v_threshold=0.3, decay=0.7)).double().eval()
+    x_seq = random_input(8, 4, 3, dtype=torch.float64).detach()
+    graph = rewritten(to_nir(layer, x_seq), tmp_path / "model.nir")
+    node = next(node for node in graph.nodes.values() if isinstance(node, nir.LIF))
+    assert node.tau.dtype == np.float64
+    ours = node.metadata["asgl_cuda"]
+    assert ours["reset"] == "hard"
+    assert not ours["strict_threshold"]
+    assert torch.equal(torch.as_tensor(ours["width"]), layer.width.detach())
+    assert torch.equal(from_nir(graph)(x_seq), layer(x_seq))
+
+
+@pytest.mark.parametrize("name", ["hard reset", "learned", "channel", "neuron", "no decay", "no leak", "another step"])
+def test_the_nodes_numbers_are_the_neuron(name):
+    make, options = LAYERS[name]
+    layer = randomized(make()).eval()
+    x_seq = random_input(12, 3, 4, 6, 5).detach()
+    graph = to_nir(layer, x_seq, **options)
+    node = next(node for node in graph.nodes.values() if isinstance(node, (nir.LIF, nir.IF)))
+    assert isinstance(node, nir.IF) == (name == "no leak")
+    assert node.r.shape == (4, 6, 5)
+    assert node.r.dtype == np.float32
+    # Float32 rounds what the other computes in float64: of 4320 potentials none is that near the threshold.
+    assert torch.equal(euler(node, x_seq, **options), layer(x_seq))
+
+
+@needs_v_reset
+def test_another_v_reset_is_in_the_node():
+    layer = LIF(v_reset=-0.25).eval()
+    x_seq = random_input(12, 3, 5).detach()
+    node = to_nir(layer, x_seq).nodes["_0"]
+    assert (node.v_reset == -0.25).all()
+    assert torch.equal(euler(node, x_seq), layer(x_seq))
+
+
+@pytest.mark.skipif(V_RESET, reason="this nir's LIF has v_reset")
+def test_another_v_reset_needs_a_newer_nir():
+    with pytest.raises(ValueError, match=r"0 \(LIF\): v_reset -0.25 needs a newer nir"):
+        to_nir(LIF(v_reset=-0.25), torch.zeros(2, 3, 4))
+
+
+class Skip(nn.Module):
+    """A residual block of one layer, with an addition in two ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(5, 5), nn.Linear(5, 5, bias=False)
+        self.lif = LIF()
+
+    def forward(self, x_seq):
+        s_seq = self.lif(self.inner(x_seq) + x_seq)
+        return torch.add(self.outer(s_seq), s_seq)
+
+
+OTHER_LAYERS = {
+    "Linear": (lambda: nn.Linear(5, 3), (5,)),
+    "Linear without bias": (lambda: nn.Linear(5, 3, bias=False), (5,)),
+    "Conv1d": (lambda: OverTime(nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2)), (4, 9)),
+    "Conv1d same": (lambda: OverTime(nn.Conv1d(4, 6, 3, padding="same")), (4, 9)),
+    "Conv2d": (lambda: OverTime(nn.Conv2d(2, 4, 3, stride=2, padding=1, bias=False)), (2, 9, 8)),
+    "Conv2d valid": (lambda: OverTime(nn.Conv2d(2, 4, 3, padding="valid")), (2, 9, 8)),
+    "Conv2d in groups": (lambda: OverTime(nn.Conv2d(4, 6, 3, groups=2)), (4, 9, 8)),
+    "Conv2d oblong": (lambda: OverTime(nn.Conv2d(4, 6, (3, 5), padding=(1, 0), stride=(1, 2))), (4, 9, 8)),
+    "AvgPool2d": (lambda: OverTime(nn.AvgPool2d(3, 2, padding=1)), (2, 9, 8)),
+    "SumPool2d": (lambda: OverTime(nn.AvgPool2d((2, 3), divisor_override=1)), (2, 9, 8)),
+    "Flatten": (lambda: nn.Flatten(2), (2, 9, 8)),
+    "Flatten of some": (lambda: nn.Flatten(2, 3), (2, 9, 8)),
+    "Flatten, batch in front": (lambda: OverTime(nn.Flatten()), (2, 9, 8)),
+    "Dropout": (lambda: nn.Sequential(nn.Dropout(), nn.Identity()), (5,)),
+    "additions": (lambda: nn.Sequential(Skip(), Skip()), (5,)),
+}
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("name", OTHER_LAYERS)
+def test_other_layers(name, written, tmp_path):
+    if written and V_RESET and name in ("Conv2d in groups", "Conv2d oblong"):
+        pytest.skip("nir's own inference of shapes refuses it")
+    make, shape = OTHER_LAYERS[name]
+    model = nn.Sequential(make(), LIF())
+    x_seq = random_input(6, 3, *shape).detach()
+    graph = to_nir(model, x_seq)
+    if written:
+        graph = rewritten(graph, tmp_path / "model.nir")
+    assert torch.equal(from_nir(graph)(x_seq), model.eval()(x_seq))
+
+
+def test_every_option_of_the_layer_is_written():
+    (node,) = [node for node in to_nir(LIF(), torch.rand(2, 3, 4)).nodes.values() if isinstance(node, nir.LIF)]
+    not_of_the_neuron = {"time_dim", "backend"}
+    options = set(inspect.signature(LIF).parameters) - not_of_the_neuron - {"num_features"}
+    assert set(node.metadata["asgl_cuda"]["options"]) == options
+
+
+def test_time_in_the_second_dimension_is_first_afterwards():
+    model = nn.Sequential(nn.Linear(5, 4), LIF(time_dim=1)).eval()
+    x_seq = random_input(3, 6, 5).detach()  # [B, T, ...]
+    back = from_nir(to_nir(model, x_seq))
+    assert torch.equal(back(x_seq.transpose(0, 1)), model(x_seq).transpose(0, 1))
+
+
+def test_the_model_is_left_alone():
+    model = nn.Sequential(nn.Linear(5, 4), LIF(stateful=True, analog_prob=0.0))
+    x_seq = random_input(6, 3, 5).detach()
+    model(x_seq)
+    potential = model[1].v
+    to_nir(model, torch.zeros(2, 7, 5))
+    assert model.training
+    assert model[1].v is potential
+
+
+class Stack(nn.Module):
+    """A model whose forward is the function it is given."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x_seq):
+        return self.function(self, x_seq)
+
+
+LINEAR = {"linear": nn.Linear(4, 4), "lif": LIF()}
+NOT_REPRESENTED = {
+    "soft reset": (lambda: nn.Sequential(LIF(v_reset=None)), r"0 \(LIF\) has a soft reset.*allow_soft_reset=True"),
+    "batch norm": (
+        lambda: nn.Sequential(nn.Sequential(OverTime(nn.BatchNorm1d(4)))),
+        r"0\.0\.layer \(BatchNorm1d\) can't be represented in NIR; fold it.*fuse_conv_bn_eval",
+    ),
+    "another layer": (lambda: nn.Sequential(nn.ReLU()), r"0 \(ReLU\) can't be represented in NIR; what can be"),
+    "one layer": (lambda: nn.ReLU(), r"0 \(ReLU\) can't be represented"),
+    "mean": (lambda: Stack(lambda m, x: m.lif(x).mean(0), **LINEAR), "mean in the model itself can't be represented"),
+    "inside": (
+        lambda: nn.Sequential(LIF(), Stack(lambda m, x: torch.relu(m.linear(x)), **LINEAR)),
+        "relu in 1 can't be represented",
+    ),
+    "a constant added": (lambda: Stack(lambda m, x: m.linear(x) + 1, **LINEAR), "add in the model itself"),
+    "twice the same": (lambda: Stack(lambda m, x: m.linear(x) + x + x, **LINEAR), "add in the model itself"),
+    "flatten of other dimensions": (lambda: Stack(lambda m, x: m.lif(x.flatten(1, 2)), **LINEAR), "flatten in the"),
+    "unflatten": (lambda: Stack(lambda m, x: m.lif(x.unflatten(2, (2, 2))), **LINEAR), "unflatten in the model"),
+    "batch first": (
+        lambda: Stack(lambda m, x: m.linear(x.flatten(0, 1)).unflatten(0, (3, 2)), **LINEAR),
+        "unflatten in the model",
+    ),
+    "batch as channels": (
+        lambda: nn.Sequential(nn.Conv1d(3, 3, 1)),
+        r"0 \(Conv1d\): must get 2 dimensions after time and batch in one, as in .*OverTime, got 1 after 2",
+    ),
+    "no channels": (lambda: nn.Sequential(OverTime(nn.Conv1d(6, 6, 1))), r"0\.layer \(Conv1d\): .* got 1 after 1"),
+    "no way for fx": (lambda: Stack(lambda m, x: m.lif(x) if x.sum() > 0 else x, **LINEAR), "Stack can't be traced"),
+    "two outputs": (lambda: Stack(lambda m, x: (m.lif(x), x), **LINEAR), r"must return one tensor \[T, B, ...\]"),
+    "an output without time": (lambda: Stack(lambda m, x: m.lif(x).flatten(0, 1), **LINEAR), "must return one tensor"),
+    "neurons without time": (lambda: OverTime(LIF()), r"layer \(LIF\): time and batch must be apart"),
+    "batch flattened": (lambda: nn.Sequential(nn.Flatten()), r"0 \(Flatten\) must leave time and batch alone.*got 1"),
+    "time last": (lambda: nn.Sequential(LIF(time_dim=-1)), r"0 \(LIF\): time must be the first.*got time_dim -1"),
+    "time elsewhere": (lambda: nn.Sequential(LIF(), LIF(time_dim=1)), r"1 \(LIF\): time must be where"),
+    "decay": (lambda: nn.Sequential(LIF(decay=1.5)), r"0 \(LIF\): decay must be in \[0, 1\], got 1.5"),
+    "batch in the parameters": (
+        lambda: LIF((3, 4), granularity="neuron"),
+        r"num_features \[3, 4\] must be the shape of neurons, \[4\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_REPRESENTED)
+def test_what_nir_has_not_is_an_error_that_names_it(name):
+    make, message = NOT_REPRESENTED[name]
+    with pytest.raises(ValueError, match=f"asgl_cuda.to_nir: .*{message}") as error:
+        to_nir(make(), torch.rand(2, 3, 4))
+    assert "While executing" not in str(error.value)  # fx's account of the traced graph
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), "padding_mode must be zeros, got circular"),
+        (nn.Conv2d(2, 2, (3, 2), padding="same"), r"must be equal on both sides, got kernel \(3, 2\)"),
+        (nn.AvgPool2d(2, ceil_mode=True), "ceil_mode"),
+        (nn.AvgPool2d(2, divisor_override=3), "divisor_override"),
+        (nn.AvgPool2d(3, padding=1, count_include_pad=False), "count_include_pad"),
+        (nn.Linear(6, 3), r"neurons in one dimension, got shape \[2, 5, 6\]"),
+    ],
+)
+def test_options_of_layers_that_nir_has_not(layer, message):
+    with pytest.raises(ValueError, match=rf"asgl_cuda.to_nir: layer \({type(layer).__name__}\).*{message}"):
+        to_nir(OverTime(layer), torch.rand(2, 3, 2, 5, 6))
+
+
+def test_arguments():
+    with pytest.raises(ValueError, match=r"example_input must have time, batch and neurons.*got shape \[2, 3\]"):
+        to_nir(LIF(), torch.rand(2, 3))
+    with pytest.raises(ValueError, match=r"asgl_cuda\.to_nir: dt must be > 0 and finite, got 0.0"):
+        to_nir(LIF(), torch.rand(2, 3, 4), dt=0)
+    with pytest.raises(ValueError, match=r"asgl_cuda\.from_nir: dt must be > 0 and finite, got -1.0"):
+        from_nir(graph_of(nir_lif()), dt=-1)
+
+
+@pytest.mark.parametrize(("missing", "call"), [("nir", from_nir), ("nirtorch", to_nir)])
+def test_without_nir_the_error_says_what_to_install(missing, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    if missing == "nirtorch":
+        monkeypatch.delitem(sys.modules, "nirtorch.torch_tracer", raising=False)
+    with pytest.raises(ImportError, match=f"asgl_cuda.{call.__name__}: needs NIR: pip install nir nirtorch"):
+        call(LIF(), torch.rand(2, 3, 4)) if call is to_nir else call(None)
+
+
+def nir_lif(**numbers):
+    """A node of 6 neurons, with the numbers of asgl_cuda.LIF() where they are not given."""
+    named = {"tau": 2e-4, "r": 2.0, "v_leak": 0.0, "v_threshold": 1.0} | numbers
+    return nir.LIF(**{name: np.full(6, value, np.float32) for name, value in named.items()})
+
+
+def graph_of(*nodes, edges=None, **more):
+    """A chain of the nodes, or one Input, these as 0, 1, ..., and one Output with the edges given."""
+    shape = np.array([6])
+    named = {"in": nir.Input(input_type={"input": shape}), **{str(i): node for i, node in enumerate(nodes)}, **more}
+    named["out"] = nir.Output(output_type={"output": shape})
+    names = [name for name in named if name not in more]
+    options = {"type_check": False} if V_RESET else {}
+    return nir.NIRGraph(named, edges or list(pairwise(names)), **options)
+
+
+SOME = np.array([2, 3, 2, 4, 5, 3])
+FOREIGN = {
+    "gain": {"r": 1.3},
+    "rest": {"v_leak": 0.2, "r": 1.5},
+    "a gain for each": {"r": SOME / 2},
+    "a tau for each": {"tau": SOME * 1e-4, "r": SOME},
+    "a threshold for each": {"v_threshold": SOME / 4},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_nodes_of_others_are_read_by_their_equations(name):
+    node = nir_lif(**FOREIGN[name])
+    back = from_nir(graph_of(node))
+    layer = back.get_submodule("0")
+    x_seq = random_input(40, 5, 6).detach()
+    s_seq = euler(node, x_seq)
+    assert fires(s_seq)
+    assert torch.equal(back(x_seq), s_seq)
+    assert layer.granularity == ("channel" if "for each" in name else "layer")
+    assert [parameter for parameter in layer.parameters() if parameter.requires_grad] == [layer.log_width]
+
+
+def test_numbers_that_differ_inside_a_channel_are_read_by_neuron():
+    tau = torch.linspace(2e-4, 5e-4, 12).reshape(3, 4).numpy()
+    node = nir.LIF(tau=tau, r=tau * 1e4, v_leak=tau * 0, v_threshold=tau * 0 + 1)
+    back = from_nir(graph_of(node))
+    assert back.get_submodule("0").granularity == "neuron"
+    x_seq = random_input(20, 5, 3, 4).detach()
+    assert torch.equal(back(x_seq), euler(node, x_seq))
+
+
+@needs_v_reset
+def test_v_reset_of_others():
+    node = nir_lif(v_reset=-0.5, r=1.5, v_leak=0.1)
+    x_seq = random_input(20, 5, 6).detach()
+    assert torch.equal(from_nir(graph_of(node))(x_seq), euler(node, x_seq))
+
+
+def test_dt_of_others_and_dots_in_names():
+    node = nir_lif(tau=2e-3)
+    edges = [("in", "block.0"), ("block.0", "out"), ("in", "block.0")]
+    back = from_nir(graph_of(edges=edges, **{"block.0": node}), dt=1e-3)
+    x_seq = random_input(20, 5, 6).detach()
+    assert torch.equal(back(x_seq), LIF().eval()(x_seq))
+    assert back.get_submodule("block.0").decay == pytest.approx(0.5)
+
+
+def changed(layer=None, **numbers):
+    """What to_nir writes for the layer, with other numbers in the node."""
+    graph = to_nir(layer or LIF(), torch.rand(2, 3, 6))
+    for name, value in numbers.items():
+        getattr(graph.nodes["_0"], name)[:] = value
+    return graph
+
+
+def without_scale():
+    graph = to_nir(LIF(scale_output=True), torch.rand(2, 3, 6))
+    del graph.nodes["_0_scale"]
+    graph.edges[:] = [edge for edge in graph.edges if "_0_scale" not in edge] + [("_0", "output")]
+    return graph
+
+
+ONES = np.ones(6, np.float32)
+NOT_READ = {
+    "synapses": (
+        lambda: graph_of(nir.CubaLIF(tau_syn=ONES, tau_mem=ONES, r=ONES, v_leak=ONES, v_threshold=ONES)),
+        r"node '0' \(CubaLIF\) can't be represented; what can be: LIF, IF, Affine",
+    ),
+    "two inputs": (
+        lambda: graph_of(nir_lif(), more=nir.Input(input_type={"input": np.array([6])})),
+        r"one Input node, got \['in', 'more'\]",
+    ),
+    "recurrent": (
+        lambda: graph_of(nir_lif(), nir_lif(), edges=[("in", "0"), ("0", "1"), ("1", "0"), ("1", "out")]),
+        "recurrent graphs are not supported, got the cycle",
+    ),
+    "no input": (lambda: graph_of(nir_lif(), edges=[("in", "out")]), r"node '0' \(LIF\) has no input"),
+    "an edge to nowhere": (lambda: graph_of(nir_lif(), edges=[("in", "lif")]), "the edge in -> lif is between"),
+    "tau": (lambda: graph_of(nir_lif(tau=5e-5)), r"node '0' \(LIF\): tau must be at least dt = 0.0001, got 5e-05"),
+    "r": (lambda: graph_of(nir_lif(r=SOME - 2)), r"node '0' \(LIF\): r must be > 0, got 0 to 3"),
+    "v_reset": (lambda: graph_of(nir_lif(v_leak=SOME)), r"v_reset must be the same for all neurons, got -5 to -2"),
+    "some without decay": (lambda: graph_of(nir_lif(tau=SOME / 2e4)), r"decay.* must be in \(0, 1\), got 0 to 0.6"),
+    "another tau": (lambda: changed(tau=4e-4, r=4), r"numbers say decay 0.75 and metadata\['asgl_cuda'\] says 0.5"),
+    "another threshold": (lambda: changed(v_threshold=2), "numbers say v_threshold 2 and .* says 1, written with dt"),
+    "no scale": (without_scale, r"node '_0' \(LIF\) has scale_output in its metadata, but no Scale node"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_what_can_not_be_read_is_an_error_that_names_it(name):
+    make, message = NOT_READ[name]
+    with pytest.raises(ValueError, match=f"asgl_cuda.from_nir: .*{message}"):
+        from_nir(make())
+
+
+def test_another_step_than_the_one_written_is_an_error():
+    with pytest.raises(ValueError, match=r"numbers say decay 0\.75 and .* says 0.5, written with dt = 0.0001"):
+        from_nir(changed(), dt=5e-5)
+    graph = changed()
+    del graph.nodes["_0"].metadata["asgl_cuda"]
+    assert from_nir(graph, dt=5e-5).get_submodule("_0").decay == pytest.approx(0.75)
+
+
+def test_rounding_of_r_does_not_move_the_threshold():
+    node = nir_lif(tau=3e-4, r=3.0)
+    assert float(node.r[0]) * 1e-4 / float(node.tau[0]) != 1
+    assert from_nir(graph_of(node)).get_submodule("0").v_threshold == 1
+
+
+def test_scale_of_others():
+    scale = np.linspace(0.5, 2, 6, dtype=np.float32)
+    x_seq = random_input(5, 3, 6).detach()
+    assert torch.equal(from_nir(graph_of(nir.Scale(scale)))(x_seq), x_seq * torch.as_tensor(scale))
+    node = nir_lif(v_threshold=0.5)
+    s_seq = euler(node, x_seq)
+    assert torch.equal(from_nir(graph_of(node, nir.Scale(node.v_threshold)))(x_seq), s_seq * 0.5)
+
+
+# Of other libraries.
+
+
+def network():
+    """Linear and LIF, twice; the weights are such that both layers fire."""
+    model = nn.Sequential(nn.Linear(8, 16), LIF(decay=0.75), nn.Linear(16, 12), LIF(v_threshold=0.7)).eval()
+    with torch.no_grad():
+        for linear in (model[0], model[2]):
+            linear.weight *= 3
+    return model, random_input(20, 5, 8).detach()
+
+
+def stepped(model, x_seq):
+    """Step by step, for models that return their state with the output."""
+    state, s_seq = None, []
+    for x in x_seq:
+        s, state = model(x, state)
+        s_seq.append(s)
+    return torch.stack(s_seq)
+
+
+def assert_same_spikes(model, x_seq, s_seq):
+    """Of a model of asgl_cuda and another: none of its potentials is so near the threshold that rounding decides."""
+    margins = []
+
+    def measure(layer, inputs):
+        output = asgl_cuda.lif(
+            inputs[0], decay=layer.decay, v_threshold=layer.v_threshold, v_reset=layer.v_reset, return_h_seq=True
+        )
+        margins.append((output.h_seq - layer.v_threshold).abs().min())
+
+    layers = [layer for layer in model.modules() if isinstance(layer, LIF)]
+    hooks = [layer.register_forward_pre_hook(measure) for layer in layers]
+    expected = model(x_seq)
+    for hook in hooks:
+        hook.remove()
+    assert min(margins) > 1e-5
+    assert fires(expected)
+    assert torch.equal(s_seq, expected)
+
+
+def test_snntorch_reads_it(capsys):
+    module = pytest.importorskip("snntorch.import_nir")
+    model, x_seq = network()
+    with torch.no_grad():
+        s_seq = stepped(module.import_from_nir(to_nir(model, x_seq)), x_seq)
+    assert "scaling weights" not in capsys.readouterr().out  # what snnTorch prints when r is not tau / dt
+    assert_same_spikes(model, x_seq, s_seq)
+
+
+@needs_v_reset
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_spikingjelly_reads_it(step_mode, tmp_path):
+    module = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
+    model, x_seq = network()
+    model.extend([nn.Linear(12, 6), LIF(decay=1.0, v_threshold=0.1)]).eval()
+    nir.write(tmp_path / "model.nir", to_nir(model, x_seq))
+    with torch.no_grad():
+        other = module.import_from_nir(tmp_path / "model.nir", step_mode=step_mode)
+        s_seq = other(x_seq)[0] if step_mode == "m" else stepped(other, x_seq)
+    assert_same_spikes(model, x_seq, s_seq)
+
+
+def test_norse_writes_it():
+    norse = pytest.importorskip("norse.torch")
+
+    def neuron(decay):
+        return norse.LIFBoxCell(norse.LIFBoxParameters(tau_mem_inv=torch.tensor(1 - decay)), dt=1.0)
+
+    model, x_seq = network()
+    other = norse.SequentialState(model[0], neuron(0.75), model[2], neuron(0.5))
+    with torch.no_grad():
+        for linear in (model[0], model[2]):
+            linear.weight *= 3  # Norse multiplies the input with 1 - decay
+        # dt = 1: Norse writes tau in steps.
+        back = from_nir(norse.to_nir(other, x_seq[0], dt=1.0), dt=1.0)
+        assert_same_spikes(back, x_seq, stepped(other, x_seq))
+
+
+def test_sinabs_writes_it():
+    layers = pytest.importorskip("sinabs.layers")
+    sinabs_nir = pytest.importorskip("sinabs.nir")
+    activation = pytest.importorskip("sinabs.activation")
+    model, x_seq = network()
+    neuron = layers.IAFSqueeze(
+        batch_size=5,
+        spike_fn=activation.SingleSpike,
+        reset_fn=activation.MembraneReset(),
+        spike_threshold=torch.tensor(3.0),
+    )
+    other = nn.Sequential(model[0], neuron)
+    batch_first = x_seq.transpose(0, 1).flatten(0, 1)
+    graph = sinabs_nir.to_nir(other, batch_first)
+    neuron.reset_states()
+    with torch.no_grad():
+        s_seq = other(batch_first).unflatten(0, (5, 20)).transpose(0, 1)
+        # dt = 1: sinabs writes r = 1, in steps.
+        assert_same_spikes(from_nir(graph, dt=1.0), x_seq, s_seq)
+
+
+@needs_v_reset
+def test_spikingjelly_writes_it():
+    module = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
+    from spikingjelly.activation_based import functional, neuron
+
+    model, x_seq = network()
+    other = nn.Sequential(
+        model[0], neuron.LIFNode(tau=3.0, v_reset=0.1, v_threshold=0.4), model[2], neuron.LIFNode(decay_input=False)
+    )
+    functional.set_step_mode(other, "m")
+    graph = module.export_to_nir(other, x_seq)
+    functional.reset_net(other)
+    with torch.no_grad():
+        assert_same_spikes(from_nir(graph), x_seq, other(x_seq))
+
+
+@needs_v_reset
+def test_snntorch_writes_it():
+    snntorch = pytest.importorskip("snntorch")
+    module = pytest.importorskip("snntorch.export_nir")
+
+    def neuron(size):
+        return snntorch.Leaky(
+            beta=torch.full((size,), 0.75), threshold=torch.full((size,), 0.8), reset_mechanism="zero",
+            reset_delay=False, init_hidden=True,
+        )  # fmt: skip
+
+    model, x_seq = network()
+    other = nn.Sequential(model[0], neuron(16), model[2], neuron(12))
+    graph = module.export_to_nir(other, x_seq[:1, 0], ignore_dims=[0])
+    for index in (1, 3):
+        other[index].reset_mem()
+    with torch.no_grad():
+        assert_same_spikes(from_nir(graph), x_seq, torch.stack([other(x) for x in x_seq]))
