@@ -253,6 +253,35 @@ def test_snntorch_arguments_and_results(init_hidden, output):
     assert not fused.mem.any()
 
 
+@pytest.mark.parametrize("reset_mechanism", ["subtract", "zero"])
+@pytest.mark.parametrize("change", ["nothing", "detach", "in place", "threshold", "another", "no gradient"])
+def test_snntorch_between_two_calls(change, reset_mechanism):
+    """What is remembered of a potential holds for that potential alone, as it was."""
+    results = []
+    for convert in (False, True):
+        torch.manual_seed(0)
+        layer = snntorch.Leaky(beta=0.8, learn_beta=True, reset_mechanism=reset_mechanism)
+        layer = asgl_cuda.convert(layer)[0] if convert else layer
+        x = torch.randn(2, 300, requires_grad=True)
+        _, mem = layer(2 * x[0])
+        if change == "detach":
+            mem.detach_()
+        elif change == "in place":
+            mem = mem.detach()
+            mem += 0.5
+        elif change == "threshold":
+            layer.threshold = torch.tensor(0.5)
+        elif change == "another":
+            mem = mem.flip(0)
+        if change == "no gradient":
+            with torch.no_grad():
+                _, mem = layer(x[0], mem)
+        s, mem = layer(x[1], mem)
+        results.append((s.detach(), mem.detach(), *torch.autograd.grad((s + mem).sum(), [x, layer.beta])))
+    for ours, theirs in zip(*results[::-1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_snntorch_finds_its_layers():
     """`detach_hidden` and `reset_hidden` go through a list of all layers that were made."""
     layer = snntorch.Leaky(beta=0.5, init_hidden=True)

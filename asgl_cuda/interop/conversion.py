@@ -54,7 +54,7 @@ class Report(NamedTuple):
         rows += [(row.path or "(the model)", row.layer, f"left: {row.reason}") for row in self.left]
         widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
         lines = [f"{path:<{widths[0]}}  {layer:<{widths[1]}}  {text}" for path, layer, text in rows]
-        return "\n".join([f"{len(self.replaced)} layers replaced, {len(self.left)} left", *lines])
+        return "\n".join([f"{len(self.replaced)} replaced, {len(self.left)} left", *lines])
 
 
 class _ASGL(NamedTuple):
@@ -179,7 +179,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     """The model with its original neuron layers, with the values that training gave their parameters, and a report.
 
     A learned width goes into the layer's own surrogate where that has one of the same kind (SpikingJelly's `alpha`,
-    sinabs' `grad_width`); otherwise the report tells that it is lost, as is the share of analog elements.
+    sinabs' `grad_width`); otherwise the report tells that it is lost. No library has a share of analog elements.
 
     Args:
         model: a module that `convert` returned.

@@ -5,14 +5,15 @@
     spike = m[t] > threshold
 
 The reset comes a step late, so m is the potential before reset, h, and v[t] = h[t] - threshold / beta s[t] that after.
-With reset_delay=False m is returned after a reset that is not detached, and is not reset again.
+With reset_delay=False m is returned after a reset that is not detached, and is not reset again. The reset of an ASGL
+layer is by what it emitted, unless a potential comes from elsewhere: then it is by that alone.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import snntorch
 import torch
@@ -26,10 +27,19 @@ from .fused import Fused, Settings
 _LEAST_BETA = 1e-6
 
 
+class _After(NamedTuple):
+    """The potential after reset that belongs to a `mem` as it was returned, which spares the next call the reset."""
+
+    mem: Tensor
+    v: Tensor
+    mark: tuple[Any, ...]
+
+
 class FusedLeaky(Fused):
     """One step a call, with arguments and results of `Leaky`."""
 
     time_dim = None
+    _after: _After | None = None
 
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         super().begin(settings, analog_prob, learn_width)
@@ -41,9 +51,12 @@ class FusedLeaky(Fused):
     def forward(self, input_: Tensor, mem: Tensor | None = None) -> Any:
         output = self.steps(input_[None], mem)
         assert output.h_seq is not None
+        assert output.v_last is not None
         spk, h = output.s_seq[0], output.h_seq[0].clone()  # no view, which could not be detached in place
         self.mem = h
-        if not self.reset_delay:
+        if self.reset_delay:
+            self._after = _After(h, output.v_last, self._mark(h))
+        else:
             do_reset = spk - self.reset
             if self.reset_mechanism == "subtract":
                 self.mem = h - do_reset * self.threshold
@@ -62,17 +75,37 @@ class FusedLeaky(Fused):
             self.mem = mem
         if self.mem.shape != x_seq.shape[1:]:
             self.mem = torch.zeros_like(x_seq[0])
-        self.reset = (self.mem - self.threshold > 0).to(x_seq.dtype).detach()
         beta = self.beta.clamp(0, 1)
-        resets: dict[str, Any] = {"v_reset": None, "reset_amount": 0.0, "v_init": self.mem}
+        resets: dict[str, Any] = {"v_reset": None, "reset_amount": 0.0}
         if self.reset_mechanism == "zero":
-            resets = {"v_reset": 0.0, "v_init": (1 - self.reset) * self.mem}
+            resets = {"v_reset": 0.0}
         elif self.reset_mechanism == "subtract":
             beta = beta.clamp(min=_LEAST_BETA)
-            amount = self.threshold / beta
-            resets |= {"reset_amount": amount, "v_init": self.mem - self.reset * amount}
+            resets["reset_amount"] = self.threshold / beta
         arguments = {"decay": beta, "v_threshold": self.threshold, "detach_reset": True, "return_h_seq": True}
-        return self.lif(x_seq, **arguments | resets | options)
+        return self.lif(x_seq, v_init=self._reset(resets), **arguments | resets | options)
+
+    def _mark(self, mem: Tensor) -> tuple[Any, ...]:
+        """Differs when `mem` was changed or detached in place, a parameter changed, or gradients switched on or off."""
+        used = [(id(value), value._version) for value in (mem, self.threshold, self.beta)]
+        return mem.grad_fn, torch.is_grad_enabled(), *used
+
+    def _reset(self, resets: dict[str, Any]) -> Tensor:
+        """The potential that is kept, after the reset that is due."""
+        mem: Tensor = self.mem
+        after, self._after = self._after, None
+        if after is not None and mem is after.mem and self._mark(mem) == after.mark:
+            return after.v
+        self.reset = reset = (mem - self.threshold > 0).to(mem.dtype).detach()
+        v: Tensor = (1 - reset) * mem if self.reset_mechanism == "zero" else mem - reset * resets["reset_amount"]
+        return v
+
+    def end(self) -> None:
+        self.__dict__.pop("_after", None)
+        super().end()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_after"}  # it has parts of a graph
 
 
 class MultiStep(nn.Module):
