@@ -28,6 +28,14 @@ struct NeuronRows {
   }
 };
 
+// The value that an element emits; without noise, no analog one is computed.
+template <bool kNoise, Surrogate kSurrogate, class Real>
+ASGL_HOST_DEVICE Real emit(Real h, uint16 draw, uint32 analog_below, const Neuron<Real>& neuron,
+                           bool strict_threshold) {
+  return kNoise ? fire<kSurrogate>(h, draw < analog_below, neuron, strict_threshold)
+                : hard_spike(h - neuron.v_threshold, strict_threshold);
+}
+
 template <class Real, Surrogate kSurrogate, bool kHardReset, class Neurons>
 struct StepLoop {
   struct Args {
@@ -43,7 +51,10 @@ struct StepLoop {
     Real* v_next;
   };
 
-  static ASGL_HOST_DEVICE void run(const Args& args) {
+  static ASGL_HOST_DEVICE void run(const Args& args) { args.analog_below > 0 ? loop<true>(args) : loop<false>(args); }
+
+  template <bool kNoise>
+  static ASGL_HOST_DEVICE void loop(const Args& args) {
     const Neurons neurons = args.neurons;
     const NeuronOptions<Real> options = args.options;
     const uint32 analog_below = args.analog_below;
@@ -58,7 +69,8 @@ struct StepLoop {
     for (int64 i = 0; i < length; ++i) {
       const Neuron<Real> neuron = neurons[i];
       const Real h = charge<false>(x[i], v[i], neuron, options.v_rest);
-      const Real s = fire<kSurrogate>(h, draws[i] < analog_below, neuron, options.strict_threshold);
+      const Real s =
+          emit<kNoise, kSurrogate>(h, kNoise ? draws[i] : uint16(0), analog_below, neuron, options.strict_threshold);
       h_row[i] = h;
       s_row[i] = s;
       v_next[i] = reset<kHardReset>(h, s, neuron);
@@ -155,7 +167,10 @@ struct UniformStepLoop {
     Ahead ahead;
   };
 
-  static ASGL_HOST_DEVICE void run(const Args& args) {
+  static ASGL_HOST_DEVICE void run(const Args& args) { args.analog_below > 0 ? loop<true>(args) : loop<false>(args); }
+
+  template <bool kNoise>
+  static ASGL_HOST_DEVICE void loop(const Args& args) {
     const Neuron<Real> neuron = args.neuron;
     const NeuronOptions<Real> options = args.options;
     const uint32 analog_below = args.analog_below;
@@ -167,7 +182,8 @@ struct UniformStepLoop {
 #pragma GCC ivdep
       for (int64 i = begin; i < end; ++i) {
         const Real h = charge<true>(x[i], v[i], neuron, options.v_rest);
-        const Real s = fire<kSurrogate>(h, draws[i] < analog_below, neuron, options.strict_threshold);
+        const Real s =
+            emit<kNoise, kSurrogate>(h, kNoise ? draws[i] : uint16(0), analog_below, neuron, options.strict_threshold);
         out[i] = kSpikes ? s : h;
         v[i] = reset<kHardReset>(h, s, neuron);
       }
@@ -192,7 +208,10 @@ struct UniformAdjointLoop {
     Ahead ahead;
   };
 
-  static ASGL_HOST_DEVICE void run(const Args& args) {
+  static ASGL_HOST_DEVICE void run(const Args& args) { args.analog_below > 0 ? loop<true>(args) : loop<false>(args); }
+
+  template <bool kNoise>
+  static ASGL_HOST_DEVICE void loop(const Args& args) {
     const Neuron<Real> neuron = args.neuron;
     const NeuronOptions<Real> options = args.options;
     const uint32 analog_below = args.analog_below;
@@ -206,7 +225,8 @@ struct UniformAdjointLoop {
     for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
 #pragma GCC ivdep
       for (int64 i = begin; i < end; ++i) {
-        const Real s = fire<kSurrogate>(h[i], draws[i] < analog_below, neuron, options.strict_threshold);
+        const Real s = emit<kNoise, kSurrogate>(h[i], kNoise ? draws[i] : uint16(0), analog_below, neuron,
+                                                options.strict_threshold);
         const StepGradient<Real> step =
             step_adjoint<kSurrogate, kHardReset>(g[i], NoGradient{}, dv[i], h[i], s, carried, neuron, options);
         width[i] += step.dy * (h[i] - neuron.v_threshold);

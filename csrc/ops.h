@@ -93,9 +93,7 @@ class Layout {
   const std::vector<int64_t>& sizes() const { return sizes_; }
 
   // A sequence whose memory is ordered as x_seq's.
-  Tensor empty_sequence(const at::TensorOptions& options) const {
-    return empty(sizes_, order_, options);
-  }
+  Tensor empty_sequence(const at::TensorOptions& options) const { return empty(sizes_, order_, options); }
 
   Tensor match_sequence(const Tensor& tensor) const {
     TORCH_CHECK_VALUE(tensor.sizes() == sizes_, "asgl_cuda: expected shape ", at::IntArrayRef(sizes_), ", got ",
@@ -104,9 +102,7 @@ class Layout {
   }
 
   // A tensor of x_seq's shape without time, its memory ordered as the neurons are numbered.
-  Tensor empty_state(const at::TensorOptions& options) const {
-    return empty(state_sizes(), state_order(), options);
-  }
+  Tensor empty_state(const at::TensorOptions& options) const { return empty(state_sizes(), state_order(), options); }
 
   Tensor match_state(const Tensor& tensor) const {
     const auto order = state_order();
