@@ -500,7 +500,7 @@ def test_authors_code_before_the_widths_are_made(learnable):
     assert {name: value.shape for name, value in fused.named_parameters()} == {
         name: value.shape for name, value in layer.named_parameters()
     }
-    assert float(torch.as_tensor(fused.width).mean()) == pytest.approx(0.5)
+    assert torch.as_tensor(fused.width).mean().item() == pytest.approx(0.5)
 
 
 def test_authors_code_noise_and_share():
