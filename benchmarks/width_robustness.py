@@ -342,16 +342,17 @@ def main() -> int:
         folders = ", ".join(str(SOURCES[name].folder) for name in missing)
         parser.error(f"{', '.join(missing)}: expected {folders} in --data-root, which is {root}")
     widths = arguments.widths or (QUICK_WIDTHS if arguments.quick else WIDTHS)
-    seeds = arguments.seeds or (QUICK_SEEDS if arguments.quick else SEEDS)
-    if seeds < 1 or not all(width > 0 for width in widths):
-        parser.error(f"--seeds and --widths must be positive, got {seeds} and {widths}")
+    seeds = (QUICK_SEEDS if arguments.quick else SEEDS) if arguments.seeds is None else arguments.seeds
+    jobs = (os.cpu_count() or 1 if arguments.device == "cpu" else 1) if arguments.jobs is None else arguments.jobs
+    for option, values in (("--seeds", [seeds]), ("--jobs", [jobs]), ("--widths", widths)):
+        if not all(value > 0 for value in values):
+            parser.error(f"{option} must be positive, got {' '.join(f'{value:g}' for value in values)}")
     settings = SETTINGS
     if arguments.quick:
         epochs = {name: count // QUICKER for name, count in SETTINGS["epochs"].items()}
         settings = {**SETTINGS, "epochs": epochs, "width_rate": SETTINGS["width_rate"] * QUICKER}
     file = arguments.json or Path("build") / f"width_robustness{'_quick' if arguments.quick else ''}.json"
     file.parent.mkdir(exist_ok=True)
-    jobs = arguments.jobs or (os.cpu_count() or 1 if arguments.device == "cpu" else 1)
 
     runs = [Run(*each) for each in itertools.product(names, arguments.surrogates, METHODS, widths, range(seeds))]
     report = begun(file, settings)

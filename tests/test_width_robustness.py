@@ -38,7 +38,7 @@ def test_network(shape, method):
     assert len(layers) >= 6
     assert all((layer.log_width is not None) == (method == ASGL) for layer in layers)
     assert all(layer.analog_prob == (SETTINGS["analog_prob"] if method == ASGL else 0) for layer in layers)
-    assert all(float(layer.width) == pytest.approx(2.5) for layer in layers)
+    assert all(torch.as_tensor(layer.width).item() == pytest.approx(2.5) for layer in layers)
     assert width_robustness.scores_of(model, found.train, CPU).shape == (3, 3)
 
 
@@ -156,11 +156,13 @@ def test_what_is_trained_is_not_trained_again(tmp_path, monkeypatch, capsys):
     [
         (["--data", "nmnist"], "nmnist: expected NMNIST in --data-root, which is None"),
         (["--data-root", "/nowhere"], "--data-root must be a folder that exists, got /nowhere"),
-        (["--seeds", "0"], "must be positive, got 0"),
-        (["--widths", "-1"], r"must be positive"),
+        (["--seeds", "0"], "--seeds must be positive, got 0"),
+        (["--jobs", "0"], "--jobs must be positive, got 0"),
+        (["--widths", "1", "-1"], "--widths must be positive, got 1 -1"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(width_robustness, "train_all", None)
     with pytest.raises(SystemExit):
         call(monkeypatch, *arguments)
     assert message in capsys.readouterr().err
