@@ -112,3 +112,13 @@ def test_inputs_are_left_alone(backend, device):
     asgl_cuda.lif(x_seq, **tensors, analog_prob=0.3, backend=backend).sum().backward()
     for name, tensor in {**tensors, "x_seq": x_seq}.items():
         assert torch.equal(tensor, before[name])
+
+
+def test_outputs_are_no_views(backend, device):
+    """As views of something inside an autograd function, they could be neither changed nor detached in place."""
+    x_seq = torch.randn(3, 2, 4, 5, 6, device=device).movedim(-1, 2).requires_grad_()  # channels_last
+    for x in (x_seq, x_seq.contiguous()):
+        output = asgl_cuda.lif(x, return_v_last=True, return_v_seq=True, return_h_seq=True, backend=backend)
+        assert not any(tensor._is_view() for tensor in output)
+        output.v_last.detach_()
+        output.s_seq.mul_(2)
