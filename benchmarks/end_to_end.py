@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import asgl_cuda
+from asgl_cuda.nir import OverTime
 
 from .clocks import keep_memory, peak_bytes, silence, spread
 from .microbench import MOST_STEPS_TO_COMPILE, fused_backends, machine
@@ -34,17 +35,6 @@ MakeNeuron = Callable[[], nn.Module]
 
 
 # ---- networks ----
-
-
-class OverTime(nn.Module):
-    """A layer that knows no time, applied to [T, B, ...] at once."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x_seq: Tensor) -> Tensor:
-        return self.layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])
 
 
 def mlp(neuron: MakeNeuron) -> nn.Sequential:
