@@ -2,9 +2,10 @@
 
 from ._version import __version__
 from .backends import available_backends, unavailable_backends
+from .batch_norm import batch_norm_lif
 from .functional import LIFOutput, analog_mask, lif
 from .interop import convert, revert
-from .neuron import LIF
+from .neuron import LIF, BatchNormLIF
 from .nir import from_nir, to_nir
 from .training import (
     AnalogProbSchedule,
@@ -18,12 +19,14 @@ from .training import (
 __all__ = [
     "LIF",
     "AnalogProbSchedule",
+    "BatchNormLIF",
     "LIFOutput",
     "Monitor",
     "__version__",
     "analog_mask",
     "asgl_layers",
     "available_backends",
+    "batch_norm_lif",
     "convert",
     "from_nir",
     "lif",

@@ -12,11 +12,13 @@ from . import jit, ops
 
 
 class Operators(NamedTuple):
-    """The three operators of asgl_cuda/ops.py, as one backend implements them."""
+    """The operators of asgl_cuda/ops.py, as one backend implements them."""
 
     draw_rng_state: Callable[[torch.Tensor], torch.Tensor]
     lif_forward: Callable[..., ops.ForwardResult]
     lif_backward: Callable[..., ops.BackwardResult]
+    batch_norm_coefficients: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    batch_norm_backward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class Backend(NamedTuple):
@@ -43,7 +45,7 @@ class Backend(NamedTuple):
 
 def operators_in(namespace: str) -> Operators:
     library = getattr(torch.ops, namespace)
-    return Operators(library.draw_rng_state.default, library.lif_forward.default, library.lif_backward.default)
+    return Operators(*(getattr(library, name).default for name in Operators._fields))
 
 
 def _extension_problem() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from .checks import (
     check_v_init,
     check_width,
 )
-from .ops import ForwardResult
+from .ops import BackwardResult, ForwardResult
 from .reference import NeuronOptions, analog_mask_below, is_channels_last, lif_reference, real_type
 from .surrogate import SURROGATES
 
@@ -40,7 +41,7 @@ class LIFOutput(NamedTuple):
 
 
 class LIFFunction(torch.autograd.Function):
-    """The fused operators of one backend as a differentiable function of x_seq, v_init and the six parameters."""
+    """The fused operators of one backend as a differentiable function of x_seq, v_init and the parameters."""
 
     @staticmethod
     def forward(
@@ -54,7 +55,7 @@ class LIFFunction(torch.autograd.Function):
         rng_state: Tensor | None,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        result = _forward(backend, options, constants, wanted, x_seq, v_init, rng_state, parameters, True)
+        result = run_forward(backend, options, constants, wanted, x_seq, v_init, rng_state, parameters, True)
         outputs, checkpoints = result[:4], result[4]
         ctx.save_for_backward(x_seq, v_init, rng_state, checkpoints, *parameters)
         ctx.set_materialize_grads(False)
@@ -66,19 +67,13 @@ class LIFFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         x_seq, v_init, rng_state, checkpoints, *parameters = ctx.saved_tensors
         needs_x_seq, needs_v_init, _, *needs_parameters = ctx.needs_input_grad[4:]
-        # A compiled graph passes empty gradients for the empty outputs.
-        grads = tuple(grad if asked else None for grad, asked in zip(grads, (True, *ctx.wanted), strict=True))
-        options = ctx.options
-        grad_x_seq, grad_v_init, grad_parameters = _operators(ctx.backend).lif_backward(
-            *grads, x_seq, v_init, rng_state, checkpoints, parameters, ctx.constants, options.surrogate.id,
-            options.surrogate_gain, options.v_rest, options.hard_reset, options.strict_threshold, options.scale_output,
-            options.detach_reset, options.analog_below, options.time_dim, needs_x_seq, needs_v_init, needs_parameters,
+        grad_x_seq, grad_v_init, grad_parameters = run_backward(
+            ctx.backend, ctx.options, ctx.constants, ctx.wanted, grads, x_seq, v_init, rng_state, checkpoints,
+            parameters, (needs_x_seq, needs_v_init, needs_parameters),
         )  # fmt: skip
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            inputs = (x_seq, v_init, *parameters, *grads)
-            grad_x_seq, grad_v_init, *grad_parameters = _OnceDifferentiable.apply(  # type: ignore[no-untyped-call]
-                2 + len(parameters), grad_x_seq, grad_v_init, *grad_parameters, *inputs
-            )
+        grad_x_seq, grad_v_init, *grad_parameters = once_differentiable(
+            (grad_x_seq, grad_v_init, *grad_parameters), (x_seq, v_init, *parameters, *grads)
+        )
         return (
             *(None,) * 4,
             grad_x_seq if needs_x_seq else None,
@@ -102,18 +97,26 @@ class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
-            "asgl_cuda.lif: a second derivative was asked for, and the fused backends have only the first; "
+            "asgl_cuda: a second derivative was asked for, and the fused backends have only the first; "
             "backend='reference' has all"
         )
 
 
-def _operators(backend: str) -> Operators:
+def once_differentiable(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    """The gradients; in a graph that is to be differentiated again, such that this says that it can't be."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    return _OnceDifferentiable.apply(len(gradients), *gradients, *inputs)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def operators_of(backend: str) -> Operators:
+    """Those of a fused backend."""
     operators = BACKENDS[backend].operators
     assert operators is not None  # the reference is differentiated by autograd and does not come here
     return operators
 
 
-def _forward(
+def run_forward(
     backend: str,
     options: NeuronOptions,
     constants: tuple[float, ...],
@@ -121,14 +124,155 @@ def _forward(
     x_seq: Tensor,
     v_init: Tensor | None,
     rng_state: Tensor | None,
-    parameters: tuple[Tensor | None, ...],
+    parameters: Sequence[Tensor | None],
     keep_checkpoints: bool,
 ) -> ForwardResult:
-    return _operators(backend).lif_forward(
+    """The operator lif_forward."""
+    return operators_of(backend).lif_forward(
         x_seq, v_init, rng_state, parameters, constants, options.surrogate.id, options.surrogate_gain, options.v_rest,
         options.hard_reset, options.strict_threshold, options.scale_output, options.analog_below, options.time_dim,
         *wanted, keep_checkpoints,
     )  # fmt: skip
+
+
+def run_backward(
+    backend: str,
+    options: NeuronOptions,
+    constants: tuple[float, ...],
+    wanted: tuple[bool, bool, bool],
+    grads: Sequence[Tensor | None],
+    x_seq: Tensor,
+    v_init: Tensor | None,
+    rng_state: Tensor | None,
+    checkpoints: Tensor,
+    parameters: Sequence[Tensor | None],
+    needs: tuple[bool, bool, Sequence[bool]],
+) -> BackwardResult:
+    """The operator lif_backward; `needs`: the gradients of x_seq, of v_init, and of which parameters."""
+    # A compiled graph passes empty gradients for the empty outputs.
+    asked_grads = (grad if asked else None for grad, asked in zip(grads, (True, *wanted), strict=True))
+    return operators_of(backend).lif_backward(
+        *asked_grads, x_seq, v_init, rng_state, checkpoints, parameters, constants, options.surrogate.id,
+        options.surrogate_gain, options.v_rest, options.hard_reset, options.strict_threshold, options.scale_output,
+        options.detach_reset, options.analog_below, options.time_dim, *needs,
+    )  # fmt: skip
+
+
+class Call(NamedTuple):
+    """The arguments of `lif`, checked and converted."""
+
+    backend: str
+    options: NeuronOptions
+    constants: tuple[float, ...]
+    wanted: tuple[bool, bool, bool]  # v_last, v_seq, h_seq
+    x_seq: Tensor
+    v_init: Tensor | None
+    rng_state: Tensor | None
+    parameters: tuple[Tensor | None, ...]  # None: a constant
+
+    @property
+    def values(self) -> list[Tensor | float]:
+        """The parameters, whether tensors or constants."""
+        return [
+            constant if tensor is None else tensor
+            for constant, tensor in zip(self.constants, self.parameters, strict=True)
+        ]
+
+    def output(self, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
+        """What was asked for of s_seq, v_last, v_seq and h_seq."""
+        if not any(self.wanted):
+            return outputs[0]
+        return LIFOutput(
+            outputs[0],
+            *(output if asked else None for output, asked in zip(outputs[1:4], self.wanted, strict=True)),
+        )
+
+
+def checked_call(
+    caller: str,
+    x_seq: Tensor,
+    *,
+    decay: Tensor | float,
+    v_threshold: Tensor | float,
+    v_reset: Tensor | float | None,
+    reset_amount: Tensor | float | None,
+    width: Tensor | float,
+    surrogate: str,
+    surrogate_gain: float,
+    analog_prob: float,
+    rng_state: Tensor | None,
+    generator: torch.Generator | None,
+    v_rest: float,
+    strict_threshold: bool,
+    scale_output: bool,
+    detach_reset: bool,
+    v_init: Tensor | None,
+    time_dim: int,
+    return_v_last: bool,
+    return_v_seq: bool,
+    return_h_seq: bool,
+    backend: str | None,
+    input_gain: Tensor | float = 1.0,
+    input_bias: Tensor | float = 0.0,
+    input_mean: Tensor | float = 0.0,
+) -> Call:
+    """Everything that `lif` does before it computes, draws included; errors name `caller`."""
+    time_dim = check_input(x_seq, time_dim, caller)
+    check_surrogate(surrogate, caller)
+    if reset_amount is not None and v_reset is not None:
+        raise ValueError(
+            f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset and reset_amount"
+        )
+    real = real_type(x_seq.dtype)
+    reset = v_reset if v_reset is not None else v_threshold if reset_amount is None else reset_amount
+    named = (
+        ("width", width),
+        ("decay", decay),
+        ("v_threshold", v_threshold),
+        ("v_reset" if v_reset is not None else "reset_amount", reset),
+        ("input_gain", input_gain),
+        ("input_bias", input_bias),
+        ("input_mean", input_mean),
+    )
+    constants = []
+    parameters: list[Tensor | None] = []
+    for name, value in named:
+        if isinstance(value, Tensor):
+            check_parameter(name, value, x_seq, caller)
+            constants.append(0.0)
+            parameters.append(value.to(real))
+        else:
+            constants.append(check_number(name, value, caller, "a float or a tensor"))
+            parameters.append(None)
+    if parameters[0] is None:
+        check_width(constants[0], caller)
+    if v_init is not None:
+        check_v_init(v_init, x_seq, time_dim, caller)
+        v_init = v_init.to(real)
+    options = NeuronOptions(
+        SURROGATES[surrogate],
+        check_number("surrogate_gain", surrogate_gain, caller),
+        check_number("v_rest", v_rest, caller),
+        v_reset is not None,
+        strict_threshold,
+        scale_output,
+        detach_reset,
+        check_analog_prob(analog_prob, caller),
+        time_dim,
+    )
+    backend = choose_backend(backend, x_seq.device, caller)
+    if rng_state is not None:
+        check_rng_state(rng_state, x_seq, caller)
+        if generator is not None:
+            raise ValueError(f"{caller}: rng_state and generator exclude each other, got both")
+    if not x_seq.is_contiguous() and not is_channels_last(x_seq, time_dim):
+        x_seq = x_seq.contiguous()
+    if 0 < options.analog_below < DRAWS:
+        rng_state = _draw_rng_state(x_seq, generator, backend) if rng_state is None else rng_state.contiguous()
+    else:
+        rng_state = None
+    wanted = (return_v_last, return_v_seq, return_h_seq)
+    return Call(backend, options, tuple(constants), wanted, x_seq, v_init, rng_state, tuple(parameters))
 
 
 def lif(
@@ -147,6 +291,7 @@ def lif(
     v_rest: float = 0.0,
     input_gain: Tensor | float = 1.0,
     input_bias: Tensor | float = 0.0,
+    input_mean: Tensor | float = 0.0,
     strict_threshold: bool = False,
     scale_output: bool = False,
     detach_reset: bool = False,
@@ -173,7 +318,7 @@ def lif(
         rng_state: int64 `[seed, offset]` on x_seq's device, which fixes the noise. Neurons are counted in memory order:
             a channels_last x_seq gets other noise than its contiguous copy.
         generator: what rng_state is drawn from by default; without it, the default generator of the device.
-        input_gain, input_bias: the input current is `input_gain * x_seq + input_bias`.
+        input_gain, input_bias, input_mean: the input current is `input_gain * (x_seq - input_mean) + input_bias`.
         strict_threshold: fire at u > 0 instead of u >= 0.
         scale_output: emit `v_threshold * s`.
         detach_reset: let no gradient flow through the spike inside the reset.
@@ -181,7 +326,7 @@ def lif(
         return_v_last, return_v_seq, return_h_seq: return potentials as well, see `LIFOutput`.
         backend: one of `available_backends()`; default the best for x_seq's device.
 
-    `width`, `decay`, `v_threshold`, `v_reset`, `reset_amount`, `input_gain` and `input_bias` are floats or tensors that
+    `width`, `decay`, `v_threshold`, `v_reset`, `reset_amount` and those of the input are floats or tensors that
     broadcast against x_seq: one value, `[C, 1, 1]`, `[C, H, W]`, `[T, 1, 1, 1, 1]`, and so on. They and `v_init` are
     converted to the type of the arithmetic: float32, or float64 for a float64 x_seq.
 
@@ -205,81 +350,40 @@ def lif(
             s[t] = a + torch.where(mask[t], 0, z - a).detach()
             v = h * (1 - s[t]) + v_reset * s[t]
     """
-    time_dim = check_input(x_seq, time_dim, _CALLER)
-    check_surrogate(surrogate, _CALLER)
-    if reset_amount is not None and v_reset is not None:
-        raise ValueError(
-            "asgl_cuda.lif: reset_amount is for the soft reset and needs v_reset=None, got v_reset and reset_amount"
-        )
-    real = real_type(x_seq.dtype)
-    reset = v_reset if v_reset is not None else v_threshold if reset_amount is None else reset_amount
-    named = (
-        ("width", width),
-        ("decay", decay),
-        ("v_threshold", v_threshold),
-        ("v_reset" if v_reset is not None else "reset_amount", reset),
-        ("input_gain", input_gain),
-        ("input_bias", input_bias),
+    call = checked_call(
+        _CALLER,
+        x_seq,
+        decay=decay,
+        v_threshold=v_threshold,
+        v_reset=v_reset,
+        reset_amount=reset_amount,
+        width=width,
+        surrogate=surrogate,
+        surrogate_gain=surrogate_gain,
+        analog_prob=analog_prob,
+        rng_state=rng_state,
+        generator=generator,
+        v_rest=v_rest,
+        input_gain=input_gain,
+        input_bias=input_bias,
+        input_mean=input_mean,
+        strict_threshold=strict_threshold,
+        scale_output=scale_output,
+        detach_reset=detach_reset,
+        v_init=v_init,
+        time_dim=time_dim,
+        return_v_last=return_v_last,
+        return_v_seq=return_v_seq,
+        return_h_seq=return_h_seq,
+        backend=backend,
     )
-    constants = []
-    parameters: list[Tensor | None] = []
-    for name, value in named:
-        if isinstance(value, Tensor):
-            check_parameter(name, value, x_seq, _CALLER)
-            constants.append(0.0)
-            parameters.append(value.to(real))
-        else:
-            constants.append(check_number(name, value, _CALLER, "a float or a tensor"))
-            parameters.append(None)
-    if parameters[0] is None:
-        check_width(constants[0], _CALLER)
-    if v_init is not None:
-        check_v_init(v_init, x_seq, time_dim, _CALLER)
-        v_init = v_init.to(real)
-    options = NeuronOptions(
-        SURROGATES[surrogate],
-        check_number("surrogate_gain", surrogate_gain, _CALLER),
-        check_number("v_rest", v_rest, _CALLER),
-        v_reset is not None,
-        strict_threshold,
-        scale_output,
-        detach_reset,
-        check_analog_prob(analog_prob, _CALLER),
-        time_dim,
-    )
-    backend = choose_backend(backend, x_seq.device, _CALLER)
-    if rng_state is not None:
-        check_rng_state(rng_state, x_seq, _CALLER)
-        if generator is not None:
-            raise ValueError("asgl_cuda.lif: rng_state and generator exclude each other, got both")
-    if not x_seq.is_contiguous() and not is_channels_last(x_seq, time_dim):
-        x_seq = x_seq.contiguous()
-    if 0 < options.analog_below < DRAWS:
-        rng_state = _draw_rng_state(x_seq, generator, backend) if rng_state is None else rng_state.contiguous()
-    else:
-        rng_state = None
-
-    wanted = (return_v_last, return_v_seq, return_h_seq)
-    if BACKENDS[backend].operators is None:
-        values = [
-            constant if tensor is None else tensor for constant, tensor in zip(constants, parameters, strict=True)
-        ]
-        outputs = lif_reference(x_seq, v_init, rng_state, values, options)
-    elif torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x_seq, v_init, *parameters)
+    if BACKENDS[call.backend].operators is None:
+        return call.output(lif_reference(call.x_seq, call.v_init, call.rng_state, call.values, call.options))
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (call.x_seq, call.v_init, *call.parameters)
     ):
-        outputs = LIFFunction.apply(  # type: ignore[no-untyped-call]
-            backend, options, tuple(constants), wanted, x_seq, v_init, rng_state, *parameters
-        )
-    else:
-        outputs = _forward(
-            backend, options, tuple(constants), wanted, x_seq, v_init, rng_state, tuple(parameters), False
-        )[:4]
-    if not any(wanted):
-        return outputs[0]
-    return LIFOutput(
-        outputs[0], *(output if asked else None for output, asked in zip(outputs[1:], wanted, strict=True))
-    )
+        return call.output(LIFFunction.apply(*call[:-1], *call.parameters))  # type: ignore[no-untyped-call]
+    return call.output(run_forward(*call, keep_checkpoints=False))
 
 
 def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: int = 0) -> Tensor:

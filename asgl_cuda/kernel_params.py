@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-WIDTH, _DECAY, _THRESHOLD, _RESET, INPUT_GAIN, INPUT_BIAS = range(6)
-NUM_PARAMETERS = 6
+WIDTH, _DECAY, _THRESHOLD, _RESET, INPUT_GAIN, INPUT_BIAS, INPUT_MEAN = range(7)
+NUM_PARAMETERS = 7
 
 
 class SequenceShape(Structure):  # noqa: D101

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .kernel_params import INPUT_BIAS, INPUT_GAIN, NUM_PARAMETERS, STRUCTURES, WIDTH
+from .kernel_params import INPUT_BIAS, INPUT_GAIN, INPUT_MEAN, NUM_PARAMETERS, STRUCTURES, WIDTH
 from .ops import BackwardResult, ForwardResult, checkpoint_elements, define_operators, empty_state
 from .reference import is_channels_last, memory_order, real_type
 
@@ -25,6 +25,8 @@ SUM_THREADS = 512
 MANY_SLOTS = 256
 MOST_BLOCKS = 0x7FFFFFFF
 SEGMENT_STEPS = (4, 8, 16)
+
+GENERAL, NORMALISED, PLAIN = range(3)  # Input of csrc/lif_math.h
 
 SCALARS = {
     torch.float32: "float",
@@ -51,21 +53,21 @@ def _bool(value: bool) -> str:
     return "true" if value else "false"
 
 
-def forward_kernel(dtype: torch.dtype, surrogate: int, hard_reset: bool, lanes: int, plain: bool) -> str:
-    """`lanes`: neurons a thread; `plain`: see csrc/lif_kernels.cuh."""
+def forward_kernel(dtype: torch.dtype, surrogate: int, hard_reset: bool, lanes: int, input: int) -> str:
+    """`lanes`: neurons a thread; `input`: see csrc/lif_kernels.cuh."""
     kinds = f"{SCALARS[dtype]}, (asgl::Surrogate){surrogate}, {_bool(hard_reset)}"
-    return f"asgl::lif_forward_kernel<{kinds}, {lanes}, {_bool(plain)}>"
+    return f"asgl::lif_forward_kernel<{kinds}, {lanes}, (asgl::Input){input}>"
 
 
 def backward_kernel(
-    dtype: torch.dtype, surrogate: int, hard_reset: bool, lanes: int, plain: bool, steps: int = SEGMENT_STEPS[-1]
+    dtype: torch.dtype, surrogate: int, hard_reset: bool, lanes: int, input: int, steps: int = SEGMENT_STEPS[-1]
 ) -> str:
     """`steps`: of the sequence."""
     kinds = f"{SCALARS[dtype]}, (asgl::Surrogate){surrogate}, {_bool(hard_reset)}"
-    if not plain:
+    if input == GENERAL:
         return f"asgl::lif_backward_kernel<{kinds}, {lanes}>"
     segment = next((each for each in SEGMENT_STEPS if steps <= each), SEGMENT_STEPS[-1])
-    return f"asgl::lif_backward_plain_kernel<{kinds}, {segment}>"
+    return f"asgl::lif_backward_plain_kernel<{kinds}, {segment}, (asgl::Input){input}>"
 
 
 def gradient_sum_kernel(real: torch.dtype, whole_block: bool) -> str:
@@ -224,16 +226,18 @@ class _Call:
             return 1
         return 4 if neurons // 4 >= launcher.resident_threads(device) // 4 else 1
 
-    def is_plain(self, params: Structure) -> bool:
+    def input(self, params: Structure, lanes: int) -> int:
         """As far as it is the same for forward and backward. Numbers are compared as the structure has rounded them."""
-        views = params.parameters
-        return (
-            all(not view[0] or (view[4] == 1 and view[2] == 0) for view in self.views)
-            and params.options.v_rest == 0
-            and not (views[INPUT_GAIN].data or views[INPUT_BIAS].data)
-            and (views[INPUT_GAIN].constant, views[INPUT_BIAS].constant) == (1, 0)
-            and not params.options.scale_output
-        )
+        if lanes != 4 or params.options.scale_output or params.options.v_rest != 0:
+            return GENERAL
+        of_input = self.views[INPUT_GAIN:]
+        if any(view[0] and (view[4] != 1 or view[2]) for view in self.views[:INPUT_GAIN]):
+            return GENERAL
+        if any(view[0] and view[2] for view in of_input):
+            return GENERAL
+        constants = [params.parameters[id].constant for id in (INPUT_GAIN, INPUT_BIAS, INPUT_MEAN)]
+        plain = not any(view[0] for view in of_input) and constants == [1, 0, 0]
+        return PLAIN if plain else NORMALISED
 
 
 class _Partials(NamedTuple):
@@ -294,8 +298,8 @@ class KernelOperators:
             outputs = (_address(s_seq), *map(_address, (v_last, v_seq, h_seq, checkpoints)))
             params = call.structures.ForwardParams(*call.common, *outputs)
             lanes = call.lanes(self._launcher, x_seq.device, outputs[:1], outputs[1:])
-            plain = lanes == 4 and not (return_v_seq or return_h_seq) and call.is_plain(params)
-            kernel = forward_kernel(x_seq.dtype, surrogate, hard_reset, lanes, plain)
+            input = GENERAL if return_v_seq or return_h_seq else call.input(params, lanes)
+            kernel = forward_kernel(x_seq.dtype, surrogate, hard_reset, lanes, input)
             self._launch(x_seq.device, kernel, _blocks_for(neurons, lanes * BLOCK_THREADS), BLOCK_THREADS, params)
         return s_seq, v_last, v_seq, h_seq, checkpoints
 
@@ -363,13 +367,13 @@ class KernelOperators:
             params = call.structures.BackwardParams(
                 *call.common, *inputs, _address(checkpoints), *outputs, tuple(addresses)
             )
-            plain = (
-                lanes == 4
-                and not (v_grad is not None or h_grad is not None)
-                and not any(each.id != WIDTH for each in partials)
-                and call.is_plain(params)
+            general = (
+                v_grad is not None
+                or h_grad is not None
+                or any(each.id not in (WIDTH, INPUT_GAIN, INPUT_BIAS) for each in partials)
             )
-            kernel = backward_kernel(x_seq.dtype, surrogate, hard_reset, lanes, plain, x_seq.shape[time_dim])
+            input = GENERAL if general else call.input(params, lanes)
+            kernel = backward_kernel(x_seq.dtype, surrogate, hard_reset, lanes, input, x_seq.shape[time_dim])
             self._launch(device, kernel, tiles, BLOCK_THREADS, params)
             for each in partials:
                 self._launch_gradient_sum(device, call, each, tile)

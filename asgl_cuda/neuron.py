@@ -1,4 +1,4 @@
-"""The fused neuron as a layer."""
+"""The fused neuron as a layer, without and with batch normalisation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .batch_norm import module_batch_norm_lif
 from .checks import check_analog_prob, check_input, check_number, check_surrogate, check_time_dim, check_width
 from .functional import LIFOutput, lif
 from .reference import GradientOf, real_type, state_shape
@@ -158,20 +159,26 @@ class LIF(nn.Module):
 
     def _lif(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
         """`asgl_cuda.lif` with what the layer holds, but for the carried potential."""
-        return lif(
-            x_seq,
-            decay=self._broadcast(self.decay, x_seq, time_dim),
-            v_threshold=self._broadcast(self.v_threshold, x_seq, time_dim),
-            v_reset=self.v_reset,
-            width=self._broadcast(self.width, x_seq, time_dim),
-            surrogate=self.surrogate,
-            analog_prob=self.analog_prob if self.training else 0.0,
-            scale_output=self.scale_output,
-            detach_reset=self.detach_reset,
-            time_dim=self.time_dim,
-            backend=self.backend,
-            **options,
-        )
+        return lif(x_seq, **self._held(x_seq, time_dim), **options)
+
+    def _lif_again(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
+        """The same for a look at what a call did: changes nothing in the layer."""
+        return self._lif(x_seq, time_dim, **options)
+
+    def _held(self, x_seq: Tensor, time_dim: int) -> dict[str, Any]:
+        """The arguments of `asgl_cuda.lif` that the layer holds."""
+        return {
+            "decay": self._broadcast(self.decay, x_seq, time_dim),
+            "v_threshold": self._broadcast(self.v_threshold, x_seq, time_dim),
+            "v_reset": self.v_reset,
+            "width": self._broadcast(self.width, x_seq, time_dim),
+            "surrogate": self.surrogate,
+            "analog_prob": self.analog_prob if self.training else 0.0,
+            "scale_output": self.scale_output,
+            "detach_reset": self.detach_reset,
+            "time_dim": self.time_dim,
+            "backend": self.backend,
+        }
 
     def _carried(self) -> Tensor | None:
         # A potential computed in inference mode can't take part in training; its copy can.
@@ -231,3 +238,84 @@ class LIF(nn.Module):
         if self.time_dim:
             parts.append(f"time_dim={self.time_dim}")
         return features + ", ".join(parts)
+
+
+class BatchNormLIF(LIF):
+    """Batch normalisation over time, batch and space, and the neurons of `LIF` behind it: two layers in one.
+
+    Args:
+        num_features: number of channels; for granularity "neuron" the shape of the neurons, channels first.
+        eps, momentum, affine, track_running_stats: as in `torch.nn.BatchNorm2d`.
+        input_scale: factor on the normalised input; `alpha * v_threshold` for tdBN.
+        process_group: share the statistics of training with these processes, as `torch.nn.SyncBatchNorm` does:
+            `torch.distributed.group.WORLD` for all.
+        lif_options: those of `LIF`.
+
+    The parameters and buffers of the normalisation have the names that `torch.nn.BatchNorm2d` gives them, those of the
+    neurons the names of `LIF`: `{**norm.state_dict(), **lif.state_dict()}` loads.
+
+    Shapes: input and output `[T, B, C, ...]`, or with time at `time_dim`; the channels are the second dimension but
+    time.
+
+    Raises what `LIF` and `asgl_cuda.batch_norm_lif` raise; the docstring of the latter has the same in PyTorch.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        input_scale: float = 1.0,
+        process_group: Any = None,
+        **lif_options: Any,
+    ) -> None:
+        caller = "asgl_cuda.BatchNormLIF"
+        channels = num_features if isinstance(num_features, int) else next(iter(num_features), 0)
+        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+            raise ValueError(
+                f"{caller}: num_features must be a number of channels or begin with it, got {num_features!r}"
+            )
+        eps = check_number("eps", eps, caller)
+        momentum = None if momentum is None else check_number("momentum", momentum, caller, "a float or None")
+        input_scale = check_number("input_scale", input_scale, caller)
+        super().__init__(num_features, **lif_options)
+        self.num_channels = channels
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.input_scale = input_scale
+        self.process_group = process_group
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(channels) if track_running_stats else None)
+        self.register_buffer("running_var", torch.ones(channels) if track_running_stats else None)
+        self.register_buffer("num_batches_tracked", torch.tensor(0) if track_running_stats else None)
+
+    def _lif(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
+        return module_batch_norm_lif(
+            self,
+            x_seq,
+            weight=self.weight,
+            bias=self.bias,
+            input_scale=self.input_scale,
+            process_group=self.process_group,
+            **self._held(x_seq, time_dim),
+            **options,
+        )
+
+    def _lif_again(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
+        return self._lif(x_seq, time_dim, update=False, **options)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.num_channels}", f"eps={self.eps:g}", f"momentum={self.momentum}"]
+        parts += [f"{flag}=False" for flag in ("affine", "track_running_stats") if not getattr(self, flag)]
+        if self.input_scale != 1:
+            parts.append(f"input_scale={self.input_scale:g}")
+        return ", ".join([*parts, super().extra_repr()])

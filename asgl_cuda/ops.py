@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import memory_order, real_type, state_shape
+from .reference import channel_dim, memory_order, real_type, state_shape
 
 CHECKPOINT_STEPS = 16  # kCheckpointSteps of csrc/lif_params.h
 REBUILD = (
@@ -144,6 +144,38 @@ def _fake_lif_backward(
     )
 
 
+def _fake_batch_norm_coefficients(
+    x_seq: Tensor,
+    statistics: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    input_scale: float,
+    time_dim: int,
+) -> tuple[Tensor, Tensor]:
+    channels = x_seq.shape[channel_dim(time_dim)]
+    real = real_type(x_seq.dtype)
+    return x_seq.new_empty((4, channels), dtype=real), x_seq.new_empty((channels, 3), dtype=torch.float64)
+
+
+def _fake_batch_norm_backward(
+    grad_x_seq: Tensor,
+    x_seq: Tensor,
+    coefficients: Tensor,
+    statistics: Tensor,
+    grad_gain: Tensor,
+    grad_bias: Tensor,
+    total_grad_gain: Tensor,
+    total_grad_bias: Tensor,
+    eps: float,
+    input_scale: float,
+    time_dim: int,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(grad_gain), torch.empty_like(grad_bias)
+
+
 _SCHEMAS = (
     "draw_rng_state(Tensor fresh) -> Tensor",
     "lif_forward(Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor?[] parameters, float[] constants, "
@@ -153,19 +185,30 @@ _SCHEMAS = (
     "lif_backward(Tensor? grad_s_seq, Tensor? grad_v_last, Tensor? grad_v_seq, Tensor? grad_h_seq, Tensor x_seq, "
     "Tensor? v_init, Tensor? rng_state, Tensor checkpoints, Tensor?[] parameters, float[] constants, int surrogate, "
     "float surrogate_gain, float v_rest, bool hard_reset, bool strict_threshold, bool scale_output, bool detach_reset, "
-    "int analog_below, int time_dim, bool needs_x_seq, bool needs_v_init, bool[6] needs_parameters) "
+    "int analog_below, int time_dim, bool needs_x_seq, bool needs_v_init, bool[7] needs_parameters) "
     "-> (Tensor grad_x_seq, Tensor grad_v_init, Tensor[] grad_parameters)",
+    # Of statistics: number, mean and biased variance of each channel in each process, [processes, C, 3] in float64; or
+    # of mean and variance; or else of x_seq. The coefficients are [4, C]: input_mean, input_gain and input_bias of the
+    # neuron, and the unbiased variance. The total is [C, 3], the statistics of all processes.
+    "batch_norm_coefficients(Tensor x_seq, Tensor? statistics, Tensor? mean, Tensor? variance, Tensor? weight, "
+    "Tensor? bias, float eps, float input_scale, int time_dim) -> (Tensor coefficients, Tensor total)",
+    # The gradients of weight and bias, and in place that of x_seq, if not empty: the total sums are of all processes.
+    "batch_norm_backward(Tensor(a!) grad_x_seq, Tensor x_seq, Tensor coefficients, Tensor statistics, "
+    "Tensor grad_gain, Tensor grad_bias, Tensor total_grad_gain, Tensor total_grad_bias, float eps, float input_scale, "
+    "int time_dim) -> (Tensor grad_weight, Tensor grad_bias)",
 )
 _FAKES: dict[str, Callable[..., Any]] = {
     "draw_rng_state": _fake_draw_rng_state,
     "lif_forward": _fake_lif_forward,
     "lif_backward": _fake_lif_backward,
+    "batch_norm_coefficients": _fake_batch_norm_coefficients,
+    "batch_norm_backward": _fake_batch_norm_backward,
 }
 _libraries: list[torch.library.Library] = []  # an operator lives as long as the library that defines it
 
 
 def define_operators(namespace: str) -> torch.library.Library:
-    """The three operators without kernels, but with shapes and types for torch.compile and fake tensors.
+    """The operators without kernels, but with shapes and types for torch.compile and fake tensors.
 
     Kernels in C++ are checked against the schemas when they are loaded.
     """

@@ -1,6 +1,6 @@
 """The neuron and its noise in plain PyTorch: the definition of what every other backend computes.
 
-    c    = input_gain * x[t] + input_bias
+    c    = input_gain * (x[t] - input_mean) + input_bias
     h[t] = v_rest + decay * (v[t-1] - v_rest) + c
     u    = h[t] - v_threshold
     a    = F(u / width)                                     analog value
@@ -66,7 +66,8 @@ def lif_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loop over the steps: s_seq, v_last, v_seq and h_seq.
 
-    `parameters` are width, decay, v_threshold, v_reset or reset_amount, input_gain, input_bias.
+    `parameters` are width, decay, v_threshold, v_reset or reset_amount, input_gain, input_bias,
+    input_mean.
     """
     real = real_type(x_seq.dtype)
     time_dim = options.time_dim
@@ -75,7 +76,7 @@ def lif_reference(
         tensor = torch.as_tensor(value, dtype=real, device=x_seq.device)
         return tensor[(None,) * (x_seq.dim() - tensor.dim())].movedim(time_dim, 0)
 
-    width, decay, v_threshold, reset, input_gain, input_bias = (by_step(value) for value in parameters)
+    width, decay, v_threshold, reset, input_gain, input_bias, input_mean = (by_step(value) for value in parameters)
     inverse_width = 1 / width
     x = x_seq.to(real).movedim(time_dim, 0)
     analog = analog_mask_below(x_seq, options.analog_below, rng_state, time_dim).movedim(time_dim, 0)
@@ -87,7 +88,8 @@ def lif_reference(
     v = torch.full_like(x[0], v_rest) if v_init is None else v_init
     s_seq, v_seq, h_seq = [], [], []
     for t in range(x.shape[0]):
-        h = v_rest + at(decay, t) * (v - v_rest) + (at(input_gain, t) * x[t] + at(input_bias, t))
+        c = at(input_gain, t) * (x[t] - at(input_mean, t)) + at(input_bias, t)
+        h = v_rest + at(decay, t) * (v - v_rest) + c
         u = h - at(v_threshold, t)
         a = options.surrogate.cumulative(u * at(inverse_width, t))
         z = (u > 0 if options.strict_threshold else u >= 0).to(real)
@@ -106,26 +108,73 @@ def lif_reference(
     return out.to(x_seq.dtype), v, v_out, h_out
 
 
+def batch_statistics(x_seq: Tensor, channel: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Number, mean and variance (biased, both [C]) of the values of each channel, of all processes of `group` if any.
+
+    In float64, whatever the type of x_seq.
+    """
+    dims = [dim for dim in range(x_seq.dim()) if dim != channel]
+    x = x_seq.double()
+    count = torch.tensor(x.numel() // x.shape[channel], dtype=x.dtype, device=x.device)
+    if group is None:
+        variance, mean = torch.var_mean(x, dims, correction=0)
+        return count, mean, variance
+    from torch.distributed.nn.functional import all_reduce
+
+    count = all_reduce(count, group=group)
+    mean = all_reduce(x.sum(dims), group=group) / count
+    shape = [-1] + [1] * (x.dim() - 1 - channel)
+    return count, mean, all_reduce((x - mean.reshape(shape)).square().sum(dims), group=group) / count
+
+
+def normalisation(
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    input_scale: float,
+    real: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """input_gain, input_bias and input_mean, each [C] in the type of the arithmetic, of a normalised input.
+
+        c = input_scale * (weight * (x - mean) / sqrt(variance + eps) + bias)
+          = input_gain * (x - input_mean) + input_bias
+
+    input_mean is rounded; what that leaves of the mean goes into the bias, and not the mean itself: the two large terms
+    would cancel where the mean is large against the deviation.
+    """
+    mean, variance = mean.double(), variance.double()
+    gain = input_scale / (variance + eps).sqrt()
+    if weight is not None:
+        gain = gain * weight.double()
+    input_mean = mean.to(real)
+    shift = -gain * (mean - input_mean.double())
+    if bias is not None:
+        shift = shift + input_scale * bias.double()
+    return gain.to(real), shift.to(real), input_mean
+
+
 def state_shape(x_seq: Tensor, time_dim: int) -> list[int]:
     """The shape of a potential: x_seq's without time."""
     return [size for dim, size in enumerate(x_seq.shape) if dim != time_dim]
 
 
-def _channel_dim(time_dim: int) -> int:
+def channel_dim(time_dim: int) -> int:
     """The second dimension but time."""
     return 2 if time_dim <= 1 else 1
 
 
 def is_channels_last(x_seq: Tensor, time_dim: int) -> bool:
     """Whether the channels (the second dimension but time) are innermost in memory, all else in order."""
-    return x_seq.dim() > 3 and x_seq.movedim(_channel_dim(time_dim), -1).is_contiguous()
+    return x_seq.dim() > 3 and x_seq.movedim(channel_dim(time_dim), -1).is_contiguous()
 
 
 def memory_order(x_seq: Tensor, time_dim: int) -> list[int]:
     """The dimensions of x_seq, outermost first; what is neither contiguous nor channels_last is taken as contiguous."""
     order = list(range(x_seq.dim()))
     if not x_seq.is_contiguous() and is_channels_last(x_seq, time_dim):
-        order.append(order.pop(_channel_dim(time_dim)))
+        order.append(order.pop(channel_dim(time_dim)))
     return order
 
 

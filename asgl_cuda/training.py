@@ -277,7 +277,7 @@ def _shares_of_lif(layer: LIF, before: _Before, x_seq: Tensor, s_seq: Tensor) ->
         generator.set_state(before.rng_state)
     time_dim = layer.time_dim % x_seq.dim()
     width, v_threshold = (layer._broadcast(value, x_seq, time_dim) for value in (layer.width, layer.v_threshold))
-    again = layer._lif(x_seq, time_dim, v_init=before.v, generator=generator, return_h_seq=True)
+    again = layer._lif_again(x_seq, time_dim, v_init=before.v, generator=generator, return_h_seq=True)
     assert isinstance(again, LIFOutput)
     assert again.h_seq is not None
     h_seq = again.h_seq

@@ -22,9 +22,10 @@ struct UniformNeuron {
 
 template <class Real>
 struct NeuronRows {
-  const Real *inverse_width, *decay, *v_threshold, *reset, *input_gain, *input_bias;
+  const Real *inverse_width, *decay, *v_threshold, *reset, *input_gain, *input_bias, *input_mean;
   ASGL_HOST_DEVICE Neuron<Real> operator[](int64 i) const {
-    return {decay[i], v_threshold[i], reset[i], inverse_width[i], input_gain[i], input_bias[i]};
+    return {decay[i],      v_threshold[i], reset[i],     inverse_width[i],
+            input_gain[i], input_bias[i],  input_mean[i]};
   }
 };
 
@@ -68,7 +69,7 @@ struct StepLoop {
 #pragma GCC ivdep
     for (int64 i = 0; i < length; ++i) {
       const Neuron<Real> neuron = neurons[i];
-      const Real h = charge<false>(x[i], v[i], neuron, options.v_rest);
+      const Real h = charge<Input::kGeneral>(x[i], v[i], neuron, options.v_rest);
       const Real s =
           emit<kNoise, kSurrogate>(h, kNoise ? draws[i] : uint16(0), analog_below, neuron, options.strict_threshold);
       h_row[i] = h;
@@ -181,7 +182,7 @@ struct UniformStepLoop {
     for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
 #pragma GCC ivdep
       for (int64 i = begin; i < end; ++i) {
-        const Real h = charge<true>(x[i], v[i], neuron, options.v_rest);
+        const Real h = charge<Input::kPlain>(x[i], v[i], neuron, options.v_rest);
         const Real s =
             emit<kNoise, kSurrogate>(h, kNoise ? draws[i] : uint16(0), analog_below, neuron, options.strict_threshold);
         out[i] = kSpikes ? s : h;
@@ -234,6 +235,62 @@ struct UniformAdjointLoop {
         dv[i] = neuron.decay * step.dh;
       }
     });
+  }
+};
+
+// to[i] = input_gain[i] * (x[i] - input_mean[i]) + input_bias[i]
+template <class Real>
+struct InputCurrentLoop {
+  struct Args {
+    const Real* x;
+    const Real *input_gain, *input_bias, *input_mean;
+    Real* to;
+    int64 length;
+  };
+
+  static ASGL_HOST_DEVICE void run(const Args& args) {
+    const Real* x = args.x;
+    const Real* input_gain = args.input_gain;
+    const Real* input_bias = args.input_bias;
+    const Real* input_mean = args.input_mean;
+    Real* to = args.to;
+    const int64 length = args.length;
+#pragma GCC ivdep
+    for (int64 i = 0; i < length; ++i) {
+      Neuron<Real> neuron{};
+      neuron.input_gain = input_gain[i], neuron.input_bias = input_bias[i], neuron.input_mean = input_mean[i];
+      to[i] = input_current(x[i], neuron);
+    }
+  }
+};
+
+// Its adjoint: dx[i] = input_gain[i] * dh[i], and what is to be added up for the gradients of the first two.
+template <class Real>
+struct InputCurrentAdjointLoop {
+  struct Args {
+    const Real* x;
+    const Real* dh;
+    const Real *input_gain, *input_mean;
+    Real *gain_sum, *bias_sum;
+    Real* dx;
+    int64 length;
+  };
+
+  static ASGL_HOST_DEVICE void run(const Args& args) {
+    const Real* x = args.x;
+    const Real* dh = args.dh;
+    const Real* input_gain = args.input_gain;
+    const Real* input_mean = args.input_mean;
+    Real* gain_sum = args.gain_sum;
+    Real* bias_sum = args.bias_sum;
+    Real* dx = args.dx;
+    const int64 length = args.length;
+#pragma GCC ivdep
+    for (int64 i = 0; i < length; ++i) {
+      gain_sum[i] += dh[i] * (x[i] - input_mean[i]);
+      bias_sum[i] += dh[i];
+      dx[i] = input_gain[i] * dh[i];
+    }
   }
 };
 

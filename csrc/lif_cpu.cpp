@@ -169,13 +169,13 @@ class TileNoise {
   std::array<int64, kPairs> pairs_;
 };
 
-// The six parameters in a tile: one value for all, or rows, read anew at every step only where they depend on it.
+// The parameters in a tile: one value for all, or rows, read anew at every step only where they depend on it.
 template <class Real>
 class TileNeurons {
  public:
   TileNeurons(const ParameterView<Real> (&parameters)[kNumParameters], int64 tile)
       : parameters_(parameters), uniform_(all_uniform(parameters)), rows_(uniform_ ? 0 : kNumParameters, tile) {
-    if (uniform_) values_ = uniform_neuron(parameters);
+    if (uniform_) values_ = settled_neuron<Input::kPlain>(parameters, 0);
     for (Real*& row : row_) row = uniform_ ? nullptr : rows_.take();
   }
 
@@ -196,10 +196,12 @@ class TileNeurons {
 
   operator UniformNeuron<Real>() const { return {values_}; }
   operator NeuronRows<Real>() const {
-    return {row_[kWidth], row_[kDecay], row_[kThreshold], row_[kReset], row_[kInputGain], row_[kInputBias]};
+    return {row_[kWidth],     row_[kDecay],     row_[kThreshold], row_[kReset],
+            row_[kInputGain], row_[kInputBias], row_[kInputMean]};
   }
   Operand<Real> v_threshold() const { return {row_[kThreshold], values_.v_threshold}; }
   Operand<Real> inverse_width() const { return {row_[kWidth], values_.inverse_width}; }
+  Operand<Real> input_mean() const { return {row_[kInputMean], values_.input_mean}; }
 
  private:
   const ParameterView<Real>* parameters_;
@@ -209,6 +211,50 @@ class TileNeurons {
   Neuron<Real> values_{};
   int64 first_ = -1;
   int64 t_ = -1;
+};
+
+// The input current of a tile where the parameters of the input are the same at all steps; x itself for kPlain.
+template <class Real>
+class TileInput {
+ public:
+  TileInput(const ParameterView<Real> (&parameters)[kNumParameters], Input input)
+      : parameters_(parameters), plain_(input == Input::kPlain), rows_(plain_ ? 0 : 7, kTile) {
+    if (plain_) return;
+    for (Real** row : {&gain_, &bias_, &mean_, &current_, &dh_, &gain_sum_, &bias_sum_}) *row = rows_.take();
+  }
+
+  bool plain() const { return plain_; }
+
+  void move_to(int64 first, int64 length) {
+    if (plain_) return;
+    fill_parameter_row(parameters_[kInputGain], first, length, 0, gain_);
+    fill_parameter_row(parameters_[kInputBias], first, length, 0, bias_);
+    fill_parameter_row(parameters_[kInputMean], first, length, 0, mean_);
+    std::fill_n(gain_sum_, length, Real(0));
+    std::fill_n(bias_sum_, length, Real(0));
+  }
+
+  const Real* current(const Real* x, int64 length) {
+    if (plain_) return x;
+    run<InputCurrentLoop<Real>>({x, gain_, bias_, mean_, current_, length});
+    return current_;
+  }
+
+  // Where the gradient of the current is to be put, and what then makes that of x of it.
+  Real* gradient_row() { return dh_; }
+  void backward(const Real* x, Real* dx, int64 length) {
+    run<InputCurrentAdjointLoop<Real>>({x, dh_, gain_, mean_, gain_sum_, bias_sum_, dx, length});
+  }
+
+  const Real* gain_sum() const { return gain_sum_; }
+  const Real* bias_sum() const { return bias_sum_; }
+
+ private:
+  const ParameterView<Real>* parameters_;
+  bool plain_;
+  Rows<Real> rows_;
+  Real *gain_ = nullptr, *bias_ = nullptr, *mean_ = nullptr, *current_ = nullptr, *dh_ = nullptr;
+  Real *gain_sum_ = nullptr, *bias_sum_ = nullptr;
 };
 
 // The potential before the first step of a segment.
@@ -296,14 +342,16 @@ void forward_uniform(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   using Step = UniformStepLoop<Real, kSurrogate, kHardReset, true>;
   const SequenceShape& shape = params.shape;
-  const Neuron<Real> neuron = uniform_neuron(params.parameters);
+  const Neuron<Real> neuron = settled_neuron<Input::kPlain>(params.parameters, 0);
   for_each_tile_range(shape, [&](int64 begin, int64 end) {
     Rows<Real> rows(3, kTile);
     Real *x_buffer = rows.take(), *s_buffer = rows.take(), *v = rows.take();
     TileNoise noise(params.noise);
+    TileInput<Real> input(params.parameters, params.input());
     for (int64 tile = begin; tile < end; ++tile) {
       const int64 first = tile * kTile;
       const int64 length = std::min(kTile, shape.neurons() - first);
+      input.move_to(first, length);
       load_potential<Scalar>(params, nullptr, 0, first, length, v);
       for (int64 t = 0; t < shape.steps; ++t) {
         const Real* x = read_row(params.x_seq, shape, first, length, t, x_buffer);
@@ -312,8 +360,8 @@ void forward_uniform(const ForwardParams<Scalar>& params) {
                     next_t = (t + kRowsAhead) % shape.steps;
         const Ahead ahead = {row_ahead(params.x_seq, shape, next_first, length, next_t),
                              row_ahead(params.s_seq, shape, next_first, length, next_t), sizeof(Scalar)};
-        run<Step>(
-            {neuron, params.options, params.noise.analog_below, length, x, noise.row(first, length, t), v, s, ahead});
+        run<Step>({neuron, params.options, params.noise.analog_below, length, input.current(x, length),
+                   noise.row(first, length, t), v, s, ahead});
         finish_row(s, params.s_seq, shape, first, length, t);
         store_checkpoint(params, v, t + 1, first, length);
       }
@@ -427,10 +475,11 @@ void backward(const BackwardParams<Scalar>& params) {
           finish_row(dx, params.grad_x_seq, shape, first, length, t);
           accumulate(kWidth, Real(1), dy, {row(h, k), Real(0)}, neurons.v_threshold());
           accumulate(kThreshold, Real(-1), dy, neurons.inverse_width(), kZero);
+          accumulate(kInputMean, Real(-1), dx, kOne, kZero);
           accumulate(kDecay, Real(1), dh, {row(v, k % v_rows), Real(0)}, {nullptr, options.v_rest});
           if (wanted(kInputGain)) {
             const Real* x = read_row(params.x_seq, shape, first, length, t, x_buffer);
-            accumulate(kInputGain, Real(1), dh, {x, Real(0)}, kZero);
+            accumulate(kInputGain, Real(1), dh, {x, Real(0)}, neurons.input_mean());
           }
           accumulate(kInputBias, Real(1), dh, kOne, kZero);
           for (int id = 0; id < kNumParameters; ++id) {
@@ -457,7 +506,7 @@ void backward_uniform(const BackwardParams<Scalar>& params) {
   using Step = UniformStepLoop<Real, kSurrogate, kHardReset, false>;
   using Adjoint = UniformAdjointLoop<Real, kSurrogate, kHardReset>;
   const SequenceShape& shape = params.shape;
-  const Neuron<Real> neuron = uniform_neuron(params.parameters);
+  const Neuron<Real> neuron = settled_neuron<Input::kPlain>(params.parameters, 0);
   const int64 segment = segment_steps(shape.steps);
   const int64 last_start = (shape.steps - 1) / segment * segment;
 
@@ -467,10 +516,12 @@ void backward_uniform(const BackwardParams<Scalar>& params) {
     Real *x_buffer = rows.take(), *g_buffer = rows.take(), *dx_buffer = rows.take();
     std::fill_n(zeros, kTile, Real(0));
     TileNoise noise(params.noise);
+    TileInput<Real> input(params.parameters, params.input());
 
     for (int64 tile = begin; tile < end; ++tile) {
       const int64 first = tile * kTile;
       const int64 length = std::min(kTile, shape.neurons() - first);
+      input.move_to(first, length);
       const auto h_row = [&](int64 k) { return h + k * rows.stride(); };
       bool carried = params.grad_v_last != nullptr;
       std::copy_n(carried ? params.grad_v_last + first : zeros, length, dv);
@@ -498,22 +549,30 @@ void backward_uniform(const BackwardParams<Scalar>& params) {
         load_potential<Scalar>(params, params.checkpoints, start, first, length, v);
         for (int64 t = start; t < stop; ++t) {
           const Real* x = read_row(params.x_seq, shape, first, length, t, x_buffer);
-          run<Step>({neuron, params.options, params.noise.analog_below, length, x, noise.row(first, length, t), v,
-                     h_row(t - start), ahead(t - start)});
+          run<Step>({neuron, params.options, params.noise.analog_below, length, input.current(x, length),
+                     noise.row(first, length, t), v, h_row(t - start), ahead(t - start)});
         }
         for (int64 t = stop - 1; t >= start; --t) {
           const Real* g =
               params.grad_s_seq == nullptr ? zeros : read_row(params.grad_s_seq, shape, first, length, t, g_buffer);
           Real* dx = start_row(params.grad_x_seq, shape, first, length, t, dx_buffer);
           run<Adjoint>({neuron, params.options, params.noise.analog_below, length, carried, g, h_row(t - start),
-                        noise.row(first, length, t), dv, width, dx, ahead(steps + stop - 1 - t)});
+                        noise.row(first, length, t), dv, width, input.plain() ? dx : input.gradient_row(),
+                        ahead(steps + stop - 1 - t)});
           carried = true;
+          if (!input.plain()) {
+            input.backward(read_row(params.x_seq, shape, first, length, t, x_buffer), dx, length);
+          }
           finish_row(dx, params.grad_x_seq, shape, first, length, t);
         }
       }
-      if (params.partials[kWidth].data != nullptr) {
-        store_partials(params.partials[kWidth], params.parameters[kWidth], tile, first, length, 0, width);
-      }
+      const auto store = [&](ParameterId id, const Real* sums) {
+        if (params.partials[id].data == nullptr) return;
+        store_partials(params.partials[id], params.parameters[id], tile, first, length, 0, sums);
+      };
+      store(kWidth, width);
+      store(kInputGain, input.gain_sum());
+      store(kInputBias, input.bias_sum());
       if (params.grad_v_init != nullptr) {
         std::copy_n(dv, length, params.grad_v_init + first);
       }
@@ -551,7 +610,7 @@ template <class Scalar>
 void launch_forward(Surrogate surrogate, bool hard_reset, const ForwardParams<Scalar>& params) {
   if constexpr (std::is_same_v<Real_t<Scalar>, float>) {
     const bool only_spikes = params.v_seq == nullptr && params.h_seq == nullptr && !params.options.scale_output;
-    if (only_spikes && all_uniform(params.parameters) && params.has_plain_input()) {
+    if (only_spikes && params.input() != Input::kGeneral) {
       with_surrogate(surrogate, [&](auto kind) {
         with_bool(hard_reset, [&](auto hard) { forward_uniform<Scalar, kind, hard>(params); });
       });
@@ -568,10 +627,7 @@ void launch_backward(Surrogate surrogate, bool hard_reset, const BackwardParams<
   if constexpr (std::is_same_v<Real_t<Scalar>, float>) {
     const bool only_spikes =
         params.grad_v_seq == nullptr && params.grad_h_seq == nullptr && !params.options.scale_output;
-    const bool only_width = std::all_of(params.partials + 1, params.partials + kNumParameters,
-                                        [](const auto& partials) { return partials.data == nullptr; });
-    static_assert(kWidth == 0);
-    if (only_spikes && only_width && all_uniform(params.parameters) && params.has_plain_input()) {
+    if (only_spikes && !wants_other_than_width_and_input(params) && params.input() != Input::kGeneral) {
       with_surrogate(surrogate, [&](auto kind) {
         with_bool(hard_reset, [&](auto hard) { backward_uniform<Scalar, kind, hard>(params); });
       });

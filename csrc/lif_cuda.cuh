@@ -82,10 +82,10 @@ cudaError_t backward_tiles(const BackwardParams<Scalar>& params, TilePlan* plan)
   return error;
 }
 
-// The kPlain of the kernels, as far as it is the same for both.
+// The kInput of the kernels, as far as it is the same for both.
 template <class Scalar>
-bool is_plain(const LIFParams<Scalar>& params) {
-  return all_uniform(params.parameters) && params.has_plain_input() && !params.options.scale_output;
+Input input_of(const LIFParams<Scalar>& params, int lanes) {
+  return lanes == 4 && !params.options.scale_output ? params.input() : Input::kGeneral;
 }
 
 template <Surrogate kSurrogate, bool kHardReset, class Scalar>
@@ -94,15 +94,25 @@ cudaError_t launch_forward(const ForwardParams<Scalar>& params, cudaStream_t str
   const cudaError_t error = choose_lanes(params, &lanes);
   if (error != cudaSuccess) return error;
   const int64 blocks = blocks_for(params.shape.neurons(), int64{lanes} * kBlockThreads);
-  auto* kernel = &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 1, false>;
+  auto* kernel = &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 1, Input::kGeneral>;
   if constexpr (!std::is_same_v<Scalar, double>) {
     if (lanes == 4) {
-      const bool plain = is_plain(params) && params.v_seq == nullptr && params.h_seq == nullptr;
-      kernel = plain ? &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 4, true>
-                     : &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 4, false>;
+      const bool only_spikes = params.v_seq == nullptr && params.h_seq == nullptr;
+      const Input input = only_spikes ? input_of(params, lanes) : Input::kGeneral;
+      kernel = input == Input::kPlain ? &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 4, Input::kPlain>
+               : input == Input::kNormalised
+                   ? &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 4, Input::kNormalised>
+                   : &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 4, Input::kGeneral>;
     }
   }
   return launch(kernel, blocks, kBlockThreads, params, stream);
+}
+
+template <class Scalar, Surrogate kSurrogate, bool kHardReset, Input kInput>
+auto* plain_backward_kernel(int64 steps) {
+  return steps <= 4   ? &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 4, kInput>
+         : steps <= 8 ? &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 8, kInput>
+                      : &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, kCheckpointSteps, kInput>;
 }
 
 template <Surrogate kSurrogate, bool kHardReset, class Scalar>
@@ -114,14 +124,15 @@ cudaError_t launch_backward(const BackwardParams<Scalar>& params, cudaStream_t s
   auto* kernel = &lif_backward_kernel<Scalar, kSurrogate, kHardReset, 1>;
   if constexpr (!std::is_same_v<Scalar, double>) {
     if (lanes == 4) {
-      bool plain = is_plain(params) && params.grad_v_seq == nullptr && params.grad_h_seq == nullptr;
-      for (int id = 0; id < kNumParameters; ++id)
-        plain = plain && (id == kWidth || params.partials[id].data == nullptr);
+      const bool general =
+          params.grad_v_seq != nullptr || params.grad_h_seq != nullptr || wants_other_than_width_and_input(params);
+      const Input input = general ? Input::kGeneral : input_of(params, lanes);
       const int64 steps = params.shape.steps;
-      kernel = !plain       ? &lif_backward_kernel<Scalar, kSurrogate, kHardReset, 4>
-               : steps <= 4 ? &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 4>
-               : steps <= 8 ? &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 8>
-                            : &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, kCheckpointSteps>;
+      kernel = input == Input::kPlain
+                   ? plain_backward_kernel<Scalar, kSurrogate, kHardReset, Input::kPlain>(steps)
+               : input == Input::kNormalised
+                   ? plain_backward_kernel<Scalar, kSurrogate, kHardReset, Input::kNormalised>(steps)
+                   : &lif_backward_kernel<Scalar, kSurrogate, kHardReset, 4>;
     }
   }
   return launch(kernel, blocks, kBlockThreads, params, stream);

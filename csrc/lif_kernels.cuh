@@ -96,15 +96,12 @@ struct Place {
         element(shape.outer == 1 ? read_n : shape.element(read_n, 0)) {}
 };
 
-// The parameters of a thread's neurons, which share them. kUniform: all neurons do, at all steps.
-template <class Real, bool kUniform>
-class ThreadNeuron;
-
-template <class Real>
-class ThreadNeuron<Real, true> {
+// The parameters of a thread's neurons, which share them. But for kGeneral they are the same at all steps.
+template <class Real, Input kInput>
+class ThreadNeuron {
  public:
-  __device__ __forceinline__ ThreadNeuron(const ParameterView<Real> (&parameters)[kNumParameters], int64)
-      : neuron_(uniform_neuron(parameters)) {}
+  __device__ __forceinline__ ThreadNeuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n)
+      : neuron_(settled_neuron<kInput>(parameters, n)) {}
 
   __device__ __forceinline__ void move_to(int64) {}
   __device__ __forceinline__ const Neuron<Real>& now() const { return neuron_; }
@@ -114,7 +111,7 @@ class ThreadNeuron<Real, true> {
 };
 
 template <class Real>
-class ThreadNeuron<Real, false> {
+class ThreadNeuron<Real, Input::kGeneral> {
  public:
   __device__ __forceinline__ ThreadNeuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n)
       : parameters_(parameters) {
@@ -146,8 +143,8 @@ class ThreadNeuron<Real, false> {
 
  private:
   __device__ __forceinline__ void convert() {
-    neuron_ = {values_[kDecay],           values_[kThreshold], values_[kReset],
-               Real(1) / values_[kWidth], values_[kInputGain], values_[kInputBias]};
+    neuron_ = {values_[kDecay],     values_[kThreshold], values_[kReset],    Real(1) / values_[kWidth],
+               values_[kInputGain], values_[kInputBias], values_[kInputMean]};
   }
 
   const ParameterView<Real> (&parameters_)[kNumParameters];
@@ -293,19 +290,20 @@ class SegmentNoise<4, 4> {
 
 // How many blocks are to share a multiprocessor's registers: enough to keep the memory busy, and few enough that
 // nothing is spilled (RESOURCES.md).
-template <class Real, bool kPlain>
-constexpr int kForwardBlocks = kPlain              ? 8
-                               : sizeof(Real) == 4 ? 5
-                                                   : 3;
+template <class Real, Input kInput>
+constexpr int kForwardBlocks = kInput == Input::kPlain        ? 8
+                               : kInput == Input::kNormalised ? 7
+                               : sizeof(Real) == 4            ? 5
+                                                              : 3;
 template <class Real, int kLanes>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
 template <int kSteps>
 constexpr int kPlainBackwardBlocks = kSteps <= 8 ? 4 : 3;
 
-// kPlain: uniform parameters, charge<true> will do, and only spikes, v_last and checkpoints are wanted, the spikes
-// unscaled.
-template <class Scalar, Surrogate kSurrogate, bool kHardReset, int kLanes, bool kPlain>
-__global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, kPlain>)
+// kInput is that of LIFParams::input(), or kGeneral; with another, only spikes, v_last and checkpoints are wanted, the
+// spikes unscaled.
+template <class Scalar, Surrogate kSurrogate, bool kHardReset, int kLanes, Input kInput>
+__global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, kInput>)
     lif_forward_kernel(const ForwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
@@ -317,7 +315,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const LeastSpike<Real> least_spike(options.strict_threshold);
-  ThreadNeuron<Real, kPlain> neuron(params.parameters, place.read_n);
+  ThreadNeuron<Real, kInput> neuron(params.parameters, place.read_n);
   Real v[kLanes];
   load_potential(params, static_cast<const Real*>(nullptr), 0, place, v);
 
@@ -345,11 +343,11 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
         Real h[kLanes], s[kLanes];
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
-          h[j] = charge<kPlain>(x[k][j], v[j], neuron.now(), options.v_rest);
+          h[j] = charge<kInput>(x[k][j], v[j], neuron.now(), options.v_rest);
           s[j] = fire<kSurrogate>(h[j], noise.is_analog(k, j), neuron.now(), least_spike);
           v[j] = reset<kHardReset>(h[j], s[j], neuron.now());
         }
-        if constexpr (!kPlain) {
+        if constexpr (kInput == Input::kGeneral) {
           if (params.h_seq != nullptr && place.live) Lanes::store(h, params.h_seq + element);
           if (params.v_seq != nullptr && place.live) Lanes::store(v, params.v_seq + element);
           if (options.scale_output) {
@@ -410,9 +408,9 @@ __device__ __forceinline__ void store_partial(Real* slots, const Run& run, bool 
 
 // ---- backward ----
 
-// For what kPlain of lif_forward_kernel allows, where only the gradients of x, v_init and width are wanted. The
-// potentials of a segment of kSteps steps stay in registers.
-template <class Scalar, Surrogate kSurrogate, bool kHardReset, int kSteps>
+// For what kInput of lif_forward_kernel allows, where only the gradients of x, v_init and width are wanted and, with
+// kNormalised, those of input_gain and input_bias. The potentials of a segment of kSteps steps stay in registers.
+template <class Scalar, Surrogate kSurrogate, bool kHardReset, int kSteps, Input kInput>
 __global__ void __launch_bounds__(kBlockThreads, kPlainBackwardBlocks<kSteps>)
     lif_backward_plain_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
@@ -421,12 +419,13 @@ __global__ void __launch_bounds__(kBlockThreads, kPlainBackwardBlocks<kSteps>)
   using Lanes = Access<kLanes>;
   const int64 steps = params.shape.steps, stride = params.shape.inner;
   const Place<kLanes> place(params.shape);
-  Real width_sum = 0;
+  constexpr bool kNormalised = kInput == Input::kNormalised;
+  Real width_sum = 0, gain_sum = 0, bias_sum = 0;
   if (place.live) {
     const NoiseSource source(params.noise);
     const NeuronOptions<Real> options = params.options;
     const LeastSpike<Real> least_spike(options.strict_threshold);
-    const Neuron<Real> neuron = uniform_neuron(params.parameters);
+    const Neuron<Real> neuron = settled_neuron<kInput>(params.parameters, place.n);
     bool carried = params.grad_v_last != nullptr;
     Real dv[kLanes];
     fill(dv, Real(0));
@@ -435,7 +434,7 @@ __global__ void __launch_bounds__(kBlockThreads, kPlainBackwardBlocks<kSteps>)
     for (int64 start = (steps - 1) / kSteps * kSteps; start >= 0; start -= kSteps) {
       const int length = steps - start < kSteps ? static_cast<int>(steps - start) : kSteps;
       int64 element = place.element + start * stride;
-      Real h[kSteps][kLanes], g[kAhead][kLanes], v[kLanes];
+      Real h[kSteps][kLanes], g[kAhead][kLanes], x[kAhead][kLanes], v[kLanes];
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         if (k < length) Lanes::load(params.x_seq + element, h[k]);
@@ -446,6 +445,8 @@ __global__ void __launch_bounds__(kBlockThreads, kPlainBackwardBlocks<kSteps>)
         Real(&row)[kLanes] = g[(k + kAhead) % kAhead];
         fill(row, Real(0));
         if (k >= 0 && k < length && params.grad_s_seq != nullptr) Lanes::load(params.grad_s_seq + element, row);
+        // Once more: there are no registers for it, and it is not gone from the cache.
+        if (kNormalised && k >= 0 && k < length) Lanes::load(params.x_seq + element, x[(k + kAhead) % kAhead]);
       };
       load_potential(params, params.checkpoints, start, place, v);
       const SegmentNoise<kLanes, kSteps> noise(source, place.n, start);
@@ -457,7 +458,7 @@ __global__ void __launch_bounds__(kBlockThreads, kPlainBackwardBlocks<kSteps>)
         if (k < length) {
 #pragma unroll
           for (int j = 0; j < kLanes; ++j) {
-            h[k][j] = charge<true>(h[k][j], v[j], neuron, options.v_rest);
+            h[k][j] = charge<kInput>(h[k][j], v[j], neuron, options.v_rest);
             v[j] = reset<kHardReset>(h[k][j], fire_lane(k, j), neuron);
           }
         }
@@ -474,7 +475,11 @@ __global__ void __launch_bounds__(kBlockThreads, kPlainBackwardBlocks<kSteps>)
             const StepGradient<Real> step = step_adjoint<kSurrogate, kHardReset>(
                 g[k % kAhead][j], NoGradient{}, dv[j], h[k][j], fire_lane(k, j), carried, neuron, options);
             width_sum += step.dy * (h[k][j] - neuron.v_threshold);
-            dx[j] = step.dh;
+            if constexpr (kNormalised) {
+              gain_sum += step.dh * (x[k % kAhead][j] - neuron.input_mean);
+              bias_sum += step.dh;
+            }
+            dx[j] = kNormalised ? neuron.input_gain * step.dh : step.dh;
             dv[j] = neuron.decay * step.dh;
           }
           carried = true;
@@ -487,6 +492,14 @@ __global__ void __launch_bounds__(kBlockThreads, kPlainBackwardBlocks<kSteps>)
   }
   Real* width_slots = params.partials[kWidth].data;
   if (width_slots != nullptr) store_partial(width_slots, {0, 0, kBlockThreads}, place.live, width_sum);
+  if constexpr (kNormalised) {
+    const auto store_sum = [&](ParameterId id, Real sum) {
+      Real* slots = params.partials[id].data;
+      if (slots != nullptr) store_partial(slots, run_of(place, params.parameters[id]), place.live, sum);
+    };
+    store_sum(kInputGain, gain_sum);
+    store_sum(kInputBias, bias_sum);
+  }
 }
 
 // Everything that there is. The potentials of a segment stay in shared memory, where a loop can index them.
@@ -506,7 +519,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const LeastSpike<Real> least_spike(options.strict_threshold);
-  ThreadNeuron<Real, false> neuron(params.parameters, place.read_n);
+  ThreadNeuron<Real, Input::kGeneral> neuron(params.parameters, place.read_n);
   const auto wanted = [&](int id) { return params.partials[id].data != nullptr; };
   const auto store_sum = [&](int id, int64 t, Real sum) {
     const ParameterView<Real>& parameter = params.parameters[id];
@@ -551,7 +564,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       Potentials h = potentials[k][threadIdx.x];
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
-        h.values[j] = charge<false>(h.values[j], v[j], neuron.now(), options.v_rest);
+        h.values[j] = charge<Input::kGeneral>(h.values[j], v[j], neuron.now(), options.v_rest);
         v[j] = reset<kHardReset>(h.values[j], fire_lane(h.values[j], k, j), neuron.now());
       }
       potentials[k][threadIdx.x] = h;
@@ -606,9 +619,10 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         sums[kWidth] += step.dy * (h.values[j] - neuron.now().v_threshold);
         sums[kThreshold] -= step.dy * neuron.now().inverse_width;
         sums[kDecay] += step.dh * (v_before[j] - options.v_rest);
-        sums[kInputGain] += step.dh * x[j];
-        sums[kInputBias] += step.dh;
         dx[j] = neuron.now().input_gain * step.dh;
+        sums[kInputGain] += step.dh * (x[j] - neuron.now().input_mean);
+        sums[kInputBias] += step.dh;
+        sums[kInputMean] -= dx[j];
         dv[j] = neuron.now().decay * step.dh;
       }
       carried = true;

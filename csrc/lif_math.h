@@ -9,7 +9,7 @@ namespace asgl {
 // one.
 template <class Real>
 struct Neuron {
-  Real decay, v_threshold, reset, inverse_width, input_gain, input_bias;
+  Real decay, v_threshold, reset, inverse_width, input_gain, input_bias, input_mean;
 };
 
 // What is the same for all elements and steps.
@@ -22,12 +22,24 @@ struct NeuronOptions {
   bool detach_reset;
 };
 
-// h[t] = v_rest + decay * (v[t-1] - v_rest) + (input_gain * x[t] + input_bias)
-// kPlain: v_rest = 0, input_gain = 1, input_bias = 0. What is left out then changes nothing but the sign of a zero.
-template <bool kPlain, class Real>
+// What charge may take for granted, which changes nothing but the sign of a zero.
+enum class Input {
+  kGeneral,
+  kNormalised,  // v_rest = 0
+  kPlain,       // v_rest = 0, input_gain = 1, input_bias = 0, input_mean = 0
+};
+
+// c[t] = input_gain * (x[t] - input_mean) + input_bias
+template <class Real>
+ASGL_HOST_DEVICE Real input_current(Real x, const Neuron<Real>& neuron) {
+  return neuron.input_gain * (x - neuron.input_mean) + neuron.input_bias;
+}
+
+// h[t] = v_rest + decay * (v[t-1] - v_rest) + c[t]
+template <Input kInput, class Real>
 ASGL_HOST_DEVICE Real charge(Real x, Real v, const Neuron<Real>& neuron, Real v_rest) {
-  return kPlain ? neuron.decay * v + x
-                : (v_rest + neuron.decay * (v - v_rest)) + (neuron.input_gain * x + neuron.input_bias);
+  const Real c = kInput == Input::kPlain ? x : input_current(x, neuron);
+  return kInput == Input::kGeneral ? (v_rest + neuron.decay * (v - v_rest)) + c : neuron.decay * v + c;
 }
 
 // 1 if u >= 0 (strict: u > 0) else 0

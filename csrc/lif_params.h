@@ -18,8 +18,8 @@ struct SequenceShape {
 // Steps between two potentials kept for backward. A sequence of at most this length keeps none.
 constexpr int kCheckpointSteps = 16;
 
-enum ParameterId { kWidth, kDecay, kThreshold, kReset, kInputGain, kInputBias };
-constexpr int kNumParameters = 6;
+enum ParameterId { kWidth, kDecay, kThreshold, kReset, kInputGain, kInputBias, kInputMean };
+constexpr int kNumParameters = 7;
 
 // A parameter at neuron n and step t is data[t * step_stride + (n / inner) % count], or constant where data is null.
 template <class Real>
@@ -38,19 +38,23 @@ struct ParameterView {
   ASGL_HOST_DEVICE Real uniform_value() const { return data == nullptr ? constant : *data; }
 };
 
+// Whether the first `count` parameters are.
 template <class Real>
-ASGL_HOST_DEVICE bool all_uniform(const ParameterView<Real> (&parameters)[kNumParameters]) {
+ASGL_HOST_DEVICE bool all_uniform(const ParameterView<Real> (&parameters)[kNumParameters], int count = kNumParameters) {
   bool all = true;
-  for (int id = 0; id < kNumParameters; ++id) all = all && parameters[id].is_uniform();
+  for (int id = 0; id < count; ++id) all = all && parameters[id].is_uniform();
   return all;
 }
 
-// If all are uniform.
-template <class Real>
-ASGL_HOST_DEVICE Neuron<Real> uniform_neuron(const ParameterView<Real> (&parameters)[kNumParameters]) {
+// Neuron n where all parameters are uniform but, with kNormalised, those of the input, which are the same at all steps.
+template <Input kInput, class Real>
+ASGL_HOST_DEVICE Neuron<Real> settled_neuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n) {
   const auto value = [&](ParameterId id) { return parameters[id].uniform_value(); };
-  return {value(kDecay),           value(kThreshold), value(kReset),
-          Real(1) / value(kWidth), value(kInputGain), value(kInputBias)};
+  const auto at_n = [&](ParameterId id) {
+    return kInput == Input::kNormalised ? parameters[id].at(n, 0) : parameters[id].uniform_value();
+  };
+  return {value(kDecay),    value(kThreshold), value(kReset),   Real(1) / value(kWidth),
+          at_n(kInputGain), at_n(kInputBias),  at_n(kInputMean)};
 }
 
 struct NoiseParams {
@@ -71,11 +75,18 @@ struct LIFParams {
   const Scalar* x_seq;
   const Real* v_init;  // null: v_rest
 
-  // Whether charge<true> will do.
-  ASGL_HOST_DEVICE bool has_plain_input() const {
-    const ParameterView<Real>&gain = parameters[kInputGain], &bias = parameters[kInputBias];
-    return options.v_rest == Real(0) && gain.data == nullptr && gain.constant == Real(1) && bias.data == nullptr &&
-           bias.constant == Real(0);
+  // kGeneral also where other parameters than those of the input differ, or these from step to step.
+  ASGL_HOST_DEVICE Input input() const {
+    bool per_step = false;
+    for (int id = kInputGain; id < kNumParameters; ++id) {
+      per_step = per_step || (parameters[id].data != nullptr && parameters[id].step_stride != 0);
+    }
+    if (!all_uniform(parameters, kInputGain) || per_step || options.v_rest != Real(0)) return Input::kGeneral;
+    const auto is = [&](ParameterId id, Real value) {
+      return parameters[id].data == nullptr && parameters[id].constant == value;
+    };
+    const bool plain = is(kInputGain, Real(1)) && is(kInputBias, Real(0)) && is(kInputMean, Real(0));
+    return plain ? Input::kPlain : Input::kNormalised;
   }
 };
 
@@ -112,6 +123,17 @@ struct BackwardParams : LIFParams<Scalar> {
   Real* grad_v_init;
   GradientPartials<Real> partials[kNumParameters];
 };
+
+// Whether a gradient is wanted beside those of the sequence, v_init, width, input_gain and input_bias.
+template <class Scalar>
+ASGL_HOST_DEVICE bool wants_other_than_width_and_input(const BackwardParams<Scalar>& params) {
+  bool wants = false;
+  for (int id = 0; id < kNumParameters; ++id) {
+    const bool other = id != kWidth && id != kInputGain && id != kInputBias;
+    wants = wants || (other && params.partials[id].data != nullptr);
+  }
+  return wants;
+}
 
 // What turns the partial sums of one parameter's gradient into the gradient, [steps or 1, count].
 template <class Real>

@@ -62,17 +62,23 @@ class Kernels {
   template <class Scalar, Surrogate kSurrogate, bool kHardReset>
   void add_kernels(const std::string& kinds) {
     const auto forward = "asgl::lif_forward_kernel" + kinds, backward = "asgl::lif_backward_kernel" + kinds;
-    add(forward + ", 1, false>", &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 1, false>);
+    add(forward + ", 1, (asgl::Input)0>", &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 1, Input::kGeneral>);
     add(backward + ", 1>", &lif_backward_kernel<Scalar, kSurrogate, kHardReset, 1>);
     if constexpr (!std::is_same_v<Scalar, double>) {
-      const auto plain = "asgl::lif_backward_plain_kernel" + kinds;
-      add(forward + ", 4, false>", &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 4, false>);
-      add(forward + ", 4, true>", &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 4, true>);
+      add(forward + ", 4, (asgl::Input)0>", &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 4, Input::kGeneral>);
       add(backward + ", 4>", &lif_backward_kernel<Scalar, kSurrogate, kHardReset, 4>);
-      add(plain + ", 4>", &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 4>);
-      add(plain + ", 8>", &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 8>);
-      add(plain + ", 16>", &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 16>);
+      add_plain<Scalar, kSurrogate, kHardReset, Input::kNormalised>(kinds, ", (asgl::Input)1>");
+      add_plain<Scalar, kSurrogate, kHardReset, Input::kPlain>(kinds, ", (asgl::Input)2>");
     }
+  }
+
+  template <class Scalar, Surrogate kSurrogate, bool kHardReset, Input kInput>
+  void add_plain(const std::string& kinds, const std::string& input) {
+    const auto forward = "asgl::lif_forward_kernel" + kinds, backward = "asgl::lif_backward_plain_kernel" + kinds;
+    add(forward + ", 4" + input, &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 4, kInput>);
+    add(backward + ", 4" + input, &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 4, kInput>);
+    add(backward + ", 8" + input, &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 8, kInput>);
+    add(backward + ", 16" + input, &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 16, kInput>);
   }
 
   template <class Real>
