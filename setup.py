@@ -30,8 +30,11 @@ except ImportError as error:
     ) from error
 
 PACKAGE = Path(__file__).parent / "asgl_cuda"
-# lif_kernels.cuh and what it includes.
+# The kernels and what they include.
 KERNEL_HEADERS = (
+    "batch_norm_kernels.cuh",
+    "batch_norm_math.h",
+    "batch_norm_params.h",
     "float_math.h",
     "half_types.h",
     "host_device.h",
@@ -179,7 +182,7 @@ def extension_for(toolkit: Toolkit | None) -> tuple[Extension, str | None]:
     """The extension, and what its CUDA kernels are compiled by and for."""
     extension = cpp_extension.CppExtension(
         "asgl_cuda._C",
-        ["csrc/lif_cpu.cpp", "csrc/ops.cpp"],
+        ["csrc/batch_norm_cpu.cpp", "csrc/lif_cpu.cpp", "csrc/ops.cpp"],
         extra_compile_args={"cxx": CXX_FLAGS},
         extra_link_args=["-fopenmp"],
     )
@@ -188,7 +191,7 @@ def extension_for(toolkit: Toolkit | None) -> tuple[Extension, str | None]:
     flags, built = architectures(known_architectures(toolkit.nvcc))
     # What torch makes of the nvcc on the PATH is wrong where that is a wrapper script.
     cpp_extension.CUDA_HOME = str(toolkit.home)
-    extension.sources.insert(0, "csrc/lif_cuda.cu")
+    extension.sources[:0] = ["csrc/lif_cuda.cu", "csrc/batch_norm_cuda.cu"]
     extension.define_macros.append(("ASGL_WITH_CUDA", None))
     extension.extra_compile_args["nvcc"] = [*NVCC_FLAGS, *flags, f"--threads={os.environ['MAX_JOBS']}"]
     if toolkit.include != Path("/usr/include"):  # there already, and in its right place in the order

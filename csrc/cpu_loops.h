@@ -24,8 +24,7 @@ template <class Real>
 struct NeuronRows {
   const Real *inverse_width, *decay, *v_threshold, *reset, *input_gain, *input_bias, *input_mean;
   ASGL_HOST_DEVICE Neuron<Real> operator[](int64 i) const {
-    return {decay[i],      v_threshold[i], reset[i],     inverse_width[i],
-            input_gain[i], input_bias[i],  input_mean[i]};
+    return {decay[i], v_threshold[i], reset[i], inverse_width[i], input_gain[i], input_bias[i], input_mean[i]};
   }
 };
 

@@ -128,8 +128,7 @@ cudaError_t launch_backward(const BackwardParams<Scalar>& params, cudaStream_t s
           params.grad_v_seq != nullptr || params.grad_h_seq != nullptr || wants_other_than_width_and_input(params);
       const Input input = general ? Input::kGeneral : input_of(params, lanes);
       const int64 steps = params.shape.steps;
-      kernel = input == Input::kPlain
-                   ? plain_backward_kernel<Scalar, kSurrogate, kHardReset, Input::kPlain>(steps)
+      kernel = input == Input::kPlain ? plain_backward_kernel<Scalar, kSurrogate, kHardReset, Input::kPlain>(steps)
                : input == Input::kNormalised
                    ? plain_backward_kernel<Scalar, kSurrogate, kHardReset, Input::kNormalised>(steps)
                    : &lif_backward_kernel<Scalar, kSurrogate, kHardReset, 4>;

@@ -6,9 +6,11 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
+#include "batch_norm_ops.h"
 #include "cpu_clones.h"
 #include "ops.h"
 #if defined(ASGL_WITH_CUDA)
+#include "batch_norm_cuda.h"
 #include "lif_cuda.h"
 #endif
 
@@ -34,6 +36,26 @@ class CpuBackend {
   template <class Real>
   void launch_gradient_sum(const GradientSum<Real>& sum) const {
     cpu::launch_gradient_sum(sum);
+  }
+  template <class Scalar>
+  ChannelTiles channel_tiles(const ChannelShape& shape, const Scalar*, const Scalar*) const {
+    return cpu::channel_tiles(shape);
+  }
+  template <class Params>
+  void launch_moments(const Params& params) const {
+    cpu::launch_moments(params);
+  }
+  template <class Params>
+  void launch_coefficients(const Params& params) const {
+    cpu::launch_coefficients(params);
+  }
+  template <class Params>
+  void launch_adjoint(const Params& params) const {
+    cpu::launch_adjoint(params);
+  }
+  template <class Params>
+  void launch_input_gradient(const Params& params) const {
+    cpu::launch_input_gradient(params);
   }
 };
 
@@ -63,6 +85,26 @@ class CudaBackend {
   void launch_gradient_sum(const GradientSum<Real>& sum) const {
     C10_CUDA_CHECK(cuda::launch_gradient_sum(sum, stream_));
   }
+  template <class Scalar>
+  ChannelTiles channel_tiles(const ChannelShape& shape, const Scalar* x_seq, const Scalar* grad_x_seq) const {
+    return cuda::channel_tiles(shape, x_seq, grad_x_seq);
+  }
+  template <class Params>
+  void launch_moments(const Params& params) const {
+    C10_CUDA_CHECK(cuda::launch_moments(params, stream_));
+  }
+  template <class Params>
+  void launch_coefficients(const Params& params) const {
+    C10_CUDA_CHECK(cuda::launch_coefficients(params, stream_));
+  }
+  template <class Params>
+  void launch_adjoint(const Params& params) const {
+    C10_CUDA_CHECK(cuda::launch_adjoint(params, stream_));
+  }
+  template <class Params>
+  void launch_input_gradient(const Params& params) const {
+    C10_CUDA_CHECK(cuda::launch_input_gradient(params, stream_));
+  }
 
  private:
   c10::cuda::CUDAGuard guard_;
@@ -73,10 +115,16 @@ class CudaBackend {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) { ops::implement<CpuBackend>(m); }
+TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) {
+  ops::implement<CpuBackend>(m);
+  ops::implement_batch_norm<CpuBackend>(m);
+}
 
 #if defined(ASGL_WITH_CUDA)
-TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) { ops::implement<CudaBackend>(m); }
+TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) {
+  ops::implement<CudaBackend>(m);
+  ops::implement_batch_norm<CudaBackend>(m);
+}
 #endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -88,6 +88,7 @@ class Layout {
   }
 
   const SequenceShape& shape() const { return shape_; }
+  const std::vector<int64_t>& order() const { return order_; }
   const std::vector<int64_t>& neuron_order() const { return neuron_order_; }
   int64_t time_dim() const { return time_dim_; }
   const std::vector<int64_t>& sizes() const { return sizes_; }

@@ -1,5 +1,6 @@
 // The CUDA kernels and launchers as they are, for the host's compiler, and the kernels by the names that a run-time
 // compiler is asked for.
+#include "batch_norm_cuda.cu"
 #include "emulated_kernels.h"
 #include "lif_cuda.cu"
 
@@ -15,8 +16,8 @@ class Kernels {
     add_scalar<BFloat16>("asgl::BFloat16");
     add_scalar<float>("float");
     add_scalar<double>("double");
-    add_sum<float>("float");
-    add_sum<double>("double");
+    add_real<float>("float");
+    add_real<double>("double");
   }
 
   static const Kernels& table() {
@@ -46,6 +47,12 @@ class Kernels {
 
   template <class Scalar>
   void add_scalar(const std::string& scalar) {
+    add("asgl::batch_moments_kernel<" + scalar + ", 1>", &batch_moments_kernel<Scalar, 1>);
+    add("asgl::batch_norm_input_gradient_kernel<" + scalar + ", 1>", &batch_norm_input_gradient_kernel<Scalar, 1>);
+    if constexpr (!std::is_same_v<Scalar, double>) {
+      add("asgl::batch_moments_kernel<" + scalar + ", 4>", &batch_moments_kernel<Scalar, 4>);
+      add("asgl::batch_norm_input_gradient_kernel<" + scalar + ", 4>", &batch_norm_input_gradient_kernel<Scalar, 4>);
+    }
     for (int surrogate = 0; surrogate < kNumSurrogates; ++surrogate) {
       with_surrogate(static_cast<Surrogate>(surrogate), [&](auto kind) {
         for (const bool hard_reset : {false, true}) {
@@ -82,7 +89,9 @@ class Kernels {
   }
 
   template <class Real>
-  void add_sum(const std::string& real) {
+  void add_real(const std::string& real) {
+    add("asgl::batch_norm_coefficients_kernel<" + real + ">", &batch_norm_coefficients_kernel<Real>);
+    add("asgl::batch_norm_adjoint_kernel<" + real + ">", &batch_norm_adjoint_kernel<Real>);
     add("asgl::gradient_sum_kernel<" + real + ", false>", &gradient_sum_kernel<Real, false>);
     add("asgl::gradient_sum_kernel<" + real + ", true>", &gradient_sum_kernel<Real, true>);
   }

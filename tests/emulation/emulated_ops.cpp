@@ -1,5 +1,7 @@
-// The operators of csrc/ops.h on the CUDA kernels and launchers as the emulation runs them, as
-// torch.ops.asgl_cuda_emulated, for tensors on the CPU; and the emulated device, for those that are in Python.
+// The operators of csrc/ops.h and csrc/batch_norm_ops.h on the CUDA kernels and launchers as the emulation runs them,
+// as torch.ops.asgl_cuda_emulated, for tensors on the CPU; and the emulated device, for those that are in Python.
+#include "batch_norm_cuda.h"
+#include "batch_norm_ops.h"
 #include "emulated_kernels.h"
 #include "lif_cuda.h"
 #include "ops.h"
@@ -29,6 +31,26 @@ class EmulatedBackend {
   void launch_gradient_sum(const GradientSum<Real>& sum) const {
     check(cuda::launch_gradient_sum(sum, nullptr));
   }
+  template <class Scalar>
+  ChannelTiles channel_tiles(const ChannelShape& shape, const Scalar* x_seq, const Scalar* grad_x_seq) const {
+    return cuda::channel_tiles(shape, x_seq, grad_x_seq);
+  }
+  template <class Params>
+  void launch_moments(const Params& params) const {
+    check(cuda::launch_moments(params, nullptr));
+  }
+  template <class Params>
+  void launch_coefficients(const Params& params) const {
+    check(cuda::launch_coefficients(params, nullptr));
+  }
+  template <class Params>
+  void launch_adjoint(const Params& params) const {
+    check(cuda::launch_adjoint(params, nullptr));
+  }
+  template <class Params>
+  void launch_input_gradient(const Params& params) const {
+    check(cuda::launch_input_gradient(params, nullptr));
+  }
 
  private:
   // A fault sticks, as on a device; here the next call may go on.
@@ -42,7 +64,10 @@ class EmulatedBackend {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(asgl_cuda_emulated, CPU, m) { ops::implement<EmulatedBackend>(m); }
+TORCH_LIBRARY_IMPL(asgl_cuda_emulated, CPU, m) {
+  ops::implement<EmulatedBackend>(m);
+  ops::implement_batch_norm<EmulatedBackend>(m);
+}
 
 }  // namespace asgl
 

@@ -192,7 +192,8 @@ void compare(const std::string& name, const Buffer<Real>& found, const std::vect
 
 enum class Parameters { kPlain, kUniform, kInFours, kAny };
 const char* const kParametersNames[] = {"plain", "uniform", "shared in fours", "shared at random"};
-const char* const kParameterNames[] = {"width", "decay", "v_threshold", "reset", "input_gain", "input_bias", "input_mean"};
+const char* const kParameterNames[] = {"width",      "decay",      "v_threshold", "reset",
+                                       "input_gain", "input_bias", "input_mean"};
 
 // The number decides whatever the rest leaves open.
 struct Case {

@@ -1,0 +1,180 @@
+// The CUDA kernels of batch normalisation. Moments and the gradient of the input go through a sequence as ChannelTiles
+// says: a thread owns one column, or four of one channel, for some rows.
+#pragma once
+
+#include "batch_norm_params.h"
+#include "lif_kernels.cuh"
+
+namespace asgl {
+
+constexpr int64 kChannelRowsEach = 64;  // values of a column, or of four, whose sums are kept in the type of x
+
+// The columns of a thread.
+template <int kLanes>
+struct ChannelPlace {
+  ChannelTask task;
+  int64 unit, way;  // of the tile
+  int64 channel, rank;
+  bool live;
+  int64 row, end_row, step;  // rows of the thread
+  int64 column;
+
+  __device__ __forceinline__ explicit ChannelPlace(const ChannelTiles& tiles)
+      : task(tiles, blockIdx.x),
+        unit(threadIdx.x % tiles.width),
+        way(threadIdx.x / tiles.width),
+        channel(task.first_channel + (task.first_unit + unit) / tiles.units_per_channel),
+        live(way < tiles.ways && unit < task.units),
+        row(task.row + way),
+        end_row(task.end_row),
+        step(tiles.ways) {
+    const int64 position = (task.first_unit + unit) % tiles.units_per_channel;
+    rank = tiles.tiles_per_channel > 1 ? unit : position;
+    column = channel * tiles.shape.inner + position * kLanes;
+  }
+};
+
+// Adds up over the threads that have the same channel: the first of them, in the first way, gets the sum. All threads
+// of the block must come here.
+template <int kLanes>
+__device__ __forceinline__ Moments join_in_block(const Moments& own, const ChannelTiles& tiles,
+                                                 const ChannelPlace<kLanes>& place) {
+  __shared__ Moments moments[kBlockThreads];
+  const int64 thread = threadIdx.x;
+  moments[thread] = own;
+  __syncthreads();
+  for (int64 left = tiles.ways; left > 1; left = (left + 1) / 2) {
+    const int64 half = (left + 1) / 2;
+    if (place.way < left - half) moments[thread] = join(moments[thread], moments[thread + half * tiles.width]);
+    __syncthreads();
+  }
+  const int64 width = tiles.tiles_per_channel > 1 ? tiles.width : tiles.units_per_channel;
+  for (int64 left = width; left > 1; left = (left + 1) / 2) {
+    const int64 half = (left + 1) / 2;
+    if (place.way == 0 && place.rank < left - half && place.unit + half < tiles.width) {
+      moments[thread] = join(moments[thread], moments[thread + half]);
+    }
+    __syncthreads();
+  }
+  return moments[thread];
+}
+
+template <class Scalar, int kLanes>
+__global__ void __launch_bounds__(kBlockThreads, 8) batch_moments_kernel(const MomentsParams<Scalar> params) {
+  using Real = Real_t<Scalar>;
+  constexpr int kTogether = 4;  // loads that are under way at a time
+  const ChannelTiles& tiles = params.tiles;
+  const ChannelPlace<kLanes> place(tiles);
+  const int64 stride = place.step * tiles.shape.columns();
+  Moments found = {0, 0, 0};
+  if (place.live && place.row < place.end_row) {
+    int64 element = place.row * tiles.shape.columns() + place.column;
+    const Real shift = to_real(params.x_seq[element]);
+    double sum = 0, squares = 0;
+    const int64 rows = (place.end_row - place.row + place.step - 1) / place.step;
+    for (int64 done = 0; done < rows;) {
+      const int64 next = done + kChannelRowsEach < rows ? done + kChannelRowsEach : rows;
+      Real short_sum[kLanes], short_squares[kLanes];
+      fill(short_sum, Real(0));
+      fill(short_squares, Real(0));
+      for (; done < next; done += kTogether) {
+        Real x[kTogether][kLanes];
+#pragma unroll
+        for (int k = 0; k < kTogether; ++k) {
+          fill(x[k], shift);
+          if (done + k < next) Access<kLanes>::load(params.x_seq + (element + k * stride), x[k]);
+        }
+        element += kTogether * stride;
+#pragma unroll
+        for (int k = 0; k < kTogether; ++k) {
+#pragma unroll
+          for (int j = 0; j < kLanes; ++j) {
+            const Real distance = x[k][j] - shift;
+            const bool there = done + k < next;  // shift - shift need not be 0
+            short_sum[j] += there ? distance : Real(0);
+            short_squares[j] += there ? distance * distance : Real(0);
+          }
+        }
+      }
+      done = next;
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) {
+        sum += static_cast<double>(short_sum[j]);
+        squares += static_cast<double>(short_squares[j]);
+      }
+    }
+    found = shifted_moments(static_cast<double>(rows * kLanes), static_cast<double>(shift), sum, squares);
+  }
+  found = join_in_block(found, tiles, place);
+  if (place.live && place.way == 0 && place.rank == 0) {
+    params.moments[place.task.slot * tiles.shape.channels + place.channel] = found;
+  }
+}
+
+// A block for each channel.
+template <class Real>
+__global__ void __launch_bounds__(kBlockThreads, 8)
+    batch_norm_coefficients_kernel(const CoefficientsParams<Real> params) {
+  __shared__ Moments moments[kBlockThreads];
+  const int64 channel = blockIdx.x;
+  const int thread = static_cast<int>(threadIdx.x);
+  Moments found = {0, 0, 0};
+  if (params.moments == nullptr) {
+    found = params.given(channel);
+  } else {
+    for (int64 slot = thread; slot < params.slots; slot += kBlockThreads) {
+      found = join(found, params.moments[slot * params.channels + channel]);
+    }
+    moments[thread] = found;
+    __syncthreads();
+    for (int half = kBlockThreads / 2; half > 0; half /= 2) {
+      if (thread < half) moments[thread] = join(moments[thread], moments[thread + half]);
+      __syncthreads();
+    }
+    found = moments[0];
+  }
+  if (thread == 0) params.store(channel, found);
+}
+
+// A thread for each channel.
+template <class Real>
+__global__ void __launch_bounds__(kBlockThreads, 8) batch_norm_adjoint_kernel(const AdjointParams<Real> params) {
+  const int64 channel = static_cast<int64>(blockIdx.x) * kBlockThreads + threadIdx.x;
+  if (channel < params.channels) params.compute(channel);
+}
+
+template <class Scalar, int kLanes>
+__global__ void __launch_bounds__(kBlockThreads, 8)
+    batch_norm_input_gradient_kernel(const InputGradientParams<Scalar> params) {
+  using Real = Real_t<Scalar>;
+  using Lanes = Access<kLanes>;
+  constexpr int kTogether = 2;  // loads of each that are under way at a time
+  const ChannelTiles& tiles = params.tiles;
+  const ChannelPlace<kLanes> place(tiles);
+  if (!place.live) return;
+  const Real mean = params.mean[place.channel], slope = params.adjoint[place.channel];
+  const Real offset = params.adjoint[tiles.shape.channels + place.channel];
+  const int64 stride = place.step * tiles.shape.columns();
+  int64 element = place.row * tiles.shape.columns() + place.column;
+  for (int64 row = place.row; row < place.end_row; row += kTogether * place.step) {
+    Real x[kTogether][kLanes], dx[kTogether][kLanes];
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      if (row + k * place.step < place.end_row) {
+        Lanes::load(params.x_seq + (element + k * stride), x[k]);
+        Lanes::load(static_cast<const Scalar*>(params.grad_x_seq) + (element + k * stride), dx[k]);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      if (row + k * place.step < place.end_row) {
+#pragma unroll
+        for (int j = 0; j < kLanes; ++j) dx[k][j] = normalisation_adjoint(dx[k][j], x[k][j], mean, slope, offset);
+        Lanes::store(dx[k], params.grad_x_seq + (element + k * stride));
+      }
+    }
+    element += kTogether * stride;
+  }
+}
+
+}  // namespace asgl

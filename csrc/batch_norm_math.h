@@ -1,0 +1,104 @@
+// Batch normalisation, as far as it is done for each channel: moments of its values, what the neuron's input parameters
+// are, and what turns the gradient of the normalised input into that of the input. All in float64, for a channel is but
+// a few numbers.
+#pragma once
+
+#include "half_types.h"
+
+namespace asgl {
+
+namespace math {
+
+#if defined(__CUDA_ARCH__)
+ASGL_HOST_DEVICE double sqrt(double x) { return ::sqrt(x); }
+#else
+ASGL_HOST_DEVICE double sqrt(double x) { return __builtin_sqrt(x); }
+#endif
+
+}  // namespace math
+
+// Of some of a channel's values; the variance is the biased one.
+struct Moments {
+  double count, mean, variance;
+};
+
+// Of both together (Chan, Golub, LeVeque 1979).
+ASGL_HOST_DEVICE Moments join(const Moments& a, const Moments& b) {
+  const double count = a.count + b.count;
+  if (count == 0) return a;
+  const double share = b.count / count, distance = b.mean - a.mean;
+  return {count, a.mean + share * distance,
+          (1 - share) * a.variance + share * b.variance + share * (1 - share) * (distance * distance)};
+}
+
+// From the sums of x - shift and of its square. With one of the values as shift, nothing cancels that matters: the
+// square of its distance from the mean is at most `count` times the variance.
+ASGL_HOST_DEVICE Moments shifted_moments(double count, double shift, double sum, double squares) {
+  if (count == 0) return {0, 0, 0};
+  const double offset = sum / count, variance = squares / count - offset * offset;
+  return {count, shift + offset, variance < 0 ? 0 : variance};  // NaN stays NaN
+}
+
+struct Normalisation {
+  double eps, input_scale;
+
+  ASGL_HOST_DEVICE double inverse_deviation(const Moments& moments) const {
+    return 1 / math::sqrt(moments.variance + eps);
+  }
+};
+
+// Rows of a tensor [kNumCoefficients, channels].
+enum Coefficient { kCoefficientMean, kCoefficientGain, kCoefficientBias, kCoefficientVariance };
+constexpr int kNumCoefficients = 4;
+
+// What the neuron is given for a channel: with c = input_scale * (weight * (x - mean) / sqrt(variance + eps) + bias),
+//   c = gain * (x - rounded_mean) + shift
+// where the shift makes up for what the mean has lost by rounding, and not for the mean, with which it would cancel.
+template <class Real>
+struct Coefficients {
+  Real mean, gain, bias;
+  Real variance;  // the unbiased one
+
+  ASGL_HOST_DEVICE Coefficients(const Moments& moments, double weight, double shift, const Normalisation& options) {
+    const double exact_gain = options.input_scale / math::sqrt(moments.variance + options.eps) * weight;
+    mean = static_cast<Real>(moments.mean);
+    gain = static_cast<Real>(exact_gain);
+    bias = static_cast<Real>(-exact_gain * (moments.mean - static_cast<double>(mean)) + options.input_scale * shift);
+    variance = static_cast<Real>(moments.variance * (moments.count / (moments.count - 1)));
+  }
+};
+
+// Over a channel: of dh * (x - rounded_mean), and of dh, the gradient of c.
+struct GradientSums {
+  double gain, bias;
+};
+
+// With S = sum dh xhat, xhat = (x - mean) / sqrt(variance + eps), M values in all:
+//   d weight = input_scale * S,   d bias = input_scale * sum dh
+//   dx = gain * (dh - sum dh / M - xhat * S / M) = gain * dh + slope * (x - rounded_mean) + offset
+template <class Real>
+struct NormalisationAdjoint {
+  Real slope, offset;
+
+  ASGL_HOST_DEVICE NormalisationAdjoint(const Moments& moments, double rounded_mean, double gain,
+                                        const GradientSums& total, const Normalisation& options) {
+    const double exact_slope =
+        -gain * options.inverse_deviation(moments) * centred(moments, rounded_mean, total, options) / moments.count;
+    slope = static_cast<Real>(exact_slope);
+    offset = static_cast<Real>(-gain * total.bias / moments.count - exact_slope * (moments.mean - rounded_mean));
+  }
+
+  // S
+  static ASGL_HOST_DEVICE double centred(const Moments& moments, double rounded_mean, const GradientSums& sums,
+                                         const Normalisation& options) {
+    return (sums.gain - (moments.mean - rounded_mean) * sums.bias) * options.inverse_deviation(moments);
+  }
+};
+
+// dx, of gain * dh and x
+template <class Real>
+ASGL_HOST_DEVICE Real normalisation_adjoint(Real gain_dh, Real x, Real mean, Real slope, Real offset) {
+  return gain_dh + (slope * (x - mean) + offset);
+}
+
+}  // namespace asgl

@@ -1,0 +1,146 @@
+// What the kernels of batch normalisation are given: plain structs, passed by value.
+#pragma once
+
+#include "batch_norm_math.h"
+
+namespace asgl {
+
+// A sequence as rows of channels * inner columns; column j belongs to channel j / inner.
+struct ChannelShape {
+  int64 rows, channels, inner;
+
+  ASGL_HOST_DEVICE int64 columns() const { return channels * inner; }
+};
+
+// How the values are cut among tasks, so that each channel of a task's tile is whole or alone. A task goes through some
+// of the rows of a tile of `width` units, a unit being `lanes` neighbouring columns of a channel, `ways` rows at a
+// time. No cut depends on the number of threads.
+struct ChannelTiles {
+  ChannelShape shape;
+  int64 lanes, width, ways;
+  int64 units_per_channel, channels_per_tile, tiles_per_channel;
+  int64 rows_per_split, splits;
+
+  // A task is for up to `most_units` units at a time, and each of these for `rows_each` rows, or more if that would
+  // need more than kMostSplits.
+  ASGL_HOST_DEVICE static ChannelTiles cut(const ChannelShape& shape, int64 lanes, int64 most_units, int64 rows_each) {
+    constexpr int64 kMostSplits = 2048;
+    ChannelTiles tiles{};
+    tiles.shape = shape;
+    tiles.lanes = lanes;
+    tiles.units_per_channel = shape.inner / lanes;
+    tiles.tiles_per_channel = divided(tiles.units_per_channel, most_units);
+    if (tiles.tiles_per_channel > 1) {
+      tiles.channels_per_tile = 1;
+      tiles.width = most_units;
+    } else {
+      const int64 fit = most_units / tiles.units_per_channel;
+      tiles.channels_per_tile = fit < shape.channels ? fit : shape.channels;
+      tiles.width = tiles.channels_per_tile * tiles.units_per_channel;
+    }
+    tiles.ways = most_units / tiles.width;
+    const int64 enough = tiles.ways * rows_each, needed = divided(shape.rows, kMostSplits);
+    tiles.rows_per_split = enough > needed ? enough : needed;
+    tiles.splits = divided(shape.rows, tiles.rows_per_split);
+    return tiles;
+  }
+
+  ASGL_HOST_DEVICE int64 groups() const { return divided(shape.channels, channels_per_tile); }
+  ASGL_HOST_DEVICE int64 tasks() const { return splits * tiles_per_channel * groups(); }
+  // Moments of each channel: one of every split and tile.
+  ASGL_HOST_DEVICE int64 slots() const { return splits * tiles_per_channel; }
+
+  static ASGL_HOST_DEVICE int64 divided(int64 number, int64 by) { return (number + by - 1) / by; }
+};
+
+// The part of the values that a task goes through.
+struct ChannelTask {
+  int64 slot;
+  int64 first_channel;
+  int64 first_unit, units;  // of the first channel; units of the tile that exist
+  int64 row, end_row;
+
+  ASGL_HOST_DEVICE ChannelTask(const ChannelTiles& tiles, int64 task) {
+    const int64 split = task % tiles.splits, tile = task / tiles.splits % tiles.tiles_per_channel;
+    slot = split * tiles.tiles_per_channel + tile;
+    first_channel = task / (tiles.splits * tiles.tiles_per_channel) * tiles.channels_per_tile;
+    first_unit = tile * tiles.width;
+    const int64 left = tiles.shape.channels - first_channel;
+    const int64 channels = left < tiles.channels_per_tile ? left : tiles.channels_per_tile;
+    units = channels * tiles.units_per_channel - first_unit;
+    if (units > tiles.width) units = tiles.width;
+    row = split * tiles.rows_per_split;
+    end_row = row + tiles.rows_per_split < tiles.shape.rows ? row + tiles.rows_per_split : tiles.shape.rows;
+  }
+};
+
+template <class Scalar>
+struct MomentsParams {
+  ChannelTiles tiles;
+  const Scalar* x_seq;
+  Moments* moments;  // [slots, channels]
+};
+
+// Of moments, or of mean and variance where these are null. Weight and bias that are null are 1 and 0.
+template <class Real>
+struct CoefficientsParams {
+  const Moments* moments;  // [slots, channels]
+  int64 slots, channels;
+  const Real *mean, *variance, *weight, *bias;
+  Normalisation options;
+  Real* coefficients;  // [kNumCoefficients, channels]
+  Moments* total;      // [channels]
+
+  ASGL_HOST_DEVICE Moments given(int64 channel) const {
+    return {1, static_cast<double>(mean[channel]), static_cast<double>(variance[channel])};
+  }
+
+  ASGL_HOST_DEVICE void store(int64 channel, const Moments& found) const {
+    const Coefficients<Real> values(found, weight == nullptr ? 1.0 : static_cast<double>(weight[channel]),
+                                    bias == nullptr ? 0.0 : static_cast<double>(bias[channel]), options);
+    coefficients[kCoefficientMean * channels + channel] = values.mean;
+    coefficients[kCoefficientGain * channels + channel] = values.gain;
+    coefficients[kCoefficientBias * channels + channel] = values.bias;
+    coefficients[kCoefficientVariance * channels + channel] = values.variance;
+    total[channel] = found;
+  }
+};
+
+template <class Real>
+struct AdjointParams {
+  const Moments* moments;    // [channels]
+  const Real* coefficients;  // [kNumCoefficients, channels]
+  int64 channels;
+  const Real *grad_gain, *grad_bias;              // the sums of this process
+  const Real *total_grad_gain, *total_grad_bias;  // of all
+  Normalisation options;
+  Real *grad_weight, *grad_shift;  // of the normalisation's weight and bias
+  Real* adjoint;                   // slope and offset, [2, channels]
+
+  ASGL_HOST_DEVICE void compute(int64 channel) const {
+    const double mean = static_cast<double>(coefficients[kCoefficientMean * channels + channel]);
+    const double gain = static_cast<double>(coefficients[kCoefficientGain * channels + channel]);
+    const GradientSums own = {static_cast<double>(grad_gain[channel]), static_cast<double>(grad_bias[channel])};
+    const GradientSums total = {static_cast<double>(total_grad_gain[channel]),
+                                static_cast<double>(total_grad_bias[channel])};
+    using Adjoint = NormalisationAdjoint<Real>;
+    const Adjoint values(moments[channel], mean, gain, total, options);
+    grad_weight[channel] =
+        static_cast<Real>(options.input_scale * Adjoint::centred(moments[channel], mean, own, options));
+    grad_shift[channel] = static_cast<Real>(options.input_scale * own.bias);
+    adjoint[channel] = values.slope;
+    adjoint[channels + channel] = values.offset;
+  }
+};
+
+template <class Scalar>
+struct InputGradientParams {
+  using Real = Real_t<Scalar>;
+  ChannelTiles tiles;
+  const Scalar* x_seq;
+  const Real* mean;     // [channels]
+  const Real* adjoint;  // slope and offset, [2, channels]
+  Scalar* grad_x_seq;   // gain * dh on entry, dx on return
+};
+
+}  // namespace asgl
