@@ -1,4 +1,5 @@
-// Batch normalisation on the CPU. A task owns a tile of columns, rows outside, columns inside, as in lif_cpu.cpp.
+// Batch normalisation on the CPU. Where a channel's values lie side by side, each such stretch has the channel's
+// numbers for all; elsewhere, as with channels_last, every column has numbers of its own.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -10,75 +11,143 @@
 namespace asgl::cpu {
 namespace {
 
-constexpr int64 kRowsEach = 512;
+constexpr int64 kTaskColumns = 65536;  // a tile's rows are long: memory is read in its order
+constexpr int64 kRowsEach = 4;
 constexpr int64 kShortSum = 64;  // rows whose sums are kept in the type of x
 
-// sum[i] += x[i] - shift[i], and its square
+// Of x - shift and of its square: a fixed order of additions.
 template <class Real>
 struct ShiftedSumLoop {
+  struct Args {
+    const Real* x;
+    Real shift;
+    int64 length;
+    double *sum, *squares;  // are added to
+  };
+
+  static ASGL_HOST_DEVICE void run(const Args& args) {
+    constexpr int kSums = 32;
+    const Real* x = args.x;
+    const Real shift = args.shift;
+    Real sums[kSums] = {}, squares[kSums] = {};
+    int64 i = 0;
+    for (; i + kSums <= args.length; i += kSums) {
+      for (int lane = 0; lane < kSums; ++lane) {
+        const Real distance = x[i + lane] - shift;
+        sums[lane] += distance;
+        squares[lane] += distance * distance;
+      }
+    }
+    for (int lane = 0; i < args.length; ++i, ++lane) {
+      const Real distance = x[i] - shift;
+      sums[lane] += distance;
+      squares[lane] += distance * distance;
+    }
+    for (int lane = 0; lane < kSums; ++lane) {
+      *args.sum += static_cast<double>(sums[lane]);
+      *args.squares += static_cast<double>(squares[lane]);
+    }
+  }
+};
+
+// The same for every column: sum[i] += x[i] - shift[i], and its square.
+template <class Real>
+struct ColumnSumLoop {
   struct Args {
     const Real *x, *shift;
     Real *sum, *squares;
     int64 length;
-    Ahead ahead;
   };
 
   static ASGL_HOST_DEVICE void run(const Args& args) {
     const Real *x = args.x, *shift = args.shift;
     Real *sum = args.sum, *squares = args.squares;
-    for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
+    const int64 length = args.length;
 #pragma GCC ivdep
-      for (int64 i = begin; i < end; ++i) {
-        const Real distance = x[i] - shift[i];
-        sum[i] += distance;
-        squares[i] += distance * distance;
-      }
-    });
+    for (int64 i = 0; i < length; ++i) {
+      const Real distance = x[i] - shift[i];
+      sum[i] += distance;
+      squares[i] += distance * distance;
+    }
   }
 };
 
 template <class Real>
 struct InputGradientLoop {
   struct Args {
-    const Real *x, *gain_dh;
-    const Real *mean, *slope, *offset;
-    Real* dx;  // may be gain_dh
+    const Real* x;
+    Operand<Real> mean, slope, offset;  // rows all three, or none
+    Real* dx;                           // gain * dh on entry
     int64 length;
-    Ahead ahead;
   };
 
   static ASGL_HOST_DEVICE void run(const Args& args) {
-    const Real *x = args.x, *gain_dh = args.gain_dh, *mean = args.mean, *slope = args.slope, *offset = args.offset;
+    const Real* x = args.x;
+    const Real *mean = args.mean.row, *slope = args.slope.row, *offset = args.offset.row;
+    const Real same_mean = args.mean.value, same_slope = args.slope.value, same_offset = args.offset.value;
     Real* dx = args.dx;
-    for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
+    const int64 length = args.length;
+    if (mean != nullptr) {
 #pragma GCC ivdep
-      for (int64 i = begin; i < end; ++i) {
-        dx[i] = normalisation_adjoint(gain_dh[i], x[i], mean[i], slope[i], offset[i]);
+      for (int64 i = 0; i < length; ++i) dx[i] = normalisation_adjoint(dx[i], x[i], mean[i], slope[i], offset[i]);
+    } else {
+#pragma GCC ivdep
+      for (int64 i = 0; i < length; ++i) {
+        dx[i] = normalisation_adjoint(dx[i], x[i], same_mean, same_slope, same_offset);
       }
-    });
+    }
   }
 };
 
-// The columns of a task's tile, and the rows as steps of a sequence.
-struct Columns {
-  SequenceShape shape;
-  int64 first, length;
+// A task's share of a row of the sequence, seen as one of rows x columns: `rows` rows at a time where a row is short
+// and the tile has all columns, so that they lie one behind another.
+struct Chunks {
+  int64 width, rows;
 
-  Columns(const ChannelTiles& tiles, const ChannelTask& task)
-      : shape{1, tiles.shape.rows, tiles.shape.columns()},
-        first(task.first_channel * tiles.shape.inner + task.first_unit),
-        length(task.units) {}
+  explicit Chunks(const ChannelTiles& tiles)
+      : width(tiles.width), rows(tiles.width == tiles.shape.columns() ? std::max<int64>(1, kTile / tiles.width) : 1) {}
 };
 
-// Calls f(channel, offset in the tile, length) for each channel of the tile.
+// Calls f(element, length of a multiple of the task's units) for each chunk.
 template <class F>
-void for_each_channel(const ChannelTiles& tiles, const ChannelTask& task, F&& f) {
-  for (int64 offset = 0, channel = task.first_channel; offset < task.units; ++channel) {
-    const int64 length = std::min(tiles.units_per_channel, task.units - offset);
-    f(channel, offset, length);
-    offset += length;
+void for_each_chunk(const ChannelTiles& tiles, const ChannelTask& task, F&& f) {
+  const Chunks chunks(tiles);
+  const int64 column = task.first_channel * tiles.shape.inner + task.first_unit;
+  for (int64 row = task.row; row < task.end_row; row += chunks.rows) {
+    f(row * tiles.shape.columns() + column, std::min(chunks.rows, task.end_row - row) * task.units);
   }
 }
+
+// Calls f(channel, offset, length) for each stretch of a channel in a chunk.
+template <class F>
+void for_each_channel(const ChannelTiles& tiles, const ChannelTask& task, int64 chunk, F&& f) {
+  for (int64 offset = 0; offset < chunk;) {
+    int64 channel = task.first_channel;
+    for (int64 in_row = 0; in_row < task.units; ++channel) {
+      const int64 length = std::min(tiles.units_per_channel, task.units - in_row);
+      f(channel, offset + in_row, length);
+      in_row += length;
+    }
+    offset += task.units;
+  }
+}
+
+// Calls f(offset, length) for pieces that stay in the cache.
+template <class F>
+void for_each_piece(int64 length, F&& f) {
+  for (int64 offset = 0; offset < length; offset += kTile) f(offset, std::min(kTile, length - offset));
+}
+
+// `length` elements as numbers of the arithmetic's type: in place, or in `buffer`.
+template <class Element>
+const Real_t<Element>* read(const Element* from, int64 length, Real_t<Element>* buffer) {
+  if constexpr (std::is_same_v<Element, Real_t<Element>>) return from;
+  run<ConvertLoop<Element, Real_t<Element>>>({from, buffer, length});
+  return buffer;
+}
+
+// Whether a channel's values lie side by side in stretches that are worth a loop of their own.
+bool in_stretches(const ChannelTiles& tiles) { return tiles.shape.inner >= 32; }
 
 // Calls run_task(task) for every one.
 template <class F>
@@ -89,57 +158,94 @@ void for_each_task(const ChannelTiles& tiles, F&& run_task) {
   });
 }
 
-template <class Real>
-double sum_of(const Real* row, int64 length) {
-  double sum;
-  run<SumLoop<Real>>({row, length, &sum});
-  return sum;
-}
+// Adds up the moments of each channel in a task.
+template <class Scalar>
+class TaskMoments {
+ public:
+  using Real = Real_t<Scalar>;
+
+  TaskMoments(const MomentsParams<Scalar>& params, const ChannelTask& task)
+      : params_(params), tiles_(params.tiles), task_(task) {
+    const int64 first = task.row * tiles_.shape.columns() + task.first_channel * tiles_.shape.inner + task.first_unit;
+    for_each_channel(tiles_, task_, task_.units, [&](int64, int64 offset, int64) {
+      sums_.push_back({to_real(params.x_seq[first + offset]), 0, 0});
+    });
+  }
+
+  void compute() {
+    in_stretches(tiles_) ? add_stretches() : add_columns();
+    for_each_channel(tiles_, task_, task_.units, [&](int64 channel, int64, int64 length) {
+      const Sums& sums = of(channel);
+      const double count = static_cast<double>((task_.end_row - task_.row) * length);
+      params_.moments[task_.slot * tiles_.shape.channels + channel] =
+          shifted_moments(count, static_cast<double>(sums.shift), sums.sum, sums.squares);
+    });
+  }
+
+ private:
+  struct Sums {
+    Real shift;
+    double sum, squares;
+  };
+
+  Sums& of(int64 channel) { return sums_[static_cast<size_t>(channel - task_.first_channel)]; }
+
+  void add_stretches() {
+    Rows<Real> rows(1, kTile);
+    Real* buffer = rows.take();
+    for_each_chunk(tiles_, task_, [&](int64 element, int64 chunk) {
+      for_each_channel(tiles_, task_, chunk, [&](int64 channel, int64 offset, int64 stretch) {
+        Sums& sums = of(channel);
+        for_each_piece(stretch, [&](int64 begin, int64 length) {
+          const Real* x = read(params_.x_seq + element + offset + begin, length, buffer);
+          run<ShiftedSumLoop<Real>>({x, sums.shift, length, &sums.sum, &sums.squares});
+        });
+      });
+    });
+  }
+
+  void add_columns() {
+    const int64 most = Chunks(tiles_).rows * tiles_.width;
+    Rows<Real> rows(4, std::max(most, kTile));
+    Real *buffer = rows.take(), *shift = rows.take(), *sum = rows.take(), *squares = rows.take();
+    for_each_channel(tiles_, task_, Chunks(tiles_).rows * task_.units, [&](int64 channel, int64 offset, int64 length) {
+      std::fill_n(shift + offset, length, of(channel).shift);
+    });
+    int64 added = 0, longest = 0;
+    const auto flush = [&] {
+      for_each_channel(tiles_, task_, longest, [&](int64 channel, int64 offset, int64 length) {
+        Sums& sums = of(channel);
+        for (int64 i = offset; i < offset + length; ++i) {
+          sums.sum += static_cast<double>(sum[i]);
+          sums.squares += static_cast<double>(squares[i]);
+        }
+      });
+      std::fill_n(sum, most, Real(0));
+      std::fill_n(squares, most, Real(0));
+      added = 0;
+    };
+    flush();
+    for_each_chunk(tiles_, task_, [&](int64 element, int64 chunk) {
+      longest = std::max(longest, chunk);
+      run<ColumnSumLoop<Real>>({read(params_.x_seq + element, chunk, buffer), shift, sum, squares, chunk});
+      if (++added == kShortSum) flush();
+    });
+    flush();
+  }
+
+  const MomentsParams<Scalar>& params_;
+  const ChannelTiles& tiles_;
+  const ChannelTask& task_;
+  std::vector<Sums> sums_;
+};
 
 }  // namespace
 
-ChannelTiles channel_tiles(const ChannelShape& shape) { return ChannelTiles::cut(shape, 1, kTile, kRowsEach); }
+ChannelTiles channel_tiles(const ChannelShape& shape) { return ChannelTiles::cut(shape, 1, kTaskColumns, kRowsEach); }
 
 template <class Scalar>
 void launch_moments(const MomentsParams<Scalar>& params) {
-  using Real = Real_t<Scalar>;
-  const ChannelTiles& tiles = params.tiles;
-  for_each_task(tiles, [&](const ChannelTask& task) {
-    const Columns columns(tiles, task);
-    const int64 length = columns.length;
-    Rows<Real> rows(4, kTile);
-    Real *buffer = rows.take(), *shift = rows.take(), *sum = rows.take(), *squares = rows.take();
-    const auto read = [&](int64 row) {
-      return read_row(params.x_seq, columns.shape, columns.first, length, row, buffer);
-    };
-    const Real* first_row = read(task.row);
-    std::vector<Real> shifts;
-    for_each_channel(tiles, task, [&](int64, int64 offset, int64 stretch) {
-      shifts.push_back(first_row[offset]);
-      std::fill_n(shift + offset, stretch, first_row[offset]);
-    });
-    std::vector<double> sums(shifts.size()), squares_sums(shifts.size());
-    for (int64 row = task.row; row < task.end_row;) {
-      std::fill_n(sum, length, Real(0));
-      std::fill_n(squares, length, Real(0));
-      for (const int64 stop = std::min(task.end_row, row + kShortSum); row < stop; ++row) {
-        const int64 next = std::min(row + kRowsAhead, task.end_row - 1);
-        const Ahead ahead = {row_ahead(params.x_seq, columns.shape, columns.first, length, next), nullptr,
-                             sizeof(Scalar)};
-        run<ShiftedSumLoop<Real>>({read(row), shift, sum, squares, length, ahead});
-      }
-      for_each_channel(tiles, task, [&](int64 channel, int64 offset, int64 stretch) {
-        sums[channel - task.first_channel] += sum_of(sum + offset, stretch);
-        squares_sums[channel - task.first_channel] += sum_of(squares + offset, stretch);
-      });
-    }
-    for_each_channel(tiles, task, [&](int64 channel, int64, int64 stretch) {
-      const int64 i = channel - task.first_channel;
-      const double count = static_cast<double>((task.end_row - task.row) * stretch);
-      params.moments[task.slot * tiles.shape.channels + channel] =
-          shifted_moments(count, static_cast<double>(shifts[i]), sums[i], squares_sums[i]);
-    });
-  });
+  for_each_task(params.tiles, [&](const ChannelTask& task) { TaskMoments<Scalar>(params, task).compute(); });
 }
 
 template <class Real>
@@ -166,29 +272,45 @@ template <class Scalar>
 void launch_input_gradient(const InputGradientParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const ChannelTiles& tiles = params.tiles;
-  for_each_task(tiles, [&](const ChannelTask& task) {
-    const Columns columns(tiles, task);
-    const SequenceShape& shape = columns.shape;
-    const int64 first = columns.first, length = columns.length;
-    Rows<Real> rows(5, kTile);
-    Real *x_buffer = rows.take(), *dx_buffer = rows.take();
-    Real *mean = rows.take(), *slope = rows.take(), *offset = rows.take();
-    for_each_channel(tiles, task, [&](int64 channel, int64 begin, int64 stretch) {
-      std::fill_n(mean + begin, stretch, params.mean[channel]);
-      std::fill_n(slope + begin, stretch, params.adjoint[channel]);
-      std::fill_n(offset + begin, stretch, params.adjoint[tiles.shape.channels + channel]);
-    });
-    for (int64 row = task.row; row < task.end_row; ++row) {
-      const int64 next = std::min(row + kRowsAhead, task.end_row - 1);
-      const Ahead ahead = {row_ahead(params.x_seq, shape, first, length, next),
-                           row_ahead(params.grad_x_seq, shape, first, length, next), sizeof(Scalar)};
-      const Real* x = read_row(params.x_seq, shape, first, length, row, x_buffer);
-      const Real* gain_dh =
-          read_row(static_cast<const Scalar*>(params.grad_x_seq), shape, first, length, row, dx_buffer);
-      Real* dx = start_row(params.grad_x_seq, shape, first, length, row, dx_buffer);
-      run<InputGradientLoop<Real>>({x, gain_dh, mean, slope, offset, dx, length, ahead});
-      finish_row(dx, params.grad_x_seq, shape, first, length, row);
+  const Real *slopes = params.adjoint, *offsets = params.adjoint + tiles.shape.channels;
+  // One value each for all, or a row each, in which case the element that a chunk begins with is that of the rows.
+  const auto add = [&](Rows<Real>& rows, int64 element, int64 length, Operand<Real> mean, Operand<Real> slope,
+                       Operand<Real> offset) {
+    Scalar* gradient = params.grad_x_seq + element;
+    const Real* x = read(params.x_seq + element, length, rows.row(0));
+    if constexpr (std::is_same_v<Scalar, Real>) {
+      run<InputGradientLoop<Real>>({x, mean, slope, offset, gradient, length});
+    } else {
+      Real* dx = rows.row(1);
+      run<ConvertLoop<Scalar, Real>>({gradient, dx, length});
+      run<InputGradientLoop<Real>>({x, mean, slope, offset, dx, length});
+      run<ConvertLoop<Real, Scalar>>({dx, gradient, length});
     }
+  };
+  for_each_task(tiles, [&](const ChannelTask& task) {
+    if (in_stretches(tiles)) {
+      Rows<Real> rows(2, kTile);
+      for_each_chunk(tiles, task, [&](int64 element, int64 chunk) {
+        for_each_channel(tiles, task, chunk, [&](int64 channel, int64 offset, int64 stretch) {
+          for_each_piece(stretch, [&](int64 begin, int64 length) {
+            add(rows, element + offset + begin, length, {nullptr, params.mean[channel]}, {nullptr, slopes[channel]},
+                {nullptr, offsets[channel]});
+          });
+        });
+      });
+      return;
+    }
+    const int64 most = Chunks(tiles).rows * tiles.width;
+    Rows<Real> rows(5, std::max(most, kTile));
+    Real *mean = rows.row(2), *slope = rows.row(3), *offset = rows.row(4);
+    for_each_channel(tiles, task, Chunks(tiles).rows * task.units, [&](int64 channel, int64 begin, int64 length) {
+      std::fill_n(mean + begin, length, params.mean[channel]);
+      std::fill_n(slope + begin, length, slopes[channel]);
+      std::fill_n(offset + begin, length, offsets[channel]);
+    });
+    for_each_chunk(tiles, task, [&](int64 element, int64 chunk) {
+      add(rows, element, chunk, {mean, Real(0)}, {slope, Real(0)}, {offset, Real(0)});
+    });
   });
 }
 

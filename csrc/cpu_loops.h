@@ -237,58 +237,96 @@ struct UniformAdjointLoop {
   }
 };
 
-// to[i] = input_gain[i] * (x[i] - input_mean[i]) + input_bias[i]
+// One value for all lanes where row is null.
+template <class Real>
+struct Operand {
+  const Real* row;
+  Real value;
+};
+
+// The parameters of the input for some neurons: one value each for all, or rows. `rows` says which for all three.
+template <class Real>
+struct InputParameters {
+  bool rows;
+  Operand<Real> gain, bias, mean;
+};
+
+// to[i] = input_gain * (x[i] - input_mean) + input_bias
 template <class Real>
 struct InputCurrentLoop {
   struct Args {
     const Real* x;
-    const Real *input_gain, *input_bias, *input_mean;
+    InputParameters<Real> parameters;
     Real* to;
     int64 length;
   };
 
   static ASGL_HOST_DEVICE void run(const Args& args) {
     const Real* x = args.x;
-    const Real* input_gain = args.input_gain;
-    const Real* input_bias = args.input_bias;
-    const Real* input_mean = args.input_mean;
+    const Real *gain = args.parameters.gain.row, *bias = args.parameters.bias.row, *mean = args.parameters.mean.row;
     Real* to = args.to;
     const int64 length = args.length;
+    Neuron<Real> neuron{};
+    neuron.input_gain = args.parameters.gain.value, neuron.input_bias = args.parameters.bias.value;
+    neuron.input_mean = args.parameters.mean.value;
+    if (args.parameters.rows) {
 #pragma GCC ivdep
-    for (int64 i = 0; i < length; ++i) {
-      Neuron<Real> neuron{};
-      neuron.input_gain = input_gain[i], neuron.input_bias = input_bias[i], neuron.input_mean = input_mean[i];
-      to[i] = input_current(x[i], neuron);
+      for (int64 i = 0; i < length; ++i) {
+        Neuron<Real> own{};
+        own.input_gain = gain[i], own.input_bias = bias[i], own.input_mean = mean[i];
+        to[i] = input_current(x[i], own);
+      }
+    } else {
+#pragma GCC ivdep
+      for (int64 i = 0; i < length; ++i) to[i] = input_current(x[i], neuron);
     }
   }
 };
 
-// Its adjoint: dx[i] = input_gain[i] * dh[i], and what is to be added up for the gradients of the first two.
+// Its adjoint: dx[i] = input_gain * dh[i], and what is to be added up for the gradients of gain and bias. Without rows
+// the sums are kInputSums interleaved ones of all, else one of each i.
+constexpr int64 kInputSums = 64;
+
 template <class Real>
 struct InputCurrentAdjointLoop {
   struct Args {
     const Real* x;
     const Real* dh;
-    const Real *input_gain, *input_mean;
+    InputParameters<Real> parameters;
     Real *gain_sum, *bias_sum;
     Real* dx;
     int64 length;
   };
 
   static ASGL_HOST_DEVICE void run(const Args& args) {
-    const Real* x = args.x;
-    const Real* dh = args.dh;
-    const Real* input_gain = args.input_gain;
-    const Real* input_mean = args.input_mean;
+    const Real *gain = args.parameters.gain.row, *mean = args.parameters.mean.row;
+    const Real same_gain = args.parameters.gain.value, same_mean = args.parameters.mean.value;
+    if (args.parameters.rows) {
+      loop(
+          args, args.length, [=](int64 i) __attribute__((always_inline)) { return gain[i]; },
+          [=](int64 i) __attribute__((always_inline)) { return mean[i]; });
+    } else {
+      loop(
+          args, kInputSums, [=](int64) __attribute__((always_inline)) { return same_gain; },
+          [=](int64) __attribute__((always_inline)) { return same_mean; });
+    }
+  }
+
+  template <class Gain, class Mean>
+  static ASGL_HOST_DEVICE void loop(const Args& args, int64 sums, Gain gain, Mean mean) {
     Real* gain_sum = args.gain_sum;
     Real* bias_sum = args.bias_sum;
-    Real* dx = args.dx;
-    const int64 length = args.length;
+    for (int64 first = 0; first < args.length; first += sums) {
+      const Real* x = args.x + first;
+      const Real* dh = args.dh + first;
+      Real* dx = args.dx + first;
+      const int64 length = args.length - first < sums ? args.length - first : sums;
 #pragma GCC ivdep
-    for (int64 i = 0; i < length; ++i) {
-      gain_sum[i] += dh[i] * (x[i] - input_mean[i]);
-      bias_sum[i] += dh[i];
-      dx[i] = input_gain[i] * dh[i];
+      for (int64 i = 0; i < length; ++i) {
+        gain_sum[i] += dh[i] * (x[i] - mean(i));
+        bias_sum[i] += dh[i];
+        dx[i] = gain(i) * dh[i];
+      }
     }
   }
 };
@@ -386,13 +424,6 @@ ASGL_TARGET_AVX512 inline void run_avx512<NoiseLoop>(const NoiseLoop::Args& args
 }
 #endif
 
-// One value for all lanes where row is null.
-template <class Real>
-struct Operand {
-  const Real* row;
-  Real value;
-};
-
 // sum[i] += factor * (a[i] * (b[i] - c[i]))
 template <class Real>
 struct AccumulateLoop {
@@ -454,6 +485,24 @@ struct SumLoop {
       lanes[lane] += static_cast<double>(row[i]);
     }
     *args.sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+  }
+};
+
+// total[i] += row[i]
+template <class Real>
+struct AddLoop {
+  struct Args {
+    const Real* row;
+    double* total;
+    int64 length;
+  };
+
+  static ASGL_HOST_DEVICE void run(const Args& args) {
+    const Real* row = args.row;
+    double* total = args.total;
+    const int64 length = args.length;
+#pragma GCC ivdep
+    for (int64 i = 0; i < length; ++i) total[i] += static_cast<double>(row[i]);
   }
 };
 

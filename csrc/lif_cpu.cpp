@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <vector>
 
 #include "cpu_loops.h"
 #include "cpu_rows.h"
@@ -122,48 +123,100 @@ class TileNeurons {
   int64 t_ = -1;
 };
 
-// The input current of a tile where the parameters of the input are the same at all steps; x itself for kPlain.
+// The input current of a tile where the parameters of the input are the same at all steps; x itself for kPlain. Where
+// neighbours share them, each stretch of these has numbers for all, else each neuron has its own.
 template <class Real>
 class TileInput {
  public:
   TileInput(const ParameterView<Real> (&parameters)[kNumParameters], Input input)
-      : parameters_(parameters), plain_(input == Input::kPlain), rows_(plain_ ? 0 : 7, kTile) {
+      : parameters_(parameters),
+        plain_(input == Input::kPlain),
+        by_neuron_(false),
+        shared_(kTile),
+        rows_(plain_ ? 0 : 6, kTile) {
     if (plain_) return;
-    for (Real** row : {&gain_, &bias_, &mean_, &current_, &dh_, &gain_sum_, &bias_sum_}) *row = rows_.take();
+    for (int id = kInputGain; id < kNumParameters; ++id) {
+      if (!parameters[id].is_uniform()) shared_ = std::min(shared_, parameters[id].inner);
+    }
+    by_neuron_ = shared_ < 2 * kInputSums;
+    for (int id = kInputGain; id < kNumParameters; ++id) {  // stretches must be the same for all
+      by_neuron_ = by_neuron_ || (!parameters[id].is_uniform() && parameters[id].inner % shared_ != 0);
+    }
+    for (Real** row : {&current_, &gain_, &bias_, &mean_, &gain_sum_, &bias_sum_}) *row = rows_.take();
   }
 
   bool plain() const { return plain_; }
 
   void move_to(int64 first, int64 length) {
     if (plain_) return;
-    fill_parameter_row(parameters_[kInputGain], first, length, 0, gain_);
-    fill_parameter_row(parameters_[kInputBias], first, length, 0, bias_);
-    fill_parameter_row(parameters_[kInputMean], first, length, 0, mean_);
-    std::fill_n(gain_sum_, length, Real(0));
-    std::fill_n(bias_sum_, length, Real(0));
+    first_ = first;
+    length_ = length;
+    if (by_neuron_) {
+      fill_parameter_row(parameters_[kInputGain], first, length, 0, gain_);
+      fill_parameter_row(parameters_[kInputBias], first, length, 0, bias_);
+      fill_parameter_row(parameters_[kInputMean], first, length, 0, mean_);
+    }
+    std::fill_n(gain_sum_, kTile, Real(0));
+    std::fill_n(bias_sum_, kTile, Real(0));
   }
 
-  const Real* current(const Real* x, int64 length) {
+  const Real* current(const Real* x) {
     if (plain_) return x;
-    run<InputCurrentLoop<Real>>({x, gain_, bias_, mean_, current_, length});
+    for_each_stretch([&](int64, int64 i, int64 length, const InputParameters<Real>& parameters) {
+      run<InputCurrentLoop<Real>>({x + i, parameters, current_ + i, length});
+    });
     return current_;
   }
 
   // Where the gradient of the current is to be put, and what then makes that of x of it.
-  Real* gradient_row() { return dh_; }
-  void backward(const Real* x, Real* dx, int64 length) {
-    run<InputCurrentAdjointLoop<Real>>({x, dh_, gain_, mean_, gain_sum_, bias_sum_, dx, length});
+  Real* gradient_row() { return current_; }
+  void backward(const Real* x, Real* dx) {
+    for_each_stretch([&](int64 stretch, int64 i, int64 length, const InputParameters<Real>& parameters) {
+      const int64 sum = by_neuron_ ? 0 : stretch * kInputSums;
+      run<InputCurrentAdjointLoop<Real>>(
+          {x + i, current_ + i, parameters, gain_sum_ + sum, bias_sum_ + sum, dx + i, length});
+    });
   }
 
-  const Real* gain_sum() const { return gain_sum_; }
-  const Real* bias_sum() const { return bias_sum_; }
+  // The sums of each neuron, or of each stretch in its first place with zeros behind.
+  const Real* gain_sums() { return in_place(gain_sum_); }
+  const Real* bias_sums() { return in_place(bias_sum_); }
 
  private:
+  template <class F>
+  void for_each_stretch(F&& f) {
+    if (by_neuron_) {
+      f(0, 0, length_, InputParameters<Real>{true, {gain_, Real(0)}, {bias_, Real(0)}, {mean_, Real(0)}});
+      return;
+    }
+    int64 stretch = 0;
+    for (int64 i = 0; i < length_; ++stretch) {
+      const int64 n = first_ + i, length = std::min(length_ - i, shared_ - n % shared_);
+      const auto at = [&](ParameterId id) { return Operand<Real>{nullptr, parameters_[id].at(n, 0)}; };
+      f(stretch, i, length, InputParameters<Real>{false, at(kInputGain), at(kInputBias), at(kInputMean)});
+      i += length;
+    }
+  }
+
+  // Sums of stretches, which lie side by side, to where store_partials looks for them.
+  const Real* in_place(Real* sums) {
+    if (plain_ || by_neuron_) return sums;
+    std::fill_n(gain_, kTile, Real(0));
+    for_each_stretch([&](int64 stretch, int64 i, int64, const InputParameters<Real>&) {
+      double sum;
+      run<SumLoop<Real>>({sums + stretch * kInputSums, kInputSums, &sum});
+      gain_[i] = static_cast<Real>(sum);
+    });
+    return gain_;
+  }
+
   const ParameterView<Real>* parameters_;
-  bool plain_;
+  bool plain_, by_neuron_;
+  int64 shared_;  // neurons side by side that have the same numbers
   Rows<Real> rows_;
-  Real *gain_ = nullptr, *bias_ = nullptr, *mean_ = nullptr, *current_ = nullptr, *dh_ = nullptr;
+  Real *current_ = nullptr, *gain_ = nullptr, *bias_ = nullptr, *mean_ = nullptr;
   Real *gain_sum_ = nullptr, *bias_sum_ = nullptr;
+  int64 first_ = 0, length_ = 0;
 };
 
 // The potential before the first step of a segment.
@@ -261,7 +314,7 @@ void forward_uniform(const ForwardParams<Scalar>& params) {
                     next_t = (t + kRowsAhead) % shape.steps;
         const Ahead ahead = {row_ahead(params.x_seq, shape, next_first, length, next_t),
                              row_ahead(params.s_seq, shape, next_first, length, next_t), sizeof(Scalar)};
-        run<Step>({neuron, params.options, params.noise.analog_below, length, input.current(x, length),
+        run<Step>({neuron, params.options, params.noise.analog_below, length, input.current(x),
                    noise.row(first, length, t), v, s, ahead});
         finish_row(s, params.s_seq, shape, first, length, t);
         store_checkpoint(params, v, t + 1, first, length);
@@ -450,7 +503,7 @@ void backward_uniform(const BackwardParams<Scalar>& params) {
         load_potential<Scalar>(params, params.checkpoints, start, first, length, v);
         for (int64 t = start; t < stop; ++t) {
           const Real* x = read_row(params.x_seq, shape, first, length, t, x_buffer);
-          run<Step>({neuron, params.options, params.noise.analog_below, length, input.current(x, length),
+          run<Step>({neuron, params.options, params.noise.analog_below, length, input.current(x),
                      noise.row(first, length, t), v, h_row(t - start), ahead(t - start)});
         }
         for (int64 t = stop - 1; t >= start; --t) {
@@ -462,18 +515,18 @@ void backward_uniform(const BackwardParams<Scalar>& params) {
                         ahead(steps + stop - 1 - t)});
           carried = true;
           if (!input.plain()) {
-            input.backward(read_row(params.x_seq, shape, first, length, t, x_buffer), dx, length);
+            input.backward(read_row(params.x_seq, shape, first, length, t, x_buffer), dx);
           }
           finish_row(dx, params.grad_x_seq, shape, first, length, t);
         }
       }
+      const auto wanted = [&](ParameterId id) { return params.partials[id].data != nullptr; };
       const auto store = [&](ParameterId id, const Real* sums) {
-        if (params.partials[id].data == nullptr) return;
         store_partials(params.partials[id], params.parameters[id], tile, first, length, 0, sums);
       };
-      store(kWidth, width);
-      store(kInputGain, input.gain_sum());
-      store(kInputBias, input.bias_sum());
+      if (wanted(kWidth)) store(kWidth, width);
+      if (wanted(kInputGain)) store(kInputGain, input.gain_sums());
+      if (wanted(kInputBias)) store(kInputBias, input.bias_sums());
       if (params.grad_v_init != nullptr) {
         std::copy_n(dv, length, params.grad_v_init + first);
       }
@@ -540,8 +593,37 @@ void launch_backward(Surrogate surrogate, bool hard_reset, const BackwardParams<
   });
 }
 
+// Where each neuron has a slot, as for one value a channel in channels_last: the slots in the order in which they lie
+// in memory, each share of the tiles to sums of its own.
+template <class Real>
+void sum_by_tiles(const GradientSum<Real>& sum) {
+  constexpr int64 kTilesEach = 64;
+  const int64 count = sum.parameter.count, neurons = sum.shape.neurons();
+  const int64 tiles = num_tiles(sum.shape), shares = (tiles + kTilesEach - 1) / kTilesEach;
+  std::vector<double> totals(static_cast<size_t>(shares * count), 0.0);
+  at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    for (int64 tile = begin * kTilesEach; tile < std::min(tiles, end * kTilesEach); ++tile) {
+      double* total = totals.data() + tile / kTilesEach * count;
+      const Real* slots = sum.partials.data + tile;
+      for (int64 n = tile * kTile; n < std::min(neurons, (tile + 1) * kTile);) {
+        const int64 stop = std::min({neurons, (tile + 1) * kTile, (n / count + 1) * count});
+        run<AddLoop<Real>>({slots + n, total + n % count, stop - n});
+        n = stop;
+      }
+    }
+  });
+  for (int64 element = 0; element < count; ++element) {
+    double total = 0;
+    for (int64 share = 0; share < shares; ++share) total += totals[static_cast<size_t>(share * count + element)];
+    sum.store(element, total);
+  }
+}
+
 template <class Real>
 void launch_gradient_sum(const GradientSum<Real>& sum) {
+  if (sum.parameter.inner == 1 && sum.parameter.step_stride == 0 && sum.parameter.count <= kTile) {
+    return sum_by_tiles(sum);
+  }
   at::parallel_for(0, sum.elements(), 2048, [&](int64_t begin, int64_t end) {
     for (int64 element = begin; element < end; ++element) sum.store(element, sum.sum_slots(element, 0, 1));
   });
