@@ -1,4 +1,4 @@
-"""The CuPy backend: the kernels of csrc/lif_kernels.cuh on a GPU without a compiler on the machine.
+"""The CuPy backend: the CUDA kernels of csrc on a GPU without a compiler on the machine.
 
 NVRTC, a library of CUDA, compiles each kernel when it is first used, from the headers that are installed with this
 package, and CuPy starts it. What was compiled is kept in CuPy's cache on disk (CUPY_CACHE_DIR, else
@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import launch
+from . import batch_norm_launch, launch
 
 NAMESPACE = "asgl_cuda_cupy"
-HEADER = "lif_kernels.cuh"
+HEADER = "batch_norm_kernels.cuh"  # includes lif_kernels.cuh
 # As nvcc is called in setup.py: no contraction, so that every backend rounds alike.
 OPTIONS = ("--std=c++17", "--fmad=false")
 # The smallest kernel: if it can be compiled and loaded, everything is there.
@@ -219,7 +219,7 @@ def _make_context(driver: Any, device_index: int) -> None:
 
 
 LAUNCHER = CupyLauncher()
-launch.implement(NAMESPACE, "CUDA", LAUNCHER)
+batch_norm_launch.implement(NAMESPACE, "CUDA", LAUNCHER)
 
 
 # ---- whether it works, and with what ----

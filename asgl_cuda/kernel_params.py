@@ -1,4 +1,4 @@
-"""What a kernel is given: the structures of csrc/lif_params.h, field by field and by the same names."""
+"""What a kernel is given: the structures of csrc/lif_params.h and batch_norm_params.h, by the same names."""
 
 from __future__ import annotations
 
@@ -17,6 +17,50 @@ class SequenceShape(Structure):  # noqa: D101
 
 class NoiseParams(Structure):  # noqa: D101
     _fields_ = (("rng_state", c_void_p), ("analog_below", c_uint))
+
+
+class ChannelShape(Structure):  # noqa: D101
+    _fields_ = (("rows", c_longlong), ("channels", c_longlong), ("inner", c_longlong))
+
+
+class ChannelTiles(Structure):  # noqa: D101
+    _fields_ = (
+        ("shape", ChannelShape),
+        ("lanes", c_longlong), ("width", c_longlong), ("ways", c_longlong),
+        ("units_per_channel", c_longlong), ("channels_per_tile", c_longlong), ("tiles_per_channel", c_longlong),
+        ("rows_per_split", c_longlong), ("splits", c_longlong),
+    )  # fmt: skip
+
+
+class Normalisation(Structure):  # noqa: D101
+    _fields_ = (("eps", c_double), ("input_scale", c_double))
+
+
+class MomentsParams(Structure):  # noqa: D101
+    _fields_ = (("tiles", ChannelTiles), ("x_seq", c_void_p), ("moments", c_void_p))
+
+
+class CoefficientsParams(Structure):  # noqa: D101
+    _fields_ = (
+        ("moments", c_void_p), ("slots", c_longlong), ("channels", c_longlong),
+        ("mean", c_void_p), ("variance", c_void_p), ("weight", c_void_p), ("bias", c_void_p),
+        ("options", Normalisation), ("coefficients", c_void_p), ("total", c_void_p),
+    )  # fmt: skip
+
+
+class AdjointParams(Structure):  # noqa: D101
+    _fields_ = (
+        ("moments", c_void_p), ("coefficients", c_void_p), ("channels", c_longlong),
+        ("grad_gain", c_void_p), ("grad_bias", c_void_p), ("total_grad_gain", c_void_p), ("total_grad_bias", c_void_p),
+        ("options", Normalisation), ("grad_weight", c_void_p), ("grad_shift", c_void_p), ("adjoint", c_void_p),
+    )  # fmt: skip
+
+
+class InputGradientParams(Structure):  # noqa: D101
+    _fields_ = (
+        ("tiles", ChannelTiles), ("x_seq", c_void_p), ("mean", c_void_p), ("adjoint", c_void_p),
+        ("grad_x_seq", c_void_p),
+    )  # fmt: skip
 
 
 class Structures(NamedTuple):

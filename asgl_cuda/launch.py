@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .kernel_params import INPUT_BIAS, INPUT_GAIN, INPUT_MEAN, NUM_PARAMETERS, STRUCTURES, WIDTH
-from .ops import BackwardResult, ForwardResult, checkpoint_elements, define_operators, empty_state
+from .ops import BackwardResult, ForwardResult, checkpoint_elements, empty_state
 from .reference import is_channels_last, memory_order, real_type
 
 # As in csrc/lif_kernels.cuh and lif_cuda.cuh.
@@ -159,11 +159,18 @@ class ParameterTensor:
 # ---- which kernel, which grid ----
 
 
-def _blocks_for(work: int, per_block: int) -> int:
+def blocks_for(work: int, per_block: int) -> int:
     return -(-work // per_block)
 
 
-def _address(tensor: Tensor | None) -> int:
+def start(launcher: Launcher, device: torch.device, kernel: str, blocks: int, threads: int, params: Structure) -> None:
+    """Starts a kernel, unless its grid is too large."""
+    if blocks > MOST_BLOCKS:
+        raise RuntimeError(f"asgl_cuda: {kernel} would need {blocks} blocks, and a grid has at most {MOST_BLOCKS}")
+    launcher.launch(device, kernel, blocks, threads, params)
+
+
+def address_of(tensor: Tensor | None) -> int:
     """Where its elements begin; 0, which is null, if there are none."""
     return tensor.data_ptr() if tensor is not None and tensor.numel() else 0
 
@@ -207,8 +214,8 @@ class _Call:
         ]
         self._v_init = None if v_init is None else layout.dense_state(v_init)
         self.common = (
-            layout.shape, tuple(self.views), options, (_address(rng_state), analog_below), _address(x_seq),
-            _address(self._v_init),
+            layout.shape, tuple(self.views), options, (address_of(rng_state), analog_below), address_of(x_seq),
+            address_of(self._v_init),
         )  # fmt: skip
 
     def lanes(self, launcher: Launcher, device: torch.device, scalars: Sequence[int], reals: Sequence[int]) -> int:
@@ -295,12 +302,12 @@ class KernelOperators:
             checkpoints = x_seq.new_empty(count, dtype=real)
             checkpoints.narrow(0, count - 2, 2).zero_()
         if neurons:
-            outputs = (_address(s_seq), *map(_address, (v_last, v_seq, h_seq, checkpoints)))
+            outputs = (address_of(s_seq), *map(address_of, (v_last, v_seq, h_seq, checkpoints)))
             params = call.structures.ForwardParams(*call.common, *outputs)
             lanes = call.lanes(self._launcher, x_seq.device, outputs[:1], outputs[1:])
             input = GENERAL if return_v_seq or return_h_seq else call.input(params, lanes)
             kernel = forward_kernel(x_seq.dtype, surrogate, hard_reset, lanes, input)
-            self._launch(x_seq.device, kernel, _blocks_for(neurons, lanes * BLOCK_THREADS), BLOCK_THREADS, params)
+            self._start(x_seq.device, kernel, blocks_for(neurons, lanes * BLOCK_THREADS), BLOCK_THREADS, params)
         return s_seq, v_last, v_seq, h_seq, checkpoints
 
     def lif_backward(
@@ -348,13 +355,13 @@ class KernelOperators:
             for parameter, needed in zip(call.parameters, needs_parameters, strict=True)
         ]
         if neurons:
-            inputs = [_address(grad) for grad in (s_grad, v_last_grad, v_grad, h_grad)]
-            outputs = [_address(grad_x_seq), _address(grad_v_init)]
+            inputs = [address_of(grad) for grad in (s_grad, v_last_grad, v_grad, h_grad)]
+            outputs = [address_of(grad_x_seq), address_of(grad_v_init)]
             lanes = call.lanes(
-                self._launcher, device, (inputs[0], outputs[0]), (*inputs[1:], _address(checkpoints), outputs[1])
+                self._launcher, device, (inputs[0], outputs[0]), (*inputs[1:], address_of(checkpoints), outputs[1])
             )
             tile = lanes * BLOCK_THREADS
-            tiles = _blocks_for(neurons, tile)
+            tiles = blocks_for(neurons, tile)
             partials = []
             addresses = [(0, 0)] * NUM_PARAMETERS
             for id, gradient in enumerate(grad_parameters):
@@ -365,7 +372,7 @@ class KernelOperators:
                     partials.append(_Partials(id, sums, slots, gradient))
                     addresses[id] = (sums.data_ptr(), slots)
             params = call.structures.BackwardParams(
-                *call.common, *inputs, _address(checkpoints), *outputs, tuple(addresses)
+                *call.common, *inputs, address_of(checkpoints), *outputs, tuple(addresses)
             )
             general = (
                 v_grad is not None
@@ -374,7 +381,7 @@ class KernelOperators:
             )
             input = GENERAL if general else call.input(params, lanes)
             kernel = backward_kernel(x_seq.dtype, surrogate, hard_reset, lanes, input, x_seq.shape[time_dim])
-            self._launch(device, kernel, tiles, BLOCK_THREADS, params)
+            self._start(device, kernel, tiles, BLOCK_THREADS, params)
             for each in partials:
                 self._launch_gradient_sum(device, call, each, tile)
         elif any(needs_parameters):
@@ -397,18 +404,8 @@ class KernelOperators:
         most_tiles = (inner + tile - 2) // tile + 1
         whole_block = call.layout.neurons // (inner * count) * most_tiles >= MANY_SLOTS
         elements = gradient.numel()
-        blocks = elements if whole_block else _blocks_for(elements, SUM_THREADS)
-        self._launch(device, gradient_sum_kernel(call.real, whole_block), blocks, SUM_THREADS, params)
+        blocks = elements if whole_block else blocks_for(elements, SUM_THREADS)
+        self._start(device, gradient_sum_kernel(call.real, whole_block), blocks, SUM_THREADS, params)
 
-    def _launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: Structure) -> None:
-        if blocks > MOST_BLOCKS:
-            raise RuntimeError(f"asgl_cuda: {kernel} would need {blocks} blocks, and a grid has at most {MOST_BLOCKS}")
-        self._launcher.launch(device, kernel, blocks, threads, params)
-
-
-def implement(namespace: str, dispatch_key: str, launcher: Launcher) -> None:
-    """Defines the operators in this namespace, on the kernels of `launcher`."""
-    library = define_operators(namespace)
-    operators = KernelOperators(launcher)
-    for name in ("draw_rng_state", "lif_forward", "lif_backward"):
-        library.impl(name, getattr(operators, name), dispatch_key)
+    def _start(self, device: torch.device, kernel: str, blocks: int, threads: int, params: Structure) -> None:
+        start(self._launcher, device, kernel, blocks, threads, params)
