@@ -4,7 +4,7 @@ from ._version import __version__
 from .backends import available_backends, unavailable_backends
 from .batch_norm import batch_norm_lif
 from .functional import LIFOutput, analog_mask, lif
-from .interop import convert, revert
+from .interop import convert, fuse, revert, unfuse
 from .neuron import LIF, BatchNormLIF
 from .nir import from_nir, to_nir
 from .training import (
@@ -29,6 +29,7 @@ __all__ = [
     "batch_norm_lif",
     "convert",
     "from_nir",
+    "fuse",
     "lif",
     "lightning_callback",
     "parameter_groups",
@@ -36,4 +37,5 @@ __all__ = [
     "spiking_eval",
     "to_nir",
     "unavailable_backends",
+    "unfuse",
 ]

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .checks import check_number
-from .neuron import LIF, Granularity
+from .interop.normalised import Normalised
+from .neuron import LIF, BatchNormLIF, Granularity
 from .reference import real_type
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ _KEY = "asgl_cuda"  # what asgl_cuda.LIF has and NIR has not stands under it in 
 _EXPORTED = "asgl_cuda.LIF, Linear, Conv1d, Conv2d, AvgPool2d, Flatten, Dropout, Identity"
 _SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in evaluation
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_FOLD = "torch.nn.utils.fusion.fuse_conv_bn_eval or fuse_linear_bn_eval"
 _ADDITIONS = (operator.add, torch.add, "add")
 
 
@@ -247,7 +249,11 @@ class _Export(fx.Interpreter):
             return
         hint = f"what can be: {_EXPORTED}"
         if isinstance(module, _BATCH_NORM):
-            hint = "fold it into the layer before it: torch.nn.utils.fusion.fuse_conv_bn_eval or fuse_linear_bn_eval"
+            hint = f"fold it into the layer before it: {_FOLD}"
+        elif isinstance(module, Normalised):
+            hint = f"it normalises: take that out with asgl_cuda.unfuse, then fold it into the layer before: {_FOLD}"
+        elif isinstance(module, BatchNormLIF):
+            hint = f"it normalises: make it a BatchNorm and a LIF, then fold the former into the layer before: {_FOLD}"
         raise ValueError(f"{_at(n.target, module)} can't be represented in NIR; {hint}")
 
     def _flow(self, n: fx.Node, value: Tensor) -> _Flow:

@@ -112,3 +112,17 @@ class LIFLayer(nn.Module):
         if self.retain_v:
             self.vmem = vmem
         return torch.stack(out)
+
+
+class tdLayer(nn.Module):  # noqa: N801
+    """A layer that knows no time, applied to all steps at once."""
+
+    def __init__(self, layer, nb_steps):
+        super().__init__()
+        self.nb_steps = nb_steps
+        self.layer = layer
+
+    def forward(self, x):
+        x = x.contiguous()
+        x = self.layer(x.view(-1, *x.shape[2:]))
+        return x.view(self.nb_steps, -1, *x.shape[1:])

@@ -1,4 +1,4 @@
-"""The code that the authors of ASGL published: `LIFLayer` with a `LIFCell` and an `EfficientNoisySpikeII`.
+"""The code that the authors of ASGL published: `LIFLayer` with a `LIFCell` and an `EfficientNoisySpikeII`; `tdLayer`.
 
     h = sigmoid(decay) v + x;  u = h - thresh;  v = h - thresh s, or h (1 - s) + vreset s;  the output is thresh s
     InvRectangle: 1 / width = exp(alpha);  InvSigmoid: 1 / width = alpha;  p is the share of analog elements
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fused import Fused, Settings, SpikeFunction
+from .fused import Fused, Settings, SpikeFunction, Wrapper
 
 _SURROGATES = {"InvRectangle": "rectangle", "InvSigmoid": "sigmoid"}
 
@@ -85,3 +85,10 @@ def find(layer: nn.Module) -> tuple[type[Fused], SpikeFunction] | str | None:
         if getattr(cell, flag, False):
             return f"it has {flag}=True"
     return FusedLIFLayer, SpikeFunction(_SURROGATES[type(spike.inv_sg).__name__], 1.0, 1.0, False)
+
+
+def wrapped(module: nn.Module) -> Wrapper | None:
+    """What `module` calls, and how it deals with time; None where it is no `tdLayer` of that code."""
+    if type(module).__name__ != "tdLayer" or not hasattr(module, "nb_steps") or list(module._modules) != ["layer"]:
+        return None
+    return Wrapper(["layer"], -1, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from ..backends import BACKENDS
 from ..checks import check_analog_prob, check_number, check_surrogate, check_width
 from . import authors
 from .fused import Fused, Settings, SpikeFunction, fires_strictly, fused_class, identify
+from .normalised import Normalised
 
 _CALLER = "asgl_cuda.convert"
 
@@ -81,7 +82,8 @@ def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
     return found
 
 
-def _libraries() -> Iterator[Any]:
+def libraries() -> Iterator[Any]:
+    """The files of this folder for the libraries that are imported."""
     yield authors
     for name, module in _LIBRARIES.items():
         if module in sys.modules:
@@ -117,15 +119,15 @@ def convert(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{_CALLER}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if not inplace:
-        model = _copy(model)
-    libraries = list(_libraries())
+        model = copied(model)
+    known = list(libraries())
     report = Report([], [])
     inside: list[str] = []  # of layers that are replaced, whose parts need no mention
     for path, layer in list(model.named_modules()):
         if isinstance(layer, Fused) or path.startswith(tuple(inside)):
             continue
         name = type(layer).__name__
-        found = next((answer for library in libraries if (answer := library.find(layer)) is not None), None)
+        found = next((answer for library in known if (answer := library.find(layer)) is not None), None)
         if found is None:
             continue
         spike = found if isinstance(found, str) else _spike_function(found[1], wanted)
@@ -140,9 +142,9 @@ def convert(
     return model, report
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy. Potentials that are inside a graph, as after a call, are copied without it."""
-    memo: dict[int, Any] = {}
+def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
+    """A deep copy but for `share`. Potentials that are inside a graph, as after a call, are copied without it."""
+    memo: dict[int, Any] = {id(value): value for value in share}
     for module in model.modules():
         attributes = vars(module)
         for values in (attributes, *(value for value in attributes.values() if isinstance(value, dict))):
@@ -190,12 +192,15 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     if not isinstance(model, nn.Module):
         raise TypeError(f"asgl_cuda.revert: model must be a torch.nn.Module, got {type(model).__name__}")
     if not inplace:
-        model = _copy(model)
+        model = copied(model)
     report = Report([], [])
     for path, layer in list(model.named_modules()):
         if not isinstance(layer, Fused):
             continue
         name = layer.original.__name__
+        if isinstance(layer, Normalised):
+            report.left.append(Left(path, name, "it is fused with a normalisation: asgl_cuda.unfuse comes first"))
+            continue
         if layer.log_width is not None and not layer.hold_width():
             width = float(torch.as_tensor(layer.width).detach())
             report.left.append(Left(path, name, f"its learned width, {width:.4g}: its own surrogate can't hold it"))

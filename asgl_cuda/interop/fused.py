@@ -35,6 +35,18 @@ class Settings(NamedTuple):
     backend: str | None
 
 
+class Wrapper(NamedTuple):
+    """A module that calls others one after the other: which, and where the channels go on the way in and out.
+
+    -1 where time and batch become one dimension, +1 where they part, None where the value itself is not handed on, as
+    where the steps are computed one by one.
+    """
+
+    names: list[str]
+    entering: int | None
+    leaving: int | None
+
+
 class Fused(nn.Module):
     """What stands between a converted layer and its class. Each library has a subclass of its own."""
 
@@ -79,7 +91,7 @@ class Fused(nn.Module):
             name: value.to(x_seq.device) if isinstance(value, Tensor) and value.dim() == 0 else value
             for name, value in options.items()
         }
-        result = lif(
+        result = self.compute(
             x_seq,
             width=self.width,
             surrogate=self.settings.spike.surrogate,
@@ -92,6 +104,14 @@ class Fused(nn.Module):
         )
         assert isinstance(result, LIFOutput)
         return result
+
+    def compute(self, x_seq: Tensor, **options: Any) -> Tensor | LIFOutput:
+        """`asgl_cuda.lif`; where the layer is fused with a normalisation, both."""
+        return lif(x_seq, **options)
+
+    def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
+        """Gain and bias of the input, as `asgl_cuda.lif` has them."""
+        return 1.0, 0.0
 
     def hold_width(self) -> bool:
         """Writes the learned width into the layer's own surrogate, if that can hold it."""

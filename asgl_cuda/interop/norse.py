@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from norse.torch.functional.reset import reset_subtract, reset_value
 from norse.torch.functional.threshold import threshold
-from norse.torch.module import lif_box, snn
+from norse.torch.module import lif_box, sequential, snn
 from torch import Tensor, nn
 
-from .fused import Fused
+from .fused import Fused, Wrapper
 
 
 class FusedLIFBoxCell(Fused):
@@ -26,17 +26,21 @@ class FusedLIFBoxCell(Fused):
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         p = self.p
         state = self.initial_state(input_tensor) if state is None else state
-        share = self.dt * p.tau_mem_inv
+        gain, bias = self.input_terms()
         output = self.lif(
             input_tensor[None],
-            decay=1 - share,
-            input_gain=share,
-            input_bias=share * p.v_leak,
+            decay=1 - gain,
+            input_gain=gain,
+            input_bias=bias,
             v_threshold=p.v_th,
             v_reset=p.v_reset if p.reset_method is reset_value else None,
             v_init=state.v.to(input_tensor.device).expand(input_tensor.shape),
         )
         return output.s_seq[0], type(state)(v=output.v_last)
+
+    def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
+        share = self.dt * self.p.tau_mem_inv
+        return share, share * self.p.v_leak
 
 
 def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | str | None:
@@ -49,3 +53,10 @@ def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | s
         return "it resets by a function of its own"
     alpha = torch.as_tensor(p.alpha)
     return FusedLIFBoxCell, lambda u: threshold(u, p.method, alpha)
+
+
+def wrapped(module: nn.Module) -> Wrapper | None:
+    """What `module` calls one after the other; None where it is no SequentialState, or returns what is in between."""
+    if type(module) is not sequential.SequentialState or module.return_hidden:
+        return None
+    return Wrapper(list(module._modules), 0, None)

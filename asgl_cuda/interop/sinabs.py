@@ -42,7 +42,6 @@ class FusedLayer(Fused):
             self.init_state_with_shape((batch, *trailing))
         elif self.v_mem.shape[0] != batch:
             self.handle_state_batch_size_mismatch(batch)
-        alpha = self.alpha_mem_calculated
         reset: dict[str, Any] = {"v_reset": None, "reset_amount": self.spike_threshold}
         if isinstance(self.reset_fn, MembraneReset):
             reset = {"v_reset": 0.0, "detach_reset": True}
@@ -50,8 +49,8 @@ class FusedLayer(Fused):
             reset["reset_amount"] = self.reset_fn.subtract_value
         output = self.lif(
             input_data,
-            decay=alpha,
-            input_gain=1 - alpha if self.norm_input else 1.0,
+            decay=self.alpha_mem_calculated,
+            input_gain=self.input_terms()[0],
             v_threshold=self.spike_threshold,
             v_init=self.v_mem,
             time_dim=1,
@@ -63,6 +62,9 @@ class FusedLayer(Fused):
         self.recordings = {"v_mem": output.v_seq} if self.record_states else {}
         self.firing_rate = output.s_seq.mean()
         return output.s_seq
+
+    def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
+        return 1 - self.alpha_mem_calculated if self.norm_input else 1.0, 0.0
 
     def hold_width(self) -> bool:
         if self.settings.spike.surrogate != "laplace" or not isinstance(self.surrogate_grad_fn, SingleExponential):
@@ -82,6 +84,8 @@ class FusedLayer(Fused):
         made.__dict__.update(copy.deepcopy(state, memo))
         return made
 
+
+PARTING = (layers.UnflattenTime,)
 
 _KNOWN = (layers.LIF, layers.LIFSqueeze, layers.IAF, layers.IAFSqueeze)
 

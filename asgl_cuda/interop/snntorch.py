@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import LIFOutput
-from .fused import Fused, Settings
+from .fused import Fused, Settings, Wrapper
 
 # A learned beta of 0 is taken for this much, since threshold / beta must exist; what it changes is below float32's
 # resolution at the threshold.
@@ -168,3 +168,8 @@ def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | s
     if leaky.reset_mechanism == "subtract" and constant and bool((leaky.beta < _LEAST_BETA).any()):
         return "it subtracts the threshold from a potential of which nothing is left (beta=0)"
     return FusedLeaky, leaky.spike_grad
+
+
+def wrapped(module: nn.Module) -> Wrapper | None:
+    """What `module` calls, and how it deals with time; None where it is no `MultiStep`."""
+    return Wrapper(["layer"], -1, None) if type(module) is MultiStep else None

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from spikingjelly.activation_based import layer as layers
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from ..functional import LIFOutput
-from .fused import Fused
+from .fused import Fused, Wrapper
 
 
 class FusedNode(Fused):
@@ -45,7 +46,6 @@ class FusedNode(Fused):
 
     def _steps(self, x_seq: Tensor) -> LIFOutput:
         v_rest = 0.0 if self.v_reset is None else self.v_reset
-        decay, input_gain = self._charge()
         v_init = None
         if not isinstance(self.v, Tensor):
             v_init = None if self.v == v_rest else torch.full_like(x_seq[0], self.v)
@@ -53,8 +53,8 @@ class FusedNode(Fused):
             v_init = self.v
         output = self.lif(
             x_seq,
-            decay=decay,
-            input_gain=input_gain,
+            decay=1 - self._share(),
+            input_gain=self.input_terms()[0],
             v_threshold=self.v_threshold,
             v_reset=self.v_reset,
             v_rest=v_rest,
@@ -65,12 +65,15 @@ class FusedNode(Fused):
         self.v = output.v_last
         return output
 
-    def _charge(self) -> tuple[Tensor | float, Tensor | float]:
-        """Decay and input gain."""
+    def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
+        decays = not isinstance(self, neuron.IFNode) and self.decay_input
+        return self._share() if decays else 1.0, 0.0
+
+    def _share(self) -> Tensor | float:
+        """How much of the potential leaks in a step."""
         if isinstance(self, neuron.IFNode):
-            return 1.0, 1.0
-        share = self.w.sigmoid() if isinstance(self, neuron.ParametricLIFNode) else 1 / self.tau
-        return 1 - share, share if self.decay_input else 1.0
+            return 0.0
+        return self.w.sigmoid() if isinstance(self, neuron.ParametricLIFNode) else 1 / self.tau  # type: ignore[no-any-return]
 
     def hold_width(self) -> bool:
         function = self.surrogate_function
@@ -84,6 +87,15 @@ class FusedNode(Fused):
         self.surrogate_function.alpha = 1 / float(torch.as_tensor(self.width).detach())
         return True
 
+
+# Normalise as those of torch.nn do; in step mode "m" time and batch are apart. What depends on the threshold is only
+# the first weight; before version 2 it joins time and batch twice.
+NORMALISATIONS = tuple(
+    getattr(layers, f"{kind}BatchNorm{dims}d")
+    for kind in ("", "ThresholdDependent")
+    for dims in (1, 2, 3)
+    if not kind or "forward" not in vars(getattr(layers, f"{kind}BatchNorm{dims}d"))
+)
 
 _KNOWN = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode)
 
@@ -99,3 +111,12 @@ def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | s
     if getattr(node, "_neuron_precision", None) is not None:
         return "it has a precision of its own"
     return FusedNode, node.surrogate_function
+
+
+def wrapped(module: nn.Module) -> Wrapper | None:
+    """What `module` calls one after the other, and how it deals with time; None where it is no such wrapper."""
+    if type(module) is layers.SeqToANNContainer:
+        return Wrapper(list(module._modules), -1, 1)
+    if type(module) is layers.MultiStepContainer:
+        return Wrapper(list(module._modules), None, None)
+    return None
