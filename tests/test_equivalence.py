@@ -98,6 +98,7 @@ def test_options(backend, device, surrogate, v_reset, strict_threshold, scale_ou
         v_threshold=uniform(channels, low=0.8, high=1.2, device=device),
         input_gain=uniform(channels, low=0.8, high=1.2, device=device),
         input_bias=uniform(channels, low=-0.1, high=0.1, device=device),
+        input_mean=uniform(channels, low=-0.1, high=0.1, device=device),
         rng_state=rng_state(device=device),
     )
 
@@ -147,17 +148,18 @@ def test_parameter_shapes(backend, device, layout, shape, v_reset):
         **reset,
         input_gain=parameter(0.8, 1.2),
         input_bias=parameter(-0.1, 0.1),
+        input_mean=parameter(-0.1, 0.1),
         analog_prob=0.2,
         time_dim=time_dim,
         rng_state=rng_state(device=device),
     )
 
 
-@pytest.mark.parametrize("name", ["width", "decay", "v_threshold", "v_reset", "input_gain", "input_bias"])
+@pytest.mark.parametrize("name", ["width", "decay", "v_threshold", "v_reset", "input_gain", "input_bias", "input_mean"])
 @pytest.mark.parametrize("sizes", [(), (33,), (17, 1, 1)])
 def test_one_parameter_at_a_time(backend, device, name, sizes):
     """Alone, so that no other parameter's accumulator or row hides what is missing."""
-    middle = {"decay": 0.5, "v_reset": 0.1, "input_bias": 0.0}.get(name, 1.0)
+    middle = {"decay": 0.5, "v_reset": 0.1, "input_bias": 0.0, "input_mean": 0.0}.get(name, 1.0)
     value = uniform(*sizes, low=middle - 0.1, high=middle + 0.1, device=device)
     for scale_output in (False, True):
         assert_equals_reference(

@@ -34,14 +34,14 @@ def calls(device, steps, layout, dtype):
         x_seq = x_seq.permute(0, 1, 4, 2, 3)
     real = real_of(dtype)
     width, v_threshold = (torch.ones(sizes, dtype=real, device=device) for sizes in ((3, 1, 1), ()))
-    parameters = [width, None, v_threshold, None, None, None]
+    parameters = [width, None, v_threshold, None, None, None, None]
     v_init = torch.zeros(2, 3, 4, 5, dtype=real, device=device)
     state = rng_state(device=device)
-    constants, neuron = [0.0, 0.5, 0.0, 0.0, 1.0, 0.0], (0, 1.0, 0.0, True, False, False)
+    constants, neuron = [0.0, 0.5, 0.0, 0.0, 1.0, 0.0, 0.0], (0, 1.0, 0.0, True, False, False)
     forward = (x_seq, v_init, state, parameters, constants, *neuron, 20000, time_dim, True, True, True, True)
 
     def backward(s_seq, v_last, v_seq, h_seq, checkpoints):
-        needs = [True, False, True, False, False, False]
+        needs = [True, False, True, False, False, False, False]
         inputs = (x_seq, v_init, state, checkpoints, parameters, constants)
         return (s_seq, v_last, v_seq, h_seq, *inputs, *neuron, False, 20000, time_dim, True, True, needs)
 

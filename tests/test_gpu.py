@@ -81,6 +81,7 @@ def test_large_layer_with_everything(backend, large, dtype, sizes, surrogate):
         v_reset=parameter(-0.2, 0.2, *sizes),
         input_gain=parameter(0.8, 1.2, *sizes),
         input_bias=parameter(-0.1, 0.1, *sizes),
+        input_mean=parameter(-0.1, 0.1, *sizes),
         v_init=parameter(-1, 1, large // 2048, 16, 128),
         scale_output=True,
         analog_prob=0.3,

@@ -31,6 +31,7 @@ def test_gradcheck(name, surrogate, v_reset, scale_output):
         "v_reset" if hard else "reset_amount": double(3, low=0.1, high=0.3, device=device),
         "input_gain": double(2, 1, low=0.8, high=1.2, device=device),
         "input_bias": double(2, 3, low=-0.1, high=0.1, device=device),
+        "input_mean": double(5, 1, 3, low=-0.1, high=0.1, device=device),
     }
 
     def function(*values):
@@ -113,7 +114,7 @@ def test_gradient_of_each_output_alone(backend, device, asked):
     torch.testing.assert_close(dwidth, expected_dwidth, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("needed", ["x_seq", "width", "decay", "v_init", "v_threshold", "input_bias"])
+@pytest.mark.parametrize("needed", ["x_seq", "width", "decay", "v_init", "v_threshold", "input_bias", "input_mean"])
 def test_only_what_is_needed_is_computed(backend, device, needed):
     leaves = {
         "x_seq": random_input(5, 7, 31, device=device),
@@ -121,6 +122,7 @@ def test_only_what_is_needed_is_computed(backend, device, needed):
         "decay": uniform(low=0.4, high=0.9, device=device),
         "v_threshold": uniform(31, low=0.8, high=1.2, device=device),
         "input_bias": uniform(31, low=-0.1, high=0.1, device=device),
+        "input_mean": uniform(31, low=-0.1, high=0.1, device=device),
         "v_init": uniform(7, 31, low=-1, high=1, device=device),
     }
     options = {"analog_prob": 0.3, "rng_state": rng_state(device=device), "backend": backend}

@@ -8,6 +8,7 @@ import torch
 from comparison import assert_equals_reference, random_input, real_of, rng_state, uniform
 
 import asgl_cuda
+from asgl_cuda import kernel_params
 from asgl_cuda.kernel_params import STRUCTURES
 from asgl_cuda.surrogate import SURROGATES
 
@@ -112,24 +113,28 @@ def fields(structure, prefix=""):
 
 
 def described(launch, dtype):
-    kind = launch.kernel.split("<")[0].split("_")[1]
     structures = STRUCTURES[real_of(dtype)]
     structure = {
-        "forward": structures.ForwardParams,
-        "backward": structures.BackwardParams,
-        "sum": structures.GradientSum,
-    }[kind]
+        "lif_forward_kernel": structures.ForwardParams,
+        "lif_backward_kernel": structures.BackwardParams,
+        "lif_backward_plain_kernel": structures.BackwardParams,
+        "gradient_sum_kernel": structures.GradientSum,
+        "batch_moments_kernel": kernel_params.MomentsParams,
+        "batch_norm_coefficients_kernel": kernel_params.CoefficientsParams,
+        "batch_norm_adjoint_kernel": kernel_params.AdjointParams,
+        "batch_norm_input_gradient_kernel": kernel_params.InputGradientParams,
+    }[launch.kernel.removeprefix("asgl::").split("<")[0]]
     assert len(launch.params) == ctypes.sizeof(structure)
     return launch.kernel, launch.blocks, launch.threads, dict(fields(structure.from_buffer_copy(launch.params)))
 
 
-def both(emulation, dtype, x_seq, outputs=(), **options):
+def both(emulation, dtype, x_seq, outputs=(), function=asgl_cuda.lif, **options):
     """What the driver was given by the launchers in C++, and by those in Python, forward and backward."""
     found = []
     leaves = [x_seq, *(value for value in options.values() if isinstance(value, torch.Tensor) and value.requires_grad)]
     for name in ("emulated", "replayed"):
         emulation.take_launches()
-        result = asgl_cuda.lif(x_seq, **options, **{f"return_{output}": True for output in outputs}, backend=name)
+        result = function(x_seq, **options, **{f"return_{output}": True for output in outputs}, backend=name)
         values = [value for value in (result if outputs else [result]) if value is not None]
         torch.autograd.grad(values, leaves, [torch.ones_like(value) for value in values])
         found.append([described(launch, dtype) for launch in emulation.take_launches()])
@@ -138,7 +143,7 @@ def both(emulation, dtype, x_seq, outputs=(), **options):
 
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-PARAMETERS = ("width", "decay", "v_threshold", "v_reset", "input_gain", "input_bias")
+PARAMETERS = ("width", "decay", "v_threshold", "v_reset", "input_gain", "input_bias", "input_mean")
 
 
 @pytest.mark.parametrize("multiprocessors", [emulated.TINY, 1, emulated.LARGE])
@@ -169,6 +174,10 @@ def test_same_launches_over_options(emulation, dtype, surrogate, hard, noise):
         {"detach_reset": True},
         {"input_gain": 2.0},
         {"input_bias": 0.5},
+        {"input_mean": 0.5},
+        {"input_gain": uniform(6, 1, low=0.5, high=1.0), "input_bias": uniform(6, 1, low=0.5, high=1.0)},
+        {"input_gain": uniform(5, 1, 1, 1, low=0.5, high=1.0)},
+        {"input_mean": uniform(6, 1, low=0.5, high=1.0).detach(), "width": uniform(low=0.5, high=1.0)},
         {"outputs": ("v_last",)},
         {"outputs": ("v_seq",)},
         {"outputs": ("h_seq",)},
@@ -202,6 +211,38 @@ def test_same_launches_over_parameters(emulation, layout, sizes):
             assert in_python == compiled, name
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["time first", "channels_last", "shifted"])
+@pytest.mark.parametrize("training", [True, False])
+def test_same_launches_of_batch_norm(emulation, dtype, layout, training):
+    """Tiles of part of a channel, of some channels, of all; one split and several."""
+    for batch, channels, height, width in (
+        (2, 6, 4, 8), (3, 5, 7, 7), (1, 200, 1, 4), (5, 3, 24, 25), (2, 130, 1, 1), (90, 3, 2, 1), (300, 2, 4, 4),
+    ):  # fmt: skip
+        x_seq = torch.randn(3, batch, channels, height, width).to(dtype)
+        if layout == "channels_last":
+            x_seq = x_seq.movedim(2, -1).contiguous().movedim(-1, 2)
+        elif layout == "shifted":
+            x_seq = torch.randn(x_seq.numel() + 1).to(dtype)[1:].view_as(x_seq)
+        real = real_of(dtype)
+        running = {"running_mean": torch.zeros(channels), "running_var": torch.ones(channels)}
+        compiled, in_python = both(
+            emulation, dtype, x_seq.requires_grad_(), function=asgl_cuda.batch_norm_lif, training=training,
+            **({} if training else running), weight=uniform(channels, low=0.5, high=1.5, dtype=real), input_scale=0.7,
+            analog_prob=0.3, rng_state=rng_state(),
+        )  # fmt: skip
+        assert in_python == compiled
+        assert [launch[0].split("<")[0] for launch in compiled] == [
+            *(["asgl::batch_moments_kernel"] if training else []),
+            "asgl::batch_norm_coefficients_kernel",
+            "asgl::lif_forward_kernel",
+            compiled[2 + training][0].split("<")[0],
+            *["asgl::gradient_sum_kernel"] * 2,
+            "asgl::batch_norm_adjoint_kernel",
+            *(["asgl::batch_norm_input_gradient_kernel"] if training else []),
+        ]
+
+
 @pytest.mark.parametrize("what", ["x_seq", "v_init"])
 @pytest.mark.parametrize("offset", [1, 2, 4])
 def test_same_launches_where_storage_begins_anywhere(emulation, what, offset):
@@ -219,7 +260,7 @@ def test_an_argument_of_the_wrong_size_is_refused(emulation):
     """What stands between a structure that has changed on one side alone and a kernel that reads beyond it."""
     structures = STRUCTURES[torch.float32]
     kernel = "asgl::gradient_sum_kernel<float, false>"
-    with pytest.raises(RuntimeError, match="parameters take 104 bytes, got 352"):
+    with pytest.raises(RuntimeError, match="parameters take 104 bytes, got 392"):
         emulation.launch(torch.device("cpu"), kernel, 1, 1, structures.ForwardParams())
     with pytest.raises(RuntimeError, match="no such kernel"):
         emulation.launch(torch.device("cpu"), kernel[:-1], 1, 1, structures.GradientSum())

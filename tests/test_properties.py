@@ -41,6 +41,7 @@ RANGES = {
     "reset_amount": (0.6, 1.2),
     "input_gain": (0.8, 1.2),
     "input_bias": (-0.1, 0.1),
+    "input_mean": (-0.1, 0.1),
 }
 
 
@@ -130,7 +131,8 @@ def calls(draw: st.DrawFn, analog_probs: tuple[float, ...] = ANALOG_PROBS, min_s
         return TensorSpec(sizes, requires_grad and (same_bits or not few_terms))
 
     reset = draw(st.sampled_from(["v_reset", "reset_amount", "threshold"]))
-    names = ["width", "decay", "v_threshold", "input_gain", "input_bias", *([] if reset == "threshold" else [reset])]
+    names = ["width", "decay", "v_threshold", "input_gain", "input_bias", "input_mean"]
+    names += [] if reset == "threshold" else [reset]
     parameters: dict[str, TensorSpec | float] = {}
     for name in names:
         kind = draw(st.sampled_from(["default", "float", "tensor", "tensor"]))

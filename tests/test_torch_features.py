@@ -141,8 +141,8 @@ def test_opcheck(backend, device, steps, layout):
     x_seq = random_input(steps, 2, 3, 4, 5, device=device).detach()
     if layout == "channels_last":
         x_seq = x_seq.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    parameters = [torch.rand(3, 1, 1, device=device) + 0.5, None, None, torch.zeros((), device=device), None, None]
-    constants = [0.0, 0.5, 1.0, 0.0, 1.0, 0.0]
+    parameters = [torch.rand(3, 1, 1, device=device) + 0.5, None, None, torch.zeros((), device=device), *[None] * 3]
+    constants = [0.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0]
     state = rng_state(device=device)
     v_init = torch.rand(2, 3, 4, 5, device=device)
     neuron = (0, 1.0, 0.0, True, False, False)
@@ -150,7 +150,7 @@ def test_opcheck(backend, device, steps, layout):
     torch.library.opcheck(operators.lif_forward, forward)
     s_seq, v_last, v_seq, h_seq, checkpoints = operators.lif_forward(*forward)
     grads = [torch.randn_like(output) for output in (s_seq, v_last, v_seq, h_seq)]
-    needs = [True, False, False, True, False, False]
+    needs = [True, False, False, True, False, False, False]
     inputs = (x_seq, v_init, state, checkpoints, parameters, constants)
     backward = (*grads, *inputs, *neuron, False, 20000, 0, True, True, needs)
     torch.library.opcheck(operators.lif_backward, backward)

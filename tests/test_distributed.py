@@ -1,0 +1,130 @@
+"""Statistics that processes share: two with half of a batch each compute what one computes with all of it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import asgl_cuda
+
+PROCESSES = 2
+BATCHES = (3, 5)  # of unequal size
+BACKENDS = [name for name in ("reference", "cpu") if name in asgl_cuda.available_backends()]
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+
+
+def joint_batch():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(4, sum(BATCHES), 3, 5, dtype=torch.float64, generator=generator) * 2 + 5
+
+
+def share(x_seq, rank):
+    first = sum(BATCHES[:rank])
+    return x_seq[:, first : first + BATCHES[rank]]
+
+
+def network(backend, group=None):
+    """Two layers, so that the gradient of the second's input goes through the first."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        asgl_cuda.BatchNormLIF(3, surrogate="sigmoid", backend=backend, analog_prob=1.0, process_group=group),
+        nn.Linear(5, 4),
+        asgl_cuda.BatchNormLIF(3, surrogate="sigmoid", backend=backend, analog_prob=1.0, process_group=group),
+    ).double()
+
+
+def trained(model, module, x_seq, steps=2):
+    """The output of the last step, and the gradient of its input; `module` holds what `model` computes with."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for _ in range(steps):
+        leaf = x_seq.clone().requires_grad_()
+        s_seq = model(leaf)
+        optimizer.zero_grad()
+        s_seq.square().sum().backward()
+        optimizer.step()
+    return s_seq.detach(), leaf.grad
+
+
+def train_in_process(rank, backend, wrapped):
+    module = network(backend, dist.group.WORLD)
+    model = module
+    if wrapped:
+        model = DistributedDataParallel(module)
+        # It averages gradients over the processes; the joint batch has their sum.
+        model.register_comm_hook(None, sum_of_gradients)
+    s_seq, grad = trained(model, module, share(joint_batch(), rank), steps=2 if wrapped else 1)
+    return s_seq, grad, module.state_dict()
+
+
+def sum_of_gradients(_, bucket):
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+def with_an_empty_share(rank):
+    layer = asgl_cuda.BatchNormLIF(3, analog_prob=0.0, process_group=dist.group.WORLD)
+    leaf = (unshared() if rank == 0 else torch.zeros(4, 0, 3, 5)).requires_grad_()
+    layer(leaf).sum().backward()
+    return leaf.grad, layer.running_mean, layer.running_var
+
+
+def unshared():
+    return torch.randn(4, 6, 3, 5, generator=torch.Generator().manual_seed(1))
+
+
+def in_process(rank, folder, backends):
+    """Every case, for processes take seconds to start."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    found = {(name, wrapped): train_in_process(rank, name, wrapped) for name in backends for wrapped in (False, True)}
+    found["empty"] = with_an_empty_share(rank)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each process has found."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(in_process, (str(folder), BACKENDS), PROCESSES)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "DistributedDataParallel"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_two_processes_are_as_one_with_the_joint_batch(results, name, wrapped):
+    """Spikes, gradients, running statistics and, where the processes share gradients, weights after two steps."""
+    module = network(name)
+    s_seq, grad = trained(module, module, joint_batch(), steps=2 if wrapped else 1)
+    for rank, result in enumerate(results):
+        own_s_seq, own_grad, state = result[name, wrapped]
+        torch.testing.assert_close(own_s_seq, share(s_seq, rank), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(own_grad, share(grad, rank), rtol=1e-9, atol=1e-12)
+        for key, value in module.state_dict().items():
+            if wrapped or "running" in key or "tracked" in key:
+                torch.testing.assert_close(state[key], value, rtol=1e-10, atol=1e-12, msg=key)
+
+
+def test_a_process_without_samples_takes_part(results):
+    alone = asgl_cuda.BatchNormLIF(3, analog_prob=0.0)
+    leaf = unshared().requires_grad_()
+    alone(leaf).sum().backward()
+    torch.testing.assert_close(results[0]["empty"][0], leaf.grad)
+    for result in results:
+        _, mean, variance = result["empty"]
+        torch.testing.assert_close(mean, alone.running_mean)
+        torch.testing.assert_close(variance, alone.running_var)
+
+
+def test_a_group_of_one_process_is_none(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/alone", rank=0, world_size=1)
+    try:
+        layer = asgl_cuda.BatchNormLIF(3, process_group=dist.group.WORLD)
+        with pytest.raises(ValueError, match="more than one value a channel"):
+            layer(torch.ones(1, 1, 3))
+        layer(torch.randn(2, 1, 3))
+    finally:
+        dist.destroy_process_group()
