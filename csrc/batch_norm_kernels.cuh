@@ -51,9 +51,7 @@ __device__ __forceinline__ Moments join_in_block(const Moments& own, const Chann
   const int64 width = tiles.tiles_per_channel > 1 ? tiles.width : tiles.units_per_channel;
   for (int64 left = width; left > 1; left = (left + 1) / 2) {
     const int64 half = (left + 1) / 2;
-    if (place.way == 0 && place.rank < left - half && place.unit + half < tiles.width) {
-      moments[thread] = join(moments[thread], moments[thread + half]);
-    }
+    if (place.way == 0 && place.rank < left - half) moments[thread] = join(moments[thread], moments[thread + half]);
     __syncthreads();
   }
   return moments[thread];

@@ -244,88 +244,72 @@ struct Operand {
   Real value;
 };
 
-// The parameters of the input for some neurons: one value each for all, or rows. `rows` says which for all three.
-template <class Real>
+// The parameters of the input for some neurons: one value each for all, or rows that repeat after `period` neurons.
+// kRows says which for all three.
+template <class Real, bool kRows>
 struct InputParameters {
-  bool rows;
   Operand<Real> gain, bias, mean;
+  int64 period;
+
+  ASGL_HOST_DEVICE Neuron<Real> operator[](int64 i) const {
+    Neuron<Real> neuron{};
+    neuron.input_gain = kRows ? gain.row[i] : gain.value;
+    neuron.input_bias = kRows ? bias.row[i] : bias.value;
+    neuron.input_mean = kRows ? mean.row[i] : mean.value;
+    return neuron;
+  }
 };
 
 // to[i] = input_gain * (x[i] - input_mean) + input_bias
-template <class Real>
+template <class Real, bool kRows>
 struct InputCurrentLoop {
   struct Args {
     const Real* x;
-    InputParameters<Real> parameters;
+    InputParameters<Real, kRows> parameters;
     Real* to;
     int64 length;
   };
 
   static ASGL_HOST_DEVICE void run(const Args& args) {
-    const Real* x = args.x;
-    const Real *gain = args.parameters.gain.row, *bias = args.parameters.bias.row, *mean = args.parameters.mean.row;
-    Real* to = args.to;
-    const int64 length = args.length;
-    Neuron<Real> neuron{};
-    neuron.input_gain = args.parameters.gain.value, neuron.input_bias = args.parameters.bias.value;
-    neuron.input_mean = args.parameters.mean.value;
-    if (args.parameters.rows) {
+    const InputParameters<Real, kRows> parameters = args.parameters;
+    for (int64 first = 0; first < args.length; first += parameters.period) {
+      const Real* x = args.x + first;
+      Real* to = args.to + first;
+      const int64 length = args.length - first < parameters.period ? args.length - first : parameters.period;
 #pragma GCC ivdep
-      for (int64 i = 0; i < length; ++i) {
-        Neuron<Real> own{};
-        own.input_gain = gain[i], own.input_bias = bias[i], own.input_mean = mean[i];
-        to[i] = input_current(x[i], own);
-      }
-    } else {
-#pragma GCC ivdep
-      for (int64 i = 0; i < length; ++i) to[i] = input_current(x[i], neuron);
+      for (int64 i = 0; i < length; ++i) to[i] = input_current(x[i], parameters[i]);
     }
   }
 };
 
-// Its adjoint: dx[i] = input_gain * dh[i], and what is to be added up for the gradients of gain and bias. Without rows
-// the sums are kInputSums interleaved ones of all, else one of each i.
-constexpr int64 kInputSums = 64;
-
-template <class Real>
+// Its adjoint: dx[i] = input_gain * dh[i], and what is to be added up for the gradients of gain and bias, `period` sums
+// of each.
+template <class Real, bool kRows>
 struct InputCurrentAdjointLoop {
   struct Args {
     const Real* x;
     const Real* dh;
-    InputParameters<Real> parameters;
+    InputParameters<Real, kRows> parameters;
     Real *gain_sum, *bias_sum;
     Real* dx;
     int64 length;
   };
 
   static ASGL_HOST_DEVICE void run(const Args& args) {
-    const Real *gain = args.parameters.gain.row, *mean = args.parameters.mean.row;
-    const Real same_gain = args.parameters.gain.value, same_mean = args.parameters.mean.value;
-    if (args.parameters.rows) {
-      loop(
-          args, args.length, [=](int64 i) __attribute__((always_inline)) { return gain[i]; },
-          [=](int64 i) __attribute__((always_inline)) { return mean[i]; });
-    } else {
-      loop(
-          args, kInputSums, [=](int64) __attribute__((always_inline)) { return same_gain; },
-          [=](int64) __attribute__((always_inline)) { return same_mean; });
-    }
-  }
-
-  template <class Gain, class Mean>
-  static ASGL_HOST_DEVICE void loop(const Args& args, int64 sums, Gain gain, Mean mean) {
+    const InputParameters<Real, kRows> parameters = args.parameters;
     Real* gain_sum = args.gain_sum;
     Real* bias_sum = args.bias_sum;
-    for (int64 first = 0; first < args.length; first += sums) {
+    for (int64 first = 0; first < args.length; first += parameters.period) {
       const Real* x = args.x + first;
       const Real* dh = args.dh + first;
       Real* dx = args.dx + first;
-      const int64 length = args.length - first < sums ? args.length - first : sums;
+      const int64 length = args.length - first < parameters.period ? args.length - first : parameters.period;
 #pragma GCC ivdep
       for (int64 i = 0; i < length; ++i) {
-        gain_sum[i] += dh[i] * (x[i] - mean(i));
+        const Neuron<Real> neuron = parameters[i];
+        gain_sum[i] += dh[i] * (x[i] - neuron.input_mean);
         bias_sum[i] += dh[i];
-        dx[i] = gain(i) * dh[i];
+        dx[i] = neuron.input_gain * dh[i];
       }
     }
   }

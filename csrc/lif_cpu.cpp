@@ -123,38 +123,41 @@ class TileNeurons {
   int64 t_ = -1;
 };
 
+// Interleaved sums of a stretch, so that their loop is vectorised without licence to reorder additions.
+constexpr int64 kInputSums = 64;
+
 // The input current of a tile where the parameters of the input are the same at all steps; x itself for kPlain. Where
-// neighbours share them, each stretch of these has numbers for all, else each neuron has its own.
+// enough neighbours share them, each such stretch has numbers for all; else there are rows, as short as repetition
+// allows, of which the cache keeps the more.
 template <class Real>
 class TileInput {
  public:
   TileInput(const ParameterView<Real> (&parameters)[kNumParameters], Input input)
-      : parameters_(parameters),
-        plain_(input == Input::kPlain),
-        by_neuron_(false),
-        shared_(kTile),
-        rows_(plain_ ? 0 : 6, kTile) {
+      : parameters_(parameters), plain_(input == Input::kPlain), rows_(plain_ ? 0 : 6, kTile) {
     if (plain_) return;
-    for (int id = kInputGain; id < kNumParameters; ++id) {
-      if (!parameters[id].is_uniform()) shared_ = std::min(shared_, parameters[id].inner);
-    }
-    by_neuron_ = shared_ < 2 * kInputSums;
-    for (int id = kInputGain; id < kNumParameters; ++id) {  // stretches must be the same for all
-      by_neuron_ = by_neuron_ || (!parameters[id].is_uniform() && parameters[id].inner % shared_ != 0);
-    }
     for (Real** row : {&current_, &gain_, &bias_, &mean_, &gain_sum_, &bias_sum_}) *row = rows_.take();
+    bool alike = true;  // all that are not uniform
+    for (int id = kInputGain; id < kNumParameters; ++id) {
+      if (parameters[id].is_uniform()) continue;
+      alike = alike && (shared_ == 0 || (parameters[id].inner == shared_ && parameters[id].count == count_));
+      shared_ = parameters[id].inner;
+      count_ = parameters[id].count;
+    }
+    in_rows_ = !alike || (shared_ > 0 && shared_ < 2 * kInputSums);
+    if (alike && shared_ == 1 && count_ <= kTile) period_ = std::max<int64>(1, kInputSums / count_) * count_;
   }
 
   bool plain() const { return plain_; }
 
   void move_to(int64 first, int64 length) {
     if (plain_) return;
+    const bool known = first_ >= 0 && period_ < kTile && first % count_ == first_ % count_;
     first_ = first;
     length_ = length;
-    if (by_neuron_) {
-      fill_parameter_row(parameters_[kInputGain], first, length, 0, gain_);
-      fill_parameter_row(parameters_[kInputBias], first, length, 0, bias_);
-      fill_parameter_row(parameters_[kInputMean], first, length, 0, mean_);
+    if (in_rows_ && !known) {
+      fill_parameter_row(parameters_[kInputGain], first, period_, 0, gain_);
+      fill_parameter_row(parameters_[kInputBias], first, period_, 0, bias_);
+      fill_parameter_row(parameters_[kInputMean], first, period_, 0, mean_);
     }
     std::fill_n(gain_sum_, kTile, Real(0));
     std::fill_n(bias_sum_, kTile, Real(0));
@@ -162,47 +165,54 @@ class TileInput {
 
   const Real* current(const Real* x) {
     if (plain_) return x;
-    for_each_stretch([&](int64, int64 i, int64 length, const InputParameters<Real>& parameters) {
-      run<InputCurrentLoop<Real>>({x + i, parameters, current_ + i, length});
-    });
+    if (in_rows_) {
+      run<InputCurrentLoop<Real, true>>({x, rows(), current_, length_});
+    } else {
+      for_each_stretch([&](int64, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
+        run<InputCurrentLoop<Real, false>>({x + i, parameters, current_ + i, length});
+      });
+    }
     return current_;
   }
 
   // Where the gradient of the current is to be put, and what then makes that of x of it.
   Real* gradient_row() { return current_; }
   void backward(const Real* x, Real* dx) {
-    for_each_stretch([&](int64 stretch, int64 i, int64 length, const InputParameters<Real>& parameters) {
-      const int64 sum = by_neuron_ ? 0 : stretch * kInputSums;
-      run<InputCurrentAdjointLoop<Real>>(
-          {x + i, current_ + i, parameters, gain_sum_ + sum, bias_sum_ + sum, dx + i, length});
-    });
+    if (in_rows_) {
+      run<InputCurrentAdjointLoop<Real, true>>({x, current_, rows(), gain_sum_, bias_sum_, dx, length_});
+    } else {
+      for_each_stretch([&](int64 stretch, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
+        const int64 sum = stretch * kInputSums;
+        run<InputCurrentAdjointLoop<Real, false>>(
+            {x + i, current_ + i, parameters, gain_sum_ + sum, bias_sum_ + sum, dx + i, length});
+      });
+    }
   }
 
-  // The sums of each neuron, or of each stretch in its first place with zeros behind.
+  // A row whose sum over the neurons that share a value is the gradient.
   const Real* gain_sums() { return in_place(gain_sum_); }
   const Real* bias_sums() { return in_place(bias_sum_); }
 
  private:
+  InputParameters<Real, true> rows() const { return {{gain_, Real(0)}, {bias_, Real(0)}, {mean_, Real(0)}, period_}; }
+
   template <class F>
   void for_each_stretch(F&& f) {
-    if (by_neuron_) {
-      f(0, 0, length_, InputParameters<Real>{true, {gain_, Real(0)}, {bias_, Real(0)}, {mean_, Real(0)}});
-      return;
-    }
+    const int64 shared = shared_ == 0 ? kTile : shared_;
     int64 stretch = 0;
     for (int64 i = 0; i < length_; ++stretch) {
-      const int64 n = first_ + i, length = std::min(length_ - i, shared_ - n % shared_);
+      const int64 n = first_ + i, length = std::min(length_ - i, shared - n % shared);
       const auto at = [&](ParameterId id) { return Operand<Real>{nullptr, parameters_[id].at(n, 0)}; };
-      f(stretch, i, length, InputParameters<Real>{false, at(kInputGain), at(kInputBias), at(kInputMean)});
+      f(stretch, i, length, InputParameters<Real, false>{at(kInputGain), at(kInputBias), at(kInputMean), kInputSums});
       i += length;
     }
   }
 
-  // Sums of stretches, which lie side by side, to where store_partials looks for them.
+  // Sums of stretches, which lie side by side, go to the first place of each.
   const Real* in_place(Real* sums) {
-    if (plain_ || by_neuron_) return sums;
+    if (plain_ || in_rows_) return sums;
     std::fill_n(gain_, kTile, Real(0));
-    for_each_stretch([&](int64 stretch, int64 i, int64, const InputParameters<Real>&) {
+    for_each_stretch([&](int64 stretch, int64 i, int64, const InputParameters<Real, false>&) {
       double sum;
       run<SumLoop<Real>>({sums + stretch * kInputSums, kInputSums, &sum});
       gain_[i] = static_cast<Real>(sum);
@@ -211,12 +221,13 @@ class TileInput {
   }
 
   const ParameterView<Real>* parameters_;
-  bool plain_, by_neuron_;
-  int64 shared_;  // neurons side by side that have the same numbers
+  bool plain_, in_rows_ = false;
+  int64 shared_ = 0, count_ = 1;  // inner and count of those that are not uniform, if these are alike
+  int64 period_ = kTile;          // of the rows
   Rows<Real> rows_;
   Real *current_ = nullptr, *gain_ = nullptr, *bias_ = nullptr, *mean_ = nullptr;
   Real *gain_sum_ = nullptr, *bias_sum_ = nullptr;
-  int64 first_ = 0, length_ = 0;
+  int64 first_ = -1, length_ = 0;
 };
 
 // The potential before the first step of a segment.
