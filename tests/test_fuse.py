@@ -191,8 +191,7 @@ def test_a_forward_that_is_traced(backend):
             y_seq = self.first(x_seq)
             time, batch = y_seq.shape[:2]
             y = self.bn(y_seq.flatten(0, 1))
-            assert y.shape is not None
-            y_seq = self.lif(torch.unflatten(y, dim=0, sizes=(time, batch)))
+            y_seq = self.lif(torch.unflatten(y, dim=0, sizes=(y.size(0) // batch, y.shape[0] // time)))
             for module in self.steps:
                 y_seq = module(y_seq)
             return y_seq
@@ -282,13 +281,14 @@ def test_multi_step(backend):
     assert type(plain[1].layer).__name__ == "FusedLeaky"
 
 
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(
     "tau", [torch.tensor(400.0), torch.tensor([300.0, 400.0, 500.0]), torch.tensor([[300.0], [400.0], [500.0]])]
 )
-def test_norse(tau, backend):
+def test_norse(tau, affine, backend):
     """The input current has a gain, and a bias where the potential leaks towards something; also one a channel."""
     p = norse.LIFBoxParameters(tau_mem_inv=tau, v_leak=torch.tensor(0.4), v_th=torch.tensor(0.8))
-    model = norse.SequentialState(nn.BatchNorm1d(C), norse.LIFBoxCell(p))
+    model = norse.SequentialState(nn.BatchNorm1d(C, affine=affine), norse.LIFBoxCell(p))
 
     def call(model, x_seq):
         state, out = None, []
@@ -445,6 +445,11 @@ LEFT = {
         lambda net, x: net.lif(net.bn(x)) + net.lif(x),
         "its output goes to LIF, which is called with something else, too",
     ),
+    "twice in one call": (lambda net, x: (lambda y: net.lif(y, y))(net.bn(x)), "its output goes to LIF"),
+    "parted by another shape": (
+        lambda net, x: net.lif(net.bn(x).unflatten(0, x.shape[1:3])),
+        "its output goes to unflatten",
+    ),
     "by keyword": (lambda net, x: net.lif(x_seq=net.bn(x)), "its output goes to LIF"),
     "not traced": (
         lambda net, x: net.lif(net.bn(x)) if x.sum() > 0 else x,
@@ -567,6 +572,11 @@ def test_left_by_the_normalisation():
     assert "before it was called" in report.left[0].reason
     jelly = nn.Sequential(layer.TemporalEffectiveBatchNorm1d(T, C), asgl_cuda.LIF())
     assert "TemporalEffectiveBatchNorm1d computes something else" in reasons(jelly)["0"]
+    listed = Traced(lambda net, x: net.lif(x), parts=nn.ModuleList([nn.BatchNorm1d(C)]), lif=asgl_cuda.LIF())
+    assert reasons(listed) == {"parts.0": "Traced does not call it"}
+    through = Traced(lambda net, x: x, lif=asgl_cuda.LIF())
+    model = nn.Sequential(OverTime(nn.BatchNorm1d(C)), through, asgl_cuda.LIF())
+    assert reasons(model) == {"0.layer": "its output goes to Traced"}
     replaced = nn.BatchNorm1d(C)
     replaced.forward = lambda x: x
     assert reasons(behind(replaced)) == {"0.layer": "it has a forward that is not of its class"}
@@ -616,6 +626,14 @@ def test_a_head_that_is_called_by_another_as_well():
     assert reasons(model) == {}
 
 
+def test_neurons_that_are_in_what_can_not_be_traced():
+    """It may call them with something else."""
+    inner = Traced(lambda net, x: net.lif(x) if x.sum() > 0 else x, lif=asgl_cuda.LIF())
+    model = Traced(lambda net, x: net.inner.lif(net.bn(x)), bn=OverTime(nn.BatchNorm1d(C)), inner=inner)
+    (reason,) = reasons(model).values()
+    assert reason.startswith("the forward of Traced can't be traced: TraceError")
+
+
 def test_a_block_that_is_called_twice(backend):
     """A pair inside of it stays a pair."""
     model = Traced(
@@ -647,6 +665,8 @@ def test_a_sequential_whose_parts_others_call():
         return net.features[3](y) + y
 
     assert reasons(Traced(loop, features=features())) == {}
+    model = Traced(lambda net, x: net.lif(loop(net, x)), features=features()[:3], lif=asgl_cuda.LIF())
+    assert reasons(model) == {}
     assert list(reasons(Traced(tapped_loop, features=features()))) == ["features.2.layer"]
     assert list(reasons(Traced(sliced, features=features()))) == ["features.2.layer"]
 
@@ -685,6 +705,14 @@ def test_a_trace_leaves_no_trace():
     assert (fused.calls.item(), fused.seen, hasattr(fused, "last")) == (0, [], False)
     assert fused.leaky.mem.tolist() == [1, 1]
     assert fused.training
+
+
+def test_a_trace_copies_no_parameters(monkeypatch):
+    model = norm_and_lif(lambda net, x: net.lif(net.bn(x)))
+    copies = []
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda parameter, memo: copies.append(parameter) or parameter)
+    assert len(asgl_cuda.fuse(model, inplace=True)[1].replaced) == 1
+    assert not copies
 
 
 # ---- the model stays what it was ----

@@ -315,7 +315,9 @@ class _Flow:
         if len(users) != 1:
             _leave(f"its output is used {len(users)} times, by {' and '.join(names)}" if users else "nothing uses it")
         (user,), (name,) = users, names
-        if user.op == "output" and user.args[0] is node and not inwards:
+        if user.op == "output" and inwards:
+            _leave(f"its output goes to {type(owner).__name__}")
+        if user.op == "output" and user.args[0] is node:
             return self._leaves(owner, parted, entered)
         if _parts(owner, user):
             return self._goes_to(_Site(owner, user), parted + 1, entered, inwards)
