@@ -20,7 +20,7 @@ from asgl_cuda.interop.normalised import Normalised, PassedThrough
 from asgl_cuda.interop.snntorch import MultiStep
 from asgl_cuda.nir import OverTime
 
-BACKENDS = ["reference"]
+BACKENDS = [name for name in ("reference", "cpu") if name in asgl_cuda.available_backends()]
 
 T, B, C = 5, 4, 3
 
