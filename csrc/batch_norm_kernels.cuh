@@ -87,10 +87,10 @@ __global__ void __launch_bounds__(kBlockThreads, 8) batch_moments_kernel(const M
         for (int k = 0; k < kTogether; ++k) {
 #pragma unroll
           for (int j = 0; j < kLanes; ++j) {
+            // 0 beyond the last row, but for a shift that is infinite or NaN, of which the sums are NaN already.
             const Real distance = x[k][j] - shift;
-            const bool there = done + k < next;  // shift - shift need not be 0
-            short_sum[j] += there ? distance : Real(0);
-            short_squares[j] += there ? distance * distance : Real(0);
+            short_sum[j] += distance;
+            short_squares[j] += distance * distance;
           }
         }
       }

@@ -22,6 +22,8 @@ THREAD = ("-fsanitize=thread", "-DASGL_EMULATE_THREADS")
 JOBS = (
     ("kernels_test", ADDRESS, ()),
     ("kernels_test", THREAD, ("small",)),
+    ("batch_norm_test", ADDRESS, ()),
+    ("batch_norm_test", THREAD, ("small",)),
     ("selftest", ADDRESS, ()),
     ("selftest", THREAD, ()),
 )

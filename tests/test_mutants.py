@@ -1,4 +1,4 @@
-"""Mistakes seeded in the CUDA kernels and launchers: tests/emulation/kernels_test.cpp finds every one of them."""
+"""Mistakes seeded in the CUDA kernels and launchers: the programs in tests/emulation find every one of them."""
 
 import shutil
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ class Mutant(NamedTuple):
     file: str
     old: str
     new: str
+    program: str = "kernels_test"
 
 
 def kernels(old: str, new: str) -> Mutant:
@@ -34,10 +35,25 @@ def launchers(old: str, new: str) -> Mutant:
     return Mutant("lif_cuda.cuh", old, new)
 
 
+def params(old: str, new: str) -> Mutant:
+    return Mutant("lif_params.h", old, new)
+
+
+def channels(old: str, new: str, file: str = "batch_norm_kernels.cuh") -> Mutant:
+    return Mutant(file, old, new, "batch_norm_test")
+
+
+def channel_params(old: str, new: str) -> Mutant:
+    return channels(old, new, "batch_norm_params.h")
+
+
 BARRIER = "  __syncthreads();"
 GATHER = "if (lane == 0) first_lane[thread / kWarpThreads] = sum;"
 NO_BARRIER = kernels(f"{GATHER}\n{BARRIER}", GATHER)
 ALL_LIVE = kernels("live(n < shape.neurons())", "live(true)")
+OF_ALL_WAYS = "join(moments[thread], moments[thread + half * tiles.width]);"
+NO_BARRIER_OF_CHANNELS = channels(f"{OF_ALL_WAYS}\n  {BARRIER}", OF_ALL_WAYS)
+BEYOND_LAST_ROW = channels("if (row + k * place.step < place.end_row) {\n        Lanes", "{\n        Lanes")
 
 MUTANTS = {
     "no barrier between two sums": kernels(f"{BARRIER}  // whoever reads", "  // whoever reads"),
@@ -73,8 +89,68 @@ MUTANTS = {
     "checkpoints may be misaligned": launchers("params.h_seq, params.checkpoints)", "params.h_seq)"),
     "rows may be misaligned": launchers("params.shape.inner % 4 == 0", "params.shape.inner % 2 == 0"),
     "four need not share a parameter": launchers("parameter.inner % 4 == 0", "true"),
-    "plain in spite of other gradients": launchers("id == kWidth || params.partials[id].data == nullptr", "true"),
+    "plain in spite of other gradients": params("wants = wants || (other", "wants = wants || (other && id != kDecay"),
+    "normalised in spite of a mean's gradient": params("id != kWidth && ", "id != kWidth && id != kInputMean && "),
+    "normalised in spite of v_rest": params(" || options.v_rest != Real(0)) return", ") return"),
+    "normalised in spite of steps that differ": params("per_step || options.v_rest", "options.v_rest"),
+    "normalised in spite of neurons that differ": params("!all_uniform(parameters, kInputGain) || ", ""),
+    "plain in spite of a mean": params(" && is(kInputMean, Real(0));", ";"),
+    "one input for all neurons": params("? parameters[id].at(n, 0)", "? parameters[id].at(0, 0)"),
+    "gain's gradient of another step": kernels("step.dh * (x[k % kAhead][j]", "step.dh * (x[(k + 1) % kAhead][j]"),
+    "gain's gradient without a mean": kernels("x[k % kAhead][j] - neuron.input_mean", "x[k % kAhead][j]"),
+    "dx without the gain": kernels("kNormalised ? neuron.input_gain * step.dh : step.dh", "step.dh"),
+    "gain's and bias' sums swapped": kernels("store_sum(kInputGain, gain_sum)", "store_sum(kInputGain, bias_sum)"),
+    "sums of the wrong run": kernels(
+        "store_partial(slots, run_of(place, params.parameters[id]), place.live, sum)",
+        "store_partial(slots, {0, 0, kBlockThreads}, place.live, sum)",
+    ),
     "too short a segment": launchers("steps <= 4 ?", "steps <= 5 ?"),
+    "no barrier before moments are joined": channels(f"= own;\n{BARRIER}", "= own;"),
+    "no barrier between ways": NO_BARRIER_OF_CHANNELS,
+    "no barrier between neighbours": channels(
+        f"moments[thread] = join(moments[thread], moments[thread + half]);\n  {BARRIER}\n  }}\n  return",
+        "moments[thread] = join(moments[thread], moments[thread + half]);\n  }\n  return",
+    ),
+    "no barrier before slots are joined": channels(f"= found;\n  {BARRIER}", "= found;"),
+    "no barrier between slots": channels(
+        f"moments[thread + half]);\n    {BARRIER}\n    }}", "moments[thread + half]);\n    }"
+    ),
+    "all units live": channels("way < tiles.ways && unit < task.units", "way < tiles.ways"),
+    "all ways live": channels("way < tiles.ways && unit < task.units", "unit < task.units"),
+    "joined beyond the channel": channels(
+        "tiles.tiles_per_channel > 1 ? tiles.width : tiles.units", "false ? 0 : tiles.units"
+    ),
+    "a neighbour too many": channels("place.rank < left - half)", "place.rank <= left - half)"),
+    "a neighbour left out": channels(
+        "half = (left + 1) / 2;\n    if (place.way == 0", "half = left / 2;\n    if (place.way == 0"
+    ),
+    "a way left out": channels("place.way < left - half", "place.way + 1 < left - half"),
+    "a row too many": channels("if (done + k < next)", "if (done + k <= next)"),
+    "a row left out": channels("if (done + k < next)", "if (done + k + 1 < next)"),
+    "wrong row": channels(
+        "(element + k * stride), x[k]);\n        }", "(element + (k % 3) * stride), x[k]);\n        }"
+    ),
+    "wrong stride": channels(
+        "stride = place.step * tiles.shape.columns();\n  Moments", "stride = tiles.shape.columns();\n  Moments"
+    ),
+    "short sums of the wrong length": channels(
+        "done + kChannelRowsEach : rows", "done + kChannelRowsEach - 1 : rows"
+    ),
+    "wrong column": channels("position * kLanes", "position"),
+    "wrong slot": channels("place.task.slot * tiles", "place.task.slot / 2 * tiles"),
+    "wrong slots joined": channels("slot += kBlockThreads", "slot += kBlockThreads + 1"),
+    "not all channels": channels("channel < params.channels", "channel + 1 < params.channels"),
+    "too many channels": channels("if (channel < params.channels) ", ""),
+    "wrong end of rows": channels(
+        "if (row + k * place.step < place.end_row) {\n#pragma", "if (row + k < place.end_row) {\n#pragma"
+    ),
+    "wrong mean": channels("params.mean[place.channel]", "params.mean[place.task.first_channel]"),
+    "units of the wrong tile": channel_params("first_unit = tile * tiles.width", "first_unit = tile"),
+    "tile beyond the last channel": channel_params("left < tiles.channels_per_tile ? left : ", ""),
+    "too many splits": channel_params("enough > needed ? enough : needed", "enough"),
+    "x of a channel may be misaligned": channels("is_aligned(x_seq) && ", "", "batch_norm_cuda.cu"),
+    "dx of a channel may be misaligned": channels(" && is_aligned(grad_x_seq)", "", "batch_norm_cuda.cu"),
+    "channels may share four": channels("shape.inner % 4 == 0", "shape.inner % 2 == 0", "batch_norm_cuda.cu"),
 }  # fmt: skip
 
 
@@ -90,7 +166,7 @@ def mutated_csrc(mutant: Mutant, directory: Path) -> Path:
 def first_failure(mutant: Mutant, directory: Path) -> Outcome:
     program = directory / "program"
     # Without optimisation: compiling takes longer than running.
-    sanitize.build("kernels_test", program, ["-O0"], mutated_csrc(mutant, directory))
+    sanitize.build(mutant.program, program, ["-O0"], mutated_csrc(mutant, directory))
     for order in ORDERS:
         result = sanitize.run(program, ASGL_EMULATION_ORDER=order)
         if result.returncode != 0:
@@ -100,14 +176,16 @@ def first_failure(mutant: Mutant, directory: Path) -> Outcome:
 
 def under_sanitizer(mutant: Mutant, flags: tuple[str, ...], argument: str, directory: Path) -> Outcome:
     program = directory / "program"
-    sanitize.build("kernels_test", program, ["-O0", "-g", *flags], mutated_csrc(mutant, directory))
+    sanitize.build(mutant.program, program, ["-O0", "-g", *flags], mutated_csrc(mutant, directory))
     return sanitize.run(program, argument)
 
 
-# By what the report says of the mutant.
+# Mutant, sanitizer and what its report says.
 SANITIZED = {
-    "data race": partial(under_sanitizer, NO_BARRIER, sanitize.THREAD, "small"),
-    "heap-buffer-overflow": partial(under_sanitizer, ALL_LIVE, sanitize.ADDRESS, "small"),
+    "race of neurons": (NO_BARRIER, sanitize.THREAD, "data race"),
+    "race of channels": (NO_BARRIER_OF_CHANNELS, sanitize.THREAD, "data race"),
+    "overflow of neurons": (ALL_LIVE, sanitize.ADDRESS, "heap-buffer-overflow"),
+    "overflow of channels": (BEYOND_LAST_ROW, sanitize.ADDRESS, "heap-buffer-overflow"),
 }
 
 
@@ -116,18 +194,19 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Fut
     """The failure of every mutant, by its name, all on their way at the same time."""
     if emulated.compiler() is None:
         pytest.skip("no C++ compiler")
-    tasks = {**{name: partial(first_failure, mutant) for name, mutant in MUTANTS.items()}, **SANITIZED}
+    tasks = {name: partial(first_failure, mutant) for name, mutant in MUTANTS.items()}
+    tasks |= {name: partial(under_sanitizer, mutant, flags, "small") for name, (mutant, flags, _) in SANITIZED.items()}
     with ThreadPoolExecutor(2) as pool:
         yield {name: pool.submit(task, tmp_path_factory.mktemp("mutant")) for name, task in tasks.items()}
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["kernels_test", "batch_norm_test"])
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if emulated.compiler() is None:
         pytest.skip("no C++ compiler")
-    path = tmp_path_factory.mktemp("kernels") / "kernels_test"
-    sanitize.build("kernels_test", path, ["-O1"])
+    path = tmp_path_factory.mktemp("kernels") / request.param
+    sanitize.build(request.param, path, ["-O1"])
     return path
 
 
@@ -143,8 +222,8 @@ def test_mutant_is_found(outcomes, name):
     assert result.returncode != 0, f"{MUTANTS[name]} passes: {result.stdout}"
 
 
-@pytest.mark.parametrize("finding", SANITIZED)
-def test_sanitizer_finds_mutant(outcomes, finding):
-    result = outcomes[finding].result()
+@pytest.mark.parametrize("name", SANITIZED)
+def test_sanitizer_finds_mutant(outcomes, name):
+    result = outcomes[name].result()
     assert result.returncode != 0
-    assert finding in result.stderr, result.stdout + result.stderr
+    assert SANITIZED[name][2] in result.stderr, result.stdout + result.stderr

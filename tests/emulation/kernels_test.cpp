@@ -2,68 +2,20 @@
 // and few instantiations: it compiles in seconds, also for a sanitizer. `kernels_test small` runs fewer cases, for an
 // emulation in which every CUDA thread is an OS thread.
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
 #include <limits>
-#include <memory>
-#include <random>
-#include <string>
-#include <vector>
 
 #include "lif_cuda.cuh"
+#include "trials.h"
 
 namespace {
 
 using namespace asgl;
+using asgl_emulation::Buffer;
+using asgl_emulation::check;
+using asgl_emulation::Random;
+using asgl_emulation::same;
 using asgl_emulation::text;
-
-using Texts = std::vector<std::string>;
-
-class Random {
- public:
-  explicit Random(unsigned seed) : bits_(seed) {}
-
-  bool once_in(unsigned times) { return bits_() % times == 0; }
-  bool toss() { return once_in(2); }
-  double between(double low, double high) { return low + (high - low) * (bits_() * 0x1p-32); }
-  int64 one_of(const std::vector<int64>& choices) { return choices[bits_() % choices.size()]; }
-  // A divisor of `number` that is a multiple of `unit`, which divides it.
-  int64 divisor(int64 number, int64 unit) {
-    std::vector<int64> divisors;
-    for (int64 k = unit; k <= number; k += unit) {
-      if (number % k == 0) divisors.push_back(k);
-    }
-    return one_of(divisors);
-  }
-
- private:
-  std::mt19937 bits_;
-};
-
-// Ends with its last element, so that AddressSanitizer sees an overrun. Filled with NaN, of every type all bits set.
-template <class Element>
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(int64 size, int64 offset) : size_(size), offset_(offset), storage_(new Element[size + offset]) {
-    std::memset(static_cast<void*>(storage_.get()), 0xFF, (size + offset) * sizeof(Element));
-  }
-
-  void fill(Random& random, double low, double high) {
-    for (int64 i = 0; i < size_; ++i) {
-      data()[i] = from_real<Element>(static_cast<Real_t<Element>>(random.between(low, high)));
-    }
-  }
-
-  Element* data() const { return storage_ == nullptr ? nullptr : storage_.get() + offset_; }
-  int64 size() const { return size_; }
-  bool is_aligned() const { return offset_ == 0; }
-
- private:
-  int64 size_ = 0, offset_ = 0;
-  std::unique_ptr<Element[]> storage_;
-};
+using asgl_emulation::Texts;
 
 // ---- what the kernels are to compute ----
 
@@ -108,8 +60,9 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
     for (int64 t = 0; t < shape.steps; ++t) {
       const int64 element = shape.element(n, t);
       const auto at = [&](ParameterId id) { return params.parameters[id].at(n, t); };
-      neurons[t] = {at(kDecay), at(kThreshold), at(kReset), Real(1) / at(kWidth), at(kInputGain), at(kInputBias)};
-      const Real h = charge<false>(to_real(params.x_seq[element]), v, neurons[t], options.v_rest);
+      neurons[t] = {at(kDecay),     at(kThreshold), at(kReset),    Real(1) / at(kWidth),
+                    at(kInputGain), at(kInputBias), at(kInputMean)};
+      const Real h = charge<Input::kGeneral>(to_real(params.x_seq[element]), v, neurons[t], options.v_rest);
       const Real s = fire<kSurrogate>(h, is_analog(params.noise, n, t), neurons[t], options.strict_threshold);
       v_before[t] = v;
       v = reset<kHardReset>(h, s, neurons[t]);
@@ -147,8 +100,9 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
       add(kDecay, dh * (v_before[t] - options.v_rest));
       add(kThreshold, -dy / width);
       if (carried) add(kReset, kHardReset ? static_cast<double>(dv) * s : -static_cast<double>(dv) * s);
-      add(kInputGain, dh * to_real(params.x_seq[element]));
+      add(kInputGain, dh * (static_cast<double>(to_real(params.x_seq[element])) - neuron.input_mean));
       add(kInputBias, dh);
+      add(kInputMean, -dh * neuron.input_gain);
       expected.grad_x_seq[element] = neuron.input_gain * step.dh;
       dv = neuron.decay * step.dh;
       carried = true;
@@ -160,9 +114,7 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
 
 // ---- comparison ----
 
-bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
-
-// Equal, but for the sign of a zero: charge<true> may give another.
+// Equal, but for the sign of a zero: charge may give another where it takes something for granted.
 template <class Element>
 void compare(const char* name, const Buffer<Element>& found, const std::vector<Real_t<Element>>& expected,
              Texts& differences) {
@@ -190,8 +142,8 @@ void compare(const std::string& name, const Buffer<Real>& found, const std::vect
 
 // ---- a case ----
 
-enum class Parameters { kPlain, kUniform, kInFours, kAny };
-const char* const kParametersNames[] = {"plain", "uniform", "shared in fours", "shared at random"};
+enum class Parameters { kPlain, kNormalised, kUniform, kInFours, kAny };
+const char* const kParametersNames[] = {"plain", "normalised", "uniform", "shared in fours", "shared at random"};
 const char* const kParameterNames[] = {"width",      "decay",      "v_threshold", "reset",
                                        "input_gain", "input_bias", "input_mean"};
 
@@ -204,7 +156,7 @@ struct Case {
 };
 
 struct Coverage {
-  int one_lane = 0, four_lanes = 0, whole_block_sums = 0;
+  int one_lane = 0, four_lanes = 0, whole_block_sums = 0, normalised_forward = 0, normalised_backward = 0;
 };
 
 template <class Scalar, Surrogate kSurrogate, bool kHardReset>
@@ -213,7 +165,8 @@ class Trial {
 
  public:
   explicit Trial(const Case& it) : case_(it), random_(it.number) {
-    const bool plain = it.parameters == Parameters::kPlain;
+    // Much less than elsewhere may be asked for where a kernel of its own is to run in most cases.
+    const bool plain = it.parameters == Parameters::kPlain || it.parameters == Parameters::kNormalised;
     const int64 neurons = it.shape.neurons(), elements = neurons * it.shape.steps;
     if (random_.once_in(4)) misaligned_ = static_cast<int>(random_.between(0, 13));
     infinite_ = random_.once_in(it.shape.steps == 1 ? 2 : 8);
@@ -221,8 +174,9 @@ class Trial {
 
     forward_.shape = it.shape;
     const bool strict = random_.toss(), scaled = random_.once_in(plain ? 4 : 2), detached = random_.toss();
-    forward_.options = {Real(plain ? 0.0 : random_.between(-0.2, 0.2)), Real(random_.toss() ? 1.0 : 1.5), strict,
-                        scaled, detached && !infinite_};
+    const bool rests_at_zero = plain ? !random_.once_in(8) : random_.toss();
+    forward_.options = {Real(rests_at_zero ? 0.0 : random_.between(-0.2, 0.2)), Real(random_.toss() ? 1.0 : 1.5),
+                        strict, scaled, detached && !infinite_};
     const uint32 analog_below[] = {0, 20000, 20000, 20000, 65535, 65536};
     rng_state_[0] = static_cast<int64>(random_.between(-1e18, 1e18));
     rng_state_[1] = static_cast<int64>(random_.between(-1e10, 1e10));
@@ -259,6 +213,7 @@ class Trial {
     const int forward_lanes = lanes(x_seq_, v_init_, s_seq_, v_last_, v_seq_, h_seq_, checkpoints_);
     ++(forward_lanes == 4 ? coverage.four_lanes : coverage.one_lane);
     check("forward", cuda::launch_forward<kSurrogate, kHardReset>(forward_, nullptr), differences);
+    coverage.normalised_forward += last_is_normalised();
     check_blocks("forward", forward_lanes, differences);
 
     BackwardParams<Scalar> backward{};
@@ -291,6 +246,7 @@ class Trial {
     const int backward_lanes = lanes(x_seq_, v_init_, grad_s_seq_, grad_v_last_, grad_v_seq_, grad_h_seq_, checkpoints_,
                                      grad_x_seq_, grad_v_init_);
     check("backward", cuda::launch_backward<kSurrogate, kHardReset>(backward, nullptr), differences);
+    coverage.normalised_backward += last_is_normalised();
     check_blocks("backward", backward_lanes, differences);
     compare("grad_x_seq", grad_x_seq_, expected.grad_x_seq, differences);
     compare("grad_v_init", grad_v_init_, expected.grad_v_init, differences);
@@ -299,7 +255,7 @@ class Trial {
       const GradientSum<Real> sum{backward.partials[id], forward_.parameters[id], case_.shape, plan.tile,
                                   id == kWidth,          sums[id].data()};
       check("sum", cuda::launch_gradient_sum(sum, nullptr), differences);
-      const bool whole_blocks = asgl_emulation::recorded_launches().back().grid.x == sum.elements();
+      const bool whole_blocks = asgl_emulation::blocks_of_last_launch() == sum.elements();
       coverage.whole_block_sums += whole_blocks && sum.elements() > 1;
       compare(std::string("grad_") + kParameterNames[id], sums[id], expected.grad_parameters[id], case_.shape.steps,
               differences);
@@ -322,19 +278,26 @@ class Trial {
   }
 
   void make_parameters() {
-    const bool plain = case_.parameters == Parameters::kPlain, per_step = !plain && random_.once_in(3);
+    const bool plain = case_.parameters == Parameters::kPlain, normalised = case_.parameters == Parameters::kNormalised;
+    const bool per_step = !plain && random_.once_in(normalised ? 8 : 3);
     const double reset_low = kHardReset ? -0.2 : 0.5, reset_high = kHardReset ? 0.2 : 1;
-    const double low[] = {0.5, 0.2, 0.6, reset_low, 0.5, -0.2}, high[] = {1.5, 0.95, 1.2, reset_high, 1.5, 0.2};
+    const double low[] = {0.5, 0.2, 0.6, reset_low, 0.5, -0.2, -0.3};
+    const double high[] = {1.5, 0.95, 1.2, reset_high, 1.5, 0.2, 0.3};
     for (int id = 0; id < kNumParameters; ++id) {
       ParameterView<Real>& view = forward_.parameters[id];
       const int64 neurons = case_.shape.neurons();
       view = {nullptr, Real(random_.between(low[id], high[id])), 0, neurons, 1};
-      if (plain && id >= kInputGain) view.constant = Real(id == kInputGain);
-      const bool constant = plain ? id >= kInputGain || random_.toss() : random_.once_in(8);
-      // Of a width alone in most plain cases, or few would be what the plain kernel is for.
-      wanted_[id] = gradients_ && !constant && (plain && id != kWidth ? random_.once_in(5) : !random_.once_in(4));
+      const bool of_input = id >= kInputGain;
+      if (plain && of_input) view.constant = Real(id == kInputGain);
+      const bool constant = plain                     ? of_input || random_.toss()
+                            : normalised && !of_input ? random_.toss()
+                                                      : random_.once_in(8);
+      // Seldom others than a width's and, for normalised ones, an input gain's and bias', or few cases would be what
+      // the kernels for these are for.
+      const bool common = plain ? id == kWidth : !normalised || id == kWidth || id == kInputGain || id == kInputBias;
+      wanted_[id] = gradients_ && !constant && (common ? !random_.once_in(4) : random_.once_in(normalised ? 10 : 5));
       if (constant) continue;
-      if (case_.parameters == Parameters::kInFours && neurons % 4 == 0) {
+      if ((case_.parameters == Parameters::kInFours || (normalised && of_input)) && neurons % 4 == 0) {
         view.inner = random_.divisor(neurons, 4);
         view.count = random_.divisor(neurons / view.inner, 1);
       } else if (case_.parameters == Parameters::kAny) {
@@ -342,7 +305,7 @@ class Trial {
         view.count = random_.divisor(neurons / view.inner, 1);
       }
       if (view.count == 1) view.inner = neurons;
-      const bool steps = per_step && random_.toss();
+      const bool steps = per_step && (of_input || !normalised) && random_.toss();
       data_[id] = Buffer<Real>((steps ? case_.shape.steps : 1) * view.count, 0);
       data_[id].fill(random_, low[id], high[id]);
       view.data = data_[id].data();
@@ -370,15 +333,22 @@ class Trial {
     return four && (buffers.is_aligned() && ...) ? 4 : 1;
   }
 
-  void check(const char* what, cudaError_t error, Texts& differences) {
-    if (error == cudaSuccess) return;
-    differences.push_back(text("%s: %s", what, cudaGetErrorString(error)));
-    asgl_emulation::clear_errors();
+  // Whether the last launch was of a kernel for normalised input.
+  static bool last_is_normalised() {
+    if constexpr (!std::is_same_v<Scalar, double>) {
+      constexpr Input kInput = Input::kNormalised;
+      const auto launches = asgl_emulation::recorded_launches();
+      const auto is = [&](auto* kernel) { return launches.back().kernel == reinterpret_cast<const void*>(kernel); };
+      return !launches.empty() && (is(&lif_forward_kernel<Scalar, kSurrogate, kHardReset, 4, kInput>) ||
+                                   is(&lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 4, kInput>) ||
+                                   is(&lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 8, kInput>) ||
+                                   is(&lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 16, kInput>));
+    }
+    return false;
   }
 
   void check_blocks(const char* what, int64 lanes, Texts& differences) {
-    const auto launches = asgl_emulation::recorded_launches();
-    const int64 blocks = launches.empty() ? 0 : launches.back().grid.x;
+    const int64 blocks = asgl_emulation::blocks_of_last_launch();
     const int64 should_be = cuda::blocks_for(case_.shape.neurons(), lanes * kBlockThreads);
     if (blocks != should_be) differences.push_back(text("%s: %lld blocks, expected %lld", what, blocks, should_be));
   }
@@ -449,7 +419,7 @@ int main(int argc, char** argv) {
   int failed = 0;
   for (const SequenceShape& shape : shapes(small)) {
     for (const Parameters parameters :
-         {Parameters::kPlain, Parameters::kUniform, Parameters::kInFours, Parameters::kAny}) {
+         {Parameters::kPlain, Parameters::kNormalised, Parameters::kUniform, Parameters::kInFours, Parameters::kAny}) {
       // Any grid fills a device without multiprocessors, so that a thread gets four lanes wherever the layout allows
       // it.
       for (const int multiprocessors : shape.inner % 4 == 0 ? std::vector{0, 132, 0} : std::vector{0}) {
@@ -466,8 +436,12 @@ int main(int argc, char** argv) {
       }
     }
   }
-  std::printf("%d of %u cases failed; %d ran with four lanes, %d with one; %d sums by whole blocks\n", failed, cases,
-              coverage.four_lanes, coverage.one_lane, coverage.whole_block_sums);
-  const bool covered = coverage.four_lanes > 0 && coverage.one_lane > 0 && coverage.whole_block_sums > 0;
+  std::printf(
+      "%d of %u cases failed; %d ran with four lanes, %d with one; %d sums by whole blocks; normalised: %d "
+      "forward, %d backward\n",
+      failed, cases, coverage.four_lanes, coverage.one_lane, coverage.whole_block_sums, coverage.normalised_forward,
+      coverage.normalised_backward);
+  const bool covered = coverage.four_lanes > 0 && coverage.one_lane > 0 && coverage.whole_block_sums > 0 &&
+                       coverage.normalised_forward > 0 && coverage.normalised_backward > 0;
   return failed == 0 && covered ? 0 : 1;
 }
