@@ -1,4 +1,4 @@
-"""asgl_cuda/kernel_params.py has the sizes and offsets that compilers give csrc/lif_params.h."""
+"""asgl_cuda/kernel_params.py has the sizes and offsets that compilers give csrc/lif_params.h, batch_norm_params.h."""
 
 import ctypes
 import subprocess
@@ -7,7 +7,7 @@ import emulated
 import pytest
 import torch
 
-from asgl_cuda import jit
+from asgl_cuda import jit, kernel_params
 from asgl_cuda.kernel_params import NUM_PARAMETERS, STRUCTURES
 
 CSRC = emulated.ROOT / "csrc"
@@ -17,6 +17,16 @@ TYPES = {
     "asgl::Half": STRUCTURES[torch.float32],
     "asgl::BFloat16": STRUCTURES[torch.float32],
     "double": STRUCTURES[torch.float64],
+}
+REALS = ("float", "double")
+# The structures of batch normalisation, which are the same for every type, and the types of their templates.
+NORMALISATION = {
+    kernel_params.ChannelTiles: (),
+    kernel_params.Normalisation: (),
+    kernel_params.MomentsParams: TYPES,
+    kernel_params.CoefficientsParams: REALS,
+    kernel_params.AdjointParams: REALS,
+    kernel_params.InputGradientParams: TYPES,
 }
 
 
@@ -33,22 +43,30 @@ def members(kind, path="", offset=0):
             yield from members(member, f"{path}{name}.", place)
 
 
-def assertions() -> list[str]:
-    lines = [f"static_assert(asgl::kNumParameters == {NUM_PARAMETERS});"]
+def kinds():
+    """Every structure by its name in C++."""
     for scalar, structures in TYPES.items():
         for name, structure in structures._asdict().items():
-            if name in ("ParameterView", "GradientSum") and scalar.startswith("asgl::"):
-                continue  # these are of the type of the arithmetic
-            kind = f"asgl::{name}<{scalar}>"
-            lines.append(f"static_assert(sizeof({kind}) == {ctypes.sizeof(structure)});")
-            for path, offset, member in members(structure):
-                lines.append(f"static_assert(offsetof({kind}, {path}) == {offset});")
-                lines.append(f"static_assert(sizeof((({kind}*)nullptr)->{path}) == {ctypes.sizeof(member)});")
+            # These are of the type of the arithmetic.
+            if name not in ("ParameterView", "GradientSum") or scalar in REALS:
+                yield f"asgl::{name}<{scalar}>", structure
+    for structure, types in NORMALISATION.items():
+        name = f"asgl::{structure.__name__}"
+        yield from ((f"{name}<{type}>", structure) for type in types) if types else ((name, structure),)
+
+
+def assertions() -> list[str]:
+    lines = [f"static_assert(asgl::kNumParameters == {NUM_PARAMETERS});"]
+    for kind, structure in kinds():
+        lines.append(f"static_assert(sizeof({kind}) == {ctypes.sizeof(structure)});")
+        for path, offset, member in members(structure):
+            lines.append(f"static_assert(offsetof({kind}, {path}) == {offset});")
+            lines.append(f"static_assert(sizeof((({kind}*)nullptr)->{path}) == {ctypes.sizeof(member)});")
     return lines
 
 
 def source(lines: list[str]) -> str:
-    return "\n".join(['#include "lif_params.h"', *lines]) + "\n"
+    return "\n".join(['#include "batch_norm_params.h"', '#include "lif_params.h"', *lines]) + "\n"
 
 
 def host_compiler(text: str) -> str:
@@ -97,7 +115,7 @@ COMPILERS = [host_compiler, nvrtc]
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_layout(compiler):
     lines = assertions()
-    assert len(lines) > 500
+    assert len(lines) > 1000
     assert compiler(source(lines)) == ""
 
 
@@ -108,6 +126,9 @@ def test_layout(compiler):
         ("ForwardParams<float>, h_seq) == ", "ForwardParams<float>, v_seq) == "),
         ("sizeof(asgl::GradientSum<double>) == ", "8 + sizeof(asgl::GradientSum<double>) == "),
         ("BackwardParams<asgl::Half>, partials[2].slots) == ", "BackwardParams<asgl::Half>, partials[2].data) == "),
+        ("offsetof(asgl::ChannelTiles, splits) == ", "offsetof(asgl::ChannelTiles, ways) == "),
+        ("InputGradientParams<asgl::BFloat16>, mean) == ", "InputGradientParams<asgl::BFloat16>, adjoint) == "),
+        ("AdjointParams<double>, options.eps) == ", "AdjointParams<double>, options.input_scale) == "),
     ],
 )
 def test_a_difference_is_found(compiler, old, new):
