@@ -2,7 +2,8 @@
 
 A step is forward, loss, backward and optimiser. All variants take turns within each repeat; the median is reported.
 Where the time goes is taken from the profiler, in a run of its own: hooks of every layer open a range in forward and in
-backward.
+backward. Where a network has batch normalisation, `asgl_cuda.fuse` makes one of it and the neurons behind it; before
+that is timed, its losses are compared with those of the same network as it was.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ ANALOG_PROB = 0.2
 NEURONS, PRODUCTS, NORMALISATION, REST = "neuron layers", "convolutions and linear", "normalisation", "the rest"
 CATEGORIES = (NEURONS, PRODUCTS, NORMALISATION)
 PROFILED_STEPS = 20
+FUSED_BLOCK = ", fused block"  # what the names of variants end with in which the neurons normalise
+COMPARED_STEPS = 3
+COMPARED_BATCH = 4
+# Of a loss in these steps, in float64. Roundings differ between fused and not, and a neuron that then fires where it
+# did not changes all that follows: in float32 some do within a few steps, in float64 none. Other noise alone changes a
+# loss by 1e-4 or more.
+LOSS_TOLERANCE = 1e-9
 
 MakeNeuron = Callable[[], nn.Module]
 
@@ -96,20 +104,31 @@ def spikingjelly() -> nn.Module:
     return neuron.LIFNode(tau=2.0, decay_input=False, surrogate_function=surrogate.Sigmoid(alpha=4.0), step_mode="m")
 
 
-def variants(network: Network, device: torch.device) -> Iterator[tuple[str, MakeNeuron]]:
+class Variant(NamedTuple):
+    """A network's neurons."""
+
+    name: str
+    neuron: MakeNeuron
+    fused: bool = False  # with the normalisations
+
+
+def variants(network: Network, device: torch.device) -> Iterator[Variant]:
     """ASGL in every way; then the plain neuron, which SpikingJelly has, too."""
-    yield "reference", lambda: asgl("reference")
+    yield Variant("reference", lambda: asgl("reference"))
     if network.input_shape[0] <= MOST_STEPS_TO_COMPILE:
-        yield "torch.compile", lambda: torch.compile(asgl("reference"), fullgraph=True, dynamic=False)
+        yield Variant("torch.compile", lambda: torch.compile(asgl("reference"), fullgraph=True, dynamic=False))
+    normalised = any(isinstance(layer, nn.BatchNorm2d) for layer in network.make(nn.Identity).modules())
     for backend in fused_backends(device):
-        yield f"asgl_cuda {backend}", lambda backend=backend: asgl(backend)
+        yield Variant(f"asgl_cuda {backend}", lambda backend=backend: asgl(backend))
+        if normalised:
+            yield Variant(f"asgl_cuda {backend}{FUSED_BLOCK}", lambda backend=backend: asgl(backend), fused=True)
     for backend in fused_backends(device):
-        yield f"LIF: asgl_cuda {backend}", lambda backend=backend: plain(backend)
+        yield Variant(f"LIF: asgl_cuda {backend}", lambda backend=backend: plain(backend))
     try:
         spikingjelly()
     except ImportError:
         return
-    yield "LIF: SpikingJelly", spikingjelly
+    yield Variant("LIF: SpikingJelly", spikingjelly)
 
 
 # ---- a step ----
@@ -118,15 +137,27 @@ def variants(network: Network, device: torch.device) -> Iterator[tuple[str, Make
 class Training:
     """A network with its data and optimiser."""
 
-    def __init__(self, network: Network, neuron: MakeNeuron, device: torch.device) -> None:
+    def __init__(
+        self,
+        network: Network,
+        neuron: MakeNeuron,
+        device: torch.device,
+        fused: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         torch.manual_seed(0)
-        self.model = network.make(neuron).to(device)
+        self.model = network.make(neuron).to(device, dtype)
+        if fused:
+            _, report = asgl_cuda.fuse(self.model, inplace=True)
+            if report.left:
+                raise RuntimeError(f"not all of the network is fused:\n{report}")
         self.device = device
-        self._x_seq = torch.rand(network.input_shape, device=device)
+        self._x_seq = torch.rand(network.input_shape, device=device, dtype=dtype)
         self._labels = torch.randint(network.classes, network.input_shape[1:2], device=device)
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
 
-    def step(self) -> None:
+    def step(self) -> Tensor:
+        """The loss before it."""
         self._optimizer.zero_grad()
         for layer in self.model.modules():
             if hasattr(layer, "store_v_seq"):  # SpikingJelly's state
@@ -134,6 +165,7 @@ class Training:
         loss = functional.cross_entropy(self.model(self._x_seq).mean(0), self._labels)
         loss.backward()
         self._optimizer.step()
+        return loss.detach()
 
     def seconds(self) -> float:
         started = time.perf_counter()
@@ -141,6 +173,24 @@ class Training:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started
+
+
+def check_losses(network: Network, device: torch.device) -> list[str]:
+    """The names of the variants with fused blocks, each of which trains as the one that is not fused."""
+    steps, _, *sizes = network.input_shape
+    network = network._replace(input_shape=(steps, COMPARED_BATCH, *sizes))
+
+    def losses(variant: Variant) -> Tensor:  # with the same noise: a Training begins with the seed
+        training = Training(network, variant.neuron, device, variant.fused, torch.float64)
+        return torch.stack([training.step() for _ in range(COMPARED_STEPS)])
+
+    found = {variant.name: variant for variant in variants(network, device)}
+    names = [name for name, variant in found.items() if variant.fused]
+    for name in names:
+        ours, theirs = losses(found[name]), losses(found[name.removesuffix(FUSED_BLOCK)])
+        if not torch.allclose(ours, theirs, rtol=LOSS_TOLERANCE, atol=0):
+            raise RuntimeError(f"{name} has losses of {ours.tolist()} where they are {theirs.tolist()} without fusing")
+    return names
 
 
 # ---- where the time goes ----
@@ -217,7 +267,7 @@ def shares(training: Training) -> dict[str, float]:
 
 def measure(network: Network, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
     """Median seconds of a step, their spread, the shares of its parts and the peak of its memory, by variant."""
-    trainings = {name: Training(network, neuron, device) for name, neuron in variants(network, device)}
+    trainings = {each.name: Training(network, each.neuron, device, each.fused) for each in variants(network, device)}
     for training in trainings.values():
         for _ in range(2):
             training.seconds()  # compiles, loads
@@ -240,13 +290,13 @@ def table(name: str, network: Network, found: dict[str, dict[str, Any]]) -> str:
     """As a person reads it."""
     lines = [f"{name}, {list(network.input_shape)}"]
     head = ("step, ms", "+-", "faster", "neurons", "products", "norm", "rest", "peak, MB")
-    lines.append(f"{'':<24}" + "".join(f"{cell:>10}" for cell in head))
+    lines.append(f"{'':<28}" + "".join(f"{cell:>10}" for cell in head))
     slowest = found["reference"]["seconds"]
     for variant, each in found.items():
         cells = [f"{1e3 * each['seconds']:.1f}", f"{100 * each['spread']:.0f} %", f"{slowest / each['seconds']:.1f}"]
         cells += [f"{100 * share:.0f} %" for share in each["shares"].values()]
         cells.append(f"{each['peak_bytes'] / 1e6:.0f}")
-        lines.append(f"{variant:<24}" + "".join(f"{cell:>10}" for cell in cells))
+        lines.append(f"{variant:<28}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join((*lines, ""))
 
 
@@ -264,10 +314,13 @@ def main() -> int:
     on = about.get("gpu") or f"{about['processor']}, {about['threads']} threads"
     print(f"{on}, torch {about['torch']}; medians of {arguments.repeats} training steps")
     print("faster: than with the reference; shares of the step by the profiler; peak: allocated during a step")
+    print("fused block: the neurons normalise as well, by asgl_cuda.fuse; their share is that of both")
     print("LIF: without noise and learned width, as SpikingJelly has it\n", flush=True)
     report: dict[str, Any] = {"machine": about, "networks": {}}
     for name in arguments.networks:
         network = NETWORKS[name]
+        for checked in check_losses(network, device):
+            print(f"{checked}: the losses of the first {COMPARED_STEPS} steps are those without fusing")
         found = measure(network, device, arguments.repeats)
         print(table(name, network, found), flush=True)
         report["networks"][name] = {"input_shape": network.input_shape, "variants": found}

@@ -6,6 +6,12 @@ writes it, and the ordinary LIF neuron, which the other libraries have, too. All
 that a machine whose speed drifts slows them alike; what is reported is the median over the repeats. Before a peer is
 timed, its spikes are compared with ours.
 
+A block is batch normalisation and the ASGL neurons behind it, in training: as one, `asgl_cuda.BatchNormLIF`, or as the
+pair of `torch.nn.BatchNorm2d` and the neurons. Fused, it accesses an element nine times, 36 bytes in float32, and its
+floor does so in the same order: forward is `x.sum()`, which reads x as the statistics must (4), and `x * 2` (8),
+backward `x * g` (12) and another multiply of the result with x, in place (12). A copy of x and one of g, 16 bytes
+together, tell how fast memory is.
+
 On a GPU the time is that of the device, between two CUDA events, while the host runs ahead. Several inputs take turns,
 so that as far as 16 of them outgrow the cache they come from memory, as in a network.
 """
@@ -28,11 +34,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS
+from asgl_cuda.nir import OverTime
 from asgl_cuda.selfcheck import THRESHOLD_BAND
 
 from .clocks import MOST_SAMPLES, PARTS, CpuClock, GpuClock, Row, Sample, keep_memory, peak_bytes, saved_bytes, spread
@@ -40,16 +47,23 @@ from .peers import DECAY, Peer, asgl_loop, installed_peers
 
 ANALOG_PROB = 0.2
 FLOOR = "multiply"
+COPY = "copy"
+YARDSTICKS = (FLOOR, COPY)
 REFERENCE = "reference"
 COMPILED = "torch.compile"
 LOOP = "author's loop"
 PLAIN = "LIF: "  # what the names of rows without noise and learned width begin with
+PAIR = "pair: "  # and those of blocks that are not fused
 # Beyond this many steps the compiler unrolls for minutes.
 MOST_STEPS_TO_COMPILE = 16
 # Autograd keeps some fifteen float32 tensors of the reference, and the gradients need room, too.
 REFERENCE_BYTES_AN_ELEMENT = 100
 LAYOUTS = ("time first", "batch first", "channels_last")
 BATCH, CHANNELS = 32, 32  # of the layouts that have them
+
+
+def normal(device: torch.device, dtype: str, *shape: int) -> Tensor:
+    return torch.randn(shape, device=device, dtype=getattr(torch, dtype))
 
 
 class Size(NamedTuple):
@@ -61,6 +75,8 @@ class Size(NamedTuple):
     compiled: bool = True  # whether torch.compile is measured, which takes seconds to compile
     peers: bool = True  # whether the other libraries are
     layout: str = LAYOUTS[0]
+
+    ACCESSES = 5  # to an element, forward and backward
 
     @property
     def elements(self) -> int:
@@ -75,19 +91,62 @@ class Size(NamedTuple):
         return int(self.layout == "batch first")
 
     def random(self, device: torch.device) -> Tensor:
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, device=device, dtype=getattr(torch, self.dtype))
-
+        filled = partial(normal, device, self.dtype)
         if self.layout == "batch first":
-            return normal(BATCH, self.steps, self.neurons // BATCH)
+            return filled(BATCH, self.steps, self.neurons // BATCH)
         if self.layout == "channels_last":
             side = math.isqrt(self.neurons // (BATCH * CHANNELS))
-            return normal(self.steps, BATCH, side, self.neurons // (BATCH * CHANNELS * side), CHANNELS).movedim(4, 2)
-        return normal(self.steps, self.neurons)
+            return filled(self.steps, BATCH, side, self.neurons // (BATCH * CHANNELS * side), CHANNELS).movedim(4, 2)
+        return filled(self.steps, self.neurons)
+
+    def rows(self, device: torch.device) -> Iterator[Row]:
+        return neuron_rows(self, device)
+
+    def description(self) -> dict[str, Any]:
+        return {"steps": self.steps, "neurons": self.neurons, "dtype": self.dtype, "layout": self.layout}
 
     def __str__(self) -> str:
         layout = "" if self.layout == LAYOUTS[0] else f", {self.layout}"
         return f"T = {self.steps}, N = {self.neurons}, {self.dtype}{layout}"
+
+
+class Block(NamedTuple):
+    """The shape, [T, B, C, H, W], and type of a measurement of normalisation and neurons."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str = LAYOUTS[0]  # or channels_last
+    compiled: bool = True
+
+    ACCESSES = 9
+
+    @property
+    def steps(self) -> int:
+        return self.shape[0]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * getattr(torch, self.dtype).itemsize
+
+    def random(self, device: torch.device) -> Tensor:
+        if self.layout == "channels_last":
+            steps, batch, channels, *space = self.shape
+            return normal(device, self.dtype, steps, batch, *space, channels).movedim(-1, 2)
+        return normal(device, self.dtype, *self.shape)
+
+    def rows(self, device: torch.device) -> Iterator[Row]:
+        return block_rows(self, device)
+
+    def description(self) -> dict[str, Any]:
+        return {"shape": self.shape, "dtype": self.dtype, "layout": self.layout}
+
+    def __str__(self) -> str:
+        layout = "" if self.layout == LAYOUTS[0] else f", {self.layout}"
+        return f"block {list(self.shape)}, {self.dtype}{layout}"
 
 
 CPU_SIZES = (
@@ -97,13 +156,30 @@ CPU_SIZES = (
     Size(4, 2**20, "bfloat16", peers=False),
     Size(4, 2**23, "float32", peers=False),
 )
+BLOCK_SHAPE = (4, 32, 64, 32, 32)
+CPU_BLOCKS = (
+    Block(BLOCK_SHAPE, "float32"),
+    Block(BLOCK_SHAPE, "float32", "channels_last"),
+    Block(BLOCK_SHAPE, "bfloat16", compiled=False),
+)
 # What the kernels' speed is judged by.
 GPU_SIZES = tuple(
     Size(steps, neurons, dtype) for steps, neurons in ((4, 2**24), (128, 2**19)) for dtype in ("float32", "bfloat16")
 )
+# Of the first, a cache may keep a part for the next pass; the others outgrow it.
+GPU_BLOCKS = tuple(
+    Block(shape, dtype, layout)
+    for shape, dtype, layout in (
+        (BLOCK_SHAPE, "float32", LAYOUTS[0]),
+        ((4, 256, 64, 32, 32), "float32", LAYOUTS[0]),
+        ((4, 256, 64, 32, 32), "float32", "channels_last"),
+        ((4, 256, 64, 32, 32), "bfloat16", LAYOUTS[0]),
+    )
+)
 # From layers that a GPU hardly notices to the largest that 2^28 elements allow.
 GPU_SWEEP = (
     *(size._replace(peers=False) for size in GPU_SIZES),
+    *(block._replace(compiled=False) for block in GPU_BLOCKS),
     *(
         Size(steps, 2**power, dtype, compiled=False, peers=False)
         for steps in (4, 16, 128)
@@ -116,7 +192,11 @@ GPU_SWEEP = (
 )
 
 
-def sweep(name: str, device: torch.device) -> Sequence[Size]:
+def blocks(device: torch.device) -> Sequence[Block]:
+    return GPU_BLOCKS if device.type == "cuda" else CPU_BLOCKS
+
+
+def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
     """The sizes of a sweep; on a GPU, which needs them to be busy, of 16 times the neurons."""
     more = 4 if device.type == "cuda" else 0
     return {
@@ -124,10 +204,12 @@ def sweep(name: str, device: torch.device) -> Sequence[Size]:
         "N": [Size(4, 2 ** (power + more), "float32") for power in range(8, 23, 2)],
         "dtype": [Size(4, 2 ** (20 + more), dtype, peers=False) for dtype in DTYPES],
         "layout": [Size(4, 2 ** (20 + more), "float32", peers=False, layout=layout) for layout in LAYOUTS],
+        "block": blocks(device),
         "gpu": GPU_SWEEP,
     }[name]
 
 
+SWEEPS = ("T", "N", "dtype", "layout", "block", "gpu")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -149,7 +231,7 @@ class Measurement(NamedTuple):
     first_seconds: float  # forward and backward, for the first time
 
 
-def samples(size: Size, device: torch.device) -> list[Sample]:
+def samples(size: Size | Block, device: torch.device) -> list[Sample]:
     """The inputs that take turns: one on a CPU, where the cache is part of the machine as users find it."""
     count = 1
     if device.type == "cuda":
@@ -166,49 +248,105 @@ def fused_backends(device: torch.device) -> list[str]:
     return [name for name in asgl_cuda.available_backends() if name != REFERENCE and BACKENDS[name].serves(device)]
 
 
-def rows(size: Size, device: torch.device) -> Iterator[Row]:
+def row_of(name: str, function: Callable[[Tensor], Tensor], *parameters: Tensor) -> Row:
+    """A layer, with the gradients of its input and its parameters."""
+
+    def backward(sample: Sample, out: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, (sample.leaf, *parameters), sample.grad, retain_graph=True)
+
+    return Row(name, lambda sample: function(sample.leaf), backward)
+
+
+def compiled_rows(
+    size: Size | Block,
+    name: str,
+    function: Callable[[Tensor], Tensor],
+    *parameters: Tensor,
+    modes: Sequence[str | None] = (None,),
+) -> Iterator[Row]:
+    """The layer as the compiler makes it in each of its modes, None for the default."""
+    if not size.compiled or size.steps > MOST_STEPS_TO_COMPILE:
+        return
+    # Its backward must be repeatable to be timed alone, so it may not give its buffers away.
+    torch._functorch.config.donated_buffer = False
+    # Compiled for this size alone, not for any size because there was another before.
+    torch._dynamo.reset()
+    for mode in modes:
+        compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+        yield row_of(name if mode is None else f"{name} max-autotune", compiled, *parameters)
+
+
+def reference_fits(size: Size | Block, device: torch.device) -> bool:
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    return size.elements * REFERENCE_BYTES_AN_ELEMENT <= memory / 2
+
+
+def neuron_rows(size: Size, device: torch.device) -> Iterator[Row]:
     """The floor; ASGL in every way; plain LIF in every way."""
     width = torch.ones((), device=device, requires_grad=True)
 
     def layer(backend: str, **options: Any) -> Callable[[Tensor], Tensor]:
         return partial(asgl_cuda.lif, decay=DECAY, time_dim=size.time_dim, backend=backend, **options)
 
-    def row(name: str, function: Callable[[Tensor], Tensor], *parameters: Tensor) -> Row:
-        def backward(sample: Sample, out: Tensor) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(out, (sample.leaf, *parameters), sample.grad, retain_graph=True)
-
-        return Row(name, lambda sample: function(sample.leaf), backward)
-
-    def compiled_rows(name: str, function: Callable[[Tensor], Tensor], *parameters: Tensor) -> Iterator[Row]:
-        if not size.compiled or size.steps > MOST_STEPS_TO_COMPILE:
-            return
-        # Its backward must be repeatable to be timed alone, so it may not give its buffers away.
-        torch._functorch.config.donated_buffer = False
-        # Compiled for this size alone, not for any size because there was another before.
-        torch._dynamo.reset()
-        for mode in (None, "max-autotune-no-cudagraphs") if device.type == "cuda" and size.peers else (None,):
-            compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
-            yield row(name if mode is None else f"{name} max-autotune", compiled, *parameters)
-
     asgl = {"width": width, "analog_prob": ANALOG_PROB}
     yield Row(FLOOR, lambda sample: sample.x * 2, lambda sample, out: sample.x * sample.grad)
     for backend in fused_backends(device):
-        yield row(f"asgl_cuda {backend}", layer(backend, **asgl), width)
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-    if size.elements * REFERENCE_BYTES_AN_ELEMENT > memory / 2:
+        yield row_of(f"asgl_cuda {backend}", layer(backend, **asgl), width)
+    if not reference_fits(size, device):
         return
-    yield row(REFERENCE, layer(REFERENCE, **asgl), width)
-    yield from compiled_rows(COMPILED, layer(REFERENCE, **asgl), width)
+    yield row_of(REFERENCE, layer(REFERENCE, **asgl), width)
+    modes = (None, "max-autotune-no-cudagraphs") if device.type == "cuda" and size.peers else (None,)
+    yield from compiled_rows(size, COMPILED, layer(REFERENCE, **asgl), width, modes=modes)
     if size.layout != LAYOUTS[0] or not size.peers:
         return
-    yield row(LOOP, lambda x_seq: asgl_loop(x_seq, width, ANALOG_PROB), width)
+    yield row_of(LOOP, lambda x_seq: asgl_loop(x_seq, width, ANALOG_PROB), width)
     for backend in fused_backends(device):
-        yield row(f"{PLAIN}asgl_cuda {backend}", layer(backend))
-    yield row(f"{PLAIN}{REFERENCE}", layer(REFERENCE))
+        yield row_of(f"{PLAIN}asgl_cuda {backend}", layer(backend))
+    yield row_of(f"{PLAIN}{REFERENCE}", layer(REFERENCE))
     for peer in installed_peers(device)[0]:
-        yield row(f"{PLAIN}{peer.name}", peer.spikes)
+        yield row_of(f"{PLAIN}{peer.name}", peer.spikes)
 
 
+def block_rows(block: Block, device: torch.device) -> Iterator[Row]:
+    """The floor; copies; the block fused and as a pair in every way."""
+    channels = block.shape[2]
+    neuron: dict[str, Any] = {"decay": DECAY, "analog_prob": ANALOG_PROB}
+
+    def pair(backend: str) -> nn.Module:
+        norm = OverTime(nn.BatchNorm2d(channels))
+        return nn.Sequential(norm, asgl_cuda.LIF(**neuron, backend=backend)).to(device)
+
+    def row(name: str, layer: nn.Module) -> Row:
+        return row_of(name, layer, *layer.parameters())
+
+    yield Row(
+        FLOOR,
+        lambda sample: (sample.x.sum(), sample.x * 2)[1],
+        lambda sample, out: (sample.x * sample.grad).mul_(sample.x),
+    )
+    yield Row(COPY, lambda sample: sample.x.clone(), lambda sample, out: sample.grad.clone())
+    for backend in fused_backends(device):
+        yield row(f"asgl_cuda {backend}", asgl_cuda.BatchNormLIF(channels, **neuron, backend=backend).to(device))
+    for backend in fused_backends(device):
+        yield row(f"{PAIR}asgl_cuda {backend}", pair(backend))
+    if not reference_fits(block, device):
+        return
+    yield row(f"{PAIR}{REFERENCE}", pair(REFERENCE))
+    module = pair(REFERENCE)
+    yield from compiled_rows(block, f"{PAIR}{COMPILED}", module, *module.parameters())
+
+
+def refuse_other_spikes(name: str, spikes: Tensor, expected: Tensor | asgl_cuda.LIFOutput, than: str) -> None:
+    """Spikes are the expected ones, but where a potential is as good as at the threshold."""
+    assert isinstance(expected, asgl_cuda.LIFOutput)
+    assert expected.h_seq is not None
+    sure = ((expected.h_seq - 1).abs() > THRESHOLD_BAND).all(0)
+    differ = ((spikes - expected.s_seq).abs() > THRESHOLD_BAND) & sure
+    if differ.any():
+        raise RuntimeError(f"{name} emits other spikes than {than}, at {int(differ.sum())} elements")
+
+
+@torch.no_grad()
 def check_peers(device: torch.device) -> None:
     """All rows do the same work: the others' spikes are ours, but where a potential is as good as at the threshold."""
     x_seq = torch.randn(20, 4096, device=device)
@@ -220,13 +358,32 @@ def check_peers(device: torch.device) -> None:
     for peer in (loop, *installed_peers(device)[0]):
         options = {"decay": DECAY, "return_h_seq": True, **peer.same_neuron}
         expected = asgl_cuda.lif(x_seq, backend=REFERENCE, **options)
-        assert isinstance(expected, asgl_cuda.LIFOutput)
-        assert expected.h_seq is not None
-        sure = ((expected.h_seq - 1).abs() > THRESHOLD_BAND).all(0)
-        with torch.no_grad():
-            differ = ((peer.spikes(x_seq) - expected.s_seq).abs() > THRESHOLD_BAND) & sure
-        if differ.any():
-            raise RuntimeError(f"{peer.name} emits other spikes than asgl_cuda.lif, at {int(differ.sum())} elements")
+        refuse_other_spikes(peer.name, peer.spikes(x_seq), expected, "asgl_cuda.lif")
+
+
+@torch.no_grad()
+def check_blocks(device: torch.device) -> None:
+    """The same for the rows of a block, in float32: in half types the pair rounds between its layers.
+
+    Only the compiler's noise can't be compared: it draws numbers of its own.
+    """
+    for layout in (LAYOUTS[0], "channels_last"):
+        block = Block((4, 8, 16, 8, 8), "float32", layout, compiled=False)
+        x_seq = 2 * block.random(device) + 1
+
+        def seeded(function: Callable[[], Any]) -> Any:
+            torch.manual_seed(0)  # the noise
+            return function()
+
+        expected = seeded(
+            lambda x_seq=x_seq: asgl_cuda.batch_norm_lif(
+                x_seq, training=True, decay=DECAY, analog_prob=ANALOG_PROB, return_h_seq=True, backend=REFERENCE
+            )
+        )
+        for row in block_rows(block, device):
+            if row.name not in YARDSTICKS:
+                spikes = seeded(lambda row=row, x_seq=x_seq: row.forward(Sample(x_seq, x_seq, x_seq)))
+                refuse_other_spikes(row.name, spikes, expected, "asgl_cuda.batch_norm_lif")
 
 
 class Clocks(NamedTuple):
@@ -255,21 +412,21 @@ def clocks_of(row: Row, inputs: list[Sample], cold: bool) -> Clocks | None:
             part: GpuClock(row, part, inputs) if device.type == "cuda" else CpuClock(row, part, inputs, cold)
             for part in PARTS
         }
-        saved = None if row.name == FLOOR else saved_bytes(row, inputs[0])
+        saved = None if row.name in YARDSTICKS else saved_bytes(row, inputs[0])
         return Clocks(parts, saved, peak_bytes(call, device), first)
     except RuntimeError as error:
-        if row.name.startswith("asgl_cuda") or row.name == FLOOR:
+        if "asgl_cuda" in row.name or row.name in YARDSTICKS:
             raise
         print(f"{row.name} does not work here: {str(error).splitlines()[0]}")
         return None
 
 
-def measure(size: Size, device: torch.device, repeats: int, cold: bool = False) -> dict[str, Measurement]:
+def measure(size: Size | Block, device: torch.device, repeats: int, cold: bool = False) -> dict[str, Measurement]:
     """All rows, which take turns."""
     torch.manual_seed(0)
     torch.cuda.empty_cache()  # of the size before; does nothing without a GPU
     inputs = samples(size, device)
-    clocks = {row.name: found for row in rows(size, device) if (found := clocks_of(row, inputs, cold)) is not None}
+    clocks = {row.name: found for row in size.rows(device) if (found := clocks_of(row, inputs, cold)) is not None}
     seconds: dict[tuple[str, str], list[float]] = {(name, part): [] for name in clocks for part in PARTS}
     for _ in range(repeats):
         for name, part in seconds:
@@ -292,20 +449,21 @@ HEAD = (
 )  # fmt: skip
 
 
-def table(size: Size, found: dict[str, Measurement]) -> str:
+def table(size: Size | Block, found: dict[str, Measurement]) -> str:
     """The measurement as a person reads it."""
     lines = [HEAD]
     floor = found[FLOOR].timing
+    slowest = {name: found[f"{name}{REFERENCE}"] for name in ("", PLAIN, PAIR) if f"{name}{REFERENCE}" in found}
     for name, (timing, spread_, saved, peak, first) in found.items():
         multiples = [seconds / least for seconds, least in zip(timing, floor, strict=True)]
-        reference = found.get(f"{PLAIN}{REFERENCE}" if name.startswith(PLAIN) else REFERENCE)
+        reference = slowest.get(PLAIN if name.startswith(PLAIN) else "", slowest.get(PAIR))
         lines.append(
             (
                 name,
                 *(f"{1e3 * seconds:.3f}" for seconds in timing),
                 f"{100 * spread_:.0f} %",
                 f"{1e9 * timing.both / size.elements:.3f}",
-                f"{5 * size.bytes / timing.both / 1e9:.1f}",
+                f"{size.ACCESSES * size.bytes / timing.both / 1e9:.1f}",
                 *(f"{multiple:.{2 if multiple < 100 else 0}f}" for multiple in multiples),
                 f"{reference.timing.both / timing.both:.1f}" if reference else "",
                 "" if saved is None else f"{saved / size.elements:.1f}",
@@ -431,7 +589,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="time steps; with --neurons, measures this size alone")
     parser.add_argument("--neurons", type=int, help="neurons, batch included")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--sweep", nargs="+", choices=("T", "N", "dtype", "layout", "gpu"), help="over what to measure")
+    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, help="over what to measure")
     parser.add_argument(
         "--cold", action="store_true", help="fill the CPU's caches with something else before each call"
     )
@@ -451,7 +609,7 @@ def main() -> int:
     sizes = [size for name in sweeps for size in sweep(name, device)]
     if arguments.steps is not None:
         sizes = [Size(arguments.steps, arguments.neurons, arguments.dtype)]
-    sizes = sizes or list(GPU_SIZES if device.type == "cuda" else CPU_SIZES)
+    sizes = sizes or [*(GPU_SIZES if device.type == "cuda" else CPU_SIZES), *blocks(device)]
 
     kept = keep_memory()
     about = machine(device)
@@ -464,16 +622,20 @@ def main() -> int:
     print(f"rectangle, hard reset, analog_prob {ANALOG_PROB}, learned width; gradients of x and width")
     print(f"{PLAIN}without noise and learned width, as the other libraries have it (they have no ASGL); each with the")
     print("surrogate that it has by default; gradient of x")
-    print("+-: half the distance of the quartiles; GB/s: of the five accesses that an element needs")
+    print("+-: half the distance of the quartiles; GB/s: of the accesses that an element needs, five, of a block nine")
     print("x * 2, x * g, both: forward, backward and both as multiples of these multiplies, and of both of them")
     print("faster: both, than the reference in eager mode; torch.compile: of the reference")
     print("saved: bytes an element kept for backward; peak: bytes an element allocated; first: the first call")
+    print("block: batch normalisation and neurons, in training, fused, or as a pair of nn.BatchNorm2d and the neurons;")
+    print("gradients of x, weight, bias and width; its multiplies: x.sum() and x * 2, (x * g).mul_(x)")
     missing = installed_peers(device)[1]
     if missing:
         print(f'not installed: {", ".join(missing)} (pip install ".[bench]")')
     check_peers(device)
-    print("the spikes of the author's loop and of each peer are ours\n", flush=True)
-    report: dict[str, Any] = {"machine": about, "analog_prob": ANALOG_PROB, "cold": arguments.cold, "sizes": []}
+    check_blocks(device)
+    print("the spikes of the author's loop, of each peer and of the pairs are ours\n", flush=True)
+    report: dict[str, Any] = {"machine": about, "analog_prob": ANALOG_PROB, "cold": arguments.cold}
+    report |= {"sizes": [], "blocks": []}
 
     def write() -> None:
         if arguments.json:
@@ -489,12 +651,9 @@ def main() -> int:
             break
         found = measure(size, device, arguments.repeats, arguments.cold)
         print(table(size, found), flush=True)
-        report["sizes"].append(
+        report["blocks" if isinstance(size, Block) else "sizes"].append(
             {
-                "steps": size.steps,
-                "neurons": size.neurons,
-                "dtype": size.dtype,
-                "layout": size.layout,
+                **size.description(),
                 "seconds": {name: each.timing._asdict() for name, each in found.items()},
                 "rows": {
                     name: {key: value for key, value in each._asdict().items() if key != "timing"}

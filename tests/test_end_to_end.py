@@ -1,11 +1,14 @@
 """The benchmark of whole training steps: the shares are those of the layers, and measuring changes no result."""
 
+import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import asgl_cuda
 from benchmarks import end_to_end
 from benchmarks.end_to_end import NEURONS, NORMALISATION, PRODUCTS, REST, Network, OverTime, Training
 
@@ -50,6 +53,14 @@ def normalised(neuron):
     return nn.Sequential(*first, OverTime(nn.Flatten()), OverTime(nn.Linear(8, 2)))
 
 
+def block(neuron):
+    first = OverTime(nn.Conv2d(1, 8, 3)), OverTime(nn.BatchNorm2d(8)), neuron()
+    return nn.Sequential(*first, OverTime(nn.Flatten()), OverTime(nn.Linear(8 * 6 * 6, 2)))
+
+
+BLOCK = Network(block, (2, 5, 1, 8, 8), 2)
+
+
 def test_time_is_booked_where_it_is_spent():
     """With room for what the profiler and a busy machine add; three quarters of a slow layer's time are in backward."""
     found = end_to_end.shares(Training(Network(small, (2, 5, 3), 2), SlowNeuron, CPU))
@@ -64,9 +75,10 @@ def test_time_is_booked_where_it_is_spent():
     assert found[NORMALISATION] > 0.6
 
 
-def test_ranges_change_no_result():
-    network = end_to_end.NETWORKS["convolutional"]._replace(input_shape=(2, 2, 3, 32, 32))
-    plain, ranged = (Training(network, lambda: end_to_end.plain("reference"), CPU) for _ in range(2))
+@pytest.mark.parametrize("fused", [False, True])
+def test_ranges_change_no_result(fused):
+    network = BLOCK if fused else end_to_end.NETWORKS["convolutional"]._replace(input_shape=(2, 2, 3, 32, 32))
+    plain, ranged = (Training(network, lambda: end_to_end.plain("reference"), CPU, fused) for _ in range(2))
     assert {PRODUCTS, NORMALISATION, NEURONS, REST} == set(end_to_end.shares(ranged))
     for _ in range(1 + end_to_end.PROFILED_STEPS):
         plain.step()
@@ -74,14 +86,47 @@ def test_ranges_change_no_result():
         assert torch.equal(ours, theirs)
 
 
+needs_kernels = pytest.mark.skipif("cpu" not in end_to_end.fused_backends(CPU), reason="no CPU kernels")
+
+
+def test_fused_blocks_train_as_those_that_are_not():
+    names = [f"asgl_cuda {backend}, fused block" for backend in end_to_end.fused_backends(CPU)]
+    assert end_to_end.check_losses(BLOCK, CPU) == names
+    assert [each.name for each in end_to_end.variants(BLOCK, CPU) if each.fused] == names
+    assert not [each for each in end_to_end.variants(end_to_end.NETWORKS["MLP"], CPU) if each.fused]
+
+
+@needs_kernels
+@pytest.mark.parametrize("wrong", [{"eps": 2e-5}, {"analog_prob": 0.25}, {"width": 1.1}])
+def test_other_blocks_are_refused(monkeypatch, wrong):
+    def fuse(model, inplace):
+        fused, report = asgl_cuda.fuse(model, inplace=inplace)
+        for layer in model.modules():
+            for name, value in wrong.items():
+                if name == "width" and isinstance(layer, asgl_cuda.LIF):
+                    layer.log_width.data.fill_(math.log(value))
+                elif name in vars(layer):
+                    setattr(layer, name, value)
+        return fused, report
+
+    monkeypatch.setattr(end_to_end, "asgl_cuda", SimpleNamespace(fuse=fuse, LIF=asgl_cuda.LIF))
+    with pytest.raises(RuntimeError, match=r"^asgl_cuda .*, fused block has losses of \[.*\] without fusing$"):
+        end_to_end.check_losses(BLOCK, CPU)
+
+
+def test_a_network_that_stays_as_it_is_is_refused():
+    with pytest.raises(RuntimeError, match=r"^not all of the network is fused:\n0 replaced, 1 left"):
+        Training(Network(normalised, (2, 5, 1, 2, 2), 2), SlowNeuron, CPU, fused=True)
+
+
 @pytest.mark.parametrize("name", end_to_end.NETWORKS)
 def test_networks_train_with_every_neuron(name):
     network = end_to_end.NETWORKS[name]
     network = network._replace(input_shape=(3, 2, *network.input_shape[2:]))
-    for variant, neuron in end_to_end.variants(network, CPU):
+    for variant, neuron, fused in end_to_end.variants(network, CPU):
         if variant == "torch.compile":
             continue
-        training = Training(network, neuron, CPU)
+        training = Training(network, neuron, CPU, fused)
         before = [parameter.detach().clone() for parameter in training.model.parameters()]
         training.step()
         training.step()  # state of one sequence must not leak into the next

@@ -45,9 +45,14 @@ def test_step_is_stopped_with_its_children_and_stops_no_other():
 
 
 def test_verdicts(monkeypatch):
+    def seconds(rows):
+        return {name: {"forward": f, "backward": b, "both": f + b} for name, (f, b) in rows.items()}
+
     def measured(steps, power, dtype, **rows):
-        seconds = {name: {"forward": f, "backward": b, "both": f + b} for name, (f, b) in rows.items()}
-        return {"steps": steps, "neurons": 2**power, "dtype": dtype, "seconds": seconds}
+        return {"steps": steps, "neurons": 2**power, "dtype": dtype, "seconds": seconds(rows)}
+
+    def block(shape, dtype, layout="time first", **rows):
+        return {"shape": shape, "dtype": dtype, "layout": layout, "seconds": seconds(rows)}
 
     ours, cupy = "asgl_cuda cuda", "asgl_cuda cupy"
     monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: object())
@@ -60,6 +65,11 @@ def test_verdicts(monkeypatch):
                     **{cupy: (1.12, 2)},
                 ),
                 measured(128, 19, "bfloat16", **{"multiply": (1, 1.5), ours: (1.25, 1.5), "reference": (10, 20)}),
+            ],
+            "blocks": [
+                block([4, 32, 64, 32, 32], "float32", **{"copy": (1, 1), ours: (2.1, 3), cupy: (2.2, 3)}),
+                block([4, 256, 64, 32, 32], "float32", "channels_last", **{"copy": (1, 1), ours: (2.1, 3)}),
+                block([4, 256, 64, 32, 32], "bfloat16", **{"copy": (1, 1), ours: (2.1, 3.6)}),
             ],
             "call_microseconds": {ours: 12.0, cupy: 43.0},
         }
@@ -76,6 +86,13 @@ def test_verdicts(monkeypatch):
     assert verdicts[last + "reference over ours"] == (10.909, False)
     assert last + "torch.compile over ours" not in verdicts
     assert verdicts["T = 4, N = 2^24, bfloat16: forward over x * 2"] == (None, False)
+    # 36 bytes are 2.25 copies of 16.
+    assert verdicts["block [4, 32, 64, 32, 32], float32, time first: nvcc over copies"] == (1.133, True)
+    assert verdicts["block [4, 32, 64, 32, 32], float32, time first: CuPy over copies"] == (1.156, False)
+    assert verdicts["block [4, 256, 64, 32, 32], bfloat16, time first: nvcc over copies"] == (1.267, True)
+    assert verdicts["block [4, 256, 64, 32, 32], bfloat16, time first: CuPy over copies"] == (None, False)
+    assert verdicts["block [4, 256, 64, 32, 32], float32, channels_last: nvcc over copies"] == (1.133, True)
+    assert verdicts["block [4, 256, 64, 32, 32], float32, time first: nvcc over copies"] == (None, False)
     assert verdicts["a call, CuPy over nvcc, microseconds"] == (31.0, False)
     json.dumps(gpu_check.result([], bars, {}))
 

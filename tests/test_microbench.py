@@ -2,14 +2,19 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from benchmarks import clocks, microbench, peers
-from benchmarks.microbench import FLOOR, LOOP, PLAIN, REFERENCE, Size
+import asgl_cuda
+from benchmarks import clocks, gpu_check, microbench, peers
+from benchmarks.microbench import COPY, FLOOR, LOOP, PAIR, PLAIN, REFERENCE, YARDSTICKS, Block, Size
 
 CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif("cpu" not in microbench.fused_backends(CPU), reason="no CPU kernels")
 
 
 @pytest.fixture(autouse=True)
@@ -72,13 +77,98 @@ def test_rows(layout):
     microbench.table(size, found)
 
 
-@pytest.mark.skipif("cpu" not in microbench.fused_backends(CPU), reason="no CPU kernels")
+@needs_kernels
 def test_bytes():
     """Backward needs x alone; forward and backward allocate the spikes and the gradient of x."""
     size = Size(4, 2**16, "float32", peers=False)
     found = microbench.measure(size, CPU, repeats=2)["asgl_cuda cpu"]
     assert 1 <= found.saved_bytes / size.bytes < 1.01
     assert 2 <= found.peak_bytes / size.bytes < 2.02
+
+
+def test_blocks_emit_the_same_spikes():
+    microbench.check_blocks(CPU)
+
+
+@pytest.mark.parametrize(
+    ("module", "layer", "refused"),
+    [
+        pytest.param(asgl_cuda, "BatchNormLIF", "asgl_cuda cpu", marks=needs_kernels),
+        pytest.param(microbench.nn, "BatchNorm2d", PAIR, id="pair"),
+    ],
+)
+def test_another_normalisation_is_refused(monkeypatch, module, layer, refused):
+    monkeypatch.setattr(module, layer, partial(getattr(module, layer), eps=1e-3))
+    with pytest.raises(RuntimeError, match=rf"^{refused}.* emits other spikes than asgl_cuda\.batch_norm_lif, at \d+"):
+        microbench.check_blocks(CPU)
+
+
+@pytest.mark.parametrize("layout", ["time first", "channels_last"])
+def test_block_rows(layout):
+    block = Block((3, 2, 4, 6, 5), "float32", layout)
+    assert block.random(CPU).shape == block.shape
+    found = microbench.measure(block, CPU, repeats=2)
+    ours = [f"asgl_cuda {backend}" for backend in microbench.fused_backends(CPU)]
+    assert list(found) == [*YARDSTICKS, *ours, *(f"{PAIR}{name}" for name in ours), f"{PAIR}{REFERENCE}"]
+    for name, each in found.items():
+        assert min(each.timing) > 0
+        assert (each.saved_bytes is None) == (name in YARDSTICKS)
+    faster = found[f"{PAIR}{REFERENCE}"].timing.both / found[FLOOR].timing.both
+    assert f"{faster:.1f}" in microbench.table(block, found).splitlines()[2].split()
+
+
+def test_compiled_block(monkeypatch):
+    """The rows are there; they are not run."""
+    monkeypatch.setattr(microbench, "MOST_STEPS_TO_COMPILE", 16)
+    block = Block((3, 2, 4, 6, 5), "float32")
+    assert [row.name for row in block.rows(CPU)][-1] == f"{PAIR}torch.compile"
+    assert [row.name for row in block._replace(compiled=False).rows(CPU)][-1] == f"{PAIR}{REFERENCE}"
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes of what operators read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        self.bytes += sum(leaf.nbytes for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor))
+        return result
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_yardsticks_of_a_block_move_what_they_should(dtype):
+    """The floor as much as the fused block, 36 bytes a float32 element; copies as often as the GPU's bar takes it."""
+    block = Block((2, 8, 8, 16, 16), dtype)
+    sample = clocks.Sample(*(block.random(CPU) for _ in range(3)))
+    moved = {}
+    for row in block.rows(CPU):
+        if row.name in YARDSTICKS:
+            with Traffic() as traffic:
+                row.backward(sample, row.forward(sample))
+            moved[row.name] = traffic.bytes / block.bytes
+    assert moved == {FLOOR: pytest.approx(9, abs=0.01), COPY: 4}
+    assert moved[FLOOR] == pytest.approx(moved[COPY] * gpu_check.COPIES_OF_A_BLOCK, abs=0.01)
+    assert Block.ACCESSES == 9
+
+
+@needs_kernels
+def test_bytes_of_a_block():
+    """Fused it keeps x, as a pair what lies between, too."""
+    block = Block((4, 8, 16, 16, 16), "float32")
+    found = microbench.measure(block, CPU, repeats=2)
+    assert 4 <= found["asgl_cuda cpu"].saved_bytes / block.elements < 4.3
+    assert 8 <= found[f"{PAIR}asgl_cuda cpu"].saved_bytes / block.elements < 8.3
+    assert found["asgl_cuda cpu"].peak_bytes < found[f"{PAIR}asgl_cuda cpu"].peak_bytes
+
+
+def test_blocks_of_the_gpu_are_measured_and_judged():
+    judged = [Block(*block) for block in gpu_check.JUDGED_BLOCKS]
+    assert judged == list(microbench.sweep("block", torch.device("cuda")))
+    measured = [size for size in microbench.sweep("gpu", CPU) if isinstance(size, Block)]
+    assert measured == [block._replace(compiled=False) for block in judged]
 
 
 def test_cold_caches_are_filled_before_each_call(monkeypatch):
@@ -100,7 +190,7 @@ def test_sweeps():
 
 
 def test_report_and_figure(tmp_path, monkeypatch, capsys):
-    sizes = [Size(2, 64, "float32"), Size(3, 64, "float32"), Size(3, 128, "float32")]
+    sizes = [Size(2, 64, "float32"), Size(3, 64, "float32"), Size(3, 128, "float32"), Block((2, 3, 4, 5, 6), "float32")]
     monkeypatch.setattr(microbench, "CPU_SIZES", sizes)
     monkeypatch.setattr(microbench, "sweep", lambda name, device: sizes)
     json_file, figure = tmp_path / "out.json", tmp_path / "out.png"
@@ -109,7 +199,20 @@ def test_report_and_figure(tmp_path, monkeypatch, capsys):
     assert microbench.main() == 0
     report = json.loads(json_file.read_text())
     assert [(size["steps"], size["neurons"]) for size in report["sizes"]] == [(2, 64), (3, 64), (3, 128)]
-    for size in report["sizes"]:
+    assert [block["shape"] for block in report["blocks"]] == [[2, 3, 4, 5, 6]]
+    for size in report["sizes"] + report["blocks"]:
         assert list(size["seconds"]) == list(size["rows"])
     assert figure.read_bytes().startswith(b"\x89PNG")
-    assert "T = 3, N = 128, float32" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "T = 3, N = 128, float32" in printed
+    assert "block [2, 3, 4, 5, 6], float32" in printed
+
+
+def test_blocks_are_measured_by_default(tmp_path, monkeypatch):
+    monkeypatch.setattr(microbench, "CPU_SIZES", [Size(2, 64, "float32", peers=False)])
+    monkeypatch.setattr(microbench, "CPU_BLOCKS", [Block((2, 3, 4, 5, 6), "bfloat16", "channels_last")])
+    file = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["microbench", "--device", "cpu", "--repeats", "2", "--json", str(file)])
+    assert microbench.main() == 0
+    (block,) = json.loads(file.read_text())["blocks"]
+    assert (block["dtype"], block["layout"]) == ("bfloat16", "channels_last")

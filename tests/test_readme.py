@@ -61,3 +61,23 @@ def test_a_figure_that_was_changed_by_hand_is_found():
         assert figure.end() < text.index(f"<!-- /{name} -->")
         changed = text[: figure.start(1)] + str((int(figure[1]) + 1) % 10) + text[figure.end(1) :]
         assert readme.with_sections(changed) == text
+
+
+def test_table_of_blocks():
+    def row(seconds, saved):
+        return {"both": seconds}, {"saved_bytes": saved}
+
+    rows = {
+        "multiply": row(2e-6, None),
+        "asgl_cuda cpu": row(3e-6, 4100),
+        "pair: asgl_cuda cpu": row(6e-6, 8200),
+        "pair: reference": row(45e-6, 18000),
+    }
+    block = {"shape": [2, 5, 4, 5, 5], "dtype": "float32", "layout": "channels_last"}
+    block |= {"seconds": {name: each[0] for name, each in rows.items()}}
+    block |= {"rows": {name: each[1] for name, each in rows.items()}}
+    text = readme.block({"blocks": [block]})
+    cells = [cell.strip() for cell in text.splitlines()[-1].strip("|").split("|")]
+    times, ratios, kept = ["2.00", "3.00", "6.00", "", "45.0"], ["1.50", "2.00", "15.0"], ["4.10", "8.20"]
+    assert cells == ["float32, channels_last", *times, *ratios, *kept]
+    assert "`[2, 5, 4, 5, 5]`" in text
