@@ -339,11 +339,27 @@ void forward_uniform(const ForwardParams<Scalar>& params) {
 
 // ---- backward ----
 
+// Whether neurons that lie in turns share a value, several of each in a tile, as with one value a channel in
+// channels_last. Of the tile's slots, one for each neuron, only as many as there are values are then used.
+template <class Real>
+bool is_folded(const ParameterView<Real>& parameter) {
+  return parameter.inner == 1 && parameter.step_stride == 0 && 2 * parameter.count <= kTile;
+}
+
 // Adds the tile's row of sums, run by run, into the slots of GradientPartials.
 template <class Real>
 void store_partials(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, int64 tile_index,
                     int64 first, int64 length, int64 t, const Real* row) {
   Real* slots = partials.data + (parameter.step_stride != 0 ? t * partials.slots : 0) + tile_index;
+  if (is_folded(parameter)) {
+    std::array<double, kTile / 2> sums{};
+    for (int64 i = 0; i < length; i += parameter.count) {
+      run<AddLoop<Real>>({row + i, sums.data(), std::min(parameter.count, length - i)});
+    }
+    std::transform(sums.begin(), sums.begin() + std::min(parameter.count, length), slots + first,
+                   [](double sum) { return static_cast<Real>(sum); });
+    return;
+  }
   if (parameter.inner == 1) {
     std::copy_n(row, length, slots + first);
     return;
@@ -604,37 +620,24 @@ void launch_backward(Surrogate surrogate, bool hard_reset, const BackwardParams<
   });
 }
 
-// Where each neuron has a slot, as for one value a channel in channels_last: the slots in the order in which they lie
-// in memory, each share of the tiles to sums of its own.
+// For parameters that are folded: the slots in the order in which they lie in memory.
 template <class Real>
-void sum_by_tiles(const GradientSum<Real>& sum) {
-  constexpr int64 kTilesEach = 64;
+void sum_folded(const GradientSum<Real>& sum) {
   const int64 count = sum.parameter.count, neurons = sum.shape.neurons();
-  const int64 tiles = num_tiles(sum.shape), shares = (tiles + kTilesEach - 1) / kTilesEach;
-  std::vector<double> totals(static_cast<size_t>(shares * count), 0.0);
-  at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-    for (int64 tile = begin * kTilesEach; tile < std::min(tiles, end * kTilesEach); ++tile) {
-      double* total = totals.data() + tile / kTilesEach * count;
-      const Real* slots = sum.partials.data + tile;
-      for (int64 n = tile * kTile; n < std::min(neurons, (tile + 1) * kTile);) {
-        const int64 stop = std::min({neurons, (tile + 1) * kTile, (n / count + 1) * count});
-        run<AddLoop<Real>>({slots + n, total + n % count, stop - n});
-        n = stop;
-      }
-    }
-  });
-  for (int64 element = 0; element < count; ++element) {
-    double total = 0;
-    for (int64 share = 0; share < shares; ++share) total += totals[static_cast<size_t>(share * count + element)];
-    sum.store(element, total);
+  std::vector<double> totals(static_cast<size_t>(count), 0.0);
+  for (int64 tile = 0; tile < num_tiles(sum.shape); ++tile) {
+    const int64 first = tile * kTile, used = std::min(count, neurons - first);
+    const Real* slots = sum.partials.data + first + tile;
+    const int64 before_turn = std::min(used, count - first % count);
+    run<AddLoop<Real>>({slots, totals.data() + first % count, before_turn});
+    run<AddLoop<Real>>({slots + before_turn, totals.data(), used - before_turn});
   }
+  for (int64 element = 0; element < count; ++element) sum.store(element, totals[static_cast<size_t>(element)]);
 }
 
 template <class Real>
 void launch_gradient_sum(const GradientSum<Real>& sum) {
-  if (sum.parameter.inner == 1 && sum.parameter.step_stride == 0 && sum.parameter.count <= kTile) {
-    return sum_by_tiles(sum);
-  }
+  if (is_folded(sum.parameter)) return sum_folded(sum);
   at::parallel_for(0, sum.elements(), 2048, [&](int64_t begin, int64_t end) {
     for (int64 element = begin; element < end; ++element) sum.store(element, sum.sum_slots(element, 0, 1));
   });
