@@ -23,16 +23,26 @@ _DTYPES = {scalar: str(dtype).removeprefix("torch.") for dtype, scalar in SCALAR
 _SURROGATES = {f"(asgl::Surrogate){surrogate.id}": name for name, surrogate in SURROGATES.items()}
 # What is left of the template arguments when type, surrogate and reset are taken away.
 _KINDS = {
-    "lif_forward_kernel<1, false>": "forward, 1 neuron",
-    "lif_forward_kernel<4, false>": "forward, 4 neurons",
-    "lif_forward_kernel<4, true>": "forward plain, 4 neurons",
+    "lif_forward_kernel<1, (asgl::Input)0>": "forward, 1 neuron",
+    "lif_forward_kernel<4, (asgl::Input)0>": "forward, 4 neurons",
+    "lif_forward_kernel<4, (asgl::Input)1>": "forward normalised, 4 neurons",
+    "lif_forward_kernel<4, (asgl::Input)2>": "forward plain, 4 neurons",
     "lif_backward_kernel<1>": "backward, 1 neuron",
     "lif_backward_kernel<4>": "backward, 4 neurons",
-    "lif_backward_plain_kernel<4>": "backward plain, K = 4",
-    "lif_backward_plain_kernel<8>": "backward plain, K = 8",
-    "lif_backward_plain_kernel<16>": "backward plain, K = 16",
+    "lif_backward_plain_kernel<4, (asgl::Input)1>": "backward normalised, K = 4",
+    "lif_backward_plain_kernel<8, (asgl::Input)1>": "backward normalised, K = 8",
+    "lif_backward_plain_kernel<16, (asgl::Input)1>": "backward normalised, K = 16",
+    "lif_backward_plain_kernel<4, (asgl::Input)2>": "backward plain, K = 4",
+    "lif_backward_plain_kernel<8, (asgl::Input)2>": "backward plain, K = 8",
+    "lif_backward_plain_kernel<16, (asgl::Input)2>": "backward plain, K = 16",
     "gradient_sum_kernel<false>": "gradient sum, a thread each",
     "gradient_sum_kernel<true>": "gradient sum, a block each",
+    "batch_moments_kernel<1>": "moments, 1 column",
+    "batch_moments_kernel<4>": "moments, 4 columns",
+    "batch_norm_coefficients_kernel<>": "coefficients, a block each",
+    "batch_norm_adjoint_kernel<>": "adjoint, a thread each",
+    "batch_norm_input_gradient_kernel<1>": "input gradient, 1 column",
+    "batch_norm_input_gradient_kernel<4>": "input gradient, 4 columns",
 }
 
 
@@ -49,13 +59,13 @@ class Kernel(NamedTuple):
 
     @classmethod
     def of_symbol(cls, demangled: str) -> Kernel:
-        """From `void asgl::lif_forward_kernel<float, (asgl::Surrogate)0, true, 4, true>(...)`."""
+        """From `void asgl::lif_forward_kernel<float, (asgl::Surrogate)0, true, 4, (asgl::Input)2>(...)`."""
         match = re.match(r"void asgl::(\w+)<(.*?)>\(", demangled)
         if match is None:
             return cls(demangled, "")
         name, (dtype, *rest) = match[1], match[2].split(", ")
         surrogate = reset = ""
-        if rest[0] in _SURROGATES:
+        if rest and rest[0] in _SURROGATES:
             surrogate, reset = _SURROGATES[rest[0]], {"true": "hard", "false": "soft"}[rest[1]]
             rest = rest[2:]
         kind = f"{name}<{', '.join(rest)}>"

@@ -58,7 +58,7 @@ __device__ __forceinline__ Moments join_in_block(const Moments& own, const Chann
 }
 
 template <class Scalar, int kLanes>
-__global__ void __launch_bounds__(kBlockThreads, 8) batch_moments_kernel(const MomentsParams<Scalar> params) {
+__global__ void __launch_bounds__(kBlockThreads, 7) batch_moments_kernel(const MomentsParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   constexpr int kTogether = 4;  // loads that are under way at a time
   const ChannelTiles& tiles = params.tiles;

@@ -30,21 +30,27 @@ from typing import Any, NamedTuple
 
 import torch
 
-from asgl_cuda import jit, launch
+from asgl_cuda import batch_norm_launch, jit, launch
 from asgl_cuda.surrogate import SURROGATES
 from benchmarks.cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, Usage, kernel_of, load_setup, run
 from benchmarks.cuda_code import usages as usages_of
 
 TABLE = CSRC / "RESOURCES.md"
-SOURCE = CSRC / "lif_cuda.cu"
+SOURCES = (CSRC / "lif_cuda.cu", CSRC / "batch_norm_cuda.cu")  # first what takes longest
 LISTED_DTYPES = ("float32", "bfloat16")
 LISTED_SURROGATES = ("rectangle", "sigmoid")
 OTHERS, NVRTC, SPILLS = "All others", "NVRTC", "Spills and stack"
 SPILL_COLUMNS = ("stack", "spill stores", "spill loads")
 
 # What most calls run must be beyond reproach here.
-HOT_KINDS = ("forward plain, 4 neurons", "backward plain, K = 4", "backward plain, K = 8", "backward plain, K = 16")
+HOT_KINDS = tuple(
+    kind
+    for input in ("plain", "normalised")
+    for kind in (f"forward {input}, 4 neurons", *(f"backward {input}, K = {steps}" for steps in launch.SEGMENT_STEPS))
+)
 DEFAULT_KINDS = (*HOT_KINDS, "forward, 1 neuron", "backward, 1 neuron")
+HOT_KINDS_OF_CHANNELS = ("moments, 4 columns", "input gradient, 4 columns")
+DEFAULT_KINDS_OF_CHANNELS = (*HOT_KINDS_OF_CHANNELS, "moments, 1 column", "input gradient, 1 column")
 DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DISASSEMBLED = (80, 90, 100)
 ACCESS_BITS = {"float32": 128, "bfloat16": 64}
@@ -54,9 +60,7 @@ OTHER_PTX_FROM = 100
 FREE_KINDS = ("backward, 1 neuron", "backward, 4 neurons")
 MULTIPROCESSOR_REGISTERS = 65536
 # Kernels that NVRTC compiles at a time: the headers are read anew each time, and the last should not take long.
-CHUNK = 8
-# Loads that are not of a sequence or a state: six parameters and the three words of rng_state.
-MOST_NARROW_LOADS = 9
+CHUNK = 24
 
 Resources = dict[Kernel, dict[int, Usage]]
 
@@ -69,8 +73,18 @@ class Row(NamedTuple):
     columns: dict[str, str]
 
 
-def default_paths(kinds: Iterable[str] = DEFAULT_KINDS) -> list[Kernel]:
-    return [Kernel(*names) for names in product(kinds, LISTED_DTYPES, LISTED_SURROGATES, ("hard", "soft"))]
+def paths(kinds: Iterable[str], kinds_of_channels: Iterable[str]) -> list[Kernel]:
+    """The kernels of these kinds, those of batch normalisation last, as far as they are listed one by one."""
+    neurons = product(kinds, LISTED_DTYPES, LISTED_SURROGATES, ("hard", "soft"))
+    return [Kernel(*names) for names in (*neurons, *product(kinds_of_channels, LISTED_DTYPES))]
+
+
+def default_paths() -> list[Kernel]:
+    return paths(DEFAULT_KINDS, DEFAULT_KINDS_OF_CHANNELS)
+
+
+def hot_paths() -> list[Kernel]:
+    return paths(HOT_KINDS, HOT_KINDS_OF_CHANNELS)
 
 
 # ---- the table ----
@@ -120,7 +134,9 @@ for sm_75 from the PTX of compute_75, for the others from that of compute_80. Ma
 `python -m tests.cuda_compile --update`, held against the code by `make cuda-compile`; no row is written by hand.
 
 K is how many steps a segment has; *plain* is what runs for uniform parameters of which at most the width has a
-gradient; *1 neuron* and *4 neurons* are what a thread owns. Spills and stack, where there are any, come last.
+gradient; *normalised* is the same with a gain, bias and mean of the input that need not be uniform, the first two with
+gradients, as batch normalisation gives them; *1 neuron* and *4 neurons*, *1 column* and *4 columns* are what a thread
+owns. Spills and stack, where there are any, come last.
 """
 
 
@@ -130,7 +146,11 @@ def to_markdown(rows: Iterable[Row], version: str, flags: Sequence[str]) -> str:
     for section, those in {**sections, SPILLS: sections.get(SPILLS, [])}.items():
         lines += [f"## {section}", ""]
         if section == OTHERS:
-            lines += ["The most that any takes: the other surrogates, and the other types with every surrogate.", ""]
+            lines += [
+                "The most that any takes: the other surrogates, the other types with every surrogate, and kernels that",
+                "have none.",
+                "",
+            ]
         if section == NVRTC:
             lines += [
                 "What NVRTC makes of the same source, in registers against the tables above. Only the general backward",
@@ -206,18 +226,40 @@ def default_path_problems(resources: Resources) -> Iterator[str]:
                 yield f"a default path spills: {kernel}, sm_{architecture}: {sizes}"
 
 
+class Accesses(NamedTuple):
+    """To global memory: at least so many of four elements at once, at most so many others."""
+
+    loads: int
+    stores: int
+    narrow_loads: int
+    narrow_stores: int
+
+
+def expected_accesses(kernel: Kernel) -> Accesses:
+    if kernel.kind.startswith("moments"):
+        return Accesses(4, 0, 1, 3)  # narrow: the shift; the moments
+    if kernel.kind.startswith("input gradient"):
+        return Accesses(4, 2, 3, 0)  # narrow: mean, slope, offset
+    narrow_loads = 10  # seven parameters and the three words of rng_state
+    segment = re.search(r"K = (\d+)", kernel.kind)
+    if segment is None:
+        return Accesses(4, 4, narrow_loads, 0)
+    steps = int(segment[1])
+    if "normalised" in kernel.kind:
+        return Accesses(3 * steps, steps, narrow_loads, 3)  # x twice; partial sums of three gradients
+    return Accesses(2 * steps, steps, narrow_loads, 1)
+
+
 def code_problems(kernel: Kernel, code: Sequence[Instruction]) -> Iterator[str]:
-    """Of a hot kernel: local memory, or accesses that take less than four neurons at once."""
+    """Of a hot kernel: local memory, or accesses that take less than four elements at once."""
     local = [i for i in code if i.name in ("LDL", "STL")]
     if local:
         yield f"{len(local)} accesses to local memory"
     bits = ACCESS_BITS[kernel.dtype]
-    segment = re.search(r"K = (\d+)", kernel.kind)
-    least_loads, least_stores = (2 * int(segment[1]), int(segment[1])) if segment else (4, 4)
-    most_narrow_stores = 1 if segment else 0  # backward's partial sum
+    expected = expected_accesses(kernel)
     for verb, name, least, most_narrow in (
-        ("loads", "LDG", least_loads, MOST_NARROW_LOADS),
-        ("stores", "STG", least_stores, most_narrow_stores),
+        ("loads", "LDG", expected.loads, expected.narrow_loads),
+        ("stores", "STG", expected.stores, expected.narrow_stores),
     ):
         widths = [i.bits for i in code if i.name == name]
         narrow = sum(width < bits for width in widths)
@@ -251,17 +293,25 @@ def compile_ops(nvcc: Nvcc, directory: Path) -> None:
 
 def kernels_asked_for() -> list[str]:
     """The name of every kernel that the launchers in Python can ask for."""
-    names = [
-        launch.gradient_sum_kernel(real, whole) for real in (torch.float32, torch.float64) for whole in (False, True)
-    ]
+    names = []
+    for real in (torch.float32, torch.float64):
+        names += [launch.gradient_sum_kernel(real, whole) for whole in (False, True)]
+        names += [batch_norm_launch.coefficients_kernel(real), batch_norm_launch.adjoint_kernel(real)]
+    for dtype in launch.SCALARS:
+        for lanes in (1,) if dtype == torch.float64 else (1, 4):
+            names += [
+                batch_norm_launch.moments_kernel(dtype, lanes),
+                batch_norm_launch.input_gradient_kernel(dtype, lanes),
+            ]
     for dtype, surrogate, hard in product(launch.SCALARS, range(len(SURROGATES)), (False, True)):
         kinds = dtype, surrogate, hard
-        four = dtype != torch.float64
-        names += [launch.forward_kernel(*kinds, 1, False), launch.backward_kernel(*kinds, 1, False)]
-        if four:
-            names += [launch.forward_kernel(*kinds, 4, plain) for plain in (False, True)]
-            names += [launch.backward_kernel(*kinds, 4, False)]
-            names += [launch.backward_kernel(*kinds, 4, True, steps) for steps in launch.SEGMENT_STEPS]
+        names += [launch.forward_kernel(*kinds, 1, launch.GENERAL), launch.backward_kernel(*kinds, 1, launch.GENERAL)]
+        if dtype == torch.float64:
+            continue
+        names += [launch.forward_kernel(*kinds, 4, launch.GENERAL), launch.backward_kernel(*kinds, 4, launch.GENERAL)]
+        for input in (launch.NORMALISED, launch.PLAIN):
+            names += [launch.forward_kernel(*kinds, 4, input)]
+            names += [launch.backward_kernel(*kinds, 4, input, steps) for steps in launch.SEGMENT_STEPS]
     return names
 
 
@@ -349,23 +399,24 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     architectures = arguments.architectures or nvcc.architectures
     resources: dict[Kernel, dict[int, Usage]] = defaultdict(dict)
-    symbols: dict[Kernel, str] = {}
-    cubins: dict[int, Path] = {}
+    symbols: dict[Path, dict[Kernel, str]] = defaultdict(dict)  # by source
+    cubins: dict[tuple[Path, int], Path] = {}
     with ThreadPoolExecutor(arguments.jobs) as pool:
         glue = pool.submit(compile_ops, nvcc, directory)
-        nvcc.to_ptx(SOURCE, directory)
-        compiled = pool.map(lambda a: nvcc.to_cubin(directory, SOURCE.stem, a), architectures)
-        for architecture, (cubin, log) in zip(architectures, compiled, strict=True):
-            cubins[architecture] = cubin
+        for _ in pool.map(lambda source: nvcc.to_ptx(source, directory), SOURCES):
+            pass
+        work = list(product(SOURCES, architectures))
+        compiled = pool.map(lambda job: nvcc.to_cubin(directory, job[0].stem, job[1]), work)
+        for (source, architecture), (cubin, log) in zip(work, compiled, strict=True):
+            cubins[source, architecture] = cubin
             for symbol, usage in usages_of(log).items():
-                symbols[kernel_of(symbol)] = symbol
+                symbols[source][kernel_of(symbol)] = symbol
                 resources[kernel_of(symbol)][architecture] = usage
         glue.result()
     names = ", ".join(f"sm_{architecture}" for architecture in architectures)
     print(f"nvcc {nvcc.version}: {len(resources)} kernels for {names}; the glue; {time.monotonic() - start:.0f} s")
 
     problems = list(default_path_problems(resources))
-    hot = [kernel for kernel in default_paths(HOT_KINDS) if kernel in symbols]
     disassembler = Disassembler.find()
     if disassembler is None:
         print(
@@ -373,10 +424,11 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
             "nvidia-cuda-nvdisasm"
         )
     else:
-        for architecture in sorted(set(DISASSEMBLED) & set(architectures)):
-            codes = disassembler.instructions(cubins[architecture], [symbols[kernel] for kernel in hot])
-            for kernel in hot:
-                found = code_problems(kernel, codes[symbols[kernel]])
+        for architecture, source in product(sorted(set(DISASSEMBLED) & set(architectures)), SOURCES):
+            hot = {kernel: symbols[source][kernel] for kernel in hot_paths() if kernel in symbols[source]}
+            codes = disassembler.instructions(cubins[source, architecture], hot.values())
+            for kernel, symbol in hot.items():
+                found = code_problems(kernel, codes[symbol])
                 problems += [f"{kernel}, sm_{architecture}: {problem}" for problem in found]
     rows = rows_of(resources)
     reason = jit.nvrtc_problem()
