@@ -1,7 +1,8 @@
 """Predicts what bounds the hot CUDA kernels, from bytes and from instructions counted in the disassembly.
 
 An instruction counts if it lies on the longest way through the control-flow graph, less the blocks that a time-first
-call never enters: calls of division subroutines, and 64-bit integer division, which only batch-first layouts need.
+call never enters: calls of division subroutines, and integer division, which only batch-first layouts and the kernels
+that go by channel need.
 Choices such as noise or none, a full or a last segment, then fall on the side that costs more. No GPU is needed.
 """
 
@@ -12,7 +13,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ PAGE = CSRC / "ROOFLINE.md"
 LANES = 4  # neurons a thread
 CHECKPOINT_STEPS = 16
 STEPS = (4, 16, 128)
+ROWS = 16  # that a thread of a kernel that goes by channel has of its four columns
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 FLOAT_ARITHMETIC, FLOAT_CHOICE, MULTIPLY, INTEGER = "float add, multiply", "float compare, select", "IMAD", "integer"
@@ -61,6 +63,14 @@ MULTIPLY_LANES = ALU_LANES = 64
 SPECIAL_LANES = 16
 ISSUE_LANES = 128
 
+# The kernels, and how many elements each moves for one of x.
+MOVED = {
+    "forward": 2, "backward": 3, "moments": 1, "forward normalised": 2, "backward normalised": 3, "input gradient": 3
+}  # fmt: skip
+PLAIN = ("forward", "backward")
+OF_NORMALISATION = ("moments", "forward normalised", "backward normalised", "input gradient")
+BY_CHANNEL = ("moments", "input gradient")
+
 # Instantiating the launchers names no kernel, and brings just those that are called.
 SOURCE = """\
 #include "lif_cuda.cuh"
@@ -92,11 +102,13 @@ class Block(NamedTuple):
     successors: tuple[int, ...]  # their addresses
 
     @property
-    def is_slow(self) -> bool:
+    def calls(self) -> bool:
+        return any(i.name == "CALL" and not is_jump(i) for i in self.instructions)
+
+    @property
+    def divides(self) -> bool:
         # Only division rounds an integer up when it makes it a float.
-        return any(
-            (i.name == "CALL" and not is_jump(i)) or re.match(r"I2F\.U\d+\.RP", i.opcode) for i in self.instructions
-        )
+        return any(re.match(r"I2F\.U\d+\.RP", i.opcode) for i in self.instructions)
 
 
 def blocks_of(code: Sequence[Instruction]) -> dict[int, Block]:
@@ -127,18 +139,25 @@ def blocks_of(code: Sequence[Instruction]) -> dict[int, Block]:
 
 
 class Flow:
-    """The graph of a kernel, and in it the loop that holds the most instructions."""
+    """The graph of a kernel, and in it the loop that holds the most instructions.
 
-    def __init__(self, code: Sequence[Instruction]) -> None:
+    Of a kernel that goes by channel the loop is that within it, if there is one, and integer division counts.
+    """
+
+    def __init__(self, code: Sequence[Instruction], by_channel: bool = False) -> None:
         self._blocks = blocks_of(code)
         entry = code[0].address
         graph = nx.DiGraph((a, b) for a, block in self._blocks.items() for b in block.successors)
-        slow = [address for address in graph if self._blocks[address].is_slow]
+        slow = [a for a in graph if self._blocks[a].calls or (self._blocks[a].divides and not by_channel)]
         graph.remove_nodes_from(slow)
         graph = graph.subgraph({entry} | nx.descendants(graph, entry))
-        loops = [nodes for nodes in nx.strongly_connected_components(graph) if len(nodes) > 1 or self._is_loop(nodes)]
-        self.hot = max(loops, key=self._size)
-        self.head = min(b for a, b in graph.edges if b in self.hot and a not in self.hot)
+        self.hot = max(self._loops(graph), key=self._size)
+        self.head = self._head(graph)
+        if by_channel:
+            once = nx.DiGraph(graph.subgraph(self.hot))
+            once.remove_edges_from(list(once.in_edges(self.head)))
+            self.hot = max(self._loops(once), key=self._size, default=self.hot)
+            self.head = self._head(graph)
         exits = {b for a, b in graph.edges if a in self.hot and b not in self.hot}
         before = graph.subgraph((nx.ancestors(graph, self.head) - self.hot) | {entry})
         after = graph.subgraph(set().union(exits, *(nx.descendants(graph, node) for node in exits)) - self.hot)
@@ -146,8 +165,12 @@ class Flow:
         self.body = self._longest(graph.subgraph(self.hot), self.head)
         self.epilogue = self._longest(after, *exits)
 
-    def _is_loop(self, nodes: set[int]) -> bool:
-        return any(node in self._blocks[node].successors for node in nodes)
+    def _loops(self, graph: nx.DiGraph) -> list[set[int]]:
+        components = nx.strongly_connected_components(graph)
+        return [nodes for nodes in components if len(nodes) > 1 or any(graph.has_edge(node, node) for node in nodes)]
+
+    def _head(self, graph: nx.DiGraph) -> int:
+        return min(b for a, b in graph.edges if b in self.hot and a not in self.hot)
 
     def _size(self, nodes: Iterable[int]) -> int:
         return sum(len(self._blocks[node].instructions) for node in nodes)
@@ -181,6 +204,10 @@ class Flow:
 # ---- instructions an element ----
 
 
+def name_of(kernel: Kernel) -> str:
+    return kernel.kind.split(",")[0].removesuffix(" plain")
+
+
 class Count(NamedTuple):
     """Instructions of one thread: before the loop, in one round of so many steps, after it."""
 
@@ -198,10 +225,10 @@ class Count(NamedTuple):
 
 
 def count(kernel: Kernel, code: Sequence[Instruction]) -> Count:
-    flow = Flow(code)
+    flow = Flow(code, name_of(kernel) in BY_CHANNEL)
     bits = 8 * LANES * ELEMENT_BYTES[kernel.dtype]
-    # One access a step. Loads of forward are of x alone, and stores of backward of dx alone, in their loops.
-    verb = "LDG" if kernel.kind.startswith("forward") else "STG"
+    # One access a step or row. Loads of forward and of moments are of x alone, stores of the others of dx alone.
+    verb = "LDG" if kernel.kind.startswith(("forward", "moments")) else "STG"
     steps = sum(i.name == verb and i.bits == bits for i in flow.body)
     prologue, body, epilogue = (Counter(map(class_of, part)) for part in (flow.prologue, flow.body, flow.epilogue))
     return Count(prologue, body, epilogue, steps)
@@ -217,19 +244,29 @@ def hot_kernels(nvcc: Nvcc, disassembler: Disassembler, architecture: int) -> It
         directory = Path(name)
         source = directory / "hot.cu"
         source.write_text(SOURCE.format("\n".join(instantiations)))
-        nvcc.to_ptx(source, directory)
-        cubin, log = nvcc.to_cubin(directory, source.stem, architecture)
-        hot = {kernel_of(symbol): symbol for symbol in usages(log) if "plain" in kernel_of(symbol).kind}
-        codes = disassembler.instructions(cubin, hot.values())
-        for kernel in sorted(hot, key=lambda k: (not k.kind.startswith("forward"), len(k.kind), k.kind, k.dtype)):
-            yield kernel, count(kernel, codes[hot[kernel]])
+        for each in (source, CSRC / "batch_norm_cuda.cu"):
+            nvcc.to_ptx(each, directory)
+            cubin, log = nvcc.to_cubin(directory, each.stem, architecture)
+            hot = {kernel_of(symbol): symbol for symbol in usages(log) if is_hot(kernel_of(symbol))}
+            codes = disassembler.instructions(cubin, hot.values())
+            for kernel, symbol in hot.items():
+                yield kernel, count(kernel, codes[symbol])
+
+
+def is_hot(kernel: Kernel) -> bool:
+    # The general kernels have the names of the plain ones, less a word.
+    of_neurons = "plain" in kernel.kind or "normalised" in kernel.kind
+    return of_neurons or (kernel.kind.endswith("4 columns") and kernel.dtype in ELEMENT_BYTES)
 
 
 # ---- prediction ----
 
 
 class Prediction(NamedTuple):
-    """Of one kernel at one length on one card; times in picoseconds an element, the card as a whole."""
+    """Of one kernel at one length on one card; times in picoseconds an element, the card as a whole.
+
+    A kernel that goes by channel does the same whatever the length; its `steps` are 0.
+    """
 
     card: str
     kernel: str
@@ -257,11 +294,10 @@ class Prediction(NamedTuple):
 
 
 def predict(card: Card, kernel: Kernel, counted: Count, steps: int) -> Prediction:
-    way = kernel.kind.split()[0]
-    size = ELEMENT_BYTES[kernel.dtype]
-    floor_bytes = {"forward": 2, "backward": 3}[way] * size
-    checkpoints = 4 * (-(-steps // CHECKPOINT_STEPS) - 1) / steps
-    instructions = counted.per_element(steps)
+    name = name_of(kernel)
+    floor_bytes = MOVED[name] * ELEMENT_BYTES[kernel.dtype]
+    checkpoints = 4 * (-(-steps // CHECKPOINT_STEPS) - 1) / steps if steps else 0
+    instructions = counted.per_element(steps or ROWS)
     pipes = {
         "FMA": (instructions[FLOAT_ARITHMETIC] + instructions[MULTIPLY]) / card.float_lanes,
         "IMAD": instructions[MULTIPLY] / MULTIPLY_LANES,
@@ -272,7 +308,7 @@ def predict(card: Card, kernel: Kernel, counted: Count, steps: int) -> Predictio
     cycle = 1e12 / (card.multiprocessors * card.clock)
     return Prediction(
         card=card.name,
-        kernel=way,
+        kernel=name,
         dtype=kernel.dtype,
         steps=steps,
         bytes=floor_bytes + checkpoints,
@@ -294,7 +330,7 @@ def is_launched(kernel: Kernel, steps: int) -> bool:
 def predictions(nvcc: Nvcc, disassembler: Disassembler) -> Iterator[Prediction]:
     for card in CARDS:
         for kernel, counted in hot_kernels(nvcc, disassembler, card.architecture):
-            for steps in STEPS:
+            for steps in (0,) if name_of(kernel) in BY_CHANNEL else STEPS:
                 if is_launched(kernel, steps):
                     yield predict(card, kernel, counted, steps)
 
@@ -322,6 +358,13 @@ Time: a multiprocessor starts four warp instructions a cycle, those of 128 threa
 {lanes} float additions and multiplications a cycle, of which {multiply} may be `IMAD`; its ALU pipe takes {alu}
 comparisons, selections, logic and integer additions (CUDA C++ Programming Guide, throughput of native arithmetic
 instructions). The longest of memory, issue and busiest pipe is the time: perfect overlap is assumed.
+
+`batch_norm_lif` in training is four passes: moments reads x; forward reads x and writes s; backward reads x and the
+gradient and writes the gradient of the normalised input, times its gain; the input gradient reads that and x and writes
+dx in its place. That is {moved} elements, {moved_bytes} bytes in float32, and the floor is a copy that moves as many.
+Forward and backward are then the normalised kernels (RESOURCES.md). Backward loads x twice, the second time from L1 or
+L2, which it has just come through: the bytes count it once. Moments and the input gradient are counted for the {rows}
+rows of four columns that a thread has, with the integer division by which it finds them.
 """
 
 CAVEATS = """\
@@ -333,6 +376,10 @@ CAVEATS = """\
   A card at its power limit runs slower, its memory does not, so that instructions bind sooner.
 - Bandwidth is that of the data sheet; no kernel quite reaches it, the multiply neither. Where memory binds that
   cancels in the ratio; where instructions do the true ratio is lower.
+- What batch normalisation does once for each channel: coefficients, adjoint, the last sums of the gradients of gain and
+  bias. Of the seven rounds in which a block joins its moments two count, as many as a warp takes part in on average.
+  Double precision counts at the rate of special functions, and is faster on both cards. Whether the second load of x
+  hits depends on the cache: if none did, backward would move a third more.
 - `IMAD.WIDE` counts as one `IMAD`; the guide does not tell them apart. Uniform instructions count only as issued.
 """
 
@@ -344,6 +391,37 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines) + "\n"
 
 
+def row_of(p: Prediction) -> tuple[str, ...]:
+    return (
+        f"{p.kernel} {p.dtype}", str(p.steps or "any"), f"{p.bytes:.2f}", f"{sum(p.instructions.values()):.1f}",
+        f"{p.memory:.2f}", f"{p.issue:.2f}", f"{p.pipes:.2f} {p.busiest}", p.binds, f"{p.ratio:.2f}",
+    )  # fmt: skip
+
+
+def row_of_sum(those: Sequence[Prediction], dtype: str, steps: int) -> tuple[str, ...]:
+    def total(get: Callable[[Prediction], float]) -> float:
+        return sum(get(p) for p in those)
+
+    return (
+        f"all four {dtype}", str(steps), f"{total(lambda p: p.bytes):.2f}",
+        f"{total(lambda p: sum(p.instructions.values())):.1f}", f"{total(lambda p: p.memory):.2f}",
+        f"{total(lambda p: p.issue):.2f}", "", "", f"{total(lambda p: p.time) / total(lambda p: p.floor):.2f}",
+    )  # fmt: skip
+
+
+def rows_of_normalisation(found: Sequence[Prediction]) -> Iterator[tuple[str, ...]]:
+    """Each kernel, and for each length what the four take together."""
+    for dtype in ELEMENT_BYTES:
+        mine = [p for p in found if p.dtype == dtype and p.kernel in OF_NORMALISATION]
+        for p in sorted(mine, key=lambda p: (OF_NORMALISATION.index(p.kernel), p.steps)):
+            yield row_of(p)
+        for steps in STEPS:
+            yield row_of_sum([p for p in mine if p.steps in (0, steps)], dtype, steps)
+
+
+COLUMNS = ("", "T", "bytes", "instructions", "memory", "issue", "busiest pipe", "binds")
+
+
 def page(found: Sequence[Prediction], version: str) -> str:
     parts = [
         HEAD.format(
@@ -351,37 +429,23 @@ def page(found: Sequence[Prediction], version: str) -> str:
             checkpoint=CHECKPOINT_STEPS,
             multiply=MULTIPLY_LANES,
             alu=ALU_LANES,
+            rows=ROWS,
+            moved=sum(MOVED[name] for name in OF_NORMALISATION),
+            moved_bytes=sum(MOVED[name] for name in OF_NORMALISATION) * ELEMENT_BYTES["float32"],
             lanes=" or ".join(f"{card.float_lanes} ({card.name.split()[0]})" for card in CARDS),
         )
     ]
     for card in CARDS:
+        of_card = [p for p in found if p.card == card.name]
         mine = sorted(
-            (p for p in found if p.card == card.name),
-            key=lambda p: (p.kernel == "backward", p.dtype != "float32", p.steps),
+            (p for p in of_card if p.kernel in PLAIN),
+            key=lambda p: (PLAIN.index(p.kernel), p.dtype != "float32", p.steps),
         )
         parts.append(
             f"## {card.name}\n\n{card.bandwidth / 1e12:g} TB/s, {card.multiprocessors} multiprocessors at "
             f"{card.clock / 1e9:g} GHz, sm_{card.architecture}. Times are picoseconds an element, of the whole card.\n"
         )
-        parts.append(
-            table(
-                ("", "T", "bytes", "instructions", "memory", "issue", "busiest pipe", "binds", "times the multiply"),
-                (
-                    (
-                        f"{p.kernel} {p.dtype}",
-                        str(p.steps),
-                        f"{p.bytes:.2f}",
-                        f"{sum(p.instructions.values()):.1f}",
-                        f"{p.memory:.2f}",
-                        f"{p.issue:.2f}",
-                        f"{p.pipes:.2f} {p.busiest}",
-                        p.binds,
-                        f"{p.ratio:.2f}",
-                    )
-                    for p in mine
-                ),
-            )
-        )
+        parts.append(table((*COLUMNS, "times the multiply"), map(row_of, mine)))
         parts.append("Instructions an element, by class:\n")
         parts.append(
             table(
@@ -392,6 +456,8 @@ def page(found: Sequence[Prediction], version: str) -> str:
                 ),
             )
         )
+        parts.append("Batch normalisation in front of the neuron:\n")
+        parts.append(table((*COLUMNS, "times the copy"), rows_of_normalisation(of_card)))
     parts.append(CAVEATS)
     return "\n".join(parts)
 
