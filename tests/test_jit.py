@@ -19,11 +19,17 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import asgl_cuda
-from asgl_cuda import backends, jit, launch
+from asgl_cuda import backends, batch_norm_launch, jit, launch
 from asgl_cuda.kernel_params import STRUCTURES
 
-FORWARD = launch.forward_kernel(torch.float32, 0, True, 4, True)
-BACKWARD = launch.backward_kernel(torch.float32, 0, True, 4, True, 4)
+FORWARD = launch.forward_kernel(torch.float32, 0, True, 4, launch.PLAIN)
+BACKWARD = launch.backward_kernel(torch.float32, 0, True, 4, launch.PLAIN, 4)
+OF_BATCH_NORM = (
+    launch.forward_kernel(torch.float32, 0, True, 4, launch.NORMALISED),
+    launch.backward_kernel(torch.float32, 0, True, 4, launch.NORMALISED, 4),
+    batch_norm_launch.moments_kernel(torch.float32, 4),
+    batch_norm_launch.input_gradient_kernel(torch.float32, 4),
+)
 
 
 @pytest.fixture
@@ -127,7 +133,7 @@ print(time.perf_counter() - started)
 @pytest.mark.usefixtures("nvrtc")
 def test_arithmetic_is_that_of_the_reference():
     """No contraction, and subnormal numbers are not flushed to zero, which CuPy's own compilation always asks for."""
-    for kernel in (FORWARD, BACKWARD):
+    for kernel in (FORWARD, BACKWARD, *OF_BATCH_NORM):
         (binary,), _ = jit.compile_kernels([kernel], "compute_80")
         ptx = binary.image.decode()
         assert "mul.rn.f32" in ptx
@@ -410,7 +416,7 @@ PROBLEMS = [
     (with_cupy_for_rocm, "is a build for ROCm", FOR_13),
     (without_device, "torch finds no CUDA device: ", "torch.cuda.is_available() is False"),
     (without_device_of_cupy, "CuPy finds no CUDA device, though torch does: cudaErrorInsufficientDriver", ""),
-    (without_headers, "lif_kernels.cuh, which was installed with asgl_cuda, is gone", "--no-deps asgl_cuda"),
+    (without_headers, f"{jit.HEADER}, which was installed with asgl_cuda, is gone", "--no-deps asgl_cuda"),
     (without_nvrtc, "NVRTC, which compiles the kernels, is missing", FOR_13),
     (with_headers_that_do_not_compile, "a first kernel could not be compiled and loaded: ", "log: error: no"),
 ]
