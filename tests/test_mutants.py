@@ -104,7 +104,7 @@ MUTANTS = {
         "store_partial(slots, run_of(place, params.parameters[id]), place.live, sum)",
         "store_partial(slots, {0, 0, kBlockThreads}, place.live, sum)",
     ),
-    "too short a segment": launchers("steps <= 4 ?", "steps <= 5 ?"),
+    "too short a segment": launchers("steps <= 4 ", "steps <= 5 "),
     "no barrier before moments are joined": channels(f"= own;\n{BARRIER}", "= own;"),
     "no barrier between ways": NO_BARRIER_OF_CHANNELS,
     "no barrier between neighbours": channels(
