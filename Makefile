@@ -19,7 +19,8 @@ demo: setup  ## train a network with the plain and with the fused neuron, compar
 	@$(RUN) -m benchmarks.demo
 
 test: setup  ## run all tests
-	@$(RUN) -m pytest
+	@# The processes have threads of their own: those that wait must not take a core from those that work.
+	@OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --dist worksteal
 
 sanitize:  ## run the emulated CUDA kernels under AddressSanitizer, UBSan and ThreadSanitizer
 	@$(PYTHON) tests/sanitize.py
