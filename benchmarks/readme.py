@@ -127,8 +127,8 @@ def end_to_end(report: dict[str, Any]) -> str:
     heads = [f"{name}, {report['networks'][name]['input_shape']}" for name in report["networks"]]
     return "\n".join(
         (
-            "A whole training step, and the share of the neuron layers in it, on the same machine; in a fused block the "
-            "share is that of the batch normalisations, too:",
+            "A whole training step, and the share of the neuron layers in it, on the same machine; in a fused block "
+            "the share is that of the batch normalisations, too:",
             "",
             *markdown_table(["", *heads], rows),
         )
