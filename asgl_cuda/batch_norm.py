@@ -144,6 +144,22 @@ def by_channel(value: Tensor, channel: int, x_seq: Tensor) -> Tensor:
     return value.reshape([-1] + [1] * (x_seq.dim() - 1 - channel))
 
 
+def _sharing(process_group: Any) -> Any:
+    """The group if there is more than one process in it, else None."""
+    if process_group is None:
+        return None
+    if process_group == "world":
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return None
+        process_group = torch.distributed.group.WORLD
+    elif not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f'{_CALLER}: process_group must be a process group that this process is in, "world" or None, '
+            f"got {process_group!r}"
+        )
+    return process_group if torch.distributed.get_world_size(process_group) > 1 else None
+
+
 def _gathered(statistics: Tensor, group: Any) -> Tensor:
     """Those of all processes, [processes, C, 3]."""
     parts = [torch.empty_like(statistics) for _ in range(torch.distributed.get_world_size(group))]
@@ -209,8 +225,8 @@ def batch_norm_lif(
         momentum: how much of the running statistics a call in training replaces: a float, or a tensor of one value.
         eps: added to the variance.
         input_scale: factor on the normalised input; `alpha * v_threshold` for the tdBN of Zheng et al., AAAI 2021.
-        process_group: in training, share the statistics with these processes (`torch.distributed.group.WORLD`: all), as
-            `torch.nn.SyncBatchNorm` does. All must call.
+        process_group: in training, share the statistics with these processes, as `torch.nn.SyncBatchNorm` does; all
+            must call. "world": with all there are, none where torch.distributed is not initialised.
 
     The other arguments, what is returned and what is raised are as in `asgl_cuda.lif`. Differentiable once, also
     with respect to weight and bias. Statistics are of float64, from sums that do not cancel, and nothing is rounded
@@ -243,9 +259,7 @@ def batch_norm_lif(
         check_number("momentum", momentum, _CALLER, "a float or a tensor")
     eps = check_number("eps", eps, _CALLER)
     input_scale = check_number("input_scale", input_scale, _CALLER)
-    group = process_group if training else None
-    if group is not None and torch.distributed.get_world_size(group) == 1:
-        group = None
+    group = _sharing(process_group) if training else None
     if training and group is None and x_seq.numel() <= channels:
         raise ValueError(
             f"{_CALLER}: training needs more than one value a channel, got x_seq of shape {list(x_seq.shape)}"

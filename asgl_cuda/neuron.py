@@ -247,8 +247,8 @@ class BatchNormLIF(LIF):
         num_features: number of channels; for granularity "neuron" the shape of the neurons, channels first.
         eps, momentum, affine, track_running_stats: as in `torch.nn.BatchNorm2d`.
         input_scale: factor on the normalised input; `alpha * v_threshold` for tdBN.
-        process_group: share the statistics of training with these processes, as `torch.nn.SyncBatchNorm` does:
-            `torch.distributed.group.WORLD` for all.
+        process_group: share the statistics of training with these processes, as `torch.nn.SyncBatchNorm` does; "world":
+            with all there are when it is called. A layer with a group can't be copied or pickled, one with "world" can.
         lif_options: those of `LIF`.
 
     The parameters and buffers of the normalisation have the names that `torch.nn.BatchNorm2d` gives them, those of the

@@ -1,5 +1,8 @@
 """Statistics that processes share: two with half of a batch each compute what one computes with all of it."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import asgl_cuda
+from asgl_cuda.nir import OverTime
 
 PROCESSES = 2
 BATCHES = (3, 5)  # of unequal size
@@ -29,11 +33,16 @@ def share(x_seq, rank):
 def network(backend, group=None):
     """Two layers, so that the gradient of the second's input goes through the first."""
     torch.manual_seed(0)
+    lif_options = {"surrogate": "sigmoid", "backend": backend, "analog_prob": 1.0}
     return nn.Sequential(
-        asgl_cuda.BatchNormLIF(3, surrogate="sigmoid", backend=backend, analog_prob=1.0, process_group=group),
+        asgl_cuda.BatchNormLIF(3, process_group=group, **lif_options),
         nn.Linear(5, 4),
-        asgl_cuda.BatchNormLIF(3, surrogate="sigmoid", backend=backend, analog_prob=1.0, process_group=group),
+        asgl_cuda.BatchNormLIF(3, process_group="world", **lif_options),
     ).double()
+
+
+def pair(backend, norm):
+    return nn.Sequential(OverTime(norm), asgl_cuda.LIF(surrogate="sigmoid", backend=backend, analog_prob=1.0)).double()
 
 
 def trained(model, module, x_seq, steps=2):
@@ -64,6 +73,13 @@ def sum_of_gradients(_, bucket):
     return future.then(lambda done: done.value()[0])
 
 
+def train_fused(rank, backend):
+    """SyncBatchNorm, which has no kernels for the CPU of its own."""
+    model, _ = asgl_cuda.fuse(pair(backend, nn.SyncBatchNorm(3)))
+    s_seq, grad = trained(model, model, share(joint_batch(), rank), steps=1)
+    return s_seq, grad, model.state_dict()
+
+
 def with_an_empty_share(rank):
     layer = asgl_cuda.BatchNormLIF(3, analog_prob=0.0, process_group=dist.group.WORLD)
     leaf = (unshared() if rank == 0 else torch.zeros(4, 0, 3, 5)).requires_grad_()
@@ -80,6 +96,7 @@ def in_process(rank, folder, backends):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
     found = {(name, wrapped): train_in_process(rank, name, wrapped) for name in backends for wrapped in (False, True)}
+    found |= {(name, "fused"): train_fused(rank, name) for name in backends}
     found["empty"] = with_an_empty_share(rank)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -93,19 +110,28 @@ def results(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
+def check(results, module, case, same_weights):
+    """Against a module that trains with the joint batch."""
+    s_seq, grad = trained(module, module, joint_batch(), steps=2 if same_weights else 1)
+    for rank, result in enumerate(results):
+        own_s_seq, own_grad, state = result[case]
+        torch.testing.assert_close(own_s_seq, share(s_seq, rank), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(own_grad, share(grad, rank), rtol=1e-9, atol=1e-12)
+        for key, value in module.state_dict().items():
+            if same_weights or "running" in key or "tracked" in key:
+                torch.testing.assert_close(state[key], value, rtol=1e-10, atol=1e-12, msg=key)
+
+
 @pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "DistributedDataParallel"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_two_processes_are_as_one_with_the_joint_batch(results, name, wrapped):
     """Spikes, gradients, running statistics and, where the processes share gradients, weights after two steps."""
-    module = network(name)
-    s_seq, grad = trained(module, module, joint_batch(), steps=2 if wrapped else 1)
-    for rank, result in enumerate(results):
-        own_s_seq, own_grad, state = result[name, wrapped]
-        torch.testing.assert_close(own_s_seq, share(s_seq, rank), rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(own_grad, share(grad, rank), rtol=1e-9, atol=1e-12)
-        for key, value in module.state_dict().items():
-            if wrapped or "running" in key or "tracked" in key:
-                torch.testing.assert_close(state[key], value, rtol=1e-10, atol=1e-12, msg=key)
+    check(results, network(name), (name, wrapped), same_weights=wrapped)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_fused_sync_batch_norm_is_one_batch_norm_of_the_joint_batch(results, name):
+    check(results, pair(name, nn.BatchNorm1d(3)), (name, "fused"), same_weights=False)
 
 
 def test_a_process_without_samples_takes_part(results):
@@ -120,11 +146,26 @@ def test_a_process_without_samples_takes_part(results):
 
 
 def test_a_group_of_one_process_is_none(tmp_path):
+    world = asgl_cuda.BatchNormLIF(3, process_group="world")
+    world(torch.randn(2, 1, 3))  # before there are processes
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/alone", rank=0, world_size=1)
     try:
-        layer = asgl_cuda.BatchNormLIF(3, process_group=dist.group.WORLD)
-        with pytest.raises(ValueError, match="more than one value a channel"):
-            layer(torch.ones(1, 1, 3))
-        layer(torch.randn(2, 1, 3))
+        for layer in (asgl_cuda.BatchNormLIF(3, process_group=dist.group.WORLD), world):
+            with pytest.raises(ValueError, match="more than one value a channel"):
+                layer(torch.ones(1, 1, 3))
+            layer(torch.randn(2, 1, 3))
     finally:
         dist.destroy_process_group()
+
+
+def test_a_layer_of_all_processes_can_be_copied():
+    layer = asgl_cuda.BatchNormLIF(3, process_group="world")
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert again.process_group == "world"
+
+
+@pytest.mark.parametrize("group", ["World", 0, dist.GroupMember.NON_GROUP_MEMBER])
+def test_no_process_group(group):
+    message = 'process_group must be a process group that this process is in, "world" or None, got'
+    with pytest.raises(TypeError, match=message):
+        asgl_cuda.BatchNormLIF(3, process_group=group)(torch.randn(2, 1, 3))

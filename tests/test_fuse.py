@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import types
 
 import authors_code
 import norse.torch as norse
@@ -928,7 +927,7 @@ def test_a_model_without_normalisations():
 
 
 def test_processes_that_share_their_statistics(monkeypatch):
-    """Those of the layer, or all, where there are some; a BatchNorm has its own."""
+    """Those of the layer, or all there are; a BatchNorm has its own. tests/test_distributed.py has two processes."""
     from asgl_cuda.interop import normalised
 
     asked = []
@@ -939,12 +938,7 @@ def test_processes_that_share_their_statistics(monkeypatch):
     )
     for norm in (nn.SyncBatchNorm(C), nn.SyncBatchNorm(C, process_group="some"), nn.BatchNorm1d(C)):
         asgl_cuda.fuse(nn.Sequential(OverTime(norm), asgl_cuda.LIF()), inplace=True)[0](torch.randn(T, B, C))
-    assert asked == [None, None, None]
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "group", types.SimpleNamespace(WORLD="all"))
-    for norm in (nn.SyncBatchNorm(C), nn.SyncBatchNorm(C, process_group="some"), nn.BatchNorm1d(C)):
-        asgl_cuda.fuse(nn.Sequential(OverTime(norm), asgl_cuda.LIF()), inplace=True)[0](torch.randn(T, B, C))
-    assert asked[3:] == ["all", "some", None]
+    assert asked == ["world", "some", None]
 
 
 def test_nir_wants_them_apart():
