@@ -29,8 +29,10 @@ ROOT = Path(__file__).parents[1]
 # Of these no test touches the GPU, and some take minutes.
 IGNORED = (
     "--ignore=tests/test_build.py",
+    "--ignore=tests/test_distributed.py",
     "--ignore=tests/test_emulation.py",
     "--ignore=tests/test_end_to_end.py",
+    "--ignore=tests/test_fuse.py",
     "--ignore=tests/test_kernel_params.py",
     "--ignore=tests/test_launches.py",
     "--ignore=tests/test_mutants.py",
