@@ -1,9 +1,6 @@
 """Mistakes seeded in the CUDA kernels and launchers: the programs in tests/emulation find every one of them."""
 
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import NamedTuple
@@ -13,6 +10,8 @@ import pytest
 import sanitize
 
 Outcome = CompletedProcess[str]
+
+pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler")
 
 # The orders in which the threads of a block get to run. A missing barrier need not show in all of them.
 ORDERS = ("middle", "ascending", "descending", "1", "2")
@@ -174,12 +173,6 @@ def first_failure(mutant: Mutant, directory: Path) -> Outcome:
     return result
 
 
-def under_sanitizer(mutant: Mutant, flags: tuple[str, ...], argument: str, directory: Path) -> Outcome:
-    program = directory / "program"
-    sanitize.build(mutant.program, program, ["-O0", "-g", *flags], mutated_csrc(mutant, directory))
-    return sanitize.run(program, argument)
-
-
 # Mutant, sanitizer and what its report says.
 SANITIZED = {
     "race of neurons": (NO_BARRIER, sanitize.THREAD, "data race"),
@@ -189,22 +182,8 @@ SANITIZED = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Outcome]]]:
-    """The failure of every mutant, by its name, all on their way at the same time."""
-    if emulated.compiler() is None:
-        pytest.skip("no C++ compiler")
-    tasks = {name: partial(first_failure, mutant) for name, mutant in MUTANTS.items()}
-    tasks |= {name: partial(under_sanitizer, mutant, flags, "small") for name, (mutant, flags, _) in SANITIZED.items()}
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(task, tmp_path_factory.mktemp("mutant")) for name, task in tasks.items()}
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.fixture(scope="module", params=["kernels_test", "batch_norm_test"])
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if emulated.compiler() is None:
-        pytest.skip("no C++ compiler")
     path = tmp_path_factory.mktemp("kernels") / request.param
     sanitize.build(request.param, path, ["-O1"])
     return path
@@ -217,13 +196,16 @@ def test_kernels_are_right(program, order):
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_found(outcomes, name):
-    result = outcomes[name].result()
+def test_mutant_is_found(name, tmp_path):
+    result = first_failure(MUTANTS[name], tmp_path)
     assert result.returncode != 0, f"{MUTANTS[name]} passes: {result.stdout}"
 
 
 @pytest.mark.parametrize("name", SANITIZED)
-def test_sanitizer_finds_mutant(outcomes, name):
-    result = outcomes[name].result()
+def test_sanitizer_finds_mutant(name, tmp_path):
+    mutant, flags, report = SANITIZED[name]
+    program = tmp_path / "program"
+    sanitize.build(mutant.program, program, ["-O0", "-g", *flags], mutated_csrc(mutant, tmp_path))
+    result = sanitize.run(program, "small")
     assert result.returncode != 0
-    assert SANITIZED[name][2] in result.stderr, result.stdout + result.stderr
+    assert report in result.stderr, result.stdout + result.stderr
