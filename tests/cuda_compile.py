@@ -3,12 +3,13 @@
 What fails: a kernel that does not compile or that the table lacks; a spill or a stack that the table lacks; on the
 architectures that count, any of those, narrow accesses or local memory in the default paths; glue that does not compile
 against the installed torch. A change of registers is only reported. Everything is compiled as setup.py has it: to PTX
-for compute_75 and compute_80, and from that for each architecture.
+for compute_75 and compute_80, and from that for each architecture. Those for which ptxas makes the code of another are
+compiled with --update alone, which fails where they take other registers.
 
-NVRTC compiles what asgl_cuda/launch.py can ask for, as asgl_cuda/jit.py has it, for some architectures. What fails: a
-kernel that nvcc's build lacks or has beyond; a spill that nvcc's does not have; and, where NVRTC is of nvcc's version
-and both go by the same PTX version, other registers than nvcc's. The general backward kernel may have others, as long
-as as many blocks fit on a multiprocessor: NVRTC's front end puts its many values in another order.
+NVRTC compiles what asgl_cuda/launch.py can ask for, as asgl_cuda/jit.py has it, for two architectures, with --update
+for four. What fails: a kernel that nvcc's build lacks or has beyond; a spill that nvcc's does not have; and, where NVRTC
+is of nvcc's version and both go by the same PTX version, other registers than nvcc's. The general backward kernel may
+have others, as long as as many blocks fit on a multiprocessor: NVRTC's front end puts its many values in another order.
 """
 
 from __future__ import annotations
@@ -53,10 +54,13 @@ HOT_KINDS_OF_CHANNELS = ("moments, 4 columns", "input gradient, 4 columns")
 DEFAULT_KINDS_OF_CHANNELS = (*HOT_KINDS_OF_CHANNELS, "moments, 1 column", "input gradient, 1 column")
 DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DISASSEMBLED = (80, 90, 100)
+# Bit for bit, of every kernel, by nvcc 13.0.
+SAME_CODE = {88: 86, 89: 86, 121: 120}
 ACCESS_BITS = {"float32": 128, "bfloat16": 64}
 NVRTC_ARCHITECTURES = (75, 80, 90, 120)
 # For these NVRTC's PTX is not that of compute_80, which setup.py has nvcc make.
 OTHER_PTX_FROM = 100
+NVRTC_WITHOUT_UPDATE = (80, 120)  # one before and one from there on
 FREE_KINDS = ("backward, 1 neuron", "backward, 4 neurons")
 MULTIPROCESSOR_REGISTERS = 65536
 # Kernels that NVRTC compiles at a time: the headers are read anew each time, and the last should not take long.
@@ -214,6 +218,14 @@ def compare(rows: Sequence[Row], version: str, committed: Sequence[Row], committ
     expected = spills_in(committed)
     problems += [f"a new spill or stack: {kernel}, {a}" for kernel, a in sorted(spills_in(rows) - expected)]
     return Findings(problems, notes)
+
+
+def same_code_problems(resources: Resources) -> Iterator[str]:
+    """Where both have been compiled."""
+    for kernel, usages in resources.items():
+        for architecture, other in SAME_CODE.items():
+            if architecture in usages and other in usages and usages[architecture] != usages[other]:
+                yield f"sm_{architecture} no longer has the code of sm_{other}: {kernel}"
 
 
 def default_path_problems(resources: Resources) -> Iterator[str]:
@@ -381,7 +393,11 @@ def main() -> int:
     )
     parser.add_argument("--update", action="store_true", help=f"write {TABLE.relative_to(CSRC.parent)}")
     parser.add_argument(
-        "--architectures", type=int, nargs="+", metavar="90", help="only these (default: all from 75 that nvcc knows)"
+        "--architectures",
+        type=int,
+        nargs="+",
+        metavar="90",
+        help="only these (default: see above)",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: one a core)")
     arguments = parser.parse_args()
@@ -397,7 +413,8 @@ def main() -> int:
 
 def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
     start = time.monotonic()
-    architectures = arguments.architectures or nvcc.architectures
+    known = [architecture for architecture in nvcc.architectures if arguments.update or architecture not in SAME_CODE]
+    architectures = arguments.architectures or known
     resources: dict[Kernel, dict[int, Usage]] = defaultdict(dict)
     symbols: dict[Path, dict[Kernel, str]] = defaultdict(dict)  # by source
     cubins: dict[tuple[Path, int], Path] = {}
@@ -416,7 +433,7 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
     names = ", ".join(f"sm_{architecture}" for architecture in architectures)
     print(f"nvcc {nvcc.version}: {len(resources)} kernels for {names}; the glue; {time.monotonic() - start:.0f} s")
 
-    problems = list(default_path_problems(resources))
+    problems = [*same_code_problems(resources), *default_path_problems(resources)]
     disassembler = Disassembler.find()
     if disassembler is None:
         print(
@@ -424,12 +441,17 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
             "nvidia-cuda-nvdisasm"
         )
     else:
-        for architecture, source in product(sorted(set(DISASSEMBLED) & set(architectures)), SOURCES):
+
+        def disassemble(job: tuple[int, Path]) -> list[str]:
+            architecture, source = job
             hot = {kernel: symbols[source][kernel] for kernel in hot_paths() if kernel in symbols[source]}
             codes = disassembler.instructions(cubins[source, architecture], hot.values())
-            for kernel, symbol in hot.items():
-                found = code_problems(kernel, codes[symbol])
-                problems += [f"{kernel}, sm_{architecture}: {problem}" for problem in found]
+            found = ((kernel, code_problems(kernel, codes[symbol])) for kernel, symbol in hot.items())
+            return [f"{kernel}, sm_{architecture}: {problem}" for kernel, those in found for problem in those]
+
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for found in pool.map(disassemble, product(sorted(set(DISASSEMBLED) & set(architectures)), SOURCES)):
+                problems += found
     rows = rows_of(resources)
     reason = jit.nvrtc_problem()
     if reason is not None:
@@ -437,7 +459,8 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
     else:
         start = time.monotonic()
         version = jit.nvrtc_version()
-        chosen = sorted(set(NVRTC_ARCHITECTURES) & set(architectures))
+        wanted = NVRTC_ARCHITECTURES if arguments.update else NVRTC_WITHOUT_UPDATE
+        chosen = sorted(set(wanted) & set(architectures))
         found = nvrtc_resources(chosen, arguments.jobs)
         names = ", ".join(f"sm_{architecture}" for architecture in chosen)
         print(f"NVRTC {version}: {len(found)} kernels for {names}; {time.monotonic() - start:.0f} s")

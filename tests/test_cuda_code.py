@@ -109,6 +109,13 @@ def test_a_change_of_registers_is_noted_where_nvcc_is_the_same():
     assert cuda_compile.compare(rows, "13.1.5", committed, "13.0.88") == ([], [])
 
 
+def test_architectures_that_no_longer_have_the_code_of_another():
+    same = {FORWARD: {86: FINE, 89: FINE, 90: SPILLING}, BACKWARD: {89: FINE, 90: SPILLING}}
+    assert list(cuda_compile.same_code_problems(same)) == []
+    other = {FORWARD: {86: FINE, 88: FINE, 89: FINE._replace(registers=41)}}
+    assert list(cuda_compile.same_code_problems(other)) == [f"sm_89 no longer has the code of sm_86: {FORWARD}"]
+
+
 def test_default_paths_must_be_there_and_not_spill():
     resources = {kernel: {80: FINE, 90: FINE} for kernel in cuda_compile.default_paths()}
     assert list(cuda_compile.default_path_problems(resources)) == []
