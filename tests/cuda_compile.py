@@ -7,9 +7,9 @@ for compute_75 and compute_80, and from that for each architecture. Those for wh
 compiled with --update alone, which fails where they take other registers.
 
 NVRTC compiles what asgl_cuda/launch.py can ask for, as asgl_cuda/jit.py has it, for two architectures, with --update
-for four. What fails: a kernel that nvcc's build lacks or has beyond; a spill that nvcc's does not have; and, where NVRTC
-is of nvcc's version and both go by the same PTX version, other registers than nvcc's. The general backward kernel may
-have others, as long as as many blocks fit on a multiprocessor: NVRTC's front end puts its many values in another order.
+for four. What fails: a kernel that nvcc's build lacks or has beyond; a spill that nvcc's does not have; and, where
+NVRTC is of nvcc's version and both go by the same PTX version, other registers than nvcc's. The general backward kernel
+may have others, as long as as many blocks fit on a multiprocessor: NVRTC's front end orders its many values otherwise.
 """
 
 from __future__ import annotations
