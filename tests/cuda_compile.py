@@ -25,6 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -281,6 +282,23 @@ def code_problems(kernel: Kernel, code: Sequence[Instruction]) -> Iterator[str]:
             yield f"{narrow} {verb} of fewer than {bits} bits, expected at most {most_narrow}"
 
 
+def hot_path_problems(
+    disassembler: Disassembler,
+    cubins: dict[tuple[Path, int], Path],
+    symbols: dict[Path, dict[Kernel, str]],
+    architecture: int,
+) -> list[str]:
+    """Of all sources."""
+    problems = []
+    for source in SOURCES:
+        hot = {kernel: symbols[source][kernel] for kernel in hot_paths() if kernel in symbols[source]}
+        codes = disassembler.instructions(cubins[source, architecture], hot.values())
+        for kernel, symbol in hot.items():
+            found = code_problems(kernel, codes[symbol])
+            problems += [f"{kernel}, sm_{architecture}: {problem}" for problem in found]
+    return problems
+
+
 # ---- compilation ----
 
 
@@ -441,16 +459,9 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
             "nvidia-cuda-nvdisasm"
         )
     else:
-
-        def disassemble(job: tuple[int, Path]) -> list[str]:
-            architecture, source = job
-            hot = {kernel: symbols[source][kernel] for kernel in hot_paths() if kernel in symbols[source]}
-            codes = disassembler.instructions(cubins[source, architecture], hot.values())
-            found = ((kernel, code_problems(kernel, codes[symbol])) for kernel, symbol in hot.items())
-            return [f"{kernel}, sm_{architecture}: {problem}" for kernel, those in found for problem in those]
-
+        disassembled = sorted(set(DISASSEMBLED) & set(architectures))
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            for found in pool.map(disassemble, product(sorted(set(DISASSEMBLED) & set(architectures)), SOURCES)):
+            for found in pool.map(partial(hot_path_problems, disassembler, cubins, symbols), disassembled):
                 problems += found
     rows = rows_of(resources)
     reason = jit.nvrtc_problem()

@@ -9,8 +9,6 @@ import emulated
 import pytest
 import sanitize
 
-Outcome = CompletedProcess[str]
-
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler")
 
 # The orders in which the threads of a block get to run. A missing barrier need not show in all of them.
@@ -162,10 +160,14 @@ def mutated_csrc(mutant: Mutant, directory: Path) -> Path:
     return csrc
 
 
-def first_failure(mutant: Mutant, directory: Path) -> Outcome:
+def mutated_program(mutant: Mutant, directory: Path, *flags: str) -> Path:
     program = directory / "program"
     # Without optimisation: compiling takes longer than running.
-    sanitize.build(mutant.program, program, ["-O0"], mutated_csrc(mutant, directory))
+    sanitize.build(mutant.program, program, ["-O0", *flags], mutated_csrc(mutant, directory))
+    return program
+
+
+def first_failure(program: Path) -> CompletedProcess[str]:
     for order in ORDERS:
         result = sanitize.run(program, ASGL_EMULATION_ORDER=order)
         if result.returncode != 0:
@@ -197,15 +199,13 @@ def test_kernels_are_right(program, order):
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_found(name, tmp_path):
-    result = first_failure(MUTANTS[name], tmp_path)
+    result = first_failure(mutated_program(MUTANTS[name], tmp_path))
     assert result.returncode != 0, f"{MUTANTS[name]} passes: {result.stdout}"
 
 
 @pytest.mark.parametrize("name", SANITIZED)
 def test_sanitizer_finds_mutant(name, tmp_path):
     mutant, flags, report = SANITIZED[name]
-    program = tmp_path / "program"
-    sanitize.build(mutant.program, program, ["-O0", "-g", *flags], mutated_csrc(mutant, tmp_path))
-    result = sanitize.run(program, "small")
+    result = sanitize.run(mutated_program(mutant, tmp_path, "-g", *flags), "small")
     assert result.returncode != 0
     assert report in result.stderr, result.stdout + result.stderr
