@@ -191,7 +191,7 @@ def test_equals_batch_norm_and_lif(backend, device, name, dtype, training):
     x_seq, time_dim, arguments = make(name, dtype, device)
     assert_same(
         x_seq, time_dim, arguments, backend, other=pair, training=training, analog_prob=0.3, input_scale=0.8,
-        same=1e-12 if dtype == torch.float64 else 2e-6,
+        same=1e-12 if dtype == torch.float64 else 1e-6,
     )  # fmt: skip
 
 
