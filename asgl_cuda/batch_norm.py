@@ -21,12 +21,25 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .checks import FLOATING_TYPES, check_input, check_number
-from .functional import Call, LIFOutput, checked_call, once_differentiable, operators_of, run_backward, run_forward
+from .checks import FLOATING_TYPES, HALF_TYPES, check_flag, check_input, check_number
+from .functional import (
+    Call,
+    LIFOutput,
+    checked_call,
+    once_differentiable,
+    operators_of,
+    run_backward,
+    run_forward,
+    unasked,
+)
 from .ops import ForwardResult
 from .reference import NeuronOptions, batch_statistics, channel_dim, lif_reference, normalisation, real_type
+from .transforms import apply, is_differentiated, transforming
 
 _CALLER = "asgl_cuda.batch_norm_lif"
+
+# With so few values a channel dx is the small difference of terms that half types round; it is then computed in float32.
+_FEW = 4
 
 # Rows of the coefficients, [4, C]: what the neuron's parameters of the input are, and for the running statistics.
 _MEAN, _GAIN, _BIAS, _VARIANCE = range(4)
@@ -47,9 +60,10 @@ class BatchNormLIFFunction(torch.autograd.Function):
     `mean` and `variance` are None in training, when they are those of x_seq.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         settings: _Settings,
         backend: str,
         options: NeuronOptions,
@@ -66,23 +80,26 @@ class BatchNormLIFFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         call = Call(backend, options, constants, wanted, x_seq, v_init, rng_state, parameters)
         result, coefficients, statistics = _forward(settings, call, weight, bias, mean, variance, True)
-        outputs, checkpoints = result[:4], result[4]
-        ctx.save_for_backward(x_seq, v_init, rng_state, checkpoints, coefficients, statistics, *parameters)
+        return *result, coefficients, statistics
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.settings, ctx.backend, ctx.options, ctx.constants, ctx.wanted, *tensors = inputs
+        x_seq, v_init, rng_state, _, _, mean, _, *parameters = tensors
+        for_backward = output[4:]  # checkpoints, coefficients, statistics
+        ctx.training = mean is None
+        ctx.save_for_backward(x_seq, v_init, rng_state, *for_backward, *parameters)
         ctx.set_materialize_grads(False)
-        unasked = [output for output, asked in zip(outputs[1:], wanted, strict=True) if not asked]
-        ctx.mark_non_differentiable(coefficients, *unasked)
-        ctx.settings, ctx.training = settings, mean is None
-        ctx.backend, ctx.options, ctx.constants, ctx.wanted = backend, options, constants, wanted
-        return (*outputs, coefficients)
+        ctx.mark_non_differentiable(*unasked(output, ctx.wanted), *for_backward)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         x_seq, v_init, rng_state, checkpoints, coefficients, statistics, *parameters = ctx.saved_tensors
-        settings, options = ctx.settings, ctx.options
+        settings, options, grads = ctx.settings, ctx.options, grads[:4]
         needs_x_seq, needs_v_init, _, needs_weight, needs_bias, _, _, *needs_parameters = ctx.needs_input_grad[5:]
         needs_sums = needs_weight or needs_bias or (needs_x_seq and ctx.training)
         grad_x_seq, grad_v_init, grad_parameters = run_backward(
-            ctx.backend, options, ctx.constants, ctx.wanted, grads[:4], x_seq, v_init, rng_state, checkpoints,
+            ctx.backend, options, ctx.constants, ctx.wanted, grads, x_seq, v_init, rng_state, checkpoints,
             (*parameters, *_of_input(coefficients, settings, x_seq)),
             (needs_x_seq, needs_v_init, (*needs_parameters, needs_sums, needs_sums, False)),
         )  # fmt: skip
@@ -130,8 +147,18 @@ def _forward(
     coefficients, statistics = coefficients_of(None)
     if settings.group is not None:
         coefficients, statistics = coefficients_of(_gathered(statistics, settings.group))
+        _check_shared_count(statistics[:1, 0], settings, call.x_seq)
     call = call._replace(parameters=(*call.parameters, *_of_input(coefficients, settings, call.x_seq)))
     return run_forward(*call, keep_checkpoints=keep_checkpoints), coefficients, statistics
+
+
+def _check_shared_count(count: Tensor, settings: _Settings, x_seq: Tensor) -> None:
+    """More than one value a channel in all processes together; asked only where this one does not tell."""
+    if x_seq.numel() <= x_seq.shape[settings.channel] and bool((count <= 1).any()):
+        raise ValueError(
+            f"{_CALLER}: training needs more than one value a channel, got one in all processes, here x_seq of shape "
+            f"{list(x_seq.shape)}"
+        )
 
 
 def _of_input(coefficients: Tensor, settings: _Settings, x_seq: Tensor) -> list[Tensor]:
@@ -195,7 +222,7 @@ def batch_norm_lif(
     width: Tensor | float = 1.0,
     surrogate: str = "rectangle",
     surrogate_gain: float = 1.0,
-    analog_prob: float = 0.0,
+    analog_prob: Tensor | float = 0.0,
     rng_state: Tensor | None = None,
     generator: torch.Generator | None = None,
     v_rest: float = 0.0,
@@ -241,6 +268,7 @@ def batch_norm_lif(
         s_seq = asgl_cuda.lif(input_scale * y.unflatten(0, x_seq.shape[:2]), ...)
     """
     time_dim = check_input(x_seq, time_dim, _CALLER)
+    check_flag("training", training, _CALLER)
     channel = channel_dim(time_dim)
     if channel >= x_seq.dim():
         raise ValueError(
@@ -264,6 +292,9 @@ def batch_norm_lif(
         raise ValueError(
             f"{_CALLER}: training needs more than one value a channel, got x_seq of shape {list(x_seq.shape)}"
         )
+    scalar = x_seq.dtype
+    if training and scalar in HALF_TYPES and x_seq.numel() <= _FEW * channels:
+        x_seq = x_seq.to(torch.float32)
     call = checked_call(
         _CALLER,
         x_seq,
@@ -303,9 +334,9 @@ def batch_norm_lif(
     else:
         call = call._replace(parameters=call.parameters[:4])
         inputs = (*call[4:7], weight, bias, mean, variance, *call.parameters)
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-            outputs = BatchNormLIFFunction.apply(settings, *call[:4], *inputs)  # type: ignore[no-untyped-call]
-            coefficients = outputs[4]
+        if is_differentiated(inputs, _CALLER):
+            outputs = apply(BatchNormLIFFunction, settings, *call[:4], *inputs)
+            coefficients = outputs[5]
         else:
             outputs, coefficients, _ = _forward(settings, call, weight, bias, mean, variance, False)
         batch_mean, batch_variance = coefficients[_MEAN], coefficients[_VARIANCE]
@@ -313,8 +344,12 @@ def batch_norm_lif(
         with torch.no_grad():
             for running, value in ((running_mean, batch_mean), (running_var, batch_variance)):
                 share = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-                running.lerp_(value.detach().to(running.dtype), share)
-    return call.output(outputs)
+                value = value.detach().to(running.dtype)
+                if transforming():  # vmap knows lerp alone
+                    running.copy_(running.lerp(value, share))
+                else:
+                    running.lerp_(value, share)
+    return call.output((outputs[0].to(scalar), *outputs[1:]))
 
 
 def _check_by_channel(name: str, value: Tensor | None, channels: int, x_seq: Tensor) -> None:
@@ -347,6 +382,7 @@ def _reference(
     unbiased = variance
     if mean is None or variance is None:
         count, mean, variance = batch_statistics(call.x_seq, settings.channel, settings.group)
+        _check_shared_count(count, settings, call.x_seq)
         unbiased = variance * (count / (count - 1))
     assert unbiased is not None
     of_input = normalisation(mean, variance, weight, bias, settings.eps, settings.input_scale, real)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from .reference import state_shape
+from .reference import DRAWS, state_shape
 from .surrogate import SURROGATES
 
+HALF_TYPES = (torch.float16, torch.bfloat16)
 FLOATING_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-DRAWS = 65536  # noise is compared in steps of 1 / 65536
-
 
 def check_input(x_seq: Tensor, time_dim: int, caller: str) -> int:
     """Type and shape of x_seq; returns time_dim counted from the front."""
     if not isinstance(x_seq, Tensor):
         raise TypeError(f"{caller}: x_seq must be a tensor, got {type(x_seq).__name__}")
+    check_dense("x_seq", x_seq, caller)
     if x_seq.dtype not in FLOATING_TYPES:
         raise TypeError(f"{caller}: x_seq must be float16, bfloat16, float32 or float64, got {x_seq.dtype}")
     dims = x_seq.dim()
@@ -38,6 +40,18 @@ def check_input(x_seq: Tensor, time_dim: int, caller: str) -> int:
     return time_dim
 
 
+def check_dense(name: str, value: Tensor, caller: str) -> None:
+    """An ordinary tensor, whose elements lie in the memory of this process."""
+    if value.is_nested or value.layout is not torch.strided:
+        kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
+        raise TypeError(f"{caller}: {name} must be a dense tensor, got {kind}; padded or made dense, it can be taken")
+    if hasattr(value, "to_local"):
+        raise TypeError(
+            f"{caller}: {name} must be a tensor of this process, got a {type(value).__name__}; neurons are independent, "
+            f"so that {name}.to_local() can be taken where time is not sharded"
+        )
+
+
 def check_time_dim(time_dim: Any, caller: str) -> None:
     """An int; its range depends on the input."""
     if isinstance(time_dim, bool) or not isinstance(time_dim, int):
@@ -50,21 +64,49 @@ def check_surrogate(surrogate: Any, caller: str) -> None:
         raise ValueError(f"{caller}: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
 
 
-def check_width(width: float, caller: str) -> None:
-    """Greater than 0, and a number."""
-    if not width > 0:
-        raise ValueError(f"{caller}: width must be > 0, got {width}")
+def check_width(width: float, caller: str, real: torch.dtype = torch.float32) -> None:
+    """Such that it and 1 / width are positive, finite numbers of the arithmetic's type."""
+    least = torch.finfo(real).tiny
+    if not least <= width < math.inf:
+        expected = "> 0" if not width > 0 else "finite" if width > 1 else f">= {least:.3g} in {real}"
+        raise ValueError(f"{caller}: width must be {expected}, got {width}")
+
+
+def check_width_tensor(width: Tensor, caller: str) -> None:
+    """The same for each value, where they can be seen."""
+    if _can_be_seen(width):
+        check_width((width if width.numel() == 1 else width.detach().min()).item(), caller, width.dtype)
+
+
+def _can_be_seen(value: Tensor) -> bool:
+    """Whether its values are known without waiting for a device, and are no trace's."""
+    return (
+        value.device.type == "cpu"
+        and value.numel() > 0
+        and type(value) in (Tensor, Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
 
 
 def check_number(name: str, value: Any, caller: str, expected: str = "a float") -> float:
-    """The value as a float; Python's and numpy's numbers will do."""
+    """The value as a float; Python's and numpy's numbers will do, NaN will not."""
     if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
         raise TypeError(f"{caller}: {name} must be {expected}, got {type(value).__name__}")
+    if value != value:
+        raise ValueError(f"{caller}: {name} must be a number, got nan")
     return float(value)
+
+
+def check_flag(name: str, value: Any, caller: str) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{caller}: {name} must be True or False, got {value!r}")
 
 
 def check_parameter(name: str, value: Tensor, x_seq: Tensor, caller: str) -> None:
     """Floating type, device of x_seq, and a shape that broadcasts against it."""
+    check_dense(name, value, caller)
     if value.dtype not in FLOATING_TYPES:
         raise TypeError(f"{caller}: {name} must be of a floating type, got {value.dtype}")
     if value.device != x_seq.device:
@@ -80,6 +122,7 @@ def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str) -> N
     """Floating type, device of x_seq, and its shape without time."""
     if not isinstance(v_init, Tensor):
         raise TypeError(f"{caller}: v_init must be a tensor, got {type(v_init).__name__}")
+    check_dense("v_init", v_init, caller)
     if v_init.dtype not in FLOATING_TYPES:
         raise TypeError(f"{caller}: v_init must be of a floating type, got {v_init.dtype}")
     shape = state_shape(x_seq, time_dim)
@@ -92,9 +135,24 @@ def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str) -> N
 def check_analog_prob(analog_prob: float, caller: str) -> int:
     """round(analog_prob * 65536), the number that draws are compared with."""
     analog_prob = check_number("analog_prob", analog_prob, caller)
-    if not 0 <= analog_prob <= 1:  # nor NaN
+    if not 0 <= analog_prob <= 1:
         raise ValueError(f"{caller}: analog_prob must be in [0, 1], got {analog_prob}")
     return round(analog_prob * DRAWS)
+
+
+def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) -> Tensor:
+    """The same number as a tensor, int64 `[1]`, of one value on the device of x_seq."""
+    check_dense("analog_prob", analog_prob, caller)
+    if analog_prob.dtype not in FLOATING_TYPES or analog_prob.numel() != 1:
+        raise TypeError(
+            f"{caller}: analog_prob must be a float or a tensor of one, got a tensor of shape "
+            f"{list(analog_prob.shape)} and type {analog_prob.dtype}"
+        )
+    if analog_prob.device != x_seq.device:
+        raise ValueError(f"{caller}: analog_prob must be on {x_seq.device} as x_seq, got {analog_prob.device}")
+    if _can_be_seen(analog_prob):
+        check_analog_prob(analog_prob.item(), caller)
+    return (analog_prob.detach().double() * DRAWS).round().clamp(0, DRAWS).to(torch.int64).reshape(1)
 
 
 def check_rng_state(rng_state: Tensor, x_seq: Tensor, caller: str) -> None:
@@ -107,3 +165,13 @@ def check_rng_state(rng_state: Tensor, x_seq: Tensor, caller: str) -> None:
         raise ValueError(f"{caller}: rng_state must have shape [2], got {list(rng_state.shape)}")
     if rng_state.device != x_seq.device:
         raise ValueError(f"{caller}: rng_state must be on {x_seq.device} as x_seq, got {rng_state.device}")
+
+
+def check_generator(generator: Any, x_seq: Tensor, caller: str) -> None:
+    """A generator of x_seq's device, or None."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"{caller}: generator must be a torch.Generator or None, got {type(generator).__name__}")
+    if generator.device.type != x_seq.device.type:
+        raise ValueError(f"{caller}: generator must be on {x_seq.device} as x_seq, got {generator.device}")

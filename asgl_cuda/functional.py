@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .backends import BACKENDS, Operators, choose_backend
 from .checks import (
-    DRAWS,
     check_analog_prob,
+    check_analog_prob_tensor,
+    check_flag,
+    check_generator,
     check_input,
     check_number,
     check_parameter,
@@ -19,12 +21,23 @@ from .checks import (
     check_surrogate,
     check_v_init,
     check_width,
+    check_width_tensor,
 )
 from .ops import BackwardResult, ForwardResult
-from .reference import NeuronOptions, analog_mask_below, is_channels_last, lif_reference, real_type
+from .reference import (
+    BELOW_IN_STATE,
+    DRAWS,
+    NeuronOptions,
+    analog_mask_below,
+    is_channels_last,
+    lif_reference,
+    real_type,
+)
 from .surrogate import SURROGATES
+from .transforms import apply, draw_under_transforms, is_differentiated, transforming
 
 _CALLER = "asgl_cuda.lif"
+_FLAGS = ("strict_threshold", "scale_output", "detach_reset", "return_v_last", "return_v_seq", "return_h_seq")
 
 
 class LIFOutput(NamedTuple):
@@ -41,11 +54,15 @@ class LIFOutput(NamedTuple):
 
 
 class LIFFunction(torch.autograd.Function):
-    """The fused operators of one backend as a differentiable function of x_seq, v_init and the parameters."""
+    """The fused operators of one backend as a differentiable function of x_seq, v_init and the parameters.
+
+    Beside the outputs it returns what backward wants of forward, the checkpoints.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        ctx: Any,
         backend: str,
         options: NeuronOptions,
         constants: tuple[float, ...],
@@ -54,25 +71,27 @@ class LIFFunction(torch.autograd.Function):
         v_init: Tensor | None,
         rng_state: Tensor | None,
         *parameters: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        result = run_forward(backend, options, constants, wanted, x_seq, v_init, rng_state, parameters, True)
-        outputs, checkpoints = result[:4], result[4]
+    ) -> ForwardResult:
+        return run_forward(backend, options, constants, wanted, x_seq, v_init, rng_state, parameters, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: ForwardResult) -> None:
+        ctx.backend, ctx.options, ctx.constants, ctx.wanted, x_seq, v_init, rng_state, *parameters = inputs
+        *_, checkpoints = output
         ctx.save_for_backward(x_seq, v_init, rng_state, checkpoints, *parameters)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(output for output, asked in zip(outputs[1:], wanted, strict=True) if not asked))
-        ctx.backend, ctx.options, ctx.constants, ctx.wanted = backend, options, constants, wanted
-        return outputs
+        ctx.mark_non_differentiable(*unasked(output, ctx.wanted), checkpoints)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         x_seq, v_init, rng_state, checkpoints, *parameters = ctx.saved_tensors
         needs_x_seq, needs_v_init, _, *needs_parameters = ctx.needs_input_grad[4:]
         grad_x_seq, grad_v_init, grad_parameters = run_backward(
-            ctx.backend, ctx.options, ctx.constants, ctx.wanted, grads, x_seq, v_init, rng_state, checkpoints,
+            ctx.backend, ctx.options, ctx.constants, ctx.wanted, grads[:4], x_seq, v_init, rng_state, checkpoints,
             parameters, (needs_x_seq, needs_v_init, needs_parameters),
         )  # fmt: skip
         grad_x_seq, grad_v_init, *grad_parameters = once_differentiable(
-            (grad_x_seq, grad_v_init, *grad_parameters), (x_seq, v_init, *parameters, *grads)
+            (grad_x_seq, grad_v_init, *grad_parameters), (x_seq, v_init, *parameters, *grads[:4])
         )
         return (
             *(None,) * 4,
@@ -83,6 +102,11 @@ class LIFFunction(torch.autograd.Function):
         )
 
 
+def unasked(outputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    """The potentials that are empty because they were not asked for."""
+    return [output for output, asked in zip(outputs[1:4], wanted, strict=True) if not asked]
+
+
 class _OnceDifferentiable(torch.autograd.Function):
     """The first `count` tensors unchanged, as functions of the others that can't be differentiated.
 
@@ -90,9 +114,15 @@ class _OnceDifferentiable(torch.autograd.Function):
     gradient penalty would then train on without its penalty.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         return tuple(tensor.view_as(tensor) for tensor in tensors[:count] if tensor is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
@@ -106,7 +136,7 @@ def once_differentiable(gradients: Sequence[Tensor], inputs: Sequence[Tensor | N
     """The gradients; in a graph that is to be differentiated again, such that this says that it can't be."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients
-    return _OnceDifferentiable.apply(len(gradients), *gradients, *inputs)  # type: ignore[no-untyped-call, no-any-return]
+    return apply(_OnceDifferentiable, len(gradients), *gradients, *inputs)  # type: ignore[no-any-return]
 
 
 def operators_of(backend: str) -> Operators:
@@ -199,7 +229,7 @@ def checked_call(
     width: Tensor | float,
     surrogate: str,
     surrogate_gain: float,
-    analog_prob: float,
+    analog_prob: Tensor | float,
     rng_state: Tensor | None,
     generator: torch.Generator | None,
     v_rest: float,
@@ -219,6 +249,10 @@ def checked_call(
     """Everything that `lif` does before it computes, draws included; errors name `caller`."""
     time_dim = check_input(x_seq, time_dim, caller)
     check_surrogate(surrogate, caller)
+    wanted = (return_v_last, return_v_seq, return_h_seq)
+    flags = (strict_threshold, scale_output, detach_reset, *wanted)
+    for name, value in zip(_FLAGS, flags, strict=True):
+        check_flag(name, value, caller)
     if reset_amount is not None and v_reset is not None:
         raise ValueError(
             f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset and reset_amount"
@@ -245,7 +279,9 @@ def checked_call(
             constants.append(check_number(name, value, caller, "a float or a tensor"))
             parameters.append(None)
     if parameters[0] is None:
-        check_width(constants[0], caller)
+        check_width(constants[0], caller, real)
+    else:
+        check_width_tensor(parameters[0], caller)
     if v_init is not None:
         check_v_init(v_init, x_seq, time_dim, caller)
         v_init = v_init.to(real)
@@ -257,21 +293,26 @@ def checked_call(
         strict_threshold,
         scale_output,
         detach_reset,
-        check_analog_prob(analog_prob, caller),
+        BELOW_IN_STATE if isinstance(analog_prob, Tensor) else check_analog_prob(analog_prob, caller),
         time_dim,
     )
+    analog_below = None
+    if isinstance(analog_prob, Tensor):
+        analog_below = check_analog_prob_tensor(analog_prob, x_seq, caller)
     backend = choose_backend(backend, x_seq.device, caller)
     if rng_state is not None:
         check_rng_state(rng_state, x_seq, caller)
         if generator is not None:
             raise ValueError(f"{caller}: rng_state and generator exclude each other, got both")
+    check_generator(generator, x_seq, caller)
     if not x_seq.is_contiguous() and not is_channels_last(x_seq, time_dim):
         x_seq = x_seq.contiguous()
-    if 0 < options.analog_below < DRAWS:
-        rng_state = _draw_rng_state(x_seq, generator, backend) if rng_state is None else rng_state.contiguous()
-    else:
+    if options.analog_below in (0, DRAWS):
         rng_state = None
-    wanted = (return_v_last, return_v_seq, return_h_seq)
+    else:
+        if rng_state is None:
+            rng_state = _draw_rng_state(x_seq, generator, backend, together=analog_below is None)
+        rng_state = rng_state.contiguous() if analog_below is None else torch.cat([rng_state, analog_below])
     return Call(backend, options, tuple(constants), wanted, x_seq, v_init, rng_state, tuple(parameters))
 
 
@@ -285,7 +326,7 @@ def lif(
     width: Tensor | float = 1.0,
     surrogate: str = "rectangle",
     surrogate_gain: float = 1.0,
-    analog_prob: float = 0.0,
+    analog_prob: Tensor | float = 0.0,
     rng_state: Tensor | None = None,
     generator: torch.Generator | None = None,
     v_rest: float = 0.0,
@@ -311,13 +352,19 @@ def lif(
         v_threshold, v_rest: threshold and resting potential, in units of x_seq.
         v_reset: potential after a spike (hard reset), or None for the soft reset.
         reset_amount: what a spike takes off the potential under the soft reset; default `v_threshold`.
-        width: width of the surrogate, in units of x_seq.
+        width: width of the surrogate, in units of x_seq, > 0 (and in float32 at least 1.2e-38, where 1 / width is still
+            finite). A tensor is checked on the CPU alone, since a GPU would have to be waited for: there the gradients
+            of a width < 0 have the wrong sign, those of 0 are NaN.
         surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace.
         surrogate_gain: factor on the surrogate gradient.
-        analog_prob: share of elements and steps that emit F(u / width) instead of a spike, in steps of 1 / 65536.
+        analog_prob: share of elements and steps that emit F(u / width) instead of a spike, in steps of 1 / 65536. As a
+            tensor of one value on x_seq's device it is data, which a compiled graph does not fix. No gradient flows to
+            it. Its range is checked on the CPU alone: on a GPU a value outside of [0, 1] is the nearest inside, NaN 0.
         rng_state: int64 `[seed, offset]` on x_seq's device, which fixes the noise. Neurons are counted in memory order:
             a channels_last x_seq gets other noise than its contiguous copy.
-        generator: what rng_state is drawn from by default; without it, the default generator of the device.
+        generator: what rng_state is drawn from by default; without it, the default generator of the device. Activation
+            checkpointing restores the default generator alone: inside of it a generator would draw other noise when the
+            call is repeated, so give rng_state there.
         input_gain, input_bias, input_mean: the input current is `input_gain * (x_seq - input_mean) + input_bias`.
         strict_threshold: fire at u > 0 instead of u >= 0.
         scale_output: emit `v_threshold * s`.
@@ -379,10 +426,8 @@ def lif(
     )
     if BACKENDS[call.backend].operators is None:
         return call.output(lif_reference(call.x_seq, call.v_init, call.rng_state, call.values, call.options))
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (call.x_seq, call.v_init, *call.parameters)
-    ):
-        return call.output(LIFFunction.apply(*call[:-1], *call.parameters))  # type: ignore[no-untyped-call]
+    if is_differentiated((call.x_seq, call.v_init, *call.parameters), _CALLER):
+        return call.output(apply(LIFFunction, *call[:-1], *call.parameters))
     return call.output(run_forward(*call, keep_checkpoints=False))
 
 
@@ -397,8 +442,11 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
     return analog_mask_below(x_seq, check_analog_prob(analog_prob, "asgl_cuda.analog_mask"), rng_state, time_dim)
 
 
-def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: str) -> Tensor:
+def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: str, together: bool) -> Tensor:
+    """`together`: one for all samples of a vmap, if it can be."""
     operators = BACKENDS[backend].operators
+    if operators is not None and not torch.compiler.is_compiling() and transforming():
+        return draw_under_transforms(x_seq.device, generator, together)
     if generator is None and operators is not None:
         return operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=x_seq.device))
     return torch.randint(2**63 - 1, (2,), generator=generator, device=x_seq.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .kernel_params import INPUT_BIAS, INPUT_GAIN, INPUT_MEAN, NUM_PARAMETERS, STRUCTURES, WIDTH
 from .ops import BackwardResult, ForwardResult, checkpoint_elements, empty_state
-from .reference import is_channels_last, memory_order, real_type
+from .reference import BELOW_IN_STATE, DRAWS, is_channels_last, memory_order, real_type
 
 # As in csrc/lif_kernels.cuh and lif_cuda.cuh.
 BLOCK_THREADS = 128
@@ -197,14 +197,15 @@ class _Call:
                     f"asgl_cuda: parameters and v_init must be {self.real} on {x_seq.device}, got {tensor.dtype} on "
                     f"{tensor.device}"
                 )
-        if 0 < analog_below < 65536 and (
+        numbers = 3 if analog_below == BELOW_IN_STATE else 2
+        if analog_below not in (0, DRAWS) and (
             rng_state is None
             or rng_state.dtype != torch.int64
-            or rng_state.shape != (2,)
+            or rng_state.numel() != numbers
             or rng_state.device != x_seq.device
             or not rng_state.is_contiguous()
         ):
-            raise ValueError(f"asgl_cuda: rng_state must be contiguous, int64, of shape [2] on {x_seq.device}")
+            raise ValueError(f"asgl_cuda: rng_state must be contiguous, int64, of {numbers} elements on {x_seq.device}")
         self.structures = STRUCTURES[self.real]
         self.scalar_bytes = x_seq.element_size()
         self.parameters = [None if each is None else ParameterTensor(each, layout) for each in parameters]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .batch_norm import module_batch_norm_lif
 from .checks import check_analog_prob, check_input, check_number, check_surrogate, check_time_dim, check_width
 from .functional import LIFOutput, lif
-from .reference import GradientOf, real_type, state_shape
+from .reference import real_type, state_shape, with_gradient_of
 
 _CALLER = "asgl_cuda.LIF"
 
@@ -25,7 +25,7 @@ def bounded(value: Tensor) -> Tensor:
     exp and sigmoid then stay positive, finite and below 1, whatever an optimizer's step has done.
     """
     value = value.to(real_type(value.dtype))
-    return GradientOf.apply(value.detach().clamp(-15.0, 15.0), value, 1.0)  # type: ignore[no-untyped-call, no-any-return]
+    return with_gradient_of(value.detach().clamp(-15.0, 15.0), value)
 
 
 class LIF(nn.Module):

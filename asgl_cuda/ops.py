@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .batching import batching_rules
 from .reference import channel_dim, memory_order, real_type, state_shape
 
 CHECKPOINT_STEPS = 16  # kCheckpointSteps of csrc/lif_params.h
@@ -208,7 +209,7 @@ _libraries: list[torch.library.Library] = []  # an operator lives as long as the
 
 
 def define_operators(namespace: str) -> torch.library.Library:
-    """The operators without kernels, but with shapes and types for torch.compile and fake tensors.
+    """The operators without kernels, but with shapes and types for torch.compile and fake tensors, and with vmap.
 
     Kernels in C++ are checked against the schemas when they are loaded.
     """
@@ -219,6 +220,8 @@ def define_operators(namespace: str) -> torch.library.Library:
         tag = torch.Tag.nondeterministic_seeded if name == "draw_rng_state" else torch.Tag.pt2_compliant_tag
         library.define(schema, tags=(tag,))
         torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
+    for name, rule in batching_rules(getattr(torch.ops, namespace)).items():
+        torch.library.register_vmap(f"{namespace}::{name}", rule, lib=library)
     return library
 
 

@@ -23,6 +23,11 @@ import torch
 from torch import Tensor
 
 from .surrogate import Surrogate
+from .transforms import apply
+
+
+DRAWS = 65536  # noise is compared in steps of 1 / 65536
+BELOW_IN_STATE = DRAWS + 1  # analog_prob is data: round(analog_prob * 65536) is the third number of rng_state
 
 
 class NeuronOptions(NamedTuple):
@@ -35,7 +40,7 @@ class NeuronOptions(NamedTuple):
     strict_threshold: bool
     scale_output: bool
     detach_reset: bool
-    analog_below: int  # round(analog_prob * 65536)
+    analog_below: int  # round(analog_prob * 65536), or BELOW_IN_STATE
     time_dim: int  # not negative
 
 
@@ -47,14 +52,33 @@ def real_type(dtype: torch.dtype) -> torch.dtype:
 class GradientOf(torch.autograd.Function):
     """The value of `s` with the gradient of `a`, times `gain`: a + stop_gradient(s - a), but exact."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, s: Tensor, a: Tensor, gain: float) -> Tensor:
-        ctx.gain = gain
+    def forward(s: Tensor, a: Tensor, gain: float) -> Tensor:
         return s.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.gain = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         return None, grad * ctx.gain, None
+
+
+class GradientAndTangentOf(GradientOf):
+    """The same with a forward derivative, which torch.compile refuses to trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, s: Tensor | None, a: Tensor, gain: None) -> Tensor:
+        return a * ctx.gain
+
+
+def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
+    """`GradientOf`, called."""
+    result: Tensor = apply(GradientOf if torch.compiler.is_compiling() else GradientAndTangentOf, s, a, gain)
+    return result
 
 
 def lif_reference(
@@ -94,7 +118,7 @@ def lif_reference(
         a = options.surrogate.cumulative(u * at(inverse_width, t))
         z = (u > 0 if options.strict_threshold else u >= 0).to(real)
         hard_or_analog = torch.where(analog[t], a, z).detach()
-        s: Tensor = GradientOf.apply(hard_or_analog, a, options.surrogate_gain)  # type: ignore[no-untyped-call]
+        s = with_gradient_of(hard_or_analog, a, options.surrogate_gain)
         s_reset = s.detach() if options.detach_reset else s
         v = h * (1 - s_reset) + at(reset, t) * s_reset if options.hard_reset else h - at(reset, t) * s_reset
         s_seq.append(s)
@@ -206,13 +230,14 @@ def _draws(neurons: int, steps: int, rng_state: Tensor) -> Tensor:
 
 
 def analog_mask_below(x_seq: Tensor, analog_below: int, rng_state: Tensor | None, time_dim: int) -> Tensor:
-    if analog_below in (0, 65536):
+    if analog_below in (0, DRAWS):
         return torch.full(x_seq.shape, analog_below > 0, dtype=torch.bool, device=x_seq.device)
     assert rng_state is not None
+    below = rng_state[2] if analog_below == BELOW_IN_STATE else analog_below
     order = memory_order(x_seq, time_dim)
     sizes = [x_seq.shape[dim] for dim in order if dim != time_dim]
     steps = x_seq.shape[time_dim]
-    mask = _draws(x_seq.numel() // steps, steps, rng_state) < analog_below
+    mask = _draws(x_seq.numel() // steps, steps, rng_state) < below
     # Time goes from the first place to where it lies in memory; then memory order becomes that of the dimensions.
     mask = mask.unflatten(1, sizes).movedim(0, order.index(time_dim)) if sizes else mask[:, 0]
     return mask.permute([order.index(dim) for dim in range(x_seq.dim())])

@@ -588,7 +588,9 @@ int num_threads() {
 TilePlan backward_tiles(const SequenceShape& shape) { return {kTile, num_tiles(shape)}; }
 
 template <class Scalar>
-void launch_forward(Surrogate surrogate, bool hard_reset, const ForwardParams<Scalar>& params) {
+void launch_forward(Surrogate surrogate, bool hard_reset, const ForwardParams<Scalar>& given) {
+  ForwardParams<Scalar> params = given;
+  params.noise = given.noise.settled();
   if constexpr (std::is_same_v<Real_t<Scalar>, float>) {
     const bool only_spikes = params.v_seq == nullptr && params.h_seq == nullptr && !params.options.scale_output;
     if (only_spikes && params.input() != Input::kGeneral) {
@@ -604,7 +606,9 @@ void launch_forward(Surrogate surrogate, bool hard_reset, const ForwardParams<Sc
 }
 
 template <class Scalar>
-void launch_backward(Surrogate surrogate, bool hard_reset, const BackwardParams<Scalar>& params) {
+void launch_backward(Surrogate surrogate, bool hard_reset, const BackwardParams<Scalar>& given) {
+  BackwardParams<Scalar> params = given;
+  params.noise = given.noise.settled();
   if constexpr (std::is_same_v<Real_t<Scalar>, float>) {
     const bool only_spikes =
         params.grad_v_seq == nullptr && params.grad_h_seq == nullptr && !params.options.scale_output;

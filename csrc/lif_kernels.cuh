@@ -172,10 +172,12 @@ __device__ __forceinline__ void load_potential(const LIFParams<Scalar>& params, 
 
 class NoiseSource {
  public:
-  __device__ __forceinline__ explicit NoiseSource(const NoiseParams& noise)
-      : drawn_(noise.drawn()),
-        key_(drawn_ ? noise_key(noise.rng_state) : NoiseKey{}),
-        limit_(drawn_ ? noise.analog_below << 16 : static_cast<uint32>(noise.analog_below > 0)) {}
+  __device__ __forceinline__ explicit NoiseSource(const NoiseParams& params) {
+    const NoiseParams noise = params.settled();
+    drawn_ = noise.drawn();
+    key_ = drawn_ ? noise_key(noise.rng_state) : NoiseKey{};
+    limit_ = drawn_ ? noise.analog_below << 16 : static_cast<uint32>(noise.analog_below > 0);
+  }
 
   // Lest the compiler keep the keys of all ten rounds in registers while they are not needed.
   __device__ __forceinline__ void forget_origin() {

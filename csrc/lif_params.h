@@ -57,12 +57,22 @@ ASGL_HOST_DEVICE Neuron<Real> settled_neuron(const ParameterView<Real> (&paramet
           at_n(kInputGain), at_n(kInputBias),  at_n(kInputMean)};
 }
 
+constexpr uint32 kAlwaysAnalog = 65536;
+constexpr uint32 kAnalogBelowInState = kAlwaysAnalog + 1;
+
 struct NoiseParams {
-  const int64* rng_state;  // (seed, offset)
+  const int64* rng_state;  // [2]: seed and offset; [3] with kAnalogBelowInState: analog_below as well
   uint32 analog_below;     // round(analog_prob * 65536)
 
-  // 0 is never analog, 65536 always: neither needs a draw.
-  ASGL_HOST_DEVICE bool drawn() const { return analog_below > 0 && analog_below < 65536; }
+  // 0 is never analog, kAlwaysAnalog always: neither needs a draw.
+  ASGL_HOST_DEVICE bool drawn() const { return analog_below > 0 && analog_below < kAlwaysAnalog; }
+
+  // Where analog_below is data, it is read; a value out of range is the nearest in it.
+  ASGL_HOST_DEVICE NoiseParams settled() const {
+    if (analog_below <= kAlwaysAnalog) return *this;
+    const int64 below = rng_state[2];
+    return {rng_state, below <= 0 ? 0 : below >= kAlwaysAnalog ? kAlwaysAnalog : static_cast<uint32>(below)};
+  }
 };
 
 template <class Scalar>

@@ -233,10 +233,15 @@ class Call {
       check_real(*v_init, "v_init");
       v_init_ = layout_.match_state(*v_init);
     }
-    if (options.analog_below > 0 && options.analog_below < 65536) {
-      TORCH_CHECK_VALUE(rng_state.has_value() && rng_state->scalar_type() == at::kLong && rng_state->numel() == 2 &&
-                            rng_state->is_contiguous() && rng_state->device() == x_seq.device(),
-                        "asgl_cuda: rng_state must be a contiguous int64 tensor of 2 elements on ", x_seq.device());
+    TORCH_CHECK_VALUE(0 <= options.analog_below && options.analog_below <= kAnalogBelowInState,
+                      "asgl_cuda: analog_below must be in [0, ", kAnalogBelowInState, "], got ", options.analog_below);
+    if (options.analog_below > 0 && options.analog_below != kAlwaysAnalog) {
+      const int64_t numbers = options.analog_below == kAnalogBelowInState ? 3 : 2;
+      TORCH_CHECK_VALUE(rng_state.has_value() && rng_state->scalar_type() == at::kLong &&
+                            rng_state->numel() == numbers && rng_state->is_contiguous() &&
+                            rng_state->device() == x_seq.device(),
+                        "asgl_cuda: rng_state must be a contiguous int64 tensor of ", numbers, " elements on ",
+                        x_seq.device());
     }
     for (int id = 0; id < kNumParameters; ++id) {
       const OptionalTensor parameter = parameters.get(id);
