@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .checks import FLOATING_TYPES, HALF_TYPES, check_flag, check_input, check_number
+from .checks import FLOATING_TYPES, HALF_TYPES, check_flag, check_input, check_not_nan
 from .functional import (
     Call,
     LIFOutput,
@@ -284,9 +284,9 @@ def batch_norm_lif(
     for name, value in named.items():
         _check_by_channel(name, value, channels, x_seq)
     if not isinstance(momentum, Tensor):
-        check_number("momentum", momentum, _CALLER, "a float or a tensor")
-    eps = check_number("eps", eps, _CALLER)
-    input_scale = check_number("input_scale", input_scale, _CALLER)
+        check_not_nan("momentum", momentum, _CALLER, "a float or a tensor")
+    eps = check_not_nan("eps", eps, _CALLER)
+    input_scale = check_not_nan("input_scale", input_scale, _CALLER)
     group = _sharing(process_group) if training else None
     if training and group is None and x_seq.numel() <= channels:
         raise ValueError(

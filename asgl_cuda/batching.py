@@ -35,7 +35,7 @@ def _rule_of_forward(operator: Callable[..., Any]) -> Rule:
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         (x_seq, v_init, rng_state, parameters, *middle, time_dim), wanted = arguments[:-4], arguments[-4:]
-        if not _are_numbered_in_one_row(rng_state):
+        if not _are_numbered_in_one_row(rng_state, in_dims[2]):
             return one_by_one(info, in_dims, *arguments)
         samples = _Samples(info.batch_size, x_seq, in_dims[0], time_dim)
         *outputs, checkpoints = operator(
@@ -56,7 +56,7 @@ def _rule_of_backward(operator: Callable[..., Any]) -> Rule:
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         grads, (x_seq, v_init, rng_state, checkpoints, parameters, *middle, time_dim) = arguments[:4], arguments[4:-3]
         needs_x_seq, needs_v_init, needs_parameters = needs = arguments[-3:]
-        if not _are_numbered_in_one_row(rng_state):
+        if not _are_numbered_in_one_row(rng_state, in_dims[6]):
             return one_by_one(info, in_dims, *arguments)
         samples = _Samples(info.batch_size, x_seq, in_dims[4], time_dim)
         of_parameters = list(zip(parameters, in_dims[8], needs_parameters, strict=True))
@@ -76,9 +76,9 @@ def _rule_of_backward(operator: Callable[..., Any]) -> Rule:
     return rule
 
 
-def _are_numbered_in_one_row(rng_state: Tensor | None) -> bool:
-    """Whether the neurons of all samples may be."""
-    return rng_state is None or rng_state.dim() == 2
+def _are_numbered_in_one_row(rng_state: Tensor | None, dim: int | None) -> bool:
+    """Whether the neurons of all samples may be: without noise, or with that of `draw_under_transforms`."""
+    return rng_state is None or (dim is None and rng_state.dim() == 2)
 
 
 def _shape_of_one(value: Tensor, dim: int | None) -> list[int]:

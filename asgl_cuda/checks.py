@@ -65,8 +65,8 @@ def check_surrogate(surrogate: Any, caller: str) -> None:
 
 
 def check_width(width: float, caller: str, real: torch.dtype = torch.float32) -> None:
-    """Such that it and 1 / width are positive, finite numbers of the arithmetic's type."""
-    least = torch.finfo(real).tiny
+    """Positive and finite, and so is 1 / width^2, by which its gradient is multiplied, in the arithmetic's type."""
+    least = math.sqrt(torch.finfo(real).tiny)
     if not least <= width < math.inf:
         expected = "> 0" if not width > 0 else "finite" if width > 1 else f">= {least:.3g} in {real}"
         raise ValueError(f"{caller}: width must be {expected}, got {width}")
@@ -90,12 +90,18 @@ def _can_be_seen(value: Tensor) -> bool:
 
 
 def check_number(name: str, value: Any, caller: str, expected: str = "a float") -> float:
-    """The value as a float; Python's and numpy's numbers will do, NaN will not."""
+    """The value as a float; Python's and numpy's numbers will do."""
     if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
         raise TypeError(f"{caller}: {name} must be {expected}, got {type(value).__name__}")
-    if value != value:
-        raise ValueError(f"{caller}: {name} must be a number, got nan")
     return float(value)
+
+
+def check_not_nan(name: str, value: Any, caller: str, expected: str = "a float") -> float:
+    """The same, where NaN will not do."""
+    value = check_number(name, value, caller, expected)
+    if math.isnan(value):
+        raise ValueError(f"{caller}: {name} must be a number, got nan")
+    return value
 
 
 def check_flag(name: str, value: Any, caller: str) -> None:

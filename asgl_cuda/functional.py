@@ -15,6 +15,7 @@ from .checks import (
     check_flag,
     check_generator,
     check_input,
+    check_not_nan,
     check_number,
     check_parameter,
     check_rng_state,
@@ -276,7 +277,8 @@ def checked_call(
             constants.append(0.0)
             parameters.append(value.to(real))
         else:
-            constants.append(check_number(name, value, caller, "a float or a tensor"))
+            check = check_number if name == "width" else check_not_nan
+            constants.append(check(name, value, caller, "a float or a tensor"))
             parameters.append(None)
     if parameters[0] is None:
         check_width(constants[0], caller, real)
@@ -287,8 +289,8 @@ def checked_call(
         v_init = v_init.to(real)
     options = NeuronOptions(
         SURROGATES[surrogate],
-        check_number("surrogate_gain", surrogate_gain, caller),
-        check_number("v_rest", v_rest, caller),
+        check_not_nan("surrogate_gain", surrogate_gain, caller),
+        check_not_nan("v_rest", v_rest, caller),
         v_reset is not None,
         strict_threshold,
         scale_output,
@@ -352,8 +354,8 @@ def lif(
         v_threshold, v_rest: threshold and resting potential, in units of x_seq.
         v_reset: potential after a spike (hard reset), or None for the soft reset.
         reset_amount: what a spike takes off the potential under the soft reset; default `v_threshold`.
-        width: width of the surrogate, in units of x_seq, > 0 (and in float32 at least 1.2e-38, where 1 / width is still
-            finite). A tensor is checked on the CPU alone, since a GPU would have to be waited for: there the gradients
+        width: width of the surrogate, in units of x_seq, at least 1.1e-19 in float32, where 1 / width^2 is still
+            finite. A tensor is checked on the CPU alone, since a GPU would have to be waited for: there the gradients
             of a width < 0 have the wrong sign, those of 0 are NaN.
         surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace.
         surrogate_gain: factor on the surrogate gradient.
@@ -376,6 +378,8 @@ def lif(
     `width`, `decay`, `v_threshold`, `v_reset`, `reset_amount` and those of the input are floats or tensors that
     broadcast against x_seq: one value, `[C, 1, 1]`, `[C, H, W]`, `[T, 1, 1, 1, 1]`, and so on. They and `v_init` are
     converted to the type of the arithmetic: float32, or float64 for a float64 x_seq.
+
+    A potential that is NaN emits no spike. It makes the gradients of parameters NaN, as in any layer that multiplies.
 
     Returns:
         The spikes, in shape and type of x_seq; or a `LIFOutput` as soon as a potential is asked for. All are

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from comparison import assert_equals_reference
 
 import asgl_cuda
 from asgl_cuda import backends
@@ -37,10 +38,30 @@ BAD = [
     ({"width": 0.0}, ValueError, ["width", "> 0", "0.0"]),
     ({"width": -1}, ValueError, ["width", "> 0", "-1"]),
     ({"width": float("nan")}, ValueError, ["width", "> 0", "nan"]),
+    ({"width": float("inf")}, ValueError, ["width", "finite", "inf"]),
+    ({"width": 1e-40}, ValueError, ["width", "1.08e-19", "1e-40"]),
+    ({"width": torch.tensor(-0.5)}, ValueError, ["width", "> 0", "-0.5"]),
+    ({"width": torch.tensor([1.0, 0.0, 1.0])}, ValueError, ["width", "> 0", "0.0"]),
+    ({"width": torch.tensor([1.0, float("nan"), 1.0])}, ValueError, ["width", "> 0", "nan"]),
+    ({"width": torch.full((3,), 1e-40)}, ValueError, ["width", "1.08e-19"]),
+    ({"decay": float("nan")}, ValueError, ["decay", "a number", "nan"]),
+    ({"v_threshold": float("nan")}, ValueError, ["v_threshold", "a number", "nan"]),
+    ({"v_rest": float("nan")}, ValueError, ["v_rest", "a number", "nan"]),
+    ({"surrogate_gain": float("nan")}, ValueError, ["surrogate_gain", "a number", "nan"]),
+    ({"strict_threshold": "no"}, TypeError, ["strict_threshold", "True or False", "'no'"]),
+    ({"return_v_seq": 1}, TypeError, ["return_v_seq", "True or False", "1"]),
+    ({"generator": 3}, TypeError, ["generator", "torch.Generator", "int"]),
+    ({"x_seq": torch.zeros(4, 3).to_sparse()}, TypeError, ["x_seq", "dense", "sparse"]),
+    ({"x_seq": torch.zeros(4, 3).to_mkldnn()}, TypeError, ["x_seq", "dense", "mkldnn"]),
+    ({"x_seq": torch.nested.nested_tensor([torch.zeros(3)])}, TypeError, ["x_seq", "dense", "nested"]),
+    ({"width": torch.ones(3).to_sparse()}, TypeError, ["width", "dense", "sparse"]),
     ({"analog_prob": 1.5}, ValueError, ["analog_prob", "[0, 1]", "1.5"]),
     ({"analog_prob": -0.1}, ValueError, ["analog_prob", "[0, 1]", "-0.1"]),
     ({"analog_prob": float("nan")}, ValueError, ["analog_prob", "[0, 1]", "nan"]),
-    ({"analog_prob": torch.tensor(0.5)}, TypeError, ["analog_prob", "float", "Tensor"]),
+    ({"analog_prob": torch.ones(2)}, TypeError, ["analog_prob", "float", "tensor of one", "[2]"]),
+    ({"analog_prob": torch.tensor(1)}, TypeError, ["analog_prob", "float", "int64"]),
+    ({"analog_prob": torch.tensor(1.5)}, ValueError, ["analog_prob", "[0, 1]", "1.5"]),
+    ({"analog_prob": torch.tensor(0.5, device="meta")}, ValueError, ["analog_prob", "cpu", "meta"]),
     ({"surrogate": "gaussian"}, ValueError, ["surrogate", "rectangle, triangle, sigmoid", "'gaussian'"]),
     ({"surrogate_gain": "2"}, TypeError, ["surrogate_gain", "str"]),
     ({"v_rest": torch.zeros(3)}, TypeError, ["v_rest", "float", "Tensor"]),
@@ -152,3 +173,35 @@ def test_extension_that_does_not_load_is_reported(monkeypatch):
     extension, _, error = asgl_cuda.ops._load_extension()
     assert extension is None
     assert "does not load" in error
+
+
+def test_the_least_width_has_the_same_gradients_everywhere(backend, device):
+    """Below it 1 / width^2 is infinite, and 0 times that NaN."""
+    least = torch.finfo(torch.float32).tiny ** 0.5
+    x_seq = torch.tensor([[0.5, 1.0, 1.5], [1.0, 1.0, 0.2]], device=device).requires_grad_()
+    for width in (least, torch.tensor(least, device=device).requires_grad_()):
+        assert_equals_reference(x_seq, backend, width=width)
+    double = x_seq.detach().double().requires_grad_()
+    assert asgl_cuda.lif(double, width=1e-40, backend=backend).sum().isfinite()
+
+
+def test_nan_in_the_input_shows_in_the_gradients_of_parameters(backend, device):
+    """No spike, no gradient of x outside of a window, but NaN in what is learned, as in any layer that multiplies.
+
+    A parameter's gradient with NaN is how a user, and torch.amp.GradScaler, can see that there was one.
+    """
+    x_seq = torch.tensor([[0.5, 0.9], [float("nan"), 0.3], [1.0, 0.7]], device=device)
+    found = {}
+    for name in (backend, "reference"):
+        x = x_seq.clone().requires_grad_()
+        width, decay = (torch.tensor(value, device=device, requires_grad=True) for value in (1.0, 0.5))
+        s_seq = asgl_cuda.lif(x, width=width, decay=decay, backend=name)
+        s_seq.sum().backward()
+        found[name] = (s_seq, x.grad, width.grad, decay.grad)
+    for ours, theirs in zip(found[backend], found["reference"], strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+    s_seq, grad_x_seq, grad_width, _ = found[backend]
+    assert s_seq[:, 0].tolist() == [0, 0, 0]
+    assert grad_x_seq[1:, 0].tolist() == [0, 0]
+    assert grad_width.isnan()

@@ -95,6 +95,43 @@ def test_compile_draws_the_same_noise_as_eager(backend, device, compiled):
         assert_all_equal(fast(x_seq), expected)
 
 
+@pytest.mark.parametrize("prob", [0.0, 1 / 65536, 0.3, 1 - 1 / 65536, 1.0])
+@pytest.mark.parametrize("steps", [4, 20])
+def test_analog_prob_as_data_is_as_a_number(backend, device, prob, steps):
+    x_seq = random_input(steps, 3, 60, device=device)
+    width = uniform(60, low=0.5, high=1.5, device=device)
+    state = rng_state(device=device)
+    every = torch.tensor([prob], device=device, dtype=torch.float64)
+
+    def by(analog_prob, name):
+        def function(x_seq, width):
+            return asgl_cuda.lif(
+                x_seq, width=width, analog_prob=analog_prob, rng_state=state, return_v_last=True, backend=name
+            )
+
+        return with_gradients(function, x_seq, width)
+
+    assert_all_equal(by(every, backend), by(prob, backend))
+    assert_all_equal(by(every, "reference"), by(prob, "reference"))
+
+
+def test_analog_prob_as_data_compiles_once(backend, device, compiled):
+    compile_it, counter = compiled
+
+    def function(x_seq, analog_prob):
+        return asgl_cuda.lif(x_seq, analog_prob=analog_prob, backend=backend)
+
+    fast = compile_it(function)
+    x_seq = random_input(4, 300, device=device)
+    for prob in (0.0, 0.1, 0.2, 0.9, 1.0):
+        data = torch.tensor(prob, device=device)
+        torch.manual_seed(5)
+        expected = function(x_seq, data)
+        torch.manual_seed(5)
+        assert torch.equal(fast(x_seq, data), expected)
+    assert counter.frame_count == 1
+
+
 def test_dynamic_shapes_compile_once(backend, device, compiled):
     compile_it, counter = compiled
     state = rng_state(device=device)

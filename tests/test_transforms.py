@@ -1,0 +1,326 @@
+"""torch.func around the function and the layers: what vmap, grad, vjp, jacrev give is what a loop over the samples does.
+
+Samples that are computed together have the bits of those computed alone; sums of gradients may be in another order, and
+are compared as in comparison.py.
+"""
+
+import copy
+
+import pytest
+import torch
+from comparison import rng_state
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import (
+    functional_call,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vjp,
+    vmap,
+)
+
+import asgl_cuda
+from asgl_cuda.backends import BACKENDS
+
+SAMPLES = 3
+STEPS = (4, 20)  # without and with checkpoints
+
+
+def inputs(steps, device, *shape):
+    return torch.rand(SAMPLES, steps, *(shape or (5, 7)), device=device) * 3 - 1
+
+
+def weights(like):
+    """What makes every element of the output count differently."""
+    return torch.linspace(-1, 2, like.numel(), device=like.device).reshape(like.shape)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def looped(function, *arguments):
+    """`function` on each sample, arguments that are no tensors or have in_dims None being given as tuples."""
+    results = [function(*(each[0] if isinstance(each, tuple) else each[i] for each in arguments)) for i in range(SAMPLES)]
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results)
+    return tuple(torch.stack(each) for each in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"width": ()},
+        {"width": (7,), "decay": ()},
+        {"decay": (5, 1), "v_threshold": (5, 7)},
+        {"v_threshold": (-1, 1, 1), "input_gain": ()},  # -1: a step
+    ],
+)
+@pytest.mark.parametrize("shared", [False, True])
+def test_vmap_is_a_loop(backend, device, steps, shapes, shared):
+    """Outputs and gradients, with parameters of each sample or of all."""
+    x_seq = inputs(steps, device)
+    v_init = torch.rand(SAMPLES, 5, 7, device=device)
+    given = [
+        torch.rand(SAMPLES, *(steps if size < 0 else size for size in shape), device=device) * 0.5 + 0.4
+        for shape in shapes.values()
+    ]
+    parameters = [(each[0],) for each in given] if shared else given
+    in_dims = (0, 0, *(None if shared else 0 for _ in given))
+
+    def function(x_seq, v_init, *parameters):
+        named = dict(zip(shapes, parameters, strict=True))
+        out = asgl_cuda.lif(x_seq, v_init=v_init, surrogate="triangle", return_v_last=True, backend=backend, **named)
+        return out.s_seq, out.v_last
+
+    def loss(*arguments):
+        s_seq, v_last = function(*arguments)
+        return (s_seq * weights(s_seq)).sum() + (v_last * weights(v_last)).sum()
+
+    flat = [each[0] if isinstance(each, tuple) else each for each in (x_seq, v_init, *parameters)]
+    for actual, expected in zip(
+        vmap(function, in_dims)(*flat), looped(function, x_seq, v_init, *parameters), strict=True
+    ):
+        assert torch.equal(actual, expected)
+    every = tuple(range(len(flat)))
+    expected = looped(grad(loss, every), x_seq, v_init, *parameters)
+    close(vmap(grad(loss, every), in_dims)(*flat), expected)
+    outside = grad(lambda *arguments: vmap(loss, in_dims)(*arguments).sum(), every)(*flat)
+    close(outside, tuple(e.sum(0) if d is None else e for e, d in zip(expected, in_dims, strict=True)))
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_where_the_mapped_dimension_is(backend, device, steps):
+    x_seq = inputs(steps, device)
+    width = torch.rand(SAMPLES, device=device) + 0.5
+
+    def function(x_seq, width):
+        return asgl_cuda.lif(x_seq, width=width, analog_prob=1.0, backend=backend)
+
+    expected = looped(function, x_seq, width)
+    for dim in range(1, 4):
+        assert torch.equal(vmap(function, (dim, 0))(x_seq.movedim(0, dim), width), expected)
+        assert torch.equal(vmap(function, (dim, 0), dim)(x_seq.movedim(0, dim), width), expected.movedim(0, dim))
+    assert torch.equal(vmap(function, (None, 0))(x_seq[0], width), looped(function, (x_seq[0],), width))
+    batch_first = vmap(lambda x: asgl_cuda.lif(x, time_dim=1, backend=backend))(x_seq.transpose(1, 2))
+    assert torch.equal(batch_first.transpose(1, 2), looped(lambda x: asgl_cuda.lif(x, backend=backend), x_seq))
+    pairs = torch.stack([x_seq, x_seq + 0.3])
+    nested = vmap(vmap(grad(lambda x: asgl_cuda.lif(x, backend=backend).square().sum())))(pairs)
+    expected = [looped(grad(lambda x: asgl_cuda.lif(x, backend=backend).square().sum()), each) for each in pairs]
+    assert torch.equal(nested, torch.stack(expected))
+
+
+def test_one_call_serves_all_samples(backend, device, monkeypatch):
+    calls = []
+    operators = BACKENDS[backend].operators
+    library = torch.library.Library("asgl_cuda_counted", "FRAGMENT")
+    del library
+
+    def counted(name):
+        operator = getattr(operators, name)
+
+        def call(*arguments):
+            calls.append(name)
+            return operator(*arguments)
+
+        return call
+
+    spied = operators._replace(lif_forward=counted("lif_forward"), lif_backward=counted("lif_backward"))
+    monkeypatch.setitem(BACKENDS, backend, BACKENDS[backend]._replace(operators=spied))
+    loss = lambda x: asgl_cuda.lif(x, analog_prob=0.5, backend=backend).sum()  # noqa: E731
+    vmap(grad(loss), randomness="different")(inputs(4, device))
+    assert calls == ["lif_forward", "lif_backward"]
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_jacobian(backend, device, steps):
+    x_seq = inputs(steps, device, 1, 2)[0]
+    width = torch.tensor(0.8, device=device)
+
+    def function(name):
+        return lambda x_seq, width: asgl_cuda.lif(x_seq, width=width, surrogate="arctan", backend=name)
+
+    expected = jacrev(function("reference"), (0, 1))(x_seq, width)
+    close(jacrev(function(backend), (0, 1))(x_seq, width), expected)
+    s_seq, pull = vjp(function(backend), x_seq, width)
+    close(pull(torch.ones_like(s_seq)), tuple(each.flatten(0, 2).sum(0) for each in expected))
+
+
+@pytest.mark.parametrize("generator", [False, True])
+@pytest.mark.parametrize("name", [None, "reference"])
+def test_noise(backend, device, name, generator):
+    backend = name or backend
+    x_seq = torch.full((SAMPLES, 20, 500), 0.8, device=device)
+    source = torch.Generator(device).manual_seed(1) if generator else None
+
+    def function(x_seq):
+        return asgl_cuda.lif(x_seq, analog_prob=0.25, v_threshold=10.0, width=30.0, generator=source, backend=backend)
+
+    def loss(x_seq):
+        return function(x_seq).square().sum()
+
+    same = vmap(function, randomness="same")(x_seq)
+    assert torch.equal(same[0], same[1])
+    assert (same > 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    different = vmap(function, randomness="different")(x_seq) > 0
+    for i in range(SAMPLES):
+        assert different[i].float().mean().item() == pytest.approx(0.25, abs=0.02)
+        both = (different[i] & different[i - 1]).float().mean().item()
+        assert both == pytest.approx(1 / 16, abs=0.01)  # independent
+    gradients = vmap(grad(loss), randomness="different")(x_seq)
+    assert not torch.equal(gradients[0], gradients[1])
+    # The gradient flows where the elements of the very same call were analog.
+    s_seq, pull = vjp(vmap(function, randomness="different"), x_seq)
+    (gradient,) = pull(s_seq)
+    assert torch.equal(gradient[:, -1] > 0, s_seq[:, -1] > 0)
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(function)(x_seq)
+    mixed = vmap(vmap(function, randomness="same"), randomness="different")(torch.stack([x_seq, x_seq]))
+    assert torch.equal(mixed[0, 0], mixed[0, 1])
+    assert not torch.equal(mixed[0, 0], mixed[1, 0])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_noise_that_is_given_is_that_of_each_sample_alone(backend, device, layout):
+    x_seq = inputs(4, device, 2, 3, 4, 5)
+    if layout == "channels_last":
+        x_seq = x_seq.movedim(3, -1).contiguous().movedim(-1, 3)
+    states = torch.stack([rng_state(seed, device=device) for seed in range(SAMPLES)])
+
+    def function(x_seq, state):
+        return asgl_cuda.lif(x_seq, analog_prob=0.5, rng_state=state, width=5.0, backend=backend)
+
+    def gradient(x_seq, state):
+        return grad(lambda x: function(x, state).square().sum())(x_seq)
+
+    for each in (function, gradient):
+        assert torch.equal(vmap(each, (0, None))(x_seq, states[1]), looped(each, x_seq, (states[1],)))
+        assert torch.equal(vmap(each)(x_seq, states), looped(each, x_seq, states))
+
+
+def models(backend, device):
+    def make(layer):
+        return [nn.Sequential(nn.Linear(6, 8), layer()).to(device) for _ in range(SAMPLES)]
+
+    options = {"analog_prob": 0.0, "surrogate": "sigmoid", "backend": backend}
+    return (
+        make(lambda: asgl_cuda.LIF(learn_decay=True, learn_threshold=True, **options)),
+        make(lambda: asgl_cuda.LIF(8, granularity="channel", learn_decay=True, **options)),
+        make(lambda: asgl_cuda.BatchNormLIF(8, granularity="channel", **options)),
+    )
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_ensemble(backend, device, kind):
+    """Models by stack_module_state: losses, gradients, running statistics."""
+    torch.manual_seed(0)
+    ensemble = models(backend, device)[kind]
+    parameters, buffers = stack_module_state(copy.deepcopy(ensemble))
+    base = copy.deepcopy(ensemble[0]).to("meta")
+    x_seq = torch.randn(5, 4, 6, device=device)
+
+    def loss(parameters, buffers, x_seq):
+        s_seq = functional_call(base, (parameters, buffers), (x_seq,))
+        return (s_seq * weights(s_seq)).sum()
+
+    gradients = vmap(grad(loss), (0, 0, None))(parameters, buffers, x_seq)
+    for model in ensemble:
+        s_seq = model(x_seq)
+        (s_seq * weights(s_seq)).sum().backward()
+    for name, gradient in gradients.items():
+        expected = torch.stack([dict(model.named_parameters())[name].grad for model in ensemble])
+        # Sums of some hundred terms in float32 that cancel: to a share of the largest.
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item() + 1e-5)
+    for name, buffer in buffers.items():
+        close(buffer, torch.stack([dict(model.named_buffers())[name] for model in ensemble]))
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_gradients_of_each_sample(backend, device, kind):
+    model = models(backend, device)[kind][0].eval()
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    x_seq = torch.randn(20, SAMPLES, 6, device=device)
+
+    def loss(parameters, x_seq):
+        s_seq = functional_call(model, (parameters, buffers), (x_seq[:, None],))
+        return (s_seq * weights(s_seq)).sum()
+
+    gradients = vmap(grad(loss), (None, 1))(parameters, x_seq)
+    for i in range(SAMPLES):
+        s_seq = model(x_seq[:, i, None])
+        expected = torch.autograd.grad((s_seq * weights(s_seq)).sum(), list(parameters.values()))
+        for actual, each in zip(gradients.values(), expected, strict=True):
+            torch.testing.assert_close(actual[i], each, rtol=1e-4, atol=1e-5 * each.abs().max().item() + 1e-5)
+
+
+def forward_modes(function, x_seq):
+    """Every way to ask for a forward derivative, also of a gradient and around vmap."""
+
+    def dual():
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(x_seq, x_seq))).tangent
+
+    return {
+        "dual": dual,
+        "jvp": lambda: jvp(function, (x_seq,), (x_seq,))[1],
+        "jvp of vmap": lambda: jvp(vmap(function, 1, 1), (x_seq,), (x_seq,))[1],
+        "vmap of jvp": lambda: vmap(lambda x: jvp(function, (x,), (x,))[1], 1, 1)(x_seq),
+        "jacfwd": lambda: torch.einsum("abcdef,def->abc", jacfwd(function)(x_seq), x_seq),
+        "hessian": lambda: hessian(lambda x: function(x).square().sum())(x_seq),
+    }
+
+
+@pytest.mark.parametrize("kind", ["lif", "LIF", "batch_norm_lif"])
+def test_forward_mode(backend, device, kind):
+    """It is refused with the remedy, and the remedy works: to zeros, as once, nobody would pay attention."""
+    x_seq = torch.rand(4, 2, 3, device=device) * 2
+
+    def by(name):
+        options = {"surrogate": "sigmoid", "backend": name}
+        if kind == "LIF":
+            return asgl_cuda.LIF(analog_prob=0.0, **options).to(device)
+        if kind == "lif":
+            return lambda x: asgl_cuda.lif(x, **options)
+        return lambda x: asgl_cuda.batch_norm_lif(x, torch.ones(3), torch.ones(3), **options)
+
+    for name, call in forward_modes(by(backend), x_seq).items():
+        if kind == "batch_norm_lif" and "vmap" in name:
+            continue  # a sample has no dimension for channels
+        with pytest.raises(RuntimeError, match="forward-mode .* backend='reference' has both"):
+            call()
+    function = by("reference")
+    _, pull = vjp(function, x_seq)
+    jacobian = jacrev(function)(x_seq)
+    expected = torch.einsum("abcdef,def->abc", jacobian, x_seq)
+    assert expected.abs().max() > 0.1
+    for name, call in forward_modes(function, x_seq).items():
+        if name != "hessian" and "vmap" not in name:
+            close(call(), expected)
+    assert forward_modes(function, x_seq)["hessian"]().abs().max() > 0.01
+
+
+def test_the_second_derivative_is_refused(backend, device):
+    function = lambda x: asgl_cuda.lif(x, surrogate="sigmoid", backend=backend).square().sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match="second derivative"):
+        jacrev(grad(function))(torch.rand(4, 2, device=device))
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_compiled(backend, device, inner):
+    """torch.compile around the transforms gives the same gradients, not zeros."""
+    torch._dynamo.reset()
+    x_seq = inputs(4, device)
+
+    def loss(x_seq):
+        return (asgl_cuda.lif(x_seq, backend=backend) * weights(x_seq)).sum()
+
+    function = vmap(grad(loss)) if inner else grad(lambda x: vmap(loss)(x).sum())
+    expected = function(x_seq)
+    assert expected.abs().max() > 0
+    close(torch.compile(function, backend="aot_eager")(x_seq), expected)
+    torch._dynamo.reset()
