@@ -1,17 +1,16 @@
 """Bad input: the error's type, and that it names what was expected and what came."""
 
-import sys
 import warnings
 
 import pytest
 import torch
 
 import asgl_cuda
-from asgl_cuda import backends
+from asgl_cuda import backends, extension
 
 X = torch.zeros(4, 6, 3)
 
-with_extension = pytest.mark.skipif(asgl_cuda.ops.extension is None, reason=str(asgl_cuda.ops.extension_error))
+with_extension = pytest.mark.skipif(extension.module is None, reason=str(extension.problem))
 
 BAD = [
     # options, error, what the message must name
@@ -134,21 +133,3 @@ def test_missing_extension_falls_back_with_one_warning():
     assert asgl_cuda.available_backends() == ("reference",)
     with pytest.raises(RuntimeError, match=r"asgl_cuda.lif: backend 'cpu' is not available: .*built for torch 1\.2\.3"):
         asgl_cuda.lif(X, backend="cpu")
-
-
-@with_extension
-def test_extension_for_another_torch_is_not_loaded(monkeypatch):
-    info = sys.modules.get("asgl_cuda._build_info") or __import__("asgl_cuda._build_info", fromlist=["_"])
-    monkeypatch.setattr(info, "TORCH_VERSION", "1.2.3")
-    extension, _, error = asgl_cuda.ops._load_extension()
-    assert extension is None
-    assert "built for torch 1.2.3" in error
-    assert torch.__version__ in error
-
-
-@with_extension
-def test_extension_that_does_not_load_is_reported(monkeypatch):
-    monkeypatch.setitem(sys.modules, "asgl_cuda._C", None)
-    extension, _, error = asgl_cuda.ops._load_extension()
-    assert extension is None
-    assert "does not load" in error

@@ -1,4 +1,4 @@
-"""What setup.py decides to build; the compilers here are scripts of a few lines."""
+"""What is compiled, and with what; the compilers here are scripts of a few lines."""
 
 import runpy
 from pathlib import Path
@@ -8,21 +8,22 @@ import pytest
 import torch
 from setuptools import Distribution
 
-from benchmarks.cuda_code import load_setup
+from asgl_cuda import compilation
+
+WHEEL_HOMES = compilation.wheel_homes
 
 
 @pytest.fixture
 def build(monkeypatch, tmp_path) -> ModuleType:
-    """setup.py as a module, for a torch of CUDA 13.2 on a machine without a toolkit."""
-    module = load_setup()
+    """For a torch of CUDA 13.2 on a machine without a toolkit."""
     for name in ("ASGL_CUDA_BUILD", "CUDA_HOME", "CUDA_PATH", "CXX", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr(module, "DEFAULT_TOOLKIT", tmp_path / "nowhere")
-    monkeypatch.setattr(module, "wheel_homes", lambda major: [])
+    monkeypatch.setattr(compilation, "DEFAULT_TOOLKIT", tmp_path / "nowhere")
+    monkeypatch.setattr(compilation, "wheel_homes", lambda major: [])
     monkeypatch.setattr(torch.version, "cuda", "13.2")
     monkeypatch.setattr(torch.version, "hip", None)
-    return module
+    return compilation
 
 
 def script(path: Path, text: str) -> Path:
@@ -62,7 +63,7 @@ def test_toolkit_behind_a_wrapper(build, tmp_path):
 
 def test_toolkit_of_wheels(build, monkeypatch, tmp_path):
     make_toolkit(tmp_path / "site-packages/nvidia/cu13", cudart="lib/libcudart.so.13")
-    monkeypatch.setattr(build, "wheel_homes", load_setup().wheel_homes)
+    monkeypatch.setattr(build, "wheel_homes", WHEEL_HOMES)
     monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
     assert build.choose_toolkit(None)[0].cudart == tmp_path / "site-packages/nvidia/cu13/lib/libcudart.so.13"
 
@@ -113,7 +114,7 @@ def test_cpu_only(build, monkeypatch, tmp_path, version, reason):
 def test_unknown_choice(build, monkeypatch):
     monkeypatch.setenv("ASGL_CUDA_BUILD", "gpu")
     with pytest.raises(SystemExit, match="ASGL_CUDA_BUILD must be cuda, cpu or none, got 'gpu'"):
-        build.main()
+        build.wanted_build()
 
 
 KNOWN = [75, 80, 86, 90, 120, 103]
@@ -149,7 +150,7 @@ def test_unknown_architectures(build, monkeypatch, asked):
 @pytest.mark.parametrize("cuda", [None, "CUDA 13.0, sm_90"])
 def test_notes_and_last_line(build, capsys, tmp_path, cuda):
     script(tmp_path / "bin" / "c++", "exit 1")
-    command = build.build_with(cuda, "a reason")(Distribution())
+    command = build.builder(build.Plan(None, cuda, "a reason"), tmp_path)(Distribution())
     command.inplace, command.build_lib = False, str(tmp_path)
     command.run()
     noted = runpy.run_path(str(tmp_path / "asgl_cuda/_build_info.py"))
