@@ -71,6 +71,8 @@ BACKENDS: dict[str, Backend] = {
 }
 
 _warned: set[str] = set()
+# Through which a call of the user's may come here: torch, and the libraries whose layers are converted.
+_NOT_THE_USERS = ("asgl_cuda", "torch", "spikingjelly", "snntorch", "norse", "sinabs")
 
 
 def available_backends() -> tuple[str, ...]:
@@ -131,8 +133,8 @@ _warn_about_reference._dynamo_marked_constant = True  # type: ignore[attr-define
 
 
 def _level_of_user() -> int:
-    """The stacklevel, for the function that calls this, of the line that is neither this package's nor torch's."""
+    """The stacklevel of the user's line, for the function that calls this."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("asgl_cuda", "torch"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
         frame, level = frame.f_back, level + 1
     return level
