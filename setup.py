@@ -54,7 +54,10 @@ class BuildWithoutExtension(BuildPackage):
         target = PACKAGE if self.editable_mode else Path(self.build_lib) / "asgl_cuda"
         for leftover in (target / "_build_info.py", *target.glob("_C.*")):
             leftover.unlink(missing_ok=True)
-        print("asgl_cuda: compiled no kernels: ASGL_CUDA_BUILD was none. CuPy compiles those for a GPU when first used")
+        print(
+            "asgl_cuda: compiled no kernels: ASGL_CUDA_BUILD was none. CuPy compiles those for a GPU, "
+            "python -m asgl_cuda build all"
+        )
 
 
 def main() -> None:

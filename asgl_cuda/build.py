@@ -50,10 +50,11 @@ def build() -> None:
 
 def _compile(planned: compilation.Plan, sources: Path, directory: Path, target: Path) -> None:
     minutes = "some minutes" if planned.cuda else "a minute or two"
-    print(f"asgl_cuda: compiling {planned.kernels} for torch {torch.__version__}: {minutes}", flush=True)
+    what = f"{planned.kernels} for torch {torch.__version__} ({planned.reason})"
+    print(f"asgl_cuda: compiling {what}: {minutes}", flush=True)
     if not is_ninja_available():
         print("asgl_cuda: without ninja one file is compiled after the other: pip install ninja", flush=True)
-    started = time.perf_counter()
+    started, replaces = time.perf_counter(), target.exists()
     log = directory / "log"
     command = [sys.executable, "-m", "asgl_cuda.compilation", str(sources), str(directory)]
     with log.open("w") as file:
@@ -62,17 +63,17 @@ def _compile(planned: compilation.Plan, sources: Path, directory: Path, target: 
         kept = log.rename(target.with_suffix(".log"))
         error = first_error(kept.read_text(errors="replace"))
         raise SystemExit(f"asgl_cuda: it does not compile: {error} (log: {kept})")
-    with contextlib.suppress(OSError):
-        target.rename(directory / "replaced")
     # Where another process was faster, its extension is as good.
     with contextlib.suppress(OSError):
+        if replaces:
+            target.rename(directory / "replaced")
         (directory / "asgl_cuda").rename(target)
     # A library of the system that is older than the compiler's shows only now.
     loading = [sys.executable, "-c", "import sys; from asgl_cuda import extension; sys.exit(extension.problem)"]
     result = subprocess.run(loading, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise SystemExit(f"asgl_cuda: it compiles, but {result.stderr.strip()}")
-    print(f"asgl_cuda: done in {time.perf_counter() - started:.0f} s: {planned.reason}. It is in {target}")
+    print(f"asgl_cuda: done in {time.perf_counter() - started:.0f} s, in {target}")
 
 
 def first_error(log: str) -> str:

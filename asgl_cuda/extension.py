@@ -11,7 +11,7 @@ import hashlib
 import os
 import runpy
 import sys
-import sysconfig
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -54,15 +54,15 @@ def source_directory() -> Path | None:
 @functools.cache
 def digest_of_sources(directory: Path) -> bytes:
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in SOURCES for path in directory.glob(pattern)):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(path for pattern in SOURCES for path in directory.rglob(pattern)):
+        digest.update(str(path.relative_to(directory)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.digest()
 
 
 def cache_directory() -> Path:
     """Where the user's extensions for this torch and this Python are."""
     cache = os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '')}/.cache"
-    return Path(cache, "asgl_cuda", f"torch-{torch.__version__}-{sysconfig.get_config_var('SOABI')}")
+    return Path(cache, "asgl_cuda", f"torch-{torch.__version__}-{EXTENSION_SUFFIXES[0].split('.')[1]}")
 
 
 def build_directory(sources: Path) -> Path:
@@ -109,7 +109,7 @@ def load() -> tuple[ModuleType | None, BuildInfo | None, str | None]:
             why = f"it was built for torch {info.torch_version}, and this is torch {torch.__version__}"
             continue
         try:
-            return _import(path / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"), info, None
+            return _import(path / f"_C{EXTENSION_SUFFIXES[0]}"), info, None
         except (ImportError, OSError) as error:
             why = f"it does not load: {error}"
     missing = "the compiled extension is missing"

@@ -1,9 +1,12 @@
 """Bad input: the error's type, and that it names what was expected and what came."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
 from asgl_cuda import backends, extension
@@ -133,3 +136,37 @@ def test_missing_extension_falls_back_with_one_warning():
     assert asgl_cuda.available_backends() == ("reference",)
     with pytest.raises(RuntimeError, match=r"asgl_cuda.lif: backend 'cpu' is not available: .*built for torch 1\.2\.3"):
         asgl_cuda.lif(X, backend="cpu")
+
+
+def spikingjelly_layer():
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    return asgl_cuda.convert(nn.Sequential(neuron.LIFNode(step_mode="m")))[0]
+
+
+CALLS = {
+    "lif": lambda: asgl_cuda.lif,
+    "batch_norm_lif": lambda: partial(asgl_cuda.batch_norm_lif, training=True),
+    "LIF": asgl_cuda.LIF,
+    "BatchNormLIF": lambda: asgl_cuda.BatchNormLIF(3),
+    "in a Sequential": lambda: nn.Sequential(nn.Identity(), nn.Sequential(asgl_cuda.LIF())),
+    "in a checkpoint": lambda: partial(checkpoint, asgl_cuda.LIF(), use_reentrant=False),
+    "under torch.compile": lambda: torch.compile(asgl_cuda.LIF(), fullgraph=True, backend="eager"),
+    "a converted layer": spikingjelly_layer,
+}
+
+
+@pytest.mark.usefixtures("without_extension")
+@pytest.mark.parametrize("name", CALLS)
+def test_warning_names_the_users_line(name):
+    function = CALLS[name]()
+    with pytest.warns(UserWarning, match="slow reference backend") as warned:
+        exec(compile("\n\nfunction(X)", "the user's file", "exec"), {"function": function, "X": X, "__name__": "user"})
+    places = [(each.filename, each.lineno) for each in warned if "slow reference" in str(each.message)]
+    assert places == [("the user's file", 3)]
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_no_warning_for_meta_tensors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert asgl_cuda.lif(X.to("meta")).is_meta

@@ -1,6 +1,7 @@
 """What is compiled, and with what; the compilers here are scripts of a few lines."""
 
 import runpy
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 from setuptools import Distribution
 
-from asgl_cuda import compilation
+from asgl_cuda import compilation, extension
+from asgl_cuda.build import build as build_command
+from asgl_cuda.build import first_error
 
 WHEEL_HOMES = compilation.wheel_homes
 
@@ -159,3 +162,113 @@ def test_notes_and_last_line(build, capsys, tmp_path, cuda):
     assert last.startswith("asgl_cuda: built ")
     assert (cuda or "only the CPU kernels") in last
     assert last.endswith(": a reason")
+
+
+# ---- python -m asgl_cuda build; tests/test_wheel.py compiles by it ----
+
+
+@pytest.fixture
+def cache(build, monkeypatch, tmp_path) -> Path:
+    """The user's, on a machine with a compiler that fails, where no extension is."""
+    monkeypatch.setenv("ASGL_CUDA_BUILD", "cpu")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(extension, "build_info", None)
+    script(tmp_path / "bin" / "c++", "exit 1")
+    return tmp_path / "cache"
+
+
+def unset_compiler(monkeypatch, tmp_path):
+    (tmp_path / "bin" / "c++").unlink()
+
+
+def unwritable_cache(monkeypatch, tmp_path):
+    (tmp_path / "cache").touch()
+
+
+def no_sources(monkeypatch, tmp_path):
+    monkeypatch.setattr(extension, "source_directory", lambda: None)
+
+
+def nothing_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("ASGL_CUDA_BUILD", "none")
+
+
+def cuda_without_toolkit(monkeypatch, tmp_path):
+    monkeypatch.setenv("ASGL_CUDA_BUILD", "cuda")
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("damage", "problem", "remedy"),
+    [
+        (unset_compiler, "no C++ compiler 'c++' on the PATH", "apt install g++"),
+        (unwritable_cache, "can't be written", "name another folder in XDG_CACHE_HOME"),
+        (no_sources, "the sources, which were installed with asgl_cuda, are gone", "pip install --force-reinstall"),
+        (nothing_asked_for, "ASGL_CUDA_BUILD is none", "unset it"),
+        (cuda_without_toolkit, "ASGL_CUDA_BUILD is cuda, but", "name one in CUDA_HOME"),
+    ],
+)
+def test_build_that_is_not_possible(monkeypatch, tmp_path, damage, problem, remedy):
+    damage(monkeypatch, tmp_path)
+    with pytest.raises(SystemExit) as raised:
+        build_command()
+    (message,) = str(raised.value).splitlines()
+    assert message.startswith("asgl_cuda: ")
+    assert problem in message
+    assert remedy in message
+
+
+def test_build_without_ninja(cache, monkeypatch, capsys):
+    def run(command, stdout, **_):
+        stdout.write("running build_ext\n/tmp/a.cpp:3:1: error: no\nninja: build stopped\n")
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr("asgl_cuda.build.is_ninja_available", lambda: False)
+    monkeypatch.setattr("asgl_cuda.build.subprocess.run", run)
+    with pytest.raises(
+        SystemExit, match=r"^asgl_cuda: it does not compile: /tmp/a.cpp:3:1: error: no \(log: .*\.log\)$"
+    ):
+        build_command()
+    assert "without ninja one file is compiled after the other: pip install ninja\n" in capsys.readouterr().out
+    assert [path.suffix for path in cache.glob("*/*/*")] == [".log"]
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "done"),
+    [(None, "cpu", True), ("CUDA 13.0, sm_90", "cpu", True), (None, None, True), (None, "cuda", False),
+     ("CUDA 13.0, sm_75", "cuda", False), ("CUDA 13.0, sm_90", "cuda", True)],
+)  # fmt: skip
+def test_when_there_is_something_to_build(cache, monkeypatch, tmp_path, capsys, there, asked, done):
+    if asked == "cuda":
+        toolkit = make_toolkit(tmp_path / "toolkit")
+        script(toolkit / "bin" / "nvcc", 'case "$*" in\n--version) echo release 13.0 ;;\n*) echo sm_90 ;;\nesac')
+        monkeypatch.setenv("CUDA_HOME", str(toolkit))
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    if asked is None:
+        monkeypatch.delenv("ASGL_CUDA_BUILD")
+    else:
+        monkeypatch.setenv("ASGL_CUDA_BUILD", asked)
+    monkeypatch.setattr(extension, "build_info", extension.BuildInfo(torch.__version__, there, "a reason"))
+    compiled = []
+    monkeypatch.setattr("asgl_cuda.build._compile", lambda *arguments: compiled.append(arguments))
+    build_command()
+    assert bool(compiled) != done
+    assert ("nothing to do: the extension for torch " in capsys.readouterr().out) == done
+
+
+@pytest.mark.parametrize(
+    ("log", "first"),
+    [
+        (
+            "cc -c a.cpp\na.cpp:1:9: fatal error: Python.h: No such file\n  | ^\nninja: build stopped",
+            "Python.h: No such file",
+        ),
+        ("a.cu(7): error: no such thing\n1 error detected", "no such thing"),
+        ("ptxas fatal   : Unknown option", "Unknown option"),
+        ("/usr/bin/ld: cannot find -lc10\ncollect2: error: ld returned 1 exit status", "-lc10"),
+        ("Traceback\n  File\nSomething else\n\n", "Something else"),
+        ("", "it said nothing"),
+    ],
+)
+def test_first_error(log, first):
+    assert first_error(log).endswith(first)

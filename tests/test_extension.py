@@ -27,9 +27,7 @@ def places(monkeypatch, tmp_path) -> tuple[Path, Path]:
 
 def note(folder: Path, torch_version: str, cuda: str | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "_build_info.py").write_text(
-        f"TORCH_VERSION, CUDA, REASON = {(torch_version, cuda, 'a reason')!r}\n"
-    )
+    (folder / "_build_info.py").write_text(f"TORCH_VERSION, CUDA, REASON = {(torch_version, cuda, 'a reason')!r}\n")
     return folder
 
 
