@@ -1,5 +1,11 @@
 """Fused spiking neurons for PyTorch: multi-step leaky integrate-and-fire with Adaptive Smoothing Gradient Learning."""
 
+# ruff: noqa: E402  # torch is not imported before
+import warnings
+
+# torch warns of it when it is imported, and works without it, as this package does.
+warnings.filterwarnings("ignore", "Failed to initialize NumPy: No module named 'numpy'")
+
 from ._version import __version__
 from .backends import available_backends, unavailable_backends
 from .batch_norm import batch_norm_lif

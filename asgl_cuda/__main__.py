@@ -1,14 +1,15 @@
-"""`python -m asgl_cuda info` and `python -m asgl_cuda check`."""
+"""`python -m asgl_cuda`: info, check and build."""
 
 from __future__ import annotations
 
 import argparse
 import platform
+import signal
 import sys
 
 import torch
 
-from . import __version__, available_backends, jit, ops, unavailable_backends
+from . import __version__, available_backends, extension, jit, unavailable_backends
 from .backends import BACKENDS
 from .selfcheck import Row, check_backends
 
@@ -18,10 +19,10 @@ def info() -> int:
     print(
         f"asgl_cuda {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
     )
-    if ops.extension is not None:
-        print(f"CPU kernels: {ops.extension.cpu_instruction_set()}, {ops.extension.cpu_threads()} threads")
-    if ops.build_info is not None and ops.build_info.cuda is not None:
-        print(f"CUDA kernels: compiled ahead of time, {ops.build_info.cuda}")
+    if extension.module is not None:
+        print(f"CPU kernels: {extension.module.cpu_instruction_set()}, {extension.module.cpu_threads()} threads")
+    if extension.build_info is not None and extension.build_info.cuda is not None:
+        print(f"CUDA kernels: compiled ahead of time, {extension.build_info.cuda}")
     print(f"CuPy kernels: compiled when first used; {jit.description()}")
     available = available_backends()
     for name, device in (("CPU", "cpu"), ("GPU", "cuda")):
@@ -59,14 +60,32 @@ def check() -> int:
     return 1 if failed else 0
 
 
+def build() -> int:
+    """Compiles the extension for the torch that is installed."""
+    from .build import build
+
+    build()
+    return 0
+
+
 def main() -> int:
     """Runs the command that was asked for."""
     parser = argparse.ArgumentParser(prog="python -m asgl_cuda", description="What asgl_cuda can do on this machine.")
+    parser.add_argument("--version", action="version", version=f"asgl_cuda {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="which backends work here, and what would make the others work")
     commands.add_parser("check", help="compare every backend that works here with the reference")
-    return {"info": info, "check": check}[parser.parse_args().command]()
+    commands.add_parser("build", help="compile what is missing for the torch that is installed, into the user's cache")
+    command = {"info": info, "check": check, "build": build}[parser.parse_args().command]
+    try:
+        if extension.module is not None:
+            extension.module.cpu_instruction_set()
+    except ValueError as error:  # the environment asks for one that there is not
+        print(error, file=sys.stderr)
+        return 1
+    return command()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `info | head` is no error
     sys.exit(main())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from . import jit, ops
+from . import extension, jit, ops
 
 
 class Operators(NamedTuple):
@@ -49,17 +50,16 @@ def operators_in(namespace: str) -> Operators:
 
 
 def _extension_problem() -> str | None:
-    if ops.extension is not None:
-        return None
-    return f"the compiled extension is missing: {ops.extension_error}. To build it: {ops.REBUILD}"
+    return extension.problem
 
 
 def _cuda_problem() -> str | None:
-    if ops.extension is None or ops.build_info is None:
-        return _extension_problem()
-    if ops.build_info.cuda is None:
-        return f"the extension was built without CUDA: {ops.build_info.reason}. To build it anew: {ops.REBUILD}"
-    return None
+    info = extension.build_info
+    if info is not None and info.cuda is None:
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is a build without CUDA. With one for CUDA: {extension.BUILD}"
+        return f"the extension was built without CUDA: {info.reason}. To build it anew: {extension.BUILD}"
+    return extension.problem
 
 
 # In the order in which they are preferred.
@@ -71,6 +71,8 @@ BACKENDS: dict[str, Backend] = {
 }
 
 _warned: set[str] = set()
+# Through which a call of the user's may come here: torch, and the libraries whose layers are converted.
+_NOT_THE_USERS = ("asgl_cuda", "torch", "spikingjelly", "snntorch", "norse", "sinabs")
 
 
 def available_backends() -> tuple[str, ...]:
@@ -106,13 +108,14 @@ def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
         return name
     for candidate, backend in BACKENDS.items():
         if backend.serves(device) and backend.problem() is None:
-            if candidate == "reference":
+            if candidate == "reference" and device.type != "meta":  # on which nothing is computed
                 _warn_about_reference(device)
             return candidate
     raise AssertionError("the reference serves every device")
 
 
 def _warn_about_reference(device: torch.device) -> None:
+    """Once for each type of device, with the user's line."""
     if device.type in _warned:
         return
     _warned.add(device.type)
@@ -122,4 +125,16 @@ def _warn_about_reference(device: torch.device) -> None:
         if backend.serves(device) and (problem := backend.problem()) is not None
     ]
     why = "; ".join(problems) if problems else f"no fused backend serves {device.type}"
-    warnings.warn(f"asgl_cuda: using the slow reference backend on {device.type}: {why}", stacklevel=4)
+    message = f"asgl_cuda: using the slow reference backend on {device.type}: {why}"
+    warnings.warn(message, stacklevel=_level_of_user())
+
+
+_warn_about_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see jit.problem
+
+
+def _level_of_user() -> int:
+    """The stacklevel of the user's line, for the function that calls this."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    return level

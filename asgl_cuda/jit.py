@@ -23,21 +23,16 @@ from typing import Any, NamedTuple
 import torch
 
 from . import batch_norm_launch, launch
+from .extension import NO_SOURCES, digest_of_sources, source_directory
 
 NAMESPACE = "asgl_cuda_cupy"
 HEADER = "batch_norm_kernels.cuh"  # includes lif_kernels.cuh
-# As nvcc is called in setup.py: no contraction, so that every backend rounds alike.
+# As compilation.py has nvcc called: no contraction, so that every backend rounds alike.
 OPTIONS = ("--std=c++17", "--fmad=false")
 # The smallest kernel: if it can be compiled and loaded, everything is there.
 PROBE = launch.gradient_sum_kernel(torch.float32, False)
 
 logger = logging.getLogger("asgl_cuda")
-
-
-def header_directory() -> Path | None:
-    """Where the kernels are: in the package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    return next((path for path in (package / "csrc", package.parent / "csrc") if (path / HEADER).is_file()), None)
 
 
 def install_command() -> str:
@@ -77,7 +72,7 @@ def target(capability: tuple[int, int]) -> str:
 def compile_kernels(kernels: list[str], architecture: str, *options: str) -> tuple[list[Binary], str]:
     """The kernels in one image, each with its own symbol, and what NVRTC says of them. Needs no GPU."""
     nvrtc = _nvrtc()
-    directory = header_directory()
+    directory = source_directory()
     program = nvrtc.createProgram(f'#include "{HEADER}"\n', "asgl_cuda.cu", (), ())
     try:
         for kernel in kernels:
@@ -110,24 +105,16 @@ def nvrtc_problem() -> str | None:
     return None
 
 
-@functools.cache
-def _digest_of_headers(directory: Path) -> bytes:
-    digest = hashlib.sha256()
-    for path in sorted((*directory.glob("*.h"), *directory.glob("*.cuh"))):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.digest()
-
-
 def cache_directory() -> Path:
     return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
 
 
 def load_or_compile(kernel: str, architecture: str) -> Binary:
     """From the cache on disk, or compiled and put there."""
-    directory = header_directory()
+    directory = source_directory()
     assert directory is not None  # problem() says so otherwise
     parts = (kernel, architecture, nvrtc_version(), *OPTIONS)
-    key = hashlib.sha256(_digest_of_headers(directory) + "\0".join(parts).encode()).hexdigest()
+    key = hashlib.sha256(digest_of_sources(directory) + "\0".join(parts).encode()).hexdigest()
     path = cache_directory() / f"asgl_cuda_{key}.cubin"
     binary = _read(path)
     if binary is None:
@@ -231,7 +218,7 @@ def description() -> str:
         nvrtc = "NVRTC missing"
     else:
         nvrtc = f"NVRTC {nvrtc_version()}" + "".join(f" in {path}" for path in _loaded("libnvrtc.so"))
-    return f"headers {header_directory() or 'missing'}, {nvrtc}, cache {cache_directory()}"
+    return f"headers {source_directory() or 'missing'}, {nvrtc}, cache {cache_directory()}"
 
 
 def _loaded(library: str) -> list[str]:
@@ -295,11 +282,8 @@ def _problem_of_device() -> str | None:
 
 def _problem_of_compilation() -> str | None:
     """NVRTC and the headers are there, and the smallest kernel can be compiled and loaded."""
-    if header_directory() is None:
-        return (
-            f"{HEADER}, which was installed with asgl_cuda, is gone. "
-            "To install it again: pip install --force-reinstall --no-deps asgl_cuda"
-        )
+    if source_directory() is None:
+        return NO_SOURCES
     missing = nvrtc_problem()
     if missing is not None:
         return f"NVRTC, which compiles the kernels, is missing ({missing}). To install it: {install_command()}"

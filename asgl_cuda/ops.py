@@ -1,15 +1,13 @@
-"""The operators: their schemas and their fake versions for tracing, and the compiled part that implements them.
+"""The operators: their schemas and their fake versions for tracing.
 
 A backend implements them in a namespace of its own; C++ and CUDA kernels share `torch.ops.asgl_cuda`.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,40 +16,6 @@ from .batching import batching_rules
 from .reference import channel_dim, memory_order, real_type, state_shape
 
 CHECKPOINT_STEPS = 16  # kCheckpointSteps of csrc/lif_params.h
-REBUILD = (
-    "pip install --no-build-isolation --force-reinstall --no-deps asgl_cuda "
-    "(from a checkout: the same with . for asgl_cuda)"
-)
-
-
-def _minor(version: str) -> str:
-    return ".".join(version.split("+")[0].split(".")[:2])
-
-
-class BuildInfo(NamedTuple):
-    """What setup.py noted when it compiled the extension."""
-
-    torch_version: str
-    cuda: str | None  # the toolkit and the architectures that the CUDA kernels were compiled by and for
-    reason: str  # why with or without CUDA
-
-
-def _load_extension() -> tuple[ModuleType | None, BuildInfo | None, str | None]:
-    """The extension module and what it was built for, or None and the reason."""
-    try:
-        noted = importlib.import_module("asgl_cuda._build_info")
-        info = BuildInfo(noted.TORCH_VERSION, noted.CUDA, noted.REASON)
-    except (ImportError, AttributeError):
-        return None, None, "it was not built with this installation"
-    if _minor(info.torch_version) != _minor(torch.__version__):
-        return None, info, f"it was built for torch {info.torch_version}, and this is torch {torch.__version__}"
-    try:
-        return importlib.import_module("asgl_cuda._C"), info, None
-    except (ImportError, OSError) as error:
-        return None, info, f"it does not load: {error}"
-
-
-extension, build_info, extension_error = _load_extension()
 
 ForwardResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 BackwardResult = tuple[Tensor, Tensor, list[Tensor]]

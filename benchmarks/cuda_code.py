@@ -8,11 +8,11 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 from functools import lru_cache
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
+from asgl_cuda import compilation
 from asgl_cuda.launch import SCALARS
 from asgl_cuda.surrogate import SURROGATES
 
@@ -105,16 +105,6 @@ class Instruction(NamedTuple):
         return int(widths[-1]) if widths else 32
 
 
-def load_setup() -> ModuleType:
-    """setup.py as a module, anew: how the extension is compiled is said there alone."""
-    spec = spec_from_file_location("setup_of_asgl_cuda", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run(command: Iterable[str | Path], environment: dict[str, str] | None = None) -> str:
     """Standard output and error of a command that must succeed."""
     words = [str(word) for word in command]
@@ -131,11 +121,10 @@ class Nvcc:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        setup = load_setup()
-        self.flags: list[str] = setup.NVCC_FLAGS
-        self._oldest: int = setup.OLDEST_ARCHITECTURE
+        self.flags = compilation.NVCC_FLAGS
+        self._oldest = compilation.OLDEST_ARCHITECTURE
         # What the source is compiled to; all architectures are made of that.
-        self._virtual: tuple[int, int] = (setup.OLDEST_ARCHITECTURE, setup.SHARED_ARCHITECTURE)
+        self._virtual = (compilation.OLDEST_ARCHITECTURE, compilation.SHARED_ARCHITECTURE)
 
     @classmethod
     def find(cls) -> Nvcc | None:

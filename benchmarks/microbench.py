@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 import asgl_cuda
+from asgl_cuda import extension
 from asgl_cuda.backends import BACKENDS
 from asgl_cuda.nir import OverTime
 from asgl_cuda.selfcheck import THRESHOLD_BAND
@@ -541,7 +542,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         **(_gpu(device) if device.type == "cuda" else {}),
         "processor": _processor(),
-        "instruction_set": asgl_cuda.ops.extension.cpu_instruction_set() if asgl_cuda.ops.extension else None,
+        "instruction_set": extension.module.cpu_instruction_set() if extension.module else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "asgl_cuda": asgl_cuda.__version__,
@@ -562,7 +563,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "l2_mib": round(properties.L2_cache_size / 2**20, 1),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
         "cuda": torch.version.cuda,
-        "kernels": asgl_cuda.ops.build_info.cuda if asgl_cuda.ops.build_info else None,
+        "kernels": extension.build_info.cuda if extension.build_info else None,
         "nvrtc": asgl_cuda.jit.nvrtc_version() if "cupy" in asgl_cuda.available_backends() else None,
     }
 

@@ -7,7 +7,8 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <string_view>
+#include <stdexcept>
+#include <string>
 
 namespace asgl::cpu {
 
@@ -29,11 +30,12 @@ inline InstructionSet best_instruction_set() {
 inline InstructionSet instruction_set() {
   static const InstructionSet chosen = [] {
     const char* variable = std::getenv("ASGL_CUDA_INSTRUCTION_SET");
-    const std::string_view asked = variable == nullptr ? "" : variable;
-    const InstructionSet most = asked == "baseline" ? InstructionSet::kBaseline
-                                : asked == "avx2"   ? InstructionSet::kAvx2
-                                                    : InstructionSet::kAvx512;
-    return std::min(most, best_instruction_set());
+    const std::string asked = variable == nullptr ? "" : variable;
+    if (asked == "baseline") return InstructionSet::kBaseline;
+    if (asked == "avx2") return std::min(InstructionSet::kAvx2, best_instruction_set());
+    if (asked == "avx512" || asked.empty()) return best_instruction_set();
+    throw std::invalid_argument("asgl_cuda: ASGL_CUDA_INSTRUCTION_SET must be baseline, avx2 or avx512, got '" + asked +
+                                "'");
   }();
   return chosen;
 }

@@ -2,9 +2,9 @@
 
 What fails: a kernel that does not compile or that the table lacks; a spill or a stack that the table lacks; on the
 architectures that count, any of those, narrow accesses or local memory in the default paths; glue that does not compile
-against the installed torch. A change of registers is only reported. Everything is compiled as setup.py has it: to PTX
-for compute_75 and compute_80, and from that for each architecture. Those for which ptxas makes the code of another are
-compiled with --update alone, which fails where they take other registers.
+against the installed torch. A change of registers is only reported. Everything is compiled as asgl_cuda/compilation.py
+has it: to PTX for compute_75 and compute_80, and from that for each architecture. Those for which ptxas makes the code
+of another are compiled with --update alone, which fails where they take other registers.
 
 NVRTC compiles what asgl_cuda/launch.py can ask for, as asgl_cuda/jit.py has it, for two architectures, with --update
 for four. What fails: a kernel that nvcc's build lacks or has beyond; a spill that nvcc's does not have; and, where
@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from asgl_cuda import batch_norm_launch, jit, launch
+from asgl_cuda import batch_norm_launch, compilation, jit, launch
 from asgl_cuda.surrogate import SURROGATES
-from benchmarks.cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, Usage, kernel_of, load_setup, run
+from benchmarks.cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, Usage, kernel_of, run
 from benchmarks.cuda_code import usages as usages_of
 
 TABLE = CSRC / "RESOURCES.md"
@@ -59,7 +59,7 @@ DISASSEMBLED = (80, 90, 100)
 SAME_CODE = {88: 86, 89: 86, 121: 120}
 ACCESS_BITS = {"float32": 128, "bfloat16": 64}
 NVRTC_ARCHITECTURES = (75, 80, 90, 120)
-# For these NVRTC's PTX is not that of compute_80, which setup.py has nvcc make.
+# For these NVRTC's PTX is not that of compute_80, which compilation.py has nvcc make.
 OTHER_PTX_FROM = 100
 NVRTC_WITHOUT_UPDATE = (80, 120)  # one before and one from there on
 FREE_KINDS = ("backward, 1 neuron", "backward, 4 neurons")
@@ -314,7 +314,7 @@ def compile_ops(nvcc: Nvcc, directory: Path) -> None:
     includes = [nvcc.include, *include_paths(), sysconfig.get_paths()["include"], directory / "include"]
     isystem = [word for path in includes for word in ("-isystem", path)]
     defines = ["-DASGL_WITH_CUDA", "-DTORCH_EXTENSION_NAME=_C"]
-    flags = [*load_setup().CXX_FLAGS, "-O0"]  # it is not run
+    flags = [*compilation.CXX_FLAGS, "-O0"]  # it is not run
     run([*compiler, *flags, *defines, *isystem, "-c", CSRC / "ops.cpp", "-o", directory / "ops.o"])
 
 

@@ -1,18 +1,20 @@
 """Bad input: the error's type, and that it names what was expected and what came."""
 
-import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from comparison import assert_equals_reference
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
-from asgl_cuda import backends
+from asgl_cuda import backends, extension
 
 X = torch.zeros(4, 6, 3)
 
-with_extension = pytest.mark.skipif(asgl_cuda.ops.extension is None, reason=str(asgl_cuda.ops.extension_error))
+with_extension = pytest.mark.skipif(extension.module is None, reason=str(extension.problem))
 
 BAD = [
     # options, error, what the message must name
@@ -157,22 +159,39 @@ def test_missing_extension_falls_back_with_one_warning():
         asgl_cuda.lif(X, backend="cpu")
 
 
-@with_extension
-def test_extension_for_another_torch_is_not_loaded(monkeypatch):
-    info = sys.modules.get("asgl_cuda._build_info") or __import__("asgl_cuda._build_info", fromlist=["_"])
-    monkeypatch.setattr(info, "TORCH_VERSION", "1.2.3")
-    extension, _, error = asgl_cuda.ops._load_extension()
-    assert extension is None
-    assert "built for torch 1.2.3" in error
-    assert torch.__version__ in error
+def spikingjelly_layer():
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    return asgl_cuda.convert(nn.Sequential(neuron.LIFNode(step_mode="m")))[0]
 
 
-@with_extension
-def test_extension_that_does_not_load_is_reported(monkeypatch):
-    monkeypatch.setitem(sys.modules, "asgl_cuda._C", None)
-    extension, _, error = asgl_cuda.ops._load_extension()
-    assert extension is None
-    assert "does not load" in error
+CALLS = {
+    "lif": lambda: asgl_cuda.lif,
+    "batch_norm_lif": lambda: partial(asgl_cuda.batch_norm_lif, training=True),
+    "LIF": asgl_cuda.LIF,
+    "BatchNormLIF": lambda: asgl_cuda.BatchNormLIF(3),
+    "in a Sequential": lambda: nn.Sequential(nn.Identity(), nn.Sequential(asgl_cuda.LIF())),
+    "in a checkpoint": lambda: partial(checkpoint, asgl_cuda.LIF(), use_reentrant=False),
+    "under torch.compile": lambda: torch.compile(asgl_cuda.LIF(), fullgraph=True, backend="eager"),
+    "a converted layer": spikingjelly_layer,
+}
+
+
+@pytest.mark.usefixtures("without_extension")
+@pytest.mark.parametrize("name", CALLS)
+def test_warning_names_the_users_line(name):
+    function = CALLS[name]()
+    with pytest.warns(UserWarning, match="slow reference backend") as warned:
+        exec(compile("\n\nfunction(X)", "the user's file", "exec"), {"function": function, "X": X, "__name__": "user"})
+    places = [(each.filename, each.lineno) for each in warned if "slow reference" in str(each.message)]
+    assert places == [("the user's file", 3)]
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_no_warning_for_meta_tensors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert asgl_cuda.lif(X.to("meta")).is_meta
+
 
 
 def test_the_least_width_has_the_same_gradients_everywhere(backend, device):

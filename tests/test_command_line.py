@@ -52,6 +52,17 @@ def test_check_agrees_here():
 
 
 @pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), reason="no CPU kernels")
+def test_unknown_instruction_set_is_an_error():
+    message = "asgl_cuda: ASGL_CUDA_INSTRUCTION_SET must be baseline, avx2 or avx512, got 'sse'"
+    result = run("-m", "asgl_cuda", "info", ASGL_CUDA_INSTRUCTION_SET="sse")
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", f"{message}\n")
+    code = "import torch, asgl_cuda; asgl_cuda.lif(torch.zeros(64, 20000))"
+    result = run("-c", code, ASGL_CUDA_INSTRUCTION_SET="sse")
+    assert result.returncode == 1
+    assert result.stderr.endswith(f"ValueError: {message}\n")
+
+
+@pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), reason="no CPU kernels")
 @pytest.mark.parametrize(("asked", "name"), [("baseline", "baseline"), ("avx2", "AVX2")])
 def test_every_clone_of_the_cpu_kernels_agrees(asked, name):
     """The suite runs on the best clone that the processor has; older processors get the others."""
@@ -136,3 +147,16 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - before} - sys.s
 def test_import_prints_and_warns_nothing():
     result = run("-W", "error:asgl_cuda", "-c", "import torch; import asgl_cuda")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_nothing_is_said_of_a_numpy_that_is_missing(tmp_path):
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\", name='numpy')")
+    search = os.pathsep.join([str(tmp_path), *sys.path])
+    result = run("-m", "asgl_cuda", "--version", PYTHONPATH=search)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"asgl_cuda {asgl_cuda.__version__}\n", "")
+
+
+def test_output_that_nobody_reads_to_its_end():
+    command = ["bash", "-c", '"$0" -m asgl_cuda info | head -n 1', sys.executable]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (len(result.stdout.splitlines()), result.stderr) == (1, "")

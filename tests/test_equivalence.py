@@ -272,7 +272,7 @@ def test_same_bits_for_every_number_of_threads(backend, device):
 
 
 def test_number_of_threads_is_honoured():
-    extension = asgl_cuda.ops.extension
+    extension = asgl_cuda.extension.module
     if extension is None:
         pytest.skip("no compiled extension")
     before = torch.get_num_threads()

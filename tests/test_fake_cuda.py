@@ -7,9 +7,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import asgl_cuda
-from asgl_cuda import backends, ops
+from asgl_cuda import backends, extension
 
-pytestmark = pytest.mark.skipif(ops.extension is None, reason=str(ops.extension_error))
+pytestmark = pytest.mark.skipif(extension.module is None, reason=str(extension.problem))
 
 CUDA = torch.device("cuda", 0)
 EVERY = {"return_v_last": True, "return_v_seq": True, "return_h_seq": True}
@@ -72,7 +72,7 @@ def test_operators_describe_their_results(steps, layout, dtype):
 def test_build_with_cuda_has_kernels_for_cuda():
     for name in ("draw_rng_state", "lif_forward", "lif_backward"):
         found = torch._C._dispatch_has_kernel_for_dispatch_key(f"asgl_cuda::{name}", "CUDA")
-        assert found == (ops.build_info.cuda is not None)
+        assert found == (extension.build_info.cuda is not None)
 
 
 @pytest.mark.usefixtures("cuda_backend")

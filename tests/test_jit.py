@@ -51,7 +51,7 @@ def headers(monkeypatch, tmp_path) -> Path:
     """A copy, to be changed."""
     directory = tmp_path / "headers"
     shutil.copytree(emulated.ROOT / "csrc", directory)
-    monkeypatch.setattr(jit, "header_directory", lambda: directory)
+    monkeypatch.setattr(jit, "source_directory", lambda: directory)
     return directory
 
 
@@ -93,7 +93,7 @@ def test_changed_header_is_another_kernel(cache, headers, monkeypatch):
     shutil.copytree(headers, changed)
     with (changed / "philox.h").open("a") as file:
         file.write("// changed\n")
-    monkeypatch.setattr(jit, "header_directory", lambda: changed)
+    monkeypatch.setattr(jit, "source_directory", lambda: changed)
     jit.load_or_compile(jit.PROBE, "sm_90")
     assert len(list(cache.iterdir())) == 2
 
@@ -162,18 +162,6 @@ def test_target(monkeypatch, capability, expected):
     assert jit.target(capability) == expected
     with pytest.raises(RuntimeError, match=r"this NVRTC does not compile for compute capability 6\.1"):
         jit.target((6, 1))
-
-
-def test_headers_of_a_wheel_are_all_that_the_kernels_include():
-    from benchmarks.cuda_code import load_setup
-
-    found, left = set(), {jit.HEADER}
-    while left:
-        name = left.pop()
-        found.add(name)
-        lines = (emulated.ROOT / "csrc" / name).read_text().splitlines()
-        left |= {line.split('"')[1] for line in lines if line.startswith("#include")} - found
-    assert sorted(load_setup().KERNEL_HEADERS) == sorted(found)
 
 
 # ---- launches ----
@@ -394,7 +382,7 @@ def without_device_of_cupy(cupy, monkeypatch):
 
 
 def without_headers(cupy, monkeypatch):
-    monkeypatch.setattr(jit, "header_directory", lambda: None)
+    monkeypatch.setattr(jit, "source_directory", lambda: None)
 
 
 def without_nvrtc(cupy, monkeypatch):
@@ -416,7 +404,7 @@ PROBLEMS = [
     (with_cupy_for_rocm, "is a build for ROCm", FOR_13),
     (without_device, "torch finds no CUDA device: ", "torch.cuda.is_available() is False"),
     (without_device_of_cupy, "CuPy finds no CUDA device, though torch does: cudaErrorInsufficientDriver", ""),
-    (without_headers, f"{jit.HEADER}, which was installed with asgl_cuda, is gone", "--no-deps asgl_cuda"),
+    (without_headers, "the sources, which were installed with asgl_cuda, are gone", "--no-deps asgl_cuda"),
     (without_nvrtc, "NVRTC, which compiles the kernels, is missing", FOR_13),
     (with_headers_that_do_not_compile, "a first kernel could not be compiled and loaded: ", "log: error: no"),
 ]
