@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -107,3 +108,18 @@ def check_rng_state(rng_state: Tensor, x_seq: Tensor, caller: str) -> None:
         raise ValueError(f"{caller}: rng_state must have shape [2], got {list(rng_state.shape)}")
     if rng_state.device != x_seq.device:
         raise ValueError(f"{caller}: rng_state must be on {x_seq.device} as x_seq, got {rng_state.device}")
+
+
+def check_finite(name: str, value: Any, caller: str) -> float:
+    """The value as a float that is neither infinite nor NaN."""
+    number = check_number(name, value, caller)
+    if not math.isfinite(number):
+        raise ValueError(f"{caller}: {name} must be finite, got {number}")
+    return number
+
+
+def check_bool(name: str, value: Any, caller: str) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{caller}: {name} must be a bool, got {type(value).__name__}")
+    return value

@@ -506,7 +506,8 @@ def _same_lif(neurons: _Neurons, ours: dict[str, Any], where: str) -> LIF:
         options["v_reset"] = None
     layer = LIF([int(size) for size in ours["num_features"]], **options)
     for name, value in ours.get("parameters", {}).items():
-        layer.get_parameter(name).data = torch.as_tensor(value).reshape(layer.num_features).clone()
+        parameter = layer.get_parameter(name)
+        parameter.data = torch.as_tensor(value).reshape(parameter.shape).clone()
     expected = {"decay": layer.decay, "v_threshold": layer.v_threshold, "v_reset": layer.v_reset}
     for name, value in expected.items():
         said = getattr(neurons, name)
