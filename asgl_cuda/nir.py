@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 from .checks import check_number
 from .interop.normalised import Normalised
 from .neuron import LIF, BatchNormLIF, Granularity
+from .over_time import OverTime
 from .reference import real_type
 
 if TYPE_CHECKING:
@@ -41,20 +42,6 @@ _SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _FOLD = "torch.nn.utils.fusion.fuse_conv_bn_eval or fuse_linear_bn_eval"
 _ADDITIONS = (operator.add, torch.add, "add")
-
-
-class OverTime(nn.Module):
-    """A layer that knows no time, applied to all steps at once.
-
-    Shapes: `[T, B, ...]` to `[T, B, ...]`; the layer sees `[T * B, ...]`.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x_seq: Tensor) -> Tensor:
-        return self.layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])  # type: ignore[no-any-return]
 
 
 class Scale(nn.Module):
@@ -76,7 +63,7 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = _DT, *, allow_so
     Args:
         model: layers of asgl_cuda.LIF, Linear, Conv1d, Conv2d, AvgPool2d (with `divisor_override=1`: SumPool2d) and
             Flatten, in sequence or connected by additions, in any modules that torch.fx can trace. A layer that knows
-            no time may be surrounded by `x_seq.flatten(0, 1)` and `unflatten(0, ...)`, as in `asgl_cuda.nir.OverTime`.
+            no time may be surrounded by `x_seq.flatten(0, 1)` and `unflatten(0, ...)`, as in `asgl_cuda.OverTime`.
             Dropout and Identity vanish.
         example_input: `[T, B, ...]`, or `[B, T, ...]` where the LIF layers have `time_dim=1`; only its shape and type
             count. The model is not changed, nor potentials that it carries.
@@ -410,7 +397,7 @@ def _check_batched(flow: _Flow, dims: int, where: str) -> None:
     # torch's layers take one dimension less as well, and would then see the batch, or time, as channels.
     if flow.leading != 1 or len(flow.shape) != dims:
         raise ValueError(
-            f"{where}: must get {dims} dimensions after time and batch in one, as in asgl_cuda.nir.OverTime, "
+            f"{where}: must get {dims} dimensions after time and batch in one, as in asgl_cuda.OverTime, "
             f"got {len(flow.shape)} after {flow.leading}"
         )
 

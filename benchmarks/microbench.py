@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 import asgl_cuda
+from asgl_cuda import OverTime
 from asgl_cuda.backends import BACKENDS
-from asgl_cuda.nir import OverTime
 from asgl_cuda.selfcheck import THRESHOLD_BAND
 
 from .clocks import MOST_SAMPLES, PARTS, CpuClock, GpuClock, Row, Sample, keep_memory, peak_bytes, saved_bytes, spread

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import asgl_cuda
-from asgl_cuda.nir import OverTime
+from asgl_cuda import OverTime
 
 PROCESSES = 2
 BATCHES = (3, 5)  # of unequal size

@@ -467,6 +467,50 @@ def test_bad_constructor_arguments(arguments, options, error, words):
         assert word in message, message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        ((3.0,), {}, ValueError, ["num_features must be a number of channels", "3.0"]),
+        ((None,), {}, ValueError, ["num_features must be a number of channels", "None"]),
+        (([3, 4],), {}, ValueError, ["num_features must be one number for granularity 'layer'", "[3, 4]"]),
+        ((3,), {"input_gain": 2.0}, TypeError, ["input_gain", "LIF", "input_scale"]),
+        ((3,), {"eps": math.nan}, ValueError, ["eps", "finite", "nan"]),
+        ((3,), {"eps": -1.0}, ValueError, ["eps", ">= 0", "-1.0"]),
+        ((3,), {"momentum": 1.5}, ValueError, ["momentum", "[0, 1] or None", "1.5"]),
+        ((3,), {"momentum": math.nan}, ValueError, ["momentum", "[0, 1] or None", "nan"]),
+        ((3,), {"input_scale": math.nan}, ValueError, ["input_scale", "finite", "nan"]),
+        ((3,), {"affine": "no"}, TypeError, ["affine", "bool", "str"]),
+        ((3,), {"track_running_stats": 1}, TypeError, ["track_running_stats", "bool", "int"]),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_constructor_arguments_of_batch_norm_lif(arguments, options, error, words):
+    with pytest.raises(error) as caught:
+        asgl_cuda.BatchNormLIF(*arguments, **options)
+    message = str(caught.value)
+    assert message.startswith("asgl_cuda.BatchNormLIF: ")
+    assert all(word in message for word in words), message
+
+
+def test_statistics_of_averaged_weights():
+    """What the docstring of BatchNormLIF has instead of torch.optim.swa_utils.update_bn does what that does."""
+    norm, fused = nn.BatchNorm1d(4), asgl_cuda.BatchNormLIF(4, analog_prob=0.0)
+    pair = nn.Sequential(asgl_cuda.OverTime(norm), LIF(analog_prob=0.0))
+    batches = [torch.randn(3, 6, 4) + shift for shift in (0, 1, 5)]
+    for model in (fused, pair):
+        model(batches[-1])
+    torch.optim.swa_utils.update_bn(batches, pair)
+    for layer in nn.Sequential(fused).modules():
+        if isinstance(layer, asgl_cuda.BatchNormLIF):
+            layer.reset_running_stats()
+            layer.momentum = None
+    with torch.no_grad():
+        for batch in batches:
+            fused(batch)
+    for key in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(fused, key), getattr(norm, key), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize(
     ("name", "value", "wrong"), [("width", 2.0, -1.0), ("decay", 0.75, math.nan), ("v_threshold", 0.5, "1")]
