@@ -197,8 +197,8 @@ class LIF(nn.Module):
 
     @property
     def width(self) -> Tensor | float:
-        """The width, in units of the input: a tensor of the granularity's shape if learned."""
-        return self._width if self.log_width is None else self._shaped(bounded(self.log_width).exp())
+        """The width, in units of the input: a tensor of the granularity's shape, `[]` for "layer", if learned."""
+        return self._shown(self._values()[0])
 
     @width.setter
     def width(self, value: float) -> None:
@@ -214,8 +214,8 @@ class LIF(nn.Module):
 
     @property
     def decay(self) -> Tensor | float:
-        """The decay per step: a tensor of the granularity's shape if learned."""
-        return self._decay if self.logit_decay is None else self._shaped(bounded(self.logit_decay).sigmoid())
+        """The decay per step: a tensor of the granularity's shape, `[]` for "layer", if learned."""
+        return self._shown(self._values()[1])
 
     @decay.setter
     def decay(self, value: float) -> None:
@@ -231,17 +231,26 @@ class LIF(nn.Module):
 
     @property
     def v_threshold(self) -> Tensor | float:
-        """The threshold, in units of the input: a tensor of the granularity's shape if learned."""
-        return self._v_threshold if self.threshold is None else self._shaped(self.threshold)
+        """The threshold, in units of the input: a tensor of the granularity's shape, `[]` for "layer", if learned."""
+        return self._shown(self._values()[2])
 
     @v_threshold.setter
     def v_threshold(self, value: float) -> None:
         self._v_threshold = check_finite("v_threshold", value, _CALLER)
         _fill(self.threshold, self._v_threshold)
 
-    def _shaped(self, value: Tensor) -> Tensor:
-        """A learned value in the granularity's shape, for the whole layer a scalar."""
-        return value if self.num_features else value.reshape(())
+    def _values(self) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        """Width, decay and threshold: constants, or tensors in the shape of their parameters."""
+        return (
+            self._width if self.log_width is None else bounded(self.log_width).exp(),
+            self._decay if self.logit_decay is None else bounded(self.logit_decay).sigmoid(),
+            self._v_threshold if self.threshold is None else self.threshold,
+        )
+
+    def _shown(self, value: Tensor | float) -> Tensor | float:
+        """A value as the properties give it: one for the whole layer is a scalar."""
+        # reshape(()), which would be the same, is not for tensors that fully_shard has shared out.
+        return value if isinstance(value, float) or self.num_features else value.sum()
 
     def forward(self, x_seq: Tensor) -> Tensor:
         if isinstance(x_seq, fx.Proxy):
@@ -294,13 +303,14 @@ class LIF(nn.Module):
 
     def _held(self, x_seq: Tensor, time_dim: int) -> dict[str, Any]:
         """The arguments of `asgl_cuda.lif` that the layer holds, except the gain of its input."""
+        width, decay, v_threshold = (self._broadcast(value, x_seq, time_dim) for value in self._values())
         return {
-            "decay": self._broadcast(self.decay, x_seq, time_dim),
-            "v_threshold": self._broadcast(self.v_threshold, x_seq, time_dim),
+            "decay": decay,
+            "v_threshold": v_threshold,
             "v_reset": self.v_reset,
             "reset_amount": self.reset_amount,
             "v_rest": self.v_rest,
-            "width": self._broadcast(self.width, x_seq, time_dim),
+            "width": width,
             "surrogate": self.surrogate,
             "surrogate_gain": self.surrogate_gain,
             "analog_prob": self.analog_prob if self.training else 0.0,
