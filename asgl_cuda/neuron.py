@@ -174,8 +174,8 @@ class LIF(nn.Module):
         if granularity == "layer":
             if sizes:
                 raise ValueError(
-                    f"asgl_cuda.LIF: num_features is for granularity 'channel' and 'neuron', got {num_features} for "
-                    "'layer'"
+                    f"asgl_cuda.LIF: num_features needs granularity 'channel' or 'neuron', got {num_features} with "
+                    "granularity 'layer'"
                 )
             return ()
         if num_features is None or (granularity == "channel" and len(sizes) != 1):
@@ -277,7 +277,7 @@ class LIF(nn.Module):
         return result
 
     def _recorded(self, x_seq: fx.Proxy) -> Any:
-        """A call of this layer in the graph that torch.fx makes, which has no leaves but torch's own layers."""
+        """A call of this layer in the graph that torch.fx makes, which takes only torch's own layers for leaves."""
         tracer: Any = x_seq.tracer
         if type(self).forward is not LIF.forward or tracer.root is self:
             raise TypeError(
@@ -287,7 +287,7 @@ class LIF(nn.Module):
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (x_seq,), {})
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """What torch.jit.script calls first."""
+        """Refuses, where torch.jit.script asks the module to get ready."""
         raise RuntimeError(
             f"asgl_cuda.LIF: torch.jit can neither trace nor script {type(self).__name__}; "
             "torch.compile and torch.export can"
@@ -455,7 +455,8 @@ class BatchNormLIF(LIF):
         eps = check_finite("eps", eps, caller)
         if eps < 0:
             raise ValueError(f"{caller}: eps must be >= 0, got {eps}")
-        if momentum is not None and not 0 <= check_number("momentum", momentum, caller, "a float or None") <= 1:
+        momentum = None if momentum is None else check_number("momentum", momentum, caller, "a float or None")
+        if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"{caller}: momentum must be in [0, 1] or None, got {momentum}")
         super().__init__(None if in_layer else num_features, device=device, dtype=dtype, **lif_options)
         self.num_channels = channels

@@ -174,7 +174,7 @@ class AnalogProbSchedule:
 
         Raises ValueError for the state of other layers, or of something else; nothing has been changed then.
         """
-        if not isinstance(state_dict, Mapping) or state_dict.keys() != {"epoch", "starts"}:
+        if not isinstance(state_dict, Mapping) or not {"epoch", "starts"} <= state_dict.keys():
             got = list(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
             raise ValueError(f"{_SCHEDULE}: the state must be a dict of 'epoch' and 'starts', got {got}")
         starts = dict(state_dict["starts"])

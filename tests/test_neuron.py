@@ -439,7 +439,7 @@ BAD = [
     ((), {"analog_prob": "0.5"}, TypeError, ["analog_prob", "float", "str"]),
     ((), {"time_dim": "0"}, TypeError, ["time_dim", "int", "str"]),
     ((), {"time_dim": 1.0}, TypeError, ["time_dim", "int", "float"]),
-    ((128,), {}, ValueError, ["num_features", "'channel' and 'neuron'", "128", "'layer'"]),
+    ((128,), {}, ValueError, ["num_features", "'channel' or 'neuron'", "128", "'layer'"]),
     ((True,), {"granularity": "channel"}, TypeError, ["num_features", "int", "bool"]),
     (([2, True],), {"granularity": "neuron"}, TypeError, ["num_features", "int", "list"]),
     ((), {"width": float("inf"), "learn_width": False}, ValueError, ["width", "finite", "inf"]),
