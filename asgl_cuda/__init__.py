@@ -13,12 +13,14 @@ from .functional import LIFOutput, analog_mask, lif
 from .interop import convert, fuse, revert, unfuse
 from .neuron import LIF, BatchNormLIF
 from .nir import from_nir, to_nir
+from .over_time import OverTime
 from .training import (
     AnalogProbSchedule,
     Monitor,
     asgl_layers,
     lightning_callback,
     parameter_groups,
+    reset,
     spiking_eval,
 )
 
@@ -28,6 +30,7 @@ __all__ = [
     "BatchNormLIF",
     "LIFOutput",
     "Monitor",
+    "OverTime",
     "__version__",
     "analog_mask",
     "asgl_layers",
@@ -39,6 +42,7 @@ __all__ = [
     "lif",
     "lightning_callback",
     "parameter_groups",
+    "reset",
     "revert",
     "spiking_eval",
     "to_nir",

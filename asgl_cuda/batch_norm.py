@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .checks import FLOATING_TYPES, HALF_TYPES, check_flag, check_input, check_not_nan
+from .checks import FLOATING_TYPES, HALF_TYPES, check_bool, check_input, check_not_nan
 from .functional import (
     Call,
     LIFOutput,
@@ -268,7 +268,7 @@ def batch_norm_lif(
         s_seq = asgl_cuda.lif(input_scale * y.unflatten(0, x_seq.shape[:2]), ...)
     """
     time_dim = check_input(x_seq, time_dim, _CALLER)
-    check_flag("training", training, _CALLER)
+    check_bool("training", training, _CALLER)
     channel = channel_dim(time_dim)
     if channel >= x_seq.dim():
         raise ValueError(

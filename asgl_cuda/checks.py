@@ -16,6 +16,7 @@ from .surrogate import SURROGATES
 HALF_TYPES = (torch.float16, torch.bfloat16)
 FLOATING_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+
 def check_input(x_seq: Tensor, time_dim: int, caller: str) -> int:
     """Type and shape of x_seq; returns time_dim counted from the front."""
     if not isinstance(x_seq, Tensor):
@@ -104,12 +105,6 @@ def check_not_nan(name: str, value: Any, caller: str, expected: str = "a float")
     return value
 
 
-def check_flag(name: str, value: Any, caller: str) -> None:
-    """True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{caller}: {name} must be True or False, got {value!r}")
-
-
 def check_parameter(name: str, value: Tensor, x_seq: Tensor, caller: str) -> None:
     """Floating type, device of x_seq, and a shape that broadcasts against it."""
     check_dense(name, value, caller)
@@ -181,3 +176,18 @@ def check_generator(generator: Any, x_seq: Tensor, caller: str) -> None:
         raise TypeError(f"{caller}: generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator.device.type != x_seq.device.type:
         raise ValueError(f"{caller}: generator must be on {x_seq.device} as x_seq, got {generator.device}")
+
+
+def check_finite(name: str, value: Any, caller: str) -> float:
+    """The value as a float that is neither infinite nor NaN."""
+    number = check_number(name, value, caller)
+    if not math.isfinite(number):
+        raise ValueError(f"{caller}: {name} must be finite, got {number}")
+    return number
+
+
+def check_bool(name: str, value: Any, caller: str) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{caller}: {name} must be a bool, got {type(value).__name__}")
+    return value

@@ -12,7 +12,7 @@ from .backends import BACKENDS, Operators, choose_backend
 from .checks import (
     check_analog_prob,
     check_analog_prob_tensor,
-    check_flag,
+    check_bool,
     check_generator,
     check_input,
     check_not_nan,
@@ -253,7 +253,7 @@ def checked_call(
     wanted = (return_v_last, return_v_seq, return_h_seq)
     flags = (strict_threshold, scale_output, detach_reset, *wanted)
     for name, value in zip(_FLAGS, flags, strict=True):
-        check_flag(name, value, caller)
+        check_bool(name, value, caller)
     if reset_amount is not None and v_reset is not None:
         raise ValueError(
             f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset and reset_amount"

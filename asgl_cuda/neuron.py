@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from .backends import BACKENDS
 from .batch_norm import module_batch_norm_lif
-from .checks import check_analog_prob, check_input, check_number, check_surrogate, check_time_dim, check_width
+from .checks import (
+    check_analog_prob,
+    check_bool,
+    check_finite,
+    check_input,
+    check_number,
+    check_surrogate,
+    check_time_dim,
+    check_width,
+)
 from .functional import LIFOutput, lif
 from .reference import real_type, state_shape, with_gradient_of
 
 _CALLER = "asgl_cuda.LIF"
 
 Granularity = Literal["layer", "channel", "neuron"]
+
+_BOUND = 15.0  # of a logarithm and a logit
+_LEAST_WIDTH, _LARGEST_WIDTH = math.exp(-_BOUND), math.exp(_BOUND)
+_LEAST_DECAY = 1 / (1 + math.exp(_BOUND))
 
 
 def bounded(value: Tensor) -> Tensor:
@@ -25,7 +40,13 @@ def bounded(value: Tensor) -> Tensor:
     exp and sigmoid then stay positive, finite and below 1, whatever an optimizer's step has done.
     """
     value = value.to(real_type(value.dtype))
-    return with_gradient_of(value.detach().clamp(-15.0, 15.0), value)
+    return with_gradient_of(value.detach().clamp(-_BOUND, _BOUND), value)
+
+
+def _fill(parameter: Tensor | None, value: float) -> None:
+    if parameter is not None:
+        with torch.no_grad():
+            parameter.fill_(value)
 
 
 class LIF(nn.Module):
@@ -33,24 +54,41 @@ class LIF(nn.Module):
 
     Args:
         num_features: number of channels for granularity "channel", number of neurons or their shape `[C, H, W]` for
-            "neuron"; not needed for "layer".
+            "neuron"; None for "layer".
         decay: share of the potential that is left after a step, in (0, 1) if learned (kept as a logit).
-        v_threshold: threshold, in units of the input.
-        v_reset: potential after a spike, or None to subtract the threshold instead (soft reset).
+        v_threshold, v_rest: threshold and resting potential, in units of the input.
+        v_reset: potential after a spike, or None to subtract `reset_amount` instead (soft reset).
+        reset_amount: what a spike takes off the potential under the soft reset; default the threshold.
+        input_gain: factor on the input.
         width: initial width of the surrogate, > 0 (kept as its logarithm).
         surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace.
+        surrogate_gain: factor on the surrogate gradient.
         analog_prob: share of elements that emit the smooth value in training. In evaluation every element spikes hard.
         granularity: whether the learned parameters are one for the layer, one a channel or one a neuron.
         learn_width, learn_decay, learn_threshold: which of them are parameters; the others stay constants.
+        strict_threshold: fire above the threshold, not at it.
         detach_reset: let no gradient flow through the spike inside the reset.
         scale_output: emit `v_threshold` instead of 1 for a spike.
-        stateful: carry the potential from call to call until `reset()`. Not for activation checkpointing, which calls
-            twice.
+        stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Not for
+            activation checkpointing, which calls twice.
+        store_v_seq: keep the potentials after reset of the last call as `v_seq`, in the shape of the input.
         time_dim: where time is in the input.
         backend: see `asgl_cuda.lif`.
+        device, dtype: of the parameters.
+
+    `width`, `decay` and `v_threshold` can be read and set at any time, to one value for all neurons.
 
     Shapes: input and output `[T, N, ...]`, or with time at `time_dim`; the channels are the second dimension but time.
     Neurons are the last dimensions but time.
+
+    A state dict holds what is learned: `log_width`, `logit_decay`, `threshold`. Constants, flags, `analog_prob` and
+    potentials are not in it, as with torch's layers: it loads, silently, into a layer with another constant decay.
+    `AnalogProbSchedule.state_dict()` has the noise.
+
+    SpikingJelly's `LIFNode(tau=tau)` has `decay=1 - 1 / tau, input_gain=1 / tau`.
+
+    Processes with the same seed draw the same noise. `torch.manual_seed(seed + rank)`, after the model has been made,
+    gives each its own.
 
     Raises ValueError or TypeError for arguments out of range, and what `asgl_cuda.lif` raises.
 
@@ -64,18 +102,26 @@ class LIF(nn.Module):
         decay: float = 0.5,
         v_threshold: float = 1.0,
         v_reset: float | None = 0.0,
+        reset_amount: float | None = None,
+        v_rest: float = 0.0,
+        input_gain: float = 1.0,
         width: float = 1.0,
         surrogate: str = "rectangle",
+        surrogate_gain: float = 1.0,
         analog_prob: float = 0.2,
         granularity: Granularity = "layer",
         learn_width: bool = True,
         learn_decay: bool = False,
         learn_threshold: bool = False,
+        strict_threshold: bool = False,
         detach_reset: bool = False,
         scale_output: bool = False,
         stateful: bool = False,
+        store_v_seq: bool = False,
         time_dim: int = 0,
         backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if granularity not in ("layer", "channel", "neuron"):
@@ -83,66 +129,134 @@ class LIF(nn.Module):
         check_surrogate(surrogate, _CALLER)
         check_time_dim(time_dim, _CALLER)
         check_analog_prob(analog_prob, _CALLER)
-        width = check_number("width", width, _CALLER)
-        check_width(width, _CALLER)
-        decay = check_number("decay", decay, _CALLER)
-        if learn_decay and not 0 < decay < 1:
-            raise ValueError(f"asgl_cuda.LIF: a learned decay must be in (0, 1), got {decay}")
-        v_threshold = check_number("v_threshold", v_threshold, _CALLER)
+        if reset_amount is not None and v_reset is not None:
+            raise ValueError(
+                f"asgl_cuda.LIF: reset_amount is for the soft reset and needs v_reset=None, got v_reset {v_reset}"
+            )
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"asgl_cuda.LIF: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         self.num_features = self._features(num_features, granularity)
         self.granularity = granularity
-        self.v_reset = None if v_reset is None else check_number("v_reset", v_reset, _CALLER)
+        self.v_reset = None if v_reset is None else check_finite("v_reset", v_reset, _CALLER)
+        self.reset_amount = None if reset_amount is None else check_finite("reset_amount", reset_amount, _CALLER)
+        self.v_rest = check_finite("v_rest", v_rest, _CALLER)
+        self.input_gain = check_finite("input_gain", input_gain, _CALLER)
         self.surrogate = surrogate
+        self.surrogate_gain = check_finite("surrogate_gain", surrogate_gain, _CALLER)
         self.analog_prob = analog_prob
-        self.detach_reset = detach_reset
-        self.scale_output = scale_output
-        self.stateful = stateful
+        self.strict_threshold = check_bool("strict_threshold", strict_threshold, _CALLER)
+        self.detach_reset = check_bool("detach_reset", detach_reset, _CALLER)
+        self.scale_output = check_bool("scale_output", scale_output, _CALLER)
+        self.stateful = check_bool("stateful", stateful, _CALLER)
+        self.store_v_seq = check_bool("store_v_seq", store_v_seq, _CALLER)
         self.time_dim = time_dim
         self.backend = backend
-        self._width, self._decay, self._v_threshold = width, decay, v_threshold
-        self.log_width = self._parameter(math.log(width), learn_width)
-        self.logit_decay = self._parameter(math.log(decay / (1 - decay)) if learn_decay else 0.0, learn_decay)
-        self.threshold = self._parameter(v_threshold, learn_threshold)
-        # Not a buffer: DistributedDataParallel would give every process the potentials of the first.
+        # torch's fully_shard takes no parameter without a dimension.
+        empty = partial(torch.empty, self.num_features or 1, device=device, dtype=dtype)
+        self.log_width = nn.Parameter(empty()) if check_bool("learn_width", learn_width, _CALLER) else None
+        self.logit_decay = nn.Parameter(empty()) if check_bool("learn_decay", learn_decay, _CALLER) else None
+        self.threshold = nn.Parameter(empty()) if check_bool("learn_threshold", learn_threshold, _CALLER) else None
+        self.width, self.decay, self.v_threshold = width, decay, v_threshold
+        # Neither is a buffer: DistributedDataParallel would give every process the potentials of the first.
         self.v: Tensor | None = None
+        self.v_seq: Tensor | None = None
 
     @staticmethod
     def _features(num_features: int | Sequence[int] | None, granularity: Granularity) -> tuple[int, ...]:
-        if granularity == "layer":
-            return ()
-        sizes = (num_features,) if isinstance(num_features, int) else num_features
-        if sizes is not None and (not isinstance(sizes, Sequence) or any(not isinstance(size, int) for size in sizes)):
+        if num_features is None:
+            sizes: Sequence[int] = ()
+        else:
+            sizes = num_features if isinstance(num_features, Sequence) else (num_features,)
+        if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
             raise TypeError(
                 f"asgl_cuda.LIF: num_features must be an int or a sequence of ints, got {type(num_features).__name__}"
             )
-        if sizes is not None and any(size < 1 for size in sizes):
-            raise ValueError(f"asgl_cuda.LIF: num_features must be positive, got {num_features}")
-        if sizes is None or (granularity == "channel" and len(sizes) != 1):
+        if granularity == "layer":
+            if sizes:
+                raise ValueError(
+                    f"asgl_cuda.LIF: num_features needs granularity 'channel' or 'neuron', got {num_features} with "
+                    "granularity 'layer'"
+                )
+            return ()
+        if num_features is None or (granularity == "channel" and len(sizes) != 1):
             wanted = "the number of channels" if granularity == "channel" else "the shape of the neurons"
             raise ValueError(
                 f"asgl_cuda.LIF: granularity {granularity!r} needs num_features, {wanted}, got {num_features}"
             )
+        if any(size < 1 for size in sizes):
+            raise ValueError(f"asgl_cuda.LIF: num_features must be positive, got {num_features}")
         return tuple(sizes)
 
-    def _parameter(self, value: float, learned: bool) -> nn.Parameter | None:
-        return nn.Parameter(torch.full(self.num_features, float(value))) if learned else None
+    def reset_parameters(self) -> None:
+        """Gives the learned parameters the values that were last set, and forgets potentials.
+
+        For a layer that was made without its values, on the device "meta" and moved by `to_empty`.
+        """
+        self.width, self.decay, self.v_threshold = self._width, self._decay, self._v_threshold
+        self.reset()
 
     @property
     def width(self) -> Tensor | float:
-        """The width, in units of the input: a tensor of the granularity's shape if learned."""
-        return self._width if self.log_width is None else bounded(self.log_width).exp()
+        """The width, in units of the input: a tensor of the granularity's shape, `[]` for "layer", if learned."""
+        return self._shown(self._values()[0])
+
+    @width.setter
+    def width(self, value: float) -> None:
+        value = check_number("width", value, _CALLER)
+        check_width(value, _CALLER)
+        check_finite("width", value, _CALLER)
+        if self.log_width is not None and not _LEAST_WIDTH <= value <= _LARGEST_WIDTH:
+            raise ValueError(
+                f"asgl_cuda.LIF: a learned width must be in [{_LEAST_WIDTH:.3g}, {_LARGEST_WIDTH:.3g}], got {value}"
+            )
+        self._width = value
+        _fill(self.log_width, math.log(value))
 
     @property
     def decay(self) -> Tensor | float:
-        """The decay per step: a tensor of the granularity's shape if learned."""
-        return self._decay if self.logit_decay is None else bounded(self.logit_decay).sigmoid()
+        """The decay per step: a tensor of the granularity's shape, `[]` for "layer", if learned."""
+        return self._shown(self._values()[1])
+
+    @decay.setter
+    def decay(self, value: float) -> None:
+        value = check_number("decay", value, _CALLER)
+        if self.logit_decay is not None:
+            if not _LEAST_DECAY <= value <= 1 - _LEAST_DECAY:
+                raise ValueError(
+                    f"asgl_cuda.LIF: a learned decay must be in (0, 1), at least {_LEAST_DECAY:.3g} from the ends, "
+                    f"got {value}"
+                )
+            _fill(self.logit_decay, math.log(value / (1 - value)))
+        self._decay = check_finite("decay", value, _CALLER)
 
     @property
     def v_threshold(self) -> Tensor | float:
-        """The threshold, in units of the input: a tensor of the granularity's shape if learned."""
-        return self._v_threshold if self.threshold is None else self.threshold
+        """The threshold, in units of the input: a tensor of the granularity's shape, `[]` for "layer", if learned."""
+        return self._shown(self._values()[2])
+
+    @v_threshold.setter
+    def v_threshold(self, value: float) -> None:
+        self._v_threshold = check_finite("v_threshold", value, _CALLER)
+        _fill(self.threshold, self._v_threshold)
+
+    def _values(self) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        """Width, decay and threshold: constants, or tensors in the shape of their parameters."""
+        return (
+            self._width if self.log_width is None else bounded(self.log_width).exp(),
+            self._decay if self.logit_decay is None else bounded(self.logit_decay).sigmoid(),
+            self._v_threshold if self.threshold is None else self.threshold,
+        )
+
+    def _shown(self, value: Tensor | float) -> Tensor | float:
+        """A value as the properties give it: one for the whole layer is a scalar."""
+        # reshape(()), which would be the same, is not for tensors that fully_shard has shared out.
+        return value if isinstance(value, float) or self.num_features else value.sum()
 
     def forward(self, x_seq: Tensor) -> Tensor:
+        if isinstance(x_seq, fx.Proxy):
+            return self._recorded(x_seq)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            self.__prepare_scriptable__()
         time_dim = check_input(x_seq, self.time_dim, _CALLER)
         if self.v is not None:
             shape = state_shape(x_seq, time_dim)
@@ -151,29 +265,56 @@ class LIF(nn.Module):
                     f"asgl_cuda.LIF: the carried potential has shape {list(self.v.shape)} and the input, without time, "
                     f"{shape}; call reset() before a batch of another shape"
                 )
-        result = self._lif(x_seq, time_dim, v_init=self._carried(), return_v_last=self.stateful)
+        result = self._lif(
+            x_seq, time_dim, v_init=self._carried(), return_v_last=self.stateful, return_v_seq=self.store_v_seq
+        )
         if isinstance(result, LIFOutput):
-            self.v = result.v_last
+            if self.stateful:
+                self.v = result.v_last
+            if self.store_v_seq:
+                self.v_seq = result.v_seq
             return result.s_seq
         return result
 
+    def _recorded(self, x_seq: fx.Proxy) -> Any:
+        """A call of this layer in the graph that torch.fx makes, which takes only torch's own layers for leaves."""
+        tracer: Any = x_seq.tracer
+        if type(self).forward is not LIF.forward or tracer.root is self:
+            raise TypeError(
+                f"asgl_cuda.LIF: torch.fx can record calls of {type(self).__name__} but not its forward: it must be a "
+                "leaf, and part of the module that is traced"
+            )
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x_seq,), {})
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuses, where torch.jit.script asks the module to get ready."""
+        raise RuntimeError(
+            f"asgl_cuda.LIF: torch.jit can neither trace nor script {type(self).__name__}; "
+            "torch.compile and torch.export can"
+        )
+
     def _lif(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
-        """`asgl_cuda.lif` with what the layer holds, but for the carried potential."""
-        return lif(x_seq, **self._held(x_seq, time_dim), **options)
+        """`asgl_cuda.lif` with what the layer holds, except the carried potential."""
+        return lif(x_seq, input_gain=self.input_gain, **self._held(x_seq, time_dim), **options)
 
     def _lif_again(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
         """The same for a look at what a call did: changes nothing in the layer."""
         return self._lif(x_seq, time_dim, **options)
 
     def _held(self, x_seq: Tensor, time_dim: int) -> dict[str, Any]:
-        """The arguments of `asgl_cuda.lif` that the layer holds."""
+        """The arguments of `asgl_cuda.lif` that the layer holds, except the gain of its input."""
+        width, decay, v_threshold = (self._broadcast(value, x_seq, time_dim) for value in self._values())
         return {
-            "decay": self._broadcast(self.decay, x_seq, time_dim),
-            "v_threshold": self._broadcast(self.v_threshold, x_seq, time_dim),
+            "decay": decay,
+            "v_threshold": v_threshold,
             "v_reset": self.v_reset,
-            "width": self._broadcast(self.width, x_seq, time_dim),
+            "reset_amount": self.reset_amount,
+            "v_rest": self.v_rest,
+            "width": width,
             "surrogate": self.surrogate,
+            "surrogate_gain": self.surrogate_gain,
             "analog_prob": self.analog_prob if self.training else 0.0,
+            "strict_threshold": self.strict_threshold,
             "scale_output": self.scale_output,
             "detach_reset": self.detach_reset,
             "time_dim": self.time_dim,
@@ -188,7 +329,7 @@ class LIF(nn.Module):
 
     def _broadcast(self, value: Tensor | float, x_seq: Tensor, time_dim: int) -> Tensor | float:
         """A parameter of the granularity's shape, reshaped to broadcast against x_seq."""
-        if isinstance(value, float) or value.dim() == 0:
+        if isinstance(value, float) or not self.num_features:
             return value
         neuron_dims = [dim for dim in range(x_seq.dim()) if dim != time_dim]
         dims = neuron_dims[1:2] if self.granularity == "channel" else neuron_dims[-value.dim() :]
@@ -203,27 +344,36 @@ class LIF(nn.Module):
         return value.reshape(shape)
 
     def reset(self) -> None:
-        """Forgets the carried potential: the next call starts at rest."""
-        self.v = None
+        """Forgets potentials: the next call starts at rest."""
+        self.v = self.v_seq = None
+
+    def _map_potentials(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.v = None if self.v is None else fn(self.v)
+        self.v_seq = None if self.v_seq is None else fn(self.v_seq)
 
     def detach_(self) -> LIF:
-        """Cuts the carried potential off its graph, for truncated backpropagation through time."""
-        if self.v is not None:
-            self.v = self.v.detach()
+        """Cuts potentials off their graph, for truncated backpropagation through time."""
+        self._map_potentials(Tensor.detach)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LIF:
-        # .to(), .half() and the like move the carried potential as well.
+        # .to(), .half() and the like move potentials as well.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.v is not None:
-            self.v = fn(self.v)
+        self._map_potentials(fn)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A potential inside a graph can be neither copied nor pickled.
-        state = self.__dict__.copy()
-        state["v"] = None if self.v is None else self.v.detach()
-        return state
+        potentials = {name: value.detach() for name in ("v", "v_seq") if (value := getattr(self, name)) is not None}
+        return self.__dict__ | potentials
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *options: Any) -> None:
+        # What is learned for the whole layer was a scalar in older checkpoints.
+        for name in ("log_width", "logit_decay", "threshold"):
+            value = state_dict.get(prefix + name)
+            if not self.num_features and isinstance(value, Tensor) and value.dim() == 0:
+                state_dict[prefix + name] = value.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *options)
 
     def extra_repr(self) -> str:
         learned = {"width": self.log_width, "decay": self.logit_decay, "v_threshold": self.threshold}
@@ -234,7 +384,10 @@ class LIF(nn.Module):
         ]
         parts.append(f"v_reset={self.v_reset}")
         parts.append(f"surrogate={self.surrogate}, analog_prob={self.analog_prob:g}, granularity={self.granularity}")
-        parts.extend(f"{flag}=True" for flag in ("detach_reset", "scale_output", "stateful") if getattr(self, flag))
+        defaults = {"reset_amount": None, "v_rest": 0.0, "input_gain": 1.0, "surrogate_gain": 1.0}
+        parts.extend(f"{name}={value:g}" for name in defaults if (value := getattr(self, name)) != defaults[name])
+        flags = ("strict_threshold", "detach_reset", "scale_output", "stateful", "store_v_seq")
+        parts.extend(f"{flag}=True" for flag in flags if getattr(self, flag))
         if self.time_dim:
             parts.append(f"time_dim={self.time_dim}")
         return features + ", ".join(parts)
@@ -249,10 +402,20 @@ class BatchNormLIF(LIF):
         input_scale: factor on the normalised input; `alpha * v_threshold` for tdBN.
         process_group: share the statistics of training with these processes, as `torch.nn.SyncBatchNorm` does; "world":
             with all there are when it is called. A layer with a group can't be copied or pickled, one with "world" can.
-        lif_options: those of `LIF`.
+        device, dtype: of the parameters and the running statistics.
+        lif_options: those of `LIF`, except `input_gain`.
 
     The parameters and buffers of the normalisation have the names that `torch.nn.BatchNorm2d` gives them, those of the
     neurons the names of `LIF`: `{**norm.state_dict(), **lif.state_dict()}` loads.
+
+    It is no subclass of torch's `_BatchNorm`, and what looks for that passes over it: for
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` there is `layer.process_group = "world"`; instead of
+    `torch.optim.swa_utils.update_bn`, before the batches are run in training mode without gradients::
+
+        for layer in model.modules():
+            if isinstance(layer, asgl_cuda.BatchNormLIF):
+                layer.reset_running_stats()
+                layer.momentum = None  # the average of all batches; give it back afterwards
 
     Shapes: input and output `[T, B, C, ...]`, or with time at `time_dim`; the channels are the second dimension but
     time.
@@ -273,30 +436,57 @@ class BatchNormLIF(LIF):
         track_running_stats: bool = True,
         input_scale: float = 1.0,
         process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         **lif_options: Any,
     ) -> None:
         caller = "asgl_cuda.BatchNormLIF"
-        channels = num_features if isinstance(num_features, int) else next(iter(num_features), 0)
+        sizes = num_features if isinstance(num_features, Sequence) else (num_features,)
+        channels = sizes[0] if len(sizes) else 0
         if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
             raise ValueError(
                 f"{caller}: num_features must be a number of channels or begin with it, got {num_features!r}"
             )
-        eps = check_number("eps", eps, caller)
+        in_layer = lif_options.get("granularity", "layer") == "layer"
+        if in_layer and len(sizes) > 1:
+            raise ValueError(f"{caller}: num_features must be one number for granularity 'layer', got {num_features}")
+        if "input_gain" in lif_options:
+            raise TypeError(f"{caller}: input_gain is an argument of LIF; input_scale is the factor here")
+        eps = check_finite("eps", eps, caller)
+        if eps < 0:
+            raise ValueError(f"{caller}: eps must be >= 0, got {eps}")
         momentum = None if momentum is None else check_number("momentum", momentum, caller, "a float or None")
-        input_scale = check_number("input_scale", input_scale, caller)
-        super().__init__(num_features, **lif_options)
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(f"{caller}: momentum must be in [0, 1] or None, got {momentum}")
+        super().__init__(None if in_layer else num_features, device=device, dtype=dtype, **lif_options)
         self.num_channels = channels
         self.eps = eps
         self.momentum = momentum
-        self.affine = affine
-        self.track_running_stats = track_running_stats
-        self.input_scale = input_scale
+        self.affine = check_bool("affine", affine, caller)
+        self.track_running_stats = check_bool("track_running_stats", track_running_stats, caller)
+        self.input_scale = check_finite("input_scale", input_scale, caller)
         self.process_group = process_group
-        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
-        self.register_buffer("running_mean", torch.zeros(channels) if track_running_stats else None)
-        self.register_buffer("running_var", torch.ones(channels) if track_running_stats else None)
-        self.register_buffer("num_batches_tracked", torch.tensor(0) if track_running_stats else None)
+        empty = partial(torch.empty, channels, device=device, dtype=dtype)
+        self.weight = nn.Parameter(empty()) if affine else None
+        self.bias = nn.Parameter(empty()) if affine else None
+        batches = torch.tensor(0, device=device) if track_running_stats else None
+        self.register_buffer("running_mean", empty() if track_running_stats else None)
+        self.register_buffer("running_var", empty() if track_running_stats else None)
+        self.register_buffer("num_batches_tracked", batches)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Does what `LIF.reset_parameters` does, and makes the normalisation as new."""
+        super().reset_parameters()
+        self.reset_running_stats()
+        _fill(self.weight, 1.0)
+        _fill(self.bias, 0.0)
+
+    def reset_running_stats(self) -> None:
+        """Forgets the running statistics, as `torch.nn.BatchNorm2d.reset_running_stats` does."""
+        _fill(self.running_mean, 0.0)
+        _fill(self.running_var, 1.0)
+        _fill(self.num_batches_tracked, 0)
 
     def _lif(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
         return module_batch_norm_lif(

@@ -2,11 +2,12 @@
 
     tau v' = v_leak - v + r x                                NIR's LIF, time in seconds
     v[t] = v[t-1] + dt / tau (v_leak - v[t-1] + r x[t])      its Euler step of length dt
-    h[t] = decay v[t-1] + x[t]                               asgl_cuda.LIF
+    h[t] = v_rest + decay (v[t-1] - v_rest) + g x[t]         asgl_cuda.LIF with input_gain g
 
-They are the same for decay = 1 - dt / tau, r = tau / dt and v_leak = 0; for decay = 1, NIR's IF with v' = r x and
-r = 1 / dt. Another gain g = r dt / tau and another v_leak only move the scale of the potential: v_threshold and v_reset
-become (v_threshold - v_leak) / g and (v_reset - v_leak) / g.
+They are the same for decay = 1 - dt / tau, r = g tau / dt and v_leak = v_rest; for decay = 1, NIR's IF with v' = r x
+and r = g / dt. Gain and v_leak only move the scale of the potential: v_threshold and v_reset become
+(v_threshold - v_leak) / g and (v_reset - v_leak) / g, with g = 1 and v_leak = 0. What is read is read so; what is
+written has its gain in r, and v_leak = 0, because a potential starts at 0 for whoever else reads it.
 
 Source: Pedersen et al.: Neuromorphic intermediate representation: A unified instruction set for interoperable
 brain-inspired computing, Nature Communications 15, 8122 (2024).
@@ -28,6 +29,7 @@ from torch import Tensor, fx, nn
 from .checks import check_number
 from .interop.normalised import Normalised
 from .neuron import LIF, BatchNormLIF, Granularity
+from .over_time import OverTime
 from .reference import real_type
 
 if TYPE_CHECKING:
@@ -41,20 +43,6 @@ _SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _FOLD = "torch.nn.utils.fusion.fuse_conv_bn_eval or fuse_linear_bn_eval"
 _ADDITIONS = (operator.add, torch.add, "add")
-
-
-class OverTime(nn.Module):
-    """A layer that knows no time, applied to all steps at once.
-
-    Shapes: `[T, B, ...]` to `[T, B, ...]`; the layer sees `[T * B, ...]`.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x_seq: Tensor) -> Tensor:
-        return self.layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])  # type: ignore[no-any-return]
 
 
 class Scale(nn.Module):
@@ -76,7 +64,7 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = _DT, *, allow_so
     Args:
         model: layers of asgl_cuda.LIF, Linear, Conv1d, Conv2d, AvgPool2d (with `divisor_override=1`: SumPool2d) and
             Flatten, in sequence or connected by additions, in any modules that torch.fx can trace. A layer that knows
-            no time may be surrounded by `x_seq.flatten(0, 1)` and `unflatten(0, ...)`, as in `asgl_cuda.nir.OverTime`.
+            no time may be surrounded by `x_seq.flatten(0, 1)` and `unflatten(0, ...)`, as in `asgl_cuda.OverTime`.
             Dropout and Identity vanish.
         example_input: `[T, B, ...]`, or `[B, T, ...]` where the LIF layers have `time_dim=1`; only its shape and type
             count. The model is not changed, nor potentials that it carries.
@@ -293,7 +281,8 @@ class _Export(fx.Interpreter):
         self._add(n.name, node, flow.sources)
         if isinstance(module, LIF) and module.scale_output:
             after = after._replace(sources=(f"{n.name}_scale",))
-            self._add(after.sources[0], self.nir.Scale(node.v_threshold.copy()), (n.name,))
+            scale = _per_neuron(module, module.v_threshold, flow.shape).to(real_type(flow.dtype), copy=True)
+            self._add(after.sources[0], self.nir.Scale(_numpy(scale)), (n.name,))
         return after
 
     def _add(self, name: str, node: Any, sources: tuple[str, ...]) -> None:
@@ -327,22 +316,25 @@ class _Export(fx.Interpreter):
         decay = _per_neuron(layer, layer.decay, flow.shape)
         if not ((decay >= 0) & (decay <= 1)).all():
             raise ValueError(f"{where}: decay must be in [0, 1], got {layer.decay}")
-        v_reset = layer.v_reset or 0.0
+        if not layer.input_gain > 0:
+            raise ValueError(f"{where}: input_gain must be > 0, got {layer.input_gain}")
+        v_reset = 0.0 if layer.v_reset is None else layer.v_reset - layer.v_rest
         fields = {
-            "v_threshold": _per_neuron(layer, layer.v_threshold, flow.shape),
+            "v_threshold": _per_neuron(layer, layer.v_threshold, flow.shape) - layer.v_rest,
             "v_reset": torch.full_like(decay, v_reset),
         }
         if "v_reset" not in {field.name for field in dataclasses.fields(self.nir.LIF)}:
             if v_reset:
                 raise ValueError(
-                    f"{where}: v_reset {v_reset} needs a newer nir, got one whose LIF resets to 0: pip install -U nir"
+                    f"{where}: v_reset {layer.v_reset} needs a newer nir, got one whose LIF resets to v_leak: "
+                    "pip install -U nir"
                 )
             del fields["v_reset"]
         if (decay == 1).all():
-            kind, fields["r"] = self.nir.IF, torch.full_like(decay, 1 / self.dt)
+            kind, fields["r"] = self.nir.IF, torch.full_like(decay, layer.input_gain / self.dt)
         else:
-            kind, fields["r"] = self.nir.LIF, 1 / (1 - decay)
-            fields["tau"], fields["v_leak"] = self.dt * fields["r"], torch.zeros_like(decay)
+            kind, fields["r"] = self.nir.LIF, layer.input_gain / (1 - decay)
+            fields["tau"], fields["v_leak"] = self.dt / (1 - decay), torch.zeros_like(decay)
         dtype = real_type(flow.dtype)
         numbers = {name: _numpy(value.to(dtype)) for name, value in fields.items()}
         return kind(**numbers, metadata={_KEY: _metadata(layer, self.dt)})
@@ -410,7 +402,7 @@ def _check_batched(flow: _Flow, dims: int, where: str) -> None:
     # torch's layers take one dimension less as well, and would then see the batch, or time, as channels.
     if flow.leading != 1 or len(flow.shape) != dims:
         raise ValueError(
-            f"{where}: must get {dims} dimensions after time and batch in one, as in asgl_cuda.nir.OverTime, "
+            f"{where}: must get {dims} dimensions after time and batch in one, as in asgl_cuda.OverTime, "
             f"got {len(flow.shape)} after {flow.leading}"
         )
 
@@ -441,23 +433,29 @@ def _metadata(layer: LIF, dt: float) -> dict[str, Any]:
     options = {
         "decay": layer._decay,
         "v_threshold": layer._v_threshold,
+        "v_rest": layer.v_rest,
+        "input_gain": layer.input_gain,
         "width": layer._width,
         "surrogate": layer.surrogate,
+        "surrogate_gain": layer.surrogate_gain,
         "analog_prob": layer.analog_prob,
         "granularity": layer.granularity,
         "learn_width": layer.log_width is not None,
         "learn_decay": layer.logit_decay is not None,
         "learn_threshold": layer.threshold is not None,
+        "strict_threshold": layer.strict_threshold,
         "detach_reset": layer.detach_reset,
         "scale_output": layer.scale_output,
         "stateful": layer.stateful,
+        "store_v_seq": layer.store_v_seq,
     }
+    options |= {name: value for name in ("v_reset", "reset_amount") if (value := getattr(layer, name)) is not None}
     return {
         "dt": dt,
         "reset": "soft" if layer.v_reset is None else "hard",
-        "strict_threshold": False,
+        "strict_threshold": layer.strict_threshold,
         "width": _numpy(torch.as_tensor(layer.width).reshape(-1)),
-        "options": options | ({} if layer.v_reset is None else {"v_reset": layer.v_reset}),
+        "options": options,
         "num_features": _shape(layer.num_features),
         # Scalars can't be compressed in a file.
         "parameters": {name: _numpy(parameter.reshape(-1)) for name, parameter in layer.named_parameters()},
@@ -506,11 +504,17 @@ def _same_lif(neurons: _Neurons, ours: dict[str, Any], where: str) -> LIF:
         options["v_reset"] = None
     layer = LIF([int(size) for size in ours["num_features"]], **options)
     for name, value in ours.get("parameters", {}).items():
-        layer.get_parameter(name).data = torch.as_tensor(value).reshape(layer.num_features).clone()
+        parameter = layer.get_parameter(name)
+        parameter.data = torch.as_tensor(value).reshape(parameter.shape).clone()
     expected = {"decay": layer.decay, "v_threshold": layer.v_threshold, "v_reset": layer.v_reset}
     for name, value in expected.items():
+        if value is None:
+            continue
         said = getattr(neurons, name)
-        if value is not None and not torch.allclose(said, _per_neuron(layer, value, said.shape), rtol=1e-5, atol=1e-6):
+        value = _per_neuron(layer, value, said.shape)
+        if name != "decay":
+            value = (value - layer.v_rest) / layer.input_gain
+        if not torch.allclose(said, value, rtol=1e-5, atol=1e-6):
             raise ValueError(
                 f"{where}: its numbers say {name} {_range(said)} and metadata[{_KEY!r}] says {_range(_double(value))}, "
                 f"written with dt = {float(ours['dt'])}; without metadata[{_KEY!r}] the numbers alone are read"

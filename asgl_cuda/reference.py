@@ -25,7 +25,6 @@ from torch import Tensor
 from .surrogate import Surrogate
 from .transforms import apply
 
-
 DRAWS = 65536  # noise is compared in steps of 1 / 65536
 BELOW_IN_STATE = DRAWS + 1  # analog_prob is data: round(analog_prob * 65536) is the third number of rng_state
 

@@ -1,4 +1,4 @@
-"""Training under ASGL: schedules of the noise, parameter groups, monitors, and hard spikes on request.
+"""Training under ASGL: schedules of the noise, parameter groups, monitors, hard spikes on request, and a reset.
 
 They serve every ASGL layer: `asgl_cuda.LIF`, and layers of other libraries that `asgl_cuda.convert` has made such.
 """
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from .checks import check_analog_prob, check_number
 from .functional import LIFOutput
-from .neuron import LIF
+from .interop.conversion import libraries
+from .neuron import LIF, BatchNormLIF
 from .surrogate import SURROGATES
 
 _SCHEDULE = "asgl_cuda.AnalogProbSchedule"
@@ -31,15 +32,24 @@ def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The ASGL layers of a model with their names, in the order of `named_modules`, each once.
 
     An ASGL layer is a module with a float `analog_prob`, a parameter or None `log_width`, and `width`. Those without
-    noise are among them: they may get some, and can be monitored.
+    noise are among them: they may get some, and can be monitored. Raises TypeError where `model` is no module.
     """
-    for name, module in model.named_modules():
-        # Statically: what torch.compile wraps a layer in answers for it, too, and would make it two.
-        if inspect.getattr_static(module, "analog_prob", None) is not None and hasattr(module, "log_width"):
-            yield name, module
+    _check_module(model, "asgl_cuda.asgl_layers")
+    return ((name, module) for name, module in model.named_modules() if _is_asgl_layer(module))
+
+
+def _is_asgl_layer(module: nn.Module) -> bool:
+    # Statically: what torch.compile wraps a layer in answers for it, too, and would make it two.
+    return inspect.getattr_static(module, "analog_prob", None) is not None and hasattr(module, "log_width")
+
+
+def _check_module(model: Any, caller: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
+    _check_module(model, caller)
     layers = dict(asgl_layers(model))
     if not layers:
         raise ValueError(f"{caller}: model must have an ASGL layer, got a {type(model).__name__} without")
@@ -92,11 +102,14 @@ class AnalogProbSchedule:
     Under torch.compile every new value compiles the layer again, and after some (8 by default) it is left uncompiled:
     there `multi_step`, with few milestones, is the one to use.
 
-    Raises ValueError for a model without a layer to schedule and for a `prob_at` out of range.
+    Raises ValueError for a model without a layer to schedule and for a `prob_at` out of range, TypeError for arguments
+    that are no module and no function.
     """
 
     def __init__(self, model: nn.Module, prob_at: Callable[[float, int], float]) -> None:
         self._layers = _some_asgl_layers(model, _SCHEDULE)
+        if not callable(prob_at):
+            raise TypeError(f"{_SCHEDULE}: prob_at must be a function of start and epoch, got {type(prob_at).__name__}")
         self._prob_at = prob_at
         self.epoch = 0
         self.starts: dict[str, float] = {
@@ -114,6 +127,8 @@ class AnalogProbSchedule:
     @classmethod
     def multi_step(cls, model: nn.Module, milestones: Sequence[int], gamma: float = 0.1) -> AnalogProbSchedule:
         """Times `gamma` (in [0, 1]) at each of the epochs `milestones`, as torch's MultiStepLR."""
+        if not isinstance(milestones, Sequence):
+            raise TypeError(f"{_SCHEDULE}: milestones must be a sequence of ints, got {type(milestones).__name__}")
         if any(isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 1 for epoch in milestones):
             raise ValueError(f"{_SCHEDULE}: milestones must be ints >= 1, got {list(milestones)}")
         _check_share("gamma", gamma)
@@ -157,8 +172,11 @@ class AnalogProbSchedule:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resumes there, and sets the layers, whose `analog_prob` is not part of a model's state dict.
 
-        Raises ValueError for the state of other layers; nothing has been changed then.
+        Raises ValueError for the state of other layers, or of something else; nothing has been changed then.
         """
+        if not isinstance(state_dict, Mapping) or not {"epoch", "starts"} <= state_dict.keys():
+            got = list(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            raise ValueError(f"{_SCHEDULE}: the state must be a dict of 'epoch' and 'starts', got {got}")
         starts = dict(state_dict["starts"])
         # More than self.starts: a layer may have gone to 0 by now, and look like an ordinary neuron.
         if not self.starts.keys() <= starts.keys() <= self._layers.keys():
@@ -177,15 +195,22 @@ def parameter_groups(
 
     Neurons' are the parameters that ASGL layers hold themselves: width, decay, threshold. They are few, set the scale
     of all gradients behind them, and are stored as logarithm or logit, whose decay would pull to an arbitrary value.
-    Parameters of modules inside an ASGL layer are weights. Every parameter is in one group, once, also where modules
-    are shared; frozen ones, too, which optimizers pass over until they are thawed. An empty group is left out.
+    Parameters of modules inside an ASGL layer are weights, and so are those of the normalisation in `BatchNormLIF`.
+    Every parameter is in one group, once, also where modules are shared; frozen ones, too, which optimizers pass over
+    until they are thawed. An empty group is left out.
 
-    Raises ValueError for a negative rate or decay.
+    Raises ValueError for a negative rate or decay, TypeError where `model` is no module.
     """
+    _check_module(model, "asgl_cuda.parameter_groups")
     for name, value in (("lr", lr), ("width_lr", width_lr), ("weight_decay", weight_decay)):
         if not check_number(name, value, "asgl_cuda.parameter_groups") >= 0:
             raise ValueError(f"asgl_cuda.parameter_groups: {name} must be >= 0, got {value}")
-    neurons = {id(each): each for _, layer in asgl_layers(model) for each in layer.parameters(recurse=False)}
+    neurons = {
+        id(each): each
+        for _, layer in asgl_layers(model)
+        for name, each in layer.named_parameters(recurse=False)
+        if not (isinstance(layer, BatchNormLIF) and name in ("weight", "bias"))
+    }
     weights = [each for each in model.parameters() if id(each) not in neurons]
     groups = [
         {"name": "weights", "params": weights, "lr": lr, "weight_decay": weight_decay},
@@ -287,7 +312,7 @@ def _shares_of_lif(layer: LIF, before: _Before, x_seq: Tensor, s_seq: Tensor) ->
     )
     inverse_width = 1 / inverse_width
     u = h_seq - threshold
-    spikes = u >= 0
+    spikes = u > 0 if layer.strict_threshold else u >= 0
     y = u * inverse_width
     smooth = SURROGATES[layer.surrogate].cumulative(y)
     hard = spikes * threshold if layer.scale_output else spikes
@@ -307,10 +332,13 @@ def _shares_of_output(s_seq: Tensor) -> dict[str, Tensor]:
 class Monitor:
     """Watches the ASGL layers of a model, over all calls inside `with monitor:` or between `start()` and `stop()`.
 
+    A `with monitor:` inside another, or after `start()`, does not end it.
+
     For each layer `result()` has, in [0, 1] but for the width:
 
     - `width`: mean of the widths as they are now, in units of the input.
-    - `firing_rate`: share of elements whose potential reached the threshold, u >= 0, whatever they emitted.
+    - `firing_rate`: share of elements whose potential reached the threshold, u >= 0 (with `strict_threshold` u > 0),
+      whatever they emitted.
     - `analog_share`: share of elements that emitted something else than their hard spike. At most `analog_prob`, and
       less where the smooth value of a potential outside the window is the spike.
     - `inside`: share of elements inside the window of the surrogate, abs(u / width) < 1/2.
@@ -326,7 +354,7 @@ class Monitor:
     Watching changes no output, gradient, state or random number. Calls inside compiled code are not seen: watch the
     model before torch.compile, on some batches.
 
-    Raises ValueError for a model without ASGL layers.
+    Raises ValueError for a model without ASGL layers, TypeError for what is no module.
 
     Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023.
     """
@@ -335,6 +363,7 @@ class Monitor:
         self._layers = _some_asgl_layers(model, "asgl_cuda.Monitor")
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._before: dict[nn.Module, _Before] = {}
+        self._watched_before: list[bool] = []  # for each `with` that is entered: whether it watched already
         self.reset()
 
     def reset(self) -> None:
@@ -360,11 +389,13 @@ class Monitor:
         self._before.clear()
 
     def __enter__(self) -> Monitor:
+        self._watched_before.append(bool(self._handles))
         self.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.stop()
+        if not self._watched_before.pop():
+            self.stop()
 
     def _look_before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x_seq = _input_of(args, kwargs)
@@ -462,10 +493,16 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
     The monitor watches training steps, not validation, and is reset at each epoch's start; its `scalars()` are logged
     by these names, as means over the processes. The schedule's state goes into the checkpoints and comes from them.
 
-    Raises ValueError if both are None, ImportError without Lightning (`lightning` or `pytorch_lightning`).
+    Raises ValueError if both are None, TypeError if one is something else, ImportError without Lightning (`lightning`
+    or `pytorch_lightning`).
     """
     if schedule is None and monitor is None:
         raise ValueError("asgl_cuda.lightning_callback: needs a schedule, a monitor or both, got None and None")
+    for name, value, kind in (("schedule", schedule, AnalogProbSchedule), ("monitor", monitor, Monitor)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(
+                f"asgl_cuda.lightning_callback: {name} must be an asgl_cuda.{kind.__name__}, got {type(value).__name__}"
+            )
     # Both may be installed; that which the program has imported is that whose Trainer it uses.
     names = sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules)
     lightning = _first_of(names, "lightning", "asgl_cuda.lightning_callback")
@@ -515,7 +552,7 @@ def spiking_eval(model: nn.Module) -> Iterator[None]:
     `requires_grad` as they are. An attack wants `model.eval()` as well, fine-tuning does not. Do not step an
     `AnalogProbSchedule` inside: what it sets is lost on leaving.
 
-    Raises ValueError for a model without ASGL layers.
+    Raises ValueError for a model without ASGL layers, TypeError for what is no module.
     """
     layers = _some_asgl_layers(model, "asgl_cuda.spiking_eval").values()
     before = [(layer, layer.analog_prob) for layer in layers]
@@ -526,3 +563,23 @@ def spiking_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, analog_prob in before:
             layer.analog_prob = analog_prob
+
+
+# ---- carried potentials ----
+
+
+def reset(model: nn.Module) -> None:
+    """Forgets the potentials that the model's layers carry: the next call of each starts at rest.
+
+    These are `LIF` and `BatchNormLIF`, and the layers of SpikingJelly, snnTorch and sinabs, converted or not, which are
+    reset as their library does it. Norse's layers carry nothing.
+
+    Raises TypeError where `model` is no module.
+    """
+    _check_module(model, "asgl_cuda.reset")
+    resets = [library.reset for library in libraries() if hasattr(library, "reset")]
+    for module in model.modules():
+        if isinstance(module, LIF):
+            module.reset()
+        for reset_layer in resets:
+            reset_layer(module)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
-
 
 _FORWARD_MODE = (
     "forward-mode differentiation was asked for, and the fused backends have reverse mode alone; "

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import asgl_cuda
-from asgl_cuda.nir import OverTime
+from asgl_cuda import OverTime
 
 from .clocks import keep_memory, peak_bytes, silence, spread
 from .microbench import MOST_STEPS_TO_COMPILE, fused_backends, machine

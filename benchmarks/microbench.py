@@ -38,9 +38,8 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 import asgl_cuda
-from asgl_cuda import extension
+from asgl_cuda import OverTime, extension
 from asgl_cuda.backends import BACKENDS
-from asgl_cuda.nir import OverTime
 from asgl_cuda.selfcheck import THRESHOLD_BAND
 
 from .clocks import MOST_SAMPLES, PARTS, CpuClock, GpuClock, Row, Sample, keep_memory, peak_bytes, saved_bytes, spread
@@ -603,9 +602,15 @@ def main() -> int:
     started = time.monotonic()
     if (arguments.steps is None) != (arguments.neurons is None):
         parser.error("--steps and --neurons go together")
+    for name in ("steps", "neurons", "repeats", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be >= 1, got {value}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if fused_backends(torch.device("cuda")) else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {device} needs a GPU that torch can use: torch.cuda.is_available() is False")
     sweeps = arguments.sweep or (["T", "N"] if arguments.plot and arguments.steps is None else [])
     sizes = [size for name in sweeps for size in sweep(name, device)]
     if arguments.steps is not None:

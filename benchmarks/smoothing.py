@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import asgl_cuda
+from asgl_cuda import OverTime
 from asgl_cuda.surrogate import SURROGATES
 
 from .demo import load_data
-from .end_to_end import OverTime
 from .microbench import machine
 
 STEPS = 4

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import asgl_cuda
+from asgl_cuda import OverTime
 
 from .data import SOURCES, Data, available
-from .end_to_end import OverTime
 from .microbench import machine
 
 SG, ASGL = METHODS = ("SG", "ASGL")

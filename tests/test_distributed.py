@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import asgl_cuda
-from asgl_cuda.nir import OverTime
+from asgl_cuda import OverTime
 
 PROCESSES = 2
 BATCHES = (3, 5)  # of unequal size
@@ -169,3 +169,30 @@ def test_no_process_group(group):
     message = 'process_group must be a process group that this process is in, "world" or None, got'
     with pytest.raises(TypeError, match=message):
         asgl_cuda.BatchNormLIF(3, process_group=group)(torch.randn(2, 1, 3))
+
+
+def test_fully_shard(tmp_path):
+    """It shares out every parameter by its first dimension, one for the whole layer too, and changes no bit."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 6), asgl_cuda.LIF(learn_decay=True, learn_threshold=True), nn.Linear(6, 2))
+
+    plain, sharded = make(), make()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/alone", rank=0, world_size=1)
+    try:
+        for module in (sharded[1], sharded):
+            fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        results = []
+        for model in (plain, sharded):
+            torch.manual_seed(1)
+            results.append(trained(model, model, torch.randn(4, 3, 5)))
+        assert all(torch.equal(*each) for each in zip(*results, strict=True))
+        for name, value in sharded.state_dict().items():
+            assert torch.equal(value.full_tensor(), plain.state_dict()[name]), name
+        for name in ("width", "decay", "v_threshold"):
+            assert getattr(sharded[1], name).item() == getattr(plain[1], name).item()
+    finally:
+        dist.destroy_process_group()

@@ -152,6 +152,13 @@ OURS = {
     "no statistics": (lambda: [OverTime(nn.BatchNorm1d(C, track_running_stats=False)), asgl_cuda.LIF()], (C, 6)),
     "average of all": (lambda: [OverTime(nn.BatchNorm1d(C, eps=0.1, momentum=None)), asgl_cuda.LIF()], (C, 6)),
     "stateful": (lambda: [OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(stateful=True, detach_reset=True)], (C, 6)),
+    "gain and rest": (
+        lambda: [
+            OverTime(nn.BatchNorm1d(C)),
+            asgl_cuda.LIF(input_gain=0.7, v_rest=0.2, v_reset=None, reset_amount=0.5, strict_threshold=True),
+        ],
+        (C, 6),
+    ),
 }
 
 

@@ -208,6 +208,22 @@ def test_report_and_figure(tmp_path, monkeypatch, capsys):
     assert "block [2, 3, 4, 5, 6], float32" in printed
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0", "--neurons", "8"], "--steps must be >= 1, got 0"),
+        (["--repeats", "0"], "--repeats must be >= 1, got 0"),
+        (["--device", "cuda"], "--device cuda needs a GPU that torch can use"),
+    ],
+)
+def test_bad_arguments(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["microbench", *arguments])
+    with pytest.raises(SystemExit):
+        microbench.main()
+    assert message in capsys.readouterr().err
+
+
 def test_blocks_are_measured_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr(microbench, "CPU_SIZES", [Size(2, 64, "float32", peers=False)])
     monkeypatch.setattr(microbench, "CPU_BLOCKS", [Block((2, 3, 4, 5, 6), "bfloat16", "channels_last")])

@@ -2,12 +2,13 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
 import torch
 from comparison import random_input
-from torch import nn
+from torch import fx, nn
 
 import asgl_cuda
 from asgl_cuda import LIF
@@ -124,7 +125,7 @@ def test_granularity(backend, device, time_dim, shape, channel_shape, neuron_sha
         backend=backend,
         **LEARN_ALL,
     )
-    sizes = {"layer": (), "channel": (5,), "neuron": features}[granularity]
+    sizes = {"layer": (1,), "channel": (5,), "neuron": features}[granularity]
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == dict.fromkeys(
         ("log_width", "logit_decay", "threshold"), sizes
     )
@@ -374,6 +375,18 @@ def test_state_dict_round_trip(backend, device, granularity):
     assert fresh.v is None
 
 
+def test_scalars_of_older_checkpoints_load():
+    layer = LIF(**LEARN_ALL)
+    state = {"0.log_width": torch.tensor(0.5), "0.logit_decay": torch.tensor(1.5), "0.threshold": torch.tensor(2.0)}
+    nn.Sequential(layer).load_state_dict(state)
+    assert all(value.dim() == 0 for value in state.values()), "the caller's dict stays"
+    assert float(layer.width) == pytest.approx(math.exp(0.5))
+    for name in ("log_width", "logit_decay", "threshold"):
+        assert torch.equal(layer.get_parameter(name), state[f"0.{name}"].reshape(1))
+    for value in (layer.width, layer.decay, layer.v_threshold):
+        assert value.shape == (), "one value for the layer is a scalar"
+
+
 def test_state_dict_of_another_granularity_is_refused(backend):
     with pytest.raises(RuntimeError, match="size mismatch for log_width"):
         LIF(3, granularity="channel", backend=backend).load_state_dict(LIF(backend=backend).state_dict())
@@ -394,6 +407,11 @@ def test_repr_tells_what_was_set(backend):
         assert part in text, text
     assert "\n" not in text
 
+
+FLAGS = (
+    "learn_width", "learn_decay", "learn_threshold", "strict_threshold", "detach_reset", "scale_output", "stateful",
+    "store_v_seq",
+)  # fmt: skip
 
 BAD = [
     # positional, options, error, what the message must name
@@ -421,6 +439,21 @@ BAD = [
     ((), {"analog_prob": "0.5"}, TypeError, ["analog_prob", "float", "str"]),
     ((), {"time_dim": "0"}, TypeError, ["time_dim", "int", "str"]),
     ((), {"time_dim": 1.0}, TypeError, ["time_dim", "int", "float"]),
+    ((128,), {}, ValueError, ["num_features", "'channel' or 'neuron'", "128", "'layer'"]),
+    ((True,), {"granularity": "channel"}, TypeError, ["num_features", "int", "bool"]),
+    (([2, True],), {"granularity": "neuron"}, TypeError, ["num_features", "int", "list"]),
+    ((), {"width": float("inf"), "learn_width": False}, ValueError, ["width", "finite", "inf"]),
+    ((), {"width": 1e9}, ValueError, ["learned width", "[3.06e-07, 3.27e+06]", "1000000000.0"]),
+    ((), {"decay": 1e-9, "learn_decay": True}, ValueError, ["decay", "3.06e-07 from the ends", "1e-09"]),
+    ((), {"v_reset": None, "reset_amount": "1"}, TypeError, ["reset_amount", "float", "str"]),
+    ((), {"reset_amount": 0.5}, ValueError, ["reset_amount", "v_reset=None", "0.0"]),
+    ((), {"backend": "foo"}, ValueError, ["backend", "cpu, reference", "'foo'"]),
+    *(
+        ((), {"v_reset": None, name: float("nan")}, ValueError, [name, "finite", "nan"])
+        for name in ("decay", "v_threshold", "reset_amount", "v_rest", "input_gain", "surrogate_gain")
+    ),
+    ((), {"v_reset": float("inf")}, ValueError, ["v_reset", "finite", "inf"]),
+    *(((), {flag: "no"}, TypeError, [flag, "bool", "str"]) for flag in FLAGS),
 ]
 
 
@@ -432,6 +465,167 @@ def test_bad_constructor_arguments(arguments, options, error, words):
     assert message.startswith("asgl_cuda.LIF: ")
     for word in words:
         assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        ((3.0,), {}, ValueError, ["num_features must be a number of channels", "3.0"]),
+        ((None,), {}, ValueError, ["num_features must be a number of channels", "None"]),
+        (([3, 4],), {}, ValueError, ["num_features must be one number for granularity 'layer'", "[3, 4]"]),
+        ((3,), {"input_gain": 2.0}, TypeError, ["input_gain", "LIF", "input_scale"]),
+        ((3,), {"eps": math.nan}, ValueError, ["eps", "finite", "nan"]),
+        ((3,), {"eps": -1.0}, ValueError, ["eps", ">= 0", "-1.0"]),
+        ((3,), {"momentum": 1.5}, ValueError, ["momentum", "[0, 1] or None", "1.5"]),
+        ((3,), {"momentum": math.nan}, ValueError, ["momentum", "[0, 1] or None", "nan"]),
+        ((3,), {"input_scale": math.nan}, ValueError, ["input_scale", "finite", "nan"]),
+        ((3,), {"affine": "no"}, TypeError, ["affine", "bool", "str"]),
+        ((3,), {"track_running_stats": 1}, TypeError, ["track_running_stats", "bool", "int"]),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_constructor_arguments_of_batch_norm_lif(arguments, options, error, words):
+    with pytest.raises(error) as caught:
+        asgl_cuda.BatchNormLIF(*arguments, **options)
+    message = str(caught.value)
+    assert message.startswith("asgl_cuda.BatchNormLIF: ")
+    assert all(word in message for word in words), message
+
+
+def test_statistics_of_averaged_weights():
+    """What the docstring of BatchNormLIF has instead of torch.optim.swa_utils.update_bn does what that does."""
+    norm, fused = nn.BatchNorm1d(4), asgl_cuda.BatchNormLIF(4, analog_prob=0.0)
+    pair = nn.Sequential(asgl_cuda.OverTime(norm), LIF(analog_prob=0.0))
+    batches = [torch.randn(3, 6, 4) + shift for shift in (0, 1, 5)]
+    for model in (fused, pair):
+        model(batches[-1])
+    torch.optim.swa_utils.update_bn(batches, pair)
+    for layer in nn.Sequential(fused).modules():
+        if isinstance(layer, asgl_cuda.BatchNormLIF):
+            layer.reset_running_stats()
+            layer.momentum = None
+    with torch.no_grad():
+        for batch in batches:
+            fused(batch)
+    for key in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(fused, key), getattr(norm, key), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value", "wrong"), [("width", 2.0, -1.0), ("decay", 0.75, math.nan), ("v_threshold", 0.5, "1")]
+)
+def test_values_can_be_set(learned, name, value, wrong):
+    layer = LIF(3, granularity="channel", **dict.fromkeys(LEARN_ALL, learned))
+    parameters = list(layer.parameters())
+    setattr(layer, name, value)
+    with pytest.raises((ValueError, TypeError), match=rf"asgl_cuda\.LIF: .*{name} must be"):
+        setattr(layer, name, wrong)
+    torch.testing.assert_close(torch.as_tensor(getattr(layer, name)), torch.full((3,) if learned else (), value))
+    assert f"{name}={value:g}" in repr(layer)
+    assert all(now is before for now, before in zip(layer.parameters(), parameters, strict=True))
+    assert [parameter.requires_grad for parameter in layer.parameters()] == [True] * (3 * learned)
+
+
+@pytest.mark.parametrize("kind", [LIF, asgl_cuda.BatchNormLIF])
+def test_a_layer_made_without_values(kind):
+    """As torch's layers: parameters of any type and on any device, and values that come later."""
+    options = {"granularity": "channel", "width": 1.5, "decay": 0.75, "stateful": True, "backend": "reference"}
+    options |= LEARN_ALL
+    expected = kind(3, **options).double()
+    layer = kind(3, **options, device="meta", dtype=torch.float64)
+    tensors = [*layer.parameters(), *layer.buffers()]
+    assert all(value.is_meta and value.dtype in (torch.float64, torch.int64) for value in tensors)
+    layer(torch.zeros(2, 4, 3, device="meta", dtype=torch.float64))
+    skipped = nn.utils.skip_init(kind, 3, **options, dtype=torch.float64)
+    for made in (layer.to_empty(device="cpu"), skipped):
+        assert not all(torch.equal(made.state_dict()[key], value) for key, value in expected.state_dict().items())
+        made.reset_parameters()
+        for key, value in expected.state_dict().items():
+            torch.testing.assert_close(made.state_dict()[key], value, rtol=1e-6, atol=0)
+        assert made.v is None
+
+
+def test_what_the_function_has_the_layer_has(backend, device):
+    given = {
+        "decay": 0.75, "v_threshold": 0.9, "v_reset": None, "reset_amount": 0.7, "v_rest": 0.25, "input_gain": 0.5,
+        "width": 1.5, "surrogate_gain": 0.5, "strict_threshold": True, "backend": backend,
+    }  # fmt: skip
+    layer = LIF(**given).to(device).eval()
+    # Some potentials that are the threshold exactly, which strict_threshold is about.
+    x_seq = random_input(5, 3, 31, device=device).detach()
+    x_seq[0, :, :9] = 2 * (0.9 - 0.25)
+    x_seq.requires_grad_()
+    ours, theirs = layer(x_seq), asgl_cuda.lif(x_seq, **given)
+    assert torch.equal(ours, theirs)
+    grads = (torch.autograd.grad(s_seq.sum(), x_seq)[0] for s_seq in (ours, theirs))
+    assert torch.equal(*grads)
+    for part in ("reset_amount=0.7", "v_rest=0.25", "input_gain=0.5", "surrogate_gain=0.5", "strict_threshold=True"):
+        assert part in repr(layer)
+
+
+def test_tau_of_spikingjelly():
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    tau, x_seq = 4.0, random_input(8, 3, 31)
+    theirs = neuron.LIFNode(tau=tau, step_mode="m")
+    ours = LIF(decay=1 - 1 / tau, input_gain=1 / tau, analog_prob=0.0)
+    assert torch.equal(ours(4 * x_seq), theirs(4 * x_seq))
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_potentials_are_kept(backend, device, stateful):
+    layer = LIF(stateful=stateful, store_v_seq=True, v_reset=None, backend=backend).to(device).eval()
+    x_seq = random_input(5, 3, 31, device=device)
+    assert layer.v_seq is None
+    s_seq = layer(x_seq)
+    expected = asgl_cuda.lif(x_seq, width=layer.width, v_reset=None, return_v_seq=True, backend=backend)
+    assert torch.equal(s_seq, expected.s_seq)
+    assert torch.equal(layer.v_seq, expected.v_seq)
+    assert (layer.v is not None) == stateful
+    assert set(layer.state_dict()) == {"log_width"}
+    assert torch.equal(copy.deepcopy(layer).double().v_seq, layer.v_seq.double())
+    (grad,) = torch.autograd.grad(layer.v_seq.sum(), x_seq)
+    assert grad.abs().sum() > 0
+    assert not layer.detach_().v_seq.requires_grad
+    layer.reset()
+    assert layer.v_seq is layer.v is None
+
+
+@pytest.mark.parametrize("make", [LIF, lambda: asgl_cuda.BatchNormLIF(31)], ids=["LIF", "BatchNormLIF"])
+def test_torch_fx_takes_the_layer_for_a_leaf(make):
+    model = nn.Sequential(nn.Linear(31, 31), nn.Sequential(make(), nn.Linear(31, 31)), make()).eval()
+    x_seq = random_input(5, 3, 31)
+    traced = fx.symbolic_trace(model)
+    again = fx.symbolic_trace(traced)
+    assert [node.target for node in again.graph.nodes if node.op == "call_module"] == ["0", "1.0", "1.1", "2"]
+    assert torch.equal(traced(x_seq), model(x_seq))
+    assert torch.equal(again(x_seq), model(x_seq))
+    traced.train()
+    torch.manual_seed(1)
+    expected = model.train()(x_seq)
+    torch.manual_seed(1)
+    assert torch.equal(traced(x_seq), expected)
+
+
+def test_torch_fx_does_not_look_into_the_layer():
+    class Doubled(LIF):
+        def forward(self, x_seq):
+            return super().forward(2 * x_seq)
+
+    for model in (LIF(), nn.Sequential(Doubled())):
+        with pytest.raises(TypeError, match=r"asgl_cuda\.LIF: torch\.fx .* must be a leaf"):
+            fx.symbolic_trace(model)
+
+
+@pytest.mark.parametrize("layer", [LIF(), asgl_cuda.BatchNormLIF(3)], ids=["LIF", "BatchNormLIF"])
+def test_torch_jit_names_what_works_instead(layer):
+    x_seq = torch.rand(4, 2, 3)
+    for model in (layer, nn.Sequential(nn.Identity(), layer)):
+        for call in (torch.jit.script, lambda model: torch.jit.trace(model, x_seq, check_trace=False)):
+            with pytest.raises(RuntimeError, match=r"asgl_cuda\.LIF: torch\.jit can neither .*torch\.export can"):
+                call(model)
+    exported = torch.export.export(layer.eval(), (x_seq,)).module()
+    assert torch.equal(exported(x_seq), layer(x_seq))
 
 
 @pytest.mark.parametrize(("granularity", "features"), [("channel", 4), ("neuron", (5, 4)), ("neuron", (2, 3, 5, 1))])
@@ -451,8 +645,9 @@ def test_input_that_does_not_fit_the_features(backend, device, granularity, feat
 )
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
 def test_bad_input(backend, granularity, x_seq, error, message):
+    layer = LIF(3 if granularity == "channel" else None, granularity=granularity, backend=backend)
     with pytest.raises(error, match=message):
-        LIF(3, granularity=granularity, backend=backend)(x_seq)
+        layer(x_seq)
 
 
 @pytest.mark.parametrize(

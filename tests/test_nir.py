@@ -80,6 +80,15 @@ LAYERS = {
     "options": (lambda: LIF(surrogate="arctan", analog_prob=0.4, detach_reset=True, stateful=True), {}),
     "another step": (lambda: LIF(**LEARN_ALL), {"dt": 1e-3}),
     "v_reset": (lambda: LIF(v_reset=-0.25), {}),
+    "gain and rest": (
+        lambda: LIF(4, granularity="channel", input_gain=0.7, v_rest=0.2, v_reset=0.2, scale_output=True, **LEARN_ALL),
+        {},
+    ),
+    "gain and rest without leak": (lambda: LIF(decay=1.0, input_gain=0.7, v_rest=-0.2, v_reset=-0.2), {}),
+    "reset amount": (
+        lambda: LIF(v_reset=None, reset_amount=0.5, strict_threshold=True, surrogate_gain=0.5, store_v_seq=True),
+        {"allow_soft_reset": True},
+    ),
 }
 
 
@@ -117,18 +126,36 @@ def test_float64_and_what_the_metadata_says(tmp_path):
     assert torch.equal(from_nir(graph)(x_seq), layer(x_seq))
 
 
-@pytest.mark.parametrize("name", ["hard reset", "learned", "channel", "neuron", "no decay", "no leak", "another step"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hard reset", "learned", "channel", "neuron", "no decay", "no leak", "another step",
+        "gain and rest without leak",
+    ],
+)  # fmt: skip
 def test_the_nodes_numbers_are_the_neuron(name):
     make, options = LAYERS[name]
     layer = randomized(make()).eval()
     x_seq = random_input(12, 3, 4, 6, 5).detach()
     graph = to_nir(layer, x_seq, **options)
     node = next(node for node in graph.nodes.values() if isinstance(node, (nir.LIF, nir.IF)))
-    assert isinstance(node, nir.IF) == (name == "no leak")
+    assert isinstance(node, nir.IF) == name.endswith(("no leak", "without leak"))
     assert node.r.shape == (4, 6, 5)
     assert node.r.dtype == np.float32
     # Float32 rounds what the other computes in float64: of 4320 potentials none is that near the threshold.
     assert torch.equal(euler(node, x_seq, **options), layer(x_seq))
+
+
+def test_gain_and_rest_are_in_the_node():
+    layer = LIF(decay=0.75, input_gain=0.7, v_rest=0.2, v_reset=0.2).eval()
+    x_seq = random_input(12, 3, 5).detach()
+    graph = to_nir(layer, x_seq)
+    node = graph.nodes["_0"]
+    assert torch.equal(euler(node, x_seq), layer(x_seq))
+    node.metadata.clear()
+    assert torch.equal(from_nir(graph)(x_seq), layer(x_seq)), "in other units"
+    with pytest.raises(ValueError, match=r"0 \(LIF\): input_gain must be > 0, got -1\.0"):
+        to_nir(LIF(input_gain=-1), x_seq)
 
 
 def test_another_v_reset_is_in_the_node():
@@ -195,8 +222,9 @@ def test_other_layers(name, written, tmp_path):
 
 def test_every_option_of_the_layer_is_written():
     (node,) = [node for node in to_nir(LIF(), torch.rand(2, 3, 4)).nodes.values() if isinstance(node, nir.LIF)]
-    not_of_the_neuron = {"time_dim", "backend"}
-    options = set(inspect.signature(LIF).parameters) - not_of_the_neuron - {"num_features"}
+    not_of_the_neuron = {"time_dim", "backend", "device", "dtype"}
+    of_the_soft_reset = {"reset_amount"}
+    options = set(inspect.signature(LIF).parameters) - not_of_the_neuron - of_the_soft_reset - {"num_features"}
     assert set(node.metadata["asgl_cuda"]["options"]) == options
 
 

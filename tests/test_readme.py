@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 def test_python_blocks_run():
     python = blocks("python")
-    assert len(python) == 7
+    assert len(python) == 8
     torch.manual_seed(0)
     namespace: dict[str, object] = {}
     for block in python:

@@ -3,6 +3,7 @@
 import math
 import sys
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -87,6 +88,22 @@ def test_a_wrapper_of_torch_compile_is_no_layer():
 def test_a_model_without_asgl_layers_is_refused(call, name):
     with pytest.raises(ValueError, match=rf"asgl_cuda\.{name}: model must have an ASGL layer, got a Sequential"):
         call(nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (asgl_layers, "asgl_layers"),
+        (lambda model: AnalogProbSchedule.cosine(model, 3), "AnalogProbSchedule"),
+        (lambda model: parameter_groups(model, 0.1), "parameter_groups"),
+        (Monitor, "Monitor"),
+        (lambda model: spiking_eval(model).__enter__(), "spiking_eval"),
+        (asgl_cuda.reset, "reset"),
+    ],
+)
+def test_what_is_no_module_is_refused(call, name):
+    with pytest.raises(TypeError, match=rf"asgl_cuda\.{name}: model must be a torch\.nn\.Module, got list"):
+        call([LIF()])
 
 
 # ---- schedules ----
@@ -253,6 +270,18 @@ def test_a_function_of_ones_own():
             r"milestones must be ints >= 1, got \[0, 2\]",
         ),
         (lambda model: AnalogProbSchedule.multi_step(model, [1.5]), ValueError, r"milestones .*, got \[1\.5\]"),
+        (lambda model: AnalogProbSchedule.multi_step(model, 2), TypeError, "milestones must be a sequence .*, got int"),
+        (lambda model: AnalogProbSchedule(model, 0.5), TypeError, "prob_at must be a function .*, got float"),
+        (
+            lambda model: AnalogProbSchedule.linear(model, 2).load_state_dict({}),
+            ValueError,
+            r"the state must be a dict of 'epoch' and 'starts', got \[\]",
+        ),
+        (
+            lambda model: AnalogProbSchedule.linear(model, 2).load_state_dict(3),
+            ValueError,
+            "the state must .*, got int",
+        ),
     ],
 )
 def test_schedule_errors(build, error, message):
@@ -279,6 +308,13 @@ def test_groups_hold_every_parameter_once():
     assert {*map(id, found)} == {*map(id, model.parameters())}
     assert id(foreign.recurrent.weight) in map(id, weights["params"])
     assert id(linear.weight) in map(id, weights["params"]), "a frozen one stays in"
+
+
+def test_a_normalisation_trains_the_same_fused_and_apart():
+    fused = nn.Sequential(nn.Linear(5, 5), asgl_cuda.BatchNormLIF(5, learn_decay=True))
+    weights, neurons = parameter_groups(fused, 0.1)
+    assert list(map(id, weights["params"])) == list(map(id, (*fused[0].parameters(), fused[1].weight, fused[1].bias)))
+    assert list(map(id, neurons["params"])) == list(map(id, (fused[1].log_width, fused[1].logit_decay)))
 
 
 def test_a_step_has_the_rates_asked_for():
@@ -498,6 +534,31 @@ def test_start_stop_and_reset():
     assert not layer._forward_pre_hooks
     monitor.reset()
     assert rate() is None
+
+
+def test_a_with_inside_another_does_not_end_it():
+    layer = LIF(decay=0.0, analog_prob=0.0)
+    monitor = Monitor(layer)
+    for outside in (monitor, None):
+        if outside is None:
+            monitor.start()
+        with outside or nullcontext():
+            with monitor:
+                layer(torch.zeros(1, 1, 1))
+            monitor.reset()
+            layer(torch.full((1, 1, 1), 2.0))
+            assert monitor.result()[""]["firing_rate"] == 1.0
+        assert bool(layer._forward_hooks) == (outside is None)
+        monitor.stop()
+
+
+def test_a_monitor_knows_the_strict_threshold():
+    for strict in (False, True):
+        layer = LIF(decay=0.0, analog_prob=0.0, strict_threshold=strict)
+        with Monitor(layer) as monitor:
+            s_seq = layer(torch.ones(1, 1, 1))
+        assert monitor.result()[""]["firing_rate"] == s_seq.item() == (not strict)
+        assert monitor.result()[""]["analog_share"] == 0
 
 
 def test_errors_of_the_layer_stay_its_own():
@@ -748,6 +809,9 @@ def test_lightning_callback_with_one_of_the_two(monkeypatch):
 def test_lightning_callback_errors(monkeypatch):
     with pytest.raises(ValueError, match=r"asgl_cuda\.lightning_callback: needs a schedule, a monitor or both"):
         lightning_callback()
+    for name, kind in (("schedule", "AnalogProbSchedule"), ("monitor", "Monitor")):
+        with pytest.raises(TypeError, match=rf"asgl_cuda\.lightning_callback: {name} .* asgl_cuda\.{kind}, got int"):
+            lightning_callback(**{name: 5})
     lightning(monkeypatch)
     with pytest.raises(ImportError, match=r"asgl_cuda\.lightning_callback: needs lightning, .*: pip install lightning"):
         lightning_callback(monitor=Monitor(network()))
@@ -798,3 +862,43 @@ def test_spiking_eval_inside_itself():
             pass
         assert layer.analog_prob == 0
     assert layer.analog_prob == 0.4
+
+
+# ---- carried potentials ----
+
+
+def test_reset_of_a_whole_model():
+    shared = LIF(stateful=True)
+    norm = asgl_cuda.BatchNormLIF(3, stateful=True, store_v_seq=True)
+    model = nn.Sequential(shared, nn.Sequential(norm, shared))
+    model(torch.randn(4, 2, 3))
+    assert shared.v is not None
+    asgl_cuda.reset(model)
+    assert shared.v is norm.v is norm.v_seq is None
+
+
+@pytest.mark.parametrize(
+    ("library", "make", "current"),
+    [
+        ("spikingjelly.activation_based.neuron", lambda of: (of.LIFNode(), of.QIFNode()), 1.2),
+        ("snntorch", lambda of: (of.Leaky(0.9, init_hidden=True), of.Lapicque(0.9, init_hidden=True)), 0.4),
+        (
+            "sinabs.layers",
+            lambda of: (of.LIF(10.0, spike_fn=sys.modules["sinabs"].activation.SingleSpike), of.ExpLeak(10.0)),
+            3.0,
+        ),
+    ],
+)
+def test_reset_of_other_libraries_layers(library, make, current):
+    """Converted, and left because asgl_cuda has no such neuron."""
+    model, report = asgl_cuda.convert(nn.Sequential(*make(pytest.importorskip(library))))
+    assert (len(report.replaced), len(model)) == (1, 2)
+    x = torch.full((2, 5, 3), current)
+
+    def outputs():
+        return torch.stack([layer(x) for layer in model for _ in range(5)])
+
+    first = outputs()
+    assert not torch.equal(outputs()[:5], first[:5])
+    asgl_cuda.reset(model)
+    assert torch.equal(outputs(), first)

@@ -45,7 +45,9 @@ def close(actual, expected):
 
 def looped(function, *arguments):
     """`function` on each sample, arguments that are no tensors or have in_dims None being given as tuples."""
-    results = [function(*(each[0] if isinstance(each, tuple) else each[i] for each in arguments)) for i in range(SAMPLES)]
+    results = [
+        function(*(each[0] if isinstance(each, tuple) else each[i] for each in arguments)) for i in range(SAMPLES)
+    ]
     if isinstance(results[0], torch.Tensor):
         return torch.stack(results)
     return tuple(torch.stack(each) for each in zip(*results, strict=True))

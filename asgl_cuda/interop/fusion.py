@@ -36,7 +36,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
     Known are `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm` and SpikingJelly's forms of them, followed by
     `asgl_cuda.LIF` or by a neuron layer that `convert` knows, which is converted. Between them time and batch may part:
     by `unflatten(0, ...)`, SpikingJelly's `SeqToANNContainer`, `tdLayer` of the code of ASGL's authors, or
-    `asgl_cuda.nir.OverTime`. See `asgl_cuda.batch_norm_lif`.
+    `asgl_cuda.OverTime`. See `asgl_cuda.batch_norm_lif`.
 
     No module is moved: parameters, buffers and their names, state, optimizers and checkpoints stay valid. The
     normalisation itself then returns its input, so whatever looks at its output sees that; it is left where the model

@@ -119,7 +119,7 @@ class NormalisedLIF(Normalised):
     """`asgl_cuda.LIF`."""
 
     def _lif(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
-        return self.normalised(x_seq, **self._held(x_seq, time_dim), **options)
+        return self.normalised(x_seq, gain=self.input_gain, **self._held(x_seq, time_dim), **options)
 
     def _lif_again(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
         return self._lif(x_seq, time_dim, update=False, **options)

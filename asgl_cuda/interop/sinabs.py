@@ -110,3 +110,9 @@ def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | s
         return "its surrogate is as wide as each neuron's own threshold says"
     threshold = node.spike_threshold.detach().double().cpu()
     return FusedLayer, lambda u: node.spike_fn.apply(u + threshold, threshold, node.surrogate_grad_fn)
+
+
+def reset(module: nn.Module) -> None:
+    """Forgets what a layer of sinabs carries."""
+    if isinstance(module, layers.StatefulLayer):
+        module.reset_states()

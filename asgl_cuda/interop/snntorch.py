@@ -173,3 +173,9 @@ def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | s
 def wrapped(module: nn.Module) -> Wrapper | None:
     """What `module` calls, and how it deals with time; None where it is no `MultiStep`."""
     return Wrapper(["layer"], -1, None) if type(module) is MultiStep else None
+
+
+def reset(module: nn.Module) -> None:
+    """Forgets what a neuron of snnTorch carries."""
+    if isinstance(module, snntorch.SpikingNeuron) and hasattr(module, "reset_mem"):
+        module.reset_mem()

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from spikingjelly.activation_based import base, neuron
 from spikingjelly.activation_based import layer as layers
-from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from ..functional import LIFOutput
@@ -120,3 +120,9 @@ def wrapped(module: nn.Module) -> Wrapper | None:
     if type(module) is layers.MultiStepContainer:
         return Wrapper(list(module._modules), None, None)
     return None
+
+
+def reset(module: nn.Module) -> None:
+    """Forgets what a module of SpikingJelly carries, as `functional.reset_net` does."""
+    if isinstance(module, base.MemoryModule):
+        module.reset()
