@@ -38,7 +38,7 @@ from .transforms import apply, is_differentiated, transforming
 
 _CALLER = "asgl_cuda.batch_norm_lif"
 
-# With so few values a channel dx is the small difference of terms that half types round; it is then computed in float32.
+# With so few values a channel dx is the small difference of terms that half types round: it is computed in float32.
 _FEW = 4
 
 # Rows of the coefficients, [4, C]: what the neuron's parameters of the input are, and for the running statistics.

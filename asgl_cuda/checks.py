@@ -48,8 +48,8 @@ def check_dense(name: str, value: Tensor, caller: str) -> None:
         raise TypeError(f"{caller}: {name} must be a dense tensor, got {kind}; padded or made dense, it can be taken")
     if hasattr(value, "to_local"):
         raise TypeError(
-            f"{caller}: {name} must be a tensor of this process, got a {type(value).__name__}; neurons are independent, "
-            f"so that {name}.to_local() can be taken where time is not sharded"
+            f"{caller}: {name} must be a tensor of this process, got a {type(value).__name__}; neurons are "
+            f"independent, so that {name}.to_local() can be taken where time is not sharded"
         )
 
 
@@ -99,10 +99,10 @@ def check_number(name: str, value: Any, caller: str, expected: str = "a float") 
 
 def check_not_nan(name: str, value: Any, caller: str, expected: str = "a float") -> float:
     """The same, where NaN will not do."""
-    value = check_number(name, value, caller, expected)
-    if math.isnan(value):
+    number = check_number(name, value, caller, expected)
+    if math.isnan(number):
         raise ValueError(f"{caller}: {name} must be a number, got nan")
-    return value
+    return number
 
 
 def check_parameter(name: str, value: Tensor, x_seq: Tensor, caller: str) -> None:

@@ -252,8 +252,8 @@ def checked_call(
     check_surrogate(surrogate, caller)
     wanted = (return_v_last, return_v_seq, return_h_seq)
     flags = (strict_threshold, scale_output, detach_reset, *wanted)
-    for name, value in zip(_FLAGS, flags, strict=True):
-        check_bool(name, value, caller)
+    for name, flag in zip(_FLAGS, flags, strict=True):
+        check_bool(name, flag, caller)
     if reset_amount is not None and v_reset is not None:
         raise ValueError(
             f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset and reset_amount"

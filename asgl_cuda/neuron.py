@@ -49,7 +49,41 @@ def _fill(parameter: Tensor | None, value: float) -> None:
             parameter.fill_(value)
 
 
-class LIF(nn.Module):
+class Noisy(nn.Module):
+    """A layer with a share of analog elements, which in a compiled graph is data: a schedule does not compile it anew."""
+
+    _analog_prob: float
+    _has_noise: bool
+    _analog_prob_data: Tensor  # no buffer: DistributedDataParallel would send it round at each call
+
+    @property
+    def analog_prob(self) -> float:
+        """Share of elements that emit the smooth value in training."""
+        return self._analog_prob
+
+    @analog_prob.setter
+    def analog_prob(self, value: float) -> None:
+        check_analog_prob(value, f"asgl_cuda.{type(self).__name__}")
+        self._analog_prob, self._has_noise = float(value), value > 0
+        if "_analog_prob_data" not in self.__dict__:
+            self._analog_prob_data = torch.empty((), dtype=torch.float64, device="cpu")
+        self._analog_prob_data.fill_(value)
+
+    def _analog_prob_of_call(self, x_seq: Tensor) -> Tensor | float:
+        """`analog_prob` for `asgl_cuda.lif`; 0 in evaluation."""
+        if not self.training or not self._has_noise:
+            return 0.0
+        return self._analog_prob_data.to(x_seq.device) if torch.compiler.is_compiling() else self._analog_prob
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # Whatever fn does to the values and their type.
+        device = fn(self._analog_prob_data).device
+        self._analog_prob_data = torch.full((), self._analog_prob, dtype=torch.float64, device=device)
+        return self
+
+
+class LIF(Noisy):
     """Leaky integrate-and-fire neurons with adaptive smoothing gradients, over all time steps in one call.
 
     Args:
@@ -128,7 +162,7 @@ class LIF(nn.Module):
             raise ValueError(f"asgl_cuda.LIF: granularity must be layer, channel or neuron, got {granularity!r}")
         check_surrogate(surrogate, _CALLER)
         check_time_dim(time_dim, _CALLER)
-        check_analog_prob(analog_prob, _CALLER)
+        self.analog_prob = analog_prob
         if reset_amount is not None and v_reset is not None:
             raise ValueError(
                 f"asgl_cuda.LIF: reset_amount is for the soft reset and needs v_reset=None, got v_reset {v_reset}"
@@ -143,7 +177,6 @@ class LIF(nn.Module):
         self.input_gain = check_finite("input_gain", input_gain, _CALLER)
         self.surrogate = surrogate
         self.surrogate_gain = check_finite("surrogate_gain", surrogate_gain, _CALLER)
-        self.analog_prob = analog_prob
         self.strict_threshold = check_bool("strict_threshold", strict_threshold, _CALLER)
         self.detach_reset = check_bool("detach_reset", detach_reset, _CALLER)
         self.scale_output = check_bool("scale_output", scale_output, _CALLER)
@@ -204,7 +237,6 @@ class LIF(nn.Module):
     def width(self, value: float) -> None:
         value = check_number("width", value, _CALLER)
         check_width(value, _CALLER)
-        check_finite("width", value, _CALLER)
         if self.log_width is not None and not _LEAST_WIDTH <= value <= _LARGEST_WIDTH:
             raise ValueError(
                 f"asgl_cuda.LIF: a learned width must be in [{_LEAST_WIDTH:.3g}, {_LARGEST_WIDTH:.3g}], got {value}"
@@ -313,7 +345,7 @@ class LIF(nn.Module):
             "width": width,
             "surrogate": self.surrogate,
             "surrogate_gain": self.surrogate_gain,
-            "analog_prob": self.analog_prob if self.training else 0.0,
+            "analog_prob": self._analog_prob_of_call(x_seq),
             "strict_threshold": self.strict_threshold,
             "scale_output": self.scale_output,
             "detach_reset": self.detach_reset,

@@ -70,7 +70,7 @@ class GradientAndTangentOf(GradientOf):
     """The same with a forward derivative, which torch.compile refuses to trace."""
 
     @staticmethod
-    def jvp(ctx: Any, s: Tensor | None, a: Tensor, gain: None) -> Tensor:
+    def jvp(ctx: Any, s: Tensor | None, a: Tensor, gain: None) -> Any:
         return a * ctx.gain
 
 

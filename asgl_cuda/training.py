@@ -99,8 +99,7 @@ class AnalogProbSchedule:
     `multi_step`, `cosine` and `linear` are the usual ones. Call `step()` after each epoch. `epoch` is how often that
     was; `starts` are the values at the start, `probs` those of now, by the layers' names.
 
-    Under torch.compile every new value compiles the layer again, and after some (8 by default) it is left uncompiled:
-    there `multi_step`, with few milestones, is the one to use.
+    Under torch.compile a new value is data of the graph: it compiles again only where noise begins or ends.
 
     Raises ValueError for a model without a layer to schedule and for a `prob_at` out of range, TypeError for arguments
     that are no module and no function.

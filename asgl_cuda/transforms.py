@@ -43,11 +43,11 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     torch.func and the compiler need.
     """
     if torch.compiler.is_compiling():
-        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+        return function.apply(*arguments)
     if not transforming():
         return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
     try:
-        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+        return function.apply(*arguments)
     except Exception as error:
         if any(each.key() == TransformType.Jvp for each in torch._C._functorch.get_interpreter_stack()):
             raise RuntimeError(f"asgl_cuda: {_FORWARD_MODE}") from error

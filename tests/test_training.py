@@ -902,3 +902,44 @@ def test_reset_of_other_libraries_layers(library, make, current):
     assert not torch.equal(outputs()[:5], first[:5])
     asgl_cuda.reset(model)
     assert torch.equal(outputs(), first)
+
+
+@pytest.mark.parametrize("kind", ["LIF", "BatchNormLIF", "converted"])
+def test_a_schedule_compiles_nothing_anew(backend, device, kind):
+    """Except where the noise ends, once; the noise of each epoch is that of eager mode."""
+    torch._dynamo.reset()
+    if kind == "converted":
+        neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+        model, _ = asgl_cuda.convert(nn.Sequential(neuron.LIFNode(step_mode="m")), asgl={}, backend=backend)
+        model.to(device)
+    else:
+        model = nn.Sequential(getattr(asgl_cuda, kind)(*([5] if kind == "BatchNormLIF" else []), backend=backend)).to(device)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(copy.deepcopy(model), backend=counter)
+    schedules = [AnalogProbSchedule.linear(each, 12) for each in (model, compiled)]
+    x_seq = random_input(4, 300, 5, device=device)
+    for epoch in range(14):
+        expected, actual = [], []
+        for each, found in ((model, expected), (compiled, actual)):
+            torch.manual_seed(epoch)
+            if kind == "converted":
+                asgl_cuda.reset(each)
+            s_seq = each(x_seq)
+            found += [s_seq, *torch.autograd.grad(s_seq.square().sum(), x_seq)]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True)), epoch
+        for schedule in schedules:
+            schedule.step()
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
+
+
+def test_the_share_as_data_goes_where_the_layer_goes():
+    layer = LIF(analog_prob=0.3).half()
+    assert layer._analog_prob_data.item() == 0.3
+    empty = LIF(analog_prob=0.3, device="meta").to("meta").to_empty(device="cpu")
+    assert empty._analog_prob_data.item() == 0.3
+    again = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    again.analog_prob = 0.5
+    assert (layer._analog_prob_data.item(), again._analog_prob_data.item()) == (0.3, 0.5)
+    assert set(layer.state_dict()) == {"log_width"}
+    assert not list(layer.buffers())
