@@ -519,6 +519,50 @@ def test_authors_code_noise_and_share():
     assert not report.left
 
 
+# ---- integers ----
+
+
+def sinabs_layer(kind, **options):
+    return getattr(sinabs.layers, kind)(spike_fn=sinabs.activation.SingleSpike, **options)
+
+
+def jelly_steps(layer, x_seq):
+    return [torch.stack(values) for values in zip(*((layer(x), layer.v) for x in x_seq), strict=True)]
+
+
+def leaky_steps(layer, x_seq):
+    return [torch.stack(values) for values in zip(*(layer(x) for x in x_seq), strict=True)]
+
+
+INTEGERS = {
+    "SpikingJelly": (lambda: neuron.LIFNode(step_mode="m"), lambda layer, x: (layer(x), layer.v, layer(x), layer.v)),
+    "SpikingJelly, a step a call": (lambda: neuron.ParametricLIFNode(v_reset=0.3), jelly_steps),
+    "SpikingJelly, soft": (lambda: neuron.IFNode(v_reset=None), jelly_steps),
+    "snnTorch": (lambda: snntorch.Leaky(beta=0.5, threshold=1), leaky_steps),
+    "snnTorch, zero": (lambda: snntorch.Leaky(beta=1, threshold=2, reset_mechanism="zero"), leaky_steps),
+    "Norse": (
+        lambda: norse.LIFBoxCell(norse.LIFBoxParameters(v_th=torch.tensor(1), tau_mem_inv=torch.tensor(400))),
+        lambda layer, x: norse_run(layer, x)[:2],
+    ),
+    "sinabs LIF": (lambda: sinabs_layer("LIF", tau_mem=3, spike_threshold=1), lambda layer, x: (layer(x), layer.v_mem)),
+    "sinabs IAF": (lambda: sinabs_layer("IAF", spike_threshold=50), lambda layer, x: (layer(x), layer.v_mem)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers(name, dtype):
+    """A threshold or an input of whole numbers, which PyTorch's operations take beside floats."""
+    make, call = INTEGERS[name]
+    torch.manual_seed(0)
+    x = torch.randint(0, 60 if "IAF" in name else 4, (6, 4, 30)).to(dtype)
+    layer, (fused, report) = make(), asgl_cuda.convert(make())
+    assert len(report.replaced) == 1
+    theirs = call(layer, x)
+    assert 0 < theirs[0].float().mean() < 1
+    torch.testing.assert_close(call(fused, x), theirs)
+
+
 # ---- what is left ----
 
 LEFT = {

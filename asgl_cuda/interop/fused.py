@@ -86,13 +86,15 @@ class Fused(nn.Module):
 
     def lif(self, x_seq: Tensor, **options: Any) -> LIFOutput:
         """`asgl_cuda.lif` with the layer's surrogate and noise."""
-        # Numbers in tensors may stay behind where a model is moved; PyTorch takes them from any device.
+        # PyTorch takes integers and, where a model was moved and they stayed behind, numbers in tensors of any device.
         options = {
-            name: value.to(x_seq.device) if isinstance(value, Tensor) and value.dim() == 0 else value
+            name: _floating(value.to(x_seq.device) if value.dim() == 0 else value)
+            if isinstance(value, Tensor)
+            else value
             for name, value in options.items()
         }
         result = self.compute(
-            x_seq,
+            _floating(x_seq),
             width=self.width,
             surrogate=self.settings.spike.surrogate,
             surrogate_gain=self.settings.spike.gain,
@@ -121,6 +123,13 @@ class Fused(nn.Module):
         # The class has no name to be found by: it is made again.
         _, _, *rest = tuple(super().__reduce_ex__(protocol))
         return _new, (self.fused_forward, self.original), *rest
+
+
+def _floating(value: Tensor) -> Tensor:
+    """The value itself, or in the type that PyTorch gives integers when they meet a float."""
+    if value.is_floating_point() or value.is_complex():
+        return value
+    return value.to(torch.get_default_dtype())
 
 
 _classes: dict[tuple[type[Fused], type[nn.Module]], type[Fused]] = {}

@@ -46,11 +46,13 @@ class FusedNode(Fused):
 
     def _steps(self, x_seq: Tensor) -> LIFOutput:
         v_rest = 0.0 if self.v_reset is None else self.v_reset
-        v_init = None
-        if not isinstance(self.v, Tensor):
-            v_init = None if self.v == v_rest else torch.full_like(x_seq[0], self.v)
-        elif self.v.shape == x_seq.shape[1:]:  # else it begins anew, as SpikingJelly does
-            v_init = self.v
+        v, whole = self.v, not x_seq.is_floating_point()
+        if isinstance(v, Tensor) and v.shape != x_seq.shape[1:]:  # begins anew, as SpikingJelly does
+            v = v_rest
+        if not isinstance(v, Tensor):
+            v_init = None if v == v_rest and not whole else torch.full_like(x_seq[0], v)
+        else:  # since version 2, SpikingJelly keeps it from call to call in the type of its input
+            v_init = v.to(x_seq.dtype) if whole and hasattr(self, "materialize_states") else v
         output = self.lif(
             x_seq,
             decay=1 - self._share(),
