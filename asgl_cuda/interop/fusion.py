@@ -24,7 +24,7 @@ from ..neuron import LIF, BatchNormLIF
 from ..reference import channel_dim
 from .conversion import Left, Replaced, Report, convert, copied, libraries
 from .fused import Fused, Wrapper
-from .normalised import Normalisation, Normalised, PassedThrough, normalised_class, varies_by_channel
+from .normalised import Normalisation, Normalised, PassedThrough, Place, normalised_class, varies_by_channel
 
 _SHAPE_QUERIES = ("size", "dim", "shape", "ndim", "dtype", "device")
 _LISTS = (nn.ModuleList, nn.ModuleDict)  # are not called
@@ -40,7 +40,10 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
 
     No module is moved: parameters, buffers and their names, state, optimizers and checkpoints stay valid. The
     normalisation itself then returns its input, so whatever looks at its output sees that; it is left where the model
-    does so, or where it is not certain that it does not. The report says of each one that is left why.
+    does so, or where it is not certain that it does not. The report says of each one that is left why. Exchange neither
+    the normalisation nor the neurons of a pair: `torch.nn.SyncBatchNorm.convert_sync_batchnorm`,
+    `torch.nn.utils.fusion.fuse_conv_bn_eval` and the like come before, or after `unfuse`; else the next call raises
+    RuntimeError.
 
     What a forward does is taken from a trace with its attributes as they are now. A Sequential is taken to call its
     modules in order, unless a trace shows otherwise.
@@ -89,8 +92,12 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
             report.replaced.append(Replaced(path, name, type(layer).__name__))
     for path, norm in model.named_modules():
         if isinstance(norm, PassedThrough):
-            reason = "the neurons that compute it are not in this model"
-            report.left.append(Left(path, type(norm).__name__, reason))
+            name = type(norm).__name__
+            if norm.is_computed():
+                report.left.append(Left(path, name, "the neurons that compute it are not in this model"))
+            else:
+                norm.end_passing()
+                report.replaced.append(Replaced(path, name, type(norm).__name__))
     return model, report
 
 
@@ -143,7 +150,8 @@ def _fuse(flow: _Flow, norm: nn.Module) -> Normalised:
             layer.end()
         raise
     layer.__class__ = normalised_class(layer)
-    layer.begin_normalised(Normalisation(norm, converted))
+    at_norm, at_layer = flow.places(norm, layer)
+    layer.begin_normalised(Normalisation(norm, at_norm, converted), at_layer)
     assert isinstance(layer, Normalised)
     return layer
 
@@ -291,6 +299,13 @@ class _Flow:
             _check_hooks(module, name, _INPUT_HOOKS)
         _check_single(layer, self.owners[layer], type(layer).__name__)
         return _Arrival(layer, parted)
+
+    def places(self, *modules: nn.Module) -> list[Place]:
+        """Where each is below the nearest module that has them all."""
+        paths = [self.paths[module].split(".") for module in modules]
+        shared = next(depth for depth, names in enumerate(zip(*paths, strict=False)) if len(set(names)) > 1)
+        owner = self.model.get_submodule(".".join(paths[0][:shared]))
+        return [Place(owner, ".".join(path[shared:])) for path in paths]
 
     def _owner(self, module: nn.Module) -> nn.Module | None:
         """The first module that holds it and can be called."""
