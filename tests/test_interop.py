@@ -295,6 +295,26 @@ def test_snntorch_finds_its_layers():
     assert len(snntorch.SpikingNeuron.instances) == count
 
 
+@pytest.mark.parametrize("function", ["convert", "revert", "fuse", "unfuse"])
+def test_snntorch_finds_the_layers_of_a_copy(function):
+    """Also those that stay what they are."""
+
+    class Mine(snntorch.Leaky):
+        pass
+
+    kept = [Mine(beta=0.5, init_hidden=True), snntorch.Synaptic(alpha=0.5, beta=0.5, init_hidden=True)]
+    model = nn.Sequential(nn.BatchNorm1d(2), snntorch.Leaky(beta=0.5, init_hidden=True), *kept)
+    if function in ("revert", "unfuse"):
+        model, _ = asgl_cuda.fuse(asgl_cuda.convert(model)[0])
+    made, _ = getattr(asgl_cuda, function)(model)
+    x = 5 + torch.randn(3, 2)
+    made(x), model(x)
+    layers = [layer for net in (made, model) for layer in net if isinstance(layer, snntorch.SpikingNeuron)]
+    utils.reset(made)
+    for layer in layers:
+        assert not (layer.syn if isinstance(layer, snntorch.Synaptic) else layer.mem).any(), type(layer)
+
+
 @pytest.mark.parametrize("reset_mechanism", ["subtract", "zero", "none"])
 @pytest.mark.parametrize("reset_delay", [True, False])
 @pytest.mark.parametrize("init_hidden", [True, False])

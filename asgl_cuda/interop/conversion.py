@@ -113,13 +113,11 @@ def convert(
 
     Raises TypeError or ValueError for arguments that are not as described; the model is then unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{_CALLER}: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model, _CALLER)
     wanted = _checked(asgl)
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{_CALLER}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if not inplace:
-        model = copied(model)
+    model = taken(model, inplace)
     known = list(libraries())
     report = Report([], [])
     inside: list[str] = []  # of layers that are replaced, whose parts need no mention
@@ -140,6 +138,22 @@ def convert(
         report.replaced.append(Replaced(path, name, _description(layer)))
         inside.append(f"{path}." if path else "")
     return model, report
+
+
+def check_module(model: Any, caller: str) -> None:
+    """What all functions of this folder begin with."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def taken(model: nn.Module, inplace: bool) -> nn.Module:
+    """The model itself, or a copy whose layers their libraries know like the model's own."""
+    if inplace:
+        return model
+    made = copied(model)
+    for library in libraries():
+        getattr(library, "enlist", lambda model: None)(made)
+    return made
 
 
 def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
@@ -189,10 +203,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
 
     Raises TypeError where it is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"asgl_cuda.revert: model must be a torch.nn.Module, got {type(model).__name__}")
-    if not inplace:
-        model = copied(model)
+    check_module(model, "asgl_cuda.revert")
+    model = taken(model, inplace)
     report = Report([], [])
     for path, layer in list(model.named_modules()):
         if not isinstance(layer, Fused):

@@ -22,7 +22,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..neuron import LIF, BatchNormLIF
 from ..reference import channel_dim
-from .conversion import Left, Replaced, Report, convert, copied, libraries
+from .conversion import Left, Replaced, Report, check_module, convert, copied, libraries, taken
 from .fused import Fused, Wrapper
 from .normalised import Normalisation, Normalised, PassedThrough, Place, normalised_class, varies_by_channel
 
@@ -56,7 +56,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
 
     The same in PyTorch: the model as it is.
     """
-    model = _checked(model, inplace, "asgl_cuda.fuse")
+    check_module(model, "asgl_cuda.fuse")
+    model = taken(model, inplace)
     report = Report([], [])
     if not any(_is_unfused(module) for module in model.modules()):
         return model, report
@@ -83,7 +84,8 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
 
     Raises TypeError where it is no module.
     """
-    model = _checked(model, inplace, "asgl_cuda.unfuse")
+    check_module(model, "asgl_cuda.unfuse")
+    model = taken(model, inplace)
     report = Report([], [])
     for path, layer in list(model.named_modules()):
         if isinstance(layer, Normalised):
@@ -99,12 +101,6 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
                 norm.end_passing()
                 report.replaced.append(Replaced(path, name, type(norm).__name__))
     return model, report
-
-
-def _checked(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
-    return model if inplace else copied(model)
 
 
 class _LeftAsItIs(Exception):  # noqa: N818

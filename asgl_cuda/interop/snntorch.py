@@ -43,10 +43,7 @@ class FusedLeaky(Fused):
 
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         super().begin(settings, analog_prob, learn_width)
-        # By this list snnTorch finds the layers to reset and to detach; a copy is not in it.
-        instances: list[Any] = snntorch.SpikingNeuron.instances
-        if not any(layer is self for layer in instances):
-            instances.append(self)
+        enlist(self)
 
     def forward(self, input_: Tensor, mem: Tensor | None = None) -> Any:
         output = self.steps(input_[None], mem)
@@ -168,6 +165,15 @@ def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | s
     if leaky.reset_mechanism == "subtract" and constant and bool((leaky.beta < _LEAST_BETA).any()):
         return "it subtracts the threshold from a potential of which nothing is left (beta=0)"
     return FusedLeaky, leaky.spike_grad
+
+
+def enlist(model: nn.Module) -> None:
+    """Adds a copy's layers to the list by which snnTorch finds those to reset and to detach."""
+    instances: list[Any] = snntorch.SpikingNeuron.instances
+    known = {id(layer) for layer in instances}
+    instances.extend(
+        layer for layer in model.modules() if isinstance(layer, snntorch.SpikingNeuron) and id(layer) not in known
+    )
 
 
 def wrapped(module: nn.Module) -> Wrapper | None:
