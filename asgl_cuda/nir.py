@@ -89,10 +89,17 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = _DT, *, allow_so
 
     Raises:
         ImportError: nir or nirtorch is not installed.
+        TypeError: an argument is of another type.
         ValueError: the model can't be traced or has a layer that NIR can't represent; the message names it.
     """
     nirtorch = _require("nirtorch.torch_tracer", "asgl_cuda.to_nir")
     dt = _check_dt(dt, "asgl_cuda.to_nir")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"asgl_cuda.to_nir: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(example_input, Tensor):
+        raise TypeError(f"asgl_cuda.to_nir: example_input must be a tensor, got {type(example_input).__name__}")
+    if not isinstance(allow_soft_reset, bool):
+        raise TypeError(f"asgl_cuda.to_nir: allow_soft_reset must be True or False, got {allow_soft_reset!r}")
     if example_input.dim() < 3:
         raise ValueError(
             f"asgl_cuda.to_nir: example_input must have time, batch and neurons, [T, B, ...], "
@@ -132,10 +139,16 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None) -> fx.GraphModule:
 
     Raises:
         ImportError: nir is not installed.
+        TypeError: an argument is of another type.
         ValueError: a node can't be represented, or its numbers are not those that its metadata says; the message names
             it.
     """
-    _require("nir", "asgl_cuda.from_nir")
+    nir = _require("nir", "asgl_cuda.from_nir")
+    if not isinstance(graph, nir.NIRGraph):
+        raise TypeError(
+            f"asgl_cuda.from_nir: graph must be a nir.NIRGraph, as nir.read gives it of a file, "
+            f"got {type(graph).__name__}"
+        )
     if dt is not None:
         dt = _check_dt(dt, "asgl_cuda.from_nir")
     nodes = graph.nodes

@@ -224,6 +224,11 @@ def test_backend(monkeypatch):
         ({"asgl": {"width": "1"}}, TypeError, r"asgl_cuda\.convert: width must be a float, got str"),
         ({"asgl": {"analog_prob": 2}}, ValueError, r"asgl_cuda\.convert: analog_prob must be in \[0, 1\], got 2"),
         ({"asgl": {"surrogate": "step"}}, ValueError, "surrogate must be one of rectangle, .*, got 'step'"),
+        ({"asgl": {"learn_width": 1}}, TypeError, r"asgl_cuda\.convert: learn_width must be True or False, got 1"),
+        ({"asgl": True}, TypeError, r'asgl must be None or a mapping such as \{"width": 1\.0, .*, got True'),
+        ({"asgl": "yes"}, TypeError, r"asgl_cuda\.convert: asgl must be None or a mapping .*, got 'yes'"),
+        ({"asgl": {1: 2}}, TypeError, "asgl may have surrogate, width, analog_prob, learn_width, got 1"),
+        ({"backend": []}, ValueError, r"asgl_cuda\.convert: backend must be one of cuda, .*, got \[\]"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments, error, message):
@@ -238,6 +243,38 @@ def test_what_is_no_module():
         asgl_cuda.convert([neuron.LIFNode()])
     with pytest.raises(TypeError, match=r"asgl_cuda\.revert: model must be a torch\.nn\.Module, got list"):
         asgl_cuda.revert([])
+
+
+@pytest.mark.parametrize("name", ["convert", "revert", "fuse", "unfuse"])
+def test_inplace_is_said_by_true_or_false(name):
+    with pytest.raises(TypeError, match=rf"asgl_cuda\.{name}: inplace must be True or False, got 'no'"):
+        getattr(asgl_cuda, name)(jelly(), inplace="no")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_torch_fx_sees_one_call(name):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.neurons, _ = asgl_cuda.convert(LAYERS[name]())
+
+        def forward(self, x):
+            return self.neurons(2 * x)
+
+    graph = torch.fx.symbolic_trace(Net())
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["neurons"]
+    out, expected = graph(torch.ones(3, 4, 5)), asgl_cuda.convert(LAYERS[name]())[0](torch.full((3, 4, 5), 2.0))
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_learned_width_has_a_dimension_and_loads_from_one_that_has_none():
+    fused, _ = asgl_cuda.convert(jelly(), asgl={})
+    assert fused[1].log_width.shape == (1,)
+    saved = fused.state_dict()
+    fused.load_state_dict({**saved, "1.log_width": torch.tensor(0.5)})
+    assert fused[1].log_width.tolist() == [0.5]
+    fused.load_state_dict(saved)
+    assert torch.equal(fused.state_dict()["1.log_width"], saved["1.log_width"])
 
 
 @pytest.mark.parametrize("name", LAYERS)

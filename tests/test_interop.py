@@ -344,6 +344,12 @@ def test_snntorch_multi_step_of_something_else():
         interop_snntorch.MultiStep(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"layer must be a Leaky of snnTorch: it quantises its state"):
         interop_snntorch.MultiStep(snntorch.Leaky(beta=0.5, state_quant=lambda mem: mem))
+    with pytest.raises(TypeError, match=r"snntorch\.MultiStep: layer must be a Leaky of snnTorch, got int"):
+        interop_snntorch.MultiStep(5)
+    multi = interop_snntorch.MultiStep(snntorch.Leaky(beta=0.5))
+    for arguments, name in ((([1.0],), "x_seq"), ((torch.ones(2, 3), 5), "mem")):
+        with pytest.raises(TypeError, match=rf"snntorch\.MultiStep: {name} must be a tensor, got (list|int)"):
+            multi(*arguments)
 
 
 # ---- Norse ----

@@ -70,13 +70,20 @@ class _ASGL(NamedTuple):
 def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
     if asgl is None:
         return None
+    if not isinstance(asgl, Mapping):
+        raise TypeError(
+            f'{_CALLER}: asgl must be None or a mapping such as {{"width": 1.0, "analog_prob": 0.2}}, {{}} for the '
+            f"defaults, got {asgl!r}"
+        )
     defaults = {"surrogate": None, "width": None, "analog_prob": 0.2, "learn_width": True}
     if unknown := set(asgl) - set(defaults):
-        raise TypeError(f"{_CALLER}: asgl may have {', '.join(defaults)}, got {', '.join(sorted(unknown))}")
+        raise TypeError(f"{_CALLER}: asgl may have {', '.join(defaults)}, got {', '.join(sorted(map(str, unknown)))}")
     found = _ASGL(**{**defaults, **asgl})
     if found.width is not None:
         check_width(check_number("width", found.width, _CALLER), _CALLER)
     check_analog_prob(found.analog_prob, _CALLER)
+    if not isinstance(found.learn_width, bool):
+        raise TypeError(f"{_CALLER}: learn_width must be True or False, got {found.learn_width!r}")
     if found.surrogate is not None:
         check_surrogate(found.surrogate, _CALLER)
     return found
@@ -113,9 +120,9 @@ def convert(
 
     Raises TypeError or ValueError for arguments that are not as described; the model is then unchanged.
     """
-    check_module(model, _CALLER)
+    check_model(model, inplace, _CALLER)
     wanted = _checked(asgl)
-    if backend is not None and backend not in BACKENDS:
+    if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
         raise ValueError(f"{_CALLER}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     model = taken(model, inplace)
     known = list(libraries())
@@ -140,10 +147,12 @@ def convert(
     return model, report
 
 
-def check_module(model: Any, caller: str) -> None:
-    """What all functions of this folder begin with."""
+def check_model(model: Any, inplace: Any, caller: str) -> None:
+    """A module, and whether it is to be changed itself."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(inplace, bool):
+        raise TypeError(f"{caller}: inplace must be True or False, got {inplace!r}")
 
 
 def taken(model: nn.Module, inplace: bool) -> nn.Module:
@@ -203,7 +212,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
 
     Raises TypeError where it is no module.
     """
-    check_module(model, "asgl_cuda.revert")
+    check_model(model, inplace, "asgl_cuda.revert")
     model = taken(model, inplace)
     report = Report([], [])
     for path, layer in list(model.named_modules()):

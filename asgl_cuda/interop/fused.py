@@ -7,12 +7,13 @@ reset, detach or copy it go on working, and to give the layer back is to take th
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..functional import LIFOutput, lif
 from ..neuron import bounded
@@ -76,7 +77,8 @@ class Fused(nn.Module):
         self.log_width = None
         if learn_width:
             device = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), None)
-            self.log_width = nn.Parameter(torch.tensor(math.log(settings.spike.width), device=device))
+            # With a dimension, which fully_shard of PyTorch wants.
+            self.log_width = nn.Parameter(torch.full((1,), math.log(settings.spike.width), device=device))
 
     def end(self) -> None:
         """Becomes what it was before, with the values that its parameters have now."""
@@ -119,6 +121,13 @@ class Fused(nn.Module):
         """Writes the learned width into the layer's own surrogate, if that can hold it."""
         return False
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # Checkpoints of earlier versions have a scalar.
+        saved = state_dict.get(f"{prefix}log_width")
+        if isinstance(saved, Tensor) and saved.dim() == 0:
+            state_dict[f"{prefix}log_width"] = saved.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class has no name to be found by: it is made again.
         _, _, *rest = tuple(super().__reduce_ex__(protocol))
@@ -137,11 +146,25 @@ _classes: dict[tuple[type[Fused], type[nn.Module]], type[Fused]] = {}
 
 def fused_class(forward: type[Fused], original: type[nn.Module]) -> type[Fused]:
     """`original` with the forward of `forward`: one class, however often it is asked for."""
-    if (forward, original) in _classes:
-        return _classes[forward, original]
-    names = {"fused_forward": forward, "original": original, "__module__": forward.__module__}
-    made = _classes[forward, original] = type(f"Fused{original.__name__}", (forward, original), names)
-    return made
+    if (forward, original) not in _classes:
+        names = {"fused_forward": forward, "original": original, "__module__": forward.__module__}
+        made: Any = type(f"Fused{original.__name__}", (forward, original), names)
+        made.forward = _leaf(made.forward)
+        _classes[forward, original] = made
+    return _classes[forward, original]
+
+
+def _leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, except that torch.fx sees one call of the module, as of those of torch.nn."""
+
+    @functools.wraps(forward)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], fx.Proxy):
+            tracer: Any = args[0].tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    return call
 
 
 def _new(forward: type[Fused], original: type[nn.Module]) -> Fused:

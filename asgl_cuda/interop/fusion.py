@@ -22,7 +22,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..neuron import LIF, BatchNormLIF
 from ..reference import channel_dim
-from .conversion import Left, Replaced, Report, check_module, convert, copied, libraries, taken
+from .conversion import Left, Replaced, Report, check_model, convert, copied, libraries, taken
 from .fused import Fused, Wrapper
 from .normalised import Normalisation, Normalised, PassedThrough, Place, normalised_class, varies_by_channel
 
@@ -56,7 +56,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
 
     The same in PyTorch: the model as it is.
     """
-    check_module(model, "asgl_cuda.fuse")
+    check_model(model, inplace, "asgl_cuda.fuse")
     model = taken(model, inplace)
     report = Report([], [])
     if not any(_is_unfused(module) for module in model.modules()):
@@ -84,7 +84,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
 
     Raises TypeError where it is no module.
     """
-    check_module(model, "asgl_cuda.unfuse")
+    check_model(model, inplace, "asgl_cuda.unfuse")
     model = taken(model, inplace)
     report = Report([], [])
     for path, layer in list(model.named_modules()):

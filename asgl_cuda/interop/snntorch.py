@@ -26,6 +26,8 @@ from .fused import Fused, Settings, Wrapper
 # resolution at the threshold.
 _LEAST_BETA = 1e-6
 
+_MULTI_STEP = "asgl_cuda.interop.snntorch.MultiStep"
+
 
 class _After(NamedTuple):
     """The potential after reset that belongs to a `mem` as it was returned, which spares the next call the reset."""
@@ -126,17 +128,20 @@ class MultiStep(nn.Module):
         from .conversion import convert
 
         super().__init__()
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"{_MULTI_STEP}: layer must be a Leaky of snnTorch, got {type(layer).__name__}")
         converted, report = convert(layer, inplace=True)
         if not isinstance(converted, FusedLeaky):
             reason = report.left[0].reason if report.left else f"it is a {type(layer).__name__}"
-            raise ValueError(f"asgl_cuda.interop.snntorch.MultiStep: layer must be a Leaky of snnTorch: {reason}")
+            raise ValueError(f"{_MULTI_STEP}: layer must be a Leaky of snnTorch: {reason}")
         if not converted.reset_delay and converted.reset_mechanism == "subtract":
-            raise ValueError(
-                "asgl_cuda.interop.snntorch.MultiStep: a reset by subtraction needs reset_delay=True, got False"
-            )
+            raise ValueError(f"{_MULTI_STEP}: a reset by subtraction needs reset_delay=True, got False")
         self.layer = converted
 
     def forward(self, x_seq: Tensor, mem: Tensor | None = None) -> Any:
+        for name, value in (("x_seq", x_seq), ("mem", mem)):
+            if not isinstance(value, Tensor) and not (name == "mem" and value is None):
+                raise TypeError(f"{_MULTI_STEP}: {name} must be a tensor, got {type(value).__name__}")
         layer: Any = self.layer
         if layer.reset_delay or layer.reset_mechanism == "none":
             output = layer.steps(x_seq, mem)
