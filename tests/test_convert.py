@@ -246,6 +246,18 @@ def test_what_is_no_module():
 
 
 @pytest.mark.parametrize("name", ["convert", "revert", "fuse", "unfuse"])
+def test_a_layer_that_can_not_be_copied(name):
+    single = sinabs.layers.IAF(spike_fn=sinabs.activation.SingleSpike)
+    recurrent = sinabs.layers.LIFRecurrent(2.0, rec_connect=nn.Linear(4, 4))
+    model = nn.Sequential(single, nn.Sequential(recurrent))
+    message = rf"asgl_cuda\.{name}: 1\.0 \(LIFRecurrent\) can't be copied, not by copy\.deepcopy either .*inplace=True"
+    with pytest.raises(RuntimeError, match=message):
+        getattr(asgl_cuda, name)(model)
+    assert getattr(asgl_cuda, name)(model, inplace=True)[0] is model
+    assert isinstance(model[0], Fused) == (name == "convert")
+
+
+@pytest.mark.parametrize("name", ["convert", "revert", "fuse", "unfuse"])
 def test_inplace_is_said_by_true_or_false(name):
     with pytest.raises(TypeError, match=rf"asgl_cuda\.{name}: inplace must be True or False, got 'no'"):
         getattr(asgl_cuda, name)(jelly(), inplace="no")

@@ -593,7 +593,17 @@ def test_integers(name, dtype):
 
 LEFT = {
     "a neuron that there is not": (lambda: neuron.QIFNode(), "asgl_cuda has no such neuron"),
-    "a subclass": (lambda: type("Mine", (neuron.LIFNode,), {})(), "asgl_cuda has no such neuron"),
+    "a subclass": (
+        lambda: type("Mine", (neuron.LIFNode,), {"__module__": "here"})(),
+        "it is a subclass of LIFNode, which may compute something else; convert knows LIFNode itself",
+    ),
+    "a subclass of a subclass": (
+        lambda: type("Mine", (sinabs.layers.IAFSqueeze,), {"__module__": "here"})(batch_size=1),
+        "it is a subclass of IAFSqueeze",
+    ),
+    "a subclass of no known neuron": (
+        lambda: type("Mine", (neuron.QIFNode,), {"__module__": "here"})(), "asgl_cuda has no such neuron",
+    ),
     "smooth spikes": (
         lambda: neuron.IFNode(surrogate_function=surrogate.Sigmoid(spiking=False)),
         r"does not spike \(spiking=False\)",
@@ -651,6 +661,30 @@ LEFT = {
         "its surrogate is InvTanh; known are InvRectangle and InvSigmoid",
     ),
 }  # fmt: skip
+
+
+ALSO_LEFT = {
+    **{name: lambda name=name: getattr(neuron, name)() for name in (
+        "DSRIFNode", "DSRLIFNode", "ActivationAwareIFNode", "ILIFNode", "SimpleIFNode",
+    )},
+    "PSN": lambda: neuron.PSN(4),
+    "MaskedPSN": lambda: neuron.MaskedPSN(2, 4),
+    "SlidingPSN": lambda: neuron.SlidingPSN(2),
+    "GatedLIFNode": lambda: neuron.GatedLIFNode(4),
+    "STBIFNode": lambda: neuron.STBIFNode(torch.tensor(1.0), 4, True),
+    "FlexSN": lambda: neuron.FlexSN(lambda x, v: (x, v), num_states=1),
+    "CobaLIFCell": lambda: norse.CobaLIFCell(2, 2),
+    "LILinearCell": lambda: norse.LILinearCell(2, 2),
+    "LIFCorrelation": lambda: norse.LIFCorrelation(2, 2),
+    "LeakyParallel": lambda: snntorch.LeakyParallel(2, 2),
+    "ALIF": lambda: sinabs.layers.ALIF(3.0, 3.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALSO_LEFT)
+def test_neurons_of_the_libraries_are_left_with_a_reason(name):
+    _, report = asgl_cuda.convert(nn.Sequential(ALSO_LEFT[name]()))
+    assert report == ([], [("0", name, "asgl_cuda has no such neuron")])
 
 
 @pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")

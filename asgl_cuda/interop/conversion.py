@@ -106,8 +106,13 @@ def convert(
     sinabs' `LIF` and `IAF` with their Squeeze forms, and `LIFLayer` of the code that the authors of ASGL published. A
     converted layer gives the same spikes, states and gradients as before; it keeps its parameters, with their names,
     its state and its place among the library's classes, so that an optimizer, a state dict and functions like
-    SpikingJelly's `reset_net` go on working. What it holds is read at each call, but for its surrogate, which is read
-    here. Layers that can't be represented exactly are left as they are, and the report says why.
+    SpikingJelly's `reset_net` go on working. What it holds is read at each call, except for its surrogate, which is
+    read here. SpikingJelly's own `backend` is without effect on it. Layers that can't be represented exactly are left
+    as they are, and the report says why.
+
+    A converted layer is an instance of its class, but its type is another: code that compares types, as
+    `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly do, does not know it;
+    `revert` comes first there. Where a layer can't be copied, as sinabs' recurrent ones, `inplace=True` works.
 
     Args:
         model: any module, also a neuron layer itself.
@@ -118,13 +123,14 @@ def convert(
         inplace: convert the model itself and not a copy; optimizers then hold its parameters already.
         backend: of all layers, see `asgl_cuda.lif`.
 
-    Raises TypeError or ValueError for arguments that are not as described; the model is then unchanged.
+    Raises TypeError or ValueError for arguments that are not as described, and RuntimeError where the model can't be
+    copied; it is then unchanged.
     """
     check_model(model, inplace, _CALLER)
     wanted = _checked(asgl)
     if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
         raise ValueError(f"{_CALLER}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    model = taken(model, inplace)
+    model = taken(model, inplace, _CALLER)
     known = list(libraries())
     report = Report([], [])
     inside: list[str] = []  # of layers that are replaced, whose parts need no mention
@@ -155,14 +161,29 @@ def check_model(model: Any, inplace: Any, caller: str) -> None:
         raise TypeError(f"{caller}: inplace must be True or False, got {inplace!r}")
 
 
-def taken(model: nn.Module, inplace: bool) -> nn.Module:
+def taken(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
     """The model itself, or a copy whose layers their libraries know like the model's own."""
     if inplace:
         return model
-    made = copied(model)
+    try:
+        made = copied(model)
+    except Exception as error:  # whatever a layer's own way to be copied raises
+        path, layer = next(row for row in reversed(list(model.named_modules())) if not _can_be_copied(row[1]))
+        raise RuntimeError(
+            f"{caller}: {path or 'the model'} ({type(layer).__name__}) can't be copied, not by copy.deepcopy either "
+            f"({type(error).__name__}: {error}); inplace=True changes the model itself"
+        ) from error
     for library in libraries():
         getattr(library, "enlist", lambda model: None)(made)
     return made
+
+
+def _can_be_copied(layer: nn.Module) -> bool:
+    try:
+        copied(layer)
+    except Exception:
+        return False
+    return True
 
 
 def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
@@ -213,7 +234,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     Raises TypeError where it is no module.
     """
     check_model(model, inplace, "asgl_cuda.revert")
-    model = taken(model, inplace)
+    model = taken(model, inplace, "asgl_cuda.revert")
     report = Report([], [])
     for path, layer in list(model.named_modules()):
         if not isinstance(layer, Fused):

@@ -172,6 +172,15 @@ def _new(forward: type[Fused], original: type[nn.Module]) -> Fused:
     return made.__new__(made)
 
 
+def unknown(layer: nn.Module, known: tuple[type[nn.Module], ...]) -> str:
+    """Why a neuron is left whose class is none of `known`."""
+    base = next((base for base in type(layer).__mro__ if base in known), None)
+    if base is None or base.__module__.split(".")[0] == type(layer).__module__.split(".")[0]:
+        return "asgl_cuda has no such neuron"
+    name = base.__name__
+    return f"it is a subclass of {name}, which may compute something else; convert knows {name} itself"
+
+
 # ---- which surrogate a library's spike function has ----
 
 # Where f is half its largest value, and that value, at width 1.

@@ -57,7 +57,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
     The same in PyTorch: the model as it is.
     """
     check_model(model, inplace, "asgl_cuda.fuse")
-    model = taken(model, inplace)
+    model = taken(model, inplace, "asgl_cuda.fuse")
     report = Report([], [])
     if not any(_is_unfused(module) for module in model.modules()):
         return model, report
@@ -85,7 +85,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     Raises TypeError where it is no module.
     """
     check_model(model, inplace, "asgl_cuda.unfuse")
-    model = taken(model, inplace)
+    model = taken(model, inplace, "asgl_cuda.unfuse")
     report = Report([], [])
     for path, layer in list(model.named_modules()):
         if isinstance(layer, Normalised):

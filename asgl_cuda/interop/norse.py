@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from norse.torch.functional.reset import reset_subtract, reset_value
 from norse.torch.functional.threshold import threshold
-from norse.torch.module import lif_box, sequential, snn
+from norse.torch.module import coba_lif, leaky_integrator, lif_box, lif_correlation, sequential, snn
 from torch import Tensor, nn
 
-from .fused import Fused, Wrapper
+from .fused import Fused, Wrapper, unknown
 
 
 class FusedLIFBoxCell(Fused):
@@ -43,11 +43,21 @@ class FusedLIFBoxCell(Fused):
         return share, share * self.p.v_leak
 
 
+_NEURONS = (
+    snn.SNN,
+    snn.SNNCell,
+    snn.SNNRecurrent,
+    snn.SNNRecurrentCell,
+    coba_lif.CobaLIFCell,
+    leaky_integrator.LILinearCell,
+    lif_correlation.LIFCorrelation,
+)
+
+
 def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | str | None:
     """What fuses `layer`, and its spike function; or why it is left; None where it is no neuron of Norse."""
     if type(layer) is not lif_box.LIFBoxCell:
-        bases = (snn.SNN, snn.SNNCell, snn.SNNRecurrent, snn.SNNRecurrentCell)
-        return "asgl_cuda has no such neuron" if isinstance(layer, bases) else None
+        return unknown(layer, (lif_box.LIFBoxCell,)) if isinstance(layer, _NEURONS) else None
     p: Any = layer.p
     if p.reset_method not in (reset_value, reset_subtract):
         return "it resets by a function of its own"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import LIFOutput
-from .fused import Fused, Settings, Wrapper
+from .fused import Fused, Settings, Wrapper, unknown
 
 # A learned beta of 0 is taken for this much, since threshold / beta must exist; what it changes is below float32's
 # resolution at the threshold.
@@ -156,7 +156,8 @@ class MultiStep(nn.Module):
 def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | str | None:
     """What fuses `layer`, and its spike function; or why it is left; None where it is no neuron of snnTorch."""
     if type(layer) is not snntorch.Leaky:
-        return "asgl_cuda has no such neuron" if isinstance(layer, snntorch.SpikingNeuron) else None
+        is_neuron = isinstance(layer, (snntorch.SpikingNeuron, snntorch.LeakyParallel))
+        return unknown(layer, (snntorch.Leaky,)) if is_neuron else None
     leaky: Any = layer
     if importlib.metadata.version("snntorch").split(".")[0] != "1":
         return f"of snnTorch {importlib.metadata.version('snntorch')}; known is the reset of version 1"

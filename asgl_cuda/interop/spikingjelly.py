@@ -19,7 +19,7 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from ..functional import LIFOutput
-from .fused import Fused, Wrapper
+from .fused import Fused, Wrapper, unknown
 
 
 class FusedNode(Fused):
@@ -105,8 +105,8 @@ _KNOWN = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode)
 def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | str | None:
     """What fuses `layer`, and its spike function; or why it is left; None where it is no neuron of SpikingJelly."""
     if type(layer) not in _KNOWN:
-        is_neuron = isinstance(layer, neuron.BaseNode) or hasattr(layer, "neuronal_charge")
-        return "asgl_cuda has no such neuron" if is_neuron else None
+        is_neuron = any(base.__module__.startswith(neuron.__name__) for base in type(layer).__mro__)
+        return unknown(layer, _KNOWN) if is_neuron or hasattr(layer, "neuronal_charge") else None
     node: Any = layer
     if not getattr(node.surrogate_function, "spiking", True):
         return "its surrogate function does not spike (spiking=False)"
