@@ -88,13 +88,11 @@ class Fused(nn.Module):
 
     def lif(self, x_seq: Tensor, **options: Any) -> LIFOutput:
         """`asgl_cuda.lif` with the layer's surrogate and noise."""
-        # PyTorch takes integers and, where a model was moved and they stayed behind, numbers in tensors of any device.
-        options = {
-            name: _floating(value.to(x_seq.device) if value.dim() == 0 else value)
-            if isinstance(value, Tensor)
-            else value
-            for name, value in options.items()
-        }
+        for name, value in options.items():
+            if isinstance(value, Tensor):
+                options[name] = number(_floating(value))
+                if value.dim() == 0 and value.device != x_seq.device and isinstance(options[name], Tensor):
+                    options[name] = options[name].to(x_seq.device)  # PyTorch takes numbers from any device
         result = self.compute(
             _floating(x_seq),
             width=self.width,
@@ -132,6 +130,13 @@ class Fused(nn.Module):
         # The class has no name to be found by: it is made again.
         _, _, *rest = tuple(super().__reduce_ex__(protocol))
         return _new, (self.fused_forward, self.original), *rest
+
+
+def number(value: Any) -> Any:
+    """A constant in a tensor of the CPU as a float, with which a call costs less; anything else as it is."""
+    if type(value) is not Tensor or value.dim() or value.device.type != "cpu" or value.requires_grad:
+        return value
+    return value if torch.compiler.is_compiling() else float(value)
 
 
 def _floating(value: Tensor) -> Tensor:

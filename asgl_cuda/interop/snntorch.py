@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import LIFOutput
-from .fused import Fused, Settings, Wrapper, unknown
+from .fused import Fused, Settings, Wrapper, number, unknown
 
 # A learned beta of 0 is taken for this much, since threshold / beta must exist; what it changes is below float32's
 # resolution at the threshold.
@@ -48,10 +48,11 @@ class FusedLeaky(Fused):
         enlist(self)
 
     def forward(self, input_: Tensor, mem: Tensor | None = None) -> Any:
-        output = self.steps(input_[None], mem)
+        output = self.steps(input_.unsqueeze(0), mem)
         assert output.h_seq is not None
         assert output.v_last is not None
-        spk, h = output.s_seq[0], output.h_seq[0].clone()  # no view, which could not be detached in place
+        # Of one step, squeeze has the cheaper gradient; the potential must be no view, to be detached in place.
+        spk, h = output.s_seq.squeeze(0), output.h_seq.squeeze(0).clone()
         self.mem = h
         if self.reset_delay:
             self._after = _After(h, output.v_last, self._mark(h))
@@ -74,14 +75,15 @@ class FusedLeaky(Fused):
             self.mem = mem
         if self.mem.shape != x_seq.shape[1:]:
             self.mem = torch.zeros_like(x_seq[0])
-        beta = self.beta.clamp(0, 1)
+        beta, threshold = number(self.beta), number(self.threshold)
+        beta = min(max(beta, 0.0), 1.0) if isinstance(beta, float) else beta.clamp(0, 1)
         resets: dict[str, Any] = {"v_reset": None, "reset_amount": 0.0}
         if self.reset_mechanism == "zero":
             resets = {"v_reset": 0.0}
         elif self.reset_mechanism == "subtract":
-            beta = beta.clamp(min=_LEAST_BETA)
-            resets["reset_amount"] = self.threshold / beta
-        arguments = {"decay": beta, "v_threshold": self.threshold, "detach_reset": True, "return_h_seq": True}
+            beta = beta if isinstance(beta, float) else beta.clamp(min=_LEAST_BETA)
+            resets["reset_amount"] = threshold / beta
+        arguments = {"decay": beta, "v_threshold": threshold, "detach_reset": True, "return_h_seq": True}
         return self.lif(x_seq, v_init=self._reset(resets), **arguments | resets | options)
 
     def _mark(self, mem: Tensor) -> tuple[Any, ...]:

@@ -39,10 +39,10 @@ class FusedNode(Fused):
         return output.s_seq
 
     def single_step_forward(self, x: Tensor) -> Tensor:
-        output = self._steps(x[None])
+        output = self._steps(x.unsqueeze(0))
         if self.store_v_seq and hasattr(self, "_append_v_seq"):  # since version 2
             self._append_v_seq(output.v_last)
-        return output.s_seq[0]
+        return output.s_seq.squeeze(0)
 
     def _steps(self, x_seq: Tensor) -> LIFOutput:
         v_rest = 0.0 if self.v_reset is None else self.v_reset
