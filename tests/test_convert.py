@@ -14,6 +14,7 @@ from snntorch import utils
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import asgl_cuda
 from asgl_cuda.interop.fused import Fused
@@ -308,6 +309,29 @@ def test_the_training_kit_knows_converted_layers(name):
     groups = {group["name"]: group["params"] for group in asgl_cuda.parameter_groups(model, 0.1)}
     if name != "authors":
         assert any(parameter is model[0].log_width for parameter in groups["neurons"])
+
+
+@pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), reason="the reference takes many")
+@pytest.mark.parametrize("name", ["spikingjelly", "snntorch", "norse"])
+def test_a_step_a_call_takes_few_operations(name):
+    """Where neurons are few, their number is what a call costs."""
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    make = {"spikingjelly": neuron.LIFNode, "snntorch": lambda: snntorch.Leaky(beta=0.5), "norse": norse.LIFBoxCell}
+    counts = []
+    for made in (make[name](), asgl_cuda.convert(make[name](), backend="cpu")[0]):
+        x = torch.rand(4, 5)
+        _, state = out if isinstance(out := made(x), tuple) else (out, None)
+        with Counter() as counter:
+            made(x, state) if state is not None else made(x)
+        counts.append(counter.count)
+    assert counts[1] <= min(counts[0], 8), counts
 
 
 # ---- whole models ----

@@ -52,49 +52,45 @@ class FusedLeaky(Fused):
         assert output.h_seq is not None
         assert output.v_last is not None
         # Of one step, squeeze has the cheaper gradient; the potential must be no view, to be detached in place.
-        spk, h = output.s_seq.squeeze(0), output.h_seq.squeeze(0).clone()
-        self.mem = h
+        spk, mem = output.s_seq.squeeze(0), output.h_seq.squeeze(0).clone()
         if self.reset_delay:
-            self._after = _After(h, output.v_last, self._mark(h))
-        else:
-            do_reset = spk - self.reset
-            if self.reset_mechanism == "subtract":
-                self.mem = h - do_reset * self.threshold
-            elif self.reset_mechanism == "zero":
-                self.mem = h - do_reset * h
-        return self.results(spk, self.mem)
+            object.__setattr__(self, "_after", _After(mem, output.v_last, self._mark(mem)))  # Module's own takes longer
+        elif self.reset_mechanism == "subtract":
+            mem = mem - (spk - self.reset) * self.threshold
+        elif self.reset_mechanism == "zero":
+            mem = mem - (spk - self.reset) * mem
+        self.mem = mem
+        return self.results(spk, mem)
 
     def results(self, spk: Tensor, mem: Tensor) -> Any:
         return spk if self.init_hidden and not self.output else (spk, mem)
 
     def steps(self, x_seq: Tensor, mem: Tensor | None, **options: Any) -> LIFOutput:
         """From the potential that is given or kept."""
-        if mem is not None:
-            if self.init_hidden:
-                raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
-            self.mem = mem
-        if self.mem.shape != x_seq.shape[1:]:
-            self.mem = torch.zeros_like(x_seq[0])
+        if mem is None:
+            mem = self.mem
+        elif self.init_hidden:
+            raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
+        if mem.shape != x_seq.shape[1:]:
+            mem = torch.zeros_like(x_seq[0])
+        mechanism = self.reset_mechanism
         beta, threshold = number(self.beta), number(self.threshold)
-        beta = min(max(beta, 0.0), 1.0) if isinstance(beta, float) else beta.clamp(0, 1)
-        resets: dict[str, Any] = {"v_reset": None, "reset_amount": 0.0}
-        if self.reset_mechanism == "zero":
-            resets = {"v_reset": 0.0}
-        elif self.reset_mechanism == "subtract":
-            beta = beta if isinstance(beta, float) else beta.clamp(min=_LEAST_BETA)
+        least = _LEAST_BETA if mechanism == "subtract" else 0.0
+        beta = min(max(beta, least), 1.0) if isinstance(beta, float) else beta.clamp(least, 1.0)
+        resets: dict[str, Any] = {"v_reset": 0.0} if mechanism == "zero" else {"v_reset": None, "reset_amount": 0.0}
+        if mechanism == "subtract":
             resets["reset_amount"] = threshold / beta
         arguments = {"decay": beta, "v_threshold": threshold, "detach_reset": True, "return_h_seq": True}
-        return self.lif(x_seq, v_init=self._reset(resets), **arguments | resets | options)
+        return self.lif(x_seq, v_init=self._reset(mem, resets), **arguments | resets | options)
 
     def _mark(self, mem: Tensor) -> tuple[Any, ...]:
         """Differs when `mem` was changed or detached in place, a parameter changed, or gradients switched on or off."""
         used = [(id(value), value._version) for value in (mem, self.threshold, self.beta)]
         return mem.grad_fn, torch.is_grad_enabled(), *used
 
-    def _reset(self, resets: dict[str, Any]) -> Tensor:
-        """The potential that is kept, after the reset that is due."""
-        mem: Tensor = self.mem
-        after, self._after = self._after, None
+    def _reset(self, mem: Tensor, resets: dict[str, Any]) -> Tensor:
+        """The potential after the reset that is due."""
+        after: _After | None = self.__dict__.pop("_after", None)
         if after is not None and mem is after.mem and self._mark(mem) == after.mark:
             return after.v
         self.reset = reset = (mem - self.threshold > 0).to(mem.dtype).detach()
