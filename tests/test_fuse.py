@@ -469,6 +469,47 @@ def test_left_by_what_is_traced(name):
     assert found["bn.layer"].startswith(reason)
 
 
+def guarded(net, x):
+    if x.ndim != 3:
+        raise ValueError(f"expected [T, B, C], got {x.shape}")
+    assert x.shape[-1] == C
+    return net.lif(net.bn(x))
+
+
+def by_shape(net, x):
+    y = net.bn(x)
+    return net.lif(y) if x.shape[0] > 1 else net.lif(y) + y
+
+
+def by_many_shapes(net, x):
+    while x.shape[0] > 1:
+        x = x[1:]
+    return net.lif(net.bn(x))
+
+
+def failing(net, x):
+    if x.dim() == 4:
+        x = torch.stack([x[step] for step in range(x.shape[0])])
+    return net.lif(net.bn(x))
+
+
+def test_a_forward_that_looks_at_shapes(backend):
+    """Every way that it may go is looked at, except those that end in an error of its own."""
+    assert_alike(norm_and_lif(guarded), torch.randn(T, B, C), 1, backend)
+    assert reasons(norm_and_lif(by_shape)) == {"bn.layer": "its output is used 2 times, by LIF and add"}
+    assert "shapes lead it more than 32 ways" in reasons(norm_and_lif(by_many_shapes))["bn.layer"]
+    assert "can't be traced: TypeError: 'Proxy' object cannot be" in reasons(norm_and_lif(failing))["bn.layer"]
+
+
+def test_an_attention_of_spikingjelly(backend):
+    attention = pytest.importorskip("spikingjelly.activation_based.layer.attention")
+    model = attention.SpikingSelfAttention(8, 2)
+    for module in model.modules():
+        if isinstance(module, neuron.LIFNode):
+            module.v_threshold = 0.2
+    assert_alike(model, 3 * torch.randn(T, B, 8, 6), 2, backend, lambda model, x: model(x))
+
+
 def test_left_by_an_argument_that_may_be_absent():
     """Both ways of the forward are looked at, with the argument and without."""
 

@@ -10,6 +10,7 @@ is entered must be called with that output alone, wherever it is called.
 
 from __future__ import annotations
 
+import dis
 import inspect
 import operator
 from collections.abc import Iterable, Sequence
@@ -45,8 +46,9 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
     `torch.nn.utils.fusion.fuse_conv_bn_eval` and the like come before, or after `unfuse`; else the next call raises
     RuntimeError.
 
-    What a forward does is taken from a trace with its attributes as they are now. A Sequential is taken to call its
-    modules in order, unless a trace shows otherwise.
+    Only neurons that normalise are converted: for the others call `convert` as well, before or after. What a forward
+    does is taken from a trace with its attributes as they are now, on every way that shapes of tensors may lead it. A
+    Sequential is taken to call its modules in order, unless a trace shows otherwise.
 
     Args:
         model: any module.
@@ -411,8 +413,22 @@ def _calls_of(module: nn.Module) -> _Calls:
     return _Calls([graph], wrapper.entering, wrapper.leaving)
 
 
+_WAYS = 32  # through one forward, at most
+
+
 class _Tracer(fx.Tracer):
-    """Looks into no module but the one that is traced."""
+    """Looks into no module but the one that is traced, and goes on where the way depends on a shape, as it is told."""
+
+    def __init__(self, ways: Sequence[bool] = ()) -> None:
+        super().__init__()
+        self.ways = list(ways)
+        self.taken: list[bool] = []
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if not _is_of_shapes(obj.node):
+            return super().to_bool(obj)
+        self.taken.append(self.ways[len(self.taken)] if len(self.taken) < len(self.ways) else False)
+        return self.taken[-1]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -433,11 +449,42 @@ def _traced(module: nn.Module) -> list[fx.Graph]:
     graphs: dict[str, fx.Graph] = {}
     for training in (True, False):
         for concrete in [{}, absent] if absent else [{}]:
-            made = copied(module, module.parameters())
-            made.training = training
-            graph = _Tracer().trace(made, concrete)
-            graphs.setdefault(str(graph), graph)
+            for graph in _ways_of(module, training, concrete):
+                graphs.setdefault(str(graph), graph)
     return list(graphs.values())
+
+
+def _ways_of(module: nn.Module, training: bool, concrete: dict[str, None]) -> list[fx.Graph]:
+    """A graph for each way that shapes may lead, except those that end in an error which the forward itself raises."""
+    graphs: list[fx.Graph] = []
+    refusal: Exception = RuntimeError("it has no way")
+    ways: list[list[bool]] = [[]]
+    for count, way in enumerate(ways):  # to which more are added
+        if count == _WAYS:
+            raise RuntimeError(f"shapes lead it more than {_WAYS} ways")
+        made = copied(module, module.parameters())
+        made.training = training
+        tracer = _Tracer(way)
+        try:
+            graphs.append(tracer.trace(made, concrete))
+        except (ValueError, AssertionError) as error:
+            if not tracer.taken or not _raises_itself(error):
+                raise
+            refusal = error
+        ways += [[*tracer.taken[:choice], True] for choice in range(len(way), len(tracer.taken))]
+    if not graphs:
+        raise refusal
+    return graphs
+
+
+def _raises_itself(error: Exception) -> bool:
+    """Whether it comes from a raise or an assert of the model's own code."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    assert trace is not None
+    code, own = trace.tb_frame.f_code.co_code, trace.tb_frame.f_globals.get("__name__", "")
+    return dis.opname[code[trace.tb_lasti]] == "RAISE_VARARGS" and own.split(".")[0] != "torch"
 
 
 def _name_of_user(owner: nn.Module, user: fx.Node) -> str:
@@ -446,6 +493,12 @@ def _name_of_user(owner: nn.Module, user: fx.Node) -> str:
     if user.op == "call_module":
         return type(owner.get_submodule(str(user.target))).__name__
     return user.target if isinstance(user.target, str) else getattr(user.target, "__name__", str(user.target))
+
+
+def _is_of_shapes(node: fx.Node) -> bool:
+    """Whether it is computed of shapes and types alone."""
+    sources = node.all_input_nodes
+    return _asks_for_shape(node) or (bool(sources) and all(_is_of_shapes(source) for source in sources))
 
 
 def _asks_for_shape(user: fx.Node) -> bool:
