@@ -88,11 +88,13 @@ class Fused(nn.Module):
 
     def lif(self, x_seq: Tensor, **options: Any) -> LIFOutput:
         """`asgl_cuda.lif` with the layer's surrogate and noise."""
-        for name, value in options.items():
-            if isinstance(value, Tensor):
-                options[name] = number(_floating(value))
-                if value.dim() == 0 and value.device != x_seq.device and isinstance(options[name], Tensor):
-                    options[name] = options[name].to(x_seq.device)  # PyTorch takes numbers from any device
+        for name, given in options.items():
+            if isinstance(
+                given, Tensor
+            ):  # of integers or, if one number, on another device, which PyTorch takes as well
+                value = number(_floating(given))
+                is_number = isinstance(value, Tensor) and value.dim() == 0
+                options[name] = value.to(x_seq.device) if is_number else value
         result = self.compute(
             _floating(x_seq),
             width=self.width,
