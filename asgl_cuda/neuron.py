@@ -50,7 +50,7 @@ def _fill(parameter: Tensor | None, value: float) -> None:
 
 
 class Noisy(nn.Module):
-    """A layer with a share of analog elements, which in a compiled graph is data: a schedule does not compile it anew."""
+    """A layer with a share of analog elements, which is data of a compiled graph: a schedule compiles nothing anew."""
 
     _analog_prob: float
     _has_noise: bool
@@ -66,21 +66,25 @@ class Noisy(nn.Module):
         check_analog_prob(value, f"asgl_cuda.{type(self).__name__}")
         self._analog_prob, self._has_noise = float(value), value > 0
         if "_analog_prob_data" not in self.__dict__:
-            self._analog_prob_data = torch.empty((), dtype=torch.float64, device="cpu")
+            self._analog_prob_data = torch.empty(1, dtype=torch.float64, device="cpu")
         self._analog_prob_data.fill_(value)
 
-    def _analog_prob_of_call(self, x_seq: Tensor) -> Tensor | float:
+    def analog_prob_of_call(self, x_seq: Tensor) -> Tensor | float:
         """`analog_prob` for `asgl_cuda.lif`; 0 in evaluation."""
         if not self.training or not self._has_noise:
             return 0.0
         return self._analog_prob_data.to(x_seq.device) if torch.compiler.is_compiling() else self._analog_prob
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Whatever fn does to the values and their type.
-        device = fn(self._analog_prob_data).device
-        self._analog_prob_data = torch.full((), self._analog_prob, dtype=torch.float64, device=device)
+    def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> Any:
+        super()._apply(fn, *arguments, **options)  # type: ignore[no-untyped-call]
+        if "_analog_prob_data" in self.__dict__:  # whatever fn does to the values and their type
+            device = fn(self._analog_prob_data).device
+            self._analog_prob_data = torch.full((1,), self._analog_prob, dtype=torch.float64, device=device)
         return self
+
+    def end_noise(self) -> None:
+        """The layer becomes one that has never had a share of analog elements."""
+        del self._analog_prob, self._has_noise, self._analog_prob_data
 
 
 class LIF(Noisy):
@@ -345,7 +349,7 @@ class LIF(Noisy):
             "width": width,
             "surrogate": self.surrogate,
             "surrogate_gain": self.surrogate_gain,
-            "analog_prob": self._analog_prob_of_call(x_seq),
+            "analog_prob": self.analog_prob_of_call(x_seq),
             "strict_threshold": self.strict_threshold,
             "scale_output": self.scale_output,
             "detach_reset": self.detach_reset,
@@ -390,7 +394,7 @@ class LIF(Noisy):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LIF:
         # .to(), .half() and the like move potentials as well.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self._map_potentials(fn)
         return self
 

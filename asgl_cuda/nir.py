@@ -15,7 +15,6 @@ brain-inspired computing, Nature Communications 15, 8122 (2024).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib
 import operator
@@ -27,6 +26,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .checks import check_number
+from .interop.conversion import copied
+from .interop.fused import Fused
 from .interop.normalised import Normalised
 from .neuron import LIF, BatchNormLIF, Granularity
 from .over_time import OverTime
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _DT = 1e-4  # seconds; the step that the other libraries assume as well
 _KEY = "asgl_cuda"  # what asgl_cuda.LIF has and NIR has not stands under it in the metadata of a node
 
-_EXPORTED = "asgl_cuda.LIF, Linear, Conv1d, Conv2d, AvgPool2d, Flatten, Dropout, Identity"
+_EXPORTED = "asgl_cuda.LIF, converted neurons, Linear, Conv1d, Conv2d, AvgPool2d, Flatten, Dropout, Identity"
 _SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in evaluation
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _FOLD = "torch.nn.utils.fusion.fuse_conv_bn_eval or fuse_linear_bn_eval"
@@ -65,7 +66,8 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = _DT, *, allow_so
         model: layers of asgl_cuda.LIF, Linear, Conv1d, Conv2d, AvgPool2d (with `divisor_override=1`: SumPool2d) and
             Flatten, in sequence or connected by additions, in any modules that torch.fx can trace. A layer that knows
             no time may be surrounded by `x_seq.flatten(0, 1)` and `unflatten(0, ...)`, as in `asgl_cuda.OverTime`.
-            Dropout and Identity vanish.
+            Dropout and Identity vanish. Neurons of other libraries may stand for asgl_cuda.LIF where they are converted
+            and get a sequence; `from_nir` makes an asgl_cuda.LIF of them.
         example_input: `[T, B, ...]`, or `[B, T, ...]` where the LIF layers have `time_dim=1`; only its shape and type
             count. The model is not changed, nor potentials that it carries.
         dt: length of a step, in seconds.
@@ -77,20 +79,27 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = _DT, *, allow_so
 
     Raises:
         ImportError: nir or nirtorch is not installed.
+        TypeError: an argument is of another type.
         ValueError: the model can't be traced or has a layer that NIR can't represent; the message names it.
     """
     nirtorch = _require("nirtorch.torch_tracer", "asgl_cuda.to_nir")
     dt = _check_dt(dt, "asgl_cuda.to_nir")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"asgl_cuda.to_nir: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(example_input, Tensor):
+        raise TypeError(f"asgl_cuda.to_nir: example_input must be a tensor, got {type(example_input).__name__}")
+    if not isinstance(allow_soft_reset, bool):
+        raise TypeError(f"asgl_cuda.to_nir: allow_soft_reset must be True or False, got {allow_soft_reset!r}")
     if example_input.dim() < 3:
         raise ValueError(
             f"asgl_cuda.to_nir: example_input must have time, batch and neurons, [T, B, ...], "
             f"got shape {list(example_input.shape)}"
         )
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     for module in model.modules():
         if isinstance(module, LIF):
             module.reset()
-    tracer = nirtorch.NIRTorchTracer((LIF,))
+    tracer = nirtorch.NIRTorchTracer((LIF, Fused))
     if tracer.is_leaf_module(model, ""):
         model = nn.Sequential(model)  # the tracer would look into it
     try:
@@ -120,10 +129,16 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None) -> fx.GraphModule:
 
     Raises:
         ImportError: nir is not installed.
+        TypeError: an argument is of another type.
         ValueError: a node can't be represented, or its numbers are not those that its metadata says; the message names
             it.
     """
-    _require("nir", "asgl_cuda.from_nir")
+    nir = _require("nir", "asgl_cuda.from_nir")
+    if not isinstance(graph, nir.NIRGraph):
+        raise TypeError(
+            f"asgl_cuda.from_nir: graph must be a nir.NIRGraph, as nir.read gives it of a file, "
+            f"got {type(graph).__name__}"
+        )
     if dt is not None:
         dt = _check_dt(dt, "asgl_cuda.from_nir")
     nodes = graph.nodes
@@ -212,8 +227,10 @@ class _Export(fx.Interpreter):
         self.flows: dict[fx.Node, _Flow] = {}
         self.time_and_batch = torch.Size()  # the leading sizes of the input
         self.time_dim: int | None = None  # of the LIF layers before
+        self.computed: dict[str, Any] = {}  # what the converted layer that was called last asked for
         self.layers: dict[type[nn.Module], Callable[[Any, _Flow, str], Any]] = {
             LIF: self._lif,
+            Fused: self._converted,
             nn.Linear: self._linear,
             nn.Conv1d: self._conv,
             nn.Conv2d: self._conv,
@@ -224,6 +241,9 @@ class _Export(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_module":
             self._check_module(n)  # before the module itself complains, in words that do not name it
+            module = self.module.get_submodule(str(n.target))
+            if isinstance(module, Fused):
+                vars(module)["compute"] = lambda x_seq, **options: self._compute(module, x_seq, options)
         value = super().run_node(n)
         if n.op == "output":
             self._output(n)
@@ -233,7 +253,11 @@ class _Export(fx.Interpreter):
 
     def _check_module(self, n: fx.Node) -> None:
         module = self.module.get_submodule(str(n.target))
-        if type(module) in self.layers or type(module) in _SILENT:
+        if isinstance(module, Fused) and module.time_dim is None:
+            raise ValueError(
+                f"{_at(n.target, module)}: must take time and batch apart, [T, B, ...], got one step a call"
+            )
+        if _kind(module) in self.layers or type(module) in _SILENT:
             return
         hint = f"what can be: {_EXPORTED}"
         if isinstance(module, _BATCH_NORM):
@@ -274,14 +298,15 @@ class _Export(fx.Interpreter):
         module = self.module.get_submodule(str(n.target))
         if type(module) in _SILENT:
             return flow
-        node = self.layers[type(module)](module, flow, _at(n.target, module))
+        node = self.layers[_kind(module)](module, flow, _at(n.target, module))
         after = flow._replace(sources=(n.name,), shape=tuple(value.shape[flow.leading :]), dtype=value.dtype)
         # nir gets those of grouped convolutions and oblong kernels wrong, and of pooling only later.
         node.input_type, node.output_type = {"input": _shape(flow.shape)}, {"output": _shape(after.shape)}
         self._add(n.name, node, flow.sources)
-        if isinstance(module, LIF) and module.scale_output:
+        layer: Any = module
+        if self.computed.get("scale_output") if isinstance(module, Fused) else getattr(module, "scale_output", False):
             after = after._replace(sources=(f"{n.name}_scale",))
-            scale = _per_neuron(module, module.v_threshold, flow.shape).to(real_type(flow.dtype), copy=True)
+            scale = _per_neuron(layer, layer.v_threshold, flow.shape).to(real_type(flow.dtype), copy=True)
             self._add(after.sources[0], self.nir.Scale(_numpy(scale)), (n.name,))
         return after
 
@@ -296,48 +321,90 @@ class _Export(fx.Interpreter):
         self._add(n.name, self.nir.Output(output_type={"output": _shape(flow.shape)}), flow.sources)
 
     def _lif(self, layer: LIF, flow: _Flow, where: str) -> Any:
-        if flow.leading != 2:
-            raise ValueError(f"{where}: time and batch must be apart, got them in one by flatten(0, 1)")
-        time_dim = layer.time_dim % (flow.leading + len(flow.shape))
-        if time_dim > 1:
-            raise ValueError(f"{where}: time must be the first or second dimension, got time_dim {layer.time_dim}")
-        if self.time_dim not in (None, time_dim):
-            raise ValueError(f"{where}: time must be where the layers before have it, got time_dim {layer.time_dim}")
-        self.time_dim = time_dim
-        if layer.v_reset is None and not self.allow_soft_reset:
-            raise ValueError(
-                f"{where} has a soft reset, and whoever reads NIR resets to v_reset; allow_soft_reset=True writes it "
-                "for asgl_cuda.from_nir, which sees it in the metadata"
-            )
+        self._check_neurons(flow, layer.time_dim, layer.v_reset is None, where)
         if len(layer.num_features) > len(flow.shape):
             raise ValueError(
                 f"{where}: num_features {list(layer.num_features)} must be the shape of neurons, {list(flow.shape)}"
             )
-        decay = _per_neuron(layer, layer.decay, flow.shape)
-        if not ((decay >= 0) & (decay <= 1)).all():
-            raise ValueError(f"{where}: decay must be in [0, 1], got {layer.decay}")
         if not layer.input_gain > 0:
             raise ValueError(f"{where}: input_gain must be > 0, got {layer.input_gain}")
+        decay, v_threshold = (_per_neuron(layer, value, flow.shape) for value in (layer.decay, layer.v_threshold))
         v_reset = 0.0 if layer.v_reset is None else layer.v_reset - layer.v_rest
-        fields = {
-            "v_threshold": _per_neuron(layer, layer.v_threshold, flow.shape) - layer.v_rest,
-            "v_reset": torch.full_like(decay, v_reset),
-        }
+        gain, reset = (torch.full_like(decay, value) for value in (layer.input_gain, v_reset))
+        node = self._neurons(flow, where, decay, v_threshold - layer.v_rest, reset, gain)
+        node.metadata = {_KEY: _metadata(layer, self.dt)}
+        return node
+
+    def _compute(self, layer: Fused, x_seq: Tensor, options: dict[str, Any]) -> Any:
+        self.computed = options
+        return type(layer).compute(layer, x_seq, **options)
+
+    def _converted(self, layer: Fused, flow: _Flow, where: str) -> Any:
+        """From what it asked for: `h = v_rest + decay (v - v_rest) + input_gain x + input_bias`."""
+        assert layer.time_dim is not None
+
+        def of(name: str, default: float | Tensor = 0.0) -> Tensor:
+            value = _double(self.computed.get(name, default))
+            return value.reshape(value.shape[-len(flow.shape) :]).expand(flow.shape)
+
+        soft = self.computed["v_reset"] is None
+        self._check_neurons(flow, layer.time_dim, soft, where)
+        decay, v_threshold = of("decay"), of("v_threshold")
+        if soft and self.computed.get("reset_amount") is not None and not torch.equal(of("reset_amount"), v_threshold):
+            raise ValueError(f"{where}: its reset must take v_threshold off, got {_range(of('reset_amount'))}")
+        v_leak = of("v_rest") + (of("input_bias") / (1 - decay)).nan_to_num(0.0)
+        v_reset = torch.zeros_like(decay) if soft else of("v_reset")
+        node = self._neurons(flow, where, decay, v_threshold, v_reset, of("input_gain", 1.0), v_leak)
+        if soft:
+            same = _new_lif(_meaning(node, self.dt, where), where)
+            same.v_reset = None
+            node.metadata = {_KEY: _metadata(same, self.dt)}
+        return node
+
+    def _check_neurons(self, flow: _Flow, time_dim: int, soft: bool, where: str) -> None:
+        if flow.leading != 2:
+            raise ValueError(f"{where}: time and batch must be apart, got them in one by flatten(0, 1)")
+        found = time_dim % (flow.leading + len(flow.shape))
+        if found > 1:
+            raise ValueError(f"{where}: time must be the first or second dimension, got time_dim {time_dim}")
+        if self.time_dim not in (None, found):
+            raise ValueError(f"{where}: time must be where the layers before have it, got time_dim {time_dim}")
+        self.time_dim = found
+        if soft and not self.allow_soft_reset:
+            raise ValueError(
+                f"{where} has a soft reset, and whoever reads NIR resets to v_reset; allow_soft_reset=True writes it "
+                "for asgl_cuda.from_nir, which sees it in the metadata"
+            )
+
+    def _neurons(
+        self,
+        flow: _Flow,
+        where: str,
+        decay: Tensor,
+        v_threshold: Tensor,
+        v_reset: Tensor,
+        gain: Tensor,
+        v_leak: Tensor | None = None,
+    ) -> Any:
+        """The equations at the top of this file."""
+        if not ((decay >= 0) & (decay <= 1)).all():
+            raise ValueError(f"{where}: decay must be in [0, 1], got {_range(decay)}")
+        fields = {"v_threshold": v_threshold, "v_reset": v_reset}
         if "v_reset" not in {field.name for field in dataclasses.fields(self.nir.LIF)}:
-            if v_reset:
+            if v_reset.any():
                 raise ValueError(
-                    f"{where}: v_reset {layer.v_reset} needs a newer nir, got one whose LIF resets to v_leak: "
+                    f"{where}: v_reset {_range(v_reset)} needs a newer nir, got one whose LIF resets to 0: "
                     "pip install -U nir"
                 )
             del fields["v_reset"]
         if (decay == 1).all():
-            kind, fields["r"] = self.nir.IF, torch.full_like(decay, layer.input_gain / self.dt)
+            kind, fields["r"] = self.nir.IF, gain / self.dt
         else:
-            kind, fields["r"] = self.nir.LIF, layer.input_gain / (1 - decay)
-            fields["tau"], fields["v_leak"] = self.dt / (1 - decay), torch.zeros_like(decay)
+            kind, steps = self.nir.LIF, 1 / (1 - decay)
+            fields["r"], fields["tau"] = gain * steps, self.dt * steps
+            fields["v_leak"] = torch.zeros_like(decay) if v_leak is None else v_leak
         dtype = real_type(flow.dtype)
-        numbers = {name: _numpy(value.to(dtype)) for name, value in fields.items()}
-        return kind(**numbers, metadata={_KEY: _metadata(layer, self.dt)})
+        return kind(**{name: _numpy(value.to(dtype)) for name, value in fields.items()})
 
     def _linear(self, layer: nn.Linear, flow: _Flow, where: str) -> Any:
         if len(flow.shape) != 1:
@@ -392,6 +459,11 @@ class _Export(fx.Interpreter):
         return self.nir.Flatten(
             input_type={"input": _shape(flow.shape)}, start_dim=start, end_dim=-1 if end == len(flow.shape) - 1 else end
         )
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """By which a layer is exported; a converted layer has a class of its own for each that it may have been."""
+    return Fused if isinstance(module, Fused) and not isinstance(module, Normalised) else type(module)
 
 
 def _at(target: Any, module: nn.Module) -> str:

@@ -14,6 +14,7 @@ from snntorch import utils
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import asgl_cuda
 from asgl_cuda.interop.fused import Fused
@@ -224,6 +225,11 @@ def test_backend(monkeypatch):
         ({"asgl": {"width": "1"}}, TypeError, r"asgl_cuda\.convert: width must be a float, got str"),
         ({"asgl": {"analog_prob": 2}}, ValueError, r"asgl_cuda\.convert: analog_prob must be in \[0, 1\], got 2"),
         ({"asgl": {"surrogate": "step"}}, ValueError, "surrogate must be one of rectangle, .*, got 'step'"),
+        ({"asgl": {"learn_width": 1}}, TypeError, r"asgl_cuda\.convert: learn_width must be True or False, got 1"),
+        ({"asgl": True}, TypeError, r'asgl must be None or a mapping such as \{"width": 1\.0, .*, got True'),
+        ({"asgl": "yes"}, TypeError, r"asgl_cuda\.convert: asgl must be None or a mapping .*, got 'yes'"),
+        ({"asgl": {1: 2}}, TypeError, "asgl may have surrogate, width, analog_prob, learn_width, got 1"),
+        ({"backend": []}, ValueError, r"asgl_cuda\.convert: backend must be one of cuda, .*, got \[\]"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments, error, message):
@@ -238,6 +244,50 @@ def test_what_is_no_module():
         asgl_cuda.convert([neuron.LIFNode()])
     with pytest.raises(TypeError, match=r"asgl_cuda\.revert: model must be a torch\.nn\.Module, got list"):
         asgl_cuda.revert([])
+
+
+@pytest.mark.parametrize("name", ["convert", "revert", "fuse", "unfuse"])
+def test_a_layer_that_can_not_be_copied(name):
+    single = sinabs.layers.IAF(spike_fn=sinabs.activation.SingleSpike)
+    recurrent = sinabs.layers.LIFRecurrent(2.0, rec_connect=nn.Linear(4, 4))
+    model = nn.Sequential(single, nn.Sequential(recurrent))
+    message = rf"asgl_cuda\.{name}: 1\.0 \(LIFRecurrent\) can't be copied, not by copy\.deepcopy either .*inplace=True"
+    with pytest.raises(RuntimeError, match=message):
+        getattr(asgl_cuda, name)(model)
+    assert getattr(asgl_cuda, name)(model, inplace=True)[0] is model
+    assert isinstance(model[0], Fused) == (name == "convert")
+
+
+@pytest.mark.parametrize("name", ["convert", "revert", "fuse", "unfuse"])
+def test_inplace_is_said_by_true_or_false(name):
+    with pytest.raises(TypeError, match=rf"asgl_cuda\.{name}: inplace must be True or False, got 'no'"):
+        getattr(asgl_cuda, name)(jelly(), inplace="no")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_torch_fx_sees_one_call(name):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.neurons, _ = asgl_cuda.convert(LAYERS[name]())
+
+        def forward(self, x):
+            return self.neurons(2 * x)
+
+    graph = torch.fx.symbolic_trace(Net())
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["neurons"]
+    out, expected = graph(torch.ones(3, 4, 5)), asgl_cuda.convert(LAYERS[name]())[0](torch.full((3, 4, 5), 2.0))
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_learned_width_has_a_dimension_and_loads_from_one_that_has_none():
+    fused, _ = asgl_cuda.convert(jelly(), asgl={})
+    assert fused[1].log_width.shape == (1,)
+    saved = fused.state_dict()
+    fused.load_state_dict({**saved, "1.log_width": torch.tensor(0.5)})
+    assert fused[1].log_width.tolist() == [0.5]
+    fused.load_state_dict(saved)
+    assert torch.equal(fused.state_dict()["1.log_width"], saved["1.log_width"])
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -259,6 +309,29 @@ def test_the_training_kit_knows_converted_layers(name):
     groups = {group["name"]: group["params"] for group in asgl_cuda.parameter_groups(model, 0.1)}
     if name != "authors":
         assert any(parameter is model[0].log_width for parameter in groups["neurons"])
+
+
+@pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), reason="the reference takes many")
+@pytest.mark.parametrize("name", ["spikingjelly", "snntorch", "norse"])
+def test_a_step_a_call_takes_few_operations(name):
+    """Where neurons are few, their number is what a call costs."""
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    make = {"spikingjelly": neuron.LIFNode, "snntorch": lambda: snntorch.Leaky(beta=0.5), "norse": norse.LIFBoxCell}
+    counts = []
+    for made in (make[name](), asgl_cuda.convert(make[name](), backend="cpu")[0]):
+        x = torch.rand(4, 5)
+        _, state = out if isinstance(out := made(x), tuple) else (out, None)
+        with Counter() as counter:
+            made(x, state) if state is not None else made(x)
+        counts.append(counter.count)
+    assert counts[1] <= min(counts[0], 8), counts
 
 
 # ---- whole models ----

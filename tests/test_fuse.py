@@ -1,7 +1,9 @@
 """What `fuse` and `unfuse` do with a model: the numbers, the pairs that they find, what they leave, and why."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import authors_code
 import norse.torch as norse
@@ -12,6 +14,8 @@ import snntorch
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
+from torch.nn.utils.fusion import fuse_linear_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
 from asgl_cuda.interop.fused import Fused
@@ -472,6 +476,47 @@ def test_left_by_what_is_traced(name):
     assert found["bn.layer"].startswith(reason)
 
 
+def guarded(net, x):
+    if x.ndim != 3:
+        raise ValueError(f"expected [T, B, C], got {x.shape}")
+    assert x.shape[-1] == C
+    return net.lif(net.bn(x))
+
+
+def by_shape(net, x):
+    y = net.bn(x)
+    return net.lif(y) if x.shape[0] > 1 else net.lif(y) + y
+
+
+def by_many_shapes(net, x):
+    while x.shape[0] > 1:
+        x = x[1:]
+    return net.lif(net.bn(x))
+
+
+def failing(net, x):
+    if x.dim() == 4:
+        x = torch.stack([x[step] for step in range(x.shape[0])])
+    return net.lif(net.bn(x))
+
+
+def test_a_forward_that_looks_at_shapes(backend):
+    """Every way that it may go is looked at, except those that end in an error of its own."""
+    assert_alike(norm_and_lif(guarded), torch.randn(T, B, C), 1, backend)
+    assert reasons(norm_and_lif(by_shape)) == {"bn.layer": "its output is used 2 times, by LIF and add"}
+    assert "shapes lead it more than 32 ways" in reasons(norm_and_lif(by_many_shapes))["bn.layer"]
+    assert "can't be traced: TypeError: 'Proxy' object cannot be" in reasons(norm_and_lif(failing))["bn.layer"]
+
+
+def test_an_attention_of_spikingjelly(backend):
+    attention = pytest.importorskip("spikingjelly.activation_based.layer.attention")
+    model = attention.SpikingSelfAttention(8, 2)
+    for module in model.modules():
+        if isinstance(module, neuron.LIFNode):
+            module.v_threshold = 0.2
+    assert_alike(model, 3 * torch.randn(T, B, 8, 6), 2, backend, lambda model, x: model(x))
+
+
 def test_left_by_an_argument_that_may_be_absent():
     """Both ways of the forward are looked at, with the argument and without."""
 
@@ -899,6 +944,105 @@ def test_unfusing_a_part():
     assert len(report.replaced) == 1
     assert type(fused[0].layer[1]) is nn.BatchNorm1d
     assert isinstance(fused[2], PassedThrough)
+
+
+def folded(model):
+    conv, norm = model[0].layer
+    model[0].layer[0] = fuse_linear_bn_eval(conv, norm)
+    model[0].layer[1] = nn.Identity()
+
+
+def set_aside(model):
+    model[0]._modules["layer"] = nn.Sequential(model[0].layer[0], nn.BatchNorm1d(C))
+
+
+EXCHANGES = {
+    "SyncBatchNorm": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "folded": folded,
+    "with what holds it": set_aside,
+    "the neurons": lambda model: model.__setitem__(1, nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("copied", [None, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_one_of_a_pair_is_exchanged(name, copied):
+    """The other would normalise a second time, or not at all; unfuse makes of it what the model has now."""
+    parts = OverTime(nn.Sequential(nn.Linear(6, C), nn.BatchNorm1d(C))), asgl_cuda.LIF(analog_prob=0.0)
+    model = scattered(nn.Sequential(*parts)).eval()
+    x_seq = torch.randn(T, B, 6)
+    fused, _ = asgl_cuda.fuse(model)
+    fused = copied(fused) if copied else fused
+    torch.testing.assert_close(fused(x_seq), model(x_seq))
+    held = [*fused.modules()]  # whoever holds on to them
+    for made in (model, fused):
+        EXCHANGES[name](made)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"asgl_cuda\.fuse: .* not there any more.*: asgl_cuda\.unfuse takes"):
+            fused(x_seq)
+    again, report = asgl_cuda.unfuse(fused)
+    assert (len(report.replaced), report.left) == (1, [])
+    if "Batch" in name or "holds" in name:
+        again, report = asgl_cuda.fuse(again)
+        assert len(report.replaced) == 1
+    torch.testing.assert_close(again(x_seq), model(x_seq))
+    assert held
+
+
+def test_a_pair_that_is_moved_wrapped_or_called_in_part():
+    """Both are there yet, or nobody can say."""
+
+    def pair():
+        return asgl_cuda.fuse(scattered(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(analog_prob=0.0))))[0]
+
+    torch.manual_seed(0)
+    x_seq = torch.randn(T, B, C)
+    torch.manual_seed(1)
+    expected = pair()(x_seq)
+    assert expected.any()
+
+    def wrapped(model):
+        model[0].layer = nn.Sequential(model[0].layer)
+        model[1] = nn.Sequential(model[1])
+
+    def called_again(model):
+        model(x_seq)
+        return checkpoint(model[1], x_seq.requires_grad_(), use_reentrant=False)
+
+    changes = {
+        "wrapped": wrapped, "moved": lambda model: model.insert(0, nn.Identity()),
+        "a slice": lambda model: nn.Sequential(*model), "alone": lambda model: copy.deepcopy(model[1])(x_seq),
+        "called again": called_again,
+    }  # fmt: skip
+    for name, change in changes.items():
+        torch.manual_seed(1)
+        model = pair()
+        changed = change(model)
+        out = changed if isinstance(changed, torch.Tensor) else (changed or model)(x_seq)
+        torch.testing.assert_close(out, expected, msg=name)
+        if out.requires_grad:
+            out.sum().backward()
+
+
+def test_an_exchange_in_a_compiled_model():
+    torch._dynamo.reset()
+    model = asgl_cuda.fuse(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(analog_prob=0.0)))[0].eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x_seq = torch.randn(T, B, C)
+    assert torch.equal(compiled(x_seq), model(x_seq))
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with pytest.raises(Exception, match="would normalise a second time"):
+        compiled(x_seq)
+    torch._dynamo.reset()
+
+
+def test_a_model_is_freed_without_the_collector():
+    gc.disable()
+    try:
+        model = weakref.ref(asgl_cuda.fuse(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF()))[0])
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 def test_what_it_shows():

@@ -295,6 +295,26 @@ def test_snntorch_finds_its_layers():
     assert len(snntorch.SpikingNeuron.instances) == count
 
 
+@pytest.mark.parametrize("function", ["convert", "revert", "fuse", "unfuse"])
+def test_snntorch_finds_the_layers_of_a_copy(function):
+    """Also those that stay what they are."""
+
+    class Mine(snntorch.Leaky):
+        pass
+
+    kept = [Mine(beta=0.5, init_hidden=True), snntorch.Synaptic(alpha=0.5, beta=0.5, init_hidden=True)]
+    model = nn.Sequential(nn.BatchNorm1d(2), snntorch.Leaky(beta=0.5, init_hidden=True), *kept)
+    if function in ("revert", "unfuse"):
+        model, _ = asgl_cuda.fuse(asgl_cuda.convert(model)[0])
+    made, _ = getattr(asgl_cuda, function)(model)
+    x = 5 + torch.randn(3, 2)
+    made(x), model(x)
+    layers = [layer for net in (made, model) for layer in net if isinstance(layer, snntorch.SpikingNeuron)]
+    utils.reset(made)
+    for layer in layers:
+        assert not (layer.syn if isinstance(layer, snntorch.Synaptic) else layer.mem).any(), type(layer)
+
+
 @pytest.mark.parametrize("reset_mechanism", ["subtract", "zero", "none"])
 @pytest.mark.parametrize("reset_delay", [True, False])
 @pytest.mark.parametrize("init_hidden", [True, False])
@@ -324,6 +344,12 @@ def test_snntorch_multi_step_of_something_else():
         interop_snntorch.MultiStep(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"layer must be a Leaky of snnTorch: it quantises its state"):
         interop_snntorch.MultiStep(snntorch.Leaky(beta=0.5, state_quant=lambda mem: mem))
+    with pytest.raises(TypeError, match=r"snntorch\.MultiStep: layer must be a Leaky of snnTorch, got int"):
+        interop_snntorch.MultiStep(5)
+    multi = interop_snntorch.MultiStep(snntorch.Leaky(beta=0.5))
+    for arguments, name in ((([1.0],), "x_seq"), ((torch.ones(2, 3), 5), "mem")):
+        with pytest.raises(TypeError, match=rf"snntorch\.MultiStep: {name} must be a tensor, got (list|int)"):
+            multi(*arguments)
 
 
 # ---- Norse ----
@@ -519,11 +545,65 @@ def test_authors_code_noise_and_share():
     assert not report.left
 
 
+# ---- integers ----
+
+
+def sinabs_layer(kind, **options):
+    return getattr(sinabs.layers, kind)(spike_fn=sinabs.activation.SingleSpike, **options)
+
+
+def jelly_steps(layer, x_seq):
+    return [torch.stack(values) for values in zip(*((layer(x), layer.v) for x in x_seq), strict=True)]
+
+
+def leaky_steps(layer, x_seq):
+    return [torch.stack(values) for values in zip(*(layer(x) for x in x_seq), strict=True)]
+
+
+INTEGERS = {
+    "SpikingJelly": (lambda: neuron.LIFNode(step_mode="m"), lambda layer, x: (layer(x), layer.v, layer(x), layer.v)),
+    "SpikingJelly, a step a call": (lambda: neuron.ParametricLIFNode(v_reset=0.3), jelly_steps),
+    "SpikingJelly, soft": (lambda: neuron.IFNode(v_reset=None), jelly_steps),
+    "snnTorch": (lambda: snntorch.Leaky(beta=0.5, threshold=1), leaky_steps),
+    "snnTorch, zero": (lambda: snntorch.Leaky(beta=1, threshold=2, reset_mechanism="zero"), leaky_steps),
+    "Norse": (
+        lambda: norse.LIFBoxCell(norse.LIFBoxParameters(v_th=torch.tensor(1), tau_mem_inv=torch.tensor(400))),
+        lambda layer, x: norse_run(layer, x)[:2],
+    ),
+    "sinabs LIF": (lambda: sinabs_layer("LIF", tau_mem=3, spike_threshold=1), lambda layer, x: (layer(x), layer.v_mem)),
+    "sinabs IAF": (lambda: sinabs_layer("IAF", spike_threshold=50), lambda layer, x: (layer(x), layer.v_mem)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers(name, dtype):
+    """A threshold or an input of whole numbers, which PyTorch's operations take beside floats."""
+    make, call = INTEGERS[name]
+    torch.manual_seed(0)
+    x = torch.randint(0, 60 if "IAF" in name else 4, (6, 4, 30)).to(dtype)
+    layer, (fused, report) = make(), asgl_cuda.convert(make())
+    assert len(report.replaced) == 1
+    theirs = call(layer, x)
+    assert 0 < theirs[0].float().mean() < 1
+    torch.testing.assert_close(call(fused, x), theirs)
+
+
 # ---- what is left ----
 
 LEFT = {
     "a neuron that there is not": (lambda: neuron.QIFNode(), "asgl_cuda has no such neuron"),
-    "a subclass": (lambda: type("Mine", (neuron.LIFNode,), {})(), "asgl_cuda has no such neuron"),
+    "a subclass": (
+        lambda: type("Mine", (neuron.LIFNode,), {"__module__": "here"})(),
+        "it is a subclass of LIFNode, which may compute something else; convert knows LIFNode itself",
+    ),
+    "a subclass of a subclass": (
+        lambda: type("Mine", (sinabs.layers.IAFSqueeze,), {"__module__": "here"})(batch_size=1),
+        "it is a subclass of IAFSqueeze",
+    ),
+    "a subclass of no known neuron": (
+        lambda: type("Mine", (neuron.QIFNode,), {"__module__": "here"})(), "asgl_cuda has no such neuron",
+    ),
     "smooth spikes": (
         lambda: neuron.IFNode(surrogate_function=surrogate.Sigmoid(spiking=False)),
         r"does not spike \(spiking=False\)",
@@ -581,6 +661,30 @@ LEFT = {
         "its surrogate is InvTanh; known are InvRectangle and InvSigmoid",
     ),
 }  # fmt: skip
+
+
+ALSO_LEFT = {
+    **{name: lambda name=name: getattr(neuron, name)() for name in (
+        "DSRIFNode", "DSRLIFNode", "ActivationAwareIFNode", "ILIFNode", "SimpleIFNode",
+    )},
+    "PSN": lambda: neuron.PSN(4),
+    "MaskedPSN": lambda: neuron.MaskedPSN(2, 4),
+    "SlidingPSN": lambda: neuron.SlidingPSN(2),
+    "GatedLIFNode": lambda: neuron.GatedLIFNode(4),
+    "STBIFNode": lambda: neuron.STBIFNode(torch.tensor(1.0), 4, True),
+    "FlexSN": lambda: neuron.FlexSN(lambda x, v: (x, v), num_states=1),
+    "CobaLIFCell": lambda: norse.CobaLIFCell(2, 2),
+    "LILinearCell": lambda: norse.LILinearCell(2, 2),
+    "LIFCorrelation": lambda: norse.LIFCorrelation(2, 2),
+    "LeakyParallel": lambda: snntorch.LeakyParallel(2, 2),
+    "ALIF": lambda: sinabs.layers.ALIF(3.0, 3.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALSO_LEFT)
+def test_neurons_of_the_libraries_are_left_with_a_reason(name):
+    _, report = asgl_cuda.convert(nn.Sequential(ALSO_LEFT[name]()))
+    assert report == ([], [("0", name, "asgl_cuda has no such neuron")])
 
 
 @pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")

@@ -606,3 +606,79 @@ def test_snntorch_writes_it():
         other[index].reset_mem()
     with torch.no_grad():
         assert_same_spikes(from_nir(graph), x_seq, torch.stack([other(x) for x in x_seq]))
+
+
+# ---- converted layers ----
+
+
+def converted(name):
+    """A network `[T, B, 4]` to `[T, B, 5]` with a converted layer, and the first dimension of time."""
+    jelly = pytest.importorskip("spikingjelly.activation_based.neuron")
+    layers = pytest.importorskip("sinabs.layers")
+    activation = pytest.importorskip("sinabs.activation")
+    import authors_code
+
+    spike = authors_code.EfficientNoisySpikeII(authors_code.InvSigmoid(), p=0.0)
+    tau = torch.tensor([2.0, 3.0, 4.0, 5.0, 6.0])
+    single = {"spike_fn": activation.SingleSpike, "spike_threshold": torch.tensor(0.3)}
+    made = {
+        "LIFNode": lambda: jelly.LIFNode(tau=1.7, step_mode="m"),
+        "PLIFNode": lambda: jelly.ParametricLIFNode(v_threshold=0.7, decay_input=False, step_mode="m"),
+        "IFNode": lambda: jelly.IFNode(step_mode="m"),
+        "soft": lambda: jelly.LIFNode(v_reset=None, step_mode="m"),
+        "LIF of sinabs": lambda: layers.LIF(tau, reset_fn=activation.MembraneReset(), **single),
+        "IAF of sinabs": lambda: layers.IAF(**single),
+        "LIFLayer": lambda: authors_code.LIFLayer(6, spike_fn=spike, thresh=0.8),
+        "another amount": lambda: layers.IAF(reset_fn=activation.MembraneSubtract(0.4), **single),
+        "a step a call": lambda: jelly.LIFNode(),
+        "squeezed": lambda: layers.IAFSqueeze(batch_size=3, **single),
+    }[name]()
+    torch.manual_seed(0)
+    return asgl_cuda.convert(nn.Sequential(nn.Linear(4, 5), made))[0].eval()
+
+
+@pytest.mark.parametrize(
+    "name", ["LIFNode", "PLIFNode", "IFNode", "soft", "LIF of sinabs", "IAF of sinabs", "LIFLayer"]
+)
+def test_converted_layers(name):
+    """NIR knows neither their strict threshold nor their surrogate, so spikes are compared away from the threshold."""
+    model = converted(name)
+    x_seq = 3 * torch.randn(6, 6, 4)
+    graph = to_nir(model, x_seq, allow_soft_reset=True)
+    s_seq = from_nir(graph)(x_seq.transpose(0, 1) if "sinabs" in name else x_seq)
+    expected = model(x_seq)
+    assert 0.02 < (expected > 0).float().mean() < 0.98
+    torch.testing.assert_close(s_seq.transpose(0, 1) if "sinabs" in name else s_seq, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("soft", r"1 \(FusedLIFNode\) has a soft reset"),
+        ("another amount", r"1 \(FusedIAF\): its reset must take v_threshold off, got 0\.4"),
+        ("a step a call", r"1 \(FusedLIFNode\): must take time and batch apart, .* got one step a call"),
+        ("squeezed", r"1 \(FusedIAFSqueeze\): must take time and batch apart"),
+    ],
+)
+def test_converted_layers_that_nir_has_not(name, message):
+    with pytest.raises(ValueError, match=rf"asgl_cuda\.to_nir: {message}"):
+        to_nir(converted(name), torch.randn(6, 3, 4), allow_soft_reset=name == "another amount")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: to_nir(None, torch.ones(2, 2, 2)), r"to_nir: model must be a torch\.nn\.Module, got NoneType"),
+        (lambda: to_nir(LIF(), [1.0]), "to_nir: example_input must be a tensor, got list"),
+        (lambda: to_nir(LIF(), torch.ones(2, 2, 2), "1"), "to_nir: dt must be a float, got str"),
+        (
+            lambda: to_nir(LIF(), torch.ones(2, 2, 2), allow_soft_reset=1),
+            "to_nir: allow_soft_reset must be True or False, got 1",
+        ),
+        (lambda: from_nir(None), r"from_nir: graph must be a nir\.NIRGraph, as nir\.read gives it.*, got NoneType"),
+        (lambda: from_nir("model.nir"), r"from_nir: graph must be a nir\.NIRGraph, .*, got str"),
+    ],
+)
+def test_arguments_of_a_wrong_type(call, message):
+    with pytest.raises(TypeError, match=rf"asgl_cuda\.{message}"):
+        call()

@@ -1,12 +1,15 @@
 """The training kit: schedules, parameter groups, monitors and hard spikes, on layers for which all is known."""
 
+import copy
 import math
+import pickle
 import sys
 import types
 from contextlib import nullcontext
 
 import pytest
 import torch
+import torch._dynamo.testing
 from comparison import random_input
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -913,9 +916,11 @@ def test_a_schedule_compiles_nothing_anew(backend, device, kind):
         model, _ = asgl_cuda.convert(nn.Sequential(neuron.LIFNode(step_mode="m")), asgl={}, backend=backend)
         model.to(device)
     else:
-        model = nn.Sequential(getattr(asgl_cuda, kind)(*([5] if kind == "BatchNormLIF" else []), backend=backend)).to(device)
+        model = nn.Sequential(getattr(asgl_cuda, kind)(*([5] if kind == "BatchNormLIF" else []), backend=backend)).to(
+            device
+        )
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(copy.deepcopy(model), backend=counter)
+    compiled = torch.compile(copy.deepcopy(model), backend=counter, fullgraph=True)
     schedules = [AnalogProbSchedule.linear(each, 12) for each in (model, compiled)]
     x_seq = random_input(4, 300, 5, device=device)
     for epoch in range(14):

@@ -41,6 +41,9 @@ class FusedLIFLayer(Fused):
     def analog_prob(self, value: float) -> None:
         self.cell.spike_fn.p = value
 
+    def analog_prob_of_call(self, x_seq: Tensor) -> float:
+        return self.analog_prob if self.training else 0.0
+
     @property
     def width(self) -> Tensor | float:
         alpha = self.cell.spike_fn.inv_sg.alpha

@@ -70,13 +70,20 @@ class _ASGL(NamedTuple):
 def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
     if asgl is None:
         return None
+    if not isinstance(asgl, Mapping):
+        raise TypeError(
+            f'{_CALLER}: asgl must be None or a mapping such as {{"width": 1.0, "analog_prob": 0.2}}, {{}} for the '
+            f"defaults, got {asgl!r}"
+        )
     defaults = {"surrogate": None, "width": None, "analog_prob": 0.2, "learn_width": True}
     if unknown := set(asgl) - set(defaults):
-        raise TypeError(f"{_CALLER}: asgl may have {', '.join(defaults)}, got {', '.join(sorted(unknown))}")
+        raise TypeError(f"{_CALLER}: asgl may have {', '.join(defaults)}, got {', '.join(sorted(map(str, unknown)))}")
     found = _ASGL(**{**defaults, **asgl})
     if found.width is not None:
         check_width(check_number("width", found.width, _CALLER), _CALLER)
     check_analog_prob(found.analog_prob, _CALLER)
+    if not isinstance(found.learn_width, bool):
+        raise TypeError(f"{_CALLER}: learn_width must be True or False, got {found.learn_width!r}")
     if found.surrogate is not None:
         check_surrogate(found.surrogate, _CALLER)
     return found
@@ -99,8 +106,13 @@ def convert(
     sinabs' `LIF` and `IAF` with their Squeeze forms, and `LIFLayer` of the code that the authors of ASGL published. A
     converted layer gives the same spikes, states and gradients as before; it keeps its parameters, with their names,
     its state and its place among the library's classes, so that an optimizer, a state dict and functions like
-    SpikingJelly's `reset_net` go on working. What it holds is read at each call, but for its surrogate, which is read
-    here. Layers that can't be represented exactly are left as they are, and the report says why.
+    SpikingJelly's `reset_net` go on working. What it holds is read at each call, except for its surrogate, which is
+    read here. SpikingJelly's own `backend` is without effect on it. Layers that can't be represented exactly are left
+    as they are, and the report says why.
+
+    A converted layer is an instance of its class, but its type is another: code that compares types, as
+    `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly do, does not know it;
+    `revert` comes first there. Where a layer can't be copied, as sinabs' recurrent ones, `inplace=True` works.
 
     Args:
         model: any module, also a neuron layer itself.
@@ -111,15 +123,14 @@ def convert(
         inplace: convert the model itself and not a copy; optimizers then hold its parameters already.
         backend: of all layers, see `asgl_cuda.lif`.
 
-    Raises TypeError or ValueError for arguments that are not as described; the model is then unchanged.
+    Raises TypeError or ValueError for arguments that are not as described, and RuntimeError where the model can't be
+    copied; it is then unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{_CALLER}: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model, inplace, _CALLER)
     wanted = _checked(asgl)
-    if backend is not None and backend not in BACKENDS:
+    if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
         raise ValueError(f"{_CALLER}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if not inplace:
-        model = copied(model)
+    model = taken(model, inplace, _CALLER)
     known = list(libraries())
     report = Report([], [])
     inside: list[str] = []  # of layers that are replaced, whose parts need no mention
@@ -140,6 +151,39 @@ def convert(
         report.replaced.append(Replaced(path, name, _description(layer)))
         inside.append(f"{path}." if path else "")
     return model, report
+
+
+def check_model(model: Any, inplace: Any, caller: str) -> None:
+    """A module, and whether it is to be changed itself."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(inplace, bool):
+        raise TypeError(f"{caller}: inplace must be True or False, got {inplace!r}")
+
+
+def taken(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
+    """The model itself, or a copy whose layers their libraries know like the model's own."""
+    if inplace:
+        return model
+    try:
+        made = copied(model)
+    except Exception as error:  # whatever a layer's own way to be copied raises
+        path, layer = next(row for row in reversed(list(model.named_modules())) if not _can_be_copied(row[1]))
+        raise RuntimeError(
+            f"{caller}: {path or 'the model'} ({type(layer).__name__}) can't be copied, not by copy.deepcopy either "
+            f"({type(error).__name__}: {error}); inplace=True changes the model itself"
+        ) from error
+    for library in libraries():
+        getattr(library, "enlist", lambda model: None)(made)
+    return made
+
+
+def _can_be_copied(layer: nn.Module) -> bool:
+    try:
+        copied(layer)
+    except Exception:
+        return False
+    return True
 
 
 def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
@@ -189,10 +233,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
 
     Raises TypeError where it is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"asgl_cuda.revert: model must be a torch.nn.Module, got {type(model).__name__}")
-    if not inplace:
-        model = copied(model)
+    check_model(model, inplace, "asgl_cuda.revert")
+    model = taken(model, inplace, "asgl_cuda.revert")
     report = Report([], [])
     for path, layer in list(model.named_modules()):
         if not isinstance(layer, Fused):

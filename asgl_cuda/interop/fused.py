@@ -7,15 +7,16 @@ reset, detach or copy it go on working, and to give the layer back is to take th
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..functional import LIFOutput, lif
-from ..neuron import bounded
+from ..neuron import Noisy, bounded
 from ..surrogate import SURROGATES
 
 
@@ -47,11 +48,10 @@ class Wrapper(NamedTuple):
     leaving: int | None
 
 
-class Fused(nn.Module):
+class Fused(Noisy):
     """What stands between a converted layer and its class. Each library has a subclass of its own."""
 
     settings: Settings
-    analog_prob: float
     log_width: nn.Parameter | None
     time_dim: int | None  # where time is in its input, None if that is of one step
 
@@ -76,28 +76,30 @@ class Fused(nn.Module):
         self.log_width = None
         if learn_width:
             device = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), None)
-            self.log_width = nn.Parameter(torch.tensor(math.log(settings.spike.width), device=device))
+            # With a dimension, which fully_shard of PyTorch wants.
+            self.log_width = nn.Parameter(torch.full((1,), math.log(settings.spike.width), device=device))
 
     def end(self) -> None:
         """Becomes what it was before, with the values that its parameters have now."""
-        for name in ("settings", "analog_prob", "log_width"):
-            delattr(self, name)
+        self.end_noise()
+        del self.settings, self.log_width
         self.__class__ = self.original  # type: ignore[assignment]
 
     def lif(self, x_seq: Tensor, **options: Any) -> LIFOutput:
         """`asgl_cuda.lif` with the layer's surrogate and noise."""
-        # Numbers in tensors may stay behind where a model is moved; PyTorch takes them from any device.
-        options = {
-            name: value.to(x_seq.device) if isinstance(value, Tensor) and value.dim() == 0 else value
-            for name, value in options.items()
-        }
+        for name, given in options.items():
+            if isinstance(given, Tensor):
+                # PyTorch takes integers as well, and one number from another device.
+                value = number(_floating(given))
+                is_number = isinstance(value, Tensor) and value.dim() == 0
+                options[name] = value.to(x_seq.device) if is_number else value
         result = self.compute(
-            x_seq,
+            _floating(x_seq),
             width=self.width,
             surrogate=self.settings.spike.surrogate,
             surrogate_gain=self.settings.spike.gain,
             strict_threshold=self.settings.spike.strict,
-            analog_prob=self.analog_prob if self.training else 0.0,
+            analog_prob=self.analog_prob_of_call(x_seq),
             return_v_last=True,
             backend=self.settings.backend,
             **options,
@@ -117,10 +119,31 @@ class Fused(nn.Module):
         """Writes the learned width into the layer's own surrogate, if that can hold it."""
         return False
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # Checkpoints of earlier versions have a scalar.
+        saved = state_dict.get(f"{prefix}log_width")
+        if isinstance(saved, Tensor) and saved.dim() == 0:
+            state_dict[f"{prefix}log_width"] = saved.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class has no name to be found by: it is made again.
         _, _, *rest = tuple(super().__reduce_ex__(protocol))
         return _new, (self.fused_forward, self.original), *rest
+
+
+def number(value: Any) -> Any:
+    """A constant in a tensor of the CPU as a float, with which a call costs less; anything else as it is."""
+    if type(value) is not Tensor or value.dim() or value.device.type != "cpu" or value.requires_grad:
+        return value
+    return value if torch.compiler.is_compiling() else float(value)
+
+
+def _floating(value: Tensor) -> Tensor:
+    """The value itself, or in the type that PyTorch gives integers when they meet a float."""
+    if value.is_floating_point() or value.is_complex():
+        return value
+    return value.to(torch.get_default_dtype())
 
 
 _classes: dict[tuple[type[Fused], type[nn.Module]], type[Fused]] = {}
@@ -128,16 +151,39 @@ _classes: dict[tuple[type[Fused], type[nn.Module]], type[Fused]] = {}
 
 def fused_class(forward: type[Fused], original: type[nn.Module]) -> type[Fused]:
     """`original` with the forward of `forward`: one class, however often it is asked for."""
-    if (forward, original) in _classes:
-        return _classes[forward, original]
-    names = {"fused_forward": forward, "original": original, "__module__": forward.__module__}
-    made = _classes[forward, original] = type(f"Fused{original.__name__}", (forward, original), names)
-    return made
+    if (forward, original) not in _classes:
+        names = {"fused_forward": forward, "original": original, "__module__": forward.__module__}
+        made: Any = type(f"Fused{original.__name__}", (forward, original), names)
+        made.forward = _leaf(made.forward)
+        _classes[forward, original] = made
+    return _classes[forward, original]
+
+
+def _leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, except that torch.fx sees one call of the module, as of those of torch.nn."""
+
+    @functools.wraps(forward)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], fx.Proxy):
+            tracer: Any = args[0].tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    return call
 
 
 def _new(forward: type[Fused], original: type[nn.Module]) -> Fused:
     made = fused_class(forward, original)
     return made.__new__(made)
+
+
+def unknown(layer: nn.Module, known: tuple[type[nn.Module], ...]) -> str:
+    """Why a neuron is left whose class is none of `known`."""
+    base = next((base for base in type(layer).__mro__ if base in known), None)
+    if base is None or base.__module__.split(".")[0] == type(layer).__module__.split(".")[0]:
+        return "asgl_cuda has no such neuron"
+    name = base.__name__
+    return f"it is a subclass of {name}, which may compute something else; convert knows {name} itself"
 
 
 # ---- which surrogate a library's spike function has ----

@@ -10,6 +10,7 @@ is entered must be called with that output alone, wherever it is called.
 
 from __future__ import annotations
 
+import dis
 import inspect
 import operator
 from collections.abc import Iterable, Sequence
@@ -22,9 +23,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..neuron import LIF, BatchNormLIF
 from ..reference import channel_dim
-from .conversion import Left, Replaced, Report, convert, copied, libraries
+from .conversion import Left, Replaced, Report, check_model, convert, copied, libraries, taken
 from .fused import Fused, Wrapper
-from .normalised import Normalisation, Normalised, PassedThrough, normalised_class, varies_by_channel
+from .normalised import Normalisation, Normalised, PassedThrough, Place, normalised_class, varies_by_channel
 
 _SHAPE_QUERIES = ("size", "dim", "shape", "ndim", "dtype", "device")
 _LISTS = (nn.ModuleList, nn.ModuleDict)  # are not called
@@ -40,10 +41,14 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
 
     No module is moved: parameters, buffers and their names, state, optimizers and checkpoints stay valid. The
     normalisation itself then returns its input, so whatever looks at its output sees that; it is left where the model
-    does so, or where it is not certain that it does not. The report says of each one that is left why.
+    does so, or where it is not certain that it does not. The report says of each one that is left why. Exchange neither
+    the normalisation nor the neurons of a pair: `torch.nn.SyncBatchNorm.convert_sync_batchnorm`,
+    `torch.nn.utils.fusion.fuse_conv_bn_eval` and the like come before, or after `unfuse`; else the next call raises
+    RuntimeError.
 
-    What a forward does is taken from a trace with its attributes as they are now. A Sequential is taken to call its
-    modules in order, unless a trace shows otherwise.
+    Only neurons that normalise are converted: for the others call `convert` as well, before or after. What a forward
+    does is taken from a trace with its attributes as they are now, on every way that shapes of tensors may lead it. A
+    Sequential is taken to call its modules in order, unless a trace shows otherwise.
 
     Args:
         model: any module.
@@ -53,7 +58,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
 
     The same in PyTorch: the model as it is.
     """
-    model = _checked(model, inplace, "asgl_cuda.fuse")
+    check_model(model, inplace, "asgl_cuda.fuse")
+    model = taken(model, inplace, "asgl_cuda.fuse")
     report = Report([], [])
     if not any(_is_unfused(module) for module in model.modules()):
         return model, report
@@ -80,7 +86,8 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
 
     Raises TypeError where it is no module.
     """
-    model = _checked(model, inplace, "asgl_cuda.unfuse")
+    check_model(model, inplace, "asgl_cuda.unfuse")
+    model = taken(model, inplace, "asgl_cuda.unfuse")
     report = Report([], [])
     for path, layer in list(model.named_modules()):
         if isinstance(layer, Normalised):
@@ -89,15 +96,13 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
             report.replaced.append(Replaced(path, name, type(layer).__name__))
     for path, norm in model.named_modules():
         if isinstance(norm, PassedThrough):
-            reason = "the neurons that compute it are not in this model"
-            report.left.append(Left(path, type(norm).__name__, reason))
+            name = type(norm).__name__
+            if norm.is_computed():
+                report.left.append(Left(path, name, "the neurons that compute it are not in this model"))
+            else:
+                norm.end_passing()
+                report.replaced.append(Replaced(path, name, type(norm).__name__))
     return model, report
-
-
-def _checked(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
-    return model if inplace else copied(model)
 
 
 class _LeftAsItIs(Exception):  # noqa: N818
@@ -143,7 +148,8 @@ def _fuse(flow: _Flow, norm: nn.Module) -> Normalised:
             layer.end()
         raise
     layer.__class__ = normalised_class(layer)
-    layer.begin_normalised(Normalisation(norm, converted))
+    at_norm, at_layer = flow.places(norm, layer)
+    layer.begin_normalised(Normalisation(norm, at_norm, converted), at_layer)
     assert isinstance(layer, Normalised)
     return layer
 
@@ -292,6 +298,13 @@ class _Flow:
         _check_single(layer, self.owners[layer], type(layer).__name__)
         return _Arrival(layer, parted)
 
+    def places(self, *modules: nn.Module) -> list[Place]:
+        """Where each is below the nearest module that has them all."""
+        paths = [self.paths[module].split(".") for module in modules]
+        shared = next(depth for depth, names in enumerate(zip(*paths, strict=False)) if len(set(names)) > 1)
+        owner = self.model.get_submodule(".".join(paths[0][:shared]))
+        return [Place(owner, ".".join(path[shared:])) for path in paths]
+
     def _owner(self, module: nn.Module) -> nn.Module | None:
         """The first module that holds it and can be called."""
         owner = next(iter(self.owners[module]), None)
@@ -400,8 +413,22 @@ def _calls_of(module: nn.Module) -> _Calls:
     return _Calls([graph], wrapper.entering, wrapper.leaving)
 
 
+_WAYS = 32  # through one forward, at most
+
+
 class _Tracer(fx.Tracer):
-    """Looks into no module but the one that is traced."""
+    """Looks into no module but the one that is traced, and goes on where the way depends on a shape, as it is told."""
+
+    def __init__(self, ways: Sequence[bool] = ()) -> None:
+        super().__init__()
+        self.ways = list(ways)
+        self.taken: list[bool] = []
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if not _is_of_shapes(obj.node):
+            return super().to_bool(obj)
+        self.taken.append(self.ways[len(self.taken)] if len(self.taken) < len(self.ways) else False)
+        return self.taken[-1]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -422,11 +449,42 @@ def _traced(module: nn.Module) -> list[fx.Graph]:
     graphs: dict[str, fx.Graph] = {}
     for training in (True, False):
         for concrete in [{}, absent] if absent else [{}]:
-            made = copied(module, module.parameters())
-            made.training = training
-            graph = _Tracer().trace(made, concrete)
-            graphs.setdefault(str(graph), graph)
+            for graph in _ways_of(module, training, concrete):
+                graphs.setdefault(str(graph), graph)
     return list(graphs.values())
+
+
+def _ways_of(module: nn.Module, training: bool, concrete: dict[str, None]) -> list[fx.Graph]:
+    """A graph for each way that shapes may lead, except those that end in an error which the forward itself raises."""
+    graphs: list[fx.Graph] = []
+    refusal: Exception = RuntimeError("it has no way")
+    ways: list[list[bool]] = [[]]
+    for count, way in enumerate(ways):  # to which more are added
+        if count == _WAYS:
+            raise RuntimeError(f"shapes lead it more than {_WAYS} ways")
+        made = copied(module, module.parameters())
+        made.training = training
+        tracer = _Tracer(way)
+        try:
+            graphs.append(tracer.trace(made, concrete))
+        except (ValueError, AssertionError) as error:
+            if not tracer.taken or not _raises_itself(error):
+                raise
+            refusal = error
+        ways += [[*tracer.taken[:choice], True] for choice in range(len(way), len(tracer.taken))]
+    if not graphs:
+        raise refusal
+    return graphs
+
+
+def _raises_itself(error: Exception) -> bool:
+    """Whether it comes from a raise or an assert of the model's own code."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    assert trace is not None
+    code, own = trace.tb_frame.f_code.co_code, trace.tb_frame.f_globals.get("__name__", "")
+    return dis.opname[code[trace.tb_lasti]] == "RAISE_VARARGS" and own.split(".")[0] != "torch"
 
 
 def _name_of_user(owner: nn.Module, user: fx.Node) -> str:
@@ -435,6 +493,12 @@ def _name_of_user(owner: nn.Module, user: fx.Node) -> str:
     if user.op == "call_module":
         return type(owner.get_submodule(str(user.target))).__name__
     return user.target if isinstance(user.target, str) else getattr(user.target, "__name__", str(user.target))
+
+
+def _is_of_shapes(node: fx.Node) -> bool:
+    """Whether it is computed of shapes and types alone."""
+    sources = node.all_input_nodes
+    return _asks_for_shape(node) or (bool(sources) and all(_is_of_shapes(source) for source in sources))
 
 
 def _asks_for_shape(user: fx.Node) -> bool:

@@ -2,10 +2,15 @@
 
 Both stay where they are, with their parameters, buffers and names: `fuse` puts a class before the class of each. That
 of the normalisation returns its input, that of the neurons calls `asgl_cuda.batch_norm_lif` with what both hold.
+
+Where one of the two is exchanged, as `torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, the other would normalise a
+second time, or not at all. So each looks at every call whether the other is where it was.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -38,17 +43,63 @@ class Placed(nn.Module):
         return _new, (self.front, *parts), *rest
 
 
+class Place:
+    """Where a module is below another one. The latter is not kept alive, nor copied with what knows the place."""
+
+    def __init__(self, owner: nn.Module | None, path: str) -> None:
+        self._owner = None if owner is None else weakref.ref(owner)
+        self.path = path
+        self._names = path.split(".")
+
+    def holds(self, sought: Callable[[Any], bool]) -> bool:
+        """Whether it is there, or elsewhere in the owner, where it was moved or wrapped; True if the owner is gone."""
+        owner = None if self._owner is None else self._owner()
+        if owner is None:
+            return True
+        found: nn.Module | None = owner
+        for name in self._names:
+            found = None if found is None else found._modules.get(name)
+        return sought(found) or any(sought(module) for module in owner.modules())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Place:
+        owner = None if self._owner is None else self._owner()
+        return Place(memo.get(id(owner)), self.path)
+
+    def __reduce__(self) -> Any:
+        return Place, (None if self._owner is None else self._owner(), self.path)
+
+
+_REMEDY = "asgl_cuda.unfuse takes the pair apart, then asgl_cuda.fuse joins what is there"
+
+
 class PassedThrough(Placed):
     """A normalisation that the neurons behind it compute: it returns its input."""
 
+    neurons: Place
+
     def forward(self, input: Tensor) -> Tensor:
+        if not self.is_computed():
+            raise RuntimeError(
+                f"asgl_cuda.fuse: {self.behind.__name__} is computed by the neurons that were at {self.neurons.path}, "
+                f"which are not there any more: {_REMEDY}"
+            )
         return input
+
+    def is_computed(self) -> bool:
+        """Whether the neurons are where they were."""
+        return self.neurons.holds(lambda module: isinstance(module, Normalised) and module.normalisation.norm is self)
+
+    def end_passing(self) -> None:
+        """Becomes what it was before, with the values that it has now."""
+        del self.neurons
+        self.__class__ = self.behind  # type: ignore[assignment]
 
 
 class Normalisation(NamedTuple):
     """What a layer of neurons computes as well. No module itself, so that the layer does not take it for its part."""
 
     norm: Any
+    place: Place
     converted: bool  # whether `fuse` converted the layer
 
 
@@ -57,17 +108,19 @@ class Normalised(Placed):
 
     normalisation: Normalisation
 
-    def begin_normalised(self, normalisation: Normalisation) -> None:
-        """The normalisation returns its input from now on."""
+    def begin_normalised(self, normalisation: Normalisation, place: Place) -> None:
+        """The normalisation returns its input from now on; `place` is that of the neurons."""
         self.normalisation = normalisation
         norm = normalisation.norm
         norm.__class__ = placed_class(PassedThrough, type(norm))
+        norm.neurons = place
 
     def end_normalised(self) -> None:
         """Both become what they were before, with the values that they have now."""
-        norm, converted = self.normalisation
+        norm, _, converted = self.normalisation
         del self.normalisation
-        norm.__class__ = norm.behind
+        if isinstance(norm, PassedThrough):
+            norm.end_passing()
         self.__class__ = self.behind  # type: ignore[assignment]
         if converted:
             self.end()
@@ -81,7 +134,12 @@ class Normalised(Placed):
         **options: Any,
     ) -> Tensor | LIFOutput:
         """`asgl_cuda.batch_norm_lif` of gain y + shift, with y the normalised input."""
-        norm = self.normalisation.norm
+        norm, at_norm, _ = self.normalisation
+        if not at_norm.holds(lambda module: module is norm and isinstance(norm, PassedThrough)):
+            raise RuntimeError(
+                f"asgl_cuda.fuse: {self.behind.__name__} computes the {_name_of(norm)} that was at {at_norm.path}, "
+                f"which is not there any more, and would normalise a second time: {_REMEDY}"
+            )
         weight, bias = norm.weight, norm.bias
         if isinstance(gain, float) and shift == 0.0:
             options["input_scale"] = gain
@@ -112,7 +170,7 @@ class Normalised(Placed):
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
-        return f"{own}{', ' if own else ''}normalised by {self.normalisation.norm.behind.__name__}"
+        return f"{own}{', ' if own else ''}normalised by {_name_of(self.normalisation.norm)}"
 
 
 class NormalisedLIF(Normalised):
@@ -137,6 +195,10 @@ class NormalisedFused(Normalised):
         **options: Any,
     ) -> Tensor | LIFOutput:
         return self.normalised(x_seq, time_dim, input_gain, input_bias, **options)
+
+
+def _name_of(norm: Any) -> str:
+    return norm.behind.__name__ if isinstance(norm, PassedThrough) else type(norm).__name__
 
 
 def _group_of(norm: Any) -> Any:

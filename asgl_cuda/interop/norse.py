@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from norse.torch.functional.reset import reset_subtract, reset_value
 from norse.torch.functional.threshold import threshold
-from norse.torch.module import lif_box, sequential, snn
+from norse.torch.module import coba_lif, leaky_integrator, lif_box, lif_correlation, sequential, snn
 from torch import Tensor, nn
 
-from .fused import Fused, Wrapper
+from .fused import Fused, Wrapper, number, unknown
 
 
 class FusedLIFBoxCell(Fused):
@@ -27,27 +27,38 @@ class FusedLIFBoxCell(Fused):
         p = self.p
         state = self.initial_state(input_tensor) if state is None else state
         gain, bias = self.input_terms()
+        v = state.v.to(input_tensor.device)
         output = self.lif(
-            input_tensor[None],
+            input_tensor.unsqueeze(0),
             decay=1 - gain,
             input_gain=gain,
             input_bias=bias,
             v_threshold=p.v_th,
             v_reset=p.v_reset if p.reset_method is reset_value else None,
-            v_init=state.v.to(input_tensor.device).expand(input_tensor.shape),
+            v_init=v if v.shape == input_tensor.shape else v.expand(input_tensor.shape),
         )
-        return output.s_seq[0], type(state)(v=output.v_last)
+        return output.s_seq.squeeze(0), type(state)(v=output.v_last)
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
-        share = self.dt * self.p.tau_mem_inv
-        return share, share * self.p.v_leak
+        share = number(self.dt * self.p.tau_mem_inv)
+        return share, share * number(self.p.v_leak)
+
+
+_NEURONS = (
+    snn.SNN,
+    snn.SNNCell,
+    snn.SNNRecurrent,
+    snn.SNNRecurrentCell,
+    coba_lif.CobaLIFCell,
+    leaky_integrator.LILinearCell,
+    lif_correlation.LIFCorrelation,
+)
 
 
 def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | str | None:
     """What fuses `layer`, and its spike function; or why it is left; None where it is no neuron of Norse."""
     if type(layer) is not lif_box.LIFBoxCell:
-        bases = (snn.SNN, snn.SNNCell, snn.SNNRecurrent, snn.SNNRecurrentCell)
-        return "asgl_cuda has no such neuron" if isinstance(layer, bases) else None
+        return unknown(layer, (lif_box.LIFBoxCell,)) if isinstance(layer, _NEURONS) else None
     p: Any = layer.p
     if p.reset_method not in (reset_value, reset_subtract):
         return "it resets by a function of its own"

@@ -18,7 +18,7 @@ from sinabs.activation import MembraneReset, MembraneSubtract, SingleExponential
 from sinabs.layers.reshape import SqueezeMixin
 from torch import Tensor, nn
 
-from .fused import Fused
+from .fused import Fused, unknown
 
 
 class FusedLayer(Fused):
@@ -93,7 +93,7 @@ _KNOWN = (layers.LIF, layers.LIFSqueeze, layers.IAF, layers.IAFSqueeze)
 def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | str | None:
     """What fuses `layer`, and its spike function; or why it is left; None where it is no neuron of sinabs."""
     if type(layer) not in _KNOWN:
-        return "asgl_cuda has no such neuron" if isinstance(layer, layers.StatefulLayer) else None
+        return unknown(layer, _KNOWN) if isinstance(layer, layers.StatefulLayer) else None
     node: Any = layer
     if node.spike_fn is not SingleSpike:
         name = getattr(node.spike_fn, "__name__", type(node.spike_fn).__name__)

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import LIFOutput
-from .fused import Fused, Settings, Wrapper
+from .fused import Fused, Settings, Wrapper, number, unknown
 
 # A learned beta of 0 is taken for this much, since threshold / beta must exist; what it changes is below float32's
 # resolution at the threshold.
 _LEAST_BETA = 1e-6
+
+_MULTI_STEP = "asgl_cuda.interop.snntorch.MultiStep"
 
 
 class _After(NamedTuple):
@@ -43,57 +45,52 @@ class FusedLeaky(Fused):
 
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         super().begin(settings, analog_prob, learn_width)
-        # By this list snnTorch finds the layers to reset and to detach; a copy is not in it.
-        instances: list[Any] = snntorch.SpikingNeuron.instances
-        if not any(layer is self for layer in instances):
-            instances.append(self)
+        enlist(self)
 
     def forward(self, input_: Tensor, mem: Tensor | None = None) -> Any:
-        output = self.steps(input_[None], mem)
+        output = self.steps(input_.unsqueeze(0), mem)
         assert output.h_seq is not None
         assert output.v_last is not None
-        spk, h = output.s_seq[0], output.h_seq[0].clone()  # no view, which could not be detached in place
-        self.mem = h
+        # Of one step, squeeze has the cheaper gradient; the potential must be no view, to be detached in place.
+        spk, mem = output.s_seq.squeeze(0), output.h_seq.squeeze(0).clone()
         if self.reset_delay:
-            self._after = _After(h, output.v_last, self._mark(h))
-        else:
-            do_reset = spk - self.reset
-            if self.reset_mechanism == "subtract":
-                self.mem = h - do_reset * self.threshold
-            elif self.reset_mechanism == "zero":
-                self.mem = h - do_reset * h
-        return self.results(spk, self.mem)
+            object.__setattr__(self, "_after", _After(mem, output.v_last, self._mark(mem)))  # Module's own takes longer
+        elif self.reset_mechanism == "subtract":
+            mem = mem - (spk - self.reset) * self.threshold
+        elif self.reset_mechanism == "zero":
+            mem = mem - (spk - self.reset) * mem
+        self.mem = mem
+        return self.results(spk, mem)
 
     def results(self, spk: Tensor, mem: Tensor) -> Any:
         return spk if self.init_hidden and not self.output else (spk, mem)
 
     def steps(self, x_seq: Tensor, mem: Tensor | None, **options: Any) -> LIFOutput:
         """From the potential that is given or kept."""
-        if mem is not None:
-            if self.init_hidden:
-                raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
-            self.mem = mem
-        if self.mem.shape != x_seq.shape[1:]:
-            self.mem = torch.zeros_like(x_seq[0])
-        beta = self.beta.clamp(0, 1)
-        resets: dict[str, Any] = {"v_reset": None, "reset_amount": 0.0}
-        if self.reset_mechanism == "zero":
-            resets = {"v_reset": 0.0}
-        elif self.reset_mechanism == "subtract":
-            beta = beta.clamp(min=_LEAST_BETA)
-            resets["reset_amount"] = self.threshold / beta
-        arguments = {"decay": beta, "v_threshold": self.threshold, "detach_reset": True, "return_h_seq": True}
-        return self.lif(x_seq, v_init=self._reset(resets), **arguments | resets | options)
+        if mem is None:
+            mem = self.mem
+        elif self.init_hidden:
+            raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
+        if mem.shape != x_seq.shape[1:]:
+            mem = torch.zeros_like(x_seq[0])
+        mechanism = self.reset_mechanism
+        beta, threshold = number(self.beta), number(self.threshold)
+        least = _LEAST_BETA if mechanism == "subtract" else 0.0
+        beta = min(max(beta, least), 1.0) if isinstance(beta, float) else beta.clamp(least, 1.0)
+        resets: dict[str, Any] = {"v_reset": 0.0} if mechanism == "zero" else {"v_reset": None, "reset_amount": 0.0}
+        if mechanism == "subtract":
+            resets["reset_amount"] = threshold / beta
+        arguments = {"decay": beta, "v_threshold": threshold, "detach_reset": True, "return_h_seq": True}
+        return self.lif(x_seq, v_init=self._reset(mem, resets), **arguments | resets | options)
 
     def _mark(self, mem: Tensor) -> tuple[Any, ...]:
         """Differs when `mem` was changed or detached in place, a parameter changed, or gradients switched on or off."""
         used = [(id(value), value._version) for value in (mem, self.threshold, self.beta)]
         return mem.grad_fn, torch.is_grad_enabled(), *used
 
-    def _reset(self, resets: dict[str, Any]) -> Tensor:
-        """The potential that is kept, after the reset that is due."""
-        mem: Tensor = self.mem
-        after, self._after = self._after, None
+    def _reset(self, mem: Tensor, resets: dict[str, Any]) -> Tensor:
+        """The potential after the reset that is due."""
+        after: _After | None = self.__dict__.pop("_after", None)
         if after is not None and mem is after.mem and self._mark(mem) == after.mark:
             return after.v
         self.reset = reset = (mem - self.threshold > 0).to(mem.dtype).detach()
@@ -129,17 +126,20 @@ class MultiStep(nn.Module):
         from .conversion import convert
 
         super().__init__()
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"{_MULTI_STEP}: layer must be a Leaky of snnTorch, got {type(layer).__name__}")
         converted, report = convert(layer, inplace=True)
         if not isinstance(converted, FusedLeaky):
             reason = report.left[0].reason if report.left else f"it is a {type(layer).__name__}"
-            raise ValueError(f"asgl_cuda.interop.snntorch.MultiStep: layer must be a Leaky of snnTorch: {reason}")
+            raise ValueError(f"{_MULTI_STEP}: layer must be a Leaky of snnTorch: {reason}")
         if not converted.reset_delay and converted.reset_mechanism == "subtract":
-            raise ValueError(
-                "asgl_cuda.interop.snntorch.MultiStep: a reset by subtraction needs reset_delay=True, got False"
-            )
+            raise ValueError(f"{_MULTI_STEP}: a reset by subtraction needs reset_delay=True, got False")
         self.layer = converted
 
     def forward(self, x_seq: Tensor, mem: Tensor | None = None) -> Any:
+        for name, value in (("x_seq", x_seq), ("mem", mem)):
+            if not isinstance(value, Tensor) and not (name == "mem" and value is None):
+                raise TypeError(f"{_MULTI_STEP}: {name} must be a tensor, got {type(value).__name__}")
         layer: Any = self.layer
         if layer.reset_delay or layer.reset_mechanism == "none":
             output = layer.steps(x_seq, mem)
@@ -154,7 +154,8 @@ class MultiStep(nn.Module):
 def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | str | None:
     """What fuses `layer`, and its spike function; or why it is left; None where it is no neuron of snnTorch."""
     if type(layer) is not snntorch.Leaky:
-        return "asgl_cuda has no such neuron" if isinstance(layer, snntorch.SpikingNeuron) else None
+        is_neuron = isinstance(layer, (snntorch.SpikingNeuron, snntorch.LeakyParallel))
+        return unknown(layer, (snntorch.Leaky,)) if is_neuron else None
     leaky: Any = layer
     if importlib.metadata.version("snntorch").split(".")[0] != "1":
         return f"of snnTorch {importlib.metadata.version('snntorch')}; known is the reset of version 1"
@@ -168,6 +169,15 @@ def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | s
     if leaky.reset_mechanism == "subtract" and constant and bool((leaky.beta < _LEAST_BETA).any()):
         return "it subtracts the threshold from a potential of which nothing is left (beta=0)"
     return FusedLeaky, leaky.spike_grad
+
+
+def enlist(model: nn.Module) -> None:
+    """Adds a copy's layers to the list by which snnTorch finds those to reset and to detach."""
+    instances: list[Any] = snntorch.SpikingNeuron.instances
+    known = {id(layer) for layer in instances}
+    instances.extend(
+        layer for layer in model.modules() if isinstance(layer, snntorch.SpikingNeuron) and id(layer) not in known
+    )
 
 
 def wrapped(module: nn.Module) -> Wrapper | None:

@@ -19,7 +19,7 @@ from spikingjelly.activation_based import layer as layers
 from torch import Tensor, nn
 
 from ..functional import LIFOutput
-from .fused import Fused, Wrapper
+from .fused import Fused, Wrapper, unknown
 
 
 class FusedNode(Fused):
@@ -39,18 +39,20 @@ class FusedNode(Fused):
         return output.s_seq
 
     def single_step_forward(self, x: Tensor) -> Tensor:
-        output = self._steps(x[None])
+        output = self._steps(x.unsqueeze(0))
         if self.store_v_seq and hasattr(self, "_append_v_seq"):  # since version 2
             self._append_v_seq(output.v_last)
-        return output.s_seq[0]
+        return output.s_seq.squeeze(0)
 
     def _steps(self, x_seq: Tensor) -> LIFOutput:
         v_rest = 0.0 if self.v_reset is None else self.v_reset
-        v_init = None
-        if not isinstance(self.v, Tensor):
-            v_init = None if self.v == v_rest else torch.full_like(x_seq[0], self.v)
-        elif self.v.shape == x_seq.shape[1:]:  # else it begins anew, as SpikingJelly does
-            v_init = self.v
+        v, whole = self.v, not x_seq.is_floating_point()
+        if isinstance(v, Tensor) and v.shape != x_seq.shape[1:]:  # begins anew, as SpikingJelly does
+            v = v_rest
+        if not isinstance(v, Tensor):
+            v_init = None if v == v_rest and not whole else torch.full_like(x_seq[0], v)
+        else:  # since version 2, SpikingJelly keeps it from call to call in the type of its input
+            v_init = v.to(x_seq.dtype) if whole and hasattr(self, "materialize_states") else v
         output = self.lif(
             x_seq,
             decay=1 - self._share(),
@@ -103,8 +105,8 @@ _KNOWN = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode)
 def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | str | None:
     """What fuses `layer`, and its spike function; or why it is left; None where it is no neuron of SpikingJelly."""
     if type(layer) not in _KNOWN:
-        is_neuron = isinstance(layer, neuron.BaseNode) or hasattr(layer, "neuronal_charge")
-        return "asgl_cuda has no such neuron" if is_neuron else None
+        is_neuron = any(base.__module__.startswith(neuron.__name__) for base in type(layer).__mro__)
+        return unknown(layer, _KNOWN) if is_neuron or hasattr(layer, "neuronal_charge") else None
     node: Any = layer
     if not getattr(node.surrogate_function, "spiking", True):
         return "its surrogate function does not spike (spiking=False)"
