@@ -504,6 +504,25 @@ def test_autocast_and_module_types(backend, device):
 # ---- torch's features ----
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "order"),
+    [((1, 4, 3, 8), (1, 0, 2, 3)), ((4, 2, 1, 1, 3), (0, 1, 4, 2, 3))],
+    ids=["batch of 1", "features of 1 x 1"],
+)
+def test_strides_of_dimensions_of_one_element(backend, device, sizes, order, compiled):
+    """They mean nothing: a gradient that has others lies in memory as x_seq does."""
+    torch._dynamo.reset()
+    x_seq = torch.randn(sizes, device=device).permute(order).requires_grad_()
+
+    def function(x_seq, backend=backend):
+        return batch_norm_lif(x_seq, training=True, surrogate="sigmoid", analog_prob=1.0, backend=backend).square()
+
+    tested = torch.compile(function, backend="aot_eager", fullgraph=True) if compiled else function
+    actual, expected = (torch.autograd.grad(s.sum(), x_seq)[0] for s in (tested(x_seq), function(x_seq, "reference")))
+    torch.testing.assert_close(actual, expected)
+
+
 def coefficients_arguments(x_seq, source, real):
     channels = x_seq.shape[2]
 
