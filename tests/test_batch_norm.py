@@ -292,6 +292,47 @@ def test_means_that_are_large_against_the_deviation(backend, device, name, mean,
     assert relative(h_seq, expected) < 1e-6
 
 
+def outliers(order):
+    """Values of which few are far from the others, [N], in this order."""
+    values = torch.zeros(8 * 4096)
+    if order == "one":
+        values[0] = 0.3
+    elif order == "a thousand":
+        values[:1000] = 0.3
+    elif order == "over two":
+        values[::2] = 1e-3 * 2**0.5
+        values[0] = 1.0
+    elif order == "over noise":
+        values = 1.0 + 1e-3 * torch.randn(values.shape)
+        values[0] = 3.0
+    else:
+        values[torch.randperm(len(values))[:30]] = 1.0
+    return values
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("order", ["one", "a thousand", "over two", "over noise", "events"])
+def test_variance_where_outliers_come_first(backend, device, order, reverse, layout):
+    """In any order it is as torch has it, or within two places of float32."""
+    values = outliers(order).flip(0) if reverse else outliers(order)
+    x_seq = torch.stack([values, values / 3], dim=-1).view(4, 2, 64, 64, 2).movedim(-1, 2)
+    x_seq = (x_seq if layout == "channels_last" else x_seq.contiguous()).to(device)
+    expected = x_seq.double().var((0, 1, 3, 4))
+
+    def error(function):
+        found = torch.ones(2, device=device)
+        function(x_seq, torch.zeros(2, device=device), found, training=True, momentum=1.0)
+        return relative(found / expected, torch.ones(2))
+
+    def torch_batch_norm(x_seq, *running, **options):
+        batch_norm(x_seq.flatten(0, 1), *running, **options)
+
+    assert error(lambda *args, **options: batch_norm_lif(*args, **options, backend=backend)) <= max(
+        error(torch_batch_norm), 2**-22
+    )
+
+
 def test_gradients_where_the_mean_is_large(backend, device):
     """Sums of dh * x would have no correct place in float32; those of dh * (x - mean) have."""
     x_seq, _, arguments = make("large", torch.float32, device, mean=1e4, deviation=1.0)

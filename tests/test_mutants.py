@@ -122,16 +122,16 @@ MUTANTS = {
         "half = (left + 1) / 2;\n    if (place.way == 0", "half = left / 2;\n    if (place.way == 0"
     ),
     "a way left out": channels("place.way < left - half", "place.way + 1 < left - half"),
-    "a row too many": channels("if (done + k < next)", "if (done + k <= next)"),
-    "a row left out": channels("if (done + k < next)", "if (done + k + 1 < next)"),
-    "wrong row": channels(
-        "(element + k * stride), x[k]);\n        }", "(element + (k % 3) * stride), x[k]);\n        }"
-    ),
+    "a row too many": channels("if (done + k < rows)", "if (done + k <= rows)"),
+    "a row left out": channels("rows - done)", "rows - done - 1)"),
+    "a row too many in the mean": channels("k < rows ? x[k][j] : x[0][j]", "x[k][j]"),
+    "a row too many in the sums": channels("k < rows ? x[k][j] - m : Real(0)", "x[k][j] - m"),
+    "a row too many in the number": channels("(rows < kRows ? rows : kRows)", "kRows"),
+    "wrong mean in a sum": channels("sum += n * offset + distance", "sum += n * offset"),
+    "wrong mean in squares": channels("n * offset + 2 * distance", "n * offset + distance"),
+    "wrong row": channels("(element + k * stride), x[k]);\n      }", "(element + (k % 3) * stride), x[k]);\n      }"),
     "wrong stride": channels(
         "stride = place.step * tiles.shape.columns();\n  Moments", "stride = tiles.shape.columns();\n  Moments"
-    ),
-    "short sums of the wrong length": channels(
-        "done + kChannelRowsEach : rows", "done + kChannelRowsEach - 1 : rows"
     ),
     "wrong column": channels("position * kLanes", "position"),
     "wrong slot": channels("place.task.slot * tiles", "place.task.slot / 2 * tiles"),
