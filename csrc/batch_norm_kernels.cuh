@@ -61,12 +61,12 @@ __device__ __forceinline__ Moments join_in_block(const Moments& own, const Chann
 struct ShiftedSums {
   double shift, sum, squares;
 
-  // Adds those of the first `rows` rows, of 1 or more. Where m is about their mean and d = x - m, n values have
+  // Adds those of the first `rows` rows, at least one. Where m is about their mean and d = x - m, n values have
   //   sum (x - shift) = n (m - shift) + sum d
   //   sum (x - shift)^2 = (m - shift) (n (m - shift) + 2 sum d) + sum d^2
   // of which only sums of d are rounded to Real: they are as small as the values are alike, wherever the shift is.
   template <class Real, int kRows, int kLanes>
-  __device__ __forceinline__ void add(Real (&x)[kRows][kLanes], int64 rows) {
+  __device__ __forceinline__ void add(const Real (&x)[kRows][kLanes], int rows) {
     constexpr int kSums = 4;
     Real total[kSums], distances[kSums], squared[kSums];
     fill(total, Real(0));
@@ -87,7 +87,7 @@ struct ShiftedSums {
         squared[(k * kLanes + j) % kSums] += distance * distance;
       }
     }
-    const double n = static_cast<double>((rows < kRows ? rows : kRows) * kLanes);
+    const double n = rows * kLanes;
     const double distance = static_cast<double>(added(distances)), offset = static_cast<double>(m) - shift;
     sum += n * offset + distance;
     squares += offset * (n * offset + 2 * distance) + static_cast<double>(added(squared));
@@ -103,8 +103,7 @@ struct ShiftedSums {
 template <class Scalar, int kLanes>
 __global__ void __launch_bounds__(kBlockThreads, 7) batch_moments_kernel(const MomentsParams<Scalar> params) {
   using Real = Real_t<Scalar>;
-  // Loads that are under way at a time: of 16 values, or of 4 where each takes two registers.
-  constexpr int kTogether = sizeof(Real) == 4 && kLanes == 1 ? 16 : 4;
+  constexpr int kTogether = sizeof(Real) == 4 && kLanes == 1 ? 8 : 4;  // loads that are under way at a time
   const ChannelTiles& tiles = params.tiles;
   const ChannelPlace<kLanes> place(tiles);
   const int64 stride = place.step * tiles.shape.columns();
@@ -114,13 +113,14 @@ __global__ void __launch_bounds__(kBlockThreads, 7) batch_moments_kernel(const M
     ShiftedSums sums = {static_cast<double>(to_real(params.x_seq[element])), 0, 0};
     const int64 rows = (place.end_row - place.row + place.step - 1) / place.step;
     for (int64 done = 0; done < rows; done += kTogether) {
+      const int left = rows - done < kTogether ? static_cast<int>(rows - done) : kTogether;
       Real x[kTogether][kLanes];
 #pragma unroll
       for (int k = 0; k < kTogether; ++k) {
-        if (done + k < rows) Access<kLanes>::load(params.x_seq + (element + k * stride), x[k]);
+        if (k < left) Access<kLanes>::load(params.x_seq + (element + k * stride), x[k]);
       }
       element += kTogether * stride;
-      sums.add(x, rows - done);
+      sums.add(x, left);
     }
     found = shifted_moments(static_cast<double>(rows * kLanes), sums.shift, sums.sum, sums.squares);
   }

@@ -133,8 +133,9 @@ void compare(const char* name, const Buffer<Element>& found, const std::vector<R
 }
 
 // A kernel adds up a thread's terms, of at most four neurons, then those of 128 threads in five and three additions,
-// all in Real, and on the CPU those of up to 16 neurons, then in double; a few roundings more make the term. Each is at most half an epsilon of the sum of all magnitudes, or
-// half the least number of all: that of a width is divided by its square, at least a quarter.
+// all in Real, and on the CPU those of up to 16 neurons, then in double; a few roundings more make the term. Each is at
+// most half an epsilon of the sum of all magnitudes, or half the least number of all: that of a width is divided by its
+// square, at least a quarter.
 template <class Real>
 void compare(const std::string& name, const Buffer<Real>& found, const std::vector<Sum>& expected, int64 steps,
              Texts& differences) {
@@ -288,6 +289,8 @@ class Trial {
   void make_parameters() {
     const bool plain = case_.parameters == Parameters::kPlain, normalised = case_.parameters == Parameters::kNormalised;
     const bool per_step = !plain && random_.once_in(normalised ? 8 : 3);
+    // One value a channel, channels_last: neighbours differ, and all have the same in turns.
+    const int64 in_turns = kOnCpu && normalised && random_.toss() ? random_.divisor(case_.shape.neurons(), 1) : 0;
     // Plain but for one parameter of the input.
     const int64 other = random_.once_in(8) ? random_.one_of({kInputGain, kInputBias, kInputMean}) : -1;
     const double reset_low = kHardReset ? -0.2 : 0.5, reset_high = kHardReset ? 0.2 : 1;
@@ -307,7 +310,10 @@ class Trial {
       const bool common = plain ? id == kWidth : !normalised || id == kWidth || id == kInputGain || id == kInputBias;
       wanted_[id] = gradients_ && !constant && (common ? !random_.once_in(4) : random_.once_in(normalised ? 10 : 5));
       if (constant) continue;
-      if ((case_.parameters == Parameters::kInFours || (normalised && of_input)) && neurons % 4 == 0) {
+      if (in_turns > 0 && of_input) {
+        view.inner = 1;
+        view.count = in_turns;
+      } else if ((case_.parameters == Parameters::kInFours || (normalised && of_input)) && neurons % 4 == 0) {
         view.inner = random_.divisor(neurons, 4);
         view.count = random_.divisor(neurons / view.inner, 1);
       } else if (case_.parameters == Parameters::kAny) {
