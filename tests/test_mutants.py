@@ -317,8 +317,7 @@ def seeded_program(program: str, directory: Path) -> Path:
         assert text.count(place) == 1, f"{file} has changed: it has {text.count(place)} times {place}"
         source.write_text(text.replace(place, context.replace("@", f"(mutant == {number} ? ({new}) : ({old}))")))
     path = directory / program
-    flags = ("-O1", "-DASGL_TEST_MUTANTS", "-DASGL_TEST_BASELINE")
-    sanitize.build(program, path, [*flags, *sanitize.CPU], csrc)
+    sanitize.build(program, path, ["-O1", "-DASGL_TEST_MUTANTS", sanitize.BASELINE, *sanitize.CPU], csrc)
     return path
 
 
