@@ -176,17 +176,16 @@ def test_v_init_and_its_gradient(backend, device):
 # ---- against the two layers that it stands for ----
 
 
-def pair(x_seq, *, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5,
-         input_scale=1.0, **options):  # fmt: skip
+def pair(x_seq, *, running_mean, running_var, weight, bias, training, input_scale, momentum=0.1, eps=1e-5, **options):
     """The normalisation of torch over the joint time and batch, in float64, then lif.
 
     Of float32, torch's own statistics are sums in an order that depends on the number of threads.
     """
     real = running_mean.dtype
-    wide = [value if value is None else value.double() for value in (running_mean, running_var, weight, bias)]
-    y = batch_norm(x_seq.double().flatten(0, 1), *wide, training, momentum, eps)
-    running_mean.copy_(wide[0])
-    running_var.copy_(wide[1])
+    running = [running_mean.double().clone(), running_var.double().clone()]
+    y = batch_norm(x_seq.double().flatten(0, 1), *running, weight.double(), bias.double(), training, momentum, eps)
+    running_mean.copy_(running[0])
+    running_var.copy_(running[1])
     return asgl_cuda.lif((input_scale * y.unflatten(0, x_seq.shape[:2])).to(real), **options)
 
 

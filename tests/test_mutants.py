@@ -370,7 +370,7 @@ def make_calls(backend):
     width = uniform(low=0.5, high=1.5)
     for shape, options in (
         ((8, 2048), {"width": width}),
-        ((20, 2, 6, 32), {"width": uniform(6, 1, low=0.5, high=1.5), "return_h_seq": True}),
+        ((20, 2, 6, 32), {"width": width, "return_h_seq": True}),
         ((4, 2, 6, 32), {"input_gain": uniform(6, 1, low=0.5, high=1.5), "v_rest": 0.5}),
         ((4, 6, 2), {"width": uniform(6, 1, low=0.5, high=1.5)}),
         ((4, 6, 32), {"decay": uniform(4, 1, 1, low=0.5, high=0.9)}),
