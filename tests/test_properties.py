@@ -208,11 +208,12 @@ def test_batch_norm_equals_reference(backend, device, call):
     leaves = leaves_of(x_seq, options)
 
     def results(name: str) -> tuple[Tensor, ...]:
-        s_seq = asgl_cuda.batch_norm_lif(x_seq, training=True, **options, backend=name)
-        grad = torch.linspace(-1, 1, s_seq.numel(), dtype=s_seq.dtype, device=device).sin().view(s_seq.shape)
-        return (s_seq, *torch.autograd.grad(s_seq, list(leaves.values()), grad))
+        output = asgl_cuda.batch_norm_lif(x_seq, training=True, **options, return_v_last=True, backend=name)
+        outputs = (output.s_seq, output.v_last)
+        grads = [torch.linspace(-1, 1, each.numel(), device=device).to(each).view(each.shape) for each in outputs]
+        return (*outputs, *torch.autograd.grad(outputs, list(leaves.values()), grads))
 
-    for name, ours, theirs in zip(["s_seq", *leaves], results(backend), results("reference"), strict=True):
+    for name, ours, theirs in zip(["s_seq", "v_last", *leaves], results(backend), results("reference"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8 * float(theirs.detach().abs().max()), msg=name)
 
 

@@ -289,8 +289,10 @@ class Trial {
   void make_parameters() {
     const bool plain = case_.parameters == Parameters::kPlain, normalised = case_.parameters == Parameters::kNormalised;
     const bool per_step = !plain && random_.once_in(normalised ? 8 : 3);
-    // One value a channel, channels_last: neighbours differ, and all have the same in turns.
-    const int64 in_turns = kOnCpu && normalised && random_.toss() ? random_.divisor(case_.shape.neurons(), 1) : 0;
+    // One value a channel for all parameters of the input, channels_last or not.
+    const bool by_channel = kOnCpu && normalised && !random_.once_in(3);
+    const int64 run = by_channel && random_.toss() ? random_.divisor(case_.shape.neurons(), 1) : 1;
+    const int64 channels = by_channel ? random_.divisor(case_.shape.neurons() / run, 1) : 1;
     // Plain but for one parameter of the input.
     const int64 other = random_.once_in(8) ? random_.one_of({kInputGain, kInputBias, kInputMean}) : -1;
     const double reset_low = kHardReset ? -0.2 : 0.5, reset_high = kHardReset ? 0.2 : 1;
@@ -310,9 +312,9 @@ class Trial {
       const bool common = plain ? id == kWidth : !normalised || id == kWidth || id == kInputGain || id == kInputBias;
       wanted_[id] = gradients_ && !constant && (common ? !random_.once_in(4) : random_.once_in(normalised ? 10 : 5));
       if (constant) continue;
-      if (in_turns > 0 && of_input) {
-        view.inner = 1;
-        view.count = in_turns;
+      if (by_channel && of_input) {
+        view.inner = run;
+        view.count = channels;
       } else if ((case_.parameters == Parameters::kInFours || (normalised && of_input)) && neurons % 4 == 0) {
         view.inner = random_.divisor(neurons, 4);
         view.count = random_.divisor(neurons / view.inner, 1);
