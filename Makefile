@@ -22,7 +22,7 @@ test: setup  ## run all tests
 	@# The processes have threads of their own: those that wait must not take a core from those that work.
 	@OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --dist worksteal
 
-sanitize:  ## run the emulated CUDA kernels under AddressSanitizer, UBSan and ThreadSanitizer
+sanitize:  ## run the emulated CUDA kernels and the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
 	@$(PYTHON) tests/sanitize.py
 
 cuda-compile: setup  ## compile the CUDA kernels for all architectures, compare with csrc/RESOURCES.md

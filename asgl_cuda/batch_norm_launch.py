@@ -50,13 +50,12 @@ def input_gradient_kernel(dtype: torch.dtype, lanes: int) -> str:
 # ---- layout ----
 
 
-def channel_shape(x_seq: Tensor, time_dim: int) -> tuple[int, int, int]:
+def channel_shape(layout: Layout) -> tuple[int, int, int]:
     """Rows, channels, and the columns of a channel."""
-    layout = Layout(x_seq, time_dim)
-    channel = channel_dim(time_dim)
-    if channel >= x_seq.dim():
-        raise ValueError(f"asgl_cuda: x_seq must have a dimension of channels, got shape {list(x_seq.shape)}")
-    extents = [x_seq.shape[dim] for dim in layout.order]
+    channel = channel_dim(layout.time_dim)
+    if channel >= len(layout.sizes):
+        raise ValueError(f"asgl_cuda: x_seq must have a dimension of channels, got shape {list(layout.sizes)}")
+    extents = [layout.sizes[dim] for dim in layout.order]
     place = layout.order.index(channel)
     return math.prod(extents[:place]), extents[place], math.prod(extents[place + 1 :])
 
@@ -113,7 +112,7 @@ class BatchNormOperators:
         input_scale: float,
         time_dim: int,
     ) -> tuple[Tensor, Tensor]:
-        shape = rows, channels, inner = channel_shape(x_seq, time_dim)
+        shape = rows, channels, inner = channel_shape(Layout(x_seq, time_dim))
         real = real_type(x_seq.dtype)
         if (mean is None) != (variance is None):
             raise ValueError("asgl_cuda: mean and variance come together")
@@ -155,12 +154,13 @@ class BatchNormOperators:
         input_scale: float,
         time_dim: int,
     ) -> tuple[Tensor, Tensor]:
-        shape = _, channels, _ = channel_shape(x_seq, time_dim)
+        layout = Layout(x_seq, time_dim)
+        shape = _, channels, _ = channel_shape(layout)
         real = real_type(x_seq.dtype)
         wanted = grad_x_seq.numel() > 0
         if wanted and (
             grad_x_seq.shape != x_seq.shape
-            or grad_x_seq.stride() != x_seq.stride()
+            or not grad_x_seq.permute(layout.order).is_contiguous()
             or grad_x_seq.dtype != x_seq.dtype
             or grad_x_seq.device != x_seq.device
         ):

@@ -13,14 +13,14 @@ namespace {
 
 constexpr int64 kTaskColumns = 65536;  // a tile's rows are long: memory is read in its order
 constexpr int64 kRowsEach = 4;
-constexpr int64 kShortSum = 64;  // rows whose sums are kept in the type of x
 
-// Of x - shift and of its square: a fixed order of additions.
+// Of x - shift and of its square, in float64, where neither rounds anything that shows: a shift far from the other
+// values, such as the first event of a sparse sequence, costs no places. The order of additions is fixed.
 template <class Real>
 struct ShiftedSumLoop {
   struct Args {
     const Real* x;
-    Real shift;
+    double shift;
     int64 length;
     double *sum, *squares;  // are added to
   };
@@ -28,25 +28,29 @@ struct ShiftedSumLoop {
   static ASGL_HOST_DEVICE void run(const Args& args) {
     constexpr int kSums = 32;
     const Real* x = args.x;
-    const Real shift = args.shift;
-    Real sums[kSums] = {}, squares[kSums] = {};
+    const double shift = args.shift;
+    double sums[kSums] = {}, squares[kSums] = {};
     int64 i = 0;
     for (; i + kSums <= args.length; i += kSums) {
       for (int lane = 0; lane < kSums; ++lane) {
-        const Real distance = x[i + lane] - shift;
+        const double distance = static_cast<double>(x[i + lane]) - shift;
         sums[lane] += distance;
         squares[lane] += distance * distance;
       }
     }
     for (int lane = 0; i < args.length; ++i, ++lane) {
-      const Real distance = x[i] - shift;
+      const double distance = static_cast<double>(x[i]) - shift;
       sums[lane] += distance;
       squares[lane] += distance * distance;
     }
-    for (int lane = 0; lane < kSums; ++lane) {
-      *args.sum += static_cast<double>(sums[lane]);
-      *args.squares += static_cast<double>(squares[lane]);
+    for (int half = kSums / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) {
+        sums[lane] += sums[lane + half];
+        squares[lane] += squares[lane + half];
+      }
     }
+    *args.sum += sums[0];
+    *args.squares += squares[0];
   }
 };
 
@@ -55,17 +59,17 @@ template <class Real>
 struct ColumnSumLoop {
   struct Args {
     const Real *x, *shift;
-    Real *sum, *squares;
+    double *sum, *squares;
     int64 length;
   };
 
   static ASGL_HOST_DEVICE void run(const Args& args) {
     const Real *x = args.x, *shift = args.shift;
-    Real *sum = args.sum, *squares = args.squares;
+    double *sum = args.sum, *squares = args.squares;
     const int64 length = args.length;
 #pragma GCC ivdep
     for (int64 i = 0; i < length; ++i) {
-      const Real distance = x[i] - shift[i];
+      const double distance = static_cast<double>(x[i]) - static_cast<double>(shift[i]);
       sum[i] += distance;
       squares[i] += distance * distance;
     }
@@ -198,7 +202,7 @@ class TaskMoments {
         Sums& sums = of(channel);
         for_each_piece(stretch, [&](int64 begin, int64 length) {
           const Real* x = read(params_.x_seq + element + offset + begin, length, buffer);
-          run<ShiftedSumLoop<Real>>({x, sums.shift, length, &sums.sum, &sums.squares});
+          run<ShiftedSumLoop<Real>>({x, static_cast<double>(sums.shift), length, &sums.sum, &sums.squares});
         });
       });
     });
@@ -206,31 +210,27 @@ class TaskMoments {
 
   void add_columns() {
     const int64 most = Chunks(tiles_).rows * tiles_.width;
-    Rows<Real> rows(4, std::max(most, kTile));
-    Real *buffer = rows.take(), *shift = rows.take(), *sum = rows.take(), *squares = rows.take();
+    Rows<Real> rows(2, std::max(most, kTile));
+    Rows<double> sums(2, most);
+    Real *buffer = rows.take(), *shift = rows.take();
+    double *sum = sums.take(), *squares = sums.take();
     for_each_channel(tiles_, task_, Chunks(tiles_).rows * task_.units, [&](int64 channel, int64 offset, int64 length) {
       std::fill_n(shift + offset, length, of(channel).shift);
     });
-    int64 added = 0, longest = 0;
-    const auto flush = [&] {
-      for_each_channel(tiles_, task_, longest, [&](int64 channel, int64 offset, int64 length) {
-        Sums& sums = of(channel);
-        for (int64 i = offset; i < offset + length; ++i) {
-          sums.sum += static_cast<double>(sum[i]);
-          sums.squares += static_cast<double>(squares[i]);
-        }
-      });
-      std::fill_n(sum, most, Real(0));
-      std::fill_n(squares, most, Real(0));
-      added = 0;
-    };
-    flush();
+    std::fill_n(sum, most, 0.0);
+    std::fill_n(squares, most, 0.0);
+    int64 longest = 0;
     for_each_chunk(tiles_, task_, [&](int64 element, int64 chunk) {
       longest = std::max(longest, chunk);
       run<ColumnSumLoop<Real>>({read(params_.x_seq + element, chunk, buffer), shift, sum, squares, chunk});
-      if (++added == kShortSum) flush();
     });
-    flush();
+    for_each_channel(tiles_, task_, longest, [&](int64 channel, int64 offset, int64 length) {
+      Sums& sums = of(channel);
+      for (int64 i = offset; i < offset + length; ++i) {
+        sums.sum += sum[i];
+        sums.squares += squares[i];
+      }
+    });
   }
 
   const MomentsParams<Scalar>& params_;

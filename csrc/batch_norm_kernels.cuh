@@ -7,7 +7,7 @@
 
 namespace asgl {
 
-constexpr int64 kChannelRowsEach = 64;  // values of a column, or of four, whose sums are kept in the type of x
+constexpr int64 kChannelRowsEach = 64;  // values of a thread, unless that makes too many splits
 
 // The columns of a thread.
 template <int kLanes>
@@ -57,51 +57,72 @@ __device__ __forceinline__ Moments join_in_block(const Moments& own, const Chann
   return moments[thread];
 }
 
+// Of x - shift and of its square, over a thread's values.
+struct ShiftedSums {
+  double shift, sum, squares;
+
+  // Adds those of the first `rows` rows, at least one. Where m is about their mean and d = x - m, n values have
+  //   sum (x - shift) = n (m - shift) + sum d
+  //   sum (x - shift)^2 = (m - shift) (n (m - shift) + 2 sum d) + sum d^2
+  // of which only sums of d are rounded to Real: they are as small as the values are alike, wherever the shift is.
+  template <class Real, int kRows, int kLanes>
+  __device__ __forceinline__ void add(const Real (&x)[kRows][kLanes], int rows) {
+    constexpr int kSums = 4;
+    Real total[kSums], distances[kSums], squared[kSums];
+    fill(total, Real(0));
+    fill(distances, Real(0));
+    fill(squared, Real(0));
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) total[(k * kLanes + j) % kSums] += k < rows ? x[k][j] : x[0][j];
+    }
+    const Real m = added(total) * Real(1.0 / (kRows * kLanes));
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) {
+        const Real distance = k < rows ? x[k][j] - m : Real(0);
+        distances[(k * kLanes + j) % kSums] += distance;
+        squared[(k * kLanes + j) % kSums] += distance * distance;
+      }
+    }
+    const double n = rows * kLanes;
+    const double distance = static_cast<double>(added(distances)), offset = static_cast<double>(m) - shift;
+    sum += n * offset + distance;
+    squares += offset * (n * offset + 2 * distance) + static_cast<double>(added(squared));
+  }
+
+ private:
+  template <class Real>
+  static __device__ __forceinline__ Real added(const Real (&sums)[4]) {
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+};
+
 template <class Scalar, int kLanes>
 __global__ void __launch_bounds__(kBlockThreads, 7) batch_moments_kernel(const MomentsParams<Scalar> params) {
   using Real = Real_t<Scalar>;
-  constexpr int kTogether = 4;  // loads that are under way at a time
+  constexpr int kTogether = sizeof(Real) == 4 && kLanes == 1 ? 8 : 4;  // loads that are under way at a time
   const ChannelTiles& tiles = params.tiles;
   const ChannelPlace<kLanes> place(tiles);
   const int64 stride = place.step * tiles.shape.columns();
   Moments found = {0, 0, 0};
   if (place.live && place.row < place.end_row) {
     int64 element = place.row * tiles.shape.columns() + place.column;
-    const Real shift = to_real(params.x_seq[element]);
-    double sum = 0, squares = 0;
+    ShiftedSums sums = {static_cast<double>(to_real(params.x_seq[element])), 0, 0};
     const int64 rows = (place.end_row - place.row + place.step - 1) / place.step;
-    for (int64 done = 0; done < rows;) {
-      const int64 next = done + kChannelRowsEach < rows ? done + kChannelRowsEach : rows;
-      Real short_sum[kLanes], short_squares[kLanes];
-      fill(short_sum, Real(0));
-      fill(short_squares, Real(0));
-      for (; done < next; done += kTogether) {
-        Real x[kTogether][kLanes];
+    for (int64 done = 0; done < rows; done += kTogether) {
+      const int left = rows - done < kTogether ? static_cast<int>(rows - done) : kTogether;
+      Real x[kTogether][kLanes];
 #pragma unroll
-        for (int k = 0; k < kTogether; ++k) {
-          fill(x[k], shift);
-          if (done + k < next) Access<kLanes>::load(params.x_seq + (element + k * stride), x[k]);
-        }
-        element += kTogether * stride;
-#pragma unroll
-        for (int k = 0; k < kTogether; ++k) {
-#pragma unroll
-          for (int j = 0; j < kLanes; ++j) {
-            // 0 beyond the last row, but for a shift that is infinite or NaN, of which the sums are NaN already.
-            const Real distance = x[k][j] - shift;
-            short_sum[j] += distance;
-            short_squares[j] += distance * distance;
-          }
-        }
+      for (int k = 0; k < kTogether; ++k) {
+        if (k < left) Access<kLanes>::load(params.x_seq + (element + k * stride), x[k]);
       }
-      done = next;
-#pragma unroll
-      for (int j = 0; j < kLanes; ++j) {
-        sum += static_cast<double>(short_sum[j]);
-        squares += static_cast<double>(short_squares[j]);
-      }
+      element += kTogether * stride;
+      sums.add(x, left);
     }
-    found = shifted_moments(static_cast<double>(rows * kLanes), static_cast<double>(shift), sum, squares);
+    found = shifted_moments(static_cast<double>(rows * kLanes), sums.shift, sums.sum, sums.squares);
   }
   found = join_in_block(found, tiles, place);
   if (place.live && place.way == 0 && place.rank == 0) {

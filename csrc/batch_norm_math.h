@@ -31,8 +31,8 @@ ASGL_HOST_DEVICE Moments join(const Moments& a, const Moments& b) {
           (1 - share) * a.variance + share * b.variance + share * (1 - share) * (distance * distance)};
 }
 
-// From the sums of x - shift and of its square. With one of the values as shift, nothing cancels that matters: the
-// square of its distance from the mean is at most `count` times the variance.
+// From the sums of x - shift and of its square. With one of the values as shift, the square of its distance from the
+// mean is at most `count` times the variance: so much cancels, which float64 can spare and float32 cannot.
 ASGL_HOST_DEVICE Moments shifted_moments(double count, double shift, double sum, double squares) {
   if (count == 0) return {0, 0, 0};
   const double offset = sum / count, variance = squares / count - offset * offset;

@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const T
   const ChannelShape shape = channel_shape(layout);
   const bool wanted = grad_x_seq.numel() > 0;
   TORCH_CHECK_VALUE(
-      !wanted || (grad_x_seq.sizes() == x_seq.sizes() && grad_x_seq.strides() == x_seq.strides() &&
+      !wanted || (grad_x_seq.sizes() == x_seq.sizes() && grad_x_seq.permute(layout.order()).is_contiguous() &&
                   grad_x_seq.scalar_type() == x_seq.scalar_type() && grad_x_seq.device() == x_seq.device()),
       "asgl_cuda: grad_x_seq must lie in memory as x_seq does");
   const Backend backend(x_seq);

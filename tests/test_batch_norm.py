@@ -176,11 +176,17 @@ def test_v_init_and_its_gradient(backend, device):
 # ---- against the two layers that it stands for ----
 
 
-def pair(x_seq, *, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5,
-         input_scale=1.0, **options):  # fmt: skip
-    """The normalisation of torch over the joint time and batch, then lif."""
-    y = batch_norm(x_seq.flatten(0, 1), running_mean, running_var, weight, bias, training, momentum, eps)
-    return asgl_cuda.lif(input_scale * y.unflatten(0, x_seq.shape[:2]), **options)
+def pair(x_seq, *, running_mean, running_var, weight, bias, training, input_scale, momentum=0.1, eps=1e-5, **options):
+    """The normalisation of torch over the joint time and batch, in float64, then lif.
+
+    Of float32, torch's own statistics are sums in an order that depends on the number of threads.
+    """
+    real = running_mean.dtype
+    running = [running_mean.double().clone(), running_var.double().clone()]
+    y = batch_norm(x_seq.double().flatten(0, 1), *running, weight.double(), bias.double(), training, momentum, eps)
+    running_mean.copy_(running[0])
+    running_var.copy_(running[1])
+    return asgl_cuda.lif((input_scale * y.unflatten(0, x_seq.shape[:2])).to(real), **options)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -290,6 +296,47 @@ def test_means_that_are_large_against_the_deviation(backend, device, name, mean,
     variance, average = torch.var_mean(x_seq.double(), dims, correction=0, keepdim=True)
     expected = (x_seq.double() - average) / variance.sqrt()
     assert relative(h_seq, expected) < 1e-6
+
+
+def outliers(order):
+    """Values of which few are far from the others, [N], in this order."""
+    values = torch.zeros(8 * 4096)
+    if order == "one":
+        values[0] = 0.3
+    elif order == "a thousand":
+        values[:1000] = 0.3
+    elif order == "over two":
+        values[::2] = 1e-3 * 2**0.5
+        values[0] = 1.0
+    elif order == "over noise":
+        values = 1.0 + 1e-3 * torch.randn(values.shape)
+        values[0] = 3.0
+    else:
+        values[torch.randperm(len(values))[:30]] = 1.0
+    return values
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("order", ["one", "a thousand", "over two", "over noise", "events"])
+def test_variance_where_outliers_come_first(backend, device, order, reverse, layout):
+    """In any order it is as torch has it, or within two places of float32."""
+    values = outliers(order).flip(0) if reverse else outliers(order)
+    x_seq = torch.stack([values, values / 3], dim=-1).view(4, 2, 64, 64, 2).movedim(-1, 2)
+    x_seq = (x_seq if layout == "channels_last" else x_seq.contiguous()).to(device)
+    expected = x_seq.double().var((0, 1, 3, 4))
+
+    def error(function):
+        found = torch.ones(2, device=device)
+        function(x_seq, torch.zeros(2, device=device), found, training=True, momentum=1.0)
+        return relative(found / expected, torch.ones(2))
+
+    def torch_batch_norm(x_seq, *running, **options):
+        batch_norm(x_seq.flatten(0, 1), *running, **options)
+
+    assert error(lambda *args, **options: batch_norm_lif(*args, **options, backend=backend)) <= max(
+        error(torch_batch_norm), 2**-22
+    )
 
 
 def test_gradients_where_the_mean_is_large(backend, device):
@@ -502,6 +549,25 @@ def test_autocast_and_module_types(backend, device):
 
 
 # ---- torch's features ----
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "order"),
+    [((1, 4, 3, 8), (1, 0, 2, 3)), ((4, 2, 1, 1, 3), (0, 1, 4, 2, 3))],
+    ids=["batch of 1", "features of 1 x 1"],
+)
+def test_strides_of_dimensions_of_one_element(backend, device, sizes, order, compiled):
+    """They mean nothing: a gradient that has others lies in memory as x_seq does."""
+    torch._dynamo.reset()
+    x_seq = torch.randn(sizes, device=device).permute(order).requires_grad_()
+
+    def function(x_seq, backend=backend):
+        return batch_norm_lif(x_seq, training=True, surrogate="sigmoid", analog_prob=1.0, backend=backend).square()
+
+    tested = torch.compile(function, backend="aot_eager", fullgraph=True) if compiled else function
+    actual, expected = (torch.autograd.grad(s.sum(), x_seq)[0] for s in (tested(x_seq), function(x_seq, "reference")))
+    torch.testing.assert_close(actual, expected)
 
 
 def coefficients_arguments(x_seq, source, real):

@@ -151,6 +151,19 @@ def test_gradient_of_any_layout_comes_in(backend, device):
     assert torch.equal(strided, dense)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e-38, 1e-42])
+def test_small_gradients_of_the_triangle(backend, device, size):
+    """The same bits as autograd's; where these are of subnormal numbers, within a few of the smallest."""
+    x_seq = random_input(4, 1000, device=device)
+    grad = torch.rand(x_seq.shape, device=device) * size
+
+    def dx(name):
+        s_seq = asgl_cuda.lif(x_seq, surrogate="triangle", backend=name)
+        return torch.autograd.grad(s_seq, x_seq, grad)[0].double()
+
+    assert (dx(backend) - dx("reference")).abs().max() <= (0.0 if size >= 1e-30 else 8 * 2.0**-149)
+
+
 def test_same_tensor_as_two_parameters(backend, device):
     """Soft reset by the threshold: the threshold's gradient is the sum of both parts."""
     x_seq = random_input(9, 31, device=device)

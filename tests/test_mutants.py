@@ -1,13 +1,20 @@
-"""Mistakes seeded in the CUDA kernels and launchers: the programs in tests/emulation find every one of them."""
+"""Mistakes seeded in kernels and launchers: the programs in tests/emulation find every one of them."""
 
 import shutil
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import emulated
 import pytest
 import sanitize
+import torch
+from comparison import uniform
+from test_launches import described
+
+import asgl_cuda
+from asgl_cuda import backends, batch_norm_launch, launch
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler")
 
@@ -122,16 +129,16 @@ MUTANTS = {
         "half = (left + 1) / 2;\n    if (place.way == 0", "half = left / 2;\n    if (place.way == 0"
     ),
     "a way left out": channels("place.way < left - half", "place.way + 1 < left - half"),
-    "a row too many": channels("if (done + k < next)", "if (done + k <= next)"),
-    "a row left out": channels("if (done + k < next)", "if (done + k + 1 < next)"),
-    "wrong row": channels(
-        "(element + k * stride), x[k]);\n        }", "(element + (k % 3) * stride), x[k]);\n        }"
-    ),
+    "a row too many": channels("sums.add(x, left)", "sums.add(x, left < kTogether ? left + 1 : left)"),
+    "a row left out": channels("sums.add(x, left)", "sums.add(x, left - 1)"),
+    "a row too many in the mean": channels("k < rows ? x[k][j] : x[0][j]", "x[k][j]"),
+    "a row too many in the sums": channels("k < rows ? x[k][j] - m : Real(0)", "x[k][j] - m"),
+    "a row too many in the number": channels("n = rows * kLanes", "n = kRows * kLanes"),
+    "wrong mean in a sum": channels("sum += n * offset + distance", "sum += n * offset"),
+    "wrong mean in squares": channels("n * offset + 2 * distance", "n * offset + distance"),
+    "wrong row": channels("(element + k * stride), x[k]);\n      }", "(element + (k % 3) * stride), x[k]);\n      }"),
     "wrong stride": channels(
         "stride = place.step * tiles.shape.columns();\n  Moments", "stride = tiles.shape.columns();\n  Moments"
-    ),
-    "short sums of the wrong length": channels(
-        "done + kChannelRowsEach : rows", "done + kChannelRowsEach - 1 : rows"
     ),
     "wrong column": channels("position * kLanes", "position"),
     "wrong slot": channels("place.task.slot * tiles", "place.task.slot / 2 * tiles"),
@@ -209,3 +216,195 @@ def test_sanitizer_finds_mutant(name, tmp_path):
     result = sanitize.run(mutated_program(mutant, tmp_path, "-g", *flags), "small")
     assert result.returncode != 0
     assert report in result.stderr, result.stdout + result.stderr
+
+
+# ---- the CPU kernels: all mistakes in one build, which the environment chooses from ----
+
+
+class Seeded(NamedTuple):
+    """An expression in a file of csrc, in a context that has @ for it, and what it is replaced by."""
+
+    file: str
+    context: str
+    old: str
+    new: str
+
+
+def cpu(context: str, old: str, new: str) -> Seeded:
+    return Seeded("lif_cpu.cpp", context, old, new)
+
+
+def rows(context: str, old: str, new: str) -> Seeded:
+    return Seeded("cpu_rows.h", context, old, new)
+
+
+def loops(context: str, old: str, new: str) -> Seeded:
+    return Seeded("cpu_loops.h", context, old, new)
+
+
+def norm(context: str, old: str, new: str) -> Seeded:
+    return Seeded("batch_norm_cpu.cpp", context, old, new)
+
+
+ONE_RUN = "first % shape.inner + length <= shape.inner"
+OF_RUN = "parameter.inner - n % parameter.inner"
+
+SEEDED = {
+    "kernels_test": {
+        "a channel's stretch too long": cpu("std::min(length_ - i, @)", "shared - n % shared", "shared"),
+        "parameters taken as alike": cpu(
+            "shared_ == 0 || (@)", "parameters[id].inner == shared_ && parameters[id].count == count_", "true"
+        ),
+        "a parameter's run too long": cpu("@);\n      std::fill_n(row", OF_RUN, "parameter.inner"),
+        "a sum's run too long": cpu("@);\n    double sum", OF_RUN, "parameter.inner"),
+        "parameters turn too late": cpu("std::min(length - i, @)", "parameter.count - index", "parameter.count"),
+        "noise of another tile": cpu("if (@) {\n      first_ = first", "first != first_", "first_ < 0"),
+        "noise of another step": cpu("rows_.row(2 * slot + @)", "t % 2", "0"),
+        "noise of an earlier segment": cpu("if (@)", "pairs_[slot] != pair", "pairs_[slot] < 0"),
+        "parameters of another tile": cpu("(@ || (per_step", "first != first_", "first_ < 0"),
+        "parameters of another step": cpu("|| (per_step && @)", "t != t_", "false"),
+        "rows of the input of another tile": cpu("period_ < kTile && @", "first % count_ == first_ % count_", "true"),
+        "rows of the input repeat too early": cpu("period_ = @", "std::max<int64>(1, kInputSums / count_) * count_",
+                                                  "kInputSums"),
+        "wrong checkpoint read": cpu("checkpoints + (@) *", "start / kCheckpointSteps - 1", "0"),
+        "no last checkpoint": cpu("kCheckpointSteps == 0 && @)", "steps < params.shape.steps",
+                                  "steps + kCheckpointSteps < params.shape.steps"),
+        "decay's gradient of another step": cpu("accumulate(kDecay, Real(1), dh, {@", "row(v, k % v_rows)",
+                                                "row(v, (k + 1) % v_rows)"),
+        "wrong sign of the soft reset's gradient": cpu("accumulate(kReset, @", "kHardReset ? Real(1) : Real(-1)",
+                                                       "Real(1)"),
+        "a carried gradient forgotten": cpu(
+            "carried = @;\n      std::copy_n", "params.grad_v_last != nullptr", "false"
+        ),
+        "plain forward in spite of potentials": cpu(
+            "params.v_seq == nullptr && @", "params.h_seq == nullptr", "true"
+        ),
+        "plain backward in spite of potentials": cpu(
+            "params.grad_v_seq == nullptr && @", "params.grad_h_seq == nullptr", "true"
+        ),
+        "folded sums end where they turn": cpu("totals.data(), @}", "used - before_turn", "int64(0)"),
+        "a row's stretch too long": rows("std::min(length - i, @)", "shape.inner - n % shape.inner", "shape.inner"),
+        "a row read in place though in pieces": rows("if (@) {\n      return sequence", ONE_RUN, "true"),
+        "a row written in place though in pieces": rows("sequence != nullptr && @) {", ONE_RUN, "true"),
+        "a sum without its last": loops("for (int lane = 0; @; ++i, ++lane) {\n      lanes[lane]", "i < args.length",
+                                        "i + 1 < args.length"),
+        "width's gradient without a threshold": loops("step.dy * (@)", "h[i] - neuron.v_threshold", "h[i]"),
+        "gain's gradient without a mean": loops("gain_sum[i] += dh[i] * (@)", "x[i] - neuron.input_mean", "x[i]"),
+    },
+    "batch_norm_test": {
+        "moments without the last value": norm("for (int lane = 0; @; ++i", "i < args.length", "i + 1 < args.length"),
+        "moments of the last chunk's columns": norm("longest = @;", "std::max(longest, chunk)", "chunk"),
+        "moments in the wrong slot": norm("params_.moments[@ *", "task_.slot", "task_.slot / 2"),
+        "moments of one slot": norm("join(found, params.moments[@ *", "slot", "int64(0)"),
+        "columns of the first tile": norm("f(row * tiles.shape.columns() + @,", "column", "int64(0)"),
+        "a channel beyond its tile": norm("length = @;\n      f(channel", "std::min(tiles.units_per_channel, "
+                                          "task.units - in_row)", "tiles.units_per_channel"),
+        "the mean of another channel": norm("{nullptr, params.mean[@]}", "channel", "int64(0)"),
+    },
+}  # fmt: skip
+
+
+def seeded_program(program: str, directory: Path) -> Path:
+    csrc = sanitize.few_instantiations(directory)
+    declaration = csrc / "host_device.h"
+    declaration.write_text(
+        declaration.read_text().replace("namespace asgl {", "namespace asgl {\ninline int mutant;", 1)
+    )
+    for number, (file, context, old, new) in enumerate(SEEDED[program].values(), 1):
+        source = csrc / file
+        text = source.read_text()
+        place = context.replace("@", old)
+        assert text.count(place) == 1, f"{file} has changed: it has {text.count(place)} times {place}"
+        source.write_text(text.replace(place, context.replace("@", f"(mutant == {number} ? ({new}) : ({old}))")))
+    path = directory / program
+    sanitize.build(program, path, ["-O1", "-DASGL_TEST_MUTANTS", sanitize.BASELINE, *sanitize.CPU], csrc)
+    return path
+
+
+@pytest.mark.parametrize("program", SEEDED)
+def test_mutants_on_the_cpu_are_found(program, tmp_path):
+    """Each by numbers that differ, not by a crash; without any of them all is well."""
+    path = seeded_program(program, tmp_path)
+    found = {}
+    for number, name in enumerate(["none", *SEEDED[program]]):
+        result = sanitize.run(path, ASGL_MUTANT=str(number))
+        found[name] = result.returncode if "cases failed" in result.stdout else f"crash: {result.stderr}"
+    assert found == {"none": 0, **dict.fromkeys(SEEDED[program], 1)}
+
+
+# ---- the launchers in Python: what they would start is not what those in C++ start ----
+
+PYTHON = {
+    "four though rows are of six": (launch, "inner % 4 or any", "inner % 2 or any"),
+    "four need not share a parameter": (launch, "view[3] % 4", "view[3] % 2"),
+    "x may be misaligned": (launch, "in (x_seq, *scalars)", "in scalars"),
+    "too long a segment": (launch, "if steps <= each", "if steps < each"),
+    "plain in spite of a potential's gradient": (launch, "or h_grad is not None", ""),
+    "normalised in spite of v_rest": (launch, " or params.options.v_rest != 0", ""),
+    "the same parameter at all steps": (launch, "count if per_step else 0", "0"),
+    "too few slots": (launch, "neurons // inner + tiles", "neurons // inner"),
+    "a width's gradient as any other's": (launch, "id == WIDTH, gradient", "False, gradient"),
+    "a thread for many slots": (launch, ">= MANY_SLOTS", ">= 4 * MANY_SLOTS"),
+    "units of one lane": (batch_norm_launch, "units = inner // lanes", "units = inner"),
+    "tile beyond the last channel": (batch_norm_launch, "min(BLOCK_THREADS // units, channels)",
+                                     "BLOCK_THREADS // units"),
+    "one row at a time": (batch_norm_launch, "ways = BLOCK_THREADS // width", "ways = 1"),
+    "channels may share four": (batch_norm_launch, "inner % 4 == 0", "inner % 2 == 0"),
+    "no more channels than threads": (batch_norm_launch, "blocks_for(channels, BLOCK_THREADS)", "1"),
+}  # fmt: skip
+
+
+class Recorder:
+    """A launcher that starts nothing."""
+
+    def __init__(self, emulation):
+        self.resident_threads = emulation.resident_threads
+        self.launches = []
+
+    def launch(self, device, kernel, blocks, threads, params):
+        self.launches.append(emulated.Launch(kernel, blocks, threads, bytes(params)))
+
+
+def make_calls(backend):
+    """Of all launchers, in about as few calls as show the mistakes."""
+    width = uniform(low=0.5, high=1.5)
+    for shape, options in (
+        ((8, 2048), {"width": width}),
+        ((20, 2, 6, 32), {"width": width, "return_h_seq": True}),
+        ((4, 2, 6, 32), {"input_gain": uniform(6, 1, low=0.5, high=1.5), "v_rest": 0.5}),
+        ((4, 6, 2), {"width": uniform(6, 1, low=0.5, high=1.5)}),
+        ((4, 6, 32), {"decay": uniform(4, 1, 1, low=0.5, high=0.9)}),
+        ((32, 3, 6), {"time_dim": 1, "width": width}),
+        ((2, 300 * 512), {"width": width}),
+    ):
+        output = asgl_cuda.lif(torch.randn(shape, requires_grad=True), **options, backend=backend)
+        (output if isinstance(output, torch.Tensor) else output.h_seq).sum().backward()
+    asgl_cuda.lif(torch.randn(4 * 2048 + 1)[1:].view(4, 2048).requires_grad_(), backend=backend).sum().backward()
+    for shape in ((3, 2, 6, 4, 8), (3, 2, 5, 2, 3), (3, 2, 130, 1)):
+        x_seq = torch.randn(shape, requires_grad=True)
+        asgl_cuda.batch_norm_lif(x_seq, training=True, backend=backend).sum().backward()
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_mutant_in_python_is_found(emulation, monkeypatch, name):
+    found = {}
+    module, old, new = PYTHON[name]
+    source = Path(module.__file__).read_text()
+    assert old in source, f"{module.__name__} has changed: find the mutant {name} its new place"
+    for text in (source, source.replace(old, new)):
+        mutant = ModuleType(module.__name__)
+        exec(compile(text, module.__name__, "exec"), mutant.__dict__)
+        recorder = Recorder(emulation)
+        operators = SimpleNamespace()
+        for kind in (launch.KernelOperators, batch_norm_launch.BatchNormOperators):
+            each = getattr(mutant, kind.__name__) if kind.__module__ == module.__name__ else kind
+            for operator in vars(kind):
+                if not operator.startswith("_"):
+                    setattr(operators, operator, getattr(each(recorder), operator))
+        monkeypatch.setitem(backends.BACKENDS, "mutant", backends.Backend(("cpu",), operators, lambda: None))
+        make_calls("mutant")
+        found[text] = [described(launch, torch.float32) for launch in recorder.launches]
+    make_calls("emulated")
+    expected = [described(launch, torch.float32) for launch in emulation.take_launches()]
+    assert found[source] == expected
+    assert found[text] != expected

@@ -53,6 +53,23 @@ def test_mask_of_backend_is_analog_mask(backend, device, shape, seed, offset):
     assert torch.equal(mask, asgl_cuda.analog_mask(x_seq, 0.4, rng_state(seed, offset % 2**32, device)))
 
 
+def test_rng_state_may_lie_anywhere(backend, device):
+    """Seed and offset need not be neighbours."""
+    x_seq, state = torch.empty(5, 1031, device=device), rng_state(device=device)
+    apart = torch.stack([state, state + 1], dim=1)[:, 0]
+    assert not apart.is_contiguous()
+    for states in (apart, state):
+        mask = asgl_cuda.analog_mask(x_seq, 0.4, states)
+        assert torch.equal(mask, analog_elements(x_seq, backend, 0.4, apart))
+
+
+def test_analog_prob_is_rounded_to_nearest():
+    x_seq, state = torch.empty(2, 500000), rng_state()
+    masks = [asgl_cuda.analog_mask(x_seq, below / 65536, state) for below in (2, 2.6, 3)]
+    assert torch.equal(masks[1], masks[2])
+    assert not torch.equal(masks[1], masks[0])
+
+
 @pytest.mark.parametrize("time_dim", [0, 1, 2, -1])
 def test_mask_with_time_elsewhere(backend, device, time_dim):
     x_seq = torch.empty(6, 5, 9, device=device)

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -14,6 +15,22 @@
 namespace asgl_emulation {
 
 using Texts = std::vector<std::string>;
+
+#if defined(ASGL_TEST_CPU)
+constexpr bool kOnCpu = true;
+#else
+constexpr bool kOnCpu = false;
+#endif
+
+// In a build that has several mistakes seeded, the environment says which is made, and buffers have room for what is
+// read and written beyond their ends: a mistake is to be found by what comes out.
+#if defined(ASGL_TEST_MUTANTS)
+constexpr asgl::int64 kRoom = 8192;
+inline void choose_mutant() { asgl::mutant = std::atoi(std::getenv("ASGL_MUTANT")); }
+#else
+constexpr asgl::int64 kRoom = 0;
+inline void choose_mutant() {}
+#endif
 
 class Random {
  public:
@@ -41,8 +58,9 @@ template <class Element>
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(asgl::int64 size, asgl::int64 offset) : size_(size), offset_(offset), storage_(new Element[size + offset]) {
-    std::memset(static_cast<void*>(storage_.get()), 0xFF, (size + offset) * sizeof(Element));
+  Buffer(asgl::int64 size, asgl::int64 offset)
+      : size_(size), offset_(offset), storage_(new Element[size + offset + kRoom]) {
+    std::memset(static_cast<void*>(storage_.get()), 0xFF, (size + offset + kRoom) * sizeof(Element));
   }
 
   void fill(Random& random, double low, double high) {
