@@ -190,6 +190,7 @@ def test_sweeps():
 
 
 def test_report_and_figure(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     sizes = [Size(2, 64, "float32"), Size(3, 64, "float32"), Size(3, 128, "float32"), Block((2, 3, 4, 5, 6), "float32")]
     monkeypatch.setattr(microbench, "CPU_SIZES", sizes)
     monkeypatch.setattr(microbench, "sweep", lambda name, device: sizes)
