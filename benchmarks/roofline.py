@@ -361,8 +361,8 @@ noise is drawn, segments are full, and forward keeps a potential in each round. 
 Time: a multiprocessor starts four warp instructions a cycle, those of 128 threads. Its FMA pipes take
 {lanes} float additions and multiplications a cycle, of which {multiply} may be
 `IMAD`; its ALU pipe takes {alu} comparisons, selections, logic and integer additions (CUDA C++ Programming Guide,
-throughput of native arithmetic instructions). The longest of memory, issue and busiest pipe is the time: perfect overlap
-is assumed.
+throughput of native arithmetic instructions). The longest of memory, issue and busiest pipe is the time: perfect
+overlap is assumed.
 
 `batch_norm_lif` in training is four passes: moments reads x; forward reads x and writes s; backward reads x and the
 gradient and writes the gradient of the normalised input, times its gain; the input gradient reads that and x and writes
