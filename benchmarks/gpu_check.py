@@ -34,6 +34,7 @@ from .gpu_steps import RESULT, SECONDS, Machine, Step, environment, steps
 ROOT = Path(__file__).parents[1]
 WHOLE = 570.0  # seconds
 GRACE = 8.0  # from the signal that ends a step to the one that it can't refuse
+INTERRUPTED = "interrupted"
 ALWAYS = "extension"  # each run looks whether it is there
 
 
@@ -83,22 +84,28 @@ def run(step: Step, limit: float, log: TextIO, variables: dict[str, str]) -> Out
         ]
         for timer in timers:
             timer.start()
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                lines.append(line.rstrip("\n"))
-                tell(lines[-1])
-            status = process.wait()
-        finally:
-            for timer in timers:
-                timer.cancel()
-            if process.poll() is None:
-                end(signal.SIGKILL)
+        interrupted = False
+        while True:
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    lines.append(line.rstrip("\n"))
+                    tell(lines[-1])
+                status = process.wait()
+                break
+            except KeyboardInterrupt:
+                end(signal.SIGINT)  # and hear what it has to say
+                interrupted = True
+                timers.append(threading.Timer(GRACE, end, [signal.SIGKILL]))
+                timers[-1].start()
+        for timer in timers:
+            timer.cancel()
         result = json.loads(file.read_text()) if file.exists() else {}
     seconds = time.monotonic() - started
     objection = None if status else step.objection(lines)
     ended = (
-        f"stopped after {seconds:.0f} s" if late.is_set()
+        f"{INTERRUPTED} after {seconds:.0f} s" if interrupted
+        else f"stopped after {seconds:.0f} s" if late.is_set()
         else f"failed with status {status}" if status
         else objection or "passed"
     )  # fmt: skip
@@ -115,14 +122,17 @@ def run_all(
     note: Callable[[Outcome], None],
     variables: dict[str, str],
 ) -> None:
-    """One after the other. Each may take what is left, except what is kept for those behind it."""
+    """One after the other, until someone interrupts. Each may take what is left, less what is kept for those behind."""
     end = time.monotonic() + whole
     for number, step in enumerate(todo):
         limit = end - time.monotonic() - sum(later.seconds for later in todo[number + 1 :])
         if limit < 1:
             note(Outcome(step.name, False, "not run: no time was left", False, 0.0, None, [], {}))
         else:
-            note(run(step, limit, log, variables))
+            outcome = run(step, limit, log, variables)
+            note(outcome)
+            if outcome.ended.startswith(INTERRUPTED):
+                return
 
 
 def counts_in(lines: list[str]) -> str | None:
@@ -307,8 +317,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, interrupt)
     started = time.monotonic()
     with (out / "log.txt").open("a") as log:
-        with contextlib.suppress(KeyboardInterrupt):
-            run_all(todo, arguments.seconds, log, findings.note, environment(machine.device))
+        run_all(todo, arguments.seconds, log, findings.note, environment(machine.device))
         gpu = findings.about.get("gpu", "no GPU")
         text = f"{gpu}, {time.monotonic() - started:.0f} s in all\n{findings.summary()}"
         log.write(text + "\n")

@@ -65,13 +65,15 @@ def not_everything(lines: list[str]) -> str | None:
 def steps(machine: Machine, python: str = sys.executable) -> list[Step]:
     """Their seconds come to nine minutes and less; the spare ones are the first step's to use, then the next one's."""
     device, on_gpu = machine.device, machine.device == "cuda"
-    workers = ["-n", str(machine.workers)] if machine.workers else []
     # A test that hangs in the driver hears no signal; where it hangs is told before it is killed.
-    pytest = [python, "-m", "pytest", "-rfE", "--color=no", "-o", "faulthandler_timeout=45", *workers]
+    pytest = [python, "-m", "pytest", "-rfE", "--color=no", "-o", "faulthandler_timeout=45"]
 
-    def tests(name: str, marked: str, seconds: float, backends: tuple[str, ...]) -> Step:
+    def tests(name: str, marked: str, seconds: float, backends: tuple[str, ...], workers: int = 0) -> Step:
         chosen = ["-m", marked] if on_gpu else ["-m", "backend", *A_FEW_TESTS]
-        return Step(name, [*pytest, *chosen], seconds, {"ASGL_TEST_BACKENDS": ",".join(backends)}, nothing_passed)
+        processes = ["-n", str(workers)] if workers else []
+        return Step(
+            name, [*pytest, *processes, *chosen], seconds, {"ASGL_TEST_BACKENDS": ",".join(backends)}, nothing_passed
+        )
 
     def measures(name: str, module: str, *arguments: str, seconds: float, timed: bool = True) -> Step:
         limit = ["--seconds", SECONDS] if timed else []
@@ -84,13 +86,13 @@ def steps(machine: Machine, python: str = sys.executable) -> list[Step]:
 
     found = [
         Step("extension", [python, "-m", "benchmarks.prepare", "--device", device], 90, {}),
-        tests("gpu-tests", "gpu and not sanitizer", 50, machine.backends),
+        tests("gpu-tests", "gpu and not sanitizer", 50, machine.backends),  # in one process: some fill the memory
         measures("kernels", "kernel_times", seconds=35),
     ]
     if machine.ncu:
         found.append(measures("counters", "kernel_times", "--ncu", machine.ncu, seconds=35, timed=False))
     found.append(benchmark("judged", "judged", seconds=50))
-    found += [tests(f"suite-{each}", "backend and not gpu", 65, (each,)) for each in machine.backends]
+    found += [tests(f"suite-{each}", "backend and not gpu", 65, (each,), machine.workers) for each in machine.backends]
     found += [
         Step("check", [python, "-m", "asgl_cuda", "check"], 10, {}),
         measures("layers", "layers", seconds=20, timed=False),
@@ -99,7 +101,7 @@ def steps(machine: Machine, python: str = sys.executable) -> list[Step]:
         benchmark("compiled", "compiled", seconds=45),
     ]
     if machine.sanitizer:
-        found.append(tests("sanitizer", "sanitizer", 20, machine.backends))
+        found.append(tests("sanitizer", "sanitizer", 20, machine.backends, machine.workers))
     return found
 
 

@@ -53,7 +53,7 @@ def training_step(layer: nn.Module, device: torch.device, compiled: bool = False
     return step
 
 
-def replayed(step: Callable[[], Any]) -> Callable[[], None]:
+def replayed(step: Callable[[], Any]) -> Callable[[], Any]:
     """The step from a CUDA graph; warmed up on another stream, as torch asks for."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -64,7 +64,12 @@ def replayed(step: Callable[[], Any]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay() -> Callable[[], Any]:
+        graph.replay()
+        return step  # which holds the tensors that the graph reads
+
+    return replay
 
 
 def ways(layer: nn.Module, device: torch.device, compiled: bool) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -563,7 +563,7 @@ def write_json(file: Path | None, content: dict[str, Any]) -> None:
         part.replace(file)
 
 
-def call_overhead(device: torch.device, calls: int = 2000, repeats: int = 15) -> dict[str, float]:
+def call_overhead(device: torch.device, repeats: int, calls: int = 2000) -> dict[str, float]:
     """Microseconds of one call on a tiny tensor without gradients."""
     x_seq = torch.randn(4, 64, device=device)
     functions: dict[str, Callable[[], Tensor]] = {FLOOR: lambda: x_seq * 2}
@@ -682,7 +682,7 @@ def main() -> int:
     report |= {"sizes": [], "blocks": []}
     if "judged" in sweeps:
         report["card"] = measured_rates(device)._asdict()
-    report["call_microseconds"] = overhead = call_overhead(device)
+    report["call_microseconds"] = overhead = call_overhead(device, arguments.repeats)
     for number, size in enumerate(sizes):
         if time.monotonic() - started > arguments.seconds:
             report["not_measured"] = [str(left) for left in sizes[number:]]

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -85,6 +87,22 @@ def test_what_a_stopped_step_has_found_is_kept():
     (outcome,), _ = run_all([step], 4)
     assert outcome.ended.startswith("stopped after 4 s")
     assert (outcome.tests, outcome.result) == ("3 passed in 1.0s", {"seconds": 3})
+
+
+def test_interrupted_it_keeps_what_the_step_has_found_and_begins_no_other():
+    """As by Ctrl-C, or by what limits its time from outside."""
+    before = signal.signal(signal.SIGTERM, gpu_check.interrupt)
+    timer = threading.Timer(3, os.kill, [os.getpid(), signal.SIGTERM])
+    try:
+        timer.start()
+        step = Step("slow", [sys.executable, "-c", WRITES_AND_WAITS, gpu_steps.RESULT, gpu_steps.SECONDS], 50, {})
+        (outcome,), _ = run_all([step, Step("next", ["true"], 5, {})], 60)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGTERM, before)
+    assert outcome.ended.startswith("interrupted after")
+    assert not outcome.complete
+    assert (outcome.tests, outcome.result) == ("3 passed in 1.0s", {"seconds": 44})
 
 
 def test_time_that_is_left_over_is_the_next_ones():
