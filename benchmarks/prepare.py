@@ -59,14 +59,26 @@ def extension_problem(device: str, architecture: str) -> str | None:
     return None if result.returncode == 0 else (result.stderr.strip().splitlines() or ["it crashes"])[-1]
 
 
-def build(architecture: str) -> None:
-    """In place, for this GPU alone."""
+def build(architecture: str) -> bool:
+    """In place, for this GPU alone; whether it could be."""
     environment = {**os.environ, "ASGL_CUDA_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": architecture}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode != 0:
-        raise SystemExit("prepare: the extension could not be built, for the reason above")
+        return False
     PREPARED.mkdir(parents=True, exist_ok=True)
     SOURCES.write_text(digest())
+    return True
+
+
+def ready(device: str, architecture: str) -> str | None:
+    """Builds the extension if need be; why it does not work after all."""
+    problem = extension_problem(device, architecture)
+    if problem is None or device == "cpu":
+        return problem
+    print(f"{problem}; it is built anew", flush=True)
+    if not build(architecture):
+        return "the extension could not be built, for the reason above"
+    return extension_problem(device, architecture)
 
 
 def fill_cache(architecture: str, jobs: int) -> int:
@@ -91,19 +103,13 @@ def main() -> int:
             parser.error(f"torch {torch.__version__} finds no GPU, so --architecture must say for which to build")
         arguments.architecture = "{}.{}".format(*torch.cuda.get_device_capability())
     architecture = arguments.architecture or ""
-    problem = extension_problem(arguments.device, architecture)
-    if problem is not None and arguments.device == "cuda":
-        print(f"{problem}; it is built anew", flush=True)
-        build(architecture)
-        problem = extension_problem(arguments.device, architecture)
-    if problem is not None:
-        raise SystemExit(f"prepare: {problem}")
-    print(f"the extension works, after {time.monotonic() - started:.0f} s", flush=True)
+    problem = ready(arguments.device, architecture)
+    print(f"{problem or 'the extension works'}, after {time.monotonic() - started:.0f} s", flush=True)
     if arguments.device == "cuda" and importlib.util.find_spec("cupy") is not None:
         os.environ.setdefault("CUPY_CACHE_DIR", str(CUPY_CACHE))
         count = fill_cache(architecture, os.cpu_count() or 1)
         print(f"{count} kernels are in {jit.cache_directory()}, after {time.monotonic() - started:.0f} s")
-    return 0
+    return 0 if problem is None else 1
 
 
 if __name__ == "__main__":

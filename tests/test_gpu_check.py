@@ -12,7 +12,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import card, gpu_bars, gpu_check, gpu_steps, kernel_times
+from asgl_cuda import jit
+from benchmarks import card, gpu_bars, gpu_check, gpu_steps, kernel_times, prepare
 from benchmarks.gpu_check import Findings, Outcome
 from benchmarks.gpu_steps import Machine, Step
 
@@ -113,6 +114,46 @@ def test_time_that_is_left_over_is_the_next_ones():
     found, _ = run_all([steps[0]], 0)
     assert found[0].ended == "not run: no time was left"
     assert not found[0].complete
+
+
+def test_sizes_that_were_not_measured_are_counted():
+    line = "not measured for want of time: T = 1, N = 2, float32; T = 3, N = 2, float32"
+    assert gpu_steps.not_everything(["first", line]) == "2 sizes were not measured for want of time"
+    assert gpu_steps.not_everything(["first"]) is None
+
+
+# ---- what is there before ----
+
+
+def test_an_extension_that_is_not_for_this_is_built_anew(tmp_path, monkeypatch, capsys):
+    """Once: if it does not work then it is said."""
+    built = []
+    monkeypatch.setattr(prepare, "SOURCES", tmp_path / "sources")
+    monkeypatch.setattr(prepare, "build", lambda architecture: built.append(architecture) is None)
+    assert prepare.extension_problem("cuda", "1.0").startswith("the extension ")
+    monkeypatch.setattr(prepare, "PROBE", "import sys; sys.exit('it is not')")
+    assert prepare.ready("cuda", "1.0") == "it is not"
+    assert built == ["1.0"]
+    assert capsys.readouterr().out == "it is not; it is built anew\n"
+    monkeypatch.setattr(prepare, "PROBE", "")
+    assert prepare.ready("cuda", "1.0") is None
+    (tmp_path / "sources").write_text(prepare.digest())
+    assert prepare.extension_problem("cuda", "1.0") is None
+    (tmp_path / "sources").write_text("0123")
+    assert prepare.extension_problem("cuda", "1.0") == "the extension was built from other sources"
+
+
+def test_cache_is_filled_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
+    pytest.importorskip("cupy")
+    import tests.cuda_compile
+
+    kernels = [jit.PROBE, jit.launch.gradient_sum_kernel(torch.float64, True)]
+    monkeypatch.setattr(tests.cuda_compile, "kernels_asked_for", lambda: kernels)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    assert prepare.fill_cache("9.0", 2) == 2
+    assert len(list(tmp_path.glob("asgl_cuda_*.cubin"))) == 2
+    monkeypatch.setattr(jit, "compile_kernels", None)
+    assert jit.load_or_compile(kernels[1], "sm_90").image
 
 
 # ---- what is found ----
