@@ -39,9 +39,8 @@ class Work(NamedTuple):
 def measured_rates(device: torch.device) -> Rates:
     """By copying, and by having the clock count while a kernel does nothing else."""
     copied_bytes = COPIED_BYTES[device.type]
-    x = torch.empty(copied_bytes, dtype=torch.uint8, device=device)
-    out = torch.ones_like(x)
-    x.zero_()
+    x = torch.randint(256, (copied_bytes,), dtype=torch.uint8, device=device)
+    out = torch.zeros_like(x)
     bandwidth = 2 * copied_bytes / seconds_of(lambda: out.copy_(x), device)
     if device.type != "cuda":
         return Rates(bandwidth, None)

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -135,13 +136,29 @@ def run_all(
                 return
 
 
+# Of a test, with one process of pytest and with several.
+TOLD = re.compile(r"^(?:\S+::.* )?(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR|SKIPPED)( \S+::.*)?(?: +\[ *\d+%\])?$")
+
+
+def told_in(lines: list[str]) -> list[tuple[str, str]]:
+    """How each test ended, and the line that said so as it did."""
+    matches = ((TOLD.match(line), line) for line in lines if "::" in line)
+    return [(match[1], line) for match, line in matches if match]
+
+
 def counts_in(lines: list[str]) -> str | None:
+    """What pytest says last; where it was killed before, what it had said of single tests."""
     found = [line for line in lines if re.search(r"\b\d+ (passed|failed|error|skipped)\b.* in [\d.]+s", line)]
-    return found[-1].strip("= ") if found else None
+    if found:
+        return found[-1].strip("= ")
+    counted = Counter(word.lower() for word, _ in told_in(lines))
+    return f"{', '.join(f'{count} {word}' for word, count in counted.items())}, then killed" if counted else None
 
 
 def failures_in(lines: list[str]) -> list[str]:
-    return [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    """What pytest lists in its summary; where it was killed before, what it had said of single tests."""
+    listed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    return listed or [line for word, line in told_in(lines) if word in ("FAILED", "ERROR")]
 
 
 # ---- what is found, as it is found ----

@@ -66,8 +66,8 @@ def not_everything(lines: list[str]) -> str | None:
 def steps(machine: Machine, python: str = sys.executable) -> list[Step]:
     """Their seconds come to nine minutes and less; the spare ones are the first step's to use, then the next one's."""
     device, on_gpu = machine.device, machine.device == "cuda"
-    # A test that hangs in the driver hears no signal; where it hangs is told before it is killed.
-    pytest = [python, "-m", "pytest", "-rfE", "--color=no", "-o", "faulthandler_timeout=45"]
+    # Each test is told as it ends, and where one hangs before all is killed: in the driver it hears no other signal.
+    pytest = [python, "-m", "pytest", "-vv", "-rfE", "--color=no", "-o", "faulthandler_timeout=45"]
 
     def tests(name: str, marked: str, seconds: float, backends: tuple[str, ...], workers: int = 0) -> Step:
         chosen = ["-m", marked] if on_gpu else ["-m", "backend", *A_FEW_TESTS]
@@ -81,9 +81,9 @@ def steps(machine: Machine, python: str = sys.executable) -> list[Step]:
         command = [python, "-m", f"benchmarks.{module}", "--device", device, *arguments, *limit, "--json", RESULT]
         return Step(name, command, seconds, {}, not_everything)
 
-    def benchmark(name: str, *sweeps: str, seconds: float) -> Step:
-        repeats = "10" if on_gpu else "2"
-        return measures(name, "microbench", "--sweep", *sweeps, "--repeats", repeats, seconds=seconds)
+    def benchmark(name: str, sweep: str, repeats: int, seconds: float) -> Step:
+        repeated = str(repeats if on_gpu else 2)
+        return measures(name, "microbench", "--sweep", sweep, "--repeats", repeated, seconds=seconds)
 
     found = [
         Step("extension", [python, "-m", "benchmarks.prepare", "--device", device], 90, {}),
@@ -92,14 +92,14 @@ def steps(machine: Machine, python: str = sys.executable) -> list[Step]:
     ]
     if machine.ncu:
         found.append(measures("counters", "kernel_times", "--ncu", machine.ncu, seconds=35, timed=False))
-    found.append(benchmark("judged", "judged", seconds=50))
+    found.append(benchmark("judged", "judged", repeats=10, seconds=50))
     found += [tests(f"suite-{each}", "backend and not gpu", 65, (each,), machine.workers) for each in machine.backends]
     found += [
         Step("check", [python, "-m", "asgl_cuda", "check"], 10, {}),
         measures("layers", "layers", seconds=20, timed=False),
-        benchmark("sweeps", "gpu", seconds=35),
+        benchmark("sweeps", "gpu", repeats=5, seconds=35),
         measures("layers-compiled", "layers", "--compiled", seconds=25, timed=False),
-        benchmark("compiled", "compiled", seconds=45),
+        benchmark("compiled", "compiled", repeats=5, seconds=45),
     ]
     if machine.sanitizer:
         found.append(tests("sanitizer", "sanitizer", 20, machine.backends, machine.workers))

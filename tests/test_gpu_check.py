@@ -90,6 +90,23 @@ def test_what_a_stopped_step_has_found_is_kept():
     assert (outcome.tests, outcome.result) == ("3 passed in 1.0s", {"seconds": 3})
 
 
+@pytest.mark.parametrize("processes", [[], ["-n", "2"]])
+def test_what_pytest_said_before_it_was_killed(tmp_path, processes):
+    if processes:
+        pytest.importorskip("xdist")
+    (tmp_path / "test_some.py").write_text(
+        "import os, pytest, signal, time\n@pytest.mark.parametrize('word', ['a b', 'c', 'd'])\n"
+        "def test_it(word):\n    assert word != 'c'\n"
+        "def test_killed():\n    time.sleep(1)\n    os.killpg(0, signal.SIGKILL)\n"
+    )
+    (pytest_step,) = (step for step in gpu_steps.steps(Machine.here("cpu")) if step.name == "suite-cpu")
+    command = [*pytest_step.command[: pytest_step.command.index("-m", 2)], "-p", "no:cacheprovider", *processes]
+    (found,), log = run_all([Step("suite", [*command, "-c", os.devnull, "-q", str(tmp_path)], 60, {})], 60)
+    assert found.tests == "2 passed, 1 failed, then killed", log
+    assert [line for line in found.failures if "FAILED" in line and "test_it[c]" in line] == found.failures
+    assert len(found.failures) == 1
+
+
 def test_interrupted_it_keeps_what_the_step_has_found_and_begins_no_other():
     """As by Ctrl-C, or by what limits its time from outside."""
     before = signal.signal(signal.SIGTERM, gpu_check.interrupt)
