@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -87,7 +88,8 @@ def fill_cache(architecture: str, jobs: int) -> int:
 
     major, minor = map(int, architecture.split("."))
     compiled = partial(jit.load_or_compile, architecture=jit.target((major, minor)))
-    with ProcessPoolExecutor(jobs) as pool:
+    # Anew, not as copies of this one, in which torch has threads and a GPU.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         return len(list(pool.map(compiled, kernels_asked_for(), chunksize=4)))
 
 

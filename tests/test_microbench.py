@@ -67,7 +67,8 @@ def test_rows(layout):
     plain = [name for name in found if name.startswith(PLAIN)]
     if layout == microbench.LAYOUTS[0]:
         assert LOOP in found
-        assert [name.removeprefix(PLAIN) for name in plain][-len(installed()) :] == [peer.name for peer in installed()]
+        of_peers = plain[len(plain) - len(installed()) :]
+        assert [name.removeprefix(PLAIN) for name in of_peers] == [peer.name for peer in installed()]
     else:
         assert not plain
     for name, each in found.items():
