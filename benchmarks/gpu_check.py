@@ -178,8 +178,8 @@ class Findings:
             return None
         try:
             found = json.loads(self._file.read_text())
-            self.outcomes = {name: Outcome(name, **outcome) for name, outcome in found["steps"].items()}
-            theirs = found["of"]
+            outcomes = {name: Outcome(name, **outcome) for name, outcome in found["steps"].items()}
+            theirs, about = found["of"], found["machine"]
         except (ValueError, KeyError, TypeError):
             return f"{self._file} was not written by this program; name another folder, or start anew with --again"
         for name, ours in self._of.items():
@@ -188,6 +188,7 @@ class Findings:
                     f"{self._file} is of {name} {theirs.get(name)}, and this is {ours}; name another folder, or start "
                     "anew with --again"
                 )
+        self.outcomes, self.about = outcomes, about
         return None
 
     def is_done(self, name: str) -> bool:
@@ -311,7 +312,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the folder for log.txt and gpu_check.json")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps, such as gpu-tests kernels")
-    parser.add_argument("--again", action="store_true", help="also what a run before has done")
+    parser.add_argument("--again", action="store_true", help="also what a run before has done, of this code or another")
     parser.add_argument("--seconds", type=float, default=WHOLE, help=f"for all of it (default {WHOLE:.0f})")
     parser.add_argument("--dry-run", action="store_true", help="try this program: the CPU and small sizes for the GPU")
     arguments = parser.parse_args()
@@ -325,10 +326,11 @@ def main() -> int:
     if unknown := set(arguments.only or ()) - set(names):
         parser.error(f"--only must name some of {', '.join(names)}, got {', '.join(sorted(unknown))}")
     findings = Findings(out / "gpu_check.json", of_here(arguments.dry_run))
-    if not arguments.again and (problem := findings.read()) is not None:
+    if (problem := findings.read()) is not None and not arguments.again:
         print(f"gpu-check: {problem}", file=sys.stderr)
         return 1
-    todo = [step for step in todo if step.name in (arguments.only or names) and not findings.is_done(step.name)]
+    wanted = [step for step in todo if step.name in (arguments.only or names)]
+    todo = [step for step in wanted if arguments.again or not findings.is_done(step.name)]
     # A shell may have had this ignored, and children inherit that; the other one must end the step that runs, too.
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)

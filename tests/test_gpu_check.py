@@ -200,8 +200,11 @@ def test_a_second_run_goes_on_where_the_first_was_killed(tmp_path):
     [
         ("{", "was not written by this program"),
         ("{}", "was not written by this program"),
-        (json.dumps({"steps": {}, "of": {**OF, "code": "9999"}}), "is of code 9999, and this is 0123"),
-        (json.dumps({"steps": {}, "of": {**OF, "gpu": "another"}}), "is of gpu another, and this is a card"),
+        (json.dumps({"steps": {}, "machine": {}, "of": {**OF, "code": "9999"}}), "is of code 9999, and this is 0123"),
+        (
+            json.dumps({"steps": {}, "machine": {}, "of": {**OF, "gpu": "another"}}),
+            "is of gpu another, and this is a card",
+        ),
     ],
 )
 def test_results_of_something_else_are_refused(tmp_path, monkeypatch, capsys, content, words):
@@ -222,6 +225,26 @@ def test_a_place_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_check", str(tmp_path / "file" / "out"), "--dry-run"])
     assert gpu_check.main() == 1
     assert capsys.readouterr().err == f"gpu-check: {tmp_path}/file/out can't be written: Not a directory\n"
+
+
+@pytest.mark.parametrize(("of", "left"), [(OF, ["kernels", "check"]), ({**OF, "code": "9999"}, ["check"])])
+def test_again_replaces_what_it_runs_alone_if_the_code_is_the_same(tmp_path, monkeypatch, capsys, of, left):
+    before = Findings(tmp_path / "gpu_check.json", of)
+    before.note(outcome("kernels"))
+    before.note(outcome("check", passed=False))
+    monkeypatch.setattr(gpu_check, "of_here", lambda dry_run: OF)
+    monkeypatch.setattr(gpu_check, "steps", lambda machine: [Step("check", ["true"], 5, {})])
+    monkeypatch.setattr(sys, "argv", ["gpu_check", str(tmp_path), "--dry-run", "--only", "check", "--again"])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert gpu_check.main() == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    after = Findings(tmp_path / "gpu_check.json", OF)
+    assert after.read() is None
+    assert list(after.outcomes) == left
+    assert after.outcomes["check"].passed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
