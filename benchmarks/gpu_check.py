@@ -1,72 +1,42 @@
-"""Builds, tests and times the CUDA kernels on a machine with a GPU: `make gpu-check OUT=dir`.
+"""Builds, tests and times the CUDA kernels on a machine with a GPU: `python3 -m benchmarks.gpu_check OUT`.
 
-Both as nvcc compiles them and, where CuPy is installed, as NVRTC does.
+Both as nvcc compiles them and, where CuPy is installed, as NVRTC does, in under ten minutes. It takes the Python that
+runs it as it is, with a CUDA build of torch, numpy and pytest, and needs no network; to build the extension it needs
+setuptools, ninja, nvcc and a C++ compiler, unless it was built before (`python3 -m benchmarks.prepare`).
 
-It takes the Python that runs it as it is, with its torch, and needs no network. Every step has a time limit, and the
-time that one leaves over is the next one's; a step that fails stops no other. OUT gets log.txt, all that was printed,
-and gpu_check.json; what counts is printed last. The exit status is 0 if everything passed.
+What counts most comes first (gpu_steps.py). Every step has a time limit, and the time that one leaves over is the next
+one's; a step that fails stops no other. OUT gets log.txt, all that was printed, and gpu_check.json, written anew as
+each step ends. A second run goes on where the first was cut off: it leaves out what has come to its end. What counts is
+printed last. The exit status is 0 if everything passed; a dry run has no bars to reach.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from .gpu_steps import RESULT, SECONDS, Machine, Step, environment, steps
+
 ROOT = Path(__file__).parents[1]
-# Of these no test touches the GPU, and some take minutes.
-IGNORED = (
-    "--ignore=tests/test_build.py",
-    "--ignore=tests/test_distributed.py",
-    "--ignore=tests/test_emulation.py",
-    "--ignore=tests/test_end_to_end.py",
-    "--ignore=tests/test_fuse.py",
-    "--ignore=tests/test_kernel_params.py",
-    "--ignore=tests/test_launches.py",
-    "--ignore=tests/test_mutants.py",
-    "--ignore=tests/test_microbench.py",
-    "--ignore=tests/test_native.py",
-    "--ignore=tests/test_smoothing.py",
-    "--ignore=tests/test_wheel.py",
-    "--deselect=tests/test_command_line.py::test_every_clone_of_the_cpu_kernels_agrees",
-)
-JUDGED = tuple((steps, neurons, dtype) for steps, neurons in ((4, 24), (128, 19)) for dtype in ("float32", "bfloat16"))
-# Of normalisation and neurons: shape, type and layout.
-JUDGED_BLOCKS = tuple(
-    ((4, batch, 64, 32, 32), dtype, layout)
-    for batch, dtype, layout in (
-        (32, "float32", "time first"),
-        (256, "float32", "time first"),
-        (256, "float32", "channels_last"),
-        (256, "bfloat16", "time first"),
-    )
-)
-KERNELS, CUPY_KERNELS = "asgl_cuda cuda", "asgl_cuda cupy"  # rows of the micro-benchmark, as those named below
-# An element of a block is accessed nine times, by a copy of x and one of the gradient four times.
-COPIES_OF_A_BLOCK = 9 / 4
-CUPY_MICROSECONDS = 30  # that a call of the host may take longer
-
-
-class Step(NamedTuple):
-    """A command with its share of the time; `objection` looks at the output of one that ended with status 0."""
-
-    name: str
-    command: list[str]
-    seconds: float
-    environment: dict[str, str]
-    objection: Callable[[list[str]], str | None] = lambda lines: None
+WHOLE = 570.0  # seconds
+GRACE = 8.0  # from the signal that ends a step to the one that it can't refuse
+INTERRUPTED = "interrupted"
+ALWAYS = "extension"  # each run looks whether it is there
 
 
 class Outcome(NamedTuple):
@@ -75,220 +45,235 @@ class Outcome(NamedTuple):
     name: str
     passed: bool
     ended: str  # in words
+    complete: bool  # whether a later run has nothing to add
     seconds: float
-    lines: list[str]  # of its output
+    tests: str | None  # the last line that pytest prints
+    failures: list[str]  # what pytest lists in its summary
+    result: dict[str, Any]  # what the step itself has written
 
 
-class Goal(NamedTuple):
-    """How much time of one row for the time of another is wanted."""
-
-    what: str
-    part: str
-    row: str
-    other: str
-    least: float = 0.0
-    most: float = math.inf
-    times: float = 1.0  # the other row's time is taken
-
-    def bar(self, size: str, seconds: dict[str, dict[str, float]]) -> Bar:
-        """What came of it at this size."""
-        ratio = None
-        if self.row in seconds and self.other in seconds:
-            ratio = seconds[self.row][self.part] / (self.times * seconds[self.other][self.part])
-        passed = ratio is not None and self.least <= ratio <= self.most
-        return Bar(f"{size}: {self.what}", str(self), ratio, passed)
-
-    def __str__(self) -> str:
-        return f"at most {self.most:g}" if self.most < math.inf else f"at least {self.least:g}"
-
-
-class Bar(NamedTuple):
-    """What came of a goal; `measured` is None where it was not."""
-
-    what: str
-    goal: str
-    measured: float | None
-    passed: bool
-
-
-def steps(python: str, capability: tuple[int, int], out: Path) -> list[Step]:
-    """Their seconds come to just under nine minutes. The build, without which all else is vain, has some to spare.
-
-    The suite on CuPy compiles some hundred kernels, which the tests of the device then find in CuPy's cache.
-    """
-    pytest = [python, "-m", "pytest", "-rfE", "--color=no"]
-    workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    suite = [*pytest, *workers, *IGNORED, "-m", "not gpu"]
-    build = {"ASGL_CUDA_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "{}.{}".format(*capability)}
-    bench = [python, "-m", "benchmarks.microbench", "--device", "cuda", "--sweep", "gpu", "--repeats", "10"]
-    found = [
-        Step("build", [python, "setup.py", "build_ext", "--inplace"], 140, build),
-        Step("info", [python, "-m", "asgl_cuda", "info"], 10, {}, cuda_is_missing),
-        Step("check", [python, "-m", "asgl_cuda", "check"], 35, {}),
-        Step("suite", suite, 80, {"ASGL_TEST_BACKENDS": "cuda"}, nothing_passed),
-        Step("suite on CuPy", suite, 90, {"ASGL_TEST_BACKENDS": "cupy"}, nothing_passed),
-        Step("gpu tests", [*pytest, "-m", "gpu"], 80, {"ASGL_TEST_BACKENDS": "cuda,cupy"}, nothing_passed),
-        Step("benchmark", [*bench, "--seconds", "75", "--json", str(out / "microbench.json")], 100, {}),
-    ]
-    return found if importlib.util.find_spec("cupy") else [step for step in found if "CuPy" not in step.name]
-
-
-def cuda_is_missing(lines: list[str]) -> str | None:
-    return None if any(line.split() == ["cuda", "works"] for line in lines) else "the backend cuda does not work"
-
-
-def nothing_passed(lines: list[str]) -> str | None:
-    """Where the backend is missing there is nothing to test, and pytest is content."""
-    return None if any(re.search(r"\b\d+ passed", line) for line in lines) else "no test was run"
-
-
-def run(step: Step, limit: float, log: TextIO) -> Outcome:
+def run(step: Step, limit: float, log: TextIO, variables: dict[str, str]) -> Outcome:
     """Prints and logs what the step says, ends it and its children at the limit."""
     started = time.monotonic()
+    lines: list[str] = []
 
     def tell(line: str) -> None:
         print(line, flush=True)
         log.write(line + "\n")
         log.flush()
 
-    tell(f"--- {step.name}, at most {limit:.0f} s: {' '.join(step.command)}")
-    process = subprocess.Popen(
-        step.command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1", **step.environment}, text=True,
-        errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip
-    late = threading.Event()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        # What it has begun when its time is up it finishes, if that takes no longer than this.
+        words = {SECONDS: f"{0.8 * limit:.0f}", RESULT: str(file)}
+        command = [words.get(word, word) for word in step.command]
+        tell(f"--- {step.name}, at most {limit:.0f} s: {' '.join(command)}")
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **variables, **step.environment}, text=True, errors="replace",
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        late = threading.Event()
 
-    def end() -> None:
-        late.set()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        def end(number: int) -> None:
+            late.set()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
 
-    timer = threading.Timer(limit, end)
-    timer.start()
-    lines = []
-    assert process.stdout is not None
-    for line in process.stdout:
-        lines.append(line.rstrip("\n"))
-        tell(lines[-1])
-    status = process.wait()
-    timer.cancel()
-    seconds = time.monotonic() - started
-    if late.is_set():
-        return Outcome(step.name, False, f"stopped after {seconds:.0f} s", seconds, lines)
-    if status != 0:
-        return Outcome(step.name, False, f"failed with status {status}", seconds, lines)
-    objection = step.objection(lines)
-    return Outcome(step.name, objection is None, objection or "passed", seconds, lines)
-
-
-def run_all(todo: list[Step], log: TextIO) -> list[Outcome]:
-    """One after the other, each up to the time at which all before it and itself must be done."""
-    started = time.monotonic()
-    done_by = 0.0
-    outcomes = []
-    for step in todo:
-        done_by += step.seconds
-        outcomes.append(run(step, started + done_by - time.monotonic(), log))
-    return outcomes
-
-
-def goals(steps: int, dtype: str) -> list[Goal]:
-    """The floor of the kernels is `x * 2` forward and `x * g` backward."""
-    forward, backward = (1.15, 1.2) if dtype == "float32" else (1.3, 1.3)
-    found = [
-        Goal("forward over x * 2", "forward", KERNELS, "multiply", most=forward),
-        Goal("backward over x * g", "backward", KERNELS, "multiply", most=backward),
-        Goal("reference over ours", "both", "reference", KERNELS, least=15),
-    ]
-    if importlib.util.find_spec("cupy"):
-        found += [
-            Goal(f"CuPy over nvcc, {part}", part, CUPY_KERNELS, KERNELS, most=1.03) for part in ("forward", "backward")
+        timers = [
+            threading.Timer(limit, end, [signal.SIGINT]),
+            threading.Timer(limit + GRACE, end, [signal.SIGKILL]),
         ]
-    if steps <= 16:  # beyond, compiling takes minutes
-        found.append(Goal("torch.compile over ours", "both", "torch.compile", KERNELS, least=1))
-    return found
+        for timer in timers:
+            timer.start()
+        interrupted = False
+        while True:
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    lines.append(line.rstrip("\n"))
+                    tell(lines[-1])
+                status = process.wait()
+                break
+            except KeyboardInterrupt:
+                end(signal.SIGINT)  # and hear what it has to say
+                interrupted = True
+                timers.append(threading.Timer(GRACE, end, [signal.SIGKILL]))
+                timers[-1].start()
+        for timer in timers:
+            timer.cancel()
+        result = json.loads(file.read_text()) if file.exists() else {}
+    seconds = time.monotonic() - started
+    objection = None if status else step.objection(lines)
+    ended = (
+        f"{INTERRUPTED} after {seconds:.0f} s" if interrupted
+        else f"stopped after {seconds:.0f} s" if late.is_set()
+        else f"failed with status {status}" if status
+        else objection or "passed"
+    )  # fmt: skip
+    complete = not late.is_set() and "not_measured" not in result
+    return Outcome(
+        step.name, ended == "passed", ended, complete, round(seconds, 1), counts_in(lines), failures_in(lines), result
+    )
 
 
-def block_goals(dtype: str) -> list[Goal]:
-    """The floor of normalisation and neurons is to move as many bytes, 36 an element in float32, by copies."""
-    most = 1.15 if dtype == "float32" else 1.3
-    names = {"CuPy": CUPY_KERNELS} if importlib.util.find_spec("cupy") else {}
-    return [
-        Goal(f"{name} over copies", "both", row, "copy", most=most, times=COPIES_OF_A_BLOCK)
-        for name, row in {"nvcc": KERNELS, **names}.items()
-    ]
+def run_all(
+    todo: list[Step],
+    whole: float,
+    log: TextIO,
+    note: Callable[[Outcome], None],
+    variables: dict[str, str],
+) -> None:
+    """One after the other, until someone interrupts. Each may take what is left, less what is kept for those behind."""
+    end = time.monotonic() + whole
+    for number, step in enumerate(todo):
+        limit = end - time.monotonic() - sum(later.seconds for later in todo[number + 1 :])
+        if limit < 1:
+            note(Outcome(step.name, False, "not run: no time was left", False, 0.0, None, [], {}))
+        else:
+            outcome = run(step, limit, log, variables)
+            note(outcome)
+            if outcome.ended.startswith(INTERRUPTED):
+                return
 
 
-def bars(benchmark: dict[str, Any]) -> list[Bar]:
-    """What the measurements of the micro-benchmark come to."""
-    measured = {(size["steps"], size["neurons"], size["dtype"]): size["seconds"] for size in benchmark.get("sizes", ())}
-    found = []
-    for steps, power, dtype in JUDGED:
-        seconds = measured.get((steps, 2**power, dtype), {})
-        found += [goal.bar(f"T = {steps}, N = 2^{power}, {dtype}", seconds) for goal in goals(steps, dtype)]
-    blocks = benchmark.get("blocks", ())
-    measured = {(*block["shape"], block["dtype"], block["layout"]): block["seconds"] for block in blocks}
-    for shape, dtype, layout in JUDGED_BLOCKS:
-        seconds = measured.get((*shape, dtype, layout), {})
-        found += [goal.bar(f"block {list(shape)}, {dtype}, {layout}", seconds) for goal in block_goals(dtype)]
-    if importlib.util.find_spec("cupy"):
-        calls = benchmark.get("call_microseconds", {})
-        more = calls[CUPY_KERNELS] - calls[KERNELS] if {CUPY_KERNELS, KERNELS} <= calls.keys() else None
-        passed = more is not None and more <= CUPY_MICROSECONDS
-        found.append(Bar("a call, CuPy over nvcc, microseconds", f"at most {CUPY_MICROSECONDS}", more, passed))
-    return found
+# Of a test, with one process of pytest and with several.
+TOLD = re.compile(r"^(?:\S+::.* )?(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR|SKIPPED)( \S+::.*)?(?: +\[ *\d+%\])?$")
 
 
-def counts_of(outcome: Outcome) -> str | None:
-    """The last line that pytest prints."""
-    found = [line for line in outcome.lines if re.search(r"\b\d+ (passed|failed|error|skipped)\b.* in [\d.]+s", line)]
-    return found[-1].strip("= ") if found else None
+def told_in(lines: list[str]) -> list[tuple[str, str]]:
+    """How each test ended, and the line that said so as it did."""
+    matches = ((TOLD.match(line), line) for line in lines if "::" in line)
+    return [(match[1], line) for match, line in matches if match]
 
 
-def failures_in(outcome: Outcome) -> list[str]:
-    """What pytest lists in its summary."""
-    return [line for line in outcome.lines if line.startswith(("FAILED ", "ERROR "))]
+def counts_in(lines: list[str]) -> str | None:
+    """What pytest says last; where it was killed before, what it had said of single tests."""
+    found = [line for line in lines if re.search(r"\b\d+ (passed|failed|error|skipped)\b.* in [\d.]+s", line)]
+    if found:
+        return found[-1].strip("= ")
+    counted = Counter(word.lower() for word, _ in told_in(lines))
+    return f"{', '.join(f'{count} {word}' for word, count in counted.items())}, then killed" if counted else None
 
 
-def summary(outcomes: list[Outcome], judged: list[Bar]) -> str:
-    """The short table that is printed last."""
-    rows = [(outcome.name, "", f"{outcome.seconds:.0f} s", outcome.ended) for outcome in outcomes]
-    for bar in judged:
-        value = "" if bar.measured is None else f"{bar.measured:.2f}"
-        verdict = "passed" if bar.passed else "missed" if bar.measured is not None else "not measured"
-        rows.append((bar.what, bar.goal, value, verdict))
-    failed = sum(not each.passed for each in (*outcomes, *judged))
-    lines = [line for outcome in outcomes for line in failures_in(outcome)][:20]
-    lines += [f"{outcome.name}: {counts}" for outcome in outcomes if (counts := counts_of(outcome))]
-    lines += [f"{what:<72}{goal:>13}{value:>8}  {verdict}" for what, goal, value, verdict in rows]
-    return "\n".join([*lines, f"gpu-check: {failed} of {len(rows)} failed" if failed else "gpu-check: all passed"])
+def failures_in(lines: list[str]) -> list[str]:
+    """What pytest lists in its summary; where it was killed before, what it had said of single tests."""
+    listed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    return listed or [line for word, line in told_in(lines) if word in ("FAILED", "ERROR")]
 
 
-def result(outcomes: list[Outcome], judged: list[Bar], benchmark: dict[str, Any]) -> dict[str, Any]:
-    """The content of gpu_check.json but for the machine."""
-    return {
-        "steps": {
-            outcome.name: {
-                "passed": outcome.passed,
-                "ended": outcome.ended,
-                "seconds": round(outcome.seconds, 1),
-                "tests": counts_of(outcome),
-                "failures": failures_in(outcome),
-            }
-            for outcome in outcomes
-        },
-        "bars": [bar._asdict() for bar in judged],
-        "benchmark": benchmark,
-    }
+# ---- what is found, as it is found ----
 
 
-def why_not() -> str | None:
+class Findings:
+    """gpu_check.json: the steps that have run, here or in a run before."""
+
+    def __init__(self, file: Path, of: dict[str, str]) -> None:
+        self._file, self._of = file, of
+        self.outcomes: dict[str, Outcome] = {}
+        self.about: dict[str, Any] = {}  # the machine
+
+    def read(self) -> str | None:
+        """What a run before has left; or why that is nothing to go on with."""
+        if not self._file.exists():
+            return None
+        try:
+            found = json.loads(self._file.read_text())
+            outcomes = {name: Outcome(name, **outcome) for name, outcome in found["steps"].items()}
+            theirs, about = found["of"], found["machine"]
+        except (ValueError, KeyError, TypeError):
+            return f"{self._file} was not written by this program; name another folder, or start anew with --again"
+        for name, ours in self._of.items():
+            if theirs.get(name) != ours:
+                return (
+                    f"{self._file} is of {name} {theirs.get(name)}, and this is {ours}; name another folder, or start "
+                    "anew with --again"
+                )
+        self.outcomes, self.about = outcomes, about
+        return None
+
+    def is_done(self, name: str) -> bool:
+        return name != ALWAYS and name in self.outcomes and self.outcomes[name].complete
+
+    def note(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.name] = outcome
+        self.about = outcome.result.pop("machine", None) or self.about
+        self.write()
+
+    def bars(self) -> list[Any]:
+        """Of what was measured so far."""
+        import torch
+
+        from .gpu_bars import bars
+
+        judged, compiled = (
+            self.outcomes[name].result if name in self.outcomes else None for name in ("judged", "compiled")
+        )
+        capability = self._of["capability"]
+        architecture = int(capability.replace(".", "")) if capability else None
+        return bars(torch.device("cuda" if capability else "cpu"), judged, compiled, architecture)
+
+    def write(self) -> None:
+        """Whole or not at all."""
+        content = {
+            "of": self._of,
+            "machine": self.about,
+            "bars": [bar._asdict() for bar in self.bars()],
+            "steps": {
+                name: {key: value for key, value in outcome._asdict().items() if key != "name"}
+                for name, outcome in self.outcomes.items()
+            },
+        }
+        part = self._file.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(self._file)
+
+    def summary(self) -> str:
+        """The short table that is printed last."""
+        outcomes = list(self.outcomes.values())
+        lines = [line for outcome in outcomes for line in outcome.failures][:20]
+        lines += [f"{outcome.name}: {outcome.tests}" for outcome in outcomes if outcome.tests]
+        lines += [f"{outcome.name:<72}{outcome.seconds:>8.0f} s  {outcome.ended}" for outcome in outcomes]
+        judged = self.bars()
+        if judged:
+            lines.append(f"{'':<62}{'predicted':>10}{'goal':>16}{'measured':>10}")
+        for bar in judged:
+            predicted, measured = ("" if each is None else f"{each:.2f}" for each in (bar.predicted, bar.measured))
+            verdict = "passed" if bar.passed else "missed" if bar.measured is not None else "not measured"
+            lines.append(f"{bar.what:<62}{predicted:>10}{bar.goal:>16}{measured:>10}  {verdict}")
+        failed, all_of_them = len(self.failed()), len(outcomes) + len(judged)
+        return "\n".join(
+            [*lines, f"gpu-check: {failed} of {all_of_them} failed" if failed else "gpu-check: all passed"]
+        )
+
+    def failed(self) -> list[str]:
+        """What did not pass, steps and bars."""
+        return [
+            *(outcome.name for outcome in self.outcomes.values() if not outcome.passed),
+            *(bar.what for bar in self.bars() if not bar.passed and self._of["capability"]),
+        ]
+
+
+def digest() -> str:
+    """Of all that the results depend on."""
+    found = hashlib.sha256()
+    for folder, kinds in (("asgl_cuda", "**/*.py"), ("csrc", "*.[ch]*"), ("benchmarks", "*.py"), ("tests", "**/*.py")):
+        for path in sorted((ROOT / folder).glob(kinds)):
+            if path.name != "_build_info.py":  # the extension is looked at by itself
+                found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def why_not(dry_run: bool) -> str | None:
     """What is missing here."""
     try:
         import torch
     except ImportError as error:
-        return f"{sys.executable} has no torch that imports ({error}); name another Python: make gpu-check PYTHON=..."
+        return f"{sys.executable} has no torch that imports ({error}); take another Python"
+    missing = [name for name in ("numpy", "pytest") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{sys.executable} lacks {' and '.join(missing)}: {sys.executable} -m pip install {' '.join(missing)}"
+    if dry_run:
+        return None
     if torch.version.cuda is None:
         return f"torch {torch.__version__} of {sys.executable} is a build without CUDA"
     if not torch.cuda.is_available():
@@ -296,35 +281,67 @@ def why_not() -> str | None:
     return None
 
 
-def main() -> int:
-    """Runs all steps."""
-    parser = argparse.ArgumentParser(prog="make gpu-check OUT=dir", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="the folder for log.txt and gpu_check.json")
-    out = parser.parse_args().out.absolute()
-    if (problem := why_not()) is not None:
-        print(f"gpu-check: {problem}", file=sys.stderr)
-        return 1
+def not_writable(out: Path) -> str | None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return None
+    except OSError as error:
+        return f"{out} can't be written: {error.strerror}"
+
+
+def of_here(dry_run: bool) -> dict[str, str]:
+    """What results must have in common to stand side by side."""
     import torch
 
-    started = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
-    measurements = out / "microbench.json"
-    measurements.unlink(missing_ok=True)
-    with (out / "log.txt").open("w") as log:
-        outcomes = run_all(steps(sys.executable, torch.cuda.get_device_capability(), out), log)
-        benchmark = json.loads(measurements.read_text()) if measurements.exists() else {}
-        measurements.unlink(missing_ok=True)
-        judged = bars(benchmark)
-        # Not before: it loads what has just been built.
-        from .microbench import machine
+    found = {"code": digest(), "torch": str(torch.__version__), "gpu": "none", "capability": ""}
+    if not dry_run:
+        found |= {
+            "gpu": torch.cuda.get_device_name(),
+            "capability": "{}.{}".format(*torch.cuda.get_device_capability()),
+        }
+    return found
 
-        about = benchmark.pop("machine", None) or machine(torch.device("cuda"))
-        content = {"machine": about, **result(outcomes, judged, benchmark)}
-        (out / "gpu_check.json").write_text(json.dumps(content, indent=1) + "\n")
-        text = f"{about['gpu']}, {time.monotonic() - started:.0f} s in all\n{summary(outcomes, judged)}"
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Runs the steps that are not done yet."""
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu_check", description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="the folder for log.txt and gpu_check.json")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps, such as gpu-tests kernels")
+    parser.add_argument("--again", action="store_true", help="also what a run before has done, of this code or another")
+    parser.add_argument("--seconds", type=float, default=WHOLE, help=f"for all of it (default {WHOLE:.0f})")
+    parser.add_argument("--dry-run", action="store_true", help="try this program: the CPU and small sizes for the GPU")
+    arguments = parser.parse_args()
+    out = arguments.out.absolute()
+    if (problem := why_not(arguments.dry_run) or not_writable(out)) is not None:
+        print(f"gpu-check: {problem}", file=sys.stderr)
+        return 1
+    machine = Machine.here("cpu" if arguments.dry_run else "cuda")
+    todo = steps(machine)
+    names = [step.name for step in todo]
+    if unknown := set(arguments.only or ()) - set(names):
+        parser.error(f"--only must name some of {', '.join(names)}, got {', '.join(sorted(unknown))}")
+    findings = Findings(out / "gpu_check.json", of_here(arguments.dry_run))
+    if (problem := findings.read()) is not None and not arguments.again:
+        print(f"gpu-check: {problem}", file=sys.stderr)
+        return 1
+    wanted = [step for step in todo if step.name in (arguments.only or names)]
+    todo = [step for step in wanted if arguments.again or not findings.is_done(step.name)]
+    # A shell may have had this ignored, and children inherit that; the other one must end the step that runs, too.
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    started = time.monotonic()
+    with (out / "log.txt").open("a") as log:
+        run_all(todo, arguments.seconds, log, findings.note, environment(machine.device))
+        gpu = findings.about.get("gpu", "no GPU")
+        text = f"{gpu}, {time.monotonic() - started:.0f} s in all\n{findings.summary()}"
         log.write(text + "\n")
     print(text)
-    return 0 if all(each.passed for each in (*outcomes, *judged)) else 1
+    return 1 if findings.failed() else 0
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from asgl_cuda import OverTime, extension
 from asgl_cuda.backends import BACKENDS
 from asgl_cuda.selfcheck import THRESHOLD_BAND
 
+from .card import measured_rates
 from .clocks import MOST_SAMPLES, PARTS, CpuClock, GpuClock, Row, Sample, keep_memory, peak_bytes, saved_bytes, spread
 from .peers import DECAY, Peer, asgl_loop, installed_peers
 
@@ -59,7 +60,8 @@ MOST_STEPS_TO_COMPILE = 16
 # Autograd keeps some fifteen float32 tensors of the reference, and the gradients need room, too.
 REFERENCE_BYTES_AN_ELEMENT = 100
 LAYOUTS = ("time first", "batch first", "channels_last")
-BATCH, CHANNELS = 32, 32  # of the layouts that have them
+LEARNED = ("width", "width by channel", "width, decay, threshold")
+BATCH, CHANNELS = 32, 32  # where a layout or a parameter has them
 
 
 def normal(device: torch.device, dtype: str, *shape: int) -> Tensor:
@@ -75,6 +77,7 @@ class Size(NamedTuple):
     compiled: bool = True  # whether torch.compile is measured, which takes seconds to compile
     peers: bool = True  # whether the other libraries are
     layout: str = LAYOUTS[0]
+    learned: str = LEARNED[0]
 
     ACCESSES = 5  # to an element, forward and backward
 
@@ -97,17 +100,29 @@ class Size(NamedTuple):
         if self.layout == "channels_last":
             side = math.isqrt(self.neurons // (BATCH * CHANNELS))
             return filled(self.steps, BATCH, side, self.neurons // (BATCH * CHANNELS * side), CHANNELS).movedim(4, 2)
+        if self.learned == "width by channel":
+            return filled(self.steps, BATCH, CHANNELS, self.neurons // (BATCH * CHANNELS))
         return filled(self.steps, self.neurons)
+
+    def parameters(self, device: torch.device) -> dict[str, Tensor]:
+        """What is learned, as arguments of `asgl_cuda.lif`."""
+        values = {"width": 1.0}
+        if self.learned == "width, decay, threshold":
+            values |= {"decay": DECAY, "v_threshold": 1.0}
+        shape = (CHANNELS, 1) if self.learned == "width by channel" else ()
+        return {name: torch.full(shape, value, device=device, requires_grad=True) for name, value in values.items()}
 
     def rows(self, device: torch.device) -> Iterator[Row]:
         return neuron_rows(self, device)
 
     def description(self) -> dict[str, Any]:
-        return {"steps": self.steps, "neurons": self.neurons, "dtype": self.dtype, "layout": self.layout}
+        sizes = {"steps": self.steps, "neurons": self.neurons}
+        return {**sizes, "dtype": self.dtype, "layout": self.layout, "learned": self.learned}
 
     def __str__(self) -> str:
         layout = "" if self.layout == LAYOUTS[0] else f", {self.layout}"
-        return f"T = {self.steps}, N = {self.neurons}, {self.dtype}{layout}"
+        learned = "" if self.learned == LEARNED[0] else f", learned {self.learned}"
+        return f"T = {self.steps}, N = {self.neurons}, {self.dtype}{layout}{learned}"
 
 
 class Block(NamedTuple):
@@ -176,20 +191,34 @@ GPU_BLOCKS = tuple(
         ((4, 256, 64, 32, 32), "bfloat16", LAYOUTS[0]),
     )
 )
-# From layers that a GPU hardly notices to the largest that 2^28 elements allow.
-GPU_SWEEP = (
-    *(size._replace(peers=False) for size in GPU_SIZES),
-    *(block._replace(compiled=False) for block in GPU_BLOCKS),
-    *(
-        Size(steps, 2**power, dtype, compiled=False, peers=False)
-        for steps in (4, 16, 128)
-        for power in range(14, 27, 2)
-        for dtype in ("float32", "bfloat16")
-        if steps * 2**power <= 2**28 and (steps, power) not in ((4, 24), (16, 22))
-    ),
-    Size(16, 2**22, "float32", peers=False),
-    Size(16, 2**22, "bfloat16", peers=False),
+JUDGED = tuple(each._replace(compiled=False) for each in (*(s._replace(peers=False) for s in GPU_SIZES), *GPU_BLOCKS))
+# What a layer may learn beside one width, and lengths at the ends; then from layers that a GPU hardly notices to the
+# largest that 2^28 elements allow.
+GPU_SWEEP = tuple(
+    Size(steps, neurons, dtype, compiled=False, peers=False, learned=learned)
+    for steps, neurons, learned in (
+        *((4, 2**24, learned) for learned in LEARNED[1:]),
+        *((128, 2**19, learned) for learned in LEARNED[1:]),
+        (1, 2**24, LEARNED[0]),
+        (1000, 2**10, LEARNED[0]),
+        *(
+            (steps, 2**power, LEARNED[0])
+            for powers in (range(14, 19), range(20, 27, 2))
+            for steps in (4, 16, 128)
+            for power in powers
+            if steps * 2**power <= 2**28 and (steps, power) != (4, 24)
+        ),
+    )
+    for dtype in ("float32", "bfloat16")
 )
+COMPILED_SIZES = (*GPU_SIZES, *GPU_BLOCKS, *(Size(16, 2**22, dtype, peers=False) for dtype in ("float32", "bfloat16")))
+
+
+def small(size: Size | Block) -> Size | Block:
+    """The same for a CPU that stands in for a GPU."""
+    if isinstance(size, Block):
+        return size._replace(shape=(4, 2, 8, 8, 8))
+    return size._replace(steps=min(size.steps, 8), neurons=min(size.neurons, 2**12))
 
 
 def blocks(device: torch.device) -> Sequence[Block]:
@@ -197,19 +226,25 @@ def blocks(device: torch.device) -> Sequence[Block]:
 
 
 def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
-    """The sizes of a sweep; on a GPU, which needs them to be busy, of 16 times the neurons."""
+    """The sizes of a sweep; on a GPU, which needs them to be busy, of 16 times the neurons.
+
+    Those that are for GPUs are small ones on a CPU, to try the program.
+    """
     more = 4 if device.type == "cuda" else 0
+    if name in FOR_GPUS:
+        sizes = FOR_GPUS[name]
+        return sizes if device.type == "cuda" else list(dict.fromkeys(map(small, sizes)))
     return {
         "T": [Size(steps, 2 ** (15 + more), "float32") for steps in (1, 2, 4, 8, 16, 32, 64, 128)],
         "N": [Size(4, 2 ** (power + more), "float32") for power in range(8, 23, 2)],
         "dtype": [Size(4, 2 ** (20 + more), dtype, peers=False) for dtype in DTYPES],
         "layout": [Size(4, 2 ** (20 + more), "float32", peers=False, layout=layout) for layout in LAYOUTS],
         "block": blocks(device),
-        "gpu": GPU_SWEEP,
     }[name]
 
 
-SWEEPS = ("T", "N", "dtype", "layout", "block", "gpu")
+FOR_GPUS = {"judged": JUDGED, "gpu": GPU_SWEEP, "compiled": COMPILED_SIZES}
+SWEEPS = ("T", "N", "dtype", "layout", "block", *FOR_GPUS)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -283,20 +318,21 @@ def reference_fits(size: Size | Block, device: torch.device) -> bool:
 
 def neuron_rows(size: Size, device: torch.device) -> Iterator[Row]:
     """The floor; ASGL in every way; plain LIF in every way."""
-    width = torch.ones((), device=device, requires_grad=True)
+    learned = size.parameters(device)
+    width = learned["width"]
 
     def layer(backend: str, **options: Any) -> Callable[[Tensor], Tensor]:
-        return partial(asgl_cuda.lif, decay=DECAY, time_dim=size.time_dim, backend=backend, **options)
+        return partial(asgl_cuda.lif, **{"decay": DECAY, **options}, time_dim=size.time_dim, backend=backend)
 
-    asgl = {"width": width, "analog_prob": ANALOG_PROB}
+    asgl = {**learned, "analog_prob": ANALOG_PROB}
     yield Row(FLOOR, lambda sample: sample.x * 2, lambda sample, out: sample.x * sample.grad)
     for backend in fused_backends(device):
-        yield row_of(f"asgl_cuda {backend}", layer(backend, **asgl), width)
+        yield row_of(f"asgl_cuda {backend}", layer(backend, **asgl), *learned.values())
     if not reference_fits(size, device):
         return
-    yield row_of(REFERENCE, layer(REFERENCE, **asgl), width)
+    yield row_of(REFERENCE, layer(REFERENCE, **asgl), *learned.values())
     modes = (None, "max-autotune-no-cudagraphs") if device.type == "cuda" and size.peers else (None,)
-    yield from compiled_rows(size, COMPILED, layer(REFERENCE, **asgl), width, modes=modes)
+    yield from compiled_rows(size, COMPILED, layer(REFERENCE, **asgl), *learned.values(), modes=modes)
     if size.layout != LAYOUTS[0] or not size.peers:
         return
     yield row_of(LOOP, lambda x_seq: asgl_loop(x_seq, width, ANALOG_PROB), width)
@@ -519,7 +555,15 @@ def plot(report: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def call_overhead(device: torch.device, calls: int = 2000, repeats: int = 15) -> dict[str, float]:
+def write_json(file: Path | None, content: dict[str, Any]) -> None:
+    """Whole or not at all; nowhere without a file."""
+    if file is not None:
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(file)
+
+
+def call_overhead(device: torch.device, repeats: int, calls: int = 2000) -> dict[str, float]:
     """Microseconds of one call on a tiny tensor without gradients."""
     x_seq = torch.randn(4, 64, device=device)
     functions: dict[str, Callable[[], Tensor]] = {FLOOR: lambda: x_seq * 2}
@@ -642,14 +686,9 @@ def main() -> int:
     print("the spikes of the author's loop, of each peer and of the pairs are ours\n", flush=True)
     report: dict[str, Any] = {"machine": about, "analog_prob": ANALOG_PROB, "cold": arguments.cold}
     report |= {"sizes": [], "blocks": []}
-
-    def write() -> None:
-        if arguments.json:
-            part = arguments.json.with_suffix(".part")
-            part.write_text(json.dumps(report, indent=1) + "\n")
-            part.replace(arguments.json)
-
-    report["call_microseconds"] = overhead = call_overhead(device)
+    if "judged" in sweeps:
+        report["card"] = measured_rates(device)._asdict()
+    report["call_microseconds"] = overhead = call_overhead(device, arguments.repeats)
     for number, size in enumerate(sizes):
         if time.monotonic() - started > arguments.seconds:
             report["not_measured"] = [str(left) for left in sizes[number:]]
@@ -667,8 +706,8 @@ def main() -> int:
                 },
             }
         )
-        write()  # now and whole, lest a limit from outside take all results
-    write()
+        write_json(arguments.json, report)  # now, lest a limit from outside take all results
+    write_json(arguments.json, report)
     print("one call on [4, 64], no_grad: " + ", ".join(f"{name} {us:.1f} µs" for name, us in overhead.items()))
     if arguments.plot:
         plot(report, arguments.plot)

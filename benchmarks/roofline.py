@@ -56,9 +56,11 @@ class Card(NamedTuple):
 
 CARDS = (
     Card("H100 SXM", 90, 3.35e12, 132, 1.755e9, 128),
+    Card("H200 SXM", 90, 4.8e12, 132, 1.755e9, 128),
+    Card("B200 SXM", 100, 7.7e12, 148, 1.86e9, 128),
     Card("A100 40 GB", 80, 1.56e12, 108, 1.41e9, 64),
 )
-# The same on both, of 128 threads whose instructions start in a cycle.
+# The same on all, of 128 threads whose instructions start in a cycle.
 MULTIPLY_LANES = ALU_LANES = 64
 SPECIAL_LANES = 16
 ISSUE_LANES = 128
@@ -328,8 +330,10 @@ def is_launched(kernel: Kernel, steps: int) -> bool:
 
 
 def predictions(nvcc: Nvcc, disassembler: Disassembler) -> Iterator[Prediction]:
+    architectures = dict.fromkeys(card.architecture for card in CARDS)
+    hot = {architecture: list(hot_kernels(nvcc, disassembler, architecture)) for architecture in architectures}
     for card in CARDS:
-        for kernel, counted in hot_kernels(nvcc, disassembler, card.architecture):
+        for kernel, counted in hot[card.architecture]:
             for steps in (0,) if name_of(kernel) in BY_CHANNEL else STEPS:
                 if is_launched(kernel, steps):
                     yield predict(card, kernel, counted, steps)
@@ -355,9 +359,10 @@ subroutines and the integer division that only batch-first layouts need. Where a
 noise is drawn, segments are full, and forward keeps a potential in each round. So the count is, by a little, too high.
 
 Time: a multiprocessor starts four warp instructions a cycle, those of 128 threads. Its FMA pipes take
-{lanes} float additions and multiplications a cycle, of which {multiply} may be `IMAD`; its ALU pipe takes {alu}
-comparisons, selections, logic and integer additions (CUDA C++ Programming Guide, throughput of native arithmetic
-instructions). The longest of memory, issue and busiest pipe is the time: perfect overlap is assumed.
+{lanes} float additions and multiplications a cycle, of which {multiply} may be
+`IMAD`; its ALU pipe takes {alu} comparisons, selections, logic and integer additions (CUDA C++ Programming Guide,
+throughput of native arithmetic instructions). The longest of memory, issue and busiest pipe is the time: perfect
+overlap is assumed.
 
 `batch_norm_lif` in training is four passes: moments reads x; forward reads x and writes s; backward reads x and the
 gradient and writes the gradient of the normalised input, times its gain; the input gradient reads that and x and writes
@@ -372,14 +377,16 @@ CAVEATS = """\
 
 - Latency: whether enough loads are under way to keep the memory busy depends on the registers (RESOURCES.md) and is not
   modelled. Neither are launch, tail of the last wave, shared memory, and instruction-cache misses.
-- The clock: 1.755 GHz on the H100, below the 1.98 GHz that its 67 TFLOP/s of float32 come to; 1.41 GHz on the A100.
-  A card at its power limit runs slower, its memory does not, so that instructions bind sooner.
+- The clock: 1.755 GHz on H100 and H200, below the 1.98 GHz that their 67 TFLOP/s of float32 come to; 1.86 GHz on the
+  B200, below the 1.98 GHz of its 75 TFLOP/s; 1.41 GHz on the A100. A card at its power limit runs slower, its memory
+  does not, so that instructions bind sooner. `python -m benchmarks.gpu_check` takes the clock and the bandwidth that it
+  measures.
 - Bandwidth is that of the data sheet; no kernel quite reaches it, the multiply neither. Where memory binds that
   cancels in the ratio; where instructions do the true ratio is lower.
 - What batch normalisation does once for each channel: coefficients, adjoint, the last sums of the gradients of gain and
   bias. Of the seven rounds in which a block joins its moments two count, as many as a warp takes part in on average.
-  Double precision counts at the rate of special functions, and is faster on both cards. Whether the second load of x
-  hits depends on the cache: if none did, backward would move a third more.
+  Double precision counts at the rate of special functions, and is faster on all these cards. Whether the second load of
+  x hits depends on the cache: if none did, backward would move a third more.
 - `IMAD.WIDE` counts as one `IMAD`; the guide does not tell them apart. Uniform instructions count only as issued.
 """
 
@@ -396,6 +403,10 @@ def row_of(p: Prediction) -> tuple[str, ...]:
         f"{p.kernel} {p.dtype}", str(p.steps or "any"), f"{p.bytes:.2f}", f"{sum(p.instructions.values()):.1f}",
         f"{p.memory:.2f}", f"{p.issue:.2f}", f"{p.pipes:.2f} {p.busiest}", p.binds, f"{p.ratio:.2f}",
     )  # fmt: skip
+
+
+def row_of_classes(p: Prediction) -> tuple[str, ...]:
+    return f"{p.kernel} {p.dtype}", str(p.steps), *(f"{p.instructions[name]:.1f}" for name in CLASSES)
 
 
 def row_of_sum(those: Sequence[Prediction], dtype: str, steps: int) -> tuple[str, ...]:
@@ -432,7 +443,10 @@ def page(found: Sequence[Prediction], version: str) -> str:
             rows=ROWS,
             moved=sum(MOVED[name] for name in OF_NORMALISATION),
             moved_bytes=sum(MOVED[name] for name in OF_NORMALISATION) * ELEMENT_BYTES["float32"],
-            lanes=" or ".join(f"{card.float_lanes} ({card.name.split()[0]})" for card in CARDS),
+            lanes=" or ".join(
+                f"{lanes} ({', '.join(card.name.split()[0] for card in CARDS if card.float_lanes == lanes)})"
+                for lanes in dict.fromkeys(card.float_lanes for card in CARDS)
+            ),
         )
     ]
     for card in CARDS:
@@ -446,16 +460,9 @@ def page(found: Sequence[Prediction], version: str) -> str:
             f"{card.clock / 1e9:g} GHz, sm_{card.architecture}. Times are picoseconds an element, of the whole card.\n"
         )
         parts.append(table((*COLUMNS, "times the multiply"), map(row_of, mine)))
-        parts.append("Instructions an element, by class:\n")
-        parts.append(
-            table(
-                ("", "T", *CLASSES),
-                (
-                    (f"{p.kernel} {p.dtype}", str(p.steps), *(f"{p.instructions[name]:.1f}" for name in CLASSES))
-                    for p in mine
-                ),
-            )
-        )
+        if card == next(each for each in CARDS if each.architecture == card.architecture):
+            parts.append("Instructions an element, by class:\n")
+            parts.append(table(("", "T", *CLASSES), map(row_of_classes, mine)))
         parts.append("Batch normalisation in front of the neuron:\n")
         parts.append(table((*COLUMNS, "times the copy"), rows_of_normalisation(of_card)))
     parts.append(CAVEATS)

@@ -33,6 +33,14 @@ FUSED_BACKENDS = [
 ]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what holds a backend against the reference, lest the rest run anew for each backend of a GPU."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and callspec.params.get("backend") in FUSED_BACKENDS:
+            item.add_marker("backend")
+
+
 @pytest.fixture(params=FUSED_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param

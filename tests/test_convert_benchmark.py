@@ -4,6 +4,12 @@ import json
 import sys
 
 import pytest
+
+pytest.importorskip("norse")
+pytest.importorskip("sinabs")
+pytest.importorskip("snntorch")
+pytest.importorskip("spikingjelly")
+
 import torch
 from torch import nn
 

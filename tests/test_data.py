@@ -2,8 +2,17 @@
 
 import pickle
 
-import numpy as np
 import pytest
+
+pytest.importorskip("aeon")
+pytest.importorskip("librosa")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+pytest.importorskip("tonic")
+pytest.importorskip("torchvision")
+
+import numpy as np
 import torch
 
 from benchmarks import data

@@ -361,6 +361,7 @@ print("done")
 """
 
 
+@pytest.mark.sanitizer
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on PATH")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer(backend, tool):

@@ -3,9 +3,15 @@
 import copy
 import re
 
+import pytest
+
+pytest.importorskip("norse")
+pytest.importorskip("sinabs")
+pytest.importorskip("snntorch")
+pytest.importorskip("spikingjelly")
+
 import authors_code
 import norse.torch as norse
-import pytest
 import sinabs.activation
 import sinabs.layers
 import snntorch

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import asgl_cuda
-from benchmarks import clocks, gpu_check, microbench, peers
+from benchmarks import clocks, gpu_bars, microbench, peers
 from benchmarks.microbench import COPY, FLOOR, LOOP, PAIR, PLAIN, REFERENCE, YARDSTICKS, Block, Size
 
 CPU = torch.device("cpu")
@@ -67,7 +67,8 @@ def test_rows(layout):
     plain = [name for name in found if name.startswith(PLAIN)]
     if layout == microbench.LAYOUTS[0]:
         assert LOOP in found
-        assert [name.removeprefix(PLAIN) for name in plain][-len(installed()) :] == [peer.name for peer in installed()]
+        of_peers = plain[len(plain) - len(installed()) :]
+        assert [name.removeprefix(PLAIN) for name in of_peers] == [peer.name for peer in installed()]
     else:
         assert not plain
     for name, each in found.items():
@@ -150,7 +151,7 @@ def test_yardsticks_of_a_block_move_what_they_should(dtype):
                 row.backward(sample, row.forward(sample))
             moved[row.name] = traffic.bytes / block.bytes
     assert moved == {FLOOR: pytest.approx(9, abs=0.01), COPY: 4}
-    assert moved[FLOOR] == pytest.approx(moved[COPY] * gpu_check.COPIES_OF_A_BLOCK, abs=0.01)
+    assert moved[FLOOR] == pytest.approx(moved[COPY] * gpu_bars.COPIES_OF_A_BLOCK, abs=0.01)
     assert Block.ACCESSES == 9
 
 
@@ -164,11 +165,31 @@ def test_bytes_of_a_block():
     assert found["asgl_cuda cpu"].peak_bytes < found[f"{PAIR}asgl_cuda cpu"].peak_bytes
 
 
-def test_blocks_of_the_gpu_are_measured_and_judged():
-    judged = [Block(*block) for block in gpu_check.JUDGED_BLOCKS]
-    assert judged == list(microbench.sweep("block", torch.device("cuda")))
-    measured = [size for size in microbench.sweep("gpu", CPU) if isinstance(size, Block)]
-    assert measured == [block._replace(compiled=False) for block in judged]
+@pytest.mark.parametrize("learned", microbench.LEARNED)
+def test_all_that_is_learned_gets_gradients(learned):
+    size = Size(3, 4096, "float32", compiled=False, peers=False, learned=learned)
+    sample = microbench.samples(size, CPU)[0]
+    assert sample.x.numel() == size.elements
+    for row in size.rows(CPU):
+        if row.name != FLOOR:
+            grads = row.backward(sample, row.forward(sample))
+            assert [grad.shape for grad in grads[1:]] == [value.shape for value in size.parameters(CPU).values()]
+
+
+def test_sweeps_of_a_gpu():
+    """What is judged is measured again beside torch.compile; each on a CPU as something small of the same kinds."""
+    sizes = {name: microbench.sweep(name, torch.device("cuda")) for name in microbench.FOR_GPUS}
+    assert [size._replace(compiled=True) for size in sizes["judged"]] == [
+        size._replace(peers=False) if isinstance(size, Size) else size for size in sizes["compiled"][:8]
+    ]
+    assert len(set(sizes["gpu"])) == len(sizes["gpu"])
+    assert {size.learned for size in sizes["gpu"]} == set(microbench.LEARNED)
+    assert {(1000, 2**10), (1, 2**24), *((4, 2**power) for power in range(14, 19))} <= {
+        size[:2] for size in sizes["gpu"]
+    }
+    for name in sizes:
+        assert all(size.elements <= 2**15 for size in microbench.sweep(name, CPU))
+    assert {size.learned for size in microbench.sweep("gpu", CPU)} == set(microbench.LEARNED)
 
 
 def test_cold_caches_are_filled_before_each_call(monkeypatch):
@@ -190,6 +211,7 @@ def test_sweeps():
 
 
 def test_report_and_figure(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     sizes = [Size(2, 64, "float32"), Size(3, 64, "float32"), Size(3, 128, "float32"), Block((2, 3, 4, 5, 6), "float32")]
     monkeypatch.setattr(microbench, "CPU_SIZES", sizes)
     monkeypatch.setattr(microbench, "sweep", lambda name, device: sizes)

@@ -4,6 +4,12 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
 import torch
 
 import asgl_cuda
@@ -22,6 +28,8 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_blocks_run():
+    for library in ("nir", "nirtorch", "spikingjelly"):
+        pytest.importorskip(library)
     python = blocks("python")
     assert len(python) == 8
     torch.manual_seed(0)

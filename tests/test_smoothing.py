@@ -3,6 +3,11 @@
 import math
 
 import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
 import torch
 from rich.progress import Progress
 

@@ -5,6 +5,11 @@ import math
 import sys
 
 import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
 import torch
 from rich.console import Console
 
