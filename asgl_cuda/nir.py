@@ -304,10 +304,12 @@ class _Export(fx.Interpreter):
         node.input_type, node.output_type = {"input": _shape(flow.shape)}, {"output": _shape(after.shape)}
         self._add(n.name, node, flow.sources)
         layer: Any = module
-        if self.computed.get("scale_output") if isinstance(module, Fused) else getattr(module, "scale_output", False):
+        if self.computed.get("scale_output") if isinstance(layer, Fused) else getattr(layer, "scale_output", False):
             after = after._replace(sources=(f"{n.name}_scale",))
-            scale = _per_neuron(layer, layer.v_threshold, flow.shape).to(real_type(flow.dtype), copy=True)
-            self._add(after.sources[0], self.nir.Scale(_numpy(scale)), (n.name,))
+            scale = node.v_threshold.copy()
+            if isinstance(layer, LIF):  # whose node has the threshold above v_rest
+                scale = _numpy(_per_neuron(layer, layer.v_threshold, flow.shape).to(real_type(flow.dtype), copy=True))
+            self._add(after.sources[0], self.nir.Scale(scale), (n.name,))
         return after
 
     def _add(self, name: str, node: Any, sources: tuple[str, ...]) -> None:

@@ -8,7 +8,6 @@ unless it is known to have been compiled from other sources.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import multiprocessing
 import os
@@ -20,7 +19,7 @@ from functools import partial
 
 import torch
 
-from asgl_cuda import jit
+from asgl_cuda import extension, jit
 
 from .cuda_code import CSRC, ROOT
 from .gpu_steps import CUPY_CACHE, PREPARED
@@ -29,24 +28,23 @@ SOURCES = PREPARED / "sources"  # a digest of what the extension was compiled fr
 # In a process of its own, since what is built anew can't be loaded anew.
 PROBE = """
 import sys, torch
-from asgl_cuda import lif, ops
+from asgl_cuda import extension, lif
 device, architecture = sys.argv[1:]
-if ops.extension is None:
-    sys.exit(f"the extension is missing: {ops.extension_error}")
-if device == "cuda" and ops.build_info.cuda is None:
-    sys.exit(f"the extension was built without CUDA: {ops.build_info.reason}")
-if device == "cuda" and architecture not in ops.build_info.cuda.split():
-    sys.exit(f"the extension was built for {ops.build_info.cuda}, and not for {architecture}")
+info = extension.build_info
+if extension.module is None:
+    sys.exit(f"the extension is missing: {extension.problem}")
+if device == "cuda" and info.cuda is None:
+    sys.exit(f"the extension was built without CUDA: {info.reason}")
+if device == "cuda" and architecture not in info.cuda.split():
+    sys.exit(f"the extension was built for {info.cuda}, and not for {architecture}")
 if device == "cpu" or torch.cuda.is_available():
     lif(torch.ones(4, 64, device=device), backend=device).sum().item()
 """
 
 
 def digest() -> str:
-    found = hashlib.sha256((ROOT / "setup.py").read_bytes())
-    for path in sorted(path for path in CSRC.iterdir() if path.suffix != ".md"):
-        found.update(path.name.encode() + b"\0" + path.read_bytes())
-    return found.hexdigest()
+    """Of the sources and of how they are compiled."""
+    return extension.build_directory(CSRC).name
 
 
 def extension_problem(device: str, architecture: str) -> str | None:

@@ -237,11 +237,10 @@ class Call {
                       "asgl_cuda: analog_below must be in [0, ", kAnalogBelowInState, "], got ", options.analog_below);
     if (options.analog_below > 0 && options.analog_below != kAlwaysAnalog) {
       const int64_t numbers = options.analog_below == kAnalogBelowInState ? 3 : 2;
-      TORCH_CHECK_VALUE(rng_state.has_value() && rng_state->scalar_type() == at::kLong &&
-                            rng_state->numel() == numbers && rng_state->is_contiguous() &&
-                            rng_state->device() == x_seq.device(),
-                        "asgl_cuda: rng_state must be a contiguous int64 tensor of ", numbers, " elements on ",
-                        x_seq.device());
+      TORCH_CHECK_VALUE(
+          rng_state.has_value() && rng_state->scalar_type() == at::kLong && rng_state->numel() == numbers &&
+              rng_state->is_contiguous() && rng_state->device() == x_seq.device(),
+          "asgl_cuda: rng_state must be a contiguous int64 tensor of ", numbers, " elements on ", x_seq.device());
     }
     for (int id = 0; id < kNumParameters; ++id) {
       const OptionalTensor parameter = parameters.get(id);

@@ -106,7 +106,7 @@ def test_other_blocks_are_refused(monkeypatch, wrong):
             for name, value in wrong.items():
                 if name == "width" and isinstance(layer, asgl_cuda.LIF):
                     layer.log_width.data.fill_(math.log(value))
-                elif name in vars(layer):
+                elif name in vars(layer) or isinstance(getattr(type(layer), name, None), property):
                     setattr(layer, name, value)
         return fused, report
 
