@@ -274,6 +274,8 @@ def checked_call(
     for name, value in named:
         if isinstance(value, Tensor):
             check_parameter(name, value, x_seq, caller)
+            if torch.compiler.is_compiling() and any(value is other for _, other in named[: len(parameters)]):
+                value = value.view_as(value)  # the compiler takes no tensor twice, as the threshold that is subtracted
             constants.append(0.0)
             parameters.append(value.to(real))
         else:

@@ -95,6 +95,17 @@ def test_compile_draws_the_same_noise_as_eager(backend, device, compiled):
         assert_all_equal(fast(x_seq), expected)
 
 
+def test_compile_where_the_learned_threshold_is_subtracted(backend, device, compiled):
+    """One tensor is then two parameters, which the compiler does not take as it is."""
+    compile_it, _ = compiled
+
+    def function(x_seq, v_threshold):
+        return asgl_cuda.lif(x_seq, v_threshold=v_threshold, v_reset=None, backend=backend)
+
+    inputs = (random_input(5, 31, device=device), uniform(31, low=0.5, high=1.0, device=device))
+    assert_all_equal(with_gradients(compile_it(function), *inputs), with_gradients(function, *inputs))
+
+
 @pytest.mark.parametrize("prob", [0.0, 1 / 65536, 0.3, 1 - 1 / 65536, 1.0])
 @pytest.mark.parametrize("steps", [4, 20])
 def test_analog_prob_as_data_is_as_a_number(backend, device, prob, steps):
