@@ -357,8 +357,8 @@ def lif(
         v_reset: potential after a spike (hard reset), or None for the soft reset.
         reset_amount: what a spike takes off the potential under the soft reset; default `v_threshold`.
         width: width of the surrogate, in units of x_seq, at least 1.1e-19 in float32, where 1 / width^2 is still
-            finite. A tensor is checked on the CPU alone, since a GPU would have to be waited for: there the gradients
-            of a width < 0 have the wrong sign, those of 0 are NaN.
+            finite. A tensor is checked on the CPU alone, outside of torch.compile and torch.func, since a GPU would
+            have to be waited for: elsewhere the gradients of a width < 0 have the wrong sign, those of 0 are NaN.
         surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: share of elements and steps that emit F(u / width) instead of a spike, in steps of 1 / 65536. As a

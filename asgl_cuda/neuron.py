@@ -24,6 +24,7 @@ from .checks import (
 )
 from .functional import LIFOutput, lif
 from .reference import real_type, state_shape, with_gradient_of
+from .transforms import transforming
 
 _CALLER = "asgl_cuda.LIF"
 
@@ -294,6 +295,11 @@ class LIF(Noisy):
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self.__prepare_scriptable__()
         time_dim = check_input(x_seq, self.time_dim, _CALLER)
+        if (self.stateful or self.store_v_seq) and transforming():
+            raise RuntimeError(
+                "asgl_cuda.LIF: a layer with stateful or store_v_seq can't keep potentials under transforms of "
+                "torch.func, which end with them; asgl_cuda.lif takes v_init and returns v_last and v_seq"
+            )
         if self.v is not None:
             shape = state_shape(x_seq, time_dim)
             if list(self.v.shape) != shape:

@@ -24,6 +24,7 @@ from .functional import LIFOutput
 from .interop.conversion import libraries
 from .neuron import LIF, BatchNormLIF
 from .surrogate import SURROGATES
+from .transforms import transforming
 
 _SCHEDULE = "asgl_cuda.AnalogProbSchedule"
 
@@ -328,6 +329,11 @@ def _shares_of_output(s_seq: Tensor) -> dict[str, Tensor]:
     return {"firing_rate": s_seq >= 0.5, "analog_share": s_seq != s_seq.round()}
 
 
+def _is_hidden() -> bool:
+    """Whether a call is one whose values can't be looked at."""
+    return torch.compiler.is_compiling() or transforming()
+
+
 class Monitor:
     """Watches the ASGL layers of a model, over all calls inside `with monitor:` or between `start()` and `stop()`.
 
@@ -350,8 +356,8 @@ class Monitor:
     and `dead` and `saturated` are unless the layer says where time is by `time_dim`, None for calls of one step. What
     was not seen is missing as well, so before the first call there are only widths.
 
-    Watching changes no output, gradient, state or random number. Calls inside compiled code are not seen: watch the
-    model before torch.compile, on some batches.
+    Watching changes no output, gradient, state or random number. Calls inside compiled code and under transforms of
+    torch.func are not seen: watch the model before, on some batches.
 
     Raises ValueError for a model without ASGL layers, TypeError for what is no module.
 
@@ -398,14 +404,14 @@ class Monitor:
 
     def _look_before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x_seq = _input_of(args, kwargs)
-        if torch.compiler.is_compiling() or type(layer).forward is not LIF.forward or not isinstance(x_seq, Tensor):
+        if _is_hidden() or type(layer).forward is not LIF.forward or not isinstance(x_seq, Tensor):
             return
         draws = layer.training and layer.analog_prob > 0
         self._before[layer] = _Before(layer.v, _rng_state(x_seq.device) if draws else None)
 
     @torch.no_grad()
     def _look(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if _is_hidden():
             return
         s_seq = output[0] if isinstance(output, tuple) else output
         if not isinstance(s_seq, Tensor) or s_seq.numel() == 0:

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import asgl_cuda
 from asgl_cuda.interop.fused import Fused
+from asgl_cuda.interop.snntorch import MultiStep
 
 
 def jelly(**options):
@@ -443,3 +444,24 @@ def test_no_library_is_imported():
         "assert not any(name in sys.modules for name in names), [n for n in names if n in sys.modules]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_settings_of_a_converted_layer_are_not_changed_in_silence():
+    model, _ = asgl_cuda.convert(nn.Sequential(neuron.LIFNode(step_mode="m")))
+    assert asgl_cuda.convert(model)[1] == ([], [])
+    for options in ({"asgl": {}}, {"backend": "reference"}):
+        again, report = asgl_cuda.convert(model, **options)
+        (left,) = report.left
+        assert left.path == "0"
+        assert "converted already" in left.reason
+        assert "asgl_cuda.revert comes first" in left.reason
+        assert not list(again.parameters())
+
+
+def test_multi_step_without_its_layer_says_so():
+    made = MultiStep(snntorch.Leaky(beta=0.9))
+    reverted, _ = asgl_cuda.revert(made)
+    with pytest.raises(RuntimeError, match=r"got one that was reverted: asgl_cuda\.convert"):
+        reverted(torch.rand(3, 2))
+    x_seq = torch.rand(3, 2)
+    assert torch.equal(asgl_cuda.convert(reverted)[0](x_seq)[0], made(x_seq)[0])

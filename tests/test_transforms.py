@@ -311,3 +311,19 @@ def test_compiled(backend, device, inner):
     assert expected.abs().max() > 0
     close(torch.compile(function, backend="aot_eager")(x_seq), expected)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("option", ["stateful", "store_v_seq"])
+def test_potentials_are_not_kept_under_transforms(option):
+    layer = asgl_cuda.LIF(analog_prob=0.0, **{option: True})
+    with pytest.raises(RuntimeError, match="stateful or store_v_seq can't keep potentials"):
+        vmap(layer)(torch.rand(3, 4, 5))
+    assert layer.v is None
+    assert layer.v_seq is None
+
+
+def test_a_monitor_does_not_look_under_transforms():
+    layer = asgl_cuda.LIF(analog_prob=0.0)
+    with asgl_cuda.Monitor(layer) as monitor:
+        assert vmap(grad(lambda x: layer(x).sum()))(torch.rand(3, 4, 5)).shape == (3, 4, 5)
+    assert list(monitor.result()[""]) == ["width"]

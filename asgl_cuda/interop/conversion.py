@@ -135,9 +135,16 @@ def convert(
     report = Report([], [])
     inside: list[str] = []  # of layers that are replaced, whose parts need no mention
     for path, layer in list(model.named_modules()):
-        if isinstance(layer, Fused) or path.startswith(tuple(inside)):
+        if path.startswith(tuple(inside)):
             continue
         name = type(layer).__name__
+        if isinstance(layer, Fused):
+            if wanted is not None or backend is not None:
+                first = (
+                    "asgl_cuda.unfuse and revert come" if isinstance(layer, Normalised) else "asgl_cuda.revert comes"
+                )
+                report.left.append(Left(path, name, f"it is converted already, with its own settings: {first} first"))
+            continue
         found = next((answer for library in known if (answer := library.find(layer)) is not None), None)
         if found is None:
             continue

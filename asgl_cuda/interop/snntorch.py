@@ -140,6 +140,11 @@ class MultiStep(nn.Module):
         for name, value in (("x_seq", x_seq), ("mem", mem)):
             if not isinstance(value, Tensor) and not (name == "mem" and value is None):
                 raise TypeError(f"{_MULTI_STEP}: {name} must be a tensor, got {type(value).__name__}")
+        if not isinstance(self.layer, FusedLeaky):
+            raise RuntimeError(
+                f"{_MULTI_STEP}: layer must be converted, got one that was reverted: "
+                "asgl_cuda.convert(model, inplace=True) converts it again"
+            )
         layer: Any = self.layer
         if layer.reset_delay or layer.reset_mechanism == "none":
             output = layer.steps(x_seq, mem)
