@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .reference import is_channels_last
+from .reference import channel_dim, is_channels_last
 
 Rule = Callable[..., tuple[Any, Any]]  # of info, in_dims and the operator's arguments; returns outputs and out_dims
 
@@ -38,6 +38,7 @@ def _rule_of_forward(operator: Callable[..., Any]) -> Rule:
         if not _are_numbered_in_one_row(rng_state, in_dims[2]):
             return one_by_one(info, in_dims, *arguments)
         samples = _Samples(info.batch_size, x_seq, in_dims[0], time_dim)
+        rng_state = _of_all_samples(rng_state, in_dims[2])
         *outputs, checkpoints = operator(
             samples.x_seq, samples.front(v_init, in_dims[1]), rng_state,
             [samples.parameter(value, dim) for value, dim in zip(parameters, in_dims[3], strict=True)],
@@ -59,6 +60,7 @@ def _rule_of_backward(operator: Callable[..., Any]) -> Rule:
         if not _are_numbered_in_one_row(rng_state, in_dims[6]):
             return one_by_one(info, in_dims, *arguments)
         samples = _Samples(info.batch_size, x_seq, in_dims[4], time_dim)
+        rng_state = _of_all_samples(rng_state, in_dims[6])
         of_parameters = list(zip(parameters, in_dims[8], needs_parameters, strict=True))
         grad_x_seq, grad_v_init, grad_parameters = operator(
             *(samples.front(grad, dim) for grad, dim in zip(grads, in_dims[:4], strict=True)),
@@ -77,8 +79,14 @@ def _rule_of_backward(operator: Callable[..., Any]) -> Rule:
 
 
 def _are_numbered_in_one_row(rng_state: Tensor | None, dim: int | None) -> bool:
-    """Whether the neurons of all samples may be: without noise, or with that of `draw_under_transforms`."""
-    return rng_state is None or (dim is None and rng_state.dim() == 2)
+    """Whether the neurons of all samples are: without noise, or with that which `draw_under_transforms` has mapped."""
+    return rng_state is None or (dim is not None and rng_state.dim() == 3)
+
+
+def _of_all_samples(rng_state: Tensor | None, dim: int | None) -> Tensor | None:
+    if rng_state is None or dim is None:
+        return None
+    return rng_state.narrow(dim, 0, 1).squeeze(dim) if rng_state.shape[dim] else rng_state.new_zeros((1, 2))
 
 
 def _shape_of_one(value: Tensor, dim: int | None) -> list[int]:
@@ -93,7 +101,7 @@ class _Samples:
         self._dims = len(_shape_of_one(x_seq, dim))
         self.x_seq = self.front(x_seq, dim).contiguous()
         steps = self.x_seq.shape[time_dim + 1]
-        self._neurons = self.x_seq.numel() // (count * steps)
+        self._neurons = self.x_seq.numel() // max(count * steps, 1)
 
     def front(self, value: Any, dim: int | None) -> Any:
         """With the samples first, also where they share it."""
@@ -119,7 +127,7 @@ class _Samples:
         each = self.front(checkpoints, dim)
         segments = (each.shape[1] - 2) // max(self._neurons, 1)
         kept = each[:, :-2].reshape(self._count, segments, self._neurons).movedim(1, 0)
-        return torch.cat([kept.flatten(), each[0, -2:]])
+        return torch.cat([kept.flatten(), each.new_zeros(2)])
 
 
 def _one_by_one(operator: Callable[..., Any], place: int) -> Rule:
@@ -129,15 +137,19 @@ def _one_by_one(operator: Callable[..., Any], place: int) -> Rule:
         values, structure = pytree.tree_flatten(arguments)
         dims = pytree.tree_leaves(in_dims)
 
+        def pick(value: Any, dim: int | None, index: int) -> Any:
+            if dim is None:
+                return value
+            if info.batch_size == 0:  # one that tells the shapes
+                return value.new_zeros(_shape_of_one(value, dim))
+            return _dense(value.select(dim, index), arguments[place])
+
         def sample(index: int) -> Any:
-            picked = (
-                value if dim is None else _dense(value.select(dim, index), arguments[place])
-                for value, dim in zip(values, dims, strict=True)
-            )
+            picked = [pick(value, dim, index) for value, dim in zip(values, dims, strict=True)]
             return operator(*pytree.tree_unflatten(picked, structure))
 
-        results = [sample(index) for index in range(info.batch_size)]
-        outputs = pytree.tree_map(lambda *each: torch.stack(each), *results)
+        results = [sample(index) for index in range(max(info.batch_size, 1))]
+        outputs = pytree.tree_map(lambda *each: torch.stack(each)[: info.batch_size], *results)
         return outputs, pytree.tree_map(lambda _: 0, outputs)
 
     return rule
@@ -153,7 +165,9 @@ def _writing_back(batch_norm_backward: Callable[..., Any]) -> Callable[..., Any]
     def operator(grad_x_seq: Tensor, x_seq: Tensor, *others: Any) -> Any:
         if grad_x_seq.numel() == 0:
             return batch_norm_backward(grad_x_seq, x_seq, *others)
-        changed = torch.empty_like(x_seq).copy_(grad_x_seq)
+        last = x_seq.dim() - 1
+        channel = last if x_seq.is_contiguous() else channel_dim(others[-1])  # else channels_last
+        changed = grad_x_seq.movedim(channel, last).clone(memory_format=torch.contiguous_format).movedim(last, channel)
         result = batch_norm_backward(changed, x_seq, *others)
         grad_x_seq.copy_(changed)
         return result

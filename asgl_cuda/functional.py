@@ -449,10 +449,11 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
 
 
 def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: str, together: bool) -> Tensor:
-    """`together`: one for all samples of a vmap, if it can be."""
+    """`together`: such that the samples of a vmap can be computed together."""
     operators = BACKENDS[backend].operators
-    if operators is not None and not torch.compiler.is_compiling() and transforming():
-        return draw_under_transforms(x_seq.device, generator, together)
-    if generator is None and operators is not None:
+    under_transforms = not torch.compiler.is_compiling() and transforming()
+    if together and operators is not None and under_transforms:
+        return draw_under_transforms(x_seq.device, generator)
+    if generator is None and operators is not None and not under_transforms:
         return operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=x_seq.device))
     return torch.randint(2**63 - 1, (2,), generator=generator, device=x_seq.device)

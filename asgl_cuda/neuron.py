@@ -66,9 +66,7 @@ class Noisy(nn.Module):
     def analog_prob(self, value: float) -> None:
         check_analog_prob(value, f"asgl_cuda.{type(self).__name__}")
         self._analog_prob, self._has_noise = float(value), value > 0
-        if "_analog_prob_data" not in self.__dict__:
-            self._analog_prob_data = torch.empty(1, dtype=torch.float64, device="cpu")
-        self._analog_prob_data.fill_(value)
+        self._keep_as_data(getattr(self, "_analog_prob_data", torch.empty(0, device="cpu")).device)
 
     def analog_prob_of_call(self, x_seq: Tensor) -> Tensor | float:
         """`analog_prob` for `asgl_cuda.lif`; 0 in evaluation."""
@@ -79,9 +77,12 @@ class Noisy(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> Any:
         super()._apply(fn, *arguments, **options)  # type: ignore[no-untyped-call]
         if "_analog_prob_data" in self.__dict__:  # whatever fn does to the values and their type
-            device = fn(self._analog_prob_data).device
-            self._analog_prob_data = torch.full((1,), self._analog_prob, dtype=torch.float64, device=device)
+            self._keep_as_data(fn(self._analog_prob_data).device)
         return self
+
+    def _keep_as_data(self, device: torch.device) -> None:
+        with torch.inference_mode(False):  # it is for training, too
+            self._analog_prob_data = torch.full((1,), self._analog_prob, dtype=torch.float64, device=device)
 
     def end_noise(self) -> None:
         """The layer becomes one that has never had a share of analog elements."""

@@ -16,6 +16,11 @@ _FORWARD_MODE = (
 )
 
 
+def in_forward_mode() -> bool:
+    """Whether tensors may have tangents."""
+    return forward_ad._current_level >= 0
+
+
 def transforming() -> bool:
     """Whether a transform of torch.func is at work."""
     return torch._C._are_functorch_transforms_active()
@@ -29,9 +34,10 @@ def is_differentiated(tensors: Sequence[Tensor | None], caller: str) -> bool:
     if transforming():
         # An input that is mapped does not tell whether it is differentiated further out.
         return torch.is_grad_enabled() or not torch.compiler.is_compiling()
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if in_forward_mode():
         given = (tensor for tensor in tensors if tensor is not None)
-        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
+        # The compiler does not tell which tensors have a tangent.
+        if torch.compiler.is_compiling() or any(forward_ad.unpack_dual(each).tangent is not None for each in given):
             raise RuntimeError(f"{caller}: {_FORWARD_MODE}")
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -54,11 +60,11 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         raise
 
 
-def draw_under_transforms(device: torch.device, generator: torch.Generator | None, together: bool) -> Tensor:
-    """A random rng_state by the rules of vmap's `randomness`.
+def draw_under_transforms(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """A random rng_state `[1, 2]`, by the rules of vmap's `randomness`.
 
-    Where every vmap wants different numbers for each sample, and with `together`, it is `[1, 2]`, one for all samples:
-    the first dimension tells the batching rules that the neurons of all samples are numbered in one row.
+    Where samples are to have different noise it is mapped, with the same numbers for all: its first dimension tells the
+    batching rules that the neurons of all samples of that vmap are numbered in one row.
     """
     from torch._functorch.pyfunctorch import (
         VmapInterpreter,
@@ -67,7 +73,12 @@ def draw_under_transforms(device: torch.device, generator: torch.Generator | Non
     )
 
     maps = [each for each in retrieve_all_functorch_interpreters() if isinstance(each, VmapInterpreter)]
-    if together and maps and all(each.randomness() == "different" for each in maps):
-        with temporarily_clear_interpreter_stack():
-            return torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)
-    return torch.randint(2**63 - 1, (2,), generator=generator, device=device)
+    if any(each.randomness() == "error" for each in maps):
+        return torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)  # with the error of torch
+    apart = [each for each in maps if each.randomness() == "different"]
+    with temporarily_clear_interpreter_stack():
+        state = torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)
+        state = state.expand(*(each.batch_size() for each in apart), 1, 2)
+        for each in apart:  # outermost first
+            state = torch._C._functorch._add_batch_dim(state, 0, each.level())
+    return state

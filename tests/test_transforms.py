@@ -327,3 +327,78 @@ def test_a_monitor_does_not_look_under_transforms():
     with asgl_cuda.Monitor(layer) as monitor:
         assert vmap(grad(lambda x: layer(x).sum()))(torch.rand(3, 4, 5)).shape == (3, 4, 5)
     assert list(monitor.result()[""]) == ["width"]
+
+
+def noisy(backend, v_threshold):
+    """Its derivative with respect to the threshold is itself, as the noise has it."""
+    options = {"scale_output": True, "analog_prob": 0.5, "surrogate": "sigmoid", "width": 1e6, "decay": 0.0}
+    return lambda a: asgl_cuda.lif(a, v_threshold=v_threshold, backend=backend, **options)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_backward_has_the_noise_of_forward_whatever_is_mapped_beside(backend, device, steps):
+    """Cotangents that are mapped, too, must not number the neurons anew."""
+    x_seq = torch.full((SAMPLES, steps, 9), 0.3, device=device)
+    one = torch.ones((), device=device)
+
+    def value_and_derivative(a):
+        s_seq, pull = vjp(lambda v_threshold: noisy(backend, v_threshold)(a), one)
+        basis = torch.eye(a.numel(), device=device).reshape(-1, *a.shape)
+        return s_seq, vmap(pull)(basis)[0].reshape(a.shape)
+
+    s_seq, derivative = vmap(value_and_derivative, randomness="different")(x_seq)
+    assert 0.3 < (s_seq > 0).float().mean() < 0.7
+    close(derivative, s_seq)
+    outside, pull = vjp(lambda v: vmap(noisy(backend, v), randomness="different")(x_seq), one)
+    basis = torch.eye(outside.numel(), device=device).reshape(-1, *outside.shape)
+    close(vmap(pull)(basis)[0].reshape(outside.shape), outside)
+
+
+def test_samples_differ_where_only_the_noise_is_mapped(backend, device):
+    x_seq = torch.full((4, 200), 0.3, device=device)
+
+    def function(a):
+        return (
+            asgl_cuda.lif(x_seq, analog_prob=0.5, width=1e6, v_threshold=10.0, surrogate="sigmoid", backend=backend) + a
+        )
+
+    found = vmap(vmap(function, randomness="different"), randomness="different")(torch.zeros(2, 3, device=device))
+    rows = found.flatten(0, 1).flatten(1).unique(dim=0)
+    assert len(rows) == 6
+
+
+def test_statistics_where_the_cotangent_is_mapped_further(backend, device):
+    x_seq = torch.rand(2, 4, 3, 2, device=device)
+
+    def function(name):
+        return lambda x: asgl_cuda.batch_norm_lif(x, training=True, surrogate="sigmoid", backend=name)
+
+    expected = jacrev(vmap(function("reference")))(x_seq)
+    torch.testing.assert_close(jacrev(vmap(function(backend)))(x_seq), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_no_samples(backend, device, state):
+    options = {"analog_prob": 0.5, "rng_state": rng_state(device=device)} if state else {}
+    function = lambda x: asgl_cuda.lif(x, backend=backend, **options)  # noqa: E731
+    x_seq = torch.rand(0, 4, 3, device=device)
+    assert vmap(function)(x_seq).shape == x_seq.shape
+    assert vmap(grad(lambda x: function(x).sum()))(x_seq).shape == x_seq.shape
+
+
+@pytest.mark.parametrize("name", [None, "reference"])
+def test_forward_mode_is_not_lost_in_compiled_code(backend, device, name):
+    torch._dynamo.reset()
+    name = name or backend
+    x_seq = torch.rand(4, 3, device=device)
+    function = lambda x: asgl_cuda.lif(x, surrogate="sigmoid", backend=name)  # noqa: E731
+    tangent = lambda x: jvp(function, (x,), (x,))[1]  # noqa: E731
+    compiled = torch.compile(tangent, backend="aot_eager")
+    if name == "reference":
+        close(compiled(x_seq), tangent(x_seq))
+    else:
+        with pytest.raises(RuntimeError, match=r"forward-mode"):
+            compiled(x_seq)
+        with pytest.raises(RuntimeError, match=r"forward-mode"), forward_ad.dual_level():
+            torch.compile(function, backend="aot_eager")(forward_ad.make_dual(x_seq, x_seq))
+    torch._dynamo.reset()
