@@ -320,13 +320,13 @@ def test_verdicts(monkeypatch):
     assert verdicts[first + "CuPy over nvcc, backward"] == (1.053, False)
     assert verdicts[last + "forward over x * 2"] == (1.35, False)
     assert verdicts[last + "backward over x * g"] == (1.133, True)
-    assert verdicts[last + "reference over ours"] == (10.169, False)
+    assert verdicts[last + "reference over ours"] == (9.836, False)
     assert last + "torch.compile over ours" not in verdicts
     assert verdicts["T = 4, N = 16777216, bfloat16: forward over x * 2"] == (None, False)
     # 36 bytes are 2.25 copies of 16.
     assert verdicts["block [4, 32, 64, 32, 32], float32: nvcc over copies"] == (1.133, True)
     assert verdicts["block [4, 32, 64, 32, 32], float32: CuPy over copies"] == (1.156, False)
-    assert verdicts["block [4, 256, 64, 32, 32], bfloat16: nvcc over copies"] == (1.4, True)
+    assert verdicts["block [4, 256, 64, 32, 32], bfloat16: nvcc over copies"] == (1.4, False)
     assert verdicts["block [4, 256, 64, 32, 32], bfloat16: CuPy over copies"] == (None, False)
     assert verdicts["block [4, 256, 64, 32, 32], float32, channels_last: nvcc over copies"] == (1.133, True)
     assert verdicts["block [4, 256, 64, 32, 32], float32: nvcc over copies"] == (None, False)

@@ -44,7 +44,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
     does so, or where it is not certain that it does not. The report says of each one that is left why. Exchange neither
     the normalisation nor the neurons of a pair: `torch.nn.SyncBatchNorm.convert_sync_batchnorm`,
     `torch.nn.utils.fusion.fuse_conv_bn_eval` and the like come before, or after `unfuse`; else the next call raises
-    RuntimeError.
+    RuntimeError, as it does in replicas of `nn.DataParallel`; `DistributedDataParallel` takes a fused model.
 
     Only neurons that normalise are converted: for the others call `convert` as well, before or after. What a forward
     does is taken from a trace with its attributes as they are now, on every way that shapes of tensors may lead it. A
