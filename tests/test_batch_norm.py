@@ -397,6 +397,30 @@ def test_half_types_are_as_good_as_torch_computes_them(backend, device, dtype):
         assert relative(actual, expected) <= 2 * relative(pair_of_layers, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("values", [2, 4])
+def test_half_types_with_few_values_a_channel(backend, device, dtype, values):
+    """What is left of dx is small against its terms: it may be no worse than that of torch's layers, twice at most."""
+    x_seq = (torch.randn(2, values // 2, 256, dtype=torch.float64, device=device) * 2 + 1).to(dtype)
+    grad = torch.randn(x_seq.shape, device=device).to(dtype)
+    options = {"surrogate": "sigmoid", "analog_prob": 1.0, "width": 3.0, "return_v_last": True, "backend": backend}
+
+    def of_pair(x_seq):
+        leaf = x_seq.detach().clone().requires_grad_()
+        real = real_of(leaf.dtype)
+        norm = nn.BatchNorm1d(256, device=device, dtype=real)
+        out = asgl_cuda.lif(norm(leaf.flatten(0, 1)).view_as(leaf), **options)
+        return torch.autograd.grad(out.s_seq, leaf, grad.to(leaf.dtype))[0].double()
+
+    leaf = x_seq.clone().requires_grad_()
+    out = batch_norm_lif(leaf, training=True, **options)
+    assert (out.s_seq.dtype, out.v_last.dtype) == (dtype, torch.float32)
+    (ours,) = torch.autograd.grad(out.s_seq, leaf, grad)
+    assert ours.dtype == dtype
+    exact = of_pair(x_seq.double())
+    assert relative(ours.double(), exact) <= 2 * relative(of_pair(x_seq), exact)
+
+
 def test_constant_channels(backend, device):
     """Their deviation is 0: what is left is the bias, and a gradient that is finite."""
     x_seq = torch.full((3, 4, 5, 2, 2), 7.25, device=device, requires_grad=True)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import asgl_cuda
@@ -87,6 +88,25 @@ def with_an_empty_share(rank):
     return leaf.grad, layer.running_mean, layer.running_var
 
 
+def with_one_value(rank, backend):
+    """In all processes together: what is said of it, and whether the running statistics are as they were."""
+    layer = asgl_cuda.BatchNormLIF(3, process_group="world", backend=backend)
+    try:
+        layer(torch.ones(1, 1 - rank, 3))
+    except ValueError as error:
+        return str(error), layer.running_var.tolist()
+    return "nothing", layer.running_var.tolist()
+
+
+def with_a_tensor_of_all():
+    mesh = dist.init_device_mesh("cpu", (PROCESSES,))
+    try:
+        asgl_cuda.lif(DTensor.from_local(torch.ones(4, 3), mesh))
+    except TypeError as error:
+        return str(error)
+    return "nothing"
+
+
 def unshared():
     return torch.randn(4, 6, 3, 5, generator=torch.Generator().manual_seed(1))
 
@@ -97,7 +117,9 @@ def in_process(rank, folder, backends):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
     found = {(name, wrapped): train_in_process(rank, name, wrapped) for name in backends for wrapped in (False, True)}
     found |= {(name, "fused"): train_fused(rank, name) for name in backends}
+    found |= {(name, "one value"): with_one_value(rank, name) for name in backends}
     found["empty"] = with_an_empty_share(rank)
+    found["DTensor"] = with_a_tensor_of_all()
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -196,3 +218,22 @@ def test_fully_shard(tmp_path):
             assert getattr(sharded[1], name).item() == getattr(plain[1], name).item()
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_value_in_all_processes_is_an_error_of_each(results, backend):
+    for rank in range(PROCESSES):
+        said, running_var = results[rank][backend, "one value"]
+        assert said == (
+            "asgl_cuda.batch_norm_lif: training needs more than one value a channel, got one in all processes, here "
+            f"x_seq of shape [1, {1 - rank}, 3]"
+        )
+        assert running_var == [1, 1, 1]
+
+
+def test_a_tensor_of_many_processes_is_refused(results):
+    for found in results:
+        assert found["DTensor"] == (
+            "asgl_cuda.lif: x_seq must be a tensor of this process, got a DTensor; neurons are independent, so that "
+            "x_seq.to_local() can be taken where time is not sharded"
+        )
