@@ -101,7 +101,7 @@ struct ShiftedSums {
 };
 
 template <class Scalar, int kLanes>
-__global__ void __launch_bounds__(kBlockThreads, 7) batch_moments_kernel(const MomentsParams<Scalar> params) {
+__global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const MomentsParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   constexpr int kTogether = sizeof(Real) == 4 && kLanes == 1 ? 8 : 4;  // loads that are under way at a time
   const ChannelTiles& tiles = params.tiles;
