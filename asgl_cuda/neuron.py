@@ -44,6 +44,14 @@ def bounded(value: Tensor) -> Tensor:
     return with_gradient_of(value.detach().clamp(-_BOUND, _BOUND), value)
 
 
+def give_dimension(state_dict: dict[str, Any], prefix: str, *names: str) -> None:
+    """What is learned for a whole layer has a dimension, which older checkpoints lack."""
+    for name in names:
+        value = state_dict.get(prefix + name)
+        if isinstance(value, Tensor) and value.dim() == 0:
+            state_dict[prefix + name] = value.reshape(1)
+
+
 def _fill(parameter: Tensor | None, value: float) -> None:
     if parameter is not None:
         with torch.no_grad():
@@ -54,7 +62,7 @@ class Noisy(nn.Module):
     """A layer with a share of analog elements, which is data of a compiled graph: a schedule compiles nothing anew."""
 
     _analog_prob: float
-    _has_noise: bool
+    _has_noise: bool  # apart from the share, so that a compiled graph depends on nothing else
     _analog_prob_data: Tensor  # no buffer: DistributedDataParallel would send it round at each call
 
     @property
@@ -411,11 +419,8 @@ class LIF(Noisy):
         return self.__dict__ | potentials
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *options: Any) -> None:
-        # What is learned for the whole layer was a scalar in older checkpoints.
-        for name in ("log_width", "logit_decay", "threshold"):
-            value = state_dict.get(prefix + name)
-            if not self.num_features and isinstance(value, Tensor) and value.dim() == 0:
-                state_dict[prefix + name] = value.reshape(1)
+        if not self.num_features:
+            give_dimension(state_dict, prefix, "log_width", "logit_decay", "threshold")
         super()._load_from_state_dict(state_dict, prefix, *options)
 
     def extra_repr(self) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..functional import LIFOutput, lif
-from ..neuron import Noisy, bounded
+from ..neuron import Noisy, bounded, give_dimension
 from ..surrogate import SURROGATES
 
 
@@ -120,10 +120,7 @@ class Fused(Noisy):
         return False
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        # Checkpoints of earlier versions have a scalar.
-        saved = state_dict.get(f"{prefix}log_width")
-        if isinstance(saved, Tensor) and saved.dim() == 0:
-            state_dict[f"{prefix}log_width"] = saved.reshape(1)
+        give_dimension(state_dict, prefix, "log_width")
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
