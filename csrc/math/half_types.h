@@ -1,7 +1,7 @@
 // 16-bit floating types as plain storage, and their conversion to and from the type of the arithmetic.
 #pragma once
 
-#include "host_device.h"
+#include "math/host_device.h"
 
 namespace asgl {
 

@@ -3,7 +3,7 @@
 // a few numbers.
 #pragma once
 
-#include "half_types.h"
+#include "math/half_types.h"
 
 namespace asgl {
 

@@ -1,8 +1,9 @@
-// What a kernel is given: plain structs, passed by value.
+// The neuron's kernels are given these plain structs, by value. The backend cupy reads their layout from this text.
 #pragma once
 
-#include "half_types.h"
-#include "lif_math.h"
+#include "math/half_types.h"
+#include "math/neuron.h"
+#include "math/philox.h"
 
 namespace asgl {
 
@@ -18,8 +19,7 @@ struct SequenceShape {
 // Steps between two potentials kept for backward. A sequence of at most this length keeps none.
 constexpr int kCheckpointSteps = 16;
 
-enum ParameterId { kWidth, kDecay, kThreshold, kReset, kInputGain, kInputBias, kInputMean };
-constexpr int kNumParameters = 7;
+enum ParameterId { kWidth, kDecay, kThreshold, kReset, kInputGain, kInputBias, kInputMean, kNumParameters };
 
 // A parameter at neuron n and step t is data[t * step_stride + (n / inner) % count], or constant where data is null.
 template <class Real>
@@ -46,23 +46,28 @@ ASGL_HOST_DEVICE bool all_uniform(const ParameterView<Real> (&parameters)[kNumPa
   return all;
 }
 
-// Neuron n where all parameters are uniform but, with kNormalised, those of the input, which are the same at all steps.
-template <Input kInput, class Real>
-ASGL_HOST_DEVICE Neuron<Real> settled_neuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n) {
-  const auto value = [&](ParameterId id) { return parameters[id].uniform_value(); };
-  const auto at_n = [&](ParameterId id) {
-    return kInput == Input::kNormalised ? parameters[id].at(n, 0) : parameters[id].uniform_value();
-  };
-  return {value(kDecay),    value(kThreshold), value(kReset),   Real(1) / value(kWidth),
-          at_n(kInputGain), at_n(kInputBias),  at_n(kInputMean)};
+// The neuron whose parameters have the values value(id).
+template <class Real, class F>
+ASGL_HOST_DEVICE Neuron<Real> neuron_of(F&& value) {
+  return {value(kDecay),     value(kThreshold), value(kReset),    inverse_of_width<Real>(value(kWidth)),
+          value(kInputGain), value(kInputBias), value(kInputMean)};
 }
 
-constexpr uint32 kAlwaysAnalog = 65536;
+// Neuron n where all parameters are uniform, except, with kNormalised, those of the input, which are the same at all
+// steps.
+template <Input kInput, class Real>
+ASGL_HOST_DEVICE Neuron<Real> settled_neuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n) {
+  return neuron_of<Real>([&](ParameterId id) {
+    const bool differs = kInput == Input::kNormalised && id >= kInputGain;
+    return differs ? parameters[id].at(n, 0) : parameters[id].uniform_value();
+  });
+}
+
 constexpr uint32 kAnalogBelowInState = kAlwaysAnalog + 1;
 
 struct NoiseParams {
   const int64* rng_state;  // [2]: seed and offset; [3] with kAnalogBelowInState: analog_below as well
-  uint32 analog_below;     // round(analog_prob * 65536)
+  uint32 analog_below;     // round(analog_prob * kAlwaysAnalog)
 
   // 0 is never analog, kAlwaysAnalog always: neither needs a draw.
   ASGL_HOST_DEVICE bool drawn() const { return analog_below > 0 && analog_below < kAlwaysAnalog; }
@@ -75,6 +80,12 @@ struct NoiseParams {
   }
 };
 
+// A launcher's cut() says how neurons are cut among tasks, which fixes the size of GradientPartials.
+struct NeuronTiles {
+  int64 tile;   // neurons a tile
+  int64 count;  // tiles in all
+};
+
 template <class Scalar>
 struct LIFParams {
   using Real = Real_t<Scalar>;
@@ -82,8 +93,12 @@ struct LIFParams {
   ParameterView<Real> parameters[kNumParameters];
   NeuronOptions<Real> options;
   NoiseParams noise;
-  const Scalar* x_seq;
-  const Real* v_init;  // null: v_rest
+  NeuronTiles tiles;
+  const Scalar* x_seq;     // [outer, T, inner]
+  State<const Real*> init;  // [N]; null: at rest
+
+  // The state of a neuron at rest.
+  ASGL_HOST_DEVICE State<Real> at_rest() const { return {options.v_rest}; }
 
   // kGeneral also where other parameters than those of the input differ, or these from step to step.
   ASGL_HOST_DEVICE Input input() const {
@@ -104,11 +119,16 @@ struct LIFParams {
 template <class Scalar>
 struct ForwardParams : LIFParams<Scalar> {
   using typename LIFParams<Scalar>::Real;
-  Scalar* s_seq;
-  Real* v_last;
-  Real* v_seq;
-  Real* h_seq;
-  Real* checkpoints;  // v after steps 16, 32, ..., each [neurons]
+  Scalar* s_seq;             // [outer, T, inner]
+  State<Real*> last;         // [N]
+  Real* v_seq;               // [outer, T, inner]
+  Real* h_seq;               // [outer, T, inner]
+  State<Real*> checkpoints;  // [(T - 1) / kCheckpointSteps, N], after steps 16, 32, ...
+
+  // Whether nothing is wanted except spikes, the last state and checkpoints.
+  ASGL_HOST_DEVICE bool only_spikes() const {
+    return v_seq == nullptr && h_seq == nullptr && !this->options.scale_output;
+  }
 };
 
 // Partial sums of one parameter's gradient, one row of `slots` numbers a step (one row in all where step_stride is 0).
@@ -116,7 +136,7 @@ struct ForwardParams : LIFParams<Scalar> {
 // run = n / inner: no two tiles share a slot, and no slot depends on the number of threads.
 template <class Real>
 struct GradientPartials {
-  Real* data;  // null: not asked for
+  Real* data;  // [T or 1, slots]; null: not asked for
   int64 slots;
 };
 
@@ -124,28 +144,36 @@ struct GradientPartials {
 template <class Scalar>
 struct BackwardParams : LIFParams<Scalar> {
   using typename LIFParams<Scalar>::Real;
-  const Scalar* grad_s_seq;
-  const Real* grad_v_last;
-  const Real* grad_v_seq;
-  const Real* grad_h_seq;
-  const Real* checkpoints;
-  Scalar* grad_x_seq;
-  Real* grad_v_init;
+  const Scalar* grad_s_seq;        // [outer, T, inner]
+  State<const Real*> grad_last;    // [N]
+  const Real* grad_v_seq;          // [outer, T, inner]
+  const Real* grad_h_seq;          // [outer, T, inner]
+  State<const Real*> checkpoints;  // as in ForwardParams
+  Scalar* grad_x_seq;              // [outer, T, inner]
+  State<Real*> grad_init;          // [N]
   GradientPartials<Real> partials[kNumParameters];
+
+  ASGL_HOST_DEVICE bool wants(int id) const { return partials[id].data != nullptr; }
+
+  // Whether no gradient is there or wanted except those of spikes, the sequence, states, width, and gain and bias of
+  // the input.
+  ASGL_HOST_DEVICE bool only_spikes() const {
+    bool only = grad_v_seq == nullptr && grad_h_seq == nullptr && !this->options.scale_output;
+    for (int id = 0; id < kNumParameters; ++id) {
+      only = only && (id == kWidth || id == kInputGain || id == kInputBias || !wants(id));
+    }
+    return only;
+  }
+
+  // Whether a gradient has come in for the state after the last step.
+  ASGL_HOST_DEVICE bool carries() const {
+    bool any = false;
+    for_each_member([&](const Real* grad) { any = any || grad != nullptr; }, grad_last);
+    return any;
+  }
 };
 
-// Whether a gradient is wanted beside those of the sequence, v_init, width, input_gain and input_bias.
-template <class Scalar>
-ASGL_HOST_DEVICE bool wants_other_than_width_and_input(const BackwardParams<Scalar>& params) {
-  bool wants = false;
-  for (int id = 0; id < kNumParameters; ++id) {
-    const bool other = id != kWidth && id != kInputGain && id != kInputBias;
-    wants = wants || (other && params.partials[id].data != nullptr);
-  }
-  return wants;
-}
-
-// What turns the partial sums of one parameter's gradient into the gradient, [steps or 1, count].
+// This turns the partial sums of one parameter's gradient into the gradient, [T or 1, count].
 template <class Real>
 struct GradientSum {
   GradientPartials<Real> partials;
@@ -153,7 +181,7 @@ struct GradientSum {
   SequenceShape shape;
   int64 tile;     // neurons
   bool is_width;  // the sums are then of 1 / width
-  Real* gradient;
+  Real* gradient;  // [T or 1, count]
 
   ASGL_HOST_DEVICE int64 elements() const { return (parameter.step_stride != 0 ? shape.steps : 1) * parameter.count; }
 
@@ -177,8 +205,7 @@ struct GradientSum {
   ASGL_HOST_DEVICE void store(int64 element, double total) const {
     if (is_width) {
       const int64 t = element / parameter.count, i = element % parameter.count;
-      const double width = static_cast<double>(parameter.at(i * parameter.inner, t));
-      total = -total / (width * width);
+      total = gradient_of_width(total, static_cast<double>(parameter.at(i * parameter.inner, t)));
     }
     gradient[element] = static_cast<Real>(total);
   }

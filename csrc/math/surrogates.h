@@ -1,14 +1,14 @@
-// The surrogates as unit-width cumulative functions F and their slopes f = F' (table in the README and in
-// surrogate.py).
+// The surrogates as unit-width cumulative functions F and their slopes f = F' (the README has them as a table).
+// A new one takes its id and its SurrogateMath here, a row in asgl_cuda/surrogate.py, and the documentation.
 #pragma once
 
-#include "float_math.h"
-#include "host_device.h"
+#include "math/float_math.h"
+#include "math/host_device.h"
 
 namespace asgl {
 
-enum class Surrogate : int { kRectangle, kTriangle, kSigmoid, kArctan, kErf, kFastSigmoid, kLaplace };
-constexpr int kNumSurrogates = 7;
+enum class Surrogate : int { kRectangle, kTriangle, kSigmoid, kArctan, kErf, kFastSigmoid, kLaplace, kCount };
+constexpr int kNumSurrogates = static_cast<int>(Surrogate::kCount);
 
 namespace math {
 
@@ -44,7 +44,7 @@ ASGL_HOST_DEVICE Real clamp_to_unit(Real x) {
   return x > Real(1) ? Real(1) : from_below;
 }
 
-// Of a number of at least 1. On a GPU it may be off by one unit in the last place.
+// x is at least 1. On a GPU the result may be off by one unit in the last place.
 template <class Real>
 ASGL_HOST_DEVICE Real reciprocal(Real x) {
   return Real(1) / x;
@@ -73,8 +73,8 @@ template <Surrogate kind>
 struct SurrogateMath;
 
 // value is F(y); adjoint is the gradient of y, given y and the gradient da of F(y).
-// Rectangle and triangle repeat the operations of PyTorch's autograd on the reference in its order, for equal bits.
-// Except that triangle takes one product where autograd adds two halves of it: with gradients under 1e-37 these are
+// Rectangle and triangle repeat the operations of PyTorch's autograd on the reference in its order, for equal bits,
+// except that triangle takes one product where autograd adds two halves of it: with gradients under 1e-37 these are
 // subnormal and round otherwise, and they would cost three operations more.
 
 template <>

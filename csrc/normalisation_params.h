@@ -1,7 +1,8 @@
-// What the kernels of batch normalisation are given: plain structs, passed by value.
+// The kernels of batch normalisation are given these plain structs, by value. The backend cupy reads their layout from
+// this text.
 #pragma once
 
-#include "batch_norm_math.h"
+#include "math/normalisation.h"
 
 namespace asgl {
 
@@ -77,16 +78,17 @@ struct ChannelTask {
 template <class Scalar>
 struct MomentsParams {
   ChannelTiles tiles;
-  const Scalar* x_seq;
-  Moments* moments;  // [slots, channels]
+  const Scalar* x_seq;  // [rows, channels, inner]
+  Moments* moments;     // [slots, channels]
 };
 
-// Of moments, or of mean and variance where these are null. Weight and bias that are null are 1 and 0.
+// The coefficients follow from moments, or from mean and variance where moments are null. Weight and bias that are null
+// are 1 and 0.
 template <class Real>
 struct CoefficientsParams {
   const Moments* moments;  // [slots, channels]
   int64 slots, channels;
-  const Real *mean, *variance, *weight, *bias;
+  const Real *mean, *variance, *weight, *bias;  // [channels]
   Normalisation options;
   Real* coefficients;  // [kNumCoefficients, channels]
   Moments* total;      // [channels]
@@ -111,10 +113,10 @@ struct AdjointParams {
   const Moments* moments;    // [channels]
   const Real* coefficients;  // [kNumCoefficients, channels]
   int64 channels;
-  const Real *grad_gain, *grad_bias;              // the sums of this process
-  const Real *total_grad_gain, *total_grad_bias;  // of all
+  const Real *grad_gain, *grad_bias;              // [channels], the sums of this process
+  const Real *total_grad_gain, *total_grad_bias;  // [channels], the sums of all processes
   Normalisation options;
-  Real *grad_weight, *grad_shift;  // of the normalisation's weight and bias
+  Real *grad_weight, *grad_shift;  // [channels], the gradients of the normalisation's weight and bias
   Real* adjoint;                   // slope and offset, [2, channels]
 
   ASGL_HOST_DEVICE void compute(int64 channel) const {
@@ -137,10 +139,10 @@ template <class Scalar>
 struct InputGradientParams {
   using Real = Real_t<Scalar>;
   ChannelTiles tiles;
-  const Scalar* x_seq;
+  const Scalar* x_seq;  // [rows, channels, inner]
   const Real* mean;     // [channels]
   const Real* adjoint;  // slope and offset, [2, channels]
-  Scalar* grad_x_seq;   // gain * dh on entry, dx on return
+  Scalar* grad_x_seq;   // [rows, channels, inner], gain * dh on entry, dx on return
 };
 
 }  // namespace asgl

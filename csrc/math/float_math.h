@@ -2,7 +2,7 @@
 // Errors were measured over all 2^32 inputs. NaN stays NaN: limits are set by comparisons, not by min and max.
 #pragma once
 
-#include "host_device.h"
+#include "math/host_device.h"
 
 namespace asgl::float_math {
 

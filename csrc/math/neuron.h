@@ -1,0 +1,159 @@
+// One step of the neuron and its adjoint, for one element. Every backend runs these functions. A new neuron model is a
+// type beside LIF, with its own charge, fire, reset and step_adjoint, and a State that has what it carries.
+#pragma once
+
+#include "math/surrogates.h"
+
+namespace asgl {
+
+// A neuron carries this from step to step. T is a number; or the numbers of a thread's neurons, a row of them, or their
+// place in memory, [N].
+template <class T>
+struct State {
+  T v;  // the potential after reset
+};
+
+// Calls f with the same member of all these states, for each member.
+template <class F, class... States>
+ASGL_HOST_DEVICE void for_each_member(F&& f, States&&... states) {
+  f(states.v...);
+}
+
+// The state whose members are f(member).
+template <class T, class F, class Other>
+ASGL_HOST_DEVICE State<T> map_members(F&& f, Other&& state) {
+  return {f(state.v)};
+}
+
+// The neuron's parameters at one element and step. `reset` is v_reset for the hard reset, reset_amount for the soft
+// one.
+template <class Real>
+struct Neuron {
+  Real decay, v_threshold, reset, inverse_width, input_gain, input_bias, input_mean;
+};
+
+// These are the same for all elements and steps.
+template <class Real>
+struct NeuronOptions {
+  Real v_rest;
+  Real surrogate_gain;
+  Surrogate surrogate;
+  bool hard_reset;
+  bool strict_threshold;
+  bool scale_output;
+  bool detach_reset;
+};
+
+// What charge may take for granted, which changes nothing but the sign of a zero.
+enum class Input {
+  kGeneral,
+  kNormalised,  // v_rest = 0
+  kPlain,       // v_rest = 0, input_gain = 1, input_bias = 0, input_mean = 0
+};
+
+// c[t] = input_gain * (x[t] - input_mean) + input_bias
+template <class Real>
+ASGL_HOST_DEVICE Real input_current(Real x, const Neuron<Real>& neuron) {
+  return neuron.input_gain * (x - neuron.input_mean) + neuron.input_bias;
+}
+
+// The firing rule gives the hard spike z: 1 if u >= 0 (strict: u > 0), else 0.
+template <class Real>
+struct Firing {
+  bool strict;
+
+  ASGL_HOST_DEVICE explicit Firing(const NeuronOptions<Real>& options) : strict(options.strict_threshold) {}
+  ASGL_HOST_DEVICE Real spike(Real u) const {
+    return strict ? (u > Real(0) ? Real(1) : Real(0)) : (u >= Real(0) ? Real(1) : Real(0));
+  }
+};
+
+// The same rule takes one comparison where subnormal numbers are not taken for zero.
+template <class Real>
+struct FiringFromLeast {
+  Real least_u;
+
+  ASGL_HOST_DEVICE explicit FiringFromLeast(const NeuronOptions<Real>& options)
+      : least_u(options.strict_threshold ? (sizeof(Real) == 4 ? Real(0x1p-149f) : Real(0x1p-1074)) : Real(0)) {}
+  ASGL_HOST_DEVICE Real spike(Real u) const { return u >= least_u ? Real(1) : Real(0); }
+};
+
+// `value`, or 0 whatever it is. The condition is the same for all elements: as a mask it costs no branch in their loop.
+ASGL_HOST_DEVICE float keep_if(bool condition, float value) {
+  return bit_cast<float>(bit_cast<uint32>(value) & (0u - static_cast<uint32>(condition)));
+}
+ASGL_HOST_DEVICE double keep_if(bool condition, double value) {
+  return bit_cast<double>(bit_cast<uint64>(value) & (0ull - static_cast<uint64>(condition)));
+}
+
+// A gradient that does not flow, where that is known when compiling: not even a zero is added.
+struct NoGradient {};
+
+ASGL_HOST_DEVICE float operator+(NoGradient, float value) { return value; }
+ASGL_HOST_DEVICE double operator+(NoGradient, double value) { return value; }
+
+template <class Real>
+struct StepGradient {
+  Real dy;  // the gradient of y = u / width
+  Real dh;  // the gradient of the potential before reset, and of the input current
+};
+
+// Kernels multiply by 1 / width, and so they add up the gradient of 1 / width: the gradient of the width follows.
+template <class Real>
+ASGL_HOST_DEVICE Real inverse_of_width(Real width) {
+  return Real(1) / width;
+}
+ASGL_HOST_DEVICE double gradient_of_width(double gradient_of_inverse, double width) {
+  return -gradient_of_inverse / (width * width);
+}
+
+template <Surrogate kSurrogate, bool kHardReset>
+struct LIF {
+  static constexpr bool kResetsHard = kHardReset;
+
+  // h[t] = v_rest + decay * (v[t-1] - v_rest) + c[t]
+  template <Input kInput, class Real, class States>
+  static ASGL_HOST_DEVICE Real charge(Real x, States&& state, const Neuron<Real>& neuron, Real v_rest) {
+    const Real c = kInput == Input::kPlain ? x : input_current(x, neuron);
+    return kInput == Input::kGeneral ? (v_rest + neuron.decay * (state.v - v_rest)) + c : neuron.decay * state.v + c;
+  }
+
+  // s = F(u / width) where analog, else the hard spike,   u = h - v_threshold
+  template <class Real, class FiringRule>
+  static ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) {
+    const Real u = h - neuron.v_threshold;
+    const Real a = SurrogateMath<kSurrogate>::value(u * neuron.inverse_width);
+    const Real z = firing.spike(u);
+    return analog ? a : z;
+  }
+
+  // v[t] = h * (1 - s) + v_reset * s   hard,   h - reset_amount * s   soft
+  template <class Real, class States>
+  static ASGL_HOST_DEVICE void reset(Real h, Real s, const Neuron<Real>& neuron, States&& state) {
+    state.v = kHardReset ? h * (Real(1) - s) + neuron.reset * s : h - neuron.reset * s;
+  }
+
+  // With dv the gradient of v[t], g the gradient of s and gh the gradient of h where it is returned:
+  //   ds = g + dv * v_reset - dv * h   hard,   g - dv * reset_amount   soft,   g under detach_reset
+  //   dy = F'(y) * ds * surrogate_gain
+  //   dh = gh + dv * (1 - s) + dy / width   hard,   gh + dv + dy / width   soft
+  // in the order in which autograd adds these terms for the reference. `carried` is false where nothing has flowed into
+  // v[t] yet (the last step, unless v was returned): its terms are then absent, not zero times a value that may be
+  // infinite. `d_state` then is the gradient of the state before this step.
+  template <class Real, class GradientOfH, class States>
+  static ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real g, GradientOfH gh, Real h, Real s, bool carried,
+                                                          const Neuron<Real>& neuron,
+                                                          const NeuronOptions<Real>& options, States&& d_state) {
+    const Real dv = d_state.v, y = (h - neuron.v_threshold) * neuron.inverse_width;
+    const bool through_reset = carried && !options.detach_reset;
+    const Real ds = kHardReset ? (g + keep_if(through_reset, dv * neuron.reset)) - keep_if(through_reset, dv * h)
+                               : g - keep_if(through_reset, dv * neuron.reset);
+    const Real dy = SurrogateMath<kSurrogate>::adjoint(y, ds * options.surrogate_gain);
+    const Real from_v = kHardReset ? dv * (Real(1) - s) : dv;
+    const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
+    d_state.v = neuron.decay * dh;
+    return {dy, dh};
+  }
+};
+
+}  // namespace asgl
