@@ -94,7 +94,7 @@ struct LIFParams {
   NeuronOptions<Real> options;
   NoiseParams noise;
   NeuronTiles tiles;
-  const Scalar* x_seq;     // [outer, T, inner]
+  const Scalar* x_seq;      // [outer, T, inner]
   State<const Real*> init;  // [N]; null: at rest
 
   // The state of a neuron at rest.
@@ -164,13 +164,6 @@ struct BackwardParams : LIFParams<Scalar> {
     }
     return only;
   }
-
-  // Whether a gradient has come in for the state after the last step.
-  ASGL_HOST_DEVICE bool carries() const {
-    bool any = false;
-    for_each_member([&](const Real* grad) { any = any || grad != nullptr; }, grad_last);
-    return any;
-  }
 };
 
 // This turns the partial sums of one parameter's gradient into the gradient, [T or 1, count].
@@ -179,8 +172,8 @@ struct GradientSum {
   GradientPartials<Real> partials;
   ParameterView<Real> parameter;
   SequenceShape shape;
-  int64 tile;     // neurons
-  bool is_width;  // the sums are then of 1 / width
+  int64 tile;      // neurons
+  bool is_width;   // the sums are then of 1 / width
   Real* gradient;  // [T or 1, count]
 
   ASGL_HOST_DEVICE int64 elements() const { return (parameter.step_stride != 0 ? shape.steps : 1) * parameter.count; }

@@ -25,6 +25,14 @@ ASGL_HOST_DEVICE State<T> map_members(F&& f, Other&& state) {
   return {f(state.v)};
 }
 
+// Whether a member lies anywhere.
+template <class T>
+ASGL_HOST_DEVICE bool exists(const State<T*>& state) {
+  bool any = false;
+  for_each_member([&](const T* place) { any = any || place != nullptr; }, state);
+  return any;
+}
+
 // The neuron's parameters at one element and step. `reset` is v_reset for the hard reset, reset_amount for the soft
 // one.
 template <class Real>

@@ -5,9 +5,9 @@
 #include <limits>
 
 #if defined(ASGL_TEST_CPU)
-#include "cpu_batch_norm.h"
+#include "cpu_launchers.h"
 #else
-#include "batch_norm_cuda.cu"
+#include "cuda/choose.cuh"
 #endif
 #include "trials.h"
 
@@ -187,15 +187,16 @@ class Trial {
 
   void find_moments() {
     MomentsParams<Scalar> params{};
-    params.tiles = cuda::channel_tiles(shape_, x_seq_.data(), static_cast<const Scalar*>(nullptr));
+    params.tiles.shape = shape_;
+    params.x_seq = x_seq_.data();
+    check("cut", cuda::cut(params), differences_);
     check_tiles("moments", params.tiles, x_seq_.is_aligned());
     // As for a sequence that would need too many splits: a thread goes through more values than kChannelRowsEach.
     if (random_.once_in(3)) params.tiles = ChannelTiles::cut(shape_, params.tiles.lanes, kBlockThreads, 150);
     slots_ = params.tiles.slots();
     moments_ = Buffer<double>(3 * slots_ * shape_.channels, 0);
-    params.x_seq = x_seq_.data();
     params.moments = reinterpret_cast<Moments*>(moments_.data());
-    check("moments", cuda::launch_moments(params, nullptr), differences_);
+    check("moments", cuda::launch(params, nullptr), differences_);
     check_blocks("moments", params.tiles.tasks());
   }
 
@@ -209,7 +210,7 @@ class Trial {
     params.options = options_;
     params.coefficients = coefficients_.data();
     params.total = reinterpret_cast<Moments*>(total_.data());
-    check("coefficients", cuda::launch_coefficients(params, nullptr), differences_);
+    check("coefficients", cuda::launch(params, nullptr), differences_);
     check_blocks("coefficients", shape_.channels);
     for (int64 channel = 0; channel < shape_.channels; ++channel) check_moments(params.total[channel], channel);
   }
@@ -232,7 +233,7 @@ class Trial {
     params.grad_weight = grad_weight_.data();
     params.grad_shift = grad_shift_.data();
     params.adjoint = adjoint_.data();
-    check("adjoint", cuda::launch_adjoint(params, nullptr), differences_);
+    check("adjoint", cuda::launch(params, nullptr), differences_);
     check_blocks("adjoint", cuda::blocks_for(channels, kBlockThreads));
     for (int64 channel = 0; channel < channels; ++channel) {
       const Moments& moments = params.moments[channel];
@@ -265,14 +266,15 @@ class Trial {
       expected[i] = to_real(grad_x_seq_.data()[i]) + (slope * distance + offset);
     }
     InputGradientParams<Scalar> params{};
-    params.tiles = cuda::channel_tiles(shape_, x_seq_.data(), static_cast<const Scalar*>(grad_x_seq_.data()));
+    params.tiles.shape = shape_;
+    params.x_seq = x_seq_.data();
+    params.grad_x_seq = grad_x_seq_.data();
+    check("cut", cuda::cut(params), differences_);
     check_tiles("input gradient", params.tiles, x_seq_.is_aligned() && grad_x_seq_.is_aligned());
     if (random_.once_in(3)) params.tiles = ChannelTiles::cut(shape_, params.tiles.lanes, kBlockThreads, 150);
-    params.x_seq = x_seq_.data();
     params.mean = coefficients_.data();
     params.adjoint = adjoint_.data();
-    params.grad_x_seq = grad_x_seq_.data();
-    check("input gradient", cuda::launch_input_gradient(params, nullptr), differences_);
+    check("input gradient", cuda::launch(params, nullptr), differences_);
     check_blocks("input gradient", params.tiles.tasks());
     for (int64 i = 0; i < x_seq_.size() && differences_.empty(); ++i) {
       const double is = to_real(grad_x_seq_.data()[i]), should_be = to_real(from_real<Scalar>(expected[i]));
@@ -349,7 +351,7 @@ Texts check_coefficients(const CoefficientsCase& it, unsigned number) {
   params.options = {random.toss() ? 1e-5 : 0.1, random.toss() ? 1.0 : 0.7};
   params.coefficients = coefficients.data();
   params.total = reinterpret_cast<Moments*>(total.data());
-  check("coefficients", cuda::launch_coefficients(params, nullptr), differences);
+  check("coefficients", cuda::launch(params, nullptr), differences);
 
   for (int64 channel = 0; channel < channels; ++channel) {
     Wide count = 1, sum = 0, squares = 0;

@@ -1,9 +1,7 @@
-// The operators of csrc/ops.h and csrc/batch_norm_ops.h on the CUDA kernels and launchers as the emulation runs them,
-// as torch.ops.asgl_cuda_emulated, for tensors on the CPU; and the emulated device, for those that are in Python.
-#include "batch_norm_cuda.h"
-#include "batch_norm_ops.h"
+// The operators of csrc/ops.h and normalisation_ops.h on the CUDA kernels and launchers as the emulation runs them, as
+// torch.ops.asgl_cuda_emulated, for tensors on the CPU; and the emulated device, for the launchers in Python.
 #include "emulated_kernels.h"
-#include "lif_cuda.h"
+#include "normalisation_ops.h"
 #include "ops.h"
 
 namespace asgl {
@@ -13,43 +11,13 @@ class EmulatedBackend {
  public:
   explicit EmulatedBackend(const at::Tensor&) {}
 
-  template <class Scalar>
-  TilePlan backward_tiles(const BackwardParams<Scalar>& params) const {
-    TilePlan plan{};
-    check(cuda::backward_tiles(params, &plan));
-    return plan;
+  template <class Params>
+  void cut(Params& params) const {
+    check(cuda::cut(params));
   }
   template <class Params>
-  void launch_forward(Surrogate surrogate, bool hard_reset, const Params& params) const {
-    check(cuda::launch_forward(surrogate, hard_reset, params, nullptr));
-  }
-  template <class Params>
-  void launch_backward(Surrogate surrogate, bool hard_reset, const Params& params) const {
-    check(cuda::launch_backward(surrogate, hard_reset, params, nullptr));
-  }
-  template <class Real>
-  void launch_gradient_sum(const GradientSum<Real>& sum) const {
-    check(cuda::launch_gradient_sum(sum, nullptr));
-  }
-  template <class Scalar>
-  ChannelTiles channel_tiles(const ChannelShape& shape, const Scalar* x_seq, const Scalar* grad_x_seq) const {
-    return cuda::channel_tiles(shape, x_seq, grad_x_seq);
-  }
-  template <class Params>
-  void launch_moments(const Params& params) const {
-    check(cuda::launch_moments(params, nullptr));
-  }
-  template <class Params>
-  void launch_coefficients(const Params& params) const {
-    check(cuda::launch_coefficients(params, nullptr));
-  }
-  template <class Params>
-  void launch_adjoint(const Params& params) const {
-    check(cuda::launch_adjoint(params, nullptr));
-  }
-  template <class Params>
-  void launch_input_gradient(const Params& params) const {
-    check(cuda::launch_input_gradient(params, nullptr));
+  void launch(const Params& params) const {
+    check(cuda::launch(params, nullptr));
   }
 
  private:

@@ -5,9 +5,9 @@
 #include <limits>
 
 #if defined(ASGL_TEST_CPU)
-#include "cpu_lif.h"
+#include "cpu_launchers.h"
 #else
-#include "lif_cuda.cuh"
+#include "cuda/choose.cuh"
 #endif
 #include "trials.h"
 
@@ -44,7 +44,7 @@ bool is_analog(const NoiseParams& noise, int64 n, int64 t) {
   return (block.draws[t % 2] >> (16 * (n % 4)) & 0xFFFFu) < noise.analog_below;
 }
 
-template <Surrogate kSurrogate, bool kHardReset, class Scalar>
+template <class Model, class Scalar>
 Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const SequenceShape& shape = params.shape;
@@ -62,25 +62,26 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
   std::vector<Neuron<Real>> neurons(shape.steps);
   std::vector<Real> spikes(shape.steps), v_before(shape.steps);
   for (int64 n = 0; n < shape.neurons(); ++n) {
-    Real v = params.v_init != nullptr ? params.v_init[n] : options.v_rest;
+    State<Real> state = params.at_rest();
+    for_each_member([n](const Real* all, Real& own) { own = all != nullptr ? all[n] : own; }, params.init, state);
     for (int64 t = 0; t < shape.steps; ++t) {
       const int64 element = shape.element(n, t);
-      const auto at = [&](ParameterId id) { return params.parameters[id].at(n, t); };
-      neurons[t] = {at(kDecay),     at(kThreshold), at(kReset),    Real(1) / at(kWidth),
-                    at(kInputGain), at(kInputBias), at(kInputMean)};
-      const Real h = charge<Input::kGeneral>(to_real(params.x_seq[element]), v, neurons[t], options.v_rest);
-      const Real s = fire<kSurrogate>(h, is_analog(params.noise, n, t), neurons[t], options.strict_threshold);
-      v_before[t] = v;
-      v = reset<kHardReset>(h, s, neurons[t]);
+      neurons[t] = neuron_of<Real>([&](ParameterId id) { return params.parameters[id].at(n, t); });
+      v_before[t] = state.v;
+      const Real x = to_real(params.x_seq[element]);
+      const Real h = Model::template charge<Input::kGeneral>(x, state, neurons[t], options.v_rest);
+      const Real s = Model::fire(h, is_analog(params.noise, n, t), neurons[t], Firing<Real>(options));
+      Model::reset(h, s, neurons[t], state);
       spikes[t] = s;
       expected.h_seq[element] = h;
-      expected.v_seq[element] = v;
+      expected.v_seq[element] = state.v;
       expected.s_seq[element] = options.scale_output ? s * neurons[t].v_threshold : s;
     }
-    expected.v_last[n] = v;
+    expected.v_last[n] = state.v;
 
-    bool carried = params.grad_v_last != nullptr;
-    Real dv = carried ? params.grad_v_last[n] : Real(0);
+    bool carried = exists(params.grad_last);
+    State<Real> d_state{};
+    if (carried) for_each_member([n](const Real* all, Real& own) { own = all[n]; }, params.grad_last, d_state);
     for (int64 t = shape.steps - 1; t >= 0; --t) {
       const int64 element = shape.element(n, t);
       const Neuron<Real>& neuron = neurons[t];
@@ -88,7 +89,7 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
       Real g = params.grad_s_seq != nullptr ? to_real(params.grad_s_seq[element]) : Real(0);
       const Real gh = params.grad_h_seq != nullptr ? params.grad_h_seq[element] : Real(0);
       if (params.grad_v_seq != nullptr) {
-        dv += params.grad_v_seq[element];
+        d_state.v += params.grad_v_seq[element];
         carried = true;
       }
       const auto add = [&](ParameterId id, double term) {
@@ -100,27 +101,27 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
         add(kThreshold, static_cast<double>(g) * s);
         g = g * neuron.v_threshold;
       }
-      const StepGradient<Real> step = step_adjoint<kSurrogate, kHardReset>(g, gh, dv, h, s, carried, neuron, options);
+      const Real dv = d_state.v;
+      const StepGradient<Real> step = Model::step_adjoint(g, gh, h, s, carried, neuron, options, d_state);
       const double dy = step.dy, dh = step.dh, width = params.parameters[kWidth].at(n, t);
       add(kWidth, -dy * (h - neuron.v_threshold) / (width * width));
       add(kDecay, dh * (v_before[t] - options.v_rest));
       add(kThreshold, -dy / width);
-      if (carried) add(kReset, kHardReset ? static_cast<double>(dv) * s : -static_cast<double>(dv) * s);
+      if (carried) add(kReset, Model::kResetsHard ? static_cast<double>(dv) * s : -static_cast<double>(dv) * s);
       add(kInputGain, dh * (static_cast<double>(to_real(params.x_seq[element])) - neuron.input_mean));
       add(kInputBias, dh);
       add(kInputMean, -dh * neuron.input_gain);
       expected.grad_x_seq[element] = neuron.input_gain * step.dh;
-      dv = neuron.decay * step.dh;
       carried = true;
     }
-    expected.grad_v_init[n] = dv;
+    expected.grad_v_init[n] = d_state.v;
   }
   return expected;
 }
 
 // ---- comparison ----
 
-// Equal, but for the sign of a zero: charge may give another where it takes something for granted.
+// Equal, except for the sign of a zero: charge may give another where it takes something for granted.
 template <class Element>
 void compare(const char* name, const Buffer<Element>& found, const std::vector<Real_t<Element>>& expected,
              Texts& differences) {
@@ -170,6 +171,7 @@ struct Coverage {
 
 template <class Scalar, Surrogate kSurrogate, bool kHardReset>
 class Trial {
+  using Model = LIF<kSurrogate, kHardReset>;
   using Real = Real_t<Scalar>;
 
  public:
@@ -184,8 +186,13 @@ class Trial {
     forward_.shape = it.shape;
     const bool strict = random_.toss(), scaled = random_.once_in(plain ? 4 : 2), detached = random_.toss();
     const bool rests_at_zero = plain ? !random_.once_in(8) : random_.toss();
-    forward_.options = {Real(rests_at_zero ? 0.0 : random_.between(-0.2, 0.2)), Real(random_.toss() ? 1.0 : 1.5),
-                        strict, scaled, detached && !infinite_};
+    forward_.options = {Real(rests_at_zero ? 0.0 : random_.between(-0.2, 0.2)),
+                        Real(random_.toss() ? 1.0 : 1.5),
+                        kSurrogate,
+                        kHardReset,
+                        strict,
+                        scaled,
+                        detached && !infinite_};
     const uint32 analog_below[] = {0, 20000, 20000, 20000, 65535, 65536};
     rng_state_[0] = static_cast<int64>(random_.between(-1e18, 1e18));
     rng_state_[1] = static_cast<int64>(random_.between(-1e10, 1e10));
@@ -213,57 +220,57 @@ class Trial {
     asgl_emulation::clear_recorded_launches();
 
     forward_.x_seq = x_seq_.data();
-    forward_.v_init = v_init_.data();
+    forward_.init.v = v_init_.data();
     forward_.s_seq = s_seq_.data();
-    forward_.v_last = v_last_.data();
+    forward_.last.v = v_last_.data();
     forward_.v_seq = v_seq_.data();
     forward_.h_seq = h_seq_.data();
-    forward_.checkpoints = checkpoints_.data();
+    forward_.checkpoints.v = checkpoints_.data();
     const int forward_lanes = lanes(x_seq_, v_init_, s_seq_, v_last_, v_seq_, h_seq_, checkpoints_);
     ++(forward_lanes == 4 ? coverage.four_lanes : coverage.one_lane);
-    check("forward", cuda::launch_forward<kSurrogate, kHardReset>(forward_, nullptr), differences);
+    check("cut", cuda::cut(forward_), differences);
+    check("forward", cuda::launch(Model{}, forward_, nullptr), differences);
     coverage.normalised_forward += last_is_normalised();
     check_blocks("forward", forward_lanes, differences);
 
     BackwardParams<Scalar> backward{};
     static_cast<LIFParams<Scalar>&>(backward) = forward_;
     backward.grad_s_seq = grad_s_seq_.data();
-    backward.grad_v_last = grad_v_last_.data();
+    backward.grad_last.v = grad_v_last_.data();
     backward.grad_v_seq = grad_v_seq_.data();
     backward.grad_h_seq = grad_h_seq_.data();
-    backward.checkpoints = checkpoints_.data();
+    backward.checkpoints.v = checkpoints_.data();
     backward.grad_x_seq = grad_x_seq_.data();
-    backward.grad_v_init = grad_v_init_.data();
-    const Expected<Real> expected = expect<kSurrogate, kHardReset>(backward);
+    backward.grad_init.v = grad_v_init_.data();
+    const Expected<Real> expected = expect<Model>(backward);
     compare("s_seq", s_seq_, expected.s_seq, differences);
     compare("v_last", v_last_, expected.v_last, differences);
     compare("v_seq", v_seq_, expected.v_seq, differences);
     compare("h_seq", h_seq_, expected.h_seq, differences);
     if (checkpoints_.data() == nullptr) return differences;
 
-    TilePlan plan{};
-    check("backward_tiles", cuda::backward_tiles(backward, &plan), differences);
+    check("cut", cuda::cut(backward), differences);
     Buffer<Real> partials[kNumParameters], sums[kNumParameters];
     for (int id = 0; id < kNumParameters; ++id) {
       if (!wanted_[id]) continue;
       const int64 rows = forward_.parameters[id].step_stride != 0 ? case_.shape.steps : 1;
-      const int64 slots = case_.shape.neurons() / forward_.parameters[id].inner + plan.tiles;
+      const int64 slots = case_.shape.neurons() / forward_.parameters[id].inner + backward.tiles.count;
       partials[id] = Buffer<Real>(rows * slots, 0);
       sums[id] = Buffer<Real>(rows * forward_.parameters[id].count, 0);
       backward.partials[id] = {partials[id].data(), slots};
     }
     const int backward_lanes = lanes(x_seq_, v_init_, grad_s_seq_, grad_v_last_, grad_v_seq_, grad_h_seq_, checkpoints_,
                                      grad_x_seq_, grad_v_init_);
-    check("backward", cuda::launch_backward<kSurrogate, kHardReset>(backward, nullptr), differences);
+    check("backward", cuda::launch(Model{}, backward, nullptr), differences);
     coverage.normalised_backward += last_is_normalised();
     check_blocks("backward", backward_lanes, differences);
     compare("grad_x_seq", grad_x_seq_, expected.grad_x_seq, differences);
     compare("grad_v_init", grad_v_init_, expected.grad_v_init, differences);
     for (int id = 0; id < kNumParameters; ++id) {
       if (!wanted_[id]) continue;
-      const GradientSum<Real> sum{backward.partials[id], forward_.parameters[id], case_.shape, plan.tile,
+      const GradientSum<Real> sum{backward.partials[id], forward_.parameters[id], case_.shape, backward.tiles.tile,
                                   id == kWidth,          sums[id].data()};
-      check("sum", cuda::launch_gradient_sum(sum, nullptr), differences);
+      check("sum", cuda::launch(sum, nullptr), differences);
       const bool whole_blocks = asgl_emulation::blocks_of_last_launch() == sum.elements();
       coverage.whole_block_sums += whole_blocks && sum.elements() > 1;
       compare(std::string("grad_") + kParameterNames[id], sums[id], expected.grad_parameters[id], case_.shape.steps,
@@ -293,7 +300,7 @@ class Trial {
     const bool by_channel = kOnCpu && normalised && !random_.once_in(3);
     const int64 run = by_channel && random_.toss() ? random_.divisor(case_.shape.neurons(), 1) : 1;
     const int64 channels = by_channel ? random_.divisor(case_.shape.neurons() / run, 1) : 1;
-    // Plain but for one parameter of the input.
+    // The input is plain except for one of its parameters.
     const int64 other = random_.once_in(8) ? random_.one_of({kInputGain, kInputBias, kInputMean}) : -1;
     const double reset_low = kHardReset ? -0.2 : 0.5, reset_high = kHardReset ? 0.2 : 1;
     const double low[] = {0.5, 0.2, 0.6, reset_low, 0.5, -0.2, -0.3};
@@ -358,10 +365,10 @@ class Trial {
       constexpr Input kInput = Input::kNormalised;
       const auto launches = asgl_emulation::recorded_launches();
       const auto is = [&](auto* kernel) { return launches.back().kernel == reinterpret_cast<const void*>(kernel); };
-      return !launches.empty() && (is(&lif_forward_kernel<Scalar, kSurrogate, kHardReset, 4, kInput>) ||
-                                   is(&lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 4, kInput>) ||
-                                   is(&lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 8, kInput>) ||
-                                   is(&lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 16, kInput>));
+      return !launches.empty() && (is(&lif_forward_kernel<Scalar, Model, 4, kInput>) ||
+                                   is(&lif_backward_uniform_kernel<Scalar, Model, 4, kInput>) ||
+                                   is(&lif_backward_uniform_kernel<Scalar, Model, 8, kInput>) ||
+                                   is(&lif_backward_uniform_kernel<Scalar, Model, 16, kInput>));
     }
 #endif
     return false;

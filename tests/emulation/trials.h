@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "half_types.h"
+#include "math/half_types.h"
 
 namespace asgl_emulation {
 

@@ -9,13 +9,13 @@
 #include <limits>
 #include <random>
 
-#include "float_math.h"
-#include "half_types.h"
-#include "host_device.h"
-#include "lif_math.h"
-#include "lif_params.h"
-#include "philox.h"
-#include "surrogate_math.h"
+#include "math/float_math.h"
+#include "math/half_types.h"
+#include "math/host_device.h"
+#include "math/neuron.h"
+#include "math/philox.h"
+#include "math/surrogates.h"
+#include "neuron_params.h"
 
 namespace {
 

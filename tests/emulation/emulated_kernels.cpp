@@ -1,8 +1,8 @@
 // The CUDA kernels and launchers as they are, for the host's compiler, and the kernels by the names that a run-time
 // compiler is asked for.
-#include "batch_norm_cuda.cu"
 #include "emulated_kernels.h"
-#include "lif_cuda.cu"
+
+#include "cuda/launch.cu"
 
 namespace asgl_emulation {
 namespace {
@@ -54,38 +54,37 @@ class Kernels {
       add("asgl::batch_norm_input_gradient_kernel<" + scalar + ", 4>", &batch_norm_input_gradient_kernel<Scalar, 4>);
     }
     for (int surrogate = 0; surrogate < kNumSurrogates; ++surrogate) {
-      with_surrogate(static_cast<Surrogate>(surrogate), [&](auto kind) {
-        for (const bool hard_reset : {false, true}) {
-          with_bool(hard_reset, [&](auto hard) {
-            const std::string kinds =
-                "<" + scalar + ", (asgl::Surrogate)" + std::to_string(surrogate) + (hard ? ", true" : ", false");
-            add_kernels<Scalar, kind, hard>(kinds);
-          });
-        }
-      });
+      for (const bool hard_reset : {false, true}) {
+        NeuronOptions<float> options{};
+        options.surrogate = static_cast<Surrogate>(surrogate);
+        options.hard_reset = hard_reset;
+        const std::string name =
+            "asgl::LIF<(asgl::Surrogate)" + std::to_string(surrogate) + (hard_reset ? ", true>" : ", false>");
+        with_model(options, [&](auto model) { add_model<Scalar, decltype(model)>("<" + scalar + ", " + name); });
+      }
     }
   }
 
-  template <class Scalar, Surrogate kSurrogate, bool kHardReset>
-  void add_kernels(const std::string& kinds) {
+  template <class Scalar, class Model>
+  void add_model(const std::string& kinds) {
     const auto forward = "asgl::lif_forward_kernel" + kinds, backward = "asgl::lif_backward_kernel" + kinds;
-    add(forward + ", 1, (asgl::Input)0>", &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 1, Input::kGeneral>);
-    add(backward + ", 1>", &lif_backward_kernel<Scalar, kSurrogate, kHardReset, 1>);
+    add(forward + ", 1, (asgl::Input)0>", &lif_forward_kernel<Scalar, Model, 1, Input::kGeneral>);
+    add(backward + ", 1>", &lif_backward_kernel<Scalar, Model, 1>);
     if constexpr (!std::is_same_v<Scalar, double>) {
-      add(forward + ", 4, (asgl::Input)0>", &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 4, Input::kGeneral>);
-      add(backward + ", 4>", &lif_backward_kernel<Scalar, kSurrogate, kHardReset, 4>);
-      add_plain<Scalar, kSurrogate, kHardReset, Input::kNormalised>(kinds, ", (asgl::Input)1>");
-      add_plain<Scalar, kSurrogate, kHardReset, Input::kPlain>(kinds, ", (asgl::Input)2>");
+      add(forward + ", 4, (asgl::Input)0>", &lif_forward_kernel<Scalar, Model, 4, Input::kGeneral>);
+      add(backward + ", 4>", &lif_backward_kernel<Scalar, Model, 4>);
+      add_uniform<Scalar, Model, Input::kNormalised>(kinds, ", (asgl::Input)1>");
+      add_uniform<Scalar, Model, Input::kPlain>(kinds, ", (asgl::Input)2>");
     }
   }
 
-  template <class Scalar, Surrogate kSurrogate, bool kHardReset, Input kInput>
-  void add_plain(const std::string& kinds, const std::string& input) {
-    const auto forward = "asgl::lif_forward_kernel" + kinds, backward = "asgl::lif_backward_plain_kernel" + kinds;
-    add(forward + ", 4" + input, &lif_forward_kernel<Scalar, kSurrogate, kHardReset, 4, kInput>);
-    add(backward + ", 4" + input, &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 4, kInput>);
-    add(backward + ", 8" + input, &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 8, kInput>);
-    add(backward + ", 16" + input, &lif_backward_plain_kernel<Scalar, kSurrogate, kHardReset, 16, kInput>);
+  template <class Scalar, class Model, Input kInput>
+  void add_uniform(const std::string& kinds, const std::string& input) {
+    const auto forward = "asgl::lif_forward_kernel" + kinds, backward = "asgl::lif_backward_uniform_kernel" + kinds;
+    add(forward + ", 4" + input, &lif_forward_kernel<Scalar, Model, 4, kInput>);
+    add(backward + ", 4" + input, &lif_backward_uniform_kernel<Scalar, Model, 4, kInput>);
+    add(backward + ", 8" + input, &lif_backward_uniform_kernel<Scalar, Model, 8, kInput>);
+    add(backward + ", 16" + input, &lif_backward_uniform_kernel<Scalar, Model, 16, kInput>);
   }
 
   template <class Real>
