@@ -75,14 +75,17 @@ BY_CHANNEL = ("moments", "input gradient")
 
 # Instantiating the launchers names no kernel, and brings just those that are called.
 SOURCE = """\
-#include "lif_cuda.cuh"
+#include "cuda/choose.cuh"
 namespace asgl::cuda {{
 {}
 }}
 """
-INSTANTIATION = (
-    "template cudaError_t launch_{way}<Surrogate::kRectangle, true, {scalar}>(const {params}<{scalar}>&, cudaStream_t);"
-)
+OF_MODEL = "template cudaError_t launch(LIF<Surrogate::kRectangle, true>, const {}<{}>&, cudaStream_t);"
+OF_CHANNELS = "template cudaError_t launch(const {}<{}>&, cudaStream_t);"
+INSTANTIATIONS = {
+    "ForwardParams": OF_MODEL, "BackwardParams": OF_MODEL,
+    "MomentsParams": OF_CHANNELS, "InputGradientParams": OF_CHANNELS,
+}  # fmt: skip
 
 
 def class_of(instruction: Instruction) -> str:
@@ -238,21 +241,18 @@ def count(kernel: Kernel, code: Sequence[Instruction]) -> Count:
 
 def hot_kernels(nvcc: Nvcc, disassembler: Disassembler, architecture: int) -> Iterator[tuple[Kernel, Count]]:
     instantiations = [
-        INSTANTIATION.format(way=way, params=params, scalar=scalar)
-        for way, params in (("forward", "ForwardParams"), ("backward", "BackwardParams"))
-        for scalar in ("float", "BFloat16")
+        text.format(params, scalar) for params, text in INSTANTIATIONS.items() for scalar in ("float", "BFloat16")
     ]
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         source = directory / "hot.cu"
         source.write_text(SOURCE.format("\n".join(instantiations)))
-        for each in (source, CSRC / "batch_norm_cuda.cu"):
-            nvcc.to_ptx(each, directory)
-            cubin, log = nvcc.to_cubin(directory, each.stem, architecture)
-            hot = {kernel_of(symbol): symbol for symbol in usages(log) if is_hot(kernel_of(symbol))}
-            codes = disassembler.instructions(cubin, hot.values())
-            for kernel, symbol in hot.items():
-                yield kernel, count(kernel, codes[symbol])
+        nvcc.to_ptx(source, directory)
+        cubin, log = nvcc.to_cubin(directory, source.stem, architecture)
+        hot = {kernel_of(symbol): symbol for symbol in usages(log) if is_hot(kernel_of(symbol))}
+        codes = disassembler.instructions(cubin, hot.values())
+        for kernel, symbol in hot.items():
+            yield kernel, count(kernel, codes[symbol])
 
 
 def is_hot(kernel: Kernel) -> bool:

@@ -38,7 +38,7 @@ from benchmarks.cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, 
 from benchmarks.cuda_code import usages as usages_of
 
 TABLE = CSRC / "RESOURCES.md"
-SOURCES = (CSRC / "lif_cuda.cu", CSRC / "batch_norm_cuda.cu")  # first what takes longest
+SOURCES = (CSRC / "cuda" / "launch.cu",)
 LISTED_DTYPES = ("float32", "bfloat16")
 LISTED_SURROGATES = ("rectangle", "sigmoid")
 OTHERS, NVRTC, SPILLS = "All others", "NVRTC", "Spills and stack"
@@ -311,7 +311,7 @@ def compile_ops(nvcc: Nvcc, directory: Path) -> None:
     stand_in.parent.mkdir(parents=True)
     stand_in.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    includes = [nvcc.include, *include_paths(), sysconfig.get_paths()["include"], directory / "include"]
+    includes = [nvcc.include, CSRC, *include_paths(), sysconfig.get_paths()["include"], directory / "include"]
     isystem = [word for path in includes for word in ("-isystem", path)]
     defines = ["-DASGL_WITH_CUDA", "-DTORCH_EXTENSION_NAME=_C"]
     flags = [*compilation.CXX_FLAGS, "-O0"]  # it is not run

@@ -39,17 +39,17 @@ def problems(now: cuda_compile.Resources, committed: cuda_compile.Resources) -> 
     ("symbol", "kernel"),
     [
         (
-            "void asgl::lif_forward_kernel<float, (asgl::Surrogate)0, true, 4, (asgl::Input)2>"
+            "void asgl::lif_forward_kernel<float, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)2>"
             "(asgl::ForwardParams<float>)",
             FORWARD,
         ),
         (
-            "void asgl::lif_backward_plain_kernel<asgl::BFloat16, (asgl::Surrogate)2, false, 4, (asgl::Input)2>"
+            "void asgl::lif_backward_uniform_kernel<asgl::BFloat16, asgl::LIF<(asgl::Surrogate)2, false>, 4, (asgl::Input)2>"
             "(asgl::BackwardParams<asgl::BFloat16>)",
             BACKWARD,
         ),
         (
-            "void asgl::lif_backward_plain_kernel<asgl::Half, (asgl::Surrogate)0, true, 16, (asgl::Input)1>"
+            "void asgl::lif_backward_uniform_kernel<asgl::Half, asgl::LIF<(asgl::Surrogate)0, true>, 16, (asgl::Input)1>"
             "(asgl::BackwardParams<asgl::Half>)",
             Kernel("backward normalised, K = 16", "float16", "rectangle", "hard"),
         ),

@@ -353,7 +353,7 @@ def test_bars_are_those_of_the_card():
 # ---- kernels ----
 
 SYMBOL = (
-    "void asgl::lif_forward_kernel<float, (asgl::Surrogate)0, {}, {}, (asgl::Input)2>(asgl::ForwardParams<{}>)"
+    "void asgl::lif_forward_kernel<float, asgl::LIF<(asgl::Surrogate)0, {}>, {}, (asgl::Input)2>(asgl::ForwardParams<{}>)"
 )  # fmt: skip
 
 
