@@ -71,7 +71,8 @@ def test_every_check_of_the_program_is_run(program):
 
 
 @pytest.mark.parametrize(
-    "header", ["host_device", "philox", "half_types", "float_math", "surrogate_math", "lif_math", "lif_params"]
+    "header", ["math/host_device", "math/philox", "math/half_types", "math/float_math", "math/surrogates", "math/neuron",
+     "neuron_params"]
 )
 def test_header_stands_alone(compiler, tmp_path, header):
     """Included first and alone, and nothing comes with it that NVRTC lacks: no header from outside csrc."""

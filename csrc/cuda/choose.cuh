@@ -25,11 +25,11 @@ cudaError_t start(Kernel* kernel, int64 blocks, int threads, const Params& param
 inline int64 blocks_for(int64 work, int64 per_block) { return (work + per_block - 1) / per_block; }
 
 template <class Element>
-bool is_aligned(const Element* first) {
+ASGL_HOST_DEVICE bool is_aligned(const Element* first) {
   return reinterpret_cast<unsigned long>(first) % (4 * sizeof(Element)) == 0;
 }
 template <class Real>
-bool is_aligned(const State<Real*>& state) {
+ASGL_HOST_DEVICE bool is_aligned(const State<Real*>& state) {
   bool all = true;
   for_each_member([&](const Real* first) { all = all && is_aligned(first); }, state);
   return all;
