@@ -32,29 +32,41 @@ class Mutant(NamedTuple):
 
 
 def kernels(old: str, new: str) -> Mutant:
-    return Mutant("lif_kernels.cuh", old, new)
+    return Mutant("cuda/neuron_kernels.cuh", old, new)
+
+
+def access(old: str, new: str) -> Mutant:
+    return Mutant("cuda/access.cuh", old, new)
+
+
+def noise(old: str, new: str) -> Mutant:
+    return Mutant("cuda/noise.cuh", old, new)
 
 
 def launchers(old: str, new: str) -> Mutant:
-    return Mutant("lif_cuda.cuh", old, new)
+    return Mutant("cuda/choose.cuh", old, new)
 
 
 def params(old: str, new: str) -> Mutant:
-    return Mutant("lif_params.h", old, new)
+    return Mutant("neuron_params.h", old, new)
 
 
-def channels(old: str, new: str, file: str = "batch_norm_kernels.cuh") -> Mutant:
+def channels(old: str, new: str, file: str = "cuda/normalisation_kernels.cuh") -> Mutant:
     return Mutant(file, old, new, "batch_norm_test")
 
 
 def channel_params(old: str, new: str) -> Mutant:
-    return channels(old, new, "batch_norm_params.h")
+    return channels(old, new, "normalisation_params.h")
+
+
+def channel_launchers(old: str, new: str) -> Mutant:
+    return channels(old, new, "cuda/choose.cuh")
 
 
 BARRIER = "  __syncthreads();"
 GATHER = "if (lane == 0) first_lane[thread / kWarpThreads] = sum;"
 NO_BARRIER = kernels(f"{GATHER}\n{BARRIER}", GATHER)
-ALL_LIVE = kernels("live(n < shape.neurons())", "live(true)")
+ALL_LIVE = access("live(n < shape.neurons())", "live(true)")
 OF_ALL_WAYS = "join(moments[thread], moments[thread + half * tiles.width]);"
 NO_BARRIER_OF_CHANNELS = channels(f"{OF_ALL_WAYS}\n  {BARRIER}", OF_ALL_WAYS)
 BEYOND_LAST_ROW = channels("if (row + k * place.step < place.end_row) {\n        Lanes", "{\n        Lanes")
@@ -71,30 +83,30 @@ MUTANTS = {
     "all live": ALL_LIVE,
     "no tail check of spikes": kernels("if (place.live) Lanes::store(s,", "Lanes::store(s,"),
     "no tail check of dx": kernels("params.grad_x_seq != nullptr && place.live", "params.grad_x_seq != nullptr"),
-    "no tail check in the plain backward": kernels("\n  if (place.live) {", "\n  {"),
+    "no tail check in the uniform backward": kernels("\n  if (place.live) {", "\n  {"),
     "wrong element of the gradient": kernels("(first_element + k * stride)", "(first_element + (k > 0) * stride)"),
-    "wrong element in the plain backward": kernels("(kAhead - 1) * stride", "(kAhead - 1 + (k == 1)) * stride"),
-    "wrong outer index": kernels("shape.outer == 1 ? read_n", "shape.steps == 1 || shape.outer > 0 ? read_n"),
-    "wrong checkpoint read": kernels("start / kCheckpointSteps - 1", "0"),
+    "wrong element in the uniform backward": kernels("(kAhead - 1) * stride", "(kAhead - 1 + (k == 1)) * stride"),
+    "wrong outer index": access("shape.outer == 1 ? read_n", "shape.steps == 1 || shape.outer > 0 ? read_n"),
+    "wrong checkpoint read": access("start / kCheckpointSteps - 1", "0"),
     "no last checkpoint": kernels("done < steps", "done + kSteps < steps"),
-    "wrong lanes exchange noise": kernels("drawn, other, kNoiseGroup)", "drawn, other)"),
-    "wrong neuron's noise": kernels(">> (2 * rank)", ">> (2 * other)"),
-    "wrong step's noise": kernels("eight_steps(source, n, start + 8)", "eight_steps(source, n, start)"),
-    "noise of two steps swapped": kernels("blocks_[k / 2], k % 2", "blocks_[k / 2], 1 - k % 2"),
-    "carried too early": kernels("last + place.read_n, dv);", "last + place.read_n, dv); carried = true;"),
-    "carried too early in the plain backward": kernels("last + place.n, dv);", "last + place.n, dv); carried = true;"),
+    "wrong lanes exchange noise": noise("drawn, other, kNoiseGroup)", "drawn, other)"),
+    "wrong neuron's noise": noise(">> (2 * rank)", ">> (2 * other)"),
+    "wrong step's noise": noise("eight_steps(source, n, start + 8)", "eight_steps(source, n, start)"),
+    "noise of two steps swapped": noise("blocks_[k / 2], k % 2", "blocks_[k / 2], 1 - k % 2"),
+    "carried too early": kernels("place.read_n, State<Real>{}, d_state);", "place.read_n, State<Real>{}, d_state); carried = true;"),
+    "carried too early in the uniform backward": kernels("place.n, State<Real>{}, d_state);", "place.n, State<Real>{}, d_state); carried = true;"),
     "carried too late": kernels("\n      carried = true;\n      if", "\n      if"),
-    "carried too late in the plain backward": kernels("\n          carried = true;", ""),
+    "carried too late in the uniform backward": kernels("\n          carried = true;", ""),
     "v_seq does not carry": kernels("\n        carried = true;", ""),
     "parameters of the wrong step": kernels("neuron.move_to(t - 1);", ""),
     "x may be misaligned": launchers("is_aligned(params.x_seq) && ", ""),
-    "v_init may be misaligned": launchers("is_aligned(params.v_init) && ", ""),
+    "v_init may be misaligned": launchers("is_aligned(params.init) && ", ""),
     "outputs may be misaligned": launchers(" && (is_aligned(sequences_and_states) && ...)", ""),
     "checkpoints may be misaligned": launchers("params.h_seq, params.checkpoints)", "params.h_seq)"),
     "rows may be misaligned": launchers("params.shape.inner % 4 == 0", "params.shape.inner % 2 == 0"),
     "four need not share a parameter": launchers("parameter.inner % 4 == 0", "true"),
-    "plain in spite of other gradients": params("wants = wants || (other", "wants = wants || (other && id != kDecay"),
-    "normalised in spite of a mean's gradient": params("id != kWidth && ", "id != kWidth && id != kInputMean && "),
+    "plain in spite of other gradients": params("|| !wants(id));", "|| id == kDecay || !wants(id));"),
+    "normalised in spite of a mean's gradient": params("id == kWidth || ", "id == kWidth || id == kInputMean || "),
     "normalised in spite of v_rest": params(" || options.v_rest != Real(0)) return", ") return"),
     "normalised in spite of steps that differ": params("per_step || options.v_rest", "options.v_rest"),
     "normalised in spite of neurons that differ": params("!all_uniform(parameters, kInputGain) || ", ""),
@@ -152,9 +164,9 @@ MUTANTS = {
     "units of the wrong tile": channel_params("first_unit = tile * tiles.width", "first_unit = tile"),
     "tile beyond the last channel": channel_params("left < tiles.channels_per_tile ? left : ", ""),
     "too many splits": channel_params("enough > needed ? enough : needed", "enough"),
-    "x of a channel may be misaligned": channels("is_aligned(x_seq) && ", "", "batch_norm_cuda.cu"),
-    "dx of a channel may be misaligned": channels(" && is_aligned(grad_x_seq)", "", "batch_norm_cuda.cu"),
-    "channels may share four": channels("shape.inner % 4 == 0", "shape.inner % 2 == 0", "batch_norm_cuda.cu"),
+    "x of a channel may be misaligned": channel_launchers("is_aligned(x_seq) && ", ""),
+    "dx of a channel may be misaligned": channel_launchers(" && is_aligned(grad_x_seq)", ""),
+    "channels may share four": channel_launchers("tiles.shape.inner % 4 == 0", "tiles.shape.inner % 2 == 0"),
 }  # fmt: skip
 
 
