@@ -7,22 +7,6 @@ namespace asgl::ops {
 
 static_assert(sizeof(Moments) == 3 * sizeof(double));
 
-inline ChannelShape channel_shape(const Layout& layout) {
-  const int64_t channel = layout.time_dim() <= 1 ? 2 : 1;
-  TORCH_CHECK_VALUE(channel < static_cast<int64_t>(layout.sizes().size()),
-                    "asgl_cuda: x_seq must have a dimension of channels, got shape ", at::IntArrayRef(layout.sizes()));
-  ChannelShape shape = {1, layout.sizes()[channel], 1};
-  int64* extent = &shape.rows;
-  for (const int64_t dim : layout.order()) {
-    if (dim == channel) {
-      extent = &shape.inner;
-    } else {
-      *extent *= layout.sizes()[dim];
-    }
-  }
-  return shape;
-}
-
 // The elements of a tensor that must have this shape, or null where there is none.
 template <class Element>
 class Checked {
