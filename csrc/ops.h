@@ -2,7 +2,7 @@
 // Python, with the words that a user should read; what is checked here again would otherwise read or write out of
 // bounds.
 //
-// A Backend is made from x_seq for the time of one call. Its cut(params) and launch(params) are those of launch.h; they
+// A Backend is made from x_seq for the time of one call. Its cut(params) and launch(params), as in launch.h,
 // return when the work is done or queued, and throw where that fails.
 #pragma once
 
@@ -36,7 +36,7 @@ struct AtenType<BFloat16> {
   using type = at::BFloat16;
 };
 
-// Null for a tensor that is not there.
+// The pointer is null for a tensor that is not there.
 template <class Element>
 Element* pointer(const Tensor& tensor) {
   if (!tensor.defined() || tensor.numel() == 0) return nullptr;
@@ -49,7 +49,8 @@ const Element* const_pointer(const OptionalTensor& tensor) {
   return reinterpret_cast<const Element*>(tensor->const_data_ptr<typename AtenType<Element>::type>());
 }
 
-// Two more than are written: shapes that a tracer can prove to be neither 0 nor 1 need no guard on the number of steps.
+// There are two more than are written: shapes that a tracer can prove to be neither 0 nor 1 need no guard on the number
+// of steps.
 inline int64_t checkpoint_elements(const SequenceShape& shape) {
   return (shape.steps - 1) / kCheckpointSteps * shape.neurons() + 2;
 }
@@ -189,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lif_forward(const Tensor& x_s
   const Layout& layout = call.layout();
   const SequenceShape& shape = layout.shape();
   const at::TensorOptions real = call.real_options();
-  // What is not asked for is empty, each a tensor of its own: outputs of an operator may not share memory.
+  // An output that is not asked for is empty, and a tensor of its own: outputs of an operator may not share memory.
   const auto none = [&] { return at::empty({0}, real); };
   const Tensor s_seq = layout.empty_sequence(x_seq.options());
   const Tensor v_last = wants_v_last ? layout.empty_state(real) : none();
@@ -289,9 +290,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(const c10::List<Opt
   return {grad_x_seq, grad_v_init, grad_parameters};
 }
 
-// (seed, offset) from the default generator of the device. An operator of its own, so that a compiled graph draws the
-// same numbers as eager mode. `fresh` is a newly allocated tensor, of which only type, shape and device count:
-// compilers merge equal calls of an operator, but not allocations, and so leave two draws two.
+// Draws (seed, offset) from the default generator of the device. It is an operator of its own, so that a compiled graph
+// draws the same numbers as eager mode. `fresh` is a newly allocated tensor, of which only type, shape and device
+// count: compilers merge equal calls of an operator, but not allocations, and so leave two draws two.
 inline Tensor draw_rng_state(const Tensor& fresh) {
   return at::randint(std::numeric_limits<int64_t>::max(), {2}, fresh.options());
 }

@@ -41,7 +41,8 @@ constexpr bool kHasFours = !std::is_same_v<Scalar, double>;
 
 // ---- the neuron ----
 
-// Whether four neighbouring neurons, the first a multiple of four, always lie side by side and share all parameters.
+// Says whether four neighbouring neurons, the first a multiple of four, always lie side by side and share all
+// parameters.
 template <class Scalar, class... Places>
 bool groups_of_four(const LIFParams<Scalar>& params, const Places&... sequences_and_states) {
   bool shared = params.shape.inner % 4 == 0;
@@ -62,7 +63,7 @@ bool groups_of_four(const BackwardParams<Scalar>& params) {
                         params.checkpoints, params.grad_x_seq, params.grad_init);
 }
 
-// Whether a quarter of the threads that the device can hold is enough. Each has four times the loads under way.
+// Says whether a quarter of the threads that the device can hold is enough. Each has four times the loads under way.
 inline cudaError_t fills_device(int64 threads, bool* fills) {
   int device = 0, multiprocessors = 0, threads_each = 0;
   cudaError_t error = cudaGetDevice(&device);

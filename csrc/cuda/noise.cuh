@@ -31,7 +31,7 @@ class NoiseSource {
     return noise_block(static_cast<uint64>(n) / kNoiseGroup, static_cast<uint32>(step_pair), key_);
   }
 
-  // The 16 bits of neuron j are compared at the upper end of a word, where those of odd neurons are already.
+  // The 16 bits of neuron j are compared at the upper end of a word, where the bits of odd neurons are already.
   __device__ __forceinline__ bool is_analog(const NoiseBlock& block, int odd_step, int j) const {
     const uint32 word = static_cast<uint32>(block.draws[odd_step] >> (32 * (j / 2)));
     return (j % 2 == 1 ? word : word << 16) < limit_;

@@ -25,7 +25,7 @@ ASGL_HOST_DEVICE State<T> map_members(F&& f, Other&& state) {
   return {f(state.v)};
 }
 
-// Whether a member lies anywhere.
+// Says whether a member lies anywhere.
 template <class T>
 ASGL_HOST_DEVICE bool exists(const State<T*>& state) {
   bool any = false;
@@ -52,7 +52,7 @@ struct NeuronOptions {
   bool detach_reset;
 };
 
-// What charge may take for granted, which changes nothing but the sign of a zero.
+// charge may take this for granted, which changes nothing except the sign of a zero.
 enum class Input {
   kGeneral,
   kNormalised,  // v_rest = 0
