@@ -17,7 +17,7 @@ CUPY_CACHE = PREPARED / "cupy"
 SECONDS = "SECONDS"  # that it has
 RESULT = "RESULT"  # the file that it may write, as JSON
 # Without a GPU a few tests stand in for a suite.
-A_FEW_TESTS = ["tests/test_philox.py", "-k", "mask_with_time or none_and_all"]
+A_FEW_TESTS = ["tests/neuron/test_philox.py", "-k", "mask_with_time or none_and_all"]
 
 
 class Machine(NamedTuple):

@@ -17,7 +17,7 @@ import torch.utils.cpp_extension
 from asgl_cuda import backends, batch_norm_launch, ops
 
 ROOT = Path(__file__).parents[1]
-EMULATION = ROOT / "tests" / "emulation"
+EMULATION = ROOT / "tests" / "cuda" / "emulation"
 NAMESPACE = "asgl_cuda_emulated"
 REPLAYED_NAMESPACE = "asgl_cuda_replayed"
 # As the extension is compiled, but for speed of compilation and what warns of #pragma unroll.
@@ -25,7 +25,7 @@ FLAGS = ["-O2", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-pthread"
 
 # On a device that any grid fills, the launchers take four neurons a thread wherever the layout allows it.
 TINY, LARGE = 0, 132  # multiprocessors
-THREADS_EACH = 2048  # that a multiprocessor holds, as in emulation/cuda_emulation.h
+THREADS_EACH = 2048  # that a multiprocessor holds, as in cuda/emulation/cuda_emulation.h
 
 
 def compiler() -> list[str] | None:
