@@ -8,10 +8,11 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
-PREPARED = Path(__file__).parents[1] / "build" / "prepared"  # by prepare.py
+from . import ROOT
+
+PREPARED = ROOT / "build" / "prepared"  # by prepare.py
 CUPY_CACHE = PREPARED / "cupy"
 # In a command: what is put there when it starts.
 SECONDS = "SECONDS"  # that it has
