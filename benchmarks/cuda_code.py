@@ -16,7 +16,8 @@ from asgl_cuda import compilation
 from asgl_cuda.launch import SCALARS
 from asgl_cuda.surrogate import SURROGATES
 
-ROOT = Path(__file__).parents[1]
+from . import ROOT
+
 CSRC = ROOT / "csrc"
 
 _DTYPES = {scalar: str(dtype).removeprefix("torch.") for dtype, scalar in SCALARS.items()}

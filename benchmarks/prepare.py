@@ -7,7 +7,6 @@ unless it is known to have been compiled from other sources.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import multiprocessing
 import os
@@ -21,7 +20,9 @@ import torch
 
 from asgl_cuda import extension, jit
 
-from .cuda_code import CSRC, ROOT
+from . import ROOT
+from .common import parser_of
+from .cuda_code import CSRC
 from .gpu_steps import CUPY_CACHE, PREPARED
 
 SOURCES = PREPARED / "sources"  # a digest of what the extension was compiled from
@@ -93,7 +94,7 @@ def fill_cache(architecture: str, jobs: int) -> int:
 
 def main() -> int:
     """Builds, if need be, then fills the cache."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.prepare", description=__doc__.splitlines()[0])
+    parser = parser_of("prepare", __doc__)
     parser.add_argument("--architecture", metavar="X.Y", help="compute capability (default: that of this GPU)")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the program (default cuda)")
     arguments = parser.parse_args()

@@ -8,8 +8,6 @@ Choices such as noise or none, a full or a last segment, then fall on the side t
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import tempfile
 from collections import Counter
@@ -20,7 +18,8 @@ from typing import NamedTuple
 
 import networkx as nx
 
-from benchmarks.cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, kernel_of, usages
+from .common import parser_of, write_json
+from .cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, kernel_of, usages
 
 PAGE = CSRC / "ROOFLINE.md"
 LANES = 4  # neurons a thread
@@ -471,9 +470,8 @@ def page(found: Sequence[Prediction], version: str) -> str:
 
 def main() -> None:
     """Prints the page, or writes it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.splitlines()[0])
+    parser = parser_of("roofline", __doc__, "json")
     parser.add_argument("--write", action="store_true", help=f"write csrc/{PAGE.name} rather than print it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     arguments = parser.parse_args()
     nvcc, disassembler = Nvcc.find(), Disassembler.find()
     if nvcc is None or disassembler is None:
@@ -484,9 +482,7 @@ def main() -> None:
         PAGE.write_text(text)
     else:
         print(text, end="")
-    if arguments.json:
-        rows = [{**p._asdict(), "binds": p.binds, "ratio": p.ratio} for p in found]
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(arguments.json, [{**p._asdict(), "binds": p.binds, "ratio": p.ratio} for p in found])
 
 
 if __name__ == "__main__":

@@ -17,15 +17,15 @@ import torch.utils.cpp_extension
 from asgl_cuda import backends, batch_norm_launch, ops
 
 ROOT = Path(__file__).parents[1]
-EMULATION = ROOT / "tests" / "emulation"
+EMULATION = ROOT / "tests" / "cuda" / "emulation"
 NAMESPACE = "asgl_cuda_emulated"
 REPLAYED_NAMESPACE = "asgl_cuda_replayed"
 # As the extension is compiled, but for speed of compilation and what warns of #pragma unroll.
-FLAGS = ["-O2", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wno-unknown-pragmas"]
+FLAGS = ["-O2", "-std=c++20", "-DASGL_WITH_CUDA", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wno-unknown-pragmas"]
 
 # On a device that any grid fills, the launchers take four neurons a thread wherever the layout allows it.
 TINY, LARGE = 0, 132  # multiprocessors
-THREADS_EACH = 2048  # that a multiprocessor holds, as in emulation/cuda_emulation.h
+THREADS_EACH = 2048  # that a multiprocessor holds, as in cuda/emulation/cuda_emulation.h
 
 
 def compiler() -> list[str] | None:
@@ -88,7 +88,7 @@ def register() -> Emulation:
     ops.define_operators(NAMESPACE)
     path = torch.utils.cpp_extension.load(
         NAMESPACE,
-        [str(EMULATION / "emulated_lif.cpp"), str(EMULATION / "emulated_ops.cpp")],
+        [str(EMULATION / "emulated_kernels.cpp"), str(EMULATION / "emulated_ops.cpp")],
         extra_cflags=FLAGS,
         extra_ldflags=["-pthread"],
         extra_include_paths=[str(EMULATION / "include"), str(ROOT / "csrc")],

@@ -1084,7 +1084,7 @@ def test_a_model_without_normalisations():
 
 
 def test_processes_that_share_their_statistics(monkeypatch):
-    """Those of the layer, or all there are; a BatchNorm has its own. tests/test_distributed.py has two processes."""
+    """Those of the layer, or all there are; a BatchNorm has its own. layer/test_distributed.py has two processes."""
     from asgl_cuda.interop import normalised
 
     asked = []

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 # What tests the reference and the errors; the rest needs a fused backend or a checkout.
-SUITE = ("test_arguments.py", "test_neuron.py", "test_philox.py", "test_properties.py", "test_torch_features.py")
+SUITE = (
+    *(f"neuron/test_{name}.py" for name in ("arguments", "philox", "properties")),
+    *(f"layer/test_{name}.py" for name in ("neuron", "torch_features")),
+)
 TESTS_NEED = ("conftest.py", "comparison.py", "emulated.py")
 
 
@@ -148,9 +151,10 @@ def test_readme_says_how(tmp_path):
 
 def test_reference(python, tmp_path):
     tests = tmp_path / "tests"
-    tests.mkdir()
+    for folder in ("neuron", "layer"):
+        (tests / folder).mkdir(parents=True)
     for name in (*TESTS_NEED, *SUITE):
-        shutil.copy(ROOT / "tests" / name, tests)
+        shutil.copy(ROOT / "tests" / name, tests / name)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     command = (python, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore:asgl_cuda", "tests")
     out = run(*command, cwd=tmp_path, ASGL_TEST_BACKENDS="reference")

@@ -164,7 +164,7 @@ def test_notes_and_last_line(build, capsys, tmp_path, cuda):
     assert last.endswith(": a reason")
 
 
-# ---- python -m asgl_cuda build; tests/test_wheel.py compiles by it ----
+# ---- python -m asgl_cuda build; test_wheel.py compiles by it ----
 
 
 @pytest.fixture

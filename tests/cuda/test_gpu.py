@@ -367,7 +367,7 @@ print("done")
 def test_sanitizer(backend, tool):
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
     # Without torch's cache each tensor is an allocation with an end that can be run over.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run(
         [*command, sys.executable, "-c", SMALL_RUN.replace("BACKEND", backend)],
         capture_output=True, text=True, timeout=120, env={**os.environ, **environment},

@@ -270,7 +270,7 @@ def test_cupy_itself_on_a_fake_driver(tmp_path):
     compiler = emulated.compiler()
     if compiler is None:
         pytest.skip("no C++ compiler")
-    source = Path(__file__).parent / "native" / "fake_libcuda.cpp"
+    source = Path(__file__).parent / "fake_libcuda.cpp"
     library = tmp_path / "libcuda.so.1"
     subprocess.run([*compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     code = """

@@ -1,4 +1,4 @@
-"""Mistakes seeded in kernels and launchers: the programs in tests/emulation find every one of them."""
+"""Mistakes seeded in kernels and launchers: the programs in tests/cuda/emulation find every one of them."""
 
 import shutil
 from pathlib import Path

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "tests" / "native" / "headers_test.cpp"
+ROOT = Path(__file__).parents[2]
+SOURCE = Path(__file__).parent / "native" / "headers_test.cpp"
 # No contraction, as in the build of the extension: the kernels promise equal bits.
 FLAGS = ("-O1", "-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
 

@@ -72,9 +72,9 @@ def test_every_clone_of_the_cpu_kernels_agrees(asked, name):
     result = run("-m", "asgl_cuda", "check", ASGL_CUDA_INSTRUCTION_SET=asked)
     assert result.returncode == 0, result.stdout + result.stderr
     # What check leaves out: the lean loops, long sequences, tails, and sums of many values.
-    here = Path(__file__).parent
+    neuron = Path(__file__).parents[1] / "neuron"
     suite = [
-        f"{here}/{test}"
+        f"{neuron}/{test}"
         for test in (
             "test_equivalence.py::test_sizes",
             "test_philox.py::test_mask_of_backend_is_analog_mask",

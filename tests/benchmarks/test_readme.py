@@ -15,7 +15,7 @@ import torch
 import asgl_cuda
 from benchmarks import readme
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def blocks(language: str) -> list[str]:
