@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests" / "cuda" / "emulation"
 NAMESPACE = "asgl_cuda_emulated"
 REPLAYED_NAMESPACE = "asgl_cuda_replayed"
-# As the extension is compiled, but for speed of compilation and what warns of #pragma unroll.
-FLAGS = ["-O2", "-std=c++20", "-DASGL_WITH_CUDA", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wno-unknown-pragmas"]
+# The extension is compiled so, except for the speed of compilation and the warning of #pragma unroll.
+FLAGS = "-O2 -std=c++20 -DASGL_WITH_CUDA -ffp-contract=off -fno-math-errno -pthread -Wno-unknown-pragmas".split()
 
 # On a device that any grid fills, the launchers take four neurons a thread wherever the layout allows it.
 TINY, LARGE = 0, 132  # multiprocessors

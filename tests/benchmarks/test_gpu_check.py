@@ -353,8 +353,9 @@ def test_bars_are_those_of_the_card():
 # ---- kernels ----
 
 SYMBOL = (
-    "void asgl::lif_forward_kernel<float, asgl::LIF<(asgl::Surrogate)0, {}>, {}, (asgl::Input)2>(asgl::ForwardParams<{}>)"
-)  # fmt: skip
+    "void asgl::lif_forward_kernel<float, asgl::LIF<(asgl::Surrogate)0, {}>, {}, "
+    "(asgl::Input)2>(asgl::ForwardParams<{}>)"
+)
 
 
 def test_kernels_have_the_names_that_the_page_has():

@@ -44,13 +44,13 @@ def problems(now: cuda_compile.Resources, committed: cuda_compile.Resources) -> 
             FORWARD,
         ),
         (
-            "void asgl::lif_backward_uniform_kernel<asgl::BFloat16, asgl::LIF<(asgl::Surrogate)2, false>, 4, (asgl::Input)2>"
-            "(asgl::BackwardParams<asgl::BFloat16>)",
+            "void asgl::lif_backward_uniform_kernel<asgl::BFloat16, asgl::LIF<(asgl::Surrogate)2, false>, 4, "
+            "(asgl::Input)2>(asgl::BackwardParams<asgl::BFloat16>)",
             BACKWARD,
         ),
         (
-            "void asgl::lif_backward_uniform_kernel<asgl::Half, asgl::LIF<(asgl::Surrogate)0, true>, 16, (asgl::Input)1>"
-            "(asgl::BackwardParams<asgl::Half>)",
+            "void asgl::lif_backward_uniform_kernel<asgl::Half, asgl::LIF<(asgl::Surrogate)0, true>, 16, "
+            "(asgl::Input)1>(asgl::BackwardParams<asgl::Half>)",
             Kernel("backward normalised, K = 16", "float16", "rectangle", "hard"),
         ),
         (
