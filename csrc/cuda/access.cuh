@@ -90,29 +90,20 @@ __device__ __forceinline__ State<Real&> lane(State<Real[kLanes]>& states, int j)
   return map_members<Real&>([j](Real(&values)[kLanes]) -> Real& { return values[j]; }, states);
 }
 
-// From where the states of all neurons lie; from `otherwise` where a member lies nowhere.
 template <int kLanes, class Real>
-__device__ __forceinline__ void load(const State<const Real*>& from, int64 n, const State<Real>& otherwise,
-                                     State<Real[kLanes]>& to) {
-  for_each_member(
-      [n](const Real* all, Real same, Real(&values)[kLanes]) {
-        if (all != nullptr) {
-          Access<kLanes>::load(all + n, values);
-        } else {
-          fill(values, same);
-        }
-      },
-      from, otherwise, to);
+__device__ __forceinline__ void fill(State<Real[kLanes]>& states, const State<Real>& value) {
+  for_each_member([](Real(&values)[kLanes], Real same) { fill(values, same); }, states, value);
 }
 
-// To where the states of all neurons are to lie, except for members that are not wanted.
+// From where the states of all neurons lie, and back.
+template <int kLanes, class Real>
+__device__ __forceinline__ void load(const State<const Real*>& from, int64 n, State<Real[kLanes]>& to) {
+  for_each_member([n](const Real* all, Real(&values)[kLanes]) { Access<kLanes>::load(all + n, values); }, from, to);
+}
+
 template <int kLanes, class Real>
 __device__ __forceinline__ void store(const State<Real[kLanes]>& from, int64 n, const State<Real*>& to) {
-  for_each_member(
-      [n](const Real(&values)[kLanes], Real* all) {
-        if (all != nullptr) Access<kLanes>::store(values, all + n);
-      },
-      from, to);
+  for_each_member([n](const Real(&values)[kLanes], Real* all) { Access<kLanes>::store(values, all + n); }, from, to);
 }
 
 // The state before step `start`, the first of a segment.
@@ -120,11 +111,11 @@ template <int kLanes, class Scalar, class Real>
 __device__ __forceinline__ void load_state(const LIFParams<Scalar>& params, const State<const Real*>& checkpoints,
                                            int64 start, const Place<kLanes>& place, State<Real[kLanes]>& state) {
   if (start > 0) {
-    const int64 first = (start / kCheckpointSteps - 1) * params.shape.neurons() + place.read_n;
-    for_each_member([first](const Real* all, Real(&values)[kLanes]) { Access<kLanes>::load(all + first, values); },
-                    checkpoints, state);
+    load(checkpoints, (start / kCheckpointSteps - 1) * params.shape.neurons() + place.read_n, state);
+  } else if (exists(params.init)) {
+    load(params.init, place.read_n, state);
   } else {
-    load(params.init, place.read_n, params.at_rest(), state);
+    fill(state, params.at_rest());
   }
 }
 

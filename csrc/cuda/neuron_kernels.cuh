@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
   const FiringFromLeast<Real> firing(options);
   ThreadNeuron<Real, kInput> neuron(params.parameters, place.read_n);
   State<Real[kLanes]> state;
-  load(params.init, place.read_n, params.at_rest(), state);
+  load_state(params, State<const Real*>{}, 0, place, state);
 
   int64 load_element = place.element;
   const auto load_steps = [&](int64 left, Real(&x)[kSteps][kLanes]) {
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
       store(state, (done / kCheckpointSteps - 1) * params.shape.neurons() + place.n, params.checkpoints);
     }
   }
-  if (place.live) store(state, place.n, params.last);
+  if (exists(params.last) && place.live) store(state, place.n, params.last);
 }
 
 // ---- sums of a parameter's gradient ----
@@ -212,7 +212,8 @@ __global__ void __launch_bounds__(kBlockThreads, kUniformBackwardBlocks<kSteps>)
     const Neuron<Real> neuron = settled_neuron<kInput>(params.parameters, place.n);
     bool carried = exists(params.grad_last);
     State<Real[kLanes]> d_state;
-    load(params.grad_last, place.n, State<Real>{}, d_state);
+    fill(d_state, {});
+    if (carried) load(params.grad_last, place.n, d_state);
 
     for (int64 start = (steps - 1) / kSteps * kSteps; start >= 0; start -= kSteps) {
       const int length = steps - start < kSteps ? static_cast<int>(steps - start) : kSteps;
@@ -269,7 +270,7 @@ __global__ void __launch_bounds__(kBlockThreads, kUniformBackwardBlocks<kSteps>)
         load_gradient(k - kAhead);
       }
     }
-    store(d_state, place.n, params.grad_init);
+    if (exists(params.grad_init)) store(d_state, place.n, params.grad_init);
   }
   Real* width_slots = params.partials[kWidth].data;
   if (width_slots != nullptr) store_partial(width_slots, {0, 0, kBlockThreads}, place.live, width_sum);
@@ -314,7 +315,8 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   Real sums[kNumParameters] = {};
   bool carried = exists(params.grad_last);
   State<Real[kLanes]> d_state;
-  load(params.grad_last, place.read_n, State<Real>{}, d_state);
+  fill(d_state, {});
+  if (carried) load(params.grad_last, place.read_n, d_state);
 
   for (int64 start = (steps - 1) / kSteps * kSteps; start >= 0; start -= kSteps) {
     const int length = steps - start < kSteps ? static_cast<int>(steps - start) : kSteps;
@@ -421,7 +423,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   for (int id = 0; id < kNumParameters; ++id) {
     if (params.wants(id) && params.parameters[id].step_stride == 0) store_sum(id, 0, sums[id]);
   }
-  if (place.live) store(d_state, place.n, params.grad_init);
+  if (exists(params.grad_init) && place.live) store(d_state, place.n, params.grad_init);
 }
 
 // ---- from partial sums to the gradient ----

@@ -25,12 +25,10 @@ ASGL_HOST_DEVICE State<T> map_members(F&& f, Other&& state) {
   return {f(state.v)};
 }
 
-// Says whether a member lies anywhere.
+// A state lies in memory with all its members, or it is not there.
 template <class T>
 ASGL_HOST_DEVICE bool exists(const State<T*>& state) {
-  bool any = false;
-  for_each_member([&](const T* place) { any = any || place != nullptr; }, state);
-  return any;
+  return state.v != nullptr;
 }
 
 // The neuron's parameters at one element and step. `reset` is v_reset for the hard reset, reset_amount for the soft
