@@ -1,7 +1,8 @@
 // One clone of a loop per instruction set, so that one binary serves old and new processors.
 //
-// A loop is a type with `struct Args` and `static void run(const Args&)`, forced inline, so that its body is compiled
-// for the instruction set of the clone that it lands in. FMA is left out on purpose: every backend rounds each
+// A loop is a type with `struct Args` and `static void run(Args)`, forced inline, so that its body is compiled for the
+// instruction set of the clone that it lands in. It takes Args by value: the compiler then keeps the members in
+// registers, since no store of the loop can change them. FMA is left out on purpose: every backend rounds each
 // operation.
 #pragma once
 

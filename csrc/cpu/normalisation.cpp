@@ -2,11 +2,10 @@
 // numbers for all; elsewhere, as with channels_last, every column has numbers of its own.
 #include <ATen/Parallel.h>
 
-#include <algorithm>
 #include <vector>
 
-#include "batch_norm_launch.h"
-#include "cpu_rows.h"
+#include "cpu/rows.h"
+#include "launch.h"
 
 namespace asgl::cpu {
 namespace {
@@ -25,21 +24,19 @@ struct ShiftedSumLoop {
     double *sum, *squares;  // are added to
   };
 
-  static ASGL_HOST_DEVICE void run(const Args& args) {
+  static ASGL_HOST_DEVICE void run(Args args) {
     constexpr int kSums = 32;
-    const Real* x = args.x;
-    const double shift = args.shift;
     double sums[kSums] = {}, squares[kSums] = {};
     int64 i = 0;
     for (; i + kSums <= args.length; i += kSums) {
       for (int lane = 0; lane < kSums; ++lane) {
-        const double distance = static_cast<double>(x[i + lane]) - shift;
+        const double distance = static_cast<double>(args.x[i + lane]) - args.shift;
         sums[lane] += distance;
         squares[lane] += distance * distance;
       }
     }
     for (int lane = 0; i < args.length; ++i, ++lane) {
-      const double distance = static_cast<double>(x[i]) - shift;
+      const double distance = static_cast<double>(args.x[i]) - args.shift;
       sums[lane] += distance;
       squares[lane] += distance * distance;
     }
@@ -63,15 +60,12 @@ struct ColumnSumLoop {
     int64 length;
   };
 
-  static ASGL_HOST_DEVICE void run(const Args& args) {
-    const Real *x = args.x, *shift = args.shift;
-    double *sum = args.sum, *squares = args.squares;
-    const int64 length = args.length;
+  static ASGL_HOST_DEVICE void run(Args args) {
 #pragma GCC ivdep
-    for (int64 i = 0; i < length; ++i) {
-      const double distance = static_cast<double>(x[i]) - static_cast<double>(shift[i]);
-      sum[i] += distance;
-      squares[i] += distance * distance;
+    for (int64 i = 0; i < args.length; ++i) {
+      const double distance = static_cast<double>(args.x[i]) - static_cast<double>(args.shift[i]);
+      args.sum[i] += distance;
+      args.squares[i] += distance * distance;
     }
   }
 };
@@ -85,22 +79,16 @@ struct InputGradientLoop {
     int64 length;
   };
 
-  static ASGL_HOST_DEVICE void run(const Args& args) {
-    const Real* x = args.x;
-    const Real *mean = args.mean.row, *slope = args.slope.row, *offset = args.offset.row;
-    const Real same_mean = args.mean.value, same_slope = args.slope.value, same_offset = args.offset.value;
-    Real* dx = args.dx;
-    const int64 length = args.length;
-    if (mean != nullptr) {
+  template <bool kRows>
+  static ASGL_HOST_DEVICE void loop(Args args) {
 #pragma GCC ivdep
-      for (int64 i = 0; i < length; ++i) dx[i] = normalisation_adjoint(dx[i], x[i], mean[i], slope[i], offset[i]);
-    } else {
-#pragma GCC ivdep
-      for (int64 i = 0; i < length; ++i) {
-        dx[i] = normalisation_adjoint(dx[i], x[i], same_mean, same_slope, same_offset);
-      }
+    for (int64 i = 0; i < args.length; ++i) {
+      args.dx[i] = normalisation_adjoint(args.dx[i], args.x[i], args.mean.template at<kRows>(i),
+                                         args.slope.template at<kRows>(i), args.offset.template at<kRows>(i));
     }
   }
+
+  static ASGL_HOST_DEVICE void run(Args args) { args.mean.row != nullptr ? loop<true>(args) : loop<false>(args); }
 };
 
 // A task's share of a row of the sequence, seen as one of rows x columns: `rows` rows at a time where a row is short
@@ -239,17 +227,27 @@ class TaskMoments {
   std::vector<Sums> sums_;
 };
 
+ChannelTiles cut(const ChannelShape& shape) { return ChannelTiles::cut(shape, 1, kTaskColumns, kRowsEach); }
+
 }  // namespace
 
-ChannelTiles channel_tiles(const ChannelShape& shape) { return ChannelTiles::cut(shape, 1, kTaskColumns, kRowsEach); }
+template <class Scalar>
+void cut(MomentsParams<Scalar>& params) {
+  params.tiles = cut(params.tiles.shape);
+}
 
 template <class Scalar>
-void launch_moments(const MomentsParams<Scalar>& params) {
+void cut(InputGradientParams<Scalar>& params) {
+  params.tiles = cut(params.tiles.shape);
+}
+
+template <class Scalar>
+void launch(const MomentsParams<Scalar>& params) {
   for_each_task(params.tiles, [&](const ChannelTask& task) { TaskMoments<Scalar>(params, task).compute(); });
 }
 
 template <class Real>
-void launch_coefficients(const CoefficientsParams<Real>& params) {
+void launch(const CoefficientsParams<Real>& params) {
   for (int64 channel = 0; channel < params.channels; ++channel) {
     Moments found = {0, 0, 0};
     if (params.moments == nullptr) {
@@ -264,12 +262,12 @@ void launch_coefficients(const CoefficientsParams<Real>& params) {
 }
 
 template <class Real>
-void launch_adjoint(const AdjointParams<Real>& params) {
+void launch(const AdjointParams<Real>& params) {
   for (int64 channel = 0; channel < params.channels; ++channel) params.compute(channel);
 }
 
 template <class Scalar>
-void launch_input_gradient(const InputGradientParams<Scalar>& params) {
+void launch(const InputGradientParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const ChannelTiles& tiles = params.tiles;
   const Real *slopes = params.adjoint, *offsets = params.adjoint + tiles.shape.channels;
@@ -314,17 +312,25 @@ void launch_input_gradient(const InputGradientParams<Scalar>& params) {
   });
 }
 
-#define ASGL_INSTANTIATE(Scalar)                                      \
-  template void launch_moments<Scalar>(const MomentsParams<Scalar>&); \
-  template void launch_input_gradient<Scalar>(const InputGradientParams<Scalar>&);
-ASGL_INSTANTIATE(Half)
-ASGL_INSTANTIATE(BFloat16)
-ASGL_INSTANTIATE(float)
-ASGL_INSTANTIATE(double)
-#undef ASGL_INSTANTIATE
-template void launch_coefficients<float>(const CoefficientsParams<float>&);
-template void launch_coefficients<double>(const CoefficientsParams<double>&);
-template void launch_adjoint<float>(const AdjointParams<float>&);
-template void launch_adjoint<double>(const AdjointParams<double>&);
+template void cut(MomentsParams<Half>&);
+template void cut(MomentsParams<BFloat16>&);
+template void cut(MomentsParams<float>&);
+template void cut(MomentsParams<double>&);
+template void cut(InputGradientParams<Half>&);
+template void cut(InputGradientParams<BFloat16>&);
+template void cut(InputGradientParams<float>&);
+template void cut(InputGradientParams<double>&);
+template void launch(const MomentsParams<Half>&);
+template void launch(const MomentsParams<BFloat16>&);
+template void launch(const MomentsParams<float>&);
+template void launch(const MomentsParams<double>&);
+template void launch(const InputGradientParams<Half>&);
+template void launch(const InputGradientParams<BFloat16>&);
+template void launch(const InputGradientParams<float>&);
+template void launch(const InputGradientParams<double>&);
+template void launch(const CoefficientsParams<float>&);
+template void launch(const CoefficientsParams<double>&);
+template void launch(const AdjointParams<float>&);
+template void launch(const AdjointParams<double>&);
 
 }  // namespace asgl::cpu

@@ -6,7 +6,7 @@
 #include <memory>
 #include <type_traits>
 
-#include "cpu_loops.h"
+#include "cpu/loops.h"
 
 namespace asgl::cpu {
 
@@ -15,14 +15,27 @@ constexpr int64 kElementsPerTask = 32768;
 // A row takes about as long as memory does to answer, so that one row ahead would come too late.
 constexpr int64 kRowsAhead = 2;
 
-// Calls f(offset in the tile, element in the sequence, length) for each stretch of the tile that step t has in one
-// piece.
+inline int64 num_tiles(const SequenceShape& shape) { return (shape.neurons() + kTile - 1) / kTile; }
+
+// Neighbouring neurons that a task computes together.
+struct Tile {
+  SequenceShape shape;
+  int64 index, first, length;
+
+  Tile(const SequenceShape& shape, int64 index)
+      : shape(shape), index(index), first(index * kTile), length(std::min(kTile, shape.neurons() - first)) {}
+
+  // Whether a step has the tile's elements side by side.
+  bool in_one_piece() const { return first % shape.inner + length <= shape.inner; }
+};
+
+// Calls f(neuron, offset in the tile, length) for each stretch of the tile's neurons that have the same n / inner.
 template <class F>
-void for_each_stretch(const SequenceShape& shape, int64 first, int64 length, int64 t, F&& f) {
-  for (int64 i = 0; i < length;) {
-    const int64 n = first + i;
-    const int64 stretch = std::min(length - i, shape.inner - n % shape.inner);
-    f(i, shape.element(n, t), stretch);
+void for_each_stretch(const Tile& tile, int64 inner, F&& f) {
+  for (int64 i = 0; i < tile.length;) {
+    const int64 n = tile.first + i;
+    const int64 stretch = std::min(tile.length - i, inner - n % inner);
+    f(n, i, stretch);
     i += stretch;
   }
 }
@@ -30,54 +43,41 @@ void for_each_stretch(const SequenceShape& shape, int64 first, int64 length, int
 // Row t of a sequence as contiguous numbers of the arithmetic's type: where it lies if it is so already, else a copy in
 // `buffer`.
 template <class Element>
-const Real_t<Element>* read_row(const Element* sequence, const SequenceShape& shape, int64 first, int64 length, int64 t,
-                                Real_t<Element>* buffer) {
-  using Real = Real_t<Element>;
-  if constexpr (std::is_same_v<Element, Real>) {
-    if (first % shape.inner + length <= shape.inner) {
-      return sequence + shape.element(first, t);
-    }
+const Real_t<Element>* read_row(const Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
+  if constexpr (std::is_same_v<Element, Real_t<Element>>) {
+    if (tile.in_one_piece()) return sequence + tile.shape.element(tile.first, t);
   }
-  for_each_stretch(shape, first, length, t, [&](int64 offset, int64 element, int64 stretch) {
-    run<ConvertLoop<Element, Real>>({sequence + element, buffer + offset, stretch});
+  for_each_stretch(tile, tile.shape.inner, [&](int64 n, int64 offset, int64 length) {
+    run<ConvertLoop<Element, Real_t<Element>>>({sequence + tile.shape.element(n, t), buffer + offset, length});
   });
   return buffer;
 }
 
 // Where row t is to be written: in place, or in `buffer`, which finish_row then stores.
 template <class Element>
-Real_t<Element>* start_row(Element* sequence, const SequenceShape& shape, int64 first, int64 length, int64 t,
-                           Real_t<Element>* buffer) {
+Real_t<Element>* start_row(Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   if constexpr (std::is_same_v<Element, Real_t<Element>>) {
-    if (sequence != nullptr && first % shape.inner + length <= shape.inner) {
-      return sequence + shape.element(first, t);
-    }
+    if (sequence != nullptr && tile.in_one_piece()) return sequence + tile.shape.element(tile.first, t);
   }
   return buffer;
 }
 
 template <class Element>
-void finish_row(const Real_t<Element>* row, Element* sequence, const SequenceShape& shape, int64 first, int64 length,
-                int64 t) {
-  if (sequence == nullptr) {
-    return;
-  }
+void finish_row(const Real_t<Element>* row, Element* sequence, const Tile& tile, int64 t) {
+  if (sequence == nullptr) return;
   if constexpr (std::is_same_v<Element, Real_t<Element>>) {
-    if (first % shape.inner + length <= shape.inner && row == sequence + shape.element(first, t)) {
-      return;
-    }
+    if (tile.in_one_piece() && row == sequence + tile.shape.element(tile.first, t)) return;
   }
-  for_each_stretch(shape, first, length, t, [&](int64 offset, int64 element, int64 stretch) {
-    run<ConvertLoop<Real_t<Element>, Element>>({row + offset, sequence + element, stretch});
+  for_each_stretch(tile, tile.shape.inner, [&](int64 n, int64 offset, int64 length) {
+    run<ConvertLoop<Real_t<Element>, Element>>({row + offset, sequence + tile.shape.element(n, t), length});
   });
 }
 
-// A hint at row t of the tile at `first`: null where that does not exist or is not one stretch.
+// A hint at row t of the tile: null where there is no such row or where it is not in one piece.
 template <class Element>
-const char* row_ahead(const Element* sequence, const SequenceShape& shape, int64 first, int64 length, int64 t) {
-  const bool in_one_stretch = first < shape.neurons() && first % shape.inner + length <= shape.inner;
-  return sequence == nullptr || !in_one_stretch ? nullptr
-                                                : reinterpret_cast<const char*>(sequence + shape.element(first, t));
+const char* row_ahead(const Element* sequence, const Tile& tile, int64 t) {
+  if (sequence == nullptr || tile.length <= 0 || !tile.in_one_piece()) return nullptr;
+  return reinterpret_cast<const char*>(sequence + tile.shape.element(tile.first, t));
 }
 
 // Rows of numbers that begin at cache lines.

@@ -1,0 +1,255 @@
+// What a task keeps in the cache for its tile of neurons: noise, parameters, input current and state.
+#pragma once
+
+#include <array>
+
+#include "cpu/philox_simd.h"
+#include "cpu/rows.h"
+
+namespace asgl::cpu {
+
+template <class Real>
+void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, int64 t, Real* row) {
+  if (parameter.data == nullptr) {
+    std::fill_n(row, tile.length, parameter.constant);
+    return;
+  }
+  const Real* data = parameter.data + t * parameter.step_stride;
+  const bool in_turns = parameter.inner == 1;
+  for_each_stretch(tile, in_turns ? parameter.count : parameter.inner, [&](int64 n, int64 offset, int64 length) {
+    const Real* values = data + parameter.index(n);
+    in_turns ? std::copy_n(values, length, row + offset) : std::fill_n(row + offset, length, *values);
+  });
+}
+
+// The noise of a tile for the steps of a segment. Without draws every row is 0: below any analog_below except 0.
+class TileNoise {
+ public:
+  explicit TileNoise(const NoiseParams& noise)
+      : drawn_(noise.drawn()),
+        key_(drawn_ ? noise_key(noise.rng_state) : NoiseKey{}),
+        rows_(kCheckpointSteps, kTile / 4) {
+    if (!drawn_) std::fill_n(rows_.row(0), rows_.stride(), 0);
+  }
+
+  const uint16* row(const Tile& tile, int64 t) {
+    if (!drawn_) return reinterpret_cast<const uint16*>(rows_.row(0));
+    if (tile.first != first_) {
+      first_ = tile.first;
+      pairs_.fill(-1);
+    }
+    const int64 pair = t / 2, slot = pair % kPairs;
+    if (pairs_[slot] != pair) {
+      pairs_[slot] = pair;
+      run<NoiseLoop>({key_, static_cast<uint64>(tile.first / 4), (tile.length + 3) / 4, static_cast<uint32>(pair),
+                      rows_.row(2 * slot), rows_.row(2 * slot + 1)});
+    }
+    return reinterpret_cast<const uint16*>(rows_.row(2 * slot + t % 2));
+  }
+
+ private:
+  static constexpr int64 kPairs = kCheckpointSteps / 2;
+  static_assert(kTile / 4 % kNoiseGroups == 0);
+
+  bool drawn_;
+  NoiseKey key_;
+  Rows<uint64> rows_;
+  int64 first_ = -1;
+  std::array<int64, kPairs> pairs_;
+};
+
+// The parameters in a tile: one value for all, or rows, read anew at every step only where they depend on it.
+template <class Real>
+class TileNeurons {
+ public:
+  explicit TileNeurons(const ParameterView<Real> (&parameters)[kNumParameters])
+      : parameters_(parameters), uniform_(all_uniform(parameters)), rows_(uniform_ ? 0 : kNumParameters, kTile) {
+    if (uniform_) values_ = settled_neuron<Input::kPlain>(parameters, 0);
+  }
+
+  void move_to(const Tile& tile, int64 t) {
+    if (uniform_) return;
+    for (int id = 0; id < kNumParameters; ++id) {
+      const bool per_step = parameters_[id].data != nullptr && parameters_[id].step_stride != 0;
+      if (tile.first != first_ || (per_step && t != t_)) {
+        Real* row = rows_.row(id);
+        fill_parameter_row(parameters_[id], tile, t, row);
+        if (id == kWidth) {
+          std::transform(row, row + tile.length, row, [](Real width) { return inverse_of_width(width); });
+        }
+      }
+    }
+    first_ = tile.first;
+    t_ = t;
+  }
+
+  operator UniformNeuron<Real>() const { return {values_}; }
+  operator NeuronRows<Real>() {
+    return {{rows_.row(kDecay), rows_.row(kThreshold), rows_.row(kReset), rows_.row(kWidth), rows_.row(kInputGain),
+             rows_.row(kInputBias), rows_.row(kInputMean)}};
+  }
+  Operand<Real> v_threshold() { return operand(kThreshold, values_.v_threshold); }
+  Operand<Real> inverse_width() { return operand(kWidth, values_.inverse_width); }
+  Operand<Real> input_mean() { return operand(kInputMean, values_.input_mean); }
+
+ private:
+  Operand<Real> operand(ParameterId id, Real value) { return {uniform_ ? nullptr : rows_.row(id), value}; }
+
+  const ParameterView<Real>* parameters_;
+  bool uniform_;
+  Rows<Real> rows_;
+  Neuron<Real> values_{};
+  int64 first_ = -1;
+  int64 t_ = -1;
+};
+
+// Interleaved sums of a stretch, so that their loop is vectorised without licence to reorder additions.
+constexpr int64 kInputSums = 64;
+
+// The input current of a tile where the parameters of the input are the same at all steps; x itself for kPlain. Where
+// enough neighbours share them, each such stretch has numbers for all; else there are rows, as short as repetition
+// allows, so that the cache keeps more of the rest.
+template <class Real>
+class TileInput {
+ public:
+  template <class Scalar>
+  explicit TileInput(const LIFParams<Scalar>& params)
+      : parameters_(params.parameters),
+        plain_(params.input() == Input::kPlain),
+        rows_(plain_ ? 0 : 6, kTile),
+        tile_(params.shape, 0) {
+    if (plain_) return;
+    for (Real** row : {&current_, &gain_, &bias_, &mean_, &gain_sum_, &bias_sum_}) *row = rows_.take();
+    bool alike = true;  // all that are not uniform
+    for (int id = kInputGain; id < kNumParameters; ++id) {
+      const ParameterView<Real>& parameter = parameters_[id];
+      if (parameter.is_uniform()) continue;
+      alike = alike && (shared_ == 0 || (parameter.inner == shared_ && parameter.count == count_));
+      shared_ = parameter.inner;
+      count_ = parameter.count;
+    }
+    in_rows_ = !alike || (shared_ > 0 && shared_ < 2 * kInputSums);
+    if (alike && shared_ == 1 && count_ <= kTile) period_ = std::max<int64>(1, kInputSums / count_) * count_;
+  }
+
+  bool plain() const { return plain_; }
+
+  void move_to(const Tile& tile) {
+    if (plain_) return;
+    const bool known = filled_ && period_ < kTile && tile.first % count_ == tile_.first % count_;
+    tile_ = tile;
+    if (in_rows_ && !known) {
+      filled_ = true;
+      Tile period = tile;
+      period.length = period_;
+      fill_parameter_row(parameters_[kInputGain], period, 0, gain_);
+      fill_parameter_row(parameters_[kInputBias], period, 0, bias_);
+      fill_parameter_row(parameters_[kInputMean], period, 0, mean_);
+    }
+    std::fill_n(gain_sum_, kTile, Real(0));
+    std::fill_n(bias_sum_, kTile, Real(0));
+  }
+
+  const Real* current(const Real* x) {
+    if (plain_) return x;
+    if (in_rows_) {
+      run<InputCurrentLoop<Real, true>>({x, rows(), current_, tile_.length});
+    } else {
+      for_each_shared([&](int64, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
+        run<InputCurrentLoop<Real, false>>({x + i, parameters, current_ + i, length});
+      });
+    }
+    return current_;
+  }
+
+  // The gradient of the current is to be put here; backward then turns it into the gradient of x.
+  Real* gradient_row() { return current_; }
+  void backward(const Real* x, Real* dx) {
+    if (in_rows_) {
+      run<InputCurrentAdjointLoop<Real, true>>({x, current_, rows(), gain_sum_, bias_sum_, dx, tile_.length});
+    } else {
+      for_each_shared([&](int64 stretch, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
+        const int64 sum = stretch * kInputSums;
+        run<InputCurrentAdjointLoop<Real, false>>(
+            {x + i, current_ + i, parameters, gain_sum_ + sum, bias_sum_ + sum, dx + i, length});
+      });
+    }
+  }
+
+  // A row whose sum over the neurons that share a value is the gradient.
+  const Real* gain_sums() { return in_place(gain_sum_); }
+  const Real* bias_sums() { return in_place(bias_sum_); }
+
+ private:
+  InputParameters<Real, true> rows() const { return {{gain_, Real(0)}, {bias_, Real(0)}, {mean_, Real(0)}, period_}; }
+
+  template <class F>
+  void for_each_shared(F&& f) {
+    int64 stretch = 0;
+    for_each_stretch(tile_, shared_ == 0 ? kTile : shared_, [&](int64 n, int64 offset, int64 length) {
+      const auto at = [&](ParameterId id) { return Operand<Real>{nullptr, parameters_[id].at(n, 0)}; };
+      f(stretch++, offset, length,
+        InputParameters<Real, false>{at(kInputGain), at(kInputBias), at(kInputMean), kInputSums});
+    });
+  }
+
+  // Sums of stretches, which lie side by side, go to the first place of each.
+  const Real* in_place(Real* sums) {
+    if (plain_ || in_rows_) return sums;
+    std::fill_n(gain_, kTile, Real(0));
+    for_each_shared([&](int64 stretch, int64 i, int64, const InputParameters<Real, false>&) {
+      double sum;
+      run<SumLoop<Real>>({sums + stretch * kInputSums, kInputSums, &sum});
+      gain_[i] = static_cast<Real>(sum);
+    });
+    return gain_;
+  }
+
+  const ParameterView<Real>* parameters_;
+  bool plain_, in_rows_ = false;
+  int64 shared_ = 0, count_ = 1;  // inner and count of those that are not uniform, if these are alike
+  int64 period_ = kTile;          // of the rows
+  Rows<Real> rows_;
+  Real *current_ = nullptr, *gain_ = nullptr, *bias_ = nullptr, *mean_ = nullptr;
+  Real *gain_sum_ = nullptr, *bias_sum_ = nullptr;
+  Tile tile_;
+  bool filled_ = false;
+};
+
+constexpr int64 kStateRows = sizeof(State<char>);  // one a member
+
+// `count` rows for each member of the state, one behind another.
+template <class Real>
+State<Real*> take_state(Rows<Real>& rows, int64 count = 1) {
+  State<Real*> state;
+  for_each_member([&](Real*& row) { row = rows.take(count); }, state);
+  return state;
+}
+
+// Reads rows of the state from their place in memory; where that is null, all neurons are in the state `otherwise`.
+template <class Real>
+void load_state(const State<const Real*>& from, int64 offset, const State<Real>& otherwise, int64 length,
+                const State<Real*>& rows) {
+  for_each_member(
+      [&](const Real* values, Real value, Real* row) {
+        values != nullptr ? std::copy_n(values + offset, length, row) : std::fill_n(row, length, value);
+      },
+      from, otherwise, rows);
+}
+
+// Writes rows of the state to their place in memory, except where that is null.
+template <class Real>
+void store_state(const State<Real*>& rows, int64 length, const State<Real*>& to, int64 offset) {
+  for_each_member(
+      [&](const Real* row, Real* values) {
+        if (values != nullptr) std::copy_n(row, length, values + offset);
+      },
+      rows, to);
+}
+
+// Where checkpoints have the tile's state after so many steps.
+inline int64 checkpoint(const Tile& tile, int64 steps) {
+  return (steps / kCheckpointSteps - 1) * tile.shape.neurons() + tile.first;
+}
+
+}  // namespace asgl::cpu
