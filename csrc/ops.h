@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -210,37 +211,53 @@ class ParameterTensor {
   Tensor data_;
 };
 
-struct Options {
-  Surrogate surrogate;
-  bool hard_reset;
-  double v_rest, surrogate_gain;
-  bool strict_threshold, scale_output, detach_reset;
-  int64_t analog_below;
+// asgl_cuda/reference.py packs options into lists, as the fields of its Rules and Numbers; here the same fields stand
+// in the same order.
+struct Rules {
+  int64_t surrogate, hard_reset, strict_threshold, scale_output, detach_reset, analog_below, time_dim;
 };
+struct Numbers {
+  double constants[kNumParameters];  // in the order of ParameterId, 0 where the parameter is a tensor
+  double v_rest, surrogate_gain;
+};
+
+template <class Fields, class Element>
+Fields unpacked(at::ArrayRef<Element> list, const char* name) {
+  static_assert(std::is_trivially_copyable_v<Fields> && sizeof(Fields) % sizeof(Element) == 0);
+  TORCH_CHECK_VALUE(list.size() == sizeof(Fields) / sizeof(Element), "asgl_cuda: expected ",
+                    sizeof(Fields) / sizeof(Element), " ", name, ", got ", list.size());
+  Fields fields;
+  std::memcpy(&fields, list.data(), sizeof(Fields));
+  return fields;
+}
 
 // Everything that forward and backward prepare in the same way.
 class Call {
  public:
   Call(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state,
-       const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> constants, const Options& options,
-       int64_t time_dim)
-      : x_seq_(x_seq), layout_(x_seq, time_dim), options_(options), constants_(constants.vec()), rng_state_(rng_state) {
-    TORCH_CHECK_VALUE(parameters.size() == kNumParameters && constants.size() == kNumParameters, "asgl_cuda: expected ",
-                      kNumParameters, " parameters");
-    TORCH_CHECK_VALUE(static_cast<int>(options.surrogate) >= 0 && static_cast<int>(options.surrogate) < kNumSurrogates,
-                      "asgl_cuda: no surrogate has the number ", static_cast<int>(options.surrogate));
+       const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> numbers, at::IntArrayRef rules)
+      : rules_(unpacked<Rules>(rules, "rules")),
+        numbers_(unpacked<Numbers>(numbers, "numbers")),
+        x_seq_(x_seq),
+        layout_(x_seq, rules_.time_dim),
+        rng_state_(rng_state) {
+    TORCH_CHECK_VALUE(parameters.size() == kNumParameters, "asgl_cuda: expected ", kNumParameters, " parameters, got ",
+                      parameters.size());
+    TORCH_CHECK_VALUE(0 <= rules_.surrogate && rules_.surrogate < kNumSurrogates,
+                      "asgl_cuda: no surrogate has the number ", rules_.surrogate);
     if (v_init.has_value()) {
       check_real(*v_init, "v_init");
       v_init_ = layout_.match_state(*v_init);
     }
-    TORCH_CHECK_VALUE(0 <= options.analog_below && options.analog_below <= kAnalogBelowInState,
-                      "asgl_cuda: analog_below must be in [0, ", kAnalogBelowInState, "], got ", options.analog_below);
-    if (options.analog_below > 0 && options.analog_below != kAlwaysAnalog) {
-      const int64_t numbers = options.analog_below == kAnalogBelowInState ? 3 : 2;
+    const int64_t below = rules_.analog_below;
+    TORCH_CHECK_VALUE(0 <= below && below <= kAnalogBelowInState, "asgl_cuda: analog_below must be in [0, ",
+                      kAnalogBelowInState, "], got ", below);
+    if (below > 0 && below != kAlwaysAnalog) {
+      const int64_t elements = below == kAnalogBelowInState ? 3 : 2;
       TORCH_CHECK_VALUE(
-          rng_state.has_value() && rng_state->scalar_type() == at::kLong && rng_state->numel() == numbers &&
+          rng_state.has_value() && rng_state->scalar_type() == at::kLong && rng_state->numel() == elements &&
               rng_state->is_contiguous() && rng_state->device() == x_seq.device(),
-          "asgl_cuda: rng_state must be a contiguous int64 tensor of ", numbers, " elements on ", x_seq.device());
+          "asgl_cuda: rng_state must be a contiguous int64 tensor of ", elements, " elements on ", x_seq.device());
     }
     for (int id = 0; id < kNumParameters; ++id) {
       const OptionalTensor parameter = parameters.get(id);
@@ -252,7 +269,8 @@ class Call {
   }
 
   const Layout& layout() const { return layout_; }
-  const Options& options() const { return options_; }
+  Surrogate surrogate() const { return static_cast<Surrogate>(rules_.surrogate); }
+  bool hard_reset() const { return rules_.hard_reset != 0; }
   const ParameterTensor& parameter(int id) const { return *parameters_[id]; }
   at::TensorOptions real_options() const { return x_seq_.options().dtype(real_type(x_seq_)); }
 
@@ -261,11 +279,11 @@ class Call {
     using Real = Real_t<Scalar>;
     params.shape = layout_.shape();
     for (int id = 0; id < kNumParameters; ++id) params.parameters[id] = view<Real>(id);
-    params.options = {static_cast<Real>(options_.v_rest), static_cast<Real>(options_.surrogate_gain),
-                      options_.strict_threshold, options_.scale_output, options_.detach_reset};
+    params.options = {static_cast<Real>(numbers_.v_rest), static_cast<Real>(numbers_.surrogate_gain),
+                      rules_.strict_threshold != 0, rules_.scale_output != 0, rules_.detach_reset != 0};
     params.noise = {
         rng_state_.has_value() ? reinterpret_cast<const int64*>(rng_state_->const_data_ptr<int64_t>()) : nullptr,
-        static_cast<uint32>(options_.analog_below)};
+        static_cast<uint32>(rules_.analog_below)};
     params.x_seq = const_pointer<Scalar>(x_seq_);
     params.v_init = const_pointer<Real>(v_init_);
   }
@@ -274,7 +292,7 @@ class Call {
   ParameterView<Real> view(int id) const {
     if (parameters_[id].has_value()) return parameters_[id]->view<Real>();
     const int64 neurons = layout_.shape().neurons();
-    return {nullptr, static_cast<Real>(constants_[id]), 0, neurons, 1};
+    return {nullptr, static_cast<Real>(numbers_.constants[id]), 0, neurons, 1};
   }
 
   void check_real(const Tensor& tensor, const char* name) const {
@@ -285,10 +303,10 @@ class Call {
   }
 
  private:
+  Rules rules_;
+  Numbers numbers_;
   Tensor x_seq_;
   Layout layout_;
-  Options options_;
-  std::vector<double> constants_;
   OptionalTensor v_init_, rng_state_;
   std::optional<ParameterTensor> parameters_[kNumParameters];
 };
@@ -310,16 +328,13 @@ void with_scalar(at::ScalarType type, F&& f) {
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lif_forward(
-    const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state,
-    const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> constants, int64_t surrogate,
-    double surrogate_gain, double v_rest, bool hard_reset, bool strict_threshold, bool scale_output,
-    int64_t analog_below, int64_t time_dim, bool return_v_last, bool return_v_seq, bool return_h_seq,
-    bool keep_checkpoints) {
-  const Call call(x_seq, v_init, rng_state, parameters, constants,
-                  {static_cast<Surrogate>(surrogate), hard_reset, v_rest, surrogate_gain, strict_threshold,
-                   scale_output, false, analog_below},
-                  time_dim);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lif_forward(const Tensor& x_seq, const OptionalTensor& v_init,
+                                                               const OptionalTensor& rng_state,
+                                                               const c10::List<OptionalTensor>& parameters,
+                                                               at::ArrayRef<double> numbers, at::IntArrayRef rules,
+                                                               std::array<bool, 4> wanted) {
+  const Call call(x_seq, v_init, rng_state, parameters, numbers, rules);
+  const auto [wants_v_last, wants_v_seq, wants_h_seq, wants_checkpoints] = wanted;
   const Backend backend(x_seq);
   const Layout& layout = call.layout();
   const SequenceShape& shape = layout.shape();
@@ -327,11 +342,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lif_forward(
   // What is not asked for is empty, each a tensor of its own: outputs of an operator may not share memory.
   const auto none = [&] { return at::empty({0}, real); };
   const Tensor s_seq = layout.empty_sequence(x_seq.options());
-  const Tensor v_last = return_v_last ? layout.empty_state(real) : none();
-  const Tensor v_seq = return_v_seq ? layout.empty_sequence(real) : none();
-  const Tensor h_seq = return_h_seq ? layout.empty_sequence(real) : none();
-  const Tensor checkpoints = keep_checkpoints ? at::empty({checkpoint_elements(shape)}, real) : none();
-  if (keep_checkpoints) checkpoints.narrow(0, checkpoints.numel() - 2, 2).zero_();
+  const Tensor v_last = wants_v_last ? layout.empty_state(real) : none();
+  const Tensor v_seq = wants_v_seq ? layout.empty_sequence(real) : none();
+  const Tensor h_seq = wants_h_seq ? layout.empty_sequence(real) : none();
+  const Tensor checkpoints = wants_checkpoints ? at::empty({checkpoint_elements(shape)}, real) : none();
+  if (wants_checkpoints) checkpoints.narrow(0, checkpoints.numel() - 2, 2).zero_();
   if (shape.neurons() > 0) {
     with_scalar(x_seq.scalar_type(), [&](auto scalar) {
       using Scalar = decltype(scalar);
@@ -343,24 +358,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lif_forward(
       params.v_seq = pointer<Real>(v_seq);
       params.h_seq = pointer<Real>(h_seq);
       params.checkpoints = pointer<Real>(checkpoints);
-      backend.launch_forward(call.options().surrogate, hard_reset, params);
+      backend.launch_forward(call.surrogate(), call.hard_reset(), params);
     });
   }
   return {s_seq, v_last, v_seq, h_seq, checkpoints};
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(
-    const OptionalTensor& grad_s_seq, const OptionalTensor& grad_v_last, const OptionalTensor& grad_v_seq,
-    const OptionalTensor& grad_h_seq, const Tensor& x_seq, const OptionalTensor& v_init,
-    const OptionalTensor& rng_state, const Tensor& checkpoints, const c10::List<OptionalTensor>& parameters,
-    at::ArrayRef<double> constants, int64_t surrogate, double surrogate_gain, double v_rest, bool hard_reset,
-    bool strict_threshold, bool scale_output, bool detach_reset, int64_t analog_below, int64_t time_dim,
-    bool needs_x_seq, bool needs_v_init, std::array<bool, kNumParameters> needs_parameters) {
-  const Call call(x_seq, v_init, rng_state, parameters, constants,
-                  {static_cast<Surrogate>(surrogate), hard_reset, v_rest, surrogate_gain, strict_threshold,
-                   scale_output, detach_reset, analog_below},
-                  time_dim);
+std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(const c10::List<OptionalTensor>& grads,
+                                                             const Tensor& x_seq, const OptionalTensor& v_init,
+                                                             const OptionalTensor& rng_state, const Tensor& checkpoints,
+                                                             const c10::List<OptionalTensor>& parameters,
+                                                             at::ArrayRef<double> numbers, at::IntArrayRef rules,
+                                                             std::array<bool, 2 + kNumParameters> wanted) {
+  const Call call(x_seq, v_init, rng_state, parameters, numbers, rules);
+  TORCH_CHECK_VALUE(grads.size() == 4, "asgl_cuda: expected 4 gradients, got ", grads.size());
+  const bool wants_x_seq = wanted[0], wants_v_init = wanted[1];
+  const auto wants_parameter = [&](int id) { return wanted[2 + id] && parameters.get(id).has_value(); };
   const Backend backend(x_seq);
   const Layout& layout = call.layout();
   const SequenceShape& shape = layout.shape();
@@ -372,22 +386,23 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(
     if (!grad.has_value()) return std::nullopt;
     return layout.match_sequence(grad->to(type));
   };
-  const OptionalTensor s_grad = sequence(grad_s_seq, x_seq.scalar_type());
-  const OptionalTensor v_grad = sequence(grad_v_seq, real_type(x_seq));
-  const OptionalTensor h_grad = sequence(grad_h_seq, real_type(x_seq));
-  const OptionalTensor v_last_grad =
-      grad_v_last.has_value() ? OptionalTensor(layout.match_state(grad_v_last->to(real_type(x_seq)))) : std::nullopt;
+  const OptionalTensor grad_s_seq = sequence(grads[0], x_seq.scalar_type());
+  const OptionalTensor given_v_last = grads[1];
+  const OptionalTensor grad_v_last =
+      given_v_last.has_value() ? OptionalTensor(layout.match_state(given_v_last->to(real_type(x_seq)))) : std::nullopt;
+  const OptionalTensor grad_v_seq = sequence(grads[2], real_type(x_seq));
+  const OptionalTensor grad_h_seq = sequence(grads[3], real_type(x_seq));
 
-  const Tensor grad_x_seq = needs_x_seq ? layout.empty_sequence(x_seq.options()) : at::empty({0}, x_seq.options());
-  const Tensor grad_v_init = needs_v_init ? layout.empty_state(real) : at::empty({0}, real);
+  const Tensor grad_x_seq = wants_x_seq ? layout.empty_sequence(x_seq.options()) : at::empty({0}, x_seq.options());
+  const Tensor grad_v_init = wants_v_init ? layout.empty_state(real) : at::empty({0}, real);
   std::vector<Tensor> grad_parameters;
   for (int id = 0; id < kNumParameters; ++id) {
-    grad_parameters.push_back(needs_parameters[id] ? call.parameter(id).empty_gradient() : at::empty({0}, real));
+    grad_parameters.push_back(wants_parameter(id) ? call.parameter(id).empty_gradient() : at::empty({0}, real));
   }
   if (shape.neurons() == 0) {
     for (int id = 0; id < kNumParameters; ++id) {
-      if (needs_parameters[id])
-        grad_parameters[id] = call.parameter(id).gradient_in_own_shape(grad_parameters[id].zero_());
+      if (!wants_parameter(id)) continue;
+      grad_parameters[id] = call.parameter(id).gradient_in_own_shape(grad_parameters[id].zero_());
     }
     return {grad_x_seq, grad_v_init, grad_parameters};
   }
@@ -396,25 +411,25 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(
     using Real = Real_t<Scalar>;
     BackwardParams<Scalar> params{};
     call.fill(params);
-    params.grad_s_seq = const_pointer<Scalar>(s_grad);
-    params.grad_v_last = const_pointer<Real>(v_last_grad);
-    params.grad_v_seq = const_pointer<Real>(v_grad);
-    params.grad_h_seq = const_pointer<Real>(h_grad);
+    params.grad_s_seq = const_pointer<Scalar>(grad_s_seq);
+    params.grad_v_last = const_pointer<Real>(grad_v_last);
+    params.grad_v_seq = const_pointer<Real>(grad_v_seq);
+    params.grad_h_seq = const_pointer<Real>(grad_h_seq);
     params.checkpoints = const_pointer<Real>(checkpoints);
     params.grad_x_seq = pointer<Scalar>(grad_x_seq);
     params.grad_v_init = pointer<Real>(grad_v_init);
     const TilePlan plan = backend.backward_tiles(params);
     Tensor partials[kNumParameters];
     for (int id = 0; id < kNumParameters; ++id) {
-      if (!needs_parameters[id]) continue;
+      if (!wants_parameter(id)) continue;
       const auto& view = params.parameters[id];
       const int64 slots = shape.neurons() / view.inner + plan.tiles;
       partials[id] = at::empty({view.step_stride != 0 ? shape.steps : 1, slots}, real);
       params.partials[id] = {pointer<Real>(partials[id]), slots};
     }
-    backend.launch_backward(call.options().surrogate, hard_reset, params);
+    backend.launch_backward(call.surrogate(), call.hard_reset(), params);
     for (int id = 0; id < kNumParameters; ++id) {
-      if (!needs_parameters[id]) continue;
+      if (!wants_parameter(id)) continue;
       backend.launch_gradient_sum(GradientSum<Real>{params.partials[id], params.parameters[id], shape, plan.tile,
                                                     id == kWidth, pointer<Real>(grad_parameters[id])});
       grad_parameters[id] = call.parameter(id).gradient_in_own_shape(grad_parameters[id]);
