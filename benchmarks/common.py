@@ -93,7 +93,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
         "cuda": torch.version.cuda,
         "kernels": extension.build_info.cuda if extension.build_info else None,
-        "nvrtc": asgl_cuda.jit.nvrtc_version() if "cupy" in asgl_cuda.available_backends() else None,
+        "nvrtc": asgl_cuda.backends.cupy.nvrtc_version() if "cupy" in asgl_cuda.available_backends() else None,
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from asgl_cuda import compilation
-from asgl_cuda.launch import SCALARS
+from asgl_cuda.backends.neuron_kernels import SCALARS
 from asgl_cuda.surrogate import SURROGATES
 
 from . import ROOT

@@ -18,7 +18,8 @@ from functools import partial
 
 import torch
 
-from asgl_cuda import extension, jit
+from asgl_cuda import extension
+from asgl_cuda.backends import cupy
 
 from . import ROOT
 from .common import parser_of
@@ -86,7 +87,7 @@ def fill_cache(architecture: str, jobs: int) -> int:
     from tests.cuda_compile import kernels_asked_for
 
     major, minor = map(int, architecture.split("."))
-    compiled = partial(jit.load_or_compile, architecture=jit.target((major, minor)))
+    compiled = partial(cupy.load_or_compile, architecture=cupy.target((major, minor)))
     # Anew, not as copies of this one, in which torch has threads and a GPU.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         return len(list(pool.map(compiled, kernels_asked_for(), chunksize=4)))
@@ -109,7 +110,7 @@ def main() -> int:
     if arguments.device == "cuda" and importlib.util.find_spec("cupy") is not None:
         os.environ.setdefault("CUPY_CACHE_DIR", str(CUPY_CACHE))
         count = fill_cache(architecture, os.cpu_count() or 1)
-        print(f"{count} kernels are in {jit.cache_directory()}, after {time.monotonic() - started:.0f} s")
+        print(f"{count} kernels are in {cupy.cache_directory()}, after {time.monotonic() - started:.0f} s")
     return 0 if problem is None else 1
 
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.utils.cpp_extension
 
-from asgl_cuda import backends, batch_norm_launch, ops
+from asgl_cuda import backends, ops
+from asgl_cuda.backends import normalisation_kernels
 
 ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests" / "cuda" / "emulation"
@@ -96,7 +97,7 @@ def register() -> Emulation:
         is_python_module=False,
     )
     emulation = Emulation(path or str(directory / f"{NAMESPACE}.so"))
-    batch_norm_launch.implement(REPLAYED_NAMESPACE, "CPU", emulation)
+    normalisation_kernels.implement(REPLAYED_NAMESPACE, "CPU", emulation)
     for name, namespace in (("emulated", NAMESPACE), ("replayed", REPLAYED_NAMESPACE)):
         backends.BACKENDS[name] = backends.Backend(("cpu",), backends.operators_in(namespace), lambda: None)
     return emulation

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from asgl_cuda import jit
+from asgl_cuda.backends import cupy, neuron_kernels
 from benchmarks import card, gpu_bars, gpu_check, gpu_steps, kernel_times, prepare
 from benchmarks.gpu_check import Findings, Outcome
 from benchmarks.gpu_steps import Machine, Step
@@ -164,13 +164,13 @@ def test_cache_is_filled_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
     pytest.importorskip("cupy")
     import tests.cuda_compile
 
-    kernels = [jit.PROBE, jit.launch.gradient_sum_kernel(torch.float64, True)]
+    kernels = [cupy.PROBE, neuron_kernels.gradient_sum_kernel(torch.float64, True)]
     monkeypatch.setattr(tests.cuda_compile, "kernels_asked_for", lambda: kernels)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
     assert prepare.fill_cache("9.0", 2) == 2
     assert len(list(tmp_path.glob("asgl_cuda_*.cubin"))) == 2
-    monkeypatch.setattr(jit, "compile_kernels", None)
-    assert jit.load_or_compile(kernels[1], "sm_90").image
+    monkeypatch.setattr(cupy, "compile_kernels", None)
+    assert cupy.load_or_compile(kernels[1], "sm_90").image
 
 
 # ---- what is found ----

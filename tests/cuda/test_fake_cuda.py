@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import asgl_cuda
 from asgl_cuda import backends, extension
+from asgl_cuda.reference import Numbers, Rules
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=str(extension.problem))
 
@@ -37,13 +38,14 @@ def calls(device, steps, layout, dtype):
     parameters = [width, None, v_threshold, None, None, None, None]
     v_init = torch.zeros(2, 3, 4, 5, dtype=real, device=device)
     state = rng_state(device=device)
-    constants, neuron = [0.0, 0.5, 0.0, 0.0, 1.0, 0.0, 0.0], (0, 1.0, 0.0, True, False, False)
-    forward = (x_seq, v_init, state, parameters, constants, *neuron, 20000, time_dim, True, True, True, True)
+    numbers = Numbers(0.0, 0.5, 0.0, 0.0, 1.0, 0.0, 0.0, v_rest=0.0, surrogate_gain=1.0)
+    rules = Rules(0, 1, 0, 0, 0, analog_below=20000, time_dim=time_dim)
+    forward = (x_seq, v_init, state, parameters, numbers, rules, [True] * 4)
 
-    def backward(s_seq, v_last, v_seq, h_seq, checkpoints):
-        needs = [True, False, True, False, False, False, False]
-        inputs = (x_seq, v_init, state, checkpoints, parameters, constants)
-        return (s_seq, v_last, v_seq, h_seq, *inputs, *neuron, False, 20000, time_dim, True, True, needs)
+    def backward(*outputs):
+        *grads, checkpoints = outputs
+        wanted = [True, True, True, False, True, False, False, False, False]
+        return grads, x_seq, v_init, state, checkpoints, parameters, numbers, rules, wanted
 
     return forward, backward
 

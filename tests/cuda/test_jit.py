@@ -19,16 +19,19 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import asgl_cuda
-from asgl_cuda import backends, batch_norm_launch, jit, launch
-from asgl_cuda.kernel_params import STRUCTURES
+from asgl_cuda import backends
+from asgl_cuda.backends import cupy as jit
+from asgl_cuda.backends import neuron_kernels as launch
+from asgl_cuda.backends import normalisation_kernels
+from asgl_cuda.backends.structures import structure
 
 FORWARD = launch.forward_kernel(torch.float32, 0, True, 4, launch.PLAIN)
 BACKWARD = launch.backward_kernel(torch.float32, 0, True, 4, launch.PLAIN, 4)
 OF_BATCH_NORM = (
     launch.forward_kernel(torch.float32, 0, True, 4, launch.NORMALISED),
     launch.backward_kernel(torch.float32, 0, True, 4, launch.NORMALISED, 4),
-    batch_norm_launch.moments_kernel(torch.float32, 4),
-    batch_norm_launch.input_gradient_kernel(torch.float32, 4),
+    normalisation_kernels.moments_kernel(torch.float32, 4),
+    normalisation_kernels.input_gradient_kernel(torch.float32, 4),
 )
 
 
@@ -91,7 +94,7 @@ def test_changed_header_is_another_kernel(cache, headers, monkeypatch):
     jit.load_or_compile(jit.PROBE, "sm_90")
     changed = headers.with_name("changed")
     shutil.copytree(headers, changed)
-    with (changed / "philox.h").open("a") as file:
+    with (changed / "math" / "philox.h").open("a") as file:
         file.write("// changed\n")
     monkeypatch.setattr(jit, "source_directory", lambda: changed)
     jit.load_or_compile(jit.PROBE, "sm_90")
@@ -119,7 +122,7 @@ def test_time_of_a_new_process_with_a_filled_cache():
         jit.load_or_compile(kernel, "sm_90")
     code = f"""
 import time, cupy
-from asgl_cuda import jit
+from asgl_cuda.backends import cupy as jit
 started = time.perf_counter()
 for kernel in {(FORWARD, BACKWARD)!r}:
     jit.load_or_compile(kernel, "sm_90")
@@ -143,7 +146,7 @@ def test_arithmetic_is_that_of_the_reference():
 
 @pytest.mark.usefixtures("nvrtc", "cache")
 def test_compilation_that_fails(headers):
-    (headers / "lif_kernels.cuh").write_text("this is no C++\n")
+    (headers / "cuda" / "neuron_kernels.cuh").write_text("this is no C++\n")
     with pytest.raises(RuntimeError) as raised:
         jit.load_or_compile(FORWARD, "sm_90")
     first, log = str(raised.value).split("\n", 1)
@@ -167,7 +170,7 @@ def test_target(monkeypatch, capability, expected):
 # ---- launches ----
 
 DEVICES = [torch.device("cuda", index) for index in (0, 1)]
-PARAMS = STRUCTURES[torch.float32].ForwardParams((1, 2, 3), x_seq=4096)
+PARAMS = structure("ForwardParams", torch.float32)((1, 2, 3), x_seq=4096)
 
 
 class Machine:
@@ -276,14 +279,14 @@ def test_cupy_itself_on_a_fake_driver(tmp_path):
     code = """
 import contextlib, ctypes, types
 import cupy, torch
-from asgl_cuda import jit
-from asgl_cuda.kernel_params import STRUCTURES
+from asgl_cuda.backends import cupy as jit
+from asgl_cuda.backends.structures import structure
 fake = ctypes.CDLL("libcuda.so.1")
 cupy.cuda.runtime = types.SimpleNamespace(setDevice=lambda device: fake.fake_set_device(device))
 torch.cuda.device = lambda device: contextlib.nullcontext()
 torch.cuda.get_device_capability = lambda device: (9, 0)
 torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=0xabc)
-params = STRUCTURES[torch.float32].ForwardParams((1, 2, 258))
+params = structure("ForwardParams", torch.float32)((1, 2, 258))
 launcher = jit.CupyLauncher()
 for kernel in (jit.PROBE, jit.PROBE):
     launcher.launch(torch.device("cuda", 3), kernel, 5, 128, params)

@@ -8,11 +8,10 @@ import torch
 from comparison import assert_equals_reference, random_input, real_of, rng_state, uniform
 
 import asgl_cuda
-from asgl_cuda import kernel_params
-from asgl_cuda.kernel_params import STRUCTURES
+from asgl_cuda.backends.structures import structure
 from asgl_cuda.surrogate import SURROGATES
 
-BLOCK = 128  # kBlockThreads of csrc/lif_kernels.cuh
+BLOCK = 128  # kBlockThreads of csrc/cuda/access.cuh
 NEURONS = 1536
 
 
@@ -99,33 +98,35 @@ def test_sums_of_many_blocks(emulation, backend):
 # ---- the launchers in Python give what those in C++ do ----
 
 
-def fields(structure, prefix=""):
+def fields(value, prefix=""):
     """Name and value of every field; of a pointer, whether it is null."""
-    if hasattr(structure, "_fields_"):
-        for name, kind in structure._fields_:
-            value = getattr(structure, name)
-            yield from [(prefix + name, bool(value))] if kind is ctypes.c_void_p else fields(value, f"{prefix}{name}.")
-    elif isinstance(structure, ctypes.Array):
-        for index, value in enumerate(structure):
-            yield from fields(value, f"{prefix[:-1]}[{index}].")
+    if hasattr(value, "_fields_"):
+        for name, kind in value._fields_:
+            member = getattr(value, name)
+            yield from (
+                [(prefix + name, bool(member))] if kind is ctypes.c_void_p else fields(member, f"{prefix}{name}.")
+            )
+    elif isinstance(value, ctypes.Array):
+        for index, each in enumerate(value):
+            yield from fields(each, f"{prefix[:-1]}[{index}].")
     else:
-        yield prefix[:-1], structure
+        yield prefix[:-1], value
 
 
 def described(launch, dtype):
-    structures = STRUCTURES[real_of(dtype)]
-    structure = {
-        "lif_forward_kernel": structures.ForwardParams,
-        "lif_backward_kernel": structures.BackwardParams,
-        "lif_backward_plain_kernel": structures.BackwardParams,
-        "gradient_sum_kernel": structures.GradientSum,
-        "batch_moments_kernel": kernel_params.MomentsParams,
-        "batch_norm_coefficients_kernel": kernel_params.CoefficientsParams,
-        "batch_norm_adjoint_kernel": kernel_params.AdjointParams,
-        "batch_norm_input_gradient_kernel": kernel_params.InputGradientParams,
+    name = {
+        "lif_forward_kernel": "ForwardParams",
+        "lif_backward_kernel": "BackwardParams",
+        "lif_backward_uniform_kernel": "BackwardParams",
+        "gradient_sum_kernel": "GradientSum",
+        "batch_moments_kernel": "MomentsParams",
+        "batch_norm_coefficients_kernel": "CoefficientsParams",
+        "batch_norm_adjoint_kernel": "AdjointParams",
+        "batch_norm_input_gradient_kernel": "InputGradientParams",
     }[launch.kernel.removeprefix("asgl::").split("<")[0]]
-    assert len(launch.params) == ctypes.sizeof(structure)
-    return launch.kernel, launch.blocks, launch.threads, dict(fields(structure.from_buffer_copy(launch.params)))
+    kind = structure(name, real_of(dtype))
+    assert len(launch.params) == ctypes.sizeof(kind)
+    return launch.kernel, launch.blocks, launch.threads, dict(fields(kind.from_buffer_copy(launch.params)))
 
 
 def both(emulation, dtype, x_seq, outputs=(), function=asgl_cuda.lif, **options):
@@ -258,9 +259,8 @@ def test_same_launches_where_storage_begins_anywhere(emulation, what, offset):
 
 def test_an_argument_of_the_wrong_size_is_refused(emulation):
     """What stands between a structure that has changed on one side alone and a kernel that reads beyond it."""
-    structures = STRUCTURES[torch.float32]
     kernel = "asgl::gradient_sum_kernel<float, false>"
     with pytest.raises(RuntimeError, match="parameters take 104 bytes, got 392"):
-        emulation.launch(torch.device("cpu"), kernel, 1, 1, structures.ForwardParams())
+        emulation.launch(torch.device("cpu"), kernel, 1, 1, structure("ForwardParams", torch.float32)())
     with pytest.raises(RuntimeError, match="no such kernel"):
-        emulation.launch(torch.device("cpu"), kernel[:-1], 1, 1, structures.GradientSum())
+        emulation.launch(torch.device("cpu"), kernel[:-1], 1, 1, structure("GradientSum", torch.float32)())

@@ -14,7 +14,8 @@ from comparison import uniform
 from test_launches import described
 
 import asgl_cuda
-from asgl_cuda import backends, batch_norm_launch, launch
+from asgl_cuda import backends
+from asgl_cuda.backends import neuron_kernels, normalisation_kernels
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler")
 
@@ -346,23 +347,23 @@ def test_mutants_on_the_cpu_are_found(program, tmp_path):
 
 # ---- the launchers in Python: what they would start is not what those in C++ start ----
 
+NEURON, NORMALISATION = neuron_kernels, normalisation_kernels
 PYTHON = {
-    "four though rows are of six": (launch, "inner % 4 or any", "inner % 2 or any"),
-    "four need not share a parameter": (launch, "view[3] % 4", "view[3] % 2"),
-    "x may be misaligned": (launch, "in (x_seq, *scalars)", "in scalars"),
-    "too long a segment": (launch, "if steps <= each", "if steps < each"),
-    "plain in spite of a potential's gradient": (launch, "or h_grad is not None", ""),
-    "normalised in spite of v_rest": (launch, " or params.options.v_rest != 0", ""),
-    "the same parameter at all steps": (launch, "count if per_step else 0", "0"),
-    "too few slots": (launch, "neurons // inner + tiles", "neurons // inner"),
-    "a width's gradient as any other's": (launch, "id == WIDTH, gradient", "False, gradient"),
-    "a thread for many slots": (launch, ">= MANY_SLOTS", ">= 4 * MANY_SLOTS"),
-    "units of one lane": (batch_norm_launch, "units = inner // lanes", "units = inner"),
-    "tile beyond the last channel": (batch_norm_launch, "min(BLOCK_THREADS // units, channels)",
-                                     "BLOCK_THREADS // units"),
-    "one row at a time": (batch_norm_launch, "ways = BLOCK_THREADS // width", "ways = 1"),
-    "channels may share four": (batch_norm_launch, "inner % 4 == 0", "inner % 2 == 0"),
-    "no more channels than threads": (batch_norm_launch, "blocks_for(channels, BLOCK_THREADS)", "1"),
+    "four though rows are of six": (NEURON, "layout.inner % 4 == 0", "layout.inner % 2 == 0"),
+    "four need not share a parameter": (NEURON, "view.inner % 4", "view.inner % 2"),
+    "x may be misaligned": (NEURON, "in (self.x_seq, self.v_init", "in (self.v_init"),
+    "too long a segment": (NEURON, "if steps <= each", "if steps < each"),
+    "plain in spite of a potential's gradient": (NEURON, "or grad_h_seq is not None", ""),
+    "normalised in spite of v_rest": (NEURON, " or self.options.v_rest != 0", ""),
+    "the same parameter at all steps": (NEURON, "step_stride=parameter.step_stride", "step_stride=0"),
+    "too few slots": (NEURON, "layout.neurons // view.inner + blocks", "layout.neurons // view.inner"),
+    "a width's gradient as any other's": (NEURON, 'name == "width"', "False"),
+    "a thread for many slots": (NEURON, '>= constant("kManySlots")', '>= 4 * constant("kManySlots")'),
+    "units of one lane": (NORMALISATION, "units = inner // lanes", "units = inner"),
+    "tile beyond the last channel": (NORMALISATION, "min(threads // units, channels)", "threads // units"),
+    "one row at a time": (NORMALISATION, "ways = threads // width", "ways = 1"),
+    "channels may share four": (NORMALISATION, "inner % 4 == 0", "inner % 2 == 0"),
+    "no more channels than threads": (NORMALISATION, 'blocks_for(channels, constant("kBlockThreads"))', "1"),
 }  # fmt: skip
 
 
@@ -408,7 +409,7 @@ def test_mutant_in_python_is_found(emulation, monkeypatch, name):
         exec(compile(text, module.__name__, "exec"), mutant.__dict__)
         recorder = Recorder(emulation)
         operators = SimpleNamespace()
-        for kind in (launch.KernelOperators, batch_norm_launch.BatchNormOperators):
+        for kind in (NEURON.NeuronOperators, NORMALISATION.NormalisationOperators):
             each = getattr(mutant, kind.__name__) if kind.__module__ == module.__name__ else kind
             for operator in vars(kind):
                 if not operator.startswith("_"):

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS
+from asgl_cuda.reference import Numbers, Rules
 
 
 @pytest.fixture
@@ -190,20 +191,19 @@ def test_opcheck(backend, device, steps, layout):
     if layout == "channels_last":
         x_seq = x_seq.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     parameters = [torch.rand(3, 1, 1, device=device) + 0.5, None, None, torch.zeros((), device=device), *[None] * 3]
-    constants = [0.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0]
+    numbers = Numbers(0.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, v_rest=0.0, surrogate_gain=1.0)
+    rules = Rules(0, 1, 0, 0, 0, analog_below=20000, time_dim=0)
     state = rng_state(device=device)
     v_init = torch.rand(2, 3, 4, 5, device=device)
-    neuron = (0, 1.0, 0.0, True, False, False)
-    forward = (x_seq, v_init, state, parameters, constants, *neuron, 20000, 0, True, True, True, True)
+    forward = (x_seq, v_init, state, parameters, numbers, rules, [True] * 4)
     torch.library.opcheck(operators.lif_forward, forward)
     s_seq, v_last, v_seq, h_seq, checkpoints = operators.lif_forward(*forward)
     grads = [torch.randn_like(output) for output in (s_seq, v_last, v_seq, h_seq)]
-    needs = [True, False, False, True, False, False, False]
-    inputs = (x_seq, v_init, state, checkpoints, parameters, constants)
-    backward = (*grads, *inputs, *neuron, False, 20000, 0, True, True, needs)
-    torch.library.opcheck(operators.lif_backward, backward)
-    no_grads = (None, grads[1], None, None)
-    torch.library.opcheck(operators.lif_backward, (*no_grads, *backward[4:-3], False, False, needs))
+    wants_parameters = [True, False, False, True, False, False, False]
+    inputs = (x_seq, v_init, state, checkpoints, parameters, numbers, rules)
+    torch.library.opcheck(operators.lif_backward, (grads, *inputs, [True, True, *wants_parameters]))
+    no_grads = [None, grads[1], None, None]
+    torch.library.opcheck(operators.lif_backward, (no_grads, *inputs, [False, False, *wants_parameters]))
     torch.library.opcheck(operators.draw_rng_state, (state,), test_utils=("test_schema", "test_faketensor"))
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import batch_norm
 import asgl_cuda
 from asgl_cuda import batch_norm_lif
 from asgl_cuda.backends import BACKENDS
-from asgl_cuda.reference import channel_dim, is_channels_last
+from asgl_cuda.layout import channel_dim, is_channels_last
 from asgl_cuda.selfcheck import THRESHOLD_BAND
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -11,7 +11,7 @@ from comparison import assert_equals_reference, real_of, rng_state, uniform
 from torch import Tensor
 
 import asgl_cuda
-from asgl_cuda.reference import channel_dim
+from asgl_cuda.layout import channel_dim
 from asgl_cuda.selfcheck import EXACT_SURROGATES
 from asgl_cuda.surrogate import SURROGATES
 

@@ -72,7 +72,7 @@ def test_content(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {f"asgl_cuda/csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.suffix != ".md"}
-    assert {"asgl_cuda/jit.py", *sources} <= names
+    assert {"asgl_cuda/backends/cupy.py", *sources} <= names
     assert not [name for name in names if name.endswith((".so", "_build_info.py", ".md"))]
 
 

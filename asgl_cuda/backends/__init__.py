@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import extension, jit, ops
+from .. import extension, ops
+from . import cupy
 
 
 class Operators(NamedTuple):
@@ -65,7 +66,7 @@ def _cuda_problem() -> str | None:
 # In the order in which they are preferred.
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(("cuda",), operators_in("asgl_cuda"), _cuda_problem),
-    "cupy": Backend(("cuda",), operators_in(jit.NAMESPACE), jit.problem),
+    "cupy": Backend(("cuda",), operators_in(cupy.NAMESPACE), cupy.problem),
     "cpu": Backend(("cpu",), operators_in("asgl_cuda"), _extension_problem),
     "reference": Backend((), None, lambda: None),
 }
@@ -129,7 +130,7 @@ def _warn_about_reference(device: torch.device) -> None:
     warnings.warn(message, stacklevel=_level_of_user())
 
 
-_warn_about_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see jit.problem
+_warn_about_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see cupy.problem
 
 
 def _level_of_user() -> int:

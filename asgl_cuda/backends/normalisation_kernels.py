@@ -1,32 +1,16 @@
-"""The operators of batch normalisation on CUDA kernels that something else compiles and starts, as in launch.py.
-
-csrc/batch_norm_ops.h and csrc/batch_norm_cuda.cu in Python.
-"""
+"""The operators of batch normalisation, on CUDA kernels as in neuron_kernels.py."""
 
 from __future__ import annotations
 
-import math
+from ctypes import Structure
 
 import torch
 from torch import Tensor
 
-from .kernel_params import (
-    AdjointParams,
-    ChannelShape,
-    ChannelTiles,
-    CoefficientsParams,
-    InputGradientParams,
-    MomentsParams,
-)
-from .launch import BLOCK_THREADS, SCALARS, KernelOperators, Launcher, Layout, address_of, blocks_for, start
-from .ops import define_operators
-from .reference import channel_dim, real_type
-
-# As in csrc/batch_norm_params.h and batch_norm_kernels.cuh.
-MOST_SPLITS = 2048
-ROWS_EACH = 64
-COEFFICIENTS = 4  # rows, the first the mean
-
+from ..layout import Layout, channel_dim, real_type
+from ..ops import define_operators
+from .neuron_kernels import SCALARS, KernelOperators, Launcher, NeuronOperators, address_of, blocks_for, is_aligned
+from .structures import constant, structure
 
 # ---- names of kernels ----
 
@@ -55,50 +39,39 @@ def channel_shape(layout: Layout) -> tuple[int, int, int]:
     channel = channel_dim(layout.time_dim)
     if channel >= len(layout.sizes):
         raise ValueError(f"asgl_cuda: x_seq must have a dimension of channels, got shape {list(layout.sizes)}")
-    extents = [layout.sizes[dim] for dim in layout.order]
-    place = layout.order.index(channel)
-    return math.prod(extents[:place]), extents[place], math.prod(extents[place + 1 :])
+    return layout.around(channel)
 
 
-def channel_tiles(shape: tuple[int, int, int], x_seq: Tensor, grad_x_seq: Tensor | None) -> ChannelTiles:
+def channel_tiles(shape: tuple[int, int, int], x_seq: Tensor, grad_x_seq: Tensor | None) -> Structure:
     """How the values are cut: four columns a thread where these are of one channel, at a multiple of 16 bytes."""
     rows, channels, inner = shape
-    together = 4 * x_seq.element_size()
-    fours = (
-        x_seq.dtype != torch.float64
-        and inner % 4 == 0
-        and address_of(x_seq) % together == 0
-        and address_of(grad_x_seq) % together == 0
-    )
+    threads = constant("kBlockThreads")
+    fours = x_seq.dtype != torch.float64 and inner % 4 == 0 and is_aligned(x_seq) and is_aligned(grad_x_seq)
     lanes = 4 if fours else 1
     units = inner // lanes
-    tiles_per_channel = blocks_for(units, BLOCK_THREADS)
-    if tiles_per_channel > 1:
-        channels_per_tile, width = 1, BLOCK_THREADS
-    else:
-        channels_per_tile = min(BLOCK_THREADS // units, channels)
+    tiles_per_channel = blocks_for(units, threads)
+    channels_per_tile, width = 1, threads
+    if tiles_per_channel == 1:
+        channels_per_tile = min(threads // units, channels)
         width = channels_per_tile * units
-    ways = BLOCK_THREADS // width
-    rows_per_split = max(ways * (ROWS_EACH // lanes), blocks_for(rows, MOST_SPLITS))
-    return ChannelTiles(
-        ChannelShape(*shape), lanes, width, ways, units, channels_per_tile, tiles_per_channel, rows_per_split,
-        blocks_for(rows, rows_per_split),
+    ways = threads // width
+    rows_per_split = max(ways * (constant("kChannelRowsEach") // lanes), blocks_for(rows, constant("kMostSplits")))
+    return structure("ChannelTiles")(
+        shape=shape, lanes=lanes, width=width, ways=ways, units_per_channel=units, channels_per_tile=channels_per_tile,
+        tiles_per_channel=tiles_per_channel, rows_per_split=rows_per_split, splits=blocks_for(rows, rows_per_split),
     )  # fmt: skip
 
 
-def _slots(tiles: ChannelTiles) -> int:
+def _slots(tiles: Structure) -> int:
     return int(tiles.splits * tiles.tiles_per_channel)
 
 
-def _tasks(tiles: ChannelTiles) -> int:
+def _tasks(tiles: Structure) -> int:
     return _slots(tiles) * blocks_for(tiles.shape.channels, tiles.channels_per_tile)
 
 
-class BatchNormOperators:
-    """The operators, as a launcher's device computes them."""
-
-    def __init__(self, launcher: Launcher) -> None:
-        self._launcher = launcher
+class NormalisationOperators(KernelOperators):
+    """The operators of batch normalisation."""
 
     def batch_norm_coefficients(
         self,
@@ -116,11 +89,13 @@ class BatchNormOperators:
         real = real_type(x_seq.dtype)
         if (mean is None) != (variance is None):
             raise ValueError("asgl_cuda: mean and variance come together")
-        coefficients = x_seq.new_empty((COEFFICIENTS, channels), dtype=real)
+        coefficients = x_seq.new_empty((constant("kNumCoefficients"), channels), dtype=real)
         total = x_seq.new_empty((channels, 3), dtype=torch.float64)
         if channels == 0:
             return coefficients, total
-        by_channel = [_dense(each, [channels], real, x_seq) for each in (mean, variance, weight, bias)]
+        given_mean, given_variance, given_weight, given_bias = (
+            _dense(each, [channels], real, x_seq) for each in (mean, variance, weight, bias)
+        )
         moments = None
         if statistics is not None:
             moments = _dense(statistics, [statistics.shape[0], channels, 3], torch.float64, x_seq)
@@ -129,15 +104,15 @@ class BatchNormOperators:
         elif mean is None:
             tiles = channel_tiles(shape, x_seq, None)
             moments = x_seq.new_empty((_slots(tiles), channels, 3), dtype=torch.float64)
-            start(
-                self._launcher, x_seq.device, moments_kernel(x_seq.dtype, tiles.lanes), _tasks(tiles), BLOCK_THREADS,
-                MomentsParams(tiles, address_of(x_seq), address_of(moments)),
-            )  # fmt: skip
-        params = CoefficientsParams(
-            address_of(moments), 0 if moments is None else moments.shape[0], channels, *map(address_of, by_channel),
-            (eps, input_scale), address_of(coefficients), address_of(total),
+            own = structure("MomentsParams", real)(tiles=tiles, x_seq=address_of(x_seq), moments=address_of(moments))
+            self.start(x_seq.device, moments_kernel(x_seq.dtype, tiles.lanes), _tasks(tiles), own)
+        params = structure("CoefficientsParams", real)(
+            moments=address_of(moments), slots=0 if moments is None else moments.shape[0], channels=channels,
+            mean=address_of(given_mean), variance=address_of(given_variance), weight=address_of(given_weight),
+            bias=address_of(given_bias), options=(eps, input_scale), coefficients=address_of(coefficients),
+            total=address_of(total),
         )  # fmt: skip
-        start(self._launcher, x_seq.device, coefficients_kernel(real), channels, BLOCK_THREADS, params)
+        self.start(x_seq.device, coefficients_kernel(real), channels, params)
         return coefficients, total
 
     def batch_norm_backward(
@@ -168,25 +143,26 @@ class BatchNormOperators:
         grad_weight, grad_shift = (x_seq.new_empty(channels, dtype=real) for _ in range(2))
         if channels == 0:
             return grad_weight, grad_shift
-        known = _dense(coefficients, [COEFFICIENTS, channels], real, x_seq)
+        known = _dense(coefficients, [constant("kNumCoefficients"), channels], real, x_seq)
         moments = _dense(statistics, [channels, 3], torch.float64, x_seq)
-        sums = [
+        own_gain, own_bias, all_gain, all_bias = (
             _dense(each, [channels], real, x_seq) for each in (grad_gain, grad_bias, total_grad_gain, total_grad_bias)
-        ]
+        )
         adjoint = x_seq.new_empty((2, channels), dtype=real)
-        params = AdjointParams(
-            address_of(moments), address_of(known), channels, *map(address_of, sums), (eps, input_scale),
-            *map(address_of, (grad_weight, grad_shift, adjoint)),
+        params = structure("AdjointParams", real)(
+            moments=address_of(moments), coefficients=address_of(known), channels=channels,
+            grad_gain=address_of(own_gain), grad_bias=address_of(own_bias), total_grad_gain=address_of(all_gain),
+            total_grad_bias=address_of(all_bias), options=(eps, input_scale), grad_weight=address_of(grad_weight),
+            grad_shift=address_of(grad_shift), adjoint=address_of(adjoint),
         )  # fmt: skip
-        blocks = blocks_for(channels, BLOCK_THREADS)
-        start(self._launcher, x_seq.device, adjoint_kernel(real), blocks, BLOCK_THREADS, params)
+        self.start(x_seq.device, adjoint_kernel(real), blocks_for(channels, constant("kBlockThreads")), params)
         if wanted:
             tiles = channel_tiles(shape, x_seq, grad_x_seq)
-            addresses = map(address_of, (x_seq, known, adjoint, grad_x_seq))
-            start(
-                self._launcher, x_seq.device, input_gradient_kernel(x_seq.dtype, tiles.lanes), _tasks(tiles),
-                BLOCK_THREADS, InputGradientParams(tiles, *addresses),
+            last = structure("InputGradientParams", real)(
+                tiles=tiles, x_seq=address_of(x_seq), mean=address_of(known), adjoint=address_of(adjoint),
+                grad_x_seq=address_of(grad_x_seq),
             )  # fmt: skip
+            self.start(x_seq.device, input_gradient_kernel(x_seq.dtype, tiles.lanes), _tasks(tiles), last)
         return grad_weight, grad_shift
 
 
@@ -206,8 +182,8 @@ def implement(namespace: str, dispatch_key: str, launcher: Launcher) -> None:
     """Defines all operators in this namespace, on the kernels of `launcher`."""
     library = define_operators(namespace)
     for operators, names in (
-        (KernelOperators(launcher), ("draw_rng_state", "lif_forward", "lif_backward")),
-        (BatchNormOperators(launcher), ("batch_norm_coefficients", "batch_norm_backward")),
+        (NeuronOperators(launcher), ("draw_rng_state", "lif_forward", "lif_backward")),
+        (NormalisationOperators(launcher), ("batch_norm_coefficients", "batch_norm_backward")),
     ):
         for name in names:
             library.impl(name, getattr(operators, name), dispatch_key)

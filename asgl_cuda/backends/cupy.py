@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import batch_norm_launch, launch
-from .extension import NO_SOURCES, digest_of_sources, source_directory
+from ..extension import NO_SOURCES, digest_of_sources, source_directory
+from . import neuron_kernels, normalisation_kernels
 
 NAMESPACE = "asgl_cuda_cupy"
-HEADER = "batch_norm_kernels.cuh"  # includes lif_kernels.cuh
+HEADER = "cuda/normalisation_kernels.cuh"  # includes the kernels of the neuron
 # As compilation.py has nvcc called: no contraction, so that every backend rounds alike.
 OPTIONS = ("--std=c++17", "--fmad=false")
 # The smallest kernel: if it can be compiled and loaded, everything is there.
-PROBE = launch.gradient_sum_kernel(torch.float32, False)
+PROBE = neuron_kernels.gradient_sum_kernel(torch.float32, False)
 
 logger = logging.getLogger("asgl_cuda")
 
@@ -206,7 +206,7 @@ def _make_context(driver: Any, device_index: int) -> None:
 
 
 LAUNCHER = CupyLauncher()
-batch_norm_launch.implement(NAMESPACE, "CUDA", LAUNCHER)
+normalisation_kernels.implement(NAMESPACE, "CUDA", LAUNCHER)
 
 
 # ---- whether it works, and with what ----
