@@ -124,7 +124,7 @@ def write_json(file: Path | None, content: Any) -> None:
 
 
 def text_row(name: str, cells: Iterable[str], name_width: int, cell_width: int) -> str:
-    return f"{name:<{name_width}}" + "".join(f"{cell:>{cell_width}}" for cell in cells)
+    return f"{name:<{name_width}}" + "".join(f" {cell:>{cell_width - 1}}" for cell in cells)
 
 
 def in_time(work: Sequence[Work], started: float, seconds: float, report: dict[str, Any]) -> Iterator[Work]:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .card import Rates, Work, roofline
-from .microbench import COMPILED, COPY, FLOOR, MOST_STEPS_TO_COMPILE, REFERENCE, Block, Size, sweep
+from .microbench import COMPILED, COPY, FLOOR, MOST_STEPS_TO_COMPILE, REFERENCE
 from .roofline import ELEMENT_BYTES, MOVED, OF_NORMALISATION
+from .sizes import Block, Size, sweep
 
 CUPY_KERNELS = "asgl_cuda cupy"  # a row of the micro-benchmark
 WHERE_MEMORY_BINDS = {"float32": {"forward": 1.15, "backward": 1.2, "both": 1.15}}

@@ -30,8 +30,9 @@ from .card import Rates, Work, measured_rates, roofline
 from .clocks import Row, Sample, silence
 from .common import device_of, in_time, parser_of, write_json
 from .cuda_code import Kernel
-from .microbench import Block, Size, samples, sweep
+from .microbench import rows_of
 from .roofline import name_of
+from .sizes import Block, Size, samples, sweep
 
 ROUNDS = 10
 STAND_INS = {
@@ -54,7 +55,7 @@ METRICS = {
 
 def fused_rows(size: Size | Block, device: torch.device) -> Iterator[Row]:
     """Of every backend of the device."""
-    return (row for row in size.rows(device) if row.name.startswith("asgl_cuda "))
+    return (row for row in rows_of(size, device) if row.name.startswith("asgl_cuda "))
 
 
 def call(row: Row, sample: Sample) -> None:

@@ -52,17 +52,26 @@ def training_step(layer: nn.Module, device: torch.device, compiled: bool = False
     return step
 
 
-def replayed(step: Callable[[], Any]) -> Callable[[], Any]:
-    """The step from a CUDA graph; warmed up on another stream, as torch asks for."""
+def captured(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of the function, and the tensors to which it will write its results.
+
+    The function is warmed up on another stream, as torch asks for.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            step()
+            function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        results = function()
+    return graph, results
+
+
+def replayed(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The step as a replay of its CUDA graph."""
+    graph, _ = captured(step)
 
     def replay() -> Callable[[], Any]:
         graph.replay()

@@ -11,7 +11,8 @@ from typing import Any
 from . import ROOT
 from .data import SOURCES
 from .end_to_end import NEURONS
-from .microbench import COMPILED, FLOOR, LAYOUTS, LOOP, PAIR, PLAIN, REFERENCE
+from .microbench import COMPILED, FLOOR, LOOP, PAIR, PLAIN, REFERENCE
+from .sizes import LAYOUTS
 from .width_robustness import series
 
 RESULTS = ROOT / "benchmarks" / "results"

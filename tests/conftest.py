@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import emulated
+import host_compiler
 import pytest
 import torch
 import torch._inductor.config
@@ -20,7 +21,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 WANTED = os.environ.get("ASGL_TEST_BACKENDS")
 EMULATION = None
 if WANTED is None or {"emulated", "replayed"} & set(WANTED.split(",")):
-    if emulated.compiler() is None:
+    if host_compiler.compiler() is None:
         print("asgl_cuda: no C++ compiler, so the CUDA kernels are not tested by emulation")
     else:
         EMULATION = emulated.register()
@@ -50,6 +51,15 @@ def backend(request: pytest.FixtureRequest) -> str:
 def device(backend: str) -> torch.device:
     """The device that the backend under test works on."""
     return torch.device(asgl_cuda.backends.BACKENDS[backend].device_types[0])
+
+
+@pytest.fixture(scope="session")
+def compiler() -> list[str]:
+    """The host's C++ compiler."""
+    command = host_compiler.compiler()
+    if command is None:
+        pytest.skip(f"no C++ compiler: {host_compiler.command()[0]} is not on PATH, and CXX names the one to use")
+    return command
 
 
 @pytest.fixture(autouse=True)

@@ -5,14 +5,12 @@ operators and launchers in Python, as in the backend `cupy`; what they give to t
 """
 
 import ctypes
-import os
-import shlex
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.utils.cpp_extension
+from host_compiler import compiler as compiler
 
 from asgl_cuda import backends, batch_norm_launch, ops
 
@@ -26,12 +24,6 @@ FLAGS = ["-O2", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-pthread"
 # On a device that any grid fills, the launchers take four neurons a thread wherever the layout allows it.
 TINY, LARGE = 0, 132  # multiprocessors
 THREADS_EACH = 2048  # that a multiprocessor holds, as in cuda/emulation/cuda_emulation.h
-
-
-def compiler() -> list[str] | None:
-    """The host's C++ compiler, if there is one."""
-    command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    return command if shutil.which(command[0]) else None
 
 
 class Launch(NamedTuple):

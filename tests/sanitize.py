@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels, their emulation and the CPU kernels under sanitizers: `python tests/sanitize.py`.
+"""A tool, and no test: the CUDA kernels, emulated, and the CPU kernels under sanitizers, `python tests/sanitize.py`.
 
 It needs neither torch nor a GPU.
 """
@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import host_compiler
 
 CSRC = Path(__file__).parents[1] / "csrc"
 EMULATION = Path(__file__).parent / "cuda" / "emulation"
@@ -56,9 +58,8 @@ def few_instantiations(directory: Path) -> Path:
 
 def build(name: str, program: Path, flags: Sequence[str] = (), csrc: Path = CSRC) -> None:
     """Compiles tests/cuda/emulation/NAME.cpp with the kernels that are in `csrc`."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     paths = [f"-I{EMULATION / 'include'}", f"-I{csrc}"]
-    command = [*compiler, *FLAGS, *flags, *paths, str(EMULATION / f"{name}.cpp"), "-o", str(program)]
+    command = [*host_compiler.command(), *FLAGS, *flags, *paths, str(EMULATION / f"{name}.cpp"), "-o", str(program)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{shlex.join(command)}\n{result.stderr}")

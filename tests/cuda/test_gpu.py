@@ -16,6 +16,7 @@ from torch import Tensor
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS
 from asgl_cuda.reference import _philox4x32
+from benchmarks.layers import captured
 
 WANTED = os.environ.get("ASGL_TEST_BACKENDS", "cuda,cupy").split(",")
 GPU_BACKENDS = [name for name in ("cuda", "cupy") if name in WANTED and name in asgl_cuda.available_backends()]
@@ -183,20 +184,6 @@ def test_second_device_while_the_first_is_current(backend, large):
         assert torch.cuda.current_device() == 0
     with pytest.raises(ValueError, match=r"width must be on cuda:1 as x_seq, got cuda:0"):
         asgl_cuda.lif(random_input(4, 31, device=second), width=torch.ones((), device="cuda:0"))
-
-
-def captured(function: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """A graph of the function, and what it will write its results to."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function()
-    return graph, outputs
 
 
 @pytest.mark.parametrize("size", ["small", "large"])

@@ -16,7 +16,7 @@ from test_launches import described
 import asgl_cuda
 from asgl_cuda import backends, batch_norm_launch, launch
 
-pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.usefixtures("compiler")
 
 # The orders in which the threads of a block get to run. A missing barrier need not show in all of them.
 ORDERS = ("middle", "ascending", "descending", "1", "2")
