@@ -3,7 +3,7 @@
 The multiply is the floor: `x * 2` reads x and writes the result as forward must, `x * g` reads two tensors and writes
 one as backward must. Against it stand the neuron of ASGL in every backend, as the reference and as a paper's author
 writes it, and the ordinary LIF neuron, which the other libraries have, too. All rows take turns within each repeat, so
-that a machine whose speed drifts slows them alike; what is reported is the median over the repeats. Before a peer is
+that a machine whose speed drifts slows them alike; the median over the repeats is reported. Before a peer is
 timed, its spikes are compared with ours.
 
 A block is batch normalisation and the ASGL neurons behind it, in training: as one, `asgl_cuda.BatchNormLIF`, or as the
@@ -12,7 +12,7 @@ floor does so in the same order: forward is `x.sum()`, which reads x as the stat
 backward `x * g` (12) and another multiply of the result with x, in place (12). A copy of x and one of g, 16 bytes
 together, tell how fast memory is.
 
-On a GPU the time is that of the device, between two CUDA events, while the host runs ahead. Several inputs take turns,
+On a GPU the device's time is taken, between two CUDA events, while the host runs ahead. Several inputs take turns,
 so that as far as 16 of them outgrow the cache they come from memory, as in a network.
 """
 
@@ -61,8 +61,8 @@ YARDSTICKS = (FLOOR, COPY)
 REFERENCE = "reference"
 COMPILED = "torch.compile"
 LOOP = "author's loop"
-PLAIN = "LIF: "  # what the names of rows without noise and learned width begin with
-PAIR = "pair: "  # and those of blocks that are not fused
+PLAIN = "LIF: "  # the beginning of the names of rows without noise and learned width
+PAIR = "pair: "  # and of blocks that are not fused
 # Beyond this many steps the compiler unrolls for minutes.
 MOST_STEPS_TO_COMPILE = 16
 # Autograd keeps some fifteen float32 tensors of the reference, and the gradients need room, too.
@@ -78,7 +78,7 @@ class Timing(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """What was found out of one row."""
+    """The measurements of one row."""
 
     timing: Timing
     spread: float  # half the distance of the quartiles of `both`, as a share of its median
@@ -108,7 +108,7 @@ def compiled_rows(
         return
     # Its backward must be repeatable to be timed alone, so it may not give its buffers away.
     torch._functorch.config.donated_buffer = False
-    # Compiled for this size alone, not for any size because there was another before.
+    # It compiles for this size alone, not for any size because there was another before.
     torch._dynamo.reset()
     for mode in modes:
         compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
@@ -121,7 +121,7 @@ def reference_fits(size: Size | Block, device: torch.device) -> bool:
 
 
 def neuron_rows(size: Size, device: torch.device) -> Iterator[Row]:
-    """The floor; ASGL in every way; plain LIF in every way."""
+    """The floor; ASGL in every way; the ordinary LIF neuron in every way."""
     learned = size.parameters(device)
     width = learned["width"]
 
@@ -181,7 +181,7 @@ def rows_of(size: Size | Block, device: torch.device) -> Iterator[Row]:
 
 
 def refuse_other_spikes(name: str, spikes: Tensor, expected: Tensor | asgl_cuda.LIFOutput, than: str) -> None:
-    """Spikes are the expected ones, but where a potential is as good as at the threshold."""
+    """Spikes must be the expected ones, except where a potential is within rounding of the threshold."""
     assert isinstance(expected, asgl_cuda.LIFOutput)
     assert expected.h_seq is not None
     sure = ((expected.h_seq - 1).abs() > THRESHOLD_BAND).all(0)
@@ -192,7 +192,7 @@ def refuse_other_spikes(name: str, spikes: Tensor, expected: Tensor | asgl_cuda.
 
 @torch.no_grad()
 def check_peers(device: torch.device) -> None:
-    """All rows do the same work: the others' spikes are ours, but where a potential is as good as at the threshold."""
+    """Checks that all rows do the same work: the others' spikes are ours, except within rounding of the threshold."""
     x_seq = torch.randn(20, 4096, device=device)
     state = torch.tensor([1, 2], device=device)
     mask = asgl_cuda.analog_mask(x_seq, ANALOG_PROB, state)
@@ -207,7 +207,7 @@ def check_peers(device: torch.device) -> None:
 
 @torch.no_grad()
 def check_blocks(device: torch.device) -> None:
-    """The same for the rows of a block, in float32: in half types the pair rounds between its layers.
+    """Checks the same for the rows of a block, in float32: in half types the pair rounds between its layers.
 
     Only the compiler's noise can't be compared: it draws numbers of its own.
     """
@@ -231,7 +231,7 @@ def check_blocks(device: torch.device) -> None:
 
 
 class Clocks(NamedTuple):
-    """A row, warmed up."""
+    """The clocks of a row, which is warmed up."""
 
     parts: dict[str, CpuClock | GpuClock]
     saved_bytes: int | None
@@ -240,7 +240,7 @@ class Clocks(NamedTuple):
 
 
 def clocks_of(row: Row, inputs: list[Sample], cold: bool) -> Clocks | None:
-    """None where the row does not work and the others still count."""
+    """The clocks of a row; None where it does not work and the others still count."""
     device = inputs[0].x.device
 
     def call() -> None:
@@ -263,9 +263,9 @@ def clocks_of(row: Row, inputs: list[Sample], cold: bool) -> Clocks | None:
 
 
 def measure(size: Size | Block, device: torch.device, repeats: int, cold: bool = False) -> dict[str, Measurement]:
-    """All rows, which take turns."""
+    """Measures all rows, which take turns."""
     torch.manual_seed(0)
-    torch.cuda.empty_cache()  # of the size before; does nothing without a GPU
+    torch.cuda.empty_cache()  # the memory of the size before; without a GPU this does nothing
     inputs = samples(size, device)
     clocks = {row.name: found for row in rows_of(size, device) if (found := clocks_of(row, inputs, cold)) is not None}
     parts = {(name, part): clock.seconds for name, found in clocks.items() for part, clock in found.parts.items()}
@@ -443,7 +443,7 @@ def main() -> int:
                 },
             }
         )
-        write_json(arguments.json, report)  # now, lest a limit from outside take all results
+        write_json(arguments.json, report)  # now, since a limit from outside may end the program
     write_json(arguments.json, report)
     print("one call on [4, 64], no_grad: " + ", ".join(f"{name} {us:.1f} µs" for name, us in overhead.items()))
     if arguments.plot:

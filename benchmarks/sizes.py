@@ -18,7 +18,7 @@ from .peers import DECAY
 
 LAYOUTS = ("time first", "batch first", "channels_last")
 LEARNED = ("width", "width by channel", "width, decay, threshold")
-BATCH, CHANNELS = 32, 32  # where a layout or a parameter has them
+BATCH, CHANNELS = 32, 32  # in layouts and parameters that have them
 
 
 def normal(device: torch.device, dtype: str, *shape: int) -> Tensor:
@@ -62,7 +62,7 @@ class Size(NamedTuple):
         return filled(self.steps, self.neurons)
 
     def parameters(self, device: torch.device) -> dict[str, Tensor]:
-        """What is learned, as arguments of `asgl_cuda.lif`."""
+        """The learned parameters, as arguments of `asgl_cuda.lif`."""
         values = {"width": 1.0}
         if self.learned == "width, decay, threshold":
             values |= {"decay": DECAY, "v_threshold": 1.0}
@@ -128,11 +128,11 @@ CPU_BLOCKS = (
     Block(BLOCK_SHAPE, "float32", "channels_last"),
     Block(BLOCK_SHAPE, "bfloat16", compiled=False),
 )
-# What the kernels' speed is judged by.
+# The kernels' speed is judged by these.
 GPU_SIZES = tuple(
     Size(steps, neurons, dtype) for steps, neurons in ((4, 2**24), (128, 2**19)) for dtype in ("float32", "bfloat16")
 )
-# Of the first, a cache may keep a part for the next pass; the others outgrow it.
+# A cache may keep a part of the first for the next pass; the others outgrow it.
 GPU_BLOCKS = tuple(
     Block(shape, dtype, layout)
     for shape, dtype, layout in (
@@ -143,8 +143,8 @@ GPU_BLOCKS = tuple(
     )
 )
 JUDGED = tuple(each._replace(compiled=False) for each in (*(s._replace(peers=False) for s in GPU_SIZES), *GPU_BLOCKS))
-# What a layer may learn beside one width, and lengths at the ends; then from layers that a GPU hardly notices to the
-# largest that 2^28 elements allow.
+# First come parameters that a layer may learn beside one width, and lengths at the ends; then sizes from layers that a
+# GPU hardly notices to the largest that 2^28 elements allow.
 GPU_SWEEP = tuple(
     Size(steps, neurons, dtype, compiled=False, peers=False, learned=learned)
     for steps, neurons, learned in (
@@ -166,7 +166,7 @@ COMPILED_SIZES = (*GPU_SIZES, *GPU_BLOCKS, *(Size(16, 2**22, dtype, peers=False)
 
 
 def small(size: Size | Block) -> Size | Block:
-    """The same for a CPU that stands in for a GPU."""
+    """The same as a small size, for a CPU that stands in for a GPU."""
     if isinstance(size, Block):
         return size._replace(shape=(4, 2, 8, 8, 8))
     return size._replace(steps=min(size.steps, 8), neurons=min(size.neurons, 2**12))
@@ -183,7 +183,7 @@ def usual_sizes(device: torch.device) -> Sequence[Size | Block]:
 def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
     """The sizes of a sweep; on a GPU, which needs them to be busy, of 16 times the neurons.
 
-    Those that are for GPUs are small ones on a CPU, to try the program.
+    A sweep for GPUs has small sizes on a CPU, to try the program.
     """
     more = 4 if device.type == "cuda" else 0
     if name in FOR_GPUS:

@@ -1,4 +1,4 @@
-"""The backends under test, and what holds for every test."""
+"""The backends under test, and the fixtures of every test."""
 
 import os
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ import asgl_cuda
 # A graph that was cached before an operator changed would be run as if it had not.
 torch._inductor.config.force_disable_caches = True
 
-# Read at the first matrix product on a GPU, where deterministic algorithms need it.
+# It is read at the first matrix product on a GPU, where deterministic algorithms need it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# ASGL_TEST_BACKENDS names those to test, with commas between them; without it, all that work here and the emulations.
+# ASGL_TEST_BACKENDS names the backends to test, with commas; without it all that work here and the emulations are.
 WANTED = os.environ.get("ASGL_TEST_BACKENDS")
 EMULATION = None
 if WANTED is None or {"emulated", "replayed"} & set(WANTED.split(",")):
@@ -35,7 +35,7 @@ FUSED_BACKENDS = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what holds a backend against the reference, lest the rest run anew for each backend of a GPU."""
+    """Marks the tests of a backend against the reference, so that no other runs again for each backend of a GPU."""
     for item in items:
         callspec = getattr(item, "callspec", None)
         if callspec is not None and callspec.params.get("backend") in FUSED_BACKENDS:

@@ -1,7 +1,7 @@
 """The CUDA kernels run on the CPU by the emulation beside this file, as two backends.
 
 `emulated`: the launchers in C++ as well, with the operators of csrc/ops.h, as in the backend `cuda`. `replayed`: the
-operators and launchers in Python, as in the backend `cupy`; what they give to the driver is run.
+operators and launchers in Python, as in the backend `cupy`; the launches that they give to the driver are run.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests" / "cuda" / "emulation"
 NAMESPACE = "asgl_cuda_emulated"
 REPLAYED_NAMESPACE = "asgl_cuda_replayed"
-# As the extension is compiled, but for speed of compilation and what warns of #pragma unroll.
+# The flags of the extension, except for those that slow compilation and that warn of #pragma unroll.
 FLAGS = ["-O2", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wno-unknown-pragmas"]
 
 # On a device that any grid fills, the launchers take four neurons a thread wherever the layout allows it.
@@ -27,7 +27,7 @@ THREADS_EACH = 2048  # that a multiprocessor holds, as in cuda/emulation/cuda_em
 
 
 class Launch(NamedTuple):
-    """What the driver was given."""
+    """The arguments that the driver was given."""
 
     kernel: str
     blocks: int
@@ -41,7 +41,7 @@ RECEIVER = ctypes.CFUNCTYPE(
 
 
 class Emulation:
-    """The loaded library: the device itself, and what tests ask of it. To launch.py it is a launcher."""
+    """The loaded library: the device itself, and the questions of tests to it. To launch.py it is a launcher."""
 
     def __init__(self, path: str) -> None:
         self._library = ctypes.CDLL(path)
@@ -74,7 +74,7 @@ class Emulation:
 
 
 def register() -> Emulation:
-    """Compiles what has changed, and makes both backends like the others."""
+    """Compiles the emulation where its sources have changed, and makes both backends like the others."""
     directory = ROOT / "build" / f"emulated-torch-{torch.__version__}"
     directory.mkdir(parents=True, exist_ok=True)
     ops.define_operators(NAMESPACE)
