@@ -126,8 +126,8 @@ def in_turns(clocks: Mapping[Name, Callable[[], float]], repeats: int) -> dict[N
     return seconds
 
 
-def saved_bytes(row: Row, sample: Sample) -> int:
-    """The bytes that autograd keeps for backward, the input included."""
+def saved_storages(call: Callable[[], object]) -> dict[int, int]:
+    """The addresses and bytes of all that autograd keeps for backward of a call, its input included."""
     storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -136,9 +136,9 @@ def saved_bytes(row: Row, sample: Sample) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = row.forward(sample)  # kept, so that no address is used twice
+        out = call()  # kept, so that no address is used twice
     del out
-    return sum(storages.values())
+    return storages
 
 
 @contextlib.contextmanager

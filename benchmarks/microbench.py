@@ -47,7 +47,7 @@ from .clocks import (
     in_turns,
     keep_memory,
     peak_bytes,
-    saved_bytes,
+    saved_storages,
     spread,
 )
 from .common import device_of, fused_backends, in_time, in_words, machine, parser_of, write_json
@@ -253,7 +253,7 @@ def clocks_of(row: Row, inputs: list[Sample], cold: bool) -> Clocks | None:
         call()
         first = time.perf_counter() - started
         parts = {part: clock_of(row, part, inputs, cold) for part in PARTS}
-        saved = None if row.name in YARDSTICKS else saved_bytes(row, inputs[0])
+        saved = None if row.name in YARDSTICKS else sum(saved_storages(lambda: row.forward(inputs[0])).values())
         return Clocks(parts, saved, peak_bytes(call, device), first)
     except RuntimeError as error:
         if "asgl_cuda" in row.name or row.name in YARDSTICKS:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparison import assert_equals_reference, random_input, rng_state, uniform
+from comparison import assert_equals_reference, random_input, real_of, rng_state, uniform
 from torch import Tensor
 
 import asgl_cuda
@@ -67,7 +67,7 @@ def test_large_layer_with_one_width(backend, large, steps, dtype, v_reset):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("sizes", "surrogate"), [((), "rectangle"), ((16, 1), "sigmoid"), ((1, 128), "rectangle")])
 def test_large_layer_with_everything(backend, large, dtype, sizes, surrogate):
-    real = torch.float64 if dtype == torch.float64 else torch.float32
+    real = real_of(dtype)
 
     def parameter(low, high, *shape):
         return uniform(*shape, low=low, high=high, dtype=real, device="cuda")
@@ -103,7 +103,7 @@ def test_two_runs_of_a_large_layer_are_bit_identical(backend, large):
 @pytest.mark.parametrize("offset", [1, 2, 3, 4])
 def test_storage_that_begins_anywhere(backend, large, dtype, offset):
     """Input, gradient and potential as views that begin where no vector access may."""
-    real = torch.float64 if dtype == torch.float64 else torch.float32
+    real = real_of(dtype)
 
     def shifted(tensor: Tensor) -> Tensor:
         flat = torch.cat([tensor.new_zeros(offset), tensor.detach().flatten()])
