@@ -1,4 +1,4 @@
-"""What a GPU can do, measured, and how long csrc/ROOFLINE.md says that a kernel takes on it."""
+"""The speed of a GPU, measured, and the time that csrc/ROOFLINE.md predicts for a kernel on it."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ CYCLES = 50_000_000  # some 25 ms
 
 
 class Rates(NamedTuple):
-    """Of a card as it runs here."""
+    """The speeds of a card as it runs here."""
 
-    bandwidth: float  # bytes a second of a copy, those read and those written
+    bandwidth: float  # bytes that a copy reads and writes a second
     cycles: float | None  # a second, of all multiprocessors together; None on a CPU
 
 
 class Work(NamedTuple):
-    """What a kernel asks for an element: bytes, and cycles of one multiprocessor."""
+    """The needs of a kernel for one element: bytes, and cycles of one multiprocessor."""
 
     bytes: float
     issue: float
     pipes: float  # the busiest
 
     def seconds(self, rates: Rates) -> float:
-        """With perfect overlap."""
+        """The time of one element, where all work overlaps perfectly."""
         cycles = max(self.issue, self.pipes) / rates.cycles if rates.cycles else 0.0
         return max(self.bytes / rates.bandwidth, cycles)
 
 
 def measured_rates(device: torch.device) -> Rates:
-    """By copying, and by having the clock count while a kernel does nothing else."""
+    """Times a copy, and a kernel that does nothing but count cycles of the clock."""
     copied_bytes = COPIED_BYTES[device.type]
     x = torch.randint(256, (copied_bytes,), dtype=torch.uint8, device=device)
     out = torch.zeros_like(x)
@@ -67,9 +67,9 @@ def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 
 
 
 def roofline(architecture: int | None) -> dict[tuple[str, str, int], Work]:
-    """The work of a kernel for a type and a length, 0 for those that have none, as the page has it for these cards.
+    """The work of each kernel, type and length (0 for a kernel that has none), as the page has it for these cards.
 
-    Where the page has no such card, bytes are all that is known, and those of any card serve.
+    Where the page has no such card, only bytes are known, and the numbers of any card serve.
     """
     known = [card for card in CARDS if card.architecture == architecture]
     card = (known or CARDS)[0]

@@ -20,15 +20,15 @@ Name = TypeVar("Name", bound=Hashable)
 
 PARTS = ("forward", "backward", "both")
 MOST_SAMPLES = 16
-# More than any cache of a CPU holds.
+# This is more than any cache of a CPU holds.
 COLD_BYTES = 2**28
 
 
 def keep_memory() -> bool:
-    """Has the C library keep what is freed, as torch does on a GPU; False where it can't.
+    """Has the C library keep memory that is freed, as torch does on a GPU; False where it can't.
 
-    Otherwise it gives large blocks back to the system at some sizes and not at others, and what is measured there is
-    the system handing out the same pages again.
+    Otherwise it gives large blocks back to the system at some sizes and not at others, and the measurement is then of
+    the system, which hands out the same pages again.
     """
     trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -44,14 +44,14 @@ class Sample(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What is timed: backward gets the result of forward."""
+    """The functions that are timed: backward gets the result of forward."""
 
     name: str
     forward: Callable[[Sample], Tensor]
     backward: Callable[[Sample, Tensor], Any]
 
 
-# Of a part: what is timed, and what is set up before.
+# Each part has the statement that is timed, and the one that is run before.
 CPU_STATEMENTS = {
     "forward": ("row.forward(sample)", "pass"),
     "backward": ("row.backward(sample, out)", "out = row.forward(sample)"),
@@ -77,7 +77,7 @@ class CpuClock:
 class GpuClock:
     """The same on the GPU: of several calls in a row, which the host has queued before the first one starts."""
 
-    CYCLES_A_SECOND = 2e9  # about; the wait need only be long enough
+    CYCLES_A_SECOND = 2e9  # roughly, since the wait need only be long enough
     LONGEST = 0.02  # seconds, of the calls in a row and of the wait
 
     def __init__(self, row: Row, part: str, inputs: list[Sample]) -> None:
@@ -126,8 +126,8 @@ def in_turns(clocks: Mapping[Name, Callable[[], float]], repeats: int) -> dict[N
     return seconds
 
 
-def saved_bytes(row: Row, sample: Sample) -> int:
-    """What autograd keeps for backward, the input included."""
+def saved_storages(call: Callable[[], object]) -> dict[int, int]:
+    """The addresses and bytes of all that autograd keeps for backward of a call, its input included."""
     storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -136,14 +136,14 @@ def saved_bytes(row: Row, sample: Sample) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = row.forward(sample)  # kept, lest an address be used twice
+        out = call()  # kept, so that no address is used twice
     del out
-    return sum(storages.values())
+    return storages
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """The profiler's library announces each of its runs on standard error, whatever one asks of it."""
+    """Sends standard error nowhere: the profiler's library announces each of its runs there, and has no option."""
     sys.stderr.flush()
     kept = os.dup(2)
     with Path(os.devnull).open("w") as nowhere:
@@ -156,7 +156,7 @@ def silence() -> Iterator[None]:
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """The most that a call has allocated at a time, beyond what was there before."""
+    """The most bytes that a call has allocated at a time, beyond those that were allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -38,7 +38,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def parser_of(program: str, description: str, *shared: str) -> argparse.ArgumentParser:
-    """The parser of `python -m benchmarks.<program>` with those of ARGUMENTS that it shares with other programs."""
+    """The parser of `python -m benchmarks.<program>` and the ones of ARGUMENTS that it shares with other programs."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=description.splitlines()[0])
     for name in shared:
         parser.add_argument(f"--{name}", **ARGUMENTS[name])
@@ -61,7 +61,7 @@ def device_of(parser: argparse.ArgumentParser, asked: str | None) -> torch.devic
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """A description of what the numbers were measured on."""
+    """A description of the machine and the software on which the numbers were measured."""
     return {
         **(_gpu(device) if device.type == "cuda" else {}),
         "processor": _processor(),
@@ -105,7 +105,7 @@ def _processor() -> str:
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints, where it is installed and works."""
+    """The output of a program, where it is installed and works."""
     if shutil.which(command[0]) is None:
         return None
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -124,7 +124,7 @@ def write_json(file: Path | None, content: Any) -> None:
 
 
 def text_row(name: str, cells: Iterable[str], name_width: int, cell_width: int) -> str:
-    return f"{name:<{name_width}}" + "".join(f"{cell:>{cell_width}}" for cell in cells)
+    return f"{name:<{name_width}}" + "".join(f" {cell:>{cell_width - 1}}" for cell in cells)
 
 
 def in_time(work: Sequence[Work], started: float, seconds: float, report: dict[str, Any]) -> Iterator[Work]:

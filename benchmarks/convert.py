@@ -1,6 +1,7 @@
-"""What `asgl_cuda.convert` saves: layers of other libraries, forward and backward, before and after they are converted.
+"""The time that `asgl_cuda.convert` saves: layers of other libraries before and after they are converted.
 
-Both take turns within each repeat; the median is reported. Their spikes are compared before they are timed.
+Forward and backward are timed. Both layers take turns within each repeat; the median is reported. Their spikes are
+compared before they are timed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .peers import step_by_step
 
 
 class Case(NamedTuple):
-    """A layer and how it is called with a sequence `[T, N]`, from rest; and with what, when it is converted."""
+    """A layer, how it is called with a sequence `[T, N]` from rest, and how it is converted."""
 
     library: str
     name: str
@@ -84,7 +85,7 @@ def sinabs() -> Iterator[Case]:
 
 
 def cases() -> Iterator[Case]:
-    """Of the libraries that are installed."""
+    """The layers of the libraries that are installed."""
     for library in (spikingjelly, snntorch, norse, sinabs):
         if importlib.util.find_spec(library.__name__) is None:
             print(f'not installed: {library.__name__} (pip install ".[bench]")')
@@ -98,7 +99,7 @@ def measure(case: Case, sample: Sample, repeats: int) -> dict[str, Any]:
     layers = {"before": case.layer.to(device), "after": case.converted(case.layer).to(device)}
     with torch.no_grad():
         before, after = (case.spikes(layer, sample.x) for layer in layers.values())
-    if (before != after).float().mean() > 1e-4:  # potentials that are as good as at the threshold
+    if (before != after).float().mean() > 1e-4:  # where a potential is within rounding of the threshold
         raise RuntimeError(f"{case.library} {case.name} emits other spikes when it is converted")
 
     def row(layer: nn.Module) -> Row:

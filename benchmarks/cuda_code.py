@@ -1,4 +1,4 @@
-"""The CUDA kernels as compiled: nvcc, what ptxas says of each, the disassembly. Needs no GPU."""
+"""The compiled CUDA kernels: nvcc, the report of ptxas on each, the disassembly. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CSRC = ROOT / "csrc"
 
 _DTYPES = {scalar: str(dtype).removeprefix("torch.") for dtype, scalar in SCALARS.items()}
 _SURROGATES = {f"(asgl::Surrogate){surrogate.id}": name for name, surrogate in SURROGATES.items()}
-# What is left of the template arguments when type, surrogate and reset are taken away.
+# Kernels by the template arguments that are left when type, surrogate and reset are taken away.
 _KINDS = {
     "lif_forward_kernel<1, (asgl::Input)0>": "forward, 1 neuron",
     "lif_forward_kernel<4, (asgl::Input)0>": "forward, 4 neurons",
@@ -60,7 +60,7 @@ class Kernel(NamedTuple):
 
     @classmethod
     def of_symbol(cls, demangled: str) -> Kernel:
-        """From `void asgl::lif_forward_kernel<float, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)2>(...)`."""
+        """Reads `void asgl::lif_forward_kernel<float, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)2>(...)`."""
         match = re.match(r"void asgl::(\w+)<(.*?)>\(", demangled)
         if match is None:
             return cls(demangled, "")
@@ -75,7 +75,7 @@ class Kernel(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What ptxas says of one kernel for one architecture: registers a thread, the rest in bytes."""
+    """The report of ptxas on one kernel for one architecture: registers a thread, the rest in bytes."""
 
     registers: int
     shared: int
@@ -102,7 +102,7 @@ class Instruction(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """How wide a load or store is."""
+        """The width of a load or store."""
         widths = re.findall(r"\.[US]?(8|16|64|128|256)\b", self.opcode)
         return int(widths[-1]) if widths else 32
 
@@ -125,7 +125,7 @@ class Nvcc:
         self.path = path
         self.flags = compilation.NVCC_FLAGS
         self._oldest = compilation.OLDEST_ARCHITECTURE
-        # What the source is compiled to; all architectures are made of that.
+        # The source is compiled to these, and all architectures are made from them.
         self._virtual = (compilation.OLDEST_ARCHITECTURE, compilation.SHARED_ARCHITECTURE)
 
     @classmethod
@@ -139,7 +139,7 @@ class Nvcc:
 
     @property
     def architectures(self) -> list[int]:
-        """All that it compiles for, of those that the package supports."""
+        """The architectures that it compiles for and the package supports."""
         known = map(int, re.findall(r"sm_(\d+)$", run([self.path, "--list-gpu-code"]), re.MULTILINE))
         return sorted(architecture for architecture in known if architecture >= self._oldest)
 
@@ -153,13 +153,13 @@ class Nvcc:
         """Leaves `<name>.compute_75.ptx`, `<name>.compute_80.ptx` and the host's object `<name>.o` in the directory."""
         virtual = [f"-gencode=arch=compute_{v},code=compute_{v}" for v in self._virtual]
         target = directory / f"{source.stem}.o"
-        # Several architectures in one run, so that the names of what is kept say which is which.
+        # One run has several architectures, so that the names of the files that are kept tell them apart.
         command = [self.path, *self.flags, *virtual, "--threads=2", "-I", CSRC, "--keep", "--keep-dir", directory]
         run([*command, "-c", source, "-o", target])
         return target
 
     def to_cubin(self, directory: Path, stem: str, architecture: int) -> tuple[Path, str]:
-        """From the PTX of `to_ptx` to `<stem>.sm_90.cubin`; also ptxas's report."""
+        """Compiles the PTX of `to_ptx` to `<stem>.sm_90.cubin`; returns that, and the report of ptxas."""
         virtual = max(v for v in self._virtual if v <= architecture)
         cubin = directory / f"{stem}.sm_{architecture}.cubin"
         ptx = directory / f"{stem}.compute_{virtual}.ptx"
@@ -202,7 +202,7 @@ class Disassembler:
 
     @classmethod
     def find(cls) -> Disassembler | None:
-        # The PATH first, then the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+        # The PATH comes first, then the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
         spec = find_spec("nvidia")
         places = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
         wheels = [str(path) for place in places for path in Path(place).glob("*/bin")]

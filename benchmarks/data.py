@@ -42,7 +42,7 @@ class Data(NamedTuple):
 
 
 def in_parts(samples: Tensor, labels: Tensor) -> Data:
-    """A fifth of it to test on, with the classes in equal shares."""
+    """Keeps a fifth of the samples to test on, with the classes in equal shares."""
     split = train_test_split(samples, labels, test_size=0.2, stratify=labels, random_state=SPLIT_SEED)
     train, test, train_labels, test_labels = split
     return Data(train, train_labels, test, test_labels)
@@ -88,12 +88,12 @@ def cifar(root: Path, classes: int) -> Data:
 SACCADE = ((0.0, 0.0), (2.0, 1.0), (0.0, 2.0), (0.0, 0.0))  # the corners of the eye's path, in pixels
 SACCADE_FRAMES = 2  # for each of the three movements
 MOVES_A_FRAME = 4
-CONTRAST = 0.25  # of the logarithm of the intensity: what sets off an event
+CONTRAST = 0.25  # of the logarithm of the intensity, which sets off an event
 DARKEST = 0.1
 
 
 def saccade_events(images: Tensor) -> Tensor:
-    """What an event camera sees of `images` `[N, 1, H, W]`, 0 to 1, that move through its view in three saccades.
+    """The view of an event camera of `images` `[N, 1, H, W]`, 0 to 1, that move through its view in three saccades.
 
     A pixel remembers the logarithm of the intensity at its last event. Whenever that has changed by `CONTRAST`, it
     emits an event, ON for brighter, OFF for darker. Counts `[N, T, 2, H, W]`, uint8, as N-MNIST was recorded (Orchard,
@@ -143,7 +143,7 @@ def frames(dataset: Any) -> tuple[Tensor, Tensor]:
 
 
 def event_camera(root: Path, name: str, time_bins: int, side: int | None = None) -> Data:
-    """A recording that tonic reads, in frames `[T, 2, H, W]`, of `side` by `side` pixels or of what the sensor has."""
+    """A recording that tonic reads, in frames `[T, 2, H, W]`, of `side` by `side` pixels or the sensor's."""
     import tonic
 
     dataset = getattr(tonic.datasets, name)
@@ -210,7 +210,7 @@ class Instrument(NamedTuple):
 
     harmonics: tuple[float, ...]
     attack: float
-    decay: float  # 1 / s; that of a higher harmonic is as much greater as `damping` says
+    decay: float  # 1 / s; a higher harmonic decays as much faster as `damping` says
     damping: float
     vibrato: float
 
@@ -261,8 +261,8 @@ RECORDED_FRAMES = 31  # a second
 def recordings(folder: Path) -> Data:
     """The first second of WAV files, in one subfolder for each label, as Speech Commands is laid out.
 
-    Those that a file `testing_list.txt` names are to test on; without that file, a fifth of all. Subfolders whose name
-    begins with _ are left out.
+    Files that `testing_list.txt` names are to test on; without that list, a fifth of all. Subfolders whose name begins
+    with _ are left out.
     """
     import librosa
 
@@ -287,7 +287,7 @@ def recordings(folder: Path) -> Data:
 
 
 class Source(NamedTuple):
-    """Where a set comes from: a function without arguments, or of `folder` (one name or more) in the data root."""
+    """The origin of a set: a function without arguments, or one that takes `folder` in the data root."""
 
     kind: str
     load: Callable[..., Data]
@@ -321,7 +321,7 @@ SOURCES = {
 
 
 def available(root: Path | None) -> Iterator[str]:
-    """Those that need no download, and those whose folder is in `root`."""
+    """The sets that need no download, and those whose folder is in `root`."""
     for name, source in SOURCES.items():
         if source.folder is None or (root is not None and (root / source.folder).is_dir()):
             yield name

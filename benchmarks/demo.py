@@ -32,9 +32,9 @@ ANALOG_PROB = 0.2
 
 
 def spiking_mlp(hidden: Sequence[int], **neuron: Any) -> nn.Sequential:
-    """Images `[T, B, 64]` to class scores `[T, B, 10]`, through layers with batch normalisation and LIF neurons.
+    """A network from images `[T, B, 64]` to scores `[T, B, 10]`; its layers normalise and have LIF neurons.
 
-    The statistics of a normalisation are those of time and batch together. Options are those of `asgl_cuda.LIF`.
+    A normalisation takes its statistics over time and batch together. The options go to `asgl_cuda.LIF`.
     """
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise((64, *hidden)):
@@ -58,7 +58,7 @@ class Stopwatch:
     """Seconds spent in the watched modules, forward and backward.
 
     Autograd runs the newest node first, so a module's backward is one uninterrupted stretch: from the gradient of its
-    output, where the pre-hook fires, to that of its input, where the hook fires.
+    output, where the pre-hook fires, to the gradient of its input, where the hook fires.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Stopwatch:
 
 @dataclass
 class Run:
-    """What one training leaves behind."""
+    """The results of one training."""
 
     label: str
     losses: list[float] = field(default_factory=list)  # of each step
@@ -142,7 +142,7 @@ def train(label: str, backend: str | None, data: list[Tensor], epochs: int, seed
 
 
 def summary(reference: Run, fused: Run, test_images: int) -> Table:
-    """Accuracy, times and how far the two runs agree."""
+    """A table of accuracy and times, and of how far the two runs agree."""
     difference = max(
         ((a - b).abs().max() / a.abs().max()).item()
         for a, b in zip(reference.first_grads, fused.first_grads, strict=True)

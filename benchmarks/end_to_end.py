@@ -3,7 +3,7 @@
 A step is forward, loss, backward and optimiser. All variants take turns within each repeat; the median is reported.
 Where the time goes is taken from the profiler, in a run of its own: hooks of every layer open a range in forward and in
 backward. Where a network has batch normalisation, `asgl_cuda.fuse` makes one of it and the neurons behind it; before
-that is timed, its losses are compared with those of the same network as it was.
+it is timed, its losses are compared with the losses of the same network that is not fused.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ANALOG_PROB = 0.2
 NEURONS, PRODUCTS, NORMALISATION, REST = "neuron layers", "convolutions and linear", "normalisation", "the rest"
 CATEGORIES = (NEURONS, PRODUCTS, NORMALISATION)
 PROFILED_STEPS = 20
-FUSED_BLOCK = ", fused block"  # what the names of variants end with in which the neurons normalise
+FUSED_BLOCK = ", fused block"  # the end of a variant's name where the neurons normalise
 COMPARED_STEPS = 3
 COMPARED_BATCH = 4
-# Of a loss in these steps, in float64. Roundings differ between fused and not, and a neuron that then fires where it
-# did not changes all that follows: in float32 some do within a few steps, in float64 none. Other noise alone changes a
-# loss by 1e-4 or more.
+# The losses of these steps are compared in float64. Roundings differ between fused and not, and a neuron that then
+# fires where it did not changes all that follows: in float32 some do within a few steps, in float64 none. Other noise
+# alone changes a loss by 1e-4 or more.
 LOSS_TOLERANCE = 1e-9
 
 MakeNeuron = Callable[[], nn.Module]
@@ -45,7 +45,7 @@ MakeNeuron = Callable[[], nn.Module]
 
 
 def mlp(neuron: MakeNeuron) -> nn.Sequential:
-    """Four layers of 512."""
+    """Four layers of 512 neurons."""
     layers: list[nn.Module] = []
     for inputs in (784, 512, 512, 512):
         layers += [OverTime(nn.Linear(inputs, 512)), neuron()]
@@ -53,7 +53,7 @@ def mlp(neuron: MakeNeuron) -> nn.Sequential:
 
 
 def convolutional(neuron: MakeNeuron) -> nn.Sequential:
-    """In the manner of VGG, with batch normalisation, on images of 32 x 32."""
+    """Convolutions in the manner of VGG, with batch normalisation, on images of 32 x 32."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)):
         if inputs in (32, 64) and inputs != outputs:
@@ -64,7 +64,7 @@ def convolutional(neuron: MakeNeuron) -> nn.Sequential:
 
 
 def speech(neuron: MakeNeuron) -> nn.Sequential:
-    """Three layers of 256 over the frames of a word, without recurrence."""
+    """Three layers of 256 neurons over the frames of a word, without recurrence."""
     layers: list[nn.Module] = []
     for inputs in (700, 256, 256):
         layers += [OverTime(nn.Linear(inputs, 256)), neuron()]
@@ -72,7 +72,7 @@ def speech(neuron: MakeNeuron) -> nn.Sequential:
 
 
 class Network(NamedTuple):
-    """What is trained, and on what."""
+    """A network, and the shape of its data."""
 
     make: Callable[[MakeNeuron], nn.Sequential]
     input_shape: tuple[int, ...]  # [T, B, ...]
@@ -106,7 +106,7 @@ class Variant(NamedTuple):
 
 
 def variants(network: Network, device: torch.device) -> Iterator[Variant]:
-    """ASGL in every way; then the plain neuron, which SpikingJelly has, too."""
+    """The neurons of ASGL in every way; then the ordinary neuron, which SpikingJelly has, too."""
     yield Variant("reference", lambda: asgl("reference"))
     if network.input_shape[0] <= MOST_STEPS_TO_COMPILE:
         yield Variant("torch.compile", lambda: torch.compile(asgl("reference"), fullgraph=True, dynamic=False))
@@ -150,7 +150,7 @@ class Training:
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
 
     def step(self) -> Tensor:
-        """The loss before it."""
+        """Trains once; returns the loss before."""
         self._optimizer.zero_grad()
         for layer in self.model.modules():
             if hasattr(layer, "store_v_seq"):  # SpikingJelly's state
@@ -196,11 +196,11 @@ class Ranges:
         self._open: Any = None
 
     def watch(self, layer: nn.Module, name: str) -> None:
-        """A range in forward and in backward, where that of the layer before it in the network ends it."""
+        """Opens a range in forward and in backward, where the range of the layer before it in the network ends it."""
 
         def after(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             self.end()
-            if output is not inputs[0]:  # else there is nothing for it to do in backward
+            if output is not inputs[0]:  # else it has nothing to do in backward
                 output.register_hook(lambda grad: self.begin(name))
 
         layer.register_forward_pre_hook(lambda *_: self.begin(name))
@@ -234,7 +234,7 @@ def shares(training: Training) -> dict[str, float]:
 
     def step() -> None:
         training.step()
-        ranges.end()  # of the first layer
+        ranges.end()  # the range of the first layer
 
     step()
     cuda = training.device.type == "cuda"
@@ -277,7 +277,7 @@ def measure(network: Network, device: torch.device, repeats: int) -> dict[str, d
 
 
 def table(name: str, network: Network, found: dict[str, dict[str, Any]]) -> str:
-    """As a person reads it."""
+    """The measurements of a network as a person reads them."""
     lines = [f"{name}, {list(network.input_shape)}"]
     head = ("step, ms", "+-", "faster", "neurons", "products", "norm", "rest", "peak, MB")
     lines.append(text_row("", head, 28, 10))

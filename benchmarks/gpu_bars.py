@@ -1,8 +1,8 @@
-"""What the speed on a GPU is to reach, and whether it does.
+"""The bars that the speed on a GPU is to reach, and whether it does.
 
-A bar on a kernel is a multiple of the time of what moves as many bytes. Where the card can't start instructions as fast
-as its memory would have them, the bar is what csrc/ROOFLINE.md predicts for the bandwidth and the clock that were
-measured in the same run, if that is more.
+A bar on a kernel is a multiple of the time of an operation that moves as many bytes. Where the card can't start
+instructions as fast as its memory would have them, the bar is the prediction of csrc/ROOFLINE.md for the bandwidth and
+the clock that were measured in the same run, if that is more.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from typing import Any, NamedTuple
 import torch
 
 from .card import Rates, Work, roofline
-from .microbench import COMPILED, COPY, FLOOR, MOST_STEPS_TO_COMPILE, REFERENCE, Block, Size, sweep
+from .microbench import COMPILED, COPY, FLOOR, MOST_STEPS_TO_COMPILE, REFERENCE
 from .roofline import ELEMENT_BYTES, MOVED, OF_NORMALISATION
+from .sizes import Block, Size, sweep
 
 CUPY_KERNELS = "asgl_cuda cupy"  # a row of the micro-benchmark
 WHERE_MEMORY_BINDS = {"float32": {"forward": 1.15, "backward": 1.2, "both": 1.15}}
 OF_HALF_TYPES = 1.3
-# An element of a block is accessed nine times, by a copy of x and one of the gradient four times.
+# An element of a block is accessed nine times, by copies of x and of the gradient four times.
 COPIES_OF_A_BLOCK = 9 / 4
-CUPY_MICROSECONDS = 30  # that a call of the host may take longer
+CUPY_MICROSECONDS = 30  # by which a call of the host may take longer
 Seconds = dict[str, dict[str, float]]  # by row, by part
 
 
 class Bar(NamedTuple):
-    """What came of a goal; `measured` is None where it was not, `predicted` where nothing is."""
+    """The result of a goal; `measured` is None where it was not, `predicted` where nothing is."""
 
     what: str
     goal: str
@@ -37,7 +38,7 @@ class Bar(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """How much time of one row for the time of another is wanted."""
+    """The time of one row that is wanted, as a multiple of the time of another."""
 
     what: str
     part: str
@@ -49,7 +50,7 @@ class Goal(NamedTuple):
     predicted: float | None = None
 
     def bar(self, size: str, seconds: Seconds) -> Bar:
-        """What came of it at this size."""
+        """The result at this size."""
         ratio = None
         if self.row in seconds and self.other in seconds:
             ratio = seconds[self.row][self.part] / (self.times * seconds[self.other][self.part])
@@ -107,7 +108,7 @@ def of_block(block: Block, ours: str, with_cupy: bool, roof: Roof) -> list[Goal]
 
 
 def seconds_by_size(benchmark: dict[str, Any]) -> dict[str, Seconds]:
-    """Of each size and block, by its name."""
+    """The seconds of each size and block, by its name."""
     sizes = {str(size_of(each)): each["seconds"] for each in benchmark.get("sizes", ())}
     blocks = {str(block_of(each)): each["seconds"] for each in benchmark.get("blocks", ())}
     return {**sizes, **blocks}
@@ -124,7 +125,7 @@ def block_of(found: dict[str, Any]) -> Block:
 def bars(
     device: torch.device, judged: dict[str, Any] | None, compiled: dict[str, Any] | None, architecture: int | None
 ) -> list[Bar]:
-    """What the measurements of two runs of the micro-benchmark come to, the second with torch.compile, if they ran."""
+    """The results of two runs of the micro-benchmark, the second with torch.compile, as far as they ran."""
     found = []
     if judged is not None:
         found += judged_bars(device, judged, architecture)

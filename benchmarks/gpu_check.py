@@ -6,8 +6,8 @@ setuptools, ninja, nvcc and a C++ compiler, unless it was built before (`python3
 
 What counts most comes first (gpu_steps.py). Every step has a time limit, and the time that one leaves over is the next
 one's; a step that fails stops no other. OUT gets log.txt, all that was printed, and gpu_check.json, written anew as
-each step ends. A second run goes on where the first was cut off: it leaves out what has come to its end. What counts is
-printed last. The exit status is 0 if everything passed; a dry run has no bars to reach.
+each step ends. A second run goes on where the first was cut off: it leaves out the steps that came to their end. The
+verdicts are printed last. The exit status is 0 if everything passed; a dry run has no bars to reach.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ALWAYS = "extension"  # each run looks whether it is there
 
 
 class Outcome(NamedTuple):
-    """How a step ended."""
+    """The end of a step."""
 
     name: str
     passed: bool
@@ -48,12 +48,12 @@ class Outcome(NamedTuple):
     complete: bool  # whether a later run has nothing to add
     seconds: float
     tests: str | None  # the last line that pytest prints
-    failures: list[str]  # what pytest lists in its summary
-    result: dict[str, Any]  # what the step itself has written
+    failures: list[str]  # as pytest lists them in its summary
+    result: dict[str, Any]  # as the step itself has written it
 
 
 def run(step: Step, limit: float, log: TextIO, variables: dict[str, str]) -> Outcome:
-    """Prints and logs what the step says, ends it and its children at the limit."""
+    """Prints and logs the output of the step, ends it and its children at the limit."""
     started = time.monotonic()
     lines: list[str] = []
 
@@ -64,7 +64,7 @@ def run(step: Step, limit: float, log: TextIO, variables: dict[str, str]) -> Out
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        # What it has begun when its time is up it finishes, if that takes no longer than this.
+        # A step finishes the work that it has begun when its time is up, if that takes no longer than this.
         words = {SECONDS: f"{0.8 * limit:.0f}", RESULT: str(file)}
         command = [words.get(word, word) for word in step.command]
         tell(f"--- {step.name}, at most {limit:.0f} s: {' '.join(command)}")
@@ -95,7 +95,7 @@ def run(step: Step, limit: float, log: TextIO, variables: dict[str, str]) -> Out
                 status = process.wait()
                 break
             except KeyboardInterrupt:
-                end(signal.SIGINT)  # and hear what it has to say
+                end(signal.SIGINT)  # and hear its last words
                 interrupted = True
                 timers.append(threading.Timer(GRACE, end, [signal.SIGKILL]))
                 timers[-1].start()
@@ -123,7 +123,7 @@ def run_all(
     note: Callable[[Outcome], None],
     variables: dict[str, str],
 ) -> None:
-    """One after the other, until someone interrupts. Each may take what is left, less what is kept for those behind."""
+    """Runs one after the other until someone interrupts; each may take the time left, less the time of those behind."""
     end = time.monotonic() + whole
     for number, step in enumerate(todo):
         limit = end - time.monotonic() - sum(later.seconds for later in todo[number + 1 :])
@@ -136,7 +136,7 @@ def run_all(
                 return
 
 
-# Of a test, with one process of pytest and with several.
+# A line that tells of one test, from one process of pytest or from several.
 TOLD = re.compile(r"^(?:\S+::.* )?(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR|SKIPPED)( \S+::.*)?(?: +\[ *\d+%\])?$")
 
 
@@ -147,7 +147,7 @@ def told_in(lines: list[str]) -> list[tuple[str, str]]:
 
 
 def counts_in(lines: list[str]) -> str | None:
-    """What pytest says last; where it was killed before, what it had said of single tests."""
+    """The last line of pytest; where it was killed before, a count of the single tests."""
     found = [line for line in lines if re.search(r"\b\d+ (passed|failed|error|skipped)\b.* in [\d.]+s", line)]
     if found:
         return found[-1].strip("= ")
@@ -156,12 +156,12 @@ def counts_in(lines: list[str]) -> str | None:
 
 
 def failures_in(lines: list[str]) -> list[str]:
-    """What pytest lists in its summary; where it was killed before, what it had said of single tests."""
+    """The failures in the summary of pytest; where it was killed before, the lines of single tests."""
     listed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
     return listed or [line for word, line in told_in(lines) if word in ("FAILED", "ERROR")]
 
 
-# ---- what is found, as it is found ----
+# ---- the findings ----
 
 
 class Findings:
@@ -173,7 +173,7 @@ class Findings:
         self.about: dict[str, Any] = {}  # the machine
 
     def read(self) -> str | None:
-        """What a run before has left; or why that is nothing to go on with."""
+        """Reads the results of an earlier run; returns why they can't be continued, if they can't."""
         if not self._file.exists():
             return None
         try:
@@ -200,7 +200,7 @@ class Findings:
         self.write()
 
     def bars(self) -> list[Any]:
-        """Of what was measured so far."""
+        """The bars for the measurements so far."""
         import torch
 
         from .gpu_bars import bars
@@ -245,7 +245,7 @@ class Findings:
         )
 
     def failed(self) -> list[str]:
-        """What did not pass, steps and bars."""
+        """The steps and bars that did not pass."""
         return [
             *(outcome.name for outcome in self.outcomes.values() if not outcome.passed),
             *(bar.what for bar in self.bars() if not bar.passed and self._of["capability"]),
@@ -253,17 +253,17 @@ class Findings:
 
 
 def digest() -> str:
-    """Of all that the results depend on."""
+    """A digest of all files that the results depend on."""
     found = hashlib.sha256()
     for folder, kinds in (("asgl_cuda", "**/*.py"), ("csrc", "*.[ch]*"), ("benchmarks", "*.py"), ("tests", "**/*.py")):
         for path in sorted((ROOT / folder).glob(kinds)):
-            if path.name != "_build_info.py":  # the extension is looked at by itself
+            if path.name != "_build_info.py":  # the extension has a step of its own
                 found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:12]
 
 
 def why_not(dry_run: bool) -> str | None:
-    """What is missing here."""
+    """The requirement that is missing here."""
     try:
         import torch
     except ImportError as error:
@@ -290,7 +290,7 @@ def not_writable(out: Path) -> str | None:
 
 
 def of_here(dry_run: bool) -> dict[str, str]:
-    """What results must have in common to stand side by side."""
+    """The properties that results must share to stand side by side."""
     import torch
 
     found = {"code": digest(), "torch": str(torch.__version__), "gpu": "none", "capability": ""}

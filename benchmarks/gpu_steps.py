@@ -1,4 +1,4 @@
-"""What `python3 -m benchmarks.gpu_check` does, in which order and how long: first what counts most."""
+"""The steps of `python3 -m benchmarks.gpu_check`, their order and their time: first those that count most."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from . import ROOT
 
 PREPARED = ROOT / "build" / "prepared"  # by prepare.py
 CUPY_CACHE = PREPARED / "cupy"
-# In a command: what is put there when it starts.
-SECONDS = "SECONDS"  # that it has
+# These words in a command are replaced when it starts.
+SECONDS = "SECONDS"  # the time that it has
 RESULT = "RESULT"  # the file that it may write, as JSON
 # Without a GPU a few tests stand in for a suite.
 A_FEW_TESTS = ["tests/neuron/test_philox.py", "-k", "mask_with_time or none_and_all"]
 
 
 class Machine(NamedTuple):
-    """As far as steps depend on it."""
+    """The properties of a machine on which the steps depend."""
 
     device: str
     backends: tuple[str, ...]
@@ -32,7 +32,7 @@ class Machine(NamedTuple):
 
     @classmethod
     def here(cls, device: str) -> Machine:
-        """This one; as a CPU it has nothing but the backend cpu."""
+        """This machine; as a CPU it has nothing but the backend cpu."""
         if device == "cpu":
             return cls("cpu", ("cpu",))
         return cls(
@@ -67,7 +67,7 @@ def not_everything(lines: list[str]) -> str | None:
 def steps(machine: Machine, python: str = sys.executable) -> list[Step]:
     """Their seconds come to nine minutes and less; the spare ones are the first step's to use, then the next one's."""
     device, on_gpu = machine.device, machine.device == "cuda"
-    # Each test is told as it ends, and where one hangs before all is killed: in the driver it hears no other signal.
+    # Each test is told as it ends, and a test that hangs says where: in the driver it hears no signal but the last.
     pytest = [python, "-m", "pytest", "-vv", "-rfE", "--color=no", "-o", "faulthandler_timeout=45"]
 
     def tests(name: str, marked: str, seconds: float, backends: tuple[str, ...], workers: int = 0) -> Step:
@@ -108,7 +108,7 @@ def steps(machine: Machine, python: str = sys.executable) -> list[Step]:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Of all steps. Without a GPU many processes share few cores."""
+    """The environment of all steps. Without a GPU many processes share few cores."""
     found = {"PYTHONUNBUFFERED": "1"}
     if device == "cpu":
         return {**found, "OMP_NUM_THREADS": "1", "ASGL_TEST_BACKENDS": "cpu"}

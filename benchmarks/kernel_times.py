@@ -1,4 +1,4 @@
-"""The time of every kernel of the hot calls, by torch's profiler, and what Nsight Compute counts in each.
+"""The time of every kernel of the judged calls, by torch's profiler, and the counters of Nsight Compute for each.
 
 The calls are those by which the kernels' speed is judged: the neuron and the block, forward and backward, in every
 backend of the device. For each kernel: how often a call starts it, its median microseconds, the bytes that it must move
@@ -30,8 +30,9 @@ from .card import Rates, Work, measured_rates, roofline
 from .clocks import Row, Sample, silence
 from .common import device_of, in_time, parser_of, write_json
 from .cuda_code import Kernel
-from .microbench import Block, Size, samples, sweep
+from .microbench import rows_of
 from .roofline import name_of
+from .sizes import Block, Size, samples, sweep
 
 ROUNDS = 10
 STAND_INS = {
@@ -40,7 +41,7 @@ STAND_INS = {
     "asgl_cuda::batch_norm_coefficients": "moments",
     "asgl_cuda::batch_norm_backward": "input gradient",
 }
-# What Nsight Compute is asked for, with the name and the scale under which the value is kept.
+# The metrics that Nsight Compute is asked for, with the name and the scale under which the value is kept.
 METRICS = {
     "gpu__time_duration.sum": ("microseconds", 1e-3),
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": ("dram_percent", 1.0),
@@ -53,8 +54,8 @@ METRICS = {
 
 
 def fused_rows(size: Size | Block, device: torch.device) -> Iterator[Row]:
-    """Of every backend of the device."""
-    return (row for row in size.rows(device) if row.name.startswith("asgl_cuda "))
+    """The fused rows of every backend of the device."""
+    return (row for row in rows_of(size, device) if row.name.startswith("asgl_cuda "))
 
 
 def call(row: Row, sample: Sample) -> None:
@@ -62,7 +63,7 @@ def call(row: Row, sample: Sample) -> None:
 
 
 def launches(work: Callable[[], object], device: torch.device) -> dict[str, list[float]]:
-    """Microseconds of all that a function has the device do, by name, in the order in which each first ran."""
+    """Microseconds of all kernels that a function launches, by name, in the order in which each first ran."""
     cuda = device.type == "cuda"
     with silence(), profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         work()
@@ -103,7 +104,7 @@ def measure(size: Size | Block, device: torch.device, rates: Rates, works: dict[
 def entry(
     name: str, times: list[float], rounds: int, size: Size | Block, rates: Rates, works: dict[Any, Work]
 ) -> dict[str, Any]:
-    """What is known of one kernel; what moves no tensor of the layer's size has no bytes and no prediction."""
+    """The measurements of one kernel; one that moves no tensor of the layer's size has no bytes and no prediction."""
     kind, readable = kind_of(name)
     microseconds = statistics.median(times)
     found: dict[str, Any] = {"kernel": readable, "count": len(times) / rounds, "microseconds": microseconds}
@@ -138,7 +139,7 @@ def table(measured: dict[str, Any]) -> str:
 
 
 def profiled_once(device: torch.device) -> None:
-    """Each call once between the marks that Nsight Compute waits for, warmed up before."""
+    """Makes each call once between the marks that Nsight Compute waits for, warmed up before."""
     for size in sweep("judged", device):
         sample = samples(size, device)[0]
         for row in fused_rows(size, device):
@@ -152,7 +153,7 @@ def profiled_once(device: torch.device) -> None:
 
 
 def ncu_command(ncu: str, log: Path) -> list[str]:
-    """Clocks stay as they are: other people may work on the same card."""
+    """The command that counts; clocks stay as they are, since other people may work on the same card."""
     return [
         ncu, "--csv", "--log-file", str(log), "--print-units", "base", "--metrics", ",".join(METRICS),
         "--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all",
@@ -161,7 +162,7 @@ def ncu_command(ncu: str, log: Path) -> list[str]:
 
 
 def counters(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """What Nsight Compute wrote: a line for each metric of each launch, after some of its own."""
+    """Reads the output of Nsight Compute: a line for each metric of each launch, after some of its own."""
     rows = csv.DictReader(line for line in lines if line.startswith('"'))
     found: dict[str, dict[str, Any]] = defaultdict(dict)
     for row in rows:
@@ -177,7 +178,7 @@ def counters(lines: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def counted_by(ncu: str) -> list[dict[str, Any]]:
-    """Of every launch, in order; what was written up to a failure counts."""
+    """The counters of every launch, in order; those that were written before a failure count."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ncu.csv"
         try:
@@ -198,7 +199,7 @@ def main() -> int:
     """Measures all calls and prints a table for each."""
     parser = parser_of("kernel_times", __doc__, "device", "seconds", "json")
     parser.add_argument("--ncu", metavar="PROGRAM", help="have Nsight Compute count, and measure nothing else")
-    parser.add_argument("--once", action="store_true", help="what Nsight Compute runs")
+    parser.add_argument("--once", action="store_true", help="the program that Nsight Compute runs")
     arguments = parser.parse_args()
     started = time.monotonic()
     device = device_of(parser, arguments.device)

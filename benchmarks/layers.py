@@ -1,4 +1,4 @@
-"""A training step of one layer on a tiny input, where the host's time is what counts, and what the step launches.
+"""A training step of one layer on a tiny input, where the host's time counts, and the kernels that it launches.
 
 The step is forward and backward as PyTorch runs it; the same replayed from a CUDA graph; and under torch.compile, which
 with mode="reduce-overhead" makes such graphs itself.
@@ -38,7 +38,7 @@ def layers(device: torch.device, backend: str) -> dict[str, nn.Module]:
 
 
 def training_step(layer: nn.Module, device: torch.device, compiled: bool = False) -> Callable[[], Any]:
-    """Spikes, and the gradients of x and of the parameters."""
+    """A function that computes spikes, and the gradients of x and of the parameters."""
     x = torch.randn(SHAPE, device=device, requires_grad=True)
     grad = torch.randn(SHAPE, device=device)
     leaves = (x, *layer.parameters())
@@ -52,17 +52,26 @@ def training_step(layer: nn.Module, device: torch.device, compiled: bool = False
     return step
 
 
-def replayed(step: Callable[[], Any]) -> Callable[[], Any]:
-    """The step from a CUDA graph; warmed up on another stream, as torch asks for."""
+def captured(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of the function, and the tensors to which it will write its results.
+
+    The function is warmed up on another stream, as torch asks for.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            step()
+            function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        results = function()
+    return graph, results
+
+
+def replayed(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The step as a replay of its CUDA graph."""
+    graph, _ = captured(step)
 
     def replay() -> Callable[[], Any]:
         graph.replay()
@@ -81,7 +90,7 @@ def ways(layer: nn.Module, device: torch.device, compiled: bool) -> Iterator[tup
 
 
 def measure(step: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """Median microseconds of a step of many in a row, and what one launches."""
+    """Median microseconds of a step of many in a row, and the kernels that one launches."""
     for _ in range(3):  # compiles, records
         step()
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())

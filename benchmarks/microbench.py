@@ -3,7 +3,7 @@
 The multiply is the floor: `x * 2` reads x and writes the result as forward must, `x * g` reads two tensors and writes
 one as backward must. Against it stand the neuron of ASGL in every backend, as the reference and as a paper's author
 writes it, and the ordinary LIF neuron, which the other libraries have, too. All rows take turns within each repeat, so
-that a machine whose speed drifts slows them alike; what is reported is the median over the repeats. Before a peer is
+that a machine whose speed drifts slows them alike; the median over the repeats is reported. Before a peer is
 timed, its spikes are compared with ours.
 
 A block is batch normalisation and the ASGL neurons behind it, in training: as one, `asgl_cuda.BatchNormLIF`, or as the
@@ -12,7 +12,7 @@ floor does so in the same order: forward is `x.sum()`, which reads x as the stat
 backward `x * g` (12) and another multiply of the result with x, in place (12). A copy of x and one of g, 16 bytes
 together, tell how fast memory is.
 
-On a GPU the time is that of the device, between two CUDA events, while the host runs ahead. Several inputs take turns,
+On a GPU the device's time is taken, between two CUDA events, while the host runs ahead. Several inputs take turns,
 so that as far as 16 of them outgrow the cache they come from memory, as in a network.
 """
 
@@ -38,7 +38,6 @@ from asgl_cuda.selfcheck import THRESHOLD_BAND
 
 from .card import measured_rates
 from .clocks import (
-    MOST_SAMPLES,
     PARTS,
     CpuClock,
     GpuClock,
@@ -48,11 +47,12 @@ from .clocks import (
     in_turns,
     keep_memory,
     peak_bytes,
-    saved_bytes,
+    saved_storages,
     spread,
 )
 from .common import device_of, fused_backends, in_time, in_words, machine, parser_of, write_json
 from .peers import DECAY, Peer, asgl_loop, installed_peers
+from .sizes import DTYPES, LAYOUTS, SWEEPS, Block, Size, samples, sweep, usual_sizes
 
 ANALOG_PROB = 0.2
 FLOOR = "multiply"
@@ -61,199 +61,12 @@ YARDSTICKS = (FLOOR, COPY)
 REFERENCE = "reference"
 COMPILED = "torch.compile"
 LOOP = "author's loop"
-PLAIN = "LIF: "  # what the names of rows without noise and learned width begin with
-PAIR = "pair: "  # and those of blocks that are not fused
+PLAIN = "LIF: "  # the beginning of the names of rows without noise and learned width
+PAIR = "pair: "  # and of blocks that are not fused
 # Beyond this many steps the compiler unrolls for minutes.
 MOST_STEPS_TO_COMPILE = 16
 # Autograd keeps some fifteen float32 tensors of the reference, and the gradients need room, too.
 REFERENCE_BYTES_AN_ELEMENT = 100
-LAYOUTS = ("time first", "batch first", "channels_last")
-LEARNED = ("width", "width by channel", "width, decay, threshold")
-BATCH, CHANNELS = 32, 32  # where a layout or a parameter has them
-
-
-def normal(device: torch.device, dtype: str, *shape: int) -> Tensor:
-    return torch.randn(shape, device=device, dtype=getattr(torch, dtype))
-
-
-class Size(NamedTuple):
-    """The shape and type of one measurement: [steps, neurons], or another layout of as many neurons."""
-
-    steps: int
-    neurons: int
-    dtype: str
-    compiled: bool = True  # whether torch.compile is measured, which takes seconds to compile
-    peers: bool = True  # whether the other libraries are
-    layout: str = LAYOUTS[0]
-    learned: str = LEARNED[0]
-
-    ACCESSES = 5  # to an element, forward and backward
-
-    @property
-    def elements(self) -> int:
-        return self.steps * self.neurons
-
-    @property
-    def bytes(self) -> int:
-        return self.elements * getattr(torch, self.dtype).itemsize
-
-    @property
-    def time_dim(self) -> int:
-        return int(self.layout == "batch first")
-
-    def random(self, device: torch.device) -> Tensor:
-        filled = partial(normal, device, self.dtype)
-        if self.layout == "batch first":
-            return filled(BATCH, self.steps, self.neurons // BATCH)
-        if self.layout == "channels_last":
-            side = math.isqrt(self.neurons // (BATCH * CHANNELS))
-            return filled(self.steps, BATCH, side, self.neurons // (BATCH * CHANNELS * side), CHANNELS).movedim(4, 2)
-        if self.learned == "width by channel":
-            return filled(self.steps, BATCH, CHANNELS, self.neurons // (BATCH * CHANNELS))
-        return filled(self.steps, self.neurons)
-
-    def parameters(self, device: torch.device) -> dict[str, Tensor]:
-        """What is learned, as arguments of `asgl_cuda.lif`."""
-        values = {"width": 1.0}
-        if self.learned == "width, decay, threshold":
-            values |= {"decay": DECAY, "v_threshold": 1.0}
-        shape = (CHANNELS, 1) if self.learned == "width by channel" else ()
-        return {name: torch.full(shape, value, device=device, requires_grad=True) for name, value in values.items()}
-
-    def rows(self, device: torch.device) -> Iterator[Row]:
-        return neuron_rows(self, device)
-
-    def description(self) -> dict[str, Any]:
-        sizes = {"steps": self.steps, "neurons": self.neurons}
-        return {**sizes, "dtype": self.dtype, "layout": self.layout, "learned": self.learned}
-
-    def __str__(self) -> str:
-        layout = "" if self.layout == LAYOUTS[0] else f", {self.layout}"
-        learned = "" if self.learned == LEARNED[0] else f", learned {self.learned}"
-        return f"T = {self.steps}, N = {self.neurons}, {self.dtype}{layout}{learned}"
-
-
-class Block(NamedTuple):
-    """The shape, [T, B, C, H, W], and type of a measurement of normalisation and neurons."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    layout: str = LAYOUTS[0]  # or channels_last
-    compiled: bool = True
-
-    ACCESSES = 9
-
-    @property
-    def steps(self) -> int:
-        return self.shape[0]
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        return self.elements * getattr(torch, self.dtype).itemsize
-
-    def random(self, device: torch.device) -> Tensor:
-        if self.layout == "channels_last":
-            steps, batch, channels, *space = self.shape
-            return normal(device, self.dtype, steps, batch, *space, channels).movedim(-1, 2)
-        return normal(device, self.dtype, *self.shape)
-
-    def rows(self, device: torch.device) -> Iterator[Row]:
-        return block_rows(self, device)
-
-    def description(self) -> dict[str, Any]:
-        return {"shape": self.shape, "dtype": self.dtype, "layout": self.layout}
-
-    def __str__(self) -> str:
-        layout = "" if self.layout == LAYOUTS[0] else f", {self.layout}"
-        return f"block {list(self.shape)}, {self.dtype}{layout}"
-
-
-CPU_SIZES = (
-    Size(4, 2**20, "float32"),
-    Size(16, 2**18, "float32"),
-    Size(128, 2**15, "float32"),
-    Size(4, 2**20, "bfloat16", peers=False),
-    Size(4, 2**23, "float32", peers=False),
-)
-BLOCK_SHAPE = (4, 32, 64, 32, 32)
-CPU_BLOCKS = (
-    Block(BLOCK_SHAPE, "float32"),
-    Block(BLOCK_SHAPE, "float32", "channels_last"),
-    Block(BLOCK_SHAPE, "bfloat16", compiled=False),
-)
-# What the kernels' speed is judged by.
-GPU_SIZES = tuple(
-    Size(steps, neurons, dtype) for steps, neurons in ((4, 2**24), (128, 2**19)) for dtype in ("float32", "bfloat16")
-)
-# Of the first, a cache may keep a part for the next pass; the others outgrow it.
-GPU_BLOCKS = tuple(
-    Block(shape, dtype, layout)
-    for shape, dtype, layout in (
-        (BLOCK_SHAPE, "float32", LAYOUTS[0]),
-        ((4, 256, 64, 32, 32), "float32", LAYOUTS[0]),
-        ((4, 256, 64, 32, 32), "float32", "channels_last"),
-        ((4, 256, 64, 32, 32), "bfloat16", LAYOUTS[0]),
-    )
-)
-JUDGED = tuple(each._replace(compiled=False) for each in (*(s._replace(peers=False) for s in GPU_SIZES), *GPU_BLOCKS))
-# What a layer may learn beside one width, and lengths at the ends; then from layers that a GPU hardly notices to the
-# largest that 2^28 elements allow.
-GPU_SWEEP = tuple(
-    Size(steps, neurons, dtype, compiled=False, peers=False, learned=learned)
-    for steps, neurons, learned in (
-        *((4, 2**24, learned) for learned in LEARNED[1:]),
-        *((128, 2**19, learned) for learned in LEARNED[1:]),
-        (1, 2**24, LEARNED[0]),
-        (1000, 2**10, LEARNED[0]),
-        *(
-            (steps, 2**power, LEARNED[0])
-            for powers in (range(14, 19), range(20, 27, 2))
-            for steps in (4, 16, 128)
-            for power in powers
-            if steps * 2**power <= 2**28 and (steps, power) != (4, 24)
-        ),
-    )
-    for dtype in ("float32", "bfloat16")
-)
-COMPILED_SIZES = (*GPU_SIZES, *GPU_BLOCKS, *(Size(16, 2**22, dtype, peers=False) for dtype in ("float32", "bfloat16")))
-
-
-def small(size: Size | Block) -> Size | Block:
-    """The same for a CPU that stands in for a GPU."""
-    if isinstance(size, Block):
-        return size._replace(shape=(4, 2, 8, 8, 8))
-    return size._replace(steps=min(size.steps, 8), neurons=min(size.neurons, 2**12))
-
-
-def blocks(device: torch.device) -> Sequence[Block]:
-    return GPU_BLOCKS if device.type == "cuda" else CPU_BLOCKS
-
-
-def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
-    """The sizes of a sweep; on a GPU, which needs them to be busy, of 16 times the neurons.
-
-    Those that are for GPUs are small ones on a CPU, to try the program.
-    """
-    more = 4 if device.type == "cuda" else 0
-    if name in FOR_GPUS:
-        sizes = FOR_GPUS[name]
-        return sizes if device.type == "cuda" else list(dict.fromkeys(map(small, sizes)))
-    return {
-        "T": [Size(steps, 2 ** (15 + more), "float32") for steps in (1, 2, 4, 8, 16, 32, 64, 128)],
-        "N": [Size(4, 2 ** (power + more), "float32") for power in range(8, 23, 2)],
-        "dtype": [Size(4, 2 ** (20 + more), dtype, peers=False) for dtype in DTYPES],
-        "layout": [Size(4, 2 ** (20 + more), "float32", peers=False, layout=layout) for layout in LAYOUTS],
-        "block": blocks(device),
-    }[name]
-
-
-FOR_GPUS = {"judged": JUDGED, "gpu": GPU_SWEEP, "compiled": COMPILED_SIZES}
-SWEEPS = ("T", "N", "dtype", "layout", "block", *FOR_GPUS)
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Timing(NamedTuple):
@@ -265,26 +78,13 @@ class Timing(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """What was found out of one row."""
+    """The measurements of one row."""
 
     timing: Timing
     spread: float  # half the distance of the quartiles of `both`, as a share of its median
     saved_bytes: int | None
     peak_bytes: int | None
     first_seconds: float  # forward and backward, for the first time
-
-
-def samples(size: Size | Block, device: torch.device) -> list[Sample]:
-    """The inputs that take turns: one on a CPU, where the cache is part of the machine as users find it."""
-    count = 1
-    if device.type == "cuda":
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        count = min(math.ceil(2 * cache / size.bytes), MOST_SAMPLES)
-    result = []
-    for _ in range(count):
-        x, grad = size.random(device), size.random(device)
-        result.append(Sample(x, x.detach().requires_grad_(), grad))
-    return result
 
 
 def row_of(name: str, function: Callable[[Tensor], Tensor], *parameters: Tensor) -> Row:
@@ -308,7 +108,7 @@ def compiled_rows(
         return
     # Its backward must be repeatable to be timed alone, so it may not give its buffers away.
     torch._functorch.config.donated_buffer = False
-    # Compiled for this size alone, not for any size because there was another before.
+    # It compiles for this size alone, not for any size because there was another before.
     torch._dynamo.reset()
     for mode in modes:
         compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
@@ -321,7 +121,7 @@ def reference_fits(size: Size | Block, device: torch.device) -> bool:
 
 
 def neuron_rows(size: Size, device: torch.device) -> Iterator[Row]:
-    """The floor; ASGL in every way; plain LIF in every way."""
+    """The floor; ASGL in every way; the ordinary LIF neuron in every way."""
     learned = size.parameters(device)
     width = learned["width"]
 
@@ -376,8 +176,12 @@ def block_rows(block: Block, device: torch.device) -> Iterator[Row]:
     yield from compiled_rows(block, f"{PAIR}{COMPILED}", module, *module.parameters())
 
 
+def rows_of(size: Size | Block, device: torch.device) -> Iterator[Row]:
+    return block_rows(size, device) if isinstance(size, Block) else neuron_rows(size, device)
+
+
 def refuse_other_spikes(name: str, spikes: Tensor, expected: Tensor | asgl_cuda.LIFOutput, than: str) -> None:
-    """Spikes are the expected ones, but where a potential is as good as at the threshold."""
+    """Spikes must be the expected ones, except where a potential is within rounding of the threshold."""
     assert isinstance(expected, asgl_cuda.LIFOutput)
     assert expected.h_seq is not None
     sure = ((expected.h_seq - 1).abs() > THRESHOLD_BAND).all(0)
@@ -388,7 +192,7 @@ def refuse_other_spikes(name: str, spikes: Tensor, expected: Tensor | asgl_cuda.
 
 @torch.no_grad()
 def check_peers(device: torch.device) -> None:
-    """All rows do the same work: the others' spikes are ours, but where a potential is as good as at the threshold."""
+    """Checks that all rows do the same work: the others' spikes are ours, except within rounding of the threshold."""
     x_seq = torch.randn(20, 4096, device=device)
     state = torch.tensor([1, 2], device=device)
     mask = asgl_cuda.analog_mask(x_seq, ANALOG_PROB, state)
@@ -403,7 +207,7 @@ def check_peers(device: torch.device) -> None:
 
 @torch.no_grad()
 def check_blocks(device: torch.device) -> None:
-    """The same for the rows of a block, in float32: in half types the pair rounds between its layers.
+    """Checks the same for the rows of a block, in float32: in half types the pair rounds between its layers.
 
     Only the compiler's noise can't be compared: it draws numbers of its own.
     """
@@ -427,7 +231,7 @@ def check_blocks(device: torch.device) -> None:
 
 
 class Clocks(NamedTuple):
-    """A row, warmed up."""
+    """The clocks of a row, which is warmed up."""
 
     parts: dict[str, CpuClock | GpuClock]
     saved_bytes: int | None
@@ -436,7 +240,7 @@ class Clocks(NamedTuple):
 
 
 def clocks_of(row: Row, inputs: list[Sample], cold: bool) -> Clocks | None:
-    """None where the row does not work and the others still count."""
+    """The clocks of a row; None where it does not work and the others still count."""
     device = inputs[0].x.device
 
     def call() -> None:
@@ -449,7 +253,7 @@ def clocks_of(row: Row, inputs: list[Sample], cold: bool) -> Clocks | None:
         call()
         first = time.perf_counter() - started
         parts = {part: clock_of(row, part, inputs, cold) for part in PARTS}
-        saved = None if row.name in YARDSTICKS else saved_bytes(row, inputs[0])
+        saved = None if row.name in YARDSTICKS else sum(saved_storages(lambda: row.forward(inputs[0])).values())
         return Clocks(parts, saved, peak_bytes(call, device), first)
     except RuntimeError as error:
         if "asgl_cuda" in row.name or row.name in YARDSTICKS:
@@ -459,11 +263,11 @@ def clocks_of(row: Row, inputs: list[Sample], cold: bool) -> Clocks | None:
 
 
 def measure(size: Size | Block, device: torch.device, repeats: int, cold: bool = False) -> dict[str, Measurement]:
-    """All rows, which take turns."""
+    """Measures all rows, which take turns."""
     torch.manual_seed(0)
-    torch.cuda.empty_cache()  # of the size before; does nothing without a GPU
+    torch.cuda.empty_cache()  # the memory of the size before; without a GPU this does nothing
     inputs = samples(size, device)
-    clocks = {row.name: found for row in size.rows(device) if (found := clocks_of(row, inputs, cold)) is not None}
+    clocks = {row.name: found for row in rows_of(size, device) if (found := clocks_of(row, inputs, cold)) is not None}
     parts = {(name, part): clock.seconds for name, found in clocks.items() for part, clock in found.parts.items()}
     seconds = in_turns(parts, repeats)
     return {
@@ -508,7 +312,7 @@ def table(size: Size | Block, found: dict[str, Measurement]) -> str:
         )
     widths = (9, 10, 10, 6, 9, 7, 7, 7, 7, 7, 7, 7, 9)
     text = [
-        f"{name:<24}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        f"{name:<24}" + "".join(f" {cell:>{width - 1}}" for cell, width in zip(cells, widths, strict=True))
         for name, *cells in lines
     ]
     return "\n".join((str(size), *text, ""))
@@ -599,7 +403,7 @@ def main() -> int:
     sizes = [size for name in sweeps for size in sweep(name, device)]
     if arguments.steps is not None:
         sizes = [Size(arguments.steps, arguments.neurons, arguments.dtype)]
-    sizes = sizes or [*(GPU_SIZES if device.type == "cuda" else CPU_SIZES), *blocks(device)]
+    sizes = sizes or usual_sizes(device)
 
     kept = keep_memory()
     about = machine(device)
@@ -639,7 +443,7 @@ def main() -> int:
                 },
             }
         )
-        write_json(arguments.json, report)  # now, lest a limit from outside take all results
+        write_json(arguments.json, report)  # now, since a limit from outside may end the program
     write_json(arguments.json, report)
     print("one call on [4, 64], no_grad: " + ", ".join(f"{name} {us:.1f} µs" for name, us in overhead.items()))
     if arguments.plot:

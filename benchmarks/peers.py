@@ -97,7 +97,7 @@ _MAKERS = {"SpikingJelly": spikingjelly, "snnTorch": snntorch, "Norse": norse, "
 
 
 def installed_peers(device: torch.device) -> tuple[list[Peer], list[str]]:
-    """Those that import here, and the names of the others."""
+    """The libraries that import here, and the names of the others."""
     found, missing = [], []
     for name, make in _MAKERS.items():
         try:

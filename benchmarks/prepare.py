@@ -1,8 +1,8 @@
-"""Makes ready what the GPU would wait for: the compiled extension, and CuPy's kernels in their cache.
+"""Compiles beforehand, so that the GPU does not wait: the extension, and CuPy's kernels into their cache.
 
-With `--architecture 9.0` on any machine, without a GPU: what it leaves, asgl_cuda/_C.*.so, asgl_cuda/_build_info.py and
-build/prepared, can be carried to one with the same Python, torch and CuPy. An extension that works is taken as it is,
-unless it is known to have been compiled from other sources.
+With `--architecture 9.0` it runs on any machine, without a GPU: asgl_cuda/_C.*.so, asgl_cuda/_build_info.py and
+build/prepared, which it leaves, can be carried to one with the same Python, torch and CuPy. An extension that works is
+taken as it is, unless it is known to have been compiled from other sources.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .common import parser_of
 from .cuda_code import CSRC
 from .gpu_steps import CUPY_CACHE, PREPARED
 
-SOURCES = PREPARED / "sources"  # a digest of what the extension was compiled from
-# In a process of its own, since what is built anew can't be loaded anew.
+SOURCES = PREPARED / "sources"  # a digest of the sources of the extension
+# It runs in a process of its own, since an extension that is built anew can't be loaded anew.
 PROBE = """
 import sys, torch
 from asgl_cuda import extension, lif
@@ -45,7 +45,7 @@ if device == "cpu" or torch.cuda.is_available():
 
 
 def digest() -> str:
-    """Of the sources and of how they are compiled."""
+    """A digest of the sources and of how they are compiled."""
     return extension.build_directory(CSRC).name
 
 
@@ -61,7 +61,7 @@ def extension_problem(device: str, architecture: str) -> str | None:
 
 
 def build(architecture: str) -> bool:
-    """In place, for this GPU alone; whether it could be."""
+    """Builds in place, for this GPU alone; returns whether that worked."""
     environment = {**os.environ, "ASGL_CUDA_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": architecture}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode != 0:
@@ -72,7 +72,7 @@ def build(architecture: str) -> bool:
 
 
 def ready(device: str, architecture: str) -> str | None:
-    """Builds the extension if need be; why it does not work after all."""
+    """Builds the extension if need be; returns why it does not work after all, if it does not."""
     problem = extension_problem(device, architecture)
     if problem is None or device == "cpu":
         return problem
@@ -83,12 +83,12 @@ def ready(device: str, architecture: str) -> str | None:
 
 
 def fill_cache(architecture: str, jobs: int) -> int:
-    """Compiles all that the backend cupy can ask for; returns how many kernels there are."""
+    """Compiles all kernels that the backend cupy can ask for; returns how many there are."""
     from tests.cuda_compile import kernels_asked_for
 
     major, minor = map(int, architecture.split("."))
     compiled = partial(cupy.load_or_compile, architecture=cupy.target((major, minor)))
-    # Anew, not as copies of this one, in which torch has threads and a GPU.
+    # The processes start anew, not as copies of this one, in which torch has threads and a GPU.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         return len(list(pool.map(compiled, kernels_asked_for(), chunksize=4)))
 
@@ -96,7 +96,7 @@ def fill_cache(architecture: str, jobs: int) -> int:
 def main() -> int:
     """Builds, if need be, then fills the cache."""
     parser = parser_of("prepare", __doc__)
-    parser.add_argument("--architecture", metavar="X.Y", help="compute capability (default: that of this GPU)")
+    parser.add_argument("--architecture", metavar="X.Y", help="compute capability (default: this GPU's)")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the program (default cuda)")
     arguments = parser.parse_args()
     started = time.monotonic()

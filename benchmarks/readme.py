@@ -11,7 +11,8 @@ from typing import Any
 from . import ROOT
 from .data import SOURCES
 from .end_to_end import NEURONS
-from .microbench import COMPILED, FLOOR, LAYOUTS, LOOP, PAIR, PLAIN, REFERENCE
+from .microbench import COMPILED, FLOOR, LOOP, PAIR, PLAIN, REFERENCE
+from .sizes import LAYOUTS
 from .width_robustness import series
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,7 +25,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def nanoseconds(size: dict[str, Any], row: str) -> float | None:
-    """An element, forward and backward."""
+    """The time of an element, forward and backward."""
     timing = size["seconds"].get(row)
     elements = math.prod(size["shape"]) if "shape" in size else size["steps"] * size["neurons"]
     return None if timing is None else 1e9 * timing["both"] / elements
@@ -76,7 +77,7 @@ def microbench(report: dict[str, Any]) -> str:
 
 
 def block(report: dict[str, Any]) -> str:
-    """Normalisation and neurons as one and as two layers, and what they keep for backward."""
+    """Normalisation and neurons as one and as two layers, and the bytes that they keep for backward."""
     ours = "asgl_cuda cpu"
     names = (FLOOR, ours, f"{PAIR}{ours}", f"{PAIR}{COMPILED}", f"{PAIR}{REFERENCE}")
     rows = []
@@ -113,7 +114,7 @@ def block(report: dict[str, Any]) -> str:
 
 
 def end_to_end(report: dict[str, Any]) -> str:
-    """Milliseconds of a training step and, of these, what the neuron layers take, for every network and variant."""
+    """Milliseconds of a training step and the share of the neuron layers, for every network and variant."""
     widest_first = sorted(report["networks"].values(), key=lambda each: len(each["variants"]), reverse=True)
     variants = list(dict.fromkeys(name for each in widest_first for name in each["variants"]))
     rows = []
@@ -195,7 +196,7 @@ def convert(report: dict[str, Any]) -> str:
 
 
 def sections() -> dict[str, str]:
-    """What stands between `<!-- name -->` and `<!-- /name -->`."""
+    """The text between `<!-- name -->` and `<!-- /name -->`, by name."""
     makers = {
         "microbench": ("microbench", microbench),
         "block": ("microbench", block),

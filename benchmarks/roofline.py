@@ -1,9 +1,9 @@
-"""Predicts what bounds the hot CUDA kernels, from bytes and from instructions counted in the disassembly.
+"""Predicts the bound of the uniform CUDA kernels, from bytes and from instructions counted in the disassembly.
 
 An instruction counts if it lies on the longest way through the control-flow graph, less the blocks that a time-first
 call never enters: calls of division subroutines, and integer division, which only batch-first layouts and the kernels
-that go by channel need.
-Choices such as noise or none, a full or a last segment, then fall on the side that costs more. No GPU is needed.
+that go by channel need. Choices such as noise or none, a full or a last segment, then fall on the side that costs more.
+No GPU is needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAGE = CSRC / "ROOFLINE.md"
 LANES = 4  # neurons a thread
 CHECKPOINT_STEPS = 16
 STEPS = (4, 16, 128)
-ROWS = 16  # that a thread of a kernel that goes by channel has of its four columns
+ROWS = 16  # of four columns, in a thread of a kernel that goes by channel
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 FLOAT_ARITHMETIC, FLOAT_CHOICE, MULTIPLY, INTEGER = "float add, multiply", "float compare, select", "IMAD", "integer"
@@ -43,7 +43,7 @@ _CLASS_PATTERNS = {
 
 
 class Card(NamedTuple):
-    """Bytes a second, multiprocessors, Hz; float additions or multiplications a cycle and multiprocessor."""
+    """A card: bytes a second, multiprocessors, Hz; float additions or multiplications a cycle and multiprocessor."""
 
     name: str
     architecture: int
@@ -59,7 +59,7 @@ CARDS = (
     Card("B200 SXM", 100, 7.7e12, 148, 1.86e9, 128),
     Card("A100 40 GB", 80, 1.56e12, 108, 1.41e9, 64),
 )
-# The same on all, of 128 threads whose instructions start in a cycle.
+# These are the same on all cards, of 128 threads whose instructions start in a cycle.
 MULTIPLY_LANES = ALU_LANES = 64
 SPECIAL_LANES = 16
 ISSUE_LANES = 128
@@ -68,7 +68,7 @@ ISSUE_LANES = 128
 MOVED = {
     "forward": 2, "backward": 3, "moments": 1, "forward normalised": 2, "backward normalised": 3, "input gradient": 3
 }  # fmt: skip
-PLAIN = ("forward", "backward")
+OF_NEURONS = ("forward", "backward")
 OF_NORMALISATION = ("moments", "forward normalised", "backward normalised", "input gradient")
 BY_CHANNEL = ("moments", "input gradient")
 
@@ -145,7 +145,7 @@ def blocks_of(code: Sequence[Instruction]) -> dict[int, Block]:
 class Flow:
     """The graph of a kernel, and in it the loop that holds the most instructions.
 
-    Of a kernel that goes by channel the loop is that within it, if there is one, and integer division counts.
+    In a kernel that goes by channel the inner loop is taken, if there is one, and integer division counts.
     """
 
     def __init__(self, code: Sequence[Instruction], by_channel: bool = False) -> None:
@@ -155,18 +155,18 @@ class Flow:
         slow = [a for a in graph if self._blocks[a].calls or (self._blocks[a].divides and not by_channel)]
         graph.remove_nodes_from(slow)
         graph = graph.subgraph({entry} | nx.descendants(graph, entry))
-        self.hot = max(self._loops(graph), key=self._size)
+        self.loop = max(self._loops(graph), key=self._size)
         self.head = self._head(graph)
         if by_channel:
-            once = nx.DiGraph(graph.subgraph(self.hot))
+            once = nx.DiGraph(graph.subgraph(self.loop))
             once.remove_edges_from(list(once.in_edges(self.head)))
-            self.hot = max(self._loops(once), key=self._size, default=self.hot)
+            self.loop = max(self._loops(once), key=self._size, default=self.loop)
             self.head = self._head(graph)
-        exits = {b for a, b in graph.edges if a in self.hot and b not in self.hot}
-        before = graph.subgraph((nx.ancestors(graph, self.head) - self.hot) | {entry})
-        after = graph.subgraph(set().union(exits, *(nx.descendants(graph, node) for node in exits)) - self.hot)
+        exits = {b for a, b in graph.edges if a in self.loop and b not in self.loop}
+        before = graph.subgraph((nx.ancestors(graph, self.head) - self.loop) | {entry})
+        after = graph.subgraph(set().union(exits, *(nx.descendants(graph, node) for node in exits)) - self.loop)
         self.prologue = self._longest(before, entry)
-        self.body = self._longest(graph.subgraph(self.hot), self.head)
+        self.body = self._longest(graph.subgraph(self.loop), self.head)
         self.epilogue = self._longest(after, *exits)
 
     def _loops(self, graph: nx.DiGraph) -> list[set[int]]:
@@ -174,7 +174,7 @@ class Flow:
         return [nodes for nodes in components if len(nodes) > 1 or any(graph.has_edge(node, node) for node in nodes)]
 
     def _head(self, graph: nx.DiGraph) -> int:
-        return min(b for a, b in graph.edges if b in self.hot and a not in self.hot)
+        return min(b for a, b in graph.edges if b in self.loop and a not in self.loop)
 
     def _size(self, nodes: Iterable[int]) -> int:
         return sum(len(self._blocks[node].instructions) for node in nodes)
@@ -231,30 +231,30 @@ class Count(NamedTuple):
 def count(kernel: Kernel, code: Sequence[Instruction]) -> Count:
     flow = Flow(code, name_of(kernel) in BY_CHANNEL)
     bits = 8 * LANES * ELEMENT_BYTES[kernel.dtype]
-    # One access a step or row. Loads of forward and of moments are of x alone, stores of the others of dx alone.
+    # Each step or row has one access: forward and moments load x alone, the others store dx alone.
     verb = "LDG" if kernel.kind.startswith(("forward", "moments")) else "STG"
     steps = sum(i.name == verb and i.bits == bits for i in flow.body)
     prologue, body, epilogue = (Counter(map(class_of, part)) for part in (flow.prologue, flow.body, flow.epilogue))
     return Count(prologue, body, epilogue, steps)
 
 
-def hot_kernels(nvcc: Nvcc, disassembler: Disassembler, architecture: int) -> Iterator[tuple[Kernel, Count]]:
+def uniform_kernels(nvcc: Nvcc, disassembler: Disassembler, architecture: int) -> Iterator[tuple[Kernel, Count]]:
     instantiations = [
         text.format(params, scalar) for params, text in INSTANTIATIONS.items() for scalar in ("float", "BFloat16")
     ]
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        source = directory / "hot.cu"
+        source = directory / "uniform.cu"
         source.write_text(SOURCE.format("\n".join(instantiations)))
         nvcc.to_ptx(source, directory)
         cubin, log = nvcc.to_cubin(directory, source.stem, architecture)
-        hot = {kernel_of(symbol): symbol for symbol in usages(log) if is_hot(kernel_of(symbol))}
-        codes = disassembler.instructions(cubin, hot.values())
-        for kernel, symbol in hot.items():
+        chosen = {kernel_of(symbol): symbol for symbol in usages(log) if is_uniform(kernel_of(symbol))}
+        codes = disassembler.instructions(cubin, chosen.values())
+        for kernel, symbol in chosen.items():
             yield kernel, count(kernel, codes[symbol])
 
 
-def is_hot(kernel: Kernel) -> bool:
+def is_uniform(kernel: Kernel) -> bool:
     # The general kernels have the names of the plain ones, less a word.
     of_neurons = "plain" in kernel.kind or "normalised" in kernel.kind
     return of_neurons or (kernel.kind.endswith("4 columns") and kernel.dtype in ELEMENT_BYTES)
@@ -264,7 +264,7 @@ def is_hot(kernel: Kernel) -> bool:
 
 
 class Prediction(NamedTuple):
-    """Of one kernel at one length on one card; times in picoseconds an element, the card as a whole.
+    """The prediction for a kernel at one length on one card; times are picoseconds an element of the whole card.
 
     A kernel that goes by channel does the same whatever the length; its `steps` are 0.
     """
@@ -330,9 +330,9 @@ def is_launched(kernel: Kernel, steps: int) -> bool:
 
 def predictions(nvcc: Nvcc, disassembler: Disassembler) -> Iterator[Prediction]:
     architectures = dict.fromkeys(card.architecture for card in CARDS)
-    hot = {architecture: list(hot_kernels(nvcc, disassembler, architecture)) for architecture in architectures}
+    found = {architecture: list(uniform_kernels(nvcc, disassembler, architecture)) for architecture in architectures}
     for card in CARDS:
-        for kernel, counted in hot[card.architecture]:
+        for kernel, counted in found[card.architecture]:
             for steps in (0,) if name_of(kernel) in BY_CHANNEL else STEPS:
                 if is_launched(kernel, steps):
                     yield predict(card, kernel, counted, steps)
@@ -420,7 +420,7 @@ def row_of_sum(those: Sequence[Prediction], dtype: str, steps: int) -> tuple[str
 
 
 def rows_of_normalisation(found: Sequence[Prediction]) -> Iterator[tuple[str, ...]]:
-    """Each kernel, and for each length what the four take together."""
+    """A row for each kernel, and for each length one for the four together."""
     for dtype in ELEMENT_BYTES:
         mine = [p for p in found if p.dtype == dtype and p.kernel in OF_NORMALISATION]
         for p in sorted(mine, key=lambda p: (OF_NORMALISATION.index(p.kernel), p.steps)):
@@ -451,8 +451,8 @@ def page(found: Sequence[Prediction], version: str) -> str:
     for card in CARDS:
         of_card = [p for p in found if p.card == card.name]
         mine = sorted(
-            (p for p in of_card if p.kernel in PLAIN),
-            key=lambda p: (PLAIN.index(p.kernel), p.dtype != "float32", p.steps),
+            (p for p in of_card if p.kernel in OF_NEURONS),
+            key=lambda p: (OF_NEURONS.index(p.kernel), p.dtype != "float32", p.steps),
         )
         parts.append(
             f"## {card.name}\n\n{card.bandwidth / 1e12:g} TB/s, {card.multiprocessors} multiprocessors at "

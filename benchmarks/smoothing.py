@@ -2,7 +2,7 @@
 
 A network of six layers learns the digits under ASGL. After each epoch, for each layer: the learned width, the share of
 elements whose potential lies inside the window of the surrogate, and the smoothing error, the mean distance of the
-smooth value from the spike that it stands for. And for the whole: the loss of the noisy network against that of the
+smooth value from the spike that it stands for. For the whole network: its loss with noise against the loss of the
 spiking network with the same weights, both on the test images.
 """
 
@@ -65,7 +65,7 @@ def observe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def run(width: float, surrogate: str, epochs: int, seed: int, progress: Progress) -> list[dict[str, Any]]:
-    """What was observed before the first epoch and after each."""
+    """The observations before the first epoch and after each."""
     train_images, test_images, train_labels, test_labels = load_data(seed)
     torch.manual_seed(seed)
     model = network(width, surrogate)

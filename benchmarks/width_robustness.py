@@ -2,8 +2,8 @@
 
 For every set, surrogate, method, width and seed a network is trained as the authors do: SGD with momentum for the
 weights, Adam without decay for the widths, both under a cosine schedule. SG is the same network without noise and with
-the width that it began with. In the test all spikes are hard. What has been trained is kept in the result file after
-every training, and not trained again.
+the width that it began with. In the test all spikes are hard. The result file is written after every training,
+and a training that it holds is not repeated.
 
 The paper has this for CIFAR-10 and CIFAR-100 with ResNet-18; the table shows its figures beside ours.
 """
@@ -42,9 +42,9 @@ SURROGATES = ("rectangle", "sigmoid")
 WIDTHS = (0.5, 1.0, 2.5, 5.0, 10.0)
 SEEDS = 5
 QUICK_SEEDS, QUICK_WIDTHS = 1, (1.0, 10.0)
-QUICKER = 3  # by which fewer steps; the widths then go as much faster
+QUICKER = 3  # the steps are divided by this, and the widths go as much faster
 
-# What a result depends on beside its run. Epochs: as many as make some 700 steps of the small sets.
+# A result depends on these beside its run. The epochs make some 700 steps of the small sets.
 SETTINGS: dict[str, Any] = {
     "steps_of_an_image": 4,
     "batch": 64,
@@ -59,7 +59,7 @@ SETTINGS: dict[str, Any] = {
 }
 SPIKING_LAYERS = 6
 
-# ResNet-18 over WIDTHS, from the paper.
+# The paper's ResNet-18 over WIDTHS.
 PAPER = {
     "cifar10": {SG: (93.19, 93.78, 90.68, 62.34, 30.85), ASGL: (94.11, 94.30, 94.09, 93.61, 93.53)},
     "cifar100": {SG: (75.76, 65.19, 15.12, 8.04, 6.14), ASGL: (76.54, 76.09, 76.18, 76.68, 76.00)},
@@ -125,7 +125,7 @@ def scores_of(model: nn.Module, samples: Tensor, device: torch.device) -> Tensor
 
 @torch.no_grad()
 def accuracy_of(model: nn.Module, samples: Tensor, labels: Tensor, device: torch.device) -> float:
-    """In percent, with hard spikes."""
+    """The accuracy in percent, with hard spikes."""
     model.eval()
     right = sum(
         int((scores_of(model, batch, device).argmax(1).cpu() == wanted).sum())
@@ -168,7 +168,7 @@ def train(run: Run, data: Data, settings: dict[str, Any], device: torch.device) 
 
 @cache
 def read(name: str, root: Path | None) -> Data:
-    """Once a process."""
+    """The data set, which a process reads once."""
     return SOURCES[name].read(root)
 
 
@@ -190,7 +190,7 @@ def begun(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_all(runs: list[Run], report: dict[str, Any], file: Path, jobs: int, root: Path | None, device: str) -> None:
-    """Trains what `report` lacks, `jobs` at a time with one thread each, and writes the report after every training."""
+    """Trains the runs that `report` lacks, `jobs` at a time with one thread each; writes the report after each."""
     left = [run for run in runs if str(run) not in report["runs"]]
     spent, started = report["seconds"], time.perf_counter()
     report["jobs"] = jobs
@@ -232,12 +232,12 @@ class Series(NamedTuple):
 
     @property
     def drop(self) -> float:
-        """From the best width to the worst, in percentage points."""
+        """The loss of accuracy from the best width to the worst, in percentage points."""
         return max(self.means) - min(self.means)
 
 
 def series(report: dict[str, Any]) -> Iterator[Series]:
-    """Of every set, surrogate and method that was trained, in that order."""
+    """The series of every set, surrogate and method that was trained, in that order."""
     found: dict[tuple[str, str, str], dict[float, list[float]]] = {}
     for key, result in report["runs"].items():
         data, surrogate, method, width, _ = key.split()
@@ -254,7 +254,7 @@ def series(report: dict[str, Any]) -> Iterator[Series]:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """As a person reads it."""
+    """The accuracies as a person reads them."""
     result = Table(title="Accuracy in percent over the first width, mean ± standard deviation over the seeds")
     every = list(series(report))
     widths = sorted({width for each in every for width in each.widths})
@@ -311,7 +311,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
 
 
 def main() -> int:
-    """Trains what is not trained yet, prints the table, draws the figure."""
+    """Trains the runs that are missing, prints the table, draws the figure."""
     parser = parser_of("width_robustness", __doc__, "json", "plot")
     parser.add_argument("--data", nargs="+", choices=SOURCES, help="default: all that are there")
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="where real data sets lie, under their own names")

@@ -1,4 +1,4 @@
-"""Random inputs, and what "equal to the reference" means for each type and surrogate."""
+"""Random inputs, and the meaning of "equal to the reference" for each type and surrogate."""
 
 from typing import Any
 
@@ -30,12 +30,12 @@ def rng_state(seed: int = 1234567890123, offset: int = 42, device: Any = "cpu") 
 
 
 def assert_equals_reference(x_seq: Tensor, backend: str, **options: Any) -> None:
-    """Outputs and all gradients: the same bits for rectangle and triangle, else the last places (DESIGN: types, bits).
+    """Compares outputs and all gradients: the same bits for rectangle and triangle, else all but the last places.
 
     - Gradients of triangle under 1e-37 may differ by a few of the smallest numbers: csrc/math/surrogates.h says why.
-    - Potentials and float32 spikes of the other surrogates: 1e-6, some ten roundings.
-    - Half types round that once more when they are stored, so a last place of the type may flip.
-    - Parameter gradients are sums in another order: 1e-5.
+    - Potentials and float32 spikes of the other surrogates may differ by 1e-6, some ten roundings.
+    - Half types round them once more when they are stored, so a last place of the type may flip.
+    - Parameter gradients are sums in another order, and may differ by 1e-5.
     """
     surrogate = options.get("surrogate", "rectangle")
     exact = surrogate in EXACT_SURROGATES

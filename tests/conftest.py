@@ -1,9 +1,10 @@
-"""The backends under test, and what holds for every test."""
+"""The backends under test, and the fixtures of every test."""
 
 import os
 from collections.abc import Iterator
 
 import emulated
+import host_compiler
 import pytest
 import torch
 import torch._inductor.config
@@ -13,14 +14,14 @@ import asgl_cuda
 # A graph that was cached before an operator changed would be run as if it had not.
 torch._inductor.config.force_disable_caches = True
 
-# Read at the first matrix product on a GPU, where deterministic algorithms need it.
+# It is read at the first matrix product on a GPU, where deterministic algorithms need it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# ASGL_TEST_BACKENDS names those to test, with commas between them; without it, all that work here and the emulations.
+# ASGL_TEST_BACKENDS names the backends to test, with commas; without it all that work here and the emulations are.
 WANTED = os.environ.get("ASGL_TEST_BACKENDS")
 EMULATION = None
 if WANTED is None or {"emulated", "replayed"} & set(WANTED.split(",")):
-    if emulated.compiler() is None:
+    if host_compiler.compiler() is None:
         print("asgl_cuda: no C++ compiler, so the CUDA kernels are not tested by emulation")
     else:
         EMULATION = emulated.register()
@@ -34,7 +35,7 @@ FUSED_BACKENDS = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what holds a backend against the reference, lest the rest run anew for each backend of a GPU."""
+    """Marks the tests of a backend against the reference, so that no other runs again for each backend of a GPU."""
     for item in items:
         callspec = getattr(item, "callspec", None)
         if callspec is not None and callspec.params.get("backend") in FUSED_BACKENDS:
@@ -50,6 +51,15 @@ def backend(request: pytest.FixtureRequest) -> str:
 def device(backend: str) -> torch.device:
     """The device that the backend under test works on."""
     return torch.device(asgl_cuda.backends.BACKENDS[backend].device_types[0])
+
+
+@pytest.fixture(scope="session")
+def compiler() -> list[str]:
+    """The host's C++ compiler."""
+    command = host_compiler.compiler()
+    if command is None:
+        pytest.skip(f"no C++ compiler: {host_compiler.command()[0]} is not on PATH, and CXX names the one to use")
+    return command
 
 
 @pytest.fixture(autouse=True)

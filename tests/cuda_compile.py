@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels by nvcc for every architecture and holds what comes out against csrc/RESOURCES.md.
+"""A tool, and no test: compiles the CUDA kernels for every architecture and compares them with csrc/RESOURCES.md.
 
 What fails: a kernel that does not compile or that the table lacks; a spill or a stack that the table lacks; on the
 architectures that count, any of those, narrow accesses or local memory in the default paths; glue that does not compile
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shlex
 import sys
 import sysconfig
 import tempfile
@@ -39,6 +38,7 @@ from asgl_cuda.backends.structures import constant
 from asgl_cuda.surrogate import SURROGATES
 from benchmarks.cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, Usage, kernel_of, run
 from benchmarks.cuda_code import usages as usages_of
+from tests import host_compiler
 
 TABLE = CSRC / "RESOURCES.md"
 SOURCES = (CSRC / "cuda" / "launch.cu",)
@@ -313,12 +313,11 @@ def compile_ops(nvcc: Nvcc, directory: Path) -> None:
     stand_in = directory / "include" / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
     stand_in.parent.mkdir(parents=True)
     stand_in.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     includes = [nvcc.include, CSRC, *include_paths(), sysconfig.get_paths()["include"], directory / "include"]
     isystem = [word for path in includes for word in ("-isystem", path)]
     defines = ["-DASGL_WITH_CUDA", "-DTORCH_EXTENSION_NAME=_C"]
     flags = [*compilation.CXX_FLAGS, "-O0"]  # it is not run
-    run([*compiler, *flags, *defines, *isystem, "-c", CSRC / "ops.cpp", "-o", directory / "ops.o"])
+    run([*host_compiler.command(), *flags, *defines, *isystem, "-c", CSRC / "ops.cpp", "-o", directory / "ops.o"])
 
 
 # ---- NVRTC ----

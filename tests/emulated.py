@@ -1,18 +1,16 @@
 """The CUDA kernels run on the CPU by the emulation beside this file, as two backends.
 
 `emulated`: the launchers in C++ as well, with the operators of csrc/ops.h, as in the backend `cuda`. `replayed`: the
-operators and launchers in Python, as in the backend `cupy`; what they give to the driver is run.
+operators and launchers in Python, as in the backend `cupy`; the launches that they give to the driver are run.
 """
 
 import ctypes
-import os
-import shlex
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.utils.cpp_extension
+from host_compiler import compiler as compiler
 
 from asgl_cuda import backends, ops
 from asgl_cuda.backends import normalisation_kernels
@@ -22,21 +20,15 @@ EMULATION = ROOT / "tests" / "cuda" / "emulation"
 NAMESPACE = "asgl_cuda_emulated"
 REPLAYED_NAMESPACE = "asgl_cuda_replayed"
 # The extension is compiled so, except for the speed of compilation and the warning of #pragma unroll.
-FLAGS = "-O2 -std=c++20 -DASGL_WITH_CUDA -ffp-contract=off -fno-math-errno -pthread -Wno-unknown-pragmas".split()
+FLAGS = ["-O2", "-std=c++20", "-DASGL_WITH_CUDA", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wno-unknown-pragmas"]
 
 # On a device that any grid fills, the launchers take four neurons a thread wherever the layout allows it.
 TINY, LARGE = 0, 132  # multiprocessors
 THREADS_EACH = 2048  # that a multiprocessor holds, as in cuda/emulation/cuda_emulation.h
 
 
-def compiler() -> list[str] | None:
-    """The host's C++ compiler, if there is one."""
-    command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    return command if shutil.which(command[0]) else None
-
-
 class Launch(NamedTuple):
-    """What the driver was given."""
+    """The arguments that the driver was given."""
 
     kernel: str
     blocks: int
@@ -50,7 +42,7 @@ RECEIVER = ctypes.CFUNCTYPE(
 
 
 class Emulation:
-    """The loaded library: the device itself, and what tests ask of it. To launch.py it is a launcher."""
+    """The loaded library: the device itself, and the questions of tests to it. To launch.py it is a launcher."""
 
     def __init__(self, path: str) -> None:
         self._library = ctypes.CDLL(path)
@@ -83,7 +75,7 @@ class Emulation:
 
 
 def register() -> Emulation:
-    """Compiles what has changed, and makes both backends like the others."""
+    """Compiles the emulation where its sources have changed, and makes both backends like the others."""
     directory = ROOT / "build" / f"emulated-torch-{torch.__version__}"
     directory.mkdir(parents=True, exist_ok=True)
     ops.define_operators(NAMESPACE)

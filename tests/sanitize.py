@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels, their emulation and the CPU kernels under sanitizers: `python tests/sanitize.py`.
+"""A tool, and no test: the CUDA kernels, emulated, and the CPU kernels under sanitizers, `python tests/sanitize.py`.
 
 It needs neither torch nor a GPU.
 """
@@ -14,16 +14,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import host_compiler
+
 CSRC = Path(__file__).parents[1] / "csrc"
 EMULATION = Path(__file__).parent / "cuda" / "emulation"
-# No contraction, as in the build of the extension: the kernels promise equal bits.
+# Nothing is contracted, as in the build of the extension: the kernels promise equal bits.
 FLAGS = ("-std=c++20", "-ffp-contract=off", "-pthread")
 
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 # It cannot follow fibres: there, every thread of a block is one of the operating system's.
 THREAD = ("-fsanitize=thread", "-DASGL_EMULATE_THREADS")
 
-# The CPU kernels in the place of the CUDA ones. BASELINE: of one instruction set, compiled in a third of the time.
+# The CPU kernels take the place of the CUDA ones; BASELINE has one instruction set and compiles in a third of the time.
 CPU = ("-DASGL_TEST_CPU", f"-I{EMULATION / 'cpu'}")
 BASELINE = "-DASGL_TEST_BASELINE"
 
@@ -42,7 +44,7 @@ JOBS = (
 
 
 def few_instantiations(directory: Path) -> Path:
-    """A copy of csrc whose CPU kernels have no types and surrogates but those of the tests: it compiles in seconds."""
+    """A copy of csrc whose CPU kernels have only the types and surrogates of the tests: it compiles in seconds."""
     csrc = directory / "csrc"
     shutil.rmtree(csrc, ignore_errors=True)
     shutil.copytree(CSRC, csrc)
@@ -56,9 +58,8 @@ def few_instantiations(directory: Path) -> Path:
 
 def build(name: str, program: Path, flags: Sequence[str] = (), csrc: Path = CSRC) -> None:
     """Compiles tests/cuda/emulation/NAME.cpp with the kernels that are in `csrc`."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     paths = [f"-I{EMULATION / 'include'}", f"-I{csrc}"]
-    command = [*compiler, *FLAGS, *flags, *paths, str(EMULATION / f"{name}.cpp"), "-o", str(program)]
+    command = [*host_compiler.command(), *FLAGS, *flags, *paths, str(EMULATION / f"{name}.cpp"), "-o", str(program)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{shlex.join(command)}\n{result.stderr}")
@@ -69,7 +70,7 @@ def run(program: Path, *arguments: str, **environment: str) -> subprocess.Comple
     # A program that has raced may never end, and its first race says enough.
     variables = {"TSAN_OPTIONS": "halt_on_error=1", **os.environ, **environment}
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables)
-    # ThreadSanitizer cannot start where addresses are random in more bits than it knows of.
+    # ThreadSanitizer cannot start where more bits of an address are random than it expects.
     if "unexpected memory mapping" in result.stderr and shutil.which("setarch"):
         command = ["setarch", platform.machine(), "-R", *command]
         result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables)

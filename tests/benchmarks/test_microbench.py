@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import asgl_cuda
-from benchmarks import clocks, gpu_bars, microbench, peers
-from benchmarks.microbench import COPY, FLOOR, LOOP, PAIR, PLAIN, REFERENCE, YARDSTICKS, Block, Size
+from benchmarks import clocks, gpu_bars, microbench, peers, sizes
+from benchmarks.microbench import COPY, FLOOR, LOOP, PAIR, PLAIN, REFERENCE, YARDSTICKS
+from benchmarks.sizes import Block, Size
 
 CPU = torch.device("cpu")
 needs_kernels = pytest.mark.skipif("cpu" not in microbench.fused_backends(CPU), reason="no CPU kernels")
@@ -58,14 +59,14 @@ def test_loop_draws_its_masks():
     assert abs((peers.asgl_loop(x_seq, torch.ones(()), 0.3) == 0.75).float().mean() - 0.3) < 0.03
 
 
-@pytest.mark.parametrize("layout", microbench.LAYOUTS)
+@pytest.mark.parametrize("layout", sizes.LAYOUTS)
 def test_rows(layout):
     size = Size(3, 4096, "float32", layout=layout)
     found = microbench.measure(size, CPU, repeats=2)
     assert next(iter(found)) == FLOOR
     assert REFERENCE in found
     plain = [name for name in found if name.startswith(PLAIN)]
-    if layout == microbench.LAYOUTS[0]:
+    if layout == sizes.LAYOUTS[0]:
         assert LOOP in found
         of_peers = plain[len(plain) - len(installed()) :]
         assert [name.removeprefix(PLAIN) for name in of_peers] == [peer.name for peer in installed()]
@@ -122,8 +123,8 @@ def test_compiled_block(monkeypatch):
     """The rows are there; they are not run."""
     monkeypatch.setattr(microbench, "MOST_STEPS_TO_COMPILE", 16)
     block = Block((3, 2, 4, 6, 5), "float32")
-    assert [row.name for row in block.rows(CPU)][-1] == f"{PAIR}torch.compile"
-    assert [row.name for row in block._replace(compiled=False).rows(CPU)][-1] == f"{PAIR}{REFERENCE}"
+    assert [row.name for row in microbench.rows_of(block, CPU)][-1] == f"{PAIR}torch.compile"
+    assert [row.name for row in microbench.rows_of(block._replace(compiled=False), CPU)][-1] == f"{PAIR}{REFERENCE}"
 
 
 class Traffic(TorchDispatchMode):
@@ -145,7 +146,7 @@ def test_yardsticks_of_a_block_move_what_they_should(dtype):
     block = Block((2, 8, 8, 16, 16), dtype)
     sample = clocks.Sample(*(block.random(CPU) for _ in range(3)))
     moved = {}
-    for row in block.rows(CPU):
+    for row in microbench.rows_of(block, CPU):
         if row.name in YARDSTICKS:
             with Traffic() as traffic:
                 row.backward(sample, row.forward(sample))
@@ -165,12 +166,12 @@ def test_bytes_of_a_block():
     assert found["asgl_cuda cpu"].peak_bytes < found[f"{PAIR}asgl_cuda cpu"].peak_bytes
 
 
-@pytest.mark.parametrize("learned", microbench.LEARNED)
+@pytest.mark.parametrize("learned", sizes.LEARNED)
 def test_all_that_is_learned_gets_gradients(learned):
     size = Size(3, 4096, "float32", compiled=False, peers=False, learned=learned)
-    sample = microbench.samples(size, CPU)[0]
+    sample = sizes.samples(size, CPU)[0]
     assert sample.x.numel() == size.elements
-    for row in size.rows(CPU):
+    for row in microbench.rows_of(size, CPU):
         if row.name != FLOOR:
             grads = row.backward(sample, row.forward(sample))
             assert [grad.shape for grad in grads[1:]] == [value.shape for value in size.parameters(CPU).values()]
@@ -178,18 +179,18 @@ def test_all_that_is_learned_gets_gradients(learned):
 
 def test_sweeps_of_a_gpu():
     """What is judged is measured again beside torch.compile; each on a CPU as something small of the same kinds."""
-    sizes = {name: microbench.sweep(name, torch.device("cuda")) for name in microbench.FOR_GPUS}
-    assert [size._replace(compiled=True) for size in sizes["judged"]] == [
-        size._replace(peers=False) if isinstance(size, Size) else size for size in sizes["compiled"][:8]
+    found = {name: sizes.sweep(name, torch.device("cuda")) for name in sizes.FOR_GPUS}
+    assert [size._replace(compiled=True) for size in found["judged"]] == [
+        size._replace(peers=False) if isinstance(size, Size) else size for size in found["compiled"][:8]
     ]
-    assert len(set(sizes["gpu"])) == len(sizes["gpu"])
-    assert {size.learned for size in sizes["gpu"]} == set(microbench.LEARNED)
+    assert len(set(found["gpu"])) == len(found["gpu"])
+    assert {size.learned for size in found["gpu"]} == set(sizes.LEARNED)
     assert {(1000, 2**10), (1, 2**24), *((4, 2**power) for power in range(14, 19))} <= {
-        size[:2] for size in sizes["gpu"]
+        size[:2] for size in found["gpu"]
     }
-    for name in sizes:
-        assert all(size.elements <= 2**15 for size in microbench.sweep(name, CPU))
-    assert {size.learned for size in microbench.sweep("gpu", CPU)} == set(microbench.LEARNED)
+    for name in found:
+        assert all(size.elements <= 2**15 for size in sizes.sweep(name, CPU))
+    assert {size.learned for size in sizes.sweep("gpu", CPU)} == set(sizes.LEARNED)
 
 
 def test_cold_caches_are_filled_before_each_call(monkeypatch):
@@ -203,18 +204,17 @@ def test_cold_caches_are_filled_before_each_call(monkeypatch):
 
 
 def test_sweeps():
-    sizes = {name: microbench.sweep(name, CPU) for name in ("T", "N", "dtype", "layout")}
-    assert len({size.steps for size in sizes["T"]}) == len(sizes["T"])
-    assert len({size.neurons for size in sizes["N"]}) == len(sizes["N"])
-    assert {size.dtype for size in sizes["dtype"]} == set(microbench.DTYPES)
-    assert {size.layout for size in sizes["layout"]} == set(microbench.LAYOUTS)
+    found = {name: sizes.sweep(name, CPU) for name in ("T", "N", "dtype", "layout")}
+    assert len({size.steps for size in found["T"]}) == len(found["T"])
+    assert len({size.neurons for size in found["N"]}) == len(found["N"])
+    assert {size.dtype for size in found["dtype"]} == set(sizes.DTYPES)
+    assert {size.layout for size in found["layout"]} == set(sizes.LAYOUTS)
 
 
 def test_report_and_figure(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    sizes = [Size(2, 64, "float32"), Size(3, 64, "float32"), Size(3, 128, "float32"), Block((2, 3, 4, 5, 6), "float32")]
-    monkeypatch.setattr(microbench, "CPU_SIZES", sizes)
-    monkeypatch.setattr(microbench, "sweep", lambda name, device: sizes)
+    few = [Size(2, 64, "float32"), Size(3, 64, "float32"), Size(3, 128, "float32"), Block((2, 3, 4, 5, 6), "float32")]
+    monkeypatch.setattr(microbench, "sweep", lambda name, device: few)
     json_file, figure = tmp_path / "out.json", tmp_path / "out.png"
     arguments = ["--device", "cpu", "--repeats", "2", "--json", str(json_file), "--plot", str(figure), "--sweep", "T"]
     monkeypatch.setattr(sys, "argv", ["microbench", *arguments])
@@ -247,8 +247,8 @@ def test_bad_arguments(arguments, message, monkeypatch, capsys):
 
 
 def test_blocks_are_measured_by_default(tmp_path, monkeypatch):
-    monkeypatch.setattr(microbench, "CPU_SIZES", [Size(2, 64, "float32", peers=False)])
-    monkeypatch.setattr(microbench, "CPU_BLOCKS", [Block((2, 3, 4, 5, 6), "bfloat16", "channels_last")])
+    monkeypatch.setattr(sizes, "CPU_SIZES", [Size(2, 64, "float32", peers=False)])
+    monkeypatch.setattr(sizes, "CPU_BLOCKS", [Block((2, 3, 4, 5, 6), "bfloat16", "channels_last")])
     file = tmp_path / "out.json"
     monkeypatch.setattr(sys, "argv", ["microbench", "--device", "cpu", "--repeats", "2", "--json", str(file)])
     assert microbench.main() == 0

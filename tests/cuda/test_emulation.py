@@ -1,7 +1,5 @@
 """The emulation of CUDA on the CPU, to run the CUDA kernels where there is no GPU: it works, and it can fail."""
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,12 +15,9 @@ MISTAKES = (
 
 
 @pytest.fixture(scope="session")
-def selftest(tmp_path_factory):
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
+def selftest(compiler, tmp_path_factory):
     program = tmp_path_factory.mktemp("emulation") / "selftest"
-    command = [*compiler.split(), "-O2", "-std=c++20", "-pthread", "-Wall", "-Wextra", "-Werror", f"-I{HERE}/include"]
+    command = [*compiler, "-O2", "-std=c++20", "-pthread", "-Wall", "-Wextra", "-Werror", f"-I{HERE}/include"]
     subprocess.run([*command, str(HERE / "selftest.cpp"), "-o", str(program)], check=True)
     return program
 

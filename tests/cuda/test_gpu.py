@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparison import assert_equals_reference, random_input, rng_state, uniform
+from comparison import assert_equals_reference, random_input, real_of, rng_state, uniform
 from torch import Tensor
 
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS
 from asgl_cuda.reference import _philox4x32
+from benchmarks.layers import captured
 
 WANTED = os.environ.get("ASGL_TEST_BACKENDS", "cuda,cupy").split(",")
 GPU_BACKENDS = [name for name in ("cuda", "cupy") if name in WANTED and name in asgl_cuda.available_backends()]
@@ -66,7 +67,7 @@ def test_large_layer_with_one_width(backend, large, steps, dtype, v_reset):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("sizes", "surrogate"), [((), "rectangle"), ((16, 1), "sigmoid"), ((1, 128), "rectangle")])
 def test_large_layer_with_everything(backend, large, dtype, sizes, surrogate):
-    real = torch.float64 if dtype == torch.float64 else torch.float32
+    real = real_of(dtype)
 
     def parameter(low, high, *shape):
         return uniform(*shape, low=low, high=high, dtype=real, device="cuda")
@@ -102,7 +103,7 @@ def test_two_runs_of_a_large_layer_are_bit_identical(backend, large):
 @pytest.mark.parametrize("offset", [1, 2, 3, 4])
 def test_storage_that_begins_anywhere(backend, large, dtype, offset):
     """Input, gradient and potential as views that begin where no vector access may."""
-    real = torch.float64 if dtype == torch.float64 else torch.float32
+    real = real_of(dtype)
 
     def shifted(tensor: Tensor) -> Tensor:
         flat = torch.cat([tensor.new_zeros(offset), tensor.detach().flatten()])
@@ -183,20 +184,6 @@ def test_second_device_while_the_first_is_current(backend, large):
         assert torch.cuda.current_device() == 0
     with pytest.raises(ValueError, match=r"width must be on cuda:1 as x_seq, got cuda:0"):
         asgl_cuda.lif(random_input(4, 31, device=second), width=torch.ones((), device="cuda:0"))
-
-
-def captured(function: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """A graph of the function, and what it will write its results to."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function()
-    return graph, outputs
 
 
 @pytest.mark.parametrize("size", ["small", "large"])

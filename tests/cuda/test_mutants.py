@@ -1,8 +1,8 @@
 """Mistakes seeded in kernels and launchers: the programs in tests/cuda/emulation find every one of them."""
 
 import shutil
+import subprocess
 from pathlib import Path
-from subprocess import CompletedProcess
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import asgl_cuda
 from asgl_cuda import backends
 from asgl_cuda.backends import neuron_kernels, normalisation_kernels
 
-pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.usefixtures("compiler")
 
 # The orders in which the threads of a block get to run. A missing barrier need not show in all of them.
 ORDERS = ("middle", "ascending", "descending", "1", "2")
@@ -187,7 +187,18 @@ def mutated_program(mutant: Mutant, directory: Path, *flags: str) -> Path:
     return program
 
 
-def first_failure(program: Path) -> CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def precompiled(compiler: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Flags by which the headers that no mutant changes are read once: a fifth of the time that the builds take."""
+    header = tmp_path_factory.mktemp("precompiled") / "unchanged.h"
+    names = ("cuda_runtime.h", "algorithm", "cmath", "cstdio", "limits", "memory", "random", "string", "vector")
+    header.write_text("".join(f"#include <{name}>\n" for name in names))
+    options = (*sanitize.FLAGS, "-O0", f"-I{sanitize.EMULATION / 'include'}", "-x", "c++-header")
+    subprocess.run([*compiler, *options, str(header), "-o", f"{header}.gch"], check=True)
+    return "-include", str(header)
+
+
+def first_failure(program: Path) -> subprocess.CompletedProcess[str]:
     for order in ORDERS:
         result = sanitize.run(program, ASGL_EMULATION_ORDER=order)
         if result.returncode != 0:
@@ -218,8 +229,8 @@ def test_kernels_are_right(program, order):
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_found(name, tmp_path):
-    result = first_failure(mutated_program(MUTANTS[name], tmp_path))
+def test_mutant_is_found(name, precompiled, tmp_path):
+    result = first_failure(mutated_program(MUTANTS[name], tmp_path, *precompiled))
     assert result.returncode != 0, f"{MUTANTS[name]} passes: {result.stdout}"
 
 

@@ -15,6 +15,7 @@ from asgl_cuda import batch_norm_lif
 from asgl_cuda.backends import BACKENDS
 from asgl_cuda.layout import channel_dim, is_channels_last
 from asgl_cuda.selfcheck import THRESHOLD_BAND
+from benchmarks.clocks import saved_storages
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # Two computations of a sum in float64, or in float32 of up to 64 terms and then in float64.
@@ -271,14 +272,7 @@ def test_no_second_derivative(backend, device):
 def test_what_is_saved_for_backward(backend, device, dtype, bytes_an_element, steps):
     """x_seq alone, and a few numbers a channel; the potentials of every 16th step beyond the first 16."""
     x_seq = random_input(steps, 8, 4, 32, 32, dtype=dtype, device=device)
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        batch_norm_lif(x_seq, training=True, analog_prob=0.2, backend=backend)
+    storages = saved_storages(lambda: batch_norm_lif(x_seq, training=True, analog_prob=0.2, backend=backend))
     assert x_seq.untyped_storage().data_ptr() in storages
     assert sum(storages.values()) / x_seq.numel() <= bytes_an_element
 

@@ -6,6 +6,7 @@ from comparison import random_input, rng_state, uniform
 
 import asgl_cuda
 from asgl_cuda.surrogate import SURROGATES
+from benchmarks.clocks import saved_storages
 
 DOUBLE = torch.float64
 
@@ -224,14 +225,7 @@ def test_what_is_saved_for_backward(backend, device, dtype, bytes_an_element):
     def saved_bytes(steps):
         x_seq = random_input(steps, 4096, dtype=dtype, device=device)
         width = uniform(low=0.5, high=1.5, device=device)
-        storages = {}
-
-        def pack(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            asgl_cuda.lif(x_seq, width=width, analog_prob=0.2, backend=backend)
+        storages = saved_storages(lambda: asgl_cuda.lif(x_seq, width=width, analog_prob=0.2, backend=backend))
         return sum(storages.values()) / x_seq.numel()
 
     assert saved_bytes(4) <= bytes_an_element

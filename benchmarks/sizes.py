@@ -1,0 +1,216 @@
+"""The sizes that are measured: shapes, types and layouts of single neuron layers and of blocks, and sweeps over them.
+
+A block is batch normalisation and the neurons behind it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .clocks import MOST_SAMPLES, Sample
+from .peers import DECAY
+
+LAYOUTS = ("time first", "batch first", "channels_last")
+LEARNED = ("width", "width by channel", "width, decay, threshold")
+BATCH, CHANNELS = 32, 32  # in layouts and parameters that have them
+
+
+def normal(device: torch.device, dtype: str, *shape: int) -> Tensor:
+    return torch.randn(shape, device=device, dtype=getattr(torch, dtype))
+
+
+class Size(NamedTuple):
+    """The shape and type of one measurement: [steps, neurons], or another layout of as many neurons."""
+
+    steps: int
+    neurons: int
+    dtype: str
+    compiled: bool = True  # whether torch.compile is measured, which takes seconds to compile
+    peers: bool = True  # whether the other libraries are
+    layout: str = LAYOUTS[0]
+    learned: str = LEARNED[0]
+
+    ACCESSES = 5  # to an element, forward and backward
+
+    @property
+    def elements(self) -> int:
+        return self.steps * self.neurons
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * getattr(torch, self.dtype).itemsize
+
+    @property
+    def time_dim(self) -> int:
+        return int(self.layout == "batch first")
+
+    def random(self, device: torch.device) -> Tensor:
+        filled = partial(normal, device, self.dtype)
+        if self.layout == "batch first":
+            return filled(BATCH, self.steps, self.neurons // BATCH)
+        if self.layout == "channels_last":
+            side = math.isqrt(self.neurons // (BATCH * CHANNELS))
+            return filled(self.steps, BATCH, side, self.neurons // (BATCH * CHANNELS * side), CHANNELS).movedim(4, 2)
+        if self.learned == "width by channel":
+            return filled(self.steps, BATCH, CHANNELS, self.neurons // (BATCH * CHANNELS))
+        return filled(self.steps, self.neurons)
+
+    def parameters(self, device: torch.device) -> dict[str, Tensor]:
+        """The learned parameters, as arguments of `asgl_cuda.lif`."""
+        values = {"width": 1.0}
+        if self.learned == "width, decay, threshold":
+            values |= {"decay": DECAY, "v_threshold": 1.0}
+        shape = (CHANNELS, 1) if self.learned == "width by channel" else ()
+        return {name: torch.full(shape, value, device=device, requires_grad=True) for name, value in values.items()}
+
+    def description(self) -> dict[str, Any]:
+        sizes = {"steps": self.steps, "neurons": self.neurons}
+        return {**sizes, "dtype": self.dtype, "layout": self.layout, "learned": self.learned}
+
+    def __str__(self) -> str:
+        layout = "" if self.layout == LAYOUTS[0] else f", {self.layout}"
+        learned = "" if self.learned == LEARNED[0] else f", learned {self.learned}"
+        return f"T = {self.steps}, N = {self.neurons}, {self.dtype}{layout}{learned}"
+
+
+class Block(NamedTuple):
+    """The shape, [T, B, C, H, W], and type of a measurement of normalisation and neurons."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str = LAYOUTS[0]  # or channels_last
+    compiled: bool = True
+
+    ACCESSES = 9
+
+    @property
+    def steps(self) -> int:
+        return self.shape[0]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * getattr(torch, self.dtype).itemsize
+
+    def random(self, device: torch.device) -> Tensor:
+        if self.layout == "channels_last":
+            steps, batch, channels, *space = self.shape
+            return normal(device, self.dtype, steps, batch, *space, channels).movedim(-1, 2)
+        return normal(device, self.dtype, *self.shape)
+
+    def description(self) -> dict[str, Any]:
+        return {"shape": self.shape, "dtype": self.dtype, "layout": self.layout}
+
+    def __str__(self) -> str:
+        layout = "" if self.layout == LAYOUTS[0] else f", {self.layout}"
+        return f"block {list(self.shape)}, {self.dtype}{layout}"
+
+
+CPU_SIZES = (
+    Size(4, 2**20, "float32"),
+    Size(16, 2**18, "float32"),
+    Size(128, 2**15, "float32"),
+    Size(4, 2**20, "bfloat16", peers=False),
+    Size(4, 2**23, "float32", peers=False),
+)
+BLOCK_SHAPE = (4, 32, 64, 32, 32)
+CPU_BLOCKS = (
+    Block(BLOCK_SHAPE, "float32"),
+    Block(BLOCK_SHAPE, "float32", "channels_last"),
+    Block(BLOCK_SHAPE, "bfloat16", compiled=False),
+)
+# The kernels' speed is judged by these.
+GPU_SIZES = tuple(
+    Size(steps, neurons, dtype) for steps, neurons in ((4, 2**24), (128, 2**19)) for dtype in ("float32", "bfloat16")
+)
+# A cache may keep a part of the first for the next pass; the others outgrow it.
+GPU_BLOCKS = tuple(
+    Block(shape, dtype, layout)
+    for shape, dtype, layout in (
+        (BLOCK_SHAPE, "float32", LAYOUTS[0]),
+        ((4, 256, 64, 32, 32), "float32", LAYOUTS[0]),
+        ((4, 256, 64, 32, 32), "float32", "channels_last"),
+        ((4, 256, 64, 32, 32), "bfloat16", LAYOUTS[0]),
+    )
+)
+JUDGED = tuple(each._replace(compiled=False) for each in (*(s._replace(peers=False) for s in GPU_SIZES), *GPU_BLOCKS))
+# First come parameters that a layer may learn beside one width, and lengths at the ends; then sizes from layers that a
+# GPU hardly notices to the largest that 2^28 elements allow.
+GPU_SWEEP = tuple(
+    Size(steps, neurons, dtype, compiled=False, peers=False, learned=learned)
+    for steps, neurons, learned in (
+        *((4, 2**24, learned) for learned in LEARNED[1:]),
+        *((128, 2**19, learned) for learned in LEARNED[1:]),
+        (1, 2**24, LEARNED[0]),
+        (1000, 2**10, LEARNED[0]),
+        *(
+            (steps, 2**power, LEARNED[0])
+            for powers in (range(14, 19), range(20, 27, 2))
+            for steps in (4, 16, 128)
+            for power in powers
+            if steps * 2**power <= 2**28 and (steps, power) != (4, 24)
+        ),
+    )
+    for dtype in ("float32", "bfloat16")
+)
+COMPILED_SIZES = (*GPU_SIZES, *GPU_BLOCKS, *(Size(16, 2**22, dtype, peers=False) for dtype in ("float32", "bfloat16")))
+
+
+def small(size: Size | Block) -> Size | Block:
+    """The same as a small size, for a CPU that stands in for a GPU."""
+    if isinstance(size, Block):
+        return size._replace(shape=(4, 2, 8, 8, 8))
+    return size._replace(steps=min(size.steps, 8), neurons=min(size.neurons, 2**12))
+
+
+def blocks(device: torch.device) -> Sequence[Block]:
+    return GPU_BLOCKS if device.type == "cuda" else CPU_BLOCKS
+
+
+def usual_sizes(device: torch.device) -> Sequence[Size | Block]:
+    return (*(GPU_SIZES if device.type == "cuda" else CPU_SIZES), *blocks(device))
+
+
+def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
+    """The sizes of a sweep; on a GPU, which needs them to be busy, of 16 times the neurons.
+
+    A sweep for GPUs has small sizes on a CPU, to try the program.
+    """
+    more = 4 if device.type == "cuda" else 0
+    if name in FOR_GPUS:
+        sizes = FOR_GPUS[name]
+        return sizes if device.type == "cuda" else list(dict.fromkeys(map(small, sizes)))
+    return {
+        "T": [Size(steps, 2 ** (15 + more), "float32") for steps in (1, 2, 4, 8, 16, 32, 64, 128)],
+        "N": [Size(4, 2 ** (power + more), "float32") for power in range(8, 23, 2)],
+        "dtype": [Size(4, 2 ** (20 + more), dtype, peers=False) for dtype in DTYPES],
+        "layout": [Size(4, 2 ** (20 + more), "float32", peers=False, layout=layout) for layout in LAYOUTS],
+        "block": blocks(device),
+    }[name]
+
+
+FOR_GPUS = {"judged": JUDGED, "gpu": GPU_SWEEP, "compiled": COMPILED_SIZES}
+SWEEPS = ("T", "N", "dtype", "layout", "block", *FOR_GPUS)
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def samples(size: Size | Block, device: torch.device) -> list[Sample]:
+    """The inputs that take turns: one on a CPU, where the cache is part of the machine as users find it."""
+    count = 1
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        count = min(math.ceil(2 * cache / size.bytes), MOST_SAMPLES)
+    result = []
+    for _ in range(count):
+        x, grad = size.random(device), size.random(device)
+        result.append(Sample(x, x.detach().requires_grad_(), grad))
+    return result
