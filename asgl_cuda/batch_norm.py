@@ -19,30 +19,30 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .backends import BACKENDS
 from .checks import FLOATING_TYPES, HALF_TYPES, check_bool, check_input, check_not_nan
 from .functional import (
     Call,
     LIFOutput,
+    NeuronArguments,
     checked_call,
+    lif,
     once_differentiable,
-    operators_of,
-    run_backward,
-    run_forward,
     unasked,
 )
+from .layout import by_channel, channel_dim, real_type
 from .ops import ForwardResult
-from .reference import NeuronOptions, batch_statistics, channel_dim, lif_reference, normalisation, real_type
+from .reference import Parameters, batch_statistics, normalisation
 from .transforms import apply, is_differentiated, transforming
 
 _CALLER = "asgl_cuda.batch_norm_lif"
+# With the defaults of lif, which takes them as well.
+_NEURON_DEFAULTS = {name: (lif.__kwdefaults__ or {})[name] for name in NeuronArguments.__annotations__}
 
 # With so few values a channel dx is the small difference of terms that half types round: it is computed in float32.
 _FEW = 4
-
-# Rows of the coefficients, [4, C]: what the neuron's parameters of the input are, and for the running statistics.
-_MEAN, _GAIN, _BIAS, _VARIANCE = range(4)
 
 
 class _Settings(NamedTuple):
@@ -65,66 +65,54 @@ class BatchNormLIFFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         settings: _Settings,
-        backend: str,
-        options: NeuronOptions,
-        constants: tuple[float, ...],
-        wanted: tuple[bool, bool, bool],
-        x_seq: Tensor,
-        v_init: Tensor | None,
-        rng_state: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         mean: Tensor | None,
         variance: Tensor | None,
-        *parameters: Tensor | None,
+        *call: Any,
     ) -> tuple[Tensor, ...]:
-        call = Call(backend, options, constants, wanted, x_seq, v_init, rng_state, parameters)
-        result, coefficients, statistics = _forward(settings, call, weight, bias, mean, variance, True)
+        result, coefficients, statistics = _forward(settings, Call.of(*call), weight, bias, mean, variance, True)
         return *result, coefficients, statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.settings, ctx.backend, ctx.options, ctx.constants, ctx.wanted, *tensors = inputs
-        x_seq, v_init, rng_state, _, _, mean, _, *parameters = tensors
-        for_backward = output[4:]  # checkpoints, coefficients, statistics
+        ctx.settings, _, _, mean, _, ctx.backend, ctx.numbers, ctx.rules, ctx.wanted, *tensors = inputs
+        *_, checkpoints, coefficients, statistics = output
         ctx.training = mean is None
-        ctx.save_for_backward(x_seq, v_init, rng_state, *for_backward, *parameters)
+        ctx.save_for_backward(checkpoints, coefficients, statistics, *tensors)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*unasked(output, ctx.wanted), *for_backward)
+        ctx.mark_non_differentiable(*unasked(output, ctx.wanted), checkpoints, coefficients, statistics)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        x_seq, v_init, rng_state, checkpoints, coefficients, statistics, *parameters = ctx.saved_tensors
-        settings, options, grads = ctx.settings, ctx.options, grads[:4]
-        needs_x_seq, needs_v_init, _, needs_weight, needs_bias, _, _, *needs_parameters = ctx.needs_input_grad[5:]
-        needs_sums = needs_weight or needs_bias or (needs_x_seq and ctx.training)
-        grad_x_seq, grad_v_init, grad_parameters = run_backward(
-            ctx.backend, options, ctx.constants, ctx.wanted, grads, x_seq, v_init, rng_state, checkpoints,
-            (*parameters, *_of_input(coefficients, settings, x_seq)),
-            (needs_x_seq, needs_v_init, (*needs_parameters, needs_sums, needs_sums, False)),
-        )  # fmt: skip
-        grad_weight = grad_bias = x_seq.new_empty(0)
-        if needs_sums:
-            sums = grad_parameters[4].flatten(), grad_parameters[5].flatten()
-            grad_weight, grad_bias = operators_of(ctx.backend).batch_norm_backward(
-                grad_x_seq if needs_x_seq and ctx.training else x_seq.new_empty(0), x_seq, coefficients, statistics,
-                *sums, *_summed(sums, settings.group), settings.eps, settings.input_scale, options.time_dim,
+        checkpoints, coefficients, statistics, *tensors = ctx.saved_tensors
+        settings, grads = ctx.settings, grads[:4]
+        call = Call.of(ctx.backend, ctx.numbers, ctx.rules, ctx.wanted, *tensors)
+        _, wants_weight, wants_bias, _, _, _, _, _, _, wants_x_seq, wants_v_init, _, *needed = ctx.needs_input_grad
+        wants_sums = wants_weight or wants_bias or (wants_x_seq and ctx.training)
+        wanted = Parameters(*needed)._replace(input_gain=wants_sums, input_bias=wants_sums)
+        of_x_seq, of_v_init, of_parameters = _normalised(call, settings.channel, coefficients.unbind()).backward(
+            grads, checkpoints, (wants_x_seq, wants_v_init, *wanted)
+        )
+        of_weight = of_bias = call.x_seq.new_empty(0)
+        if wants_sums:
+            of_input = Parameters(*of_parameters)
+            sums = of_input.input_gain.flatten(), of_input.input_bias.flatten()
+            of_weight, of_bias = call.operators.batch_norm_backward(
+                of_x_seq if wants_x_seq and ctx.training else call.x_seq.new_empty(0), call.x_seq, coefficients,
+                statistics, *sums, *_summed(sums, settings.group), settings.eps, settings.input_scale,
+                call.rules.time_dim,
             )  # fmt: skip
-        grad_x_seq, grad_v_init, grad_weight, grad_bias, *grad_parameters = once_differentiable(
-            (grad_x_seq, grad_v_init, grad_weight, grad_bias, *grad_parameters[:4]),
-            (x_seq, v_init, *parameters, *grads),
+        gradients = once_differentiable(
+            (of_weight, of_bias, of_x_seq, of_v_init, *of_parameters),
+            (call.x_seq, call.v_init, *call.parameters, *grads),
         )
-        return (
-            *(None,) * 5,
-            grad_x_seq if needs_x_seq else None,
-            grad_v_init if needs_v_init else None,
-            None,
-            grad_weight if needs_weight else None,
-            grad_bias if needs_bias else None,
-            None,
-            None,
-            *(grad if needed else None for grad, needed in zip(grad_parameters, needs_parameters, strict=True)),
+        asked = (wants_weight, wants_bias, wants_x_seq, wants_v_init, *needed)
+        grad_weight, grad_bias, grad_x_seq, grad_v_init, *grad_parameters = (
+            grad if wants else None for grad, wants in zip(gradients, asked, strict=True)
         )
+        nothing = (None,) * 4
+        return None, grad_weight, grad_bias, None, None, *nothing, grad_x_seq, grad_v_init, None, *grad_parameters
 
 
 def _forward(
@@ -139,36 +127,32 @@ def _forward(
     """The result of the neuron, the coefficients, and number, mean and variance of each channel."""
 
     def coefficients_of(statistics: Tensor | None) -> tuple[Tensor, Tensor]:
-        return operators_of(call.backend).batch_norm_coefficients(
+        return call.operators.batch_norm_coefficients(
             call.x_seq, statistics, mean, variance, weight, bias, settings.eps, settings.input_scale,
-            call.options.time_dim,
+            call.rules.time_dim,
         )  # fmt: skip
 
     coefficients, statistics = coefficients_of(None)
     if settings.group is not None:
         coefficients, statistics = coefficients_of(_gathered(statistics, settings.group))
         _check_shared_count(statistics[:1, 0], settings, call.x_seq)
-    call = call._replace(parameters=(*call.parameters, *_of_input(coefficients, settings, call.x_seq)))
-    return run_forward(*call, keep_checkpoints=keep_checkpoints), coefficients, statistics
+    normalised = _normalised(call, settings.channel, coefficients.unbind())
+    return normalised.forward(keep_checkpoints), coefficients, statistics
+
+
+def _normalised(call: Call, channel: int, coefficients: Sequence[Tensor]) -> Call:
+    """The call for neurons whose input is normalised by these, of which mean, gain and bias come first."""
+    mean, gain, bias = (by_channel(value, channel, call.x_seq) for value in coefficients[:3])
+    return call._replace(parameters=call.parameters._replace(input_gain=gain, input_bias=bias, input_mean=mean))
 
 
 def _check_shared_count(count: Tensor, settings: _Settings, x_seq: Tensor) -> None:
-    """More than one value a channel in all processes together; asked only where this one does not tell."""
+    """Raises where all processes together have one value a channel, which is looked up only where it may be so."""
     if x_seq.numel() <= x_seq.shape[settings.channel] and bool((count <= 1).any()):
         raise ValueError(
             f"{_CALLER}: training needs more than one value a channel, got one in all processes, here x_seq of shape "
             f"{list(x_seq.shape)}"
         )
-
-
-def _of_input(coefficients: Tensor, settings: _Settings, x_seq: Tensor) -> list[Tensor]:
-    """input_gain, input_bias and input_mean, such that they broadcast against x_seq."""
-    return [by_channel(coefficients[row], settings.channel, x_seq) for row in (_GAIN, _BIAS, _MEAN)]
-
-
-def by_channel(value: Tensor, channel: int, x_seq: Tensor) -> Tensor:
-    """One value a channel, such that they broadcast against x_seq."""
-    return value.reshape([-1] + [1] * (x_seq.dim() - 1 - channel))
 
 
 def _sharing(process_group: Any) -> Any:
@@ -188,14 +172,14 @@ def _sharing(process_group: Any) -> Any:
 
 
 def _gathered(statistics: Tensor, group: Any) -> Tensor:
-    """Those of all processes, [processes, C, 3]."""
+    """The statistics of all processes, [processes, C, 3]."""
     parts = [torch.empty_like(statistics) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(parts, statistics, group=group)
     return torch.stack(parts)
 
 
 def _summed(sums: Sequence[Tensor], group: Any) -> Sequence[Tensor]:
-    """Over all processes."""
+    """The sums over all processes."""
     if group is None:
         return sums
     total = torch.stack(list(sums))
@@ -215,26 +199,7 @@ def batch_norm_lif(
     eps: float = 1e-5,
     input_scale: float = 1.0,
     process_group: Any = None,
-    decay: Tensor | float = 0.5,
-    v_threshold: Tensor | float = 1.0,
-    v_reset: Tensor | float | None = 0.0,
-    reset_amount: Tensor | float | None = None,
-    width: Tensor | float = 1.0,
-    surrogate: str = "rectangle",
-    surrogate_gain: float = 1.0,
-    analog_prob: Tensor | float = 0.0,
-    rng_state: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    v_rest: float = 0.0,
-    strict_threshold: bool = False,
-    scale_output: bool = False,
-    detach_reset: bool = False,
-    v_init: Tensor | None = None,
-    time_dim: int = 0,
-    return_v_last: bool = False,
-    return_v_seq: bool = False,
-    return_h_seq: bool = False,
-    backend: str | None = None,
+    **neuron: Unpack[NeuronArguments],
 ) -> Tensor | LIFOutput:
     """Batch normalisation over time, batch and space, then leaky integrate-and-fire neurons: two layers in one.
 
@@ -267,7 +232,11 @@ def batch_norm_lif(
             x_seq.flatten(0, 1), running_mean, running_var, weight, bias, training, momentum, eps)
         s_seq = asgl_cuda.lif(input_scale * y.unflatten(0, x_seq.shape[:2]), ...)
     """
-    time_dim = check_input(x_seq, time_dim, _CALLER)
+    for name in neuron:
+        if name not in _NEURON_DEFAULTS:
+            raise TypeError(f"{_CALLER}() got an unexpected keyword argument {name!r}")
+    arguments: dict[str, Any] = {**_NEURON_DEFAULTS, **neuron}
+    time_dim = check_input(x_seq, arguments["time_dim"], _CALLER)
     check_bool("training", training, _CALLER)
     channel = channel_dim(time_dim)
     if channel >= x_seq.dim():
@@ -295,30 +264,7 @@ def batch_norm_lif(
     scalar = x_seq.dtype
     if training and scalar in HALF_TYPES and x_seq.numel() <= _FEW * channels:
         x_seq = x_seq.to(torch.float32)
-    call = checked_call(
-        _CALLER,
-        x_seq,
-        decay=decay,
-        v_threshold=v_threshold,
-        v_reset=v_reset,
-        reset_amount=reset_amount,
-        width=width,
-        surrogate=surrogate,
-        surrogate_gain=surrogate_gain,
-        analog_prob=analog_prob,
-        rng_state=rng_state,
-        generator=generator,
-        v_rest=v_rest,
-        strict_threshold=strict_threshold,
-        scale_output=scale_output,
-        detach_reset=detach_reset,
-        v_init=v_init,
-        time_dim=time_dim,
-        return_v_last=return_v_last,
-        return_v_seq=return_v_seq,
-        return_h_seq=return_h_seq,
-        backend=backend,
-    )
+    call = checked_call(_CALLER, x_seq, **arguments)
     settings = _Settings(channel, eps, input_scale, group)
     real = real_type(x_seq.dtype)
     weight, bias = (None if value is None else value.to(real) for value in (weight, bias))
@@ -332,14 +278,14 @@ def batch_norm_lif(
     if BACKENDS[call.backend].operators is None:
         outputs, batch_mean, batch_variance = _reference(settings, call, weight, bias, mean, variance)
     else:
-        call = call._replace(parameters=call.parameters[:4])
-        inputs = (*call[4:7], weight, bias, mean, variance, *call.parameters)
-        if is_differentiated(inputs, _CALLER):
-            outputs = apply(BatchNormLIFFunction, settings, *call[:4], *inputs)
-            coefficients = outputs[5]
+        of_norm = weight, bias, mean, variance
+        *others, parameters = call
+        if is_differentiated((call.x_seq, call.v_init, call.rng_state, *of_norm, *parameters), _CALLER):
+            outputs = apply(BatchNormLIFFunction, settings, *of_norm, *others, *parameters)
+            *_, coefficients, _ = outputs
         else:
-            outputs, coefficients, _ = _forward(settings, call, weight, bias, mean, variance, False)
-        batch_mean, batch_variance = coefficients[_MEAN], coefficients[_VARIANCE]
+            outputs, coefficients, _ = _forward(settings, call, *of_norm, False)
+        batch_mean, _, _, batch_variance = coefficients.unbind()
     if training and running_mean is not None and running_var is not None:
         with torch.no_grad():
             for running, value in ((running_mean, batch_mean), (running_var, batch_variance)):
@@ -385,10 +331,8 @@ def _reference(
         _check_shared_count(count, settings, call.x_seq)
         unbiased = variance * (count / (count - 1))
     assert unbiased is not None
-    of_input = normalisation(mean, variance, weight, bias, settings.eps, settings.input_scale, real)
-    values = [*call.values[:4], *(by_channel(value, settings.channel, call.x_seq) for value in of_input)]
-    outputs = lif_reference(call.x_seq, call.v_init, call.rng_state, values, call.options)
-    return outputs, mean, unbiased
+    gain, shift, rounded = normalisation(mean, variance, weight, bias, settings.eps, settings.input_scale, real)
+    return _normalised(call, settings.channel, (rounded, gain, shift)).reference(), mean, unbiased
 
 
 def module_batch_norm_lif(
@@ -396,7 +340,7 @@ def module_batch_norm_lif(
 ) -> Tensor | LIFOutput:
     """`batch_norm_lif` with what a module holds that has the attributes and the rules of `torch.nn.BatchNorm2d`.
 
-    `weight` and `bias` are those of the module, or made of them. Without `update` the running statistics stay.
+    `weight` and `bias` are the module's, or made of them. Without `update` the running statistics stay.
     """
     uses_batch = norm.training or norm.running_mean is None
     update = update and norm.training and norm.track_running_stats

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .reference import DRAWS, state_shape
+from .layout import state_shape
+from .reference import DRAWS
 from .surrogate import SURROGATES
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
@@ -134,7 +135,7 @@ def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str) -> N
 
 
 def check_analog_prob(analog_prob: float, caller: str) -> int:
-    """round(analog_prob * 65536), the number that draws are compared with."""
+    """round(analog_prob * DRAWS), the number that draws are compared with."""
     analog_prob = check_number("analog_prob", analog_prob, caller)
     if not 0 <= analog_prob <= 1:
         raise ValueError(f"{caller}: analog_prob must be in [0, 1], got {analog_prob}")

@@ -186,7 +186,8 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
     toolkit, reason = choose_toolkit(wanted)
     extension = cpp_extension.CppExtension(
         "asgl_cuda._C",
-        [str(csrc / name) for name in ("batch_norm_cpu.cpp", "lif_cpu.cpp", "ops.cpp")],
+        [str(csrc / name) for name in ("cpu/normalisation.cpp", "cpu/neuron.cpp", "ops.cpp")],
+        include_dirs=[str(csrc.resolve())],
         extra_compile_args={"cxx": CXX_FLAGS},
         extra_link_args=["-fopenmp"],
     )
@@ -195,7 +196,7 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
     flags, built = architectures(known_architectures(toolkit.nvcc))
     # What torch makes of the nvcc on the PATH is wrong where that is a wrapper script.
     cpp_extension.CUDA_HOME = str(toolkit.home)
-    extension.sources[:0] = [str(csrc / name) for name in ("lif_cuda.cu", "batch_norm_cuda.cu")]
+    extension.sources.insert(0, str(csrc / "cuda" / "launch.cu"))
     extension.define_macros.append(("ASGL_WITH_CUDA", None))
     extension.extra_compile_args["nvcc"] = [*NVCC_FLAGS, *flags, f"--threads={os.environ['MAX_JOBS']}"]
     if toolkit.include != Path("/usr/include"):  # there already, and in its right place in the order

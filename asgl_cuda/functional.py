@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
 from .backends import BACKENDS, Operators, choose_backend
 from .checks import (
@@ -24,28 +25,45 @@ from .checks import (
     check_width,
     check_width_tensor,
 )
+from .layout import is_dense, real_type
 from .ops import BackwardResult, ForwardResult
-from .reference import (
-    BELOW_IN_STATE,
-    DRAWS,
-    NeuronOptions,
-    analog_mask_below,
-    is_channels_last,
-    lif_reference,
-    real_type,
-)
+from .reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules, analog_mask_below, lif_reference
 from .surrogate import SURROGATES
 from .transforms import apply, draw_under_transforms, is_differentiated, transforming
 
 _CALLER = "asgl_cuda.lif"
-_FLAGS = ("strict_threshold", "scale_output", "detach_reset", "return_v_last", "return_v_seq", "return_h_seq")
+
+
+class NeuronArguments(TypedDict, total=False):
+    """The arguments that `lif` and `batch_norm_lif` have in common; the docstring of `lif` says what they are."""
+
+    decay: Tensor | float
+    v_threshold: Tensor | float
+    v_reset: Tensor | float | None
+    reset_amount: Tensor | float | None
+    width: Tensor | float
+    surrogate: str
+    surrogate_gain: float
+    analog_prob: Tensor | float
+    rng_state: Tensor | None
+    generator: torch.Generator | None
+    v_rest: float
+    strict_threshold: bool
+    scale_output: bool
+    detach_reset: bool
+    v_init: Tensor | None
+    time_dim: int
+    return_v_last: bool
+    return_v_seq: bool
+    return_h_seq: bool
+    backend: str | None
 
 
 class LIFOutput(NamedTuple):
-    """What `lif` returns when more than the spikes is asked for; None where not asked for.
+    """What `lif` returns when more than the spikes is asked for; a field is None where it is not asked for.
 
-    `s_seq`, `v_seq` (potential after reset) and `h_seq` (before reset) have the shape of x_seq, `v_last` that without
-    time. Potentials are float32, float64 for a float64 input.
+    `s_seq`, `v_seq` (potential after reset) and `h_seq` (before reset) have the shape of x_seq, and `v_last` has it
+    without time. Potentials are float32, float64 for a float64 input.
     """
 
     s_seq: Tensor
@@ -54,53 +72,104 @@ class LIFOutput(NamedTuple):
     h_seq: Tensor | None
 
 
-class LIFFunction(torch.autograd.Function):
-    """The fused operators of one backend as a differentiable function of x_seq, v_init and the parameters.
+class Call(NamedTuple):
+    """The arguments of `lif`, checked and converted."""
 
-    Beside the outputs it returns what backward wants of forward, the checkpoints.
-    """
+    backend: str
+    numbers: Numbers
+    rules: Rules
+    wanted: tuple[bool, bool, bool]  # v_last, v_seq, h_seq
+    x_seq: Tensor
+    v_init: Tensor | None
+    rng_state: Tensor | None
+    parameters: Parameters  # None: a constant
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
+    @classmethod
+    def of(
+        cls,
         backend: str,
-        options: NeuronOptions,
-        constants: tuple[float, ...],
+        numbers: Numbers,
+        rules: Rules,
         wanted: tuple[bool, bool, bool],
         x_seq: Tensor,
         v_init: Tensor | None,
         rng_state: Tensor | None,
         *parameters: Tensor | None,
-    ) -> ForwardResult:
-        return run_forward(backend, options, constants, wanted, x_seq, v_init, rng_state, parameters, True)
+    ) -> Call:
+        """From its fields, the parameters one by one, as autograd takes tensors."""
+        return cls(backend, numbers, rules, wanted, x_seq, v_init, rng_state, Parameters(*parameters))
+
+    @property
+    def operators(self) -> Operators:
+        """The operators of a fused backend."""
+        operators = BACKENDS[self.backend].operators
+        assert operators is not None  # the reference is differentiated by autograd and does not come here
+        return operators
+
+    def reference(self) -> tuple[Tensor, ...]:
+        """What the reference computes."""
+        return lif_reference(self.x_seq, self.v_init, self.rng_state, self.parameters, self.numbers, self.rules)
+
+    def forward(self, keep_checkpoints: bool) -> ForwardResult:
+        """Runs the operator lif_forward."""
+        return self.operators.lif_forward(
+            self.x_seq, self.v_init, self.rng_state, self.parameters, self.numbers, self.rules,
+            (*self.wanted, keep_checkpoints),
+        )  # fmt: skip
+
+    def backward(self, grads: Sequence[Tensor | None], checkpoints: Tensor, wanted: Sequence[bool]) -> BackwardResult:
+        """Runs the operator lif_backward for the gradients of s_seq, v_last, v_seq and h_seq."""
+        # A compiled graph passes empty gradients for the empty outputs.
+        asked = [grad if asked else None for grad, asked in zip(grads, (True, *self.wanted), strict=True)]
+        return self.operators.lif_backward(
+            asked, self.x_seq, self.v_init, self.rng_state, checkpoints, self.parameters, self.numbers, self.rules,
+            wanted,
+        )  # fmt: skip
+
+    def output(self, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
+        """What was asked for of s_seq, v_last, v_seq and h_seq."""
+        if not any(self.wanted):
+            return outputs[0]
+        return LIFOutput(
+            outputs[0],
+            *(output if asked else None for output, asked in zip(outputs[1:4], self.wanted, strict=True)),
+        )
+
+
+class LIFFunction(torch.autograd.Function):
+    """The fused operators of one backend as a differentiable function of x_seq, v_init and the parameters.
+
+    Its inputs are those of `Call.of`. Beside the outputs it returns the checkpoints, which backward needs.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> ForwardResult:
+        return Call.of(*inputs).forward(keep_checkpoints=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: ForwardResult) -> None:
-        ctx.backend, ctx.options, ctx.constants, ctx.wanted, x_seq, v_init, rng_state, *parameters = inputs
+        ctx.backend, ctx.numbers, ctx.rules, ctx.wanted, *tensors = inputs
         *_, checkpoints = output
-        ctx.save_for_backward(x_seq, v_init, rng_state, checkpoints, *parameters)
+        ctx.save_for_backward(checkpoints, *tensors)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*unasked(output, ctx.wanted), checkpoints)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        x_seq, v_init, rng_state, checkpoints, *parameters = ctx.saved_tensors
-        needs_x_seq, needs_v_init, _, *needs_parameters = ctx.needs_input_grad[4:]
-        grad_x_seq, grad_v_init, grad_parameters = run_backward(
-            ctx.backend, ctx.options, ctx.constants, ctx.wanted, grads[:4], x_seq, v_init, rng_state, checkpoints,
-            parameters, (needs_x_seq, needs_v_init, needs_parameters),
-        )  # fmt: skip
-        grad_x_seq, grad_v_init, *grad_parameters = once_differentiable(
-            (grad_x_seq, grad_v_init, *grad_parameters), (x_seq, v_init, *parameters, *grads[:4])
+        checkpoints, *tensors = ctx.saved_tensors
+        call = Call.of(ctx.backend, ctx.numbers, ctx.rules, ctx.wanted, *tensors)
+        _, _, _, _, wants_x_seq, wants_v_init, _, *wants_parameters = ctx.needs_input_grad
+        wanted = (wants_x_seq, wants_v_init, *wants_parameters)
+        of_x_seq, of_v_init, of_parameters = call.backward(grads[:4], checkpoints, wanted)
+        gradients = once_differentiable(
+            (of_x_seq, of_v_init, *of_parameters), (call.x_seq, call.v_init, *call.parameters, *grads[:4])
         )
-        return (
-            *(None,) * 4,
-            grad_x_seq if needs_x_seq else None,
-            grad_v_init if needs_v_init else None,
-            None,
-            *(grad if needed else None for grad, needed in zip(grad_parameters, needs_parameters, strict=True)),
+        grad_x_seq, grad_v_init, *grad_parameters = (
+            grad if asked else None for grad, asked in zip(gradients, wanted, strict=True)
         )
+        return None, None, None, None, grad_x_seq, grad_v_init, None, *grad_parameters
 
 
 def unasked(outputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
@@ -134,190 +203,100 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 def once_differentiable(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
-    """The gradients; in a graph that is to be differentiated again, such that this says that it can't be."""
+    """The gradients; a graph that is to be differentiated again then says that it can't be."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients
     return apply(_OnceDifferentiable, len(gradients), *gradients, *inputs)  # type: ignore[no-any-return]
 
 
-def operators_of(backend: str) -> Operators:
-    """Those of a fused backend."""
-    operators = BACKENDS[backend].operators
-    assert operators is not None  # the reference is differentiated by autograd and does not come here
-    return operators
-
-
-def run_forward(
-    backend: str,
-    options: NeuronOptions,
-    constants: tuple[float, ...],
-    wanted: tuple[bool, bool, bool],
-    x_seq: Tensor,
-    v_init: Tensor | None,
-    rng_state: Tensor | None,
-    parameters: Sequence[Tensor | None],
-    keep_checkpoints: bool,
-) -> ForwardResult:
-    """The operator lif_forward."""
-    return operators_of(backend).lif_forward(
-        x_seq, v_init, rng_state, parameters, constants, options.surrogate.id, options.surrogate_gain, options.v_rest,
-        options.hard_reset, options.strict_threshold, options.scale_output, options.analog_below, options.time_dim,
-        *wanted, keep_checkpoints,
-    )  # fmt: skip
-
-
-def run_backward(
-    backend: str,
-    options: NeuronOptions,
-    constants: tuple[float, ...],
-    wanted: tuple[bool, bool, bool],
-    grads: Sequence[Tensor | None],
-    x_seq: Tensor,
-    v_init: Tensor | None,
-    rng_state: Tensor | None,
-    checkpoints: Tensor,
-    parameters: Sequence[Tensor | None],
-    needs: tuple[bool, bool, Sequence[bool]],
-) -> BackwardResult:
-    """The operator lif_backward; `needs`: the gradients of x_seq, of v_init, and of which parameters."""
-    # A compiled graph passes empty gradients for the empty outputs.
-    asked_grads = (grad if asked else None for grad, asked in zip(grads, (True, *wanted), strict=True))
-    return operators_of(backend).lif_backward(
-        *asked_grads, x_seq, v_init, rng_state, checkpoints, parameters, constants, options.surrogate.id,
-        options.surrogate_gain, options.v_rest, options.hard_reset, options.strict_threshold, options.scale_output,
-        options.detach_reset, options.analog_below, options.time_dim, *needs,
-    )  # fmt: skip
-
-
-class Call(NamedTuple):
-    """The arguments of `lif`, checked and converted."""
-
-    backend: str
-    options: NeuronOptions
-    constants: tuple[float, ...]
-    wanted: tuple[bool, bool, bool]  # v_last, v_seq, h_seq
-    x_seq: Tensor
-    v_init: Tensor | None
-    rng_state: Tensor | None
-    parameters: tuple[Tensor | None, ...]  # None: a constant
-
-    @property
-    def values(self) -> list[Tensor | float]:
-        """The parameters, whether tensors or constants."""
-        return [
-            constant if tensor is None else tensor
-            for constant, tensor in zip(self.constants, self.parameters, strict=True)
-        ]
-
-    def output(self, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
-        """What was asked for of s_seq, v_last, v_seq and h_seq."""
-        if not any(self.wanted):
-            return outputs[0]
-        return LIFOutput(
-            outputs[0],
-            *(output if asked else None for output, asked in zip(outputs[1:4], self.wanted, strict=True)),
-        )
-
-
 def checked_call(
     caller: str,
     x_seq: Tensor,
-    *,
-    decay: Tensor | float,
-    v_threshold: Tensor | float,
-    v_reset: Tensor | float | None,
-    reset_amount: Tensor | float | None,
-    width: Tensor | float,
-    surrogate: str,
-    surrogate_gain: float,
-    analog_prob: Tensor | float,
-    rng_state: Tensor | None,
-    generator: torch.Generator | None,
-    v_rest: float,
-    strict_threshold: bool,
-    scale_output: bool,
-    detach_reset: bool,
-    v_init: Tensor | None,
-    time_dim: int,
-    return_v_last: bool,
-    return_v_seq: bool,
-    return_h_seq: bool,
-    backend: str | None,
     input_gain: Tensor | float = 1.0,
     input_bias: Tensor | float = 0.0,
     input_mean: Tensor | float = 0.0,
+    **neuron: Unpack[NeuronArguments],
 ) -> Call:
-    """Everything that `lif` does before it computes, draws included; errors name `caller`."""
-    time_dim = check_input(x_seq, time_dim, caller)
-    check_surrogate(surrogate, caller)
-    wanted = (return_v_last, return_v_seq, return_h_seq)
-    flags = (strict_threshold, scale_output, detach_reset, *wanted)
-    for name, flag in zip(_FLAGS, flags, strict=True):
-        check_bool(name, flag, caller)
+    """Does everything that `lif` does before it computes, draws included; errors name `caller`.
+
+    All arguments of the neuron must be there.
+    """
+    time_dim = check_input(x_seq, neuron["time_dim"], caller)
+    check_surrogate(neuron["surrogate"], caller)
+    for name in ("strict_threshold", "scale_output", "detach_reset", "return_v_last", "return_v_seq", "return_h_seq"):
+        check_bool(name, neuron[name], caller)
+    v_reset, reset_amount, v_threshold = neuron["v_reset"], neuron["reset_amount"], neuron["v_threshold"]
     if reset_amount is not None and v_reset is not None:
         raise ValueError(
             f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset and reset_amount"
         )
     real = real_type(x_seq.dtype)
     reset = v_reset if v_reset is not None else v_threshold if reset_amount is None else reset_amount
-    named = (
-        ("width", width),
-        ("decay", decay),
-        ("v_threshold", v_threshold),
-        ("v_reset" if v_reset is not None else "reset_amount", reset),
-        ("input_gain", input_gain),
-        ("input_bias", input_bias),
-        ("input_mean", input_mean),
-    )
-    constants = []
-    parameters: list[Tensor | None] = []
-    for name, value in named:
+    named = {
+        "width": neuron["width"],
+        "decay": neuron["decay"],
+        "v_threshold": v_threshold,
+        "v_reset" if v_reset is not None else "reset_amount": reset,
+        "input_gain": input_gain,
+        "input_bias": input_bias,
+        "input_mean": input_mean,
+    }
+    constants: list[float] = []
+    tensors: list[Tensor | None] = []
+    for name, value in named.items():
         if isinstance(value, Tensor):
             check_parameter(name, value, x_seq, caller)
-            if torch.compiler.is_compiling() and any(value is other for _, other in named[: len(parameters)]):
+            if torch.compiler.is_compiling() and any(value is other for other in [*named.values()][: len(tensors)]):
                 value = value.view_as(value)  # the compiler takes no tensor twice, as the threshold that is subtracted
             constants.append(0.0)
-            parameters.append(value.to(real))
+            tensors.append(value.to(real))
         else:
             check = check_number if name == "width" else check_not_nan
             constants.append(check(name, value, caller, "a float or a tensor"))
-            parameters.append(None)
-    if parameters[0] is None:
-        check_width(constants[0], caller, real)
+            tensors.append(None)
+    parameters = Parameters(*tensors)
+    if parameters.width is None:
+        check_width(float(neuron["width"]), caller, real)
     else:
-        check_width_tensor(parameters[0], caller)
+        check_width_tensor(parameters.width, caller)
+    v_init = neuron["v_init"]
     if v_init is not None:
         check_v_init(v_init, x_seq, time_dim, caller)
         v_init = v_init.to(real)
-    options = NeuronOptions(
-        SURROGATES[surrogate],
-        check_not_nan("surrogate_gain", surrogate_gain, caller),
-        check_not_nan("v_rest", v_rest, caller),
-        v_reset is not None,
-        strict_threshold,
-        scale_output,
-        detach_reset,
-        BELOW_IN_STATE if isinstance(analog_prob, Tensor) else check_analog_prob(analog_prob, caller),
+    surrogate_gain = check_not_nan("surrogate_gain", neuron["surrogate_gain"], caller)
+    v_rest = check_not_nan("v_rest", neuron["v_rest"], caller)
+    numbers = Numbers(*constants, v_rest=v_rest, surrogate_gain=surrogate_gain)  # type: ignore[misc]
+    analog_prob, below_as_data = neuron["analog_prob"], None
+    if isinstance(analog_prob, Tensor):
+        analog_below, below_as_data = BELOW_IN_STATE, check_analog_prob_tensor(analog_prob, x_seq, caller)
+    else:
+        analog_below = check_analog_prob(analog_prob, caller)
+    rules = Rules(
+        SURROGATES[neuron["surrogate"]].id,
+        int(v_reset is not None),
+        int(neuron["strict_threshold"]),
+        int(neuron["scale_output"]),
+        int(neuron["detach_reset"]),
+        analog_below,
         time_dim,
     )
-    analog_below = None
-    if isinstance(analog_prob, Tensor):
-        analog_below = check_analog_prob_tensor(analog_prob, x_seq, caller)
-    backend = choose_backend(backend, x_seq.device, caller)
+    backend = choose_backend(neuron["backend"], x_seq.device, caller)
+    rng_state, generator = neuron["rng_state"], neuron["generator"]
     if rng_state is not None:
         check_rng_state(rng_state, x_seq, caller)
         if generator is not None:
             raise ValueError(f"{caller}: rng_state and generator exclude each other, got both")
     check_generator(generator, x_seq, caller)
-    if not x_seq.is_contiguous() and not is_channels_last(x_seq, time_dim):
+    if not is_dense(x_seq, time_dim):
         x_seq = x_seq.contiguous()
-    if options.analog_below in (0, DRAWS):
+    if analog_below in (0, DRAWS):
         rng_state = None
     else:
         if rng_state is None:
-            rng_state = _draw_rng_state(x_seq, generator, backend, together=analog_below is None)
-        rng_state = rng_state.contiguous() if analog_below is None else torch.cat([rng_state, analog_below])
-    return Call(backend, options, tuple(constants), wanted, x_seq, v_init, rng_state, tuple(parameters))
+            rng_state = _draw_rng_state(x_seq, generator, backend, together=below_as_data is None)
+        rng_state = rng_state.contiguous() if below_as_data is None else torch.cat([rng_state, below_as_data])
+    wanted = neuron["return_v_last"], neuron["return_v_seq"], neuron["return_h_seq"]
+    return Call(backend, numbers, rules, wanted, x_seq, v_init, rng_state, parameters)
 
 
 def lif(
@@ -431,10 +410,11 @@ def lif(
         backend=backend,
     )
     if BACKENDS[call.backend].operators is None:
-        return call.output(lif_reference(call.x_seq, call.v_init, call.rng_state, call.values, call.options))
+        return call.output(call.reference())
     if is_differentiated((call.x_seq, call.v_init, *call.parameters), _CALLER):
-        return call.output(apply(LIFFunction, *call[:-1], *call.parameters))
-    return call.output(run_forward(*call, keep_checkpoints=False))
+        *others, parameters = call
+        return call.output(apply(LIFFunction, *others, *parameters))
+    return call.output(call.forward(keep_checkpoints=False))
 
 
 def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: int = 0) -> Tensor:
@@ -449,7 +429,7 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
 
 
 def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: str, together: bool) -> Tensor:
-    """`together`: such that the samples of a vmap can be computed together."""
+    """`together`: the samples of a vmap can be computed together."""
     operators = BACKENDS[backend].operators
     under_transforms = not torch.compiler.is_compiling() and transforming()
     if together and operators is not None and under_transforms:

@@ -23,7 +23,8 @@ from .checks import (
     check_width,
 )
 from .functional import LIFOutput, lif
-from .reference import real_type, state_shape, with_gradient_of
+from .layout import real_type, state_shape
+from .reference import with_gradient_of
 from .transforms import transforming
 
 _CALLER = "asgl_cuda.LIF"

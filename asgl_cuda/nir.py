@@ -29,9 +29,9 @@ from .checks import check_number
 from .interop.conversion import copied
 from .interop.fused import Fused
 from .interop.normalised import Normalised
+from .layout import real_type
 from .neuron import LIF, BatchNormLIF, Granularity
 from .over_time import OverTime
-from .reference import real_type
 
 if TYPE_CHECKING:
     import nir

@@ -22,30 +22,50 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .surrogate import Surrogate
+from .layout import by_channel, memory_order, real_type
+from .surrogate import SURROGATES
 from .transforms import apply, in_forward_mode, transforming
 
-DRAWS = 65536  # noise is compared in steps of 1 / 65536
-BELOW_IN_STATE = DRAWS + 1  # analog_prob is data: round(analog_prob * 65536) is the third number of rng_state
+DRAWS = 65536  # an element draws one of so many numbers
+BELOW_IN_STATE = DRAWS + 1  # analog_prob is data: round(analog_prob * DRAWS) is the third number of rng_state
 
 
-class NeuronOptions(NamedTuple):
-    """What is the same for every element and step of a call."""
+class Parameters(NamedTuple):
+    """What may differ between neurons and steps, and what has a gradient; in the order of ParameterId in csrc."""
 
-    surrogate: Surrogate
-    surrogate_gain: float
+    width: Any
+    decay: Any
+    v_threshold: Any
+    reset: Any  # v_reset for the hard reset, reset_amount for the soft one
+    input_gain: Any
+    input_bias: Any
+    input_mean: Any
+
+
+class Numbers(NamedTuple):
+    """The numbers of a call, as operators take them: the parameters that are no tensors (else 0), and two constants."""
+
+    width: float
+    decay: float
+    v_threshold: float
+    reset: float
+    input_gain: float
+    input_bias: float
+    input_mean: float
     v_rest: float
-    hard_reset: bool
-    strict_threshold: bool
-    scale_output: bool
-    detach_reset: bool
-    analog_below: int  # round(analog_prob * 65536), or BELOW_IN_STATE
+    surrogate_gain: float
+
+
+class Rules(NamedTuple):
+    """The rules of a call, as operators take them; in the order of struct Rules in csrc/ops.h."""
+
+    surrogate: int  # its id
+    hard_reset: int  # this and the next three are 0 or 1
+    strict_threshold: int
+    scale_output: int
+    detach_reset: int
+    analog_below: int  # round(analog_prob * DRAWS), or BELOW_IN_STATE
     time_dim: int  # not negative
-
-
-def real_type(dtype: torch.dtype) -> torch.dtype:
-    """The type of state, arithmetic and parameters for an input of type `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class GradientOf(torch.autograd.Function):
@@ -90,26 +110,26 @@ def lif_reference(
     x_seq: Tensor,
     v_init: Tensor | None,
     rng_state: Tensor | None,
-    parameters: Sequence[Tensor | float],
-    options: NeuronOptions,
+    parameters: Parameters,
+    numbers: Numbers,
+    rules: Rules,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loop over the steps: s_seq, v_last, v_seq and h_seq.
-
-    `parameters` are width, decay, v_threshold, v_reset or reset_amount, input_gain, input_bias,
-    input_mean.
-    """
+    """The loop over the steps: s_seq, v_last, v_seq and h_seq. A parameter that is None is the number of its name."""
     real = real_type(x_seq.dtype)
-    time_dim = options.time_dim
+    time_dim, v_rest = rules.time_dim, numbers.v_rest
+    cumulative = next(each.cumulative for each in SURROGATES.values() if each.id == rules.surrogate)
 
-    def by_step(value: Tensor | float) -> Tensor:
+    def by_step(name: str) -> Tensor:
+        value = getattr(parameters, name)
+        if value is None:
+            value = getattr(numbers, name)
         tensor = torch.as_tensor(value, dtype=real, device=x_seq.device)
         return tensor[(None,) * (x_seq.dim() - tensor.dim())].movedim(time_dim, 0)
 
-    width, decay, v_threshold, reset, input_gain, input_bias, input_mean = (by_step(value) for value in parameters)
+    width, decay, v_threshold, reset, input_gain, input_bias, input_mean = map(by_step, Parameters._fields)
     inverse_width = 1 / width
     x = x_seq.to(real).movedim(time_dim, 0)
-    analog = analog_mask_below(x_seq, options.analog_below, rng_state, time_dim).movedim(time_dim, 0)
-    v_rest = options.v_rest
+    analog = analog_mask_below(x_seq, rules.analog_below, rng_state, time_dim).movedim(time_dim, 0)
 
     def at(value: Tensor, t: int) -> Tensor:
         return value[t if value.shape[0] > 1 else 0]
@@ -120,18 +140,18 @@ def lif_reference(
         c = at(input_gain, t) * (x[t] - at(input_mean, t)) + at(input_bias, t)
         h = v_rest + at(decay, t) * (v - v_rest) + c
         u = h - at(v_threshold, t)
-        a = options.surrogate.cumulative(u * at(inverse_width, t))
-        z = (u > 0 if options.strict_threshold else u >= 0).to(real)
+        a = cumulative(u * at(inverse_width, t))
+        z = (u > 0 if rules.strict_threshold else u >= 0).to(real)
         hard_or_analog = torch.where(analog[t], a, z).detach()
-        s = with_gradient_of(hard_or_analog, a, options.surrogate_gain)
-        s_reset = s.detach() if options.detach_reset else s
-        v = h * (1 - s_reset) + at(reset, t) * s_reset if options.hard_reset else h - at(reset, t) * s_reset
+        s = with_gradient_of(hard_or_analog, a, numbers.surrogate_gain)
+        s_reset = s.detach() if rules.detach_reset else s
+        v = h * (1 - s_reset) + at(reset, t) * s_reset if rules.hard_reset else h - at(reset, t) * s_reset
         s_seq.append(s)
         v_seq.append(v)
         h_seq.append(h)
 
     s_out = torch.stack(s_seq)
-    if options.scale_output:
+    if rules.scale_output:
         s_out = v_threshold * s_out
     out, v_out, h_out = (seq.movedim(0, time_dim) for seq in (s_out, torch.stack(v_seq), torch.stack(h_seq)))
     return out.to(x_seq.dtype), v, v_out, h_out
@@ -152,8 +172,8 @@ def batch_statistics(x_seq: Tensor, channel: int, group: Any) -> tuple[Tensor, T
 
     count = all_reduce(count, group=group)
     mean = all_reduce(x.sum(dims), group=group) / count
-    shape = [-1] + [1] * (x.dim() - 1 - channel)
-    return count, mean, all_reduce((x - mean.reshape(shape)).square().sum(dims), group=group) / count
+    squares = (x - by_channel(mean, channel, x)).square().sum(dims)
+    return count, mean, all_reduce(squares, group=group) / count
 
 
 def normalisation(
@@ -184,29 +204,6 @@ def normalisation(
     return gain.to(real), shift.to(real), input_mean
 
 
-def state_shape(x_seq: Tensor, time_dim: int) -> list[int]:
-    """The shape of a potential: x_seq's without time."""
-    return [size for dim, size in enumerate(x_seq.shape) if dim != time_dim]
-
-
-def channel_dim(time_dim: int) -> int:
-    """The second dimension but time."""
-    return 2 if time_dim <= 1 else 1
-
-
-def is_channels_last(x_seq: Tensor, time_dim: int) -> bool:
-    """Whether the channels (the second dimension but time) are innermost in memory, all else in order."""
-    return x_seq.dim() > 3 and x_seq.movedim(channel_dim(time_dim), -1).is_contiguous()
-
-
-def memory_order(x_seq: Tensor, time_dim: int) -> list[int]:
-    """The dimensions of x_seq, outermost first; what is neither contiguous nor channels_last is taken as contiguous."""
-    order = list(range(x_seq.dim()))
-    if not x_seq.is_contiguous() and is_channels_last(x_seq, time_dim):
-        order.append(order.pop(channel_dim(time_dim)))
-    return order
-
-
 def _philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al., SC 2011) on words of 32 bits held in int64 tensors."""
     low = 0xFFFFFFFF
@@ -235,6 +232,7 @@ def _draws(neurons: int, steps: int, rng_state: Tensor) -> Tensor:
 
 
 def analog_mask_below(x_seq: Tensor, analog_below: int, rng_state: Tensor | None, time_dim: int) -> Tensor:
+    """Which elements of x_seq are analog: those whose draw is below `analog_below`."""
     if analog_below in (0, DRAWS):
         return torch.full(x_seq.shape, analog_below > 0, dtype=torch.bool, device=x_seq.device)
     assert rng_state is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Surrogate(NamedTuple):
-    """A surrogate: `id` is its value of `enum class Surrogate` in csrc/surrogate_math.h."""
+    """A surrogate: `id` is its value of `enum class Surrogate` in csrc."""
 
     id: int
     cumulative: Callable[[Tensor], Tensor]
@@ -22,7 +22,7 @@ class Surrogate(NamedTuple):
 
 def _rectangle(y: Tensor) -> Tensor:
     ramp = y + 0.5
-    # Of the gradient of clamp at its edges torch has changed its mind; here they are inside.
+    # torch's versions differ in the gradient of clamp at its edges, where it is 1 here.
     return torch.where((ramp >= 0) & (ramp <= 1), ramp, ramp.detach().clamp(0, 1))
 
 
@@ -44,7 +44,7 @@ def _erf(y: Tensor) -> Tensor:
     return (1 + torch.erf(y)) * 0.5
 
 
-# Not abs() in the next two: autograd gives it the slope 0 at 0, where these surrogates are steepest.
+# The next two do without abs(), to which autograd gives the slope 0 at 0, where these surrogates are steepest.
 
 
 def _fast_sigmoid(y: Tensor) -> Tensor:

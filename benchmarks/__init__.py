@@ -1,1 +1,5 @@
-"""What is measured of asgl_cuda, each a module that is run by `python -m`."""
+"""The measurements of asgl_cuda, each a module that `python -m` runs."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]

@@ -8,13 +8,15 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
+
+Name = TypeVar("Name", bound=Hashable)
 
 PARTS = ("forward", "backward", "both")
 MOST_SAMPLES = 16
@@ -109,6 +111,19 @@ class GpuClock:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / self._count
+
+
+def clock_of(row: Row, part: str, inputs: list[Sample], cold: bool = False) -> CpuClock | GpuClock:
+    return GpuClock(row, part, inputs) if inputs[0].x.device.type == "cuda" else CpuClock(row, part, inputs, cold)
+
+
+def in_turns(clocks: Mapping[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:
+    """Seconds by each clock, which take turns, so that a machine whose speed drifts slows all of them alike."""
+    seconds: dict[Name, list[float]] = {name: [] for name in clocks}
+    for _ in range(repeats):
+        for name, clock in clocks.items():
+            seconds[name].append(clock())
+    return seconds
 
 
 def saved_bytes(row: Row, sample: Sample) -> int:

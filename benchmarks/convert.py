@@ -5,15 +5,12 @@ Both take turns within each repeat; the median is reported. Their spikes are com
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.metadata
 import importlib.util
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +18,9 @@ from torch import Tensor, nn
 
 import asgl_cuda
 
-from .clocks import CpuClock, GpuClock, Row, Sample, keep_memory, spread
-from .microbench import fused_backends, machine
+from .clocks import Row, Sample, clock_of, in_turns, keep_memory, spread
+from .common import device_of, in_words, machine, parser_of, write_json
+from .peers import step_by_step
 
 
 class Case(NamedTuple):
@@ -57,13 +55,10 @@ def snntorch() -> Iterator[Case]:
     from asgl_cuda.interop.snntorch import MultiStep
 
     def spikes(layer: Any, x_seq: Tensor) -> Tensor:
+        potential = torch.zeros_like(x_seq[0])
         if isinstance(layer, MultiStep):
-            return layer(x_seq, torch.zeros_like(x_seq[0]))[0]  # type: ignore[no-any-return]
-        potential, out = torch.zeros_like(x_seq[0]), []
-        for x in x_seq:
-            s, potential = layer(x, potential)
-            out.append(s)
-        return torch.stack(out)
+            return layer(x_seq, potential)[0]  # type: ignore[no-any-return]
+        return step_by_step(layer, x_seq, potential)
 
     yield Case("snntorch", "Leaky, a step a call", Leaky(beta=0.5), spikes)
     yield Case("snntorch", "Leaky in MultiStep", Leaky(beta=0.5), spikes, lambda layer: MultiStep(copy.deepcopy(layer)))
@@ -72,15 +67,8 @@ def snntorch() -> Iterator[Case]:
 def norse() -> Iterator[Case]:
     from norse.torch import LIFBoxCell, LIFBoxParameters
 
-    def spikes(cell: Any, x_seq: Tensor) -> Tensor:
-        state, out = None, []
-        for x in x_seq:
-            s, state = cell(x, state)
-            out.append(s)
-        return torch.stack(out)
-
     p = LIFBoxParameters(tau_mem_inv=torch.tensor(500.0))
-    yield Case("norse", "LIFBoxCell, a step a call", LIFBoxCell(p), spikes)
+    yield Case("norse", "LIFBoxCell, a step a call", LIFBoxCell(p), step_by_step)
 
 
 def sinabs() -> Iterator[Case]:
@@ -113,21 +101,16 @@ def measure(case: Case, sample: Sample, repeats: int) -> dict[str, Any]:
     if (before != after).float().mean() > 1e-4:  # potentials that are as good as at the threshold
         raise RuntimeError(f"{case.library} {case.name} emits other spikes when it is converted")
 
-    def clock(layer: nn.Module) -> CpuClock | GpuClock:
-        row = Row(
+    def row(layer: nn.Module) -> Row:
+        return Row(
             case.name,
             lambda sample: case.spikes(layer, sample.leaf),
             lambda sample, out: torch.autograd.grad(out, sample.leaf, sample.grad),
         )
-        if device.type == "cuda":
-            return GpuClock(row, "both", [sample])
-        return CpuClock(row, "both", [sample], False)
 
-    clocks = {name: clock(layer) for name, layer in layers.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in clocks}
-    for _ in range(repeats):
-        for name, each in clocks.items():
-            seconds[name].append(each.seconds())
+    seconds = in_turns(
+        {name: clock_of(row(layer), "both", [sample]).seconds for name, layer in layers.items()}, repeats
+    )
     return {
         "library": f"{case.library} {importlib.metadata.version(case.library)}",
         "layer": case.name,
@@ -138,18 +121,14 @@ def measure(case: Case, sample: Sample, repeats: int) -> dict[str, Any]:
 
 def main() -> int:
     """Measures every layer at every number of steps."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", help="default: cuda if a backend works there, else cpu")
+    parser = parser_of("convert", __doc__, "device", "repeats", "json")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 16, 128], help="time steps (default 4 16 128)")
     parser.add_argument("--elements", type=int, default=2**22, help="steps times neurons (default 2^22)")
-    parser.add_argument("--repeats", type=int, default=11, help="the median is over this many rounds (default 11)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to FILE")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device or ("cuda" if fused_backends(torch.device("cuda")) else "cpu"))
+    device = device_of(parser, arguments.device)
     keep_memory()
     about = machine(device)
-    on = about.get("gpu") or f"{about['processor']}, {about['threads']} threads"
-    print(f"{on}, torch {about['torch']}; forward and backward, medians of {arguments.repeats}")
+    print(f"{in_words(about)}; forward and backward, medians of {arguments.repeats}")
     print(f"{'':<40}{'T':>6}{'before, ms':>14}{'after, ms':>14}{'faster':>10}", flush=True)
     report: dict[str, Any] = {"machine": about, "elements": arguments.elements, "sizes": []}
     for steps in arguments.steps:
@@ -165,8 +144,7 @@ def main() -> int:
             cells = f"{1e3 * before:>14.2f}{1e3 * after:>14.2f}{before / after:>10.1f}"
             print(f"{name:<40}{steps:>6}{cells}", flush=True)
         report["sizes"].append({"steps": steps, "neurons": arguments.elements // steps, "layers": found})
-        if arguments.json:
-            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(arguments.json, report)
     return 0
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from asgl_cuda import compilation
-from asgl_cuda.launch import SCALARS
+from asgl_cuda.backends.neuron_kernels import SCALARS
 from asgl_cuda.surrogate import SURROGATES
 
-ROOT = Path(__file__).parents[1]
+from . import ROOT
+
 CSRC = ROOT / "csrc"
 
 _DTYPES = {scalar: str(dtype).removeprefix("torch.") for dtype, scalar in SCALARS.items()}
@@ -29,12 +30,12 @@ _KINDS = {
     "lif_forward_kernel<4, (asgl::Input)2>": "forward plain, 4 neurons",
     "lif_backward_kernel<1>": "backward, 1 neuron",
     "lif_backward_kernel<4>": "backward, 4 neurons",
-    "lif_backward_plain_kernel<4, (asgl::Input)1>": "backward normalised, K = 4",
-    "lif_backward_plain_kernel<8, (asgl::Input)1>": "backward normalised, K = 8",
-    "lif_backward_plain_kernel<16, (asgl::Input)1>": "backward normalised, K = 16",
-    "lif_backward_plain_kernel<4, (asgl::Input)2>": "backward plain, K = 4",
-    "lif_backward_plain_kernel<8, (asgl::Input)2>": "backward plain, K = 8",
-    "lif_backward_plain_kernel<16, (asgl::Input)2>": "backward plain, K = 16",
+    "lif_backward_uniform_kernel<4, (asgl::Input)1>": "backward normalised, K = 4",
+    "lif_backward_uniform_kernel<8, (asgl::Input)1>": "backward normalised, K = 8",
+    "lif_backward_uniform_kernel<16, (asgl::Input)1>": "backward normalised, K = 16",
+    "lif_backward_uniform_kernel<4, (asgl::Input)2>": "backward plain, K = 4",
+    "lif_backward_uniform_kernel<8, (asgl::Input)2>": "backward plain, K = 8",
+    "lif_backward_uniform_kernel<16, (asgl::Input)2>": "backward plain, K = 16",
     "gradient_sum_kernel<false>": "gradient sum, a thread each",
     "gradient_sum_kernel<true>": "gradient sum, a block each",
     "batch_moments_kernel<1>": "moments, 1 column",
@@ -59,15 +60,16 @@ class Kernel(NamedTuple):
 
     @classmethod
     def of_symbol(cls, demangled: str) -> Kernel:
-        """From `void asgl::lif_forward_kernel<float, (asgl::Surrogate)0, true, 4, (asgl::Input)2>(...)`."""
+        """From `void asgl::lif_forward_kernel<float, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)2>(...)`."""
         match = re.match(r"void asgl::(\w+)<(.*?)>\(", demangled)
         if match is None:
             return cls(demangled, "")
-        name, (dtype, *rest) = match[1], match[2].split(", ")
-        surrogate = reset = ""
-        if rest and rest[0] in _SURROGATES:
-            surrogate, reset = _SURROGATES[rest[0]], {"true": "hard", "false": "soft"}[rest[1]]
-            rest = rest[2:]
+        name, arguments, surrogate, reset = match[1], match[2], "", ""
+        model = re.search(r"asgl::LIF<(.*), (true|false)>(, )?", arguments)
+        if model is not None:
+            surrogate, reset = _SURROGATES[model[1]], {"true": "hard", "false": "soft"}[model[2]]
+            arguments = arguments.replace(model[0], "")
+        dtype, *rest = arguments.split(", ")
         kind = f"{name}<{', '.join(rest)}>"
         return cls(_KINDS.get(kind, kind), _DTYPES[dtype], surrogate, reset)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,46 +21,37 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import asgl_cuda
+from asgl_cuda import OverTime
+
+from .common import cosine_schedules, optimizers_of, parser_of
 
 TIME_STEPS = 4
 HIDDEN = (256, 256, 256, 256)
 BATCH_SIZE = 64
+ANALOG_PROB = 0.2
 
 
-class SpikingLayer(nn.Module):
-    """Linear layer, batch normalisation over time and batch together, LIF neurons: `[T, B, in]` to `[T, B, out]`."""
+def spiking_mlp(hidden: Sequence[int], **neuron: Any) -> nn.Sequential:
+    """Images `[T, B, 64]` to class scores `[T, B, 10]`, through layers with batch normalisation and LIF neurons.
 
-    def __init__(self, in_features: int, out_features: int, backend: str | None) -> None:
-        super().__init__()
-        self.linear = nn.Linear(in_features, out_features, bias=False)
-        self.norm = nn.BatchNorm1d(out_features)
-        self.lif = asgl_cuda.LIF(analog_prob=0.2, backend=backend)
-
-    def forward(self, x_seq: Tensor) -> Tensor:
-        current = self.norm(self.linear(x_seq).flatten(0, 1))
-        return self.lif(current.unflatten(0, x_seq.shape[:2]))
+    The statistics of a normalisation are those of time and batch together. Options are those of `asgl_cuda.LIF`.
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise((64, *hidden)):
+        layers += [OverTime(nn.Linear(inputs, outputs, bias=False)), OverTime(nn.BatchNorm1d(outputs))]
+        layers += [asgl_cuda.LIF(analog_prob=ANALOG_PROB, **neuron)]
+    return nn.Sequential(*layers, nn.Linear(hidden[-1], 10))
 
 
-class SpikingMLP(nn.Module):
-    """Images `[B, 64]`, shown as a constant current at every time step, to class scores `[B, 10]`."""
+def scores_of(model: nn.Module, images: Tensor) -> Tensor:
+    """The scores `[B, 10]` of images `[B, 64]` that are shown as a constant current, means over the time steps."""
+    scores: Tensor = model(images.expand(TIME_STEPS, -1, -1)).mean(0)
+    return scores
 
-    def __init__(self, backend: str | None) -> None:
-        super().__init__()
-        sizes = (64, *HIDDEN)
-        self.layers = nn.Sequential(*(SpikingLayer(*pair, backend) for pair in pairwise(sizes)))
-        self.readout = nn.Linear(sizes[-1], 10)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.readout(self.layers(images.expand(TIME_STEPS, -1, -1))).mean(0)
-
-    def neurons(self) -> list[asgl_cuda.LIF]:
-        """The spiking neurons, layer by layer."""
-        return [module for module in self.modules() if isinstance(module, asgl_cuda.LIF)]
-
-    @torch.no_grad()
-    def widths(self) -> list[float]:
-        """The width of each spiking layer."""
-        return [float(lif.width) for lif in self.neurons()]
+@torch.no_grad()
+def widths_of(model: nn.Module) -> list[float]:
+    return [float(lif.width) for _, lif in asgl_cuda.asgl_layers(model)]
 
 
 class Stopwatch:
@@ -118,26 +109,20 @@ def train(label: str, backend: str | None, data: list[Tensor], epochs: int, seed
     train_images, test_images, train_labels, test_labels = data
     # Weights, order of the images and noise all come from the default generator: one seed makes all runs the same.
     torch.manual_seed(seed)
-    model = SpikingMLP(backend)
+    model = spiking_mlp(HIDDEN, backend=backend)
     stopwatch = Stopwatch()
-    for lif in model.neurons():
+    for _, lif in asgl_cuda.asgl_layers(model):
         stopwatch.watch(lif)
-    # As in the paper's code, the widths have an optimiser of their own and no weight decay.
-    widths = [parameter for name, parameter in model.named_parameters() if name.endswith("log_width")]
-    weights = [parameter for name, parameter in model.named_parameters() if not name.endswith("log_width")]
-    optimizers = [
-        torch.optim.SGD(weights, lr=0.1, momentum=0.9, weight_decay=5e-4),
-        torch.optim.Adam(widths, lr=3e-3),
-    ]
-    schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs) for optimizer in optimizers]
-    run = Run(label, widths=[model.widths()])
+    optimizers = optimizers_of(model, lr=0.1, width_lr=3e-3)
+    schedules = cosine_schedules(optimizers, epochs)
+    run = Run(label, widths=[widths_of(model)])
 
     for _ in progress.track(range(epochs), description=label):
         model.train()
         stopwatch.seconds = 0.0
         started = time.perf_counter()
         for batch in torch.randperm(len(train_images)).split(BATCH_SIZE):
-            loss = nn.functional.cross_entropy(model(train_images[batch]), train_labels[batch])
+            loss = nn.functional.cross_entropy(scores_of(model, train_images[batch]), train_labels[batch])
             model.zero_grad()
             loss.backward()
             if not run.first_grads:
@@ -147,12 +132,12 @@ def train(label: str, backend: str | None, data: list[Tensor], epochs: int, seed
             run.losses.append(loss.item())
         run.seconds.append(time.perf_counter() - started)
         run.neuron_seconds.append(stopwatch.seconds)
-        for scheduler in schedulers:
-            scheduler.step()
+        for schedule in schedules:
+            schedule.step()
         model.eval()
         with torch.no_grad():
-            run.accuracy.append((model(test_images).argmax(1) == test_labels).float().mean().item())
-        run.widths.append(model.widths())
+            run.accuracy.append((scores_of(model, test_images).argmax(1) == test_labels).float().mean().item())
+        run.widths.append(widths_of(model))
     return run
 
 
@@ -221,7 +206,7 @@ def draw(reference: Run, fused: Run, path: Path) -> None:
 
 def main() -> None:
     """Runs both trainings, then prints the table and draws the figure."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
+    parser = parser_of("demo", __doc__)
     parser.add_argument("--epochs", type=int, default=30, help="of each training (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of split, weights, order and noise (default: %(default)s)")
     parser.add_argument("--figure", type=Path, default=Path("demo.png"), metavar="FILE", help="default: %(default)s")

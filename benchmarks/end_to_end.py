@@ -8,13 +8,10 @@ that is timed, its losses are compared with those of the same network as it was.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +21,10 @@ from torch.nn import functional
 import asgl_cuda
 from asgl_cuda import OverTime
 
-from .clocks import keep_memory, peak_bytes, silence, spread
-from .microbench import MOST_STEPS_TO_COMPILE, fused_backends, machine
+from .clocks import in_turns, keep_memory, peak_bytes, silence, spread
+from .common import device_of, fused_backends, in_words, machine, parser_of, text_row, write_json
+from .microbench import MOST_STEPS_TO_COMPILE
+from .peers import spikingjelly_node
 
 ANALOG_PROB = 0.2
 NEURONS, PRODUCTS, NORMALISATION, REST = "neuron layers", "convolutions and linear", "normalisation", "the rest"
@@ -98,12 +97,6 @@ def plain(backend: str) -> nn.Module:
     return asgl_cuda.LIF(learn_width=False, analog_prob=0.0, backend=backend)
 
 
-def spikingjelly() -> nn.Module:
-    from spikingjelly.activation_based import neuron, surrogate
-
-    return neuron.LIFNode(tau=2.0, decay_input=False, surrogate_function=surrogate.Sigmoid(alpha=4.0), step_mode="m")
-
-
 class Variant(NamedTuple):
     """A network's neurons."""
 
@@ -125,10 +118,10 @@ def variants(network: Network, device: torch.device) -> Iterator[Variant]:
     for backend in fused_backends(device):
         yield Variant(f"LIF: asgl_cuda {backend}", lambda backend=backend: plain(backend))
     try:
-        spikingjelly()
+        spikingjelly_node()
     except ImportError:
         return
-    yield Variant("LIF: SpikingJelly", spikingjelly)
+    yield Variant("LIF: SpikingJelly", spikingjelly_node)
 
 
 # ---- a step ----
@@ -271,10 +264,7 @@ def measure(network: Network, device: torch.device, repeats: int) -> dict[str, d
     for training in trainings.values():
         for _ in range(2):
             training.seconds()  # compiles, loads
-    seconds: dict[str, list[float]] = {name: [] for name in trainings}
-    for _ in range(repeats):
-        for name, training in trainings.items():
-            seconds[name].append(training.seconds())
+    seconds = in_turns({name: training.seconds for name, training in trainings.items()}, repeats)
     return {
         name: {
             "seconds": statistics.median(seconds[name]),
@@ -290,29 +280,25 @@ def table(name: str, network: Network, found: dict[str, dict[str, Any]]) -> str:
     """As a person reads it."""
     lines = [f"{name}, {list(network.input_shape)}"]
     head = ("step, ms", "+-", "faster", "neurons", "products", "norm", "rest", "peak, MB")
-    lines.append(f"{'':<28}" + "".join(f"{cell:>10}" for cell in head))
+    lines.append(text_row("", head, 28, 10))
     slowest = found["reference"]["seconds"]
     for variant, each in found.items():
         cells = [f"{1e3 * each['seconds']:.1f}", f"{100 * each['spread']:.0f} %", f"{slowest / each['seconds']:.1f}"]
         cells += [f"{100 * share:.0f} %" for share in each["shares"].values()]
         cells.append(f"{each['peak_bytes'] / 1e6:.0f}")
-        lines.append(f"{variant:<28}" + "".join(f"{cell:>10}" for cell in cells))
+        lines.append(text_row(variant, cells, 28, 10))
     return "\n".join((*lines, ""))
 
 
 def main() -> int:
     """Measures all networks and prints a table for each."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", help="default: cuda if a backend works there, else cpu")
+    parser = parser_of("end_to_end", __doc__, "device", "repeats", "json")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="only these")
-    parser.add_argument("--repeats", type=int, default=11, help="the median is over this many steps (default 11)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to FILE")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device or ("cuda" if fused_backends(torch.device("cuda")) else "cpu"))
+    device = device_of(parser, arguments.device)
     keep_memory()
     about = machine(device)
-    on = about.get("gpu") or f"{about['processor']}, {about['threads']} threads"
-    print(f"{on}, torch {about['torch']}; medians of {arguments.repeats} training steps")
+    print(f"{in_words(about)}; medians of {arguments.repeats} training steps")
     print("faster: than with the reference; shares of the step by the profiler; peak: allocated during a step")
     print("fused block: the neurons normalise as well, by asgl_cuda.fuse; their share is that of both")
     print("LIF: without noise and learned width, as SpikingJelly has it\n", flush=True)
@@ -324,8 +310,7 @@ def main() -> int:
         found = measure(network, device, arguments.repeats)
         print(table(name, network, found), flush=True)
         report["networks"][name] = {"input_shape": network.input_shape, "variants": found}
-        if arguments.json:
-            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(arguments.json, report)
     return 0
 
 

@@ -30,9 +30,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from . import ROOT
 from .gpu_steps import RESULT, SECONDS, Machine, Step, environment, steps
 
-ROOT = Path(__file__).parents[1]
 WHOLE = 570.0  # seconds
 GRACE = 8.0  # from the signal that ends a step to the one that it can't refuse
 INTERRUPTED = "interrupted"
@@ -213,7 +213,8 @@ class Findings:
         return bars(torch.device("cuda" if capability else "cpu"), judged, compiled, architecture)
 
     def write(self) -> None:
-        """Whole or not at all."""
+        from .common import write_json  # which needs torch
+
         content = {
             "of": self._of,
             "machine": self.about,
@@ -223,9 +224,7 @@ class Findings:
                 for name, outcome in self.outcomes.items()
             },
         }
-        part = self._file.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(self._file)
+        write_json(self._file, content)
 
     def summary(self) -> str:
         """The short table that is printed last."""

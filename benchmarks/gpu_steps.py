@@ -8,16 +8,17 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
-PREPARED = Path(__file__).parents[1] / "build" / "prepared"  # by prepare.py
+from . import ROOT
+
+PREPARED = ROOT / "build" / "prepared"  # by prepare.py
 CUPY_CACHE = PREPARED / "cupy"
 # In a command: what is put there when it starts.
 SECONDS = "SECONDS"  # that it has
 RESULT = "RESULT"  # the file that it may write, as JSON
 # Without a GPU a few tests stand in for a suite.
-A_FEW_TESTS = ["tests/test_philox.py", "-k", "mask_with_time or none_and_all"]
+A_FEW_TESTS = ["tests/neuron/test_philox.py", "-k", "mask_with_time or none_and_all"]
 
 
 class Machine(NamedTuple):

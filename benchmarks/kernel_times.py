@@ -8,7 +8,6 @@ card. On a CPU operators stand in for kernels, and small sizes for large ones.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import re
@@ -26,10 +25,12 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from . import ROOT
 from .card import Rates, Work, measured_rates, roofline
 from .clocks import Row, Sample, silence
-from .cuda_code import ROOT, Kernel
-from .microbench import Block, Size, samples, sweep, write_json
+from .common import device_of, in_time, parser_of, write_json
+from .cuda_code import Kernel
+from .microbench import Block, Size, samples, sweep
 from .roofline import name_of
 
 ROUNDS = 10
@@ -195,15 +196,12 @@ def counted_by(ncu: str) -> list[dict[str, Any]]:
 
 def main() -> int:
     """Measures all calls and prints a table for each."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_times", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the program (default cuda)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further call after this time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to FILE")
+    parser = parser_of("kernel_times", __doc__, "device", "seconds", "json")
     parser.add_argument("--ncu", metavar="PROGRAM", help="have Nsight Compute count, and measure nothing else")
     parser.add_argument("--once", action="store_true", help="what Nsight Compute runs")
     arguments = parser.parse_args()
     started = time.monotonic()
-    device = torch.device(arguments.device)
+    device = device_of(parser, arguments.device)
     if arguments.once:
         profiled_once(device)
         return 0
@@ -218,12 +216,7 @@ def main() -> int:
     works = roofline(10 * major + minor)
     report: dict[str, Any] = {"card": rates._asdict(), "calls": []}
     print(f"a copy moves {rates.bandwidth / 1e9:.0f} GB/s" + (f", {rates.cycles:.3g} cycles/s" if rates.cycles else ""))
-    judged = sweep("judged", device)
-    for number, size in enumerate(judged):
-        if time.monotonic() - started > arguments.seconds:
-            report["not_measured"] = [str(left) for left in judged[number:]]
-            print(f"not measured for want of time: {'; '.join(report['not_measured'])}")
-            break
+    for size in in_time(sweep("judged", device), started, arguments.seconds, report):
         for measured in measure(size, device, rates, works):
             print(table(measured), flush=True)
             report["calls"].append(measured)

@@ -6,11 +6,9 @@ with mode="reduce-overhead" makes such graphs itself.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +17,9 @@ from torch.utils.benchmark import Timer
 
 import asgl_cuda
 
+from .common import device_of, fused_backends, parser_of, write_json
 from .kernel_times import kind_of, launches
-from .microbench import ANALOG_PROB, fused_backends, write_json
+from .microbench import ANALOG_PROB
 
 SHAPE = (4, 8, 16, 4, 4)  # [T, B, C, H, W]
 EAGER, GRAPH, COMPILED = "eager", "CUDA graph", "reduce-overhead"
@@ -93,12 +92,10 @@ def measure(step: Callable[[], Any], device: torch.device) -> dict[str, Any]:
 
 def main() -> int:
     """Measures every layer in every backend of the device."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the program (default cuda)")
+    parser = parser_of("layers", __doc__, "device", "json")
     parser.add_argument("--compiled", action="store_true", help="under torch.compile, which takes a while, alone")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to FILE")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device = device_of(parser, arguments.device)
     report: dict[str, Any] = {"shape": SHAPE, "layers": []}
     for backend in fused_backends(device):
         for name, layer in layers(device, backend).items():

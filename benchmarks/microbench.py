@@ -18,13 +18,8 @@ so that as far as 16 of them outgrow the cache they come from memory, as in a ne
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import platform
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,12 +33,25 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 import asgl_cuda
-from asgl_cuda import OverTime, extension
-from asgl_cuda.backends import BACKENDS
+from asgl_cuda import OverTime
 from asgl_cuda.selfcheck import THRESHOLD_BAND
 
 from .card import measured_rates
-from .clocks import MOST_SAMPLES, PARTS, CpuClock, GpuClock, Row, Sample, keep_memory, peak_bytes, saved_bytes, spread
+from .clocks import (
+    MOST_SAMPLES,
+    PARTS,
+    CpuClock,
+    GpuClock,
+    Row,
+    Sample,
+    clock_of,
+    in_turns,
+    keep_memory,
+    peak_bytes,
+    saved_bytes,
+    spread,
+)
+from .common import device_of, fused_backends, in_time, in_words, machine, parser_of, write_json
 from .peers import DECAY, Peer, asgl_loop, installed_peers
 
 ANALOG_PROB = 0.2
@@ -279,10 +287,6 @@ def samples(size: Size | Block, device: torch.device) -> list[Sample]:
     return result
 
 
-def fused_backends(device: torch.device) -> list[str]:
-    return [name for name in asgl_cuda.available_backends() if name != REFERENCE and BACKENDS[name].serves(device)]
-
-
 def row_of(name: str, function: Callable[[Tensor], Tensor], *parameters: Tensor) -> Row:
     """A layer, with the gradients of its input and its parameters."""
 
@@ -444,10 +448,7 @@ def clocks_of(row: Row, inputs: list[Sample], cold: bool) -> Clocks | None:
         started = time.perf_counter()
         call()
         first = time.perf_counter() - started
-        parts: dict[str, CpuClock | GpuClock] = {
-            part: GpuClock(row, part, inputs) if device.type == "cuda" else CpuClock(row, part, inputs, cold)
-            for part in PARTS
-        }
+        parts = {part: clock_of(row, part, inputs, cold) for part in PARTS}
         saved = None if row.name in YARDSTICKS else saved_bytes(row, inputs[0])
         return Clocks(parts, saved, peak_bytes(call, device), first)
     except RuntimeError as error:
@@ -463,10 +464,8 @@ def measure(size: Size | Block, device: torch.device, repeats: int, cold: bool =
     torch.cuda.empty_cache()  # of the size before; does nothing without a GPU
     inputs = samples(size, device)
     clocks = {row.name: found for row in size.rows(device) if (found := clocks_of(row, inputs, cold)) is not None}
-    seconds: dict[tuple[str, str], list[float]] = {(name, part): [] for name in clocks for part in PARTS}
-    for _ in range(repeats):
-        for name, part in seconds:
-            seconds[name, part].append(clocks[name].parts[part].seconds())
+    parts = {(name, part): clock.seconds for name, found in clocks.items() for part, clock in found.parts.items()}
+    seconds = in_turns(parts, repeats)
     return {
         name: Measurement(
             Timing(*(statistics.median(seconds[name, part]) for part in PARTS)),
@@ -517,12 +516,10 @@ def table(size: Size | Block, found: dict[str, Measurement]) -> str:
 
 def plot(report: dict[str, Any], file: Path) -> None:
     """Nanoseconds an element over T, at the N with the most sizes, and over N; the floor as a line."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for panel, along, fixed, label in (
         (panels[0], "steps", "neurons", "time steps T"),
         (panels[1], "neurons", "steps", "neurons N"),
@@ -555,14 +552,6 @@ def plot(report: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def write_json(file: Path | None, content: dict[str, Any]) -> None:
-    """Whole or not at all; nowhere without a file."""
-    if file is not None:
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(file)
-
-
 def call_overhead(device: torch.device, repeats: int, calls: int = 2000) -> dict[str, float]:
     """Microseconds of one call on a tiny tensor without gradients."""
     x_seq = torch.randn(4, 64, device=device)
@@ -571,77 +560,30 @@ def call_overhead(device: torch.device, repeats: int, calls: int = 2000) -> dict
         functions[f"asgl_cuda {backend}"] = partial(asgl_cuda.lif, x_seq, backend=backend)
         noisy = partial(asgl_cuda.lif, x_seq, analog_prob=ANALOG_PROB, backend=backend)
         functions[f"asgl_cuda {backend} with noise"] = noisy
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+
+    def clock(function: Callable[[], Tensor]) -> Callable[[], float]:
+        timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+        return lambda: timer.timeit(calls).mean
+
     with torch.no_grad():
-        for _ in range(repeats):
-            for name, function in functions.items():
-                timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-                seconds[name].append(timer.timeit(calls).mean)
+        seconds = in_turns({name: clock(function) for name, function in functions.items()}, repeats)
     return {name: 1e6 * statistics.median(values) for name, values in seconds.items()}
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        **(_gpu(device) if device.type == "cuda" else {}),
-        "processor": _processor(),
-        "instruction_set": extension.module.cpu_instruction_set() if extension.module else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "asgl_cuda": asgl_cuda.__version__,
-        "python": platform.python_version(),
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
-        "peers": [peer.name for peer in installed_peers(device)[0]],
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _gpu(device: torch.device) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "gpu": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
-        "cuda": torch.version.cuda,
-        "kernels": extension.build_info.cuda if extension.build_info else None,
-        "nvrtc": asgl_cuda.jit.nvrtc_version() if "cupy" in asgl_cuda.available_backends() else None,
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _output(*command: str) -> str | None:
-    """What a program prints, where it is installed and works."""
-    if shutil.which(command[0]) is None:
-        return None
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None if result.returncode == 0 else None
 
 
 def main() -> int:
     """Measures the sizes that were asked for and prints a table for each."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.microbench", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", help="default: cuda if a backend works there, else cpu")
+    parser = parser_of("microbench", __doc__, "device", "seconds", "repeats", "json", "plot")
+    parser.set_defaults(repeats=15)
     parser.add_argument("--steps", type=int, help="time steps; with --neurons, measures this size alone")
     parser.add_argument("--neurons", type=int, help="neurons, batch included")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, help="over what to measure")
+    parser.add_argument(
+        "--sweep", nargs="+", choices=SWEEPS, help="over what to measure (with --plot T and N, where none is named)"
+    )
     parser.add_argument(
         "--cold", action="store_true", help="fill the CPU's caches with something else before each call"
     )
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further size after this time")
-    parser.add_argument("--repeats", type=int, default=15, help="the median is over this many rounds (default 15)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them; without --sweep, over T and N")
     arguments = parser.parse_args()
     started = time.monotonic()
     if (arguments.steps is None) != (arguments.neurons is None):
@@ -652,9 +594,7 @@ def main() -> int:
             parser.error(f"--{name} must be >= 1, got {value}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device or ("cuda" if fused_backends(torch.device("cuda")) else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device {device} needs a GPU that torch can use: torch.cuda.is_available() is False")
+    device = device_of(parser, arguments.device)
     sweeps = arguments.sweep or (["T", "N"] if arguments.plot and arguments.steps is None else [])
     sizes = [size for name in sweeps for size in sweep(name, device)]
     if arguments.steps is not None:
@@ -663,10 +603,7 @@ def main() -> int:
 
     kept = keep_memory()
     about = machine(device)
-    on = about.get("gpu") or f"{about['processor']}, {about['threads']} threads"
-    print(
-        f"{on}, torch {about['torch']}; medians of {arguments.repeats}, {'cold' if arguments.cold else 'warm'} caches"
-    )
+    print(f"{in_words(about)}; medians of {arguments.repeats}, {'cold' if arguments.cold else 'warm'} caches")
     if device.type == "cpu":
         print(f"the C library {'keeps' if kept else 'may give back'} memory that is freed")
     print(f"rectangle, hard reset, analog_prob {ANALOG_PROB}, learned width; gradients of x and width")
@@ -689,11 +626,7 @@ def main() -> int:
     if "judged" in sweeps:
         report["card"] = measured_rates(device)._asdict()
     report["call_microseconds"] = overhead = call_overhead(device, arguments.repeats)
-    for number, size in enumerate(sizes):
-        if time.monotonic() - started > arguments.seconds:
-            report["not_measured"] = [str(left) for left in sizes[number:]]
-            print(f"not measured for want of time: {'; '.join(report['not_measured'])}")
-            break
+    for size in in_time(sizes, started, arguments.seconds, report):
         found = measure(size, device, arguments.repeats, arguments.cold)
         print(table(size, found), flush=True)
         report["blocks" if isinstance(size, Block) else "sizes"].append(

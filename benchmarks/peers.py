@@ -1,4 +1,4 @@
-"""What a user would take instead of asgl_cuda: the neurons of other libraries, and ASGL as a paper's author writes it.
+"""Alternatives to asgl_cuda: the neurons of other libraries, and ASGL as a paper's author writes it.
 
 The libraries have no ASGL, so each is set up as an ordinary LIF neuron with decay 1/2, threshold 1 and reset to 0, in
 the fastest way that its documentation shows for a whole sequence, with its own default surrogate.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DECAY = 0.5
 
@@ -25,13 +26,28 @@ class Peer(NamedTuple):
     same_neuron: dict[str, Any]  # the options of asgl_cuda.lif under which it emits the same spikes
 
 
-def spikingjelly(device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-    """Multi-step LIFNode."""
-    from spikingjelly.activation_based import functional, neuron, surrogate
+def step_by_step(cell: Callable[..., Any], x_seq: Tensor, state: Any = None) -> Tensor:
+    """The spikes of a cell that takes an input and a state and returns a spike and a state."""
+    s_seq = []
+    for x in x_seq:
+        s, state = cell(x, state)
+        s_seq.append(s)
+    return torch.stack(s_seq)
 
-    node = neuron.LIFNode(
+
+def spikingjelly_node() -> nn.Module:
+    from spikingjelly.activation_based import neuron, surrogate
+
+    return neuron.LIFNode(
         tau=1 / (1 - DECAY), decay_input=False, surrogate_function=surrogate.Sigmoid(alpha=4.0), step_mode="m"
     )
+
+
+def spikingjelly(device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+    """Multi-step LIFNode."""
+    from spikingjelly.activation_based import functional
+
+    node = spikingjelly_node()
 
     def spikes(x_seq: Tensor) -> Tensor:
         functional.reset_net(node)
@@ -46,15 +62,7 @@ def snntorch(device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str
 
     leaky = snntorch.Leaky(beta=DECAY, threshold=1.0, reset_mechanism="zero").to(device)
 
-    def spikes(x_seq: Tensor) -> Tensor:
-        potential = leaky.reset_mem()
-        s_seq = []
-        for x in x_seq:
-            s, potential = leaky(x, potential)
-            s_seq.append(s)
-        return torch.stack(s_seq)
-
-    return spikes, {"strict_threshold": True}
+    return lambda x_seq: step_by_step(leaky, x_seq, leaky.reset_mem()), {"strict_threshold": True}
 
 
 def norse(device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
@@ -66,15 +74,7 @@ def norse(device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, A
     parameters = LIFBoxParameters(**{name: torch.tensor(value, device=device) for name, value in tensors.items()})
     cell = LIFBoxCell(parameters, dt=dt)
 
-    def spikes(x_seq: Tensor) -> Tensor:
-        state = None
-        s_seq = []
-        for x in x_seq:
-            s, state = cell(x, state)
-            s_seq.append(s)
-        return torch.stack(s_seq)
-
-    return spikes, {"strict_threshold": True, "input_gain": 1 - DECAY}
+    return partial(step_by_step, cell), {"strict_threshold": True, "input_gain": 1 - DECAY}
 
 
 def sinabs(device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:

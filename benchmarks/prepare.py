@@ -7,7 +7,6 @@ unless it is known to have been compiled from other sources.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import multiprocessing
 import os
@@ -19,9 +18,12 @@ from functools import partial
 
 import torch
 
-from asgl_cuda import extension, jit
+from asgl_cuda import extension
+from asgl_cuda.backends import cupy
 
-from .cuda_code import CSRC, ROOT
+from . import ROOT
+from .common import parser_of
+from .cuda_code import CSRC
 from .gpu_steps import CUPY_CACHE, PREPARED
 
 SOURCES = PREPARED / "sources"  # a digest of what the extension was compiled from
@@ -85,7 +87,7 @@ def fill_cache(architecture: str, jobs: int) -> int:
     from tests.cuda_compile import kernels_asked_for
 
     major, minor = map(int, architecture.split("."))
-    compiled = partial(jit.load_or_compile, architecture=jit.target((major, minor)))
+    compiled = partial(cupy.load_or_compile, architecture=cupy.target((major, minor)))
     # Anew, not as copies of this one, in which torch has threads and a GPU.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         return len(list(pool.map(compiled, kernels_asked_for(), chunksize=4)))
@@ -93,7 +95,7 @@ def fill_cache(architecture: str, jobs: int) -> int:
 
 def main() -> int:
     """Builds, if need be, then fills the cache."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.prepare", description=__doc__.splitlines()[0])
+    parser = parser_of("prepare", __doc__)
     parser.add_argument("--architecture", metavar="X.Y", help="compute capability (default: that of this GPU)")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the program (default cuda)")
     arguments = parser.parse_args()
@@ -108,7 +110,7 @@ def main() -> int:
     if arguments.device == "cuda" and importlib.util.find_spec("cupy") is not None:
         os.environ.setdefault("CUPY_CACHE_DIR", str(CUPY_CACHE))
         count = fill_cache(architecture, os.cpu_count() or 1)
-        print(f"{count} kernels are in {jit.cache_directory()}, after {time.monotonic() - started:.0f} s")
+        print(f"{count} kernels are in {cupy.cache_directory()}, after {time.monotonic() - started:.0f} s")
     return 0 if problem is None else 1
 
 

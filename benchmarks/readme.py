@@ -6,15 +6,14 @@ import json
 import math
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
+from . import ROOT
 from .data import SOURCES
 from .end_to_end import NEURONS
 from .microbench import COMPILED, FLOOR, LAYOUTS, LOOP, PAIR, PLAIN, REFERENCE
 from .width_robustness import series
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 

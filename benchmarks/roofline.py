@@ -8,8 +8,6 @@ Choices such as noise or none, a full or a last segment, then fall on the side t
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import tempfile
 from collections import Counter
@@ -20,7 +18,8 @@ from typing import NamedTuple
 
 import networkx as nx
 
-from benchmarks.cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, kernel_of, usages
+from .common import parser_of, write_json
+from .cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, kernel_of, usages
 
 PAGE = CSRC / "ROOFLINE.md"
 LANES = 4  # neurons a thread
@@ -75,14 +74,17 @@ BY_CHANNEL = ("moments", "input gradient")
 
 # Instantiating the launchers names no kernel, and brings just those that are called.
 SOURCE = """\
-#include "lif_cuda.cuh"
+#include "cuda/choose.cuh"
 namespace asgl::cuda {{
 {}
 }}
 """
-INSTANTIATION = (
-    "template cudaError_t launch_{way}<Surrogate::kRectangle, true, {scalar}>(const {params}<{scalar}>&, cudaStream_t);"
-)
+OF_MODEL = "template cudaError_t launch(LIF<Surrogate::kRectangle, true>, const {}<{}>&, cudaStream_t);"
+OF_CHANNELS = "template cudaError_t launch(const {}<{}>&, cudaStream_t);"
+INSTANTIATIONS = {
+    "ForwardParams": OF_MODEL, "BackwardParams": OF_MODEL,
+    "MomentsParams": OF_CHANNELS, "InputGradientParams": OF_CHANNELS,
+}  # fmt: skip
 
 
 def class_of(instruction: Instruction) -> str:
@@ -238,21 +240,18 @@ def count(kernel: Kernel, code: Sequence[Instruction]) -> Count:
 
 def hot_kernels(nvcc: Nvcc, disassembler: Disassembler, architecture: int) -> Iterator[tuple[Kernel, Count]]:
     instantiations = [
-        INSTANTIATION.format(way=way, params=params, scalar=scalar)
-        for way, params in (("forward", "ForwardParams"), ("backward", "BackwardParams"))
-        for scalar in ("float", "BFloat16")
+        text.format(params, scalar) for params, text in INSTANTIATIONS.items() for scalar in ("float", "BFloat16")
     ]
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         source = directory / "hot.cu"
         source.write_text(SOURCE.format("\n".join(instantiations)))
-        for each in (source, CSRC / "batch_norm_cuda.cu"):
-            nvcc.to_ptx(each, directory)
-            cubin, log = nvcc.to_cubin(directory, each.stem, architecture)
-            hot = {kernel_of(symbol): symbol for symbol in usages(log) if is_hot(kernel_of(symbol))}
-            codes = disassembler.instructions(cubin, hot.values())
-            for kernel, symbol in hot.items():
-                yield kernel, count(kernel, codes[symbol])
+        nvcc.to_ptx(source, directory)
+        cubin, log = nvcc.to_cubin(directory, source.stem, architecture)
+        hot = {kernel_of(symbol): symbol for symbol in usages(log) if is_hot(kernel_of(symbol))}
+        codes = disassembler.instructions(cubin, hot.values())
+        for kernel, symbol in hot.items():
+            yield kernel, count(kernel, codes[symbol])
 
 
 def is_hot(kernel: Kernel) -> bool:
@@ -471,9 +470,8 @@ def page(found: Sequence[Prediction], version: str) -> str:
 
 def main() -> None:
     """Prints the page, or writes it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.splitlines()[0])
+    parser = parser_of("roofline", __doc__, "json")
     parser.add_argument("--write", action="store_true", help=f"write csrc/{PAGE.name} rather than print it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     arguments = parser.parse_args()
     nvcc, disassembler = Nvcc.find(), Disassembler.find()
     if nvcc is None or disassembler is None:
@@ -484,9 +482,7 @@ def main() -> None:
         PAGE.write_text(text)
     else:
         print(text, end="")
-    if arguments.json:
-        rows = [{**p._asdict(), "binds": p.binds, "ratio": p.ratio} for p in found]
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(arguments.json, [{**p._asdict(), "binds": p.binds, "ratio": p.ratio} for p in found])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ The paper has this for CIFAR-10 and CIFAR-100 with ResNet-18; the table shows it
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -35,8 +34,8 @@ from torch.nn import functional
 import asgl_cuda
 from asgl_cuda import OverTime
 
+from .common import cosine_schedules, machine, optimizers_of, parser_of, write_json
 from .data import SOURCES, Data, available
-from .microbench import machine
 
 SG, ASGL = METHODS = ("SG", "ASGL")
 SURROGATES = ("rectangle", "sigmoid")
@@ -140,19 +139,12 @@ def train(run: Run, data: Data, settings: dict[str, Any], device: torch.device) 
     started = time.perf_counter()
     torch.manual_seed(run.seed)
     model = network(data.train.shape[1:], data.classes, run).to(device)
-    of_width = {id(value) for name, value in model.named_parameters() if name.endswith("log_width")}
-    weights = [value for value in model.parameters() if id(value) not in of_width]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.SGD(
-            weights, lr=SETTINGS["rate"], momentum=SETTINGS["momentum"], weight_decay=SETTINGS["weight_decay"]
-        )
-    ]
-    if of_width:
-        widths = [value for value in model.parameters() if id(value) in of_width]
-        optimizers.append(torch.optim.Adam(widths, lr=settings["width_rate"]))
+    optimizers = optimizers_of(
+        model, SETTINGS["rate"], settings["width_rate"], SETTINGS["momentum"], SETTINGS["weight_decay"]
+    )
     epochs = of_data(settings["epochs"], run.data)
     steps = epochs * math.ceil(len(data.train) / SETTINGS["batch"])
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) for optimizer in optimizers]
+    steppers = [*optimizers, *cosine_schedules(optimizers, steps)]
     for _ in range(epochs):
         model.train()
         for batch in torch.randperm(len(data.train)).split(SETTINGS["batch"]):
@@ -161,7 +153,7 @@ def train(run: Run, data: Data, settings: dict[str, Any], device: torch.device) 
                 samples = torch.stack([data.augment(sample) for sample in samples])
             model.zero_grad()
             functional.cross_entropy(scores_of(model, samples, device), labels).backward()
-            for stepper in (*optimizers, *schedules):
+            for stepper in steppers:
                 stepper.step()
     neurons = [layer for layer in model if isinstance(layer, asgl_cuda.LIF)]
     return {
@@ -221,9 +213,7 @@ def train_all(runs: list[Run], report: dict[str, Any], file: Path, jobs: int, ro
                 run = waiting[done]
                 report["runs"][str(run)] = done.result()
                 report["seconds"] = spent + time.perf_counter() - started
-                part = file.with_suffix(".part")
-                part.write_text(json.dumps(report, indent=1) + "\n")
-                part.replace(file)
+                write_json(file, report)
                 progress.advance(tasks[run.data])
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -322,7 +312,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
 
 def main() -> int:
     """Trains what is not trained yet, prints the table, draws the figure."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.width_robustness", description=__doc__.splitlines()[0])
+    parser = parser_of("width_robustness", __doc__, "json", "plot")
     parser.add_argument("--data", nargs="+", choices=SOURCES, help="default: all that are there")
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="where real data sets lie, under their own names")
     parser.add_argument("--surrogates", nargs="+", choices=SURROGATES, default=SURROGATES)
@@ -331,8 +321,6 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one seed, two widths, a third of the epochs")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--jobs", type=int, help="trainings at a time (default: one a core; on a GPU, one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="results, also of earlier calls (default: build/...)")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them")
     arguments = parser.parse_args()
     root = arguments.data_root
     if root is not None and not root.is_dir():

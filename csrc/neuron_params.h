@@ -38,7 +38,7 @@ struct ParameterView {
   ASGL_HOST_DEVICE Real uniform_value() const { return data == nullptr ? constant : *data; }
 };
 
-// Whether the first `count` parameters are.
+// Says whether the first `count` parameters are uniform.
 template <class Real>
 ASGL_HOST_DEVICE bool all_uniform(const ParameterView<Real> (&parameters)[kNumParameters], int count = kNumParameters) {
   bool all = true;
@@ -53,7 +53,7 @@ ASGL_HOST_DEVICE Neuron<Real> neuron_of(F&& value) {
           value(kInputGain), value(kInputBias), value(kInputMean)};
 }
 
-// Neuron n where all parameters are uniform, except, with kNormalised, those of the input, which are the same at all
+// Neuron n where all parameters are uniform; with kNormalised the parameters of the input are only the same at all
 // steps.
 template <Input kInput, class Real>
 ASGL_HOST_DEVICE Neuron<Real> settled_neuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n) {
@@ -94,13 +94,14 @@ struct LIFParams {
   NeuronOptions<Real> options;
   NoiseParams noise;
   NeuronTiles tiles;
-  const Scalar* x_seq;     // [outer, T, inner]
+  const Scalar* x_seq;      // [outer, T, inner]
   State<const Real*> init;  // [N]; null: at rest
 
   // The state of a neuron at rest.
   ASGL_HOST_DEVICE State<Real> at_rest() const { return {options.v_rest}; }
 
-  // kGeneral also where other parameters than those of the input differ, or these from step to step.
+  // What charge may take for granted; kGeneral also where parameters of the input differ from step to step, or any
+  // other parameter from neuron to neuron.
   ASGL_HOST_DEVICE Input input() const {
     bool per_step = false;
     for (int id = kInputGain; id < kNumParameters; ++id) {
@@ -125,7 +126,7 @@ struct ForwardParams : LIFParams<Scalar> {
   Real* h_seq;               // [outer, T, inner]
   State<Real*> checkpoints;  // [(T - 1) / kCheckpointSteps, N], after steps 16, 32, ...
 
-  // Whether nothing is wanted except spikes, the last state and checkpoints.
+  // Says whether nothing is wanted except spikes, the last state and checkpoints.
   ASGL_HOST_DEVICE bool only_spikes() const {
     return v_seq == nullptr && h_seq == nullptr && !this->options.scale_output;
   }
@@ -155,21 +156,14 @@ struct BackwardParams : LIFParams<Scalar> {
 
   ASGL_HOST_DEVICE bool wants(int id) const { return partials[id].data != nullptr; }
 
-  // Whether no gradient is there or wanted except those of spikes, the sequence, states, width, and gain and bias of
-  // the input.
+  // Says whether gradients are there and wanted of nothing except spikes, the sequence, states, width, and gain and
+  // bias of the input.
   ASGL_HOST_DEVICE bool only_spikes() const {
     bool only = grad_v_seq == nullptr && grad_h_seq == nullptr && !this->options.scale_output;
     for (int id = 0; id < kNumParameters; ++id) {
       only = only && (id == kWidth || id == kInputGain || id == kInputBias || !wants(id));
     }
     return only;
-  }
-
-  // Whether a gradient has come in for the state after the last step.
-  ASGL_HOST_DEVICE bool carries() const {
-    bool any = false;
-    for_each_member([&](const Real* grad) { any = any || grad != nullptr; }, grad_last);
-    return any;
   }
 };
 
@@ -179,13 +173,13 @@ struct GradientSum {
   GradientPartials<Real> partials;
   ParameterView<Real> parameter;
   SequenceShape shape;
-  int64 tile;     // neurons
-  bool is_width;  // the sums are then of 1 / width
+  int64 tile;      // neurons
+  bool is_width;   // the sums are then of 1 / width
   Real* gradient;  // [T or 1, count]
 
   ASGL_HOST_DEVICE int64 elements() const { return (parameter.step_stride != 0 ? shape.steps : 1) * parameter.count; }
 
-  // Adds up the slots first, first + stride, ... of the given element of the gradient.
+  // The sum of the slots first, first + stride, ... of the given element of the gradient.
   ASGL_HOST_DEVICE double sum_slots(int64 element, int64 first, int64 stride) const {
     const int64 t = element / parameter.count, i = element % parameter.count;
     double total = 0;

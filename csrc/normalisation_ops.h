@@ -1,31 +1,11 @@
-// The operators of batch normalisation as templates over the backend, as those of ops.h; see there for who checks what.
-//
-// A Backend has, beside what ops.h asks for: channel_tiles(shape, x_seq, grad_x_seq), how the values will be cut;
-// launch_moments, launch_coefficients, launch_adjoint and launch_input_gradient of their parameters.
+// The operators of batch normalisation as templates over the backend, as in ops.h, which says who checks what.
 #pragma once
 
-#include "batch_norm_launch.h"
 #include "ops.h"
 
 namespace asgl::ops {
 
 static_assert(sizeof(Moments) == 3 * sizeof(double));
-
-inline ChannelShape channel_shape(const Layout& layout) {
-  const int64_t channel = layout.time_dim() <= 1 ? 2 : 1;
-  TORCH_CHECK_VALUE(channel < static_cast<int64_t>(layout.sizes().size()),
-                    "asgl_cuda: x_seq must have a dimension of channels, got shape ", at::IntArrayRef(layout.sizes()));
-  ChannelShape shape = {1, layout.sizes()[channel], 1};
-  int64* extent = &shape.rows;
-  for (const int64_t dim : layout.order()) {
-    if (dim == channel) {
-      extent = &shape.inner;
-    } else {
-      *extent *= layout.sizes()[dim];
-    }
-  }
-  return shape;
-}
 
 // The elements of a tensor that must have this shape, or null where there is none.
 template <class Element>
@@ -82,14 +62,15 @@ std::tuple<Tensor, Tensor> batch_norm_coefficients(const Tensor& x_seq, const Op
       const bool empty = shape.rows == 0 || shape.inner == 0;
       MomentsParams<Scalar> own{};
       own.x_seq = const_pointer<Scalar>(x_seq);
-      if (!empty) own.tiles = backend.channel_tiles(shape, own.x_seq, static_cast<const Scalar*>(nullptr));
+      own.tiles.shape = shape;
+      if (!empty) backend.cut(own);
       params.slots = empty ? 1 : own.tiles.slots();
       found = at::empty({params.slots, shape.channels, 3}, wide);
       own.moments = as_moments(found);
       if (empty) {
         found.zero_();
       } else {
-        backend.launch_moments(own);
+        backend.launch(own);
       }
       params.moments = own.moments;
     }
@@ -101,7 +82,7 @@ std::tuple<Tensor, Tensor> batch_norm_coefficients(const Tensor& x_seq, const Op
     params.options = {eps, input_scale};
     params.coefficients = coefficients.mutable_data_ptr<Real>();
     params.total = as_moments(total);
-    backend.launch_coefficients(params);
+    backend.launch(params);
   });
   return {coefficients, total};
 }
@@ -145,15 +126,16 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const T
     params.grad_weight = grad_weight.mutable_data_ptr<Real>();
     params.grad_shift = grad_shift.mutable_data_ptr<Real>();
     params.adjoint = adjoint.mutable_data_ptr<Real>();
-    backend.launch_adjoint(params);
+    backend.launch(params);
     if (!wanted) return;
     InputGradientParams<Scalar> pass{};
     pass.x_seq = const_pointer<Scalar>(x_seq);
     pass.grad_x_seq = pointer<Scalar>(grad_x_seq);
-    pass.tiles = backend.channel_tiles(shape, pass.x_seq, static_cast<const Scalar*>(pass.grad_x_seq));
+    pass.tiles.shape = shape;
+    backend.cut(pass);
     pass.mean = params.coefficients + kCoefficientMean * shape.channels;
     pass.adjoint = params.adjoint;
-    backend.launch_input_gradient(pass);
+    backend.launch(pass);
   });
   return {grad_weight, grad_shift};
 }

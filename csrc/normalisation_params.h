@@ -13,7 +13,7 @@ struct ChannelShape {
   ASGL_HOST_DEVICE int64 columns() const { return channels * inner; }
 };
 
-// How the values are cut among tasks, so that each channel of a task's tile is whole or alone. A task goes through some
+// The values are cut among tasks so that each channel of a task's tile is whole or alone. A task goes through some
 // of the rows of a tile of `width` units, a unit being `lanes` neighbouring columns of a channel, `ways` rows at a
 // time. No cut depends on the number of threads.
 struct ChannelTiles {

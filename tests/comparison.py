@@ -32,7 +32,7 @@ def rng_state(seed: int = 1234567890123, offset: int = 42, device: Any = "cpu") 
 def assert_equals_reference(x_seq: Tensor, backend: str, **options: Any) -> None:
     """Outputs and all gradients: the same bits for rectangle and triangle, else the last places (DESIGN: types, bits).
 
-    - Of triangle, gradients under 1e-37 may differ by a few of the smallest numbers: see csrc/surrogate_math.h.
+    - Gradients of triangle under 1e-37 may differ by a few of the smallest numbers: csrc/math/surrogates.h says why.
     - Potentials and float32 spikes of the other surrogates: 1e-6, some ten roundings.
     - Half types round that once more when they are stored, so a last place of the type may flip.
     - Parameter gradients are sums in another order: 1e-5.

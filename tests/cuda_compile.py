@@ -6,7 +6,7 @@ against the installed torch. A change of registers is only reported. Everything 
 has it: to PTX for compute_75 and compute_80, and from that for each architecture. Those for which ptxas makes the code
 of another are compiled with --update alone, which fails where they take other registers.
 
-NVRTC compiles what asgl_cuda/launch.py can ask for, as asgl_cuda/jit.py has it, for two architectures, with --update
+NVRTC compiles what asgl_cuda/backends can ask for, as its cupy.py has it, for two architectures, with --update
 for four. What fails: a kernel that nvcc's build lacks or has beyond; a spill that nvcc's does not have; and, where
 NVRTC is of nvcc's version and both go by the same PTX version, other registers than nvcc's. The general backward kernel
 may have others, as long as as many blocks fit on a multiprocessor: NVRTC's front end orders its many values otherwise.
@@ -32,13 +32,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from asgl_cuda import batch_norm_launch, compilation, jit, launch
+from asgl_cuda import compilation
+from asgl_cuda.backends import cupy, normalisation_kernels
+from asgl_cuda.backends import neuron_kernels as launch
+from asgl_cuda.backends.structures import constant
 from asgl_cuda.surrogate import SURROGATES
 from benchmarks.cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, Usage, kernel_of, run
 from benchmarks.cuda_code import usages as usages_of
 
 TABLE = CSRC / "RESOURCES.md"
-SOURCES = (CSRC / "lif_cuda.cu", CSRC / "batch_norm_cuda.cu")  # first what takes longest
+SOURCES = (CSRC / "cuda" / "launch.cu",)
 LISTED_DTYPES = ("float32", "bfloat16")
 LISTED_SURROGATES = ("rectangle", "sigmoid")
 OTHERS, NVRTC, SPILLS = "All others", "NVRTC", "Spills and stack"
@@ -311,7 +314,7 @@ def compile_ops(nvcc: Nvcc, directory: Path) -> None:
     stand_in.parent.mkdir(parents=True)
     stand_in.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    includes = [nvcc.include, *include_paths(), sysconfig.get_paths()["include"], directory / "include"]
+    includes = [nvcc.include, CSRC, *include_paths(), sysconfig.get_paths()["include"], directory / "include"]
     isystem = [word for path in includes for word in ("-isystem", path)]
     defines = ["-DASGL_WITH_CUDA", "-DTORCH_EXTENSION_NAME=_C"]
     flags = [*compilation.CXX_FLAGS, "-O0"]  # it is not run
@@ -326,12 +329,12 @@ def kernels_asked_for() -> list[str]:
     names = []
     for real in (torch.float32, torch.float64):
         names += [launch.gradient_sum_kernel(real, whole) for whole in (False, True)]
-        names += [batch_norm_launch.coefficients_kernel(real), batch_norm_launch.adjoint_kernel(real)]
+        names += [normalisation_kernels.coefficients_kernel(real), normalisation_kernels.adjoint_kernel(real)]
     for dtype in launch.SCALARS:
         for lanes in (1,) if dtype == torch.float64 else (1, 4):
             names += [
-                batch_norm_launch.moments_kernel(dtype, lanes),
-                batch_norm_launch.input_gradient_kernel(dtype, lanes),
+                normalisation_kernels.moments_kernel(dtype, lanes),
+                normalisation_kernels.input_gradient_kernel(dtype, lanes),
             ]
     for dtype, surrogate, hard in product(launch.SCALARS, range(len(SURROGATES)), (False, True)):
         kinds = dtype, surrogate, hard
@@ -347,7 +350,7 @@ def kernels_asked_for() -> list[str]:
 
 def compile_by_nvrtc(architecture: int, kernels: list[str]) -> dict[str, Usage]:
     """By symbol."""
-    _, log = jit.compile_kernels(kernels, f"sm_{architecture}", "-Xptxas=-v")
+    _, log = cupy.compile_kernels(kernels, f"sm_{architecture}", "-Xptxas=-v")
     return usages_of(log)
 
 
@@ -365,7 +368,7 @@ def nvrtc_resources(architectures: Sequence[int], jobs: int) -> Resources:
 
 def resident_blocks(kernel: Kernel, usage: Usage) -> int:
     """How many blocks' registers a multiprocessor has room for; it deals them out by eight a thread."""
-    threads = launch.SUM_THREADS if kernel.kind.startswith("gradient") else launch.BLOCK_THREADS
+    threads = constant("kSumThreads" if kernel.kind.startswith("gradient") else "kBlockThreads")
     return MULTIPROCESSOR_REGISTERS // (threads * -(-usage.registers // 8) * 8)
 
 
@@ -419,7 +422,7 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: one a core)")
     arguments = parser.parse_args()
-    if arguments.update and (arguments.architectures or jit.nvrtc_problem()):
+    if arguments.update and (arguments.architectures or cupy.nvrtc_problem()):
         parser.error("--update needs all architectures, and NVRTC")
     nvcc = Nvcc.find()
     if nvcc is None:
@@ -464,12 +467,12 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
             for found in pool.map(partial(hot_path_problems, disassembler, cubins, symbols), disassembled):
                 problems += found
     rows = rows_of(resources)
-    reason = jit.nvrtc_problem()
+    reason = cupy.nvrtc_problem()
     if reason is not None:
         print(f"NVRTC: SKIPPED, {reason}: pip install cupy-cuda13x nvidia-cuda-nvrtc")
     else:
         start = time.monotonic()
-        version = jit.nvrtc_version()
+        version = cupy.nvrtc_version()
         wanted = NVRTC_ARCHITECTURES if arguments.update else NVRTC_WITHOUT_UPDATE
         chosen = sorted(set(wanted) & set(architectures))
         found = nvrtc_resources(chosen, arguments.jobs)

@@ -14,18 +14,19 @@ from typing import NamedTuple
 import torch
 import torch.utils.cpp_extension
 
-from asgl_cuda import backends, batch_norm_launch, ops
+from asgl_cuda import backends, ops
+from asgl_cuda.backends import normalisation_kernels
 
 ROOT = Path(__file__).parents[1]
-EMULATION = ROOT / "tests" / "emulation"
+EMULATION = ROOT / "tests" / "cuda" / "emulation"
 NAMESPACE = "asgl_cuda_emulated"
 REPLAYED_NAMESPACE = "asgl_cuda_replayed"
-# As the extension is compiled, but for speed of compilation and what warns of #pragma unroll.
-FLAGS = ["-O2", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wno-unknown-pragmas"]
+# The extension is compiled so, except for the speed of compilation and the warning of #pragma unroll.
+FLAGS = "-O2 -std=c++20 -DASGL_WITH_CUDA -ffp-contract=off -fno-math-errno -pthread -Wno-unknown-pragmas".split()
 
 # On a device that any grid fills, the launchers take four neurons a thread wherever the layout allows it.
 TINY, LARGE = 0, 132  # multiprocessors
-THREADS_EACH = 2048  # that a multiprocessor holds, as in emulation/cuda_emulation.h
+THREADS_EACH = 2048  # that a multiprocessor holds, as in cuda/emulation/cuda_emulation.h
 
 
 def compiler() -> list[str] | None:
@@ -88,7 +89,7 @@ def register() -> Emulation:
     ops.define_operators(NAMESPACE)
     path = torch.utils.cpp_extension.load(
         NAMESPACE,
-        [str(EMULATION / "emulated_lif.cpp"), str(EMULATION / "emulated_ops.cpp")],
+        [str(EMULATION / "emulated_kernels.cpp"), str(EMULATION / "emulated_ops.cpp")],
         extra_cflags=FLAGS,
         extra_ldflags=["-pthread"],
         extra_include_paths=[str(EMULATION / "include"), str(ROOT / "csrc")],
@@ -96,7 +97,7 @@ def register() -> Emulation:
         is_python_module=False,
     )
     emulation = Emulation(path or str(directory / f"{NAMESPACE}.so"))
-    batch_norm_launch.implement(REPLAYED_NAMESPACE, "CPU", emulation)
+    normalisation_kernels.implement(REPLAYED_NAMESPACE, "CPU", emulation)
     for name, namespace in (("emulated", NAMESPACE), ("replayed", REPLAYED_NAMESPACE)):
         backends.BACKENDS[name] = backends.Backend(("cpu",), backends.operators_in(namespace), lambda: None)
     return emulation

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CSRC = Path(__file__).parents[1] / "csrc"
-EMULATION = Path(__file__).parent / "emulation"
+EMULATION = Path(__file__).parent / "cuda" / "emulation"
 # No contraction, as in the build of the extension: the kernels promise equal bits.
 FLAGS = ("-std=c++20", "-ffp-contract=off", "-pthread")
 
@@ -55,7 +55,7 @@ def few_instantiations(directory: Path) -> Path:
 
 
 def build(name: str, program: Path, flags: Sequence[str] = (), csrc: Path = CSRC) -> None:
-    """Compiles tests/emulation/NAME.cpp with the kernels that are in `csrc`."""
+    """Compiles tests/cuda/emulation/NAME.cpp with the kernels that are in `csrc`."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     paths = [f"-I{EMULATION / 'include'}", f"-I{csrc}"]
     command = [*compiler, *FLAGS, *flags, *paths, str(EMULATION / f"{name}.cpp"), "-o", str(program)]

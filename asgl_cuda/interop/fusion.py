@@ -21,8 +21,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ..layout import channel_dim
 from ..neuron import LIF, BatchNormLIF
-from ..reference import channel_dim
 from .conversion import Left, Replaced, Report, check_model, convert, copied, libraries, taken
 from .fused import Fused, Wrapper
 from .normalised import Normalisation, Normalised, PassedThrough, Place, normalised_class, varies_by_channel

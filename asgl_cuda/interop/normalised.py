@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..batch_norm import module_batch_norm_lif
 from ..functional import LIFOutput
+from ..layout import channel_dim, real_type
 from ..neuron import LIF
-from ..reference import channel_dim, real_type
 from .fused import Fused, fused_class
 
 

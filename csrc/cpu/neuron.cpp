@@ -177,7 +177,7 @@ void run_general(const BackwardParams<Scalar>& params) {
       };
       for (int id = 0; id < kNumParameters; ++id) clear(id);
       load_state(params.grad_last, tile.first, State<Real>{}, length, d_state);
-      bool carried = params.carries();
+      bool carried = exists(params.grad_last);
 
       for (int64 start = (params.shape.steps - 1) / segment * segment; start >= 0; start -= segment) {
         const int64 stop = std::min(params.shape.steps, start + segment);
@@ -263,7 +263,7 @@ void run_uniform(const BackwardParams<Scalar>& params) {
       const auto h_row = [&](int64 k) { return h + k * rows.stride(); };
       load_state(params.grad_last, tile.first, State<Real>{}, tile.length, d_state);
       std::fill_n(width, tile.length, Real(0));
-      bool carried = params.carries();
+      bool carried = exists(params.grad_last);
 
       for (int64 start = last_start; start >= 0; start -= segment) {
         const int64 stop = std::min(shape.steps, start + segment), steps = stop - start;

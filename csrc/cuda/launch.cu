@@ -1,35 +1,60 @@
-// The CUDA backend's launchers for every type, surrogate and reset.
-#include "dispatch.h"
-#include "lif_cuda.cuh"
+// The CUDA launchers for every type and model.
+#include "cuda/choose.cuh"
+#include "launch.h"
 
 namespace asgl::cuda {
 
 template <class Scalar>
-cudaError_t launch_forward(Surrogate surrogate, bool hard_reset, const ForwardParams<Scalar>& params,
-                           cudaStream_t stream) {
-  return with_surrogate(surrogate, [&](auto kind) {
-    return with_bool(hard_reset, [&](auto hard) { return launch_forward<kind, hard>(params, stream); });
-  });
+cudaError_t launch(const ForwardParams<Scalar>& params, cudaStream_t stream) {
+  cudaError_t error = cudaErrorInvalidValue;
+  with_model(params.options, [&](auto model) { error = launch(model, params, stream); });
+  return error;
 }
 
 template <class Scalar>
-cudaError_t launch_backward(Surrogate surrogate, bool hard_reset, const BackwardParams<Scalar>& params,
-                            cudaStream_t stream) {
-  return with_surrogate(surrogate, [&](auto kind) {
-    return with_bool(hard_reset, [&](auto hard) { return launch_backward<kind, hard>(params, stream); });
-  });
+cudaError_t launch(const BackwardParams<Scalar>& params, cudaStream_t stream) {
+  cudaError_t error = cudaErrorInvalidValue;
+  with_model(params.options, [&](auto model) { error = launch(model, params, stream); });
+  return error;
 }
 
-#define ASGL_INSTANTIATE(Scalar)                                                                            \
-  template cudaError_t backward_tiles<Scalar>(const BackwardParams<Scalar>&, TilePlan*);                    \
-  template cudaError_t launch_forward<Scalar>(Surrogate, bool, const ForwardParams<Scalar>&, cudaStream_t); \
-  template cudaError_t launch_backward<Scalar>(Surrogate, bool, const BackwardParams<Scalar>&, cudaStream_t);
-ASGL_INSTANTIATE(Half)
-ASGL_INSTANTIATE(BFloat16)
-ASGL_INSTANTIATE(float)
-ASGL_INSTANTIATE(double)
-#undef ASGL_INSTANTIATE
-template cudaError_t launch_gradient_sum<float>(const GradientSum<float>&, cudaStream_t);
-template cudaError_t launch_gradient_sum<double>(const GradientSum<double>&, cudaStream_t);
+template cudaError_t cut(ForwardParams<Half>&);
+template cudaError_t launch(const ForwardParams<Half>&, cudaStream_t);
+template cudaError_t cut(BackwardParams<Half>&);
+template cudaError_t launch(const BackwardParams<Half>&, cudaStream_t);
+template cudaError_t cut(MomentsParams<Half>&);
+template cudaError_t launch(const MomentsParams<Half>&, cudaStream_t);
+template cudaError_t cut(InputGradientParams<Half>&);
+template cudaError_t launch(const InputGradientParams<Half>&, cudaStream_t);
+template cudaError_t cut(ForwardParams<BFloat16>&);
+template cudaError_t launch(const ForwardParams<BFloat16>&, cudaStream_t);
+template cudaError_t cut(BackwardParams<BFloat16>&);
+template cudaError_t launch(const BackwardParams<BFloat16>&, cudaStream_t);
+template cudaError_t cut(MomentsParams<BFloat16>&);
+template cudaError_t launch(const MomentsParams<BFloat16>&, cudaStream_t);
+template cudaError_t cut(InputGradientParams<BFloat16>&);
+template cudaError_t launch(const InputGradientParams<BFloat16>&, cudaStream_t);
+template cudaError_t cut(ForwardParams<float>&);
+template cudaError_t launch(const ForwardParams<float>&, cudaStream_t);
+template cudaError_t cut(BackwardParams<float>&);
+template cudaError_t launch(const BackwardParams<float>&, cudaStream_t);
+template cudaError_t cut(MomentsParams<float>&);
+template cudaError_t launch(const MomentsParams<float>&, cudaStream_t);
+template cudaError_t cut(InputGradientParams<float>&);
+template cudaError_t launch(const InputGradientParams<float>&, cudaStream_t);
+template cudaError_t cut(ForwardParams<double>&);
+template cudaError_t launch(const ForwardParams<double>&, cudaStream_t);
+template cudaError_t cut(BackwardParams<double>&);
+template cudaError_t launch(const BackwardParams<double>&, cudaStream_t);
+template cudaError_t cut(MomentsParams<double>&);
+template cudaError_t launch(const MomentsParams<double>&, cudaStream_t);
+template cudaError_t cut(InputGradientParams<double>&);
+template cudaError_t launch(const InputGradientParams<double>&, cudaStream_t);
+template cudaError_t launch(const GradientSum<float>&, cudaStream_t);
+template cudaError_t launch(const CoefficientsParams<float>&, cudaStream_t);
+template cudaError_t launch(const AdjointParams<float>&, cudaStream_t);
+template cudaError_t launch(const GradientSum<double>&, cudaStream_t);
+template cudaError_t launch(const CoefficientsParams<double>&, cudaStream_t);
+template cudaError_t launch(const AdjointParams<double>&, cudaStream_t);
 
 }  // namespace asgl::cuda

@@ -2,8 +2,8 @@
 // says: a thread owns one column, or four of one channel, for some rows.
 #pragma once
 
-#include "batch_norm_params.h"
-#include "lif_kernels.cuh"
+#include "cuda/neuron_kernels.cuh"
+#include "normalisation_params.h"
 
 namespace asgl {
 
@@ -34,7 +34,7 @@ struct ChannelPlace {
   }
 };
 
-// Adds up over the threads that have the same channel: the first of them, in the first way, gets the sum. All threads
+// The moments of all threads that have the same channel: the first of them, in the first way, gets these. All threads
 // of the block must come here.
 template <int kLanes>
 __device__ __forceinline__ Moments join_in_block(const Moments& own, const ChannelTiles& tiles,
@@ -57,11 +57,11 @@ __device__ __forceinline__ Moments join_in_block(const Moments& own, const Chann
   return moments[thread];
 }
 
-// Of x - shift and of its square, over a thread's values.
+// The sums of x - shift and of its square, over a thread's values.
 struct ShiftedSums {
   double shift, sum, squares;
 
-  // Adds those of the first `rows` rows, at least one. Where m is about their mean and d = x - m, n values have
+  // Adds the values of the first `rows` rows, at least one. Where m is about their mean and d = x - m, n values have
   //   sum (x - shift) = n (m - shift) + sum d
   //   sum (x - shift)^2 = (m - shift) (n (m - shift) + 2 sum d) + sum d^2
   // of which only sums of d are rounded to Real: they are as small as the values are alike, wherever the shift is.

@@ -1,4 +1,4 @@
-// What a header needs to be compiled by nvcc, by NVRTC and by a host compiler alike: no standard header is included.
+// With this a header is compiled by nvcc, by NVRTC and by a host compiler alike: no standard header is included.
 #pragma once
 
 #if defined(__CUDACC__)

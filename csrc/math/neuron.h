@@ -25,6 +25,12 @@ ASGL_HOST_DEVICE State<T> map_members(F&& f, Other&& state) {
   return {f(state.v)};
 }
 
+// A state lies in memory with all its members, or it is not there.
+template <class T>
+ASGL_HOST_DEVICE bool exists(const State<T*>& state) {
+  return state.v != nullptr;
+}
+
 // The neuron's parameters at one element and step. `reset` is v_reset for the hard reset, reset_amount for the soft
 // one.
 template <class Real>
@@ -44,7 +50,7 @@ struct NeuronOptions {
   bool detach_reset;
 };
 
-// What charge may take for granted, which changes nothing but the sign of a zero.
+// charge may take this for granted, which changes nothing except the sign of a zero.
 enum class Input {
   kGeneral,
   kNormalised,  // v_rest = 0

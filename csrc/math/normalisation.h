@@ -1,6 +1,6 @@
-// Batch normalisation, as far as it is done for each channel: moments of its values, what the neuron's input parameters
-// are, and what turns the gradient of the normalised input into that of the input. All in float64, for a channel is but
-// a few numbers.
+// Batch normalisation, as far as it is done for each channel: moments of its values, the neuron's input parameters that
+// follow, and the step from the gradient of the normalised input to the gradient of the input. All is in float64, since
+// a channel has only a few numbers.
 #pragma once
 
 #include "math/half_types.h"
@@ -17,12 +17,12 @@ ASGL_HOST_DEVICE double sqrt(double x) { return __builtin_sqrt(x); }
 
 }  // namespace math
 
-// Of some of a channel's values; the variance is the biased one.
+// The moments of some of a channel's values; the variance is the biased one.
 struct Moments {
   double count, mean, variance;
 };
 
-// Of both together (Chan, Golub, LeVeque 1979).
+// The moments of both together (Chan, Golub, LeVeque 1979).
 ASGL_HOST_DEVICE Moments join(const Moments& a, const Moments& b) {
   const double count = a.count + b.count;
   if (count == 0) return a;
@@ -31,8 +31,9 @@ ASGL_HOST_DEVICE Moments join(const Moments& a, const Moments& b) {
           (1 - share) * a.variance + share * b.variance + share * (1 - share) * (distance * distance)};
 }
 
-// From the sums of x - shift and of its square. With one of the values as shift, the square of its distance from the
-// mean is at most `count` times the variance: so much cancels, which float64 can spare and float32 cannot.
+// The moments follow from the sums of x - shift and of its square. With one of the values as shift, the square of its
+// distance from the mean is at most `count` times the variance: so much cancels, which float64 can spare and float32
+// cannot.
 ASGL_HOST_DEVICE Moments shifted_moments(double count, double shift, double sum, double squares) {
   if (count == 0) return {0, 0, 0};
   const double offset = sum / count, variance = squares / count - offset * offset;
@@ -51,13 +52,13 @@ struct Normalisation {
 enum Coefficient { kCoefficientMean, kCoefficientGain, kCoefficientBias, kCoefficientVariance };
 constexpr int kNumCoefficients = 4;
 
-// What the neuron is given for a channel: with c = input_scale * (weight * (x - mean) / sqrt(variance + eps) + bias),
+// The neuron is given these for a channel: with c = input_scale * (weight * (x - mean) / sqrt(variance + eps) + bias),
 //   c = gain * (x - rounded_mean) + shift
-// where the shift makes up for what the mean has lost by rounding, and not for the mean, with which it would cancel.
+// where the shift makes up for what the mean has lost by rounding. It does not contain the mean, which would cancel.
 template <class Real>
 struct Coefficients {
   Real mean, gain, bias;
-  Real variance;  // the unbiased one
+  Real variance;  // unbiased
 
   ASGL_HOST_DEVICE Coefficients(const Moments& moments, double weight, double shift, const Normalisation& options) {
     const double exact_gain = options.input_scale / math::sqrt(moments.variance + options.eps) * weight;
@@ -68,7 +69,7 @@ struct Coefficients {
   }
 };
 
-// Over a channel: of dh * (x - rounded_mean), and of dh, the gradient of c.
+// The sums over a channel of dh * (x - rounded_mean), and of dh, the gradient of c.
 struct GradientSums {
   double gain, bias;
 };
@@ -95,7 +96,7 @@ struct NormalisationAdjoint {
   }
 };
 
-// dx, of gain * dh and x
+// dx follows from gain * dh and x.
 template <class Real>
 ASGL_HOST_DEVICE Real normalisation_adjoint(Real gain_dh, Real x, Real mean, Real slope, Real offset) {
   return gain_dh + (slope * (x - mean) + offset);

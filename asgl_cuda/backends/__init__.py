@@ -1,0 +1,141 @@
+"""Which backends there are, which of them work here, and which one a tensor gets."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .. import extension, ops
+from . import cupy
+
+
+class Operators(NamedTuple):
+    """The operators of asgl_cuda/ops.py, as one backend implements them."""
+
+    draw_rng_state: Callable[[torch.Tensor], torch.Tensor]
+    lif_forward: Callable[..., ops.ForwardResult]
+    lif_backward: Callable[..., ops.BackwardResult]
+    batch_norm_coefficients: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    batch_norm_backward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+class Backend(NamedTuple):
+    """A way to compute the neuron. `operators` is None for the reference, which is differentiated by autograd.
+
+    `problem` says why it does not work and what would help, None where it does. It is asked when a backend is chosen
+    for a tensor, never at import.
+    """
+
+    device_types: tuple[str, ...]  # empty: any
+    operators: Operators | None
+    problem: Callable[[], str | None]
+
+    def serves(self, device: torch.device) -> bool:
+        return not self.device_types or device.type in self.device_types
+
+    def problem_here(self) -> str | None:
+        """Also looks for the device, which a tensor that a backend is chosen for shows to be there."""
+        problem = self.problem()
+        if problem is None and self.device_types == ("cuda",) and not torch.cuda.is_available():
+            return "torch finds no CUDA device: torch.cuda.is_available() is False"
+        return problem
+
+
+def operators_in(namespace: str) -> Operators:
+    library = getattr(torch.ops, namespace)
+    return Operators(*(getattr(library, name).default for name in Operators._fields))
+
+
+def _extension_problem() -> str | None:
+    return extension.problem
+
+
+def _cuda_problem() -> str | None:
+    info = extension.build_info
+    if info is not None and info.cuda is None:
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is a build without CUDA. With one for CUDA: {extension.BUILD}"
+        return f"the extension was built without CUDA: {info.reason}. To build it anew: {extension.BUILD}"
+    return extension.problem
+
+
+# In the order in which they are preferred.
+BACKENDS: dict[str, Backend] = {
+    "cuda": Backend(("cuda",), operators_in("asgl_cuda"), _cuda_problem),
+    "cupy": Backend(("cuda",), operators_in(cupy.NAMESPACE), cupy.problem),
+    "cpu": Backend(("cpu",), operators_in("asgl_cuda"), _extension_problem),
+    "reference": Backend((), None, lambda: None),
+}
+
+_warned: set[str] = set()
+# Through which a call of the user's may come here: torch, and the libraries whose layers are converted.
+_NOT_THE_USERS = ("asgl_cuda", "torch", "spikingjelly", "snntorch", "norse", "sinabs")
+
+
+def available_backends() -> tuple[str, ...]:
+    """The names of the backends that work here, preferred ones first.
+
+    `unavailable_backends` tells of the others.
+    """
+    return tuple(name for name, backend in BACKENDS.items() if backend.problem_here() is None)
+
+
+def unavailable_backends() -> dict[str, str]:
+    """For each backend that does not work here: why, and what would make it work."""
+    problems = {name: backend.problem_here() for name, backend in BACKENDS.items()}
+    return {name: problem for name, problem in problems.items() if problem is not None}
+
+
+def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
+    """The backend asked for, or the best for the device; with a warning where that is the reference for want of better.
+
+    Raises ValueError for a name that is unknown or does not serve the device, RuntimeError for one that does not work.
+    """
+    if name is not None:
+        if name not in BACKENDS:
+            raise ValueError(f"{caller}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        backend = BACKENDS[name]
+        problem = backend.problem()
+        if problem is not None:
+            raise RuntimeError(f"{caller}: backend {name!r} is not available: {problem}")
+        if not backend.serves(device):
+            raise ValueError(
+                f"{caller}: backend {name!r} needs x_seq on {' or '.join(backend.device_types)}, got {device}"
+            )
+        return name
+    for candidate, backend in BACKENDS.items():
+        if backend.serves(device) and backend.problem() is None:
+            if candidate == "reference" and device.type != "meta":  # on which nothing is computed
+                _warn_about_reference(device)
+            return candidate
+    raise AssertionError("the reference serves every device")
+
+
+def _warn_about_reference(device: torch.device) -> None:
+    """Once for each type of device, with the user's line."""
+    if device.type in _warned:
+        return
+    _warned.add(device.type)
+    problems = [
+        f"{name}: {problem}"
+        for name, backend in BACKENDS.items()
+        if backend.serves(device) and (problem := backend.problem()) is not None
+    ]
+    why = "; ".join(problems) if problems else f"no fused backend serves {device.type}"
+    message = f"asgl_cuda: using the slow reference backend on {device.type}: {why}"
+    warnings.warn(message, stacklevel=_level_of_user())
+
+
+_warn_about_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see cupy.problem
+
+
+def _level_of_user() -> int:
+    """The stacklevel of the user's line, for the function that calls this."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    return level

@@ -1,0 +1,295 @@
+"""The CuPy backend: the CUDA kernels of csrc on a GPU without a compiler on the machine.
+
+NVRTC, a library of CUDA, compiles each kernel when it is first used, from the headers that are installed with this
+package, and CuPy starts it. What was compiled is kept in CuPy's cache on disk (CUPY_CACHE_DIR, else
+~/.cupy/kernel_cache). CuPy's own compilation, RawModule, is not used: it always flushes subnormal numbers to zero.
+
+While a CUDA graph is captured, a kernel can be started but not loaded: it must have been called once before, as torch
+asks for anyway.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from ctypes import Structure, addressof, c_void_p
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..extension import NO_SOURCES, digest_of_sources, source_directory
+from . import neuron_kernels, normalisation_kernels
+
+NAMESPACE = "asgl_cuda_cupy"
+HEADER = "cuda/normalisation_kernels.cuh"  # includes the kernels of the neuron
+# As compilation.py has nvcc called: no contraction, so that every backend rounds alike.
+OPTIONS = ("--std=c++17", "--fmad=false")
+# The smallest kernel: if it can be compiled and loaded, everything is there.
+PROBE = neuron_kernels.gradient_sum_kernel(torch.float32, False)
+
+logger = logging.getLogger("asgl_cuda")
+
+
+def install_command() -> str:
+    """What to type to get CuPy and NVRTC for the CUDA of the installed torch."""
+    extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy"
+    return f'pip install "asgl_cuda[{extra}]"'
+
+
+# ---- compilation ----
+
+
+class Binary(NamedTuple):
+    """A compiled kernel: the name that the linker knows it by, and a cubin or PTX."""
+
+    symbol: str
+    image: bytes
+
+
+def _nvrtc() -> Any:
+    from cupy_backends.cuda.libs import nvrtc
+
+    return nvrtc
+
+
+def target(capability: tuple[int, int]) -> str:
+    """The architecture to compile for: the device's own or, where NVRTC is too old to know it, PTX of the last before.
+
+    The driver then makes the code of the PTX.
+    """
+    wanted = 10 * capability[0] + capability[1]
+    known = [architecture for architecture in _nvrtc().getSupportedArchs() if architecture <= wanted]
+    if not known:
+        raise RuntimeError(f"asgl_cuda: this NVRTC does not compile for compute capability {wanted / 10:.1f}")
+    return f"sm_{wanted}" if wanted in known else f"compute_{max(known)}"
+
+
+def compile_kernels(kernels: list[str], architecture: str, *options: str) -> tuple[list[Binary], str]:
+    """The kernels in one image, each with its own symbol, and what NVRTC says of them. Needs no GPU."""
+    nvrtc = _nvrtc()
+    directory = source_directory()
+    program = nvrtc.createProgram(f'#include "{HEADER}"\n', "asgl_cuda.cu", (), ())
+    try:
+        for kernel in kernels:
+            nvrtc.addNameExpression(program, kernel)
+        try:
+            nvrtc.compileProgram(program, (*OPTIONS, f"--gpu-architecture={architecture}", f"-I{directory}", *options))
+        except nvrtc.NVRTCError as error:
+            raise RuntimeError(
+                f"asgl_cuda: NVRTC {nvrtc_version()} does not compile {', '.join(kernels)} for {architecture} "
+                f"({error}), from the headers in {directory}. Another NVRTC may: {install_command()}\n"
+                f"{nvrtc.getProgramLog(program)}"
+            ) from error
+        image = nvrtc.getPTX(program) if architecture.startswith("compute_") else nvrtc.getCUBIN(program)
+        binaries = [Binary(nvrtc.getLoweredName(program, kernel), image) for kernel in kernels]
+        return binaries, nvrtc.getProgramLog(program)
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def nvrtc_version() -> str:
+    return ".".join(map(str, _nvrtc().getVersion()))
+
+
+def nvrtc_problem() -> str | None:
+    """Why there is no NVRTC, or no CuPy to call it."""
+    try:
+        nvrtc_version()
+    except (ImportError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def cache_directory() -> Path:
+    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+
+
+def load_or_compile(kernel: str, architecture: str) -> Binary:
+    """From the cache on disk, or compiled and put there."""
+    directory = source_directory()
+    assert directory is not None  # problem() says so otherwise
+    parts = (kernel, architecture, nvrtc_version(), *OPTIONS)
+    key = hashlib.sha256(digest_of_sources(directory) + "\0".join(parts).encode()).hexdigest()
+    path = cache_directory() / f"asgl_cuda_{key}.cubin"
+    binary = _read(path)
+    if binary is None:
+        started = time.perf_counter()
+        (binary,), _ = compile_kernels([kernel], architecture)
+        logger.info("compiled %s for %s in %.2f s", kernel, architecture, time.perf_counter() - started)
+        _write(path, binary)
+    return binary
+
+
+def _read(path: Path) -> Binary | None:
+    """None if it is not there or damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    checksum, symbol_and_image = content[:32], content[32:]
+    if hashlib.sha256(symbol_and_image).digest() != checksum:
+        return None
+    symbol, _, image = symbol_and_image.partition(b"\0")
+    return Binary(symbol.decode(), image)
+
+
+def _write(path: Path, binary: Binary) -> None:
+    """Whole or not at all: other processes read and write there, too."""
+    content = binary.symbol.encode() + b"\0" + binary.image
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(content).digest() + content)
+        Path(file.name).replace(path)
+    except OSError as error:
+        logger.warning("a compiled kernel could not be kept, and will be compiled again by the next process: %s", error)
+
+
+# ---- launching ----
+
+
+def _driver() -> Any:
+    from cupy_backends.cuda.api import driver
+
+    return driver
+
+
+class CupyLauncher:
+    """Starts kernels through CuPy's binding of the CUDA driver, in the context that torch uses.
+
+    The device that is current, to torch and to CuPy, stays so.
+    """
+
+    def __init__(self) -> None:
+        self._functions: dict[tuple[int, str], int] = {}
+        self._resident_threads: dict[int, int] = {}
+
+    def resident_threads(self, device: torch.device) -> int:
+        index = device.index
+        if index not in self._resident_threads:
+            properties = torch.cuda.get_device_properties(device)
+            threads = properties.multi_processor_count * properties.max_threads_per_multi_processor
+            self._resident_threads[index] = threads
+        return self._resident_threads[index]
+
+    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: Structure) -> None:
+        driver = _driver()
+        arguments = (c_void_p * 1)(addressof(params))
+        with torch.cuda.device(device):
+            function = self._functions.get((device.index, kernel)) or self.load(device, kernel)
+            stream = torch.cuda.current_stream(device).cuda_stream
+            _make_context(driver, device.index)
+            driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(arguments), 0)
+
+    def load(self, device: torch.device, kernel: str) -> int:
+        """A handle of the kernel on the device, which must be the current one."""
+        driver = _driver()
+        binary = load_or_compile(kernel, target(torch.cuda.get_device_capability(device)))
+        _make_context(driver, device.index)
+        module = driver.moduleLoadData(binary.image)  # stays loaded
+        function: int = driver.moduleGetFunction(module, binary.symbol)
+        self._functions[device.index, kernel] = function
+        return function
+
+
+def _make_context(driver: Any, device_index: int) -> None:
+    """For a thread that has not used the device yet; CUDA's runtime would do it unasked, the driver does not."""
+    if not driver.ctxGetCurrent():
+        import cupy
+
+        cupy.cuda.runtime.setDevice(device_index)
+
+
+LAUNCHER = CupyLauncher()
+normalisation_kernels.implement(NAMESPACE, "CUDA", LAUNCHER)
+
+
+# ---- whether it works, and with what ----
+
+
+def description() -> str:
+    """Where the headers, NVRTC and the cache are, as far as they are there; for people."""
+    if nvrtc_problem() is not None:
+        nvrtc = "NVRTC missing"
+    else:
+        nvrtc = f"NVRTC {nvrtc_version()}" + "".join(f" in {path}" for path in _loaded("libnvrtc.so"))
+    return f"headers {source_directory() or 'missing'}, {nvrtc}, cache {cache_directory()}"
+
+
+def _loaded(library: str) -> list[str]:
+    """Paths of the shared libraries of this name in this process; on systems without /proc, none."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    return sorted({line.split()[-1] for line in lines if library in line})
+
+
+def problem() -> str | None:
+    """Why the backend does not work here, and the remedy; None if it does. Found out once, with the driver awake."""
+    return _problem()
+
+
+# Under torch.compile it is called, not traced. torch.compiler.assume_constant_result does no more than this, but it
+# imports the whole compiler.
+problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _problem() -> str | None:
+    return _problem_of_cupy() or _problem_of_device() or _problem_of_compilation()
+
+
+def _problem_of_cupy() -> str | None:
+    """CuPy imports, and is for the CUDA of torch."""
+    install = install_command()
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA. With one for CUDA: {install}"
+    try:
+        import cupy
+
+        driver = _driver()
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
+            return f"CuPy is not installed. To install it: {install}"
+        reason = next((line for line in str(error).splitlines() if line.strip("= ")), repr(error))
+        return f"CuPy is installed but does not import ({reason.strip()}). To mend it: {install}"
+    if cupy.cuda.runtime.is_hip:
+        return f"CuPy {cupy.__version__} is a build for ROCm. Uninstall it, then: {install}"
+    theirs, ours = driver.get_build_version() // 1000, int(torch.version.cuda.split(".")[0])
+    if theirs != ours:
+        return (
+            f"CuPy {cupy.__version__} is for CUDA {theirs}, and torch {torch.__version__} for CUDA {ours}. "
+            f"Without it (pip uninstall cupy-cuda{theirs}x): {install}"
+        )
+    return None
+
+
+def _problem_of_device() -> str | None:
+    import cupy
+
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device: torch.cuda.is_available() is False"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except RuntimeError as error:
+        return f"CuPy finds no CUDA device, though torch does: {error}"
+    return None if count else "CuPy finds no CUDA device, though torch does"
+
+
+def _problem_of_compilation() -> str | None:
+    """NVRTC and the headers are there, and the smallest kernel can be compiled and loaded."""
+    if source_directory() is None:
+        return NO_SOURCES
+    missing = nvrtc_problem()
+    if missing is not None:
+        return f"NVRTC, which compiles the kernels, is missing ({missing}). To install it: {install_command()}"
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        LAUNCHER.load(device, PROBE)
+    except RuntimeError as error:
+        return f"a first kernel could not be compiled and loaded: {error}"
+    return None

@@ -1,0 +1,312 @@
+"""The operators of the neuron on CUDA kernels that something else compiles and starts: csrc's operators in Python.
+
+A launcher knows how to start a kernel by its name. As in the compiled launchers, it is decided here which kernel it is,
+how many neurons a thread has and how large the grid is. Arguments have been checked in `lif`; without the checks that
+are made here again, kernels could read or write out of bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import Structure
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..layout import CHECKPOINT_STEPS, Layout, ParameterTensor, checkpoint_elements, real_type
+from ..ops import BackwardResult, ForwardResult, empty_gradients, empty_outputs
+from ..reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules
+from .structures import constant, structure
+
+SEGMENT_STEPS = (4, 8, CHECKPOINT_STEPS)  # the uniform backward kernel is compiled for these
+
+GENERAL, NORMALISED, PLAIN = "kGeneral", "kNormalised", "kPlain"  # enumerators of csrc's Input
+
+SCALARS = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.float16: "asgl::Half",
+    torch.bfloat16: "asgl::BFloat16",
+}
+
+
+class Launcher(Protocol):
+    """What starts kernels."""
+
+    def resident_threads(self, device: torch.device) -> int:
+        """How many threads the device can hold."""
+
+    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: Structure) -> None:
+        """Starts a kernel, named by a C++ expression, on the device's current stream."""
+
+
+# ---- names of kernels ----
+
+
+def _bool(value: object) -> str:
+    return "true" if value else "false"
+
+
+def _input(input: str) -> str:
+    return f"(asgl::Input){constant(f'Input::{input}')}"
+
+
+def _model(surrogate: int, hard_reset: object) -> str:
+    return f"asgl::LIF<(asgl::Surrogate){surrogate}, {_bool(hard_reset)}>"
+
+
+def forward_kernel(dtype: torch.dtype, surrogate: int, hard_reset: object, lanes: int, input: str) -> str:
+    """`lanes`: neurons a thread; `input`: GENERAL, NORMALISED or PLAIN."""
+    return f"asgl::lif_forward_kernel<{SCALARS[dtype]}, {_model(surrogate, hard_reset)}, {lanes}, {_input(input)}>"
+
+
+def backward_kernel(
+    dtype: torch.dtype, surrogate: int, hard_reset: object, lanes: int, input: str, steps: int = CHECKPOINT_STEPS
+) -> str:
+    """`steps`: the length of the sequence."""
+    kinds = f"{SCALARS[dtype]}, {_model(surrogate, hard_reset)}"
+    if input == GENERAL:
+        return f"asgl::lif_backward_kernel<{kinds}, {lanes}>"
+    segment = next((each for each in SEGMENT_STEPS if steps <= each), CHECKPOINT_STEPS)
+    return f"asgl::lif_backward_uniform_kernel<{kinds}, {segment}, {_input(input)}>"
+
+
+def gradient_sum_kernel(real: torch.dtype, whole_block: bool) -> str:
+    return f"asgl::gradient_sum_kernel<{SCALARS[real]}, {_bool(whole_block)}>"
+
+
+# ---- what every operator on kernels does ----
+
+
+def blocks_for(work: int, per_block: int) -> int:
+    return -(-work // per_block)
+
+
+def address_of(tensor: Tensor | None) -> int:
+    """Where its elements begin; 0, which is null, if there are none."""
+    return tensor.data_ptr() if tensor is not None and tensor.numel() else 0
+
+
+def is_aligned(tensor: Tensor | None) -> bool:
+    """Whether it begins where four elements can be read at once."""
+    return tensor is None or address_of(tensor) % (4 * tensor.element_size()) == 0
+
+
+class KernelOperators:
+    """Operators on the kernels of one launcher."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.launcher = launcher
+
+    def start(self, device: torch.device, kernel: str, blocks: int, params: Structure, threads: int = 0) -> None:
+        """Starts a kernel, by default with kBlockThreads threads a block, unless its grid is too large."""
+        most = constant("kMostBlocks")
+        if blocks > most:
+            raise RuntimeError(f"asgl_cuda: {kernel} would need {blocks} blocks, and a grid has at most {most}")
+        self.launcher.launch(device, kernel, blocks, threads or constant("kBlockThreads"), params)
+
+
+# ---- the operators ----
+
+
+class _Call:
+    """Everything that forward and backward prepare in the same way."""
+
+    def __init__(
+        self,
+        x_seq: Tensor,
+        v_init: Tensor | None,
+        rng_state: Tensor | None,
+        parameters: Sequence[Tensor | None],
+        numbers: Sequence[float],
+        rules: Sequence[int],
+    ) -> None:
+        self.rules = Rules(*rules)
+        self.layout = layout = Layout(x_seq, self.rules.time_dim)
+        self.real = real_type(x_seq.dtype)
+        for tensor in (v_init, *parameters):
+            if tensor is not None and (tensor.dtype != self.real or tensor.device != x_seq.device):
+                raise ValueError(
+                    f"asgl_cuda: parameters and v_init must be {self.real} on {x_seq.device}, got {tensor.dtype} on "
+                    f"{tensor.device}"
+                )
+        elements = 3 if self.rules.analog_below == BELOW_IN_STATE else 2
+        if self.rules.analog_below not in (0, DRAWS) and (
+            rng_state is None
+            or rng_state.dtype != torch.int64
+            or rng_state.numel() != elements
+            or rng_state.device != x_seq.device
+            or not rng_state.is_contiguous()
+        ):
+            raise ValueError(
+                f"asgl_cuda: rng_state must be contiguous, int64, of {elements} elements on {x_seq.device}"
+            )
+        self.x_seq, self.rng_state = x_seq, rng_state
+        self.v_init = None if v_init is None else layout.dense_state(v_init)
+        self.tensors = Parameters(*(None if each is None else ParameterTensor(each, layout) for each in parameters))
+        given = {**Numbers(*numbers)._asdict(), **self.rules._asdict()}
+        self.views = Parameters(*(self._view(tensor, given[name]) for name, tensor in self.tensors._asdict().items()))
+        options = structure("NeuronOptions", self.real)
+        self.options = options(**{name: given[name] for name, *_ in options._fields_})
+
+    def _view(self, parameter: ParameterTensor | None, number: float) -> Structure:
+        view = structure("ParameterView", self.real)
+        if parameter is None:
+            return view(constant=number, inner=self.layout.neurons, count=1)
+        return view(
+            data=parameter.data.data_ptr(), step_stride=parameter.step_stride, inner=parameter.inner,
+            count=parameter.count,
+        )  # fmt: skip
+
+    def params(self, name: str, tiles: tuple[int, int], **others: Any) -> Structure:
+        """The structure of this name: the parts that all kernels are given, and others."""
+        return structure(name, self.real)(
+            shape=self.layout.shape, parameters=tuple(self.views), options=self.options,
+            noise=(address_of(self.rng_state), self.rules.analog_below), tiles=tiles, x_seq=address_of(self.x_seq),
+            init=(address_of(self.v_init),), **others,
+        )  # fmt: skip
+
+    def cut(self, launcher: Launcher, *tensors: Tensor | None) -> tuple[int, tuple[int, int]]:
+        """Neurons a thread, and NeuronTiles: four where these lie side by side, share all parameters, fill the device.
+
+        `tensors` are the sequences and states beside x_seq and v_init.
+        """
+        fours = (
+            self.real != torch.float64
+            and self.layout.inner % 4 == 0
+            and not any(view.data and view.inner % 4 for view in self.views)
+            and all(is_aligned(each) for each in (self.x_seq, self.v_init, *tensors))
+            and self.layout.neurons // 4 >= launcher.resident_threads(self.x_seq.device) // 4
+        )
+        lanes = 4 if fours else 1
+        tile = lanes * constant("kBlockThreads")
+        return lanes, (tile, blocks_for(self.layout.neurons, tile))
+
+    def input(self, lanes: int) -> str:
+        """The input that a kernel may take for granted, as far as it is the same for forward and backward.
+
+        Numbers are compared as the structures have rounded them.
+        """
+        if lanes != 4 or self.options.scale_output or self.options.v_rest != 0:
+            return GENERAL
+        gain, bias, mean = of_input = self.views.input_gain, self.views.input_bias, self.views.input_mean
+        others = [view for view in self.views if not any(view is each for each in of_input)]
+        if any(view.data and (view.count != 1 or view.step_stride) for view in others):
+            return GENERAL
+        if any(view.data and view.step_stride for view in of_input):
+            return GENERAL
+        plain = not any(view.data for view in of_input) and (gain.constant, bias.constant, mean.constant) == (1, 0, 0)
+        return PLAIN if plain else NORMALISED
+
+
+class NeuronOperators(KernelOperators):
+    """The operators of the neuron."""
+
+    def draw_rng_state(self, fresh: Tensor) -> Tensor:
+        return torch.randint(2**63 - 1, (2,), dtype=fresh.dtype, device=fresh.device)
+
+    def lif_forward(
+        self,
+        x_seq: Tensor,
+        v_init: Tensor | None,
+        rng_state: Tensor | None,
+        parameters: Sequence[Tensor | None],
+        numbers: Sequence[float],
+        rules: Sequence[int],
+        wanted: Sequence[bool],
+    ) -> ForwardResult:
+        call = _Call(x_seq, v_init, rng_state, parameters, numbers, rules)
+        outputs = s_seq, v_last, v_seq, h_seq, checkpoints = empty_outputs(x_seq, call.rules.time_dim, wanted)
+        if checkpoints.numel():
+            checkpoints[-2:].zero_()
+        if call.layout.neurons:
+            lanes, tiles = call.cut(self.launcher, *outputs)
+            input = GENERAL if v_seq.numel() or h_seq.numel() else call.input(lanes)
+            params = call.params(
+                "ForwardParams", tiles, s_seq=address_of(s_seq), last=(address_of(v_last),), v_seq=address_of(v_seq),
+                h_seq=address_of(h_seq), checkpoints=(address_of(checkpoints),),
+            )  # fmt: skip
+            kernel = forward_kernel(x_seq.dtype, call.rules.surrogate, call.rules.hard_reset, lanes, input)
+            self.start(x_seq.device, kernel, params.tiles.count, params)
+        return outputs
+
+    def lif_backward(
+        self,
+        grads: Sequence[Tensor | None],
+        x_seq: Tensor,
+        v_init: Tensor | None,
+        rng_state: Tensor | None,
+        checkpoints: Tensor,
+        parameters: Sequence[Tensor | None],
+        numbers: Sequence[float],
+        rules: Sequence[int],
+        wanted: Sequence[bool],
+    ) -> BackwardResult:
+        call = _Call(x_seq, v_init, rng_state, parameters, numbers, rules)
+        layout, real, time_dim = call.layout, call.real, call.rules.time_dim
+        if checkpoints.dtype != real or checkpoints.numel() != checkpoint_elements(x_seq, time_dim):
+            raise ValueError("asgl_cuda: checkpoints do not belong to this x_seq")
+        grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq = grads
+        if grad_s_seq is not None:
+            grad_s_seq = layout.dense_sequence(grad_s_seq.to(x_seq.dtype))
+        if grad_v_last is not None:
+            grad_v_last = layout.dense_state(grad_v_last.to(real))
+        if grad_v_seq is not None:
+            grad_v_seq = layout.dense_sequence(grad_v_seq.to(real))
+        if grad_h_seq is not None:
+            grad_h_seq = layout.dense_sequence(grad_h_seq.to(real))
+        laid_out = [None if each is None else each.data for each in call.tensors]
+        grad_x_seq, grad_v_init, gradients = empty_gradients(x_seq, time_dim, laid_out, wanted)
+        _, _, *wants_parameters = wanted
+        asked = Parameters(
+            *(wants and each is not None for wants, each in zip(wants_parameters, laid_out, strict=True))
+        )
+        if layout.neurons:
+            sequences_and_states = grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq, checkpoints, grad_x_seq, grad_v_init
+            lanes, tiles = call.cut(self.launcher, *sequences_and_states)
+            tile, blocks = tiles
+            rows = [layout.steps if view.step_stride else 1 for view in call.views]
+            slots = [layout.neurons // view.inner + blocks for view in call.views]
+            sums = [
+                x_seq.new_empty(size, dtype=real) if wants else None
+                for wants, *size in zip(asked, rows, slots, strict=True)
+            ]
+            partials = tuple((address_of(each), 0 if each is None else each.shape[1]) for each in sums)
+            params = call.params(
+                "BackwardParams", tiles, grad_s_seq=address_of(grad_s_seq), grad_last=(address_of(grad_v_last),),
+                grad_v_seq=address_of(grad_v_seq), grad_h_seq=address_of(grad_h_seq),
+                checkpoints=(address_of(checkpoints),), grad_x_seq=address_of(grad_x_seq),
+                grad_init=(address_of(grad_v_init),), partials=partials,
+            )  # fmt: skip
+            others = any(asked._replace(width=False, input_gain=False, input_bias=False))
+            general = grad_v_seq is not None or grad_h_seq is not None or others
+            input = GENERAL if general else call.input(lanes)
+            kernel = backward_kernel(
+                x_seq.dtype, call.rules.surrogate, call.rules.hard_reset, lanes, input, layout.steps
+            )
+            self.start(x_seq.device, kernel, blocks, params)
+            for name, each, view, gradient in zip(Parameters._fields, partials, call.views, gradients, strict=True):
+                if getattr(asked, name):
+                    self._sum(call, each, view, tile, name == "width", gradient)
+        elif any(asked):
+            for gradient in gradients:
+                gradient.zero_()
+        return grad_x_seq, grad_v_init, [
+            gradient if tensor is None or not each else tensor.gradient_in_own_shape(gradient)
+            for tensor, each, gradient in zip(call.tensors, asked, gradients, strict=True)
+        ]  # fmt: skip
+
+    def _sum(
+        self, call: _Call, partials: tuple[int, int], view: Structure, tile: int, is_width: bool, gradient: Tensor
+    ) -> None:
+        """From the partial sums to the gradient: a thread for each element, or a block where each has many slots."""
+        params = structure("GradientSum", call.real)(
+            partials=partials, parameter=view, shape=call.layout.shape, tile=tile, is_width=is_width,
+            gradient=gradient.data_ptr(),
+        )  # fmt: skip
+        most_tiles = (view.inner + tile - 2) // tile + 1
+        whole_block = call.layout.neurons // (view.inner * view.count) * most_tiles >= constant("kManySlots")
+        elements, threads = gradient.numel(), constant("kSumThreads")
+        blocks = elements if whole_block else blocks_for(elements, threads)
+        self.start(call.x_seq.device, gradient_sum_kernel(call.real, whole_block), blocks, params, threads)

@@ -1,0 +1,189 @@
+"""The operators of batch normalisation, on CUDA kernels as in neuron_kernels.py."""
+
+from __future__ import annotations
+
+from ctypes import Structure
+
+import torch
+from torch import Tensor
+
+from ..layout import Layout, channel_dim, real_type
+from ..ops import define_operators
+from .neuron_kernels import SCALARS, KernelOperators, Launcher, NeuronOperators, address_of, blocks_for, is_aligned
+from .structures import constant, structure
+
+# ---- names of kernels ----
+
+
+def moments_kernel(dtype: torch.dtype, lanes: int) -> str:
+    return f"asgl::batch_moments_kernel<{SCALARS[dtype]}, {lanes}>"
+
+
+def coefficients_kernel(real: torch.dtype) -> str:
+    return f"asgl::batch_norm_coefficients_kernel<{SCALARS[real]}>"
+
+
+def adjoint_kernel(real: torch.dtype) -> str:
+    return f"asgl::batch_norm_adjoint_kernel<{SCALARS[real]}>"
+
+
+def input_gradient_kernel(dtype: torch.dtype, lanes: int) -> str:
+    return f"asgl::batch_norm_input_gradient_kernel<{SCALARS[dtype]}, {lanes}>"
+
+
+# ---- layout ----
+
+
+def channel_shape(layout: Layout) -> tuple[int, int, int]:
+    """Rows, channels, and the columns of a channel."""
+    channel = channel_dim(layout.time_dim)
+    if channel >= len(layout.sizes):
+        raise ValueError(f"asgl_cuda: x_seq must have a dimension of channels, got shape {list(layout.sizes)}")
+    return layout.around(channel)
+
+
+def channel_tiles(shape: tuple[int, int, int], x_seq: Tensor, grad_x_seq: Tensor | None) -> Structure:
+    """How the values are cut: four columns a thread where these are of one channel, at a multiple of 16 bytes."""
+    rows, channels, inner = shape
+    threads = constant("kBlockThreads")
+    fours = x_seq.dtype != torch.float64 and inner % 4 == 0 and is_aligned(x_seq) and is_aligned(grad_x_seq)
+    lanes = 4 if fours else 1
+    units = inner // lanes
+    tiles_per_channel = blocks_for(units, threads)
+    channels_per_tile, width = 1, threads
+    if tiles_per_channel == 1:
+        channels_per_tile = min(threads // units, channels)
+        width = channels_per_tile * units
+    ways = threads // width
+    rows_per_split = max(ways * (constant("kChannelRowsEach") // lanes), blocks_for(rows, constant("kMostSplits")))
+    return structure("ChannelTiles")(
+        shape=shape, lanes=lanes, width=width, ways=ways, units_per_channel=units, channels_per_tile=channels_per_tile,
+        tiles_per_channel=tiles_per_channel, rows_per_split=rows_per_split, splits=blocks_for(rows, rows_per_split),
+    )  # fmt: skip
+
+
+def _slots(tiles: Structure) -> int:
+    return int(tiles.splits * tiles.tiles_per_channel)
+
+
+def _tasks(tiles: Structure) -> int:
+    return _slots(tiles) * blocks_for(tiles.shape.channels, tiles.channels_per_tile)
+
+
+class NormalisationOperators(KernelOperators):
+    """The operators of batch normalisation."""
+
+    def batch_norm_coefficients(
+        self,
+        x_seq: Tensor,
+        statistics: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        input_scale: float,
+        time_dim: int,
+    ) -> tuple[Tensor, Tensor]:
+        shape = rows, channels, inner = channel_shape(Layout(x_seq, time_dim))
+        real = real_type(x_seq.dtype)
+        if (mean is None) != (variance is None):
+            raise ValueError("asgl_cuda: mean and variance come together")
+        coefficients = x_seq.new_empty((constant("kNumCoefficients"), channels), dtype=real)
+        total = x_seq.new_empty((channels, 3), dtype=torch.float64)
+        if channels == 0:
+            return coefficients, total
+        given_mean, given_variance, given_weight, given_bias = (
+            _dense(each, [channels], real, x_seq) for each in (mean, variance, weight, bias)
+        )
+        moments = None
+        if statistics is not None:
+            moments = _dense(statistics, [statistics.shape[0], channels, 3], torch.float64, x_seq)
+        elif mean is None and not rows * inner:
+            moments = x_seq.new_zeros((1, channels, 3), dtype=torch.float64)
+        elif mean is None:
+            tiles = channel_tiles(shape, x_seq, None)
+            moments = x_seq.new_empty((_slots(tiles), channels, 3), dtype=torch.float64)
+            own = structure("MomentsParams", real)(tiles=tiles, x_seq=address_of(x_seq), moments=address_of(moments))
+            self.start(x_seq.device, moments_kernel(x_seq.dtype, tiles.lanes), _tasks(tiles), own)
+        params = structure("CoefficientsParams", real)(
+            moments=address_of(moments), slots=0 if moments is None else moments.shape[0], channels=channels,
+            mean=address_of(given_mean), variance=address_of(given_variance), weight=address_of(given_weight),
+            bias=address_of(given_bias), options=(eps, input_scale), coefficients=address_of(coefficients),
+            total=address_of(total),
+        )  # fmt: skip
+        self.start(x_seq.device, coefficients_kernel(real), channels, params)
+        return coefficients, total
+
+    def batch_norm_backward(
+        self,
+        grad_x_seq: Tensor,
+        x_seq: Tensor,
+        coefficients: Tensor,
+        statistics: Tensor,
+        grad_gain: Tensor,
+        grad_bias: Tensor,
+        total_grad_gain: Tensor,
+        total_grad_bias: Tensor,
+        eps: float,
+        input_scale: float,
+        time_dim: int,
+    ) -> tuple[Tensor, Tensor]:
+        layout = Layout(x_seq, time_dim)
+        shape = _, channels, _ = channel_shape(layout)
+        real = real_type(x_seq.dtype)
+        wanted = grad_x_seq.numel() > 0
+        if wanted and (
+            grad_x_seq.shape != x_seq.shape
+            or not grad_x_seq.permute(layout.order).is_contiguous()
+            or grad_x_seq.dtype != x_seq.dtype
+            or grad_x_seq.device != x_seq.device
+        ):
+            raise ValueError("asgl_cuda: grad_x_seq must lie in memory as x_seq does")
+        grad_weight, grad_shift = (x_seq.new_empty(channels, dtype=real) for _ in range(2))
+        if channels == 0:
+            return grad_weight, grad_shift
+        known = _dense(coefficients, [constant("kNumCoefficients"), channels], real, x_seq)
+        moments = _dense(statistics, [channels, 3], torch.float64, x_seq)
+        own_gain, own_bias, all_gain, all_bias = (
+            _dense(each, [channels], real, x_seq) for each in (grad_gain, grad_bias, total_grad_gain, total_grad_bias)
+        )
+        adjoint = x_seq.new_empty((2, channels), dtype=real)
+        params = structure("AdjointParams", real)(
+            moments=address_of(moments), coefficients=address_of(known), channels=channels,
+            grad_gain=address_of(own_gain), grad_bias=address_of(own_bias), total_grad_gain=address_of(all_gain),
+            total_grad_bias=address_of(all_bias), options=(eps, input_scale), grad_weight=address_of(grad_weight),
+            grad_shift=address_of(grad_shift), adjoint=address_of(adjoint),
+        )  # fmt: skip
+        self.start(x_seq.device, adjoint_kernel(real), blocks_for(channels, constant("kBlockThreads")), params)
+        if wanted:
+            tiles = channel_tiles(shape, x_seq, grad_x_seq)
+            last = structure("InputGradientParams", real)(
+                tiles=tiles, x_seq=address_of(x_seq), mean=address_of(known), adjoint=address_of(adjoint),
+                grad_x_seq=address_of(grad_x_seq),
+            )  # fmt: skip
+            self.start(x_seq.device, input_gradient_kernel(x_seq.dtype, tiles.lanes), _tasks(tiles), last)
+        return grad_weight, grad_shift
+
+
+def _dense(tensor: Tensor | None, shape: list[int], dtype: torch.dtype, x_seq: Tensor) -> Tensor | None:
+    """The tensor, checked, its elements side by side."""
+    if tensor is None:
+        return None
+    if list(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != x_seq.device:
+        raise ValueError(
+            f"asgl_cuda: expected shape {shape} and type {dtype} on {x_seq.device}, got {list(tensor.shape)}, "
+            f"{tensor.dtype}, {tensor.device}"
+        )
+    return tensor.contiguous()
+
+
+def implement(namespace: str, dispatch_key: str, launcher: Launcher) -> None:
+    """Defines all operators in this namespace, on the kernels of `launcher`."""
+    library = define_operators(namespace)
+    for operators, names in (
+        (NeuronOperators(launcher), ("draw_rng_state", "lif_forward", "lif_backward")),
+        (NormalisationOperators(launcher), ("batch_norm_coefficients", "batch_norm_backward")),
+    ):
+        for name in names:
+            library.impl(name, getattr(operators, name), dispatch_key)

@@ -1,0 +1,153 @@
+"""The parts that the benchmarks share: arguments, a description of the machine, results as JSON, optimisers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+import asgl_cuda
+from asgl_cuda import extension
+from asgl_cuda.backends import BACKENDS
+
+from . import ROOT
+from .peers import installed_peers
+
+Work = TypeVar("Work")
+
+# ---- arguments ----
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "device": {"help": "default: cuda if a backend works there, else cpu"},
+    "repeats": {"type": int, "default": 11, "help": "the median is over this many rounds (default: %(default)s)"},
+    "seconds": {"type": float, "default": math.inf, "help": "begin nothing new after this time"},
+    "json": {"type": Path, "metavar": "FILE", "help": "also write the results to FILE"},
+    "plot": {"type": Path, "metavar": "FILE.png", "help": "draw the results"},
+}
+
+
+def parser_of(program: str, description: str, *shared: str) -> argparse.ArgumentParser:
+    """The parser of `python -m benchmarks.<program>` with those of ARGUMENTS that it shares with other programs."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=description.splitlines()[0])
+    for name in shared:
+        parser.add_argument(f"--{name}", **ARGUMENTS[name])
+    return parser
+
+
+def fused_backends(device: torch.device) -> list[str]:
+    return [name for name in asgl_cuda.available_backends() if name != "reference" and BACKENDS[name].serves(device)]
+
+
+def device_of(parser: argparse.ArgumentParser, asked: str | None) -> torch.device:
+    """The device that was asked for, else the GPU where a backend works on it, else the CPU."""
+    device = torch.device(asked or ("cuda" if fused_backends(torch.device("cuda")) else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {device} needs a GPU that torch can use: torch.cuda.is_available() is False")
+    return device
+
+
+# ---- the machine ----
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """A description of what the numbers were measured on."""
+    return {
+        **(_gpu(device) if device.type == "cuda" else {}),
+        "processor": _processor(),
+        "instruction_set": extension.module.cpu_instruction_set() if extension.module else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "asgl_cuda": asgl_cuda.__version__,
+        "python": platform.python_version(),
+        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "peers": [peer.name for peer in installed_peers(device)[0]],
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def in_words(about: dict[str, Any]) -> str:
+    """A description that `machine` has made, as the first words of a table."""
+    on = about.get("gpu") or f"{about['processor']}, {about['threads']} threads"
+    return f"{on}, torch {about['torch']}"
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "cuda": torch.version.cuda,
+        "kernels": extension.build_info.cuda if extension.build_info else None,
+        "nvrtc": asgl_cuda.backends.cupy.nvrtc_version() if "cupy" in asgl_cuda.available_backends() else None,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints, where it is installed and works."""
+    if shutil.which(command[0]) is None:
+        return None
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None if result.returncode == 0 else None
+
+
+# ---- results ----
+
+
+def write_json(file: Path | None, content: Any) -> None:
+    """Writes the file whole or not at all, and nothing where there is none."""
+    if file is not None:
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(file)
+
+
+def text_row(name: str, cells: Iterable[str], name_width: int, cell_width: int) -> str:
+    return f"{name:<{name_width}}" + "".join(f"{cell:>{cell_width}}" for cell in cells)
+
+
+def in_time(work: Sequence[Work], started: float, seconds: float, report: dict[str, Any]) -> Iterator[Work]:
+    """Each piece of work until the seconds since `started` are over; the rest is printed and noted in the report."""
+    for number, each in enumerate(work):
+        if time.monotonic() - started > seconds:
+            report["not_measured"] = [str(left) for left in work[number:]]
+            print(f"not measured for want of time: {'; '.join(report['not_measured'])}")
+            return
+        yield each
+
+
+# ---- training ----
+
+
+def optimizers_of(
+    model: nn.Module, lr: float, width_lr: float, momentum: float = 0.9, weight_decay: float = 5e-4
+) -> list[torch.optim.Optimizer]:
+    """SGD for the weights and Adam without decay for the widths, as the authors have it."""
+    makers = {"weights": partial(torch.optim.SGD, momentum=momentum), "neurons": torch.optim.Adam}
+    groups = asgl_cuda.parameter_groups(model, lr=lr, width_lr=width_lr, weight_decay=weight_decay)
+    return [makers[group["name"]]([group]) for group in groups]
+
+
+def cosine_schedules(optimizers: Iterable[torch.optim.Optimizer], steps: int) -> list[Any]:
+    return [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) for optimizer in optimizers]

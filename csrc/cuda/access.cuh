@@ -1,0 +1,122 @@
+// Who computes what, and how a thread reaches memory: one neuron, or four neighbouring ones, for the whole sequence.
+// Four lie side by side, so that they are one access of 16 bytes in float32. choose.cuh says when a thread gets four;
+// both cases are the same source.
+#pragma once
+
+#include "neuron_params.h"
+
+namespace asgl {
+
+constexpr int kBlockThreads = 128;
+constexpr int kWarpThreads = 32;
+constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
+
+template <int kLanes>
+struct Access;
+
+template <>
+struct Access<1> {
+  template <class Element>
+  static __device__ __forceinline__ void load(const Element* from, Real_t<Element> (&to)[1]) {
+    to[0] = to_real(*from);
+  }
+  template <class Element>
+  static __device__ __forceinline__ void store(const Real_t<Element> (&from)[1], Element* to) {
+    *to = from_real<Element>(from[0]);
+  }
+};
+
+template <>
+struct Access<4> {
+  static __device__ __forceinline__ void load(const float* from, float (&to)[4]) {
+    const float4 values = *reinterpret_cast<const float4*>(from);
+    to[0] = values.x, to[1] = values.y, to[2] = values.z, to[3] = values.w;
+  }
+  static __device__ __forceinline__ void store(const float (&from)[4], float* to) {
+#if defined(__CUDA_ARCH__)  // the compiler by itself splits some of these stores
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]),
+                 "f"(from[3])
+                 : "memory");
+#else
+    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+#endif
+  }
+  // These are for Half and BFloat16.
+  template <class Element>
+  static __device__ __forceinline__ void load(const Element* from, float (&to)[4]) {
+    const uint2 pairs = *reinterpret_cast<const uint2*>(from);
+    unpack<Element>(pairs.x, to[0], to[1]);
+    unpack<Element>(pairs.y, to[2], to[3]);
+  }
+  template <class Element>
+  static __device__ __forceinline__ void store(const float (&from)[4], Element* to) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(pack<Element>(from[0], from[1]), pack<Element>(from[2], from[3]));
+  }
+};
+
+template <int kLanes, class Real>
+__device__ __forceinline__ void fill(Real (&values)[kLanes], Real value) {
+#pragma unroll
+  for (int j = 0; j < kLanes; ++j) values[j] = value;
+}
+
+// The compiler would compute the addresses of all steps beforehand, and run out of registers for them.
+__device__ __forceinline__ void advance(int64& element, int64 stride) {
+  element += stride;
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(element));
+#endif
+}
+
+// The neurons n, n + 1, ... of a thread. Where others count on it at shuffles and barriers, a thread beyond the last
+// neuron goes through the motions on neuron 0 and stores nothing.
+template <int kLanes>
+struct Place {
+  int64 n;
+  bool live;
+  int64 read_n;   // n where there is such a neuron
+  int64 element;  // its element at step 0; each step lies `inner` elements further
+
+  __device__ __forceinline__ explicit Place(const SequenceShape& shape)
+      : n((static_cast<int64>(blockIdx.x) * kBlockThreads + threadIdx.x) * kLanes),
+        live(n < shape.neurons()),
+        read_n(live ? n : 0),
+        element(shape.outer == 1 ? read_n : shape.element(read_n, 0)) {}
+};
+
+// The state of neuron j of a thread.
+template <int kLanes, class Real>
+__device__ __forceinline__ State<Real&> lane(State<Real[kLanes]>& states, int j) {
+  return map_members<Real&>([j](Real(&values)[kLanes]) -> Real& { return values[j]; }, states);
+}
+
+template <int kLanes, class Real>
+__device__ __forceinline__ void fill(State<Real[kLanes]>& states, const State<Real>& value) {
+  for_each_member([](Real(&values)[kLanes], Real same) { fill(values, same); }, states, value);
+}
+
+// From where the states of all neurons lie, and back.
+template <int kLanes, class Real>
+__device__ __forceinline__ void load(const State<const Real*>& from, int64 n, State<Real[kLanes]>& to) {
+  for_each_member([n](const Real* all, Real(&values)[kLanes]) { Access<kLanes>::load(all + n, values); }, from, to);
+}
+
+template <int kLanes, class Real>
+__device__ __forceinline__ void store(const State<Real[kLanes]>& from, int64 n, const State<Real*>& to) {
+  for_each_member([n](const Real(&values)[kLanes], Real* all) { Access<kLanes>::store(values, all + n); }, from, to);
+}
+
+// The state before step `start`, the first of a segment.
+template <int kLanes, class Scalar, class Real>
+__device__ __forceinline__ void load_state(const LIFParams<Scalar>& params, const State<const Real*>& checkpoints,
+                                           int64 start, const Place<kLanes>& place, State<Real[kLanes]>& state) {
+  if (start > 0) {
+    load(checkpoints, (start / kCheckpointSteps - 1) * params.shape.neurons() + place.read_n, state);
+  } else if (exists(params.init)) {
+    load(params.init, place.read_n, state);
+  } else {
+    fill(state, params.at_rest());
+  }
+}
+
+}  // namespace asgl

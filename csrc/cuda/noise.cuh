@@ -1,0 +1,128 @@
+// Which elements are analog, for the neurons of a thread and the steps of a segment: the noise of math/philox.h.
+#pragma once
+
+#include "cuda/access.cuh"
+
+namespace asgl {
+
+constexpr int kNoiseGroup = 4;  // neurons that a block of noise serves, for two steps
+
+class NoiseSource {
+ public:
+  __device__ __forceinline__ explicit NoiseSource(const NoiseParams& params) {
+    const NoiseParams noise = params.settled();
+    drawn_ = noise.drawn();
+    key_ = drawn_ ? noise_key(noise.rng_state) : NoiseKey{};
+    limit_ = drawn_ ? noise.analog_below << 16 : static_cast<uint32>(noise.analog_below > 0);
+  }
+
+  // The compiler would keep the keys of all ten rounds in registers while they are not needed.
+  __device__ __forceinline__ void forget_origin() {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(key_.seed_low), "+r"(key_.seed_high));
+#endif
+  }
+  __device__ __forceinline__ bool drawn() const { return drawn_; }
+  __device__ __forceinline__ bool always() const { return !drawn_ && limit_ > 0; }
+
+  // Where nothing needs to be drawn every draw is 0, which is below a limit of 1.
+  __device__ __forceinline__ NoiseBlock draw(int64 n, int64 step_pair) const {
+    if (!drawn_) return {};
+    return noise_block(static_cast<uint64>(n) / kNoiseGroup, static_cast<uint32>(step_pair), key_);
+  }
+
+  // The 16 bits of neuron j are compared at the upper end of a word, where the bits of odd neurons are already.
+  __device__ __forceinline__ bool is_analog(const NoiseBlock& block, int odd_step, int j) const {
+    const uint32 word = static_cast<uint32>(block.draws[odd_step] >> (32 * (j / 2)));
+    return (j % 2 == 1 ? word : word << 16) < limit_;
+  }
+
+ private:
+  bool drawn_;
+  NoiseKey key_;
+  uint32 limit_;
+};
+
+// Whether neuron n + j is analog at step start + k, for the neurons of a thread and the steps of a segment.
+template <int kLanes, int kSteps>
+class SegmentNoise;
+
+template <int kSteps>
+class SegmentNoise<1, kSteps> {
+ public:
+  // Four threads share a group: each draws every fourth pair of steps for all four, then they tell each other.
+  __device__ __forceinline__ SegmentNoise(const NoiseSource& source, int64 n, int64 start) {
+    static_assert(kSteps == 8 || kSteps == 16);
+    const int rank = static_cast<int>(threadIdx.x) % kNoiseGroup;
+    uint32 drawn = 0;  // a byte for each pair of steps, in it two bits, even and odd step, for each neuron
+#pragma unroll
+    for (int i = 0; i < kSteps / 8; ++i) {
+      const NoiseBlock block = source.draw(n, start / 2 + 4 * i + rank);
+#pragma unroll
+      for (int j = 0; j < kNoiseGroup; ++j) {
+        drawn |= static_cast<uint32>(source.is_analog(block, 0, j)) << (8 * i + 2 * j);
+        drawn |= static_cast<uint32>(source.is_analog(block, 1, j)) << (8 * i + 2 * j + 1);
+      }
+    }
+#pragma unroll
+    for (int other = 0; other < kNoiseGroup; ++other) {
+      const uint32 told = __shfl_sync(kWholeWarp, drawn, other, kNoiseGroup) >> (2 * rank);
+#pragma unroll
+      for (int i = 0; i < kSteps / 8; ++i) bits_ |= (told >> (8 * i) & 3u) << (8 * i + 2 * other);
+    }
+  }
+
+  __device__ __forceinline__ bool is_analog(int k, int) const { return bits_ >> k & 1u; }
+
+ private:
+  uint32 bits_ = 0;
+};
+
+template <int kSteps>
+class SegmentNoise<4, kSteps> {
+ public:
+  __device__ __forceinline__ SegmentNoise(const NoiseSource& source, int64 n, int64 start) {
+    static_assert(kSteps == 8 || kSteps == 16);
+    steps_0_to_7_ = eight_steps(source, n, start);
+    if constexpr (kSteps > 8) steps_8_to_15_ = eight_steps(source, n, start + 8);
+  }
+
+  __device__ __forceinline__ bool is_analog(int k, int j) const {
+    return (k < 8 ? steps_0_to_7_ : steps_8_to_15_) >> (4 * (k % 8) + j) & 1u;
+  }
+
+ private:
+  static __device__ __forceinline__ uint32 eight_steps(const NoiseSource& source, int64 n, int64 start) {
+    if (!source.drawn()) return source.always() ? 0xFFFFFFFFu : 0u;
+    NoiseSource local = source;
+    local.forget_origin();
+    uint32 bits = 0;
+#pragma unroll 2
+    for (int pair = 0; pair < 4; ++pair) {
+      const NoiseBlock block = local.draw(n, start / 2 + pair);
+      uint32 byte = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) byte |= static_cast<uint32>(source.is_analog(block, i / 4, i % 4)) << i;
+      bits |= byte << (8 * pair);
+    }
+    return bits;
+  }
+
+  uint32 steps_0_to_7_, steps_8_to_15_ = 0;
+};
+
+// The draws of four steps are so few that they can be kept themselves, which saves packing and unpacking.
+template <>
+class SegmentNoise<4, 4> {
+ public:
+  __device__ __forceinline__ SegmentNoise(const NoiseSource& source, int64 n, int64 start)
+      : source_(source), blocks_{source.draw(n, start / 2), source.draw(n, start / 2 + 1)} {}
+
+  __device__ __forceinline__ bool is_analog(int k, int j) const { return source_.is_analog(blocks_[k / 2], k % 2, j); }
+
+ private:
+  const NoiseSource& source_;
+  NoiseBlock blocks_[2];
+};
+
+}  // namespace asgl

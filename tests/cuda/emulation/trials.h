@@ -1,0 +1,96 @@
+// What the tests of the kernels share: numbers at random, storage that shows an overrun, runs and their outcome.
+#pragma once
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "math/half_types.h"
+
+namespace asgl_emulation {
+
+using Texts = std::vector<std::string>;
+
+#if defined(ASGL_TEST_CPU)
+constexpr bool kOnCpu = true;
+#else
+constexpr bool kOnCpu = false;
+#endif
+
+// In a build that has several mistakes seeded, the environment says which is made, and buffers have room for what is
+// read and written beyond their ends: a mistake is to be found by what comes out.
+#if defined(ASGL_TEST_MUTANTS)
+constexpr asgl::int64 kRoom = 8192;
+inline void choose_mutant() { asgl::mutant = std::atoi(std::getenv("ASGL_MUTANT")); }
+#else
+constexpr asgl::int64 kRoom = 0;
+inline void choose_mutant() {}
+#endif
+
+class Random {
+ public:
+  explicit Random(unsigned seed) : bits_(seed) {}
+
+  bool once_in(unsigned times) { return bits_() % times == 0; }
+  bool toss() { return once_in(2); }
+  double between(double low, double high) { return low + (high - low) * (bits_() * 0x1p-32); }
+  asgl::int64 one_of(const std::vector<asgl::int64>& choices) { return choices[bits_() % choices.size()]; }
+  // A divisor of `number` that is a multiple of `unit`, which divides it.
+  asgl::int64 divisor(asgl::int64 number, asgl::int64 unit) {
+    std::vector<asgl::int64> divisors;
+    for (asgl::int64 k = unit; k <= number; k += unit) {
+      if (number % k == 0) divisors.push_back(k);
+    }
+    return one_of(divisors);
+  }
+
+ private:
+  std::mt19937 bits_;
+};
+
+// Ends with its last element, so that AddressSanitizer sees an overrun. Filled with NaN, of every type all bits set.
+template <class Element>
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(asgl::int64 size, asgl::int64 offset)
+      : size_(size), offset_(offset), storage_(new Element[size + offset + kRoom]) {
+    std::memset(static_cast<void*>(storage_.get()), 0xFF, (size + offset + kRoom) * sizeof(Element));
+  }
+
+  void fill(Random& random, double low, double high) {
+    for (asgl::int64 i = 0; i < size_; ++i) set(i, random.between(low, high));
+  }
+  void set(asgl::int64 i, double value) {
+    data()[i] = asgl::from_real<Element>(static_cast<asgl::Real_t<Element>>(value));
+  }
+
+  Element* data() const { return storage_ == nullptr ? nullptr : storage_.get() + offset_; }
+  asgl::int64 size() const { return size_; }
+  bool is_aligned() const { return offset_ == 0; }
+
+ private:
+  asgl::int64 size_ = 0, offset_ = 0;
+  std::unique_ptr<Element[]> storage_;
+};
+
+inline bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+// Adds to the differences what a launcher returned, if it is an error.
+inline void check(const char* what, cudaError_t error, Texts& differences) {
+  if (error == cudaSuccess) return;
+  differences.push_back(text("%s: %s", what, cudaGetErrorString(error)));
+  clear_errors();
+}
+
+inline asgl::int64 blocks_of_last_launch() {
+  const auto launches = recorded_launches();
+  return launches.empty() ? 0 : launches.back().grid.x;
+}
+
+}  // namespace asgl_emulation

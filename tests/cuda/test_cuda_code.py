@@ -1,0 +1,250 @@
+"""What reads compiled CUDA code and holds it against the committed table: it must see what it is there to see."""
+
+from __future__ import annotations
+
+import re
+
+import cuda_compile
+import pytest
+
+from benchmarks import roofline
+from benchmarks.cuda_code import Instruction, Kernel, Usage, usages
+
+FORWARD = Kernel("forward plain, 4 neurons", "float32", "rectangle", "hard")
+BACKWARD = Kernel("backward plain, K = 4", "bfloat16", "sigmoid", "soft")
+OTHER = Kernel("backward, 4 neurons", "float16", "erf", "soft")
+FINE = Usage(40, 16, 0, 0, 0)
+SPILLING = Usage(168, 16, 8, 4, 12)
+
+
+def sass(text: str) -> list[Instruction]:
+    """One instruction a line, at addresses 0x0, 0x10, ..."""
+    lines = (re.match(r"(?:@(\S+) )?(\S+) ?(.*)", line.strip()) for line in text.strip().splitlines())
+    return [Instruction(16 * i, m[1] or "", m[2], m[3]) for i, m in enumerate(lines)]
+
+
+def table_of(resources: cuda_compile.Resources) -> list[cuda_compile.Row]:
+    """The rows, once through Markdown."""
+    rows = cuda_compile.rows_of(resources)
+    read, version = cuda_compile.from_markdown(cuda_compile.to_markdown(rows, "13.0.88", ["-O3"]))
+    assert (read, version) == (rows, "13.0.88")
+    return read
+
+
+def problems(now: cuda_compile.Resources, committed: cuda_compile.Resources) -> list[str]:
+    return cuda_compile.compare(cuda_compile.rows_of(now), "13.0.88", table_of(committed), "13.0.88").problems
+
+
+@pytest.mark.parametrize(
+    ("symbol", "kernel"),
+    [
+        (
+            "void asgl::lif_forward_kernel<float, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)2>"
+            "(asgl::ForwardParams<float>)",
+            FORWARD,
+        ),
+        (
+            "void asgl::lif_backward_uniform_kernel<asgl::BFloat16, asgl::LIF<(asgl::Surrogate)2, false>, 4, "
+            "(asgl::Input)2>(asgl::BackwardParams<asgl::BFloat16>)",
+            BACKWARD,
+        ),
+        (
+            "void asgl::lif_backward_uniform_kernel<asgl::Half, asgl::LIF<(asgl::Surrogate)0, true>, 16, "
+            "(asgl::Input)1>(asgl::BackwardParams<asgl::Half>)",
+            Kernel("backward normalised, K = 16", "float16", "rectangle", "hard"),
+        ),
+        (
+            "void asgl::gradient_sum_kernel<double, true>(asgl::GradientSum<double>)",
+            Kernel("gradient sum, a block each", "float64"),
+        ),
+        (
+            "void asgl::batch_moments_kernel<asgl::BFloat16, 4>(asgl::MomentsParams<asgl::BFloat16>)",
+            Kernel("moments, 4 columns", "bfloat16"),
+        ),
+        (
+            "void asgl::batch_norm_coefficients_kernel<float>(asgl::CoefficientsParams<float>)",
+            Kernel("coefficients, a block each", "float32"),
+        ),
+    ],
+)
+def test_names(symbol, kernel):
+    assert Kernel.of_symbol(symbol) == kernel
+
+
+def test_report_of_ptxas():
+    log = """
+ptxas info    : Compiling entry function '_Za' for 'sm_90'
+ptxas info    : Function properties for _Za
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 8 bytes cumulative stack size, 16 bytes smem
+ptxas info    : Compiling entry function '_Zb' for 'sm_90'
+ptxas info    : Function properties for _Zb
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 39 registers, used 0 barriers
+"""
+    assert usages(log) == {"_Za": SPILLING, "_Zb": Usage(39, 0, 0, 0, 0)}
+
+
+def test_the_table_accepts_what_it_lists():
+    resources = {FORWARD: {80: FINE, 90: FINE}, OTHER: {80: SPILLING, 90: FINE}}
+    assert problems(resources, resources) == []
+
+
+def test_a_spill_on_one_more_architecture_is_found():
+    before = {OTHER: {80: SPILLING, 90: FINE}}
+    assert problems({OTHER: {80: SPILLING, 90: SPILLING}}, before) == [f"a new spill or stack: {OTHER}, sm_90"]
+
+
+def test_a_kernel_more_is_found_in_a_row_of_its_own_or_of_many():
+    before = {FORWARD: {90: FINE}, OTHER: {90: FINE}}
+    for kernel in (FORWARD._replace(reset="soft"), OTHER._replace(surrogate="arctan")):
+        assert "lacks a kernel" in problems({**before, kernel: {90: FINE}}, before)[0]
+
+
+def test_a_change_of_registers_is_noted_where_nvcc_is_the_same():
+    rows = cuda_compile.rows_of({FORWARD: {90: FINE._replace(registers=50)}})
+    committed = table_of({FORWARD: {90: FINE}})
+    same = cuda_compile.compare(rows, "13.0.88", committed, "13.0.88")
+    assert (same.problems, same.notes) == ([], ["float32, rectangle: forward plain, 4 neurons, hard: sm_90 40 -> 50"])
+    assert cuda_compile.compare(rows, "13.1.5", committed, "13.0.88") == ([], [])
+
+
+def test_architectures_that_no_longer_have_the_code_of_another():
+    same = {FORWARD: {86: FINE, 89: FINE, 90: SPILLING}, BACKWARD: {89: FINE, 90: SPILLING}}
+    assert list(cuda_compile.same_code_problems(same)) == []
+    other = {FORWARD: {86: FINE, 88: FINE, 89: FINE._replace(registers=41)}}
+    assert list(cuda_compile.same_code_problems(other)) == [f"sm_89 no longer has the code of sm_86: {FORWARD}"]
+
+
+def test_default_paths_must_be_there_and_not_spill():
+    resources = {kernel: {80: FINE, 90: FINE} for kernel in cuda_compile.default_paths()}
+    assert list(cuda_compile.default_path_problems(resources)) == []
+    resources[BACKWARD] = {80: FINE, 90: SPILLING}
+    del resources[FORWARD]
+    found = sorted(cuda_compile.default_path_problems(resources))
+    assert [problem.split(":")[0] for problem in found] == [
+        "a default path is gone, or has another name",
+        "a default path spills",
+    ]
+
+
+GOOD = "LDG.E.128 R4, [R2.64]\n" * 8 + "LDG.E R1, [R2.64]\n" * 6 + "STG.E.128 [R2.64], R4\n" * 4
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (GOOD, []),
+        (GOOD + "STL [R1], R4", ["1 accesses to local memory"]),
+        (GOOD + "LDL.64 R4, [R1]", ["1 accesses to local memory"]),
+        (GOOD + "STG.E [R2.64], R4", ["1 stores of fewer than 128 bits, expected at most 0"]),
+        (GOOD + "LDG.E.64 R4, [R2.64]\n" * 5, ["11 loads of fewer than 128 bits, expected at most 10"]),
+        (GOOD.replace(".128 R4", " R4", 6), ["2 loads of 128 bits, expected at least 4", "12 loads of fewer than 128"]),
+    ],
+)
+def test_disassembly_of_a_hot_kernel(code, expected):
+    found = list(cuda_compile.code_problems(FORWARD, sass(code)))
+    assert len(found) == len(expected)
+    assert all(one.startswith(other) for one, other in zip(found, expected, strict=True))
+
+
+def test_instructions_on_the_longest_way():
+    code = sass("""
+        S2R R0, SR_TID.X
+        @P0 BRA 0x40
+        CALL.REL.NOINC 0x140
+        BRA 0x40
+        LDG.E.128 R4, [R2.64]
+        @P1 BRA 0x90
+        FADD R4, R4, R4
+        IMAD.WIDE.U32 R4, R4, R4, R4
+        UIADD3 UR4, UR4, 0x1, URZ
+        FSEL R4, R4, R5, P2
+        LDG.E.128 R8, [R2.64]
+        STG.E.128 [R2.64], R4
+        @P3 CALL.REL.NOINC 0xe0
+        BRA 0x40
+        STG.E.128 [R2.64], R8
+        EXIT
+        BRA 0x100
+        NOP
+        NOP
+        NOP
+        MUFU.RCP R0, R0
+        RET.REL.NODEC R2 0x0
+    """)
+    counted = roofline.count(FORWARD, code)
+    # The call is not entered, the shorter side of the branch not taken, and the loop is left by its guarded call.
+    assert [sum(part.values()) for part in counted[:3]] == [2, 10, 2]
+    assert counted.body == {
+        roofline.MEMORY: 3,
+        roofline.CONTROL: 3,
+        roofline.FLOAT_ARITHMETIC: 1,
+        roofline.FLOAT_CHOICE: 1,
+        roofline.MULTIPLY: 1,
+        roofline.UNIFORM: 1,
+    }
+    assert counted.steps == 2
+    assert sum(counted.per_element(4).values()) == (2 + 2 * 10 + 2) / (4 * 4)
+
+
+def test_instructions_of_a_loop_within_a_loop():
+    code = sass("""
+        I2F.U32.RP R0, R0
+        MOV R1, RZ
+        LDG.E.128 R4, [R2.64]
+        FADD R4, R4, R4
+        @P0 BRA 0x20
+        DADD R6, R6, R8
+        @P1 BRA 0x10
+        STG.E.64 [R2.64], R8
+        EXIT
+        BRA 0x90
+    """)
+    counted = roofline.count(Kernel("moments, 4 columns", "float32"), code)
+    # The division counts; what surrounds the inner loop does so once.
+    assert [sum(part.values()) for part in counted[:3]] == [2, 3, 4]
+    assert counted.steps == 1
+
+
+# ---- NVRTC's kernels against nvcc's ----
+
+GENERAL = Kernel("backward, 1 neuron", "float32", "erf", "hard")
+
+
+def nvrtc_problems(ours: cuda_compile.Resources, same_version: bool = True) -> list[str]:
+    theirs = {FORWARD: {90: FINE, 120: FINE}, GENERAL: {90: FINE._replace(registers=110), 120: FINE}}
+    return cuda_compile.compare_compilers({**theirs, **ours}, theirs, same_version)
+
+
+def test_nvrtc_that_agrees():
+    assert not nvrtc_problems({})
+    fewer_blocks_fit, as_many_fit = ({GENERAL: {90: FINE._replace(registers=number)}} for number in (130, 112))
+    assert not nvrtc_problems(as_many_fit)
+    assert nvrtc_problems(fewer_blocks_fit)
+
+
+def test_nvrtc_that_takes_other_registers():
+    other = FINE._replace(registers=42)
+    (problem,) = nvrtc_problems({FORWARD: {90: other}})
+    assert problem.startswith(f"other registers by NVRTC: {FORWARD}, sm_90: ")
+    assert not nvrtc_problems({FORWARD: {90: other}}, same_version=False)
+    assert not nvrtc_problems({FORWARD: {120: other}})
+
+
+def test_nvrtc_that_spills():
+    for same_version in (False, True):
+        (problem,) = nvrtc_problems({GENERAL: {120: SPILLING}}, same_version)
+        assert problem.startswith(f"a spill of NVRTC's: {GENERAL}, sm_120: ")
+
+
+def test_kernels_that_only_one_of_them_has():
+    (problem,) = nvrtc_problems({OTHER: {90: FINE}})
+    assert problem == f"nvcc's build lacks what NVRTC was asked for: {OTHER}"
+    (problem,) = cuda_compile.compare_compilers({}, {OTHER: {90: FINE}}, True)
+    assert problem == f"the launchers in Python never ask for {OTHER}"
+
+
+def test_every_kernel_that_can_be_asked_for_has_one_name():
+    names = cuda_compile.kernels_asked_for()
+    assert len(set(names)) == len(names) == 554

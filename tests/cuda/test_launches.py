@@ -1,0 +1,266 @@
+"""What the launchers, those in C++ and those in Python, give to the emulated device: kernel, grid, arguments."""
+
+import ctypes
+
+import emulated
+import pytest
+import torch
+from comparison import assert_equals_reference, random_input, real_of, rng_state, uniform
+
+import asgl_cuda
+from asgl_cuda.backends.structures import structure
+from asgl_cuda.surrogate import SURROGATES
+
+BLOCK = 128  # kBlockThreads of csrc/cuda/access.cuh
+NEURONS = 1536
+
+
+@pytest.fixture(params=["emulated", "replayed"])
+def backend(request):
+    """The launchers in C++, and those in Python."""
+    return request.param
+
+
+def blocks_for(neurons, lanes):
+    return -(-neurons // (BLOCK * lanes))
+
+
+def grids(emulation):
+    return [(launch.blocks, launch.threads) for launch in emulation.take_launches()]
+
+
+@pytest.mark.parametrize(("multiprocessors", "lanes"), [(emulated.TINY, 4), (emulated.LARGE, 1)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_neurons_a_thread(emulation, backend, multiprocessors, lanes, dtype):
+    emulation.set_multiprocessors(multiprocessors)
+    x_seq = random_input(3, NEURONS, dtype=dtype)
+    asgl_cuda.lif(x_seq, backend=backend).sum().backward()
+    expected = (blocks_for(NEURONS, 1 if dtype == torch.float64 else lanes), BLOCK)
+    assert grids(emulation) == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "lanes"),
+    [("plain", 4), ("odd", 1), ("rows of 6", 1), ("shifted", 1), ("width per 2", 1), ("width per 4", 4),
+     ("batch first", 4), ("shifted gradient", 1)],
+)  # fmt: skip
+def test_four_neurons_need_a_layout(emulation, backend, name, lanes):
+    """Side by side, at a multiple of 16 bytes, with the same parameters."""
+    neurons, options, time_dim = NEURONS, {}, 0
+    x_seq = torch.randn(3, neurons)
+    if name == "odd":
+        x_seq = x_seq[:, :-1].contiguous()
+    elif name == "rows of 6":
+        x_seq, time_dim = torch.randn(256, 3, 6), 1
+    elif name == "batch first":
+        x_seq, time_dim = torch.randn(256, 3, 8), 1
+    elif name == "shifted":
+        x_seq = torch.randn(3 * neurons + 1)[1:].view(3, neurons)
+    elif name.startswith("width"):
+        inner = int(name[-1])
+        x_seq = x_seq.view(3, neurons // inner, inner)
+        options = {"width": uniform(neurons // inner, 1, low=0.5, high=1.5).detach()}
+    x_seq = x_seq.requires_grad_()
+    neurons = x_seq.numel() // 3
+    out = asgl_cuda.lif(x_seq, **options, time_dim=time_dim, backend=backend)
+    grad = torch.randn(out.numel() + 1)[1:].view(out.shape) if "gradient" in name else torch.randn(out.shape)
+    torch.autograd.grad(out, x_seq, grad)
+    forward, backward = grids(emulation)
+    assert backward == (blocks_for(neurons, lanes), BLOCK)
+    assert forward == ((blocks_for(neurons, 4), BLOCK) if "gradient" in name else backward)
+
+
+@pytest.mark.parametrize("multiprocessors", [emulated.TINY, emulated.LARGE])
+@pytest.mark.parametrize("steps", [4, 8, 9, 16, 40])
+@pytest.mark.parametrize("sizes", [(), (6, 1), (NEURONS // 6,), (2, 1, 1)])
+def test_both_mappings_agree_with_the_reference(emulation, backend, multiprocessors, steps, sizes):
+    emulation.set_multiprocessors(multiprocessors)
+    for outputs in (("s_seq",), ("s_seq", "v_last", "v_seq", "h_seq")):
+        assert_equals_reference(
+            random_input(steps, 2, 6, NEURONS // 6),
+            backend,
+            outputs=outputs,
+            width=uniform(*sizes, low=0.5, high=1.5),
+            analog_prob=0.3,
+            rng_state=rng_state(),
+        )
+
+
+def test_sums_of_many_blocks(emulation, backend):
+    """One value for all neurons: a block adds up what hundreds of blocks have stored."""
+    emulation.set_multiprocessors(emulated.LARGE)
+    neurons = 300 * BLOCK
+    x_seq, width = random_input(2, neurons), uniform(low=0.5, high=1.5)
+    assert_equals_reference(x_seq, backend, outputs=("s_seq",), width=width)
+    assert [blocks for blocks, _ in grids(emulation)] == [300, 300, 1]
+
+
+# ---- the launchers in Python give what those in C++ do ----
+
+
+def fields(value, prefix=""):
+    """Name and value of every field; of a pointer, whether it is null."""
+    if hasattr(value, "_fields_"):
+        for name, kind in value._fields_:
+            member = getattr(value, name)
+            yield from (
+                [(prefix + name, bool(member))] if kind is ctypes.c_void_p else fields(member, f"{prefix}{name}.")
+            )
+    elif isinstance(value, ctypes.Array):
+        for index, each in enumerate(value):
+            yield from fields(each, f"{prefix[:-1]}[{index}].")
+    else:
+        yield prefix[:-1], value
+
+
+def described(launch, dtype):
+    name = {
+        "lif_forward_kernel": "ForwardParams",
+        "lif_backward_kernel": "BackwardParams",
+        "lif_backward_uniform_kernel": "BackwardParams",
+        "gradient_sum_kernel": "GradientSum",
+        "batch_moments_kernel": "MomentsParams",
+        "batch_norm_coefficients_kernel": "CoefficientsParams",
+        "batch_norm_adjoint_kernel": "AdjointParams",
+        "batch_norm_input_gradient_kernel": "InputGradientParams",
+    }[launch.kernel.removeprefix("asgl::").split("<")[0]]
+    kind = structure(name, real_of(dtype))
+    assert len(launch.params) == ctypes.sizeof(kind)
+    return launch.kernel, launch.blocks, launch.threads, dict(fields(kind.from_buffer_copy(launch.params)))
+
+
+def both(emulation, dtype, x_seq, outputs=(), function=asgl_cuda.lif, **options):
+    """What the driver was given by the launchers in C++, and by those in Python, forward and backward."""
+    found = []
+    leaves = [x_seq, *(value for value in options.values() if isinstance(value, torch.Tensor) and value.requires_grad)]
+    for name in ("emulated", "replayed"):
+        emulation.take_launches()
+        result = function(x_seq, **options, **{f"return_{output}": True for output in outputs}, backend=name)
+        values = [value for value in (result if outputs else [result]) if value is not None]
+        torch.autograd.grad(values, leaves, [torch.ones_like(value) for value in values])
+        found.append([described(launch, dtype) for launch in emulation.take_launches()])
+    assert len(found[0]) >= 2
+    return found
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+PARAMETERS = ("width", "decay", "v_threshold", "v_reset", "input_gain", "input_bias", "input_mean")
+
+
+@pytest.mark.parametrize("multiprocessors", [emulated.TINY, 1, emulated.LARGE])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("steps", [1, 4, 5, 8, 9, 33])
+def test_same_launches_over_sizes(emulation, multiprocessors, dtype, steps):
+    emulation.set_multiprocessors(multiprocessors)
+    for neurons in (1, 31, 2048, 2052, 4 * 2048, 254 * BLOCK, 255 * BLOCK, 300 * BLOCK):
+        compiled, in_python = both(
+            emulation, dtype, random_input(steps, neurons, dtype=dtype), width=uniform(low=0.5, high=1.5)
+        )
+        assert in_python == compiled
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])
+def test_same_launches_over_options(emulation, dtype, surrogate, hard, noise):
+    x_seq = random_input(5, 2, 6, 4, dtype=dtype)
+    base = {"surrogate": surrogate, "v_reset": 0.1 if hard else None, "analog_prob": noise, "rng_state": rng_state()}
+    for options in (
+        {},
+        {"v_rest": 0.5, "surrogate_gain": 2.0},
+        {"v_rest": 1e-60},  # 0 in float32
+        {"strict_threshold": True},
+        {"scale_output": True},
+        {"detach_reset": True},
+        {"input_gain": 2.0},
+        {"input_bias": 0.5},
+        {"input_mean": 0.5},
+        {"input_gain": uniform(6, 1, low=0.5, high=1.0), "input_bias": uniform(6, 1, low=0.5, high=1.0)},
+        {"input_gain": uniform(5, 1, 1, 1, low=0.5, high=1.0)},
+        {"input_mean": uniform(6, 1, low=0.5, high=1.0).detach(), "width": uniform(low=0.5, high=1.0)},
+        {"outputs": ("v_last",)},
+        {"outputs": ("v_seq",)},
+        {"outputs": ("h_seq",)},
+        {"v_init": random_input(2, 6, 4, dtype=real_of(dtype))},
+    ):
+        compiled, in_python = both(emulation, dtype, x_seq, **{**base, **options})
+        assert in_python == compiled, options
+
+
+@pytest.mark.parametrize("layout", ["time first", "batch first", "channels_last", "time last"])
+@pytest.mark.parametrize(
+    "sizes", [(), (1, 1, 1), (6, 1, 1), (6, 4, 8), (1, 1, 8), (1, 4, 1), (2, 6, 1, 1), (2, 1, 4, 8)]
+)
+def test_same_launches_over_parameters(emulation, layout, sizes):
+    x_seq, time_dim = torch.randn(20, 2, 6, 4, 8), 0
+    if layout == "batch first":
+        x_seq, time_dim = torch.randn(2, 20, 6, 4, 8), 1
+    elif layout == "channels_last":
+        x_seq = torch.randn(20, 2, 4, 8, 6).permute(0, 1, 4, 2, 3)
+    elif layout == "time last":
+        x_seq, time_dim = torch.randn(2, 6, 4, 8, 20), 4
+    if layout != "time first":
+        sizes = sizes[1:] if len(sizes) == 4 else sizes
+    if layout == "time last" and sizes:
+        sizes = (*sizes, 1)
+    x_seq.requires_grad_()
+    for name in PARAMETERS:
+        for size in (sizes, [extent if dim == time_dim else 1 for dim, extent in enumerate(x_seq.shape)]):
+            parameter = uniform(*size, low=0.5, high=1.0)
+            compiled, in_python = both(emulation, torch.float32, x_seq, time_dim=time_dim, **{name: parameter})
+            assert in_python == compiled, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["time first", "channels_last", "shifted"])
+@pytest.mark.parametrize("training", [True, False])
+def test_same_launches_of_batch_norm(emulation, dtype, layout, training):
+    """Tiles of part of a channel, of some channels, of all; one split and several."""
+    for batch, channels, height, width in (
+        (2, 6, 4, 8), (3, 5, 7, 7), (1, 200, 1, 4), (5, 3, 24, 25), (2, 130, 1, 1), (90, 3, 2, 1), (300, 2, 4, 4),
+    ):  # fmt: skip
+        x_seq = torch.randn(3, batch, channels, height, width).to(dtype)
+        if layout == "channels_last":
+            x_seq = x_seq.movedim(2, -1).contiguous().movedim(-1, 2)
+        elif layout == "shifted":
+            x_seq = torch.randn(x_seq.numel() + 1).to(dtype)[1:].view_as(x_seq)
+        real = real_of(dtype)
+        running = {"running_mean": torch.zeros(channels), "running_var": torch.ones(channels)}
+        compiled, in_python = both(
+            emulation, dtype, x_seq.requires_grad_(), function=asgl_cuda.batch_norm_lif, training=training,
+            **({} if training else running), weight=uniform(channels, low=0.5, high=1.5, dtype=real), input_scale=0.7,
+            analog_prob=0.3, rng_state=rng_state(),
+        )  # fmt: skip
+        assert in_python == compiled
+        assert [launch[0].split("<")[0] for launch in compiled] == [
+            *(["asgl::batch_moments_kernel"] if training else []),
+            "asgl::batch_norm_coefficients_kernel",
+            "asgl::lif_forward_kernel",
+            compiled[2 + training][0].split("<")[0],
+            *["asgl::gradient_sum_kernel"] * 2,
+            "asgl::batch_norm_adjoint_kernel",
+            *(["asgl::batch_norm_input_gradient_kernel"] if training else []),
+        ]
+
+
+@pytest.mark.parametrize("what", ["x_seq", "v_init"])
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_same_launches_where_storage_begins_anywhere(emulation, what, offset):
+    x_seq, v_init = torch.randn(3, 2048), torch.randn(2048)
+    shifted = {name: torch.randn(value.numel() + offset)[offset:].view_as(value) for name, value in
+               (("x_seq", x_seq), ("v_init", v_init))}  # fmt: skip
+    inputs = {"x_seq": x_seq, "v_init": v_init, what: shifted[what]}
+    compiled, in_python = both(
+        emulation, torch.float32, **{name: leaf.requires_grad_() for name, leaf in inputs.items()}
+    )
+    assert in_python == compiled
+
+
+def test_an_argument_of_the_wrong_size_is_refused(emulation):
+    """What stands between a structure that has changed on one side alone and a kernel that reads beyond it."""
+    kernel = "asgl::gradient_sum_kernel<float, false>"
+    with pytest.raises(RuntimeError, match="parameters take 104 bytes, got 392"):
+        emulation.launch(torch.device("cpu"), kernel, 1, 1, structure("ForwardParams", torch.float32)())
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        emulation.launch(torch.device("cpu"), kernel[:-1], 1, 1, structure("GradientSum", torch.float32)())

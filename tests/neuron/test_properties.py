@@ -1,0 +1,307 @@
+"""Whole calls at random: any shape, layout, type and option that `lif` takes, and what must hold for all of them."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from comparison import assert_equals_reference, real_of, rng_state, uniform
+from torch import Tensor
+
+import asgl_cuda
+from asgl_cuda.layout import channel_dim
+from asgl_cuda.selfcheck import EXACT_SURROGATES
+from asgl_cuda.surrogate import SURROGATES
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+EVERY = {"return_v_last": True, "return_v_seq": True, "return_h_seq": True}
+
+# The fixtures name a backend and a device: they hold nothing that one example could leave behind for the next.
+many = settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=200,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+# Around the segments of 4, 8 and 16 steps; around groups of 4 neurons and the width of vectors, and of some of which
+# several make a tile.
+STEPS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 18, 32, 33, 40)
+SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 16, 17, 67, 400, 700)
+MOST_ELEMENTS = 40000  # what the CPU does on one thread
+MOST_NEURONS = 3000
+ANALOG_PROBS = (0.0, 1 / 65536, 0.2, 0.7, 1.0)
+
+RANGES = {
+    "width": (0.5, 1.5),
+    "decay": (0.3, 0.9),
+    "v_threshold": (0.7, 1.2),
+    "v_reset": (-0.3, 0.3),
+    "reset_amount": (0.6, 1.2),
+    "input_gain": (0.8, 1.2),
+    "input_bias": (-0.1, 0.1),
+    "input_mean": (-0.1, 0.1),
+}
+
+
+class TensorSpec(NamedTuple):
+    """A parameter's shape and whether its gradient is asked for."""
+
+    shape: tuple[int, ...]
+    requires_grad: bool
+
+
+class Call(NamedTuple):
+    """What makes a call, without the numbers: `tensors` builds those, so that a failing example is readable."""
+
+    shape: tuple[int, ...]
+    memory_order: tuple[int, ...]  # the dimensions of x_seq, outermost first
+    sliced_dim: int | None  # the dimension in which x_seq is every second element of a larger tensor
+    dtype: torch.dtype
+    parameters: dict[str, TensorSpec | float]
+    v_init: TensorSpec | None
+    options: dict[str, Any]
+    seed: int
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+        """x_seq, a leaf with the layout asked for, and the options of `lif`."""
+        torch.manual_seed(self.seed)
+        real = real_of(self.dtype)
+        sizes = [self.shape[dim] for dim in self.memory_order]
+        if self.sliced_dim is not None:
+            sizes[self.memory_order.index(self.sliced_dim)] *= 2
+        values = uniform(*sizes, low=-1.0, high=2.0, dtype=self.dtype, device=device).detach()
+        x_seq = values.permute([self.memory_order.index(dim) for dim in range(len(sizes))])
+        if self.sliced_dim is not None:
+            x_seq = x_seq.unflatten(self.sliced_dim, (-1, 2)).select(self.sliced_dim + 1, 1)
+        assert x_seq.shape == self.shape
+        options = dict(self.options)
+        specs = {**self.parameters, **({} if self.v_init is None else {"v_init": self.v_init})}
+        for name, spec in specs.items():
+            low, high = RANGES.get(name, (-1.0, 1.0))
+            if isinstance(spec, TensorSpec):
+                leaf = uniform(*spec.shape, low=low, high=high, dtype=real, device=device)
+                options[name] = leaf.requires_grad_(spec.requires_grad)
+            else:
+                options[name] = low + spec * (high - low)
+        if "reset_amount" in options:
+            options["v_reset"] = None
+        options["rng_state"] = rng_state(self.seed, self.seed // 7, device)
+        return x_seq.requires_grad_(), options
+
+
+@st.composite
+def calls(draw: st.DrawFn, analog_probs: tuple[float, ...] = ANALOG_PROBS, min_steps: int = 1) -> Call:
+    dims = min(draw(st.integers(1, 8)), 5)  # channels_last needs 4 or 5
+    time_dim = draw(st.integers(0, dims - 1))
+    shape = []
+    steps = draw(st.sampled_from([steps for steps in STEPS if steps >= min_steps]))
+    room = min(MOST_NEURONS, MOST_ELEMENTS // steps)
+    for dim in range(dims):
+        if dim == time_dim:
+            shape.append(steps)
+        else:
+            shape.append(draw(st.sampled_from([size for size in SIZES if size <= room])))
+            room //= shape[-1]
+
+    in_order = tuple(range(dims))
+    layout = draw(st.sampled_from(["contiguous", "channels_last", "channels_last", "transposed", "any order"]))
+    order = in_order
+    if layout == "channels_last" and dims > 3:
+        channel = 2 if time_dim <= 1 else 1
+        order = (*(dim for dim in in_order if dim != channel), channel)
+    elif layout == "transposed" and dims > 1:
+        first = draw(st.integers(0, dims - 2))
+        order = (*in_order[:first], first + 1, first, *in_order[first + 2 :])
+    elif layout == "any order":
+        order = tuple(draw(st.permutations(in_order)))
+
+    surrogate = draw(st.sampled_from(list(SURROGATES)))
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+
+    def tensor_spec() -> TensorSpec:
+        full = shape[dims - draw(st.integers(0, dims)) :]
+        kept = draw(st.lists(st.booleans(), min_size=len(full), max_size=len(full)))
+        sizes = tuple(size if keep else 1 for size, keep in zip(full, kept, strict=True))
+        requires_grad = draw(st.sampled_from([True, True, False]))
+        # A term of a gradient is a difference itself, and may be as small as the roundings of what it was made from. It
+        # shows where no two computations have the same bits and few terms are summed; float64 has places to spare for
+        # two thousand of them.
+        few_terms = math.prod(shape) < 8 * math.prod(sizes)
+        same_bits = surrogate in EXACT_SURROGATES or (dtype == torch.float64 and math.prod(shape) <= 2000)
+        return TensorSpec(sizes, requires_grad and (same_bits or not few_terms))
+
+    reset = draw(st.sampled_from(["v_reset", "reset_amount", "threshold"]))
+    names = ["width", "decay", "v_threshold", "input_gain", "input_bias", "input_mean"]
+    names += [] if reset == "threshold" else [reset]
+    parameters: dict[str, TensorSpec | float] = {}
+    for name in names:
+        kind = draw(st.sampled_from(["default", "float", "tensor", "tensor"]))
+        if kind == "tensor":
+            parameters[name] = tensor_spec()
+        elif kind == "float":
+            parameters[name] = draw(st.sampled_from([0.0, 0.25, 1.0]))
+    options: dict[str, Any] = {"v_reset": None} if reset == "threshold" else {}
+
+    v_init = None
+    if draw(st.booleans()):
+        v_init = TensorSpec(tuple(shape[:time_dim] + shape[time_dim + 1 :]), draw(st.booleans()))
+    options |= {
+        "time_dim": draw(st.sampled_from([time_dim, time_dim - dims])),
+        "surrogate": surrogate,
+        "surrogate_gain": draw(st.sampled_from([1.0, 1.7])),
+        "v_rest": draw(st.sampled_from([0.0, 0.25])),
+        "strict_threshold": draw(st.booleans()),
+        "scale_output": draw(st.booleans()),
+        "detach_reset": draw(st.booleans()),
+        "analog_prob": draw(st.sampled_from(analog_probs)),
+    }
+    return Call(
+        shape=tuple(shape),
+        memory_order=order,
+        sliced_dim=draw(st.none() | st.none() | st.integers(0, dims - 1)),
+        dtype=dtype,
+        parameters=parameters,
+        v_init=v_init,
+        options=options,
+        seed=draw(st.integers(0, 2**40)),
+    )
+
+
+def leaves_of(x_seq: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
+    tensors = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
+    return {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+
+
+@contextlib.contextmanager
+def number_of_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@many
+@given(call=calls())
+def test_equals_reference(backend, device, call):
+    x_seq, options = call.tensors(device)
+    assert_equals_reference(x_seq, backend, **options)
+
+
+@many
+@given(call=calls(analog_probs=(1.0,)))
+def test_batch_norm_equals_reference(backend, device, call):
+    """In float64 and without hard spikes, which the last place of a mean could make or unmake."""
+    options = {**call.options, "surrogate": "sigmoid"}
+    parameters = {name: spec for name, spec in call.parameters.items() if not name.startswith("input_")}
+    channel = channel_dim(options["time_dim"] % len(call.shape))
+    assume(channel < len(call.shape) and math.prod(call.shape) >= 4 * call.shape[channel])
+    call = call._replace(dtype=torch.float64, parameters=parameters, options=options)
+    x_seq, options = call.tensors(device)
+    options["weight"] = uniform(call.shape[channel], low=0.5, high=1.5, dtype=x_seq.dtype, device=device)
+    leaves = leaves_of(x_seq, options)
+
+    def results(name: str) -> tuple[Tensor, ...]:
+        output = asgl_cuda.batch_norm_lif(x_seq, training=True, **options, return_v_last=True, backend=name)
+        outputs = (output.s_seq, output.v_last)
+        grads = [torch.linspace(-1, 1, each.numel(), device=device).to(each).view(each.shape) for each in outputs]
+        return (*outputs, *torch.autograd.grad(outputs, list(leaves.values()), grads))
+
+    for name, ours, theirs in zip(["s_seq", "v_last", *leaves], results(backend), results("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8 * float(theirs.detach().abs().max()), msg=name)
+
+
+@many
+@given(call=calls())
+def test_two_runs_are_bit_identical(backend, device, call):
+    """On any number of threads."""
+    x_seq, options = call.tensors(device)
+    leaves = list(leaves_of(x_seq, options).values())
+    runs = []
+    for threads in (1, 3):
+        with number_of_threads(threads):
+            outputs = asgl_cuda.lif(x_seq, **options, **EVERY, backend=backend)
+            generator = torch.Generator().manual_seed(0)
+            grads = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+            runs.append((*outputs, *torch.autograd.grad(outputs, leaves, grads)))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+@many
+@given(call=calls())
+def test_outputs_have_the_promised_shapes_and_types(backend, device, call):
+    x_seq, options = call.tensors(device)
+    out = asgl_cuda.lif(x_seq, **options, **EVERY, backend=backend)
+    state_shape = x_seq.select(options["time_dim"], 0).shape
+    assert out.s_seq.shape == out.v_seq.shape == out.h_seq.shape == x_seq.shape
+    assert out.v_last.shape == state_shape
+    assert out.s_seq.dtype == x_seq.dtype
+    assert out.v_last.dtype == out.v_seq.dtype == out.h_seq.dtype == real_of(x_seq.dtype)
+    assert torch.equal(out.v_last, out.v_seq.select(options["time_dim"], -1))
+    for name, leaf in leaves_of(x_seq, options).items():
+        # A leaf that the output does not depend on would raise.
+        (grad,) = torch.autograd.grad(out.s_seq.sum() + out.v_last.sum(), leaf, retain_graph=True)
+        assert (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype), name
+
+
+def narrowed(options: dict[str, Any], dims: int, begin: int, end: int) -> dict[str, Any]:
+    """The options of the steps from begin to end: those of parameters that differ from step to step."""
+    part = dict(options)
+    for name in RANGES:
+        value = options.get(name)
+        time_dim = options["time_dim"] % dims
+        if isinstance(value, Tensor) and dims - value.dim() <= time_dim:
+            time = time_dim - (dims - value.dim())
+            if value.shape[time] > 1:
+                part[name] = value.narrow(time, begin, end - begin)
+    return part
+
+
+# Without draws: the noise counts steps from the beginning of each call.
+@many
+@given(call=calls(analog_probs=(0.0, 0.0, 1.0), min_steps=2), data=st.data())
+def test_splitting_time_is_one_run(backend, device, call, data):
+    x_seq, options = call.tensors(device)
+    time_dim, dims = options["time_dim"] % x_seq.dim(), x_seq.dim()
+    steps = x_seq.shape[time_dim]
+    cut = data.draw(st.integers(1, steps - 1), label="cut")
+    whole = asgl_cuda.lif(x_seq, **options, **EVERY, backend=backend)
+    first = asgl_cuda.lif(x_seq.narrow(time_dim, 0, cut), **narrowed(options, dims, 0, cut), **EVERY, backend=backend)
+    later = {**narrowed(options, dims, cut, steps), "v_init": first.v_last}
+    second = asgl_cuda.lif(x_seq.narrow(time_dim, cut, steps - cut), **later, **EVERY, backend=backend)
+    for name in ("s_seq", "v_seq", "h_seq"):
+        joined = torch.cat([getattr(first, name), getattr(second, name)], dim=time_dim)
+        assert torch.equal(joined, getattr(whole, name)), name
+    assert torch.equal(second.v_last, whole.v_last)
+
+    grad_s = torch.randn(whole.s_seq.shape).to(whole.s_seq)
+    grad_v = torch.randn(whole.v_last.shape).to(whole.v_last)
+    leaves = leaves_of(x_seq, options)
+    split = torch.cat([first.s_seq, second.s_seq], dim=time_dim)
+    expected = torch.autograd.grad((whole.s_seq, whole.v_last), list(leaves.values()), (grad_s, grad_v))
+    actual = torch.autograd.grad((split, second.v_last), list(leaves.values()), (grad_s, grad_v))
+    for name, ours, theirs in zip(leaves, actual, expected, strict=True):
+        if name in ("x_seq", "v_init"):
+            assert torch.equal(ours, theirs), name
+        else:
+            # Sums that are cut in two round otherwise, and terms of up to some hundred may cancel.
+            scale = math.sqrt(x_seq.numel())
+            eps = torch.finfo(theirs.dtype).eps
+            torch.testing.assert_close(ours, theirs, rtol=1e3 * eps, atol=1e3 * eps * scale)
+
+
+@many
+@given(call=calls(analog_probs=(0.2, 0.7)))
+def test_elements_outside_the_analog_mask_spike_hard(backend, device, call):
+    x_seq, options = call.tensors(device)
+    options |= {"scale_output": False}
+    s_seq = asgl_cuda.lif(x_seq, **options, backend=backend)
+    mask = asgl_cuda.analog_mask(x_seq, options["analog_prob"], options["rng_state"], time_dim=options["time_dim"])
+    assert ((s_seq == 0) | (s_seq == 1) | mask).all()

@@ -1,0 +1,522 @@
+// Checks of the headers in csrc that know nothing of torch: `headers_test` lists them, `headers_test NAME` runs one.
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+
+#include "math/float_math.h"
+#include "math/half_types.h"
+#include "math/host_device.h"
+#include "math/neuron.h"
+#include "math/philox.h"
+#include "math/surrogates.h"
+#include "neuron_params.h"
+
+namespace {
+
+using asgl::BFloat16;
+using asgl::bit_cast;
+using asgl::Half;
+using asgl::int64;
+using asgl::Surrogate;
+using asgl::SurrogateMath;
+using asgl::uint16;
+using asgl::uint32;
+using asgl::uint64;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+int failures = 0;
+
+__attribute__((format(printf, 2, 3))) void expect(bool holds, const char* format, ...) {
+  if (holds || ++failures > 10) return;
+  va_list arguments;
+  va_start(arguments, format);
+  std::vprintf(format, arguments);
+  va_end(arguments);
+  std::printf("\n");
+}
+
+// Philox4x32-10 as published: words of 32 bits, each round a permuted pair of products.
+struct Words {
+  uint32_t w[4];
+};
+
+Words published_philox(Words counter, uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t{0xD2511F53u} * counter.w[0];
+    const uint64_t product1 = uint64_t{0xCD9E8D57u} * counter.w[2];
+    const auto high0 = static_cast<uint32_t>(product0 >> 32), low0 = static_cast<uint32_t>(product0);
+    const auto high1 = static_cast<uint32_t>(product1 >> 32), low1 = static_cast<uint32_t>(product1);
+    counter = {{high1 ^ counter.w[1] ^ key0, low1, high0 ^ counter.w[3] ^ key1, low0}};
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return counter;
+}
+
+void philox_known_answers() {
+  struct Vector {
+    Words counter;
+    uint32_t key[2];
+    Words result;
+  };
+  // Published with Random123 (Salmon et al., SC 2011).
+  const Vector vectors[] = {
+      {{{0, 0, 0, 0}}, {0, 0}, {{0x6627E8D5u, 0xE169C58Du, 0xBC57AC4Cu, 0x9B00DBD8u}}},
+      {{{0xFFFFFFFFu, 0xFFFFFFFFu, 0xFFFFFFFFu, 0xFFFFFFFFu}},
+       {0xFFFFFFFFu, 0xFFFFFFFFu},
+       {{0x408F276Du, 0x41C83B0Eu, 0xA20BC7C6u, 0x6D5451FDu}}},
+      {{{0x243F6A88u, 0x85A308D3u, 0x13198A2Eu, 0x03707344u}},
+       {0xA4093822u, 0x299F31D0u},
+       {{0xD16CFE09u, 0x94FDCCEBu, 0x5001E420u, 0x24126EA1u}}},
+  };
+  for (const Vector& vector : vectors) {
+    const asgl::PhiloxWords counter = {
+        {vector.counter.w[0], vector.counter.w[1], vector.counter.w[2], vector.counter.w[3]}};
+    const asgl::PhiloxWords result = asgl::philox4x32(counter, vector.key[0], vector.key[1]);
+    const Words published = published_philox(vector.counter, vector.key[0], vector.key[1]);
+    for (int i = 0; i < 4; ++i) {
+      expect(static_cast<uint32_t>(result.w[i]) == vector.result.w[i], "word %d: %08llx, expected %08x", i, result.w[i],
+             vector.result.w[i]);
+      expect(published.w[i] == vector.result.w[i], "the comparison of the other checks is wrong in word %d", i);
+    }
+  }
+}
+
+// The draw of neuron n at step t, as DESIGN.md defines it.
+uint32_t defined_draw(uint64_t n, uint32_t t, uint64_t seed, uint64_t offset) {
+  const uint64_t group = n / 4;
+  const Words counter = {
+      {static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), t / 2, static_cast<uint32_t>(offset)}};
+  const Words words = published_philox(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  const uint64_t lane = 4 * (t % 2) + n % 4;
+  const uint32_t word = words.w[lane / 2];
+  return lane % 2 == 0 ? word & 0xFFFFu : word >> 16;
+}
+
+void expect_draws(uint64_t n, uint32_t t, int64 seed, int64 offset) {
+  const int64 rng_state[] = {seed, offset};
+  const asgl::NoiseBlock block = asgl::noise_block(n / 4, t / 2, asgl::noise_key(rng_state));
+  const uint64_t draw = block.draws[t % 2] >> (16 * (n % 4)) & 0xFFFFu;
+  const uint32_t expected = defined_draw(n, t, static_cast<uint64_t>(seed), static_cast<uint64_t>(offset));
+  expect(draw == expected, "neuron %llu, step %u, seed %lld, offset %lld: %llu, expected %u",
+         static_cast<unsigned long long>(n), t, seed, offset, static_cast<unsigned long long>(draw), expected);
+}
+
+void noise_lanes() {
+  for (const int64 seed :
+       {int64{0}, int64{1}, int64{-1}, int64{0x123456789ABCDEF}, std::numeric_limits<int64>::min()}) {
+    for (const int64 offset : {int64{0}, int64{7}, int64{-5}, (int64{1} << 32) + 7}) {
+      for (uint64_t n = 0; n < 40; ++n) {
+        for (uint32_t t = 0; t < 7; ++t) expect_draws(n, t, seed, offset);
+      }
+    }
+  }
+}
+
+void noise_of_groups_beyond_32_bits() {
+  const uint64_t first_groups[] = {(uint64_t{1} << 32) - 2, (uint64_t{1} << 33) + 5, (uint64_t{1} << 60) - 3};
+  for (const uint64_t group : first_groups) {
+    for (uint64_t n = 4 * group; n < 4 * group + 20; ++n) {
+      for (const uint32_t t : {0u, 1u, 6u, 0xFFFFFFFFu}) expect_draws(n, t, 1234567890123, 42);
+    }
+  }
+}
+
+// A 16-bit type by its definition: sign, exponent, mantissa.
+struct Format {
+  int mantissa_bits, exponent_bits;
+
+  int bias() const { return (1 << (exponent_bits - 1)) - 1; }
+  uint32_t infinity() const { return ((1u << exponent_bits) - 1) << mantissa_bits; }
+  bool is_nan(uint32_t bits) const { return (bits & 0x7FFFu) > infinity(); }
+
+  // Of infinity, the value that the next exponent would have: where rounding goes to it.
+  double value_or_next_power(uint32_t magnitude) const {
+    const int exponent = static_cast<int>(magnitude >> mantissa_bits);
+    const int mantissa = static_cast<int>(magnitude & ((1u << mantissa_bits) - 1));
+    return exponent == 0 ? std::ldexp(mantissa, 1 - bias() - mantissa_bits)
+                         : std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias() - mantissa_bits);
+  }
+
+  double value(uint32_t bits) const {
+    const uint32_t magnitude = bits & 0x7FFFu;
+    const double positive = magnitude == infinity() ? HUGE_VAL : value_or_next_power(magnitude);
+    return bits & 0x8000u ? -positive : positive;
+  }
+
+  // The nearest number, the even one of two: found between the neighbours, not computed from the bits of the float.
+  uint32_t nearest(float number) const {
+    const uint32_t sign = std::signbit(number) ? 0x8000u : 0;
+    const double magnitude = std::fabs(static_cast<double>(number));
+    if (magnitude >= value_or_next_power(infinity())) return sign | infinity();
+    uint32_t below = 0, above = infinity();
+    while (above - below > 1) {
+      const uint32_t middle = (below + above) / 2;
+      (value_or_next_power(middle) <= magnitude ? below : above) = middle;
+    }
+    // Exact: all three have far fewer bits than a double.
+    const double to_below = magnitude - value_or_next_power(below);
+    const double to_above = value_or_next_power(above) - magnitude;
+    const bool up = to_above < to_below || (to_above == to_below && above % 2 == 0);
+    return sign | (up ? above : below);
+  }
+};
+
+constexpr Format kHalf = {10, 5};
+constexpr Format kBFloat16 = {7, 8};
+
+template <class Scalar>
+void widening(Format format) {
+  for (uint32_t bits = 0; bits <= 0xFFFFu; ++bits) {
+    const float real = asgl::to_real(Scalar{static_cast<uint16>(bits)});
+    if (format.is_nan(bits)) {
+      expect(std::isnan(real), "%04x: %g, expected NaN", bits, real);
+      continue;
+    }
+    const double expected = format.value(bits);
+    expect(real == expected && std::signbit(real) == std::signbit(expected), "%04x: %a, expected %a", bits, real,
+           expected);
+  }
+}
+
+void half_widening() { widening<Half>(kHalf); }
+void bfloat16_widening() { widening<BFloat16>(kBFloat16); }
+
+void half_as_the_compiler_has_it() {
+#if defined(__FLT16_MANT_DIG__)
+  for (uint32_t bits = 0; bits <= 0xFFFFu; ++bits) {
+    const float real = asgl::to_real(Half{static_cast<uint16>(bits)});
+    const auto expected = static_cast<float>(bit_cast<_Float16>(static_cast<uint16>(bits)));
+    if (std::isnan(expected)) {
+      expect(std::isnan(real), "%04x: %g, expected NaN", bits, real);
+    } else {
+      expect(bit_cast<uint32>(real) == bit_cast<uint32>(expected), "%04x: %a, expected %a", bits, real, expected);
+    }
+  }
+  std::mt19937 random(1);
+  for (int i = 0; i < 500'000; ++i) {
+    const auto number = bit_cast<float>(static_cast<uint32>(random()));
+    if (std::isnan(number)) continue;
+    const auto expected = bit_cast<uint16>(static_cast<_Float16>(number));
+    const uint16 rounded = asgl::from_real<Half>(number).bits;
+    expect(rounded == expected, "%a: %04x, expected %04x", number, rounded, expected);
+  }
+#else
+  std::printf("this compiler has no _Float16\n");
+#endif
+}
+
+template <class Scalar>
+void expect_nearest(Format format, float number) {
+  const uint32_t rounded = asgl::from_real<Scalar>(number).bits;
+  const uint32_t expected = format.nearest(number);
+  expect(rounded == expected, "%a: %04x, expected %04x", number, rounded, expected);
+}
+
+template <class Scalar>
+void rounding_of_ties(Format format) {
+  for (uint32_t bits = 0; bits < format.infinity(); ++bits) {
+    const double number = format.value_or_next_power(bits);
+    const double next = format.value_or_next_power(bits + 1);
+    const auto tie = static_cast<float>((number + next) / 2);
+    expect(tie == (number + next) / 2, "the tie above %04x is no float", bits);
+    for (const float sign : {1.0f, -1.0f}) {
+      expect_nearest<Scalar>(format, sign * tie);
+      expect_nearest<Scalar>(format, sign * std::nextafter(tie, 0.0f));
+      expect_nearest<Scalar>(format, sign * std::nextafter(tie, kInfinity));
+      expect_nearest<Scalar>(format, sign * static_cast<float>(number));
+    }
+  }
+}
+
+void half_rounding_of_ties() { rounding_of_ties<Half>(kHalf); }
+void bfloat16_rounding_of_ties() { rounding_of_ties<BFloat16>(kBFloat16); }
+
+template <class Scalar>
+void rounding_of_random_floats(Format format) {
+  std::mt19937 random(2);
+  std::uniform_real_distribution<float> exponent(-27.0f, 17.0f);  // from below half's subnormals to beyond its largest
+  for (int i = 0; i < 200'000; ++i) {
+    const auto number = bit_cast<float>(static_cast<uint32>(random()));
+    if (!std::isnan(number)) expect_nearest<Scalar>(format, number);
+    expect_nearest<Scalar>(format, std::copysign(std::exp2(exponent(random)), number));
+  }
+}
+
+void half_rounding_of_random_floats() { rounding_of_random_floats<Half>(kHalf); }
+void bfloat16_rounding_of_random_floats() { rounding_of_random_floats<BFloat16>(kBFloat16); }
+
+template <class Scalar>
+void rounding_of_extremes(Format format) {
+  for (const float number :
+       {0.0f, FLT_TRUE_MIN, FLT_MIN, FLT_MAX, kInfinity, 65504.0f, 65519.996f, 65520.0f, 65536.0f}) {
+    expect_nearest<Scalar>(format, number);
+    expect_nearest<Scalar>(format, -number);
+  }
+  // Quiet and signalling, of both signs, with the payload in bits that are kept and in bits that are cut off.
+  for (const uint32 bits : {0x7FC00000u, 0x7F800001u, 0x7FFFFFFFu, 0x7FBFFFFFu, 0x7F801000u}) {
+    for (const uint32 sign : {0u, 0x80000000u}) {
+      const uint16 rounded = asgl::from_real<Scalar>(bit_cast<float>(bits | sign)).bits;
+      expect(format.is_nan(rounded), "NaN %08x: %04x", bits | sign, rounded);
+    }
+  }
+  for (uint32_t bits = 0; bits <= 0xFFFFu; ++bits) {
+    const uint16 returned = asgl::from_real<Scalar>(asgl::to_real(Scalar{static_cast<uint16>(bits)})).bits;
+    expect(format.is_nan(bits) ? format.is_nan(returned) : returned == bits, "%04x comes back as %04x", bits, returned);
+  }
+}
+
+void half_rounding_of_extremes() { rounding_of_extremes<Half>(kHalf); }
+void bfloat16_rounding_of_extremes() { rounding_of_extremes<BFloat16>(kBFloat16); }
+
+void element_beyond_32_bits() {
+  const asgl::SequenceShape shapes[] = {
+      {1, 3, (int64{1} << 31) - 1}, {1, 3, int64{1} << 31},       {1, 5, (int64{1} << 32) + 3},
+      {3, 7, (int64{1} << 31) + 1}, {(int64{1} << 31) + 9, 4, 3}, {(int64{1} << 33) + 1, 3, 1},
+      {70'001, 70'003, 70'009},     {2, (int64{1} << 32) + 1, 5}, {5, 4, 3},
+  };
+  for (const asgl::SequenceShape& shape : shapes) {
+    expect(shape.neurons() == static_cast<__int128>(shape.outer) * shape.inner, "neurons of %lld x %lld: %lld",
+           shape.outer, shape.inner, shape.neurons());
+    for (const int64 o : {int64{0}, int64{1} % shape.outer, shape.outer / 2, shape.outer - 1}) {
+      for (const int64 t : {int64{0}, int64{1}, shape.steps / 2, shape.steps - 1}) {
+        for (const int64 i : {int64{0}, shape.inner / 2, shape.inner - 1}) {
+          const __int128 expected = (static_cast<__int128>(o) * shape.steps + t) * shape.inner + i;
+          const int64 element = shape.element(o * shape.inner + i, t);
+          expect(element == expected, "(%lld, %lld, %lld) of (%lld, %lld, %lld): %lld", o, t, i, shape.outer,
+                 shape.steps, shape.inner, element);
+        }
+      }
+    }
+  }
+}
+
+// The address that `view` reads, without memory behind its data: the data is placed so that the expected element, and
+// no other, is `cell`. A wrong index gives another value or a fault, and either fails the check.
+template <class Real>
+void expect_parameter_index(int64 step_stride, int64 inner, int64 count, int64 n, int64 t) {
+  const Real cells[] = {-1, 17, -1};
+  const __int128 index = static_cast<__int128>(t) * step_stride + static_cast<__int128>(n) / inner % count;
+  const auto address = reinterpret_cast<std::uintptr_t>(&cells[1]) - static_cast<std::uintptr_t>(index) * sizeof(Real);
+  const asgl::ParameterView<Real> view = {reinterpret_cast<const Real*>(address), -2, step_stride, inner, count};
+  expect(view.at(n, t) == 17, "neuron %lld, step %lld of stride %lld, inner %lld, count %lld", n, t, step_stride, inner,
+         count);
+}
+
+template <class Real>
+void parameter_indices() {
+  constexpr int64 k31 = int64{1} << 31, k32 = int64{1} << 32;
+  expect_parameter_index<Real>(0, 1, k31 + 5, k31 + 2, 3);
+  expect_parameter_index<Real>(0, 1, k32 + 5, k32 + 2, 3);
+  expect_parameter_index<Real>(0, 1, k32 + 5, 3 * k32 + 11, 3);
+  expect_parameter_index<Real>(0, k32 + 1, 7, 5 * k32 + 9, 0);
+  expect_parameter_index<Real>(0, 3, k32 + 1, 9 * k32, 0);
+  expect_parameter_index<Real>(k31 + 1, 1, k31 + 1, k31, 3);
+  expect_parameter_index<Real>(k32 + 1, 1, k32 + 1, k32, 3);
+  expect_parameter_index<Real>(70'001, 1, 70'001, 123, 70'003);
+  expect_parameter_index<Real>(1, 1, 1, k32 + 9, k32 + 7);
+  expect_parameter_index<Real>(0, 4, 3, 29, 5);
+  const asgl::ParameterView<Real> constant = {nullptr, 3, k32, 1, k32};
+  expect(constant.at(k32 + 1, k32 + 2) == 3, "a constant is not itself");
+}
+
+void parameter_beyond_32_bits() {
+  parameter_indices<float>();
+  parameter_indices<double>();
+}
+
+// The distance in spacings of floats at the expected value. Infinity counts as 2^128, which follows the largest float.
+double ulps(float value, double expected) {
+  const double limit = std::ldexp(1.0, 128);
+  const double clamped = std::fmin(std::fmax(expected, -limit), limit);
+  const double actual = std::isinf(value) ? std::copysign(limit, value) : value;
+  int exponent = 0;
+  std::frexp(clamped, &exponent);
+  return std::fabs(actual - clamped) / std::ldexp(1.0, std::max(std::min(exponent, 128) - 24, -149));
+}
+
+// The header claims less, measured over all floats; 2 leaves room for a double function that is itself off by an ulp.
+constexpr double kAllowedUlps = 2.0;
+
+void expect_close(float (*function)(float), double (*exact)(double)) {
+  const auto check = [&](float x) {
+    const float value = function(x);
+    const double distance = ulps(value, exact(x));
+    expect(distance <= kAllowedUlps, "%a: %a is %.2f ulp off", x, value, distance);
+  };
+  // Every bit pattern of a stride that is coprime to 2^32, and so hits all exponents and all low bits.
+  for (uint64_t bits = 0; bits <= 0xFFFFFFFFu; bits += 509) {
+    const auto x = bit_cast<float>(static_cast<uint32>(bits));
+    if (!std::isnan(x)) check(x);
+  }
+  // Where neurons live, densely; the limits of exp and the seams of erf and atan lie in it.
+  for (int i = -1'000'000; i <= 1'000'000; ++i) check(static_cast<float>(i) * 1.1e-4f);
+}
+
+void exp_is_close() { expect_close(&asgl::float_math::exp, &std::exp); }
+void erf_is_close() { expect_close(&asgl::float_math::erf, &std::erf); }
+void atan_is_close() { expect_close(&asgl::float_math::atan, &std::atan); }
+
+void functions_at_special_values() {
+  namespace fm = asgl::float_math;
+  expect(fm::exp(0.0f) == 1.0f && fm::exp(-0.0f) == 1.0f, "exp(0)");
+  expect(fm::exp(kInfinity) == kInfinity && fm::exp(FLT_MAX) == kInfinity, "exp(inf)");
+  expect(fm::exp(-kInfinity) == 0.0f && fm::exp(-FLT_MAX) == 0.0f, "exp(-inf)");
+  expect(fm::erf(kInfinity) == 1.0f && fm::erf(-kInfinity) == -1.0f, "erf(inf)");
+  expect(fm::erf(FLT_MAX) == 1.0f && fm::erf(-FLT_MAX) == -1.0f, "erf(largest)");
+  const auto right_angle = static_cast<float>(std::acos(0.0));
+  expect(fm::atan(kInfinity) == right_angle && fm::atan(-kInfinity) == -right_angle, "atan(inf)");
+  expect(fm::atan(FLT_MAX) == right_angle && fm::atan(-FLT_MAX) == -right_angle, "atan(largest)");
+  for (const float zero : {0.0f, -0.0f}) {
+    expect(fm::erf(zero) == 0.0f && std::signbit(fm::erf(zero)) == std::signbit(zero), "erf(%g)", zero);
+    expect(fm::atan(zero) == 0.0f && std::signbit(fm::atan(zero)) == std::signbit(zero), "atan(%g)", zero);
+  }
+  for (const float nan : {kNaN, -kNaN, bit_cast<float>(0x7F800001u), bit_cast<float>(0xFFFFFFFFu)}) {
+    expect(std::isnan(fm::exp(nan)), "exp(NaN)");
+    expect(std::isnan(fm::erf(nan)), "erf(NaN)");
+    expect(std::isnan(fm::atan(nan)), "atan(NaN)");
+  }
+}
+
+template <class Body>
+void for_each_surrogate(Body body) {
+  static_assert(asgl::kNumSurrogates == 7);
+  body.template operator()<Surrogate::kRectangle>("rectangle");
+  body.template operator()<Surrogate::kTriangle>("triangle");
+  body.template operator()<Surrogate::kSigmoid>("sigmoid");
+  body.template operator()<Surrogate::kArctan>("arctan");
+  body.template operator()<Surrogate::kErf>("erf");
+  body.template operator()<Surrogate::kFastSigmoid>("fast_sigmoid");
+  body.template operator()<Surrogate::kLaplace>("laplace");
+}
+
+template <Surrogate kSurrogate, class Real>
+void expect_limits(const char* name) {
+  using Math = SurrogateMath<kSurrogate>;
+  constexpr Real infinity = std::numeric_limits<Real>::infinity(), nan = std::numeric_limits<Real>::quiet_NaN();
+  expect(Math::value(-infinity) == 0, "%s(-inf) = %g", name, double(Math::value(-infinity)));
+  expect(Math::value(infinity) == 1, "%s(inf) = %g", name, double(Math::value(infinity)));
+  expect(Math::value(Real(0)) == Real(0.5), "%s(0) = %g", name, double(Math::value(Real(0))));
+  expect(Math::value(Real(-0.0)) == Real(0.5), "%s(-0) = %g", name, double(Math::value(Real(-0.0))));
+  expect(std::isnan(Math::value(nan)), "%s(NaN) = %g", name, double(Math::value(nan)));
+  for (const Real y : {-infinity, infinity}) {
+    expect(Math::adjoint(y, Real(1)) == 0, "slope of %s at %g: %g", name, double(y), double(Math::adjoint(y, Real(1))));
+  }
+}
+
+void surrogate_limits() {
+  for_each_surrogate([]<Surrogate kSurrogate>(const char* name) {
+    expect_limits<kSurrogate, float>(name);
+    expect_limits<kSurrogate, double>(name);
+  });
+}
+
+void surrogate_slopes() {
+  for_each_surrogate([]<Surrogate kSurrogate>(const char* name) {
+    using Math = SurrogateMath<kSurrogate>;
+    // Odd multiples of 1/128: all kinks (0, 1/2 and 1) are further away than the step.
+    for (double y = -12 - 1.0 / 128; y < 12.5; y += 1.0 / 64) {
+      constexpr double step = 1e-5;
+      const double slope = (Math::value(y + step) - Math::value(y - step)) / (2 * step);
+      const double adjoint = Math::adjoint(y, 1.0);
+      // Third derivatives are below 10, which leaves 10 step^2 / 6, and a rounding of the values 1e-16 / step.
+      expect(std::fabs(adjoint - slope) < 3e-10, "slope of %s at %g: %.12g, expected %.12g", name, y, adjoint, slope);
+      // A power of two scales every term without rounding.
+      expect(Math::adjoint(y, -4.0) == -4 * adjoint, "slope of %s at %g is not linear in the gradient", name, y);
+      // The same formulas in float32: some roundings of numbers of at most 1, with y exact in both.
+      expect(std::fabs(Math::value(float(y)) - Math::value(y)) < 1e-6, "value of %s at %g in float32", name, y);
+      expect(std::fabs(Math::adjoint(float(y), 1.0f) - adjoint) < 1e-6, "slope of %s at %g in float32", name, y);
+    }
+  });
+}
+
+void surrogate_slopes_at_kinks() {
+  const auto check = []<class Real>(Real one) {
+    using Rectangle = SurrogateMath<Surrogate::kRectangle>;
+    using Triangle = SurrogateMath<Surrogate::kTriangle>;
+    const Real half = one / 2;
+    for (const Real edge : {-half, half}) {
+      expect(Rectangle::adjoint(edge, one) == 1, "the rectangle's edge %g is inside", double(edge));
+      expect(Rectangle::adjoint(edge * Real(1.001), one) == 0, "beyond the rectangle's edge %g", double(edge));
+    }
+    expect(Triangle::adjoint(Real(0), one) == 1, "the triangle's peak");
+    expect(Triangle::adjoint(one, one) == 0 && Triangle::adjoint(-one, one) == 0, "the triangle's edges");
+    expect(SurrogateMath<Surrogate::kLaplace>::adjoint(Real(0), one) == half, "the peak of laplace");
+    expect(SurrogateMath<Surrogate::kFastSigmoid>::adjoint(Real(0), one) == half, "the peak of fast_sigmoid");
+  };
+  check(1.0f);
+  check(1.0);
+}
+
+void surrogate_values_grow_from_0_to_1() {
+  for_each_surrogate([]<Surrogate kSurrogate>(const char* name) {
+    using Math = SurrogateMath<kSurrogate>;
+    double before = 0;
+    for (int i = -4000; i <= 4000; ++i) {
+      const double y = i / 200.0;
+      const double value = Math::value(y);
+      // Neighbours in a tail may round past each other by an ulp of 1.
+      expect(value >= before - 3e-16 && value >= 0 && value <= 1, "%s(%g) = %.17g after %.17g", name, y, value, before);
+      expect(std::fabs(value + Math::value(-y) - 1) < 1e-15, "%s is not symmetric at %g", name, y);
+      before = value;
+    }
+  });
+}
+
+struct Check {
+  const char* name;
+  void (*run)();
+};
+
+#define CHECK(name) {#name, &name}
+const Check checks[] = {
+    CHECK(philox_known_answers),
+    CHECK(noise_lanes),
+    CHECK(noise_of_groups_beyond_32_bits),
+    CHECK(half_widening),
+    CHECK(bfloat16_widening),
+    CHECK(half_as_the_compiler_has_it),
+    CHECK(half_rounding_of_ties),
+    CHECK(bfloat16_rounding_of_ties),
+    CHECK(half_rounding_of_random_floats),
+    CHECK(bfloat16_rounding_of_random_floats),
+    CHECK(half_rounding_of_extremes),
+    CHECK(bfloat16_rounding_of_extremes),
+    CHECK(element_beyond_32_bits),
+    CHECK(parameter_beyond_32_bits),
+    CHECK(exp_is_close),
+    CHECK(erf_is_close),
+    CHECK(atan_is_close),
+    CHECK(functions_at_special_values),
+    CHECK(surrogate_limits),
+    CHECK(surrogate_slopes),
+    CHECK(surrogate_slopes_at_kinks),
+    CHECK(surrogate_values_grow_from_0_to_1),
+};
+#undef CHECK
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 1) {
+    for (const Check& check : checks) std::printf("%s\n", check.name);
+    return 0;
+  }
+  for (const Check& check : checks) {
+    if (std::strcmp(check.name, argv[1]) == 0) {
+      check.run();
+      std::printf("%d failures\n", failures);
+      return failures > 0 ? 1 : 0;
+    }
+  }
+  std::printf("no check is called %s\n", argv[1]);
+  return 2;
+}

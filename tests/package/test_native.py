@@ -1,0 +1,88 @@
+"""The headers of csrc that know nothing of torch, compiled alone by the host's C++ compiler."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[2] / "csrc"
+SOURCE = Path(__file__).parent / "native" / "headers_test.cpp"
+# No contraction, as in the build of the extension: the kernels promise equal bits.
+FLAGS = ("-O1", "-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
+
+CHECKS = (
+    "philox_known_answers",
+    "noise_lanes",
+    "noise_of_groups_beyond_32_bits",
+    "half_widening",
+    "bfloat16_widening",
+    "half_as_the_compiler_has_it",
+    "half_rounding_of_ties",
+    "bfloat16_rounding_of_ties",
+    "half_rounding_of_random_floats",
+    "bfloat16_rounding_of_random_floats",
+    "half_rounding_of_extremes",
+    "bfloat16_rounding_of_extremes",
+    "element_beyond_32_bits",
+    "parameter_beyond_32_bits",
+    "exp_is_close",
+    "erf_is_close",
+    "atan_is_close",
+    "functions_at_special_values",
+    "surrogate_limits",
+    "surrogate_slopes",
+    "surrogate_slopes_at_kinks",
+    "surrogate_values_grow_from_0_to_1",
+)
+
+
+@pytest.fixture(scope="session")
+def compiler() -> list[str]:
+    command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"no C++ compiler: {command[0]} is not on PATH, and CXX names the one to use")
+    return command
+
+
+@pytest.fixture(scope="session")
+def program(compiler: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("native") / "headers_test"
+    build = [*compiler, *FLAGS, "-I", str(CSRC), str(SOURCE), "-o", str(path)]
+    result = subprocess.run(build, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return path
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_headers(program, check):
+    result = subprocess.run([program, check], capture_output=True, text=True, timeout=120)
+    # A negative status is the signal that ended it, such as the fault of a wrong index.
+    assert result.returncode == 0, f"status {result.returncode}: {result.stdout}{result.stderr}"
+    if "has no _Float16" in result.stdout:
+        pytest.skip("this compiler has no _Float16")
+
+
+def test_every_check_of_the_program_is_run(program):
+    result = subprocess.run([program], capture_output=True, text=True, timeout=30)
+    assert tuple(result.stdout.split()) == CHECKS
+
+
+@pytest.mark.parametrize("header", [*CSRC.glob("math/*.h"), *CSRC.glob("*_params.h")], ids=lambda path: path.stem)
+def test_header_stands_alone(compiler, tmp_path, header):
+    """Included first and alone, and nothing comes with it that NVRTC lacks: no header from outside csrc."""
+    source = tmp_path / "alone.cpp"
+    source.write_text(f'#include "{header}"\n')
+    build = [*compiler, *FLAGS, "-I", str(CSRC), "-M", str(source)]
+    result = subprocess.run(build, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    included = [Path(word) for word in result.stdout.replace("\\\n", " ").split()[1:]]
+    # Compilers name headers of their own among the dependencies although no line includes them.
+    outside = [
+        path for path in included if CSRC not in path.parents and path.name not in (source.name, "stdc-predef.h")
+    ]
+    assert not outside
+    checked = subprocess.run([*build[:-2], "-fsyntax-only", str(source)], capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stderr

@@ -1,0 +1,162 @@
+"""The wheel without a compiled part, used and compiled where there is nothing but torch; and the README's way."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+# What tests the reference and the errors; the rest needs a fused backend or a checkout.
+SUITE = (
+    *(f"neuron/test_{name}.py" for name in ("arguments", "philox", "properties")),
+    *(f"layer/test_{name}.py" for name in ("neuron", "torch_features")),
+)
+TESTS_NEED = ("conftest.py", "comparison.py", "emulated.py")
+
+
+def run(*command: str | Path, cwd: Path, status: int = 0, **environment: str) -> str:
+    """All that a command prints, which must end with this status and sees no checkout."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [str(word) for word in command]
+    result = subprocess.run(
+        words, cwd=cwd, env={**inherited, **environment}, text=True, timeout=300, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert result.returncode == status, result.stdout
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """From a copy of the tree, with all that earlier builds have left in it."""
+    directory = tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns(".*", "build", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, directory / "tree", ignore=ignored)
+    (directory / "tree" / "asgl_cuda" / "_C.leftover.so").touch()
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check")
+    command = (sys.executable, "-m", "pip", "wheel", *options, "-w", directory, directory / "tree")
+    run(*command, cwd=directory, ASGL_CUDA_BUILD="none")
+    (found,) = directory.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory) -> Path:
+    """Of an environment with this wheel and, from elsewhere, torch and what tests need."""
+    python = environment_in(tmp_path_factory.mktemp("environment"))
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=wheel.parent)
+    see_packages_of_this(python)
+    return python
+
+
+def environment_in(directory: Path) -> Path:
+    """The Python of a new environment."""
+    run(sys.executable, "-m", "venv", "--without-pip", directory, cwd=ROOT)
+    return directory / "bin" / "python"
+
+
+def see_packages_of_this(python: Path) -> None:
+    """The packages of the environment of the tests, but nothing that was installed there from a checkout."""
+    (site_packages,) = python.parents[1].glob("lib/python*/site-packages")
+    (site_packages / "torch_from_elsewhere.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+
+
+def test_content(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {f"asgl_cuda/csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.suffix != ".md"}
+    assert {"asgl_cuda/backends/cupy.py", *sources} <= names
+    assert not [name for name in names if name.endswith((".so", "_build_info.py", ".md"))]
+
+
+def test_info(python, tmp_path):
+    out = run(python, "-m", "asgl_cuda", "info", cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path))
+    lines = [line.split() for line in out.splitlines()]
+    assert ["reference", "works"] in lines
+    assert ["cpu", "works"] not in lines
+    assert f"headers {python.parents[1]}" in out
+    assert "cpu        the compiled extension is missing: it was not built with this installation. To build it: " in out
+
+
+# In place of the kernels, since those take a minute.
+STUB = """
+#include <Python.h>
+namespace {
+PyObject* cpu_threads(PyObject*, PyObject*) { return PyLong_FromLong(1); }
+PyObject* cpu_instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString("a stub"); }
+PyMethodDef methods[] = {{"cpu_threads", cpu_threads, METH_NOARGS, nullptr},
+                         {"cpu_instruction_set", cpu_instruction_set, METH_NOARGS, nullptr}, {}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
+}
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+"""
+
+
+def stub_sources(csrc: Path) -> None:
+    for path in csrc.glob("*.cpp"):
+        path.write_text(STUB if path.name == "ops.cpp" else "")
+
+
+def test_build(python, tmp_path):
+    """By two processes at once; and what they say where it does not compile."""
+    (csrc,) = python.parents[1].glob("lib/python*/site-packages/asgl_cuda/csrc")
+    stub_sources(csrc)
+    build = (python, "-m", "asgl_cuda", "build")
+    environment = {"ASGL_CUDA_BUILD": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with ThreadPoolExecutor() as pool:
+        outputs = list(pool.map(lambda _: run(*build, cwd=tmp_path, **environment), range(2)))
+    for out in outputs:
+        first, last = out.splitlines()
+        assert first.startswith("asgl_cuda: compiling only the CPU kernels for torch ")
+        assert last.startswith("asgl_cuda: done in ")
+    (place,) = (tmp_path / "cache").glob("asgl_cuda/torch-*/*")
+    assert str(place) in outputs[0]
+    out = run(python, "-m", "asgl_cuda", "info", cwd=tmp_path, **environment)
+    assert "CPU kernels: a stub, 1 threads" in out
+    assert ["cpu", "works"] in [line.split() for line in out.splitlines()]
+    (csrc / "ops.cpp").write_text("#error this does not compile")
+    out = run(*build, cwd=tmp_path, status=1, **environment)
+    message = out.splitlines()[-1]
+    assert message.startswith(f"asgl_cuda: it does not compile: {csrc}/ops.cpp:1:2: error: #error this does not")
+    log = Path(message.split("(log: ")[1].rstrip(")"))
+    assert "#error this does not compile" in log.read_text()
+    assert sorted(path.suffix for path in place.parent.iterdir()) == ["", ".log"]
+
+
+def test_readme_says_how(tmp_path):
+    """Its commands in a copy of the checkout, except for torch and the comparison, which a stub does not pass."""
+    ignored = shutil.ignore_patterns(".*", "build", "__pycache__", "*.egg-info", "_C.*", "_build_info.py")
+    shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored)
+    stub_sources(tmp_path / "checkout" / "csrc")
+    python = environment_in(tmp_path / "environment")
+    see_packages_of_this(python)
+    pip = python.with_name("pip")
+    pip.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip --python {python} "$@"\n')
+    pip.chmod(0o755)
+    _, install, info, _ = README.split("## Install it")[1].split("```sh\n")[1].split("```")[0].splitlines()
+    # Of what is installed elsewhere nothing is touched.
+    offline = {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_IGNORE_INSTALLED": "1"}
+    path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
+    for command in (install, info):
+        out = run("sh", "-c", command, cwd=tmp_path / "checkout", PATH=path, ASGL_CUDA_BUILD="cpu", **offline)
+    assert ["cpu", "works"] in [line.split() for line in out.splitlines()]
+
+
+def test_reference(python, tmp_path):
+    tests = tmp_path / "tests"
+    for folder in ("neuron", "layer"):
+        (tests / folder).mkdir(parents=True)
+    for name in (*TESTS_NEED, *SUITE):
+        shutil.copy(ROOT / "tests" / name, tests / name)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    command = (python, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore:asgl_cuda", "tests")
+    out = run(*command, cwd=tmp_path, ASGL_TEST_BACKENDS="reference")
+    passed = int(out.split(" passed")[0].split()[-1])
+    assert passed > 100
