@@ -15,11 +15,15 @@ void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, 
     return;
   }
   const Real* data = parameter.data + t * parameter.step_stride;
-  const bool in_turns = parameter.inner == 1;
-  for_each_stretch(tile, in_turns ? parameter.count : parameter.inner, [&](int64 n, int64 offset, int64 length) {
-    const Real* values = data + parameter.index(n);
-    in_turns ? std::copy_n(values, length, row + offset) : std::fill_n(row + offset, length, *values);
-  });
+  if (parameter.inner == 1) {
+    for_each_stretch(tile, parameter.count, [&](int64 n, int64 offset, int64 length) {
+      std::copy_n(data + n % parameter.count, length, row + offset);
+    });
+  } else {
+    for_each_stretch(tile, parameter.inner, [&](int64 n, int64 offset, int64 length) {
+      std::fill_n(row + offset, length, data[parameter.index(n)]);
+    });
+  }
 }
 
 // The noise of a tile for the steps of a segment. Without draws every row is 0: below any analog_below except 0.

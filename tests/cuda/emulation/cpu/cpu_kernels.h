@@ -1,4 +1,5 @@
-// What the tests of the CPU kernels are compiled with.
+// The CPU kernels in the place of the CUDA ones, so that the tests of these are theirs, too. Include the file of
+// csrc/cpu with the kernels after this.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +19,7 @@
 #undef __x86_64__
 #endif
 
-#include "host_device.h"
+#include "launch.h"
 
 namespace asgl {
 
@@ -27,6 +28,24 @@ constexpr int kBlockThreads = 128;
 namespace cuda {
 
 inline int64 blocks_for(int64 work, int64 per_block) { return (work + per_block - 1) / per_block; }
+
+template <class Params>
+cudaError_t cut(Params& params) {
+  cpu::cut(params);
+  return cudaSuccess;
+}
+
+template <class Params>
+cudaError_t launch(const Params& params, cudaStream_t) {
+  cpu::launch(params);
+  return cudaSuccess;
+}
+
+// The options name the model.
+template <class Model, class Params>
+cudaError_t launch(Model, const Params& params, cudaStream_t stream) {
+  return launch(params, stream);
+}
 
 }  // namespace cuda
 }  // namespace asgl
