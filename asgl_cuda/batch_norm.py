@@ -38,8 +38,7 @@ from .reference import Parameters, batch_statistics, normalisation
 from .transforms import apply, is_differentiated, transforming
 
 _CALLER = "asgl_cuda.batch_norm_lif"
-# With the defaults of lif, which takes them as well.
-_NEURON_DEFAULTS = {name: (lif.__kwdefaults__ or {})[name] for name in NeuronArguments.__annotations__}
+_NEURON_DEFAULTS = lif.__kwdefaults__ or {}
 
 # With so few values a channel dx is the small difference of terms that half types round: it is computed in float32.
 _FEW = 4
@@ -233,7 +232,7 @@ def batch_norm_lif(
         s_seq = asgl_cuda.lif(input_scale * y.unflatten(0, x_seq.shape[:2]), ...)
     """
     for name in neuron:
-        if name not in _NEURON_DEFAULTS:
+        if name not in NeuronArguments.__annotations__:
             raise TypeError(f"{_CALLER}() got an unexpected keyword argument {name!r}")
     arguments: dict[str, Any] = {**_NEURON_DEFAULTS, **neuron}
     time_dim = check_input(x_seq, arguments["time_dim"], _CALLER)
