@@ -104,7 +104,7 @@ class Call(NamedTuple):
         rng_state: Tensor | None,
         *parameters: Tensor | None,
     ) -> Call:
-        """From its fields, the parameters one by one, as autograd takes tensors."""
+        """Makes a call of its fields, with the parameters one by one, as autograd takes tensors."""
         return cls(backend, numbers, rules, wanted, x_seq, v_init, rng_state, Parameters(*parameters))
 
     @property
@@ -120,7 +120,7 @@ class Call(NamedTuple):
         return tuple(self.parameters), tuple(self.numbers), tuple(self.rules)
 
     def reference(self) -> tuple[Tensor, ...]:
-        """What the reference computes."""
+        """Runs the reference."""
         return lif_reference(self.x_seq, self.v_init, self.rng_state, self.parameters, self.numbers, self.rules)
 
     def forward(self, keep_checkpoints: bool) -> ForwardResult:
@@ -138,7 +138,7 @@ class Call(NamedTuple):
         )
 
     def output(self, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
-        """What was asked for of s_seq, v_last, v_seq and h_seq."""
+        """Picks the outputs that were asked for."""
         if not any(self.wanted):
             return outputs[0]
         return LIFOutput(
@@ -150,7 +150,7 @@ class Call(NamedTuple):
 class LIFFunction(torch.autograd.Function):
     """The fused operators of one backend as a differentiable function of x_seq, v_init and the parameters.
 
-    Its inputs are those of `Call.of`. Beside the outputs it returns the checkpoints, which backward needs.
+    It takes the arguments of `Call.of`. Beside the outputs it returns the checkpoints, which backward needs.
     """
 
     generate_vmap_rule = True

@@ -1,7 +1,8 @@
-// The operators of batch normalisation as templates over the backend, as those of ops.h; see there for who checks what.
+// The operators of batch normalisation are templates over the backend like the operators of ops.h, which says who
+// checks arguments.
 //
-// A Backend has, beside what ops.h asks for: channel_tiles(shape, x_seq, grad_x_seq), how the values will be cut;
-// launch_moments, launch_coefficients, launch_adjoint and launch_input_gradient of their parameters.
+// A Backend has channel_tiles(shape, x_seq, grad_x_seq), which says how the values will be cut, and launch_moments,
+// launch_coefficients, launch_adjoint and launch_input_gradient, each of its parameters.
 #pragma once
 
 #include "batch_norm_launch.h"

@@ -1,6 +1,5 @@
 // The operators as templates over the backend: layout, parameter views, allocation. Arguments have been checked in
-// Python, with the words that a user should read; what is checked here again would otherwise read or write out of
-// bounds.
+// Python, with the words that a user should read; without the checks here, kernels could read or write out of bounds.
 //
 // A Backend is made from x_seq for the time of one call. Its backward_tiles(params) says how backward will cut the
 // neurons; the partial sums are not yet allocated then. Its launch_forward(surrogate, hard_reset, params),
@@ -60,7 +59,8 @@ inline at::ScalarType real_type(const Tensor& x_seq) {
   return x_seq.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// Where x_seq's dimensions lie in memory: contiguous, or with the channels (the second dimension but time) innermost.
+// Where x_seq's dimensions lie in memory: contiguous, or with the channels (the second dimension except time)
+// innermost.
 class Layout {
  public:
   Layout(const Tensor& x_seq, int64_t time_dim) : sizes_(x_seq.sizes().vec()), time_dim_(time_dim) {
@@ -339,7 +339,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lif_forward(const Tensor& x_s
   const Layout& layout = call.layout();
   const SequenceShape& shape = layout.shape();
   const at::TensorOptions real = call.real_options();
-  // What is not asked for is empty, each a tensor of its own: outputs of an operator may not share memory.
+  // An output that is not asked for is empty, and a tensor of its own: outputs of an operator may not share memory.
   const auto none = [&] { return at::empty({0}, real); };
   const Tensor s_seq = layout.empty_sequence(x_seq.options());
   const Tensor v_last = wants_v_last ? layout.empty_state(real) : none();
@@ -440,7 +440,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(const c10::List<Opt
 
 // (seed, offset) from the default generator of the device. An operator of its own, so that a compiled graph draws the
 // same numbers as eager mode. `fresh` is a newly allocated tensor, of which only type, shape and device count:
-// compilers merge equal calls of an operator, but not allocations, and so leave two draws two.
+// compilers merge equal calls of an operator and leave allocations apart, and so two draws stay two.
 inline Tensor draw_rng_state(const Tensor& fresh) {
   return at::randint(std::numeric_limits<int64_t>::max(), {2}, fresh.options());
 }
