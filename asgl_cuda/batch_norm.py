@@ -38,15 +38,14 @@ from .reference import Parameters, batch_statistics, normalisation
 from .transforms import apply, is_differentiated, transforming
 
 _CALLER = "asgl_cuda.batch_norm_lif"
-# With the defaults of lif, which takes them as well.
-_NEURON_DEFAULTS = {name: (lif.__kwdefaults__ or {})[name] for name in NeuronArguments.__annotations__}
+_NEURON_DEFAULTS = lif.__kwdefaults__ or {}
 
-# With so few values a channel dx is the small difference of terms that half types round: it is computed in float32.
+# With so few values a channel dx is the small difference of terms that half types round, so it is computed in float32.
 _FEW = 4
 
 
 class _Settings(NamedTuple):
-    """What is the same for every channel of a call."""
+    """The settings that all channels of a call share."""
 
     channel: int  # dimension of x_seq
     eps: float
@@ -57,7 +56,7 @@ class _Settings(NamedTuple):
 class BatchNormLIFFunction(torch.autograd.Function):
     """The fused operators as a differentiable function of x_seq, v_init, weight, bias and the neuron's parameters.
 
-    `mean` and `variance` are None in training, when they are those of x_seq.
+    `mean` and `variance` are None in training, where they are taken from x_seq.
     """
 
     generate_vmap_rule = True
@@ -208,12 +207,12 @@ def batch_norm_lif(
 
     Args:
         x_seq: `[T, B, C, ...]` (or time at `time_dim`), float16, bfloat16, float32 or float64; the channels are the
-            second dimension but time.
+            second dimension except time.
         running_mean, running_var: `[C]`, in units of x_seq and their square; used in evaluation, updated in training if
             they are given.
         weight, bias: `[C]`; default 1 and 0.
-        training: normalise by mean and variance of x_seq, each over all but the channels, instead of running_mean and
-            running_var.
+        training: normalise by mean and variance of x_seq, each over all dimensions except the channels, instead of
+            running_mean and running_var.
         momentum: how much of the running statistics a call in training replaces: a float, or a tensor of one value.
         eps: added to the variance.
         input_scale: factor on the normalised input; `alpha * v_threshold` for the tdBN of Zheng et al., AAAI 2021.
@@ -233,7 +232,7 @@ def batch_norm_lif(
         s_seq = asgl_cuda.lif(input_scale * y.unflatten(0, x_seq.shape[:2]), ...)
     """
     for name in neuron:
-        if name not in _NEURON_DEFAULTS:
+        if name not in NeuronArguments.__annotations__:
             raise TypeError(f"{_CALLER}() got an unexpected keyword argument {name!r}")
     arguments: dict[str, Any] = {**_NEURON_DEFAULTS, **neuron}
     time_dim = check_input(x_seq, arguments["time_dim"], _CALLER)

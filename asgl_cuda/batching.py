@@ -113,13 +113,13 @@ class _Samples:
         self._neurons = self.x_seq.numel() // max(count * steps, 1)
 
     def front(self, value: Any, dim: int | None) -> Any:
-        """With the samples first, also where they share it."""
+        """The value with the samples first, also where they share it."""
         if value is None:
             return None
         return value.expand(self._count, *value.shape) if dim is None else value.movedim(dim, 0)
 
     def parameter(self, value: Tensor | None, dim: int | None, apart: bool = False) -> Any:
-        """Such that it broadcasts against x_seq; `apart`: with a gradient for each sample, also where they share it."""
+        """Reshaped to broadcast against x_seq; with `apart` each sample gets a gradient, also where they share it."""
         if value is None or (dim is None and not apart):
             return value
         sizes = _shape_of_one(value, dim)

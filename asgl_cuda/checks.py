@@ -100,7 +100,7 @@ def check_number(name: str, value: Any, caller: str, expected: str = "a float") 
 
 def check_not_nan(name: str, value: Any, caller: str, expected: str = "a float") -> float:
     """The same, where NaN will not do."""
-    number = check_number(name, value, caller, expected)
+    number = value if type(value) is float else check_number(name, value, caller, expected)
     if number != number:  # math.isnan is nothing that torch.compile can trace with a dynamic number
         raise ValueError(f"{caller}: {name} must be a number, got nan")
     return number

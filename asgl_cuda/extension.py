@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 PACKAGE = Path(__file__).parent
-BUILD = "python -m asgl_cuda build"  # the remedy, wherever the extension is missing or not what is wanted
+BUILD = "python -m asgl_cuda build"  # the remedy, wherever the extension is missing or another one is wanted
 NO_SOURCES = (
     "the sources, which were installed with asgl_cuda, are gone. "
     "To install them again: pip install --force-reinstall --no-deps asgl_cuda"
@@ -29,7 +29,7 @@ SOURCES = ("*.cpp", "*.cu", "*.cuh", "*.h")
 
 
 class BuildInfo(NamedTuple):
-    """What compilation.py noted when it compiled the extension."""
+    """The notes that compilation.py made when it compiled the extension."""
 
     torch_version: str
     cuda: str | None  # the toolkit and the architectures that the CUDA kernels were compiled by and for
@@ -66,13 +66,13 @@ def cache_directory() -> Path:
 
 
 def build_directory(sources: Path) -> Path:
-    """The place in the cache for what these sources are compiled to, as compilation.py has it done."""
+    """The place in the cache for the extension that compilation.py makes of these sources."""
     digest = hashlib.sha256(digest_of_sources(sources) + (PACKAGE / "compilation.py").read_bytes())
     return cache_directory() / digest.hexdigest()[:16]
 
 
 def _info_in(directory: Path) -> BuildInfo | None:
-    """What was noted of the extension there, None where there is none."""
+    """The notes about the extension there, None where there is none."""
     try:
         noted = runpy.run_path(str(directory / "_build_info.py"))
         return BuildInfo(noted["TORCH_VERSION"], noted["CUDA"], noted["REASON"])
@@ -100,7 +100,7 @@ def _hidden_installation() -> Path | None:
 
 
 def load() -> tuple[ModuleType | None, BuildInfo | None, str | None]:
-    """The extension and what it was built for, or why there is none and the remedy."""
+    """The extension and its notes, or why there is none and the remedy."""
     found = [(path, info) for path in _directories() if (info := _info_in(path)) is not None]
     found.sort(key=lambda each: each[1].cuda is None)  # stable: one with CUDA kernels goes before one without
     why = "it was not built with this installation"

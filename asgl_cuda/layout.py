@@ -132,7 +132,7 @@ class ParameterTensor:
         self.data = full.expand(expanded).permute(self._order).contiguous()
 
     def gradient_in_own_shape(self, gradient: Tensor) -> Tensor:
-        """From the layout of `data` back to the parameter's own shape."""
+        """Brings a gradient in the layout of `data` back to the parameter's own shape."""
         if gradient.numel() == 1:
             return gradient
         inverse = [self._order.index(dim) for dim in range(len(self._order))]

@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 from .backends import BACKENDS
 from .batch_norm import module_batch_norm_lif
 from .checks import (
-    check_analog_prob,
     check_bool,
     check_finite,
     check_input,
@@ -23,79 +22,22 @@ from .checks import (
     check_width,
 )
 from .functional import LIFOutput, lif
-from .layout import real_type, state_shape
-from .reference import with_gradient_of
+from .layer import BOUND, Noisy, bounded, give_dimension
+from .layout import state_shape
 from .transforms import transforming
 
 _CALLER = "asgl_cuda.LIF"
 
 Granularity = Literal["layer", "channel", "neuron"]
 
-_BOUND = 15.0  # of a logarithm and a logit
-_LEAST_WIDTH, _LARGEST_WIDTH = math.exp(-_BOUND), math.exp(_BOUND)
-_LEAST_DECAY = 1 / (1 + math.exp(_BOUND))
-
-
-def bounded(value: Tensor) -> Tensor:
-    """The value in float32, kept within 15 of 0 without stopping its gradient.
-
-    exp and sigmoid then stay positive, finite and below 1, whatever an optimizer's step has done.
-    """
-    value = value.to(real_type(value.dtype))
-    return with_gradient_of(value.detach().clamp(-_BOUND, _BOUND), value)
-
-
-def give_dimension(state_dict: dict[str, Any], prefix: str, *names: str) -> None:
-    """What is learned for a whole layer has a dimension, which older checkpoints lack."""
-    for name in names:
-        value = state_dict.get(prefix + name)
-        if isinstance(value, Tensor) and value.dim() == 0:
-            state_dict[prefix + name] = value.reshape(1)
+_LEAST_WIDTH, _LARGEST_WIDTH = math.exp(-BOUND), math.exp(BOUND)
+_LEAST_DECAY = 1 / (1 + math.exp(BOUND))
 
 
 def _fill(parameter: Tensor | None, value: float) -> None:
     if parameter is not None:
         with torch.no_grad():
             parameter.fill_(value)
-
-
-class Noisy(nn.Module):
-    """A layer with a share of analog elements, which is data of a compiled graph: a schedule compiles nothing anew."""
-
-    _analog_prob: float
-    _has_noise: bool  # apart from the share, so that a compiled graph depends on nothing else
-    _analog_prob_data: Tensor  # no buffer: DistributedDataParallel would send it round at each call
-
-    @property
-    def analog_prob(self) -> float:
-        """Share of elements that emit the smooth value in training."""
-        return self._analog_prob
-
-    @analog_prob.setter
-    def analog_prob(self, value: float) -> None:
-        check_analog_prob(value, f"asgl_cuda.{type(self).__name__}")
-        self._analog_prob, self._has_noise = float(value), value > 0
-        self._keep_as_data(getattr(self, "_analog_prob_data", torch.empty(0, device="cpu")).device)
-
-    def analog_prob_of_call(self, x_seq: Tensor) -> Tensor | float:
-        """`analog_prob` for `asgl_cuda.lif`; 0 in evaluation."""
-        if not self.training or not self._has_noise:
-            return 0.0
-        return self._analog_prob_data.to(x_seq.device) if torch.compiler.is_compiling() else self._analog_prob
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> Any:
-        super()._apply(fn, *arguments, **options)  # type: ignore[no-untyped-call]
-        if "_analog_prob_data" in self.__dict__:  # whatever fn does to the values and their type
-            self._keep_as_data(fn(self._analog_prob_data).device)
-        return self
-
-    def _keep_as_data(self, device: torch.device) -> None:
-        with torch.inference_mode(False):  # it is for training, too
-            self._analog_prob_data = torch.full((1,), self._analog_prob, dtype=torch.float64, device=device)
-
-    def end_noise(self) -> None:
-        """The layer becomes one that has never had a share of analog elements."""
-        del self._analog_prob, self._has_noise, self._analog_prob_data
 
 
 class LIF(Noisy):
@@ -127,8 +69,8 @@ class LIF(Noisy):
 
     `width`, `decay` and `v_threshold` can be read and set at any time, to one value for all neurons.
 
-    Shapes: input and output `[T, N, ...]`, or with time at `time_dim`; the channels are the second dimension but time.
-    Neurons are the last dimensions but time.
+    Shapes: input and output `[T, N, ...]`, or with time at `time_dim`. Without time, the channels are the second
+    dimension, and the neurons are the last ones.
 
     A state dict holds what is learned: `log_width`, `logit_decay`, `threshold`. Constants, flags, `analog_prob` and
     potentials are not in it, as with torch's layers: it loads, silently, into a layer with another constant decay.
@@ -350,7 +292,7 @@ class LIF(Noisy):
         return lif(x_seq, input_gain=self.input_gain, **self._held(x_seq, time_dim), **options)
 
     def _lif_again(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
-        """The same for a look at what a call did: changes nothing in the layer."""
+        """Repeats a call to look at it, and changes nothing in the layer."""
         return self._lif(x_seq, time_dim, **options)
 
     def _held(self, x_seq: Tensor, time_dim: int) -> dict[str, Any]:
@@ -452,10 +394,10 @@ class BatchNormLIF(LIF):
         process_group: share the statistics of training with these processes, as `torch.nn.SyncBatchNorm` does; "world":
             with all there are when it is called. A layer with a group can't be copied or pickled, one with "world" can.
         device, dtype: of the parameters and the running statistics.
-        lif_options: those of `LIF`, except `input_gain`.
+        lif_options: arguments of `LIF`, except `input_gain`.
 
-    The parameters and buffers of the normalisation have the names that `torch.nn.BatchNorm2d` gives them, those of the
-    neurons the names of `LIF`: `{**norm.state_dict(), **lif.state_dict()}` loads.
+    The parameters and buffers of the normalisation have the names that `torch.nn.BatchNorm2d` gives them, and those of
+    the neurons have the names of `LIF`: `{**norm.state_dict(), **lif.state_dict()}` loads.
 
     It is no subclass of torch's `_BatchNorm`, and what looks for that passes over it: for
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm` there is `layer.process_group = "world"`; instead of
@@ -466,8 +408,7 @@ class BatchNormLIF(LIF):
                 layer.reset_running_stats()
                 layer.momentum = None  # the average of all batches; give it back afterwards
 
-    Shapes: input and output `[T, B, C, ...]`, or with time at `time_dim`; the channels are the second dimension but
-    time.
+    Shapes: input and output `[T, B, C, ...]`, or with time at `time_dim` among batch, channels and the rest.
 
     Raises what `LIF` and `asgl_cuda.batch_norm_lif` raise; the docstring of the latter has the same in PyTorch.
     """
@@ -518,10 +459,9 @@ class BatchNormLIF(LIF):
         empty = partial(torch.empty, channels, device=device, dtype=dtype)
         self.weight = nn.Parameter(empty()) if affine else None
         self.bias = nn.Parameter(empty()) if affine else None
-        batches = torch.tensor(0, device=device) if track_running_stats else None
         self.register_buffer("running_mean", empty() if track_running_stats else None)
         self.register_buffer("running_var", empty() if track_running_stats else None)
-        self.register_buffer("num_batches_tracked", batches)
+        self.register_buffer("num_batches_tracked", torch.tensor(0, device=device) if track_running_stats else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -113,7 +113,7 @@ def _fake_batch_norm_backward(
     return torch.empty_like(grad_gain), torch.empty_like(grad_bias)
 
 
-_OPERATORS: dict[str, Callable[..., Any]] = {  # schemas, and what stands for the operators when torch traces
+_OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake versions
     "draw_rng_state(Tensor fresh) -> Tensor": _fake_draw_rng_state,
     "lif_forward(Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor?[] parameters, float[] numbers, int[] rules, "
     "bool[] wanted) -> (Tensor s_seq, Tensor v_last, Tensor v_seq, Tensor h_seq, Tensor checkpoints)":
@@ -132,7 +132,7 @@ _libraries: list[torch.library.Library] = []  # an operator lives as long as the
 
 
 def define_operators(namespace: str) -> torch.library.Library:
-    """The operators without kernels, but with shapes and types for torch.compile and fake tensors, and with vmap.
+    """Defines the operators without kernels, with fake versions for torch.compile and with rules for vmap.
 
     Kernels in C++ are checked against the schemas when they are loaded.
     """

@@ -31,7 +31,7 @@ BELOW_IN_STATE = DRAWS + 1  # analog_prob is data: round(analog_prob * DRAWS) is
 
 
 class Parameters(NamedTuple):
-    """What may differ between neurons and steps, and what has a gradient; in the order of ParameterId in csrc."""
+    """The values that may differ between neurons and steps and have gradients; in the order of ParameterId in csrc."""
 
     width: Any
     decay: Any
@@ -190,8 +190,8 @@ def normalisation(
         c = input_scale * (weight * (x - mean) / sqrt(variance + eps) + bias)
           = input_gain * (x - input_mean) + input_bias
 
-    input_mean is rounded; what that leaves of the mean goes into the bias, and not the mean itself: the two large terms
-    would cancel where the mean is large against the deviation.
+    input_mean is rounded, and the rest of the mean goes into the bias. The whole mean does not go there: the two large
+    terms would cancel where the mean is large against the deviation.
     """
     mean, variance = mean.double(), variance.double()
     gain = input_scale / (variance + eps).sqrt()

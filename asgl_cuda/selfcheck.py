@@ -21,10 +21,10 @@ THRESHOLD_BAND = 1e-5
 
 
 class Difference(NamedTuple):
-    """The largest difference of one tensor, as it is and as a share of what it should be compared with.
+    """The largest difference of one tensor, as it is and as a share of a size.
 
-    That is the reference's largest value; for the gradient of a parameter, a sum over elements, the sum itself or the
-    root of the sum of its squared terms, whichever is larger: terms may cancel, their roundings do not.
+    The size is the reference's largest value. For the gradient of a parameter, a sum over elements, it is the sum or
+    the root of the sum of its squared terms, whichever is larger: terms may cancel, and their roundings do not.
     """
 
     absolute: float
@@ -37,7 +37,7 @@ def differences(
     """Runs `lif` on both backends and compares `outputs` and the gradients of all tensors that require them.
 
     The gradients that come in are random, one for each of `outputs`: the backend is asked for no other. Options are
-    those of `lif`; `band`: see THRESHOLD_BAND.
+    the arguments of `lif`; `band`: see THRESHOLD_BAND.
     """
     leaves = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}

@@ -1,6 +1,5 @@
 // The operators as templates over the backend: layout, parameter views, allocation. Arguments have been checked in
-// Python, with the words that a user should read; what is checked here again would otherwise read or write out of
-// bounds.
+// Python, with the words that a user should read; without the checks here, kernels could read or write out of bounds.
 //
 // A Backend is made from x_seq for the time of one call. Its cut(params) and launch(params), as in launch.h,
 // return when the work is done or queued, and throw where that fails.
@@ -292,7 +291,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(const c10::List<Opt
 
 // Draws (seed, offset) from the default generator of the device. It is an operator of its own, so that a compiled graph
 // draws the same numbers as eager mode. `fresh` is a newly allocated tensor, of which only type, shape and device
-// count: compilers merge equal calls of an operator, but not allocations, and so leave two draws two.
+// count: compilers merge equal calls of an operator and leave allocations apart, and so two draws stay two.
 inline Tensor draw_rng_state(const Tensor& fresh) {
   return at::randint(std::numeric_limits<int64_t>::max(), {2}, fresh.options());
 }

@@ -38,7 +38,7 @@ class Backend(NamedTuple):
         return not self.device_types or device.type in self.device_types
 
     def problem_here(self) -> str | None:
-        """Also looks for the device, which a tensor that a backend is chosen for shows to be there."""
+        """Also looks for the device, which needs no look where a backend is chosen for a tensor."""
         problem = self.problem()
         if problem is None and self.device_types == ("cuda",) and not torch.cuda.is_available():
             return "torch finds no CUDA device: torch.cuda.is_available() is False"
@@ -63,7 +63,7 @@ def _cuda_problem() -> str | None:
     return extension.problem
 
 
-# In the order in which they are preferred.
+# The backends stand in the order in which they are preferred.
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(("cuda",), operators_in("asgl_cuda"), _cuda_problem),
     "cupy": Backend(("cuda",), operators_in(cupy.NAMESPACE), cupy.problem),
@@ -72,7 +72,7 @@ BACKENDS: dict[str, Backend] = {
 }
 
 _warned: set[str] = set()
-# Through which a call of the user's may come here: torch, and the libraries whose layers are converted.
+# A call of the user's may come here through torch, and through libraries whose layers are converted.
 _NOT_THE_USERS = ("asgl_cuda", "torch", "spikingjelly", "snntorch", "norse", "sinabs")
 
 

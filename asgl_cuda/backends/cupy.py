@@ -27,7 +27,7 @@ from . import neuron_kernels, normalisation_kernels
 
 NAMESPACE = "asgl_cuda_cupy"
 HEADER = "cuda/normalisation_kernels.cuh"  # includes the kernels of the neuron
-# As compilation.py has nvcc called: no contraction, so that every backend rounds alike.
+# compilation.py gives nvcc the same: there is no contraction, so that every backend rounds alike.
 OPTIONS = ("--std=c++17", "--fmad=false")
 # The smallest kernel: if it can be compiled and loaded, everything is there.
 PROBE = neuron_kernels.gradient_sum_kernel(torch.float32, False)
@@ -36,7 +36,7 @@ logger = logging.getLogger("asgl_cuda")
 
 
 def install_command() -> str:
-    """What to type to get CuPy and NVRTC for the CUDA of the installed torch."""
+    """The command that installs CuPy and NVRTC for the CUDA of the installed torch."""
     extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy"
     return f'pip install "asgl_cuda[{extra}]"'
 
@@ -110,7 +110,7 @@ def cache_directory() -> Path:
 
 
 def load_or_compile(kernel: str, architecture: str) -> Binary:
-    """From the cache on disk, or compiled and put there."""
+    """Takes a kernel from the cache on disk, or compiles it and puts it there."""
     directory = source_directory()
     assert directory is not None  # problem() says so otherwise
     parts = (kernel, architecture, nvrtc_version(), *OPTIONS)

@@ -32,7 +32,7 @@ SCALARS = {
 
 
 class Launcher(Protocol):
-    """What starts kernels."""
+    """An object that starts kernels on devices."""
 
     def resident_threads(self, device: torch.device) -> int:
         """How many threads the device can hold."""
@@ -76,7 +76,7 @@ def gradient_sum_kernel(real: torch.dtype, whole_block: bool) -> str:
     return f"asgl::gradient_sum_kernel<{SCALARS[real]}, {_bool(whole_block)}>"
 
 
-# ---- what every operator on kernels does ----
+# ---- starting kernels ----
 
 
 def blocks_for(work: int, per_block: int) -> int:
@@ -160,7 +160,7 @@ class _Call:
         )  # fmt: skip
 
     def params(self, name: str, tiles: tuple[int, int], **others: Any) -> Structure:
-        """The structure of this name: the parts that all kernels are given, and others."""
+        """The structure of this name, with the fields that both kernels have and others."""
         return structure(name, self.real)(
             shape=self.layout.shape, parameters=tuple(self.views), options=self.options,
             noise=(address_of(self.rng_state), self.rules.analog_below), tiles=tiles, x_seq=address_of(self.x_seq),
@@ -300,7 +300,7 @@ class NeuronOperators(KernelOperators):
     def _sum(
         self, call: _Call, partials: tuple[int, int], view: Structure, tile: int, is_width: bool, gradient: Tensor
     ) -> None:
-        """From the partial sums to the gradient: a thread for each element, or a block where each has many slots."""
+        """Sums up partial sums to the gradient: a thread for each element, or a block where each has many slots."""
         params = structure("GradientSum", call.real)(
             partials=partials, parameter=view, shape=call.layout.shape, tile=tile, is_width=is_width,
             gradient=gradient.data_ptr(),

@@ -65,7 +65,7 @@ def _headers() -> str:
 
 @functools.cache
 def _enums() -> dict[str, tuple[bool, str]]:
-    """By name: whether its enumerators need that name before them, and these."""
+    """The enums by name: whether enumerators need that name before them, and the enumerators."""
     found = re.findall(r"\benum (class )?(\w+)[^;{]*\{([^}]*)\}", _headers())
     return {name: (bool(scoped), body) for scoped, name, body in found}
 
@@ -112,7 +112,7 @@ def _definition(name: str) -> tuple[list[str], str | None, int]:
 
 @functools.cache
 def _structure(name: str, arguments: tuple[Any, ...], real: Any) -> type[Structure]:
-    """`arguments` are the types that its template is given, None for one that is not known, and `real` is Real."""
+    """`arguments`: the types that its template is given, None for one that is not known; `real`: the type Real."""
     names, base, begin = _definition(name)
     known = {"Real": real, **dict(zip(names, arguments, strict=True))}
     fields: list[tuple[str, Any]] = [*_type(base, known)._fields_] if base else []
@@ -152,7 +152,7 @@ def _members(begin: int) -> Iterator[str]:
 
 
 def _type(text: str, known: dict[str, Any]) -> Any:
-    """What ctypes has for a type of C++; None where that is not known."""
+    """The type of ctypes for a type of C++, None where it is not known."""
     text = text.replace("const ", "").strip()
     if text.endswith(("*", "&")):
         return c_void_p

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..functional import LIFOutput, lif
-from ..neuron import Noisy, bounded, give_dimension
+from ..layer import Noisy, bounded, give_dimension
 from ..surrogate import SURROGATES
 
 

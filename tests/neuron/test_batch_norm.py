@@ -684,7 +684,8 @@ def test_compile(backend, device):
         ({"training": True, "time_dim": 7}, ValueError, "batch_norm_lif: time_dim must be in"),
         ({"training": True, "surrogate": "step"}, ValueError, "batch_norm_lif: surrogate must be one of"),
         ({"training": True, "width": 0.0}, ValueError, "batch_norm_lif: width must be > 0"),
-        ({"training": True, "input_gain": 2.0}, TypeError, "input_gain"),
+        ({"training": True, "input_gain": 2.0}, TypeError, "asgl_cuda.batch_norm_lif.* argument 'input_gain'"),
+        ({"training": True, "tau": 2.0}, TypeError, "asgl_cuda.batch_norm_lif.* argument 'tau'"),
     ],
 )
 def test_errors(arguments, error, message):

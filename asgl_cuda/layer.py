@@ -1,0 +1,71 @@
+"""The layers of this package and converted layers have this in common: bounds of learned values, and noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_analog_prob
+from .layout import real_type
+from .reference import with_gradient_of
+
+BOUND = 15.0  # of a logarithm and a logit
+
+
+def bounded(value: Tensor) -> Tensor:
+    """The value in float32, kept within 15 of 0 without stopping its gradient.
+
+    exp and sigmoid then stay positive, finite and below 1, whatever an optimizer's step has done.
+    """
+    value = value.to(real_type(value.dtype))
+    return with_gradient_of(value.detach().clamp(-BOUND, BOUND), value)
+
+
+def give_dimension(state_dict: dict[str, Any], prefix: str, *names: str) -> None:
+    """Gives parameters of a whole layer the dimension that they lack in older checkpoints."""
+    for name in names:
+        value = state_dict.get(prefix + name)
+        if isinstance(value, Tensor) and value.dim() == 0:
+            state_dict[prefix + name] = value.reshape(1)
+
+
+class Noisy(nn.Module):
+    """A layer with a share of analog elements, which is data of a compiled graph: a schedule compiles nothing anew."""
+
+    _analog_prob: float
+    _has_noise: bool  # apart from the share, so that a compiled graph depends on nothing else
+    _analog_prob_data: Tensor  # no buffer: DistributedDataParallel would send it round at each call
+
+    @property
+    def analog_prob(self) -> float:
+        """Share of elements that emit the smooth value in training."""
+        return self._analog_prob
+
+    @analog_prob.setter
+    def analog_prob(self, value: float) -> None:
+        check_analog_prob(value, f"asgl_cuda.{type(self).__name__}")
+        self._analog_prob, self._has_noise = float(value), value > 0
+        self._keep_as_data(getattr(self, "_analog_prob_data", torch.empty(0, device="cpu")).device)
+
+    def analog_prob_of_call(self, x_seq: Tensor) -> Tensor | float:
+        """`analog_prob` for `asgl_cuda.lif`; 0 in evaluation."""
+        if not self.training or not self._has_noise:
+            return 0.0
+        return self._analog_prob_data.to(x_seq.device) if torch.compiler.is_compiling() else self._analog_prob
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> Any:
+        super()._apply(fn, *arguments, **options)  # type: ignore[no-untyped-call]
+        if "_analog_prob_data" in self.__dict__:  # whatever fn does to the values and their type
+            self._keep_as_data(fn(self._analog_prob_data).device)
+        return self
+
+    def _keep_as_data(self, device: torch.device) -> None:
+        with torch.inference_mode(False):  # it is for training, too
+            self._analog_prob_data = torch.full((1,), self._analog_prob, dtype=torch.float64, device=device)
+
+    def end_noise(self) -> None:
+        """The layer becomes one that has never had a share of analog elements."""
+        del self._analog_prob, self._has_noise, self._analog_prob_data
