@@ -20,7 +20,7 @@ def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _is_asgl_layer(module: nn.Module) -> bool:
-    # Statically, because what torch.compile wraps a layer in answers for it, too, and would make it two.
+    # torch.compile's wrapper of a layer passes attributes on, and would count as a second layer, hence getattr_static.
     return inspect.getattr_static(module, "analog_prob", None) is not None and hasattr(module, "log_width")
 
 
@@ -34,6 +34,6 @@ def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
 
 
 def check_module(model: Any, caller: str) -> None:
-    """Refuses what is no module."""
+    """Refuses anything that is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""`Monitor` watches what ASGL layers emit: firing rates, widths, shares of analog elements, dead neurons."""
+"""`Monitor` watches ASGL layers: widths, firing rates, shares of analog elements, dead neurons."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .neuron import LIF
 from .surrogate import SURROGATES
 from .transforms import transforming
 
-# What is measured, in the order of tables and figures: key, heading.
+# The quantities that are measured, in the order of tables and figures: key, heading.
 _QUANTITIES = {
     "width": "width",
     "firing_rate": "firing rate",
@@ -31,37 +31,37 @@ _QUANTITIES = {
 
 
 class ScalarWriter(Protocol):
-    """What `Monitor.write` needs of TensorBoard's SummaryWriter."""
+    """The part of TensorBoard's SummaryWriter that `Monitor.write` needs."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> Any: ...
 
 
 class _Before(NamedTuple):
-    """What a call starts from and changes."""
+    """The state from which a call starts, and which it changes."""
 
     v: Tensor | None
     rng_state: Tensor | None
 
 
 class _Tally:
-    """Sums over all that a layer did, kept on its device: no call waits for them."""
+    """Sums over everything that a layer did, kept on its device: no call waits for them."""
 
     def __init__(self) -> None:
         self.elements = 0
         self.sums: dict[str, Tensor] = {}
-        # By the neurons' shape, which differs from call to call where a layer is shared or images vary in size.
+        # The neurons' shape is the key: it differs from call to call where a layer is shared or images vary in size.
         self.spikes: dict[torch.Size, Tensor] = {}
         self.steps: dict[torch.Size, int] = {}
 
     def add(self, shares: Mapping[str, Tensor]) -> None:
-        """One value for each element of the output."""
+        """Adds shares that have one value for each element of the output."""
         self.elements += shares["firing_rate"].numel()
         for key, values in shares.items():
             total = values.sum(dtype=torch.float64)
             self.sums[key] = self.sums[key].to(total.device) + total if key in self.sums else total
 
     def add_neurons(self, spikes: Tensor, time_dim: int | None) -> None:
-        """Spikes `[T, N, ...]`, or `[N, ...]` without time; without a dimension for the batch if there is only one."""
+        """Adds spikes `[T, N, ...]`, or `[N, ...]` without time; a lone dimension beside time is neurons, no batch."""
         if time_dim is not None:
             spikes = spikes.movedim(time_dim, 0)
         steps = 0 if time_dim is None else 1
@@ -98,19 +98,18 @@ def _shares_of_lif(layer: LIF, before: _Before, x_seq: Tensor, s_seq: Tensor) ->
         generator = torch.Generator(x_seq.device)
         generator.set_state(before.rng_state)
     time_dim = layer.time_dim % x_seq.dim()
-    width, v_threshold = (layer._broadcast(value, x_seq, time_dim) for value in (layer.width, layer.v_threshold))
     again = layer._lif_again(x_seq, time_dim, v_init=before.v, generator=generator, return_h_seq=True)
     assert isinstance(again, LIFOutput)
     assert again.h_seq is not None
     h_seq = again.h_seq
-    # In the type of the arithmetic, so that a spike here is one there.
-    threshold, inverse_width = (
-        torch.as_tensor(value, dtype=h_seq.dtype, device=h_seq.device) for value in (v_threshold, width)
+    # They are in the type of the arithmetic, so that a spike here is one there.
+    width, threshold = (
+        torch.as_tensor(layer._broadcast(value, x_seq, time_dim), dtype=h_seq.dtype, device=h_seq.device)
+        for value in (layer.width, layer.v_threshold)
     )
-    inverse_width = 1 / inverse_width
     u = h_seq - threshold
     spikes = u > 0 if layer.strict_threshold else u >= 0
-    y = u * inverse_width
+    y = u * (1 / width)
     smooth = SURROGATES[layer.surrogate].cumulative(y)
     hard = spikes * threshold if layer.scale_output else spikes
     return {
@@ -121,13 +120,8 @@ def _shares_of_lif(layer: LIF, before: _Before, x_seq: Tensor, s_seq: Tensor) ->
     }
 
 
-def _shares_of_output(s_seq: Tensor) -> dict[str, Tensor]:
-    # H rises through 1/2 at u = 0: a smooth value tells, too, whether its element would have spiked.
-    return {"firing_rate": s_seq >= 0.5, "analog_share": s_seq != s_seq.round()}
-
-
 def _is_hidden() -> bool:
-    """Whether a call is one whose values can't be looked at."""
+    """Whether the values of a call can't be looked at."""
     return torch.compiler.is_compiling() or transforming()
 
 
@@ -136,7 +130,7 @@ class Monitor:
 
     A `with monitor:` inside another, or after `start()`, does not end it.
 
-    For each layer `result()` has, in [0, 1] but for the width:
+    For each layer `result()` has, in [0, 1] except the width:
 
     - `width`: mean of the widths as they are now, in units of the input.
     - `firing_rate`: share of elements whose potential reached the threshold, u >= 0 (with `strict_threshold` u > 0),
@@ -144,19 +138,19 @@ class Monitor:
     - `analog_share`: share of elements that emitted something else than their hard spike. At most `analog_prob`, and
       less where the smooth value of a potential outside the window is the spike.
     - `inside`: share of elements inside the window of the surrogate, abs(u / width) < 1/2.
-    - `smoothing_error`: E|H(u) - spike|, what the paper's argument wants to see vanish.
+    - `smoothing_error`: E|H(u) - spike|, which the paper's argument wants to see vanish.
     - `dead`, `saturated`: share of neurons that never spiked, and that spiked at every step, in all samples. Neurons
       are the positions of an input `[T, N, ...]` without time and batch, or without time if there is nothing else.
 
-    `asgl_cuda.LIF` computes each call twice while it is watched. Of a layer with another forward there is only what
-    its output tells, taken as spikes of height 1 (the first, of a tuple): `inside` and `smoothing_error` are missing,
-    and `dead` and `saturated` are unless the layer says where time is by `time_dim`, None for calls of one step. What
-    was not seen is missing as well, so before the first call there are only widths.
+    `asgl_cuda.LIF` computes each call twice while it is watched. A layer with another forward is known by its output
+    alone, taken as spikes of height 1 (a tuple's first): `inside` and `smoothing_error` are missing, and `dead` and
+    `saturated` are unless the layer says where time is by `time_dim`, None for calls of one step. Quantities that were
+    not seen are missing as well, so before the first call there are only widths.
 
     Watching changes no output, gradient, state or random number. Calls inside compiled code and under transforms of
     torch.func are not seen: watch the model before, on some batches.
 
-    Raises ValueError for a model without ASGL layers, TypeError for what is no module.
+    Raises ValueError for a model without ASGL layers, TypeError where it is no module.
 
     Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023.
     """
@@ -169,22 +163,22 @@ class Monitor:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets what was seen."""
+        """Forgets everything that was seen."""
         self._tallies = {layer: _Tally() for layer in self._layers.values()}
 
     def start(self) -> None:
-        """Watches from now on, in addition to what was seen; nothing new if it does already."""
+        """Watches from now on, and adds to earlier counts; does nothing if it watches already."""
         if self._handles:
             return
         for layer in self._layers.values():
             self._handles += [
                 layer.register_forward_pre_hook(self._look_before, with_kwargs=True),
-                # The first, so that it sees the layer's own output.
+                # It comes first, so that it sees the layer's own output.
                 layer.register_forward_hook(self._look, prepend=True, with_kwargs=True),
             ]
 
     def stop(self) -> None:
-        """Watches no longer; what was seen is kept."""
+        """Watches no longer, and keeps its counts."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -213,17 +207,17 @@ class Monitor:
         s_seq = output[0] if isinstance(output, tuple) else output
         if not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
             return
-        before = self._before.pop(layer, None)
-        if before is None:
-            shares = _shares_of_output(s_seq)
-        else:
+        if before := self._before.pop(layer, None):
             shares = _shares_of_lif(layer, before, _input_of(args, kwargs), s_seq)
+        else:
+            # H rises through 1/2 at u = 0, so a smooth value tells, too, whether its element would have spiked.
+            shares = {"firing_rate": s_seq >= 0.5, "analog_share": s_seq != s_seq.round()}
         self._tallies[layer].add(shares)
         if hasattr(layer, "time_dim"):
             self._tallies[layer].add_neurons(shares["firing_rate"], layer.time_dim)
 
     def result(self) -> dict[str, dict[str, float]]:
-        """What was measured, by the layers' names."""
+        """The measured quantities, by the layers' names."""
         return {
             name: {"width": torch.as_tensor(layer.width).mean().item(), **self._tallies[layer].result()}
             for name, layer in self._layers.items()
@@ -253,7 +247,7 @@ class Monitor:
         )
 
     def write(self, writer: ScalarWriter, step: int) -> None:
-        """To TensorBoard: `writer.add_scalar(tag, value, step)` for each of `scalars()`."""
+        """Writes to TensorBoard: `writer.add_scalar(tag, value, step)` for each of `scalars()`."""
         for tag, value in self.scalars().items():
             writer.add_scalar(tag, value, step)
 
@@ -262,7 +256,7 @@ class Monitor:
 
         Raises ImportError without matplotlib.
         """
-        # Not pyplot, which would choose a backend for the whole process and keep the figure.
+        # pyplot would choose a backend for the whole process and keep the figure.
         figures = first_of(["matplotlib.figure"], "matplotlib", "asgl_cuda.Monitor.plot")
         found = self.result()
         height = 1.2 + 0.3 * len(found)
@@ -279,7 +273,7 @@ class Monitor:
 
 
 def first_of(modules: Sequence[str], package: str, caller: str) -> Any:
-    """The first that can be imported of modules that are not required."""
+    """The first of the modules, none of which is required, that can be imported."""
     for module in modules:
         with suppress(ImportError):
             return importlib.import_module(module)

@@ -24,8 +24,8 @@ class AnalogProbSchedule:
             be an ordinary neuron and stays one.
         prob_at: `analog_prob` (in [0, 1]) of a layer that started with `start`, at `epoch`: `prob_at(start, epoch)`.
 
-    `multi_step`, `cosine` and `linear` are the usual ones. Call `step()` after each epoch. `epoch` is how often that
-    was; `starts` are the values at the start, `probs` those of now, by the layers' names.
+    `multi_step`, `cosine` and `linear` are the usual ones. Call `step()` after each epoch. `epoch` counts these
+    calls; `starts` are the values at the start, `probs` the values now, by the layers' names.
 
     Under torch.compile a new value is data of the graph: it compiles again only where noise begins or ends.
 
@@ -53,7 +53,7 @@ class AnalogProbSchedule:
 
     @classmethod
     def multi_step(cls, model: nn.Module, milestones: Sequence[int], gamma: float = 0.1) -> AnalogProbSchedule:
-        """Times `gamma` (in [0, 1]) at each of the epochs `milestones`, as torch's MultiStepLR."""
+        """Multiplies by `gamma` (in [0, 1]) at each of the epochs `milestones`, as torch's MultiStepLR."""
         if not isinstance(milestones, Sequence):
             raise TypeError(f"{_CALLER}: milestones must be a sequence of ints, got {type(milestones).__name__}")
         if any(isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 1 for epoch in milestones):
@@ -63,16 +63,14 @@ class AnalogProbSchedule:
 
     @classmethod
     def cosine(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
-        """Along half a cosine to `final` at epoch `epochs`; there it stays, where torch's CosineAnnealingLR returns."""
-        _check_epochs(epochs)
-        _check_share("final", final)
+        """Goes along half a cosine to `final` at epoch `epochs` and stays there, where CosineAnnealingLR returns."""
+        _check_ramp(epochs, final)
         return cls(model, partial(_cosine, epochs=epochs, final=final))
 
     @classmethod
     def linear(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
-        """In equal steps to `final` at epoch `epochs`; there it stays."""
-        _check_epochs(epochs)
-        _check_share("final", final)
+        """Goes in equal steps to `final` at epoch `epochs` and stays there."""
+        _check_ramp(epochs, final)
         return cls(model, partial(_linear, epochs=epochs, final=final))
 
     def _set(self, starts: Mapping[str, float], epoch: int) -> None:
@@ -93,7 +91,7 @@ class AnalogProbSchedule:
         self.epoch += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch and the layers' values at the start; what was given to the constructor is given again."""
+        """The epoch and the layers' values at the start; the constructor's arguments are given again."""
         return {"epoch": self.epoch, "starts": dict(self.starts)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -105,7 +103,7 @@ class AnalogProbSchedule:
             got = list(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
             raise ValueError(f"{_CALLER}: the state must be a dict of 'epoch' and 'starts', got {got}")
         starts = dict(state_dict["starts"])
-        # More than self.starts: a layer may have gone to 0 by now, and look like an ordinary neuron.
+        # It may have more layers than self.starts: one may have gone to 0 by now, and look like an ordinary neuron.
         if not self.starts.keys() <= starts.keys() <= self._layers.keys():
             raise ValueError(f"{_CALLER}: the state must be of layers {list(self.starts)}, got {list(starts)}")
         self._set(starts, state_dict["epoch"])
@@ -117,7 +115,7 @@ def _multi_step(start: float, epoch: int, milestones: Sequence[int], gamma: floa
 
 
 def _between(start: float, final: float, share: float) -> float:
-    # Not final + (start - final) * share, which need not give start back at 1.
+    # final + (start - final) * share need not give start back at 1.
     return start * share + final * (1 - share)
 
 
@@ -134,8 +132,9 @@ def _check_share(name: str, value: Any) -> None:
         raise ValueError(f"{_CALLER}: {name} must be in [0, 1], got {value}")
 
 
-def _check_epochs(epochs: Any) -> None:
+def _check_ramp(epochs: Any, final: Any) -> None:
     if isinstance(epochs, bool) or not isinstance(epochs, int):
         raise TypeError(f"{_CALLER}: epochs must be an int, got {type(epochs).__name__}")
     if epochs < 1:
         raise ValueError(f"{_CALLER}: epochs must be >= 1, got {epochs}")
+    _check_share("final", final)

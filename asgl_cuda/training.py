@@ -24,9 +24,9 @@ def parameter_groups(
 
     Neurons' are the parameters that ASGL layers hold themselves: width, decay, threshold. They are few, set the scale
     of all gradients behind them, and are stored as logarithm or logit, whose decay would pull to an arbitrary value.
-    Parameters of modules inside an ASGL layer are weights, and so are those of the normalisation in `BatchNormLIF`.
-    Every parameter is in one group, once, also where modules are shared; frozen ones, too, which optimizers pass over
-    until they are thawed. An empty group is left out.
+    Parameters of modules inside an ASGL layer are weights, and so are the normalisation's in `BatchNormLIF`. Every
+    parameter is in one group, once, also where modules are shared or it is frozen: optimizers pass over it until it is
+    thawed. An empty group is left out.
 
     Raises ValueError for a negative rate or decay, TypeError where `model` is no module.
     """
@@ -64,26 +64,24 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
             raise TypeError(
                 f"asgl_cuda.lightning_callback: {name} must be an asgl_cuda.{kind.__name__}, got {type(value).__name__}"
             )
-    # Both may be installed; that which the program has imported is that whose Trainer it uses.
+    # Both may be installed; the program uses the Trainer of the one that it has imported.
     names = sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules)
     lightning = first_of(names, "lightning", "asgl_cuda.lightning_callback")
 
     class ASGLCallback(lightning.Callback):  # type: ignore[misc, name-defined]
-        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        def on_train_epoch_start(self, *_: Any) -> None:
             if monitor is not None:
                 monitor.reset()
 
-        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        def on_train_batch_start(self, *_: Any) -> None:
             if monitor is not None:
                 monitor.start()
 
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        def on_train_batch_end(self, *_: Any) -> None:
             if monitor is not None:
                 monitor.stop()
 
-        def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
-            if monitor is not None:
-                monitor.stop()
+        on_exception = on_train_batch_end
 
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             if monitor is not None:
@@ -108,9 +106,9 @@ def spiking_eval(model: nn.Module) -> Iterator[None]:
     It sets `analog_prob` to 0 and gives each layer its own value back on leaving, also after an exception. Nothing else
     is touched: batch norm and dropout stay in training or evaluation mode as you chose, carried potentials and
     `requires_grad` as they are. An attack wants `model.eval()` as well, fine-tuning does not. Do not step an
-    `AnalogProbSchedule` inside: what it sets is lost on leaving.
+    `AnalogProbSchedule` inside: the values that it sets are lost on leaving.
 
-    Raises ValueError for a model without ASGL layers, TypeError for what is no module.
+    Raises ValueError for a model without ASGL layers, TypeError where it is no module.
     """
     layers = some_asgl_layers(model, "asgl_cuda.spiking_eval").values()
     before = [(layer, layer.analog_prob) for layer in layers]

@@ -32,7 +32,7 @@ _LIBRARIES = {
 
 
 class Replaced(NamedTuple):
-    """A layer that was converted: where it is, its class, and what computes it now."""
+    """A layer that was converted: where it is, its class, and how it is computed now."""
 
     path: str
     layer: str
@@ -48,7 +48,7 @@ class Left(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `convert` or `revert` did. `print` shows it as a table."""
+    """The layers that `convert`, `fuse` and their inverses changed and left. `print` shows it as a table."""
 
     replaced: list[Replaced]
     left: list[Left]
@@ -102,15 +102,15 @@ def libraries() -> Iterator[Any]:
 def convert(
     model: nn.Module, *, asgl: Mapping[str, Any] | None = None, inplace: bool = False, backend: str | None = None
 ) -> tuple[nn.Module, Report]:
-    """The model with its neuron layers computed by the fused neuron, and a report of what was replaced and what left.
+    """The model with its neuron layers computed by the fused neuron, and a report of those replaced and those left.
 
     Known are SpikingJelly's `IFNode`, `LIFNode` and `ParametricLIFNode`, snnTorch's `Leaky`, Norse's `LIFBoxCell`,
     sinabs' `LIF` and `IAF` with their Squeeze forms, and `LIFLayer` of the code that the authors of ASGL published. A
     converted layer gives the same spikes, states and gradients as before; it keeps its parameters, with their names,
     its state and its place among the library's classes, so that an optimizer, a state dict and functions like
-    SpikingJelly's `reset_net` go on working. What it holds is read at each call, except for its surrogate, which is
-    read here. SpikingJelly's own `backend` is without effect on it. Layers that can't be represented exactly are left
-    as they are, and the report says why.
+    SpikingJelly's `reset_net` go on working. Its values are read at each call, except its surrogate, which is read
+    here. SpikingJelly's own `backend` is without effect on it. Layers that can't be represented exactly are left as
+    they are, and the report says why.
 
     A converted layer is an instance of its class, but its type is another: code that compares types, as
     `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly do, does not know it;
@@ -168,7 +168,7 @@ def taken(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
         return model
     try:
         made = copied(model)
-    except Exception as error:  # whatever a layer's own way to be copied raises
+    except Exception as error:  # a layer may have a way of its own to be copied, and may raise anything
         path, layer = next(row for row in reversed(list(model.named_modules())) if not _can_be_copied(row[1]))
         raise RuntimeError(
             f"{caller}: {path or 'the model'} ({type(layer).__name__}) can't be copied, not by copy.deepcopy either "

@@ -1,4 +1,4 @@
-"""A layer of another library that `convert` has changed: `asgl_cuda.lif` computes its steps with what it holds."""
+"""A layer of another library that `convert` has changed: `asgl_cuda.lif` computes its steps with its own values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .overlay import Overlay
 
 
 class Settings(NamedTuple):
-    """How a layer was converted, beside what the layer itself holds."""
+    """The settings of a conversion that the layer itself does not hold."""
 
     spike: SpikeFunction
     backend: str | None

@@ -29,7 +29,7 @@ _LISTS = (nn.ModuleList, nn.ModuleDict)  # which are not called
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
-    """The model with its normalisations computed by the neurons behind them, and a report of what was fused and left.
+    """The model with its normalisations computed by the neurons behind them, and a report of those fused and left.
 
     Known are `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm` and SpikingJelly's forms of them, followed by
     `asgl_cuda.LIF` or by a neuron layer that `convert` knows, which is converted. Between them time and batch may part:
@@ -43,9 +43,9 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
     `torch.nn.utils.fusion.fuse_conv_bn_eval` and the like come before, or after `unfuse`; else the next call raises
     RuntimeError, as it does in replicas of `nn.DataParallel`; `DistributedDataParallel` takes a fused model.
 
-    Only neurons that normalise are converted: for the others call `convert` as well, before or after. What a forward
-    does is taken from a trace with its attributes as they are now, on every way that shapes of tensors may lead it. A
-    Sequential is taken to call its modules in order, unless a trace shows otherwise.
+    Only neurons that normalise are converted: for the others call `convert` as well, before or after. A forward is
+    traced with its attributes as they are now, on every way that shapes of tensors may lead it. A Sequential is taken
+    to call its modules in order, unless a trace shows otherwise.
 
     Args:
         model: any module.
@@ -286,7 +286,7 @@ class _Flow:
         return owner
 
     def _check_callers(self, module: nn.Module) -> None:
-        """Checks that what may call it could be traced; around a module whose calls are known, nothing else may."""
+        """Checks that its possible callers could be traced: those up to the first module whose calls are known."""
         owner = self._owner(module)
         while owner is not None:
             if owner in self.failures:

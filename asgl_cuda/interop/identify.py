@@ -48,11 +48,10 @@ def _identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
     leaf = torch.ones(1, dtype=torch.float64, requires_grad=True)
     if not function(leaf).requires_grad:
         return "its spike function has no gradient"
-    peak = _peak(function)
+    peak, half = _shape(function)
     if not (math.isfinite(peak) and peak > 0):
         return f"its surrogate has the slope {peak:g} at the threshold"
-    half = _half(function, peak)
-    if half is None:
+    if math.isinf(half):
         return "its surrogate does not fall off"
     for name, (unit_peak, unit_half) in _unit_shapes().items():
         width = half / unit_half
@@ -65,14 +64,7 @@ def _identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
 
 @functools.cache
 def _unit_shapes() -> dict[str, tuple[float, float]]:
-    """The largest slope of each surrogate at width 1, and where the slope is half of it."""
-    found = {}
-    for name, surrogate in SURROGATES.items():
-        peak = _peak(surrogate.cumulative)
-        half = _half(surrogate.cumulative, peak)
-        assert half is not None
-        found[name] = peak, half
-    return found
+    return {name: _shape(surrogate.cumulative) for name, surrogate in SURROGATES.items()}
 
 
 def _slopes(function: Callable[[Tensor], Tensor], u: Sequence[float]) -> Tensor:
@@ -82,19 +74,13 @@ def _slopes(function: Callable[[Tensor], Tensor], u: Sequence[float]) -> Tensor:
     return slopes
 
 
-def _peak(function: Callable[[Tensor], Tensor]) -> float:
-    return float(_slopes(function, [1e-15]))  # at 0 itself some surrogates have another slope, or none
-
-
-def _half(function: Callable[[Tensor], Tensor], peak: float) -> float | None:
-    """Where the slope falls below half of `peak`, by bisection; None where it stays above up to u = 10000."""
+def _shape(function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    """The slope at the threshold, and where it has fallen to half of that: infinity if it has not at u = 10000."""
+    peak = float(_slopes(function, [1e-15]))  # at 0 itself some surrogates have another slope, or none
     grid: list[float] = [10 ** (power / 4) for power in range(-24, 17)]
     slopes = _slopes(function, grid).tolist()
-    high = next((u for u, slope in zip(grid, slopes, strict=True) if slope < peak / 2), None)
-    if high is None:
-        return None
-    low = 0.0
-    for _ in range(100):
+    low, high = 0.0, next((u for u, slope in zip(grid, slopes, strict=True) if slope < peak / 2), math.inf)
+    for _ in range(60 if high < math.inf else 0):
         middle = (low + high) / 2
         low, high = (middle, high) if float(_slopes(function, [middle])) >= peak / 2 else (low, middle)
-    return high
+    return peak, high

@@ -1,7 +1,7 @@
 """A normalisation and the neurons behind it that are computed as one.
 
 Both stay where they are, with their parameters, buffers and names: `fuse` puts a class before the class of each. The
-normalisation then returns its input, and the neurons call `asgl_cuda.batch_norm_lif` with what both hold.
+normalisation then returns its input, and the neurons call `asgl_cuda.batch_norm_lif` with the values of both.
 
 Where one of the two is exchanged, as `torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, the other would normalise a
 second time, or not at all. So each looks at every call whether the other is where it was.

@@ -38,11 +38,11 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None) -> fx.GraphModule:
     Args:
         graph: one Input, one Output, between them LIF, IF, Affine, Linear, Conv1d, Conv2d, AvgPool2d, SumPool2d,
             Flatten and Scale, without cycles; edges into the same node are added.
-        dt: length of a step, in seconds, or in the unit that the graph has tau in; default what `to_nir` wrote the node
-            with, else 1e-4.
+        dt: length of a step, in seconds, or in the unit that the graph has tau in; default the step that `to_nir` wrote
+            the node with, else 1e-4.
 
     LIF and IF become asgl_cuda.LIF. A node that `to_nir` wrote becomes the same layer again, parameters included, but
-    with time first. For others, what NIR does not know is the default of asgl_cuda.LIF; decay and threshold are
+    with time first. For others, whatever NIR does not know is the default of asgl_cuda.LIF; decay and threshold are
     parameters that require no gradient where they differ between neurons, else constants. Weights keep their type.
 
     Raises:
@@ -91,20 +91,20 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None) -> fx.GraphModule:
             value = result.call_function(operator.add, (value, values[source]))
         if kind == "Output":
             output = value
-        elif kind == "Scale" and _is_scale_of(node, [modules.get(source) for source in sources[name]]):
+            continue
+        if kind == "Scale" and _is_scale_of(node, [modules.get(source) for source in sources[name]]):
             values[name] = value  # the layer before does it itself
-        elif kind in ("LIF", "IF"):
+            continue
+        if kind in ("LIF", "IF"):
             modules[name] = layer = read_lif(node, dt, where)
             followers = [nodes[target] for target, before in sources.items() if name in before]
             if layer.scale_output and not all(_is_scale_of(follower, [layer]) for follower in followers):
                 raise ValueError(f"{where} has scale_output in its metadata, but no Scale node by v_threshold after it")
-            values[name] = result.call_module(name, (value,))
         elif kind in _IMPORTS:
             modules[name] = _IMPORTS[kind](node)
-            values[name] = result.call_module(name, (value,))
         else:
-            known = ", ".join(("LIF", "IF", *_IMPORTS))
-            raise ValueError(f"{where} can't be represented; what can be: {known}")
+            raise ValueError(f"{where} can't be represented; what can be: {', '.join(('LIF', 'IF', *_IMPORTS))}")
+        values[name] = result.call_module(name, (value,))
     result.output(output)
     return fx.GraphModule(modules, result).eval()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -106,6 +107,7 @@ class _Export(fx.Interpreter):
         self.time_and_batch = torch.Size()  # the leading sizes of the input
         self.time_dim: int | None = None  # where the LIF layers before have time
         self.computed: dict[str, Any] = {}  # the options of `lif` in the last call of a converted layer
+        self.scale: Tensor | None = None  # the factor on the spikes of the layer that is written
         self.layers: dict[type[nn.Module], Callable[[Any, _Flow, str], Any]] = {
             LIF: self._lif,
             Converted: self._converted,
@@ -118,10 +120,10 @@ class _Export(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_module":
-            self._check_module(n)  # the module itself would complain in words that do not name it
             module = self.module.get_submodule(str(n.target))
+            self._check_module(module, _at(n, module))  # the module would complain in words that do not name it
             if isinstance(module, Converted):
-                vars(module)["compute"] = lambda x_seq, **options: self._compute(module, x_seq, options)
+                vars(module)["compute"] = partial(self._compute, module)
         value = super().run_node(n)
         if n.op == "output":
             self._output(n)
@@ -129,12 +131,9 @@ class _Export(fx.Interpreter):
             self.flows[n] = self._flow(n, value)
         return value  # sizes and the like are not part of the graph
 
-    def _check_module(self, n: fx.Node) -> None:
-        module = self.module.get_submodule(str(n.target))
+    def _check_module(self, module: nn.Module, where: str) -> None:
         if isinstance(module, Converted) and module.time_dim is None:
-            raise ValueError(
-                f"{_at(n.target, module)}: must take time and batch apart, [T, B, ...], got one step a call"
-            )
+            raise ValueError(f"{where}: must take time and batch apart, [T, B, ...], got one step a call")
         if _kind(module) in self.layers or type(module) in _SILENT:
             return
         hint = f"what can be: {_EXPORTED}"
@@ -144,7 +143,7 @@ class _Export(fx.Interpreter):
             hint = f"it normalises: take that out with asgl_cuda.unfuse, then fold it into the layer before: {_FOLD}"
         elif isinstance(module, BatchNormLIF):
             hint = f"it normalises: make it a BatchNorm and a LIF, then fold the former into the layer before: {_FOLD}"
-        raise ValueError(f"{_at(n.target, module)} can't be represented in NIR; {hint}")
+        raise ValueError(f"{where} can't be represented in NIR; {hint}")
 
     def _flow(self, n: fx.Node, value: Tensor) -> _Flow:
         if n.op == "placeholder":
@@ -176,18 +175,15 @@ class _Export(fx.Interpreter):
         module = self.module.get_submodule(str(n.target))
         if type(module) in _SILENT:
             return flow
-        node = self.layers[_kind(module)](module, flow, _at(n.target, module))
+        self.scale = None
+        node = self.layers[_kind(module)](module, flow, _at(n, module))
         after = flow._replace(sources=(n.name,), shape=tuple(value.shape[flow.leading :]), dtype=value.dtype)
-        # nir gets the types of grouped convolutions and oblong kernels wrong, and those of pooling only later.
+        # nir infers wrong types for grouped convolutions and oblong kernels, and none yet for pooling.
         node.input_type, node.output_type = {"input": as_shape(flow.shape)}, {"output": as_shape(after.shape)}
         self._add(n.name, node, flow.sources)
-        layer: Any = module
-        if self.computed.get("scale_output") if isinstance(layer, Converted) else getattr(layer, "scale_output", False):
+        if self.scale is not None:
             after = after._replace(sources=(f"{n.name}_scale",))
-            scale = node.v_threshold.copy()
-            if isinstance(layer, LIF):  # the node has its threshold above v_rest
-                scale = as_array(per_neuron(layer, layer.v_threshold, flow.shape).to(real_type(flow.dtype), copy=True))
-            self._add(after.sources[0], self.nir.Scale(scale), (n.name,))
+            self._add(after.sources[0], self.nir.Scale(as_array(self.scale.to(real_type(flow.dtype)))), (n.name,))
         return after
 
     def _add(self, name: str, node: Any, sources: tuple[str, ...]) -> None:
@@ -211,13 +207,14 @@ class _Export(fx.Interpreter):
         decay, v_threshold = (per_neuron(layer, value, flow.shape) for value in (layer.decay, layer.v_threshold))
         v_reset = 0.0 if layer.v_reset is None else layer.v_reset - layer.v_rest
         gain, reset = (torch.full_like(decay, value) for value in (layer.input_gain, v_reset))
+        self.scale = v_threshold.clone() if layer.scale_output else None
         neurons = Neurons(decay, v_threshold - layer.v_rest, reset)
         return add_metadata(self._neurons(neurons, gain, torch.zeros_like(decay), flow, where), layer, self.dt)
 
     def _neurons(self, neurons: Neurons, gain: Tensor, v_leak: Tensor, flow: _Flow, where: str) -> Any:
         return write_neurons(neurons, gain, v_leak, self.dt, real_type(flow.dtype), self.nir, where)
 
-    def _compute(self, layer: Converted, x_seq: Tensor, options: dict[str, Any]) -> Any:
+    def _compute(self, layer: Converted, x_seq: Tensor, **options: Any) -> Any:
         self.computed = options
         return type(layer).compute(layer, x_seq, **options)
 
@@ -234,6 +231,7 @@ class _Export(fx.Interpreter):
         decay, v_threshold = of("decay"), of("v_threshold")
         if soft and self.computed.get("reset_amount") is not None and not torch.equal(of("reset_amount"), v_threshold):
             raise ValueError(f"{where}: its reset must take v_threshold off, got {range_of(of('reset_amount'))}")
+        self.scale = v_threshold.clone() if self.computed.get("scale_output") else None
         v_leak = of("v_rest") + (of("input_bias") / (1 - decay)).nan_to_num(0.0)
         v_reset = torch.zeros_like(decay) if soft else of("v_reset")
         neurons = Neurons(decay, v_threshold, v_reset)
@@ -277,13 +275,8 @@ class _Export(fx.Interpreter):
             padding = tuple(span // 2 for span in spans)
         elif padding == "valid":
             padding = (0,) * len(spans)
-        one = isinstance(layer, nn.Conv1d)
-        sizes = {
-            "input_shape": flow.shape[1:],
-            "stride": layer.stride,
-            "padding": padding,
-            "dilation": layer.dilation,
-        }
+        one, dilation = isinstance(layer, nn.Conv1d), layer.dilation
+        sizes = {"input_shape": flow.shape[1:], "stride": layer.stride, "padding": padding, "dilation": dilation}
         return (self.nir.Conv1d if one else self.nir.Conv2d)(
             weight=as_array(layer.weight),
             bias=as_array(layer.weight.new_zeros(layer.out_channels) if layer.bias is None else layer.bias),
@@ -314,12 +307,12 @@ class _Export(fx.Interpreter):
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
-    """The class by which a layer is exported: a converted layer's own class depends on what it was."""
+    """The class by which a layer is exported: a converted layer's own depends on the class that it had."""
     return Converted if isinstance(module, Converted) and not isinstance(module, Normalised) else type(module)
 
 
-def _at(target: Any, module: nn.Module) -> str:
-    return f"asgl_cuda.to_nir: {target} ({type(module).__name__})"
+def _at(n: fx.Node, module: nn.Module) -> str:
+    return f"asgl_cuda.to_nir: {n.target} ({type(module).__name__})"
 
 
 def _check_batched(flow: _Flow, dims: int, where: str) -> None:
