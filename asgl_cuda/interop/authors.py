@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .converted import Converted, Settings, Wrapper
+from .converted import Converted, Found, Settings, Wrapper
 from .identify import SpikeFunction
 
 _SURROGATES = {"InvRectangle": "rectangle", "InvSigmoid": "sigmoid"}
@@ -71,8 +71,7 @@ class ConvertedLIFLayer(Converted):
         return output.s_seq
 
 
-def find(layer: nn.Module) -> tuple[type[Converted], SpikeFunction] | str | None:
-    """The class for `layer` and its spike function, or why it is left; None where it is no layer of that code."""
+def find(layer: nn.Module) -> Found:
     cell: Any = getattr(layer, "cell", None)
     if type(layer).__name__ != "LIFLayer" or type(cell).__name__ != "LIFCell" or not hasattr(cell, "spike_fn"):
         return None
@@ -92,7 +91,6 @@ def find(layer: nn.Module) -> tuple[type[Converted], SpikeFunction] | str | None
 
 
 def wrapped(module: nn.Module) -> Wrapper | None:
-    """The layer that `module` calls, and how it deals with time; None where it is no `tdLayer` of that code."""
     if type(module).__name__ != "tdLayer" or not hasattr(module, "nb_steps") or list(module._modules) != ["layer"]:
         return None
     return Wrapper(["layer"], -1, 1)

@@ -92,7 +92,12 @@ def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
 
 
 def libraries() -> Iterator[Any]:
-    """The files of this folder for the libraries that are imported."""
+    """The files of this folder for the libraries that are imported.
+
+    Each has `find(layer)`: see `Found`. It may have `wrapped(module)`: the Wrapper that a module is, or None;
+    `reset(module)`: forgets the state that a module carries; `enlist(model)`: makes a copy known to the library; and
+    tuples of classes: NORMALISATIONS compute the same as torch.nn's, PARTING makes time and batch of one dimension.
+    """
     yield authors
     for name, module in _LIBRARIES.items():
         if module in sys.modules:

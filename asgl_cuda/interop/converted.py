@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -106,6 +106,11 @@ class Converted(Overlay, Noisy):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         give_dimension(state_dict, prefix, "log_width")
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+# How a library's file answers for a layer: the class that converts it and its spike function, or why it is left; None
+# where it is no neuron of the library.
+Found: TypeAlias = tuple[type[Converted], Callable[[Tensor], Tensor] | SpikeFunction] | str | None
 
 
 def number(value: Any) -> Any:

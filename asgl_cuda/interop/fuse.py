@@ -22,7 +22,7 @@ from ..reference import channel_dim
 from .convert import Left, Replaced, Report, convert, libraries, taken
 from .converted import Converted
 from .graphs import Calls, asks_for_shape, calls_of, is_first_alone, is_sequential, name_of_user, parts_time
-from .normalised import Normalisation, Normalised, PassedThrough, Place, normalised_class, varies_by_channel
+from .normalised import Normalisation, Normalised, PassedThrough, Place, join, varies_by_channel
 from .overlay import bare_class
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)  # which are not called
@@ -111,10 +111,7 @@ def _is_unfused(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and not isinstance(module, PassedThrough)
 
 
-# ---- one pair ----
-
-
-def _fuse(flow: _Flow, norm: nn.Module) -> Normalised:
+def _fuse(flow: _Flow, norm: nn.Module) -> Any:
     """Fuses a normalisation with the neurons behind it, and returns these."""
     _check_norm(norm)
     found = flow.neurons_behind(norm)
@@ -135,10 +132,8 @@ def _fuse(flow: _Flow, norm: nn.Module) -> Normalised:
         if converted:
             layer.end()
         raise
-    layer.__class__ = normalised_class(layer)
     at_norm, at_layer = flow.places(norm, layer)
-    layer.begin_normalised(Normalisation(norm, at_norm, converted), at_layer)
-    assert isinstance(layer, Normalised)
+    join(layer, at_layer, Normalisation(norm, at_norm, converted))
     return layer
 
 
@@ -149,11 +144,6 @@ def _check_norm(norm: nn.Module) -> None:
     known = (known for library in libraries() for known in getattr(library, "NORMALISATIONS", ()))
     if forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and type(norm) not in known:
         _leave(f"{type(norm).__name__} computes something else than torch.nn's")
-
-
-def _is_over_time(norm: Any) -> bool:
-    """Whether time and batch are apart in its input, as in SpikingJelly's step mode "m"."""
-    return getattr(norm, "step_mode", "s") == "m"
 
 
 def _dims_of(norm: nn.Module) -> tuple[int, ...]:
@@ -182,9 +172,6 @@ def _channel_of(layer: Any, dims: int) -> int:
     if layer.time_dim is None:
         return 1
     return channel_dim(layer.time_dim if layer.time_dim >= 0 else layer.time_dim + dims)
-
-
-# ---- where outputs go ----
 
 
 class _Site(NamedTuple):
@@ -260,7 +247,7 @@ class _Flow:
             _leave(f"{type(owner).__name__} does not call it" if owner else "it is the model itself")
         _check_hooks(norm, "it", _OUTPUT_HOOKS)
         entered: _Entered = {}
-        parted = int(_is_over_time(norm))
+        parted = int(getattr(norm, "step_mode", "s") == "m")  # there SpikingJelly's norm has time and batch apart
         layer, parted = _one_of(self._goes_to(site, parted, entered) for site in self.sites[norm])
         for module, sites in entered.items():
             name = type(module).__name__

@@ -91,13 +91,6 @@ class Normalised(Overlay):
 
     normalisation: Normalisation
 
-    def begin_normalised(self, normalisation: Normalisation, place: Place) -> None:
-        """The normalisation returns its input from now on; `place` is where the neurons are."""
-        self.normalisation = normalisation
-        norm = normalisation.norm
-        norm.__class__ = overlaid(PassedThrough, type(norm))
-        norm.neurons = place
-
     def end_normalised(self) -> None:
         """Both become what they were before, with the values that they have now."""
         norm, _, converted = self.normalisation
@@ -191,6 +184,10 @@ def varies_by_channel(value: Tensor, place: int) -> bool:
     return varying in ([], [place])
 
 
-def normalised_class(layer: nn.Module) -> Any:
-    """The class of a layer, of LIF or converted, that computes a normalisation as well."""
-    return overlaid(NormalisedLIF if isinstance(layer, LIF) else NormalisedConverted, type(layer))
+def join(layer: Any, place: Place, normalisation: Normalisation) -> None:
+    """The layer, a LIF or converted, at `place` computes the normalisation, which returns its input from now on."""
+    norm = normalisation.norm
+    layer.__class__ = overlaid(NormalisedLIF if isinstance(layer, LIF) else NormalisedConverted, type(layer))
+    layer.normalisation = normalisation
+    norm.__class__ = overlaid(PassedThrough, type(norm))
+    norm.neurons = place

@@ -6,7 +6,6 @@ spike = h > v_th;  v = v_reset or, with reset_subtract, h - v_th where it spiked
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from norse.torch.functional.threshold import threshold
 from norse.torch.module import coba_lif, leaky_integrator, lif_box, lif_correlation, sequential, snn
 from torch import Tensor, nn
 
-from .converted import Converted, Wrapper, number, unknown
+from .converted import Converted, Found, Wrapper, number, unknown
 
 
 class ConvertedLIFBoxCell(Converted):
@@ -55,8 +54,7 @@ _NEURONS = (
 )
 
 
-def find(layer: nn.Module) -> tuple[type[Converted], Callable[[Tensor], Tensor]] | str | None:
-    """The class for `layer` and its spike function, or why it is left; None where it is no neuron of Norse."""
+def find(layer: nn.Module) -> Found:
     if type(layer) is not lif_box.LIFBoxCell:
         return unknown(layer, (lif_box.LIFBoxCell,)) if isinstance(layer, _NEURONS) else None
     p: Any = layer.p
@@ -67,7 +65,6 @@ def find(layer: nn.Module) -> tuple[type[Converted], Callable[[Tensor], Tensor]]
 
 
 def wrapped(module: nn.Module) -> Wrapper | None:
-    """The modules that `module` calls; None where it is no SequentialState, or returns the values in between."""
     if type(module) is not sequential.SequentialState or module.return_hidden:
         return None
     return Wrapper(list(module._modules), 0, None)

@@ -9,7 +9,6 @@ v = h - subtract_value s                    MembraneSubtract; by default the thr
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from sinabs.activation import MembraneReset, MembraneSubtract, SingleExponential
 from sinabs.layers.reshape import SqueezeMixin
 from torch import Tensor, nn
 
-from .converted import Converted, unknown
+from .converted import Converted, Found, unknown
 
 
 class ConvertedLayer(Converted):
@@ -90,8 +89,7 @@ PARTING = (layers.UnflattenTime,)
 _KNOWN = (layers.LIF, layers.LIFSqueeze, layers.IAF, layers.IAFSqueeze)
 
 
-def find(layer: nn.Module) -> tuple[type[Converted], Callable[[Tensor], Tensor]] | str | None:
-    """The class for `layer` and its spike function, or why it is left; None where it is no neuron of sinabs."""
+def find(layer: nn.Module) -> Found:
     if type(layer) not in _KNOWN:
         return unknown(layer, _KNOWN) if isinstance(layer, layers.StatefulLayer) else None
     node: Any = layer
@@ -113,6 +111,5 @@ def find(layer: nn.Module) -> tuple[type[Converted], Callable[[Tensor], Tensor]]
 
 
 def reset(module: nn.Module) -> None:
-    """Forgets the state that a layer of sinabs carries."""
     if isinstance(module, layers.StatefulLayer):
         module.reset_states()

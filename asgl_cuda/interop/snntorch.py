@@ -12,7 +12,6 @@ the value that it emitted, and a potential from elsewhere by comparing it with t
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import snntorch
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import LIFOutput
-from .converted import Converted, Settings, Wrapper, number, unknown
+from .converted import Converted, Found, Settings, Wrapper, number, unknown
 
 # A learned beta of 0 is taken for this much, since threshold / beta must exist; the change is below the resolution of
 # float32 at the threshold.
@@ -156,8 +155,7 @@ class MultiStep(nn.Module):
         return layer.results(output.s_seq, mem_seq)
 
 
-def find(layer: nn.Module) -> tuple[type[Converted], Callable[[Tensor], Tensor]] | str | None:
-    """The class for `layer` and its spike function, or why it is left; None where it is no neuron of snnTorch."""
+def find(layer: nn.Module) -> Found:
     if type(layer) is not snntorch.Leaky:
         is_neuron = isinstance(layer, (snntorch.SpikingNeuron, snntorch.LeakyParallel))
         return unknown(layer, (snntorch.Leaky,)) if is_neuron else None
@@ -186,11 +184,9 @@ def enlist(model: nn.Module) -> None:
 
 
 def wrapped(module: nn.Module) -> Wrapper | None:
-    """The layer that `module` calls, and how it deals with time; None where it is no `MultiStep`."""
     return Wrapper(["layer"], -1, None) if type(module) is MultiStep else None
 
 
 def reset(module: nn.Module) -> None:
-    """Forgets the state that a neuron of snnTorch carries."""
     if isinstance(module, snntorch.SpikingNeuron) and hasattr(module, "reset_mem"):
         module.reset_mem()

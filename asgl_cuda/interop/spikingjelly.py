@@ -10,7 +10,6 @@ A spike at h >= v_threshold resets to v_reset or, where that is None (and 0 in t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from spikingjelly.activation_based import layer as layers
 from torch import Tensor, nn
 
 from ..functional import LIFOutput
-from .converted import Converted, Wrapper, unknown
+from .converted import Converted, Found, Wrapper, unknown
 
 
 class ConvertedNode(Converted):
@@ -102,8 +101,7 @@ NORMALISATIONS = tuple(
 _KNOWN = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode)
 
 
-def find(layer: nn.Module) -> tuple[type[Converted], Callable[[Tensor], Tensor]] | str | None:
-    """The class for `layer` and its spike function, or why it is left; None where it is no neuron of SpikingJelly."""
+def find(layer: nn.Module) -> Found:
     if type(layer) not in _KNOWN:
         is_neuron = any(base.__module__.startswith(neuron.__name__) for base in type(layer).__mro__)
         return unknown(layer, _KNOWN) if is_neuron or hasattr(layer, "neuronal_charge") else None
@@ -116,7 +114,6 @@ def find(layer: nn.Module) -> tuple[type[Converted], Callable[[Tensor], Tensor]]
 
 
 def wrapped(module: nn.Module) -> Wrapper | None:
-    """The modules that `module` calls, and how it deals with time; None where it is no such wrapper."""
     if type(module) is layers.SeqToANNContainer:
         return Wrapper(list(module._modules), -1, 1)
     if type(module) is layers.MultiStepContainer:
@@ -125,6 +122,5 @@ def wrapped(module: nn.Module) -> Wrapper | None:
 
 
 def reset(module: nn.Module) -> None:
-    """Forgets the state that a module of SpikingJelly carries, as `functional.reset_net` does."""
     if isinstance(module, base.MemoryModule):
         module.reset()

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from ...neuron import LIF
 from ...over_time import OverTime
 from .neurons import per_neuron, read_lif
-from .values import as_double, as_pair, check_dt, require
+from .values import as_double, as_pair, as_sizes, check_dt, require
 
 if TYPE_CHECKING:
     import nir
@@ -124,13 +124,6 @@ def _weights(module: nn.Module, node: Any) -> nn.Module:
     return module
 
 
-def _sizes(value: Any) -> Any:
-    """Sizes as torch's layers take them, made of numbers, tuples, arrays or, for padding, a word."""
-    if isinstance(value, str):
-        return value
-    return tuple(int(size) for size in torch.as_tensor(value).reshape(-1))
-
-
 def _linear_from(node: Any) -> nn.Module:
     outputs, inputs = node.weight.shape
     return _weights(nn.Linear(inputs, outputs, bias=hasattr(node, "bias")), node)
@@ -140,15 +133,13 @@ def _conv_from(node: Any) -> nn.Module:
     outputs, inputs, *kernel_size = node.weight.shape
     groups = int(node.groups)
     kind = nn.Conv1d if len(kernel_size) == 1 else nn.Conv2d
-    sizes = {name: _sizes(getattr(node, name)) for name in ("stride", "padding", "dilation")}
+    padding = node.padding if isinstance(node.padding, str) else as_sizes(node.padding)
+    sizes: Any = {"stride": as_sizes(node.stride), "padding": padding, "dilation": as_sizes(node.dilation)}
     return OverTime(_weights(kind(inputs * groups, outputs, tuple(kernel_size), groups=groups, **sizes), node))
 
 
 def _pool_from(node: Any) -> nn.Module:
-    kernel_size, stride, padding = (
-        as_pair(sizes * 2 if len(sizes) == 1 else sizes)
-        for sizes in map(_sizes, (node.kernel_size, node.stride, node.padding))
-    )
+    kernel_size, stride, padding = map(as_pair, (node.kernel_size, node.stride, node.padding))
     divisor = 1 if type(node).__name__ == "SumPool2d" else None
     return OverTime(nn.AvgPool2d(kernel_size, stride, padding, divisor_override=divisor))
 

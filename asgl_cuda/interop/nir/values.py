@@ -41,9 +41,14 @@ def as_shape(sizes: Sequence[int]) -> Any:
     return torch.tensor(sizes, dtype=torch.int64).numpy()
 
 
-def as_pair(value: Any) -> tuple[int, int]:
-    first, second = (value, value) if isinstance(value, int) else value
-    return int(first), int(second)
+def as_sizes(value: Any) -> tuple[int, ...]:
+    return tuple(int(size) for size in torch.as_tensor(value).reshape(-1))
+
+
+def as_pair(value: Any) -> Any:
+    """Two sizes, of which one alone stands for both."""
+    sizes = as_sizes(value)
+    return sizes * 2 if len(sizes) == 1 else sizes
 
 
 def range_of(value: Tensor) -> str:
