@@ -10,19 +10,13 @@ from ._version import __version__
 from .backends import available_backends, unavailable_backends
 from .batch_norm import batch_norm_lif
 from .functional import LIFOutput, analog_mask, lif
-from .interop import convert, fuse, revert, unfuse
+from .interop import convert, from_nir, fuse, revert, to_nir, unfuse
+from .layer import asgl_layers
+from .monitor import Monitor
 from .neuron import LIF, BatchNormLIF
-from .nir import from_nir, to_nir
 from .over_time import OverTime
-from .training import (
-    AnalogProbSchedule,
-    Monitor,
-    asgl_layers,
-    lightning_callback,
-    parameter_groups,
-    reset,
-    spiking_eval,
-)
+from .schedule import AnalogProbSchedule
+from .training import lightning_callback, parameter_groups, reset, spiking_eval
 
 __all__ = [
     "LIF",

@@ -20,7 +20,7 @@ EMULATION = ROOT / "tests" / "cuda" / "emulation"
 NAMESPACE = "asgl_cuda_emulated"
 REPLAYED_NAMESPACE = "asgl_cuda_replayed"
 # The extension is compiled so, except for the speed of compilation and the warning of #pragma unroll.
-FLAGS = ["-O2", "-std=c++20", "-DASGL_WITH_CUDA", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wno-unknown-pragmas"]
+FLAGS = ["-O2", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wno-unknown-pragmas"]
 
 # On a device that any grid fills, the launchers take four neurons a thread wherever the layout allows it.
 TINY, LARGE = 0, 132  # multiprocessors
@@ -82,7 +82,7 @@ def register() -> Emulation:
     path = torch.utils.cpp_extension.load(
         NAMESPACE,
         [str(EMULATION / "emulated_kernels.cpp"), str(EMULATION / "emulated_ops.cpp")],
-        extra_cflags=FLAGS,
+        extra_cflags=[*FLAGS, "-DASGL_WITH_CUDA"],
         extra_ldflags=["-pthread"],
         extra_include_paths=[str(EMULATION / "include"), str(ROOT / "csrc")],
         build_directory=str(directory),

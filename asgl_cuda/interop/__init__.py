@@ -1,6 +1,8 @@
-"""Models of other libraries on the fused neuron: one file for each library, imported only if that library is."""
+"""Models of other libraries on the fused neuron: one file for each library, imported only if the library is."""
 
-from .conversion import Left, Replaced, Report, convert, revert
-from .fusion import fuse, unfuse
+from .convert import Left, Replaced, Report, convert, revert
+from .fuse import fuse, unfuse
+from .nir import from_nir, to_nir
 
-__all__ = ["Left", "Replaced", "Report", "convert", "fuse", "revert", "unfuse"]
+# `convert`, `fuse` and `nir` are submodules, too; the first two names are the functions from here on.
+__all__ = ["Left", "Replaced", "Report", "convert", "from_nir", "fuse", "revert", "to_nir", "unfuse"]

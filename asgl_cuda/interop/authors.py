@@ -3,8 +3,8 @@
     h = sigmoid(decay) v + x;  u = h - thresh;  v = h - thresh s, or h (1 - s) + vreset s;  the output is thresh s
     InvRectangle: 1 / width = exp(alpha);  InvSigmoid: 1 / width = alpha;  p is the share of analog elements
 
-It is no package, so a layer is known by the names of its class and of its parts. The noise is another: whether an
-element is analog is drawn by asgl_cuda, with the same probability.
+It is no package, so a layer is known by the names of its class and of its parts. asgl_cuda draws the noise: other
+elements are analog than in that code, with the same probability.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fused import Fused, Settings, SpikeFunction, Wrapper
+from .converted import Converted, Found, Settings, Wrapper
+from .identify import SpikeFunction
 
 _SURROGATES = {"InvRectangle": "rectangle", "InvSigmoid": "sigmoid"}
 
 
-class FusedLIFLayer(Fused):
+class ConvertedLIFLayer(Converted):
     """All steps in one call. Width and share of analog elements stay where the authors keep them."""
 
     time_dim = 0
@@ -30,7 +31,7 @@ class FusedLIFLayer(Fused):
 
     def end(self) -> None:
         del self.settings, self.log_width
-        self.__class__ = self.original  # type: ignore[assignment]
+        self.take_off()
 
     @property
     def analog_prob(self) -> float:
@@ -53,11 +54,11 @@ class FusedLIFLayer(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         cell = self.cell
-        for name in ("reset", "reset2"):  # of one version of the code and of another
+        for name in ("reset", "reset2"):  # the name differs between versions of the code
             getattr(cell, name, lambda: None)()
         surrogate = cell.spike_fn.inv_sg
         if surrogate.learnable and not isinstance(surrogate.alpha, nn.Parameter):
-            surrogate(torch.zeros_like(x[0]))  # makes its parameter when it first sees an input
+            surrogate(torch.zeros_like(x[0]))  # it makes its parameter when it first sees an input
         output = self.lif(
             x[: self.nb_steps],
             decay=torch.as_tensor(cell.decay).sigmoid(),
@@ -70,8 +71,7 @@ class FusedLIFLayer(Fused):
         return output.s_seq
 
 
-def find(layer: nn.Module) -> tuple[type[Fused], SpikeFunction] | str | None:
-    """What fuses `layer`, and its spike function; or why it is left; None where it is no layer of that code."""
+def find(layer: nn.Module) -> Found:
     cell: Any = getattr(layer, "cell", None)
     if type(layer).__name__ != "LIFLayer" or type(cell).__name__ != "LIFCell" or not hasattr(cell, "spike_fn"):
         return None
@@ -87,11 +87,10 @@ def find(layer: nn.Module) -> tuple[type[Fused], SpikeFunction] | str | None:
     for flag in ("use_gate", "return_noreset_v"):
         if getattr(cell, flag, False):
             return f"it has {flag}=True"
-    return FusedLIFLayer, SpikeFunction(_SURROGATES[type(spike.inv_sg).__name__], 1.0, 1.0, False)
+    return ConvertedLIFLayer, SpikeFunction(_SURROGATES[type(spike.inv_sg).__name__], 1.0, 1.0, False)
 
 
 def wrapped(module: nn.Module) -> Wrapper | None:
-    """What `module` calls, and how it deals with time; None where it is no `tdLayer` of that code."""
     if type(module).__name__ != "tdLayer" or not hasattr(module, "nb_steps") or list(module._modules) != ["layer"]:
         return None
     return Wrapper(["layer"], -1, 1)

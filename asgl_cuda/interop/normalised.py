@@ -1,7 +1,7 @@
 """A normalisation and the neurons behind it that are computed as one.
 
-Both stay where they are, with their parameters, buffers and names: `fuse` puts a class before the class of each. That
-of the normalisation returns its input, that of the neurons calls `asgl_cuda.batch_norm_lif` with what both hold.
+Both stay where they are, with their parameters, buffers and names: `fuse` puts a class before the class of each. The
+normalisation then returns its input, and the neurons call `asgl_cuda.batch_norm_lif` with the values of both.
 
 Where one of the two is exchanged, as `torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, the other would normalise a
 second time, or not at all. So each looks at every call whether the other is where it was.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,40 +20,20 @@ from ..batch_norm import module_batch_norm_lif
 from ..functional import LIFOutput
 from ..layout import channel_dim, real_type
 from ..neuron import LIF
-from .fused import Fused, fused_class
-
-
-class Placed(nn.Module):
-    """What stands before a layer's class."""
-
-    # Of the class that `placed_class` makes of it.
-    front: type[Placed]
-    behind: type[nn.Module]
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            """What the layer's class has."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class has no name to be found by, nor has that of a converted layer: they are made again.
-        _, _, *rest = tuple(super().__reduce_ex__(protocol))
-        behind = self.behind
-        parts = (behind.fused_forward, behind.original) if issubclass(behind, Fused) else (behind,)
-        return _new, (self.front, *parts), *rest
+from .overlay import Overlay, bare_class, overlaid
 
 
 class Place:
-    """Where a module is below another one. The latter is not kept alive, nor copied with what knows the place."""
+    """Where a module is below another one, which is neither kept alive nor copied by whoever knows the place."""
 
     def __init__(self, owner: nn.Module | None, path: str) -> None:
-        self._owner = None if owner is None else weakref.ref(owner)
+        self._owner: Callable[[], nn.Module | None] = (lambda: None) if owner is None else weakref.ref(owner)
         self.path = path
         self._names = path.split(".")
 
     def holds(self, sought: Callable[[Any], bool]) -> bool:
         """Whether it is there, or elsewhere in the owner, where it was moved or wrapped; True if the owner is gone."""
-        owner = None if self._owner is None else self._owner()
+        owner = self._owner()
         if owner is None:
             return True
         found: nn.Module | None = owner
@@ -62,26 +42,27 @@ class Place:
         return sought(found) or any(sought(module) for module in owner.modules())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Place:
-        owner = None if self._owner is None else self._owner()
-        return Place(memo.get(id(owner)), self.path)
+        return Place(memo.get(id(self._owner())), self.path)
 
     def __reduce__(self) -> Any:
-        return Place, (None if self._owner is None else self._owner(), self.path)
+        return Place, (self._owner(), self.path)
 
 
 _REMEDY = "asgl_cuda.unfuse takes the pair apart, then asgl_cuda.fuse joins what is there"
 
 
-class PassedThrough(Placed):
+class PassedThrough(Overlay):
     """A normalisation that the neurons behind it compute: it returns its input."""
+
+    prefix = "Passed"
 
     neurons: Place
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.is_computed():
             raise RuntimeError(
-                f"asgl_cuda.fuse: {self.behind.__name__} is computed by the neurons that were at {self.neurons.path}, "
-                f"which are not there any more: {_REMEDY}"
+                f"asgl_cuda.fuse: {self.original.__name__} is computed by the neurons that were at "
+                f"{self.neurons.path}, which are not there any more: {_REMEDY}"
             )
         return input
 
@@ -92,28 +73,23 @@ class PassedThrough(Placed):
     def end_passing(self) -> None:
         """Becomes what it was before, with the values that it has now."""
         del self.neurons
-        self.__class__ = self.behind  # type: ignore[assignment]
+        self.take_off()
 
 
 class Normalisation(NamedTuple):
-    """What a layer of neurons computes as well. No module itself, so that the layer does not take it for its part."""
+    """The normalisation that a layer of neurons computes. It is no module, so that the layer does not own it."""
 
     norm: Any
     place: Place
     converted: bool  # whether `fuse` converted the layer
 
 
-class Normalised(Placed):
+class Normalised(Overlay):
     """Neurons that normalise their input."""
 
-    normalisation: Normalisation
+    prefix = "Normalised"
 
-    def begin_normalised(self, normalisation: Normalisation, place: Place) -> None:
-        """The normalisation returns its input from now on; `place` is that of the neurons."""
-        self.normalisation = normalisation
-        norm = normalisation.norm
-        norm.__class__ = placed_class(PassedThrough, type(norm))
-        norm.neurons = place
+    normalisation: Normalisation
 
     def end_normalised(self) -> None:
         """Both become what they were before, with the values that they have now."""
@@ -121,7 +97,7 @@ class Normalised(Placed):
         del self.normalisation
         if isinstance(norm, PassedThrough):
             norm.end_passing()
-        self.__class__ = self.behind  # type: ignore[assignment]
+        self.take_off()
         if converted:
             self.end()
 
@@ -137,8 +113,8 @@ class Normalised(Placed):
         norm, at_norm, _ = self.normalisation
         if not at_norm.holds(lambda module: module is norm and isinstance(norm, PassedThrough)):
             raise RuntimeError(
-                f"asgl_cuda.fuse: {self.behind.__name__} computes the {_name_of(norm)} that was at {at_norm.path}, "
-                f"which is not there any more, and would normalise a second time: {_REMEDY}"
+                f"asgl_cuda.fuse: {self.original.__name__} computes the {bare_class(norm).__name__} that was at "
+                f"{at_norm.path}, which is not there any more, and would normalise a second time: {_REMEDY}"
             )
         weight, bias = norm.weight, norm.bias
         if isinstance(gain, float) and shift == 0.0:
@@ -159,22 +135,22 @@ class Normalised(Placed):
         )
 
     def _of_channels(self, value: Tensor | float, place: int, x_seq: Tensor) -> Tensor:
-        """[C]; the channels are the dimension `place` from the last."""
+        """The value as `[C]`; the channels are the dimension `place` from the last."""
         value = torch.as_tensor(value, dtype=real_type(x_seq.dtype), device=x_seq.device)
         if not varies_by_channel(value, place):
             raise ValueError(
-                f"asgl_cuda.fuse: {self.behind.__name__} has an input gain or bias of shape {list(value.shape)}, which "
-                f"must be one value or one a channel to be fused with a normalisation, for {list(x_seq.shape)}"
+                f"asgl_cuda.fuse: {self.original.__name__} has an input gain or bias of shape {list(value.shape)}, "
+                f"which must be one value or one a channel to be fused with a normalisation, for {list(x_seq.shape)}"
             )
         return value.reshape(-1) if value.numel() > 1 else value.reshape(1).expand(self.normalisation.norm.num_features)
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
-        return f"{own}{', ' if own else ''}normalised by {_name_of(self.normalisation.norm)}"
+        return f"{own}{', ' if own else ''}normalised by {bare_class(self.normalisation.norm).__name__}"
 
 
 class NormalisedLIF(Normalised):
-    """`asgl_cuda.LIF`."""
+    """`asgl_cuda.LIF` with a normalisation."""
 
     def _lif(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
         return self.normalised(x_seq, gain=self.input_gain, **self._held(x_seq, time_dim), **options)
@@ -183,8 +159,8 @@ class NormalisedLIF(Normalised):
         return self._lif(x_seq, time_dim, update=False, **options)
 
 
-class NormalisedFused(Normalised):
-    """A converted layer."""
+class NormalisedConverted(Normalised):
+    """A converted layer with a normalisation."""
 
     def compute(
         self,
@@ -197,38 +173,21 @@ class NormalisedFused(Normalised):
         return self.normalised(x_seq, time_dim, input_gain, input_bias, **options)
 
 
-def _name_of(norm: Any) -> str:
-    return norm.behind.__name__ if isinstance(norm, PassedThrough) else type(norm).__name__
-
-
 def _group_of(norm: Any) -> Any:
     """The processes that share the statistics, None for this one alone."""
     return (norm.process_group or "world") if isinstance(norm, nn.SyncBatchNorm) else None
 
 
 def varies_by_channel(value: Tensor, place: int) -> bool:
-    """Whether it is one value, or one for each of the dimension `place` from the last."""
+    """Whether it is one value, or one for each index of the dimension `place` from the last."""
     varying = [value.dim() - dim for dim, size in enumerate(value.shape) if size != 1]
     return varying in ([], [place])
 
 
-_classes: dict[tuple[type[Placed], type[nn.Module]], type[Placed]] = {}
-
-
-def placed_class(front: type[Placed], behind: type[nn.Module]) -> type[Placed]:
-    """`behind` with `front` before it: one class, however often it is asked for."""
-    if (front, behind) not in _classes:
-        names = {"front": front, "behind": behind, "__module__": __name__}
-        prefix = "Fused" if front is PassedThrough else "Normalised"
-        _classes[front, behind] = type(f"{prefix}{behind.__name__}", (front, behind), names)
-    return _classes[front, behind]
-
-
-def normalised_class(layer: nn.Module) -> type[Placed]:
-    """What a layer, of LIF or converted, becomes with a normalisation."""
-    return placed_class(NormalisedLIF if isinstance(layer, LIF) else NormalisedFused, type(layer))
-
-
-def _new(front: type[Placed], *behind: Any) -> Placed:
-    made = placed_class(front, fused_class(*behind) if len(behind) == 2 else behind[0])
-    return made.__new__(made)
+def join(layer: Any, place: Place, normalisation: Normalisation) -> None:
+    """The layer, a LIF or converted, at `place` computes the normalisation, which returns its input from now on."""
+    norm = normalisation.norm
+    layer.__class__ = overlaid(NormalisedLIF if isinstance(layer, LIF) else NormalisedConverted, type(layer))
+    layer.normalisation = normalisation
+    norm.__class__ = overlaid(PassedThrough, type(norm))
+    norm.neurons = place

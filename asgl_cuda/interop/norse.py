@@ -6,7 +6,6 @@ spike = h > v_th;  v = v_reset or, with reset_subtract, h - v_th where it spiked
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from norse.torch.functional.threshold import threshold
 from norse.torch.module import coba_lif, leaky_integrator, lif_box, lif_correlation, sequential, snn
 from torch import Tensor, nn
 
-from .fused import Fused, Wrapper, number, unknown
+from .converted import Converted, Found, Wrapper, number, unknown
 
 
-class FusedLIFBoxCell(Fused):
+class ConvertedLIFBoxCell(Converted):
     """One step a call, with the states of `LIFBoxCell`."""
 
     time_dim = None
@@ -55,19 +54,17 @@ _NEURONS = (
 )
 
 
-def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | str | None:
-    """What fuses `layer`, and its spike function; or why it is left; None where it is no neuron of Norse."""
+def find(layer: nn.Module) -> Found:
     if type(layer) is not lif_box.LIFBoxCell:
         return unknown(layer, (lif_box.LIFBoxCell,)) if isinstance(layer, _NEURONS) else None
     p: Any = layer.p
     if p.reset_method not in (reset_value, reset_subtract):
         return "it resets by a function of its own"
     alpha = torch.as_tensor(p.alpha)
-    return FusedLIFBoxCell, lambda u: threshold(u, p.method, alpha)
+    return ConvertedLIFBoxCell, lambda u: threshold(u, p.method, alpha)
 
 
 def wrapped(module: nn.Module) -> Wrapper | None:
-    """What `module` calls one after the other; None where it is no SequentialState, or returns what is in between."""
     if type(module) is not sequential.SequentialState or module.return_hidden:
         return None
     return Wrapper(list(module._modules), 0, None)

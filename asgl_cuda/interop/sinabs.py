@@ -9,7 +9,6 @@ v = h - subtract_value s                    MembraneSubtract; by default the thr
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +17,10 @@ from sinabs.activation import MembraneReset, MembraneSubtract, SingleExponential
 from sinabs.layers.reshape import SqueezeMixin
 from torch import Tensor, nn
 
-from .fused import Fused, unknown
+from .converted import Converted, Found, unknown
 
 
-class FusedLayer(Fused):
+class ConvertedLayer(Converted):
     """All steps in one call; `v_mem`, `recordings` and `firing_rate` are kept as sinabs keeps them."""
 
     v_mem: Tensor
@@ -70,7 +69,7 @@ class FusedLayer(Fused):
         if self.settings.spike.surrogate != "laplace" or not isinstance(self.surrogate_grad_fn, SingleExponential):
             return False
         width = float(torch.as_tensor(self.width).detach()) / float(self.spike_threshold)
-        self.surrogate_grad_fn = copy.copy(self.surrogate_grad_fn)  # other layers may have the same
+        self.surrogate_grad_fn = copy.copy(self.surrogate_grad_fn)  # other layers may share it
         self.surrogate_grad_fn.grad_width = width
         return True
 
@@ -79,7 +78,7 @@ class FusedLayer(Fused):
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         state = {**self.__dict__, "_buffers": {name: self.v_mem.detach() for name in self._buffers}}
-        for name in ("recordings", "firing_rate"):  # may be inside a graph
+        for name in ("recordings", "firing_rate"):  # these may be inside a graph
             state.pop(name, None)
         made.__dict__.update(copy.deepcopy(state, memo))
         return made
@@ -90,8 +89,7 @@ PARTING = (layers.UnflattenTime,)
 _KNOWN = (layers.LIF, layers.LIFSqueeze, layers.IAF, layers.IAFSqueeze)
 
 
-def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | str | None:
-    """What fuses `layer`, and its spike function; or why it is left; None where it is no neuron of sinabs."""
+def find(layer: nn.Module) -> Found:
     if type(layer) not in _KNOWN:
         return unknown(layer, _KNOWN) if isinstance(layer, layers.StatefulLayer) else None
     node: Any = layer
@@ -109,10 +107,9 @@ def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | s
     if node.spike_threshold.numel() != 1:
         return "its surrogate is as wide as each neuron's own threshold says"
     threshold = node.spike_threshold.detach().double().cpu()
-    return FusedLayer, lambda u: node.spike_fn.apply(u + threshold, threshold, node.surrogate_grad_fn)
+    return ConvertedLayer, lambda u: node.spike_fn.apply(u + threshold, threshold, node.surrogate_grad_fn)
 
 
 def reset(module: nn.Module) -> None:
-    """Forgets what a layer of sinabs carries."""
     if isinstance(module, layers.StatefulLayer):
         module.reset_states()

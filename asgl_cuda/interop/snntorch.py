@@ -4,15 +4,14 @@
     m[t] = clamp(beta, 0, 1) m[t-1] (1 - [m[t-1] > threshold]) + x[t]              "zero";     and "none" has none
     spike = m[t] > threshold
 
-The reset comes a step late, so m is the potential before reset, h, and v[t] = h[t] - threshold / beta s[t] that after.
-With reset_delay=False m is returned after a reset that is not detached, and is not reset again. The reset of an ASGL
-layer is by what it emitted, unless a potential comes from elsewhere: then it is by that alone.
+The reset comes a step late, so m is h, the potential before reset, and v[t] = h[t] - threshold / beta s[t] follows it.
+With reset_delay=False m is returned after a reset that is not detached, and is not reset again. An ASGL layer resets by
+the value that it emitted, and a potential from elsewhere by comparing it with the threshold.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import snntorch
@@ -20,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import LIFOutput
-from .fused import Fused, Settings, Wrapper, number, unknown
+from .converted import Converted, Found, Settings, Wrapper, number, unknown
 
-# A learned beta of 0 is taken for this much, since threshold / beta must exist; what it changes is below float32's
-# resolution at the threshold.
+# A learned beta of 0 is taken for this much, since threshold / beta must exist; the change is below the resolution of
+# float32 at the threshold.
 _LEAST_BETA = 1e-6
 
 _MULTI_STEP = "asgl_cuda.interop.snntorch.MultiStep"
@@ -37,7 +36,7 @@ class _After(NamedTuple):
     mark: tuple[Any, ...]
 
 
-class FusedLeaky(Fused):
+class ConvertedLeaky(Converted):
     """One step a call, with arguments and results of `Leaky`."""
 
     time_dim = None
@@ -51,10 +50,10 @@ class FusedLeaky(Fused):
         output = self.steps(input_.unsqueeze(0), mem)
         assert output.h_seq is not None
         assert output.v_last is not None
-        # Of one step, squeeze has the cheaper gradient; the potential must be no view, to be detached in place.
+        # squeeze has a cheaper gradient than indexing; the potential must be no view, to be detached in place.
         spk, mem = output.s_seq.squeeze(0), output.h_seq.squeeze(0).clone()
         if self.reset_delay:
-            object.__setattr__(self, "_after", _After(mem, output.v_last, self._mark(mem)))  # Module's own takes longer
+            object.__setattr__(self, "_after", _After(mem, output.v_last, self._mark(mem)))  # Module's takes longer
         elif self.reset_mechanism == "subtract":
             mem = mem - (spk - self.reset) * self.threshold
         elif self.reset_mechanism == "zero":
@@ -66,7 +65,7 @@ class FusedLeaky(Fused):
         return spk if self.init_hidden and not self.output else (spk, mem)
 
     def steps(self, x_seq: Tensor, mem: Tensor | None, **options: Any) -> LIFOutput:
-        """From the potential that is given or kept."""
+        """Computes steps from the potential that is given or kept."""
         if mem is None:
             mem = self.mem
         elif self.init_hidden:
@@ -102,7 +101,7 @@ class FusedLeaky(Fused):
         super().end()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_after"}  # it has parts of a graph
+        return {name: value for name, value in self.__dict__.items() if name != "_after"}  # that has parts of a graph
 
 
 class MultiStep(nn.Module):
@@ -123,13 +122,13 @@ class MultiStep(nn.Module):
     """
 
     def __init__(self, layer: nn.Module) -> None:
-        from .conversion import convert
+        from .convert import convert
 
         super().__init__()
         if not isinstance(layer, nn.Module):
             raise TypeError(f"{_MULTI_STEP}: layer must be a Leaky of snnTorch, got {type(layer).__name__}")
         converted, report = convert(layer, inplace=True)
-        if not isinstance(converted, FusedLeaky):
+        if not isinstance(converted, ConvertedLeaky):
             reason = report.left[0].reason if report.left else f"it is a {type(layer).__name__}"
             raise ValueError(f"{_MULTI_STEP}: layer must be a Leaky of snnTorch: {reason}")
         if not converted.reset_delay and converted.reset_mechanism == "subtract":
@@ -140,7 +139,7 @@ class MultiStep(nn.Module):
         for name, value in (("x_seq", x_seq), ("mem", mem)):
             if not isinstance(value, Tensor) and not (name == "mem" and value is None):
                 raise TypeError(f"{_MULTI_STEP}: {name} must be a tensor, got {type(value).__name__}")
-        if not isinstance(self.layer, FusedLeaky):
+        if not isinstance(self.layer, ConvertedLeaky):
             raise RuntimeError(
                 f"{_MULTI_STEP}: layer must be converted, got one that was reverted: "
                 "asgl_cuda.convert(model, inplace=True) converts it again"
@@ -156,8 +155,7 @@ class MultiStep(nn.Module):
         return layer.results(output.s_seq, mem_seq)
 
 
-def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | str | None:
-    """What fuses `layer`, and its spike function; or why it is left; None where it is no neuron of snnTorch."""
+def find(layer: nn.Module) -> Found:
     if type(layer) is not snntorch.Leaky:
         is_neuron = isinstance(layer, (snntorch.SpikingNeuron, snntorch.LeakyParallel))
         return unknown(layer, (snntorch.Leaky,)) if is_neuron else None
@@ -173,7 +171,7 @@ def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | s
     constant = not isinstance(leaky.beta, nn.Parameter)
     if leaky.reset_mechanism == "subtract" and constant and bool((leaky.beta < _LEAST_BETA).any()):
         return "it subtracts the threshold from a potential of which nothing is left (beta=0)"
-    return FusedLeaky, leaky.spike_grad
+    return ConvertedLeaky, leaky.spike_grad
 
 
 def enlist(model: nn.Module) -> None:
@@ -186,11 +184,9 @@ def enlist(model: nn.Module) -> None:
 
 
 def wrapped(module: nn.Module) -> Wrapper | None:
-    """What `module` calls, and how it deals with time; None where it is no `MultiStep`."""
     return Wrapper(["layer"], -1, None) if type(module) is MultiStep else None
 
 
 def reset(module: nn.Module) -> None:
-    """Forgets what a neuron of snnTorch carries."""
     if isinstance(module, snntorch.SpikingNeuron) and hasattr(module, "reset_mem"):
         module.reset_mem()

@@ -10,7 +10,6 @@ A spike at h >= v_threshold resets to v_reset or, where that is None (and 0 in t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from spikingjelly.activation_based import layer as layers
 from torch import Tensor, nn
 
 from ..functional import LIFOutput
-from .fused import Fused, Wrapper, unknown
+from .converted import Converted, Found, Wrapper, unknown
 
 
-class FusedNode(Fused):
+class ConvertedNode(Converted):
     """All steps in one call for step mode "m", one step for "s"; `v` and `v_seq` are kept as SpikingJelly does."""
 
     v: Any
@@ -47,7 +46,7 @@ class FusedNode(Fused):
     def _steps(self, x_seq: Tensor) -> LIFOutput:
         v_rest = 0.0 if self.v_reset is None else self.v_reset
         v, whole = self.v, not x_seq.is_floating_point()
-        if isinstance(v, Tensor) and v.shape != x_seq.shape[1:]:  # begins anew, as SpikingJelly does
+        if isinstance(v, Tensor) and v.shape != x_seq.shape[1:]:  # it begins anew, as in SpikingJelly
             v = v_rest
         if not isinstance(v, Tensor):
             v_init = None if v == v_rest and not whole else torch.full_like(x_seq[0], v)
@@ -85,13 +84,13 @@ class FusedNode(Fused):
         }  # fmt: skip
         if kinds.get(self.settings.spike.surrogate) != type(function).__name__:
             return False
-        self.surrogate_function = copy.deepcopy(function)  # by default all layers have the same
+        self.surrogate_function = copy.deepcopy(function)  # by default all layers share it
         self.surrogate_function.alpha = 1 / float(torch.as_tensor(self.width).detach())
         return True
 
 
-# Normalise as those of torch.nn do; in step mode "m" time and batch are apart. What depends on the threshold is only
-# the first weight; before version 2 it joins time and batch twice.
+# These normalise as torch.nn's do; in step mode "m" time and batch are apart. ThresholdDependent changes only the first
+# weight; before version 2 it joins time and batch twice.
 NORMALISATIONS = tuple(
     getattr(layers, f"{kind}BatchNorm{dims}d")
     for kind in ("", "ThresholdDependent")
@@ -102,8 +101,7 @@ NORMALISATIONS = tuple(
 _KNOWN = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode)
 
 
-def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | str | None:
-    """What fuses `layer`, and its spike function; or why it is left; None where it is no neuron of SpikingJelly."""
+def find(layer: nn.Module) -> Found:
     if type(layer) not in _KNOWN:
         is_neuron = any(base.__module__.startswith(neuron.__name__) for base in type(layer).__mro__)
         return unknown(layer, _KNOWN) if is_neuron or hasattr(layer, "neuronal_charge") else None
@@ -112,11 +110,10 @@ def find(layer: nn.Module) -> tuple[type[Fused], Callable[[Tensor], Tensor]] | s
         return "its surrogate function does not spike (spiking=False)"
     if getattr(node, "_neuron_precision", None) is not None:
         return "it has a precision of its own"
-    return FusedNode, node.surrogate_function
+    return ConvertedNode, node.surrogate_function
 
 
 def wrapped(module: nn.Module) -> Wrapper | None:
-    """What `module` calls one after the other, and how it deals with time; None where it is no such wrapper."""
     if type(module) is layers.SeqToANNContainer:
         return Wrapper(list(module._modules), -1, 1)
     if type(module) is layers.MultiStepContainer:
@@ -125,6 +122,5 @@ def wrapped(module: nn.Module) -> Wrapper | None:
 
 
 def reset(module: nn.Module) -> None:
-    """Forgets what a module of SpikingJelly carries, as `functional.reset_net` does."""
     if isinstance(module, base.MemoryModule):
         module.reset()

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import asgl_cuda
-from asgl_cuda.interop.fused import Fused
+from asgl_cuda.interop.converted import Converted
 from asgl_cuda.interop.snntorch import MultiStep
 
 
@@ -35,11 +35,11 @@ def test_a_copy_is_converted_unless_inplace_is_said():
     net = jelly()
     fused, _ = asgl_cuda.convert(net)
     assert type(net[1]) is neuron.ParametricLIFNode
-    assert isinstance(fused[1], Fused)
+    assert isinstance(fused[1], Converted)
     assert fused[1].w is not net[1].w
     same, _ = asgl_cuda.convert(net, inplace=True)
     assert same is net
-    assert isinstance(net[1], Fused)
+    assert isinstance(net[1], Converted)
 
 
 def test_parameters_keep_names_values_and_their_optimizer():
@@ -69,7 +69,7 @@ def test_revert(inplace):
     assert type(back[1]) is neuron.ParametricLIFNode
     assert set(vars(back[1])) == set(vars(net[1]))
     assert back[1].w.item() == pytest.approx(0.3)
-    assert report.replaced == [("1", "FusedParametricLIFNode", "ParametricLIFNode")]
+    assert report.replaced == [("1", "ConvertedParametricLIFNode", "ParametricLIFNode")]
     assert not report.left
     x_seq = torch.randn(6, 2, 4)
     net[1].w = back[1].w
@@ -143,7 +143,7 @@ def test_a_learned_width_that_nothing_can_hold():
 def test_a_neuron_alone_and_one_that_is_used_twice():
     node = neuron.IFNode(step_mode="m")
     fused, report = asgl_cuda.convert(node)
-    assert isinstance(fused, Fused)
+    assert isinstance(fused, Converted)
     assert "(the model)" in str(report)
     net = nn.ModuleDict({"a": node, "b": nn.Sequential(node)})
     fused, report = asgl_cuda.convert(net)
@@ -203,7 +203,7 @@ def test_copies_after_a_call(name, how):
         made, _ = asgl_cuda.convert(LAYERS[name]())
         twin = pickle.loads(pickle.dumps(made)) if how == "pickle" else copy.deepcopy(made)
         assert twin.settings == made.settings
-    assert isinstance(twin, Fused)
+    assert isinstance(twin, Converted)
     first = (lambda value: value[0] if isinstance(value, tuple) else value)(made(x))
     second = (lambda value: value[0] if isinstance(value, tuple) else value)(twin(x))
     torch.testing.assert_close(second, first)
@@ -211,7 +211,7 @@ def test_copies_after_a_call(name, how):
 
 
 def test_backend(monkeypatch):
-    from asgl_cuda.interop import fused as module
+    from asgl_cuda.interop import converted as module
 
     asked = []
     monkeypatch.setattr(
@@ -232,7 +232,7 @@ def test_backend(monkeypatch):
         ({"asgl": {"width": "1"}}, TypeError, r"asgl_cuda\.convert: width must be a float, got str"),
         ({"asgl": {"analog_prob": 2}}, ValueError, r"asgl_cuda\.convert: analog_prob must be in \[0, 1\], got 2"),
         ({"asgl": {"surrogate": "step"}}, ValueError, "surrogate must be one of rectangle, .*, got 'step'"),
-        ({"asgl": {"learn_width": 1}}, TypeError, r"asgl_cuda\.convert: learn_width must be True or False, got 1"),
+        ({"asgl": {"learn_width": 1}}, TypeError, r"asgl_cuda\.convert: learn_width must be a bool, got int"),
         ({"asgl": True}, TypeError, r'asgl must be None or a mapping such as \{"width": 1\.0, .*, got True'),
         ({"asgl": "yes"}, TypeError, r"asgl_cuda\.convert: asgl must be None or a mapping .*, got 'yes'"),
         ({"asgl": {1: 2}}, TypeError, "asgl may have surrogate, width, analog_prob, learn_width, got 1"),
@@ -262,12 +262,12 @@ def test_a_layer_that_can_not_be_copied(name):
     with pytest.raises(RuntimeError, match=message):
         getattr(asgl_cuda, name)(model)
     assert getattr(asgl_cuda, name)(model, inplace=True)[0] is model
-    assert isinstance(model[0], Fused) == (name == "convert")
+    assert isinstance(model[0], Converted) == (name == "convert")
 
 
 @pytest.mark.parametrize("name", ["convert", "revert", "fuse", "unfuse"])
 def test_inplace_is_said_by_true_or_false(name):
-    with pytest.raises(TypeError, match=rf"asgl_cuda\.{name}: inplace must be True or False, got 'no'"):
+    with pytest.raises(TypeError, match=rf"asgl_cuda\.{name}: inplace must be a bool, got str"):
         getattr(asgl_cuda, name)(jelly(), inplace="no")
 
 

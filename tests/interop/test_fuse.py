@@ -24,10 +24,10 @@ from torch.nn.utils.fusion import fuse_linear_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
-from asgl_cuda.interop.fused import Fused
+from asgl_cuda.interop.converted import Converted
 from asgl_cuda.interop.normalised import Normalised, PassedThrough
 from asgl_cuda.interop.snntorch import MultiStep
-from asgl_cuda.nir import OverTime
+from asgl_cuda.over_time import OverTime
 
 BACKENDS = [name for name in ("reference", "cpu") if name in asgl_cuda.available_backends()]
 
@@ -54,7 +54,7 @@ def on(model, backend):
     for module in model.modules():
         if isinstance(module, asgl_cuda.LIF):
             module.backend = backend
-        elif isinstance(module, Fused):
+        elif isinstance(module, Converted):
             module.settings = module.settings._replace(backend=backend)
     return model
 
@@ -294,7 +294,7 @@ def test_multi_step(backend):
     model = nn.Sequential(OverTime(nn.BatchNorm1d(C)), MultiStep(snntorch.Leaky(beta=0.9, init_hidden=True)))
     assert_alike(on(model, backend), 2 * torch.randn(T, B, C), 1, backend, lambda model, x: model(x))
     plain = asgl_cuda.unfuse(asgl_cuda.fuse(model)[0])[0]
-    assert type(plain[1].layer).__name__ == "FusedLeaky"
+    assert type(plain[1].layer).__name__ == "ConvertedLeaky"
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -798,7 +798,7 @@ def test_a_copy_is_fused_unless_inplace_is_said():
         assert isinstance(made[0].layer[1], PassedThrough)
         assert isinstance(made[1], Normalised)
         assert type(made[1]).__name__ == "NormalisedLIF"
-        assert type(made[2]).__name__ == "FusedBatchNorm1d"
+        assert type(made[2]).__name__ == "PassedBatchNorm1d"
         assert isinstance(made[2], layer.BatchNorm1d)
         assert isinstance(made[3], neuron.ParametricLIFNode)
     kept, _ = asgl_cuda.unfuse(same)
@@ -813,14 +813,14 @@ def test_fuse_converts_and_unfuse_gives_back_what_was_there():
     before = set(vars(model[1]))
     fused, report = asgl_cuda.fuse(model)
     assert report.replaced == [("1", "LIFNode", "normalises as well, instead of 0")]
-    assert type(fused[1]).__name__ == "NormalisedFusedLIFNode"
+    assert type(fused[1]).__name__ == "NormalisedConvertedLIFNode"
     back, report = asgl_cuda.unfuse(fused)
-    assert report.replaced == [("1", "NormalisedFusedLIFNode", "LIFNode")]
+    assert report.replaced == [("1", "NormalisedConvertedLIFNode", "LIFNode")]
     assert type(back[1]) is neuron.LIFNode
     assert set(vars(back[1])) == before
     converted, _ = asgl_cuda.convert(model)
     back, _ = asgl_cuda.unfuse(asgl_cuda.fuse(converted)[0])
-    assert type(back[1]).__name__ == "FusedLIFNode"
+    assert type(back[1]).__name__ == "ConvertedLIFNode"
 
 
 def test_names_parameters_and_checkpoints(backend):
@@ -944,7 +944,7 @@ def test_fusing_after_training_the_rest_of_the_kit(backend):
 def test_unfusing_a_part():
     fused, _ = asgl_cuda.fuse(net())
     part, report = asgl_cuda.unfuse(fused[:1])
-    assert report.left == [("0.layer.1", "FusedBatchNorm1d", "the neurons that compute it are not in this model")]
+    assert report.left == [("0.layer.1", "PassedBatchNorm1d", "the neurons that compute it are not in this model")]
     assert isinstance(part[0].layer[1], PassedThrough)
     _, report = asgl_cuda.unfuse(fused[1:2], inplace=True)
     assert len(report.replaced) == 1
@@ -1055,7 +1055,7 @@ def test_what_it_shows():
     shown = repr(asgl_cuda.fuse(net())[0])
     assert "NormalisedLIF([3], width=1 (learned)" in shown
     assert "normalised by BatchNorm1d" in shown
-    assert "FusedBatchNorm1d(3, eps=1e-05" in shown
+    assert "PassedBatchNorm1d(3, eps=1e-05" in shown
     alone = asgl_cuda.fuse(nn.Sequential(nn.BatchNorm1d(C), norse.LIFBoxCell()))[0]
     assert "normalised by BatchNorm1d" in repr(alone)
 

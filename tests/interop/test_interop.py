@@ -23,7 +23,7 @@ from torch import nn
 
 import asgl_cuda
 from asgl_cuda.interop import snntorch as interop_snntorch
-from asgl_cuda.interop.fused import identify
+from asgl_cuda.interop.identify import identify
 from asgl_cuda.selfcheck import THRESHOLD_BAND
 
 SHAPE = (5, 3, 7)  # T, B, neurons

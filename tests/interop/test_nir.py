@@ -12,7 +12,8 @@ from torch import nn
 
 import asgl_cuda
 from asgl_cuda import LIF
-from asgl_cuda.nir import OverTime, from_nir, to_nir
+from asgl_cuda.interop.nir import from_nir, to_nir
+from asgl_cuda.over_time import OverTime
 
 nir = pytest.importorskip("nir", minversion="1.0.7")
 np = pytest.importorskip("numpy")
@@ -654,10 +655,10 @@ def test_converted_layers(name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("soft", r"1 \(FusedLIFNode\) has a soft reset"),
-        ("another amount", r"1 \(FusedIAF\): its reset must take v_threshold off, got 0\.4"),
-        ("a step a call", r"1 \(FusedLIFNode\): must take time and batch apart, .* got one step a call"),
-        ("squeezed", r"1 \(FusedIAFSqueeze\): must take time and batch apart"),
+        ("soft", r"1 \(ConvertedLIFNode\) has a soft reset"),
+        ("another amount", r"1 \(ConvertedIAF\): its reset must take v_threshold off, got 0\.4"),
+        ("a step a call", r"1 \(ConvertedLIFNode\): must take time and batch apart, .* got one step a call"),
+        ("squeezed", r"1 \(ConvertedIAFSqueeze\): must take time and batch apart"),
     ],
 )
 def test_converted_layers_that_nir_has_not(name, message):
@@ -673,7 +674,7 @@ def test_converted_layers_that_nir_has_not(name, message):
         (lambda: to_nir(LIF(), torch.ones(2, 2, 2), "1"), "to_nir: dt must be a float, got str"),
         (
             lambda: to_nir(LIF(), torch.ones(2, 2, 2), allow_soft_reset=1),
-            "to_nir: allow_soft_reset must be True or False, got 1",
+            "to_nir: allow_soft_reset must be a bool, got int",
         ),
         (lambda: from_nir(None), r"from_nir: graph must be a nir\.NIRGraph, as nir\.read gives it.*, got NoneType"),
         (lambda: from_nir("model.nir"), r"from_nir: graph must be a nir\.NIRGraph, .*, got str"),

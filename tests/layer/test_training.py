@@ -15,9 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
-from asgl_cuda import LIF
-from asgl_cuda.surrogate import SURROGATES
-from asgl_cuda.training import (
+from asgl_cuda import (
+    LIF,
     AnalogProbSchedule,
     Monitor,
     asgl_layers,
@@ -25,6 +24,7 @@ from asgl_cuda.training import (
     parameter_groups,
     spiking_eval,
 )
+from asgl_cuda.surrogate import SURROGATES
 
 KINDS = {
     "multi_step": lambda model: AnalogProbSchedule.multi_step(model, [2, 5, 5], gamma=0.5),
@@ -788,7 +788,7 @@ def test_the_lightning_that_was_imported_is_used(monkeypatch, name):
     for each in both:
         if each != name:
             monkeypatch.delitem(sys.modules, each)
-    monkeypatch.setattr(asgl_cuda.training.importlib, "import_module", both.__getitem__)
+    monkeypatch.setattr(asgl_cuda.monitor.importlib, "import_module", both.__getitem__)
     assert isinstance(lightning_callback(monitor=Monitor(network())), both[name].Callback)
 
 

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import BACKENDS
-from ..checks import check_analog_prob, check_number, check_surrogate, check_width
+from ..checks import check_analog_prob, check_bool, check_number, check_surrogate, check_width
+from ..layer import check_module
 from . import authors
-from .fused import Fused, Settings, SpikeFunction, fires_strictly, fused_class, identify
+from .converted import Converted, Settings
+from .identify import SpikeFunction, fires_strictly, identify
 from .normalised import Normalised
+from .overlay import bare_class, overlaid
 
 _CALLER = "asgl_cuda.convert"
 
@@ -29,7 +32,7 @@ _LIBRARIES = {
 
 
 class Replaced(NamedTuple):
-    """A layer that was converted: where it is, its class, and what computes it now."""
+    """A layer that was converted: where it is, its class, and how it is computed now."""
 
     path: str
     layer: str
@@ -45,7 +48,7 @@ class Left(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `convert` or `revert` did. `print` shows it as a table."""
+    """The layers that `convert`, `fuse` and their inverses changed and left. `print` shows it as a table."""
 
     replaced: list[Replaced]
     left: list[Left]
@@ -59,12 +62,12 @@ class Report(NamedTuple):
 
 
 class _ASGL(NamedTuple):
-    """The argument `asgl` of `convert`."""
+    """The argument `asgl` of `convert`, and its defaults."""
 
-    surrogate: str | None
-    width: float | None
-    analog_prob: float
-    learn_width: bool
+    surrogate: str | None = None
+    width: float | None = None
+    analog_prob: float = 0.2
+    learn_width: bool = True
 
 
 def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
@@ -75,22 +78,26 @@ def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
             f'{_CALLER}: asgl must be None or a mapping such as {{"width": 1.0, "analog_prob": 0.2}}, {{}} for the '
             f"defaults, got {asgl!r}"
         )
-    defaults = {"surrogate": None, "width": None, "analog_prob": 0.2, "learn_width": True}
-    if unknown := set(asgl) - set(defaults):
-        raise TypeError(f"{_CALLER}: asgl may have {', '.join(defaults)}, got {', '.join(sorted(map(str, unknown)))}")
-    found = _ASGL(**{**defaults, **asgl})
+    if unknown := set(asgl) - set(_ASGL._fields):
+        known, got = ", ".join(_ASGL._fields), ", ".join(sorted(map(str, unknown)))
+        raise TypeError(f"{_CALLER}: asgl may have {known}, got {got}")
+    found = _ASGL(**asgl)
     if found.width is not None:
         check_width(check_number("width", found.width, _CALLER), _CALLER)
     check_analog_prob(found.analog_prob, _CALLER)
-    if not isinstance(found.learn_width, bool):
-        raise TypeError(f"{_CALLER}: learn_width must be True or False, got {found.learn_width!r}")
+    check_bool("learn_width", found.learn_width, _CALLER)
     if found.surrogate is not None:
         check_surrogate(found.surrogate, _CALLER)
     return found
 
 
 def libraries() -> Iterator[Any]:
-    """The files of this folder for the libraries that are imported."""
+    """The files of this folder for the libraries that are imported.
+
+    Each has `find(layer)`: see `Found`. It may have `wrapped(module)`: the Wrapper that a module is, or None;
+    `reset(module)`: forgets the state that a module carries; `enlist(model)`: makes a copy known to the library; and
+    tuples of classes: NORMALISATIONS compute the same as torch.nn's, PARTING makes time and batch of one dimension.
+    """
     yield authors
     for name, module in _LIBRARIES.items():
         if module in sys.modules:
@@ -100,15 +107,15 @@ def libraries() -> Iterator[Any]:
 def convert(
     model: nn.Module, *, asgl: Mapping[str, Any] | None = None, inplace: bool = False, backend: str | None = None
 ) -> tuple[nn.Module, Report]:
-    """The model with its neuron layers computed by the fused neuron, and a report of what was replaced and what left.
+    """The model with its neuron layers computed by the fused neuron, and a report of those replaced and those left.
 
     Known are SpikingJelly's `IFNode`, `LIFNode` and `ParametricLIFNode`, snnTorch's `Leaky`, Norse's `LIFBoxCell`,
     sinabs' `LIF` and `IAF` with their Squeeze forms, and `LIFLayer` of the code that the authors of ASGL published. A
     converted layer gives the same spikes, states and gradients as before; it keeps its parameters, with their names,
     its state and its place among the library's classes, so that an optimizer, a state dict and functions like
-    SpikingJelly's `reset_net` go on working. What it holds is read at each call, except for its surrogate, which is
-    read here. SpikingJelly's own `backend` is without effect on it. Layers that can't be represented exactly are left
-    as they are, and the report says why.
+    SpikingJelly's `reset_net` go on working. Its values are read at each call, except its surrogate, which is read
+    here. SpikingJelly's own `backend` is without effect on it. Layers that can't be represented exactly are left as
+    they are, and the report says why.
 
     A converted layer is an instance of its class, but its type is another: code that compares types, as
     `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly do, does not know it;
@@ -116,33 +123,31 @@ def convert(
 
     Args:
         model: any module, also a neuron layer itself.
-        asgl: makes the replaced layers ASGL layers: a mapping with `width` (at the start; default: that of the layer's
-            own surrogate), `analog_prob` (default 0.2), `learn_width` (default True) and `surrogate` (default: the
-            layer's own). The width is then a new parameter `log_width` of each layer, for the optimizer to know. Layers
-            of the authors' code are ASGL layers as they are; they keep their own width and share of analog elements.
+        asgl: makes the replaced layers ASGL layers: a mapping with `surrogate` and `width` at the start (default: the
+            layer's own), `analog_prob` (default 0.2) and `learn_width` (default True). The width is then a new
+            parameter `log_width` of each layer, for the optimizer to know. Layers of the authors' code are ASGL layers
+            as they are; they keep their own width and share of analog elements.
         inplace: convert the model itself and not a copy; optimizers then hold its parameters already.
         backend: of all layers, see `asgl_cuda.lif`.
 
     Raises TypeError or ValueError for arguments that are not as described, and RuntimeError where the model can't be
     copied; it is then unchanged.
     """
-    check_model(model, inplace, _CALLER)
     wanted = _checked(asgl)
     if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
         raise ValueError(f"{_CALLER}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     model = taken(model, inplace, _CALLER)
     known = list(libraries())
     report = Report([], [])
-    inside: list[str] = []  # of layers that are replaced, whose parts need no mention
+    inside: list[str] = []  # how the paths begin inside layers that are replaced, whose parts need no mention
     for path, layer in list(model.named_modules()):
         if path.startswith(tuple(inside)):
             continue
         name = type(layer).__name__
-        if isinstance(layer, Fused):
+        if isinstance(layer, Converted):
             if wanted is not None or backend is not None:
-                first = (
-                    "asgl_cuda.unfuse and revert come" if isinstance(layer, Normalised) else "asgl_cuda.revert comes"
-                )
+                fused = isinstance(layer, Normalised)
+                first = "asgl_cuda.unfuse and revert come" if fused else "asgl_cuda.revert comes"
                 report.left.append(Left(path, name, f"it is converted already, with its own settings: {first} first"))
             continue
         found = next((answer for library in known if (answer := library.find(layer)) is not None), None)
@@ -152,29 +157,23 @@ def convert(
         if isinstance(spike, str):
             report.left.append(Left(path, name, spike))
             continue
-        layer.__class__ = fused_class(found[0], type(layer))
-        assert isinstance(layer, Fused)
-        layer.begin(Settings(spike, backend), *((0.0, False) if wanted is None else wanted[2:]))
+        layer.__class__ = overlaid(found[0], type(layer))
+        assert isinstance(layer, Converted)
+        analog_prob, learn_width = (0.0, False) if wanted is None else (wanted.analog_prob, wanted.learn_width)
+        layer.begin(Settings(spike, backend), analog_prob, learn_width)
         report.replaced.append(Replaced(path, name, _description(layer)))
         inside.append(f"{path}." if path else "")
     return model, report
 
 
-def check_model(model: Any, inplace: Any, caller: str) -> None:
-    """A module, and whether it is to be changed itself."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(inplace, bool):
-        raise TypeError(f"{caller}: inplace must be True or False, got {inplace!r}")
-
-
 def taken(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
-    """The model itself, or a copy whose layers their libraries know like the model's own."""
-    if inplace:
+    """The model itself, or a copy whose layers their libraries know like the model's own; checks both arguments."""
+    check_module(model, caller)
+    if check_bool("inplace", inplace, caller):
         return model
     try:
         made = copied(model)
-    except Exception as error:  # whatever a layer's own way to be copied raises
+    except Exception as error:  # a layer may have a way of its own to be copied, and may raise anything
         path, layer = next(row for row in reversed(list(model.named_modules())) if not _can_be_copied(row[1]))
         raise RuntimeError(
             f"{caller}: {path or 'the model'} ({type(layer).__name__}) can't be copied, not by copy.deepcopy either "
@@ -194,7 +193,7 @@ def _can_be_copied(layer: nn.Module) -> bool:
 
 
 def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
-    """A deep copy but for `share`. Potentials that are inside a graph, as after a call, are copied without it."""
+    """A deep copy of all except `share`. Potentials that are inside a graph, as after a call, are copied without it."""
     memo: dict[int, Any] = {id(value): value for value in share}
     for module in model.modules():
         attributes = vars(module)
@@ -218,7 +217,7 @@ def _spike_function(function: Callable[[Tensor], Tensor] | SpikeFunction, wanted
     return SpikeFunction(surrogate, width, 1.0, fires_strictly(function))
 
 
-def _description(layer: Fused) -> str:
+def _description(layer: Converted) -> str:
     surrogate, _, gain, _ = layer.settings.spike
     text = f"{surrogate}, width {float(torch.as_tensor(layer.width).detach().mean()):.4g}"
     if abs(gain - 1) > 1e-6:
@@ -240,13 +239,12 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
 
     Raises TypeError where it is no module.
     """
-    check_model(model, inplace, "asgl_cuda.revert")
     model = taken(model, inplace, "asgl_cuda.revert")
     report = Report([], [])
     for path, layer in list(model.named_modules()):
-        if not isinstance(layer, Fused):
+        if not isinstance(layer, Converted):
             continue
-        name = layer.original.__name__
+        name, made = bare_class(layer).__name__, type(layer).__name__
         if isinstance(layer, Normalised):
             report.left.append(Left(path, name, "it is fused with a normalisation: asgl_cuda.unfuse comes first"))
             continue
@@ -254,5 +252,5 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
             width = float(torch.as_tensor(layer.width).detach())
             report.left.append(Left(path, name, f"its learned width, {width:.4g}: its own surrogate can't hold it"))
         layer.end()
-        report.replaced.append(Replaced(path, f"Fused{name}", name))
+        report.replaced.append(Replaced(path, made, name))
     return model, report

@@ -1,0 +1,149 @@
+"""A layer of another library that `convert` has changed: `asgl_cuda.lif` computes its steps with its own values."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..functional import LIFOutput, lif
+from ..layer import Noisy, bounded, give_dimension
+from .identify import SpikeFunction
+from .overlay import Overlay
+
+
+class Settings(NamedTuple):
+    """The settings of a conversion that the layer itself does not hold."""
+
+    spike: SpikeFunction
+    backend: str | None
+
+
+class Wrapper(NamedTuple):
+    """A module that calls others one after the other: which, and where the channels go on the way in and out.
+
+    -1 where time and batch become one dimension, +1 where they part, None where the value itself is not handed on, as
+    where the steps are computed one by one.
+    """
+
+    names: list[str]
+    entering: int | None
+    leaving: int | None
+
+
+class Converted(Overlay, Noisy):
+    """The class before a converted layer's own. Each library has a subclass, whose forward calls `lif`."""
+
+    prefix = "Converted"
+
+    settings: Settings
+    log_width: nn.Parameter | None
+    time_dim: int | None  # where time is in its input, None if the input is one step
+
+    @classmethod
+    def finish(cls) -> None:
+        cls.forward = _leaf(cls.forward)
+
+    @property
+    def width(self) -> Tensor | float:
+        """The width of the surrogate, in units of the input: a tensor of one value if learned."""
+        return self.settings.spike.width if self.log_width is None else bounded(self.log_width).exp()
+
+    def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
+        """Takes up the settings of a conversion."""
+        self.settings = settings
+        self.analog_prob = analog_prob
+        self.log_width = None
+        if learn_width:
+            device = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), None)
+            # It has a dimension because fully_shard of PyTorch wants one.
+            self.log_width = nn.Parameter(torch.full((1,), math.log(settings.spike.width), device=device))
+
+    def end(self) -> None:
+        """Becomes what it was before, with the values that its parameters have now."""
+        self.end_noise()
+        del self.settings, self.log_width
+        self.take_off()
+
+    def lif(self, x_seq: Tensor, **options: Any) -> LIFOutput:
+        """`asgl_cuda.lif` with the layer's surrogate and noise."""
+        for name, given in options.items():
+            if isinstance(given, Tensor):
+                # PyTorch takes integers as well, and one number from another device.
+                value = number(_floating(given))
+                is_number = isinstance(value, Tensor) and value.dim() == 0
+                options[name] = value.to(x_seq.device) if is_number else value
+        result = self.compute(
+            _floating(x_seq),
+            width=self.width,
+            surrogate=self.settings.spike.surrogate,
+            surrogate_gain=self.settings.spike.gain,
+            strict_threshold=self.settings.spike.strict,
+            analog_prob=self.analog_prob_of_call(x_seq),
+            return_v_last=True,
+            backend=self.settings.backend,
+            **options,
+        )
+        assert isinstance(result, LIFOutput)
+        return result
+
+    def compute(self, x_seq: Tensor, **options: Any) -> Tensor | LIFOutput:
+        """`asgl_cuda.lif`; where the layer is fused with a normalisation, both."""
+        return lif(x_seq, **options)
+
+    def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
+        """Gain and bias of the input, as `asgl_cuda.lif` has them."""
+        return 1.0, 0.0
+
+    def hold_width(self) -> bool:
+        """Writes the learned width into the layer's own surrogate, and says whether that can hold it."""
+        return False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        give_dimension(state_dict, prefix, "log_width")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+# How a library's file answers for a layer: the class that converts it and its spike function, or why it is left; None
+# where it is no neuron of the library.
+Found: TypeAlias = tuple[type[Converted], Callable[[Tensor], Tensor] | SpikeFunction] | str | None
+
+
+def number(value: Any) -> Any:
+    """A constant in a tensor of the CPU as a float, with which a call costs less; anything else as it is."""
+    if type(value) is not Tensor or value.dim() or value.device.type != "cpu" or value.requires_grad:
+        return value
+    return value if torch.compiler.is_compiling() else float(value)
+
+
+def _floating(value: Tensor) -> Tensor:
+    """The value itself, or in the type that PyTorch gives integers when they meet a float."""
+    if value.is_floating_point() or value.is_complex():
+        return value
+    return value.to(torch.get_default_dtype())
+
+
+def _leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, except that torch.fx sees one call of the module, as it does with the modules of torch.nn."""
+
+    @functools.wraps(forward)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], fx.Proxy):
+            tracer: Any = args[0].tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    return call
+
+
+def unknown(layer: nn.Module, known: tuple[type[nn.Module], ...]) -> str:
+    """Why a neuron is left whose class is none of `known`."""
+    base = next((base for base in type(layer).__mro__ if base in known), None)
+    if base is None or base.__module__.split(".")[0] == type(layer).__module__.split(".")[0]:
+        return "asgl_cuda has no such neuron"
+    name = base.__name__
+    return f"it is a subclass of {name}, which may compute something else; convert knows {name} itself"

@@ -1,0 +1,167 @@
+"""The calls that a module makes, read off graphs that torch.fx traces of its forward."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from .convert import copied, libraries
+from .converted import Wrapper
+
+_SHAPE_QUERIES = ("size", "dim", "shape", "ndim", "dtype", "device")
+_WAYS = 32  # through one forward, at most
+
+
+class Calls(NamedTuple):
+    """The calls of a module: a graph for each way that its forward may go."""
+
+    graphs: list[fx.Graph]
+    entering: int | None = 0  # see Wrapper
+    leaving: int | None = 0
+
+
+def calls_of(module: nn.Module) -> Calls:
+    """Raises whatever its forward raises when fx traces it."""
+    if "forward" in vars(module):
+        raise TypeError("it is not that of its class")
+    wrapper = Wrapper(list(module._modules), 0, 0) if is_sequential(module) else None
+    for library in libraries():
+        wrapper = wrapper or getattr(library, "wrapped", lambda module: None)(module)
+    if wrapper is None:
+        return Calls(_traced(module))
+    graph = fx.Graph()
+    value = graph.placeholder("input")
+    for name in wrapper.names:
+        value = graph.call_module(name, (value,))
+    graph.output(value)
+    return Calls([graph], wrapper.entering, wrapper.leaving)
+
+
+class _Tracer(fx.Tracer):
+    """Looks into the traced module alone; where the way depends on a shape, it takes the way that it is told."""
+
+    def __init__(self, ways: Sequence[bool] = ()) -> None:
+        super().__init__()
+        self.ways = list(ways)
+        self.taken: list[bool] = []
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if not _is_of_shapes(obj.node):
+            return super().to_bool(obj)
+        self.taken.append(self.ways[len(self.taken)] if len(self.taken) < len(self.ways) else False)
+        return self.taken[-1]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if is_sequential(m) and not any(m is part for part in self.root.modules()):
+            return forward(*args, **kwargs)  # it is a slice of another
+        return super().call_module(m, forward, args, kwargs)
+
+
+def _traced(module: nn.Module) -> list[fx.Graph]:
+    """Graphs of its forward in training and in evaluation, with arguments that are None by default given and not.
+
+    A copy is traced, since a forward may keep what it computes and count its calls.
+    """
+    parameters = inspect.signature(type(module).forward).parameters
+    absent = {name: None for name, parameter in parameters.items() if parameter.default is None}
+    graphs: dict[str, fx.Graph] = {}
+    for training in (True, False):
+        for concrete in [{}, absent] if absent else [{}]:
+            for graph in _ways_of(module, training, concrete):
+                graphs.setdefault(str(graph), graph)
+    return list(graphs.values())
+
+
+def _ways_of(module: nn.Module, training: bool, concrete: dict[str, None]) -> list[fx.Graph]:
+    """A graph for each way that shapes may lead, except those that end in an error which the forward itself raises."""
+    graphs: list[fx.Graph] = []
+    refusal: Exception = RuntimeError("it has no way")
+    ways: list[list[bool]] = [[]]
+    for count, way in enumerate(ways):  # the loop adds more
+        if count == _WAYS:
+            raise RuntimeError(f"shapes lead it more than {_WAYS} ways")
+        made = copied(module, module.parameters())
+        made.training = training
+        tracer = _Tracer(way)
+        try:
+            graphs.append(tracer.trace(made, concrete))
+        except (ValueError, AssertionError) as error:
+            if not tracer.taken or not _raises_itself(error):
+                raise
+            refusal = error
+        ways += [[*tracer.taken[:choice], True] for choice in range(len(way), len(tracer.taken))]
+    if not graphs:
+        raise refusal
+    return graphs
+
+
+def _raises_itself(error: Exception) -> bool:
+    """Whether it comes from a raise or an assert of the model's own code."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    assert trace is not None
+    code, own = trace.tb_frame.f_code.co_code, trace.tb_frame.f_globals.get("__name__", "")
+    return dis.opname[code[trace.tb_lasti]] == "RAISE_VARARGS" and own.split(".")[0] != "torch"
+
+
+def is_sequential(module: nn.Module) -> bool:
+    return type(module).forward is nn.Sequential.forward
+
+
+def name_of_user(owner: nn.Module, user: fx.Node) -> str:
+    """How a report calls the node in the graph of `owner`."""
+    if user.op == "output":
+        return f"the caller of {type(owner).__name__}"
+    return type(owner.get_submodule(str(user.target))).__name__ if user.op == "call_module" else name_of_function(user)
+
+
+def name_of_function(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _is_of_shapes(node: fx.Node) -> bool:
+    """Whether the node is computed from shapes and types alone."""
+    sources = node.all_input_nodes
+    return asks_for_shape(node) or (bool(sources) and all(_is_of_shapes(source) for source in sources))
+
+
+def asks_for_shape(node: fx.Node) -> bool:
+    query = node.args[1] if node.target is getattr else node.target if node.op == "call_method" else None
+    return query in _SHAPE_QUERIES
+
+
+def is_first_alone(node: fx.Node, user: fx.Node) -> bool:
+    """Whether the call has the value as its first argument and as no other."""
+    found: list[fx.Node] = []
+    fx.map_arg((user.args, user.kwargs), found.append)
+    return bool(user.args) and user.args[0] is node and found.count(node) == 1
+
+
+def parts_time(owner: nn.Module, user: fx.Node) -> bool:
+    """Whether the call makes two dimensions of the first one, time and batch."""
+    if user.op == "call_module":
+        module = owner.get_submodule(str(user.target))
+        if any(type(module) in getattr(library, "PARTING", ()) for library in libraries()):
+            return True
+        return isinstance(module, nn.Unflatten) and module.dim == 0 and _is_pair(module.unflattened_size)
+    if user.target not in ("unflatten", torch.unflatten):
+        return False
+    arguments: dict[str, Any] = dict(zip(("input", "dim", "sizes"), user.args, strict=False)) | user.kwargs
+    return arguments.get("dim") == 0 and _is_pair(arguments.get("sizes"))
+
+
+def _is_pair(sizes: Any) -> bool:
+    """Whether the sizes are two: a pair, or the first two of a shape."""
+    if isinstance(sizes, fx.Node):
+        return sizes.target is operator.getitem and sizes.args[1] in (slice(2), slice(0, 2))
+    return isinstance(sizes, Sequence) and len(sizes) == 2

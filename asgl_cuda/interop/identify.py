@@ -1,0 +1,86 @@
+"""`identify` tells which surrogate a library's spike function has, by its values and gradients."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..surrogate import SURROGATES
+
+_PROBES = (0.05, 0.11, 0.23, 0.37, 0.61, 0.79, 0.93, 1.3, 1.9, 2.7, 4.1)  # in widths
+
+
+class SpikeFunction(NamedTuple):
+    """A spike and its gradient: `gain / width * f(u / width)`, the spike at u > 0 if `strict`, else at u >= 0."""
+
+    surrogate: str
+    width: float
+    gain: float
+    strict: bool
+
+
+def identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
+    """The spike function that `function` of u = h - v_threshold is, or the reason why it is none that is known.
+
+    Width and gain follow from the largest slope and from where it has halved; then the slopes are compared with the
+    surrogate's on both sides of the threshold, to 1e-6 of the largest.
+    """
+    try:
+        return _identify(function)
+    except Exception as error:  # the function is the library's or the user's
+        return f"its spike function fails with {type(error).__name__}: {error}"
+
+
+def fires_strictly(function: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a spike function needs u > 0 to fire."""
+    return not bool(function(torch.zeros(1, dtype=torch.float64)) > 0)
+
+
+def _identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
+    around = torch.tensor([-1e3, -1e-9, 1e-9, 1e3], dtype=torch.float64)
+    if function(around).tolist() != [0, 0, 1, 1]:
+        return "its spike function emits something else than 0 below and 1 above the threshold"
+    leaf = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    if not function(leaf).requires_grad:
+        return "its spike function has no gradient"
+    peak, half = _shape(function)
+    if not (math.isfinite(peak) and peak > 0):
+        return f"its surrogate has the slope {peak:g} at the threshold"
+    if math.isinf(half):
+        return "its surrogate does not fall off"
+    for name, (unit_peak, unit_half) in _unit_shapes().items():
+        width = half / unit_half
+        u = [sign * probe * width for probe in _PROBES for sign in (-1, 1)]
+        expected = _slopes(SURROGATES[name].cumulative, [value / width for value in u])
+        if ((_slopes(function, u) / peak - expected / unit_peak).abs() < 1e-6).all():
+            return SpikeFunction(name, width, peak * width / unit_peak, fires_strictly(function))
+    return "its surrogate is none of those of asgl_cuda"
+
+
+@functools.cache
+def _unit_shapes() -> dict[str, tuple[float, float]]:
+    return {name: _shape(surrogate.cumulative) for name, surrogate in SURROGATES.items()}
+
+
+def _slopes(function: Callable[[Tensor], Tensor], u: Sequence[float]) -> Tensor:
+    with torch.enable_grad():
+        leaf = torch.tensor(u, dtype=torch.float64, requires_grad=True)
+        (slopes,) = torch.autograd.grad(function(leaf).sum(), leaf)
+    return slopes
+
+
+def _shape(function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    """The slope at the threshold, and where it has fallen to half of that: infinity if it has not at u = 10000."""
+    peak = float(_slopes(function, [1e-15]))  # at 0 itself some surrogates have another slope, or none
+    grid: list[float] = [10 ** (power / 4) for power in range(-24, 17)]
+    slopes = _slopes(function, grid).tolist()
+    low, high = 0.0, next((u for u, slope in zip(grid, slopes, strict=True) if slope < peak / 2), math.inf)
+    for _ in range(60 if high < math.inf else 0):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(_slopes(function, [middle])) >= peak / 2 else (low, middle)
+    return peak, high

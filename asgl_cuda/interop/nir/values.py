@@ -1,0 +1,57 @@
+"""Numbers, shapes and arrays as NIR has them and as torch has them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...checks import check_number
+from ...layout import real_type
+
+
+def require(name: str, caller: str) -> Any:
+    """The module of that name, of nir or nirtorch."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{caller}: needs NIR: pip install nir nirtorch ({error})") from error
+
+
+def check_dt(dt: float, caller: str) -> float:
+    """The length of a step as a float, positive and finite."""
+    dt = check_number("dt", dt, caller)
+    if not 0 < dt < float("inf"):
+        raise ValueError(f"{caller}: dt must be > 0 and finite, got {dt}")
+    return dt
+
+
+def as_array(value: Tensor) -> Any:
+    return value.detach().to("cpu", real_type(value.dtype)).contiguous().numpy()
+
+
+def as_double(value: Any) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+
+
+def as_shape(sizes: Sequence[int]) -> Any:
+    return torch.tensor(sizes, dtype=torch.int64).numpy()
+
+
+def as_sizes(value: Any) -> tuple[int, ...]:
+    return tuple(int(size) for size in torch.as_tensor(value).reshape(-1))
+
+
+def as_pair(value: Any) -> Any:
+    """Two sizes, of which one alone stands for both."""
+    sizes = as_sizes(value)
+    return sizes * 2 if len(sizes) == 1 else sizes
+
+
+def range_of(value: Tensor) -> str:
+    """The smallest and the largest value, as errors show them."""
+    low, high = float(value.min()), float(value.max())
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

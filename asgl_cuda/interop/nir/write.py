@@ -1,0 +1,324 @@
+"""`to_nir`: a module as a graph of NIR."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from ...checks import check_bool
+from ...layer import check_module
+from ...layout import real_type
+from ...neuron import LIF, BatchNormLIF
+from ..convert import copied
+from ..converted import Converted
+from ..graphs import name_of_function
+from ..normalised import Normalised
+from .neurons import DT, Neurons, add_metadata, new_lif, per_neuron, read_neurons, write_neurons
+from .values import as_array, as_double, as_pair, as_shape, check_dt, range_of, require
+
+if TYPE_CHECKING:
+    import nir
+
+_EXPORTED = "asgl_cuda.LIF, converted neurons, Linear, Conv1d, Conv2d, AvgPool2d, Flatten, Dropout, Identity"
+_SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in evaluation
+_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_FOLD = "torch.nn.utils.fusion.fuse_conv_bn_eval or fuse_linear_bn_eval"
+_ADDITIONS = (operator.add, torch.add, "add")
+
+
+def to_nir(model: nn.Module, example_input: Tensor, dt: float = DT, *, allow_soft_reset: bool = False) -> nir.NIRGraph:
+    """The model, as it is in evaluation, as a graph of NIR.
+
+    Args:
+        model: layers of asgl_cuda.LIF, Linear, Conv1d, Conv2d, AvgPool2d (with `divisor_override=1`: SumPool2d) and
+            Flatten, in sequence or connected by additions, in any modules that torch.fx can trace. A layer that knows
+            no time may be surrounded by `x_seq.flatten(0, 1)` and `unflatten(0, ...)`, as in `asgl_cuda.OverTime`.
+            Dropout and Identity vanish. Neurons of other libraries may stand for asgl_cuda.LIF where they are converted
+            and get a sequence; `from_nir` makes an asgl_cuda.LIF of them.
+        example_input: `[T, B, ...]`, or `[B, T, ...]` where the LIF layers have `time_dim=1`; only its shape and type
+            count. The model is not changed, nor potentials that it carries.
+        dt: length of a step, in seconds.
+        allow_soft_reset: write layers with soft reset, too. NIR's LIF resets to v_reset, and only `from_nir` sees in
+            the metadata of the node that this one does not.
+
+    NIR's neuron fires at v > v_threshold, asgl_cuda.LIF at v >= v_threshold: the metadata says so, too, and it matters
+    for potentials that equal the threshold exactly. `scale_output` becomes a Scale node, half precision float32.
+
+    Raises:
+        ImportError: nir or nirtorch is not installed.
+        TypeError: an argument is of another type.
+        ValueError: the model can't be traced or has a layer that NIR can't represent; the message names it.
+    """
+    nirtorch = require("nirtorch.torch_tracer", "asgl_cuda.to_nir")
+    dt = check_dt(dt, "asgl_cuda.to_nir")
+    check_module(model, "asgl_cuda.to_nir")
+    if not isinstance(example_input, Tensor):
+        raise TypeError(f"asgl_cuda.to_nir: example_input must be a tensor, got {type(example_input).__name__}")
+    check_bool("allow_soft_reset", allow_soft_reset, "asgl_cuda.to_nir")
+    if example_input.dim() < 3:
+        raise ValueError(
+            f"asgl_cuda.to_nir: example_input must have time, batch and neurons, [T, B, ...], "
+            f"got shape {list(example_input.shape)}"
+        )
+    model = copied(model).eval()
+    for module in model.modules():
+        if isinstance(module, LIF):
+            module.reset()
+    tracer = nirtorch.NIRTorchTracer((LIF, Converted))
+    if tracer.is_leaf_module(model, ""):
+        model = nn.Sequential(model)  # the tracer would look into it
+    try:
+        traced = fx.GraphModule(model, tracer.trace(model))
+    except Exception as error:  # the model's own code may raise anything when it is given fx's proxies
+        raise ValueError(f"asgl_cuda.to_nir: {type(model).__name__} can't be traced: {error}") from error
+    export = _Export(traced, dt, allow_soft_reset)
+    export.extra_traceback = False  # fx would add the whole graph to every message
+    with torch.no_grad():
+        export.run(example_input)
+    graph: nir.NIRGraph = export.nir.NIRGraph(export.nodes, export.edges)
+    return graph
+
+
+class _Flow(NamedTuple):
+    """A tensor of the traced model, as the graph has it."""
+
+    sources: tuple[str, ...]  # the nodes whose sum it is
+    shape: tuple[int, ...]  # the shape of the neurons
+    leading: int  # dimensions before them: 2 are time and batch, 1 is both in one
+    dtype: torch.dtype
+
+
+class _Export(fx.Interpreter):
+    """Runs the traced model and writes down a node of NIR for each layer that it meets."""
+
+    def __init__(self, traced: fx.GraphModule, dt: float, allow_soft_reset: bool) -> None:
+        super().__init__(traced)
+        self.nir = require("nir", "asgl_cuda.to_nir")
+        self.dt = dt
+        self.allow_soft_reset = allow_soft_reset
+        self.nodes: dict[str, Any] = {}
+        self.edges: list[tuple[str, str]] = []
+        self.flows: dict[fx.Node, _Flow] = {}
+        self.time_and_batch = torch.Size()  # the leading sizes of the input
+        self.time_dim: int | None = None  # where the LIF layers before have time
+        self.computed: dict[str, Any] = {}  # the options of `lif` in the last call of a converted layer
+        self.scale: Tensor | None = None  # the factor on the spikes of the layer that is written
+        self.layers: dict[type[nn.Module], Callable[[Any, _Flow, str], Any]] = {
+            LIF: self._lif,
+            Converted: self._converted,
+            nn.Linear: self._linear,
+            nn.Conv1d: self._conv,
+            nn.Conv2d: self._conv,
+            nn.AvgPool2d: self._pool,
+            nn.Flatten: self._flatten,
+        }
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_module":
+            module = self.module.get_submodule(str(n.target))
+            self._check_module(module, _at(n, module))  # the module would complain in words that do not name it
+            if isinstance(module, Converted):
+                vars(module)["compute"] = partial(self._compute, module)
+        value = super().run_node(n)
+        if n.op == "output":
+            self._output(n)
+        elif isinstance(value, Tensor):
+            self.flows[n] = self._flow(n, value)
+        return value  # sizes and the like are not part of the graph
+
+    def _check_module(self, module: nn.Module, where: str) -> None:
+        if isinstance(module, Converted) and module.time_dim is None:
+            raise ValueError(f"{where}: must take time and batch apart, [T, B, ...], got one step a call")
+        if _kind(module) in self.layers or type(module) in _SILENT:
+            return
+        hint = f"what can be: {_EXPORTED}"
+        if isinstance(module, _BATCH_NORM):
+            hint = f"fold it into the layer before it: {_FOLD}"
+        elif isinstance(module, Normalised):
+            hint = f"it normalises: take that out with asgl_cuda.unfuse, then fold it into the layer before: {_FOLD}"
+        elif isinstance(module, BatchNormLIF):
+            hint = f"it normalises: make it a BatchNorm and a LIF, then fold the former into the layer before: {_FOLD}"
+        raise ValueError(f"{where} can't be represented in NIR; {hint}")
+
+    def _flow(self, n: fx.Node, value: Tensor) -> _Flow:
+        if n.op == "placeholder":
+            flow = _Flow((n.name,), tuple(value.shape[2:]), 2, value.dtype)
+            self.time_and_batch = value.shape[:2]
+            self.nodes[n.name] = self.nir.Input(input_type={"input": as_shape(flow.shape)})
+            return flow
+        inputs = [self.flows[source] for source in n.all_input_nodes if source in self.flows]
+        name = name_of_function(n)
+        sizes, leading = (*n.args[1:], *n.kwargs.values()), inputs[0].leading if inputs else 0
+        if n.op == "call_module":
+            return self._module(n, inputs[0], value)
+        if n.target in _ADDITIONS and inputs and len(inputs) == len(n.args) and not n.kwargs:
+            sources = tuple(source for flow in inputs for source in flow.sources)
+            # NIR takes no edge twice, and does not broadcast.
+            if len(set(sources)) == len(sources) and all(flow[1:] == inputs[0][1:] for flow in inputs):
+                return inputs[0]._replace(sources=sources)
+        elif name == "flatten" and leading == 2 and sizes == (0, 1):
+            return inputs[0]._replace(leading=1)
+        elif name == "unflatten" and leading == 1 and sizes[:1] == (0,) and value.shape[:2] == self.time_and_batch:
+            return inputs[0]._replace(leading=2)
+        module = next(reversed(n.meta.get("nn_module_stack") or {"": None})) or "the model itself"
+        raise ValueError(
+            f"asgl_cuda.to_nir: {name} in {module} can't be represented in NIR; between layers, what can be: additions "
+            f"of different layers' outputs, flatten(0, 1) and unflatten(0, ...) of time and batch"
+        )
+
+    def _module(self, n: fx.Node, flow: _Flow, value: Tensor) -> _Flow:
+        module = self.module.get_submodule(str(n.target))
+        if type(module) in _SILENT:
+            return flow
+        self.scale = None
+        node = self.layers[_kind(module)](module, flow, _at(n, module))
+        after = flow._replace(sources=(n.name,), shape=tuple(value.shape[flow.leading :]), dtype=value.dtype)
+        # nir infers wrong types for grouped convolutions and oblong kernels, and none yet for pooling.
+        node.input_type, node.output_type = {"input": as_shape(flow.shape)}, {"output": as_shape(after.shape)}
+        self._add(n.name, node, flow.sources)
+        if self.scale is not None:
+            after = after._replace(sources=(f"{n.name}_scale",))
+            self._add(after.sources[0], self.nir.Scale(as_array(self.scale.to(real_type(flow.dtype)))), (n.name,))
+        return after
+
+    def _add(self, name: str, node: Any, sources: tuple[str, ...]) -> None:
+        self.nodes[name] = node
+        self.edges.extend((source, name) for source in sources)
+
+    def _output(self, n: fx.Node) -> None:
+        flow = self.flows.get(n.args[0]) if isinstance(n.args[0], fx.Node) else None
+        if flow is None or flow.leading != 2:
+            raise ValueError(f"asgl_cuda.to_nir: the model must return one tensor [T, B, ...], got {n.args[0]}")
+        self._add(n.name, self.nir.Output(output_type={"output": as_shape(flow.shape)}), flow.sources)
+
+    def _lif(self, layer: LIF, flow: _Flow, where: str) -> Any:
+        self._check_neurons(flow, layer.time_dim, layer.v_reset is None, where)
+        if len(layer.num_features) > len(flow.shape):
+            raise ValueError(
+                f"{where}: num_features {list(layer.num_features)} must be the shape of neurons, {list(flow.shape)}"
+            )
+        if not layer.input_gain > 0:
+            raise ValueError(f"{where}: input_gain must be > 0, got {layer.input_gain}")
+        decay, v_threshold = (per_neuron(layer, value, flow.shape) for value in (layer.decay, layer.v_threshold))
+        v_reset = 0.0 if layer.v_reset is None else layer.v_reset - layer.v_rest
+        gain, reset = (torch.full_like(decay, value) for value in (layer.input_gain, v_reset))
+        self.scale = v_threshold.clone() if layer.scale_output else None
+        neurons = Neurons(decay, v_threshold - layer.v_rest, reset)
+        return add_metadata(self._neurons(neurons, gain, torch.zeros_like(decay), flow, where), layer, self.dt)
+
+    def _neurons(self, neurons: Neurons, gain: Tensor, v_leak: Tensor, flow: _Flow, where: str) -> Any:
+        return write_neurons(neurons, gain, v_leak, self.dt, real_type(flow.dtype), self.nir, where)
+
+    def _compute(self, layer: Converted, x_seq: Tensor, **options: Any) -> Any:
+        self.computed = options
+        return type(layer).compute(layer, x_seq, **options)
+
+    def _converted(self, layer: Converted, flow: _Flow, where: str) -> Any:
+        """Writes the neuron that its call asked for: `h = v_rest + decay (v - v_rest) + input_gain x + input_bias`."""
+        assert layer.time_dim is not None
+
+        def of(name: str, default: float | Tensor = 0.0) -> Tensor:
+            value = as_double(self.computed.get(name, default))
+            return value.reshape(value.shape[-len(flow.shape) :]).expand(flow.shape)
+
+        soft = self.computed["v_reset"] is None
+        self._check_neurons(flow, layer.time_dim, soft, where)
+        decay, v_threshold = of("decay"), of("v_threshold")
+        if soft and self.computed.get("reset_amount") is not None and not torch.equal(of("reset_amount"), v_threshold):
+            raise ValueError(f"{where}: its reset must take v_threshold off, got {range_of(of('reset_amount'))}")
+        self.scale = v_threshold.clone() if self.computed.get("scale_output") else None
+        v_leak = of("v_rest") + (of("input_bias") / (1 - decay)).nan_to_num(0.0)
+        v_reset = torch.zeros_like(decay) if soft else of("v_reset")
+        neurons = Neurons(decay, v_threshold, v_reset)
+        node = self._neurons(neurons, of("input_gain", 1.0), v_leak, flow, where)
+        if not soft:
+            return node
+        same = new_lif(read_neurons(node, self.dt, where), where)
+        same.v_reset = None
+        return add_metadata(node, same, self.dt)
+
+    def _check_neurons(self, flow: _Flow, time_dim: int, soft: bool, where: str) -> None:
+        if flow.leading != 2:
+            raise ValueError(f"{where}: time and batch must be apart, got them in one by flatten(0, 1)")
+        found = time_dim % (flow.leading + len(flow.shape))
+        if found > 1:
+            raise ValueError(f"{where}: time must be the first or second dimension, got time_dim {time_dim}")
+        if self.time_dim not in (None, found):
+            raise ValueError(f"{where}: time must be where the layers before have it, got time_dim {time_dim}")
+        self.time_dim = found
+        if soft and not self.allow_soft_reset:
+            raise ValueError(
+                f"{where} has a soft reset, and whoever reads NIR resets to v_reset; allow_soft_reset=True writes it "
+                "for asgl_cuda.from_nir, which sees it in the metadata"
+            )
+
+    def _linear(self, layer: nn.Linear, flow: _Flow, where: str) -> Any:
+        if len(flow.shape) != 1:
+            raise ValueError(f"{where}: NIR's Affine takes neurons in one dimension, got shape {list(flow.shape)}")
+        weight = as_array(layer.weight)
+        return self.nir.Linear(weight) if layer.bias is None else self.nir.Affine(weight, as_array(layer.bias))
+
+    def _conv(self, layer: nn.Conv1d | nn.Conv2d, flow: _Flow, where: str) -> Any:
+        _check_batched(flow, layer.weight.dim() - 1, where)
+        if layer.padding_mode != "zeros":
+            raise ValueError(f"{where}: padding_mode must be zeros, got {layer.padding_mode}")
+        spans = [dilation * (size - 1) for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+        padding = layer.padding
+        if padding == "same":
+            if any(span % 2 for span in spans):
+                raise ValueError(f"{where}: padding 'same' must be equal on both sides, got kernel {layer.kernel_size}")
+            padding = tuple(span // 2 for span in spans)
+        elif padding == "valid":
+            padding = (0,) * len(spans)
+        one, dilation = isinstance(layer, nn.Conv1d), layer.dilation
+        sizes = {"input_shape": flow.shape[1:], "stride": layer.stride, "padding": padding, "dilation": dilation}
+        return (self.nir.Conv1d if one else self.nir.Conv2d)(
+            weight=as_array(layer.weight),
+            bias=as_array(layer.weight.new_zeros(layer.out_channels) if layer.bias is None else layer.bias),
+            groups=layer.groups,
+            **{name: size[0] if one else tuple(size) for name, size in sizes.items()},
+        )
+
+    def _pool(self, layer: nn.AvgPool2d, flow: _Flow, where: str) -> Any:
+        _check_batched(flow, 3, where)
+        sums = layer.divisor_override == 1
+        padding = as_pair(layer.padding)
+        if layer.ceil_mode or not (sums or layer.divisor_override is None):
+            raise ValueError(f"{where}: ceil_mode and divisor_override other than 1 can't be represented in NIR")
+        if any(padding) and not (sums or layer.count_include_pad):
+            raise ValueError(f"{where}: count_include_pad=False can't be represented in NIR")
+        sizes = (as_shape(as_pair(layer.kernel_size)), as_shape(as_pair(layer.stride)), as_shape(padding))
+        return (self.nir.SumPool2d if sums else self.nir.AvgPool2d)(*sizes)
+
+    def _flatten(self, layer: nn.Flatten, flow: _Flow, where: str) -> Any:
+        dims = flow.leading + len(flow.shape)
+        start, end = layer.start_dim % dims - flow.leading, layer.end_dim % dims - flow.leading
+        if start < 0:
+            raise ValueError(
+                f"{where} must leave time and batch alone: start_dim at least {flow.leading}, got {layer.start_dim}"
+            )
+        end = -1 if end == len(flow.shape) - 1 else end
+        return self.nir.Flatten(input_type={"input": as_shape(flow.shape)}, start_dim=start, end_dim=end)
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """The class by which a layer is exported: a converted layer's own depends on the class that it had."""
+    return Converted if isinstance(module, Converted) and not isinstance(module, Normalised) else type(module)
+
+
+def _at(n: fx.Node, module: nn.Module) -> str:
+    return f"asgl_cuda.to_nir: {n.target} ({type(module).__name__})"
+
+
+def _check_batched(flow: _Flow, dims: int, where: str) -> None:
+    # torch's layers take one dimension less as well, and would then see the batch, or time, as channels.
+    if flow.leading != 1 or len(flow.shape) != dims:
+        raise ValueError(
+            f"{where}: must get {dims} dimensions after time and batch in one, as in asgl_cuda.OverTime, "
+            f"got {len(flow.shape)} after {flow.leading}"
+        )

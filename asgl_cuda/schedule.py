@@ -1,0 +1,140 @@
+"""Schedules of `analog_prob` over the epochs."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from .checks import check_analog_prob, check_number
+from .layer import some_asgl_layers
+
+_CALLER = "asgl_cuda.AnalogProbSchedule"
+
+
+class AnalogProbSchedule:
+    """Sets `analog_prob` of every ASGL layer over the epochs, each from its own value at the start.
+
+    Args:
+        model: its layers are set at once, for epoch 0. A layer that has neither noise nor a learned width is meant to
+            be an ordinary neuron and stays one.
+        prob_at: `analog_prob` (in [0, 1]) of a layer that started with `start`, at `epoch`: `prob_at(start, epoch)`.
+
+    `multi_step`, `cosine` and `linear` are the usual ones. Call `step()` after each epoch. `epoch` counts these
+    calls; `starts` are the values at the start, `probs` the values now, by the layers' names.
+
+    Under torch.compile a new value is data of the graph: it compiles again only where noise begins or ends.
+
+    Raises ValueError for a model without a layer to schedule and for a `prob_at` out of range, TypeError for arguments
+    that are no module and no function.
+    """
+
+    def __init__(self, model: nn.Module, prob_at: Callable[[float, int], float]) -> None:
+        self._layers = some_asgl_layers(model, _CALLER)
+        if not callable(prob_at):
+            raise TypeError(f"{_CALLER}: prob_at must be a function of start and epoch, got {type(prob_at).__name__}")
+        self._prob_at = prob_at
+        self.epoch = 0
+        self.starts: dict[str, float] = {
+            name: layer.analog_prob
+            for name, layer in self._layers.items()
+            if layer.analog_prob > 0 or layer.log_width is not None
+        }
+        if not self.starts:
+            raise ValueError(
+                f"{_CALLER}: model must have a layer with noise or a learned width, got analog_prob 0 and constant "
+                f"widths in {', '.join(map(repr, self._layers))}"
+            )
+        self._set(self.starts, 0)
+
+    @classmethod
+    def multi_step(cls, model: nn.Module, milestones: Sequence[int], gamma: float = 0.1) -> AnalogProbSchedule:
+        """Multiplies by `gamma` (in [0, 1]) at each of the epochs `milestones`, as torch's MultiStepLR."""
+        if not isinstance(milestones, Sequence):
+            raise TypeError(f"{_CALLER}: milestones must be a sequence of ints, got {type(milestones).__name__}")
+        if any(isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 1 for epoch in milestones):
+            raise ValueError(f"{_CALLER}: milestones must be ints >= 1, got {list(milestones)}")
+        _check_share("gamma", gamma)
+        return cls(model, partial(_multi_step, milestones=sorted(milestones), gamma=gamma))
+
+    @classmethod
+    def cosine(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
+        """Goes along half a cosine to `final` at epoch `epochs` and stays there, where CosineAnnealingLR returns."""
+        _check_ramp(epochs, final)
+        return cls(model, partial(_cosine, epochs=epochs, final=final))
+
+    @classmethod
+    def linear(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
+        """Goes in equal steps to `final` at epoch `epochs` and stays there."""
+        _check_ramp(epochs, final)
+        return cls(model, partial(_linear, epochs=epochs, final=final))
+
+    def _set(self, starts: Mapping[str, float], epoch: int) -> None:
+        probs = {name: self._prob_at(start, epoch) for name, start in starts.items()}
+        for name, prob in probs.items():
+            check_analog_prob(prob, f"{_CALLER}: layer {name!r} at epoch {epoch}")
+        for name, prob in probs.items():
+            self._layers[name].analog_prob = prob
+
+    @property
+    def probs(self) -> dict[str, float]:
+        """`analog_prob` of each layer, as it is now."""
+        return {name: self._layers[name].analog_prob for name in self.starts}
+
+    def step(self) -> None:
+        """Goes on to the next epoch."""
+        self._set(self.starts, self.epoch + 1)
+        self.epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch and the layers' values at the start; the constructor's arguments are given again."""
+        return {"epoch": self.epoch, "starts": dict(self.starts)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Resumes there, and sets the layers, whose `analog_prob` is not part of a model's state dict.
+
+        Raises ValueError for the state of other layers, or of something else; nothing has been changed then.
+        """
+        if not isinstance(state_dict, Mapping) or not {"epoch", "starts"} <= state_dict.keys():
+            got = list(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            raise ValueError(f"{_CALLER}: the state must be a dict of 'epoch' and 'starts', got {got}")
+        starts = dict(state_dict["starts"])
+        # It may have more layers than self.starts: one may have gone to 0 by now, and look like an ordinary neuron.
+        if not self.starts.keys() <= starts.keys() <= self._layers.keys():
+            raise ValueError(f"{_CALLER}: the state must be of layers {list(self.starts)}, got {list(starts)}")
+        self._set(starts, state_dict["epoch"])
+        self.epoch, self.starts = state_dict["epoch"], starts
+
+
+def _multi_step(start: float, epoch: int, milestones: Sequence[int], gamma: float) -> float:
+    return start * gamma ** bisect_right(milestones, epoch)
+
+
+def _between(start: float, final: float, share: float) -> float:
+    # final + (start - final) * share need not give start back at 1.
+    return start * share + final * (1 - share)
+
+
+def _cosine(start: float, epoch: int, epochs: int, final: float) -> float:
+    return _between(start, final, (1 + math.cos(math.pi * min(epoch / epochs, 1))) / 2)
+
+
+def _linear(start: float, epoch: int, epochs: int, final: float) -> float:
+    return _between(start, final, 1 - min(epoch / epochs, 1))
+
+
+def _check_share(name: str, value: Any) -> None:
+    if not 0 <= check_number(name, value, _CALLER) <= 1:
+        raise ValueError(f"{_CALLER}: {name} must be in [0, 1], got {value}")
+
+
+def _check_ramp(epochs: Any, final: Any) -> None:
+    if isinstance(epochs, bool) or not isinstance(epochs, int):
+        raise TypeError(f"{_CALLER}: epochs must be an int, got {type(epochs).__name__}")
+    if epochs < 1:
+        raise ValueError(f"{_CALLER}: epochs must be >= 1, got {epochs}")
+    _check_share("final", final)
