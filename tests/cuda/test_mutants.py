@@ -95,7 +95,7 @@ MUTANTS = {
     "wrong step's noise": noise("eight_steps(source, n, start + 8)", "eight_steps(source, n, start)"),
     "noise of two steps swapped": noise("blocks_[k / 2], k % 2", "blocks_[k / 2], 1 - k % 2"),
     "carried too early": kernels("last, place.read_n, d_state);", "last, place.read_n, d_state); carried = true;"),
-    "carried too early in the uniform backward": kernels("last, place.n, d_state)", "last, place.n, d_state), carried = true"),
+    "carried too early in the uniform backward": kernels("place.n, d_state);", "place.n, d_state); carried = true;"),
     "carried too late": kernels("\n      carried = true;\n      if", "\n      if"),
     "carried too late in the uniform backward": kernels("\n          carried = true;", ""),
     "v_seq does not carry": kernels("\n        carried = true;", ""),
