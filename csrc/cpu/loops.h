@@ -93,8 +93,8 @@ struct AdjointLoop {
   }
 };
 
-// Rows that will be read and written next. Hardware prefetchers stop at page boundaries, and a row of a tile is about a
-// page; asked for by hand, a few lines at a time, they arrive while this row is computed.
+// These rows will be read and written next. Hardware prefetchers stop at page boundaries, and a row of a tile is about
+// a page; asked for by hand, a few lines at a time, they arrive while this row is computed.
 struct Ahead {
   const char* read;   // null: nothing
   const char* write;  // null: nothing
@@ -301,7 +301,7 @@ struct AccumulateLoop {
   }
 };
 
-// Eight interleaved sums: a fixed order of additions that needs no licence to reorder them.
+// Eight interleaved sums give a fixed order of additions, which needs no licence to reorder them.
 template <class Real>
 struct SumLoop {
   struct Args {

@@ -98,7 +98,7 @@ void run_uniform(const ForwardParams<Scalar>& params) {
 
 // ---- backward ----
 
-// The state before the first step of a segment.
+// Loads the state before the first step of a segment.
 template <class Scalar>
 void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 start,
                 const State<Real_t<Scalar>*>& state) {
@@ -109,7 +109,7 @@ void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 st
   }
 }
 
-// Whether neurons that lie in turns share a value, several of each in a tile, as with one value a channel in
+// Says whether neurons that lie in turns share a value, several of each in a tile, as with one value a channel in
 // channels_last. Only as many of the tile's slots, one for each neuron, as there are values are then used.
 template <class Real>
 bool is_folded(const ParameterView<Real>& parameter) {
@@ -326,7 +326,7 @@ void run_model(Params params) {
   });
 }
 
-// For parameters that are folded: the slots in the order in which they lie in memory.
+// Where a parameter is folded, the slots are added up in the order in which they lie in memory.
 template <class Real>
 void sum_folded(const GradientSum<Real>& sum) {
   const int64 count = sum.parameter.count;

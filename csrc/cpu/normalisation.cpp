@@ -13,8 +13,8 @@ namespace {
 constexpr int64 kTaskColumns = 65536;  // a tile's rows are long: memory is read in its order
 constexpr int64 kRowsEach = 4;
 
-// Of x - shift and of its square, in float64, where neither rounds anything that shows: a shift far from the other
-// values, such as the first event of a sparse sequence, costs no places. The order of additions is fixed.
+// The sums of x - shift and of its square are in float64, where neither rounds anything that shows: a shift far from
+// the other values, such as the first event of a sparse sequence, costs no places. The order of additions is fixed.
 template <class Real>
 struct ShiftedSumLoop {
   struct Args {
@@ -51,7 +51,7 @@ struct ShiftedSumLoop {
   }
 };
 
-// The same for every column: sum[i] += x[i] - shift[i], and its square.
+// Does the same for every column: sum[i] += x[i] - shift[i], squares[i] += (x[i] - shift[i])^2.
 template <class Real>
 struct ColumnSumLoop {
   struct Args {
@@ -91,8 +91,8 @@ struct InputGradientLoop {
   static ASGL_HOST_DEVICE void run(Args args) { args.mean.row != nullptr ? loop<true>(args) : loop<false>(args); }
 };
 
-// A task's share of a row of the sequence, seen as one of rows x columns: `rows` rows at a time where a row is short
-// and the tile has all columns, so that they lie one behind another.
+// A task goes through the sequence, seen as rows x columns, in chunks: its share of a row, or of `rows` rows at a time
+// where a row is short and the tile has all columns, so that they lie one behind another.
 struct Chunks {
   int64 width, rows;
 
@@ -130,7 +130,7 @@ void for_each_piece(int64 length, F&& f) {
   for (int64 offset = 0; offset < length; offset += kTile) f(offset, std::min(kTile, length - offset));
 }
 
-// `length` elements as numbers of the arithmetic's type: in place, or in `buffer`.
+// Gives `length` elements as numbers of the arithmetic's type: in place, or in `buffer`.
 template <class Element>
 const Real_t<Element>* read(const Element* from, int64 length, Real_t<Element>* buffer) {
   if constexpr (std::is_same_v<Element, Real_t<Element>>) return from;
@@ -138,7 +138,7 @@ const Real_t<Element>* read(const Element* from, int64 length, Real_t<Element>* 
   return buffer;
 }
 
-// Whether a channel's values lie side by side in stretches that are worth a loop of their own.
+// Says whether a channel's values lie side by side in stretches that are worth a loop of their own.
 bool in_stretches(const ChannelTiles& tiles) { return tiles.shape.inner >= 32; }
 
 // Calls run_task(task) for every one.
@@ -271,7 +271,7 @@ void launch(const InputGradientParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const ChannelTiles& tiles = params.tiles;
   const Real *slopes = params.adjoint, *offsets = params.adjoint + tiles.shape.channels;
-  // One value each for all, or a row each, in which case the element that a chunk begins with is that of the rows.
+  // The operands have one value each for all, or a row each, which then begins where the chunk does.
   const auto add = [&](Rows<Real>& rows, int64 element, int64 length, Operand<Real> mean, Operand<Real> slope,
                        Operand<Real> offset) {
     Scalar* gradient = params.grad_x_seq + element;

@@ -1,4 +1,5 @@
-// A tile's rows: where they lie in a sequence, or as copies of the type of the arithmetic that stay in the cache.
+// A tile's rows are read and written where they lie in a sequence, or as copies in the type of the arithmetic, which
+// stay in the cache.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +26,7 @@ struct Tile {
   Tile(const SequenceShape& shape, int64 index)
       : shape(shape), index(index), first(index * kTile), length(std::min(kTile, shape.neurons() - first)) {}
 
-  // Whether a step has the tile's elements side by side.
+  // Says whether a step has the tile's elements side by side.
   bool in_one_piece() const { return first % shape.inner + length <= shape.inner; }
 };
 
@@ -40,8 +41,8 @@ void for_each_stretch(const Tile& tile, int64 inner, F&& f) {
   }
 }
 
-// Row t of a sequence as contiguous numbers of the arithmetic's type: where it lies if it is so already, else a copy in
-// `buffer`.
+// Gives row t of a sequence as contiguous numbers of the arithmetic's type: where it lies if it is so already, else as
+// a copy in `buffer`.
 template <class Element>
 const Real_t<Element>* read_row(const Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   if constexpr (std::is_same_v<Element, Real_t<Element>>) {
@@ -53,7 +54,7 @@ const Real_t<Element>* read_row(const Element* sequence, const Tile& tile, int64
   return buffer;
 }
 
-// Where row t is to be written: in place, or in `buffer`, which finish_row then stores.
+// Says where row t is to be written: in place, or in `buffer`, which finish_row then stores.
 template <class Element>
 Real_t<Element>* start_row(Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   if constexpr (std::is_same_v<Element, Real_t<Element>>) {
@@ -73,7 +74,7 @@ void finish_row(const Real_t<Element>* row, Element* sequence, const Tile& tile,
   });
 }
 
-// A hint at row t of the tile: null where there is no such row or where it is not in one piece.
+// Gives the place of row t for a prefetch, null where there is no such row or where it is not in one piece.
 template <class Element>
 const char* row_ahead(const Element* sequence, const Tile& tile, int64 t) {
   if (sequence == nullptr || tile.length <= 0 || !tile.in_one_piece()) return nullptr;

@@ -1,4 +1,4 @@
-// What a task keeps in the cache for its tile of neurons: noise, parameters, input current and state.
+// A task keeps this in the cache for its tile of neurons: noise, parameters, input current and state.
 #pragma once
 
 #include <array>
@@ -110,9 +110,9 @@ class TileNeurons {
 // Interleaved sums of a stretch, so that their loop is vectorised without licence to reorder additions.
 constexpr int64 kInputSums = 64;
 
-// The input current of a tile where the parameters of the input are the same at all steps; x itself for kPlain. Where
-// enough neighbours share them, each such stretch has numbers for all; else there are rows, as short as repetition
-// allows, so that the cache keeps more of the rest.
+// The input current of a tile where the parameters of the input are the same at all steps; it is x itself for kPlain.
+// Where enough neighbours share the parameters, each such stretch has numbers for all; else there are rows, as short as
+// repetition allows, so that the cache keeps more of the rest.
 template <class Real>
 class TileInput {
  public:
@@ -251,7 +251,7 @@ void store_state(const State<Real*>& rows, int64 length, const State<Real*>& to,
       rows, to);
 }
 
-// Where checkpoints have the tile's state after so many steps.
+// The tile's state after so many steps lies here in the checkpoints.
 inline int64 checkpoint(const Tile& tile, int64 steps) {
   return (steps / kCheckpointSteps - 1) * tile.shape.neurons() + tile.first;
 }

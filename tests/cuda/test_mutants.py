@@ -255,64 +255,77 @@ class Seeded(NamedTuple):
 
 
 def cpu(context: str, old: str, new: str) -> Seeded:
-    return Seeded("lif_cpu.cpp", context, old, new)
+    return Seeded("cpu/neuron.cpp", context, old, new)
+
+
+def tiles(context: str, old: str, new: str) -> Seeded:
+    return Seeded("cpu/tile.h", context, old, new)
+
+
+def options(context: str, old: str, new: str) -> Seeded:
+    return Seeded("neuron_params.h", context, old, new)
 
 
 def rows(context: str, old: str, new: str) -> Seeded:
-    return Seeded("cpu_rows.h", context, old, new)
+    return Seeded("cpu/rows.h", context, old, new)
 
 
 def loops(context: str, old: str, new: str) -> Seeded:
-    return Seeded("cpu_loops.h", context, old, new)
+    return Seeded("cpu/loops.h", context, old, new)
 
 
 def norm(context: str, old: str, new: str) -> Seeded:
-    return Seeded("batch_norm_cpu.cpp", context, old, new)
+    return Seeded("cpu/normalisation.cpp", context, old, new)
 
 
-ONE_RUN = "first % shape.inner + length <= shape.inner"
-OF_RUN = "parameter.inner - n % parameter.inner"
+PIECES = "for_each_stretch(tile, @, [&](int64 n, int64 offset, int64 length) {"
 
 SEEDED = {
     "kernels_test": {
-        "a channel's stretch too long": cpu("std::min(length_ - i, @)", "shared - n % shared", "shared"),
-        "parameters taken as alike": cpu(
-            "shared_ == 0 || (@)", "parameters[id].inner == shared_ && parameters[id].count == count_", "true"
+        "a stretch too long": rows("std::min(tile.length - i, @)", "inner - n % inner", "inner"),
+        "a channel's stretch too long": tiles("for_each_stretch(tile_, @,", "shared_ == 0 ? kTile : shared_",
+                                              "shared_ == 0 ? kTile : 2 * shared_"),
+        "parameters taken as alike": tiles(
+            "shared_ == 0 || (@)", "parameter.inner == shared_ && parameter.count == count_", "true"
         ),
-        "a parameter's run too long": cpu("@);\n      std::fill_n(row", OF_RUN, "parameter.inner"),
-        "a sum's run too long": cpu("@);\n    double sum", OF_RUN, "parameter.inner"),
-        "parameters turn too late": cpu("std::min(length - i, @)", "parameter.count - index", "parameter.count"),
-        "noise of another tile": cpu("if (@) {\n      first_ = first", "first != first_", "first_ < 0"),
-        "noise of another step": cpu("rows_.row(2 * slot + @)", "t % 2", "0"),
-        "noise of an earlier segment": cpu("if (@)", "pairs_[slot] != pair", "pairs_[slot] < 0"),
-        "parameters of another tile": cpu("(@ || (per_step", "first != first_", "first_ < 0"),
-        "parameters of another step": cpu("|| (per_step && @)", "t != t_", "false"),
-        "rows of the input of another tile": cpu("period_ < kTile && @", "first % count_ == first_ % count_", "true"),
-        "rows of the input repeat too early": cpu("period_ = @", "std::max<int64>(1, kInputSums / count_) * count_",
-                                                  "kInputSums"),
-        "wrong checkpoint read": cpu("checkpoints + (@) *", "start / kCheckpointSteps - 1", "0"),
+        "a parameter's run too long": tiles("for_each_stretch(tile, @,", "parameter.inner", "2 * parameter.inner"),
+        "a sum's run too long": cpu("for_each_stretch(tile, @,", "parameter.inner", "2 * parameter.inner"),
+        "parameters turn too late": tiles("for_each_stretch(tile, @,", "parameter.count", "2 * parameter.count"),
+        "noise of another tile": tiles("if (@) {\n      first_ = tile.first", "tile.first != first_", "first_ < 0"),
+        "noise of another step": tiles("rows_.row(2 * slot + @)", "t % 2", "0"),
+        "noise of an earlier segment": tiles("if (@)", "pairs_[slot] != pair", "pairs_[slot] < 0"),
+        "parameters of another tile": tiles("(@ || (per_step", "tile.first != first_", "first_ < 0"),
+        "parameters of another step": tiles("|| (per_step && @)", "t != t_", "false"),
+        "rows of the input of another tile": tiles("period_ < kTile && @",
+                                                   "tile.first % count_ == tile_.first % count_", "true"),
+        "rows of the input repeat too early": tiles("period_ = @", "std::max<int64>(1, kInputSums / count_) * count_",
+                                                    "kInputSums"),
+        "wrong checkpoint read": cpu("params.checkpoints, checkpoint(tile, @), params.at_rest()", "start",
+                                     "int64(kCheckpointSteps)"),
         "no last checkpoint": cpu("kCheckpointSteps == 0 && @)", "steps < params.shape.steps",
                                   "steps + kCheckpointSteps < params.shape.steps"),
-        "decay's gradient of another step": cpu("accumulate(kDecay, Real(1), dh, {@", "row(v, k % v_rows)",
-                                                "row(v, (k + 1) % v_rows)"),
-        "wrong sign of the soft reset's gradient": cpu("accumulate(kReset, @", "kHardReset ? Real(1) : Real(-1)",
-                                                       "Real(1)"),
+        "decay's gradient of another step": cpu("accumulate(kDecay, Real(1), dh, {state(@).v", "k", "k + 1"),
+        "wrong sign of the soft reset's gradient": cpu(
+            "accumulate(kReset, @", "Model::kResetsHard ? Real(1) : Real(-1)", "Real(1)"
+        ),
         "a carried gradient forgotten": cpu(
-            "carried = @;\n      std::copy_n", "params.grad_v_last != nullptr", "false"
+            "Real(0));\n      bool carried = @;", "exists(params.grad_last)", "false"
         ),
-        "plain forward in spite of potentials": cpu(
-            "params.v_seq == nullptr && @", "params.h_seq == nullptr", "true"
-        ),
-        "plain backward in spite of potentials": cpu(
-            "params.grad_v_seq == nullptr && @", "params.grad_h_seq == nullptr", "true"
+        "uniform forward in spite of potentials": options("return v_seq == nullptr && @", "h_seq == nullptr", "true"),
+        "uniform backward in spite of potentials": options(
+            "only = grad_v_seq == nullptr && @", "grad_h_seq == nullptr", "true"
         ),
         "folded sums end where they turn": cpu("totals.data(), @}", "used - before_turn", "int64(0)"),
-        "a row's stretch too long": rows("std::min(length - i, @)", "shape.inner - n % shape.inner", "shape.inner"),
-        "a row read in place though in pieces": rows("if (@) {\n      return sequence", ONE_RUN, "true"),
-        "a row written in place though in pieces": rows("sequence != nullptr && @) {", ONE_RUN, "true"),
-        "a sum without its last": loops("for (int lane = 0; @; ++i, ++lane) {\n      lanes[lane]", "i < args.length",
+        "a row read in pieces too long": rows(f"{PIECES}\n    run<ConvertLoop<Element,", "tile.shape.inner",
+                                              "2 * tile.shape.inner"),
+        "a row written in pieces too long": rows(f"{PIECES}\n    run<ConvertLoop<Real_t<Element>,", "tile.shape.inner",
+                                                 "2 * tile.shape.inner"),
+        "a row read in place though in pieces": rows("if (@) return sequence", "tile.in_one_piece()", "true"),
+        "a row written in place though in pieces": rows("sequence != nullptr && @) return", "tile.in_one_piece()",
+                                                        "true"),
+        "a sum without its last": loops("for (int lane = 0; @; ++i, ++lane) lanes[lane]", "i < args.length",
                                         "i + 1 < args.length"),
-        "width's gradient without a threshold": loops("step.dy * (@)", "h[i] - neuron.v_threshold", "h[i]"),
+        "width's gradient without a threshold": loops("step.dy * (@)", "h - args.neuron.v_threshold", "h"),
         "gain's gradient without a mean": loops("gain_sum[i] += dh[i] * (@)", "x[i] - neuron.input_mean", "x[i]"),
     },
     "batch_norm_test": {
@@ -330,7 +343,7 @@ SEEDED = {
 
 def seeded_program(program: str, directory: Path) -> Path:
     csrc = sanitize.few_instantiations(directory)
-    declaration = csrc / "host_device.h"
+    declaration = csrc / "math" / "host_device.h"
     declaration.write_text(
         declaration.read_text().replace("namespace asgl {", "namespace asgl {\ninline int mutant;", 1)
     )

@@ -5,7 +5,7 @@
 #include <limits>
 
 #if defined(ASGL_TEST_CPU)
-#include "cpu_launchers.h"
+#include "cpu/neuron.cpp"
 #else
 #include "cuda/choose.cuh"
 #endif

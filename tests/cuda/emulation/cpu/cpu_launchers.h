@@ -1,5 +1,4 @@
-// The CPU kernels in the place of the CUDA ones, so that the tests of these are theirs, too. Include the file of
-// csrc/cpu with the kernels after this.
+// The CPU kernels take the place of the CUDA ones, whose tests are then theirs, too. This is included before all else.
 #pragma once
 
 #include <cuda_runtime.h>
