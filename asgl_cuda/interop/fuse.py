@@ -247,7 +247,7 @@ class _Flow:
             _leave(f"{type(owner).__name__} does not call it" if owner else "it is the model itself")
         _check_hooks(norm, "it", _OUTPUT_HOOKS)
         entered: _Entered = {}
-        parted = int(getattr(norm, "step_mode", "s") == "m")  # there SpikingJelly's norm has time and batch apart
+        parted = int(getattr(norm, "step_mode", "s") == "m")  # SpikingJelly's has time and batch apart
         layer, parted = _one_of(self._goes_to(site, parted, entered) for site in self.sites[norm])
         for module, sites in entered.items():
             name = type(module).__name__
@@ -273,7 +273,7 @@ class _Flow:
         return owner
 
     def _check_callers(self, module: nn.Module) -> None:
-        """Checks that its possible callers could be traced: those up to the first module whose calls are known."""
+        """Checks that its owner could be traced and, where no call of it is known, the modules around that, too."""
         owner = self._owner(module)
         while owner is not None:
             if owner in self.failures:

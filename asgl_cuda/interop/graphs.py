@@ -27,7 +27,7 @@ class Calls(NamedTuple):
 
 
 def calls_of(module: nn.Module) -> Calls:
-    """Raises whatever its forward raises when fx traces it."""
+    """The calls of a module; raises whatever its forward raises when fx traces it."""
     if "forward" in vars(module):
         raise TypeError("it is not that of its class")
     wrapper = Wrapper(list(module._modules), 0, 0) if is_sequential(module) else None
