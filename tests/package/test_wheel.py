@@ -71,7 +71,7 @@ def see_packages_of_this(python: Path) -> None:
 def test_content(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    sources = {f"asgl_cuda/csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.suffix != ".md"}
+    sources = {f"asgl_cuda/{path.relative_to(ROOT)}" for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".md"}
     assert {"asgl_cuda/backends/cupy.py", *sources} <= names
     assert not [name for name in names if name.endswith((".so", "_build_info.py", ".md"))]
 
@@ -100,7 +100,7 @@ PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
 
 
 def stub_sources(csrc: Path) -> None:
-    for path in csrc.glob("*.cpp"):
+    for path in csrc.rglob("*.cpp"):
         path.write_text(STUB if path.name == "ops.cpp" else "")
 
 
