@@ -42,7 +42,7 @@ RECEIVER = ctypes.CFUNCTYPE(
 
 
 class Emulation:
-    """The loaded library: the device itself, and the questions of tests to it. To launch.py it is a launcher."""
+    """The loaded library: the device itself, and the questions of tests to it. The backends' operators in Python take it for a launcher."""
 
     def __init__(self, path: str) -> None:
         self._library = ctypes.CDLL(path)
