@@ -48,11 +48,14 @@ const Element* const_pointer(const OptionalTensor& tensor) {
   return reinterpret_cast<const Element*>(tensor->const_data_ptr<typename AtenType<Element>::type>());
 }
 
+// The elements of the checkpoints of one member of the state.
+inline int64_t checkpoint_stride(const SequenceShape& shape) {
+  return (shape.steps - 1) / kCheckpointSteps * shape.neurons();
+}
+
 // There are two more than are written: shapes that a tracer can prove to be neither 0 nor 1 need no guard on the number
 // of steps.
-inline int64_t checkpoint_elements(const SequenceShape& shape) {
-  return (shape.steps - 1) / kCheckpointSteps * shape.neurons() + 2;
-}
+inline int64_t checkpoint_elements(const SequenceShape& shape) { return kStateMembers * checkpoint_stride(shape) + 2; }
 
 inline at::ScalarType real_type(const Tensor& x_seq) {
   return x_seq.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -207,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lif_forward(const Tensor& x_s
       params.last.v = pointer<Real>(v_last);
       params.v_seq = pointer<Real>(v_seq);
       params.h_seq = pointer<Real>(h_seq);
-      params.checkpoints.v = pointer<Real>(checkpoints);
+      params.checkpoints = members_in(pointer<Real>(checkpoints), checkpoint_stride(shape));
       backend.cut(params);
       backend.launch(params);
     });
@@ -266,7 +269,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(const c10::List<Opt
     params.grad_last.v = const_pointer<Real>(grad_v_last);
     params.grad_v_seq = const_pointer<Real>(grad_v_seq);
     params.grad_h_seq = const_pointer<Real>(grad_h_seq);
-    params.checkpoints.v = const_pointer<Real>(checkpoints);
+    params.checkpoints = members_in(const_pointer<Real>(checkpoints), checkpoint_stride(shape));
     params.grad_x_seq = pointer<Scalar>(grad_x_seq);
     params.grad_init.v = pointer<Real>(grad_v_init);
     backend.cut(params);

@@ -56,7 +56,7 @@ struct StepLoop {
     for (int64 i = 0; i < args.length; ++i) {
       const Neuron<Real>& neuron = args.neurons[i];
       State<Real> state = load(args.before, i);
-      const Real h = Model::template charge<Input::kGeneral>(args.x[i], state, neuron, args.options.v_rest);
+      const Real h = Model::template charge<Input::kGeneral>(args.x[i], state, neuron, args.options);
       const Real s = Model::fire(h, kNoise && args.draws[i] < args.analog_below, neuron, firing);
       Model::reset(h, s, neuron, state);
       args.h[i] = h;
@@ -87,7 +87,7 @@ struct AdjointLoop {
           Model::step_adjoint(args.g[i], args.gh[i], args.h[i], args.s[i], args.carried, neuron, args.options, d_state);
       args.dy[i] = step.dy;
       args.dh[i] = step.dh;
-      args.dx[i] = neuron.input_gain * step.dh;
+      args.dx[i] = neuron.input_gain * step.dc;
       store(d_state, args.d_state, i);
     }
   }
@@ -146,7 +146,7 @@ struct UniformStepLoop {
 #pragma GCC ivdep
       for (int64 i = begin; i < end; ++i) {
         State<Real> state = load(args.state, i);
-        const Real h = Model::template charge<Input::kPlain>(args.current[i], state, args.neuron, args.options.v_rest);
+        const Real h = Model::template charge<Input::kPlain>(args.current[i], state, args.neuron, args.options);
         const Real s = Model::fire(h, kNoise && args.draws[i] < args.analog_below, args.neuron, firing);
         Model::reset(h, s, args.neuron, state);
         args.out[i] = kSpikes ? s : h;
@@ -186,7 +186,7 @@ struct UniformAdjointLoop {
         const StepGradient<Real> step =
             Model::step_adjoint(args.g[i], NoGradient{}, h, s, args.carried, args.neuron, args.options, d_state);
         args.width[i] += step.dy * (h - args.neuron.v_threshold);
-        args.d_current[i] = step.dh;
+        args.d_current[i] = step.dc;
         store(d_state, args.d_state, i);
       }
     });

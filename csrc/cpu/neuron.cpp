@@ -34,7 +34,7 @@ template <class Model, class Neurons, class Scalar>
 void run_general(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
-    Rows<Real> rows(3 + 2 * kStateRows, kTile);
+    Rows<Real> rows(3 + 2 * kStateMembers, kTile);
     Real *x_buffer = rows.take(), *s_buffer = rows.take(), *h_buffer = rows.take();
     State<Real*> state = take_state(rows), next = take_state(rows);
     TileNoise noise(params.noise);
@@ -70,7 +70,7 @@ void run_uniform(const ForwardParams<Scalar>& params) {
   const int64 steps = params.shape.steps;
   const Neuron<Real> neuron = settled_neuron<Input::kPlain>(params.parameters, 0);
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
-    Rows<Real> rows(2 + kStateRows, kTile);
+    Rows<Real> rows(2 + kStateMembers, kTile);
     Real *x_buffer = rows.take(), *s_buffer = rows.take();
     const State<Real*> state = take_state(rows);
     TileNoise noise(params.noise);
@@ -151,7 +151,7 @@ void run_general(const BackwardParams<Scalar>& params) {
   const int64 states = params.wants(kDecay) ? segment + 1 : 2;
 
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
-    Rows<Real> rows(2 * segment + (states + 1) * kStateRows + 8 + kNumParameters, kTile);
+    Rows<Real> rows(2 * segment + (states + 1) * kStateMembers + 8 + kNumParameters, kTile);
     Real *h_rows = rows.take(segment), *s_rows = rows.take(segment);
     const State<Real*> state_rows = take_state(rows, states), d_state = take_state(rows);
     Real *x_buffer = rows.take(), *g_buffer = rows.take(), *gh_buffer = rows.take(), *scaled_g = rows.take();
@@ -248,7 +248,7 @@ void run_uniform(const BackwardParams<Scalar>& params) {
   const int64 last_start = (shape.steps - 1) / segment * segment;
 
   for_each_tile_range(shape, [&](int64 begin, int64 end) {
-    Rows<Real> rows(segment + 2 * kStateRows + 5, kTile);
+    Rows<Real> rows(segment + 2 * kStateMembers + 5, kTile);
     Real* h = rows.take(segment);
     const State<Real*> state = take_state(rows), d_state = take_state(rows);
     Real *width = rows.take(), *zeros = rows.take();

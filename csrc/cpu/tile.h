@@ -220,8 +220,6 @@ class TileInput {
   bool filled_ = false;
 };
 
-constexpr int64 kStateRows = sizeof(State<char>);  // one a member
-
 // `count` rows for each member of the state, one behind another.
 template <class Real>
 State<Real*> take_state(Rows<Real>& rows, int64 count = 1) {

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
         Real h[kLanes], s[kLanes];
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
-          h[j] = Model::template charge<kInput>(x[k][j], lane(state, j), neuron.now(), options.v_rest);
+          h[j] = Model::template charge<kInput>(x[k][j], lane(state, j), neuron.now(), options);
           s[j] = Model::fire(h[j], noise.is_analog(k, j), neuron.now(), firing);
           Model::reset(h[j], s[j], neuron.now(), lane(state, j));
         }
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kBlockThreads, kUniformBackwardBlocks<kSteps>)
         if (k < length) {
 #pragma unroll
           for (int j = 0; j < kLanes; ++j) {
-            h[k][j] = Model::template charge<kInput>(h[k][j], lane(state, j), neuron, options.v_rest);
+            h[k][j] = Model::template charge<kInput>(h[k][j], lane(state, j), neuron, options);
             Model::reset(h[k][j], fire_lane(k, j), neuron, lane(state, j));
           }
         }
@@ -259,10 +259,10 @@ __global__ void __launch_bounds__(kBlockThreads, kUniformBackwardBlocks<kSteps>)
                 g[k % kAhead][j], NoGradient{}, h[k][j], fire_lane(k, j), carried, neuron, options, lane(d_state, j));
             width_sum += step.dy * (h[k][j] - neuron.v_threshold);
             if constexpr (kNormalised) {
-              gain_sum += step.dh * (x[k % kAhead][j] - neuron.input_mean);
-              bias_sum += step.dh;
+              gain_sum += step.dc * (x[k % kAhead][j] - neuron.input_mean);
+              bias_sum += step.dc;
             }
-            dx[j] = kNormalised ? neuron.input_gain * step.dh : step.dh;
+            dx[j] = kNormalised ? neuron.input_gain * step.dc : step.dc;
           }
           carried = true;
           if (params.grad_x_seq != nullptr) Lanes::store(dx, params.grad_x_seq + (element + (kAhead - 1) * stride));
@@ -346,8 +346,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       Potentials h = potentials[k][threadIdx.x];
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
-        h.values[j] =
-            Model::template charge<Input::kGeneral>(h.values[j], lane(state, j), neuron.now(), options.v_rest);
+        h.values[j] = Model::template charge<Input::kGeneral>(h.values[j], lane(state, j), neuron.now(), options);
         Model::reset(h.values[j], fire_lane(h.values[j], k, j), neuron.now(), lane(state, j));
       }
       potentials[k][threadIdx.x] = h;
@@ -403,9 +402,9 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         sums[kWidth] += step.dy * (h.values[j] - neuron.now().v_threshold);
         sums[kThreshold] -= step.dy * neuron.now().inverse_width;
         sums[kDecay] += step.dh * (before.v[j] - options.v_rest);
-        dx[j] = neuron.now().input_gain * step.dh;
-        sums[kInputGain] += step.dh * (x[j] - neuron.now().input_mean);
-        sums[kInputBias] += step.dh;
+        dx[j] = neuron.now().input_gain * step.dc;
+        sums[kInputGain] += step.dc * (x[j] - neuron.now().input_mean);
+        sums[kInputBias] += step.dc;
         sums[kInputMean] -= dx[j];
       }
       carried = true;

@@ -19,6 +19,21 @@ ASGL_HOST_DEVICE void for_each_member(F&& f, States&&... states) {
   f(states.v...);
 }
 
+constexpr int kStateMembers = sizeof(State<char>);
+
+// Members that lie one behind another, `stride` apart; none where there is no first one.
+template <class T>
+ASGL_HOST_DEVICE State<T*> members_in(T* first, int64 stride) {
+  State<T*> state{};
+  for_each_member(
+      [&](T*& member) {
+        member = first;
+        first = first == nullptr ? first : first + stride;
+      },
+      state);
+  return state;
+}
+
 // The state whose members are f(member).
 template <class T, class F, class Other>
 ASGL_HOST_DEVICE State<T> map_members(F&& f, Other&& state) {
@@ -101,7 +116,8 @@ ASGL_HOST_DEVICE double operator+(NoGradient, double value) { return value; }
 template <class Real>
 struct StepGradient {
   Real dy;  // the gradient of y = u / width
-  Real dh;  // the gradient of the potential before reset, and of the input current
+  Real dh;  // the gradient of the potential before reset
+  Real dc;  // the gradient of the input current
 };
 
 // Kernels multiply by 1 / width, and so they add up the gradient of 1 / width: the gradient of the width follows.
@@ -119,8 +135,10 @@ struct LIF {
 
   // h[t] = v_rest + decay * (v[t-1] - v_rest) + c[t]
   template <Input kInput, class Real, class States>
-  static ASGL_HOST_DEVICE Real charge(Real x, States&& state, const Neuron<Real>& neuron, Real v_rest) {
+  static ASGL_HOST_DEVICE Real charge(Real x, States&& state, const Neuron<Real>& neuron,
+                                      const NeuronOptions<Real>& options) {
     const Real c = kInput == Input::kPlain ? x : input_current(x, neuron);
+    const Real v_rest = options.v_rest;
     return kInput == Input::kGeneral ? (v_rest + neuron.decay * (state.v - v_rest)) + c : neuron.decay * state.v + c;
   }
 
@@ -158,7 +176,7 @@ struct LIF {
     const Real from_v = kHardReset ? dv * (Real(1) - s) : dv;
     const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
     d_state.v = neuron.decay * dh;
-    return {dy, dh};
+    return {dy, dh, dh};
   }
 };
 

@@ -113,9 +113,9 @@ MUTANTS = {
     "normalised in spite of neurons that differ": params("!all_uniform(parameters, kInputGain) || ", ""),
     "plain in spite of a mean": params(" && is(kInputMean, Real(0));", ";"),
     "one input for all neurons": params("? parameters[id].at(n, 0)", "? parameters[id].at(0, 0)"),
-    "gain's gradient of another step": kernels("step.dh * (x[k % kAhead][j]", "step.dh * (x[(k + 1) % kAhead][j]"),
+    "gain's gradient of another step": kernels("step.dc * (x[k % kAhead][j]", "step.dc * (x[(k + 1) % kAhead][j]"),
     "gain's gradient without a mean": kernels("x[k % kAhead][j] - neuron.input_mean", "x[k % kAhead][j]"),
-    "dx without the gain": kernels("kNormalised ? neuron.input_gain * step.dh : step.dh", "step.dh"),
+    "dx without the gain": kernels("kNormalised ? neuron.input_gain * step.dc : step.dc", "step.dc"),
     "gain's and bias' sums swapped": kernels("store_sum(kInputGain, gain_sum)", "store_sum(kInputGain, bias_sum)"),
     "sums of the wrong run": kernels(
         "store_partial(slots, run_of(place, params.parameters[id]), place.live, sum)",

@@ -69,7 +69,7 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
       neurons[t] = neuron_of<Real>([&](ParameterId id) { return params.parameters[id].at(n, t); });
       v_before[t] = state.v;
       const Real x = to_real(params.x_seq[element]);
-      const Real h = Model::template charge<Input::kGeneral>(x, state, neurons[t], options.v_rest);
+      const Real h = Model::template charge<Input::kGeneral>(x, state, neurons[t], options);
       const Real s = Model::fire(h, is_analog(params.noise, n, t), neurons[t], Firing<Real>(options));
       Model::reset(h, s, neurons[t], state);
       spikes[t] = s;
@@ -103,15 +103,15 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
       }
       const Real dv = d_state.v;
       const StepGradient<Real> step = Model::step_adjoint(g, gh, h, s, carried, neuron, options, d_state);
-      const double dy = step.dy, dh = step.dh, width = params.parameters[kWidth].at(n, t);
+      const double dy = step.dy, dh = step.dh, dc = step.dc, width = params.parameters[kWidth].at(n, t);
       add(kWidth, -dy * (h - neuron.v_threshold) / (width * width));
       add(kDecay, dh * (v_before[t] - options.v_rest));
       add(kThreshold, -dy / width);
       if (carried) add(kReset, Model::kResetsHard ? static_cast<double>(dv) * s : -static_cast<double>(dv) * s);
-      add(kInputGain, dh * (static_cast<double>(to_real(params.x_seq[element])) - neuron.input_mean));
-      add(kInputBias, dh);
-      add(kInputMean, -dh * neuron.input_gain);
-      expected.grad_x_seq[element] = neuron.input_gain * step.dh;
+      add(kInputGain, dc * (static_cast<double>(to_real(params.x_seq[element])) - neuron.input_mean));
+      add(kInputBias, dc);
+      add(kInputMean, -dc * neuron.input_gain);
+      expected.grad_x_seq[element] = neuron.input_gain * step.dc;
       carried = true;
     }
     expected.grad_v_init[n] = d_state.v;
