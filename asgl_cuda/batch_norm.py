@@ -23,15 +23,7 @@ from typing_extensions import Unpack
 
 from .backends import BACKENDS
 from .checks import FLOATING_TYPES, HALF_TYPES, check_bool, check_input, check_not_nan
-from .functional import (
-    Call,
-    LIFOutput,
-    NeuronArguments,
-    checked_call,
-    lif,
-    once_differentiable,
-    unasked,
-)
+from .functional import Call, LIFOutput, NeuronArguments, checked_call, lif, once_differentiable, unasked
 from .layout import by_channel, channel_dim, real_type
 from .ops import ForwardResult
 from .reference import Parameters, batch_statistics, normalisation
@@ -62,15 +54,9 @@ class BatchNormLIFFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        settings: _Settings,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor | None,
-        variance: Tensor | None,
-        *call: Any,
-    ) -> tuple[Tensor, ...]:
-        result, coefficients, statistics = _forward(settings, Call.of(*call), weight, bias, mean, variance, True)
+    def forward(settings: _Settings, *inputs: Any) -> tuple[Tensor, ...]:
+        weight, bias, mean, variance, *call = inputs
+        result, coefficients, statistics = _forward(settings, Call.of(*call), (weight, bias, mean, variance), True)
         return *result, coefficients, statistics
 
     @staticmethod
@@ -115,15 +101,10 @@ class BatchNormLIFFunction(torch.autograd.Function):
 
 
 def _forward(
-    settings: _Settings,
-    call: Call,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    keep_checkpoints: bool,
+    settings: _Settings, call: Call, of_norm: Sequence[Tensor | None], keep_checkpoints: bool
 ) -> tuple[ForwardResult, Tensor, Tensor]:
     """The result of the neuron, the coefficients, and number, mean and variance of each channel."""
+    weight, bias, mean, variance = of_norm
 
     def coefficients_of(statistics: Tensor | None) -> tuple[Tensor, Tensor]:
         return call.operators.batch_norm_coefficients(
@@ -273,17 +254,17 @@ def batch_norm_lif(
         assert running_var is not None
         mean, variance = running_mean.to(real), running_var.to(real)
 
+    of_norm = weight, bias, mean, variance
     outputs: Sequence[Tensor]
     if BACKENDS[call.backend].operators is None:
-        outputs, batch_mean, batch_variance = _reference(settings, call, weight, bias, mean, variance)
+        outputs, batch_mean, batch_variance = _reference(settings, call, of_norm)
     else:
-        of_norm = weight, bias, mean, variance
         *others, parameters = call
         if is_differentiated((call.x_seq, call.v_init, call.rng_state, *of_norm, *parameters), _CALLER):
             outputs = apply(BatchNormLIFFunction, settings, *of_norm, *others, *parameters)
             *_, coefficients, _ = outputs
         else:
-            outputs, coefficients, _ = _forward(settings, call, *of_norm, False)
+            outputs, coefficients, _ = _forward(settings, call, of_norm, False)
         batch_mean, _, _, batch_variance = coefficients.unbind()
     if training and running_mean is not None and running_var is not None:
         with torch.no_grad():
@@ -315,14 +296,10 @@ def _check_by_channel(name: str, value: Tensor | None, channels: int, x_seq: Ten
 
 
 def _reference(
-    settings: _Settings,
-    call: Call,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
+    settings: _Settings, call: Call, of_norm: Sequence[Tensor | None]
 ) -> tuple[Sequence[Tensor], Tensor, Tensor]:
     """The outputs of the neuron, and mean and unbiased variance of each channel."""
+    weight, bias, mean, variance = of_norm
     real = real_type(call.x_seq.dtype)
     unbiased = variance
     if mean is None or variance is None:

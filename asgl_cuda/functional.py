@@ -93,18 +93,9 @@ class Call(NamedTuple):
     parameters: Parameters  # None: a constant
 
     @classmethod
-    def of(
-        cls,
-        backend: str,
-        numbers: Numbers,
-        rules: Rules,
-        wanted: tuple[bool, bool, bool],
-        x_seq: Tensor,
-        v_init: Tensor | None,
-        rng_state: Tensor | None,
-        *parameters: Tensor | None,
-    ) -> Call:
+    def of(cls, *inputs: Any) -> Call:
         """Makes a call of its fields, with the parameters one by one, as autograd takes tensors."""
+        backend, numbers, rules, wanted, x_seq, v_init, rng_state, *parameters = inputs
         return cls(backend, numbers, rules, wanted, x_seq, v_init, rng_state, Parameters(*parameters))
 
     @property

@@ -12,15 +12,7 @@ from torch import Tensor, fx, nn
 
 from .backends import BACKENDS
 from .batch_norm import module_batch_norm_lif
-from .checks import (
-    check_bool,
-    check_finite,
-    check_input,
-    check_number,
-    check_surrogate,
-    check_time_dim,
-    check_width,
-)
+from .checks import check_bool, check_finite, check_input, check_number, check_surrogate, check_time_dim, check_width
 from .functional import LIFOutput, lif
 from .layer import BOUND, Noisy, bounded, give_dimension
 from .layout import state_shape

@@ -64,57 +64,31 @@ def empty_gradients(
     )
 
 
-def _fake_draw_rng_state(fresh: Tensor) -> Tensor:
-    return torch.empty_like(fresh)
-
-
-def _fake_lif_forward(
-    x_seq: Tensor,
-    v_init: Tensor | None,
-    rng_state: Tensor | None,
-    parameters: Sequence[Tensor | None],
-    numbers: Sequence[float],
-    rules: Sequence[int],
-    wanted: Sequence[bool],
-) -> ForwardResult:
+def _fake_lif_forward(x_seq: Tensor, *others: Any) -> ForwardResult:
+    *_, rules, wanted = others
     return empty_outputs(x_seq, Rules(*rules).time_dim, wanted)
 
 
-def _fake_lif_backward(
-    grads: Sequence[Tensor | None],
-    x_seq: Tensor,
-    v_init: Tensor | None,
-    rng_state: Tensor | None,
-    checkpoints: Tensor,
-    parameters: Sequence[Tensor | None],
-    numbers: Sequence[float],
-    rules: Sequence[int],
-    wanted: Sequence[bool],
-) -> BackwardResult:
+def _fake_lif_backward(grads: Sequence[Tensor | None], x_seq: Tensor, *others: Any) -> BackwardResult:
+    *_, parameters, _, rules, wanted = others
     return empty_gradients(x_seq, Rules(*rules).time_dim, parameters, wanted)
 
 
 def _fake_batch_norm_coefficients(x_seq: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     *_, time_dim = others
     channels = x_seq.shape[channel_dim(time_dim)]
-    real = real_type(x_seq.dtype)
-    return x_seq.new_empty((4, channels), dtype=real), x_seq.new_empty((channels, 3), dtype=torch.float64)
+    return x_seq.new_empty((4, channels), dtype=real_type(x_seq.dtype)), x_seq.new_empty(
+        (channels, 3), dtype=torch.float64
+    )
 
 
-def _fake_batch_norm_backward(
-    grad_x_seq: Tensor,
-    x_seq: Tensor,
-    coefficients: Tensor,
-    statistics: Tensor,
-    grad_gain: Tensor,
-    grad_bias: Tensor,
-    *others: Any,
-) -> tuple[Tensor, Tensor]:
+def _fake_batch_norm_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    _, _, _, _, grad_gain, grad_bias, *_ = arguments
     return torch.empty_like(grad_gain), torch.empty_like(grad_bias)
 
 
 _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake versions
-    "draw_rng_state(Tensor fresh) -> Tensor": _fake_draw_rng_state,
+    "draw_rng_state(Tensor fresh) -> Tensor": torch.empty_like,
     "lif_forward(Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor?[] parameters, float[] numbers, int[] rules, "
     "bool[] wanted) -> (Tensor s_seq, Tensor v_last, Tensor v_seq, Tensor h_seq, Tensor checkpoints)":
         _fake_lif_forward,

@@ -24,11 +24,9 @@ SEGMENT_STEPS = (4, 8, CHECKPOINT_STEPS)  # the uniform backward kernel is compi
 GENERAL, NORMALISED, PLAIN = "kGeneral", "kNormalised", "kPlain"  # enumerators of csrc's Input
 
 SCALARS = {
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.float16: "asgl::Half",
-    torch.bfloat16: "asgl::BFloat16",
-}
+    torch.float32: "float", torch.float64: "double", torch.float16: "asgl::Half", torch.bfloat16: "asgl::BFloat16",
+}  # fmt: skip
+STATES = ("init", "last", "checkpoints", "grad_last", "grad_init")  # members of the type State
 
 
 class Launcher(Protocol):
@@ -39,9 +37,6 @@ class Launcher(Protocol):
 
     def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: Structure) -> None:
         """Starts a kernel, named by a C++ expression, on the device's current stream."""
-
-
-# ---- names of kernels ----
 
 
 def _bool(value: object) -> str:
@@ -76,9 +71,6 @@ def gradient_sum_kernel(real: torch.dtype, whole_block: bool) -> str:
     return f"asgl::gradient_sum_kernel<{SCALARS[real]}, {_bool(whole_block)}>"
 
 
-# ---- starting kernels ----
-
-
 def blocks_for(work: int, per_block: int) -> int:
     return -(-work // per_block)
 
@@ -86,6 +78,15 @@ def blocks_for(work: int, per_block: int) -> int:
 def address_of(tensor: Tensor | None) -> int:
     """Where its elements begin; 0, which is null, if there are none."""
     return tensor.data_ptr() if tensor is not None and tensor.numel() else 0
+
+
+def filled(name: str, real: torch.dtype | None, **members: Any) -> Structure:
+    """The structure of this name, with the addresses of tensors; None is null."""
+    for member, value in members.items():
+        if value is None or isinstance(value, Tensor):
+            address = address_of(value)
+            members[member] = (address,) if member in STATES else address
+    return structure(name, real)(**members)
 
 
 def is_aligned(tensor: Tensor | None) -> bool:
@@ -107,21 +108,11 @@ class KernelOperators:
         self.launcher.launch(device, kernel, blocks, threads or constant("kBlockThreads"), params)
 
 
-# ---- the operators ----
-
-
 class _Call:
     """Everything that forward and backward prepare in the same way."""
 
-    def __init__(
-        self,
-        x_seq: Tensor,
-        v_init: Tensor | None,
-        rng_state: Tensor | None,
-        parameters: Sequence[Tensor | None],
-        numbers: Sequence[float],
-        rules: Sequence[int],
-    ) -> None:
+    def __init__(self, x_seq: Tensor, *others: Any) -> None:
+        v_init, rng_state, parameters, numbers, rules = others
         self.rules = Rules(*rules)
         self.layout = layout = Layout(x_seq, self.rules.time_dim)
         self.real = real_type(x_seq.dtype)
@@ -154,17 +145,15 @@ class _Call:
         view = structure("ParameterView", self.real)
         if parameter is None:
             return view(constant=number, inner=self.layout.neurons, count=1)
-        return view(
-            data=parameter.data.data_ptr(), step_stride=parameter.step_stride, inner=parameter.inner,
-            count=parameter.count,
-        )  # fmt: skip
+        inner, count = parameter.inner, parameter.count
+        return view(parameter.data.data_ptr(), step_stride=parameter.step_stride, inner=inner, count=count)
 
     def params(self, name: str, tiles: tuple[int, int], **others: Any) -> Structure:
         """The structure of this name, with the fields that both kernels have and others."""
-        return structure(name, self.real)(
-            shape=self.layout.shape, parameters=tuple(self.views), options=self.options,
-            noise=(address_of(self.rng_state), self.rules.analog_below), tiles=tiles, x_seq=address_of(self.x_seq),
-            init=(address_of(self.v_init),), **others,
+        noise = address_of(self.rng_state), self.rules.analog_below
+        return filled(
+            name, self.real, shape=self.layout.shape, parameters=tuple(self.views), options=self.options, noise=noise,
+            tiles=tiles, x_seq=self.x_seq, init=self.v_init, **others,
         )  # fmt: skip
 
     def cut(self, launcher: Launcher, *tensors: Tensor | None) -> tuple[int, tuple[int, int]]:
@@ -206,17 +195,9 @@ class NeuronOperators(KernelOperators):
     def draw_rng_state(self, fresh: Tensor) -> Tensor:
         return torch.randint(2**63 - 1, (2,), dtype=fresh.dtype, device=fresh.device)
 
-    def lif_forward(
-        self,
-        x_seq: Tensor,
-        v_init: Tensor | None,
-        rng_state: Tensor | None,
-        parameters: Sequence[Tensor | None],
-        numbers: Sequence[float],
-        rules: Sequence[int],
-        wanted: Sequence[bool],
-    ) -> ForwardResult:
-        call = _Call(x_seq, v_init, rng_state, parameters, numbers, rules)
+    def lif_forward(self, x_seq: Tensor, *others: Any) -> ForwardResult:
+        *shared, wanted = others
+        call = _Call(x_seq, *shared)
         outputs = s_seq, v_last, v_seq, h_seq, checkpoints = empty_outputs(x_seq, call.rules.time_dim, wanted)
         if checkpoints.numel():
             checkpoints[-2:].zero_()
@@ -224,38 +205,23 @@ class NeuronOperators(KernelOperators):
             lanes, tiles = call.cut(self.launcher, *outputs)
             input = GENERAL if v_seq.numel() or h_seq.numel() else call.input(lanes)
             params = call.params(
-                "ForwardParams", tiles, s_seq=address_of(s_seq), last=(address_of(v_last),), v_seq=address_of(v_seq),
-                h_seq=address_of(h_seq), checkpoints=(address_of(checkpoints),),
-            )  # fmt: skip
+                "ForwardParams", tiles, s_seq=s_seq, last=v_last, v_seq=v_seq, h_seq=h_seq, checkpoints=checkpoints
+            )
             kernel = forward_kernel(x_seq.dtype, call.rules.surrogate, call.rules.hard_reset, lanes, input)
             self.start(x_seq.device, kernel, params.tiles.count, params)
         return outputs
 
-    def lif_backward(
-        self,
-        grads: Sequence[Tensor | None],
-        x_seq: Tensor,
-        v_init: Tensor | None,
-        rng_state: Tensor | None,
-        checkpoints: Tensor,
-        parameters: Sequence[Tensor | None],
-        numbers: Sequence[float],
-        rules: Sequence[int],
-        wanted: Sequence[bool],
-    ) -> BackwardResult:
-        call = _Call(x_seq, v_init, rng_state, parameters, numbers, rules)
+    def lif_backward(self, grads: Sequence[Tensor | None], x_seq: Tensor, *others: Any) -> BackwardResult:
+        v_init, rng_state, checkpoints, *packed, wanted = others
+        call = _Call(x_seq, v_init, rng_state, *packed)
         layout, real, time_dim = call.layout, call.real, call.rules.time_dim
         if checkpoints.dtype != real or checkpoints.numel() != checkpoint_elements(x_seq, time_dim):
             raise ValueError("asgl_cuda: checkpoints do not belong to this x_seq")
-        grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq = grads
-        if grad_s_seq is not None:
-            grad_s_seq = layout.dense_sequence(grad_s_seq.to(x_seq.dtype))
-        if grad_v_last is not None:
-            grad_v_last = layout.dense_state(grad_v_last.to(real))
-        if grad_v_seq is not None:
-            grad_v_seq = layout.dense_sequence(grad_v_seq.to(real))
-        if grad_h_seq is not None:
-            grad_h_seq = layout.dense_sequence(grad_h_seq.to(real))
+        dense = layout.dense_sequence, layout.dense_state, layout.dense_sequence, layout.dense_sequence
+        grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq = grads = [
+            None if grad is None else laid(grad.to(dtype))
+            for grad, laid, dtype in zip(grads, dense, (x_seq.dtype, real, real, real), strict=True)
+        ]
         laid_out = [None if each is None else each.data for each in call.tensors]
         grad_x_seq, grad_v_init, gradients = empty_gradients(x_seq, time_dim, laid_out, wanted)
         _, _, *wants_parameters = wanted
@@ -263,8 +229,7 @@ class NeuronOperators(KernelOperators):
             *(wants and each is not None for wants, each in zip(wants_parameters, laid_out, strict=True))
         )
         if layout.neurons:
-            sequences_and_states = grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq, checkpoints, grad_x_seq, grad_v_init
-            lanes, tiles = call.cut(self.launcher, *sequences_and_states)
+            lanes, tiles = call.cut(self.launcher, *grads, checkpoints, grad_x_seq, grad_v_init)
             tile, blocks = tiles
             rows = [layout.steps if view.step_stride else 1 for view in call.views]
             slots = [layout.neurons // view.inner + blocks for view in call.views]
@@ -274,13 +239,12 @@ class NeuronOperators(KernelOperators):
             ]
             partials = tuple((address_of(each), 0 if each is None else each.shape[1]) for each in sums)
             params = call.params(
-                "BackwardParams", tiles, grad_s_seq=address_of(grad_s_seq), grad_last=(address_of(grad_v_last),),
-                grad_v_seq=address_of(grad_v_seq), grad_h_seq=address_of(grad_h_seq),
-                checkpoints=(address_of(checkpoints),), grad_x_seq=address_of(grad_x_seq),
-                grad_init=(address_of(grad_v_init),), partials=partials,
+                "BackwardParams", tiles, grad_s_seq=grad_s_seq, grad_last=grad_v_last, grad_v_seq=grad_v_seq,
+                grad_h_seq=grad_h_seq, checkpoints=checkpoints, grad_x_seq=grad_x_seq, grad_init=grad_v_init,
+                partials=partials,
             )  # fmt: skip
-            others = any(asked._replace(width=False, input_gain=False, input_bias=False))
-            general = grad_v_seq is not None or grad_h_seq is not None or others
+            more = any(asked._replace(width=False, input_gain=False, input_bias=False))
+            general = grad_v_seq is not None or grad_h_seq is not None or more
             input = GENERAL if general else call.input(lanes)
             kernel = backward_kernel(
                 x_seq.dtype, call.rules.surrogate, call.rules.hard_reset, lanes, input, layout.steps
@@ -301,9 +265,9 @@ class NeuronOperators(KernelOperators):
         self, call: _Call, partials: tuple[int, int], view: Structure, tile: int, is_width: bool, gradient: Tensor
     ) -> None:
         """Sums up partial sums to the gradient: a thread for each element, or a block where each has many slots."""
-        params = structure("GradientSum", call.real)(
-            partials=partials, parameter=view, shape=call.layout.shape, tile=tile, is_width=is_width,
-            gradient=gradient.data_ptr(),
+        params = filled(
+            "GradientSum", call.real, partials=partials, parameter=view, shape=call.layout.shape, tile=tile,
+            is_width=is_width, gradient=gradient,
         )  # fmt: skip
         most_tiles = (view.inner + tile - 2) // tile + 1
         whole_block = call.layout.neurons // (view.inner * view.count) * most_tiles >= constant("kManySlots")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from ctypes import Structure
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layout import Layout, channel_dim, real_type
 from ..ops import define_operators
-from .neuron_kernels import SCALARS, KernelOperators, Launcher, NeuronOperators, address_of, blocks_for, is_aligned
+from .neuron_kernels import SCALARS, KernelOperators, Launcher, NeuronOperators, blocks_for, filled, is_aligned
 from .structures import constant, structure
-
-# ---- names of kernels ----
 
 
 def moments_kernel(dtype: torch.dtype, lanes: int) -> str:
@@ -29,9 +28,6 @@ def adjoint_kernel(real: torch.dtype) -> str:
 
 def input_gradient_kernel(dtype: torch.dtype, lanes: int) -> str:
     return f"asgl::batch_norm_input_gradient_kernel<{SCALARS[dtype]}, {lanes}>"
-
-
-# ---- layout ----
 
 
 def channel_shape(layout: Layout) -> tuple[int, int, int]:
@@ -73,18 +69,8 @@ def _tasks(tiles: Structure) -> int:
 class NormalisationOperators(KernelOperators):
     """The operators of batch normalisation."""
 
-    def batch_norm_coefficients(
-        self,
-        x_seq: Tensor,
-        statistics: Tensor | None,
-        mean: Tensor | None,
-        variance: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        input_scale: float,
-        time_dim: int,
-    ) -> tuple[Tensor, Tensor]:
+    def batch_norm_coefficients(self, x_seq: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        statistics, mean, variance, weight, bias, eps, input_scale, time_dim = others
         shape = rows, channels, inner = channel_shape(Layout(x_seq, time_dim))
         real = real_type(x_seq.dtype)
         if (mean is None) != (variance is None):
@@ -93,7 +79,7 @@ class NormalisationOperators(KernelOperators):
         total = x_seq.new_empty((channels, 3), dtype=torch.float64)
         if channels == 0:
             return coefficients, total
-        given_mean, given_variance, given_weight, given_bias = (
+        mean, variance, weight, bias = (
             _dense(each, [channels], real, x_seq) for each in (mean, variance, weight, bias)
         )
         moments = None
@@ -104,31 +90,18 @@ class NormalisationOperators(KernelOperators):
         elif mean is None:
             tiles = channel_tiles(shape, x_seq, None)
             moments = x_seq.new_empty((_slots(tiles), channels, 3), dtype=torch.float64)
-            own = structure("MomentsParams", real)(tiles=tiles, x_seq=address_of(x_seq), moments=address_of(moments))
+            own = filled("MomentsParams", real, tiles=tiles, x_seq=x_seq, moments=moments)
             self.start(x_seq.device, moments_kernel(x_seq.dtype, tiles.lanes), _tasks(tiles), own)
-        params = structure("CoefficientsParams", real)(
-            moments=address_of(moments), slots=0 if moments is None else moments.shape[0], channels=channels,
-            mean=address_of(given_mean), variance=address_of(given_variance), weight=address_of(given_weight),
-            bias=address_of(given_bias), options=(eps, input_scale), coefficients=address_of(coefficients),
-            total=address_of(total),
+        params = filled(
+            "CoefficientsParams", real, moments=moments, slots=0 if moments is None else moments.shape[0],
+            channels=channels, mean=mean, variance=variance, weight=weight, bias=bias, options=(eps, input_scale),
+            coefficients=coefficients, total=total,
         )  # fmt: skip
         self.start(x_seq.device, coefficients_kernel(real), channels, params)
         return coefficients, total
 
-    def batch_norm_backward(
-        self,
-        grad_x_seq: Tensor,
-        x_seq: Tensor,
-        coefficients: Tensor,
-        statistics: Tensor,
-        grad_gain: Tensor,
-        grad_bias: Tensor,
-        total_grad_gain: Tensor,
-        total_grad_bias: Tensor,
-        eps: float,
-        input_scale: float,
-        time_dim: int,
-    ) -> tuple[Tensor, Tensor]:
+    def batch_norm_backward(self, grad_x_seq: Tensor, x_seq: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        coefficients, statistics, *sums, eps, input_scale, time_dim = others
         layout = Layout(x_seq, time_dim)
         shape = _, channels, _ = channel_shape(layout)
         real = real_type(x_seq.dtype)
@@ -143,24 +116,21 @@ class NormalisationOperators(KernelOperators):
         grad_weight, grad_shift = (x_seq.new_empty(channels, dtype=real) for _ in range(2))
         if channels == 0:
             return grad_weight, grad_shift
-        known = _dense(coefficients, [constant("kNumCoefficients"), channels], real, x_seq)
+        coefficients = _dense(coefficients, [constant("kNumCoefficients"), channels], real, x_seq)
         moments = _dense(statistics, [channels, 3], torch.float64, x_seq)
-        own_gain, own_bias, all_gain, all_bias = (
-            _dense(each, [channels], real, x_seq) for each in (grad_gain, grad_bias, total_grad_gain, total_grad_bias)
-        )
+        gain, bias, total_gain, total_bias = (_dense(each, [channels], real, x_seq) for each in sums)
         adjoint = x_seq.new_empty((2, channels), dtype=real)
-        params = structure("AdjointParams", real)(
-            moments=address_of(moments), coefficients=address_of(known), channels=channels,
-            grad_gain=address_of(own_gain), grad_bias=address_of(own_bias), total_grad_gain=address_of(all_gain),
-            total_grad_bias=address_of(all_bias), options=(eps, input_scale), grad_weight=address_of(grad_weight),
-            grad_shift=address_of(grad_shift), adjoint=address_of(adjoint),
+        params = filled(
+            "AdjointParams", real, moments=moments, coefficients=coefficients, channels=channels, grad_gain=gain,
+            grad_bias=bias, total_grad_gain=total_gain, total_grad_bias=total_bias, options=(eps, input_scale),
+            grad_weight=grad_weight, grad_shift=grad_shift, adjoint=adjoint,
         )  # fmt: skip
         self.start(x_seq.device, adjoint_kernel(real), blocks_for(channels, constant("kBlockThreads")), params)
         if wanted:
             tiles = channel_tiles(shape, x_seq, grad_x_seq)
-            last = structure("InputGradientParams", real)(
-                tiles=tiles, x_seq=address_of(x_seq), mean=address_of(known), adjoint=address_of(adjoint),
-                grad_x_seq=address_of(grad_x_seq),
+            last = filled(
+                "InputGradientParams", real, tiles=tiles, x_seq=x_seq, mean=coefficients, adjoint=adjoint,
+                grad_x_seq=grad_x_seq,
             )  # fmt: skip
             self.start(x_seq.device, input_gradient_kernel(x_seq.dtype, tiles.lanes), _tasks(tiles), last)
         return grad_weight, grad_shift
