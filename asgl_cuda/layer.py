@@ -69,7 +69,8 @@ class Noisy(nn.Module):
 
     def end_noise(self) -> None:
         """The layer becomes one that has never had a share of analog elements."""
-        del self._analog_prob, self._has_noise, self._analog_prob_data
+        for name in ("_analog_prob", "_has_noise", "_analog_prob_data"):
+            self.__dict__.pop(name, None)
 
 
 def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -44,9 +44,10 @@ class Converted(Overlay, Noisy):
     log_width: nn.Parameter | None
     time_dim: int | None  # where time is in its input, None if the input is one step
 
-    @classmethod
-    def finish(cls) -> None:
-        cls.forward = _leaf(cls.forward)
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "original" in vars(cls):  # `overlaid` makes the class, which has a forward
+            cls.forward = _leaf(cls.forward)
 
     @property
     def width(self) -> Tensor | float:
@@ -122,9 +123,7 @@ def number(value: Any) -> Any:
 
 def _floating(value: Tensor) -> Tensor:
     """The value itself, or in the type that PyTorch gives integers when they meet a float."""
-    if value.is_floating_point() or value.is_complex():
-        return value
-    return value.to(torch.get_default_dtype())
+    return value if value.is_floating_point() or value.is_complex() else value.to(torch.get_default_dtype())
 
 
 def _leaf(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,10 +25,6 @@ class Overlay(nn.Module):
         def __getattr__(self, name: str) -> Any:
             """Whatever the layer's class has."""
 
-    @classmethod
-    def finish(cls) -> None:
-        """Completes a class that `overlaid` has made."""
-
     def take_off(self) -> None:
         """Gives the layer the class back that it had before."""
         self.__class__ = self.original  # type: ignore[assignment]
@@ -46,9 +42,7 @@ def overlaid(overlay: type[Overlay], original: type[nn.Module]) -> Any:
     """`original` with `overlay` before it: one class, however often it is asked for."""
     if (overlay, original) not in _made:
         names = {"overlay": overlay, "original": original, "__module__": overlay.__module__}
-        made: Any = type(f"{overlay.prefix}{original.__name__}", (overlay, original), names)
-        made.finish()
-        _made[overlay, original] = made
+        _made[overlay, original] = type(f"{overlay.prefix}{original.__name__}", (overlay, original), names)
     return _made[overlay, original]
 
 
