@@ -224,12 +224,8 @@ class Monitor:
             cells = (f"{values[key]:.4f}" if key in values else "-" for key in _QUANTITIES)
             rows.append([name or "(the model)", *cells])
         sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                [row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))]
-            )
-            for row in rows
-        )
+        sides = "<" + ">" * len(_QUANTITIES)
+        return "\n".join("  ".join(map("{:{}{}}".format, row, sides, sizes)) for row in rows)
 
     def write(self, writer: ScalarWriter, step: int) -> None:
         """Writes to TensorBoard: `writer.add_scalar(tag, value, step)` for each of `scalars()`."""

@@ -15,10 +15,9 @@ from ..backends import BACKENDS
 from ..checks import check_analog_prob, check_bool, check_number, check_surrogate, check_width
 from ..layer import check_module
 from . import authors
-from .converted import Converted, Settings
+from .converted import Converted, Settings, bare_class, overlaid
 from .identify import SpikeFunction, fires_strictly, identify
 from .normalised import Normalised
-from .overlay import bare_class, overlaid
 
 _CALLER = "asgl_cuda.convert"
 

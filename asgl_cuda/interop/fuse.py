@@ -20,10 +20,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..layout import channel_dim
 from ..neuron import LIF, BatchNormLIF
 from .convert import Left, Replaced, Report, convert, libraries, taken
-from .converted import Converted
+from .converted import Converted, bare_class
 from .graphs import Calls, asks_for_shape, calls_of, is_first_alone, is_sequential, name_of_user, parts_time
 from .normalised import Normalisation, Normalised, PassedThrough, Place, join, varies_by_channel
-from .overlay import bare_class
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)  # which are not called
 

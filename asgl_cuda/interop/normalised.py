@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..batch_norm import module_batch_norm_lif
 from ..functional import LIFOutput
 from ..layout import channel_dim, real_type
-from .overlay import Overlay, bare_class, overlaid
+from .converted import Overlay, bare_class, overlaid
 
 
 class Place:

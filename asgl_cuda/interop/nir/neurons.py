@@ -54,8 +54,7 @@ def read_neurons(node: Any, dt: float, where: str) -> Neurons:
         raise ValueError(f"{where}: r must be > 0, got {range_of(r)}")
     # r = tau / dt may have been rounded, and would take the threshold along.
     gain = torch.where((gain - 1).abs() < 1e-6, 1.0, gain)
-    values = torch.broadcast_tensors(decay, (v_threshold - v_leak) / gain, (v_reset - v_leak) / gain)
-    return Neurons(*values)
+    return Neurons(*torch.broadcast_tensors(decay, (v_threshold - v_leak) / gain, (v_reset - v_leak) / gain))
 
 
 def per_neuron(layer: LIF, value: Tensor | float, shape: Sequence[int]) -> Tensor:
@@ -95,10 +94,8 @@ def read_lif(node: Any, dt: float | None, where: str) -> LIF:
     """The layer that `to_nir` wrote, where the node has its metadata; else a layer of the node's numbers."""
     ours = node.metadata.get(_KEY)
     neurons = read_neurons(node, dt if dt is not None else float(ours["dt"]) if ours else DT, where)
-    return new_lif(neurons, where) if ours is None else _same_lif(neurons, ours, where)
-
-
-def _same_lif(neurons: Neurons, ours: dict[str, Any], where: str) -> LIF:
+    if ours is None:
+        return new_lif(neurons, where)
     # A file gives numpy's numbers; the layer had Python's, and gets these again.
     options = {name: value.item() if hasattr(value, "item") else value for name, value in ours["options"].items()}
     if ours["reset"] == "soft":
