@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,6 @@ class ScalarWriter(Protocol):
     """The part of TensorBoard's SummaryWriter that `Monitor.write` needs."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> Any: ...
-
-
-class _Before(NamedTuple):
-    """The state from which a call starts, and which it changes."""
-
-    v: Tensor | None
-    rng_state: Tensor | None
 
 
 class _Tally:
@@ -80,25 +73,13 @@ class _Tally:
         return found
 
 
-def _input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return args[0] if args else kwargs.get("x_seq")
-
-
-def _rng_state(device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return torch.get_rng_state()
-    state: Tensor = torch.get_device_module(device).get_rng_state(device)
-    return state
-
-
-def _shares_of_lif(layer: LIF, before: _Before, x_seq: Tensor, s_seq: Tensor) -> dict[str, Tensor]:
+def _shares_of_lif(
+    layer: LIF, x_seq: Tensor, v_init: Tensor | None, rng_state: Tensor | None, s_seq: Tensor
+) -> dict[str, Tensor]:
     """Computes the call again for its potentials, from the same state and with the same noise."""
-    generator = None
-    if before.rng_state is not None:
-        generator = torch.Generator(x_seq.device)
-        generator.set_state(before.rng_state)
+    generator = None if rng_state is None else torch.Generator(x_seq.device).set_state(rng_state)
     time_dim = layer.time_dim % x_seq.dim()
-    again = layer._lif_again(x_seq, time_dim, v_init=before.v, generator=generator, return_h_seq=True)
+    again = layer._lif_again(x_seq, time_dim, v_init=v_init, generator=generator, return_h_seq=True)
     assert isinstance(again, LIFOutput)
     assert again.h_seq is not None
     h_seq = again.h_seq
@@ -158,7 +139,8 @@ class Monitor:
     def __init__(self, model: nn.Module) -> None:
         self._layers = some_asgl_layers(model, "asgl_cuda.Monitor")
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._before: dict[nn.Module, _Before] = {}
+        # The input of a call, and the potential and the random state from which it starts, and which it changes.
+        self._before: dict[nn.Module, tuple[Tensor, Tensor | None, Tensor | None]] = {}
         self._watched_before: list[bool] = []  # for each `with` that is entered: whether it watched already
         self.reset()
 
@@ -194,11 +176,14 @@ class Monitor:
             self.stop()
 
     def _look_before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x_seq = _input_of(args, kwargs)
+        x_seq = args[0] if args else kwargs.get("x_seq")
         if _is_hidden() or type(layer).forward is not LIF.forward or not isinstance(x_seq, Tensor):
             return
-        draws = layer.training and layer.analog_prob > 0
-        self._before[layer] = _Before(layer.v, _rng_state(x_seq.device) if draws else None)
+        device, rng_state = x_seq.device, None
+        if layer.training and layer.analog_prob > 0:
+            cpu = device.type == "cpu"  # its module has no get_rng_state
+            rng_state = torch.get_rng_state() if cpu else torch.get_device_module(device).get_rng_state(device)
+        self._before[layer] = x_seq, layer.v, rng_state
 
     @torch.no_grad()
     def _look(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -208,7 +193,7 @@ class Monitor:
         if not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
             return
         if before := self._before.pop(layer, None):
-            shares = _shares_of_lif(layer, before, _input_of(args, kwargs), s_seq)
+            shares = _shares_of_lif(layer, *before, s_seq)
         else:
             # H rises through 1/2 at u = 0, so a smooth value tells, too, whether its element would have spiked.
             shares = {"firing_rate": s_seq >= 0.5, "analog_share": s_seq != s_seq.round()}
@@ -239,12 +224,8 @@ class Monitor:
             cells = (f"{values[key]:.4f}" if key in values else "-" for key in _QUANTITIES)
             rows.append([name or "(the model)", *cells])
         sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                [row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))]
-            )
-            for row in rows
-        )
+        sides = "<" + ">" * len(_QUANTITIES)
+        return "\n".join("  ".join(map("{:{}{}}".format, row, sides, sizes)) for row in rows)
 
     def write(self, writer: ScalarWriter, step: int) -> None:
         """Writes to TensorBoard: `writer.add_scalar(tag, value, step)` for each of `scalars()`."""

@@ -96,14 +96,12 @@ class GradientAndTangentOf(GradientOf):
 
 def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
     """`GradientOf`, called."""
-    if not torch.compiler.is_compiling():
-        result: Tensor = apply(GradientAndTangentOf, s, a, gain)
-        return result
-    if transforming() or in_forward_mode():  # where the compiler passes over functions of this kind in silence
+    compiling = torch.compiler.is_compiling()
+    if compiling and (transforming() or in_forward_mode()):  # it passes over functions of this kind in silence there
         scaled = a * gain
         return s.detach() + (scaled - scaled.detach())
-    traced: Tensor = apply(GradientOf, s, a, gain)
-    return traced
+    result: Tensor = apply(GradientOf if compiling else GradientAndTangentOf, s, a, gain)
+    return result
 
 
 def lif_reference(

@@ -26,44 +26,23 @@ def _rectangle(y: Tensor) -> Tensor:
     return torch.where((ramp >= 0) & (ramp <= 1), ramp, ramp.detach().clamp(0, 1))
 
 
-def _triangle(y: Tensor) -> Tensor:
-    inside = torch.where(y < 0, y + 1, 1 - y).clamp(min=0)
-    tail = 0.5 * inside * inside
-    return torch.where(y < 0, tail, 1 - tail)
+def _mirrored(tail: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """F that is tail(|y|) below 0 and 1 - tail(|y|) above, without abs(), to which autograd gives the slope 0 at 0."""
 
+    def cumulative(y: Tensor) -> Tensor:
+        below = tail(torch.where(y < 0, -y, y))
+        return torch.where(y < 0, below, 1 - below)
 
-def _sigmoid(y: Tensor) -> Tensor:
-    return torch.sigmoid(y)
-
-
-def _arctan(y: Tensor) -> Tensor:
-    return torch.atan(y * (math.pi / 2)) * (1 / math.pi) + 0.5
-
-
-def _erf(y: Tensor) -> Tensor:
-    return (1 + torch.erf(y)) * 0.5
-
-
-# The next two do without abs(), to which autograd gives the slope 0 at 0, where these surrogates are steepest.
-
-
-def _fast_sigmoid(y: Tensor) -> Tensor:
-    # y / (2 (1 + |y|)) + 1/2, in the form that is right at infinity, too.
-    tail = 0.5 / (1 + torch.where(y < 0, -y, y))
-    return torch.where(y < 0, tail, 1 - tail)
-
-
-def _laplace(y: Tensor) -> Tensor:
-    tail = 0.5 * torch.exp(-torch.where(y < 0, -y, y))
-    return torch.where(y < 0, tail, 1 - tail)
+    return cumulative
 
 
 SURROGATES: dict[str, Surrogate] = {
     "rectangle": Surrogate(0, _rectangle),
-    "triangle": Surrogate(1, _triangle),
-    "sigmoid": Surrogate(2, _sigmoid),
-    "arctan": Surrogate(3, _arctan),
-    "erf": Surrogate(4, _erf),
-    "fast_sigmoid": Surrogate(5, _fast_sigmoid),
-    "laplace": Surrogate(6, _laplace),
+    "triangle": Surrogate(1, _mirrored(lambda y: 0.5 * (1 - y).clamp(min=0) ** 2)),
+    "sigmoid": Surrogate(2, torch.sigmoid),
+    "arctan": Surrogate(3, lambda y: torch.atan(y * (math.pi / 2)) * (1 / math.pi) + 0.5),
+    "erf": Surrogate(4, lambda y: (1 + torch.erf(y)) * 0.5),
+    # y / (2 (1 + |y|)) + 1/2, in the form that is right at infinity, too.
+    "fast_sigmoid": Surrogate(5, _mirrored(lambda y: 0.5 / (1 + y))),
+    "laplace": Surrogate(6, _mirrored(lambda y: 0.5 * torch.exp(-y))),
 }

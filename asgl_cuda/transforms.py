@@ -66,17 +66,14 @@ def draw_under_transforms(device: torch.device, generator: torch.Generator | Non
     Where samples are to have different noise it is mapped, with the same numbers for all: its first dimension tells the
     batching rules that the neurons of all samples of that vmap are numbered in one row.
     """
-    from torch._functorch.pyfunctorch import (
-        VmapInterpreter,
-        retrieve_all_functorch_interpreters,
-        temporarily_clear_interpreter_stack,
-    )
+    from torch._functorch import pyfunctorch
 
-    maps = [each for each in retrieve_all_functorch_interpreters() if isinstance(each, VmapInterpreter)]
+    levels = pyfunctorch.retrieve_all_functorch_interpreters()
+    maps = [each for each in levels if isinstance(each, pyfunctorch.VmapInterpreter)]
     if any(each.randomness() == "error" for each in maps):
         return torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)  # with the error of torch
     apart = [each for each in maps if each.randomness() == "different"]
-    with temporarily_clear_interpreter_stack():
+    with pyfunctorch.temporarily_clear_interpreter_stack():
         state = torch.randint(2**63 - 1, (1, 2), generator=generator, device=device)
         state = state.expand(*(each.batch_size() for each in apart), 1, 2)
         for each in apart:  # outermost first

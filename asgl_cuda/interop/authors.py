@@ -29,10 +29,6 @@ class ConvertedLIFLayer(Converted):
         self.settings = settings
         self.log_width = None
 
-    def end(self) -> None:
-        del self.settings, self.log_width
-        self.take_off()
-
     @property
     def analog_prob(self) -> float:
         """`p` of the noisy spike; 0 for `EfficientNoisySpike`, which has none."""

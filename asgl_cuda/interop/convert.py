@@ -15,20 +15,14 @@ from ..backends import BACKENDS
 from ..checks import check_analog_prob, check_bool, check_number, check_surrogate, check_width
 from ..layer import check_module
 from . import authors
-from .converted import Converted, Settings
+from .converted import Converted, Settings, bare_class, overlaid
 from .identify import SpikeFunction, fires_strictly, identify
 from .normalised import Normalised
-from .overlay import bare_class, overlaid
 
 _CALLER = "asgl_cuda.convert"
 
-# Files of this folder, and the module that is imported where a model may hold the library's layers.
-_LIBRARIES = {
-    "spikingjelly": "spikingjelly.activation_based",
-    "snntorch": "snntorch",
-    "norse": "norse.torch",
-    "sinabs": "sinabs.layers",
-}
+# A model may hold a library's layers where this module of it is imported; a file of this folder has the library's name.
+_LIBRARIES = ("spikingjelly.activation_based", "snntorch", "norse.torch", "sinabs.layers")
 
 
 class Replaced(NamedTuple):
@@ -99,9 +93,9 @@ def libraries() -> Iterator[Any]:
     tuples of classes: NORMALISATIONS compute the same as torch.nn's, PARTING makes time and batch of one dimension.
     """
     yield authors
-    for name, module in _LIBRARIES.items():
+    for module in _LIBRARIES:
         if module in sys.modules:
-            yield importlib.import_module(f".{name}", __package__)
+            yield importlib.import_module(f".{module.split('.')[0]}", __package__)
 
 
 def convert(

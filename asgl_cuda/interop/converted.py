@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 from ..functional import LIFOutput, lif
 from ..layer import Noisy, bounded, give_dimension
 from .identify import SpikeFunction
-from .overlay import Overlay
 
 
 class Settings(NamedTuple):
@@ -35,6 +34,65 @@ class Wrapper(NamedTuple):
     leaving: int | None
 
 
+class Overlay(nn.Module):
+    """The base of the classes that are put before a layer's class.
+
+    The layer stays an instance of its class and computes something else. Parameters, buffers, state, hooks and names
+    are still its own, the library's functions that reset, detach or copy it go on working, and to give the layer back
+    is to take the class away.
+    """
+
+    prefix: str  # begins the name of a class that `overlaid` makes
+
+    # `overlaid` sets these in the class that it makes.
+    overlay: type[Overlay]
+    original: type[nn.Module]
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Whatever the layer's class has."""
+
+    def take_off(self) -> None:
+        """Gives the layer the class back that it had before."""
+        self.__class__ = self.original  # type: ignore[assignment]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # pickle finds no such class by its name: it is made again.
+        _, _, *rest = tuple(super().__reduce_ex__(protocol))
+        return _new, _parts(type(self)), *rest
+
+
+_made: dict[tuple[type[Overlay], type[nn.Module]], Any] = {}
+
+
+def overlaid(overlay: type[Overlay], original: type[nn.Module]) -> Any:
+    """`original` with `overlay` before it: one class, however often it is asked for."""
+    if (overlay, original) not in _made:
+        names = {"overlay": overlay, "original": original, "__module__": overlay.__module__}
+        _made[overlay, original] = type(f"{overlay.prefix}{original.__name__}", (overlay, original), names)
+    return _made[overlay, original]
+
+
+def bare_class(layer: nn.Module) -> type[nn.Module]:
+    """The layer's class without the classes before it."""
+    bare: type[nn.Module] = _parts(type(layer))[-1]
+    return bare
+
+
+def _parts(made: type[nn.Module]) -> tuple[Any, ...]:
+    """The classes that are before another one, the first one first, and that one."""
+    return (made.overlay, *_parts(made.original)) if issubclass(made, Overlay) else (made,)
+
+
+def _new(*parts: Any) -> nn.Module:
+    *overlays, made = parts
+    for overlay in reversed(overlays):
+        made = overlaid(overlay, made)
+    new: nn.Module = made.__new__(made)
+    return new
+
+
 class Converted(Overlay, Noisy):
     """The class before a converted layer's own. Each library has a subclass, whose forward calls `lif`."""
 
@@ -44,9 +102,10 @@ class Converted(Overlay, Noisy):
     log_width: nn.Parameter | None
     time_dim: int | None  # where time is in its input, None if the input is one step
 
-    @classmethod
-    def finish(cls) -> None:
-        cls.forward = _leaf(cls.forward)
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "original" in vars(cls):  # `overlaid` makes the class, which has a forward
+            cls.forward = _leaf(cls.forward)
 
     @property
     def width(self) -> Tensor | float:
@@ -122,9 +181,7 @@ def number(value: Any) -> Any:
 
 def _floating(value: Tensor) -> Tensor:
     """The value itself, or in the type that PyTorch gives integers when they meet a float."""
-    if value.is_floating_point() or value.is_complex():
-        return value
-    return value.to(torch.get_default_dtype())
+    return value if value.is_floating_point() or value.is_complex() else value.to(torch.get_default_dtype())
 
 
 def _leaf(forward: Callable[..., Any]) -> Callable[..., Any]:

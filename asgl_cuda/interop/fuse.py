@@ -11,7 +11,7 @@ is entered must be called with that output alone, wherever it is called.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,10 +20,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..layout import channel_dim
 from ..neuron import LIF, BatchNormLIF
 from .convert import Left, Replaced, Report, convert, libraries, taken
-from .converted import Converted
+from .converted import Converted, bare_class
 from .graphs import Calls, asks_for_shape, calls_of, is_first_alone, is_sequential, name_of_user, parts_time
 from .normalised import Normalisation, Normalised, PassedThrough, Place, join, varies_by_channel
-from .overlay import bare_class
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)  # which are not called
 
@@ -57,14 +56,15 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
     """
     model = taken(model, inplace, "asgl_cuda.fuse")
     report = Report([], [])
-    norms = {path: module for path, module in model.named_modules() if _is_unfused(module)}
+    norms = {path: module for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    norms = {path: norm for path, norm in norms.items() if not isinstance(norm, PassedThrough)}
     if not norms:
         return model, report
     flow = _Flow(model)
     for path, norm in norms.items():
         try:
             layer = _fuse(flow, norm)
-        except _LeftAsItIs as reason:
+        except _Leave as reason:
             report.left.append(Left(path, type(norm).__name__, str(reason)))
             continue
         by = f"normalises as well, instead of {path}"
@@ -99,36 +99,27 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     return model, report
 
 
-class _LeftAsItIs(Exception):  # noqa: N818
+class _Leave(Exception):  # noqa: N818
     """Why a normalisation is not fused."""
-
-
-def _leave(reason: str) -> NoReturn:
-    raise _LeftAsItIs(reason)
-
-
-def _is_unfused(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and not isinstance(module, PassedThrough)
 
 
 def _fuse(flow: _Flow, norm: nn.Module) -> Any:
     """Fuses a normalisation with the neurons behind it, and returns these."""
     _check_norm(norm)
-    found = flow.neurons_behind(norm)
-    layer: Any = found.layer
+    layer, parted = flow.neurons_behind(norm)
     name = type(layer).__name__
     if isinstance(layer, Normalised | BatchNormLIF):
-        _leave(f"its output goes to {name}, which has a normalisation of its own")
+        raise _Leave(f"its output goes to {name}, which has a normalisation of its own")
     if isinstance(layer, LIF) and (type(layer)._lif, type(layer).forward) != (LIF._lif, LIF.forward):
-        _leave(f"its output goes to {name}, which computes something else than asgl_cuda.LIF")
+        raise _Leave(f"its output goes to {name}, which computes something else than asgl_cuda.LIF")
     converted = not isinstance(layer, LIF | Converted)
     if converted:
         left = convert(layer, inplace=True)[1].left
         if not isinstance(layer, Converted):
-            _leave(f"its output goes to {name}: {left[0].reason}")
+            raise _Leave(f"its output goes to {name}: {left[0].reason}")
     try:
-        _check_channels(norm, layer, found.parted)
-    except _LeftAsItIs:
+        _check_channels(norm, layer, parted)
+    except _Leave:
         if converted:
             layer.end()
         raise
@@ -139,11 +130,11 @@ def _fuse(flow: _Flow, norm: nn.Module) -> Any:
 
 def _check_norm(norm: nn.Module) -> None:
     if isinstance(norm, LazyModuleMixin):
-        _leave("it does not know the number of its channels before it was called")
+        raise _Leave("it does not know the number of its channels before it was called")
     forward = type(norm).forward
     known = (known for library in libraries() for known in getattr(library, "NORMALISATIONS", ()))
     if forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and type(norm) not in known:
-        _leave(f"{type(norm).__name__} computes something else than torch.nn's")
+        raise _Leave(f"{type(norm).__name__} computes something else than torch.nn's")
 
 
 def _dims_of(norm: nn.Module) -> tuple[int, ...]:
@@ -157,21 +148,18 @@ def _dims_of(norm: nn.Module) -> tuple[int, ...]:
 def _check_channels(norm: nn.Module, layer: Any, parted: int) -> None:
     """The channels of both must be the same dimension, and the layer's own gain no finer than by channel."""
     channel, name = 1 + parted, bare_class(layer).__name__
-    # An input with fewer dimensions has no channels, which is an error of the call.
-    found = {dim for dims in _dims_of(norm) if (dim := _channel_of(layer, dims + parted)) < dims + parted}
+    found: set[int] = set()
+    for dims in (dims + parted for dims in _dims_of(norm)):
+        time_dim = layer.time_dim
+        dim = 1 if time_dim is None else channel_dim(time_dim if time_dim >= 0 else time_dim + dims)
+        if dim < dims:  # an input with fewer dimensions has no channels, which is an error of the call
+            found.add(dim)
     if found != {channel}:
         said = " or ".join(str(dim) for dim in sorted(found)) or "not there"
-        _leave(f"its channels are dimension {channel} of what goes to {name}, whose channels are {said}")
+        raise _Leave(f"its channels are dimension {channel} of what goes to {name}, whose channels are {said}")
     for value in layer.input_terms() if isinstance(layer, Converted) else ():
         if isinstance(value, Tensor) and not any(varies_by_channel(value, dims - 1) for dims in _dims_of(norm)):
-            _leave(f"its output goes to {name}, whose input gain or bias has shape {list(value.shape)}")
-
-
-def _channel_of(layer: Any, dims: int) -> int:
-    """The dimension of the channels in an input of so many dimensions: the second, if the input is one step."""
-    if layer.time_dim is None:
-        return 1
-    return channel_dim(layer.time_dim if layer.time_dim >= 0 else layer.time_dim + dims)
+            raise _Leave(f"its output goes to {name}, whose input gain or bias has shape {list(value.shape)}")
 
 
 class _Site(NamedTuple):
@@ -184,7 +172,7 @@ class _Site(NamedTuple):
 class _Arrival(NamedTuple):
     """Neurons, and how many dimensions farther back their input has the channels: 1 where time and batch parted."""
 
-    layer: nn.Module
+    layer: Any
     parted: int
 
 
@@ -202,20 +190,23 @@ class _Flow:
             for child in module._modules.values():  # children() gives each only once
                 if child is not None:
                     self.owners[child].append(module)
-        self.neurons = {module for module in self.paths if _is_neuron(module)}
+        known = list(libraries())
+        self.neurons = {
+            module
+            for module in self.paths
+            if isinstance(module, LIF | Converted) or any(library.find(module) is not None for library in known)
+        }
         self.calls: dict[nn.Module, Calls] = {}
         self.failures: dict[nn.Module, str] = {}
         self.sites: dict[nn.Module, list[_Site]] = {module: [] for module in self.paths}
         inside = {part for module in self.neurons for part in module.modules()}
         for module in self.paths:
-            parts = set(module.modules()) - {module} if module not in inside else set()
+            parts = set() if module in inside or isinstance(module, _LISTS) else set(module.modules()) - {module}
             if any(part in self.neurons or isinstance(part, _BatchNorm) for part in parts):
                 self._read(module)
         self._forget_uncalled()
 
     def _read(self, module: nn.Module) -> None:
-        if isinstance(module, _LISTS):
-            return
         try:
             calls = calls_of(module)
             nodes = [node for graph in calls.graphs for node in graph.find_nodes(op="call_module")]
@@ -244,7 +235,7 @@ class _Flow:
         self._check_callers(norm)
         if not self.sites[norm]:
             owner = self._owner(norm)
-            _leave(f"{type(owner).__name__} does not call it" if owner else "it is the model itself")
+            raise _Leave(f"{type(owner).__name__} does not call it" if owner else "it is the model itself")
         _check_hooks(norm, "it", _OUTPUT_HOOKS)
         entered: _Entered = {}
         parted = int(getattr(norm, "step_mode", "s") == "m")  # SpikingJelly's has time and batch apart
@@ -253,7 +244,7 @@ class _Flow:
             name = type(module).__name__
             self._check_callers(module)
             if set(self.sites[module]) != sites:
-                _leave(f"its output goes to {name}, which is called with something else, too")
+                raise _Leave(f"its output goes to {name}, which is called with something else, too")
             _check_hooks(module, name, _INPUT_HOOKS)
         _check_single(layer, self.owners[layer], type(layer).__name__)
         return _Arrival(layer, parted)
@@ -277,7 +268,7 @@ class _Flow:
         owner = self._owner(module)
         while owner is not None:
             if owner in self.failures:
-                _leave(f"the forward of {type(owner).__name__} can't be traced: {self.failures[owner]}")
+                raise _Leave(f"the forward of {type(owner).__name__} can't be traced: {self.failures[owner]}")
             owner = None if self.sites[module] else self._owner(owner)
 
     def _goes_to(self, site: _Site, parted: int, entered: _Entered, inwards: bool = False) -> _Arrival:
@@ -286,23 +277,23 @@ class _Flow:
         users = [user for user in node.users if not asks_for_shape(user)]
         name = " and ".join(dict.fromkeys(name_of_user(owner, user) for user in users))
         if len(users) != 1:
-            _leave(f"its output is used {len(users)} times, by {name}" if users else "nothing uses it")
+            raise _Leave(f"its output is used {len(users)} times, by {name}" if users else "nothing uses it")
         (user,) = users
         if user.op == "output" and inwards:
-            _leave(f"its output goes to {type(owner).__name__}")
+            raise _Leave(f"its output goes to {type(owner).__name__}")
         if user.op == "output" and user.args[0] is node:
             return self._leaves(owner, parted, entered)
         if parts_time(owner, user):
             return self._goes_to(_Site(owner, user), parted + 1, entered, inwards)
         if user.op != "call_module" or not is_first_alone(node, user):
-            _leave(f"its output goes to {name}")
+            raise _Leave(f"its output goes to {name}")
         module = owner.get_submodule(str(user.target))
         entered.setdefault(module, set()).add(_Site(owner, user))
         if module in self.neurons:
             return _Arrival(module, parted)
         calls = self.calls.get(module)
         if calls is None or calls.entering is None:
-            _leave(f"its output goes to {name}")
+            raise _Leave(f"its output goes to {name}")
         inputs = (graph.find_nodes(op="placeholder")[0] for graph in calls.graphs)
         into = parted + calls.entering
         return _one_of(self._goes_to(_Site(module, node), into, entered, True) for node in inputs)
@@ -314,18 +305,18 @@ class _Flow:
         self._check_callers(module)
         leaving = self.calls[module].leaving
         if module is self.model:
-            _leave("its output is that of the model")
+            raise _Leave("its output is that of the model")
         if leaving is None:
-            _leave(f"its output goes through {name}")
+            raise _Leave(f"its output goes through {name}")
         if not self.sites[module]:
-            _leave(f"its output is that of {name}, which nothing calls")
+            raise _Leave(f"its output is that of {name}, which nothing calls")
         return _one_of(self._goes_to(site, parted + leaving, entered) for site in self.sites[module])
 
 
 def _one_of(found: Iterable[_Arrival]) -> _Arrival:
     arrivals = set(found)
     if len(arrivals) > 1:
-        _leave(f"its output goes to {' and '.join(sorted(type(layer).__name__ for layer, _ in arrivals))}")
+        raise _Leave(f"its output goes to {' and '.join(sorted(type(layer).__name__ for layer, _ in arrivals))}")
     return arrivals.pop()
 
 
@@ -336,15 +327,11 @@ _INPUT_HOOKS = ("_forward_pre_hooks", "_backward_hooks")
 def _check_hooks(module: nn.Module, name: str, kinds: Sequence[str]) -> None:
     """No hook may see the input of the neurons, which is not normalised any more."""
     if any(getattr(module, kind) for kind in kinds):
-        _leave(f"{name} has hooks, which would see values that are not normalised")
+        raise _Leave(f"{name} has hooks, which would see values that are not normalised")
 
 
 def _check_single(module: nn.Module, owners: Sequence[nn.Module], name: str) -> None:
     if len(owners) > 1:
-        _leave(f"{name} is in the model {len(owners)} times")
+        raise _Leave(f"{name} is in the model {len(owners)} times")
     if "forward" in vars(module):
-        _leave(f"{name} has a forward that is not of its class")
-
-
-def _is_neuron(module: nn.Module) -> bool:
-    return isinstance(module, LIF | Converted) or any(library.find(module) is not None for library in libraries())
+        raise _Leave(f"{name} has a forward that is not of its class")

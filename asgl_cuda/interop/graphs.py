@@ -48,13 +48,13 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, ways: Sequence[bool] = ()) -> None:
         super().__init__()
-        self.ways = list(ways)
+        self.ways = iter(ways)
         self.taken: list[bool] = []
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         if not _is_of_shapes(obj.node):
             return super().to_bool(obj)
-        self.taken.append(self.ways[len(self.taken)] if len(self.taken) < len(self.ways) else False)
+        self.taken.append(next(self.ways, False))
         return self.taken[-1]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from ..batch_norm import module_batch_norm_lif
 from ..functional import LIFOutput
 from ..layout import channel_dim, real_type
-from ..neuron import LIF
-from .overlay import Overlay, bare_class, overlaid
+from .converted import Overlay, bare_class, overlaid
 
 
 class Place:
@@ -29,7 +28,6 @@ class Place:
     def __init__(self, owner: nn.Module | None, path: str) -> None:
         self._owner: Callable[[], nn.Module | None] = (lambda: None) if owner is None else weakref.ref(owner)
         self.path = path
-        self._names = path.split(".")
 
     def holds(self, sought: Callable[[Any], bool]) -> bool:
         """Whether it is there, or elsewhere in the owner, where it was moved or wrapped; True if the owner is gone."""
@@ -37,7 +35,7 @@ class Place:
         if owner is None:
             return True
         found: nn.Module | None = owner
-        for name in self._names:
+        for name in self.path.split("."):
             found = None if found is None else found._modules.get(name)
         return sought(found) or any(sought(module) for module in owner.modules())
 
@@ -85,7 +83,7 @@ class Normalisation(NamedTuple):
 
 
 class Normalised(Overlay):
-    """Neurons that normalise their input."""
+    """Neurons that normalise their input: `asgl_cuda.LIF`, which calls `_lif`, or converted, which call `compute`."""
 
     prefix = "Normalised"
 
@@ -101,15 +99,15 @@ class Normalised(Overlay):
         if converted:
             self.end()
 
-    def normalised(
+    def compute(
         self,
         x_seq: Tensor,
-        time_dim: int,
-        gain: Tensor | float = 1.0,
-        shift: Tensor | float = 0.0,
+        time_dim: int = 0,
+        input_gain: Tensor | float = 1.0,
+        input_bias: Tensor | float = 0.0,
         **options: Any,
     ) -> Tensor | LIFOutput:
-        """`asgl_cuda.batch_norm_lif` of gain y + shift, with y the normalised input."""
+        """`asgl_cuda.batch_norm_lif` of input_gain y + input_bias, with y the normalised input."""
         norm, at_norm, _ = self.normalisation
         if not at_norm.holds(lambda module: module is norm and isinstance(norm, PassedThrough)):
             raise RuntimeError(
@@ -117,22 +115,24 @@ class Normalised(Overlay):
                 f"{at_norm.path}, which is not there any more, and would normalise a second time: {_REMEDY}"
             )
         weight, bias = norm.weight, norm.bias
-        if isinstance(gain, float) and shift == 0.0:
-            options["input_scale"] = gain
+        if isinstance(input_gain, float) and input_bias == 0.0:
+            options["input_scale"] = input_gain
         else:
             place = x_seq.dim() - channel_dim(time_dim % x_seq.dim())
-            gain, shift = (self._of_channels(value, place, x_seq) for value in (gain, shift))
+            gain, shift = (self._of_channels(value, place, x_seq) for value in (input_gain, input_bias))
             weight = gain if weight is None else gain * weight.to(gain.dtype)
             bias = shift if bias is None else gain * bias.to(gain.dtype) + shift
+        # None: this process alone.
+        group = (norm.process_group or "world") if isinstance(norm, nn.SyncBatchNorm) else None
         return module_batch_norm_lif(
-            norm,
-            x_seq,
-            weight=weight,
-            bias=bias,
-            process_group=_group_of(norm),
-            time_dim=time_dim,
-            **options,
+            norm, x_seq, weight=weight, bias=bias, process_group=group, time_dim=time_dim, **options
         )
+
+    def _lif(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
+        return self.compute(x_seq, input_gain=self.input_gain, **self._held(x_seq, time_dim), **options)
+
+    def _lif_again(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
+        return self._lif(x_seq, time_dim, update=False, **options)
 
     def _of_channels(self, value: Tensor | float, place: int, x_seq: Tensor) -> Tensor:
         """The value as `[C]`; the channels are the dimension `place` from the last."""
@@ -149,35 +149,6 @@ class Normalised(Overlay):
         return f"{own}{', ' if own else ''}normalised by {bare_class(self.normalisation.norm).__name__}"
 
 
-class NormalisedLIF(Normalised):
-    """`asgl_cuda.LIF` with a normalisation."""
-
-    def _lif(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
-        return self.normalised(x_seq, gain=self.input_gain, **self._held(x_seq, time_dim), **options)
-
-    def _lif_again(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
-        return self._lif(x_seq, time_dim, update=False, **options)
-
-
-class NormalisedConverted(Normalised):
-    """A converted layer with a normalisation."""
-
-    def compute(
-        self,
-        x_seq: Tensor,
-        time_dim: int = 0,
-        input_gain: Tensor | float = 1.0,
-        input_bias: Tensor | float = 0.0,
-        **options: Any,
-    ) -> Tensor | LIFOutput:
-        return self.normalised(x_seq, time_dim, input_gain, input_bias, **options)
-
-
-def _group_of(norm: Any) -> Any:
-    """The processes that share the statistics, None for this one alone."""
-    return (norm.process_group or "world") if isinstance(norm, nn.SyncBatchNorm) else None
-
-
 def varies_by_channel(value: Tensor, place: int) -> bool:
     """Whether it is one value, or one for each index of the dimension `place` from the last."""
     varying = [value.dim() - dim for dim, size in enumerate(value.shape) if size != 1]
@@ -187,7 +158,7 @@ def varies_by_channel(value: Tensor, place: int) -> bool:
 def join(layer: Any, place: Place, normalisation: Normalisation) -> None:
     """The layer, a LIF or converted, at `place` computes the normalisation, which returns its input from now on."""
     norm = normalisation.norm
-    layer.__class__ = overlaid(NormalisedLIF if isinstance(layer, LIF) else NormalisedConverted, type(layer))
+    layer.__class__ = overlaid(Normalised, type(layer))
     layer.normalisation = normalisation
     norm.__class__ = overlaid(PassedThrough, type(norm))
     norm.neurons = place

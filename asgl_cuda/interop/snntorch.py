@@ -76,24 +76,23 @@ class ConvertedLeaky(Converted):
         beta, threshold = number(self.beta), number(self.threshold)
         least = _LEAST_BETA if mechanism == "subtract" else 0.0
         beta = min(max(beta, least), 1.0) if isinstance(beta, float) else beta.clamp(least, 1.0)
-        resets: dict[str, Any] = {"v_reset": 0.0} if mechanism == "zero" else {"v_reset": None, "reset_amount": 0.0}
-        if mechanism == "subtract":
-            resets["reset_amount"] = threshold / beta
-        arguments = {"decay": beta, "v_threshold": threshold, "detach_reset": True, "return_h_seq": True}
-        return self.lif(x_seq, v_init=self._reset(mem, resets), **arguments | resets | options)
+        amount = threshold / beta if mechanism == "subtract" else 0.0
+        options = {"detach_reset": True, "return_h_seq": True} | options
+        options |= {"v_reset": 0.0} if mechanism == "zero" else {"v_reset": None, "reset_amount": amount}
+        return self.lif(x_seq, decay=beta, v_threshold=threshold, v_init=self._reset(mem, amount), **options)
 
     def _mark(self, mem: Tensor) -> tuple[Any, ...]:
         """Differs when `mem` was changed or detached in place, a parameter changed, or gradients switched on or off."""
         used = [(id(value), value._version) for value in (mem, self.threshold, self.beta)]
         return mem.grad_fn, torch.is_grad_enabled(), *used
 
-    def _reset(self, mem: Tensor, resets: dict[str, Any]) -> Tensor:
+    def _reset(self, mem: Tensor, amount: Tensor | float) -> Tensor:
         """The potential after the reset that is due."""
         after: _After | None = self.__dict__.pop("_after", None)
         if after is not None and mem is after.mem and self._mark(mem) == after.mark:
             return after.v
         self.reset = reset = (mem - self.threshold > 0).to(mem.dtype).detach()
-        v: Tensor = (1 - reset) * mem if self.reset_mechanism == "zero" else mem - reset * resets["reset_amount"]
+        v: Tensor = (1 - reset) * mem if self.reset_mechanism == "zero" else mem - reset * amount
         return v
 
     def end(self) -> None:

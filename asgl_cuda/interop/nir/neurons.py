@@ -12,7 +12,6 @@ written with its gain in r and with v_leak = 0, because a potential starts at 0 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,31 +37,8 @@ class Neurons(NamedTuple):
     v_reset: Tensor
 
 
-def write_neurons(
-    neurons: Neurons, gain: Tensor, v_leak: Tensor, dt: float, dtype: torch.dtype, nir: Any, where: str
-) -> Any:
-    """A node of the equations above, with arrays of type `dtype`."""
-    decay, v_threshold, v_reset = neurons
-    if not ((decay >= 0) & (decay <= 1)).all():
-        raise ValueError(f"{where}: decay must be in [0, 1], got {range_of(decay)}")
-    fields = {"v_threshold": v_threshold, "v_reset": v_reset}
-    if "v_reset" not in {field.name for field in dataclasses.fields(nir.LIF)}:
-        if v_reset.any():
-            raise ValueError(
-                f"{where}: v_reset {range_of(v_reset)} needs a newer nir, got one whose LIF resets to 0: "
-                "pip install -U nir"
-            )
-        del fields["v_reset"]
-    if (decay == 1).all():
-        kind, fields["r"] = nir.IF, gain / dt
-    else:
-        kind, steps = nir.LIF, 1 / (1 - decay)
-        fields |= {"r": gain * steps, "tau": dt * steps, "v_leak": v_leak}
-    return kind(**{name: as_array(value.to(dtype)) for name, value in fields.items()})
-
-
 def read_neurons(node: Any, dt: float, where: str) -> Neurons:
-    """The node in the equations above."""
+    """The node in the equations above; `write` has the inverse."""
     r, v_threshold = as_double(node.r), as_double(node.v_threshold)
     v_reset = as_double(0.0 if getattr(node, "v_reset", None) is None else node.v_reset)
     if type(node).__name__ == "IF":
@@ -78,8 +54,7 @@ def read_neurons(node: Any, dt: float, where: str) -> Neurons:
         raise ValueError(f"{where}: r must be > 0, got {range_of(r)}")
     # r = tau / dt may have been rounded, and would take the threshold along.
     gain = torch.where((gain - 1).abs() < 1e-6, 1.0, gain)
-    values = torch.broadcast_tensors(decay, (v_threshold - v_leak) / gain, (v_reset - v_leak) / gain)
-    return Neurons(*values)
+    return Neurons(*torch.broadcast_tensors(decay, (v_threshold - v_leak) / gain, (v_reset - v_leak) / gain))
 
 
 def per_neuron(layer: LIF, value: Tensor | float, shape: Sequence[int]) -> Tensor:
@@ -119,10 +94,8 @@ def read_lif(node: Any, dt: float | None, where: str) -> LIF:
     """The layer that `to_nir` wrote, where the node has its metadata; else a layer of the node's numbers."""
     ours = node.metadata.get(_KEY)
     neurons = read_neurons(node, dt if dt is not None else float(ours["dt"]) if ours else DT, where)
-    return new_lif(neurons, where) if ours is None else _same_lif(neurons, ours, where)
-
-
-def _same_lif(neurons: Neurons, ours: dict[str, Any], where: str) -> LIF:
+    if ours is None:
+        return new_lif(neurons, where)
     # A file gives numpy's numbers; the layer had Python's, and gets these again.
     options = {name: value.item() if hasattr(value, "item") else value for name, value in ours["options"].items()}
     if ours["reset"] == "soft":

@@ -18,7 +18,7 @@ from ..convert import copied
 from ..converted import Converted
 from ..graphs import name_of_function
 from ..normalised import Normalised
-from .neurons import DT, Neurons, add_metadata, new_lif, per_neuron, read_neurons, write_neurons
+from .neurons import DT, Neurons, add_metadata, new_lif, per_neuron, read_neurons
 from .values import as_array, as_double, as_pair, as_shape, check_dt, range_of, require
 
 if TYPE_CHECKING:
@@ -212,7 +212,24 @@ class _Export(fx.Interpreter):
         return add_metadata(self._neurons(neurons, gain, torch.zeros_like(decay), flow, where), layer, self.dt)
 
     def _neurons(self, neurons: Neurons, gain: Tensor, v_leak: Tensor, flow: _Flow, where: str) -> Any:
-        return write_neurons(neurons, gain, v_leak, self.dt, real_type(flow.dtype), self.nir, where)
+        """A node of the equations of `neurons`, in the type of the arithmetic."""
+        decay, v_threshold, v_reset = neurons
+        if not ((decay >= 0) & (decay <= 1)).all():
+            raise ValueError(f"{where}: decay must be in [0, 1], got {range_of(decay)}")
+        fields = {"v_threshold": v_threshold, "v_reset": v_reset}
+        if "v_reset" not in self.nir.LIF.__dataclass_fields__:
+            if v_reset.any():
+                raise ValueError(
+                    f"{where}: v_reset {range_of(v_reset)} needs a newer nir, got one whose LIF resets to 0: "
+                    "pip install -U nir"
+                )
+            del fields["v_reset"]
+        if (decay == 1).all():
+            kind, fields["r"] = self.nir.IF, gain / self.dt
+        else:
+            kind, steps = self.nir.LIF, 1 / (1 - decay)
+            fields |= {"r": gain * steps, "tau": self.dt * steps, "v_leak": v_leak}
+        return kind(**{name: as_array(value.to(real_type(flow.dtype))) for name, value in fields.items()})
 
     def _compute(self, layer: Converted, x_seq: Tensor, **options: Any) -> Any:
         self.computed = options
