@@ -128,7 +128,7 @@ def end_to_end(report: dict[str, Any]) -> str:
     return "\n".join(
         (
             "A whole training step, and the share of the neuron layers in it, on the same machine; in a fused block "
-            "the share is that of the batch normalisations, too:",
+            "the share includes the batch normalisations:",
             "",
             *markdown_table(["", *heads], rows),
         )
