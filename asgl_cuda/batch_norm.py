@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .backends import BACKENDS
-from .checks import FLOATING_TYPES, HALF_TYPES, check_bool, check_input, check_not_nan
+from .checks import HALF_TYPES, check_bool, check_device, check_floating, check_input, check_not_nan
 from .functional import Call, LIFOutput, NeuronArguments, checked_call, lif, once_differentiable, unasked
 from .layout import by_channel, channel_dim, real_type
 from .ops import ForwardResult
@@ -231,7 +231,15 @@ def batch_norm_lif(
         raise ValueError(f"{_CALLER}: evaluation (training=False) needs running_mean and running_var, got None")
     named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, value in named.items():
-        _check_by_channel(name, value, channels, x_seq)
+        if value is None:
+            continue
+        check_floating(name, value, _CALLER)
+        if list(value.shape) != [channels]:
+            raise ValueError(
+                f"{_CALLER}: {name} must have shape {[channels]} for x_seq of shape {list(x_seq.shape)}, "
+                f"got {list(value.shape)}"
+            )
+        check_device(name, value, x_seq, _CALLER)
     if not isinstance(momentum, Tensor):
         check_not_nan("momentum", momentum, _CALLER, "a float or a tensor")
     eps = check_not_nan("eps", eps, _CALLER)
@@ -276,23 +284,6 @@ def batch_norm_lif(
                 else:
                     running.lerp_(value, share)
     return call.output((outputs[0].to(scalar), *outputs[1:]))
-
-
-def _check_by_channel(name: str, value: Tensor | None, channels: int, x_seq: Tensor) -> None:
-    """Floating type, device of x_seq, shape [C]."""
-    if value is None:
-        return
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{_CALLER}: {name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in FLOATING_TYPES:
-        raise TypeError(f"{_CALLER}: {name} must be of a floating type, got {value.dtype}")
-    if list(value.shape) != [channels]:
-        raise ValueError(
-            f"{_CALLER}: {name} must have shape {[channels]} for x_seq of shape {list(x_seq.shape)}, "
-            f"got {list(value.shape)}"
-        )
-    if value.device != x_seq.device:
-        raise ValueError(f"{_CALLER}: {name} must be on {x_seq.device} as x_seq, got {value.device}")
 
 
 def _reference(

@@ -32,10 +32,6 @@ def _triangle(y: Tensor) -> Tensor:
     return torch.where(y < 0, tail, 1 - tail)
 
 
-def _sigmoid(y: Tensor) -> Tensor:
-    return torch.sigmoid(y)
-
-
 def _arctan(y: Tensor) -> Tensor:
     return torch.atan(y * (math.pi / 2)) * (1 / math.pi) + 0.5
 
@@ -61,7 +57,7 @@ def _laplace(y: Tensor) -> Tensor:
 SURROGATES: dict[str, Surrogate] = {
     "rectangle": Surrogate(0, _rectangle),
     "triangle": Surrogate(1, _triangle),
-    "sigmoid": Surrogate(2, _sigmoid),
+    "sigmoid": Surrogate(2, torch.sigmoid),
     "arctan": Surrogate(3, _arctan),
     "erf": Surrogate(4, _erf),
     "fast_sigmoid": Surrogate(5, _fast_sigmoid),
