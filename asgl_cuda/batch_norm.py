@@ -114,7 +114,9 @@ def _forward(
 
     coefficients, statistics = coefficients_of(None)
     if settings.group is not None:
-        coefficients, statistics = coefficients_of(_gathered(statistics, settings.group))
+        parts = [torch.empty_like(statistics) for _ in range(torch.distributed.get_world_size(settings.group))]
+        torch.distributed.all_gather(parts, statistics, group=settings.group)
+        coefficients, statistics = coefficients_of(torch.stack(parts))
         _check_shared_count(statistics[:1, 0], settings, call.x_seq)
     normalised = _normalised(call, settings.channel, coefficients.unbind())
     return normalised.forward(keep_checkpoints), coefficients, statistics
@@ -149,13 +151,6 @@ def _sharing(process_group: Any) -> Any:
             f"got {process_group!r}"
         )
     return process_group if torch.distributed.get_world_size(process_group) > 1 else None
-
-
-def _gathered(statistics: Tensor, group: Any) -> Tensor:
-    """The statistics of all processes, [processes, C, 3]."""
-    parts = [torch.empty_like(statistics) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(parts, statistics, group=group)
-    return torch.stack(parts)
 
 
 def _summed(sums: Sequence[Tensor], group: Any) -> Sequence[Tensor]:

@@ -79,12 +79,12 @@ def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     noise are among them: they may get some, and can be monitored. Raises TypeError where `model` is no module.
     """
     check_module(model, "asgl_cuda.asgl_layers")
-    return ((name, module) for name, module in model.named_modules() if _is_asgl_layer(module))
-
-
-def _is_asgl_layer(module: nn.Module) -> bool:
     # torch.compile's wrapper of a layer passes attributes on, and would count as a second layer, hence getattr_static.
-    return inspect.getattr_static(module, "analog_prob", None) is not None and hasattr(module, "log_width")
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if inspect.getattr_static(module, "analog_prob", None) is not None and hasattr(module, "log_width")
+    )
 
 
 def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:

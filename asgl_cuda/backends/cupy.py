@@ -207,15 +207,11 @@ def description() -> str:
     if nvrtc_problem() is not None:
         nvrtc = "NVRTC missing"
     else:
-        nvrtc = f"NVRTC {nvrtc_version()}" + "".join(f" in {path}" for path in _loaded("libnvrtc.so"))
+        maps = Path("/proc/self/maps")  # of the libraries in this process; not on every system
+        lines = maps.read_text().splitlines() if maps.exists() else []
+        paths = sorted({line.split()[-1] for line in lines if "libnvrtc.so" in line})
+        nvrtc = f"NVRTC {nvrtc_version()}" + "".join(f" in {path}" for path in paths)
     return f"headers {source_directory() or 'missing'}, {nvrtc}, cache {cache_directory()}"
-
-
-def _loaded(library: str) -> list[str]:
-    """Paths of the shared libraries of this name in this process; on systems without /proc, none."""
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
-    return sorted({line.split()[-1] for line in lines if library in line})
 
 
 def problem() -> str | None:
