@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .backends import BACKENDS
-from .checks import FLOATING_TYPES, HALF_TYPES, check_bool, check_input, check_not_nan
+from .checks import HALF_TYPES, check_bool, check_device, check_floating, check_input, check_not_nan
 from .functional import Call, LIFOutput, NeuronArguments, checked_call, lif, once_differentiable, unasked
 from .layout import by_channel, channel_dim, real_type
 from .ops import ForwardResult
@@ -114,7 +114,9 @@ def _forward(
 
     coefficients, statistics = coefficients_of(None)
     if settings.group is not None:
-        coefficients, statistics = coefficients_of(_gathered(statistics, settings.group))
+        parts = [torch.empty_like(statistics) for _ in range(torch.distributed.get_world_size(settings.group))]
+        torch.distributed.all_gather(parts, statistics, group=settings.group)
+        coefficients, statistics = coefficients_of(torch.stack(parts))
         _check_shared_count(statistics[:1, 0], settings, call.x_seq)
     normalised = _normalised(call, settings.channel, coefficients.unbind())
     return normalised.forward(keep_checkpoints), coefficients, statistics
@@ -149,13 +151,6 @@ def _sharing(process_group: Any) -> Any:
             f"got {process_group!r}"
         )
     return process_group if torch.distributed.get_world_size(process_group) > 1 else None
-
-
-def _gathered(statistics: Tensor, group: Any) -> Tensor:
-    """The statistics of all processes, [processes, C, 3]."""
-    parts = [torch.empty_like(statistics) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(parts, statistics, group=group)
-    return torch.stack(parts)
 
 
 def _summed(sums: Sequence[Tensor], group: Any) -> Sequence[Tensor]:
@@ -231,7 +226,15 @@ def batch_norm_lif(
         raise ValueError(f"{_CALLER}: evaluation (training=False) needs running_mean and running_var, got None")
     named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, value in named.items():
-        _check_by_channel(name, value, channels, x_seq)
+        if value is None:
+            continue
+        check_floating(name, value, _CALLER)
+        if list(value.shape) != [channels]:
+            raise ValueError(
+                f"{_CALLER}: {name} must have shape {[channels]} for x_seq of shape {list(x_seq.shape)}, "
+                f"got {list(value.shape)}"
+            )
+        check_device(name, value, x_seq, _CALLER)
     if not isinstance(momentum, Tensor):
         check_not_nan("momentum", momentum, _CALLER, "a float or a tensor")
     eps = check_not_nan("eps", eps, _CALLER)
@@ -276,23 +279,6 @@ def batch_norm_lif(
                 else:
                     running.lerp_(value, share)
     return call.output((outputs[0].to(scalar), *outputs[1:]))
-
-
-def _check_by_channel(name: str, value: Tensor | None, channels: int, x_seq: Tensor) -> None:
-    """Floating type, device of x_seq, shape [C]."""
-    if value is None:
-        return
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{_CALLER}: {name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in FLOATING_TYPES:
-        raise TypeError(f"{_CALLER}: {name} must be of a floating type, got {value.dtype}")
-    if list(value.shape) != [channels]:
-        raise ValueError(
-            f"{_CALLER}: {name} must have shape {[channels]} for x_seq of shape {list(x_seq.shape)}, "
-            f"got {list(value.shape)}"
-        )
-    if value.device != x_seq.device:
-        raise ValueError(f"{_CALLER}: {name} must be on {x_seq.device} as x_seq, got {value.device}")
 
 
 def _reference(

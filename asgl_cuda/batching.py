@@ -9,6 +9,7 @@ batch normalisation, whose statistics are of each sample alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,73 +19,60 @@ from torch.utils import _pytree as pytree
 from .layout import channel_dim, is_dense
 from .reference import Rules
 
+Operator = Callable[..., Any]
 Rule = Callable[..., tuple[Any, Any]]  # takes info, in_dims and the operator's arguments; returns outputs and out_dims
 
 
 def batching_rules(library: Any) -> dict[str, Rule]:
     """The rules by the names of the operators in `library`, such as torch.ops.asgl_cuda."""
     return {
-        "lif_forward": _rule_of_forward(library.lif_forward.default),
-        "lif_backward": _rule_of_backward(library.lif_backward.default),
-        "batch_norm_coefficients": _rule_of_batch_norm(library.batch_norm_coefficients.default),
-        "batch_norm_backward": _rule_of_batch_norm(_writing_back(library.batch_norm_backward.default)),
+        "lif_forward": partial(_rule_of_forward, library.lif_forward.default),
+        "lif_backward": partial(_rule_of_backward, library.lif_backward.default),
+        "batch_norm_coefficients": partial(_one_by_one, library.batch_norm_coefficients.default),
+        "batch_norm_backward": partial(_one_by_one, partial(_write_back, library.batch_norm_backward.default)),
     }
 
 
-def _rule_of_forward(operator: Callable[..., Any]) -> Rule:
-    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        x_seq, v_init, rng_state, parameters, numbers, rules, wanted = arguments
-        x_dim, v_dim, rng_dim, parameter_dims, *_ = in_dims
-        rules = Rules(*rules)
-        if not _are_numbered_in_one_row(rng_state, rng_dim):
-            return _one_by_one(operator, rules.time_dim, info, in_dims, arguments)
-        samples = _Samples(info.batch_size, x_seq, x_dim, rules.time_dim)
-        *outputs, checkpoints = operator(
-            samples.x_seq, samples.front(v_init, v_dim), _of_all_samples(rng_state, rng_dim),
-            [samples.parameter(value, dim) for value, dim in zip(parameters, parameter_dims, strict=True)],
-            numbers, rules._replace(time_dim=rules.time_dim + 1), wanted,
-        )  # fmt: skip
-        *_, wants_checkpoints = wanted
-        if wants_checkpoints:
-            checkpoints = samples.apart(checkpoints)
-        return (*outputs, checkpoints), tuple(0 if asked else None for asked in (True, *wanted))
-
-    return rule
+def _rule_of_forward(operator: Operator, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    x_seq, v_init, rng_state, parameters, numbers, rules, wanted = arguments
+    x_dim, v_dim, rng_dim, parameter_dims, *_ = in_dims
+    rules = Rules(*rules)
+    if not _are_numbered_in_one_row(rng_state, rng_dim):
+        return _one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
+    samples = _Samples(info.batch_size, x_seq, x_dim, rules.time_dim)
+    *outputs, checkpoints = operator(
+        samples.x_seq, samples.front(v_init, v_dim), _of_all_samples(rng_state, rng_dim),
+        [samples.parameter(value, dim) for value, dim in zip(parameters, parameter_dims, strict=True)],
+        numbers, rules._replace(time_dim=rules.time_dim + 1), wanted,
+    )  # fmt: skip
+    *_, wants_checkpoints = wanted
+    if wants_checkpoints:
+        checkpoints = samples.apart(checkpoints)
+    return (*outputs, checkpoints), tuple(0 if asked else None for asked in (True, *wanted))
 
 
-def _rule_of_backward(operator: Callable[..., Any]) -> Rule:
-    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        grads, x_seq, v_init, rng_state, checkpoints, parameters, numbers, rules, wanted = arguments
-        grad_dims, x_dim, v_dim, rng_dim, checkpoint_dim, parameter_dims, *_ = in_dims
-        rules = Rules(*rules)
-        if not _are_numbered_in_one_row(rng_state, rng_dim):
-            return _one_by_one(operator, rules.time_dim, info, in_dims, arguments)
-        samples = _Samples(info.batch_size, x_seq, x_dim, rules.time_dim)
-        wants_x_seq, wants_v_init, *wants_parameters = wanted
-        of_parameters = list(zip(parameters, parameter_dims, wants_parameters, strict=True))
-        grad_x_seq, grad_v_init, grad_parameters = operator(
-            [samples.front(grad, dim) for grad, dim in zip(grads, grad_dims, strict=True)],
-            samples.x_seq, samples.front(v_init, v_dim), _of_all_samples(rng_state, rng_dim),
-            samples.together(checkpoints, checkpoint_dim),
-            [samples.parameter(value, dim, apart=asked) for value, dim, asked in of_parameters],
-            numbers, rules._replace(time_dim=rules.time_dim + 1), wanted,
-        )  # fmt: skip
-        grad_parameters = [
-            grad.reshape(info.batch_size, *_shape_of_one(value, dim)) if asked else grad
-            for grad, (value, dim, asked) in zip(grad_parameters, of_parameters, strict=True)
-        ]
-        x_dim, v_dim, *dims = (0 if asked else None for asked in (wants_x_seq, wants_v_init, *wants_parameters))
-        return (grad_x_seq, grad_v_init, grad_parameters), (x_dim, v_dim, dims)
-
-    return rule
-
-
-def _rule_of_batch_norm(operator: Callable[..., Any]) -> Rule:
-    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        *_, time_dim = arguments
-        return _one_by_one(operator, time_dim, info, in_dims, arguments)
-
-    return rule
+def _rule_of_backward(operator: Operator, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    grads, x_seq, v_init, rng_state, checkpoints, parameters, numbers, rules, wanted = arguments
+    grad_dims, x_dim, v_dim, rng_dim, checkpoint_dim, parameter_dims, *_ = in_dims
+    rules = Rules(*rules)
+    if not _are_numbered_in_one_row(rng_state, rng_dim):
+        return _one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
+    samples = _Samples(info.batch_size, x_seq, x_dim, rules.time_dim)
+    wants_x_seq, wants_v_init, *wants_parameters = wanted
+    of_parameters = list(zip(parameters, parameter_dims, wants_parameters, strict=True))
+    grad_x_seq, grad_v_init, grad_parameters = operator(
+        [samples.front(grad, dim) for grad, dim in zip(grads, grad_dims, strict=True)],
+        samples.x_seq, samples.front(v_init, v_dim), _of_all_samples(rng_state, rng_dim),
+        samples.together(checkpoints, checkpoint_dim),
+        [samples.parameter(value, dim, apart=asked) for value, dim, asked in of_parameters],
+        numbers, rules._replace(time_dim=rules.time_dim + 1), wanted,
+    )  # fmt: skip
+    grad_parameters = [
+        grad.reshape(info.batch_size, *_shape_of_one(value, dim)) if asked else grad
+        for grad, (value, dim, asked) in zip(grad_parameters, of_parameters, strict=True)
+    ]
+    x_dim, v_dim, *dims = (0 if asked else None for asked in (wants_x_seq, wants_v_init, *wants_parameters))
+    return (grad_x_seq, grad_v_init, grad_parameters), (x_dim, v_dim, dims)
 
 
 def _are_numbered_in_one_row(rng_state: Tensor | None, dim: int | None) -> bool:
@@ -140,9 +128,11 @@ class _Samples:
 
 
 def _one_by_one(
-    operator: Callable[..., Any], time_dim: int, info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
+    operator: Operator, info: Any, in_dims: tuple[Any, ...], *arguments: Any, time_dim: int | None = None
 ) -> tuple[Any, Any]:
-    """A call for each sample."""
+    """A call for each sample. The operators of batch normalisation have time_dim as their last argument."""
+    *_, last = arguments
+    time_dim = last if time_dim is None else time_dim
     values, structure = pytree.tree_flatten(arguments)
     dims = pytree.tree_leaves(in_dims)
 
@@ -163,18 +153,14 @@ def _one_by_one(
     return outputs, pytree.tree_map(lambda _: 0, outputs)
 
 
-def _writing_back(batch_norm_backward: Callable[..., Any]) -> Callable[..., Any]:
+def _write_back(batch_norm_backward: Operator, grad_x_seq: Tensor, x_seq: Tensor, *others: Any) -> Any:
     """The same operator for a grad_x_seq that does not lie in memory as x_seq does."""
-
-    def operator(grad_x_seq: Tensor, x_seq: Tensor, *others: Any) -> Any:
-        if grad_x_seq.numel() == 0:
-            return batch_norm_backward(grad_x_seq, x_seq, *others)
-        *_, time_dim = others
-        last = x_seq.dim() - 1
-        channel = last if x_seq.is_contiguous() else channel_dim(time_dim)  # else channels_last
-        changed = grad_x_seq.movedim(channel, last).clone(memory_format=torch.contiguous_format).movedim(last, channel)
-        result = batch_norm_backward(changed, x_seq, *others)
-        grad_x_seq.copy_(changed)
-        return result
-
-    return operator
+    if grad_x_seq.numel() == 0:
+        return batch_norm_backward(grad_x_seq, x_seq, *others)
+    *_, time_dim = others
+    last = x_seq.dim() - 1
+    channel = last if x_seq.is_contiguous() else channel_dim(time_dim)  # else channels_last
+    changed = grad_x_seq.movedim(channel, last).clone(memory_format=torch.contiguous_format).movedim(last, channel)
+    result = batch_norm_backward(changed, x_seq, *others)
+    grad_x_seq.copy_(changed)
+    return result

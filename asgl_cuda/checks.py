@@ -106,13 +106,25 @@ def check_not_nan(name: str, value: Any, caller: str, expected: str = "a float")
     return number
 
 
+def check_device(name: str, value: Tensor, x_seq: Tensor, caller: str) -> None:
+    """The device of x_seq."""
+    if value.device != x_seq.device:
+        raise ValueError(f"{caller}: {name} must be on {x_seq.device} as x_seq, got {value.device}")
+
+
+def check_floating(name: str, value: Any, caller: str) -> None:
+    """A tensor of a floating type."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{caller}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING_TYPES:
+        raise TypeError(f"{caller}: {name} must be of a floating type, got {value.dtype}")
+
+
 def check_parameter(name: str, value: Tensor, x_seq: Tensor, caller: str) -> None:
     """Floating type, device of x_seq, and a shape that broadcasts against it."""
     check_dense(name, value, caller)
-    if value.dtype not in FLOATING_TYPES:
-        raise TypeError(f"{caller}: {name} must be of a floating type, got {value.dtype}")
-    if value.device != x_seq.device:
-        raise ValueError(f"{caller}: {name} must be on {x_seq.device} as x_seq, got {value.device}")
+    check_floating(name, value, caller)
+    check_device(name, value, x_seq, caller)
     extra = x_seq.dim() - value.dim()
     if extra < 0 or any(size != 1 and size != x_seq.shape[extra + dim] for dim, size in enumerate(value.shape)):
         raise ValueError(
@@ -122,16 +134,12 @@ def check_parameter(name: str, value: Tensor, x_seq: Tensor, caller: str) -> Non
 
 def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str) -> None:
     """Floating type, device of x_seq, and its shape without time."""
-    if not isinstance(v_init, Tensor):
-        raise TypeError(f"{caller}: v_init must be a tensor, got {type(v_init).__name__}")
+    check_floating("v_init", v_init, caller)
     check_dense("v_init", v_init, caller)
-    if v_init.dtype not in FLOATING_TYPES:
-        raise TypeError(f"{caller}: v_init must be of a floating type, got {v_init.dtype}")
     shape = state_shape(x_seq, time_dim)
     if list(v_init.shape) != shape:
         raise ValueError(f"{caller}: v_init must have shape {shape}, got {list(v_init.shape)}")
-    if v_init.device != x_seq.device:
-        raise ValueError(f"{caller}: v_init must be on {x_seq.device} as x_seq, got {v_init.device}")
+    check_device("v_init", v_init, x_seq, caller)
 
 
 def check_analog_prob(analog_prob: float, caller: str) -> int:
@@ -150,8 +158,7 @@ def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) ->
             f"{caller}: analog_prob must be a float or a tensor of one, got a tensor of shape "
             f"{list(analog_prob.shape)} and type {analog_prob.dtype}"
         )
-    if analog_prob.device != x_seq.device:
-        raise ValueError(f"{caller}: analog_prob must be on {x_seq.device} as x_seq, got {analog_prob.device}")
+    check_device("analog_prob", analog_prob, x_seq, caller)
     if _can_be_seen(analog_prob):
         check_analog_prob(analog_prob.item(), caller)
     return (analog_prob.detach().double() * DRAWS).round().clamp(0, DRAWS).to(torch.int64).reshape(1)
@@ -165,8 +172,7 @@ def check_rng_state(rng_state: Tensor, x_seq: Tensor, caller: str) -> None:
         raise TypeError(f"{caller}: rng_state must be of type torch.int64, got {rng_state.dtype}")
     if rng_state.shape != (2,):
         raise ValueError(f"{caller}: rng_state must have shape [2], got {list(rng_state.shape)}")
-    if rng_state.device != x_seq.device:
-        raise ValueError(f"{caller}: rng_state must be on {x_seq.device} as x_seq, got {rng_state.device}")
+    check_device("rng_state", rng_state, x_seq, caller)
 
 
 def check_generator(generator: Any, x_seq: Tensor, caller: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -111,19 +112,13 @@ class Row(NamedTuple):
 
 def check_backends() -> Iterator[Row]:
     """A row for each quantity of each available backend, device, type, surrogate and reset."""
-    for backend in available_backends():
-        if backend == "reference":
-            continue
-        for device in BACKENDS[backend].device_types:
-            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-                for surrogate in SURROGATES:
-                    for v_reset in (0.0, None):
-                        yield from _check(backend, torch.device(device), dtype, surrogate, v_reset)
+    dtypes = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    for backend in available_backends():  # the reference is for any type of device, and names none
+        for each in product(BACKENDS[backend].device_types, dtypes, SURROGATES, (0.0, None)):
+            yield from _check(backend, *each)
 
 
-def _check(
-    backend: str, device: torch.device, dtype: torch.dtype, surrogate: str, v_reset: float | None
-) -> Iterator[Row]:
+def _check(backend: str, device: str, dtype: torch.dtype, surrogate: str, v_reset: float | None) -> Iterator[Row]:
     steps, batch, channels = 21, 5, 67
     generator = torch.Generator().manual_seed(1)
     real = torch.float64 if dtype == torch.float64 else torch.float32

@@ -50,10 +50,6 @@ def operators_in(namespace: str) -> Operators:
     return Operators(*(getattr(library, name).default for name in Operators._fields))
 
 
-def _extension_problem() -> str | None:
-    return extension.problem
-
-
 def _cuda_problem() -> str | None:
     info = extension.build_info
     if info is not None and info.cuda is None:
@@ -67,7 +63,7 @@ def _cuda_problem() -> str | None:
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(("cuda",), operators_in("asgl_cuda"), _cuda_problem),
     "cupy": Backend(("cuda",), operators_in(cupy.NAMESPACE), cupy.problem),
-    "cpu": Backend(("cpu",), operators_in("asgl_cuda"), _extension_problem),
+    "cpu": Backend(("cpu",), operators_in("asgl_cuda"), lambda: extension.problem),
     "reference": Backend((), None, lambda: None),
 }
 

@@ -41,9 +41,6 @@ def install_command() -> str:
     return f'pip install "asgl_cuda[{extra}]"'
 
 
-# ---- compilation ----
-
-
 class Binary(NamedTuple):
     """A compiled kernel: the name that the linker knows it by, and a cubin or PTX."""
 
@@ -150,9 +147,6 @@ def _write(path: Path, binary: Binary) -> None:
         logger.warning("a compiled kernel could not be kept, and will be compiled again by the next process: %s", error)
 
 
-# ---- launching ----
-
-
 def _driver() -> Any:
     from cupy_backends.cuda.api import driver
 
@@ -170,12 +164,11 @@ class CupyLauncher:
         self._resident_threads: dict[int, int] = {}
 
     def resident_threads(self, device: torch.device) -> int:
-        index = device.index
-        if index not in self._resident_threads:
-            properties = torch.cuda.get_device_properties(device)
-            threads = properties.multi_processor_count * properties.max_threads_per_multi_processor
-            self._resident_threads[index] = threads
-        return self._resident_threads[index]
+        if device.index not in self._resident_threads:
+            found = torch.cuda.get_device_properties(device)
+            each = found.max_threads_per_multi_processor
+            self._resident_threads[device.index] = found.multi_processor_count * each
+        return self._resident_threads[device.index]
 
     def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: Structure) -> None:
         driver = _driver()
@@ -209,23 +202,16 @@ LAUNCHER = CupyLauncher()
 normalisation_kernels.implement(NAMESPACE, "CUDA", LAUNCHER)
 
 
-# ---- whether it works, and with what ----
-
-
 def description() -> str:
     """Where the headers, NVRTC and the cache are, as far as they are there; for people."""
     if nvrtc_problem() is not None:
         nvrtc = "NVRTC missing"
     else:
-        nvrtc = f"NVRTC {nvrtc_version()}" + "".join(f" in {path}" for path in _loaded("libnvrtc.so"))
+        maps = Path("/proc/self/maps")  # of the libraries in this process; not on every system
+        lines = maps.read_text().splitlines() if maps.exists() else []
+        paths = sorted({line.split()[-1] for line in lines if "libnvrtc.so" in line})
+        nvrtc = f"NVRTC {nvrtc_version()}" + "".join(f" in {path}" for path in paths)
     return f"headers {source_directory() or 'missing'}, {nvrtc}, cache {cache_directory()}"
-
-
-def _loaded(library: str) -> list[str]:
-    """Paths of the shared libraries of this name in this process; on systems without /proc, none."""
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
-    return sorted({line.split()[-1] for line in lines if library in line})
 
 
 def problem() -> str | None:

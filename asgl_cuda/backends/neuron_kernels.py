@@ -181,9 +181,8 @@ class _Call:
             return GENERAL
         gain, bias, mean = of_input = self.views.input_gain, self.views.input_bias, self.views.input_mean
         others = [view for view in self.views if not any(view is each for each in of_input)]
-        if any(view.data and (view.count != 1 or view.step_stride) for view in others):
-            return GENERAL
-        if any(view.data and view.step_stride for view in of_input):
+        per_step = any(view.data and view.step_stride for view in self.views)
+        if per_step or any(view.data and view.count != 1 for view in others):
             return GENERAL
         plain = not any(view.data for view in of_input) and (gain.constant, bias.constant, mean.constant) == (1, 0, 0)
         return PLAIN if plain else NORMALISED
