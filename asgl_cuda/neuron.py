@@ -279,13 +279,9 @@ class LIF(Noisy):
             "torch.compile and torch.export can"
         )
 
-    def _lif(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
-        """`asgl_cuda.lif` with what the layer holds, except the carried potential."""
+    def _lif(self, x_seq: Tensor, time_dim: int, update: bool = True, **options: Any) -> Tensor | LIFOutput:
+        """Calls `asgl_cuda.lif`, without the carried potential; without `update` no state of the layer may change."""
         return lif(x_seq, input_gain=self.input_gain, **self._held(x_seq, time_dim), **options)
-
-    def _lif_again(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
-        """Repeats a call to look at it, and changes nothing in the layer."""
-        return self._lif(x_seq, time_dim, **options)
 
     def _held(self, x_seq: Tensor, time_dim: int) -> dict[str, Any]:
         """The arguments of `asgl_cuda.lif` that the layer holds, except the gain of its input."""
@@ -469,10 +465,11 @@ class BatchNormLIF(LIF):
         _fill(self.running_var, 1.0)
         _fill(self.num_batches_tracked, 0)
 
-    def _lif(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
+    def _lif(self, x_seq: Tensor, time_dim: int, update: bool = True, **options: Any) -> Tensor | LIFOutput:
         return module_batch_norm_lif(
             self,
             x_seq,
+            update=update,
             weight=self.weight,
             bias=self.bias,
             input_scale=self.input_scale,
@@ -480,9 +477,6 @@ class BatchNormLIF(LIF):
             **self._held(x_seq, time_dim),
             **options,
         )
-
-    def _lif_again(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
-        return self._lif(x_seq, time_dim, update=False, **options)
 
     def extra_repr(self) -> str:
         parts = [f"{self.num_channels}", f"eps={self.eps:g}", f"momentum={self.momentum}"]

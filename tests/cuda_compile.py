@@ -336,7 +336,7 @@ def kernels_asked_for() -> list[str]:
                 normalisation_kernels.input_gradient_kernel(dtype, lanes),
             ]
     for dtype, surrogate, hard in product(launch.SCALARS, range(len(SURROGATES)), (False, True)):
-        kinds = dtype, surrogate, hard
+        kinds = dtype, launch.model(surrogate, hard)
         names += [launch.forward_kernel(*kinds, 1, launch.GENERAL), launch.backward_kernel(*kinds, 1, launch.GENERAL)]
         if dtype == torch.float64:
             continue

@@ -47,20 +47,19 @@ def _input(input: str) -> str:
     return f"(asgl::Input){constant(f'Input::{input}')}"
 
 
-def _model(surrogate: int, hard_reset: object) -> str:
+def model(surrogate: int, hard_reset: object) -> str:
+    """The type in csrc that computes such neurons, as with_model of csrc/launch.h chooses it."""
     return f"asgl::LIF<(asgl::Surrogate){surrogate}, {_bool(hard_reset)}>"
 
 
-def forward_kernel(dtype: torch.dtype, surrogate: int, hard_reset: object, lanes: int, input: str) -> str:
+def forward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str) -> str:
     """`lanes`: neurons a thread; `input`: GENERAL, NORMALISED or PLAIN."""
-    return f"asgl::lif_forward_kernel<{SCALARS[dtype]}, {_model(surrogate, hard_reset)}, {lanes}, {_input(input)}>"
+    return f"asgl::lif_forward_kernel<{SCALARS[dtype]}, {model}, {lanes}, {_input(input)}>"
 
 
-def backward_kernel(
-    dtype: torch.dtype, surrogate: int, hard_reset: object, lanes: int, input: str, steps: int = CHECKPOINT_STEPS
-) -> str:
+def backward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, steps: int = CHECKPOINT_STEPS) -> str:
     """`steps`: the length of the sequence."""
-    kinds = f"{SCALARS[dtype]}, {_model(surrogate, hard_reset)}"
+    kinds = f"{SCALARS[dtype]}, {model}"
     if input == GENERAL:
         return f"asgl::lif_backward_kernel<{kinds}, {lanes}>"
     segment = next((each for each in SEGMENT_STEPS if steps <= each), CHECKPOINT_STEPS)
@@ -114,6 +113,7 @@ class _Call:
     def __init__(self, x_seq: Tensor, *others: Any) -> None:
         v_init, rng_state, parameters, numbers, rules = others
         self.rules = Rules(*rules)
+        self.model = model(self.rules.surrogate, self.rules.hard_reset)
         self.layout = layout = Layout(x_seq, self.rules.time_dim)
         self.real = real_type(x_seq.dtype)
         for tensor in (v_init, *parameters):
@@ -206,7 +206,7 @@ class NeuronOperators(KernelOperators):
             params = call.params(
                 "ForwardParams", tiles, s_seq=s_seq, last=v_last, v_seq=v_seq, h_seq=h_seq, checkpoints=checkpoints
             )
-            kernel = forward_kernel(x_seq.dtype, call.rules.surrogate, call.rules.hard_reset, lanes, input)
+            kernel = forward_kernel(x_seq.dtype, call.model, lanes, input)
             self.start(x_seq.device, kernel, params.tiles.count, params)
         return outputs
 
@@ -245,9 +245,7 @@ class NeuronOperators(KernelOperators):
             more = any(asked._replace(width=False, input_gain=False, input_bias=False))
             general = grad_v_seq is not None or grad_h_seq is not None or more
             input = GENERAL if general else call.input(lanes)
-            kernel = backward_kernel(
-                x_seq.dtype, call.rules.surrogate, call.rules.hard_reset, lanes, input, layout.steps
-            )
+            kernel = backward_kernel(x_seq.dtype, call.model, lanes, input, layout.steps)
             self.start(x_seq.device, kernel, blocks, params)
             for name, each, view, gradient in zip(Parameters._fields, partials, call.views, gradients, strict=True):
                 if getattr(asked, name):

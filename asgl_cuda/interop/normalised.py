@@ -131,9 +131,6 @@ class Normalised(Overlay):
     def _lif(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
         return self.compute(x_seq, input_gain=self.input_gain, **self._held(x_seq, time_dim), **options)
 
-    def _lif_again(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
-        return self._lif(x_seq, time_dim, update=False, **options)
-
     def _of_channels(self, value: Tensor | float, place: int, x_seq: Tensor) -> Tensor:
         """The value as `[C]`; the channels are the dimension `place` from the last."""
         value = torch.as_tensor(value, dtype=real_type(x_seq.dtype), device=x_seq.device)

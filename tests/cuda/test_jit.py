@@ -25,11 +25,11 @@ from asgl_cuda.backends import neuron_kernels as launch
 from asgl_cuda.backends import normalisation_kernels
 from asgl_cuda.backends.structures import structure
 
-FORWARD = launch.forward_kernel(torch.float32, 0, True, 4, launch.PLAIN)
-BACKWARD = launch.backward_kernel(torch.float32, 0, True, 4, launch.PLAIN, 4)
+FORWARD = launch.forward_kernel(torch.float32, launch.model(0, True), 4, launch.PLAIN)
+BACKWARD = launch.backward_kernel(torch.float32, launch.model(0, True), 4, launch.PLAIN, 4)
 OF_BATCH_NORM = (
-    launch.forward_kernel(torch.float32, 0, True, 4, launch.NORMALISED),
-    launch.backward_kernel(torch.float32, 0, True, 4, launch.NORMALISED, 4),
+    launch.forward_kernel(torch.float32, launch.model(0, True), 4, launch.NORMALISED),
+    launch.backward_kernel(torch.float32, launch.model(0, True), 4, launch.NORMALISED, 4),
     normalisation_kernels.moments_kernel(torch.float32, 4),
     normalisation_kernels.input_gradient_kernel(torch.float32, 4),
 )
