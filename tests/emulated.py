@@ -42,7 +42,7 @@ RECEIVER = ctypes.CFUNCTYPE(
 
 
 class Emulation:
-    """The loaded library: the device itself, and the questions of tests to it. The backends' operators in Python take it for a launcher."""
+    """The loaded library is the device, answers the tests' questions, and is a launcher to the operators in Python."""
 
     def __init__(self, path: str) -> None:
         self._library = ctypes.CDLL(path)
