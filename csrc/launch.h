@@ -14,17 +14,18 @@
 namespace asgl {
 
 // Calls f(LIF<...>{}), the model that the options name. The caller has checked that there is such a surrogate.
-template <class F, int... kIds>
-void with_model(Surrogate surrogate, bool hard_reset, F&& f, std::integer_sequence<int, kIds...>) {
+template <class Real, class F, int... kIds>
+void with_model(const NeuronOptions<Real>& options, F&& f, std::integer_sequence<int, kIds...>) {
   const auto call = [&](auto id) {
     constexpr auto kSurrogate = static_cast<Surrogate>(id());
-    if (surrogate == kSurrogate) hard_reset ? f(LIF<kSurrogate, true>{}) : f(LIF<kSurrogate, false>{});
+    if (options.surrogate != kSurrogate) return;
+    options.hard_reset ? f(LIF<kSurrogate, true>{}) : f(LIF<kSurrogate, false>{});
   };
   (call(std::integral_constant<int, kIds>{}), ...);
 }
 template <class Real, class F>
 void with_model(const NeuronOptions<Real>& options, F&& f) {
-  with_model(options.surrogate, options.hard_reset, f, std::make_integer_sequence<int, kNumSurrogates>{});
+  with_model(options, f, std::make_integer_sequence<int, kNumSurrogates>{});
 }
 
 namespace cpu {

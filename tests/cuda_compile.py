@@ -35,6 +35,7 @@ from asgl_cuda import compilation
 from asgl_cuda.backends import cupy, normalisation_kernels
 from asgl_cuda.backends import neuron_kernels as launch
 from asgl_cuda.backends.structures import constant
+from asgl_cuda.reference import Rules
 from asgl_cuda.surrogate import SURROGATES
 from benchmarks.cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, Usage, kernel_of, run
 from benchmarks.cuda_code import usages as usages_of
@@ -336,7 +337,7 @@ def kernels_asked_for() -> list[str]:
                 normalisation_kernels.input_gradient_kernel(dtype, lanes),
             ]
     for dtype, surrogate, hard in product(launch.SCALARS, range(len(SURROGATES)), (False, True)):
-        kinds = dtype, launch.model(surrogate, hard)
+        kinds = dtype, launch.model(Rules(surrogate, int(hard), 0, 0, 0, 0, 0))
         names += [launch.forward_kernel(*kinds, 1, launch.GENERAL), launch.backward_kernel(*kinds, 1, launch.GENERAL)]
         if dtype == torch.float64:
             continue

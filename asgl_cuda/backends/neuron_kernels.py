@@ -47,9 +47,9 @@ def _input(input: str) -> str:
     return f"(asgl::Input){constant(f'Input::{input}')}"
 
 
-def model(surrogate: int, hard_reset: object) -> str:
+def model(rules: Rules) -> str:
     """The type in csrc that computes such neurons, as with_model of csrc/launch.h chooses it."""
-    return f"asgl::LIF<(asgl::Surrogate){surrogate}, {_bool(hard_reset)}>"
+    return f"asgl::LIF<(asgl::Surrogate){rules.surrogate}, {_bool(rules.hard_reset)}>"
 
 
 def forward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str) -> str:
@@ -113,7 +113,7 @@ class _Call:
     def __init__(self, x_seq: Tensor, *others: Any) -> None:
         v_init, rng_state, parameters, numbers, rules = others
         self.rules = Rules(*rules)
-        self.model = model(self.rules.surrogate, self.rules.hard_reset)
+        self.model = model(self.rules)
         self.layout = layout = Layout(x_seq, self.rules.time_dim)
         self.real = real_type(x_seq.dtype)
         for tensor in (v_init, *parameters):

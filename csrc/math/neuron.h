@@ -1,5 +1,6 @@
-// One step of the neuron and its adjoint, for one element. Every backend runs these functions. A new neuron model is a
-// type beside LIF, with its own charge, fire, reset and step_adjoint, and a State that has what it carries.
+// One step of the neuron and its adjoint, for one element. Every backend runs these functions. A new neuron model or
+// firing rule is a type beside LIF, with its own charge, fire, reset and step_adjoint or LIF's, which with_model in
+// launch.h and model in asgl_cuda/backends/neuron_kernels.py choose; State has all that a neuron carries.
 #pragma once
 
 #include "math/surrogates.h"

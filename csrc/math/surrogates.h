@@ -1,5 +1,5 @@
-// The surrogates as unit-width cumulative functions F and their slopes f = F' (the README has them as a table).
-// A new one takes its id and its SurrogateMath here, a row in asgl_cuda/surrogate.py, and the documentation.
+// The surrogates as unit-width cumulative functions F and their slopes f = F' (asgl_cuda/surrogate.py has F in
+// PyTorch). A new one takes its id and its SurrogateMath here, its F there, and its name in the docstring of lif.
 #pragma once
 
 #include "math/float_math.h"
