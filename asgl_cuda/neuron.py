@@ -44,7 +44,7 @@ class LIF(Noisy):
         reset_amount: what a spike takes off the potential under the soft reset; default the threshold.
         input_gain: factor on the input.
         width: initial width of the surrogate, > 0 (kept as its logarithm).
-        surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace.
+        surrogate: the name of a surrogate; `asgl_cuda.lif` says which there are.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: share of elements that emit the smooth value in training. In evaluation every element spikes hard.
         granularity: whether the learned parameters are one for the layer, one a channel or one a neuron.

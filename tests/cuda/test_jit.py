@@ -24,12 +24,14 @@ from asgl_cuda.backends import cupy as jit
 from asgl_cuda.backends import neuron_kernels as launch
 from asgl_cuda.backends import normalisation_kernels
 from asgl_cuda.backends.structures import structure
+from asgl_cuda.reference import Rules
 
-FORWARD = launch.forward_kernel(torch.float32, launch.model(0, True), 4, launch.PLAIN)
-BACKWARD = launch.backward_kernel(torch.float32, launch.model(0, True), 4, launch.PLAIN, 4)
+MODEL = launch.model(Rules(0, 1, 0, 0, 0, 0, 0))
+FORWARD = launch.forward_kernel(torch.float32, MODEL, 4, launch.PLAIN)
+BACKWARD = launch.backward_kernel(torch.float32, MODEL, 4, launch.PLAIN, 4)
 OF_BATCH_NORM = (
-    launch.forward_kernel(torch.float32, launch.model(0, True), 4, launch.NORMALISED),
-    launch.backward_kernel(torch.float32, launch.model(0, True), 4, launch.NORMALISED, 4),
+    launch.forward_kernel(torch.float32, MODEL, 4, launch.NORMALISED),
+    launch.backward_kernel(torch.float32, MODEL, 4, launch.NORMALISED, 4),
     normalisation_kernels.moments_kernel(torch.float32, 4),
     normalisation_kernels.input_gradient_kernel(torch.float32, 4),
 )
