@@ -1,12 +1,6 @@
 """How a layer of another library is compared with its conversion."""
 
-import pytest
-
-pytest.importorskip("norse")
-pytest.importorskip("sinabs")
-pytest.importorskip("snntorch")
-pytest.importorskip("spikingjelly")
-
+import libraries  # noqa: F401
 import torch
 
 import asgl_cuda

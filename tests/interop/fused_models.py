@@ -2,13 +2,7 @@
 
 import copy
 
-import pytest
-
-pytest.importorskip("norse")
-pytest.importorskip("sinabs")
-pytest.importorskip("snntorch")
-pytest.importorskip("spikingjelly")
-
+import libraries  # noqa: F401
 import sinabs.activation
 import sinabs.layers
 import snntorch

@@ -1,13 +1,8 @@
 """Which pairs `fuse` leaves, and why."""
 
-import pytest
-
-pytest.importorskip("norse")
-pytest.importorskip("sinabs")
-pytest.importorskip("snntorch")
-pytest.importorskip("spikingjelly")
-
+import libraries  # noqa: F401
 import norse.torch as norse
+import pytest
 import sinabs.activation
 import sinabs.layers
 import snntorch

@@ -5,14 +5,9 @@ import gc
 import pickle
 import weakref
 
-import pytest
-
-pytest.importorskip("norse")
-pytest.importorskip("sinabs")
-pytest.importorskip("snntorch")
-pytest.importorskip("spikingjelly")
-
+import libraries  # noqa: F401
 import norse.torch as norse
+import pytest
 import torch
 from fused_models import B, C, T, history, scattered
 from spikingjelly.activation_based import functional, layer, neuron

@@ -2,14 +2,9 @@
 
 import copy
 
-import pytest
-
-pytest.importorskip("norse")
-pytest.importorskip("sinabs")
-pytest.importorskip("snntorch")
-pytest.importorskip("spikingjelly")
-
+import libraries  # noqa: F401
 import norse.torch as norse
+import pytest
 import sinabs.activation
 import sinabs.layers
 import snntorch
