@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from asgl_cuda import LIF
 from asgl_cuda.selfcheck import EXACT_SURROGATES, THRESHOLD_BAND, differences
 
+LEARN_ALL = {"learn_width": True, "learn_decay": True, "learn_threshold": True}
 REAL = {torch.float64: torch.float64}  # every other type computes in float32
 
 
@@ -27,6 +29,16 @@ def random_input(*shape: int, dtype: torch.dtype = torch.float32, device: Any = 
 
 def rng_state(seed: int = 1234567890123, offset: int = 42, device: Any = "cpu") -> Tensor:
     return torch.tensor([seed, offset], device=device)
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """The same model with another value for each element of the neurons' parameters."""
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, LIF):
+                for parameter in layer.parameters():
+                    parameter += torch.rand_like(parameter) * 0.3
+    return model
 
 
 def assert_equals_reference(x_seq: Tensor, backend: str, **options: Any) -> None:

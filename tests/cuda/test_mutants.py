@@ -1,7 +1,8 @@
 """Mistakes seeded in kernels and launchers: the programs in tests/cuda/emulation find every one of them."""
 
 import shutil
-import subprocess
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
@@ -24,229 +25,10 @@ ORDERS = ("middle", "ascending", "descending", "1", "2")
 
 
 class Mutant(NamedTuple):
-    """A replacement of text in a file of csrc, with which the program must fail."""
+    """A mistake in a file of csrc: in a context that has @ for it, old is replaced by new.
 
-    file: str
-    old: str
-    new: str
-    program: str = "kernels_test"
-
-
-def kernels(old: str, new: str) -> Mutant:
-    return Mutant("cuda/neuron_kernels.cuh", old, new)
-
-
-def access(old: str, new: str) -> Mutant:
-    return Mutant("cuda/access.cuh", old, new)
-
-
-def noise(old: str, new: str) -> Mutant:
-    return Mutant("cuda/noise.cuh", old, new)
-
-
-def launchers(old: str, new: str) -> Mutant:
-    return Mutant("cuda/choose.cuh", old, new)
-
-
-def params(old: str, new: str) -> Mutant:
-    return Mutant("neuron_params.h", old, new)
-
-
-def channels(old: str, new: str, file: str = "cuda/normalisation_kernels.cuh") -> Mutant:
-    return Mutant(file, old, new, "batch_norm_test")
-
-
-def channel_params(old: str, new: str) -> Mutant:
-    return channels(old, new, "normalisation_params.h")
-
-
-def channel_launchers(old: str, new: str) -> Mutant:
-    return channels(old, new, "cuda/choose.cuh")
-
-
-BARRIER = "  __syncthreads();"
-GATHER = "if (lane == 0) first_lane[thread / kWarpThreads] = sum;"
-NO_BARRIER = kernels(f"{GATHER}\n{BARRIER}", GATHER)
-ALL_LIVE = access("live(n < shape.neurons())", "live(true)")
-OF_ALL_WAYS = "join(moments[thread], moments[thread + half * tiles.width]);"
-NO_BARRIER_OF_CHANNELS = channels(f"{OF_ALL_WAYS}\n  {BARRIER}", OF_ALL_WAYS)
-BEYOND_LAST_ROW = channels("if (row + k * place.step < place.end_row) {\n        Lanes", "{\n        Lanes")
-
-MUTANTS = {
-    "no barrier between two sums": kernels(f"{BARRIER}  // whoever reads", "  // whoever reads"),
-    "no barrier within a sum": NO_BARRIER,
-    "no barrier in the last sum": kernels(f"{BARRIER}\n    if (thread > 0) return;", "    if (thread > 0) return;"),
-    "wrong lane in a sum": kernels("__shfl_down_sync(kWholeWarp, sum,", "__shfl_xor_sync(kWholeWarp, sum,"),
-    "a sum beyond its warp": kernels("lane + distance < kWarpThreads && ", ""),
-    "a sum beyond its run": kernels(" && thread + distance < run.end", ""),
-    "wrong lane in the last sum": kernels("__shfl_down_sync(kWholeWarp, total,", "__shfl_up_sync(kWholeWarp, total,"),
-    "shifted slot": kernels("slots[place.n + blockIdx.x]", "slots[place.n + blockIdx.x + (place.n > 0)]"),
-    "all live": ALL_LIVE,
-    "no tail check of spikes": kernels("if (place.live) Lanes::store(s,", "Lanes::store(s,"),
-    "no tail check of dx": kernels("params.grad_x_seq != nullptr && place.live", "params.grad_x_seq != nullptr"),
-    "no tail check in the uniform backward": kernels("\n  if (place.live) {", "\n  {"),
-    "wrong element of the gradient": kernels("(first_element + k * stride)", "(first_element + (k > 0) * stride)"),
-    "wrong element in the uniform backward": kernels("(kAhead - 1) * stride", "(kAhead - 1 + (k == 1)) * stride"),
-    "wrong outer index": access("shape.outer == 1 ? read_n", "shape.steps == 1 || shape.outer > 0 ? read_n"),
-    "wrong checkpoint read": access("start / kCheckpointSteps - 1", "0"),
-    "no last checkpoint": kernels("done < steps", "done + kSteps < steps"),
-    "wrong lanes exchange noise": noise("drawn, other, kNoiseGroup)", "drawn, other)"),
-    "wrong neuron's noise": noise(">> (2 * rank)", ">> (2 * other)"),
-    "wrong step's noise": noise("eight_steps(source, n, start + 8)", "eight_steps(source, n, start)"),
-    "noise of two steps swapped": noise("blocks_[k / 2], k % 2", "blocks_[k / 2], 1 - k % 2"),
-    "carried too early": kernels("last, place.read_n, d_state);", "last, place.read_n, d_state); carried = true;"),
-    "carried too early in the uniform backward": kernels("place.n, d_state);", "place.n, d_state); carried = true;"),
-    "carried too late": kernels("\n      carried = true;\n      if", "\n      if"),
-    "carried too late in the uniform backward": kernels("\n          carried = true;", ""),
-    "v_seq does not carry": kernels("\n        carried = true;", ""),
-    "parameters of the wrong step": kernels("neuron.move_to(t - 1);", ""),
-    "x may be misaligned": launchers("is_aligned(params.x_seq) && ", ""),
-    "v_init may be misaligned": launchers("is_aligned(params.init) && ", ""),
-    "outputs may be misaligned": launchers(" && (is_aligned(sequences_and_states) && ...)", ""),
-    "checkpoints may be misaligned": launchers("params.h_seq, params.checkpoints)", "params.h_seq)"),
-    "rows may be misaligned": launchers("params.shape.inner % 4 == 0", "params.shape.inner % 2 == 0"),
-    "four need not share a parameter": launchers("parameter.inner % 4 == 0", "true"),
-    "plain in spite of other gradients": params("|| !wants(id));", "|| id == kDecay || !wants(id));"),
-    "normalised in spite of a mean's gradient": params("id == kWidth || ", "id == kWidth || id == kInputMean || "),
-    "normalised in spite of v_rest": params(" || options.v_rest != Real(0)) return", ") return"),
-    "normalised in spite of steps that differ": params("per_step || options.v_rest", "options.v_rest"),
-    "normalised in spite of neurons that differ": params("!all_uniform(parameters, kInputGain) || ", ""),
-    "plain in spite of a mean": params(" && is(kInputMean, Real(0));", ";"),
-    "one input for all neurons": params("? parameters[id].at(n, 0)", "? parameters[id].at(0, 0)"),
-    "gain's gradient of another step": kernels("step.dc * (x[k % kAhead][j]", "step.dc * (x[(k + 1) % kAhead][j]"),
-    "gain's gradient without a mean": kernels("x[k % kAhead][j] - neuron.input_mean", "x[k % kAhead][j]"),
-    "dx without the gain": kernels("kNormalised ? neuron.input_gain * step.dc : step.dc", "step.dc"),
-    "gain's and bias' sums swapped": kernels("store_sum(kInputGain, gain_sum)", "store_sum(kInputGain, bias_sum)"),
-    "sums of the wrong run": kernels(
-        "store_partial(slots, run_of(place, params.parameters[id]), place.live, sum)",
-        "store_partial(slots, {0, 0, kBlockThreads}, place.live, sum)",
-    ),
-    "too short a segment": launchers("steps <= 4 ", "steps <= 5 "),
-    "no barrier before moments are joined": channels(f"= own;\n{BARRIER}", "= own;"),
-    "no barrier between ways": NO_BARRIER_OF_CHANNELS,
-    "no barrier between neighbours": channels(
-        f"moments[thread] = join(moments[thread], moments[thread + half]);\n  {BARRIER}\n  }}\n  return",
-        "moments[thread] = join(moments[thread], moments[thread + half]);\n  }\n  return",
-    ),
-    "no barrier before slots are joined": channels(f"= found;\n  {BARRIER}", "= found;"),
-    "no barrier between slots": channels(
-        f"moments[thread + half]);\n    {BARRIER}\n    }}", "moments[thread + half]);\n    }"
-    ),
-    "all units live": channels("way < tiles.ways && unit < task.units", "way < tiles.ways"),
-    "all ways live": channels("way < tiles.ways && unit < task.units", "unit < task.units"),
-    "joined beyond the channel": channels(
-        "tiles.tiles_per_channel > 1 ? tiles.width : tiles.units", "false ? 0 : tiles.units"
-    ),
-    "a neighbour too many": channels("place.rank < left - half)", "place.rank <= left - half)"),
-    "a neighbour left out": channels(
-        "half = (left + 1) / 2;\n    if (place.way == 0", "half = left / 2;\n    if (place.way == 0"
-    ),
-    "a way left out": channels("place.way < left - half", "place.way + 1 < left - half"),
-    "a row too many": channels("sums.add(x, left)", "sums.add(x, left < kTogether ? left + 1 : left)"),
-    "a row left out": channels("sums.add(x, left)", "sums.add(x, left - 1)"),
-    "a row too many in the mean": channels("k < rows ? x[k][j] : x[0][j]", "x[k][j]"),
-    "a row too many in the sums": channels("k < rows ? x[k][j] - m : Real(0)", "x[k][j] - m"),
-    "a row too many in the number": channels("n = rows * kLanes", "n = kRows * kLanes"),
-    "wrong mean in a sum": channels("sum += n * offset + distance", "sum += n * offset"),
-    "wrong mean in squares": channels("n * offset + 2 * distance", "n * offset + distance"),
-    "wrong row": channels("(element + k * stride), x[k]);\n      }", "(element + (k % 3) * stride), x[k]);\n      }"),
-    "wrong stride": channels(
-        "stride = place.step * tiles.shape.columns();\n  Moments", "stride = tiles.shape.columns();\n  Moments"
-    ),
-    "wrong column": channels("position * kLanes", "position"),
-    "wrong slot": channels("place.task.slot * tiles", "place.task.slot / 2 * tiles"),
-    "wrong slots joined": channels("slot += kBlockThreads", "slot += kBlockThreads + 1"),
-    "not all channels": channels("channel < params.channels", "channel + 1 < params.channels"),
-    "too many channels": channels("if (channel < params.channels) ", ""),
-    "wrong end of rows": channels(
-        "if (row + k * place.step < place.end_row) {\n#pragma", "if (row + k < place.end_row) {\n#pragma"
-    ),
-    "wrong mean": channels("params.mean[place.channel]", "params.mean[place.task.first_channel]"),
-    "units of the wrong tile": channel_params("first_unit = tile * tiles.width", "first_unit = tile"),
-    "tile beyond the last channel": channel_params("left < tiles.channels_per_tile ? left : ", ""),
-    "too many splits": channel_params("enough > needed ? enough : needed", "enough"),
-    "x of a channel may be misaligned": channel_launchers("is_aligned(x_seq) && ", ""),
-    "dx of a channel may be misaligned": channel_launchers(" && is_aligned(grad_x_seq)", ""),
-    "channels may share four": channel_launchers("tiles.shape.inner % 4 == 0", "tiles.shape.inner % 2 == 0"),
-}  # fmt: skip
-
-
-def mutated_csrc(mutant: Mutant, directory: Path) -> Path:
-    csrc = shutil.copytree(sanitize.CSRC, directory / "csrc")
-    source = csrc / mutant.file
-    text = source.read_text()
-    assert mutant.old in text, f"{mutant.file} has changed: find the mutant {mutant} its new place"
-    source.write_text(text.replace(mutant.old, mutant.new))
-    return csrc
-
-
-def mutated_program(mutant: Mutant, directory: Path, *flags: str) -> Path:
-    program = directory / "program"
-    # Without optimisation: compiling takes longer than running.
-    sanitize.build(mutant.program, program, ["-O0", *flags], mutated_csrc(mutant, directory))
-    return program
-
-
-@pytest.fixture(scope="module")
-def precompiled(compiler: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Flags by which the headers that no mutant changes are read once: a fifth of the time that the builds take."""
-    header = tmp_path_factory.mktemp("precompiled") / "unchanged.h"
-    names = ("cuda_runtime.h", "algorithm", "cmath", "cstdio", "limits", "memory", "random", "string", "vector")
-    header.write_text("".join(f"#include <{name}>\n" for name in names))
-    options = (*sanitize.FLAGS, "-O0", f"-I{sanitize.EMULATION / 'include'}", "-x", "c++-header")
-    subprocess.run([*compiler, *options, str(header), "-o", f"{header}.gch"], check=True)
-    return "-include", str(header)
-
-
-def first_failure(program: Path) -> subprocess.CompletedProcess[str]:
-    for order in ORDERS:
-        result = sanitize.run(program, ASGL_EMULATION_ORDER=order)
-        if result.returncode != 0:
-            break
-    return result
-
-
-# Mutant, sanitizer and what its report says.
-SANITIZED = {
-    "race of neurons": (NO_BARRIER, sanitize.THREAD, "data race"),
-    "race of channels": (NO_BARRIER_OF_CHANNELS, sanitize.THREAD, "data race"),
-    "overflow of neurons": (ALL_LIVE, sanitize.ADDRESS, "heap-buffer-overflow"),
-    "overflow of channels": (BEYOND_LAST_ROW, sanitize.ADDRESS, "heap-buffer-overflow"),
-}
-
-
-@pytest.fixture(scope="module", params=["kernels_test", "batch_norm_test"])
-def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("kernels") / request.param
-    sanitize.build(request.param, path, ["-O1"])
-    return path
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_kernels_are_right(program, order):
-    result = sanitize.run(program, ASGL_EMULATION_ORDER=order)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_found(name, precompiled, tmp_path):
-    result = first_failure(mutated_program(MUTANTS[name], tmp_path, *precompiled))
-    assert result.returncode != 0, f"{MUTANTS[name]} passes: {result.stdout}"
-
-
-@pytest.mark.parametrize("name", SANITIZED)
-def test_sanitizer_finds_mutant(name, tmp_path):
-    mutant, flags, report = SANITIZED[name]
-    result = sanitize.run(mutated_program(mutant, tmp_path, "-g", *flags), "small")
-    assert result.returncode != 0
-    assert report in result.stderr, result.stdout + result.stderr
-
-
-# ---- the CPU kernels: all mistakes in one build, which the environment chooses from ----
-
-
-class Seeded(NamedTuple):
-    """An expression in a file of csrc, in a context that has @ for it, and what it is replaced by."""
+    Both are expressions, or statements with their semicolons, of which one may be empty.
+    """
 
     file: str
     context: str
@@ -254,33 +36,126 @@ class Seeded(NamedTuple):
     new: str
 
 
-def cpu(context: str, old: str, new: str) -> Seeded:
-    return Seeded("cpu/neuron.cpp", context, old, new)
+kernels = partial(Mutant, "cuda/neuron_kernels.cuh")
+access = partial(Mutant, "cuda/access.cuh")
+noise = partial(Mutant, "cuda/noise.cuh")
+launchers = partial(Mutant, "cuda/choose.cuh")
+params = partial(Mutant, "neuron_params.h")
+channels = partial(Mutant, "cuda/normalisation_kernels.cuh")
+channel_params = partial(Mutant, "normalisation_params.h")
 
+BARRIER = "__syncthreads();"
+NO_BARRIER = kernels("= sum;\n  @\n  if (thread == run.begin", BARRIER, "")
+ALL_LIVE = access("live(@)", "n < shape.neurons()", "true")
+NO_BARRIER_OF_CHANNELS = channels("half * tiles.width]);\n    @", BARRIER, "")
+BEYOND_LAST_ROW = channels("if (@) {\n        Lanes", "row + k * place.step < place.end_row", "true")
 
-def tiles(context: str, old: str, new: str) -> Seeded:
-    return Seeded("cpu/tile.h", context, old, new)
+MUTANTS = {
+    "kernels_test": {
+        "no barrier between two sums": kernels("@  // whoever reads", BARRIER, ""),
+        "no barrier within a sum": NO_BARRIER,
+        "no barrier in the last sum": kernels("@\n    if (thread > 0) return;", BARRIER, ""),
+        "wrong lane in a sum": kernels("other = @;", "__shfl_down_sync(kWholeWarp, sum, distance)",
+                                       "__shfl_xor_sync(kWholeWarp, sum, distance)"),
+        "a sum beyond its warp": kernels("if (@ && thread", "lane + distance < kWarpThreads", "true"),
+        "a sum beyond its run": kernels("&& @) sum += other", "thread + distance < run.end", "true"),
+        "wrong lane in the last sum": kernels("total += @;", "__shfl_down_sync(kWholeWarp, total, distance)",
+                                              "__shfl_up_sync(kWholeWarp, total, distance)"),
+        "shifted slot": kernels("slots[place.n + @]", "blockIdx.x", "blockIdx.x + (place.n > 0)"),
+        "all live": ALL_LIVE,
+        "no tail check of spikes": kernels("if (@) Lanes::store(s,", "place.live", "true"),
+        "no tail check of dx": kernels("params.grad_x_seq != nullptr && @)", "place.live", "true"),
+        "no tail check in the uniform backward": kernels("\n  if (@) {", "place.live", "true"),
+        "wrong element of the gradient": kernels("(first_element + @ * stride)", "k", "(k > 0)"),
+        "wrong element in the uniform backward": kernels("(element + (@) * stride)", "kAhead - 1",
+                                                         "kAhead - 1 + (k == 1)"),
+        "wrong outer index": access("element(@ ? read_n", "shape.outer == 1", "shape.steps == 1 || shape.outer > 0"),
+        "wrong checkpoint read": access("load(checkpoints, (@)", "start / kCheckpointSteps - 1", "0"),
+        "no last checkpoint": kernels("== 0 && @ &&", "done < steps", "done + kSteps < steps"),
+        "wrong lanes exchange noise": noise("told = @", "__shfl_sync(kWholeWarp, drawn, other, kNoiseGroup)",
+                                            "__shfl_sync(kWholeWarp, drawn, other)"),
+        "wrong neuron's noise": noise(">> (2 * @)", "rank", "other"),
+        "wrong step's noise": noise("eight_steps(source, n, @)", "start + 8", "start"),
+        "noise of two steps swapped": noise("blocks_[k / 2], @", "k % 2", "1 - k % 2"),
+        "carried too early": kernels("last, place.read_n, d_state);@", "", "carried = true;"),
+        "carried too early in the uniform backward": kernels("last, place.n, d_state);@", "", "carried = true;"),
+        "carried too late": kernels("\n      @\n", "carried = true;", ""),
+        "carried too late in the uniform backward": kernels("\n          @\n", "carried = true;", ""),
+        "v_seq does not carry": kernels("\n        @\n", "carried = true;", ""),
+        "parameters of the wrong step": kernels("@", "neuron.move_to(t - 1);", ""),
+        "x may be misaligned": launchers("shared && @", "is_aligned(params.x_seq)", "true"),
+        "v_init may be misaligned": launchers("&& @ &&", "is_aligned(params.init)", "true"),
+        "outputs may be misaligned": launchers("(@)", "is_aligned(sequences_and_states) && ...", "true"),
+        "checkpoints may be misaligned": launchers("params.h_seq, @)", "params.checkpoints", "params.last"),
+        "rows may be misaligned": launchers("params.shape.inner % @ == 0", "4", "2"),
+        "four need not share a parameter": launchers("|| @)", "parameter.inner % 4 == 0", "true"),
+        "plain in spite of other gradients": params("|| @);", "!wants(id)", "id == kDecay || !wants(id)"),
+        "normalised in spite of a mean's gradient": params("(@ ||", "id == kWidth", "id == kWidth || id == kInputMean"),
+        "normalised in spite of v_rest": params("|| @) return", "options.v_rest != Real(0)", "false"),
+        "normalised in spite of steps that differ": params("kInputGain) || @ ||", "per_step", "false"),
+        "normalised in spite of neurons that differ": params("@ ||", "!all_uniform(parameters, kInputGain)", "false"),
+        "plain in spite of a mean": params("&& @;", "is(kInputMean, Real(0))", "true"),
+        "one input for all neurons": params("? parameters[id].at(@, 0)", "n", "0"),
+        "gain's gradient of another step": kernels("step.dc * (x[@ % kAhead][j]", "k", "(k + 1)"),
+        "gain's gradient without a mean": kernels("% kAhead][j] - @", "neuron.input_mean", "Real(0)"),
+        "dx without the gain": kernels("kNormalised ? @ :", "neuron.input_gain * step.dc", "step.dc"),
+        "gain's and bias' sums swapped": kernels("store_sum(kInputGain, @)", "gain_sum", "bias_sum"),
+        "sums of the wrong run": kernels("store_partial(slots, @,", "run_of(place, params.parameters[id])",
+                                         "Run{0, 0, kBlockThreads}"),
+        "too short a segment": launchers("kernel = steps <= @ ", "4", "5"),
+    },
+    "batch_norm_test": {
+        "no barrier before moments are joined": channels("= own;\n  @", BARRIER, ""),
+        "no barrier between ways": NO_BARRIER_OF_CHANNELS,
+        "no barrier between neighbours": channels("\n    @\n  }\n  return", BARRIER, ""),
+        "no barrier before slots are joined": channels("= found;\n    @", BARRIER, ""),
+        "no barrier between slots": channels("moments[thread + half]);\n      @", BARRIER, ""),
+        "all units live": channels("way < tiles.ways && @", "unit < task.units", "true"),
+        "all ways live": channels("live(@ &&", "way < tiles.ways", "true"),
+        "joined beyond the channel": channels("tiles.tiles_per_channel > 1 ? @ :", "tiles.width",
+                                              "tiles.units_per_channel"),
+        "a neighbour too many": channels("place.way == 0 && @)", "place.rank < left - half",
+                                         "place.rank <= left - half"),
+        "a neighbour left out": channels("half = @;\n    if (place.way == 0", "(left + 1) / 2", "left / 2"),
+        "a way left out": channels("if (@)", "place.way < left - half", "place.way + 1 < left - half"),
+        "a row too many": channels("sums.add(x, @)", "left", "left < kTogether ? left + 1 : left"),
+        "a row left out": channels("[kLanes], int rows) {@", "", "--rows;"),
+        "a row too many in the mean": channels("k < rows ? x[k][j] : @;", "x[0][j]", "x[k][j]"),
+        "a row too many in the sums": channels("k < rows ? x[k][j] - m : @;", "Real(0)", "x[k][j] - m"),
+        "a row too many in the number": channels("n = @ * kLanes", "rows", "kRows"),
+        "wrong mean in a sum": channels("sum += n * offset + @;", "distance", "0"),
+        "wrong mean in squares": channels("n * offset + @)", "2 * distance", "distance"),
+        "wrong row": channels("(element + @ * stride), x[k]);\n      }", "k", "(k % 3)"),
+        "wrong stride": channels("stride = @;\n  Moments", "place.step * tiles.shape.columns()",
+                                 "tiles.shape.columns()"),
+        "wrong column": channels("inner + @;", "position * kLanes", "position"),
+        "wrong slot": channels("moments[@ *", "place.task.slot", "place.task.slot / 2"),
+        "wrong slots joined": channels("slot += @)", "kBlockThreads", "kBlockThreads + 1"),
+        "too many channels": channels("if (@) params.compute", "channel < params.channels", "true"),
+        "not all channels": channels("(channel < @)", "params.channels", "params.channels - 1"),
+        "wrong end of rows": channels("if (@) {\n#pragma", "row + k * place.step < place.end_row",
+                                      "row + k < place.end_row"),
+        "wrong mean": channels("params.mean[@]", "place.channel", "place.task.first_channel"),
+        "units of the wrong tile": channel_params("first_unit = @;", "tile * tiles.width", "tile"),
+        "tile beyond the last channel": channel_params("left < tiles.channels_per_tile ? @ :", "left",
+                                                       "tiles.channels_per_tile"),
+        "too many splits": channel_params("rows_per_split = @;", "enough > needed ? enough : needed", "enough"),
+        "x of a channel may be misaligned": launchers("&& @ &&", "is_aligned(x_seq)", "true"),
+        "dx of a channel may be misaligned": launchers("&& @;", "is_aligned(grad_x_seq)", "true"),
+        "channels may share four": launchers("tiles.shape.inner % @ == 0", "4", "2"),
+    },
+}  # fmt: skip
 
-
-def options(context: str, old: str, new: str) -> Seeded:
-    return Seeded("neuron_params.h", context, old, new)
-
-
-def rows(context: str, old: str, new: str) -> Seeded:
-    return Seeded("cpu/rows.h", context, old, new)
-
-
-def loops(context: str, old: str, new: str) -> Seeded:
-    return Seeded("cpu/loops.h", context, old, new)
-
-
-def norm(context: str, old: str, new: str) -> Seeded:
-    return Seeded("cpu/normalisation.cpp", context, old, new)
-
+# The CPU kernels', in the same programs.
+cpu = partial(Mutant, "cpu/neuron.cpp")
+tiles = partial(Mutant, "cpu/tile.h")
+rows = partial(Mutant, "cpu/rows.h")
+loops = partial(Mutant, "cpu/loops.h")
+norm = partial(Mutant, "cpu/normalisation.cpp")
 
 PIECES = "for_each_stretch(tile, @, [&](int64 n, int64 offset, int64 length) {"
 
-SEEDED = {
+CPU_MUTANTS = {
     "kernels_test": {
         "a stretch too long": rows("std::min(tile.length - i, @)", "inner - n % inner", "inner"),
         "a channel's stretch too long": tiles("for_each_stretch(tile_, @,", "shared_ == 0 ? kTile : shared_",
@@ -311,8 +186,8 @@ SEEDED = {
         "a carried gradient forgotten": cpu(
             "Real(0));\n      bool carried = @;", "exists(params.grad_last)", "false"
         ),
-        "uniform forward in spite of potentials": options("return v_seq == nullptr && @", "h_seq == nullptr", "true"),
-        "uniform backward in spite of potentials": options(
+        "uniform forward in spite of potentials": params("return v_seq == nullptr && @", "h_seq == nullptr", "true"),
+        "uniform backward in spite of potentials": params(
             "only = grad_v_seq == nullptr && @", "grad_h_seq == nullptr", "true"
         ),
         "folded sums end where they turn": cpu("totals.data(), @}", "used - before_turn", "int64(0)"),
@@ -341,32 +216,104 @@ SEEDED = {
 }  # fmt: skip
 
 
-def seeded_program(program: str, directory: Path) -> Path:
-    csrc = sanitize.few_instantiations(directory)
+def seed(csrc: Path, mutants: Iterable[Mutant], chosen: int = 0) -> None:
+    """Puts all mutants into the sources; the variable `mutant` says by its number, from 1, which one is made."""
     declaration = csrc / "math" / "host_device.h"
-    declaration.write_text(
-        declaration.read_text().replace("namespace asgl {", "namespace asgl {\ninline int mutant;", 1)
-    )
-    for number, (file, context, old, new) in enumerate(SEEDED[program].values(), 1):
+    text = declaration.read_text()
+    declaration.write_text(text.replace("namespace asgl {", f"namespace asgl {{\ninline int mutant = {chosen};", 1))
+    for number, (file, context, old, new) in enumerate(mutants, 1):
         source = csrc / file
         text = source.read_text()
         place = context.replace("@", old)
         assert text.count(place) == 1, f"{file} has changed: it has {text.count(place)} times {place}"
-        source.write_text(text.replace(place, context.replace("@", f"(mutant == {number} ? ({new}) : ({old}))")))
-    path = directory / program
-    sanitize.build(program, path, ["-O1", "-DASGL_TEST_MUTANTS", sanitize.BASELINE, *sanitize.CPU], csrc)
+        if (old + new).endswith(";"):
+            either = f"if (mutant == {number}) {{ {new} }} else {{ {old} }}"
+        else:
+            either = f"(mutant == {number} ? ({new}) : ({old}))"
+        source.write_text(text.replace(place, context.replace("@", either)))
+
+
+def seeded_program(program: str, mutants: Iterable[Mutant], csrc: Path, *flags: str) -> Path:
+    seed(csrc, mutants)
+    path = csrc.parent / program
+    sanitize.build(program, path, ["-O1", "-DASGL_TEST_MUTANTS", *flags], csrc)
     return path
 
 
-@pytest.mark.parametrize("program", SEEDED)
+def first_failure(program: Path, number: int, orders: Iterable[str] = ORDERS) -> str:
+    """Says which cases failed in the first order in which some did: numbers that differ, or an error of the emulation.
+
+    A crash would say nothing about the mistake.
+    """
+    for order in orders:
+        result = sanitize.run(program, ASGL_MUTANT=str(number), ASGL_EMULATION_ORDER=order)
+        assert "cases failed" in result.stdout, f"crash: {result.stdout} {result.stderr}"
+        if result.returncode != 0:
+            return result.stdout
+    return ""
+
+
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """All mutants of a program in one build."""
+
+    @cache
+    def build(program: str) -> Path:
+        csrc = shutil.copytree(sanitize.CSRC, tmp_path_factory.mktemp(program) / "csrc")
+        path = seeded_program(program, MUTANTS[program].values(), csrc)
+        assert not first_failure(path, 0, ["middle"]), "without any of them all is well"
+        return path
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("program", "name"), [pytest.param(program, name, id=name) for program in MUTANTS for name in MUTANTS[program]]
+)
+def test_mutant_is_found(seeded, program, name):
+    assert first_failure(seeded(program), list(MUTANTS[program]).index(name) + 1)
+
+
+@pytest.mark.parametrize("program", CPU_MUTANTS)
 def test_mutants_on_the_cpu_are_found(program, tmp_path):
-    """Each by numbers that differ, not by a crash; without any of them all is well."""
-    path = seeded_program(program, tmp_path)
-    found = {}
-    for number, name in enumerate(["none", *SEEDED[program]]):
-        result = sanitize.run(path, ASGL_MUTANT=str(number))
-        found[name] = result.returncode if "cases failed" in result.stdout else f"crash: {result.stderr}"
-    assert found == {"none": 0, **dict.fromkeys(SEEDED[program], 1)}
+    """Each by numbers that differ; without any of them all is well."""
+    mutants, csrc = CPU_MUTANTS[program], sanitize.few_instantiations(tmp_path)
+    path = seeded_program(program, mutants.values(), csrc, sanitize.BASELINE, *sanitize.CPU)
+    found = {name: first_failure(path, number, ["middle"]) for number, name in enumerate(["none", *mutants])}
+    assert {name for name in found if not found[name]} == {"none"}, found
+
+
+# Program, mutant, sanitizer and what its report says.
+SANITIZED = {
+    "race of neurons": ("kernels_test", NO_BARRIER, sanitize.THREAD, "data race"),
+    "race of channels": ("batch_norm_test", NO_BARRIER_OF_CHANNELS, sanitize.THREAD, "data race"),
+    "overflow of neurons": ("kernels_test", ALL_LIVE, sanitize.ADDRESS, "heap-buffer-overflow"),
+    "overflow of channels": ("batch_norm_test", BEYOND_LAST_ROW, sanitize.ADDRESS, "heap-buffer-overflow"),
+}
+
+
+@pytest.mark.parametrize("name", SANITIZED)
+def test_sanitizer_finds_mutant(name, tmp_path):
+    program, mutant, flags, report = SANITIZED[name]
+    csrc = shutil.copytree(sanitize.CSRC, tmp_path / "csrc")
+    seed(csrc, [mutant], chosen=1)
+    sanitize.build(program, tmp_path / program, ["-O0", "-g", *flags], csrc)
+    result = sanitize.run(tmp_path / program, "small")
+    assert result.returncode != 0
+    assert report in result.stderr, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module", params=["kernels_test", "batch_norm_test"])
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("kernels") / request.param
+    sanitize.build(request.param, path, ["-O1"])
+    return path
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_kernels_are_right(program, order):
+    result = sanitize.run(program, ASGL_EMULATION_ORDER=order)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 # ---- the launchers in Python: what they would start is not what those in C++ start ----

@@ -3,15 +3,10 @@
 import copy
 import pickle
 
-import pytest
-
-pytest.importorskip("norse")
-pytest.importorskip("sinabs")
-pytest.importorskip("snntorch")
-pytest.importorskip("spikingjelly")
-
 import authors_code
+import libraries  # noqa: F401
 import norse.torch as norse
+import pytest
 import sinabs.activation
 import sinabs.layers
 import snntorch

@@ -280,6 +280,7 @@ class Trial {
       const double is = to_real(grad_x_seq_.data()[i]), should_be = to_real(from_real<Scalar>(expected[i]));
       if (!same(is, should_be)) compare(at("dx", i), is, should_be, 0, differences_);
     }
+    if (grad_x_seq_.overrun()) differences_.push_back("dx was written beyond its end");
   }
 
   const ChannelShape shape_;

@@ -17,8 +17,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "cuda_emulation_blocks.h"
-#include "cuda_emulation_types.h"
+#include "cuda_emulation_fibres.h"
 
 namespace asgl_emulation {
 

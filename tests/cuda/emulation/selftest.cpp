@@ -4,7 +4,6 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -420,36 +419,6 @@ static void check_recorded_launches() {
   CHECK(emulation::recorded_launches().empty(), "cleared");
 }
 
-__global__ void shuffle_and_wait(unsigned* out) {
-  unsigned value = threadIdx.x;
-  for (int round = 0; round < 8; ++round) {
-    for (int i = 0; i < 4; ++i) value += __shfl_xor_sync(0xffffffff, value, 1 << i);
-    __syncthreads();
-  }
-  out[blockIdx.x * blockDim.x + threadIdx.x] = value;
-}
-
-template <class Run>
-static double best_milliseconds(Run run) {
-  double best = 1e9;
-  for (int repetition = 0; repetition < 10; ++repetition) {
-    const auto begin = std::chrono::steady_clock::now();
-    run();
-    best = std::min(best, std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count());
-  }
-  return best;
-}
-
-static void measure_speed() {
-  std::vector<unsigned> out(64 * 128);
-  std::vector<long long> numbers(1 << 20);
-  std::printf("64 blocks of 128 threads, 32 shuffles and 8 barriers: %.2f ms\n",
-              best_milliseconds([&] { launch(shuffle_and_wait, 64, 128, out.data()); }));
-  std::printf("2^20 threads without barriers, blocks of 256: %.2f ms\n",
-              best_milliseconds([&] { launch(number_elements, 4096, 256, numbers.data(), 1 << 20); }));
-  std::printf("one block of one thread: %.4f ms\n", best_milliseconds([&] { launch(do_nothing, 1, 1); }));
-}
-
 static void check_all() {
   using emulation::Order;
   for (Order order : {Order::middle, Order::ascending, Order::descending, Order::shuffled}) {
@@ -484,8 +453,6 @@ int main(int argc, char** argv) {
   alignas(16) unsigned char in[160] = {}, out[128];
   if (mode == "all") {
     check_all();
-  } else if (mode == "speed") {
-    measure_speed();
   } else if (mode == "missing-barrier-before-gather") {
     check_block_sums<Spoil::barrier_before_gather>();
   } else if (mode == "missing-barrier-before-broadcast") {

@@ -1,6 +1,7 @@
 // What the tests of the kernels share: numbers at random, storage that shows an overrun, runs and their outcome.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -73,6 +74,12 @@ class Buffer {
   Element* data() const { return storage_ == nullptr ? nullptr : storage_.get() + offset_; }
   asgl::int64 size() const { return size_; }
   bool is_aligned() const { return offset_ == 0; }
+
+  // Says whether something was written beyond the end, where there is room for it.
+  bool overrun() const {
+    const auto* room = reinterpret_cast<const unsigned char*>(data() + size_);
+    return std::any_of(room, room + kRoom * sizeof(Element), [](unsigned char byte) { return byte != 0xFF; });
+  }
 
  private:
   asgl::int64 size_ = 0, offset_ = 0;

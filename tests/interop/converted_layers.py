@@ -1,0 +1,77 @@
+"""How a layer of another library is compared with its conversion."""
+
+import libraries  # noqa: F401
+import torch
+
+import asgl_cuda
+from asgl_cuda.selfcheck import THRESHOLD_BAND
+
+SHAPE = (5, 3, 7)  # T, B, neurons
+CALLS = 3
+# Of the largest value: some tens of float32 roundings, as two orders of the same sums differ by.
+TOLERANCE = 1e-5
+
+
+class Trace:
+    """What a layer did over several calls: all tensors are [calls * T, ...], `h` being the potential before reset."""
+
+    def __init__(self, s, v, h, grads):
+        self.s, self.v, self.h, self.grads = s, v, h, grads
+
+
+def trace(layer, run, x, grads):
+    """`run(layer, x)` is called for each of `x` with the state that the layer keeps, and returns s, v and h."""
+    leaves = [each.clone().requires_grad_() for each in x]
+    parts = [run(layer, leaf) for leaf in leaves]
+    s, v, h = (torch.cat(values) for values in zip(*parts, strict=True))
+    loss = (s * grads[0]).sum() + (v * grads[1]).sum()
+    parameters = [value for _, value in sorted(layer.named_parameters()) if value.requires_grad]
+    return Trace(s.detach(), v.detach(), h, torch.autograd.grad(loss, [*leaves, *parameters]))
+
+
+def close(ours, theirs):
+    return bool(((ours - theirs).abs() <= TOLERANCE * theirs.abs().max().clamp(min=1)).all())
+
+
+def check(make, run, threshold=1.0, scale=1.0, dead_parameters=False):
+    """Compares a layer with its conversion: spikes equal, unless both potentials are as good as at the threshold.
+
+    A spike that flips changes everything after it, so an input on which one does is only checked for that.
+    """
+    for seed in range(6):
+        torch.manual_seed(seed)
+        x = [scale * torch.randn(SHAPE) for _ in range(CALLS)]
+        grads = torch.randn(2, CALLS * SHAPE[0], *SHAPE[1:])
+        layer = make()
+        fused, report = asgl_cuda.convert(make(), inplace=True)
+        assert [row.path for row in report.replaced] == [""], report
+        assert type(fused) is not type(layer)
+        assert isinstance(fused, type(layer))
+        theirs, ours = trace(layer, run, x, grads), trace(fused, run, x, grads)
+        flips = ours.s != theirs.s
+        if flips.any():
+            first = flips & (flips.cumsum(0) == 1)
+            distance = torch.maximum((theirs.h - threshold).abs(), (ours.h - threshold).abs())
+            assert (distance[first] < THRESHOLD_BAND).all(), "a spike differs away from the threshold"
+            continue
+        assert 0.02 < (theirs.s != 0).float().mean() < 0.98
+        assert close(ours.v, theirs.v)
+        assert len(ours.grads) == len(theirs.grads)
+        for number, (our, their) in enumerate(zip(ours.grads, theirs.grads, strict=True)):
+            assert their.abs().max() > 0 or (number >= CALLS and dead_parameters)
+            assert close(our, their), f"gradient {number} differs by {(our - their).abs().max()}"
+        return
+    raise AssertionError("spikes flipped for every seed")
+
+
+def norse_run(layer, x_seq):
+    state = getattr(layer, "kept", None)
+    s, v, h = [], [], []
+    for x in x_seq:
+        before = layer.p.v_leak if state is None else state.v
+        h.append((before + layer.dt * layer.p.tau_mem_inv * (x + layer.p.v_leak - before)).detach().expand(x.shape))
+        spike, state = layer(x, state)
+        s.append(spike)
+        v.append(state.v)
+    layer.kept = state
+    return torch.stack(s), torch.stack(v), torch.stack(h)

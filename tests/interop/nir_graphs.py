@@ -1,0 +1,65 @@
+"""Models, graphs and numbers that the tests of NIR share."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from asgl_cuda.over_time import OverTime
+
+nir = pytest.importorskip("nir", minversion="1.0.7")
+np = pytest.importorskip("numpy")
+pytest.importorskip("nirtorch", minversion="2.6")
+
+
+NUMBERS = ("tau", "r", "v_leak", "v_threshold", "v_reset")
+
+
+def convolutional(layer):
+    """Takes [T, B, 2, 6, 5]; the layer has 4 channels of 6 x 5 neurons."""
+    return nn.Sequential(OverTime(nn.Conv2d(2, 4, 3, padding=1)), layer, nn.Flatten(2), nn.Linear(120, 7))
+
+
+def rewritten(graph, path, type_check=True):
+    nir.write(path, graph)
+    return nir.read(path, type_check=type_check)
+
+
+def euler(node, x_seq, dt=1e-4):
+    """What NIR says that a LIF or IF node does, in float64, by steps of dt."""
+    x_seq = x_seq.double()
+    number = {name: torch.as_tensor(value).double() for name, value in vars(node).items() if name in NUMBERS}
+    zero = torch.zeros_like(number["r"])
+    v_leak, v_reset = number.get("v_leak", zero), number.get("v_reset", zero)
+    v, s_seq = v_leak.expand(x_seq.shape[1:]), []
+    for x in x_seq:
+        current = number["r"] * x
+        v = v + dt * ((v_leak - v + current) / number["tau"] if "tau" in number else current)
+        s = v > number["v_threshold"]
+        v = torch.where(s, v_reset, v)
+        s_seq.append(s)
+    return torch.stack(s_seq).float()
+
+
+def public_types(layer):
+    return {name: type(value) for name, value in vars(layer).items() if not name.startswith("_")}
+
+
+def fires(s_seq):
+    return 0.02 < (s_seq != 0).float().mean() < 0.9
+
+
+def nir_lif(**numbers):
+    """A node of 6 neurons, with the numbers of asgl_cuda.LIF() where they are not given."""
+    named = {"tau": 2e-4, "r": 2.0, "v_leak": 0.0, "v_threshold": 1.0} | numbers
+    return nir.LIF(**{name: np.full(6, value, np.float32) for name, value in named.items()})
+
+
+def graph_of(*nodes, edges=None, **more):
+    """A chain of the nodes, or one Input, these as 0, 1, ..., and one Output with the edges given."""
+    shape = np.array([6])
+    named = {"in": nir.Input(input_type={"input": shape}), **{str(i): node for i, node in enumerate(nodes)}, **more}
+    named["out"] = nir.Output(output_type={"output": shape})
+    names = [name for name in named if name not in more]
+    return nir.NIRGraph(named, edges or list(pairwise(names)), type_check=False)

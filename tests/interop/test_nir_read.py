@@ -1,0 +1,261 @@
+"""Graphs of others are read by their equations, and other libraries read and write the same neuron."""
+
+import pytest
+import torch
+from comparison import random_input
+from nir_graphs import euler, fires, graph_of, nir, nir_lif, np
+from torch import nn
+
+import asgl_cuda
+from asgl_cuda import LIF
+from asgl_cuda.interop.nir import from_nir, to_nir
+
+SOME = np.array([2, 3, 2, 4, 5, 3])
+FOREIGN = {
+    "gain": {"r": 1.3},
+    "rest": {"v_leak": 0.2, "r": 1.5},
+    "a gain for each": {"r": SOME / 2},
+    "a tau for each": {"tau": SOME * 1e-4, "r": SOME},
+    "a threshold for each": {"v_threshold": SOME / 4},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_nodes_of_others_are_read_by_their_equations(name):
+    node = nir_lif(**FOREIGN[name])
+    back = from_nir(graph_of(node))
+    layer = back.get_submodule("0")
+    x_seq = random_input(40, 5, 6).detach()
+    s_seq = euler(node, x_seq)
+    assert fires(s_seq)
+    assert torch.equal(back(x_seq), s_seq)
+    assert layer.granularity == ("channel" if "for each" in name else "layer")
+    assert [parameter for parameter in layer.parameters() if parameter.requires_grad] == [layer.log_width]
+
+
+def test_numbers_that_differ_inside_a_channel_are_read_by_neuron():
+    tau = torch.linspace(2e-4, 5e-4, 12).reshape(3, 4).numpy()
+    node = nir.LIF(tau=tau, r=tau * 1e4, v_leak=tau * 0, v_threshold=tau * 0 + 1)
+    back = from_nir(graph_of(node))
+    assert back.get_submodule("0").granularity == "neuron"
+    x_seq = random_input(20, 5, 3, 4).detach()
+    assert torch.equal(back(x_seq), euler(node, x_seq))
+
+
+def test_v_reset_of_others():
+    node = nir_lif(v_reset=-0.5, r=1.5, v_leak=0.1)
+    x_seq = random_input(20, 5, 6).detach()
+    assert torch.equal(from_nir(graph_of(node))(x_seq), euler(node, x_seq))
+
+
+def test_dt_of_others_and_dots_in_names():
+    node = nir_lif(tau=2e-3)
+    edges = [("in", "block.0"), ("block.0", "out"), ("in", "block.0")]
+    back = from_nir(graph_of(edges=edges, **{"block.0": node}), dt=1e-3)
+    x_seq = random_input(20, 5, 6).detach()
+    assert torch.equal(back(x_seq), LIF().eval()(x_seq))
+    assert back.get_submodule("block.0").decay == pytest.approx(0.5)
+
+
+def changed(layer=None, **numbers):
+    """What to_nir writes for the layer, with other numbers in the node."""
+    graph = to_nir(layer or LIF(), torch.rand(2, 3, 6))
+    for name, value in numbers.items():
+        getattr(graph.nodes["_0"], name)[:] = value
+    return graph
+
+
+def without_scale():
+    graph = to_nir(LIF(scale_output=True), torch.rand(2, 3, 6))
+    del graph.nodes["_0_scale"]
+    graph.edges[:] = [edge for edge in graph.edges if "_0_scale" not in edge] + [("_0", "output")]
+    return graph
+
+
+ONES = np.ones(6, np.float32)
+NOT_READ = {
+    "synapses": (
+        lambda: graph_of(nir.CubaLIF(tau_syn=ONES, tau_mem=ONES, r=ONES, v_leak=ONES, v_threshold=ONES)),
+        r"node '0' \(CubaLIF\) can't be represented; what can be: LIF, IF, Affine",
+    ),
+    "two inputs": (
+        lambda: graph_of(nir_lif(), more=nir.Input(input_type={"input": np.array([6])})),
+        r"one Input node, got \['in', 'more'\]",
+    ),
+    "recurrent": (
+        lambda: graph_of(nir_lif(), nir_lif(), edges=[("in", "0"), ("0", "1"), ("1", "0"), ("1", "out")]),
+        "recurrent graphs are not supported, got the cycle",
+    ),
+    "no input": (lambda: graph_of(nir_lif(), edges=[("in", "out")]), r"node '0' \(LIF\) has no input"),
+    "an edge to nowhere": (lambda: graph_of(nir_lif(), edges=[("in", "lif")]), "the edge in -> lif is between"),
+    "tau": (lambda: graph_of(nir_lif(tau=5e-5)), r"node '0' \(LIF\): tau must be at least dt = 0.0001, got 5e-05"),
+    "r": (lambda: graph_of(nir_lif(r=SOME - 2)), r"node '0' \(LIF\): r must be > 0, got 0 to 3"),
+    "v_reset": (lambda: graph_of(nir_lif(v_leak=SOME)), r"v_reset must be the same for all neurons, got -5 to -2"),
+    "some without decay": (lambda: graph_of(nir_lif(tau=SOME / 2e4)), r"decay.* must be in \(0, 1\), got 0 to 0.6"),
+    "another tau": (lambda: changed(tau=4e-4, r=4), r"numbers say decay 0.75 and metadata\['asgl_cuda'\] says 0.5"),
+    "another threshold": (lambda: changed(v_threshold=2), "numbers say v_threshold 2 and .* says 1, written with dt"),
+    "no scale": (without_scale, r"node '_0' \(LIF\) has scale_output in its metadata, but no Scale node"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_what_can_not_be_read_is_an_error_that_names_it(name):
+    make, message = NOT_READ[name]
+    with pytest.raises(ValueError, match=f"asgl_cuda.from_nir: .*{message}"):
+        from_nir(make())
+
+
+def test_another_step_than_the_one_written_is_an_error():
+    with pytest.raises(ValueError, match=r"numbers say decay 0\.75 and .* says 0.5, written with dt = 0.0001"):
+        from_nir(changed(), dt=5e-5)
+    graph = changed()
+    del graph.nodes["_0"].metadata["asgl_cuda"]
+    assert from_nir(graph, dt=5e-5).get_submodule("_0").decay == pytest.approx(0.75)
+
+
+def test_rounding_of_r_does_not_move_the_threshold():
+    node = nir_lif(tau=3e-4, r=3.0)
+    assert float(node.r[0]) * 1e-4 / float(node.tau[0]) != 1
+    assert from_nir(graph_of(node)).get_submodule("0").v_threshold == 1
+
+
+def test_scale_of_others():
+    scale = np.linspace(0.5, 2, 6, dtype=np.float32)
+    x_seq = random_input(5, 3, 6).detach()
+    assert torch.equal(from_nir(graph_of(nir.Scale(scale)))(x_seq), x_seq * torch.as_tensor(scale))
+    node = nir_lif(v_threshold=0.5)
+    s_seq = euler(node, x_seq)
+    assert torch.equal(from_nir(graph_of(node, nir.Scale(node.v_threshold)))(x_seq), s_seq * 0.5)
+
+
+# Of other libraries.
+
+
+def network():
+    """Linear and LIF, twice; the weights are such that both layers fire."""
+    model = nn.Sequential(nn.Linear(8, 16), LIF(decay=0.75), nn.Linear(16, 12), LIF(v_threshold=0.7)).eval()
+    with torch.no_grad():
+        for linear in (model[0], model[2]):
+            linear.weight *= 3
+    return model, random_input(20, 5, 8).detach()
+
+
+def stepped(model, x_seq):
+    """Step by step, for models that return their state with the output."""
+    state, s_seq = None, []
+    for x in x_seq:
+        s, state = model(x, state)
+        s_seq.append(s)
+    return torch.stack(s_seq)
+
+
+def assert_same_spikes(model, x_seq, s_seq):
+    """Of a model of asgl_cuda and another: none of its potentials is so near the threshold that rounding decides."""
+    margins = []
+
+    def measure(layer, inputs):
+        output = asgl_cuda.lif(
+            inputs[0], decay=layer.decay, v_threshold=layer.v_threshold, v_reset=layer.v_reset, return_h_seq=True
+        )
+        margins.append((output.h_seq - layer.v_threshold).abs().min())
+
+    layers = [layer for layer in model.modules() if isinstance(layer, LIF)]
+    hooks = [layer.register_forward_pre_hook(measure) for layer in layers]
+    expected = model(x_seq)
+    for hook in hooks:
+        hook.remove()
+    assert min(margins) > 1e-5
+    assert fires(expected)
+    assert torch.equal(s_seq, expected)
+
+
+def test_snntorch_reads_it(capsys):
+    module = pytest.importorskip("snntorch.import_nir")
+    model, x_seq = network()
+    with torch.no_grad():
+        s_seq = stepped(module.import_from_nir(to_nir(model, x_seq)), x_seq)
+    assert "scaling weights" not in capsys.readouterr().out  # what snnTorch prints when r is not tau / dt
+    assert_same_spikes(model, x_seq, s_seq)
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_spikingjelly_reads_it(step_mode, tmp_path):
+    module = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
+    model, x_seq = network()
+    model.extend([nn.Linear(12, 6), LIF(decay=1.0, v_threshold=0.1)]).eval()
+    nir.write(tmp_path / "model.nir", to_nir(model, x_seq))
+    with torch.no_grad():
+        other = module.import_from_nir(tmp_path / "model.nir", step_mode=step_mode)
+        s_seq = other(x_seq)[0] if step_mode == "m" else stepped(other, x_seq)
+    assert_same_spikes(model, x_seq, s_seq)
+
+
+def test_norse_writes_it():
+    norse = pytest.importorskip("norse.torch")
+
+    def neuron(decay):
+        return norse.LIFBoxCell(norse.LIFBoxParameters(tau_mem_inv=torch.tensor(1 - decay)), dt=1.0)
+
+    model, x_seq = network()
+    other = norse.SequentialState(model[0], neuron(0.75), model[2], neuron(0.5))
+    with torch.no_grad():
+        for linear in (model[0], model[2]):
+            linear.weight *= 3  # Norse multiplies the input with 1 - decay
+        # dt = 1: Norse writes tau in steps.
+        back = from_nir(norse.to_nir(other, x_seq[0], dt=1.0), dt=1.0)
+        assert_same_spikes(back, x_seq, stepped(other, x_seq))
+
+
+def test_sinabs_writes_it():
+    layers = pytest.importorskip("sinabs.layers")
+    sinabs_nir = pytest.importorskip("sinabs.nir")
+    activation = pytest.importorskip("sinabs.activation")
+    model, x_seq = network()
+    neuron = layers.IAFSqueeze(
+        batch_size=5,
+        spike_fn=activation.SingleSpike,
+        reset_fn=activation.MembraneReset(),
+        spike_threshold=torch.tensor(3.0),
+    )
+    other = nn.Sequential(model[0], neuron)
+    batch_first = x_seq.transpose(0, 1).flatten(0, 1)
+    graph = sinabs_nir.to_nir(other, batch_first)
+    neuron.reset_states()
+    with torch.no_grad():
+        s_seq = other(batch_first).unflatten(0, (5, 20)).transpose(0, 1)
+        # dt = 1: sinabs writes r = 1, in steps.
+        assert_same_spikes(from_nir(graph, dt=1.0), x_seq, s_seq)
+
+
+def test_spikingjelly_writes_it():
+    module = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
+    from spikingjelly.activation_based import functional, neuron
+
+    model, x_seq = network()
+    other = nn.Sequential(
+        model[0], neuron.LIFNode(tau=3.0, v_reset=0.1, v_threshold=0.4), model[2], neuron.LIFNode(decay_input=False)
+    )
+    functional.set_step_mode(other, "m")
+    graph = module.export_to_nir(other, x_seq)
+    functional.reset_net(other)
+    with torch.no_grad():
+        assert_same_spikes(from_nir(graph), x_seq, other(x_seq))
+
+
+def test_snntorch_writes_it():
+    snntorch = pytest.importorskip("snntorch")
+    module = pytest.importorskip("snntorch.export_nir")
+
+    def neuron(size):
+        return snntorch.Leaky(
+            beta=torch.full((size,), 0.75), threshold=torch.full((size,), 0.8), reset_mechanism="zero",
+            reset_delay=False, init_hidden=True,
+        )  # fmt: skip
+
+    model, x_seq = network()
+    other = nn.Sequential(model[0], neuron(16), model[2], neuron(12))
+    graph = module.export_to_nir(other, x_seq[:1, 0], ignore_dims=[0])
+    for index in (1, 3):
+        other[index].reset_mem()
+    with torch.no_grad():
+        assert_same_spikes(from_nir(graph), x_seq, torch.stack([other(x) for x in x_seq]))

@@ -1,0 +1,252 @@
+"""Schedules of the noise, on layers for which all is known."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch._dynamo.testing
+from comparison import random_input
+from torch import nn
+from training_layers import Foreign, network
+
+import asgl_cuda
+from asgl_cuda import (
+    LIF,
+    AnalogProbSchedule,
+)
+
+KINDS = {
+    "multi_step": lambda model: AnalogProbSchedule.multi_step(model, [2, 5, 5], gamma=0.5),
+    "cosine": lambda model: AnalogProbSchedule.cosine(model, 6, final=0.05),
+    "linear": lambda model: AnalogProbSchedule.linear(model, 6, final=0.05),
+}
+EXPECTED = {
+    "multi_step": lambda start, epoch: start * (1, 1, 0.5, 0.5, 0.5, 0.125, 0.125, 0.125, 0.125)[epoch],
+    "cosine": lambda start, epoch: 0.05 + (start - 0.05) * math.cos(math.pi * min(epoch, 6) / 12) ** 2,
+    "linear": lambda start, epoch: 0.05 + (start - 0.05) * (6 - min(epoch, 6)) / 6,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedule_goes_from_each_layers_own_start(kind):
+    model = network()
+    schedule = KINDS[kind](model)
+    for epoch in range(9):
+        assert schedule.epoch == epoch
+        expected = {"1": EXPECTED[kind](0.2, epoch), "3": EXPECTED[kind](0.8, epoch)}
+        assert schedule.probs == pytest.approx(expected, abs=1e-12)
+        assert schedule.probs == {"1": model[1].analog_prob, "3": model[3].analog_prob}
+        if epoch == 0:
+            assert schedule.probs == schedule.starts == {"1": 0.2, "3": 0.8}
+        if epoch >= 6 and kind != "multi_step":
+            assert set(schedule.probs.values()) == {0.05}
+        schedule.step()
+
+
+def test_ends_are_met_exactly():
+    """Not but for a rounding: the noise at the start is what the user wrote, and that at the end may be 0."""
+    for start in (number / 50 for number in range(1, 51)):
+        for build in (AnalogProbSchedule.linear, AnalogProbSchedule.cosine):
+            layer = LIF(analog_prob=start)
+            schedule = build(layer, 1, final=0.9)
+            assert layer.analog_prob == start
+            schedule.step()
+            assert layer.analog_prob == 0.9
+
+
+def test_schedules_agree_with_those_of_torch():
+    schedulers = torch.optim.lr_scheduler
+    for ours, theirs in (
+        (AnalogProbSchedule.multi_step(network(), [3, 1], 0.3), lambda sgd: schedulers.MultiStepLR(sgd, [3, 1], 0.3)),
+        (AnalogProbSchedule.cosine(network(), 4, 0.1), lambda sgd: schedulers.CosineAnnealingLR(sgd, 4, 0.1)),
+        (AnalogProbSchedule.linear(network(), 4), lambda sgd: schedulers.LinearLR(sgd, 1.0, 0.0, 4)),
+    ):
+        groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": start} for start in ours.starts.values()]
+        sgd = torch.optim.SGD(groups)
+        theirs = theirs(sgd)
+        for _ in range(5):
+            assert list(ours.probs.values()) == pytest.approx(theirs.get_last_lr(), abs=1e-12)
+            ours.step()
+            sgd.step()
+            theirs.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("epoch", [0, 1, 2, 5, 8])
+def test_schedule_resumes_exactly(kind, epoch, tmp_path):
+    schedule = KINDS[kind](network())
+    for _ in range(epoch):
+        schedule.step()
+    torch.save(schedule.state_dict(), tmp_path / "state")
+    for ahead in (0, 3):  # also into a schedule that has gone elsewhere
+        model = network()
+        resumed = KINDS[kind](model)
+        for _ in range(ahead):
+            resumed.step()
+        resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+        twin = KINDS[kind](network())
+        for _ in range(epoch):
+            twin.step()
+        for _ in range(4):
+            assert resumed.epoch == twin.epoch
+            assert resumed.probs == twin.probs
+            assert [model[1].analog_prob, model[3].analog_prob] == list(twin.probs.values())
+            resumed.step()
+            twin.step()
+
+
+def test_a_state_brings_its_starts():
+    state = AnalogProbSchedule.linear(network(), 4).state_dict()
+    model = network()
+    model[1].analog_prob = 0.6
+    schedule = AnalogProbSchedule.linear(model, 4)
+    schedule.load_state_dict(state)
+    schedule.step()
+    assert model[1].analog_prob == pytest.approx(0.15)
+    state["starts"]["1"] = 0.9
+    assert schedule.starts["1"] == 0.2, "the state is not the caller's dict"
+
+
+def test_a_state_is_a_copy():
+    schedule = AnalogProbSchedule.linear(network(), 4)
+    schedule.state_dict()["starts"]["1"] = 0.9
+    assert schedule.starts["1"] == 0.2
+
+
+def test_a_layer_that_went_to_0_is_resumed():
+    model = network(learn_width=False)
+    schedule = AnalogProbSchedule.linear(model, 2)
+    schedule.step()
+    state = schedule.state_dict()
+    schedule.step()
+    assert model[1].analog_prob == 0
+    fresh = AnalogProbSchedule.linear(model, 2)
+    assert list(fresh.starts) == ["3"]
+    fresh.load_state_dict(state)
+    assert model[1].analog_prob == 0.1
+
+
+@pytest.mark.parametrize("names", [["1"], ["1", "3", "4"], ["0", "3"], []])
+def test_the_state_of_other_layers_is_refused(names):
+    schedule = AnalogProbSchedule.linear(network(), 4)
+    schedule.step()
+    before = schedule.probs
+    with pytest.raises(ValueError, match=r"AnalogProbSchedule: the state must be of layers \['1', '3'\], got \["):
+        schedule.load_state_dict({"epoch": 3, "starts": dict.fromkeys(names, 0.5)})
+    assert schedule.probs == before
+    assert schedule.epoch == 1
+    assert schedule.starts == {"1": 0.2, "3": 0.8}
+
+
+def test_shared_and_ordinary_layers():
+    shared, ordinary, silent = LIF(analog_prob=0.4), LIF(analog_prob=0, learn_width=False), LIF(analog_prob=0)
+    schedule = AnalogProbSchedule.linear(nn.Sequential(shared, ordinary, shared, silent), 2, final=0.5)
+    assert schedule.starts == {"0": 0.4, "3": 0}
+    schedule.step()
+    assert shared.analog_prob == pytest.approx(0.45)
+    assert ordinary.analog_prob == 0
+    assert silent.analog_prob == 0.25
+    with pytest.raises(ValueError, match=r"a layer with noise or a learned width, .* in '0'"):
+        AnalogProbSchedule.linear(nn.Sequential(ordinary), 2)
+
+
+def test_foreign_layers_are_scheduled():
+    layer = Foreign()
+    AnalogProbSchedule.multi_step(layer, [1]).step()
+    assert layer.analog_prob == pytest.approx(0.03)
+
+
+def test_a_function_of_ones_own():
+    model = network()
+    schedule = AnalogProbSchedule(model, lambda start, epoch: start * (epoch + 1) / 2)
+    assert schedule.probs == {"1": 0.1, "3": 0.4}
+    schedule.step()
+    assert schedule.probs == {"1": 0.2, "3": 0.8}
+    with pytest.raises(ValueError, match=r"layer '3' at epoch 2: analog_prob must be in \[0, 1\], got 1\.2"):
+        schedule.step()
+    assert schedule.probs == {"1": 0.2, "3": 0.8}, "a refused step must set no layer"
+    assert schedule.epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda model: AnalogProbSchedule.cosine(model, 0), ValueError, "epochs must be >= 1, got 0"),
+        (lambda model: AnalogProbSchedule.linear(model, -1), ValueError, "epochs must be >= 1, got -1"),
+        (lambda model: AnalogProbSchedule.linear(model, 2.0), TypeError, "epochs must be an int, got float"),
+        (lambda model: AnalogProbSchedule.cosine(model, True), TypeError, "epochs must be an int, got bool"),
+        (lambda model: AnalogProbSchedule.cosine(model, 2, 1.5), ValueError, r"final must be in \[0, 1\], got 1\.5"),
+        (lambda model: AnalogProbSchedule.linear(model, 2, "0"), TypeError, "final must be a float, got str"),
+        (
+            lambda model: AnalogProbSchedule.multi_step(model, [1], math.nan),
+            ValueError,
+            r"gamma must be in \[0, 1\], got nan",
+        ),
+        (
+            lambda model: AnalogProbSchedule.multi_step(model, [0, 2]),
+            ValueError,
+            r"milestones must be ints >= 1, got \[0, 2\]",
+        ),
+        (lambda model: AnalogProbSchedule.multi_step(model, [1.5]), ValueError, r"milestones .*, got \[1\.5\]"),
+        (lambda model: AnalogProbSchedule.multi_step(model, 2), TypeError, "milestones must be a sequence .*, got int"),
+        (lambda model: AnalogProbSchedule(model, 0.5), TypeError, "prob_at must be a function .*, got float"),
+        (
+            lambda model: AnalogProbSchedule.linear(model, 2).load_state_dict({}),
+            ValueError,
+            r"the state must be a dict of 'epoch' and 'starts', got \[\]",
+        ),
+        (
+            lambda model: AnalogProbSchedule.linear(model, 2).load_state_dict(3),
+            ValueError,
+            "the state must .*, got int",
+        ),
+    ],
+)
+def test_schedule_errors(build, error, message):
+    with pytest.raises(error, match=r"asgl_cuda\.AnalogProbSchedule: " + message):
+        build(network())
+
+
+@pytest.mark.parametrize("kind", ["LIF", "BatchNormLIF", "converted"])
+def test_a_schedule_compiles_nothing_anew(backend, device, kind):
+    """Except where the noise ends, once; the noise of each epoch is that of eager mode."""
+    torch._dynamo.reset()
+    if kind == "converted":
+        neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+        model, _ = asgl_cuda.convert(nn.Sequential(neuron.LIFNode(step_mode="m")), asgl={}, backend=backend)
+        model.to(device)
+    else:
+        model = nn.Sequential(getattr(asgl_cuda, kind)(*([5] if kind == "BatchNormLIF" else []), backend=backend)).to(
+            device
+        )
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(copy.deepcopy(model), backend=counter, fullgraph=True)
+    schedules = [AnalogProbSchedule.linear(each, 12) for each in (model, compiled)]
+    x_seq = random_input(4, 300, 5, device=device)
+    for epoch in range(14):
+        expected, actual = [], []
+        for each, found in ((model, expected), (compiled, actual)):
+            torch.manual_seed(epoch)
+            if kind == "converted":
+                asgl_cuda.reset(each)
+            s_seq = each(x_seq)
+            found += [s_seq, *torch.autograd.grad(s_seq.square().sum(), x_seq)]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True)), epoch
+        for schedule in schedules:
+            schedule.step()
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
+
+
+def test_the_share_as_data_goes_where_the_layer_goes():
+    layer = LIF(analog_prob=0.3).half()
+    assert layer._analog_prob_data.item() == 0.3
+    empty = LIF(analog_prob=0.3, device="meta").to("meta").to_empty(device="cpu")
+    assert empty._analog_prob_data.item() == 0.3
+    again = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    again.analog_prob = 0.5
+    assert (layer._analog_prob_data.item(), again._analog_prob_data.item()) == (0.3, 0.5)
+    assert set(layer.state_dict()) == {"log_width"}
+    assert not list(layer.buffers())

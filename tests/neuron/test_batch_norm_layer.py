@@ -1,0 +1,260 @@
+"""BatchNormLIF, torch's features, and what is refused."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from batch_norm_cases import (
+    assert_same,
+    channels_last,
+    make,
+)
+from comparison import real_of
+from torch import nn
+
+import asgl_cuda
+from asgl_cuda import batch_norm_lif
+from asgl_cuda.backends import BACKENDS
+
+
+def fused_and_pair(backend, device, channels=3, dtype=torch.float64, **options):
+    norm = nn.BatchNorm2d(channels, **options).to(device, dtype)
+    lif = asgl_cuda.LIF(backend=backend, analog_prob=0.0).to(device, dtype)
+    if norm.affine:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, 0.0, 1.0)
+    fused = asgl_cuda.BatchNormLIF(channels, **options, backend=backend, analog_prob=0.0).to(device, dtype)
+    fused.load_state_dict({**norm.state_dict(), **lif.state_dict()})
+    return fused, lambda x_seq: lif(norm(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])), norm
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"momentum": 0.3, "eps": 1e-2}, {"affine": False},
+                                     {"track_running_stats": False}], ids=str)  # fmt: skip
+def test_layer_in_training_and_evaluation(backend, device, options):
+    """The same spikes as the pair over several calls, the same running statistics, and then in evaluation."""
+    fused, unfused, norm = fused_and_pair(backend, device, **options)
+    for _ in range(4):
+        x_seq = torch.randn(4, 5, 3, 4, 2, dtype=torch.float64, device=device) * 2 + 1
+        assert torch.equal(fused(x_seq), unfused(x_seq))
+    assert list(fused.state_dict()) == [*(["log_width"]), *norm.state_dict()]
+    for key, value in norm.state_dict().items():
+        torch.testing.assert_close(fused.state_dict()[key], value)
+    fused.eval()
+    norm.eval()
+    x_seq = torch.randn(4, 5, 3, 4, 2, dtype=torch.float64, device=device) * 2 + 1
+    assert torch.equal(fused(x_seq), unfused(x_seq))
+    for key, value in norm.state_dict().items():
+        torch.testing.assert_close(fused.state_dict()[key], value)
+
+
+def test_tdbn(backend, device):
+    """Zheng et al.: the normalised input times alpha * v_threshold."""
+    layer = asgl_cuda.BatchNormLIF(3, v_threshold=0.8, input_scale=0.5 * 0.8, decay=0.0, backend=backend).to(device)
+    x_seq = torch.randn(4, 2, 3, 5, device=device)
+    output = layer._lif(x_seq, 0, return_h_seq=True)
+    h_seq = output.h_seq.movedim(2, 0).flatten(1)
+    torch.testing.assert_close(h_seq.std(dim=1, correction=0), torch.full((3,), 0.4, device=device), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
+def test_layer_learns_what_lif_learns(backend, device, granularity):
+    features = [3, 4, 2] if granularity == "neuron" else 3
+    layer = asgl_cuda.BatchNormLIF(
+        features, granularity=granularity, learn_decay=True, learn_threshold=True, backend=backend
+    ).to(device)
+    layer(torch.randn(5, 2, 3, 4, 2, device=device)).sum().backward()
+    assert {name for name, value in layer.named_parameters() if value.grad is not None} == {
+        "log_width", "logit_decay", "threshold", "weight", "bias"
+    }  # fmt: skip
+
+
+def test_stateful_layer(backend, device):
+    """Two halves of a sequence in evaluation are the whole of it."""
+    layer = asgl_cuda.BatchNormLIF(3, stateful=True, backend=backend).to(device).eval()
+    x_seq = torch.randn(8, 2, 3, 5, device=device)
+    whole = layer(x_seq)
+    layer.reset()
+    assert torch.equal(torch.cat([layer(x_seq[:3]), layer(x_seq[3:])]), whole)
+
+
+def test_copies_and_pickles(backend, device):
+    layer = asgl_cuda.BatchNormLIF(3, backend=backend).to(device)
+    layer(torch.randn(4, 2, 3, device=device))
+    x_seq = torch.randn(4, 2, 3, device=device)
+    layer.eval()
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x_seq), layer(x_seq))
+    assert "BatchNormLIF(3, eps=1e-05, momentum=0.1, width=1 (learned)" in str(layer)
+
+
+def test_a_monitor_changes_no_statistics(backend, device):
+    layer = asgl_cuda.BatchNormLIF(3, backend=backend).to(device)
+    other = copy.deepcopy(layer)
+    x_seq = torch.randn(4, 2, 3, 5, device=device)
+    torch.manual_seed(0)
+    with asgl_cuda.Monitor(layer):
+        layer(x_seq)
+    torch.manual_seed(0)
+    other(x_seq)
+    for key, value in other.state_dict().items():
+        assert torch.equal(layer.state_dict()[key], value), key
+
+
+def test_autocast_and_module_types(backend, device):
+    """Half weights, as after .half(), are computed with in float32."""
+    layer = asgl_cuda.BatchNormLIF(3, backend=backend).to(device).half()
+    x_seq = torch.randn(4, 2, 3, 5, device=device).half().requires_grad_()
+    layer(x_seq).sum().backward()
+    assert layer.weight.grad.dtype == torch.float16
+    assert layer.running_mean.dtype == torch.float16
+    assert x_seq.grad.dtype == torch.float16
+
+
+# ---- torch's features ----
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "order"),
+    [((1, 4, 3, 8), (1, 0, 2, 3)), ((4, 2, 1, 1, 3), (0, 1, 4, 2, 3))],
+    ids=["batch of 1", "features of 1 x 1"],
+)
+def test_strides_of_dimensions_of_one_element(backend, device, sizes, order, compiled):
+    """They mean nothing: a gradient that has others lies in memory as x_seq does."""
+    torch._dynamo.reset()
+    x_seq = torch.randn(sizes, device=device).permute(order).requires_grad_()
+
+    def function(x_seq, backend=backend):
+        return batch_norm_lif(x_seq, training=True, surrogate="sigmoid", analog_prob=1.0, backend=backend).square()
+
+    tested = torch.compile(function, backend="aot_eager", fullgraph=True) if compiled else function
+    actual, expected = (torch.autograd.grad(s.sum(), x_seq)[0] for s in (tested(x_seq), function(x_seq, "reference")))
+    torch.testing.assert_close(actual, expected)
+
+
+def coefficients_arguments(x_seq, source, real):
+    channels = x_seq.shape[2]
+
+    def ones():
+        return torch.ones(channels, dtype=real, device=x_seq.device)
+
+    statistics = (
+        torch.rand(3, channels, 3, dtype=torch.float64, device=x_seq.device) if source == "statistics" else None
+    )
+    running = (ones(), ones()) if source == "running" else (None, None)
+    return (x_seq, statistics, *running, ones(), None, 1e-5, 0.9, 0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_opcheck(backend, device, layout, dtype):
+    operators = BACKENDS[backend].operators
+    x_seq, _, _ = make("images", dtype, device, layout)
+    real = real_of(dtype)
+    for source in ("x_seq", "running", "statistics"):
+        arguments = coefficients_arguments(x_seq, source, real)
+        torch.library.opcheck(operators.batch_norm_coefficients, arguments)
+        coefficients, total = operators.batch_norm_coefficients(*arguments)
+    sums = [torch.rand(3, dtype=real, device=device) for _ in range(4)]
+    for grad_x_seq in (torch.zeros_like(x_seq), x_seq.new_empty(0)):
+        arguments = (grad_x_seq, x_seq, coefficients, total, *sums, 1e-5, 0.9, 0)
+        torch.library.opcheck(operators.batch_norm_backward, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({5: torch.ones(4)}, "must have shape|expected shape"),
+        ({4: torch.ones(3, dtype=torch.float64)}, "must have shape|expected shape"),
+        ({2: None}, "mean and variance come together"),
+        ({8: 9}, "time_dim|in list"),
+    ],
+)
+def test_the_operator_checks_what_would_be_read_beyond_the_end(backend, device, change, message):
+    arguments = list(coefficients_arguments(torch.randn(4, 2, 3, 5, device=device), "running", torch.float32))
+    for place, value in change.items():
+        arguments[place] = value.to(device) if isinstance(value, torch.Tensor) else value
+    with pytest.raises((ValueError, RuntimeError, IndexError), match=message):
+        BACKENDS[backend].operators.batch_norm_coefficients(*arguments)
+
+
+def test_the_operator_checks_the_gradient_that_it_writes(backend, device):
+    x_seq = torch.randn(4, 2, 3, 5, device=device)
+    coefficients, total = BACKENDS[backend].operators.batch_norm_coefficients(
+        *coefficients_arguments(x_seq, "x_seq", torch.float32)
+    )
+    sums = [torch.ones(3, device=device)] * 4
+    for wrong in (x_seq.half(), x_seq[:3].clone(), channels_last(x_seq, 0)):
+        with pytest.raises((ValueError, RuntimeError), match="as x_seq does"):
+            BACKENDS[backend].operators.batch_norm_backward(wrong, x_seq, coefficients, total, *sums, 1e-5, 1.0, 0)
+
+
+def test_compile(backend, device):
+    """One graph, the same spikes, gradients and running statistics; for the second batch size a graph for any."""
+    torch._dynamo.reset()
+    layer = asgl_cuda.BatchNormLIF(3, analog_prob=0.0, backend=backend).to(device)
+    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+    for batch in (2, 3):
+        x_seq = torch.randn(4, batch, 3, 5, device=device)
+        leaves = [x_seq.clone().requires_grad_() for _ in range(2)]
+        expected, actual = layer(leaves[0]), compiled(leaves[1])
+        torch.testing.assert_close(actual, expected)
+        expected.square().sum().backward()
+        actual.square().sum().backward()
+        torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
+    for key, value in layer.state_dict().items():
+        torch.testing.assert_close(compiled._orig_mod.state_dict()[key], value)
+    layer.eval()
+    compiled.eval()
+    torch.testing.assert_close(compiled(x_seq), layer(x_seq))
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "evaluation .* needs running_mean and running_var"),
+        ({"running_mean": torch.zeros(3)}, ValueError, "must both be given"),
+        ({"training": True, "weight": torch.ones(4)}, ValueError, r"weight must have shape \[3\] .* got \[4\]"),
+        ({"training": True, "bias": torch.ones(1, 3)}, ValueError, r"bias must have shape \[3\] .* got \[1, 3\]"),
+        ({"training": True, "weight": torch.ones(3).int()}, TypeError, "weight must be of a floating type"),
+        ({"training": True, "weight": 1.0}, TypeError, "weight must be a tensor, got float"),
+        ({"training": True, "weight": torch.ones(3, device="meta")}, ValueError, "weight must be on cpu .* got meta"),
+        ({"training": True, "eps": "small"}, TypeError, "eps must be a float, got str"),
+        ({"training": True, "input_scale": None}, TypeError, "input_scale must be a float, got NoneType"),
+        ({"training": True, "momentum": None}, TypeError, "momentum must be a float or a tensor, got NoneType"),
+        ({"training": True, "time_dim": 7}, ValueError, "batch_norm_lif: time_dim must be in"),
+        ({"training": True, "surrogate": "step"}, ValueError, "batch_norm_lif: surrogate must be one of"),
+        ({"training": True, "width": 0.0}, ValueError, "batch_norm_lif: width must be > 0"),
+        ({"training": True, "input_gain": 2.0}, TypeError, "asgl_cuda.batch_norm_lif.* argument 'input_gain'"),
+        ({"training": True, "tau": 2.0}, TypeError, "asgl_cuda.batch_norm_lif.* argument 'tau'"),
+    ],
+)
+def test_errors(arguments, error, message):
+    before = torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        batch_norm_lif(torch.randn(4, 2, 3, 5, generator=torch.Generator()), **arguments, analog_prob=0.2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_errors_of_shapes():
+    with pytest.raises(ValueError, match=r"must have a dimension of channels, .* got shape \[4, 3\] with time_dim 0"):
+        batch_norm_lif(torch.randn(4, 3), training=True)
+    layer = asgl_cuda.BatchNormLIF(5)
+    with pytest.raises(ValueError, match=r"running_mean must have shape \[3\] .* got \[5\]"):
+        layer(torch.randn(4, 2, 3, 6))
+    assert int(layer.num_batches_tracked) == 0
+    for wrong in (0, [], "3", True):
+        with pytest.raises(ValueError, match="num_features must be a number of channels or begin with it"):
+            asgl_cuda.BatchNormLIF(wrong)
+
+
+def test_every_combination_of_missing_parameters(backend, device):
+    x_seq, _, arguments = make("vectors", torch.float32, device)
+    for present in itertools.product([False, True], repeat=2):
+        chosen = {name: arguments[name] for name, there in zip(("weight", "bias"), present, strict=True) if there}
+        assert_same(x_seq, 0, chosen, backend, training=True, analog_prob=0.3)
