@@ -408,18 +408,10 @@ def rows_of_nvrtc(ours: Resources, theirs: Resources) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.cuda_compile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m tests.cuda_compile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--update", action="store_true", help=f"write {TABLE.relative_to(CSRC.parent)}")
-    parser.add_argument(
-        "--architectures",
-        type=int,
-        nargs="+",
-        metavar="90",
-        help="only these (default: see above)",
-    )
+    parser.add_argument("--architectures", type=int, nargs="+", metavar="90", help="only these (default: see above)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: one a core)")
     arguments = parser.parse_args()
     if arguments.update and (arguments.architectures or cupy.nvrtc_problem()):

@@ -21,10 +21,7 @@ from benchmarks.layers import captured
 WANTED = os.environ.get("ASGL_TEST_BACKENDS", "cuda,cupy").split(",")
 GPU_BACKENDS = [name for name in ("cuda", "cupy") if name in WANTED and name in asgl_cuda.available_backends()]
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not GPU_BACKENDS, reason=str(asgl_cuda.unavailable_backends())),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU_BACKENDS, reason=str(asgl_cuda.unavailable_backends()))]
 
 WAIT = 100_000_000  # cycles, some 50 ms: long after the host has queued what follows
 

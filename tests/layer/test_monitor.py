@@ -13,10 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from training_layers import Foreign, network
 
 import asgl_cuda
-from asgl_cuda import (
-    LIF,
-    Monitor,
-)
+from asgl_cuda import LIF, Monitor
 from asgl_cuda.surrogate import SURROGATES
 
 LAYERS = [

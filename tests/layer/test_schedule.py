@@ -12,10 +12,7 @@ from torch import nn
 from training_layers import Foreign, network
 
 import asgl_cuda
-from asgl_cuda import (
-    LIF,
-    AnalogProbSchedule,
-)
+from asgl_cuda import LIF, AnalogProbSchedule
 
 KINDS = {
     "multi_step": lambda model: AnalogProbSchedule.multi_step(model, [2, 5, 5], gamma=0.5),

@@ -12,15 +12,7 @@ from torch import nn
 from training_layers import Foreign, network
 
 import asgl_cuda
-from asgl_cuda import (
-    LIF,
-    AnalogProbSchedule,
-    Monitor,
-    asgl_layers,
-    lightning_callback,
-    parameter_groups,
-    spiking_eval,
-)
+from asgl_cuda import LIF, AnalogProbSchedule, Monitor, asgl_layers, lightning_callback, parameter_groups, spiking_eval
 
 # ---- which layers ----
 

@@ -11,17 +11,7 @@ import torch
 from comparison import rng_state
 from torch import nn
 from torch.autograd import forward_ad
-from torch.func import (
-    functional_call,
-    grad,
-    hessian,
-    jacfwd,
-    jacrev,
-    jvp,
-    stack_module_state,
-    vjp,
-    vmap,
-)
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import asgl_cuda
 

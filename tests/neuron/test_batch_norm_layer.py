@@ -6,11 +6,7 @@ import pickle
 
 import pytest
 import torch
-from batch_norm_cases import (
-    assert_same,
-    channels_last,
-    make,
-)
+from batch_norm_cases import assert_same, channels_last, make
 from comparison import real_of
 from torch import nn
 
