@@ -52,9 +52,6 @@ def test_tones(monkeypatch):
     assert torch.equal(found.test, data.tones().test)
 
 
-# ---- events ----
-
-
 def images(*values):
     torch.manual_seed(0)
     image = torch.zeros(len(values), 1, 16, 16)
@@ -88,9 +85,6 @@ def test_events_add_up_to_the_change(monkeypatch):
     monkeypatch.setattr(data, "CONTRAST", CONTRAST / 3)
     finer = data.saccade_events(torch.rand(3, 1, 16, 16)).long().sum(1)
     assert 2.5 < finer.sum() / events.sum() < 4
-
-
-# ---- sounds ----
 
 
 def sine(pitch, seconds=1.5):
@@ -148,9 +142,6 @@ def test_a_folder_without_recordings(tmp_path):
     (tmp_path / "flute").mkdir()
     with pytest.raises(FileNotFoundError, match=r"subfolder of \.wav files for each label, found \['flute'\]"):
         data.recordings(tmp_path)
-
-
-# ---- what lies on disk ----
 
 
 def test_cifar(tmp_path, monkeypatch):

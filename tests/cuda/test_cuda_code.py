@@ -207,8 +207,6 @@ def test_instructions_of_a_loop_within_a_loop():
     assert counted.steps == 1
 
 
-# ---- NVRTC's kernels against nvcc's ----
-
 GENERAL = Kernel("backward, 1 neuron", "float32", "erf", "hard")
 
 

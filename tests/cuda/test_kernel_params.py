@@ -78,18 +78,8 @@ def host_compiler(text: str) -> str:
     compiler = emulated.compiler()
     if compiler is None:
         pytest.skip("no C++ compiler")
-    command = [
-        *compiler,
-        "-std=c++17",
-        "-fsyntax-only",
-        "-Wno-invalid-offsetof",
-        "-include",
-        "cstddef",
-        f"-I{CSRC}",
-        "-x",
-        "c++",
-        "-",
-    ]
+    flags = ["-std=c++17", "-fsyntax-only", "-Wno-invalid-offsetof", "-include", "cstddef", "-x", "c++"]
+    command = [*compiler, *flags, f"-I{CSRC}", "-"]
     result = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
     return result.stderr if result.returncode else ""
 

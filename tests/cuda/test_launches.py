@@ -76,14 +76,9 @@ def test_four_neurons_need_a_layout(emulation, backend, name, lanes):
 def test_both_mappings_agree_with_the_reference(emulation, backend, multiprocessors, steps, sizes):
     emulation.set_multiprocessors(multiprocessors)
     for outputs in (("s_seq",), ("s_seq", "v_last", "v_seq", "h_seq")):
-        assert_equals_reference(
-            random_input(steps, 2, 6, NEURONS // 6),
-            backend,
-            outputs=outputs,
-            width=uniform(*sizes, low=0.5, high=1.5),
-            analog_prob=0.3,
-            rng_state=rng_state(),
-        )
+        x_seq, width = random_input(steps, 2, 6, NEURONS // 6), uniform(*sizes, low=0.5, high=1.5)
+        noise = {"analog_prob": 0.3, "rng_state": rng_state()}
+        assert_equals_reference(x_seq, backend, outputs=outputs, width=width, **noise)
 
 
 def test_sums_of_many_blocks(emulation, backend):
@@ -93,9 +88,6 @@ def test_sums_of_many_blocks(emulation, backend):
     x_seq, width = random_input(2, neurons), uniform(low=0.5, high=1.5)
     assert_equals_reference(x_seq, backend, outputs=("s_seq",), width=width)
     assert [blocks for blocks, _ in grids(emulation)] == [300, 300, 1]
-
-
-# ---- the launchers in Python give what those in C++ do ----
 
 
 def fields(value, prefix=""):

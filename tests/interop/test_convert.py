@@ -336,9 +336,6 @@ def test_a_step_a_call_takes_few_operations(name):
     assert counts[1] <= min(counts[0], 8), counts
 
 
-# ---- whole models ----
-
-
 def losses(model, scores_of, steps=4):
     """Of a short training on one batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

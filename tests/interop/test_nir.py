@@ -291,9 +291,6 @@ def test_without_nir_the_error_says_what_to_install(missing, call, monkeypatch):
         call(LIF(), torch.rand(2, 3, 4)) if call is to_nir else call(None)
 
 
-# ---- converted layers ----
-
-
 def converted(name):
     """A network `[T, B, 4]` to `[T, B, 5]` with a converted layer, and the first dimension of time."""
     jelly = pytest.importorskip("spikingjelly.activation_based.neuron")

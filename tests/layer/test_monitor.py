@@ -38,18 +38,9 @@ def shaped(value, granularity, time_dim, dims):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_monitor_measures_what_the_function_computes(backend, device, options, training, granularity, time_dim, dtype):
     features = {"layer": None, "channel": 5, "neuron": (5, 3)}[granularity]
-    layer = LIF(
-        features,
-        granularity=granularity,
-        time_dim=time_dim,
-        analog_prob=0.4,
-        v_threshold=0.9,
-        width=1.3,
-        backend=backend,
-        learn_decay=True,
-        learn_threshold=True,
-        **options,
-    )
+    options = {"analog_prob": 0.4, "v_threshold": 0.9, "width": 1.3, "backend": backend, **options}
+    learned = {"learn_decay": True, "learn_threshold": True}
+    layer = LIF(features, granularity=granularity, time_dim=time_dim, **learned, **options)
     layer = randomized(layer).to(device).train(training)
     inputs = [random_input(4, 2, 5, 3, dtype=dtype, device=device).detach().movedim(0, time_dim) for _ in range(2)]
     torch.manual_seed(11)

@@ -103,15 +103,8 @@ INPUTS = [
 @pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
 def test_granularity(backend, device, time_dim, shape, channel_shape, neuron_shape, granularity):
     features = {"layer": None, "channel": 5, "neuron": (5, 3, 2)[: len(shape) - 2]}[granularity]
-    layer = LIF(
-        features,
-        granularity=granularity,
-        time_dim=time_dim,
-        analog_prob=0.4,
-        v_reset=None,
-        backend=backend,
-        **LEARN_ALL,
-    )
+    options = {"analog_prob": 0.4, "v_reset": None, "backend": backend, **LEARN_ALL}
+    layer = LIF(features, granularity=granularity, time_dim=time_dim, **options)
     sizes = {"layer": (1,), "channel": (5,), "neuron": features}[granularity]
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == dict.fromkeys(
         ("log_width", "logit_decay", "threshold"), sizes

@@ -127,14 +127,8 @@ def test_state_is_cast_with_the_module(backend, device):
     layer.to(torch.float64)
     assert layer.v.dtype == layer.log_width.dtype == torch.float64
     assert torch.equal(layer.v, before.double())
-    expected = asgl_cuda.lif(
-        x_seq.double(),
-        decay=layer.decay,
-        width=layer.width,
-        v_init=before.double(),
-        return_v_last=True,
-        backend=backend,
-    )
+    given = {"decay": layer.decay, "width": layer.width, "v_init": before.double()}
+    expected = asgl_cuda.lif(x_seq.double(), **given, return_v_last=True, backend=backend)
     s_seq = layer(x_seq.double())
     assert torch.equal(s_seq, expected.s_seq)
     assert torch.equal(layer.v, expected.v_last)

@@ -14,8 +14,6 @@ from training_layers import Foreign, network
 import asgl_cuda
 from asgl_cuda import LIF, AnalogProbSchedule, Monitor, asgl_layers, lightning_callback, parameter_groups, spiking_eval
 
-# ---- which layers ----
-
 
 def test_each_asgl_layer_once():
     shared, foreign = LIF(), Foreign()
@@ -57,9 +55,6 @@ def test_a_model_without_asgl_layers_is_refused(call, name):
 def test_what_is_no_module_is_refused(call, name):
     with pytest.raises(TypeError, match=rf"asgl_cuda\.{name}: model must be a torch\.nn\.Module, got list"):
         call([LIF()])
-
-
-# ---- parameter groups ----
 
 
 def test_groups_hold_every_parameter_once():
@@ -110,9 +105,6 @@ def test_empty_groups_are_left_out():
 def test_group_errors(name, value):
     with pytest.raises(ValueError, match=rf"asgl_cuda\.parameter_groups: {name} must be >= 0, got {value}"):
         parameter_groups(network(), **{"lr": 0.1, name: value})
-
-
-# ---- Lightning ----
 
 
 class Callback:
@@ -204,9 +196,6 @@ def test_lightning_callback_errors(monkeypatch):
         lightning_callback(monitor=Monitor(network()))
 
 
-# ---- hard spikes ----
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_spiking_eval(training):
     model = nn.Sequential(nn.Linear(6, 5), LIF(width=9.0), nn.Dropout(0.5), LIF(width=9.0, analog_prob=1.0), Foreign())
@@ -249,9 +238,6 @@ def test_spiking_eval_inside_itself():
             pass
         assert layer.analog_prob == 0
     assert layer.analog_prob == 0.4
-
-
-# ---- carried potentials ----
 
 
 def test_reset_of_a_whole_model():

@@ -108,9 +108,6 @@ def test_autocast_and_module_types(backend, device):
     assert x_seq.grad.dtype == torch.float16
 
 
-# ---- torch's features ----
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
     ("sizes", "order"),
@@ -205,9 +202,6 @@ def test_compile(backend, device):
     layer.eval()
     compiled.eval()
     torch.testing.assert_close(compiled(x_seq), layer(x_seq))
-
-
-# ---- what is refused ----
 
 
 @pytest.mark.parametrize(

@@ -162,16 +162,9 @@ def calls(draw: st.DrawFn, analog_probs: tuple[float, ...] = ANALOG_PROBS, min_s
         "detach_reset": draw(st.booleans()),
         "analog_prob": draw(st.sampled_from(analog_probs)),
     }
-    return Call(
-        shape=tuple(shape),
-        memory_order=order,
-        sliced_dim=draw(st.none() | st.none() | st.integers(0, dims - 1)),
-        dtype=dtype,
-        parameters=parameters,
-        v_init=v_init,
-        options=options,
-        seed=draw(st.integers(0, 2**40)),
-    )
+    sliced_dim = draw(st.none() | st.none() | st.integers(0, dims - 1))
+    seed = draw(st.integers(0, 2**40))
+    return Call(tuple(shape), order, sliced_dim, dtype, parameters, v_init, options, seed)
 
 
 def leaves_of(x_seq: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:

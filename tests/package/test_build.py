@@ -164,9 +164,6 @@ def test_notes_and_last_line(build, capsys, tmp_path, cuda):
     assert last.endswith(": a reason")
 
 
-# ---- python -m asgl_cuda build; test_wheel.py compiles by it ----
-
-
 @pytest.fixture
 def cache(build, monkeypatch, tmp_path) -> Path:
     """The user's, on a machine with a compiler that fails, where no extension is."""
