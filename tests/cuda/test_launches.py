@@ -1,4 +1,4 @@
-"""What the launchers, those in C++ and those in Python, give to the emulated device: kernel, grid, arguments."""
+"""The launchers in C++ and in Python give kernel, grid and arguments to the emulated device."""
 
 import ctypes
 
@@ -17,7 +17,7 @@ NEURONS = 1536
 
 @pytest.fixture(params=["emulated", "replayed"])
 def backend(request):
-    """The launchers in C++, and those in Python."""
+    """The launchers in C++, and the launchers in Python."""
     return request.param
 
 
@@ -45,7 +45,7 @@ def test_neurons_a_thread(emulation, backend, multiprocessors, lanes, dtype):
      ("batch first", 4), ("shifted gradient", 1)],
 )  # fmt: skip
 def test_four_neurons_need_a_layout(emulation, backend, name, lanes):
-    """Side by side, at a multiple of 16 bytes, with the same parameters."""
+    """They lie side by side, at a multiple of 16 bytes, with the same parameters."""
     neurons, options, time_dim = NEURONS, {}, 0
     x_seq = torch.randn(3, neurons)
     if name == "odd":
@@ -122,7 +122,7 @@ def described(launch, dtype):
 
 
 def both(emulation, dtype, x_seq, outputs=(), function=asgl_cuda.lif, **options):
-    """What the driver was given by the launchers in C++, and by those in Python, forward and backward."""
+    """The launches that the driver was given from C++, and from Python, forward and backward."""
     found = []
     leaves = [x_seq, *(value for value in options.values() if isinstance(value, torch.Tensor) and value.requires_grad)]
     for name in ("emulated", "replayed"):
@@ -250,7 +250,7 @@ def test_same_launches_where_storage_begins_anywhere(emulation, what, offset):
 
 
 def test_an_argument_of_the_wrong_size_is_refused(emulation):
-    """What stands between a structure that has changed on one side alone and a kernel that reads beyond it."""
+    """A structure that has changed on one side alone is found before a kernel reads beyond it."""
     kernel = "asgl::gradient_sum_kernel<float, false>"
     with pytest.raises(RuntimeError, match="parameters take 104 bytes, got 408"):
         emulation.launch(torch.device("cpu"), kernel, 1, 1, structure("ForwardParams", torch.float32)())

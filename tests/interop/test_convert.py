@@ -1,4 +1,4 @@
-"""What `convert` and `revert` do with a model: copies, names, reports, errors; and whole models that train alike."""
+"""`convert` and `revert` on whole models: copies, names, reports, errors; and trainings that are alike."""
 
 import copy
 import pickle
@@ -337,7 +337,7 @@ def test_a_step_a_call_takes_few_operations(name):
 
 
 def losses(model, scores_of, steps=4):
-    """Of a short training on one batch."""
+    """The losses of a short training on one batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     found = []
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""What `fuse` makes of the layers of each library, in numbers."""
+"""The results of `fuse` on the layers of each library, in numbers."""
 
 import authors_code
 import libraries  # noqa: F401
@@ -66,7 +66,7 @@ def test_layers_of_asgl_cuda(name, backend):
 
 @pytest.mark.parametrize("time_dim", [2, -1])
 def test_time_last(time_dim, backend):
-    """`[B, C, T]`: what torch.nn takes for the length is the time."""
+    """In `[B, C, T]` the dimension that torch.nn takes for the length is the time."""
     model = nn.Sequential(nn.Conv1d(C, 4, 3), nn.BatchNorm1d(4), asgl_cuda.LIF(time_dim=time_dim))
     assert_alike(model, torch.randn(B, C, 9), 1, backend)
 

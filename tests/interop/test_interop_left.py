@@ -1,4 +1,4 @@
-"""The authors' code, numbers that are whole, what is left and why, and which surrogate a function is."""
+"""The authors' code, numbers that are whole, layers that are left and why, and which surrogate a function is."""
 
 import re
 
@@ -24,7 +24,7 @@ from asgl_cuda.interop.identify import identify
 @pytest.mark.parametrize("vreset", [None, 0.1])
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_authors_code(p, vreset, kind, granularity):
-    """With all elements hard or all smooth: between, the noise is another."""
+    """All elements are hard, or all are smooth: between, the noise is another."""
 
     def make():
         spike = authors_code.EfficientNoisySpikeII(kind(2.0, granularity=granularity), p=p)

@@ -1,4 +1,4 @@
-"""Models to and from NIR: the same layer comes back, and what can not be written is said."""
+"""Models to and from NIR: the same layer comes back, and errors name the parts that cannot be written."""
 
 import dataclasses
 import inspect

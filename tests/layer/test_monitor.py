@@ -1,4 +1,4 @@
-"""What a monitor sees of layers for which all is known."""
+"""A monitor's findings on layers for which all is known."""
 
 import sys
 import types
@@ -124,7 +124,7 @@ def test_watching_changes_no_bit_under_checkpointing():
 
 
 def test_dead_and_saturated_neurons():
-    """Over the whole of time, batch and calls."""
+    """They are taken over the whole of time, batch and calls."""
     layer = LIF(decay=0.0, analog_prob=0.0)
     x_seq = torch.zeros(2, 3, 4)
     x_seq[..., 1] = 2.0

@@ -1,4 +1,4 @@
-"""What users do around a layer: torch.compile, export, autocast, checkpointing, no_grad, inference mode, fakes."""
+"""Torch's features around a layer: torch.compile, export, autocast, checkpointing, no_grad, inference mode, fakes."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from asgl_cuda.reference import Numbers, Rules
 
 @pytest.fixture
 def compiled(backend):
-    """What compiles a function with fullgraph=True, with a count of how often it was compiled."""
+    """The compiler of a function with fullgraph=True, with a count of its compilations."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
 

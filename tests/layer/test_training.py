@@ -1,4 +1,4 @@
-"""Which layers the training kit finds, parameter groups, Lightning, hard spikes and resets."""
+"""The layers that the training kit finds, parameter groups, Lightning, hard spikes and resets."""
 
 import math
 import sys
@@ -108,7 +108,7 @@ def test_group_errors(name, value):
 
 
 class Callback:
-    """Stands in for Lightning's."""
+    """It stands in for Lightning's."""
 
 
 def lightning(monkeypatch, *names):
@@ -263,7 +263,7 @@ def test_reset_of_a_whole_model():
     ],
 )
 def test_reset_of_other_libraries_layers(library, make, current):
-    """Converted, and left because asgl_cuda has no such neuron."""
+    """One is converted, and one is left because asgl_cuda has no such neuron."""
     model, report = asgl_cuda.convert(nn.Sequential(*make(pytest.importorskip(library))))
     assert (len(report.replaced), len(model)) == (1, 2)
     x = torch.full((2, 5, 3), current)

@@ -31,7 +31,7 @@ def test_sizes(backend, device, steps, neurons, v_reset):
 @pytest.mark.parametrize("steps", [3, 4, 7, 18, 35])
 @pytest.mark.parametrize("neurons", [(4, 68), (5, 33)])
 def test_nothing_but_spikes(backend, device, dtype, surrogate, v_reset, steps, neurons):
-    """What layers in a network ask for, and what the leanest kernels are for."""
+    """Layers in a network ask for no more, and the leanest kernels are for this."""
     real = real_of(dtype)
     for options in (
         {"analog_prob": 0.3},
@@ -184,7 +184,7 @@ def test_large_parameter_sums(backend, device, name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("surrogate", ["rectangle", "sigmoid"])
 def test_half_types_are_as_good_as_pytorch(backend, device, dtype, surrogate):
-    """Against float32 throughout, the error is at most twice that of a plain loop that computes in the half type."""
+    """Against float32 throughout, the error is at most twice the error of a plain loop in the half type."""
     x_seq = random_input(4, 4096, dtype=dtype, device=device)
     exact_input = x_seq.detach().float().requires_grad_()
 

@@ -28,7 +28,7 @@ constexpr double kDouble = std::numeric_limits<double>::epsilon();
 template <class Real>
 constexpr double kEpsilon = std::numeric_limits<Real>::epsilon();
 
-// Equal but for an error.
+// They are equal except for an error.
 void compare(const std::string& name, Wide is, Wide should_be, Wide error, Texts& differences) {
   if (std::fabs(is - should_be) <= error) return;
   differences.push_back(text("%s is %.17Lg, expected %.17Lg within %.3Lg", name.c_str(), is, should_be, error));
@@ -87,7 +87,7 @@ struct Coverage {
   bool complete() const { return one_lane > 0 && four_lanes > 0 && ways > 0 && splits > 0 && tiles > 0 && groups > 0; }
 };
 
-// Of a channel, in two passes.
+// The moments of a channel, in two passes.
 struct Found {
   Wide mean, variance, range;
 };
@@ -379,7 +379,7 @@ Texts check_coefficients(const CoefficientsCase& it, unsigned number) {
     compare(at("mean", channel), is.mean, exact_mean, rounding, differences);
     compare(at("variance", channel), is.variance, exact_variance, rounding, differences);
 
-    // What follows from the total as it is, in double and then rounded.
+    // The rest follows from the total as it is, in double and then rounded.
     const Real* row = coefficients.data() + channel;
     const Wide scale = params.options.input_scale;
     const Wide gain = scale * (weight.data() == nullptr ? Wide(1) : weight.data()[channel]) /

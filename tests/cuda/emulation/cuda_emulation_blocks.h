@@ -43,7 +43,7 @@ inline std::string text(const uint3& index) { return text("(%u,%u,%u)", index.x,
 // cannot show the latter; `ascending` does.
 enum class Order { middle, ascending, descending, shuffled };
 
-// To be changed only while no kernel runs.
+// They may be changed only while no kernel runs.
 struct Settings {
   int multiprocessors = 4;
   unsigned os_threads = std::max(1u, std::thread::hardware_concurrency());
@@ -219,7 +219,7 @@ class Block {
   unsigned live;        // threads that have not exited
   unsigned at_barrier;  // threads that wait at __syncthreads
   Thread* first_at_barrier;
-  // Counted without ordering memory, lest it hide from ThreadSanitizer a race between warps.
+  // The count does not order memory: that would hide a race between warps from ThreadSanitizer.
   std::atomic<unsigned> running;
 };
 
@@ -336,7 +336,7 @@ inline bool Block::complete(Warp& warp, const Request& request, Lock& lock) {
   });
 
   for_each_lane(members, [&](unsigned lane) {
-    // What a lane outside the mask would give is undefined: all ones, a NaN as a floating-point number.
+    // The value of a lane outside the mask is undefined: it is all ones, a NaN as a floating-point number.
     const unsigned source = lanes[lane].request.source_lane;
     const std::uint64_t taken = members >> source & 1 ? lanes[source].request.value : ~std::uint64_t(0);
     lanes[lane].result = request.operation == Operation::ballot ? votes : taken;

@@ -46,7 +46,7 @@ struct Format {
   uint32_t infinity() const { return ((1u << exponent_bits) - 1) << mantissa_bits; }
   bool is_nan(uint32_t bits) const { return (bits & 0x7FFFu) > infinity(); }
 
-  // Of infinity, the value that the next exponent would have: where rounding goes to it.
+  // Infinity counts as the value that the next exponent would have: rounding goes to it from there.
   double value_or_next_power(uint32_t magnitude) const {
     const int exponent = static_cast<int>(magnitude >> mantissa_bits);
     const int mantissa = static_cast<int>(magnitude & ((1u << mantissa_bits) - 1));
