@@ -316,7 +316,7 @@ def test_the_training_kit_knows_converted_layers(name):
 @pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), reason="the reference takes many")
 @pytest.mark.parametrize("name", ["spikingjelly", "snntorch", "norse"])
 def test_a_step_a_call_takes_few_operations(name):
-    """Where neurons are few, their number is what a call costs."""
+    """Where neurons are few, the number of operations is the cost of a call."""
 
     class Counter(TorchDispatchMode):
         count = 0

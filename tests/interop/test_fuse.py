@@ -252,7 +252,7 @@ def test_a_layer_named_like_the_authors_that_is_not():
 
 
 def test_noise_and_float32(backend):
-    """In float32 what differs is the last places of potentials, which may flip a spike: with noise everywhere, none."""
+    """In float32 the last places of potentials differ, which may flip a spike: with noise everywhere, none."""
     model = nn.Sequential(OverTime(nn.Sequential(nn.Linear(6, C), nn.BatchNorm1d(C))), asgl_cuda.LIF(analog_prob=1.0))
     assert_alike(model, torch.randn(T, B, 6), 1, backend)
     model = scattered(model.float())

@@ -210,7 +210,7 @@ def test_left_by_the_neurons():
 
 
 def test_left_by_the_channels():
-    """And a layer that would have been converted for it stays what it is."""
+    """A layer that would have been converted for it stays as it is."""
     cases = {
         nn.Sequential(nn.BatchNorm2d(C), asgl_cuda.LIF()): ("1", "2"),
         nn.Sequential(nn.BatchNorm1d(C), asgl_cuda.LIF(time_dim=1)): ("1", "2"),

@@ -268,7 +268,7 @@ def test_float16_trains_at_mean_100_and_deviation_a_tenth(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_are_as_good_as_torch_computes_them(backend, device, dtype):
-    """At most twice the error of torch's layers in this type, against float64."""
+    """Against float64, the error is at most twice the error of torch's layers in this type."""
     x_seq, _, arguments = make("large", dtype, device)
     exact = [t.double() for t in _smooth_gradients(x_seq.double(), arguments, "reference")]
     ours = _smooth_gradients(x_seq, {k: v.float() for k, v in arguments.items()}, backend)

@@ -191,7 +191,7 @@ class Trial {
     params.x_seq = x_seq_.data();
     check("cut", cuda::cut(params), differences_);
     check_tiles("moments", params.tiles, x_seq_.is_aligned());
-    // As for a sequence that would need too many splits: a thread goes through more values than kChannelRowsEach.
+    // It is as for a sequence that needs too many splits: a thread goes through more values than kChannelRowsEach.
     if (random_.once_in(3)) params.tiles = ChannelTiles::cut(shape_, params.tiles.lanes, kBlockThreads, 150);
     slots_ = params.tiles.slots();
     moments_ = Buffer<double>(3 * slots_ * shape_.channels, 0);
@@ -245,7 +245,7 @@ class Trial {
       };
       const Wide slope = -gain * inverse * of_normalised(total_grad_gain_, total_grad_bias_) / moments.count;
       const Wide offset = -gain * total_grad_bias_.data()[channel] / moments.count - slope * beyond;
-      // In double, with a few roundings, and then rounded.
+      // It is computed in double, with a few roundings, and then rounded.
       const auto expect = [&](const char* name, Real is, Wide should_be) {
         const Wide error = (kEpsilon<Real> + 4 * kDouble) * std::fabs(should_be) + 1e-13L;
         compare(at(name, channel), is, should_be, error, differences_);
@@ -313,7 +313,7 @@ Texts run(const Case& it, Coverage& coverage) {
 
 // ---- coefficients ----
 
-// Made-up moments, some of no values, or a mean and a variance.
+// The moments are made up, some of no values, or they are a mean and a variance.
 struct CoefficientsCase {
   int64 slots, channels;  // no slots: mean and variance
 };
@@ -402,7 +402,7 @@ Texts check_coefficients(const CoefficientsCase& it, unsigned number) {
 
 class Outcomes {
  public:
-  // Whether to go on.
+  // It says whether to go on.
   bool goes_on() const { return failed_ < 3; }
   unsigned cases() const { return cases_; }
   int failed() const { return failed_; }
@@ -459,7 +459,7 @@ void run_all(bool small, Outcomes& outcomes, Coverage& coverage) {
       }
     }
   }
-  // Five: the four types, one of them twice, and so each in its turn.
+  // They are five: the four types, one of them twice, and so each in its turn.
   for (const ChannelShape& shape : shapes(small)) {
     for (int turn = 0; turn < 5 && outcomes.goes_on(); ++turn) {
       const Case it{shape, outcomes.cases()};

@@ -163,7 +163,7 @@ struct Warp {
   unsigned arrived;  // lanes whose request is not yet granted
 };
 
-// Thrown out of a waiting thread to leave a kernel that has failed.
+// It is thrown out of a waiting thread to leave a kernel that has failed.
 struct KernelAborted {};
 
 struct Launch {
@@ -249,7 +249,7 @@ inline void Block::begin(std::uint64_t number) {
   aborted = false;
 }
 
-// Not inlined, because a fibre may end one block on one OS thread and begin the next on another: addresses of
+// It is not inlined, because a fibre may end one block on one OS thread and begin the next on another: addresses of
 // thread_local variables must not be kept in the fibre's outermost frame.
 __attribute__((noinline)) inline void Block::run_thread(Thread& self) {
   try {
@@ -342,7 +342,7 @@ inline bool Block::complete(Warp& warp, const Request& request, Lock& lock) {
     lanes[lane].result = request.operation == Operation::ballot ? votes : taken;
   });
   warp.arrived &= ~members;
-  // Only now, since a released lane may change its request at once.
+  // This comes only now, since a released lane may change its request at once.
   for_each_lane(members, [&](unsigned lane) { release(lanes[lane]); });
   return true;
 }
@@ -372,7 +372,7 @@ inline void Block::fail(Lock& lock, const std::string& fault) {
   throw KernelAborted{};
 }
 
-// Called by the last thread of the block that could still run, so that what the others wait for never comes.
+// The last thread of the block that could still run calls it: the others wait for something that never comes.
 inline void Block::fail_stuck(Lock& lock) {
   lock.unlock();
   std::vector<Lock> locks;

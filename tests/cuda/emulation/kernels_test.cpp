@@ -296,7 +296,7 @@ class Trial {
   void make_parameters() {
     const bool plain = case_.parameters == Parameters::kPlain, normalised = case_.parameters == Parameters::kNormalised;
     const bool per_step = !plain && random_.once_in(normalised ? 8 : 3);
-    // One value a channel for all parameters of the input, channels_last or not.
+    // All parameters of the input have one value a channel, channels_last or not.
     const bool by_channel = kOnCpu && normalised && !random_.once_in(3);
     const int64 run = by_channel && random_.toss() ? random_.divisor(case_.shape.neurons(), 1) : 1;
     const int64 channels = by_channel ? random_.divisor(case_.shape.neurons() / run, 1) : 1;
@@ -350,7 +350,7 @@ class Trial {
       std::fill(values.data() + values.size() - view.count, values.data() + values.size(), kInfinity);
   }
 
-  // How many neurons a thread is to get.
+  // It says how many neurons a thread is to get.
   template <class... Buffers>
   int lanes(const Buffers&... buffers) const {
     bool four = case_.multiprocessors == 0 && sizeof(Scalar) <= 4 && case_.shape.inner % 4 == 0;
@@ -358,7 +358,7 @@ class Trial {
     return four && (buffers.is_aligned() && ...) ? 4 : 1;
   }
 
-  // Whether the last launch was of a kernel for normalised input.
+  // It says whether the last launch was of a kernel for normalised input.
   static bool last_is_normalised() {
 #if !defined(ASGL_TEST_CPU)
     if constexpr (!std::is_same_v<Scalar, double>) {
