@@ -48,7 +48,7 @@ LISTED_SURROGATES = ("rectangle", "sigmoid")
 OTHERS, NVRTC, SPILLS = "All others", "NVRTC", "Spills and stack"
 SPILL_COLUMNS = ("stack", "spill stores", "spill loads")
 
-# What most calls run must be beyond reproach here.
+# The kernels that most calls run must be beyond reproach here.
 HOT_KINDS = tuple(
     kind
     for input in ("plain", "normalised")
@@ -59,16 +59,16 @@ HOT_KINDS_OF_CHANNELS = ("moments, 4 columns", "input gradient, 4 columns")
 DEFAULT_KINDS_OF_CHANNELS = (*HOT_KINDS_OF_CHANNELS, "moments, 1 column", "input gradient, 1 column")
 DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DISASSEMBLED = (80, 90, 100)
-# Bit for bit, of every kernel, by nvcc 13.0.
+# nvcc 13.0 makes the same bits of every kernel for both.
 SAME_CODE = {88: 86, 89: 86, 121: 120}
 ACCESS_BITS = {"float32": 128, "bfloat16": 64}
 NVRTC_ARCHITECTURES = (75, 80, 90, 120)
-# For these NVRTC's PTX is not that of compute_80, which compilation.py has nvcc make.
+# From here on NVRTC's PTX is for another architecture than compute_80, for which compilation.py has nvcc make it.
 OTHER_PTX_FROM = 100
 NVRTC_WITHOUT_UPDATE = (80, 120)  # one before and one from there on
 FREE_KINDS = ("backward, 1 neuron", "backward, 4 neurons")
 MULTIPROCESSOR_REGISTERS = 65536
-# Kernels that NVRTC compiles at a time: the headers are read anew each time, and the last should not take long.
+# NVRTC compiles so many kernels at a time: it reads the headers anew each time, and the last should not take long.
 CHUNK = 24
 
 Resources = dict[Kernel, dict[int, Usage]]
@@ -83,7 +83,7 @@ class Row(NamedTuple):
 
 
 def paths(kinds: Iterable[str], kinds_of_channels: Iterable[str]) -> list[Kernel]:
-    """The kernels of these kinds, those of batch normalisation last, as far as they are listed one by one."""
+    """The kernels of these kinds that are listed one by one; batch normalisation comes last."""
     neurons = product(kinds, LISTED_DTYPES, LISTED_SURROGATES, ("hard", "soft"))
     return [Kernel(*names) for names in (*neurons, *product(kinds_of_channels, LISTED_DTYPES))]
 
@@ -131,7 +131,7 @@ def rows_of(resources: Resources) -> list[Row]:
 
 
 def spills_in(rows: Iterable[Row]) -> set[tuple[str, str]]:
-    """Kernel and architecture of whatever spills or has a stack."""
+    """Kernel and architecture of each that spills or has a stack."""
     return {(row.name, a) for row in rows if row.section == SPILLS for a in row.columns["architectures"].split()}
 
 
@@ -198,11 +198,11 @@ def from_markdown(text: str) -> tuple[list[Row], str]:
     return rows, version[1] if version else ""
 
 
-# ---- what fails ----
+# ---- checks ----
 
 
 class Findings(NamedTuple):
-    """What fails, and what is only worth knowing."""
+    """Problems fail the check, notes are only worth knowing."""
 
     problems: list[str]
     notes: list[str]
@@ -226,7 +226,7 @@ def compare(rows: Sequence[Row], version: str, committed: Sequence[Row], committ
 
 
 def same_code_problems(resources: Resources) -> Iterator[str]:
-    """Where both have been compiled."""
+    """Both must have been compiled: the others are passed over."""
     for kernel, usages in resources.items():
         for architecture, other in SAME_CODE.items():
             if architecture in usages and other in usages and usages[architecture] != usages[other]:
@@ -244,7 +244,7 @@ def default_path_problems(resources: Resources) -> Iterator[str]:
 
 
 class Accesses(NamedTuple):
-    """To global memory: at least so many of four elements at once, at most so many others."""
+    """Accesses to global memory: at least so many of four elements at once, at most so many others."""
 
     loads: int
     stores: int
@@ -268,7 +268,7 @@ def expected_accesses(kernel: Kernel) -> Accesses:
 
 
 def code_problems(kernel: Kernel, code: Sequence[Instruction]) -> Iterator[str]:
-    """Of a hot kernel: local memory, or accesses that take less than four elements at once."""
+    """The faults of a hot kernel: local memory, or accesses that take less than four elements at once."""
     local = [i for i in code if i.name in ("LDL", "STL")]
     if local:
         yield f"{len(local)} accesses to local memory"
@@ -292,7 +292,7 @@ def hot_path_problems(
     symbols: dict[Path, dict[Kernel, str]],
     architecture: int,
 ) -> list[str]:
-    """Of all sources."""
+    """The faults of the hot kernels in all sources."""
     problems = []
     for source in SOURCES:
         hot = {kernel: symbols[source][kernel] for kernel in hot_paths() if kernel in symbols[source]}
@@ -349,7 +349,7 @@ def kernels_asked_for() -> list[str]:
 
 
 def compile_by_nvrtc(architecture: int, kernels: list[str]) -> dict[str, Usage]:
-    """By symbol."""
+    """The usages of the kernels, by symbol."""
     _, log = cupy.compile_kernels(kernels, f"sm_{architecture}", "-Xptxas=-v")
     return usages_of(log)
 
@@ -373,7 +373,7 @@ def resident_blocks(kernel: Kernel, usage: Usage) -> int:
 
 
 def compare_compilers(ours: Resources, theirs: Resources, same_version: bool) -> list[str]:
-    """What is wrong with NVRTC's kernels, the first, against nvcc's."""
+    """The faults of NVRTC's kernels, the first argument, against nvcc's."""
     problems = [f"nvcc's build lacks what NVRTC was asked for: {kernel}" for kernel in ours.keys() - theirs.keys()]
     problems += [f"the launchers in Python never ask for {kernel}" for kernel in theirs.keys() - ours.keys()]
     for kernel in sorted(ours.keys() & theirs.keys(), key=in_reading_order):
@@ -408,18 +408,10 @@ def rows_of_nvrtc(ours: Resources, theirs: Resources) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.cuda_compile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m tests.cuda_compile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--update", action="store_true", help=f"write {TABLE.relative_to(CSRC.parent)}")
-    parser.add_argument(
-        "--architectures",
-        type=int,
-        nargs="+",
-        metavar="90",
-        help="only these (default: see above)",
-    )
+    parser.add_argument("--architectures", type=int, nargs="+", metavar="90", help="only these (default: see above)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: one a core)")
     arguments = parser.parse_args()
     if arguments.update and (arguments.architectures or cupy.nvrtc_problem()):

@@ -29,7 +29,7 @@ THREAD = ("-fsanitize=thread", "-DASGL_EMULATE_THREADS")
 CPU = ("-DASGL_TEST_CPU", f"-I{EMULATION / 'cpu'}", "-include", "cpu_launchers.h")
 BASELINE = "-DASGL_TEST_BASELINE"
 
-# Program, flags, its arguments.
+# Each job is a program, its flags and its arguments.
 JOBS = (
     ("kernels_test", (*ADDRESS, *CPU), ()),
     ("kernels_test", (*THREAD, *CPU, BASELINE), ("small",)),

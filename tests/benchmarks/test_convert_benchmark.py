@@ -1,4 +1,4 @@
-"""The benchmark of conversions: both layers do the same work, and what it writes is what it measured."""
+"""The benchmark of conversions: both layers do the same work, and it writes the numbers that it measured."""
 
 import json
 import sys

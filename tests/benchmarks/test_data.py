@@ -1,4 +1,4 @@
-"""The data sets of the width experiment: what is made is what it says, and real sets are read as they lie on disk."""
+"""The data sets of the width experiment: made ones hold their promises, real ones are read as they lie on disk."""
 
 import pickle
 
@@ -20,7 +20,7 @@ from benchmarks.data import BANDS, CONTRAST, HOP, INSTRUMENTS, RATE, SOURCES
 
 
 def check(found, shape, classes):
-    """Samples of one shape in both parts, every class in both, nothing that is not finite."""
+    """Both parts have samples of one shape and every class, and all is finite."""
     assert found.train.shape[1:] == found.test.shape[1:] == shape
     assert found.train.dtype in (torch.float32, torch.uint8)
     for samples, labels in ((found.train, found.train_labels), (found.test, found.test_labels)):
@@ -50,9 +50,6 @@ def test_tones(monkeypatch):
     torch.testing.assert_close(found.train.mean((0, 1)), torch.zeros(BANDS), atol=1e-4, rtol=0)
     torch.testing.assert_close(found.train.std((0, 1)), torch.ones(BANDS), atol=1e-4, rtol=0)
     assert torch.equal(found.test, data.tones().test)
-
-
-# ---- events ----
 
 
 def images(*values):
@@ -88,9 +85,6 @@ def test_events_add_up_to_the_change(monkeypatch):
     monkeypatch.setattr(data, "CONTRAST", CONTRAST / 3)
     finer = data.saccade_events(torch.rand(3, 1, 16, 16)).long().sum(1)
     assert 2.5 < finer.sum() / events.sum() < 4
-
-
-# ---- sounds ----
 
 
 def sine(pitch, seconds=1.5):
@@ -150,11 +144,8 @@ def test_a_folder_without_recordings(tmp_path):
         data.recordings(tmp_path)
 
 
-# ---- what lies on disk ----
-
-
 def test_cifar(tmp_path, monkeypatch):
-    """Files as CIFAR-10 has them, of two images each; their sums are not those of the real ones."""
+    """Files as CIFAR-10 has them, of two images each; their sums differ from the real ones."""
     from torchvision import datasets
 
     monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
@@ -212,7 +203,7 @@ def test_cifar10_dvs_comes_in_one_piece(tmp_path, monkeypatch):
     import tonic
 
     class Recordings(list):
-        """Of ten samples for each of two labels."""
+        """A data set of ten samples for each of two labels."""
 
         sensor_size = (128, 128, 2)
 

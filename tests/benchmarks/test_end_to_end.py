@@ -1,4 +1,4 @@
-"""The benchmark of whole training steps: the shares are those of the layers, and measuring changes no result."""
+"""The benchmark of whole training steps: each share belongs to its layer, and measuring changes no result."""
 
 import math
 import time
@@ -32,14 +32,14 @@ class Slow(torch.autograd.Function):
 
 
 class SlowNeuron(nn.Module):
-    """Takes `SECONDS` forward and three times that backward."""
+    """It takes `SECONDS` forward and three times as long backward."""
 
     def forward(self, x):
         return Slow.apply(x)
 
 
 class SlowNorm(nn.BatchNorm2d):
-    """As long."""
+    """It takes as long."""
 
     def forward(self, x):
         return Slow.apply(super().forward(x))
@@ -63,7 +63,7 @@ BLOCK = Network(block, (2, 5, 1, 8, 8), 2)
 
 
 def test_time_is_booked_where_it_is_spent():
-    """With room for what the profiler and a busy machine add; three quarters of a slow layer's time are in backward."""
+    """There is room for the profiler and a busy machine; three quarters of a slow layer's time are in backward."""
     found = end_to_end.shares(Training(Network(small, (2, 5, 3), 2), SlowNeuron, CPU))
     assert sum(found.values()) == pytest.approx(1)
     assert found[NEURONS] > 0.6

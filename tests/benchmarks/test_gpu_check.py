@@ -1,4 +1,4 @@
-"""The check on a GPU as far as it can be tried without one: limits of time, verdicts, what it reads, what it says."""
+"""The check on a GPU as far as it can be tried without one: limits of time, verdicts, its input and its messages."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from benchmarks.gpu_steps import Machine, Step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 OF = {"code": "0123", "torch": "2.11.0", "gpu": "a card", "capability": "9.0"}
-# Of a run that has pytest run the program: it must not take itself for a worker of that one.
+# The program must not take itself for a worker of the pytest that runs it.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
@@ -108,7 +108,7 @@ def test_what_pytest_said_before_it_was_killed(tmp_path, processes):
 
 
 def test_interrupted_it_keeps_what_the_step_has_found_and_begins_no_other():
-    """As by Ctrl-C, or by what limits its time from outside."""
+    """Ctrl-C ends it so, or a limit of time from outside."""
     before = signal.signal(signal.SIGTERM, gpu_check.interrupt)
     timer = threading.Timer(3, os.kill, [os.getpid(), signal.SIGTERM])
     try:
@@ -143,7 +143,7 @@ def test_sizes_that_were_not_measured_are_counted():
 
 
 def test_an_extension_that_is_not_for_this_is_built_anew(tmp_path, monkeypatch, capsys):
-    """Once: if it does not work then it is said."""
+    """It is built once: if it does not work then, it is said."""
     built = []
     monkeypatch.setattr(prepare, "SOURCES", tmp_path / "sources")
     monkeypatch.setattr(prepare, "build", lambda architecture: built.append(architecture) is None)
@@ -407,7 +407,7 @@ OPTIONAL = (
 
 
 def test_everything_is_collected_with_torch_and_pytest_alone(tmp_path):
-    """And of what a suite on a device runs, which is chosen by its marker, a few tests pass."""
+    """All is collected, and a few tests pass of the suite that runs on a device, which its marker chooses."""
     (tmp_path / "hidden.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({OPTIONAL}))\n")
     environment = {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(gpu_check.ROOT))), "ASGL_TEST_BACKENDS": "cpu"}
     command = ["-m", "pytest", "-p", "no:hypothesispytest", "-p", "hidden", "-m", "backend and not gpu"]

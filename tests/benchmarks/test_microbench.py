@@ -1,4 +1,4 @@
-"""The micro-benchmark: that peers do the same work is checked, and what it writes is what it measured."""
+"""The micro-benchmark: it checks that peers do the same work, and writes the numbers that it measured."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ needs_kernels = pytest.mark.skipif("cpu" not in microbench.fused_backends(CPU), 
 
 @pytest.fixture(autouse=True)
 def without_compiler(monkeypatch):
-    """torch.compile takes seconds, and is not what is tested here."""
+    """torch.compile takes seconds, and is not tested here."""
     monkeypatch.setattr(microbench, "MOST_STEPS_TO_COMPILE", 0)
 
 
@@ -128,7 +128,7 @@ def test_compiled_block(monkeypatch):
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes of what operators read and write."""
+    """It counts the bytes that operators read and write."""
 
     def __init__(self):
         super().__init__()
@@ -142,7 +142,7 @@ class Traffic(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_yardsticks_of_a_block_move_what_they_should(dtype):
-    """The floor as much as the fused block, 36 bytes a float32 element; copies as often as the GPU's bar takes it."""
+    """The floor moves as much as the fused block, 36 bytes a float32 element: as many copies as the GPU's bar has."""
     block = Block((2, 8, 8, 16, 16), dtype)
     sample = clocks.Sample(*(block.random(CPU) for _ in range(3)))
     moved = {}
@@ -158,7 +158,7 @@ def test_yardsticks_of_a_block_move_what_they_should(dtype):
 
 @needs_kernels
 def test_bytes_of_a_block():
-    """Fused it keeps x, as a pair what lies between, too."""
+    """The fused layer keeps x, the pair keeps the tensor between its layers, too."""
     block = Block((4, 8, 16, 16, 16), "float32")
     found = microbench.measure(block, CPU, repeats=2)
     assert 4 <= found["asgl_cuda cpu"].saved_bytes / block.elements < 4.3
@@ -178,7 +178,7 @@ def test_all_that_is_learned_gets_gradients(learned):
 
 
 def test_sweeps_of_a_gpu():
-    """What is judged is measured again beside torch.compile; each on a CPU as something small of the same kinds."""
+    """The judged cases are measured again beside torch.compile; each is small here, of the same kinds, on a CPU."""
     found = {name: sizes.sweep(name, torch.device("cuda")) for name in sizes.FOR_GPUS}
     assert [size._replace(compiled=True) for size in found["judged"]] == [
         size._replace(peers=False) if isinstance(size, Size) else size for size in found["compiled"][:8]

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, top to bottom, and its signature is that of the code."""
+"""The README's Python runs as it stands, top to bottom, and its signature agrees with the code."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""What is observed of a training under ASGL, on networks for which it is known."""
+"""The observations of a training under ASGL, on networks for which they are known."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The experiment on widths: what differs between its methods, that it resumes, and what it says."""
+"""The experiment on widths: its methods differ as they should, it resumes, and its report is right."""
 
 import json
 import math
@@ -84,7 +84,7 @@ def test_augmentation_is_of_training_alone():
 
 
 def report(accuracies):
-    """Of given accuracies by width and seed, for ASGL; SG has 1 less at each."""
+    """The report on given accuracies by width and seed, for ASGL; SG has 1 less at each."""
     runs = {}
     for method, less in ((SG, 1), (ASGL, 0)):
         for width, values in accuracies.items():
@@ -134,7 +134,7 @@ def call(monkeypatch, *arguments):
 
 
 def test_what_is_trained_is_not_trained_again(tmp_path, monkeypatch, capsys):
-    """In processes of its own, as it is used; the second call adds a width, the third finds all done."""
+    """It runs in processes of its own, as it is used; the second call adds a width, the third finds all done."""
     file = tmp_path / "found.json"
     settings = {**SETTINGS, "epochs": {"otherwise": 1}}
     monkeypatch.setattr(width_robustness, "SETTINGS", settings)

@@ -12,7 +12,7 @@ int cuCtxGetCurrent(void** current) {
   return 0;
 }
 
-// In place of the CUDA runtime, which makes a context when a device is set.
+// It takes the place of the CUDA runtime, which makes a context when a device is set.
 void fake_set_device(int device) {
   std::printf("device %d\n", device);
   context = 1;

@@ -1,4 +1,4 @@
-"""What reads compiled CUDA code and holds it against the committed table: it must see what it is there to see."""
+"""The tool that reads compiled CUDA code and holds it against the committed table must see its faults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sass(text: str) -> list[Instruction]:
 
 
 def table_of(resources: cuda_compile.Resources) -> list[cuda_compile.Row]:
-    """The rows, once through Markdown."""
+    """The rows after one way through Markdown."""
     rows = cuda_compile.rows_of(resources)
     read, version = cuda_compile.from_markdown(cuda_compile.to_markdown(rows, "13.0.88", ["-O3"]))
     assert (read, version) == (rows, "13.0.88")
@@ -206,8 +206,6 @@ def test_instructions_of_a_loop_within_a_loop():
     assert [sum(part.values()) for part in counted[:3]] == [2, 3, 4]
     assert counted.steps == 1
 
-
-# ---- NVRTC's kernels against nvcc's ----
 
 GENERAL = Kernel("backward, 1 neuron", "float32", "erf", "hard")
 

@@ -28,7 +28,7 @@ def described(tensors):
 
 
 def calls(device, steps, layout, dtype):
-    """Arguments of lif_forward, and those of lif_backward as a function of the results of the former."""
+    """Arguments of lif_forward, and the arguments of lif_backward as a function of its results."""
     sizes = {"channels_last": (steps, 2, 4, 5, 3), "batch first": (2, steps, 3, 4, 5)}.get(layout, (steps, 2, 3, 4, 5))
     x_seq, time_dim = torch.rand(sizes, dtype=dtype, device=device), int(layout == "batch first")
     if layout == "channels_last":
@@ -54,7 +54,7 @@ def calls(device, steps, layout, dtype):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "batch first"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_operators_describe_their_results(steps, layout, dtype):
-    """On the device of x, otherwise as the kernels on the CPU return them."""
+    """They are on the device of x, otherwise as the kernels on the CPU return them."""
     operators = backends.operators_in("asgl_cuda")
 
     def run(device):

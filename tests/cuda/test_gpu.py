@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, devices, graphs, the kernels of large layers, memory that runs out."""
+"""Tests that only a GPU can pass: streams, devices, graphs, the kernels of large layers, memory that runs out."""
 
 import os
 import shutil
@@ -21,23 +21,20 @@ from benchmarks.layers import captured
 WANTED = os.environ.get("ASGL_TEST_BACKENDS", "cuda,cupy").split(",")
 GPU_BACKENDS = [name for name in ("cuda", "cupy") if name in WANTED and name in asgl_cuda.available_backends()]
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not GPU_BACKENDS, reason=str(asgl_cuda.unavailable_backends())),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU_BACKENDS, reason=str(asgl_cuda.unavailable_backends()))]
 
 WAIT = 100_000_000  # cycles, some 50 ms: long after the host has queued what follows
 
 
 @pytest.fixture(params=GPU_BACKENDS or ["none"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Those of a GPU alone."""
+    """The backends of a GPU alone."""
     return request.param
 
 
 @pytest.fixture
 def large() -> int:
-    """Neurons enough for the kernels that take four of them a thread."""
+    """The number of neurons that is enough for the kernels that take four of them a thread."""
     properties = torch.cuda.get_device_properties("cuda")
     return 2 * properties.multi_processor_count * properties.max_threads_per_multi_processor
 
@@ -145,7 +142,7 @@ def test_work_goes_to_the_current_stream(backend, large):
 
 
 def test_thread_that_has_not_used_the_device(backend):
-    """Its memory comes from torch's cache, so that nothing but the kernel needs the device."""
+    """Its memory comes from torch's cache, so that only the kernel needs the device."""
     x_seq = random_input(18, 1000, device="cuda").detach()
     width = uniform(low=0.5, high=1.5, device="cuda")
     expected = results(backend, x_seq, width=width)
@@ -278,7 +275,7 @@ def assert_chunks_equal_reference(x_seq: Tensor, chunk: int, outputs: tuple[Tens
 
 
 def test_more_than_2_31_elements(backend):
-    """All neurons without noise; the noise at the ends, where neurons have the largest numbers."""
+    """All neurons are compared without noise; with noise the ends are, where neurons have the largest numbers."""
     steps, neurons = 4, 2**29 + 12
     if torch.cuda.mem_get_info()[0] < 30 * 2**30:
         pytest.skip("needs 30 GiB of the GPU's memory")
@@ -288,7 +285,7 @@ def test_more_than_2_31_elements(backend):
     assert_chunks_equal_reference(x_seq, 2**24, outputs, width)
     del outputs
 
-    # So wide that analog elements are neither 0 nor 1 in any case.
+    # It is so wide that analog elements are neither 0 nor 1 in any case.
     state = rng_state(device="cuda")
     s_seq = asgl_cuda.lif(x_seq, width=16.0, analog_prob=0.3, rng_state=state, backend=backend)
     analog = (s_seq != 0) & (s_seq != 1)
@@ -328,7 +325,7 @@ def test_out_of_memory_is_an_error_and_no_more(backend, little_memory):
         assert same_bits(results(backend, x_seq), (s_seq.detach(), expected))
 
 
-# Both mappings, with tails, checkpoints and sums of both kinds.
+# These take both mappings, with tails, checkpoints and sums of both kinds.
 SMALL_RUN = """
 import torch, asgl_cuda
 properties = torch.cuda.get_device_properties(0)

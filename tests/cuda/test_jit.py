@@ -1,4 +1,4 @@
-"""The CuPy backend without a GPU: compilation by NVRTC, the cache, launches on a fake CuPy, what may be missing."""
+"""The CuPy backend without a GPU: compilation by NVRTC, the cache, launches on a fake CuPy, parts that are missing."""
 
 import ctypes
 import logging
@@ -137,7 +137,7 @@ print(time.perf_counter() - started)
 
 @pytest.mark.usefixtures("nvrtc")
 def test_arithmetic_is_that_of_the_reference():
-    """No contraction, and subnormal numbers are not flushed to zero, which CuPy's own compilation always asks for."""
+    """No product is contracted, no subnormal number flushed to zero, which CuPy's own compilation always asks for."""
     for kernel in (FORWARD, BACKWARD, *OF_BATCH_NORM):
         (binary,), _ = jit.compile_kernels([kernel], "compute_80")
         ptx = binary.image.decode()
@@ -306,7 +306,7 @@ for kernel in (jit.PROBE, jit.PROBE):
     assert result.stdout.splitlines() == expected
 
 
-# ---- what may be missing ----
+# ---- parts that are missing ----
 
 
 class Cupy(types.ModuleType):
@@ -443,7 +443,7 @@ def test_problem(cupy, monkeypatch, damage, words, end):
 
 
 def targets_on_a_gpu():
-    """What `lif` calls for a CUDA tensor when no backend is asked for."""
+    """The operators that `lif` calls for a CUDA tensor when no backend is asked for."""
     with FakeTensorMode():
         return targets(make_fx(lambda x_seq: asgl_cuda.lif(x_seq))(torch.rand(4, 3, device="cuda")).graph)
 

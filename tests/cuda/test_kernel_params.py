@@ -16,10 +16,10 @@ from asgl_cuda.reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rule
 from asgl_cuda.surrogate import SURROGATES
 
 CSRC = emulated.ROOT / "csrc"
-# Every type of x_seq, and the type of the arithmetic for it.
+# Every type of x_seq has a type of the arithmetic for it.
 TYPES = {"float": torch.float32, "asgl::Half": torch.float32, "asgl::BFloat16": torch.float32, "double": torch.float64}
 REALS = ("float", "double")
-# The structures, and the types of their templates.
+# The structures have these types as arguments of their templates.
 STRUCTURES = {
     "ParameterView": REALS,
     "ForwardParams": TYPES,
@@ -38,7 +38,7 @@ CONSTANTS = ("kNumParameters", "kNumSurrogates", "kNumCoefficients", "kCheckpoin
 
 
 def members(kind, path="", offset=0):
-    """Path, offset and type of every member, those of members included."""
+    """Path, offset and type of every member and of its members."""
     for name, member in getattr(kind, "_fields_", ()):
         place = offset + getattr(kind, name).offset
         yield path + name, place, member
@@ -74,28 +74,18 @@ def source(lines: list[str]) -> str:
 
 
 def host_compiler(text: str) -> str:
-    """What the host's compiler has to say against it."""
+    """The complaints of the host's compiler, or nothing."""
     compiler = emulated.compiler()
     if compiler is None:
         pytest.skip("no C++ compiler")
-    command = [
-        *compiler,
-        "-std=c++17",
-        "-fsyntax-only",
-        "-Wno-invalid-offsetof",
-        "-include",
-        "cstddef",
-        f"-I{CSRC}",
-        "-x",
-        "c++",
-        "-",
-    ]
+    flags = ["-std=c++17", "-fsyntax-only", "-Wno-invalid-offsetof", "-include", "cstddef", "-x", "c++"]
+    command = [*compiler, *flags, f"-I{CSRC}", "-"]
     result = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
     return result.stderr if result.returncode else ""
 
 
 def nvrtc(text: str) -> str:
-    """What NVRTC has to say against it."""
+    """The complaints of NVRTC, or nothing."""
     missing = cupy.nvrtc_problem()
     if missing is not None:
         pytest.skip(f"no NVRTC: {missing}")

@@ -1,4 +1,4 @@
-"""What the launchers, those in C++ and those in Python, give to the emulated device: kernel, grid, arguments."""
+"""The launchers in C++ and in Python give kernel, grid and arguments to the emulated device."""
 
 import ctypes
 
@@ -17,7 +17,7 @@ NEURONS = 1536
 
 @pytest.fixture(params=["emulated", "replayed"])
 def backend(request):
-    """The launchers in C++, and those in Python."""
+    """The launchers in C++, and the launchers in Python."""
     return request.param
 
 
@@ -45,7 +45,7 @@ def test_neurons_a_thread(emulation, backend, multiprocessors, lanes, dtype):
      ("batch first", 4), ("shifted gradient", 1)],
 )  # fmt: skip
 def test_four_neurons_need_a_layout(emulation, backend, name, lanes):
-    """Side by side, at a multiple of 16 bytes, with the same parameters."""
+    """They lie side by side, at a multiple of 16 bytes, with the same parameters."""
     neurons, options, time_dim = NEURONS, {}, 0
     x_seq = torch.randn(3, neurons)
     if name == "odd":
@@ -76,14 +76,9 @@ def test_four_neurons_need_a_layout(emulation, backend, name, lanes):
 def test_both_mappings_agree_with_the_reference(emulation, backend, multiprocessors, steps, sizes):
     emulation.set_multiprocessors(multiprocessors)
     for outputs in (("s_seq",), ("s_seq", "v_last", "v_seq", "h_seq")):
-        assert_equals_reference(
-            random_input(steps, 2, 6, NEURONS // 6),
-            backend,
-            outputs=outputs,
-            width=uniform(*sizes, low=0.5, high=1.5),
-            analog_prob=0.3,
-            rng_state=rng_state(),
-        )
+        x_seq, width = random_input(steps, 2, 6, NEURONS // 6), uniform(*sizes, low=0.5, high=1.5)
+        noise = {"analog_prob": 0.3, "rng_state": rng_state()}
+        assert_equals_reference(x_seq, backend, outputs=outputs, width=width, **noise)
 
 
 def test_sums_of_many_blocks(emulation, backend):
@@ -93,9 +88,6 @@ def test_sums_of_many_blocks(emulation, backend):
     x_seq, width = random_input(2, neurons), uniform(low=0.5, high=1.5)
     assert_equals_reference(x_seq, backend, outputs=("s_seq",), width=width)
     assert [blocks for blocks, _ in grids(emulation)] == [300, 300, 1]
-
-
-# ---- the launchers in Python give what those in C++ do ----
 
 
 def fields(value, prefix=""):
@@ -130,7 +122,7 @@ def described(launch, dtype):
 
 
 def both(emulation, dtype, x_seq, outputs=(), function=asgl_cuda.lif, **options):
-    """What the driver was given by the launchers in C++, and by those in Python, forward and backward."""
+    """The launches that the driver was given from C++, and from Python, forward and backward."""
     found = []
     leaves = [x_seq, *(value for value in options.values() if isinstance(value, torch.Tensor) and value.requires_grad)]
     for name in ("emulated", "replayed"):
@@ -258,7 +250,7 @@ def test_same_launches_where_storage_begins_anywhere(emulation, what, offset):
 
 
 def test_an_argument_of_the_wrong_size_is_refused(emulation):
-    """What stands between a structure that has changed on one side alone and a kernel that reads beyond it."""
+    """A structure that has changed on one side alone is found before a kernel reads beyond it."""
     kernel = "asgl::gradient_sum_kernel<float, false>"
     with pytest.raises(RuntimeError, match="parameters take 104 bytes, got 408"):
         emulation.launch(torch.device("cpu"), kernel, 1, 1, structure("ForwardParams", torch.float32)())

@@ -146,7 +146,7 @@ MUTANTS = {
     },
 }  # fmt: skip
 
-# The CPU kernels', in the same programs.
+# These are in the CPU kernels, and the same programs find them.
 cpu = partial(Mutant, "cpu/neuron.cpp")
 tiles = partial(Mutant, "cpu/tile.h")
 rows = partial(Mutant, "cpu/rows.h")
@@ -276,14 +276,14 @@ def test_mutant_is_found(seeded, program, name):
 
 @pytest.mark.parametrize("program", CPU_MUTANTS)
 def test_mutants_on_the_cpu_are_found(program, tmp_path):
-    """Each by numbers that differ; without any of them all is well."""
+    """Each is found by numbers that differ; without any of them all is well."""
     mutants, csrc = CPU_MUTANTS[program], sanitize.few_instantiations(tmp_path)
     path = seeded_program(program, mutants.values(), csrc, sanitize.BASELINE, *sanitize.CPU)
     found = {name: first_failure(path, number, ["middle"]) for number, name in enumerate(["none", *mutants])}
     assert {name for name in found if not found[name]} == {"none"}, found
 
 
-# Program, mutant, sanitizer and what its report says.
+# Each is a program, a mutant, a sanitizer and the words of its report.
 SANITIZED = {
     "race of neurons": ("kernels_test", NO_BARRIER, sanitize.THREAD, "data race"),
     "race of channels": ("batch_norm_test", NO_BARRIER_OF_CHANNELS, sanitize.THREAD, "data race"),
@@ -350,7 +350,7 @@ class Recorder:
 
 
 def make_calls(backend):
-    """Of all launchers, in about as few calls as show the mistakes."""
+    """It calls all launchers, in about as few calls as show the mistakes."""
     width = uniform(low=0.5, high=1.5)
     for shape, options in (
         ((8, 2048), {"width": width}),

@@ -1,4 +1,4 @@
-"""How a layer of another library is compared with its conversion."""
+"""The comparison of a layer of another library with its conversion."""
 
 import libraries  # noqa: F401
 import torch
@@ -8,12 +8,12 @@ from asgl_cuda.selfcheck import THRESHOLD_BAND
 
 SHAPE = (5, 3, 7)  # T, B, neurons
 CALLS = 3
-# Of the largest value: some tens of float32 roundings, as two orders of the same sums differ by.
+# A share of the largest value: two orders of the same sums differ by some tens of float32 roundings.
 TOLERANCE = 1e-5
 
 
 class Trace:
-    """What a layer did over several calls: all tensors are [calls * T, ...], `h` being the potential before reset."""
+    """A layer's record of several calls: all tensors are [calls * T, ...], `h` is the potential before reset."""
 
     def __init__(self, s, v, h, grads):
         self.s, self.v, self.h, self.grads = s, v, h, grads

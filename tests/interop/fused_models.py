@@ -28,7 +28,7 @@ def on(model, backend):
 
 
 def scattered(model):
-    """With normalisations that do something."""
+    """The model with normalisations that do something."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -49,7 +49,7 @@ def reset(model):
 
 
 def history(model, x_seq, call=None):
-    """What two calls in training and one in evaluation give: outputs, gradients, buffers."""
+    """The outputs, gradients and buffers of two calls in training and one in evaluation."""
     found = {}
     for number, training in enumerate((True, True, False)):
         torch.manual_seed(number)
@@ -68,9 +68,9 @@ def history(model, x_seq, call=None):
 
 
 def assert_alike(model, x_seq, pairs, backend, call=None):
-    """The fused model gives what the model gives that is only converted, and so does the one that unfuse gives back.
+    """The fused model gives the results of the model that is only converted, and so does the model that unfuse returns.
 
-    What the model itself gives differs by what `convert` changes: how exactly it finds the width of a surrogate.
+    The model itself differs from both as far as `convert` finds the width of a surrogate inexactly.
     """
     scattered(model)
     classes = [type(module) for module in model.modules()]

@@ -27,7 +27,7 @@ def rewritten(graph, path, type_check=True):
 
 
 def euler(node, x_seq, dt=1e-4):
-    """What NIR says that a LIF or IF node does, in float64, by steps of dt."""
+    """The equations of NIR for a LIF or IF node, in float64, by steps of dt."""
     x_seq = x_seq.double()
     number = {name: torch.as_tensor(value).double() for name, value in vars(node).items() if name in NUMBERS}
     zero = torch.zeros_like(number["r"])

@@ -1,4 +1,4 @@
-"""What `convert` and `revert` do with a model: copies, names, reports, errors; and whole models that train alike."""
+"""`convert` and `revert` on whole models: copies, names, reports, errors; and trainings that are alike."""
 
 import copy
 import pickle
@@ -316,7 +316,7 @@ def test_the_training_kit_knows_converted_layers(name):
 @pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), reason="the reference takes many")
 @pytest.mark.parametrize("name", ["spikingjelly", "snntorch", "norse"])
 def test_a_step_a_call_takes_few_operations(name):
-    """Where neurons are few, their number is what a call costs."""
+    """Where neurons are few, the number of operations is the cost of a call."""
 
     class Counter(TorchDispatchMode):
         count = 0
@@ -336,11 +336,8 @@ def test_a_step_a_call_takes_few_operations(name):
     assert counts[1] <= min(counts[0], 8), counts
 
 
-# ---- whole models ----
-
-
 def losses(model, scores_of, steps=4):
-    """Of a short training on one batch."""
+    """The losses of a short training on one batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     found = []
     for _ in range(steps):

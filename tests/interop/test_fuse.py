@@ -1,4 +1,4 @@
-"""What `fuse` makes of the layers of each library, in numbers."""
+"""The results of `fuse` on the layers of each library, in numbers."""
 
 import authors_code
 import libraries  # noqa: F401
@@ -66,7 +66,7 @@ def test_layers_of_asgl_cuda(name, backend):
 
 @pytest.mark.parametrize("time_dim", [2, -1])
 def test_time_last(time_dim, backend):
-    """`[B, C, T]`: what torch.nn takes for the length is the time."""
+    """In `[B, C, T]` the dimension that torch.nn takes for the length is the time."""
     model = nn.Sequential(nn.Conv1d(C, 4, 3), nn.BatchNorm1d(4), asgl_cuda.LIF(time_dim=time_dim))
     assert_alike(model, torch.randn(B, C, 9), 1, backend)
 
@@ -252,7 +252,7 @@ def test_a_layer_named_like_the_authors_that_is_not():
 
 
 def test_noise_and_float32(backend):
-    """In float32 what differs is the last places of potentials, which may flip a spike: with noise everywhere, none."""
+    """In float32 the last places of potentials differ, which may flip a spike: with noise everywhere, none."""
     model = nn.Sequential(OverTime(nn.Sequential(nn.Linear(6, C), nn.BatchNorm1d(C))), asgl_cuda.LIF(analog_prob=1.0))
     assert_alike(model, torch.randn(T, B, 6), 1, backend)
     model = scattered(model.float())

@@ -1,4 +1,4 @@
-"""Which pairs `fuse` leaves, and why."""
+"""The pairs that `fuse` leaves, and its reasons."""
 
 import libraries  # noqa: F401
 import norse.torch as norse
@@ -49,7 +49,7 @@ def test_a_residual_block(backend):
 
 
 class Traced(nn.Module):
-    """Calls its parts as a function says."""
+    """It calls its parts as a function says."""
 
     def __init__(self, function, **parts):
         super().__init__()
@@ -166,7 +166,7 @@ def test_left_by_an_argument_that_may_be_absent():
 
 
 def test_left_by_a_forward_of_its_own():
-    """torch.fx traces that of the class."""
+    """torch.fx traces the forward of the class, not of the object."""
     model = norm_and_lif(lambda net, x: net.lif(net.bn(x)))
     model.forward = lambda x: model.bn(x)
     assert "the forward of Traced can't be traced: TypeError: it is not that of its class" in reasons(model)["bn.layer"]
@@ -210,7 +210,7 @@ def test_left_by_the_neurons():
 
 
 def test_left_by_the_channels():
-    """And a layer that would have been converted for it stays what it is."""
+    """A layer that would have been converted for it stays as it is."""
     cases = {
         nn.Sequential(nn.BatchNorm2d(C), asgl_cuda.LIF()): ("1", "2"),
         nn.Sequential(nn.BatchNorm1d(C), asgl_cuda.LIF(time_dim=1)): ("1", "2"),
@@ -327,7 +327,7 @@ def test_a_block_that_is_called_twice(backend):
 
 
 def test_a_sequential_whose_parts_others_call():
-    """As a list of layers, or by a slice: what a trace shows counts, not the order."""
+    """Layers are called from a list or a slice: the calls in a trace count, not the order."""
 
     def features():
         return nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(), OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF())
@@ -366,7 +366,7 @@ def test_a_sequential_in_what_can_not_be_traced():
 
 
 def test_a_trace_leaves_no_trace():
-    """The forward is run with what stands for tensors; nothing of it stays."""
+    """The forward is run with proxies for tensors; nothing of it stays."""
 
     class Counting(nn.Module):
         def __init__(self):

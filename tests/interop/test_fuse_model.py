@@ -91,7 +91,7 @@ def test_names_parameters_and_checkpoints(backend):
 
 
 def test_an_optimizer_goes_on(backend):
-    """That of the model trains the model that was fused in place."""
+    """The optimizer of the model trains the model that was fused in place."""
     model = net(backend)
     twin = copy.deepcopy(model)
     optimizers = [torch.optim.SGD(made.parameters(), lr=0.5, momentum=0.9) for made in (model, twin)]
@@ -220,7 +220,7 @@ EXCHANGES = {
 @pytest.mark.parametrize("copied", [None, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("name", EXCHANGES)
 def test_one_of_a_pair_is_exchanged(name, copied):
-    """The other would normalise a second time, or not at all; unfuse makes of it what the model has now."""
+    """The other would normalise a second time, or not at all; unfuse gives it the values that the model has now."""
     parts = OverTime(nn.Sequential(nn.Linear(6, C), nn.BatchNorm1d(C))), asgl_cuda.LIF(analog_prob=0.0)
     model = scattered(nn.Sequential(*parts)).eval()
     x_seq = torch.randn(T, B, 6)
@@ -331,7 +331,7 @@ def test_a_model_without_normalisations():
 
 
 def test_processes_that_share_their_statistics(monkeypatch):
-    """Those of the layer, or all there are; a BatchNorm has its own. layer/test_distributed.py has two processes."""
+    """The layer names its processes, or all take part; a BatchNorm has its own. layer/test_distributed.py has two."""
     from asgl_cuda.interop import normalised
 
     asked = []

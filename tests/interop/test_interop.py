@@ -22,7 +22,7 @@ from asgl_cuda.interop import snntorch as interop_snntorch
 
 
 def jelly_run(layer, x_seq):
-    """With the potential after each step; that before it follows from the equation."""
+    """It returns the potential after each step; the potential before reset follows from the equation."""
     before = layer.v
     s = layer(x_seq)
     v = layer.v_seq
@@ -120,7 +120,7 @@ def test_spikingjelly_in_half_types():
 
 
 def leaky_run(layer, x_seq):
-    """A step a call, with states passed by the layer itself; the potential that comes back is that before reset."""
+    """Each call is one step, the layer itself passes states; the potential that comes back is the one before reset."""
     steps = [layer(x) for x in x_seq]
     s = torch.stack([step[0] for step in steps])
     mem = torch.stack([step[1] for step in steps])
@@ -196,7 +196,7 @@ def test_snntorch_arguments_and_results(init_hidden, output):
 @pytest.mark.parametrize("reset_mechanism", ["subtract", "zero"])
 @pytest.mark.parametrize("change", ["nothing", "detach", "in place", "threshold", "another", "no gradient"])
 def test_snntorch_between_two_calls(change, reset_mechanism):
-    """What is remembered of a potential holds for that potential alone, as it was."""
+    """A memory of a potential holds for that potential alone, as it was."""
     results = []
     for convert in (False, True):
         torch.manual_seed(0)
@@ -237,7 +237,7 @@ def test_snntorch_finds_its_layers():
 
 @pytest.mark.parametrize("function", ["convert", "revert", "fuse", "unfuse"])
 def test_snntorch_finds_the_layers_of_a_copy(function):
-    """Also those that stay what they are."""
+    """Layers that stay as they are have it, too."""
 
     class Mine(snntorch.Leaky):
         pass
@@ -312,7 +312,7 @@ def test_norse(method, reset):
 
 
 def test_norse_learned_time_constant():
-    """In Norse a parameter is wherever the user keeps it; its gradient is that of the tuple."""
+    """In Norse a parameter is wherever the user keeps it; its gradient comes from the tuple."""
     torch.manual_seed(0)
     tau_mem_inv = torch.tensor(400.0, requires_grad=True)
     cell = norse.LIFBoxCell(norse.LIFBoxParameters(tau_mem_inv=tau_mem_inv))

@@ -1,4 +1,4 @@
-"""The authors' code, numbers that are whole, what is left and why, and which surrogate a function is."""
+"""The authors' code, numbers that are whole, layers that are left and why, and which surrogate a function is."""
 
 import re
 
@@ -18,15 +18,13 @@ from torch import nn
 import asgl_cuda
 from asgl_cuda.interop.identify import identify
 
-# ---- the code of the authors ----
-
 
 @pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
 @pytest.mark.parametrize("kind", [authors_code.InvRectangle, authors_code.InvSigmoid])
 @pytest.mark.parametrize("vreset", [None, 0.1])
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_authors_code(p, vreset, kind, granularity):
-    """With all elements hard or all smooth: between, the noise is another."""
+    """All elements are hard, or all are smooth: between, the noise is another."""
 
     def make():
         spike = authors_code.EfficientNoisySpikeII(kind(2.0, granularity=granularity), p=p)
@@ -84,9 +82,6 @@ def test_authors_code_noise_and_share():
     assert not report.left
 
 
-# ---- integers ----
-
-
 def sinabs_layer(kind, **options):
     return getattr(sinabs.layers, kind)(spike_fn=sinabs.activation.SingleSpike, **options)
 
@@ -127,8 +122,6 @@ def test_integers(name, dtype):
     assert 0 < theirs[0].float().mean() < 1
     torch.testing.assert_close(call(fused, x), theirs)
 
-
-# ---- what is left ----
 
 LEFT = {
     "a neuron that there is not": (lambda: neuron.QIFNode(), "asgl_cuda has no such neuron"),
@@ -238,9 +231,6 @@ def test_what_is_left(name):
     ((path, kind, why),) = report.left
     assert (path, kind) == ("1", before.__name__)
     assert re.search(reason, why), why
-
-
-# ---- which surrogate a function is ----
 
 
 @pytest.mark.parametrize("width", [1e-3, 0.3, 1.0, 7.0, 200.0])

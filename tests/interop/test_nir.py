@@ -1,4 +1,4 @@
-"""Models to and from NIR: the same layer comes back, and what can not be written is said."""
+"""Models to and from NIR: the same layer comes back, and errors name the parts that cannot be written."""
 
 import dataclasses
 import inspect
@@ -289,9 +289,6 @@ def test_without_nir_the_error_says_what_to_install(missing, call, monkeypatch):
         monkeypatch.delitem(sys.modules, "nirtorch.torch_tracer", raising=False)
     with pytest.raises(ImportError, match=f"asgl_cuda.{call.__name__}: needs NIR: pip install nir nirtorch"):
         call(LIF(), torch.rand(2, 3, 4)) if call is to_nir else call(None)
-
-
-# ---- converted layers ----
 
 
 def converted(name):

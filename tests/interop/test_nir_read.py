@@ -58,7 +58,7 @@ def test_dt_of_others_and_dots_in_names():
 
 
 def changed(layer=None, **numbers):
-    """What to_nir writes for the layer, with other numbers in the node."""
+    """The graph that to_nir writes for the layer, with other numbers in the node."""
     graph = to_nir(layer or LIF(), torch.rand(2, 3, 6))
     for name, value in numbers.items():
         getattr(graph.nodes["_0"], name)[:] = value
@@ -128,7 +128,7 @@ def test_scale_of_others():
     assert torch.equal(from_nir(graph_of(node, nir.Scale(node.v_threshold)))(x_seq), s_seq * 0.5)
 
 
-# Of other libraries.
+# The rest takes other libraries.
 
 
 def network():
@@ -141,7 +141,7 @@ def network():
 
 
 def stepped(model, x_seq):
-    """Step by step, for models that return their state with the output."""
+    """The model is called step by step: it returns its state with the output."""
     state, s_seq = None, []
     for x in x_seq:
         s, state = model(x, state)
@@ -150,7 +150,7 @@ def stepped(model, x_seq):
 
 
 def assert_same_spikes(model, x_seq, s_seq):
-    """Of a model of asgl_cuda and another: none of its potentials is so near the threshold that rounding decides."""
+    """A model of asgl_cuda and another get it: no potential is so near the threshold that rounding decides."""
     margins = []
 
     def measure(layer, inputs):

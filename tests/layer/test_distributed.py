@@ -89,7 +89,7 @@ def with_an_empty_share(rank):
 
 
 def with_one_value(rank, backend):
-    """In all processes together: what is said of it, and whether the running statistics are as they were."""
+    """It fails in all processes together: the message, and whether the running statistics are as they were."""
     layer = asgl_cuda.BatchNormLIF(3, process_group="world", backend=backend)
     try:
         layer(torch.ones(1, 1 - rank, 3))
@@ -112,7 +112,7 @@ def unshared():
 
 
 def in_process(rank, folder, backends):
-    """Every case, for processes take seconds to start."""
+    """It runs every case, because processes take seconds to start."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
     found = {(name, wrapped): train_in_process(rank, name, wrapped) for name in backends for wrapped in (False, True)}
@@ -126,14 +126,14 @@ def in_process(rank, folder, backends):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each process has found."""
+    """The findings of each process."""
     folder = tmp_path_factory.mktemp("processes")
     mp.spawn(in_process, (str(folder), BACKENDS), PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
 def check(results, module, case, same_weights):
-    """Against a module that trains with the joint batch."""
+    """The result is compared with a module that trains with the joint batch."""
     s_seq, grad = trained(module, module, joint_batch(), steps=2 if same_weights else 1)
     for rank, result in enumerate(results):
         own_s_seq, own_grad, state = result[case]

@@ -1,4 +1,4 @@
-"""What a monitor sees of layers for which all is known."""
+"""A monitor's findings on layers for which all is known."""
 
 import sys
 import types
@@ -13,10 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from training_layers import Foreign, network
 
 import asgl_cuda
-from asgl_cuda import (
-    LIF,
-    Monitor,
-)
+from asgl_cuda import LIF, Monitor
 from asgl_cuda.surrogate import SURROGATES
 
 LAYERS = [
@@ -41,18 +38,9 @@ def shaped(value, granularity, time_dim, dims):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_monitor_measures_what_the_function_computes(backend, device, options, training, granularity, time_dim, dtype):
     features = {"layer": None, "channel": 5, "neuron": (5, 3)}[granularity]
-    layer = LIF(
-        features,
-        granularity=granularity,
-        time_dim=time_dim,
-        analog_prob=0.4,
-        v_threshold=0.9,
-        width=1.3,
-        backend=backend,
-        learn_decay=True,
-        learn_threshold=True,
-        **options,
-    )
+    options = {"analog_prob": 0.4, "v_threshold": 0.9, "width": 1.3, "backend": backend, **options}
+    learned = {"learn_decay": True, "learn_threshold": True}
+    layer = LIF(features, granularity=granularity, time_dim=time_dim, **learned, **options)
     layer = randomized(layer).to(device).train(training)
     inputs = [random_input(4, 2, 5, 3, dtype=dtype, device=device).detach().movedim(0, time_dim) for _ in range(2)]
     torch.manual_seed(11)
@@ -136,7 +124,7 @@ def test_watching_changes_no_bit_under_checkpointing():
 
 
 def test_dead_and_saturated_neurons():
-    """Over the whole of time, batch and calls."""
+    """They are taken over the whole of time, batch and calls."""
     layer = LIF(decay=0.0, analog_prob=0.0)
     x_seq = torch.zeros(2, 3, 4)
     x_seq[..., 1] = 2.0

@@ -1,4 +1,4 @@
-"""The layer: what it adds to the function, which is parameters, training mode and a carried potential."""
+"""The layer adds parameters, training mode and a carried potential to the function."""
 
 import copy
 
@@ -86,7 +86,7 @@ def test_initial_values_are_those_given(backend):
         torch.testing.assert_close(getattr(layer, name), torch.full((3,), value))
 
 
-# Where time is, the shape of the input, and the shapes that a channel's and a neuron's parameters take in it.
+# Each has the dimension of time, the shape of the input, and the shapes of parameters of a channel and a neuron in it.
 INPUTS = [
     (0, (6, 4, 5), (1, 1, 5), (1, 1, 5)),
     (1, (4, 6, 5), (1, 1, 5), (1, 1, 5)),
@@ -103,15 +103,8 @@ INPUTS = [
 @pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
 def test_granularity(backend, device, time_dim, shape, channel_shape, neuron_shape, granularity):
     features = {"layer": None, "channel": 5, "neuron": (5, 3, 2)[: len(shape) - 2]}[granularity]
-    layer = LIF(
-        features,
-        granularity=granularity,
-        time_dim=time_dim,
-        analog_prob=0.4,
-        v_reset=None,
-        backend=backend,
-        **LEARN_ALL,
-    )
+    options = {"analog_prob": 0.4, "v_reset": None, "backend": backend, **LEARN_ALL}
+    layer = LIF(features, granularity=granularity, time_dim=time_dim, **options)
     sizes = {"layer": (1,), "channel": (5,), "neuron": features}[granularity]
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == dict.fromkeys(
         ("log_width", "logit_decay", "threshold"), sizes
@@ -168,7 +161,7 @@ def test_flags_decide_which_parameters_exist(backend, device, learn_width, learn
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("step", [10.0, 60.0])
 def test_width_and_decay_stay_in_range_after_violent_steps(backend, device, sign, step):
-    """Steps of the learning rate's size in the stored logarithm and logit, as a diverging Adam takes them."""
+    """A diverging Adam takes steps of the learning rate's size in the stored logarithm and logit."""
     layer = LIF(5, granularity="channel", learn_decay=True, backend=backend).to(device)
     optimizer = torch.optim.Adam(layer.parameters(), lr=step)
     for _ in range(3):
@@ -178,7 +171,7 @@ def test_width_and_decay_stay_in_range_after_violent_steps(backend, device, sign
         assert (layer.width > 0).all()
         assert layer.width.isfinite().all()
         assert ((layer.decay > 0) & (layer.decay < 1)).all()
-        # u = 0 for some element: what a width of 0 turns into NaN.
+        # Some element has u = 0, which a width of 0 turns into NaN.
         x_seq = torch.ones(4, 3, 5, device=device, requires_grad=True)
         layer.eval()(x_seq).sum().backward()
         assert x_seq.grad.isfinite().all()
@@ -379,7 +372,7 @@ def test_functional_call_carries_the_state(backend, device):
 
 
 def test_inference_mode_before_training(backend, device):
-    """Validation first, then training without a reset: the carried potential must not be an inference tensor."""
+    """Validation comes first, then training without a reset: the carried potential must not be an inference tensor."""
     layer = LIF(stateful=True, backend=backend).to(device)
     x_seq = random_input(5, 3, 8, device=device)
     with torch.inference_mode():

@@ -68,7 +68,7 @@ def test_truncated_backpropagation(backend, device):
     s_seq = layer(second)
     s_seq.sum().backward()
     assert first.grad is not None
-    # As if the carried potential were given from outside.
+    # The carried potential counts as one that is given from outside.
     twin = second.detach().requires_grad_()
     expected = asgl_cuda.lif(twin, decay=layer.decay, width=layer.width, v_init=v, backend=backend)
     expected.sum().backward()
@@ -127,14 +127,8 @@ def test_state_is_cast_with_the_module(backend, device):
     layer.to(torch.float64)
     assert layer.v.dtype == layer.log_width.dtype == torch.float64
     assert torch.equal(layer.v, before.double())
-    expected = asgl_cuda.lif(
-        x_seq.double(),
-        decay=layer.decay,
-        width=layer.width,
-        v_init=before.double(),
-        return_v_last=True,
-        backend=backend,
-    )
+    given = {"decay": layer.decay, "width": layer.width, "v_init": before.double()}
+    expected = asgl_cuda.lif(x_seq.double(), **given, return_v_last=True, backend=backend)
     s_seq = layer(x_seq.double())
     assert torch.equal(s_seq, expected.s_seq)
     assert torch.equal(layer.v, expected.v_last)
@@ -231,7 +225,7 @@ FLAGS = (
 )  # fmt: skip
 
 BAD = [
-    # positional, options, error, what the message must name
+    # Each has positional arguments, options, error, and the words that the message must have.
     ((), {"granularity": "row"}, ValueError, ["granularity", "layer, channel or neuron", "'row'"]),
     ((), {"granularity": "channel"}, ValueError, ["num_features", "number of channels", "None"]),
     ((), {"granularity": "neuron"}, ValueError, ["num_features", "shape of the neurons", "None"]),
@@ -310,7 +304,7 @@ def test_bad_constructor_arguments_of_batch_norm_lif(arguments, options, error, 
 
 
 def test_statistics_of_averaged_weights():
-    """What the docstring of BatchNormLIF has instead of torch.optim.swa_utils.update_bn does what that does."""
+    """The docstring of BatchNormLIF replaces torch.optim.swa_utils.update_bn by a loop that gives the same numbers."""
     norm, fused = nn.BatchNorm1d(4), asgl_cuda.BatchNormLIF(4, analog_prob=0.0)
     pair = nn.Sequential(asgl_cuda.OverTime(norm), LIF(analog_prob=0.0))
     batches = [torch.randn(3, 6, 4) + shift for shift in (0, 1, 5)]
@@ -346,7 +340,7 @@ def test_values_can_be_set(learned, name, value, wrong):
 
 @pytest.mark.parametrize("kind", [LIF, asgl_cuda.BatchNormLIF])
 def test_a_layer_made_without_values(kind):
-    """As torch's layers: parameters of any type and on any device, and values that come later."""
+    """Like torch's layers it takes parameters of any type and on any device, and values that come later."""
     options = {"granularity": "channel", "width": 1.5, "decay": 0.75, "stateful": True, "backend": "reference"}
     options |= LEARN_ALL
     expected = kind(3, **options).double()

@@ -12,10 +12,7 @@ from torch import nn
 from training_layers import Foreign, network
 
 import asgl_cuda
-from asgl_cuda import (
-    LIF,
-    AnalogProbSchedule,
-)
+from asgl_cuda import LIF, AnalogProbSchedule
 
 KINDS = {
     "multi_step": lambda model: AnalogProbSchedule.multi_step(model, [2, 5, 5], gamma=0.5),
@@ -46,7 +43,7 @@ def test_schedule_goes_from_each_layers_own_start(kind):
 
 
 def test_ends_are_met_exactly():
-    """Not but for a rounding: the noise at the start is what the user wrote, and that at the end may be 0."""
+    """No rounding is allowed: the noise at the start is the user's number, and the noise at the end may be 0."""
     for start in (number / 50 for number in range(1, 51)):
         for build in (AnalogProbSchedule.linear, AnalogProbSchedule.cosine):
             layer = LIF(analog_prob=start)
@@ -211,7 +208,7 @@ def test_schedule_errors(build, error, message):
 
 @pytest.mark.parametrize("kind", ["LIF", "BatchNormLIF", "converted"])
 def test_a_schedule_compiles_nothing_anew(backend, device, kind):
-    """Except where the noise ends, once; the noise of each epoch is that of eager mode."""
+    """It compiles anew once, where the noise ends; each epoch has the noise of eager mode."""
     torch._dynamo.reset()
     if kind == "converted":
         neuron = pytest.importorskip("spikingjelly.activation_based.neuron")

@@ -1,4 +1,4 @@
-"""What users do around a layer: torch.compile, export, autocast, checkpointing, no_grad, inference mode, fakes."""
+"""Torch's features around a layer: torch.compile, export, autocast, checkpointing, no_grad, inference mode, fakes."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from asgl_cuda.reference import Numbers, Rules
 
 @pytest.fixture
 def compiled(backend):
-    """What compiles a function with fullgraph=True, with a count of how often it was compiled."""
+    """The compiler of a function with fullgraph=True, with a count of its compilations."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
 
@@ -46,15 +46,8 @@ def test_compile_gives_the_same(backend, device, compiled, all_outputs):
 
     def function(x_seq, width, decay):
         # Operations around the layer, so that the graph holds more than one node.
-        return asgl_cuda.lif(
-            x_seq * 1.5,
-            width=width.exp(),
-            decay=decay.sigmoid(),
-            analog_prob=0.3,
-            rng_state=state,
-            backend=backend,
-            **every,
-        )
+        learned = {"width": width.exp(), "decay": decay.sigmoid()}
+        return asgl_cuda.lif(x_seq * 1.5, **learned, analog_prob=0.3, rng_state=state, backend=backend, **every)
 
     inputs = (
         random_input(5, 3, 31, device=device),
@@ -232,21 +225,13 @@ def test_autocast(backend, device, dtype):
     x_seq = torch.rand(4, 3, 6, device=device)
     with torch.autocast(device.type, dtype):
         current = layer(x_seq)
-        out = asgl_cuda.lif(
-            current,
-            width=width,
-            analog_prob=0.3,
-            rng_state=rng_state(device=device),
-            return_v_last=True,
-            backend=backend,
-        )
+        options = {"width": width, "analog_prob": 0.3, "rng_state": rng_state(device=device)}
+        out = asgl_cuda.lif(current, **options, return_v_last=True, backend=backend)
     assert current.dtype == out.s_seq.dtype == dtype
     assert out.v_last.dtype == torch.float32
     out.s_seq.float().sum().backward()
     assert width.grad.dtype == layer.weight.grad.dtype == torch.float32
-    expected = asgl_cuda.lif(
-        current.detach(), width=width, analog_prob=0.3, rng_state=rng_state(device=device), backend="reference"
-    )
+    expected = asgl_cuda.lif(current.detach(), **options, backend="reference")
     assert torch.equal(out.s_seq, expected)
 
 

@@ -1,4 +1,4 @@
-"""Which layers the training kit finds, parameter groups, Lightning, hard spikes and resets."""
+"""The layers that the training kit finds, parameter groups, Lightning, hard spikes and resets."""
 
 import math
 import sys
@@ -12,17 +12,7 @@ from torch import nn
 from training_layers import Foreign, network
 
 import asgl_cuda
-from asgl_cuda import (
-    LIF,
-    AnalogProbSchedule,
-    Monitor,
-    asgl_layers,
-    lightning_callback,
-    parameter_groups,
-    spiking_eval,
-)
-
-# ---- which layers ----
+from asgl_cuda import LIF, AnalogProbSchedule, Monitor, asgl_layers, lightning_callback, parameter_groups, spiking_eval
 
 
 def test_each_asgl_layer_once():
@@ -65,9 +55,6 @@ def test_a_model_without_asgl_layers_is_refused(call, name):
 def test_what_is_no_module_is_refused(call, name):
     with pytest.raises(TypeError, match=rf"asgl_cuda\.{name}: model must be a torch\.nn\.Module, got list"):
         call([LIF()])
-
-
-# ---- parameter groups ----
 
 
 def test_groups_hold_every_parameter_once():
@@ -120,11 +107,8 @@ def test_group_errors(name, value):
         parameter_groups(network(), **{"lr": 0.1, name: value})
 
 
-# ---- Lightning ----
-
-
 class Callback:
-    """Stands in for Lightning's."""
+    """It stands in for Lightning's."""
 
 
 def lightning(monkeypatch, *names):
@@ -212,9 +196,6 @@ def test_lightning_callback_errors(monkeypatch):
         lightning_callback(monitor=Monitor(network()))
 
 
-# ---- hard spikes ----
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_spiking_eval(training):
     model = nn.Sequential(nn.Linear(6, 5), LIF(width=9.0), nn.Dropout(0.5), LIF(width=9.0, analog_prob=1.0), Foreign())
@@ -259,9 +240,6 @@ def test_spiking_eval_inside_itself():
     assert layer.analog_prob == 0.4
 
 
-# ---- carried potentials ----
-
-
 def test_reset_of_a_whole_model():
     shared = LIF(stateful=True)
     norm = asgl_cuda.BatchNormLIF(3, stateful=True, store_v_seq=True)
@@ -285,7 +263,7 @@ def test_reset_of_a_whole_model():
     ],
 )
 def test_reset_of_other_libraries_layers(library, make, current):
-    """Converted, and left because asgl_cuda has no such neuron."""
+    """One is converted, and one is left because asgl_cuda has no such neuron."""
     model, report = asgl_cuda.convert(nn.Sequential(*make(pytest.importorskip(library))))
     assert (len(report.replaced), len(model)) == (1, 2)
     x = torch.full((2, 5, 3), current)

@@ -1,4 +1,4 @@
-"""torch.func around the function and the layers: what vmap, grad, vjp, jacrev give is what a loop over samples gives.
+"""torch.func around the function and the layers: vmap, grad, vjp and jacrev give the results of a loop over samples.
 
 Samples that are computed together have the bits of those computed alone; sums of gradients may be in another order, and
 are compared as in comparison.py.
@@ -11,17 +11,7 @@ import torch
 from comparison import rng_state
 from torch import nn
 from torch.autograd import forward_ad
-from torch.func import (
-    functional_call,
-    grad,
-    hessian,
-    jacfwd,
-    jacrev,
-    jvp,
-    stack_module_state,
-    vjp,
-    vmap,
-)
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import asgl_cuda
 
@@ -34,7 +24,7 @@ def inputs(steps, device, *shape):
 
 
 def weights(like):
-    """What makes every element of the output count differently."""
+    """Weights with which every element of the output counts differently."""
     return torch.linspace(-1, 2, like.numel(), device=like.device).reshape(like.shape)
 
 
@@ -65,7 +55,7 @@ def looped(function, *arguments):
 )
 @pytest.mark.parametrize("shared", [False, True])
 def test_vmap_is_a_loop(backend, device, steps, shapes, shared):
-    """Outputs and gradients, with parameters of each sample or of all."""
+    """Outputs and gradients agree, with parameters of each sample or of all."""
     x_seq = inputs(steps, device)
     v_init = torch.rand(SAMPLES, 5, 7, device=device)
     given = [
@@ -223,7 +213,7 @@ def test_ensemble(backend, device, kind):
         (s_seq * weights(s_seq)).sum().backward()
     for name, gradient in gradients.items():
         expected = torch.stack([dict(model.named_parameters())[name].grad for model in ensemble])
-        # Sums of some hundred terms in float32 that cancel: to a share of the largest.
+        # Sums of some hundred terms in float32 cancel: they agree to a share of the largest.
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item() + 1e-5)
     for name, buffer in buffers.items():
         close(buffer, torch.stack([dict(model.named_buffers())[name] for model in ensemble]))
@@ -248,7 +238,7 @@ def test_gradients_of_each_sample(backend, device, kind):
 
 
 def forward_modes(function, x_seq):
-    """Every way to ask for a forward derivative, also of a gradient and around vmap."""
+    """Every way to ask for a forward derivative is refused, also of a gradient and around vmap."""
 
     def dual():
         with forward_ad.dual_level():

@@ -6,9 +6,7 @@ import torch
 import torch._dynamo.testing
 from torch import nn
 
-from asgl_cuda import (
-    LIF,
-)
+from asgl_cuda import LIF
 
 
 def network(**options):

@@ -8,11 +8,11 @@ from asgl_cuda.layout import is_channels_last
 from asgl_cuda.selfcheck import THRESHOLD_BAND
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-# Two computations of a sum in float64, or in float32 of up to 64 terms and then in float64.
+# Two computations of a sum agree so in float64, or in float32 of up to 64 terms and then in float64.
 SUMS = {torch.float64: 1e-12}
 SAME = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
-# Name: shape, time_dim. A channel lies in stretches of 35, 1, 1024, 9, 4, 23, 2 and 1 values.
+# They are shape and time_dim by name. A channel lies in stretches of 35, 1, 1024, 9, 4, 23, 2 and 1 values.
 SHAPES = {
     "images": ((5, 2, 3, 5, 7), 0),
     "vectors": ((3, 40, 21), 0),

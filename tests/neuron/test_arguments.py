@@ -1,4 +1,4 @@
-"""Bad input: the error's type, and that it names what was expected and what came."""
+"""Bad input: the error has its type, and names the expected value and the given one."""
 
 import warnings
 from functools import partial
@@ -17,7 +17,7 @@ X = torch.zeros(4, 6, 3)
 with_extension = pytest.mark.skipif(extension.module is None, reason=str(extension.problem))
 
 BAD = [
-    # options, error, what the message must name
+    # Each has options, error, and the words that the message must have.
     ({"x_seq": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, ["x_seq", "float32", "torch.int64"]),
     ({"x_seq": torch.zeros(4, 3, dtype=torch.complex64)}, TypeError, ["x_seq", "float32", "complex64"]),
     ({"x_seq": [[1.0]]}, TypeError, ["x_seq", "tensor", "list"]),
@@ -135,7 +135,7 @@ def test_backend_that_does_not_serve_the_device():
 
 @pytest.fixture
 def without_extension(monkeypatch):
-    """As if the extension had been built for another torch."""
+    """It is as if the extension had been built for another torch."""
     problem = "the compiled extension is missing: it was built for torch 1.2.3"
     broken = {
         name: backend if name == "reference" else backend._replace(problem=lambda: problem)
@@ -204,7 +204,7 @@ def test_the_least_width_has_the_same_gradients_everywhere(backend, device):
 
 
 def test_nan_in_the_input_shows_in_the_gradients_of_parameters(backend, device):
-    """No spike, no gradient of x outside of a window, but NaN in what is learned, as in any layer that multiplies.
+    """Outside of a window x has no spike and no gradient, but learned values have NaN, as in a layer that multiplies.
 
     A parameter's gradient with NaN is how a user, and torch.amp.GradScaler, can see that there was one.
     """

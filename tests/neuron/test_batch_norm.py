@@ -21,7 +21,7 @@ from benchmarks.clocks import saved_storages
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_reference(backend, device, name, layout, dtype, training):
-    """Half types store gain * dh and then dx: a last place each, and what that is of the sums."""
+    """Half types store gain * dh and then dx: each costs a last place, and the sums a share of it."""
     x_seq, time_dim, arguments = make(name, dtype, device, layout)
     weight = arguments["weight"]
     of_channels = [-1] + [1] * (x_seq.dim() - 1 - channel_dim(time_dim))
@@ -134,7 +134,7 @@ def test_gradcheck(name, training, input_scale):
 
 @pytest.mark.parametrize("wanted", [["x_seq"], ["weight"], ["bias"], ["width"], ["bias", "v_init"], []], ids=str)
 def test_any_gradient_alone(backend, device, wanted):
-    """What is not asked for is not computed, and changes nothing in what is."""
+    """A gradient that is not asked for is not computed, and changes nothing in the others."""
     x_seq, _, arguments = make("images", torch.float64, device)
     leaves = {
         "x_seq": x_seq,
@@ -165,7 +165,7 @@ def test_no_second_derivative(backend, device):
 @pytest.mark.parametrize(("dtype", "bytes_an_element"), [(torch.float32, 4.3), (torch.bfloat16, 2.3)])
 @pytest.mark.parametrize("steps", [4, 16, 64])
 def test_what_is_saved_for_backward(backend, device, dtype, bytes_an_element, steps):
-    """x_seq alone, and a few numbers a channel; the potentials of every 16th step beyond the first 16."""
+    """It keeps x_seq, a few numbers a channel, and the potentials of every 16th step beyond the first 16."""
     x_seq = random_input(steps, 8, 4, 32, 32, dtype=dtype, device=device)
     storages = saved_storages(lambda: batch_norm_lif(x_seq, training=True, analog_prob=0.2, backend=backend))
     assert x_seq.untyped_storage().data_ptr() in storages
@@ -229,7 +229,7 @@ def test_variance_where_outliers_come_first(backend, device, order, reverse, lay
 
 
 def test_gradients_where_the_mean_is_large(backend, device):
-    """Sums of dh * x would have no correct place in float32; those of dh * (x - mean) have."""
+    """Sums of dh * x would have no correct place in float32; sums of dh * (x - mean) have."""
     x_seq, _, arguments = make("large", torch.float32, device, mean=1e4, deviation=1.0)
     expected = [t.double() for t in _smooth_gradients(x_seq.double(), arguments, "reference")]
     for actual, exact in zip(_smooth_gradients(x_seq, arguments, backend), expected, strict=True):
@@ -268,7 +268,7 @@ def test_float16_trains_at_mean_100_and_deviation_a_tenth(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_are_as_good_as_torch_computes_them(backend, device, dtype):
-    """At most twice the error of torch's layers in this type, against float64."""
+    """Against float64, the error is at most twice the error of torch's layers in this type."""
     x_seq, _, arguments = make("large", dtype, device)
     exact = [t.double() for t in _smooth_gradients(x_seq.double(), arguments, "reference")]
     ours = _smooth_gradients(x_seq, {k: v.float() for k, v in arguments.items()}, backend)
@@ -289,7 +289,7 @@ def test_half_types_are_as_good_as_torch_computes_them(backend, device, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("values", [2, 4])
 def test_half_types_with_few_values_a_channel(backend, device, dtype, values):
-    """What is left of dx is small against its terms: it may be no worse than that of torch's layers, twice at most."""
+    """The gradient dx is small against its terms: its error may be at most twice the error of torch's layers."""
     x_seq = (torch.randn(2, values // 2, 256, dtype=torch.float64, device=device) * 2 + 1).to(dtype)
     grad = torch.randn(x_seq.shape, device=device).to(dtype)
     options = {"surrogate": "sigmoid", "analog_prob": 1.0, "width": 3.0, "return_v_last": True, "backend": backend}

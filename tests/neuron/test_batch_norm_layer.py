@@ -1,4 +1,4 @@
-"""BatchNormLIF, torch's features, and what is refused."""
+"""BatchNormLIF, torch's features, and refusals."""
 
 import copy
 import itertools
@@ -6,11 +6,7 @@ import pickle
 
 import pytest
 import torch
-from batch_norm_cases import (
-    assert_same,
-    channels_last,
-    make,
-)
+from batch_norm_cases import assert_same, channels_last, make
 from comparison import real_of
 from torch import nn
 
@@ -50,7 +46,7 @@ def test_layer_in_training_and_evaluation(backend, device, options):
 
 
 def test_tdbn(backend, device):
-    """Zheng et al.: the normalised input times alpha * v_threshold."""
+    """Zheng et al. multiply the normalised input by alpha * v_threshold."""
     layer = asgl_cuda.BatchNormLIF(3, v_threshold=0.8, input_scale=0.5 * 0.8, decay=0.0, backend=backend).to(device)
     x_seq = torch.randn(4, 2, 3, 5, device=device)
     output = layer._lif(x_seq, 0, return_h_seq=True)
@@ -110,9 +106,6 @@ def test_autocast_and_module_types(backend, device):
     assert layer.weight.grad.dtype == torch.float16
     assert layer.running_mean.dtype == torch.float16
     assert x_seq.grad.dtype == torch.float16
-
-
-# ---- torch's features ----
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -192,7 +185,7 @@ def test_the_operator_checks_the_gradient_that_it_writes(backend, device):
 
 
 def test_compile(backend, device):
-    """One graph, the same spikes, gradients and running statistics; for the second batch size a graph for any."""
+    """It has one graph, the same spikes, gradients and running statistics; the second batch size makes one for all."""
     torch._dynamo.reset()
     layer = asgl_cuda.BatchNormLIF(3, analog_prob=0.0, backend=backend).to(device)
     compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
@@ -209,9 +202,6 @@ def test_compile(backend, device):
     layer.eval()
     compiled.eval()
     torch.testing.assert_close(compiled(x_seq), layer(x_seq))
-
-
-# ---- what is refused ----
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_sizes(backend, device, steps, neurons, v_reset):
 @pytest.mark.parametrize("steps", [3, 4, 7, 18, 35])
 @pytest.mark.parametrize("neurons", [(4, 68), (5, 33)])
 def test_nothing_but_spikes(backend, device, dtype, surrogate, v_reset, steps, neurons):
-    """What layers in a network ask for, and what the leanest kernels are for."""
+    """Layers in a network ask for no more, and the leanest kernels are for this."""
     real = real_of(dtype)
     for options in (
         {"analog_prob": 0.3},
@@ -121,7 +121,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("v_reset", ["tensor", None])
 def test_parameter_shapes(backend, device, layout, shape, v_reset):
-    """Each parameter as a tensor of each shape, all at once: each has a gradient in its own shape."""
+    """All parameters are tensors of a shape at once: each has a gradient in its own shape."""
     sizes = SHAPES[shape]
     x_seq = random_input(19, 6, 8, 3, 5, device=device)
     time_dim = 0
@@ -158,7 +158,7 @@ def test_parameter_shapes(backend, device, layout, shape, v_reset):
 @pytest.mark.parametrize("name", ["width", "decay", "v_threshold", "v_reset", "input_gain", "input_bias", "input_mean"])
 @pytest.mark.parametrize("sizes", [(), (33,), (17, 1, 1)])
 def test_one_parameter_at_a_time(backend, device, name, sizes):
-    """Alone, so that no other parameter's accumulator or row hides what is missing."""
+    """Each is a tensor alone, so that no other parameter's accumulator or row hides a missing one."""
     middle = {"decay": 0.5, "v_reset": 0.1, "input_bias": 0.0, "input_mean": 0.0}.get(name, 1.0)
     value = uniform(*sizes, low=middle - 0.1, high=middle + 0.1, device=device)
     for scale_output in (False, True):
@@ -184,7 +184,7 @@ def test_large_parameter_sums(backend, device, name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("surrogate", ["rectangle", "sigmoid"])
 def test_half_types_are_as_good_as_pytorch(backend, device, dtype, surrogate):
-    """Against float32 throughout, the error is at most twice that of a plain loop that computes in the half type."""
+    """Against float32 throughout, the error is at most twice the error of a plain loop in the half type."""
     x_seq = random_input(4, 4096, dtype=dtype, device=device)
     exact_input = x_seq.detach().float().requires_grad_()
 
@@ -217,7 +217,7 @@ def test_half_types_are_as_good_as_pytorch(backend, device, dtype, surrogate):
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("v_reset", [0.0, None])
 def test_nan_and_infinity_go_through(backend, device, value, surrogate, v_reset):
-    """In x at the first, a middle and the last step: forward and backward have NaN where the reference has it."""
+    """It is in x at the first, a middle and the last step: both passes have NaN where the reference has it."""
     for step in (0, 2, 5):
         x_seq = random_input(6, 24, device=device)
         with torch.no_grad():

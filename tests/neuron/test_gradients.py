@@ -20,7 +20,7 @@ def double(*shape, low, high, device):
 @pytest.mark.parametrize("v_reset", ["hard", "soft"])
 @pytest.mark.parametrize("scale_output", [False, True])
 def test_gradcheck(name, surrogate, v_reset, scale_output):
-    """analog_prob = 1: the function is smooth (rectangle and triangle but for kinks, missed by 1e-6 here)."""
+    """With analog_prob = 1 the function is smooth (rectangle and triangle except for kinks, missed by 1e-6 here)."""
     device = torch.device((asgl_cuda.backends.BACKENDS[name].device_types or ("cpu",))[0])
     hard = v_reset == "hard"
     leaves = {

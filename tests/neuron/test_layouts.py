@@ -1,4 +1,4 @@
-"""Memory layouts: what is used in place, what is copied, and that neither shows in the result."""
+"""Memory layouts: some are used in place, some are copied, and neither shows in the result."""
 
 import pytest
 import torch
@@ -134,7 +134,7 @@ def test_inputs_are_left_alone(backend, device):
 
 
 def test_outputs_are_no_views(backend, device):
-    """As views of something inside an autograd function, they could be neither changed nor detached in place."""
+    """Views of something inside an autograd function could be neither changed nor detached in place."""
     x_seq = torch.randn(3, 2, 4, 5, 6, device=device).movedim(-1, 2).requires_grad_()  # channels_last
     for x in (x_seq, x_seq.contiguous()):
         output = asgl_cuda.lif(x, return_v_last=True, return_v_seq=True, return_h_seq=True, backend=backend)

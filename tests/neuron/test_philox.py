@@ -9,7 +9,7 @@ from comparison import rng_state
 import asgl_cuda
 from asgl_cuda.reference import _draws, _philox4x32
 
-# Known-answer vectors of Philox4x32-10, published with Random123 (Salmon et al., SC 2011): counter, key, result.
+# Random123 (Salmon et al., SC 2011) publishes these counters, keys and results of Philox4x32-10.
 KNOWN_ANSWERS = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     (

@@ -1,4 +1,4 @@
-"""Whole calls at random: any shape, layout, type and option that `lif` takes, and what must hold for all of them."""
+"""Whole calls at random: any shape, layout, type and option that `lif` takes has the same properties."""
 
 import contextlib
 import math
@@ -30,8 +30,8 @@ many = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-# Around the segments of 4, 8 and 16 steps; around groups of 4 neurons and the width of vectors, and of some of which
-# several make a tile.
+# They lie around the segments of 4, 8 and 16 steps, around groups of 4 neurons and the width of vectors; of some
+# sizes several make a tile.
 STEPS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 18, 32, 33, 40)
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 16, 17, 67, 400, 700)
 MOST_ELEMENTS = 40000  # what the CPU does on one thread
@@ -58,7 +58,7 @@ class TensorSpec(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What makes a call, without the numbers: `tensors` builds those, so that a failing example is readable."""
+    """A call without its numbers: `tensors` builds them, so that a failing example is readable."""
 
     shape: tuple[int, ...]
     memory_order: tuple[int, ...]  # the dimensions of x_seq, outermost first
@@ -162,16 +162,9 @@ def calls(draw: st.DrawFn, analog_probs: tuple[float, ...] = ANALOG_PROBS, min_s
         "detach_reset": draw(st.booleans()),
         "analog_prob": draw(st.sampled_from(analog_probs)),
     }
-    return Call(
-        shape=tuple(shape),
-        memory_order=order,
-        sliced_dim=draw(st.none() | st.none() | st.integers(0, dims - 1)),
-        dtype=dtype,
-        parameters=parameters,
-        v_init=v_init,
-        options=options,
-        seed=draw(st.integers(0, 2**40)),
-    )
+    sliced_dim = draw(st.none() | st.none() | st.integers(0, dims - 1))
+    seed = draw(st.integers(0, 2**40))
+    return Call(tuple(shape), order, sliced_dim, dtype, parameters, v_init, options, seed)
 
 
 def leaves_of(x_seq: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
@@ -197,7 +190,7 @@ def test_equals_reference(backend, device, call):
 @many
 @given(call=calls(analog_probs=(1.0,)))
 def test_batch_norm_equals_reference(backend, device, call):
-    """In float64 and without hard spikes, which the last place of a mean could make or unmake."""
+    """It is in float64 and has no hard spikes, which the last place of a mean could make or unmake."""
     options = {**call.options, "surrogate": "sigmoid"}
     parameters = {name: spec for name, spec in call.parameters.items() if not name.startswith("input_")}
     channel = channel_dim(options["time_dim"] % len(call.shape))
@@ -220,7 +213,7 @@ def test_batch_norm_equals_reference(backend, device, call):
 @many
 @given(call=calls())
 def test_two_runs_are_bit_identical(backend, device, call):
-    """On any number of threads."""
+    """It has the same bits on any number of threads."""
     x_seq, options = call.tensors(device)
     leaves = list(leaves_of(x_seq, options).values())
     runs = []
@@ -252,7 +245,7 @@ def test_outputs_have_the_promised_shapes_and_types(backend, device, call):
 
 
 def narrowed(options: dict[str, Any], dims: int, begin: int, end: int) -> dict[str, Any]:
-    """The options of the steps from begin to end: those of parameters that differ from step to step."""
+    """The options of the steps from begin to end: a parameter that differs from step to step is cut."""
     part = dict(options)
     for name in RANGES:
         value = options.get(name)
@@ -264,7 +257,7 @@ def narrowed(options: dict[str, Any], dims: int, begin: int, end: int) -> dict[s
     return part
 
 
-# Without draws: the noise counts steps from the beginning of each call.
+# Nothing is drawn, because the noise counts steps from the beginning of each call.
 @many
 @given(call=calls(analog_probs=(0.0, 0.0, 1.0), min_steps=2), data=st.data())
 def test_splitting_time_is_one_run(backend, device, call, data):

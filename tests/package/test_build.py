@@ -1,4 +1,4 @@
-"""What is compiled, and with what; the compilers here are scripts of a few lines."""
+"""The sources that are compiled, and their flags; the compilers here are scripts of a few lines."""
 
 import runpy
 import subprocess
@@ -18,7 +18,7 @@ WHEEL_HOMES = compilation.wheel_homes
 
 @pytest.fixture
 def build(monkeypatch, tmp_path) -> ModuleType:
-    """For a torch of CUDA 13.2 on a machine without a toolkit."""
+    """The torch is built for CUDA 13.2, the machine has no toolkit."""
     for name in ("ASGL_CUDA_BUILD", "CUDA_HOME", "CUDA_PATH", "CXX", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -162,9 +162,6 @@ def test_notes_and_last_line(build, capsys, tmp_path, cuda):
     assert last.startswith("asgl_cuda: built ")
     assert (cuda or "only the CPU kernels") in last
     assert last.endswith(": a reason")
-
-
-# ---- python -m asgl_cuda build; test_wheel.py compiles by it ----
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`python -m asgl_cuda`, and what importing the package costs."""
+"""`python -m asgl_cuda`, and the cost of importing the package."""
 
 import os
 import subprocess
@@ -71,7 +71,7 @@ def test_every_clone_of_the_cpu_kernels_agrees(asked, name):
         pytest.skip(f"this processor has no {name}")
     result = run("-m", "asgl_cuda", "check", ASGL_CUDA_INSTRUCTION_SET=asked)
     assert result.returncode == 0, result.stdout + result.stderr
-    # What check leaves out: the lean loops, long sequences, tails, and sums of many values.
+    # check leaves out the lean loops, long sequences, tails, and sums of many values.
     neuron = Path(__file__).parents[1] / "neuron"
     suite = [
         f"{neuron}/{test}"
@@ -139,7 +139,7 @@ def test_no_command_prints_usage(arguments):
 
 
 def test_import_brings_nothing_but_torch():
-    """Neither what tests and benchmarks use nor what an interop module would need, even where it is installed."""
+    """It loads no package that only tests, benchmarks or interop modules need, even where it is installed."""
     code = """
 import sys, torch
 before = set(sys.modules)

@@ -1,4 +1,4 @@
-"""Which compiled extension is loaded, and what is said where there is none."""
+"""The choice of the compiled extension that is loaded, and the message where there is none."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ HERE, OTHER = torch.__version__, "1.2.3"
 
 @pytest.fixture
 def places(monkeypatch, tmp_path) -> tuple[Path, Path]:
-    """Of the installed extension and of the user's, without either; what is loaded is its folder's name."""
+    """The places of the installed extension and of the user's, without either; a loaded one is its folder's name."""
     package = tmp_path / "checkout" / "asgl_cuda"
     for file in ("csrc/ops.cpp", "compilation.py"):
         (package / file).parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-# What tests the reference and the errors; the rest needs a fused backend or a checkout.
+# These test the reference and the errors; the rest needs a fused backend or a checkout.
 SUITE = (
     *(f"neuron/test_{name}.py" for name in ("arguments", "philox", "properties")),
     *(f"layer/test_{name}.py" for name in ("neuron", "torch_features")),
@@ -22,7 +22,7 @@ TESTS_NEED = ("conftest.py", "comparison.py", "emulated.py", "host_compiler.py")
 
 
 def run(*command: str | Path, cwd: Path, status: int = 0, **environment: str) -> str:
-    """All that a command prints, which must end with this status and sees no checkout."""
+    """The output of a command, which must end with this status and sees no checkout."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     words = [str(word) for word in command]
     result = subprocess.run(
@@ -35,7 +35,7 @@ def run(*command: str | Path, cwd: Path, status: int = 0, **environment: str) ->
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """From a copy of the tree, with all that earlier builds have left in it."""
+    """The wheel of a copy of the tree, with all that earlier builds have left in it."""
     directory = tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns(".*", "build", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, directory / "tree", ignore=ignored)
@@ -49,7 +49,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> Path:
-    """Of an environment with this wheel and, from elsewhere, torch and what tests need."""
+    """The Python of an environment with this wheel and, from elsewhere, torch and the packages that tests need."""
     python = environment_in(tmp_path_factory.mktemp("environment"))
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=wheel.parent)
     see_packages_of_this(python)
@@ -85,7 +85,7 @@ def test_info(python, tmp_path):
     assert "cpu        the compiled extension is missing: it was not built with this installation. To build it: " in out
 
 
-# In place of the kernels, since those take a minute.
+# Stubs are in place of the kernels, which take a minute.
 STUB = """
 #include <Python.h>
 namespace {
@@ -105,7 +105,7 @@ def stub_sources(csrc: Path) -> None:
 
 
 def test_build(python, tmp_path):
-    """By two processes at once; and what they say where it does not compile."""
+    """Two processes compile at once; both say why where it does not compile."""
     (csrc,) = python.parents[1].glob("lib/python*/site-packages/asgl_cuda/csrc")
     stub_sources(csrc)
     build = (python, "-m", "asgl_cuda", "build")
@@ -131,7 +131,7 @@ def test_build(python, tmp_path):
 
 
 def test_readme_says_how(tmp_path):
-    """Its commands in a copy of the checkout, except for torch and the comparison, which a stub does not pass."""
+    """Its commands run in a copy of the checkout, except for torch and the comparison, which a stub does not pass."""
     ignored = shutil.ignore_patterns(".*", "build", "__pycache__", "*.egg-info", "_C.*", "_build_info.py")
     shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored)
     stub_sources(tmp_path / "checkout" / "csrc")
@@ -141,7 +141,7 @@ def test_readme_says_how(tmp_path):
     pip.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip --python {python} "$@"\n')
     pip.chmod(0o755)
     _, install, info, _ = README.split("## Install it")[1].split("```sh\n")[1].split("```")[0].splitlines()
-    # Of what is installed elsewhere nothing is touched.
+    # Nothing is touched that is installed elsewhere.
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_IGNORE_INSTALLED": "1"}
     path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
     for command in (install, info):

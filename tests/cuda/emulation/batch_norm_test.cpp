@@ -28,7 +28,7 @@ constexpr double kDouble = std::numeric_limits<double>::epsilon();
 template <class Real>
 constexpr double kEpsilon = std::numeric_limits<Real>::epsilon();
 
-// Equal but for an error.
+// They are equal except for an error.
 void compare(const std::string& name, Wide is, Wide should_be, Wide error, Texts& differences) {
   if (std::fabs(is - should_be) <= error) return;
   differences.push_back(text("%s is %.17Lg, expected %.17Lg within %.3Lg", name.c_str(), is, should_be, error));
@@ -87,7 +87,7 @@ struct Coverage {
   bool complete() const { return one_lane > 0 && four_lanes > 0 && ways > 0 && splits > 0 && tiles > 0 && groups > 0; }
 };
 
-// Of a channel, in two passes.
+// The moments of a channel, in two passes.
 struct Found {
   Wide mean, variance, range;
 };
@@ -191,7 +191,7 @@ class Trial {
     params.x_seq = x_seq_.data();
     check("cut", cuda::cut(params), differences_);
     check_tiles("moments", params.tiles, x_seq_.is_aligned());
-    // As for a sequence that would need too many splits: a thread goes through more values than kChannelRowsEach.
+    // It is as for a sequence that needs too many splits: a thread goes through more values than kChannelRowsEach.
     if (random_.once_in(3)) params.tiles = ChannelTiles::cut(shape_, params.tiles.lanes, kBlockThreads, 150);
     slots_ = params.tiles.slots();
     moments_ = Buffer<double>(3 * slots_ * shape_.channels, 0);
@@ -245,7 +245,7 @@ class Trial {
       };
       const Wide slope = -gain * inverse * of_normalised(total_grad_gain_, total_grad_bias_) / moments.count;
       const Wide offset = -gain * total_grad_bias_.data()[channel] / moments.count - slope * beyond;
-      // In double, with a few roundings, and then rounded.
+      // It is computed in double, with a few roundings, and then rounded.
       const auto expect = [&](const char* name, Real is, Wide should_be) {
         const Wide error = (kEpsilon<Real> + 4 * kDouble) * std::fabs(should_be) + 1e-13L;
         compare(at(name, channel), is, should_be, error, differences_);
@@ -313,7 +313,7 @@ Texts run(const Case& it, Coverage& coverage) {
 
 // ---- coefficients ----
 
-// Made-up moments, some of no values, or a mean and a variance.
+// The moments are made up, some of no values, or they are a mean and a variance.
 struct CoefficientsCase {
   int64 slots, channels;  // no slots: mean and variance
 };
@@ -379,7 +379,7 @@ Texts check_coefficients(const CoefficientsCase& it, unsigned number) {
     compare(at("mean", channel), is.mean, exact_mean, rounding, differences);
     compare(at("variance", channel), is.variance, exact_variance, rounding, differences);
 
-    // What follows from the total as it is, in double and then rounded.
+    // The rest follows from the total as it is, in double and then rounded.
     const Real* row = coefficients.data() + channel;
     const Wide scale = params.options.input_scale;
     const Wide gain = scale * (weight.data() == nullptr ? Wide(1) : weight.data()[channel]) /
@@ -402,7 +402,7 @@ Texts check_coefficients(const CoefficientsCase& it, unsigned number) {
 
 class Outcomes {
  public:
-  // Whether to go on.
+  // It says whether to go on.
   bool goes_on() const { return failed_ < 3; }
   unsigned cases() const { return cases_; }
   int failed() const { return failed_; }
@@ -459,7 +459,7 @@ void run_all(bool small, Outcomes& outcomes, Coverage& coverage) {
       }
     }
   }
-  // Five: the four types, one of them twice, and so each in its turn.
+  // They are five: the four types, one of them twice, and so each in its turn.
   for (const ChannelShape& shape : shapes(small)) {
     for (int turn = 0; turn < 5 && outcomes.goes_on(); ++turn) {
       const Case it{shape, outcomes.cases()};

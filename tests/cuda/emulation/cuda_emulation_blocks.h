@@ -43,7 +43,7 @@ inline std::string text(const uint3& index) { return text("(%u,%u,%u)", index.x,
 // cannot show the latter; `ascending` does.
 enum class Order { middle, ascending, descending, shuffled };
 
-// To be changed only while no kernel runs.
+// They may be changed only while no kernel runs.
 struct Settings {
   int multiprocessors = 4;
   unsigned os_threads = std::max(1u, std::thread::hardware_concurrency());
@@ -163,7 +163,7 @@ struct Warp {
   unsigned arrived;  // lanes whose request is not yet granted
 };
 
-// Thrown out of a waiting thread to leave a kernel that has failed.
+// It is thrown out of a waiting thread to leave a kernel that has failed.
 struct KernelAborted {};
 
 struct Launch {
@@ -219,7 +219,7 @@ class Block {
   unsigned live;        // threads that have not exited
   unsigned at_barrier;  // threads that wait at __syncthreads
   Thread* first_at_barrier;
-  // Counted without ordering memory, lest it hide from ThreadSanitizer a race between warps.
+  // The count does not order memory: that would hide a race between warps from ThreadSanitizer.
   std::atomic<unsigned> running;
 };
 
@@ -249,7 +249,7 @@ inline void Block::begin(std::uint64_t number) {
   aborted = false;
 }
 
-// Not inlined, because a fibre may end one block on one OS thread and begin the next on another: addresses of
+// It is not inlined, because a fibre may end one block on one OS thread and begin the next on another: addresses of
 // thread_local variables must not be kept in the fibre's outermost frame.
 __attribute__((noinline)) inline void Block::run_thread(Thread& self) {
   try {
@@ -336,13 +336,13 @@ inline bool Block::complete(Warp& warp, const Request& request, Lock& lock) {
   });
 
   for_each_lane(members, [&](unsigned lane) {
-    // What a lane outside the mask would give is undefined: all ones, a NaN as a floating-point number.
+    // The value of a lane outside the mask is undefined: it is all ones, a NaN as a floating-point number.
     const unsigned source = lanes[lane].request.source_lane;
     const std::uint64_t taken = members >> source & 1 ? lanes[source].request.value : ~std::uint64_t(0);
     lanes[lane].result = request.operation == Operation::ballot ? votes : taken;
   });
   warp.arrived &= ~members;
-  // Only now, since a released lane may change its request at once.
+  // This comes only now, since a released lane may change its request at once.
   for_each_lane(members, [&](unsigned lane) { release(lanes[lane]); });
   return true;
 }
@@ -372,7 +372,7 @@ inline void Block::fail(Lock& lock, const std::string& fault) {
   throw KernelAborted{};
 }
 
-// Called by the last thread of the block that could still run, so that what the others wait for never comes.
+// The last thread of the block that could still run calls it: the others wait for something that never comes.
 inline void Block::fail_stuck(Lock& lock) {
   lock.unlock();
   std::vector<Lock> locks;

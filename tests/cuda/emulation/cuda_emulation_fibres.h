@@ -77,7 +77,7 @@ struct Context {
   }
   void exchange(Context& to) { exchange_stacks(&stack_pointer, to.stack_pointer); }
 
-  // Keeps the callee-saved registers on the old stack and takes those of the new one. The floating-point control
+  // Keeps the callee-saved registers on the old stack and takes the new one's. The floating-point control
   // words are left alone, since kernels do not change them.
   __attribute__((naked, noinline)) static void exchange_stacks(void** /*old_stack*/, void* /*new_stack*/) {
     asm("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n\t"

@@ -14,10 +14,10 @@ struct EmulatedKernel {
   std::function<cudaError_t(unsigned blocks, unsigned threads, const void* params)> launch;
 };
 
-// Null if there is none of this name.
+// It is null if there is no kernel of this name.
 const EmulatedKernel* find_kernel(const char* name);
 
-// Of a kernel at this address; empty if it is none of ours.
+// The name of the kernel at this address; it is empty if there is none of ours.
 const char* kernel_name(const void* address);
 
 }  // namespace asgl_emulation

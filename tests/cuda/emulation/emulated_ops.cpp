@@ -39,7 +39,7 @@ TORCH_LIBRARY_IMPL(asgl_cuda_emulated, CPU, m) {
 
 }  // namespace asgl
 
-// For tests, through ctypes.
+// Tests call these through ctypes.
 
 extern "C" void asgl_emulated_set_multiprocessors(int count) { asgl_emulation::settings().multiprocessors = count; }
 

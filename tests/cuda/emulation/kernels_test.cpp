@@ -22,7 +22,7 @@ using asgl_emulation::same;
 using asgl_emulation::text;
 using asgl_emulation::Texts;
 
-// ---- what the kernels are to compute ----
+// ---- the results that the kernels must have ----
 
 struct Sum {
   double total = 0, magnitude = 0;
@@ -121,7 +121,7 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
 
 // ---- comparison ----
 
-// Equal, except for the sign of a zero: charge may give another where it takes something for granted.
+// They are equal, except for the sign of a zero: charge may give another where it takes something for granted.
 template <class Element>
 void compare(const char* name, const Buffer<Element>& found, const std::vector<Real_t<Element>>& expected,
              Texts& differences) {
@@ -133,9 +133,9 @@ void compare(const char* name, const Buffer<Element>& found, const std::vector<R
   }
 }
 
-// A kernel adds up a thread's terms, of at most four neurons, then those of 128 threads in five and three additions,
-// all in Real, and on the CPU those of up to 16 neurons, then in double; a few roundings more make the term. Each is at
-// most half an epsilon of the sum of all magnitudes, or half the least number of all: that of a width is divided by its
+// A kernel adds up a thread's terms, of at most four neurons, then the sums of 128 threads in five and three additions,
+// all in Real, and on the CPU the terms of up to 16 neurons, then in double; a few more make the term. Each rounding is
+// at most half an epsilon of the sum of all magnitudes, or half the least number of all: a width's is divided by its
 // square, at least a quarter.
 template <class Real>
 void compare(const std::string& name, const Buffer<Real>& found, const std::vector<Sum>& expected, int64 steps,
@@ -296,7 +296,7 @@ class Trial {
   void make_parameters() {
     const bool plain = case_.parameters == Parameters::kPlain, normalised = case_.parameters == Parameters::kNormalised;
     const bool per_step = !plain && random_.once_in(normalised ? 8 : 3);
-    // One value a channel for all parameters of the input, channels_last or not.
+    // All parameters of the input have one value a channel, channels_last or not.
     const bool by_channel = kOnCpu && normalised && !random_.once_in(3);
     const int64 run = by_channel && random_.toss() ? random_.divisor(case_.shape.neurons(), 1) : 1;
     const int64 channels = by_channel ? random_.divisor(case_.shape.neurons() / run, 1) : 1;
@@ -350,7 +350,7 @@ class Trial {
       std::fill(values.data() + values.size() - view.count, values.data() + values.size(), kInfinity);
   }
 
-  // How many neurons a thread is to get.
+  // It says how many neurons a thread is to get.
   template <class... Buffers>
   int lanes(const Buffers&... buffers) const {
     bool four = case_.multiprocessors == 0 && sizeof(Scalar) <= 4 && case_.shape.inner % 4 == 0;
@@ -358,7 +358,7 @@ class Trial {
     return four && (buffers.is_aligned() && ...) ? 4 : 1;
   }
 
-  // Whether the last launch was of a kernel for normalised input.
+  // It says whether the last launch was of a kernel for normalised input.
   static bool last_is_normalised() {
 #if !defined(ASGL_TEST_CPU)
     if constexpr (!std::is_same_v<Scalar, double>) {

@@ -1,4 +1,4 @@
-// What the tests of the kernels share: numbers at random, storage that shows an overrun, runs and their outcome.
+// The tests of the kernels share this: numbers at random, storage that shows an overrun, runs and their outcome.
 #pragma once
 
 #include <algorithm>

@@ -46,7 +46,7 @@ struct Format {
   uint32_t infinity() const { return ((1u << exponent_bits) - 1) << mantissa_bits; }
   bool is_nan(uint32_t bits) const { return (bits & 0x7FFFu) > infinity(); }
 
-  // Of infinity, the value that the next exponent would have: where rounding goes to it.
+  // Infinity counts as the value that the next exponent would have: rounding goes to it from there.
   double value_or_next_power(uint32_t magnitude) const {
     const int exponent = static_cast<int>(magnitude >> mantissa_bits);
     const int mantissa = static_cast<int>(magnitude & ((1u << mantissa_bits) - 1));
@@ -70,7 +70,7 @@ struct Format {
       const uint32_t middle = (below + above) / 2;
       (value_or_next_power(middle) <= magnitude ? below : above) = middle;
     }
-    // Exact: all three have far fewer bits than a double.
+    // This is exact: all three have far fewer bits than a double.
     const double to_below = magnitude - value_or_next_power(below);
     const double to_above = value_or_next_power(above) - magnitude;
     const bool up = to_above < to_below || (to_above == to_below && above % 2 == 0);
@@ -169,7 +169,7 @@ void rounding_of_extremes(Format format) {
     expect_nearest<Scalar>(format, number);
     expect_nearest<Scalar>(format, -number);
   }
-  // Quiet and signalling, of both signs, with the payload in bits that are kept and in bits that are cut off.
+  // They are quiet and signalling, of both signs, with the payload in bits that are kept and in bits that are cut off.
   for (const uint32 bits : {0x7FC00000u, 0x7F800001u, 0x7FFFFFFFu, 0x7FBFFFFFu, 0x7F801000u}) {
     for (const uint32 sign : {0u, 0x80000000u}) {
       const uint16 rounded = asgl::from_real<Scalar>(bit_cast<float>(bits | sign)).bits;

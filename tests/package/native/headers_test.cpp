@@ -40,7 +40,7 @@ void philox_known_answers() {
     uint32_t key[2];
     Words result;
   };
-  // Published with Random123 (Salmon et al., SC 2011).
+  // Random123 (Salmon et al., SC 2011) publishes them.
   const Vector vectors[] = {
       {{{0, 0, 0, 0}}, {0, 0}, {{0x6627E8D5u, 0xE169C58Du, 0xBC57AC4Cu, 0x9B00DBD8u}}},
       {{{0xFFFFFFFFu, 0xFFFFFFFFu, 0xFFFFFFFFu, 0xFFFFFFFFu}},
