@@ -139,7 +139,7 @@ INTRODUCTION = """\
 # What the CUDA kernels take
 
 Registers a thread and bytes of shared memory a block, as ptxas reports them: nvcc {version}, `{flags}`,
-for sm_75 from the PTX of compute_75, for the others from that of compute_80. Made by
+for sm_75 from the PTX of compute_75, for the others from compute_80's. Made by
 `python -m tests.cuda_compile --update`, held against the code by `make cuda-compile`; no row is written by hand.
 
 K is how many steps a segment has; *plain* is what runs for uniform parameters of which at most the width has a
@@ -162,9 +162,9 @@ def to_markdown(rows: Iterable[Row], version: str, flags: Sequence[str]) -> str:
             ]
         if section == NVRTC:
             lines += [
-                "What NVRTC makes of the same source, in registers against the tables above. Only the general backward",
+                "NVRTC makes this of the same source, in registers against the tables above. Only the general backward",
                 "kernel has others, whose values NVRTC's front end orders otherwise; as many blocks fit as of nvcc's.",
-                "On sm_120 all may have: NVRTC's PTX is that of compute_120, nvcc's that of compute_80.",
+                "On sm_120 all may have: NVRTC makes PTX for compute_120, nvcc for compute_80.",
                 "",
             ]
         if not those:
