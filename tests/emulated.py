@@ -89,7 +89,7 @@ def register() -> Emulation:
         is_python_module=False,
     )
     emulation = Emulation(path or str(directory / f"{NAMESPACE}.so"))
-    normalisation_kernels.implement(REPLAYED_NAMESPACE, "CPU", emulation)
+    normalisation_kernels.implement(REPLAYED_NAMESPACE, "CPU", normalisation_kernels.operators_on(emulation))
     for name, namespace in (("emulated", NAMESPACE), ("replayed", REPLAYED_NAMESPACE)):
         backends.BACKENDS[name] = backends.Backend(("cpu",), backends.operators_in(namespace), lambda: None)
     return emulation

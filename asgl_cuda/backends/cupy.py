@@ -199,7 +199,7 @@ def _make_context(driver: Any, device_index: int) -> None:
 
 
 LAUNCHER = CupyLauncher()
-normalisation_kernels.implement(NAMESPACE, "CUDA", LAUNCHER)
+normalisation_kernels.implement(NAMESPACE, "CUDA", normalisation_kernels.operators_on(LAUNCHER))
 
 
 def description() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import Structure
 from typing import Any
 
@@ -148,12 +149,20 @@ def _dense(tensor: Tensor | None, shape: list[int], dtype: torch.dtype, x_seq: T
     return tensor.contiguous()
 
 
-def implement(namespace: str, dispatch_key: str, launcher: Launcher) -> None:
-    """Defines all operators in this namespace, on the kernels of `launcher`."""
+def operators_on(launcher: Launcher) -> dict[str, Callable[..., Any]]:
+    """All operators by name, on the kernels of `launcher`."""
+    neuron, normalisation = NeuronOperators(launcher), NormalisationOperators(launcher)
+    return {
+        "draw_rng_state": neuron.draw_rng_state,
+        "lif_forward": neuron.lif_forward,
+        "lif_backward": neuron.lif_backward,
+        "batch_norm_coefficients": normalisation.batch_norm_coefficients,
+        "batch_norm_backward": normalisation.batch_norm_backward,
+    }
+
+
+def implement(namespace: str, dispatch_key: str, operators: dict[str, Callable[..., Any]]) -> None:
+    """Defines these operators in this namespace."""
     library = define_operators(namespace)
-    for operators, names in (
-        (NeuronOperators(launcher), ("draw_rng_state", "lif_forward", "lif_backward")),
-        (NormalisationOperators(launcher), ("batch_norm_coefficients", "batch_norm_backward")),
-    ):
-        for name in names:
-            library.impl(name, getattr(operators, name), dispatch_key)
+    for name, operator in operators.items():
+        library.impl(name, operator, dispatch_key)

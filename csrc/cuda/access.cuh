@@ -95,6 +95,12 @@ __device__ __forceinline__ void fill(State<Real[kLanes]>& states, const State<Re
   for_each_member([](Real(&values)[kLanes], Real same) { fill(values, same); }, states, value);
 }
 
+// Gradients begin so. A state of zeros as a value would be a global variable to NVRTC for sm_120, and loaded from there.
+template <int kLanes, class Real>
+__device__ __forceinline__ void fill_with_zeros(State<Real[kLanes]>& states) {
+  for_each_member([](Real(&values)[kLanes]) { fill(values, Real(0)); }, states);
+}
+
 // From where the states of all neurons lie, and back.
 template <int kLanes, class Real>
 __device__ __forceinline__ void load(const State<const Real*>& from, int64 n, State<Real[kLanes]>& to) {

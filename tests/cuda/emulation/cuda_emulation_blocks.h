@@ -196,6 +196,7 @@ class Block {
   void run_thread(Thread& self);
   void synchronise(Thread& self, const Site& site);
   std::uint64_t exchange(Thread& self, const Request& request);
+  [[noreturn]] void stop(const std::string& fault);
   std::string describe(const Thread& thread) const {
     return "thread " + text(thread.index) + " of block " + text(index);
   }
@@ -363,6 +364,12 @@ inline void Block::leave(Thread& self) {
   --live;
   if (live > 0 && at_barrier == live) release_barrier();
   if (running.fetch_sub(1, std::memory_order_relaxed) == 1 && live > 0) fail_stuck(lock);
+}
+
+// A fault of the thread that runs ends its block.
+inline void Block::stop(const std::string& fault) {
+  Lock lock(gate);
+  fail(lock, fault);
 }
 
 inline void Block::fail(Lock& lock, const std::string& fault) {

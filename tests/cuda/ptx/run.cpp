@@ -1,0 +1,127 @@
+// Runs translated kernels on the fibres of the emulation, block by block, with its barriers and shuffles.
+#include <atomic>
+
+#include "cuda_emulation.h"
+#include "machine.h"
+
+namespace ptx {
+namespace {
+
+using asgl_emulation::current_block;
+using asgl_emulation::current_thread;
+using asgl_emulation::Operation;
+using asgl_emulation::Site;
+
+using Kernel = void (*)(const Machine& m);
+
+// Shared addresses begin here, so that null is none of them.
+constexpr u64 kSharedBegin = 1024;
+
+// The driver's part of a launch.
+struct Call {
+  Kernel kernel;
+  u32 shared_bytes;
+  Range params;
+  const Range* buffers;
+  std::size_t buffer_count;
+  int rcp_units, ex2_units;
+  bool traced;
+};
+
+struct Access {
+  const char* where;
+  u32 block, thread;
+  bool stores;
+  u32 bytes;
+  u64 address;
+};
+
+std::mutex access_mutex;
+std::vector<Access> accesses;
+
+// Blocks run one after another on a thread of the system's: each finds this memory as if nobody had written it.
+char* shared_memory_of_block(u64 launch, u32 block, u32 bytes) {
+  struct Memory {
+    u64 launch = 0;
+    u32 block = 0;
+    std::vector<char> data;
+  };
+  thread_local Memory memory;
+  if (memory.launch != launch || memory.block != block) {
+    memory.launch = launch;
+    memory.block = block;
+    memory.data.resize(bytes);
+    const u32 pattern = poison<u32>();
+    for (u32 i = 0; i < bytes; ++i) memory.data[i] = reinterpret_cast<const char*>(&pattern)[i % sizeof(pattern)];
+  }
+  return memory.data.data();
+}
+
+class EmulatedMachine final : public Machine {
+ public:
+  EmulatedMachine(const Call& call, u64 launch) {
+    tid_x = threadIdx.x;
+    ctaid_x = blockIdx.x;
+    ntid_x = blockDim.x;
+    nctaid_x = gridDim.x;
+    params = call.params;
+    shared = {kSharedBegin, kSharedBegin + call.shared_bytes};
+    shared_memory = shared_memory_of_block(launch, ctaid_x, call.shared_bytes);
+    buffers = call.buffers;
+    buffer_count = call.buffer_count;
+    rcp_units = call.rcp_units;
+    ex2_units = call.ex2_units;
+    traced = call.traced;
+  }
+
+  // Which bar.sync or shfl.sync of its kind a thread has reached makes no difference to a device.
+  void barrier() const override { current_block->synchronise(*current_thread, Site{"PTX", 0}); }
+
+  u32 exchange(Shuffle mode, u32 mask, u32 value, u32 source_lane) const override {
+    const Operation operation = mode == Shuffle::down ? Operation::shfl_down : Operation::shfl;
+    return u32(current_block->exchange(*current_thread, {operation, Site{"PTX", 0}, mask, value, source_lane}));
+  }
+
+  void trace(const char* where, bool stores, u64 address, u32 bytes) const override {
+    std::lock_guard<std::mutex> lock(access_mutex);
+    accesses.push_back({where, ctaid_x, tid_x, stores, bytes, address});
+  }
+
+  [[noreturn]] void fail(const char* where, const char* problem, u64 value) const override {
+    current_block->stop(current_block->describe(*current_thread) + ": " + where + " " + problem +
+                        asgl_emulation::text(": 0x%llx", static_cast<unsigned long long>(value)));
+  }
+};
+
+}  // namespace
+}  // namespace ptx
+
+// Returns what went wrong, or null.
+extern "C" const char* asgl_ptx_run(ptx::Kernel kernel, ptx::u32 shared_bytes, unsigned blocks, unsigned threads,
+                                    const void* params, std::size_t bytes, const ptx::Range* buffers,
+                                    std::size_t buffer_count, int rcp_units, int ex2_units, bool traced) {
+  static std::atomic<ptx::u64> launches{0};
+  thread_local std::string problem;
+  const auto first = reinterpret_cast<ptx::u64>(params);
+  const ptx::Call call{kernel,       shared_bytes, {first, first + bytes}, buffers,
+                       buffer_count, rcp_units,    ex2_units,              traced};
+  const ptx::u64 number = ++launches;
+  asgl_emulation::Launch launch;
+  launch.grid = dim3(blocks);
+  launch.block = dim3(threads);
+  launch.blocks = blocks;
+  launch.block_threads = threads;
+  launch.kernel = [&] { call.kernel(ptx::EmulatedMachine(call, number)); };
+  asgl_emulation::run_launch(launch);
+  problem = launch.message;
+  return launch.error == cudaSuccess ? nullptr : problem.c_str();
+}
+
+// Tells of every access to global memory since the last call.
+extern "C" void asgl_ptx_take_accesses(void (*receive)(const char* where, unsigned block, unsigned thread, bool stores,
+                                                       unsigned bytes, ptx::u64 address)) {
+  for (const auto& access : ptx::accesses) {
+    receive(access.where, access.block, access.thread, access.stores, access.bytes, access.address);
+  }
+  ptx::accesses.clear();
+}
