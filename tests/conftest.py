@@ -5,11 +5,13 @@ from collections.abc import Iterator
 
 import emulated
 import host_compiler
+import ptx
 import pytest
 import torch
 import torch._inductor.config
 
 import asgl_cuda
+from asgl_cuda.selfcheck import EXACT_SURROGATES
 
 # A graph that was cached before an operator changed would be run as if it had not.
 torch._inductor.config.force_disable_caches = True
@@ -19,27 +21,51 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # ASGL_TEST_BACKENDS names the backends to test, with commas; without it all that work here and the emulations are.
 WANTED = os.environ.get("ASGL_TEST_BACKENDS")
-EMULATION = None
-if WANTED is None or {"emulated", "replayed"} & set(WANTED.split(",")):
+_WANTED_NAMES = () if WANTED is None else tuple(WANTED.split(","))
+EMULATION = PTX_MACHINE = None
+if WANTED is None or {"emulated", "replayed"} & set(_WANTED_NAMES):
     if host_compiler.compiler() is None:
         print("asgl_cuda: no C++ compiler, so the CUDA kernels are not tested by emulation")
     else:
         EMULATION = emulated.register()
 
+# PTX takes long to compile. By default a part of the tests of one of its backends runs, on a part of the kernels.
+if WANTED is None or "ptx" in _WANTED_NAMES:
+    if ptx.missing() is not None:
+        print(f"asgl_cuda: {ptx.missing()}, so the PTX of the CUDA kernels is not tested")
+    else:
+        PTX_MACHINE = ptx.Machine()
+        for each, multiprocessors in ptx.BACKENDS.items():
+            ptx.register(each, ptx.Launcher(PTX_MACHINE, multiprocessors, emulation=EMULATION))
+PTX_FILES = {"test_equivalence.py", "test_properties.py", "test_layouts.py", "test_gradients.py"}
+
 # Every one of them is held against the reference by the whole suite.
 FUSED_BACKENDS = [
     name
     for name in asgl_cuda.available_backends()
-    if name != "reference" and (WANTED is None or name in WANTED.split(","))
+    if name != "reference" and (WANTED is None or name in _WANTED_NAMES or (name in ptx.BACKENDS and PTX_MACHINE))
 ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks the tests of a backend against the reference, so that no other runs again for each backend of a GPU."""
+    kept, left_out = [], []
     for item in items:
         callspec = getattr(item, "callspec", None)
-        if callspec is not None and callspec.params.get("backend") in FUSED_BACKENDS:
+        params = {} if callspec is None else callspec.params
+        runs = True
+        if params.get("backend") in FUSED_BACKENDS:
             item.add_marker("backend")
+        if params.get("backend") in ptx.BACKENDS:
+            item.add_marker("ptx")
+            runs = WANTED is not None or (
+                params["backend"] == "ptx"
+                and item.path.name in PTX_FILES
+                and params.get("surrogate", "rectangle") in EXACT_SURROGATES
+            )
+        (kept if runs else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
 
 
 @pytest.fixture(params=FUSED_BACKENDS)

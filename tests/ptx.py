@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from emulated import EMULATION, LARGE, ROOT, THREADS_EACH, TINY
+from emulated import EMULATION, LARGE, ROOT, THREADS_EACH, TINY, Emulation
 from host_compiler import compiler
 from ptx_to_cpp import HERE, kernels, to_cpp
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,8 +26,10 @@ from torch.utils._pytree import tree_leaves
 
 from asgl_cuda import backends
 from asgl_cuda.backends import cupy as jit
-from asgl_cuda.backends import normalisation_kernels
+from asgl_cuda.backends import neuron_kernels, normalisation_kernels
 from asgl_cuda.extension import digest_of_sources
+from asgl_cuda.reference import Rules
+from asgl_cuda.surrogate import SURROGATES
 
 BACKENDS = {"ptx": TINY, "ptx_one": LARGE}  # and their multiprocessors
 DIRECTORY = ROOT / "build" / "ptx"
@@ -157,8 +159,34 @@ class _Storages(TorchDispatchMode):
         return result
 
 
+# By default these kernels of the neuron are executed, which are every one of all types, resets and inputs, of rectangle
+# and triangle, whose bits are promised; and those without a neuron.
+CHOSEN = (
+    (torch.float32, "rectangle", "hard"),
+    (torch.float32, "triangle", "soft"),
+    (torch.bfloat16, "rectangle", "soft"),
+    (torch.float16, "triangle", "hard"),
+    (torch.float64, "rectangle", "soft"),
+)
+
+
+def _kinds(dtype: torch.dtype, surrogate: str, reset: str) -> str:
+    model = neuron_kernels.model(Rules(SURROGATES[surrogate].id, int(reset == "hard"), 0, 0, 0, 0, 0))
+    return f"<{neuron_kernels.SCALARS[dtype]}, {model}"
+
+
+_CHOSEN_KINDS = tuple(_kinds(*each) for each in CHOSEN)
+
+
+def is_chosen(kernel: str) -> bool:
+    return "asgl::LIF" not in kernel or any(kinds in kernel for kinds in _CHOSEN_KINDS)
+
+
 class Launcher:
-    """Runs what the launchers in Python would start. `compile_kernel` gives PTX for a kernel's name."""
+    """Runs what the launchers in Python would start. `compile_kernel` gives PTX for a kernel's name.
+
+    Where there is an `emulation`, kernels that are not chosen run on it.
+    """
 
     def __init__(
         self,
@@ -167,18 +195,20 @@ class Launcher:
         architecture: str = ARCHITECTURE,
         options: tuple[str, ...] = (),
         compile_kernel: Callable[..., str] = by_nvrtc,
+        emulation: Emulation | None = None,
     ) -> None:
         self.machine, self.multiprocessors = machine, multiprocessors
         self._how = architecture, *options
-        self._compile_kernel = compile_kernel
+        self._compile_kernel, self._emulation = compile_kernel, emulation
         self._kernels: dict[str, _Kernel] = {}
         self._local = threading.local()
-        self.used: list[str] = []  # names of kernels, once each
 
     def resident_threads(self, device: torch.device) -> int:
         return self.multiprocessors * THREADS_EACH
 
     def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: ctypes.Structure) -> None:
+        if self._emulation is not None and not is_chosen(kernel):
+            return self._emulation.launch(device, kernel, blocks, threads, params)
         if kernel not in self._kernels:
             self._kernels[kernel] = _Kernel(self.library(kernel))
         problem = self.machine.run(self._kernels[kernel], blocks, threads, params, self._local.storages.ranges)

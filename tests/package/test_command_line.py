@@ -12,7 +12,7 @@ import asgl_cuda
 import asgl_cuda.__main__
 from asgl_cuda.backends import BACKENDS
 
-EMULATIONS = {"emulated", "replayed"}  # which are of the tests alone
+EMULATIONS = {"emulated", "replayed", "ptx", "ptx_one"}  # which are of the tests alone
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -139,8 +139,9 @@ Whole pack(Operands... parts) {
 
 enum class Space { param, shared, global, generic };
 
+// It is called in so many places that the compiler must not copy it into each.
 template <Space kSpace>
-char* reach(const Machine& m, const char* where, bool stores, u64 address, u32 bytes) {
+[[gnu::noinline]] inline char* reach(const Machine& m, const char* where, bool stores, u64 address, u32 bytes) {
   if (address % bytes != 0) m.fail(where, "is misaligned", address);
   if constexpr (kSpace == Space::shared) {
     if (!m.shared.holds(address, bytes)) m.fail(where, "is out of shared memory", address);
