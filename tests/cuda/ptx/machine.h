@@ -178,7 +178,8 @@ struct Shuffled {
   bool found;  // the source lies in the lane's segment
 };
 
-// `clamp_and_segments`: the last lane of a segment in its low five bits, those that tell segments apart in bits 8 to 12.
+// `clamp_and_segments`: the last lane of a segment in its low five bits, those that tell segments apart in bits 8
+// to 12.
 template <Shuffle kMode>
 Shuffled shuffle(const Machine& m, u32 value, u32 distance_or_lane, u32 clamp_and_segments, u32 mask) {
   const u32 lane = m.tid_x % 32, by = distance_or_lane & 31;

@@ -103,8 +103,8 @@ extern "C" const char* asgl_ptx_run(ptx::Kernel kernel, ptx::u32 shared_bytes, u
   static std::atomic<ptx::u64> launches{0};
   thread_local std::string problem;
   const auto first = reinterpret_cast<ptx::u64>(params);
-  const ptx::Call call{kernel,       shared_bytes, {first, first + bytes}, buffers,
-                       buffer_count, rcp_units,    ex2_units,              traced};
+  const ptx::Call call{kernel,    shared_bytes, {first, first + bytes}, buffers, buffer_count, rcp_units,
+                       ex2_units, traced};
   const ptx::u64 number = ++launches;
   asgl_emulation::Launch launch;
   launch.grid = dim3(blocks);
