@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 import subprocess
 import tempfile
 import threading
@@ -63,7 +64,10 @@ def compiled(cpp: Callable[[], str] | Path, *parts: str) -> Path:
             command = [*(compiler() or ()), *FLAGS, str(source), "-o", str(library)]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode != 0:
-                raise RuntimeError(f"translated PTX does not compile: {result.stderr[:4000]}")
+                lines = source.read_text().splitlines()  # an error in a header names the line that came there
+                shown = {lines[int(line) - 1].strip(): None for line in re.findall(r"kernel\.cpp:(\d+)", result.stderr)}
+                problem = "\n".join((*shown, result.stderr[:4000]))
+                raise RuntimeError(f"{parts[0]}: translated PTX does not compile: {problem}")
             library.replace(path)
     return path
 
