@@ -351,12 +351,16 @@ bool only_spikes(const ForwardParams<Scalar>& params) {
 }
 template <class Scalar>
 bool only_spikes(const BackwardParams<Scalar>& params) {
-  return params.grad_v_seq == nullptr && params.grad_h_seq == nullptr && !params.wants(kInputMean) &&
+  return params.grad_v_seq == nullptr && params.grad_h_seq == nullptr &&
          !(params.wants(kReset) && params.options.hard_reset);
 }
 
+// With parameters of the input, all others must be uniform, and none except the width may want a gradient: gradients of
+// gain and bias are added up in another order here than by the general kernels, and they are not to depend on what else
+// is asked for where all parameters differ.
 template <class Params>
 bool is_settled(const Params& params) {
+  if (!params.is_input_plain()) return params.only_spikes() && params.input() == Input::kNormalised;
   const bool per_step = std::any_of(std::begin(params.parameters), std::end(params.parameters),
                                     [](const auto& each) { return each.data != nullptr && each.step_stride != 0; });
   return !per_step && only_spikes(params) && params.options.v_rest == 0 && !params.options.scale_output;

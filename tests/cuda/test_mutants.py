@@ -178,7 +178,7 @@ CPU_MUTANTS = {
         "parameters of another tile": tiles("if (@ && (t == t_", "tile.first == first_", "first_ >= 0"),
         "parameters of another step": tiles("(@ || !per_step_)", "t == t_", "true"),
         "a row of another tile": tiles("pattern = {@, is_per_step", "place", "int64(0)"),
-        "a row of another step": tiles("pattern = {place, @}", "is_per_step(id) ? t : 0", "0"),
+        "a row of another step": tiles(", @};", "is_per_step(id) ? t : 0", "0"),
         "a row beyond the parameter": tiles("parameter.inner == 1 && @;", "place + tile.length <= parameter.count",
                                             "place < parameter.count"),
         "rows of the input of another tile": tiles("period_ < kTile && @",
@@ -195,14 +195,13 @@ CPU_MUTANTS = {
             "accumulate(kReset, @", "Model::kResetsHard ? Real(1) : Real(-1)", "Real(1)"
         ),
         "a carried gradient forgotten": cpu(
-            "Real(0));\n      bool carried = @;", "exists(params.grad_last)", "false"
+            "}\n      bool carried = @;", "exists(params.grad_last)", "false"
         ),
         "settled forward in spite of potentials": cpu("return params.v_seq == nullptr && @;",
                                                       "params.h_seq == nullptr", "true"),
         "settled backward in spite of potentials": cpu("return params.grad_v_seq == nullptr && @ &&",
                                                        "params.grad_h_seq == nullptr", "true"),
         "settled in spite of a hard reset's gradient": cpu("!(@ &&", "params.wants(kReset)", "false"),
-        "settled in spite of steps that differ": cpu("return @ &&", "!per_step", "true"),
         "settled in spite of a potential at rest": cpu("&& @ &&", "params.options.v_rest == 0", "true"),
         "folded sums end where they turn": cpu("totals.data(), @}", "used - before_turn", "int64(0)"),
         "a row read in pieces too long": rows(f"{PIECES}\n    run<ConvertLoop<Element,", "tile.shape.inner",
@@ -212,8 +211,8 @@ CPU_MUTANTS = {
         "a row read in place though in pieces": rows("if (@) return sequence", "tile.in_one_piece()", "true"),
         "a row written in place though in pieces": rows("sequence != nullptr && @) return", "tile.in_one_piece()",
                                                         "true"),
-        "a sum without its last": loops("for (int lane = 0; @; ++i, ++lane) lanes[lane]", "i < args.length",
-                                        "i + 1 < args.length"),
+        "a sum without its last": loops("for (int lane = 0; @; ++i, ++lane) lanes[lane]", "i < length",
+                                        "i + 1 < length"),
         "width's gradient without a threshold": loops("step.dy * (@)", "h - neuron.v_threshold", "h"),
         "threshold's gradient without a width": loops("step.dy * @;", "neuron.inverse_width", "Real(1)"),
         "soft reset's gradient without a spike": loops("keep_if(args.carried, @);", "d_state.v * s", "d_state.v"),
