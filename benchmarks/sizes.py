@@ -206,12 +206,13 @@ def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
             for steps, neurons in ((4, 2**20), (16, 2**18))
             for learned in LEARNED
         ],
+        "large": [Size(*size, "float32", compiled=False, peers=False) for size in ((4, 2**23), (16, 2**20))],
         "block": blocks(device),
     }[name]
 
 
 FOR_GPUS = {"judged": JUDGED, "gpu": GPU_SWEEP, "compiled": COMPILED_SIZES}
-SWEEPS = ("T", "N", "dtype", "layout", "learned", "block", *FOR_GPUS)
+SWEEPS = ("T", "N", "dtype", "layout", "learned", "large", "block", *FOR_GPUS)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
