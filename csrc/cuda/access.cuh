@@ -60,12 +60,17 @@ __device__ __forceinline__ void fill(Real (&values)[kLanes], Real value) {
   for (int j = 0; j < kLanes; ++j) values[j] = value;
 }
 
-// The compiler would compute the addresses of all steps beforehand, and run out of registers for them.
-__device__ __forceinline__ void advance(int64& element, int64 stride) {
-  element += stride;
+// From here on the compiler does not know what the value was computed from.
+__device__ __forceinline__ void forget_origin(int64& element) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+l"(element));
 #endif
+}
+
+// The compiler would compute the addresses of all steps beforehand, and run out of registers for them.
+__device__ __forceinline__ void advance(int64& element, int64 stride) {
+  element += stride;
+  forget_origin(element);
 }
 
 // The neurons n, n + 1, ... of a thread. Where others count on it at shuffles and barriers, a thread beyond the last

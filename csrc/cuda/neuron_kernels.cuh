@@ -408,7 +408,11 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         sums[kInputMean] -= dx[j];
       }
       carried = true;
-      if (params.grad_x_seq != nullptr && place.live) Lanes::store(dx, params.grad_x_seq + element);
+      if (params.grad_x_seq != nullptr && place.live) {
+        int64 stored_element = element;
+        forget_origin(stored_element);  // or the compiler splits the store where elements are of a half type
+        Lanes::store(dx, params.grad_x_seq + stored_element);
+      }
 #pragma unroll
       for (int id = 0; id < kNumParameters; ++id) {
         if (params.wants(id) && params.parameters[id].step_stride != 0) {
