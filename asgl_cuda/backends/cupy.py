@@ -14,6 +14,7 @@ import functools
 import hashlib
 import logging
 import os
+import struct
 import tempfile
 import time
 from ctypes import Structure, addressof, c_void_p
@@ -82,11 +83,20 @@ def compile_kernels(kernels: list[str], architecture: str, *options: str) -> tup
                 f"({error}), from the headers in {directory}. Another NVRTC may: {install_command()}\n"
                 f"{nvrtc.getProgramLog(program)}"
             ) from error
-        image = nvrtc.getPTX(program) if architecture.startswith("compute_") else nvrtc.getCUBIN(program)
+        image = nvrtc.getPTX(program) if architecture.startswith("compute_") else _whole(nvrtc.getCUBIN(program))
         binaries = [Binary(nvrtc.getLoweredName(program, kernel), image) for kernel in kernels]
         return binaries, nvrtc.getProgramLog(program)
     finally:
         nvrtc.destroyProgram(program)
+
+
+def _whole(cubin: bytes) -> bytes:
+    """The cubin with its last byte, which CuPy drops at least up to 14.2, as if it were the NUL behind a text.
+
+    A cubin ends with the program headers, and these with the upper byte of an alignment, which is 0.
+    """
+    (begin,), (size, count) = struct.unpack_from("<Q", cubin, 32), struct.unpack_from("<HH", cubin, 54)
+    return cubin.ljust(begin + size * count, b"\0")
 
 
 def nvrtc_version() -> str:

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from asgl_cuda.backends import neuron_kernels as launch
 from asgl_cuda.backends import normalisation_kernels
 from asgl_cuda.backends.structures import structure
 from asgl_cuda.reference import Rules
+from benchmarks.cuda_code import Disassembler
 
 MODEL = launch.model(Rules(0, 1, 0, 0, 0, 0, 0))
 FORWARD = launch.forward_kernel(torch.float32, MODEL, 4, launch.PLAIN)
@@ -75,6 +77,20 @@ def test_kernel_is_compiled_once_and_then_read(cache, caplog):
     assert len(caplog.messages) == len(list(cache.iterdir())) == 1
     assert jit.load_or_compile(FORWARD, "sm_80") != compiled
     assert len(caplog.messages) == len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_cubin_is_whole(tmp_path):
+    (binary,), _ = jit.compile_kernels([jit.PROBE], "sm_90")
+    tables = struct.unpack_from("<QQ", binary.image, 32)  # program headers, section headers
+    size, count, section_size, section_count = struct.unpack_from("<4H", binary.image, 54)
+    assert len(binary.image) == max(tables[0] + size * count, tables[1] + section_size * section_count)
+    assert jit._whole(binary.image) == binary.image  # as for a CuPy that does not drop the last byte
+    disassembler = Disassembler.find()
+    if disassembler is not None:
+        cubin = tmp_path / "probe.cubin"
+        cubin.write_bytes(binary.image)
+        assert disassembler.instructions(cubin, [binary.symbol])[binary.symbol]
 
 
 @pytest.mark.usefixtures("nvrtc")
