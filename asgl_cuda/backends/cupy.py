@@ -17,6 +17,8 @@ import os
 import struct
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import Structure, addressof, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,8 +69,9 @@ def target(capability: tuple[int, int]) -> str:
     return f"sm_{wanted}" if wanted in known else f"compute_{max(known)}"
 
 
-def compile_kernels(kernels: list[str], architecture: str, *options: str) -> tuple[list[Binary], str]:
-    """The kernels in one image, each with its own symbol, and what NVRTC says of them. Needs no GPU."""
+@contextmanager
+def compiled_program(kernels: list[str], architecture: str, *options: str) -> Iterator[Any]:
+    """NVRTC's handle of a program that has these kernels; it is gone afterwards. Needs no GPU."""
     nvrtc = _nvrtc()
     directory = source_directory()
     program = nvrtc.createProgram(f'#include "{HEADER}"\n', "asgl_cuda.cu", (), ())
@@ -83,11 +86,18 @@ def compile_kernels(kernels: list[str], architecture: str, *options: str) -> tup
                 f"({error}), from the headers in {directory}. Another NVRTC may: {install_command()}\n"
                 f"{nvrtc.getProgramLog(program)}"
             ) from error
+        yield program
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def compile_kernels(kernels: list[str], architecture: str, *options: str) -> tuple[list[Binary], str]:
+    """The kernels in one image, each with its own symbol, and what NVRTC says of them."""
+    nvrtc = _nvrtc()
+    with compiled_program(kernels, architecture, *options) as program:
         image = nvrtc.getPTX(program) if architecture.startswith("compute_") else _whole(nvrtc.getCUBIN(program))
         binaries = [Binary(nvrtc.getLoweredName(program, kernel), image) for kernel in kernels]
         return binaries, nvrtc.getProgramLog(program)
-    finally:
-        nvrtc.destroyProgram(program)
 
 
 def _whole(cubin: bytes) -> bytes:

@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kBlockThreads, kUniformBackwardBlocks<kSteps>)
     const Neuron<Real> neuron = settled_neuron<kInput>(params.parameters, place.n);
     bool carried = exists(params.grad_last);
     State<Real[kLanes]> d_state;
-    fill(d_state, {});
+    fill(d_state, State<Real>());
     if (carried) load(params.grad_last, place.n, d_state);
 
     for (int64 start = (steps - 1) / kSteps * kSteps; start >= 0; start -= kSteps) {
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   Real sums[kNumParameters] = {};
   bool carried = exists(params.grad_last);
   State<Real[kLanes]> d_state;
-  fill(d_state, {});
+  fill(d_state, State<Real>());  // of {} NVRTC makes a variable in global memory, and reads it
   if (carried) load(params.grad_last, place.read_n, d_state);
 
   for (int64 start = (steps - 1) / kSteps * kSteps; start >= 0; start -= kSteps) {

@@ -27,10 +27,12 @@ from asgl_cuda.backends import normalisation_kernels
 from asgl_cuda.backends.structures import structure
 from asgl_cuda.reference import Rules
 from benchmarks.cuda_code import Disassembler
+from tests.code_checks import ptx_problems
 
 MODEL = launch.model(Rules(0, 1, 0, 0, 0, 0, 0))
 FORWARD = launch.forward_kernel(torch.float32, MODEL, 4, launch.PLAIN)
 BACKWARD = launch.backward_kernel(torch.float32, MODEL, 4, launch.PLAIN, 4)
+GENERAL_OF_HALVES = launch.backward_kernel(torch.bfloat16, MODEL, 4, launch.GENERAL)
 OF_BATCH_NORM = (
     launch.forward_kernel(torch.float32, MODEL, 4, launch.NORMALISED),
     launch.backward_kernel(torch.float32, MODEL, 4, launch.NORMALISED, 4),
@@ -152,14 +154,23 @@ print(time.perf_counter() - started)
 
 
 @pytest.mark.usefixtures("nvrtc")
-def test_arithmetic_is_that_of_the_reference():
-    """No product is contracted, no subnormal number flushed to zero, which CuPy's own compilation always asks for."""
-    for kernel in (FORWARD, BACKWARD, *OF_BATCH_NORM):
+def test_code_is_without_faults():
+    for kernel in (FORWARD, BACKWARD, GENERAL_OF_HALVES, *OF_BATCH_NORM):
         (binary,), _ = jit.compile_kernels([kernel], "compute_80")
         ptx = binary.image.decode()
         assert "mul.rn.f32" in ptx
-        assert "fma." not in ptx
-        assert ".ftz" not in ptx
+        assert not list(ptx_problems(ptx))
+
+
+@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize(
+    ("options", "fault"), [(("--fmad=true",), "is contracted"), (("--fmad=false", "--ftz=true"), "flushes subnormal")]
+)
+def test_options_that_change_the_arithmetic_are_seen(monkeypatch, options, fault):
+    """CuPy's own compilation always asks for the second."""
+    monkeypatch.setattr(jit, "OPTIONS", ("--std=c++17", *options))
+    (binary,), _ = jit.compile_kernels([FORWARD], "compute_80")
+    assert any(fault in problem for problem in ptx_problems(binary.image.decode()))
 
 
 @pytest.mark.usefixtures("nvrtc", "cache")
