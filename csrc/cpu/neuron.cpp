@@ -38,7 +38,7 @@ void run_general(const ForwardParams<Scalar>& params) {
     Real *x_buffer = rows.take(), *s_buffer = rows.take(), *h_buffer = rows.take();
     State<Real*> state = take_state(rows), next = take_state(rows);
     TileNoise noise(params.noise);
-    TileNeurons<Real> neurons(params.parameters);
+    TileNeurons<Real> neurons(params.parameters, params.options);
     for (int64 index = begin; index < end; ++index) {
       const Tile tile(params.shape, index);
       load_state(params.init, tile.first, params.at_rest(), tile.length, state);
@@ -68,7 +68,7 @@ template <class Model, class Scalar>
 void run_uniform(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const int64 steps = params.shape.steps;
-  const Neuron<Real> neuron = settled_neuron<Input::kPlain>(params.parameters, 0);
+  const Neuron<Real> neuron = settled_neuron<Input::kPlain>(params.parameters, 0, params.options);
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
     Rows<Real> rows(2 + kStateMembers, kTile);
     Real *x_buffer = rows.take(), *s_buffer = rows.take();
@@ -159,7 +159,7 @@ void run_general(const BackwardParams<Scalar>& params) {
     Real* sums = rows.take(kNumParameters);
     std::fill_n(zeros, kTile, Real(0));
     TileNoise noise(params.noise);
-    TileNeurons<Real> neurons(params.parameters);
+    TileNeurons<Real> neurons(params.parameters, params.options);
     const auto row = [&](Real* of, int64 k) { return of + k * rows.stride(); };
     const auto state = [&](int64 k) {
       return map_members<Real*>([&](Real* of) { return row(of, k % states); }, state_rows);
@@ -243,7 +243,7 @@ template <class Model, class Scalar>
 void run_uniform(const BackwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const SequenceShape& shape = params.shape;
-  const Neuron<Real> neuron = settled_neuron<Input::kPlain>(params.parameters, 0);
+  const Neuron<Real> neuron = settled_neuron<Input::kPlain>(params.parameters, 0, params.options);
   const int64 segment = segment_steps(shape.steps);
   const int64 last_start = (shape.steps - 1) / segment * segment;
 
@@ -328,18 +328,18 @@ void run_model(Params params) {
 
 // Where a parameter is folded, the slots are added up in the order in which they lie in memory.
 template <class Real>
-void sum_folded(const GradientSum<Real>& sum) {
-  const int64 count = sum.parameter.count;
+void sum_folded(const GradientSum<Real>& sum, const GradientPart<Real>& part) {
+  const int64 count = part.parameter.count;
   std::vector<double> totals(static_cast<size_t>(count), 0.0);
   for (int64 index = 0; index < num_tiles(sum.shape); ++index) {
     const Tile tile(sum.shape, index);
-    const Real* slots = sum.partials.data + tile.first + index;
+    const Real* slots = part.partials.data + tile.first + index;
     const int64 used = std::min(count, tile.length), turn = tile.first % count,
                 before_turn = std::min(used, count - turn);
     run<AddLoop<Real>>({slots, totals.data() + turn, before_turn});
     run<AddLoop<Real>>({slots + before_turn, totals.data(), used - before_turn});
   }
-  for (int64 element = 0; element < count; ++element) sum.store(element, totals[static_cast<size_t>(element)]);
+  for (int64 element = 0; element < count; ++element) part.store(element, totals[static_cast<size_t>(element)]);
 }
 
 }  // namespace
@@ -358,8 +358,12 @@ void cut(LIFParams<Scalar>& params) {
   params.tiles = {kTile, num_tiles(params.shape)};
 }
 
+template <class Real>
+void cut(GradientSum<Real>&) {}
+
 template <class Scalar>
 void launch(const ForwardParams<Scalar>& params) {
+  if (params.zeros != nullptr) std::fill_n(params.zeros, 2, Real_t<Scalar>(0));
   run_model(params);
 }
 
@@ -370,10 +374,18 @@ void launch(const BackwardParams<Scalar>& params) {
 
 template <class Real>
 void launch(const GradientSum<Real>& sum) {
-  if (is_folded(sum.parameter)) return sum_folded(sum);
-  at::parallel_for(0, sum.elements(), 2048, [&](int64_t begin, int64_t end) {
-    for (int64 element = begin; element < end; ++element) sum.store(element, sum.sum_slots(element, 0, 1));
-  });
+  for (int id = 0; id < sum.count; ++id) {
+    const GradientPart<Real>& part = sum.parts[id];
+    if (is_folded(part.parameter)) {
+      sum_folded(sum, part);
+      continue;
+    }
+    at::parallel_for(0, part.elements(sum.shape), 2048, [&](int64_t begin, int64_t end) {
+      for (int64 element = begin; element < end; ++element) {
+        part.store(element, part.sum_slots(sum.shape, sum.tile, element, 0, 1));
+      }
+    });
+  }
 }
 
 template void cut(LIFParams<Half>&);
@@ -388,6 +400,8 @@ template void launch(const BackwardParams<Half>&);
 template void launch(const BackwardParams<BFloat16>&);
 template void launch(const BackwardParams<float>&);
 template void launch(const BackwardParams<double>&);
+template void cut(GradientSum<float>&);
+template void cut(GradientSum<double>&);
 template void launch(const GradientSum<float>&);
 template void launch(const GradientSum<double>&);
 

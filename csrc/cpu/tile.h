@@ -66,9 +66,12 @@ class TileNoise {
 template <class Real>
 class TileNeurons {
  public:
-  explicit TileNeurons(const ParameterView<Real> (&parameters)[kNumParameters])
-      : parameters_(parameters), uniform_(all_uniform(parameters)), rows_(uniform_ ? 0 : kNumParameters, kTile) {
-    if (uniform_) values_ = settled_neuron<Input::kPlain>(parameters, 0);
+  TileNeurons(const ParameterView<Real> (&parameters)[kNumParameters], const NeuronOptions<Real>& options)
+      : parameters_(parameters),
+        options_(options),
+        uniform_(all_uniform(parameters)),
+        rows_(uniform_ ? 0 : kNumParameters, kTile) {
+    if (uniform_) values_ = settled_neuron<Input::kPlain>(parameters, 0, options);
   }
 
   void move_to(const Tile& tile, int64 t) {
@@ -78,6 +81,8 @@ class TileNeurons {
       if (tile.first != first_ || (per_step && t != t_)) {
         Real* row = rows_.row(id);
         fill_parameter_row(parameters_[id], tile, t, row);
+        if (id == kWidth && options_.log_width) run<ExpLoop<Real>>({row, tile.length});
+        if (id == kDecay && options_.logit_decay) run<SigmoidLoop<Real>>({row, tile.length});
         if (id == kWidth) {
           std::transform(row, row + tile.length, row, [](Real width) { return inverse_of_width(width); });
         }
@@ -100,6 +105,7 @@ class TileNeurons {
   Operand<Real> operand(ParameterId id, Real value) { return {uniform_ ? nullptr : rows_.row(id), value}; }
 
   const ParameterView<Real>* parameters_;
+  NeuronOptions<Real> options_;
   bool uniform_;
   Rows<Real> rows_;
   Neuron<Real> values_{};

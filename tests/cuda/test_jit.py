@@ -26,7 +26,7 @@ from asgl_cuda.backends import normalisation_kernels
 from asgl_cuda.backends.structures import structure
 from asgl_cuda.reference import Rules
 
-MODEL = launch.model(Rules(0, 1, 0, 0, 0, 0, 0))
+MODEL = launch.model(Rules(0, 1, 0, 0, 0, 0, 0, 0, 0))
 FORWARD = launch.forward_kernel(torch.float32, MODEL, 4, launch.PLAIN)
 BACKWARD = launch.backward_kernel(torch.float32, MODEL, 4, launch.PLAIN, 4)
 OF_BATCH_NORM = (
