@@ -195,11 +195,13 @@ def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
         "dtype": [Size(4, 2 ** (20 + more), dtype, peers=False) for dtype in DTYPES],
         "layout": [Size(4, 2 ** (20 + more), "float32", peers=False, layout=layout) for layout in LAYOUTS],
         "block": blocks(device),
+        HOST: [],
     }[name]
 
 
 FOR_GPUS = {"judged": JUDGED, "gpu": GPU_SWEEP, "compiled": COMPILED_SIZES}
-SWEEPS = ("T", "N", "dtype", "layout", "block", *FOR_GPUS)
+HOST = "host"  # measured by host.py on a size of its own
+SWEEPS = ("T", "N", "dtype", "layout", "block", HOST, *FOR_GPUS)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
