@@ -22,15 +22,23 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .backends import BACKENDS
-from .checks import HALF_TYPES, check_bool, check_device, check_floating, check_input, check_not_nan
-from .functional import Call, LIFOutput, NeuronArguments, checked_call, lif, once_differentiable, unasked
+from .checks import (
+    HALF_TYPES,
+    check_bool,
+    check_device,
+    check_floating,
+    check_input,
+    check_not_nan,
+    once_a_kind,
+)
+from .functional import Arguments, Call, LIFOutput, NeuronArguments, checked_call, lif, once_differentiable
 from .layout import by_channel, channel_dim, real_type
-from .ops import ForwardResult
+from .ops import ForwardResult, in_their_places
 from .reference import Parameters, batch_statistics, normalisation
 from .transforms import apply, is_differentiated, transforming
 
 _CALLER = "asgl_cuda.batch_norm_lif"
-_NEURON_DEFAULTS = lif.__kwdefaults__ or {}
+NEURON_DEFAULTS = lif.__kwdefaults__ or {}
 
 # With so few values a channel dx is the small difference of terms that half types round, so it is computed in float32.
 _FEW = 4
@@ -55,49 +63,46 @@ class BatchNormLIFFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(settings: _Settings, *inputs: Any) -> tuple[Tensor, ...]:
-        weight, bias, mean, variance, *call = inputs
-        result, coefficients, statistics = _forward(settings, Call.of(*call), (weight, bias, mean, variance), True)
+        result, coefficients, statistics = _forward(settings, Call.of(*inputs[4:]), inputs[:4], True)
         return *result, coefficients, statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.settings, _, _, mean, _, ctx.backend, ctx.numbers, ctx.rules, ctx.wanted, *tensors = inputs
-        *_, checkpoints, coefficients, statistics = output
-        ctx.training = mean is None
-        ctx.save_for_backward(checkpoints, coefficients, statistics, *tensors)
+        ctx.settings, ctx.training, ctx.options = inputs[0], inputs[3] is None, inputs[5:9]
+        kept = output[-3:]  # checkpoints, coefficients, statistics
+        ctx.save_for_backward(*kept, *inputs[9:])
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*unasked(output, ctx.wanted), checkpoints, coefficients, statistics)
+        ctx.mark_non_differentiable(*kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         checkpoints, coefficients, statistics, *tensors = ctx.saved_tensors
-        settings, grads = ctx.settings, grads[:4]
-        call = Call.of(ctx.backend, ctx.numbers, ctx.rules, ctx.wanted, *tensors)
+        settings, grads = ctx.settings, grads[:-3]
+        call = Call.of(*ctx.options, *tensors)
         _, wants_weight, wants_bias, _, _, _, _, _, _, wants_x_seq, wants_v_init, _, *needed = ctx.needs_input_grad
         wants_sums = wants_weight or wants_bias or (wants_x_seq and ctx.training)
-        wanted = Parameters(*needed)._replace(input_gain=wants_sums, input_bias=wants_sums)
-        of_x_seq, of_v_init, of_parameters = _normalised(call, settings.channel, coefficients.unbind()).backward(
-            grads, checkpoints, (wants_x_seq, wants_v_init, *wanted)
-        )
-        of_weight = of_bias = call.x_seq.new_empty(0)
+        of_neuron = Parameters(*needed)._replace(input_gain=wants_sums, input_bias=wants_sums)
+        wanted = (wants_x_seq, wants_v_init, *of_neuron)
+        found = _normalised(call, coefficients.unbind()).backward(grads, checkpoints, wanted)
+        of_x_seq, of_v_init, *of_parameters = in_their_places(found, wanted)
+        of_weight = of_bias = None
         if wants_sums:
             of_input = Parameters(*of_parameters)
-            sums = of_input.input_gain.flatten(), of_input.input_bias.flatten()
+            sums = of_input.input_gain, of_input.input_bias
             of_weight, of_bias = call.operators.batch_norm_backward(
                 of_x_seq if wants_x_seq and ctx.training else call.x_seq.new_empty(0), call.x_seq, coefficients,
-                statistics, *sums, *_summed(sums, settings.group), settings.eps, settings.input_scale,
-                call.rules.time_dim,
+                statistics, *sums, *_summed(sums, settings.group), settings.eps, settings.input_scale, call.time_dim,
             )  # fmt: skip
-        gradients = once_differentiable(
-            (of_weight, of_bias, of_x_seq, of_v_init, *of_parameters),
-            (call.x_seq, call.v_init, *call.parameters, *grads),
-        )
         asked = (wants_weight, wants_bias, wants_x_seq, wants_v_init, *needed)
-        grad_weight, grad_bias, grad_x_seq, grad_v_init, *grad_parameters = (
-            grad if wants else None for grad, wants in zip(gradients, asked, strict=True)
-        )
-        nothing = (None,) * 4
-        return None, grad_weight, grad_bias, None, None, *nothing, grad_x_seq, grad_v_init, None, *grad_parameters
+        gradients = [
+            grad
+            for grad, wants in zip((of_weight, of_bias, of_x_seq, of_v_init, *of_parameters), asked, strict=True)
+            if wants
+        ]
+        checked = once_differentiable(gradients, (*tensors, *grads))
+        grad_weight, grad_bias, grad_x_seq, grad_v_init, *grad_parameters = in_their_places(checked, asked)
+        nothing = (None,) * 6
+        return None, grad_weight, grad_bias, *nothing, grad_x_seq, grad_v_init, None, *grad_parameters
 
 
 def _forward(
@@ -108,9 +113,8 @@ def _forward(
 
     def coefficients_of(statistics: Tensor | None) -> tuple[Tensor, Tensor]:
         return call.operators.batch_norm_coefficients(
-            call.x_seq, statistics, mean, variance, weight, bias, settings.eps, settings.input_scale,
-            call.rules.time_dim,
-        )  # fmt: skip
+            call.x_seq, statistics, mean, variance, weight, bias, settings.eps, settings.input_scale, call.time_dim
+        )
 
     coefficients, statistics = coefficients_of(None)
     if settings.group is not None:
@@ -118,14 +122,14 @@ def _forward(
         torch.distributed.all_gather(parts, statistics, group=settings.group)
         coefficients, statistics = coefficients_of(torch.stack(parts))
         _check_shared_count(statistics[:1, 0], settings, call.x_seq)
-    normalised = _normalised(call, settings.channel, coefficients.unbind())
+    normalised = _normalised(call, coefficients.unbind())
     return normalised.forward(keep_checkpoints), coefficients, statistics
 
 
-def _normalised(call: Call, channel: int, coefficients: Sequence[Tensor]) -> Call:
+def _normalised(call: Call, coefficients: Sequence[Tensor]) -> Call:
     """The call for neurons whose input is normalised by these, of which mean, gain and bias come first."""
-    mean, gain, bias = (by_channel(value, channel, call.x_seq) for value in coefficients[:3])
-    return call._replace(parameters=call.parameters._replace(input_gain=gain, input_bias=bias, input_mean=mean))
+    mean, gain, bias, *_ = coefficients
+    return call._replace(parameters=(*call.parameters[:4], gain, bias, mean))
 
 
 def _check_shared_count(count: Tensor, settings: _Settings, x_seq: Tensor) -> None:
@@ -210,75 +214,136 @@ def batch_norm_lif(
     for name in neuron:
         if name not in NeuronArguments.__annotations__:
             raise TypeError(f"{_CALLER}() got an unexpected keyword argument {name!r}")
-    arguments: dict[str, Any] = {**_NEURON_DEFAULTS, **neuron}
-    time_dim = check_input(x_seq, arguments["time_dim"], _CALLER)
-    check_bool("training", training, _CALLER)
+    running = running_mean, running_var, None
+    options = training, momentum, eps, input_scale, process_group
+    return _batch_norm_lif(x_seq, running, weight, bias, *options, Arguments(**{**NEURON_DEFAULTS, **neuron}))
+
+
+def _batch_norm_lif(
+    x_seq: Tensor,
+    running: tuple[Tensor | None, Tensor | None, Tensor | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    input_scale: float,
+    process_group: Any,
+    given: Arguments,
+) -> Tensor | LIFOutput:
+    """The same; `running` has the number of batches as well, None where it is not counted."""
+    running_mean, running_var, _ = running
+    values = (x_seq, running_mean, running_var, weight, bias, momentum)
+    channel, eps, input_scale = _norm_plan_of(_CALLER, values, (training, eps, input_scale, given.time_dim))
+    group = _sharing(process_group) if training else None
+    scalar = x_seq.dtype
+    if training:
+        channels = x_seq.shape[channel]
+        if group is None and x_seq.numel() <= channels:
+            raise ValueError(
+                f"{_CALLER}: training needs more than one value a channel, got x_seq of shape {list(x_seq.shape)}"
+            )
+        if scalar in HALF_TYPES and x_seq.numel() <= _FEW * channels:
+            x_seq = x_seq.to(torch.float32)
+    call = checked_call(_CALLER, x_seq, given)
+    settings = _Settings(channel, eps, input_scale, group)
+    real = real_type(x_seq.dtype)
+    mean, variance = (None, None) if training else (running_mean, running_var)
+    of_norm = [
+        value if value is None or value.dtype is real else value.to(real) for value in (weight, bias, mean, variance)
+    ]
+    operators = BACKENDS[call.backend].operators
+    outputs: Sequence[Tensor]
+    if operators is None:
+        outputs, *statistics = _reference(settings, call, of_norm)
+    else:
+        options, tensors = call[:4], (*call[4:7], *call.parameters)
+        if is_differentiated((*tensors, *of_norm), _CALLER):
+            *outputs, coefficients, _ = apply(BatchNormLIFFunction, settings, *of_norm, *options, *tensors)
+        else:
+            outputs, coefficients, _ = _forward(settings, call, of_norm, False)
+        if training and running_mean is not None and _in_one_launch(running, momentum, real):
+            operators.batch_norm_update(*running, coefficients, momentum)
+            # torch does it for its own operations alone.
+            torch.autograd.graph.increment_version([each for each in running if each is not None])
+            statistics = []
+        else:
+            statistics = [coefficients[0], coefficients[3]]
+    if training and running_mean is not None and statistics:
+        _update(running, statistics, momentum)
+    output = call.output(outputs)
+    if scalar == x_seq.dtype:
+        return output
+    return output._replace(s_seq=output.s_seq.to(scalar)) if isinstance(output, LIFOutput) else output.to(scalar)
+
+
+@once_a_kind
+def _norm_plan_of(caller: str, values: Sequence[Any], options: Sequence[Any]) -> tuple[int, float, float]:
+    """Checks the arguments of the normalisation; gives the dimension of the channels, eps and input_scale."""
+    x_seq, running_mean, running_var, weight, bias, momentum = values
+    training, eps, input_scale, time_dim = options
+    time_dim = check_input(x_seq, time_dim, caller)
+    check_bool("training", training, caller)
     channel = channel_dim(time_dim)
     if channel >= x_seq.dim():
         raise ValueError(
-            f"{_CALLER}: x_seq must have a dimension of channels, the second but time, got shape {list(x_seq.shape)} "
+            f"{caller}: x_seq must have a dimension of channels, the second but time, got shape {list(x_seq.shape)} "
             f"with time_dim {time_dim}"
         )
     channels = x_seq.shape[channel]
     if (running_mean is None) != (running_var is None):
-        raise ValueError(f"{_CALLER}: running_mean and running_var must both be given or both be None, got one of them")
+        raise ValueError(f"{caller}: running_mean and running_var must both be given or both be None, got one of them")
     if not training and running_mean is None:
-        raise ValueError(f"{_CALLER}: evaluation (training=False) needs running_mean and running_var, got None")
+        raise ValueError(f"{caller}: evaluation (training=False) needs running_mean and running_var, got None")
     named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, value in named.items():
         if value is None:
             continue
-        check_floating(name, value, _CALLER)
+        check_floating(name, value, caller)
         if list(value.shape) != [channels]:
             raise ValueError(
-                f"{_CALLER}: {name} must have shape {[channels]} for x_seq of shape {list(x_seq.shape)}, "
+                f"{caller}: {name} must have shape {[channels]} for x_seq of shape {list(x_seq.shape)}, "
                 f"got {list(value.shape)}"
             )
-        check_device(name, value, x_seq, _CALLER)
+        check_device(name, value, x_seq, caller)
     if not isinstance(momentum, Tensor):
-        check_not_nan("momentum", momentum, _CALLER, "a float or a tensor")
-    eps = check_not_nan("eps", eps, _CALLER)
-    input_scale = check_not_nan("input_scale", input_scale, _CALLER)
-    group = _sharing(process_group) if training else None
-    if training and group is None and x_seq.numel() <= channels:
-        raise ValueError(
-            f"{_CALLER}: training needs more than one value a channel, got x_seq of shape {list(x_seq.shape)}"
-        )
-    scalar = x_seq.dtype
-    if training and scalar in HALF_TYPES and x_seq.numel() <= _FEW * channels:
-        x_seq = x_seq.to(torch.float32)
-    call = checked_call(_CALLER, x_seq, **arguments)
-    settings = _Settings(channel, eps, input_scale, group)
-    real = real_type(x_seq.dtype)
-    weight, bias = (None if value is None else value.to(real) for value in (weight, bias))
-    mean = variance = None
-    if not training:
-        assert running_mean is not None
-        assert running_var is not None
-        mean, variance = running_mean.to(real), running_var.to(real)
+        check_not_nan("momentum", momentum, caller, "a float or a tensor")
+    return channel, check_not_nan("eps", eps, caller), check_not_nan("input_scale", input_scale, caller)
 
-    of_norm = weight, bias, mean, variance
-    outputs: Sequence[Tensor]
-    if BACKENDS[call.backend].operators is None:
-        outputs, batch_mean, batch_variance = _reference(settings, call, of_norm)
-    else:
-        *others, parameters = call
-        if is_differentiated((call.x_seq, call.v_init, call.rng_state, *of_norm, *parameters), _CALLER):
-            outputs = apply(BatchNormLIFFunction, settings, *of_norm, *others, *parameters)
-            *_, coefficients, _ = outputs
+
+def _in_one_launch(
+    running: tuple[Tensor | None, Tensor | None, Tensor | None], momentum: float | Tensor, real: torch.dtype
+) -> bool:
+    """Whether the operator takes the running statistics. A compiler does better with torch's own operations."""
+    mean, variance, _ = running
+    assert mean is not None
+    assert variance is not None
+    return (
+        not isinstance(momentum, Tensor)
+        and not torch.compiler.is_compiling()
+        and not transforming()
+        and mean.dtype == variance.dtype == real
+        and mean.is_contiguous()
+        and variance.is_contiguous()
+    )
+
+
+@torch.no_grad()
+def _update(
+    running: tuple[Tensor | None, Tensor | None, Tensor | None], values: Sequence[Tensor], momentum: float | Tensor
+) -> None:
+    """Replaces a share of the running mean and variance, and counts the batch."""
+    *statistics, count = running
+    for each, value in zip(statistics, values, strict=True):
+        assert each is not None
+        share = momentum.to(each.dtype) if isinstance(momentum, Tensor) else momentum
+        value = value.detach().to(each.dtype).reshape(each.shape)
+        if transforming():  # vmap knows lerp alone
+            each.copy_(each.lerp(value, share))
         else:
-            outputs, coefficients, _ = _forward(settings, call, of_norm, False)
-        batch_mean, _, _, batch_variance = coefficients.unbind()
-    if training and running_mean is not None and running_var is not None:
-        with torch.no_grad():
-            for running, value in ((running_mean, batch_mean), (running_var, batch_variance)):
-                share = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-                value = value.detach().to(running.dtype)
-                if transforming():  # vmap knows lerp alone
-                    running.copy_(running.lerp(value, share))
-                else:
-                    running.lerp_(value, share)
-    return call.output((outputs[0].to(scalar), *outputs[1:]))
+            each.lerp_(value, share)
+    if count is not None:
+        count.add_(1)
 
 
 def _reference(
@@ -294,33 +359,31 @@ def _reference(
         unbiased = variance * (count / (count - 1))
     assert unbiased is not None
     gain, shift, rounded = normalisation(mean, variance, weight, bias, settings.eps, settings.input_scale, real)
-    return _normalised(call, settings.channel, (rounded, gain, shift)).reference(), mean, unbiased
+    coefficients = (by_channel(value, settings.channel, call.x_seq) for value in (rounded, gain, shift))
+    return _normalised(call, tuple(coefficients)).reference(), mean, unbiased
 
 
 def module_batch_norm_lif(
-    norm: Any, x_seq: Tensor, *, weight: Tensor | None, bias: Tensor | None, update: bool = True, **options: Any
+    norm: Any,
+    x_seq: Tensor,
+    given: Arguments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    update: bool = True,
+    input_scale: float = 1.0,
+    process_group: Any = None,
 ) -> Tensor | LIFOutput:
     """`batch_norm_lif` with what a module holds that has the attributes and the rules of `torch.nn.BatchNorm2d`.
 
     `weight` and `bias` are the module's, or made of them. Without `update` the running statistics stay.
     """
-    uses_batch = norm.training or norm.running_mean is None
-    update = update and norm.training and norm.track_running_stats
-    momentum = norm.momentum
-    if update and momentum is None:  # the average of all batches
-        momentum = 1 / (norm.num_batches_tracked + 1)
-    running = update or not uses_batch
-    result = batch_norm_lif(
-        x_seq,
-        norm.running_mean if running else None,
-        norm.running_var if running else None,
-        weight,
-        bias,
-        training=uses_batch,
-        momentum=0.0 if momentum is None else momentum,
-        eps=norm.eps,
-        **options,
+    training, running_mean = norm.training, norm.running_mean
+    uses_batch = training or running_mean is None
+    update = update and training and norm.track_running_stats
+    momentum, count = norm.momentum, norm.num_batches_tracked if update else None
+    if momentum is None:  # the average of all batches
+        momentum = 1 / (norm.num_batches_tracked + 1) if update else 0.0
+    running = (running_mean, norm.running_var, count) if update or not uses_batch else (None, None, None)
+    return _batch_norm_lif(
+        x_seq, running, weight, bias, uses_batch, momentum, norm.eps, input_scale, process_group, given
     )
-    if update and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    return result

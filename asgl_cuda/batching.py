@@ -40,15 +40,15 @@ def _rule_of_forward(operator: Operator, info: Any, in_dims: tuple[Any, ...], *a
     if not _are_numbered_in_one_row(rng_state, rng_dim):
         return _one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
     samples = _Samples(info.batch_size, x_seq, x_dim, rules.time_dim)
-    *outputs, checkpoints = operator(
+    outputs = operator(
         samples.x_seq, samples.front(v_init, v_dim), _of_all_samples(rng_state, rng_dim),
         [samples.parameter(value, dim) for value, dim in zip(parameters, parameter_dims, strict=True)],
         numbers, rules._replace(time_dim=rules.time_dim + 1), wanted,
     )  # fmt: skip
     *_, wants_checkpoints = wanted
     if wants_checkpoints:
-        checkpoints = samples.apart(checkpoints)
-    return (*outputs, checkpoints), tuple(0 if asked else None for asked in (True, *wanted))
+        outputs[-1] = samples.apart(outputs[-1])
+    return outputs, [0] * len(outputs)
 
 
 def _rule_of_backward(operator: Operator, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -60,19 +60,19 @@ def _rule_of_backward(operator: Operator, info: Any, in_dims: tuple[Any, ...], *
     samples = _Samples(info.batch_size, x_seq, x_dim, rules.time_dim)
     wants_x_seq, wants_v_init, *wants_parameters = wanted
     of_parameters = list(zip(parameters, parameter_dims, wants_parameters, strict=True))
-    grad_x_seq, grad_v_init, grad_parameters = operator(
+    gradients = operator(
         [samples.front(grad, dim) for grad, dim in zip(grads, grad_dims, strict=True)],
         samples.x_seq, samples.front(v_init, v_dim), _of_all_samples(rng_state, rng_dim),
         samples.together(checkpoints, checkpoint_dim),
         [samples.parameter(value, dim, apart=asked) for value, dim, asked in of_parameters],
         numbers, rules._replace(time_dim=rules.time_dim + 1), wanted,
     )  # fmt: skip
-    grad_parameters = [
-        grad.reshape(info.batch_size, *_shape_of_one(value, dim)) if asked else grad
-        for grad, (value, dim, asked) in zip(grad_parameters, of_parameters, strict=True)
+    first = wants_x_seq + wants_v_init
+    shapes = [_shape_of_one(value, dim) for value, dim, asked in of_parameters if asked and value is not None]
+    gradients[first:] = [
+        grad.reshape(info.batch_size, *shape) for grad, shape in zip(gradients[first:], shapes, strict=True)
     ]
-    x_dim, v_dim, *dims = (0 if asked else None for asked in (wants_x_seq, wants_v_init, *wants_parameters))
-    return (grad_x_seq, grad_v_init, grad_parameters), (x_dim, v_dim, dims)
+    return gradients, [0] * len(gradients)
 
 
 def _are_numbered_in_one_row(rng_state: Tensor | None, dim: int | None) -> bool:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from .layout import state_shape
+from .learned import Logarithm, Logit
 from .reference import DRAWS
 from .surrogate import SURROGATES
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
+PLAIN_TENSORS = (Tensor, Parameter)
 FLOATING_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -66,9 +70,12 @@ def check_surrogate(surrogate: Any, caller: str) -> None:
         raise ValueError(f"{caller}: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
 
 
+_LEAST_WIDTH = {real: math.sqrt(torch.finfo(real).tiny) for real in (torch.float32, torch.float64)}
+
+
 def check_width(width: float, caller: str, real: torch.dtype = torch.float32) -> None:
     """Positive and finite, and so is 1 / width^2, by which its gradient is multiplied, in the arithmetic's type."""
-    least = math.sqrt(torch.finfo(real).tiny)
+    least = _LEAST_WIDTH[real]
     if not least <= width < math.inf:
         expected = "> 0" if not width > 0 else "finite" if width > 1 else f">= {least:.3g} in {real}"
         raise ValueError(f"{caller}: width must be {expected}, got {width}")
@@ -77,7 +84,7 @@ def check_width(width: float, caller: str, real: torch.dtype = torch.float32) ->
 def check_width_tensor(width: Tensor, caller: str) -> None:
     """The same for each value, where they can be seen."""
     if _can_be_seen(width):
-        check_width((width if width.numel() == 1 else width.detach().min()).item(), caller, width.dtype)
+        check_width(width.item() if width.numel() == 1 else width.detach().min().item(), caller, width.dtype)
 
 
 def _can_be_seen(value: Tensor) -> bool:
@@ -85,7 +92,7 @@ def _can_be_seen(value: Tensor) -> bool:
     return (
         value.device.type == "cpu"
         and value.numel() > 0
-        and type(value) in (Tensor, Parameter)
+        and type(value) in PLAIN_TENSORS
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)
     )
@@ -198,3 +205,46 @@ def check_bool(name: str, value: Any, caller: str) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{caller}: {name} must be a bool, got {type(value).__name__}")
     return value
+
+
+Plan = TypeVar("Plan")
+Check = Callable[[str, tuple[Any, ...], tuple[Any, ...]], Plan]
+_MOST_PLANS = 1000
+
+
+def once_a_kind(check: Check[Plan]) -> Check[Plan]:
+    """Remembers what `check(caller, values, options)` returns, and does not make it again for a call of the same kind.
+
+    All that the check may depend on is the caller; the options, which are hashable; and of the values, floats, None or
+    tensors, their type and the shape, type and device of a tensor, never its numbers.
+    """
+    plans: dict[Any, Plan] = {}
+
+    @functools.wraps(check)
+    def of_kind(caller: str, values: tuple[Any, ...], options: tuple[Any, ...]) -> Plan:
+        if torch.compiler.is_compiling():
+            return check(caller, values, options)
+        try:
+            # Their types count because numbers of several types may be equal.
+            key = (caller, options, *map(type, options), *map(type, values), *map(_kind, values))
+            plan = plans.get(key)
+        except TypeError:
+            return check(caller, values, options)
+        if plan is None:
+            plan = check(caller, values, options)
+            if len(plans) >= _MOST_PLANS:
+                plans.clear()
+            plans[key] = plan
+        return plan
+
+    return of_kind
+
+
+def _kind(value: Any) -> Any:
+    """What may be known of a value without its numbers; TypeError where a check may look for more."""
+    if type(value) is float or value is None:
+        return value
+    tensor = value.of_value if isinstance(value, (Logarithm, Logit)) else value
+    if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError
+    return tensor.shape, tensor.dtype, tensor.device

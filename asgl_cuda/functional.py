@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import TypedDict, Unpack
+from typing_extensions import TypedDict
 
 from .backends import BACKENDS, Operators, choose_backend
 from .checks import (
@@ -24,9 +24,11 @@ from .checks import (
     check_v_init,
     check_width,
     check_width_tensor,
+    once_a_kind,
 )
 from .layout import is_dense, real_type
-from .ops import BackwardResult, ForwardResult
+from .learned import Logarithm, Logit
+from .ops import BackwardResult, ForwardResult, in_their_places
 from .reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules, analog_mask_below, lif_reference
 from .surrogate import SURROGATES
 from .transforms import apply, draw_under_transforms, is_differentiated, transforming
@@ -80,23 +82,55 @@ class LIFOutput(NamedTuple):
     h_seq: Tensor | None
 
 
+class Arguments(NamedTuple):
+    """All arguments of `lif` except x_seq: those that may be tensors first, then those that never are."""
+
+    width: Any
+    decay: Any
+    v_threshold: Any
+    v_reset: Any
+    reset_amount: Any
+    input_gain: Any
+    input_bias: Any
+    input_mean: Any
+    analog_prob: Any
+    v_init: Any
+    rng_state: Any
+    generator: Any
+    surrogate: Any
+    surrogate_gain: Any
+    v_rest: Any
+    strict_threshold: Any
+    scale_output: Any
+    detach_reset: Any
+    time_dim: Any
+    return_v_last: Any
+    return_v_seq: Any
+    return_h_seq: Any
+    backend: Any
+
+
 class Call(NamedTuple):
-    """The arguments of `lif`, checked and converted."""
+    """The arguments of `lif`, checked and converted. Tuples are plain, since torch takes 3 us longer for named ones."""
 
     backend: str
-    numbers: Numbers
-    rules: Rules
+    numbers: Sequence[float]  # of Numbers
+    rules: Sequence[int]  # of Rules
     wanted: tuple[bool, bool, bool]  # v_last, v_seq, h_seq
     x_seq: Tensor
     v_init: Tensor | None
     rng_state: Tensor | None
-    parameters: Parameters  # None: a constant
+    parameters: Sequence[Tensor | None]  # of Parameters; None: a constant
 
     @classmethod
     def of(cls, *inputs: Any) -> Call:
         """Makes a call of its fields, with the parameters one by one, as autograd takes tensors."""
         backend, numbers, rules, wanted, x_seq, v_init, rng_state, *parameters = inputs
-        return cls(backend, numbers, rules, wanted, x_seq, v_init, rng_state, Parameters(*parameters))
+        return cls(backend, numbers, rules, wanted, x_seq, v_init, rng_state, parameters)
+
+    @property
+    def time_dim(self) -> int:
+        return self.rules[-1]
 
     @property
     def operators(self) -> Operators:
@@ -105,78 +139,65 @@ class Call(NamedTuple):
         assert operators is not None  # the reference is differentiated by autograd and does not come here
         return operators
 
-    @property
-    def _packed(self) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-        # torch takes 3 us longer for named tuples.
-        return tuple(self.parameters), tuple(self.numbers), tuple(self.rules)
-
-    def reference(self) -> tuple[Tensor, ...]:
-        """Runs the reference."""
-        return lif_reference(self.x_seq, self.v_init, self.rng_state, self.parameters, self.numbers, self.rules)
+    def reference(self) -> list[Tensor]:
+        """Runs the reference, for what is wanted."""
+        options = Parameters(*self.parameters), Numbers(*self.numbers), Rules(*self.rules)
+        s_seq, *potentials = lif_reference(self.x_seq, self.v_init, self.rng_state, *options)
+        return [s_seq, *(each for each, asked in zip(potentials, self.wanted, strict=True) if asked)]
 
     def forward(self, keep_checkpoints: bool) -> ForwardResult:
         """Runs the operator lif_forward."""
         return self.operators.lif_forward(
-            self.x_seq, self.v_init, self.rng_state, *self._packed, (*self.wanted, keep_checkpoints)
-        )
+            self.x_seq, self.v_init, self.rng_state, self.parameters, self.numbers, self.rules,
+            (*self.wanted, keep_checkpoints),
+        )  # fmt: skip
 
     def backward(self, grads: Sequence[Tensor | None], checkpoints: Tensor, wanted: Sequence[bool]) -> BackwardResult:
-        """Runs the operator lif_backward for the gradients of s_seq, v_last, v_seq and h_seq."""
-        # A compiled graph passes empty gradients for the empty outputs.
-        asked = [grad if asked else None for grad, asked in zip(grads, (True, *self.wanted), strict=True)]
+        """Runs the operator lif_backward for the gradients of what forward has returned."""
+        in_places = in_their_places(grads, (True, *self.wanted))
         return self.operators.lif_backward(
-            asked, self.x_seq, self.v_init, self.rng_state, checkpoints, *self._packed, wanted
-        )
+            in_places, self.x_seq, self.v_init, self.rng_state, checkpoints, self.parameters, self.numbers, self.rules,
+            wanted,
+        )  # fmt: skip
 
     def output(self, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
-        """Picks the outputs that were asked for."""
-        if not any(self.wanted):
+        """The outputs that were asked for, which come first."""
+        if True not in self.wanted:
             return outputs[0]
-        return LIFOutput(
-            outputs[0],
-            *(output if asked else None for output, asked in zip(outputs[1:4], self.wanted, strict=True)),
-        )
+        return LIFOutput(*in_their_places(outputs, (True, *self.wanted)))
 
 
 class LIFFunction(torch.autograd.Function):
     """The fused operators of one backend as a differentiable function of x_seq, v_init and the parameters.
 
-    It takes the arguments of `Call.of`. Beside the outputs it returns the checkpoints, which backward needs.
+    It takes the fields of a `Call`, with the parameters one by one, as autograd takes tensors. Beside the outputs it
+    returns the checkpoints, which backward needs.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> ForwardResult:
-        return Call.of(*inputs).forward(keep_checkpoints=True)
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(Call.of(*inputs).forward(keep_checkpoints=True))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: ForwardResult) -> None:
-        ctx.backend, ctx.numbers, ctx.rules, ctx.wanted, *tensors = inputs
-        *_, checkpoints = output
-        ctx.save_for_backward(checkpoints, *tensors)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.options = inputs[:4]
+        checkpoints = output[-1]
+        ctx.save_for_backward(checkpoints, *inputs[4:])
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*unasked(output, ctx.wanted), checkpoints)
+        ctx.mark_non_differentiable(checkpoints)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         checkpoints, *tensors = ctx.saved_tensors
-        call = Call.of(ctx.backend, ctx.numbers, ctx.rules, ctx.wanted, *tensors)
-        _, _, _, _, wants_x_seq, wants_v_init, _, *wants_parameters = ctx.needs_input_grad
-        wanted = (wants_x_seq, wants_v_init, *wants_parameters)
-        of_x_seq, of_v_init, of_parameters = call.backward(grads[:4], checkpoints, wanted)
-        gradients = once_differentiable(
-            (of_x_seq, of_v_init, *of_parameters), (call.x_seq, call.v_init, *call.parameters, *grads[:4])
-        )
-        grad_x_seq, grad_v_init, *grad_parameters = (
-            grad if asked else None for grad, asked in zip(gradients, wanted, strict=True)
-        )
-        return None, None, None, None, grad_x_seq, grad_v_init, None, *grad_parameters
-
-
-def unasked(outputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
-    """The potentials that are empty because they were not asked for."""
-    return [output for output, asked in zip(outputs[1:4], wanted, strict=True) if not asked]
+        grads = grads[:-1]
+        needed = ctx.needs_input_grad[4:]
+        wants_x_seq, wants_v_init, _, *wants_parameters = needed
+        call = Call.of(*ctx.options, *tensors)
+        found = call.backward(grads, checkpoints, (wants_x_seq, wants_v_init, *wants_parameters))
+        gradients = once_differentiable(found, (*tensors, *grads))
+        return None, None, None, None, *in_their_places(gradients, needed)
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -211,77 +232,99 @@ def once_differentiable(gradients: Sequence[Tensor], inputs: Sequence[Tensor | N
     return apply(_OnceDifferentiable, len(gradients), *gradients, *inputs)  # type: ignore[no-any-return]
 
 
-def checked_call(caller: str, x_seq: Tensor, /, **neuron: Unpack[LIFArguments]) -> Call:
-    """Does everything that `lif` does before it computes, draws included; errors name `caller`.
+class _Plan(NamedTuple):
+    """What a call's types, shapes and options come to, which is the same at the next call of this kind."""
 
-    No argument has a default. Names before the `/` would be compared with each of the others, which takes 3 us.
-    """
-    time_dim = check_input(x_seq, neuron["time_dim"], caller)
-    check_surrogate(neuron["surrogate"], caller)
+    real: torch.dtype
+    rules: tuple[int, ...]  # of Rules
+    wanted: tuple[bool, bool, bool]  # v_last, v_seq, h_seq
+
+
+@once_a_kind
+def _plan_of(caller: str, values: Sequence[Any], others: Sequence[Any]) -> _Plan:
+    """Checks all that does not depend on the numbers in tensors. `values` are x_seq and the first of Arguments."""
+    x_seq, *front = values
+    given = Arguments._make((*front, None, None, None, *others))
+    time_dim = check_input(x_seq, given.time_dim, caller)
+    check_surrogate(given.surrogate, caller)
     for name in ("strict_threshold", "scale_output", "detach_reset", "return_v_last", "return_v_seq", "return_h_seq"):
-        check_bool(name, neuron[name], caller)
-    v_reset, reset_amount, v_threshold = neuron["v_reset"], neuron["reset_amount"], neuron["v_threshold"]
-    if reset_amount is not None and v_reset is not None:
+        check_bool(name, getattr(given, name), caller)
+    hard = given.v_reset is not None
+    if given.reset_amount is not None and hard:
         raise ValueError(
             f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset and reset_amount"
         )
     real = real_type(x_seq.dtype)
-    reset = v_reset if v_reset is not None else v_threshold if reset_amount is None else reset_amount
-    named = {
-        "width": neuron["width"],
-        "decay": neuron["decay"],
-        "v_threshold": v_threshold,
-        "v_reset" if v_reset is not None else "reset_amount": reset,
-        "input_gain": neuron["input_gain"],
-        "input_bias": neuron["input_bias"],
-        "input_mean": neuron["input_mean"],
-    }
-    constants: list[float] = []
-    tensors: list[Tensor | None] = []
-    for name, value in named.items():
+    for name in ("width", "decay", "v_threshold", "v_reset", "reset_amount", "input_gain", "input_bias", "input_mean"):
+        value = getattr(given, name)
+        if isinstance(value, (Logarithm, Logit)):
+            value = value.of_value
         if isinstance(value, Tensor):
             check_parameter(name, value, x_seq, caller)
-            if torch.compiler.is_compiling() and any(value is other for other in [*named.values()][: len(tensors)]):
-                value = value.view_as(value)  # the compiler takes no tensor twice, as the threshold that is subtracted
-            constants.append(0.0)
-            tensors.append(value.to(real))
+        elif name == "width":
+            check_width(check_number(name, value, caller, "a float or a tensor"), caller, real)
+        elif value is not None or name not in ("v_reset", "reset_amount"):
+            check_not_nan(name, value, caller, "a float or a tensor")
+    check_not_nan("surrogate_gain", given.surrogate_gain, caller)
+    check_not_nan("v_rest", given.v_rest, caller)
+    as_data = isinstance(given.analog_prob, Tensor)
+    rules = (
+        SURROGATES[given.surrogate].id,
+        int(hard),
+        int(given.strict_threshold),
+        int(given.scale_output),
+        int(given.detach_reset),
+        int(isinstance(given.width, Logarithm)),
+        int(isinstance(given.decay, Logit)),
+        BELOW_IN_STATE if as_data else check_analog_prob(given.analog_prob, caller),
+        time_dim,
+    )
+    return _Plan(real, rules, (given.return_v_last, given.return_v_seq, given.return_h_seq))
+
+
+def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
+    """Does everything that `lif` does before it computes, draws included; errors name `caller`."""
+    real, rules, wanted = _plan_of(caller, (x_seq, *given[:9]), given[12:])
+    width, decay, v_threshold, v_reset, reset_amount, *of_input, analog_prob, v_init, rng_state, generator = given[:12]
+    *_, log_width, logit_decay, analog_below, time_dim = rules
+    backend = choose_backend(given.backend, x_seq.device, caller)
+    if log_width or logit_decay:
+        if BACKENDS[backend].operators is None:  # the reference computes with values
+            *front, _, _, _, _ = rules
+            rules = (*front, 0, 0, analog_below, time_dim)
+            width = width.value() if log_width else width
+            decay = decay.value() if logit_decay else decay
         else:
-            check = check_number if name == "width" else check_not_nan
-            constants.append(check(name, value, caller, "a float or a tensor"))
-            tensors.append(None)
-    parameters = Parameters(*tensors)
-    if parameters.width is None:
-        check_width(float(neuron["width"]), caller, real)
-    else:
-        check_width_tensor(parameters.width, caller)
-    v_init = neuron["v_init"]
+            width = width.of_value if log_width else width
+            decay = decay.of_value if logit_decay else decay
+    reset = v_reset if v_reset is not None else v_threshold if reset_amount is None else reset_amount
+    values = (width, decay, v_threshold, reset, *of_input)
+    numbers: list[float] = []
+    parameters: list[Tensor | None] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if torch.compiler.is_compiling() and any(value is other for other in values[: len(numbers)]):
+                value = value.view_as(value)  # the compiler takes no tensor twice, as the threshold that is subtracted
+            numbers.append(0.0)
+            parameters.append(value if value.dtype is real else value.to(real))
+        else:
+            numbers.append(value if type(value) is float else float(value))
+            parameters.append(None)
+    if parameters[0] is not None and not log_width:
+        check_width_tensor(parameters[0], caller)
     if v_init is not None:
         check_v_init(v_init, x_seq, time_dim, caller)
         v_init = v_init.to(real)
-    surrogate_gain = check_not_nan("surrogate_gain", neuron["surrogate_gain"], caller)
-    v_rest = check_not_nan("v_rest", neuron["v_rest"], caller)
-    numbers = Numbers(*constants, v_rest, surrogate_gain)  # type: ignore[call-arg]
-    analog_prob, below_as_data = neuron["analog_prob"], None
-    if isinstance(analog_prob, Tensor):
-        analog_below, below_as_data = BELOW_IN_STATE, check_analog_prob_tensor(analog_prob, x_seq, caller)
-    else:
-        analog_below = check_analog_prob(analog_prob, caller)
-    rules = Rules(
-        SURROGATES[neuron["surrogate"]].id,
-        int(v_reset is not None),
-        int(neuron["strict_threshold"]),
-        int(neuron["scale_output"]),
-        int(neuron["detach_reset"]),
-        analog_below,
-        time_dim,
-    )
-    backend = choose_backend(neuron["backend"], x_seq.device, caller)
-    rng_state, generator = neuron["rng_state"], neuron["generator"]
+    numbers += float(given.v_rest), float(given.surrogate_gain)
+    below_as_data = None
+    if analog_below == BELOW_IN_STATE:
+        below_as_data = check_analog_prob_tensor(analog_prob, x_seq, caller)
     if rng_state is not None:
         check_rng_state(rng_state, x_seq, caller)
         if generator is not None:
             raise ValueError(f"{caller}: rng_state and generator exclude each other, got both")
-    check_generator(generator, x_seq, caller)
+    if generator is not None:
+        check_generator(generator, x_seq, caller)
     if not is_dense(x_seq, time_dim):
         x_seq = x_seq.contiguous()
     if analog_below in (0, DRAWS):
@@ -290,7 +333,6 @@ def checked_call(caller: str, x_seq: Tensor, /, **neuron: Unpack[LIFArguments]) 
         if rng_state is None:
             rng_state = _draw_rng_state(x_seq, generator, backend, together=below_as_data is None)
         rng_state = rng_state.contiguous() if below_as_data is None else torch.cat([rng_state, below_as_data])
-    wanted = neuron["return_v_last"], neuron["return_v_seq"], neuron["return_h_seq"]
     return Call(backend, numbers, rules, wanted, x_seq, v_init, rng_state, parameters)
 
 
@@ -377,38 +419,22 @@ def lif(
             s[t] = a + torch.where(mask[t], 0, z - a).detach()
             v = h * (1 - s[t]) + v_reset * s[t]
     """
-    call = checked_call(
-        _CALLER,
-        x_seq,
-        decay=decay,
-        v_threshold=v_threshold,
-        v_reset=v_reset,
-        reset_amount=reset_amount,
-        width=width,
-        surrogate=surrogate,
-        surrogate_gain=surrogate_gain,
-        analog_prob=analog_prob,
-        rng_state=rng_state,
-        generator=generator,
-        v_rest=v_rest,
-        input_gain=input_gain,
-        input_bias=input_bias,
-        input_mean=input_mean,
-        strict_threshold=strict_threshold,
-        scale_output=scale_output,
-        detach_reset=detach_reset,
-        v_init=v_init,
-        time_dim=time_dim,
-        return_v_last=return_v_last,
-        return_v_seq=return_v_seq,
-        return_h_seq=return_h_seq,
-        backend=backend,
-    )
+    given = Arguments(
+        width, decay, v_threshold, v_reset, reset_amount, input_gain, input_bias, input_mean, analog_prob, v_init,
+        rng_state, generator, surrogate, surrogate_gain, v_rest, strict_threshold, scale_output, detach_reset, time_dim,
+        return_v_last, return_v_seq, return_h_seq, backend,
+    )  # fmt: skip
+    return computed(_CALLER, x_seq, given)
+
+
+def computed(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput:
+    """Does what `lif` does."""
+    call = checked_call(caller, x_seq, given)
     if BACKENDS[call.backend].operators is None:
         return call.output(call.reference())
-    if is_differentiated((call.x_seq, call.v_init, *call.parameters), _CALLER):
-        *others, parameters = call
-        return call.output(apply(LIFFunction, *others, *parameters))
+    parameters = call.parameters
+    if is_differentiated((call.x_seq, call.v_init, *parameters), caller):
+        return call.output(apply(LIFFunction, *call[:7], *parameters))
     return call.output(call.forward(keep_checkpoints=False))
 
 
@@ -429,6 +455,6 @@ def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: s
     under_transforms = not torch.compiler.is_compiling() and transforming()
     if together and operators is not None and under_transforms:
         return draw_under_transforms(x_seq.device, generator)
-    if generator is None and operators is not None and not under_transforms:
+    if generator is None and operators is not None and torch.compiler.is_compiling():
         return operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=x_seq.device))
     return torch.randint(2**63 - 1, (2,), generator=generator, device=x_seq.device)

@@ -10,19 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_analog_prob
-from .layout import real_type
-from .reference import with_gradient_of
-
-BOUND = 15.0  # of a logarithm and a logit
-
-
-def bounded(value: Tensor) -> Tensor:
-    """The value in float32, kept within 15 of 0 without stopping its gradient.
-
-    exp and sigmoid then stay positive, finite and below 1, whatever an optimizer's step has done.
-    """
-    value = value.to(real_type(value.dtype))
-    return with_gradient_of(value.detach().clamp(-BOUND, BOUND), value)
 
 
 def give_dimension(state_dict: dict[str, Any], prefix: str, *names: str) -> None:

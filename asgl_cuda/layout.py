@@ -112,6 +112,7 @@ class ParameterTensor:
 
     def __init__(self, tensor: Tensor, layout: Layout) -> None:
         self.data = tensor
+        self._as_it_is = True  # [steps or 1, count] are the dimensions that it has, in their order
         self.step_stride, self.inner, self.count = 0, layout.neurons, 1
         if tensor.numel() == 1:
             return
@@ -129,11 +130,13 @@ class ParameterTensor:
         if full.shape[layout.time_dim] > 1:
             self.step_stride = self.count
         self._order = [layout.time_dim, *order]
-        self.data = full.expand(expanded).permute(self._order).contiguous()
+        places = [dim for dim in self._order if expanded[dim] != 1]
+        self._as_it_is = list(full.shape) == expanded and places == sorted(places)
+        self.data = tensor.contiguous() if self._as_it_is else full.expand(expanded).permute(self._order).contiguous()
 
     def gradient_in_own_shape(self, gradient: Tensor) -> Tensor:
         """Brings a gradient in the layout of `data` back to the parameter's own shape."""
-        if gradient.numel() == 1:
+        if self._as_it_is:
             return gradient
         inverse = [self._order.index(dim) for dim in range(len(self._order))]
         return gradient.permute(inverse).sum_to_size(self._sizes).contiguous()

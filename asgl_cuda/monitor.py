@@ -79,7 +79,7 @@ def _shares_of_lif(
     """Computes the call again for its potentials, from the same state and with the same noise."""
     generator = None if rng_state is None else torch.Generator(x_seq.device).set_state(rng_state)
     time_dim = layer.time_dim % x_seq.dim()
-    again = layer._lif(x_seq, time_dim, update=False, v_init=v_init, generator=generator, return_h_seq=True)
+    again = layer._lif(x_seq, update=False, v_init=v_init, generator=generator, return_h_seq=True)
     assert isinstance(again, LIFOutput)
     assert again.h_seq is not None
     h_seq = again.h_seq

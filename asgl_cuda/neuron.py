@@ -13,14 +13,17 @@ from torch import Tensor, fx, nn
 from .backends import BACKENDS
 from .batch_norm import module_batch_norm_lif
 from .checks import check_bool, check_finite, check_input, check_number, check_surrogate, check_time_dim, check_width
-from .functional import LIFOutput, lif
-from .layer import BOUND, Noisy, bounded, give_dimension
+from .functional import Arguments, LIFOutput, computed
+from .layer import Noisy, give_dimension
 from .layout import state_shape
+from .learned import BOUND, Logarithm, Logit
 from .transforms import transforming
 
 _CALLER = "asgl_cuda.LIF"
 
 Granularity = Literal["layer", "channel", "neuron"]
+
+Value = Tensor | float | Logarithm | Logit  # of a parameter of the neuron
 
 _LEAST_WIDTH, _LARGEST_WIDTH = math.exp(-BOUND), math.exp(BOUND)
 _LEAST_DECAY = 1 / (1 + math.exp(BOUND))
@@ -220,16 +223,18 @@ class LIF(Noisy):
         self._v_threshold = check_finite("v_threshold", value, _CALLER)
         _fill(self.threshold, self._v_threshold)
 
-    def _values(self) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
-        """Width, decay and threshold: constants, or tensors in the shape of their parameters."""
+    def _values(self) -> tuple[Value, Value, Value]:
+        """Width, decay and threshold: constants, or what is learned, in the shape of the parameters."""
         return (
-            self._width if self.log_width is None else bounded(self.log_width).exp(),
-            self._decay if self.logit_decay is None else bounded(self.logit_decay).sigmoid(),
+            self._width if self.log_width is None else Logarithm(self.log_width),
+            self._decay if self.logit_decay is None else Logit(self.logit_decay),
             self._v_threshold if self.threshold is None else self.threshold,
         )
 
-    def _shown(self, value: Tensor | float) -> Tensor | float:
+    def _shown(self, value: Value) -> Tensor | float:
         """A value as the properties give it: one for the whole layer is a scalar."""
+        if isinstance(value, (Logarithm, Logit)):
+            value = value.value()
         # reshape(()), which would be the same, is not for tensors that fully_shard has shared out.
         return value if isinstance(value, float) or self.num_features else value.sum()
 
@@ -238,8 +243,10 @@ class LIF(Noisy):
             return self._recorded(x_seq)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self.__prepare_scriptable__()
+        if not (self.stateful or self.store_v_seq or self.v is not None):
+            return self._lif(x_seq)  # type: ignore[return-value]
         time_dim = check_input(x_seq, self.time_dim, _CALLER)
-        if (self.stateful or self.store_v_seq) and transforming():
+        if transforming():
             raise RuntimeError(
                 "asgl_cuda.LIF: a layer with stateful or store_v_seq can't keep potentials under transforms of "
                 "torch.func, which end with them; asgl_cuda.lif takes v_init and returns v_last and v_seq"
@@ -251,9 +258,7 @@ class LIF(Noisy):
                     f"asgl_cuda.LIF: the carried potential has shape {list(self.v.shape)} and the input, without time, "
                     f"{shape}; call reset() before a batch of another shape"
                 )
-        result = self._lif(
-            x_seq, time_dim, v_init=self._carried(), return_v_last=self.stateful, return_v_seq=self.store_v_seq
-        )
+        result = self._lif(x_seq, v_init=self._carried(), return_v_last=self.stateful, return_v_seq=self.store_v_seq)
         if isinstance(result, LIFOutput):
             if self.stateful:
                 self.v = result.v_last
@@ -279,29 +284,33 @@ class LIF(Noisy):
             "torch.compile and torch.export can"
         )
 
-    def _lif(self, x_seq: Tensor, time_dim: int, update: bool = True, **options: Any) -> Tensor | LIFOutput:
-        """Calls `asgl_cuda.lif`, without the carried potential; without `update` no state of the layer may change."""
-        return lif(x_seq, input_gain=self.input_gain, **self._held(x_seq, time_dim), **options)
+    def _lif(self, x_seq: Tensor, update: bool = True, **options: Any) -> Tensor | LIFOutput:
+        """Calls `asgl_cuda.lif`; without `update` no state of the layer may change."""
+        return computed(_CALLER, x_seq, self._given(x_seq, self.input_gain, **options))
 
-    def _held(self, x_seq: Tensor, time_dim: int) -> dict[str, Any]:
-        """The arguments of `asgl_cuda.lif` that the layer holds, except the gain of its input."""
-        width, decay, v_threshold = (self._broadcast(value, x_seq, time_dim) for value in self._values())
-        return {
-            "decay": decay,
-            "v_threshold": v_threshold,
-            "v_reset": self.v_reset,
-            "reset_amount": self.reset_amount,
-            "v_rest": self.v_rest,
-            "width": width,
-            "surrogate": self.surrogate,
-            "surrogate_gain": self.surrogate_gain,
-            "analog_prob": self.analog_prob_of_call(x_seq),
-            "strict_threshold": self.strict_threshold,
-            "scale_output": self.scale_output,
-            "detach_reset": self.detach_reset,
-            "time_dim": self.time_dim,
-            "backend": self.backend,
-        }
+    def _given(
+        self,
+        x_seq: Tensor,
+        input_gain: float = 1.0,
+        v_init: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        return_v_last: bool = False,
+        return_v_seq: bool = False,
+        return_h_seq: bool = False,
+    ) -> Arguments:
+        """The arguments of `asgl_cuda.lif` that the layer holds, and others."""
+        width, decay, v_threshold = self._values()
+        if self.num_features:
+            time_dim = check_input(x_seq, self.time_dim, _CALLER)
+            width, decay, v_threshold = (
+                self._broadcast(value, x_seq, time_dim) for value in (width, decay, v_threshold)
+            )
+        return Arguments(
+            width, decay, v_threshold, self.v_reset, self.reset_amount, input_gain, 0.0, 0.0,
+            self.analog_prob_of_call(x_seq), v_init, None, generator, self.surrogate, self.surrogate_gain, self.v_rest,
+            self.strict_threshold, self.scale_output, self.detach_reset, self.time_dim, return_v_last, return_v_seq,
+            return_h_seq, self.backend,
+        )  # fmt: skip
 
     def _carried(self) -> Tensor | None:
         # A potential computed in inference mode can't take part in training; its copy can.
@@ -309,10 +318,15 @@ class LIF(Noisy):
             return self.v if torch.is_inference_mode_enabled() else self.v.clone()
         return self.v
 
-    def _broadcast(self, value: Tensor | float, x_seq: Tensor, time_dim: int) -> Tensor | float:
+    def _broadcast(self, value: Value, x_seq: Tensor, time_dim: int) -> Value:
         """A parameter of the granularity's shape, reshaped to broadcast against x_seq."""
         if isinstance(value, float) or not self.num_features:
             return value
+        if isinstance(value, (Logarithm, Logit)):
+            return type(value)(self._reshaped(value.of_value, x_seq, time_dim))
+        return self._reshaped(value, x_seq, time_dim)
+
+    def _reshaped(self, value: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
         neuron_dims = [dim for dim in range(x_seq.dim()) if dim != time_dim]
         dims = neuron_dims[1:2] if self.granularity == "channel" else neuron_dims[-value.dim() :]
         if [x_seq.shape[dim] for dim in dims] != list(self.num_features):
@@ -465,18 +479,11 @@ class BatchNormLIF(LIF):
         _fill(self.running_var, 1.0)
         _fill(self.num_batches_tracked, 0)
 
-    def _lif(self, x_seq: Tensor, time_dim: int, update: bool = True, **options: Any) -> Tensor | LIFOutput:
+    def _lif(self, x_seq: Tensor, update: bool = True, **options: Any) -> Tensor | LIFOutput:
         return module_batch_norm_lif(
-            self,
-            x_seq,
-            update=update,
-            weight=self.weight,
-            bias=self.bias,
-            input_scale=self.input_scale,
-            process_group=self.process_group,
-            **self._held(x_seq, time_dim),
-            **options,
-        )
+            self, x_seq, self._given(x_seq, **options), self.weight, self.bias, update, self.input_scale,
+            self.process_group,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         parts = [f"{self.num_channels}", f"eps={self.eps:g}", f"momentum={self.momentum}"]

@@ -3,13 +3,16 @@
 A backend implements them in a namespace of its own; C++ and CUDA kernels share `torch.ops.asgl_cuda`.
 
 lif_forward and lif_backward take `parameters` in the order of Parameters in reference.py, None where one is a number;
-`numbers` and `rules` are its Numbers and Rules. `wanted` says which results are not left empty: in forward v_last,
-v_seq, h_seq and checkpoints, in backward the gradients of x_seq, v_init and each parameter. `grads` has the gradients
-of s_seq, v_last, v_seq and h_seq, None for zero.
+`numbers` and `rules` are its Numbers and Rules. `wanted` says which results there are: in forward, beside s_seq,
+v_last, v_seq, h_seq and checkpoints, in backward the gradients of x_seq, v_init and each parameter that is a tensor.
+`grads` has the gradients of s_seq, v_last, v_seq and h_seq, None for zero.
 
-batch_norm_coefficients returns `coefficients`, [4, C]: input_mean, input_gain and input_bias of the neuron, and the
-unbiased variance; and `total`, [C, 3] in float64: number, mean and biased variance of each channel. They come from mean
-and variance where these are given, or from `statistics`, the totals of all processes, [processes, C, 3], or from x_seq.
+batch_norm_coefficients returns `coefficients`, [4, C, 1, ...], which broadcast against x_seq: input_mean, input_gain
+and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in float64: number, mean and biased
+variance of each channel. They come from mean and variance where these are given, or from `statistics`, the totals of
+all processes, [processes, C, 3], or from x_seq.
+
+batch_norm_update replaces a share of the running statistics, and counts the batch.
 
 batch_norm_backward returns the gradients of weight and bias, from sums of this process and of all. A grad_x_seq that is
 not empty holds input_gain times the gradient of the normalised input, and is turned into the gradient of x_seq.
@@ -27,25 +30,27 @@ from .batching import batching_rules
 from .layout import channel_dim, checkpoint_elements, empty_state, real_type
 from .reference import Rules
 
-ForwardResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-BackwardResult = tuple[Tensor, Tensor, list[Tensor]]
+ForwardResult = list[Tensor]  # s_seq, and v_last, v_seq, h_seq, checkpoints as far as they are wanted
+BackwardResult = list[Tensor]  # the gradients of x_seq, v_init and the parameters, as far as they are wanted
+
+
+def in_their_places(results: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+    """The results that there are, and None in the place of each that is not wanted."""
+    given = iter(results)
+    return [next(given) if asked else None for asked in wanted]
 
 
 def empty_outputs(x_seq: Tensor, time_dim: int, wanted: Sequence[bool]) -> ForwardResult:
-    """The results of lif_forward, not yet computed. An empty one has its own memory, as torch asks for."""
+    """The results of lif_forward, not yet computed."""
     real = real_type(x_seq.dtype)
     wants_v_last, wants_v_seq, wants_h_seq, wants_checkpoints = wanted
-
-    def sequence(asked: bool) -> Tensor:
-        return torch.empty_like(x_seq, dtype=real) if asked else x_seq.new_empty(0, dtype=real)
-
-    return (
-        torch.empty_like(x_seq),
-        empty_state(x_seq, time_dim) if wants_v_last else x_seq.new_empty(0, dtype=real),
-        sequence(wants_v_seq),
-        sequence(wants_h_seq),
-        x_seq.new_empty((checkpoint_elements(x_seq, time_dim) if wants_checkpoints else 0,), dtype=real),
-    )
+    results = [torch.empty_like(x_seq)]
+    if wants_v_last:
+        results.append(empty_state(x_seq, time_dim))
+    results += (torch.empty_like(x_seq, dtype=real) for asked in (wants_v_seq, wants_h_seq) if asked)
+    if wants_checkpoints:
+        results.append(x_seq.new_empty(checkpoint_elements(x_seq, time_dim), dtype=real))
+    return results
 
 
 def empty_gradients(
@@ -54,14 +59,13 @@ def empty_gradients(
     """The results of lif_backward, not yet computed."""
     real = real_type(x_seq.dtype)
     wants_x_seq, wants_v_init, *wants_parameters = wanted
-    return (
-        torch.empty_like(x_seq) if wants_x_seq else x_seq.new_empty(0),
-        empty_state(x_seq, time_dim) if wants_v_init else x_seq.new_empty(0, dtype=real),
-        [
-            x_seq.new_empty(parameter.shape if asked and parameter is not None else (0,), dtype=real)
-            for parameter, asked in zip(parameters, wants_parameters, strict=True)
-        ],
-    )
+    results = [torch.empty_like(x_seq)] if wants_x_seq else []
+    if wants_v_init:
+        results.append(empty_state(x_seq, time_dim))
+    for parameter, asked in zip(parameters, wants_parameters, strict=True):
+        if asked and parameter is not None:
+            results.append(x_seq.new_empty(parameter.shape, dtype=real))
+    return results
 
 
 def _fake_lif_forward(x_seq: Tensor, *others: Any) -> ForwardResult:
@@ -76,28 +80,28 @@ def _fake_lif_backward(grads: Sequence[Tensor | None], x_seq: Tensor, *others: A
 
 def _fake_batch_norm_coefficients(x_seq: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     *_, time_dim = others
-    channels = x_seq.shape[channel_dim(time_dim)]
-    return x_seq.new_empty((4, channels), dtype=real_type(x_seq.dtype)), x_seq.new_empty(
-        (channels, 3), dtype=torch.float64
-    )
+    channel = channel_dim(time_dim)
+    channels, *rest = x_seq.shape[channel:]
+    coefficients = x_seq.new_empty((4, channels, *(1 for _ in rest)), dtype=real_type(x_seq.dtype))
+    return coefficients, x_seq.new_empty((channels, 3), dtype=torch.float64)
 
 
 def _fake_batch_norm_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     _, _, _, _, grad_gain, grad_bias, *_ = arguments
-    return torch.empty_like(grad_gain), torch.empty_like(grad_bias)
+    return grad_gain.new_empty(grad_gain.shape[:1]), grad_bias.new_empty(grad_bias.shape[:1])
 
 
 _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake versions
     "draw_rng_state(Tensor fresh) -> Tensor": torch.empty_like,
     "lif_forward(Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor?[] parameters, float[] numbers, int[] rules, "
-    "bool[] wanted) -> (Tensor s_seq, Tensor v_last, Tensor v_seq, Tensor h_seq, Tensor checkpoints)":
-        _fake_lif_forward,
+    "bool[] wanted) -> Tensor[]": _fake_lif_forward,
     "lif_backward(Tensor?[] grads, Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor checkpoints, "
-    "Tensor?[] parameters, float[] numbers, int[] rules, bool[] wanted) "
-    "-> (Tensor grad_x_seq, Tensor grad_v_init, Tensor[] grad_parameters)": _fake_lif_backward,
+    "Tensor?[] parameters, float[] numbers, int[] rules, bool[] wanted) -> Tensor[]": _fake_lif_backward,
     "batch_norm_coefficients(Tensor x_seq, Tensor? statistics, Tensor? mean, Tensor? variance, Tensor? weight, "
     "Tensor? bias, float eps, float input_scale, int time_dim) -> (Tensor coefficients, Tensor total)":
         _fake_batch_norm_coefficients,
+    "batch_norm_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
+    "Tensor coefficients, float momentum) -> ()": lambda *arguments: None,
     "batch_norm_backward(Tensor(a!) grad_x_seq, Tensor x_seq, Tensor coefficients, Tensor statistics, "
     "Tensor grad_gain, Tensor grad_bias, Tensor total_grad_gain, Tensor total_grad_bias, float eps, float input_scale, "
     "int time_dim) -> (Tensor grad_weight, Tensor grad_bias)": _fake_batch_norm_backward,

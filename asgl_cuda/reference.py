@@ -60,10 +60,12 @@ class Rules(NamedTuple):
     """The rules of a call, as operators take them; in the order of struct Rules in csrc/ops.h."""
 
     surrogate: int  # its id
-    hard_reset: int  # this and the next three are 0 or 1
+    hard_reset: int  # this and the next five are 0 or 1
     strict_threshold: int
     scale_output: int
     detach_reset: int
+    log_width: int  # 1: the width is given as its logarithm, within the bound of learned.py; 0 for the reference
+    logit_decay: int  # 1: the decay is given as its logit
     analog_below: int  # round(analog_prob * DRAWS), or BELOW_IN_STATE
     time_dim: int  # not negative
 

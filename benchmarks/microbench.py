@@ -51,8 +51,10 @@ from .clocks import (
     spread,
 )
 from .common import device_of, fused_backends, in_time, in_words, machine, parser_of, write_json
+from .host import host_times
+from .host import table as host_table
 from .peers import DECAY, Peer, asgl_loop, installed_peers
-from .sizes import DTYPES, LAYOUTS, SWEEPS, Block, Size, samples, sweep, usual_sizes
+from .sizes import DTYPES, HOST, LAYOUTS, SWEEPS, Block, Size, samples, sweep, usual_sizes
 
 ANALOG_PROB = 0.2
 FLOOR = "multiply"
@@ -406,7 +408,8 @@ def main() -> int:
     sizes = [size for name in sweeps for size in sweep(name, device)]
     if arguments.steps is not None:
         sizes = [Size(arguments.steps, arguments.neurons, arguments.dtype)]
-    sizes = sizes or usual_sizes(device)
+    if HOST not in sweeps:
+        sizes = sizes or usual_sizes(device)
 
     kept = not arguments.fresh and keep_memory()
     about = machine(device)
@@ -433,6 +436,10 @@ def main() -> int:
     report |= {"sizes": [], "blocks": []}
     if "judged" in sweeps:
         report["card"] = measured_rates(device)._asdict()
+    if HOST in sweeps:
+        host = host_times(device, arguments.repeats)
+        print(host_table(host), flush=True)
+        report["host_microseconds"] = host._asdict()
     report["call_microseconds"] = overhead = call_overhead(device, arguments.repeats)
     for size in in_time(sizes, started, arguments.seconds, report):
         found = measure(size, device, arguments.repeats, arguments.cold)

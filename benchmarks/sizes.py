@@ -208,11 +208,13 @@ def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
         ],
         "large": [Size(*size, "float32", compiled=False, peers=False) for size in ((4, 2**23), (16, 2**20))],
         "block": blocks(device),
+        HOST: [],
     }[name]
 
 
 FOR_GPUS = {"judged": JUDGED, "gpu": GPU_SWEEP, "compiled": COMPILED_SIZES}
-SWEEPS = ("T", "N", "dtype", "layout", "learned", "large", "block", *FOR_GPUS)
+HOST = "host"  # measured by host.py on a size of its own
+SWEEPS = ("T", "N", "dtype", "layout", "learned", "large", "block", HOST, *FOR_GPUS)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 

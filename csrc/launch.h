@@ -32,6 +32,8 @@ namespace cpu {
 
 template <class Scalar>
 void cut(LIFParams<Scalar>& params);
+template <class Real>
+void cut(GradientSum<Real>& params);
 template <class Scalar>
 void cut(MomentsParams<Scalar>& params);
 template <class Scalar>
@@ -47,6 +49,8 @@ template <class Scalar>
 void launch(const MomentsParams<Scalar>& params);
 template <class Real>
 void launch(const CoefficientsParams<Real>& params);
+template <class Real>
+void launch(const RunningParams<Real>& params);
 template <class Real>
 void launch(const AdjointParams<Real>& params);
 template <class Scalar>
@@ -64,6 +68,8 @@ template <class Scalar>
 cudaError_t cut(ForwardParams<Scalar>& params);
 template <class Scalar>
 cudaError_t cut(BackwardParams<Scalar>& params);
+template <class Real>
+cudaError_t cut(GradientSum<Real>& params);
 template <class Scalar>
 cudaError_t cut(MomentsParams<Scalar>& params);
 template <class Scalar>
@@ -79,6 +85,8 @@ template <class Scalar>
 cudaError_t launch(const MomentsParams<Scalar>& params, cudaStream_t stream);
 template <class Real>
 cudaError_t launch(const CoefficientsParams<Real>& params, cudaStream_t stream);
+template <class Real>
+cudaError_t launch(const RunningParams<Real>& params, cudaStream_t stream);
 template <class Real>
 cudaError_t launch(const AdjointParams<Real>& params, cudaStream_t stream);
 template <class Scalar>

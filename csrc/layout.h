@@ -55,7 +55,7 @@ class Layout {
   Tensor match_sequence(const Tensor& tensor) const {
     TORCH_CHECK_VALUE(tensor.sizes() == sizes_, "asgl_cuda: expected shape ", at::IntArrayRef(sizes_), ", got ",
                       tensor.sizes());
-    return unpermute(tensor.permute(order_).contiguous(), order_);
+    return dense(tensor, order_);
   }
 
   // A tensor of x_seq's shape without time, its memory ordered as the neurons are numbered.
@@ -65,7 +65,7 @@ class Layout {
     const auto order = state_order();
     TORCH_CHECK_VALUE(tensor.sizes() == state_sizes(), "asgl_cuda: expected shape ", at::IntArrayRef(state_sizes()),
                       ", got ", tensor.sizes());
-    return unpermute(tensor.permute(order).contiguous(), order);
+    return dense(tensor, order);
   }
 
  private:
@@ -81,20 +81,23 @@ class Layout {
   }
   // The tensor's memory goes through the dimensions in `order`, outermost first. It is no view, as a permuted tensor
   // would be: autograd lets nobody change or detach a view in place.
-  static Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& order,
-                      const at::TensorOptions& options) {
-    std::vector<int64_t> strides(sizes.size());
+  static Tensor empty(at::IntArrayRef sizes, const std::vector<int64_t>& order, const at::TensorOptions& options) {
+    return in_huge_pages(at::empty_strided(sizes, strides_of(sizes, order), options));
+  }
+  static Tensor dense(const Tensor& tensor, const std::vector<int64_t>& order) {
+    if (tensor.strides() == strides_of(tensor.sizes(), order)) return tensor;
+    std::vector<int64_t> inverse(order.size());
+    for (size_t i = 0; i < order.size(); ++i) inverse[order[i]] = static_cast<int64_t>(i);
+    return tensor.permute(order).contiguous().permute(inverse);
+  }
+  static at::DimVector strides_of(at::IntArrayRef sizes, const std::vector<int64_t>& order) {
+    at::DimVector strides(sizes.size());
     int64_t stride = 1;
     for (auto dim = order.rbegin(); dim != order.rend(); ++dim) {
       strides[*dim] = stride;
       stride *= std::max<int64_t>(sizes[*dim], 1);
     }
-    return in_huge_pages(at::empty_strided(sizes, strides, options));
-  }
-  static Tensor unpermute(const Tensor& tensor, const std::vector<int64_t>& order) {
-    std::vector<int64_t> inverse(order.size());
-    for (size_t i = 0; i < order.size(); ++i) inverse[order[i]] = static_cast<int64_t>(i);
-    return tensor.permute(inverse);
+    return strides;
   }
 
   std::vector<int64_t> sizes_;
@@ -121,45 +124,58 @@ inline ChannelShape channel_shape(const Layout& layout) {
   return shape;
 }
 
+// The shape of one value a channel that broadcasts against x_seq.
+inline at::DimVector channel_sizes(const Layout& layout) {
+  const size_t channel = layout.time_dim() <= 1 ? 2 : 1;
+  at::DimVector sizes(layout.sizes().size() - channel, 1);
+  sizes[0] = layout.sizes()[channel];
+  return sizes;
+}
+
 // A parameter tensor laid out for ParameterView: [steps or 1, count], count running over a contiguous range of the
 // neurons' dimensions. Dimensions inside that range in which the parameter is broadcast are expanded.
 class ParameterTensor {
  public:
   ParameterTensor(const Tensor& tensor, const Layout& layout) : sizes_(tensor.sizes().vec()) {
-    const int64_t dims = static_cast<int64_t>(layout.sizes().size());
-    TORCH_CHECK_VALUE(tensor.dim() <= dims, "asgl_cuda: a parameter has more dimensions than x_seq");
-    const Tensor full = tensor.reshape([&] {
-      std::vector<int64_t> sizes(dims - tensor.dim(), 1);
-      sizes.insert(sizes.end(), sizes_.begin(), sizes_.end());
-      return sizes;
-    }());
+    const int64_t dims = static_cast<int64_t>(layout.sizes().size()), missing = dims - tensor.dim();
+    TORCH_CHECK_VALUE(missing >= 0, "asgl_cuda: a parameter has more dimensions than x_seq");
+    full_sizes_.assign(missing, 1);
+    full_sizes_.insert(full_sizes_.end(), sizes_.begin(), sizes_.end());
     for (int64_t dim = 0; dim < dims; ++dim) {
-      TORCH_CHECK_VALUE(full.size(dim) == 1 || full.size(dim) == layout.sizes()[dim],
+      TORCH_CHECK_VALUE(full_sizes_[dim] == 1 || full_sizes_[dim] == layout.sizes()[dim],
                         "asgl_cuda: a parameter of shape ", tensor.sizes(),
                         " does not broadcast against x_seq of shape ", at::IntArrayRef(layout.sizes()));
     }
     const auto& order = layout.neuron_order();
     size_t begin = order.size(), end = order.size();
     for (size_t i = 0; i < order.size(); ++i) {
-      if (full.size(order[i]) > 1) {
+      if (full_sizes_[order[i]] > 1) {
         if (begin == order.size()) begin = i;
         end = i + 1;
       }
     }
-    expanded_ = full.sizes().vec();
+    std::vector<int64_t> expanded = full_sizes_;
     for (size_t i = 0; i < order.size(); ++i) {
       if (begin <= i && i < end) {
-        expanded_[order[i]] = layout.sizes()[order[i]];
+        expanded[order[i]] = layout.sizes()[order[i]];
         count_ *= layout.sizes()[order[i]];
       } else if (i >= end) {
         inner_ *= layout.sizes()[order[i]];
       }
     }
     if (begin == order.size()) inner_ = layout.shape().neurons();
-    per_step_ = full.size(layout.time_dim()) > 1;
+    per_step_ = full_sizes_[layout.time_dim()] > 1;
     memory_order_.push_back(layout.time_dim());
     memory_order_.insert(memory_order_.end(), order.begin(), order.end());
-    data_ = full.expand(expanded_).permute(memory_order_).contiguous();
+    as_it_is_ = expanded == full_sizes_;
+    int64_t last = -1;
+    for (const int64_t dim : memory_order_) {
+      if (expanded[dim] == 1) continue;
+      as_it_is_ = as_it_is_ && dim > last;
+      last = dim;
+    }
+    data_ = as_it_is_ ? tensor.contiguous()
+                      : tensor.reshape(full_sizes_).expand(expanded).permute(memory_order_).contiguous();
   }
 
   template <class Real>
@@ -167,19 +183,23 @@ class ParameterTensor {
     return {data_.const_data_ptr<Real>(), Real(0), per_step_ ? count_ : 0, inner_, count_};
   }
 
+  bool per_step() const { return per_step_; }
+
   Tensor empty_gradient() const { return at::empty_like(data_); }
 
   // From [steps or 1, count] back to the parameter's own shape.
   Tensor gradient_in_own_shape(const Tensor& gradient) const {
+    if (as_it_is_) return gradient;
     std::vector<int64_t> inverse(memory_order_.size());
     for (size_t i = 0; i < memory_order_.size(); ++i) inverse[memory_order_[i]] = static_cast<int64_t>(i);
     return gradient.permute(inverse).sum_to_size(sizes_).contiguous();
   }
 
  private:
-  std::vector<int64_t> sizes_, expanded_, memory_order_;
+  std::vector<int64_t> sizes_, full_sizes_, memory_order_;
   int64_t inner_ = 1, count_ = 1;
   bool per_step_ = false;
+  bool as_it_is_ = false;  // [steps or 1, count] are the dimensions that it has, in their order
   Tensor data_;
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "math/half_types.h"
+#include "math/learned.h"
 #include "math/neuron.h"
 #include "math/philox.h"
 
@@ -48,6 +49,14 @@ ASGL_HOST_DEVICE bool all_uniform(const ParameterView<Real> (&parameters)[kNumPa
   return all;
 }
 
+// The value of a parameter, which is given as it is or as the options say.
+template <class Real>
+ASGL_HOST_DEVICE Real value_of(ParameterId id, Real given, const NeuronOptions<Real>& options) {
+  if (id == kWidth && options.log_width) return exp_within_bound(given);
+  if (id == kDecay && options.logit_decay) return sigmoid_within_bound(given);
+  return given;
+}
+
 // The neuron whose parameters have the values value(id).
 template <class Real, class F>
 ASGL_HOST_DEVICE Neuron<Real> neuron_of(F&& value) {
@@ -58,10 +67,11 @@ ASGL_HOST_DEVICE Neuron<Real> neuron_of(F&& value) {
 // Neuron n where all parameters are uniform; with kNormalised the parameters of the input are only the same at all
 // steps.
 template <Input kInput, class Real>
-ASGL_HOST_DEVICE Neuron<Real> settled_neuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n) {
+ASGL_HOST_DEVICE Neuron<Real> settled_neuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n,
+                                             const NeuronOptions<Real>& options) {
   return neuron_of<Real>([&](ParameterId id) {
     const bool differs = kInput == Input::kNormalised && id >= kInputGain;
-    return differs ? parameters[id].at(n, 0) : parameters[id].uniform_value();
+    return value_of(id, differs ? parameters[id].at(n, 0) : parameters[id].uniform_value(), options);
   });
 }
 
@@ -131,6 +141,7 @@ struct ForwardParams : LIFParams<Scalar> {
   Real* v_seq;               // [outer, T, inner]
   Real* h_seq;               // [outer, T, inner]
   State<Real*> checkpoints;  // [(T - 1) / kCheckpointSteps, N], after steps 16, 32, ...
+  Real* zeros;               // [2], are made zero: no result of an operator is left as the memory was
 
   // Says whether nothing is wanted except spikes, the last state and checkpoints.
   ASGL_HOST_DEVICE bool only_spikes() const {
@@ -173,25 +184,32 @@ struct BackwardParams : LIFParams<Scalar> {
   }
 };
 
-// This turns the partial sums of one parameter's gradient into the gradient, [T or 1, count].
+// A gradient is of the parameter as it is given. The partial sums are so, too, or they are of 1 / width or of the
+// decay, and the derivative of these by the parameter is left to apply.
+enum class Derivative { kNone, kOfWidth, kOfLogWidth, kOfLogitDecay };
+
+// This turns the partial sums of one parameter's gradient into the gradient.
 template <class Real>
-struct GradientSum {
+struct GradientPart {
   GradientPartials<Real> partials;
   ParameterView<Real> parameter;
-  SequenceShape shape;
-  int64 tile;      // neurons
-  bool is_width;   // the sums are then of 1 / width
-  Real* gradient;  // [T or 1, count]
+  Derivative derivative;
+  bool block_each;  // for CUDA, which cuts it: each element is summed up by a block, not by a thread
+  int64 blocks;     // as many as it takes
+  Real* gradient;   // [T or 1, count]
 
-  ASGL_HOST_DEVICE int64 elements() const { return (parameter.step_stride != 0 ? shape.steps : 1) * parameter.count; }
+  ASGL_HOST_DEVICE int64 elements(const SequenceShape& shape) const {
+    return (parameter.step_stride != 0 ? shape.steps : 1) * parameter.count;
+  }
 
-  // The sum of the slots first, first + stride, ... of the given element of the gradient.
-  ASGL_HOST_DEVICE double sum_slots(int64 element, int64 first, int64 stride) const {
+  // The sum of the slots first, first + stride, ... of the given element of the gradient, for tiles of so many neurons.
+  ASGL_HOST_DEVICE double sum_slots(const SequenceShape& shape, int64 tile, int64 element, int64 first,
+                                    int64 stride) const {
     const int64 t = element / parameter.count, i = element % parameter.count;
     double total = 0;
-    for (int64 slot = first; slot < slots(); slot += stride) {
-      const int64 run = slot / most_tiles() * parameter.count + i;
-      const int64 run_tile = run * parameter.inner / tile + slot % most_tiles();
+    for (int64 slot = first; slot < slots(shape, tile); slot += stride) {
+      const int64 run = slot / most_tiles(tile) * parameter.count + i;
+      const int64 run_tile = run * parameter.inner / tile + slot % most_tiles(tile);
       if (run_tile * tile < (run + 1) * parameter.inner) {
         total += static_cast<double>(partials.data[t * partials.slots + run + run_tile]);
       }
@@ -200,18 +218,41 @@ struct GradientSum {
   }
 
   // An upper bound of the slots of one element: not every run touches so many tiles.
-  ASGL_HOST_DEVICE int64 slots() const { return shape.neurons() / (parameter.inner * parameter.count) * most_tiles(); }
+  ASGL_HOST_DEVICE int64 slots(const SequenceShape& shape, int64 tile) const {
+    return shape.neurons() / (parameter.inner * parameter.count) * most_tiles(tile);
+  }
 
   ASGL_HOST_DEVICE void store(int64 element, double total) const {
-    if (is_width) {
+    if (derivative != Derivative::kNone) {
       const int64 t = element / parameter.count, i = element % parameter.count;
-      total = gradient_of_width(total, static_cast<double>(parameter.at(i * parameter.inner, t)));
+      gradient[element] = of_given(total, parameter.at(i * parameter.inner, t));
+    } else {
+      gradient[element] = static_cast<Real>(total);
     }
-    gradient[element] = static_cast<Real>(total);
   }
 
  private:
-  ASGL_HOST_DEVICE int64 most_tiles() const { return (parameter.inner + tile - 2) / tile + 1; }
+  ASGL_HOST_DEVICE int64 most_tiles(int64 tile) const { return (parameter.inner + tile - 2) / tile + 1; }
+
+  // These are rounded as autograd does it for exp and sigmoid.
+  ASGL_HOST_DEVICE Real of_given(double total, Real given) const {
+    if (derivative == Derivative::kOfLogitDecay) {
+      const Real decay = sigmoid_within_bound(given);
+      return (static_cast<Real>(total) * (Real(1) - decay)) * decay;
+    }
+    const Real width = derivative == Derivative::kOfLogWidth ? exp_within_bound(given) : given;
+    const Real of_width = static_cast<Real>(gradient_of_width(total, static_cast<double>(width)));
+    return derivative == Derivative::kOfLogWidth ? of_width * width : of_width;
+  }
+};
+
+// The gradients of all parameters. They are summed up in one launch.
+template <class Real>
+struct GradientSum {
+  SequenceShape shape;
+  int64 tile;  // neurons
+  int count;   // parts that there are
+  GradientPart<Real> parts[kNumParameters];
 };
 
 }  // namespace asgl

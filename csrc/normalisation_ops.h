@@ -40,7 +40,9 @@ std::tuple<Tensor, Tensor> batch_norm_coefficients(const Tensor& x_seq, const Op
   const ChannelShape shape = channel_shape(layout);
   TORCH_CHECK_VALUE(mean.has_value() == variance.has_value(), "asgl_cuda: mean and variance come together");
   const Backend backend(x_seq);
-  const Tensor coefficients = at::empty({kNumCoefficients, shape.channels}, x_seq.options().dtype(real_type(x_seq)));
+  at::DimVector sizes = {kNumCoefficients};
+  sizes.append(channel_sizes(layout));
+  const Tensor coefficients = at::empty(sizes, x_seq.options().dtype(real_type(x_seq)));
   const at::TensorOptions wide = x_seq.options().dtype(at::kDouble);
   const Tensor total = at::empty({shape.channels, 3}, wide);
   if (shape.channels == 0) return {coefficients, total};
@@ -88,6 +90,38 @@ std::tuple<Tensor, Tensor> batch_norm_coefficients(const Tensor& x_seq, const Op
 }
 
 template <class Backend>
+void batch_norm_update(const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& num_batches_tracked,
+                       const Tensor& coefficients, double momentum) {
+  const int64_t channels = coefficients.size(1);
+  for (const Tensor& running : {running_mean, running_var}) {
+    TORCH_CHECK_VALUE(running.sizes() == at::IntArrayRef(channels) && running.is_contiguous() &&
+                          running.scalar_type() == coefficients.scalar_type() &&
+                          running.device() == coefficients.device(),
+                      "asgl_cuda: running statistics must have shape ", channels, " and be as the coefficients");
+  }
+  TORCH_CHECK_VALUE(!num_batches_tracked.has_value() ||
+                        (num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1 &&
+                         num_batches_tracked->device() == coefficients.device()),
+                    "asgl_cuda: num_batches_tracked must be one int64 on ", coefficients.device());
+  if (channels == 0) return;
+  const Backend backend(coefficients);
+  with_scalar(coefficients.scalar_type(), [&](auto scalar) {
+    using Real = Real_t<decltype(scalar)>;
+    RunningParams<Real> params{};
+    const Tensor dense = coefficients.contiguous();
+    params.coefficients = dense.const_data_ptr<Real>();
+    params.channels = channels;
+    params.momentum = static_cast<Real>(momentum);
+    params.running_mean = running_mean.mutable_data_ptr<Real>();
+    params.running_var = running_var.mutable_data_ptr<Real>();
+    params.num_batches_tracked = num_batches_tracked.has_value()
+                                     ? reinterpret_cast<int64*>(num_batches_tracked->mutable_data_ptr<int64_t>())
+                                     : nullptr;
+    backend.launch(params);
+  });
+}
+
+template <class Backend>
 std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const Tensor& x_seq,
                                                const Tensor& coefficients, const Tensor& statistics,
                                                const Tensor& grad_gain, const Tensor& grad_bias,
@@ -107,12 +141,15 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const T
   with_scalar(x_seq.scalar_type(), [&](auto scalar) {
     using Scalar = decltype(scalar);
     using Real = Real_t<Scalar>;
-    const Checked<Real> given_coefficients(coefficients, {kNumCoefficients, shape.channels}, x_seq, "coefficients");
+    const at::DimVector by_channel = channel_sizes(layout);
+    at::DimVector sizes = {kNumCoefficients};
+    sizes.append(by_channel);
+    const Checked<Real> given_coefficients(coefficients, sizes, x_seq, "coefficients");
     const Checked<double> given_statistics(statistics, {shape.channels, 3}, x_seq, "statistics");
-    const Checked<Real> own_gain(grad_gain, {shape.channels}, x_seq, "grad_gain");
-    const Checked<Real> own_bias(grad_bias, {shape.channels}, x_seq, "grad_bias");
-    const Checked<Real> all_gain(total_grad_gain, {shape.channels}, x_seq, "total_grad_gain");
-    const Checked<Real> all_bias(total_grad_bias, {shape.channels}, x_seq, "total_grad_bias");
+    const Checked<Real> own_gain(grad_gain, by_channel, x_seq, "grad_gain");
+    const Checked<Real> own_bias(grad_bias, by_channel, x_seq, "grad_bias");
+    const Checked<Real> all_gain(total_grad_gain, by_channel, x_seq, "total_grad_gain");
+    const Checked<Real> all_bias(total_grad_bias, by_channel, x_seq, "total_grad_bias");
     const Tensor adjoint = at::empty({2, shape.channels}, real);
     AdjointParams<Real> params{};
     params.moments = as_moments(given_statistics.data());
@@ -144,6 +181,7 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const T
 template <class Backend>
 void implement_batch_norm(torch::Library& m) {
   m.impl("batch_norm_coefficients", batch_norm_coefficients<Backend>);
+  m.impl("batch_norm_update", batch_norm_update<Backend>);
   m.impl("batch_norm_backward", batch_norm_backward<Backend>);
 }
 

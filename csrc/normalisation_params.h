@@ -108,6 +108,29 @@ struct CoefficientsParams {
   }
 };
 
+// A call in training replaces a share of the running statistics, which are updated in place.
+template <class Real>
+struct RunningParams {
+  const Real* coefficients;  // [kNumCoefficients, channels]
+  int64 channels;
+  Real momentum;
+  Real *running_mean, *running_var;  // [channels]
+  int64* num_batches_tracked;        // null: not counted
+
+  ASGL_HOST_DEVICE void update(int64 channel) const {
+    replace(running_mean[channel], coefficients[kCoefficientMean * channels + channel]);
+    replace(running_var[channel], coefficients[kCoefficientVariance * channels + channel]);
+    if (channel == 0 && num_batches_tracked != nullptr) ++*num_batches_tracked;
+  }
+
+ private:
+  // torch.lerp has the same two cases, so that a share of 1 leaves nothing.
+  ASGL_HOST_DEVICE void replace(Real& running, Real value) const {
+    const Real distance = value - running;
+    running = momentum < Real(0.5) ? running + momentum * distance : value - distance * (Real(1) - momentum);
+  }
+};
+
 template <class Real>
 struct AdjointParams {
   const Moments* moments;    // [channels]

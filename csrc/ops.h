@@ -53,8 +53,8 @@ inline int64_t checkpoint_stride(const SequenceShape& shape) {
   return (shape.steps - 1) / kCheckpointSteps * shape.neurons();
 }
 
-// There are two more than are written: shapes that a tracer can prove to be neither 0 nor 1 need no guard on the number
-// of steps.
+// There are two zeros more than are needed: shapes that a tracer can prove to be neither 0 nor 1 need no guard on the
+// number of steps.
 inline int64_t checkpoint_elements(const SequenceShape& shape) { return kStateMembers * checkpoint_stride(shape) + 2; }
 
 inline at::ScalarType real_type(const Tensor& x_seq) {
@@ -64,7 +64,8 @@ inline at::ScalarType real_type(const Tensor& x_seq) {
 // asgl_cuda/reference.py packs options into lists, as the fields of its Rules and Numbers; here the same fields stand
 // in the same order.
 struct Rules {
-  int64_t surrogate, hard_reset, strict_threshold, scale_output, detach_reset, analog_below, time_dim;
+  int64_t surrogate, hard_reset, strict_threshold, scale_output, detach_reset, log_width, logit_decay, analog_below,
+      time_dim;
 };
 struct Numbers {
   double constants[kNumParameters];  // in the order of ParameterId, 0 where the parameter is a tensor
@@ -116,9 +117,14 @@ class Call {
         parameters_[id].emplace(*parameter, layout_);
       }
     }
+    for (const auto& [id, learned] : {std::pair(kWidth, rules_.log_width), std::pair(kDecay, rules_.logit_decay)}) {
+      TORCH_CHECK_VALUE(learned == 0 || (parameters_[id].has_value() && !parameters_[id]->per_step()),
+                        "asgl_cuda: a logarithm of the width and a logit of the decay are tensors without steps");
+    }
   }
 
   const Layout& layout() const { return layout_; }
+  bool has_parameter(int id) const { return parameters_[id].has_value(); }
   const ParameterTensor& parameter(int id) const { return *parameters_[id]; }
   at::TensorOptions real_options() const { return x_seq_.options().dtype(real_type(x_seq_)); }
 
@@ -133,7 +139,9 @@ class Call {
                       rules_.hard_reset != 0,
                       rules_.strict_threshold != 0,
                       rules_.scale_output != 0,
-                      rules_.detach_reset != 0};
+                      rules_.detach_reset != 0,
+                      rules_.log_width != 0,
+                      rules_.logit_decay != 0};
     params.noise = {
         rng_state_.has_value() ? reinterpret_cast<const int64*>(rng_state_->const_data_ptr<int64_t>()) : nullptr,
         static_cast<uint32>(rules_.analog_below)};
@@ -146,6 +154,12 @@ class Call {
     if (parameters_[id].has_value()) return parameters_[id]->view<Real>();
     const int64 neurons = layout_.shape().neurons();
     return {nullptr, static_cast<Real>(numbers_.constants[id]), 0, neurons, 1};
+  }
+
+  // What is left between partial sums and the gradient of a parameter.
+  Derivative derivative(int id) const {
+    if (id == kWidth) return rules_.log_width != 0 ? Derivative::kOfLogWidth : Derivative::kOfWidth;
+    return id == kDecay && rules_.logit_decay != 0 ? Derivative::kOfLogitDecay : Derivative::kNone;
   }
 
   void check_real(const Tensor& tensor, const char* name) const {
@@ -180,55 +194,58 @@ void with_scalar(at::ScalarType type, F&& f) {
   }
 }
 
+// Returns those that are wanted.
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lif_forward(const Tensor& x_seq, const OptionalTensor& v_init,
-                                                               const OptionalTensor& rng_state,
-                                                               const c10::List<OptionalTensor>& parameters,
-                                                               at::ArrayRef<double> numbers, at::IntArrayRef rules,
-                                                               std::array<bool, 4> wanted) {
+std::vector<Tensor> lif_forward(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state,
+                                const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> numbers,
+                                at::IntArrayRef rules, std::array<bool, 4> wanted) {
   const Call call(x_seq, v_init, rng_state, parameters, numbers, rules);
   const auto [wants_v_last, wants_v_seq, wants_h_seq, wants_checkpoints] = wanted;
   const Backend backend(x_seq);
   const Layout& layout = call.layout();
   const SequenceShape& shape = layout.shape();
   const at::TensorOptions real = call.real_options();
-  // An output that is not asked for is empty, and a tensor of its own: outputs of an operator may not share memory.
-  const auto none = [&] { return at::empty({0}, real); };
-  const Tensor s_seq = layout.empty_sequence(x_seq.options());
-  const Tensor v_last = wants_v_last ? layout.empty_state(real) : none();
-  const Tensor v_seq = wants_v_seq ? layout.empty_sequence(real) : none();
-  const Tensor h_seq = wants_h_seq ? layout.empty_sequence(real) : none();
-  const Tensor checkpoints = wants_checkpoints ? in_huge_pages(at::empty({checkpoint_elements(shape)}, real)) : none();
-  if (wants_checkpoints) checkpoints.narrow(0, checkpoints.numel() - 2, 2).zero_();
-  if (shape.neurons() > 0) {
-    with_scalar(x_seq.scalar_type(), [&](auto scalar) {
-      using Scalar = decltype(scalar);
-      using Real = Real_t<Scalar>;
-      ForwardParams<Scalar> params{};
-      call.fill(params);
-      params.s_seq = pointer<Scalar>(s_seq);
-      params.last.v = pointer<Real>(v_last);
-      params.v_seq = pointer<Real>(v_seq);
-      params.h_seq = pointer<Real>(h_seq);
-      params.checkpoints = members_in(pointer<Real>(checkpoints), checkpoint_stride(shape));
-      backend.cut(params);
-      backend.launch(params);
-    });
+  std::vector<Tensor> results;
+  const auto keep = [&](Tensor result) {
+    results.push_back(result);
+    return result;
+  };
+  const Tensor s_seq = keep(layout.empty_sequence(x_seq.options()));
+  const Tensor v_last = wants_v_last ? keep(layout.empty_state(real)) : Tensor();
+  const Tensor v_seq = wants_v_seq ? keep(layout.empty_sequence(real)) : Tensor();
+  const Tensor h_seq = wants_h_seq ? keep(layout.empty_sequence(real)) : Tensor();
+  const Tensor checkpoints =
+      wants_checkpoints ? keep(in_huge_pages(at::empty({checkpoint_elements(shape)}, real))) : Tensor();
+  if (shape.neurons() == 0) {
+    if (wants_checkpoints) checkpoints.zero_();
+    return results;
   }
-  return {s_seq, v_last, v_seq, h_seq, checkpoints};
+  with_scalar(x_seq.scalar_type(), [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    using Real = Real_t<Scalar>;
+    ForwardParams<Scalar> params{};
+    call.fill(params);
+    params.s_seq = pointer<Scalar>(s_seq);
+    params.last.v = pointer<Real>(v_last);
+    params.v_seq = pointer<Real>(v_seq);
+    params.h_seq = pointer<Real>(h_seq);
+    params.checkpoints = members_in(pointer<Real>(checkpoints), checkpoint_stride(shape));
+    if (wants_checkpoints) params.zeros = pointer<Real>(checkpoints) + checkpoint_elements(shape) - 2;
+    backend.cut(params);
+    backend.launch(params);
+  });
+  return results;
 }
 
+// Returns those that are wanted.
 template <class Backend>
-std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(const c10::List<OptionalTensor>& grads,
-                                                             const Tensor& x_seq, const OptionalTensor& v_init,
-                                                             const OptionalTensor& rng_state, const Tensor& checkpoints,
-                                                             const c10::List<OptionalTensor>& parameters,
-                                                             at::ArrayRef<double> numbers, at::IntArrayRef rules,
-                                                             std::array<bool, 2 + kNumParameters> wanted) {
+std::vector<Tensor> lif_backward(const c10::List<OptionalTensor>& grads, const Tensor& x_seq,
+                                 const OptionalTensor& v_init, const OptionalTensor& rng_state,
+                                 const Tensor& checkpoints, const c10::List<OptionalTensor>& parameters,
+                                 at::ArrayRef<double> numbers, at::IntArrayRef rules,
+                                 std::array<bool, 2 + kNumParameters> wanted) {
   const Call call(x_seq, v_init, rng_state, parameters, numbers, rules);
   TORCH_CHECK_VALUE(grads.size() == 4, "asgl_cuda: expected 4 gradients, got ", grads.size());
-  const bool wants_x_seq = wanted[0], wants_v_init = wanted[1];
-  const auto wants_parameter = [&](int id) { return wanted[2 + id] && parameters.get(id).has_value(); };
   const Backend backend(x_seq);
   const Layout& layout = call.layout();
   const SequenceShape& shape = layout.shape();
@@ -236,60 +253,69 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(const c10::List<Opt
   TORCH_CHECK_VALUE(checkpoints.scalar_type() == real_type(x_seq) && checkpoints.is_contiguous() &&
                         checkpoints.numel() == checkpoint_elements(shape),
                     "asgl_cuda: checkpoints do not belong to this x_seq");
-  const auto sequence = [&](const OptionalTensor& grad, at::ScalarType type) -> OptionalTensor {
+  const auto given = [&](int which, at::ScalarType type) -> OptionalTensor {
+    const OptionalTensor grad = grads[which];
     if (!grad.has_value()) return std::nullopt;
-    return layout.match_sequence(grad->to(type));
+    const Tensor typed = grad->to(type);
+    return which == 1 ? layout.match_state(typed) : layout.match_sequence(typed);
   };
-  const OptionalTensor grad_s_seq = sequence(grads[0], x_seq.scalar_type());
-  const OptionalTensor given_v_last = grads[1];
-  const OptionalTensor grad_v_last =
-      given_v_last.has_value() ? OptionalTensor(layout.match_state(given_v_last->to(real_type(x_seq)))) : std::nullopt;
-  const OptionalTensor grad_v_seq = sequence(grads[2], real_type(x_seq));
-  const OptionalTensor grad_h_seq = sequence(grads[3], real_type(x_seq));
+  const OptionalTensor grad_s_seq = given(0, x_seq.scalar_type()), grad_v_last = given(1, real_type(x_seq));
+  const OptionalTensor grad_v_seq = given(2, real_type(x_seq)), grad_h_seq = given(3, real_type(x_seq));
 
-  const Tensor grad_x_seq = wants_x_seq ? layout.empty_sequence(x_seq.options()) : at::empty({0}, x_seq.options());
-  const Tensor grad_v_init = wants_v_init ? layout.empty_state(real) : at::empty({0}, real);
-  std::vector<Tensor> grad_parameters;
+  const Tensor grad_x_seq = wanted[0] ? layout.empty_sequence(x_seq.options()) : Tensor();
+  const Tensor grad_v_init = wanted[1] ? layout.empty_state(real) : Tensor();
+  std::vector<Tensor> results;
+  if (wanted[0]) results.push_back(grad_x_seq);
+  if (wanted[1]) results.push_back(grad_v_init);
+  std::vector<int> ids;
+  std::vector<Tensor> sums;  // [steps or 1, count] of each
   for (int id = 0; id < kNumParameters; ++id) {
-    grad_parameters.push_back(wants_parameter(id) ? call.parameter(id).empty_gradient() : at::empty({0}, real));
+    if (!wanted[2 + id] || !call.has_parameter(id)) continue;
+    ids.push_back(id);
+    sums.push_back(call.parameter(id).empty_gradient());
   }
   if (shape.neurons() == 0) {
-    for (int id = 0; id < kNumParameters; ++id) {
-      if (!wants_parameter(id)) continue;
-      grad_parameters[id] = call.parameter(id).gradient_in_own_shape(grad_parameters[id].zero_());
-    }
-    return {grad_x_seq, grad_v_init, grad_parameters};
+    for (const Tensor& sum : sums) sum.zero_();
+  } else {
+    with_scalar(x_seq.scalar_type(), [&](auto scalar) {
+      using Scalar = decltype(scalar);
+      using Real = Real_t<Scalar>;
+      BackwardParams<Scalar> params{};
+      call.fill(params);
+      params.grad_s_seq = const_pointer<Scalar>(grad_s_seq);
+      params.grad_last.v = const_pointer<Real>(grad_v_last);
+      params.grad_v_seq = const_pointer<Real>(grad_v_seq);
+      params.grad_h_seq = const_pointer<Real>(grad_h_seq);
+      params.checkpoints = members_in(const_pointer<Real>(checkpoints), checkpoint_stride(shape));
+      params.grad_x_seq = pointer<Scalar>(grad_x_seq);
+      params.grad_init.v = pointer<Real>(grad_v_init);
+      backend.cut(params);
+      int64_t elements = 0;
+      for (const int id : ids) {
+        const auto& view = params.parameters[id];
+        params.partials[id].slots = shape.neurons() / view.inner + params.tiles.count;
+        elements += (view.step_stride != 0 ? shape.steps : 1) * params.partials[id].slots;
+      }
+      const Tensor partials = elements > 0 ? in_huge_pages(at::empty({elements}, real)) : Tensor();
+      Real* free = pointer<Real>(partials);
+      GradientSum<Real> sum{shape, params.tiles.tile, static_cast<int>(ids.size()), {}};
+      for (size_t i = 0; i < ids.size(); ++i) {
+        const int id = ids[i];
+        const auto& view = params.parameters[id];
+        params.partials[id].data = free;
+        free += (view.step_stride != 0 ? shape.steps : 1) * params.partials[id].slots;
+        sum.parts[i] = {params.partials[id], view, call.derivative(id), false, 0, pointer<Real>(sums[i])};
+      }
+      backend.launch(params);
+      if (sum.count == 0) return;
+      backend.cut(sum);
+      backend.launch(sum);
+    });
   }
-  with_scalar(x_seq.scalar_type(), [&](auto scalar) {
-    using Scalar = decltype(scalar);
-    using Real = Real_t<Scalar>;
-    BackwardParams<Scalar> params{};
-    call.fill(params);
-    params.grad_s_seq = const_pointer<Scalar>(grad_s_seq);
-    params.grad_last.v = const_pointer<Real>(grad_v_last);
-    params.grad_v_seq = const_pointer<Real>(grad_v_seq);
-    params.grad_h_seq = const_pointer<Real>(grad_h_seq);
-    params.checkpoints = members_in(const_pointer<Real>(checkpoints), checkpoint_stride(shape));
-    params.grad_x_seq = pointer<Scalar>(grad_x_seq);
-    params.grad_init.v = pointer<Real>(grad_v_init);
-    backend.cut(params);
-    Tensor partials[kNumParameters];
-    for (int id = 0; id < kNumParameters; ++id) {
-      if (!wants_parameter(id)) continue;
-      const auto& view = params.parameters[id];
-      const int64 slots = shape.neurons() / view.inner + params.tiles.count;
-      partials[id] = in_huge_pages(at::empty({view.step_stride != 0 ? shape.steps : 1, slots}, real));
-      params.partials[id] = {pointer<Real>(partials[id]), slots};
-    }
-    backend.launch(params);
-    for (int id = 0; id < kNumParameters; ++id) {
-      if (!wants_parameter(id)) continue;
-      backend.launch(GradientSum<Real>{params.partials[id], params.parameters[id], shape, params.tiles.tile,
-                                       id == kWidth, pointer<Real>(grad_parameters[id])});
-      grad_parameters[id] = call.parameter(id).gradient_in_own_shape(grad_parameters[id]);
-    }
-  });
-  return {grad_x_seq, grad_v_init, grad_parameters};
+  for (size_t i = 0; i < ids.size(); ++i) {
+    results.push_back(call.parameter(ids[i]).gradient_in_own_shape(sums[i]));
+  }
+  return results;
 }
 
 // Draws (seed, offset) from the default generator of the device. It is an operator of its own, so that a compiled graph

@@ -291,8 +291,12 @@ def kernels_asked_for() -> list[str]:
     """The name of every kernel that the launchers in Python can ask for."""
     names = []
     for real in (torch.float32, torch.float64):
-        names += [launch.gradient_sum_kernel(real, whole) for whole in (False, True)]
-        names += [normalisation_kernels.coefficients_kernel(real), normalisation_kernels.adjoint_kernel(real)]
+        names += [
+            launch.gradient_sum_kernel(real),
+            normalisation_kernels.coefficients_kernel(real),
+            normalisation_kernels.running_kernel(real),
+            normalisation_kernels.adjoint_kernel(real),
+        ]
     for dtype in launch.SCALARS:
         for lanes in (1,) if dtype == torch.float64 else (1, 4):
             names += [
@@ -300,7 +304,7 @@ def kernels_asked_for() -> list[str]:
                 normalisation_kernels.input_gradient_kernel(dtype, lanes),
             ]
     for dtype, surrogate, hard in product(launch.SCALARS, range(len(SURROGATES)), (False, True)):
-        kinds = dtype, launch.model(Rules(surrogate, int(hard), 0, 0, 0, 0, 0))
+        kinds = dtype, launch.model(Rules(surrogate, int(hard), 0, 0, 0, 0, 0, 0, 0))
         names += [launch.forward_kernel(*kinds, 1, launch.GENERAL), launch.backward_kernel(*kinds, 1, launch.GENERAL)]
         if dtype == torch.float64:
             continue

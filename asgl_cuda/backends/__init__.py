@@ -20,6 +20,7 @@ class Operators(NamedTuple):
     lif_forward: Callable[..., ops.ForwardResult]
     lif_backward: Callable[..., ops.BackwardResult]
     batch_norm_coefficients: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    batch_norm_update: Callable[..., None]
     batch_norm_backward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 

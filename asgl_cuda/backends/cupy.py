@@ -33,7 +33,7 @@ HEADER = "cuda/normalisation_kernels.cuh"  # includes the kernels of the neuron
 # compilation.py gives nvcc the same: there is no contraction, so that every backend rounds alike.
 OPTIONS = ("--std=c++17", "--fmad=false")
 # The smallest kernel: if it can be compiled and loaded, everything is there.
-PROBE = neuron_kernels.gradient_sum_kernel(torch.float32, False)
+PROBE = neuron_kernels.gradient_sum_kernel(torch.float32)
 
 logger = logging.getLogger("asgl_cuda")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..layout import CHECKPOINT_STEPS, Layout, ParameterTensor, checkpoint_elements, real_type
-from ..ops import BackwardResult, ForwardResult, empty_gradients, empty_outputs
+from ..ops import BackwardResult, ForwardResult, empty_gradients, empty_outputs, in_their_places
 from ..reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules
 from .structures import constant, structure
 
@@ -66,8 +66,8 @@ def backward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, step
     return f"asgl::lif_backward_uniform_kernel<{kinds}, {segment}, {_input(input)}>"
 
 
-def gradient_sum_kernel(real: torch.dtype, whole_block: bool) -> str:
-    return f"asgl::gradient_sum_kernel<{SCALARS[real]}, {_bool(whole_block)}>"
+def gradient_sum_kernel(real: torch.dtype) -> str:
+    return f"asgl::gradient_sum_kernel<{SCALARS[real]}>"
 
 
 def blocks_for(work: int, per_block: int) -> int:
@@ -136,6 +136,13 @@ class _Call:
         self.x_seq, self.rng_state = x_seq, rng_state
         self.v_init = None if v_init is None else layout.dense_state(v_init)
         self.tensors = Parameters(*(None if each is None else ParameterTensor(each, layout) for each in parameters))
+        for learned, tensor in (
+            (self.rules.log_width, self.tensors.width), (self.rules.logit_decay, self.tensors.decay)
+        ):  # fmt: skip
+            if learned and (tensor is None or tensor.step_stride):
+                raise ValueError(
+                    "asgl_cuda: a logarithm of the width and a logit of the decay are tensors without steps"
+                )
         given = {**Numbers(*numbers)._asdict(), **self.rules._asdict()}
         self.views = Parameters(*(self._view(tensor, given[name]) for name, tensor in self.tensors._asdict().items()))
         options = structure("NeuronOptions", self.real)
@@ -147,6 +154,12 @@ class _Call:
             return view(constant=number, inner=self.layout.neurons, count=1)
         inner, count = parameter.inner, parameter.count
         return view(parameter.data.data_ptr(), step_stride=parameter.step_stride, inner=inner, count=count)
+
+    def derivative(self, name: str) -> str:
+        """The enumerator of csrc's Derivative: what is left between partial sums and the gradient of a parameter."""
+        if name == "width":
+            return "kOfLogWidth" if self.rules.log_width else "kOfWidth"
+        return "kOfLogitDecay" if name == "decay" and self.rules.logit_decay else "kNone"
 
     def params(self, name: str, tiles: tuple[int, int], **others: Any) -> Structure:
         """The structure of this name, with the fields that both kernels have and others."""
@@ -197,17 +210,22 @@ class NeuronOperators(KernelOperators):
     def lif_forward(self, x_seq: Tensor, *others: Any) -> ForwardResult:
         *shared, wanted = others
         call = _Call(x_seq, *shared)
-        outputs = s_seq, v_last, v_seq, h_seq, checkpoints = empty_outputs(x_seq, call.rules.time_dim, wanted)
-        if checkpoints.numel():
-            checkpoints[-2:].zero_()
+        outputs = empty_outputs(x_seq, call.rules.time_dim, wanted)
+        s_seq, v_last, v_seq, h_seq, checkpoints = in_their_places(outputs, (True, *wanted))
         if call.layout.neurons:
             lanes, tiles = call.cut(self.launcher, *outputs)
-            input = GENERAL if v_seq.numel() or h_seq.numel() else call.input(lanes)
+            input = GENERAL if v_seq is not None or h_seq is not None else call.input(lanes)
+            zeros = 0
+            if checkpoints is not None:
+                zeros = address_of(checkpoints) + (checkpoints.numel() - 2) * checkpoints.element_size()
             params = call.params(
-                "ForwardParams", tiles, s_seq=s_seq, last=v_last, v_seq=v_seq, h_seq=h_seq, checkpoints=checkpoints
-            )
+                "ForwardParams", tiles, s_seq=s_seq, last=v_last, v_seq=v_seq, h_seq=h_seq, checkpoints=checkpoints,
+                zeros=zeros,
+            )  # fmt: skip
             kernel = forward_kernel(x_seq.dtype, call.model, lanes, input)
             self.start(x_seq.device, kernel, params.tiles.count, params)
+        elif checkpoints is not None:
+            checkpoints.zero_()
         return outputs
 
     def lif_backward(self, grads: Sequence[Tensor | None], x_seq: Tensor, *others: Any) -> BackwardResult:
@@ -222,11 +240,12 @@ class NeuronOperators(KernelOperators):
             for grad, laid, dtype in zip(grads, dense, (x_seq.dtype, real, real, real), strict=True)
         ]
         laid_out = [None if each is None else each.data for each in call.tensors]
-        grad_x_seq, grad_v_init, gradients = empty_gradients(x_seq, time_dim, laid_out, wanted)
-        _, _, *wants_parameters = wanted
+        wants_x_seq, wants_v_init, *wants_parameters = wanted
         asked = Parameters(
             *(wants and each is not None for wants, each in zip(wants_parameters, laid_out, strict=True))
         )
+        results = empty_gradients(x_seq, time_dim, laid_out, wanted)
+        grad_x_seq, grad_v_init, *gradients = in_their_places(results, (wants_x_seq, wants_v_init, *asked))
         if layout.neurons:
             lanes, tiles = call.cut(self.launcher, *grads, checkpoints, grad_x_seq, grad_v_init)
             tile, blocks = tiles
@@ -247,27 +266,33 @@ class NeuronOperators(KernelOperators):
             input = GENERAL if general else call.input(lanes)
             kernel = backward_kernel(x_seq.dtype, call.model, lanes, input, layout.steps)
             self.start(x_seq.device, kernel, blocks, params)
-            for name, each, view, gradient in zip(Parameters._fields, partials, call.views, gradients, strict=True):
-                if getattr(asked, name):
-                    self._sum(call, each, view, tile, name == "width", gradient)
-        elif any(asked):
+            self._sum(call, partials, tile, gradients)
+        else:
             for gradient in gradients:
-                gradient.zero_()
-        return grad_x_seq, grad_v_init, [
-            gradient if tensor is None or not each else tensor.gradient_in_own_shape(gradient)
-            for tensor, each, gradient in zip(call.tensors, asked, gradients, strict=True)
-        ]  # fmt: skip
+                if gradient is not None:
+                    gradient.zero_()
+        front = [each for each in (grad_x_seq, grad_v_init) if each is not None]
+        return front + [
+            tensor.gradient_in_own_shape(gradient)
+            for tensor, gradient in zip(call.tensors, gradients, strict=True)
+            if tensor is not None and gradient is not None
+        ]
 
-    def _sum(
-        self, call: _Call, partials: tuple[int, int], view: Structure, tile: int, is_width: bool, gradient: Tensor
-    ) -> None:
-        """Sums up partial sums to the gradient: a thread for each element, or a block where each has many slots."""
-        params = filled(
-            "GradientSum", call.real, partials=partials, parameter=view, shape=call.layout.shape, tile=tile,
-            is_width=is_width, gradient=gradient,
-        )  # fmt: skip
-        most_tiles = (view.inner + tile - 2) // tile + 1
-        whole_block = call.layout.neurons // (view.inner * view.count) * most_tiles >= constant("kManySlots")
-        elements, threads = gradient.numel(), constant("kSumThreads")
-        blocks = elements if whole_block else blocks_for(elements, threads)
-        self.start(call.x_seq.device, gradient_sum_kernel(call.real, whole_block), blocks, params, threads)
+    def _sum(self, call: _Call, partials: Sequence[Any], tile: int, gradients: Sequence[Tensor | None]) -> None:
+        """Sums up partial sums to the gradients: a thread for each element, or a block where each has many slots."""
+        threads, part = constant("kSumThreads"), structure("GradientPart", call.real)
+        parts = []
+        for name, partial, view, gradient in zip(Parameters._fields, partials, call.views, gradients, strict=True):
+            if gradient is not None:
+                most_tiles = (view.inner + tile - 2) // tile + 1
+                slots = call.layout.neurons // (view.inner * view.count) * most_tiles
+                block_each = slots >= constant("kManySlots")
+                blocks = gradient.numel() if block_each else blocks_for(gradient.numel(), threads)
+                derivative = constant(f"Derivative::{call.derivative(name)}")
+                parts.append(part(partial, view, derivative, block_each, blocks, address_of(gradient)))
+        if parts:
+            params = filled(
+                "GradientSum", call.real, shape=call.layout.shape, tile=tile, count=len(parts), parts=tuple(parts)
+            )
+            blocks = sum(each.blocks for each in parts)
+            self.start(call.x_seq.device, gradient_sum_kernel(call.real), blocks, params, threads)

@@ -23,6 +23,10 @@ def coefficients_kernel(real: torch.dtype) -> str:
     return f"asgl::batch_norm_coefficients_kernel<{SCALARS[real]}>"
 
 
+def running_kernel(real: torch.dtype) -> str:
+    return f"asgl::batch_norm_running_kernel<{SCALARS[real]}>"
+
+
 def adjoint_kernel(real: torch.dtype) -> str:
     return f"asgl::batch_norm_adjoint_kernel<{SCALARS[real]}>"
 
@@ -59,6 +63,11 @@ def channel_tiles(shape: tuple[int, int, int], x_seq: Tensor, grad_x_seq: Tensor
     )  # fmt: skip
 
 
+def _by_channel(x_seq: Tensor, channels: int, time_dim: int) -> list[int]:
+    """The shape of one value a channel that broadcasts against x_seq."""
+    return [channels] + [1] * (x_seq.dim() - 1 - channel_dim(time_dim))
+
+
 def _slots(tiles: Structure) -> int:
     return int(tiles.splits * tiles.tiles_per_channel)
 
@@ -76,7 +85,8 @@ class NormalisationOperators(KernelOperators):
         real = real_type(x_seq.dtype)
         if (mean is None) != (variance is None):
             raise ValueError("asgl_cuda: mean and variance come together")
-        coefficients = x_seq.new_empty((constant("kNumCoefficients"), channels), dtype=real)
+        by_channel = _by_channel(x_seq, channels, time_dim)
+        coefficients = x_seq.new_empty((constant("kNumCoefficients"), *by_channel), dtype=real)
         total = x_seq.new_empty((channels, 3), dtype=torch.float64)
         if channels == 0:
             return coefficients, total
@@ -101,6 +111,30 @@ class NormalisationOperators(KernelOperators):
         self.start(x_seq.device, coefficients_kernel(real), channels, params)
         return coefficients, total
 
+    def batch_norm_update(
+        self,
+        running_mean: Tensor,
+        running_var: Tensor,
+        num_batches_tracked: Tensor | None,
+        coefficients: Tensor,
+        momentum: float,
+    ) -> None:
+        real, device = coefficients.dtype, coefficients.device
+        channels = coefficients.shape[1]
+        for running in (running_mean, running_var):
+            if not running.is_contiguous():
+                raise ValueError("asgl_cuda: running statistics must be contiguous")
+            _dense(running, [channels], real, coefficients)
+        if num_batches_tracked is not None:
+            _dense(num_batches_tracked, [], torch.int64, coefficients)
+        if channels == 0:
+            return
+        params = filled(
+            "RunningParams", real, coefficients=coefficients.contiguous(), channels=channels, momentum=momentum,
+            running_mean=running_mean, running_var=running_var, num_batches_tracked=num_batches_tracked,
+        )  # fmt: skip
+        self.start(device, running_kernel(real), blocks_for(channels, constant("kBlockThreads")), params)
+
     def batch_norm_backward(self, grad_x_seq: Tensor, x_seq: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         coefficients, statistics, *sums, eps, input_scale, time_dim = others
         layout = Layout(x_seq, time_dim)
@@ -117,9 +151,10 @@ class NormalisationOperators(KernelOperators):
         grad_weight, grad_shift = (x_seq.new_empty(channels, dtype=real) for _ in range(2))
         if channels == 0:
             return grad_weight, grad_shift
-        coefficients = _dense(coefficients, [constant("kNumCoefficients"), channels], real, x_seq)
+        by_channel = _by_channel(x_seq, channels, time_dim)
+        coefficients = _dense(coefficients, [constant("kNumCoefficients"), *by_channel], real, x_seq)
         moments = _dense(statistics, [channels, 3], torch.float64, x_seq)
-        gain, bias, total_gain, total_bias = (_dense(each, [channels], real, x_seq) for each in sums)
+        gain, bias, total_gain, total_bias = (_dense(each, by_channel, real, x_seq) for each in sums)
         adjoint = x_seq.new_empty((2, channels), dtype=real)
         params = filled(
             "AdjointParams", real, moments=moments, coefficients=coefficients, channels=channels, grad_gain=gain,
@@ -157,6 +192,7 @@ def operators_on(launcher: Launcher) -> dict[str, Callable[..., Any]]:
         "lif_forward": neuron.lif_forward,
         "lif_backward": neuron.lif_backward,
         "batch_norm_coefficients": normalisation.batch_norm_coefficients,
+        "batch_norm_update": normalisation.batch_norm_update,
         "batch_norm_backward": normalisation.batch_norm_backward,
     }
 

@@ -88,7 +88,8 @@ def _structure(name: str, argument: Any) -> type[Structure]:
     fields = [*_structure(base, argument)._fields_] if base else []
     while "{" in body:  # of a function, or of an initial value
         body = re.sub(r"\{[^{}]*\}", ";", body)
-    for member in re.sub(r"\b(private|public):|\bconst\b| = [^,;]*", "", body).split(";"):
+    body = re.sub(r"\b(private|public):|\bconst\b| = [^,;]*", "", body).replace("\n", " ")
+    for member in body.split(";"):
         if "(" in member or re.match(r"\s*(using |static |$)", member):
             continue
         kind, declarators = re.findall(r"^\s*(\w+(?:<.*>)?)(.*)$", member)[0]

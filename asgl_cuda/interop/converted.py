@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..functional import LIFOutput, lif
-from ..layer import Noisy, bounded, give_dimension
+from ..layer import Noisy, give_dimension
+from ..learned import Logarithm
 from .identify import SpikeFunction
 
 
@@ -110,7 +111,7 @@ class Converted(Overlay, Noisy):
     @property
     def width(self) -> Tensor | float:
         """The width of the surrogate, in units of the input: a tensor of one value if learned."""
-        return self.settings.spike.width if self.log_width is None else bounded(self.log_width).exp()
+        return self.settings.spike.width if self.log_width is None else Logarithm(self.log_width).value()
 
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         """Takes up the settings of a conversion."""
@@ -138,7 +139,7 @@ class Converted(Overlay, Noisy):
                 options[name] = value.to(x_seq.device) if is_number else value
         result = self.compute(
             _floating(x_seq),
-            width=self.width,
+            width=self.width if self.log_width is None else Logarithm(self.log_width),
             surrogate=self.settings.spike.surrogate,
             surrogate_gain=self.settings.spike.gain,
             strict_threshold=self.settings.spike.strict,

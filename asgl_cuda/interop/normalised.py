@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..batch_norm import module_batch_norm_lif
-from ..functional import LIFOutput
+from ..batch_norm import NEURON_DEFAULTS, module_batch_norm_lif
+from ..functional import Arguments, LIFOutput
 from ..layout import channel_dim, real_type
 from .converted import Overlay, bare_class, overlaid
 
@@ -105,6 +105,7 @@ class Normalised(Overlay):
         time_dim: int = 0,
         input_gain: Tensor | float = 1.0,
         input_bias: Tensor | float = 0.0,
+        update: bool = True,
         **options: Any,
     ) -> Tensor | LIFOutput:
         """`asgl_cuda.batch_norm_lif` of input_gain y + input_bias, with y the normalised input."""
@@ -114,9 +115,9 @@ class Normalised(Overlay):
                 f"asgl_cuda.fuse: {self.original.__name__} computes the {bare_class(norm).__name__} that was at "
                 f"{at_norm.path}, which is not there any more, and would normalise a second time: {_REMEDY}"
             )
-        weight, bias = norm.weight, norm.bias
+        weight, bias, input_scale = norm.weight, norm.bias, 1.0
         if isinstance(input_gain, float) and input_bias == 0.0:
-            options["input_scale"] = input_gain
+            input_scale = input_gain
         else:
             place = x_seq.dim() - channel_dim(time_dim % x_seq.dim())
             gain, shift = (self._of_channels(value, place, x_seq) for value in (input_gain, input_bias))
@@ -124,12 +125,14 @@ class Normalised(Overlay):
             bias = shift if bias is None else gain * bias.to(gain.dtype) + shift
         # None: this process alone.
         group = (norm.process_group or "world") if isinstance(norm, nn.SyncBatchNorm) else None
+        given = Arguments(**{**NEURON_DEFAULTS, "time_dim": time_dim, **options})
         return module_batch_norm_lif(
-            norm, x_seq, weight=weight, bias=bias, process_group=group, time_dim=time_dim, **options
-        )
+            norm, x_seq, given=given, weight=weight, bias=bias, update=update, input_scale=input_scale,
+            process_group=group,
+        )  # fmt: skip
 
-    def _lif(self, x_seq: Tensor, time_dim: int, **options: Any) -> Tensor | LIFOutput:
-        return self.compute(x_seq, input_gain=self.input_gain, **self._held(x_seq, time_dim), **options)
+    def _lif(self, x_seq: Tensor, update: bool = True, **options: Any) -> Tensor | LIFOutput:
+        return self.compute(x_seq, update=update, **self._given(x_seq, self.input_gain, **options)._asdict())
 
     def _of_channels(self, value: Tensor | float, place: int, x_seq: Tensor) -> Tensor:
         """The value as `[C]`; the channels are the dimension `place` from the last."""

@@ -44,6 +44,28 @@ ASGL_HOST_DEVICE void store(const State<Real>& state, const State<Real*>& rows, 
   for_each_member([=](Real value, Real* row) __attribute__((always_inline)) { row[i] = value; }, state, rows);
 }
 
+// Rows of a logarithm become rows of the width, and rows of a logit rows of the decay.
+template <class Real>
+struct ExpLoop {
+  struct Args {
+    Real* row;
+    int64 length;
+  };
+
+  static ASGL_HOST_DEVICE void run(Args args) {
+    for (int64 i = 0; i < args.length; ++i) args.row[i] = exp_within_bound(args.row[i]);
+  }
+};
+
+template <class Real>
+struct SigmoidLoop {
+  using Args = typename ExpLoop<Real>::Args;
+
+  static ASGL_HOST_DEVICE void run(Args args) {
+    for (int64 i = 0; i < args.length; ++i) args.row[i] = sigmoid_within_bound(args.row[i]);
+  }
+};
+
 template <class Real, class Model, class Neurons>
 struct StepLoop {
   struct Args {

@@ -38,7 +38,7 @@ void run_general(const ForwardParams<Scalar>& params) {
     Real *x_buffer = rows.take(), *s_buffer = rows.take(), *h_buffer = rows.take();
     State<Real*> state = take_state(rows), next = take_state(rows);
     TileNoise noise(params.noise);
-    TileNeurons<Real> neurons(params.parameters, kNumParameters);
+    TileNeurons<Real> neurons(params.parameters, params.options, kNumParameters);
     for (int64 index = begin; index < end; ++index) {
       const Tile tile(params.shape, index);
       load_state(params.init, tile.first, params.at_rest(), tile.length, state);
@@ -75,7 +75,7 @@ void run_settled(const ForwardParams<Scalar>& params) {
     Real *x_buffer = rows.take(), *s_buffer = rows.take();
     const State<Real*> state = take_state(rows);
     TileNoise noise(params.noise);
-    TileNeurons<Real> neurons(params.parameters, kInputGain);
+    TileNeurons<Real> neurons(params.parameters, params.options, kInputGain);
     TileInput<Real> input(params);
     for (int64 index = begin; index < end; ++index) {
       const Tile tile(params.shape, index);
@@ -166,7 +166,7 @@ void run_general(const BackwardParams<Scalar>& params) {
     Real* sums = rows.take(kNumParameters);
     std::fill_n(zeros, kTile, Real(0));
     TileNoise noise(params.noise);
-    TileNeurons<Real> neurons(params.parameters, kNumParameters);
+    TileNeurons<Real> neurons(params.parameters, params.options, kNumParameters);
     const auto row = [&](Real* of, int64 k) { return of + k * rows.stride(); };
     const auto state = [&](int64 k) {
       return map_members<Real*>([&](Real* of) { return row(of, k % states); }, state_rows);
@@ -269,7 +269,7 @@ void run_settled(const BackwardParams<Scalar>& params) {
     Real *x_buffer = rows.take(), *g_buffer = rows.take(), *dx_buffer = rows.take();
     std::fill_n(zeros, kTile, Real(0));
     TileNoise noise(params.noise);
-    TileNeurons<Real> neurons(params.parameters, kInputGain);
+    TileNeurons<Real> neurons(params.parameters, params.options, kInputGain);
     TileInput<Real> input(params);
     const auto state = [&](int64 k) {
       return map_members<Real*>([&](Real* of) { return of + k % states * rows.stride(); }, state_rows);
@@ -381,27 +381,27 @@ void run_model(Params params) {
 
 // Where a parameter is folded, the slots are added up in the order in which they lie in memory.
 template <class Real>
-void sum_folded(const GradientSum<Real>& sum) {
-  const int64 count = sum.parameter.count;
+void sum_folded(const GradientSum<Real>& sum, const GradientPart<Real>& part) {
+  const int64 count = part.parameter.count;
   std::vector<double> totals(static_cast<size_t>(count), 0.0);
   for (int64 index = 0; index < num_tiles(sum.shape); ++index) {
     const Tile tile(sum.shape, index);
-    const Real* slots = sum.partials.data + tile.first + index;
+    const Real* slots = part.partials.data + tile.first + index;
     const int64 used = std::min(count, tile.length), turn = tile.first % count,
                 before_turn = std::min(used, count - turn);
     run<AddLoop<Real>>({slots, totals.data() + turn, before_turn});
     run<AddLoop<Real>>({slots + before_turn, totals.data(), used - before_turn});
   }
-  for (int64 element = 0; element < count; ++element) sum.store(element, totals[static_cast<size_t>(element)]);
+  for (int64 element = 0; element < count; ++element) part.store(element, totals[static_cast<size_t>(element)]);
 }
 
 // Adds up the slots of neighbouring elements of the gradient in the order in which they lie in memory, and so each
-// element's in the order of GradientSum::sum_slots.
+// element's in the order of GradientPart::sum_slots.
 template <class Real>
-void sum_in_order(const GradientSum<Real>& sum, int64 element, int64 length) {
-  const ParameterView<Real>& parameter = sum.parameter;
+void sum_in_order(const GradientSum<Real>& sum, const GradientPart<Real>& part, int64 element, int64 length) {
+  const ParameterView<Real>& parameter = part.parameter;
   const int64 inner = parameter.inner, step = element / parameter.count, first = element % parameter.count;
-  const Real* slots = sum.partials.data + step * sum.partials.slots;
+  const Real* slots = part.partials.data + step * part.partials.slots;
   std::array<double, kTile> totals{};
   for (int64 run = first; run * inner < sum.shape.neurons(); run += parameter.count) {
     int64 tile = run * inner / sum.tile;
@@ -420,7 +420,7 @@ void sum_in_order(const GradientSum<Real>& sum, int64 element, int64 length) {
       tile += (tile + 1) * sum.tile == end;
     }
   }
-  for (int64 i = 0; i < length; ++i) sum.store(element + i, totals[i]);
+  for (int64 i = 0; i < length; ++i) part.store(element + i, totals[i]);
 }
 
 }  // namespace
@@ -439,8 +439,12 @@ void cut(LIFParams<Scalar>& params) {
   params.tiles = {kTile, num_tiles(params.shape)};
 }
 
+template <class Real>
+void cut(GradientSum<Real>&) {}
+
 template <class Scalar>
 void launch(const ForwardParams<Scalar>& params) {
+  if (params.zeros != nullptr) std::fill_n(params.zeros, 2, Real_t<Scalar>(0));
   run_model(params);
 }
 
@@ -451,15 +455,21 @@ void launch(const BackwardParams<Scalar>& params) {
 
 template <class Real>
 void launch(const GradientSum<Real>& sum) {
-  if (is_folded(sum.parameter)) return sum_folded(sum);
-  at::parallel_for(0, sum.elements(), 2048, [&](int64_t begin, int64_t end) {
-    const int64 count = sum.parameter.count;
-    for (int64 element = begin; element < end;) {
-      const int64 length = std::min({kTile, end - element, count - element % count});
-      sum_in_order(sum, element, length);
-      element += length;
+  for (int id = 0; id < sum.count; ++id) {
+    const GradientPart<Real>& part = sum.parts[id];
+    if (is_folded(part.parameter)) {
+      sum_folded(sum, part);
+      continue;
     }
-  });
+    at::parallel_for(0, part.elements(sum.shape), 2048, [&](int64_t begin, int64_t end) {
+      const int64 count = part.parameter.count;
+      for (int64 element = begin; element < end;) {
+        const int64 length = std::min({kTile, end - element, count - element % count});
+        sum_in_order(sum, part, element, length);
+        element += length;
+      }
+    });
+  }
 }
 
 template void cut(LIFParams<Half>&);
@@ -474,6 +484,8 @@ template void launch(const BackwardParams<Half>&);
 template void launch(const BackwardParams<BFloat16>&);
 template void launch(const BackwardParams<float>&);
 template void launch(const BackwardParams<double>&);
+template void cut(GradientSum<float>&);
+template void cut(GradientSum<double>&);
 template void launch(const GradientSum<float>&);
 template void launch(const GradientSum<double>&);
 

@@ -262,6 +262,11 @@ void launch(const CoefficientsParams<Real>& params) {
 }
 
 template <class Real>
+void launch(const RunningParams<Real>& params) {
+  for (int64 channel = 0; channel < params.channels; ++channel) params.update(channel);
+}
+
+template <class Real>
 void launch(const AdjointParams<Real>& params) {
   for (int64 channel = 0; channel < params.channels; ++channel) params.compute(channel);
 }
@@ -330,7 +335,9 @@ template void launch(const InputGradientParams<float>&);
 template void launch(const InputGradientParams<double>&);
 template void launch(const CoefficientsParams<float>&);
 template void launch(const CoefficientsParams<double>&);
+template void launch(const RunningParams<float>&);
 template void launch(const AdjointParams<float>&);
+template void launch(const RunningParams<double>&);
 template void launch(const AdjointParams<double>&);
 
 }  // namespace asgl::cpu

@@ -68,8 +68,11 @@ class TileNoise {
 template <class Real>
 class TileNeurons {
  public:
-  TileNeurons(const ParameterView<Real> (&parameters)[kNumParameters], int count)
-      : parameters_(parameters), count_(count), rows_(all_uniform(parameters, count) ? 0 : count, kTile) {
+  TileNeurons(const ParameterView<Real> (&parameters)[kNumParameters], const NeuronOptions<Real>& options, int count)
+      : parameters_(parameters),
+        options_(options),
+        count_(count),
+        rows_(all_uniform(parameters, count) ? 0 : count, kTile) {
     for (int id = 0; id < count; ++id) per_step_ = per_step_ || is_per_step(id);
     patterns_.fill({-1, -1});
   }
@@ -85,7 +88,8 @@ class TileNeurons {
           shared_ && (parameter.is_same_for_all() || tile.first % parameter.inner + tile.length <= parameter.inner);
     }
     if (shared_) {
-      values_ = neuron_of<Real>([&](ParameterId id) { return parameters_[id].at(tile.first, t); });
+      values_ =
+          neuron_of<Real>([&](ParameterId id) { return value_of(id, parameters_[id].at(tile.first, t), options_); });
     } else {
       for (int id = 0; id < count_; ++id) fill_row(id, tile, t);
     }
@@ -118,13 +122,21 @@ class TileNeurons {
     const std::array<int64, 2> pattern = {place, is_per_step(id) ? t : 0};
     if (patterns_[id] == pattern) return;
     patterns_[id] = pattern;
-    const bool in_place =
-        id != kWidth && parameter.data != nullptr && parameter.inner == 1 && place + tile.length <= parameter.count;
+    const bool is_log_width = id == kWidth && options_.log_width, is_logit = id == kDecay && options_.logit_decay;
+    const bool in_place = id != kWidth && !is_logit && parameter.data != nullptr && parameter.inner == 1 &&
+                          place + tile.length <= parameter.count;
     row_[id] = in_place ? parameter.data + t * parameter.step_stride + place : rows_.row(id);
-    if (!in_place) fill_parameter_row(parameter, tile, t, rows_.row(id), id == kWidth);
+    if (in_place) return;
+    fill_parameter_row(parameter, tile, t, rows_.row(id), id == kWidth && !is_log_width);
+    if (is_log_width) {
+      run<ExpLoop<Real>>({rows_.row(id), tile.length});
+      run<InverseLoop<Real>>({rows_.row(id), tile.length});
+    }
+    if (is_logit) run<SigmoidLoop<Real>>({rows_.row(id), tile.length});
   }
 
   const ParameterView<Real>* parameters_;
+  NeuronOptions<Real> options_;
   int count_;
   Rows<Real> rows_;
   bool per_step_ = false, shared_ = false;

@@ -140,12 +140,21 @@ cudaError_t launch(Model, const BackwardParams<Scalar>& params, cudaStream_t str
 }
 
 template <class Real>
-cudaError_t launch(const GradientSum<Real>& sum, cudaStream_t stream) {
+cudaError_t cut(GradientSum<Real>& sum) {
   constexpr int64 kManySlots = 256;
-  if (sum.slots() >= kManySlots) {
-    return start(&gradient_sum_kernel<Real, true>, sum.elements(), kSumThreads, sum, stream);
+  for (int id = 0; id < sum.count; ++id) {
+    GradientPart<Real>& part = sum.parts[id];
+    part.block_each = part.slots(sum.shape, sum.tile) >= kManySlots;
+    part.blocks = part.block_each ? part.elements(sum.shape) : blocks_for(part.elements(sum.shape), kSumThreads);
   }
-  return start(&gradient_sum_kernel<Real, false>, blocks_for(sum.elements(), kSumThreads), kSumThreads, sum, stream);
+  return cudaSuccess;
+}
+
+template <class Real>
+cudaError_t launch(const GradientSum<Real>& sum, cudaStream_t stream) {
+  int64 blocks = 0;
+  for (int id = 0; id < sum.count; ++id) blocks += sum.parts[id].blocks;
+  return start(&gradient_sum_kernel<Real>, blocks, kSumThreads, sum, stream);
 }
 
 // ---- batch normalisation ----
@@ -182,6 +191,12 @@ cudaError_t launch(const MomentsParams<Scalar>& params, cudaStream_t stream) {
 template <class Real>
 cudaError_t launch(const CoefficientsParams<Real>& params, cudaStream_t stream) {
   return start(&batch_norm_coefficients_kernel<Real>, params.channels, kBlockThreads, params, stream);
+}
+
+template <class Real>
+cudaError_t launch(const RunningParams<Real>& params, cudaStream_t stream) {
+  const int64 blocks = blocks_for(params.channels, kBlockThreads);
+  return start(&batch_norm_running_kernel<Real>, blocks, kBlockThreads, params, stream);
 }
 
 template <class Real>

@@ -50,11 +50,15 @@ template cudaError_t cut(MomentsParams<double>&);
 template cudaError_t launch(const MomentsParams<double>&, cudaStream_t);
 template cudaError_t cut(InputGradientParams<double>&);
 template cudaError_t launch(const InputGradientParams<double>&, cudaStream_t);
+template cudaError_t cut(GradientSum<float>&);
 template cudaError_t launch(const GradientSum<float>&, cudaStream_t);
 template cudaError_t launch(const CoefficientsParams<float>&, cudaStream_t);
+template cudaError_t launch(const RunningParams<float>&, cudaStream_t);
 template cudaError_t launch(const AdjointParams<float>&, cudaStream_t);
+template cudaError_t cut(GradientSum<double>&);
 template cudaError_t launch(const GradientSum<double>&, cudaStream_t);
 template cudaError_t launch(const CoefficientsParams<double>&, cudaStream_t);
+template cudaError_t launch(const RunningParams<double>&, cudaStream_t);
 template cudaError_t launch(const AdjointParams<double>&, cudaStream_t);
 
 }  // namespace asgl::cuda

@@ -18,8 +18,9 @@ namespace asgl {
 template <class Real, Input kInput>
 class ThreadNeuron {
  public:
-  __device__ __forceinline__ ThreadNeuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n)
-      : neuron_(settled_neuron<kInput>(parameters, n)) {}
+  __device__ __forceinline__ ThreadNeuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n,
+                                          const NeuronOptions<Real>& options)
+      : neuron_(settled_neuron<kInput>(parameters, n, options)) {}
 
   __device__ __forceinline__ void move_to(int64) {}
   __device__ __forceinline__ const Neuron<Real>& now() const { return neuron_; }
@@ -31,7 +32,8 @@ class ThreadNeuron {
 template <class Real>
 class ThreadNeuron<Real, Input::kGeneral> {
  public:
-  __device__ __forceinline__ ThreadNeuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n)
+  __device__ __forceinline__ ThreadNeuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n,
+                                          const NeuronOptions<Real>& options)
       : parameters_(parameters) {
 #pragma unroll
     for (int id = 0; id < kNumParameters; ++id) {
@@ -40,7 +42,7 @@ class ThreadNeuron<Real, Input::kGeneral> {
       first_[id] = nullptr;
       if (parameter.data != nullptr) {
         first_[id] = parameter.data + parameter.index(n);
-        values_[id] = *first_[id];
+        values_[id] = value_of(static_cast<ParameterId>(id), *first_[id], options);
         per_step_ = per_step_ || parameter.step_stride != 0;
       }
     }
@@ -99,7 +101,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
-  ThreadNeuron<Real, kInput> neuron(params.parameters, place.read_n);
+  ThreadNeuron<Real, kInput> neuron(params.parameters, place.read_n, options);
   State<Real[kLanes]> state;
   load_state(params, State<const Real*>{}, 0, place, state);
 
@@ -151,6 +153,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
     }
   }
   if (exists(params.last) && place.live) store(state, place.n, params.last);
+  if (params.zeros != nullptr && place.n == 0) params.zeros[0] = params.zeros[1] = Real(0);
 }
 
 // ---- sums of a parameter's gradient ----
@@ -209,7 +212,7 @@ __global__ void __launch_bounds__(kBlockThreads, kUniformBackwardBlocks<kSteps>)
     const NoiseSource source(params.noise);
     const NeuronOptions<Real> options = params.options;
     const FiringFromLeast<Real> firing(options);
-    const Neuron<Real> neuron = settled_neuron<kInput>(params.parameters, place.n);
+    const Neuron<Real> neuron = settled_neuron<kInput>(params.parameters, place.n, options);
     bool carried = exists(params.grad_last);
     State<Real[kLanes]> d_state;
     fill(d_state, State<Real>());
@@ -302,7 +305,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
-  ThreadNeuron<Real, Input::kGeneral> neuron(params.parameters, place.read_n);
+  ThreadNeuron<Real, Input::kGeneral> neuron(params.parameters, place.read_n, options);
   const auto store_sum = [&](int id, int64 t, Real sum) {
     const ParameterView<Real>& parameter = params.parameters[id];
     Real* slots = params.partials[id].data + (parameter.step_stride != 0 ? t * params.partials[id].slots : 0);
@@ -433,25 +436,32 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
 
 constexpr int kSumThreads = 512;
 
-// One thread for each element of the gradient, or, where each has many slots, one block.
-template <class Real, bool kWholeBlock>
+// The blocks of the parts lie one behind another.
+template <class Real>
 __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const GradientSum<Real> sum) {
   const int thread = static_cast<int>(threadIdx.x);
-  const int64 element = kWholeBlock ? blockIdx.x : static_cast<int64>(blockIdx.x) * kSumThreads + thread;
-  if (element >= sum.elements()) return;
-  double total = sum.sum_slots(element, kWholeBlock ? thread : 0, kWholeBlock ? kSumThreads : 1);
-  if constexpr (kWholeBlock) {
-    __shared__ double first_lane[kSumThreads / kWarpThreads];
-#pragma unroll
-    for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-      total += __shfl_down_sync(kWholeWarp, total, distance);
+  int64 block = blockIdx.x;
+  int id = 0;
+  for (; block >= sum.parts[id].blocks; ++id) block -= sum.parts[id].blocks;
+  const GradientPart<Real>& part = sum.parts[id];
+  if (!part.block_each) {
+    const int64 element = block * kSumThreads + thread;
+    if (element < part.elements(sum.shape)) {
+      part.store(element, part.sum_slots(sum.shape, sum.tile, element, 0, 1));
     }
-    if (thread % kWarpThreads == 0) first_lane[thread / kWarpThreads] = total;
-    __syncthreads();
-    if (thread > 0) return;
-    for (int warp = 1; warp < kSumThreads / kWarpThreads; ++warp) total += first_lane[warp];
+    return;
   }
-  sum.store(element, total);
+  double total = part.sum_slots(sum.shape, sum.tile, block, thread, kSumThreads);
+  __shared__ double first_lane[kSumThreads / kWarpThreads];
+#pragma unroll
+  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
+    total += __shfl_down_sync(kWholeWarp, total, distance);
+  }
+  if (thread % kWarpThreads == 0) first_lane[thread / kWarpThreads] = total;
+  __syncthreads();
+  if (thread > 0) return;
+  for (int warp = 1; warp < kSumThreads / kWarpThreads; ++warp) total += first_lane[warp];
+  part.store(block, total);
 }
 
 }  // namespace asgl

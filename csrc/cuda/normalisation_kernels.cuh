@@ -157,6 +157,13 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
 
 // A thread for each channel.
 template <class Real>
+__global__ void __launch_bounds__(kBlockThreads, 8) batch_norm_running_kernel(const RunningParams<Real> params) {
+  const int64 channel = static_cast<int64>(blockIdx.x) * kBlockThreads + threadIdx.x;
+  if (channel < params.channels) params.update(channel);
+}
+
+// A thread for each channel.
+template <class Real>
 __global__ void __launch_bounds__(kBlockThreads, 8) batch_norm_adjoint_kernel(const AdjointParams<Real> params) {
   const int64 channel = static_cast<int64>(blockIdx.x) * kBlockThreads + threadIdx.x;
   if (channel < params.channels) params.compute(channel);

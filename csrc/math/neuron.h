@@ -64,6 +64,8 @@ struct NeuronOptions {
   bool strict_threshold;
   bool scale_output;
   bool detach_reset;
+  bool log_width;    // the parameter kWidth is the logarithm of the width
+  bool logit_decay;  // kDecay is the logit of the decay
 };
 
 // charge may take this for granted, which changes nothing except the sign of a zero.

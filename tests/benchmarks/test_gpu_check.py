@@ -164,7 +164,7 @@ def test_cache_is_filled_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
     pytest.importorskip("cupy")
     import tests.cuda_compile
 
-    kernels = [cupy.PROBE, neuron_kernels.gradient_sum_kernel(torch.float64, True)]
+    kernels = [cupy.PROBE, neuron_kernels.gradient_sum_kernel(torch.float64)]
     monkeypatch.setattr(tests.cuda_compile, "kernels_asked_for", lambda: kernels)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
     assert prepare.fill_cache("9.0", 2) == 2

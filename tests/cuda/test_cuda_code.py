@@ -55,8 +55,8 @@ def problems(now: cuda_compile.Resources, committed: cuda_compile.Resources) -> 
             Kernel("backward normalised, K = 16", "float16", "rectangle", "hard"),
         ),
         (
-            "void asgl::gradient_sum_kernel<double, true>(asgl::GradientSum<double>)",
-            Kernel("gradient sum, a block each", "float64"),
+            "void asgl::gradient_sum_kernel<double>(asgl::GradientSum<double>)",
+            Kernel("gradient sum", "float64"),
         ),
         (
             "void asgl::batch_moments_kernel<asgl::BFloat16, 4>(asgl::MomentsParams<asgl::BFloat16>)",

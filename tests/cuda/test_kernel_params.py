@@ -29,12 +29,13 @@ STRUCTURES = {
     "Normalisation": (),
     "MomentsParams": TYPES,
     "CoefficientsParams": REALS,
+    "RunningParams": REALS,
     "AdjointParams": REALS,
     "InputGradientParams": TYPES,
 }
 CONSTANTS = ("kNumParameters", "kNumSurrogates", "kNumCoefficients", "kCheckpointSteps", "kAlwaysAnalog",
              "kAnalogBelowInState", "kInputMean", "Input::kGeneral", "Input::kNormalised", "Input::kPlain",
-             "Surrogate::kLaplace")  # fmt: skip
+             "Surrogate::kLaplace", "kLearnedBound", "Derivative::kOfLogitDecay")  # fmt: skip
 
 
 def members(kind, path="", offset=0):

@@ -247,13 +247,13 @@ def test_keyword_arguments_and_other_hooks():
 
 def test_the_second_call_is_of_the_layers_backend(monkeypatch):
     asked = []
-    lif = asgl_cuda.lif
+    computed = asgl_cuda.neuron.computed
 
-    def spy(x_seq, **options):
-        asked.append(options["backend"])
-        return lif(x_seq, **options)
+    def spy(caller, x_seq, given):
+        asked.append(given.backend)
+        return computed(caller, x_seq, given)
 
-    monkeypatch.setattr(asgl_cuda.neuron, "lif", spy)
+    monkeypatch.setattr(asgl_cuda.neuron, "computed", spy)
     model = nn.Sequential(LIF(backend="reference"), LIF())
     with Monitor(model):
         model(torch.rand(4, 2, 3))

@@ -150,7 +150,7 @@ def test_opcheck(backend, device, layout, dtype):
         arguments = coefficients_arguments(x_seq, source, real)
         torch.library.opcheck(operators.batch_norm_coefficients, arguments)
         coefficients, total = operators.batch_norm_coefficients(*arguments)
-    sums = [torch.rand(3, dtype=real, device=device) for _ in range(4)]
+    sums = [torch.rand_like(coefficients[0]) for _ in range(4)]
     for grad_x_seq in (torch.zeros_like(x_seq), x_seq.new_empty(0)):
         arguments = (grad_x_seq, x_seq, coefficients, total, *sums, 1e-5, 0.9, 0)
         torch.library.opcheck(operators.batch_norm_backward, arguments)
@@ -178,10 +178,30 @@ def test_the_operator_checks_the_gradient_that_it_writes(backend, device):
     coefficients, total = BACKENDS[backend].operators.batch_norm_coefficients(
         *coefficients_arguments(x_seq, "x_seq", torch.float32)
     )
-    sums = [torch.ones(3, device=device)] * 4
+    sums = [torch.ones_like(coefficients[0])] * 4
     for wrong in (x_seq.half(), x_seq[:3].clone(), channels_last(x_seq, 0)):
         with pytest.raises((ValueError, RuntimeError), match="as x_seq does"):
             BACKENDS[backend].operators.batch_norm_backward(wrong, x_seq, coefficients, total, *sums, 1e-5, 1.0, 0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_whole_block_is_one_graph(backend, device, fused, training):
+    """A convolution, the normalisation and the neurons compile together: nothing of the calls breaks the graph."""
+    torch._dynamo.reset()
+    neurons = {"learn_decay": True, "learn_threshold": True, "backend": backend}
+    behind = (
+        [asgl_cuda.BatchNormLIF(3, **neurons)]
+        if fused
+        else [asgl_cuda.OverTime(torch.nn.BatchNorm2d(3)), asgl_cuda.LIF(**neurons)]
+    )
+    block = torch.nn.Sequential(asgl_cuda.OverTime(torch.nn.Conv2d(2, 3, 3)), *behind).to(device).train(training)
+    x_seq = torch.randn(4, 2, 2, 6, 6, device=device)
+    compiled = torch.compile(copy.deepcopy(block), backend="aot_eager", fullgraph=True)
+    torch.manual_seed(1)
+    expected = block(x_seq)
+    torch.manual_seed(1)
+    torch.testing.assert_close(compiled(x_seq), expected)
 
 
 def test_compile(backend, device):

@@ -90,9 +90,9 @@ class Kernels {
   template <class Real>
   void add_real(const std::string& real) {
     add("asgl::batch_norm_coefficients_kernel<" + real + ">", &batch_norm_coefficients_kernel<Real>);
+    add("asgl::batch_norm_running_kernel<" + real + ">", &batch_norm_running_kernel<Real>);
     add("asgl::batch_norm_adjoint_kernel<" + real + ">", &batch_norm_adjoint_kernel<Real>);
-    add("asgl::gradient_sum_kernel<" + real + ", false>", &gradient_sum_kernel<Real, false>);
-    add("asgl::gradient_sum_kernel<" + real + ", true>", &gradient_sum_kernel<Real, true>);
+    add("asgl::gradient_sum_kernel<" + real + ">", &gradient_sum_kernel<Real>);
   }
 
   std::map<std::string, EmulatedKernel> by_name_;

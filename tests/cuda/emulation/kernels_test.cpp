@@ -66,7 +66,8 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
     for_each_member([n](const Real* all, Real& own) { own = all != nullptr ? all[n] : own; }, params.init, state);
     for (int64 t = 0; t < shape.steps; ++t) {
       const int64 element = shape.element(n, t);
-      neurons[t] = neuron_of<Real>([&](ParameterId id) { return params.parameters[id].at(n, t); });
+      neurons[t] =
+          neuron_of<Real>([&](ParameterId id) { return value_of(id, params.parameters[id].at(n, t), options); });
       v_before[t] = state.v;
       const Real x = to_real(params.x_seq[element]);
       const Real h = Model::template charge<Input::kGeneral>(x, state, neurons[t], options);
@@ -103,9 +104,10 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
       }
       const Real dv = d_state.v;
       const StepGradient<Real> step = Model::step_adjoint(g, gh, h, s, carried, neuron, options, d_state);
-      const double dy = step.dy, dh = step.dh, dc = step.dc, width = params.parameters[kWidth].at(n, t);
-      add(kWidth, -dy * (h - neuron.v_threshold) / (width * width));
-      add(kDecay, dh * (v_before[t] - options.v_rest));
+      const double dy = step.dy, dh = step.dh, dc = step.dc;
+      const double width = value_of(kWidth, params.parameters[kWidth].at(n, t), options), decay = neuron.decay;
+      add(kWidth, -dy * (h - neuron.v_threshold) / (options.log_width ? width : width * width));
+      add(kDecay, dh * (v_before[t] - options.v_rest) * (options.logit_decay ? (1 - decay) * decay : 1));
       add(kThreshold, -dy / width);
       if (carried) add(kReset, Model::kResetsHard ? static_cast<double>(dv) * s : -static_cast<double>(dv) * s);
       add(kInputGain, dc * (static_cast<double>(to_real(params.x_seq[element])) - neuron.input_mean));
@@ -266,13 +268,26 @@ class Trial {
     check_blocks("backward", backward_lanes, differences);
     compare("grad_x_seq", grad_x_seq_, expected.grad_x_seq, differences);
     compare("grad_v_init", grad_v_init_, expected.grad_v_init, differences);
+    GradientSum<Real> sum{case_.shape, backward.tiles.tile, 0, {}};
     for (int id = 0; id < kNumParameters; ++id) {
       if (!wanted_[id]) continue;
-      const GradientSum<Real> sum{backward.partials[id], forward_.parameters[id], case_.shape, backward.tiles.tile,
-                                  id == kWidth,          sums[id].data()};
-      check("sum", cuda::launch(sum, nullptr), differences);
-      const bool whole_blocks = asgl_emulation::blocks_of_last_launch() == sum.elements();
-      coverage.whole_block_sums += whole_blocks && sum.elements() > 1;
+      const Derivative derivative = id == kWidth
+                                        ? forward_.options.log_width ? Derivative::kOfLogWidth : Derivative::kOfWidth
+                                    : id == kDecay && forward_.options.logit_decay ? Derivative::kOfLogitDecay
+                                                                                   : Derivative::kNone;
+      sum.parts[sum.count++] = {backward.partials[id], forward_.parameters[id], derivative, false, 0, sums[id].data()};
+    }
+    if (sum.count == 0) return differences;
+    check("cut", cuda::cut(sum), differences);
+    check("sum", cuda::launch(sum, nullptr), differences);
+    int64 blocks = 0;
+    for (int part = 0; part < sum.count; ++part) {
+      blocks += sum.parts[part].blocks;
+      coverage.whole_block_sums += sum.parts[part].block_each && sum.parts[part].blocks > 1;
+    }
+    if (!kOnCpu && asgl_emulation::blocks_of_last_launch() != blocks) differences.push_back("wrong number of blocks");
+    for (int id = 0; id < kNumParameters; ++id) {
+      if (!wanted_[id]) continue;
       compare(std::string("grad_") + kParameterNames[id], sums[id], expected.grad_parameters[id], case_.shape.steps,
               differences);
     }
@@ -332,7 +347,16 @@ class Trial {
       if (view.count == 1) view.inner = neurons;
       const bool steps = per_step && (of_input || !normalised) && random_.toss();
       data_[id] = Buffer<Real>((steps ? case_.shape.steps : 1) * view.count, 0);
-      data_[id].fill(random_, low[id], high[id]);
+      const bool learned = (id == kWidth || id == kDecay) && !steps && random_.once_in(3);
+      if (learned && id == kWidth) {
+        forward_.options.log_width = true;
+        data_[id].fill(random_, std::log(low[id]), std::log(high[id]));
+      } else if (learned) {
+        forward_.options.logit_decay = true;
+        data_[id].fill(random_, -1.4, 2.9);
+      } else {
+        data_[id].fill(random_, low[id], high[id]);
+      }
       view.data = data_[id].data();
       view.step_stride = steps ? view.count : 0;
     }

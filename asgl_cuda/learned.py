@@ -1,0 +1,83 @@
+"""How a layer keeps what it learns: a width as its logarithm, a decay as its logit, both within a bound.
+
+Kernels make the values where they read these (csrc/math/learned.h); here is the same with the same operations, for
+equal bits. The derivatives are those of torch's own functions, and the bound stops none.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import real_type
+from .reference import with_gradient_of
+
+BOUND = 15.0  # kLearnedBound of csrc
+
+
+class Logarithm(NamedTuple):
+    """The logarithm of a width, for an argument of that name."""
+
+    of_value: Tensor
+
+    def value(self) -> Tensor:
+        """The width."""
+        log = in_real_type(self.of_value)
+        return with_gradient_of(_exp_within_bound(log.detach()), _bounded(log).exp())
+
+
+class Logit(NamedTuple):
+    """The logit of a decay, for an argument of that name."""
+
+    of_value: Tensor
+
+    def value(self) -> Tensor:
+        """The decay."""
+        logit = in_real_type(self.of_value)
+        return with_gradient_of(1 / (1 + _exp_within_bound(-logit.detach())), _bounded(logit).sigmoid())
+
+
+def in_real_type(value: Tensor) -> Tensor:
+    """The value in the type of the arithmetic."""
+    return value.to(real_type(value.dtype))
+
+
+def _bounded(value: Tensor) -> Tensor:
+    """The value, of which exp and sigmoid are positive, finite and below 1, whatever an optimizer has done."""
+    return with_gradient_of(value.detach().clamp(-BOUND, BOUND), value)
+
+
+class _Exp(NamedTuple):
+    """The constants of e^x in one type: 1 / ln 2, ln 2 in two parts, and coefficients from the highest on."""
+
+    inverse_ln2: float
+    ln2: tuple[float, float]
+    coefficients: tuple[float, ...]
+
+
+_EXP = {
+    torch.float32: _Exp(
+        1.44269504,
+        (0.693145752, 1.42860677e-06),
+        tuple(map(float.fromhex, ("0x1.6ab88cp-10", "0x1.12346p-7", "0x1.5556ecp-5", "0x1.555492p-3", "0x1p-1"))),
+    ),
+    torch.float64: _Exp(
+        1.4426950408889634,
+        (6.93147180369123816490e-01, 1.90821492927058770002e-10),
+        tuple(1 / math.factorial(k) for k in range(13, 1, -1)),
+    ),
+}
+
+
+def _exp_within_bound(value: Tensor) -> Tensor:
+    inverse_ln2, (high, low), coefficients = _EXP[value.dtype]
+    x = value.clamp(-BOUND, BOUND)
+    n = (x * inverse_ln2).round()
+    r = (x - n * high) - n * low
+    q = torch.full_like(r, coefficients[0])
+    for coefficient in coefficients[1:]:
+        q = q * r + coefficient
+    return (1 + (r + (r * r) * q)) * n.exp2()  # the power of a whole number is exact

@@ -1,0 +1,42 @@
+// A layer keeps its learned width as a logarithm and its learned decay as a logit. Kernels make the values where they
+// read these, and apply the derivatives where they sum gradients up, so that neither costs a launch. All backends and
+// asgl_cuda/learned.py do the same operations, for equal bits.
+#pragma once
+
+#include "math/float_math.h"
+
+namespace asgl {
+
+constexpr int kLearnedBound = 15;  // of the logarithm and the logit
+
+// What an optimizer's step may have done beyond the bound does not count. NaN stays NaN.
+template <class Real>
+ASGL_HOST_DEVICE Real within_bound(Real x) {
+  const Real from_below = x < Real(-kLearnedBound) ? Real(-kLearnedBound) : x;
+  return from_below > Real(kLearnedBound) ? Real(kLearnedBound) : from_below;
+}
+
+ASGL_HOST_DEVICE float exp_within_bound(float x) { return float_math::exp(within_bound(x)); }
+
+// As float_math::exp, with the terms of the power series up to r^13 / 13!, which leave 5e-18; the scale can't overflow.
+ASGL_HOST_DEVICE double exp_within_bound(double given) {
+  constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52
+  const double x = within_bound(given);
+  const double shifted = x * 1.4426950408889634 + kShift;
+  const double n = shifted - kShift;
+  const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  double factorial = 6227020800.0, q = 1.0 / factorial;
+  for (int k = 13; k > 2; --k) {
+    factorial /= k;
+    q = q * r + 1.0 / factorial;
+  }
+  const double p = 1.0 + (r + (r * r) * q);
+  return p * bit_cast<double>((bit_cast<uint64>(shifted) - bit_cast<uint64>(kShift) + 1023) << 52);
+}
+
+template <class Real>
+ASGL_HOST_DEVICE Real sigmoid_within_bound(Real x) {
+  return Real(1) / (Real(1) + exp_within_bound(-x));
+}
+
+}  // namespace asgl

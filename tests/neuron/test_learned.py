@@ -1,0 +1,56 @@
+"""A width given as its logarithm and a decay given as its logit: the values of learned.py, with the same bits."""
+
+import pytest
+import torch
+from comparison import random_input, real_of, uniform
+
+import asgl_cuda
+from asgl_cuda.learned import BOUND, Logarithm, Logit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_are_torchs_to_the_last_places(dtype):
+    given = torch.linspace(-BOUND, BOUND, 20001, dtype=dtype)
+    wide = given.double()
+    for learned, exact in ((Logarithm, wide.exp()), (Logit, wide.sigmoid())):
+        error = (learned(given).value().double() / exact - 1).abs().max()
+        assert error < 2 * torch.finfo(dtype).eps
+    assert Logarithm(torch.zeros(1, dtype=dtype)).value() == 1
+    assert Logit(torch.zeros(1, dtype=dtype)).value() == 0.5
+
+
+def test_the_bound_stops_no_gradient_and_nan_stays():
+    for learned in (Logarithm, Logit):
+        beyond = torch.tensor([-100.0, -BOUND, BOUND, 100.0, torch.nan], requires_grad=True)
+        values = learned(beyond).value()
+        assert torch.equal(values[0], values[1])
+        assert torch.equal(values[2], values[3])
+        assert values[4].isnan()
+        (grad,) = torch.autograd.grad(values[:4].sum(), beyond)
+        assert (grad[:4] > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(), (1,), (6, 1), (6, 5), (2, 1, 1)])
+def test_kernels_make_the_same_values(backend, device, dtype, sizes):
+    """Every element is analog, so that each shows the width, and each potential shows the decay."""
+    real = real_of(dtype)
+    log_width, logit = (uniform(*sizes, low=-17.0, high=17.0, dtype=real, device=device) for _ in range(2))
+    x_seq = random_input(20, 2, 6, 5, dtype=dtype, device=device)
+    options = {"analog_prob": 1.0, "backend": backend, "return_h_seq": True}
+    ours = asgl_cuda.lif(x_seq, width=Logarithm(log_width), decay=Logit(logit), **options)
+    theirs = asgl_cuda.lif(x_seq, width=Logarithm(log_width).value(), decay=Logit(logit).value(), **options)
+    assert torch.equal(ours.s_seq, theirs.s_seq)
+    assert torch.equal(ours.h_seq, theirs.h_seq)
+    grad = torch.randn(x_seq.shape, dtype=real, generator=torch.Generator().manual_seed(0)).to(x_seq)
+    for our, their in zip(
+        *(torch.autograd.grad(out.s_seq, (x_seq, log_width, logit), grad) for out in (ours, theirs)), strict=True
+    ):
+        torch.testing.assert_close(our, their)
+
+
+def test_steps_are_refused(backend, device):
+    x_seq, log = torch.randn(4, 3, device=device), torch.zeros(4, 1, device=device)
+    for learned in ({"width": Logarithm(log)}, {"decay": Logit(log)}):
+        with pytest.raises((ValueError, RuntimeError), match="tensors without steps"):
+            asgl_cuda.lif(x_seq, **learned, backend=backend)
