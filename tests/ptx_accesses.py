@@ -235,22 +235,23 @@ def trace(case: Case, machine: ptx.Machine) -> list[Row]:
 INTRODUCTION = f"""\
 {roofline.ACCESSES}
 
-A sector is {SECTOR_BYTES} bytes of memory that begin at a multiple of {SECTOR_BYTES}: caches and memory move no less. What the
-{WARP_THREADS} threads of a warp load or store by one instruction is one access, and costs the sectors that it touches. The
-fewest possible are those that its bytes would fill, side by side from the begin of a sector; bytes that several threads
-read count once. Both are summed over a kernel's accesses. A cell has one number where they are equal, and then no access
-could have done with less; else it has touched / fewest = ratio.
+A sector is {SECTOR_BYTES} bytes of memory that begin at a multiple of {SECTOR_BYTES}: caches and memory move no
+less. What the {WARP_THREADS} threads of a warp load or store by one instruction is one access, and costs the
+sectors that it touches. The fewest possible are those that its bytes would fill, side by side from the begin of a
+sector; bytes that several threads read count once. Both are summed over a kernel's accesses. A cell has one number
+where they are equal, and then no access could have done with less; else it has touched / fewest = ratio.
 
-`python -m tests.ptx_accesses --write` counts them: it runs the PTX that NVRTC makes for {ptx.ARCHITECTURE} on the CPU, and
-records each access of each thread to global memory. Sequences are x, spikes, potentials and their gradients. Others are
-parameters, their partial sums, the state of the noise, states of neurons and checkpoints. As to what each kernel is given:
-plain neurons learn their width; normalised ones also gain and bias of each channel; the rest (general) have all sequences
-and states, and learn decay and gain of each channel, threshold and width. Sequences are time first. The surrogate and the
+`python -m tests.ptx_accesses --write` counts them: it runs the PTX that NVRTC makes for {ptx.ARCHITECTURE} on the
+CPU, and records each access of each thread to global memory. Sequences are x, spikes, potentials and their
+gradients, time first. Others are parameters, their partial sums, the state of the noise, states of neurons,
+checkpoints and moments. Plain neurons learn their width, normalised ones also gain and bias of each channel; the
+rest have all sequences and states, and learn decay and gain of each channel, threshold and width. Surrogate and
 reset change no address, and are those that the tests of PTX compile.
 
-What it shows is the pattern of each access by itself. It can't show which sectors a cache still holds from another access
-or another warp, so that the sectors are more than the bytes that come from memory; in which order warps run; what ptxas
-splits, joins or moves. Accesses of a loop belong together where each thread makes them in the same round.
+It shows the pattern of each access by itself: that neighbouring threads reach neighbouring memory. It can't show
+which sectors a cache still holds from another access or another warp, and so not how many come from memory; nor in
+which order warps run, nor what ptxas splits, joins or moves. The n-th time that a thread comes to an instruction
+counts as one access with the n-th time of the others in its warp, though they may come there apart.
 """
 
 
