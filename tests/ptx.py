@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 import subprocess
 import tempfile
 import threading
@@ -63,7 +64,10 @@ def compiled(cpp: Callable[[], str] | Path, *parts: str) -> Path:
             command = [*(compiler() or ()), *FLAGS, str(source), "-o", str(library)]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode != 0:
-                raise RuntimeError(f"translated PTX does not compile: {result.stderr[:4000]}")
+                lines = source.read_text().splitlines()  # an error in a header names the line that came there
+                shown = {lines[int(line) - 1].strip(): None for line in re.findall(r"kernel\.cpp:(\d+)", result.stderr)}
+                problem = "\n".join((*shown, result.stderr[:4000]))
+                raise RuntimeError(f"{parts[0]}: translated PTX does not compile: {problem}")
             library.replace(path)
     return path
 
@@ -75,6 +79,8 @@ def by_nvrtc(kernel: str, architecture: str, *options: str) -> str:
 
 
 class Range(ctypes.Structure):
+    """Where a buffer begins and ends."""
+
     _fields_ = (("begin", ctypes.c_uint64), ("end", ctypes.c_uint64))
 
 
@@ -208,7 +214,8 @@ class Launcher:
 
     def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: ctypes.Structure) -> None:
         if self._emulation is not None and not is_chosen(kernel):
-            return self._emulation.launch(device, kernel, blocks, threads, params)
+            self._emulation.launch(device, kernel, blocks, threads, params)
+            return
         if kernel not in self._kernels:
             self._kernels[kernel] = _Kernel(self.library(kernel))
         problem = self.machine.run(self._kernels[kernel], blocks, threads, params, self._local.storages.ranges)

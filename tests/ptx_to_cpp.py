@@ -20,10 +20,12 @@ _SHARED = re.compile(r"\.shared \.align (\d+) \.b8 ([\w$]+)\[(\d+)\]")
 _REGISTERS = re.compile(r"\.reg \.(\w+)\s+(%?[\w$]+)(<\d+>)?")
 _GUARD = re.compile(r"@(!?)(%[\w$]+)\s+")
 _SPECIAL = {"%tid.x": "m.tid_x", "%ctaid.x": "m.ctaid_x", "%ntid.x": "m.ntid_x", "%nctaid.x": "m.nctaid_x"}
-_TYPES = frozenset("pred u8 u16 u32 u64 s8 s16 s32 s64 b8 b16 b32 b64 f16 f16x2 bf16x2 f32 f64".split())
+_TYPES = frozenset(
+    (*(f"{kind}{bits}" for kind in "bus" for bits in (8, 16, 32, 64)), "f16", "f16x2", "bf16x2", "f32", "f64", "pred")
+)
 _SPACES = frozenset(("param", "shared", "global"))
 # They change nothing for a kernel that runs.
-_IGNORED = (".pragma", ".loc")
+_IGNORED = frozenset((".pragma", ".loc"))
 _KEYWORDS = frozenset(("and", "or", "xor", "not"))
 
 
@@ -49,7 +51,9 @@ def kernels(ptx: str) -> dict[str, Kernel]:
     text = re.sub(r"//[^\n]*", "", ptx)
     found: dict[str, Kernel] = {}
     entries = list(_ENTRY.finditer(text))
-    of_module = _shared(text[: entries[0].start()]) if entries else {}
+    if not entries or len(entries) != len(re.findall(r"\.(?:entry|func)\b", text)):
+        raise UnknownPTXError("a module is to have kernels of one parameter and no other functions")
+    of_module = _shared(text[: entries[0].start()])
     for entry in entries:
         symbol, _, param, size, directives = entry.groups()
         most = re.search(r"\.maxntid (\d+)", directives)
@@ -86,6 +90,7 @@ class _Translation:
     registers: dict[str, str] = field(default_factory=dict)  # type by name, or by prefix for those with numbers
     local: set[str] = field(default_factory=set)  # registers of a scope in the body
     used: dict[str, str] = field(default_factory=dict)
+    where: str = ""  # the line and the text of a statement
     known: frozenset[str] = field(default_factory=known_instructions)
 
     def cpp(self) -> str:
@@ -120,12 +125,13 @@ class _Translation:
                 yield match["brace"]
             else:
                 text = " ".join(match["text"].split())
-                try:
-                    yield f"  {self._statement(text, f'line {line}: {text}', depth)}"
+                self.where = f"line {line}: {text}"
+                try:  # the comment tells what a compiler of C++ does not take
+                    yield f"  {self._statement(text, depth)}  // {self.where}"
                 except UnknownPTXError as error:
-                    raise UnknownPTXError(f"{self.kernel.symbol}: line {line}: {text}: {error}") from None
+                    raise UnknownPTXError(f"{self.kernel.symbol}: {self.where}: {error}") from None
 
-    def _statement(self, text: str, where: str, depth: int) -> str:
+    def _statement(self, text: str, depth: int) -> str:
         if text.startswith("."):
             return self._directive(text, depth)
         guard = _GUARD.match(text)
@@ -134,22 +140,24 @@ class _Translation:
             text = text[guard.end() :]
             condition = f"if ({'!' * len(guard[1])}{self._operand(guard[2])}) "
         opcode, _, rest = text.partition(" ")
-        return condition + self._instruction(opcode, _split(rest), f'"{where}"')
+        return condition + self._instruction(opcode, _split(rest))
 
     def _directive(self, text: str, depth: int) -> str:
-        if text.startswith(_IGNORED) or _SHARED.match(text):
+        if text.partition(" ")[0] in _IGNORED or _SHARED.match(text):
             return ""
         register = _REGISTERS.fullmatch(text)
         if register is None:
             raise UnknownPTXError("a directive that is not known")
         kind, name, many = register.groups()
+        if kind not in _TYPES:
+            raise UnknownPTXError("registers of a type that is not known")
         if depth:
             self.local.add(name)
             return _declaration(kind, _name(name))
         self.registers[name if not many else f"{name}<>"] = kind
         return ""
 
-    def _instruction(self, opcode: str, operands: list[str], where: str) -> str:
+    def _instruction(self, opcode: str, operands: list[str]) -> str:
         words = opcode.split(".")
         first = 1 + max((i for i, word in enumerate(words) if word not in _TYPES), default=-1)
         name, types = "_".join(words[:first]), ", ".join(words[first:])
@@ -161,12 +169,12 @@ class _Translation:
             case "ret" if opcode == "ret":
                 return "return;"
             case "bar" if opcode == "bar.sync" and operands == ["0"]:
-                return "m.barrier();"
+                return f'm.barrier("{self.where}");'
             case "ld" | "st":
-                return self._access(words, operands, where)
+                return self._access(words, operands)
             case "shfl" if words[1] == "sync" and words[2] in ("down", "idx") and words[3:] == ["b32"]:
                 value, _, found = operands[0].partition("|")
-                arguments = ", ".join(map(self._operand, operands[1:]))
+                arguments = ", ".join((f'"{self.where}"', *map(self._operand, operands[1:])))
                 to_found = f" write({self._register(found)}, got.found);" if found else ""
                 return (
                     f"{{ const auto got = shuffle<Shuffle::{words[2]}>(m, {arguments}); "
@@ -180,7 +188,7 @@ class _Translation:
         arguments = ", ".join((*machine, *map(self._operand, operands[1:])))
         return f"write({self._register(operands[0])}, {name}<{types}>({arguments}));"
 
-    def _access(self, words: list[str], operands: list[str], where: str) -> str:
+    def _access(self, words: list[str], operands: list[str]) -> str:
         verb, *qualifiers, kind = words
         vector = next((word for word in qualifiers if word in ("v2", "v4")), None)
         space = next((word for word in qualifiers if word in _SPACES), "generic")
@@ -189,11 +197,14 @@ class _Translation:
         reads = verb == "ld"
         values, address = operands if reads else reversed(operands)
         registers = _split(values.strip("{}"))
-        base, _, offset = address.strip("[]").partition("+")
-        place = self._operand(base.strip())
+        if len(registers) != int(vector[1:] if vector else 1):
+            raise UnknownPTXError("an access of another number of registers")
+        base, _, offset = map(str.strip, address.strip("[]").partition("+"))
+        # A register of 32 bits is enough for an address in shared memory.
+        place = self._register(base) if base.startswith("%") else self._operand(base)
         place = f"u64({place}) + {int(offset or 0)}"
-        parts = ", ".join(map(self._register if reads else self._operand, registers))
-        return f"{'load' if reads else 'store'}<Space::{space}, {kind}>(m, {where}, {place}, {parts});"
+        arguments = ", ".join((f'"{self.where}"', place, *map(self._register if reads else self._operand, registers)))
+        return f"{'load' if reads else 'store'}<Space::{space}, {kind}>(m, {arguments});"
 
     def _vector_move(self, kind: str, to: str, source: str) -> str:
         parts = _split((to if to.startswith("{") else source).strip("{}"))
@@ -217,7 +228,7 @@ class _Translation:
         if text in _SPECIAL:
             return f"Bits<u32>{{{_SPECIAL[text]}}}"
         if re.fullmatch(r"-?\d+", text):
-            return f"Integer{{{_integer(int(text))}}}"
+            return f"Integer<{_integer(int(text))}>{{}}"
         if re.fullmatch(r"0[fF][\da-fA-F]{8}", text):
             return f"Bits<u32>{{0x{text[2:]}u}}"
         if re.fullmatch(r"0[dD][\da-fA-F]{16}", text):
@@ -225,10 +236,10 @@ class _Translation:
         if text == self.kernel.param:
             return "Bits<u64>{m.params.begin}"
         if text in self.addresses:
-            return f"Integer{{{self.addresses[text]}}}"
+            return f"Integer<{self.addresses[text]}>{{}}"
         name = self._register(text)
         if self.used.get(name) == "pred":
-            return f"Condition{{m, {name}}}"
+            return f'Condition{{m, "{self.where}", {name}}}'
         return f"Bits<decltype({name})>{{{name}}}"
 
 
@@ -243,8 +254,6 @@ def _integer(value: int) -> str:
 def _declaration(kind: str, name: str) -> str:
     if kind == "pred":
         return f"Predicate {name};"
-    if kind not in _TYPES:
-        raise UnknownPTXError(f"registers of type {kind}")
     return f"{kind} {name} = poison<{kind}>();"
 
 

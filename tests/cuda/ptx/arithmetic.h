@@ -200,7 +200,7 @@ template <Floating T>
 T fma_rn(T a, T b, T c) {
   return canonical(fused(a, b, c));
 }
-// Rounds down: the product is exact in float64, and so is what the sum there loses.
+// Rounds down: the product is exact in float64, and so is what the sum there loses. What cancels is -0.
 template <class T>
 T fma_rm(T a, T b, T c) {
   static_assert(std::is_same_v<T, f32>);
@@ -208,6 +208,7 @@ T fma_rm(T a, T b, T c) {
   const f64 product = f64(a) * f64(b), sum = product + f64(c);
   const f64 of_c = sum - product, lost = (product - (sum - of_c)) + (f64(c) - of_c);
   const bool above = nearest > sum || (nearest == sum && lost < 0);
+  if (sum == 0 && lost == 0) return __builtin_signbit(product) == __builtin_signbit(c) ? c : -0.0f;
   return canonical(above ? __builtin_nextafterf(nearest, -__builtin_inff()) : nearest);
 }
 template <class T>
@@ -292,6 +293,7 @@ To cvt_sat(From a) {
 // ---- approximations ----
 
 inline f32 flushed(f32 a) { return __builtin_fabsf(a) < 0x1p-126f ? __builtin_copysignf(0.0f, a) : a; }
+inline f64 flushed(f64 a) { return __builtin_fabs(a) < 0x1p-1022 ? __builtin_copysign(0.0, a) : a; }
 
 // The nearest number, or one that is some last places larger or smaller, as a device's may be.
 inline f32 off_by(int units, f64 exact) {
@@ -304,11 +306,12 @@ T ex2_approx_ftz(const Machine& m, T a) {
   static_assert(std::is_same_v<T, f32>);
   return off_by(m.ex2_units, __builtin_exp2(f64(flushed(a))));
 }
-// In float64 the device's approximation has the upper half of the bits; what uses it makes it better.
+inline f64 upper_half(f64 a) { return __builtin_bit_cast(f64, __builtin_bit_cast(u64, a) & ~u64(0xFFFFFFFF)); }
+// In float64 the device takes and gives the upper half of the bits; what uses that makes it better.
 template <Floating T>
 T rcp_approx_ftz(const Machine& m, T a) {
   if constexpr (std::is_same_v<T, f32>) return off_by(m.rcp_units, 1 / f64(flushed(a)));
-  return __builtin_bit_cast(f64, __builtin_bit_cast(u64, 1 / a) & ~u64(0xFFFFFFFF));
+  return upper_half(flushed(1 / upper_half(flushed(a))));
 }
 
 }  // namespace ptx

@@ -45,8 +45,8 @@ class Machine {
   int rcp_units, ex2_units;  // last places by which the approximations are off
   bool traced;
 
-  virtual void barrier() const = 0;
-  virtual u32 exchange(Shuffle mode, u32 mask, u32 value, u32 source_lane) const = 0;
+  virtual void barrier(const char* where) const = 0;
+  virtual u32 exchange(const char* where, Shuffle mode, u32 mask, u32 value, u32 source_lane) const = 0;
   virtual void trace(const char* where, bool stores, u64 address, u32 bytes) const = 0;
   [[noreturn]] virtual void fail(const char* where, const char* problem, u64 value) const = 0;
 
@@ -56,10 +56,11 @@ class Machine {
 
 // ---- registers ----
 
-// A register that nobody wrote holds a NaN, or a number that is neither a size nor an address.
+// A register that nobody wrote holds a NaN in every type of floating point, and a number that is neither a size nor an
+// address.
 template <class T>
 T poison() {
-  constexpr u32 kPattern[] = {0xFFBADBAD, 0xFFBADBAD};
+  constexpr u32 kPattern[] = {0xFFFAFFFA, 0xFFFAFFFA};
   T value;
   std::memcpy(&value, kPattern, sizeof(T));
   return value;
@@ -86,22 +87,27 @@ struct Bits {
   }
 };
 
+// The type that it becomes has room for it, with or without a sign.
+template <long long kValue>
 struct Integer {
-  long long value;
-
   template <class T>
   operator T() const {
-    static_assert(std::is_integral_v<T>);
-    return static_cast<T>(value);
+    constexpr int kBits = 8 * sizeof(T);
+    static_assert(std::is_integral_v<T>, "a floating-point number is wanted");
+    static_assert(kBits == 64 || kValue >> kBits % 64 == 0 || kValue >> (kBits - 1) == -1, "the integer is too large");
+    return static_cast<T>(kValue);
   }
 };
 
 struct Condition {
   const Machine& m;
+  const char* where;
   Predicate predicate;
 
-  operator bool() const {
-    if (predicate.state > 1) m.fail("a condition", "is read and nobody wrote it", predicate.state);
+  template <class T>
+    requires std::is_same_v<T, bool>
+  operator T() const {
+    if (predicate.state > 1) m.fail(where, "reads a predicate that nobody wrote", predicate.state);
     return predicate.state == 1;
   }
 };
@@ -178,15 +184,17 @@ struct Shuffled {
   bool found;  // the source lies in the lane's segment
 };
 
-// `clamp_and_segments`: the last lane of a segment in its low five bits, those that tell segments apart in bits 8 to 12.
+// `clamp_and_segments`: the last lane of a segment in its low five bits, those that tell segments apart in bits 8
+// to 12.
 template <Shuffle kMode>
-Shuffled shuffle(const Machine& m, u32 value, u32 distance_or_lane, u32 clamp_and_segments, u32 mask) {
+Shuffled shuffle(const Machine& m, const char* where, u32 value, u32 distance_or_lane, u32 clamp_and_segments,
+                 u32 mask) {
   const u32 lane = m.tid_x % 32, by = distance_or_lane & 31;
   const u32 clamp = clamp_and_segments & 31, segments = clamp_and_segments >> 8 & 31;
   const u32 last = (lane & segments) | (clamp & ~segments);
   const u32 source = kMode == Shuffle::down ? lane + by : (lane & segments) | (by & ~segments);
   const bool found = source <= last;
-  return {m.exchange(kMode, mask, value, found ? source : lane), found};
+  return {m.exchange(where, kMode, mask, value, found ? source : lane), found};
 }
 
 }  // namespace ptx

@@ -1,5 +1,6 @@
 // Runs translated kernels on the fibres of the emulation, block by block, with its barriers and shuffles.
 #include <atomic>
+#include <set>
 
 #include "cuda_emulation.h"
 #include "machine.h"
@@ -26,6 +27,7 @@ struct Call {
   std::size_t buffer_count;
   int rcp_units, ex2_units;
   bool traced;
+  std::set<std::string>* waits;  // where threads of a block that failed were at a barrier or shuffle
 };
 
 struct Access {
@@ -36,7 +38,7 @@ struct Access {
   u64 address;
 };
 
-std::mutex access_mutex;
+std::mutex waits_mutex, access_mutex;
 std::vector<Access> accesses;
 
 // Blocks run one after another on a thread of the system's: each finds this memory as if nobody had written it.
@@ -59,7 +61,7 @@ char* shared_memory_of_block(u64 launch, u32 block, u32 bytes) {
 
 class EmulatedMachine final : public Machine {
  public:
-  EmulatedMachine(const Call& call, u64 launch) {
+  EmulatedMachine(const Call& call, u64 launch) : waits_(call.waits) {
     tid_x = threadIdx.x;
     ctaid_x = blockIdx.x;
     ntid_x = blockDim.x;
@@ -75,11 +77,17 @@ class EmulatedMachine final : public Machine {
   }
 
   // Which bar.sync or shfl.sync of its kind a thread has reached makes no difference to a device.
-  void barrier() const override { current_block->synchronise(*current_thread, Site{"PTX", 0}); }
+  void barrier(const char* where) const override {
+    noting(where, [] { current_block->synchronise(*current_thread, Site{"PTX", 0}); });
+  }
 
-  u32 exchange(Shuffle mode, u32 mask, u32 value, u32 source_lane) const override {
+  u32 exchange(const char* where, Shuffle mode, u32 mask, u32 value, u32 source_lane) const override {
     const Operation operation = mode == Shuffle::down ? Operation::shfl_down : Operation::shfl;
-    return u32(current_block->exchange(*current_thread, {operation, Site{"PTX", 0}, mask, value, source_lane}));
+    u32 result = 0;
+    noting(where, [&] {
+      result = u32(current_block->exchange(*current_thread, {operation, Site{"PTX", 0}, mask, value, source_lane}));
+    });
+    return result;
   }
 
   void trace(const char* where, bool stores, u64 address, u32 bytes) const override {
@@ -91,6 +99,20 @@ class EmulatedMachine final : public Machine {
     current_block->stop(current_block->describe(*current_thread) + ": " + where + " " + problem +
                         asgl_emulation::text(": 0x%llx", static_cast<unsigned long long>(value)));
   }
+
+ private:
+  template <class Wait>
+  void noting(const char* where, Wait wait) const {
+    try {
+      wait();
+    } catch (const asgl_emulation::KernelAborted&) {
+      std::lock_guard<std::mutex> lock(waits_mutex);
+      waits_->insert(where);
+      throw;
+    }
+  }
+
+  std::set<std::string>* waits_;
 };
 
 }  // namespace
@@ -103,8 +125,9 @@ extern "C" const char* asgl_ptx_run(ptx::Kernel kernel, ptx::u32 shared_bytes, u
   static std::atomic<ptx::u64> launches{0};
   thread_local std::string problem;
   const auto first = reinterpret_cast<ptx::u64>(params);
-  const ptx::Call call{kernel,       shared_bytes, {first, first + bytes}, buffers,
-                       buffer_count, rcp_units,    ex2_units,              traced};
+  std::set<std::string> waits;
+  const ptx::Call call{kernel, shared_bytes, {first, first + bytes}, buffers, buffer_count, rcp_units, ex2_units,
+                       traced, &waits};
   const ptx::u64 number = ++launches;
   asgl_emulation::Launch launch;
   launch.grid = dim3(blocks);
@@ -114,6 +137,7 @@ extern "C" const char* asgl_ptx_run(ptx::Kernel kernel, ptx::u32 shared_bytes, u
   launch.kernel = [&] { call.kernel(ptx::EmulatedMachine(call, number)); };
   asgl_emulation::run_launch(launch);
   problem = launch.message;
+  for (const std::string& where : waits) problem += "; threads were at " + where;
   return launch.error == cudaSuccess ? nullptr : problem.c_str();
 }
 
