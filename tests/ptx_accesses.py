@@ -111,7 +111,8 @@ class TracingLauncher(ptx.Launcher):
     def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: ctypes.Structure) -> None:
         name = Kernel.of_symbol(f"void {kernel}(")
         if not self._is_wanted(name):
-            return super().launch(device, kernel, blocks, threads, params)
+            super().launch(device, kernel, blocks, threads, params)
+            return
         self.machine.take_accesses()
         self.machine.traced = True
         try:
@@ -124,7 +125,6 @@ class TracingLauncher(ptx.Launcher):
         accesses = [access for access in self.machine.take_accesses() if access.address not in own]
         sequences = sequences_of(kernel, params) if hasattr(params, "tiles") else []
         self.found.append((name, count(accesses, sequences)))
-        return None
 
 
 # ---- what is traced ----
@@ -246,7 +246,14 @@ CPU, and records each access of each thread to global memory. Sequences are x, s
 gradients, time first. Others are parameters, their partial sums, the state of the noise, states of neurons,
 checkpoints and moments. Plain neurons learn their width, normalised ones also gain and bias of each channel; the
 rest have all sequences and states, and learn decay and gain of each channel, threshold and width. Surrogate and
-reset change no address, and are those that the tests of PTX compile.
+reset are those that the tests of PTX compile: the former changes no access, and a soft reset reads the threshold as
+its amount.
+
+Where x has 15 x 7 x 7 neurons a step does not begin where a sector does, and each access of a warp reaches into a
+sector of the next: the cache then has it for the neighbour. Moments load the first value of each thread by itself,
+from sectors that they load next in whole. Where a block sums up the gradient of one channel, its threads read one
+slot out of as many as there are channels, and the blocks of other channels read the same sectors. Moments are
+records of three float64, and a thread reads or writes one record.
 
 It shows the pattern of each access by itself: that neighbouring threads reach neighbouring memory. It can't show
 which sectors a cache still holds from another access or another warp, and so not how many come from memory; nor in
