@@ -470,9 +470,9 @@ def page(found: Sequence[Prediction], version: str) -> str:
 
 
 def parts_of(page: str) -> tuple[str, str]:
-    """What is written here, and what tests/ptx_accesses.py writes."""
+    """What is written here, and what tests/ptx_accesses.py writes; a blank line stands between."""
     before, heading, after = page.partition(ACCESSES)
-    return before, heading + after
+    return before.rstrip("\n") + "\n", heading + after
 
 
 def write(text: str) -> None:

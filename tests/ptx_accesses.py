@@ -290,7 +290,7 @@ def main() -> None:
     text = section(row for case in cases() for row in trace(case, machine))
     if arguments.write:
         before, _ = roofline.parts_of(roofline.PAGE.read_text())
-        roofline.PAGE.write_text(before + text)
+        roofline.PAGE.write_text(f"{before}\n{text}")
     else:
         print(text, end="")
 

@@ -129,7 +129,7 @@ def test_both_tools_keep_what_the_other_writes(monkeypatch, tmp_path):
     page = tmp_path / "ROOFLINE.md"
     page.write_text(f"# What it was\n\n{roofline.ACCESSES}\n\nHow it is.\n")
     before, section = roofline.parts_of(page.read_text())
-    assert before == "# What it was\n\n"
+    assert before == "# What it was\n"
     assert section == f"{roofline.ACCESSES}\n\nHow it is.\n"
     monkeypatch.setattr(roofline, "PAGE", page)
     roofline.write("# What it is\n")
