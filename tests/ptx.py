@@ -177,8 +177,9 @@ CHOSEN = (
 
 
 def _kinds(dtype: torch.dtype, surrogate: str, reset: str) -> str:
-    model = neuron_kernels.model(Rules(SURROGATES[surrogate].id, int(reset == "hard"), 0, 0, 0, 0, 0))
-    return f"<{neuron_kernels.SCALARS[dtype]}, {model}"
+    rules = Rules(**dict.fromkeys(Rules._fields, 0))
+    rules = rules._replace(surrogate=SURROGATES[surrogate].id, hard_reset=int(reset == "hard"))
+    return f"<{neuron_kernels.SCALARS[dtype]}, {neuron_kernels.model(rules)}"
 
 
 _CHOSEN_KINDS = tuple(_kinds(*each) for each in CHOSEN)
