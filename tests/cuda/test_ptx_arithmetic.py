@@ -11,9 +11,9 @@ import ptx
 import pytest
 import torch
 from ptx_to_cpp import known_instructions
-from test_ptx_machine import module, pytestmark, run, translated
+from test_ptx_machine import module, run, translated
 
-__all__ = ["pytestmark"]
+pytestmark = [pytest.mark.ptx, pytest.mark.skipif(ptx.missing() is not None, reason=str(ptx.missing()))]
 
 N = 1024  # operands of each instruction, one a thread
 NUMPY = {
