@@ -125,7 +125,8 @@ def upper_half(a):
 
 
 def larger(a, b):
-    return np.where(np.signbit(a) & (a == b), b, np.maximum(a, b))
+    """0 is larger than -0."""
+    return np.where(a == b, np.where(np.signbit(a), b, a), np.maximum(a, b))
 
 
 ORDERED = {
