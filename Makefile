@@ -25,7 +25,7 @@ test: setup  ## run all tests
 sanitize:  ## run the emulated CUDA kernels and the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
 	@$(PYTHON) tests/sanitize.py
 
-cuda-compile: setup  ## compile the CUDA kernels for all architectures, compare with csrc/RESOURCES.md
+cuda-compile: setup  ## compile the CUDA kernels for all architectures, compare with csrc/RESOURCES.md, check their PTX
 	@$(RUN) -m tests.cuda_compile
 
 lint: setup  ## check style, formatting and types

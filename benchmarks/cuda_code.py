@@ -149,14 +149,13 @@ class Nvcc:
         dry = run([self.path, "-v", "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull])
         return Path(re.search(r'INCLUDES="-I([^"]+)"', dry)[1].strip())
 
-    def to_ptx(self, source: Path, directory: Path) -> Path:
-        """Leaves `<name>.compute_75.ptx`, `<name>.compute_80.ptx` and the host's object `<name>.o` in the directory."""
+    def to_ptx(self, source: Path, directory: Path) -> list[Path]:
+        """Leaves `<name>.compute_75.ptx`, `<name>.compute_80.ptx` and the host's object `<name>.o`; returns the PTX."""
         virtual = [f"-gencode=arch=compute_{v},code=compute_{v}" for v in self._virtual]
-        target = directory / f"{source.stem}.o"
         # One run has several architectures, so that the names of the files that are kept tell them apart.
         command = [self.path, *self.flags, *virtual, "--threads=2", "-I", CSRC, "--keep", "--keep-dir", directory]
-        run([*command, "-c", source, "-o", target])
-        return target
+        run([*command, "-c", source, "-o", directory / f"{source.stem}.o"])
+        return [directory / f"{source.stem}.compute_{v}.ptx" for v in self._virtual]
 
     def to_cubin(self, directory: Path, stem: str, architecture: int) -> tuple[Path, str]:
         """Compiles the PTX of `to_ptx` to `<stem>.sm_90.cubin`; returns that, and the report of ptxas."""

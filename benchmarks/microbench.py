@@ -387,6 +387,9 @@ def main() -> int:
     parser.add_argument(
         "--cold", action="store_true", help="fill the CPU's caches with something else before each call"
     )
+    parser.add_argument(
+        "--fresh", action="store_true", help="leave the C library its defaults: large memory is then fresh at each call"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -405,7 +408,7 @@ def main() -> int:
         sizes = [Size(arguments.steps, arguments.neurons, arguments.dtype)]
     sizes = sizes or usual_sizes(device)
 
-    kept = keep_memory()
+    kept = not arguments.fresh and keep_memory()
     about = machine(device)
     print(f"{in_words(about)}; medians of {arguments.repeats}, {'cold' if arguments.cold else 'warm'} caches")
     if device.type == "cpu":
@@ -426,6 +429,7 @@ def main() -> int:
     check_blocks(device)
     print("the spikes of the author's loop, of each peer and of the pairs are ours\n", flush=True)
     report: dict[str, Any] = {"machine": about, "analog_prob": ANALOG_PROB, "cold": arguments.cold}
+    report["memory_kept"] = kept
     report |= {"sizes": [], "blocks": []}
     if "judged" in sweeps:
         report["card"] = measured_rates(device)._asdict()

@@ -22,6 +22,7 @@ from .common import parser_of, write_json
 from .cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, kernel_of, usages
 
 PAGE = CSRC / "ROOFLINE.md"
+ACCESSES = "## Sectors that the warps touch"  # heads what tests/ptx_accesses.py writes, the rest of the page
 LANES = 4  # neurons a thread
 CHECKPOINT_STEPS = 16
 STEPS = (4, 16, 128)
@@ -468,6 +469,17 @@ def page(found: Sequence[Prediction], version: str) -> str:
     return "\n".join(parts)
 
 
+def parts_of(page: str) -> tuple[str, str]:
+    """What is written here, and what tests/ptx_accesses.py writes; a blank line stands between."""
+    before, heading, after = page.partition(ACCESSES)
+    return before.rstrip("\n") + "\n", heading + after
+
+
+def write(text: str) -> None:
+    _, accesses = parts_of(PAGE.read_text())
+    PAGE.write_text(f"{text}\n{accesses}")
+
+
 def main() -> None:
     """Prints the page, or writes it."""
     parser = parser_of("roofline", __doc__, "json")
@@ -479,7 +491,7 @@ def main() -> None:
     found = list(predictions(nvcc, disassembler))
     text = page(found, nvcc.version)
     if arguments.write:
-        PAGE.write_text(text)
+        write(text)
     else:
         print(text, end="")
     write_json(arguments.json, [{**p._asdict(), "binds": p.binds, "ratio": p.ratio} for p in found])

@@ -17,7 +17,13 @@ from .clocks import MOST_SAMPLES, Sample
 from .peers import DECAY
 
 LAYOUTS = ("time first", "batch first", "channels_last")
-LEARNED = ("width", "width by channel", "width, decay, threshold")
+LEARNED = (
+    "width",
+    "width by channel",
+    "width, decay, threshold",
+    "width, decay, threshold by channel",
+    "width, decay, threshold by neuron",
+)
 BATCH, CHANNELS = 32, 32  # in layouts and parameters that have them
 
 
@@ -57,16 +63,17 @@ class Size(NamedTuple):
         if self.layout == "channels_last":
             side = math.isqrt(self.neurons // (BATCH * CHANNELS))
             return filled(self.steps, BATCH, side, self.neurons // (BATCH * CHANNELS * side), CHANNELS).movedim(4, 2)
-        if self.learned == "width by channel":
+        if self.learned.endswith(("by channel", "by neuron")):
             return filled(self.steps, BATCH, CHANNELS, self.neurons // (BATCH * CHANNELS))
         return filled(self.steps, self.neurons)
 
     def parameters(self, device: torch.device) -> dict[str, Tensor]:
         """The learned parameters, as arguments of `asgl_cuda.lif`."""
         values = {"width": 1.0}
-        if self.learned == "width, decay, threshold":
+        if self.learned.startswith("width, decay, threshold"):
             values |= {"decay": DECAY, "v_threshold": 1.0}
-        shape = (CHANNELS, 1) if self.learned == "width by channel" else ()
+        shapes = {"channel": (CHANNELS, 1), "neuron": (CHANNELS, self.neurons // (BATCH * CHANNELS))}
+        shape = shapes.get(self.learned.rsplit(" ", maxsplit=1)[-1], ())
         return {name: torch.full(shape, value, device=device, requires_grad=True) for name, value in values.items()}
 
     def description(self) -> dict[str, Any]:
@@ -194,12 +201,18 @@ def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
         "N": [Size(4, 2 ** (power + more), "float32") for power in range(8, 23, 2)],
         "dtype": [Size(4, 2 ** (20 + more), dtype, peers=False) for dtype in DTYPES],
         "layout": [Size(4, 2 ** (20 + more), "float32", peers=False, layout=layout) for layout in LAYOUTS],
+        "learned": [
+            Size(steps, neurons << more, "float32", compiled=False, peers=False, learned=learned)
+            for steps, neurons in ((4, 2**20), (16, 2**18))
+            for learned in LEARNED
+        ],
+        "large": [Size(*size, "float32", compiled=False, peers=False) for size in ((4, 2**23), (16, 2**20))],
         "block": blocks(device),
     }[name]
 
 
 FOR_GPUS = {"judged": JUDGED, "gpu": GPU_SWEEP, "compiled": COMPILED_SIZES}
-SWEEPS = ("T", "N", "dtype", "layout", "block", *FOR_GPUS)
+SWEEPS = ("T", "N", "dtype", "layout", "learned", "large", "block", *FOR_GPUS)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 

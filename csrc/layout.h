@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "huge_pages.h"
 #include "neuron_params.h"
 #include "normalisation_params.h"
 
@@ -88,7 +89,7 @@ class Layout {
       strides[*dim] = stride;
       stride *= std::max<int64_t>(sizes[*dim], 1);
     }
-    return at::empty_strided(sizes, strides, options);
+    return in_huge_pages(at::empty_strided(sizes, strides, options));
   }
   static Tensor unpermute(const Tensor& tensor, const std::vector<int64_t>& order) {
     std::vector<int64_t> inverse(order.size());

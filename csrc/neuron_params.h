@@ -33,6 +33,8 @@ struct ParameterView {
     return data == nullptr ? constant : data[t * step_stride + index(n)];
   }
 
+  // One value for all neurons of a step.
+  ASGL_HOST_DEVICE bool is_same_for_all() const { return data == nullptr || count == 1; }
   // One value for all neurons and steps.
   ASGL_HOST_DEVICE bool is_uniform() const { return data == nullptr || (count == 1 && step_stride == 0); }
   ASGL_HOST_DEVICE Real uniform_value() const { return data == nullptr ? constant : *data; }
@@ -108,11 +110,15 @@ struct LIFParams {
       per_step = per_step || (parameters[id].data != nullptr && parameters[id].step_stride != 0);
     }
     if (!all_uniform(parameters, kInputGain) || per_step || options.v_rest != Real(0)) return Input::kGeneral;
+    return is_input_plain() ? Input::kPlain : Input::kNormalised;
+  }
+
+  // Says whether the input current is x itself.
+  ASGL_HOST_DEVICE bool is_input_plain() const {
     const auto is = [&](ParameterId id, Real value) {
       return parameters[id].data == nullptr && parameters[id].constant == value;
     };
-    const bool plain = is(kInputGain, Real(1)) && is(kInputBias, Real(0)) && is(kInputMean, Real(0));
-    return plain ? Input::kPlain : Input::kNormalised;
+    return is(kInputGain, Real(1)) && is(kInputBias, Real(0)) && is(kInputMean, Real(0));
   }
 };
 

@@ -198,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lif_forward(const Tensor& x_s
   const Tensor v_last = wants_v_last ? layout.empty_state(real) : none();
   const Tensor v_seq = wants_v_seq ? layout.empty_sequence(real) : none();
   const Tensor h_seq = wants_h_seq ? layout.empty_sequence(real) : none();
-  const Tensor checkpoints = wants_checkpoints ? at::empty({checkpoint_elements(shape)}, real) : none();
+  const Tensor checkpoints = wants_checkpoints ? in_huge_pages(at::empty({checkpoint_elements(shape)}, real)) : none();
   if (wants_checkpoints) checkpoints.narrow(0, checkpoints.numel() - 2, 2).zero_();
   if (shape.neurons() > 0) {
     with_scalar(x_seq.scalar_type(), [&](auto scalar) {
@@ -278,7 +278,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lif_backward(const c10::List<Opt
       if (!wants_parameter(id)) continue;
       const auto& view = params.parameters[id];
       const int64 slots = shape.neurons() / view.inner + params.tiles.count;
-      partials[id] = at::empty({view.step_stride != 0 ? shape.steps : 1, slots}, real);
+      partials[id] = in_huge_pages(at::empty({view.step_stride != 0 ? shape.steps : 1, slots}, real));
       params.partials[id] = {pointer<Real>(partials[id]), slots};
     }
     backend.launch(params);

@@ -1,15 +1,17 @@
 """A tool, and no test: compiles the CUDA kernels for every architecture and compares them with csrc/RESOURCES.md.
 
 What fails: a kernel that does not compile or that the table lacks; a spill or a stack that the table lacks; on the
-architectures that count, any of those, narrow accesses or local memory in the default paths; glue that does not compile
-against the installed torch. A change of registers is only reported. Everything is compiled as asgl_cuda/compilation.py
-has it: to PTX for compute_75 and compute_80, and from that for each architecture. Those for which ptxas makes the code
-of another are compiled with --update alone, which fails where they take other registers.
+architectures that count, any of those, narrow accesses or local memory in the default paths; faults of the PTX of any
+kernel (code_checks.py); glue that does not compile against the installed torch. A change of registers is only reported.
+Everything is compiled as asgl_cuda/compilation.py has it: to PTX for compute_75 and compute_80, and from that for each
+architecture. Those for which ptxas makes the code of another are compiled with --update alone, which fails where they
+take other registers.
 
-NVRTC compiles what asgl_cuda/backends can ask for, as its cupy.py has it, for two architectures, with --update
-for four. What fails: a kernel that nvcc's build lacks or has beyond; a spill that nvcc's does not have; and, where
-NVRTC is of nvcc's version and both go by the same PTX version, other registers than nvcc's. The general backward kernel
-may have others, as long as as many blocks fit on a multiprocessor: NVRTC's front end orders its many values otherwise.
+NVRTC compiles what asgl_cuda/backends can ask for, as its cupy.py has it, for two architectures, with --update for
+four. What fails: a kernel that nvcc's build lacks or has beyond; faults of the PTX; a spill that nvcc's does not have;
+and, where NVRTC is of nvcc's version and both go by the same PTX version, other registers than nvcc's. The general
+backward kernel may have others, as long as as many blocks fit on a multiprocessor: NVRTC's front end orders its many
+values otherwise.
 """
 
 from __future__ import annotations
@@ -37,9 +39,10 @@ from asgl_cuda.backends import neuron_kernels as launch
 from asgl_cuda.backends.structures import constant
 from asgl_cuda.reference import Rules
 from asgl_cuda.surrogate import SURROGATES
-from benchmarks.cuda_code import CSRC, Disassembler, Instruction, Kernel, Nvcc, Usage, kernel_of, run
+from benchmarks.cuda_code import CSRC, Disassembler, Kernel, Nvcc, Usage, kernel_of, run
 from benchmarks.cuda_code import usages as usages_of
 from tests import host_compiler
+from tests.code_checks import ptx_problems, sass_problems
 
 TABLE = CSRC / "RESOURCES.md"
 SOURCES = (CSRC / "cuda" / "launch.cu",)
@@ -61,7 +64,6 @@ DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DISASSEMBLED = (80, 90, 100)
 # nvcc 13.0 makes the same bits of every kernel for both.
 SAME_CODE = {88: 86, 89: 86, 121: 120}
-ACCESS_BITS = {"float32": 128, "bfloat16": 64}
 NVRTC_ARCHITECTURES = (75, 80, 90, 120)
 # From here on NVRTC's PTX is for another architecture than compute_80, for which compilation.py has nvcc make it.
 OTHER_PTX_FROM = 100
@@ -243,49 +245,6 @@ def default_path_problems(resources: Resources) -> Iterator[str]:
                 yield f"a default path spills: {kernel}, sm_{architecture}: {sizes}"
 
 
-class Accesses(NamedTuple):
-    """Accesses to global memory: at least so many of four elements at once, at most so many others."""
-
-    loads: int
-    stores: int
-    narrow_loads: int
-    narrow_stores: int
-
-
-def expected_accesses(kernel: Kernel) -> Accesses:
-    if kernel.kind.startswith("moments"):
-        return Accesses(4, 0, 1, 3)  # narrow: the shift; the moments
-    if kernel.kind.startswith("input gradient"):
-        return Accesses(4, 2, 3, 0)  # narrow: mean, slope, offset
-    narrow_loads = 10  # seven parameters and the three words of rng_state
-    segment = re.search(r"K = (\d+)", kernel.kind)
-    if segment is None:
-        return Accesses(4, 4, narrow_loads, 0)
-    steps = int(segment[1])
-    if "normalised" in kernel.kind:
-        return Accesses(3 * steps, steps, narrow_loads, 3)  # x twice; partial sums of three gradients
-    return Accesses(2 * steps, steps, narrow_loads, 1)
-
-
-def code_problems(kernel: Kernel, code: Sequence[Instruction]) -> Iterator[str]:
-    """The faults of a hot kernel: local memory, or accesses that take less than four elements at once."""
-    local = [i for i in code if i.name in ("LDL", "STL")]
-    if local:
-        yield f"{len(local)} accesses to local memory"
-    bits = ACCESS_BITS[kernel.dtype]
-    expected = expected_accesses(kernel)
-    for verb, name, least, most_narrow in (
-        ("loads", "LDG", expected.loads, expected.narrow_loads),
-        ("stores", "STG", expected.stores, expected.narrow_stores),
-    ):
-        widths = [i.bits for i in code if i.name == name]
-        narrow = sum(width < bits for width in widths)
-        if widths.count(bits) < least:
-            yield f"{widths.count(bits)} {verb} of {bits} bits, expected at least {least}"
-        if narrow > most_narrow:
-            yield f"{narrow} {verb} of fewer than {bits} bits, expected at most {most_narrow}"
-
-
 def hot_path_problems(
     disassembler: Disassembler,
     cubins: dict[tuple[Path, int], Path],
@@ -298,9 +257,13 @@ def hot_path_problems(
         hot = {kernel: symbols[source][kernel] for kernel in hot_paths() if kernel in symbols[source]}
         codes = disassembler.instructions(cubins[source, architecture], hot.values())
         for kernel, symbol in hot.items():
-            found = code_problems(kernel, codes[symbol])
+            found = sass_problems(kernel, codes[symbol])
             problems += [f"{kernel}, sm_{architecture}: {problem}" for problem in found]
     return problems
+
+
+def faults_of_file(ptx: Path) -> list[str]:
+    return [f"{ptx.name}: {problem}" for problem in ptx_problems(ptx.read_text())]
 
 
 # ---- compilation ----
@@ -348,22 +311,28 @@ def kernels_asked_for() -> list[str]:
     return names
 
 
-def compile_by_nvrtc(architecture: int, kernels: list[str]) -> dict[str, Usage]:
-    """The usages of the kernels, by symbol."""
-    _, log = cupy.compile_kernels(kernels, f"sm_{architecture}", "-Xptxas=-v")
-    return usages_of(log)
+def compile_by_nvrtc(architecture: int, kernels: list[str]) -> tuple[dict[str, Usage], list[str]]:
+    """The usages of the kernels, by symbol, and the faults of their PTX."""
+    with cupy.compiled_program(kernels, f"sm_{architecture}", "-Xptxas=-v") as program:
+        log, ptx = cupy._nvrtc().getProgramLog(program), cupy._nvrtc().getPTX(program).decode()
+    return usages_of(log), [f"NVRTC, sm_{architecture}: {problem}" for problem in ptx_problems(ptx)]
 
 
-def nvrtc_resources(architectures: Sequence[int], jobs: int) -> Resources:
+def nvrtc_resources(architectures: Sequence[int], jobs: int) -> tuple[Resources, list[str]]:
+    """The usages of all kernels, and the faults of their PTX."""
+    problems = []
     resources: Resources = defaultdict(dict)
     names = kernels_asked_for()
     chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
     with ProcessPoolExecutor(jobs) as pool:
         work = list(product(architectures, chunks))
-        for (architecture, _), usages in zip(work, pool.map(compile_by_nvrtc, *zip(*work, strict=True)), strict=True):
+        for (architecture, _), (usages, faults) in zip(
+            work, pool.map(compile_by_nvrtc, *zip(*work, strict=True)), strict=True
+        ):
+            problems += faults
             for symbol, usage in usages.items():
                 resources[kernel_of(symbol)][architecture] = usage
-    return resources
+    return resources, problems
 
 
 def resident_blocks(kernel: Kernel, usage: Usage) -> int:
@@ -433,8 +402,7 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
     cubins: dict[tuple[Path, int], Path] = {}
     with ThreadPoolExecutor(arguments.jobs) as pool:
         glue = pool.submit(compile_ops, nvcc, directory)
-        for _ in pool.map(lambda source: nvcc.to_ptx(source, directory), SOURCES):
-            pass
+        ptx = [path for paths in pool.map(lambda source: nvcc.to_ptx(source, directory), SOURCES) for path in paths]
         work = list(product(SOURCES, architectures))
         compiled = pool.map(lambda job: nvcc.to_cubin(directory, job[0].stem, job[1]), work)
         for (source, architecture), (cubin, log) in zip(work, compiled, strict=True):
@@ -447,6 +415,9 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
     print(f"nvcc {nvcc.version}: {len(resources)} kernels for {names}; the glue; {time.monotonic() - start:.0f} s")
 
     problems = [*same_code_problems(resources), *default_path_problems(resources)]
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for found in pool.map(faults_of_file, ptx):
+            problems += found
     disassembler = Disassembler.find()
     if disassembler is None:
         print(
@@ -467,7 +438,8 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
         version = cupy.nvrtc_version()
         wanted = NVRTC_ARCHITECTURES if arguments.update else NVRTC_WITHOUT_UPDATE
         chosen = sorted(set(wanted) & set(architectures))
-        found = nvrtc_resources(chosen, arguments.jobs)
+        found, faults = nvrtc_resources(chosen, arguments.jobs)
+        problems += faults
         names = ", ".join(f"sm_{architecture}" for architecture in chosen)
         print(f"NVRTC {version}: {len(found)} kernels for {names}; {time.monotonic() - start:.0f} s")
         problems += compare_compilers(found, resources, nvcc.version.startswith(f"{version}."))

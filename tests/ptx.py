@@ -79,6 +79,8 @@ def by_nvrtc(kernel: str, architecture: str, *options: str) -> str:
 
 
 class Range(ctypes.Structure):
+    """Where a buffer begins and ends."""
+
     _fields_ = (("begin", ctypes.c_uint64), ("end", ctypes.c_uint64))
 
 
@@ -212,7 +214,8 @@ class Launcher:
 
     def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: ctypes.Structure) -> None:
         if self._emulation is not None and not is_chosen(kernel):
-            return self._emulation.launch(device, kernel, blocks, threads, params)
+            self._emulation.launch(device, kernel, blocks, threads, params)
+            return
         if kernel not in self._kernels:
             self._kernels[kernel] = _Kernel(self.library(kernel))
         problem = self.machine.run(self._kernels[kernel], blocks, threads, params, self._local.storages.ranges)

@@ -20,7 +20,9 @@ _SHARED = re.compile(r"\.shared \.align (\d+) \.b8 ([\w$]+)\[(\d+)\]")
 _REGISTERS = re.compile(r"\.reg \.(\w+)\s+(%?[\w$]+)(<\d+>)?")
 _GUARD = re.compile(r"@(!?)(%[\w$]+)\s+")
 _SPECIAL = {"%tid.x": "m.tid_x", "%ctaid.x": "m.ctaid_x", "%ntid.x": "m.ntid_x", "%nctaid.x": "m.nctaid_x"}
-_TYPES = frozenset("pred u8 u16 u32 u64 s8 s16 s32 s64 b8 b16 b32 b64 f16 f16x2 bf16x2 f32 f64".split())
+_TYPES = frozenset(
+    (*(f"{kind}{bits}" for kind in "bus" for bits in (8, 16, 32, 64)), "f16", "f16x2", "bf16x2", "f32", "f64", "pred")
+)
 _SPACES = frozenset(("param", "shared", "global"))
 # They change nothing for a kernel that runs.
 _IGNORED = frozenset((".pragma", ".loc"))

@@ -14,8 +14,11 @@ import functools
 import hashlib
 import logging
 import os
+import struct
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import Structure, addressof, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,8 +69,9 @@ def target(capability: tuple[int, int]) -> str:
     return f"sm_{wanted}" if wanted in known else f"compute_{max(known)}"
 
 
-def compile_kernels(kernels: list[str], architecture: str, *options: str) -> tuple[list[Binary], str]:
-    """The kernels in one image, each with its own symbol, and what NVRTC says of them. Needs no GPU."""
+@contextmanager
+def compiled_program(kernels: list[str], architecture: str, *options: str) -> Iterator[Any]:
+    """NVRTC's handle of a program that has these kernels; it is gone afterwards. Needs no GPU."""
     nvrtc = _nvrtc()
     directory = source_directory()
     program = nvrtc.createProgram(f'#include "{HEADER}"\n', "asgl_cuda.cu", (), ())
@@ -82,11 +86,27 @@ def compile_kernels(kernels: list[str], architecture: str, *options: str) -> tup
                 f"({error}), from the headers in {directory}. Another NVRTC may: {install_command()}\n"
                 f"{nvrtc.getProgramLog(program)}"
             ) from error
-        image = nvrtc.getPTX(program) if architecture.startswith("compute_") else nvrtc.getCUBIN(program)
-        binaries = [Binary(nvrtc.getLoweredName(program, kernel), image) for kernel in kernels]
-        return binaries, nvrtc.getProgramLog(program)
+        yield program
     finally:
         nvrtc.destroyProgram(program)
+
+
+def compile_kernels(kernels: list[str], architecture: str, *options: str) -> tuple[list[Binary], str]:
+    """The kernels in one image, each with its own symbol, and what NVRTC says of them."""
+    nvrtc = _nvrtc()
+    with compiled_program(kernels, architecture, *options) as program:
+        image = nvrtc.getPTX(program) if architecture.startswith("compute_") else _whole(nvrtc.getCUBIN(program))
+        binaries = [Binary(nvrtc.getLoweredName(program, kernel), image) for kernel in kernels]
+        return binaries, nvrtc.getProgramLog(program)
+
+
+def _whole(cubin: bytes) -> bytes:
+    """The cubin with its last byte, which CuPy drops at least up to 14.2, as if it were the NUL behind a text.
+
+    A cubin ends with the program headers, and these with the upper byte of an alignment, which is 0.
+    """
+    (begin,), (size, count) = struct.unpack_from("<Q", cubin, 32), struct.unpack_from("<HH", cubin, 54)
+    return cubin.ljust(begin + size * count, b"\0")
 
 
 def nvrtc_version() -> str:

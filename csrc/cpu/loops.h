@@ -24,6 +24,16 @@ struct NeuronRows {
   }
 };
 
+// The same without the parameters of the input, of which charge makes no use for Input::kPlain.
+template <class Real>
+struct SettledRows {
+  const Real *decay, *v_threshold, *reset, *inverse_width;
+
+  ASGL_HOST_DEVICE Neuron<Real> operator[](int64 i) const {
+    return {decay[i], v_threshold[i], reset[i], inverse_width[i], Real(1), Real(0), Real(0)};
+  }
+};
+
 // The state of neuron i is read from rows of the state, and written to them.
 template <class Real>
 ASGL_HOST_DEVICE State<Real> load(const State<Real*>& rows, int64 i) {
@@ -121,19 +131,19 @@ ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
   }
 }
 
-// The uniform case: the same parameters for all neurons, the input current is a row, and nothing is wanted except
-// spikes, or the gradients of the current and of the width. These loops compute and store as little as they can.
-template <class Real, class Model, bool kSpikes>
-struct UniformStepLoop {
+// The settled case: parameters are the same at all steps, the input current is a row, and nothing is wanted except
+// spikes, or the gradients of the current and of the parameters. These loops compute and store as little as they can.
+template <class Real, class Model, class Neurons, bool kSpikes>
+struct SettledStepLoop {
   struct Args {
-    Neuron<Real> neuron;
+    Neurons neurons;
     NeuronOptions<Real> options;
     uint32 analog_below;
     int64 length;
     const Real* current;
     const uint16* draws;
-    State<Real*> state;  // before the step on entry, after it on return
-    Real* out;           // s with kSpikes, else h
+    State<Real*> before, after;
+    Real* out;  // s with kSpikes, else h
     Ahead ahead;
   };
 
@@ -145,21 +155,24 @@ struct UniformStepLoop {
     for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
 #pragma GCC ivdep
       for (int64 i = begin; i < end; ++i) {
-        State<Real> state = load(args.state, i);
-        const Real h = Model::template charge<Input::kPlain>(args.current[i], state, args.neuron, args.options);
-        const Real s = Model::fire(h, kNoise && args.draws[i] < args.analog_below, args.neuron, firing);
-        Model::reset(h, s, args.neuron, state);
+        const Neuron<Real>& neuron = args.neurons[i];
+        State<Real> state = load(args.before, i);
+        const Real h = Model::template charge<Input::kPlain>(args.current[i], state, neuron, args.options);
+        const Real s = Model::fire(h, kNoise && args.draws[i] < args.analog_below, neuron, firing);
+        Model::reset(h, s, neuron, state);
         args.out[i] = kSpikes ? s : h;
-        store(state, args.state, i);
+        store(state, args.after, i);
       }
     });
   }
 };
 
-template <class Real, class Model>
-struct UniformAdjointLoop {
+// With kMore the gradients of decay, threshold and of what a soft reset takes off are added up beside that of the
+// width.
+template <class Real, class Model, class Neurons, bool kMore>
+struct SettledAdjointLoop {
   struct Args {
-    Neuron<Real> neuron;
+    Neurons neurons;
     NeuronOptions<Real> options;
     uint32 analog_below;
     int64 length;
@@ -167,7 +180,8 @@ struct UniformAdjointLoop {
     const Real *g, *h;
     const uint16* draws;
     State<Real*> d_state;  // the gradient of the state after the step on entry, before it on return
-    Real* width;           // dy * u is added to it
+    const Real* v;         // the potential before the step
+    Real *width, *decay, *threshold, *reset;
     Real* d_current;
     Ahead ahead;
   };
@@ -180,12 +194,18 @@ struct UniformAdjointLoop {
     for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
 #pragma GCC ivdep
       for (int64 i = begin; i < end; ++i) {
+        const Neuron<Real>& neuron = args.neurons[i];
         const Real h = args.h[i];
-        const Real s = Model::fire(h, kNoise && args.draws[i] < args.analog_below, args.neuron, firing);
+        const Real s = Model::fire(h, kNoise && args.draws[i] < args.analog_below, neuron, firing);
         State<Real> d_state = load(args.d_state, i);
+        if constexpr (kMore && !Model::kResetsHard) args.reset[i] -= keep_if(args.carried, d_state.v * s);
         const StepGradient<Real> step =
-            Model::step_adjoint(args.g[i], NoGradient{}, h, s, args.carried, args.neuron, args.options, d_state);
-        args.width[i] += step.dy * (h - args.neuron.v_threshold);
+            Model::step_adjoint(args.g[i], NoGradient{}, h, s, args.carried, neuron, args.options, d_state);
+        args.width[i] += step.dy * (h - neuron.v_threshold);
+        if constexpr (kMore) {
+          args.threshold[i] -= step.dy * neuron.inverse_width;
+          args.decay[i] += step.dh * args.v[i];
+        }
         args.d_current[i] = step.dc;
         store(d_state, args.d_state, i);
       }
@@ -303,6 +323,17 @@ struct AccumulateLoop {
 
 // Eight interleaved sums give a fixed order of additions, which needs no licence to reorder them.
 template <class Real>
+ASGL_HOST_DEVICE double sum_of(const Real* row, int64 length) {
+  double lanes[8] = {};
+  int64 i = 0;
+  for (; i + 8 <= length; i += 8) {
+    for (int lane = 0; lane < 8; ++lane) lanes[lane] += static_cast<double>(row[i + lane]);
+  }
+  for (int lane = 0; i < length; ++i, ++lane) lanes[lane] += static_cast<double>(row[i]);
+  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
+template <class Real>
 struct SumLoop {
   struct Args {
     const Real* row;
@@ -310,14 +341,61 @@ struct SumLoop {
     double* sum;
   };
 
-  static ASGL_HOST_DEVICE void run(Args args) {
-    double lanes[8] = {};
-    int64 i = 0;
-    for (; i + 8 <= args.length; i += 8) {
-      for (int lane = 0; lane < 8; ++lane) lanes[lane] += static_cast<double>(args.row[i + lane]);
+  static ASGL_HOST_DEVICE void run(Args args) { *args.sum = sum_of(args.row, args.length); }
+};
+
+// The runs of neurons that share a value of a parameter in `length` neurons: the first has `first` of them left, the
+// others `inner`.
+struct Runs {
+  int64 first, inner, length;
+
+  // Calls f(run, offset, length).
+  template <class F>
+  ASGL_HOST_DEVICE void for_each(F&& f) const {
+    int64 run = 0, end = first;
+    for (int64 begin = 0; begin < length; end += inner) {
+      const int64 stop = end < length ? end : length;
+      f(run++, begin, stop - begin);
+      begin = stop;
     }
-    for (int lane = 0; i < args.length; ++i, ++lane) lanes[lane] += static_cast<double>(args.row[i]);
-    *args.sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+  }
+};
+
+// sums[run] = the sum of the run's numbers
+template <class Real>
+struct RunSumsLoop {
+  struct Args {
+    const Real* row;
+    Runs runs;
+    Real* sums;
+  };
+
+  static ASGL_HOST_DEVICE void run(Args args) {
+    args.runs.for_each([=](int64 run, int64 offset, int64 length) __attribute__((always_inline)) {
+      args.sums[run] = static_cast<Real>(sum_of(args.row + offset, length));
+    });
+  }
+};
+
+// Every neuron of a run gets its value, or one over that; the values after `count` are the first ones again.
+template <class Real>
+struct FillRunsLoop {
+  struct Args {
+    const Real* values;
+    int64 index, count;  // of the first run's value, and of all
+    Runs runs;
+    bool inverse;
+    Real* row;
+  };
+
+  static ASGL_HOST_DEVICE void run(Args args) {
+    int64 index = args.index;
+    args.runs.for_each([=, &index](int64, int64 offset, int64 length) __attribute__((always_inline)) {
+      const Real value = args.inverse ? inverse_of_width(args.values[index]) : args.values[index];
+      Real* row = args.row + offset;
+      for (int64 i = 0; i < length; ++i) row[i] = value;
+      index = index + 1 == args.count ? 0 : index + 1;
+    });
   }
 };
 
@@ -333,6 +411,20 @@ struct AddLoop {
   static ASGL_HOST_DEVICE void run(Args args) {
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) args.total[i] += static_cast<double>(args.row[i]);
+  }
+};
+
+// row[i] = 1 / row[i]
+template <class Real>
+struct InverseLoop {
+  struct Args {
+    Real* row;
+    int64 length;
+  };
+
+  static ASGL_HOST_DEVICE void run(Args args) {
+#pragma GCC ivdep
+    for (int64 i = 0; i < args.length; ++i) args.row[i] = inverse_of_width(args.row[i]);
   }
 };
 

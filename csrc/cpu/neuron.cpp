@@ -1,6 +1,6 @@
 // The CPU kernels. A task owns a tile of neurons, whose state stays in the cache; steps are the outer loop and neurons
-// the inner one (cpu/loops.h). The uniform kernels serve where only spikes are wanted and the parameters, except those
-// of the input, are the same for all neurons and steps; the general ones serve elsewhere.
+// the inner one (cpu/loops.h). The settled kernels serve where only spikes are wanted and the parameters are the same
+// at all steps; the general ones serve elsewhere.
 #include <ATen/Parallel.h>
 
 #include <vector>
@@ -30,7 +30,7 @@ void store_checkpoint(const ForwardParams<Scalar>& params, const Tile& tile, int
   }
 }
 
-template <class Model, class Neurons, class Scalar>
+template <class Model, class Scalar>
 void run_general(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
@@ -38,7 +38,7 @@ void run_general(const ForwardParams<Scalar>& params) {
     Real *x_buffer = rows.take(), *s_buffer = rows.take(), *h_buffer = rows.take();
     State<Real*> state = take_state(rows), next = take_state(rows);
     TileNoise noise(params.noise);
-    TileNeurons<Real> neurons(params.parameters);
+    TileNeurons<Real> neurons(params.parameters, kNumParameters);
     for (int64 index = begin; index < end; ++index) {
       const Tile tile(params.shape, index);
       load_state(params.init, tile.first, params.at_rest(), tile.length, state);
@@ -47,8 +47,10 @@ void run_general(const ForwardParams<Scalar>& params) {
         Real* s = start_row(params.s_seq, tile, t, s_buffer);
         Real* h = start_row(params.h_seq, tile, t, h_buffer);
         neurons.move_to(tile, t);
-        run<StepLoop<Real, Model, Neurons>>({neurons, params.options, params.noise.analog_below, tile.length, x,
-                                             noise.row(tile, t), state, next, h, s});
+        neurons.template visit<NeuronRows<Real>>([&](auto values) {
+          run<StepLoop<Real, Model, decltype(values)>>({values, params.options, params.noise.analog_below, tile.length,
+                                                        x, noise.row(tile, t), state, next, h, s});
+        });
         std::swap(state, next);
         if (params.options.scale_output) {
           run<MultiplyLoop<Real>>({s, neurons.v_threshold(), s_buffer, tile.length});
@@ -65,18 +67,19 @@ void run_general(const ForwardParams<Scalar>& params) {
 }
 
 template <class Model, class Scalar>
-void run_uniform(const ForwardParams<Scalar>& params) {
+void run_settled(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const int64 steps = params.shape.steps;
-  const Neuron<Real> neuron = settled_neuron<Input::kPlain>(params.parameters, 0);
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
     Rows<Real> rows(2 + kStateMembers, kTile);
     Real *x_buffer = rows.take(), *s_buffer = rows.take();
     const State<Real*> state = take_state(rows);
     TileNoise noise(params.noise);
+    TileNeurons<Real> neurons(params.parameters, kInputGain);
     TileInput<Real> input(params);
     for (int64 index = begin; index < end; ++index) {
       const Tile tile(params.shape, index);
+      neurons.move_to(tile, 0);
       input.move_to(tile);
       load_state(params.init, tile.first, params.at_rest(), tile.length, state);
       for (int64 t = 0; t < steps; ++t) {
@@ -86,8 +89,11 @@ void run_uniform(const ForwardParams<Scalar>& params) {
         const Tile next(params.shape, index + (t + kRowsAhead) / steps);
         const Ahead ahead = {row_ahead(params.x_seq, next, next_t), row_ahead(params.s_seq, next, next_t),
                              sizeof(Scalar)};
-        run<UniformStepLoop<Real, Model, true>>({neuron, params.options, params.noise.analog_below, tile.length,
-                                                 input.current(x), noise.row(tile, t), state, s, ahead});
+        neurons.template visit<SettledRows<Real>>([&](auto values) {
+          run<SettledStepLoop<Real, Model, decltype(values), true>>({values, params.options, params.noise.analog_below,
+                                                                     tile.length, input.current(x), noise.row(tile, t),
+                                                                     state, state, s, ahead});
+        });
         finish_row(s, params.s_seq, tile, t);
         store_checkpoint(params, tile, t + 1, state);
       }
@@ -107,6 +113,12 @@ void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 st
   } else {
     load_state(params.init, tile.first, params.at_rest(), tile.length, state);
   }
+}
+
+// The states that are kept in a segment: those before each step are needed again only for the gradient of decay.
+template <class Scalar>
+int64 states_of(const BackwardParams<Scalar>& params, int64 segment) {
+  return params.wants(kDecay) ? segment + 1 : 1;
 }
 
 // Says whether neurons that lie in turns share a value, several of each in a tile, as with one value a channel in
@@ -134,21 +146,16 @@ void store_partials(const GradientPartials<Real>& partials, const ParameterView<
     std::copy_n(row, tile.length, slots + tile.first);
     return;
   }
-  for_each_stretch(tile, parameter.inner, [&](int64 n, int64 offset, int64 length) {
-    double sum;
-    run<SumLoop<Real>>({row + offset, length, &sum});
-    slots[n / parameter.inner] = static_cast<Real>(sum);
-  });
+  run<RunSumsLoop<Real>>({row, runs_of(tile, parameter.inner), slots + tile.first / parameter.inner});
 }
 
-template <class Model, class Neurons, class Scalar>
+template <class Model, class Scalar>
 void run_general(const BackwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   constexpr Operand<Real> kZero = {nullptr, Real(0)}, kOne = {nullptr, Real(1)};
   const NeuronOptions<Real>& options = params.options;
   const int64 segment = segment_steps(params.shape.steps);
-  // The states before each step are needed again only for the gradient of decay.
-  const int64 states = params.wants(kDecay) ? segment + 1 : 2;
+  const int64 states = std::max<int64>(2, states_of(params, segment));
 
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
     Rows<Real> rows(2 * segment + (states + 1) * kStateMembers + 8 + kNumParameters, kTile);
@@ -159,7 +166,7 @@ void run_general(const BackwardParams<Scalar>& params) {
     Real* sums = rows.take(kNumParameters);
     std::fill_n(zeros, kTile, Real(0));
     TileNoise noise(params.noise);
-    TileNeurons<Real> neurons(params.parameters);
+    TileNeurons<Real> neurons(params.parameters, kNumParameters);
     const auto row = [&](Real* of, int64 k) { return of + k * rows.stride(); };
     const auto state = [&](int64 k) {
       return map_members<Real*>([&](Real* of) { return row(of, k % states); }, state_rows);
@@ -186,9 +193,11 @@ void run_general(const BackwardParams<Scalar>& params) {
           const int64 k = t - start;
           const Real* x = read_row(params.x_seq, tile, t, x_buffer);
           neurons.move_to(tile, t);
-          run<StepLoop<Real, Model, Neurons>>({neurons, options, params.noise.analog_below, length, x,
-                                               noise.row(tile, t), state(k), state(k + 1), row(h_rows, k),
-                                               row(s_rows, k)});
+          neurons.template visit<NeuronRows<Real>>([&](auto values) {
+            run<StepLoop<Real, Model, decltype(values)>>({values, options, params.noise.analog_below, length, x,
+                                                          noise.row(tile, t), state(k), state(k + 1), row(h_rows, k),
+                                                          row(s_rows, k)});
+          });
         }
         for (int64 t = stop - 1; t >= start; --t) {
           const int64 k = t - start;
@@ -211,7 +220,10 @@ void run_general(const BackwardParams<Scalar>& params) {
           }
           if (carried) accumulate(kReset, Model::kResetsHard ? Real(1) : Real(-1), d_state.v, {s, Real(0)}, kZero);
           Real* dx = start_row(params.grad_x_seq, tile, t, dx_buffer);
-          run<AdjointLoop<Real, Model, Neurons>>({neurons, options, length, carried, g, gh, h, s, d_state, dy, dh, dx});
+          neurons.template visit<NeuronRows<Real>>([&](auto values) {
+            run<AdjointLoop<Real, Model, decltype(values)>>(
+                {values, options, length, carried, g, gh, h, s, d_state, dy, dh, dx});
+          });
           carried = true;
           finish_row(dx, params.grad_x_seq, tile, t);
           accumulate(kWidth, Real(1), dy, {h, Real(0)}, neurons.v_threshold());
@@ -240,29 +252,39 @@ void run_general(const BackwardParams<Scalar>& params) {
 }
 
 template <class Model, class Scalar>
-void run_uniform(const BackwardParams<Scalar>& params) {
+void run_settled(const BackwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const SequenceShape& shape = params.shape;
-  const Neuron<Real> neuron = settled_neuron<Input::kPlain>(params.parameters, 0);
   const int64 segment = segment_steps(shape.steps);
+  const int64 states = states_of(params, segment);
+  const bool more = params.wants(kDecay) || params.wants(kThreshold) || params.wants(kReset);
   const int64 last_start = (shape.steps - 1) / segment * segment;
 
   for_each_tile_range(shape, [&](int64 begin, int64 end) {
-    Rows<Real> rows(segment + 2 * kStateMembers + 5, kTile);
+    Rows<Real> rows(segment + (states + 1) * kStateMembers + 8, kTile);
     Real* h = rows.take(segment);
-    const State<Real*> state = take_state(rows), d_state = take_state(rows);
-    Real *width = rows.take(), *zeros = rows.take();
+    const State<Real*> state_rows = take_state(rows, states), d_state = take_state(rows);
+    Real *width = rows.take(), *decay = rows.take(), *threshold = rows.take(), *reset = rows.take();
+    Real* zeros = rows.take();
     Real *x_buffer = rows.take(), *g_buffer = rows.take(), *dx_buffer = rows.take();
     std::fill_n(zeros, kTile, Real(0));
     TileNoise noise(params.noise);
+    TileNeurons<Real> neurons(params.parameters, kInputGain);
     TileInput<Real> input(params);
+    const auto state = [&](int64 k) {
+      return map_members<Real*>([&](Real* of) { return of + k % states * rows.stride(); }, state_rows);
+    };
 
     for (int64 index = begin; index < end; ++index) {
       const Tile tile(shape, index);
+      neurons.move_to(tile, 0);
       input.move_to(tile);
       const auto h_row = [&](int64 k) { return h + k * rows.stride(); };
       load_state(params.grad_last, tile.first, State<Real>{}, tile.length, d_state);
       std::fill_n(width, tile.length, Real(0));
+      if (more) {
+        for (Real* sums : {decay, threshold, reset}) std::fill_n(sums, tile.length, Real(0));
+      }
       bool carried = exists(params.grad_last);
 
       for (int64 start = last_start; start >= 0; start -= segment) {
@@ -280,20 +302,28 @@ void run_uniform(const BackwardParams<Scalar>& params) {
           const int64 t = std::min(next_start + next - 2 * steps, shape.steps - 1);
           return {row_ahead(params.x_seq, start > 0 ? tile : Tile(shape, index + 1), t), nullptr, sizeof(Scalar)};
         };
-        load_start(params, tile, start, state);
+        load_start(params, tile, start, state(0));
         for (int64 t = start; t < stop; ++t) {
+          const int64 k = t - start;
           const Real* x = read_row(params.x_seq, tile, t, x_buffer);
-          run<UniformStepLoop<Real, Model, false>>({neuron, params.options, params.noise.analog_below, tile.length,
-                                                    input.current(x), noise.row(tile, t), state, h_row(t - start),
-                                                    ahead(t - start)});
+          neurons.template visit<SettledRows<Real>>([&](auto values) {
+            run<SettledStepLoop<Real, Model, decltype(values), false>>(
+                {values, params.options, params.noise.analog_below, tile.length, input.current(x), noise.row(tile, t),
+                 state(k), state(k + 1), h_row(k), ahead(k)});
+          });
         }
         for (int64 t = stop - 1; t >= start; --t) {
           const Real* g = params.grad_s_seq == nullptr ? zeros : read_row(params.grad_s_seq, tile, t, g_buffer);
           Real* dx = start_row(params.grad_x_seq, tile, t, dx_buffer);
-          run<UniformAdjointLoop<Real, Model>>({neuron, params.options, params.noise.analog_below, tile.length, carried,
-                                                g, h_row(t - start), noise.row(tile, t), d_state, width,
-                                                input.plain() ? dx : input.gradient_row(),
-                                                ahead(steps + stop - 1 - t)});
+          neurons.template visit<SettledRows<Real>>([&](auto values) {
+            const auto adjoint = [&](auto kMore) {
+              run<SettledAdjointLoop<Real, Model, decltype(values), kMore()>>(
+                  {values, params.options, params.noise.analog_below, tile.length, carried, g, h_row(t - start),
+                   noise.row(tile, t), d_state, state(t - start).v, width, decay, threshold, reset,
+                   input.plain() ? dx : input.gradient_row(), ahead(steps + stop - 1 - t)});
+            };
+            more ? adjoint(std::true_type{}) : adjoint(std::false_type{});
+          });
           carried = true;
           if (!input.plain()) input.backward(read_row(params.x_seq, tile, t, x_buffer), dx);
           finish_row(dx, params.grad_x_seq, tile, t);
@@ -303,6 +333,9 @@ void run_uniform(const BackwardParams<Scalar>& params) {
         store_partials(params.partials[id], params.parameters[id], tile, 0, sums);
       };
       if (params.wants(kWidth)) store(kWidth, width);
+      if (params.wants(kDecay)) store(kDecay, decay);
+      if (params.wants(kThreshold)) store(kThreshold, threshold);
+      if (params.wants(kReset)) store(kReset, reset);
       if (params.wants(kInputGain)) store(kInputGain, input.gain_sums());
       if (params.wants(kInputBias)) store(kInputBias, input.bias_sums());
       store_state(d_state, tile.length, params.grad_init, tile.first);
@@ -312,6 +345,27 @@ void run_uniform(const BackwardParams<Scalar>& params) {
 
 // ---- launchers ----
 
+template <class Scalar>
+bool only_spikes(const ForwardParams<Scalar>& params) {
+  return params.v_seq == nullptr && params.h_seq == nullptr;
+}
+template <class Scalar>
+bool only_spikes(const BackwardParams<Scalar>& params) {
+  return params.grad_v_seq == nullptr && params.grad_h_seq == nullptr &&
+         !(params.wants(kReset) && params.options.hard_reset);
+}
+
+// With parameters of the input, all others must be uniform, and none except the width may want a gradient: gradients of
+// gain and bias are added up in another order here than by the general kernels, and they are not to depend on what else
+// is asked for where all parameters differ.
+template <class Params>
+bool is_settled(const Params& params) {
+  if (!params.is_input_plain()) return params.only_spikes() && params.input() == Input::kNormalised;
+  const bool per_step = std::any_of(std::begin(params.parameters), std::end(params.parameters),
+                                    [](const auto& each) { return each.data != nullptr && each.step_stride != 0; });
+  return !per_step && only_spikes(params) && params.options.v_rest == 0 && !params.options.scale_output;
+}
+
 template <class Params>
 void run_model(Params params) {
   using Real = typename Params::Real;
@@ -319,10 +373,9 @@ void run_model(Params params) {
   with_model(params.options, [&](auto model) {
     using Model = decltype(model);
     if constexpr (std::is_same_v<Real, float>) {
-      if (params.only_spikes() && params.input() != Input::kGeneral) return run_uniform<Model>(params);
+      if (is_settled(params)) return run_settled<Model>(params);
     }
-    all_uniform(params.parameters) ? run_general<Model, UniformNeuron<Real>>(params)
-                                   : run_general<Model, NeuronRows<Real>>(params);
+    run_general<Model>(params);
   });
 }
 
@@ -340,6 +393,34 @@ void sum_folded(const GradientSum<Real>& sum) {
     run<AddLoop<Real>>({slots + before_turn, totals.data(), used - before_turn});
   }
   for (int64 element = 0; element < count; ++element) sum.store(element, totals[static_cast<size_t>(element)]);
+}
+
+// Adds up the slots of neighbouring elements of the gradient in the order in which they lie in memory, and so each
+// element's in the order of GradientSum::sum_slots.
+template <class Real>
+void sum_in_order(const GradientSum<Real>& sum, int64 element, int64 length) {
+  const ParameterView<Real>& parameter = sum.parameter;
+  const int64 inner = parameter.inner, step = element / parameter.count, first = element % parameter.count;
+  const Real* slots = sum.partials.data + step * sum.partials.slots;
+  std::array<double, kTile> totals{};
+  for (int64 run = first; run * inner < sum.shape.neurons(); run += parameter.count) {
+    int64 tile = run * inner / sum.tile;
+    if (inner == 1) {
+      for (int64 i = 0; i < length; ++tile) {
+        const int64 in_tile = std::min(length - i, (tile + 1) * sum.tile - (run + i));
+        asgl::cpu::run<AddLoop<Real>>({slots + run + i + tile, totals.data() + i, in_tile});
+        i += in_tile;
+      }
+      continue;
+    }
+    for (int64 i = 0; i < length; ++i) {
+      const int64 end = (run + i + 1) * inner;
+      totals[i] += static_cast<double>(slots[run + i + tile]);
+      for (; (tile + 1) * sum.tile < end; ++tile) totals[i] += static_cast<double>(slots[run + i + tile + 1]);
+      tile += (tile + 1) * sum.tile == end;
+    }
+  }
+  for (int64 i = 0; i < length; ++i) sum.store(element + i, totals[i]);
 }
 
 }  // namespace
@@ -372,7 +453,12 @@ template <class Real>
 void launch(const GradientSum<Real>& sum) {
   if (is_folded(sum.parameter)) return sum_folded(sum);
   at::parallel_for(0, sum.elements(), 2048, [&](int64_t begin, int64_t end) {
-    for (int64 element = begin; element < end; ++element) sum.store(element, sum.sum_slots(element, 0, 1));
+    const int64 count = sum.parameter.count;
+    for (int64 element = begin; element < end;) {
+      const int64 length = std::min({kTile, end - element, count - element % count});
+      sum_in_order(sum, element, length);
+      element += length;
+    }
   });
 }
 

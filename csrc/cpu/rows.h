@@ -30,15 +30,12 @@ struct Tile {
   bool in_one_piece() const { return first % shape.inner + length <= shape.inner; }
 };
 
+inline Runs runs_of(const Tile& tile, int64 inner) { return {inner - tile.first % inner, inner, tile.length}; }
+
 // Calls f(neuron, offset in the tile, length) for each stretch of the tile's neurons that have the same n / inner.
 template <class F>
 void for_each_stretch(const Tile& tile, int64 inner, F&& f) {
-  for (int64 i = 0; i < tile.length;) {
-    const int64 n = tile.first + i;
-    const int64 stretch = std::min(tile.length - i, inner - n % inner);
-    f(n, i, stretch);
-    i += stretch;
-  }
+  runs_of(tile, inner).for_each([&](int64, int64 offset, int64 length) { f(tile.first + offset, offset, length); });
 }
 
 // Gives row t of a sequence as contiguous numbers of the arithmetic's type: where it lies if it is so already, else as

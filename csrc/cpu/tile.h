@@ -8,22 +8,23 @@
 
 namespace asgl::cpu {
 
+// The parameter of each neuron of a tile, or one over it.
 template <class Real>
-void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, int64 t, Real* row) {
-  if (parameter.data == nullptr) {
-    std::fill_n(row, tile.length, parameter.constant);
-    return;
-  }
-  const Real* data = parameter.data + t * parameter.step_stride;
-  if (parameter.inner == 1) {
+void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, int64 t, Real* row,
+                        bool inverse = false) {
+  if (parameter.data != nullptr && parameter.inner == 1) {
+    const Real* data = parameter.data + t * parameter.step_stride;
     for_each_stretch(tile, parameter.count, [&](int64 n, int64 offset, int64 length) {
       std::copy_n(data + n % parameter.count, length, row + offset);
     });
-  } else {
-    for_each_stretch(tile, parameter.inner, [&](int64 n, int64 offset, int64 length) {
-      std::fill_n(row + offset, length, data[parameter.index(n)]);
-    });
+    if (inverse) run<InverseLoop<Real>>({row, tile.length});
+    return;
   }
+  const Real* values = parameter.data == nullptr ? &parameter.constant : parameter.data + t * parameter.step_stride;
+  const bool one = parameter.is_same_for_all();
+  run<FillRunsLoop<Real>>({values, one ? 0 : parameter.index(tile.first), parameter.count,
+                           one ? Runs{tile.length, tile.length, tile.length} : runs_of(tile, parameter.inner), inverse,
+                           row});
 }
 
 // The noise of a tile for the steps of a segment. Without draws every row is 0: below any analog_below except 0.
@@ -62,49 +63,75 @@ class TileNoise {
   std::array<int64, kPairs> pairs_;
 };
 
-// The parameters in a tile: one value for all, or rows, read anew at every step only where they depend on it.
+// The first `count` parameters in a tile: one value for all of its neurons, or rows. They are read anew only where
+// another tile or step has others.
 template <class Real>
 class TileNeurons {
  public:
-  explicit TileNeurons(const ParameterView<Real> (&parameters)[kNumParameters])
-      : parameters_(parameters), uniform_(all_uniform(parameters)), rows_(uniform_ ? 0 : kNumParameters, kTile) {
-    if (uniform_) values_ = settled_neuron<Input::kPlain>(parameters, 0);
+  TileNeurons(const ParameterView<Real> (&parameters)[kNumParameters], int count)
+      : parameters_(parameters), count_(count), rows_(all_uniform(parameters, count) ? 0 : count, kTile) {
+    for (int id = 0; id < count; ++id) per_step_ = per_step_ || is_per_step(id);
+    patterns_.fill({-1, -1});
   }
 
   void move_to(const Tile& tile, int64 t) {
-    if (uniform_) return;
-    for (int id = 0; id < kNumParameters; ++id) {
-      const bool per_step = parameters_[id].data != nullptr && parameters_[id].step_stride != 0;
-      if (tile.first != first_ || (per_step && t != t_)) {
-        Real* row = rows_.row(id);
-        fill_parameter_row(parameters_[id], tile, t, row);
-        if (id == kWidth) {
-          std::transform(row, row + tile.length, row, [](Real width) { return inverse_of_width(width); });
-        }
-      }
-    }
+    if (tile.first == first_ && (t == t_ || !per_step_)) return;
     first_ = tile.first;
     t_ = t;
+    shared_ = true;
+    for (int id = 0; id < count_; ++id) {
+      const ParameterView<Real>& parameter = parameters_[id];
+      shared_ =
+          shared_ && (parameter.is_same_for_all() || tile.first % parameter.inner + tile.length <= parameter.inner);
+    }
+    if (shared_) {
+      values_ = neuron_of<Real>([&](ParameterId id) { return parameters_[id].at(tile.first, t); });
+    } else {
+      for (int id = 0; id < count_; ++id) fill_row(id, tile, t);
+    }
   }
 
-  operator UniformNeuron<Real>() const { return {values_}; }
-  operator NeuronRows<Real>() {
-    return {{rows_.row(kDecay), rows_.row(kThreshold), rows_.row(kReset), rows_.row(kWidth), rows_.row(kInputGain),
-             rows_.row(kInputBias), rows_.row(kInputMean)}};
+  // Calls f(neurons), which has one value for all, or is of the type Neurons, which has rows.
+  template <class Neurons, class F>
+  void visit(F&& f) const {
+    if (shared_) return f(UniformNeuron<Real>{values_});
+    if constexpr (std::is_same_v<Neurons, SettledRows<Real>>) {
+      f(Neurons{row_[kDecay], row_[kThreshold], row_[kReset], row_[kWidth]});
+    } else {
+      f(Neurons{{row_[kDecay], row_[kThreshold], row_[kReset], row_[kWidth], row_[kInputGain], row_[kInputBias],
+                 row_[kInputMean]}});
+    }
   }
-  Operand<Real> v_threshold() { return operand(kThreshold, values_.v_threshold); }
-  Operand<Real> inverse_width() { return operand(kWidth, values_.inverse_width); }
-  Operand<Real> input_mean() { return operand(kInputMean, values_.input_mean); }
+  Operand<Real> v_threshold() const { return operand(kThreshold, values_.v_threshold); }
+  Operand<Real> inverse_width() const { return operand(kWidth, values_.inverse_width); }
+  Operand<Real> input_mean() const { return operand(kInputMean, values_.input_mean); }
 
  private:
-  Operand<Real> operand(ParameterId id, Real value) { return {uniform_ ? nullptr : rows_.row(id), value}; }
+  bool is_per_step(int id) const { return parameters_[id].data != nullptr && parameters_[id].step_stride != 0; }
+  Operand<Real> operand(ParameterId id, Real value) const { return {shared_ ? nullptr : row_[id], value}; }
+
+  void fill_row(int id, const Tile& tile, int64 t) {
+    const ParameterView<Real>& parameter = parameters_[id];
+    // Tiles that begin at the same place of a parameter's pattern have the same row; none is longer than an earlier
+    // one.
+    const int64 place = parameter.is_same_for_all() ? 0 : tile.first % (parameter.inner * parameter.count);
+    const std::array<int64, 2> pattern = {place, is_per_step(id) ? t : 0};
+    if (patterns_[id] == pattern) return;
+    patterns_[id] = pattern;
+    const bool in_place =
+        id != kWidth && parameter.data != nullptr && parameter.inner == 1 && place + tile.length <= parameter.count;
+    row_[id] = in_place ? parameter.data + t * parameter.step_stride + place : rows_.row(id);
+    if (!in_place) fill_parameter_row(parameter, tile, t, rows_.row(id), id == kWidth);
+  }
 
   const ParameterView<Real>* parameters_;
-  bool uniform_;
+  int count_;
   Rows<Real> rows_;
+  bool per_step_ = false, shared_ = false;
   Neuron<Real> values_{};
-  int64 first_ = -1;
-  int64 t_ = -1;
+  const Real* row_[kNumParameters] = {};
+  std::array<std::array<int64, 2>, kNumParameters> patterns_;
+  int64 first_ = -1, t_ = -1;
 };
 
 // Interleaved sums of a stretch, so that their loop is vectorised without licence to reorder additions.
@@ -119,7 +146,7 @@ class TileInput {
   template <class Scalar>
   explicit TileInput(const LIFParams<Scalar>& params)
       : parameters_(params.parameters),
-        plain_(params.input() == Input::kPlain),
+        plain_(params.is_input_plain()),
         rows_(plain_ ? 0 : 6, kTile),
         tile_(params.shape, 0) {
     if (plain_) return;

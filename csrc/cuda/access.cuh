@@ -60,12 +60,17 @@ __device__ __forceinline__ void fill(Real (&values)[kLanes], Real value) {
   for (int j = 0; j < kLanes; ++j) values[j] = value;
 }
 
-// The compiler would compute the addresses of all steps beforehand, and run out of registers for them.
-__device__ __forceinline__ void advance(int64& element, int64 stride) {
-  element += stride;
+// From here on the compiler does not know what the value was computed from.
+__device__ __forceinline__ void forget_origin(int64& element) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+l"(element));
 #endif
+}
+
+// The compiler would compute the addresses of all steps beforehand, and run out of registers for them.
+__device__ __forceinline__ void advance(int64& element, int64 stride) {
+  element += stride;
+  forget_origin(element);
 }
 
 // The neurons n, n + 1, ... of a thread. Where others count on it at shuffles and barriers, a thread beyond the last
@@ -93,12 +98,6 @@ __device__ __forceinline__ State<Real&> lane(State<Real[kLanes]>& states, int j)
 template <int kLanes, class Real>
 __device__ __forceinline__ void fill(State<Real[kLanes]>& states, const State<Real>& value) {
   for_each_member([](Real(&values)[kLanes], Real same) { fill(values, same); }, states, value);
-}
-
-// Gradients begin so. A state of zeros as a value would be a global variable to NVRTC for sm_120, and loaded from there.
-template <int kLanes, class Real>
-__device__ __forceinline__ void fill_with_zeros(State<Real[kLanes]>& states) {
-  for_each_member([](Real(&values)[kLanes]) { fill(values, Real(0)); }, states);
 }
 
 // From where the states of all neurons lie, and back.

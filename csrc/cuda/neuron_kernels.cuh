@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kBlockThreads, kUniformBackwardBlocks<kSteps>)
     const Neuron<Real> neuron = settled_neuron<kInput>(params.parameters, place.n);
     bool carried = exists(params.grad_last);
     State<Real[kLanes]> d_state;
-    fill_with_zeros(d_state);
+    fill(d_state, State<Real>());
     if (carried) load(params.grad_last, place.n, d_state);
 
     for (int64 start = (steps - 1) / kSteps * kSteps; start >= 0; start -= kSteps) {
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   Real sums[kNumParameters] = {};
   bool carried = exists(params.grad_last);
   State<Real[kLanes]> d_state;
-  fill_with_zeros(d_state);
+  fill(d_state, State<Real>());  // of {} NVRTC makes a variable in global memory, and reads it
   if (carried) load(params.grad_last, place.read_n, d_state);
 
   for (int64 start = (steps - 1) / kSteps * kSteps; start >= 0; start -= kSteps) {
@@ -408,7 +408,11 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         sums[kInputMean] -= dx[j];
       }
       carried = true;
-      if (params.grad_x_seq != nullptr && place.live) Lanes::store(dx, params.grad_x_seq + element);
+      if (params.grad_x_seq != nullptr && place.live) {
+        int64 stored_element = element;
+        forget_origin(stored_element);  // or the compiler splits the store where elements are of a half type
+        Lanes::store(dx, params.grad_x_seq + stored_element);
+      }
 #pragma unroll
       for (int id = 0; id < kNumParameters; ++id) {
         if (params.wants(id) && params.parameters[id].step_stride != 0) {

@@ -13,23 +13,28 @@ constexpr int kNumSurrogates = static_cast<int>(Surrogate::kCount);
 namespace math {
 
 #if defined(__CUDA_ARCH__)
-
-ASGL_HOST_DEVICE float exp(float x) { return ::expf(x); }
-ASGL_HOST_DEVICE float erf(float x) { return ::erff(x); }
-ASGL_HOST_DEVICE float atan(float x) { return ::atanf(x); }
 ASGL_HOST_DEVICE double exp(double x) { return ::exp(x); }
 ASGL_HOST_DEVICE double erf(double x) { return ::erf(x); }
 ASGL_HOST_DEVICE double atan(double x) { return ::atan(x); }
-
 #else
-
-ASGL_HOST_DEVICE float exp(float x) { return float_math::exp(x); }
-ASGL_HOST_DEVICE float erf(float x) { return float_math::erf(x); }
-ASGL_HOST_DEVICE float atan(float x) { return float_math::atan(x); }
 ASGL_HOST_DEVICE double exp(double x) { return __builtin_exp(x); }
 ASGL_HOST_DEVICE double erf(double x) { return __builtin_erf(x); }
 ASGL_HOST_DEVICE double atan(double x) { return __builtin_atan(x); }
+#endif
 
+// With ASGL_HOST_FUNCTIONS a device takes the host's functions in float32: tests show that nothing else differs.
+#if defined(__CUDA_ARCH__) && !defined(ASGL_HOST_FUNCTIONS)
+#define ASGL_DEVICE_FUNCTIONS
+#endif
+
+#if defined(ASGL_DEVICE_FUNCTIONS)
+ASGL_HOST_DEVICE float exp(float x) { return ::expf(x); }
+ASGL_HOST_DEVICE float erf(float x) { return ::erff(x); }
+ASGL_HOST_DEVICE float atan(float x) { return ::atanf(x); }
+#else
+ASGL_HOST_DEVICE float exp(float x) { return float_math::exp(x); }
+ASGL_HOST_DEVICE float erf(float x) { return float_math::erf(x); }
+ASGL_HOST_DEVICE float atan(float x) { return float_math::atan(x); }
 #endif
 
 // Comparisons, not fabs or fmin: NaN must go through.
@@ -50,7 +55,7 @@ ASGL_HOST_DEVICE Real reciprocal(Real x) {
   return Real(1) / x;
 }
 
-#if defined(__CUDA_ARCH__)
+#if defined(ASGL_DEVICE_FUNCTIONS)
 ASGL_HOST_DEVICE float reciprocal(float x) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));

@@ -204,11 +204,12 @@ def test_cold_caches_are_filled_before_each_call(monkeypatch):
 
 
 def test_sweeps():
-    found = {name: sizes.sweep(name, CPU) for name in ("T", "N", "dtype", "layout")}
+    found = {name: sizes.sweep(name, CPU) for name in ("T", "N", "dtype", "layout", "learned")}
     assert len({size.steps for size in found["T"]}) == len(found["T"])
     assert len({size.neurons for size in found["N"]}) == len(found["N"])
     assert {size.dtype for size in found["dtype"]} == set(sizes.DTYPES)
     assert {size.layout for size in found["layout"]} == set(sizes.LAYOUTS)
+    assert {size.learned for size in found["learned"]} == set(sizes.LEARNED)
 
 
 def test_report_and_figure(tmp_path, monkeypatch, capsys):
@@ -244,6 +245,17 @@ def test_bad_arguments(arguments, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         microbench.main()
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--fresh"]])
+def test_memory_is_kept_unless_fresh(tmp_path, monkeypatch, arguments):
+    asked = []
+    monkeypatch.setattr(microbench, "keep_memory", lambda: asked.append(True) or True)
+    file = tmp_path / "out.json"
+    size = ["--steps", "2", "--neurons", "64", "--repeats", "2", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["microbench", *size, "--json", str(file), *arguments])
+    assert microbench.main() == 0
+    assert json.loads(file.read_text())["memory_kept"] == bool(asked) == (not arguments)
 
 
 def test_blocks_are_measured_by_default(tmp_path, monkeypatch):

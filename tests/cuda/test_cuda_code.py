@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import roofline
 from benchmarks.cuda_code import Instruction, Kernel, Usage, usages
+from tests.code_checks import sass_problems
 
 FORWARD = Kernel("forward plain, 4 neurons", "float32", "rectangle", "hard")
 BACKWARD = Kernel("backward plain, K = 4", "bfloat16", "sigmoid", "soft")
@@ -143,7 +144,7 @@ GOOD = "LDG.E.128 R4, [R2.64]\n" * 8 + "LDG.E R1, [R2.64]\n" * 6 + "STG.E.128 [R
     ],
 )
 def test_disassembly_of_a_hot_kernel(code, expected):
-    found = list(cuda_compile.code_problems(FORWARD, sass(code)))
+    found = list(sass_problems(FORWARD, sass(code)))
     assert len(found) == len(expected)
     assert all(one.startswith(other) for one, other in zip(found, expected, strict=True))
 

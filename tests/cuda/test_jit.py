@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -25,10 +26,13 @@ from asgl_cuda.backends import neuron_kernels as launch
 from asgl_cuda.backends import normalisation_kernels
 from asgl_cuda.backends.structures import structure
 from asgl_cuda.reference import Rules
+from benchmarks.cuda_code import Disassembler
+from tests.code_checks import ptx_problems
 
 MODEL = launch.model(Rules(0, 1, 0, 0, 0, 0, 0))
 FORWARD = launch.forward_kernel(torch.float32, MODEL, 4, launch.PLAIN)
 BACKWARD = launch.backward_kernel(torch.float32, MODEL, 4, launch.PLAIN, 4)
+GENERAL_OF_HALVES = launch.backward_kernel(torch.bfloat16, MODEL, 4, launch.GENERAL)
 OF_BATCH_NORM = (
     launch.forward_kernel(torch.float32, MODEL, 4, launch.NORMALISED),
     launch.backward_kernel(torch.float32, MODEL, 4, launch.NORMALISED, 4),
@@ -75,6 +79,20 @@ def test_kernel_is_compiled_once_and_then_read(cache, caplog):
     assert len(caplog.messages) == len(list(cache.iterdir())) == 1
     assert jit.load_or_compile(FORWARD, "sm_80") != compiled
     assert len(caplog.messages) == len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_cubin_is_whole(tmp_path):
+    (binary,), _ = jit.compile_kernels([jit.PROBE], "sm_90")
+    tables = struct.unpack_from("<QQ", binary.image, 32)  # program headers, section headers
+    size, count, section_size, section_count = struct.unpack_from("<4H", binary.image, 54)
+    assert len(binary.image) == max(tables[0] + size * count, tables[1] + section_size * section_count)
+    assert jit._whole(binary.image) == binary.image  # as for a CuPy that does not drop the last byte
+    disassembler = Disassembler.find()
+    if disassembler is not None:
+        cubin = tmp_path / "probe.cubin"
+        cubin.write_bytes(binary.image)
+        assert disassembler.instructions(cubin, [binary.symbol])[binary.symbol]
 
 
 @pytest.mark.usefixtures("nvrtc")
@@ -136,14 +154,23 @@ print(time.perf_counter() - started)
 
 
 @pytest.mark.usefixtures("nvrtc")
-def test_arithmetic_is_that_of_the_reference():
-    """No product is contracted, no subnormal number flushed to zero, which CuPy's own compilation always asks for."""
-    for kernel in (FORWARD, BACKWARD, *OF_BATCH_NORM):
+def test_code_is_without_faults():
+    for kernel in (FORWARD, BACKWARD, GENERAL_OF_HALVES, *OF_BATCH_NORM):
         (binary,), _ = jit.compile_kernels([kernel], "compute_80")
         ptx = binary.image.decode()
         assert "mul.rn.f32" in ptx
-        assert "fma." not in ptx
-        assert ".ftz" not in ptx
+        assert not list(ptx_problems(ptx))
+
+
+@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize(
+    ("options", "fault"), [(("--fmad=true",), "is contracted"), (("--fmad=false", "--ftz=true"), "flushes subnormal")]
+)
+def test_options_that_change_the_arithmetic_are_seen(monkeypatch, options, fault):
+    """CuPy's own compilation always asks for the second."""
+    monkeypatch.setattr(jit, "OPTIONS", ("--std=c++17", *options))
+    (binary,), _ = jit.compile_kernels([FORWARD], "compute_80")
+    assert any(fault in problem for problem in ptx_problems(binary.image.decode()))
 
 
 @pytest.mark.usefixtures("nvrtc", "cache")

@@ -157,20 +157,30 @@ PIECES = "for_each_stretch(tile, @, [&](int64 n, int64 offset, int64 length) {"
 
 CPU_MUTANTS = {
     "kernels_test": {
-        "a stretch too long": rows("std::min(tile.length - i, @)", "inner - n % inner", "inner"),
+        "a stretch too long": rows("return {@, inner", "inner - tile.first % inner", "inner"),
         "a channel's stretch too long": tiles("for_each_stretch(tile_, @,", "shared_ == 0 ? kTile : shared_",
                                               "shared_ == 0 ? kTile : 2 * shared_"),
         "parameters taken as alike": tiles(
             "shared_ == 0 || (@)", "parameter.inner == shared_ && parameter.count == count_", "true"
         ),
-        "a parameter's run too long": tiles("for_each_stretch(tile, @,", "parameter.inner", "2 * parameter.inner"),
-        "a sum's run too long": cpu("for_each_stretch(tile, @,", "parameter.inner", "2 * parameter.inner"),
+        "a parameter's run too long": tiles("runs_of(tile, @), inverse", "parameter.inner", "2 * parameter.inner"),
+        "a parameter's last value stays": loops("== args.count ? @ :", "0", "index"),
+        "a sum's run too long": cpu("runs_of(tile, @), slots", "parameter.inner", "2 * parameter.inner"),
+        "a sum without the run's later tiles": cpu("for (; @; ++tile) totals", "(tile + 1) * sum.tile < end", "false"),
+        "a sum across a tile's end": cpu("std::min(length - i, @)", "(tile + 1) * sum.tile - (run + i)", "length"),
         "parameters turn too late": tiles("for_each_stretch(tile, @,", "parameter.count", "2 * parameter.count"),
         "noise of another tile": tiles("if (@) {\n      first_ = tile.first", "tile.first != first_", "first_ < 0"),
         "noise of another step": tiles("rows_.row(2 * slot + @)", "t % 2", "0"),
         "noise of an earlier segment": tiles("if (@)", "pairs_[slot] != pair", "pairs_[slot] < 0"),
-        "parameters of another tile": tiles("(@ || (per_step", "tile.first != first_", "first_ < 0"),
-        "parameters of another step": tiles("|| (per_step && @)", "t != t_", "false"),
+        "one value for several channels": tiles(
+            "|| @);", "tile.first % parameter.inner + tile.length <= parameter.inner", "true"
+        ),
+        "parameters of another tile": tiles("if (@ && (t == t_", "tile.first == first_", "first_ >= 0"),
+        "parameters of another step": tiles("(@ || !per_step_)", "t == t_", "true"),
+        "a row of another tile": tiles("pattern = {@, is_per_step", "place", "int64(0)"),
+        "a row of another step": tiles(", @};", "is_per_step(id) ? t : 0", "0"),
+        "a row beyond the parameter": tiles("parameter.inner == 1 && @;", "place + tile.length <= parameter.count",
+                                            "place < parameter.count"),
         "rows of the input of another tile": tiles("period_ < kTile && @",
                                                    "tile.first % count_ == tile_.first % count_", "true"),
         "rows of the input repeat too early": tiles("period_ = @", "std::max<int64>(1, kInputSums / count_) * count_",
@@ -180,16 +190,19 @@ CPU_MUTANTS = {
         "no last checkpoint": cpu("kCheckpointSteps == 0 && @)", "steps < params.shape.steps",
                                   "steps + kCheckpointSteps < params.shape.steps"),
         "decay's gradient of another step": cpu("accumulate(kDecay, Real(1), dh, {state(@).v", "k", "k + 1"),
+        "decay's gradient of another settled step": cpu("d_state, state(@).v, width", "t - start", "t - start + 1"),
         "wrong sign of the soft reset's gradient": cpu(
             "accumulate(kReset, @", "Model::kResetsHard ? Real(1) : Real(-1)", "Real(1)"
         ),
         "a carried gradient forgotten": cpu(
-            "Real(0));\n      bool carried = @;", "exists(params.grad_last)", "false"
+            "}\n      bool carried = @;", "exists(params.grad_last)", "false"
         ),
-        "uniform forward in spite of potentials": params("return v_seq == nullptr && @", "h_seq == nullptr", "true"),
-        "uniform backward in spite of potentials": params(
-            "only = grad_v_seq == nullptr && @", "grad_h_seq == nullptr", "true"
-        ),
+        "settled forward in spite of potentials": cpu("return params.v_seq == nullptr && @;",
+                                                      "params.h_seq == nullptr", "true"),
+        "settled backward in spite of potentials": cpu("return params.grad_v_seq == nullptr && @ &&",
+                                                       "params.grad_h_seq == nullptr", "true"),
+        "settled in spite of a hard reset's gradient": cpu("!(@ &&", "params.wants(kReset)", "false"),
+        "settled in spite of a potential at rest": cpu("&& @ &&", "params.options.v_rest == 0", "true"),
         "folded sums end where they turn": cpu("totals.data(), @}", "used - before_turn", "int64(0)"),
         "a row read in pieces too long": rows(f"{PIECES}\n    run<ConvertLoop<Element,", "tile.shape.inner",
                                               "2 * tile.shape.inner"),
@@ -198,9 +211,11 @@ CPU_MUTANTS = {
         "a row read in place though in pieces": rows("if (@) return sequence", "tile.in_one_piece()", "true"),
         "a row written in place though in pieces": rows("sequence != nullptr && @) return", "tile.in_one_piece()",
                                                         "true"),
-        "a sum without its last": loops("for (int lane = 0; @; ++i, ++lane) lanes[lane]", "i < args.length",
-                                        "i + 1 < args.length"),
-        "width's gradient without a threshold": loops("step.dy * (@)", "h - args.neuron.v_threshold", "h"),
+        "a sum without its last": loops("for (int lane = 0; @; ++i, ++lane) lanes[lane]", "i < length",
+                                        "i + 1 < length"),
+        "width's gradient without a threshold": loops("step.dy * (@)", "h - neuron.v_threshold", "h"),
+        "threshold's gradient without a width": loops("step.dy * @;", "neuron.inverse_width", "Real(1)"),
+        "soft reset's gradient without a spike": loops("keep_if(args.carried, @);", "d_state.v * s", "d_state.v"),
         "gain's gradient without a mean": loops("gain_sum[i] += dh[i] * (@)", "x[i] - neuron.input_mean", "x[i]"),
     },
     "batch_norm_test": {
