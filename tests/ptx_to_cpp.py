@@ -88,7 +88,7 @@ def to_cpp(kernel: Kernel) -> str:
 class _Translation:
     kernel: Kernel
     registers: dict[str, str] = field(default_factory=dict)  # type by name, or by prefix for those with numbers
-    local: set[str] = field(default_factory=set)  # registers of a scope in the body
+    local: dict[str, str] = field(default_factory=dict)  # those of a scope in the body
     used: dict[str, str] = field(default_factory=dict)
     where: str = ""  # the line and the text of a statement
     known: frozenset[str] = field(default_factory=known_instructions)
@@ -152,7 +152,7 @@ class _Translation:
         if kind not in _TYPES:
             raise UnknownPTXError("registers of a type that is not known")
         if depth:
-            self.local.add(name)
+            self.local[name] = kind
             return _declaration(kind, _name(name))
         self.registers[name if not many else f"{name}<>"] = kind
         return ""
@@ -214,14 +214,17 @@ class _Translation:
         return f"write({self._register(to)}, pack<{kind}, {part}>({', '.join(map(self._operand, parts))}));"
 
     def _register(self, text: str) -> str:
-        name = _name(text)
-        if text in self.local:
-            return name
-        kind = self.registers.get(text) or self.registers.get(f"{text.rstrip('0123456789')}<>")
+        kind, name = self._kind(text), _name(text)
+        if text not in self.local:
+            self.used[name] = kind
+        return name
+
+    def _kind(self, text: str) -> str:
+        numbered = f"{text.rstrip('0123456789')}<>"
+        kind = self.local.get(text) or self.registers.get(text) or self.registers.get(numbered)
         if kind is None:
             raise UnknownPTXError(f"{text} is no register")
-        self.used[name] = kind
-        return name
+        return kind
 
     def _operand(self, text: str) -> str:
         """An expression that becomes whichever type the instruction takes the operand for."""
@@ -238,7 +241,7 @@ class _Translation:
         if text in self.addresses:
             return f"Integer<{self.addresses[text]}>{{}}"
         name = self._register(text)
-        if self.used.get(name) == "pred":
+        if self._kind(text) == "pred":
             return f'Condition{{m, "{self.where}", {name}}}'
         return f"Bits<decltype({name})>{{{name}}}"
 

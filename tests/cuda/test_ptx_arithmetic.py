@@ -11,9 +11,9 @@ import ptx
 import pytest
 import torch
 from ptx_to_cpp import known_instructions
-from test_ptx_machine import module, pytestmark, run, translated
+from test_ptx_machine import module, run, translated
 
-__all__ = ["pytestmark"]
+pytestmark = [pytest.mark.ptx, pytest.mark.skipif(ptx.missing() is not None, reason=str(ptx.missing()))]
 
 N = 1024  # operands of each instruction, one a thread
 NUMPY = {
@@ -24,9 +24,9 @@ NUMPY = {
 REGISTERS = {1: "rs", 2: "rs", 4: "r", 8: "rd"}
 WHOLE = [0, 1, 2, 5, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 255, 256, 300, 2**15, 2**16 - 1, 2**31 - 1, 2**31]
 WHOLE += [2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 128, 2**64 - 2, 2**64 - 1]
-# Among them are ties of rounding to float16, bfloat16 and whole numbers.
-REAL = [0.0, 1.0, 0.5, 1.5, 2.5, 0.1, 3.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 65520.0, 2.0**-25]
-REAL = [sign * a for a in [*REAL, math.inf] for sign in (1, -1)] + [math.nan]
+# Among them are ties of rounding to float16, bfloat16 and whole numbers. All pairs are fewer than N.
+REAL = [sign * a for a in (0.0, 0.5, 1.0, 1.5, 2.5, math.inf) for sign in (1, -1)]
+REAL += [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 65520.0, 2.0**-25, 0.1, math.nan]
 
 
 def specials(dtype):
@@ -125,7 +125,8 @@ def upper_half(a):
 
 
 def larger(a, b):
-    return np.where(np.signbit(a) & (a == b), b, np.maximum(a, b))
+    """0 is larger than -0."""
+    return np.where(a == b, np.where(np.signbit(a), b, a), np.maximum(a, b))
 
 
 ORDERED = {

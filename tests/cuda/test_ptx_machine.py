@@ -182,6 +182,21 @@ def test_launch_that_does_not_fit(machine):
     assert machine.run(kernel, 1, 1, c_uint64(0), set()) == "its parameters take 32 bytes, got 8"
 
 
+def test_registers_of_a_scope(machine):
+    """They hide others of their name."""
+    body = """
+mov.u32 %r1, 5;
+{ .reg .pred p; .reg .b32 %r1; .reg .b16 low; .reg .b16 high;
+mov.u32 %r1, 7; setp.eq.u32 p, %r1, 7; mov.b32 {low, high}, %r1; cvt.u32.u16 %r2, low; selp.b32 %r3, 1, 0, p; }
+@%p1 bra $L__1;
+st.global.v4.b32 [%rd10], {%r1, %r2, %r3, %r10};
+$L__1:"""
+    found = np.zeros(4, np.uint32)
+    text = module(body.replace("@%p1", "setp.ne.u32 %p1, %r10, 0; @%p1"))
+    assert run(machine, translated(text), 2, found) is None
+    assert found.tolist() == [5, 7, 1, 0]
+
+
 def test_registers_that_nobody_wrote_are_nan(machine):
     body = "st.global.b64 [%rd10], %rd1; st.global.b32 [%rd10+8], %r1; st.global.b16 [%rd10+12], %rs1;"
     found = np.zeros(2, np.uint64)

@@ -86,8 +86,11 @@ T xor_(T a, T b) {
 }
 template <class T>
 T not_(T a) {
-  if constexpr (std::is_same_v<T, bool>) return !a;
-  return static_cast<T>(~a);
+  if constexpr (std::is_same_v<T, bool>) {
+    return !a;
+  } else {
+    return static_cast<T>(~a);
+  }
 }
 template <Whole T>
 T shl(T a, u32 by) {
