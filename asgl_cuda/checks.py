@@ -84,15 +84,17 @@ def check_width(width: float, caller: str, real: torch.dtype = torch.float32) ->
 def check_width_tensor(width: Tensor, caller: str) -> None:
     """The same for each value, where they can be seen."""
     if _can_be_seen(width):
-        check_width(width.item() if width.numel() == 1 else width.detach().min().item(), caller, width.dtype)
+        least = width.item() if width.numel() == 1 else width.detach().min().item()
+        if not _LEAST_WIDTH[width.dtype] <= least < math.inf:
+            check_width(least, caller, width.dtype)
 
 
 def _can_be_seen(value: Tensor) -> bool:
     """Whether its values are known without waiting for a device, and are no trace's."""
     return (
-        value.device.type == "cpu"
+        type(value) in PLAIN_TENSORS
+        and value.is_cpu
         and value.numel() > 0
-        and type(value) in PLAIN_TENSORS
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)
     )
@@ -226,7 +228,8 @@ def once_a_kind(check: Check[Plan]) -> Check[Plan]:
             return check(caller, values, options)
         try:
             # Their types count because numbers of several types may be equal.
-            key = (caller, options, *map(type, options), *map(type, values), *map(_kind, values))
+            kinds = [value if type(value) is float or value is None else _kind(value) for value in values]
+            key = (caller, options, *map(type, options), *map(type, values), *kinds)
             plan = plans.get(key)
         except TypeError:
             return check(caller, values, options)
@@ -241,9 +244,7 @@ def once_a_kind(check: Check[Plan]) -> Check[Plan]:
 
 
 def _kind(value: Any) -> Any:
-    """What may be known of a value without its numbers; TypeError where a check may look for more."""
-    if type(value) is float or value is None:
-        return value
+    """What may be known of a tensor without its numbers; TypeError where a check may look for more."""
     tensor = value.of_value if isinstance(value, (Logarithm, Logit)) else value
     if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:
         raise TypeError

@@ -135,9 +135,7 @@ class Call(NamedTuple):
     @property
     def operators(self) -> Operators:
         """The operators of a fused backend."""
-        operators = BACKENDS[self.backend].operators
-        assert operators is not None  # the reference is differentiated by autograd and does not come here
-        return operators
+        return operators_of(self.backend)
 
     def reference(self) -> list[Tensor]:
         """Runs the reference, for what is wanted."""
@@ -167,6 +165,13 @@ class Call(NamedTuple):
         return LIFOutput(*in_their_places(outputs, (True, *self.wanted)))
 
 
+def operators_of(backend: str) -> Operators:
+    """The operators of a fused backend."""
+    operators = BACKENDS[backend].operators
+    assert operators is not None  # the reference is differentiated by autograd and does not come here
+    return operators
+
+
 class LIFFunction(torch.autograd.Function):
     """The fused operators of one backend as a differentiable function of x_seq, v_init and the parameters.
 
@@ -178,7 +183,10 @@ class LIFFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return tuple(Call.of(*inputs).forward(keep_checkpoints=True))
+        backend, numbers, rules, wanted, x_seq, v_init, rng_state, *parameters = inputs
+        return tuple(
+            operators_of(backend).lif_forward(x_seq, v_init, rng_state, parameters, numbers, rules, (*wanted, True))
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -191,11 +199,13 @@ class LIFFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         checkpoints, *tensors = ctx.saved_tensors
-        grads = grads[:-1]
-        needed = ctx.needs_input_grad[4:]
-        wants_x_seq, wants_v_init, _, *wants_parameters = needed
-        call = Call.of(*ctx.options, *tensors)
-        found = call.backward(grads, checkpoints, (wants_x_seq, wants_v_init, *wants_parameters))
+        x_seq, v_init, rng_state, *parameters = tensors
+        backend, numbers, rules, wanted = ctx.options
+        grads, needed = grads[:-1], ctx.needs_input_grad[4:]
+        found = operators_of(backend).lif_backward(
+            in_their_places(grads, (True, *wanted)), x_seq, v_init, rng_state, checkpoints, parameters, numbers, rules,
+            (*needed[:2], *needed[3:]),
+        )  # fmt: skip
         gradients = once_differentiable(found, (*tensors, *grads))
         return None, None, None, None, *in_their_places(gradients, needed)
 
@@ -301,14 +311,18 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
     values = (width, decay, v_threshold, reset, *of_input)
     numbers: list[float] = []
     parameters: list[Tensor | None] = []
+    compiling = torch.compiler.is_compiling()
     for value in values:
-        if isinstance(value, Tensor):
-            if torch.compiler.is_compiling() and any(value is other for other in values[: len(numbers)]):
+        if type(value) is float:
+            numbers.append(value)
+            parameters.append(None)
+        elif isinstance(value, Tensor):
+            if compiling and any(value is other for other in values[: len(numbers)]):
                 value = value.view_as(value)  # the compiler takes no tensor twice, as the threshold that is subtracted
             numbers.append(0.0)
             parameters.append(value if value.dtype is real else value.to(real))
         else:
-            numbers.append(value if type(value) is float else float(value))
+            numbers.append(float(value))
             parameters.append(None)
     if parameters[0] is not None and not log_width:
         check_width_tensor(parameters[0], caller)
@@ -452,9 +466,10 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
 def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: str, together: bool) -> Tensor:
     """`together`: the samples of a vmap can be computed together."""
     operators = BACKENDS[backend].operators
-    under_transforms = not torch.compiler.is_compiling() and transforming()
-    if together and operators is not None and under_transforms:
-        return draw_under_transforms(x_seq.device, generator)
-    if generator is None and operators is not None and torch.compiler.is_compiling():
-        return operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=x_seq.device))
+    if operators is not None:
+        if torch.compiler.is_compiling():
+            if generator is None:
+                return operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=x_seq.device))
+        elif together and transforming():
+            return draw_under_transforms(x_seq.device, generator)
     return torch.randint(2**63 - 1, (2,), generator=generator, device=x_seq.device)

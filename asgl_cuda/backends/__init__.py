@@ -69,6 +69,8 @@ BACKENDS: dict[str, Backend] = {
 }
 
 _warned: set[str] = set()
+# The best fused backend for a type of device, and the table that it was chosen from.
+_best: dict[str, tuple[str, tuple[Backend, ...]]] = {}
 # A call of the user's may come here through torch, and through libraries whose layers are converted.
 _NOT_THE_USERS = ("asgl_cuda", "torch", "spikingjelly", "snntorch", "norse", "sinabs")
 
@@ -104,8 +106,15 @@ def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
                 f"{caller}: backend {name!r} needs x_seq on {' or '.join(backend.device_types)}, got {device}"
             )
         return name
+    compiling = torch.compiler.is_compiling()
+    if not compiling and device.type in _best:
+        found, table = _best[device.type]
+        if table == tuple(BACKENDS.values()):
+            return found
     for candidate, backend in BACKENDS.items():
         if backend.serves(device) and backend.problem() is None:
+            if backend.operators is not None and not compiling:
+                _best[device.type] = candidate, tuple(BACKENDS.values())
             if candidate == "reference" and device.type != "meta":  # on which nothing is computed
                 _warn_about_reference(device)
             return candidate

@@ -54,7 +54,7 @@ MUTANTS = {
     "kernels_test": {
         "no barrier between two sums": kernels("@  // whoever reads", BARRIER, ""),
         "no barrier within a sum": NO_BARRIER,
-        "no barrier in the last sum": kernels("@\n    if (thread > 0) return;", BARRIER, ""),
+        "no barrier in the last sum": kernels("@\n  if (thread > 0) return;", BARRIER, ""),
         "wrong lane in a sum": kernels("other = @;", "__shfl_down_sync(kWholeWarp, sum, distance)",
                                        "__shfl_xor_sync(kWholeWarp, sum, distance)"),
         "a sum beyond its warp": kernels("if (@ && thread", "lane + distance < kWarpThreads", "true"),
@@ -132,7 +132,7 @@ MUTANTS = {
         "wrong slot": channels("moments[@ *", "place.task.slot", "place.task.slot / 2"),
         "wrong slots joined": channels("slot += @)", "kBlockThreads", "kBlockThreads + 1"),
         "too many channels": channels("if (@) params.compute", "channel < params.channels", "true"),
-        "not all channels": channels("(channel < @)", "params.channels", "params.channels - 1"),
+        "not all channels": channels("(channel < @) params.compute", "params.channels", "params.channels - 1"),
         "wrong end of rows": channels("if (@) {\n#pragma", "row + k * place.step < place.end_row",
                                       "row + k < place.end_row"),
         "wrong mean": channels("params.mean[@]", "place.channel", "place.task.first_channel"),
@@ -349,7 +349,10 @@ PYTHON = {
     "tile beyond the last channel": (NORMALISATION, "min(threads // units, channels)", "threads // units"),
     "one row at a time": (NORMALISATION, "ways = threads // width", "ways = 1"),
     "channels may share four": (NORMALISATION, "inner % 4 == 0", "inner % 2 == 0"),
-    "no more channels than threads": (NORMALISATION, 'blocks_for(channels, constant("kBlockThreads"))', "1"),
+    "no more channels than threads": (
+        NORMALISATION, 'adjoint_kernel(real), blocks_for(channels, constant("kBlockThreads"))',
+        "adjoint_kernel(real), 1",
+    ),
 }  # fmt: skip
 
 

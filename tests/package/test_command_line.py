@@ -105,7 +105,7 @@ def only(monkeypatch, backends):
         ("lif_forward", lambda result: (flip_one(result[0]), *result[1:]), "s_seq"),
         ("lif_forward", lambda result: (result[0], flip_one(result[1]), *result[2:]), "v_last"),
         ("lif_backward", lambda result: (flip_one(result[0]), *result[1:]), "grad_x_seq"),
-        ("lif_backward", lambda result: (*result[:2], *(grad + 0.1 * grad for grad in result[2:])), "grad_width"),
+        ("lif_backward", lambda result: (result[0], *(1.1 * grad for grad in result[1:])), "grad_width"),
     ],
     ids=["spike", "potential", "gradient", "parameter gradient"],
 )
