@@ -98,7 +98,7 @@ STRUCTURES = {
 # The members that point to elements of x's type, and those of which the four share a value or their thread has one. All
 # others point to potentials and states, which are float32.
 OF_ELEMENTS = ("x_seq", "s_seq", "grad_s_seq", "grad_x_seq")
-NOT_OF_NEIGHBOURS = ("parameters", "partials", "noise", "moments", "mean", "adjoint")
+NOT_OF_NEIGHBOURS = ("parameters", "partials", "noise", "zeros", "moments", "mean", "adjoint")
 UNKNOWN = "an unknown place"
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
@@ -214,7 +214,7 @@ def expected_accesses(kernel: Kernel) -> Accesses:
     narrow_loads = 10  # seven parameters and the three words of rng_state
     segment = re.search(r"K = (\d+)", kernel.kind)
     if segment is None:
-        return Accesses(4, 4, narrow_loads, 0)
+        return Accesses(4, 4, narrow_loads, 2)  # the two zeros behind the checkpoints
     steps = int(segment[1])
     if "normalised" in kernel.kind:
         return Accesses(3 * steps, steps, narrow_loads, 3)  # x twice; partial sums of three gradients

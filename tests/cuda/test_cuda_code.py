@@ -138,7 +138,7 @@ GOOD = "LDG.E.128 R4, [R2.64]\n" * 8 + "LDG.E R1, [R2.64]\n" * 6 + "STG.E.128 [R
         (GOOD, []),
         (GOOD + "STL [R1], R4", ["1 accesses to local memory"]),
         (GOOD + "LDL.64 R4, [R1]", ["1 accesses to local memory"]),
-        (GOOD + "STG.E [R2.64], R4", ["1 stores of fewer than 128 bits, expected at most 0"]),
+        (GOOD + "STG.E [R2.64], R4\n" * 3, ["3 stores of fewer than 128 bits, expected at most 2"]),
         (GOOD + "LDG.E.64 R4, [R2.64]\n" * 5, ["11 loads of fewer than 128 bits, expected at most 10"]),
         (GOOD.replace(".128 R4", " R4", 6), ["2 loads of 128 bits, expected at least 4", "12 loads of fewer than 128"]),
     ],

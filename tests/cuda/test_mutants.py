@@ -132,7 +132,7 @@ MUTANTS = {
         "wrong slot": channels("moments[@ *", "place.task.slot", "place.task.slot / 2"),
         "wrong slots joined": channels("slot += @)", "kBlockThreads", "kBlockThreads + 1"),
         "too many channels": channels("if (@) params.compute", "channel < params.channels", "true"),
-        "not all channels": channels("(channel < @) params.compute", "params.channels", "params.channels - 1"),
+        "not all channels": channels("(channel < @))) params.compute", "params.channels", "params.channels - 1"),
         "wrong end of rows": channels("if (@) {\n#pragma", "row + k * place.step < place.end_row",
                                       "row + k < place.end_row"),
         "wrong mean": channels("params.mean[@]", "place.channel", "place.task.first_channel"),
@@ -179,8 +179,9 @@ CPU_MUTANTS = {
         "parameters of another step": tiles("(@ || !per_step_)", "t == t_", "true"),
         "a row of another tile": tiles("pattern = {@, is_per_step", "place", "int64(0)"),
         "a row of another step": tiles(", @};", "is_per_step(id) ? t : 0", "0"),
-        "a row beyond the parameter": tiles("parameter.inner == 1 && @;", "place + tile.length <= parameter.count",
-                                            "place < parameter.count"),
+        "a row beyond the parameter": tiles(
+            "&&\n                          @;", "place + tile.length <= parameter.count", "place < parameter.count"
+        ),
         "rows of the input of another tile": tiles("period_ < kTile && @",
                                                    "tile.first % count_ == tile_.first % count_", "true"),
         "rows of the input repeat too early": tiles("period_ = @", "std::max<int64>(1, kInputSums / count_) * count_",

@@ -18,7 +18,7 @@ SUITE = (
     *(f"neuron/test_{name}.py" for name in ("arguments", "philox", "properties")),
     *(f"layer/test_{name}.py" for name in ("neuron", "torch_features")),
 )
-TESTS_NEED = ("conftest.py", "comparison.py", "emulated.py", "host_compiler.py")
+TESTS_NEED = ("conftest.py", "comparison.py", "emulated.py", "host_compiler.py", "ptx.py", "ptx_to_cpp.py")
 
 
 def run(*command: str | Path, cwd: Path, status: int = 0, **environment: str) -> str:
