@@ -330,9 +330,13 @@ class Trial {
                             : normalised && !of_input ? random_.toss()
                                                       : random_.once_in(8);
       // Seldom others than a width's and, for normalised ones, an input gain's and bias', or few cases would be what
-      // the kernels for these are for.
+      // the kernels for these are for; those of a CPU are for decay, threshold and reset, too.
       const bool common = plain ? id == kWidth : !normalised || id == kWidth || id == kInputGain || id == kInputBias;
-      wanted_[id] = gradients_ && !constant && (common ? !random_.once_in(4) : random_.once_in(normalised ? 10 : 5));
+      wanted_[id] = gradients_ && !constant &&
+                    (common ? !random_.once_in(4)
+                            : random_.once_in(kOnCpu       ? 2
+                                              : normalised ? 10
+                                                           : 5));
       if (constant) continue;
       if (by_channel && of_input) {
         view.inner = run;
