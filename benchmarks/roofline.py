@@ -476,8 +476,7 @@ def parts_of(page: str) -> tuple[str, str]:
 
 
 def write(text: str) -> None:
-    _, accesses = parts_of(PAGE.read_text())
-    PAGE.write_text(f"{text}\n{accesses}")
+    PAGE.write_text(f"{text}\n{parts_of(PAGE.read_text())[1]}")
 
 
 def main() -> None:
