@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).parent / "cuda" / "ptx"
-SHARED_BEGIN = 1024  # as in run.cpp
 
 _STATEMENT = re.compile(r"\s*(?:(?P<label>[\w$]+):|(?P<brace>[{}])|(?P<text>[^;{}]*(?:\{[^}]*\}[^;{}]*)*);)")
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(\s*\.param \.align (\d+) \.b8 ([\w$]+)\[(\d+)\]\s*\)([^{]*)\{")
@@ -97,7 +96,7 @@ class _Translation:
         shared_bytes, self.addresses = 0, {}
         for name, (alignment, size) in self.kernel.shared.items():
             shared_bytes = -(-shared_bytes // alignment) * alignment
-            self.addresses[name] = SHARED_BEGIN + shared_bytes
+            self.addresses[name] = shared_bytes
             shared_bytes += size
         body = "\n".join(self._lines())
         declared = "".join(f"  {_declaration(kind, name)}\n" for name, kind in sorted(self.used.items()))
@@ -239,7 +238,7 @@ class _Translation:
         if text == self.kernel.param:
             return "Bits<u64>{m.params.begin}"
         if text in self.addresses:
-            return f"Integer<{self.addresses[text]}>{{}}"
+            return f"Integer<kSharedBegin + {self.addresses[text]}>{{}}"
         name = self._register(text)
         if self._kind(text) == "pred":
             return f'Condition{{m, "{self.where}", {name}}}'

@@ -31,6 +31,9 @@ struct Range {
   bool holds(u64 address, u64 bytes) const { return begin <= address && address <= end && bytes <= end - address; }
 };
 
+// Shared addresses begin here, so that null is none of them.
+constexpr u64 kSharedBegin = 1024;
+
 enum class Shuffle { down, idx };
 
 // `where` is the line and the text of an instruction; each has one of its own.

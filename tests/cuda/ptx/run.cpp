@@ -15,9 +15,6 @@ using asgl_emulation::Site;
 
 using Kernel = void (*)(const Machine& m);
 
-// Shared addresses begin here, so that null is none of them.
-constexpr u64 kSharedBegin = 1024;
-
 // The driver's part of a launch.
 struct Call {
   Kernel kernel;
