@@ -64,15 +64,11 @@ ASGL_HOST_DEVICE Neuron<Real> neuron_of(F&& value) {
           value(kInputGain), value(kInputBias), value(kInputMean)};
 }
 
-// Neuron n where all parameters are uniform; with kNormalised the parameters of the input are only the same at all
-// steps.
-template <Input kInput, class Real>
+// Neuron n where no parameter changes over time.
+template <class Real>
 ASGL_HOST_DEVICE Neuron<Real> settled_neuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n,
                                              const NeuronOptions<Real>& options) {
-  return neuron_of<Real>([&](ParameterId id) {
-    const bool differs = kInput == Input::kNormalised && id >= kInputGain;
-    return value_of(id, differs ? parameters[id].at(n, 0) : parameters[id].uniform_value(), options);
-  });
+  return neuron_of<Real>([&](ParameterId id) { return value_of(id, parameters[id].at(n, 0), options); });
 }
 
 constexpr uint32 kAnalogBelowInState = kAlwaysAnalog + 1;
@@ -112,14 +108,12 @@ struct LIFParams {
   // The state of a neuron at rest.
   ASGL_HOST_DEVICE State<Real> at_rest() const { return {options.v_rest}; }
 
-  // What charge may take for granted; kGeneral also where parameters of the input differ from step to step, or any
-  // other parameter from neuron to neuron.
+  // What charge may take for granted; kGeneral also where a parameter changes from step to step.
   ASGL_HOST_DEVICE Input input() const {
-    bool per_step = false;
-    for (int id = kInputGain; id < kNumParameters; ++id) {
-      per_step = per_step || (parameters[id].data != nullptr && parameters[id].step_stride != 0);
+    for (const auto& parameter : parameters) {
+      if (parameter.data != nullptr && parameter.step_stride != 0) return Input::kGeneral;
     }
-    if (!all_uniform(parameters, kInputGain) || per_step || options.v_rest != Real(0)) return Input::kGeneral;
+    if (options.v_rest != Real(0)) return Input::kGeneral;
     return is_input_plain() ? Input::kPlain : Input::kNormalised;
   }
 
@@ -173,14 +167,10 @@ struct BackwardParams : LIFParams<Scalar> {
 
   ASGL_HOST_DEVICE bool wants(int id) const { return partials[id].data != nullptr; }
 
-  // Says whether gradients are there and wanted of nothing except spikes, the sequence, states, width, and gain and
-  // bias of the input.
+  // Says whether gradients are there and wanted of nothing except spikes, the sequence, states, and parameters other
+  // than the mean of the input.
   ASGL_HOST_DEVICE bool only_spikes() const {
-    bool only = grad_v_seq == nullptr && grad_h_seq == nullptr && !this->options.scale_output;
-    for (int id = 0; id < kNumParameters; ++id) {
-      only = only && (id == kWidth || id == kInputGain || id == kInputBias || !wants(id));
-    }
-    return only;
+    return grad_v_seq == nullptr && grad_h_seq == nullptr && !this->options.scale_output && !wants(kInputMean);
   }
 };
 
@@ -194,32 +184,13 @@ struct GradientPart {
   GradientPartials<Real> partials;
   ParameterView<Real> parameter;
   Derivative derivative;
-  bool block_each;  // for CUDA, which cuts it: each element is summed up by a block, not by a thread
-  int64 blocks;     // as many as it takes
-  Real* gradient;   // [T or 1, count]
+  // For CUDA, whose cut() says it: a block's threads are divided among so many elements, and so many runs of each.
+  int elements_each, runs_each;
+  int64 blocks;    // as many as it takes
+  Real* gradient;  // [T or 1, count]
 
   ASGL_HOST_DEVICE int64 elements(const SequenceShape& shape) const {
     return (parameter.step_stride != 0 ? shape.steps : 1) * parameter.count;
-  }
-
-  // The sum of the slots first, first + stride, ... of the given element of the gradient, for tiles of so many neurons.
-  ASGL_HOST_DEVICE double sum_slots(const SequenceShape& shape, int64 tile, int64 element, int64 first,
-                                    int64 stride) const {
-    const int64 t = element / parameter.count, i = element % parameter.count;
-    double total = 0;
-    for (int64 slot = first; slot < slots(shape, tile); slot += stride) {
-      const int64 run = slot / most_tiles(tile) * parameter.count + i;
-      const int64 run_tile = run * parameter.inner / tile + slot % most_tiles(tile);
-      if (run_tile * tile < (run + 1) * parameter.inner) {
-        total += static_cast<double>(partials.data[t * partials.slots + run + run_tile]);
-      }
-    }
-    return total;
-  }
-
-  // An upper bound of the slots of one element: not every run touches so many tiles.
-  ASGL_HOST_DEVICE int64 slots(const SequenceShape& shape, int64 tile) const {
-    return shape.neurons() / (parameter.inner * parameter.count) * most_tiles(tile);
   }
 
   ASGL_HOST_DEVICE void store(int64 element, double total) const {
@@ -232,8 +203,6 @@ struct GradientPart {
   }
 
  private:
-  ASGL_HOST_DEVICE int64 most_tiles(int64 tile) const { return (parameter.inner + tile - 2) / tile + 1; }
-
   // These are rounded as autograd does it for exp and sigmoid.
   ASGL_HOST_DEVICE Real of_given(double total, Real given) const {
     if (derivative == Derivative::kOfLogitDecay) {

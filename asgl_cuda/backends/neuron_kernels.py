@@ -19,7 +19,7 @@ from ..ops import BackwardResult, ForwardResult, empty_gradients, empty_outputs,
 from ..reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules
 from .structures import constant, structure
 
-SEGMENT_STEPS = (4, 8, CHECKPOINT_STEPS)  # the uniform backward kernel is compiled for these
+FOURS_SEGMENT_STEPS = (8, CHECKPOINT_STEPS)  # of backward with four neurons a thread, beside kShortSequence
 
 GENERAL, NORMALISED, PLAIN = "kGeneral", "kNormalised", "kPlain"  # enumerators of csrc's Input
 
@@ -52,18 +52,29 @@ def model(rules: Rules) -> str:
     return f"asgl::LIF<(asgl::Surrogate){rules.surrogate}, {_bool(rules.hard_reset)}>"
 
 
-def forward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str) -> str:
-    """`lanes`: neurons a thread; `input`: GENERAL, NORMALISED or PLAIN."""
-    return f"asgl::lif_forward_kernel<{SCALARS[dtype]}, {model}, {lanes}, {_input(input)}>"
+def forward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, steps: int = CHECKPOINT_STEPS) -> str:
+    """`lanes`: neurons a thread; `input`: GENERAL, NORMALISED or PLAIN; `steps`: the length of the sequence."""
+    short = constant("kShortSequence")
+    exact = short if steps == short and lanes == 4 and input != GENERAL else 0
+    return f"asgl::lif_forward_kernel<{SCALARS[dtype]}, {model}, {lanes}, {_input(_compiled(lanes, input))}, {exact}>"
 
 
 def backward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, steps: int = CHECKPOINT_STEPS) -> str:
-    """`steps`: the length of the sequence."""
-    kinds = f"{SCALARS[dtype]}, {model}"
+    """The arguments are those of `forward_kernel`."""
+    kinds = f"{SCALARS[dtype]}, {model}, {lanes}"
     if input == GENERAL:
-        return f"asgl::lif_backward_kernel<{kinds}, {lanes}>"
-    segment = next((each for each in SEGMENT_STEPS if steps <= each), CHECKPOINT_STEPS)
-    return f"asgl::lif_backward_uniform_kernel<{kinds}, {segment}, {_input(input)}>"
+        return f"asgl::lif_backward_kernel<{kinds}>"
+    segment = CHECKPOINT_STEPS
+    if lanes == 4:
+        short = constant("kShortSequence")
+        longer = next((each for each in FOURS_SEGMENT_STEPS if steps <= each), CHECKPOINT_STEPS)
+        segment = short if steps == short else longer
+    return f"asgl::lif_backward_settled_kernel<{kinds}, {segment}, {_input(_compiled(lanes, input))}>"
+
+
+def _compiled(lanes: int, input: str) -> str:
+    """A thread with one neuron has no kernel of its own for plain input."""
+    return NORMALISED if lanes == 1 and input == PLAIN else input
 
 
 def gradient_sum_kernel(real: torch.dtype) -> str:
@@ -72,6 +83,11 @@ def gradient_sum_kernel(real: torch.dtype) -> str:
 
 def blocks_for(work: int, per_block: int) -> int:
     return -(-work // per_block)
+
+
+def largest_power(most: int) -> int:
+    """The largest power of two that is not larger."""
+    return 1 << (most.bit_length() - 1)
 
 
 def address_of(tensor: Tensor | None) -> int:
@@ -169,8 +185,8 @@ class _Call:
             tiles=tiles, x_seq=self.x_seq, init=self.v_init, **others,
         )  # fmt: skip
 
-    def cut(self, launcher: Launcher, *tensors: Tensor | None) -> tuple[int, tuple[int, int]]:
-        """Neurons a thread, and NeuronTiles: four where these lie side by side, share all parameters, fill the device.
+    def cut(self, launcher: Launcher, input: str, *tensors: Tensor | None) -> tuple[int, tuple[int, int]]:
+        """Neurons a thread, and NeuronTiles: four where these lie side by side, share all parameters, and it pays.
 
         `tensors` are the sequences and states beside x_seq and v_init.
         """
@@ -179,24 +195,27 @@ class _Call:
             and self.layout.inner % 4 == 0
             and not any(view.data and view.inner % 4 for view in self.views)
             and all(is_aligned(each) for each in (self.x_seq, self.v_init, *tensors))
-            and self.layout.neurons // 4 >= launcher.resident_threads(self.x_seq.device) // 4
+            and self._fours_pay(launcher.resident_threads(self.x_seq.device), input)
         )
         lanes = 4 if fours else 1
         tile = lanes * constant("kBlockThreads")
         return lanes, (tile, blocks_for(self.layout.neurons, tile))
 
-    def input(self, lanes: int) -> str:
-        """The input that a kernel may take for granted, as far as it is the same for forward and backward.
+    def _fours_pay(self, resident: int, input: str) -> bool:
+        if input == GENERAL:
+            return self.layout.neurons // 4 >= resident // 4
+        return self.layout.steps <= CHECKPOINT_STEPS or self.layout.neurons > resident // 16
+
+    def input(self, only_spikes: bool) -> str:
+        """The input that a kernel may take for granted.
 
         Numbers are compared as the structures have rounded them.
         """
-        if lanes != 4 or self.options.scale_output or self.options.v_rest != 0:
+        if not only_spikes or self.options.scale_output or self.options.v_rest != 0:
+            return GENERAL
+        if any(view.data and view.step_stride for view in self.views):
             return GENERAL
         gain, bias, mean = of_input = self.views.input_gain, self.views.input_bias, self.views.input_mean
-        others = [view for view in self.views if not any(view is each for each in of_input)]
-        per_step = any(view.data and view.step_stride for view in self.views)
-        if per_step or any(view.data and view.count != 1 for view in others):
-            return GENERAL
         plain = not any(view.data for view in of_input) and (gain.constant, bias.constant, mean.constant) == (1, 0, 0)
         return PLAIN if plain else NORMALISED
 
@@ -213,8 +232,8 @@ class NeuronOperators(KernelOperators):
         outputs = empty_outputs(x_seq, call.rules.time_dim, wanted)
         s_seq, v_last, v_seq, h_seq, checkpoints = in_their_places(outputs, (True, *wanted))
         if call.layout.neurons:
-            lanes, tiles = call.cut(self.launcher, *outputs)
-            input = GENERAL if v_seq is not None or h_seq is not None else call.input(lanes)
+            input = call.input(v_seq is None and h_seq is None)
+            lanes, tiles = call.cut(self.launcher, input, *outputs)
             zeros = 0
             if checkpoints is not None:
                 zeros = address_of(checkpoints) + (checkpoints.numel() - 2) * checkpoints.element_size()
@@ -222,7 +241,7 @@ class NeuronOperators(KernelOperators):
                 "ForwardParams", tiles, s_seq=s_seq, last=v_last, v_seq=v_seq, h_seq=h_seq, checkpoints=checkpoints,
                 zeros=zeros,
             )  # fmt: skip
-            kernel = forward_kernel(x_seq.dtype, call.model, lanes, input)
+            kernel = forward_kernel(x_seq.dtype, call.model, lanes, input, call.layout.steps)
             self.start(x_seq.device, kernel, params.tiles.count, params)
         elif checkpoints is not None:
             checkpoints.zero_()
@@ -247,7 +266,8 @@ class NeuronOperators(KernelOperators):
         results = empty_gradients(x_seq, time_dim, laid_out, wanted)
         grad_x_seq, grad_v_init, *gradients = in_their_places(results, (wants_x_seq, wants_v_init, *asked))
         if layout.neurons:
-            lanes, tiles = call.cut(self.launcher, *grads, checkpoints, grad_x_seq, grad_v_init)
+            input = call.input(grad_v_seq is None and grad_h_seq is None and not asked.input_mean)
+            lanes, tiles = call.cut(self.launcher, input, *grads, checkpoints, grad_x_seq, grad_v_init)
             tile, blocks = tiles
             rows = [layout.steps if view.step_stride else 1 for view in call.views]
             slots = [layout.neurons // view.inner + blocks for view in call.views]
@@ -261,9 +281,6 @@ class NeuronOperators(KernelOperators):
                 grad_h_seq=grad_h_seq, checkpoints=checkpoints, grad_x_seq=grad_x_seq, grad_init=grad_v_init,
                 partials=partials,
             )  # fmt: skip
-            more = any(asked._replace(width=False, input_gain=False, input_bias=False))
-            general = grad_v_seq is not None or grad_h_seq is not None or more
-            input = GENERAL if general else call.input(lanes)
             kernel = backward_kernel(x_seq.dtype, call.model, lanes, input, layout.steps)
             self.start(x_seq.device, kernel, blocks, params)
             self._sum(call, partials, tile, gradients)
@@ -279,17 +296,21 @@ class NeuronOperators(KernelOperators):
         ]
 
     def _sum(self, call: _Call, partials: Sequence[Any], tile: int, gradients: Sequence[Tensor | None]) -> None:
-        """Sums up partial sums to the gradients: a thread for each element, or a block where each has many slots."""
+        """Sums up partial sums to the gradients."""
         threads, part = constant("kSumThreads"), structure("GradientPart", call.real)
         parts = []
         for name, partial, view, gradient in zip(Parameters._fields, partials, call.views, gradients, strict=True):
             if gradient is not None:
-                most_tiles = (view.inner + tile - 2) // tile + 1
-                slots = call.layout.neurons // (view.inner * view.count) * most_tiles
-                block_each = slots >= constant("kManySlots")
-                blocks = gradient.numel() if block_each else blocks_for(gradient.numel(), threads)
+                runs = call.layout.neurons // (view.inner * view.count)
+                slots = (view.inner + tile - 2) // tile + 1
+                if slots >= constant("kManySlots"):
+                    elements_each, runs_each = 1, threads // largest_power(min(slots, threads))
+                else:
+                    runs_each = largest_power(min(runs, constant("kMostRunsEach")))
+                    elements_each = threads // runs_each
                 derivative = constant(f"Derivative::{call.derivative(name)}")
-                parts.append(part(partial, view, derivative, block_each, blocks, address_of(gradient)))
+                blocks = blocks_for(gradient.numel(), elements_each)
+                parts.append(part(partial, view, derivative, elements_each, runs_each, blocks, address_of(gradient)))
         if parts:
             params = filled(
                 "GradientSum", call.real, shape=call.layout.shape, tile=tile, count=len(parts), parts=tuple(parts)

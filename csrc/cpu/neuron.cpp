@@ -355,12 +355,24 @@ bool only_spikes(const BackwardParams<Scalar>& params) {
          !(params.wants(kReset) && params.options.hard_reset);
 }
 
+template <class Scalar>
+bool only_width(const ForwardParams<Scalar>&) {
+  return true;
+}
+template <class Scalar>
+bool only_width(const BackwardParams<Scalar>& params) {
+  return !params.wants(kDecay) && !params.wants(kThreshold) && !params.wants(kReset);
+}
+
 // With parameters of the input, all others must be uniform, and none except the width may want a gradient: gradients of
 // gain and bias are added up in another order here than by the general kernels, and they are not to depend on what else
 // is asked for where all parameters differ.
 template <class Params>
 bool is_settled(const Params& params) {
-  if (!params.is_input_plain()) return params.only_spikes() && params.input() == Input::kNormalised;
+  if (!params.is_input_plain()) {
+    return only_width(params) && params.only_spikes() && params.input() == Input::kNormalised &&
+           all_uniform(params.parameters, kInputGain);
+  }
   const bool per_step = std::any_of(std::begin(params.parameters), std::end(params.parameters),
                                     [](const auto& each) { return each.data != nullptr && each.step_stride != 0; });
   return !per_step && only_spikes(params) && params.options.v_rest == 0 && !params.options.scale_output;
@@ -396,7 +408,7 @@ void sum_folded(const GradientSum<Real>& sum, const GradientPart<Real>& part) {
 }
 
 // Adds up the slots of neighbouring elements of the gradient in the order in which they lie in memory, and so each
-// element's in the order of GradientPart::sum_slots.
+// element's in the order of its runs, and of the tiles of each.
 template <class Real>
 void sum_in_order(const GradientSum<Real>& sum, const GradientPart<Real>& part, int64 element, int64 length) {
   const ParameterView<Real>& parameter = part.parameter;

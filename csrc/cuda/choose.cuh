@@ -41,6 +41,12 @@ constexpr bool kHasFours = !std::is_same_v<Scalar, double>;
 
 // ---- the neuron ----
 
+// What the kernel may take for granted.
+template <class Params>
+Input input_of(const Params& params) {
+  return params.only_spikes() ? params.input() : Input::kGeneral;
+}
+
 // Says whether four neighbouring neurons, the first a multiple of four, always lie side by side and share all
 // parameters.
 template <class Scalar, class... Places>
@@ -63,8 +69,9 @@ bool groups_of_four(const BackwardParams<Scalar>& params) {
                         params.checkpoints, params.grad_x_seq, params.grad_init);
 }
 
-// Says whether a quarter of the threads that the device can hold is enough. Each has four times the loads under way.
-inline cudaError_t fills_device(int64 threads, bool* fills) {
+// Says whether four neurons a thread pay; the others have one.
+template <class Params>
+cudaError_t fours_pay(const Params& params, bool* pay) {
   int device = 0, multiprocessors = 0, threads_each = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
@@ -73,7 +80,15 @@ inline cudaError_t fills_device(int64 threads, bool* fills) {
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&threads_each, cudaDevAttrMaxThreadsPerMultiProcessor, device);
   }
-  *fills = threads >= static_cast<int64>(multiprocessors) * threads_each / 4;
+  const int64 resident = static_cast<int64>(multiprocessors) * threads_each, neurons = params.shape.neurons();
+  if (input_of(params) == Input::kGeneral) {
+    // A quarter of the threads that the device can hold is enough: each has four times the loads under way.
+    *pay = neurons / 4 >= resident / 4;
+  } else {
+    // A thread has less to do for one neuron than for four. It takes a long sequence, and neurons so few that a
+    // scheduler has one warp, for that to be seen.
+    *pay = params.shape.steps <= kCheckpointSteps || neurons > resident / 16;
+  }
   return error;
 }
 
@@ -83,7 +98,7 @@ cudaError_t cut_neurons(Params& params) {
   using Scalar = std::remove_const_t<std::remove_pointer_t<decltype(params.x_seq)>>;
   bool fours = false;
   cudaError_t error = cudaSuccess;
-  if (kHasFours<Scalar> && groups_of_four(params)) error = fills_device(params.shape.neurons() / 4, &fours);
+  if (kHasFours<Scalar> && groups_of_four(params)) error = fours_pay(params, &fours);
   params.tiles.tile = fours ? 4 * kBlockThreads : kBlockThreads;
   params.tiles.count = blocks_for(params.shape.neurons(), params.tiles.tile);
   return error;
@@ -99,53 +114,82 @@ cudaError_t cut(BackwardParams<Scalar>& params) {
   return cut_neurons(params);
 }
 
-// Calls f with the Input of the kernel as a constant; it is general for one neuron a thread.
-template <class Params, class F>
-void with_input(const Params& params, F&& f) {
-  const Input input = params.only_spikes() ? params.input() : Input::kGeneral;
-  if (input == Input::kPlain) return f(std::integral_constant<Input, Input::kPlain>{});
-  if (input == Input::kNormalised) return f(std::integral_constant<Input, Input::kNormalised>{});
-  f(std::integral_constant<Input, Input::kGeneral>{});
+// Calls f(lanes, input), with the neurons a thread and the input of the kernel as constants. A thread with one neuron
+// has no kernel of its own for plain input.
+template <class Scalar, class Params, class F>
+void with_kind(const Params& params, F&& f) {
+  const auto with_lanes = [&](auto lanes) {
+    const Input input = input_of(params);
+    if (input == Input::kGeneral) return f(lanes, std::integral_constant<Input, Input::kGeneral>{});
+    if constexpr (lanes() == 4) {
+      if (input == Input::kPlain) return f(lanes, std::integral_constant<Input, Input::kPlain>{});
+    }
+    f(lanes, std::integral_constant<Input, Input::kNormalised>{});
+  };
+  if constexpr (kHasFours<Scalar>) {
+    if (params.tiles.tile > kBlockThreads) return with_lanes(std::integral_constant<int, 4>{});
+  }
+  with_lanes(std::integral_constant<int, 1>{});
 }
 
 template <class Model, class Scalar>
 cudaError_t launch(Model, const ForwardParams<Scalar>& params, cudaStream_t stream) {
-  auto* kernel = &lif_forward_kernel<Scalar, Model, 1, Input::kGeneral>;
-  if constexpr (kHasFours<Scalar>) {
-    if (params.tiles.tile > kBlockThreads) {
-      with_input(params, [&](auto input) { kernel = &lif_forward_kernel<Scalar, Model, 4, input()>; });
+  void (*kernel)(ForwardParams<Scalar>) = nullptr;
+  with_kind<Scalar>(params, [&](auto lanes, auto input) {
+    kernel = &lif_forward_kernel<Scalar, Model, lanes(), input(), 0>;
+    if constexpr (lanes() == 4 && input() != Input::kGeneral) {
+      if (params.shape.steps == kShortSequence) {
+        kernel = &lif_forward_kernel<Scalar, Model, 4, input(), kShortSequence>;
+      }
     }
-  }
+  });
   return start(kernel, params.tiles.count, kBlockThreads, params, stream);
 }
 
 template <class Model, class Scalar>
 cudaError_t launch(Model, const BackwardParams<Scalar>& params, cudaStream_t stream) {
-  auto* kernel = &lif_backward_kernel<Scalar, Model, 1>;
-  if constexpr (kHasFours<Scalar>) {
-    if (params.tiles.tile > kBlockThreads) {
-      const int64 steps = params.shape.steps;
-      with_input(params, [&](auto input) {
-        if constexpr (input() == Input::kGeneral) {
-          kernel = &lif_backward_kernel<Scalar, Model, 4>;
-        } else {
-          kernel = steps <= 4   ? &lif_backward_uniform_kernel<Scalar, Model, 4, input()>
-                   : steps <= 8 ? &lif_backward_uniform_kernel<Scalar, Model, 8, input()>
-                                : &lif_backward_uniform_kernel<Scalar, Model, kCheckpointSteps, input()>;
+  void (*kernel)(BackwardParams<Scalar>) = nullptr;
+  with_kind<Scalar>(params, [&](auto lanes, auto input) {
+    if constexpr (input() == Input::kGeneral) {
+      kernel = &lif_backward_kernel<Scalar, Model, lanes()>;
+    } else {
+      kernel = &lif_backward_settled_kernel<Scalar, Model, lanes(), kCheckpointSteps, input()>;
+      if constexpr (lanes() == 4) {
+        const int64 steps = params.shape.steps;
+        if (steps == kShortSequence) {
+          kernel = &lif_backward_settled_kernel<Scalar, Model, 4, kShortSequence, input()>;
+        } else if (steps <= 8) {
+          kernel = &lif_backward_settled_kernel<Scalar, Model, 4, 8, input()>;
         }
-      });
+      }
     }
-  }
+  });
   return start(kernel, params.tiles.count, kBlockThreads, params, stream);
 }
 
+// The slots of one element are those of its runs; a run has as many as tiles that it touches. Where these are few, the
+// threads of a block have several elements, side by side.
 template <class Real>
 cudaError_t cut(GradientSum<Real>& sum) {
-  constexpr int64 kManySlots = 256;
+  constexpr int64 kManySlots = 8;
+  constexpr int64 kMostRunsEach = 16;
   for (int id = 0; id < sum.count; ++id) {
     GradientPart<Real>& part = sum.parts[id];
-    part.block_each = part.slots(sum.shape, sum.tile) >= kManySlots;
-    part.blocks = part.block_each ? part.elements(sum.shape) : blocks_for(part.elements(sum.shape), kSumThreads);
+    const int64 inner = part.parameter.inner, runs = sum.shape.neurons() / (inner * part.parameter.count);
+    const int64 slots = (inner + sum.tile - 2) / sum.tile + 1;  // at most
+    const auto largest_power = [](int64 most) {
+      int power = 1;
+      while (2 * power <= most) power *= 2;
+      return power;
+    };
+    if (slots >= kManySlots) {
+      part.elements_each = 1;
+      part.runs_each = kSumThreads / largest_power(slots < kSumThreads ? slots : kSumThreads);
+    } else {
+      part.runs_each = largest_power(runs < kMostRunsEach ? runs : kMostRunsEach);
+      part.elements_each = kSumThreads / part.runs_each;
+    }
+    part.blocks = blocks_for(part.elements(sum.shape), part.elements_each);
   }
   return cudaSuccess;
 }

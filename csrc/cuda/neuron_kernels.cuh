@@ -9,18 +9,19 @@
 #pragma once
 
 #include "cuda/access.cuh"
+#include "cuda/gradient_sum.cuh"
 #include "cuda/noise.cuh"
 #include "neuron_params.h"
 
 namespace asgl {
 
-// The parameters of a thread's neurons, which share them. Except for kGeneral they are the same at all steps.
+// The parameters of a thread's neurons, which share them. Except for kGeneral they do not change over time.
 template <class Real, Input kInput>
 class ThreadNeuron {
  public:
   __device__ __forceinline__ ThreadNeuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n,
                                           const NeuronOptions<Real>& options)
-      : neuron_(settled_neuron<kInput>(parameters, n, options)) {}
+      : neuron_(settled_neuron(parameters, n, options)) {}
 
   __device__ __forceinline__ void move_to(int64) {}
   __device__ __forceinline__ const Neuron<Real>& now() const { return neuron_; }
@@ -78,32 +79,27 @@ class ThreadNeuron<Real, Input::kGeneral> {
 // So many blocks share a multiprocessor's 65,536 registers, 64 for each thread of 8 blocks: enough to keep the memory
 // busy, and few enough that nothing is spilled (RESOURCES.md).
 template <class Real, Input kInput>
-constexpr int kForwardBlocks = kInput == Input::kPlain        ? 8
-                               : kInput == Input::kNormalised ? 7
-                               : sizeof(Real) == 4            ? 5
-                                                              : 3;
+constexpr int kForwardBlocks = kInput == Input::kPlain   ? 8
+                               : sizeof(Real) == 8       ? 3
+                               : kInput == Input::kGeneral ? 5
+                                                         : 7;
 template <class Real, int kLanes>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
-template <int kSteps>
-constexpr int kUniformBackwardBlocks = kSteps <= 8 ? 4 : 3;
+template <int kLanes, int kSteps>
+constexpr int kSettledBackwardBlocks = kLanes == 1 ? 6 : kSteps <= 8 ? 4 : 3;
 
-// kInput is LIFParams::input(), or kGeneral; except for kGeneral, params.only_spikes() holds.
-template <class Scalar, class Model, int kLanes, Input kInput>
+// kInput is LIFParams::input(), or kGeneral; except for kGeneral, params.only_spikes() holds. The sequence has kExact
+// steps, unless that is 0.
+template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, kInput>)
     lif_forward_kernel(const ForwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
-  constexpr int kSteps = kLanes == 1 ? 8 : 4;  // that are loaded at a time
+  constexpr int kSteps = kExact > 0 ? kExact : kLanes == 1 ? 8 : 4;  // that are loaded at a time
   static_assert(kCheckpointSteps % kSteps == 0);
-  const int64 steps = params.shape.steps, stride = params.shape.inner;
+  const int64 steps = kExact > 0 ? kExact : params.shape.steps, stride = params.shape.inner;
   const Place<kLanes> place(params.shape);
   if (kLanes > 1 && !place.live) return;
-  const NoiseSource source(params.noise);
-  const NeuronOptions<Real> options = params.options;
-  const FiringFromLeast<Real> firing(options);
-  ThreadNeuron<Real, kInput> neuron(params.parameters, place.read_n, options);
-  State<Real[kLanes]> state;
-  load_state(params, State<const Real*>{}, 0, place, state);
 
   int64 load_element = place.element;
   const auto load_steps = [&](int64 left, Real(&x)[kSteps][kLanes]) {
@@ -116,12 +112,19 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
   };
 
   Real x[kSteps][kLanes], later_x[kSteps][kLanes];
-  load_steps(steps, x);
+  if (kExact > 0) load_steps(steps, x);  // on their way while the parameters are read, if there are registers for that
+  const NoiseSource source(params.noise);
+  const NeuronOptions<Real> options = params.options;
+  const FiringFromLeast<Real> firing(options);
+  ThreadNeuron<Real, kInput> neuron(params.parameters, place.read_n, options);
+  State<Real[kLanes]> state;
+  load_state(params, State<const Real*>{}, 0, place, state);
+  if (kExact == 0) load_steps(steps, x);
   int64 element = place.element;
   for (int64 start = 0; start < steps; start += kSteps) {
     const int length = steps - start < kSteps ? static_cast<int>(steps - start) : kSteps;
     load_steps(steps - start - kSteps, later_x);  // on their way while these steps are computed
-    const SegmentNoise<kLanes, kSteps> noise(source, place.n, start);
+    const SegmentNoise<kLanes, kSteps> noise(source, place.n, start, length);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       if (k < length) {
@@ -156,134 +159,157 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
   if (params.zeros != nullptr && place.n == 0) params.zeros[0] = params.zeros[1] = Real(0);
 }
 
-// ---- sums of a parameter's gradient ----
-
-// Neurons side by side that share a parameter's value, and their threads in this block.
-struct Run {
-  int64 index;
-  int begin, end;
-};
-
-template <int kLanes, class Real>
-__device__ __forceinline__ Run run_of(const Place<kLanes>& place, const ParameterView<Real>& parameter) {
-  const int64 index = place.n / parameter.inner;
-  const int64 block_n = place.n - static_cast<int64>(threadIdx.x) * kLanes;
-  const int64 begin = (index * parameter.inner - block_n) / kLanes, end = begin + parameter.inner / kLanes;
-  return {index, begin < 0 ? 0 : static_cast<int>(begin), end > kBlockThreads ? kBlockThreads : static_cast<int>(end)};
-}
-
-// The sum over the threads of each run goes to the run's slot of GradientPartials. All threads of the block must come
-// here.
-template <class Real>
-__device__ __forceinline__ void store_partial(Real* slots, const Run& run, bool live, Real sum) {
-  __shared__ Real first_lane[kBlockThreads / kWarpThreads];
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpThreads;
-  if (!live) sum = Real(0);
-#pragma unroll
-  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-    const Real other = __shfl_down_sync(kWholeWarp, sum, distance);
-    if (lane + distance < kWarpThreads && thread + distance < run.end) sum += other;
-  }
-  __syncthreads();  // whoever reads the sums of the parameter before this one has done so
-  if (lane == 0) first_lane[thread / kWarpThreads] = sum;
-  __syncthreads();
-  if (thread == run.begin && live) {
-    for (int warp = thread / kWarpThreads + 1; warp * kWarpThreads < run.end; ++warp) sum += first_lane[warp];
-    slots[run.index + blockIdx.x] = sum;
-  }
-}
-
 // ---- backward ----
 
-// The backward pass where params.only_spikes() and the parameters are what kInput says. The potentials of a segment of
-// kSteps steps stay in registers.
-template <class Scalar, class Model, int kSteps, Input kInput>
-__global__ void __launch_bounds__(kBlockThreads, kUniformBackwardBlocks<kSteps>)
-    lif_backward_uniform_kernel(const BackwardParams<Scalar> params) {
+// Sequences of just so many steps are the shortest that matter: for these the kernels know the length.
+constexpr int kShortSequence = 4;
+
+// The backward pass where no parameter changes over time and params.only_spikes() holds. The potentials of a segment of
+// kSteps steps stay in registers; with kShortSequence that is the sequence. kInput is LIFParams::input().
+template <class Scalar, class Model, int kLanes, int kSteps, Input kInput>
+__global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<kLanes, kSteps>)
+    lif_backward_settled_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
-  constexpr int kLanes = 4;
-  constexpr int kAhead = 2;  // steps by which a gradient is loaded before it is needed
   using Lanes = Access<kLanes>;
-  const int64 steps = params.shape.steps, stride = params.shape.inner;
+  constexpr bool kNormalised = kInput == Input::kNormalised, kExact = kSteps == kShortSequence;
+  // Steps by which a gradient is loaded before it is needed, and of which x is kept or loaded once more.
+  constexpr int kAhead = kExact && !kNormalised ? kSteps : 2, kKept = kExact ? kSteps : kAhead;
+  const int64 steps = kExact ? kSteps : params.shape.steps, stride = params.shape.inner;
   const Place<kLanes> place(params.shape);
-  constexpr bool kNormalised = kInput == Input::kNormalised;
-  Real width_sum = 0, gain_sum = 0, bias_sum = 0;
-  if (place.live) {
+  struct Segment {
+    int64 element;
+    Real h[kSteps][kLanes], g[kAhead][kLanes], x[kKept][kLanes];
+  };
+  const auto length_from = [&](int64 start) { return steps - start < kSteps ? static_cast<int>(steps - start) : kSteps; };
+  const auto load_x = [&](int64 start, Segment& segment) {
+    segment.element = place.element + start * stride;
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      if (k < length_from(start)) Lanes::load(params.x_seq + segment.element, segment.h[k]);
+      advance(segment.element, stride);
+    }
+  };
+  const auto load_gradient = [&](int64 start, int k, Segment& segment) {  // `element` is just beyond step k
+    advance(segment.element, -stride);
+    Real(&row)[kLanes] = segment.g[(k + kAhead) % kAhead];
+    fill(row, Real(0));
+    if (k < 0 || k >= length_from(start)) return;
+    if (params.grad_s_seq != nullptr) Lanes::load(params.grad_s_seq + segment.element, row);
+    // x is loaded once more: there are no registers for it, and it is not gone from the cache.
+    if (kNormalised && !kExact) Lanes::load(params.x_seq + segment.element, segment.x[k % kKept]);
+  };
+  const auto load_first_gradients = [&](int64 start, Segment& segment) {
+#pragma unroll
+    for (int k = kSteps - 1; k >= kSteps - kAhead; --k) load_gradient(start, k, segment);
+  };
+
+  Real sums[kNumParameters] = {};
+  if (kLanes == 1 || place.live) {
+    Segment only;
+    if (kExact) {  // everything is on its way while the parameters are read
+      load_x(0, only);
+      load_first_gradients(0, only);
+    }
     const NoiseSource source(params.noise);
     const NeuronOptions<Real> options = params.options;
     const FiringFromLeast<Real> firing(options);
-    const Neuron<Real> neuron = settled_neuron<kInput>(params.parameters, place.n, options);
+    const Neuron<Real> neuron = settled_neuron(params.parameters, place.read_n, options);
+    const bool learns_neuron = params.wants(kDecay) || params.wants(kThreshold), learns_reset = params.wants(kReset);
     bool carried = exists(params.grad_last);
     State<Real[kLanes]> d_state;
-    fill(d_state, State<Real>());
-    if (carried) load(params.grad_last, place.n, d_state);
+    fill(d_state, State<Real>());  // of {} NVRTC makes a variable in global memory, and reads it
+    if (carried) load(params.grad_last, place.read_n, d_state);
 
     for (int64 start = (steps - 1) / kSteps * kSteps; start >= 0; start -= kSteps) {
-      const int length = steps - start < kSteps ? static_cast<int>(steps - start) : kSteps;
-      int64 element = place.element + start * stride;
-      Real h[kSteps][kLanes], g[kAhead][kLanes], x[kAhead][kLanes];
-      State<Real[kLanes]> state;
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        if (k < length) Lanes::load(params.x_seq + element, h[k]);
-        advance(element, stride);
-      }
-      const auto load_gradient = [&](int k) {  // k is how far `element` is beyond the first of the segment
-        advance(element, -stride);
-        Real(&row)[kLanes] = g[(k + kAhead) % kAhead];
-        fill(row, Real(0));
-        if (k >= 0 && k < length && params.grad_s_seq != nullptr) Lanes::load(params.grad_s_seq + element, row);
-        // x is loaded once more: there are no registers for it, and it is not gone from the cache.
-        if (kNormalised && k >= 0 && k < length) Lanes::load(params.x_seq + element, x[(k + kAhead) % kAhead]);
-      };
-      load_state(params, params.checkpoints, start, place, state);
-      const SegmentNoise<kLanes, kSteps> noise(source, place.n, start);
+      const int length = length_from(start);
+      Segment segment = only;
+      int64& element = segment.element;
+      auto& h = segment.h;
+      auto& g = segment.g;
+      auto& x = segment.x;
+      if (!kExact) load_x(start, segment);
+      const SegmentNoise<kLanes, kSteps> noise(source, place.n, start, length);
       const auto fire_lane = [&](int k, int j) { return Model::fire(h[k][j], noise.is_analog(k, j), neuron, firing); };
+      const auto fire = [&](int k, Real(&s)[kLanes]) {
+#pragma unroll
+        for (int j = 0; j < kLanes; ++j) s[j] = fire_lane(k, j);
+      };
+      State<Real[kLanes]> state;
+      load_state(params, params.checkpoints, start, place, state);
+      Real s[kLanes];  // in the end, of the last step
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         if (k < length) {
 #pragma unroll
           for (int j = 0; j < kLanes; ++j) {
+            if (kNormalised && kExact) x[k % kKept][j] = h[k][j];
             h[k][j] = Model::template charge<kInput>(h[k][j], lane(state, j), neuron, options);
-            Model::reset(h[k][j], fire_lane(k, j), neuron, lane(state, j));
           }
+          fire(k, s);
+#pragma unroll
+          for (int j = 0; j < kLanes; ++j) Model::reset(h[k][j], s[j], neuron, lane(state, j));
         }
       }
-      element = place.element + (start + kSteps) * stride;
-#pragma unroll
-      for (int k = kSteps - 1; k >= kSteps - kAhead; --k) load_gradient(k);
+      if (!kExact) {
+        // It is computed anew: of a way back along the addresses of x, ptxas makes that it keeps them all.
+        segment.element = place.element + (start + kSteps) * stride;
+        load_first_gradients(start, segment);
+      }
 #pragma unroll
       for (int k = kSteps - 1; k >= 0; --k) {
         if (k < length) {
-          Real dx[kLanes];
+          Real dx[kLanes], s_before[kLanes];
+          StepGradient<Real> gradients[kLanes];
+          if (learns_reset && carried) {
+            if (!kExact) fire(k, s);
+#pragma unroll
+            for (int j = 0; j < kLanes; ++j) sums[kReset] += Model::gradient_of_reset(d_state.v[j], s[j]);
+          }
+          if (kExact && k > 0) fire(k - 1, s_before);
 #pragma unroll
           for (int j = 0; j < kLanes; ++j) {
-            const StepGradient<Real> step = Model::step_adjoint(
-                g[k % kAhead][j], NoGradient{}, h[k][j], fire_lane(k, j), carried, neuron, options, lane(d_state, j));
-            width_sum += step.dy * (h[k][j] - neuron.v_threshold);
+            const Real s_now = kExact ? s[j] : fire_lane(k, j);
+            const StepGradient<Real> step = Model::step_adjoint(g[k % kAhead][j], NoGradient{}, h[k][j], s_now, carried,
+                                                                neuron, options, lane(d_state, j));
+            sums[kWidth] += step.dy * (h[k][j] - neuron.v_threshold);
             if constexpr (kNormalised) {
-              gain_sum += step.dc * (x[k % kAhead][j] - neuron.input_mean);
-              bias_sum += step.dc;
+              sums[kInputGain] += step.dc * (x[k % kKept][j] - neuron.input_mean);
+              sums[kInputBias] += step.dc;
             }
             dx[j] = kNormalised ? neuron.input_gain * step.dc : step.dc;
+            gradients[j] = step;
+          }
+          if (learns_neuron) {
+            State<Real[kLanes]> before;
+            if (k > 0) {
+              if (!kExact) fire(k - 1, s_before);
+#pragma unroll
+              for (int j = 0; j < kLanes; ++j) Model::reset(h[k - 1][j], s_before[j], neuron, lane(before, j));
+            } else {
+              load_state(params, params.checkpoints, start, place, before);
+            }
+#pragma unroll
+            for (int j = 0; j < kLanes; ++j) {
+              sums[kDecay] += gradients[j].dh * before.v[j];
+              sums[kThreshold] -= gradients[j].dy * neuron.inverse_width;
+            }
           }
           carried = true;
-          if (params.grad_x_seq != nullptr) Lanes::store(dx, params.grad_x_seq + (element + (kAhead - 1) * stride));
+          if (params.grad_x_seq != nullptr && place.live) {
+            Lanes::store(dx, params.grad_x_seq + (element + (kAhead - 1) * stride));
+          }
+#pragma unroll
+          for (int j = 0; j < kLanes; ++j) s[j] = s_before[j];
         }
-        load_gradient(k - kAhead);
+        load_gradient(start, k - kAhead, segment);
       }
     }
-    if (exists(params.grad_init)) store(d_state, place.n, params.grad_init);
+    if (exists(params.grad_init) && place.live) store(d_state, place.n, params.grad_init);
   }
-  Real* width_slots = params.partials[kWidth].data;
-  if (width_slots != nullptr) store_partial(width_slots, {0, 0, kBlockThreads}, place.live, width_sum);
-  if constexpr (kNormalised) {
-    const auto store_sum = [&](ParameterId id, Real sum) {
-      Real* slots = params.partials[id].data;
-      if (slots != nullptr) store_partial(slots, run_of(place, params.parameters[id]), place.live, sum);
-    };
-    store_sum(kInputGain, gain_sum);
-    store_sum(kInputBias, bias_sum);
+  __shared__ WarpSums<Real> room;
+#pragma unroll
+  for (int id = 0; id < (kNormalised ? kInputMean : kInputGain); ++id) {
+    if (params.wants(id)) store_partial(params.partials[id].data, params.parameters[id], place, sums[id], room);
   }
 }
 
@@ -299,6 +325,8 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   struct alignas(sizeof(Real) * kLanes) Potentials {
     Real values[kLanes];
   };
+  // Sums of warps lie in the row of the last step that was computed: with four bytes more than this takes, two blocks
+  // would not share a multiprocessor of sm_75.
   __shared__ Potentials potentials[kSteps][kBlockThreads];
   const int64 steps = params.shape.steps, stride = params.shape.inner;
   const Place<kLanes> place(params.shape);
@@ -306,19 +334,15 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
   ThreadNeuron<Real, Input::kGeneral> neuron(params.parameters, place.read_n, options);
-  const auto store_sum = [&](int id, int64 t, Real sum) {
+  const auto store_sum = [&](int id, int64 t, Real sum, int row) {
     const ParameterView<Real>& parameter = params.parameters[id];
     Real* slots = params.partials[id].data + (parameter.step_stride != 0 ? t * params.partials[id].slots : 0);
-    if (parameter.inner > 1) {
-      store_partial(slots, run_of(place, parameter), place.live, sum);
-    } else if (place.live) {
-      slots[place.n + blockIdx.x] = sum;
-    }
+    store_partial(slots, parameter, place, sum, *reinterpret_cast<WarpSums<Real>*>(potentials[row]));
   };
   Real sums[kNumParameters] = {};
   bool carried = exists(params.grad_last);
   State<Real[kLanes]> d_state;
-  fill(d_state, State<Real>());  // of {} NVRTC makes a variable in global memory, and reads it
+  fill(d_state, State<Real>());
   if (carried) load(params.grad_last, place.read_n, d_state);
 
   for (int64 start = (steps - 1) / kSteps * kSteps; start >= 0; start -= kSteps) {
@@ -339,7 +363,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
     State<Real[kLanes]> first_state;
     load_state(params, params.checkpoints, start, place, first_state);
     State<Real[kLanes]> state = first_state;
-    const SegmentNoise<kLanes, kSteps> noise(source, place.n, start);
+    const SegmentNoise<kLanes, kSteps> noise(source, place.n, start, length);
     const auto fire_lane = [&](Real h, int k, int j) {
       return Model::fire(h, noise.is_analog(k, j), neuron.now(), firing);
     };
@@ -399,7 +423,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
           sums[kThreshold] += g[j] * s;
           g[j] = g[j] * neuron.now().v_threshold;
         }
-        if (carried) sums[kReset] += Model::kResetsHard ? d_state.v[j] * s : -(d_state.v[j] * s);
+        if (carried) sums[kReset] += Model::gradient_of_reset(d_state.v[j], s);
         const StepGradient<Real> step =
             Model::step_adjoint(g[j], gh[j], h.values[j], s, carried, neuron.now(), options, lane(d_state, j));
         sums[kWidth] += step.dy * (h.values[j] - neuron.now().v_threshold);
@@ -419,49 +443,18 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
 #pragma unroll
       for (int id = 0; id < kNumParameters; ++id) {
         if (params.wants(id) && params.parameters[id].step_stride != 0) {
-          store_sum(id, t, sums[id]);
+          store_sum(id, t, sums[id], k);
           sums[id] = Real(0);
         }
       }
     }
+    __syncthreads();  // whoever reads sums of warps has done so
   }
 #pragma unroll
   for (int id = 0; id < kNumParameters; ++id) {
-    if (params.wants(id) && params.parameters[id].step_stride == 0) store_sum(id, 0, sums[id]);
+    if (params.wants(id) && params.parameters[id].step_stride == 0) store_sum(id, 0, sums[id], 0);
   }
   if (exists(params.grad_init) && place.live) store(d_state, place.n, params.grad_init);
-}
-
-// ---- from partial sums to the gradient ----
-
-constexpr int kSumThreads = 512;
-
-// The blocks of the parts lie one behind another.
-template <class Real>
-__global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const GradientSum<Real> sum) {
-  const int thread = static_cast<int>(threadIdx.x);
-  int64 block = blockIdx.x;
-  int id = 0;
-  for (; block >= sum.parts[id].blocks; ++id) block -= sum.parts[id].blocks;
-  const GradientPart<Real>& part = sum.parts[id];
-  if (!part.block_each) {
-    const int64 element = block * kSumThreads + thread;
-    if (element < part.elements(sum.shape)) {
-      part.store(element, part.sum_slots(sum.shape, sum.tile, element, 0, 1));
-    }
-    return;
-  }
-  double total = part.sum_slots(sum.shape, sum.tile, block, thread, kSumThreads);
-  __shared__ double first_lane[kSumThreads / kWarpThreads];
-#pragma unroll
-  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-    total += __shfl_down_sync(kWholeWarp, total, distance);
-  }
-  if (thread % kWarpThreads == 0) first_lane[thread / kWarpThreads] = total;
-  __syncthreads();
-  if (thread > 0) return;
-  for (int warp = 1; warp < kSumThreads / kWarpThreads; ++warp) total += first_lane[warp];
-  part.store(block, total);
 }
 
 }  // namespace asgl

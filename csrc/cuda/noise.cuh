@@ -43,7 +43,8 @@ class NoiseSource {
   uint32 limit_;
 };
 
-// Whether neuron n + j is analog at step start + k, for the neurons of a thread and the steps of a segment.
+// Whether neuron n + j is analog at step start + k, for the neurons of a thread and the steps of a segment, of which
+// there are only `length` before the sequence ends.
 template <int kLanes, int kSteps>
 class SegmentNoise;
 
@@ -51,7 +52,7 @@ template <int kSteps>
 class SegmentNoise<1, kSteps> {
  public:
   // Four threads share a group: each draws every fourth pair of steps for all four, then they tell each other.
-  __device__ __forceinline__ SegmentNoise(const NoiseSource& source, int64 n, int64 start) {
+  __device__ __forceinline__ SegmentNoise(const NoiseSource& source, int64 n, int64 start, int) {
     static_assert(kSteps == 8 || kSteps == 16);
     const int rank = static_cast<int>(threadIdx.x) % kNoiseGroup;
     uint32 drawn = 0;  // a byte for each pair of steps, in it two bits, even and odd step, for each neuron
@@ -81,10 +82,10 @@ class SegmentNoise<1, kSteps> {
 template <int kSteps>
 class SegmentNoise<4, kSteps> {
  public:
-  __device__ __forceinline__ SegmentNoise(const NoiseSource& source, int64 n, int64 start) {
+  __device__ __forceinline__ SegmentNoise(const NoiseSource& source, int64 n, int64 start, int length) {
     static_assert(kSteps == 8 || kSteps == 16);
-    steps_0_to_7_ = eight_steps(source, n, start);
-    if constexpr (kSteps > 8) steps_8_to_15_ = eight_steps(source, n, start + 8);
+    steps_0_to_7_ = eight_steps(source, n, start, length);
+    if constexpr (kSteps > 8) steps_8_to_15_ = eight_steps(source, n, start + 8, length - 8);
   }
 
   __device__ __forceinline__ bool is_analog(int k, int j) const {
@@ -92,13 +93,13 @@ class SegmentNoise<4, kSteps> {
   }
 
  private:
-  static __device__ __forceinline__ uint32 eight_steps(const NoiseSource& source, int64 n, int64 start) {
+  static __device__ __forceinline__ uint32 eight_steps(const NoiseSource& source, int64 n, int64 start, int length) {
     if (!source.drawn()) return source.always() ? 0xFFFFFFFFu : 0u;
     NoiseSource local = source;
     local.forget_origin();
     uint32 bits = 0;
 #pragma unroll 2
-    for (int pair = 0; pair < 4; ++pair) {
+    for (int pair = 0; pair < 4 && 2 * pair < length; ++pair) {
       const NoiseBlock block = local.draw(n, start / 2 + pair);
       uint32 byte = 0;
 #pragma unroll
@@ -115,7 +116,7 @@ class SegmentNoise<4, kSteps> {
 template <>
 class SegmentNoise<4, 4> {
  public:
-  __device__ __forceinline__ SegmentNoise(const NoiseSource& source, int64 n, int64 start)
+  __device__ __forceinline__ SegmentNoise(const NoiseSource& source, int64 n, int64 start, int)
       : source_(source), blocks_{source.draw(n, start / 2), source.draw(n, start / 2 + 1)} {}
 
   __device__ __forceinline__ bool is_analog(int k, int j) const { return source_.is_analog(blocks_[k / 2], k % 2, j); }

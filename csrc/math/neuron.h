@@ -160,6 +160,12 @@ struct LIF {
     state.v = kHardReset ? h * (Real(1) - s) + neuron.reset * s : h - neuron.reset * s;
   }
 
+  // d v_reset += dv * s   hard,   d reset_amount -= dv * s   soft
+  template <class Real>
+  static ASGL_HOST_DEVICE Real gradient_of_reset(Real dv, Real s) {
+    return kHardReset ? dv * s : -(dv * s);
+  }
+
   // With dv the gradient of v[t], g the gradient of s and gh the gradient of h where it is returned:
   //   ds = g + dv * v_reset - dv * h   hard,   g - dv * reset_amount   soft,   g under detach_reset
   //   dy = F'(y) * ds * surrogate_gain

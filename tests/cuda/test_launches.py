@@ -6,13 +6,14 @@ import emulated
 import pytest
 import torch
 from comparison import assert_equals_reference, random_input, real_of, rng_state, uniform
+from emulated import THREADS_EACH
 
 import asgl_cuda
 from asgl_cuda.backends.structures import structure
 from asgl_cuda.surrogate import SURROGATES
 
 BLOCK = 128  # kBlockThreads of csrc/cuda/access.cuh
-NEURONS = 1536
+NEURONS = 3 * THREADS_EACH
 
 
 @pytest.fixture(params=["emulated", "replayed"])
@@ -29,12 +30,27 @@ def grids(emulation):
     return [(launch.blocks, launch.threads) for launch in emulation.take_launches()]
 
 
-@pytest.mark.parametrize(("multiprocessors", "lanes"), [(emulated.TINY, 4), (emulated.LARGE, 1)])
+@pytest.mark.parametrize(
+    ("steps", "options", "multiprocessors", "lanes"),
+    [
+        (3, {}, emulated.TINY, 4),
+        (16, {}, emulated.LARGE, 4),
+        (17, {}, emulated.LARGE, 1),  # few neurons for many steps
+        (17, {}, NEURONS // THREADS_EACH * 16, 1),
+        (17, {}, NEURONS // THREADS_EACH * 16 - 1, 4),
+        (16, {"decay": 0.9, "input_gain": 2.0}, emulated.LARGE, 4),
+        (3, {"v_rest": 0.5}, emulated.TINY, 4),  # the general kernels
+        (3, {"v_rest": 0.5}, emulated.LARGE, 1),
+        (3, {"v_rest": 0.5}, NEURONS // THREADS_EACH, 4),
+        (3, {"v_rest": 0.5}, NEURONS // THREADS_EACH + 1, 1),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_neurons_a_thread(emulation, backend, multiprocessors, lanes, dtype):
+def test_neurons_a_thread(emulation, backend, steps, options, multiprocessors, lanes, dtype):
+    """Four wherever no parameter changes over time, unless few neurons go on for long; else where they fill it."""
     emulation.set_multiprocessors(multiprocessors)
-    x_seq = random_input(3, NEURONS, dtype=dtype)
-    asgl_cuda.lif(x_seq, backend=backend).sum().backward()
+    x_seq = random_input(steps, NEURONS, dtype=dtype)
+    asgl_cuda.lif(x_seq, **options, backend=backend).sum().backward()
     expected = (blocks_for(NEURONS, 1 if dtype == torch.float64 else lanes), BLOCK)
     assert grids(emulation) == [expected, expected]
 
@@ -83,11 +99,28 @@ def test_both_mappings_agree_with_the_reference(emulation, backend, multiprocess
 
 def test_sums_of_many_blocks(emulation, backend):
     """One value for all neurons: a block adds up what hundreds of blocks have stored."""
-    emulation.set_multiprocessors(emulated.LARGE)
-    neurons = 300 * BLOCK
-    x_seq, width = random_input(2, neurons), uniform(low=0.5, high=1.5)
+    x_seq, width = random_input(2, 4 * 300 * BLOCK), uniform(low=0.5, high=1.5)
     assert_equals_reference(x_seq, backend, outputs=("s_seq",), width=width)
     assert [blocks for blocks, _ in grids(emulation)] == [300, 300, 1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "blocks"),
+    [
+        ((2, 3, 2, 64, 64), (2, 1, 1), 2),  # a block an element, each of whose runs touches nine tiles
+        ((2, 70, 6, 4, 8), (6, 1, 1), 1),  # 32 elements side by side, 16 runs of each at a time
+        ((2, 70, 40, 2, 2), (40, 1, 1), 2),
+        ((2, 70, 6, 4, 8), (6, 4, 8), 6),
+        ((2, 3, 6, 10, 11), (6, 10, 11), 3),  # two of the three runs at a time
+        ((2, 1, 6, 10, 11), (6, 10, 11), 2),
+        ((5, 3, 2, 48, 48), (5, 1, 1, 1, 1), 5),
+        ((5, 3, 6, 4, 8), (5, 1, 6, 1, 1), 1),
+    ],
+)
+def test_sums_of_elements_side_by_side(emulation, backend, shape, size, blocks):
+    x_seq, width = random_input(*shape), uniform(*size, low=0.5, high=1.5)
+    assert_equals_reference(x_seq, backend, outputs=("s_seq",), width=width)
+    assert [blocks for blocks, _ in grids(emulation)][-1] == blocks
 
 
 def fields(value, prefix=""):
@@ -109,7 +142,7 @@ def described(launch, dtype):
     name = {
         "lif_forward_kernel": "ForwardParams",
         "lif_backward_kernel": "BackwardParams",
-        "lif_backward_uniform_kernel": "BackwardParams",
+        "lif_backward_settled_kernel": "BackwardParams",
         "gradient_sum_kernel": "GradientSum",
         "batch_moments_kernel": "MomentsParams",
         "batch_norm_coefficients_kernel": "CoefficientsParams",
@@ -145,7 +178,7 @@ PARAMETERS = ("width", "decay", "v_threshold", "v_reset", "input_gain", "input_b
 @pytest.mark.parametrize("steps", [1, 4, 5, 8, 9, 33])
 def test_same_launches_over_sizes(emulation, multiprocessors, dtype, steps):
     emulation.set_multiprocessors(multiprocessors)
-    for neurons in (1, 31, 2048, 2052, 4 * 2048, 254 * BLOCK, 255 * BLOCK, 300 * BLOCK):
+    for neurons in (1, 31, 128, 132, 2048, 2052, 4 * 2048, 254 * BLOCK, 255 * BLOCK, 300 * BLOCK):
         compiled, in_python = both(
             emulation, dtype, random_input(steps, neurons, dtype=dtype), width=uniform(low=0.5, high=1.5)
         )
@@ -253,7 +286,7 @@ def test_same_launches_where_storage_begins_anywhere(emulation, what, offset):
 def test_an_argument_of_the_wrong_size_is_refused(emulation):
     """A structure that has changed on one side alone is found before a kernel reads beyond it."""
     kernel = "asgl::gradient_sum_kernel<float>"
-    with pytest.raises(RuntimeError, match="parameters take 600 bytes, got 424"):
+    with pytest.raises(RuntimeError, match="parameters take 656 bytes, got 424"):
         emulation.launch(torch.device("cpu"), kernel, 1, 1, structure("ForwardParams", torch.float32)())
     with pytest.raises(RuntimeError, match="no such kernel"):
         emulation.launch(torch.device("cpu"), kernel[:-1], 1, 1, structure("GradientSum", torch.float32)())

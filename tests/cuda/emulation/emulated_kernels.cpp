@@ -67,24 +67,32 @@ class Kernels {
 
   template <class Scalar, class Model>
   void add_model(const std::string& kinds) {
-    const auto forward = "asgl::lif_forward_kernel" + kinds, backward = "asgl::lif_backward_kernel" + kinds;
-    add(forward + ", 1, (asgl::Input)0>", &lif_forward_kernel<Scalar, Model, 1, Input::kGeneral>);
-    add(backward + ", 1>", &lif_backward_kernel<Scalar, Model, 1>);
+    add_lanes<Scalar, Model, 1>(kinds + ", 1");
     if constexpr (!std::is_same_v<Scalar, double>) {
-      add(forward + ", 4, (asgl::Input)0>", &lif_forward_kernel<Scalar, Model, 4, Input::kGeneral>);
-      add(backward + ", 4>", &lif_backward_kernel<Scalar, Model, 4>);
-      add_uniform<Scalar, Model, Input::kNormalised>(kinds, ", (asgl::Input)1>");
-      add_uniform<Scalar, Model, Input::kPlain>(kinds, ", (asgl::Input)2>");
+      add_lanes<Scalar, Model, 4>(kinds + ", 4");
+      add_fours<Scalar, Model, Input::kNormalised>(kinds + ", 4", ", (asgl::Input)1");
+      add_fours<Scalar, Model, Input::kPlain>(kinds + ", 4", ", (asgl::Input)2");
     }
   }
 
+  // Those that are compiled for any number of neurons a thread.
+  template <class Scalar, class Model, int kLanes>
+  void add_lanes(const std::string& kinds) {
+    const std::string normalised = ", (asgl::Input)1";
+    add(kForward + kinds + ", (asgl::Input)0, 0>", &lif_forward_kernel<Scalar, Model, kLanes, Input::kGeneral, 0>);
+    add(kForward + kinds + normalised + ", 0>", &lif_forward_kernel<Scalar, Model, kLanes, Input::kNormalised, 0>);
+    add("asgl::lif_backward_kernel" + kinds + ">", &lif_backward_kernel<Scalar, Model, kLanes>);
+    add(kSettled + kinds + ", 16" + normalised + ">",
+        &lif_backward_settled_kernel<Scalar, Model, kLanes, 16, Input::kNormalised>);
+  }
+
   template <class Scalar, class Model, Input kInput>
-  void add_uniform(const std::string& kinds, const std::string& input) {
-    const auto forward = "asgl::lif_forward_kernel" + kinds, backward = "asgl::lif_backward_uniform_kernel" + kinds;
-    add(forward + ", 4" + input, &lif_forward_kernel<Scalar, Model, 4, kInput>);
-    add(backward + ", 4" + input, &lif_backward_uniform_kernel<Scalar, Model, 4, kInput>);
-    add(backward + ", 8" + input, &lif_backward_uniform_kernel<Scalar, Model, 8, kInput>);
-    add(backward + ", 16" + input, &lif_backward_uniform_kernel<Scalar, Model, 16, kInput>);
+  void add_fours(const std::string& kinds, const std::string& input) {
+    add(kForward + kinds + input + ", 0>", &lif_forward_kernel<Scalar, Model, 4, kInput, 0>);
+    add(kForward + kinds + input + ", 4>", &lif_forward_kernel<Scalar, Model, 4, kInput, 4>);
+    add(kSettled + kinds + ", 4" + input + ">", &lif_backward_settled_kernel<Scalar, Model, 4, 4, kInput>);
+    add(kSettled + kinds + ", 8" + input + ">", &lif_backward_settled_kernel<Scalar, Model, 4, 8, kInput>);
+    add(kSettled + kinds + ", 16" + input + ">", &lif_backward_settled_kernel<Scalar, Model, 4, 16, kInput>);
   }
 
   template <class Real>
@@ -95,6 +103,7 @@ class Kernels {
     add("asgl::gradient_sum_kernel<" + real + ">", &gradient_sum_kernel<Real>);
   }
 
+  const std::string kForward = "asgl::lif_forward_kernel", kSettled = "asgl::lif_backward_settled_kernel";
   std::map<std::string, EmulatedKernel> by_name_;
   std::map<const void*, std::string> names_;
 };

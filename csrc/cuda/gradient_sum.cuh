@@ -1,0 +1,100 @@
+// Sums of a parameter's gradient: the threads of a block add theirs up to slots of GradientPartials, and one launch adds
+// up the slots of all parameters.
+#pragma once
+
+#include "cuda/access.cuh"
+
+namespace asgl {
+
+// ---- in a block ----
+
+template <class Real>
+struct WarpSums {
+  Real values[kBlockThreads / kWarpThreads];
+};
+
+// Neurons side by side that share a parameter's value, and their threads in this block.
+struct Run {
+  int64 index;
+  int begin, end;
+};
+
+template <int kLanes, class Real>
+__device__ __forceinline__ Run run_of(const Place<kLanes>& place, const ParameterView<Real>& parameter) {
+  if (parameter.is_same_for_all()) return {0, 0, kBlockThreads};
+  const int64 index = place.n / parameter.inner;
+  const int64 block_n = place.n - static_cast<int64>(threadIdx.x) * kLanes;
+  const int64 begin = (index * parameter.inner - block_n) / kLanes, end = begin + parameter.inner / kLanes;
+  return {index, begin < 0 ? 0 : static_cast<int>(begin), end > kBlockThreads ? kBlockThreads : static_cast<int>(end)};
+}
+
+// The sum over the threads of each run goes to the run's slot. All threads of the block must come here; those beyond
+// the last neuron add nothing.
+template <int kLanes, class Real>
+__device__ __forceinline__ void store_partial(Real* slots, const ParameterView<Real>& parameter,
+                                              const Place<kLanes>& place, Real sum, WarpSums<Real>& first_lane) {
+  if (parameter.inner == 1) {
+    if (place.live) slots[place.n + blockIdx.x] = sum;
+    return;
+  }
+  const Run run = run_of(place, parameter);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpThreads;
+  if (!place.live) sum = Real(0);
+#pragma unroll
+  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
+    const Real other = __shfl_down_sync(kWholeWarp, sum, distance);
+    if (lane + distance < kWarpThreads && thread + distance < run.end) sum += other;
+  }
+  __syncthreads();  // whoever reads what was there has done so
+  if (lane == 0) first_lane.values[thread / kWarpThreads] = sum;
+  __syncthreads();
+  if (thread == run.begin && place.live) {
+    for (int warp = thread / kWarpThreads + 1; warp * kWarpThreads < run.end; ++warp) sum += first_lane.values[warp];
+    slots[run.index + blockIdx.x] = sum;
+  }
+}
+
+// ---- of all blocks ----
+
+constexpr int kSumThreads = 512;
+
+// So many of the tiles have neurons before neuron n; their size is 1 or 4 times kBlockThreads.
+__device__ __forceinline__ int64 whole_tiles(int64 n, int64 tile) {
+  const uint64 of_single_neurons = static_cast<uint64>(n) / kBlockThreads;
+  return static_cast<int64>(tile > kBlockThreads ? of_single_neurons / 4 : of_single_neurons);
+}
+
+// The blocks of the parts lie one behind another. Threads side by side have neighbouring elements, or where there is one
+// element for a block, neighbouring slots.
+template <class Real>
+__global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const GradientSum<Real> sum) {
+  const int thread = static_cast<int>(threadIdx.x);
+  int64 block = blockIdx.x;
+  int id = 0;
+  for (; block >= sum.parts[id].blocks; ++id) block -= sum.parts[id].blocks;
+  const GradientPart<Real>& part = sum.parts[id];
+  const int64 inner = part.parameter.inner, count = part.parameter.count, neurons = sum.shape.neurons();
+  const int slots_each = kSumThreads / (part.elements_each * part.runs_each);
+  const int64 element = block * part.elements_each + thread % part.elements_each;
+  const int64 first_slot = thread / part.elements_each % slots_each;
+  double total = 0;
+  if (element < part.elements(sum.shape)) {
+    const int64 t = element / count, first_run = thread / part.elements_each / slots_each;
+    for (int64 run = element % count + first_run * count; run * inner < neurons; run += part.runs_each * count) {
+      const int64 tile = whole_tiles(run * inner, sum.tile);
+      const int64 slots = whole_tiles((run + 1) * inner - 1, sum.tile) - tile + 1;
+      const Real* first = part.partials.data + (t * part.partials.slots + run + tile);
+#pragma unroll 8
+      for (int64 slot = first_slot; slot < slots; slot += slots_each) total += static_cast<double>(first[slot]);
+    }
+  }
+  __shared__ double totals[kSumThreads];
+  totals[thread] = total;
+  for (int half = kSumThreads / 2; half >= part.elements_each; half /= 2) {
+    __syncthreads();
+    if (thread < half) totals[thread] += totals[thread + half];
+  }
+  if (thread < part.elements_each && element < part.elements(sum.shape)) part.store(element, totals[thread]);
+}
+
+}  // namespace asgl
