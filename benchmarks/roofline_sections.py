@@ -216,6 +216,8 @@ def rows_of_waves(card: Card, kernels: Kernels) -> Iterator[tuple[str, ...]]:
 
 def section_of_waves(kernels: Kernels) -> str:
     header = ("", "T", "N", "registers", "blocks", "waves", "MB, full", "MB, last", "wave", "alone", "all", "by waves")
+    rows = list(rows_of_waves(CARD, kernels))
+    late = [f"{name} (T = {steps})" for name, steps, *_, by_waves in rows if float(by_waves) > 1.1]
     text = f"""\
 How many blocks of 128 threads a multiprocessor holds follows from registers, shared memory (RESOURCES.md) and its
 {THREADS} threads; a wave is what all hold at once. *MB* are the bytes that loads have under way at most, in a full wave
@@ -230,9 +232,9 @@ tables. The last column is the time of the waves one after another, none shorter
 
 Where *wave* is longer than *alone*, only the last wave costs something, and only if waves are few. Where *alone* is
 longer, every wave waits for latency: more warps or earlier loads would help there, and fewer instructions would not,
-unless they are in the chain.
+unless they are in the chain. More than a tenth is at stake in: {"; ".join(late) or "none"}.
 """
-    return f"## Waves, and the tail of the last one\n\n{prose(text)}\n{table(header, rows_of_waves(CARD, kernels))}"
+    return f"## Waves, and the tail of the last one\n\n{prose(text)}\n{table(header, rows)}"
 
 
 # ---- few neurons ----

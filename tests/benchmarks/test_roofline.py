@@ -50,6 +50,8 @@ def test_bytes_of_parameters_and_normalisation():
         for name in ("lif, width learned", "lif, all by channel")
     )
     assert of_common < of_others
+    # Three parameters have a slot for each channel of a sample and for each block of 512 neurons.
+    assert of_others == pytest.approx(4 * 3 * (2**12 + 2**13) / 2**24, rel=0.01)
     all_of_block = map(parameters_of, launches(BLOCK, 4, "float32"))
     found = [moved(params, "float32") for params in all_of_block if hasattr(params, "x_seq")]
     assert [each.sequences for each in found] == [4, 8, 12, 12]
@@ -137,4 +139,5 @@ def test_shapes_of_the_calls():
         launch = launches(BY_NAME["lif, batch first"], steps, "bfloat16")[0]
         shape = parameters_of(launch).shape
         assert shape.outer > 1
+        assert shape.steps == steps
         assert shape.outer * shape.steps * shape.inner == ELEMENTS

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from benchmarks.sass_operations import Thread, operation
+from benchmarks.sass_operations import Thread, float_of, operation
 from benchmarks.sass_run import ARITHMETIC_CYCLES, Program, alone, places
 from tests.sass import sass
 
@@ -129,7 +129,8 @@ def test_predicates_in_a_register_and_logic():
         ISETP.GT.AND P2, PT, R0, 0x3, PT
         LOP3.LUT P3, R1, R0, 0x6, RZ, 0xc0, !PT
         PLOP3.LUT P4, PT, P2, P3, PT, 0x80, 0x0
-        P2R R5, PR, RZ, 0x1c
+        MOV R10, 0x21
+        P2R R5, PR, R10, 0x1c
         LOP3.LUT R5, R5, 0x100, RZ, 0xfc, !PT
         ISETP.EQ.AND P2, PT, RZ, RZ, !PT
         R2P PR, R5, 0x4
@@ -138,7 +139,15 @@ def test_predicates_in_a_register_and_logic():
         PRMT R8, R5, 0x9910, RZ
     """, **{"TID.X": 5})  # fmt: skip
     assert thread.predicates == {"P2": True, "P3": True, "P4": True}
-    assert [thread.registers[f"R{k}"] for k in (1, 5, 6, 7, 8)] == [4, 0x11C, 0, 0, 0x11C]
+    assert [thread.registers[f"R{k}"] for k in (1, 5, 6, 7, 8)] == [4, 0x13D, 0, 0, 0x13D]
+
+
+def test_integers_become_floats_that_are_not_less():
+    for number, expected in ((7, 7.0), (2**24 + 1, 2.0**24 + 2), (2**32 - 1, 2.0**32)):
+        assert (
+            float_of(after("LDC R1, c[0x0][0x0]\nI2F.U32.RP R0, R1", struct.pack("<I", number)).registers["R0"])
+            == expected
+        )
 
 
 def test_what_memory_holds_is_not_known():
