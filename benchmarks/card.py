@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from .roofline import CARDS, ISSUE_LANES, PAGE, Card
+from .prediction import CARDS, ISSUE_LANES, Card
+from .roofline import PAGE
 
 COPIED_BYTES = {"cuda": 2**30, "cpu": 2**22}  # on a GPU several times what its cache holds
 CYCLES = 50_000_000  # some 25 ms

@@ -15,7 +15,7 @@ import torch
 
 from .card import Rates, Work, roofline
 from .microbench import COMPILED, COPY, FLOOR, MOST_STEPS_TO_COMPILE, REFERENCE
-from .roofline import ELEMENT_BYTES, MOVED, OF_NORMALISATION
+from .prediction import ELEMENT_BYTES, MOVED, OF_NORMALISATION
 from .sizes import Block, Size, sweep
 
 CUPY_KERNELS = "asgl_cuda cupy"  # a row of the micro-benchmark

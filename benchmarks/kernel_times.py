@@ -31,7 +31,7 @@ from .clocks import Row, Sample, silence
 from .common import device_of, in_time, parser_of, write_json
 from .cuda_code import Kernel
 from .microbench import rows_of
-from .roofline import name_of
+from .prediction import name_of
 from .sizes import Block, Size, samples, sweep
 
 ROUNDS = 10

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import re
-
 import cuda_compile
 import pytest
 
-from benchmarks import roofline
-from benchmarks.cuda_code import Instruction, Kernel, Usage, usages
+from benchmarks.cuda_code import Kernel, Usage, usages
 from tests.code_checks import sass_problems
+from tests.sass import sass
 
 FORWARD = Kernel("forward plain, 4 neurons", "float32", "rectangle", "hard")
 BACKWARD = Kernel("backward plain, K = 4", "bfloat16", "sigmoid", "soft")
 OTHER = Kernel("backward, 4 neurons", "float16", "erf", "soft")
 FINE = Usage(40, 16, 0, 0, 0)
 SPILLING = Usage(168, 16, 8, 4, 12)
-
-
-def sass(text: str) -> list[Instruction]:
-    """One instruction a line, at addresses 0x0, 0x10, ..."""
-    lines = (re.match(r"(?:@(\S+) )?(\S+) ?(.*)", line.strip()) for line in text.strip().splitlines())
-    return [Instruction(16 * i, m[1] or "", m[2], m[3]) for i, m in enumerate(lines)]
 
 
 def table_of(resources: cuda_compile.Resources) -> list[cuda_compile.Row]:
@@ -147,65 +139,6 @@ def test_disassembly_of_a_hot_kernel(code, expected):
     found = list(sass_problems(FORWARD, sass(code)))
     assert len(found) == len(expected)
     assert all(one.startswith(other) for one, other in zip(found, expected, strict=True))
-
-
-def test_instructions_on_the_longest_way():
-    code = sass("""
-        S2R R0, SR_TID.X
-        @P0 BRA 0x40
-        CALL.REL.NOINC 0x140
-        BRA 0x40
-        LDG.E.128 R4, [R2.64]
-        @P1 BRA 0x90
-        FADD R4, R4, R4
-        IMAD.WIDE.U32 R4, R4, R4, R4
-        UIADD3 UR4, UR4, 0x1, URZ
-        FSEL R4, R4, R5, P2
-        LDG.E.128 R8, [R2.64]
-        STG.E.128 [R2.64], R4
-        @P3 CALL.REL.NOINC 0xe0
-        BRA 0x40
-        STG.E.128 [R2.64], R8
-        EXIT
-        BRA 0x100
-        NOP
-        NOP
-        NOP
-        MUFU.RCP R0, R0
-        RET.REL.NODEC R2 0x0
-    """)
-    counted = roofline.count(FORWARD, code)
-    # The call is not entered, the shorter side of the branch not taken, and the loop is left by its guarded call.
-    assert [sum(part.values()) for part in counted[:3]] == [2, 10, 2]
-    assert counted.body == {
-        roofline.MEMORY: 3,
-        roofline.CONTROL: 3,
-        roofline.FLOAT_ARITHMETIC: 1,
-        roofline.FLOAT_CHOICE: 1,
-        roofline.MULTIPLY: 1,
-        roofline.UNIFORM: 1,
-    }
-    assert counted.steps == 2
-    assert sum(counted.per_element(4).values()) == (2 + 2 * 10 + 2) / (4 * 4)
-
-
-def test_instructions_of_a_loop_within_a_loop():
-    code = sass("""
-        I2F.U32.RP R0, R0
-        MOV R1, RZ
-        LDG.E.128 R4, [R2.64]
-        FADD R4, R4, R4
-        @P0 BRA 0x20
-        DADD R6, R6, R8
-        @P1 BRA 0x10
-        STG.E.64 [R2.64], R8
-        EXIT
-        BRA 0x90
-    """)
-    counted = roofline.count(Kernel("moments, 4 columns", "float32"), code)
-    # The division counts; what surrounds the inner loop does so once.
-    assert [sum(part.values()) for part in counted[:3]] == [2, 3, 4]
-    assert counted.steps == 1
 
 
 GENERAL = Kernel("backward, 1 neuron", "float32", "erf", "hard")

@@ -1,0 +1,146 @@
+"""What the launchers start for a call: kernels by name, grids, and parameters as bytes. Nothing is computed.
+
+The launchers are those of asgl_cuda/backends, which decide as the compiled ones do. The tensors lie on the CPU, where
+memory that nobody writes takes none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from ctypes import Structure
+from typing import Any, NamedTuple
+
+import torch
+
+import asgl_cuda
+from asgl_cuda import backends
+from asgl_cuda.backends import normalisation_kernels
+
+NAMESPACE = "asgl_cuda_recorded"
+
+
+class Launch(NamedTuple):
+    """One kernel that was to start."""
+
+    kernel: str  # a C++ expression
+    blocks: int
+    threads: int
+    parameters: bytes
+
+
+class Recorder:
+    """A launcher that starts nothing."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+        self.threads = 0  # that the device holds
+
+    def resident_threads(self, device: torch.device) -> int:
+        return self.threads
+
+    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: Structure) -> None:
+        parameters = ctypes.string_at(ctypes.byref(params), ctypes.sizeof(params))
+        self.launches.append(Launch(kernel, blocks, threads, parameters))
+
+
+@functools.cache
+def _recorder() -> Recorder:
+    recorder = Recorder()
+    normalisation_kernels.implement(NAMESPACE, "CPU", normalisation_kernels.operators_on(recorder))
+    return recorder
+
+
+def recorded(call: Callable[[], Any], resident_threads: int) -> list[Launch]:
+    """The launches of a call that has the backend `NAMESPACE`, on a device that holds so many threads."""
+    recorder = _recorder()
+    recorder.launches, recorder.threads = [], resident_threads
+    backends.BACKENDS[NAMESPACE] = backends.Backend(("cpu",), backends.operators_in(NAMESPACE), lambda: None)
+    try:
+        call()
+    finally:
+        del backends.BACKENDS[NAMESPACE]
+    return recorder.launches
+
+
+# ---- the calls of users ----
+
+
+class Call(NamedTuple):
+    """A call forward and backward; `neurons_each` is how many neurons a thread has, by the size of the device."""
+
+    name: str
+    make: Callable[[int, torch.dtype], Callable[[], Any]]  # for so many steps
+    neurons_each: int = 4
+
+
+ELEMENTS, CHANNELS, INNER = 2**24, 64, 1024
+
+
+def learned(*shape: int) -> torch.Tensor:
+    return torch.full(shape, 0.5, requires_grad=True)
+
+
+def _sequence(steps: int, dtype: torch.dtype, batch_first: bool = False) -> torch.Tensor:
+    # There are at least two samples up to 128 steps, or batch first would be time first.
+    samples = ELEMENTS // (steps * CHANNELS * INNER)
+    sizes = (samples, steps) if batch_first else (steps, samples)
+    return torch.empty(*sizes, CHANNELS, INNER, dtype=dtype, requires_grad=True)
+
+
+def trained(x_seq: torch.Tensor, function: Callable[..., Any] = asgl_cuda.lif, **options: Any) -> Callable[[], None]:
+    """A call and its backward, of which the spikes alone have a gradient; width and noise are those of the defaults."""
+    options = {"width": learned(), "analog_prob": 0.1, **options}
+
+    def call() -> None:
+        found = function(x_seq, backend=NAMESPACE, **options)
+        s_seq = found if isinstance(found, torch.Tensor) else found[0]
+        s_seq.backward(torch.empty_like(s_seq))
+
+    return call
+
+
+def _of_lif(name: str, neurons_each: int = 4, batch_first: bool = False, **options: Any) -> Call:
+    """Options that are functions make a tensor."""
+
+    def make(steps: int, dtype: torch.dtype) -> Callable[[], None]:
+        made = {key: value() if callable(value) else value for key, value in options.items()}
+        return trained(_sequence(steps, dtype, batch_first), time_dim=int(batch_first), **made)
+
+    return Call(name, make, neurons_each)
+
+
+def _of_block(steps: int, dtype: torch.dtype) -> Callable[[], None]:
+    statistics = torch.zeros(CHANNELS), torch.ones(CHANNELS)
+    affine = {"weight": learned(CHANNELS), "bias": learned(CHANNELS)}
+
+    def function(x_seq: torch.Tensor, **options: Any) -> Any:
+        return asgl_cuda.batch_norm_lif(x_seq, *statistics, training=True, **affine, **options)
+
+    return trained(_sequence(steps, dtype), function)
+
+
+def _by_channel() -> torch.Tensor:
+    return learned(CHANNELS, 1)
+
+
+COMMON = _of_lif("lif, width learned")
+BLOCK = Call("batch_norm_lif", _of_block)
+WITHOUT_NOISE = _of_lif("lif, no noise", analog_prob=0.0)
+ONE_NEURON = _of_lif("lif, one neuron a thread", 1)
+OTHERS = (
+    WITHOUT_NOISE,
+    _of_lif("lif, batch first", batch_first=True),
+    _of_lif("lif, width by channel", width=_by_channel),
+    _of_lif("lif, decay, width learned", decay=learned),
+    _of_lif("lif, all by channel", decay=_by_channel, v_threshold=_by_channel, width=_by_channel),
+    _of_lif("lif, store_v_seq", return_v_seq=True),
+    ONE_NEURON,
+    _of_lif("lif, decay, width, one neuron", 1, decay=learned),
+)
+
+
+def launches(call: Call, steps: int, dtype: str) -> list[Launch]:
+    many = 2**40
+    return recorded(call.make(steps, getattr(torch, dtype)), 1 if call.neurons_each == 4 else many)
