@@ -1,5 +1,5 @@
-// Sums of a parameter's gradient: the threads of a block add theirs up to slots of GradientPartials, and one launch adds
-// up the slots of all parameters.
+// Sums of a parameter's gradient: the threads of a block add theirs up to slots of GradientPartials, and one launch
+// adds up the slots of all parameters.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -64,8 +64,8 @@ __device__ __forceinline__ int64 whole_tiles(int64 n, int64 tile) {
   return static_cast<int64>(tile > kBlockThreads ? of_single_neurons / 4 : of_single_neurons);
 }
 
-// The blocks of the parts lie one behind another. Threads side by side have neighbouring elements, or where there is one
-// element for a block, neighbouring slots.
+// The blocks of the parts lie one behind another. Threads side by side have neighbouring elements, or where there is
+// one element for a block, neighbouring slots.
 template <class Real>
 __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const GradientSum<Real> sum) {
   const int thread = static_cast<int>(threadIdx.x);

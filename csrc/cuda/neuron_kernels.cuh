@@ -79,14 +79,16 @@ class ThreadNeuron<Real, Input::kGeneral> {
 // So many blocks share a multiprocessor's 65,536 registers, 64 for each thread of 8 blocks: enough to keep the memory
 // busy, and few enough that nothing is spilled (RESOURCES.md).
 template <class Real, Input kInput>
-constexpr int kForwardBlocks = kInput == Input::kPlain   ? 8
-                               : sizeof(Real) == 8       ? 3
+constexpr int kForwardBlocks = kInput == Input::kPlain     ? 8
+                               : sizeof(Real) == 8         ? 3
                                : kInput == Input::kGeneral ? 5
-                                                         : 7;
+                                                           : 7;
 template <class Real, int kLanes>
-constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
-template <int kLanes, int kSteps>
-constexpr int kSettledBackwardBlocks = kLanes == 1 ? 6 : kSteps <= 8 ? 4 : 3;
+constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 6 : 3;
+template <class Real, int kLanes, int kSteps>
+constexpr int kSettledBackwardBlocks = kLanes > 1          ? (kSteps == 8 ? 4 : 3)
+                                       : sizeof(Real) == 4 ? 6
+                                                           : 4;
 
 // kInput is LIFParams::input(), or kGeneral; except for kGeneral, params.only_spikes() holds. The sequence has kExact
 // steps, unless that is 0.
@@ -167,7 +169,7 @@ constexpr int kShortSequence = 4;
 // The backward pass where no parameter changes over time and params.only_spikes() holds. The potentials of a segment of
 // kSteps steps stay in registers; with kShortSequence that is the sequence. kInput is LIFParams::input().
 template <class Scalar, class Model, int kLanes, int kSteps, Input kInput>
-__global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<kLanes, kSteps>)
+__global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<Scalar>, kLanes, kSteps>)
     lif_backward_settled_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
@@ -180,7 +182,9 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<kLanes, 
     int64 element;
     Real h[kSteps][kLanes], g[kAhead][kLanes], x[kKept][kLanes];
   };
-  const auto length_from = [&](int64 start) { return steps - start < kSteps ? static_cast<int>(steps - start) : kSteps; };
+  const auto length_from = [&](int64 start) {
+    return steps - start < kSteps ? static_cast<int>(steps - start) : kSteps;
+  };
   const auto load_x = [&](int64 start, Segment& segment) {
     segment.element = place.element + start * stride;
 #pragma unroll
@@ -191,16 +195,19 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<kLanes, 
   };
   const auto load_gradient = [&](int64 start, int k, Segment& segment) {  // `element` is just beyond step k
     advance(segment.element, -stride);
-    Real(&row)[kLanes] = segment.g[(k + kAhead) % kAhead];
-    fill(row, Real(0));
     if (k < 0 || k >= length_from(start)) return;
-    if (params.grad_s_seq != nullptr) Lanes::load(params.grad_s_seq + segment.element, row);
+    if (params.grad_s_seq != nullptr) Lanes::load(params.grad_s_seq + segment.element, segment.g[k % kAhead]);
     // x is loaded once more: there are no registers for it, and it is not gone from the cache.
     if (kNormalised && !kExact) Lanes::load(params.x_seq + segment.element, segment.x[k % kKept]);
   };
   const auto load_first_gradients = [&](int64 start, Segment& segment) {
+    // Of a way back along the addresses of x, ptxas makes that it keeps them all: it has registers for four.
+    if (!kExact) segment.element = place.element + (start + kSteps) * stride;
 #pragma unroll
-    for (int k = kSteps - 1; k >= kSteps - kAhead; --k) load_gradient(start, k, segment);
+    for (int k = kSteps - 1; k >= kSteps - kAhead; --k) {
+      fill(segment.g[k % kAhead], Real(0));  // which it stays if there is none
+      load_gradient(start, k, segment);
+    }
   };
 
   Real sums[kNumParameters] = {};
@@ -214,7 +221,8 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<kLanes, 
     const NeuronOptions<Real> options = params.options;
     const FiringFromLeast<Real> firing(options);
     const Neuron<Real> neuron = settled_neuron(params.parameters, place.read_n, options);
-    const bool learns_neuron = params.wants(kDecay) || params.wants(kThreshold), learns_reset = params.wants(kReset);
+    const bool learns_decay = params.wants(kDecay), learns_threshold = params.wants(kThreshold);
+    const bool learns_reset = params.wants(kReset);
     bool carried = exists(params.grad_last);
     State<Real[kLanes]> d_state;
     fill(d_state, State<Real>());  // of {} NVRTC makes a variable in global memory, and reads it
@@ -223,54 +231,40 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<kLanes, 
     for (int64 start = (steps - 1) / kSteps * kSteps; start >= 0; start -= kSteps) {
       const int length = length_from(start);
       Segment segment = only;
-      int64& element = segment.element;
-      auto& h = segment.h;
-      auto& g = segment.g;
-      auto& x = segment.x;
+      auto& [element, h, g, x] = segment;
       if (!kExact) load_x(start, segment);
+      if (!kExact && kLanes > 1) load_first_gradients(start, segment);
       const SegmentNoise<kLanes, kSteps> noise(source, place.n, start, length);
       const auto fire_lane = [&](int k, int j) { return Model::fire(h[k][j], noise.is_analog(k, j), neuron, firing); };
-      const auto fire = [&](int k, Real(&s)[kLanes]) {
-#pragma unroll
-        for (int j = 0; j < kLanes; ++j) s[j] = fire_lane(k, j);
-      };
       State<Real[kLanes]> state;
       load_state(params, params.checkpoints, start, place, state);
-      Real s[kLanes];  // in the end, of the last step
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         if (k < length) {
 #pragma unroll
           for (int j = 0; j < kLanes; ++j) {
-            if (kNormalised && kExact) x[k % kKept][j] = h[k][j];
+            if (kNormalised && kExact) x[k][j] = h[k][j];
             h[k][j] = Model::template charge<kInput>(h[k][j], lane(state, j), neuron, options);
+            Model::reset(h[k][j], fire_lane(k, j), neuron, lane(state, j));
           }
-          fire(k, s);
-#pragma unroll
-          for (int j = 0; j < kLanes; ++j) Model::reset(h[k][j], s[j], neuron, lane(state, j));
         }
       }
-      if (!kExact) {
-        // It is computed anew: of a way back along the addresses of x, ptxas makes that it keeps them all.
-        segment.element = place.element + (start + kSteps) * stride;
-        load_first_gradients(start, segment);
-      }
+      if (kLanes == 1) load_first_gradients(start, segment);
 #pragma unroll
       for (int k = kSteps - 1; k >= 0; --k) {
         if (k < length) {
-          Real dx[kLanes], s_before[kLanes];
+          Real dx[kLanes];
           StepGradient<Real> gradients[kLanes];
           if (learns_reset && carried) {
-            if (!kExact) fire(k, s);
 #pragma unroll
-            for (int j = 0; j < kLanes; ++j) sums[kReset] += Model::gradient_of_reset(d_state.v[j], s[j]);
+            for (int j = 0; j < kLanes; ++j) {
+              sums[kReset] += Model::gradient_of_reset(d_state.v[j], fire_lane(k, j));
+            }
           }
-          if (kExact && k > 0) fire(k - 1, s_before);
 #pragma unroll
           for (int j = 0; j < kLanes; ++j) {
-            const Real s_now = kExact ? s[j] : fire_lane(k, j);
-            const StepGradient<Real> step = Model::step_adjoint(g[k % kAhead][j], NoGradient{}, h[k][j], s_now, carried,
-                                                                neuron, options, lane(d_state, j));
+            const StepGradient<Real> step = Model::step_adjoint(
+                g[k % kAhead][j], NoGradient{}, h[k][j], fire_lane(k, j), carried, neuron, options, lane(d_state, j));
             sums[kWidth] += step.dy * (h[k][j] - neuron.v_threshold);
             if constexpr (kNormalised) {
               sums[kInputGain] += step.dc * (x[k % kKept][j] - neuron.input_mean);
@@ -279,27 +273,23 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<kLanes, 
             dx[j] = kNormalised ? neuron.input_gain * step.dc : step.dc;
             gradients[j] = step;
           }
-          if (learns_neuron) {
+          if (learns_decay) {
             State<Real[kLanes]> before;
-            if (k > 0) {
-              if (!kExact) fire(k - 1, s_before);
-#pragma unroll
-              for (int j = 0; j < kLanes; ++j) Model::reset(h[k - 1][j], s_before[j], neuron, lane(before, j));
-            } else {
-              load_state(params, params.checkpoints, start, place, before);
-            }
+            if (k == 0) load_state(params, params.checkpoints, start, place, before);
 #pragma unroll
             for (int j = 0; j < kLanes; ++j) {
+              if (k > 0) Model::reset(h[k - 1][j], fire_lane(k - 1, j), neuron, lane(before, j));
               sums[kDecay] += gradients[j].dh * before.v[j];
-              sums[kThreshold] -= gradients[j].dy * neuron.inverse_width;
             }
+          }
+          if (learns_threshold) {
+#pragma unroll
+            for (int j = 0; j < kLanes; ++j) sums[kThreshold] -= gradients[j].dy * neuron.inverse_width;
           }
           carried = true;
           if (params.grad_x_seq != nullptr && place.live) {
             Lanes::store(dx, params.grad_x_seq + (element + (kAhead - 1) * stride));
           }
-#pragma unroll
-          for (int j = 0; j < kLanes; ++j) s[j] = s_before[j];
         }
         load_gradient(start, k - kAhead, segment);
       }
