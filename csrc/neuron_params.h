@@ -64,11 +64,19 @@ ASGL_HOST_DEVICE Neuron<Real> neuron_of(F&& value) {
           value(kInputGain), value(kInputBias), value(kInputMean)};
 }
 
-// Neuron n where no parameter changes over time.
-template <class Real>
+// Neuron n where no parameter changes over time. Those that differ between neurons mostly do so in the same way as the
+// width or the gain: an index takes divisions, and is not computed for each.
+template <Input kInput, class Real>
 ASGL_HOST_DEVICE Neuron<Real> settled_neuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n,
                                              const NeuronOptions<Real>& options) {
-  return neuron_of<Real>([&](ParameterId id) { return value_of(id, parameters[id].at(n, 0), options); });
+  const ParameterView<Real>& usual = parameters[kInput == Input::kNormalised ? kInputGain : kWidth];
+  const int64 usual_index = usual.index(n);
+  return neuron_of<Real>([&](ParameterId id) {
+    const ParameterView<Real>& parameter = parameters[id];
+    if (parameter.is_same_for_all()) return value_of(id, parameter.uniform_value(), options);
+    const bool is_usual = parameter.inner == usual.inner && parameter.count == usual.count;
+    return value_of(id, parameter.data[is_usual ? usual_index : parameter.index(n)], options);
+  });
 }
 
 constexpr uint32 kAnalogBelowInState = kAlwaysAnalog + 1;
@@ -167,10 +175,11 @@ struct BackwardParams : LIFParams<Scalar> {
 
   ASGL_HOST_DEVICE bool wants(int id) const { return partials[id].data != nullptr; }
 
-  // Says whether gradients are there and wanted of nothing except spikes, the sequence, states, and parameters other
-  // than the mean of the input.
+  // Says whether the spikes have a gradient and the sequence wants one, and nothing else has or wants one except states
+  // and parameters other than the mean of the input.
   ASGL_HOST_DEVICE bool only_spikes() const {
-    return grad_v_seq == nullptr && grad_h_seq == nullptr && !this->options.scale_output && !wants(kInputMean);
+    return grad_s_seq != nullptr && grad_x_seq != nullptr && grad_v_seq == nullptr && grad_h_seq == nullptr &&
+           !this->options.scale_output && !wants(kInputMean);
   }
 };
 

@@ -266,7 +266,8 @@ class NeuronOperators(KernelOperators):
         results = empty_gradients(x_seq, time_dim, laid_out, wanted)
         grad_x_seq, grad_v_init, *gradients = in_their_places(results, (wants_x_seq, wants_v_init, *asked))
         if layout.neurons:
-            input = call.input(grad_v_seq is None and grad_h_seq is None and not asked.input_mean)
+            both = grad_s_seq is not None and grad_x_seq is not None
+            input = call.input(both and grad_v_seq is None and grad_h_seq is None and not asked.input_mean)
             lanes, tiles = call.cut(self.launcher, input, *grads, checkpoints, grad_x_seq, grad_v_init)
             tile, blocks = tiles
             rows = [layout.steps if view.step_stride else 1 for view in call.views]

@@ -115,8 +115,10 @@ struct AdjointLoop {
     for (int64 i = 0; i < args.length; ++i) {
       const Neuron<Real>& neuron = args.neurons[i];
       State<Real> d_state = load(args.d_state, i);
+      const Real ds =
+          Model::spike_gradient(args.g[i], args.h[i], args.carried && !args.options.detach_reset, neuron, d_state.v);
       const StepGradient<Real> step =
-          Model::step_adjoint(args.g[i], args.gh[i], args.h[i], args.s[i], args.carried, neuron, args.options, d_state);
+          Model::step_adjoint(ds, args.gh[i], args.h[i], args.s[i], args.carried, neuron, args.options, d_state);
       args.dy[i] = step.dy;
       args.dh[i] = step.dh;
       args.dx[i] = neuron.input_gain * step.dc;
@@ -221,8 +223,10 @@ struct SettledAdjointLoop {
         const Real s = Model::fire(h, kNoise && args.draws[i] < args.analog_below, neuron, firing);
         State<Real> d_state = load(args.d_state, i);
         if constexpr (kMore && !Model::kResetsHard) args.reset[i] -= keep_if(args.carried, d_state.v * s);
+        const Real ds =
+            Model::spike_gradient(args.g[i], h, args.carried && !args.options.detach_reset, neuron, d_state.v);
         const StepGradient<Real> step =
-            Model::step_adjoint(args.g[i], NoGradient{}, h, s, args.carried, neuron, args.options, d_state);
+            Model::step_adjoint(ds, NoGradient{}, h, s, args.carried, neuron, args.options, d_state);
         args.width[i] += step.dy * (h - neuron.v_threshold);
         if constexpr (kMore) {
           args.threshold[i] -= step.dy * neuron.inverse_width;

@@ -361,7 +361,7 @@ bool only_width(const ForwardParams<Scalar>&) {
 }
 template <class Scalar>
 bool only_width(const BackwardParams<Scalar>& params) {
-  return !params.wants(kDecay) && !params.wants(kThreshold) && !params.wants(kReset);
+  return !params.wants(kDecay) && !params.wants(kThreshold) && !params.wants(kReset) && !params.wants(kInputMean);
 }
 
 // With parameters of the input, all others must be uniform, and none except the width may want a gradient: gradients of
@@ -370,8 +370,8 @@ bool only_width(const BackwardParams<Scalar>& params) {
 template <class Params>
 bool is_settled(const Params& params) {
   if (!params.is_input_plain()) {
-    return only_width(params) && params.only_spikes() && params.input() == Input::kNormalised &&
-           all_uniform(params.parameters, kInputGain);
+    return only_width(params) && only_spikes(params) && !params.options.scale_output &&
+           params.input() == Input::kNormalised && all_uniform(params.parameters, kInputGain);
   }
   const bool per_step = std::any_of(std::begin(params.parameters), std::end(params.parameters),
                                     [](const auto& each) { return each.data != nullptr && each.step_stride != 0; });

@@ -15,40 +15,56 @@ struct WarpSums {
 
 // Neurons side by side that share a parameter's value, and their threads in this block.
 struct Run {
-  int64 index;
-  int begin, end;
+  int64 inner = 0, index = 0;
+  int begin = 0, end = 0;
+
+  template <int kLanes>
+  __device__ __forceinline__ void find(const Place<kLanes>& place, int64 its_inner) {
+    if (inner == its_inner) return;
+    inner = its_inner;
+    index = place.n / inner;
+    const int64 block_n = place.n - static_cast<int64>(threadIdx.x) * kLanes;
+    const int64 first = (index * inner - block_n) / kLanes, last = first + inner / kLanes;
+    begin = first < 0 ? 0 : static_cast<int>(first);
+    end = last > kBlockThreads ? kBlockThreads : static_cast<int>(last);
+  }
 };
 
-template <int kLanes, class Real>
-__device__ __forceinline__ Run run_of(const Place<kLanes>& place, const ParameterView<Real>& parameter) {
-  if (parameter.is_same_for_all()) return {0, 0, kBlockThreads};
-  const int64 index = place.n / parameter.inner;
-  const int64 block_n = place.n - static_cast<int64>(threadIdx.x) * kLanes;
-  const int64 begin = (index * parameter.inner - block_n) / kLanes, end = begin + parameter.inner / kLanes;
-  return {index, begin < 0 ? 0 : static_cast<int>(begin), end > kBlockThreads ? kBlockThreads : static_cast<int>(end)};
-}
-
 // The sum over the threads of each run goes to the run's slot. All threads of the block must come here; those beyond
-// the last neuron add nothing.
+// the last neuron add nothing. `run` is that of the parameter before this one, which mostly is the same.
 template <int kLanes, class Real>
 __device__ __forceinline__ void store_partial(Real* slots, const ParameterView<Real>& parameter,
-                                              const Place<kLanes>& place, Real sum, WarpSums<Real>& first_lane) {
+                                              const Place<kLanes>& place, Real sum, Run& run,
+                                              WarpSums<Real>& first_lane) {
   if (parameter.inner == 1) {
     if (place.live) slots[place.n + blockIdx.x] = sum;
     return;
   }
-  const Run run = run_of(place, parameter);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpThreads;
   if (!place.live) sum = Real(0);
+  const bool one_run = parameter.is_same_for_all();
+  if (one_run) {  // what the lanes after the first get from beyond their warp is not used
 #pragma unroll
-  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-    const Real other = __shfl_down_sync(kWholeWarp, sum, distance);
-    if (lane + distance < kWarpThreads && thread + distance < run.end) sum += other;
+    for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
+      sum += __shfl_down_sync(kWholeWarp, sum, distance);
+    }
+  } else {
+    run.find(place, parameter.inner);
+#pragma unroll
+    for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
+      const Real other = __shfl_down_sync(kWholeWarp, sum, distance);
+      if (lane + distance < kWarpThreads && thread + distance < run.end) sum += other;
+    }
   }
   __syncthreads();  // whoever reads what was there has done so
   if (lane == 0) first_lane.values[thread / kWarpThreads] = sum;
   __syncthreads();
-  if (thread == run.begin && place.live) {
+  if (one_run) {
+    if (thread > 0) return;
+#pragma unroll
+    for (int warp = 1; warp < kBlockThreads / kWarpThreads; ++warp) sum += first_lane.values[warp];
+    slots[blockIdx.x] = sum;
+  } else if (thread == run.begin && place.live) {
     for (int warp = thread / kWarpThreads + 1; warp * kWarpThreads < run.end; ++warp) sum += first_lane.values[warp];
     slots[run.index + blockIdx.x] = sum;
   }

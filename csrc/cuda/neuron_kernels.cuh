@@ -21,7 +21,7 @@ class ThreadNeuron {
  public:
   __device__ __forceinline__ ThreadNeuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n,
                                           const NeuronOptions<Real>& options)
-      : neuron_(settled_neuron(parameters, n, options)) {}
+      : neuron_(settled_neuron<kInput>(parameters, n, options)) {}
 
   __device__ __forceinline__ void move_to(int64) {}
   __device__ __forceinline__ const Neuron<Real>& now() const { return neuron_; }
@@ -76,19 +76,18 @@ class ThreadNeuron<Real, Input::kGeneral> {
 
 // ---- forward ----
 
-// So many blocks share a multiprocessor's 65,536 registers, 64 for each thread of 8 blocks: enough to keep the memory
+// So many blocks share a multiprocessor's 65,536 registers, 72 for each thread of 7 blocks: enough to keep the memory
 // busy, and few enough that nothing is spilled (RESOURCES.md).
 template <class Real, Input kInput>
-constexpr int kForwardBlocks = kInput == Input::kPlain     ? 8
-                               : sizeof(Real) == 8         ? 3
+constexpr int kForwardBlocks = sizeof(Real) == 8           ? 3
                                : kInput == Input::kGeneral ? 5
                                                            : 7;
 template <class Real, int kLanes>
-constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 6 : 3;
+constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
 template <class Real, int kLanes, int kSteps>
-constexpr int kSettledBackwardBlocks = kLanes > 1          ? (kSteps == 8 ? 4 : 3)
-                                       : sizeof(Real) == 4 ? 6
-                                                           : 4;
+constexpr int kSettledBackwardBlocks = kLanes == 1 && sizeof(Real) == 4 ? 5
+                                       : kSteps == 8                    ? 4
+                                                                        : 3;
 
 // kInput is LIFParams::input(), or kGeneral; except for kGeneral, params.only_spikes() holds. The sequence has kExact
 // steps, unless that is 0.
@@ -196,7 +195,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
   const auto load_gradient = [&](int64 start, int k, Segment& segment) {  // `element` is just beyond step k
     advance(segment.element, -stride);
     if (k < 0 || k >= length_from(start)) return;
-    if (params.grad_s_seq != nullptr) Lanes::load(params.grad_s_seq + segment.element, segment.g[k % kAhead]);
+    Lanes::load(params.grad_s_seq + segment.element, segment.g[k % kAhead]);
     // x is loaded once more: there are no registers for it, and it is not gone from the cache.
     if (kNormalised && !kExact) Lanes::load(params.x_seq + segment.element, segment.x[k % kKept]);
   };
@@ -204,10 +203,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
     // Of a way back along the addresses of x, ptxas makes that it keeps them all: it has registers for four.
     if (!kExact) segment.element = place.element + (start + kSteps) * stride;
 #pragma unroll
-    for (int k = kSteps - 1; k >= kSteps - kAhead; --k) {
-      fill(segment.g[k % kAhead], Real(0));  // which it stays if there is none
-      load_gradient(start, k, segment);
-    }
+    for (int k = kSteps - 1; k >= kSteps - kAhead; --k) load_gradient(start, k, segment);
   };
 
   Real sums[kNumParameters] = {};
@@ -220,9 +216,8 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
     const NoiseSource source(params.noise);
     const NeuronOptions<Real> options = params.options;
     const FiringFromLeast<Real> firing(options);
-    const Neuron<Real> neuron = settled_neuron(params.parameters, place.read_n, options);
-    const bool learns_decay = params.wants(kDecay), learns_threshold = params.wants(kThreshold);
-    const bool learns_reset = params.wants(kReset);
+    const Neuron<Real> neuron = settled_neuron<kInput>(params.parameters, place.read_n, options);
+    const bool learns_more = params.wants(kDecay) || params.wants(kThreshold) || params.wants(kReset);
     bool carried = exists(params.grad_last);
     State<Real[kLanes]> d_state;
     fill(d_state, State<Real>());  // of {} NVRTC makes a variable in global memory, and reads it
@@ -253,18 +248,19 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
 #pragma unroll
       for (int k = kSteps - 1; k >= 0; --k) {
         if (k < length) {
-          Real dx[kLanes];
+          Real ds[kLanes], dx[kLanes];
           StepGradient<Real> gradients[kLanes];
-          if (learns_reset && carried) {
+          const State<Real[kLanes]> d_after = d_state;
 #pragma unroll
-            for (int j = 0; j < kLanes; ++j) {
-              sums[kReset] += Model::gradient_of_reset(d_state.v[j], fire_lane(k, j));
-            }
+          for (int j = 0; j < kLanes; ++j) ds[j] = g[k % kAhead][j];
+          if (carried && !options.detach_reset) {
+#pragma unroll
+            for (int j = 0; j < kLanes; ++j) ds[j] = Model::spike_gradient(ds[j], h[k][j], true, neuron, d_state.v[j]);
           }
 #pragma unroll
           for (int j = 0; j < kLanes; ++j) {
-            const StepGradient<Real> step = Model::step_adjoint(
-                g[k % kAhead][j], NoGradient{}, h[k][j], fire_lane(k, j), carried, neuron, options, lane(d_state, j));
+            const StepGradient<Real> step = Model::step_adjoint(ds[j], NoGradient{}, h[k][j], fire_lane(k, j), carried,
+                                                                neuron, options, lane(d_state, j));
             sums[kWidth] += step.dy * (h[k][j] - neuron.v_threshold);
             if constexpr (kNormalised) {
               sums[kInputGain] += step.dc * (x[k % kKept][j] - neuron.input_mean);
@@ -273,23 +269,19 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
             dx[j] = kNormalised ? neuron.input_gain * step.dc : step.dc;
             gradients[j] = step;
           }
-          if (learns_decay) {
+          if (learns_more) {
             State<Real[kLanes]> before;
             if (k == 0) load_state(params, params.checkpoints, start, place, before);
 #pragma unroll
             for (int j = 0; j < kLanes; ++j) {
               if (k > 0) Model::reset(h[k - 1][j], fire_lane(k - 1, j), neuron, lane(before, j));
               sums[kDecay] += gradients[j].dh * before.v[j];
+              sums[kThreshold] -= gradients[j].dy * neuron.inverse_width;
+              if (carried) sums[kReset] += Model::gradient_of_reset(d_after.v[j], fire_lane(k, j));
             }
           }
-          if (learns_threshold) {
-#pragma unroll
-            for (int j = 0; j < kLanes; ++j) sums[kThreshold] -= gradients[j].dy * neuron.inverse_width;
-          }
           carried = true;
-          if (params.grad_x_seq != nullptr && place.live) {
-            Lanes::store(dx, params.grad_x_seq + (element + (kAhead - 1) * stride));
-          }
+          if (place.live) Lanes::store(dx, params.grad_x_seq + (element + (kAhead - 1) * stride));
         }
         load_gradient(start, k - kAhead, segment);
       }
@@ -297,9 +289,10 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
     if (exists(params.grad_init) && place.live) store(d_state, place.n, params.grad_init);
   }
   __shared__ WarpSums<Real> room;
+  Run run;
 #pragma unroll
   for (int id = 0; id < (kNormalised ? kInputMean : kInputGain); ++id) {
-    if (params.wants(id)) store_partial(params.partials[id].data, params.parameters[id], place, sums[id], room);
+    if (params.wants(id)) store_partial(params.partials[id].data, params.parameters[id], place, sums[id], run, room);
   }
 }
 
@@ -324,10 +317,11 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
   ThreadNeuron<Real, Input::kGeneral> neuron(params.parameters, place.read_n, options);
+  Run run;
   const auto store_sum = [&](int id, int64 t, Real sum, int row) {
     const ParameterView<Real>& parameter = params.parameters[id];
     Real* slots = params.partials[id].data + (parameter.step_stride != 0 ? t * params.partials[id].slots : 0);
-    store_partial(slots, parameter, place, sum, *reinterpret_cast<WarpSums<Real>*>(potentials[row]));
+    store_partial(slots, parameter, place, sum, run, *reinterpret_cast<WarpSums<Real>*>(potentials[row]));
   };
   Real sums[kNumParameters] = {};
   bool carried = exists(params.grad_last);
@@ -414,8 +408,10 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
           g[j] = g[j] * neuron.now().v_threshold;
         }
         if (carried) sums[kReset] += Model::gradient_of_reset(d_state.v[j], s);
+        const Real ds =
+            Model::spike_gradient(g[j], h.values[j], carried && !options.detach_reset, neuron.now(), d_state.v[j]);
         const StepGradient<Real> step =
-            Model::step_adjoint(g[j], gh[j], h.values[j], s, carried, neuron.now(), options, lane(d_state, j));
+            Model::step_adjoint(ds, gh[j], h.values[j], s, carried, neuron.now(), options, lane(d_state, j));
         sums[kWidth] += step.dy * (h.values[j] - neuron.now().v_threshold);
         sums[kThreshold] -= step.dy * neuron.now().inverse_width;
         sums[kDecay] += step.dh * (before.v[j] - options.v_rest);

@@ -1,6 +1,6 @@
 // One step of the neuron and its adjoint, for one element. Every backend runs these functions. A new neuron model or
-// firing rule is a type beside LIF, with its own charge, fire, reset and step_adjoint or LIF's, which with_model in
-// launch.h and model in asgl_cuda/backends/neuron_kernels.py choose; State has all that a neuron carries.
+// firing rule is a type beside LIF, with its own charge, fire, reset, spike_gradient and step_adjoint or LIF's, which
+// with_model in launch.h and model in asgl_cuda/backends/neuron_kernels.py choose; State has all that a neuron carries.
 #pragma once
 
 #include "math/surrogates.h"
@@ -166,21 +166,25 @@ struct LIF {
     return kHardReset ? dv * s : -(dv * s);
   }
 
-  // With dv the gradient of v[t], g the gradient of s and gh the gradient of h where it is returned:
+  // With dv the gradient of v[t], g that of s where it is returned and gh that of h where it is returned:
   //   ds = g + dv * v_reset - dv * h   hard,   g - dv * reset_amount   soft,   g under detach_reset
   //   dy = F'(y) * ds * surrogate_gain
   //   dh = gh + dv * (1 - s) + dy / width   hard,   gh + dv + dy / width   soft
-  // in the order in which autograd adds these terms for the reference. `carried` is false where nothing has flowed into
-  // v[t] yet (the last step, unless v was returned): its terms are then absent, not zero times a value that may be
-  // infinite. `d_state` then is the gradient of the state before this step.
+  // in the order in which autograd adds these terms for the reference. As long as nothing has flowed into v[t] (the
+  // last step, unless v was returned) its terms are absent, not zero times a value that may be infinite: `carried` and
+  // `through_reset` are false then.
+  template <class Real>
+  static ASGL_HOST_DEVICE Real spike_gradient(Real g, Real h, bool through_reset, const Neuron<Real>& neuron, Real dv) {
+    return kHardReset ? (g + keep_if(through_reset, dv * neuron.reset)) - keep_if(through_reset, dv * h)
+                      : g - keep_if(through_reset, dv * neuron.reset);
+  }
+
+  // `d_state` then is the gradient of the state before this step.
   template <class Real, class GradientOfH, class States>
-  static ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real g, GradientOfH gh, Real h, Real s, bool carried,
+  static ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real ds, GradientOfH gh, Real h, Real s, bool carried,
                                                           const Neuron<Real>& neuron,
                                                           const NeuronOptions<Real>& options, States&& d_state) {
     const Real dv = d_state.v, y = (h - neuron.v_threshold) * neuron.inverse_width;
-    const bool through_reset = carried && !options.detach_reset;
-    const Real ds = kHardReset ? (g + keep_if(through_reset, dv * neuron.reset)) - keep_if(through_reset, dv * h)
-                               : g - keep_if(through_reset, dv * neuron.reset);
     const Real dy = SurrogateMath<kSurrogate>::adjoint(y, ds * options.surrogate_gain);
     const Real from_v = kHardReset ? dv * (Real(1) - s) : dv;
     const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;

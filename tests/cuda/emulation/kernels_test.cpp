@@ -103,7 +103,8 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
         g = g * neuron.v_threshold;
       }
       const Real dv = d_state.v;
-      const StepGradient<Real> step = Model::step_adjoint(g, gh, h, s, carried, neuron, options, d_state);
+      const Real ds = Model::spike_gradient(g, h, carried && !options.detach_reset, neuron, d_state.v);
+      const StepGradient<Real> step = Model::step_adjoint(ds, gh, h, s, carried, neuron, options, d_state);
       const double dy = step.dy, dh = step.dh, dc = step.dc;
       const double width = value_of(kWidth, params.parameters[kWidth].at(n, t), options), decay = neuron.decay;
       add(kWidth, -dy * (h - neuron.v_threshold) / (options.log_width ? width : width * width));
