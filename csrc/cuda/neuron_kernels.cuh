@@ -85,7 +85,7 @@ constexpr int kForwardBlocks = sizeof(Real) == 8           ? 3
 template <class Real, int kLanes>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
 template <class Real, int kLanes, int kSteps>
-constexpr int kSettledBackwardBlocks = kLanes == 1 && sizeof(Real) == 4 ? 5
+constexpr int kSettledBackwardBlocks = (kLanes == 1 && sizeof(Real) == 4) || kSteps == 8 ? 4 : 3;
                                        : kSteps == 8                    ? 4
                                                                         : 3;
 
