@@ -171,6 +171,8 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
   constexpr bool kNormalised = kInput == Input::kNormalised, kExact = kSteps == kShortSequence;
+  // Registers are so few that gradients are loaded after the potentials have been computed, not with x.
+  constexpr bool kTight = kLanes == 1 || (kNormalised && kSteps > 8);
   // Steps by which a gradient is loaded before it is needed, and of which x is kept or loaded once more.
   constexpr int kAhead = kExact && !kNormalised ? kSteps : 2, kKept = kExact ? kSteps : kAhead;
   const int64 steps = kExact ? kSteps : params.shape.steps, stride = params.shape.inner;
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
       Segment segment = only;
       auto& [element, h, g, x] = segment;
       if (!kExact) load_x(start, segment);
-      if (!kExact && kLanes > 1) load_first_gradients(start, segment);
+      if (!kExact && !kTight) load_first_gradients(start, segment);
       const SegmentNoise<kLanes, kSteps> noise(source, place.n, start, length);
       const auto fire_lane = [&](int k, int j) { return Model::fire(h[k][j], noise.is_analog(k, j), neuron, firing); };
       State<Real[kLanes]> state;
@@ -242,7 +244,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
           }
         }
       }
-      if (kLanes == 1) load_first_gradients(start, segment);
+      if (kTight) load_first_gradients(start, segment);
 #pragma unroll
       for (int k = kSteps - 1; k >= 0; --k) {
         if (k < length) {
