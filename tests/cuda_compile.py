@@ -145,10 +145,10 @@ Registers a thread and bytes of shared memory a block, as ptxas reports them: nv
 for sm_75 from the PTX of compute_75, for the others from compute_80's. Made by
 `python -m tests.cuda_compile --update`, held against the code by `make cuda-compile`; no row is written by hand.
 
-K is how many steps a segment has; *plain* is what runs for uniform parameters of which at most the width has a
-gradient; *normalised* is the same with a gain, bias and mean of the input that need not be uniform, the first two with
-gradients, as batch normalisation gives them; *1 neuron* and *4 neurons*, *1 column* and *4 columns* are what a thread
-owns. Spills and stack, where there are any, come last.
+K is how many steps a segment has, T a length that the kernel knows; *plain* and *normalised* are what runs where no
+parameter changes over time, of any granularity and with gradients of all but the mean: *plain* where the input current
+is x itself, *normalised* where it has a gain, bias or mean, as batch normalisation gives them; *1 neuron* and *4
+neurons*, *1 column* and *4 columns* are what a thread owns. Spills and stack, where there are any, come last.
 """
 
 

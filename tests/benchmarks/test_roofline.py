@@ -20,7 +20,7 @@ def kinds(call: recorded_calls.Call, steps: int = 4, dtype: str = "float32") -> 
 
 
 def test_calls_start_what_the_launchers_choose():
-    assert kinds(COMMON) == ["forward plain, 4 neurons", "backward plain, K = 4", "gradient sum"]
+    assert kinds(COMMON) == ["forward plain, T = 4", "backward plain, T = 4", "gradient sum"]
     assert kinds(COMMON, 16, "bfloat16")[1] == "backward plain, K = 16"
     assert kinds(ONE_NEURON)[:2] == ["forward, 1 neuron", "backward, 1 neuron"]
     passes = [kind.split(",")[0] for kind in kinds(BLOCK)]
