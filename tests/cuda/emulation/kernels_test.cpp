@@ -432,7 +432,8 @@ int main(int argc, char** argv) {
          {Parameters::kPlain, Parameters::kNormalised, Parameters::kUniform, Parameters::kInFours, Parameters::kAny}) {
       // Any grid fills a device without multiprocessors, so that a thread gets four lanes wherever the layout allows
       // it.
-      for (const int multiprocessors : shape.inner % 4 == 0 ? std::vector{0, 132, 0, 1} : std::vector{0, 0}) {
+      const std::vector<int> fours = small ? std::vector{0, 132, 0} : std::vector{0, 132, 0, 1};
+      for (const int multiprocessors : shape.inner % 4 == 0 ? fours : std::vector(small ? 1 : 2, 0)) {
         if (failed == kManyFailures) break;
         const Case it{shape, parameters, multiprocessors, cases++};
         const Texts differences = run(it, coverage);
