@@ -196,7 +196,7 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
     flags, built = architectures(known_architectures(toolkit.nvcc))
     # What torch makes of the nvcc on the PATH is wrong where that is a wrapper script.
     cpp_extension.CUDA_HOME = str(toolkit.home)
-    extension.sources.insert(0, str(csrc / "cuda" / "launch.cu"))
+    extension.sources[:0] = sorted(map(str, (csrc / "cuda").glob("*.cu")))
     extension.define_macros.append(("ASGL_WITH_CUDA", None))
     extension.extra_compile_args["nvcc"] = [*NVCC_FLAGS, *flags, f"--threads={os.environ['MAX_JOBS']}"]
     if toolkit.include != Path("/usr/include"):  # there already, and in its right place in the order

@@ -125,19 +125,24 @@ def _by_channel() -> torch.Tensor:
     return learned(CHANNELS, 1)
 
 
+def _by_neuron() -> torch.Tensor:
+    return learned(CHANNELS, INNER)
+
+
 COMMON = _of_lif("lif, width learned")
 BLOCK = Call("batch_norm_lif", _of_block)
 WITHOUT_NOISE = _of_lif("lif, no noise", analog_prob=0.0)
-ONE_NEURON = _of_lif("lif, one neuron a thread", 1)
+BY_NEURON = _of_lif("lif, width by neuron", width=_by_neuron)
 OTHERS = (
     WITHOUT_NOISE,
     _of_lif("lif, batch first", batch_first=True),
     _of_lif("lif, width by channel", width=_by_channel),
     _of_lif("lif, decay, width learned", decay=learned),
+    _of_lif("lif, width by channel, decay learned", width=_by_channel, decay=learned),
     _of_lif("lif, all by channel", decay=_by_channel, v_threshold=_by_channel, width=_by_channel),
+    BY_NEURON,
     _of_lif("lif, store_v_seq", return_v_seq=True),
-    ONE_NEURON,
-    _of_lif("lif, decay, width, one neuron", 1, decay=learned),
+    _of_lif("lif, store_v_seq, small", 1, return_v_seq=True),
 )
 
 

@@ -86,9 +86,10 @@ Forward and backward are then the normalised kernels (RESOURCES.md). Backward lo
 L2, which it has just come through: the bytes count it once.
 
 Other calls: *by channel* means a tensor with a value for each of {channels} channels of {inner} neurons; *all* are
-width, decay and threshold, all learned; *store_v_seq* keeps the potentials, which get no gradient; *one neuron* a
-thread is what a layer gets that is too small to fill the card with four, or whose neurons do not come in fours. A row
-that would be the same as in the common case is left out.
+width, decay and threshold, all learned; *by neuron* means that each of those has a value, which costs a thread
+its other three neurons; *store_v_seq* keeps the potentials, which get no gradient, and takes the general kernels, of
+which a *small* layer, too small to fill the card with four neurons a thread, gets those with one. A row that would be
+the same as in the common case is left out.
 """
 
 CAVEATS = """\

@@ -193,8 +193,9 @@ struct GradientPart {
   GradientPartials<Real> partials;
   ParameterView<Real> parameter;
   Derivative derivative;
-  // For CUDA, whose cut() says it: a block's threads are divided among so many elements, and so many runs of each.
-  int elements_each, runs_each;
+  // For CUDA, whose cut() says it: a block's threads are divided among so many elements, so many runs of each and so
+  // many slots of each run, powers of two.
+  int elements_each, runs_each, slots_each;
   int64 blocks;    // as many as it takes
   Real* gradient;  // [T or 1, count]
 
@@ -203,12 +204,8 @@ struct GradientPart {
   }
 
   ASGL_HOST_DEVICE void store(int64 element, double total) const {
-    if (derivative != Derivative::kNone) {
-      const int64 t = element / parameter.count, i = element % parameter.count;
-      gradient[element] = of_given(total, parameter.at(i * parameter.inner, t));
-    } else {
-      gradient[element] = static_cast<Real>(total);
-    }
+    gradient[element] =
+        derivative == Derivative::kNone ? static_cast<Real>(total) : of_given(total, parameter.data[element]);
   }
 
  private:

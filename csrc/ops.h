@@ -306,7 +306,7 @@ std::vector<Tensor> lif_backward(const c10::List<OptionalTensor>& grads, const T
         const auto& view = params.parameters[id];
         params.partials[id].data = free;
         free += (view.step_stride != 0 ? shape.steps : 1) * params.partials[id].slots;
-        sum.parts[i] = {params.partials[id], view, call.derivative(id), 0, 0, 0, pointer<Real>(sums[i])};
+        sum.parts[i] = {params.partials[id], view, call.derivative(id), 0, 0, 0, 0, pointer<Real>(sums[i])};
       }
       backend.launch(params);
       if (sum.count == 0) return;

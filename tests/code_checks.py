@@ -88,7 +88,7 @@ def arithmetic_problems(kernel: Kernel, code: Sequence[Operation]) -> Iterator[s
 # ---- accesses ----
 
 # The kernels in which a thread owns four neighbours, and what they are given.
-FOURS = r"(forward|backward|moments|input gradient)\b.*(4 neurons|4 columns|K = \d+)"
+FOURS = r"(forward|backward|moments|input gradient)\b.*(4 neurons|4 columns|[KT] = \d+)"
 STRUCTURES = {
     "forward": "ForwardParams",
     "backward": "BackwardParams",
@@ -211,14 +211,16 @@ def expected_accesses(kernel: Kernel) -> Accesses:
         return Accesses(4, 0, 1, 3)  # narrow: the shift; the moments
     if kernel.kind.startswith("input gradient"):
         return Accesses(4, 2, 3, 0)  # narrow: mean, slope, offset
-    narrow_loads = 10  # seven parameters and the three words of rng_state
-    segment = re.search(r"K = (\d+)", kernel.kind)
-    if segment is None:
+    normalised = "normalised" in kernel.kind
+    # A parameter is read at one place if it is one value, at another if it has several; then three words of rng_state.
+    narrow_loads = 2 * (7 if normalised else 4) + 3
+    if kernel.kind.startswith("forward"):
         return Accesses(4, 4, narrow_loads, 2)  # the two zeros behind the checkpoints
-    steps = int(segment[1])
-    if "normalised" in kernel.kind:
-        return Accesses(3 * steps, steps, narrow_loads, 3)  # x twice; partial sums of three gradients
-    return Accesses(2 * steps, steps, narrow_loads, 1)
+    steps = int(re.search(r"[KT] = (\d+)", kernel.kind)[1])
+    # Partial sums are stored at three places: of all neurons, of a run, of a neuron.
+    narrow_stores = 3 * (6 if normalised else 4)
+    loads = 3 if normalised and "K" in kernel.kind else 2  # x is read twice there
+    return Accesses(loads * steps, steps, narrow_loads, narrow_stores)
 
 
 def sass_problems(kernel: Kernel, code: Sequence[Instruction]) -> Iterator[str]:

@@ -45,7 +45,7 @@ from tests import host_compiler
 from tests.code_checks import ptx_problems, sass_problems
 
 TABLE = CSRC / "RESOURCES.md"
-SOURCES = (CSRC / "cuda" / "launch.cu",)
+SOURCES = tuple(sorted((CSRC / "cuda").glob("*.cu")))
 LISTED_DTYPES = ("float32", "bfloat16")
 LISTED_SURROGATES = ("rectangle", "sigmoid")
 OTHERS, NVRTC, SPILLS = "All others", "NVRTC", "Spills and stack"
@@ -53,11 +53,12 @@ SPILL_COLUMNS = ("stack", "spill stores", "spill loads")
 
 # The kernels that most calls run must be beyond reproach here.
 HOT_KINDS = tuple(
-    kind
+    f"{direction} {input}, {kind}"
     for input in ("plain", "normalised")
-    for kind in (f"forward {input}, 4 neurons", *(f"backward {input}, K = {steps}" for steps in launch.SEGMENT_STEPS))
+    for direction, kinds in (("forward", ("T = 4", "4 neurons")), ("backward", ("T = 4", "K = 8", "K = 16")))
+    for kind in kinds
 )
-DEFAULT_KINDS = (*HOT_KINDS, "forward, 1 neuron", "backward, 1 neuron")
+DEFAULT_KINDS = (*HOT_KINDS, "forward, 1 neuron", "backward, 1 neuron", "forward normalised, 1 neuron")
 HOT_KINDS_OF_CHANNELS = ("moments, 4 columns", "input gradient, 4 columns")
 DEFAULT_KINDS_OF_CHANNELS = (*HOT_KINDS_OF_CHANNELS, "moments, 1 column", "input gradient, 1 column")
 DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -144,10 +145,10 @@ Registers a thread and bytes of shared memory a block, as ptxas reports them: nv
 for sm_75 from the PTX of compute_75, for the others from compute_80's. Made by
 `python -m tests.cuda_compile --update`, held against the code by `make cuda-compile`; no row is written by hand.
 
-K is how many steps a segment has; *plain* is what runs for uniform parameters of which at most the width has a
-gradient; *normalised* is the same with a gain, bias and mean of the input that need not be uniform, the first two with
-gradients, as batch normalisation gives them; *1 neuron* and *4 neurons*, *1 column* and *4 columns* are what a thread
-owns. Spills and stack, where there are any, come last.
+K is how many steps a segment has, T a length that the kernel knows; *plain* and *normalised* are what runs where no
+parameter changes over time, of any granularity and with gradients of all but the mean: *plain* where the input current
+is x itself, *normalised* where it has a gain, bias or mean, as batch normalisation gives them; *1 neuron* and *4
+neurons*, *1 column* and *4 columns* are what a thread owns. Spills and stack, where there are any, come last.
 """
 
 
@@ -305,14 +306,11 @@ def kernels_asked_for() -> list[str]:
             ]
     for dtype, surrogate, hard in product(launch.SCALARS, range(len(SURROGATES)), (False, True)):
         kinds = dtype, launch.model(Rules(surrogate, int(hard), 0, 0, 0, 0, 0, 0, 0))
-        names += [launch.forward_kernel(*kinds, 1, launch.GENERAL), launch.backward_kernel(*kinds, 1, launch.GENERAL)]
-        if dtype == torch.float64:
-            continue
-        names += [launch.forward_kernel(*kinds, 4, launch.GENERAL), launch.backward_kernel(*kinds, 4, launch.GENERAL)]
-        for input in (launch.NORMALISED, launch.PLAIN):
-            names += [launch.forward_kernel(*kinds, 4, input)]
-            names += [launch.backward_kernel(*kinds, 4, input, steps) for steps in launch.SEGMENT_STEPS]
-    return names
+        inputs = launch.GENERAL, launch.NORMALISED, launch.PLAIN
+        lanes = (1,) if dtype == torch.float64 else (1, 4)
+        for call in product(lanes, inputs, (launch.CHECKPOINT_STEPS, 8, constant("kShortSequence"))):
+            names += [launch.forward_kernel(*kinds, *call), launch.backward_kernel(*kinds, *call)]
+    return list(dict.fromkeys(names))
 
 
 def compile_by_nvrtc(architecture: int, kernels: list[str]) -> tuple[dict[str, Usage], list[str]]:

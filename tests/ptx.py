@@ -3,7 +3,7 @@
 As in the backend `cupy`, the operators and launchers in Python name a kernel, its grid and its parameters, and NVRTC
 compiles the kernel with the same options. From there on it is PTX, which ptx_to_cpp.py translates and
 cuda/ptx/run.cpp runs on the fibres of the emulation. As two backends: with `ptx` each layout that allows it has four
-neurons a thread, with `ptx_one` each thread has one.
+neurons a thread, with `ptx_one` a thread has one wherever the launchers let the size of the device decide.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ _CHOSEN: dict[torch.dtype, dict[str, Any]] = {
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (2, 16, 8, 8)  # batch, channels, rows, columns
 ODD_SIZES = (2, 15, 7, 7)  # their product is no multiple of four, and no step of x begins where a sector does
-STEPS = (4, 8, 17)  # of K = 4, 8 and 16; the last has two segments, and so checkpoints
+STEPS = (4, 8, 17)  # T = 4, K = 8 and 16; the last has two segments, and so checkpoints
 
 
 def _learned(dtype: torch.dtype, *shape: int, value: float = 1.0) -> Tensor:
@@ -166,6 +166,10 @@ def _learned(dtype: torch.dtype, *shape: int, value: float = 1.0) -> Tensor:
 
 def _plain(x_seq: Tensor, options: dict[str, Any]) -> Any:
     return lif(x_seq, width=_learned(x_seq.dtype), **options)
+
+
+def _by_neuron(x_seq: Tensor, options: dict[str, Any]) -> Any:
+    return lif(x_seq, width=_learned(x_seq.dtype, *x_seq.shape[2:]), **options)
 
 
 def _normalised(x_seq: Tensor, options: dict[str, Any]) -> Any:
@@ -197,6 +201,7 @@ def cases(dtypes: Iterable[torch.dtype] = TYPES) -> Iterator[Case]:
                 by_channel = ("moments", "input gradient") if steps == STEPS[-1] else ()
                 yield Case(("forward", "backward", *by_channel), dtype, (steps, *SIZES), _normalised)
             yield Case(("forward", "backward"), dtype, (STEPS[-1], *SIZES), _general)
+        yield Case(("forward", "backward"), dtype, (STEPS[-1], *SIZES), _by_neuron)
         for sizes in (SIZES, ODD_SIZES):
             yield Case(("forward", "backward"), dtype, (STEPS[-1], *sizes), _general, one=True)
         yield Case(("moments", "input gradient"), dtype, (STEPS[-1], *ODD_SIZES), _normalised, one=True)

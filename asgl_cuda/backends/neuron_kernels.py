@@ -305,13 +305,15 @@ class NeuronOperators(KernelOperators):
                 runs = call.layout.neurons // (view.inner * view.count)
                 slots = (view.inner + tile - 2) // tile + 1
                 if slots >= constant("kManySlots"):
-                    elements_each, runs_each = 1, threads // largest_power(min(slots, threads))
+                    elements_each, slots_each = 1, largest_power(min(slots, threads))
+                    runs_each = threads // slots_each
                 else:
-                    runs_each = largest_power(min(runs, constant("kMostRunsEach")))
+                    runs_each, slots_each = largest_power(min(runs, constant("kMostRunsEach"))), 1
                     elements_each = threads // runs_each
                 derivative = constant(f"Derivative::{call.derivative(name)}")
                 blocks = blocks_for(gradient.numel(), elements_each)
-                parts.append(part(partial, view, derivative, elements_each, runs_each, blocks, address_of(gradient)))
+                each = elements_each, runs_each, slots_each
+                parts.append(part(partial, view, derivative, *each, blocks, address_of(gradient)))
         if parts:
             params = filled(
                 "GradientSum", call.real, shape=call.layout.shape, tile=tile, count=len(parts), parts=tuple(parts)

@@ -184,8 +184,10 @@ cudaError_t cut(GradientSum<Real>& sum) {
     };
     if (slots >= kManySlots) {
       part.elements_each = 1;
-      part.runs_each = kSumThreads / largest_power(slots < kSumThreads ? slots : kSumThreads);
+      part.slots_each = largest_power(slots < kSumThreads ? slots : kSumThreads);
+      part.runs_each = kSumThreads / part.slots_each;
     } else {
+      part.slots_each = 1;
       part.runs_each = largest_power(runs < kMostRunsEach ? runs : kMostRunsEach);
       part.elements_each = kSumThreads / part.runs_each;
     }

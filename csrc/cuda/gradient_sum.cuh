@@ -84,24 +84,31 @@ __device__ __forceinline__ int64 whole_tiles(int64 n, int64 tile) {
 // one element for a block, neighbouring slots.
 template <class Real>
 __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const GradientSum<Real> sum) {
+  constexpr int kLoads = 8;  // that are under way at a time
   const int thread = static_cast<int>(threadIdx.x);
   int64 block = blockIdx.x;
   int id = 0;
   for (; block >= sum.parts[id].blocks; ++id) block -= sum.parts[id].blocks;
   const GradientPart<Real>& part = sum.parts[id];
   const int64 inner = part.parameter.inner, count = part.parameter.count, neurons = sum.shape.neurons();
-  const int slots_each = kSumThreads / (part.elements_each * part.runs_each);
-  const int64 element = block * part.elements_each + thread % part.elements_each;
-  const int64 first_slot = thread / part.elements_each % slots_each;
+  // These are thread % elements_each, thread / elements_each and so on; powers of two need no division.
+  const int slots_each = part.slots_each, turn = thread * (part.runs_each * slots_each) / kSumThreads;
+  const int64 element = block * part.elements_each + (thread & (part.elements_each - 1));
+  const int64 first_run = turn * (part.elements_each * part.runs_each) / kSumThreads;
+  const int64 first_slot = turn & (slots_each - 1);
   double total = 0;
   if (element < part.elements(sum.shape)) {
-    const int64 t = element / count, first_run = thread / part.elements_each / slots_each;
-    for (int64 run = element % count + first_run * count; run * inner < neurons; run += part.runs_each * count) {
+    const int64 t = part.parameter.step_stride != 0 ? element / count : 0;
+    for (int64 run = element - t * count + first_run * count; run * inner < neurons; run += part.runs_each * count) {
       const int64 tile = whole_tiles(run * inner, sum.tile);
       const int64 slots = whole_tiles((run + 1) * inner - 1, sum.tile) - tile + 1;
-      const Real* first = part.partials.data + (t * part.partials.slots + run + tile);
-#pragma unroll 8
-      for (int64 slot = first_slot; slot < slots; slot += slots_each) total += static_cast<double>(first[slot]);
+      const Real* from = part.partials.data + (t * part.partials.slots + run + tile + first_slot);
+      int64 left = slots - first_slot;
+      for (; left > (kLoads - 1) * slots_each; left -= kLoads * slots_each) {
+#pragma unroll
+        for (int k = 0; k < kLoads; ++k, from += slots_each) total += static_cast<double>(*from);
+      }
+      for (; left > 0; left -= slots_each, from += slots_each) total += static_cast<double>(*from);
     }
   }
   __shared__ double totals[kSumThreads];

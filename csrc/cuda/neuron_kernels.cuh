@@ -5,7 +5,9 @@
 // kCheckpointSteps steps from the last to the first: it computes the potentials of a segment again from x and keeps
 // them on chip, then walks back over them reading the gradient and writing dx: three element sizes.
 //
-// The file is one idea, and has some more lines than others: forward and backward must compute the same potentials.
+// Where no parameter changes over time, which is nearly always, backward is settled: a segment lies in registers, and
+// what the call does not ask for costs next to nothing. The general kernels have everything that there is, a segment in
+// shared memory. The file is one idea, and has some more lines than others: all must compute the same potentials.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -171,6 +173,8 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
   constexpr bool kNormalised = kInput == Input::kNormalised, kExact = kSteps == kShortSequence;
+  // Registers are so few that gradients are loaded after the potentials have been computed, not with x.
+  constexpr bool kTight = kLanes == 1 || (kNormalised && kSteps > 8);
   // Steps by which a gradient is loaded before it is needed, and of which x is kept or loaded once more.
   constexpr int kAhead = kExact && !kNormalised ? kSteps : 2, kKept = kExact ? kSteps : kAhead;
   const int64 steps = kExact ? kSteps : params.shape.steps, stride = params.shape.inner;
@@ -229,7 +233,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
       Real(&g)[kAhead][kLanes] = segment.g;
       Real(&x)[kKept][kLanes] = segment.x;
       if (!kExact) load_x(start, segment);
-      if (!kExact && kLanes > 1) load_first_gradients(start, segment);
+      if (!kExact && !kTight) load_first_gradients(start, segment);
       const SegmentNoise<kLanes, kSteps> noise(source, place.n, start, length);
       const auto fire_lane = [&](int k, int j) { return Model::fire(h[k][j], noise.is_analog(k, j), neuron, firing); };
       State<Real[kLanes]> state;
@@ -245,7 +249,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
           }
         }
       }
-      if (kLanes == 1) load_first_gradients(start, segment);
+      if (kTight) load_first_gradients(start, segment);
 #pragma unroll
       for (int k = kSteps - 1; k >= 0; --k) {
         if (k < length) {

@@ -354,15 +354,15 @@ def test_bars_are_those_of_the_card():
 
 SYMBOL = (
     "void asgl::lif_forward_kernel<float, asgl::LIF<(asgl::Surrogate)0, {}>, {}, "
-    "(asgl::Input)2>(asgl::ForwardParams<{}>)"
+    "(asgl::Input)2, {}>(asgl::ForwardParams<{}>)"
 )
 
 
 def test_kernels_have_the_names_that_the_page_has():
-    assert kernel_times.kind_of(SYMBOL.format("true", "4", "float"))[0] == "forward"
+    assert kernel_times.kind_of(SYMBOL.format("true", "4", "0", "float"))[0] == "forward"
     works = card.roofline(90)
     entry = kernel_times.entry(
-        SYMBOL.format("true", "4", "float"), [200.0, 190.0, 210.0, 200.0], 2,
+        SYMBOL.format("true", "4", "0", "float"), [200.0, 190.0, 210.0, 200.0], 2,
         gpu_bars.Size(4, 2**24, "float32"), card.Rates(3.35e12, 132 * 1.755e9), works,
     )  # fmt: skip
     assert (entry["count"], entry["microseconds"], entry["bytes"]) == (2, 200, 8 * 2**26)
@@ -386,7 +386,7 @@ END
 
 def test_counters_of_nsight_compute(tmp_path, capfd):
     program = tmp_path / "ncu"
-    program.write_text(NCU.format(symbol=SYMBOL.format("(bool)1", "(int)4", "T1")))
+    program.write_text(NCU.format(symbol=SYMBOL.format("(bool)1", "(int)4", "(int)0", "T1")))
     program.chmod(0o755)
     name = "forward plain, 4 neurons, float32, rectangle, hard"
     assert kernel_times.counted_by(str(program)) == [

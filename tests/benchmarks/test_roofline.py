@@ -8,7 +8,7 @@ from asgl_cuda import backends
 from benchmarks import prediction, recorded_calls, roofline, roofline_sections
 from benchmarks.cuda_code import Kernel, Usage
 from benchmarks.prediction import CARDS, Moved, blocks_at_once, kernel_of_launch, moved, parameters_of
-from benchmarks.recorded_calls import BLOCK, COMMON, ELEMENTS, ONE_NEURON, OTHERS, Launch, launches
+from benchmarks.recorded_calls import BLOCK, BY_NEURON, COMMON, ELEMENTS, OTHERS, Launch, launches
 from benchmarks.sass_run import Program
 from tests.sass import sass
 
@@ -20,9 +20,9 @@ def kinds(call: recorded_calls.Call, steps: int = 4, dtype: str = "float32") -> 
 
 
 def test_calls_start_what_the_launchers_choose():
-    assert kinds(COMMON) == ["forward plain, 4 neurons", "backward plain, K = 4", "gradient sum"]
+    assert kinds(COMMON) == ["forward plain, T = 4", "backward plain, T = 4", "gradient sum"]
     assert kinds(COMMON, 16, "bfloat16")[1] == "backward plain, K = 16"
-    assert kinds(ONE_NEURON)[:2] == ["forward, 1 neuron", "backward, 1 neuron"]
+    assert kinds(BY_NEURON)[:2] == ["forward normalised, 1 neuron", "backward normalised, 1 neuron"]
     passes = [kind.split(",")[0] for kind in kinds(BLOCK)]
     assert [name for name in passes if name in prediction.OF_NORMALISATION] == list(prediction.OF_NORMALISATION)
     assert not [name for name in backends.BACKENDS if "recorded" in name]

@@ -2,7 +2,10 @@
 // compiler is asked for.
 #include "emulated_kernels.h"
 
-#include "cuda/launch.cu"
+#include "cuda/launch_bfloat16.cu"
+#include "cuda/launch_float16.cu"
+#include "cuda/launch_float32.cu"
+#include "cuda/launch_float64.cu"
 
 namespace asgl_emulation {
 namespace {
