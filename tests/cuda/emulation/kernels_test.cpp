@@ -167,7 +167,8 @@ class Trial {
                                         ? forward_.options.log_width ? Derivative::kOfLogWidth : Derivative::kOfWidth
                                     : id == kDecay && forward_.options.logit_decay ? Derivative::kOfLogitDecay
                                                                                    : Derivative::kNone;
-      sum.parts[sum.count++] = {backward.partials[id], forward_.parameters[id], derivative, 0, 0, 0, sums[id].data()};
+      sum.parts[sum.count++] = {backward.partials[id], forward_.parameters[id], derivative, 0, 0, 0, 0,
+                                sums[id].data()};
     }
     for (int id = 0; id < kNumParameters; ++id) {
       if (partials[id].data() != nullptr && partials[id].overrun()) differences.push_back("a slot beyond the last");
@@ -344,7 +345,8 @@ class Trial {
       const bool good =
           whole ? elements_each == 1 && is_largest_power(kSumThreads / runs_each, std::min<int64>(slots, 512))
                 : elements_each * runs_each == kSumThreads && is_largest_power(runs_each, std::min<int64>(runs, 16));
-      if (!good) differences.push_back(text("threads for %lld elements, %lld runs", elements_each, runs_each));
+      if (!good || elements_each * runs_each * part.slots_each != kSumThreads)
+        differences.push_back(text("threads for %lld elements, %lld runs", elements_each, runs_each));
       blocks += (elements - 1) / elements_each + 1;
       coverage.whole_block_sums += whole && runs > 1 && runs_each > 1 && elements > 1;
       coverage.sums_side_by_side += elements_each > 1 && elements > 1 && runs_each > 1 && runs > runs_each;
@@ -414,6 +416,7 @@ std::vector<SequenceShape> shapes(bool small) {
     all.push_back({1, steps, 4096});
     all.push_back({8, steps, 512});
   }
+  if (!kOnCpu) all.push_back({1, 1, 473599});  // 3,700 tiles: a thread adds up more than eight slots
   for (const int64 inner : {840, 903}) all.push_back({12, 3, inner});  // runs that touch eight tiles, and nine
   return all;
 }
