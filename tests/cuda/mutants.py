@@ -147,7 +147,7 @@ MUTANTS = {
                                             "block > sum.parts[id].blocks"),
         "not all slots of a thread": sums("left > 0; left -= @,", "slots_each", "2 * slots_each"),
         "not all runs of a thread": sums("run += @)", "part.runs_each * count", "2 * part.runs_each * count"),
-        "not all slots that are loaded together": sums("left -= @)", "kLoads * slots_each", "(kLoads + 1) * slots_each"),
+        "not all slots loaded together": sums("left -= @)", "kLoads * slots_each", "(kLoads + 1) * slots_each"),
         "slots beyond the last loaded together": sums("left > @;", "(kLoads - 1) * slots_each",
                                                       "(kLoads - 2) * slots_each"),
         "not all first runs": sums("first_run = @;", "turn * (part.elements_each * part.runs_each) / kSumThreads", "0"),
