@@ -289,6 +289,8 @@ std::vector<Tensor> lif_backward(const c10::List<OptionalTensor>& grads, const T
       params.checkpoints = members_in(const_pointer<Real>(checkpoints), checkpoint_stride(shape));
       params.grad_x_seq = pointer<Scalar>(grad_x_seq);
       params.grad_init.v = pointer<Real>(grad_v_init);
+      Real later{};  // cut() asks which partial sums there will be, and says how many
+      for (const int id : ids) params.partials[id].data = &later;
       backend.cut(params);
       int64_t elements = 0;
       for (const int id : ids) {

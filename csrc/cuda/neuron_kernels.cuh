@@ -228,7 +228,10 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
     for (int64 start = (steps - 1) / kSteps * kSteps; start >= 0; start -= kSteps) {
       const int length = length_from(start);
       Segment segment = only;
-      auto& [element, h, g, x] = segment;
+      int64& element = segment.element;  // a lambda cannot capture a structured binding for every compiler
+      Real(&h)[kSteps][kLanes] = segment.h;
+      Real(&g)[kAhead][kLanes] = segment.g;
+      Real(&x)[kKept][kLanes] = segment.x;
       if (!kExact) load_x(start, segment);
       if (!kExact && !kTight) load_first_gradients(start, segment);
       const SegmentNoise<kLanes, kSteps> noise(source, place.n, start, length);

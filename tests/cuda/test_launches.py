@@ -55,6 +55,18 @@ def test_neurons_a_thread(emulation, backend, steps, options, multiprocessors, l
     assert grids(emulation) == [expected, expected]
 
 
+@pytest.mark.parametrize(("multiprocessors", "steps"), [(emulated.LARGE, 3), (1, 17)])
+def test_neurons_a_thread_where_the_mean_wants_a_gradient(emulation, backend, multiprocessors, steps):
+    """Backward then is that of the general kernels alone."""
+    emulation.set_multiprocessors(multiprocessors)
+    x_seq, mean = random_input(steps, NEURONS), uniform(low=0.1, high=0.2)
+    asgl_cuda.lif(x_seq, input_mean=mean, backend=backend).sum().backward()
+    forward, backward, _ = emulation.take_launches()
+    lanes = 1 if multiprocessors == emulated.LARGE else 4
+    assert (forward.blocks, backward.blocks) == (blocks_for(NEURONS, 4), blocks_for(NEURONS, lanes))
+    assert "lif_backward_kernel" in backward.kernel
+
+
 @pytest.mark.parametrize(
     ("name", "lanes"),
     [("plain", 4), ("odd", 1), ("rows of 6", 1), ("shifted", 1), ("width per 2", 1), ("width per 4", 4),

@@ -1,0 +1,341 @@
+"""Mistakes for test_mutants.py to seed in kernels and launchers, by the program that finds them."""
+
+from functools import partial
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """A mistake in a file of csrc: in a context that has @ for it, old is replaced by new.
+
+    Both are expressions, or statements with their semicolons, of which one may be empty.
+    """
+
+    file: str
+    context: str
+    old: str
+    new: str
+
+
+kernels = partial(Mutant, "cuda/neuron_kernels.cuh")
+sums = partial(Mutant, "cuda/gradient_sum.cuh")
+access = partial(Mutant, "cuda/access.cuh")
+noise = partial(Mutant, "cuda/noise.cuh")
+launchers = partial(Mutant, "cuda/choose.cuh")
+params = partial(Mutant, "neuron_params.h")
+channels = partial(Mutant, "cuda/normalisation_kernels.cuh")
+channel_params = partial(Mutant, "normalisation_params.h")
+
+BARRIER = "__syncthreads();"
+SHUFFLE = "__shfl_down_sync(kWholeWarp, sum, distance)"
+LAST_GRADIENT = "if (carried) load(params.grad_last, place.read_n, d_state);@"
+NO_BARRIER = sums("= sum;\n  @\n  if (one_run", BARRIER, "")
+ALL_LIVE = access("live(@)", "n < shape.neurons()", "true")
+NO_BARRIER_OF_CHANNELS = channels("half * tiles.width]);\n    @", BARRIER, "")
+BEYOND_LAST_ROW = channels("if (@) {\n        Lanes", "row + k * place.step < place.end_row", "true")
+
+MUTANTS = {
+    "kernels_test": {
+        # ---- forward ----
+        "all live": ALL_LIVE,
+        "no tail check of spikes": kernels("if (@) Lanes::store(s,", "place.live", "true"),
+        "no tail check of checkpoints": kernels("&& @) {\n      store(state, (done", "place.live", "true"),
+        "no tail check of the last state": kernels("exists(params.last) && @)", "place.live", "true"),
+        "no last checkpoint": kernels("== 0 && @ &&", "done < steps", "done + kSteps < steps"),
+        "the last x is not loaded": kernels("load_steps(@, later_x)", "steps - start - kSteps",
+                                            "steps - start - kSteps - 1"),
+        "wrong outer index": access("element(@ ? read_n", "shape.outer == 1", "shape.steps == 1 || shape.outer > 0"),
+        "wrong checkpoint read": access("load(checkpoints, (@)", "start / kCheckpointSteps - 1", "0"),
+        # ---- noise ----
+        "wrong lanes exchange noise": noise("told = @", "__shfl_sync(kWholeWarp, drawn, other, kNoiseGroup)",
+                                            "__shfl_sync(kWholeWarp, drawn, other)"),
+        "wrong neuron's noise": noise(">> (2 * @)", "rank", "other"),
+        "noise of eight steps less": noise("@);", "length - 8", "length - 9"),
+        "wrong step's noise": noise("eight_steps(source, n, @,", "start + 8", "start"),
+        "noise of too few steps": noise("pair < 4 && @;", "2 * pair < length", "2 * pair + 1 < length"),
+        "noise of the first pair": noise("start / 2 + @);\n      uint32 byte", "pair", "0"),
+        "noise of two steps swapped": noise("blocks_[k / 2], @", "k % 2", "1 - k % 2"),
+        "always where never": noise("!drawn_ && @;", "limit_ > 0", "true"),
+        "noise of a shorter segment": kernels(
+            "start, @);\n      const auto fire_lane = [&](int k, int j)", "length", "length - 2"
+        ),
+        "noise of a shorter segment in the general backward": kernels(
+            "start, @);\n    const auto fire_lane = [&](Real h", "length", "length - 2"
+        ),
+        # ---- the settled backward ----
+        "no tail check in the settled backward": kernels("if (@) Lanes::store(dx,", "place.live", "true"),
+        "no tail check of the first state": kernels("\n    if (exists(params.grad_init) && @)", "place.live", "true"),
+        "the last x is not loaded in the settled backward": kernels(
+            "if (@) Lanes::load(params.x_seq + segment.element, segment.h", "k < length_from(start)",
+            "k + 1 < length_from(start)",
+        ),
+        "the last gradient is not loaded": kernels("k < 0 || @)", "k >= length_from(start)",
+                                                   "k + 1 >= length_from(start)"),
+        "wrong row of a gradient": kernels("segment.g[@]", "k % kAhead", "(k + 1) % kAhead"),
+        "wrong first element of the gradients": kernels("place.element + (start + @) * stride;", "kSteps",
+                                                        "kSteps + 1"),
+        "wrong element in the settled backward": kernels("(element + (@) * stride)", "kAhead - 1",
+                                                         "kAhead - 1 + (k == 1)"),
+        "carried too early in the settled backward": kernels(f"\n    {LAST_GRADIENT}", "", "carried = true;"),
+        "carried too late in the settled backward": kernels("\n          @\n", "carried = true;", ""),
+        "through the reset though nothing is carried": kernels("if (@ && !options.detach_reset)", "carried", "true"),
+        "through the reset though it is detached": kernels(") && @) {", "!options.detach_reset", "true"),
+        "width's gradient without a threshold": kernels("step.dy * (h[k][j] - @);", "neuron.v_threshold", "Real(0)"),
+        "gain's gradient of another step": kernels("step.dc * (x[@][j]", "k % kKept", "(k + 1) % kKept"),
+        "gain's gradient without a mean": kernels("[j] - @)", "neuron.input_mean", "Real(0)"),
+        "dx without the gain": kernels("kNormalised ? @ :", "neuron.input_gain * step.dc", "step.dc"),
+        "decay's gradient is not learned": kernels("learns_more = @ ||", "params.wants(kDecay)", "false"),
+        "threshold's gradient is not learned": kernels("|| @ ||", "params.wants(kThreshold)", "false"),
+        "reset's gradient is not learned": kernels("|| @;\n    bool carried", "params.wants(kReset)", "false"),
+        "decay's gradient of another potential": kernels("Model::reset(h[@][j], fire_lane(k - 1", "k - 1", "k"),
+        "decay's gradient of another spike": kernels("fire_lane(@, j), neuron, lane(before", "k - 1", "k"),
+        "decay's gradient of the first segment": kernels("params.checkpoints, @, place, before)", "start", "0"),
+        "threshold's gradient without a width": kernels("gradients[j].dy * @;", "neuron.inverse_width", "Real(1)"),
+        "reset's gradient only of what is given": kernels(
+            "if (@) sums[kReset] += Model::gradient_of_reset(d_after", "carried", "exists(params.grad_last)"
+        ),
+        "reset's gradient of the step before": kernels("gradient_of_reset(@, fire_lane", "d_after.v[j]",
+                                                       "d_state.v[j]"),
+        "reset's gradient of another spike": kernels("d_after.v[j])), fire_lane(@, j))", "k", "k > 0 ? k - 1 : k"),
+        "gain's and bias' sums swapped": kernels("place, sums[@], run, room", "id",
+                                                 "id < kInputGain ? id : kInputGain + kInputBias - id"),
+        # ---- the general backward ----
+        "no tail check of dx": kernels("params.grad_x_seq != nullptr && @)", "place.live", "true"),
+        "no tail check of the first state in the general backward": kernels(
+            "\n  if (exists(params.grad_init) && @)", "place.live", "true"
+        ),
+        "wrong element of the gradient": kernels("(first_element + @ * stride), next_g", "k", "(k > 0)"),
+        "carried too early": kernels(f"\n  {LAST_GRADIENT}", "", "carried = true;"),
+        "carried too late": kernels("\n      @\n", "carried = true;", ""),
+        "v_seq does not carry": kernels("\n        @\n", "carried = true;", ""),
+        "parameters of the wrong step": kernels("@", "neuron.move_to(t - 1);", ""),
+        "parameters of the step before": kernels("@", "neuron.move_to(t);", ""),
+        "gain's gradient without x": kernels("if (@) Lanes::load(params.x_seq + element, x", "params.wants(kInputGain)",
+                                             "false"),
+        "threshold's gradient without scaled spikes": kernels("@", "sums[kThreshold] += g[j] * s;", ""),
+        "through the reset though it is detached, in general": kernels("carried && @, neuron", "!options.detach_reset",
+                                                                       "true"),
+        "decay's gradient without v_rest": kernels("before.v[j] - @)", "options.v_rest", "Real(0)"),
+        "sums in the row of the first step": kernels("!= 0 ? @ * params.partials", "t", "0"),
+        "a step's sum stays": kernels("@", "sums[id] = Real(0);", ""),
+        "sums of warps in a row that is still needed": kernels("sums[id], @);\n          ", "k", "k > 0 ? k - 1 : k"),
+        "no barrier between segments": kernels("@  // whoever reads sums", BARRIER, ""),
+        # ---- sums of a block ----
+        "no barrier between two sums": sums("@  // whoever reads", BARRIER, ""),
+        "no barrier within a sum": NO_BARRIER,
+        "shifted slot": sums("slots[place.n + @]", "blockIdx.x", "blockIdx.x + (place.n > 0)"),
+        "no tail check of a slot each": sums("if (@) slots[place.n", "place.live", "true"),
+        "sums of threads beyond the last": sums("if (!place.live) @", "sum = Real(0);", ""),
+        "one run though there are several": sums("one_run = @;", "parameter.is_same_for_all()", "true"),
+        "wrong lane in the sum of one run": sums("sum += @;", SHUFFLE, SHUFFLE.replace("down", "up")),
+        "wrong lane in a sum": sums("other = @;", SHUFFLE, SHUFFLE.replace("down", "xor")),
+        "a sum beyond its warp": sums("if (@ && thread", "lane + distance < kWarpThreads", "true"),
+        "a sum beyond its run": sums("&& @) sum += other", "thread + distance < run.end", "true"),
+        "the sum of one run without the last warp": sums("warp = 1; @;", "warp < kBlockThreads / kWarpThreads",
+                                                         "warp + 1 < kBlockThreads / kWarpThreads"),
+        "the sum of a run with warps before it": sums("warp = @ + 1;", "thread / kWarpThreads", "0"),
+        "the sum of a run with a warp beyond it": sums("; @; ++warp)", "warp * kWarpThreads < run.end",
+                                                       "warp * kWarpThreads <= run.end && warp < 4"),
+        "no tail check of a run's slot": sums("thread == run.begin && @)", "place.live", "true"),
+        "wrong slot of a run": sums("slots[@ +", "run.index", "run.index + (run.begin > 0)"),
+        "the run of another parameter": sums("if (@) return;\n    inner", "inner == its_inner", "inner != 0"),
+        "a run that begins in another block": sums("(@ - block_n)", "index * inner", "index * inner + (index > 0)"),
+        "a run begins before the block": sums("first < 0 ? @ :", "0", "static_cast<int>(first)"),
+        "a run ends before the block": sums("last > kBlockThreads ? @ :", "kBlockThreads", "kBlockThreads - 1"),
+        "a run of single neurons": sums("last = first + @;", "inner / kLanes", "inner"),
+        # ---- sums of all blocks ----
+        "blocks of another parameter": sums("for (; @; ++id)", "block >= sum.parts[id].blocks",
+                                            "block > sum.parts[id].blocks"),
+        "not all slots of a thread": sums("left > 0; left -= @,", "slots_each", "2 * slots_each"),
+        "not all runs of a thread": sums("run += @)", "part.runs_each * count", "2 * part.runs_each * count"),
+        "not all slots loaded together": sums("left -= @)", "kLoads * slots_each", "(kLoads + 1) * slots_each"),
+        "slots beyond the last loaded together": sums("left > @;", "(kLoads - 1) * slots_each",
+                                                      "(kLoads - 2) * slots_each"),
+        "not all first runs": sums("first_run = @;", "turn * (part.elements_each * part.runs_each) / kSumThreads", "0"),
+        "not all first slots": sums("first_slot = @;", "turn & (slots_each - 1)", "0"),
+        "elements of another thread": sums("elements_each + (@);", "thread & (part.elements_each - 1)",
+                                           "thread % kWarpThreads & (part.elements_each - 1)"),
+        "all steps in one": sums("t = @ ?", "part.parameter.step_stride != 0", "false"),
+        "runs of another element": sums("first_run * @;", "count", "(count > 1 ? count - 1 : 1)"),
+        "the wrong tile of a run": sums("= whole_tiles(@, sum.tile);", "run * inner", "run * inner + inner - 1"),
+        "a run without its last slot": sums("= whole_tiles(@, sum.tile) - tile", "(run + 1) * inner - 1",
+                                            "run * inner"),
+        "a run with a slot beyond it": sums("tile + @;", "1", "1 + (run > 0)"),
+        "slots of another step": sums("(t * @ + run", "part.partials.slots", "(part.partials.slots - 1)"),
+        "tiles of single neurons": sums("> kBlockThreads ? @ :", "of_single_neurons / 4", "of_single_neurons"),
+        "no barrier in a tree": sums("{\n    @\n    if (thread < half)", BARRIER, ""),
+        "a tree without its last half": sums("half >= @;", "part.elements_each", "2 * part.elements_each"),
+        "totals of too many threads": sums("if (@ && element", "thread < part.elements_each",
+                                           "thread < 2 * part.elements_each"),
+        "elements beyond the last": sums("&& @) part.store", "element < part.elements(sum.shape)",
+                                         "true"),
+        # ---- what may be taken for granted ----
+        "settled in spite of a step stride": params("&& @) return Input::kGeneral", "parameter.step_stride != 0",
+                                                    "false"),
+        "settled in spite of v_rest": params("if (@) return Input::kGeneral", "options.v_rest != Real(0)", "false"),
+        "plain in spite of a gain": params("return @ && is", "is(kInputGain, Real(1))", "true"),
+        "plain in spite of a bias": params("&& @ &&", "is(kInputBias, Real(0))", "true"),
+        "plain in spite of a mean": params("&& @;", "is(kInputMean, Real(0))", "true"),
+        "settled in spite of v_seq": params("return @ && h_seq", "v_seq == nullptr", "true"),
+        "settled in spite of h_seq": params("&& @ && !this->options.scale_output;", "h_seq == nullptr", "true"),
+        "settled in spite of scaled spikes": params("&& @;", "!this->options.scale_output", "false"),
+        "settled without a gradient of the spikes": params("return @ &&", "grad_s_seq != nullptr", "true"),
+        "settled though dx is not asked for": params("&& @ &&", "grad_x_seq != nullptr", "true"),
+        "settled in spite of v_seq's gradient": params("&& @ &&", "grad_v_seq == nullptr", "true"),
+        "settled in spite of h_seq's gradient": params("&& @ &&", "grad_h_seq == nullptr", "true"),
+        "settled backward in spite of scaled spikes": params("@ && !wants", "!this->options.scale_output", "true"),
+        "settled in spite of a mean's gradient": params("&& @;", "!wants(kInputMean)", "true"),
+        "the usual index for all": params("[@ ?", "is_usual", "true"),
+        "the usual index in spite of its runs": params("is_usual = @ &&", "parameter.inner == usual.inner", "true"),
+        "the usual index in spite of its count": params("&& @;", "parameter.count == usual.count", "true"),
+        "the usual index of the first neuron": params("usual.index(@)", "n", "0"),
+        "an index of the first neuron": params(": parameter.index(@)]", "n", "0"),
+        # ---- launchers ----
+        "x may be misaligned": launchers("shared && @", "is_aligned(params.x_seq)", "true"),
+        "v_init may be misaligned": launchers("&& @ &&", "is_aligned(params.init)", "true"),
+        "outputs may be misaligned": launchers("(@)", "is_aligned(sequences_and_states) && ...", "true"),
+        "checkpoints may be misaligned": launchers("params.h_seq, @)", "params.checkpoints", "params.last"),
+        "rows may be misaligned": launchers("params.shape.inner % @ == 0", "4", "2"),
+        "four need not share a parameter": launchers("|| @)", "parameter.inner % 4 == 0", "true"),
+        "fours for few neurons in general": launchers("*pay = @;", "neurons / 4 >= resident / 4",
+                                                      "neurons >= resident / 4"),
+        "fours for few neurons and long sequences": launchers("|| @;", "neurons > resident / 16", "true"),
+        "no fours for a whole segment": launchers("*pay = @ ||", "params.shape.steps <= kCheckpointSteps",
+                                                  "params.shape.steps < kCheckpointSteps"),
+        "too short a segment": launchers("(@) {", "steps <= 8", "steps <= 9"),
+        "forward of exactly four for fewer steps": launchers(
+            "(@) {\n        kernel", "params.shape.steps == kShortSequence", "params.shape.steps <= kShortSequence"
+        ),
+        "backward of exactly four for fewer steps": launchers(
+            "(@) {\n          kernel", "steps == kShortSequence", "steps <= kShortSequence"
+        ),
+        "too few slots for a whole block": launchers("if (@) {", "slots >= kManySlots", "slots > kManySlots"),
+        "not the largest power": launchers("while (@)", "2 * power <= most", "2 * power < most"),
+        "runs that there are not": launchers("runs < kMostRunsEach ? @ :", "runs", "kMostRunsEach"),
+        "too few blocks of a sum": launchers("(sum.shape), @);", "part.elements_each", "part.elements_each + 1"),
+    },
+    "batch_norm_test": {
+        "no barrier before moments are joined": channels("= own;\n  @", BARRIER, ""),
+        "no barrier between ways": NO_BARRIER_OF_CHANNELS,
+        "no barrier between neighbours": channels("\n    @\n  }\n  return", BARRIER, ""),
+        "no barrier before slots are joined": channels("= found;\n    @", BARRIER, ""),
+        "no barrier between slots": channels("moments[thread + half]);\n      @", BARRIER, ""),
+        "all units live": channels("way < tiles.ways && @", "unit < task.units", "true"),
+        "all ways live": channels("live(@ &&", "way < tiles.ways", "true"),
+        "joined beyond the channel": channels("tiles.tiles_per_channel > 1 ? @ :", "tiles.width",
+                                              "tiles.units_per_channel"),
+        "a neighbour too many": channels("place.way == 0 && @)", "place.rank < left - half",
+                                         "place.rank <= left - half"),
+        "a neighbour left out": channels("half = @;\n    if (place.way == 0", "(left + 1) / 2", "left / 2"),
+        "a way left out": channels("if (@)", "place.way < left - half", "place.way + 1 < left - half"),
+        "a row too many": channels("sums.add(x, @)", "left", "left < kTogether ? left + 1 : left"),
+        "a row left out": channels("[kLanes], int rows) {@", "", "--rows;"),
+        "a row too many in the mean": channels("k < rows ? x[k][j] : @;", "x[0][j]", "x[k][j]"),
+        "a row too many in the sums": channels("k < rows ? x[k][j] - m : @;", "Real(0)", "x[k][j] - m"),
+        "a row too many in the number": channels("n = @ * kLanes", "rows", "kRows"),
+        "wrong mean in a sum": channels("sum += n * offset + @;", "distance", "0"),
+        "wrong mean in squares": channels("n * offset + @)", "2 * distance", "distance"),
+        "wrong row": channels("(element + @ * stride), x[k]);\n      }", "k", "(k % 3)"),
+        "wrong stride": channels("stride = @;\n  Moments", "place.step * tiles.shape.columns()",
+                                 "tiles.shape.columns()"),
+        "wrong column": channels("inner + @;", "position * kLanes", "position"),
+        "wrong slot": channels("moments[@ *", "place.task.slot", "place.task.slot / 2"),
+        "wrong slots joined": channels("slot += @)", "kBlockThreads", "kBlockThreads + 1"),
+        "too many channels": channels("if (@) params.compute", "channel < params.channels", "true"),
+        "not all channels": channels("(channel < @))) params.compute", "params.channels", "params.channels - 1"),
+        "wrong end of rows": channels("if (@) {\n#pragma", "row + k * place.step < place.end_row",
+                                      "row + k < place.end_row"),
+        "wrong mean": channels("params.mean[@]", "place.channel", "place.task.first_channel"),
+        "units of the wrong tile": channel_params("first_unit = @;", "tile * tiles.width", "tile"),
+        "tile beyond the last channel": channel_params("left < tiles.channels_per_tile ? @ :", "left",
+                                                       "tiles.channels_per_tile"),
+        "too many splits": channel_params("rows_per_split = @;", "enough > needed ? enough : needed", "enough"),
+        "x of a channel may be misaligned": launchers("&& @ &&", "is_aligned(x_seq)", "true"),
+        "dx of a channel may be misaligned": launchers("&& @;", "is_aligned(grad_x_seq)", "true"),
+        "channels may share four": launchers("tiles.shape.inner % @ == 0", "4", "2"),
+    },
+}  # fmt: skip
+
+# These are in the CPU kernels, and the same programs find them.
+cpu = partial(Mutant, "cpu/neuron.cpp")
+tiles = partial(Mutant, "cpu/tile.h")
+rows = partial(Mutant, "cpu/rows.h")
+loops = partial(Mutant, "cpu/loops.h")
+norm = partial(Mutant, "cpu/normalisation.cpp")
+
+PIECES = "for_each_stretch(tile, @, [&](int64 n, int64 offset, int64 length) {"
+
+CPU_MUTANTS = {
+    "kernels_test": {
+        "a stretch too long": rows("return {@, inner", "inner - tile.first % inner", "inner"),
+        "a channel's stretch too long": tiles("for_each_stretch(tile_, @,", "shared_ == 0 ? kTile : shared_",
+                                              "shared_ == 0 ? kTile : 2 * shared_"),
+        "parameters taken as alike": tiles(
+            "shared_ == 0 || (@)", "parameter.inner == shared_ && parameter.count == count_", "true"
+        ),
+        "a parameter's run too long": tiles("runs_of(tile, @), inverse", "parameter.inner", "2 * parameter.inner"),
+        "a parameter's last value stays": loops("== args.count ? @ :", "0", "index"),
+        "a sum's run too long": cpu("runs_of(tile, @), slots", "parameter.inner", "2 * parameter.inner"),
+        "a sum without the run's later tiles": cpu("for (; @; ++tile) totals", "(tile + 1) * sum.tile < end", "false"),
+        "a sum across a tile's end": cpu("std::min(length - i, @)", "(tile + 1) * sum.tile - (run + i)", "length"),
+        "parameters turn too late": tiles("for_each_stretch(tile, @,", "parameter.count", "2 * parameter.count"),
+        "noise of another tile": tiles("if (@) {\n      first_ = tile.first", "tile.first != first_", "first_ < 0"),
+        "noise of another step": tiles("rows_.row(2 * slot + @)", "t % 2", "0"),
+        "noise of an earlier segment": tiles("if (@)", "pairs_[slot] != pair", "pairs_[slot] < 0"),
+        "one value for several channels": tiles(
+            "|| @);", "tile.first % parameter.inner + tile.length <= parameter.inner", "true"
+        ),
+        "parameters of another tile": tiles("if (@ && (t == t_", "tile.first == first_", "first_ >= 0"),
+        "parameters of another step": tiles("(@ || !per_step_)", "t == t_", "true"),
+        "a row of another tile": tiles("pattern = {@, is_per_step", "place", "int64(0)"),
+        "a row of another step": tiles(", @};", "is_per_step(id) ? t : 0", "0"),
+        "a row beyond the parameter": tiles(
+            "&&\n                          @;", "place + tile.length <= parameter.count", "place < parameter.count"
+        ),
+        "rows of the input of another tile": tiles("period_ < kTile && @",
+                                                   "tile.first % count_ == tile_.first % count_", "true"),
+        "rows of the input repeat too early": tiles("period_ = @", "std::max<int64>(1, kInputSums / count_) * count_",
+                                                    "kInputSums"),
+        "wrong checkpoint read": cpu("params.checkpoints, checkpoint(tile, @), params.at_rest()", "start",
+                                     "int64(kCheckpointSteps)"),
+        "no last checkpoint": cpu("kCheckpointSteps == 0 && @)", "steps < params.shape.steps",
+                                  "steps + kCheckpointSteps < params.shape.steps"),
+        "decay's gradient of another step": cpu("accumulate(kDecay, Real(1), dh, {state(@).v", "k", "k + 1"),
+        "decay's gradient of another settled step": cpu("d_state, state(@).v, width", "t - start", "t - start + 1"),
+        "wrong sign of the soft reset's gradient": cpu(
+            "accumulate(kReset, @", "Model::kResetsHard ? Real(1) : Real(-1)", "Real(1)"
+        ),
+        "a carried gradient forgotten": cpu(
+            "}\n      bool carried = @;", "exists(params.grad_last)", "false"
+        ),
+        "settled forward in spite of potentials": cpu("return params.v_seq == nullptr && @;",
+                                                      "params.h_seq == nullptr", "true"),
+        "settled backward in spite of potentials": cpu("return params.grad_v_seq == nullptr && @ &&",
+                                                       "params.grad_h_seq == nullptr", "true"),
+        "settled in spite of a hard reset's gradient": cpu("!(@ &&", "params.wants(kReset)", "false"),
+        "settled in spite of a potential at rest": cpu("&& @ &&", "params.options.v_rest == 0", "true"),
+        "folded sums end where they turn": cpu("totals.data(), @}", "used - before_turn", "int64(0)"),
+        "a row read in pieces too long": rows(f"{PIECES}\n    run<ConvertLoop<Element,", "tile.shape.inner",
+                                              "2 * tile.shape.inner"),
+        "a row written in pieces too long": rows(f"{PIECES}\n    run<ConvertLoop<Real_t<Element>,", "tile.shape.inner",
+                                                 "2 * tile.shape.inner"),
+        "a row read in place though in pieces": rows("if (@) return sequence", "tile.in_one_piece()", "true"),
+        "a row written in place though in pieces": rows("sequence != nullptr && @) return", "tile.in_one_piece()",
+                                                        "true"),
+        "a sum without its last": loops("for (int lane = 0; @; ++i, ++lane) lanes[lane]", "i < length",
+                                        "i + 1 < length"),
+        "width's gradient without a threshold": loops("step.dy * (@)", "h - neuron.v_threshold", "h"),
+        "threshold's gradient without a width": loops("step.dy * @;", "neuron.inverse_width", "Real(1)"),
+        "soft reset's gradient without a spike": loops("keep_if(args.carried, @);", "d_state.v * s", "d_state.v"),
+        "gain's gradient without a mean": loops("gain_sum[i] += dh[i] * (@)", "x[i] - neuron.input_mean", "x[i]"),
+    },
+    "batch_norm_test": {
+        "moments without the last value": norm("for (int lane = 0; @; ++i", "i < args.length", "i + 1 < args.length"),
+        "moments of the last chunk's columns": norm("longest = @;", "std::max(longest, chunk)", "chunk"),
+        "moments in the wrong slot": norm("params_.moments[@ *", "task_.slot", "task_.slot / 2"),
+        "moments of one slot": norm("join(found, params.moments[@ *", "slot", "int64(0)"),
+        "columns of the first tile": norm("f(row * tiles.shape.columns() + @,", "column", "int64(0)"),
+        "a channel beyond its tile": norm("length = @;\n      f(channel", "std::min(tiles.units_per_channel, "
+                                          "task.units - in_row)", "tiles.units_per_channel"),
+        "the mean of another channel": norm("{nullptr, params.mean[@]}", "channel", "int64(0)"),
+    },
+}  # fmt: skip
