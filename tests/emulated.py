@@ -22,8 +22,8 @@ REPLAYED_NAMESPACE = "asgl_cuda_replayed"
 # The extension is compiled so, except for the speed of compilation and the warning of #pragma unroll.
 FLAGS = ["-O2", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wno-unknown-pragmas"]
 
-# On a device that any grid fills, the launchers take four neurons a thread wherever the layout allows it; on a large one
-# the general kernels have one, and the others in long sequences.
+# On a device that any grid fills, the launchers take four neurons a thread wherever the layout allows it. On a large
+# one the general kernels have one, and the others in long sequences.
 TINY, LARGE = 0, 132  # multiprocessors
 THREADS_EACH = 2048  # that a multiprocessor holds, as in cuda/emulation/cuda_emulation.h
 

@@ -256,9 +256,9 @@ its amount.
 
 Where x has 15 x 7 x 7 neurons a step does not begin where a sector does, and each access of a warp reaches into a
 sector of the next: the cache then has it for the neighbour. Moments load the first value of each thread by itself,
-from sectors that they load next in whole. Where a block sums up the gradient of one channel, its threads read one
-slot out of as many as there are channels, and the blocks of other channels read the same sectors. Moments are
-records of three float64, and a thread reads or writes one record.
+from sectors that they load next in whole. Sums of gradients read the slots of neighbouring elements side by
+side, which begin where a sector does not; stores of partial sums by neuron do so, too. Moments are records of three
+float64, and a thread reads or writes one record.
 
 It shows the pattern of each access by itself: that neighbouring threads reach neighbouring memory. It can't show
 which sectors a cache still holds from another access or another warp, and so not how many come from memory; nor in
