@@ -18,7 +18,7 @@ import asgl_cuda
 from asgl_cuda import backends
 from asgl_cuda.backends import normalisation_kernels
 
-NAMESPACE = "asgl_cuda_recorded"
+NAMESPACE = "asgl_cuda_predicted"
 
 
 class Launch(NamedTuple):

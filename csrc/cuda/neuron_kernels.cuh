@@ -87,7 +87,9 @@ constexpr int kForwardBlocks = sizeof(Real) == 8           ? 3
 template <class Real, int kLanes>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
 template <class Real, int kLanes, int kSteps>
-constexpr int kSettledBackwardBlocks = (kLanes == 1 && sizeof(Real) == 4) || kSteps == 8 ? 4 : 3;
+constexpr int kSettledBackwardBlocks = sizeof(Real) == 8 ? 2
+                                       : kSteps == 8     ? 4
+                                                         : 3;
 
 // kInput is LIFParams::input(), or kGeneral; except for kGeneral, params.only_spikes() holds. The sequence has kExact
 // steps, unless that is 0.

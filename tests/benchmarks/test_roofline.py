@@ -25,7 +25,7 @@ def test_calls_start_what_the_launchers_choose():
     assert kinds(BY_NEURON)[:2] == ["forward normalised, 1 neuron", "backward normalised, 1 neuron"]
     passes = [kind.split(",")[0] for kind in kinds(BLOCK)]
     assert [name for name in passes if name in prediction.OF_NORMALISATION] == list(prediction.OF_NORMALISATION)
-    assert not [name for name in backends.BACKENDS if "recorded" in name]
+    assert not [name for name in backends.BACKENDS if "predicted" in name]
 
 
 @pytest.mark.parametrize(
