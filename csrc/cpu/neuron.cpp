@@ -356,13 +356,10 @@ bool only_spikes(const BackwardParams<Scalar>& params) {
 }
 
 template <class Scalar>
-bool only_width(const ForwardParams<Scalar>&) {
-  return true;
-}
-template <class Scalar>
 bool only_width(const BackwardParams<Scalar>& params) {
   return !params.wants(kDecay) && !params.wants(kThreshold) && !params.wants(kReset) && !params.wants(kInputMean);
 }
+bool only_width(const auto&) { return true; }
 
 // With parameters of the input, all others must be uniform, and none except the width may want a gradient: gradients of
 // gain and bias are added up in another order here than by the general kernels, and they are not to depend on what else
