@@ -86,7 +86,7 @@ constexpr int kForwardBlocks = sizeof(Real) == 8           ? 3
                                                            : 7;
 template <class Real, int kLanes>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
-template <class Real, int kLanes, int kSteps>
+template <class Real, int kSteps>
 constexpr int kSettledBackwardBlocks = sizeof(Real) == 8 ? 2
                                        : kSteps == 8     ? 4
                                                          : 3;
@@ -170,7 +170,7 @@ constexpr int kShortSequence = 4;
 // The backward pass where no parameter changes over time and params.only_spikes() holds. The potentials of a segment of
 // kSteps steps stay in registers; with kShortSequence that is the sequence. kInput is LIFParams::input().
 template <class Scalar, class Model, int kLanes, int kSteps, Input kInput>
-__global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<Scalar>, kLanes, kSteps>)
+__global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<Scalar>, kSteps>)
     lif_backward_settled_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
