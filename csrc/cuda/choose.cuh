@@ -69,9 +69,12 @@ bool groups_of_four(const BackwardParams<Scalar>& params) {
                         params.checkpoints, params.grad_x_seq, params.grad_init);
 }
 
-// Says whether four neurons a thread pay; the others have one.
+// Says whether four neurons a thread pay; the others have one. The device is asked only where its size decides.
 template <class Params>
 cudaError_t fours_pay(const Params& params, bool* pay) {
+  const bool general = input_of(params) == Input::kGeneral;
+  *pay = !general && params.shape.steps <= kCheckpointSteps;
+  if (*pay) return cudaSuccess;
   int device = 0, multiprocessors = 0, threads_each = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
@@ -81,14 +84,10 @@ cudaError_t fours_pay(const Params& params, bool* pay) {
     error = cudaDeviceGetAttribute(&threads_each, cudaDevAttrMaxThreadsPerMultiProcessor, device);
   }
   const int64 resident = static_cast<int64>(multiprocessors) * threads_each, neurons = params.shape.neurons();
-  if (input_of(params) == Input::kGeneral) {
-    // A quarter of the threads that the device can hold is enough: each has four times the loads under way.
-    *pay = neurons / 4 >= resident / 4;
-  } else {
-    // A thread has less to do for one neuron than for four. It takes a long sequence, and neurons so few that a
-    // scheduler has one warp, for that to be seen.
-    *pay = params.shape.steps <= kCheckpointSteps || neurons > resident / 16;
-  }
+  // In general a quarter of the threads that the device can hold is enough: each has four times the loads under way.
+  // Else a thread has less to do for one neuron than for four, which is seen in a long sequence of neurons so few that
+  // a scheduler has one warp.
+  *pay = general ? neurons / 4 >= resident / 4 : neurons > resident / 16;
   return error;
 }
 
