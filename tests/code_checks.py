@@ -88,7 +88,7 @@ def arithmetic_problems(kernel: Kernel, code: Sequence[Operation]) -> Iterator[s
 # ---- accesses ----
 
 # The kernels in which a thread owns four neighbours, and what they are given.
-FOURS = r"(forward|backward|moments|input gradient)\b.*(4 neurons|4 columns|[KT] = \d+)"
+FOURS = r"(forward|backward|moments|input gradient)\b.*(4 neurons|4 columns|T = \d+)"
 STRUCTURES = {
     "forward": "ForwardParams",
     "backward": "BackwardParams",

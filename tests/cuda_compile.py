@@ -55,8 +55,8 @@ SPILL_COLUMNS = ("stack", "spill stores", "spill loads")
 HOT_KINDS = tuple(
     f"{direction} {input}, {kind}"
     for input in ("plain", "normalised")
-    for direction, kinds in (("forward", ("T = 4", "4 neurons")), ("backward", ("T = 4", "K = 8", "K = 16")))
-    for kind in kinds
+    for direction in ("forward", "backward")
+    for kind in ("T = 4", "4 neurons")
 )
 DEFAULT_KINDS = (*HOT_KINDS, "forward, 1 neuron", "backward, 1 neuron", "forward normalised, 1 neuron")
 HOT_KINDS_OF_CHANNELS = ("moments, 4 columns", "input gradient, 4 columns")
@@ -145,7 +145,7 @@ Registers a thread and bytes of shared memory a block, as ptxas reports them: nv
 for sm_75 from the PTX of compute_75, for the others from compute_80's. Made by
 `python -m tests.cuda_compile --update`, held against the code by `make cuda-compile`; no row is written by hand.
 
-K is how many steps a segment has, T a length that the kernel knows; *plain* and *normalised* are what runs where no
+T is a length that the kernel knows; *plain* and *normalised* are what runs where no
 parameter changes over time, of any granularity and with gradients of all but the mean: *plain* where the input current
 is x itself, *normalised* where it has a gain, bias or mean, as batch normalisation gives them; *1 neuron* and *4
 neurons*, *1 column* and *4 columns* are what a thread owns. Spills and stack, where there are any, come last.
@@ -308,7 +308,7 @@ def kernels_asked_for() -> list[str]:
         kinds = dtype, launch.model(Rules(surrogate, int(hard), 0, 0, 0, 0, 0, 0, 0))
         inputs = launch.GENERAL, launch.NORMALISED, launch.PLAIN
         lanes = (1,) if dtype == torch.float64 else (1, 4)
-        for call in product(lanes, inputs, (launch.CHECKPOINT_STEPS, 8, constant("kShortSequence"))):
+        for call in product(lanes, inputs, (launch.CHECKPOINT_STEPS, constant("kShortSequence"))):
             names += [launch.forward_kernel(*kinds, *call), launch.backward_kernel(*kinds, *call)]
     return list(dict.fromkeys(names))
 

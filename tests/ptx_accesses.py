@@ -157,7 +157,7 @@ _CHOSEN: dict[torch.dtype, dict[str, Any]] = {
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (2, 16, 8, 8)  # batch, channels, rows, columns
 ODD_SIZES = (2, 15, 7, 7)  # their product is no multiple of four, and no step of x begins where a sector does
-STEPS = (4, 8, 17)  # T = 4, K = 8 and 16; the last has two segments, and so checkpoints
+STEPS = (4, 8, 17)  # a length that kernels know, a part of a segment, and two segments, which have checkpoints
 
 
 def _learned(dtype: torch.dtype, *shape: int, value: float = 1.0) -> Tensor:

@@ -19,8 +19,6 @@ from ..ops import BackwardResult, ForwardResult, empty_gradients, empty_outputs,
 from ..reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules
 from .structures import constant, structure
 
-FOURS_SEGMENT_STEPS = (8, CHECKPOINT_STEPS)  # of backward with four neurons a thread, beside kShortSequence
-
 GENERAL, NORMALISED, PLAIN = "kGeneral", "kNormalised", "kPlain"  # enumerators of csrc's Input
 
 SCALARS = {
@@ -43,10 +41,6 @@ def _bool(value: object) -> str:
     return "true" if value else "false"
 
 
-def _input(input: str) -> str:
-    return f"(asgl::Input){constant(f'Input::{input}')}"
-
-
 def model(rules: Rules) -> str:
     """The type in csrc that computes such neurons, as with_model of csrc/launch.h chooses it."""
     return f"asgl::LIF<(asgl::Surrogate){rules.surrogate}, {_bool(rules.hard_reset)}>"
@@ -54,9 +48,7 @@ def model(rules: Rules) -> str:
 
 def forward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, steps: int = CHECKPOINT_STEPS) -> str:
     """`lanes`: neurons a thread; `input`: GENERAL, NORMALISED or PLAIN; `steps`: the length of the sequence."""
-    short = constant("kShortSequence")
-    exact = short if steps == short and lanes == 4 and input != GENERAL else 0
-    return f"asgl::lif_forward_kernel<{SCALARS[dtype]}, {model}, {lanes}, {_input(_compiled(lanes, input))}, {exact}>"
+    return f"asgl::lif_forward_kernel<{SCALARS[dtype]}, {model}, {lanes}, {_compiled(lanes, input, steps)}>"
 
 
 def backward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, steps: int = CHECKPOINT_STEPS) -> str:
@@ -64,17 +56,19 @@ def backward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, step
     kinds = f"{SCALARS[dtype]}, {model}, {lanes}"
     if input == GENERAL:
         return f"asgl::lif_backward_kernel<{kinds}>"
-    segment = CHECKPOINT_STEPS
-    if lanes == 4:
-        short = constant("kShortSequence")
-        longer = next((each for each in FOURS_SEGMENT_STEPS if steps <= each), CHECKPOINT_STEPS)
-        segment = short if steps == short else longer
-    return f"asgl::lif_backward_settled_kernel<{kinds}, {segment}, {_input(_compiled(lanes, input))}>"
+    return f"asgl::lif_backward_settled_kernel<{kinds}, {_compiled(lanes, input, steps)}>"
 
 
-def _compiled(lanes: int, input: str) -> str:
-    """A thread with one neuron has no kernel of its own for plain input."""
-    return NORMALISED if lanes == 1 and input == PLAIN else input
+def _compiled(lanes: int, input: str, steps: int) -> str:
+    """The last two arguments of a kernel's template: input, and steps if it knows them.
+
+    A thread with one neuron has no kernel of its own for plain input.
+    """
+    if lanes == 1 and input == PLAIN:
+        input = NORMALISED
+    short = constant("kShortSequence")
+    exact = short if steps == short and lanes == 4 and input != GENERAL else 0
+    return f"(asgl::Input){constant(f'Input::{input}')}, {exact}"
 
 
 def gradient_sum_kernel(real: torch.dtype) -> str:

@@ -11,6 +11,40 @@ constexpr int kBlockThreads = 128;
 constexpr int kWarpThreads = 32;
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 
+// The elements of a thread's neurons as they come from memory. To unpack them is to wait for them: what was loaded
+// ahead stays packed until it is needed.
+template <int kLanes, class Element>
+struct Packed;
+
+template <class Element>
+struct Packed<1, Element> {
+  Element element;
+
+  __device__ __forceinline__ void load(const Element* from) { element = *from; }
+  __device__ __forceinline__ void unpack(Real_t<Element> (&to)[1]) const { to[0] = to_real(element); }
+};
+
+template <>
+struct Packed<4, float> {
+  float4 values;
+
+  __device__ __forceinline__ void load(const float* from) { values = *reinterpret_cast<const float4*>(from); }
+  __device__ __forceinline__ void unpack(float (&to)[4]) const {
+    to[0] = values.x, to[1] = values.y, to[2] = values.z, to[3] = values.w;
+  }
+};
+
+template <class Element>  // Half or BFloat16
+struct Packed<4, Element> {
+  uint2 pairs;
+
+  __device__ __forceinline__ void load(const Element* from) { pairs = *reinterpret_cast<const uint2*>(from); }
+  __device__ __forceinline__ void unpack(float (&to)[4]) const {
+    asgl::unpack<Element>(pairs.x, to[0], to[1]);
+    asgl::unpack<Element>(pairs.y, to[2], to[3]);
+  }
+};
+
 template <int kLanes>
 struct Access;
 
@@ -28,9 +62,11 @@ struct Access<1> {
 
 template <>
 struct Access<4> {
-  static __device__ __forceinline__ void load(const float* from, float (&to)[4]) {
-    const float4 values = *reinterpret_cast<const float4*>(from);
-    to[0] = values.x, to[1] = values.y, to[2] = values.z, to[3] = values.w;
+  template <class Element>
+  static __device__ __forceinline__ void load(const Element* from, float (&to)[4]) {
+    Packed<4, Element> packed;
+    packed.load(from);
+    packed.unpack(to);
   }
   static __device__ __forceinline__ void store(const float (&from)[4], float* to) {
 #if defined(__CUDA_ARCH__)  // the compiler by itself splits some of these stores
@@ -41,14 +77,7 @@ struct Access<4> {
     *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
 #endif
   }
-  // These are for Half and BFloat16.
-  template <class Element>
-  static __device__ __forceinline__ void load(const Element* from, float (&to)[4]) {
-    const uint2 pairs = *reinterpret_cast<const uint2*>(from);
-    unpack<Element>(pairs.x, to[0], to[1]);
-    unpack<Element>(pairs.y, to[2], to[3]);
-  }
-  template <class Element>
+  template <class Element>  // Half or BFloat16
   static __device__ __forceinline__ void store(const float (&from)[4], Element* to) {
     *reinterpret_cast<uint2*>(to) = make_uint2(pack<Element>(from[0], from[1]), pack<Element>(from[2], from[3]));
   }

@@ -152,13 +152,10 @@ cudaError_t launch(Model, const BackwardParams<Scalar>& params, cudaStream_t str
     if constexpr (input() == Input::kGeneral) {
       kernel = &lif_backward_kernel<Scalar, Model, lanes()>;
     } else {
-      kernel = &lif_backward_settled_kernel<Scalar, Model, lanes(), kCheckpointSteps, input()>;
+      kernel = &lif_backward_settled_kernel<Scalar, Model, lanes(), input(), 0>;
       if constexpr (lanes() == 4) {
-        const int64 steps = params.shape.steps;
-        if (steps == kShortSequence) {
-          kernel = &lif_backward_settled_kernel<Scalar, Model, 4, kShortSequence, input()>;
-        } else if (steps <= 8) {
-          kernel = &lif_backward_settled_kernel<Scalar, Model, 4, 8, input()>;
+        if (params.shape.steps == kShortSequence) {
+          kernel = &lif_backward_settled_kernel<Scalar, Model, 4, input(), kShortSequence>;
         }
       }
     }

@@ -86,10 +86,10 @@ constexpr int kForwardBlocks = sizeof(Real) == 8           ? 3
                                                            : 7;
 template <class Real, int kLanes>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
-template <class Real, int kSteps>
-constexpr int kSettledBackwardBlocks = sizeof(Real) == 8 ? 2
-                                       : kSteps == 8     ? 4
-                                                         : 3;
+template <class Real, int kLanes, Input kInput, int kExact>
+constexpr int kSettledBackwardBlocks = kExact > 0 || (kLanes == 4 && kInput == Input::kNormalised) || sizeof(Real) == 8
+                                           ? 3
+                                           : 4;
 
 // kInput is LIFParams::input(), or kGeneral; except for kGeneral, params.only_spikes() holds. The sequence has kExact
 // steps, unless that is 0.
@@ -105,37 +105,37 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
   if (kLanes > 1 && !place.live) return;
 
   int64 load_element = place.element;
-  const auto load_steps = [&](int64 left, Real(&x)[kSteps][kLanes]) {
-    const int length = left < kSteps ? static_cast<int>(left) : kSteps;
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      if (k < length) Lanes::load(params.x_seq + load_element, x[k]);
-      advance(load_element, stride);
-    }
+  Packed<kLanes, Scalar> x[kSteps];
+  const auto load_step = [&](int64 left, int k) {
+    if (k < left) x[k % kSteps].load(params.x_seq + load_element);
+    advance(load_element, stride);
   };
-
-  Real x[kSteps][kLanes], later_x[kSteps][kLanes];
-  if (kExact > 0) load_steps(steps, x);  // on their way while the parameters are read, if there are registers for that
+  const auto load_first = [&] {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) load_step(steps, k);
+  };
+  if (kExact > 0) load_first();  // on their way while the parameters are read, if there are registers for that
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
   ThreadNeuron<Real, kInput> neuron(params.parameters, place.read_n, options);
   State<Real[kLanes]> state;
   load_state(params, State<const Real*>{}, 0, place, state);
-  if (kExact == 0) load_steps(steps, x);
+  if (kExact == 0) load_first();
   int64 element = place.element;
   for (int64 start = 0; start < steps; start += kSteps) {
     const int length = steps - start < kSteps ? static_cast<int>(steps - start) : kSteps;
-    load_steps(steps - start - kSteps, later_x);  // on their way while these steps are computed
     const SegmentNoise<kLanes, kSteps> noise(source, place.n, start, length);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       if (k < length) {
         neuron.move_to(start + k);
         Real h[kLanes], s[kLanes];
+        x[k].unpack(h);
+        if (kExact == 0) load_step(steps - start, k + kSteps);  // on its way while other steps are computed
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
-          h[j] = Model::template charge<kInput>(x[k][j], lane(state, j), neuron.now(), options);
+          h[j] = Model::template charge<kInput>(h[j], lane(state, j), neuron.now(), options);
           s[j] = Model::fire(h[j], noise.is_analog(k, j), neuron.now(), firing);
           Model::reset(h[j], s[j], neuron.now(), lane(state, j));
         }
@@ -150,8 +150,6 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
         if (place.live) Lanes::store(s, params.s_seq + element);
         advance(element, stride);
       }
-#pragma unroll
-      for (int j = 0; j < kLanes; ++j) x[k][j] = later_x[k][j];
     }
     const int64 done = start + kSteps;
     if (exists(params.checkpoints) && done % kCheckpointSteps == 0 && done < steps && place.live) {
@@ -167,56 +165,54 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
 // Sequences of just so many steps are the shortest that matter: for these the kernels know the length.
 constexpr int kShortSequence = 4;
 
-// The backward pass where no parameter changes over time and params.only_spikes() holds. The potentials of a segment of
-// kSteps steps stay in registers; with kShortSequence that is the sequence. kInput is LIFParams::input().
-template <class Scalar, class Model, int kLanes, int kSteps, Input kInput>
-__global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<Scalar>, kSteps>)
+// The backward pass where no parameter changes over time and params.only_spikes() holds. kInput is LIFParams::input().
+// A sequence of kExact steps lies in registers. Where that is 0, the potentials of a segment lie in shared memory, and
+// a loop goes over a few steps at a time: unrolled, segments took most of the compilers' time and had registers for
+// loads of only two steps ahead.
+template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
+__global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<Scalar>, kLanes, kInput, kExact>)
     lif_backward_settled_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
-  constexpr bool kNormalised = kInput == Input::kNormalised, kExact = kSteps == kShortSequence;
-  // Registers are so few that gradients are loaded after the potentials have been computed, not with x.
-  constexpr bool kTight = kLanes == 1 || (kNormalised && kSteps > 8);
-  // Steps by which a gradient is loaded before it is needed, and of which x is kept or loaded once more.
-  constexpr int kAhead = kExact && !kNormalised ? kSteps : 2, kKept = kExact ? kSteps : kAhead;
-  const int64 steps = kExact ? kSteps : params.shape.steps, stride = params.shape.inner;
+  constexpr bool kNormalised = kInput == Input::kNormalised, kShort = kExact > 0;
+  constexpr int kSteps = kShort ? kExact : kLanes == 1 ? 8 : 4;  // that are loaded at a time
+  static_assert(kCheckpointSteps % kSteps == 0);
+  struct alignas(sizeof(Real) * kLanes) Potentials {
+    Real values[kLanes];
+  };
+  // Sums of warps lie here, too, once the potentials have been used.
+  __shared__ Potentials potentials[kShort ? 1 : kCheckpointSteps][kShort ? 1 : kBlockThreads];
+  WarpSums<Real>& room = *reinterpret_cast<WarpSums<Real>*>(potentials);
+  static_assert(sizeof(potentials) >= sizeof(room));
+  const int64 steps = kShort ? kExact : params.shape.steps, stride = params.shape.inner;
   const Place<kLanes> place(params.shape);
-  struct Segment {
-    int64 element;
-    Real h[kSteps][kLanes], g[kAhead][kLanes], x[kKept][kLanes];
-  };
-  const auto length_from = [&](int64 start) {
-    return steps - start < kSteps ? static_cast<int>(steps - start) : kSteps;
-  };
-  const auto load_x = [&](int64 start, Segment& segment) {
-    segment.element = place.element + start * stride;
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      if (k < length_from(start)) Lanes::load(params.x_seq + segment.element, segment.h[k]);
-      advance(segment.element, stride);
-    }
-  };
-  const auto load_gradient = [&](int64 start, int k, Segment& segment) {  // `element` is just beyond step k
-    advance(segment.element, -stride);
-    if (k < 0 || k >= length_from(start)) return;
-    Lanes::load(params.grad_s_seq + segment.element, segment.g[k % kAhead]);
-    // x is loaded once more: there are no registers for it, and it is not gone from the cache.
-    if (kNormalised && !kExact) Lanes::load(params.x_seq + segment.element, segment.x[k % kKept]);
-  };
-  const auto load_first_gradients = [&](int64 start, Segment& segment) {
-    // Of a way back along the addresses of x, ptxas makes that it keeps them all: it has registers for four.
-    if (!kExact) segment.element = place.element + (start + kSteps) * stride;
-#pragma unroll
-    for (int k = kSteps - 1; k >= kSteps - kAhead; --k) load_gradient(start, k, segment);
-  };
 
   Real sums[kNumParameters] = {};
   if (kLanes == 1 || place.live) {
-    Segment only;
-    if (kExact) {  // everything is on its way while the parameters are read
-      load_x(0, only);
-      load_first_gradients(0, only);
-    }
+    Packed<kLanes, Scalar> x[kSteps], g[kSteps], x_again[kSteps];
+    const auto length_from = [&](int64 start) {
+      return kShort ? kExact : steps - start < kCheckpointSteps ? static_cast<int>(steps - start) : kCheckpointSteps;
+    };
+    const auto last_few = [&](int length) { return (length - 1) / kSteps * kSteps; };
+    const auto load_x = [&](int64 element, int k) { x[k].load(params.x_seq + element + k * stride); };
+    const auto load_gradient = [&](int64 element, int k) {
+      g[k].load(params.grad_s_seq + element + k * stride);
+      // x is loaded once more: there are no registers for it, and it is not gone from the cache.
+      if (kNormalised && !kShort) x_again[k].load(params.x_seq + element + k * stride);
+    };
+    const auto load_ends = [&](int64 start) {
+      const int length = length_from(start), last = last_few(length);
+      const int64 element = place.element + start * stride, last_element = element + last * stride;
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        if (k < length) load_x(element, k);
+      }
+#pragma unroll
+      for (int k = kSteps - 1; k >= 0; --k) {
+        if (k < length - last) load_gradient(last_element, k);
+      }
+    };
+    if (kShort) load_ends(0);  // everything is on its way while the parameters are read
     const NoiseSource source(params.noise);
     const NeuronOptions<Real> options = params.options;
     const FiringFromLeast<Real> firing(options);
@@ -227,75 +223,103 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
     fill(d_state, State<Real>());  // of {} NVRTC makes a variable in global memory, and reads it
     if (carried) load(params.grad_last, place.read_n, d_state);
 
-    for (int64 start = (steps - 1) / kSteps * kSteps; start >= 0; start -= kSteps) {
+    for (int64 start = (steps - 1) / kCheckpointSteps * kCheckpointSteps; start >= 0; start -= kCheckpointSteps) {
       const int length = length_from(start);
-      Segment segment = only;
-      int64& element = segment.element;  // a lambda cannot capture a structured binding for every compiler
-      Real(&h)[kSteps][kLanes] = segment.h;
-      Real(&g)[kAhead][kLanes] = segment.g;
-      Real(&x)[kKept][kLanes] = segment.x;
-      if (!kExact) load_x(start, segment);
-      if (!kExact && !kTight) load_first_gradients(start, segment);
-      const SegmentNoise<kLanes, kSteps> noise(source, place.n, start, length);
-      const auto fire_lane = [&](int k, int j) { return Model::fire(h[k][j], noise.is_analog(k, j), neuron, firing); };
+      if (!kShort) load_ends(start);
+      const SegmentNoise<kLanes, kShort ? kExact : kCheckpointSteps> noise(source, place.n, start, length);
       State<Real[kLanes]> state;
       load_state(params, params.checkpoints, start, place, state);
+      Potentials h[kSteps];
+      int64 element = place.element + start * stride;  // of the first of a few steps
+#pragma unroll 1
+      for (int first = 0; first < length; first += kSteps) {
+        const auto few = noise.from(first);
+        const int left = kShort ? kExact : length - first;
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        if (k < length) {
-#pragma unroll
-          for (int j = 0; j < kLanes; ++j) {
-            if (kNormalised && kExact) x[k][j] = h[k][j];
-            h[k][j] = Model::template charge<kInput>(h[k][j], lane(state, j), neuron, options);
-            Model::reset(h[k][j], fire_lane(k, j), neuron, lane(state, j));
-          }
-        }
-      }
-      if (kTight) load_first_gradients(start, segment);
-#pragma unroll
-      for (int k = kSteps - 1; k >= 0; --k) {
-        if (k < length) {
-          Real ds[kLanes], dx[kLanes];
-          StepGradient<Real> gradients[kLanes];
-          const State<Real[kLanes]> d_after = d_state;
-#pragma unroll
-          for (int j = 0; j < kLanes; ++j) ds[j] = g[k % kAhead][j];
-          if (carried && !options.detach_reset) {
-#pragma unroll
-            for (int j = 0; j < kLanes; ++j) ds[j] = Model::spike_gradient(ds[j], h[k][j], true, neuron, d_state.v[j]);
-          }
-#pragma unroll
-          for (int j = 0; j < kLanes; ++j) {
-            const StepGradient<Real> step = Model::step_adjoint(ds[j], NoGradient{}, h[k][j], fire_lane(k, j), carried,
-                                                                neuron, options, lane(d_state, j));
-            sums[kWidth] += step.dy * (h[k][j] - neuron.v_threshold);
-            if constexpr (kNormalised) {
-              sums[kInputGain] += step.dc * (x[k % kKept][j] - neuron.input_mean);
-              sums[kInputBias] += step.dc;
-            }
-            dx[j] = kNormalised ? neuron.input_gain * step.dc : step.dc;
-            gradients[j] = step;
-          }
-          if (learns_more) {
-            State<Real[kLanes]> before;
-            if (k == 0) load_state(params, params.checkpoints, start, place, before);
+        for (int k = 0; k < kSteps; ++k) {
+          if (k < left) {
+            Real its_x[kLanes];
+            x[k].unpack(its_x);
 #pragma unroll
             for (int j = 0; j < kLanes; ++j) {
-              if (k > 0) Model::reset(h[k - 1][j], fire_lane(k - 1, j), neuron, lane(before, j));
-              sums[kDecay] += gradients[j].dh * before.v[j];
-              sums[kThreshold] -= gradients[j].dy * neuron.inverse_width;
-              if (carried) sums[kReset] += Model::gradient_of_reset(d_after.v[j], fire_lane(k, j));
+              Real& its_h = h[k].values[j];
+              its_h = Model::template charge<kInput>(its_x[j], lane(state, j), neuron, options);
+              Model::reset(its_h, Model::fire(its_h, few.is_analog(k, j), neuron, firing), neuron, lane(state, j));
             }
+            if (!kShort) potentials[first + k][threadIdx.x] = h[k];
           }
-          carried = true;
-          if (place.live) Lanes::store(dx, params.grad_x_seq + (element + (kAhead - 1) * stride));
+          if (!kShort && k + kSteps < left) load_x(element + kSteps * stride, k);
         }
-        load_gradient(start, k - kAhead, segment);
+        if (!kShort) element += kSteps * stride;
+      }
+#pragma unroll 1
+      for (int first = last_few(length); first >= 0; first -= kSteps) {
+        const auto few = noise.from(first);
+        const int left = kShort ? kExact : length - first;
+        Potentials h_before;  // of the step before these
+        if (!kShort) {
+          element -= kSteps * stride;
+#pragma unroll
+          for (int k = 0; k < kSteps; ++k) {
+            if (k < left) h[k] = potentials[first + k][threadIdx.x];
+          }
+          if (learns_more && first > 0) h_before = potentials[first - 1][threadIdx.x];
+        }
+        const auto fire_lane = [&](int k, int j) {
+          return Model::fire(h[k].values[j], few.is_analog(k, j), neuron, firing);
+        };
+#pragma unroll
+        for (int k = kSteps - 1; k >= 0; --k) {
+          if (k < left) {
+            Real its_x[kLanes], ds[kLanes], dx[kLanes];
+            if (kNormalised) (kShort ? x : x_again)[k].unpack(its_x);
+            g[k].unpack(ds);
+            StepGradient<Real> gradients[kLanes];
+            const State<Real[kLanes]> d_after = d_state;
+            if (carried && !options.detach_reset) {
+#pragma unroll
+              for (int j = 0; j < kLanes; ++j) {
+                ds[j] = Model::spike_gradient(ds[j], h[k].values[j], true, neuron, d_state.v[j]);
+              }
+            }
+#pragma unroll
+            for (int j = 0; j < kLanes; ++j) {
+              const StepGradient<Real> step = Model::step_adjoint(ds[j], NoGradient{}, h[k].values[j], fire_lane(k, j),
+                                                                  carried, neuron, options, lane(d_state, j));
+              sums[kWidth] += step.dy * (h[k].values[j] - neuron.v_threshold);
+              if constexpr (kNormalised) {
+                sums[kInputGain] += step.dc * (its_x[j] - neuron.input_mean);
+                sums[kInputBias] += step.dc;
+              }
+              dx[j] = kNormalised ? neuron.input_gain * step.dc : step.dc;
+              gradients[j] = step;
+            }
+            if (learns_more) {
+              State<Real[kLanes]> before;
+              if (k == 0 && first == 0) load_state(params, params.checkpoints, start, place, before);
+#pragma unroll
+              for (int j = 0; j < kLanes; ++j) {
+                if (k > 0) {
+                  Model::reset(h[k - 1].values[j], fire_lane(k - 1, j), neuron, lane(before, j));
+                } else if (first > 0) {
+                  const Real its_h = h_before.values[j];
+                  const bool analog = noise.from(first - 1).is_analog(0, j);
+                  Model::reset(its_h, Model::fire(its_h, analog, neuron, firing), neuron, lane(before, j));
+                }
+                sums[kDecay] += gradients[j].dh * before.v[j];
+                sums[kThreshold] -= gradients[j].dy * neuron.inverse_width;
+                if (carried) sums[kReset] += Model::gradient_of_reset(d_after.v[j], fire_lane(k, j));
+              }
+            }
+            carried = true;
+            if (place.live) Lanes::store(dx, params.grad_x_seq + element + k * stride);
+          }
+          if (!kShort && first > 0) load_gradient(element - kSteps * stride, k);
+        }
       }
     }
     if (exists(params.grad_init) && place.live) store(d_state, place.n, params.grad_init);
   }
-  __shared__ WarpSums<Real> room;
   Run run;
 #pragma unroll
   for (int id = 0; id < (kNormalised ? kInputMean : kInputGain); ++id) {

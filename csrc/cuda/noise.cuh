@@ -75,6 +75,13 @@ class SegmentNoise<1, kSteps> {
 
   __device__ __forceinline__ bool is_analog(int k, int) const { return bits_ >> k & 1u; }
 
+  // The same for the steps from start + first on.
+  __device__ __forceinline__ SegmentNoise from(int first) const {
+    SegmentNoise later = *this;
+    later.bits_ >>= first;
+    return later;
+  }
+
  private:
   uint32 bits_ = 0;
 };
@@ -83,13 +90,23 @@ template <int kSteps>
 class SegmentNoise<4, kSteps> {
  public:
   __device__ __forceinline__ SegmentNoise(const NoiseSource& source, int64 n, int64 start, int length) {
-    static_assert(kSteps == 8 || kSteps == 16);
+    static_assert(kSteps == 16);
     steps_0_to_7_ = eight_steps(source, n, start, length);
-    if constexpr (kSteps > 8) steps_8_to_15_ = eight_steps(source, n, start + 8, length - 8);
+    steps_8_to_15_ = eight_steps(source, n, start + 8, length - 8);
   }
 
   __device__ __forceinline__ bool is_analog(int k, int j) const {
     return (k < 8 ? steps_0_to_7_ : steps_8_to_15_) >> (4 * (k % 8) + j) & 1u;
+  }
+
+  // Of the steps from start + first on, those up to the next multiple of 8: whether they are analog.
+  struct Few {
+    uint32 bits;
+
+    __device__ __forceinline__ bool is_analog(int k, int j) const { return bits >> (4 * k + j) & 1u; }
+  };
+  __device__ __forceinline__ Few from(int first) const {
+    return {(first < 8 ? steps_0_to_7_ : steps_8_to_15_) >> (4 * (first % 8))};
   }
 
  private:
@@ -109,7 +126,7 @@ class SegmentNoise<4, kSteps> {
     return bits;
   }
 
-  uint32 steps_0_to_7_, steps_8_to_15_ = 0;
+  uint32 steps_0_to_7_, steps_8_to_15_;
 };
 
 // The draws of four steps are so few that they can be kept themselves, which saves packing and unpacking.
@@ -120,6 +137,7 @@ class SegmentNoise<4, 4> {
       : source_(source), blocks_{source.draw(n, start / 2), source.draw(n, start / 2 + 1)} {}
 
   __device__ __forceinline__ bool is_analog(int k, int j) const { return source_.is_analog(blocks_[k / 2], k % 2, j); }
+  __device__ __forceinline__ const SegmentNoise& from(int) const { return *this; }
 
  private:
   const NoiseSource& source_;

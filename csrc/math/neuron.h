@@ -104,6 +104,9 @@ struct FiringFromLeast {
 
 // `value`, or 0 whatever it is. The condition is the same for all elements: as a mask it costs no branch in their loop.
 ASGL_HOST_DEVICE float keep_if(bool condition, float value) {
+#if defined(__CUDA_ARCH__)
+  return condition ? value : 0.0f;
+#endif
   return bit_cast<float>(bit_cast<uint32>(value) & (0u - static_cast<uint32>(condition)));
 }
 ASGL_HOST_DEVICE double keep_if(bool condition, double value) {

@@ -21,7 +21,7 @@ def kinds(call: recorded_calls.Call, steps: int = 4, dtype: str = "float32") -> 
 
 def test_calls_start_what_the_launchers_choose():
     assert kinds(COMMON) == ["forward plain, T = 4", "backward plain, T = 4", "gradient sum"]
-    assert kinds(COMMON, 16, "bfloat16")[1] == "backward plain, K = 16"
+    assert kinds(COMMON, 16, "bfloat16")[1] == "backward plain, 4 neurons"
     assert kinds(BY_NEURON)[:2] == ["forward normalised, 1 neuron", "backward normalised, 1 neuron"]
     passes = [kind.split(",")[0] for kind in kinds(BLOCK)]
     assert [name for name in passes if name in prediction.OF_NORMALISATION] == list(prediction.OF_NORMALISATION)

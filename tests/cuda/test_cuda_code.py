@@ -37,14 +37,14 @@ def problems(now: cuda_compile.Resources, committed: cuda_compile.Resources) -> 
             FORWARD,
         ),
         (
-            "void asgl::lif_backward_settled_kernel<asgl::BFloat16, asgl::LIF<(asgl::Surrogate)2, false>, 4, 4, "
-            "(asgl::Input)2>(asgl::BackwardParams<asgl::BFloat16>)",
+            "void asgl::lif_backward_settled_kernel<asgl::BFloat16, asgl::LIF<(asgl::Surrogate)2, false>, 4, "
+            "(asgl::Input)2, 4>(asgl::BackwardParams<asgl::BFloat16>)",
             BACKWARD,
         ),
         (
-            "void asgl::lif_backward_settled_kernel<asgl::Half, asgl::LIF<(asgl::Surrogate)0, true>, 4, 16, "
-            "(asgl::Input)1>(asgl::BackwardParams<asgl::Half>)",
-            Kernel("backward normalised, K = 16", "float16", "rectangle", "hard"),
+            "void asgl::lif_backward_settled_kernel<asgl::Half, asgl::LIF<(asgl::Surrogate)0, true>, 4, "
+            "(asgl::Input)1, 0>(asgl::BackwardParams<asgl::Half>)",
+            Kernel("backward normalised, 4 neurons", "float16", "rectangle", "hard"),
         ),
         (
             "void asgl::gradient_sum_kernel<double>(asgl::GradientSum<double>)",

@@ -85,17 +85,16 @@ class Kernels {
     add(kForward + kinds + ", (asgl::Input)0, 0>", &lif_forward_kernel<Scalar, Model, kLanes, Input::kGeneral, 0>);
     add(kForward + kinds + normalised + ", 0>", &lif_forward_kernel<Scalar, Model, kLanes, Input::kNormalised, 0>);
     add("asgl::lif_backward_kernel" + kinds + ">", &lif_backward_kernel<Scalar, Model, kLanes>);
-    add(kSettled + kinds + ", 16" + normalised + ">",
-        &lif_backward_settled_kernel<Scalar, Model, kLanes, 16, Input::kNormalised>);
+    add(kSettled + kinds + normalised + ", 0>",
+        &lif_backward_settled_kernel<Scalar, Model, kLanes, Input::kNormalised, 0>);
   }
 
   template <class Scalar, class Model, Input kInput>
   void add_fours(const std::string& kinds, const std::string& input) {
     add(kForward + kinds + input + ", 0>", &lif_forward_kernel<Scalar, Model, 4, kInput, 0>);
     add(kForward + kinds + input + ", 4>", &lif_forward_kernel<Scalar, Model, 4, kInput, 4>);
-    add(kSettled + kinds + ", 4" + input + ">", &lif_backward_settled_kernel<Scalar, Model, 4, 4, kInput>);
-    add(kSettled + kinds + ", 8" + input + ">", &lif_backward_settled_kernel<Scalar, Model, 4, 8, kInput>);
-    add(kSettled + kinds + ", 16" + input + ">", &lif_backward_settled_kernel<Scalar, Model, 4, 16, kInput>);
+    add(kSettled + kinds + input + ", 0>", &lif_backward_settled_kernel<Scalar, Model, 4, kInput, 0>);
+    add(kSettled + kinds + input + ", 4>", &lif_backward_settled_kernel<Scalar, Model, 4, kInput, 4>);
   }
 
   template <class Real>

@@ -300,11 +300,10 @@ class Trial {
       if (backward) return address(&lif_backward_kernel<Scalar, Model, kLanes>);
     } else {
       if constexpr (kLanes == 4) {
-        if (backward && steps == 4) return address(&lif_backward_settled_kernel<Scalar, Model, 4, 4, kInput>);
-        if (backward && steps <= 8) return address(&lif_backward_settled_kernel<Scalar, Model, 4, 8, kInput>);
+        if (backward && steps == 4) return address(&lif_backward_settled_kernel<Scalar, Model, 4, kInput, 4>);
         if (steps == 4) return address(&lif_forward_kernel<Scalar, Model, 4, kInput, 4>);
       }
-      if (backward) return address(&lif_backward_settled_kernel<Scalar, Model, kLanes, 16, kInput>);
+      if (backward) return address(&lif_backward_settled_kernel<Scalar, Model, kLanes, kInput, 0>);
     }
     return address(&lif_forward_kernel<Scalar, Model, kLanes, kInput, 0>);
   }
