@@ -81,7 +81,6 @@ MUTANTS = {
                                            "element -= kSteps * stride;", ""),
         "potentials of another step": kernels("h[k] = potentials[@]", "first + k", "first + (k ^ 1)"),
         "potentials kept for another step": kernels("potentials[@][threadIdx.x] = h[k]", "first + k", "first + (k ^ 2)"),
-        "the last potential is not read": kernels("if (@) h[k] = potentials", "k < left", "k + 1 < left"),
         "carried too early in the settled backward": kernels(f"\n    {LAST_GRADIENT}", "", "carried = true;"),
         "carried too late in the settled backward": kernels("\n            @\n", "carried = true;", ""),
         "through the reset though nothing is carried": kernels("if (@ && !options.detach_reset)", "carried", "true"),
@@ -98,8 +97,6 @@ MUTANTS = {
         "decay's gradient of another spike": kernels("fire_lane(@, j), neuron, lane(before", "k - 1", "k"),
         "decay's gradient of a potential before others": kernels("h_before = potentials[@]", "first - 1", "first"),
         "decay's gradient of a spike before others": kernels("analog = noise.from(@)", "first - 1", "first"),
-        "decay's gradient of the segment's first state": kernels("if (@) load_state(params, params.checkpoints",
-                                                                 "k == 0 && first == 0", "k == 0 && first >= 0"),
         "decay's gradient of the first segment": kernels("params.checkpoints, @, place, before)", "start", "0"),
         "threshold's gradient without a width": kernels("gradients[j].dy * @;", "neuron.inverse_width", "Real(1)"),
         "reset's gradient only of what is given": kernels(

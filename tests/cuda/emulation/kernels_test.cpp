@@ -49,7 +49,7 @@ struct Coverage {
 
 // Each type but double has its two forward and two backward kernels for one neuron a thread, and for four one of each
 // for everything; for plain and for normalised input two forward and three backward.
-constexpr std::size_t kKernels = 4 * (2 + 2 + 2 + 2 * (2 + 3)) + (2 + 2);
+constexpr std::size_t kKernels = 4 * (2 + 2 + 2 + 2 * (2 + 2)) + (2 + 2);
 
 template <class Scalar, Surrogate kSurrogate, bool kHardReset>
 class Trial {
