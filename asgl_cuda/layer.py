@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_analog_prob
+from .checks import check_analog_prob, check_multi_spike
 
 
 def give_dimension(state_dict: dict[str, Any], prefix: str, *names: str) -> None:
@@ -34,7 +34,10 @@ class Noisy(nn.Module):
 
     @analog_prob.setter
     def analog_prob(self, value: float) -> None:
-        check_analog_prob(value, f"asgl_cuda.{type(self).__name__}")
+        caller = f"asgl_cuda.{type(self).__name__}"
+        check_analog_prob(value, caller)
+        if getattr(self, "multi_spike", False):
+            check_multi_spike(None, value, caller)
         self._analog_prob, self._has_noise = float(value), value > 0
         self._keep_as_data(getattr(self, "_analog_prob_data", torch.empty(0, device="cpu")).device)
 
