@@ -230,12 +230,9 @@ def _plan_of(caller: str, values: Sequence[Any], others: Sequence[Any]) -> _Plan
     x_seq, *front = values
     given = Arguments._make((*front, None, None, None, *others))
     time_dim = check_input(x_seq, given.time_dim, caller)
-    for name in (
-        "strict_threshold", "scale_output", "detach_reset", "multi_spike", "return_v_last", "return_v_seq",
-        "return_h_seq",
-    ):  # fmt: skip
+    for name in ("strict_threshold", "scale_output", "detach_reset", "return_v_last", "return_v_seq", "return_h_seq"):
         check_bool(name, getattr(given, name), caller)
-    check_surrogate(given.surrogate, caller, given.multi_spike)
+    check_surrogate(given.surrogate, caller, check_bool("multi_spike", given.multi_spike, caller))
     hard = given.v_reset is not None
     if given.reset_amount is not None and hard:
         raise ValueError(
@@ -427,13 +424,12 @@ def lif(
             s[t] = a + torch.where(mask[t], 0, z - a).detach()
             v = h * (1 - s[t]) + v_reset * s[t]
 
-    With `v_reset=None, multi_spike=True, surrogate="periodic_exponential"` the gradient of s is that of a::
+    With `v_reset=None, multi_spike=True, surrogate="periodic_exponential"` it has these lines::
 
             above = v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)
             d = h + (torch.where(h < v_threshold, h - v_threshold, above) - h).detach()
             a = laplace(d / width)  # of slope exp(-|d| / width) / (2 width)
-            s[t] = a + ((h > 0) * (h / v_threshold).trunc() - a).detach()
-            v = h - reset_amount * s[t]
+            z = (h > 0) * (h / v_threshold).trunc()
     """
     given = Arguments(
         width, decay, v_threshold, v_reset, reset_amount, input_gain, input_bias, input_mean, analog_prob, v_init,

@@ -12,19 +12,9 @@ from torch import Tensor, fx, nn
 
 from .backends import BACKENDS
 from .batch_norm import module_batch_norm_lif
-from .checks import (
-    check_bool,
-    check_features,
-    check_finite,
-    check_input,
-    check_multi_spike,
-    check_number,
-    check_surrogate,
-    check_time_dim,
-    check_width,
-)
+from .checks import check_bool, check_finite, check_input, check_number, check_surrogate, check_time_dim, check_width
 from .functional import Arguments, LIFOutput, computed
-from .layer import Noisy, give_dimension
+from .layer import Noisy, check_features, give_dimension
 from .layout import state_shape
 from .learned import BOUND, Logarithm, Logit
 from .transforms import transforming
@@ -128,9 +118,6 @@ class LIF(Noisy):
         self.multi_spike = check_bool("multi_spike", multi_spike, _CALLER)
         check_surrogate(surrogate, _CALLER, multi_spike)
         check_time_dim(time_dim, _CALLER)
-        if multi_spike:
-            check_multi_spike(v_reset, analog_prob, _CALLER)
-        self.analog_prob = analog_prob
         if reset_amount is not None and v_reset is not None:
             raise ValueError(
                 f"asgl_cuda.LIF: reset_amount is for the soft reset and needs v_reset=None, got v_reset {v_reset}"
@@ -140,6 +127,7 @@ class LIF(Noisy):
         self.num_features = check_features(num_features, granularity, _CALLER)
         self.granularity = granularity
         self.v_reset = None if v_reset is None else check_finite("v_reset", v_reset, _CALLER)
+        self.analog_prob = analog_prob
         self.reset_amount = None if reset_amount is None else check_finite("reset_amount", reset_amount, _CALLER)
         self.v_min = None if v_min is None else check_finite("v_min", v_min, _CALLER)
         self.v_rest = check_finite("v_rest", v_rest, _CALLER)

@@ -120,11 +120,6 @@ def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
     return result
 
 
-def several_spikes(h: Tensor, v_threshold: Tensor) -> Tensor:
-    """How many thresholds there are in a potential."""
-    return (h > 0) * torch.div(h, v_threshold, rounding_mode="trunc")
-
-
 def periodic_distance(h: Tensor, v_threshold: Tensor) -> Tensor:
     """From the threshold below it, from the nearest multiple of the threshold above, twice as far; the slope is 1."""
     u = h - v_threshold
@@ -171,7 +166,7 @@ def lif_reference(
         a = cumulative(d * at(inverse_width, t))
         z = (u > 0 if rules.strict_threshold else u >= 0).to(real)
         if rules.multi_spike:
-            z = several_spikes(h, at(v_threshold, t))
+            z = (h > 0) * torch.div(h, at(v_threshold, t), rounding_mode="trunc")
         hard_or_analog = torch.where(analog[t], a, z).detach()
         s = with_gradient_of(hard_or_analog, a, numbers.surrogate_gain)
         s_reset = s.detach() if rules.detach_reset else s

@@ -114,20 +114,16 @@ cudaError_t cut(BackwardParams<Scalar>& params) {
 }
 
 // Calls f(lanes, input), with the neurons a thread and the input of the kernel as constants. A thread with one neuron
-// has no kernel of its own for plain input, and some models have general kernels alone.
-template <class Scalar, class Model, class Params, class F>
+// has no kernel of its own for plain input.
+template <class Scalar, class Params, class F>
 void with_kind(const Params& params, F&& f) {
   const auto with_lanes = [&](auto lanes) {
     const Input input = input_of(params);
-    if (Model::kOnlyGeneral || input == Input::kGeneral) {
-      return f(lanes, std::integral_constant<Input, Input::kGeneral>{});
+    if (input == Input::kGeneral) return f(lanes, std::integral_constant<Input, Input::kGeneral>{});
+    if constexpr (lanes() == 4) {
+      if (input == Input::kPlain) return f(lanes, std::integral_constant<Input, Input::kPlain>{});
     }
-    if constexpr (!Model::kOnlyGeneral) {
-      if constexpr (lanes() == 4) {
-        if (input == Input::kPlain) return f(lanes, std::integral_constant<Input, Input::kPlain>{});
-      }
-      f(lanes, std::integral_constant<Input, Input::kNormalised>{});
-    }
+    f(lanes, std::integral_constant<Input, Input::kNormalised>{});
   };
   if constexpr (kHasFours<Scalar>) {
     if (params.tiles.tile > kBlockThreads) return with_lanes(std::integral_constant<int, 4>{});
@@ -138,11 +134,12 @@ void with_kind(const Params& params, F&& f) {
 template <class Model, class Scalar>
 cudaError_t launch(Model, const ForwardParams<Scalar>& params, cudaStream_t stream) {
   void (*kernel)(ForwardParams<Scalar>) = nullptr;
-  with_kind<Scalar, Model>(params, [&](auto lanes, auto input) {
-    kernel = &lif_forward_kernel<Scalar, Model, lanes(), input(), 0>;
-    if constexpr (lanes() == 4 && input() != Input::kGeneral) {
+  with_kind<Scalar>(params, [&](auto lanes, auto input) {
+    constexpr Input kInput = Model::kOnlyGeneral ? Input::kGeneral : input();
+    kernel = &lif_forward_kernel<Scalar, Model, lanes(), kInput, 0>;
+    if constexpr (lanes() == 4 && kInput != Input::kGeneral) {
       if (params.shape.steps == kShortSequence) {
-        kernel = &lif_forward_kernel<Scalar, Model, 4, input(), kShortSequence>;
+        kernel = &lif_forward_kernel<Scalar, Model, 4, kInput, kShortSequence>;
       }
     }
   });
@@ -152,8 +149,8 @@ cudaError_t launch(Model, const ForwardParams<Scalar>& params, cudaStream_t stre
 template <class Model, class Scalar>
 cudaError_t launch(Model, const BackwardParams<Scalar>& params, cudaStream_t stream) {
   void (*kernel)(BackwardParams<Scalar>) = nullptr;
-  with_kind<Scalar, Model>(params, [&](auto lanes, auto input) {
-    if constexpr (input() == Input::kGeneral) {
+  with_kind<Scalar>(params, [&](auto lanes, auto input) {
+    if constexpr (Model::kOnlyGeneral || input() == Input::kGeneral) {
       kernel = &lif_backward_kernel<Scalar, Model, lanes()>;
     } else {
       kernel = &lif_backward_settled_kernel<Scalar, Model, lanes(), kCheckpointSteps, input()>;

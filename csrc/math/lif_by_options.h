@@ -6,22 +6,6 @@
 
 namespace asgl {
 
-namespace math {
-
-#if defined(__CUDA_ARCH__)
-ASGL_HOST_DEVICE float trunc(float x) { return ::truncf(x); }
-ASGL_HOST_DEVICE double trunc(double x) { return ::trunc(x); }
-ASGL_HOST_DEVICE float floor(float x) { return ::floorf(x); }
-ASGL_HOST_DEVICE double floor(double x) { return ::floor(x); }
-#else
-ASGL_HOST_DEVICE float trunc(float x) { return __builtin_truncf(x); }
-ASGL_HOST_DEVICE double trunc(double x) { return __builtin_trunc(x); }
-ASGL_HOST_DEVICE float floor(float x) { return __builtin_floorf(x); }
-ASGL_HOST_DEVICE double floor(double x) { return __builtin_floor(x); }
-#endif
-
-}  // namespace math
-
 template <class Real>
 struct OptionalRules {
   using Hard = LIF<Surrogate::kRectangle, true>;
@@ -34,25 +18,26 @@ struct OptionalRules {
     if (options.multi_spike) return (h > Real(0) ? Real(1) : Real(0)) * math::trunc(h / neuron.v_threshold);
     const Real u = h - neuron.v_threshold;
     if (!analog) return firing.spike(u);
-    return with_surrogate(options.surrogate, [&](auto surrogate) { return surrogate.value(u * neuron.inverse_width); });
+    return any_surrogate(options.surrogate, u * neuron.inverse_width);
+  }
+
+  ASGL_HOST_DEVICE Real after_reset(Real h, Real s, const Neuron<Real>& neuron) const {
+    State<Real> state;
+    options.hard_reset ? Hard::reset(h, s, neuron, state) : Soft::reset(h, s, neuron, state);
+    return state.v;
   }
 
   // floored: v[t] = relu(v - v_min) + v_min,   v after reset
   template <class States>
   ASGL_HOST_DEVICE void reset(Real h, Real s, const Neuron<Real>& neuron, States&& state) const {
-    options.hard_reset ? Hard::reset(h, s, neuron, state) : Soft::reset(h, s, neuron, state);
-    if (!options.floored) return;
-    const Real above = state.v - options.v_min;
-    state.v = (above <= Real(0) ? Real(0) : above) + options.v_min;
+    const Real v = after_reset(h, s, neuron), above = v - options.v_min;
+    state.v = options.floored ? (above <= Real(0) ? Real(0) : above) + options.v_min : v;
   }
 
-  // d v = 0 where v <= v_min
+  // dv = 0 where v <= v_min
   template <class States>
   ASGL_HOST_DEVICE void floor_adjoint(Real h, Real s, const Neuron<Real>& neuron, States&& d_state) const {
-    if (!options.floored) return;
-    State<Real> state;
-    options.hard_reset ? Hard::reset(h, s, neuron, state) : Soft::reset(h, s, neuron, state);
-    if (state.v - options.v_min <= Real(0)) d_state.v = Real(0);
+    if (options.floored && after_reset(h, s, neuron) - options.v_min <= Real(0)) d_state.v = Real(0);
   }
 
   ASGL_HOST_DEVICE Real gradient_of_reset(Real dv, Real s) const {
@@ -79,7 +64,7 @@ struct OptionalRules {
                                                    const Neuron<Real>& neuron, const NeuronOptions<Real>&,
                                                    States&& d_state) const {
     const Real y = distance(h, neuron) * neuron.inverse_width, da = ds * options.surrogate_gain;
-    const Real dy = with_surrogate(options.surrogate, [&](auto surrogate) { return surrogate.adjoint(y, da); });
+    const Real dy = any_surrogate(options.surrogate, y, da);
     return options.hard_reset ? Hard::charge_adjoint(dy, gh, s, carried, neuron, d_state)
                               : Soft::charge_adjoint(dy, gh, s, carried, neuron, d_state);
   }
