@@ -25,7 +25,7 @@ void with_model(const NeuronOptions<Real>& options, F&& f, std::integer_sequence
   (call(std::integral_constant<int, kIds>{}), ...);
 }
 template <class Real, class F>
-void with_model(const NeuronOptions<Real>& options, F&& f) {
+void with_model(const AllOptions<Real>& options, F&& f) {
   if (options.has_optional_rules()) return f(LIFByOptions{});
   with_model(options, f, std::make_integer_sequence<int, kNumSurrogates>{});
 }

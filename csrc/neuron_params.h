@@ -107,7 +107,7 @@ struct LIFParams {
   using Real = Real_t<Scalar>;
   SequenceShape shape;
   ParameterView<Real> parameters[kNumParameters];
-  NeuronOptions<Real> options;
+  AllOptions<Real> options;
   NoiseParams noise;
   NeuronTiles tiles;
   const Scalar* x_seq;      // [outer, T, inner]

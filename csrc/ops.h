@@ -135,17 +135,17 @@ class Call {
     for (int id = 0; id < kNumParameters; ++id) params.parameters[id] = view<Real>(id);
     params.options = {static_cast<Real>(numbers_.v_rest),
                       static_cast<Real>(numbers_.surrogate_gain),
-                      static_cast<Real>(numbers_.v_min),
                       static_cast<Surrogate>(rules_.surrogate),
                       rules_.hard_reset != 0,
                       rules_.strict_threshold != 0,
                       rules_.scale_output != 0,
                       rules_.detach_reset != 0,
+                      rules_.log_width != 0,
+                      rules_.logit_decay != 0,
+                      static_cast<Real>(numbers_.v_min),
                       rules_.multi_spike != 0,
                       rules_.periodic != 0,
-                      rules_.floored != 0,
-                      rules_.log_width != 0,
-                      rules_.logit_decay != 0};
+                      rules_.floored != 0};
     params.noise = {
         rng_state_.has_value() ? reinterpret_cast<const int64*>(rng_state_->const_data_ptr<int64_t>()) : nullptr,
         static_cast<uint32>(rules_.analog_below)};

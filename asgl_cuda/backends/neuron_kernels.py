@@ -164,7 +164,7 @@ class _Call:
                 )
         given = {**Numbers(*numbers)._asdict(), **self.rules._asdict()}
         self.views = Parameters(*(self._view(tensor, given[name]) for name, tensor in self.tensors._asdict().items()))
-        options = structure("NeuronOptions", self.real)
+        options = structure("AllOptions", self.real)
         self.options = options(**{name: given[name] for name, *_ in options._fields_})
 
     def _view(self, parameter: ParameterTensor | None, number: float) -> Structure:

@@ -70,7 +70,7 @@ template <class Real, class Model, class Neurons>
 struct StepLoop {
   struct Args {
     Neurons neurons;
-    NeuronOptions<Real> options;
+    AllOptions<Real> options;
     uint32 analog_below;
     int64 length;
     const Real* x;
@@ -103,7 +103,7 @@ template <class Real, class Model, class Neurons>
 struct AdjointLoop {
   struct Args {
     Neurons neurons;
-    NeuronOptions<Real> options;
+    AllOptions<Real> options;
     int64 length;
     bool carried;
     const Real *g, *gh, *h, *s;

@@ -142,7 +142,7 @@ template <class Model, class Scalar>
 void run_general(const BackwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   constexpr Operand<Real> kZero = {nullptr, Real(0)}, kOne = {nullptr, Real(1)};
-  const NeuronOptions<Real>& options = params.options;
+  const AllOptions<Real>& options = params.options;
   const int64 segment = segment_steps(params.shape.steps);
   const int64 states = std::max<int64>(2, states_of(params, segment));
 

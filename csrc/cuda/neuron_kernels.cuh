@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
-  const auto model = Model::of(options);
+  const auto model = Model::of(params.options);
   ThreadNeuron<Real, kInput> neuron(params.parameters, place.read_n, options);
   State<Real[kLanes]> state;
   load_state(params, State<const Real*>{}, 0, place, state);
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
-  const auto model = Model::of(options);
+  const auto model = Model::of(params.options);
   ThreadNeuron<Real, Input::kGeneral> neuron(params.parameters, place.read_n, options);
   Run run;
   const auto store_sum = [&](int id, int64 t, Real sum, int row) {

@@ -6,11 +6,22 @@
 
 namespace asgl {
 
+// Other kernels copy their part of it, as if there were no more.
+template <class Real>
+struct AllOptions : NeuronOptions<Real> {
+  Real v_min;
+  bool multi_spike;
+  bool periodic;  // the surrogate is a function of the distance below
+  bool floored;   // by v_min
+
+  ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored; }
+};
+
 template <class Real>
 struct OptionalRules {
   using Hard = LIF<Surrogate::kRectangle, true>;
   using Soft = LIF<Surrogate::kRectangle, false>;
-  const NeuronOptions<Real>& options;
+  const AllOptions<Real>& options;
 
   // multi_spike: s = trunc(h / v_threshold) where h > 0, else 0 (as this product, NaN for NaN)
   template <class FiringRule>
@@ -63,10 +74,12 @@ struct OptionalRules {
   ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real ds, Real gh, Real h, Real s, bool carried,
                                                    const Neuron<Real>& neuron, const NeuronOptions<Real>&,
                                                    States&& d_state) const {
-    const Real y = distance(h, neuron) * neuron.inverse_width, da = ds * options.surrogate_gain;
-    const Real dy = any_surrogate(options.surrogate, y, da);
-    return options.hard_reset ? Hard::charge_adjoint(dy, gh, s, carried, neuron, d_state)
-                              : Soft::charge_adjoint(dy, gh, s, carried, neuron, d_state);
+    const Real dv = d_state.v, y = distance(h, neuron) * neuron.inverse_width;
+    const Real dy = any_surrogate(options.surrogate, y, ds * options.surrogate_gain);
+    const Real from_v = options.hard_reset ? dv * (Real(1) - s) : dv;
+    const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
+    d_state.v = neuron.decay * dh;
+    return {dy, dh, dh};
   }
 };
 
@@ -75,7 +88,7 @@ struct LIFByOptions : LIF<Surrogate::kRectangle, true> {
   static constexpr bool kOnlyGeneral = true;
 
   template <class Real>
-  static ASGL_HOST_DEVICE OptionalRules<Real> of(const NeuronOptions<Real>& options) {
+  static ASGL_HOST_DEVICE OptionalRules<Real> of(const AllOptions<Real>& options) {
     return {options};
   }
 };

@@ -60,20 +60,13 @@ template <class Real>
 struct NeuronOptions {
   Real v_rest;
   Real surrogate_gain;
-  Real v_min;
   Surrogate surrogate;
   bool hard_reset;
   bool strict_threshold;
   bool scale_output;
   bool detach_reset;
-  bool multi_spike;
-  bool periodic;     // the surrogate is a function of the distance in LIFByOptions
-  bool floored;      // by v_min
   bool log_width;    // the parameter kWidth is the logarithm of the width
   bool logit_decay;  // kDecay is the logit of the decay
-
-  // Says whether this takes the model LIFByOptions.
-  ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored; }
 };
 
 // charge may take this for granted, which changes nothing except the sign of a zero.
@@ -145,8 +138,8 @@ struct LIF {
   static constexpr bool kResetsHard = kHardReset, kOnlyGeneral = false;
 
   // General kernels call the functions of this, which for other models know the options.
-  template <class Real>
-  static ASGL_HOST_DEVICE LIF of(const NeuronOptions<Real>&) {
+  template <class Options>
+  static ASGL_HOST_DEVICE LIF of(const Options&) {
     return {};
   }
 
@@ -208,15 +201,8 @@ struct LIF {
   static ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real ds, GradientOfH gh, Real h, Real s, bool carried,
                                                           const Neuron<Real>& neuron,
                                                           const NeuronOptions<Real>& options, States&& d_state) {
-    const Real y = distance(h, neuron) * neuron.inverse_width;
+    const Real dv = d_state.v, y = distance(h, neuron) * neuron.inverse_width;
     const Real dy = SurrogateMath<kSurrogate>::adjoint(y, ds * options.surrogate_gain);
-    return charge_adjoint(dy, gh, s, carried, neuron, d_state);
-  }
-
-  template <class Real, class GradientOfH, class States>
-  static ASGL_HOST_DEVICE StepGradient<Real> charge_adjoint(Real dy, GradientOfH gh, Real s, bool carried,
-                                                            const Neuron<Real>& neuron, States&& d_state) {
-    const Real dv = d_state.v;
     const Real from_v = kHardReset ? dv * (Real(1) - s) : dv;
     const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
     d_state.v = neuron.decay * dh;

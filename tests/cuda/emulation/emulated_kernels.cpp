@@ -62,7 +62,7 @@ class Kernels {
     }
     for (int surrogate = 0; surrogate < kNumSurrogates; ++surrogate) {
       for (const bool hard_reset : {false, true}) {
-        NeuronOptions<float> options{};
+        AllOptions<float> options{};
         options.surrogate = static_cast<Surrogate>(surrogate);
         options.hard_reset = hard_reset;
         const std::string name =
