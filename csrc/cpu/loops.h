@@ -44,28 +44,6 @@ ASGL_HOST_DEVICE void store(const State<Real>& state, const State<Real*>& rows, 
   for_each_member([=](Real value, Real* row) __attribute__((always_inline)) { row[i] = value; }, state, rows);
 }
 
-// Rows of a logarithm become rows of the width, and rows of a logit rows of the decay.
-template <class Real>
-struct ExpLoop {
-  struct Args {
-    Real* row;
-    int64 length;
-  };
-
-  static ASGL_HOST_DEVICE void run(Args args) {
-    for (int64 i = 0; i < args.length; ++i) args.row[i] = exp_within_bound(args.row[i]);
-  }
-};
-
-template <class Real>
-struct SigmoidLoop {
-  using Args = typename ExpLoop<Real>::Args;
-
-  static ASGL_HOST_DEVICE void run(Args args) {
-    for (int64 i = 0; i < args.length; ++i) args.row[i] = sigmoid_within_bound(args.row[i]);
-  }
-};
-
 template <class Real, class Model, class Neurons>
 struct StepLoop {
   struct Args {
@@ -111,7 +89,13 @@ struct AdjointLoop {
     Real *d_reset, *distance, *dy, *dh, *dx;
   };
 
+  // Where the options name the surrogate, each has a loop of its own, as a loop with a choice is not vectorised.
+  template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
+    if constexpr (Model::kOnlyGeneral && kId + 1 < kNumSurrogates) {
+      if (static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
+    }
+    args.options.surrogate = static_cast<Surrogate>(kId);  // LIF does not ask for it
     const auto model = Model::of(args.options);
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) {

@@ -8,6 +8,28 @@
 
 namespace asgl::cpu {
 
+// Rows of a logarithm become rows of the width, and rows of a logit rows of the decay.
+template <class Real>
+struct ExpLoop {
+  struct Args {
+    Real* row;
+    int64 length;
+  };
+
+  static ASGL_HOST_DEVICE void run(Args args) {
+    for (int64 i = 0; i < args.length; ++i) args.row[i] = exp_within_bound(args.row[i]);
+  }
+};
+
+template <class Real>
+struct SigmoidLoop {
+  using Args = typename ExpLoop<Real>::Args;
+
+  static ASGL_HOST_DEVICE void run(Args args) {
+    for (int64 i = 0; i < args.length; ++i) args.row[i] = sigmoid_within_bound(args.row[i]);
+  }
+};
+
 // The parameter of each neuron of a tile, or one over it.
 template <class Real>
 void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, int64 t, Real* row,

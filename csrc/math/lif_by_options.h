@@ -17,6 +17,16 @@ struct AllOptions : NeuronOptions<Real> {
   ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored; }
 };
 
+// a or b. The condition is the same for all elements: as a mask it costs no branch in their loop.
+ASGL_HOST_DEVICE float choose(bool condition, float a, float b) {
+  const uint32 mask = 0u - static_cast<uint32>(condition);
+  return bit_cast<float>((bit_cast<uint32>(a) & mask) | (bit_cast<uint32>(b) & ~mask));
+}
+ASGL_HOST_DEVICE double choose(bool condition, double a, double b) {
+  const uint64 mask = 0ull - static_cast<uint64>(condition);
+  return bit_cast<double>((bit_cast<uint64>(a) & mask) | (bit_cast<uint64>(b) & ~mask));
+}
+
 template <class Real>
 struct OptionalRules {
   using Hard = LIF<Surrogate::kRectangle, true>;
@@ -26,48 +36,48 @@ struct OptionalRules {
   // multi_spike: s = trunc(h / v_threshold) where h > 0, else 0 (as this product, NaN for NaN)
   template <class FiringRule>
   ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) const {
-    if (options.multi_spike) return (h > Real(0) ? Real(1) : Real(0)) * math::trunc(h / neuron.v_threshold);
     const Real u = h - neuron.v_threshold;
-    if (!analog) return firing.spike(u);
-    return any_surrogate(options.surrogate, u * neuron.inverse_width);
+    if (analog) return any_surrogate(options.surrogate, u * neuron.inverse_width);
+    const Real several = (h > Real(0) ? Real(1) : Real(0)) * math::trunc(h / neuron.v_threshold);
+    return choose(options.multi_spike, several, firing.spike(u));
   }
 
   ASGL_HOST_DEVICE Real after_reset(Real h, Real s, const Neuron<Real>& neuron) const {
-    State<Real> state;
-    options.hard_reset ? Hard::reset(h, s, neuron, state) : Soft::reset(h, s, neuron, state);
-    return state.v;
+    State<Real> hard, soft;
+    Hard::reset(h, s, neuron, hard);
+    Soft::reset(h, s, neuron, soft);
+    return choose(options.hard_reset, hard.v, soft.v);
   }
 
   // floored: v[t] = relu(v - v_min) + v_min,   v after reset
   template <class States>
   ASGL_HOST_DEVICE void reset(Real h, Real s, const Neuron<Real>& neuron, States&& state) const {
     const Real v = after_reset(h, s, neuron), above = v - options.v_min;
-    state.v = options.floored ? (above <= Real(0) ? Real(0) : above) + options.v_min : v;
+    state.v = choose(options.floored, (above <= Real(0) ? Real(0) : above) + options.v_min, v);
   }
 
   // dv = 0 where v <= v_min
   template <class States>
   ASGL_HOST_DEVICE void floor_adjoint(Real h, Real s, const Neuron<Real>& neuron, States&& d_state) const {
-    if (options.floored && after_reset(h, s, neuron) - options.v_min <= Real(0)) d_state.v = Real(0);
+    const Real dv = d_state.v, above = after_reset(h, s, neuron) - options.v_min;
+    d_state.v = choose(options.floored, above <= Real(0) ? Real(0) : dv, dv);
   }
 
   ASGL_HOST_DEVICE Real gradient_of_reset(Real dv, Real s) const {
-    return options.hard_reset ? Hard::gradient_of_reset(dv, s) : Soft::gradient_of_reset(dv, s);
+    return choose(options.hard_reset, Hard::gradient_of_reset(dv, s), Soft::gradient_of_reset(dv, s));
   }
 
   ASGL_HOST_DEVICE Real spike_gradient(Real g, Real h, bool through_reset, const Neuron<Real>& neuron, Real dv) const {
-    return options.hard_reset ? Hard::spike_gradient(g, h, through_reset, neuron, dv)
-                              : Soft::spike_gradient(g, h, through_reset, neuron, dv);
+    return choose(options.hard_reset, Hard::spike_gradient(g, h, through_reset, neuron, dv),
+                  Soft::spike_gradient(g, h, through_reset, neuron, dv));
   }
 
   // periodic: d = u                                                          where h < v_threshold
   //             = v_threshold * (2 frac(h / v_threshold - 1/2) - 1)          else;   its slope by h is 1
   ASGL_HOST_DEVICE Real distance(Real h, const Neuron<Real>& neuron) const {
-    const Real u = h - neuron.v_threshold;
-    if (!options.periodic) return u;
-    const Real turns = h / neuron.v_threshold - Real(0.5);
+    const Real u = h - neuron.v_threshold, turns = h / neuron.v_threshold - Real(0.5);
     const Real above = neuron.v_threshold * (Real(2) * (turns - math::floor(turns)) - Real(1));
-    return h < neuron.v_threshold ? u : above;
+    return choose(options.periodic, h < neuron.v_threshold ? u : above, u);
   }
 
   template <class States>
@@ -76,7 +86,7 @@ struct OptionalRules {
                                                    States&& d_state) const {
     const Real dv = d_state.v, y = distance(h, neuron) * neuron.inverse_width;
     const Real dy = any_surrogate(options.surrogate, y, ds * options.surrogate_gain);
-    const Real from_v = options.hard_reset ? dv * (Real(1) - s) : dv;
+    const Real from_v = choose(options.hard_reset, dv * (Real(1) - s), dv);
     const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
     d_state.v = neuron.decay * dh;
     return {dy, dh, dh};
