@@ -106,7 +106,7 @@ def section_and_name(kernel: Kernel) -> tuple[str, str]:
     """The row that counts the kernel."""
     if kernel.dtype in LISTED_DTYPES and kernel.surrogate in LISTED_SURROGATES:
         return f"{kernel.dtype}, {kernel.surrogate}", f"{kernel.kind}, {kernel.reset}"
-    return OTHERS, f"{kernel.kind}, {kernel.dtype}"
+    return OTHERS, ", ".join((kernel.kind, *("any",) * (kernel.reset == "any reset"), kernel.dtype))
 
 
 def in_reading_order(kernel: Kernel) -> tuple[Any, ...]:
