@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from .layout import state_shape
 from .learned import Logarithm, Logit
 from .reference import DRAWS
-from .surrogate import SURROGATES
+from .surrogate import PERIODIC, SURROGATES
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 PLAIN_TENSORS = (Tensor, Parameter)
@@ -64,10 +64,23 @@ def check_time_dim(time_dim: Any, caller: str) -> None:
         raise TypeError(f"{caller}: time_dim must be an int, got {type(time_dim).__name__}")
 
 
-def check_surrogate(surrogate: Any, caller: str) -> None:
-    """One of the names in SURROGATES."""
-    if not isinstance(surrogate, str) or surrogate not in SURROGATES:
-        raise ValueError(f"{caller}: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
+def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> None:
+    """One of the names in SURROGATES, or PERIODIC."""
+    if not isinstance(surrogate, str) or surrogate not in (*SURROGATES, PERIODIC):
+        raise ValueError(f"{caller}: surrogate must be one of {', '.join((*SURROGATES, PERIODIC))}, got {surrogate!r}")
+    if surrogate == PERIODIC and not multi_spike:
+        raise ValueError(f"{caller}: surrogate {PERIODIC!r} needs multi_spike=True")
+
+
+def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
+    """What several spikes a step ask of the other arguments."""
+    if v_reset is not None:
+        raise ValueError(f"{caller}: multi_spike is for the soft reset and needs v_reset=None, got v_reset {v_reset}")
+    if isinstance(analog_prob, Tensor) or analog_prob != 0:
+        raise ValueError(
+            f"{caller}: multi_spike needs analog_prob=0, got {analog_prob}: its surrogates are the slope of no smooth "
+            "number of spikes that an element could emit"
+        )
 
 
 _LEAST_WIDTH = {real: math.sqrt(torch.finfo(real).tiny) for real in (torch.float32, torch.float64)}
@@ -197,7 +210,7 @@ def check_generator(generator: Any, x_seq: Tensor, caller: str) -> None:
 def check_finite(name: str, value: Any, caller: str) -> float:
     """The value as a float that is neither infinite nor NaN."""
     number = check_number(name, value, caller)
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # nor can torch.compile trace math.isfinite
         raise ValueError(f"{caller}: {name} must be finite, got {number}")
     return number
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_analog_prob
+from .checks import check_analog_prob, check_multi_spike
 
 
 def give_dimension(state_dict: dict[str, Any], prefix: str, *names: str) -> None:
@@ -18,6 +18,33 @@ def give_dimension(state_dict: dict[str, Any], prefix: str, *names: str) -> None
         value = state_dict.get(prefix + name)
         if isinstance(value, Tensor) and value.dim() == 0:
             state_dict[prefix + name] = value.reshape(1)
+
+
+def check_features(num_features: int | Sequence[int] | None, granularity: str, caller: str) -> tuple[int, ...]:
+    """The sizes of what each parameter of a layer is for, which fit its granularity."""
+    if num_features is None:
+        sizes: Sequence[int] = ()
+    else:
+        sizes = num_features if isinstance(num_features, Sequence) else (num_features,)
+    if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
+        raise TypeError(
+            f"{caller}: num_features must be an int or a sequence of ints, got {type(num_features).__name__}"
+        )
+    if granularity not in ("layer", "channel", "neuron"):
+        raise ValueError(f"{caller}: granularity must be layer, channel or neuron, got {granularity!r}")
+    if granularity == "layer":
+        if sizes:
+            raise ValueError(
+                f"{caller}: num_features needs granularity 'channel' or 'neuron', got {num_features} with "
+                "granularity 'layer'"
+            )
+        return ()
+    if num_features is None or (granularity == "channel" and len(sizes) != 1):
+        wanted = "the number of channels" if granularity == "channel" else "the shape of the neurons"
+        raise ValueError(f"{caller}: granularity {granularity!r} needs num_features, {wanted}, got {num_features}")
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"{caller}: num_features must be positive, got {num_features}")
+    return tuple(sizes)
 
 
 class Noisy(nn.Module):
@@ -34,7 +61,10 @@ class Noisy(nn.Module):
 
     @analog_prob.setter
     def analog_prob(self, value: float) -> None:
-        check_analog_prob(value, f"asgl_cuda.{type(self).__name__}")
+        caller = f"asgl_cuda.{type(self).__name__}"
+        check_analog_prob(value, caller)
+        if getattr(self, "multi_spike", False):
+            check_multi_spike(self.v_reset, value, caller)
         self._analog_prob, self._has_noise = float(value), value > 0
         self._keep_as_data(getattr(self, "_analog_prob_data", torch.empty(0, device="cpu")).device)
 

@@ -14,7 +14,7 @@ from .backends import BACKENDS
 from .batch_norm import module_batch_norm_lif
 from .checks import check_bool, check_finite, check_input, check_number, check_surrogate, check_time_dim, check_width
 from .functional import Arguments, LIFOutput, computed
-from .layer import Noisy, give_dimension
+from .layer import Noisy, check_features, give_dimension
 from .layout import state_shape
 from .learned import BOUND, Logarithm, Logit
 from .transforms import transforming
@@ -55,6 +55,8 @@ class LIF(Noisy):
         strict_threshold: fire above the threshold, not at it.
         detach_reset: let no gradient flow through the spike inside the reset.
         scale_output: emit `v_threshold` instead of 1 for a spike.
+        multi_spike: emit several spikes a step; needs `v_reset=None` and, now and later, `analog_prob=0`.
+        v_min: floor of the potential after reset, in units of the input; None for none.
         stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Not for
             activation checkpointing, which calls twice.
         store_v_seq: keep the potentials after reset of the last call as `v_seq`, in the shape of the input.
@@ -103,6 +105,8 @@ class LIF(Noisy):
         strict_threshold: bool = False,
         detach_reset: bool = False,
         scale_output: bool = False,
+        multi_spike: bool = False,
+        v_min: float | None = None,
         stateful: bool = False,
         store_v_seq: bool = False,
         time_dim: int = 0,
@@ -111,21 +115,21 @@ class LIF(Noisy):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if granularity not in ("layer", "channel", "neuron"):
-            raise ValueError(f"asgl_cuda.LIF: granularity must be layer, channel or neuron, got {granularity!r}")
-        check_surrogate(surrogate, _CALLER)
+        self.multi_spike = check_bool("multi_spike", multi_spike, _CALLER)
+        check_surrogate(surrogate, _CALLER, multi_spike)
         check_time_dim(time_dim, _CALLER)
-        self.analog_prob = analog_prob
         if reset_amount is not None and v_reset is not None:
             raise ValueError(
                 f"asgl_cuda.LIF: reset_amount is for the soft reset and needs v_reset=None, got v_reset {v_reset}"
             )
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"asgl_cuda.LIF: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        self.num_features = self._features(num_features, granularity)
+        self.num_features = check_features(num_features, granularity, _CALLER)
         self.granularity = granularity
         self.v_reset = None if v_reset is None else check_finite("v_reset", v_reset, _CALLER)
+        self.analog_prob = analog_prob
         self.reset_amount = None if reset_amount is None else check_finite("reset_amount", reset_amount, _CALLER)
+        self.v_min = None if v_min is None else check_finite("v_min", v_min, _CALLER)
         self.v_rest = check_finite("v_rest", v_rest, _CALLER)
         self.input_gain = check_finite("input_gain", input_gain, _CALLER)
         self.surrogate = surrogate
@@ -146,32 +150,6 @@ class LIF(Noisy):
         # Neither is a buffer: DistributedDataParallel would give every process the potentials of the first.
         self.v: Tensor | None = None
         self.v_seq: Tensor | None = None
-
-    @staticmethod
-    def _features(num_features: int | Sequence[int] | None, granularity: Granularity) -> tuple[int, ...]:
-        if num_features is None:
-            sizes: Sequence[int] = ()
-        else:
-            sizes = num_features if isinstance(num_features, Sequence) else (num_features,)
-        if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
-            raise TypeError(
-                f"asgl_cuda.LIF: num_features must be an int or a sequence of ints, got {type(num_features).__name__}"
-            )
-        if granularity == "layer":
-            if sizes:
-                raise ValueError(
-                    f"asgl_cuda.LIF: num_features needs granularity 'channel' or 'neuron', got {num_features} with "
-                    "granularity 'layer'"
-                )
-            return ()
-        if num_features is None or (granularity == "channel" and len(sizes) != 1):
-            wanted = "the number of channels" if granularity == "channel" else "the shape of the neurons"
-            raise ValueError(
-                f"asgl_cuda.LIF: granularity {granularity!r} needs num_features, {wanted}, got {num_features}"
-            )
-        if any(size < 1 for size in sizes):
-            raise ValueError(f"asgl_cuda.LIF: num_features must be positive, got {num_features}")
-        return tuple(sizes)
 
     def reset_parameters(self) -> None:
         """Gives the learned parameters the values that were last set, and forgets potentials.
@@ -310,8 +288,8 @@ class LIF(Noisy):
         return Arguments(
             width, decay, v_threshold, self.v_reset, self.reset_amount, input_gain, 0.0, 0.0,
             self.analog_prob_of_call(x_seq), v_init, None, generator, self.surrogate, self.surrogate_gain, self.v_rest,
-            self.strict_threshold, self.scale_output, self.detach_reset, self.time_dim, return_v_last, return_v_seq,
-            return_h_seq, self.backend,
+            self.strict_threshold, self.scale_output, self.detach_reset, self.multi_spike, self.v_min, self.time_dim,
+            return_v_last, return_v_seq, return_h_seq, self.backend,
         )  # fmt: skip
 
     def _carried(self) -> Tensor | None:
@@ -379,9 +357,9 @@ class LIF(Noisy):
         ]
         parts.append(f"v_reset={self.v_reset}")
         parts.append(f"surrogate={self.surrogate}, analog_prob={self.analog_prob:g}, granularity={self.granularity}")
-        defaults = {"reset_amount": None, "v_rest": 0.0, "input_gain": 1.0, "surrogate_gain": 1.0}
+        defaults = {"reset_amount": None, "v_min": None, "v_rest": 0.0, "input_gain": 1.0, "surrogate_gain": 1.0}
         parts.extend(f"{name}={value:g}" for name in defaults if (value := getattr(self, name)) != defaults[name])
-        flags = ("strict_threshold", "detach_reset", "scale_output", "stateful", "store_v_seq")
+        flags = ("multi_spike", "strict_threshold", "detach_reset", "scale_output", "stateful", "store_v_seq")
         parts.extend(f"{flag}=True" for flag in flags if getattr(self, flag))
         if self.time_dim:
             parts.append(f"time_dim={self.time_dim}")

@@ -67,9 +67,10 @@ class Kernel(NamedTuple):
         if match is None:
             return cls(demangled, "")
         name, arguments, surrogate, reset = match[1], match[2], "", ""
-        model = re.search(r"asgl::LIF<(.*), (true|false)>(, )?", arguments)
+        model = re.search(r"asgl::LIF(?:ByOptions|<(.*), (true|false)>)(, )?", arguments)
         if model is not None:
-            surrogate, reset = _SURROGATES[model[1]], {"true": "hard", "false": "soft"}[model[2]]
+            surrogate = _SURROGATES.get(model[1], "any surrogate")
+            reset = {"true": "hard", "false": "soft"}.get(model[2], "any reset")
             arguments = arguments.replace(model[0], "")
         dtype, *rest = arguments.split(", ")
         kind = f"{name}<{', '.join(rest)}>"

@@ -64,12 +64,12 @@ inline at::ScalarType real_type(const Tensor& x_seq) {
 // asgl_cuda/reference.py packs options into lists, as the fields of its Rules and Numbers; here the same fields stand
 // in the same order.
 struct Rules {
-  int64_t surrogate, hard_reset, strict_threshold, scale_output, detach_reset, log_width, logit_decay, analog_below,
-      time_dim;
+  int64_t surrogate, hard_reset, strict_threshold, scale_output, detach_reset, multi_spike, periodic, floored,
+      log_width, logit_decay, analog_below, time_dim;
 };
 struct Numbers {
   double constants[kNumParameters];  // in the order of ParameterId, 0 where the parameter is a tensor
-  double v_rest, surrogate_gain;
+  double v_rest, surrogate_gain, v_min;
 };
 
 template <class Fields, class Element>
@@ -141,7 +141,11 @@ class Call {
                       rules_.scale_output != 0,
                       rules_.detach_reset != 0,
                       rules_.log_width != 0,
-                      rules_.logit_decay != 0};
+                      rules_.logit_decay != 0,
+                      static_cast<Real>(numbers_.v_min),
+                      rules_.multi_spike != 0,
+                      rules_.periodic != 0,
+                      rules_.floored != 0};
     params.noise = {
         rng_state_.has_value() ? reinterpret_cast<const int64*>(rng_state_->const_data_ptr<int64_t>()) : nullptr,
         static_cast<uint32>(rules_.analog_below)};

@@ -54,6 +54,7 @@ OF_SURROGATES = {
     "fast_sigmoid": _RECIPROCAL,
     "laplace": _EXP,
 }
+OF_SURROGATES["any surrogate"] = set().union(*OF_SURROGATES.values())
 ROUNDED = ("add", "sub", "mul", "div", "rcp", "sqrt")
 
 

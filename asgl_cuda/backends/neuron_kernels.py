@@ -19,6 +19,7 @@ from ..ops import BackwardResult, ForwardResult, empty_gradients, empty_outputs,
 from ..reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules
 from .structures import constant, structure
 
+BY_OPTIONS = "asgl::LIFByOptions"  # a model with general kernels alone
 GENERAL, NORMALISED, PLAIN = "kGeneral", "kNormalised", "kPlain"  # enumerators of csrc's Input
 
 SCALARS = {
@@ -43,6 +44,8 @@ def _bool(value: object) -> str:
 
 def model(rules: Rules) -> str:
     """The type in csrc that computes such neurons, as with_model of csrc/launch.h chooses it."""
+    if rules.multi_spike or rules.floored:
+        return BY_OPTIONS
     return f"asgl::LIF<(asgl::Surrogate){rules.surrogate}, {_bool(rules.hard_reset)}>"
 
 
@@ -155,7 +158,7 @@ class _Call:
                 )
         given = {**Numbers(*numbers)._asdict(), **self.rules._asdict()}
         self.views = Parameters(*(self._view(tensor, given[name]) for name, tensor in self.tensors._asdict().items()))
-        options = structure("NeuronOptions", self.real)
+        options = structure("AllOptions", self.real)
         self.options = options(**{name: given[name] for name, *_ in options._fields_})
 
     def _view(self, parameter: ParameterTensor | None, number: float) -> Structure:
@@ -205,7 +208,7 @@ class _Call:
 
         Numbers are compared as the structures have rounded them.
         """
-        if not only_spikes or self.options.scale_output or self.options.v_rest != 0:
+        if not only_spikes or self.options.scale_output or self.options.v_rest != 0 or self.model == BY_OPTIONS:
             return GENERAL
         if any(view.data and view.step_stride for view in self.views):
             return GENERAL

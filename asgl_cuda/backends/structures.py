@@ -69,7 +69,7 @@ def _evaluate(expression: str) -> int:
 @functools.cache
 def _structure(name: str, argument: Any) -> type[Structure]:
     """`argument`: the type that its template is given, or the type of the arithmetic where that is Scalar."""
-    head = rf"^(?:template <class (\w+)>\n)?struct {name}(?: : (\w+)<Scalar>)? \{{$([\s\S]*?)^\}};$"
+    head = rf"^(?:template <class (\w+)>\n)?struct {name}(?: : (\w+)<\w+>)? \{{$([\s\S]*?)^\}};$"
     found = re.findall(head, _headers(), re.MULTILINE)
     if len(found) != 1:
         raise ValueError(f"asgl_cuda: the headers of csrc should define struct {name!r} once, not {len(found)} times")

@@ -44,33 +44,11 @@ ASGL_HOST_DEVICE void store(const State<Real>& state, const State<Real*>& rows, 
   for_each_member([=](Real value, Real* row) __attribute__((always_inline)) { row[i] = value; }, state, rows);
 }
 
-// Rows of a logarithm become rows of the width, and rows of a logit rows of the decay.
-template <class Real>
-struct ExpLoop {
-  struct Args {
-    Real* row;
-    int64 length;
-  };
-
-  static ASGL_HOST_DEVICE void run(Args args) {
-    for (int64 i = 0; i < args.length; ++i) args.row[i] = exp_within_bound(args.row[i]);
-  }
-};
-
-template <class Real>
-struct SigmoidLoop {
-  using Args = typename ExpLoop<Real>::Args;
-
-  static ASGL_HOST_DEVICE void run(Args args) {
-    for (int64 i = 0; i < args.length; ++i) args.row[i] = sigmoid_within_bound(args.row[i]);
-  }
-};
-
 template <class Real, class Model, class Neurons>
 struct StepLoop {
   struct Args {
     Neurons neurons;
-    NeuronOptions<Real> options;
+    AllOptions<Real> options;
     uint32 analog_below;
     int64 length;
     const Real* x;
@@ -84,13 +62,14 @@ struct StepLoop {
   template <bool kNoise>
   static ASGL_HOST_DEVICE void loop(Args args) {
     const Firing<Real> firing(args.options);
+    const auto model = Model::of(args.options);
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) {
       const Neuron<Real>& neuron = args.neurons[i];
       State<Real> state = load(args.before, i);
       const Real h = Model::template charge<Input::kGeneral>(args.x[i], state, neuron, args.options);
-      const Real s = Model::fire(h, kNoise && args.draws[i] < args.analog_below, neuron, firing);
-      Model::reset(h, s, neuron, state);
+      const Real s = model.fire(h, kNoise && args.draws[i] < args.analog_below, neuron, firing);
+      model.reset(h, s, neuron, state);
       args.h[i] = h;
       args.s[i] = s;
       store(state, args.after, i);
@@ -102,23 +81,33 @@ template <class Real, class Model, class Neurons>
 struct AdjointLoop {
   struct Args {
     Neurons neurons;
-    NeuronOptions<Real> options;
+    AllOptions<Real> options;
     int64 length;
     bool carried;
     const Real *g, *gh, *h, *s;
     State<Real*> d_state;  // the gradient of the state after the step on entry, before it on return
-    Real *dy, *dh, *dx;
+    Real *d_reset, *distance, *dy, *dh, *dx;
   };
 
+  // Where the options name the surrogate, each has a loop of its own, as a loop with a choice is not vectorised.
+  template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
+    if constexpr (Model::kOnlyGeneral && kId + 1 < kNumSurrogates) {
+      if (static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
+    }
+    args.options.surrogate = static_cast<Surrogate>(kId);  // LIF does not ask for it
+    const auto model = Model::of(args.options);
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) {
       const Neuron<Real>& neuron = args.neurons[i];
       State<Real> d_state = load(args.d_state, i);
+      model.floor_adjoint(args.h[i], args.s[i], neuron, d_state);
+      args.d_reset[i] = model.gradient_of_reset(d_state.v, args.s[i]);
+      args.distance[i] = model.distance(args.h[i], neuron);
       const Real ds =
-          Model::spike_gradient(args.g[i], args.h[i], args.carried && !args.options.detach_reset, neuron, d_state.v);
+          model.spike_gradient(args.g[i], args.h[i], args.carried && !args.options.detach_reset, neuron, d_state.v);
       const StepGradient<Real> step =
-          Model::step_adjoint(ds, args.gh[i], args.h[i], args.s[i], args.carried, neuron, args.options, d_state);
+          model.step_adjoint(ds, args.gh[i], args.h[i], args.s[i], args.carried, neuron, args.options, d_state);
       args.dy[i] = step.dy;
       args.dh[i] = step.dh;
       args.dx[i] = neuron.input_gain * step.dc;

@@ -8,6 +8,28 @@
 
 namespace asgl::cpu {
 
+// Rows of a logarithm become rows of the width, and rows of a logit rows of the decay.
+template <class Real>
+struct ExpLoop {
+  struct Args {
+    Real* row;
+    int64 length;
+  };
+
+  static ASGL_HOST_DEVICE void run(Args args) {
+    for (int64 i = 0; i < args.length; ++i) args.row[i] = exp_within_bound(args.row[i]);
+  }
+};
+
+template <class Real>
+struct SigmoidLoop {
+  using Args = typename ExpLoop<Real>::Args;
+
+  static ASGL_HOST_DEVICE void run(Args args) {
+    for (int64 i = 0; i < args.length; ++i) args.row[i] = sigmoid_within_bound(args.row[i]);
+  }
+};
+
 // The parameter of each neuron of a tile, or one over it.
 template <class Real>
 void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, int64 t, Real* row,
@@ -291,6 +313,17 @@ void store_state(const State<Real*>& rows, int64 length, const State<Real*>& to,
 // The tile's state after so many steps lies here in the checkpoints.
 inline int64 checkpoint(const Tile& tile, int64 steps) {
   return (steps / kCheckpointSteps - 1) * tile.shape.neurons() + tile.first;
+}
+
+// Loads the state before the first step of a segment.
+template <class Scalar>
+void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 start,
+                const State<Real_t<Scalar>*>& state) {
+  if (start > 0) {
+    load_state(params.checkpoints, checkpoint(tile, start), params.at_rest(), tile.length, state);
+  } else {
+    load_state(params.init, tile.first, params.at_rest(), tile.length, state);
+  }
 }
 
 }  // namespace asgl::cpu

@@ -135,10 +135,11 @@ template <class Model, class Scalar>
 cudaError_t launch(Model, const ForwardParams<Scalar>& params, cudaStream_t stream) {
   void (*kernel)(ForwardParams<Scalar>) = nullptr;
   with_kind<Scalar>(params, [&](auto lanes, auto input) {
-    kernel = &lif_forward_kernel<Scalar, Model, lanes(), input(), 0>;
-    if constexpr (lanes() == 4 && input() != Input::kGeneral) {
+    constexpr Input kInput = Model::kOnlyGeneral ? Input::kGeneral : input();
+    kernel = &lif_forward_kernel<Scalar, Model, lanes(), kInput, 0>;
+    if constexpr (lanes() == 4 && kInput != Input::kGeneral) {
       if (params.shape.steps == kShortSequence) {
-        kernel = &lif_forward_kernel<Scalar, Model, 4, input(), kShortSequence>;
+        kernel = &lif_forward_kernel<Scalar, Model, 4, kInput, kShortSequence>;
       }
     }
   });
@@ -149,7 +150,7 @@ template <class Model, class Scalar>
 cudaError_t launch(Model, const BackwardParams<Scalar>& params, cudaStream_t stream) {
   void (*kernel)(BackwardParams<Scalar>) = nullptr;
   with_kind<Scalar>(params, [&](auto lanes, auto input) {
-    if constexpr (input() == Input::kGeneral) {
+    if constexpr (Model::kOnlyGeneral || input() == Input::kGeneral) {
       kernel = &lif_backward_kernel<Scalar, Model, lanes()>;
     } else {
       kernel = &lif_backward_settled_kernel<Scalar, Model, lanes(), input(), 0>;

@@ -16,10 +16,18 @@ namespace math {
 ASGL_HOST_DEVICE double exp(double x) { return ::exp(x); }
 ASGL_HOST_DEVICE double erf(double x) { return ::erf(x); }
 ASGL_HOST_DEVICE double atan(double x) { return ::atan(x); }
+ASGL_HOST_DEVICE double trunc(double x) { return ::trunc(x); }
+ASGL_HOST_DEVICE double floor(double x) { return ::floor(x); }
+ASGL_HOST_DEVICE float trunc(float x) { return ::truncf(x); }
+ASGL_HOST_DEVICE float floor(float x) { return ::floorf(x); }
 #else
 ASGL_HOST_DEVICE double exp(double x) { return __builtin_exp(x); }
 ASGL_HOST_DEVICE double erf(double x) { return __builtin_erf(x); }
 ASGL_HOST_DEVICE double atan(double x) { return __builtin_atan(x); }
+ASGL_HOST_DEVICE double trunc(double x) { return __builtin_trunc(x); }
+ASGL_HOST_DEVICE double floor(double x) { return __builtin_floor(x); }
+ASGL_HOST_DEVICE float trunc(float x) { return __builtin_truncf(x); }
+ASGL_HOST_DEVICE float floor(float x) { return __builtin_floorf(x); }
 #endif
 
 // With ASGL_HOST_FUNCTIONS a device takes the host's functions in float32: tests show that nothing else differs.
@@ -179,5 +187,18 @@ struct SurrogateMath<Surrogate::kLaplace> {
     return da * (Real(0.5) * math::exp(-math::magnitude(y)));
   }
 };
+
+// F(y) of a surrogate that is known at run time; with its gradient da, the gradient of y.
+template <int kId = 0, class Real, class... Gradient>
+ASGL_HOST_DEVICE Real any_surrogate(Surrogate surrogate, Real y, Gradient... da) {
+  if constexpr (kId + 1 < kNumSurrogates) {
+    if (static_cast<int>(surrogate) != kId) return any_surrogate<kId + 1>(surrogate, y, da...);
+  }
+  using Math = SurrogateMath<static_cast<Surrogate>(kId)>;
+  if constexpr (sizeof...(da) > 0)
+    return Math::adjoint(y, da...);
+  else
+    return Math::value(y);
+}
 
 }  // namespace asgl

@@ -22,6 +22,7 @@ access = partial(Mutant, "cuda/access.cuh")
 noise = partial(Mutant, "cuda/noise.cuh")
 launchers = partial(Mutant, "cuda/choose.cuh")
 params = partial(Mutant, "neuron_params.h")
+rules = partial(Mutant, "math/lif_by_options.h")
 channels = partial(Mutant, "cuda/normalisation_kernels.cuh")
 channel_params = partial(Mutant, "normalisation_params.h")
 
@@ -180,7 +181,9 @@ MUTANTS = {
         # ---- what may be taken for granted ----
         "settled in spite of a step stride": params("&& @) return Input::kGeneral", "parameter.step_stride != 0",
                                                     "false"),
-        "settled in spite of v_rest": params("if (@) return Input::kGeneral", "options.v_rest != Real(0)", "false"),
+        "settled in spite of v_rest": params("if (@ ||", "options.v_rest != Real(0)", "false"),
+        "settled in spite of optional rules": params("|| @) return Input::kGeneral", "options.has_optional_rules()",
+                                                     "false"),
         "plain in spite of a gain": params("return @ && is", "is(kInputGain, Real(1))", "true"),
         "plain in spite of a bias": params("&& @ &&", "is(kInputBias, Real(0))", "true"),
         "plain in spite of a mean": params("&& @;", "is(kInputMean, Real(0))", "true"),
@@ -198,6 +201,30 @@ MUTANTS = {
         "the usual index in spite of its count": params("&& @;", "parameter.count == usual.count", "true"),
         "the usual index of the first neuron": params("usual.index(@)", "n", "0"),
         "an index of the first neuron": params(": parameter.index(@)]", "n", "0"),
+        # ---- rules by options ----
+        "several spikes of a negative potential": rules("(@ ? Real(1)", "h > Real(0)", "true"),
+        "shares of a spike": rules("* @;\n    return choose", "math::trunc(h / neuron.v_threshold)",
+                                   "(h / neuron.v_threshold)"),
+        "single spikes": rules("choose(@, several", "options.multi_spike", "false"),
+        "a floor for all": rules("choose(@, (above", "options.floored", "true"),
+        "a floor too low": rules("above) + @, v)", "options.v_min", "Real(-0.4)"),
+        "gradients through the floor": kernels(
+            "@", "model.floor_adjoint(h.values[j], s, neuron.now(), lane(d_state, j));", ""
+        ),
+        "gradients through the floor before reset": rules("above = @ - options.v_min;\n    d_state",
+                                                          "after_reset(h, s, neuron)", "h"),
+        "no gradients though there is no floor": rules("choose(@, above <=", "options.floored", "true"),
+        "a hard reset for all": rules("choose(@, hard.v", "options.hard_reset", "true"),
+        "a hard reset's gradient for all": rules("choose(@, Hard::gradient_of_reset", "options.hard_reset", "true"),
+        "a soft reset's gradient of spikes for all": rules("choose(@, Hard::spike_gradient", "options.hard_reset",
+                                                           "false"),
+        "a soft reset's gradient for all": rules("from_v = choose(@,", "options.hard_reset", "false"),
+        "a periodic surrogate for all": rules("choose(@, h < neuron", "options.periodic", "true"),
+        "a period that begins at the threshold": rules("v_threshold - @;", "Real(0.5)", "Real(0)"),
+        "width's gradient of no distance": kernels("step.dy * @;", "model.distance(h.values[j], neuron.now())",
+                                                   "(h.values[j] - neuron.now().v_threshold)"),
+        "the first surrogate for all": Mutant("math/surrogates.h", "if (@) return any_surrogate",
+                                              "static_cast<int>(surrogate) != kId", "false"),
         # ---- launchers ----
         "x may be misaligned": launchers("shared && @", "is_aligned(params.x_seq)", "true"),
         "v_init may be misaligned": launchers("&& @ &&", "is_aligned(params.init)", "true"),
@@ -304,15 +331,22 @@ CPU_MUTANTS = {
                                                    "tile.first % count_ == tile_.first % count_", "true"),
         "rows of the input repeat too early": tiles("period_ = @", "std::max<int64>(1, kInputSums / count_) * count_",
                                                     "kInputSums"),
-        "wrong checkpoint read": cpu("params.checkpoints, checkpoint(tile, @), params.at_rest()", "start",
-                                     "int64(kCheckpointSteps)"),
+        "wrong checkpoint read": tiles("params.checkpoints, checkpoint(tile, @), params.at_rest()", "start",
+                                       "int64(kCheckpointSteps)"),
         "no last checkpoint": cpu("kCheckpointSteps == 0 && @)", "steps < params.shape.steps",
                                   "steps + kCheckpointSteps < params.shape.steps"),
         "decay's gradient of another step": cpu("accumulate(kDecay, Real(1), dh, {state(@).v", "k", "k + 1"),
         "decay's gradient of another settled step": cpu("d_state, state(@).v, width", "t - start", "t - start + 1"),
-        "wrong sign of the soft reset's gradient": cpu(
-            "accumulate(kReset, @", "Model::kResetsHard ? Real(1) : Real(-1)", "Real(1)"
+        "wrong sign of the soft reset's gradient": loops(
+            "d_reset[i] = @;", "model.gradient_of_reset(d_state.v, args.s[i])", "d_state.v * args.s[i]"
         ),
+        "single spikes without a floor": rules("return @ ||", "multi_spike", "false"),
+        "no floor of single spikes": rules("|| @;", "floored", "false"),
+        "gradients through the floor": loops("@", "model.floor_adjoint(args.h[i], args.s[i], neuron, d_state);", ""),
+        "width's gradient of no distance": loops("args.distance[i] = @;", "model.distance(args.h[i], neuron)",
+                                                 "args.h[i]"),
+        "one surrogate for all": loops("args.options.surrogate = @;", "static_cast<Surrogate>(kId)",
+                                       "Surrogate::kRectangle"),
         "a carried gradient forgotten": cpu(
             "}\n      bool carried = @;", "exists(params.grad_last)", "false"
         ),

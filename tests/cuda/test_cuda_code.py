@@ -47,6 +47,10 @@ def problems(now: cuda_compile.Resources, committed: cuda_compile.Resources) -> 
             Kernel("backward normalised, 4 neurons", "float16", "rectangle", "hard"),
         ),
         (
+            "void asgl::lif_backward_kernel<double, asgl::LIFByOptions, 1>(asgl::BackwardParams<double>)",
+            Kernel("backward, 1 neuron", "float64", "any surrogate", "any reset"),
+        ),
+        (
             "void asgl::gradient_sum_kernel<double>(asgl::GradientSum<double>)",
             Kernel("gradient sum", "float64"),
         ),

@@ -1,6 +1,7 @@
 // The results that the neuron's kernels must have, by a plain loop over neurons and steps, and how they are compared.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -33,11 +34,55 @@ inline bool is_analog(const NoiseParams& noise, int64 n, int64 t) {
   return (block.draws[t % 2] >> (16 * (n % 4)) & 0xFFFFu) < noise.analog_below;
 }
 
+// The rules of LIFByOptions once more, around the LIF that the options name: a mistake there is none here.
+template <class Named>
+struct RulesAgain : Named {
+  template <class Real>
+  struct Rules : Named {
+    const AllOptions<Real>& options;
+
+    explicit Rules(const AllOptions<Real>& those) : options(those) {}
+    Real fire(Real h, bool analog, const Neuron<Real>& neuron, const Firing<Real>& firing) const {
+      if (!options.multi_spike) return Named::fire(h, analog, neuron, firing);
+      return h > 0 ? std::trunc(h / neuron.v_threshold) : Real(0);
+    }
+    Real above_floor(Real h, Real s, const Neuron<Real>& neuron) const {
+      State<Real> state;
+      Named::reset(h, s, neuron, state);
+      return std::max(state.v - options.v_min, Real(0));
+    }
+    void reset(Real h, Real s, const Neuron<Real>& neuron, State<Real>& state) const {
+      Named::reset(h, s, neuron, state);
+      if (options.floored) state.v = above_floor(h, s, neuron) + options.v_min;
+    }
+    void floor_adjoint(Real h, Real s, const Neuron<Real>& neuron, State<Real>& d_state) const {
+      if (options.floored && above_floor(h, s, neuron) == 0) d_state.v = 0;
+    }
+    Real distance(Real h, const Neuron<Real>& neuron) const {
+      if (!options.periodic || h < neuron.v_threshold) return h - neuron.v_threshold;
+      const Real turns = h / neuron.v_threshold - Real(0.5);
+      return neuron.v_threshold * (2 * (turns - std::floor(turns)) - 1);
+    }
+    StepGradient<Real> step_adjoint(Real ds, Real gh, Real h, Real s, bool carried, Neuron<Real> neuron,
+                                    const NeuronOptions<Real>&, State<Real>& d_state) const {
+      const Real d = distance(h, neuron);
+      neuron.v_threshold = 0;
+      return Named::step_adjoint(ds, gh, d, s, carried, neuron, options, d_state);
+    }
+  };
+
+  template <class Real>
+  static Rules<Real> of(const AllOptions<Real>& options) {
+    return Rules<Real>(options);
+  }
+};
+
 template <class Model, class Scalar>
 Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const SequenceShape& shape = params.shape;
-  const NeuronOptions<Real>& options = params.options;
+  const AllOptions<Real>& options = params.options;
+  const auto model = Model::of(options);
   Expected<Real> expected;
   for (auto* sequence : {&expected.s_seq, &expected.h_seq, &expected.v_seq, &expected.grad_x_seq}) {
     sequence->resize(shape.neurons() * shape.steps);
@@ -60,8 +105,8 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
       v_before[t] = state.v;
       const Real x = to_real(params.x_seq[element]);
       const Real h = Model::template charge<Input::kGeneral>(x, state, neurons[t], options);
-      const Real s = Model::fire(h, is_analog(params.noise, n, t), neurons[t], Firing<Real>(options));
-      Model::reset(h, s, neurons[t], state);
+      const Real s = model.fire(h, is_analog(params.noise, n, t), neurons[t], Firing<Real>(options));
+      model.reset(h, s, neurons[t], state);
       spikes[t] = s;
       expected.h_seq[element] = h;
       expected.v_seq[element] = state.v;
@@ -91,15 +136,16 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
         add(kThreshold, static_cast<double>(g) * s);
         g = g * neuron.v_threshold;
       }
+      model.floor_adjoint(h, s, neuron, d_state);
       const Real dv = d_state.v;
-      const Real ds = Model::spike_gradient(g, h, carried && !options.detach_reset, neuron, d_state.v);
-      const StepGradient<Real> step = Model::step_adjoint(ds, gh, h, s, carried, neuron, options, d_state);
+      const Real ds = model.spike_gradient(g, h, carried && !options.detach_reset, neuron, d_state.v);
+      const StepGradient<Real> step = model.step_adjoint(ds, gh, h, s, carried, neuron, options, d_state);
       const double dy = step.dy, dh = step.dh, dc = step.dc;
       const double width = value_of(kWidth, params.parameters[kWidth].at(n, t), options), decay = neuron.decay;
-      add(kWidth, -dy * (h - neuron.v_threshold) / (options.log_width ? width : width * width));
+      add(kWidth, -dy * model.distance(h, neuron) / (options.log_width ? width : width * width));
       add(kDecay, dh * (v_before[t] - options.v_rest) * (options.logit_decay ? (1 - decay) * decay : 1));
       add(kThreshold, -dy / width);
-      if (carried) add(kReset, Model::kResetsHard ? static_cast<double>(dv) * s : -static_cast<double>(dv) * s);
+      if (carried) add(kReset, options.hard_reset ? static_cast<double>(dv) * s : -static_cast<double>(dv) * s);
       add(kInputGain, dc * (static_cast<double>(to_real(params.x_seq[element])) - neuron.input_mean));
       add(kInputBias, dc);
       add(kInputMean, -dc * neuron.input_gain);

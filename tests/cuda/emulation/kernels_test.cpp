@@ -49,11 +49,13 @@ struct Coverage {
 
 // Each type but double has its two forward and two backward kernels for one neuron a thread, and for four one of each
 // for everything; for plain and for normalised input two forward and three backward.
-constexpr std::size_t kKernels = 4 * (2 + 2 + 2 + 2 * (2 + 2)) + (2 + 2);
+// The model that decides by its options has two for one neuron a thread, and for a type but double two for four.
+constexpr std::size_t kKernels = 4 * (2 + 2 + 2 + 2 * (2 + 2)) + (2 + 2) + 2 * (2 + 2) + 2;
 
-template <class Scalar, Surrogate kSurrogate, bool kHardReset>
+template <class Scalar, Surrogate kSurrogate, bool kHardReset, bool kByOptions = false>
 class Trial {
-  using Model = LIF<kSurrogate, kHardReset>;
+  using Named = LIF<kSurrogate, kHardReset>;
+  using Model = std::conditional_t<kByOptions, LIFByOptions, Named>;
   using Real = Real_t<Scalar>;
 
  public:
@@ -82,6 +84,7 @@ class Trial {
     rng_state_[0] = static_cast<int64>(random_.between(-1e18, 1e18));
     rng_state_[1] = static_cast<int64>(random_.between(-1e10, 1e10));
     forward_.noise = {rng_state_, analog_below[it.number % 6]};
+    if (kByOptions) choose_rules();
     make_parameters();
 
     x_seq_ = input<Scalar>(true, elements, -1, 2);
@@ -127,7 +130,8 @@ class Trial {
     backward.checkpoints.v = checkpoints_.data();
     backward.grad_x_seq = grad_x_seq_.data();
     backward.grad_init.v = grad_v_init_.data();
-    const Expected<Real> expected = expect<Model>(backward);
+    const Expected<Real> expected =
+        expect<std::conditional_t<kByOptions, asgl_emulation::RulesAgain<Named>, Named>>(backward);
     compare("s_seq", s_seq_, expected.s_seq, differences);
     compare("v_last", v_last_, expected.v_last, differences);
     compare("v_seq", v_seq_, expected.v_seq, differences);
@@ -186,6 +190,16 @@ class Trial {
   }
 
  private:
+  // Where several spikes are emitted there is no noise.
+  void choose_rules() {
+    AllOptions<Real>& options = forward_.options;
+    options.v_min = Real(random_.between(-0.3, 0.3));
+    options.multi_spike = !kHardReset && !random_.once_in(4);
+    options.periodic = options.multi_spike && random_.toss();
+    options.floored = !options.multi_spike || random_.toss();
+    if (options.multi_spike) forward_.noise.analog_below = 0;
+  }
+
   // The buffer whose turn it is lies one element beyond an aligned address.
   template <class Element>
   Buffer<Element> output(bool wanted, int64 size) {
@@ -265,7 +279,8 @@ class Trial {
 
   // It says what a kernel may take for granted.
   Input input(bool only_spikes) const {
-    bool general = !only_spikes || forward_.options.scale_output || forward_.options.v_rest != 0, plain = true;
+    bool general = kByOptions || !only_spikes || forward_.options.scale_output || forward_.options.v_rest != 0,
+         plain = true;
     for (const auto& view : forward_.parameters) general = general || view.step_stride != 0;
     for (const int id : {kInputGain, kInputBias, kInputMean}) {
       const ParameterView<Real>& view = forward_.parameters[id];
@@ -310,12 +325,19 @@ class Trial {
 
   // It says which kernel is to run.
   const void* kernel(bool backward, Input input, int lanes) const {
-    if constexpr (!std::is_same_v<Scalar, double>) {
-      if (lanes == 4 && input == Input::kPlain) return kernel<4, Input::kPlain>(backward);
-      if (lanes == 4 && input == Input::kNormalised) return kernel<4, Input::kNormalised>(backward);
-      if (lanes == 4) return kernel<4, Input::kGeneral>(backward);
+    if constexpr (kByOptions) {
+      if constexpr (!std::is_same_v<Scalar, double>) {
+        if (lanes == 4) return kernel<4, Input::kGeneral>(backward);
+      }
+      return kernel<1, Input::kGeneral>(backward);
+    } else {
+      if constexpr (!std::is_same_v<Scalar, double>) {
+        if (lanes == 4 && input == Input::kPlain) return kernel<4, Input::kPlain>(backward);
+        if (lanes == 4 && input == Input::kNormalised) return kernel<4, Input::kNormalised>(backward);
+        if (lanes == 4) return kernel<4, Input::kGeneral>(backward);
+      }
+      return input == Input::kGeneral ? kernel<1, Input::kGeneral>(backward) : kernel<1, Input::kNormalised>(backward);
     }
-    return input == Input::kGeneral ? kernel<1, Input::kGeneral>(backward) : kernel<1, Input::kNormalised>(backward);
   }
 
   void check_launch(const char* what, bool backward, Input input, int lanes, Coverage& coverage, Texts& differences) {
@@ -389,6 +411,13 @@ Texts run(const Case& it, Coverage& coverage) {
   }
 }
 
+Texts run_by_options(const Case& it, Coverage& coverage) {
+  if (it.number % 3 == 0) return Trial<float, Surrogate::kSigmoid, false, true>(it).run(coverage);
+  if (it.number % 9 == 1) return Trial<double, Surrogate::kRectangle, false, true>(it).run(coverage);
+  if (it.number % 3 == 1) return Trial<BFloat16, Surrogate::kSigmoid, true, true>(it).run(coverage);
+  return {};
+}
+
 constexpr int64 kManyNeurons = 3700 * kBlockThreads - 1;
 
 std::vector<SequenceShape> shapes(bool small) {
@@ -443,12 +472,14 @@ int main(int argc, char** argv) {
         if (failed == kManyFailures) break;
         if (shape.neurons() >= kManyNeurons && parameters > Parameters::kUniform) continue;
         const Case it{shape, parameters, multiprocessors, cases++};
-        const Texts differences = run(it, coverage);
+        Texts differences = run(it, coverage);
+        const bool by_options = differences.empty();
+        if (by_options) differences = run_by_options(it, coverage);
         failed += !differences.empty();
         if (differences.empty()) continue;
-        std::printf("case %u: %s, (%lld, %lld, %lld), %s parameters, %d multiprocessors:", it.number,
-                    kInstantiations[instantiation(it)], shape.outer, shape.steps, shape.inner,
-                    kParametersNames[static_cast<int>(parameters)], multiprocessors);
+        std::printf("case %u: %s%s, (%lld, %lld, %lld), %s parameters, %d multiprocessors:", it.number,
+                    by_options ? "by options instead of " : "", kInstantiations[instantiation(it)], shape.outer,
+                    shape.steps, shape.inner, kParametersNames[static_cast<int>(parameters)], multiprocessors);
         for (const std::string& difference : differences) std::printf(" %s;", difference.c_str());
         std::printf("\n");
       }
