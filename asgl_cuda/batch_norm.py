@@ -31,11 +31,11 @@ from .checks import (
     check_not_nan,
     once_a_kind,
 )
-from .functional import Arguments, Call, LIFOutput, NeuronArguments, checked_call, lif, once_differentiable
+from .functional import Arguments, Call, LIFOutput, NeuronArguments, checked_call, lif
 from .layout import by_channel, channel_dim, real_type
 from .ops import ForwardResult, in_their_places
 from .reference import Parameters, batch_statistics, normalisation
-from .transforms import apply, is_differentiated, transforming
+from .transforms import apply, is_differentiated, once_differentiable, transforming
 
 _CALLER = "asgl_cuda.batch_norm_lif"
 NEURON_DEFAULTS = lif.__kwdefaults__ or {}

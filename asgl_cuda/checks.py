@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from .layout import state_shape
 from .learned import Logarithm, Logit
 from .reference import DRAWS
-from .surrogate import SURROGATES
+from .surrogate import PERIODIC, SURROGATES
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 PLAIN_TENSORS = (Tensor, Parameter)
@@ -64,10 +64,28 @@ def check_time_dim(time_dim: Any, caller: str) -> None:
         raise TypeError(f"{caller}: time_dim must be an int, got {type(time_dim).__name__}")
 
 
-def check_surrogate(surrogate: Any, caller: str) -> None:
-    """One of the names in SURROGATES."""
-    if not isinstance(surrogate, str) or surrogate not in SURROGATES:
-        raise ValueError(f"{caller}: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
+def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> None:
+    """One of the names in SURROGATES, or PERIODIC."""
+    if not isinstance(surrogate, str) or surrogate not in (*SURROGATES, PERIODIC):
+        raise ValueError(f"{caller}: surrogate must be one of {', '.join((*SURROGATES, PERIODIC))}, got {surrogate!r}")
+    if surrogate == PERIODIC and not multi_spike:
+        raise ValueError(f"{caller}: surrogate {PERIODIC!r} is for several spikes a step and needs multi_spike=True")
+
+
+def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
+    """What several spikes a step ask of the other arguments."""
+    if v_reset is not None:
+        got = f"shape {list(v_reset.shape)}" if isinstance(v_reset, Tensor) else v_reset
+        raise ValueError(
+            f"{caller}: multi_spike is for the soft reset and needs v_reset=None, got v_reset of {got}; each spike "
+            "takes reset_amount off"
+        )
+    if isinstance(analog_prob, Tensor) or analog_prob != 0:
+        got = "a tensor" if isinstance(analog_prob, Tensor) else analog_prob
+        raise ValueError(
+            f"{caller}: multi_spike needs analog_prob=0, got {got}: its surrogates are the slope of no smooth number "
+            "of spikes that an element could emit"
+        )
 
 
 _LEAST_WIDTH = {real: math.sqrt(torch.finfo(real).tiny) for real in (torch.float32, torch.float64)}
@@ -207,6 +225,33 @@ def check_bool(name: str, value: Any, caller: str) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{caller}: {name} must be a bool, got {type(value).__name__}")
     return value
+
+
+def check_features(num_features: int | Sequence[int] | None, granularity: str, caller: str) -> tuple[int, ...]:
+    """The sizes of what each parameter of a layer is for, which fit its granularity."""
+    if num_features is None:
+        sizes: Sequence[int] = ()
+    else:
+        sizes = num_features if isinstance(num_features, Sequence) else (num_features,)
+    if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
+        raise TypeError(
+            f"{caller}: num_features must be an int or a sequence of ints, got {type(num_features).__name__}"
+        )
+    if granularity not in ("layer", "channel", "neuron"):
+        raise ValueError(f"{caller}: granularity must be layer, channel or neuron, got {granularity!r}")
+    if granularity == "layer":
+        if sizes:
+            raise ValueError(
+                f"{caller}: num_features needs granularity 'channel' or 'neuron', got {num_features} with "
+                "granularity 'layer'"
+            )
+        return ()
+    if num_features is None or (granularity == "channel" and len(sizes) != 1):
+        wanted = "the number of channels" if granularity == "channel" else "the shape of the neurons"
+        raise ValueError(f"{caller}: granularity {granularity!r} needs num_features, {wanted}, got {num_features}")
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"{caller}: num_features must be positive, got {num_features}")
+    return tuple(sizes)
 
 
 Plan = TypeVar("Plan")

@@ -14,8 +14,10 @@ from .checks import (
     check_analog_prob,
     check_analog_prob_tensor,
     check_bool,
+    check_finite,
     check_generator,
     check_input,
+    check_multi_spike,
     check_not_nan,
     check_number,
     check_parameter,
@@ -30,8 +32,8 @@ from .layout import is_dense, real_type
 from .learned import Logarithm, Logit
 from .ops import BackwardResult, ForwardResult, in_their_places
 from .reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules, analog_mask_below, lif_reference
-from .surrogate import SURROGATES
-from .transforms import apply, draw_under_transforms, is_differentiated, transforming
+from .surrogate import PERIODIC, SURROGATES
+from .transforms import apply, draw_under_transforms, is_differentiated, once_differentiable, transforming
 
 _CALLER = "asgl_cuda.lif"
 
@@ -53,6 +55,8 @@ class NeuronArguments(TypedDict, total=False):
     strict_threshold: bool
     scale_output: bool
     detach_reset: bool
+    multi_spike: bool
+    v_min: float | None
     v_init: Tensor | None
     time_dim: int
     return_v_last: bool
@@ -103,6 +107,8 @@ class Arguments(NamedTuple):
     strict_threshold: Any
     scale_output: Any
     detach_reset: Any
+    multi_spike: Any
+    v_min: Any
     time_dim: Any
     return_v_last: Any
     return_v_seq: Any
@@ -210,38 +216,6 @@ class LIFFunction(torch.autograd.Function):
         return None, None, None, None, *in_their_places(gradients, needed)
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """The first `count` tensors unchanged, as functions of the others that can't be differentiated.
-
-    torch's own once_differentiable cuts the graph where only the inputs, not the incoming gradients, require one: a
-    gradient penalty would then train on without its penalty.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors[:count] if tensor is not None)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing is kept."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "asgl_cuda: a second derivative was asked for, and the fused backends have only the first; "
-            "backend='reference' has all"
-        )
-
-
-def once_differentiable(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
-    """The gradients; a graph that is to be differentiated again then says that it can't be."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return gradients
-    return apply(_OnceDifferentiable, len(gradients), *gradients, *inputs)  # type: ignore[no-any-return]
-
-
 class _Plan(NamedTuple):
     """What a call's types, shapes and options come to, which is the same at the next call of this kind."""
 
@@ -256,14 +230,19 @@ def _plan_of(caller: str, values: Sequence[Any], others: Sequence[Any]) -> _Plan
     x_seq, *front = values
     given = Arguments._make((*front, None, None, None, *others))
     time_dim = check_input(x_seq, given.time_dim, caller)
-    check_surrogate(given.surrogate, caller)
-    for name in ("strict_threshold", "scale_output", "detach_reset", "return_v_last", "return_v_seq", "return_h_seq"):
+    for name in (
+        "strict_threshold", "scale_output", "detach_reset", "multi_spike", "return_v_last", "return_v_seq",
+        "return_h_seq",
+    ):  # fmt: skip
         check_bool(name, getattr(given, name), caller)
+    check_surrogate(given.surrogate, caller, given.multi_spike)
     hard = given.v_reset is not None
     if given.reset_amount is not None and hard:
         raise ValueError(
             f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset and reset_amount"
         )
+    if given.multi_spike:
+        check_multi_spike(given.v_reset, given.analog_prob, caller)
     real = real_type(x_seq.dtype)
     for name in ("width", "decay", "v_threshold", "v_reset", "reset_amount", "input_gain", "input_bias", "input_mean"):
         value = getattr(given, name)
@@ -277,13 +256,19 @@ def _plan_of(caller: str, values: Sequence[Any], others: Sequence[Any]) -> _Plan
             check_not_nan(name, value, caller, "a float or a tensor")
     check_not_nan("surrogate_gain", given.surrogate_gain, caller)
     check_not_nan("v_rest", given.v_rest, caller)
+    if given.v_min is not None:
+        check_finite("v_min", given.v_min, caller)
     as_data = isinstance(given.analog_prob, Tensor)
+    periodic = given.surrogate == PERIODIC
     rules = (
-        SURROGATES[given.surrogate].id,
+        SURROGATES["laplace" if periodic else given.surrogate].id,
         int(hard),
         int(given.strict_threshold),
         int(given.scale_output),
         int(given.detach_reset),
+        int(given.multi_spike),
+        int(periodic),
+        int(given.v_min is not None),
         int(isinstance(given.width, Logarithm)),
         int(isinstance(given.decay, Logit)),
         BELOW_IN_STATE if as_data else check_analog_prob(given.analog_prob, caller),
@@ -329,7 +314,7 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
     if v_init is not None:
         check_v_init(v_init, x_seq, time_dim, caller)
         v_init = v_init.to(real)
-    numbers += float(given.v_rest), float(given.surrogate_gain)
+    numbers += float(given.v_rest), float(given.surrogate_gain), float(given.v_min or 0)
     below_as_data = None
     if analog_below == BELOW_IN_STATE:
         below_as_data = check_analog_prob_tensor(analog_prob, x_seq, caller)
@@ -370,6 +355,8 @@ def lif(
     strict_threshold: bool = False,
     scale_output: bool = False,
     detach_reset: bool = False,
+    multi_spike: bool = False,
+    v_min: float | None = None,
     v_init: Tensor | None = None,
     time_dim: int = 0,
     return_v_last: bool = False,
@@ -389,7 +376,8 @@ def lif(
         width: width of the surrogate, in units of x_seq, at least 1.1e-19 in float32, where 1 / width^2 is still
             finite. A tensor is checked on the CPU alone, outside of torch.compile and torch.func, since a GPU would
             have to be waited for: elsewhere the gradients of a width < 0 have the wrong sign, those of 0 are NaN.
-        surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace.
+        surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
+            periodic_exponential, whose slope returns at every multiple of the threshold.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: share of elements and steps that emit F(u / width) instead of a spike, in steps of 1 / 65536. As a
             tensor of one value on x_seq's device it is data, which a compiled graph does not fix. No gradient flows to
@@ -403,6 +391,11 @@ def lif(
         strict_threshold: fire at u > 0 instead of u >= 0.
         scale_output: emit `v_threshold * s`.
         detach_reset: let no gradient flow through the spike inside the reset.
+        multi_spike: emit as many spikes in a step as there are thresholds in the potential, `trunc(h / v_threshold)`
+            where h > 0. Each takes `reset_amount` off: it needs `v_reset=None`. It has no noise, since its surrogates
+            are the slope of no smooth number of spikes that an element could emit. strict_threshold has no effect.
+        v_min: floor of the potential after reset, in units of x_seq, `v = relu(v - v_min) + v_min`; no gradient flows
+            where it holds. It is not applied to v_init.
         v_init: potential before the first step, shape of x_seq without time; default `v_rest`.
         return_v_last, return_v_seq, return_h_seq: return potentials as well, see `LIFOutput`.
         backend: one of `available_backends()`; default the best for x_seq's device.
@@ -422,6 +415,7 @@ def lif(
         RuntimeError: the backend asked for does not work here.
 
     Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023.
+    periodic_exponential: Weidel, Sheik: WaveSense, arXiv 2111.01456.
 
     The same in PyTorch, for the defaults and a mask of analog elements::
 
@@ -432,11 +426,19 @@ def lif(
             z = (h >= v_threshold).to(h)
             s[t] = a + torch.where(mask[t], 0, z - a).detach()
             v = h * (1 - s[t]) + v_reset * s[t]
+
+    With `v_reset=None, multi_spike=True, surrogate="periodic_exponential"` the gradient of s is that of a::
+
+            above = v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)
+            d = h + (torch.where(h < v_threshold, h - v_threshold, above) - h).detach()
+            a = laplace(d / width)  # of slope exp(-|d| / width) / (2 width)
+            s[t] = a + ((h > 0) * (h / v_threshold).trunc() - a).detach()
+            v = h - reset_amount * s[t]
     """
     given = Arguments(
         width, decay, v_threshold, v_reset, reset_amount, input_gain, input_bias, input_mean, analog_prob, v_init,
-        rng_state, generator, surrogate, surrogate_gain, v_rest, strict_threshold, scale_output, detach_reset, time_dim,
-        return_v_last, return_v_seq, return_h_seq, backend,
+        rng_state, generator, surrogate, surrogate_gain, v_rest, strict_threshold, scale_output, detach_reset,
+        multi_spike, v_min, time_dim, return_v_last, return_v_seq, return_h_seq, backend,
     )  # fmt: skip
     return computed(_CALLER, x_seq, given)
 

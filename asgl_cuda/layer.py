@@ -12,7 +12,15 @@ from torch import Tensor, fx, nn
 from typing_extensions import Self
 
 from .backends import BACKENDS
-from .checks import check_analog_prob, check_bool, check_finite, check_input, check_number, check_time_dim
+from .checks import (
+    check_analog_prob,
+    check_bool,
+    check_finite,
+    check_input,
+    check_multi_spike,
+    check_number,
+    check_time_dim,
+)
 from .layout import state_shape
 from .learned import BOUND, Logarithm, Logit
 from .transforms import transforming
@@ -53,7 +61,10 @@ class Noisy(nn.Module):
 
     @analog_prob.setter
     def analog_prob(self, value: float) -> None:
-        check_analog_prob(value, f"asgl_cuda.{type(self).__name__}")
+        caller = f"asgl_cuda.{type(self).__name__}"
+        check_analog_prob(value, caller)
+        if getattr(self, "multi_spike", False):
+            check_multi_spike(None, value, caller)
         self._analog_prob, self._has_noise = float(value), value > 0
         self._keep_as_data(getattr(self, "_analog_prob_data", torch.empty(0, device="cpu")).device)
 

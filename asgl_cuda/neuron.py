@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .batch_norm import module_batch_norm_lif
-from .checks import check_bool, check_finite, check_input, check_number, check_surrogate, check_width
+from .checks import (
+    check_bool,
+    check_finite,
+    check_input,
+    check_multi_spike,
+    check_number,
+    check_surrogate,
+    check_width,
+)
 from .functional import Arguments, LIFOutput, computed
 from .layer import Granularity, NeuronLayer, Noisy, Value, fill_parameter, give_dimension
 from .learned import BOUND, Logarithm
@@ -41,6 +49,8 @@ class LIF(NeuronLayer, Noisy):
         strict_threshold: fire above the threshold, not at it.
         detach_reset: let no gradient flow through the spike inside the reset.
         scale_output: emit `v_threshold` instead of 1 for a spike.
+        multi_spike: emit several spikes a step; needs `v_reset=None` and, now and later, `analog_prob=0`.
+        v_min: floor of the potential after reset, in units of the input; None for none.
         stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Not for
             activation checkpointing, which calls twice.
         store_v_seq: keep the potentials after reset of the last call as `v_seq`, in the shape of the input.
@@ -94,6 +104,8 @@ class LIF(NeuronLayer, Noisy):
         strict_threshold: bool = False,
         detach_reset: bool = False,
         scale_output: bool = False,
+        multi_spike: bool = False,
+        v_min: float | None = None,
         stateful: bool = False,
         store_v_seq: bool = False,
         time_dim: int = 0,
@@ -103,7 +115,10 @@ class LIF(NeuronLayer, Noisy):
     ) -> None:
         super().__init__()
         self._set_up(num_features, granularity, v_rest, input_gain, stateful, time_dim, backend)
-        check_surrogate(surrogate, _CALLER)
+        self.multi_spike = check_bool("multi_spike", multi_spike, _CALLER)
+        check_surrogate(surrogate, _CALLER, multi_spike)
+        if multi_spike:
+            check_multi_spike(v_reset, analog_prob, _CALLER)
         self.analog_prob = analog_prob
         if reset_amount is not None and v_reset is not None:
             raise ValueError(
@@ -111,6 +126,7 @@ class LIF(NeuronLayer, Noisy):
             )
         self.v_reset = None if v_reset is None else check_finite("v_reset", v_reset, _CALLER)
         self.reset_amount = None if reset_amount is None else check_finite("reset_amount", reset_amount, _CALLER)
+        self.v_min = None if v_min is None else check_finite("v_min", v_min, _CALLER)
         self.surrogate = surrogate
         self.surrogate_gain = check_finite("surrogate_gain", surrogate_gain, _CALLER)
         self.strict_threshold = check_bool("strict_threshold", strict_threshold, _CALLER)
@@ -203,8 +219,8 @@ class LIF(NeuronLayer, Noisy):
         return Arguments(
             width, decay, v_threshold, self.v_reset, self.reset_amount, input_gain, 0.0, 0.0,
             self.analog_prob_of_call(x_seq), v_init, None, generator, self.surrogate, self.surrogate_gain, self.v_rest,
-            self.strict_threshold, self.scale_output, self.detach_reset, self.time_dim, return_v_last, return_v_seq,
-            return_h_seq, self.backend,
+            self.strict_threshold, self.scale_output, self.detach_reset, self.multi_spike, self.v_min, self.time_dim,
+            return_v_last, return_v_seq, return_h_seq, self.backend,
         )  # fmt: skip
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *options: Any) -> None:
@@ -221,9 +237,9 @@ class LIF(NeuronLayer, Noisy):
         ]
         parts.append(f"v_reset={self.v_reset}")
         parts.append(f"surrogate={self.surrogate}, analog_prob={self.analog_prob:g}, granularity={self.granularity}")
-        defaults = {"reset_amount": None, "v_rest": 0.0, "input_gain": 1.0, "surrogate_gain": 1.0}
+        defaults = {"reset_amount": None, "v_min": None, "v_rest": 0.0, "input_gain": 1.0, "surrogate_gain": 1.0}
         parts.extend(f"{name}={value:g}" for name in defaults if (value := getattr(self, name)) != defaults[name])
-        flags = ("strict_threshold", "detach_reset", "scale_output", "stateful", "store_v_seq")
+        flags = ("multi_spike", "strict_threshold", "detach_reset", "scale_output", "stateful", "store_v_seq")
         parts.extend(f"{flag}=True" for flag in flags if getattr(self, flag))
         if self.time_dim:
             parts.append(f"time_dim={self.time_dim}")

@@ -10,8 +10,18 @@
          = h[t] - reset_amount * s                          soft reset
     out  = s, or v_threshold * s with scale_output
 
+With multi_spike, which is for the soft reset and without noise, z is a number of spikes, whose gradient is that of a:
+
+    z    = trunc(h[t] / v_threshold) if h[t] > 0 else 0
+    a    = F(d / width),   d = u, or for the surrogate periodic_exponential, F being that of laplace and d' = 1,
+    d    = u                                                h[t] < v_threshold
+         = v_threshold * (2 frac(h[t] / v_threshold - 1/2) - 1),   frac(r) = r - floor(r)                     else
+
+With v_min, v[t] is at least that:  v[t] = relu(v - v_min) + v_min,  v from the reset above
+
 Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023. The
 paper's forward pass mixes the noise in as s = m z + (1 - m) a with m = 0 where analog, and hides it from the gradient.
+The periodic surrogate is of Weidel, Sheik: WaveSense, arXiv 2111.01456.
 """
 
 from __future__ import annotations
@@ -43,7 +53,7 @@ class Parameters(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """The numbers of a call, as operators take them: the parameters that are no tensors (else 0), and two constants."""
+    """The numbers of a call, as operators take them: the parameters that are no tensors (else 0), and constants."""
 
     width: float
     decay: float
@@ -54,16 +64,20 @@ class Numbers(NamedTuple):
     input_mean: float
     v_rest: float
     surrogate_gain: float
+    v_min: float  # 0 without a floor
 
 
 class Rules(NamedTuple):
     """The rules of a call, as operators take them; in the order of struct Rules in csrc/ops.h."""
 
     surrogate: int  # its id
-    hard_reset: int  # this and the next five are 0 or 1
+    hard_reset: int  # this and the next eight are 0 or 1
     strict_threshold: int
     scale_output: int
     detach_reset: int
+    multi_spike: int
+    periodic: int  # 1: the surrogate, laplace, is periodic_exponential
+    floored: int  # 1: v_min is the floor of the potential
     log_width: int  # 1: the width is given as its logarithm, within the bound of learned.py; 0 for the reference
     logit_decay: int  # 1: the decay is given as its logit
     analog_below: int  # round(analog_prob * DRAWS), or BELOW_IN_STATE
@@ -106,6 +120,19 @@ def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
     return result
 
 
+def several_spikes(h: Tensor, v_threshold: Tensor) -> Tensor:
+    """How many thresholds there are in a potential."""
+    return (h > 0) * torch.div(h, v_threshold, rounding_mode="trunc")
+
+
+def periodic_distance(h: Tensor, v_threshold: Tensor) -> Tensor:
+    """From the threshold below it, from the nearest multiple of the threshold above, twice as far; the slope is 1."""
+    u = h - v_threshold
+    turns = h / v_threshold - 0.5
+    above = v_threshold * (2 * (turns - turns.floor()) - 1)
+    return with_gradient_of(torch.where(h < v_threshold, u, above).detach(), u)
+
+
 def lif_reference(
     x_seq: Tensor,
     v_init: Tensor | None,
@@ -140,12 +167,17 @@ def lif_reference(
         c = at(input_gain, t) * (x[t] - at(input_mean, t)) + at(input_bias, t)
         h = v_rest + at(decay, t) * (v - v_rest) + c
         u = h - at(v_threshold, t)
-        a = cumulative(u * at(inverse_width, t))
+        d = periodic_distance(h, at(v_threshold, t)) if rules.periodic else u
+        a = cumulative(d * at(inverse_width, t))
         z = (u > 0 if rules.strict_threshold else u >= 0).to(real)
+        if rules.multi_spike:
+            z = several_spikes(h, at(v_threshold, t))
         hard_or_analog = torch.where(analog[t], a, z).detach()
         s = with_gradient_of(hard_or_analog, a, numbers.surrogate_gain)
         s_reset = s.detach() if rules.detach_reset else s
         v = h * (1 - s_reset) + at(reset, t) * s_reset if rules.hard_reset else h - at(reset, t) * s_reset
+        if rules.floored:
+            v = torch.relu(v - numbers.v_min) + numbers.v_min
         s_seq.append(s)
         v_seq.append(v)
         h_seq.append(h)

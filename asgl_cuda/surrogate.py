@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# For several spikes a step: laplace of the distance that `periodic_distance` in reference.py gives.
+PERIODIC = "periodic_exponential"
+
 
 class Surrogate(NamedTuple):
     """A surrogate: `id` is its value of `enum class Surrogate` in csrc."""

@@ -1,4 +1,4 @@
-"""How autograd functions are called such that torch.func and forward mode see them, and noise under vmap."""
+"""How autograd functions are called such that transforms and second derivatives see them, and noise under vmap."""
 
 from __future__ import annotations
 
@@ -58,6 +58,38 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         if any(each.key() == TransformType.Jvp for each in torch._C._functorch.get_interpreter_stack()):
             raise RuntimeError(f"asgl_cuda: {_FORWARD_MODE}") from error
         raise
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The first `count` tensors unchanged, as functions of the others that can't be differentiated.
+
+    torch's own once_differentiable cuts the graph where only the inputs, not the incoming gradients, require one: a
+    gradient penalty would then train on without its penalty.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count] if tensor is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "asgl_cuda: a second derivative was asked for, and the fused backends have only the first; "
+            "backend='reference' has all"
+        )
+
+
+def once_differentiable(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    """The gradients; a graph that is to be differentiated again then says that it can't be."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    return apply(_OnceDifferentiable, len(gradients), *gradients, *inputs)  # type: ignore[no-any-return]
 
 
 def draw_under_transforms(device: torch.device, generator: torch.Generator | None) -> Tensor:

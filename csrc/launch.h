@@ -13,7 +13,8 @@
 
 namespace asgl {
 
-// Calls f(LIF<...>{}), the model that the options name. The caller has checked that there is such a surrogate.
+// Calls f(LIF<...>{}) or f(LIFByOptions{}), the model that the options name. The caller has checked that there is such
+// a surrogate.
 template <class Real, class F, int... kIds>
 void with_model(const NeuronOptions<Real>& options, F&& f, std::integer_sequence<int, kIds...>) {
   const auto call = [&](auto id) {
@@ -25,6 +26,7 @@ void with_model(const NeuronOptions<Real>& options, F&& f, std::integer_sequence
 }
 template <class Real, class F>
 void with_model(const NeuronOptions<Real>& options, F&& f) {
+  if (options.has_optional_rules()) return f(LIFByOptions{});
   with_model(options, f, std::make_integer_sequence<int, kNumSurrogates>{});
 }
 

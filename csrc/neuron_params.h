@@ -3,7 +3,7 @@
 
 #include "math/half_types.h"
 #include "math/learned.h"
-#include "math/neuron.h"
+#include "math/lif_by_options.h"
 #include "math/philox.h"
 
 namespace asgl {
@@ -121,7 +121,7 @@ struct LIFParams {
     for (const auto& parameter : parameters) {
       if (parameter.data != nullptr && parameter.step_stride != 0) return Input::kGeneral;
     }
-    if (options.v_rest != Real(0)) return Input::kGeneral;
+    if (options.v_rest != Real(0) || options.has_optional_rules()) return Input::kGeneral;
     return is_input_plain() ? Input::kPlain : Input::kNormalised;
   }
 

@@ -64,12 +64,12 @@ inline at::ScalarType real_type(const Tensor& x_seq) {
 // asgl_cuda/reference.py packs options into lists, as the fields of its Rules and Numbers; here the same fields stand
 // in the same order.
 struct Rules {
-  int64_t surrogate, hard_reset, strict_threshold, scale_output, detach_reset, log_width, logit_decay, analog_below,
-      time_dim;
+  int64_t surrogate, hard_reset, strict_threshold, scale_output, detach_reset, multi_spike, periodic, floored,
+      log_width, logit_decay, analog_below, time_dim;
 };
 struct Numbers {
   double constants[kNumParameters];  // in the order of ParameterId, 0 where the parameter is a tensor
-  double v_rest, surrogate_gain;
+  double v_rest, surrogate_gain, v_min;
 };
 
 template <class Fields, class Element>
@@ -135,11 +135,15 @@ class Call {
     for (int id = 0; id < kNumParameters; ++id) params.parameters[id] = view<Real>(id);
     params.options = {static_cast<Real>(numbers_.v_rest),
                       static_cast<Real>(numbers_.surrogate_gain),
+                      static_cast<Real>(numbers_.v_min),
                       static_cast<Surrogate>(rules_.surrogate),
                       rules_.hard_reset != 0,
                       rules_.strict_threshold != 0,
                       rules_.scale_output != 0,
                       rules_.detach_reset != 0,
+                      rules_.multi_spike != 0,
+                      rules_.periodic != 0,
+                      rules_.floored != 0,
                       rules_.log_width != 0,
                       rules_.logit_decay != 0};
     params.noise = {

@@ -304,12 +304,14 @@ def kernels_asked_for() -> list[str]:
                 normalisation_kernels.moments_kernel(dtype, lanes),
                 normalisation_kernels.input_gradient_kernel(dtype, lanes),
             ]
-    for dtype, surrogate, hard in product(launch.SCALARS, range(len(SURROGATES)), (False, True)):
-        kinds = dtype, launch.model(Rules(surrogate, int(hard), 0, 0, 0, 0, 0, 0, 0))
-        inputs = launch.GENERAL, launch.NORMALISED, launch.PLAIN
+    plain = Rules(**dict.fromkeys(Rules._fields, 0))
+    each = product(range(len(SURROGATES)), (0, 1))
+    models = [launch.model(plain._replace(surrogate=surrogate, hard_reset=hard)) for surrogate, hard in each]
+    for dtype, model in product(launch.SCALARS, (*models, launch.BY_OPTIONS)):
+        inputs = (launch.GENERAL, launch.NORMALISED, launch.PLAIN)[: 1 if model == launch.BY_OPTIONS else 3]
         lanes = (1,) if dtype == torch.float64 else (1, 4)
         for call in product(lanes, inputs, (launch.CHECKPOINT_STEPS, 8, constant("kShortSequence"))):
-            names += [launch.forward_kernel(*kinds, *call), launch.backward_kernel(*kinds, *call)]
+            names += [launch.forward_kernel(dtype, model, *call), launch.backward_kernel(dtype, model, *call)]
     return list(dict.fromkeys(names))
 
 

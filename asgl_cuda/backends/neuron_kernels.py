@@ -21,6 +21,7 @@ from .structures import constant, structure
 
 FOURS_SEGMENT_STEPS = (8, CHECKPOINT_STEPS)  # of backward with four neurons a thread, beside kShortSequence
 
+BY_OPTIONS = "asgl::LIFByOptions"  # a model with general kernels alone
 GENERAL, NORMALISED, PLAIN = "kGeneral", "kNormalised", "kPlain"  # enumerators of csrc's Input
 
 SCALARS = {
@@ -49,6 +50,8 @@ def _input(input: str) -> str:
 
 def model(rules: Rules) -> str:
     """The type in csrc that computes such neurons, as with_model of csrc/launch.h chooses it."""
+    if rules.multi_spike or rules.floored:
+        return BY_OPTIONS
     return f"asgl::LIF<(asgl::Surrogate){rules.surrogate}, {_bool(rules.hard_reset)}>"
 
 
@@ -211,7 +214,7 @@ class _Call:
 
         Numbers are compared as the structures have rounded them.
         """
-        if not only_spikes or self.options.scale_output or self.options.v_rest != 0:
+        if not only_spikes or self.options.scale_output or self.options.v_rest != 0 or self.model == BY_OPTIONS:
             return GENERAL
         if any(view.data and view.step_stride for view in self.views):
             return GENERAL

@@ -84,13 +84,14 @@ struct StepLoop {
   template <bool kNoise>
   static ASGL_HOST_DEVICE void loop(Args args) {
     const Firing<Real> firing(args.options);
+    const auto model = Model::of(args.options);
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) {
       const Neuron<Real>& neuron = args.neurons[i];
       State<Real> state = load(args.before, i);
       const Real h = Model::template charge<Input::kGeneral>(args.x[i], state, neuron, args.options);
-      const Real s = Model::fire(h, kNoise && args.draws[i] < args.analog_below, neuron, firing);
-      Model::reset(h, s, neuron, state);
+      const Real s = model.fire(h, kNoise && args.draws[i] < args.analog_below, neuron, firing);
+      model.reset(h, s, neuron, state);
       args.h[i] = h;
       args.s[i] = s;
       store(state, args.after, i);
@@ -107,18 +108,22 @@ struct AdjointLoop {
     bool carried;
     const Real *g, *gh, *h, *s;
     State<Real*> d_state;  // the gradient of the state after the step on entry, before it on return
-    Real *dy, *dh, *dx;
+    Real *d_reset, *distance, *dy, *dh, *dx;
   };
 
   static ASGL_HOST_DEVICE void run(Args args) {
+    const auto model = Model::of(args.options);
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) {
       const Neuron<Real>& neuron = args.neurons[i];
       State<Real> d_state = load(args.d_state, i);
+      model.floor_adjoint(args.h[i], args.s[i], neuron, d_state);
+      args.d_reset[i] = model.gradient_of_reset(d_state.v, args.s[i]);
+      args.distance[i] = model.distance(args.h[i], neuron);
       const Real ds =
-          Model::spike_gradient(args.g[i], args.h[i], args.carried && !args.options.detach_reset, neuron, d_state.v);
+          model.spike_gradient(args.g[i], args.h[i], args.carried && !args.options.detach_reset, neuron, d_state.v);
       const StepGradient<Real> step =
-          Model::step_adjoint(ds, args.gh[i], args.h[i], args.s[i], args.carried, neuron, args.options, d_state);
+          model.step_adjoint(ds, args.gh[i], args.h[i], args.s[i], args.carried, neuron, args.options, d_state);
       args.dy[i] = step.dy;
       args.dh[i] = step.dh;
       args.dx[i] = neuron.input_gain * step.dc;

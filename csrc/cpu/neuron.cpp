@@ -104,17 +104,6 @@ void run_settled(const ForwardParams<Scalar>& params) {
 
 // ---- backward ----
 
-// Loads the state before the first step of a segment.
-template <class Scalar>
-void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 start,
-                const State<Real_t<Scalar>*>& state) {
-  if (start > 0) {
-    load_state(params.checkpoints, checkpoint(tile, start), params.at_rest(), tile.length, state);
-  } else {
-    load_state(params.init, tile.first, params.at_rest(), tile.length, state);
-  }
-}
-
 // The states that are kept in a segment: those before each step are needed again only for the gradient of decay.
 template <class Scalar>
 int64 states_of(const BackwardParams<Scalar>& params, int64 segment) {
@@ -158,11 +147,12 @@ void run_general(const BackwardParams<Scalar>& params) {
   const int64 states = std::max<int64>(2, states_of(params, segment));
 
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
-    Rows<Real> rows(2 * segment + (states + 1) * kStateMembers + 8 + kNumParameters, kTile);
+    Rows<Real> rows(2 * segment + (states + 1) * kStateMembers + 10 + kNumParameters, kTile);
     Real *h_rows = rows.take(segment), *s_rows = rows.take(segment);
     const State<Real*> state_rows = take_state(rows, states), d_state = take_state(rows);
     Real *x_buffer = rows.take(), *g_buffer = rows.take(), *gh_buffer = rows.take(), *scaled_g = rows.take();
     Real *dx_buffer = rows.take(), *dy = rows.take(), *dh = rows.take(), *zeros = rows.take();
+    Real *d_reset = rows.take(), *distance = rows.take();
     Real* sums = rows.take(kNumParameters);
     std::fill_n(zeros, kTile, Real(0));
     TileNoise noise(params.noise);
@@ -218,15 +208,15 @@ void run_general(const BackwardParams<Scalar>& params) {
             run<AccumulateLoop<Real>>({length, Real(1), gv, kOne, kZero, d_state.v});
             carried = true;
           }
-          if (carried) accumulate(kReset, Model::kResetsHard ? Real(1) : Real(-1), d_state.v, {s, Real(0)}, kZero);
           Real* dx = start_row(params.grad_x_seq, tile, t, dx_buffer);
           neurons.template visit<NeuronRows<Real>>([&](auto values) {
             run<AdjointLoop<Real, Model, decltype(values)>>(
-                {values, options, length, carried, g, gh, h, s, d_state, dy, dh, dx});
+                {values, options, length, carried, g, gh, h, s, d_state, d_reset, distance, dy, dh, dx});
           });
+          if (carried) accumulate(kReset, Real(1), d_reset, kOne, kZero);
           carried = true;
           finish_row(dx, params.grad_x_seq, tile, t);
-          accumulate(kWidth, Real(1), dy, {h, Real(0)}, neurons.v_threshold());
+          accumulate(kWidth, Real(1), dy, {distance, Real(0)}, kZero);
           accumulate(kThreshold, Real(-1), dy, neurons.inverse_width(), kZero);
           accumulate(kInputMean, Real(-1), dx, kOne, kZero);
           accumulate(kDecay, Real(1), dh, {state(k).v, Real(0)}, {nullptr, options.v_rest});
@@ -381,7 +371,7 @@ void run_model(Params params) {
   params.noise = params.noise.settled();
   with_model(params.options, [&](auto model) {
     using Model = decltype(model);
-    if constexpr (std::is_same_v<Real, float>) {
+    if constexpr (std::is_same_v<Real, float> && !Model::kOnlyGeneral) {
       if (is_settled(params)) return run_settled<Model>(params);
     }
     run_general<Model>(params);

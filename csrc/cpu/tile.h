@@ -293,4 +293,15 @@ inline int64 checkpoint(const Tile& tile, int64 steps) {
   return (steps / kCheckpointSteps - 1) * tile.shape.neurons() + tile.first;
 }
 
+// Loads the state before the first step of a segment.
+template <class Scalar>
+void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 start,
+                const State<Real_t<Scalar>*>& state) {
+  if (start > 0) {
+    load_state(params.checkpoints, checkpoint(tile, start), params.at_rest(), tile.length, state);
+  } else {
+    load_state(params.init, tile.first, params.at_rest(), tile.length, state);
+  }
+}
+
 }  // namespace asgl::cpu

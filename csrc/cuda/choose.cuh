@@ -114,16 +114,20 @@ cudaError_t cut(BackwardParams<Scalar>& params) {
 }
 
 // Calls f(lanes, input), with the neurons a thread and the input of the kernel as constants. A thread with one neuron
-// has no kernel of its own for plain input.
-template <class Scalar, class Params, class F>
+// has no kernel of its own for plain input, and some models have general kernels alone.
+template <class Scalar, class Model, class Params, class F>
 void with_kind(const Params& params, F&& f) {
   const auto with_lanes = [&](auto lanes) {
     const Input input = input_of(params);
-    if (input == Input::kGeneral) return f(lanes, std::integral_constant<Input, Input::kGeneral>{});
-    if constexpr (lanes() == 4) {
-      if (input == Input::kPlain) return f(lanes, std::integral_constant<Input, Input::kPlain>{});
+    if (Model::kOnlyGeneral || input == Input::kGeneral) {
+      return f(lanes, std::integral_constant<Input, Input::kGeneral>{});
     }
-    f(lanes, std::integral_constant<Input, Input::kNormalised>{});
+    if constexpr (!Model::kOnlyGeneral) {
+      if constexpr (lanes() == 4) {
+        if (input == Input::kPlain) return f(lanes, std::integral_constant<Input, Input::kPlain>{});
+      }
+      f(lanes, std::integral_constant<Input, Input::kNormalised>{});
+    }
   };
   if constexpr (kHasFours<Scalar>) {
     if (params.tiles.tile > kBlockThreads) return with_lanes(std::integral_constant<int, 4>{});
@@ -134,7 +138,7 @@ void with_kind(const Params& params, F&& f) {
 template <class Model, class Scalar>
 cudaError_t launch(Model, const ForwardParams<Scalar>& params, cudaStream_t stream) {
   void (*kernel)(ForwardParams<Scalar>) = nullptr;
-  with_kind<Scalar>(params, [&](auto lanes, auto input) {
+  with_kind<Scalar, Model>(params, [&](auto lanes, auto input) {
     kernel = &lif_forward_kernel<Scalar, Model, lanes(), input(), 0>;
     if constexpr (lanes() == 4 && input() != Input::kGeneral) {
       if (params.shape.steps == kShortSequence) {
@@ -148,7 +152,7 @@ cudaError_t launch(Model, const ForwardParams<Scalar>& params, cudaStream_t stre
 template <class Model, class Scalar>
 cudaError_t launch(Model, const BackwardParams<Scalar>& params, cudaStream_t stream) {
   void (*kernel)(BackwardParams<Scalar>) = nullptr;
-  with_kind<Scalar>(params, [&](auto lanes, auto input) {
+  with_kind<Scalar, Model>(params, [&](auto lanes, auto input) {
     if constexpr (input() == Input::kGeneral) {
       kernel = &lif_backward_kernel<Scalar, Model, lanes()>;
     } else {

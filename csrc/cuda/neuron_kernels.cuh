@@ -119,6 +119,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
+  const auto model = Model::of(options);
   ThreadNeuron<Real, kInput> neuron(params.parameters, place.read_n, options);
   State<Real[kLanes]> state;
   load_state(params, State<const Real*>{}, 0, place, state);
@@ -136,8 +137,8 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
           h[j] = Model::template charge<kInput>(x[k][j], lane(state, j), neuron.now(), options);
-          s[j] = Model::fire(h[j], noise.is_analog(k, j), neuron.now(), firing);
-          Model::reset(h[j], s[j], neuron.now(), lane(state, j));
+          s[j] = model.fire(h[j], noise.is_analog(k, j), neuron.now(), firing);
+          model.reset(h[j], s[j], neuron.now(), lane(state, j));
         }
         if constexpr (kInput == Input::kGeneral) {
           if (params.h_seq != nullptr && place.live) Lanes::store(h, params.h_seq + element);
@@ -323,6 +324,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
+  const auto model = Model::of(options);
   ThreadNeuron<Real, Input::kGeneral> neuron(params.parameters, place.read_n, options);
   Run run;
   const auto store_sum = [&](int id, int64 t, Real sum, int row) {
@@ -356,7 +358,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
     State<Real[kLanes]> state = first_state;
     const SegmentNoise<kLanes, kSteps> noise(source, place.n, start, length);
     const auto fire_lane = [&](Real h, int k, int j) {
-      return Model::fire(h, noise.is_analog(k, j), neuron.now(), firing);
+      return model.fire(h, noise.is_analog(k, j), neuron.now(), firing);
     };
 #pragma unroll 1
     for (int k = 0; k < length; ++k) {
@@ -365,7 +367,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
         h.values[j] = Model::template charge<Input::kGeneral>(h.values[j], lane(state, j), neuron.now(), options);
-        Model::reset(h.values[j], fire_lane(h.values[j], k, j), neuron.now(), lane(state, j));
+        model.reset(h.values[j], fire_lane(h.values[j], k, j), neuron.now(), lane(state, j));
       }
       potentials[k][threadIdx.x] = h;
     }
@@ -402,7 +404,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
           const Real s_before = fire_lane(h_before.values[j], k - 1, j);
-          Model::reset(h_before.values[j], s_before, neuron.now(), lane(before, j));
+          model.reset(h_before.values[j], s_before, neuron.now(), lane(before, j));
         }
       }
       neuron.move_to(t);
@@ -414,12 +416,13 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
           sums[kThreshold] += g[j] * s;
           g[j] = g[j] * neuron.now().v_threshold;
         }
-        if (carried) sums[kReset] += Model::gradient_of_reset(d_state.v[j], s);
+        model.floor_adjoint(h.values[j], s, neuron.now(), lane(d_state, j));
+        if (carried) sums[kReset] += model.gradient_of_reset(d_state.v[j], s);
         const Real ds =
-            Model::spike_gradient(g[j], h.values[j], carried && !options.detach_reset, neuron.now(), d_state.v[j]);
+            model.spike_gradient(g[j], h.values[j], carried && !options.detach_reset, neuron.now(), d_state.v[j]);
         const StepGradient<Real> step =
-            Model::step_adjoint(ds, gh[j], h.values[j], s, carried, neuron.now(), options, lane(d_state, j));
-        sums[kWidth] += step.dy * (h.values[j] - neuron.now().v_threshold);
+            model.step_adjoint(ds, gh[j], h.values[j], s, carried, neuron.now(), options, lane(d_state, j));
+        sums[kWidth] += step.dy * model.distance(h.values[j], neuron.now());
         sums[kThreshold] -= step.dy * neuron.now().inverse_width;
         sums[kDecay] += step.dh * (before.v[j] - options.v_rest);
         dx[j] = neuron.now().input_gain * step.dc;

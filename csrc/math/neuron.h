@@ -1,6 +1,7 @@
 // One step of the neuron and its adjoint, for one element. Every backend runs these functions. A new neuron model or
-// firing rule is a type beside LIF, with its own charge, fire, reset, spike_gradient and step_adjoint or LIF's, which
-// with_model in launch.h and model in asgl_cuda/backends/neuron_kernels.py choose; State has all that a neuron carries.
+// firing rule is a type beside LIF, with its own functions or LIF's, which with_model in launch.h and model in
+// asgl_cuda/backends/neuron_kernels.py choose; rules that few ask for are in lif_by_options.h. State has all that a
+// neuron carries.
 #pragma once
 
 #include "math/surrogates.h"
@@ -59,13 +60,20 @@ template <class Real>
 struct NeuronOptions {
   Real v_rest;
   Real surrogate_gain;
+  Real v_min;
   Surrogate surrogate;
   bool hard_reset;
   bool strict_threshold;
   bool scale_output;
   bool detach_reset;
+  bool multi_spike;
+  bool periodic;     // the surrogate is a function of the distance in LIFByOptions
+  bool floored;      // by v_min
   bool log_width;    // the parameter kWidth is the logarithm of the width
   bool logit_decay;  // kDecay is the logit of the decay
+
+  // Says whether this takes the model LIFByOptions.
+  ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored; }
 };
 
 // charge may take this for granted, which changes nothing except the sign of a zero.
@@ -134,7 +142,13 @@ ASGL_HOST_DEVICE double gradient_of_width(double gradient_of_inverse, double wid
 
 template <Surrogate kSurrogate, bool kHardReset>
 struct LIF {
-  static constexpr bool kResetsHard = kHardReset;
+  static constexpr bool kResetsHard = kHardReset, kOnlyGeneral = false;
+
+  // General kernels call the functions of this, which for other models know the options.
+  template <class Real>
+  static ASGL_HOST_DEVICE LIF of(const NeuronOptions<Real>&) {
+    return {};
+  }
 
   // h[t] = v_rest + decay * (v[t-1] - v_rest) + c[t]
   template <Input kInput, class Real, class States>
@@ -160,6 +174,10 @@ struct LIF {
     state.v = kHardReset ? h * (Real(1) - s) + neuron.reset * s : h - neuron.reset * s;
   }
 
+  // The gradient of v[t] becomes the gradient of the potential after reset, where a floor is between them.
+  template <class Real, class States>
+  static ASGL_HOST_DEVICE void floor_adjoint(Real, Real, const Neuron<Real>&, States&&) {}
+
   // d v_reset += dv * s   hard,   d reset_amount -= dv * s   soft
   template <class Real>
   static ASGL_HOST_DEVICE Real gradient_of_reset(Real dv, Real s) {
@@ -179,13 +197,26 @@ struct LIF {
                       : g - keep_if(through_reset, dv * neuron.reset);
   }
 
+  // y = distance / width
+  template <class Real>
+  static ASGL_HOST_DEVICE Real distance(Real h, const Neuron<Real>& neuron) {
+    return h - neuron.v_threshold;
+  }
+
   // `d_state` then is the gradient of the state before this step.
   template <class Real, class GradientOfH, class States>
   static ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real ds, GradientOfH gh, Real h, Real s, bool carried,
                                                           const Neuron<Real>& neuron,
                                                           const NeuronOptions<Real>& options, States&& d_state) {
-    const Real dv = d_state.v, y = (h - neuron.v_threshold) * neuron.inverse_width;
+    const Real y = distance(h, neuron) * neuron.inverse_width;
     const Real dy = SurrogateMath<kSurrogate>::adjoint(y, ds * options.surrogate_gain);
+    return charge_adjoint(dy, gh, s, carried, neuron, d_state);
+  }
+
+  template <class Real, class GradientOfH, class States>
+  static ASGL_HOST_DEVICE StepGradient<Real> charge_adjoint(Real dy, GradientOfH gh, Real s, bool carried,
+                                                            const Neuron<Real>& neuron, States&& d_state) {
+    const Real dv = d_state.v;
     const Real from_v = kHardReset ? dv * (Real(1) - s) : dv;
     const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
     d_state.v = neuron.decay * dh;

@@ -180,4 +180,13 @@ struct SurrogateMath<Surrogate::kLaplace> {
   }
 };
 
+// Returns f(SurrogateMath<...>()), of the surrogate that is known at run time.
+template <int kId = 0, class F>
+ASGL_HOST_DEVICE auto with_surrogate(Surrogate surrogate, F&& f) {
+  if constexpr (kId + 1 < kNumSurrogates) {
+    if (static_cast<int>(surrogate) != kId) return with_surrogate<kId + 1>(surrogate, f);
+  }
+  return f(SurrogateMath<static_cast<Surrogate>(kId)>());
+}
+
 }  // namespace asgl

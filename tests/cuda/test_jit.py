@@ -29,7 +29,7 @@ from asgl_cuda.reference import Rules
 from benchmarks.cuda_code import Disassembler
 from tests.code_checks import ptx_problems
 
-MODEL = launch.model(Rules(0, 1, 0, 0, 0, 0, 0, 0, 0))
+MODEL = launch.model(Rules(**{**dict.fromkeys(Rules._fields, 0), "hard_reset": 1}))
 FORWARD = launch.forward_kernel(torch.float32, MODEL, 4, launch.PLAIN)
 BACKWARD = launch.backward_kernel(torch.float32, MODEL, 4, launch.PLAIN, 4)
 GENERAL_OF_HALVES = launch.backward_kernel(torch.bfloat16, MODEL, 4, launch.GENERAL)

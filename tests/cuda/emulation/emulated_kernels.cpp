@@ -56,6 +56,10 @@ class Kernels {
       add("asgl::batch_moments_kernel<" + scalar + ", 4>", &batch_moments_kernel<Scalar, 4>);
       add("asgl::batch_norm_input_gradient_kernel<" + scalar + ", 4>", &batch_norm_input_gradient_kernel<Scalar, 4>);
     }
+    add_general<Scalar, LIFByOptions, 1>("<" + scalar + ", asgl::LIFByOptions, 1");
+    if constexpr (!std::is_same_v<Scalar, double>) {
+      add_general<Scalar, LIFByOptions, 4>("<" + scalar + ", asgl::LIFByOptions, 4");
+    }
     for (int surrogate = 0; surrogate < kNumSurrogates; ++surrogate) {
       for (const bool hard_reset : {false, true}) {
         NeuronOptions<float> options{};
@@ -63,7 +67,10 @@ class Kernels {
         options.hard_reset = hard_reset;
         const std::string name =
             "asgl::LIF<(asgl::Surrogate)" + std::to_string(surrogate) + (hard_reset ? ", true>" : ", false>");
-        with_model(options, [&](auto model) { add_model<Scalar, decltype(model)>("<" + scalar + ", " + name); });
+        with_model(options, [&](auto model) {
+          using Model = decltype(model);
+          if constexpr (!Model::kOnlyGeneral) add_model<Scalar, Model>("<" + scalar + ", " + name);
+        });
       }
     }
   }
@@ -78,13 +85,18 @@ class Kernels {
     }
   }
 
+  template <class Scalar, class Model, int kLanes>
+  void add_general(const std::string& kinds) {
+    add(kForward + kinds + ", (asgl::Input)0, 0>", &lif_forward_kernel<Scalar, Model, kLanes, Input::kGeneral, 0>);
+    add("asgl::lif_backward_kernel" + kinds + ">", &lif_backward_kernel<Scalar, Model, kLanes>);
+  }
+
   // Those that are compiled for any number of neurons a thread.
   template <class Scalar, class Model, int kLanes>
   void add_lanes(const std::string& kinds) {
     const std::string normalised = ", (asgl::Input)1";
-    add(kForward + kinds + ", (asgl::Input)0, 0>", &lif_forward_kernel<Scalar, Model, kLanes, Input::kGeneral, 0>);
+    add_general<Scalar, Model, kLanes>(kinds);
     add(kForward + kinds + normalised + ", 0>", &lif_forward_kernel<Scalar, Model, kLanes, Input::kNormalised, 0>);
-    add("asgl::lif_backward_kernel" + kinds + ">", &lif_backward_kernel<Scalar, Model, kLanes>);
     add(kSettled + kinds + ", 16" + normalised + ">",
         &lif_backward_settled_kernel<Scalar, Model, kLanes, 16, Input::kNormalised>);
   }

@@ -73,6 +73,7 @@ class Trial {
     const bool rests_at_zero = !random_.once_in(seldom);
     forward_.options = {Real(rests_at_zero ? 0.0 : random_.between(-0.2, 0.2)),
                         Real(random_.toss() ? 1.0 : 1.5),
+                        Real(0),
                         kSurrogate,
                         kHardReset,
                         strict,
