@@ -147,7 +147,7 @@ def convert(
         found = next((answer for library in known if (answer := library.find(layer)) is not None), None)
         if found is None:
             continue
-        spike = found if isinstance(found, str) else _spike_function(found[1], wanted)
+        spike = found if isinstance(found, str) or found[1] is None else _spike_function(found[1], wanted)
         if isinstance(spike, str):
             report.left.append(Left(path, name, spike))
             continue
@@ -212,6 +212,8 @@ def _spike_function(function: Callable[[Tensor], Tensor] | SpikeFunction, wanted
 
 
 def _description(layer: Converted) -> str:
+    if layer.settings.spike is None:
+        return "leaky_integrator"
     surrogate, _, gain, _ = layer.settings.spike
     text = f"{surrogate}, width {float(torch.as_tensor(layer.width).detach().mean()):.4g}"
     if abs(gain - 1) > 1e-6:
@@ -242,7 +244,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
         if isinstance(layer, Normalised):
             report.left.append(Left(path, name, "it is fused with a normalisation: asgl_cuda.unfuse comes first"))
             continue
-        if layer.log_width is not None and not layer.hold_width():
+        if layer.settings.spike is not None and layer.log_width is not None and not layer.hold_width():
             width = float(torch.as_tensor(layer.width).detach())
             report.left.append(Left(path, name, f"its learned width, {width:.4g}: its own surrogate can't hold it"))
         layer.end()
