@@ -10,6 +10,7 @@ from ._version import __version__
 from .backends import available_backends, unavailable_backends
 from .batch_norm import batch_norm_lif
 from .functional import LIFOutput, analog_mask, lif
+from .integrator import IntegratorOutput, LeakyIntegrator, leaky_integrator
 from .interop import convert, from_nir, fuse, revert, to_nir, unfuse
 from .layer import asgl_layers
 from .monitor import Monitor
@@ -22,7 +23,9 @@ __all__ = [
     "LIF",
     "AnalogProbSchedule",
     "BatchNormLIF",
+    "IntegratorOutput",
     "LIFOutput",
+    "LeakyIntegrator",
     "Monitor",
     "OverTime",
     "__version__",
@@ -33,6 +36,7 @@ __all__ = [
     "convert",
     "from_nir",
     "fuse",
+    "leaky_integrator",
     "lif",
     "lightning_callback",
     "parameter_groups",

@@ -1,15 +1,35 @@
-"""ASGL layers, `asgl_cuda.LIF` and layers that `asgl_cuda.convert` has made such, have this in common."""
+"""ASGL layers (`asgl_cuda.LIF`, and what `asgl_cuda.convert` has made such) and integrators have this in common."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from typing_extensions import Self
 
-from .checks import check_analog_prob, check_multi_spike
+from .backends import BACKENDS
+from .checks import (
+    check_analog_prob,
+    check_bool,
+    check_finite,
+    check_input,
+    check_multi_spike,
+    check_number,
+    check_time_dim,
+)
+from .layout import state_shape
+from .learned import BOUND, Logarithm, Logit
+from .transforms import transforming
+
+Granularity = Literal["layer", "channel", "neuron"]
+
+Value = Tensor | float | Logarithm | Logit  # of a parameter of the neuron
+
+_LEAST_DECAY = 1 / (1 + math.exp(BOUND))
 
 
 def give_dimension(state_dict: dict[str, Any], prefix: str, *names: str) -> None:
@@ -20,31 +40,11 @@ def give_dimension(state_dict: dict[str, Any], prefix: str, *names: str) -> None
             state_dict[prefix + name] = value.reshape(1)
 
 
-def check_features(num_features: int | Sequence[int] | None, granularity: str, caller: str) -> tuple[int, ...]:
-    """The sizes of what each parameter of a layer is for, which fit its granularity."""
-    if num_features is None:
-        sizes: Sequence[int] = ()
-    else:
-        sizes = num_features if isinstance(num_features, Sequence) else (num_features,)
-    if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
-        raise TypeError(
-            f"{caller}: num_features must be an int or a sequence of ints, got {type(num_features).__name__}"
-        )
-    if granularity not in ("layer", "channel", "neuron"):
-        raise ValueError(f"{caller}: granularity must be layer, channel or neuron, got {granularity!r}")
-    if granularity == "layer":
-        if sizes:
-            raise ValueError(
-                f"{caller}: num_features needs granularity 'channel' or 'neuron', got {num_features} with "
-                "granularity 'layer'"
-            )
-        return ()
-    if num_features is None or (granularity == "channel" and len(sizes) != 1):
-        wanted = "the number of channels" if granularity == "channel" else "the shape of the neurons"
-        raise ValueError(f"{caller}: granularity {granularity!r} needs num_features, {wanted}, got {num_features}")
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"{caller}: num_features must be positive, got {num_features}")
-    return tuple(sizes)
+def fill_parameter(parameter: Tensor | None, value: float) -> None:
+    """Gives all elements this value, if there is such a parameter."""
+    if parameter is not None:
+        with torch.no_grad():
+            parameter.fill_(value)
 
 
 class Noisy(nn.Module):
@@ -88,6 +88,192 @@ class Noisy(nn.Module):
         """The layer becomes one that has never had a share of analog elements."""
         for name in ("_analog_prob", "_has_noise", "_analog_prob_data"):
             self.__dict__.pop(name, None)
+
+
+class NeuronLayer(nn.Module):
+    """A layer of neurons or integrators: a decay and other values of a granularity, and a potential that is carried."""
+
+    _caller: ClassVar[str]  # the name in errors
+    _function: ClassVar[str]  # that does the same
+    _potentials: ClassVar[tuple[str, ...]] = ("v",)  # no buffers: DistributedDataParallel would send round the first's
+    logit_decay: nn.Parameter | None
+    store_v_seq = False
+    v: Tensor | None
+
+    def _set_up(
+        self,
+        num_features: int | Sequence[int] | None,
+        granularity: Granularity,
+        v_rest: float,
+        input_gain: float,
+        stateful: bool,
+        time_dim: int,
+        backend: str | None,
+    ) -> None:
+        """Keeps, checked, what is no parameter."""
+        caller = self._caller
+        if granularity not in ("layer", "channel", "neuron"):
+            raise ValueError(f"{caller}: granularity must be layer, channel or neuron, got {granularity!r}")
+        check_time_dim(time_dim, caller)
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"{caller}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        self.num_features = self._features(num_features, granularity)
+        self.granularity = granularity
+        self.v_rest = check_finite("v_rest", v_rest, caller)
+        self.input_gain = check_finite("input_gain", input_gain, caller)
+        self.stateful = check_bool("stateful", stateful, caller)
+        self.time_dim = time_dim
+        self.backend = backend
+        for name in self._potentials:
+            setattr(self, name, None)
+
+    def _features(self, num_features: int | Sequence[int] | None, granularity: Granularity) -> tuple[int, ...]:
+        if num_features is None:
+            sizes: Sequence[int] = ()
+        else:
+            sizes = num_features if isinstance(num_features, Sequence) else (num_features,)
+        if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
+            raise TypeError(
+                f"{self._caller}: num_features must be an int or a sequence of ints, got {type(num_features).__name__}"
+            )
+        if granularity == "layer":
+            if sizes:
+                raise ValueError(
+                    f"{self._caller}: num_features needs granularity 'channel' or 'neuron', got {num_features} with "
+                    "granularity 'layer'"
+                )
+            return ()
+        if num_features is None or (granularity == "channel" and len(sizes) != 1):
+            wanted = "the number of channels" if granularity == "channel" else "the shape of the neurons"
+            raise ValueError(
+                f"{self._caller}: granularity {granularity!r} needs num_features, {wanted}, got {num_features}"
+            )
+        if any(size < 1 for size in sizes):
+            raise ValueError(f"{self._caller}: num_features must be positive, got {num_features}")
+        return tuple(sizes)
+
+    @property
+    def decay(self) -> Tensor | float:
+        """The decay per step: a tensor of the granularity's shape, `[]` for "layer", if learned."""
+        return self._shown(self._decay_value())
+
+    @decay.setter
+    def decay(self, value: float) -> None:
+        value = check_number("decay", value, self._caller)
+        if self.logit_decay is not None:
+            if not _LEAST_DECAY <= value <= 1 - _LEAST_DECAY:
+                raise ValueError(
+                    f"{self._caller}: a learned decay must be in (0, 1), at least {_LEAST_DECAY:.3g} from the ends, "
+                    f"got {value}"
+                )
+            fill_parameter(self.logit_decay, math.log(value / (1 - value)))
+        self._decay = check_finite("decay", value, self._caller)
+
+    def _decay_value(self) -> Value:
+        return self._decay if self.logit_decay is None else Logit(self.logit_decay)
+
+    def _shown(self, value: Value) -> Tensor | float:
+        """A value as the properties give it: one for the whole layer is a scalar."""
+        if isinstance(value, (Logarithm, Logit)):
+            value = value.value()
+        # reshape(()), which would be the same, is not for tensors that fully_shard has shared out.
+        return value if isinstance(value, float) or self.num_features else value.sum()
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        if isinstance(x_seq, fx.Proxy):
+            return self._recorded(x_seq)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            self.__prepare_scriptable__()
+        if not (self.stateful or self.store_v_seq or self.v is not None):
+            return self._run(x_seq, with_state=False)
+        time_dim = check_input(x_seq, self.time_dim, self._caller)
+        if transforming():
+            raise RuntimeError(
+                f"{self._caller}: a layer with stateful or store_v_seq can't keep potentials under transforms of "
+                f"torch.func, which end with them; {self._function} takes v_init and returns potentials"
+            )
+        if self.v is not None:
+            shape = state_shape(x_seq, time_dim)
+            if list(self.v.shape) != shape:
+                raise ValueError(
+                    f"{self._caller}: the carried potential has shape {list(self.v.shape)} and the input, without "
+                    f"time, {shape}; call reset() before a batch of another shape"
+                )
+        return self._run(x_seq, with_state=True)
+
+    def _run(self, x_seq: Tensor, with_state: bool) -> Tensor:
+        """What the layer computes; `with_state` from the potential that is carried, to that which is to be."""
+        raise NotImplementedError
+
+    def _recorded(self, x_seq: fx.Proxy) -> Any:
+        """A call of this layer in the graph that torch.fx makes, which takes only torch's own layers for leaves."""
+        tracer: Any = x_seq.tracer
+        if type(self).forward is not NeuronLayer.forward or tracer.root is self:
+            raise TypeError(
+                f"{self._caller}: torch.fx can record calls of {type(self).__name__} but not its forward: it must be a "
+                "leaf, and part of the module that is traced"
+            )
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x_seq,), {})
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuses, where torch.jit.script asks the module to get ready."""
+        raise RuntimeError(
+            f"{self._caller}: torch.jit can neither trace nor script {type(self).__name__}; "
+            "torch.compile and torch.export can"
+        )
+
+    def _carried(self) -> Tensor | None:
+        # A potential computed in inference mode can't take part in training; its copy can.
+        if self.v is not None and not torch.compiler.is_compiling() and self.v.is_inference():
+            return self.v if torch.is_inference_mode_enabled() else self.v.clone()
+        return self.v
+
+    def _broadcast(self, value: Value, x_seq: Tensor, time_dim: int) -> Value:
+        """A parameter of the granularity's shape, reshaped to broadcast against x_seq."""
+        if isinstance(value, float) or not self.num_features:
+            return value
+        if isinstance(value, (Logarithm, Logit)):
+            return type(value)(self._reshaped(value.of_value, x_seq, time_dim))
+        return self._reshaped(value, x_seq, time_dim)
+
+    def _reshaped(self, value: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
+        neuron_dims = [dim for dim in range(x_seq.dim()) if dim != time_dim]
+        dims = neuron_dims[1:2] if self.granularity == "channel" else neuron_dims[-value.dim() :]
+        if [x_seq.shape[dim] for dim in dims] != list(self.num_features):
+            raise ValueError(
+                f"{self._caller}: granularity {self.granularity!r} with num_features {list(self.num_features)} does "
+                f"not fit an input of shape {list(x_seq.shape)} with time_dim {self.time_dim}"
+            )
+        shape = [1] * x_seq.dim()
+        for dim, size in zip(dims, self.num_features, strict=True):
+            shape[dim] = size
+        return value.reshape(shape)
+
+    def reset(self) -> None:
+        """Forgets potentials: the next call starts at rest."""
+        for name in self._potentials:
+            setattr(self, name, None)
+
+    def _map_potentials(self, fn: Callable[[Tensor], Tensor]) -> None:
+        for name in self._potentials:
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else fn(value))
+
+    def detach_(self) -> Self:
+        """Cuts potentials off their graph, for truncated backpropagation through time."""
+        self._map_potentials(Tensor.detach)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .to(), .half() and the like move potentials as well.
+        super()._apply(fn, recurse)
+        self._map_potentials(fn)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A potential inside a graph can be neither copied nor pickled.
+        potentials = {name: value.detach() for name in self._potentials if (value := getattr(self, name)) is not None}
+        return self.__dict__ | potentials
 
 
 def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from .backends import BACKENDS
 from .batch_norm import module_batch_norm_lif
-from .checks import check_bool, check_finite, check_input, check_number, check_surrogate, check_time_dim, check_width
+from .checks import (
+    check_bool,
+    check_finite,
+    check_input,
+    check_number,
+    check_surrogate,
+    check_width,
+)
 from .functional import Arguments, LIFOutput, computed
-from .layer import Noisy, check_features, give_dimension
-from .layout import state_shape
-from .learned import BOUND, Logarithm, Logit
-from .transforms import transforming
+from .layer import Granularity, NeuronLayer, Noisy, Value, fill_parameter, give_dimension
+from .learned import BOUND, Logarithm
 
 _CALLER = "asgl_cuda.LIF"
 
-Granularity = Literal["layer", "channel", "neuron"]
-
-Value = Tensor | float | Logarithm | Logit  # of a parameter of the neuron
-
 _LEAST_WIDTH, _LARGEST_WIDTH = math.exp(-BOUND), math.exp(BOUND)
-_LEAST_DECAY = 1 / (1 + math.exp(BOUND))
 
 
-def _fill(parameter: Tensor | None, value: float) -> None:
-    if parameter is not None:
-        with torch.no_grad():
-            parameter.fill_(value)
-
-
-class LIF(Noisy):
+class LIF(NeuronLayer, Noisy):
     """Leaky integrate-and-fire neurons with adaptive smoothing gradients, over all time steps in one call.
 
     Args:
@@ -84,6 +77,11 @@ class LIF(Noisy):
     The same in PyTorch: `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`, whose docstring has the loop.
     """
 
+    _caller = _CALLER
+    _function = "asgl_cuda.lif"
+    _potentials = ("v", "v_seq")
+    v_seq: Tensor | None
+
     def __init__(
         self,
         num_features: int | Sequence[int] | None = None,
@@ -115,41 +113,29 @@ class LIF(Noisy):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self._set_up(num_features, granularity, v_rest, input_gain, stateful, time_dim, backend)
         self.multi_spike = check_bool("multi_spike", multi_spike, _CALLER)
         check_surrogate(surrogate, _CALLER, multi_spike)
-        check_time_dim(time_dim, _CALLER)
         if reset_amount is not None and v_reset is not None:
             raise ValueError(
                 f"asgl_cuda.LIF: reset_amount is for the soft reset and needs v_reset=None, got v_reset {v_reset}"
             )
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"asgl_cuda.LIF: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        self.num_features = check_features(num_features, granularity, _CALLER)
-        self.granularity = granularity
         self.v_reset = None if v_reset is None else check_finite("v_reset", v_reset, _CALLER)
         self.analog_prob = analog_prob
         self.reset_amount = None if reset_amount is None else check_finite("reset_amount", reset_amount, _CALLER)
         self.v_min = None if v_min is None else check_finite("v_min", v_min, _CALLER)
-        self.v_rest = check_finite("v_rest", v_rest, _CALLER)
-        self.input_gain = check_finite("input_gain", input_gain, _CALLER)
         self.surrogate = surrogate
         self.surrogate_gain = check_finite("surrogate_gain", surrogate_gain, _CALLER)
         self.strict_threshold = check_bool("strict_threshold", strict_threshold, _CALLER)
         self.detach_reset = check_bool("detach_reset", detach_reset, _CALLER)
         self.scale_output = check_bool("scale_output", scale_output, _CALLER)
-        self.stateful = check_bool("stateful", stateful, _CALLER)
         self.store_v_seq = check_bool("store_v_seq", store_v_seq, _CALLER)
-        self.time_dim = time_dim
-        self.backend = backend
         # torch's fully_shard takes no parameter without a dimension.
         empty = partial(torch.empty, self.num_features or 1, device=device, dtype=dtype)
         self.log_width = nn.Parameter(empty()) if check_bool("learn_width", learn_width, _CALLER) else None
         self.logit_decay = nn.Parameter(empty()) if check_bool("learn_decay", learn_decay, _CALLER) else None
         self.threshold = nn.Parameter(empty()) if check_bool("learn_threshold", learn_threshold, _CALLER) else None
         self.width, self.decay, self.v_threshold = width, decay, v_threshold
-        # Neither is a buffer: DistributedDataParallel would give every process the potentials of the first.
-        self.v: Tensor | None = None
-        self.v_seq: Tensor | None = None
 
     def reset_parameters(self) -> None:
         """Gives the learned parameters the values that were last set, and forgets potentials.
@@ -173,24 +159,7 @@ class LIF(Noisy):
                 f"asgl_cuda.LIF: a learned width must be in [{_LEAST_WIDTH:.3g}, {_LARGEST_WIDTH:.3g}], got {value}"
             )
         self._width = value
-        _fill(self.log_width, math.log(value))
-
-    @property
-    def decay(self) -> Tensor | float:
-        """The decay per step: a tensor of the granularity's shape, `[]` for "layer", if learned."""
-        return self._shown(self._values()[1])
-
-    @decay.setter
-    def decay(self, value: float) -> None:
-        value = check_number("decay", value, _CALLER)
-        if self.logit_decay is not None:
-            if not _LEAST_DECAY <= value <= 1 - _LEAST_DECAY:
-                raise ValueError(
-                    f"asgl_cuda.LIF: a learned decay must be in (0, 1), at least {_LEAST_DECAY:.3g} from the ends, "
-                    f"got {value}"
-                )
-            _fill(self.logit_decay, math.log(value / (1 - value)))
-        self._decay = check_finite("decay", value, _CALLER)
+        fill_parameter(self.log_width, math.log(value))
 
     @property
     def v_threshold(self) -> Tensor | float:
@@ -200,44 +169,20 @@ class LIF(Noisy):
     @v_threshold.setter
     def v_threshold(self, value: float) -> None:
         self._v_threshold = check_finite("v_threshold", value, _CALLER)
-        _fill(self.threshold, self._v_threshold)
+        fill_parameter(self.threshold, self._v_threshold)
 
     def _values(self) -> tuple[Value, Value, Value]:
         """Width, decay and threshold: constants, or what is learned, in the shape of the parameters."""
-        log_width, logit_decay, threshold = self.log_width, self.logit_decay, self.threshold  # 0.7 us each
+        log_width, threshold = self.log_width, self.threshold  # 0.7 us each
         return (
             self._width if log_width is None else Logarithm(log_width),
-            self._decay if logit_decay is None else Logit(logit_decay),
+            self._decay_value(),
             self._v_threshold if threshold is None else threshold,
         )
 
-    def _shown(self, value: Value) -> Tensor | float:
-        """A value as the properties give it: one for the whole layer is a scalar."""
-        if isinstance(value, (Logarithm, Logit)):
-            value = value.value()
-        # reshape(()), which would be the same, is not for tensors that fully_shard has shared out.
-        return value if isinstance(value, float) or self.num_features else value.sum()
-
-    def forward(self, x_seq: Tensor) -> Tensor:
-        if isinstance(x_seq, fx.Proxy):
-            return self._recorded(x_seq)
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            self.__prepare_scriptable__()
-        if not (self.stateful or self.store_v_seq or self.v is not None):
+    def _run(self, x_seq: Tensor, with_state: bool) -> Tensor:
+        if not with_state:
             return self._lif(x_seq)  # type: ignore[return-value]
-        time_dim = check_input(x_seq, self.time_dim, _CALLER)
-        if transforming():
-            raise RuntimeError(
-                "asgl_cuda.LIF: a layer with stateful or store_v_seq can't keep potentials under transforms of "
-                "torch.func, which end with them; asgl_cuda.lif takes v_init and returns v_last and v_seq"
-            )
-        if self.v is not None:
-            shape = state_shape(x_seq, time_dim)
-            if list(self.v.shape) != shape:
-                raise ValueError(
-                    f"asgl_cuda.LIF: the carried potential has shape {list(self.v.shape)} and the input, without time, "
-                    f"{shape}; call reset() before a batch of another shape"
-                )
         result = self._lif(x_seq, v_init=self._carried(), return_v_last=self.stateful, return_v_seq=self.store_v_seq)
         if isinstance(result, LIFOutput):
             if self.stateful:
@@ -246,23 +191,6 @@ class LIF(Noisy):
                 self.v_seq = result.v_seq
             return result.s_seq
         return result
-
-    def _recorded(self, x_seq: fx.Proxy) -> Any:
-        """A call of this layer in the graph that torch.fx makes, which takes only torch's own layers for leaves."""
-        tracer: Any = x_seq.tracer
-        if type(self).forward is not LIF.forward or tracer.root is self:
-            raise TypeError(
-                f"asgl_cuda.LIF: torch.fx can record calls of {type(self).__name__} but not its forward: it must be a "
-                "leaf, and part of the module that is traced"
-            )
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x_seq,), {})
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        """Refuses, where torch.jit.script asks the module to get ready."""
-        raise RuntimeError(
-            f"asgl_cuda.LIF: torch.jit can neither trace nor script {type(self).__name__}; "
-            "torch.compile and torch.export can"
-        )
 
     def _lif(self, x_seq: Tensor, update: bool = True, **options: Any) -> Tensor | LIFOutput:
         """Calls `asgl_cuda.lif`; without `update` no state of the layer may change."""
@@ -291,57 +219,6 @@ class LIF(Noisy):
             self.strict_threshold, self.scale_output, self.detach_reset, self.multi_spike, self.v_min, self.time_dim,
             return_v_last, return_v_seq, return_h_seq, self.backend,
         )  # fmt: skip
-
-    def _carried(self) -> Tensor | None:
-        # A potential computed in inference mode can't take part in training; its copy can.
-        if self.v is not None and not torch.compiler.is_compiling() and self.v.is_inference():
-            return self.v if torch.is_inference_mode_enabled() else self.v.clone()
-        return self.v
-
-    def _broadcast(self, value: Value, x_seq: Tensor, time_dim: int) -> Value:
-        """A parameter of the granularity's shape, reshaped to broadcast against x_seq."""
-        if isinstance(value, float) or not self.num_features:
-            return value
-        if isinstance(value, (Logarithm, Logit)):
-            return type(value)(self._reshaped(value.of_value, x_seq, time_dim))
-        return self._reshaped(value, x_seq, time_dim)
-
-    def _reshaped(self, value: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
-        neuron_dims = [dim for dim in range(x_seq.dim()) if dim != time_dim]
-        dims = neuron_dims[1:2] if self.granularity == "channel" else neuron_dims[-value.dim() :]
-        if [x_seq.shape[dim] for dim in dims] != list(self.num_features):
-            raise ValueError(
-                f"asgl_cuda.LIF: granularity {self.granularity!r} with num_features {list(self.num_features)} does not "
-                f"fit an input of shape {list(x_seq.shape)} with time_dim {self.time_dim}"
-            )
-        shape = [1] * x_seq.dim()
-        for dim, size in zip(dims, self.num_features, strict=True):
-            shape[dim] = size
-        return value.reshape(shape)
-
-    def reset(self) -> None:
-        """Forgets potentials: the next call starts at rest."""
-        self.v = self.v_seq = None
-
-    def _map_potentials(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self.v = None if self.v is None else fn(self.v)
-        self.v_seq = None if self.v_seq is None else fn(self.v_seq)
-
-    def detach_(self) -> LIF:
-        """Cuts potentials off their graph, for truncated backpropagation through time."""
-        self._map_potentials(Tensor.detach)
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LIF:
-        # .to(), .half() and the like move potentials as well.
-        super()._apply(fn, recurse)
-        self._map_potentials(fn)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A potential inside a graph can be neither copied nor pickled.
-        potentials = {name: value.detach() for name in ("v", "v_seq") if (value := getattr(self, name)) is not None}
-        return self.__dict__ | potentials
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *options: Any) -> None:
         if not self.num_features:
@@ -450,14 +327,14 @@ class BatchNormLIF(LIF):
         """Does what `LIF.reset_parameters` does, and makes the normalisation as new."""
         super().reset_parameters()
         self.reset_running_stats()
-        _fill(self.weight, 1.0)
-        _fill(self.bias, 0.0)
+        fill_parameter(self.weight, 1.0)
+        fill_parameter(self.bias, 0.0)
 
     def reset_running_stats(self) -> None:
         """Forgets the running statistics, as `torch.nn.BatchNorm2d.reset_running_stats` does."""
-        _fill(self.running_mean, 0.0)
-        _fill(self.running_var, 1.0)
-        _fill(self.num_batches_tracked, 0)
+        fill_parameter(self.running_mean, 0.0)
+        fill_parameter(self.running_var, 1.0)
+        fill_parameter(self.num_batches_tracked, 0)
 
     def _lif(self, x_seq: Tensor, update: bool = True, **options: Any) -> Tensor | LIFOutput:
         return module_batch_norm_lif(

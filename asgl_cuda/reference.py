@@ -184,6 +184,35 @@ def lif_reference(
     return out.to(x_seq.dtype), v, v_out, h_out
 
 
+def integrator_reference(
+    x_seq: Tensor,
+    v_init: Tensor | None,
+    decay: Tensor | float,
+    input_gain: Tensor | float,
+    v_rest: float,
+    delay: bool,
+    time_dim: int,
+) -> tuple[Tensor, Tensor]:
+    """The loop over the steps of the leaky integrator: v_seq, in the type of x_seq, and v_last.
+
+    v[t] = v_rest + decay * (v[t-1] - v_rest) + input_gain * x[t];  out[t] = v[t], or v[t-1] with delay
+    """
+    real = real_type(x_seq.dtype)
+    x = x_seq.to(real).movedim(time_dim, 0)
+
+    def by_step(value: Tensor | float) -> Sequence[Tensor]:
+        tensor = torch.as_tensor(value, dtype=real, device=x_seq.device)
+        steps = tensor[(None,) * (x_seq.dim() - tensor.dim())].movedim(time_dim, 0)
+        return [steps[0]] * len(x) if len(steps) == 1 else list(steps)
+
+    v = torch.full_like(x[0], v_rest) if v_init is None else v_init
+    v_seq = [v]
+    for x_t, decay_t, gain_t in zip(x, by_step(decay), by_step(input_gain), strict=True):
+        v = (v_rest + decay_t * (v - v_rest)) + gain_t * x_t
+        v_seq.append(v)
+    return torch.stack(v_seq[:-1] if delay else v_seq[1:]).movedim(0, time_dim).to(x_seq.dtype), v
+
+
 def batch_statistics(x_seq: Tensor, channel: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Number, mean and variance (biased, both [C]) of the values of each channel, of all processes of `group` if any.
 

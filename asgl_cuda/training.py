@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from .checks import check_number
+from .integrator import LeakyIntegrator
 from .interop.convert import libraries
-from .layer import asgl_layers, check_module, some_asgl_layers
+from .layer import NeuronLayer, asgl_layers, check_module, some_asgl_layers
 from .monitor import Monitor, first_of
-from .neuron import LIF, BatchNormLIF
+from .neuron import BatchNormLIF
 from .schedule import AnalogProbSchedule
 
 
@@ -22,11 +23,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The groups of a torch optimizer: "weights" with `lr` and `weight_decay`, "neurons" with `width_lr` and without.
 
-    Neurons' are the parameters that ASGL layers hold themselves: width, decay, threshold. They are few, set the scale
-    of all gradients behind them, and are stored as logarithm or logit, whose decay would pull to an arbitrary value.
-    Parameters of modules inside an ASGL layer are weights, and so are the normalisation's in `BatchNormLIF`. Every
-    parameter is in one group, once, also where modules are shared or it is frozen: optimizers pass over it until it is
-    thawed. An empty group is left out.
+    Neurons' are the parameters that ASGL layers and `LeakyIntegrator` hold themselves: width, decay, threshold. They
+    are few, set the scale of all gradients behind them, and are stored as logarithm or logit, whose decay would pull to
+    an arbitrary value. Parameters of modules inside an ASGL layer are weights, and so are the normalisation's in
+    `BatchNormLIF`. Every parameter is in one group, once, also where modules are shared or it is frozen: optimizers
+    pass over it until it is thawed. An empty group is left out.
 
     Raises ValueError for a negative rate or decay, TypeError where `model` is no module.
     """
@@ -34,9 +35,11 @@ def parameter_groups(
     for name, value in (("lr", lr), ("width_lr", width_lr), ("weight_decay", weight_decay)):
         if not check_number(name, value, "asgl_cuda.parameter_groups") >= 0:
             raise ValueError(f"asgl_cuda.parameter_groups: {name} must be >= 0, got {value}")
+    layers = [layer for _, layer in asgl_layers(model)]
+    layers += (module for module in model.modules() if isinstance(module, LeakyIntegrator))
     neurons = {
         id(each): each
-        for _, layer in asgl_layers(model)
+        for layer in layers
         for name, each in layer.named_parameters(recurse=False)
         if not (isinstance(layer, BatchNormLIF) and name in ("weight", "bias"))
     }
@@ -124,15 +127,15 @@ def spiking_eval(model: nn.Module) -> Iterator[None]:
 def reset(model: nn.Module) -> None:
     """Forgets the potentials that the model's layers carry: the next call of each starts at rest.
 
-    These are `LIF` and `BatchNormLIF`, and the layers of SpikingJelly, snnTorch and sinabs, converted or not, which are
-    reset as their library does it. Norse's layers carry nothing.
+    These are `LIF`, `BatchNormLIF` and `LeakyIntegrator`, and the layers of SpikingJelly, snnTorch and sinabs,
+    converted or not, which are reset as their library does it. Norse's layers carry nothing.
 
     Raises TypeError where `model` is no module.
     """
     check_module(model, "asgl_cuda.reset")
     resets = [library.reset for library in libraries() if hasattr(library, "reset")]
     for module in model.modules():
-        if isinstance(module, LIF):
+        if isinstance(module, NeuronLayer):
             module.reset()
         for reset_layer in resets:
             reset_layer(module)

@@ -197,8 +197,10 @@ def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _spike_function(function: Callable[[Tensor], Tensor] | SpikeFunction, wanted: _ASGL | None) -> SpikeFunction | str:
-    if isinstance(function, SpikeFunction):
+def _spike_function(
+    function: Callable[[Tensor], Tensor] | SpikeFunction | None, wanted: _ASGL | None
+) -> SpikeFunction | str | None:
+    if function is None or isinstance(function, SpikeFunction):
         return function
     if wanted is None:
         return identify(function)
@@ -212,6 +214,8 @@ def _spike_function(function: Callable[[Tensor], Tensor] | SpikeFunction, wanted
 
 
 def _description(layer: Converted) -> str:
+    if layer.settings.spike is None:
+        return "leaky_integrator"
     surrogate, _, gain, _ = layer.settings.spike
     text = f"{surrogate}, width {float(torch.as_tensor(layer.width).detach().mean()):.4g}"
     if abs(gain - 1) > 1e-6:
@@ -242,7 +246,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
         if isinstance(layer, Normalised):
             report.left.append(Left(path, name, "it is fused with a normalisation: asgl_cuda.unfuse comes first"))
             continue
-        if layer.log_width is not None and not layer.hold_width():
+        if layer.settings.spike is not None and layer.log_width is not None and not layer.hold_width():
             width = float(torch.as_tensor(layer.width).detach())
             report.left.append(Left(path, name, f"its learned width, {width:.4g}: its own surrogate can't hold it"))
         layer.end()

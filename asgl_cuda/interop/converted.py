@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..functional import LIFOutput, lif
+from ..integrator import IntegratorOutput, leaky_integrator
 from ..layer import Noisy, give_dimension
 from ..learned import Logarithm
 from .identify import SpikeFunction
@@ -19,7 +20,7 @@ from .identify import SpikeFunction
 class Settings(NamedTuple):
     """The settings of a conversion that the layer itself does not hold."""
 
-    spike: SpikeFunction
+    spike: Any  # a SpikeFunction; None where the layer does not fire
     backend: str | None
 
 
@@ -95,13 +96,17 @@ def _new(*parts: Any) -> nn.Module:
 
 
 class Converted(Overlay, Noisy):
-    """The class before a converted layer's own. Each library has a subclass, whose forward calls `lif`."""
+    """The class before a converted layer's own. Each library has a subclass, whose forward calls `lif`.
+
+    Where the layer does not fire it calls `integrate` alone: then there are no noise, no width and no `log_width`.
+    """
 
     prefix = "Converted"
 
     settings: Settings
     log_width: nn.Parameter | None
     time_dim: int | None  # where time is in its input, None if the input is one step
+    takes_input = True  # whether `lif` has the layer's own input, which is then what a normalisation may be fused with
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -116,6 +121,8 @@ class Converted(Overlay, Noisy):
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         """Takes up the settings of a conversion."""
         self.settings = settings
+        if settings.spike is None:
+            return
         self.analog_prob = analog_prob
         self.log_width = None
         if learn_width:
@@ -126,17 +133,13 @@ class Converted(Overlay, Noisy):
     def end(self) -> None:
         """Becomes what it was before, with the values that its parameters have now."""
         self.end_noise()
-        del self.settings, self.log_width
+        if self.settings.spike is not None:
+            del self.log_width
+        del self.settings
         self.take_off()
 
     def lif(self, x_seq: Tensor, **options: Any) -> LIFOutput:
         """`asgl_cuda.lif` with the layer's surrogate and noise."""
-        for name, given in options.items():
-            if isinstance(given, Tensor):
-                # PyTorch takes integers as well, and one number from another device.
-                value = number(_floating(given))
-                is_number = isinstance(value, Tensor) and value.dim() == 0
-                options[name] = value.to(x_seq.device) if is_number else value
         result = self.compute(
             _floating(x_seq),
             width=self.width if self.log_width is None else Logarithm(self.log_width),
@@ -146,9 +149,16 @@ class Converted(Overlay, Noisy):
             analog_prob=self.analog_prob_of_call(x_seq),
             return_v_last=True,
             backend=self.settings.backend,
-            **options,
+            **_taken(options, x_seq),
         )
         assert isinstance(result, LIFOutput)
+        return result
+
+    def integrate(self, x_seq: Tensor, **options: Any) -> IntegratorOutput:
+        """`asgl_cuda.leaky_integrator`."""
+        options = _taken(options, x_seq)
+        result = leaky_integrator(_floating(x_seq), return_v_last=True, backend=self.settings.backend, **options)
+        assert isinstance(result, IntegratorOutput)
         return result
 
     def compute(self, x_seq: Tensor, **options: Any) -> Tensor | LIFOutput:
@@ -168,9 +178,9 @@ class Converted(Overlay, Noisy):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
-# How a library's file answers for a layer: the class that converts it and its spike function, or why it is left; None
-# where it is no neuron of the library.
-Found: TypeAlias = tuple[type[Converted], Callable[[Tensor], Tensor] | SpikeFunction] | str | None
+# How a library's file answers for a layer: the class that converts it and its spike function, None if it does not fire,
+# or why it is left; None where it is no neuron of the library.
+Found: TypeAlias = tuple[type[Converted], Callable[[Tensor], Tensor] | SpikeFunction | None] | str | None
 
 
 def number(value: Any) -> Any:
@@ -178,6 +188,16 @@ def number(value: Any) -> Any:
     if type(value) is not Tensor or value.dim() or value.device.type != "cpu" or value.requires_grad:
         return value
     return value if torch.compiler.is_compiling() else float(value)
+
+
+def _taken(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
+    """The options with their tensors as PyTorch takes them: integers as well, and one number from another device."""
+    for name, given in options.items():
+        if isinstance(given, Tensor):
+            value = number(_floating(given))
+            is_number = isinstance(value, Tensor) and value.dim() == 0
+            options[name] = value.to(x_seq.device) if is_number else value
+    return options
 
 
 def _floating(value: Tensor) -> Tensor:
@@ -198,8 +218,10 @@ def _leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def unknown(layer: nn.Module, known: tuple[type[nn.Module], ...]) -> str:
-    """Why a neuron is left whose class is none of `known`."""
+def unknown(layer: nn.Module, known: tuple[type[nn.Module], ...], mixing: tuple[type[nn.Module], ...] = ()) -> str:
+    """Why a neuron is left whose class is none of `known`; those of `mixing` have weights."""
+    if isinstance(layer, mixing):
+        return "it mixes neurons, or steps, by weights of its own"
     base = next((base for base in type(layer).__mro__ if base in known), None)
     if base is None or base.__module__.split(".")[0] == type(layer).__module__.split(".")[0]:
         return "asgl_cuda has no such neuron"

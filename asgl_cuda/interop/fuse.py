@@ -118,6 +118,8 @@ def _fuse(flow: _Flow, norm: nn.Module) -> Any:
         if not isinstance(layer, Converted):
             raise _Leave(f"its output goes to {name}: {left[0].reason}")
     try:
+        if isinstance(layer, Converted) and not layer.takes_input:
+            raise _Leave(f"its output goes to {name}, whose input no neuron takes as it is")
         _check_channels(norm, layer, parted)
     except _Leave:
         if converted:

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...neuron import LIF, Granularity
+from ...layer import Granularity
+from ...neuron import LIF
 from .values import as_array, as_double, as_shape, range_of
 
 DT = 1e-4  # seconds; the step that the other libraries assume as well
