@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "integrator_params.h"
 #include "neuron_params.h"
 #include "normalisation_params.h"
 #if defined(ASGL_WITH_CUDA)
@@ -46,6 +47,10 @@ void launch(const BackwardParams<Scalar>& params);
 template <class Real>
 void launch(const GradientSum<Real>& params);
 template <class Scalar>
+void launch(const IntegratorForwardParams<Scalar>& params);
+template <class Scalar>
+void launch(const IntegratorBackwardParams<Scalar>& params);
+template <class Scalar>
 void launch(const MomentsParams<Scalar>& params);
 template <class Real>
 void launch(const CoefficientsParams<Real>& params);
@@ -71,6 +76,10 @@ cudaError_t cut(BackwardParams<Scalar>& params);
 template <class Real>
 cudaError_t cut(GradientSum<Real>& params);
 template <class Scalar>
+cudaError_t cut(IntegratorForwardParams<Scalar>& params);
+template <class Scalar>
+cudaError_t cut(IntegratorBackwardParams<Scalar>& params);
+template <class Scalar>
 cudaError_t cut(MomentsParams<Scalar>& params);
 template <class Scalar>
 cudaError_t cut(InputGradientParams<Scalar>& params);
@@ -81,6 +90,10 @@ template <class Scalar>
 cudaError_t launch(const BackwardParams<Scalar>& params, cudaStream_t stream);
 template <class Real>
 cudaError_t launch(const GradientSum<Real>& params, cudaStream_t stream);
+template <class Scalar>
+cudaError_t launch(const IntegratorForwardParams<Scalar>& params, cudaStream_t stream);
+template <class Scalar>
+cudaError_t launch(const IntegratorBackwardParams<Scalar>& params, cudaStream_t stream);
 template <class Scalar>
 cudaError_t launch(const MomentsParams<Scalar>& params, cudaStream_t stream);
 template <class Real>

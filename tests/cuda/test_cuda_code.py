@@ -55,6 +55,10 @@ def problems(now: cuda_compile.Resources, committed: cuda_compile.Resources) -> 
             Kernel("moments, 4 columns", "bfloat16"),
         ),
         (
+            "void asgl::integrator_backward_kernel<asgl::Half, 4, true>(asgl::IntegratorBackwardParams<asgl::Half>)",
+            Kernel("integrator backward with sums, 4 neurons", "float16"),
+        ),
+        (
             "void asgl::batch_norm_coefficients_kernel<float>(asgl::CoefficientsParams<float>)",
             Kernel("coefficients, a block each", "float32"),
         ),

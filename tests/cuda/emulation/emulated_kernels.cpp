@@ -2,6 +2,7 @@
 // compiler is asked for.
 #include "emulated_kernels.h"
 
+#include "cuda/integrator.cu"
 #include "cuda/launch_bfloat16.cu"
 #include "cuda/launch_float16.cu"
 #include "cuda/launch_float32.cu"
@@ -55,7 +56,9 @@ class Kernels {
     if constexpr (!std::is_same_v<Scalar, double>) {
       add("asgl::batch_moments_kernel<" + scalar + ", 4>", &batch_moments_kernel<Scalar, 4>);
       add("asgl::batch_norm_input_gradient_kernel<" + scalar + ", 4>", &batch_norm_input_gradient_kernel<Scalar, 4>);
+      add_integrator<Scalar, 4>("<" + scalar + ", 4");
     }
+    add_integrator<Scalar, 1>("<" + scalar + ", 1");
     for (int surrogate = 0; surrogate < kNumSurrogates; ++surrogate) {
       for (const bool hard_reset : {false, true}) {
         NeuronOptions<float> options{};
@@ -66,6 +69,13 @@ class Kernels {
         with_model(options, [&](auto model) { add_model<Scalar, decltype(model)>("<" + scalar + ", " + name); });
       }
     }
+  }
+
+  template <class Scalar, int kLanes>
+  void add_integrator(const std::string& kinds) {
+    add("asgl::integrator_forward_kernel" + kinds + ">", &integrator_forward_kernel<Scalar, kLanes>);
+    add("asgl::integrator_backward_kernel" + kinds + ", false>", &integrator_backward_kernel<Scalar, kLanes, false>);
+    add("asgl::integrator_backward_kernel" + kinds + ", true>", &integrator_backward_kernel<Scalar, kLanes, true>);
   }
 
   template <class Scalar, class Model>
