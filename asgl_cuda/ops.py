@@ -7,9 +7,9 @@ lif_forward and lif_backward take `parameters` in the order of Parameters in ref
 v_last, v_seq, h_seq and checkpoints, in backward the gradients of x_seq, v_init and each parameter that is a tensor.
 `grads` has the gradients of s_seq, v_last, v_seq and h_seq, None for zero.
 
-integrator_forward returns v_seq, and v_last where it is wanted; integrator_backward the gradients that are wanted, as
-lif_backward does. They take parameters, numbers and rules as well, of which decay, input_gain, v_rest, logit_decay and
-time_dim count. Only a gradient of decay needs v_seq and v_init, and one of input_gain x_seq.
+integrator_forward returns v_seq, and v_last where it is wanted, integrator_backward as lif_backward. Of parameters,
+numbers and rules decay, input_gain, v_rest, logit_decay and time_dim count. Only a gradient of decay needs v_seq and
+v_init, and one of input_gain x_seq.
 
 batch_norm_coefficients returns `coefficients`, [4, C, 1, ...], which broadcast against x_seq: input_mean, input_gain
 and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in float64: number, mean and biased
@@ -82,10 +82,9 @@ def _fake_lif_backward(grads: Sequence[Tensor | None], x_seq: Tensor, *others: A
     return empty_gradients(x_seq, Rules(*rules).time_dim, parameters, wanted)
 
 
-def _fake_integrator_forward(x_seq: Tensor, *others: Any) -> list[Tensor]:
+def _fake_integrator_forward(x_seq: Tensor, *others: Any) -> ForwardResult:
     *_, rules, _, wants_v_last = others
-    time_dim = Rules(*rules).time_dim
-    return [torch.empty_like(x_seq), *([empty_state(x_seq, time_dim)] if wants_v_last else [])]
+    return empty_outputs(x_seq, Rules(*rules).time_dim, (wants_v_last, False, False, False))
 
 
 def _fake_integrator_backward(grad_v_seq: Tensor, *others: Any) -> BackwardResult:

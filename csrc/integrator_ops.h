@@ -1,7 +1,6 @@
 // The operators of the leaky integrator as templates over the backend, as in ops.h, which says who checks what.
 #pragma once
 
-#include "integrator_params.h"
 #include "ops.h"
 
 namespace asgl::ops {
@@ -13,25 +12,23 @@ std::vector<Tensor> integrator_forward(const Tensor& x_seq, const OptionalTensor
                                        at::IntArrayRef rules, bool delay, bool wants_v_last) {
   const Call call(x_seq, v_init, std::nullopt, parameters, numbers, rules);
   const Backend backend(x_seq);
-  const Layout& layout = call.layout();
-  std::vector<Tensor> results = {layout.empty_sequence(x_seq.options())};
-  if (wants_v_last) results.push_back(layout.empty_state(call.real_options()));
-  if (layout.shape().neurons() == 0) return results;
+  std::vector<Tensor> results = {call.layout().empty_sequence(x_seq.options())};
+  if (wants_v_last) results.push_back(call.layout().empty_state(call.real_options()));
+  if (call.layout().shape().neurons() == 0) return results;
   with_scalar(x_seq.scalar_type(), [&](auto scalar) {
-    using Scalar = decltype(scalar);
-    IntegratorForwardParams<Scalar> params{};
+    IntegratorParams<decltype(scalar)> params{};
     call.fill(params);
     params.delay = delay;
-    params.v_seq = pointer<Scalar>(results[0]);
-    if (wants_v_last) params.last.v = pointer<Real_t<Scalar>>(results[1]);
+    params.v_seq = pointer<decltype(scalar)>(results[0]);
+    if (wants_v_last) params.last.v = pointer<Real_t<decltype(scalar)>>(results[1]);
     backend.cut(params);
     backend.launch(params);
   });
   return results;
 }
 
-// Returns the gradients that are wanted; v_seq and x_seq are for those of decay and input_gain. Sequences are taken in
-// the layout of grad_v_seq.
+// Returns the gradients that are wanted; v_seq is for that of decay and x_seq for that of input_gain. The layout is
+// that of grad_v_seq.
 template <class Backend>
 std::vector<Tensor> integrator_backward(const Tensor& grad_v_seq, const OptionalTensor& grad_v_last,
                                         const OptionalTensor& v_seq, const OptionalTensor& x_seq,
@@ -42,7 +39,7 @@ std::vector<Tensor> integrator_backward(const Tensor& grad_v_seq, const Optional
   const Backend backend(grad_v_seq);
   const Layout& layout = call.layout();
   const auto sequence_for = [&](int id, const OptionalTensor& given) -> OptionalTensor {
-    if (!wanted[2 + id] || !call.has_parameter(id)) return std::nullopt;
+    if (!wanted[2 + id]) return std::nullopt;
     TORCH_CHECK_VALUE(
         given.has_value() && given->scalar_type() == grad_v_seq.scalar_type() && given->device() == grad_v_seq.device(),
         "asgl_cuda: a gradient of decay needs v_seq and one of input_gain x_seq, like grad_v_seq");
@@ -51,25 +48,23 @@ std::vector<Tensor> integrator_backward(const Tensor& grad_v_seq, const Optional
   const OptionalTensor potentials = sequence_for(kDecay, v_seq), inputs = sequence_for(kInputGain, x_seq);
   OptionalTensor grad_last;
   if (grad_v_last.has_value()) grad_last = layout.match_state(grad_v_last->to(real_type(grad_v_seq)));
-  const Tensor grad_x_seq = wanted[0] ? layout.empty_sequence(grad_v_seq.options()) : Tensor();
-  const Tensor grad_v_init = wanted[1] ? layout.empty_state(call.real_options()) : Tensor();
   std::vector<Tensor> results;
-  if (wanted[0]) results.push_back(grad_x_seq);
-  if (wanted[1]) results.push_back(grad_v_init);
+  if (wanted[0]) results.push_back(layout.empty_sequence(grad_v_seq.options()));
+  if (wanted[1]) results.push_back(layout.empty_state(call.real_options()));
   const ParameterGradients gradients(call, wanted);
   if (layout.shape().neurons() > 0) {
     with_scalar(grad_v_seq.scalar_type(), [&](auto scalar) {
       using Scalar = decltype(scalar);
       using Real = Real_t<Scalar>;
-      IntegratorBackwardParams<Scalar> params{};
+      IntegratorParams<Scalar> params{};
       call.fill(params);
       params.x_seq = const_pointer<Scalar>(inputs);
       params.delay = delay;
+      params.v_seq = const_cast<Scalar*>(const_pointer<Scalar>(potentials));  // backward only reads it
       params.grad_v_seq = const_pointer<Scalar>(grad_v_seq);
       params.grad_last.v = const_pointer<Real>(grad_last);
-      params.v_seq = const_pointer<Scalar>(potentials);
-      params.grad_x_seq = pointer<Scalar>(grad_x_seq);
-      params.grad_init.v = pointer<Real>(grad_v_init);
+      if (wanted[0]) params.grad_x_seq = pointer<Scalar>(results.front());
+      if (wanted[1]) params.grad_init.v = pointer<Real>(results.back());
       gradients.compute(backend, params);
     });
   }
@@ -77,7 +72,6 @@ std::vector<Tensor> integrator_backward(const Tensor& grad_v_seq, const Optional
   return results;
 }
 
-// The schemas are in asgl_cuda/ops.py.
 template <class Backend>
 void implement_integrator(torch::Library& m) {
   m.impl("integrator_forward", integrator_forward<Backend>);

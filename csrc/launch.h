@@ -47,9 +47,7 @@ void launch(const BackwardParams<Scalar>& params);
 template <class Real>
 void launch(const GradientSum<Real>& params);
 template <class Scalar>
-void launch(const IntegratorForwardParams<Scalar>& params);
-template <class Scalar>
-void launch(const IntegratorBackwardParams<Scalar>& params);
+void launch(const IntegratorParams<Scalar>& params);
 template <class Scalar>
 void launch(const MomentsParams<Scalar>& params);
 template <class Real>
@@ -76,9 +74,7 @@ cudaError_t cut(BackwardParams<Scalar>& params);
 template <class Real>
 cudaError_t cut(GradientSum<Real>& params);
 template <class Scalar>
-cudaError_t cut(IntegratorForwardParams<Scalar>& params);
-template <class Scalar>
-cudaError_t cut(IntegratorBackwardParams<Scalar>& params);
+cudaError_t cut(IntegratorParams<Scalar>& params);
 template <class Scalar>
 cudaError_t cut(MomentsParams<Scalar>& params);
 template <class Scalar>
@@ -91,9 +87,7 @@ cudaError_t launch(const BackwardParams<Scalar>& params, cudaStream_t stream);
 template <class Real>
 cudaError_t launch(const GradientSum<Real>& params, cudaStream_t stream);
 template <class Scalar>
-cudaError_t launch(const IntegratorForwardParams<Scalar>& params, cudaStream_t stream);
-template <class Scalar>
-cudaError_t launch(const IntegratorBackwardParams<Scalar>& params, cudaStream_t stream);
+cudaError_t launch(const IntegratorParams<Scalar>& params, cudaStream_t stream);
 template <class Scalar>
 cudaError_t launch(const MomentsParams<Scalar>& params, cudaStream_t stream);
 template <class Real>

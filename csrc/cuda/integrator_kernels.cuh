@@ -13,7 +13,7 @@ constexpr int kIntegratorSteps = kLanes == 1 ? 8 : 4;
 
 template <class Scalar, int kLanes>
 __global__ void __launch_bounds__(kBlockThreads, sizeof(Real_t<Scalar>) == 8 ? 4 : 7)
-    integrator_forward_kernel(const IntegratorForwardParams<Scalar> params) {
+    integrator_forward_kernel(const IntegratorParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
   constexpr int kSteps = kIntegratorSteps<kLanes>;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(Real_t<Scalar>) == 8 ? 4
 // kLearns: decay or input_gain wants a gradient.
 template <class Scalar, int kLanes, bool kLearns>
 __global__ void __launch_bounds__(kBlockThreads, sizeof(Real_t<Scalar>) == 8 ? (kLearns ? 3 : 4) : (kLearns ? 5 : 7))
-    integrator_backward_kernel(const IntegratorBackwardParams<Scalar> params) {
+    integrator_backward_kernel(const IntegratorParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
   constexpr int kSteps = kLearns ? kIntegratorSteps<kLanes> / 2 : kIntegratorSteps<kLanes>;
