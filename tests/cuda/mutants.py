@@ -271,11 +271,10 @@ MUTANTS = {
         "decay's gradient without a first potential": integrator(
             "dv * ((@) - v_rest)", "k == last ? init.v[j] : now.before[k][j]", "now.before[k][j]"
         ),
-        "decay's gradient without a potential at rest": integrator("now.before[k][j]) - @);", "v_rest", "Real(0)"),
-        "no tail check of dx": integrator("grad_x_seq != nullptr && @)", "place.live", "true"),
+        "decay's gradient without a potential at rest": integrator(") - @);\n            sums[1]", "v_rest", "Real(0)"),
         "no tail check of the first state": integrator("exists(params.grad_init) && @)", "place.live", "true"),
         "dx of another step": integrator("element = @;\n  for (int64 last", "load_element + kSteps * stride",
-                                         "load_element + (kSteps - 1) * stride"),
+                                         "load_element + (kSteps + 1) * stride"),
         "sums of later steps as well": integrator("room);\n      @", "sums[i] = Real(0);", ""),
         "sums of all steps in one row": integrator("partials.data + @, parameter", "t * partials.slots", "int64(0)"),
         "v may be misaligned": integrator_launchers("groups_of_four(params, @, params.last", "params.v_seq",

@@ -121,10 +121,10 @@ def make_calls(backend, emulation):
     asgl_cuda.lif(torch.randn(4 * 2048 + 1)[1:].view(4, 2048).requires_grad_(), backend=backend).sum().backward()
     for shift, options in ((0, {"delay": True}), (1, {"input_gain": width}), (0, {"input_gain": width, "v_rest": 0.5})):
         x_seq = torch.randn(4 * 2048 + shift)[shift:].view(4, 2048).requires_grad_()
-        emulation.set_multiprocessors("v_rest" in options)
-        sum(
-            each.sum() for each in asgl_cuda.leaky_integrator(x_seq, **options, return_v_last=True, backend=backend)
-        ).backward()
+        emulation.set_multiprocessors(2 if "v_rest" in options else emulated.TINY)
+        outputs = asgl_cuda.leaky_integrator(x_seq, **options, return_v_last=True, backend=backend)
+        torch.autograd.backward(list(outputs), [torch.ones_like(output) for output in outputs])
+    emulation.set_multiprocessors(emulated.TINY)
     for shape in ((3, 2, 6, 4, 8), (3, 2, 5, 2, 3), (3, 2, 130, 1)):
         x_seq = torch.randn(shape, requires_grad=True)
         asgl_cuda.batch_norm_lif(x_seq, training=True, backend=backend).sum().backward()
