@@ -148,22 +148,21 @@ def _computed(
     if v_init is not None:
         check_v_init(v_init, x_seq, time_dim, caller)
         v_init = v_init.to(real)
-    fused = BACKENDS[backend].operators is not None
-    if isinstance(decay, Logit):
-        decay = decay.of_value if fused else decay.value()
-    if not fused:
-        outputs = integrator_reference(x_seq, v_init, decay, input_gain, float(v_rest), delay, time_dim)
-        return IntegratorOutput(*outputs) if wants_v_last else outputs[0]
-    if decay is input_gain and isinstance(decay, Tensor):
-        input_gain = input_gain.view_as(input_gain)  # the compiler takes no tensor twice
-    given = {"decay": decay, "input_gain": input_gain, "v_rest": v_rest}
-    values = [given.get(name, 1.0) for name in Numbers._fields]
-    numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
-    decay, input_gain = (each.to(real) if isinstance(each, Tensor) else None for each in (decay, input_gain))
-    tensors = x_seq if is_dense(x_seq, time_dim) else x_seq.contiguous(), v_init, decay, input_gain
-    inputs = backend, numbers, rules, delay, wants_v_last, *tensors
-    differentiated = is_differentiated(tensors, caller)
-    outputs = apply(IntegratorFunction, *inputs) if differentiated else IntegratorFunction.forward(*inputs)
+    if BACKENDS[backend].operators is None:
+        decay = decay.value() if isinstance(decay, Logit) else decay
+        outputs: Any = integrator_reference(x_seq, v_init, decay, input_gain, float(v_rest), delay, time_dim)
+    else:
+        decay = decay.of_value if isinstance(decay, Logit) else decay
+        if decay is input_gain and isinstance(decay, Tensor):
+            input_gain = input_gain.view_as(input_gain)  # the compiler takes no tensor twice
+        given = {"decay": decay, "input_gain": input_gain, "v_rest": v_rest}
+        values = [given.get(name, 1.0) for name in Numbers._fields]
+        numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
+        decay, input_gain = (each.to(real) if isinstance(each, Tensor) else None for each in (decay, input_gain))
+        tensors = x_seq if is_dense(x_seq, time_dim) else x_seq.contiguous(), v_init, decay, input_gain
+        inputs = backend, numbers, rules, delay, wants_v_last, *tensors
+        differentiated = is_differentiated(tensors, caller)
+        outputs = apply(IntegratorFunction, *inputs) if differentiated else IntegratorFunction.forward(*inputs)
     return IntegratorOutput(*outputs) if wants_v_last else outputs[0]
 
 
