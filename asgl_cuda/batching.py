@@ -28,6 +28,8 @@ def batching_rules(library: Any) -> dict[str, Rule]:
     return {
         "lif_forward": partial(_rule_of_forward, library.lif_forward.default),
         "lif_backward": partial(_rule_of_backward, library.lif_backward.default),
+        "integrator_forward": partial(_rule_of_integrator, library.integrator_forward.default),
+        "integrator_backward": partial(_rule_of_integrator, library.integrator_backward.default),
         "batch_norm_coefficients": partial(_one_by_one, library.batch_norm_coefficients.default),
         "batch_norm_backward": partial(_one_by_one, partial(_write_back, library.batch_norm_backward.default)),
     }
@@ -58,8 +60,7 @@ def _rule_of_backward(operator: Operator, info: Any, in_dims: tuple[Any, ...], *
     if not _are_numbered_in_one_row(rng_state, rng_dim):
         return _one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
     samples = _Samples(info.batch_size, x_seq, x_dim, rules.time_dim)
-    wants_x_seq, wants_v_init, *wants_parameters = wanted
-    of_parameters = list(zip(parameters, parameter_dims, wants_parameters, strict=True))
+    of_parameters = list(zip(parameters, parameter_dims, wanted[2:], strict=True))
     gradients = operator(
         [samples.front(grad, dim) for grad, dim in zip(grads, grad_dims, strict=True)],
         samples.x_seq, samples.front(v_init, v_dim), _of_all_samples(rng_state, rng_dim),
@@ -67,12 +68,32 @@ def _rule_of_backward(operator: Operator, info: Any, in_dims: tuple[Any, ...], *
         [samples.parameter(value, dim, apart=asked) for value, dim, asked in of_parameters],
         numbers, rules._replace(time_dim=rules.time_dim + 1), wanted,
     )  # fmt: skip
-    first = wants_x_seq + wants_v_init
+    return _in_own_shapes(gradients, of_parameters, info), [0] * len(gradients)
+
+
+def _rule_of_integrator(operator: Operator, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    """For both operators, whose last argument is a bool in forward."""
+    sequence, *others, parameters, numbers, rules, delay, wanted = arguments
+    dim, *other_dims, parameter_dims, _, _, _, _ = in_dims
+    rules = Rules(*rules)
+    samples = _Samples(info.batch_size, sequence, dim, rules.time_dim)
+    asked = [False] * len(parameters) if isinstance(wanted, bool) else wanted[2:]
+    of_parameters = list(zip(parameters, parameter_dims, asked, strict=True))
+    results = operator(
+        samples.x_seq, *map(samples.front, others, other_dims),
+        [samples.parameter(value, dim, apart=wants) for value, dim, wants in of_parameters],
+        numbers, rules._replace(time_dim=rules.time_dim + 1), delay, wanted,
+    )  # fmt: skip
+    return _in_own_shapes(results, of_parameters, info), [0] * len(results)
+
+
+def _in_own_shapes(results: list[Tensor], of_parameters: Any, info: Any) -> list[Tensor]:
+    """Gradients, the last ones of parameters, which get the shape that they have for each sample."""
     shapes = [_shape_of_one(value, dim) for value, dim, asked in of_parameters if asked and value is not None]
-    gradients[first:] = [
-        grad.reshape(info.batch_size, *shape) for grad, shape in zip(gradients[first:], shapes, strict=True)
+    first = len(results) - len(shapes)
+    return results[:first] + [
+        grad.reshape(info.batch_size, *shape) for grad, shape in zip(results[first:], shapes, strict=True)
     ]
-    return gradients, [0] * len(gradients)
 
 
 def _are_numbered_in_one_row(rng_state: Tensor | None, dim: int | None) -> bool:

@@ -186,7 +186,7 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
     toolkit, reason = choose_toolkit(wanted)
     extension = cpp_extension.CppExtension(
         "asgl_cuda._C",
-        [str(csrc / name) for name in ("cpu/normalisation.cpp", "cpu/neuron.cpp", "ops.cpp")],
+        [str(csrc / name) for name in ("cpu/integrator.cpp", "cpu/normalisation.cpp", "cpu/neuron.cpp", "ops.cpp")],
         include_dirs=[str(csrc.resolve())],
         extra_compile_args={"cxx": CXX_FLAGS},
         extra_link_args=["-fopenmp"],

@@ -1,14 +1,4 @@
-"""The leaky integrator as a function and as a layer: a neuron that does not fire, for synaptic currents and read-outs.
-
-    v[t] = v_rest + decay * (v[t-1] - v_rest) + input_gain * x[t]        v[-1] = v_init
-
-Backward, with g the gradient of out and dv that of v:
-
-    dv[t] = g[t] + decay * dv[t+1],   or with delay   g[t+1] + decay * dv[t+1]
-    dx[t] = input_gain * dv[t];   d decay += dv[t] * (v[t-1] - v_rest);   d input_gain += dv[t] * x[t]
-
-It needs no potential except for the gradient of the decay, which takes v[t-1] from what forward has returned.
-"""
+"""The leaky integrator, a neuron that does not fire, as a function and as a layer."""
 
 from __future__ import annotations
 
@@ -28,7 +18,6 @@ from .ops import in_their_places
 from .reference import Numbers, Parameters, Rules, integrator_reference
 from .transforms import apply, is_differentiated
 
-_DECAY, _INPUT_GAIN = map(Parameters._fields.index, ("decay", "input_gain"))
 _NO_RULES = Rules(*(0 for _ in Rules._fields))
 
 
@@ -44,10 +33,8 @@ class IntegratorOutput(NamedTuple):
 
 
 def _all_parameters(decay: Any, input_gain: Any, others: Any = None) -> list[Any]:
-    """Values in the places of the neuron's parameters, of which operators of the integrator use these two."""
-    values = [others] * len(Parameters._fields)
-    values[_DECAY], values[_INPUT_GAIN] = decay, input_gain
-    return values
+    """These two in their places among the neuron's parameters."""
+    return [{"decay": decay, "input_gain": input_gain}.get(name, others) for name in Parameters._fields]
 
 
 class IntegratorFunction(torch.autograd.Function):
@@ -57,33 +44,27 @@ class IntegratorFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        backend, numbers, rules, delay, wants_v_last, x_seq, v_init, decay, input_gain = inputs
-        return tuple(
-            operators_of(backend).integrator_forward(
-                x_seq, v_init, _all_parameters(decay, input_gain), numbers, rules, delay, wants_v_last
-            )
-        )
+        backend, *options, x_seq, v_init, decay, input_gain = inputs
+        parameters = _all_parameters(decay, input_gain)
+        return tuple(operators_of(backend).integrator_forward(x_seq, v_init, parameters, *options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x_seq, v_init, decay, input_gain = inputs[5:]
-        _, _, learns_decay, learns_gain = ctx.needs_input_grad[5:]
-        ctx.options = inputs[:5]
-        ctx.sizes, ctx.dtype = x_seq.shape, x_seq.dtype
-        ctx.save_for_backward(
-            output[0] if learns_decay else None, x_seq if learns_gain else None, v_init if learns_decay else None,
-            decay, input_gain,
-        )  # fmt: skip
+        *ctx.options, x_seq, v_init, decay, input_gain = inputs
+        *_, learns_decay, learns_gain = ctx.needs_input_grad
+        ctx.shape, ctx.like = x_seq.shape, {"dtype": x_seq.dtype, "device": x_seq.device}
+        kept = (output[0], v_init) if learns_decay else (None, None)
+        ctx.save_for_backward(*kept, x_seq if learns_gain else None, decay, input_gain)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        v_seq, x_seq, v_init, decay, input_gain = ctx.saved_tensors
         backend, numbers, rules, delay, wants_v_last = ctx.options
+        v_seq, v_init, x_seq, decay, input_gain = ctx.saved_tensors
         needed = ctx.needs_input_grad[5:]
         grad_v_seq, grad_v_last = in_their_places(grads, (True, wants_v_last))
         if grad_v_seq is None:
-            grad_v_seq = grad_v_last.new_zeros(ctx.sizes, dtype=ctx.dtype)
+            grad_v_seq = torch.zeros(ctx.shape, **ctx.like)
         if not is_dense(grad_v_seq, rules[-1]):
             grad_v_seq = grad_v_seq.contiguous()
         found = operators_of(backend).integrator_backward(
@@ -94,15 +75,8 @@ class IntegratorFunction(torch.autograd.Function):
         return None, None, None, None, None, *in_their_places(gradients, needed)
 
 
-class _Plan(NamedTuple):
-    """What a call's types, shapes and options come to, which is the same at the next call of this kind."""
-
-    real: torch.dtype
-    rules: tuple[int, ...]  # of Rules
-
-
 @once_a_kind
-def _plan_of(caller: str, values: Sequence[Any], options: Sequence[Any]) -> _Plan:
+def _rules_of(caller: str, values: Sequence[Any], options: Sequence[Any]) -> tuple[int, ...]:
     """Checks all that does not depend on the numbers in tensors."""
     x_seq, decay, input_gain = values
     v_rest, delay, time_dim, return_v_last = options
@@ -116,8 +90,7 @@ def _plan_of(caller: str, values: Sequence[Any], options: Sequence[Any]) -> _Pla
         else:
             check_not_nan(name, tensor, caller, "a float or a tensor")
     check_not_nan("v_rest", v_rest, caller)
-    rules = _NO_RULES._replace(logit_decay=int(isinstance(decay, Logit)), time_dim=time_dim)
-    return _Plan(real_type(x_seq.dtype), tuple(rules))
+    return tuple(_NO_RULES._replace(logit_decay=int(isinstance(decay, Logit)), time_dim=time_dim))
 
 
 def leaky_integrator(
@@ -135,88 +108,61 @@ def leaky_integrator(
     """Leaky integrators over a whole sequence: synaptic currents, or the read-out of a network.
 
     Args:
-        x_seq: input, `[T, ...]` (or time at `time_dim`), float16, bfloat16, float32 or float64. Contiguous and
-            channels_last layouts are used as they are, any other is copied once.
+        x_seq: input, `[T, ...]` (or time at `time_dim`); types and layouts are those of `lif`.
         decay: share of the potential that is left after a step (no unit, per step); 1 adds up.
-        input_gain: factor on the input.
+        input_gain: factor on the input. It and decay are floats or tensors that broadcast against x_seq.
         v_rest: resting potential, in units of x_seq.
         v_init: potential before the first step, shape of x_seq without time; default `v_rest`.
         delay: emit at each step the potential before the input of that step, not the one after it.
-        time_dim: where time is in x_seq.
         return_v_last: return the potential after the last step as well, see `IntegratorOutput`.
         backend: one of `available_backends()`; default the best for x_seq's device.
 
-    `decay` and `input_gain` are floats or tensors that broadcast against x_seq: one value, `[C, 1, 1]`, `[C, H, W]`,
-    `[T, 1, 1, 1, 1]`, and so on. They and `v_init` are converted to the type of the arithmetic: float32, or float64 for
-    a float64 x_seq.
-
-    Forward reads x_seq and writes the potentials, backward reads their gradient and writes that of x_seq: two elements
-    each, and nothing is kept. Where decay has a gradient, backward reads the potentials as well, as they were returned:
-    in half types this gradient is that of the rounded ones. Where input_gain has one, x_seq is kept and read.
+    Nothing is kept for backward except x_seq where input_gain has a gradient, and the output where decay has: in half
+    types that gradient is then of the rounded potentials.
 
     Returns:
         The potentials, in shape and type of x_seq; or an `IntegratorOutput`. They are differentiable once with respect
         to x_seq, v_init, and decay and input_gain where these are tensors.
 
-    Raises:
-        TypeError, ValueError: an argument of wrong type, shape, device or range; nothing has been computed then.
-        RuntimeError: the backend asked for does not work here.
+    Raises TypeError, ValueError and RuntimeError as `lif` does.
 
     The same in PyTorch::
 
         v = torch.full_like(x_seq[0], v_rest)
         for t in range(T):
-            out[t] = v  # with delay
-            v = v_rest + decay * (v - v_rest) + input_gain * x_seq[t]
-            out[t] = v  # without
+            before, v = v, v_rest + decay * (v - v_rest) + input_gain * x_seq[t]
+            out[t] = before if delay else v
     """
     caller = "asgl_cuda.leaky_integrator"
     return _computed(caller, x_seq, decay, input_gain, v_init, (v_rest, delay, time_dim, return_v_last), backend)
 
 
 def _computed(
-    caller: str,
-    x_seq: Tensor,
-    decay: Any,
-    input_gain: Any,
-    v_init: Tensor | None,
-    options: tuple[Any, ...],
-    backend: str | None,
+    caller: str, x_seq: Tensor, decay: Any, input_gain: Any, v_init: Tensor | None, options: Any, backend: str | None
 ) -> Tensor | IntegratorOutput:
-    """Does what `leaky_integrator` does; decay may be a Logit.
-
-    The options are v_rest, delay, time_dim and return_v_last.
-    """
-    real, rules = _plan_of(caller, (x_seq, decay, input_gain), options)
+    """Does what `leaky_integrator` does; decay may be a Logit. Options: v_rest, delay, time_dim and return_v_last."""
+    rules = _rules_of(caller, (x_seq, decay, input_gain), options)
     v_rest, delay, _, wants_v_last = options
-    time_dim = rules[-1]
+    time_dim, real = rules[-1], real_type(x_seq.dtype)
     backend = choose_backend(backend, x_seq.device, caller)
     if v_init is not None:
         check_v_init(v_init, x_seq, time_dim, caller)
         v_init = v_init.to(real)
     if BACKENDS[backend].operators is None:
         decay = decay.value() if isinstance(decay, Logit) else decay
-        outputs: Sequence[Tensor] = integrator_reference(
-            x_seq, v_init, decay, input_gain, float(v_rest), delay, time_dim
-        )
+        outputs: Any = integrator_reference(x_seq, v_init, decay, input_gain, float(v_rest), delay, time_dim)
     else:
         decay = decay.of_value if isinstance(decay, Logit) else decay
-        if isinstance(decay, Tensor) and decay is input_gain and torch.compiler.is_compiling():
+        if decay is input_gain and isinstance(decay, Tensor):
             input_gain = input_gain.view_as(input_gain)  # the compiler takes no tensor twice
         given = {"decay": decay, "input_gain": input_gain, "v_rest": v_rest}
-        numbers = [
-            0.0 if isinstance(value := given.get(name, 1.0), Tensor) else float(value) for name in Numbers._fields
-        ]
+        values = [given.get(name, 1.0) for name in Numbers._fields]
+        numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
         decay, input_gain = (each.to(real) if isinstance(each, Tensor) else None for each in (decay, input_gain))
-        if not is_dense(x_seq, time_dim):
-            x_seq = x_seq.contiguous()
-        tensors = x_seq, v_init, decay, input_gain
-        if is_differentiated(tensors, caller):
-            outputs = apply(IntegratorFunction, backend, numbers, rules, delay, wants_v_last, *tensors)
-        else:
-            outputs = operators_of(backend).integrator_forward(
-                x_seq, v_init, _all_parameters(decay, input_gain), numbers, rules, delay, wants_v_last
-            )
+        tensors = x_seq if is_dense(x_seq, time_dim) else x_seq.contiguous(), v_init, decay, input_gain
+        inputs = backend, numbers, rules, delay, wants_v_last, *tensors
+        differentiated = is_differentiated(tensors, caller)
+        outputs = apply(IntegratorFunction, *inputs) if differentiated else IntegratorFunction.forward(*inputs)
     return IntegratorOutput(*outputs) if wants_v_last else outputs[0]
 
 
@@ -224,29 +170,20 @@ class LeakyIntegrator(NeuronLayer):
     """Leaky integrators, over all time steps in one call: a synapse in front of `LIF`, or the read-out of a network.
 
     Args:
-        num_features: number of channels for granularity "channel", number of neurons or their shape `[C, H, W]` for
-            "neuron"; None for "layer".
+        num_features, granularity, time_dim, backend, device, dtype: as for `LIF`.
         decay: share of the potential that is left after a step, in (0, 1) if learned (kept as a logit).
         input_gain: factor on the input.
         v_rest: resting potential, in units of the input.
         delay: emit the potential before the input of a step, not the one after it.
-        granularity: whether a learned decay is one for the layer, one a channel or one a neuron.
         learn_decay: whether the decay is a parameter; else it stays constant.
-        stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Not for
-            activation checkpointing, which calls twice.
-        time_dim: where time is in the input.
-        backend: see `asgl_cuda.lif`.
-        device, dtype: of the parameter.
+        stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`.
 
-    `decay` can be read and set at any time, to one value for all neurons. A state dict holds it if it is learned, as
-    `logit_decay`; constants, flags and the potential are not in it.
+    `decay` can be read and set at any time, to one value for all neurons. A state dict has it as `logit_decay` if it is
+    learned, and nothing else.
 
-    Shapes: input and output `[T, N, ...]`, or with time at `time_dim`. Without time, the channels are the second
-    dimension, and the neurons are the last ones.
-
-    Neurons with a synaptic current are `nn.Sequential(LeakyIntegrator(decay=a), LIF(decay=b))`. Forward that reads and
-    writes 4 elements a neuron and step, backward 5: the current is written and read once, and so is its gradient. One
-    kernel for both would take 2 and 3.
+    Neurons with a synaptic current are `nn.Sequential(LeakyIntegrator(decay=a), LIF(decay=b))`. For a neuron and step
+    that reads and writes 4 elements forward, 5 backward: the current and its gradient are written and read between the
+    two. A single kernel would take 2 and 3.
 
     Raises ValueError or TypeError for arguments out of range, and what `asgl_cuda.leaky_integrator` raises.
 
@@ -275,9 +212,8 @@ class LeakyIntegrator(NeuronLayer):
         super().__init__()
         self._set_up(num_features, granularity, v_rest, input_gain, stateful, time_dim, backend)
         self.delay = check_bool("delay", delay, self._caller)
-        learned = check_bool("learn_decay", learn_decay, self._caller)
         empty = torch.empty(self.num_features or 1, device=device, dtype=dtype)
-        self.logit_decay = nn.Parameter(empty) if learned else None
+        self.logit_decay = nn.Parameter(empty) if check_bool("learn_decay", learn_decay, self._caller) else None
         self.decay = decay
 
     def reset_parameters(self) -> None:

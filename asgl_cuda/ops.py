@@ -7,6 +7,10 @@ lif_forward and lif_backward take `parameters` in the order of Parameters in ref
 v_last, v_seq, h_seq and checkpoints, in backward the gradients of x_seq, v_init and each parameter that is a tensor.
 `grads` has the gradients of s_seq, v_last, v_seq and h_seq, None for zero.
 
+integrator_forward returns v_seq, and v_last where it is wanted, integrator_backward as lif_backward. Of parameters,
+numbers and rules decay, input_gain, v_rest, logit_decay and time_dim count. Only a gradient of decay needs v_seq and
+v_init, and one of input_gain x_seq.
+
 batch_norm_coefficients returns `coefficients`, [4, C, 1, ...], which broadcast against x_seq: input_mean, input_gain
 and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in float64: number, mean and biased
 variance of each channel. They come from mean and variance where these are given, or from `statistics`, the totals of
@@ -78,6 +82,16 @@ def _fake_lif_backward(grads: Sequence[Tensor | None], x_seq: Tensor, *others: A
     return empty_gradients(x_seq, Rules(*rules).time_dim, parameters, wanted)
 
 
+def _fake_integrator_forward(x_seq: Tensor, *others: Any) -> ForwardResult:
+    *_, rules, _, wants_v_last = others
+    return empty_outputs(x_seq, Rules(*rules).time_dim, (wants_v_last, False, False, False))
+
+
+def _fake_integrator_backward(grad_v_seq: Tensor, *others: Any) -> BackwardResult:
+    *_, parameters, _, rules, _, wanted = others
+    return empty_gradients(grad_v_seq, Rules(*rules).time_dim, parameters, wanted)
+
+
 def _fake_batch_norm_coefficients(x_seq: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     *_, time_dim = others
     channel = channel_dim(time_dim)
@@ -97,6 +111,11 @@ _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake versions
     "bool[] wanted) -> Tensor[]": _fake_lif_forward,
     "lif_backward(Tensor?[] grads, Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor checkpoints, "
     "Tensor?[] parameters, float[] numbers, int[] rules, bool[] wanted) -> Tensor[]": _fake_lif_backward,
+    "integrator_forward(Tensor x_seq, Tensor? v_init, Tensor?[] parameters, float[] numbers, int[] rules, bool delay, "
+    "bool wants_v_last) -> Tensor[]": _fake_integrator_forward,
+    "integrator_backward(Tensor grad_v_seq, Tensor? grad_v_last, Tensor? v_seq, Tensor? x_seq, Tensor? v_init, "
+    "Tensor?[] parameters, float[] numbers, int[] rules, bool delay, bool[] wanted) -> Tensor[]":
+        _fake_integrator_backward,
     "batch_norm_coefficients(Tensor x_seq, Tensor? statistics, Tensor? mean, Tensor? variance, Tensor? weight, "
     "Tensor? bias, float eps, float input_scale, int time_dim) -> (Tensor coefficients, Tensor total)":
         _fake_batch_norm_coefficients,

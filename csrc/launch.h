@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "integrator_params.h"
 #include "neuron_params.h"
 #include "normalisation_params.h"
 #if defined(ASGL_WITH_CUDA)
@@ -48,6 +49,8 @@ void launch(const BackwardParams<Scalar>& params);
 template <class Real>
 void launch(const GradientSum<Real>& params);
 template <class Scalar>
+void launch(const IntegratorParams<Scalar>& params);
+template <class Scalar>
 void launch(const MomentsParams<Scalar>& params);
 template <class Real>
 void launch(const CoefficientsParams<Real>& params);
@@ -73,6 +76,8 @@ cudaError_t cut(BackwardParams<Scalar>& params);
 template <class Real>
 cudaError_t cut(GradientSum<Real>& params);
 template <class Scalar>
+cudaError_t cut(IntegratorParams<Scalar>& params);
+template <class Scalar>
 cudaError_t cut(MomentsParams<Scalar>& params);
 template <class Scalar>
 cudaError_t cut(InputGradientParams<Scalar>& params);
@@ -83,6 +88,8 @@ template <class Scalar>
 cudaError_t launch(const BackwardParams<Scalar>& params, cudaStream_t stream);
 template <class Real>
 cudaError_t launch(const GradientSum<Real>& params, cudaStream_t stream);
+template <class Scalar>
+cudaError_t launch(const IntegratorParams<Scalar>& params, cudaStream_t stream);
 template <class Scalar>
 cudaError_t launch(const MomentsParams<Scalar>& params, cudaStream_t stream);
 template <class Real>

@@ -7,6 +7,7 @@
 #endif
 
 #include "cpu/clones.h"
+#include "integrator_ops.h"
 #include "normalisation_ops.h"
 #include "ops.h"
 
@@ -55,12 +56,14 @@ class CudaBackend {
 
 TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) {
   ops::implement<CpuBackend>(m);
+  ops::implement_integrator<CpuBackend>(m);
   ops::implement_batch_norm<CpuBackend>(m);
 }
 
 #if defined(ASGL_WITH_CUDA)
 TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) {
   ops::implement<CudaBackend>(m);
+  ops::implement_integrator<CudaBackend>(m);
   ops::implement_batch_norm<CudaBackend>(m);
 }
 #endif

@@ -198,6 +198,60 @@ void with_scalar(at::ScalarType type, F&& f) {
   }
 }
 
+// The gradients of the parameters that are tensors and want one, [steps or 1, count] of each.
+class ParameterGradients {
+ public:
+  ParameterGradients(const Call& call, const std::array<bool, 2 + kNumParameters>& wanted) : call_(call) {
+    for (int id = 0; id < kNumParameters; ++id) {
+      if (!wanted[2 + id] || !call.has_parameter(id)) continue;
+      ids_.push_back(id);
+      sums_.push_back(call.parameter(id).empty_gradient());
+      if (call.layout().shape().neurons() == 0) sums_.back().zero_();
+    }
+  }
+
+  // Runs a backward kernel, given all except what concerns these gradients, and sums up its partial sums.
+  template <class Backend, class Params>
+  void compute(const Backend& backend, Params& params) const {
+    using Real = typename Params::Real;
+    const SequenceShape& shape = params.shape;
+    Real later{};  // cut() asks which partial sums there will be, and says how many
+    for (const int id : ids_) params.partials[id].data = &later;
+    backend.cut(params);
+    int64_t elements = 0;
+    for (const int id : ids_) {
+      const auto& view = params.parameters[id];
+      params.partials[id].slots = shape.neurons() / view.inner + params.tiles.count;
+      elements += (view.step_stride != 0 ? shape.steps : 1) * params.partials[id].slots;
+    }
+    const Tensor partials = elements > 0 ? in_huge_pages(at::empty({elements}, call_.real_options())) : Tensor();
+    Real* free = pointer<Real>(partials);
+    GradientSum<Real> sum{shape, params.tiles.tile, static_cast<int>(ids_.size()), {}};
+    for (size_t i = 0; i < ids_.size(); ++i) {
+      const int id = ids_[i];
+      const auto& view = params.parameters[id];
+      params.partials[id].data = free;
+      free += (view.step_stride != 0 ? shape.steps : 1) * params.partials[id].slots;
+      sum.parts[i] = {params.partials[id], view, call_.derivative(id), 0, 0, 0, 0, pointer<Real>(sums_[i])};
+    }
+    backend.launch(params);
+    if (sum.count == 0) return;
+    backend.cut(sum);
+    backend.launch(sum);
+  }
+
+  void append_to(std::vector<Tensor>& results) const {
+    for (size_t i = 0; i < ids_.size(); ++i) {
+      results.push_back(call_.parameter(ids_[i]).gradient_in_own_shape(sums_[i]));
+    }
+  }
+
+ private:
+  const Call& call_;
+  std::vector<int> ids_;
+  std::vector<Tensor> sums_;
+};
+
 // Returns those that are wanted.
 template <class Backend>
 std::vector<Tensor> lif_forward(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state,
@@ -271,16 +325,8 @@ std::vector<Tensor> lif_backward(const c10::List<OptionalTensor>& grads, const T
   std::vector<Tensor> results;
   if (wanted[0]) results.push_back(grad_x_seq);
   if (wanted[1]) results.push_back(grad_v_init);
-  std::vector<int> ids;
-  std::vector<Tensor> sums;  // [steps or 1, count] of each
-  for (int id = 0; id < kNumParameters; ++id) {
-    if (!wanted[2 + id] || !call.has_parameter(id)) continue;
-    ids.push_back(id);
-    sums.push_back(call.parameter(id).empty_gradient());
-  }
-  if (shape.neurons() == 0) {
-    for (const Tensor& sum : sums) sum.zero_();
-  } else {
+  const ParameterGradients gradients(call, wanted);
+  if (shape.neurons() > 0) {
     with_scalar(x_seq.scalar_type(), [&](auto scalar) {
       using Scalar = decltype(scalar);
       using Real = Real_t<Scalar>;
@@ -293,34 +339,10 @@ std::vector<Tensor> lif_backward(const c10::List<OptionalTensor>& grads, const T
       params.checkpoints = members_in(const_pointer<Real>(checkpoints), checkpoint_stride(shape));
       params.grad_x_seq = pointer<Scalar>(grad_x_seq);
       params.grad_init.v = pointer<Real>(grad_v_init);
-      Real later{};  // cut() asks which partial sums there will be, and says how many
-      for (const int id : ids) params.partials[id].data = &later;
-      backend.cut(params);
-      int64_t elements = 0;
-      for (const int id : ids) {
-        const auto& view = params.parameters[id];
-        params.partials[id].slots = shape.neurons() / view.inner + params.tiles.count;
-        elements += (view.step_stride != 0 ? shape.steps : 1) * params.partials[id].slots;
-      }
-      const Tensor partials = elements > 0 ? in_huge_pages(at::empty({elements}, real)) : Tensor();
-      Real* free = pointer<Real>(partials);
-      GradientSum<Real> sum{shape, params.tiles.tile, static_cast<int>(ids.size()), {}};
-      for (size_t i = 0; i < ids.size(); ++i) {
-        const int id = ids[i];
-        const auto& view = params.parameters[id];
-        params.partials[id].data = free;
-        free += (view.step_stride != 0 ? shape.steps : 1) * params.partials[id].slots;
-        sum.parts[i] = {params.partials[id], view, call.derivative(id), 0, 0, 0, 0, pointer<Real>(sums[i])};
-      }
-      backend.launch(params);
-      if (sum.count == 0) return;
-      backend.cut(sum);
-      backend.launch(sum);
+      gradients.compute(backend, params);
     });
   }
-  for (size_t i = 0; i < ids.size(); ++i) {
-    results.push_back(call.parameter(ids[i]).gradient_in_own_shape(sums[i]));
-  }
+  gradients.append_to(results);
   return results;
 }
 

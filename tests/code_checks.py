@@ -89,15 +89,16 @@ def arithmetic_problems(kernel: Kernel, code: Sequence[Operation]) -> Iterator[s
 # ---- accesses ----
 
 # The kernels in which a thread owns four neighbours, and what they are given.
-FOURS = r"(forward|backward|moments|input gradient)\b.*(4 neurons|4 columns|T = \d+)"
+FOURS = r"(forward|backward|integrator|moments|input gradient)\b.*(4 neurons|4 columns|T = \d+)"
 STRUCTURES = {
     "forward": "ForwardParams",
     "backward": "BackwardParams",
+    "integrator": "IntegratorParams",
     "moments": "MomentsParams",
     "input gradient": "InputGradientParams",
 }
-# The members that point to elements of x's type, and those of which the four share a value or their thread has one. All
-# others point to potentials and states, which are float32.
+# The members that point to elements of x's type, as all sequences of the integrator do, and those of which the four
+# share a value or their thread has one. All others point to potentials and states, which are float32.
 OF_ELEMENTS = ("x_seq", "s_seq", "grad_s_seq", "grad_x_seq")
 NOT_OF_NEIGHBOURS = ("parameters", "partials", "noise", "zeros", "moments", "mean", "adjoint")
 UNKNOWN = "an unknown place"
@@ -167,7 +168,8 @@ def expected_bits(kernel: Kernel, member: str) -> int | None:
         return 0
     if member in NOT_OF_NEIGHBOURS:
         return None
-    return 4 * BITS[kernel.dtype if member in OF_ELEMENTS else "float32"]
+    of_elements = member in OF_ELEMENTS or (kernel.kind.startswith("integrator") and member.endswith("_seq"))
+    return 4 * BITS[kernel.dtype if of_elements else "float32"]
 
 
 def access_problems(kernel: Kernel, code: Sequence[Operation]) -> Iterator[str]:

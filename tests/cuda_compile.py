@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 
 from asgl_cuda import compilation
-from asgl_cuda.backends import cupy, normalisation_kernels
+from asgl_cuda.backends import cupy, integrator_kernels, normalisation_kernels
 from asgl_cuda.backends import neuron_kernels as launch
 from asgl_cuda.backends.structures import constant
 from asgl_cuda.reference import Rules
@@ -303,6 +303,9 @@ def kernels_asked_for() -> list[str]:
             names += [
                 normalisation_kernels.moments_kernel(dtype, lanes),
                 normalisation_kernels.input_gradient_kernel(dtype, lanes),
+                integrator_kernels.integrator_forward_kernel(dtype, lanes),
+                integrator_kernels.integrator_backward_kernel(dtype, lanes, False),
+                integrator_kernels.integrator_backward_kernel(dtype, lanes, True),
             ]
     plain = Rules(**dict.fromkeys(Rules._fields, 0))
     each = product(range(len(SURROGATES)), (0, 1))

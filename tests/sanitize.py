@@ -35,6 +35,9 @@ JOBS = (
     ("kernels_test", (*THREAD, *CPU, BASELINE), ("small",)),
     ("kernels_test", ADDRESS, ()),
     ("kernels_test", THREAD, ("small",)),
+    ("integrator_test", (*ADDRESS, *CPU, BASELINE), ()),
+    ("integrator_test", ADDRESS, ()),
+    ("integrator_test", THREAD, ("small",)),
     ("batch_norm_test", (*ADDRESS, *CPU), ()),
     ("batch_norm_test", ADDRESS, ()),
     ("batch_norm_test", THREAD, ("small",)),
@@ -52,6 +55,7 @@ def few_instantiations(directory: Path) -> Path:
     for file, pattern, replacement, count in (
         ("launch.h", re.escape(surrogates), "std::integer_sequence<int, 0, 2>{}", 1),
         ("cpu/neuron.cpp", r"template void .*<Half>.*\n", "", 3),
+        ("cpu/integrator.cpp", r"template void .*<Half>.*\n", "", 1),
     ):
         text, found = re.subn(pattern, replacement, (csrc / file).read_text())
         assert found == count, f"{file} has changed: {pattern} is {found} times in it"

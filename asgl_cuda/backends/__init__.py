@@ -19,6 +19,8 @@ class Operators(NamedTuple):
     draw_rng_state: Callable[[torch.Tensor], torch.Tensor]
     lif_forward: Callable[..., ops.ForwardResult]
     lif_backward: Callable[..., ops.BackwardResult]
+    integrator_forward: Callable[..., ops.ForwardResult]
+    integrator_backward: Callable[..., ops.BackwardResult]
     batch_norm_coefficients: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     batch_norm_update: Callable[..., None]
     batch_norm_backward: Callable[..., tuple[torch.Tensor, torch.Tensor]]

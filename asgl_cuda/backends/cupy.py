@@ -29,7 +29,8 @@ from ..extension import NO_SOURCES, digest_of_sources, source_directory
 from . import neuron_kernels, normalisation_kernels
 
 NAMESPACE = "asgl_cuda_cupy"
-HEADER = "cuda/normalisation_kernels.cuh"  # includes the kernels of the neuron
+# These include the kernels of the neuron.
+SOURCE = '#include "cuda/integrator_kernels.cuh"\n#include "cuda/normalisation_kernels.cuh"\n'
 # compilation.py gives nvcc the same: there is no contraction, so that every backend rounds alike.
 OPTIONS = ("--std=c++17", "--fmad=false")
 # The smallest kernel: if it can be compiled and loaded, everything is there.
@@ -74,7 +75,7 @@ def compiled_program(kernels: list[str], architecture: str, *options: str) -> It
     """NVRTC's handle of a program that has these kernels; it is gone afterwards. Needs no GPU."""
     nvrtc = _nvrtc()
     directory = source_directory()
-    program = nvrtc.createProgram(f'#include "{HEADER}"\n', "asgl_cuda.cu", (), ())
+    program = nvrtc.createProgram(SOURCE, "asgl_cuda.cu", (), ())
     try:
         for kernel in kernels:
             nvrtc.addNameExpression(program, kernel)

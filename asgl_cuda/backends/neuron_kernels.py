@@ -38,7 +38,7 @@ class Launcher(Protocol):
         """Starts a kernel, named by a C++ expression, on the device's current stream."""
 
 
-def _bool(value: object) -> str:
+def boolean(value: object) -> str:
     return "true" if value else "false"
 
 
@@ -46,7 +46,7 @@ def model(rules: Rules) -> str:
     """The type in csrc that computes such neurons, as with_model of csrc/launch.h chooses it."""
     if rules.multi_spike or rules.floored:
         return BY_OPTIONS
-    return f"asgl::LIF<(asgl::Surrogate){rules.surrogate}, {_bool(rules.hard_reset)}>"
+    return f"asgl::LIF<(asgl::Surrogate){rules.surrogate}, {boolean(rules.hard_reset)}>"
 
 
 def forward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, steps: int = CHECKPOINT_STEPS) -> str:
@@ -120,7 +120,7 @@ class KernelOperators:
         self.launcher.launch(device, kernel, blocks, threads or constant("kBlockThreads"), params)
 
 
-class _Call:
+class Call:
     """Everything that forward and backward prepare in the same way."""
 
     def __init__(self, x_seq: Tensor, *others: Any) -> None:
@@ -179,8 +179,27 @@ class _Call:
         noise = address_of(self.rng_state), self.rules.analog_below
         return filled(
             name, self.real, shape=self.layout.shape, parameters=tuple(self.views), options=self.options, noise=noise,
-            tiles=tiles, x_seq=self.x_seq, init=self.v_init, **others,
+            tiles=tiles, init=self.v_init, **{"x_seq": self.x_seq, **others},
         )  # fmt: skip
+
+    def empty_gradients(self, wanted: Sequence[bool]) -> list[Any]:
+        """The gradients of x_seq, v_init and each parameter, as it is laid out, not yet computed; None: not wanted."""
+        laid_out = [None if each is None else each.data for each in self.tensors]
+        asked = *wanted[:2], *(wants and each is not None for wants, each in zip(wanted[2:], laid_out, strict=True))
+        return in_their_places(empty_gradients(self.x_seq, self.rules.time_dim, laid_out, wanted), asked)
+
+    def results(self, gradients: Sequence[Tensor | None]) -> BackwardResult:
+        """Those that are wanted, the parameters' in their own shapes."""
+        front, of_parameters = gradients[:2], gradients[2:]
+        if not self.layout.neurons:
+            for gradient in of_parameters:
+                if gradient is not None:
+                    gradient.zero_()
+        return [each for each in front if each is not None] + [
+            tensor.gradient_in_own_shape(gradient)
+            for tensor, gradient in zip(self.tensors, of_parameters, strict=True)
+            if tensor is not None and gradient is not None
+        ]
 
     def cut(self, launcher: Launcher, input: str, *tensors: Tensor | None) -> tuple[int, tuple[int, int]]:
         """Neurons a thread, and NeuronTiles: four where these lie side by side, share all parameters, and it pays.
@@ -217,83 +236,33 @@ class _Call:
         return PLAIN if plain else NORMALISED
 
 
-class NeuronOperators(KernelOperators):
-    """The operators of the neuron."""
+class NeuronKernelOperators(KernelOperators):
+    """Operators whose backward kernels leave partial sums of the parameters' gradients."""
 
-    def draw_rng_state(self, fresh: Tensor) -> Tensor:
-        return torch.randint(2**63 - 1, (2,), dtype=fresh.dtype, device=fresh.device)
-
-    def lif_forward(self, x_seq: Tensor, *others: Any) -> ForwardResult:
-        *shared, wanted = others
-        call = _Call(x_seq, *shared)
-        outputs = empty_outputs(x_seq, call.rules.time_dim, wanted)
-        s_seq, v_last, v_seq, h_seq, checkpoints = in_their_places(outputs, (True, *wanted))
-        if call.layout.neurons:
-            input = call.input(v_seq is None and h_seq is None)
-            lanes, tiles = call.cut(self.launcher, input, *outputs)
-            zeros = 0
-            if checkpoints is not None:
-                zeros = address_of(checkpoints) + (checkpoints.numel() - 2) * checkpoints.element_size()
-            params = call.params(
-                "ForwardParams", tiles, s_seq=s_seq, last=v_last, v_seq=v_seq, h_seq=h_seq, checkpoints=checkpoints,
-                zeros=zeros,
-            )  # fmt: skip
-            kernel = forward_kernel(x_seq.dtype, call.model, lanes, input, call.layout.steps)
-            self.start(x_seq.device, kernel, params.tiles.count, params)
-        elif checkpoints is not None:
-            checkpoints.zero_()
-        return outputs
-
-    def lif_backward(self, grads: Sequence[Tensor | None], x_seq: Tensor, *others: Any) -> BackwardResult:
-        v_init, rng_state, checkpoints, *packed, wanted = others
-        call = _Call(x_seq, v_init, rng_state, *packed)
-        layout, real, time_dim = call.layout, call.real, call.rules.time_dim
-        if checkpoints.dtype != real or checkpoints.numel() != checkpoint_elements(x_seq, time_dim):
-            raise ValueError("asgl_cuda: checkpoints do not belong to this x_seq")
-        dense = layout.dense_sequence, layout.dense_state, layout.dense_sequence, layout.dense_sequence
-        grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq = grads = [
-            None if grad is None else laid(grad.to(dtype))
-            for grad, laid, dtype in zip(grads, dense, (x_seq.dtype, real, real, real), strict=True)
+    def start_backward(
+        self,
+        call: Call,
+        kernel: str,
+        name: str,
+        tiles: tuple[int, int],
+        gradients: Sequence[Tensor | None],
+        **members: Any,
+    ) -> None:
+        """Starts a backward kernel with the structure of this name, and sums up its partial sums to the gradients."""
+        grad_x_seq, grad_v_init, *of_parameters = gradients
+        tile, blocks = tiles
+        rows = [call.layout.steps if view.step_stride else 1 for view in call.views]
+        slots = [call.layout.neurons // view.inner + blocks for view in call.views]
+        sums = [
+            None if gradient is None else gradient.new_empty(size)
+            for gradient, *size in zip(of_parameters, rows, slots, strict=True)
         ]
-        laid_out = [None if each is None else each.data for each in call.tensors]
-        wants_x_seq, wants_v_init, *wants_parameters = wanted
-        asked = Parameters(
-            *(wants and each is not None for wants, each in zip(wants_parameters, laid_out, strict=True))
-        )
-        results = empty_gradients(x_seq, time_dim, laid_out, wanted)
-        grad_x_seq, grad_v_init, *gradients = in_their_places(results, (wants_x_seq, wants_v_init, *asked))
-        if layout.neurons:
-            both = grad_s_seq is not None and grad_x_seq is not None
-            input = call.input(both and grad_v_seq is None and grad_h_seq is None and not asked.input_mean)
-            lanes, tiles = call.cut(self.launcher, input, *grads, checkpoints, grad_x_seq, grad_v_init)
-            tile, blocks = tiles
-            rows = [layout.steps if view.step_stride else 1 for view in call.views]
-            slots = [layout.neurons // view.inner + blocks for view in call.views]
-            sums = [
-                x_seq.new_empty(size, dtype=real) if wants else None
-                for wants, *size in zip(asked, rows, slots, strict=True)
-            ]
-            partials = tuple((address_of(each), 0 if each is None else each.shape[1]) for each in sums)
-            params = call.params(
-                "BackwardParams", tiles, grad_s_seq=grad_s_seq, grad_last=grad_v_last, grad_v_seq=grad_v_seq,
-                grad_h_seq=grad_h_seq, checkpoints=checkpoints, grad_x_seq=grad_x_seq, grad_init=grad_v_init,
-                partials=partials,
-            )  # fmt: skip
-            kernel = backward_kernel(x_seq.dtype, call.model, lanes, input, layout.steps)
-            self.start(x_seq.device, kernel, blocks, params)
-            self._sum(call, partials, tile, gradients)
-        else:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.zero_()
-        front = [each for each in (grad_x_seq, grad_v_init) if each is not None]
-        return front + [
-            tensor.gradient_in_own_shape(gradient)
-            for tensor, gradient in zip(call.tensors, gradients, strict=True)
-            if tensor is not None and gradient is not None
-        ]
+        partials = tuple((address_of(each), 0 if each is None else each.shape[1]) for each in sums)
+        params = call.params(name, tiles, grad_x_seq=grad_x_seq, grad_init=grad_v_init, partials=partials, **members)
+        self.start(call.x_seq.device, kernel, blocks, params)
+        self._sum(call, partials, tile, of_parameters)
 
-    def _sum(self, call: _Call, partials: Sequence[Any], tile: int, gradients: Sequence[Tensor | None]) -> None:
+    def _sum(self, call: Call, partials: Sequence[Any], tile: int, gradients: Sequence[Tensor | None]) -> None:
         """Sums up partial sums to the gradients."""
         threads, part = constant("kSumThreads"), structure("GradientPart", call.real)
         parts = []
@@ -317,3 +286,55 @@ class NeuronOperators(KernelOperators):
             )
             blocks = sum(each.blocks for each in parts)
             self.start(call.x_seq.device, gradient_sum_kernel(call.real), blocks, params, threads)
+
+
+class NeuronOperators(NeuronKernelOperators):
+    """The operators of the neuron."""
+
+    def draw_rng_state(self, fresh: Tensor) -> Tensor:
+        return torch.randint(2**63 - 1, (2,), dtype=fresh.dtype, device=fresh.device)
+
+    def lif_forward(self, x_seq: Tensor, *others: Any) -> ForwardResult:
+        *shared, wanted = others
+        call = Call(x_seq, *shared)
+        outputs = empty_outputs(x_seq, call.rules.time_dim, wanted)
+        s_seq, v_last, v_seq, h_seq, checkpoints = in_their_places(outputs, (True, *wanted))
+        if call.layout.neurons:
+            input = call.input(v_seq is None and h_seq is None)
+            lanes, tiles = call.cut(self.launcher, input, *outputs)
+            zeros = 0
+            if checkpoints is not None:
+                zeros = address_of(checkpoints) + (checkpoints.numel() - 2) * checkpoints.element_size()
+            params = call.params(
+                "ForwardParams", tiles, s_seq=s_seq, last=v_last, v_seq=v_seq, h_seq=h_seq, checkpoints=checkpoints,
+                zeros=zeros,
+            )  # fmt: skip
+            kernel = forward_kernel(x_seq.dtype, call.model, lanes, input, call.layout.steps)
+            self.start(x_seq.device, kernel, params.tiles.count, params)
+        elif checkpoints is not None:
+            checkpoints.zero_()
+        return outputs
+
+    def lif_backward(self, grads: Sequence[Tensor | None], x_seq: Tensor, *others: Any) -> BackwardResult:
+        v_init, rng_state, checkpoints, *packed, wanted = others
+        call = Call(x_seq, v_init, rng_state, *packed)
+        layout, real, time_dim = call.layout, call.real, call.rules.time_dim
+        if checkpoints.dtype != real or checkpoints.numel() != checkpoint_elements(x_seq, time_dim):
+            raise ValueError("asgl_cuda: checkpoints do not belong to this x_seq")
+        dense = layout.dense_sequence, layout.dense_state, layout.dense_sequence, layout.dense_sequence
+        grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq = grads = [
+            None if grad is None else laid(grad.to(dtype))
+            for grad, laid, dtype in zip(grads, dense, (x_seq.dtype, real, real, real), strict=True)
+        ]
+        gradients = grad_x_seq, grad_v_init, *_ = call.empty_gradients(wanted)
+        if layout.neurons:
+            both = grad_s_seq is not None and grad_x_seq is not None
+            wants_mean = Parameters(*gradients[2:]).input_mean is not None
+            input = call.input(both and grad_v_seq is None and grad_h_seq is None and not wants_mean)
+            lanes, tiles = call.cut(self.launcher, input, *grads, checkpoints, grad_x_seq, grad_v_init)
+            kernel = backward_kernel(x_seq.dtype, call.model, lanes, input, layout.steps)
+            self.start_backward(
+                call, kernel, "BackwardParams", tiles, gradients, grad_s_seq=grad_s_seq, grad_last=grad_v_last,
+                grad_v_seq=grad_v_seq, grad_h_seq=grad_h_seq, checkpoints=checkpoints,
+            )  # fmt: skip
+        return call.results(gradients)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..layout import Layout, channel_dim, real_type
 from ..ops import define_operators
+from .integrator_kernels import IntegratorOperators
 from .neuron_kernels import SCALARS, KernelOperators, Launcher, NeuronOperators, blocks_for, filled, is_aligned
 from .structures import constant, structure
 
@@ -187,10 +188,13 @@ def _dense(tensor: Tensor | None, shape: list[int], dtype: torch.dtype, x_seq: T
 def operators_on(launcher: Launcher) -> dict[str, Callable[..., Any]]:
     """All operators by name, on the kernels of `launcher`."""
     neuron, normalisation = NeuronOperators(launcher), NormalisationOperators(launcher)
+    integrator = IntegratorOperators(launcher)
     return {
         "draw_rng_state": neuron.draw_rng_state,
         "lif_forward": neuron.lif_forward,
         "lif_backward": neuron.lif_backward,
+        "integrator_forward": integrator.integrator_forward,
+        "integrator_backward": integrator.integrator_backward,
         "batch_norm_coefficients": normalisation.batch_norm_coefficients,
         "batch_norm_update": normalisation.batch_norm_update,
         "batch_norm_backward": normalisation.batch_norm_backward,

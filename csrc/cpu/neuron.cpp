@@ -1,8 +1,6 @@
 // The CPU kernels. A task owns a tile of neurons, whose state stays in the cache; steps are the outer loop and neurons
 // the inner one (cpu/loops.h). The settled kernels serve where only spikes are wanted and the parameters are the same
 // at all steps; the general ones serve elsewhere.
-#include <ATen/Parallel.h>
-
 #include <vector>
 
 #include "cpu/tile.h"
@@ -12,13 +10,6 @@ namespace asgl::cpu {
 namespace {
 
 int64 segment_steps(int64 steps) { return steps <= 4 ? 4 : steps <= 8 ? 8 : kCheckpointSteps; }
-
-// Calls task(begin, end) for ranges of tiles, on as many threads as torch.get_num_threads() allows.
-template <class Task>
-void for_each_tile_range(const SequenceShape& shape, Task&& task) {
-  const int64 grain = std::max<int64>(1, kElementsPerTask / (kTile * shape.steps));
-  at::parallel_for(0, num_tiles(shape), grain, [&](int64_t begin, int64_t end) { task(begin, end); });
-}
 
 // ---- forward ----
 
@@ -108,34 +99,6 @@ void run_settled(const ForwardParams<Scalar>& params) {
 template <class Scalar>
 int64 states_of(const BackwardParams<Scalar>& params, int64 segment) {
   return params.wants(kDecay) ? segment + 1 : 1;
-}
-
-// Says whether neurons that lie in turns share a value, several of each in a tile, as with one value a channel in
-// channels_last. Only as many of the tile's slots, one for each neuron, as there are values are then used.
-template <class Real>
-bool is_folded(const ParameterView<Real>& parameter) {
-  return parameter.inner == 1 && parameter.step_stride == 0 && 2 * parameter.count <= kTile;
-}
-
-// Adds the tile's row of sums, run by run, into the slots of GradientPartials.
-template <class Real>
-void store_partials(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
-                    int64 t, const Real* row) {
-  Real* slots = partials.data + (parameter.step_stride != 0 ? t * partials.slots : 0) + tile.index;
-  if (is_folded(parameter)) {
-    std::array<double, kTile / 2> sums{};
-    for (int64 i = 0; i < tile.length; i += parameter.count) {
-      run<AddLoop<Real>>({row + i, sums.data(), std::min(parameter.count, tile.length - i)});
-    }
-    std::transform(sums.begin(), sums.begin() + std::min(parameter.count, tile.length), slots + tile.first,
-                   [](double sum) { return static_cast<Real>(sum); });
-    return;
-  }
-  if (parameter.inner == 1) {
-    std::copy_n(row, tile.length, slots + tile.first);
-    return;
-  }
-  run<RunSumsLoop<Real>>({row, runs_of(tile, parameter.inner), slots + tile.first / parameter.inner});
 }
 
 template <class Model, class Scalar>

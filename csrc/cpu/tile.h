@@ -1,6 +1,8 @@
 // A task keeps this in the cache for its tile of neurons: noise, parameters, input current and state.
 #pragma once
 
+#include <ATen/Parallel.h>
+
 #include <array>
 
 #include "cpu/philox_simd.h"
@@ -29,6 +31,13 @@ struct SigmoidLoop {
     for (int64 i = 0; i < args.length; ++i) args.row[i] = sigmoid_within_bound(args.row[i]);
   }
 };
+
+// Calls task(begin, end) for ranges of tiles, on as many threads as torch.get_num_threads() allows.
+template <class Task>
+void for_each_tile_range(const SequenceShape& shape, Task&& task) {
+  const int64 grain = std::max<int64>(1, kElementsPerTask / (kTile * shape.steps));
+  at::parallel_for(0, num_tiles(shape), grain, [&](int64_t begin, int64_t end) { task(begin, end); });
+}
 
 // The parameter of each neuron of a tile, or one over it.
 template <class Real>
@@ -324,6 +333,34 @@ void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 st
   } else {
     load_state(params.init, tile.first, params.at_rest(), tile.length, state);
   }
+}
+
+// Says whether neurons that lie in turns share a value, several of each in a tile, as with one value a channel in
+// channels_last. Only as many of the tile's slots, one for each neuron, as there are values are then used.
+template <class Real>
+bool is_folded(const ParameterView<Real>& parameter) {
+  return parameter.inner == 1 && parameter.step_stride == 0 && 2 * parameter.count <= kTile;
+}
+
+// Adds the tile's row of sums, run by run, into the slots of GradientPartials.
+template <class Real>
+void store_partials(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
+                    int64 t, const Real* row) {
+  Real* slots = partials.data + (parameter.step_stride != 0 ? t * partials.slots : 0) + tile.index;
+  if (is_folded(parameter)) {
+    std::array<double, kTile / 2> sums{};
+    for (int64 i = 0; i < tile.length; i += parameter.count) {
+      run<AddLoop<Real>>({row + i, sums.data(), std::min(parameter.count, tile.length - i)});
+    }
+    std::transform(sums.begin(), sums.begin() + std::min(parameter.count, tile.length), slots + tile.first,
+                   [](double sum) { return static_cast<Real>(sum); });
+    return;
+  }
+  if (parameter.inner == 1) {
+    std::copy_n(row, tile.length, slots + tile.first);
+    return;
+  }
+  run<RunSumsLoop<Real>>({row, runs_of(tile, parameter.inner), slots + tile.first / parameter.inner});
 }
 
 }  // namespace asgl::cpu

@@ -23,6 +23,8 @@ noise = partial(Mutant, "cuda/noise.cuh")
 launchers = partial(Mutant, "cuda/choose.cuh")
 params = partial(Mutant, "neuron_params.h")
 rules = partial(Mutant, "math/lif_by_options.h")
+integrator = partial(Mutant, "cuda/integrator_kernels.cuh")
+integrator_launchers = partial(Mutant, "cuda/integrator.cu")
 channels = partial(Mutant, "cuda/normalisation_kernels.cuh")
 channel_params = partial(Mutant, "normalisation_params.h")
 
@@ -78,15 +80,14 @@ MUTANTS = {
         "wrong first element of the gradients": kernels("element + last * @;", "stride", "(stride + (last > 0))"),
         "wrong element in the settled backward": kernels("params.grad_x_seq + element + @ * stride);\n          }", "k",
                                                          "(k == 1 ? 2 : k)"),
-        "elements do not go back": kernels("@\n#pragma unroll\n          for (int k = 0; k < kSteps; ++k) {\n            if",
-                                           "element -= kSteps * stride;", ""),
+        "elements do not go back": kernels("if (!kShort) {\n          @", "element -= kSteps * stride;", ""),
         "potentials of another step": kernels("h[k] = potentials[@]", "first + k", "first + (k ^ 1)"),
-        "potentials kept for another step": kernels("potentials[@][threadIdx.x] = h[k]", "first + k", "first + (k ^ 2)"),
+        "potentials kept for another step": kernels("potentials[@][threadIdx.x] = h", "first + k", "first + (k ^ 2)"),
         "carried too early in the settled backward": kernels(f"\n    {LAST_GRADIENT}", "", "carried = true;"),
         "carried too late in the settled backward": kernels("\n            @\n", "carried = true;", ""),
         "through the reset though nothing is carried": kernels("if (@ && !options.detach_reset)", "carried", "true"),
         "through the reset though it is detached": kernels(") && @) {", "!options.detach_reset", "true"),
-        "width's gradient without a threshold": kernels("step.dy * (h[k].values[j] - @);", "neuron.v_threshold", "Real(0)"),
+        "width's gradient without a threshold": kernels("(h[k].values[j] - @);", "neuron.v_threshold", "Real(0)"),
         "gain's gradient of another step": kernels("(kShort ? x : x_again)[@].unpack", "k", "k ^ 1"),
         "x once more of another step": kernels("x_again[k].load(params.x_seq + element + @ * stride", "k", "(k ^ 1)"),
         "gain's gradient without a mean": kernels("its_x[j] - @)", "neuron.input_mean", "Real(0)"),
@@ -289,10 +290,37 @@ MUTANTS = {
         "dx of a channel may be misaligned": launchers("&& @;", "is_aligned(grad_x_seq)", "true"),
         "channels may share four": launchers("tiles.shape.inner % @ == 0", "4", "2"),
     },
+    "integrator_test": {
+        "all live": ALL_LIVE,
+        "the last x is not loaded": integrator("load_steps(@, later_x)", "steps - start - kSteps",
+                                               "steps - start - kSteps - 1"),
+        "the last gradient is not loaded": integrator("load_steps(@, next)", "last - kSteps", "last - kSteps - 1"),
+        "no delay": integrator("out[j] = @;", "params.delay ? before : state.v[j]", "state.v[j]"),
+        "parameters of the first step": integrator("neuron.move_to(@);\n        Real out", "start + k", "int64(0)"),
+        "backward with parameters of the first step": integrator("neuron.move_to(@);\n        Real dx", "last - k",
+                                                                 "int64(0)"),
+        "decay's gradient of another step": integrator(
+            "params.v_seq + (@)", "params.delay ? load_element : load_element - stride", "load_element"
+        ),
+        "decay's gradient without a first potential": integrator(
+            "dv * ((@) - v_rest)", "k == last ? init.v[j] : now.before[k][j]", "now.before[k][j]"
+        ),
+        "decay's gradient without a potential at rest": integrator(") - @);\n            sums[1]", "v_rest", "Real(0)"),
+        "no tail check of the first state": integrator("exists(params.grad_init) && @)", "place.live", "true"),
+        "dx of another step": integrator("element = @;\n  for (int64 last", "load_element + kSteps * stride",
+                                         "load_element + (kSteps + 1) * stride"),
+        "sums of later steps as well": integrator("room);\n      @", "sums[i] = Real(0);", ""),
+        "sums of all steps in one row": integrator("partials.data + @, parameter", "t * partials.slots", "int64(0)"),
+        "v may be misaligned": integrator_launchers("groups_of_four(params, @, params.last", "params.v_seq",
+                                                    "params.x_seq"),
+        "no kernel for sums": integrator_launchers(": @            ?", "params.learns()", "false"),
+        "no kernel for four": integrator_launchers("if (@) choose", "params.tiles.tile > kBlockThreads", "false"),
+    },
 }  # fmt: skip
 
 # These are in the CPU kernels, and the same programs find them.
 cpu = partial(Mutant, "cpu/neuron.cpp")
+cpu_integrator = partial(Mutant, "cpu/integrator.cpp")
 tiles = partial(Mutant, "cpu/tile.h")
 rows = partial(Mutant, "cpu/rows.h")
 loops = partial(Mutant, "cpu/loops.h")
@@ -380,5 +408,20 @@ CPU_MUTANTS = {
         "a channel beyond its tile": norm("length = @;\n      f(channel", "std::min(tiles.units_per_channel, "
                                           "task.units - in_row)", "tiles.units_per_channel"),
         "the mean of another channel": norm("{nullptr, params.mean[@]}", "channel", "int64(0)"),
+    },
+    "integrator_test": {
+        "no delay": cpu_integrator("args.out[i] = @;", "args.delay ? before : args.v[i]", "args.v[i]"),
+        "parameters of another step": cpu_integrator("return t; });\n      neurons.move_to(tile, @);", "t", "int64(0)"),
+        "backward with parameters of another step": cpu_integrator(
+            "- row; });\n      neurons.move_to(tile, @);", "t", "int64(0)"
+        ),
+        "decay's gradient of another step": cpu_integrator("tile, @, v_buffer", "params.delay ? t : t - 1", "t"),
+        "decay's gradient with the first potential twice": cpu_integrator("if (@ && params.wants(kDecay))", "t > 0",
+                                                                          "t > 1"),
+        "decay's gradient without a potential at rest": cpu_integrator("dv * (@)", "args.before[i] - args.v_rest",
+                                                                       "args.before[i]"),
+        "sums of later steps as well": cpu_integrator("t, sum);\n        @", "std::fill_n(sum, tile.length, Real(0));",
+                                                      ""),
+        "sums of steps with the others": cpu_integrator("!= 0) != @) continue", "per_step", "false"),
     },
 }  # fmt: skip

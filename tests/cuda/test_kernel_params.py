@@ -24,6 +24,7 @@ STRUCTURES = {
     "ParameterView": REALS,
     "ForwardParams": TYPES,
     "BackwardParams": TYPES,
+    "IntegratorParams": TYPES,
     "GradientSum": REALS,
     "ChannelTiles": (),
     "Normalisation": (),
@@ -71,7 +72,8 @@ def assertions() -> list[str]:
 
 
 def source(lines: list[str]) -> str:
-    return "\n".join(['#include "normalisation_params.h"', '#include "neuron_params.h"', *lines]) + "\n"
+    headers = [f'#include "{name}_params.h"' for name in ("normalisation", "integrator", "neuron")]
+    return "\n".join([*headers, *lines]) + "\n"
 
 
 def host_compiler(text: str) -> str:

@@ -156,6 +156,8 @@ def described(launch, dtype):
         "lif_backward_kernel": "BackwardParams",
         "lif_backward_settled_kernel": "BackwardParams",
         "gradient_sum_kernel": "GradientSum",
+        "integrator_forward_kernel": "IntegratorParams",
+        "integrator_backward_kernel": "IntegratorParams",
         "batch_moments_kernel": "MomentsParams",
         "batch_norm_coefficients_kernel": "CoefficientsParams",
         "batch_norm_running_kernel": "RunningParams",
@@ -248,6 +250,26 @@ def test_same_launches_over_parameters(emulation, layout, sizes):
             parameter = uniform(*size, low=0.5, high=1.0)
             compiled, in_python = both(emulation, torch.float32, x_seq, time_dim=time_dim, **{name: parameter})
             assert in_python == compiled, name
+
+
+@pytest.mark.parametrize("multiprocessors", [emulated.TINY, 1, emulated.LARGE])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("steps", [4, 33])
+def test_same_launches_of_the_integrator(emulation, multiprocessors, dtype, steps):
+    """Forward and backward, and the sums of what is learned."""
+    emulation.set_multiprocessors(multiprocessors)
+    for neurons, shift, options, launches in (
+        (2048, 0, {}, 2), (2048, 0, {"delay": True, "v_rest": 0.5, "outputs": ("v_last",)}, 2), (1031, 0, {}, 2),
+        (2048, 0, {"decay": uniform(low=0.5, high=0.9, dtype=real_of(dtype))}, 3),
+        (2048, 1, {"input_gain": uniform(2048, low=0.5, high=0.9, dtype=real_of(dtype))}, 3),
+        (2048, 0, {"input_gain": uniform(steps, 1, low=0.5, high=0.9, dtype=real_of(dtype))}, 3),
+    ):  # fmt: skip
+        x_seq = random_input(steps * neurons + shift, dtype=dtype).detach()[shift:].view(steps, neurons)
+        compiled, in_python = both(
+            emulation, dtype, x_seq.requires_grad_(), function=asgl_cuda.leaky_integrator, **options
+        )
+        assert in_python == compiled
+        assert len(compiled) == launches
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

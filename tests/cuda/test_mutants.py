@@ -102,7 +102,7 @@ def test_sanitizer_finds_mutant(name, tmp_path):
     assert report in result.stderr, result.stdout + result.stderr
 
 
-@pytest.fixture(scope="module", params=["kernels_test", "batch_norm_test"])
+@pytest.fixture(scope="module", params=["kernels_test", "integrator_test", "batch_norm_test"])
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("kernels") / request.param
     sanitize.build(request.param, path, ["-O1"])

@@ -149,7 +149,7 @@ def by_nvcc(kernel: str, architecture: str, *options: str) -> str:
     directory = ptx.DIRECTORY / f"nvcc-{os.getpid()}"
     directory.mkdir(parents=True, exist_ok=True)
     source, target = directory / "kernel.cu", directory / "kernel.ptx"
-    source.write_text(f'#include "{ptx.jit.HEADER}"\nvoid* kernel = reinterpret_cast<void*>(&{kernel});\n')
+    source.write_text(f"{ptx.jit.SOURCE}void* kernel = reinterpret_cast<void*>(&{kernel});\n")
     command = [nvcc.path, *compilation.NVCC_FLAGS, *options, f"-arch={architecture}", "-I", CSRC, "-ptx", source]
     run([*command, "-o", target])
     return target.read_text()

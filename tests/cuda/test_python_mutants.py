@@ -11,9 +11,9 @@ from test_launches import described
 
 import asgl_cuda
 from asgl_cuda import backends
-from asgl_cuda.backends import neuron_kernels, normalisation_kernels
+from asgl_cuda.backends import integrator_kernels, neuron_kernels, normalisation_kernels
 
-NEURON, NORMALISATION = neuron_kernels, normalisation_kernels
+NEURON, INTEGRATOR, NORMALISATION = neuron_kernels, integrator_kernels, normalisation_kernels
 PYTHON = {
     "four though rows are of six": (NEURON, "layout.inner % 4 == 0", "layout.inner % 2 == 0"),
     "four need not share a parameter": (NEURON, "view.inner % 4", "view.inner % 2"),
@@ -32,7 +32,7 @@ PYTHON = {
     "settled in spite of scaled spikes": (NEURON, "or self.options.scale_output", ""),
     "settled in spite of v_rest": (NEURON, " or self.options.v_rest != 0", ""),
     "settled in spite of a step stride": (NEURON, "if any(view.data and view.step_stride", "if any(False"),
-    "settled in spite of a mean's gradient": (NEURON, " and not asked.input_mean", ""),
+    "settled in spite of a mean's gradient": (NEURON, " and not wants_mean", ""),
     "settled in spite of h_seq's gradient": (NEURON, "and grad_h_seq is None", ""),
     "settled in spite of v_seq's gradient": (NEURON, "and grad_v_seq is None", ""),
     "settled without a gradient of the spikes": (NEURON, "both = grad_s_seq is not None and", "both ="),
@@ -52,6 +52,14 @@ PYTHON = {
     "no power": (NEURON, "1 << (most.bit_length() - 1)", "most"),
     "elements without runs": (NEURON, "elements_each = threads // runs_each", "elements_each = threads"),
     "a block an element": (NEURON, "blocks_for(gradient.numel(), elements_each)", "gradient.numel()"),
+    "no delay": (INTEGRATOR, "tiles, delay=delay, v_seq", "tiles, delay=False, v_seq"),
+    "backward without delay": (INTEGRATOR, "gradients, delay=delay", "gradients, delay=False"),
+    "no sums for the gain": (INTEGRATOR, "asked.decay or asked.input_gain)", "asked.decay)"),
+    "x of backward may be misaligned": (INTEGRATOR, "grad_v_last, *sequences, *gradients", "grad_v_last, *gradients"),
+    "a last potential's gradient forgotten": (INTEGRATOR, "grad_last=grad_v_last, v", "grad_last=None, v"),
+    "four integrators whatever the parameters": (
+        INTEGRATOR, "call.input(True), grad_v_last", '"kPlain", grad_v_last'
+    ),
     "units of one lane": (NORMALISATION, "units = inner // lanes", "units = inner"),
     "tile beyond the last channel": (NORMALISATION, "min(threads // units, channels)", "threads // units"),
     "one row at a time": (NORMALISATION, "ways = threads // width", "ways = 1"),
@@ -111,6 +119,12 @@ def make_calls(backend, emulation):
     emulation.set_multiprocessors(emulated.TINY)
     asgl_cuda.lif(torch.randn(4, 6, 32), width=width, backend=backend).sum().backward()
     asgl_cuda.lif(torch.randn(4 * 2048 + 1)[1:].view(4, 2048).requires_grad_(), backend=backend).sum().backward()
+    for shift, options in ((0, {"delay": True}), (1, {"input_gain": width}), (0, {"input_gain": width, "v_rest": 0.5})):
+        x_seq = torch.randn(4 * 2048 + shift)[shift:].view(4, 2048).requires_grad_()
+        emulation.set_multiprocessors(2 if "v_rest" in options else emulated.TINY)
+        outputs = asgl_cuda.leaky_integrator(x_seq, **options, return_v_last=True, backend=backend)
+        torch.autograd.backward(list(outputs), [torch.ones_like(output) for output in outputs])
+    emulation.set_multiprocessors(emulated.TINY)
     for shape in ((3, 2, 6, 4, 8), (3, 2, 5, 2, 3), (3, 2, 130, 1)):
         x_seq = torch.randn(shape, requires_grad=True)
         asgl_cuda.batch_norm_lif(x_seq, training=True, backend=backend).sum().backward()
@@ -127,7 +141,7 @@ def test_mutant_in_python_is_found(emulation, monkeypatch, name):
         exec(compile(text, module.__name__, "exec"), mutant.__dict__)
         recorder = Recorder(emulation)
         operators = SimpleNamespace()
-        for kind in (NEURON.NeuronOperators, NORMALISATION.NormalisationOperators):
+        for kind in (NEURON.NeuronOperators, INTEGRATOR.IntegratorOperators, NORMALISATION.NormalisationOperators):
             each = getattr(mutant, kind.__name__) if kind.__module__ == module.__name__ else kind
             for operator in vars(kind):
                 if not operator.startswith("_"):

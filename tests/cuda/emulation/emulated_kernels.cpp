@@ -2,6 +2,7 @@
 // compiler is asked for.
 #include "emulated_kernels.h"
 
+#include "cuda/integrator.cu"
 #include "cuda/launch_bfloat16.cu"
 #include "cuda/launch_float16.cu"
 #include "cuda/launch_float32.cu"
@@ -55,7 +56,9 @@ class Kernels {
     if constexpr (!std::is_same_v<Scalar, double>) {
       add("asgl::batch_moments_kernel<" + scalar + ", 4>", &batch_moments_kernel<Scalar, 4>);
       add("asgl::batch_norm_input_gradient_kernel<" + scalar + ", 4>", &batch_norm_input_gradient_kernel<Scalar, 4>);
+      add_integrator<Scalar, 4>("<" + scalar + ", 4");
     }
+    add_integrator<Scalar, 1>("<" + scalar + ", 1");
     add_general<Scalar, LIFByOptions, 1>("<" + scalar + ", asgl::LIFByOptions, 1");
     if constexpr (!std::is_same_v<Scalar, double>) {
       add_general<Scalar, LIFByOptions, 4>("<" + scalar + ", asgl::LIFByOptions, 4");
@@ -73,6 +76,13 @@ class Kernels {
         });
       }
     }
+  }
+
+  template <class Scalar, int kLanes>
+  void add_integrator(const std::string& kinds) {
+    add("asgl::integrator_forward_kernel" + kinds + ">", &integrator_forward_kernel<Scalar, kLanes>);
+    add("asgl::integrator_backward_kernel" + kinds + ", false>", &integrator_backward_kernel<Scalar, kLanes, false>);
+    add("asgl::integrator_backward_kernel" + kinds + ", true>", &integrator_backward_kernel<Scalar, kLanes, true>);
   }
 
   template <class Scalar, class Model>

@@ -1,6 +1,7 @@
 // The operators of csrc/ops.h and normalisation_ops.h on the CUDA kernels and launchers as the emulation runs them, as
 // torch.ops.asgl_cuda_emulated, for tensors on the CPU; and the emulated device, for the launchers in Python.
 #include "emulated_kernels.h"
+#include "integrator_ops.h"
 #include "normalisation_ops.h"
 #include "ops.h"
 
@@ -34,6 +35,7 @@ class EmulatedBackend {
 
 TORCH_LIBRARY_IMPL(asgl_cuda_emulated, CPU, m) {
   ops::implement<EmulatedBackend>(m);
+  ops::implement_integrator<EmulatedBackend>(m);
   ops::implement_batch_norm<EmulatedBackend>(m);
 }
 

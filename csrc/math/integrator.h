@@ -1,0 +1,28 @@
+// One step of the leaky integrator and its adjoint, for one element. Every backend runs these functions.
+//
+//   v[t] = v_rest + decay * (v[t-1] - v_rest) + input_gain * x[t];   out[t] = v[t], or v[t-1] with delay
+//
+// With g the gradient of out and dv that of v:
+//   dv[t] = g[t] + decay * dv[t+1],   or with delay   g[t+1] + decay * dv[t+1]
+//   dx[t] = input_gain * dv[t];   d decay += dv[t] * (v[t-1] - v_rest);   d input_gain += dv[t] * x[t]
+#pragma once
+
+#include "math/neuron.h"
+
+namespace asgl {
+
+template <class Real>
+ASGL_HOST_DEVICE Real integrate(Real x, Real v, const Neuron<Real>& neuron, Real v_rest) {
+  return (v_rest + neuron.decay * (v - v_rest)) + neuron.input_gain * x;
+}
+
+// Returns dv[t]. On entry `later` is what v[t] gets from the steps after t, on return what v[t-1] gets from t on.
+template <class Real>
+ASGL_HOST_DEVICE Real integrator_adjoint(Real g, bool delay, const Neuron<Real>& neuron, Real& later) {
+  const Real dv = delay ? later : g + later;
+  later = neuron.decay * dv;
+  if (delay) later = g + later;
+  return dv;
+}
+
+}  // namespace asgl
