@@ -186,7 +186,7 @@ _CHOSEN_KINDS = tuple(_kinds(*each) for each in CHOSEN)
 
 
 def is_chosen(kernel: str) -> bool:
-    return "asgl::LIF" not in kernel or any(kinds in kernel for kinds in _CHOSEN_KINDS)
+    return "asgl::LIF<" not in kernel or any(kinds in kernel for kinds in _CHOSEN_KINDS)
 
 
 class Launcher:

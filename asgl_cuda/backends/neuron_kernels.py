@@ -19,7 +19,7 @@ from ..ops import BackwardResult, ForwardResult, empty_gradients, empty_outputs,
 from ..reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules
 from .structures import constant, structure
 
-BY_OPTIONS = "asgl::LIFByOptions"  # a model with general kernels alone
+BY_OPTIONS = "asgl::LIFByOptions"  # the model of the general kernels, and of neurons that have no others
 GENERAL, NORMALISED, PLAIN = "kGeneral", "kNormalised", "kPlain"  # enumerators of csrc's Input
 
 SCALARS = {
@@ -51,14 +51,16 @@ def model(rules: Rules) -> str:
 
 def forward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, steps: int = CHECKPOINT_STEPS) -> str:
     """`lanes`: neurons a thread; `input`: GENERAL, NORMALISED or PLAIN; `steps`: the length of the sequence."""
+    if input == GENERAL:
+        model = BY_OPTIONS
     return f"asgl::lif_forward_kernel<{SCALARS[dtype]}, {model}, {lanes}, {_compiled(lanes, input, steps)}>"
 
 
 def backward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, steps: int = CHECKPOINT_STEPS) -> str:
     """The arguments are those of `forward_kernel`."""
-    kinds = f"{SCALARS[dtype]}, {model}, {lanes}"
     if input == GENERAL:
-        return f"asgl::lif_backward_kernel<{kinds}>"
+        return f"asgl::lif_backward_kernel<{SCALARS[dtype]}, {lanes}>"
+    kinds = f"{SCALARS[dtype]}, {model}, {lanes}"
     return f"asgl::lif_backward_settled_kernel<{kinds}, {_compiled(lanes, input, steps)}>"
 
 

@@ -135,11 +135,14 @@ template <class Model, class Scalar>
 cudaError_t launch(Model, const ForwardParams<Scalar>& params, cudaStream_t stream) {
   void (*kernel)(ForwardParams<Scalar>) = nullptr;
   with_kind<Scalar>(params, [&](auto lanes, auto input) {
-    constexpr Input kInput = Model::kOnlyGeneral ? Input::kGeneral : input();
-    kernel = &lif_forward_kernel<Scalar, Model, lanes(), kInput, 0>;
-    if constexpr (lanes() == 4 && kInput != Input::kGeneral) {
-      if (params.shape.steps == kShortSequence) {
-        kernel = &lif_forward_kernel<Scalar, Model, 4, kInput, kShortSequence>;
+    if constexpr (Model::kOnlyGeneral || input() == Input::kGeneral) {
+      kernel = &lif_forward_kernel<Scalar, LIFByOptions, lanes(), Input::kGeneral, 0>;
+    } else {
+      kernel = &lif_forward_kernel<Scalar, Model, lanes(), input(), 0>;
+      if constexpr (lanes() == 4) {
+        if (params.shape.steps == kShortSequence) {
+          kernel = &lif_forward_kernel<Scalar, Model, 4, input(), kShortSequence>;
+        }
       }
     }
   });
@@ -151,7 +154,7 @@ cudaError_t launch(Model, const BackwardParams<Scalar>& params, cudaStream_t str
   void (*kernel)(BackwardParams<Scalar>) = nullptr;
   with_kind<Scalar>(params, [&](auto lanes, auto input) {
     if constexpr (Model::kOnlyGeneral || input() == Input::kGeneral) {
-      kernel = &lif_backward_kernel<Scalar, Model, lanes()>;
+      kernel = &lif_backward_kernel<Scalar, lanes()>;
     } else {
       kernel = &lif_backward_settled_kernel<Scalar, Model, lanes(), input(), 0>;
       if constexpr (lanes() == 4) {

@@ -7,7 +7,8 @@
 //
 // Where no parameter changes over time, which is nearly always, backward is settled: a segment lies in registers, and
 // what the call does not ask for costs next to nothing. The general kernels have everything that there is, a segment in
-// shared memory. The file is one idea, and has some more lines than others: all must compute the same potentials.
+// shared memory, and one kernel serves all surrogates and resets: for each there would be another that few run. The
+// file is one idea, and has some more lines than others: all must compute the same potentials.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -91,8 +92,8 @@ constexpr int kSettledBackwardBlocks = kExact > 0 || (kLanes == 4 && kInput == I
                                            ? 3
                                            : 4;
 
-// kInput is LIFParams::input(), or kGeneral; except for kGeneral, params.only_spikes() holds. The sequence has kExact
-// steps, unless that is 0.
+// kInput is LIFParams::input(), or kGeneral, for which Model is LIFByOptions; except for kGeneral, params.only_spikes()
+// holds. The sequence has kExact steps, unless that is 0.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, kInput>)
     lif_forward_kernel(const ForwardParams<Scalar> params) {
@@ -330,9 +331,10 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
 
 // The backward pass with everything that there is. The potentials of a segment stay in shared memory, where a loop can
 // index them.
-template <class Scalar, class Model, int kLanes>
+template <class Scalar, int kLanes>
 __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>, kLanes>)
     lif_backward_kernel(const BackwardParams<Scalar> params) {
+  using Model = LIFByOptions;
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
   constexpr int kSteps = kCheckpointSteps;

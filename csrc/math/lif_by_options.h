@@ -17,12 +17,22 @@ struct AllOptions : NeuronOptions<Real> {
   ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored; }
 };
 
-// a or b. The condition is the same for all elements: as a mask it costs no branch in their loop.
+// On a CPU a branch would keep the loop over neurons from being vectorised: both sides are computed, and a mask
+// chooses.
+#if defined(__CUDA_ARCH__)
+constexpr bool kBranches = true;
+#else
+constexpr bool kBranches = false;
+#endif
+
+// a or b
 ASGL_HOST_DEVICE float choose(bool condition, float a, float b) {
+  if (kBranches) return condition ? a : b;
   const uint32 mask = 0u - static_cast<uint32>(condition);
   return bit_cast<float>((bit_cast<uint32>(a) & mask) | (bit_cast<uint32>(b) & ~mask));
 }
 ASGL_HOST_DEVICE double choose(bool condition, double a, double b) {
+  if (kBranches) return condition ? a : b;
   const uint64 mask = 0ull - static_cast<uint64>(condition);
   return bit_cast<double>((bit_cast<uint64>(a) & mask) | (bit_cast<uint64>(b) & ~mask));
 }
@@ -38,6 +48,7 @@ struct OptionalRules {
   ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) const {
     const Real u = h - neuron.v_threshold;
     if (analog) return any_surrogate(options.surrogate, u * neuron.inverse_width);
+    if (kBranches && !options.multi_spike) return firing.spike(u);
     const Real several = (h > Real(0) ? Real(1) : Real(0)) * math::trunc(h / neuron.v_threshold);
     return choose(options.multi_spike, several, firing.spike(u));
   }
@@ -53,12 +64,17 @@ struct OptionalRules {
   template <class States>
   ASGL_HOST_DEVICE void reset(Real h, Real s, const Neuron<Real>& neuron, States&& state) const {
     const Real v = after_reset(h, s, neuron), above = v - options.v_min;
+    if (kBranches && !options.floored) {
+      state.v = v;
+      return;
+    }
     state.v = choose(options.floored, (above <= Real(0) ? Real(0) : above) + options.v_min, v);
   }
 
   // dv = 0 where v <= v_min
   template <class States>
   ASGL_HOST_DEVICE void floor_adjoint(Real h, Real s, const Neuron<Real>& neuron, States&& d_state) const {
+    if (kBranches && !options.floored) return;
     const Real dv = d_state.v, above = after_reset(h, s, neuron) - options.v_min;
     d_state.v = choose(options.floored, above <= Real(0) ? Real(0) : dv, dv);
   }
@@ -75,7 +91,9 @@ struct OptionalRules {
   // periodic: d = u                                                          where h < v_threshold
   //             = v_threshold * (2 frac(h / v_threshold - 1/2) - 1)          else;   its slope by h is 1
   ASGL_HOST_DEVICE Real distance(Real h, const Neuron<Real>& neuron) const {
-    const Real u = h - neuron.v_threshold, turns = h / neuron.v_threshold - Real(0.5);
+    const Real u = h - neuron.v_threshold;
+    if (kBranches && !options.periodic) return u;
+    const Real turns = h / neuron.v_threshold - Real(0.5);
     const Real above = neuron.v_threshold * (Real(2) * (turns - math::floor(turns)) - Real(1));
     return choose(options.periodic, h < neuron.v_threshold ? u : above, u);
   }

@@ -59,10 +59,8 @@ class Kernels {
       add_integrator<Scalar, 4>("<" + scalar + ", 4");
     }
     add_integrator<Scalar, 1>("<" + scalar + ", 1");
-    add_general<Scalar, LIFByOptions, 1>("<" + scalar + ", asgl::LIFByOptions, 1");
-    if constexpr (!std::is_same_v<Scalar, double>) {
-      add_general<Scalar, LIFByOptions, 4>("<" + scalar + ", asgl::LIFByOptions, 4");
-    }
+    add_general<Scalar, 1>(scalar, "1");
+    if constexpr (!std::is_same_v<Scalar, double>) add_general<Scalar, 4>(scalar, "4");
     for (int surrogate = 0; surrogate < kNumSurrogates; ++surrogate) {
       for (const bool hard_reset : {false, true}) {
         AllOptions<float> options{};
@@ -95,17 +93,17 @@ class Kernels {
     }
   }
 
-  template <class Scalar, class Model, int kLanes>
-  void add_general(const std::string& kinds) {
-    add(kForward + kinds + ", (asgl::Input)0, 0>", &lif_forward_kernel<Scalar, Model, kLanes, Input::kGeneral, 0>);
-    add("asgl::lif_backward_kernel" + kinds + ">", &lif_backward_kernel<Scalar, Model, kLanes>);
+  template <class Scalar, int kLanes>
+  void add_general(const std::string& scalar, const std::string& lanes) {
+    add(kForward + "<" + scalar + ", asgl::LIFByOptions, " + lanes + ", (asgl::Input)0, 0>",
+        &lif_forward_kernel<Scalar, LIFByOptions, kLanes, Input::kGeneral, 0>);
+    add("asgl::lif_backward_kernel<" + scalar + ", " + lanes + ">", &lif_backward_kernel<Scalar, kLanes>);
   }
 
   // Those that are compiled for any number of neurons a thread.
   template <class Scalar, class Model, int kLanes>
   void add_lanes(const std::string& kinds) {
     const std::string normalised = ", (asgl::Input)1";
-    add_general<Scalar, Model, kLanes>(kinds);
     add(kForward + kinds + normalised + ", 0>", &lif_forward_kernel<Scalar, Model, kLanes, Input::kNormalised, 0>);
     add(kSettled + kinds + normalised + ", 0>",
         &lif_backward_settled_kernel<Scalar, Model, kLanes, Input::kNormalised, 0>);

@@ -47,10 +47,10 @@ struct Coverage {
   int whole_block_sums = 0, sums_side_by_side = 0;
 };
 
-// Each type but double has its two forward and two backward kernels for one neuron a thread, and for four one of each
-// for everything; for plain and for normalised input two forward and three backward.
-// The model that decides by its options has two for one neuron a thread, and for a type but double two for four.
-constexpr std::size_t kKernels = 4 * (2 + 2 + 2 + 2 * (2 + 2)) + (2 + 2) + 2 * (2 + 2) + 2;
+// For settled neurons each model has a forward and a backward kernel for one neuron a thread, and except for double two
+// of each for four, for plain and for normalised input. The general kernels are one of each for one neuron and for
+// four.
+constexpr std::size_t kKernels = 4 * (2 + 2 * (2 + 2)) + 2 + 2 * (2 + 2) + 2;
 
 template <class Scalar, Surrogate kSurrogate, bool kHardReset, bool kByOptions = false>
 class Trial {
@@ -312,15 +312,16 @@ class Trial {
     const int64 steps = case_.shape.steps;
     const auto address = [](auto* kernel) { return reinterpret_cast<const void*>(kernel); };
     if constexpr (kInput == Input::kGeneral) {
-      if (backward) return address(&lif_backward_kernel<Scalar, Model, kLanes>);
+      if (backward) return address(&lif_backward_kernel<Scalar, kLanes>);
+      return address(&lif_forward_kernel<Scalar, LIFByOptions, kLanes, kInput, 0>);
     } else {
       if constexpr (kLanes == 4) {
         if (backward && steps == 4) return address(&lif_backward_settled_kernel<Scalar, Model, 4, kInput, 4>);
         if (steps == 4) return address(&lif_forward_kernel<Scalar, Model, 4, kInput, 4>);
       }
       if (backward) return address(&lif_backward_settled_kernel<Scalar, Model, kLanes, kInput, 0>);
+      return address(&lif_forward_kernel<Scalar, Model, kLanes, kInput, 0>);
     }
-    return address(&lif_forward_kernel<Scalar, Model, kLanes, kInput, 0>);
   }
 
   // It says which kernel is to run.
