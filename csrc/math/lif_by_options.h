@@ -17,14 +17,10 @@ struct AllOptions : NeuronOptions<Real> {
   ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored; }
 };
 
-// a or b. The condition is the same for all elements: as a mask it costs no branch in their loop.
-ASGL_HOST_DEVICE float choose(bool condition, float a, float b) {
-  const uint32 mask = 0u - static_cast<uint32>(condition);
-  return bit_cast<float>((bit_cast<uint32>(a) & mask) | (bit_cast<uint32>(b) & ~mask));
-}
-ASGL_HOST_DEVICE double choose(bool condition, double a, double b) {
-  const uint64 mask = 0ull - static_cast<uint64>(condition);
-  return bit_cast<double>((bit_cast<uint64>(a) & mask) | (bit_cast<uint64>(b) & ~mask));
+// a or b, except for the sign of a zero. The condition is the same for all elements: no loop has a branch of it.
+template <class Real>
+ASGL_HOST_DEVICE Real choose(bool condition, Real a, Real b) {
+  return keep_if(condition, a) + keep_if(!condition, b);
 }
 
 template <class Real>
@@ -76,7 +72,8 @@ struct OptionalRules {
   //             = v_threshold * (2 frac(h / v_threshold - 1/2) - 1)          else;   its slope by h is 1
   ASGL_HOST_DEVICE Real distance(Real h, const Neuron<Real>& neuron) const {
     const Real u = h - neuron.v_threshold, turns = h / neuron.v_threshold - Real(0.5);
-    const Real above = neuron.v_threshold * (Real(2) * (turns - math::floor(turns)) - Real(1));
+    const Real whole = math::trunc(turns), floor = whole > turns ? whole - Real(1) : whole;
+    const Real above = neuron.v_threshold * (Real(2) * (turns - floor) - Real(1));
     return choose(options.periodic, h < neuron.v_threshold ? u : above, u);
   }
 
