@@ -424,12 +424,8 @@ def lif(
             s[t] = a + torch.where(mask[t], 0, z - a).detach()
             v = h * (1 - s[t]) + v_reset * s[t]
 
-    With `v_reset=None, multi_spike=True, surrogate="periodic_exponential"` it has these lines::
-
-            above = v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)
-            d = h + (torch.where(h < v_threshold, h - v_threshold, above) - h).detach()
-            a = laplace(d / width)  # of slope exp(-|d| / width) / (2 width)
-            z = (h > 0) * (h / v_threshold).trunc()
+    With multi_spike `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace of another distance than
+    h - v_threshold where h >= v_threshold: `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, of slope 1.
     """
     given = Arguments(
         width, decay, v_threshold, v_reset, reset_amount, input_gain, input_bias, input_mean, analog_prob, v_init,

@@ -10,14 +10,12 @@
          = h[t] - reset_amount * s                          soft reset
     out  = s, or v_threshold * s with scale_output
 
-With multi_spike, which is for the soft reset and without noise, z is a number of spikes, whose gradient is that of a:
+With multi_spike, for the soft reset without noise, z is a number of spikes; v_min is a floor of the potential:
 
-    z    = trunc(h[t] / v_threshold) if h[t] > 0 else 0
-    a    = F(d / width),   d = u, or for the surrogate periodic_exponential, F being that of laplace and d' = 1,
-    d    = u                                                h[t] < v_threshold
-         = v_threshold * (2 frac(h[t] / v_threshold - 1/2) - 1),   frac(r) = r - floor(r)                     else
-
-With v_min, v[t] is at least that:  v[t] = relu(v - v_min) + v_min,  v from the reset above
+    z    = trunc(h[t] / v_threshold) where h[t] > 0, else 0
+    a    = F(d / width),   d = u; for periodic_exponential F is laplace's, and of slope 1 is
+    d    = u where h[t] < v_threshold, else v_threshold * (2 (r - floor(r)) - 1),   r = h[t] / v_threshold - 1/2
+    v[t] = relu(v - v_min) + v_min,   v from above
 
 Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023. The
 paper's forward pass mixes the noise in as s = m z + (1 - m) a with m = 0 where analog, and hides it from the gradient.

@@ -94,7 +94,8 @@ struct OptionalRules {
     const Real u = h - neuron.v_threshold;
     if (kBranches && !options.periodic) return u;
     const Real turns = h / neuron.v_threshold - Real(0.5);
-    const Real above = neuron.v_threshold * (Real(2) * (turns - math::floor(turns)) - Real(1));
+    const Real whole = math::trunc(turns), floor = whole > turns ? whole - Real(1) : whole;
+    const Real above = neuron.v_threshold * (Real(2) * (turns - floor) - Real(1));
     return choose(options.periodic, h < neuron.v_threshold ? u : above, u);
   }
 

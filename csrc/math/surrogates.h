@@ -17,17 +17,13 @@ ASGL_HOST_DEVICE double exp(double x) { return ::exp(x); }
 ASGL_HOST_DEVICE double erf(double x) { return ::erf(x); }
 ASGL_HOST_DEVICE double atan(double x) { return ::atan(x); }
 ASGL_HOST_DEVICE double trunc(double x) { return ::trunc(x); }
-ASGL_HOST_DEVICE double floor(double x) { return ::floor(x); }
 ASGL_HOST_DEVICE float trunc(float x) { return ::truncf(x); }
-ASGL_HOST_DEVICE float floor(float x) { return ::floorf(x); }
 #else
 ASGL_HOST_DEVICE double exp(double x) { return __builtin_exp(x); }
 ASGL_HOST_DEVICE double erf(double x) { return __builtin_erf(x); }
 ASGL_HOST_DEVICE double atan(double x) { return __builtin_atan(x); }
 ASGL_HOST_DEVICE double trunc(double x) { return __builtin_trunc(x); }
-ASGL_HOST_DEVICE double floor(double x) { return __builtin_floor(x); }
 ASGL_HOST_DEVICE float trunc(float x) { return __builtin_truncf(x); }
-ASGL_HOST_DEVICE float floor(float x) { return __builtin_floorf(x); }
 #endif
 
 // With ASGL_HOST_FUNCTIONS a device takes the host's functions in float32: tests show that nothing else differs.

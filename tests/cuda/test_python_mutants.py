@@ -31,6 +31,9 @@ PYTHON = {
     "settled in spite of v_seq": (NEURON, "call.input(v_seq is None and h", "call.input(h"),
     "settled in spite of scaled spikes": (NEURON, "or self.options.scale_output", ""),
     "settled in spite of v_rest": (NEURON, " or self.options.v_rest != 0", ""),
+    "settled in spite of several spikes": (NEURON, " or self.model == BY_OPTIONS", ""),
+    "single spikes in spite of several": (NEURON, "rules.multi_spike or rules.floored", "rules.floored"),
+    "no floor": (NEURON, "rules.multi_spike or rules.floored", "rules.multi_spike"),
     "settled in spite of a step stride": (NEURON, "if any(view.data and view.step_stride", "if any(False"),
     "settled in spite of a mean's gradient": (NEURON, " and not wants_mean", ""),
     "settled in spite of h_seq's gradient": (NEURON, "and grad_h_seq is None", ""),
@@ -103,6 +106,8 @@ def make_calls(backend, emulation):
     call(4, 2, 6, 32, input_gain=2.0)
     call(4, 2, 6, 32, input_bias=gain)
     call(4, 2, 6, 32, scale_output=True)
+    call(4, 2, 6, 32, v_min=-0.5)
+    call(4, 2, 6, 32, v_reset=None, multi_spike=True)
     call(4, 6, 2, width=uniform(6, 1, low=0.5, high=1.5))
     call(4, 6, 7, width=width)
     call(4, 6, 32, decay=uniform(4, 1, 1, low=0.5, high=0.9))
