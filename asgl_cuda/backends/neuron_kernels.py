@@ -39,7 +39,7 @@ class Launcher(Protocol):
         """Starts a kernel, named by a C++ expression, on the device's current stream."""
 
 
-def boolean(value: object) -> str:
+def _bool(value: object) -> str:
     return "true" if value else "false"
 
 
@@ -49,7 +49,7 @@ def _input(input: str) -> str:
 
 def model(rules: Rules) -> str:
     """The type in csrc that computes such neurons, as with_model of csrc/launch.h chooses it."""
-    return f"asgl::LIF<(asgl::Surrogate){rules.surrogate}, {boolean(rules.hard_reset)}>"
+    return f"asgl::LIF<(asgl::Surrogate){rules.surrogate}, {_bool(rules.hard_reset)}>"
 
 
 def forward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, steps: int = CHECKPOINT_STEPS) -> str:
