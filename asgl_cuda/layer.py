@@ -100,32 +100,21 @@ class NeuronLayer(nn.Module):
     store_v_seq = False
     v: Tensor | None
 
-    def _set_up(
-        self,
-        num_features: int | Sequence[int] | None,
-        granularity: Granularity,
-        v_rest: float,
-        input_gain: float,
-        stateful: bool,
-        time_dim: int,
-        backend: str | None,
-    ) -> None:
+    def _set_up(self, num_features: Any, granularity: Granularity, *options: Any) -> None:
         """Keeps, checked, what is no parameter."""
         caller = self._caller
+        v_rest, input_gain, stateful, self.time_dim, self.backend = options
         if granularity not in ("layer", "channel", "neuron"):
             raise ValueError(f"{caller}: granularity must be layer, channel or neuron, got {granularity!r}")
-        check_time_dim(time_dim, caller)
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"{caller}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        check_time_dim(self.time_dim, caller)
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ValueError(f"{caller}: backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
         self.num_features = self._features(num_features, granularity)
         self.granularity = granularity
         self.v_rest = check_finite("v_rest", v_rest, caller)
         self.input_gain = check_finite("input_gain", input_gain, caller)
         self.stateful = check_bool("stateful", stateful, caller)
-        self.time_dim = time_dim
-        self.backend = backend
-        for name in self._potentials:
-            setattr(self, name, None)
+        self.reset()
 
     def _features(self, num_features: int | Sequence[int] | None, granularity: Granularity) -> tuple[int, ...]:
         if num_features is None:

@@ -7,6 +7,8 @@
 
 namespace asgl {
 
+enum class Pass { kForward, kBackward, kSums };  // kSums: backward, and decay or input_gain wants a gradient
+
 // Forward has no gradients. In backward, gradients that are null are zero (inputs) or not asked for (outputs), and so
 // are the sequences that only the gradient of a parameter needs: v_seq for decay, x_seq for input_gain.
 template <class Scalar>
@@ -23,7 +25,9 @@ struct IntegratorParams : LIFParams<Scalar> {
 
   ASGL_HOST_DEVICE bool only_spikes() const { return true; }
   ASGL_HOST_DEVICE bool wants(int id) const { return partials[id].data != nullptr; }
-  ASGL_HOST_DEVICE bool learns() const { return wants(kDecay) || wants(kInputGain); }
+  ASGL_HOST_DEVICE Pass pass() const {
+    return grad_v_seq == nullptr ? Pass::kForward : wants(kDecay) || wants(kInputGain) ? Pass::kSums : Pass::kBackward;
+  }
 };
 
 }  // namespace asgl

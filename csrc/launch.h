@@ -31,6 +31,14 @@ void with_model(const AllOptions<Real>& options, F&& f) {
   with_model(options, f, std::make_integer_sequence<int, kNumSurrogates>{});
 }
 
+// Calls f with the pass as a constant.
+template <class F>
+void with_pass(Pass pass, F&& f) {
+  if (pass == Pass::kForward) return f(std::integral_constant<Pass, Pass::kForward>{});
+  if (pass == Pass::kBackward) return f(std::integral_constant<Pass, Pass::kBackward>{});
+  f(std::integral_constant<Pass, Pass::kSums>{});
+}
+
 namespace cpu {
 
 template <class Scalar>

@@ -303,9 +303,10 @@ def kernels_asked_for() -> list[str]:
             names += [
                 normalisation_kernels.moments_kernel(dtype, lanes),
                 normalisation_kernels.input_gradient_kernel(dtype, lanes),
-                integrator_kernels.integrator_forward_kernel(dtype, lanes),
-                integrator_kernels.integrator_backward_kernel(dtype, lanes, False),
-                integrator_kernels.integrator_backward_kernel(dtype, lanes, True),
+                *(
+                    integrator_kernels.integrator_kernel(dtype, lanes, each)
+                    for each in ("kForward", "kBackward", "kSums")
+                ),
             ]
     plain = Rules(**dict.fromkeys(Rules._fields, 0))
     each = product(range(len(SURROGATES)), (0, 1))

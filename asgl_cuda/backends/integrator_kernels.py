@@ -9,16 +9,13 @@ from torch import Tensor
 
 from ..ops import BackwardResult, ForwardResult, empty_outputs, in_their_places
 from ..reference import Parameters
-from .neuron_kernels import SCALARS, Call, NeuronKernelOperators, boolean
+from .neuron_kernels import SCALARS, Call, NeuronKernelOperators
+from .structures import constant
 
 
-def integrator_forward_kernel(dtype: torch.dtype, lanes: int) -> str:
-    return f"asgl::integrator_forward_kernel<{SCALARS[dtype]}, {lanes}>"
-
-
-def integrator_backward_kernel(dtype: torch.dtype, lanes: int, learns: bool) -> str:
-    """`learns`: decay or input_gain wants a gradient."""
-    return f"asgl::integrator_backward_kernel<{SCALARS[dtype]}, {lanes}, {boolean(learns)}>"
+def integrator_kernel(dtype: torch.dtype, lanes: int, direction: str) -> str:
+    """`direction`: an enumerator of csrc's Pass."""
+    return f"asgl::integrator_kernel<{SCALARS[dtype]}, {lanes}, (asgl::Pass){constant(f'Pass::{direction}')}>"
 
 
 class IntegratorOperators(NeuronKernelOperators):
@@ -32,7 +29,7 @@ class IntegratorOperators(NeuronKernelOperators):
             v_seq, v_last = in_their_places(outputs, (True, wants_v_last))
             lanes, tiles = call.cut(self.launcher, call.input(True), *outputs)
             params = call.params("IntegratorParams", tiles, delay=delay, v_seq=v_seq, last=v_last)
-            self.start(x_seq.device, integrator_forward_kernel(x_seq.dtype, lanes), params.tiles.count, params)
+            self.start(x_seq.device, integrator_kernel(x_seq.dtype, lanes, "kForward"), tiles[1], params)
         return outputs
 
     def integrator_backward(self, grad_v_seq: Tensor, *others: Any) -> BackwardResult:
@@ -51,7 +48,9 @@ class IntegratorOperators(NeuronKernelOperators):
         gradients = call.empty_gradients(wanted)
         if call.layout.neurons:
             lanes, tiles = call.cut(self.launcher, call.input(True), grad_v_last, *sequences, *gradients[:2])
-            kernel = integrator_backward_kernel(grad_v_seq.dtype, lanes, asked.decay or asked.input_gain)
+            kernel = integrator_kernel(
+                grad_v_seq.dtype, lanes, "kSums" if asked.decay or asked.input_gain else "kBackward"
+            )
             self.start_backward(
                 call, kernel, "IntegratorParams", tiles, gradients, delay=delay, grad_v_seq=grad_v_seq,
                 grad_last=grad_v_last, v_seq=v_seq, x_seq=x_seq,

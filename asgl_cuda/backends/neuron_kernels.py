@@ -38,7 +38,7 @@ class Launcher(Protocol):
         """Starts a kernel, named by a C++ expression, on the device's current stream."""
 
 
-def boolean(value: object) -> str:
+def _bool(value: object) -> str:
     return "true" if value else "false"
 
 
@@ -46,7 +46,7 @@ def model(rules: Rules) -> str:
     """The type in csrc that computes such neurons, as with_model of csrc/launch.h chooses it."""
     if rules.multi_spike or rules.floored:
         return BY_OPTIONS
-    return f"asgl::LIF<(asgl::Surrogate){rules.surrogate}, {boolean(rules.hard_reset)}>"
+    return f"asgl::LIF<(asgl::Surrogate){rules.surrogate}, {_bool(rules.hard_reset)}>"
 
 
 def forward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, steps: int = CHECKPOINT_STEPS) -> str:

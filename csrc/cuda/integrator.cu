@@ -21,15 +21,12 @@ cudaError_t cut(IntegratorParams<Scalar>& params) {
 template <class Scalar>
 cudaError_t launch(const IntegratorParams<Scalar>& params, cudaStream_t stream) {
   void (*kernel)(IntegratorParams<Scalar>) = nullptr;
-  const auto choose = [&](auto lanes) {
-    kernel = params.grad_v_seq == nullptr ? &integrator_forward_kernel<Scalar, lanes()>
-             : params.learns()            ? &integrator_backward_kernel<Scalar, lanes(), true>
-                                          : &integrator_backward_kernel<Scalar, lanes(), false>;
-  };
-  choose(std::integral_constant<int, 1>{});
-  if constexpr (kHasFours<Scalar>) {
-    if (params.tiles.tile > kBlockThreads) choose(std::integral_constant<int, 4>{});
-  }
+  with_pass(params.pass(), [&](auto pass) {
+    kernel = &integrator_kernel<Scalar, 1, pass()>;
+    if constexpr (kHasFours<Scalar>) {
+      if (params.tiles.tile > kBlockThreads) kernel = &integrator_kernel<Scalar, 4, pass()>;
+    }
+  });
   return start(kernel, params.tiles.count, kBlockThreads, params, stream);
 }
 

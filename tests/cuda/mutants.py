@@ -240,10 +240,10 @@ MUTANTS = {
         "no fours for a whole segment": launchers("!general && @;", "params.shape.steps <= kCheckpointSteps",
                                                   "params.shape.steps < kCheckpointSteps"),
         "forward of exactly four for fewer steps": launchers(
-            "(@) {\n        kernel", "params.shape.steps == kShortSequence", "params.shape.steps <= kShortSequence"
+            "(@) {\n          kernel = &lif_forward", "params.shape.steps == kShortSequence", "params.shape.steps <= kShortSequence"
         ),
         "backward of exactly four for fewer steps": launchers(
-            "(@) {\n          kernel", "params.shape.steps == kShortSequence", "params.shape.steps <= kShortSequence"
+            "(@) {\n          kernel = &lif_backward", "params.shape.steps == kShortSequence", "params.shape.steps <= kShortSequence"
         ),
         "too few slots for a whole block": launchers("if (@) {", "slots >= kManySlots", "slots > kManySlots"),
         "not the largest power": launchers("while (@)", "2 * power <= most", "2 * power < most"),
@@ -292,29 +292,27 @@ MUTANTS = {
     },
     "integrator_test": {
         "all live": ALL_LIVE,
-        "the last x is not loaded": integrator("load_steps(@, later_x)", "steps - start - kSteps",
-                                               "steps - start - kSteps - 1"),
-        "the last gradient is not loaded": integrator("load_steps(@, next)", "last - kSteps", "last - kSteps - 1"),
+        "the last step is not loaded": integrator("load_steps(@, next)", "left - kSteps", "left - kSteps - 1"),
         "no delay": integrator("out[j] = @;", "params.delay ? before : state.v[j]", "state.v[j]"),
-        "parameters of the first step": integrator("neuron.move_to(@);\n        Real out", "start + k", "int64(0)"),
-        "backward with parameters of the first step": integrator("neuron.move_to(@);\n        Real dx", "last - k",
-                                                                 "int64(0)"),
+        "parameters of another step": integrator("t = @;\n      neuron", "kBack ? left - 1 - k : steps - left + k",
+                                                 "k"),
         "decay's gradient of another step": integrator(
-            "params.v_seq + (@)", "params.delay ? load_element : load_element - stride", "load_element"
+            "params.v_seq + (@)", "params.delay ? load_element : load_element + stride", "load_element"
         ),
         "decay's gradient without a first potential": integrator(
-            "dv * ((@) - v_rest)", "k == last ? init.v[j] : now.before[k][j]", "now.before[k][j]"
+            "dv * ((@) - v_rest)", "t == 0 ? state.v[j] : now.before[k][j]", "now.before[k][j]"
         ),
-        "decay's gradient without a potential at rest": integrator(") - @);\n            sums[1]", "v_rest", "Real(0)"),
-        "no tail check of the first state": integrator("exists(params.grad_init) && @)", "place.live", "true"),
-        "dx of another step": integrator("element = @;\n  for (int64 last", "load_element + kSteps * stride",
-                                         "load_element + (kSteps + 1) * stride"),
+        "decay's gradient without a potential at rest": integrator(") - @);\n          if (kSums)", "v_rest",
+                                                                   "Real(0)"),
+        "a gradient of the last state forgotten": integrator("if (@) load(", "kBack && exists(params.grad_last)",
+                                                             "false"),
+        "no tail check of the first state": integrator("exists(end) && @)", "place.live", "true"),
         "sums of later steps as well": integrator("room);\n      @", "sums[i] = Real(0);", ""),
-        "sums of all steps in one row": integrator("partials.data + @, parameter", "t * partials.slots", "int64(0)"),
+        "sums of all steps in one row": integrator(".data + @ * params", "t", "int64(0)"),
         "v may be misaligned": integrator_launchers("groups_of_four(params, @, params.last", "params.v_seq",
                                                     "params.x_seq"),
-        "no kernel for sums": integrator_launchers(": @            ?", "params.learns()", "false"),
-        "no kernel for four": integrator_launchers("if (@) choose", "params.tiles.tile > kBlockThreads", "false"),
+        "no kernel for sums": Mutant("integrator_params.h", ": @ ?", "wants(kDecay) || wants(kInputGain)", "false"),
+        "no kernel for four": integrator_launchers("if (@) kernel", "params.tiles.tile > kBlockThreads", "false"),
     },
 }  # fmt: skip
 
@@ -410,18 +408,15 @@ CPU_MUTANTS = {
         "the mean of another channel": norm("{nullptr, params.mean[@]}", "channel", "int64(0)"),
     },
     "integrator_test": {
-        "no delay": cpu_integrator("args.out[i] = @;", "args.delay ? before : args.v[i]", "args.v[i]"),
-        "parameters of another step": cpu_integrator("return t; });\n      neurons.move_to(tile, @);", "t", "int64(0)"),
-        "backward with parameters of another step": cpu_integrator(
-            "- row; });\n      neurons.move_to(tile, @);", "t", "int64(0)"
-        ),
+        "no delay": cpu_integrator("args.out[i] = @;", "args.delay ? before : state", "state"),
+        "parameters of another step": cpu_integrator("neurons.move_to(tile, @);", "t", "int64(0)"),
         "decay's gradient of another step": cpu_integrator("tile, @, v_buffer", "params.delay ? t : t - 1", "t"),
-        "decay's gradient with the first potential twice": cpu_integrator("if (@ && params.wants(kDecay))", "t > 0",
+        "decay's gradient with the first potential twice": cpu_integrator("kBack && @ && params.wants(kDecay)", "t > 0",
                                                                           "t > 1"),
         "decay's gradient without a potential at rest": cpu_integrator("dv * (@)", "args.before[i] - args.v_rest",
                                                                        "args.before[i]"),
-        "sums of later steps as well": cpu_integrator("t, sum);\n        @", "std::fill_n(sum, tile.length, Real(0));",
-                                                      ""),
+        "sums of later steps as well": cpu_integrator("t, sum);\n        @", "begin_sums(sum);", ""),
         "sums of steps with the others": cpu_integrator("!= 0) != @) continue", "per_step", "false"),
+        "steps in the wrong order": cpu_integrator("return @; };", "kBack ? steps - 1 - row : row", "row"),
     },
 }  # fmt: skip

@@ -59,7 +59,7 @@ def problems(now: cuda_compile.Resources, committed: cuda_compile.Resources) -> 
             Kernel("moments, 4 columns", "bfloat16"),
         ),
         (
-            "void asgl::integrator_backward_kernel<asgl::Half, 4, true>(asgl::IntegratorParams<asgl::Half>)",
+            "void asgl::integrator_kernel<asgl::Half, 4, (asgl::Pass)2>(asgl::IntegratorParams<asgl::Half>)",
             Kernel("integrator backward with sums, 4 neurons", "float16"),
         ),
         (

@@ -57,7 +57,7 @@ PYTHON = {
     "a block an element": (NEURON, "blocks_for(gradient.numel(), elements_each)", "gradient.numel()"),
     "no delay": (INTEGRATOR, "tiles, delay=delay, v_seq", "tiles, delay=False, v_seq"),
     "backward without delay": (INTEGRATOR, "gradients, delay=delay", "gradients, delay=False"),
-    "no sums for the gain": (INTEGRATOR, "asked.decay or asked.input_gain)", "asked.decay)"),
+    "no sums for the gain": (INTEGRATOR, "asked.decay or asked.input_gain else", "asked.decay else"),
     "x of backward may be misaligned": (INTEGRATOR, "grad_v_last, *sequences, *gradients", "grad_v_last, *gradients"),
     "a last potential's gradient forgotten": (INTEGRATOR, "grad_last=grad_v_last, v", "grad_last=None, v"),
     "four integrators whatever the parameters": (

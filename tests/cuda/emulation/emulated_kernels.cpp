@@ -78,9 +78,9 @@ class Kernels {
 
   template <class Scalar, int kLanes>
   void add_integrator(const std::string& kinds) {
-    add("asgl::integrator_forward_kernel" + kinds + ">", &integrator_forward_kernel<Scalar, kLanes>);
-    add("asgl::integrator_backward_kernel" + kinds + ", false>", &integrator_backward_kernel<Scalar, kLanes, false>);
-    add("asgl::integrator_backward_kernel" + kinds + ", true>", &integrator_backward_kernel<Scalar, kLanes, true>);
+    add("asgl::integrator_kernel" + kinds + ", (asgl::Pass)0>", &integrator_kernel<Scalar, kLanes, Pass::kForward>);
+    add("asgl::integrator_kernel" + kinds + ", (asgl::Pass)1>", &integrator_kernel<Scalar, kLanes, Pass::kBackward>);
+    add("asgl::integrator_kernel" + kinds + ", (asgl::Pass)2>", &integrator_kernel<Scalar, kLanes, Pass::kSums>);
   }
 
   template <class Scalar, class Model>
