@@ -240,10 +240,12 @@ MUTANTS = {
         "no fours for a whole segment": launchers("!general && @;", "params.shape.steps <= kCheckpointSteps",
                                                   "params.shape.steps < kCheckpointSteps"),
         "forward of exactly four for fewer steps": launchers(
-            "(@) {\n          kernel = &lif_forward", "params.shape.steps == kShortSequence", "params.shape.steps <= kShortSequence"
+            "(@) {\n          kernel = &lif_forward", "params.shape.steps == kShortSequence",
+            "params.shape.steps <= kShortSequence",
         ),
         "backward of exactly four for fewer steps": launchers(
-            "(@) {\n          kernel = &lif_backward", "params.shape.steps == kShortSequence", "params.shape.steps <= kShortSequence"
+            "(@) {\n          kernel = &lif_backward", "params.shape.steps == kShortSequence",
+            "params.shape.steps <= kShortSequence",
         ),
         "too few slots for a whole block": launchers("if (@) {", "slots >= kManySlots", "slots > kManySlots"),
         "not the largest power": launchers("while (@)", "2 * power <= most", "2 * power < most"),
