@@ -37,7 +37,9 @@ if WANTED is None or "ptx" in _WANTED_NAMES:
         PTX_MACHINE = ptx.Machine()
         for each, multiprocessors in ptx.BACKENDS.items():
             ptx.register(each, ptx.Launcher(PTX_MACHINE, multiprocessors, emulation=EMULATION))
-PTX_FILES = {"test_equivalence.py", "test_properties.py", "test_layouts.py", "test_gradients.py"}
+PTX_FILES = {
+    "test_equivalence.py", "test_multi_spike.py", "test_properties.py", "test_layouts.py", "test_gradients.py",
+}  # fmt: skip
 
 # Every one of them is held against the reference by the whole suite.
 FUSED_BACKENDS = [
