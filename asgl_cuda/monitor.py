@@ -91,14 +91,14 @@ def _shares_of_lif(
     u = h_seq - threshold
     spikes = u > 0 if layer.strict_threshold else u >= 0
     y = u * (1 / width)
-    shares = {"firing_rate": spikes, "inside": y.abs() < 0.5}
     if layer.multi_spike:
-        return shares
+        return {"firing_rate": spikes, "inside": y.abs() < 0.5}
     smooth = SURROGATES[layer.surrogate].cumulative(y)
     hard = spikes * threshold if layer.scale_output else spikes
     return {
-        **shares,
+        "firing_rate": spikes,
         "analog_share": s_seq != hard.to(s_seq.dtype),
+        "inside": y.abs() < 0.5,
         "smoothing_error": torch.where(spikes, 1 - smooth, smooth),
     }
 
