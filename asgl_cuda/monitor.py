@@ -91,6 +91,8 @@ def _shares_of_lif(
     u = h_seq - threshold
     spikes = u > 0 if layer.strict_threshold else u >= 0
     y = u * (1 / width)
+    if layer.multi_spike:
+        return {"firing_rate": spikes, "inside": y.abs() < 0.5}
     smooth = SURROGATES[layer.surrogate].cumulative(y)
     hard = spikes * threshold if layer.scale_output else spikes
     return {
@@ -119,7 +121,8 @@ class Monitor:
     - `analog_share`: share of elements that emitted something else than their hard spike. At most `analog_prob`, and
       less where the smooth value of a potential outside the window is the spike.
     - `inside`: share of elements inside the window of the surrogate, abs(u / width) < 1/2.
-    - `smoothing_error`: E|H(u) - spike|, which the paper's argument wants to see vanish.
+    - `smoothing_error`: E|H(u) - spike|, which the paper's argument wants to see vanish. With `multi_spike` there is
+      no H, and neither this nor `analog_share`.
     - `dead`, `saturated`: share of neurons that never spiked, and that spiked at every step, in all samples. Neurons
       are the positions of an input `[T, N, ...]` without time and batch, or without time if there is nothing else.
 

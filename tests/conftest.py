@@ -37,7 +37,9 @@ if WANTED is None or "ptx" in _WANTED_NAMES:
         PTX_MACHINE = ptx.Machine()
         for each, multiprocessors in ptx.BACKENDS.items():
             ptx.register(each, ptx.Launcher(PTX_MACHINE, multiprocessors, emulation=EMULATION))
-PTX_FILES = {f"test_{name}.py" for name in ("equivalence", "properties", "layouts", "gradients", "integrator")}
+PTX_FILES = {
+    f"test_{name}.py" for name in ("equivalence", "properties", "layouts", "gradients", "integrator", "multi_spike")
+}
 
 # Every one of them is held against the reference by the whole suite.
 FUSED_BACKENDS = [

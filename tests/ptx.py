@@ -182,7 +182,10 @@ def _kinds(dtype: torch.dtype, surrogate: str, reset: str) -> str:
     return f"<{neuron_kernels.SCALARS[dtype]}, {neuron_kernels.model(rules)}"
 
 
-_CHOSEN_KINDS = tuple(_kinds(*each) for each in CHOSEN)
+_CHOSEN_KINDS = (
+    *(_kinds(*each) for each in CHOSEN),
+    *(f"<{neuron_kernels.SCALARS[dtype]}, {neuron_kernels.BY_OPTIONS}" for dtype, *_ in CHOSEN),
+)
 
 
 def is_chosen(kernel: str) -> bool:

@@ -187,4 +187,4 @@ def test_kernels_that_only_one_of_them_has():
 
 def test_every_kernel_that_can_be_asked_for_has_one_name():
     names = cuda_compile.kernels_asked_for()
-    assert len(set(names)) == len(names) == 771
+    assert len(set(names)) == len(names) == 505

@@ -217,6 +217,7 @@ def table():
             yield f"setp.{name}.{kind}", two, "pred", function
         for source in ("s32", "u32", "s64", "u64"):
             yield f"cvt.rn.{kind}.{source}", [source], kind, lambda a, dtype=dtype: a.astype(dtype)
+        yield f"cvt.rzi.{kind}.{kind}", [kind], kind, np.trunc
         yield f"mov.{integers}", [kind], kind, lambda a: a
     yield "fma.rm.f32", ["f32", "f32", "f32"], "f32", fused(np.float32, round_down=True)
     yield "sqrt.rn.f64", ["f64"], "f64", np.sqrt

@@ -240,3 +240,15 @@ def test_vmap(backend, device):
     x_seq = currents(3, 6, 8, device=device).detach()
     function = partial(asgl_cuda.lif, **SEVERAL, surrogate=PERIODIC, v_min=-0.5, backend=backend)
     assert torch.equal(vmap(function)(x_seq), torch.stack([function(each) for each in x_seq]))
+
+
+def test_monitor():
+    """It says how many elements spike at all, and nothing of smooth values."""
+    layer = LIF(**SEVERAL, surrogate=PERIODIC, v_min=-0.5, analog_prob=0.0, scale_output=True)
+    layer.v_threshold = 0.4
+    monitor = asgl_cuda.Monitor(layer)
+    with monitor:
+        s_seq = layer(currents(6, 3, 8))
+    found = monitor.result()[""]
+    assert found["firing_rate"] == pytest.approx((s_seq > 0).double().mean().item())
+    assert found.keys() == {"width", "firing_rate", "inside", "dead", "saturated"}

@@ -288,6 +288,11 @@ To cvt_rni(From a) {
   return canonical(__builtin_nearbyintf(a));
 }
 template <class To, class From>
+To cvt_rzi(From a) {
+  static_assert(std::is_same_v<To, From> && std::is_floating_point_v<To>);
+  return canonical(static_cast<To>(__builtin_trunc(a)));
+}
+template <class To, class From>
 To cvt_sat(From a) {
   static_assert(std::is_same_v<To, f32> && std::is_same_v<From, f32>);
   return a > 0 ? (a < 1 ? a : 1.0f) : 0.0f;
