@@ -147,7 +147,7 @@ def convert(
         found = next((answer for library in known if (answer := library.find(layer)) is not None), None)
         if found is None:
             continue
-        spike = found if isinstance(found, str) or found[1] is None else _spike_function(found[1], wanted)
+        spike = found if isinstance(found, str) else _spike_function(found[0], found[1], wanted)
         if isinstance(spike, str):
             report.left.append(Left(path, name, spike))
             continue
@@ -197,8 +197,12 @@ def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _spike_function(function: Callable[[Tensor], Tensor] | SpikeFunction, wanted: _ASGL | None) -> SpikeFunction | str:
-    if isinstance(function, SpikeFunction):
+def _spike_function(
+    kind: type[Converted], function: Callable[[Tensor], Tensor] | SpikeFunction | None, wanted: _ASGL | None
+) -> SpikeFunction | str | None:
+    if wanted is not None and kind.multi_spike:
+        return "it may spike several times a step, for which ASGL has no noise; without asgl it can be converted"
+    if function is None or isinstance(function, SpikeFunction):
         return function
     if wanted is None:
         return identify(function)

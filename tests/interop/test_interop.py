@@ -9,7 +9,7 @@ import sinabs.activation
 import sinabs.layers
 import snntorch
 import torch
-from converted_layers import SHAPE, check, norse_run
+from converted_layers import CALLS, SHAPE, check, close, norse_run, trace
 from snntorch import surrogate as snn_surrogate
 from snntorch import utils
 from spikingjelly.activation_based import functional, neuron, surrogate
@@ -336,10 +336,11 @@ def sinabs_run(layer, x_seq):
     out = layer(x.flatten(0, 1) if squeezed else x)
     s = (out.unflatten(0, x.shape[:2]) if squeezed else out).transpose(0, 1)
     v = layer.recordings["v_mem"].transpose(0, 1)
+    current = layer.recordings["i_syn"].transpose(0, 1) if "i_syn" in layer.recordings else x_seq
     alpha = layer.alpha_mem_calculated
     previous = torch.cat([before[None], v[:-1]])
     gain = 1 - alpha if layer.norm_input else 1.0
-    return s, v, (alpha * previous + gain * x_seq).detach()
+    return s, v, (alpha * previous + gain * current).detach()
 
 
 @pytest.mark.parametrize("squeezed", [False, True])
@@ -369,21 +370,120 @@ def test_sinabs(options, squeezed):
     check(make, sinabs_run, threshold=0.8, scale=2.0 if options == {"tau_mem": 2.0} else 1.0)
 
 
+PERIODIC = sinabs.activation.PeriodicExponential(0.4, 1.7)
+SINGLE = {"spike_fn": sinabs.activation.SingleSpike}
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"min_v_mem": -0.4},
+        {"reset_fn": sinabs.activation.MembraneSubtract(0.4), "min_v_mem": torch.full(SHAPE[-1:], -1)},
+        {"spike_threshold": torch.full(SHAPE[-1:], 0.8)},
+        {"spike_threshold": torch.linspace(0.6, 0.9, SHAPE[-1]), "surrogate_grad_fn": PERIODIC},
+        {"tau_syn": 2.0, "min_v_mem": -0.3},
+        {"tau_syn": 2.0, "min_v_mem": -0.3, **SINGLE},
+        {"tau_mem": 2.0},
+        {"tau_mem": torch.linspace(1, 5, SHAPE[-1]), "tau_syn": 3.0},
+        {"tau_mem": 3.0, "tau_syn": torch.linspace(1, 4, SHAPE[-1]), "norm_input": False, "train_alphas": True},
+        {"tau_mem": 3.0, "norm_input": False, "min_v_mem": -0.3, **SINGLE},
+        {"tau_mem": 3.0, "min_v_mem": -0.3, "reset_fn": sinabs.activation.MembraneReset(), **SINGLE},
+    ],
+    ids=lambda options: ", ".join(options) or "IAF",
+)
+def test_several_spikes_floors_and_currents_of_sinabs(options, squeezed):
+    kind = ("LIF" if "tau_mem" in options else "IAF") + ("Squeeze" if squeezed else "")
+    more = {"batch_size": SHAPE[1]} if squeezed else {}
+    threshold = options.get("spike_threshold", torch.tensor(0.8))
+
+    def make():
+        return getattr(sinabs.layers, kind)(**{"spike_threshold": threshold, "record_states": True, **options, **more})
+
+    several = "spike_fn" not in options
+    check(make, sinabs_run, threshold=threshold, scale=3.0 if several else 1.5, several=several)
+
+
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize(
     "function",
-    [
-        sinabs.activation.SingleExponential(0.7, 1.3), sinabs.activation.Gaussian(0.0, 0.6, 0.8),
-    ],
+    [sinabs.activation.SingleExponential(0.7, 1.3), sinabs.activation.Gaussian(0.0, 0.6, 0.8), PERIODIC],
     ids=lambda function: type(function).__name__,
-)  # fmt: skip
-def test_surrogates_of_sinabs(function):
+)
+def test_surrogates_of_sinabs(function, several):
+    if function is PERIODIC and not several:
+        pytest.skip("it is for several spikes")
+
     def make():
         return sinabs.layers.LIF(
-            3.0, spike_fn=sinabs.activation.SingleSpike, surrogate_grad_fn=function, norm_input=False,
-            record_states=True,
-        )  # fmt: skip
+            3.0, surrogate_grad_fn=function, norm_input=False, record_states=True, **({} if several else SINGLE)
+        )
 
-    check(make, sinabs_run)
+    check(make, sinabs_run, several=several, scale=2.0 if several else 1.0)
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+@pytest.mark.parametrize("options", [{}, {"norm_input": True}, {"train_alphas": True}], ids=str)
+def test_read_outs_of_sinabs(options, squeezed):
+    more = {"batch_size": SHAPE[1]} if squeezed else {}
+    tau = torch.linspace(1, 5, SHAPE[-1])
+    layer = getattr(sinabs.layers, "ExpLeakSqueeze" if squeezed else "ExpLeak")(
+        tau_mem=tau, record_states=True, **options, **more
+    )
+    fused, report = asgl_cuda.convert(layer, asgl={})
+    assert report.replaced == [("", type(layer).__name__, "leaky_integrator")]
+    assert not hasattr(fused, "log_width")
+    assert not list(asgl_cuda.layer.asgl_layers(fused))
+    torch.manual_seed(0)
+    x = [torch.randn(SHAPE) for _ in range(CALLS)]
+    grads = torch.randn(2, CALLS * SHAPE[0], *SHAPE[1:])
+    theirs, ours = trace(layer, sinabs_run, x, grads), trace(fused, sinabs_run, x, grads)
+    assert torch.equal(ours.s, theirs.s)
+    assert torch.equal(ours.v, theirs.v)
+    assert torch.equal(fused.v_mem, layer.v_mem)
+    torch.testing.assert_close(fused.firing_rate, layer.firing_rate)
+    assert all(close(*pair) for pair in zip(ours.grads, theirs.grads, strict=True))
+    back, _ = asgl_cuda.revert(fused, inplace=True)
+    assert type(back) is type(layer)
+    assert set(vars(back)) == set(vars(layer))
+
+
+def test_a_least_potential_that_is_changed():
+    """It is read at each call, also on a GPU, where it is read again only when it was changed."""
+    layer = sinabs.layers.IAF(min_v_mem=-1.0)
+    fused, _ = asgl_cuda.convert(layer)
+    x = torch.full((1, 3, 2), -5.0)
+    fused(x)
+    assert (fused.v_mem == -1).all()
+    fused.load_state_dict({**fused.state_dict(), "min_v_mem": torch.tensor(-2.0)})
+    fused(x)
+    assert (fused.v_mem == -2).all()
+
+
+def test_several_spikes_have_no_noise():
+    net = nn.Sequential(sinabs.layers.IAF(), sinabs.layers.IAF(**SINGLE))
+    fused, report = asgl_cuda.convert(net, asgl={})
+    assert [row.path for row in report.replaced] == ["1"]
+    (left,) = report.left
+    assert "may spike several times a step, for which ASGL has no noise; without asgl it can be" in left.reason
+    fused, report = asgl_cuda.convert(fused)
+    assert [row.path for row in report.replaced] == ["0"]
+    with pytest.raises(ValueError, match="multi_spike needs analog_prob=0, got 0.1"):
+        fused[0].analog_prob = 0.1
+
+
+def test_currents_of_sinabs_are_copied_and_reset():
+    fused, _ = asgl_cuda.convert(sinabs.layers.LIF(3.0, tau_syn=2.0))
+    fused(torch.randn(4, 9, 5))
+    twin = copy.deepcopy(fused)
+    assert torch.equal(twin.i_syn, fused.i_syn)
+    assert not torch.equal(twin.i_syn, twin.v_mem)
+    fused.reset_states()
+    assert not fused.i_syn.any()
+    assert twin.i_syn.any()
+    assert twin(torch.randn(2, 9, 5)).shape == (2, 9, 5)  # sinabs takes over states of the old ones
+    assert twin.i_syn.shape == (2, 5)
 
 
 def test_sinabs_state_and_copies():

@@ -157,17 +157,29 @@ LEFT = {
     "LIFCell": (lambda: norse.LIFCell(), "asgl_cuda has no such neuron"),
     "LIF of Norse": (lambda: norse.LIF(), "asgl_cuda has no such neuron"),
     "circ": (lambda: norse.LIFBoxCell(norse.LIFBoxParameters(method="circ")), "its surrogate is none"),
-    "MultiSpike": (lambda: sinabs.layers.LIF(2.0), r"several times a step \(spike_fn=MultiSpike;"),
     "MaxSpike": (
-        lambda: sinabs.layers.LIF(2.0, spike_fn=sinabs.activation.MaxSpike(3)), r"\(spike_fn=MaxSpike;",
+        lambda: sinabs.layers.LIF(2.0, spike_fn=sinabs.activation.MaxSpike(3)),
+        "its spikes are those of MaxSpike; SingleSpike and MultiSpike can be converted",
     ),
-    "least potential": (
-        lambda: sinabs.layers.IAF(spike_fn=sinabs.activation.SingleSpike, min_v_mem=-1.0),
-        r"least potential \(min_v_mem\)",
+    "MultiSpike with a reset to 0": (
+        lambda: sinabs.layers.LIF(2.0, reset_fn=sinabs.activation.MembraneReset()),
+        r"resets to a value after several spikes \(MultiSpike\)",
     ),
-    "synaptic current": (
-        lambda: sinabs.layers.LIF(2.0, tau_syn=3.0, spike_fn=sinabs.activation.SingleSpike),
-        r"synaptic current \(tau_syn\)",
+    "least potentials": (
+        lambda: sinabs.layers.IAF(min_v_mem=torch.tensor([-1.0, -2.0])), r"\(min_v_mem\) differs between neurons",
+    ),
+    "widths for each": (
+        lambda: sinabs.layers.IAF(spike_threshold=torch.tensor([1.0, 2.0])), "as wide as each neuron's own threshold",
+    ),
+    "Heaviside": (
+        lambda: sinabs.layers.IAF(surrogate_grad_fn=sinabs.activation.Heaviside()), "surrogate does not fall off",
+    ),
+    "MultiGaussian": (
+        lambda: sinabs.layers.IAF(surrogate_grad_fn=sinabs.activation.MultiGaussian()), "its surrogate is none of",
+    ),
+    "periodic for a spike": (
+        lambda: sinabs_layer("IAF", surrogate_grad_fn=sinabs.activation.PeriodicExponential()),
+        "its surrogate is none of",
     ),
     "reset to a value": (
         lambda: sinabs.layers.LIF(
@@ -175,7 +187,7 @@ LEFT = {
         ),
         "resets to a value that is not 0",
     ),
-    "ExpLeak": (lambda: sinabs.layers.ExpLeak(2.0), "asgl_cuda has no such neuron"),
+    "ExpLeak with a floor": (lambda: sinabs.layers.ExpLeak(2.0, min_v_mem=0.0), r"\(min_v_mem\), which it does not emit"),
     "gate": (
         lambda: authors_code.LIFLayer(
             2, spike_fn=authors_code.EfficientNoisySpikeII(authors_code.InvSigmoid()), use_gate=True
