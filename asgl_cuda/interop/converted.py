@@ -219,8 +219,10 @@ def _leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def unknown(layer: nn.Module, known: tuple[type[nn.Module], ...]) -> str:
-    """Why a neuron is left whose class is none of `known`."""
+def unknown(layer: nn.Module, known: tuple[type[nn.Module], ...], mixing: tuple[type[nn.Module], ...] = ()) -> str:
+    """Why a neuron is left whose class is none of `known`; those of `mixing` have weights."""
+    if isinstance(layer, mixing):
+        return "it mixes neurons, or steps, by weights of its own"
     base = next((base for base in type(layer).__mro__ if base in known), None)
     if base is None or base.__module__.split(".")[0] == type(layer).__module__.split(".")[0]:
         return "asgl_cuda has no such neuron"

@@ -59,7 +59,9 @@ def _identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
         expected = _slopes(SURROGATES[name].cumulative, [value / width for value in u])
         if ((_slopes(function, u) / peak - expected / unit_peak).abs() < 1e-6).all():
             return SpikeFunction(name, width, peak * width / unit_peak, fires_strictly(function))
-    return "its surrogate is none of those of asgl_cuda"
+    name = getattr(function, "__qualname__", type(function).__name__)
+    named = "" if "<lambda>" in name else f", {name.split('.')[0]},"
+    return f"its surrogate{named} is none of those of asgl_cuda"
 
 
 @functools.cache

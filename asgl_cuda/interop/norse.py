@@ -1,6 +1,8 @@
-"""Norse: `LIFBoxCell`, a step a call.
+"""Norse: `LIF`, `IAF` and `LI`, their cells, `LIFBoxCell` and `LIBoxCell`.
 
-h = v + dt tau_mem_inv (x + v_leak - v)
+j = i + x                                   without i, as in Box and IAF: j = x
+h = v + dt tau_mem_inv (j + v_leak - v)     IAF: v + x
+i = j - dt tau_syn_inv j
 spike = h > v_th;  v = v_reset or, with reset_subtract, h - v_th where it spiked; nothing is detached
 """
 
@@ -8,63 +10,112 @@ from __future__ import annotations
 
 from typing import Any
 
+import norse.torch as norse
 import torch
 from norse.torch.functional.reset import reset_subtract, reset_value
 from norse.torch.functional.threshold import threshold
-from norse.torch.module import coba_lif, leaky_integrator, lif_box, lif_correlation, sequential, snn
+from norse.torch.module import snn
 from torch import Tensor, nn
 
 from .converted import Converted, Found, Wrapper, number, unknown
 
+# What the layers that are known call at each step, unless their user says otherwise.
+_STEPS = {
+    norse.LIF: norse.lif_feed_forward_step,
+    norse.LIFCell: norse.lif_feed_forward_step,
+    norse.LIFBoxCell: norse.lif_box_feed_forward_step,
+    norse.IAF: norse.iaf_feed_forward_step,
+    norse.IAFCell: norse.iaf_feed_forward_step,
+    norse.LI: norse.li_feed_forward_step,
+    norse.LICell: norse.li_feed_forward_step,
+    norse.LIBoxCell: norse.li_box_feed_forward_step,
+}
+_MIXING = (snn.SNNRecurrent, snn.SNNRecurrentCell, norse.CobaLIFCell, norse.LILinearCell, norse.LIFCorrelation)
 
-class ConvertedLIFBoxCell(Converted):
-    """One step a call, with the states of `LIFBoxCell`."""
 
-    time_dim = None
+class ConvertedSNN(Converted):
+    """A sequence a call, or a step a call for a cell, with Norse's states."""
+
+    @property
+    def time_dim(self) -> int | None:  # type: ignore[override]
+        return 0 if isinstance(self, snn.SNN) else None
+
+    @property
+    def takes_input(self) -> bool:  # type: ignore[override]
+        return self.settings.spike is not None and not hasattr(self.p, "tau_syn_inv")
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        p = self.p
-        state = self.initial_state(input_tensor) if state is None else state
+        if input_tensor.is_sparse:
+            return super().forward(input_tensor, state)  # type: ignore[no-any-return]
+        if self.time_dim == 0:
+            return self._steps(input_tensor, state)
+        out, state = self._steps(input_tensor.unsqueeze(0), state)
+        return out.squeeze(0), state
+
+    def _steps(self, x_seq: Tensor, given: Any) -> tuple[Tensor, Any]:
+        p, records, state = self.p, getattr(self, "record_states", False), given
+        if state is None:
+            state = self.initial_state(x_seq if self.time_dim == 0 else x_seq[0])
+        found: dict[str, Any] = {}
+        if "i" in state._fields:
+            x_seq = x_seq.to(torch.result_type(x_seq, state.i))
+            share = number(self.dt * p.tau_syn_inv)
+            first = x_seq[:1] if given is None else x_seq[:1] + state.i
+            if len(x_seq) == 1:
+                x_seq, last = first, first[0]
+            else:
+                x_seq = x_seq if given is None else torch.cat([first, x_seq[1:]])
+                x_seq, last = self.integrate(x_seq, decay=1 - share)
+            current = x_seq if records else last
+            found["i"] = current - share * current
         gain, bias = self.input_terms()
-        v = state.v.to(input_tensor.device)
+        decay = 1 - gain if hasattr(p, "tau_mem_inv") else 1.0
+        v = state.v.to(x_seq.device)
+        v = v if v.shape == x_seq.shape[1:] else v.expand(x_seq.shape[1:])
+        if self.settings.spike is None:
+            x_seq = x_seq if isinstance(bias, float) and bias == 0 else x_seq + p.v_leak
+            out, last = self.integrate(x_seq, decay=decay, input_gain=gain, v_init=v)
+            return out, type(state)(v=out if records else last, **found)
+        hard = getattr(p, "reset_method", reset_value) is reset_value
         output = self.lif(
-            input_tensor.unsqueeze(0),
-            decay=1 - gain,
+            x_seq,
+            decay=decay,
             input_gain=gain,
             input_bias=bias,
             v_threshold=p.v_th,
-            v_reset=p.v_reset if p.reset_method is reset_value else None,
-            v_init=v if v.shape == input_tensor.shape else v.expand(input_tensor.shape),
+            v_reset=p.v_reset if hard else None,
+            v_init=v,
+            return_v_seq=records,
         )
-        return output.s_seq.squeeze(0), type(state)(v=output.v_last)
+        return output.s_seq, type(state)(v=output.v_seq if records else output.v_last, **found)
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
+        if not hasattr(self.p, "tau_mem_inv"):
+            return 1.0, 0.0
         share = number(self.dt * self.p.tau_mem_inv)
         return share, share * number(self.p.v_leak)
 
 
-_NEURONS = (
-    snn.SNN,
-    snn.SNNCell,
-    snn.SNNRecurrent,
-    snn.SNNRecurrentCell,
-    coba_lif.CobaLIFCell,
-    leaky_integrator.LILinearCell,
-    lif_correlation.LIFCorrelation,
-)
-
-
 def find(layer: nn.Module) -> Found:
-    if type(layer) is not lif_box.LIFBoxCell:
-        return unknown(layer, (lif_box.LIFBoxCell,)) if isinstance(layer, _NEURONS) else None
+    if type(layer) not in _STEPS:
+        is_neuron = isinstance(layer, (snn.SNN, snn.SNNCell, *_MIXING))
+        return unknown(layer, tuple(_STEPS), _MIXING) if is_neuron else None
     p: Any = layer.p
-    if p.reset_method not in (reset_value, reset_subtract):
+    if layer.activation is not _STEPS[type(layer)]:
+        return f"it steps by {getattr(layer.activation, '__name__', layer.activation)}"
+    if getattr(p, "reset_method", reset_value) not in (reset_value, reset_subtract):
         return "it resets by a function of its own"
-    alpha = torch.as_tensor(p.alpha)
-    return ConvertedLIFBoxCell, lambda u: threshold(u, p.method, alpha)
+    if not hasattr(p, "v_th"):
+        return ConvertedSNN, None
+
+    def spike(u: Tensor) -> Tensor:
+        return threshold(u, p.method, torch.as_tensor(p.alpha))  # type: ignore[no-any-return]
+
+    spike.__qualname__ = p.method
+    return ConvertedSNN, spike
 
 
 def wrapped(module: nn.Module) -> Wrapper | None:
-    if type(module) is not sequential.SequentialState or module.return_hidden:
+    if type(module) is not norse.SequentialState or module.return_hidden:
         return None
     return Wrapper(list(module._modules), 0, None)

@@ -178,9 +178,9 @@ def find(layer: nn.Module) -> Found:
     if type(node.reset_fn) not in (MembraneSubtract, MembraneReset):
         return f"it resets by {type(node.reset_fn).__name__}"
     several, surrogate = node.spike_fn is MultiSpike, node.surrogate_grad_fn
-    if isinstance(node.reset_fn, MembraneReset) and (several or node.reset_fn.reset_value != 0):
-        if several:
-            return "it resets to a value after several spikes (MultiSpike), of which each takes some off here"
+    if several and isinstance(node.reset_fn, MembraneReset):
+        return "it resets to a value after several spikes (MultiSpike), each of which takes some off here"
+    if isinstance(node.reset_fn, MembraneReset) and node.reset_fn.reset_value != 0:
         return "it resets to a value that is not 0, which sinabs adds to the neurons that did not spike, too"
     kind = ConvertedMultiSpike if several else ConvertedLayer
     if several and type(surrogate) is PeriodicExponential:

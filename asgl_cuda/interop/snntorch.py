@@ -1,8 +1,11 @@
-"""snnTorch: `Leaky`, a step a call, and `MultiStep` for a whole sequence.
+"""snnTorch: `Leaky`, `Lapicque` and `Synaptic`, a step a call, and `MultiStep` for a whole sequence.
 
     m[t] = clamp(beta, 0, 1) m[t-1] + x[t] - threshold [m[t-1] > threshold]        "subtract"; the reset is detached
     m[t] = clamp(beta, 0, 1) m[t-1] (1 - [m[t-1] > threshold]) + x[t]              "zero";     and "none" has none
     spike = m[t] > threshold
+
+Lapicque has 1 - time_step / (R C) for clamp(beta, 0, 1), and time_step / C x[t] for x[t]. Synaptic has a current for
+x[t], syn[t] = clamp(alpha, 0, 1) syn[t-1] + x[t]. In both "zero" takes the input of the step away as well.
 
 The reset comes a step late, so m is h, the potential before reset, and v[t] = h[t] - threshold / beta s[t] follows it.
 With reset_delay=False m is returned after a reset that is not detached, and is not reset again. An ASGL layer resets by
@@ -26,6 +29,7 @@ from .converted import Converted, Found, Settings, Wrapper, number, unknown
 _LEAST_BETA = 1e-6
 
 _MULTI_STEP = "asgl_cuda.interop.snntorch.MultiStep"
+_NAMES = "a Leaky, Lapicque or Synaptic"
 
 
 class _After(NamedTuple):
@@ -37,9 +41,10 @@ class _After(NamedTuple):
 
 
 class ConvertedLeaky(Converted):
-    """One step a call, with arguments and results of `Leaky`."""
+    """One step a call, with arguments and results of `Leaky`; `Lapicque` has the same."""
 
     time_dim = None
+    reset_delay = True  # Lapicque's always is
     _after: _After | None = None
 
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
@@ -47,7 +52,11 @@ class ConvertedLeaky(Converted):
         enlist(self)
 
     def forward(self, input_: Tensor, mem: Tensor | None = None) -> Any:
-        output = self.steps(input_.unsqueeze(0), mem)
+        return self.results(*self.step(input_, mem))
+
+    def step(self, input_: Tensor, mem: Tensor | None) -> tuple[Tensor, ...]:
+        """Spikes and states after a step."""
+        output = self._steps(input_.unsqueeze(0), mem)
         assert output.h_seq is not None
         assert output.v_last is not None
         # squeeze has a cheaper gradient than indexing; the potential must be no view, to be detached in place.
@@ -59,12 +68,24 @@ class ConvertedLeaky(Converted):
         elif self.reset_mechanism == "zero":
             mem = mem - (spk - self.reset) * mem
         self.mem = mem
-        return self.results(spk, mem)
+        return spk, mem
 
-    def results(self, spk: Tensor, mem: Tensor) -> Any:
-        return spk if self.init_hidden and not self.output else (spk, mem)
+    def sequence(self, x_seq: Tensor, mem: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Spikes and states of all steps."""
+        if self.reset_delay or self.reset_mechanism == "none":
+            output = self._steps(x_seq, mem)
+            mem_seq = output.h_seq
+        else:
+            output = self._steps(x_seq, mem, detach_reset=False, return_h_seq=False, return_v_seq=True)
+            mem_seq = output.v_seq
+        assert mem_seq is not None
+        self.mem = mem_seq[-1].clone()
+        return output.s_seq, mem_seq
 
-    def steps(self, x_seq: Tensor, mem: Tensor | None, **options: Any) -> LIFOutput:
+    def results(self, spk: Tensor, *states: Tensor) -> Any:
+        return spk if self.init_hidden and not self.output else (spk, *states)
+
+    def _steps(self, x_seq: Tensor, mem: Tensor | None, **options: Any) -> LIFOutput:
         """Computes steps from the potential that is given or kept."""
         if mem is None:
             mem = self.mem
@@ -73,17 +94,26 @@ class ConvertedLeaky(Converted):
         if mem.shape != x_seq.shape[1:]:
             mem = torch.zeros_like(x_seq[0])
         mechanism = self.reset_mechanism
-        beta, threshold = number(self.beta), number(self.threshold)
-        least = _LEAST_BETA if mechanism == "subtract" else 0.0
-        beta = min(max(beta, least), 1.0) if isinstance(beta, float) else beta.clamp(least, 1.0)
-        amount = threshold / beta if mechanism == "subtract" else 0.0
+        threshold, decay = number(self.threshold), self._decay()
+        amount = threshold / decay if mechanism == "subtract" else 0.0
         options = {"detach_reset": True, "return_h_seq": True} | options
         options |= {"v_reset": 0.0} if mechanism == "zero" else {"v_reset": None, "reset_amount": amount}
-        return self.lif(x_seq, decay=beta, v_threshold=threshold, v_init=self._reset(mem, amount), **options)
+        v_init, gain = self._reset(mem, amount), self.input_terms()[0]
+        return self.lif(x_seq, decay=decay, input_gain=gain, v_threshold=threshold, v_init=v_init, **options)
+
+    def _decay(self) -> Tensor | float:
+        if isinstance(self, snntorch.Lapicque):
+            return number(1 - self.time_step / (self.R * self.C))  # type: ignore[no-any-return]
+        return _clamped(self.beta, _LEAST_BETA if self.reset_mechanism == "subtract" else 0.0)
+
+    def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
+        is_lapicque = isinstance(self, snntorch.Lapicque)
+        return number(self.R * (1 / (self.R * self.C)) * self.time_step) if is_lapicque else 1.0, 0.0
 
     def _mark(self, mem: Tensor) -> tuple[Any, ...]:
         """Differs when `mem` was changed or detached in place, a parameter changed, or gradients switched on or off."""
-        used = [(id(value), value._version) for value in (mem, self.threshold, self.beta)]
+        leak = (self.R, self.C, self.time_step) if isinstance(self, snntorch.Lapicque) else (self.beta,)
+        used = [(id(value), value._version) for value in (mem, self.threshold, *leak)]
         return mem.grad_fn, torch.is_grad_enabled(), *used
 
     def _reset(self, mem: Tensor, amount: Tensor | float) -> Tensor:
@@ -103,21 +133,55 @@ class ConvertedLeaky(Converted):
         return {name: value for name, value in self.__dict__.items() if name != "_after"}  # that has parts of a graph
 
 
+class ConvertedSynaptic(ConvertedLeaky):
+    """One step a call, with arguments and results of `Synaptic`."""
+
+    takes_input = False
+    syn: Tensor
+
+    def forward(  # type: ignore[override]
+        self, input_: Tensor, syn: Tensor | None = None, mem: Tensor | None = None
+    ) -> Any:
+        (current,) = self._current(input_.unsqueeze(0), syn, mem)
+        spk, mem = self.step(current, mem)
+        return self.results(spk, self.syn, mem)
+
+    def sequence(  # type: ignore[override]
+        self, x_seq: Tensor, syn: Tensor | None = None, mem: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        syn_seq = self._current(x_seq, syn, mem)
+        s_seq, mem_seq = super().sequence(syn_seq, mem)
+        return s_seq, syn_seq, mem_seq
+
+    def _current(self, x_seq: Tensor, syn: Tensor | None, mem: Tensor | None) -> Tensor:
+        if self.init_hidden and (syn is not None or mem is not None):
+            raise TypeError("`mem` or `syn` should not be passed as an argument while `init_hidden=True`")
+        syn = self.syn if syn is None else syn
+        v_init = syn if syn.shape == x_seq.shape[1:] else None
+        syn_seq, self.syn = self.integrate(x_seq, decay=_clamped(self.alpha, 0.0), v_init=v_init)
+        return syn_seq
+
+
+def _clamped(value: Tensor, least: float) -> Tensor | float:
+    value = number(value)
+    return min(max(value, least), 1.0) if isinstance(value, float) else value.clamp(least, 1.0)
+
+
 class MultiStep(nn.Module):
-    """`Leaky` over a whole sequence in one call.
+    """`Leaky`, `Lapicque` or `Synaptic` over a whole sequence in one call.
 
     Args:
-        layer: a `snntorch.Leaky`, converted or not; it is converted here, in place.
+        layer: such a layer of snnTorch, converted or not; it is converted here, in place.
 
-    Called with `x_seq` `[T, ...]` and, unless the layer has init_hidden, optionally the first potential, it returns
-    what `Leaky` returns at each step, stacked: spikes, or spikes and potentials.
+    Called with `x_seq` `[T, ...]` and, unless the layer has init_hidden, optionally the first states, it returns what
+    the layer returns at each step, stacked: spikes, or spikes and states.
 
     Raises ValueError for a layer that can't be represented, or whose reset takes the threshold away without delay.
 
     The same with snnTorch::
 
         for x in x_seq:
-            spk, mem = layer(x, mem)
+            spk, mem = layer(x, mem)  # spk, syn, mem = layer(x, syn, mem) for Synaptic
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -125,39 +189,37 @@ class MultiStep(nn.Module):
 
         super().__init__()
         if not isinstance(layer, nn.Module):
-            raise TypeError(f"{_MULTI_STEP}: layer must be a Leaky of snnTorch, got {type(layer).__name__}")
+            raise TypeError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch, got {type(layer).__name__}")
         converted, report = convert(layer, inplace=True)
         if not isinstance(converted, ConvertedLeaky):
             reason = report.left[0].reason if report.left else f"it is a {type(layer).__name__}"
-            raise ValueError(f"{_MULTI_STEP}: layer must be a Leaky of snnTorch: {reason}")
+            raise ValueError(f"{_MULTI_STEP}: layer must be {_NAMES} of snnTorch: {reason}")
         if not converted.reset_delay and converted.reset_mechanism == "subtract":
             raise ValueError(f"{_MULTI_STEP}: a reset by subtraction needs reset_delay=True, got False")
         self.layer = converted
 
-    def forward(self, x_seq: Tensor, mem: Tensor | None = None) -> Any:
-        for name, value in (("x_seq", x_seq), ("mem", mem)):
-            if not isinstance(value, Tensor) and not (name == "mem" and value is None):
+    def forward(self, x_seq: Tensor, *states: Tensor | None, **named: Tensor | None) -> Any:
+        names = ("syn", "mem") if isinstance(self.layer, snntorch.Synaptic) else ("mem",)
+        given = dict(zip(names, states, strict=False)) | named
+        for name, value in {"x_seq": x_seq, **given}.items():
+            if not isinstance(value, Tensor) and not (name in names and value is None):
                 raise TypeError(f"{_MULTI_STEP}: {name} must be a tensor, got {type(value).__name__}")
         if not isinstance(self.layer, ConvertedLeaky):
             raise RuntimeError(
                 f"{_MULTI_STEP}: layer must be converted, got one that was reverted: "
                 "asgl_cuda.convert(model, inplace=True) converts it again"
             )
-        layer: Any = self.layer
-        if layer.reset_delay or layer.reset_mechanism == "none":
-            output = layer.steps(x_seq, mem)
-            mem_seq = output.h_seq
-        else:
-            output = layer.steps(x_seq, mem, detach_reset=False, return_h_seq=False, return_v_seq=True)
-            mem_seq = output.v_seq
-        layer.mem = mem_seq[-1].clone()
-        return layer.results(output.s_seq, mem_seq)
+        return self.layer.results(*self.layer.sequence(x_seq, **given))
+
+
+_KNOWN = (snntorch.Leaky, snntorch.Lapicque, snntorch.Synaptic)
+_MIXING = (snntorch.RLeaky, snntorch.RSynaptic, snntorch.SLSTM, snntorch.SConv2dLSTM, snntorch.LeakyParallel)
 
 
 def find(layer: nn.Module) -> Found:
-    if type(layer) is not snntorch.Leaky:
-        is_neuron = isinstance(layer, (snntorch.SpikingNeuron, snntorch.LeakyParallel))
-        return unknown(layer, (snntorch.Leaky,)) if is_neuron else None
+    if type(layer) not in _KNOWN:
+        is_neuron = isinstance(layer, (snntorch.SpikingNeuron, *_MIXING))
+        return unknown(layer, _KNOWN, _MIXING) if is_neuron else None
     leaky: Any = layer
     if importlib.metadata.version("snntorch").split(".")[0] != "1":
         return f"of snnTorch {importlib.metadata.version('snntorch')}; known is the reset of version 1"
@@ -167,10 +229,17 @@ def find(layer: nn.Module) -> Found:
         return "it quantises its state"
     if isinstance(leaky.graded_spikes_factor, nn.Parameter) or bool((leaky.graded_spikes_factor != 1).any()):
         return "its spikes are graded"
-    constant = not isinstance(leaky.beta, nn.Parameter)
-    if leaky.reset_mechanism == "subtract" and constant and bool((leaky.beta < _LEAST_BETA).any()):
+    is_leaky, decay = type(layer) is snntorch.Leaky, leaky.beta
+    if leaky.reset_mechanism == "zero" and not is_leaky:
+        return 'it resets the input of the next step to 0 as well (reset_mechanism="zero")'
+    if type(layer) is snntorch.Lapicque:
+        decay = 1 - leaky.time_step / (leaky.R * leaky.C)
+        if decay.requires_grad:
+            return "it learns by a graph that ends with the first backward (learn_beta)"
+    constant = not isinstance(decay, nn.Parameter)
+    if leaky.reset_mechanism == "subtract" and constant and bool((decay.abs() < _LEAST_BETA).any()):
         return "it subtracts the threshold from a potential of which nothing is left (beta=0)"
-    return ConvertedLeaky, leaky.spike_grad
+    return ConvertedSynaptic if type(layer) is snntorch.Synaptic else ConvertedLeaky, leaky.spike_grad
 
 
 def enlist(model: nn.Module) -> None:

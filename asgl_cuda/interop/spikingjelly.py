@@ -1,8 +1,10 @@
-"""SpikingJelly: `IFNode`, `LIFNode` and `ParametricLIFNode`, of version 2 and of the versions 0.0.0.0.x before it.
+"""SpikingJelly: the nodes that `_KNOWN` names, of version 2 and of the versions 0.0.0.0.x before it.
 
-    h = v + x                                   IFNode
-    h = v - (v - v_reset) / tau + x             LIFNode; (x - (v - v_reset)) / tau is added with decay_input
+    h = v + x                                   IFNode, SimpleIFNode, NonSpikingIFNode
+    h = v - (v - v_reset) / tau + x             LIFNode, SimpleLIFNode
+    h = v + (x - (v - v_reset)) / tau           the same with decay_input; NonSpikingLIFNode, where v_reset is 0
     1 / tau = sigmoid(w)                        ParametricLIFNode
+    h = v_decay v + c;  c = c_decay c + x       CUBALIFNode, with the c after its input
 
 A spike at h >= v_threshold resets to v_reset or, where that is None (and 0 in the equations), takes v_threshold away.
 """
@@ -33,48 +35,54 @@ class ConvertedNode(Converted):
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         output = self._steps(x_seq)
-        if self.store_v_seq:
+        if output.v_seq is not None:
             self.v_seq = output.v_seq
         return output.s_seq
 
     def single_step_forward(self, x: Tensor) -> Tensor:
         output = self._steps(x.unsqueeze(0))
-        if self.store_v_seq and hasattr(self, "_append_v_seq"):  # since version 2
+        if hasattr(self, "_append_v_seq") and self.store_v_seq:  # since version 2
             self._append_v_seq(output.v_last)
         return output.s_seq.squeeze(0)
 
     def _steps(self, x_seq: Tensor) -> LIFOutput:
-        v_rest = 0.0 if self.v_reset is None else self.v_reset
-        v, whole = self.v, not x_seq.is_floating_point()
-        if isinstance(v, Tensor) and v.shape != x_seq.shape[1:]:  # it begins anew, as in SpikingJelly
-            v = v_rest
-        if not isinstance(v, Tensor):
-            v_init = None if v == v_rest and not whole else torch.full_like(x_seq[0], v)
-        else:  # since version 2, SpikingJelly keeps it from call to call in the type of its input
-            v_init = v.to(x_seq.dtype) if whole and hasattr(self, "materialize_states") else v
+        v_reset = 0.0 if self.v_reset is None else self.v_reset
+        v_rest = v_reset if self.takes_input else 0.0
         output = self.lif(
             x_seq,
-            decay=1 - self._share(),
+            decay=self._decay(),
             input_gain=self.input_terms()[0],
             v_threshold=self.v_threshold,
             v_reset=self.v_reset,
             v_rest=v_rest,
-            v_init=v_init,
+            v_init=self._kept(self.v, x_seq, v_reset, v_rest),
             detach_reset=self.detach_reset,
-            return_v_seq=self.store_v_seq and self.step_mode == "m",
+            return_v_seq=getattr(self, "store_v_seq", False) and self.step_mode == "m",
         )
         self.v = output.v_last
         return output
 
+    def _kept(self, value: Any, x_seq: Tensor, at_start: float, at_rest: float) -> Tensor | None:
+        """A state from the last call; None if it is at rest."""
+        whole = not x_seq.is_floating_point()
+        if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not isinstance(self, _SIMPLE):
+            value = at_start  # it begins anew, as in SpikingJelly
+        if not isinstance(value, Tensor):
+            return None if value == at_rest and not whole else torch.full_like(x_seq[0], value)
+        # Since version 2, SpikingJelly keeps it from call to call in the type of its input.
+        return value.to(x_seq.dtype) if whole and hasattr(self, "materialize_states") else value
+
+    def _decay(self) -> Tensor | float:
+        return 1 - self._share()
+
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
-        decays = not isinstance(self, neuron.IFNode) and self.decay_input
-        return self._share() if decays else 1.0, 0.0
+        return self._share() if getattr(self, "decay_input", False) else 1.0, 0.0
 
     def _share(self) -> Tensor | float:
         """How much of the potential leaks in a step."""
-        if isinstance(self, neuron.IFNode):
-            return 0.0
-        return self.w.sigmoid() if isinstance(self, neuron.ParametricLIFNode) else 1 / self.tau  # type: ignore[no-any-return]
+        if isinstance(self, neuron.ParametricLIFNode):
+            return self.w.sigmoid()  # type: ignore[no-any-return]
+        return 1 / self.tau if hasattr(self, "tau") else 0.0
 
     def hold_width(self) -> bool:
         function = self.surrogate_function
@@ -89,6 +97,40 @@ class ConvertedNode(Converted):
         return True
 
 
+class ConvertedCUBALIFNode(ConvertedNode):
+    """Its potential is charged by a current that leaks, `c`, and leaks to 0 wherever it is reset to."""
+
+    takes_input = False
+    c: Any
+
+    def _steps(self, x_seq: Tensor) -> LIFOutput:
+        c_seq, self.c = self.integrate(x_seq, decay=self.c_decay, v_init=self._kept(self.c, x_seq, 0.0, 0.0))
+        return super()._steps(c_seq)
+
+    def _decay(self) -> Tensor | float:
+        return self.v_decay  # type: ignore[no-any-return]
+
+
+class ConvertedNonSpikingNode(Converted):
+    """All steps in one call, each time from 0, decoded as SpikingJelly does."""
+
+    takes_input = False
+    time_dim = 0
+
+    def forward(self, x_seq: Tensor) -> Any:
+        share = 1 / self.tau if hasattr(self, "tau") else None
+        leak = {"decay": 1.0} if share is None else {"decay": 1 - share, "input_gain": share}
+        v_seq, self.v = self.integrate(x_seq, **leak)
+        if self.decode == "max-mem":
+            return v_seq.max(0).values
+        if self.decode == "max-abs-mem":
+            high, low = v_seq.max(0).values, v_seq.min(0).values
+            return torch.where(high.abs() > low.abs(), high, low)
+        if self.decode == "mean-mem":
+            return v_seq.mean(0)
+        return self.v if self.decode == "last_mem" else list(v_seq)
+
+
 # These normalise as torch.nn's do; in step mode "m" time and batch are apart. ThresholdDependent changes only the first
 # weight; before version 2 it joins time and batch twice.
 NORMALISATIONS = tuple(
@@ -98,19 +140,30 @@ NORMALISATIONS = tuple(
     if not kind or "forward" not in vars(getattr(layers, f"{kind}BatchNorm{dims}d"))
 )
 
-_KNOWN = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode)
+
+def _nodes(*names: str) -> tuple[type[nn.Module], ...]:
+    """Those that the installed version has."""
+    return tuple(getattr(neuron, name) for name in names if hasattr(neuron, name))
+
+
+_SIMPLE = _nodes("SimpleIFNode", "SimpleLIFNode")
+_CUBA, _NON_SPIKING = _nodes("CUBALIFNode"), _nodes("NonSpikingIFNode", "NonSpikingLIFNode")
+_KNOWN = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode, *_SIMPLE, *_CUBA, *_NON_SPIKING)
+_MIXING = _nodes("PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
 
 
 def find(layer: nn.Module) -> Found:
     if type(layer) not in _KNOWN:
         is_neuron = any(base.__module__.startswith(neuron.__name__) for base in type(layer).__mro__)
-        return unknown(layer, _KNOWN) if is_neuron or hasattr(layer, "neuronal_charge") else None
+        return unknown(layer, _KNOWN, _MIXING) if is_neuron or hasattr(layer, "neuronal_charge") else None
+    if type(layer) in _NON_SPIKING:
+        return ConvertedNonSpikingNode, None
     node: Any = layer
     if not getattr(node.surrogate_function, "spiking", True):
         return "its surrogate function does not spike (spiking=False)"
     if getattr(node, "_neuron_precision", None) is not None:
         return "it has a precision of its own"
-    return ConvertedNode, node.surrogate_function
+    return ConvertedCUBALIFNode if type(layer) in _CUBA else ConvertedNode, node.surrogate_function
 
 
 def wrapped(module: nn.Module) -> Wrapper | None:

@@ -469,7 +469,7 @@ def test_several_spikes_have_no_noise():
     assert "may spike several times a step, for which ASGL has no noise; without asgl it can be" in left.reason
     fused, report = asgl_cuda.convert(fused)
     assert [row.path for row in report.replaced] == ["0"]
-    with pytest.raises(ValueError, match="multi_spike needs analog_prob=0, got 0.1"):
+    with pytest.raises(ValueError, match=r"multi_spike needs analog_prob=0, got 0\.1"):
         fused[0].analog_prob = 0.1
 
 

@@ -187,7 +187,9 @@ LEFT = {
         ),
         "resets to a value that is not 0",
     ),
-    "ExpLeak with a floor": (lambda: sinabs.layers.ExpLeak(2.0, min_v_mem=0.0), r"\(min_v_mem\), which it does not emit"),
+    "ExpLeak with a floor": (
+        lambda: sinabs.layers.ExpLeak(2.0, min_v_mem=0.0), r"potential \(min_v_mem\), which it does not emit",
+    ),
     "gate": (
         lambda: authors_code.LIFLayer(
             2, spike_fn=authors_code.EfficientNoisySpikeII(authors_code.InvSigmoid()), use_gate=True

@@ -78,7 +78,7 @@ def test_integrators_of_others(numbers):
 
 
 def test_float64_weights_become_the_type_of_the_model():
-    """numpy makes float64 where nothing else is said, and so do most files."""
+    """Where nothing else is said, numpy makes float64, and so do most files."""
     weight = np.random.default_rng(0).normal(size=(6, 6))
     graph = graph_of(nir.Affine(weight, weight[0]), cuba(tau_mem=SOME * 1e-4), nir.Scale(weight[0]), cuba(nir.CubaLI))
     x_seq = random_input(5, 3, 6).detach()
