@@ -459,6 +459,16 @@ def test_a_least_potential_that_is_changed():
     fused.load_state_dict({**fused.state_dict(), "min_v_mem": torch.tensor(-2.0)})
     fused(x)
     assert (fused.v_mem == -2).all()
+    layer(x)
+    back, _ = asgl_cuda.revert(fused, inplace=True)
+    assert set(vars(back)) == set(vars(layer))
+
+
+def test_a_least_potential_in_a_compiled_graph():
+    """No number is read there: it is known from the conversion on."""
+    fused, _ = asgl_cuda.convert(sinabs.layers.IAF(min_v_mem=-1.0, shape=(1, 2)))
+    torch.compile(fused, backend="eager", fullgraph=True)(torch.full((1, 3, 2), -5.0))
+    assert (fused.v_mem == -1).all()
 
 
 def test_several_spikes_have_no_noise():

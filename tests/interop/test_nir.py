@@ -230,7 +230,7 @@ def test_time_in_the_second_dimension_is_first_afterwards():
 
 
 def test_the_model_is_left_alone():
-    model = nn.Sequential(nn.Linear(5, 4), LIF(stateful=True, analog_prob=0.0))
+    model = nn.Sequential(nn.Linear(5, 4), LIF(stateful=True, analog_prob=0.0), LeakyIntegrator(stateful=True))
     x_seq = random_input(6, 3, 5).detach()
     model(x_seq)
     potential = model[1].v
