@@ -103,7 +103,7 @@ INTEGERS = {
     "SpikingJelly, current": (lambda: neuron.CUBALIFNode(v_reset=None), jelly_steps),
     "SpikingJelly, simple": (lambda: neuron.SimpleLIFNode(2.0, True, v_reset=0.3), jelly_steps),
     "snnTorch, current": (
-        lambda: snntorch.Synaptic(alpha=0.5, beta=0.5, threshold=2, init_hidden=True, output=True),
+        lambda: snntorch.Synaptic(alpha=0.5, beta=0.5, threshold=2.0, init_hidden=True, output=True),
         leaky_steps,
     ),
     "Norse, current": (lambda: norse.LIF(), lambda layer, x: (layer(x)[0], *layer(x)[1])),
