@@ -60,11 +60,10 @@ class ConvertedSNN(Converted):
         if "i" in state._fields:
             x_seq = x_seq.to(torch.result_type(x_seq, state.i))
             share = number(self.dt * p.tau_syn_inv)
-            first = x_seq[:1] if given is None else x_seq[:1] + state.i
-            if len(x_seq) == 1:
-                x_seq, last = first, first[0]
-            else:
-                x_seq = x_seq if given is None else torch.cat([first, x_seq[1:]])
+            if given is not None:
+                x_seq = x_seq + state.i if len(x_seq) == 1 else torch.cat([x_seq[:1] + state.i, x_seq[1:]])
+            last = x_seq[0]
+            if len(x_seq) > 1:
                 x_seq, last = self.integrate(x_seq, decay=1 - share)
             current = x_seq if records else last
             found["i"] = current - share * current

@@ -49,7 +49,7 @@ class ConvertedNode(Converted):
         v_reset = 0.0 if self.v_reset is None else self.v_reset
         v_rest = v_reset if self.takes_input else 0.0
         output = self.lif(
-            x_seq,
+            self._current(x_seq),
             decay=self._decay(),
             input_gain=self.input_terms()[0],
             v_threshold=self.v_threshold,
@@ -64,13 +64,16 @@ class ConvertedNode(Converted):
 
     def _kept(self, value: Any, x_seq: Tensor, at_start: float, at_rest: float) -> Tensor | None:
         """A state from the last call; None if it is at rest."""
-        whole = not x_seq.is_floating_point()
-        if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not isinstance(self, _SIMPLE):
+        whole, simple = not x_seq.is_floating_point(), isinstance(self, _SIMPLE)
+        if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not simple:
             value = at_start  # it begins anew, as in SpikingJelly
         if not isinstance(value, Tensor):
             return None if value == at_rest and not whole else torch.full_like(x_seq[0], value)
         # Since version 2, SpikingJelly keeps it from call to call in the type of its input.
-        return value.to(x_seq.dtype) if whole and hasattr(self, "materialize_states") else value
+        return value.to(x_seq.dtype) if whole and not simple and hasattr(self, "materialize_states") else value
+
+    def _current(self, x_seq: Tensor) -> Tensor:
+        return x_seq
 
     def _decay(self) -> Tensor | float:
         return 1 - self._share()
@@ -103,9 +106,9 @@ class ConvertedCUBALIFNode(ConvertedNode):
     takes_input = False
     c: Any
 
-    def _steps(self, x_seq: Tensor) -> LIFOutput:
+    def _current(self, x_seq: Tensor) -> Tensor:
         c_seq, self.c = self.integrate(x_seq, decay=self.c_decay, v_init=self._kept(self.c, x_seq, 0.0, 0.0))
-        return super()._steps(c_seq)
+        return c_seq
 
     def _decay(self) -> Tensor | float:
         return self.v_decay  # type: ignore[no-any-return]

@@ -280,11 +280,15 @@ def test_snntorch_multi_step(init_hidden, reset_delay, reset_mechanism):
 
 
 def test_snntorch_multi_step_of_something_else():
-    with pytest.raises(ValueError, match=r"layer must be a Leaky of snnTorch: it is a Linear"):
+    with pytest.raises(ValueError, match=r"layer must be a Leaky, Lapicque or Synaptic of snnTorch: it is a Linear"):
         interop_snntorch.MultiStep(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"layer must be a Leaky of snnTorch: it quantises its state"):
+    with pytest.raises(
+        ValueError, match=r"layer must be a Leaky, Lapicque or Synaptic of snnTorch: it quantises its state"
+    ):
         interop_snntorch.MultiStep(snntorch.Leaky(beta=0.5, state_quant=lambda mem: mem))
-    with pytest.raises(TypeError, match=r"snntorch\.MultiStep: layer must be a Leaky of snnTorch, got int"):
+    with pytest.raises(
+        TypeError, match=r"snntorch\.MultiStep: layer must be a Leaky, Lapicque or Synaptic of snnTorch, got int"
+    ):
         interop_snntorch.MultiStep(5)
     multi = interop_snntorch.MultiStep(snntorch.Leaky(beta=0.5))
     for arguments, name in ((([1.0],), "x_seq"), ((torch.ones(2, 3), 5), "mem")):

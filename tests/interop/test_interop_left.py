@@ -100,6 +100,14 @@ INTEGERS = {
     "SpikingJelly, soft": (lambda: neuron.IFNode(v_reset=None), jelly_steps),
     "snnTorch": (lambda: snntorch.Leaky(beta=0.5, threshold=1), leaky_steps),
     "snnTorch, zero": (lambda: snntorch.Leaky(beta=1, threshold=2, reset_mechanism="zero"), leaky_steps),
+    "SpikingJelly, current": (lambda: neuron.CUBALIFNode(v_reset=None), jelly_steps),
+    "SpikingJelly, simple": (lambda: neuron.SimpleLIFNode(2.0, True, v_reset=0.3), jelly_steps),
+    "snnTorch, current": (
+        lambda: snntorch.Synaptic(alpha=0.5, beta=0.5, threshold=2.0, init_hidden=True, output=True),
+        leaky_steps,
+    ),
+    "Norse, current": (lambda: norse.LIF(), lambda layer, x: (layer(x)[0], *layer(x)[1])),
+    "Norse, a step": (lambda: norse.IAFCell(), lambda layer, x: norse_run(layer, x)[:2]),
     "Norse": (
         lambda: norse.LIFBoxCell(norse.LIFBoxParameters(v_th=torch.tensor(1), tau_mem_inv=torch.tensor(400))),
         lambda layer, x: norse_run(layer, x)[:2],
@@ -142,7 +150,7 @@ LEFT = {
     ),
     "another surrogate": (
         lambda: neuron.IFNode(surrogate_function=surrogate.PiecewiseLeakyReLU()),
-        "its surrogate is none of those of asgl_cuda",
+        "its surrogate, PiecewiseLeakyReLU, is none of those of asgl_cuda",
     ),
     "inhibition": (lambda: snntorch.Leaky(beta=0.5, inhibition=True), "it has inhibition"),
     "quantised": (lambda: snntorch.Leaky(beta=0.5, state_quant=lambda mem: mem), "it quantises its state"),
@@ -153,10 +161,19 @@ LEFT = {
         lambda: snntorch.Leaky(beta=0.5, spike_grad=snn_surrogate.straight_through_estimator()),
         "its surrogate does not fall off",
     ),
-    "Synaptic": (lambda: snntorch.Synaptic(alpha=0.5, beta=0.5), "asgl_cuda has no such neuron"),
-    "LIFCell": (lambda: norse.LIFCell(), "asgl_cuda has no such neuron"),
-    "LIF of Norse": (lambda: norse.LIF(), "asgl_cuda has no such neuron"),
-    "circ": (lambda: norse.LIFBoxCell(norse.LIFBoxParameters(method="circ")), "its surrogate is none"),
+    "triangular of snnTorch": (
+        lambda: snntorch.Leaky(beta=0.5, spike_grad=snn_surrogate.triangular()), "the slope -1 at the threshold",
+    ),
+    "a reset of the input": (
+        lambda: snntorch.Synaptic(alpha=0.5, beta=0.5, reset_mechanism="zero"), "the input of the next step",
+    ),
+    "a reset of Lapicque's input": (
+        lambda: snntorch.Lapicque(beta=0.5, reset_mechanism="zero"), "the input of the next step",
+    ),
+    "a graph": (lambda: snntorch.Lapicque(beta=torch.tensor(0.5), learn_beta=True), r"graph that ends .*learn_beta"),
+    "no decay of Lapicque": (lambda: snntorch.Lapicque(R=1, C=1), r"nothing is left \(beta=0\)"),
+    "adjoint": (lambda: norse.LIF(norse.LIFParameters(method="adjoint")), "it steps by lif_feed_forward_adjoint_step"),
+    "circ": (lambda: norse.LIFBoxCell(norse.LIFBoxParameters(method="circ")), "its surrogate, circ, is none"),
     "MaxSpike": (
         lambda: sinabs.layers.LIF(2.0, spike_fn=sinabs.activation.MaxSpike(3)),
         "its spikes are those of MaxSpike; SingleSpike and MultiSpike can be converted",
@@ -211,26 +228,35 @@ LEFT = {
 
 ALSO_LEFT = {
     **{name: lambda name=name: getattr(neuron, name)() for name in (
-        "DSRIFNode", "DSRLIFNode", "ActivationAwareIFNode", "ILIFNode", "SimpleIFNode",
+        "DSRIFNode", "DSRLIFNode", "ActivationAwareIFNode", "ILIFNode",
     )},
-    "PSN": lambda: neuron.PSN(4),
-    "MaskedPSN": lambda: neuron.MaskedPSN(2, 4),
-    "SlidingPSN": lambda: neuron.SlidingPSN(2),
     "GatedLIFNode": lambda: neuron.GatedLIFNode(4),
     "STBIFNode": lambda: neuron.STBIFNode(torch.tensor(1.0), 4, True),
     "FlexSN": lambda: neuron.FlexSN(lambda x, v: (x, v), num_states=1),
+    "Alpha": lambda: snntorch.Alpha(alpha=0.9, beta=0.8),
+    "ALIF": lambda: sinabs.layers.ALIF(3.0, 3.0),
+}  # fmt: skip
+
+MIXING = {
+    "PSN": lambda: neuron.PSN(4),
+    "MaskedPSN": lambda: neuron.MaskedPSN(2, 4),
+    "SlidingPSN": lambda: neuron.SlidingPSN(2),
+    "LIFRecurrent": lambda: norse.LIFRecurrent(2, 2),
+    "LSNNRecurrentCell": lambda: norse.LSNNRecurrentCell(2, 2),
     "CobaLIFCell": lambda: norse.CobaLIFCell(2, 2),
     "LILinearCell": lambda: norse.LILinearCell(2, 2),
     "LIFCorrelation": lambda: norse.LIFCorrelation(2, 2),
     "LeakyParallel": lambda: snntorch.LeakyParallel(2, 2),
-    "ALIF": lambda: sinabs.layers.ALIF(3.0, 3.0),
-}  # fmt: skip
+    "RLeaky": lambda: snntorch.RLeaky(beta=0.5, linear_features=2),
+    "RSynaptic": lambda: snntorch.RSynaptic(alpha=0.5, beta=0.5, linear_features=2),
+}
 
 
-@pytest.mark.parametrize("name", ALSO_LEFT)
+@pytest.mark.parametrize("name", [*ALSO_LEFT, *MIXING])
 def test_neurons_of_the_libraries_are_left_with_a_reason(name):
-    _, report = asgl_cuda.convert(nn.Sequential(ALSO_LEFT[name]()))
-    assert report == ([], [("0", name, "asgl_cuda has no such neuron")])
+    why = "it mixes neurons, or steps, by weights of its own" if name in MIXING else "asgl_cuda has no such neuron"
+    _, report = asgl_cuda.convert(nn.Sequential({**ALSO_LEFT, **MIXING}[name]()))
+    assert report == ([], [("0", name, why)])
 
 
 @pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")
@@ -267,4 +293,4 @@ def test_a_lopsided_surrogate_is_none_of_ours():
         smooth = torch.sigmoid(torch.where(u < 0, u, 1.001 * u))
         return smooth + ((u >= 0).to(u) - smooth).detach()
 
-    assert identify(function) == "its surrogate is none of those of asgl_cuda"
+    assert re.fullmatch("its surrogate, .*, is none of those of asgl_cuda", identify(function))
