@@ -103,8 +103,10 @@ def convert(
 ) -> tuple[nn.Module, Report]:
     """The model with its neuron layers computed by the fused neuron, and a report of those replaced and those left.
 
-    Known are SpikingJelly's `IFNode`, `LIFNode` and `ParametricLIFNode`, snnTorch's `Leaky`, Norse's `LIFBoxCell`,
-    sinabs' `LIF` and `IAF` with their Squeeze forms, and `LIFLayer` of the code that the authors of ASGL published. A
+    Known are SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode` and
+    `CUBALIFNode`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`, Norse's `LIF`, `IAF` and `LI` with their cells,
+    `LIFBoxCell` and `LIBoxCell`, sinabs' `LIF` and `IAF` with their Squeeze forms, and `LIFLayer` of the code that the
+    authors of ASGL published. Synaptic currents and layers that do not fire are computed by `leaky_integrator`. A
     converted layer gives the same spikes, states and gradients as before; it keeps its parameters, with their names,
     its state and its place among the library's classes, so that an optimizer, a state dict and functions like
     SpikingJelly's `reset_net` go on working. Its values are read at each call, except its surrogate, which is read
@@ -120,7 +122,7 @@ def convert(
         asgl: makes the replaced layers ASGL layers: a mapping with `surrogate` and `width` at the start (default: the
             layer's own), `analog_prob` (default 0.2) and `learn_width` (default True). The width is then a new
             parameter `log_width` of each layer, for the optimizer to know. Layers of the authors' code are ASGL layers
-            as they are; they keep their own width and share of analog elements.
+            as they are; they keep their own width and share of analog elements. Layers that do not fire become none.
         inplace: convert the model itself and not a copy; optimizers then hold its parameters already.
         backend: of all layers, see `asgl_cuda.lif`.
 

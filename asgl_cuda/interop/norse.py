@@ -75,17 +75,10 @@ class ConvertedSNN(Converted):
             x_seq = x_seq if isinstance(bias, float) and bias == 0 else x_seq + p.v_leak
             out, last = self.integrate(x_seq, decay=decay, input_gain=gain, v_init=v)
             return out, type(state)(v=out if records else last, **found)
-        hard = getattr(p, "reset_method", reset_value) is reset_value
         output = self.lif(
-            x_seq,
-            decay=decay,
-            input_gain=gain,
-            input_bias=bias,
-            v_threshold=p.v_th,
-            v_reset=p.v_reset if hard else None,
-            v_init=v,
-            return_v_seq=records,
-        )
+            x_seq, decay=decay, input_gain=gain, input_bias=bias, v_threshold=p.v_th, v_init=v, return_v_seq=records,
+            v_reset=p.v_reset if getattr(p, "reset_method", reset_value) is reset_value else None,
+        )  # fmt: skip
         return output.s_seq, type(state)(v=output.v_seq if records else output.v_last, **found)
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:

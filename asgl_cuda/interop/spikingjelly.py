@@ -50,7 +50,7 @@ class ConvertedNode(Converted):
         v_rest = v_reset if self.takes_input else 0.0
         output = self.lif(
             self._current(x_seq),
-            decay=self._decay(),
+            decay=self.v_decay if hasattr(self, "v_decay") else 1 - self._share(),
             input_gain=self.input_terms()[0],
             v_threshold=self.v_threshold,
             v_reset=self.v_reset,
@@ -75,17 +75,13 @@ class ConvertedNode(Converted):
     def _current(self, x_seq: Tensor) -> Tensor:
         return x_seq
 
-    def _decay(self) -> Tensor | float:
-        return 1 - self._share()
-
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
         return self._share() if getattr(self, "decay_input", False) else 1.0, 0.0
 
     def _share(self) -> Tensor | float:
         """How much of the potential leaks in a step."""
-        if isinstance(self, neuron.ParametricLIFNode):
-            return self.w.sigmoid()  # type: ignore[no-any-return]
-        return 1 / self.tau if hasattr(self, "tau") else 0.0
+        leak = 1 / self.tau if hasattr(self, "tau") else 0.0
+        return self.w.sigmoid() if isinstance(self, neuron.ParametricLIFNode) else leak
 
     def hold_width(self) -> bool:
         function = self.surrogate_function
@@ -110,9 +106,6 @@ class ConvertedCUBALIFNode(ConvertedNode):
         c_seq, self.c = self.integrate(x_seq, decay=self.c_decay, v_init=self._kept(self.c, x_seq, 0.0, 0.0))
         return c_seq
 
-    def _decay(self) -> Tensor | float:
-        return self.v_decay  # type: ignore[no-any-return]
-
 
 class ConvertedNonSpikingNode(Converted):
     """All steps in one call, each time from 0, decoded as SpikingJelly does."""
@@ -121,9 +114,8 @@ class ConvertedNonSpikingNode(Converted):
     time_dim = 0
 
     def forward(self, x_seq: Tensor) -> Any:
-        share = 1 / self.tau if hasattr(self, "tau") else None
-        leak = {"decay": 1.0} if share is None else {"decay": 1 - share, "input_gain": share}
-        v_seq, self.v = self.integrate(x_seq, **leak)
+        share, gain = (1 / self.tau, 1 / self.tau) if hasattr(self, "tau") else (0.0, 1.0)
+        v_seq, self.v = self.integrate(x_seq, decay=1 - share, input_gain=gain)
         if self.decode == "max-mem":
             return v_seq.max(0).values
         if self.decode == "max-abs-mem":
@@ -131,7 +123,7 @@ class ConvertedNonSpikingNode(Converted):
             return torch.where(high.abs() > low.abs(), high, low)
         if self.decode == "mean-mem":
             return v_seq.mean(0)
-        return self.v if self.decode == "last_mem" else list(v_seq)
+        return v_seq[-1] if self.decode == "last_mem" else list(v_seq)
 
 
 # These normalise as torch.nn's do; in step mode "m" time and batch are apart. ThresholdDependent changes only the first

@@ -291,7 +291,7 @@ def test_snntorch_multi_step_of_something_else():
     ):
         interop_snntorch.MultiStep(5)
     multi = interop_snntorch.MultiStep(snntorch.Leaky(beta=0.5))
-    for arguments, name in ((([1.0],), "x_seq"), ((torch.ones(2, 3), 5), "mem")):
+    for arguments, name in ((([1.0],), "x_seq"), ((torch.ones(2, 3), 5), "a state")):
         with pytest.raises(TypeError, match=rf"snntorch\.MultiStep: {name} must be a tensor, got (list|int)"):
             multi(*arguments)
 
