@@ -29,7 +29,7 @@ from ...neuron import LIF
 from .values import as_array, as_double, as_shape, range_of
 
 DT = 1e-4  # seconds; the step that the other libraries assume as well
-_KEY = "asgl_cuda"  # under it a node's metadata have all that asgl_cuda.LIF has and NIR has not
+_KEY = "asgl_cuda"  # under it a node's metadata have all that the layer has and NIR has not
 _OF_BOTH = ("v_rest", "input_gain", "granularity", "stateful")
 _OF_LIF = (
     "surrogate", "surrogate_gain", "analog_prob", "strict_threshold", "detach_reset", "multi_spike", "scale_output",

@@ -42,9 +42,9 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = DT, *, allow_sof
         model: layers of asgl_cuda.LIF and LeakyIntegrator, Linear, Conv1d, Conv2d, AvgPool2d (with
             `divisor_override=1`: SumPool2d) and Flatten, in sequence or connected by additions, in any modules that
             torch.fx can trace. A layer that knows no time may be surrounded by `x_seq.flatten(0, 1)` and
-            `unflatten(0, ...)`, as in `asgl_cuda.OverTime`. Dropout and Identity vanish. Neurons of other libraries may
-            stand for asgl_cuda.LIF where they are converted, get a sequence and have no current of their own;
-            `from_nir` makes an asgl_cuda.LIF of them.
+            `unflatten(0, ...)`, as in `asgl_cuda.OverTime`. Dropout and Identity vanish. What `from_nir` returns can be
+            written. Neurons of other libraries may stand for asgl_cuda.LIF where they are converted, get a sequence and
+            have no current of their own; `from_nir` makes an asgl_cuda.LIF of them.
         example_input: `[T, B, ...]`, or `[B, T, ...]` where the LIF layers have `time_dim=1`; only its shape and type
             count. The model is not changed, nor potentials that it carries.
         dt: length of a step, in seconds.
