@@ -186,6 +186,9 @@ LAYERS = {
     "snntorch, current": lambda: snntorch.Synaptic(alpha=0.5, beta=0.5, init_hidden=True),
     "norse, current": lambda: norse.LIF(),
     "norse, a step": lambda: norse.LIFCell(),
+    "sinabs with a current": lambda: sinabs.layers.LIF(
+        2.0, tau_syn=2.0, min_v_mem=-1.0, spike_fn=sinabs.activation.SingleSpike
+    ),
     "authors": lambda: authors_code.LIFLayer(
         3, spike_fn=authors_code.EfficientNoisySpikeII(authors_code.InvSigmoid(), p=0.0)
     ),

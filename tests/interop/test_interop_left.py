@@ -113,6 +113,10 @@ INTEGERS = {
         lambda layer, x: norse_run(layer, x)[:2],
     ),
     "sinabs LIF": (lambda: sinabs_layer("LIF", tau_mem=3, spike_threshold=1), lambda layer, x: (layer(x), layer.v_mem)),
+    "sinabs IAF, several": (
+        lambda: sinabs.layers.IAF(spike_threshold=50, min_v_mem=-1),
+        lambda layer, x: (layer(x), layer.v_mem),
+    ),
     "sinabs IAF": (lambda: sinabs_layer("IAF", spike_threshold=50), lambda layer, x: (layer(x), layer.v_mem)),
 }
 
