@@ -11,7 +11,6 @@ import sinabs.activation
 import sinabs.layers
 import snntorch
 import torch
-from sinabs.from_torch import from_model
 from snntorch import utils
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
@@ -438,80 +437,6 @@ def test_a_network_of_sinabs():
         return net(3 * x).unflatten(0, (6, 5)).mean(1)
 
     train_alike(model, scores_of, 2)
-
-
-def vgg(pool):
-    net = nn.Sequential(
-        nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), pool,
-        nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10), nn.ReLU(), nn.Linear(10, 3),
-    )  # fmt: skip
-    with torch.no_grad():
-        for module in net:
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                module.weight *= 3
-    return net
-
-
-def assert_the_same_network(model, layers, x, run=lambda net, x: net(x)):
-    """All of its neurons are converted, and outputs and gradients are those of the model."""
-    fused, report = asgl_cuda.convert(model)
-    assert (len(report.replaced), report.left) == (layers, [])
-    results = []
-    for net in (model, fused):
-        for module in net.modules():
-            if isinstance(module, sinabs.layers.StatefulLayer):
-                module.reset_states()
-        leaf = x.clone().requires_grad_()
-        out = run(net, leaf)
-        parameters = [value for value in net.parameters() if value.requires_grad]
-        grads = torch.autograd.grad(out.square().sum(), [leaf, *parameters], allow_unused=True)
-        results.append((out, [value for value in grads if value is not None]))
-    (theirs, their_grads), (ours, our_grads) = results
-    assert torch.equal(ours, theirs)
-    assert theirs.unique().numel() > 1
-    torch.testing.assert_close(our_grads, their_grads, rtol=1e-4, atol=1e-5)
-    assert all(grad.abs().max() > 0 for grad in our_grads)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"min_v_mem": None, "surrogate_grad_fn": sinabs.activation.PeriodicExponential(), "add_spiking_output": True},
-        {"spike_layer_class": sinabs.layers.IAF},
-        {"spike_fn": sinabs.activation.SingleSpike, "spike_threshold": torch.tensor(0.5), "input_shape": (2, 8, 8)},
-    ],
-    ids=lambda options: ", ".join(options) or "defaults",
-)
-def test_from_model_of_sinabs(options):
-    torch.manual_seed(0)
-    apart = options.get("spike_layer_class") is sinabs.layers.IAF  # it wants time and batch apart
-    ann = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)) if apart else vgg(nn.AvgPool2d(2))
-    model = from_model(ann, batch_size=6, **options)
-    layers = 1 if apart else 4 + options.get("add_spiking_output", False)
-    x = 4 * torch.rand(6, 5, 8) if apart else 4 * torch.rand(6 * 5, 2, 8, 8)
-    assert_the_same_network(model, layers, x)
-
-    def scores_of(net):
-        for module in net.spiking_model:
-            if isinstance(module, sinabs.layers.StatefulLayer):
-                module.reset_states()
-        out = net(x)
-        return (out if apart else out.unflatten(0, (6, 5))).mean(1)
-
-    train_alike(model, scores_of, layers)
-
-
-@pytest.mark.filterwarnings("ignore:nirtorch")
-def test_a_network_of_sinabs_that_was_in_nir():
-    """Thresholds and least potentials are one for each neuron then."""
-    sinabs_nir = pytest.importorskip("sinabs.nir")
-    torch.manual_seed(0)
-    model = from_model(vgg(sinabs.layers.SumPool2d(2)), input_shape=(2, 8, 8), batch_size=6)
-    x = torch.rand(6 * 5, 2, 8, 8)
-    back = sinabs_nir.from_nir(sinabs_nir.to_nir(model.spiking_model, x), batch_size=6)
-    assert max(value.numel() for name, value in back.named_parameters() if "spike_threshold" in name) > 1
-    assert_the_same_network(back, 4, 2 * x, lambda net, x: net(x)[0])
 
 
 def test_no_library_is_imported():
