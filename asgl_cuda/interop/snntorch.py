@@ -140,21 +140,21 @@ class ConvertedSynaptic(ConvertedLeaky):
     syn: Tensor
 
     def forward(self, input_: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
-        spk, mem = self.step(self._current(input_.unsqueeze(0), syn, mem), mem)
+        self.syn = _clamped(self.alpha, 0.0) * self._before(input_, syn, mem) + input_
+        spk, mem = self.step(self.syn.unsqueeze(0), mem)
         return self.results(spk, self.syn, mem)
 
     def sequence(self, x_seq: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
-        syn_seq = self._current(x_seq, syn, mem)
+        syn = self._before(x_seq[0], syn, mem)
+        syn_seq, self.syn = self.integrate(x_seq, decay=_clamped(self.alpha, 0.0), v_init=syn)
         s_seq, mem_seq = super().sequence(syn_seq, mem)
         return s_seq, syn_seq, mem_seq
 
-    def _current(self, x_seq: Tensor, syn: Tensor | None, mem: Tensor | None) -> Tensor:
+    def _before(self, x: Tensor, syn: Tensor | None, mem: Tensor | None) -> Tensor:
         if self.init_hidden and (syn is not None or mem is not None):
             raise TypeError("`mem` or `syn` should not be passed as an argument while `init_hidden=True`")
         syn = self.syn if syn is None else syn
-        v_init = syn if syn.shape == x_seq.shape[1:] else None
-        syn_seq, self.syn = self.integrate(x_seq, decay=_clamped(self.alpha, 0.0), v_init=v_init)
-        return syn_seq
+        return syn if syn.shape == x.shape else torch.zeros_like(x)
 
 
 def _clamped(value: Tensor, least: float) -> Tensor | float:

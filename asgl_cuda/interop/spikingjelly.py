@@ -62,7 +62,7 @@ class ConvertedNode(Converted):
         self.v = output.v_last
         return output
 
-    def _kept(self, value: Any, x_seq: Tensor, at_start: float, at_rest: float) -> Tensor | None:
+    def _kept(self, value: Any, x_seq: Tensor, at_start: float, at_rest: float | None) -> Any:
         """A state from the last call; None if it is at rest."""
         whole, simple = not x_seq.is_floating_point(), isinstance(self, _SIMPLE)
         if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not simple:
@@ -103,7 +103,11 @@ class ConvertedCUBALIFNode(ConvertedNode):
     c: Any
 
     def _current(self, x_seq: Tensor) -> Tensor:
-        c_seq, self.c = self.integrate(x_seq, decay=self.c_decay, v_init=self._kept(self.c, x_seq, 0.0, 0.0))
+        c = self._kept(self.c, x_seq, 0.0, None)
+        if self.step_mode == "s":  # the operations cost less than the integrator's call
+            self.c = self.c_decay * c + x_seq.squeeze(0)
+            return self.c.unsqueeze(0)  # type: ignore[no-any-return]
+        c_seq, self.c = self.integrate(x_seq, decay=self.c_decay, v_init=c)
         return c_seq
 
 
