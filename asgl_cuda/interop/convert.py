@@ -103,13 +103,15 @@ def convert(
 ) -> tuple[nn.Module, Report]:
     """The model with its neuron layers computed by the fused neuron, and a report of those replaced and those left.
 
-    Known are SpikingJelly's `IFNode`, `LIFNode` and `ParametricLIFNode`, snnTorch's `Leaky`, Norse's `LIFBoxCell`,
-    sinabs' `LIF` and `IAF` with their Squeeze forms, and `LIFLayer` of the code that the authors of ASGL published. A
-    converted layer gives the same spikes, states and gradients as before; it keeps its parameters, with their names,
-    its state and its place among the library's classes, so that an optimizer, a state dict and functions like
-    SpikingJelly's `reset_net` go on working. Its values are read at each call, except its surrogate, which is read
-    here. SpikingJelly's own `backend` is without effect on it. Layers that can't be represented exactly are left as
-    they are, and the report says why.
+    Known are SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode` and
+    `CUBALIFNode`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`, Norse's `LIF`, `IAF` and `LI` with their cells,
+    `LIFBoxCell` and `LIBoxCell`, sinabs' `LIF`, `IAF` and `ExpLeak` with their Squeeze forms, and `LIFLayer` of the
+    code that the authors of ASGL published. Synaptic currents and layers that do not fire are computed by
+    `leaky_integrator`. A converted layer gives the same spikes, states and gradients as before; it keeps its
+    parameters, with their names, its state and its place among the library's classes, so that an optimizer, a state
+    dict and functions like SpikingJelly's `reset_net` go on working. Its values are read at each call, except its
+    surrogate, which is read here. SpikingJelly's own `backend` is without effect on it. Layers that can't be
+    represented exactly are left as they are, and the report says why.
 
     A converted layer is an instance of its class, but its type is another: code that compares types, as
     `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly do, does not know it;
@@ -120,7 +122,8 @@ def convert(
         asgl: makes the replaced layers ASGL layers: a mapping with `surrogate` and `width` at the start (default: the
             layer's own), `analog_prob` (default 0.2) and `learn_width` (default True). The width is then a new
             parameter `log_width` of each layer, for the optimizer to know. Layers of the authors' code are ASGL layers
-            as they are; they keep their own width and share of analog elements.
+            as they are; they keep their own width and share of analog elements. Layers that do not fire become none,
+            and those that may spike several times a step are left.
         inplace: convert the model itself and not a copy; optimizers then hold its parameters already.
         backend: of all layers, see `asgl_cuda.lif`.
 
@@ -147,7 +150,7 @@ def convert(
         found = next((answer for library in known if (answer := library.find(layer)) is not None), None)
         if found is None:
             continue
-        spike = found if isinstance(found, str) else _spike_function(found[1], wanted)
+        spike = found if isinstance(found, str) else _spike_function(found[0], found[1], wanted)
         if isinstance(spike, str):
             report.left.append(Left(path, name, spike))
             continue
@@ -198,8 +201,10 @@ def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
 
 
 def _spike_function(
-    function: Callable[[Tensor], Tensor] | SpikeFunction | None, wanted: _ASGL | None
+    kind: type[Converted], function: Callable[[Tensor], Tensor] | SpikeFunction | None, wanted: _ASGL | None
 ) -> SpikeFunction | str | None:
+    if wanted is not None and kind.multi_spike:
+        return "it may spike several times a step, for which ASGL has no noise; without asgl it can be converted"
     if function is None or isinstance(function, SpikeFunction):
         return function
     if wanted is None:

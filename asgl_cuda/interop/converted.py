@@ -106,6 +106,7 @@ class Converted(Overlay, Noisy):
     settings: Settings
     log_width: nn.Parameter | None
     time_dim: int | None  # where time is in its input, None if the input is one step
+    multi_spike = False  # whether it may spike several times a step, for which there is no noise
     takes_input = True  # whether `lif` has the layer's own input, which is then what a normalisation may be fused with
 
     def __init_subclass__(cls) -> None:

@@ -47,47 +47,34 @@ class ConvertedSNN(Converted):
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         if input_tensor.is_sparse:
             return super().forward(input_tensor, state)  # type: ignore[no-any-return]
-        if self.time_dim == 0:
-            return self._steps(input_tensor, state)
-        out, state = self._steps(input_tensor.unsqueeze(0), state)
-        return out.squeeze(0), state
-
-    def _steps(self, x_seq: Tensor, given: Any) -> tuple[Tensor, Any]:
-        p, records, state = self.p, getattr(self, "record_states", False), given
-        if state is None:
-            state = self.initial_state(x_seq if self.time_dim == 0 else x_seq[0])
-        found: dict[str, Any] = {}
-        if "i" in state._fields:
-            x_seq = x_seq.to(torch.result_type(x_seq, state.i))
-            share = number(self.dt * p.tau_syn_inv)
-            first = x_seq[:1] if given is None else x_seq[:1] + state.i
-            if len(x_seq) == 1:
-                x_seq, last = first, first[0]
+        p, records, found = self.p, getattr(self, "record_states", False), {}
+        first = self.initial_state(input_tensor) if state is None else state
+        if "i" in first._fields:
+            decay = 1 - number(self.dt * p.tau_syn_inv)
+            x = input_tensor.to(torch.result_type(input_tensor, first.i))
+            if self.time_dim is None:
+                input_tensor = last = x + first.i
             else:
-                x_seq = x_seq if given is None else torch.cat([first, x_seq[1:]])
-                x_seq, last = self.integrate(x_seq, decay=1 - share)
-            current = x_seq if records else last
-            found["i"] = current - share * current
+                x = x if state is None else torch.cat([x[:1] + first.i, x[1:]])
+                input_tensor, last = self.integrate(x, decay=decay)
+            found["i"] = decay * (input_tensor if records else last)
+        x_seq = input_tensor.unsqueeze(0) if self.time_dim is None else input_tensor
         gain, bias = self.input_terms()
         decay = 1 - gain if hasattr(p, "tau_mem_inv") else 1.0
-        v = state.v.to(x_seq.device)
+        v = first.v.to(x_seq.device)
         v = v if v.shape == x_seq.shape[1:] else v.expand(x_seq.shape[1:])
         if self.settings.spike is None:
             x_seq = x_seq if isinstance(bias, float) and bias == 0 else x_seq + p.v_leak
             out, last = self.integrate(x_seq, decay=decay, input_gain=gain, v_init=v)
-            return out, type(state)(v=out if records else last, **found)
-        hard = getattr(p, "reset_method", reset_value) is reset_value
-        output = self.lif(
-            x_seq,
-            decay=decay,
-            input_gain=gain,
-            input_bias=bias,
-            v_threshold=p.v_th,
-            v_reset=p.v_reset if hard else None,
-            v_init=v,
-            return_v_seq=records,
-        )
-        return output.s_seq, type(state)(v=output.v_seq if records else output.v_last, **found)
+            found["v"] = out if records else last
+        else:
+            output = self.lif(
+                x_seq, decay=decay, input_gain=gain, input_bias=bias, v_threshold=p.v_th, v_init=v,
+                v_reset=p.v_reset if getattr(p, "reset_method", reset_value) is reset_value else None,
+                return_v_seq=records,
+            )  # fmt: skip
+            out, found["v"] = output.s_seq, output.v_seq if records else output.v_last
+        return out.squeeze(0) if self.time_dim is None else out, type(first)(**found)
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
         if not hasattr(self.p, "tau_mem_inv"):

@@ -1,30 +1,49 @@
-"""sinabs: `LIF` and `IAF` with at most one spike a step, and their Squeeze forms; batch first.
+"""sinabs: `LIF`, `IAF` and `ExpLeak`, which emits h, and their Squeeze forms; batch first.
 
-h = alpha v + (1 - alpha) x                 alpha = exp(-1 / tau_mem); x itself without norm_input; IAF has alpha = 1
-spike = h >= spike_threshold
+i = a (i + x)                               a = exp(-1 / tau_syn); x itself without tau_syn
+h = alpha v + (1 - alpha) i                 alpha = exp(-1 / tau_mem); i itself without norm_input; IAF has alpha = 1
+s = trunc(h / spike_threshold), h > 0       MultiSpike
+  = h >= spike_threshold                    SingleSpike
 v = h - subtract_value s                    MembraneSubtract; by default the threshold
   = h (1 - s), where s is detached          MembraneReset to 0
+v = relu(v - min_v_mem) + min_v_mem         where there is a min_v_mem
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
 from sinabs import layers
-from sinabs.activation import MembraneReset, MembraneSubtract, SingleExponential, SingleSpike
+from sinabs.activation import (
+    MembraneReset,
+    MembraneSubtract,
+    MultiSpike,
+    PeriodicExponential,
+    SingleExponential,
+    SingleSpike,
+)
 from sinabs.layers.reshape import SqueezeMixin
 from torch import Tensor, nn
 
-from .converted import Converted, Found, unknown
+from ..surrogate import PERIODIC
+from .converted import Converted, Found, Settings, unknown
+from .identify import SpikeFunction
 
 
 class ConvertedLayer(Converted):
     """All steps in one call; `v_mem`, `recordings` and `firing_rate` are kept as sinabs keeps them."""
 
-    v_mem: Tensor
+    v_mem: Any
+    i_syn: Any
     surrogate_grad_fn: Any
+    _least: tuple[float, Any] = math.nan, ()  # min_v_mem as it was read, and what tells whether it has changed
+
+    def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
+        super().begin(settings, analog_prob, learn_width)
+        self._least_potential()
 
     @property
     def time_dim(self) -> int | None:  # type: ignore[override]
@@ -41,34 +60,58 @@ class ConvertedLayer(Converted):
             self.init_state_with_shape((batch, *trailing))
         elif self.v_mem.shape[0] != batch:
             self.handle_state_batch_size_mismatch(batch)
+        x_seq, alpha, i_last = input_data, self.alpha_syn_calculated, None
+        if alpha is not None:
+            x_seq, i_last = self.integrate(x_seq, decay=alpha, input_gain=alpha, v_init=self.i_syn, time_dim=1)
+        self.i_syn = i_last
+        output, self.v_mem, v_seq = self._membrane(x_seq)
+        recordings = {"v_mem": v_seq} if alpha is None else {"v_mem": v_seq, "i_syn": x_seq}
+        self.recordings = recordings if self.record_states else {}
+        self.firing_rate = output.mean()
+        return output
+
+    def _membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The output, the last potential and, if it is recorded, all of them."""
         reset: dict[str, Any] = {"v_reset": None, "reset_amount": self.spike_threshold}
         if isinstance(self.reset_fn, MembraneReset):
             reset = {"v_reset": 0.0, "detach_reset": True}
         elif self.reset_fn.subtract_value is not None:
             reset["reset_amount"] = self.reset_fn.subtract_value
         output = self.lif(
-            input_data,
+            x_seq,
             decay=self.alpha_mem_calculated,
             input_gain=self.input_terms()[0],
             v_threshold=self.spike_threshold,
+            multi_spike=self.multi_spike,
+            v_min=self._least_potential(),
             v_init=self.v_mem,
             time_dim=1,
             return_v_seq=self.record_states,
             **reset,
         )
-        assert output.v_last is not None
-        self.v_mem = output.v_last
-        self.recordings = {"v_mem": output.v_seq} if self.record_states else {}
-        self.firing_rate = output.s_seq.mean()
-        return output.s_seq
+        return output.s_seq, output.v_last, output.v_seq
+
+    @property
+    def takes_input(self) -> bool:  # type: ignore[override]
+        return self.alpha_syn_calculated is None
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
         return 1 - self.alpha_mem_calculated if self.norm_input else 1.0, 0.0
 
+    def _least_potential(self) -> float | None:
+        """`min_v_mem` as the number that `lif` takes. On a GPU, which has to wait, it is read where it has changed."""
+        least = self.min_v_mem
+        if least is None:
+            return None
+        mark = None if least.device.type == "cpu" else (id(least), least._version)
+        if not torch.compiler.is_compiling() and (mark is None or self._least[1] != mark):
+            self._least = _only(least), mark
+        return self._least[0]
+
     def hold_width(self) -> bool:
         if self.settings.spike.surrogate != "laplace" or not isinstance(self.surrogate_grad_fn, SingleExponential):
             return False
-        width = float(torch.as_tensor(self.width).detach()) / float(self.spike_threshold)
+        width = float(torch.as_tensor(self.width).detach()) / _only(self.spike_threshold)
         self.surrogate_grad_fn = copy.copy(self.surrogate_grad_fn)  # other layers may share it
         self.surrogate_grad_fn.grad_width = width
         return True
@@ -77,37 +120,78 @@ class ConvertedLayer(Converted):
         # sinabs makes a new layer of the arguments, which knows nothing of the conversion.
         made = type(self).__new__(type(self))
         memo[id(self)] = made
-        state = {**self.__dict__, "_buffers": {name: self.v_mem.detach() for name in self._buffers}}
+        state = {**self.__dict__, "_buffers": {name: value.detach() for name, value in self.named_buffers()}}
         for name in ("recordings", "firing_rate"):  # these may be inside a graph
             state.pop(name, None)
         made.__dict__.update(copy.deepcopy(state, memo))
         return made
 
+    def end(self) -> None:
+        self.__dict__.pop("_least", None)
+        super().end()
+
+
+class ConvertedMultiSpike(ConvertedLayer):
+    """The same with MultiSpike."""
+
+    multi_spike = True
+
+
+class ConvertedExpLeak(ConvertedLayer):
+    """The same without spikes."""
+
+    takes_input = False
+
+    def _membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gain, _ = self.input_terms()
+        v_seq, v_last = self.integrate(
+            x_seq, decay=self.alpha_mem_calculated, input_gain=gain, v_init=self.v_mem, time_dim=1
+        )
+        return v_seq, v_last, v_seq
+
+
+def _only(value: Tensor) -> float:
+    """The number that all elements are; NaN where they differ."""
+    low, high = value.detach().double().aminmax()
+    return float(low) if low == high else math.nan
+
 
 PARTING = (layers.UnflattenTime,)
 
-_KNOWN = (layers.LIF, layers.LIFSqueeze, layers.IAF, layers.IAFSqueeze)
+_LEAKS = (layers.ExpLeak, layers.ExpLeakSqueeze)
+_KNOWN = (layers.LIF, layers.LIFSqueeze, layers.IAF, layers.IAFSqueeze, *_LEAKS)
 
 
 def find(layer: nn.Module) -> Found:
     if type(layer) not in _KNOWN:
         return unknown(layer, _KNOWN) if isinstance(layer, layers.StatefulLayer) else None
     node: Any = layer
-    if node.spike_fn is not SingleSpike:
+    if type(layer) in _LEAKS:
+        if node.min_v_mem is not None:
+            return "it has a least potential (min_v_mem), which it does not emit"
+        return ConvertedExpLeak, None
+    if node.spike_fn not in (SingleSpike, MultiSpike):
         name = getattr(node.spike_fn, "__name__", type(node.spike_fn).__name__)
-        return f"it may spike several times a step (spike_fn={name}; SingleSpike can be converted)"
-    if node.min_v_mem is not None:
-        return "it has a least potential (min_v_mem)"
-    if node.alpha_syn_calculated is not None:
-        return "it has a synaptic current (tau_syn)"
+        return f"its spikes are those of {name}; SingleSpike and MultiSpike can be converted"
+    if node.min_v_mem is not None and math.isnan(_only(node.min_v_mem)):
+        return "its least potential (min_v_mem) differs between neurons"
     if type(node.reset_fn) not in (MembraneSubtract, MembraneReset):
         return f"it resets by {type(node.reset_fn).__name__}"
+    several, surrogate = node.spike_fn is MultiSpike, node.surrogate_grad_fn
+    if several and isinstance(node.reset_fn, MembraneReset):
+        return "it resets to a value after several spikes (MultiSpike), each of which takes some off here"
     if isinstance(node.reset_fn, MembraneReset) and node.reset_fn.reset_value != 0:
         return "it resets to a value that is not 0, which sinabs adds to the neurons that did not spike, too"
-    if node.spike_threshold.numel() != 1:
+    kind = ConvertedMultiSpike if several else ConvertedLayer
+    if several and type(surrogate) is PeriodicExponential:
+        width = surrogate.grad_width
+        return kind, SpikeFunction(PERIODIC, width, 2 * width * surrogate.grad_scale, False)
+    threshold = _only(node.spike_threshold)
+    if math.isnan(threshold):
         return "its surrogate is as wide as each neuron's own threshold says"
-    threshold = node.spike_threshold.detach().double().cpu()
-    return ConvertedLayer, lambda u: node.spike_fn.apply(u + threshold, threshold, node.surrogate_grad_fn)
+    at = torch.tensor(threshold, dtype=torch.float64)
+    # Both kinds of spikes have the same gradient.
+    return kind, lambda u: SingleSpike.apply(u + at, at, surrogate)
 
 
 def reset(module: nn.Module) -> None:

@@ -52,11 +52,11 @@ class ConvertedLeaky(Converted):
         enlist(self)
 
     def forward(self, input_: Tensor, mem: Tensor | None = None) -> Any:
-        return self.results(*self.step(input_, mem))
+        return self.results(*self.step(input_.unsqueeze(0), mem))
 
-    def step(self, input_: Tensor, mem: Tensor | None) -> tuple[Tensor, ...]:
-        """Spikes and states after a step."""
-        output = self._steps(input_.unsqueeze(0), mem)
+    def step(self, x_seq: Tensor, mem: Tensor | None) -> tuple[Tensor, ...]:
+        """Spikes and states after the one step that there is."""
+        output = self._steps(x_seq, mem)
         assert output.h_seq is not None
         assert output.v_last is not None
         # squeeze has a cheaper gradient than indexing; the potential must be no view, to be detached in place.
@@ -139,27 +139,22 @@ class ConvertedSynaptic(ConvertedLeaky):
     takes_input = False
     syn: Tensor
 
-    def forward(  # type: ignore[override]
-        self, input_: Tensor, syn: Tensor | None = None, mem: Tensor | None = None
-    ) -> Any:
-        (current,) = self._current(input_.unsqueeze(0), syn, mem)
-        spk, mem = self.step(current, mem)
+    def forward(self, input_: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
+        self.syn = _clamped(self.alpha, 0.0) * self._before(input_, syn, mem) + input_
+        spk, mem = self.step(self.syn.unsqueeze(0), mem)
         return self.results(spk, self.syn, mem)
 
-    def sequence(  # type: ignore[override]
-        self, x_seq: Tensor, syn: Tensor | None = None, mem: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        syn_seq = self._current(x_seq, syn, mem)
+    def sequence(self, x_seq: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
+        syn = self._before(x_seq[0], syn, mem)
+        syn_seq, self.syn = self.integrate(x_seq, decay=_clamped(self.alpha, 0.0), v_init=syn)
         s_seq, mem_seq = super().sequence(syn_seq, mem)
         return s_seq, syn_seq, mem_seq
 
-    def _current(self, x_seq: Tensor, syn: Tensor | None, mem: Tensor | None) -> Tensor:
+    def _before(self, x: Tensor, syn: Tensor | None, mem: Tensor | None) -> Tensor:
         if self.init_hidden and (syn is not None or mem is not None):
             raise TypeError("`mem` or `syn` should not be passed as an argument while `init_hidden=True`")
         syn = self.syn if syn is None else syn
-        v_init = syn if syn.shape == x_seq.shape[1:] else None
-        syn_seq, self.syn = self.integrate(x_seq, decay=_clamped(self.alpha, 0.0), v_init=v_init)
-        return syn_seq
+        return syn if syn.shape == x.shape else torch.zeros_like(x)
 
 
 def _clamped(value: Tensor, least: float) -> Tensor | float:
@@ -199,17 +194,15 @@ class MultiStep(nn.Module):
         self.layer = converted
 
     def forward(self, x_seq: Tensor, *states: Tensor | None, **named: Tensor | None) -> Any:
-        names = ("syn", "mem") if isinstance(self.layer, snntorch.Synaptic) else ("mem",)
-        given = dict(zip(names, states, strict=False)) | named
-        for name, value in {"x_seq": x_seq, **given}.items():
-            if not isinstance(value, Tensor) and not (name in names and value is None):
+        for name, value in (("x_seq", x_seq), *(("a state", state) for state in (*states, *named.values()))):
+            if not isinstance(value, Tensor) and not (name == "a state" and value is None):
                 raise TypeError(f"{_MULTI_STEP}: {name} must be a tensor, got {type(value).__name__}")
         if not isinstance(self.layer, ConvertedLeaky):
             raise RuntimeError(
                 f"{_MULTI_STEP}: layer must be converted, got one that was reverted: "
                 "asgl_cuda.convert(model, inplace=True) converts it again"
             )
-        return self.layer.results(*self.layer.sequence(x_seq, **given))
+        return self.layer.results(*self.layer.sequence(x_seq, *states, **named))
 
 
 _KNOWN = (snntorch.Leaky, snntorch.Lapicque, snntorch.Synaptic)
@@ -229,9 +222,9 @@ def find(layer: nn.Module) -> Found:
         return "it quantises its state"
     if isinstance(leaky.graded_spikes_factor, nn.Parameter) or bool((leaky.graded_spikes_factor != 1).any()):
         return "its spikes are graded"
-    is_leaky, decay = type(layer) is snntorch.Leaky, leaky.beta
-    if leaky.reset_mechanism == "zero" and not is_leaky:
+    if leaky.reset_mechanism == "zero" and type(layer) is not snntorch.Leaky:
         return 'it resets the input of the next step to 0 as well (reset_mechanism="zero")'
+    decay = leaky.beta
     if type(layer) is snntorch.Lapicque:
         decay = 1 - leaky.time_step / (leaky.R * leaky.C)
         if decay.requires_grad:

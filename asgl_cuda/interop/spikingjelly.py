@@ -49,8 +49,8 @@ class ConvertedNode(Converted):
         v_reset = 0.0 if self.v_reset is None else self.v_reset
         v_rest = v_reset if self.takes_input else 0.0
         output = self.lif(
-            x_seq,
-            decay=self._decay(),
+            self._current(x_seq),
+            decay=self.v_decay if hasattr(self, "v_decay") else 1 - self._share(),
             input_gain=self.input_terms()[0],
             v_threshold=self.v_threshold,
             v_reset=self.v_reset,
@@ -62,27 +62,26 @@ class ConvertedNode(Converted):
         self.v = output.v_last
         return output
 
-    def _kept(self, value: Any, x_seq: Tensor, at_start: float, at_rest: float) -> Tensor | None:
+    def _kept(self, value: Any, x_seq: Tensor, at_start: float, at_rest: float | None) -> Any:
         """A state from the last call; None if it is at rest."""
-        whole = not x_seq.is_floating_point()
-        if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not isinstance(self, _SIMPLE):
+        whole, simple = not x_seq.is_floating_point(), isinstance(self, _SIMPLE)
+        if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not simple:
             value = at_start  # it begins anew, as in SpikingJelly
         if not isinstance(value, Tensor):
             return None if value == at_rest and not whole else torch.full_like(x_seq[0], value)
         # Since version 2, SpikingJelly keeps it from call to call in the type of its input.
-        return value.to(x_seq.dtype) if whole and hasattr(self, "materialize_states") else value
+        return value.to(x_seq.dtype) if whole and not simple and hasattr(self, "materialize_states") else value
 
-    def _decay(self) -> Tensor | float:
-        return 1 - self._share()
+    def _current(self, x_seq: Tensor) -> Tensor:
+        return x_seq
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
         return self._share() if getattr(self, "decay_input", False) else 1.0, 0.0
 
     def _share(self) -> Tensor | float:
         """How much of the potential leaks in a step."""
-        if isinstance(self, neuron.ParametricLIFNode):
-            return self.w.sigmoid()  # type: ignore[no-any-return]
-        return 1 / self.tau if hasattr(self, "tau") else 0.0
+        leak = 1 / self.tau if hasattr(self, "tau") else 0.0
+        return self.w.sigmoid() if isinstance(self, neuron.ParametricLIFNode) else leak
 
     def hold_width(self) -> bool:
         function = self.surrogate_function
@@ -103,12 +102,13 @@ class ConvertedCUBALIFNode(ConvertedNode):
     takes_input = False
     c: Any
 
-    def _steps(self, x_seq: Tensor) -> LIFOutput:
-        c_seq, self.c = self.integrate(x_seq, decay=self.c_decay, v_init=self._kept(self.c, x_seq, 0.0, 0.0))
-        return super()._steps(c_seq)
-
-    def _decay(self) -> Tensor | float:
-        return self.v_decay  # type: ignore[no-any-return]
+    def _current(self, x_seq: Tensor) -> Tensor:
+        c = self._kept(self.c, x_seq, 0.0, None)
+        if self.step_mode == "s":  # the operations cost less than the integrator's call
+            self.c = self.c_decay * c + x_seq.squeeze(0)
+            return self.c.unsqueeze(0)  # type: ignore[no-any-return]
+        c_seq, self.c = self.integrate(x_seq, decay=self.c_decay, v_init=c)
+        return c_seq
 
 
 class ConvertedNonSpikingNode(Converted):
@@ -118,9 +118,8 @@ class ConvertedNonSpikingNode(Converted):
     time_dim = 0
 
     def forward(self, x_seq: Tensor) -> Any:
-        share = 1 / self.tau if hasattr(self, "tau") else None
-        leak = {"decay": 1.0} if share is None else {"decay": 1 - share, "input_gain": share}
-        v_seq, self.v = self.integrate(x_seq, **leak)
+        share, gain = (1 / self.tau, 1 / self.tau) if hasattr(self, "tau") else (0.0, 1.0)
+        v_seq, self.v = self.integrate(x_seq, decay=1 - share, input_gain=gain)
         if self.decode == "max-mem":
             return v_seq.max(0).values
         if self.decode == "max-abs-mem":
@@ -128,7 +127,7 @@ class ConvertedNonSpikingNode(Converted):
             return torch.where(high.abs() > low.abs(), high, low)
         if self.decode == "mean-mem":
             return v_seq.mean(0)
-        return self.v if self.decode == "last_mem" else list(v_seq)
+        return v_seq[-1] if self.decode == "last_mem" else list(v_seq)
 
 
 # These normalise as torch.nn's do; in step mode "m" time and batch are apart. ThresholdDependent changes only the first

@@ -13,7 +13,7 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("nirtorch", minversion="2.6")
 
 
-NUMBERS = ("tau", "r", "v_leak", "v_threshold", "v_reset")
+NUMBERS = ("tau", "tau_syn", "tau_mem", "r", "w_in", "v_leak", "v_threshold", "v_reset")
 
 
 def convolutional(layer):
@@ -27,19 +27,22 @@ def rewritten(graph, path, type_check=True):
 
 
 def euler(node, x_seq, dt=1e-4):
-    """The equations of NIR for a LIF or IF node, in float64, by steps of dt."""
+    """The equations of NIR for a node of neurons or integrators, in float64, by steps of dt: spikes, or potentials."""
     x_seq = x_seq.double()
     number = {name: torch.as_tensor(value).double() for name, value in vars(node).items() if name in NUMBERS}
     zero = torch.zeros_like(number["r"])
     v_leak, v_reset = number.get("v_leak", zero), number.get("v_reset", zero)
-    v, s_seq = v_leak.expand(x_seq.shape[1:]), []
+    v, i, out = v_leak.expand(x_seq.shape[1:]), torch.zeros_like(x_seq[0]), []
+    tau = number.get("tau", number.get("tau_mem"))
     for x in x_seq:
-        current = number["r"] * x
-        v = v + dt * ((v_leak - v + current) / number["tau"] if "tau" in number else current)
-        s = v > number["v_threshold"]
-        v = torch.where(s, v_reset, v)
-        s_seq.append(s)
-    return torch.stack(s_seq).float()
+        if "tau_syn" in number:
+            i = i + dt * (number["w_in"] * x - i) / number["tau_syn"]
+        current = number["r"] * (i if "tau_syn" in number else x)
+        v = v + dt * (current if tau is None else (v_leak - v + current) / tau)
+        s = v > number["v_threshold"] if "v_threshold" in number else None
+        out.append(v if s is None else s)
+        v = v if s is None else torch.where(s, v_reset, v)
+    return torch.stack(out).float()
 
 
 def public_types(layer):
@@ -54,6 +57,13 @@ def nir_lif(**numbers):
     """A node of 6 neurons, with the numbers of asgl_cuda.LIF() where they are not given."""
     named = {"tau": 2e-4, "r": 2.0, "v_leak": 0.0, "v_threshold": 1.0} | numbers
     return nir.LIF(**{name: np.full(6, value, np.float32) for name, value in named.items()})
+
+
+def cuba(kind=nir.CubaLIF, **numbers):
+    """A node of 6 neurons with a current."""
+    named = {"tau_syn": 4e-4, "tau_mem": 2e-4, "r": 2.0, "v_leak": 0.0, "w_in": 4.0}
+    named |= ({"v_threshold": 1.0} if kind is nir.CubaLIF else {}) | numbers
+    return kind(**{name: np.full(6, value, np.float64) for name, value in named.items()})
 
 
 def graph_of(*nodes, edges=None, **more):

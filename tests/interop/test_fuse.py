@@ -205,14 +205,18 @@ def test_norse_with_what_is_between():
 SINGLE = {"spike_fn": sinabs.activation.SingleSpike, "spike_threshold": torch.tensor(0.3, dtype=torch.float64)}
 
 
+SEVERAL = {"spike_threshold": SINGLE["spike_threshold"], "min_v_mem": -0.5}
+
+
+@pytest.mark.parametrize("options", [SINGLE, SEVERAL], ids=["SingleSpike", "MultiSpike"])
 @pytest.mark.parametrize("name", ["LIFSqueeze", "IAFSqueeze", "LIF", "LIF by channel", "IAF"])
-def test_sinabs(name, backend):
+def test_sinabs(name, options, backend):
     if name.endswith("Squeeze"):
-        made = getattr(sinabs.layers, name)(**({"tau_mem": 3.0} if "LIF" in name else {}), batch_size=B, **SINGLE)
+        made = getattr(sinabs.layers, name)(**({"tau_mem": 3.0} if "LIF" in name else {}), batch_size=B, **options)
         parts = [nn.BatchNorm2d(C), made]
     else:
         tau = torch.tensor([2.0, 3.0, 4.0])[:, None, None] if "channel" in name else 3.0
-        made = sinabs.layers.IAF(**SINGLE) if name == "IAF" else sinabs.layers.LIF(tau, **SINGLE)
+        made = sinabs.layers.IAF(**options) if name == "IAF" else sinabs.layers.LIF(tau, **options)
         parts = [nn.BatchNorm2d(C), sinabs.layers.UnflattenTime(B), made]
     assert_alike(nn.Sequential(*parts), 2 * torch.randn(B * T, C, 2, 2), 1, backend, lambda model, x: model(x))
 

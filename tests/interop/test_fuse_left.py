@@ -204,9 +204,14 @@ def test_left_by_the_neurons():
     assert "BatchNormLIF, which has a normalisation of its own" in reasons(before(own))["0.layer"]
     unknown = neuron.QIFNode(step_mode="m")
     assert reasons(before(unknown)) == {"0.layer": "its output goes to QIFNode: asgl_cuda has no such neuron"}
-    many = sinabs.layers.LIF(2.0)
-    assert "its output goes to LIF: it may spike several times a step" in reasons(before(many))["0.layer"]
+    many = sinabs.layers.LIF(2.0, spike_fn=sinabs.activation.MaxSpike(3))
+    assert "its output goes to LIF: its spikes are those of MaxSpike" in reasons(before(many))["0.layer"]
     assert type(many) is sinabs.layers.LIF
+    for integrates in (sinabs.layers.LIF(2.0, tau_syn=3.0), sinabs.layers.ExpLeak(2.0)):
+        name = type(integrates).__name__
+        model = nn.Sequential(nn.BatchNorm2d(C), sinabs.layers.UnflattenTime(2), integrates)
+        assert reasons(model) == {"0": f"its output goes to {name}, whose input no neuron takes as it is"}
+        assert type(asgl_cuda.fuse(model)[0][2]) is type(integrates)
 
 
 def test_left_by_the_channels():

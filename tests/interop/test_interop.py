@@ -1,12 +1,8 @@
 """Layers of other libraries give the same spikes, states and gradients when they are converted."""
 
-import copy
-
 import libraries  # noqa: F401
 import norse.torch as norse
 import pytest
-import sinabs.activation
-import sinabs.layers
 import snntorch
 import torch
 from converted_layers import SHAPE, check, norse_run
@@ -280,14 +276,18 @@ def test_snntorch_multi_step(init_hidden, reset_delay, reset_mechanism):
 
 
 def test_snntorch_multi_step_of_something_else():
-    with pytest.raises(ValueError, match=r"layer must be a Leaky of snnTorch: it is a Linear"):
+    with pytest.raises(ValueError, match=r"layer must be a Leaky, Lapicque or Synaptic of snnTorch: it is a Linear"):
         interop_snntorch.MultiStep(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"layer must be a Leaky of snnTorch: it quantises its state"):
+    with pytest.raises(
+        ValueError, match=r"layer must be a Leaky, Lapicque or Synaptic of snnTorch: it quantises its state"
+    ):
         interop_snntorch.MultiStep(snntorch.Leaky(beta=0.5, state_quant=lambda mem: mem))
-    with pytest.raises(TypeError, match=r"snntorch\.MultiStep: layer must be a Leaky of snnTorch, got int"):
+    with pytest.raises(
+        TypeError, match=r"snntorch\.MultiStep: layer must be a Leaky, Lapicque or Synaptic of snnTorch, got int"
+    ):
         interop_snntorch.MultiStep(5)
     multi = interop_snntorch.MultiStep(snntorch.Leaky(beta=0.5))
-    for arguments, name in ((([1.0],), "x_seq"), ((torch.ones(2, 3), 5), "mem")):
+    for arguments, name in ((([1.0],), "x_seq"), ((torch.ones(2, 3), 5), "a state")):
         with pytest.raises(TypeError, match=rf"snntorch\.MultiStep: {name} must be a tensor, got (list|int)"):
             multi(*arguments)
 
@@ -323,84 +323,3 @@ def test_norse_learned_time_constant():
     del back.kept
     (theirs,) = torch.autograd.grad(norse_run(back, x)[1].sum(), tau_mem_inv)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
-
-
-# ---- sinabs ----
-
-
-def sinabs_run(layer, x_seq):
-    """Inputs are time first here, as everywhere in these tests."""
-    before = layer.v_mem if layer.is_state_initialised() else torch.zeros_like(x_seq[0])
-    x = x_seq.transpose(0, 1)
-    squeezed = hasattr(layer, "num_timesteps")
-    out = layer(x.flatten(0, 1) if squeezed else x)
-    s = (out.unflatten(0, x.shape[:2]) if squeezed else out).transpose(0, 1)
-    v = layer.recordings["v_mem"].transpose(0, 1)
-    alpha = layer.alpha_mem_calculated
-    previous = torch.cat([before[None], v[:-1]])
-    gain = 1 - alpha if layer.norm_input else 1.0
-    return s, v, (alpha * previous + gain * x_seq).detach()
-
-
-@pytest.mark.parametrize("squeezed", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"tau_mem": 2.0},
-        {"tau_mem": 3.0, "norm_input": False},
-        {"tau_mem": 3.0, "norm_input": False, "train_alphas": True},
-        {"tau_mem": torch.linspace(1, 5, SHAPE[-1]), "norm_input": False},
-        {"tau_mem": 3.0, "norm_input": False, "reset_fn": sinabs.activation.MembraneReset()},
-        {"tau_mem": 3.0, "norm_input": False, "reset_fn": sinabs.activation.MembraneSubtract(0.4)},
-        {},
-    ],
-    ids=lambda options: ", ".join(map(str, options)) or "IAF",
-)
-def test_sinabs(options, squeezed):
-    kind = ("LIF" if options else "IAF") + ("Squeeze" if squeezed else "")
-    more = {"batch_size": SHAPE[1]} if squeezed else {}
-
-    def make():
-        return getattr(sinabs.layers, kind)(
-            spike_threshold=torch.tensor(0.8), spike_fn=sinabs.activation.SingleSpike, record_states=True, **options,
-            **more,
-        )  # fmt: skip
-
-    check(make, sinabs_run, threshold=0.8, scale=2.0 if options == {"tau_mem": 2.0} else 1.0)
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        sinabs.activation.SingleExponential(0.7, 1.3), sinabs.activation.Gaussian(0.0, 0.6, 0.8),
-    ],
-    ids=lambda function: type(function).__name__,
-)  # fmt: skip
-def test_surrogates_of_sinabs(function):
-    def make():
-        return sinabs.layers.LIF(
-            3.0, spike_fn=sinabs.activation.SingleSpike, surrogate_grad_fn=function, norm_input=False,
-            record_states=True,
-        )  # fmt: skip
-
-    check(make, sinabs_run)
-
-
-def test_sinabs_state_and_copies():
-    torch.manual_seed(0)
-    layer = sinabs.layers.LIF(3.0, spike_fn=sinabs.activation.SingleSpike, norm_input=False)
-    fused, _ = asgl_cuda.convert(layer, asgl={"width": 2.0})
-    x = torch.randn(4, 9, 5)
-    fused(x)
-    twin = copy.deepcopy(fused)
-    assert type(twin) is type(fused)
-    assert twin.analog_prob == 0.2
-    assert torch.equal(twin.v_mem, fused.v_mem)
-    assert twin.log_width is not fused.log_width
-    assert twin.spike_threshold is not fused.spike_threshold
-    fused.reset_states()
-    assert not fused.v_mem.any()
-    assert twin.v_mem.any()
-    fused.eval()(x[:2])  # another batch size: sinabs takes over states of the old one
-    assert fused.v_mem.shape == (2, 5)
-    assert 0 < fused.firing_rate < 1

@@ -100,11 +100,23 @@ INTEGERS = {
     "SpikingJelly, soft": (lambda: neuron.IFNode(v_reset=None), jelly_steps),
     "snnTorch": (lambda: snntorch.Leaky(beta=0.5, threshold=1), leaky_steps),
     "snnTorch, zero": (lambda: snntorch.Leaky(beta=1, threshold=2, reset_mechanism="zero"), leaky_steps),
+    "SpikingJelly, current": (lambda: neuron.CUBALIFNode(v_reset=None), jelly_steps),
+    "SpikingJelly, simple": (lambda: neuron.SimpleLIFNode(2.0, True, v_reset=0.3), jelly_steps),
+    "snnTorch, current": (
+        lambda: snntorch.Synaptic(alpha=0.5, beta=0.5, threshold=2.0, init_hidden=True, output=True),
+        leaky_steps,
+    ),
+    "Norse, current": (lambda: norse.LIF(), lambda layer, x: (layer(x)[0], *layer(x)[1])),
+    "Norse, a step": (lambda: norse.IAFCell(), lambda layer, x: norse_run(layer, x)[:2]),
     "Norse": (
         lambda: norse.LIFBoxCell(norse.LIFBoxParameters(v_th=torch.tensor(1), tau_mem_inv=torch.tensor(400))),
         lambda layer, x: norse_run(layer, x)[:2],
     ),
     "sinabs LIF": (lambda: sinabs_layer("LIF", tau_mem=3, spike_threshold=1), lambda layer, x: (layer(x), layer.v_mem)),
+    "sinabs IAF, several": (
+        lambda: sinabs.layers.IAF(spike_threshold=50, min_v_mem=-1),
+        lambda layer, x: (layer(x), layer.v_mem),
+    ),
     "sinabs IAF": (lambda: sinabs_layer("IAF", spike_threshold=50), lambda layer, x: (layer(x), layer.v_mem)),
 }
 
@@ -142,7 +154,7 @@ LEFT = {
     ),
     "another surrogate": (
         lambda: neuron.IFNode(surrogate_function=surrogate.PiecewiseLeakyReLU()),
-        "its surrogate is none of those of asgl_cuda",
+        "its surrogate, PiecewiseLeakyReLU, is none of those of asgl_cuda",
     ),
     "inhibition": (lambda: snntorch.Leaky(beta=0.5, inhibition=True), "it has inhibition"),
     "quantised": (lambda: snntorch.Leaky(beta=0.5, state_quant=lambda mem: mem), "it quantises its state"),
@@ -153,21 +165,42 @@ LEFT = {
         lambda: snntorch.Leaky(beta=0.5, spike_grad=snn_surrogate.straight_through_estimator()),
         "its surrogate does not fall off",
     ),
-    "Synaptic": (lambda: snntorch.Synaptic(alpha=0.5, beta=0.5), "asgl_cuda has no such neuron"),
-    "LIFCell": (lambda: norse.LIFCell(), "asgl_cuda has no such neuron"),
-    "LIF of Norse": (lambda: norse.LIF(), "asgl_cuda has no such neuron"),
-    "circ": (lambda: norse.LIFBoxCell(norse.LIFBoxParameters(method="circ")), "its surrogate is none"),
-    "MultiSpike": (lambda: sinabs.layers.LIF(2.0), r"several times a step \(spike_fn=MultiSpike;"),
+    "triangular of snnTorch": (
+        lambda: snntorch.Leaky(beta=0.5, spike_grad=snn_surrogate.triangular()), "the slope -1 at the threshold",
+    ),
+    "a reset of the input": (
+        lambda: snntorch.Synaptic(alpha=0.5, beta=0.5, reset_mechanism="zero"), "the input of the next step",
+    ),
+    "a reset of Lapicque's input": (
+        lambda: snntorch.Lapicque(beta=0.5, reset_mechanism="zero"), "the input of the next step",
+    ),
+    "a graph": (lambda: snntorch.Lapicque(beta=torch.tensor(0.5), learn_beta=True), r"graph that ends .*learn_beta"),
+    "no decay of Lapicque": (lambda: snntorch.Lapicque(R=1, C=1), r"nothing is left \(beta=0\)"),
+    "adjoint": (lambda: norse.LIF(norse.LIFParameters(method="adjoint")), "it steps by lif_feed_forward_adjoint_step"),
+    "circ": (lambda: norse.LIFBoxCell(norse.LIFBoxParameters(method="circ")), "its surrogate, circ, is none"),
     "MaxSpike": (
-        lambda: sinabs.layers.LIF(2.0, spike_fn=sinabs.activation.MaxSpike(3)), r"\(spike_fn=MaxSpike;",
+        lambda: sinabs.layers.LIF(2.0, spike_fn=sinabs.activation.MaxSpike(3)),
+        "its spikes are those of MaxSpike; SingleSpike and MultiSpike can be converted",
     ),
-    "least potential": (
-        lambda: sinabs.layers.IAF(spike_fn=sinabs.activation.SingleSpike, min_v_mem=-1.0),
-        r"least potential \(min_v_mem\)",
+    "MultiSpike with a reset to 0": (
+        lambda: sinabs.layers.LIF(2.0, reset_fn=sinabs.activation.MembraneReset()),
+        r"resets to a value after several spikes \(MultiSpike\)",
     ),
-    "synaptic current": (
-        lambda: sinabs.layers.LIF(2.0, tau_syn=3.0, spike_fn=sinabs.activation.SingleSpike),
-        r"synaptic current \(tau_syn\)",
+    "least potentials": (
+        lambda: sinabs.layers.IAF(min_v_mem=torch.tensor([-1.0, -2.0])), r"\(min_v_mem\) differs between neurons",
+    ),
+    "widths for each": (
+        lambda: sinabs.layers.IAF(spike_threshold=torch.tensor([1.0, 2.0])), "as wide as each neuron's own threshold",
+    ),
+    "Heaviside": (
+        lambda: sinabs.layers.IAF(surrogate_grad_fn=sinabs.activation.Heaviside()), "surrogate does not fall off",
+    ),
+    "MultiGaussian": (
+        lambda: sinabs.layers.IAF(surrogate_grad_fn=sinabs.activation.MultiGaussian()), "its surrogate is none of",
+    ),
+    "periodic for a spike": (
+        lambda: sinabs_layer("IAF", surrogate_grad_fn=sinabs.activation.PeriodicExponential()),
+        "its surrogate is none of",
     ),
     "reset to a value": (
         lambda: sinabs.layers.LIF(
@@ -175,7 +208,9 @@ LEFT = {
         ),
         "resets to a value that is not 0",
     ),
-    "ExpLeak": (lambda: sinabs.layers.ExpLeak(2.0), "asgl_cuda has no such neuron"),
+    "ExpLeak with a floor": (
+        lambda: sinabs.layers.ExpLeak(2.0, min_v_mem=0.0), r"potential \(min_v_mem\), which it does not emit",
+    ),
     "gate": (
         lambda: authors_code.LIFLayer(
             2, spike_fn=authors_code.EfficientNoisySpikeII(authors_code.InvSigmoid()), use_gate=True
@@ -197,26 +232,35 @@ LEFT = {
 
 ALSO_LEFT = {
     **{name: lambda name=name: getattr(neuron, name)() for name in (
-        "DSRIFNode", "DSRLIFNode", "ActivationAwareIFNode", "ILIFNode", "SimpleIFNode",
+        "DSRIFNode", "DSRLIFNode", "ActivationAwareIFNode", "ILIFNode",
     )},
-    "PSN": lambda: neuron.PSN(4),
-    "MaskedPSN": lambda: neuron.MaskedPSN(2, 4),
-    "SlidingPSN": lambda: neuron.SlidingPSN(2),
     "GatedLIFNode": lambda: neuron.GatedLIFNode(4),
     "STBIFNode": lambda: neuron.STBIFNode(torch.tensor(1.0), 4, True),
     "FlexSN": lambda: neuron.FlexSN(lambda x, v: (x, v), num_states=1),
+    "Alpha": lambda: snntorch.Alpha(alpha=0.9, beta=0.8),
+    "ALIF": lambda: sinabs.layers.ALIF(3.0, 3.0),
+}  # fmt: skip
+
+MIXING = {
+    "PSN": lambda: neuron.PSN(4),
+    "MaskedPSN": lambda: neuron.MaskedPSN(2, 4),
+    "SlidingPSN": lambda: neuron.SlidingPSN(2),
+    "LIFRecurrent": lambda: norse.LIFRecurrent(2, 2),
+    "LSNNRecurrentCell": lambda: norse.LSNNRecurrentCell(2, 2),
     "CobaLIFCell": lambda: norse.CobaLIFCell(2, 2),
     "LILinearCell": lambda: norse.LILinearCell(2, 2),
     "LIFCorrelation": lambda: norse.LIFCorrelation(2, 2),
     "LeakyParallel": lambda: snntorch.LeakyParallel(2, 2),
-    "ALIF": lambda: sinabs.layers.ALIF(3.0, 3.0),
-}  # fmt: skip
+    "RLeaky": lambda: snntorch.RLeaky(beta=0.5, linear_features=2),
+    "RSynaptic": lambda: snntorch.RSynaptic(alpha=0.5, beta=0.5, linear_features=2),
+}
 
 
-@pytest.mark.parametrize("name", ALSO_LEFT)
+@pytest.mark.parametrize("name", [*ALSO_LEFT, *MIXING])
 def test_neurons_of_the_libraries_are_left_with_a_reason(name):
-    _, report = asgl_cuda.convert(nn.Sequential(ALSO_LEFT[name]()))
-    assert report == ([], [("0", name, "asgl_cuda has no such neuron")])
+    why = "it mixes neurons, or steps, by weights of its own" if name in MIXING else "asgl_cuda has no such neuron"
+    _, report = asgl_cuda.convert(nn.Sequential({**ALSO_LEFT, **MIXING}[name]()))
+    assert report == ([], [("0", name, why)])
 
 
 @pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")
@@ -253,4 +297,4 @@ def test_a_lopsided_surrogate_is_none_of_ours():
         smooth = torch.sigmoid(torch.where(u < 0, u, 1.001 * u))
         return smooth + ((u >= 0).to(u) - smooth).detach()
 
-    assert identify(function) == "its surrogate is none of those of asgl_cuda"
+    assert re.fullmatch("its surrogate, .*, is none of those of asgl_cuda", identify(function))

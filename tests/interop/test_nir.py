@@ -11,7 +11,7 @@ from nir_graphs import convolutional, euler, fires, graph_of, nir, nir_lif, np, 
 from torch import nn
 
 import asgl_cuda
-from asgl_cuda import LIF
+from asgl_cuda import LIF, LeakyIntegrator
 from asgl_cuda.interop.nir import from_nir, to_nir
 from asgl_cuda.over_time import OverTime
 
@@ -34,6 +34,13 @@ LAYERS = {
         {},
     ),
     "gain and rest without leak": (lambda: LIF(decay=1.0, input_gain=0.7, v_rest=-0.2, v_reset=-0.2), {}),
+    "several spikes": (
+        lambda: LIF(
+            v_reset=None, multi_spike=True, v_min=-0.5, surrogate="periodic_exponential", analog_prob=0, v_threshold=0.3
+        ),
+        {"allow_soft_reset": True},
+    ),
+    "a floor": (lambda: LIF(v_min=-0.25), {"allow_soft_reset": True}),
     "reset amount": (
         lambda: LIF(v_reset=None, reset_amount=0.5, strict_threshold=True, surrogate_gain=0.5, store_v_seq=True),
         {"allow_soft_reset": True},
@@ -62,6 +69,38 @@ def test_the_same_layer_comes_back(name, written, tmp_path):
     assert fires(model[:2](x_seq))
 
 
+INTEGRATORS = {
+    "defaults": (lambda: LeakyIntegrator(), {}),
+    "learned": (lambda: LeakyIntegrator(learn_decay=True), {}),
+    "channel": (lambda: LeakyIntegrator(4, granularity="channel", learn_decay=True), {"dt": 1e-3}),
+    "neuron": (lambda: LeakyIntegrator((4, 6, 5), granularity="neuron", learn_decay=True, input_gain=0.3), {}),
+    "no decay": (lambda: LeakyIntegrator(decay=0.0), {}),
+    "no leak": (lambda: LeakyIntegrator(decay=1.0, input_gain=-0.7), {}),
+    "gain and rest": (lambda: LeakyIntegrator(decay=0.9, input_gain=0.1, v_rest=-0.3, stateful=True), {}),
+}
+
+
+@pytest.mark.parametrize("name", INTEGRATORS)
+def test_the_same_integrators_come_back(name, tmp_path):
+    """As the current of neurons, which is a node of its own, and as a read-out; the nodes' numbers are theirs, too."""
+    make, options = INTEGRATORS[name]
+    model = randomized(convolutional(nn.Sequential(make(), LIF(v_threshold=0.2)))).append(LeakyIntegrator(decay=0.9))
+    x_seq = random_input(6, 3, 2, 6, 5).detach()
+    graph = rewritten(to_nir(model, x_seq, **options), tmp_path / "model.nir")
+    kind, current = nir.I if name == "no leak" else nir.LI, model[0](x_seq)
+    (node,) = [node for node in graph.nodes.values() if isinstance(node, kind) and node.r.shape == (4, 6, 5)]
+    layer = model[1][0]
+    expected = layer(current)
+    layer.reset()
+    torch.testing.assert_close(euler(node, current, **options), expected, rtol=1e-5, atol=1e-5)
+    back = from_nir(graph)
+    ours, theirs = ([m for m in each.modules() if isinstance(m, LeakyIntegrator)] for each in (model, back))
+    assert [repr(each) for each in ours] == [repr(each) for each in theirs]
+    assert [public_types(each) for each in ours] == [public_types(each) for each in theirs]
+    assert all(torch.equal(*pair) for pair in zip(ours[0].parameters(), theirs[0].parameters(), strict=True))
+    assert torch.equal(back(x_seq), model.eval()(x_seq))
+
+
 def test_float64_and_what_the_metadata_says(tmp_path):
     layer = randomized(LIF(3, granularity="channel", v_threshold=0.3, decay=0.7)).double().eval()
     x_seq = random_input(8, 4, 3, dtype=torch.float64).detach()
@@ -72,7 +111,10 @@ def test_float64_and_what_the_metadata_says(tmp_path):
     assert ours["reset"] == "hard"
     assert not ours["strict_threshold"]
     assert torch.equal(torch.as_tensor(ours["width"]), layer.width.detach())
-    assert torch.equal(from_nir(graph)(x_seq), layer(x_seq))
+    back = from_nir(graph, dtype=torch.float64)
+    assert torch.equal(back(x_seq), layer(x_seq))
+    assert all(torch.equal(*pair) for pair in zip(back.parameters(), layer.parameters(), strict=True))
+    assert {value.dtype for value in from_nir(graph).parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -172,8 +214,11 @@ def test_other_layers(name, written, tmp_path):
 def test_every_option_of_the_layer_is_written():
     (node,) = [node for node in to_nir(LIF(), torch.rand(2, 3, 4)).nodes.values() if isinstance(node, nir.LIF)]
     not_of_the_neuron = {"time_dim", "backend", "device", "dtype"}
-    of_the_soft_reset = {"reset_amount"}
-    options = set(inspect.signature(LIF).parameters) - not_of_the_neuron - of_the_soft_reset - {"num_features"}
+    where_there_is_one = {"reset_amount", "v_min"}
+    options = set(inspect.signature(LIF).parameters) - not_of_the_neuron - where_there_is_one - {"num_features"}
+    assert set(node.metadata["asgl_cuda"]["options"]) == options
+    node = to_nir(LeakyIntegrator(), torch.rand(2, 3, 4)).nodes["_0"]
+    options = set(inspect.signature(LeakyIntegrator).parameters) - not_of_the_neuron - {"num_features", "delay"}
     assert set(node.metadata["asgl_cuda"]["options"]) == options
 
 
@@ -185,7 +230,7 @@ def test_time_in_the_second_dimension_is_first_afterwards():
 
 
 def test_the_model_is_left_alone():
-    model = nn.Sequential(nn.Linear(5, 4), LIF(stateful=True, analog_prob=0.0))
+    model = nn.Sequential(nn.Linear(5, 4), LIF(stateful=True, analog_prob=0.0), LeakyIntegrator(stateful=True))
     x_seq = random_input(6, 3, 5).detach()
     model(x_seq)
     potential = model[1].v
@@ -210,6 +255,11 @@ class Stack(nn.Module):
 LINEAR = {"linear": nn.Linear(4, 4), "lif": LIF()}
 NOT_REPRESENTED = {
     "soft reset": (lambda: nn.Sequential(LIF(v_reset=None)), r"0 \(LIF\) has a soft reset.*allow_soft_reset=True"),
+    "floor": (lambda: nn.Sequential(LIF(v_min=-1.0)), r"0 \(LIF\) has a v_min.*allow_soft_reset=True"),
+    "delay": (lambda: nn.Sequential(LeakyIntegrator(delay=True)), r"0 \(LeakyIntegrator\): delay, and v_rest where"),
+    "a start that is not 0": (lambda: LeakyIntegrator(decay=1.0, v_rest=0.5), "delay, and v_rest where nothing leaks"),
+    "decay of an integrator": (lambda: LeakyIntegrator(decay=-0.5), r"decay must be in \[0, 1\], got -0.5"),
+    "integrators without time": (lambda: OverTime(LeakyIntegrator()), r"\(LeakyIntegrator\): time and batch must be"),
     "batch norm": (
         lambda: nn.Sequential(nn.Sequential(OverTime(nn.BatchNorm1d(4)))),
         r"0\.0\.layer \(BatchNorm1d\) can't be represented in NIR; fold it.*fuse_conv_bn_eval",
@@ -309,6 +359,10 @@ def converted(name):
         "LIF of sinabs": lambda: layers.LIF(tau, reset_fn=activation.MembraneReset(), **single),
         "IAF of sinabs": lambda: layers.IAF(**single),
         "LIFLayer": lambda: authors_code.LIFLayer(6, spike_fn=spike, thresh=0.8),
+        "floor": lambda: layers.IAF(min_v_mem=-1.0, **single),
+        "several": lambda: layers.IAF(),
+        "current": lambda: layers.IAF(tau_syn=3.0, **single),
+        "ExpLeak": lambda: layers.ExpLeak(2.0),
         "another amount": lambda: layers.IAF(reset_fn=activation.MembraneSubtract(0.4), **single),
         "a step a call": lambda: jelly.LIFNode(),
         "squeezed": lambda: layers.IAFSqueeze(batch_size=3, **single),
@@ -336,13 +390,17 @@ def test_converted_layers(name):
     [
         ("soft", r"1 \(ConvertedLIFNode\) has a soft reset"),
         ("another amount", r"1 \(ConvertedIAF\): its reset must take v_threshold off, got 0\.4"),
+        ("floor", r"1 \(ConvertedIAF\): several spikes a step and a least potential can't be represented"),
+        ("several", r"1 \(ConvertedIAF\): several spikes a step and a least potential can't be represented"),
+        ("current", r"1 \(ConvertedIAF\): must be a neuron that its input alone drives"),
+        ("ExpLeak", r"1 \(ConvertedExpLeak\): must be a neuron that its input alone drives"),
         ("a step a call", r"1 \(ConvertedLIFNode\): must take time and batch apart, .* got one step a call"),
         ("squeezed", r"1 \(ConvertedIAFSqueeze\): must take time and batch apart"),
     ],
 )
 def test_converted_layers_that_nir_has_not(name, message):
     with pytest.raises(ValueError, match=rf"asgl_cuda\.to_nir: {message}"):
-        to_nir(converted(name), torch.randn(6, 3, 4), allow_soft_reset=name == "another amount")
+        to_nir(converted(name), torch.randn(6, 3, 4), allow_soft_reset=name in ("another amount", "floor", "several"))
 
 
 @pytest.mark.parametrize(

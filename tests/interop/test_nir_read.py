@@ -3,11 +3,11 @@
 import pytest
 import torch
 from comparison import random_input
-from nir_graphs import euler, fires, graph_of, nir, nir_lif, np
+from nir_graphs import cuba, euler, fires, graph_of, nir, nir_lif, np
 from torch import nn
 
 import asgl_cuda
-from asgl_cuda import LIF
+from asgl_cuda import LIF, LeakyIntegrator
 from asgl_cuda.interop.nir import from_nir, to_nir
 
 SOME = np.array([2, 3, 2, 4, 5, 3])
@@ -42,6 +42,54 @@ def test_numbers_that_differ_inside_a_channel_are_read_by_neuron():
     assert torch.equal(back(x_seq), euler(node, x_seq))
 
 
+CURRENTS = {
+    "numbers alike": {},
+    "a gain and a rest": {"r": 1.5, "w_in": 2.5, "v_leak": 0.2},
+    "time constants for each": {"tau_syn": SOME * 2e-4, "tau_mem": SOME * 1e-4, "r": SOME},
+    "gains for each": {"w_in": SOME, "r": SOME / 2},
+    "a current without memory": {"tau_syn": 1e-4, "w_in": 1.0},
+}
+
+
+@pytest.mark.parametrize("kind", [nir.CubaLIF, nir.CubaLI])
+@pytest.mark.parametrize("name", CURRENTS)
+def test_currents_of_others_are_read_by_their_equations(name, kind):
+    node = cuba(kind, **CURRENTS[name])
+    x_seq = random_input(40, 5, 6).detach()
+    back = from_nir(graph_of(node))
+    integrators = [layer for layer in back.modules() if isinstance(layer, LeakyIntegrator)]
+    assert len(integrators) == 1 + (kind is nir.CubaLI)
+    assert integrators[0].granularity == ("channel" if name == "time constants for each" else "layer")
+    expected = euler(node, x_seq)
+    if kind is nir.CubaLIF:
+        assert fires(expected)
+        assert torch.equal(back(x_seq), expected)
+    torch.testing.assert_close(back(x_seq), expected, rtol=1e-5, atol=1e-5)
+    again = from_nir(to_nir(back, x_seq))
+    assert torch.equal(again(x_seq), back(x_seq)), "written as nodes of their own"
+
+
+@pytest.mark.parametrize("numbers", [{"tau": 3e-4, "v_leak": 0.3}, {"tau": SOME * 1e-4}, {"r": -SOME}, {}])
+def test_integrators_of_others(numbers):
+    fields = {"r": 1.5, "v_leak": 0.0} | numbers if "tau" in numbers else {"r": 2e3} | numbers
+    node = (nir.LI if "tau" in numbers else nir.I)(**{name: np.full(6, value) for name, value in fields.items()})
+    x_seq = random_input(20, 5, 6).detach()
+    torch.testing.assert_close(from_nir(graph_of(node))(x_seq), euler(node, x_seq), rtol=1e-5, atol=1e-5)
+
+
+def test_float64_weights_become_the_type_of_the_model():
+    """Where nothing else is said, numpy makes float64, and so do most files."""
+    weight = np.random.default_rng(0).normal(size=(6, 6))
+    graph = graph_of(nir.Affine(weight, weight[0]), cuba(tau_mem=SOME * 1e-4), nir.Scale(weight[0]), cuba(nir.CubaLI))
+    x_seq = random_input(5, 3, 6).detach()
+    back = from_nir(graph)
+    assert {value.dtype for value in (*back.parameters(), *back.buffers())} == {torch.float32}
+    assert back(x_seq).dtype == torch.float32
+    whole = from_nir(graph, dtype=torch.float64)
+    assert torch.equal(whole.get_submodule("0").weight, torch.as_tensor(weight))
+    assert whole(x_seq.double()).dtype == torch.float64
+
+
 def test_v_reset_of_others():
     node = nir_lif(v_reset=-0.5, r=1.5, v_leak=0.1)
     x_seq = random_input(20, 5, 6).detach()
@@ -74,9 +122,19 @@ def without_scale():
 
 ONES = np.ones(6, np.float32)
 NOT_READ = {
-    "synapses": (
-        lambda: graph_of(nir.CubaLIF(tau_syn=ONES, tau_mem=ONES, r=ONES, v_leak=ONES, v_threshold=ONES)),
-        r"node '0' \(CubaLIF\) can't be represented; what can be: LIF, IF, Affine",
+    "a threshold alone": (
+        lambda: graph_of(nir.Threshold(ONES)),
+        r"node '0' \(Threshold\) can't be represented; what can be: LIF, IF, CubaLIF, LI, I, CubaLI, Affine",
+    ),
+    "tau of a current": (
+        lambda: graph_of(cuba(tau_syn=5e-5)),
+        r"\(CubaLIF\): tau_syn must be at least dt = 0.0001, got",
+    ),
+    "tau behind it": (lambda: graph_of(cuba(tau_mem=5e-5)), r"\(CubaLIF\): tau_mem must be at least dt = 0.0001, got"),
+    "rests": (lambda: graph_of(cuba(nir.CubaLI, v_leak=SOME)), r"v_leak must be the same for all neurons, got 2 to 5"),
+    "another gain": (
+        lambda: changed(asgl_cuda.LeakyIntegrator(), r=4),
+        r"numbers say input_gain 2 and .* says 1, written",
     ),
     "two inputs": (
         lambda: graph_of(nir_lif(), more=nir.Input(input_type={"input": np.array([6])})),
@@ -204,6 +262,40 @@ def test_norse_writes_it():
         # dt = 1: Norse writes tau in steps.
         back = from_nir(norse.to_nir(other, x_seq[0], dt=1.0), dt=1.0)
         assert_same_spikes(back, x_seq, stepped(other, x_seq))
+
+
+@pytest.mark.filterwarnings("ignore:nirtorch")
+def test_norse_writes_currents_and_reads_the_same():
+    norse = pytest.importorskip("norse.torch")
+    model, x_seq = network()
+    p = norse.LIFParameters(tau_mem_inv=torch.tensor(200.0), v_th=torch.tensor(0.1))
+    other = norse.SequentialState(model[0], norse.LIFCell(p), model[2], norse.LIFCell())
+    with torch.no_grad():
+        for linear in (model[0], model[2]):
+            linear.weight *= 8
+        graph = norse.to_nir(other, x_seq[0], dt=1.0)  # Norse multiplies 1 / tau by it
+        assert sum(isinstance(node, nir.CubaLIF) for node in graph.nodes.values()) == 2
+        expected = stepped(norse.from_nir(graph, dt=1e-3), x_seq)
+        assert_same_spikes(from_nir(graph, dt=1e-3), x_seq, expected)
+
+
+def test_snntorch_writes_currents():
+    snntorch = pytest.importorskip("snntorch")
+    module = pytest.importorskip("snntorch.export_nir")
+
+    def neuron(size):
+        return snntorch.Synaptic(
+            alpha=torch.linspace(0.3, 0.8, size), beta=torch.full((size,), 0.75), threshold=torch.full((size,), 1.5),
+            reset_mechanism="zero", reset_delay=False, init_hidden=True,
+        )  # fmt: skip
+
+    model, x_seq = network()
+    other = nn.Sequential(model[0], neuron(16), model[2], neuron(12))
+    graph = module.export_to_nir(other, x_seq[:1, 0], ignore_dims=[0])
+    for index in (1, 3):
+        other[index].reset_mem()
+    with torch.no_grad():
+        assert_same_spikes(from_nir(graph), x_seq, torch.stack([other(x) for x in x_seq]))
 
 
 def test_sinabs_writes_it():

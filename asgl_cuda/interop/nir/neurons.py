@@ -1,13 +1,18 @@
-"""asgl_cuda.LIF and NIR's neurons LIF and IF: the same equations in other units.
+"""asgl_cuda.LIF and LeakyIntegrator, and the neurons of NIR: the same equations in other units.
 
-    tau v' = v_leak - v + r x                                NIR's LIF, time in seconds
-    v[t] = v[t-1] + dt / tau (v_leak - v[t-1] + r x[t])      its Euler step of length dt
-    h[t] = v_rest + decay (v[t-1] - v_rest) + g x[t]         asgl_cuda.LIF with input_gain g
+    tau v' = v_leak - v + r x                                NIR's LIF and LI, time in seconds
+    v[t] = v[t-1] + dt / tau (v_leak - v[t-1] + r x[t])      their Euler step of length dt
+    h[t] = v_rest + decay (v[t-1] - v_rest) + g x[t]         asgl_cuda.LIF with input_gain g, and LeakyIntegrator
 
-They are the same for decay = 1 - dt / tau, r = g tau / dt and v_leak = v_rest; for decay = 1, NIR's IF with v' = r x
-and r = g / dt. Gain and v_leak only move the scale of the potential: v_threshold and v_reset become
-(v_threshold - v_leak) / g and (v_reset - v_leak) / g, with g = 1 and v_leak = 0. A node is read in this scale, and
-written with its gain in r and with v_leak = 0, because a potential starts at 0 for whoever else reads it.
+They are the same for decay = 1 - dt / tau, r = g tau / dt and v_leak = v_rest; for decay = 1, NIR's IF and I with
+v' = r x and r = g / dt. What a LIF emits does not change where gain and v_leak only move the scale of its potential:
+v_threshold and v_reset become (v_threshold - v_leak) / g and (v_reset - v_leak) / g, with g = 1 and v_leak = 0. A node
+is read in this scale, and written with its gain in r and with v_leak = 0, because a potential starts at 0 for whoever
+else reads it. A LeakyIntegrator emits its potential, and keeps both.
+
+    tau_syn i' = -i + w_in x;   tau_mem v' = v_leak - v + r i      CubaLIF and CubaLI
+
+are an LI and, with i[t] for x[t], a LIF or another LI: `nn.Sequential(LeakyIntegrator(...), LIF(...))`.
 """
 
 from __future__ import annotations
@@ -16,17 +21,19 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...integrator import LeakyIntegrator
 from ...layer import Granularity
 from ...neuron import LIF
 from .values import as_array, as_double, as_shape, range_of
 
 DT = 1e-4  # seconds; the step that the other libraries assume as well
-_KEY = "asgl_cuda"  # under it a node's metadata have all that asgl_cuda.LIF has and NIR has not
-_OPTIONS = (
-    "v_rest", "input_gain", "surrogate", "surrogate_gain", "analog_prob", "granularity", "strict_threshold",
-    "detach_reset", "scale_output", "stateful", "store_v_seq",
+_KEY = "asgl_cuda"  # under it a node's metadata have all that the layer has and NIR has not
+_OF_BOTH = ("v_rest", "input_gain", "granularity", "stateful")
+_OF_LIF = (
+    "surrogate", "surrogate_gain", "analog_prob", "strict_threshold", "detach_reset", "multi_spike", "scale_output",
+    "store_v_seq",
 )  # fmt: skip
 
 
@@ -38,27 +45,46 @@ class Neurons(NamedTuple):
     v_reset: Tensor
 
 
-def read_neurons(node: Any, dt: float, where: str) -> Neurons:
-    """The node in the equations above; `write` has the inverse."""
-    r, v_threshold = as_double(node.r), as_double(node.v_threshold)
-    v_reset = as_double(0.0 if getattr(node, "v_reset", None) is None else node.v_reset)
-    if type(node).__name__ == "IF":
-        decay, gain, v_leak = torch.ones_like(r), r * dt, as_double(0.0)
+class Scale(nn.Module):
+    """NIR's Scale: the input times a constant of the shape of the neurons."""
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        return x_seq * self.scale
+
+
+def _step(node: Any, dt: float, where: str, tau: str = "tau", r: str = "r") -> tuple[Tensor, Tensor]:
+    """Decay and gain of the equations above; `write` has the inverse."""
+    gain, time = as_double(getattr(node, r)), getattr(node, tau, None)
+    if time is None:  # IF and I
+        decay, gain = torch.ones_like(gain), gain * dt
     else:
-        rate = dt / as_double(node.tau)
-        decay, gain, v_leak = 1 - rate, r * rate, as_double(node.v_leak)
+        rate = dt / as_double(time)
+        decay, gain = 1 - rate, gain * rate
         # tau = dt may have been rounded.
         decay = torch.where(decay.abs() < 1e-6, 0.0, decay)
         if not ((decay >= 0) & (decay <= 1)).all():
-            raise ValueError(f"{where}: tau must be at least dt = {dt}, got {range_of(as_double(node.tau))}")
-    if not (gain > 0).all():
-        raise ValueError(f"{where}: r must be > 0, got {range_of(r)}")
+            raise ValueError(f"{where}: {tau} must be at least dt = {dt}, got {range_of(as_double(time))}")
     # r = tau / dt may have been rounded, and would take the threshold along.
-    gain = torch.where((gain - 1).abs() < 1e-6, 1.0, gain)
+    return decay, torch.where((gain - 1).abs() < 1e-6, 1.0, gain)
+
+
+def read_neurons(node: Any, dt: float, where: str, tau: str = "tau") -> Neurons:
+    """A node that fires in the equations above."""
+    v_threshold, v_leak = as_double(node.v_threshold), as_double(getattr(node, "v_leak", 0.0))
+    v_reset = as_double(0.0 if getattr(node, "v_reset", None) is None else node.v_reset)
+    decay, gain = _step(node, dt, where, tau)
+    if not (gain > 0).all():
+        raise ValueError(f"{where}: r must be > 0, got {range_of(as_double(node.r))}")
     return Neurons(*torch.broadcast_tensors(decay, (v_threshold - v_leak) / gain, (v_reset - v_leak) / gain))
 
 
-def per_neuron(layer: LIF, value: Tensor | float, shape: Sequence[int]) -> Tensor:
+def per_neuron(layer: LIF | LeakyIntegrator, value: Tensor | float, shape: Sequence[int]) -> Tensor:
     """A parameter of the granularity's shape, float64 in the shape of the neurons."""
     value = as_double(value)
     if layer.granularity == "channel" and value.dim():
@@ -66,54 +92,65 @@ def per_neuron(layer: LIF, value: Tensor | float, shape: Sequence[int]) -> Tenso
     return value.expand(tuple(shape))
 
 
-def add_metadata(node: Any, layer: LIF, dt: float) -> Any:
-    """The node, from which `read_lif` makes the same layer: a file holds numbers, strings, arrays and dictionaries."""
-    options = {name: getattr(layer, f"_{name}") for name in ("decay", "v_threshold", "width")}
-    options |= {name: getattr(layer, name) for name in _OPTIONS}
-    options |= {
-        "learn_width": layer.log_width is not None,
-        "learn_decay": layer.logit_decay is not None,
-        "learn_threshold": layer.threshold is not None,
-    }
-    options |= {name: value for name in ("v_reset", "reset_amount") if (value := getattr(layer, name)) is not None}
-    node.metadata = {
-        _KEY: {
-            "dt": dt,
-            "reset": "soft" if layer.v_reset is None else "hard",
-            "strict_threshold": layer.strict_threshold,
-            "width": as_array(torch.as_tensor(layer.width).reshape(-1)),
-            "options": options,
-            "num_features": as_shape(layer.num_features),
-            # A file can't compress scalars.
-            "parameters": {name: as_array(parameter.reshape(-1)) for name, parameter in layer.named_parameters()},
-        }
-    }
+def add_metadata(node: Any, layer: LIF | LeakyIntegrator, dt: float) -> Any:
+    """The node, from which `read_node` makes the same layer: a file holds numbers, strings, arrays and dictionaries."""
+    options = {"decay": layer._decay, "learn_decay": layer.logit_decay is not None}
+    options |= {name: getattr(layer, name) for name in _OF_BOTH}
+    ours: dict[str, Any] = {"dt": dt}
+    if isinstance(layer, LIF):
+        options |= {name: getattr(layer, f"_{name}") for name in ("v_threshold", "width")}
+        options |= {name: getattr(layer, name) for name in _OF_LIF}
+        options |= {"learn_width": layer.log_width is not None, "learn_threshold": layer.threshold is not None}
+        maybe = ("v_reset", "reset_amount", "v_min")
+        options |= {name: value for name in maybe if (value := getattr(layer, name)) is not None}
+        ours["reset"] = "soft" if layer.v_reset is None else "hard"
+        ours["strict_threshold"] = layer.strict_threshold
+        ours["width"] = as_array(torch.as_tensor(layer.width).reshape(-1))
+    # A file can't compress scalars.
+    parameters = {name: as_array(parameter.reshape(-1)) for name, parameter in layer.named_parameters()}
+    ours |= {"options": options, "num_features": as_shape(layer.num_features), "parameters": parameters}
+    node.metadata = {_KEY: ours}
     return node
 
 
-def read_lif(node: Any, dt: float | None, where: str) -> LIF:
-    """The layer that `to_nir` wrote, where the node has its metadata; else a layer of the node's numbers."""
-    ours = node.metadata.get(_KEY)
-    neurons = read_neurons(node, dt if dt is not None else float(ours["dt"]) if ours else DT, where)
+def read_node(node: Any, dt: float | None, where: str) -> nn.Module:
+    """The layer that `to_nir` wrote, where the node has its metadata; else layers of the node's numbers."""
+    kind, ours = type(node).__name__, node.metadata.get(_KEY)
+    dt = dt if dt is not None else float(ours["dt"]) if ours else DT
+    if kind.startswith("Cuba"):
+        synapse = _new_integrators(*_step(node, dt, where, "tau_syn", "w_in"), torch.zeros(()), where)
+        if kind == "CubaLIF":
+            return nn.Sequential(*synapse, new_lif(read_neurons(node, dt, where, "tau_mem"), where))
+        decay, gain = _step(node, dt, where, "tau_mem")
+        return nn.Sequential(*synapse, *_new_integrators(decay, gain, as_double(node.v_leak), where))
+    fires = kind in ("LIF", "IF")
+    if fires:
+        said = read_neurons(node, dt, where)._asdict()
+    else:
+        leak = as_double(getattr(node, "v_leak", 0.0))
+        said = dict(zip(("decay", "input_gain", "v_rest"), (*_step(node, dt, where), leak), strict=True))
+    if ours is None and fires:
+        return new_lif(Neurons(**said), where)
     if ours is None:
-        return new_lif(neurons, where)
+        layers = _new_integrators(said["decay"], said["input_gain"], said["v_rest"], where)
+        return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
     # A file gives numpy's numbers; the layer had Python's, and gets these again.
     options = {name: value.item() if hasattr(value, "item") else value for name, value in ours["options"].items()}
-    if ours["reset"] == "soft":
+    if ours.get("reset") == "soft":
         options["v_reset"] = None
-    layer = LIF([int(size) for size in ours["num_features"]], **options)
+    layer = (LIF if fires else LeakyIntegrator)([int(size) for size in ours["num_features"]], **options)
     for name, value in ours.get("parameters", {}).items():
         parameter = layer.get_parameter(name)
         parameter.data = torch.as_tensor(value).reshape(parameter.shape).clone()
-    for name, said in neurons._asdict().items():
+    for name, number in said.items():
         if name == "v_reset" and layer.v_reset is None:
             continue
-        value = per_neuron(layer, getattr(layer, name), said.shape)
-        if name != "decay":
+        value = per_neuron(layer, getattr(layer, name), number.shape)
+        if name in ("v_threshold", "v_reset"):
             value = (value - layer.v_rest) / layer.input_gain
-        if not torch.allclose(said, value, rtol=1e-5, atol=1e-6):
+        if not torch.allclose(number, value, rtol=1e-5, atol=1e-6):
             raise ValueError(
-                f"{where}: its numbers say {name} {range_of(said)} and metadata[{_KEY!r}] says {range_of(value)}, "
+                f"{where}: its numbers say {name} {range_of(number)} and metadata[{_KEY!r}] says {range_of(value)}, "
                 f"written with dt = {float(ours['dt'])}; without metadata[{_KEY!r}] the numbers alone are read"
             )
     return layer
@@ -124,28 +161,60 @@ def new_lif(neurons: Neurons, where: str) -> LIF:
     decay, v_threshold, v_reset = neurons
     if v_reset.min() != v_reset.max():
         raise ValueError(f"{where}: v_reset must be the same for all neurons, got {range_of(v_reset)}")
-    varies = {name: bool(value.min() != value.max()) for name, value in neurons._asdict().items()}
-    if varies["decay"] and not ((decay > 3.1e-7) & (decay < 1 - 3.1e-7)).all():
-        raise ValueError(f"{where}: a decay that differs between neurons must be in (0, 1), got {range_of(decay)}")
-    granularity: Granularity = "layer"
-    num_features: tuple[int, ...] | None = None
-    if any(varies.values()):
-        rows = torch.stack((decay, v_threshold)).reshape(2, len(decay), -1)  # [2, C, neurons of the channel]
-        granularity, num_features = "neuron", tuple(decay.shape)
-        if (rows == rows[..., :1]).all():
-            granularity, num_features = "channel", num_features[:1]
-            decay, v_threshold = rows[..., 0]
+    granularity, num_features, (decay, v_threshold) = _by_granularity(decay, v_threshold)
     layer = LIF(
         num_features,
         granularity=granularity,
         decay=float(decay.flatten()[0]),
         v_threshold=float(v_threshold.flatten()[0]),
         v_reset=float(v_reset.flatten()[0]),
-        learn_decay=varies["decay"],
-        learn_threshold=varies["v_threshold"],
+        learn_decay=_varies(decay, where),
+        learn_threshold=_varies(v_threshold),
     )
-    for parameter, value in ((layer.logit_decay, decay.logit()), (layer.threshold, v_threshold)):
-        if parameter is not None:
-            parameter.data = value.to(parameter.dtype, copy=True)
-            parameter.requires_grad_(False)
+    _fill(layer.logit_decay, decay.logit())
+    _fill(layer.threshold, v_threshold)
     return layer
+
+
+def _new_integrators(decay: Tensor, gain: Tensor, v_leak: Tensor, where: str) -> list[nn.Module]:
+    """An integrator, and in front of it the gain where that differs between neurons."""
+    if _varies(v_leak):
+        raise ValueError(f"{where}: v_leak must be the same for all neurons, got {range_of(v_leak)}")
+    first: list[nn.Module] = [Scale(gain)] if _varies(gain) else []
+    granularity, num_features, (decay,) = _by_granularity(decay)
+    layer = LeakyIntegrator(
+        num_features,
+        granularity=granularity,
+        decay=float(decay.flatten()[0]),
+        input_gain=1.0 if first else float(gain.flatten()[0]),
+        v_rest=float(v_leak.flatten()[0]),
+        learn_decay=_varies(decay, where),
+    )
+    _fill(layer.logit_decay, decay.logit())
+    return [*first, layer]
+
+
+def _by_granularity(*values: Tensor) -> tuple[Granularity, tuple[int, ...] | None, Sequence[Tensor]]:
+    """The granularity and num_features that the values need, and the values in that shape, if any of them varies."""
+    if not any(map(_varies, values)):
+        return "layer", None, values
+    shape = values[0].shape
+    rows = torch.stack(values).flatten(2) if len(shape) > 1 else torch.stack(values)[..., None]
+    if (rows == rows[..., :1]).all():  # [values, C, neurons of the channel]
+        return "channel", tuple(shape[:1]), list(rows[..., 0])
+    return "neuron", tuple(shape), values
+
+
+def _varies(value: Tensor, decay_of: str = "") -> bool:
+    """Whether neurons differ; a decay is a parameter then."""
+    varies = bool(value.min() != value.max())
+    if varies and decay_of and not ((value > 3.1e-7) & (value < 1 - 3.1e-7)).all():
+        raise ValueError(f"{decay_of}: a decay that differs between neurons must be in (0, 1), got {range_of(value)}")
+    return varies
+
+
+def _fill(parameter: nn.Parameter | None, value: Tensor) -> None:
+    """Gives a parameter that differs between neurons its values, without a gradient."""
+    if parameter is not None:
+        parameter.data = value.to(parameter.dtype, copy=True)
+        parameter.requires_grad_(False)

@@ -8,42 +8,32 @@ from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ...neuron import LIF
 from ...over_time import OverTime
-from .neurons import per_neuron, read_lif
+from .neurons import Scale, per_neuron, read_node
 from .values import as_double, as_pair, as_sizes, check_dt, require
 
 if TYPE_CHECKING:
     import nir
 
 
-class Scale(nn.Module):
-    """NIR's Scale: the input times a constant of the shape of the neurons."""
-
-    scale: Tensor
-
-    def __init__(self, scale: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("scale", scale)
-
-    def forward(self, x_seq: Tensor) -> Tensor:
-        return x_seq * self.scale
-
-
-def from_nir(graph: nir.NIRGraph, dt: float | None = None) -> fx.GraphModule:
+def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype | None = None) -> fx.GraphModule:
     """The graph as a module in evaluation mode, `[T, B, ...]` to `[T, B, ...]`, whose submodules have the nodes' names.
 
     Args:
-        graph: one Input, one Output, between them LIF, IF, Affine, Linear, Conv1d, Conv2d, AvgPool2d, SumPool2d,
-            Flatten and Scale, without cycles; edges into the same node are added.
+        graph: one Input, one Output, between them LIF, IF, CubaLIF, LI, I, CubaLI, Affine, Linear, Conv1d, Conv2d,
+            AvgPool2d, SumPool2d, Flatten and Scale, without cycles; edges into the same node are added.
         dt: length of a step, in seconds, or in the unit that the graph has tau in; default the step that `to_nir` wrote
             the node with, else 1e-4.
+        dtype: type of all weights and parameters, whatever the graph has; default `torch.get_default_dtype()`.
 
-    LIF and IF become asgl_cuda.LIF. A node that `to_nir` wrote becomes the same layer again, parameters included, but
-    with time first. For others, whatever NIR does not know is the default of asgl_cuda.LIF; decay and threshold are
-    parameters that require no gradient where they differ between neurons, else constants. Weights keep their type.
+    LIF and IF become asgl_cuda.LIF, LI and I asgl_cuda.LeakyIntegrator, CubaLIF and CubaLI a Sequential of two of
+    these, the current first. A gain of an integrator that differs between neurons becomes a Scale in front of it. A
+    node that `to_nir` wrote becomes the same layer again, parameters included, but with time first. For others,
+    whatever NIR does not know is the default of the layer; decay and threshold are parameters that require no gradient
+    where they differ between neurons, else constants.
 
     Raises:
         ImportError: nir is not installed.
@@ -95,18 +85,19 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None) -> fx.GraphModule:
         if kind == "Scale" and _is_scale_of(node, [modules.get(source) for source in sources[name]]):
             values[name] = value  # the layer before does it itself
             continue
-        if kind in ("LIF", "IF"):
-            modules[name] = layer = read_lif(node, dt, where)
+        if kind in _NEURONS:
+            modules[name] = layer = read_node(node, dt, where)
             followers = [nodes[target] for target, before in sources.items() if name in before]
-            if layer.scale_output and not all(_is_scale_of(follower, [layer]) for follower in followers):
+            scales = getattr(layer, "scale_output", False)
+            if scales and not all(_is_scale_of(follower, [layer]) for follower in followers):
                 raise ValueError(f"{where} has scale_output in its metadata, but no Scale node by v_threshold after it")
         elif kind in _IMPORTS:
             modules[name] = _IMPORTS[kind](node)
         else:
-            raise ValueError(f"{where} can't be represented; what can be: {', '.join(('LIF', 'IF', *_IMPORTS))}")
+            raise ValueError(f"{where} can't be represented; what can be: {', '.join((*_NEURONS, *_IMPORTS))}")
         values[name] = result.call_module(name, (value,))
     result.output(output)
-    return fx.GraphModule(modules, result).eval()
+    return fx.GraphModule(modules, result).to(dtype or torch.get_default_dtype()).eval()
 
 
 def _is_scale_of(node: Any, layers: Sequence[nn.Module | None]) -> bool:
@@ -149,6 +140,7 @@ def _flatten_from(node: Any) -> nn.Module:
     return nn.Flatten(start, end)
 
 
+_NEURONS = ("LIF", "IF", "CubaLIF", "LI", "I", "CubaLI")
 _IMPORTS: dict[str, Callable[[Any], nn.Module]] = {
     "Affine": _linear_from,
     "Linear": _linear_from,

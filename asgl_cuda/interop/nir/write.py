@@ -11,20 +11,24 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...checks import check_bool
-from ...layer import check_module
+from ...integrator import LeakyIntegrator
+from ...layer import NeuronLayer, check_module
 from ...layout import real_type
 from ...neuron import LIF, BatchNormLIF
 from ..convert import copied
 from ..converted import Converted
 from ..graphs import name_of_function
 from ..normalised import Normalised
-from .neurons import DT, Neurons, add_metadata, new_lif, per_neuron, read_neurons
+from .neurons import DT, Neurons, Scale, add_metadata, new_lif, per_neuron, read_neurons
 from .values import as_array, as_double, as_pair, as_shape, check_dt, range_of, require
 
 if TYPE_CHECKING:
     import nir
 
-_EXPORTED = "asgl_cuda.LIF, converted neurons, Linear, Conv1d, Conv2d, AvgPool2d, Flatten, Dropout, Identity"
+_EXPORTED = (
+    "asgl_cuda.LIF and LeakyIntegrator, converted neurons, Linear, Conv1d, Conv2d, AvgPool2d, Flatten, Dropout, "
+    "Identity"
+)
 _SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in evaluation
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _FOLD = "torch.nn.utils.fusion.fuse_conv_bn_eval or fuse_linear_bn_eval"
@@ -35,16 +39,20 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = DT, *, allow_sof
     """The model, as it is in evaluation, as a graph of NIR.
 
     Args:
-        model: layers of asgl_cuda.LIF, Linear, Conv1d, Conv2d, AvgPool2d (with `divisor_override=1`: SumPool2d) and
-            Flatten, in sequence or connected by additions, in any modules that torch.fx can trace. A layer that knows
-            no time may be surrounded by `x_seq.flatten(0, 1)` and `unflatten(0, ...)`, as in `asgl_cuda.OverTime`.
-            Dropout and Identity vanish. Neurons of other libraries may stand for asgl_cuda.LIF where they are converted
-            and get a sequence; `from_nir` makes an asgl_cuda.LIF of them.
+        model: layers of asgl_cuda.LIF and LeakyIntegrator, Linear, Conv1d, Conv2d, AvgPool2d (with
+            `divisor_override=1`: SumPool2d) and Flatten, in sequence or connected by additions, in any modules that
+            torch.fx can trace. A layer that knows no time may be surrounded by `x_seq.flatten(0, 1)` and
+            `unflatten(0, ...)`, as in `asgl_cuda.OverTime`. Dropout and Identity vanish. What `from_nir` returns can be
+            written. Neurons of other libraries may stand for asgl_cuda.LIF where they are converted, get a sequence and
+            have no current of their own; `from_nir` makes an asgl_cuda.LIF of them.
         example_input: `[T, B, ...]`, or `[B, T, ...]` where the LIF layers have `time_dim=1`; only its shape and type
             count. The model is not changed, nor potentials that it carries.
         dt: length of a step, in seconds.
-        allow_soft_reset: write layers with soft reset, too. NIR's LIF resets to v_reset, and only `from_nir` sees in
-            the metadata of the node that this one does not.
+        allow_soft_reset: write layers with soft reset, too, with several spikes a step and with v_min. NIR's LIF resets
+            to v_reset, and only `from_nir` sees in the metadata of the node that this one does not.
+
+    A LeakyIntegrator becomes an LI, or an I where nothing leaks. In front of a LIF it is the current of a CubaLIF, but
+    stays a node of its own.
 
     NIR's neuron fires at v > v_threshold, asgl_cuda.LIF at v >= v_threshold: the metadata says so, too, and it matters
     for potentials that equal the threshold exactly. `scale_output` becomes a Scale node, half precision float32.
@@ -67,9 +75,9 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = DT, *, allow_sof
         )
     model = copied(model).eval()
     for module in model.modules():
-        if isinstance(module, LIF):
+        if isinstance(module, NeuronLayer):
             module.reset()
-    tracer = nirtorch.NIRTorchTracer((LIF, Converted))
+    tracer = nirtorch.NIRTorchTracer((LIF, LeakyIntegrator, Scale, Converted))
     if tracer.is_leaf_module(model, ""):
         model = nn.Sequential(model)  # the tracer would look into it
     try:
@@ -110,6 +118,8 @@ class _Export(fx.Interpreter):
         self.scale: Tensor | None = None  # the factor on the spikes of the layer that is written
         self.layers: dict[type[nn.Module], Callable[[Any, _Flow, str], Any]] = {
             LIF: self._lif,
+            LeakyIntegrator: self._integrator,
+            Scale: lambda layer, flow, where: self.nir.Scale(as_array(layer.scale.expand(flow.shape))),
             Converted: self._converted,
             nn.Linear: self._linear,
             nn.Conv1d: self._conv,
@@ -134,6 +144,8 @@ class _Export(fx.Interpreter):
     def _check_module(self, module: nn.Module, where: str) -> None:
         if isinstance(module, Converted) and module.time_dim is None:
             raise ValueError(f"{where}: must take time and batch apart, [T, B, ...], got one step a call")
+        if isinstance(module, Converted) and not module.takes_input:
+            raise ValueError(f"{where}: must be a neuron that its input alone drives, got a current or no spikes")
         if _kind(module) in self.layers or type(module) in _SILENT:
             return
         hint = f"what can be: {_EXPORTED}"
@@ -197,11 +209,8 @@ class _Export(fx.Interpreter):
         self._add(n.name, self.nir.Output(output_type={"output": as_shape(flow.shape)}), flow.sources)
 
     def _lif(self, layer: LIF, flow: _Flow, where: str) -> Any:
-        self._check_neurons(flow, layer.time_dim, layer.v_reset is None, where)
-        if len(layer.num_features) > len(flow.shape):
-            raise ValueError(
-                f"{where}: num_features {list(layer.num_features)} must be the shape of neurons, {list(flow.shape)}"
-            )
+        self._check_layer(layer, flow, where)
+        self._check_reset(layer.v_reset is None, layer.v_min is not None, where)
         if not layer.input_gain > 0:
             raise ValueError(f"{where}: input_gain must be > 0, got {layer.input_gain}")
         decay, v_threshold = (per_neuron(layer, value, flow.shape) for value in (layer.decay, layer.v_threshold))
@@ -214,8 +223,7 @@ class _Export(fx.Interpreter):
     def _neurons(self, neurons: Neurons, gain: Tensor, v_leak: Tensor, flow: _Flow, where: str) -> Any:
         """A node of the equations of `neurons`, in the type of the arithmetic."""
         decay, v_threshold, v_reset = neurons
-        if not ((decay >= 0) & (decay <= 1)).all():
-            raise ValueError(f"{where}: decay must be in [0, 1], got {range_of(decay)}")
+        _check_decay(decay, where)
         fields = {"v_threshold": v_threshold, "v_reset": v_reset}
         if "v_reset" not in self.nir.LIF.__dataclass_fields__:
             if v_reset.any():
@@ -224,12 +232,26 @@ class _Export(fx.Interpreter):
                     "pip install -U nir"
                 )
             del fields["v_reset"]
+        return self._node(self.nir.IF, self.nir.LIF, decay, gain, v_leak, flow, **fields)
+
+    def _node(
+        self, integrates: Any, leaks: Any, decay: Tensor, gain: Tensor, v_leak: Tensor, flow: _Flow, **fields: Tensor
+    ) -> Any:
         if (decay == 1).all():
-            kind, fields["r"] = self.nir.IF, gain / self.dt
+            kind, fields["r"] = integrates, gain / self.dt
         else:
-            kind, steps = self.nir.LIF, 1 / (1 - decay)
+            kind, steps = leaks, 1 / (1 - decay)
             fields |= {"r": gain * steps, "tau": self.dt * steps, "v_leak": v_leak}
         return kind(**{name: as_array(value.to(real_type(flow.dtype))) for name, value in fields.items()})
+
+    def _integrator(self, layer: LeakyIntegrator, flow: _Flow, where: str) -> Any:
+        self._check_layer(layer, flow, where)
+        decay = per_neuron(layer, layer.decay, flow.shape)
+        _check_decay(decay, where)
+        if layer.delay or (layer.v_rest and (decay == 1).all()):
+            raise ValueError(f"{where}: delay, and v_rest where nothing leaks, can't be represented in NIR")
+        gain, v_leak = (torch.full_like(decay, value) for value in (layer.input_gain, layer.v_rest))
+        return add_metadata(self._node(self.nir.I, self.nir.LI, decay, gain, v_leak, flow), layer, self.dt)
 
     def _compute(self, layer: Converted, x_seq: Tensor, **options: Any) -> Any:
         self.computed = options
@@ -244,7 +266,10 @@ class _Export(fx.Interpreter):
             return value.reshape(value.shape[-len(flow.shape) :]).expand(flow.shape)
 
         soft = self.computed["v_reset"] is None
-        self._check_neurons(flow, layer.time_dim, soft, where)
+        self._check_place(flow, layer.time_dim, where)
+        self._check_reset(soft, False, where)
+        if layer.multi_spike or self.computed.get("v_min") is not None:
+            raise ValueError(f"{where}: several spikes a step and a least potential can't be represented in NIR")
         decay, v_threshold = of("decay"), of("v_threshold")
         if soft and self.computed.get("reset_amount") is not None and not torch.equal(of("reset_amount"), v_threshold):
             raise ValueError(f"{where}: its reset must take v_threshold off, got {range_of(of('reset_amount'))}")
@@ -259,7 +284,14 @@ class _Export(fx.Interpreter):
         same.v_reset = None
         return add_metadata(node, same, self.dt)
 
-    def _check_neurons(self, flow: _Flow, time_dim: int, soft: bool, where: str) -> None:
+    def _check_layer(self, layer: LIF | LeakyIntegrator, flow: _Flow, where: str) -> None:
+        self._check_place(flow, layer.time_dim, where)
+        if len(layer.num_features) > len(flow.shape):
+            raise ValueError(
+                f"{where}: num_features {list(layer.num_features)} must be the shape of neurons, {list(flow.shape)}"
+            )
+
+    def _check_place(self, flow: _Flow, time_dim: int, where: str) -> None:
         if flow.leading != 2:
             raise ValueError(f"{where}: time and batch must be apart, got them in one by flatten(0, 1)")
         found = time_dim % (flow.leading + len(flow.shape))
@@ -268,10 +300,12 @@ class _Export(fx.Interpreter):
         if self.time_dim not in (None, found):
             raise ValueError(f"{where}: time must be where the layers before have it, got time_dim {time_dim}")
         self.time_dim = found
-        if soft and not self.allow_soft_reset:
+
+    def _check_reset(self, soft: bool, floored: bool, where: str) -> None:
+        if (soft or floored) and not self.allow_soft_reset:
             raise ValueError(
-                f"{where} has a soft reset, and whoever reads NIR resets to v_reset; allow_soft_reset=True writes it "
-                "for asgl_cuda.from_nir, which sees it in the metadata"
+                f"{where} has {'a soft reset' if soft else 'a v_min'}, and whoever reads NIR resets to v_reset; "
+                "allow_soft_reset=True writes it for asgl_cuda.from_nir, which sees it in the metadata"
             )
 
     def _linear(self, layer: nn.Linear, flow: _Flow, where: str) -> Any:
@@ -330,6 +364,11 @@ def _kind(module: nn.Module) -> type[nn.Module]:
 
 def _at(n: fx.Node, module: nn.Module) -> str:
     return f"asgl_cuda.to_nir: {n.target} ({type(module).__name__})"
+
+
+def _check_decay(decay: Tensor, where: str) -> None:
+    if not ((decay >= 0) & (decay <= 1)).all():
+        raise ValueError(f"{where}: decay must be in [0, 1], got {range_of(decay)}")
 
 
 def _check_batched(flow: _Flow, dims: int, where: str) -> None:

@@ -1,0 +1,277 @@
+"""Layers of sinabs and networks of `from_model` give the same as before when they are converted."""
+
+import copy
+
+import libraries  # noqa: F401
+import pytest
+import sinabs.activation
+import sinabs.layers
+import torch
+from converted_layers import CALLS, SHAPE, check, close, trace
+from sinabs.from_torch import from_model
+from test_convert import train_alike
+from torch import nn
+
+import asgl_cuda
+
+
+def sinabs_run(layer, x_seq):
+    """Inputs are time first here, as everywhere in these tests."""
+    before = layer.v_mem if layer.is_state_initialised() else torch.zeros_like(x_seq[0])
+    x = x_seq.transpose(0, 1)
+    squeezed = hasattr(layer, "num_timesteps")
+    out = layer(x.flatten(0, 1) if squeezed else x)
+    s = (out.unflatten(0, x.shape[:2]) if squeezed else out).transpose(0, 1)
+    v = layer.recordings["v_mem"].transpose(0, 1)
+    current = layer.recordings["i_syn"].transpose(0, 1) if "i_syn" in layer.recordings else x_seq
+    alpha = layer.alpha_mem_calculated
+    previous = torch.cat([before[None], v[:-1]])
+    gain = 1 - alpha if layer.norm_input else 1.0
+    return s, v, (alpha * previous + gain * current).detach()
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tau_mem": 2.0},
+        {"tau_mem": 3.0, "norm_input": False},
+        {"tau_mem": 3.0, "norm_input": False, "train_alphas": True},
+        {"tau_mem": torch.linspace(1, 5, SHAPE[-1]), "norm_input": False},
+        {"tau_mem": 3.0, "norm_input": False, "reset_fn": sinabs.activation.MembraneReset()},
+        {"tau_mem": 3.0, "norm_input": False, "reset_fn": sinabs.activation.MembraneSubtract(0.4)},
+        {},
+    ],
+    ids=lambda options: ", ".join(map(str, options)) or "IAF",
+)
+def test_sinabs(options, squeezed):
+    kind = ("LIF" if options else "IAF") + ("Squeeze" if squeezed else "")
+    more = {"batch_size": SHAPE[1]} if squeezed else {}
+
+    def make():
+        return getattr(sinabs.layers, kind)(
+            spike_threshold=torch.tensor(0.8), spike_fn=sinabs.activation.SingleSpike, record_states=True, **options,
+            **more,
+        )  # fmt: skip
+
+    check(make, sinabs_run, threshold=0.8, scale=2.0 if options == {"tau_mem": 2.0} else 1.0)
+
+
+PERIODIC = sinabs.activation.PeriodicExponential(0.4, 1.7)
+SINGLE = {"spike_fn": sinabs.activation.SingleSpike}
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"min_v_mem": -0.4},
+        {"reset_fn": sinabs.activation.MembraneSubtract(0.4), "min_v_mem": torch.full(SHAPE[-1:], -1)},
+        {"spike_threshold": torch.full(SHAPE[-1:], 0.8)},
+        {"spike_threshold": torch.linspace(0.6, 0.9, SHAPE[-1]), "surrogate_grad_fn": PERIODIC},
+        {"tau_syn": 2.0, "min_v_mem": -0.3},
+        {"tau_syn": 2.0, "min_v_mem": -0.3, **SINGLE},
+        {"tau_mem": 2.0},
+        {"tau_mem": torch.linspace(1, 5, SHAPE[-1]), "tau_syn": 3.0},
+        {"tau_mem": 3.0, "tau_syn": torch.linspace(1, 4, SHAPE[-1]), "norm_input": False, "train_alphas": True},
+        {"tau_mem": 3.0, "norm_input": False, "min_v_mem": -0.3, **SINGLE},
+        {"tau_mem": 3.0, "min_v_mem": -0.3, "reset_fn": sinabs.activation.MembraneReset(), **SINGLE},
+    ],
+    ids=lambda options: ", ".join(options) or "IAF",
+)
+def test_several_spikes_floors_and_currents_of_sinabs(options, squeezed):
+    kind = ("LIF" if "tau_mem" in options else "IAF") + ("Squeeze" if squeezed else "")
+    more = {"batch_size": SHAPE[1]} if squeezed else {}
+    threshold = options.get("spike_threshold", torch.tensor(0.8))
+
+    def make():
+        return getattr(sinabs.layers, kind)(**{"spike_threshold": threshold, "record_states": True, **options, **more})
+
+    several = "spike_fn" not in options
+    check(make, sinabs_run, threshold=threshold, scale=3.0 if several else 1.5, several=several)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    "function",
+    [sinabs.activation.SingleExponential(0.7, 1.3), sinabs.activation.Gaussian(0.0, 0.6, 0.8), PERIODIC],
+    ids=lambda function: type(function).__name__,
+)
+def test_surrogates_of_sinabs(function, several):
+    if function is PERIODIC and not several:
+        pytest.skip("it is for several spikes")
+
+    def make():
+        return sinabs.layers.LIF(
+            3.0, surrogate_grad_fn=function, norm_input=False, record_states=True, **({} if several else SINGLE)
+        )
+
+    check(make, sinabs_run, several=several, scale=2.0 if several else 1.0)
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+@pytest.mark.parametrize("options", [{}, {"norm_input": True}, {"train_alphas": True}], ids=str)
+def test_read_outs_of_sinabs(options, squeezed):
+    more = {"batch_size": SHAPE[1]} if squeezed else {}
+    tau = torch.linspace(1, 5, SHAPE[-1])
+    layer = getattr(sinabs.layers, "ExpLeakSqueeze" if squeezed else "ExpLeak")(
+        tau_mem=tau, record_states=True, **options, **more
+    )
+    fused, report = asgl_cuda.convert(layer, asgl={})
+    assert report.replaced == [("", type(layer).__name__, "leaky_integrator")]
+    assert not hasattr(fused, "log_width")
+    assert not list(asgl_cuda.layer.asgl_layers(fused))
+    torch.manual_seed(0)
+    x = [torch.randn(SHAPE) for _ in range(CALLS)]
+    grads = torch.randn(2, CALLS * SHAPE[0], *SHAPE[1:])
+    theirs, ours = trace(layer, sinabs_run, x, grads), trace(fused, sinabs_run, x, grads)
+    assert torch.equal(ours.s, theirs.s)
+    assert torch.equal(ours.v, theirs.v)
+    assert torch.equal(fused.v_mem, layer.v_mem)
+    torch.testing.assert_close(fused.firing_rate, layer.firing_rate)
+    assert all(close(*pair) for pair in zip(ours.grads, theirs.grads, strict=True))
+    back, _ = asgl_cuda.revert(fused, inplace=True)
+    assert type(back) is type(layer)
+    assert set(vars(back)) == set(vars(layer))
+
+
+def test_a_least_potential_that_is_changed():
+    """It is read at each call, also on a GPU, where it is read again only when it was changed."""
+    layer = sinabs.layers.IAF(min_v_mem=-1.0)
+    fused, _ = asgl_cuda.convert(layer)
+    x = torch.full((1, 3, 2), -5.0)
+    fused(x)
+    assert (fused.v_mem == -1).all()
+    fused.load_state_dict({**fused.state_dict(), "min_v_mem": torch.tensor(-2.0)})
+    fused(x)
+    assert (fused.v_mem == -2).all()
+    layer(x)
+    back, _ = asgl_cuda.revert(fused, inplace=True)
+    assert set(vars(back)) == set(vars(layer))
+
+
+def test_a_least_potential_in_a_compiled_graph():
+    """No number is read there: it is known from the conversion on."""
+    fused, _ = asgl_cuda.convert(sinabs.layers.IAF(min_v_mem=-1.0, shape=(1, 2)))
+    torch.compile(fused, backend="eager", fullgraph=True)(torch.full((1, 3, 2), -5.0))
+    assert (fused.v_mem == -1).all()
+
+
+def test_several_spikes_have_no_noise():
+    net = nn.Sequential(sinabs.layers.IAF(), sinabs.layers.IAF(**SINGLE))
+    fused, report = asgl_cuda.convert(net, asgl={})
+    assert [row.path for row in report.replaced] == ["1"]
+    (left,) = report.left
+    assert "may spike several times a step, for which ASGL has no noise; without asgl it can be" in left.reason
+    fused, report = asgl_cuda.convert(fused)
+    assert [row.path for row in report.replaced] == ["0"]
+    with pytest.raises(ValueError, match=r"multi_spike needs analog_prob=0, got 0\.1"):
+        fused[0].analog_prob = 0.1
+
+
+def test_currents_of_sinabs_are_copied_and_reset():
+    fused, _ = asgl_cuda.convert(sinabs.layers.LIF(3.0, tau_syn=2.0))
+    fused(torch.randn(4, 9, 5))
+    twin = copy.deepcopy(fused)
+    assert torch.equal(twin.i_syn, fused.i_syn)
+    assert not torch.equal(twin.i_syn, twin.v_mem)
+    fused.reset_states()
+    assert not fused.i_syn.any()
+    assert twin.i_syn.any()
+    assert twin(torch.randn(2, 9, 5)).shape == (2, 9, 5)  # sinabs takes over states of the old ones
+    assert twin.i_syn.shape == (2, 5)
+
+
+def test_sinabs_state_and_copies():
+    torch.manual_seed(0)
+    layer = sinabs.layers.LIF(3.0, spike_fn=sinabs.activation.SingleSpike, norm_input=False)
+    fused, _ = asgl_cuda.convert(layer, asgl={"width": 2.0})
+    x = torch.randn(4, 9, 5)
+    fused(x)
+    twin = copy.deepcopy(fused)
+    assert type(twin) is type(fused)
+    assert twin.analog_prob == 0.2
+    assert torch.equal(twin.v_mem, fused.v_mem)
+    assert twin.log_width is not fused.log_width
+    assert twin.spike_threshold is not fused.spike_threshold
+    fused.reset_states()
+    assert not fused.v_mem.any()
+    assert twin.v_mem.any()
+    fused.eval()(x[:2])  # another batch size: sinabs takes over states of the old one
+    assert fused.v_mem.shape == (2, 5)
+    assert 0 < fused.firing_rate < 1
+
+
+def vgg(pool):
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), pool,
+        nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10), nn.ReLU(), nn.Linear(10, 3),
+    )  # fmt: skip
+    with torch.no_grad():
+        for module in net:
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.weight *= 3
+    return net
+
+
+def assert_the_same_network(model, layers, x, run=lambda net, x: net(x)):
+    """All of its neurons are converted, and outputs and gradients are those of the model."""
+    fused, report = asgl_cuda.convert(model)
+    assert (len(report.replaced), report.left) == (layers, [])
+    results = []
+    for net in (model, fused):
+        for module in net.modules():
+            if isinstance(module, sinabs.layers.StatefulLayer):
+                module.reset_states()
+        leaf = x.clone().requires_grad_()
+        out = run(net, leaf)
+        parameters = [value for value in net.parameters() if value.requires_grad]
+        grads = torch.autograd.grad(out.square().sum(), [leaf, *parameters], allow_unused=True)
+        results.append((out, [value for value in grads if value is not None]))
+    (theirs, their_grads), (ours, our_grads) = results
+    assert torch.equal(ours, theirs)
+    assert theirs.unique().numel() > 1
+    torch.testing.assert_close(our_grads, their_grads, rtol=1e-4, atol=1e-5)
+    assert all(grad.abs().max() > 0 for grad in our_grads)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"min_v_mem": None, "surrogate_grad_fn": sinabs.activation.PeriodicExponential(), "add_spiking_output": True},
+        {"spike_layer_class": sinabs.layers.IAF},
+        {"spike_fn": sinabs.activation.SingleSpike, "spike_threshold": torch.tensor(0.5), "input_shape": (2, 8, 8)},
+    ],
+    ids=lambda options: ", ".join(options) or "defaults",
+)
+def test_from_model_of_sinabs(options):
+    torch.manual_seed(0)
+    apart = options.get("spike_layer_class") is sinabs.layers.IAF  # it wants time and batch apart
+    ann = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)) if apart else vgg(nn.AvgPool2d(2))
+    model = from_model(ann, batch_size=6, **options)
+    layers = 1 if apart else 4 + options.get("add_spiking_output", False)
+    x = 4 * torch.rand(6, 5, 8) if apart else 4 * torch.rand(6 * 5, 2, 8, 8)
+    assert_the_same_network(model, layers, x)
+
+    def scores_of(net):
+        for module in net.spiking_model:
+            if isinstance(module, sinabs.layers.StatefulLayer):
+                module.reset_states()
+        out = net(x)
+        return (out if apart else out.unflatten(0, (6, 5))).mean(1)
+
+    train_alike(model, scores_of, layers)
+
+
+@pytest.mark.filterwarnings("ignore:nirtorch")
+def test_a_network_of_sinabs_that_was_in_nir():
+    """Thresholds and least potentials are one for each neuron then."""
+    sinabs_nir = pytest.importorskip("sinabs.nir")
+    torch.manual_seed(0)
+    model = from_model(vgg(sinabs.layers.SumPool2d(2)), input_shape=(2, 8, 8), batch_size=6)
+    x = torch.rand(6 * 5, 2, 8, 8)
+    back = sinabs_nir.from_nir(sinabs_nir.to_nir(model.spiking_model, x), batch_size=6)
+    assert max(value.numel() for name, value in back.named_parameters() if "spike_threshold" in name) > 1
+    assert_the_same_network(back, 4, 2 * x, lambda net, x: net(x)[0])
