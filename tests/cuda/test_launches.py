@@ -319,7 +319,7 @@ def test_same_launches_where_storage_begins_anywhere(emulation, what, offset):
 def test_an_argument_of_the_wrong_size_is_refused(emulation):
     """A structure that has changed on one side alone is found before a kernel reads beyond it."""
     kernel = "asgl::gradient_sum_kernel<float>"
-    with pytest.raises(RuntimeError, match="parameters take 656 bytes, got 424"):
+    with pytest.raises(RuntimeError, match="parameters take 656 bytes, got 432"):
         emulation.launch(torch.device("cpu"), kernel, 1, 1, structure("ForwardParams", torch.float32)())
     with pytest.raises(RuntimeError, match="no such kernel"):
         emulation.launch(torch.device("cpu"), kernel[:-1], 1, 1, structure("GradientSum", torch.float32)())
