@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from .backends import BACKENDS, choose_backend
 from .checks import check_bool, check_input, check_not_nan, check_parameter, check_v_init, once_a_kind
-from .functional import once_differentiable, operators_of
+from .functional import operators_of
 from .layer import Granularity, NeuronLayer
 from .layout import is_dense, real_type
 from .learned import Logit
 from .ops import in_their_places
 from .reference import Numbers, Parameters, Rules, integrator_reference
-from .transforms import apply, is_differentiated
+from .transforms import apply, is_differentiated, once_differentiable
 
 _NO_RULES = Rules(*(0 for _ in Rules._fields))
 
