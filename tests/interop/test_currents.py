@@ -204,6 +204,27 @@ def test_snntorch_multi_step(name, init_hidden):
         torch.testing.assert_close(multi(x_seq, *states)[0][0], layer(x_seq[0], *states)[0])
 
 
+@pytest.mark.parametrize("alpha", [1.2, -0.1])
+def test_snntorch_learned_alpha_is_clamped(alpha):
+    def make():
+        return snntorch.Synaptic(alpha=alpha, beta=0.8, learn_alpha=True)
+
+    check(make, snntorch_run, scale=1.5, dead_parameters=True)
+    x_seq = torch.randn(SHAPE)
+    torch.testing.assert_close(MultiStep(make())(x_seq)[0], snntorch_run(make(), x_seq)[0])
+
+
+@pytest.mark.parametrize("name", ["R", "C", "time_step"])
+def test_snntorch_values_that_change_between_two_calls(name):
+    results = []
+    for each in (snntorch.Lapicque(R=0.5, C=3.0), asgl_cuda.convert(snntorch.Lapicque(R=0.5, C=3.0))[0]):
+        x = 3 * torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+        _, mem = each(x[0])
+        setattr(each, name, 1.2 * getattr(each, name))
+        results.append(each(x[1], mem))
+    torch.testing.assert_close(*results)
+
+
 def test_snntorch_arguments_and_states():
     layer = snntorch.Synaptic(alpha=0.7, beta=0.8, init_hidden=True)
     fused, _ = asgl_cuda.convert(layer)
@@ -297,7 +318,8 @@ def test_cuba_of_spikingjelly(v_reset):
 
     node, (fused, _) = whole(), asgl_cuda.convert(whole())
     x_seq = torch.randn(SHAPE)
-    torch.testing.assert_close(run(fused, x_seq), run(node, x_seq))
+    for _ in range(2):
+        torch.testing.assert_close(run(fused, x_seq), run(node, x_seq))
     torch.testing.assert_close(run(fused, x_seq[:, :2]), run(node, x_seq[:, :2]))  # both states begin anew
     functional.reset_net(fused)
     assert fused.c == 0.0

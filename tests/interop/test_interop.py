@@ -190,7 +190,7 @@ def test_snntorch_arguments_and_results(init_hidden, output):
 
 
 @pytest.mark.parametrize("reset_mechanism", ["subtract", "zero"])
-@pytest.mark.parametrize("change", ["nothing", "detach", "in place", "threshold", "another", "no gradient"])
+@pytest.mark.parametrize("change", ["nothing", "detach", "in place", "threshold", "beta", "another", "no gradient"])
 def test_snntorch_between_two_calls(change, reset_mechanism):
     """A memory of a potential holds for that potential alone, as it was."""
     results = []
@@ -207,6 +207,8 @@ def test_snntorch_between_two_calls(change, reset_mechanism):
             mem += 0.5
         elif change == "threshold":
             layer.threshold = torch.tensor(0.5)
+        elif change == "beta":
+            layer.beta = nn.Parameter(torch.tensor(0.4))
         elif change == "another":
             mem = mem.flip(0)
         if change == "no gradient":
