@@ -64,7 +64,7 @@ class Noisy(nn.Module):
         caller = f"asgl_cuda.{type(self).__name__}"
         check_analog_prob(value, caller)
         if getattr(self, "multi_spike", False):
-            check_multi_spike(self.v_reset, value, caller)
+            check_multi_spike(getattr(self, "v_reset", None), value, caller)
         self._analog_prob, self._has_noise = float(value), value > 0
         self._keep_as_data(getattr(self, "_analog_prob_data", torch.empty(0, device="cpu")).device)
 
