@@ -254,10 +254,10 @@ def test_reset_of_a_whole_model():
     ("library", "make", "current"),
     [
         ("spikingjelly.activation_based.neuron", lambda of: (of.LIFNode(), of.QIFNode()), 1.2),
-        ("snntorch", lambda of: (of.Leaky(0.9, init_hidden=True), of.Lapicque(0.9, init_hidden=True)), 0.4),
+        ("snntorch", lambda of: (of.Leaky(0.9, init_hidden=True), of.Alpha(0.9, 0.8, init_hidden=True)), 0.4),
         (
             "sinabs.layers",
-            lambda of: (of.LIF(10.0, spike_fn=sys.modules["sinabs"].activation.SingleSpike), of.ExpLeak(10.0)),
+            lambda of: (of.LIF(10.0, spike_fn=sys.modules["sinabs"].activation.SingleSpike), of.ALIF(10.0, 10.0)),
             3.0,
         ),
     ],

@@ -10,6 +10,7 @@ from test_layouts import LAYOUTS, laid_out
 from torch.func import grad, vmap
 
 import asgl_cuda
+from asgl_cuda.reference import Numbers, Rules
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LAST_PLACE = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 1e-5, torch.float64: 1e-12}
@@ -285,7 +286,7 @@ def test_opcheck(backend, device, layout, monkeypatch):
     given = arguments(x_seq, 4, 4, time_dim=time_dim)
     v_init, decay, gain = (given[name].detach() for name in ("v_init", "decay", "input_gain"))
     parameters = None, decay, None, None, gain, None, None
-    packed = list(parameters), [1.0] * 8 + [0.3], [0] * 8 + [time_dim]
+    packed = list(parameters), [1.0] * len(Numbers._fields), [0] * (len(Rules._fields) - 1) + [time_dim]
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(operators.integrator_forward, (x_seq, v_init, *packed, True, True), test_utils=tests)
     wanted = [True, True, *(each is not None for each in parameters)]
