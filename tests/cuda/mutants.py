@@ -338,7 +338,7 @@ CPU_MUTANTS = {
         ),
         "a parameter's run too long": tiles("runs_of(tile, @), inverse", "parameter.inner", "2 * parameter.inner"),
         "a parameter's last value stays": loops("== args.count ? @ :", "0", "index"),
-        "a sum's run too long": cpu("runs_of(tile, @), slots", "parameter.inner", "2 * parameter.inner"),
+        "a sum's run too long": tiles("runs_of(tile, @), slots", "parameter.inner", "2 * parameter.inner"),
         "a sum without the run's later tiles": cpu("for (; @; ++tile) totals", "(tile + 1) * sum.tile < end", "false"),
         "a sum across a tile's end": cpu("std::min(length - i, @)", "(tile + 1) * sum.tile - (run + i)", "length"),
         "parameters turn too late": tiles("for_each_stretch(tile, @,", "parameter.count", "2 * parameter.count"),
