@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .backends import BACKENDS, available_backends
 from .functional import LIFOutput, lif
-from .surrogate import SURROGATES
+from .integrator import IntegratorOutput, leaky_integrator
+from .layout import real_type
+from .surrogate import PERIODIC, SURROGATES
 
 # These repeat the reference's operations one by one; the others call exp, erf or atan, which round as a library likes.
 EXACT_SURROGATES = ("rectangle", "triangle")
@@ -114,38 +116,78 @@ def check_backends() -> Iterator[Row]:
     """A row for each quantity of each available backend, device, type, surrogate and reset."""
     dtypes = torch.float32, torch.float64, torch.bfloat16, torch.float16
     for backend in available_backends():  # the reference is for any type of device, and names none
-        for each in product(BACKENDS[backend].device_types, dtypes, SURROGATES, (0.0, None)):
-            yield from _check(backend, *each)
+        for kind in product(BACKENDS[backend].device_types, dtypes):
+            for each in product(SURROGATES, (0.0, None)):
+                yield from _check(backend, *kind, *each)
+            yield from _check(backend, *kind, PERIODIC, None)
+            yield from _check_integrator(backend, *kind)
+
+
+_STEPS, _BATCH, _CHANNELS = 21, 5, 67
+# A last place of the output's type.
+_SPACING = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+class _Random:
+    """Leaves with numbers that are the same each time, for an input of this type on this device."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self._generator = torch.Generator().manual_seed(1)
+        self._like: dict[str, Any] = {"device": device, "dtype": real_type(dtype)}
+
+    def __call__(self, *shape: int, low: float, high: float, dtype: torch.dtype | None = None) -> Tensor:
+        values = torch.rand(shape, generator=self._generator, dtype=torch.float64) * (high - low) + low
+        return values.to(**self._like).to(dtype).requires_grad_()
 
 
 def _check(backend: str, device: str, dtype: torch.dtype, surrogate: str, v_reset: float | None) -> Iterator[Row]:
-    steps, batch, channels = 21, 5, 67
-    generator = torch.Generator().manual_seed(1)
-    real = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def random(*shape: int, low: float, high: float) -> Tensor:
-        values = torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low
-        return values.to(device, real).requires_grad_()
-
-    x_seq = random(steps, batch, channels, low=-1.0, high=2.0).detach().to(dtype).requires_grad_()
-    exact = surrogate in EXACT_SURROGATES
+    """With several spikes a step and a floor where the surrogate is for those."""
+    random = _Random(device, dtype)
+    x_seq = random(_STEPS, _BATCH, _CHANNELS, low=-1.0, high=2.0, dtype=dtype)
+    exact, several = surrogate in EXACT_SURROGATES, surrogate == PERIODIC
     rows = differences(
         x_seq,
         backend,
-        band=0.0 if exact else THRESHOLD_BAND,
-        width=random(channels, low=0.5, high=2.0),
+        band=0.0 if exact or several else THRESHOLD_BAND,
+        width=random(_CHANNELS, low=0.5, high=2.0),
         decay=random(low=0.4, high=0.8),
-        v_threshold=random(channels, low=0.8, high=1.2),
+        v_threshold=random(_CHANNELS, low=0.8, high=1.2),
         v_reset=v_reset,
         surrogate=surrogate,
-        analog_prob=0.3,
+        multi_spike=several,
+        v_min=-0.5 if several else None,
+        analog_prob=0.0 if several else 0.3,
         rng_state=torch.tensor([1234567890123, 42], device=device),
     )
-    # A last place of the output's type; sums over thousands of elements round in another order.
-    spacing = {torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(dtype, 1e-6)
+    # Sums over thousands of elements round in another order.
+    spacing = _SPACING.get(dtype, 1e-6)
     what = f"{str(dtype).removeprefix('torch.')}, {surrogate}, {'soft' if v_reset is None else 'hard'} reset"
     for name, difference in rows.items():
         summed = name.startswith("grad_") and name != "grad_x_seq"
         typed = name in ("s_seq", "grad_x_seq")
         allowed = 1e-5 if summed else 0.0 if exact else spacing if typed else 1e-6
         yield Row(backend, what, name, difference, allowed)
+
+
+def _check_integrator(backend: str, device: str, dtype: torch.dtype) -> Iterator[Row]:
+    random = _Random(device, dtype)
+    inputs: dict[str, Any] = {
+        "x_seq": random(_STEPS, _BATCH, _CHANNELS, low=-1.0, high=2.0, dtype=dtype),
+        "v_init": random(_BATCH, _CHANNELS, low=-1.0, high=1.0),
+        "decay": random(_CHANNELS, low=0.4, high=0.8),
+        "input_gain": random(low=0.5, high=2.0),
+    }
+
+    def results(backend: str) -> dict[str, Tensor]:
+        output = leaky_integrator(**inputs, return_v_last=True, backend=backend)
+        assert isinstance(output, IntegratorOutput)
+        loss = output.v_seq.double().square().sum() + output.v_last.double().square().sum()
+        gradients = torch.autograd.grad(loss, list(inputs.values()))
+        return {**output._asdict(), **{f"grad_{name}": each for name, each in zip(inputs, gradients, strict=True)}}
+
+    expected = results("reference")
+    for name, actual in results(backend).items():
+        # A fused gradient of decay is made of the output, which has been rounded to its type.
+        allowed = {"grad_input_gain": 1e-5, "grad_decay": _SPACING.get(dtype, 1e-5)}.get(name, 0.0)
+        what = f"{str(dtype).removeprefix('torch.')}, leaky_integrator"
+        yield Row(backend, what, name, _difference(expected[name], actual), allowed)

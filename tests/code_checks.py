@@ -219,11 +219,12 @@ def expected_accesses(kernel: Kernel) -> Accesses:
     narrow_loads = 2 * (7 if normalised else 4) + 3
     if kernel.kind.startswith("forward"):
         return Accesses(4, 4, narrow_loads, 2)  # the two zeros behind the checkpoints
-    steps = int(re.search(r"[KT] = (\d+)", kernel.kind)[1])
     # Partial sums are stored at three places: of all neurons, of a run, of a neuron.
     narrow_stores = 3 * (6 if normalised else 4)
-    loads = 3 if normalised and "K" in kernel.kind else 2  # x is read twice there
-    return Accesses(loads * steps, steps, narrow_loads, narrow_stores)
+    if "T = " in kernel.kind:  # x and the gradient
+        return Accesses(2 * 4, 4, narrow_loads, narrow_stores)
+    # Before the loops and in them; beside these two x once more, where it is needed on the way back.
+    return Accesses(2 * (3 if normalised else 2) * 4, 4, narrow_loads, narrow_stores)
 
 
 def sass_problems(kernel: Kernel, code: Sequence[Instruction]) -> Iterator[str]:
