@@ -22,6 +22,7 @@ CSRC = ROOT / "csrc"
 
 _DTYPES = {scalar: str(dtype).removeprefix("torch.") for dtype, scalar in SCALARS.items()}
 _SURROGATES = {f"(asgl::Surrogate){surrogate.id}": name for name, surrogate in SURROGATES.items()}
+ANY = "any surrogate", "any reset"  # of the general kernels
 # Kernels by the template arguments that are left when type, surrogate and reset are taken away.
 _KINDS = {
     "lif_forward_kernel<1, (asgl::Input)0, 0>": "forward, 1 neuron",
@@ -74,9 +75,11 @@ class Kernel(NamedTuple):
             return cls(demangled, "")
         name, arguments, surrogate, reset = match[1], match[2], "", ""
         model = re.search(r"asgl::LIF(?:ByOptions|<(.*), (true|false)>)(, )?", arguments)
+        if name == "lif_backward_kernel":
+            surrogate, reset = ANY
         if model is not None:
-            surrogate = _SURROGATES.get(model[1], "any surrogate")
-            reset = {"true": "hard", "false": "soft"}.get(model[2], "any reset")
+            surrogate = _SURROGATES.get(model[1], ANY[0])
+            reset = {"true": "hard", "false": "soft"}.get(model[2], ANY[1])
             arguments = arguments.replace(model[0], "")
         dtype, *rest = arguments.split(", ")
         kind = f"{name}<{', '.join(rest)}>"

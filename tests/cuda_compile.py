@@ -9,9 +9,9 @@ take other registers.
 
 NVRTC compiles what asgl_cuda/backends can ask for, as its cupy.py has it, for two architectures, with --update for
 four. What fails: a kernel that nvcc's build lacks or has beyond; faults of the PTX; a spill that nvcc's does not have;
-and, where NVRTC is of nvcc's version and both go by the same PTX version, other registers than nvcc's. The general
-backward kernel may have others, as long as as many blocks fit on a multiprocessor: NVRTC's front end orders its many
-values otherwise.
+and, where NVRTC is of nvcc's version and both go by the same PTX version, other registers than nvcc's. The
+backward kernels that loop over steps may have others, as long as as many blocks fit on a multiprocessor: NVRTC's front
+end orders their many values otherwise.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from asgl_cuda.backends import neuron_kernels as launch
 from asgl_cuda.backends.structures import constant
 from asgl_cuda.reference import Rules
 from asgl_cuda.surrogate import SURROGATES
-from benchmarks.cuda_code import CSRC, Disassembler, Kernel, Nvcc, Usage, kernel_of, run
+from benchmarks.cuda_code import ANY, CSRC, Disassembler, Kernel, Nvcc, Usage, kernel_of, run
 from benchmarks.cuda_code import usages as usages_of
 from tests import host_compiler
 from tests.code_checks import ptx_problems, sass_problems
@@ -58,7 +58,8 @@ HOT_KINDS = tuple(
     for direction in ("forward", "backward")
     for kind in ("T = 4", "4 neurons")
 )
-DEFAULT_KINDS = (*HOT_KINDS, "forward, 1 neuron", "backward, 1 neuron", "forward normalised, 1 neuron")
+DEFAULT_KINDS = (*HOT_KINDS, "forward normalised, 1 neuron")
+GENERAL_KINDS = ("forward, 1 neuron", "backward, 1 neuron")
 HOT_KINDS_OF_CHANNELS = ("moments, 4 columns", "input gradient, 4 columns")
 DEFAULT_KINDS_OF_CHANNELS = (*HOT_KINDS_OF_CHANNELS, "moments, 1 column", "input gradient, 1 column")
 DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -66,10 +67,11 @@ DISASSEMBLED = (80, 90, 100)
 # nvcc 13.0 makes the same bits of every kernel for both.
 SAME_CODE = {88: 86, 89: 86, 121: 120}
 NVRTC_ARCHITECTURES = (75, 80, 90, 120)
+LANES = ("1 neuron", "4 neurons")
 # From here on NVRTC's PTX is for another architecture than compute_80, for which compilation.py has nvcc make it.
 OTHER_PTX_FROM = 100
 NVRTC_WITHOUT_UPDATE = (80, 120)  # one before and one from there on
-FREE_KINDS = ("backward, 1 neuron", "backward, 4 neurons")
+FREE_KINDS = tuple(f"backward{input}, {lanes}" for input in ("", " plain", " normalised") for lanes in LANES)
 MULTIPROCESSOR_REGISTERS = 65536
 # NVRTC compiles so many kernels at a time: it reads the headers anew each time, and the last should not take long.
 CHUNK = 24
@@ -92,7 +94,8 @@ def paths(kinds: Iterable[str], kinds_of_channels: Iterable[str]) -> list[Kernel
 
 
 def default_paths() -> list[Kernel]:
-    return paths(DEFAULT_KINDS, DEFAULT_KINDS_OF_CHANNELS)
+    general = [Kernel(kind, dtype, *ANY) for kind, dtype in product(GENERAL_KINDS, LISTED_DTYPES)]
+    return general + paths(DEFAULT_KINDS, DEFAULT_KINDS_OF_CHANNELS)
 
 
 def hot_paths() -> list[Kernel]:

@@ -29,7 +29,7 @@ def test_every_layer_is_converted_and_timed():
         found = convert.measure(case, sample(), repeats=1)
         assert min(found["seconds"].values()) > 0
         names.append((case.library, found["layer"]))
-    assert len(names) == len(set(names)) == 17
+    assert len(names) == len(set(names)) == 20
 
 
 def test_other_spikes_are_refused():

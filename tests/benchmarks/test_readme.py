@@ -31,7 +31,7 @@ def test_python_blocks_run():
     for library in ("nir", "nirtorch", "spikingjelly"):
         pytest.importorskip(library)
     python = blocks("python")
-    assert len(python) == 8
+    assert len(python) == 9
     torch.manual_seed(0)
     namespace: dict[str, object] = {}
     for block in python:
