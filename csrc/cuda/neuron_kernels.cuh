@@ -134,7 +134,6 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
         neuron.move_to(start + k);
         Real h[kLanes], s[kLanes];
         x[k].unpack(h);
-        if (kExact == 0) load_step(steps - start, k + kSteps);  // on its way while other steps are computed
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
           h[j] = Model::template charge<kInput>(h[j], lane(state, j), neuron.now(), options);
@@ -152,6 +151,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
         if (place.live) Lanes::store(s, params.s_seq + element);
         advance(element, stride);
       }
+      if (kExact == 0) load_step(steps - start, k + kSteps);  // on its way while other steps are computed
     }
     const int64 done = start + kSteps;
     if (exists(params.checkpoints) && done % kCheckpointSteps == 0 && done < steps && place.live) {
