@@ -26,17 +26,17 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
   if (!kSums && !place.live) return;
   const int64 first_element = place.element + (kBack ? (1 - steps) * stride : 0);
   struct Steps {
-    Real in[kSteps][kLanes], before[kSteps][kLanes], x[kSteps][kLanes];
+    Packed<kLanes, Scalar> in[kSteps], before[kSteps], x[kSteps];
   };
   int64 load_element = first_element;
   const auto load_steps = [&](int64 left, Steps& to) {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      if (k < left) Lanes::load((kBack ? params.grad_v_seq : params.x_seq) + load_element, to.in[k]);
+      if (k < left) to.in[k].load((kBack ? params.grad_v_seq : params.x_seq) + load_element);
       if (kSums && k < left - 1 && params.wants(kDecay)) {
-        Lanes::load(params.v_seq + (params.delay ? load_element : load_element + stride), to.before[k]);
+        to.before[k].load(params.v_seq + (params.delay ? load_element : load_element + stride));
       }
-      if (kSums && k < left && params.wants(kInputGain)) Lanes::load(params.x_seq + load_element, to.x[k]);
+      if (kSums && k < left && params.wants(kInputGain)) to.x[k].load(params.x_seq + load_element);
       advance(load_element, stride);
     }
   };
@@ -73,18 +73,21 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
       if (k >= left) continue;
       const int64 t = kBack ? left - 1 - k : steps - left + k;
       neuron.move_to(t);
-      Real out[kLanes];
+      Real in[kLanes], before[kLanes], x[kLanes], out[kLanes];
+      now.in[k].unpack(in);
+      if (kSums) now.before[k].unpack(before);
+      if (kSums) now.x[k].unpack(x);
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
         if constexpr (kBack) {
-          const Real dv = integrator_adjoint(now.in[k][j], params.delay, neuron.now(), later.v[j]);
+          const Real dv = integrator_adjoint(in[j], params.delay, neuron.now(), later.v[j]);
           out[j] = neuron.now().input_gain * dv;
-          if (kSums) sums[0] += dv * ((t == 0 ? state.v[j] : now.before[k][j]) - v_rest);
-          if (kSums) sums[1] += dv * now.x[k][j];
+          if (kSums) sums[0] += dv * ((t == 0 ? state.v[j] : before[j]) - v_rest);
+          if (kSums) sums[1] += dv * x[j];
         } else {
-          const Real before = state.v[j];
-          state.v[j] = integrate(now.in[k][j], before, neuron.now(), v_rest);
-          out[j] = params.delay ? before : state.v[j];
+          before[j] = state.v[j];
+          state.v[j] = integrate(in[j], before[j], neuron.now(), v_rest);
+          out[j] = params.delay ? before[j] : state.v[j];
         }
       }
       if (out_seq != nullptr && place.live) Lanes::store(out, out_seq + element);

@@ -295,14 +295,14 @@ MUTANTS = {
     "integrator_test": {
         "all live": ALL_LIVE,
         "the last step is not loaded": integrator("load_steps(@, next)", "left - kSteps", "left - kSteps - 1"),
-        "no delay": integrator("out[j] = @;", "params.delay ? before : state.v[j]", "state.v[j]"),
+        "no delay": integrator("out[j] = @;", "params.delay ? before[j] : state.v[j]", "state.v[j]"),
         "parameters of another step": integrator("t = @;\n      neuron", "kBack ? left - 1 - k : steps - left + k",
                                                  "k"),
         "decay's gradient of another step": integrator(
             "params.v_seq + (@)", "params.delay ? load_element : load_element + stride", "load_element"
         ),
         "decay's gradient without a first potential": integrator(
-            "dv * ((@) - v_rest)", "t == 0 ? state.v[j] : now.before[k][j]", "now.before[k][j]"
+            "dv * ((@) - v_rest)", "t == 0 ? state.v[j] : before[j]", "before[j]"
         ),
         "decay's gradient without a potential at rest": integrator(") - @);\n          if (kSums)", "v_rest",
                                                                    "Real(0)"),
