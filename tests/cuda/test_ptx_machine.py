@@ -231,7 +231,7 @@ UNKNOWN = [
     "ld.volatile.global.b32 %r1, [%rd1];", "ld.global.v8.b32 {%r1, %r2}, [%rd1];", "ld.global.v4.b32 {%r1}, [%rd1];",
     "ld.global.nc.b32 %r1, [%rd1];", "st.global.b128 [%rd1], %rd2;", "atom.global.add.u32 %r1, [%rd1], 1;",
     ".directive 1;", "mov.u32 %r1, %laneid;", "mov.u32 %r1, %tid.y;", "mov.u32 %r1, %unknown2;", "bar.sync 1;",
-    "bar.warp.sync -1;", "shfl.sync.bfly.b32 %r1, %r2, 1, 31, -1;", "cvt.rzi.s32.f32 %r1, %r2;", "div.full.f32 %r1, "
+    "bar.warp.sync -1;", "shfl.sync.bfly.b32 %r1, %r2, 1, 31, -1;", "cvt.rmi.s32.f32 %r1, %r2;", "div.full.f32 %r1, "
     "%r2, %r3;", "setp.lt.ftz.f32 %p1, %r1, %r2;", "setp.eq.s32 %p1|%p2, %r1, %r2;", "bra.conv L;",
     "mov.b64 %rd1, 18446744073709551616;", "mov.b64 %rd1, -9223372036854775809;", ".reg .b128 %rq<2>;",
 ]  # fmt: skip
