@@ -279,16 +279,9 @@ def test_norse_writes_currents_and_reads_the_same():
         assert_same_spikes(from_nir(graph, dt=1e-3), x_seq, expected)
 
 
-def test_snntorch_writes_currents():
-    snntorch = pytest.importorskip("snntorch")
+def assert_snntorch_writes(neuron):
+    """A network with these neurons spikes as before when what snnTorch writes of it is read."""
     module = pytest.importorskip("snntorch.export_nir")
-
-    def neuron(size):
-        return snntorch.Synaptic(
-            alpha=torch.linspace(0.3, 0.8, size), beta=torch.full((size,), 0.75), threshold=torch.full((size,), 1.5),
-            reset_mechanism="zero", reset_delay=False, init_hidden=True,
-        )  # fmt: skip
-
     model, x_seq = network()
     other = nn.Sequential(model[0], neuron(16), model[2], neuron(12))
     graph = module.export_to_nir(other, x_seq[:1, 0], ignore_dims=[0])
@@ -296,6 +289,18 @@ def test_snntorch_writes_currents():
         other[index].reset_mem()
     with torch.no_grad():
         assert_same_spikes(from_nir(graph), x_seq, torch.stack([other(x) for x in x_seq]))
+
+
+def test_snntorch_writes_currents():
+    snntorch = pytest.importorskip("snntorch")
+
+    def neuron(size):
+        return snntorch.Synaptic(
+            alpha=torch.linspace(0.3, 0.8, size), beta=torch.full((size,), 0.75), threshold=torch.full((size,), 1.5),
+            reset_mechanism="zero", reset_delay=False, init_hidden=True,
+        )  # fmt: skip
+
+    assert_snntorch_writes(neuron)
 
 
 def test_sinabs_writes_it():
@@ -336,7 +341,6 @@ def test_spikingjelly_writes_it():
 
 def test_snntorch_writes_it():
     snntorch = pytest.importorskip("snntorch")
-    module = pytest.importorskip("snntorch.export_nir")
 
     def neuron(size):
         return snntorch.Leaky(
@@ -344,10 +348,4 @@ def test_snntorch_writes_it():
             reset_delay=False, init_hidden=True,
         )  # fmt: skip
 
-    model, x_seq = network()
-    other = nn.Sequential(model[0], neuron(16), model[2], neuron(12))
-    graph = module.export_to_nir(other, x_seq[:1, 0], ignore_dims=[0])
-    for index in (1, 3):
-        other[index].reset_mem()
-    with torch.no_grad():
-        assert_same_spikes(from_nir(graph), x_seq, torch.stack([other(x) for x in x_seq]))
+    assert_snntorch_writes(neuron)
