@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cuda/normalisation_kernels.cuh"
+#include "integrator_params.h"
 
 namespace asgl::cuda {
 
@@ -67,6 +68,12 @@ template <class Scalar>
 bool groups_of_four(const BackwardParams<Scalar>& params) {
   return groups_of_four(params, params.grad_s_seq, params.grad_last, params.grad_v_seq, params.grad_h_seq,
                         params.checkpoints, params.grad_x_seq, params.grad_init);
+}
+
+template <class Scalar>
+bool groups_of_four(const IntegratorParams<Scalar>& params) {
+  return groups_of_four(params, params.v_seq, params.last, params.grad_v_seq, params.grad_last, params.grad_x_seq,
+                        params.grad_init);
 }
 
 // Says whether four neurons a thread pay; the others have one. The device is asked only where its size decides.

@@ -7,15 +7,7 @@ namespace asgl::cuda {
 
 template <class Scalar>
 cudaError_t cut(IntegratorParams<Scalar>& params) {
-  bool fours = false;
-  cudaError_t error = cudaSuccess;
-  if (kHasFours<Scalar> && groups_of_four(params, params.v_seq, params.last, params.grad_v_seq, params.grad_last,
-                                          params.grad_x_seq, params.grad_init)) {
-    error = fours_pay(params, &fours);
-  }
-  params.tiles.tile = fours ? 4 * kBlockThreads : kBlockThreads;
-  params.tiles.count = blocks_for(params.shape.neurons(), params.tiles.tile);
-  return error;
+  return cut_neurons(params);
 }
 
 template <class Scalar>
