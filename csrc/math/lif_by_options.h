@@ -17,14 +17,6 @@ struct AllOptions : NeuronOptions<Real> {
   ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored; }
 };
 
-// On a CPU a branch would keep the loop over neurons from being vectorised: both sides are computed, and a mask
-// chooses.
-#if defined(__CUDA_ARCH__)
-constexpr bool kBranches = true;
-#else
-constexpr bool kBranches = false;
-#endif
-
 // a or b
 ASGL_HOST_DEVICE float choose(bool condition, float a, float b) {
   if (kBranches) return condition ? a : b;

@@ -103,11 +103,17 @@ struct FiringFromLeast {
   ASGL_HOST_DEVICE Real spike(Real u) const { return u >= least_u ? Real(1) : Real(0); }
 };
 
-// `value`, or 0 whatever it is. The condition is the same for all elements: as a mask it costs no branch in their loop.
-ASGL_HOST_DEVICE float keep_if(bool condition, float value) {
+// On a CPU a branch would keep the loop over neurons from being vectorised: both sides are computed, and a mask
+// chooses.
 #if defined(__CUDA_ARCH__)
-  return condition ? value : 0.0f;
+constexpr bool kBranches = true;
+#else
+constexpr bool kBranches = false;
 #endif
+
+// `value`, or 0 whatever it is. The condition is the same for all elements.
+ASGL_HOST_DEVICE float keep_if(bool condition, float value) {
+  if (kBranches) return condition ? value : 0.0f;
   return bit_cast<float>(bit_cast<uint32>(value) & (0u - static_cast<uint32>(condition)));
 }
 ASGL_HOST_DEVICE double keep_if(bool condition, double value) {
