@@ -166,7 +166,7 @@ class _Storages(TorchDispatchMode):
 
 
 # By default these kernels of the neuron are executed, which are every one of all types, resets and inputs, of rectangle
-# and triangle, whose bits are promised; and those without a neuron.
+# and triangle, whose bits are promised; those that serve all surrogates; and those without a neuron.
 CHOSEN = (
     (torch.float32, "rectangle", "hard"),
     (torch.float32, "triangle", "soft"),
@@ -182,10 +182,7 @@ def _kinds(dtype: torch.dtype, surrogate: str, reset: str) -> str:
     return f"<{neuron_kernels.SCALARS[dtype]}, {neuron_kernels.model(rules)}"
 
 
-_CHOSEN_KINDS = (
-    *(_kinds(*each) for each in CHOSEN),
-    *(f"<{neuron_kernels.SCALARS[dtype]}, {neuron_kernels.BY_OPTIONS}" for dtype, *_ in CHOSEN),
-)
+_CHOSEN_KINDS = tuple(_kinds(*each) for each in CHOSEN)
 
 
 def is_chosen(kernel: str) -> bool:

@@ -5,10 +5,10 @@
 // kCheckpointSteps steps from the last to the first: it computes the potentials of a segment again from x and keeps
 // them on chip, then walks back over them reading the gradient and writing dx: three element sizes.
 //
-// Where no parameter changes over time, which is nearly always, backward is settled: a segment lies in registers, and
-// what the call does not ask for costs next to nothing. The general kernels have everything that there is, a segment in
-// shared memory, and one kernel serves all surrogates and resets: for each there would be another that few run. The
-// file is one idea, and has some more lines than others: all must compute the same potentials.
+// Where no parameter changes over time, which is nearly always, backward is settled: what the call does not ask for
+// costs next to nothing, and a sequence of four steps lies in registers. The general kernels have everything that there
+// is, and one kernel serves all surrogates and resets: for each there would be another that few run. The file is one
+// idea, and has some more lines than others: all must compute the same potentials.
 #pragma once
 
 #include "cuda/access.cuh"
