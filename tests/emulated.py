@@ -5,6 +5,7 @@ operators and launchers in Python, as in the backend `cupy`; the launches that t
 """
 
 import ctypes
+import fcntl
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,15 +81,19 @@ def register() -> Emulation:
     directory = ROOT / "build" / f"emulated-torch-{torch.__version__}"
     directory.mkdir(parents=True, exist_ok=True)
     ops.define_operators(NAMESPACE)
-    path = torch.utils.cpp_extension.load(
-        NAMESPACE,
-        [str(EMULATION / "emulated_kernels.cpp"), str(EMULATION / "emulated_ops.cpp")],
-        extra_cflags=[*FLAGS, "-DASGL_WITH_CUDA"],
-        extra_ldflags=["-pthread"],
-        extra_include_paths=[str(EMULATION / "include"), str(ROOT / "csrc")],
-        build_directory=str(directory),
-        is_python_module=False,
-    )
+    with (directory / "building").open("w") as building:
+        # The lock of torch outlives a build that was killed, and all who came later would wait; this one does not.
+        fcntl.flock(building, fcntl.LOCK_EX)
+        (directory / "lock").unlink(missing_ok=True)
+        path = torch.utils.cpp_extension.load(
+            NAMESPACE,
+            [str(EMULATION / "emulated_kernels.cpp"), str(EMULATION / "emulated_ops.cpp")],
+            extra_cflags=[*FLAGS, "-DASGL_WITH_CUDA"],
+            extra_ldflags=["-pthread"],
+            extra_include_paths=[str(EMULATION / "include"), str(ROOT / "csrc")],
+            build_directory=str(directory),
+            is_python_module=False,
+        )
     emulation = Emulation(path or str(directory / f"{NAMESPACE}.so"))
     normalisation_kernels.implement(REPLAYED_NAMESPACE, "CPU", normalisation_kernels.operators_on(emulation))
     for name, namespace in (("emulated", NAMESPACE), ("replayed", REPLAYED_NAMESPACE)):

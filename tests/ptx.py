@@ -30,6 +30,7 @@ from asgl_cuda.backends import cupy as jit
 from asgl_cuda.backends import neuron_kernels, normalisation_kernels
 from asgl_cuda.extension import digest_of_sources
 from asgl_cuda.reference import Rules
+from asgl_cuda.selfcheck import EXACT_SURROGATES
 from asgl_cuda.surrogate import SURROGATES
 
 BACKENDS = {"ptx": TINY, "ptx_one": LARGE}  # and their multiprocessors
@@ -166,7 +167,7 @@ class _Storages(TorchDispatchMode):
 
 
 # By default these kernels of the neuron are executed, which are every one of all types, resets and inputs, of rectangle
-# and triangle, whose bits are promised; those that serve all surrogates; and those without a neuron.
+# and triangle, whose bits are promised; those that serve all surrogates, for these two; and those without a neuron.
 CHOSEN = (
     (torch.float32, "rectangle", "hard"),
     (torch.float32, "triangle", "soft"),
@@ -183,10 +184,15 @@ def _kinds(dtype: torch.dtype, surrogate: str, reset: str) -> str:
 
 
 _CHOSEN_KINDS = tuple(_kinds(*each) for each in CHOSEN)
+_EXACT_IDS = {SURROGATES[each].id for each in EXACT_SURROGATES}
 
 
-def is_chosen(kernel: str) -> bool:
-    return "asgl::LIF<" not in kernel or any(kinds in kernel for kinds in _CHOSEN_KINDS)
+def is_chosen(kernel: str, params: ctypes.Structure) -> bool:
+    """Says whether a launch is executed by default: a neuron is so in all its kernels or in none, for its bits."""
+    if "asgl::LIF<" in kernel:
+        return any(kinds in kernel for kinds in _CHOSEN_KINDS)
+    options = getattr(params, "options", None)
+    return getattr(options, "surrogate", None) in {None, *_EXACT_IDS}
 
 
 class Launcher:
@@ -214,7 +220,7 @@ class Launcher:
         return self.multiprocessors * THREADS_EACH
 
     def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: ctypes.Structure) -> None:
-        if self._emulation is not None and not is_chosen(kernel):
+        if self._emulation is not None and not is_chosen(kernel, params):
             self._emulation.launch(device, kernel, blocks, threads, params)
             return
         if kernel not in self._kernels:

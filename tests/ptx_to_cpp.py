@@ -108,13 +108,14 @@ class _Translation:
         )
 
     def _lines(self) -> Iterator[str]:
-        body, position, depth = self.kernel.body, 0, 0
-        while body[position:].strip():
+        body, line, depth = self.kernel.body.rstrip(), self.kernel.first_line, 0
+        position = start = 0
+        while position < len(body):
             match = _STATEMENT.match(body, position)
             if match is None:
                 raise UnknownPTXError(f"{self.kernel.symbol}: {body[position : position + 200].strip()!r}")
-            start = match.start() + len(match[0]) - len(match[0].lstrip())
-            line = self.kernel.first_line + body.count("\n", 0, start)
+            before, start = start, match.end() - len(match[0].lstrip())
+            line += body.count("\n", before, start)
             position = match.end()
             if match["label"]:
                 yield f"{_name(match['label'])}:;"
@@ -183,9 +184,13 @@ class _Translation:
                 return self._vector_move(words[1], *operands)
         if name not in self.known or not types:
             raise UnknownPTXError("an instruction that is not known")
+        # What has one type takes and gives that, or a predicate.
+        only = words[first] if len(words) == first + 1 else None
         machine = ["m"] if "approx" in words else []
-        arguments = ", ".join((*machine, *map(self._operand, operands[1:])))
-        return f"write({self._register(operands[0])}, {name}<{types}>({arguments}));"
+        arguments = ", ".join((*machine, *(self._operand(each, only) for each in operands[1:])))
+        result = f"{name}<{types}>({arguments})"
+        to = self._register(operands[0])
+        return f"{to} = {result};" if _same(self._kind(operands[0]), only) else f"write({to}, {result});"
 
     def _access(self, words: list[str], operands: list[str]) -> str:
         verb, *qualifiers, kind = words
@@ -225,8 +230,8 @@ class _Translation:
             raise UnknownPTXError(f"{text} is no register")
         return kind
 
-    def _operand(self, text: str) -> str:
-        """An expression that becomes whichever type the instruction takes the operand for."""
+    def _operand(self, text: str, wanted: str | None = None) -> str:
+        """An expression that becomes whichever type the instruction takes the operand for, or has the one `wanted`."""
         if text in _SPECIAL:
             return f"Bits<u32>{{{_SPECIAL[text]}}}"
         if re.fullmatch(r"-?\d+", text):
@@ -239,10 +244,18 @@ class _Translation:
             return "Bits<u64>{m.params.begin}"
         if text in self.addresses:
             return f"Integer<kSharedBegin + {self.addresses[text]}>{{}}"
-        name = self._register(text)
-        if self._kind(text) == "pred":
+        name, kind = self._register(text), self._kind(text)
+        if _same(kind, wanted):
+            return f"{wanted}({name})"
+        if kind == "pred":
             return f'Condition{{m, "{self.where}", {name}}}'
         return f"Bits<decltype({name})>{{{name}}}"
+
+
+def _same(register: str, wanted: str | None) -> bool:
+    """Says whether C++ itself converts between these types without changing a bit."""
+    integers = all(re.fullmatch(r"[bus]\d+", kind or "") for kind in (register, wanted))
+    return (register == wanted != "pred") or (integers and register[1:] == (wanted or "")[1:])
 
 
 def _integer(value: int) -> str:
@@ -256,7 +269,7 @@ def _integer(value: int) -> str:
 def _declaration(kind: str, name: str) -> str:
     if kind == "pred":
         return f"Predicate {name};"
-    return f"{kind} {name} = poison<{kind}>();"
+    return f"{kind} {name} = kPoison<{kind}>;"
 
 
 def _name(text: str) -> str:

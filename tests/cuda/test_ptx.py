@@ -22,6 +22,11 @@ ALL = "ptx" in os.environ.get("ASGL_TEST_BACKENDS", "").split(",")
 HALF_TYPES = (torch.float16, torch.bfloat16)
 STEPS = (1, 4, 5, 16, 17, 33)
 INPUTS = ("plain", "normalised", "general")
+# A neuron of each type whose kernels are chosen.
+NEURONS = {
+    dtype: {"surrogate": surrogate, "v_reset": 0.1 if reset == "hard" else None}
+    for dtype, surrogate, reset in ptx.CHOSEN
+}
 
 
 @pytest.fixture
@@ -99,14 +104,12 @@ def test_sums_of_gradients(machine, with_launcher, name):
                 torch.manual_seed(0)
                 width, decay = (uniform(*sizes, low=0.5, high=0.9, dtype=dtype) for _ in range(2))
                 x_seq = random_input(*shape, dtype=dtype)
-                output = asgl_cuda.lif(
-                    x_seq, width=width, decay=decay, v_reset=None, backend=backend, surrogate="triangle"
-                )
+                output = asgl_cuda.lif(x_seq, width=width, decay=decay, backend=backend, **NEURONS[dtype])
                 found.append(torch.autograd.grad(output, (x_seq, width, decay), torch.randn(shape).to(output)))
             assert_same_bits(*found)
 
 
-@pytest.mark.parametrize("dtype", ptx.neuron_kernels.SCALARS)
+@pytest.mark.parametrize("dtype", NEURONS)
 def test_batch_normalisation(machine, with_launcher, dtype):
     """There are four columns a thread, and one; channels share a tile, or have several; one has a single value."""
     with_launcher(machine)
@@ -117,8 +120,9 @@ def test_batch_normalisation(machine, with_launcher, dtype):
             x_seq = random_input(*shape, dtype=dtype)
             weight = uniform(shape[2], low=0.5, high=1.5, dtype=real_of(dtype))
             output = asgl_cuda.batch_norm_lif(
-                x_seq, weight=weight, training=True, analog_prob=0.0, rng_state=rng_state(), backend=backend
-            )
+                x_seq, weight=weight, training=True, analog_prob=0.3, rng_state=rng_state(), backend=backend,
+                **NEURONS[dtype],
+            )  # fmt: skip
             found.append((output, *torch.autograd.grad(output, (x_seq, weight), torch.randn(shape).to(output))))
         assert_same_bits(*found)
 

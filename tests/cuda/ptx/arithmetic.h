@@ -2,6 +2,9 @@
 // here is not known. Integers wrap round (-fwrapv), nothing is contracted (-ffp-contract=off).
 #pragma once
 
+// Kernels take longer to compile than to run, and this analysis takes a sixth of it.
+#pragma GCC optimize("no-tree-pta")
+
 #include "cuda_emulation_types.h"
 #include "machine.h"
 

@@ -62,12 +62,9 @@ class Machine {
 // A register that nobody wrote holds a NaN in every type of floating point, and a number that is neither a size nor an
 // address.
 template <class T>
-T poison() {
-  constexpr u32 kPattern[] = {0xFFFAFFFA, 0xFFFAFFFA};
-  T value;
-  std::memcpy(&value, kPattern, sizeof(T));
-  return value;
-}
+constexpr T kPoison = __builtin_bit_cast(
+    T, static_cast<std::conditional_t<sizeof(T) == 8, u64, std::conditional_t<sizeof(T) == 4, u32, u16>>>(
+           0xFFFAFFFAFFFAFFFA));
 
 struct Predicate {
   u8 state = 2;  // nobody wrote it

@@ -50,7 +50,7 @@ char* shared_memory_of_block(u64 launch, u32 block, u32 bytes) {
     memory.launch = launch;
     memory.block = block;
     memory.data.resize(bytes);
-    const u32 pattern = poison<u32>();
+    const u32 pattern = kPoison<u32>;
     for (u32 i = 0; i < bytes; ++i) memory.data[i] = reinterpret_cast<const char*>(&pattern)[i % sizeof(pattern)];
   }
   return memory.data.data();
