@@ -23,7 +23,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 WANTED = os.environ.get("ASGL_TEST_BACKENDS")
 _WANTED_NAMES = () if WANTED is None else tuple(WANTED.split(","))
 EMULATION = PTX_MACHINE = None
-if WANTED is None or {"emulated", "replayed"} & set(_WANTED_NAMES):
+if WANTED is None or {"emulated", "replayed", "ptx"} & set(_WANTED_NAMES):  # PTX is held against it
     if host_compiler.compiler() is None:
         print("asgl_cuda: no C++ compiler, so the CUDA kernels are not tested by emulation")
     else:
@@ -35,8 +35,9 @@ if WANTED is None or "ptx" in _WANTED_NAMES:
         print(f"asgl_cuda: {ptx.missing()}, so the PTX of the CUDA kernels is not tested")
     else:
         PTX_MACHINE = ptx.Machine()
+        others = EMULATION if WANTED is None else None  # runs the other kernels
         for each, multiprocessors in ptx.BACKENDS.items():
-            ptx.register(each, ptx.Launcher(PTX_MACHINE, multiprocessors, emulation=EMULATION))
+            ptx.register(each, ptx.Launcher(PTX_MACHINE, multiprocessors, emulation=others))
 PTX_FILES = {
     f"test_{name}.py" for name in ("equivalence", "properties", "layouts", "gradients", "integrator", "multi_spike")
 }

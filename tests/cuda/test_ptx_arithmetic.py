@@ -185,6 +185,13 @@ def table():
 
         yield f"bfi.{kind} d, a, b, c, 9", [kind, kind, "u32"], kind, lambda a, b, c, f=inserted: f(a, b, c, 9)
         yield f"bfi.{kind} d, a, b, 3, c", [kind, kind, "u32"], kind, lambda a, b, c, f=inserted: f(a, b, 3, c)
+
+        def extracted(a, first, length):
+            return a >> (first & 255) & (2 ** (length & 255) - 1)
+
+        kind = f"u{width}"
+        yield f"bfe.{kind} d, a, b, 9", [kind, "u32"], kind, lambda a, b, f=extracted: f(a, b, 9)
+        yield f"bfe.{kind} d, a, 3, b", [kind, "u32"], kind, lambda a, b, f=extracted: f(a, 3, b)
     yield "cvta.to.global.u64", ["u64"], "u64", lambda a: a
     parts = "mov.b32 {%rs5, %rs6}, a; mov.b32 d, {%rs6, %rs5}"
     yield parts, ["b32"], "b32", lambda a: a >> 16 | a << 16

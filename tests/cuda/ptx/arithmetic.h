@@ -110,6 +110,12 @@ T bfi(T a, T b, u32 first, u32 length) {
   const T field = shl(shl(T(1), length & 0xFF) - T(1), first & 0xFF);
   return (b & ~field) | (shl(a, first & 0xFF) & field);
 }
+// `length` bits of a from bit `first` on; with a sign it would be another instruction.
+template <Whole T>
+T bfe(T a, u32 first, u32 length) {
+  static_assert(std::is_unsigned_v<T>);
+  return shr(a, first & 0xFF) & (shl(T(1), length & 0xFF) - T(1));
+}
 
 // ---- comparisons ----
 
