@@ -54,7 +54,7 @@ $(VENV)/created:
 	@$(PIP) install "setuptools>=77" "setuptools-scm>=8" "torch>=2.6" ninja
 	@touch $@
 
-$(VENV)/built: $(VENV)/created setup.py asgl_cuda/compilation.py pyproject.toml MANIFEST.in $(shell find csrc -type f)
+$(VENV)/built: $(VENV)/created setup.py asgl_cuda/compilation.py pyproject.toml MANIFEST.in $(shell find csrc -type f -not -name '*.md')
 	@echo "Installing what tests and benchmarks need, compiling csrc: a minute or two"
 	@$(PIP) install --no-build-isolation --editable ".[test,bench,dev]"
 	@# It asks for nir up to 1.0.4, which SpikingJelly's exchange is too new for; with a newer one it works as well.
