@@ -188,7 +188,7 @@ _EXACT_IDS = {SURROGATES[each].id for each in EXACT_SURROGATES}
 
 
 def is_chosen(kernel: str, params: ctypes.Structure) -> bool:
-    """Says whether a launch is executed by default: a neuron is so in all its kernels or in none, for its bits."""
+    """Says whether a launch is executed by default: where bits are not promised, no kernel of the neuron is."""
     if "asgl::LIF<" in kernel:
         return any(kinds in kernel for kinds in _CHOSEN_KINDS)
     options = getattr(params, "options", None)

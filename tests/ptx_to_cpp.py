@@ -17,6 +17,7 @@ _STATEMENT = re.compile(r"\s*(?:(?P<label>[\w$]+):|(?P<brace>[{}])|(?P<text>[^;{
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(\s*\.param \.align (\d+) \.b8 ([\w$]+)\[(\d+)\]\s*\)([^{]*)\{")
 _SHARED = re.compile(r"\.shared \.align (\d+) \.b8 ([\w$]+)\[(\d+)\]")
 _REGISTERS = re.compile(r"\.reg \.(\w+)\s+(%?[\w$]+)(<\d+>)?")
+_INTEGER = re.compile(r"[bus]\d+")
 _GUARD = re.compile(r"@(!?)(%[\w$]+)\s+")
 _SPECIAL = {"%tid.x": "m.tid_x", "%ctaid.x": "m.ctaid_x", "%ntid.x": "m.ntid_x", "%nctaid.x": "m.nctaid_x"}
 _TYPES = frozenset(
@@ -254,8 +255,10 @@ class _Translation:
 
 def _same(register: str, wanted: str | None) -> bool:
     """Says whether C++ itself converts between these types without changing a bit."""
-    integers = all(re.fullmatch(r"[bus]\d+", kind or "") for kind in (register, wanted))
-    return (register == wanted != "pred") or (integers and register[1:] == (wanted or "")[1:])
+    if register == wanted:
+        return register != "pred"
+    integers = wanted is not None and _INTEGER.fullmatch(register) and _INTEGER.fullmatch(wanted)
+    return bool(integers) and register[1:] == wanted[1:]
 
 
 def _integer(value: int) -> str:

@@ -40,13 +40,12 @@ inline void run_launch(Launch& launch) {
 }
 
 #else
-// Translated PTX takes 114 KiB where the host's compiler does not optimise.
-constexpr std::size_t fibre_stack_bytes = 256 * 1024;
-
 #ifdef __SANITIZE_ADDRESS__
+constexpr std::size_t fibre_stack_bytes = 256 * 1024;
 constexpr auto announce_switch = &__sanitizer_start_switch_fiber;
 constexpr auto confirm_switch = &__sanitizer_finish_switch_fiber;
 #else
+constexpr std::size_t fibre_stack_bytes = 64 * 1024;
 inline void announce_switch(void**, const void*, std::size_t) {}
 inline void confirm_switch(void*, const void**, std::size_t*) {}
 #endif

@@ -62,9 +62,13 @@ class Machine {
 // A register that nobody wrote holds a NaN in every type of floating point, and a number that is neither a size nor an
 // address.
 template <class T>
-constexpr T kPoison = __builtin_bit_cast(
-    T, static_cast<std::conditional_t<sizeof(T) == 8, u64, std::conditional_t<sizeof(T) == 4, u32, u16>>>(
-           0xFFFAFFFAFFFAFFFA));
+constexpr T kPoison = [] {
+  struct {
+    u8 bytes[sizeof(T)];
+  } pattern{};
+  for (std::size_t i = 0; i < sizeof(T); ++i) pattern.bytes[i] = i % 2 == 0 ? 0xFA : 0xFF;
+  return __builtin_bit_cast(T, pattern);
+}();
 
 struct Predicate {
   u8 state = 2;  // nobody wrote it
