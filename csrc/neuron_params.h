@@ -22,22 +22,25 @@ constexpr int kCheckpointSteps = 16;
 
 enum ParameterId { kWidth, kDecay, kThreshold, kReset, kInputGain, kInputBias, kInputMean, kNumParameters };
 
-// A parameter at neuron n and step t is data[t * step_stride + (n / inner) % count], or constant where data is null.
+// A parameter at neuron n and step t is data[t * step_stride + (n / inner) % count]. Where data is null it is constant,
+// count is 1 and step_stride 0, so that one comparison says what is the same for all.
 template <class Real>
 struct ParameterView {
   const Real* data;
   Real constant;
   int64 step_stride, inner, count;
 
-  ASGL_HOST_DEVICE int64 index(int64 n) const { return count == 1 ? 0 : (n / inner) % count; }
+  // Counts the runs of neurons that share a value up to the one of neuron n.
+  ASGL_HOST_DEVICE int64 run(int64 n) const { return count == 1 ? 0 : n / inner; }
+  ASGL_HOST_DEVICE int64 index(int64 n) const { return count == 1 ? 0 : run(n) % count; }
   ASGL_HOST_DEVICE Real at(int64 n, int64 t) const {
     return data == nullptr ? constant : data[t * step_stride + index(n)];
   }
 
   // One value for all neurons of a step.
-  ASGL_HOST_DEVICE bool is_same_for_all() const { return data == nullptr || count == 1; }
+  ASGL_HOST_DEVICE bool is_same_for_all() const { return count == 1; }
   // One value for all neurons and steps.
-  ASGL_HOST_DEVICE bool is_uniform() const { return data == nullptr || (count == 1 && step_stride == 0); }
+  ASGL_HOST_DEVICE bool is_uniform() const { return count == 1 && step_stride == 0; }
   ASGL_HOST_DEVICE Real uniform_value() const { return data == nullptr ? constant : *data; }
 };
 
@@ -64,13 +67,19 @@ ASGL_HOST_DEVICE Neuron<Real> neuron_of(F&& value) {
           value(kInputGain), value(kInputBias), value(kInputMean)};
 }
 
-// Neuron n where no parameter changes over time. Those that differ between neurons mostly do so in the same way as the
-// width or the gain: an index takes divisions, and is not computed for each.
+// Parameters that differ between neurons mostly do so in the same way as this one, the width or the gain.
+template <Input kInput, class Real>
+ASGL_HOST_DEVICE const ParameterView<Real>& usual_parameter(const ParameterView<Real> (&parameters)[kNumParameters]) {
+  return parameters[kInput == Input::kNormalised ? kInputGain : kWidth];
+}
+
+// Neuron n where no parameter changes over time; `usual_run` is the run of the usual parameter. An index takes
+// divisions, and is not computed for each parameter.
 template <Input kInput, class Real>
 ASGL_HOST_DEVICE Neuron<Real> settled_neuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n,
-                                             const NeuronOptions<Real>& options) {
-  const ParameterView<Real>& usual = parameters[kInput == Input::kNormalised ? kInputGain : kWidth];
-  const int64 usual_index = usual.index(n);
+                                             int64 usual_run, const NeuronOptions<Real>& options) {
+  const ParameterView<Real>& usual = usual_parameter<kInput>(parameters);
+  const int64 usual_index = usual.is_same_for_all() ? 0 : usual_run % usual.count;
   return neuron_of<Real>([&](ParameterId id) {
     const ParameterView<Real>& parameter = parameters[id];
     if (parameter.is_same_for_all()) return value_of(id, parameter.uniform_value(), options);

@@ -95,11 +95,33 @@ __device__ __forceinline__ void forget_origin(int64& element) {
   asm volatile("" : "+l"(element));
 #endif
 }
+__device__ __forceinline__ void forget_origin(uint32& bits) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(bits));
+#endif
+}
+template <class Element>
+__device__ __forceinline__ void forget_origin(Element*& place) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(place));
+#endif
+}
 
-// The compiler would compute the addresses of all steps beforehand, and run out of registers for them.
-__device__ __forceinline__ void advance(int64& element, int64 stride) {
-  element += stride;
-  forget_origin(element);
+// The compiler no longer knows it of a place whose origin it has forgotten.
+template <class Element>
+__device__ __forceinline__ Element* in_global_memory(Element* place) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(place));
+#endif
+  return place;
+}
+
+// From an element, or its place in memory, to that of another step. Where steps are not few, the compiler would compute
+// the addresses of all beforehand, and run out of registers for them, or multiply for each.
+template <bool kForget = true, class ElementOrPlace>
+__device__ __forceinline__ void advance(ElementOrPlace& at, int64 stride) {
+  at += stride;
+  if (kForget) forget_origin(at);
 }
 
 // The neurons n, n + 1, ... of a thread. Where others count on it at shuffles and barriers, a thread beyond the last

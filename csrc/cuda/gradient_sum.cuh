@@ -14,20 +14,28 @@ struct WarpSums {
 };
 
 // Neurons side by side that share a parameter's value, and their threads in this block.
-struct Run {
-  int64 inner = 0, index = 0;
-  int begin = 0, end = 0;
+class Run {
+ public:
+  Run() = default;
+  // Where runs of `inner` neurons were counted before, the thread's is the run `index`.
+  __device__ __forceinline__ Run(int64 inner, int64 index) : known_inner_(inner), known_index_(index) {}
 
   template <int kLanes>
-  __device__ __forceinline__ void find(const Place<kLanes>& place, int64 its_inner) {
-    if (inner == its_inner) return;
-    inner = its_inner;
-    index = place.n / inner;
-    const int64 block_n = place.n - static_cast<int64>(threadIdx.x) * kLanes;
-    const int64 first = (index * inner - block_n) / kLanes, last = first + inner / kLanes;
-    begin = first < 0 ? 0 : static_cast<int>(first);
-    end = last > kBlockThreads ? kBlockThreads : static_cast<int>(last);
+  __device__ __forceinline__ void find(const Place<kLanes>& place, int64 inner) {
+    if (inner_ == inner) return;
+    inner_ = inner;
+    index = inner == known_inner_ ? known_index_ : place.read_n / inner;
+    const int64 before = (place.read_n - index * inner) / kLanes, left = inner / kLanes - before;
+    const int thread = static_cast<int>(threadIdx.x);
+    begin = before < thread ? thread - static_cast<int>(before) : 0;
+    end = left < kBlockThreads - thread ? thread + static_cast<int>(left) : kBlockThreads;
   }
+
+  int64 index;
+  int begin, end;
+
+ private:
+  int64 inner_ = 0, known_inner_ = 0, known_index_;
 };
 
 // The sum over the threads of each run goes to the run's slot. All threads of the block must come here; those beyond
@@ -50,10 +58,11 @@ __device__ __forceinline__ void store_partial(Real* slots, const ParameterView<R
     }
   } else {
     run.find(place, parameter.inner);
+    const int in_warp = run.end - thread < kWarpThreads - lane ? run.end - thread : kWarpThreads - lane;
 #pragma unroll
     for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
       const Real other = __shfl_down_sync(kWholeWarp, sum, distance);
-      if (lane + distance < kWarpThreads && thread + distance < run.end) sum += other;
+      if (distance < in_warp) sum += other;
     }
   }
   __syncthreads();  // whoever reads what was there has done so

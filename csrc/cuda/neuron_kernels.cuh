@@ -24,7 +24,7 @@ class ThreadNeuron {
  public:
   __device__ __forceinline__ ThreadNeuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n,
                                           const NeuronOptions<Real>& options)
-      : neuron_(settled_neuron<kInput>(parameters, n, options)) {}
+      : neuron_(settled_neuron<kInput>(parameters, n, usual_parameter<kInput>(parameters).run(n), options)) {}
 
   __device__ __forceinline__ void move_to(int64) {}
   __device__ __forceinline__ const Neuron<Real>& now() const { return neuron_; }
@@ -195,51 +195,66 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
   static_assert(sizeof(potentials) >= sizeof(room));
   const int64 steps = kShort ? kExact : params.shape.steps, stride = params.shape.inner;
   const Place<kLanes> place(params.shape);
+  const ParameterView<Real>& usual = usual_parameter<kInput>(params.parameters);
+  int64 usual_run = 0;
 
   Real sums[kNumParameters] = {};
   if (kLanes == 1 || place.live) {
+    // The pointers are where x, and then gradients and dx, have come to.
     Packed<kLanes, Scalar> x[kSteps], g[kSteps], x_again[kSteps];
-    const auto length_from = [&](int64 start) {
-      return kShort ? kExact : steps - start < kCheckpointSteps ? static_cast<int>(steps - start) : kCheckpointSteps;
+    const Scalar *x_seq, *grad_s_seq, *x_seq_again;
+    Scalar* grad_x_seq;
+    const auto load_x = [&](bool there, int k) {
+      if (there) x[k].load(in_global_memory(x_seq));
+      advance<!kShort>(x_seq, stride);
+    };
+    const auto load_gradient = [&](bool there, int k) {
+      if (there) g[k].load(in_global_memory(grad_s_seq));
+      advance<!kShort>(grad_s_seq, -stride);
+      // x is loaded once more: there are no registers for it, and it is not gone from the cache.
+      if (kNormalised && !kShort) {
+        if (there) x_again[k].load(in_global_memory(x_seq_again));
+        advance<!kShort>(x_seq_again, -stride);
+      }
     };
     const auto last_few = [&](int length) { return (length - 1) / kSteps * kSteps; };
-    const auto load_x = [&](int64 element, int k) { x[k].load(params.x_seq + element + k * stride); };
-    const auto load_gradient = [&](int64 element, int k) {
-      g[k].load(params.grad_s_seq + element + k * stride);
-      // x is loaded once more: there are no registers for it, and it is not gone from the cache.
-      if (kNormalised && !kShort) x_again[k].load(params.x_seq + element + k * stride);
-    };
-    const auto load_ends = [&](int64 start) {
-      const int length = length_from(start), last = last_few(length);
-      const int64 element = place.element + start * stride, last_element = element + last * stride;
+    const auto load_ends = [&](int64 start, int length) {
+      const int last = last_few(length);
+      const int64 element = place.element + start * stride, last_element = element + (last + kSteps - 1) * stride;
+      x_seq = params.x_seq + element;
+      grad_s_seq = params.grad_s_seq + last_element;
+      x_seq_again = params.x_seq + last_element;
+      grad_x_seq = params.grad_x_seq + last_element;
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        if (k < length) load_x(element, k);
-      }
+      for (int k = 0; k < kSteps; ++k) load_x(k < length, k);
 #pragma unroll
-      for (int k = kSteps - 1; k >= 0; --k) {
-        if (k < length - last) load_gradient(last_element, k);
-      }
+      for (int k = kSteps - 1; k >= 0; --k) load_gradient(k < length - last, k);
     };
-    if (kShort) load_ends(0);  // everything is on its way while the parameters are read
+    if (kShort) load_ends(0, kExact);  // everything is on its way while the parameters are read
     const NoiseSource source(params.noise);
     const NeuronOptions<Real> options = params.options;
     const FiringFromLeast<Real> firing(options);
-    const Neuron<Real> neuron = settled_neuron<kInput>(params.parameters, place.read_n, options);
-    const bool learns_more = params.wants(kDecay) || params.wants(kThreshold) || params.wants(kReset);
-    bool carried = exists(params.grad_last);
+    usual_run = usual.run(place.read_n);
+    const Neuron<Real> neuron = settled_neuron<kInput>(params.parameters, place.read_n, usual_run, options);
+    const bool learns_decay = params.wants(kDecay), has_grad_last = exists(params.grad_last);
+    // The compiler would compare the pointers at each step.
+    uint32 learns_firing = params.wants(kThreshold) || params.wants(kReset);
+    if (!kShort) forget_origin(learns_firing);
     State<Real[kLanes]> d_state;
     fill(d_state, State<Real>());  // of {} NVRTC makes a variable in global memory, and reads it
-    if (carried) load(params.grad_last, place.read_n, d_state);
+    if (has_grad_last) load(params.grad_last, place.read_n, d_state);
+    Real dh[kLanes];
 
     for (int64 start = (steps - 1) / kCheckpointSteps * kCheckpointSteps; start >= 0; start -= kCheckpointSteps) {
-      const int length = length_from(start);
-      if (!kShort) load_ends(start);
+      const int length = kShort                             ? kExact
+                         : steps - start < kCheckpointSteps ? static_cast<int>(steps - start)
+                                                            : kCheckpointSteps;
+      const int last_steps = start + length < steps ? 0 : 1;  // steps here that none follows
+      if (!kShort) load_ends(start, length);
       const SegmentNoise<kLanes, kShort ? kExact : kCheckpointSteps> noise(source, place.n, start, length);
       State<Real[kLanes]> state;
       load_state(params, params.checkpoints, start, place, state);
       Potentials h[kSteps];
-      int64 element = place.element + start * stride;  // of the first of a few steps
 #pragma unroll 1
       for (int first = 0; first < length; first += kSteps) {
         const auto few = noise.from(first);
@@ -257,79 +272,85 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
             }
             if (!kShort) potentials[first + k][threadIdx.x] = h[k];
           }
-          if (!kShort && k + kSteps < left) load_x(element + kSteps * stride, k);
+          if (!kShort) load_x(k + kSteps < left, k);
         }
-        if (!kShort) element += kSteps * stride;
       }
 #pragma unroll 1
       for (int first = last_few(length); first >= 0; first -= kSteps) {
         const auto few = noise.from(first);
-        const int left = kShort ? kExact : length - first;
-        Potentials h_before;  // of the step before these
+        const int left = kShort ? kExact : length - first, followed = left - last_steps;
+        const int carried_steps = has_grad_last ? left : followed, decay_steps = learns_decay ? followed : 0;
         if (!kShort) {
-          element -= kSteps * stride;
 #pragma unroll
           for (int k = 0; k < kSteps; ++k) {
             if (k < left) h[k] = potentials[first + k][threadIdx.x];
           }
-          if (learns_more && first > 0) h_before = potentials[first - 1][threadIdx.x];
         }
-        const auto fire_lane = [&](int k, int j) {
-          return Model::fire(h[k].values[j], few.is_analog(k, j), neuron, firing);
-        };
 #pragma unroll
         for (int k = kSteps - 1; k >= 0; --k) {
           if (k < left) {
-            Real its_x[kLanes], ds[kLanes], dx[kLanes];
+            const bool carried = k < carried_steps;
+            Real its_x[kLanes], s[kLanes], ds[kLanes], from_u[kLanes], dx[kLanes];
             if (kNormalised) (kShort ? x : x_again)[k].unpack(its_x);
             g[k].unpack(ds);
-            StepGradient<Real> gradients[kLanes];
             const State<Real[kLanes]> d_after = d_state;
-            if (carried && !options.detach_reset) {
-#pragma unroll
-              for (int j = 0; j < kLanes; ++j) {
-                ds[j] = Model::spike_gradient(ds[j], h[k].values[j], true, neuron, d_state.v[j]);
-              }
-            }
 #pragma unroll
             for (int j = 0; j < kLanes; ++j) {
-              const StepGradient<Real> step = Model::step_adjoint(ds[j], NoGradient{}, h[k].values[j], fire_lane(k, j),
-                                                                  carried, neuron, options, lane(d_state, j));
-              sums[kWidth] += step.dy * (h[k].values[j] - neuron.v_threshold);
-              if constexpr (kNormalised) {
-                sums[kInputGain] += step.dc * (its_x[j] - neuron.input_mean);
-                sums[kInputBias] += step.dc;
-              }
-              dx[j] = kNormalised ? neuron.input_gain * step.dc : step.dc;
-              gradients[j] = step;
+              s[j] = Model::fire(h[k].values[j], few.is_analog(k, j), neuron, firing);
             }
-            if (learns_more) {
-              State<Real[kLanes]> before;
-              if (k == 0 && first == 0) load_state(params, params.checkpoints, start, place, before);
+            if (k < decay_steps) {  // the gradient of the decay at the next step: its dh by the potential before it
 #pragma unroll
               for (int j = 0; j < kLanes; ++j) {
-                if (k > 0) {
-                  Model::reset(h[k - 1].values[j], fire_lane(k - 1, j), neuron, lane(before, j));
-                } else if (first > 0) {
-                  const Real its_h = h_before.values[j];
-                  const bool analog = noise.from(first - 1).is_analog(0, j);
-                  Model::reset(its_h, Model::fire(its_h, analog, neuron, firing), neuron, lane(before, j));
-                }
-                sums[kDecay] += gradients[j].dh * before.v[j];
-                sums[kThreshold] -= gradients[j].dy * neuron.inverse_width;
-                if (carried) sums[kReset] += Model::gradient_of_reset(d_after.v[j], fire_lane(k, j));
+                State<Real> after;
+                Model::reset(h[k].values[j], s[j], neuron, after);
+                sums[kDecay] += dh[j] * after.v;
               }
             }
-            carried = true;
-            if (place.live) Lanes::store(dx, params.grad_x_seq + element + k * stride);
+            const auto compute = [&](bool carried) {
+              if (carried && !options.detach_reset) {
+#pragma unroll
+                for (int j = 0; j < kLanes; ++j) {
+                  ds[j] = Model::spike_gradient(ds[j], h[k].values[j], true, neuron, d_state.v[j]);
+                }
+              }
+#pragma unroll
+              for (int j = 0; j < kLanes; ++j) {
+                const StepGradient<Real> step = Model::step_adjoint(ds[j], NoGradient{}, h[k].values[j], s[j], carried,
+                                                                    neuron, options, lane(d_state, j));
+                sums[kWidth] += step.dy * (h[k].values[j] - neuron.v_threshold);
+                if constexpr (kNormalised) {
+                  sums[kInputGain] += step.dc * (its_x[j] - neuron.input_mean);
+                  sums[kInputBias] += step.dc;
+                }
+                dx[j] = kNormalised ? neuron.input_gain * step.dc : step.dc;
+                from_u[j] = step.dy * neuron.inverse_width;
+                dh[j] = step.dh;
+              }
+            };
+            carried ? compute(true) : compute(false);  // nearly always the former, in which nothing needs to be chosen
+            if (learns_firing) {
+#pragma unroll
+              for (int j = 0; j < kLanes; ++j) {
+                sums[kThreshold] -= from_u[j];
+                if (carried) sums[kReset] += Model::gradient_of_reset(d_after.v[j], s[j]);
+              }
+            }
+            if (place.live) Lanes::store(dx, in_global_memory(grad_x_seq));
           }
-          if (!kShort && first > 0) load_gradient(element - kSteps * stride, k);
+          advance<!kShort>(grad_x_seq, -stride);
+          if (!kShort) load_gradient(first > 0, k);
         }
       }
     }
+    if (learns_decay) {
+      State<Real[kLanes]> init;
+      load_state(params, params.checkpoints, 0, place, init);
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) sums[kDecay] += dh[j] * init.v[j];
+    }
     if (exists(params.grad_init) && place.live) store(d_state, place.n, params.grad_init);
   }
-  Run run;
+  Run run(usual.inner, usual_run);
 #pragma unroll
   for (int id = 0; id < (kNormalised ? kInputMean : kInputGain); ++id) {
     if (params.wants(id)) store_partial(params.partials[id].data, params.parameters[id], place, sums[id], run, room);

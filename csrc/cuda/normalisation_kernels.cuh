@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const M
         if (k < left) Access<kLanes>::load(params.x_seq + (element + k * stride), x[k]);
       }
       element += kTogether * stride;
-      sums.add(x, left);
+      left == kTogether ? sums.add(x, kTogether) : sums.add(x, left);  // all, mostly, and nothing needs to be chosen
     }
     found = shifted_moments(static_cast<double>(rows * kLanes), sums.shift, sums.sum, sums.squares);
   }
