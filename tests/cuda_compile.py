@@ -10,7 +10,7 @@ take other registers.
 NVRTC compiles what asgl_cuda/backends can ask for, as its cupy.py has it, for two architectures, with --update for
 four. What fails: a kernel that nvcc's build lacks or has beyond; faults of the PTX; a spill that nvcc's does not have;
 and, where NVRTC is of nvcc's version and both go by the same PTX version, other registers than nvcc's. The
-backward kernels that loop over steps may have others, as long as as many blocks fit on a multiprocessor: NVRTC's front
+backward kernels that loop over steps may have others, as long as no fewer blocks fit on a multiprocessor: NVRTC's front
 end orders their many values otherwise.
 """
 
@@ -64,8 +64,6 @@ HOT_KINDS_OF_CHANNELS = ("moments, 4 columns", "input gradient, 4 columns")
 DEFAULT_KINDS_OF_CHANNELS = (*HOT_KINDS_OF_CHANNELS, "moments, 1 column", "input gradient, 1 column")
 DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DISASSEMBLED = (80, 90, 100)
-# nvcc 13.0 makes the same bits of every kernel for both.
-SAME_CODE = {88: 86, 89: 86, 121: 120}
 NVRTC_ARCHITECTURES = (75, 80, 90, 120)
 LANES = ("1 neuron", "4 neurons")
 # From here on NVRTC's PTX is for another architecture than compute_80, for which compilation.py has nvcc make it.
@@ -73,6 +71,9 @@ OTHER_PTX_FROM = 100
 NVRTC_WITHOUT_UPDATE = (80, 120)  # one before and one from there on
 FREE_KINDS = tuple(f"backward{input}, {lanes}" for input in ("", " plain", " normalised") for lanes in LANES)
 MULTIPROCESSOR_REGISTERS = 65536
+# Of a multiprocessor and, from sm_80 on, what each block takes beside its own (CUDA C++ Programming Guide).
+SHARED_BYTES = {75: 65536, 80: 167936, 90: 233472, 120: 102400}
+RESERVED_BYTES = 1024
 # NVRTC compiles so many kernels at a time: it reads the headers anew each time, and the last should not take long.
 CHUNK = 24
 
@@ -169,7 +170,7 @@ def to_markdown(rows: Iterable[Row], version: str, flags: Sequence[str]) -> str:
         if section == NVRTC:
             lines += [
                 "NVRTC makes this of the same source, in registers against the tables above. Only the general backward",
-                "kernel has others, whose values NVRTC's front end orders otherwise; as many blocks fit as of nvcc's.",
+                "kernel has others, whose values NVRTC's front end orders otherwise; no fewer blocks fit than of nvcc's.",
                 "On sm_120 all may have: NVRTC makes PTX for compute_120, nvcc for compute_80.",
                 "",
             ]
@@ -234,7 +235,7 @@ def compare(rows: Sequence[Row], version: str, committed: Sequence[Row], committ
 def same_code_problems(resources: Resources) -> Iterator[str]:
     """Both must have been compiled: the others are passed over."""
     for kernel, usages in resources.items():
-        for architecture, other in SAME_CODE.items():
+        for architecture, other in compilation.SAME_CODE.items():
             if architecture in usages and other in usages and usages[architecture] != usages[other]:
                 yield f"sm_{architecture} no longer has the code of sm_{other}: {kernel}"
 
@@ -346,10 +347,12 @@ def nvrtc_resources(architectures: Sequence[int], jobs: int) -> tuple[Resources,
     return resources, problems
 
 
-def resident_blocks(kernel: Kernel, usage: Usage) -> int:
-    """How many blocks' registers a multiprocessor has room for; it deals them out by eight a thread."""
+def resident_blocks(kernel: Kernel, usage: Usage, architecture: int) -> int:
+    """How many blocks a multiprocessor has registers, dealt out by eight a thread, and shared memory for."""
     threads = constant("kSumThreads" if kernel.kind.startswith("gradient") else "kBlockThreads")
-    return MULTIPROCESSOR_REGISTERS // (threads * -(-usage.registers // 8) * 8)
+    by_registers = MULTIPROCESSOR_REGISTERS // (threads * -(-usage.registers // 8) * 8)
+    reserved = RESERVED_BYTES if architecture >= 80 else 0
+    return min(by_registers, SHARED_BYTES[architecture] // max(usage.shared + reserved, 1))
 
 
 def compare_compilers(ours: Resources, theirs: Resources, same_version: bool) -> list[str]:
@@ -359,9 +362,8 @@ def compare_compilers(ours: Resources, theirs: Resources, same_version: bool) ->
     for kernel in sorted(ours.keys() & theirs.keys(), key=in_reading_order):
         for architecture, usage in ours[kernel].items():
             expected = theirs[kernel][architecture]
-            may_differ = kernel.kind in FREE_KINDS and resident_blocks(kernel, usage) == resident_blocks(
-                kernel, expected
-            )
+            blocks, expected_blocks = (resident_blocks(kernel, each, architecture) for each in (usage, expected))
+            may_differ = kernel.kind in FREE_KINDS and blocks >= expected_blocks
             same_ptx = same_version and architecture < OTHER_PTX_FROM
             if any(usage.spills) and usage.spills != expected.spills:
                 problems.append(f"a spill of NVRTC's: {kernel}, sm_{architecture}: {usage}, nvcc's: {expected}")
@@ -406,7 +408,11 @@ def main() -> int:
 
 def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
     start = time.monotonic()
-    known = [architecture for architecture in nvcc.architectures if arguments.update or architecture not in SAME_CODE]
+    known = [
+        architecture
+        for architecture in nvcc.architectures
+        if arguments.update or architecture not in compilation.SAME_CODE
+    ]
     architectures = arguments.architectures or known
     resources: dict[Kernel, dict[int, Usage]] = defaultdict(dict)
     symbols: dict[Path, dict[Kernel, str]] = defaultdict(dict)  # by source
@@ -447,8 +453,9 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
     else:
         start = time.monotonic()
         version = cupy.nvrtc_version()
-        wanted = NVRTC_ARCHITECTURES if arguments.update else NVRTC_WITHOUT_UPDATE
-        chosen = sorted(set(wanted) & set(architectures))
+        chosen = sorted(set(NVRTC_ARCHITECTURES) & set(architectures))
+        if not arguments.update:
+            chosen = [a for a in chosen if a in NVRTC_WITHOUT_UPDATE] or chosen
         found, faults = nvrtc_resources(chosen, arguments.jobs)
         problems += faults
         names = ", ".join(f"sm_{architecture}" for architecture in chosen)

@@ -88,8 +88,10 @@ def sanitize(name: str, flags: Sequence[str], arguments: Sequence[str], director
     on_cpu = CPU[0] in flags
     title = f"{name} {' '.join([*flags[:1], 'on the CPU' if on_cpu else 'emulated', *arguments])}"
     program = directory / title.replace(" ", "_")
-    build(name, program, ["-O1", "-g", *flags], directory / "csrc" if on_cpu else CSRC)
-    result = run(program, *arguments)
+    build(name, program, ["-O1", "-g1", *flags], directory / "csrc" if on_cpu else CSRC)
+    # Where there are fibres, looking for addresses of locals that have returned takes two thirds of the time.
+    environment = {} if on_cpu else {"ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+    result = run(program, *arguments, **environment)
     if result.returncode == 0:
         print(f"{title}: {result.stdout.splitlines()[-1]}", flush=True)
     else:

@@ -289,7 +289,6 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
 #pragma unroll
         for (int k = kSteps - 1; k >= 0; --k) {
           if (k < left) {
-            const bool carried = k < carried_steps;
             Real its_x[kLanes], s[kLanes], ds[kLanes], from_u[kLanes], dx[kLanes];
             if (kNormalised) (kShort ? x : x_again)[k].unpack(its_x);
             g[k].unpack(ds);
@@ -327,12 +326,12 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<S
                 dh[j] = step.dh;
               }
             };
-            carried ? compute(true) : compute(false);  // nearly always the former, in which nothing needs to be chosen
+            k < carried_steps ? compute(true) : compute(false);  // the former mostly, and nothing needs to be chosen
             if (learns_firing) {
 #pragma unroll
               for (int j = 0; j < kLanes; ++j) {
                 sums[kThreshold] -= from_u[j];
-                if (carried) sums[kReset] += Model::gradient_of_reset(d_after.v[j], s[j]);
+                if (k < carried_steps) sums[kReset] += Model::gradient_of_reset(d_after.v[j], s[j]);
               }
             }
             if (place.live) Lanes::store(dx, in_global_memory(grad_x_seq));
