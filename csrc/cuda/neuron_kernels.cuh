@@ -92,10 +92,11 @@ template <class Model>
 constexpr bool kIsLong = false;
 template <bool kHardReset>
 constexpr bool kIsLong<LIF<Surrogate::kErf, kHardReset>> = true;
-template <class Real, class Model, int kLanes, Input kInput, int kExact>
-constexpr int kSettledBackwardBlocks = kExact > 0 ||
-                                               (kLanes == 4 && (kInput == Input::kNormalised || kIsLong<Model>)) ||
-                                               sizeof(Real) == 8
+// Loads of float32 take twice the registers of those of half types, and spill some.
+template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
+constexpr int kSettledBackwardBlocks = kExact > 0 || sizeof(Scalar) == 8 ||
+                                               (kLanes == 4 &&
+                                                (kInput == Input::kNormalised || kIsLong<Model> || sizeof(Scalar) == 4))
                                            ? 3
                                            : 4;
 
@@ -179,7 +180,7 @@ constexpr int kShortSequence = 4;
 // a loop goes over a few steps at a time: unrolled, segments took most of the compilers' time and had registers for
 // loads of only two steps ahead.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
-__global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Real_t<Scalar>, Model, kLanes, kInput, kExact>)
+__global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, Model, kLanes, kInput, kExact>)
     lif_backward_settled_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;

@@ -143,6 +143,15 @@ def test_architectures(build, monkeypatch, asked, flags, built):
     assert build.architectures([70, *KNOWN]) == ([f"-gencode={flag}" for flag in flags], built)
 
 
+def test_code_that_another_architecture_has_is_not_compiled_again(build, monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert build.architectures([86, 89, 90])[1] == "sm_86 sm_90 and PTX of compute_80"
+    assert build.architectures([89, 90])[1] == "sm_89 sm_90 and PTX of compute_80"
+    assert build.architectures([120, 121])[1] == "sm_120 and PTX of compute_80"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9")
+    assert build.architectures([86, 89, 90])[1] == "sm_89"
+
+
 @pytest.mark.parametrize("asked", ["Hopper", "9", "9.0;sm_80", "8.7"])
 def test_unknown_architectures(build, monkeypatch, asked):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
