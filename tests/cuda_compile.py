@@ -74,7 +74,7 @@ MULTIPROCESSOR_REGISTERS = 65536
 # Of a multiprocessor and, from sm_80 on, what each block takes beside its own (CUDA C++ Programming Guide).
 SHARED_BYTES = {75: 65536, 80: 167936, 90: 233472, 120: 102400}
 RESERVED_BYTES = 1024
-LEAST_BLOCKS = 3  # that backward kernels ask for; more are luck
+ASKED_BLOCKS = {"backward normalised, 4 neurons": 3}  # by launch bounds: more are luck
 # NVRTC compiles so many kernels at a time: it reads the headers anew each time, and the last should not take long.
 CHUNK = 24
 
@@ -364,7 +364,8 @@ def compare_compilers(ours: Resources, theirs: Resources, same_version: bool) ->
         for architecture, usage in ours[kernel].items():
             expected = theirs[kernel][architecture]
             blocks, expected_blocks = (resident_blocks(kernel, each, architecture) for each in (usage, expected))
-            may_differ = kernel.kind in FREE_KINDS and blocks >= min(expected_blocks, LEAST_BLOCKS)
+            least_blocks = min(expected_blocks, ASKED_BLOCKS.get(kernel.kind, expected_blocks))
+            may_differ = kernel.kind in FREE_KINDS and blocks >= least_blocks
             same_ptx = same_version and architecture < OTHER_PTX_FROM
             if any(usage.spills) and usage.spills != expected.spills:
                 problems.append(f"a spill of NVRTC's: {kernel}, sm_{architecture}: {usage}, nvcc's: {expected}")

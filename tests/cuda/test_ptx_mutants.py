@@ -100,7 +100,7 @@ MUTANTS = {
         "float", old="st.global.v4.f32", new="st.shared.v4.f32", error="is out of shared memory"
     ),
     "advance by four neurons more": access(
-        "float", old='asm volatile("" : "+l"', new='asm volatile("add.s64 %0, %0, 4;" : "+l"', error=NOWHERE
+        "float", old='volatile("" : "+l"(element', new='volatile("add.s64 %0, %0, 4;" : "+l"(element', error=NOWHERE
     ),
     "Philox words of 16 bits": philox("noisy", old="using PhiloxWord = uint32;", new="using PhiloxWord = uint16;"),
     "words of the key swapped": Mutant(
