@@ -5,7 +5,7 @@ It stands alone, since setup.py loads it where the package can't be imported.
 ASGL_CUDA_BUILD says what to compile: cuda, the kernels for CPU and GPU; cpu, only those for the CPU. Without it, cuda
 where the installed torch and a toolkit allow that, a GPU or not; else cpu.
 TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", says for which GPUs; without it, for all that nvcc knows from sm_75 on: for
-8.8 and 8.9 with the code for 8.6, for 12.1 with that for 12.0, which is the same.
+8.9 with the code for 8.6, for 12.1 with that for 12.0, which is the same.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ OLDEST_ARCHITECTURE = 75
 # cicc gives the same PTX for all from compute_80 to compute_90. That for compute_100 and on is other, and with it
 # ptxas spills more in backward's fast path; so one run of cicc serves all, and GPUs to come.
 SHARED_ARCHITECTURE = 80
-# ptxas makes the same bits of every kernel for both, and a GPU runs the code for an older one of its major version.
-SAME_CODE = {88: 86, 89: 86, 121: 120}
+# ptxas makes the same bits of every kernel for both, and the GPU runs the code for the older one of its major version.
+RUNS_CODE_OF = {89: 86, 121: 120}
 
 # No contraction, on purpose: every backend rounds each operation as the reference does. The next two only let the
 # compiler vectorise comparisons and calls; they change no value. Debug symbols, which many a Python asks for, would
@@ -143,7 +143,7 @@ def architectures(known: list[int]) -> tuple[list[str], str]:
                 f"{' '.join(f'{number / 10:.1f}' for number in sorted(known))}, got {asked!r}"
             )
     else:
-        distinct = [n for n in known if n >= OLDEST_ARCHITECTURE and SAME_CODE.get(n) not in known]
+        distinct = [n for n in known if n >= OLDEST_ARCHITECTURE and RUNS_CODE_OF.get(n) not in known]
         wanted = {number: number == max(distinct) for number in distinct}
     groups: dict[int, list[int]] = {}
     for number in sorted(wanted):

@@ -64,6 +64,8 @@ HOT_KINDS_OF_CHANNELS = ("moments, 4 columns", "input gradient, 4 columns")
 DEFAULT_KINDS_OF_CHANNELS = (*HOT_KINDS_OF_CHANNELS, "moments, 1 column", "input gradient, 1 column")
 DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DISASSEMBLED = (80, 90, 100)
+# nvcc 13.0 makes the same bits of every kernel for both.
+SAME_CODE = {88: 86, **compilation.RUNS_CODE_OF}
 NVRTC_ARCHITECTURES = (75, 80, 90, 120)
 LANES = ("1 neuron", "4 neurons")
 # From here on NVRTC's PTX is for another architecture than compute_80, for which compilation.py has nvcc make it.
@@ -236,7 +238,7 @@ def compare(rows: Sequence[Row], version: str, committed: Sequence[Row], committ
 def same_code_problems(resources: Resources) -> Iterator[str]:
     """Both must have been compiled: the others are passed over."""
     for kernel, usages in resources.items():
-        for architecture, other in compilation.SAME_CODE.items():
+        for architecture, other in SAME_CODE.items():
             if architecture in usages and other in usages and usages[architecture] != usages[other]:
                 yield f"sm_{architecture} no longer has the code of sm_{other}: {kernel}"
 
@@ -410,11 +412,7 @@ def main() -> int:
 
 def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
     start = time.monotonic()
-    known = [
-        architecture
-        for architecture in nvcc.architectures
-        if arguments.update or architecture not in compilation.SAME_CODE
-    ]
+    known = [architecture for architecture in nvcc.architectures if arguments.update or architecture not in SAME_CODE]
     architectures = arguments.architectures or known
     resources: dict[Kernel, dict[int, Usage]] = defaultdict(dict)
     symbols: dict[Path, dict[Kernel, str]] = defaultdict(dict)  # by source
@@ -450,14 +448,16 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
                 problems += found
     rows = rows_of(resources)
     reason = cupy.nvrtc_problem()
+    chosen = sorted(set(NVRTC_ARCHITECTURES) & set(architectures))
+    if not arguments.update:
+        chosen = [a for a in chosen if a in NVRTC_WITHOUT_UPDATE] or chosen
     if reason is not None:
         print(f"NVRTC: SKIPPED, {reason}: pip install cupy-cuda13x nvidia-cuda-nvrtc")
+    elif not chosen:
+        print(f"NVRTC: SKIPPED, it compiles for {', '.join(f'sm_{a}' for a in NVRTC_ARCHITECTURES)}")
     else:
         start = time.monotonic()
         version = cupy.nvrtc_version()
-        chosen = sorted(set(NVRTC_ARCHITECTURES) & set(architectures))
-        if not arguments.update:
-            chosen = [a for a in chosen if a in NVRTC_WITHOUT_UPDATE] or chosen
         found, faults = nvrtc_resources(chosen, arguments.jobs)
         problems += faults
         names = ", ".join(f"sm_{architecture}" for architecture in chosen)

@@ -107,7 +107,7 @@ __device__ __forceinline__ void forget_origin(Element*& place) {
 #endif
 }
 
-// The compiler no longer knows it of a place whose origin it has forgotten.
+// A place in global memory: of one whose origin it has forgotten the compiler no longer knows that.
 template <class Element>
 __device__ __forceinline__ Element* in_global_memory(Element* place) {
 #if defined(__CUDA_ARCH__)

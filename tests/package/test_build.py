@@ -147,6 +147,7 @@ def test_code_that_another_architecture_has_is_not_compiled_again(build, monkeyp
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     assert build.architectures([86, 89, 90])[1] == "sm_86 sm_90 and PTX of compute_80"
     assert build.architectures([89, 90])[1] == "sm_89 sm_90 and PTX of compute_80"
+    assert build.architectures([86, 88])[1] == "sm_86 sm_88 and PTX of compute_80"
     assert build.architectures([120, 121])[1] == "sm_120 and PTX of compute_80"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9")
     assert build.architectures([86, 89, 90])[1] == "sm_89"
