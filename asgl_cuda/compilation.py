@@ -4,8 +4,9 @@ It stands alone, since setup.py loads it where the package can't be imported.
 
 ASGL_CUDA_BUILD says what to compile: cuda, the kernels for CPU and GPU; cpu, only those for the CPU. Without it, cuda
 where the installed torch and a toolkit allow that, a GPU or not; else cpu.
-TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", says for which GPUs; without it, for all that nvcc knows from sm_75 on: for
-8.9 with the code for 8.6, for 12.1 with that for 12.0, which is the same.
+TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", says for which GPUs; without it, for those that the installed torch was
+built for, from sm_75 on, as far as nvcc knows them: other GPUs of their major versions run that code, and newer ones
+have PTX. Of a torch that does not say what it was built for, for all that nvcc knows.
 """
 
 from __future__ import annotations
@@ -31,8 +32,6 @@ OLDEST_ARCHITECTURE = 75
 # cicc gives the same PTX for all from compute_80 to compute_90. That for compute_100 and on is other, and with it
 # ptxas spills more in backward's fast path; so one run of cicc serves all, and GPUs to come.
 SHARED_ARCHITECTURE = 80
-# ptxas makes the same bits of every kernel for both, and the GPU runs the code for the older one of its major version.
-RUNS_CODE_OF = {89: 86, 121: 120}
 
 # No contraction, on purpose: every backend rounds each operation as the reference does. The next two only let the
 # compiler vectorise comparisons and calls; they change no value. Debug symbols, which many a Python asks for, would
@@ -131,6 +130,12 @@ def choose_toolkit(wanted: str | None) -> tuple[Toolkit | None, str]:
     return None, found
 
 
+def architectures_of_torch() -> set[int]:
+    """The architectures that the installed torch has code for. torch.cuda.get_arch_list says it only beside a GPU."""
+    flags = getattr(torch._C, "_cuda_getArchFlags", str)() or ""
+    return {int(number) for number in re.findall(r"\bsm_(\d+)", flags)}
+
+
 def architectures(known: list[int]) -> tuple[list[str], str]:
     """Arguments for an nvcc that knows these architectures, and in words what they ask for."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
@@ -143,8 +148,9 @@ def architectures(known: list[int]) -> tuple[list[str], str]:
                 f"{' '.join(f'{number / 10:.1f}' for number in sorted(known))}, got {asked!r}"
             )
     else:
-        distinct = [n for n in known if n >= OLDEST_ARCHITECTURE and RUNS_CODE_OF.get(n) not in known]
-        wanted = {number: number == max(distinct) for number in distinct}
+        supported = {number for number in known if number >= OLDEST_ARCHITECTURE}
+        chosen = supported & architectures_of_torch() or supported
+        wanted = {number: number == max(chosen) for number in chosen}
     groups: dict[int, list[int]] = {}
     for number in sorted(wanted):
         groups.setdefault(min(number, SHARED_ARCHITECTURE), []).append(number)

@@ -1,6 +1,7 @@
 // The neuron's kernels are given these plain structs, by value. The backend cupy reads their layout from this text.
 #pragma once
 
+#include "math/divisor.h"
 #include "math/half_types.h"
 #include "math/learned.h"
 #include "math/lif_by_options.h"
@@ -30,9 +31,7 @@ struct ParameterView {
   Real constant;
   int64 step_stride, inner, count;
 
-  // Counts the runs of neurons that share a value up to the one of neuron n.
-  ASGL_HOST_DEVICE int64 run(int64 n) const { return count == 1 ? 0 : n / inner; }
-  ASGL_HOST_DEVICE int64 index(int64 n) const { return count == 1 ? 0 : run(n) % count; }
+  ASGL_HOST_DEVICE int64 index(int64 n) const { return count == 1 ? 0 : n / inner % count; }
   ASGL_HOST_DEVICE Real at(int64 n, int64 t) const {
     return data == nullptr ? constant : data[t * step_stride + index(n)];
   }
@@ -67,26 +66,29 @@ ASGL_HOST_DEVICE Neuron<Real> neuron_of(F&& value) {
           value(kInputGain), value(kInputBias), value(kInputMean)};
 }
 
-// Parameters that differ between neurons mostly do so in the same way as this one, the width or the gain.
-template <Input kInput, class Real>
-ASGL_HOST_DEVICE const ParameterView<Real>& usual_parameter(const ParameterView<Real> (&parameters)[kNumParameters]) {
-  return parameters[kInput == Input::kNormalised ? kInputGain : kWidth];
-}
+// Where a parameter's value for a neuron lies, as ParameterView::index says it, of less than kDivisible neurons.
+struct NeuronIndex {
+  Divisor inner, count;
 
-// Neuron n where no parameter changes over time; `usual_run` is the run of the usual parameter. An index takes
-// divisions, and is not computed for each parameter.
-template <Input kInput, class Real>
-ASGL_HOST_DEVICE Neuron<Real> settled_neuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n,
-                                             int64 usual_run, const NeuronOptions<Real>& options) {
-  const ParameterView<Real>& usual = usual_parameter<kInput>(parameters);
-  const int64 usual_index = usual.is_same_for_all() ? 0 : usual_run % usual.count;
-  return neuron_of<Real>([&](ParameterId id) {
-    const ParameterView<Real>& parameter = parameters[id];
-    if (parameter.is_same_for_all()) return value_of(id, parameter.uniform_value(), options);
-    const bool is_usual = parameter.inner == usual.inner && parameter.count == usual.count;
-    return value_of(id, parameter.data[is_usual ? usual_index : parameter.index(n)], options);
-  });
-}
+  ASGL_HOST_DEVICE uint32 of(int64 n) const {
+    return count.by == 1 ? 0 : count.remainder(inner.quotient(static_cast<uint32>(n)));
+  }
+};
+
+// What a kernel would ask of each parameter, in short: a few comparisons each are a tenth of the instructions of a
+// short sequence.
+struct ParameterSummary {
+  uint32 tensors;  // a bit for each that is not constant
+  uint32 wanted;   // a bit for each that wants a gradient
+  // Parameters that differ between neurons mostly do so in the same way. Then they have an index in common, and each a
+  // stride of 1, or of 0 if it does not differ.
+  bool alike;
+  NeuronIndex common;
+  uint32 strides[kNumParameters];
+  NeuronIndex own[kNumParameters];
+};
+
+ASGL_HOST_DEVICE bool has(uint32 bits, int id) { return bits >> id & 1u; }
 
 constexpr uint32 kAnalogBelowInState = kAlwaysAnalog + 1;
 
@@ -119,8 +121,9 @@ struct LIFParams {
   AllOptions<Real> options;
   NoiseParams noise;
   NeuronTiles tiles;
-  const Scalar* x_seq;      // [outer, T, inner]
-  State<const Real*> init;  // [N]; null: at rest
+  ParameterSummary summary;  // for CUDA, whose cut() says it; of kDivisible neurons or more only what is wanted
+  const Scalar* x_seq;       // [outer, T, inner]
+  State<const Real*> init;   // [N]; null: at rest
 
   // The state of a neuron at rest.
   ASGL_HOST_DEVICE State<Real> at_rest() const { return {options.v_rest}; }

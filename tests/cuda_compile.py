@@ -65,7 +65,7 @@ DEFAULT_KINDS_OF_CHANNELS = (*HOT_KINDS_OF_CHANNELS, "moments, 1 column", "input
 DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DISASSEMBLED = (80, 90, 100)
 # nvcc 13.0 makes the same bits of every kernel for both.
-SAME_CODE = {88: 86, **compilation.RUNS_CODE_OF}
+SAME_CODE = {88: 86, 89: 86, 121: 120}
 NVRTC_ARCHITECTURES = (75, 80, 90, 120)
 LANES = ("1 neuron", "4 neurons")
 # From here on NVRTC's PTX is for another architecture than compute_80, for which compilation.py has nvcc make it.

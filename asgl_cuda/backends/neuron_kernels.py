@@ -7,7 +7,7 @@ are made here again, kernels could read or write out of bounds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import Structure
 from typing import Any, Protocol
 
@@ -87,6 +87,12 @@ def blocks_for(work: int, per_block: int) -> int:
 def largest_power(most: int) -> int:
     """The largest power of two that is not larger."""
     return 1 << (most.bit_length() - 1)
+
+
+def _divisor(by: int) -> tuple[int, int, int]:
+    """The fields of csrc's Divisor."""
+    shift = 31 + (by - 1).bit_length()
+    return by, (1 << shift) // by + 1, shift
 
 
 def address_of(tensor: Tensor | None) -> int:
@@ -179,10 +185,26 @@ class Call:
     def params(self, name: str, tiles: tuple[int, int], **others: Any) -> Structure:
         """The structure of this name, with the fields that both kernels have and others."""
         noise = address_of(self.rng_state), self.rules.analog_below
+        summary = self._summary(others.get("partials", ()))
         return filled(
             name, self.real, shape=self.layout.shape, parameters=tuple(self.views), options=self.options, noise=noise,
-            tiles=tiles, init=self.v_init, **{"x_seq": self.x_seq, **others},
+            tiles=tiles, summary=summary, init=self.v_init, **{"x_seq": self.x_seq, **others},
         )  # fmt: skip
+
+    def _summary(self, partials: Sequence[tuple[int, int]]) -> tuple[Any, ...]:
+        """The fields of csrc's ParameterSummary."""
+
+        def bits(those: Iterable[object]) -> int:
+            return sum(1 << id for id, belongs in enumerate(those) if belongs)
+
+        tensors, wanted = bits(view.data for view in self.views), bits(address for address, _ in partials)
+        if self.layout.neurons >= constant("kDivisible"):
+            return 0, wanted
+        own = [(view.inner, view.count) for view in self.views]
+        ways = list(dict.fromkeys(each for each in own if each[1] > 1)) or [(1, 1)]
+        strides = tuple(int(view.count > 1) for view in self.views)
+        common, *own = (tuple(map(_divisor, each)) for each in (ways[0], *own))
+        return tensors, wanted, len(ways) == 1, common, strides, tuple(own)
 
     def empty_gradients(self, wanted: Sequence[bool]) -> list[Any]:
         """The gradients of x_seq, v_init and each parameter, as it is laid out, not yet computed; None: not wanted."""
@@ -231,7 +253,7 @@ class Call:
         """
         if not only_spikes or self.options.scale_output or self.options.v_rest != 0 or self.model == BY_OPTIONS:
             return GENERAL
-        if any(view.data and view.step_stride for view in self.views):
+        if any(view.data and view.step_stride for view in self.views) or self.layout.neurons >= constant("kDivisible"):
             return GENERAL
         gain, bias, mean = of_input = self.views.input_gain, self.views.input_bias, self.views.input_mean
         plain = not any(view.data for view in of_input) and (gain.constant, bias.constant, mean.constant) == (1, 0, 0)

@@ -45,7 +45,8 @@ constexpr bool kHasFours = !std::is_same_v<Scalar, double>;
 // What the kernel may take for granted.
 template <class Params>
 Input input_of(const Params& params) {
-  return params.only_spikes() ? params.input() : Input::kGeneral;
+  const bool indexed = params.shape.neurons() < kDivisible;
+  return params.only_spikes() && indexed ? params.input() : Input::kGeneral;
 }
 
 // Says whether four neighbouring neurons, the first a multiple of four, always lie side by side and share all
@@ -98,15 +99,43 @@ cudaError_t fours_pay(const Params& params, bool* pay) {
   return error;
 }
 
+template <class Scalar>
+ParameterSummary summary_of(const LIFParams<Scalar>& params) {
+  ParameterSummary summary{};
+  if (params.shape.neurons() >= kDivisible) return summary;
+  summary.alike = true;
+  int64 inner = 1, count = 1;  // of the first that differs between neurons
+  for (int id = 0; id < kNumParameters; ++id) {
+    const auto& parameter = params.parameters[id];
+    if (parameter.data != nullptr) summary.tensors |= 1u << id;
+    summary.own[id] = {Divisor::of(parameter.inner), Divisor::of(parameter.count)};
+    if (parameter.is_same_for_all()) continue;
+    if (count == 1) inner = parameter.inner, count = parameter.count;
+    summary.alike = summary.alike && parameter.inner == inner && parameter.count == count;
+    summary.strides[id] = 1;
+  }
+  summary.common = {Divisor::of(inner), Divisor::of(count)};
+  return summary;
+}
+
 // A tile is what a block computes: one neuron a thread, or four.
 template <class Params>
 cudaError_t cut_neurons(Params& params) {
+  params.summary = summary_of(params);
   using Scalar = std::remove_const_t<std::remove_pointer_t<decltype(params.x_seq)>>;
   bool fours = false;
   cudaError_t error = cudaSuccess;
   if (kHasFours<Scalar> && groups_of_four(params)) error = fours_pay(params, &fours);
   params.tiles.tile = fours ? 4 * kBlockThreads : kBlockThreads;
   params.tiles.count = blocks_for(params.shape.neurons(), params.tiles.tile);
+  return error;
+}
+
+// The same where parameters may want a gradient.
+template <class Params>
+cudaError_t cut_with_sums(Params& params) {
+  const cudaError_t error = cut_neurons(params);
+  for (int id = 0; id < kNumParameters; ++id) params.summary.wanted |= static_cast<uint32>(params.wants(id)) << id;
   return error;
 }
 
@@ -117,7 +146,7 @@ cudaError_t cut(ForwardParams<Scalar>& params) {
 
 template <class Scalar>
 cudaError_t cut(BackwardParams<Scalar>& params) {
-  return cut_neurons(params);
+  return cut_with_sums(params);
 }
 
 // Calls f(lanes, input), with the neurons a thread and the input of the kernel as constants. A thread with one neuron

@@ -8,74 +8,42 @@ namespace asgl {
 
 // ---- in a block ----
 
+// What the threads of a block add to the gradient of a parameter.
 template <class Real>
-struct WarpSums {
-  Real values[kBlockThreads / kWarpThreads];
+struct ThreadSums {
+  Real values[kBlockThreads];
 };
 
-// Neurons side by side that share a parameter's value, and their threads in this block.
-class Run {
- public:
-  Run() = default;
-  // Where runs of `inner` neurons were counted before, the thread's is the run `index`.
-  __device__ __forceinline__ Run(int64 inner, int64 index) : known_inner_(inner), known_index_(index) {}
-
-  template <int kLanes>
-  __device__ __forceinline__ void find(const Place<kLanes>& place, int64 inner) {
-    if (inner_ == inner) return;
-    inner_ = inner;
-    index = inner == known_inner_ ? known_index_ : place.read_n / inner;
-    const int64 before = (place.read_n - index * inner) / kLanes, left = inner / kLanes - before;
-    const int thread = static_cast<int>(threadIdx.x);
-    begin = before < thread ? thread - static_cast<int>(before) : 0;
-    end = left < kBlockThreads - thread ? thread + static_cast<int>(left) : kBlockThreads;
-  }
-
-  int64 index;
-  int begin, end;
-
- private:
-  int64 inner_ = 0, known_inner_ = 0, known_index_;
-};
-
-// The sum over the threads of each run goes to the run's slot. All threads of the block must come here; those beyond
-// the last neuron add nothing. `run` is that of the parameter before this one, which mostly is the same.
+// The sum over the threads of each run goes to the run's slot. A warp does all runs of its block: long ones one after
+// another, all lanes together, of short ones each lane some.
 template <int kLanes, class Real>
-__device__ __forceinline__ void store_partial(Real* slots, const ParameterView<Real>& parameter,
-                                              const Place<kLanes>& place, Real sum, Run& run,
-                                              WarpSums<Real>& first_lane) {
-  if (parameter.inner == 1) {
-    if (place.live) slots[place.n + blockIdx.x] = sum;
-    return;
-  }
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpThreads;
-  if (!place.live) sum = Real(0);
-  const bool one_run = parameter.is_same_for_all();
-  if (one_run) {  // what the lanes after the first get from beyond their warp is not used
-#pragma unroll
-    for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-      sum += __shfl_down_sync(kWholeWarp, sum, distance);
+__device__ __forceinline__ void store_partials(Real* slots, const ParameterView<Real>& parameter,
+                                               const SequenceShape& shape, const ThreadSums<Real>& sums) {
+  const int64 inner = parameter.inner, first = static_cast<int64>(blockIdx.x) * (kBlockThreads * kLanes);
+  const int64 left = shape.neurons() - first;
+  const int neurons = left < kBlockThreads * kLanes ? static_cast<int>(left) : kBlockThreads * kLanes;
+  const uint32 lane = threadIdx.x % kWarpThreads;
+  const bool all_lanes = inner >= kWarpThreads * kLanes;
+  const uint32 lane_of_run = all_lanes ? lane : 0, lanes_each = all_lanes ? kWarpThreads : 1;
+  const int runs_at_a_time = all_lanes ? 1 : kWarpThreads;
+  int64 run = (parameter.is_same_for_all() ? 0 : first / inner) + (all_lanes ? 0 : lane);
+#pragma unroll 1
+  for (int64 begin = run * inner - first; begin < neurons; begin += runs_at_a_time * inner) {
+    const uint32 first_thread = begin > 0 ? static_cast<uint32>(begin) / kLanes : 0;
+    const uint32 end_thread = static_cast<uint32>(begin + inner < neurons ? begin + inner : neurons) / kLanes;
+    Real sum = 0;
+#pragma unroll 1
+    for (uint32 thread = first_thread + lane_of_run; thread < end_thread; thread += lanes_each) {
+      sum += sums.values[thread];
     }
-  } else {
-    run.find(place, parameter.inner);
-    const int in_warp = run.end - thread < kWarpThreads - lane ? run.end - thread : kWarpThreads - lane;
+    if (all_lanes) {
 #pragma unroll
-    for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-      const Real other = __shfl_down_sync(kWholeWarp, sum, distance);
-      if (distance < in_warp) sum += other;
+      for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
+        sum += __shfl_down_sync(kWholeWarp, sum, distance);
+      }
     }
-  }
-  __syncthreads();  // whoever reads what was there has done so
-  if (lane == 0) first_lane.values[thread / kWarpThreads] = sum;
-  __syncthreads();
-  if (one_run) {
-    if (thread > 0) return;
-#pragma unroll
-    for (int warp = 1; warp < kBlockThreads / kWarpThreads; ++warp) sum += first_lane.values[warp];
-    slots[blockIdx.x] = sum;
-  } else if (thread == run.begin && place.live) {
-    for (int warp = thread / kWarpThreads + 1; warp * kWarpThreads < run.end; ++warp) sum += first_lane.values[warp];
-    slots[run.index + blockIdx.x] = sum;
+    if (lane_of_run == 0) slots[run + blockIdx.x] = sum;
+    run += runs_at_a_time;
   }
 }
 

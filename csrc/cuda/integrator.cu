@@ -7,7 +7,7 @@ namespace asgl::cuda {
 
 template <class Scalar>
 cudaError_t cut(IntegratorParams<Scalar>& params) {
-  return cut_neurons(params);
+  return cut_with_sums(params);
 }
 
 template <class Scalar>

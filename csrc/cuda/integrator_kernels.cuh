@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
   const Place<kLanes> place(params.shape);
   if (!kSums && !place.live) return;
   const int64 first_element = place.element + (kBack ? (1 - steps) * stride : 0);
+  const uint32 wanted = params.summary.wanted;
   struct Steps {
     Packed<kLanes, Scalar> in[kSteps], before[kSteps], x[kSteps];
   };
@@ -33,10 +34,10 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       if (k < left) to.in[k].load((kBack ? params.grad_v_seq : params.x_seq) + load_element);
-      if (kSums && k < left - 1 && params.wants(kDecay)) {
+      if (kSums && k < left - 1 && has(wanted, kDecay)) {
         to.before[k].load(params.v_seq + (params.delay ? load_element : load_element + stride));
       }
-      if (kSums && k < left && params.wants(kInputGain)) to.x[k].load(params.x_seq + load_element);
+      if (kSums && k < left && has(wanted, kInputGain)) to.x[k].load(params.x_seq + load_element);
       advance(load_element, stride);
     }
   };
@@ -44,24 +45,33 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
   Steps now, next;
   load_steps(steps, now);
   const Real v_rest = params.options.v_rest;
-  ThreadNeuron<Real, Input::kGeneral> neuron(params.parameters, place.read_n, params.options);
+  ThreadNeuron<Real, Input::kGeneral> neuron(params, place.read_n, params.options);
   State<Real[kLanes]> state, later;  // later: the gradient of the state
   load_state(params, State<const Real*>{}, 0, place, state);
   fill(later, State<Real>());
   if (kBack && exists(params.grad_last)) load(params.grad_last, place.read_n, later);
   Real sums[2] = {};
-  __shared__ WarpSums<Real> room;
-  Run run;
+  __shared__ ThreadSums<Real> thread_sums[2];
   const auto store_sums = [&](int64 t, bool per_step) {
     constexpr int kIds[2] = {kDecay, kInputGain};
+    bool stores[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const ParameterView<Real>& parameter = params.parameters[kIds[i]];
-      if (!params.wants(kIds[i]) || (parameter.step_stride != 0) != per_step) continue;
-      Real* slots = params.partials[kIds[i]].data + t * params.partials[kIds[i]].slots;
-      store_partial(slots, parameter, place, sums[i], run, room);
+      stores[i] = has(wanted, kIds[i]) && (params.parameters[kIds[i]].step_stride != 0) == per_step;
+    }
+    if (!stores[0] && !stores[1]) return;
+    __syncthreads();  // whoever reads what was there has done so
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!stores[i]) continue;
+      thread_sums[i].values[threadIdx.x] = sums[i];
       sums[i] = Real(0);
     }
+    __syncthreads();
+    const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, id = warp == 0 ? kDecay : kInputGain;
+    if (warp > 1 || !stores[warp]) return;
+    Real* slots = params.partials[id].data + t * params.partials[id].slots;
+    store_partials<kLanes>(slots, params.parameters[id], params.shape, thread_sums[warp]);
   };
 
   Scalar* const out_seq = kBack ? params.grad_x_seq : params.v_seq;

@@ -14,68 +14,10 @@
 #include "cuda/access.cuh"
 #include "cuda/gradient_sum.cuh"
 #include "cuda/noise.cuh"
+#include "cuda/thread_neuron.cuh"
 #include "neuron_params.h"
 
 namespace asgl {
-
-// The parameters of a thread's neurons, which share them. Except for kGeneral they do not change over time.
-template <class Real, Input kInput>
-class ThreadNeuron {
- public:
-  __device__ __forceinline__ ThreadNeuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n,
-                                          const NeuronOptions<Real>& options)
-      : neuron_(settled_neuron<kInput>(parameters, n, usual_parameter<kInput>(parameters).run(n), options)) {}
-
-  __device__ __forceinline__ void move_to(int64) {}
-  __device__ __forceinline__ const Neuron<Real>& now() const { return neuron_; }
-
- private:
-  Neuron<Real> neuron_;
-};
-
-template <class Real>
-class ThreadNeuron<Real, Input::kGeneral> {
- public:
-  __device__ __forceinline__ ThreadNeuron(const ParameterView<Real> (&parameters)[kNumParameters], int64 n,
-                                          const NeuronOptions<Real>& options)
-      : parameters_(parameters) {
-#pragma unroll
-    for (int id = 0; id < kNumParameters; ++id) {
-      const ParameterView<Real>& parameter = parameters[id];
-      values_[id] = parameter.constant;
-      first_[id] = nullptr;
-      if (parameter.data != nullptr) {
-        first_[id] = parameter.data + parameter.index(n);
-        values_[id] = value_of(static_cast<ParameterId>(id), *first_[id], options);
-        per_step_ = per_step_ || parameter.step_stride != 0;
-      }
-    }
-    convert();
-  }
-
-  __device__ __forceinline__ void move_to(int64 t) {
-    if (!per_step_) return;
-#pragma unroll
-    for (int id = 0; id < kNumParameters; ++id) {
-      const int64 stride = parameters_[id].step_stride;
-      if (stride != 0) values_[id] = first_[id][t * stride];
-    }
-    convert();
-  }
-
-  __device__ __forceinline__ const Neuron<Real>& now() const { return neuron_; }
-
- private:
-  __device__ __forceinline__ void convert() {
-    neuron_ = neuron_of<Real>([&](ParameterId id) { return values_[id]; });
-  }
-
-  const ParameterView<Real> (&parameters_)[kNumParameters];
-  const Real* first_[kNumParameters];
-  Real values_[kNumParameters];
-  bool per_step_ = false;
-  Neuron<Real> neuron_;
-};
 
 // ---- forward ----
 
@@ -128,7 +70,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
   const auto model = Model::of(params.options);
-  ThreadNeuron<Real, kInput> neuron(params.parameters, place.read_n, options);
+  ThreadNeuron<Real, kInput> neuron(params, place.read_n, options);
   State<Real[kLanes]> state;
   load_state(params, State<const Real*>{}, 0, place, state);
   if (kExact == 0) load_first();
@@ -190,14 +132,14 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
   struct alignas(sizeof(Real) * kLanes) Potentials {
     Real values[kLanes];
   };
-  // Sums of warps lie here, too, once the potentials have been used.
-  __shared__ Potentials potentials[kShort ? 1 : kCheckpointSteps][kShort ? 1 : kBlockThreads];
-  WarpSums<Real>& room = *reinterpret_cast<WarpSums<Real>*>(potentials);
-  static_assert(sizeof(potentials) >= sizeof(room));
+  constexpr int kNumSums = kNormalised ? kInputMean : kInputGain;
+  // The threads' sums lie here, too, once the potentials have been used.
+  __shared__ Potentials potentials[kShort ? (kNumSums + kLanes - 1) / kLanes : kCheckpointSteps][kBlockThreads];
+  ThreadSums<Real>* const thread_sums = reinterpret_cast<ThreadSums<Real>*>(potentials);
+  static_assert(sizeof(potentials) >= kNumSums * sizeof(ThreadSums<Real>));
   const int64 steps = kShort ? kExact : params.shape.steps, stride = params.shape.inner;
   const Place<kLanes> place(params.shape);
-  const ParameterView<Real>& usual = usual_parameter<kInput>(params.parameters);
-  int64 usual_run = 0;
+  const uint32 wanted = params.summary.wanted;
 
   Real sums[kNumParameters] = {};
   if (kLanes == 1 || place.live) {
@@ -235,12 +177,8 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
     const NoiseSource source(params.noise);
     const NeuronOptions<Real> options = params.options;
     const FiringFromLeast<Real> firing(options);
-    usual_run = usual.run(place.read_n);
-    const Neuron<Real> neuron = settled_neuron<kInput>(params.parameters, place.read_n, usual_run, options);
-    const bool learns_decay = params.wants(kDecay), has_grad_last = exists(params.grad_last);
-    // The compiler would compare the pointers at each step.
-    uint32 learns_firing = params.wants(kThreshold) || params.wants(kReset);
-    if (!kShort) forget_origin(learns_firing);
+    const Neuron<Real> neuron = settled_neuron(params, place.read_n, options);
+    const bool has_grad_last = exists(params.grad_last);
     State<Real[kLanes]> d_state;
     fill(d_state, State<Real>());  // of {} NVRTC makes a variable in global memory, and reads it
     if (has_grad_last) load(params.grad_last, place.read_n, d_state);
@@ -280,7 +218,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
       for (int first = last_few(length); first >= 0; first -= kSteps) {
         const auto few = noise.from(first);
         const int left = kShort ? kExact : length - first, followed = left - last_steps;
-        const int carried_steps = has_grad_last ? left : followed, decay_steps = learns_decay ? followed : 0;
+        const int carried_steps = has_grad_last ? left : followed, decay_steps = has(wanted, kDecay) ? followed : 0;
         if (!kShort) {
 #pragma unroll
           for (int k = 0; k < kSteps; ++k) {
@@ -328,7 +266,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
               }
             };
             k < carried_steps ? compute(true) : compute(false);  // the former mostly, and nothing needs to be chosen
-            if (learns_firing) {
+            if ((wanted & (1u << kThreshold | 1u << kReset)) != 0) {
 #pragma unroll
               for (int j = 0; j < kLanes; ++j) {
                 sums[kThreshold] -= from_u[j];
@@ -342,7 +280,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
         }
       }
     }
-    if (learns_decay) {
+    if (has(wanted, kDecay)) {
       State<Real[kLanes]> init;
       load_state(params, params.checkpoints, 0, place, init);
 #pragma unroll
@@ -350,10 +288,19 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
     }
     if (exists(params.grad_init) && place.live) store(d_state, place.n, params.grad_init);
   }
-  Run run(usual.inner, usual_run);
+  if (wanted == 0) return;
+  if (!kShort) __syncthreads();  // whoever reads potentials has done so
 #pragma unroll
-  for (int id = 0; id < (kNormalised ? kInputMean : kInputGain); ++id) {
-    if (params.wants(id)) store_partial(params.partials[id].data, params.parameters[id], place, sums[id], run, room);
+  for (int id = 0; id < kNumSums; ++id) {
+    if (has(wanted, id)) thread_sums[id].values[threadIdx.x] = sums[id];
+  }
+  __syncthreads();
+  constexpr int kWarps = kBlockThreads / kWarpThreads;
+  const int warp = static_cast<int>(threadIdx.x / kWarpThreads);
+#pragma unroll 1
+  for (uint32 left = wanted >> warp, id = warp; left != 0; left >>= kWarps, id += kWarps) {
+    if (!has(left, 0)) continue;
+    store_partials<kLanes>(params.partials[id].data, params.parameters[id], params.shape, thread_sums[id]);
   }
 }
 
@@ -370,8 +317,8 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   struct alignas(sizeof(Real) * kLanes) Potentials {
     Real values[kLanes];
   };
-  // Sums of warps lie in the row of the last step that was computed: with four bytes more than this takes, two blocks
-  // would not share a multiprocessor of sm_75.
+  // The threads' sums lie in the row of the last step that was computed: with four bytes more than this takes, two
+  // blocks would not share a multiprocessor of sm_75.
   __shared__ Potentials potentials[kSteps][kBlockThreads];
   const int64 steps = params.shape.steps, stride = params.shape.inner;
   const Place<kLanes> place(params.shape);
@@ -379,12 +326,16 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
   const auto model = Model::of(params.options);
-  ThreadNeuron<Real, Input::kGeneral> neuron(params.parameters, place.read_n, options);
-  Run run;
+  ThreadNeuron<Real, Input::kGeneral> neuron(params, place.read_n, options);
+  const uint32 wanted = params.summary.wanted;
   const auto store_sum = [&](int id, int64 t, Real sum, int row) {
-    const ParameterView<Real>& parameter = params.parameters[id];
-    Real* slots = params.partials[id].data + (parameter.step_stride != 0 ? t * params.partials[id].slots : 0);
-    store_partial(slots, parameter, place, sum, run, *reinterpret_cast<WarpSums<Real>*>(potentials[row]));
+    ThreadSums<Real>& thread_sums = *reinterpret_cast<ThreadSums<Real>*>(potentials[row]);
+    __syncthreads();  // whoever reads what was there has done so
+    thread_sums.values[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x >= kWarpThreads) return;
+    Real* slots = params.partials[id].data + t * params.partials[id].slots;
+    store_partials<kLanes>(slots, params.parameters[id], params.shape, thread_sums);
   };
   Real sums[kNumParameters] = {};
   bool carried = exists(params.grad_last);
@@ -444,7 +395,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       fill(gh, Real(0));
       fill(x, Real(0));
       if (params.grad_h_seq != nullptr) Lanes::load(params.grad_h_seq + element, gh);
-      if (params.wants(kInputGain)) Lanes::load(params.x_seq + element, x);
+      if (has(wanted, kInputGain)) Lanes::load(params.x_seq + element, x);
       if (params.grad_v_seq != nullptr) {
         Real gv[kLanes];
         Lanes::load(params.grad_v_seq + element, gv);
@@ -452,7 +403,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         for (int j = 0; j < kLanes; ++j) d_state.v[j] += gv[j];
         carried = true;
       }
-      if (params.wants(kDecay) && k > 0) {
+      if (has(wanted, kDecay) && k > 0) {
         const Potentials h_before = potentials[k - 1][threadIdx.x];
         neuron.move_to(t - 1);
 #pragma unroll
@@ -492,17 +443,17 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       }
 #pragma unroll
       for (int id = 0; id < kNumParameters; ++id) {
-        if (params.wants(id) && params.parameters[id].step_stride != 0) {
+        if (has(wanted, id) && params.parameters[id].step_stride != 0) {
           store_sum(id, t, sums[id], k);
           sums[id] = Real(0);
         }
       }
     }
-    __syncthreads();  // whoever reads sums of warps has done so
+    __syncthreads();  // whoever reads sums has done so
   }
 #pragma unroll
   for (int id = 0; id < kNumParameters; ++id) {
-    if (params.wants(id) && params.parameters[id].step_stride == 0) store_sum(id, 0, sums[id], 0);
+    if (has(wanted, id) && params.parameters[id].step_stride == 0) store_sum(id, 0, sums[id], 0);
   }
   if (exists(params.grad_init) && place.live) store(d_state, place.n, params.grad_init);
 }

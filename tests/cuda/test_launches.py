@@ -9,7 +9,9 @@ from comparison import assert_equals_reference, random_input, real_of, rng_state
 from emulated import THREADS_EACH
 
 import asgl_cuda
+from asgl_cuda.backends import neuron_kernels
 from asgl_cuda.backends.structures import structure
+from asgl_cuda.reference import Numbers, Rules
 from asgl_cuda.surrogate import SURROGATES
 
 BLOCK = 128  # kBlockThreads of csrc/cuda/access.cuh
@@ -316,10 +318,29 @@ def test_same_launches_where_storage_begins_anywhere(emulation, what, offset):
     assert in_python == compiled
 
 
+@pytest.mark.parametrize("by", [1, 2, 3, 4, 7, 641, 784, 65535, 65536, 65537, 2**30 - 1, 2**30, 2**30 + 1, 2**31 - 1])
+def test_divisors_divide(by):
+    _, factor, shift = neuron_kernels._divisor(by)
+    assert factor < 2**32
+    largest = 2**31 // by * by
+    numbers = {number + by * many for number in (-1, 0, 1) for many in (0, 1, 2, 3, 1000, largest // by)}
+    for number in filter(range(2**31).__contains__, {*numbers, 2**31 - 1, 2**31 - 2}):
+        assert number * factor >> shift == number // by
+
+
+def test_neurons_beyond_31_bits_are_general():
+    numbers = Numbers(**{**dict.fromkeys(Numbers._fields, 0.0), "input_gain": 1.0})
+    rules = Rules(**dict.fromkeys(Rules._fields, 0))
+    for neurons, expected in ((2**31 - 1, "kPlain"), (2**31, "kGeneral")):
+        x_seq = torch.empty(1, neurons, dtype=torch.float16, device="meta")
+        call = neuron_kernels.Call(x_seq, None, None, [None] * len(PARAMETERS), numbers, rules)
+        assert call.input(only_spikes=True) == expected
+
+
 def test_an_argument_of_the_wrong_size_is_refused(emulation):
     """A structure that has changed on one side alone is found before a kernel reads beyond it."""
     kernel = "asgl::gradient_sum_kernel<float>"
-    with pytest.raises(RuntimeError, match="parameters take 656 bytes, got 432"):
+    with pytest.raises(RuntimeError, match="parameters take 656 bytes, got 664"):
         emulation.launch(torch.device("cpu"), kernel, 1, 1, structure("ForwardParams", torch.float32)())
     with pytest.raises(RuntimeError, match="no such kernel"):
         emulation.launch(torch.device("cpu"), kernel[:-1], 1, 1, structure("GradientSum", torch.float32)())

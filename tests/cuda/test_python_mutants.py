@@ -43,6 +43,12 @@ PYTHON = {
                                  "(bias.constant, mean.constant) == (0, 0)"),
     "plain in spite of biases": (NEURON, "not any(view.data for view in of_input) and", ""),
     "the same parameter at all steps": (NEURON, "step_stride=parameter.step_stride", "step_stride=0"),
+    "tensors as constants": (NEURON, "bits(view.data for", "bits(False for"),
+    "no gradients wanted": (NEURON, "bits(address for", "bits(False for"),
+    "parameters alike": (NEURON, "len(ways) == 1", "True"),
+    "a step from neuron to neuron for all": (NEURON, "strides = tuple(int(view.count > 1)", "strides = tuple(1"),
+    "a quotient that is too small": (NEURON, "// by + 1", "// by"),
+    "a power too small": (NEURON, "31 + (by - 1)", "30 + (by - 1)"),
     "too few slots": (NEURON, "layout.neurons // view.inner + blocks", "layout.neurons // view.inner"),
     "a width's gradient as any other's": (NEURON, 'name == "width"', "False"),
     "too few slots for a whole block": (NEURON, '>= constant("kManySlots")', '> constant("kManySlots")'),
@@ -108,6 +114,7 @@ def make_calls(backend, emulation):
     call(4, 2, 6, 32, v_reset=None, multi_spike=True)
     call(4, 6, 2, width=uniform(6, 1, low=0.5, high=1.5))
     call(4, 6, 7, width=width)
+    call(4, 6, 7, width=uniform(6, 1, low=0.5, high=1.5), decay=uniform(6, 7, low=0.5, high=0.9))
     call(4, 6, 32, decay=uniform(4, 1, 1, low=0.5, high=0.9))
     call(32, 3, 6, time_dim=1, width=width)
     for batch in (3, 20):

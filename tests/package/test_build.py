@@ -143,14 +143,19 @@ def test_architectures(build, monkeypatch, asked, flags, built):
     assert build.architectures([70, *KNOWN]) == ([f"-gencode={flag}" for flag in flags], built)
 
 
-def test_code_that_another_architecture_has_is_not_compiled_again(build, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "built"),
+    [
+        ("sm_50 sm_75 sm_86 sm_90a sm_100 compute_100", "sm_75 sm_86 sm_90 and PTX of compute_80"),
+        ("sm_120 compute_120", "sm_120 and PTX of compute_80"),
+        ("sm_50 sm_60", "sm_75 sm_80 sm_86 sm_90 sm_103 sm_120 and PTX of compute_80"),
+        (None, "sm_75 sm_80 sm_86 sm_90 sm_103 sm_120 and PTX of compute_80"),
+    ],
+)
+def test_architectures_are_those_of_torch(build, monkeypatch, flags, built):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert build.architectures([86, 89, 90])[1] == "sm_86 sm_90 and PTX of compute_80"
-    assert build.architectures([89, 90])[1] == "sm_89 sm_90 and PTX of compute_80"
-    assert build.architectures([86, 88])[1] == "sm_86 sm_88 and PTX of compute_80"
-    assert build.architectures([120, 121])[1] == "sm_120 and PTX of compute_80"
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9")
-    assert build.architectures([86, 89, 90])[1] == "sm_89"
+    monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: flags, raising=False)
+    assert build.architectures([70, *KNOWN])[1] == built
 
 
 @pytest.mark.parametrize("asked", ["Hopper", "9", "9.0;sm_80", "8.7"])

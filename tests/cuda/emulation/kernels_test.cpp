@@ -456,13 +456,27 @@ std::vector<SequenceShape> shapes(bool small) {
 
 }  // namespace
 
+#if !defined(ASGL_TEST_CPU)
+// Indices of settled kernels have 31 bits.
+bool many_neurons_are_general() {
+  ForwardParams<float> params{};
+  params.parameters[kInputGain].constant = 1;
+  params.shape = {1, 1, (int64{1} << 31) - 1};
+  const bool settled = cuda::input_of(params) == Input::kPlain;
+  ++params.shape.inner;
+  return settled && cuda::input_of(params) == Input::kGeneral;
+}
+#else
+bool many_neurons_are_general() { return true; }
+#endif
+
 int main(int argc, char** argv) {
   constexpr int kManyFailures = 3;
   asgl_emulation::choose_mutant();
   const bool small = argc > 1 && std::string(argv[1]) == "small";
   Coverage coverage;
   unsigned cases = 0;
-  int failed = 0;
+  int failed = !many_neurons_are_general();
   for (const SequenceShape& shape : shapes(small)) {
     for (const Parameters parameters :
          {Parameters::kPlain, Parameters::kNormalised, Parameters::kUniform, Parameters::kInFours, Parameters::kAny}) {
