@@ -54,22 +54,23 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
   __shared__ ThreadSums<Real> thread_sums[2];
   const auto store_sums = [&](int64 t, bool per_step) {
     constexpr int kIds[2] = {kDecay, kInputGain};
-    bool stores[2];
+    uint32 stored = 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      stores[i] = has(wanted, kIds[i]) && (params.parameters[kIds[i]].step_stride != 0) == per_step;
+      const bool has_steps = params.parameters[kIds[i]].step_stride != 0;
+      if (has(wanted, kIds[i]) && has_steps == per_step) stored |= 1u << i;
     }
-    if (!stores[0] && !stores[1]) return;
+    if (stored == 0) return;
     __syncthreads();  // whoever reads what was there has done so
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (!stores[i]) continue;
+      if (!has(stored, i)) continue;
       thread_sums[i].values[threadIdx.x] = sums[i];
       sums[i] = Real(0);
     }
     __syncthreads();
-    const int warp = static_cast<int>(threadIdx.x) / kWarpThreads, id = warp == 0 ? kDecay : kInputGain;
-    if (warp > 1 || !stores[warp]) return;
+    const int warp = static_cast<int>(threadIdx.x / kWarpThreads), id = warp == 0 ? kDecay : kInputGain;
+    if (!has(stored, warp)) return;
     Real* slots = params.partials[id].data + t * params.partials[id].slots;
     store_partials<kLanes>(slots, params.parameters[id], params.shape, thread_sums[warp]);
   };

@@ -12,18 +12,17 @@ __device__ __forceinline__ Neuron<Real> settled_neuron(const LIFParams<Scalar>& 
                                                        const NeuronOptions<Real>& options) {
   const ParameterSummary& summary = params.summary;
   Real given[kNumParameters];
-  const auto read = [&](auto&& index) {
-#pragma unroll
-    for (int id = 0; id < kNumParameters; ++id) {
-      const ParameterView<Real>& parameter = params.parameters[id];
-      given[id] = has(summary.tensors, id) ? parameter.data[index(id)] : parameter.constant;
-    }
+  const auto read = [&](int id, uint32 index) {
+    const ParameterView<Real>& parameter = params.parameters[id];
+    given[id] = has(summary.tensors, id) ? parameter.data[index] : parameter.constant;
   };
   if (summary.alike) {
     const uint32 index = summary.common.of(n);
-    read([&](int id) { return index * summary.strides[id]; });
+#pragma unroll
+    for (int id = 0; id < kNumParameters; ++id) read(id, index * summary.strides[id]);
   } else {
-    read([&](int id) { return summary.own[id].of(n); });
+#pragma unroll
+    for (int id = 0; id < kNumParameters; ++id) read(id, summary.own[id].of(n));
   }
   return neuron_of<Real>([&](ParameterId id) { return value_of(id, given[id], options); });
 }
