@@ -26,7 +26,7 @@ sanitize:  ## run the emulated CUDA kernels and the CPU kernels under AddressSan
 	@$(PYTHON) tests/sanitize.py
 
 cuda-compile: setup  ## compile the CUDA kernels for all architectures, compare with csrc/RESOURCES.md, check their PTX
-	@$(RUN) -m tests.cuda_compile
+	@$(RUN) -m tests.cuda_compile $(if $(ARCHITECTURES),--architectures $(ARCHITECTURES))
 
 lint: setup  ## check style, formatting and types
 	@$(RUN) -m ruff check

@@ -164,6 +164,23 @@ def test_nvrtc_that_agrees():
     assert nvrtc_problems(fewer_blocks_fit)
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "registers", "alike"),
+    [
+        ("backward, 4 neurons", "float16", 146, True),  # three blocks are asked for
+        ("backward, 4 neurons", "float16", 170, False),
+        ("backward plain, 4 neurons", "float32", 130, True),
+        ("backward plain, 4 neurons", "bfloat16", 130, False),  # four
+        ("backward plain, T = 4", "bfloat16", 120, True),
+        ("forward plain, T = 4", "bfloat16", 120, False),
+    ],
+)
+def test_nvrtc_has_the_blocks_that_are_asked_for(kind, dtype, registers, alike):
+    kernel = Kernel(kind, dtype, "erf", "hard")
+    ours, theirs = ({kernel: {80: FINE._replace(registers=number)}} for number in (registers, 128))
+    assert bool(cuda_compile.compare_compilers(ours, theirs, True)) != alike
+
+
 def test_nvrtc_that_takes_other_registers():
     other = FINE._replace(registers=42)
     (problem,) = nvrtc_problems({FORWARD: {90: other}})
