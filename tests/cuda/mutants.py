@@ -143,8 +143,7 @@ MUTANTS = {
         "no barrier within a sum": kernels("= sum;\n    @", BARRIER, ""),
         # ---- sums of a block ----
         "shifted slot": sums("slots[run + @]", "blockIdx.x", "blockIdx.x + (run > 0)"),
-        "one run though there are several": sums("run = (@ ? 0", "parameter.is_same_for_all()", "true"),
-        "the run of another block": sums("? 0 : @) +", "first / inner", "0"),
+        "a run that began in the block before": sums("? 0 : @) +", "first / inner", "(first + inner - 1) / inner"),
         "a run that begins in another place": sums("begin = @;", "run * inner - first", "run * inner"),
         "not all runs of a lane": sums("all_lanes ? 1 : @;", "kWarpThreads", "2 * kWarpThreads"),
         "runs in the slot before": sums("run += @;", "runs_at_a_time", "1"),
