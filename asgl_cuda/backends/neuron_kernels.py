@@ -200,10 +200,10 @@ class Call:
         tensors, wanted = bits(view.data for view in self.views), bits(address for address, _ in partials)
         if self.layout.neurons >= constant("kDivisible"):
             return 0, wanted
-        own = [(view.inner, view.count) for view in self.views]
-        ways = list(dict.fromkeys(each for each in own if each[1] > 1)) or [(1, 1)]
+        divided = [(view.inner, view.count) for view in self.views]
+        ways = list(dict.fromkeys(each for each in divided if each[1] > 1)) or [(1, 1)]
         strides = tuple(int(view.count > 1) for view in self.views)
-        common, *own = (tuple(map(_divisor, each)) for each in (ways[0], *own))
+        common, *own = (tuple(map(_divisor, each)) for each in (ways[0], *divided))
         return tensors, wanted, len(ways) == 1, common, strides, tuple(own)
 
     def empty_gradients(self, wanted: Sequence[bool]) -> list[Any]:
