@@ -85,7 +85,7 @@ struct ParameterSummary {
   bool alike;
   NeuronIndex common;
   uint32 strides[kNumParameters];
-  NeuronIndex own[kNumParameters];
+  NeuronIndex own[kNumParameters];  // where they are not alike
 };
 
 ASGL_HOST_DEVICE bool has(uint32 bits, int id) { return bits >> id & 1u; }

@@ -203,8 +203,9 @@ class Call:
         divided = [(view.inner, view.count) for view in self.views]
         ways = list(dict.fromkeys(each for each in divided if each[1] > 1)) or [(1, 1)]
         strides = tuple(int(view.count > 1) for view in self.views)
-        common, *own = (tuple(map(_divisor, each)) for each in (ways[0], *divided))
-        return tensors, wanted, len(ways) == 1, common, strides, tuple(own)
+        alike = len(ways) == 1
+        common, *own = (tuple(map(_divisor, each)) for each in (ways[0], *(() if alike else divided)))
+        return tensors, wanted, alike, common, strides, tuple(own)
 
     def empty_gradients(self, wanted: Sequence[bool]) -> list[Any]:
         """The gradients of x_seq, v_init and each parameter, as it is laid out, not yet computed; None: not wanted."""

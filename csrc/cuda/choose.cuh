@@ -108,13 +108,16 @@ ParameterSummary summary_of(const LIFParams<Scalar>& params) {
   for (int id = 0; id < kNumParameters; ++id) {
     const auto& parameter = params.parameters[id];
     if (parameter.data != nullptr) summary.tensors |= 1u << id;
-    summary.own[id] = {Divisor::of(parameter.inner), Divisor::of(parameter.count)};
     if (parameter.is_same_for_all()) continue;
     if (count == 1) inner = parameter.inner, count = parameter.count;
     summary.alike = summary.alike && parameter.inner == inner && parameter.count == count;
     summary.strides[id] = 1;
   }
-  summary.common = {Divisor::of(inner), Divisor::of(count)};
+  const auto index = [](int64 inner, int64 count) { return NeuronIndex{Divisor::of(inner), Divisor::of(count)}; };
+  summary.common = index(inner, count);
+  for (int id = 0; id < kNumParameters && !summary.alike; ++id) {
+    summary.own[id] = index(params.parameters[id].inner, params.parameters[id].count);
+  }
   return summary;
 }
 

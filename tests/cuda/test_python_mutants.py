@@ -45,7 +45,7 @@ PYTHON = {
     "the same parameter at all steps": (NEURON, "step_stride=parameter.step_stride", "step_stride=0"),
     "tensors as constants": (NEURON, "bits(view.data for", "bits(False for"),
     "no gradients wanted": (NEURON, "bits(address for", "bits(False for"),
-    "parameters alike": (NEURON, "len(ways) == 1", "True"),
+    "parameters alike": (NEURON, "alike = len(ways) == 1", "alike = True"),
     "a step from neuron to neuron for all": (NEURON, "strides = tuple(int(view.count > 1)", "strides = tuple(1"),
     "a quotient that is too small": (NEURON, "// by + 1", "// by"),
     "a power too small": (NEURON, "31 + (by - 1)", "30 + (by - 1)"),
