@@ -81,7 +81,8 @@ SHARED_BYTES = {75: 65536, 80: 167936, 90: 233472, 120: 102400}
 RESERVED_BYTES = 1024
 # By launch bounds, of a kind or of a kind and type: more are luck.
 ASKED_BLOCKS = {
-    "backward, 4 neurons": 3, "backward normalised, 4 neurons": 3, "backward plain, 4 neurons, float32": 3
+    "backward, 4 neurons": 3, "backward normalised, 4 neurons": 3, "backward plain, 4 neurons, float32": 3,
+    "integrator backward with sums, 1 neuron": 5, "integrator backward with sums, 4 neurons": 5,
 }  # fmt: skip
 # NVRTC compiles so many kernels at a time: it reads the headers anew each time, and the last should not take long.
 CHUNK = 24

@@ -172,6 +172,7 @@ def test_nvrtc_that_agrees():
         ("backward plain, 4 neurons", "float32", 130, True),
         ("backward plain, 4 neurons", "bfloat16", 130, False),  # four
         ("backward plain, T = 4", "bfloat16", 120, True),
+        ("integrator backward with sums, 1 neuron", "float16", 130, False),
         ("forward plain, T = 4", "bfloat16", 120, False),
     ],
 )
