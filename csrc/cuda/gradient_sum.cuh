@@ -15,7 +15,7 @@ struct ThreadSums {
 };
 
 // The sum over the threads of each run goes to the run's slot. A warp does all runs of its block: long ones one after
-// another, all lanes together, of short ones each lane some.
+// another, all lanes together, of short ones each lane some. All threads of that warp must come here, and no others.
 template <int kLanes, class Real>
 __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<Real>& parameter,
                                                const SequenceShape& shape, const ThreadSums<Real>& sums) {

@@ -7,8 +7,7 @@
 //
 // Where no parameter changes over time, which is nearly always, backward is settled: what the call does not ask for
 // costs next to nothing, and a sequence of four steps lies in registers. The general kernels have everything that there
-// is, and one kernel serves all surrogates and resets: for each there would be another that few run. The file is one
-// idea, and has some more lines than others: all must compute the same potentials.
+// is, and one kernel serves all surrogates and resets: for each there would be another that few run.
 #pragma once
 
 #include "cuda/access.cuh"
