@@ -252,9 +252,8 @@ def _batch_norm_lif(
     of_norm = [
         value if value is None or value.dtype is real else value.to(real) for value in (weight, bias, mean, variance)
     ]
-    operators = BACKENDS[call.backend].operators
     outputs: Sequence[Tensor]
-    if operators is None:
+    if BACKENDS[call.backend].operators is None:
         outputs, *statistics = _reference(settings, call, of_norm)
     else:
         options, tensors = call[:4], (*call[4:7], *call.parameters)
@@ -263,7 +262,7 @@ def _batch_norm_lif(
         else:
             outputs, coefficients, _ = _forward(settings, call, of_norm, False)
         if training and running_mean is not None and _in_one_launch(running, momentum, real):
-            operators.batch_norm_update(*running, coefficients, momentum)
+            call.operators.batch_norm_update(*running, coefficients, momentum)
             # torch does it for its own operations alone.
             torch.autograd.graph.increment_version([each for each in running if each is not None])
             statistics = []

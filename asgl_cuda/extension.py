@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import ops  # noqa: F401  # it defines the operators, which the extension looks up when it is loaded
+
 PACKAGE = Path(__file__).parent
 BUILD = "python -m asgl_cuda build"  # the remedy, wherever the extension is missing or another one is wanted
 NO_SOURCES = (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from .backends import BACKENDS, Operators, choose_backend
+from .backends import BACKENDS, Operators, choose_backend, operators_of
 from .checks import (
     check_analog_prob,
     check_analog_prob_tensor,
@@ -26,6 +26,7 @@ from .checks import (
     check_v_init,
     check_width,
     check_width_tensor,
+    has_plain_numbers,
     once_a_kind,
 )
 from .layout import is_dense, real_type
@@ -141,7 +142,7 @@ class Call(NamedTuple):
     @property
     def operators(self) -> Operators:
         """The operators of a fused backend."""
-        return operators_of(self.backend)
+        return operators_of(self.backend, (self.x_seq, self.v_init, self.rng_state, *self.parameters))
 
     def reference(self) -> list[Tensor]:
         """Runs the reference, for what is wanted."""
@@ -171,13 +172,6 @@ class Call(NamedTuple):
         return LIFOutput(*in_their_places(outputs, (True, *self.wanted)))
 
 
-def operators_of(backend: str) -> Operators:
-    """The operators of a fused backend."""
-    operators = BACKENDS[backend].operators
-    assert operators is not None  # the reference is differentiated by autograd and does not come here
-    return operators
-
-
 class LIFFunction(torch.autograd.Function):
     """The fused operators of one backend as a differentiable function of x_seq, v_init and the parameters.
 
@@ -189,10 +183,10 @@ class LIFFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        backend, numbers, rules, wanted, x_seq, v_init, rng_state, *parameters = inputs
-        return tuple(
-            operators_of(backend).lif_forward(x_seq, v_init, rng_state, parameters, numbers, rules, (*wanted, True))
-        )
+        backend, numbers, rules, wanted, *tensors = inputs
+        x_seq, v_init, rng_state, *parameters = tensors
+        forward = operators_of(backend, tensors).lif_forward
+        return tuple(forward(x_seq, v_init, rng_state, parameters, numbers, rules, (*wanted, True)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -208,7 +202,7 @@ class LIFFunction(torch.autograd.Function):
         x_seq, v_init, rng_state, *parameters = tensors
         backend, numbers, rules, wanted = ctx.options
         grads, needed = grads[:-1], ctx.needs_input_grad[4:]
-        found = operators_of(backend).lif_backward(
+        found = operators_of(backend, (*tensors, *grads)).lif_backward(
             in_their_places(grads, (True, *wanted)), x_seq, v_init, rng_state, checkpoints, parameters, numbers, rules,
             (*needed[:2], *needed[3:]),
         )  # fmt: skip
@@ -222,6 +216,8 @@ class _Plan(NamedTuple):
     real: torch.dtype
     rules: tuple[int, ...]  # of Rules
     wanted: tuple[bool, bool, bool]  # v_last, v_seq, h_seq
+    tensors: tuple[int, ...]  # the places in Parameters of those that are tensors
+    sees_width: bool  # the numbers of a width that is a tensor can be looked at
 
 
 @once_a_kind
@@ -255,6 +251,9 @@ def _plan_of(caller: str, values: Sequence[Any], others: Sequence[Any]) -> _Plan
     check_not_nan("v_rest", given.v_rest, caller)
     if given.v_min is not None:
         check_finite("v_min", given.v_min, caller)
+    reset = given.v_reset if hard else given.v_threshold if given.reset_amount is None else given.reset_amount
+    of_neuron = given.width, given.decay, given.v_threshold, reset, given.input_gain, given.input_bias, given.input_mean
+    tensors = tuple(place for place, value in enumerate(of_neuron) if isinstance(value, (Tensor, Logarithm, Logit)))
     as_data = isinstance(given.analog_prob, Tensor)
     periodic = given.surrogate == PERIODIC
     rules = (
@@ -271,12 +270,14 @@ def _plan_of(caller: str, values: Sequence[Any], others: Sequence[Any]) -> _Plan
         BELOW_IN_STATE if as_data else check_analog_prob(given.analog_prob, caller),
         time_dim,
     )
-    return _Plan(real, rules, (given.return_v_last, given.return_v_seq, given.return_h_seq))
+    wanted = given.return_v_last, given.return_v_seq, given.return_h_seq
+    return _Plan(real, rules, wanted, tensors, isinstance(given.width, Tensor) and has_plain_numbers(given.width))
 
 
 def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
     """Does everything that `lif` does before it computes, draws included; errors name `caller`."""
-    real, rules, wanted = _plan_of(caller, (x_seq, *given[:9]), given[12:])
+    compiling = torch.compiler.is_compiling()
+    real, rules, wanted, tensors, sees_width = _plan_of(caller, (x_seq, *given[:9]), given[12:])
     width, decay, v_threshold, v_reset, reset_amount, *of_input, analog_prob, v_init, rng_state, generator = given[:12]
     *_, log_width, logit_decay, analog_below, time_dim = rules
     backend = choose_backend(given.backend, x_seq.device, caller)
@@ -290,28 +291,22 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
             width = width.of_value if log_width else width
             decay = decay.of_value if logit_decay else decay
     reset = v_reset if v_reset is not None else v_threshold if reset_amount is None else reset_amount
-    values = (width, decay, v_threshold, reset, *of_input)
-    numbers: list[float] = []
-    parameters: list[Tensor | None] = []
-    compiling = torch.compiler.is_compiling()
-    for value in values:
-        if type(value) is float:
-            numbers.append(value)
-            parameters.append(None)
-        elif isinstance(value, Tensor):
-            if compiling and any(value is other for other in values[: len(numbers)]):
-                value = value.view_as(value)  # the compiler takes no tensor twice, as the threshold that is subtracted
-            numbers.append(0.0)
-            parameters.append(value if value.dtype is real else value.to(real))
-        else:
-            numbers.append(float(value))
-            parameters.append(None)
-    if parameters[0] is not None and not log_width:
-        check_width_tensor(parameters[0], caller)
+    values = (width, decay, v_threshold, reset, *of_input, given.v_rest, given.surrogate_gain, given.v_min or 0.0)
+    parameters: list[Tensor | None] = [None] * len(Parameters._fields)
+    for place in tensors:
+        value = values[place]
+        if compiling and any(value is other for other in values[:place]):
+            value = value.view_as(value)  # the compiler takes no tensor twice, as the threshold that is subtracted
+        parameters[place] = value if value.dtype is real else value.to(real)
+    numbers = [
+        value if type(value) is float else 0.0 if place in tensors else float(value)
+        for place, value in enumerate(values)
+    ]
+    if sees_width and not compiling:
+        check_width_tensor(parameters[0], caller)  # type: ignore[arg-type]
     if v_init is not None:
         check_v_init(v_init, x_seq, time_dim, caller)
         v_init = v_init.to(real)
-    numbers += float(given.v_rest), float(given.surrogate_gain), float(given.v_min or 0)
     below_as_data = None
     if analog_below == BELOW_IN_STATE:
         below_as_data = check_analog_prob_tensor(analog_prob, x_seq, caller)
@@ -328,7 +323,10 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
     else:
         if rng_state is None:
             rng_state = _draw_rng_state(x_seq, generator, backend, together=below_as_data is None)
-        rng_state = rng_state.contiguous() if below_as_data is None else torch.cat([rng_state, below_as_data])
+        else:
+            rng_state = rng_state.contiguous()
+        if below_as_data is not None:
+            rng_state = torch.cat([rng_state, below_as_data])
     return Call(backend, numbers, rules, wanted, x_seq, v_init, rng_state, parameters)
 
 

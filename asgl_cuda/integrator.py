@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .backends import BACKENDS, choose_backend
+from .backends import BACKENDS, choose_backend, operators_of
 from .checks import check_bool, check_input, check_not_nan, check_parameter, check_v_init, once_a_kind
-from .functional import operators_of
 from .layer import Granularity, NeuronLayer
 from .layout import is_dense, real_type
 from .learned import Logit
@@ -45,8 +44,8 @@ class IntegratorFunction(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         backend, *options, x_seq, v_init, decay, input_gain = inputs
-        parameters = _all_parameters(decay, input_gain)
-        return tuple(operators_of(backend).integrator_forward(x_seq, v_init, parameters, *options))
+        forward = operators_of(backend, inputs[-4:]).integrator_forward
+        return tuple(forward(x_seq, v_init, _all_parameters(decay, input_gain), *options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -67,7 +66,7 @@ class IntegratorFunction(torch.autograd.Function):
             grad_v_seq = torch.zeros(ctx.shape, **ctx.like)
         if not is_dense(grad_v_seq, rules[-1]):
             grad_v_seq = grad_v_seq.contiguous()
-        found = operators_of(backend).integrator_backward(
+        found = operators_of(backend, (*ctx.saved_tensors, *grads)).integrator_backward(
             grad_v_seq, grad_v_last, v_seq, x_seq, v_init, _all_parameters(decay, input_gain), numbers, rules, delay,
             (*needed[:2], *_all_parameters(needed[2], needed[3], False)),
         )  # fmt: skip

@@ -72,8 +72,8 @@ std::vector<Tensor> integrator_backward(const Tensor& grad_v_seq, const Optional
   return results;
 }
 
-template <class Backend>
-void implement_integrator(torch::Library& m) {
+template <class Backend, class Library>
+void implement_integrator(Library& m) {
   m.impl("integrator_forward", integrator_forward<Backend>);
   m.impl("integrator_backward", integrator_backward<Backend>);
 }

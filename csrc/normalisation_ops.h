@@ -178,8 +178,8 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const T
 }
 
 // The schemas are in asgl_cuda/ops.py.
-template <class Backend>
-void implement_batch_norm(torch::Library& m) {
+template <class Backend, class Library>
+void implement_batch_norm(Library& m) {
   m.impl("batch_norm_coefficients", batch_norm_coefficients<Backend>);
   m.impl("batch_norm_update", batch_norm_update<Backend>);
   m.impl("batch_norm_backward", batch_norm_backward<Backend>);

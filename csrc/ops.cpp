@@ -7,6 +7,7 @@
 #endif
 
 #include "cpu/clones.h"
+#include "direct_calls.h"
 #include "integrator_ops.h"
 #include "normalisation_ops.h"
 #include "ops.h"
@@ -52,26 +53,28 @@ class CudaBackend {
 
 #endif
 
+template <class Backend, class Library>
+void implement_all(Library& library) {
+  ops::implement<Backend>(library);
+  ops::implement_integrator<Backend>(library);
+  ops::implement_batch_norm<Backend>(library);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) {
-  ops::implement<CpuBackend>(m);
-  ops::implement_integrator<CpuBackend>(m);
-  ops::implement_batch_norm<CpuBackend>(m);
-}
+TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) { implement_all<CpuBackend>(m); }
 
 #if defined(ASGL_WITH_CUDA)
-TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) {
-  ops::implement<CudaBackend>(m);
-  ops::implement_integrator<CudaBackend>(m);
-  ops::implement_batch_norm<CudaBackend>(m);
-}
+TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) { implement_all<CudaBackend>(m); }
 #endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "Build information of asgl_cuda's compiled part; importing it adds kernels to torch.ops.asgl_cuda.";
+  m.doc() =
+      "asgl_cuda's compiled part: importing it adds kernels to torch.ops.asgl_cuda. Its operators are the same ones.";
   m.def("cpu_threads", &cpu::num_threads, "Threads that the kernels run on; 1 where they were built without OpenMP.");
   m.def("cpu_instruction_set", [] { return cpu::instruction_set_name(); });
+  ops::DirectCalls calls(m);
+  implement_all<CpuBackend>(calls);
 }
 
 }  // namespace asgl

@@ -354,8 +354,8 @@ inline Tensor draw_rng_state(const Tensor& fresh) {
 }
 
 // The schemas are in asgl_cuda/ops.py.
-template <class Backend>
-void implement(torch::Library& m) {
+template <class Backend, class Library>
+void implement(Library& m) {
   m.impl("draw_rng_state", draw_rng_state);
   m.impl("lif_forward", lif_forward<Backend>);
   m.impl("lif_backward", lif_backward<Backend>);

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.overrides import has_torch_function
 
 from .. import extension, ops
 from . import cupy
@@ -30,12 +31,13 @@ class Backend(NamedTuple):
     """A way to compute the neuron. `operators` is None for the reference, which is differentiated by autograd.
 
     `problem` says why it does not work and what would help, None where it does. It is asked when a backend is chosen
-    for a tensor, never at import.
+    for a tensor, never at import. `direct` are the same operators, where they can be called without torch.ops.
     """
 
     device_types: tuple[str, ...]  # empty: any
     operators: Operators | None
     problem: Callable[[], str | None]
+    direct: Operators | None = None
 
     def serves(self, device: torch.device) -> bool:
         return not self.device_types or device.type in self.device_types
@@ -53,6 +55,13 @@ def operators_in(namespace: str) -> Operators:
     return Operators(*(getattr(library, name).default for name in Operators._fields))
 
 
+def _direct_operators() -> Operators | None:
+    """The functions of csrc/direct_calls.h, which take two thirds of the time off a call that torch.ops adds to it."""
+    if extension.module is None:
+        return None
+    return Operators(*(getattr(extension.module, name) for name in Operators._fields))
+
+
 def _cuda_problem() -> str | None:
     info = extension.build_info
     if info is not None and info.cuda is None:
@@ -64,11 +73,24 @@ def _cuda_problem() -> str | None:
 
 # The backends stand in the order in which they are preferred.
 BACKENDS: dict[str, Backend] = {
-    "cuda": Backend(("cuda",), operators_in("asgl_cuda"), _cuda_problem),
+    "cuda": Backend(("cuda",), operators_in("asgl_cuda"), _cuda_problem, _direct_operators()),
     "cupy": Backend(("cuda",), operators_in(cupy.NAMESPACE), cupy.problem),
-    "cpu": Backend(("cpu",), operators_in("asgl_cuda"), lambda: extension.problem),
+    "cpu": Backend(("cpu",), operators_in("asgl_cuda"), lambda: extension.problem, _direct_operators()),
     "reference": Backend((), None, lambda: None),
 }
+
+
+def operators_of(backend: str, inputs: Sequence[torch.Tensor | None]) -> Operators:
+    """The operators of a fused backend for a call with these inputs.
+
+    A compiler, a mode of torch's functions, or a subclass of Tensor among the inputs sees calls of torch.ops alone.
+    """
+    found = BACKENDS[backend]
+    assert found.operators is not None  # the reference is differentiated by autograd and does not come here
+    if torch.compiler.is_compiling() or found.direct is None or has_torch_function(inputs):
+        return found.operators
+    return found.direct
+
 
 _warned: set[str] = set()
 # The best fused backend for a type of device, and the table that it was chosen from.

@@ -1,0 +1,136 @@
+"""The extension's own functions for its operators: the same operators, by a way that only plain eager calls take."""
+
+import pytest
+import torch
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import asgl_cuda
+from asgl_cuda.backends import BACKENDS, Operators, operators_of
+
+CPU = BACKENDS["cpu"]
+pytestmark = pytest.mark.skipif(CPU.direct is None, reason="this build has no extension")
+
+
+def spikes(x_seq, state):
+    width = torch.rand(5, 1, generator=torch.Generator().manual_seed(1)).add_(0.5).requires_grad_()
+    out = asgl_cuda.lif(
+        x_seq, width=width, v_init=torch.zeros_like(x_seq[0]), analog_prob=0.3, rng_state=state, backend="cpu",
+        return_v_last=True, return_v_seq=True, return_h_seq=True,
+    )  # fmt: skip
+    sum((each * each).sum() for each in out).backward()
+    return *out, x_seq.grad, width.grad
+
+
+def normalised_spikes(x_seq, state):
+    layer = asgl_cuda.BatchNormLIF(5, backend="cpu")
+    torch.manual_seed(3)
+    s_seq = layer(x_seq)
+    s_seq.square().sum().backward()
+    torch.manual_seed(3)
+    return s_seq, x_seq.grad, layer.weight.grad, layer.running_mean, layer.running_var, layer.eval()(x_seq)
+
+
+def potentials(x_seq, state):
+    decay = torch.full((5, 1), 0.7, requires_grad=True)
+    v_seq = asgl_cuda.leaky_integrator(x_seq, decay=decay, backend="cpu")
+    v_seq.square().sum().backward()
+    return v_seq, x_seq.grad, decay.grad
+
+
+class Recorder:
+    """Operators that note the names of those that are called."""
+
+    def __init__(self, operators):
+        self.called = set()
+        self.operators = Operators(*(self._noting(*each) for each in operators._asdict().items()))
+
+    def _noting(self, name, operator):
+        def call(*arguments):
+            self.called.add(name)
+            return operator(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("compute", [spikes, normalised_spikes, potentials])
+def test_both_ways_give_the_same_bits(monkeypatch, compute, dtype):
+    by_ops, direct = Recorder(CPU.operators), Recorder(CPU.direct)
+    backend = CPU._replace(operators=by_ops.operators, direct=direct.operators)
+    monkeypatch.setitem(BACKENDS, "cpu", backend)
+
+    def run():
+        torch.manual_seed(5)
+        x_seq = torch.randn(20, 3, 5, 7).to(dtype).requires_grad_()
+        return compute(x_seq, torch.tensor([2, 9]))
+
+    found = run()
+    assert direct.called
+    assert not by_ops.called
+    monkeypatch.setitem(BACKENDS, "cpu", backend._replace(direct=None))
+    expected = run()
+    assert by_ops.called == direct.called
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_every_operator_is_there():
+    operators = Operators(*(getattr(torch.ops.asgl_cuda, name) for name in Operators._fields))
+    assert len(CPU.direct) == len(operators) == len(set(map(id, CPU.direct)))
+    torch.manual_seed(1)
+    drawn = CPU.direct.draw_rng_state(torch.empty(2, dtype=torch.int64))
+    torch.manual_seed(1)
+    assert torch.equal(drawn, operators.draw_rng_state(torch.empty(2, dtype=torch.int64)))
+
+
+class Subclass(torch.Tensor):
+    """Notes the functions that it sees."""
+
+    seen = ()
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        Subclass.seen += (function,)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_subclass_sees_the_operator_and_gets_its_own_type_back():
+    s_seq = asgl_cuda.lif(torch.rand(4, 7).as_subclass(Subclass), backend="cpu")
+    assert type(s_seq) is Subclass
+    assert CPU.operators.lif_forward in Subclass.seen
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_any_input_can_ask_for_torch_ops(place):
+    inputs = [torch.rand(3), None, torch.rand(3)]
+    assert operators_of("cpu", inputs) is CPU.direct
+    with BaseTorchFunctionMode():
+        assert operators_of("cpu", inputs) is CPU.operators
+    inputs[place] = torch.rand(3).as_subclass(Subclass)
+    assert operators_of("cpu", inputs) is CPU.operators
+
+
+def test_a_mode_of_the_dispatcher_sees_direct_calls():
+    class Seen(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.functions = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.functions.append(function)
+            return function(*args, **(kwargs or {}))
+
+    x_seq = torch.rand(4, 7, requires_grad=True)
+    with Seen() as seen:
+        asgl_cuda.lif(x_seq, backend="cpu").sum().backward()
+    assert CPU.operators.lif_forward in seen.functions
+    assert CPU.operators.lif_backward in seen.functions
+
+
+@pytest.mark.parametrize("way", ["operators", "direct"])
+def test_both_ways_refuse_wrong_arguments(way):
+    forward = getattr(CPU, way).lif_forward
+    with pytest.raises(ValueError, match=r"asgl_cuda: expected 7 parameters, got 2"):
+        forward(torch.rand(4, 7), None, None, [None, None], [0.0] * 10, [0] * 12, [False] * 4)
+    with pytest.raises((TypeError, RuntimeError), match="lif_forward"):
+        forward(torch.rand(4, 7))
