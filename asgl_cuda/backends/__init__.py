@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import has_torch_function
@@ -56,10 +56,9 @@ def operators_in(namespace: str) -> Operators:
 
 
 def _direct_operators() -> Operators | None:
-    """The functions of csrc/direct_calls.h, which take two thirds of the time off a call that torch.ops adds to it."""
-    if extension.module is None:
-        return None
-    return Operators(*(getattr(extension.module, name) for name in Operators._fields))
+    """The functions of csrc/direct_calls.h, None where the extension is missing or was compiled before it had them."""
+    functions: list[Any] = [getattr(extension.module, name, None) for name in Operators._fields]
+    return None if None in functions else Operators(*functions)
 
 
 def _cuda_problem() -> str | None:
