@@ -6,7 +6,8 @@ ASGL_CUDA_BUILD says what to compile: cuda, the kernels for CPU and GPU; cpu, on
 where the installed torch and a toolkit allow that, a GPU or not; else cpu.
 TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", says for which GPUs; without it, for those that the installed torch was
 built for, from sm_75 on, as far as nvcc knows them: other GPUs of their major versions run that code, and newer ones
-have PTX. Of a torch that does not say what it was built for, for all that nvcc knows.
+have PTX. Of a torch that does not say what it was built for, for all that nvcc knows. Where two would have the same
+code, it is made once.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ OLDEST_ARCHITECTURE = 75
 # cicc gives the same PTX for all from compute_80 to compute_90. That for compute_100 and on is other, and with it
 # ptxas spills more in backward's fast path; so one run of cicc serves all, and GPUs to come.
 SHARED_ARCHITECTURE = 80
+# nvcc 13.0 makes the same bits of every kernel for both, and the first runs the second's code. `make cuda-compile`
+# says if that changes.
+SAME_CODE = {88: 86, 89: 86, 121: 120}
 
 # No contraction, on purpose: every backend rounds each operation as the reference does. The next two only let the
 # compiler vectorise comparisons and calls; they change no value. Debug symbols, which many a Python asks for, would
@@ -150,6 +154,7 @@ def architectures(known: list[int]) -> tuple[list[str], str]:
     else:
         supported = {number for number in known if number >= OLDEST_ARCHITECTURE}
         chosen = supported & architectures_of_torch() or supported
+        chosen = {number for number in chosen if SAME_CODE.get(number) not in chosen}
         wanted = {number: number == max(chosen) for number in chosen}
     groups: dict[int, list[int]] = {}
     for number in sorted(wanted):

@@ -64,8 +64,6 @@ HOT_KINDS_OF_CHANNELS = ("moments, 4 columns", "input gradient, 4 columns")
 DEFAULT_KINDS_OF_CHANNELS = (*HOT_KINDS_OF_CHANNELS, "moments, 1 column", "input gradient, 1 column")
 DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DISASSEMBLED = (80, 90, 100)
-# nvcc 13.0 makes the same bits of every kernel for both.
-SAME_CODE = {88: 86, 89: 86, 121: 120}
 NVRTC_ARCHITECTURES = (75, 80, 90, 120)
 LANES = ("1 neuron", "4 neurons")
 # From here on NVRTC's PTX is for another architecture than compute_80, for which compilation.py has nvcc make it.
@@ -246,7 +244,7 @@ def compare(rows: Sequence[Row], version: str, committed: Sequence[Row], committ
 def same_code_problems(resources: Resources) -> Iterator[str]:
     """Both must have been compiled: the others are passed over."""
     for kernel, usages in resources.items():
-        for architecture, other in SAME_CODE.items():
+        for architecture, other in compilation.SAME_CODE.items():
             if architecture in usages and other in usages and usages[architecture] != usages[other]:
                 yield f"sm_{architecture} no longer has the code of sm_{other}: {kernel}"
 
@@ -421,7 +419,7 @@ def main() -> int:
 
 def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
     start = time.monotonic()
-    known = [architecture for architecture in nvcc.architectures if arguments.update or architecture not in SAME_CODE]
+    known = [each for each in nvcc.architectures if arguments.update or each not in compilation.SAME_CODE]
     architectures = arguments.architectures or known
     resources: dict[Kernel, dict[int, Usage]] = defaultdict(dict)
     symbols: dict[Path, dict[Kernel, str]] = defaultdict(dict)  # by source

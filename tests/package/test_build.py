@@ -150,12 +150,14 @@ def test_architectures(build, monkeypatch, asked, flags, built):
         ("sm_120 compute_120", "sm_120 and PTX of compute_80"),
         ("sm_50 sm_60", "sm_75 sm_80 sm_86 sm_90 sm_103 sm_120 and PTX of compute_80"),
         (None, "sm_75 sm_80 sm_86 sm_90 sm_103 sm_120 and PTX of compute_80"),
+        ("sm_86 sm_89", "sm_86 and PTX of compute_80"),
+        ("sm_89", "sm_89 and PTX of compute_80"),
     ],
 )
 def test_architectures_are_those_of_torch(build, monkeypatch, flags, built):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: flags, raising=False)
-    assert build.architectures([70, *KNOWN])[1] == built
+    assert build.architectures([70, *KNOWN, 89])[1] == built
 
 
 @pytest.mark.parametrize("asked", ["Hopper", "9", "9.0;sm_80", "8.7"])
