@@ -71,8 +71,7 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
     for (int64 row = 0; row < steps; ++row) {
       const int64 t = step(row), used = row + kRowsAhead;
       const Tile next(params.shape, index + used / steps);
-      const Ahead ahead = {row_ahead(in_seq, next, step(used % steps)),
-                           row_ahead<Scalar>(out_seq, next, step(used % steps)), sizeof(Scalar)};
+      const Ahead ahead = {row_ahead(in_seq, next, step(used % steps)), sizeof(Scalar)};
       const Real* in = read_row(in_seq, tile, t, in_buffer);
       const Real *before = init.v, *x = init.v;  // sums that are not wanted are of any finite numbers
       if (kBack && t > 0 && params.wants(kDecay)) {

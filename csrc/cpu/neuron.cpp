@@ -78,8 +78,7 @@ void run_settled(const ForwardParams<Scalar>& params) {
         Real* s = start_row(params.s_seq, tile, t, s_buffer);
         const int64 next_t = (t + kRowsAhead) % steps;
         const Tile next(params.shape, index + (t + kRowsAhead) / steps);
-        const Ahead ahead = {row_ahead(params.x_seq, next, next_t), row_ahead(params.s_seq, next, next_t),
-                             sizeof(Scalar)};
+        const Ahead ahead = {row_ahead(params.x_seq, next, next_t), sizeof(Scalar)};
         neurons.template visit<SettledRows<Real>>([&](auto values) {
           run<SettledStepLoop<Real, Model, decltype(values), true>>({values, params.options, params.noise.analog_below,
                                                                      tile.length, input.current(x), noise.row(tile, t),
@@ -242,18 +241,15 @@ void run_settled(const BackwardParams<Scalar>& params) {
 
       for (int64 start = last_start; start >= 0; start -= segment) {
         const int64 stop = std::min(shape.steps, start + segment), steps = stop - start;
-        // The rows of a segment in the order in which they are used: x forwards, then g and dx backwards; then the next
+        // The rows of a segment in the order in which they are read: x forwards, then g backwards; then the next
         // segment's, or the next tile's.
         const auto ahead = [&](int64 used) -> Ahead {
           const int64 next = used + kRowsAhead;
-          if (next < steps) return {row_ahead(params.x_seq, tile, start + next), nullptr, sizeof(Scalar)};
-          if (next < 2 * steps) {
-            const int64 t = stop - 1 - (next - steps);
-            return {row_ahead(params.grad_s_seq, tile, t), row_ahead(params.grad_x_seq, tile, t), sizeof(Scalar)};
-          }
+          if (next < steps) return {row_ahead(params.x_seq, tile, start + next), sizeof(Scalar)};
+          if (next < 2 * steps) return {row_ahead(params.grad_s_seq, tile, stop - 1 - (next - steps)), sizeof(Scalar)};
           const int64 next_start = start > 0 ? start - segment : last_start;
           const int64 t = std::min(next_start + next - 2 * steps, shape.steps - 1);
-          return {row_ahead(params.x_seq, start > 0 ? tile : Tile(shape, index + 1), t), nullptr, sizeof(Scalar)};
+          return {row_ahead(params.x_seq, start > 0 ? tile : Tile(shape, index + 1), t), sizeof(Scalar)};
         };
         load_start(params, tile, start, state(0));
         for (int64 t = start; t < stop; ++t) {
