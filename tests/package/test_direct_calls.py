@@ -1,12 +1,15 @@
 """The extension's own functions for its operators: the same operators, by a way that only plain eager calls take."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import asgl_cuda
-from asgl_cuda.backends import BACKENDS, Operators, operators_of
+from asgl_cuda import extension
+from asgl_cuda.backends import BACKENDS, Operators, _direct_operators, operators_of
 
 CPU = BACKENDS["cpu"]
 pytestmark = pytest.mark.skipif(CPU.direct is None, reason="this build has no extension")
@@ -134,3 +137,10 @@ def test_both_ways_refuse_wrong_arguments(way):
         forward(torch.rand(4, 7), None, None, [None, None], [0.0] * 10, [0] * 12, [False] * 4)
     with pytest.raises((TypeError, RuntimeError), match="lif_forward"):
         forward(torch.rand(4, 7))
+
+
+def test_an_extension_compiled_before_is_called_through_torch_ops(monkeypatch):
+    monkeypatch.setattr(extension, "module", SimpleNamespace(lif_forward=CPU.direct.lif_forward))
+    assert _direct_operators() is None
+    monkeypatch.setattr(extension, "module", None)
+    assert _direct_operators() is None
