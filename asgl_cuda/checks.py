@@ -95,16 +95,22 @@ def check_width(width: float, caller: str, real: torch.dtype = torch.float32) ->
 
 
 def check_width_tensor(width: Tensor, caller: str) -> None:
-    """The same for each value of a tensor that `has_plain_numbers`, unless it is a transform's."""
-    if not torch._C._functorch.is_functorch_wrapped_tensor(width):
+    """The same for each value, where they can be seen."""
+    if _can_be_seen(width):
         least = width.item() if width.numel() == 1 else width.detach().min().item()
         if not _LEAST_WIDTH[width.dtype] <= least < math.inf:
             check_width(least, caller, width.dtype)
 
 
-def has_plain_numbers(value: Tensor) -> bool:
-    """Whether its values are known without waiting for a device, except in a trace or a transform."""
-    return type(value) in PLAIN_TENSORS and value.is_cpu and value.numel() > 0
+def _can_be_seen(value: Tensor) -> bool:
+    """Whether its values are known without waiting for a device, and are no trace's."""
+    return (
+        type(value) in PLAIN_TENSORS
+        and value.is_cpu
+        and value.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
 
 
 def check_number(name: str, value: Any, caller: str, expected: str = "a float") -> float:
@@ -175,8 +181,7 @@ def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) ->
             f"{list(analog_prob.shape)} and type {analog_prob.dtype}"
         )
     check_device("analog_prob", analog_prob, x_seq, caller)
-    wrapped = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(analog_prob)
-    if has_plain_numbers(analog_prob) and not wrapped:
+    if _can_be_seen(analog_prob):
         check_analog_prob(analog_prob.item(), caller)
     return (analog_prob.detach().double() * DRAWS).round().clamp(0, DRAWS).to(torch.int64).reshape(1)
 
@@ -237,7 +242,7 @@ def once_a_kind(check: Check[Plan]) -> Check[Plan]:
         try:
             # Their types count because numbers of several types may be equal.
             kinds = [value if type(value) is float or value is None else _kind(value) for value in values]
-            key = (caller, options, *map(type, options), *kinds)
+            key = (caller, options, *map(type, options), *map(type, values), *kinds)
             plan = plans.get(key)
         except TypeError:
             return check(caller, values, options)
@@ -256,4 +261,4 @@ def _kind(value: Any) -> Any:
     tensor = value.of_value if isinstance(value, (Logarithm, Logit)) else value
     if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:
         raise TypeError
-    return type(value), type(tensor), tensor.shape, tensor.dtype, tensor.device
+    return tensor.shape, tensor.dtype, tensor.device

@@ -26,7 +26,6 @@ from .checks import (
     check_v_init,
     check_width,
     check_width_tensor,
-    has_plain_numbers,
     once_a_kind,
 )
 from .layout import is_dense, real_type
@@ -216,8 +215,6 @@ class _Plan(NamedTuple):
     real: torch.dtype
     rules: tuple[int, ...]  # of Rules
     wanted: tuple[bool, bool, bool]  # v_last, v_seq, h_seq
-    tensors: tuple[int, ...]  # the places in Parameters of those that are tensors
-    sees_width: bool  # the numbers of a width that is a tensor can be looked at
 
 
 @once_a_kind
@@ -251,9 +248,6 @@ def _plan_of(caller: str, values: Sequence[Any], others: Sequence[Any]) -> _Plan
     check_not_nan("v_rest", given.v_rest, caller)
     if given.v_min is not None:
         check_finite("v_min", given.v_min, caller)
-    reset = given.v_reset if hard else given.v_threshold if given.reset_amount is None else given.reset_amount
-    of_neuron = given.width, given.decay, given.v_threshold, reset, given.input_gain, given.input_bias, given.input_mean
-    tensors = tuple(place for place, value in enumerate(of_neuron) if isinstance(value, (Tensor, Logarithm, Logit)))
     as_data = isinstance(given.analog_prob, Tensor)
     periodic = given.surrogate == PERIODIC
     rules = (
@@ -270,14 +264,12 @@ def _plan_of(caller: str, values: Sequence[Any], others: Sequence[Any]) -> _Plan
         BELOW_IN_STATE if as_data else check_analog_prob(given.analog_prob, caller),
         time_dim,
     )
-    wanted = given.return_v_last, given.return_v_seq, given.return_h_seq
-    return _Plan(real, rules, wanted, tensors, isinstance(given.width, Tensor) and has_plain_numbers(given.width))
+    return _Plan(real, rules, (given.return_v_last, given.return_v_seq, given.return_h_seq))
 
 
 def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
     """Does everything that `lif` does before it computes, draws included; errors name `caller`."""
-    compiling = torch.compiler.is_compiling()
-    real, rules, wanted, tensors, sees_width = _plan_of(caller, (x_seq, *given[:9]), given[12:])
+    real, rules, wanted = _plan_of(caller, (x_seq, *given[:9]), given[12:])
     width, decay, v_threshold, v_reset, reset_amount, *of_input, analog_prob, v_init, rng_state, generator = given[:12]
     *_, log_width, logit_decay, analog_below, time_dim = rules
     backend = choose_backend(given.backend, x_seq.device, caller)
@@ -291,22 +283,28 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
             width = width.of_value if log_width else width
             decay = decay.of_value if logit_decay else decay
     reset = v_reset if v_reset is not None else v_threshold if reset_amount is None else reset_amount
-    values = (width, decay, v_threshold, reset, *of_input, given.v_rest, given.surrogate_gain, given.v_min or 0.0)
-    parameters: list[Tensor | None] = [None] * len(Parameters._fields)
-    for place in tensors:
-        value = values[place]
-        if compiling and any(value is other for other in values[:place]):
-            value = value.view_as(value)  # the compiler takes no tensor twice, as the threshold that is subtracted
-        parameters[place] = value if value.dtype is real else value.to(real)
-    numbers = [
-        value if type(value) is float else 0.0 if place in tensors else float(value)
-        for place, value in enumerate(values)
-    ]
-    if sees_width and not compiling:
-        check_width_tensor(parameters[0], caller)  # type: ignore[arg-type]
+    values = (width, decay, v_threshold, reset, *of_input)
+    numbers: list[float] = []
+    parameters: list[Tensor | None] = []
+    compiling = torch.compiler.is_compiling()
+    for value in values:
+        if type(value) is float:
+            numbers.append(value)
+            parameters.append(None)
+        elif isinstance(value, Tensor):
+            if compiling and any(value is other for other in values[: len(numbers)]):
+                value = value.view_as(value)  # the compiler takes no tensor twice, as the threshold that is subtracted
+            numbers.append(0.0)
+            parameters.append(value if value.dtype is real else value.to(real))
+        else:
+            numbers.append(float(value))
+            parameters.append(None)
+    if parameters[0] is not None and not log_width:
+        check_width_tensor(parameters[0], caller)
     if v_init is not None:
         check_v_init(v_init, x_seq, time_dim, caller)
         v_init = v_init.to(real)
+    numbers += float(given.v_rest), float(given.surrogate_gain), float(given.v_min or 0)
     below_as_data = None
     if analog_below == BELOW_IN_STATE:
         below_as_data = check_analog_prob_tensor(analog_prob, x_seq, caller)
@@ -323,10 +321,7 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
     else:
         if rng_state is None:
             rng_state = _draw_rng_state(x_seq, generator, backend, together=below_as_data is None)
-        else:
-            rng_state = rng_state.contiguous()
-        if below_as_data is not None:
-            rng_state = torch.cat([rng_state, below_as_data])
+        rng_state = rng_state.contiguous() if below_as_data is None else torch.cat([rng_state, below_as_data])
     return Call(backend, numbers, rules, wanted, x_seq, v_init, rng_state, parameters)
 
 
