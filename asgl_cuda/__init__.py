@@ -9,6 +9,7 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy: No module named '
 from ._version import __version__
 from .backends import available_backends, unavailable_backends
 from .batch_norm import batch_norm_lif
+from .calibration import calibrate
 from .functional import LIFOutput, analog_mask, lif
 from .integrator import IntegratorOutput, LeakyIntegrator, leaky_integrator
 from .interop import convert, from_nir, fuse, revert, to_nir, unfuse
@@ -33,6 +34,7 @@ __all__ = [
     "asgl_layers",
     "available_backends",
     "batch_norm_lif",
+    "calibrate",
     "convert",
     "from_nir",
     "fuse",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,12 @@ _QUANTITIES = {
     "dead": "dead",
     "saturated": "saturated",
 }
+
+# From these shares on `Monitor.problems` speaks of a layer.
+_MANY = 0.5  # of the neurons dead, or saturated
+_FEW_INSIDE = 0.01  # of the potentials inside the window
+
+_REMEDY = "asgl_cuda.calibrate(model, x_seq), or a normalisation in front, as in asgl_cuda.BatchNormLIF"
 
 
 class ScalarWriter(Protocol):
@@ -103,6 +110,30 @@ def _shares_of_lif(
     }
 
 
+def _problem(values: Mapping[str, float], surrogate: str | None) -> str | None:
+    """What keeps a layer with these quantities from learning, and what helps."""
+    rate, inside = values.get("firing_rate"), values.get("inside", 1.0)
+    if rate is None:
+        return None
+    if math.isnan(values["width"]) or math.isnan(values.get("smoothing_error", 0.0)):
+        return "its potentials or its width are NaN: a smaller learning rate, or clipped gradients"
+    seen, helps = [], f"weights of another scale: {_REMEDY}"
+    if rate == 0 or values.get("dead", 0.0) > _MANY:
+        seen.append("no neuron ever fired" if rate == 0 else f"{values['dead']:.0%} of the neurons never fired (dead)")
+        helps = f"larger weights: {_REMEDY}"
+    elif values.get("saturated", 0.0) > _MANY:
+        seen.append(f"{values['saturated']:.0%} of the neurons fired at every step (saturated)")
+        helps = f"smaller weights: {_REMEDY}"
+    if inside < _FEW_INSIDE:
+        passes = "no" if inside == 0 and surrogate == "rectangle" else "hardly any"
+        seen.append(
+            f"{inside:.1%} of the potentials are inside the window of the surrogate, abs(u) < width / 2: {passes} "
+            "gradient passes to the layers before"
+        )
+        helps += "; or a larger width"
+    return f"{', and '.join(seen)}. What helps: {helps}" if seen else None
+
+
 def _is_hidden() -> bool:
     """Whether the values of a call can't be looked at."""
     return torch.compiler.is_compiling() or transforming()
@@ -131,8 +162,18 @@ class Monitor:
     `saturated` are unless the layer says where time is by `time_dim`, None for calls of one step. Quantities that were
     not seen are missing as well, so before the first call there are only widths.
 
+    `print(monitor)` shows a table, and under it `problems()`: which layers are dead, saturated or without a gradient,
+    and what helps.
+
     Watching changes no output, gradient, state or random number. Calls inside compiled code and under transforms of
-    torch.func are not seen: watch the model before, on some batches.
+    torch.func are not seen: watch the model before, on some batches. A monitor that was never started warns when it is
+    asked for results.
+
+    Example::
+
+        with asgl_cuda.Monitor(model) as monitor:
+            model(x_seq)
+        print(monitor)
 
     Raises ValueError for a model without ASGL layers, TypeError where it is no module.
 
@@ -145,6 +186,7 @@ class Monitor:
         # The input of a call, and the potential and the random state from which it starts, and which it changes.
         self._before: dict[nn.Module, tuple[Tensor, Tensor | None, Tensor | None]] = {}
         self._watched_before: list[bool] = []  # for each `with` that is entered: whether it watched already
+        self._was_started = self._has_warned = False
         self.reset()
 
     def reset(self) -> None:
@@ -155,6 +197,7 @@ class Monitor:
         """Watches from now on, and adds to earlier counts; does nothing if it watches already."""
         if self._handles:
             return
+        self._was_started = True
         for layer in self._layers.values():
             self._handles += [
                 layer.register_forward_pre_hook(self._look_before, with_kwargs=True),
@@ -206,10 +249,29 @@ class Monitor:
 
     def result(self) -> dict[str, dict[str, float]]:
         """The measured quantities, by the layers' names."""
+        if not (self._was_started or self._has_warned):
+            self._has_warned = True
+            warnings.warn(
+                "asgl_cuda.Monitor: it was never started, so it saw nothing: call the model inside `with monitor:`, or "
+                "between monitor.start() and monitor.stop()",
+                stacklevel=2,
+            )
         return {
             name: {"width": torch.as_tensor(layer.width).mean().item(), **self._tallies[layer].result()}
             for name, layer in self._layers.items()
         }
+
+    def problems(self) -> list[str]:
+        """What keeps layers from learning, a line each: the layer, what was seen, what helps. Empty if nothing does."""
+        found = self.result()
+        if all("firing_rate" not in values for values in found.values()):
+            return ["nothing was seen: the model was not called, or only in compiled code or under torch.func"]
+        lines = []
+        for name, values in found.items():
+            what = _problem(values, getattr(self._layers[name], "surrogate", None))
+            if what is not None:
+                lines.append(f"{name or '(the model)'}: {what}")
+        return lines
 
     def scalars(self) -> dict[str, float]:
         """The same as one dict, `firing_rate/name` and so on, as loggers want it; a lone layer has no name."""
@@ -228,7 +290,9 @@ class Monitor:
             rows.append([name or "(the model)", *cells])
         sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
         sides = "<" + ">" * len(_QUANTITIES)
-        return "\n".join("  ".join(map("{:{}{}}".format, row, sides, sizes)) for row in rows)
+        lines = ["  ".join(map("{:{}{}}".format, row, sides, sizes)) for row in rows]
+        problems = self.problems()
+        return "\n".join([*lines, "", *problems] if problems else lines)
 
     def write(self, writer: ScalarWriter, step: int) -> None:
         """Writes to TensorBoard: `writer.add_scalar(tag, value, step)` for each of `scalars()`."""

@@ -107,6 +107,23 @@ def with_a_tensor_of_all():
     return "nothing"
 
 
+def calibrated_network(group):
+    torch.manual_seed(0)
+    norm = asgl_cuda.BatchNormLIF(9, process_group=group)
+    return nn.Sequential(nn.Linear(5, 9), asgl_cuda.LIF(), nn.Linear(9, 9), asgl_cuda.LIF(), nn.Linear(9, 9), norm)
+
+
+def calibrated_batch():
+    return torch.rand(8, 5, generator=torch.Generator().manual_seed(5)).expand(4, -1, -1)
+
+
+def with_calibration(rank):
+    model = DistributedDataParallel(calibrated_network("world"))
+    part = calibrated_batch()[:, :3] if rank == 0 else calibrated_batch()[:, 3:]
+    report = asgl_cuda.calibrate(model, part)
+    return [tuple(row) for row in report.layers], [value.detach() for value in model.parameters()]
+
+
 def unshared():
     return torch.randn(4, 6, 3, 5, generator=torch.Generator().manual_seed(1))
 
@@ -118,6 +135,7 @@ def in_process(rank, folder, backends):
     found = {(name, wrapped): train_in_process(rank, name, wrapped) for name in backends for wrapped in (False, True)}
     found |= {(name, "fused"): train_fused(rank, name) for name in backends}
     found |= {(name, "one value"): with_one_value(rank, name) for name in backends}
+    found["calibrated"] = with_calibration(rank)
     found["empty"] = with_an_empty_share(rank)
     found["DTensor"] = with_a_tensor_of_all()
     torch.save(found, f"{folder}/{rank}.pt")
@@ -238,3 +256,15 @@ def test_a_tensor_of_many_processes_is_refused(results):
             "asgl_cuda.lif: x_seq must be a tensor of this process, got a DTensor; neurons are independent, so that "
             "x_seq.to_local() can be taken where time is not sharded"
         )
+
+
+def test_calibration_is_of_the_joint_batch(results):
+    """All processes have the same factors, though their parts of the batch differ."""
+    (rows, weights), (others, other_weights) = (found["calibrated"] for found in results)
+    assert rows == others
+    assert all(map(torch.equal, weights, other_weights))
+    whole = asgl_cuda.calibrate(calibrated_network(None), calibrated_batch()).layers
+    assert [row.layer for row in whole] == ["1", "3", "5"]
+    for row, (layer, weight, *numbers) in zip(whole, rows, strict=True):
+        assert (row.layer, row.weight) == (layer, weight)
+        assert row[2:] == pytest.approx(numbers, rel=1e-6)

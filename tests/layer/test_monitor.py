@@ -1,5 +1,7 @@
 """A monitor's findings on layers for which all is known."""
 
+import math
+import re
 import sys
 import types
 from contextlib import nullcontext
@@ -102,7 +104,7 @@ def test_watching_changes_no_bit(backend, device, training, stateful, analog_pro
         outputs = [model(x_seq), model(x_seq)]
         sum((output * torch.randn_like(output)).sum() for output in outputs).backward()
         monitor.stop()
-        assert ("firing_rate" in monitor.result()["1"]) == watched
+        assert not watched or "firing_rate" in monitor.result()["1"]
         v = model[1].v if stateful else torch.zeros(())
         drawn = torch.rand(8), torch.rand(8, device=device)
         return [*outputs, x_seq.grad, *(value.grad for value in model.parameters()), v, *drawn]
@@ -164,11 +166,65 @@ def test_a_layer_shared_between_shapes():
 def test_a_monitor_that_saw_nothing():
     monitor = Monitor(network())
     expected = {"1": {"width": 1.0}, "3": {"width": 1.0}}
+    monitor.start()
     assert monitor.result() == expected
     with monitor:
         monitor._layers["1"](torch.zeros(4, 0, 5))  # no sample at all
     assert monitor.result() == expected
     assert str(monitor).splitlines()[1].split() == ["1", "1.0000", "-", "-", "-", "-", "-", "-"]
+    assert monitor.problems()[0].startswith("nothing was seen: the model was not called, or only in compiled code")
+    assert str(monitor).splitlines()[-1] == monitor.problems()[0]
+
+
+def test_a_monitor_that_was_never_started_warns_once():
+    monitor = Monitor(network())
+    with pytest.warns(UserWarning, match=r"asgl_cuda\.Monitor: it was never started, so it saw nothing: call the"):
+        monitor.result()
+    assert set(monitor.scalars()) == {"width/1", "width/3"}
+
+
+@pytest.mark.parametrize(
+    ("layer", "scale", "expected"),
+    [
+        (LIF(analog_prob=0.0), 1.0, None),
+        (LIF(analog_prob=0.0), 0.01, ["no neuron ever fired", "0.0% of", ": no gradient", "larger weights", "width"]),
+        (LIF(analog_prob=0.0, surrogate="sigmoid"), 0.01, ["no neuron ever fired", "hardly any gradient"]),
+        (LIF(analog_prob=0.0, width=9.0), 0.01, ["no neuron ever fired. What helps: larger weights"]),
+        (LIF(analog_prob=0.0), 100.0, ["% of the neurons fired at every step (saturated)", "smaller weights"]),
+        (LIF(analog_prob=0.0, width=1e-6), 1.0, ["no gradient passes", "weights of another scale"]),
+        (LIF(analog_prob=0.0, surrogate="sigmoid"), math.nan, ["its potentials or its width are NaN"]),
+    ],
+)
+def test_problems_in_words(layer, scale, expected):
+    """The layer, what was seen, and what helps; the functions that help are there."""
+    x_seq = torch.randn(4, 16, 64, generator=torch.Generator().manual_seed(0))
+    x_seq = (x_seq.abs() if scale > 1 else x_seq) * scale
+    model = nn.Sequential(layer)
+    with Monitor(model) as monitor:
+        model(x_seq)
+    found = monitor.problems()
+    if expected is None:
+        assert found == []
+        assert len(str(monitor).splitlines()) == 2
+        return
+    (line,) = found
+    assert line.startswith("0: ")
+    assert all(part in line for part in expected), line
+    assert str(monitor).splitlines()[-1] == line
+    for name in re.findall(r"asgl_cuda\.(\w+)", line):
+        assert name in asgl_cuda.__all__
+
+
+def test_some_dead_neurons_in_words():
+    layer = LIF(decay=0.0, analog_prob=0.0)
+    x_seq = torch.ones(2, 3, 10)
+    for dead in (5, 6):
+        x_seq[:, :, :dead] = 0.7
+        with Monitor(layer) as monitor:
+            layer(x_seq)
+        found = monitor.problems()
+        assert len(found) == (dead > 5)
+    assert found[0].startswith("(the model): 60% of the neurons never fired (dead). What helps: larger weights")
 
 
 def test_start_stop_and_reset():
@@ -345,7 +401,7 @@ def test_table_and_writer():
     assert monitor.scalars() == expected
     assert sorted(written) == sorted((tag, value, 12) for tag, value in expected.items())
     assert len(expected) == 7 + 3
-    head, first, second = str(monitor).splitlines()
+    head, first, second, *_ = str(monitor).splitlines()
     assert head.startswith("layer")
     assert first.split() == ["1", *(f"{value:.4f}" for value in result["1"].values())]
     assert second.split()[0] == "3"
@@ -354,7 +410,8 @@ def test_table_and_writer():
 
 
 def test_a_lone_layer_has_a_name_in_the_table_only():
-    monitor = Monitor(LIF(width=2.0))
+    with Monitor(LIF(width=2.0)) as monitor:
+        pass
     assert monitor.scalars() == pytest.approx({"width": 2.0})
     assert "(the model)" in str(monitor)
 
@@ -375,7 +432,8 @@ def test_figure(tmp_path, suffix):
     if suffix == "svg":
         drawn = file.read_text()
         assert "smoothing error" in drawn
-        Monitor(LIF()).plot(str(file))
+        with Monitor(LIF()) as monitor:
+            monitor.plot(str(file))
         assert file.read_text() != drawn
 
 

@@ -1,0 +1,123 @@
+"""`calibrate` on converted models: sequences, steps in a loop, currents, fused pairs."""
+
+import libraries  # noqa: F401
+import norse.torch as norse
+import pytest
+import sinabs.layers
+import snntorch
+import torch
+from sinabs.activation import SingleSpike
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import nn
+
+import asgl_cuda
+
+STEPS = 4
+
+
+@pytest.fixture
+def x_seq():
+    return torch.rand(1, 12, 1, 8, 8, generator=torch.Generator().manual_seed(5)).expand(STEPS, -1, -1, -1, -1)
+
+
+class Loop(nn.Module):
+    """A step at a time, as models of snnTorch and Norse's cells are written."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x_seq):
+        states = [None] * len(self.layers)
+        outputs = []
+        for x in x_seq.flatten(2):
+            for place, each in enumerate(self.layers):
+                if isinstance(each, nn.Linear):
+                    x = each(x)
+                elif isinstance(each, snntorch.Synaptic):
+                    x, *states[place] = each(x, *(states[place] or ()))
+                else:
+                    x, states[place] = each(x, states[place])
+            outputs.append(x)
+        return torch.stack(outputs)
+
+
+def spikingjelly(step_mode):
+    model = nn.Sequential(
+        layer.Conv2d(1, 8, 3, padding=1), neuron.LIFNode(tau=2.0), layer.MaxPool2d(2),
+        layer.Conv2d(8, 8, 3), layer.BatchNorm2d(8), neuron.ParametricLIFNode(), layer.Flatten(),
+        layer.Linear(32, 30), neuron.CUBALIFNode(0.7, 0.7), layer.Dropout(0.5), layer.Linear(30, 30), neuron.IFNode(),
+    )  # fmt: skip
+    functional.set_step_mode(model, step_mode)
+    return model if step_mode == "m" else EachStep(model)
+
+
+class EachStep(nn.Module):
+    """Steps in a loop."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x_seq):
+        return torch.stack([self.model(x) for x in x_seq])
+
+
+def wide():
+    return nn.Linear(64, 50)
+
+
+MODELS = {
+    "SpikingJelly, sequences": (lambda: spikingjelly("m"), 4),
+    "SpikingJelly, steps": (lambda: spikingjelly("s"), 4),
+    "snnTorch": (lambda: Loop(wide(), snntorch.Leaky(0.9), nn.Linear(50, 50), snntorch.Synaptic(0.8, 0.8)), 2),
+    "Norse, cells": (lambda: Loop(wide(), norse.LIFCell(), nn.Linear(50, 50), norse.LIFBoxCell()), 2),
+    "Norse": (
+        lambda: norse.SequentialState(nn.Flatten(2), wide(), norse.LIF(), nn.Linear(50, 50), norse.IAF()), 2,
+    ),
+    "sinabs": (
+        lambda: nn.Sequential(
+            BatchFirst(), nn.Flatten(2), wide(), sinabs.layers.LIF(tau_mem=5.0, spike_fn=SingleSpike),
+            nn.Linear(50, 50), sinabs.layers.IAF(spike_fn=SingleSpike),
+        ), 2,
+    ),
+}  # fmt: skip
+
+
+class BatchFirst(nn.Module):
+    """Time behind the batch."""
+
+    def forward(self, x_seq):
+        return x_seq.transpose(0, 1)
+
+
+@pytest.mark.parametrize("asgl", [None, {"surrogate": "sigmoid", "width": 1.0}], ids=["same", "asgl"])
+@pytest.mark.parametrize("name", MODELS)
+def test_converted_layers_fire_at_the_rate(name, asgl, x_seq):
+    torch.manual_seed(3)
+    make, layers = MODELS[name]
+    model, report = asgl_cuda.convert(make(), asgl=asgl)
+    if name.startswith("SpikingJelly") and asgl is None and "steps" not in name:
+        model, _ = asgl_cuda.fuse(model)
+    if asgl is None and len(report.replaced) < layers:
+        pytest.skip("as they are, these layers are faster than converted ones")
+    calibrated = asgl_cuda.calibrate(model, x_seq)
+    assert len(calibrated.layers) == layers
+    for row in calibrated.layers:
+        assert row.rate_after == pytest.approx(0.2, rel=0.02), row
+    assert all(row.factor == pytest.approx(1, rel=0.03) for row in asgl_cuda.calibrate(model, x_seq).layers)
+    model.eval()
+    asgl_cuda.reset(model)
+    model(x_seq)
+
+
+def test_neurons_that_are_not_converted(x_seq):
+    """They are named, and no weight in front of them is taken for one of the layers behind."""
+    model = nn.Sequential(
+        nn.Flatten(2), wide(), neuron.QIFNode(step_mode="m"), nn.Linear(50, 50), neuron.LIFNode(step_mode="m")
+    )
+    with torch.no_grad():
+        model[1].weight *= 20
+    report = asgl_cuda.calibrate(asgl_cuda.convert(model)[0], x_seq)
+    assert [row.weight for row in report.layers] == ["3.weight"]
+    assert report.left == [("2", "QIFNode", "not converted")]

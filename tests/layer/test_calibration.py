@@ -1,0 +1,273 @@
+"""`calibrate` brings layers to a rate, changes weights alone, and refuses by name what it can't reach."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import asgl_cuda
+from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator, Monitor, OverTime, calibrate
+
+RATE = 0.2
+
+
+@pytest.fixture
+def x_seq():
+    return torch.rand(1, 32, 16, generator=torch.Generator().manual_seed(5)).expand(4, -1, -1)
+
+
+def rates_of(model, x_seq):
+    """The rates with hard spikes, by the layers' names."""
+    model = copy.deepcopy(model).eval()
+    asgl_cuda.reset(model)
+    with Monitor(model) as monitor:
+        model(x_seq)
+    return {name: values["firing_rate"] for name, values in monitor.result().items()}
+
+
+def images(x_seq):
+    return x_seq.reshape(*x_seq.shape[:2], 1, 4, 4)
+
+
+class Residual(nn.Module):
+    """Two branches in front of the last neurons."""
+
+    def __init__(self, norm=None):
+        super().__init__()
+        self.first, self.lif = nn.Linear(16, 16), LIF()
+        self.inside, self.norm, self.last = nn.Linear(16, 16), norm or nn.Identity(), LIF()
+
+    def forward(self, x_seq):
+        s_seq = self.lif(self.first(x_seq))
+        return self.last(self.norm(self.inside(s_seq) + s_seq))
+
+
+NETWORKS = {
+    "linear": lambda: nn.Sequential(nn.Linear(16, 40), LIF(), nn.Linear(40, 40), LIF(), nn.Linear(40, 40), LIF()),
+    "options": lambda: nn.Sequential(
+        nn.Linear(16, 40, bias=False), LIF(40, granularity="neuron", v_threshold=3.0, scale_output=True),
+        nn.Linear(40, 40), LIF(v_reset=None, decay=0.9, strict_threshold=True, learn_threshold=True, learn_decay=True),
+        nn.Linear(40, 40), LIF(v_reset=None, multi_spike=True, analog_prob=0.0),
+    ),
+    "currents": lambda: nn.Sequential(
+        nn.Linear(16, 40), LeakyIntegrator(learn_decay=True), LIF(), nn.Dropout(0.5), nn.Linear(40, 40),
+        LeakyIntegrator(decay=0.9, delay=True), nn.Dropout(0.5), LIF(stateful=True),
+    ),
+    "normalised": lambda: nn.Sequential(
+        nn.Linear(16, 40), BatchNormLIF(40), nn.Linear(40, 40), OverTime(nn.BatchNorm1d(40)), LIF(),
+        nn.Linear(40, 40), nn.LayerNorm(40), LIF(),
+    ),
+    "residual, normalised": lambda: Residual(OverTime(nn.BatchNorm1d(16))),
+    "fused": lambda: asgl_cuda.fuse(
+        nn.Sequential(nn.Linear(16, 40), OverTime(nn.BatchNorm1d(40)), LIF(), nn.Linear(40, 40), LIF())
+    )[0],
+    "shared neurons": lambda: nn.Sequential(nn.Linear(16, 40), lif := LIF(), nn.Linear(40, 40), lif),
+    "inplace": lambda: nn.Sequential(nn.Linear(16, 40), LIF(), nn.ReLU(inplace=True), nn.Linear(40, 40), LIF()),
+    "checkpointed": lambda: Checkpointed(nn.Sequential(nn.Linear(16, 40), LIF(), nn.Linear(40, 40), LIF())),
+    "double": lambda: nn.Sequential(OverTime(nn.Linear(16, 40)), LIF(), nn.Linear(40, 40), LIF()).double(),
+}  # fmt: skip
+
+
+class Twice(nn.Module):
+    """One weight in front of two layers of neurons."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.lif, self.last = nn.Linear(16, 16), LIF(), LIF()
+
+    def forward(self, x_seq):
+        return self.last(self.linear(self.lif(self.linear(x_seq))))
+
+
+class Checkpointed(nn.Module):
+    """Layers that backward computes again."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x_seq):
+        return torch.utils.checkpoint.checkpoint(self.layers, x_seq, use_reentrant=False)
+
+
+def convolutional():
+    return nn.Sequential(
+        OverTime(nn.Conv2d(1, 8, 3, padding=1)), OverTime(nn.AvgPool2d(2)), LIF(8, granularity="channel"),
+        OverTime(nn.Conv2d(8, 8, 1)), OverTime(nn.MaxPool2d(2)), LIF(), nn.Flatten(2), nn.Linear(8, 20), LIF(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.4])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_layers_fire_at_the_rate(name, rate, x_seq):
+    torch.manual_seed(1)
+    model = NETWORKS[name]()
+    x_seq = x_seq.to(next(model.parameters()).dtype)
+    state = copy.deepcopy(model.state_dict())
+    report = calibrate(model, x_seq, rate)
+    assert [row.layer for row in report.layers] == [
+        name for name, _ in asgl_cuda.asgl_layers(model)
+    ] or "shared" in name
+    assert len(report.layers) > 1
+    elements = 4 * 32 * 16  # at least
+    for row in report.layers:
+        assert row.rate_after == pytest.approx(rate, rel=0.01, abs=2 / elements), row
+    weights = {row.weight: row.factor for row in report.layers}
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key] * weights.get(key, 1.0)), key
+    again = calibrate(model, x_seq, rate)
+    assert all(row.factor == 1 for row in again.layers), "idempotent"
+    assert [row.rate_before for row in again.layers] == [row.rate_after for row in report.layers]
+
+
+def test_rates_are_those_of_evaluation(x_seq):
+    torch.manual_seed(2)
+    for make, inputs in ((NETWORKS["linear"], x_seq), (convolutional, images(x_seq))):
+        model = make()
+        report = calibrate(model, inputs)
+        assert rates_of(model, inputs) == pytest.approx({row.layer: row.rate_after for row in report.layers})
+        assert all(row.rate_before < 0.1 for row in report.layers)
+
+
+def test_running_statistics_are_taken_in_evaluation(x_seq):
+    torch.manual_seed(3)
+    model = NETWORKS["normalised"]()
+    for _ in range(50):
+        model(x_seq)
+    model.eval()
+    report = calibrate(model, x_seq, 0.3)
+    assert rates_of(model, x_seq) == pytest.approx({row.layer: row.rate_after for row in report.layers}, abs=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_but_weights_changes(training, x_seq):
+    """State, modes, noise, random numbers and gradients stay."""
+    torch.manual_seed(4)
+    model = nn.Sequential(
+        nn.Linear(16, 40), BatchNormLIF(40, stateful=True, analog_prob=0.4), nn.Dropout(), nn.Linear(40, 40), LIF(),
+    ).train(training)  # fmt: skip
+    model[2].train(not training)
+    model(x_seq).sum().backward()
+    before = copy.deepcopy(model)
+    grads = [value.grad.clone() for value in model.parameters()]
+    drawn = torch.get_rng_state()
+    report = calibrate(model, x_seq)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert torch.equal(model[1].v, before[1].v)
+    assert [module.training for module in model.modules()] == [module.training for module in before.modules()]
+    assert [layer.analog_prob for _, layer in asgl_cuda.asgl_layers(model)] == [0.4, 0.2]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(value.grad, grad) for value, grad in zip(model.parameters(), grads, strict=True))
+    scaled = {row.weight for row in report.layers}
+    for (name, value), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(value, old) == (name not in scaled)
+        assert value.requires_grad
+    for value, old in zip(model.buffers(), before.buffers(), strict=True):
+        assert torch.equal(value, old)
+
+
+def test_bias_alone_and_units(x_seq):
+    """Biases are not scaled: a rate that they alone exceed is out of reach, and named."""
+    model = nn.Sequential(nn.Linear(16, 8), LIF())
+    with torch.no_grad():
+        model[0].bias.fill_(5.0)
+        model[0].weight.abs_()
+    with pytest.raises(ValueError, match=r"asgl_cuda\.calibrate: 1: no factor on 0\.weight makes it fire at 0\.2; .*"):
+        calibrate(model, x_seq)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Residual, r"last: its input must have one weight, got a sum of branches: inside\.weight and a branch without"),
+        (lambda: nn.Sequential(LIF(), nn.Linear(16, 4), LIF()), "0: there must be a linear layer, a convolution or"),
+        (lambda: nn.Sequential(weight_norm(nn.Linear(16, 4)), LIF()), r"1: there must be .*\(parametrised weights"),
+        (lambda: nn.Sequential(nn.Linear(16, 4).requires_grad_(False), LIF()), r"1: .* 0\.weight, which is frozen"),
+        (lambda: nn.Sequential(nn.Linear(16, 4), BatchNormLIF(4, affine=False)), "1: its normalisation has no weight"),
+        (lambda: nn.Sequential(nn.Linear(16, 4), OverTime(nn.BatchNorm1d(4, affine=False)), LIF()), "2: no factor"),
+        (
+            lambda: Twice(), r"last: in front of it is linear\.weight, which is in front of lif, too",
+        ),
+        (lambda: tied(), r"1: in front of it is 0\.weight, which is shared with 2\.weight"),
+    ],
+)  # fmt: skip
+def test_what_it_refuses(make, message, x_seq):
+    """With the layer's name, and unchanged."""
+    torch.manual_seed(6)
+    model = make()
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, x_seq, 0.4)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(16, 16), LIF(), nn.Linear(16, 16), LIF())
+    model[2].weight = model[0].weight
+    return model
+
+
+def test_rates_that_jump():
+    """With few different inputs the nearer step is taken, unless that is another rate altogether."""
+    model = nn.Sequential(nn.Linear(1, 3, bias=False), LIF(decay=0.0))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0], [0.5], [0.25]]))
+    (row,) = calibrate(model, torch.ones(2, 5, 1), 0.4).layers
+    assert row.rate_after == pytest.approx(1 / 3)
+    with pytest.raises(
+        ValueError, match=r"1: no factor on 0\.weight makes it fire at 0\.1; the rate is 0 at the factor"
+    ):
+        calibrate(model, torch.ones(2, 5, 1), 0.1)
+
+
+def test_arguments(x_seq):
+    model = NETWORKS["linear"]()
+    for rate in (0.0, 1.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"asgl_cuda\.calibrate: rate must be in \(0, 1\), got"):
+            calibrate(model, x_seq, rate)
+    with pytest.raises(TypeError, match=r"asgl_cuda\.calibrate: rate must be a float, got str"):
+        calibrate(model, x_seq, "0.2")
+    with pytest.raises(TypeError, match=r"asgl_cuda\.calibrate: model must be a torch\.nn\.Module, got int"):
+        calibrate(1, x_seq)
+    with pytest.raises(ValueError, match=r"asgl_cuda\.calibrate: model must have an ASGL layer, got a Linear without"):
+        calibrate(nn.Linear(16, 4), x_seq)
+    with pytest.raises(ValueError, match=r"asgl_cuda\.calibrate: 1: x_seq must have samples, got an empty output"):
+        calibrate(model, x_seq[:, :0])
+
+
+def test_several_inputs_and_layers_that_do_not_run(x_seq):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.lif, self.spare = nn.Embedding(10, 16), LIF(), LIF()
+            self.linear, self.last = nn.Linear(16, 8, bias=False), LIF()
+
+        def forward(self, tokens, scale):
+            s_seq = self.lif(self.embed(tokens) * scale)
+            return self.last(self.linear(s_seq))
+
+    model = Two()
+    tokens = torch.randint(10, (4, 32, 5), generator=torch.Generator().manual_seed(0))
+    report = calibrate(model, (tokens, 0.1))
+    assert [row.weight for row in report.layers] == ["embed.weight", "linear.weight"]
+    assert report.left == [("spare", "LIF", "not run by this input")]
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["layer", "weight", "rate", "before", "after", "factor"]
+    assert lines[1].split()[:2] == ["lif", "embed.weight"]
+    assert lines[3] == "spare: LIF, left: not run by this input"
+
+
+def test_compiled_models_and_inference_mode(x_seq):
+    torch.manual_seed(7)
+    model = NETWORKS["linear"]()
+    expected = calibrate(copy.deepcopy(model), x_seq)
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    assert calibrate(compiled, x_seq) == expected
+    inside = copy.deepcopy(model)
+    inside[2].compile(backend="eager")
+    with torch.no_grad():
+        assert calibrate(inside, x_seq) == expected
+    with torch.inference_mode():
+        assert calibrate(model, x_seq) == expected
