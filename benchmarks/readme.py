@@ -1,4 +1,4 @@
-"""Puts the figures of benchmarks/results into README.md: `python -m benchmarks.readme`. None is written by hand."""
+"""Puts the figures of benchmarks/results into README.md and docs: `python -m benchmarks.readme`. None is by hand."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from . import ROOT
+from .calibration import summary as calibration_summary
 from .data import SOURCES
 from .end_to_end import NEURONS
 from .microbench import COMPILED, FLOOR, LOOP, PAIR, PLAIN, REFERENCE
@@ -16,7 +19,7 @@ from .sizes import LAYOUTS
 from .width_robustness import series
 
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -37,6 +40,38 @@ def number(value: float | None) -> str:
 
 def power_of_two(value: int) -> str:
     return f"2^{value.bit_length() - 1}" if value & (value - 1) == 0 else str(value)
+
+
+def headline(report: dict[str, Any]) -> str:
+    """The layer against a multiply and the libraries: time, and bytes kept for backward."""
+    about = report["machine"]
+    ours = "asgl_cuda cpu"
+    compared = [size for size in report["sizes"] if f"{PLAIN}{ours}" in size["seconds"]]
+    peers = [name for name in compared[0]["seconds"] if name.startswith(PLAIN)]
+    columns = {"two multiplies": FLOOR, "asgl_cuda, ASGL": ours, **{name.removeprefix(PLAIN): name for name in peers}}
+    rows = []
+    for size in compared:
+        name = f"T = {size['steps']}, N = {power_of_two(size['neurons'])}"
+        rows.append([name, *(number(nanoseconds(size, row)) for row in columns.values())])
+    first = compared[0]
+    elements = first["steps"] * first["neurons"]
+    kept = [first["rows"][row].get("saved_bytes") for row in columns.values()]
+    rows.append(["bytes kept for backward", *("" if each is None else f"{each / elements:.1f}" for each in kept)])
+    (block,) = (each for each in report["blocks"] if each["dtype"] == "float32" and each["layout"] == LAYOUTS[0])
+    fused, pair = (nanoseconds(block, f"{prefix}{ours}") for prefix in ("", PAIR))
+    assert fused is not None
+    assert pair is not None
+    kept_by = [block["rows"][name]["saved_bytes"] / math.prod(block["shape"]) for name in (ours, f"{PAIR}{ours}")]
+    lines = [
+        f"Forward and backward, nanoseconds an element, float32, on {about['processor']}, {about['threads']} threads, "
+        f"torch {about['torch']}, {about['date']}. ASGL: with noise and a learned width; the others are ordinary LIF:",
+        "",
+        *markdown_table(["", *columns], rows),
+        "",
+        f"`BatchNormLIF` is {pair / fused:.1f} times faster than `nn.BatchNorm2d` before `LIF`, and keeps "
+        f"{kept_by[0]:.1f} instead of {kept_by[1]:.1f} bytes an element.",
+    ]
+    return "\n".join(lines)
 
 
 def microbench(report: dict[str, Any]) -> str:
@@ -195,30 +230,58 @@ def convert(report: dict[str, Any]) -> str:
     )
 
 
-def sections() -> dict[str, str]:
-    """The text between `<!-- name -->` and `<!-- /name -->`, by name."""
-    makers = {
-        "microbench": ("microbench", microbench),
-        "block": ("microbench", block),
-        "end_to_end": ("end_to_end", end_to_end),
-        "smoothing": ("smoothing", smoothing),
-        "width_robustness": ("width_robustness", width_robustness),
-        "convert": ("convert", convert),
-    }
-    return {name: make(json.loads((RESULTS / f"{file}_cpu.json").read_text())) for name, (file, make) in makers.items()}
+def calibration(report: dict[str, Any]) -> str:
+    """Accuracies by the rate that layers were calibrated to."""
+    head, rows = calibration_summary(report)
+    settings = report["settings"]
+    return "\n".join(
+        (
+            f"Test accuracy in percent after {settings['steps']} steps, means of {settings['seeds']} seeds, as the "
+            f"network was made and calibrated to a rate. {len(report['runs'])} trainings took "
+            f"{report['seconds'] / 60:.0f} minutes:",
+            "",
+            *markdown_table(head, rows),
+        )
+    )
 
 
-def with_sections(text: str) -> str:
-    for name, content in sections().items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-        assert pattern.search(text), f"README.md has no section {name}"
-        text = pattern.sub(lambda match, content=content: match[1] + content + match[2], text)
-    return text
+MAKERS = {
+    "headline": ("microbench", headline),
+    "microbench": ("microbench", microbench),
+    "block": ("microbench", block),
+    "end_to_end": ("end_to_end", end_to_end),
+    "smoothing": ("smoothing", smoothing),
+    "width_robustness": ("width_robustness", width_robustness),
+    "calibration": ("calibration", calibration),
+    "convert": ("convert", convert),
+}
+
+
+def sections() -> Iterator[tuple[str, str]]:
+    """Names, and the text between `<!-- name -->` and `<!-- /name -->`."""
+    for name, (file, make) in MAKERS.items():
+        yield name, make(json.loads((RESULTS / f"{file}_cpu.json").read_text()))
+
+
+def pages(texts: dict[Path, str]) -> dict[Path, str]:
+    """The pages with their sections renewed; each section is in one of them."""
+    found = dict(texts)
+    for name, content in sections():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        (page,) = (page for page, text in found.items() if pattern.search(text))
+        found[page] = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", found[page])
+    return found
+
+
+def read() -> dict[Path, str]:
+    """The pages as they are."""
+    return {page: page.read_text() for page in PAGES}
 
 
 def main() -> int:
-    """Writes README.md."""
-    README.write_text(with_sections(README.read_text()))
+    """Writes the pages."""
+    for page, text in pages(read()).items():
+        page.write_text(text)
     return 0
 
 
