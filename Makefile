@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip -q --disable-pip-version-check
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test sanitize cuda-compile lint bench gpu-check setup clean
+.PHONY: help demo test sanitize cuda-compile lint docs bench gpu-check setup clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -33,6 +33,10 @@ lint: setup  ## check style, formatting and types
 	@$(RUN) -m ruff format --check
 	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	@$(RUN) -m mypy
+
+docs: $(VENV)/documented  ## build the documentation into build/docs and execute its tutorials; warnings are errors
+	@OMP_WAIT_POLICY=passive $(RUN) -m sphinx -q -W --keep-going -d build/docs-parsed docs build/docs
+	@echo "Documentation: $(CURDIR)/build/docs/index.html"
 
 bench: setup  ## time the neuron against an element-wise multiply
 	@$(RUN) -m benchmarks.microbench
@@ -59,6 +63,13 @@ $(VENV)/built: $(VENV)/created setup.py asgl_cuda/compilation.py pyproject.toml 
 	@$(PIP) install --no-build-isolation --editable ".[test,bench,dev]"
 	@# It asks for nir up to 1.0.4, which SpikingJelly's exchange is too new for; with a newer one it works as well.
 	@$(PIP) install pbr && $(PIP) install --no-deps "sinabs>=3.1"
+	@touch $@
+
+$(VENV)/documented: $(VENV)/built docs/requirements.txt
+	@$(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make docs needs Python 3.11 or newer, and $(VENV) has $$($(RUN) --version 2>&1): make clean, then with PYTHON=..."; exit 1; }
+	@echo "Installing what the documentation is built with"
+	@$(PIP) install -r docs/requirements.txt
 	@touch $@
 
 clean:  ## remove .venv and all else that the targets made

@@ -1,0 +1,45 @@
+"""The colours and the style of the project's figures.
+
+The colours are those of Okabe and Ito, which people who are colour-blind tell apart. Each has a line style and a marker
+of its own beside it, so that figures are read in black and white, too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+BLACK = "#000000"
+BLUE = "#0072b2"
+VERMILION = "#d55e00"
+GREEN = "#009e73"
+PURPLE = "#cc79a7"
+ORANGE = "#e69f00"
+SKY = "#56b4e9"
+GREY = "#767676"
+
+CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+STYLE: dict[str, Any] = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 110,
+    "figure.figsize": "7, 3",
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "savefig.dpi": 110,
+}
+
+
+def write_matplotlibrc(file: Path) -> Path:
+    """Writes the style as a file for matplotlib's variable MATPLOTLIBRC, and returns it."""
+    colours = ", ".join(repr(colour.removeprefix("#")) for colour in CYCLE)
+    lines = [f"{name}: {value}" for name, value in STYLE.items()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join([*lines, f"axes.prop_cycle: cycler(color=[{colours}])", ""]))
+    return file

@@ -1,0 +1,181 @@
+"""How Sphinx builds the documentation: `make docs`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+
+# The package and the benchmarks of this checkout, here and in the kernels that execute the tutorials.
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+import asgl_cuda  # noqa: E402
+from benchmarks import palette  # noqa: E402
+
+project = "asgl_cuda"
+author = "the authors of asgl_cuda"
+version = release = asgl_cuda.__version__
+html_title = f"asgl_cuda {version}"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["README.md"]
+nitpicky = True
+
+# ---- pages ----
+
+html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": palette.BLUE, "color-brand-content": palette.BLUE},
+    "dark_css_variables": {"color-brand-primary": palette.SKY, "color-brand-content": palette.SKY},
+}
+pygments_style, pygments_dark_style = "tango", "monokai"
+copybutton_exclude = ".linenos, .gp, .go"
+
+myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+# MathJax comes with the site: pages have equations without a network. One script and its fonts do, of 24 MB.
+mathjax_path = "mathjax/tex-chtml.js"
+
+# ---- tutorials ----
+
+# Executed once for each state of the package, since the cache knows a notebook by its own code alone.
+nb_execution_mode = "cache"
+_package = sorted((ROOT / "asgl_cuda").rglob("*.py"))
+_state = hashlib.sha256(b"".join(file.read_bytes() for file in _package)).hexdigest()[:12]
+nb_execution_cache_path = str(ROOT / "build" / "docs-notebooks" / _state)
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+nb_merge_streams = True
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# ---- reference ----
+
+autodoc_typehints_format = "short"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True}
+autodoc_use_legacy_class_based = False
+napoleon_google_docstring, napoleon_numpy_docstring = True, False
+python_maximum_signature_line_length = 88
+python_use_unqualified_type_names = True
+nitpick_ignore = [
+    ("py:class", "typing_extensions.Unpack"),
+    ("py:class", "asgl_cuda.functional.NeuronArguments"),
+    ("py:class", "asgl_cuda.monitor.ScalarWriter"),
+    ("py:class", "nir.NIRGraph"),
+]
+_ALIASES = {
+    "Module": "torch.nn.Module",
+    "Tensor": "torch.Tensor",
+    "fx.GraphModule": "torch.fx.GraphModule",
+    "nn.Module": "torch.nn.Module",
+    "torch._C.Generator": "torch.Generator",
+    "torch.nn.modules.module.Module": "torch.nn.Module",
+}
+
+# A build without a network takes the names that are referred to from small inventories, with the same addresses.
+_ONLINE = os.environ.get("ASGL_DOCS_ONLINE") == "1"
+intersphinx_mapping = {
+    name: (address, None if _ONLINE else f"inventories/{name}.inv")
+    for name, address in {
+        "python": "https://docs.python.org/3/",
+        "torch": "https://docs.pytorch.org/docs/stable/",
+        "numpy": "https://numpy.org/doc/stable/",
+    }.items()
+}
+
+
+def _copy_mathjax(app: Any, error: Exception | None) -> None:
+    """Puts the script that `mathjax_path` names into the site, with its fonts."""
+    if error is not None or app.builder.format != "html":
+        return
+    target = Path(app.outdir) / "_static"
+    for file in importlib.metadata.files("sphinx-mathjax-offline") or []:
+        inside = Path(*file.parts[2:])  # behind the package and its folder of static files
+        if inside.as_posix() == mathjax_path or "woff-v2" in inside.parts:
+            (target / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file.locate(), target / inside)
+
+
+def _is_public(name: str) -> bool:
+    first, *rest = name.split(".")
+    found = getattr(asgl_cuda, first, None) if first in asgl_cuda.__all__ else None
+    for part in rest:
+        found = getattr(found, part, None)
+    return found is not None
+
+
+def _code(role: str, rawtext: str, text: str, lineno: int, inliner: Any, *_: Any) -> Any:
+    """What stands in backticks in docstrings is code, and a link where it is a public name."""
+    from docutils import nodes
+    from sphinx.addnodes import pending_xref
+
+    name = text.removesuffix("()").removeprefix("asgl_cuda.")
+    literal = nodes.literal(rawtext, text)
+    if not _is_public(name):
+        return [literal], []
+    options = {"refdomain": "py", "reftype": "obj", "reftarget": f"asgl_cuda.{name}", "refexplicit": True}
+    document = inliner.document.settings.env.docname
+    return [pending_xref(rawtext, literal, refdoc=document, refwarn=True, **options)], []
+
+
+def _known_elsewhere(app: Any, env: Any, node: Any, text: Any) -> Any:
+    """Looks a name of an annotation up by the one that its project's inventory has."""
+    from sphinx.ext.intersphinx import missing_reference
+
+    if (target := _ALIASES.get(node["reftarget"])) is None:
+        return None
+    node["reftarget"] = target
+    return missing_reference(app, env, node, text)
+
+
+def _prose_with_colons(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Makes prose of "Returns:" before napoleon takes what is in front of its first colon for a type."""
+    if "Returns:" not in lines:
+        return
+    start = lines.index("Returns:")
+    end = start + 1
+    while end < len(lines) and (not lines[end] or lines[end].startswith(" ")):
+        end += 1
+    first, *rest = (line.strip() for line in lines[start + 1 : end])
+    lines[start:end] = [f":returns: {first}", *(f"    {line}" if line else "" for line in rest)]
+
+
+def _property_as_it_is(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Undoes the same where napoleon has done it to a property."""
+    if what == "property":
+        lines[:] = [*(thing.__doc__ or "").splitlines(), ""]
+
+
+def setup(app: Any) -> None:
+    """Writes the style of figures, and connects the functions above."""
+    os.environ["MATPLOTLIBRC"] = str(palette.write_matplotlibrc(ROOT / "build" / "matplotlibrc"))
+    app.add_role("code_or_link", _code)
+    app.connect("autodoc-process-docstring", _prose_with_colons, priority=100)
+    app.connect("autodoc-process-docstring", _property_as_it_is, priority=900)
+    app.connect("missing-reference", _known_elsewhere, priority=400)
+    app.connect("build-finished", _copy_mathjax)
+
+
+default_role = "code_or_link"
