@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parent
 BUILD = "python -m asgl_cuda build"  # the remedy, wherever the extension is missing or another one is wanted
 NO_SOURCES = (
     "the sources, which were installed with asgl_cuda, are gone. "
-    "To install them again: pip install --force-reinstall --no-deps asgl_cuda"
+    "To install them again, in a checkout of it: pip install --force-reinstall --no-deps --no-build-isolation ."
 )
 SOURCES = ("*.cpp", "*.cu", "*.cuh", "*.h")
 

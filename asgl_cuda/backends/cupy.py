@@ -41,8 +41,10 @@ logger = logging.getLogger("asgl_cuda")
 
 def install_command() -> str:
     """The command that installs CuPy and NVRTC for the CUDA of the installed torch."""
-    extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy"
-    return f'pip install "asgl_cuda[{extra}]"'
+    # As in pyproject.toml. By the extras' names it can't be said: this package is on no index.
+    if (torch.version.cuda or "").startswith("12."):
+        return 'pip install "cupy-cuda12x>=13.6" "nvidia-cuda-nvrtc-cu12==12.*"'
+    return 'pip install "cupy-cuda13x>=13.6" "nvidia-cuda-nvrtc==13.*"'
 
 
 class Binary(NamedTuple):

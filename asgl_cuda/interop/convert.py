@@ -91,6 +91,7 @@ def libraries() -> Iterator[Any]:
     Each has `find(layer)`: see `Found`. It may have `wrapped(module)`: the Wrapper that a module is, or None;
     `reset(module)`: forgets the state that a module carries; `enlist(model)`: makes a copy known to the library; and
     tuples of classes: NORMALISATIONS compute the same as torch.nn's, PARTING makes time and batch of one dimension.
+    PLAIN has the library's forms of other layers of torch.nn, with these.
     """
     yield authors
     for module in _LIBRARIES:

@@ -139,6 +139,13 @@ NORMALISATIONS = tuple(
     if not kind or "forward" not in vars(getattr(layers, f"{kind}BatchNorm{dims}d"))
 )
 
+# These compute what torch.nn's layers do; in step mode "m" time and batch are apart.
+PLAIN = {
+    getattr(layers, name): getattr(nn, name)
+    for name in ("Linear", "Conv1d", "Conv2d", "AvgPool2d", "Flatten", "Dropout", "Dropout2d")
+    if hasattr(layers, name)
+}
+
 
 def _nodes(*names: str) -> tuple[type[nn.Module], ...]:
     """Those that the installed version has."""

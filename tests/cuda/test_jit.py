@@ -426,7 +426,8 @@ def with_headers_that_do_not_compile(cupy, monkeypatch):
     monkeypatch.setattr(jit, "load_or_compile", raise_error(error))
 
 
-FOR_13, FOR_12 = 'pip install "asgl_cuda[cupy]"', 'pip install "asgl_cuda[cupy12]"'
+FOR_13 = 'pip install "cupy-cuda13x>=13.6" "nvidia-cuda-nvrtc==13.*"'
+FOR_12 = 'pip install "cupy-cuda12x>=13.6" "nvidia-cuda-nvrtc-cu12==12.*"'
 PROBLEMS = [
     (without_cuda, "is a build without CUDA", FOR_13),
     (without_cupy, "CuPy is not installed. To install it: ", FOR_13),
@@ -436,7 +437,7 @@ PROBLEMS = [
     (with_cupy_for_rocm, "is a build for ROCm", FOR_13),
     (without_device, "torch finds no CUDA device: ", "torch.cuda.is_available() is False"),
     (without_device_of_cupy, "CuPy finds no CUDA device, though torch does: cudaErrorInsufficientDriver", ""),
-    (without_headers, "the sources, which were installed with asgl_cuda, are gone", "--no-deps asgl_cuda"),
+    (without_headers, "the sources, which were installed with asgl_cuda, are gone", "--no-build-isolation ."),
     (without_nvrtc, "NVRTC, which compiles the kernels, is missing", FOR_13),
     (with_headers_that_do_not_compile, "a first kernel could not be compiled and loaded: ", "log: error: no"),
 ]

@@ -345,11 +345,12 @@ def test_processes_that_share_their_statistics(monkeypatch):
     assert asked == ["world", "some", None]
 
 
-def test_nir_wants_them_apart():
+def test_nir_gets_the_same_of_a_pair_and_of_both_apart():
+    model = scattered(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF()))
     example = torch.randn(T, B, C)
-    fused, _ = asgl_cuda.fuse(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF()))
-    with pytest.raises(ValueError, match=r"1 \(NormalisedLIF\) can't .* it normalises: .* asgl_cuda\.unfuse"):
-        asgl_cuda.to_nir(fused, example)
-    for model in (asgl_cuda.BatchNormLIF(C), nn.Sequential(asgl_cuda.BatchNormLIF(C))):
-        with pytest.raises(ValueError, match=r"\(BatchNormLIF\) can't be .* it normalises: make it a"):
-            asgl_cuda.to_nir(model, example)
+    apart, pair = (asgl_cuda.to_nir(each, example) for each in (model, asgl_cuda.fuse(model)[0]))
+    assert [type(node) for node in apart.nodes.values()] == [type(node) for node in pair.nodes.values()]
+    for one, other in zip(apart.nodes.values(), pair.nodes.values(), strict=True):
+        if hasattr(one, "weight"):
+            assert (one.weight == other.weight).all()
+            assert (one.bias == other.bias).all()

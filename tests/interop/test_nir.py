@@ -1,6 +1,7 @@
 """Models to and from NIR: the same layer comes back, and errors name the parts that cannot be written."""
 
 import dataclasses
+import importlib.metadata
 import inspect
 import sys
 
@@ -11,7 +12,7 @@ from nir_graphs import convolutional, euler, fires, graph_of, nir, nir_lif, np, 
 from torch import nn
 
 import asgl_cuda
-from asgl_cuda import LIF, LeakyIntegrator
+from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator
 from asgl_cuda.interop.nir import from_nir, to_nir
 from asgl_cuda.over_time import OverTime
 
@@ -161,7 +162,9 @@ def test_another_v_reset_needs_a_newer_nir(monkeypatch):
     """The newest that sinabs allows is nir 1.0.4, whose LIF has these fields."""
     older = dataclasses.make_dataclass("LIF", ["tau", "r", "v_leak", "v_threshold", "input_type", "output_type"])
     monkeypatch.setattr(nir, "LIF", older)
-    with pytest.raises(ValueError, match=r"0 \(LIF\): v_reset -0.25 needs a newer nir"):
+    with pytest.raises(
+        ValueError, match=r"0 \(LIF\): v_reset -0.25 needs a newer nir, .*, nir [0-9.]+ and nir.*: pip install"
+    ):
         to_nir(LIF(v_reset=-0.25), torch.zeros(2, 3, 4))
 
 
@@ -239,6 +242,16 @@ def test_the_model_is_left_alone():
     assert model[1].v is potential
 
 
+def test_what_is_not_used_is_not_written():
+    """An Output of its own is what nir gives to each node that nothing follows."""
+    layers = {"linear": nn.Linear(4, 4), "lif": LIF(), "head": nn.Linear(4, 2), "last": LIF()}
+    model = Stack(lambda m, x: (m.lif(m.head(m.linear(x))), m.last(m.linear(x)))[1], **layers).eval()
+    x_seq = random_input(6, 3, 4).detach()
+    graph = to_nir(model, x_seq)
+    assert list(graph.nodes) == ["x_seq", "linear_1", "last", "output"]
+    assert torch.equal(from_nir(graph)(x_seq), model(x_seq))
+
+
 class Stack(nn.Module):
     """A model whose forward is the function it is given."""
 
@@ -261,8 +274,31 @@ NOT_REPRESENTED = {
     "decay of an integrator": (lambda: LeakyIntegrator(decay=-0.5), r"decay must be in \[0, 1\], got -0.5"),
     "integrators without time": (lambda: OverTime(LeakyIntegrator()), r"\(LeakyIntegrator\): time and batch must be"),
     "batch norm": (
-        lambda: nn.Sequential(nn.Sequential(OverTime(nn.BatchNorm1d(4)))),
-        r"0\.0\.layer \(BatchNorm1d\) can't be represented in NIR; fold it.*fuse_conv_bn_eval",
+        lambda: nn.Sequential(nn.Sequential(nn.BatchNorm1d(3))),
+        r"0\.0 \(BatchNorm1d\): must get 1 dimensions after time and batch in one, as in .*OverTime, got 1 after 2",
+    ),
+    "statistics of the batch": (
+        lambda: OverTime(nn.BatchNorm1d(4, track_running_stats=False)),
+        r"layer \(BatchNorm1d\): must have running statistics, got track_running_stats=False",
+    ),
+    "other channels": (
+        lambda: BatchNormLIF(3),
+        r"0 \(BatchNormLIF\): must get its 3 channels first, got neurons of shape \[4\]",
+    ),
+    "shapes that are not known": (lambda: nn.Sequential(nn.LazyLinear(3)), r"0 \(LazyLinear\) .* after a first call"),
+    "another number of inputs": (
+        lambda: nn.Linear(5, 3),
+        r"0 \(Linear\) can't be run with an input of shape \[2, 3, 4\]: mat1 and mat2",
+    ),
+    "complex weights": (
+        lambda: nn.Linear(4, 3, dtype=torch.complex64),
+        r"0 \(Linear\): weight must have finite real values, got torch\.complex64",
+    ),
+    "nan": (lambda: LIF(v_threshold=2.0, learn_threshold=True), "threshold must have finite real values, got nan"),
+    "no values": (lambda: nn.Linear(4, 3, device="meta"), r"0 \(Linear\): weight must have finite.*, got no values"),
+    "inside of another": (
+        lambda: nn.Sequential(nn.Sequential(Stack(lambda m, x: m.lif(x) if x.sum() > 0 else x, **LINEAR))),
+        r"0\.0 \(Stack\) can't be traced",
     ),
     "another layer": (lambda: nn.Sequential(nn.ReLU()), r"0 \(ReLU\) can't be represented in NIR; what can be"),
     "one layer": (lambda: nn.ReLU(), r"0 \(ReLU\) can't be represented"),
@@ -270,6 +306,10 @@ NOT_REPRESENTED = {
     "inside": (
         lambda: nn.Sequential(LIF(), Stack(lambda m, x: torch.relu(m.linear(x)), **LINEAR)),
         "relu in 1 can't be represented",
+    ),
+    "an addition of other shapes": (
+        lambda: Stack(lambda m, x: m.linear(x) + m.other(x), **LINEAR, other=nn.Linear(4, 3)),
+        "add in the model itself can't be run: The size of tensor",
     ),
     "a constant added": (lambda: Stack(lambda m, x: m.linear(x) + 1, **LINEAR), "add in the model itself"),
     "twice the same": (lambda: Stack(lambda m, x: m.linear(x) + x + x, **LINEAR), "add in the model itself"),
@@ -302,8 +342,11 @@ NOT_REPRESENTED = {
 @pytest.mark.parametrize("name", NOT_REPRESENTED)
 def test_what_nir_has_not_is_an_error_that_names_it(name):
     make, message = NOT_REPRESENTED[name]
+    model = make()
+    if name == "nan":
+        model.threshold.data.fill_(float("nan"))
     with pytest.raises(ValueError, match=f"asgl_cuda.to_nir: .*{message}") as error:
-        to_nir(make(), torch.rand(2, 3, 4))
+        to_nir(model, torch.rand(2, 3, 4))
     assert "While executing" not in str(error.value)  # fx's account of the traced graph
 
 
@@ -337,7 +380,19 @@ def test_without_nir_the_error_says_what_to_install(missing, call, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     if missing == "nirtorch":
         monkeypatch.delitem(sys.modules, "nirtorch.torch_tracer", raising=False)
-    with pytest.raises(ImportError, match=f"asgl_cuda.{call.__name__}: needs NIR: pip install nir nirtorch"):
+    words = (
+        r"nir 1\.0\.7 and nirtorch 2\.6 or newer, got nir [0-9.]+ and nirtorch not installed: "
+        r'pip install "nir>=1\.0\.7" "nirtorch>=2\.6"'
+    )
+    version = importlib.metadata.version
+
+    def found(name):
+        if name == "nirtorch":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", found)
+    with pytest.raises(ImportError, match=f"asgl_cuda.{call.__name__}: needs {words}"):
         call(LIF(), torch.rand(2, 3, 4)) if call is to_nir else call(None)
 
 
@@ -388,14 +443,14 @@ def test_converted_layers(name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("soft", r"1 \(ConvertedLIFNode\) has a soft reset"),
-        ("another amount", r"1 \(ConvertedIAF\): its reset must take v_threshold off, got 0\.4"),
-        ("floor", r"1 \(ConvertedIAF\): several spikes a step and a least potential can't be represented"),
-        ("several", r"1 \(ConvertedIAF\): several spikes a step and a least potential can't be represented"),
-        ("current", r"1 \(ConvertedIAF\): must be a neuron that its input alone drives"),
-        ("ExpLeak", r"1 \(ConvertedExpLeak\): must be a neuron that its input alone drives"),
-        ("a step a call", r"1 \(ConvertedLIFNode\): must take time and batch apart, .* got one step a call"),
-        ("squeezed", r"1 \(ConvertedIAFSqueeze\): must take time and batch apart"),
+        ("soft", r"1 \(LIFNode of spikingjelly\) has a soft reset"),
+        ("another amount", r"1 \(IAF of sinabs\): its reset must take v_threshold off, got 0\.4"),
+        ("floor", r"1 \(IAF of sinabs\): several spikes a step and a least potential can't be represented"),
+        ("several", r"1 \(IAF of sinabs\): several spikes a step and a least potential can't be represented"),
+        ("current", r"1 \(IAF of sinabs\): must be a neuron that its input alone drives"),
+        ("ExpLeak", r"1 \(ExpLeak of sinabs\): must be a neuron that its input alone drives"),
+        ("a step a call", r"1 \(LIFNode of spikingjelly\): must take time and batch apart, .* got one step a call"),
+        ("squeezed", r"1 \(IAFSqueeze of sinabs\): must take time and batch apart"),
     ],
 )
 def test_converted_layers_that_nir_has_not(name, message):
@@ -408,6 +463,15 @@ def test_converted_layers_that_nir_has_not(name, message):
     [
         (lambda: to_nir(None, torch.ones(2, 2, 2)), r"to_nir: model must be a torch\.nn\.Module, got NoneType"),
         (lambda: to_nir(LIF(), [1.0]), "to_nir: example_input must be a tensor, got list"),
+        (lambda: to_nir(LIF(), torch.ones(2, 2, 2).to_sparse()), "to_nir: example_input must be a dense tensor"),
+        (
+            lambda: to_nir(nn.Linear(2, 2), torch.ones(2, 2, 2, dtype=torch.complex64)),
+            "to_nir: example_input must be float16, bfloat16, float32 or float64, got torch.complex64",
+        ),
+        (
+            lambda: from_nir(graph_of(nir_lif()), dtype=torch.int32),
+            "from_nir: dtype must be float16, bfloat16, float32 or float64, got torch.int32",
+        ),
         (lambda: to_nir(LIF(), torch.ones(2, 2, 2), "1"), "to_nir: dt must be a float, got str"),
         (
             lambda: to_nir(LIF(), torch.ones(2, 2, 2), allow_soft_reset=1),

@@ -7,7 +7,7 @@ from nir_graphs import cuba, euler, fires, graph_of, nir, nir_lif, np
 from torch import nn
 
 import asgl_cuda
-from asgl_cuda import LIF, LeakyIntegrator
+from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator
 from asgl_cuda.interop.nir import from_nir, to_nir
 
 SOME = np.array([2, 3, 2, 4, 5, 3])
@@ -198,6 +198,17 @@ def network():
     return model, random_input(20, 5, 8).detach()
 
 
+def normalised_network():
+    """The same with normalisations: one behind weights, one at the input."""
+    model = nn.Sequential(BatchNormLIF(8, v_threshold=0.7), nn.Linear(8, 12), BatchNormLIF(12, v_threshold=0.7)).eval()
+    with torch.no_grad():
+        model[1].weight *= 3
+        for layer in (model[0], model[2]):
+            layer.running_mean.uniform_(-0.3, 0.3)
+            layer.running_var.uniform_(0.5, 1.5)
+    return model, random_input(20, 5, 8).detach()
+
+
 def stepped(model, x_seq):
     """The model is called step by step: it returns its state with the output."""
     state, s_seq = None, []
@@ -212,9 +223,7 @@ def assert_same_spikes(model, x_seq, s_seq):
     margins = []
 
     def measure(layer, inputs):
-        output = asgl_cuda.lif(
-            inputs[0], decay=layer.decay, v_threshold=layer.v_threshold, v_reset=layer.v_reset, return_h_seq=True
-        )
+        output = layer._lif(inputs[0], update=False, return_h_seq=True)
         margins.append((output.h_seq - layer.v_threshold).abs().min())
 
     layers = [layer for layer in model.modules() if isinstance(layer, LIF)]
@@ -233,6 +242,14 @@ def test_snntorch_reads_it(capsys):
     with torch.no_grad():
         s_seq = stepped(module.import_from_nir(to_nir(model, x_seq)), x_seq)
     assert "scaling weights" not in capsys.readouterr().out  # what snnTorch prints when r is not tau / dt
+    assert_same_spikes(model, x_seq, s_seq)
+
+
+def test_snntorch_reads_normalisations():
+    module = pytest.importorskip("snntorch.import_nir")
+    model, x_seq = normalised_network()
+    with torch.no_grad():
+        s_seq = stepped(module.import_from_nir(to_nir(model, x_seq)), x_seq)
     assert_same_spikes(model, x_seq, s_seq)
 
 

@@ -217,7 +217,11 @@ def cuda_without_toolkit(monkeypatch, tmp_path):
     [
         (unset_compiler, "no C++ compiler 'c++' on the PATH", "apt install g++"),
         (unwritable_cache, "can't be written", "name another folder in XDG_CACHE_HOME"),
-        (no_sources, "the sources, which were installed with asgl_cuda, are gone", "pip install --force-reinstall"),
+        (
+            no_sources,
+            "the sources, which were installed with asgl_cuda, are gone",
+            "in a checkout of it: pip install --force-reinstall",
+        ),
         (nothing_asked_for, "ASGL_CUDA_BUILD is none", "unset it"),
         (cuda_without_toolkit, "ASGL_CUDA_BUILD is cuda, but", "name one in CUDA_HOME"),
     ],

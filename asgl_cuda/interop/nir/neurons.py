@@ -26,15 +26,18 @@ from torch import Tensor, nn
 from ...integrator import LeakyIntegrator
 from ...layer import Granularity
 from ...neuron import LIF
-from .values import as_array, as_double, as_shape, range_of
+from .nodes import KEY
+from .values import as_array, as_double, as_shape, first_line, range_of
 
 DT = 1e-4  # seconds; the step that the other libraries assume as well
-_KEY = "asgl_cuda"  # under it a node's metadata have all that the layer has and NIR has not
 _OF_BOTH = ("v_rest", "input_gain", "granularity", "stateful")
 _OF_LIF = (
     "surrogate", "surrogate_gain", "analog_prob", "strict_threshold", "detach_reset", "multi_spike", "scale_output",
     "store_v_seq",
 )  # fmt: skip
+_PARAMETERS = ("log_width", "logit_decay", "threshold")  # a BatchNormLIF has others
+_MAYBE_OF_LIF = ("v_reset", "reset_amount", "v_min")
+_OF_LIF_ALL = (*_OF_LIF, *_MAYBE_OF_LIF, "v_threshold", "width", "learn_width", "learn_threshold")
 
 
 class Neurons(NamedTuple):
@@ -101,22 +104,22 @@ def add_metadata(node: Any, layer: LIF | LeakyIntegrator, dt: float) -> Any:
         options |= {name: getattr(layer, f"_{name}") for name in ("v_threshold", "width")}
         options |= {name: getattr(layer, name) for name in _OF_LIF}
         options |= {"learn_width": layer.log_width is not None, "learn_threshold": layer.threshold is not None}
-        maybe = ("v_reset", "reset_amount", "v_min")
-        options |= {name: value for name in maybe if (value := getattr(layer, name)) is not None}
+        options |= {name: value for name in _MAYBE_OF_LIF if (value := getattr(layer, name)) is not None}
         ours["reset"] = "soft" if layer.v_reset is None else "hard"
         ours["strict_threshold"] = layer.strict_threshold
         ours["width"] = as_array(torch.as_tensor(layer.width).reshape(-1))
     # A file can't compress scalars.
-    parameters = {name: as_array(parameter.reshape(-1)) for name, parameter in layer.named_parameters()}
+    parameters = {name: as_array(parameter.reshape(-1)) for name, parameter in layer.named_parameters()
+                  if name in _PARAMETERS}  # fmt: skip
     ours |= {"options": options, "num_features": as_shape(layer.num_features), "parameters": parameters}
-    node.metadata = {_KEY: ours}
+    node.metadata = {KEY: ours}
     return node
 
 
 def read_node(node: Any, dt: float | None, where: str) -> nn.Module:
     """The layer that `to_nir` wrote, where the node has its metadata; else layers of the node's numbers."""
-    kind, ours = type(node).__name__, node.metadata.get(_KEY)
-    dt = dt if dt is not None else float(ours["dt"]) if ours else DT
+    kind, ours = type(node).__name__, node.metadata.get(KEY)
+    dt = dt if dt is not None else ours["dt"] if ours else DT
     if kind.startswith("Cuba"):
         synapse = _new_integrators(*_step(node, dt, where, "tau_syn", "w_in"), torch.zeros(()), where)
         if kind == "CubaLIF":
@@ -134,25 +137,43 @@ def read_node(node: Any, dt: float | None, where: str) -> nn.Module:
     if ours is None:
         layers = _new_integrators(said["decay"], said["input_gain"], said["v_rest"], where)
         return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
-    # A file gives numpy's numbers; the layer had Python's, and gets these again.
-    options = {name: value.item() if hasattr(value, "item") else value for name, value in ours["options"].items()}
-    if ours.get("reset") == "soft":
-        options["v_reset"] = None
-    layer = (LIF if fires else LeakyIntegrator)([int(size) for size in ours["num_features"]], **options)
-    for name, value in ours.get("parameters", {}).items():
-        parameter = layer.get_parameter(name)
-        parameter.data = torch.as_tensor(value).reshape(parameter.shape).clone()
+    layer: LIF | LeakyIntegrator = _written(ours, LIF if fires else LeakyIntegrator, where)
     for name, number in said.items():
         if name == "v_reset" and layer.v_reset is None:
             continue
-        value = per_neuron(layer, getattr(layer, name), number.shape)
+        try:
+            value = per_neuron(layer, getattr(layer, name), number.shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{where}: metadata[{KEY!r}]['num_features'] must be the shape of its neurons, "
+                f"{list(number.shape)}, got {list(layer.num_features)}"
+            ) from error
         if name in ("v_threshold", "v_reset"):
             value = (value - layer.v_rest) / layer.input_gain
         if not torch.allclose(number, value, rtol=1e-5, atol=1e-6):
             raise ValueError(
-                f"{where}: its numbers say {name} {range_of(number)} and metadata[{_KEY!r}] says {range_of(value)}, "
-                f"written with dt = {float(ours['dt'])}; without metadata[{_KEY!r}] the numbers alone are read"
+                f"{where}: its numbers say {name} {range_of(number)} and metadata[{KEY!r}] says {range_of(value)}, "
+                f"written with dt = {ours['dt']}; without metadata[{KEY!r}] the numbers alone are read"
             )
+    return layer
+
+
+def _written(ours: dict[str, Any], kind: type[Any], where: str) -> Any:
+    """The layer whose options and parameters these are."""
+    options, known = dict(ours["options"]), {*_OF_BOTH, "decay", "learn_decay", *(_OF_LIF_ALL if kind is LIF else ())}
+    if ours.get("reset") == "soft":
+        options["v_reset"] = None
+    try:
+        if unknown := sorted(set(options) - known):
+            raise ValueError(f"unknown options {', '.join(unknown)}")
+        layer = kind(ours["num_features"], **options)
+        for name, value in ours["parameters"].items():
+            parameter = layer.get_parameter(name)
+            parameter.data = value.reshape(parameter.shape)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: metadata[{KEY!r}] can't be read ({first_line(error)}); without it the numbers alone are read"
+        ) from error
     return layer
 
 

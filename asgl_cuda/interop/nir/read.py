@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import keyword
 import operator
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
+from ...checks import FLOATING_TYPES
 from ...neuron import LIF
 from ...over_time import OverTime
 from .neurons import Scale, per_neuron, read_node
-from .values import as_double, as_pair, as_sizes, check_dt, require
+from .nodes import Shape, checked_node, shape_after
+from .values import as_double, check_dt, first_line, require, shown
 
 if TYPE_CHECKING:
     import nir
 
+_CALLER = "asgl_cuda.from_nir"
+
 
 def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype | None = None) -> fx.GraphModule:
     """The graph as a module in evaluation mode, `[T, B, ...]` to `[T, B, ...]`, whose submodules have the nodes' names.
+
+    A dot in a name stands for a level of modules, as in `get_submodule`. A name that a module can't have gets another
+    one, whatever the order of the nodes: characters that Python can't quote become `_`, and a `_` is added until the
+    name is free, as in `forward_` for `forward`, `class_` for `class` and `_` for an empty name.
 
     Args:
         graph: one Input, one Output, between them LIF, IF, CubaLIF, LI, I, CubaLI, Affine, Linear, Conv1d, Conv2d,
@@ -41,41 +51,30 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
         ValueError: a node can't be represented, or its numbers are not those that its metadata says; the message names
             it.
     """
-    nir = require("nir", "asgl_cuda.from_nir")
+    nir = require("nir", _CALLER)
     if not isinstance(graph, nir.NIRGraph):
         raise TypeError(
-            f"asgl_cuda.from_nir: graph must be a nir.NIRGraph, as nir.read gives it of a file, "
-            f"got {type(graph).__name__}"
+            f"{_CALLER}: graph must be a nir.NIRGraph, as nir.read gives it of a file, got {type(graph).__name__}"
         )
     if dt is not None:
-        dt = check_dt(dt, "asgl_cuda.from_nir")
-    nodes = graph.nodes
-    for kind in ("Input", "Output"):
-        names = [name for name, node in nodes.items() if type(node).__name__ == kind]
-        if len(names) != 1:
-            raise ValueError(f"asgl_cuda.from_nir: the graph must have one {kind} node, got {names}")
-    sources: dict[str, list[str]] = {name: [] for name in nodes}
-    for source, target in dict.fromkeys(map(tuple, graph.edges)):  # some exporters write an edge twice
-        if source not in nodes or target not in nodes:
-            raise ValueError(f"asgl_cuda.from_nir: the edge {source} -> {target} is between nodes that are not there")
-        sources[target].append(source)
-    try:
-        order = list(TopologicalSorter(sources).static_order())
-    except CycleError as error:
-        cycle = " -> ".join(reversed(error.args[1]))
-        raise ValueError(f"asgl_cuda.from_nir: recurrent graphs are not supported, got the cycle {cycle}") from None
+        dt = check_dt(dt, _CALLER)
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if dtype not in FLOATING_TYPES:
+        raise TypeError(f"{_CALLER}: dtype must be float16, bfloat16, float32 or float64, got {shown(dtype)}")
+    nodes, sources = _checked(graph, dtype)
+    order = _order(nodes, sources)
+    _check_shapes(nodes, sources, order)
 
     modules: dict[str, nn.Module] = {}
+    paths = module_paths(name for name, node in nodes.items() if type(node).__name__ not in ("Input", "Output"))
     result = fx.Graph()
     values: dict[str, Any] = {}
     for name in order:
         node, kind = nodes[name], type(nodes[name]).__name__
-        where = f"asgl_cuda.from_nir: node {name!r} ({kind})"
+        where = _at(name, node)
         if kind == "Input":
             values[name] = result.placeholder("x_seq")
             continue
-        if not sources[name]:
-            raise ValueError(f"{where} has no input")
         value = values[sources[name][0]]
         for source in sources[name][1:]:
             value = result.call_function(operator.add, (value, values[source]))
@@ -85,19 +84,131 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
         if kind == "Scale" and _is_scale_of(node, [modules.get(source) for source in sources[name]]):
             values[name] = value  # the layer before does it itself
             continue
-        if kind in _NEURONS:
-            modules[name] = layer = read_node(node, dt, where)
+        try:
+            modules[name] = layer = read_node(node, dt, where) if kind in _NEURONS else _IMPORTS[kind](node)
+        except Exception as error:  # a layer's own checks do not know the node
+            if str(error).startswith(where):
+                raise
+            raise ValueError(f"{where} can't be represented: {first_line(error)}") from error
+        if getattr(layer, "scale_output", False):
             followers = [nodes[target] for target, before in sources.items() if name in before]
-            scales = getattr(layer, "scale_output", False)
-            if scales and not all(_is_scale_of(follower, [layer]) for follower in followers):
+            if not all(_is_scale_of(follower, [layer]) for follower in followers):
                 raise ValueError(f"{where} has scale_output in its metadata, but no Scale node by v_threshold after it")
-        elif kind in _IMPORTS:
-            modules[name] = _IMPORTS[kind](node)
-        else:
-            raise ValueError(f"{where} can't be represented; what can be: {', '.join((*_NEURONS, *_IMPORTS))}")
-        values[name] = result.call_module(name, (value,))
+        path = paths[name]
+        variable = f"{path}_" if path.lower() == "self" else None  # else fx would call it self
+        values[name] = result.create_node("call_module", path, (value,), name=variable)
     result.output(output)
-    return fx.GraphModule(modules, result).to(dtype or torch.get_default_dtype()).eval()
+    made = fx.GraphModule({paths[name]: module for name, module in modules.items()}, result)
+    return made.to(dtype).eval()
+
+
+def module_paths(names: Iterable[str]) -> dict[str, str]:
+    """The path of a module for each name: the name itself where a module can have it."""
+    empty = fx.GraphModule(nn.Module(), fx.Graph())
+    wanted = {name: ".".join(_attribute(part, empty) for part in name.split(".")) for name in names}
+    paths: dict[str, str] = {}
+    inner: set[str] = set()  # these paths
+    outer: set[str] = set()  # and those of the modules around them
+
+    def meets(path: str) -> bool:
+        """Whether the path is one that there is, or around one, or inside of one."""
+        return path in outer or not inner.isdisjoint(_prefixes(path))
+
+    # Names that can stay come first, and modules before whatever would be inside of them.
+    for name in sorted(wanted, key=lambda name: (wanted[name] != name, name.count("."), name)):
+        path = wanted[name]
+        if meets(path):
+            path = path.replace(".", "_")
+        while meets(path) or hasattr(empty, path):
+            path += "_"
+        paths[name] = path
+        inner.add(path)
+        outer.update(_prefixes(path))
+    return paths
+
+
+def _prefixes(path: str) -> list[str]:
+    """The path, and those of the modules around it."""
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def _attribute(part: str, empty: nn.Module) -> str:
+    """The part of a name as a submodule's, which fx writes into Python code: unquoted, or in quotes as it is."""
+    part = unicodedata.normalize("NFKC", part)  # as Python does with what is not in quotes
+    part = "".join("_" if each in '."\\' or not each.isprintable() else each for each in part)
+    if part.startswith("__"):
+        part = f"_{part.lstrip('_')}"
+    while not part or keyword.iskeyword(part) or hasattr(empty, part):
+        part += "_"
+    return part
+
+
+def _at(name: str, node: Any) -> str:
+    return f"{_CALLER}: node {name!r} ({type(node).__name__})"
+
+
+def _checked(graph: nir.NIRGraph, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """The nodes, checked, and the nodes before each."""
+    if not isinstance(graph.nodes, Mapping):
+        raise ValueError(f"{_CALLER}: the nodes of the graph must be a dict, got {type(graph.nodes).__name__}")
+    for name in graph.nodes:
+        if not isinstance(name, str):
+            raise ValueError(f"{_CALLER}: the names of nodes must be strings, got {shown(name)}")
+    for kind in ("Input", "Output"):
+        names = [name for name, node in graph.nodes.items() if type(node).__name__ == kind]
+        if len(names) != 1:
+            raise ValueError(f"{_CALLER}: the graph must have one {kind} node, got {names}")
+    sources = _sources(graph)
+    for name, before in sources.items():
+        node = graph.nodes[name]
+        first = type(node).__name__ == "Input"
+        if first == bool(before):
+            raise ValueError(f"{_at(name, node)} has {'an input, ' + repr(before[0]) if first else 'no input'}")
+        ends = [source for source in before if type(graph.nodes[source]).__name__ == "Output"]
+        if ends:
+            raise ValueError(f"{_at(ends[0], graph.nodes[ends[0]])} must be the last node, got {name!r} after it")
+    return {name: checked_node(node, _at(name, node), dtype) for name, node in graph.nodes.items()}, sources
+
+
+def _sources(graph: nir.NIRGraph) -> dict[str, list[str]]:
+    sources: dict[str, list[str]] = {name: [] for name in graph.nodes}
+    try:
+        edges = list(dict.fromkeys((str(source), str(target)) for source, target in graph.edges))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{_CALLER}: the edges of the graph must be pairs of names, got {shown(graph.edges)}"
+        ) from error
+    for source, target in edges:  # some exporters write an edge twice
+        if source not in sources or target not in sources:
+            raise ValueError(f"{_CALLER}: the edge {_path((source, target))} is between nodes that are not there")
+        sources[target].append(source)
+    return sources
+
+
+def _order(nodes: Mapping[str, Any], sources: Mapping[str, Sequence[str]]) -> list[str]:
+    try:
+        return list(TopologicalSorter(sources).static_order())
+    except CycleError as error:
+        cycle = _path(reversed(error.args[1]))
+        raise ValueError(f"{_CALLER}: recurrent graphs are not supported, got the cycle {cycle}") from None
+
+
+def _path(names: Iterable[str]) -> str:
+    return " -> ".join(name if name.isprintable() else repr(name) for name in names)
+
+
+def _check_shapes(nodes: Mapping[str, Any], sources: Mapping[str, Sequence[str]], order: Sequence[str]) -> None:
+    """Each node takes what those before it give, as far as arrays say; many exporters write no shape of the Input."""
+    shapes: dict[str, Shape | None] = {}
+    for name in order:
+        where = _at(name, nodes[name])
+        known = {source: shape for source in sources[name] if (shape := shapes[source]) is not None}
+        if len(set(known.values())) > 1:
+            said = ", ".join(f"{list(shape)} of {source!r}" for source, shape in known.items())
+            raise ValueError(f"{where}: all its inputs must have one shape, got {said}")
+        shape = next(iter(known.values()), None)
+        shapes[name] = shape_after(nodes[name], shape, where)
 
 
 def _is_scale_of(node: Any, layers: Sequence[nn.Module | None]) -> bool:
@@ -111,7 +222,7 @@ def _is_scale_of(node: Any, layers: Sequence[nn.Module | None]) -> bool:
 def _weights(module: nn.Module, node: Any) -> nn.Module:
     for name in ("weight", "bias"):
         if getattr(module, name) is not None:
-            setattr(module, name, nn.Parameter(torch.as_tensor(getattr(node, name)).detach().clone()))
+            setattr(module, name, nn.Parameter(getattr(node, name)))
     return module
 
 
@@ -122,21 +233,18 @@ def _linear_from(node: Any) -> nn.Module:
 
 def _conv_from(node: Any) -> nn.Module:
     outputs, inputs, *kernel_size = node.weight.shape
-    groups = int(node.groups)
     kind = nn.Conv1d if len(kernel_size) == 1 else nn.Conv2d
-    padding = node.padding if isinstance(node.padding, str) else as_sizes(node.padding)
-    sizes: Any = {"stride": as_sizes(node.stride), "padding": padding, "dilation": as_sizes(node.dilation)}
-    return OverTime(_weights(kind(inputs * groups, outputs, tuple(kernel_size), groups=groups, **sizes), node))
+    sizes: Any = {name: getattr(node, name) for name in ("stride", "padding", "dilation", "groups")}
+    return OverTime(_weights(kind(inputs * node.groups, outputs, tuple(kernel_size), **sizes), node))
 
 
 def _pool_from(node: Any) -> nn.Module:
-    kernel_size, stride, padding = map(as_pair, (node.kernel_size, node.stride, node.padding))
     divisor = 1 if type(node).__name__ == "SumPool2d" else None
-    return OverTime(nn.AvgPool2d(kernel_size, stride, padding, divisor_override=divisor))
+    return OverTime(nn.AvgPool2d(node.kernel_size, node.stride, node.padding, divisor_override=divisor))
 
 
 def _flatten_from(node: Any) -> nn.Module:
-    start, end = (int(dim) + 2 if dim >= 0 else int(dim) for dim in (node.start_dim, node.end_dim))
+    start, end = (dim + 2 if dim >= 0 else dim for dim in (node.start_dim, node.end_dim))
     return nn.Flatten(start, end)
 
 
@@ -149,5 +257,5 @@ _IMPORTS: dict[str, Callable[[Any], nn.Module]] = {
     "AvgPool2d": _pool_from,
     "SumPool2d": _pool_from,
     "Flatten": _flatten_from,
-    "Scale": lambda node: Scale(torch.as_tensor(node.scale).detach().clone()),
+    "Scale": lambda node: Scale(node.scale),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +13,28 @@ from torch import Tensor
 from ...checks import check_number
 from ...layout import real_type
 
+_NEEDED = "nir 1.0.7 and nirtorch 2.6 or newer"  # as in pyproject.toml
+INSTALL = 'pip install "nir>=1.0.7" "nirtorch>=2.6"'
+
 
 def require(name: str, caller: str) -> Any:
     """The module of that name, of nir or nirtorch."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"{caller}: needs NIR: pip install nir nirtorch ({error})") from error
+        raise ImportError(f"{caller}: needs {_NEEDED}, got {installed()}: {INSTALL} ({error})") from error
+
+
+def installed() -> str:
+    """The versions of NIR's packages, as errors show them."""
+    return " and ".join(f"{name} {_version(name)}" for name in ("nir", "nirtorch"))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def check_dt(dt: float, caller: str) -> float:
@@ -49,6 +65,17 @@ def as_pair(value: Any) -> Any:
     """Two sizes, of which one alone stands for both."""
     sizes = as_sizes(value)
     return sizes * 2 if len(sizes) == 1 else sizes
+
+
+def shown(value: Any) -> str:
+    """A value of any type on one line, as errors show it."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def first_line(error: Exception) -> str:
+    """What an error of others says, on one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def range_of(value: Tensor) -> str:

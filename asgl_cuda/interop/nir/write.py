@@ -9,30 +9,36 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from ...checks import check_bool
+from ...checks import FLOATING_TYPES, check_bool, check_dense
 from ...integrator import LeakyIntegrator
 from ...layer import NeuronLayer, check_module
 from ...layout import real_type
 from ...neuron import LIF, BatchNormLIF
-from ..convert import copied
-from ..converted import Converted
+from ...reference import normalisation
+from ..convert import copied, libraries
+from ..converted import Converted, bare_class
 from ..graphs import name_of_function
-from ..normalised import Normalised
+from ..normalised import Normalised, PassedThrough
 from .neurons import DT, Neurons, Scale, add_metadata, new_lif, per_neuron, read_neurons
-from .values import as_array, as_double, as_pair, as_shape, check_dt, range_of, require
+from .values import INSTALL, as_array, as_double, as_pair, as_shape, check_dt, first_line, installed, range_of, require
 
 if TYPE_CHECKING:
     import nir
 
+_CALLER = "asgl_cuda.to_nir"
 _EXPORTED = (
-    "asgl_cuda.LIF and LeakyIntegrator, converted neurons, Linear, Conv1d, Conv2d, AvgPool2d, Flatten, Dropout, "
-    "Identity"
+    "asgl_cuda.LIF, BatchNormLIF and LeakyIntegrator, converted neurons, Linear, Conv1d, Conv2d, AvgPool2d, Flatten, "
+    "BatchNorm, Dropout, Identity"
 )
-_SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in evaluation
-_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_FOLD = "torch.nn.utils.fusion.fuse_conv_bn_eval or fuse_linear_bn_eval"
+_SILENT = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip  # in evaluation
+_WITH_WEIGHTS = ("Affine", "Linear", "Conv1d", "Conv2d")
 _ADDITIONS = (operator.add, torch.add, "add")
+_LIBRARIES = ("spikingjelly", "snntorch", "norse", "sinabs")
 
 
 def to_nir(model: nn.Module, example_input: Tensor, dt: float = DT, *, allow_soft_reset: bool = False) -> nir.NIRGraph:
@@ -40,16 +46,21 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = DT, *, allow_sof
 
     Args:
         model: layers of asgl_cuda.LIF and LeakyIntegrator, Linear, Conv1d, Conv2d, AvgPool2d (with
-            `divisor_override=1`: SumPool2d) and Flatten, in sequence or connected by additions, in any modules that
-            torch.fx can trace. A layer that knows no time may be surrounded by `x_seq.flatten(0, 1)` and
-            `unflatten(0, ...)`, as in `asgl_cuda.OverTime`. Dropout and Identity vanish. What `from_nir` returns can be
-            written. Neurons of other libraries may stand for asgl_cuda.LIF where they are converted, get a sequence and
-            have no current of their own; `from_nir` makes an asgl_cuda.LIF of them.
+            `divisor_override=1`: SumPool2d), Flatten and BatchNorm, in sequence or connected by additions, in any
+            modules that torch.fx can trace. A layer that knows no time may be surrounded by `x_seq.flatten(0, 1)` and
+            `unflatten(0, ...)`, as in `asgl_cuda.OverTime`; SpikingJelly's forms of these layers have that in step mode
+            "m". Dropout and Identity vanish. What `from_nir` returns can be written. Neurons of other libraries may
+            stand for asgl_cuda.LIF where they are converted, get a sequence and have no current of their own;
+            `from_nir` makes an asgl_cuda.LIF of them.
         example_input: `[T, B, ...]`, or `[B, T, ...]` where the LIF layers have `time_dim=1`; only its shape and type
             count. The model is not changed, nor potentials that it carries.
         dt: length of a step, in seconds.
         allow_soft_reset: write layers with soft reset, too, with several spikes a step and with v_min. NIR's LIF resets
             to v_reset, and only `from_nir` sees in the metadata of the node that this one does not.
+
+    A normalisation, also that of asgl_cuda.BatchNormLIF and of what `asgl_cuda.fuse` has joined, goes with its running
+    statistics into the weights and the bias of the Linear or convolution before it. Where there is none, or others take
+    its output, too, the normalisation is an Affine or a convolution of its own, whose weights are 0 between channels.
 
     A LeakyIntegrator becomes an LI, or an I where nothing leaks. In front of a LIF it is the current of a CubaLIF, but
     stays a node of its own.
@@ -62,34 +73,90 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = DT, *, allow_sof
         TypeError: an argument is of another type.
         ValueError: the model can't be traced or has a layer that NIR can't represent; the message names it.
     """
-    nirtorch = require("nirtorch.torch_tracer", "asgl_cuda.to_nir")
-    dt = check_dt(dt, "asgl_cuda.to_nir")
-    check_module(model, "asgl_cuda.to_nir")
+    nirtorch = require("nirtorch.torch_tracer", _CALLER)
+    dt = check_dt(dt, _CALLER)
+    check_module(model, _CALLER)
     if not isinstance(example_input, Tensor):
-        raise TypeError(f"asgl_cuda.to_nir: example_input must be a tensor, got {type(example_input).__name__}")
-    check_bool("allow_soft_reset", allow_soft_reset, "asgl_cuda.to_nir")
-    if example_input.dim() < 3:
+        raise TypeError(f"{_CALLER}: example_input must be a tensor, got {type(example_input).__name__}")
+    check_bool("allow_soft_reset", allow_soft_reset, _CALLER)
+    check_dense("example_input", example_input, _CALLER)
+    if example_input.dtype not in FLOATING_TYPES:
+        raise TypeError(
+            f"{_CALLER}: example_input must be float16, bfloat16, float32 or float64, got {example_input.dtype}"
+        )
+    if example_input.dim() < 3 or not example_input.numel():
         raise ValueError(
-            f"asgl_cuda.to_nir: example_input must have time, batch and neurons, [T, B, ...], "
+            f"{_CALLER}: example_input must have time, batch and neurons, [T, B, ...], "
             f"got shape {list(example_input.shape)}"
         )
-    model = copied(model).eval()
+    try:
+        model = copied(model).eval()
+    except Exception as error:  # a layer may have a way of its own to be copied
+        raise ValueError(f"{_CALLER}: {type(model).__name__} can't be copied: {first_line(error)}") from error
     for module in model.modules():
         if isinstance(module, NeuronLayer):
             module.reset()
-    tracer = nirtorch.NIRTorchTracer((LIF, LeakyIntegrator, Scale, Converted))
+    tracer = _tracer(nirtorch.NIRTorchTracer)
     if tracer.is_leaf_module(model, ""):
         model = nn.Sequential(model)  # the tracer would look into it
     try:
         traced = fx.GraphModule(model, tracer.trace(model))
+    except _NotTraced as error:
+        raise ValueError(str(error)) from error
     except Exception as error:  # the model's own code may raise anything when it is given fx's proxies
-        raise ValueError(f"asgl_cuda.to_nir: {type(model).__name__} can't be traced: {error}") from error
+        raise ValueError(f"{_CALLER}: {type(model).__name__} can't be traced: {first_line(error)}") from error
     export = _Export(traced, dt, allow_soft_reset)
     export.extra_traceback = False  # fx would add the whole graph to every message
     with torch.no_grad():
         export.run(example_input)
-    graph: nir.NIRGraph = export.nir.NIRGraph(export.nodes, export.edges)
-    return graph
+    return export.finished()
+
+
+class _NotTraced(ValueError):  # noqa: N818
+    """Which module can't be traced."""
+
+
+def _tracer(base: Any) -> Any:
+    """A tracer that looks into modules except layers, ours and those of the libraries."""
+
+    class Tracer(base):  # type: ignore[misc]
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return super().is_leaf_module(m, module_qualified_name) or _is_layer(m)
+
+        def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+            try:
+                return super().call_module(m, forward, args, kwargs)
+            except _NotTraced:
+                raise
+            except Exception as error:  # see above
+                where = f"{_CALLER}: {self.path_of_module(m)} ({_name_of(m)})"
+                raise _NotTraced(f"{where} can't be traced: {first_line(error)}") from error
+
+    return Tracer((LIF, LeakyIntegrator, Scale, Converted))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is a layer of a library, and no container, or normalises as torch's do."""
+    own = _library_of(type(module)) is not None and not module._modules
+    return own or _kind(module) is _BatchNorm or _found(module) is not None
+
+
+def _place(n: fx.Node) -> str:
+    """A function in the traced model, and the module that calls it."""
+    module = next(reversed(n.meta.get("nn_module_stack") or {"": None})) or "the model itself"
+    return f"{name_of_function(n)} in {module}"
+
+
+def _library_of(kind: type[nn.Module]) -> str | None:
+    name = kind.__module__.split(".")[0]
+    return name if name in _LIBRARIES else None
+
+
+def _name_of(module: nn.Module) -> str:
+    """The class of a module as errors show it: its library's, where it is converted or fused."""
+    kind = bare_class(module)
+    library = _library_of(kind)
+    return kind.__name__ if library is None else f"{kind.__name__} of {library}"
 
 
 class _Flow(NamedTuple):
@@ -101,12 +168,22 @@ class _Flow(NamedTuple):
     dtype: torch.dtype
 
 
+class _ByChannel(NamedTuple):
+    """`gain x + shift` for each channel, float64, in place of the node that it becomes in the end."""
+
+    gain: Tensor
+    shift: Tensor
+    flow: _Flow
+    where: str
+
+
 class _Export(fx.Interpreter):
     """Runs the traced model and writes down a node of NIR for each layer that it meets."""
 
     def __init__(self, traced: fx.GraphModule, dt: float, allow_soft_reset: bool) -> None:
         super().__init__(traced)
-        self.nir = require("nir", "asgl_cuda.to_nir")
+        self.nir = require("nir", _CALLER)
+        self.names = {node.name for node in traced.graph.nodes}
         self.dt = dt
         self.allow_soft_reset = allow_soft_reset
         self.nodes: dict[str, Any] = {}
@@ -118,6 +195,7 @@ class _Export(fx.Interpreter):
         self.scale: Tensor | None = None  # the factor on the spikes of the layer that is written
         self.layers: dict[type[nn.Module], Callable[[Any, _Flow, str], Any]] = {
             LIF: self._lif,
+            BatchNormLIF: self._lif,
             LeakyIntegrator: self._integrator,
             Scale: lambda layer, flow, where: self.nir.Scale(as_array(layer.scale.expand(flow.shape))),
             Converted: self._converted,
@@ -126,36 +204,82 @@ class _Export(fx.Interpreter):
             nn.Conv2d: self._conv,
             nn.AvgPool2d: self._pool,
             nn.Flatten: self._flatten,
+            _BatchNorm: self._batch_norm,
         }
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_module":
-            module = self.module.get_submodule(str(n.target))
-            self._check_module(module, _at(n, module))  # the module would complain in words that do not name it
-            if isinstance(module, Converted):
-                vars(module)["compute"] = partial(self._compute, module)
-        value = super().run_node(n)
+            return self._run_module(n)
+        try:
+            value = super().run_node(n)
+        except Exception as error:  # whatever an operation of torch raises
+            raise ValueError(f"{_CALLER}: {_place(n)} can't be run: {first_line(error)}") from error
         if n.op == "output":
             self._output(n)
         elif isinstance(value, Tensor):
             self.flows[n] = self._flow(n, value)
         return value  # sizes and the like are not part of the graph
 
+    def _run_module(self, n: fx.Node) -> Any:
+        """Runs a layer and writes its node, before that where it can: the layer would complain in other words."""
+        module: Any = self.module.get_submodule(str(n.target))
+        where = f"{_CALLER}: {n.target} ({_name_of(module)})"
+        self._check_module(module, where)
+        inputs = [self.flows[source] for source in n.all_input_nodes if source in self.flows]
+        if len(inputs) != 1 or len(n.args) + len(n.kwargs) != 1:
+            raise ValueError(f"{where}: must be called with the output of a layer, or of several in an addition, alone")
+        flow, kind, silent = inputs[0], _kind(module), _kind(module) in _SILENT
+        flow = _without_time(module, flow, where)
+        norm = _norm_of(module)
+        if norm is not None:
+            self._check_place(flow, module.time_dim, where)
+            by_channel = _by_channel(norm, flow, where, getattr(module, "input_scale", 1.0))
+            flow = flow._replace(sources=(self._add(self._free(f"{n.name}_norm"), by_channel, flow),))
+        self.scale = node = None
+        if isinstance(module, Converted):
+            vars(module)["compute"] = partial(self._compute, module)
+        elif not silent:
+            node = self.layers[kind](module, flow, where)
+        try:
+            value = super().run_node(n)
+        except Exception as error:  # whatever the layer itself raises
+            raise ValueError(
+                f"{where} can't be run with an input of shape {list(self.env[n.all_input_nodes[0]].shape)}: "
+                f"{first_line(error)}"
+            ) from error
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{where}: must return one tensor, got {type(value).__name__}")
+        if not silent:
+            node = self._converted(module, flow, where) if node is None else node
+            after = flow._replace(shape=tuple(value.shape[inputs[0].leading :]), dtype=value.dtype)
+            flow = after._replace(sources=(self._add(n.name, node, flow, after),))
+        if self.scale is not None:
+            scale = self.nir.Scale(as_array(self.scale.to(real_type(flow.dtype))))
+            flow = flow._replace(sources=(self._add(self._free(f"{n.name}_scale"), scale, flow),))
+        self.flows[n] = flow._replace(leading=inputs[0].leading)
+        return value
+
     def _check_module(self, module: nn.Module, where: str) -> None:
+        steps = ", in step mode 'm'" if getattr(module, "step_mode", "m") == "s" else ""
         if isinstance(module, Converted) and module.time_dim is None:
-            raise ValueError(f"{where}: must take time and batch apart, [T, B, ...], got one step a call")
+            raise ValueError(f"{where}: must take time and batch apart, [T, B, ...], got one step a call{steps}")
         if isinstance(module, Converted) and not module.takes_input:
             raise ValueError(f"{where}: must be a neuron that its input alone drives, got a current or no spikes")
-        if _kind(module) in self.layers or type(module) in _SILENT:
-            return
-        hint = f"what can be: {_EXPORTED}"
-        if isinstance(module, _BATCH_NORM):
-            hint = f"fold it into the layer before it: {_FOLD}"
-        elif isinstance(module, Normalised):
-            hint = f"it normalises: take that out with asgl_cuda.unfuse, then fold it into the layer before: {_FOLD}"
-        elif isinstance(module, BatchNormLIF):
-            hint = f"it normalises: make it a BatchNorm and a LIF, then fold the former into the layer before: {_FOLD}"
-        raise ValueError(f"{where} can't be represented in NIR; {hint}")
+        if _kind(module) not in self.layers and _kind(module) not in _SILENT:
+            hint = f"what can be: {_EXPORTED}"
+            found = None if isinstance(module, Converted) else _found(module)
+            if isinstance(module, LazyModuleMixin):
+                hint = "it knows its shapes after a first call of the model"
+            elif isinstance(found, str):
+                hint = f"asgl_cuda.convert leaves it: {found}"
+            elif found is not None:
+                hint = f"it must be converted first, by asgl_cuda.convert{steps}"
+            raise ValueError(f"{where} can't be represented in NIR; {hint}")
+        for owner in filter(None, (module, _norm_of(module))):
+            for name, value in (*owner.named_parameters(), *owner.named_buffers()):
+                if value.is_meta or value.is_complex() or not value.isfinite().all():
+                    got = "no values" if value.is_meta else value.dtype if value.is_complex() else "nan or infinity"
+                    raise ValueError(f"{where}: {name} must have finite real values, got {got}")
 
     def _flow(self, n: fx.Node, value: Tensor) -> _Flow:
         if n.op == "placeholder":
@@ -166,8 +290,6 @@ class _Export(fx.Interpreter):
         inputs = [self.flows[source] for source in n.all_input_nodes if source in self.flows]
         name = name_of_function(n)
         sizes, leading = (*n.args[1:], *n.kwargs.values()), inputs[0].leading if inputs else 0
-        if n.op == "call_module":
-            return self._module(n, inputs[0], value)
         if n.target in _ADDITIONS and inputs and len(inputs) == len(n.args) and not n.kwargs:
             sources = tuple(source for flow in inputs for source in flow.sources)
             # NIR takes no edge twice, and does not broadcast.
@@ -177,36 +299,91 @@ class _Export(fx.Interpreter):
             return inputs[0]._replace(leading=1)
         elif name == "unflatten" and leading == 1 and sizes[:1] == (0,) and value.shape[:2] == self.time_and_batch:
             return inputs[0]._replace(leading=2)
-        module = next(reversed(n.meta.get("nn_module_stack") or {"": None})) or "the model itself"
         raise ValueError(
-            f"asgl_cuda.to_nir: {name} in {module} can't be represented in NIR; between layers, what can be: additions "
+            f"{_CALLER}: {_place(n)} can't be represented in NIR; between layers, what can be: additions "
             f"of different layers' outputs, flatten(0, 1) and unflatten(0, ...) of time and batch"
         )
 
-    def _module(self, n: fx.Node, flow: _Flow, value: Tensor) -> _Flow:
-        module = self.module.get_submodule(str(n.target))
-        if type(module) in _SILENT:
-            return flow
-        self.scale = None
-        node = self.layers[_kind(module)](module, flow, _at(n, module))
-        after = flow._replace(sources=(n.name,), shape=tuple(value.shape[flow.leading :]), dtype=value.dtype)
-        # nir infers wrong types for grouped convolutions and oblong kernels, and none yet for pooling.
-        node.input_type, node.output_type = {"input": as_shape(flow.shape)}, {"output": as_shape(after.shape)}
-        self._add(n.name, node, flow.sources)
-        if self.scale is not None:
-            after = after._replace(sources=(f"{n.name}_scale",))
-            self._add(after.sources[0], self.nir.Scale(as_array(self.scale.to(real_type(flow.dtype)))), (n.name,))
-        return after
-
-    def _add(self, name: str, node: Any, sources: tuple[str, ...]) -> None:
+    def _add(self, name: str, node: Any, flow: _Flow, after: _Flow | None = None) -> str:
+        """Adds a node behind the flow's sources; `after` it is another flow."""
+        if not isinstance(node, _ByChannel):
+            # nir infers wrong types for grouped convolutions and oblong kernels, and none yet for pooling.
+            node.input_type = {"input": as_shape(flow.shape)}
+            node.output_type = {"output": as_shape((after or flow).shape)}
         self.nodes[name] = node
-        self.edges.extend((source, name) for source in sources)
+        self.edges.extend((source, name) for source in flow.sources)
+        return name
+
+    def _free(self, name: str) -> str:
+        """The name, or one with `_` behind it that no layer has."""
+        while name in self.names or name in self.nodes:
+            name += "_"
+        return name
+
+    def finished(self) -> Any:
+        """The graph, in which normalisations are in the weights before them, or layers of their own."""
+        self._drop_unused()
+        for name, node in list(self.nodes.items()):
+            if isinstance(node, _ByChannel) and not self._fold(name, node):
+                self.nodes[name] = self._layer_of(node)
+        try:
+            return self.nir.NIRGraph(self.nodes, self.edges)
+        except (AssertionError, ValueError) as error:
+            raise ValueError(f"{_CALLER}: {installed()} does not take the graph: {first_line(error)}") from error
+
+    def _drop_unused(self) -> None:
+        """Drops nodes from which nothing gets to the output: nir would give each of them an Output."""
+        used = {name for name, node in self.nodes.items() if isinstance(node, self.nir.Output)}
+        for source, target in reversed(self.edges):  # edges are in the order of execution
+            if target in used:
+                used.add(source)
+        self.nodes = {name: node for name, node in self.nodes.items() if name in used}
+        self.edges = [edge for edge in self.edges if edge[1] in used]
+
+    def _fold(self, name: str, by_channel: _ByChannel) -> bool:
+        """Puts it into the weights before it, if nothing else takes their output, and takes its name out."""
+        sources = [source for source, target in self.edges if target == name]
+        before = self.nodes[sources[0]]
+        takers = [target for source, target in self.edges if source in sources]
+        if len(sources) != 1 or takers != [name] or type(before).__name__ not in _WITH_WEIGHTS:
+            return False
+        gain, shift = by_channel.gain, by_channel.shift
+        weight, bias = as_double(before.weight), getattr(before, "bias", None)
+        real = real_type(by_channel.flow.dtype)
+        weight = weight * gain.reshape(-1, *[1] * (weight.dim() - 1))
+        bias = shift if bias is None else as_double(bias) * gain + shift
+        folded = self.nir.Affine(as_array(weight.to(real)), as_array(bias.to(real)))
+        if type(before).__name__.startswith("Conv"):
+            before.weight, before.bias = folded.weight, folded.bias
+        else:
+            folded.input_type, folded.output_type = before.input_type, before.output_type
+            self.nodes[sources[0]] = folded
+        del self.nodes[name]
+        edges = [edge for edge in self.edges if edge[1] != name]
+        self.edges = [(sources[0] if source == name else source, target) for source, target in edges]
+        return True
+
+    def _layer_of(self, by_channel: _ByChannel) -> Any:
+        """An Affine, or a convolution of one pixel, which is not in groups because few readers take these."""
+        gain, shift, flow, where = by_channel
+        sizes = flow.shape[1:]
+        if len(sizes) > 2:
+            raise ValueError(f"{where}: NIR has no convolution for neurons of shape {list(flow.shape)}")
+        weight, bias = (as_array(value.to(real_type(flow.dtype))) for value in (gain.diag(), shift))
+        if not sizes:
+            node = self.nir.Affine(weight, bias)
+        elif len(sizes) == 1:
+            node = self.nir.Conv1d(sizes[0], weight[:, :, None], 1, 0, 1, 1, bias)
+        else:
+            node = self.nir.Conv2d(tuple(sizes), weight[:, :, None, None], (1, 1), (0, 0), (1, 1), 1, bias)
+        node.input_type, node.output_type = {"input": as_shape(flow.shape)}, {"output": as_shape(flow.shape)}
+        return node
 
     def _output(self, n: fx.Node) -> None:
         flow = self.flows.get(n.args[0]) if isinstance(n.args[0], fx.Node) else None
         if flow is None or flow.leading != 2:
-            raise ValueError(f"asgl_cuda.to_nir: the model must return one tensor [T, B, ...], got {n.args[0]}")
-        self._add(n.name, self.nir.Output(output_type={"output": as_shape(flow.shape)}), flow.sources)
+            raise ValueError(f"{_CALLER}: the model must return one tensor [T, B, ...], got {n.args[0]}")
+        self._add(n.name, self.nir.Output(output_type={"output": as_shape(flow.shape)}), flow)
 
     def _lif(self, layer: LIF, flow: _Flow, where: str) -> Any:
         self._check_layer(layer, flow, where)
@@ -228,8 +405,8 @@ class _Export(fx.Interpreter):
         if "v_reset" not in self.nir.LIF.__dataclass_fields__:
             if v_reset.any():
                 raise ValueError(
-                    f"{where}: v_reset {range_of(v_reset)} needs a newer nir, got one whose LIF resets to 0: "
-                    "pip install -U nir"
+                    f"{where}: v_reset {range_of(v_reset)} needs a newer nir, got one whose LIF resets to 0, "
+                    f"{installed()}: {INSTALL}"
                 )
             del fields["v_reset"]
         return self._node(self.nir.IF, self.nir.LIF, decay, gain, v_leak, flow, **fields)
@@ -356,14 +533,62 @@ class _Export(fx.Interpreter):
         end = -1 if end == len(flow.shape) - 1 else end
         return self.nir.Flatten(input_type={"input": as_shape(flow.shape)}, start_dim=start, end_dim=end)
 
+    def _batch_norm(self, norm: Any, flow: _Flow, where: str) -> _ByChannel:
+        _check_batched(flow, len(flow.shape), where)
+        return _by_channel(norm, flow, where)
 
-def _kind(module: nn.Module) -> type[nn.Module]:
-    """The class by which a layer is exported: a converted layer's own depends on the class that it had."""
-    return Converted if isinstance(module, Converted) and not isinstance(module, Normalised) else type(module)
+
+def _by_channel(norm: Any, flow: _Flow, where: str, input_scale: float = 1.0) -> _ByChannel:
+    """A normalisation, or of neurons that have one, in evaluation."""
+    if norm.running_mean is None:
+        raise ValueError(f"{where}: must have running statistics, got track_running_stats=False")
+    channels = norm.running_mean.numel()
+    if flow.shape[:1] != (channels,):
+        raise ValueError(f"{where}: must get its {channels} channels first, got neurons of shape {list(flow.shape)}")
+    gain, shift, mean = normalisation(
+        norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, input_scale, torch.float64
+    )
+    return _ByChannel(gain.cpu(), (shift - gain * mean).cpu(), flow, where)
 
 
-def _at(n: fx.Node, module: nn.Module) -> str:
-    return f"asgl_cuda.to_nir: {n.target} ({type(module).__name__})"
+def _kind(module: nn.Module) -> Any:
+    """The class by which a layer is exported, which is torch's for a library's form of it."""
+    if isinstance(module, Converted):
+        return Converted
+    if isinstance(module, PassedThrough):
+        return nn.Identity
+    kind = bare_class(module)
+    if kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and not issubclass(kind, LazyModuleMixin):
+        return _BatchNorm
+    for library in libraries():
+        if kind in getattr(library, "NORMALISATIONS", ()):
+            return _BatchNorm
+        kind = getattr(library, "PLAIN", {}).get(kind, kind)
+    return kind
+
+
+def _without_time(module: nn.Module, flow: _Flow, where: str) -> _Flow:
+    """What a layer that knows no time sees: SpikingJelly's joins time and batch itself, in step mode "m"."""
+    kind, step_mode = _kind(module), getattr(module, "step_mode", None)
+    if kind in (Converted, nn.Linear, *_SILENT) or step_mode is None:
+        return flow
+    if step_mode == "m" and flow.leading != 2:
+        raise ValueError(f"{where}: step_mode 'm' takes time and batch apart, got them in one by flatten(0, 1)")
+    if step_mode == "s" and flow.leading != 1 and kind is not nn.Flatten:
+        raise ValueError(f"{where}: step_mode must be 'm' where time and batch are apart, got 's'")
+    return flow._replace(leading=1) if step_mode == "m" else flow
+
+
+def _norm_of(module: nn.Module) -> Any:
+    """The normalisation that neurons compute, if they do."""
+    if isinstance(module, Normalised):
+        return module.normalisation.norm
+    return module if isinstance(module, BatchNormLIF) else None
+
+
+def _found(module: nn.Module) -> Any:
+    """What the libraries say of a layer that is not converted, see `Found`."""
+    return next((answer for library in libraries() if (answer := library.find(module)) is not None), None)
 
 
 def _check_decay(decay: Tensor, where: str) -> None:
