@@ -24,12 +24,18 @@ from typing_extensions import Unpack
 from .backends import BACKENDS
 from .checks import (
     HALF_TYPES,
+    PLAIN_TENSORS,
+    can_be_seen,
     check_bool,
+    check_dense,
     check_device,
+    check_finite,
     check_floating,
     check_input,
+    check_keywords,
     check_not_nan,
     once_a_kind,
+    shown,
 )
 from .functional import Arguments, Call, LIFOutput, NeuronArguments, checked_call, lif
 from .layout import by_channel, channel_dim, real_type
@@ -141,19 +147,32 @@ def _check_shared_count(count: Tensor, settings: _Settings, x_seq: Tensor) -> No
         )
 
 
+def check_process_group(process_group: Any, caller: str) -> None:
+    """A group, "world" or None; a process that is not in the group may make a layer with it, and not call that."""
+    if process_group is None or (isinstance(process_group, str) and process_group == "world"):
+        return
+    if torch.distributed.is_available():
+        outside = torch.distributed.GroupMember.NON_GROUP_MEMBER
+        if isinstance(process_group, torch.distributed.ProcessGroup) or process_group is outside:
+            return
+    raise _no_group(process_group, caller)
+
+
+def _no_group(process_group: Any, caller: str) -> TypeError:
+    expected = 'process_group must be a process group that this process is in, "world" or None'
+    return TypeError(f"{caller}: {expected}, got {shown(process_group)}")
+
+
 def _sharing(process_group: Any) -> Any:
     """The group if there is more than one process in it, else None."""
     if process_group is None:
         return None
-    if process_group == "world":
+    if isinstance(process_group, str) and process_group == "world":
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return None
         process_group = torch.distributed.group.WORLD
     elif not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
-        raise TypeError(
-            f'{_CALLER}: process_group must be a process group that this process is in, "world" or None, '
-            f"got {process_group!r}"
-        )
+        raise _no_group(process_group, _CALLER)
     return process_group if torch.distributed.get_world_size(process_group) > 1 else None
 
 
@@ -189,12 +208,12 @@ def batch_norm_lif(
         x_seq: `[T, B, C, ...]` (or time at `time_dim`), float16, bfloat16, float32 or float64; the channels are the
             second dimension except time.
         running_mean, running_var: `[C]`, in units of x_seq and their square; used in evaluation, updated in training if
-            they are given.
+            they are given, which they can't be where they share memory. They have no gradient.
         weight, bias: `[C]`; default 1 and 0.
         training: normalise by mean and variance of x_seq, each over all dimensions except the channels, instead of
             running_mean and running_var.
         momentum: how much of the running statistics a call in training replaces: a float, or a tensor of one value.
-        eps: added to the variance.
+        eps: added to the variance, >= 0.
         input_scale: factor on the normalised input; `alpha * v_threshold` for the tdBN of Zheng et al., AAAI 2021.
         process_group: in training, share the statistics with these processes, as `torch.nn.SyncBatchNorm` does; all
             must call. "world": with all there are, none where torch.distributed is not initialised.
@@ -211,9 +230,9 @@ def batch_norm_lif(
             x_seq.flatten(0, 1), running_mean, running_var, weight, bias, training, momentum, eps)
         s_seq = asgl_cuda.lif(input_scale * y.unflatten(0, x_seq.shape[:2]), ...)
     """
-    for name in neuron:
-        if name not in NeuronArguments.__annotations__:
-            raise TypeError(f"{_CALLER}() got an unexpected keyword argument {name!r}")
+    check_keywords(neuron, NeuronArguments.__annotations__, _CALLER)
+    if isinstance(momentum, Tensor) and momentum.dim() == 0 and can_be_seen(momentum):
+        check_finite("momentum", momentum.item(), _CALLER, "a float or a tensor")
     running = running_mean, running_var, None
     options = training, momentum, eps, input_scale, process_group
     return _batch_norm_lif(x_seq, running, weight, bias, *options, Arguments(**{**NEURON_DEFAULTS, **neuron}))
@@ -236,7 +255,11 @@ def _batch_norm_lif(
     values = (x_seq, running_mean, running_var, weight, bias, momentum)
     channel, eps, input_scale = _norm_plan_of(_CALLER, values, (training, eps, input_scale, given.time_dim))
     group = _sharing(process_group) if training else None
-    scalar = x_seq.dtype
+    scalar, real = x_seq.dtype, real_type(x_seq.dtype)
+    in_one_launch = False
+    if running_mean is not None and running_var is not None:
+        in_one_launch = training and _in_one_launch(running, momentum, real)
+        _check_running(running_mean, running_var, training, in_one_launch)
     if training:
         channels = x_seq.shape[channel]
         if group is None and x_seq.numel() <= channels:
@@ -247,7 +270,6 @@ def _batch_norm_lif(
             x_seq = x_seq.to(torch.float32)
     call = checked_call(_CALLER, x_seq, given)
     settings = _Settings(channel, eps, input_scale, group)
-    real = real_type(x_seq.dtype)
     mean, variance = (None, None) if training else (running_mean, running_var)
     of_norm = [
         value if value is None or value.dtype is real else value.to(real) for value in (weight, bias, mean, variance)
@@ -261,7 +283,7 @@ def _batch_norm_lif(
             *outputs, coefficients, _ = apply(BatchNormLIFFunction, settings, *of_norm, *options, *tensors)
         else:
             outputs, coefficients, _ = _forward(settings, call, of_norm, False)
-        if training and running_mean is not None and _in_one_launch(running, momentum, real):
+        if in_one_launch:
             call.operators.batch_norm_update(*running, coefficients, momentum)
             # torch does it for its own operations alone.
             torch.autograd.graph.increment_version([each for each in running if each is not None])
@@ -299,15 +321,54 @@ def _norm_plan_of(caller: str, values: Sequence[Any], options: Sequence[Any]) ->
         if value is None:
             continue
         check_floating(name, value, caller)
+        check_dense(name, value, caller)
         if list(value.shape) != [channels]:
             raise ValueError(
                 f"{caller}: {name} must have shape {[channels]} for x_seq of shape {list(x_seq.shape)}, "
                 f"got {list(value.shape)}"
             )
         check_device(name, value, x_seq, caller)
-    if not isinstance(momentum, Tensor):
-        check_not_nan("momentum", momentum, caller, "a float or a tensor")
-    return channel, check_not_nan("eps", eps, caller), check_not_nan("input_scale", input_scale, caller)
+    if isinstance(momentum, Tensor):
+        check_floating("momentum", momentum, caller)
+        check_dense("momentum", momentum, caller)
+        if momentum.numel() != 1:
+            raise ValueError(
+                f"{caller}: momentum must be a float or a tensor of one value, got a tensor of shape "
+                f"{list(momentum.shape)}"
+            )
+        check_device("momentum", momentum, x_seq, caller)
+    else:
+        check_finite("momentum", momentum, caller, "a float or a tensor")
+    eps = check_finite("eps", eps, caller)
+    if eps < 0:
+        raise ValueError(f"{caller}: eps must be >= 0, got {eps}")
+    return channel, eps, check_not_nan("input_scale", input_scale, caller)
+
+
+def _check_running(mean: Tensor, variance: Tensor, training: bool, in_one_launch: bool) -> None:
+    """Refuses running statistics whose gradient would be missing, or that can't be written one after the other."""
+    if (mean.requires_grad or variance.requires_grad) and torch.is_grad_enabled():
+        name = "running_mean" if mean.requires_grad else "running_var"
+        raise ValueError(f"{_CALLER}: {name} has no gradient and must not require one; {name}.detach() can be taken")
+    if not training or torch.compiler.is_compiling() or transforming() or type(mean) not in PLAIN_TENSORS:
+        return
+    if in_one_launch and abs(mean.data_ptr() - variance.data_ptr()) >= mean.numel() * mean.element_size():
+        return
+    addresses = []
+    for name, value in (("running_mean", mean), ("running_var", variance)):
+        step = value.stride(0) * value.element_size()
+        if step == 0 and value.numel() > 1:
+            raise ValueError(
+                f"{_CALLER}: {name} is written in training and must have memory for each channel, got an expanded "
+                f"tensor; {name}.clone() has it"
+            )
+        start = value.data_ptr()
+        addresses.append({start + step * place for place in range(value.numel() if start else 0)})
+    if not addresses[0].isdisjoint(addresses[1]):
+        raise ValueError(
+            f"{_CALLER}: running_mean and running_var are written in training and must not share memory; "
+            "running_var.clone() has its own"
+        )
 
 
 def _in_one_launch(
@@ -333,6 +394,15 @@ def _update(
 ) -> None:
     """Replaces a share of the running mean and variance, and counts the batch."""
     *statistics, count = running
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+        mean, variance, _ = running
+        if (mean is not None and mean.is_inference()) or (variance is not None and variance.is_inference()):
+            raise ValueError(
+                f"{_CALLER}: running statistics that were made in inference mode can't be updated outside of it; "
+                "their clone() can"
+            )
+    if isinstance(momentum, Tensor) and momentum.dim():
+        momentum = momentum.reshape(())
     for each, value in zip(statistics, values, strict=True):
         assert each is not None
         share = momentum.to(each.dtype) if isinstance(momentum, Tensor) else momentum

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
-from collections.abc import Callable
-from numbers import Real
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +18,7 @@ from torch.nn import Parameter
 from .layout import state_shape
 from .learned import Logarithm, Logit
 from .reference import DRAWS
-from .surrogate import PERIODIC, SURROGATES
+from .surrogate import ELSEWHERE, PERIODIC, SURROGATES
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 PLAIN_TENSORS = (Tensor, Parameter)
@@ -32,11 +35,11 @@ def check_input(x_seq: Tensor, time_dim: int, caller: str) -> int:
     dims = x_seq.dim()
     if dims < 1:
         raise ValueError(f"{caller}: x_seq must have at least one dimension, got a scalar")
-    check_time_dim(time_dim, caller)
+    time_dim = check_time_dim(time_dim, caller)
     if not -dims <= time_dim < dims:
         raise ValueError(
             f"{caller}: time_dim must be in [{-dims}, {dims - 1}] for x_seq of shape {list(x_seq.shape)}, "
-            f"got {time_dim}"
+            f"got {shown(time_dim)}"
         )
     time_dim %= dims
     if x_seq.shape[time_dim] == 0:
@@ -58,16 +61,47 @@ def check_dense(name: str, value: Tensor, caller: str) -> None:
         )
 
 
-def check_time_dim(time_dim: Any, caller: str) -> None:
+def check_time_dim(time_dim: Any, caller: str) -> int:
     """An int; its range depends on the input."""
-    if isinstance(time_dim, bool) or not isinstance(time_dim, int):
-        raise TypeError(f"{caller}: time_dim must be an int, got {type(time_dim).__name__}")
+    return check_int("time_dim", time_dim, caller)
+
+
+def shown(value: Any) -> str:
+    """A value as errors show it: on one line, not long, whatever the value is."""
+    try:
+        is_number = isinstance(value, Tensor) and value.dim() == 0
+        text = " ".join((f"{value}" if is_number else repr(value)).split())
+    except Exception:  # as ints of more than 4300 digits, and whatever a user's class raises
+        text = type(value).__name__
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def did_you_mean(given: Any, names: Iterable[str]) -> str:
+    """The end of an error for a name that is none of `names`: the nearest one, if there is any."""
+    near = difflib.get_close_matches(given.lower(), names, n=1) if isinstance(given, str) else []
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def check_name(name: str, value: Any, names: Iterable[str], caller: str, hint: str = "") -> None:
+    """One of the names."""
+    names = tuple(names)
+    if not isinstance(value, str) or value not in names:
+        hint = hint or did_you_mean(value, names)
+        raise ValueError(f"{caller}: {name} must be one of {', '.join(names)}, got {shown(value)}{hint}")
+
+
+def check_keywords(given: Iterable[str], known: Iterable[str], caller: str) -> None:
+    """No keyword arguments except those that are known."""
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{caller}: got an unexpected keyword argument {name!r}{did_you_mean(name, known)}")
 
 
 def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> None:
     """One of the names in SURROGATES, or PERIODIC."""
-    if not isinstance(surrogate, str) or surrogate not in (*SURROGATES, PERIODIC):
-        raise ValueError(f"{caller}: surrogate must be one of {', '.join((*SURROGATES, PERIODIC))}, got {surrogate!r}")
+    ours = ELSEWHERE.get(surrogate.lower().replace("_", "")) if isinstance(surrogate, str) else None
+    hint = f"; did you mean {ours}, with width=1 / alpha?" if ours else ""
+    check_name("surrogate", surrogate, (*SURROGATES, PERIODIC), caller, hint)
     if surrogate == PERIODIC and not multi_spike:
         raise ValueError(f"{caller}: surrogate {PERIODIC!r} needs multi_spike=True")
 
@@ -75,11 +109,13 @@ def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> N
 def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
     """What several spikes a step ask of the other arguments."""
     if v_reset is not None:
-        raise ValueError(f"{caller}: multi_spike is for the soft reset and needs v_reset=None, got v_reset {v_reset}")
-    if isinstance(analog_prob, Tensor) or analog_prob != 0:
         raise ValueError(
-            f"{caller}: multi_spike needs analog_prob=0, got {analog_prob}: its surrogates are the slope of no smooth "
-            "number of spikes that an element could emit"
+            f"{caller}: multi_spike is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}"
+        )
+    if isinstance(analog_prob, Tensor) or check_number("analog_prob", analog_prob, caller) != 0:
+        raise ValueError(
+            f"{caller}: multi_spike needs analog_prob=0, got {shown(analog_prob)}: its surrogates are the slope of no "
+            "smooth number of spikes that an element could emit"
         )
 
 
@@ -96,13 +132,15 @@ def check_width(width: float, caller: str, real: torch.dtype = torch.float32) ->
 
 def check_width_tensor(width: Tensor, caller: str) -> None:
     """The same for each value, where they can be seen."""
-    if _can_be_seen(width):
-        least = width.item() if width.numel() == 1 else width.detach().min().item()
-        if not _LEAST_WIDTH[width.dtype] <= least < math.inf:
-            check_width(least, caller, width.dtype)
+    if can_be_seen(width):
+        ends = (width,) if width.numel() == 1 else torch.aminmax(width.detach())
+        for value in ends:
+            number = value.item()
+            if not _LEAST_WIDTH[width.dtype] <= number < math.inf:
+                check_width(number, caller, width.dtype)
 
 
-def _can_be_seen(value: Tensor) -> bool:
+def can_be_seen(value: Tensor) -> bool:
     """Whether its values are known without waiting for a device, and are no trace's."""
     return (
         type(value) in PLAIN_TENSORS
@@ -115,9 +153,59 @@ def _can_be_seen(value: Tensor) -> bool:
 
 def check_number(name: str, value: Any, caller: str, expected: str = "a float") -> float:
     """The value as a float; Python's and numpy's numbers will do."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
         raise TypeError(f"{caller}: {name} must be {expected}, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{caller}: {name} must be {expected}, got a number beyond its range") from None
+
+
+def read_number(name: str, value: Any, caller: str, learned: bool = False, option: str = "") -> float:
+    """The same for what a layer keeps, which may be a tensor or an array of one value, too: it is read back.
+
+    What has a gradient is refused, unless it starts what is `learned`: as a constant it would not be trained. `option`
+    is the argument that makes it learned.
+    """
+    if isinstance(value, Tensor):
+        value = _value_of(name, value, caller, learned, option)
+    elif getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    return check_number(name, value, caller)
+
+
+def _value_of(name: str, value: Tensor, caller: str, learned: bool, option: str) -> Any:
+    """The one value of a tensor."""
+    check_dense(name, value, caller)
+    expected = f"{caller}: {name} must be a float or a tensor of one value"
+    if value.numel() != 1:
+        raise ValueError(f"{expected}, got a tensor of shape {list(value.shape)}")
+    if value.dtype is torch.bool or value.is_complex():
+        raise TypeError(f"{expected}, got {value.dtype}")
+    if value.requires_grad and not learned:
+        remedy = f"{option}=True learns it, and " if option else ""
+        raise ValueError(
+            f"{caller}: {name} would be a constant of the layer and not be trained, got a tensor that requires a "
+            f"gradient; {remedy}{name}.item() is its value"
+        )
+    try:
+        return value.item()
+    except Exception:  # torch has several for tensors without values, as those of a trace
+        raise ValueError(f"{expected}, got one on {value.device} whose value can't be read") from None
+
+
+def read_finite(name: str, value: Any, caller: str) -> float:
+    """A constant of a layer that is neither infinite nor NaN."""
+    return check_finite(name, read_number(name, value, caller), caller)
+
+
+def check_int(name: str, value: Any, caller: str) -> int:
+    """The value as an int; Python's and numpy's ints will do."""
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
+        raise TypeError(f"{caller}: {name} must be an int, got {type(value).__name__}")
+    return int(value)
 
 
 def check_not_nan(name: str, value: Any, caller: str, expected: str = "a float") -> float:
@@ -181,7 +269,7 @@ def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) ->
             f"{list(analog_prob.shape)} and type {analog_prob.dtype}"
         )
     check_device("analog_prob", analog_prob, x_seq, caller)
-    if _can_be_seen(analog_prob):
+    if can_be_seen(analog_prob):
         check_analog_prob(analog_prob.item(), caller)
     return (analog_prob.detach().double() * DRAWS).round().clamp(0, DRAWS).to(torch.int64).reshape(1)
 
@@ -190,6 +278,7 @@ def check_rng_state(rng_state: Tensor, x_seq: Tensor, caller: str) -> None:
     """int64, shape [2], device of x_seq."""
     if not isinstance(rng_state, Tensor):
         raise TypeError(f"{caller}: rng_state must be an int64 tensor, got {type(rng_state).__name__}")
+    check_dense("rng_state", rng_state, caller)
     if rng_state.dtype != torch.int64:
         raise TypeError(f"{caller}: rng_state must be of type torch.int64, got {rng_state.dtype}")
     if rng_state.shape != (2,):
@@ -207,19 +296,72 @@ def check_generator(generator: Any, x_seq: Tensor, caller: str) -> None:
         raise ValueError(f"{caller}: generator must be on {x_seq.device} as x_seq, got {generator.device}")
 
 
-def check_finite(name: str, value: Any, caller: str) -> float:
+def check_finite(name: str, value: Any, caller: str, expected: str = "a float") -> float:
     """The value as a float that is neither infinite nor NaN."""
-    number = check_number(name, value, caller)
+    number = check_number(name, value, caller, expected)
     if not -math.inf < number < math.inf:  # nor can torch.compile trace math.isfinite
         raise ValueError(f"{caller}: {name} must be finite, got {number}")
     return number
 
 
 def check_bool(name: str, value: Any, caller: str) -> bool:
-    """True or False."""
-    if not isinstance(value, bool):
+    """True or False; numpy's will do."""
+    if isinstance(value, bool):
+        return value
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(value, numpy.bool_):
         raise TypeError(f"{caller}: {name} must be a bool, got {type(value).__name__}")
-    return value
+    return bool(value)
+
+
+_LARGEST_SIZE = 2**63 - 1
+
+
+def check_sizes(name: str, value: Any, caller: str) -> tuple[int, ...]:
+    """An int or a sequence of ints, all positive, as a tuple."""
+    sizes = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (value,)
+    if any(isinstance(size, bool) or not isinstance(size, (int, Integral)) for size in sizes):
+        raise TypeError(f"{caller}: {name} must be an int or a sequence of ints, got {type(value).__name__}")
+    if not all(1 <= size <= _LARGEST_SIZE for size in sizes):
+        raise ValueError(f"{caller}: {name} must be positive and less than 2^63, got {shown(value)}")
+    return tuple(map(int, sizes))
+
+
+def check_device_and_dtype(device: Any, dtype: Any, caller: str) -> None:
+    """What torch makes parameters on and of: a device or its name, and a floating type; None for the default."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATING_TYPES):
+        raise TypeError(f"{caller}: dtype must be float16, bfloat16, float32, float64 or None, got {shown(dtype)}")
+    if device is None or isinstance(device, torch.device):
+        return
+    if isinstance(device, bool) or not isinstance(device, (str, int)):
+        raise TypeError(f"{caller}: device must be a torch.device or the name of one, got {type(device).__name__}")
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"{caller}: device must be a torch.device or the name of one, got {shown(device)} ({said})"
+        ) from None
+
+
+_warned: set[str] = set()
+# A call of the user's may come here through torch, and through libraries whose layers are converted.
+_NOT_THE_USERS = ("asgl_cuda", "torch", "spikingjelly", "snntorch", "norse", "sinabs")
+
+
+def warn_once(kind: str, message: str) -> None:
+    """Warns the first time that there is a reason of this kind, with the user's line."""
+    if kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(message, stacklevel=level_of_user())
+
+
+def level_of_user() -> int:
+    """The stacklevel of the user's line, for the function that calls this."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 Plan = TypeVar("Plan")

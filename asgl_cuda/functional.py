@@ -264,7 +264,7 @@ def _plan_of(caller: str, values: Sequence[Any], others: Sequence[Any]) -> _Plan
         BELOW_IN_STATE if as_data else check_analog_prob(given.analog_prob, caller),
         time_dim,
     )
-    return _Plan(real, rules, (given.return_v_last, given.return_v_seq, given.return_h_seq))
+    return _Plan(real, rules, (bool(given.return_v_last), bool(given.return_v_seq), bool(given.return_h_seq)))
 
 
 def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
@@ -286,14 +286,11 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
     values = (width, decay, v_threshold, reset, *of_input)
     numbers: list[float] = []
     parameters: list[Tensor | None] = []
-    compiling = torch.compiler.is_compiling()
     for value in values:
         if type(value) is float:
             numbers.append(value)
             parameters.append(None)
         elif isinstance(value, Tensor):
-            if compiling and any(value is other for other in values[: len(numbers)]):
-                value = value.view_as(value)  # the compiler takes no tensor twice, as the threshold that is subtracted
             numbers.append(0.0)
             parameters.append(value if value.dtype is real else value.to(real))
         else:
@@ -359,7 +356,7 @@ def lif(
     Args:
         x_seq: input current, `[T, ...]` (or time at `time_dim`), float16, bfloat16, float32 or float64. Contiguous and
             channels_last layouts are used as they are, any other is copied once.
-        decay: share of the potential that is left after a step (no unit, per step).
+        decay: share of the potential that is left after a step (no unit, per step); any number, also beyond [0, 1].
         v_threshold, v_rest: threshold and resting potential, in units of x_seq.
         v_reset: potential after a spike (hard reset), or None for the soft reset.
         reset_amount: what a spike takes off the potential under the soft reset; default `v_threshold`.

@@ -108,7 +108,7 @@ def leaky_integrator(
 
     Args:
         x_seq: input, `[T, ...]` (or time at `time_dim`); types and layouts are those of `lif`.
-        decay: share of the potential that is left after a step (no unit, per step); 1 adds up.
+        decay: share of the potential that is left after a step (no unit, per step); 1 adds up, and any number is taken.
         input_gain: factor on the input. It and decay are floats or tensors that broadcast against x_seq.
         v_rest: resting potential, in units of x_seq.
         v_init: potential before the first step, shape of x_seq without time; default `v_rest`.
@@ -141,7 +141,7 @@ def _computed(
 ) -> Tensor | IntegratorOutput:
     """Does what `leaky_integrator` does; decay may be a Logit. Options: v_rest, delay, time_dim and return_v_last."""
     rules = _rules_of(caller, (x_seq, decay, input_gain), options)
-    v_rest, delay, _, wants_v_last = options
+    v_rest, delay, wants_v_last = options[0], bool(options[1]), bool(options[3])
     time_dim, real = rules[-1], real_type(x_seq.dtype)
     backend = choose_backend(backend, x_seq.device, caller)
     if v_init is not None:
@@ -152,8 +152,6 @@ def _computed(
         outputs: Any = integrator_reference(x_seq, v_init, decay, input_gain, float(v_rest), delay, time_dim)
     else:
         decay = decay.of_value if isinstance(decay, Logit) else decay
-        if decay is input_gain and isinstance(decay, Tensor):
-            input_gain = input_gain.view_as(input_gain)  # the compiler takes no tensor twice
         given = {"decay": decay, "input_gain": input_gain, "v_rest": v_rest}
         values = [given.get(name, 1.0) for name in Numbers._fields]
         numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
@@ -170,14 +168,15 @@ class LeakyIntegrator(NeuronLayer):
 
     Args:
         num_features, granularity, time_dim, backend, device, dtype: as for `LIF`.
-        decay: share of the potential that is left after a step, in (0, 1) if learned (kept as a logit).
+        decay: share of the potential that is left after a step, in [0, 1], in (0, 1) if learned (kept as a logit).
         input_gain: factor on the input.
         v_rest: resting potential, in units of the input.
         delay: emit the potential before the input of a step, not the one after it.
         learn_decay: whether the decay is a parameter; else it stays constant.
         stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`.
 
-    `decay` can be read and set at any time, to one value for all neurons. A state dict has it as `logit_decay` if it is
+    Numbers may be tensors of one value as well, as for `LIF`. `decay` can be read and set at any time, to one value for
+    all neurons. A state dict has it as `logit_decay` if it is
     learned, and nothing else.
 
     Neurons with a synaptic current are `nn.Sequential(LeakyIntegrator(decay=a), LIF(decay=b))`. For a neuron and step
@@ -209,11 +208,11 @@ class LeakyIntegrator(NeuronLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._set_up(num_features, granularity, v_rest, input_gain, stateful, time_dim, backend)
+        self._set_up(num_features, granularity, v_rest, input_gain, stateful, time_dim, backend, device, dtype)
         self.delay = check_bool("delay", delay, self._caller)
         empty = torch.empty(self.num_features or 1, device=device, dtype=dtype)
         self.logit_decay = nn.Parameter(empty) if check_bool("learn_decay", learn_decay, self._caller) else None
-        self.decay = decay
+        self._set_decay(decay)
 
     def reset_parameters(self) -> None:
         """Gives a learned decay the value that was last set, and forgets the potential."""

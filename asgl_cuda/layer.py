@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
@@ -15,17 +15,24 @@ from .backends import BACKENDS
 from .checks import (
     check_analog_prob,
     check_bool,
+    check_device_and_dtype,
     check_finite,
     check_input,
     check_multi_spike,
-    check_number,
+    check_name,
+    check_sizes,
     check_time_dim,
+    did_you_mean,
+    read_finite,
+    read_number,
+    shown,
 )
 from .layout import state_shape
 from .learned import BOUND, Logarithm, Logit
 from .transforms import transforming
 
 Granularity = Literal["layer", "channel", "neuron"]
+_GRANULARITIES = ("layer", "channel", "neuron")
 
 Value = Tensor | float | Logarithm | Logit  # of a parameter of the neuron
 
@@ -47,7 +54,23 @@ def fill_parameter(parameter: Tensor | None, value: float) -> None:
             parameter.fill_(value)
 
 
-class Noisy(nn.Module):
+class Settable(nn.Module):
+    """A module whose properties can be set to a Parameter, which nn.Module registers before their setters see it."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, param)
+        else:
+            super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, tensor)
+        else:
+            super().register_buffer(name, tensor, persistent)
+
+
+class Noisy(Settable):
     """A layer with a share of analog elements, which is data of a compiled graph: a schedule compiles nothing anew."""
 
     _analog_prob: float
@@ -61,11 +84,15 @@ class Noisy(nn.Module):
 
     @analog_prob.setter
     def analog_prob(self, value: float) -> None:
-        caller = f"asgl_cuda.{type(self).__name__}"
+        self._set_analog_prob(value)
+
+    def _set_analog_prob(self, value: Any) -> None:
+        caller = getattr(self, "_caller", f"asgl_cuda.{type(self).__name__}")
+        value = read_number("analog_prob", value, caller)
         check_analog_prob(value, caller)
         if getattr(self, "multi_spike", False):
             check_multi_spike(getattr(self, "v_reset", None), value, caller)
-        self._analog_prob, self._has_noise = float(value), value > 0
+        self._analog_prob, self._has_noise = value, value > 0
         self._keep_as_data(getattr(self, "_analog_prob_data", torch.empty(0, device="cpu")).device)
 
     def analog_prob_of_call(self, x_seq: Tensor) -> Tensor | float:
@@ -90,7 +117,7 @@ class Noisy(nn.Module):
             self.__dict__.pop(name, None)
 
 
-class NeuronLayer(nn.Module):
+class NeuronLayer(Settable):
     """A layer of neurons or integrators: a decay and other values of a granularity, and a potential that is carried."""
 
     _caller: ClassVar[str]  # the name in errors
@@ -100,31 +127,39 @@ class NeuronLayer(nn.Module):
     store_v_seq = False
     v: Tensor | None
 
-    def _set_up(self, num_features: Any, granularity: Granularity, *options: Any) -> None:
+    def _set_up(
+        self,
+        num_features: Any,
+        granularity: Granularity,
+        v_rest: Any,
+        input_gain: Any,
+        stateful: Any,
+        time_dim: Any,
+        backend: Any,
+        device: Any,
+        dtype: Any,
+    ) -> None:
         """Keeps, checked, what is no parameter."""
         caller = self._caller
-        v_rest, input_gain, stateful, self.time_dim, self.backend = options
-        if granularity not in ("layer", "channel", "neuron"):
-            raise ValueError(f"{caller}: granularity must be layer, channel or neuron, got {granularity!r}")
-        check_time_dim(self.time_dim, caller)
-        if self.backend is not None and self.backend not in BACKENDS:
-            raise ValueError(f"{caller}: backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        if not isinstance(granularity, str) or granularity not in _GRANULARITIES:
+            raise ValueError(
+                f"{caller}: granularity must be layer, channel or neuron, got {shown(granularity)}"
+                f"{did_you_mean(granularity, _GRANULARITIES)}"
+            )
+        self.time_dim = check_time_dim(time_dim, caller)
+        if backend is not None:
+            check_name("backend", backend, BACKENDS, caller)
+        self.backend = backend
+        check_device_and_dtype(device, dtype, caller)
         self.num_features = self._features(num_features, granularity)
         self.granularity = granularity
-        self.v_rest = check_finite("v_rest", v_rest, caller)
-        self.input_gain = check_finite("input_gain", input_gain, caller)
+        self.v_rest = read_finite("v_rest", v_rest, caller)
+        self.input_gain = read_finite("input_gain", input_gain, caller)
         self.stateful = check_bool("stateful", stateful, caller)
         self.reset()
 
-    def _features(self, num_features: int | Sequence[int] | None, granularity: Granularity) -> tuple[int, ...]:
-        if num_features is None:
-            sizes: Sequence[int] = ()
-        else:
-            sizes = num_features if isinstance(num_features, Sequence) else (num_features,)
-        if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
-            raise TypeError(
-                f"{self._caller}: num_features must be an int or a sequence of ints, got {type(num_features).__name__}"
-            )
+    def _features(self, num_features: Any, granularity: Granularity) -> tuple[int, ...]:
+        sizes = () if num_features is None else check_sizes("num_features", num_features, self._caller)
         if granularity == "layer":
             if sizes:
                 raise ValueError(
@@ -137,9 +172,7 @@ class NeuronLayer(nn.Module):
             raise ValueError(
                 f"{self._caller}: granularity {granularity!r} needs num_features, {wanted}, got {num_features}"
             )
-        if any(size < 1 for size in sizes):
-            raise ValueError(f"{self._caller}: num_features must be positive, got {num_features}")
-        return tuple(sizes)
+        return sizes
 
     @property
     def decay(self) -> Tensor | float:
@@ -148,15 +181,24 @@ class NeuronLayer(nn.Module):
 
     @decay.setter
     def decay(self, value: float) -> None:
-        value = check_number("decay", value, self._caller)
-        if self.logit_decay is not None:
+        self._set_decay(value)
+
+    def _set_decay(self, value: Any) -> None:
+        learned = self.logit_decay is not None
+        value = read_number("decay", value, self._caller, learned, "learn_decay")
+        if not learned:
+            check_finite("decay", value, self._caller)
+        if value < 0 or value > 1:
+            tau = f"; SpikingJelly's tau={value:g} is decay={1 - 1 / value:g}" if value > 1 else ""
+            raise ValueError(f"{self._caller}: decay must be in [0, 1], got {value:g}{tau}")
+        if learned:
             if not _LEAST_DECAY <= value <= 1 - _LEAST_DECAY:
                 raise ValueError(
                     f"{self._caller}: a learned decay must be in (0, 1), at least {_LEAST_DECAY:.3g} from the ends, "
                     f"got {value}"
                 )
             fill_parameter(self.logit_decay, math.log(value / (1 - value)))
-        self._decay = check_finite("decay", value, self._caller)
+        self._decay = value
 
     def _decay_value(self) -> Value:
         return self._decay if self.logit_decay is None else Logit(self.logit_decay)

@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch_norm import module_batch_norm_lif
+from .batch_norm import check_process_group, module_batch_norm_lif
 from .checks import (
     check_bool,
     check_finite,
     check_input,
-    check_number,
+    check_keywords,
+    check_sizes,
     check_surrogate,
     check_width,
+    read_finite,
+    read_number,
+    shown,
+    warn_once,
 )
 from .functional import Arguments, LIFOutput, computed
 from .layer import Granularity, NeuronLayer, Noisy, Value, fill_parameter, give_dimension
@@ -34,9 +39,9 @@ class LIF(NeuronLayer, Noisy):
     Args:
         num_features: number of channels for granularity "channel", number of neurons or their shape `[C, H, W]` for
             "neuron"; None for "layer".
-        decay: share of the potential that is left after a step, in (0, 1) if learned (kept as a logit).
+        decay: share of the potential that is left after a step, in [0, 1], in (0, 1) if learned (kept as a logit).
         v_threshold, v_rest: threshold and resting potential, in units of the input.
-        v_reset: potential after a spike, or None to subtract `reset_amount` instead (soft reset).
+        v_reset: potential after a spike, below the threshold, or None to subtract `reset_amount` instead (soft reset).
         reset_amount: what a spike takes off the potential under the soft reset; default the threshold.
         input_gain: factor on the input.
         width: initial width of the surrogate, > 0 (kept as its logarithm).
@@ -57,8 +62,10 @@ class LIF(NeuronLayer, Noisy):
         backend: see `asgl_cuda.lif`.
         device, dtype: of the parameters.
 
-    `width`, `decay` and `v_threshold` can be read and set at any time, to one value for all neurons. A learned width or
-    decay has the same bits in every backend, which are `torch.exp`'s and `torch.sigmoid`'s except for the last places.
+    Numbers may be tensors of one value as well, which are read; where one requires a gradient, as a Parameter does, it
+    can only be the start of what is learned. `width`, `decay` and `v_threshold` can be read and set at any time, to one
+    value for all neurons. A learned width or decay has the same bits in every backend, which are `torch.exp`'s and
+    `torch.sigmoid`'s except for the last places.
 
     Shapes: input and output `[T, N, ...]`, or with time at `time_dim`. Without time, the channels are the second
     dimension, and the neurons are the last ones.
@@ -72,7 +79,9 @@ class LIF(NeuronLayer, Noisy):
     Processes with the same seed draw the same noise. `torch.manual_seed(seed + rank)`, after the model has been made,
     gives each its own.
 
-    Raises ValueError or TypeError for arguments out of range, and what `asgl_cuda.lif` raises.
+    Raises ValueError or TypeError for arguments out of range, and what `asgl_cuda.lif` raises. Warns, once a process,
+    where neurons at rest fire (`v_threshold` at `v_rest` or below), where a soft reset does not lower the potential,
+    and where `surrogate_gain` is 0.
 
     The same in PyTorch: `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`, whose docstring has the loop.
     """
@@ -113,36 +122,42 @@ class LIF(NeuronLayer, Noisy):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._set_up(num_features, granularity, v_rest, input_gain, stateful, time_dim, backend)
-        self.multi_spike = check_bool("multi_spike", multi_spike, _CALLER)
-        check_surrogate(surrogate, _CALLER, multi_spike)
+        caller = self._caller
+        self._set_up(num_features, granularity, v_rest, input_gain, stateful, time_dim, backend, device, dtype)
+        self.multi_spike = check_bool("multi_spike", multi_spike, caller)
+        check_surrogate(surrogate, caller, self.multi_spike)
         if reset_amount is not None and v_reset is not None:
             raise ValueError(
-                f"asgl_cuda.LIF: reset_amount is for the soft reset and needs v_reset=None, got v_reset {v_reset}"
+                f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}"
             )
-        self.v_reset = None if v_reset is None else check_finite("v_reset", v_reset, _CALLER)
-        self.analog_prob = analog_prob
-        self.reset_amount = None if reset_amount is None else check_finite("reset_amount", reset_amount, _CALLER)
-        self.v_min = None if v_min is None else check_finite("v_min", v_min, _CALLER)
+        self.v_reset = None if v_reset is None else read_finite("v_reset", v_reset, caller)
+        self._set_analog_prob(analog_prob)
+        self.reset_amount = None if reset_amount is None else read_finite("reset_amount", reset_amount, caller)
+        self.v_min = None if v_min is None else read_finite("v_min", v_min, caller)
         self.surrogate = surrogate
-        self.surrogate_gain = check_finite("surrogate_gain", surrogate_gain, _CALLER)
-        self.strict_threshold = check_bool("strict_threshold", strict_threshold, _CALLER)
-        self.detach_reset = check_bool("detach_reset", detach_reset, _CALLER)
-        self.scale_output = check_bool("scale_output", scale_output, _CALLER)
-        self.store_v_seq = check_bool("store_v_seq", store_v_seq, _CALLER)
+        self.surrogate_gain = read_finite("surrogate_gain", surrogate_gain, caller)
+        self.strict_threshold = check_bool("strict_threshold", strict_threshold, caller)
+        self.detach_reset = check_bool("detach_reset", detach_reset, caller)
+        self.scale_output = check_bool("scale_output", scale_output, caller)
+        self.store_v_seq = check_bool("store_v_seq", store_v_seq, caller)
         # torch's fully_shard takes no parameter without a dimension.
         empty = partial(torch.empty, self.num_features or 1, device=device, dtype=dtype)
-        self.log_width = nn.Parameter(empty()) if check_bool("learn_width", learn_width, _CALLER) else None
-        self.logit_decay = nn.Parameter(empty()) if check_bool("learn_decay", learn_decay, _CALLER) else None
-        self.threshold = nn.Parameter(empty()) if check_bool("learn_threshold", learn_threshold, _CALLER) else None
-        self.width, self.decay, self.v_threshold = width, decay, v_threshold
+        self.log_width = nn.Parameter(empty()) if check_bool("learn_width", learn_width, caller) else None
+        self.logit_decay = nn.Parameter(empty()) if check_bool("learn_decay", learn_decay, caller) else None
+        self.threshold = nn.Parameter(empty()) if check_bool("learn_threshold", learn_threshold, caller) else None
+        self._set_width(width)
+        self._set_decay(decay)
+        self._set_threshold(v_threshold)
+        if self.surrogate_gain == 0:
+            warn_once("surrogate_gain", f"{caller}: surrogate_gain 0 lets no gradient through the spikes")
 
     def reset_parameters(self) -> None:
         """Gives the learned parameters the values that were last set, and forgets potentials.
 
         For a layer that was made without its values, on the device "meta" and moved by `to_empty`.
         """
-        self.width, self.decay, self.v_threshold = self._width, self._decay, self._v_threshold
+        self.width, self.decay = self._width, self._decay
+        fill_parameter(self.threshold, self._v_threshold)
         self.reset()
 
     @property
@@ -152,11 +167,15 @@ class LIF(NeuronLayer, Noisy):
 
     @width.setter
     def width(self, value: float) -> None:
-        value = check_number("width", value, _CALLER)
-        check_width(value, _CALLER)
-        if self.log_width is not None and not _LEAST_WIDTH <= value <= _LARGEST_WIDTH:
+        self._set_width(value)
+
+    def _set_width(self, value: Any) -> None:
+        learned = self.log_width is not None
+        value = read_number("width", value, self._caller, learned, "learn_width")
+        check_width(value, self._caller)
+        if learned and not _LEAST_WIDTH <= value <= _LARGEST_WIDTH:
             raise ValueError(
-                f"asgl_cuda.LIF: a learned width must be in [{_LEAST_WIDTH:.3g}, {_LARGEST_WIDTH:.3g}], got {value}"
+                f"{self._caller}: a learned width must be in [{_LEAST_WIDTH:.3g}, {_LARGEST_WIDTH:.3g}], got {value}"
             )
         self._width = value
         fill_parameter(self.log_width, math.log(value))
@@ -168,8 +187,36 @@ class LIF(NeuronLayer, Noisy):
 
     @v_threshold.setter
     def v_threshold(self, value: float) -> None:
-        self._v_threshold = check_finite("v_threshold", value, _CALLER)
-        fill_parameter(self.threshold, self._v_threshold)
+        self._set_threshold(value)
+
+    def _set_threshold(self, value: Any) -> None:
+        learned = self.threshold is not None
+        value = read_number("v_threshold", value, self._caller, learned, "learn_threshold")
+        self._check_threshold(check_finite("v_threshold", value, self._caller))
+        self._v_threshold = value
+        fill_parameter(self.threshold, value)
+
+    def _check_threshold(self, value: float) -> None:
+        """Refuses what makes neurons fire for ever, and warns of what is seldom meant."""
+        caller, v_rest = self._caller, self.v_rest
+        for name in ("v_reset", "v_min"):
+            after = getattr(self, name)
+            # Up to v_rest it is the threshold that is low.
+            if isinstance(after, (int, float)) and v_rest < after >= value:
+                raise ValueError(
+                    f"{caller}: {name} must be below v_threshold, or a neuron that has fired does so again, got {name} "
+                    f"{after} and v_threshold {value}"
+                )
+        if self.multi_spike and value <= 0:
+            raise ValueError(f"{caller}: multi_spike needs v_threshold > 0, got {value}")
+        if value < v_rest or (value == v_rest and not self.strict_threshold):
+            message = f"v_threshold {value:g} is not above v_rest {v_rest:g}: neurons at rest fire without any input"
+            warn_once("v_threshold", f"{caller}: {message}")
+        elif self.v_reset is None:
+            amount = value if self.reset_amount is None else self.reset_amount
+            if isinstance(amount, (int, float)) and amount <= 0:
+                message = f"a spike takes {amount:g} off the potential, which does not fall below v_threshold"
+                warn_once("reset_amount", f"{caller}: {message}")
 
     def _values(self) -> tuple[Value, Value, Value]:
         """Width, decay and threshold: constants, or what is learned, in the shape of the parameters."""
@@ -272,6 +319,7 @@ class BatchNormLIF(LIF):
     Raises what `LIF` and `asgl_cuda.batch_norm_lif` raise; the docstring of the latter has the same in PyTorch.
     """
 
+    _caller = "asgl_cuda.BatchNormLIF"
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
@@ -289,22 +337,24 @@ class BatchNormLIF(LIF):
         dtype: torch.dtype | None = None,
         **lif_options: Any,
     ) -> None:
-        caller = "asgl_cuda.BatchNormLIF"
-        sizes = num_features if isinstance(num_features, Sequence) else (num_features,)
-        channels = sizes[0] if len(sizes) else 0
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise ValueError(
-                f"{caller}: num_features must be a number of channels or begin with it, got {num_features!r}"
-            )
-        in_layer = lif_options.get("granularity", "layer") == "layer"
-        if in_layer and len(sizes) > 1:
-            raise ValueError(f"{caller}: num_features must be one number for granularity 'layer', got {num_features}")
+        caller = self._caller
         if "input_gain" in lif_options:
             raise TypeError(f"{caller}: input_gain is an argument of LIF; input_scale is the factor here")
-        eps = check_finite("eps", eps, caller)
+        check_keywords(lif_options, LIF.__init__.__kwdefaults__ or {}, caller)
+        try:
+            channels, *others = check_sizes("num_features", num_features, caller)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{caller}: num_features must be a number of channels or begin with it, got {shown(num_features)}"
+            ) from None
+        granularity = lif_options.get("granularity", "layer")
+        in_layer = isinstance(granularity, str) and granularity == "layer"
+        if in_layer and others:
+            raise ValueError(f"{caller}: num_features must be one number for granularity 'layer', got {num_features}")
+        eps = read_finite("eps", eps, caller)
         if eps < 0:
             raise ValueError(f"{caller}: eps must be >= 0, got {eps}")
-        momentum = None if momentum is None else check_number("momentum", momentum, caller, "a float or None")
+        momentum = None if momentum is None else read_number("momentum", momentum, caller)
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"{caller}: momentum must be in [0, 1] or None, got {momentum}")
         super().__init__(None if in_layer else num_features, device=device, dtype=dtype, **lif_options)
@@ -313,11 +363,12 @@ class BatchNormLIF(LIF):
         self.momentum = momentum
         self.affine = check_bool("affine", affine, caller)
         self.track_running_stats = check_bool("track_running_stats", track_running_stats, caller)
-        self.input_scale = check_finite("input_scale", input_scale, caller)
+        self.input_scale = read_finite("input_scale", input_scale, caller)
+        check_process_group(process_group, caller)
         self.process_group = process_group
         empty = partial(torch.empty, channels, device=device, dtype=dtype)
-        self.weight = nn.Parameter(empty()) if affine else None
-        self.bias = nn.Parameter(empty()) if affine else None
+        self.weight = nn.Parameter(empty()) if self.affine else None
+        self.bias = nn.Parameter(empty()) if self.affine else None
         self.register_buffer("running_mean", empty() if track_running_stats else None)
         self.register_buffer("running_var", empty() if track_running_stats else None)
         self.register_buffer("num_batches_tracked", torch.tensor(0, device=device) if track_running_stats else None)

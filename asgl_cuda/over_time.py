@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 class OverTime(nn.Module):
@@ -14,7 +14,7 @@ class OverTime(nn.Module):
     Shapes: `[T, B, ...]` to `[T, B, ...]`, or `[B, T, ...]` to `[B, T, ...]`; the layer sees time and batch in one,
     `[T * B, ...]`.
 
-    Raises TypeError where `layer` is no module.
+    Raises TypeError where `layer` is no module or the input no tensor, ValueError for an input without time and batch.
 
     The same in PyTorch::
 
@@ -28,4 +28,10 @@ class OverTime(nn.Module):
         self.layer = layer
 
     def forward(self, x_seq: Tensor) -> Tensor:
+        if isinstance(x_seq, Tensor):
+            if x_seq.is_nested or x_seq.dim() < 2:
+                got = "a nested tensor" if x_seq.is_nested else f"shape {list(x_seq.shape)}"
+                raise ValueError(f"asgl_cuda.OverTime: x_seq must have time and batch, [T, B, ...], got {got}")
+        elif not isinstance(x_seq, fx.Proxy):
+            raise TypeError(f"asgl_cuda.OverTime: x_seq must be a tensor, got {type(x_seq).__name__}")
         return self.layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])  # type: ignore[no-any-return]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 from torch import nn
 
-from .checks import check_analog_prob, check_number
+from .checks import check_analog_prob, check_int, read_number, shown
 from .layer import some_asgl_layers
 
 _CALLER = "asgl_cuda.AnalogProbSchedule"
@@ -54,31 +56,37 @@ class AnalogProbSchedule:
     @classmethod
     def multi_step(cls, model: nn.Module, milestones: Sequence[int], gamma: float = 0.1) -> AnalogProbSchedule:
         """Multiplies by `gamma` (in [0, 1]) at each of the epochs `milestones`, as torch's MultiStepLR."""
-        if not isinstance(milestones, Sequence):
+        if not isinstance(milestones, Sequence) or isinstance(milestones, (str, bytes)):
             raise TypeError(f"{_CALLER}: milestones must be a sequence of ints, got {type(milestones).__name__}")
-        if any(isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 1 for epoch in milestones):
-            raise ValueError(f"{_CALLER}: milestones must be ints >= 1, got {list(milestones)}")
-        _check_share("gamma", gamma)
-        return cls(model, partial(_multi_step, milestones=sorted(milestones), gamma=gamma))
+        if any(isinstance(epoch, bool) or not isinstance(epoch, Integral) or epoch < 1 for epoch in milestones):
+            raise ValueError(f"{_CALLER}: milestones must be ints >= 1, got {shown(list(milestones))}")
+        gamma = _share("gamma", gamma)
+        return cls(model, partial(_multi_step, milestones=sorted(map(int, milestones)), gamma=gamma))
 
     @classmethod
     def cosine(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
         """Goes along half a cosine to `final` at epoch `epochs` and stays there, where CosineAnnealingLR returns."""
-        _check_ramp(epochs, final)
-        return cls(model, partial(_cosine, epochs=epochs, final=final))
+        return cls(model, partial(_cosine, epochs=_count("epochs", epochs, 1), final=_share("final", final)))
 
     @classmethod
     def linear(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
         """Goes in equal steps to `final` at epoch `epochs` and stays there."""
-        _check_ramp(epochs, final)
-        return cls(model, partial(_linear, epochs=epochs, final=final))
+        return cls(model, partial(_linear, epochs=_count("epochs", epochs, 1), final=_share("final", final)))
 
     def _set(self, starts: Mapping[str, float], epoch: int) -> None:
-        probs = {name: self._prob_at(start, epoch) for name, start in starts.items()}
-        for name, prob in probs.items():
-            check_analog_prob(prob, f"{_CALLER}: layer {name!r} at epoch {epoch}")
-        for name, prob in probs.items():
-            self._layers[name].analog_prob = prob
+        probs: dict[str, float] = {}
+        for name, start in starts.items():
+            where = f"{_CALLER}: layer {name!r} at epoch {epoch}"
+            probs[name] = read_number("analog_prob", self._prob_at(start, epoch), where)
+            check_analog_prob(probs[name], where)
+        before = {name: self._layers[name].analog_prob for name in probs}
+        try:
+            for name, prob in probs.items():
+                self._layers[name].analog_prob = prob
+        except Exception:  # a layer may refuse its own, as one of several spikes a step
+            for name, prob in before.items():
+                self._layers[name].analog_prob = prob
+            raise
 
     @property
     def probs(self) -> dict[str, float]:
@@ -97,17 +105,21 @@ class AnalogProbSchedule:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resumes there, and sets the layers, whose `analog_prob` is not part of a model's state dict.
 
-        Raises ValueError for the state of other layers, or of something else; nothing has been changed then.
+        Raises ValueError for the state of other layers, or of something else, TypeError for values of other types;
+        nothing has been changed then.
         """
         if not isinstance(state_dict, Mapping) or not {"epoch", "starts"} <= state_dict.keys():
-            got = list(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            got = shown(list(state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
             raise ValueError(f"{_CALLER}: the state must be a dict of 'epoch' and 'starts', got {got}")
-        starts = dict(state_dict["starts"])
+        epoch, starts = _count("epoch", state_dict["epoch"], 0), state_dict["starts"]
+        if not isinstance(starts, Mapping):
+            raise TypeError(f"{_CALLER}: starts must be a dict of layers and numbers, got {type(starts).__name__}")
         # It may have more layers than self.starts: one may have gone to 0 by now, and look like an ordinary neuron.
         if not self.starts.keys() <= starts.keys() <= self._layers.keys():
-            raise ValueError(f"{_CALLER}: the state must be of layers {list(self.starts)}, got {list(starts)}")
-        self._set(starts, state_dict["epoch"])
-        self.epoch, self.starts = state_dict["epoch"], starts
+            raise ValueError(f"{_CALLER}: the state must be of layers {list(self.starts)}, got {shown(list(starts))}")
+        starts = {name: _share(f"the start of layer {name!r}", start) for name, start in starts.items()}
+        self._set(starts, epoch)
+        self.epoch, self.starts = epoch, starts
 
 
 def _multi_step(start: float, epoch: int, milestones: Sequence[int], gamma: float) -> float:
@@ -127,14 +139,17 @@ def _linear(start: float, epoch: int, epochs: int, final: float) -> float:
     return _between(start, final, 1 - min(epoch / epochs, 1))
 
 
-def _check_share(name: str, value: Any) -> None:
-    if not 0 <= check_number(name, value, _CALLER) <= 1:
-        raise ValueError(f"{_CALLER}: {name} must be in [0, 1], got {value}")
+def _share(name: str, value: Any) -> float:
+    share = read_number(name, value, _CALLER)
+    if not 0 <= share <= 1:
+        raise ValueError(f"{_CALLER}: {name} must be in [0, 1], got {share}")
+    return share
 
 
-def _check_ramp(epochs: Any, final: Any) -> None:
-    if isinstance(epochs, bool) or not isinstance(epochs, int):
-        raise TypeError(f"{_CALLER}: epochs must be an int, got {type(epochs).__name__}")
-    if epochs < 1:
-        raise ValueError(f"{_CALLER}: epochs must be >= 1, got {epochs}")
-    _check_share("final", final)
+def _count(name: str, value: Any, least: int) -> int:
+    """A number of epochs, few enough for a float."""
+    count = check_int(name, value, _CALLER)
+    if not least <= count <= sys.maxsize:
+        expected = f">= {least}" if count < least else f"<= {sys.maxsize}"
+        raise ValueError(f"{_CALLER}: {name} must be {expected}, got {shown(count)}")
+    return count

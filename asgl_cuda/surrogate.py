@@ -49,3 +49,12 @@ SURROGATES: dict[str, Surrogate] = {
     "fast_sigmoid": Surrogate(5, _mirrored(lambda y: 0.5 / (1 + y))),
     "laplace": Surrogate(6, _mirrored(lambda y: 0.5 * torch.exp(-y))),
 }
+
+# Names that other libraries give to these functions, in small letters, where a width of 1 / alpha makes them the same.
+ELSEWHERE = {
+    "atan": "arctan",
+    "piecewiseexp": "laplace",
+    "piecewisequadratic": "triangle",
+    "rect": "rectangle",
+    "softsign": "fast_sigmoid",
+}

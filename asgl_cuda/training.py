@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .checks import check_number
+from .checks import read_number
 from .integrator import LeakyIntegrator
 from .interop.convert import libraries
 from .layer import NeuronLayer, asgl_layers, check_module, some_asgl_layers
@@ -33,7 +33,7 @@ def parameter_groups(
     """
     check_module(model, "asgl_cuda.parameter_groups")
     for name, value in (("lr", lr), ("width_lr", width_lr), ("weight_decay", weight_decay)):
-        if not check_number(name, value, "asgl_cuda.parameter_groups") >= 0:
+        if not read_number(name, value, "asgl_cuda.parameter_groups") >= 0:
             raise ValueError(f"asgl_cuda.parameter_groups: {name} must be >= 0, got {value}")
     layers = [layer for _, layer in asgl_layers(model)]
     layers += (module for module in model.modules() if isinstance(module, LeakyIntegrator))

@@ -49,7 +49,14 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     torch.func and the compiler need.
     """
     if torch.compiler.is_compiling():
-        return function.apply(*arguments)
+        # It takes no tensor twice, as a threshold that is subtracted, too.
+        once = [
+            each.view_as(each)
+            if isinstance(each, Tensor) and any(each is other for other in arguments[:place])
+            else each
+            for place, each in enumerate(arguments)
+        ]
+        return function.apply(*once)
     if not transforming():
         return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
     try:

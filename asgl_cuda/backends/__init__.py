@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import torch
 from torch.overrides import has_torch_function
 
 from .. import extension, ops
+from ..checks import check_name, level_of_user
 from . import cupy
 
 
@@ -94,8 +94,6 @@ def operators_of(backend: str, inputs: Sequence[torch.Tensor | None]) -> Operato
 _warned: set[str] = set()
 # The best fused backend for a type of device, and the table that it was chosen from.
 _best: dict[str, tuple[str, tuple[Backend, ...]]] = {}
-# A call of the user's may come here through torch, and through libraries whose layers are converted.
-_NOT_THE_USERS = ("asgl_cuda", "torch", "spikingjelly", "snntorch", "norse", "sinabs")
 
 
 def available_backends() -> tuple[str, ...]:
@@ -118,8 +116,8 @@ def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
     Raises ValueError for a name that is unknown or does not serve the device, RuntimeError for one that does not work.
     """
     if name is not None:
-        if name not in BACKENDS:
-            raise ValueError(f"{caller}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        if not isinstance(name, str) or name not in BACKENDS:
+            check_name("backend", name, BACKENDS, caller)
         backend = BACKENDS[name]
         problem = backend.problem()
         if problem is not None:
@@ -156,15 +154,7 @@ def _warn_about_reference(device: torch.device) -> None:
     ]
     why = "; ".join(problems) if problems else f"no fused backend serves {device.type}"
     message = f"asgl_cuda: using the slow reference backend on {device.type}: {why}"
-    warnings.warn(message, stacklevel=_level_of_user())
+    warnings.warn(message, stacklevel=level_of_user())
 
 
 _warn_about_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see cupy.problem
-
-
-def _level_of_user() -> int:
-    """The stacklevel of the user's line, for the function that calls this."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
-        frame, level = frame.f_back, level + 1
-    return level

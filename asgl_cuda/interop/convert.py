@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import BACKENDS
-from ..checks import check_analog_prob, check_bool, check_number, check_surrogate, check_width
+from ..checks import check_analog_prob, check_bool, check_name, check_surrogate, check_width, read_number, shown
 from ..layer import check_module
 from . import authors
 from .converted import Converted, Settings, bare_class, overlaid
@@ -70,19 +70,21 @@ def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
     if not isinstance(asgl, Mapping):
         raise TypeError(
             f'{_CALLER}: asgl must be None or a mapping such as {{"width": 1.0, "analog_prob": 0.2}}, {{}} for the '
-            f"defaults, got {asgl!r}"
+            f"defaults, got {shown(asgl)}"
         )
     if unknown := set(asgl) - set(_ASGL._fields):
         known, got = ", ".join(_ASGL._fields), ", ".join(sorted(map(str, unknown)))
         raise TypeError(f"{_CALLER}: asgl may have {known}, got {got}")
-    found = _ASGL(**asgl)
-    if found.width is not None:
-        check_width(check_number("width", found.width, _CALLER), _CALLER)
-    check_analog_prob(found.analog_prob, _CALLER)
-    check_bool("learn_width", found.learn_width, _CALLER)
-    if found.surrogate is not None:
-        check_surrogate(found.surrogate, _CALLER)
-    return found
+    surrogate, width, analog_prob, learn_width = _ASGL(**asgl)
+    learn_width = check_bool("learn_width", learn_width, _CALLER)
+    if width is not None:
+        width = read_number("width", width, _CALLER, learn_width, "learn_width")
+        check_width(width, _CALLER)
+    analog_prob = read_number("analog_prob", analog_prob, _CALLER)
+    check_analog_prob(analog_prob, _CALLER)
+    if surrogate is not None:
+        check_surrogate(surrogate, _CALLER)
+    return _ASGL(surrogate, width, analog_prob, learn_width)
 
 
 def libraries() -> Iterator[Any]:
@@ -132,8 +134,8 @@ def convert(
     copied; it is then unchanged.
     """
     wanted = _checked(asgl)
-    if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
-        raise ValueError(f"{_CALLER}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend is not None:
+        check_name("backend", backend, BACKENDS, _CALLER)
     model = taken(model, inplace, _CALLER)
     known = list(libraries())
     report = Report([], [])

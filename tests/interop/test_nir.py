@@ -265,13 +265,19 @@ class Stack(nn.Module):
         return self.function(self, x_seq)
 
 
+def decaying(layer, decay):
+    """A layer whose decay is one that it would refuse."""
+    layer._decay = decay
+    return layer
+
+
 LINEAR = {"linear": nn.Linear(4, 4), "lif": LIF()}
 NOT_REPRESENTED = {
     "soft reset": (lambda: nn.Sequential(LIF(v_reset=None)), r"0 \(LIF\) has a soft reset.*allow_soft_reset=True"),
     "floor": (lambda: nn.Sequential(LIF(v_min=-1.0)), r"0 \(LIF\) has a v_min.*allow_soft_reset=True"),
     "delay": (lambda: nn.Sequential(LeakyIntegrator(delay=True)), r"0 \(LeakyIntegrator\): delay, and v_rest where"),
     "a start that is not 0": (lambda: LeakyIntegrator(decay=1.0, v_rest=0.5), "delay, and v_rest where nothing leaks"),
-    "decay of an integrator": (lambda: LeakyIntegrator(decay=-0.5), r"decay must be in \[0, 1\], got -0.5"),
+    "decay of an integrator": (lambda: decaying(LeakyIntegrator(), -0.5), r"decay must be in \[0, 1\], got -0.5"),
     "integrators without time": (lambda: OverTime(LeakyIntegrator()), r"\(LeakyIntegrator\): time and batch must be"),
     "batch norm": (
         lambda: nn.Sequential(nn.Sequential(nn.BatchNorm1d(3))),
@@ -331,7 +337,7 @@ NOT_REPRESENTED = {
     "batch flattened": (lambda: nn.Sequential(nn.Flatten()), r"0 \(Flatten\) must leave time and batch alone.*got 1"),
     "time last": (lambda: nn.Sequential(LIF(time_dim=-1)), r"0 \(LIF\): time must be the first.*got time_dim -1"),
     "time elsewhere": (lambda: nn.Sequential(LIF(), LIF(time_dim=1)), r"1 \(LIF\): time must be where"),
-    "decay": (lambda: nn.Sequential(LIF(decay=1.5)), r"0 \(LIF\): decay must be in \[0, 1\], got 1.5"),
+    "decay": (lambda: nn.Sequential(decaying(LIF(), 1.5)), r"0 \(LIF\): decay must be in \[0, 1\], got 1.5"),
     "batch in the parameters": (
         lambda: LIF((3, 4), granularity="neuron"),
         r"num_features \[3, 4\] must be the shape of neurons, \[4\]",

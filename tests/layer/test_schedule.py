@@ -137,6 +137,62 @@ def test_the_state_of_other_layers_is_refused(names):
     assert schedule.starts == {"1": 0.2, "3": 0.8}
 
 
+BAD_STATES = [
+    ({"epoch": 1.5}, TypeError, "epoch must be an int, got float"),
+    ({"epoch": True}, TypeError, "epoch must be an int, got bool"),
+    ({"epoch": "a"}, TypeError, "epoch must be an int, got str"),
+    ({"epoch": None}, TypeError, "epoch must be an int, got NoneType"),
+    ({"epoch": -5}, ValueError, "epoch must be >= 0, got -5"),
+    ({"epoch": 10**400}, ValueError, "epoch must be <= 9223372036854775807, got 1000"),
+    ({"starts": {"1": 1.5, "3": 0.5}}, ValueError, r"the start of layer '1' must be in \[0, 1\], got 1\.5"),
+    ({"starts": {"1": 0.5, "3": -0.5}}, ValueError, r"the start of layer '3' must be in \[0, 1\], got -0\.5"),
+    ({"starts": {"1": 0.5, "3": math.nan}}, ValueError, r"the start of layer '3' must be in \[0, 1\], got nan"),
+    ({"starts": {"1": 0.5, "3": None}}, TypeError, "the start of layer '3' must be a float, got NoneType"),
+    ({"starts": {"1": 0.5, "3": 10**400}}, ValueError, "the start of layer '3' must be a float, got a number beyond"),
+    ({"starts": None}, TypeError, "starts must be a dict of layers and numbers, got NoneType"),
+    ({"starts": ["1", "3"]}, TypeError, "starts must be a dict of layers and numbers, got list"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_STATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_of_nonsense_is_refused_and_nothing_is_changed(kind, change, error, message):
+    schedule = KINDS[kind](network())
+    schedule.step()
+    before = copy.deepcopy(schedule.state_dict()), schedule.probs
+    with pytest.raises(error, match=f"asgl_cuda.AnalogProbSchedule: {message}"):
+        schedule.load_state_dict({**before[0], "epoch": 3, **change})
+    assert (schedule.state_dict(), schedule.probs) == before
+
+
+def test_numbers_of_numpy_and_tensors_are_taken():
+    numpy = pytest.importorskip("numpy")
+    ours, theirs = network(), network()
+    for kind in ("linear", "cosine"):
+        expected = getattr(AnalogProbSchedule, kind)(ours, 4, 0.25)
+        actual = getattr(AnalogProbSchedule, kind)(theirs, numpy.int64(4), torch.tensor(0.25))
+        expected.step()
+        actual.step()
+        assert actual.probs == expected.probs
+    expected = AnalogProbSchedule.multi_step(ours, [1], 0.5)
+    actual = AnalogProbSchedule.multi_step(theirs, [numpy.int32(1)], numpy.float32(0.5))
+    actual.load_state_dict({**actual.state_dict(), "epoch": numpy.int64(2)})
+    expected.load_state_dict({**expected.state_dict(), "epoch": 2})
+    assert actual.probs == expected.probs
+    assert type(actual.state_dict()["epoch"]) is int
+    assert AnalogProbSchedule(theirs, lambda start, epoch: torch.tensor(0.5)).probs == {"1": 0.5, "3": 0.5}
+
+
+def test_a_layer_that_refuses_its_share_leaves_the_others_as_they_were():
+    """One of several spikes a step has no noise."""
+    several = LIF(multi_spike=True, v_reset=None, analog_prob=0.0)
+    model = nn.Sequential(LIF(analog_prob=0.4), several)
+    schedule = AnalogProbSchedule.linear(model, 2, final=0.1)
+    with pytest.raises(ValueError, match="multi_spike needs analog_prob=0"):
+        schedule.step()
+    assert (schedule.epoch, schedule.probs) == (0, {"0": 0.4, "1": 0.0})
+
+
 def test_shared_and_ordinary_layers():
     shared, ordinary, silent = LIF(analog_prob=0.4), LIF(analog_prob=0, learn_width=False), LIF(analog_prob=0)
     schedule = AnalogProbSchedule.linear(nn.Sequential(shared, ordinary, shared, silent), 2, final=0.5)
@@ -188,6 +244,10 @@ def test_a_function_of_ones_own():
         ),
         (lambda model: AnalogProbSchedule.multi_step(model, [1.5]), ValueError, r"milestones .*, got \[1\.5\]"),
         (lambda model: AnalogProbSchedule.multi_step(model, 2), TypeError, "milestones must be a sequence .*, got int"),
+        (lambda model: AnalogProbSchedule.multi_step(model, "12"), TypeError, "milestones must .*, got str"),
+        (lambda model: AnalogProbSchedule.linear(model, 1.5), TypeError, "epochs must be an int, got float"),
+        (lambda model: AnalogProbSchedule.linear(model, 10**400), ValueError, "epochs must be <= "),
+        (lambda model: AnalogProbSchedule.linear(model, 2, 10**400), ValueError, "final must be a float, got a number"),
         (lambda model: AnalogProbSchedule(model, 0.5), TypeError, "prob_at must be a function .*, got float"),
         (
             lambda model: AnalogProbSchedule.linear(model, 2).load_state_dict({}),

@@ -100,6 +100,42 @@ def test_compile_where_the_learned_threshold_is_subtracted(backend, device, comp
     assert_all_equal(with_gradients(compile_it(function), *inputs), with_gradients(function, *inputs))
 
 
+SEVERAL_TIMES = {
+    # Calls on an input x and potentials v, with one of them as other arguments, too.
+    "input": lambda x, v, **options: asgl_cuda.lif(x, width=x, v_threshold=x, surrogate="sigmoid", **options),
+    "potential": lambda x, v, **options: asgl_cuda.lif(x, v_init=v, v_threshold=v, input_bias=v, **options),
+    "last potential": lambda x, v, **options: asgl_cuda.lif(x, v_init=v, decay=v, return_v_last=True, **options).v_last,
+    "input of an integrator": lambda x, v, **options: asgl_cuda.leaky_integrator(x, x, input_gain=x, **options),
+    "potential of an integrator": lambda x, v, **options: asgl_cuda.leaky_integrator(x, v, v_init=v, **options),
+    "normalised": lambda x, v, **options: asgl_cuda.batch_norm_lif(
+        x, weight=v[0], bias=v[0], training=True, v_init=v, width=v, v_threshold=x, **options
+    ),
+    "normalised by one": lambda x, v, **options: (
+        lambda one, same: asgl_cuda.batch_norm_lif(x, one, one, same, same, width=v, v_init=v, **options)
+    )(v[0].detach(), v[0]),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL_TIMES)
+@pytest.mark.parametrize("with_grads", [True, False])
+def test_compile_where_one_tensor_is_several_arguments(backend, device, compiled, name, with_grads):
+    compile_it, _ = compiled
+    inputs = (uniform(5, 4, 3, low=0.5, high=1.5, device=device), uniform(4, 3, low=0.5, high=1.5, device=device))
+
+    def function(*inputs):
+        return SEVERAL_TIMES[name](*inputs, backend=backend)
+
+    def called(function):
+        if with_grads:
+            s_seq = function(*inputs)
+            return [s_seq, *torch.autograd.grad(s_seq.square().sum(), inputs, materialize_grads=True)]
+        with torch.no_grad():
+            return [function(*inputs)]
+
+    for actual, expected in zip(called(compile_it(function)), called(function), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("prob", [0.0, 1 / 65536, 0.3, 1 - 1 / 65536, 1.0])
 @pytest.mark.parametrize("steps", [4, 20])
 def test_analog_prob_as_data_is_as_a_number(backend, device, prob, steps):

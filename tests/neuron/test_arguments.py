@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
 from asgl_cuda import backends, extension
+from asgl_cuda.checks import shown
 
 X = torch.zeros(4, 6, 3)
 
@@ -46,6 +47,23 @@ BAD = [
     ({"width": torch.tensor([1.0, 0.0, 1.0])}, ValueError, ["width", "> 0", "0.0"]),
     ({"width": torch.tensor([1.0, float("nan"), 1.0])}, ValueError, ["width", "> 0", "nan"]),
     ({"width": torch.full((3,), 1e-40)}, ValueError, ["width", "1.08e-19"]),
+    ({"width": torch.tensor([1.0, float("inf"), 1.0])}, ValueError, ["width", "finite", "inf"]),
+    ({"width": torch.tensor([1e-40, float("inf"), 1.0])}, ValueError, ["width", "1.08e-19"]),
+    ({"width": torch.tensor([[float("inf")]])}, ValueError, ["width", "finite", "inf"]),
+    (
+        {"width": torch.tensor([float("inf"), float("nan")])[:, None, None].expand(2, 1, 3)[:1]},
+        ValueError,
+        ["width", "inf"],
+    ),
+    ({"width": 10**400}, ValueError, ["width", "float", "beyond"]),
+    ({"decay": -(10**400)}, ValueError, ["decay", "float", "beyond"]),
+    ({"v_rest": 10**5000}, ValueError, ["v_rest", "float", "beyond"]),
+    ({"time_dim": 10**5000}, ValueError, ["time_dim", "[-3, 2]"]),
+    ({"backend": ["cpu"]}, ValueError, ["backend", "cpu, reference", "['cpu']"]),
+    ({"backend": {"cpu": 1}}, ValueError, ["backend", "cpu, reference", "{'cpu': 1}"]),
+    ({"surrogate": ["arctan"]}, ValueError, ["surrogate", "arctan", "['arctan']"]),
+    ({"rng_state": torch.zeros(2, dtype=torch.int64).to_sparse()}, TypeError, ["rng_state", "dense", "sparse"]),
+    ({"multi_spike": True, "v_reset": None, "analog_prob": [0.1]}, TypeError, ["analog_prob", "float", "list"]),
     ({"decay": float("nan")}, ValueError, ["decay", "a number", "nan"]),
     ({"v_threshold": float("nan")}, ValueError, ["v_threshold", "a number", "nan"]),
     ({"v_rest": float("nan")}, ValueError, ["v_rest", "a number", "nan"]),
@@ -88,7 +106,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "words"), BAD, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("options", "error", "words"), BAD, ids=lambda value: shown(value)[:40])
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_bad_arguments(options, error, words, backend):
     options = {"backend": backend, **options}
@@ -125,6 +143,23 @@ def test_integers_are_numbers(backend, device):
     x_seq = torch.rand(4, 6, device=device)
     floats = asgl_cuda.lif(x_seq, decay=0.0, v_threshold=1.0, v_reset=0.0, analog_prob=1.0, backend=backend)
     assert torch.equal(floats, asgl_cuda.lif(x_seq, decay=0, v_threshold=1, v_reset=0, analog_prob=1, backend=backend))
+
+
+def test_numbers_of_numpy_are_numbers(backend, device):
+    numpy = pytest.importorskip("numpy")
+    x_seq = torch.rand(4, 6, device=device)
+    options = {"decay": 0.75, "v_rest": 0.25, "surrogate_gain": 0.5, "width": 2.0}
+    theirs = {name: numpy.float32(value) for name, value in options.items()}
+    flags = {"return_v_last": numpy.bool_(True), "strict_threshold": numpy.bool_(True), "time_dim": numpy.int64(1)}
+    expected = asgl_cuda.lif(x_seq, **options, return_v_last=True, strict_threshold=True, time_dim=1, backend=backend)
+    actual = asgl_cuda.lif(x_seq, **theirs, **flags, backend=backend)
+    assert torch.equal(actual.s_seq, expected.s_seq)
+    assert torch.equal(actual.v_last, expected.v_last)
+    expected = asgl_cuda.leaky_integrator(x_seq, 0.75, delay=True, return_v_last=True, time_dim=1, backend=backend)
+    theirs = {"delay": numpy.bool_(True), "return_v_last": numpy.bool_(True), "time_dim": numpy.int64(1)}
+    actual = asgl_cuda.leaky_integrator(x_seq, numpy.float64(0.75), **theirs, backend=backend)
+    assert torch.equal(actual.v_seq, expected.v_seq)
+    assert torch.equal(actual.v_last, expected.v_last)
 
 
 @with_extension

@@ -242,6 +242,16 @@ def test_compile(backend, device):
         ({"training": True, "width": 0.0}, ValueError, "batch_norm_lif: width must be > 0"),
         ({"training": True, "input_gain": 2.0}, TypeError, "asgl_cuda.batch_norm_lif.* argument 'input_gain'"),
         ({"training": True, "tau": 2.0}, TypeError, "asgl_cuda.batch_norm_lif.* argument 'tau'"),
+        ({"training": True, "eps": -1.0}, ValueError, "batch_norm_lif: eps must be >= 0, got -1.0"),
+        ({"training": True, "eps": float("inf")}, ValueError, "eps must be finite, got inf"),
+        ({"training": True, "momentum": float("inf")}, ValueError, "momentum must be finite, got inf"),
+        ({"training": True, "momentum": torch.tensor(float("nan"))}, ValueError, "momentum must be finite, got nan"),
+        ({"training": True, "momentum": torch.ones(2)}, ValueError, r"momentum .* tensor of one value, .* shape \[2\]"),
+        ({"training": True, "momentum": torch.ones(())[None][:0]}, ValueError, r"momentum .* shape \[0\]"),
+        ({"training": True, "momentum": torch.tensor(1j)}, TypeError, "momentum must be of a floating type"),
+        ({"training": True, "momentum": torch.ones((), device="meta")}, ValueError, "momentum must be on cpu .* meta"),
+        ({"training": True, "weight": torch.ones(3).to_sparse()}, TypeError, "weight must be a dense tensor"),
+        ({"training": True, "process_group": [1, 2]}, TypeError, r"process_group must be .*, got \[1, 2\]"),
     ],
 )
 def test_errors(arguments, error, message):
@@ -249,6 +259,80 @@ def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         batch_norm_lif(torch.randn(4, 2, 3, 5, generator=torch.Generator()), **arguments, analog_prob=0.2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def running_statistics(kind):
+    """Mean and variance of 3 channels, the name of the one that is wrong, and why."""
+    both = torch.ones(6)
+    frozen = torch.inference_mode()(torch.ones)
+    return {
+        "an expanded mean": (torch.zeros(1).expand(3), torch.ones(3), "running_mean .* expanded"),
+        "an expanded variance": (torch.zeros(3), torch.ones(1).expand(3), "running_var .* expanded"),
+        "the same twice": (both[:3], both[:3], "running_mean and running_var .* must not share memory"),
+        "one behind the other": (both[:3], both[2:5], "must not share memory"),
+        "every second": (both[:5:2], both[:3], "must not share memory"),
+        "a mean that learns": (torch.zeros(3, requires_grad=True), torch.ones(3), "running_mean has no gradient"),
+        "a variance that learns": (torch.zeros(3), torch.ones(3, requires_grad=True), "running_var has no gradient"),
+        "a variance of inference mode": (torch.zeros(3).double(), frozen(3), "made in inference mode"),
+    }[kind]
+
+
+RUNNING = [
+    "an expanded mean", "an expanded variance", "the same twice", "one behind the other", "every second",
+    "a mean that learns", "a variance that learns", "a variance of inference mode",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RUNNING)
+def test_running_statistics_that_cannot_be_kept(backend, kind):
+    """They are refused before one of the two is written."""
+    mean, variance, words = running_statistics(kind)
+    before = mean.detach().clone(), variance.detach().clone()
+    with pytest.raises(ValueError, match=f"asgl_cuda.batch_norm_lif: .*{words}"):
+        batch_norm_lif(torch.randn(4, 2, 3, 5), mean, variance, training=True, backend=backend)
+    assert torch.equal(mean, before[0])
+    assert torch.equal(variance, before[1])
+    if "learns" in kind:
+        with pytest.raises(ValueError, match=words):
+            batch_norm_lif(torch.randn(4, 2, 3, 5), mean, variance, backend=backend)
+        with torch.no_grad():
+            batch_norm_lif(torch.randn(4, 2, 3, 5), mean, variance, training=True, backend=backend)
+            batch_norm_lif(torch.randn(4, 2, 3, 5), mean, variance, backend=backend)
+    else:
+        batch_norm_lif(torch.randn(4, 2, 3, 5), mean, variance, backend=backend)  # which only reads
+
+
+def test_running_statistics_of_one_memory(backend, device):
+    """Rows and columns of one tensor are written apart from each other."""
+    x_seq = torch.randn(4, 2, 3, 5, device=device)
+    expected = torch.zeros(3, device=device), torch.ones(3, device=device)
+    batch_norm_lif(x_seq, *expected, training=True, backend=backend)
+    rows = torch.tensor([[0.0] * 3, [1.0] * 3], device=device)
+    columns = rows.T.contiguous()
+    for mean, variance in (rows, columns.unbind(1)):
+        batch_norm_lif(x_seq, mean, variance, training=True, backend=backend)
+        assert torch.equal(mean, expected[0])
+        assert torch.equal(variance, expected[1])
+
+
+def test_layers_train_in_inference_mode(backend, device):
+    with torch.inference_mode():
+        layer = asgl_cuda.BatchNormLIF(3, backend=backend, device=device)
+        layer(torch.randn(4, 2, 3, 5, device=device))
+    assert layer.num_batches_tracked == 1
+    assert layer.running_mean.abs().sum() > 0
+
+
+def test_momentum_is_one_value_of_any_shape(backend, device):
+    x_seq = torch.randn(4, 2, 3, 5, device=device)
+    found = []
+    for momentum in (0.25, torch.tensor(0.25), torch.tensor([0.25]), torch.full((1, 1), 0.25, dtype=torch.float64)):
+        mean, variance = torch.zeros(3, device=device), torch.ones(3, device=device)
+        momentum = momentum.to(device) if isinstance(momentum, torch.Tensor) else momentum
+        batch_norm_lif(x_seq, mean, variance, training=True, momentum=momentum, backend=backend)
+        found.append((mean, variance))
+    for mean, variance in found[1:]:
+        torch.testing.assert_close((mean, variance), found[0])
 
 
 def test_errors_of_shapes():

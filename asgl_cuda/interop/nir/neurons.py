@@ -188,10 +188,10 @@ def new_lif(neurons: Neurons, where: str) -> LIF:
         granularity=granularity,
         decay=float(decay.flatten()[0]),
         v_threshold=float(v_threshold.flatten()[0]),
-        v_reset=float(v_reset.flatten()[0]),
         learn_decay=_varies(decay, where),
         learn_threshold=_varies(v_threshold),
     )
+    layer.v_reset = float(v_reset.flatten()[0])  # a graph may have one above the threshold, which LIF refuses
     _fill(layer.logit_decay, decay.logit())
     _fill(layer.threshold, v_threshold)
     return layer

@@ -1,0 +1,156 @@
+"""Whatever is given where it makes no sense, the error is one of ours and names the place, or the value is taken."""
+
+import inspect
+import math
+import warnings
+from decimal import Decimal
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+
+import asgl_cuda
+from asgl_cuda import LIF, AnalogProbSchedule, BatchNormLIF, LeakyIntegrator, OverTime
+from asgl_cuda.functional import NeuronArguments
+
+
+class Contrary:
+    """It can be neither hashed, compared nor shown."""
+
+    __hash__ = None
+
+    def __eq__(self, other):
+        raise RuntimeError("compared")
+
+    def __repr__(self):
+        raise RuntimeError("shown")
+
+
+NONSENSE = [
+    None, True, -1, 0.5, math.nan, math.inf, 10**400, -(10**400), 10**5000, 1 + 2j, Fraction(10**400), Decimal(1),
+    "nonsense", "", "\udcff", b"x", ["cpu"], [[1.0]], {"a": 1}, {1}, range(3), float, len, object(), Contrary(),
+    nn.Identity(), torch.float32, torch.ones(2), torch.ones((1,) * 7), torch.zeros(0), torch.tensor(1j),
+    torch.tensor(True), torch.tensor(0.5), torch.ones((), device="meta"), torch.ones(3, dtype=torch.int64),
+    torch.ones(2).to_sparse(), torch.nested.nested_tensor([torch.ones(2)]), nn.Parameter(torch.tensor(0.5)),
+]  # fmt: skip
+
+X = torch.zeros(2, 4, 6, 3)
+STATE = torch.zeros(2, dtype=torch.int64)
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 3), LIF(), LIF(multi_spike=True, v_reset=None, analog_prob=0.0))
+
+
+def names(function, *others):
+    given = [each.name for each in inspect.signature(function).parameters.values() if each.kind is not each.VAR_KEYWORD]
+    return [name for name in (*given, *others) if name != "self"]
+
+
+def set_on(make):
+    """A call that sets attributes of a layer, and calls it if they could be set."""
+
+    def call(**values):
+        layer = make()
+        for name, value in values.items():
+            setattr(layer, name, value)
+        layer(X)
+
+    return call
+
+
+def loads(**change):
+    schedule = AnalogProbSchedule.linear(network(), 4)
+    schedule.load_state_dict({**schedule.state_dict(), **change})
+
+
+# The call, the arguments in which it is given nonsense, and those that it has otherwise.
+CALLS = {
+    "lif": (asgl_cuda.lif, names(asgl_cuda.lif), {"x_seq": X}),
+    "leaky_integrator": (asgl_cuda.leaky_integrator, names(asgl_cuda.leaky_integrator), {"x_seq": X}),
+    "analog_mask": (
+        asgl_cuda.analog_mask,
+        names(asgl_cuda.analog_mask),
+        {"x_seq": X, "analog_prob": 0.5, "rng_state": STATE},
+    ),
+    "batch_norm_lif": (
+        lambda **options: asgl_cuda.batch_norm_lif(
+            **{"x_seq": X, "running_mean": torch.zeros(6), "running_var": torch.ones(6), "training": True, **options}
+        ),
+        [name for name in names(asgl_cuda.batch_norm_lif, *NeuronArguments.__annotations__) if name != "neuron"],
+        {},
+    ),
+    "LIF": (LIF, names(LIF.__init__), {}),
+    "LIF that learns": (LIF, names(LIF.__init__), {"learn_decay": True, "learn_threshold": True}),
+    "LIF of channels": (LIF, ["num_features"], {"granularity": "channel"}),
+    "LIF called": (LIF(), ["x_seq"], {}),
+    "LIF set": (set_on(LIF), ["width", "decay", "v_threshold", "analog_prob", "v_rest", "input_gain", "v_min"], {}),
+    "BatchNormLIF": (BatchNormLIF, names(BatchNormLIF.__init__, *names(LIF.__init__)[1:]), {"num_features": 6}),
+    "BatchNormLIF called": (BatchNormLIF(6), ["x_seq"], {}),
+    "BatchNormLIF set": (set_on(lambda: BatchNormLIF(6)), ["eps", "momentum", "input_scale", "process_group"], {}),
+    "LeakyIntegrator": (LeakyIntegrator, names(LeakyIntegrator.__init__), {}),
+    "LeakyIntegrator called": (LeakyIntegrator(), ["x_seq"], {}),
+    "OverTime": (OverTime, ["layer"], {}),
+    "OverTime called": (OverTime(nn.Identity()), ["x_seq"], {}),
+    "AnalogProbSchedule": (AnalogProbSchedule, ["model"], {"prob_at": lambda start, epoch: start}),
+    "AnalogProbSchedule of": (lambda prob_at: AnalogProbSchedule(network(), lambda *_: prob_at), ["prob_at"], {}),
+    "multi_step": (
+        lambda **options: AnalogProbSchedule.multi_step(**{"model": network(), "milestones": [1], **options}),
+        ["model", "milestones", "gamma"],
+        {},
+    ),
+    "multi_step at": (lambda epoch: AnalogProbSchedule.multi_step(network(), [epoch]), ["epoch"], {}),
+    "cosine": (
+        lambda **options: AnalogProbSchedule.cosine(**{"model": network(), "epochs": 3, **options}),
+        ["model", "epochs", "final"],
+        {},
+    ),
+    "linear": (
+        lambda **options: AnalogProbSchedule.linear(**{"model": network(), "epochs": 3, **options}),
+        ["model", "epochs", "final"],
+        {},
+    ),
+    "state": (lambda state: AnalogProbSchedule.linear(network(), 4).load_state_dict(state), ["state"], {}),
+    "state of": (loads, ["epoch", "starts"], {}),
+    "state from": (lambda start: loads(starts={"1": start, "2": 0.0}), ["start"], {}),
+    "parameter_groups": (asgl_cuda.parameter_groups, names(asgl_cuda.parameter_groups), {"model": LIF(), "lr": 0.1}),
+    "spiking_eval": (lambda model: asgl_cuda.spiking_eval(model).__enter__(), ["model"], {}),
+    "reset": (asgl_cuda.reset, ["model"], {}),
+    "asgl_layers": (asgl_cuda.asgl_layers, ["model"], {}),
+    "Monitor": (asgl_cuda.Monitor, ["model"], {}),
+    "lightning_callback": (asgl_cuda.lightning_callback, ["schedule", "monitor"], {}),
+    "convert": (asgl_cuda.convert, names(asgl_cuda.convert), {"model": LIF()}),
+    "convert with": (
+        lambda **asgl: asgl_cuda.convert(LIF(), asgl=asgl),
+        ["width", "analog_prob", "learn_width", "surrogate"],
+        {},
+    ),
+    "revert": (asgl_cuda.revert, names(asgl_cuda.revert), {"model": LIF()}),
+    "fuse": (asgl_cuda.fuse, names(asgl_cuda.fuse), {"model": LIF()}),
+    "unfuse": (asgl_cuda.unfuse, names(asgl_cuda.unfuse), {"model": LIF()}),
+}
+
+
+def raw_error(call, options):
+    """The error of a call, where it is one that a user can't read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call(**options)
+    except Exception as error:
+        in_words = isinstance(error, (TypeError, ValueError)) and str(error).startswith("asgl_cuda.")
+        return None if in_words and "\n" not in str(error) else error
+    return None
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nonsense_is_taken_or_refused_in_words(name):
+    call, arguments, others = CALLS[name]
+    raw = [
+        (argument, type(value), error)
+        for argument in arguments
+        for value in NONSENSE
+        if (error := raw_error(call, {**others, argument: value})) is not None
+    ]
+    assert not raw, "\n".join(map(str, raw))
