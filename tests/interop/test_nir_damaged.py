@@ -442,3 +442,16 @@ def test_an_image_through_all_layers(tmp_path):
         2,
         6,
     )
+
+
+def test_a_scale_with_dimensions_that_neurons_do_not_have():
+    x_seq = torch.randn(5, 2, 6)
+    model = from_nir(graph_of(nir.Scale(np.arange(6.0)[None])))
+    graph = to_nir(model, x_seq)
+    assert graph.nodes["_0"].scale.shape == (6,)
+    assert torch.equal(from_nir(graph)(x_seq), model(x_seq))
+    by_batch = from_nir(graph_of(nir.Scale(np.arange(12.0).reshape(2, 6))))
+    with pytest.raises(ValueError, match=r"0 \(Scale\): scale must have the shape of neurons, \[6\], got \[2, 6\]"):
+        to_nir(by_batch, x_seq)
+    with pytest.raises(ValueError, match=r"0 \(Scale\): scale must have the shape of neurons, \[5\], got \[1, 6\]"):
+        to_nir(model, x_seq[..., :5])

@@ -197,7 +197,7 @@ class _Export(fx.Interpreter):
             LIF: self._lif,
             BatchNormLIF: self._lif,
             LeakyIntegrator: self._integrator,
-            Scale: lambda layer, flow, where: self.nir.Scale(as_array(layer.scale.expand(flow.shape))),
+            Scale: self._scale,
             Converted: self._converted,
             nn.Linear: self._linear,
             nn.Conv1d: self._conv,
@@ -484,6 +484,16 @@ class _Export(fx.Interpreter):
                 f"{where} has {'a soft reset' if soft else 'a v_min'}, and whoever reads NIR resets to v_reset; "
                 "allow_soft_reset=True writes it for asgl_cuda.from_nir, which sees it in the metadata"
             )
+
+    def _scale(self, layer: Scale, flow: _Flow, where: str) -> Any:
+        scale = layer.scale
+        while scale.dim() > len(flow.shape) and len(scale) == 1:
+            scale = scale[0]
+        sizes = zip(reversed(scale.shape), reversed(flow.shape), strict=False)
+        if scale.dim() > len(flow.shape) or any(own not in (1, size) for own, size in sizes):
+            shapes = f"{list(flow.shape)}, got {list(layer.scale.shape)}"
+            raise ValueError(f"{where}: scale must have the shape of neurons, {shapes}")
+        return self.nir.Scale(as_array(scale.broadcast_to(flow.shape)))
 
     def _linear(self, layer: nn.Linear, flow: _Flow, where: str) -> Any:
         if len(flow.shape) != 1:
