@@ -1,6 +1,47 @@
-"""Fused spiking neurons for PyTorch: multi-step leaky integrate-and-fire with Adaptive Smoothing Gradient Learning."""
+"""Fused spiking neurons for PyTorch: multi-step leaky integrate-and-fire with Adaptive Smoothing Gradient Learning.
+
+Layers:
+    LIF                     leaky integrate-and-fire neurons that learn the width of their surrogate
+    BatchNormLIF            a batch normalisation and the neurons behind it, in one
+    LeakyIntegrator         neurons that do not fire: a synaptic current, or a read-out
+    OverTime                a layer that knows no time, over a sequence
+
+Functions:
+    lif, LIFOutput          what LIF computes
+    batch_norm_lif          what BatchNormLIF computes
+    leaky_integrator, IntegratorOutput
+                            what LeakyIntegrator computes
+    analog_mask             which elements the noise makes analog
+
+States:
+    step                    a model one time step at a time
+    reset, detach           forget what layers carry, or cut it off its graph
+
+Training:
+    parameter_groups        for an optimizer
+    calibrate               scales weights until layers fire at a rate
+    AnalogProbSchedule      lowers the noise over the epochs
+    Monitor                 firing rates, widths, dead neurons
+    spiking_eval            hard spikes with surrogate gradients
+    lightning_callback      schedule and monitor in a Lightning Trainer
+    convert_sync_batchnorm  statistics that processes share
+    asgl_layers             the layers that these work on
+
+Models of other libraries:
+    convert, revert         SpikingJelly, snnTorch, Norse and sinabs on the fused neuron, and back
+    fuse, unfuse            normalisations with the neurons behind them, and apart again
+    to_nir, from_nir        the exchange format NIR
+    interop                 one module for each library
+
+Backends:
+    available_backends, unavailable_backends
+                            which work here, and what the others lack
+
+`help(asgl_cuda.LIF)` and so on tell more.
+"""
 
 # ruff: noqa: E402  # torch is not imported before
+import sys
 import warnings
 
 # torch warns of it when it is imported, and works without it, as this package does.
@@ -18,7 +59,9 @@ from .monitor import Monitor
 from .neuron import LIF, BatchNormLIF
 from .over_time import OverTime
 from .schedule import AnalogProbSchedule
-from .training import lightning_callback, parameter_groups, reset, spiking_eval
+from .streaming import step
+from .sync_batch_norm import convert_sync_batchnorm
+from .training import detach, lightning_callback, parameter_groups, reset, spiking_eval
 
 __all__ = [
     "LIF",
@@ -36,6 +79,8 @@ __all__ = [
     "batch_norm_lif",
     "calibrate",
     "convert",
+    "convert_sync_batchnorm",
+    "detach",
     "from_nir",
     "fuse",
     "leaky_integrator",
@@ -45,7 +90,20 @@ __all__ = [
     "reset",
     "revert",
     "spiking_eval",
+    "step",
     "to_nir",
     "unavailable_backends",
     "unfuse",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    special = [name for name in globals() if name.startswith("__") and name.endswith("__") and name != "__dir__"]
+    frame = sys._getframe()
+    for _ in range(3):  # pydoc asks by inspect.getmembers
+        if frame.f_back is not None:
+            frame = frame.f_back
+        if frame.f_code.co_filename.endswith("pydoc.py"):
+            return special  # it would print 1,000 lines of torch.nn.Module for each layer, and the docstring has a list
+    return sorted({*__all__, "interop", *special})

@@ -34,6 +34,7 @@ from .checks import (
     check_input,
     check_keywords,
     check_not_nan,
+    expected_shape,
     once_a_kind,
     shown,
 )
@@ -41,7 +42,7 @@ from .functional import Arguments, Call, LIFOutput, NeuronArguments, checked_cal
 from .layout import by_channel, channel_dim, real_type
 from .ops import ForwardResult, in_their_places
 from .reference import Parameters, batch_statistics, normalisation
-from .transforms import apply, is_differentiated, once_differentiable, transforming
+from .transforms import apply, is_differentiated, once_differentiable, saved_tensors, transforming
 
 _CALLER = "asgl_cuda.batch_norm_lif"
 NEURON_DEFAULTS = lif.__kwdefaults__ or {}
@@ -82,7 +83,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        checkpoints, coefficients, statistics, *tensors = ctx.saved_tensors
+        checkpoints, coefficients, statistics, *tensors = saved_tensors(ctx)
         settings, grads = ctx.settings, grads[:-3]
         call = Call.of(*ctx.options, *tensors)
         _, wants_weight, wants_bias, _, _, _, _, _, _, wants_x_seq, wants_v_init, _, *needed = ctx.needs_input_grad
@@ -309,7 +310,7 @@ def _norm_plan_of(caller: str, values: Sequence[Any], options: Sequence[Any]) ->
     if channel >= x_seq.dim():
         raise ValueError(
             f"{caller}: x_seq must have a dimension of channels, the second but time, got shape {list(x_seq.shape)} "
-            f"with time_dim {time_dim}"
+            f"with time_dim {time_dim}; is time missing?"
         )
     channels = x_seq.shape[channel]
     if (running_mean is None) != (running_var is None):
@@ -325,7 +326,7 @@ def _norm_plan_of(caller: str, values: Sequence[Any], options: Sequence[Any]) ->
         if list(value.shape) != [channels]:
             raise ValueError(
                 f"{caller}: {name} must have shape {[channels]} for x_seq of shape {list(x_seq.shape)}, "
-                f"got {list(value.shape)}"
+                f"got {list(value.shape)}: {expected_shape(x_seq, time_dim, value.shape or (1,), True)}"
             )
         check_device(name, value, x_seq, caller)
     if isinstance(momentum, Tensor):

@@ -39,7 +39,7 @@ def check_input(x_seq: Tensor, time_dim: int, caller: str) -> int:
     if not -dims <= time_dim < dims:
         raise ValueError(
             f"{caller}: time_dim must be in [{-dims}, {dims - 1}] for x_seq of shape {list(x_seq.shape)}, "
-            f"got {shown(time_dim)}"
+            f"got {shown(time_dim)}{'; is time missing?' if time_dim in (dims, -dims - 1) else ''}"
         )
     time_dim %= dims
     if x_seq.shape[time_dim] == 0:
@@ -47,6 +47,31 @@ def check_input(x_seq: Tensor, time_dim: int, caller: str) -> int:
             f"{caller}: x_seq must have at least one time step, got shape {list(x_seq.shape)} with time_dim {time_dim}"
         )
     return time_dim
+
+
+def check_step(x_t: Any, time_dim: int, caller: str) -> None:
+    """An input of one time step, which has no time, and a place for it."""
+    if not isinstance(x_t, Tensor):
+        raise TypeError(f"{caller}: x_t must be a tensor, got {type(x_t).__name__}")
+    if not -x_t.dim() - 1 <= time_dim <= x_t.dim():
+        raise ValueError(
+            f"{caller}: x_t, one step without time, must have {max(time_dim, -time_dim - 1)} or more dimensions for "
+            f"time_dim {time_dim}, got shape {list(x_t.shape)}"
+        )
+
+
+def expected_shape(x_seq: Tensor, time_dim: int, sizes: Sequence[int], by_channel: bool) -> str:
+    """The end of an error about channels, or neurons, of these sizes; `time_dim` is not negative."""
+    if by_channel:
+        names, wanted = ["B", "C", "..."], f"with C = {sizes[0]}"
+        names.insert(min(time_dim, len(names)), "T")
+        without_time = list(x_seq.shape[1:2]) == list(sizes)
+    else:
+        names, wanted = ["B", *map(str, sizes)], "with the neurons last"
+        names.insert(min(time_dim, len(names)), "T")
+        without_time = list(x_seq.shape[-len(sizes) :]) == list(sizes)
+    question = "; is time missing?" if without_time else ""
+    return f"expected [{', '.join(names)}] {wanted}; got {list(x_seq.shape)}{question}"
 
 
 def check_dense(name: str, value: Tensor, caller: str) -> None:

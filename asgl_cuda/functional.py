@@ -33,7 +33,14 @@ from .learned import Logarithm, Logit
 from .ops import BackwardResult, ForwardResult, in_their_places
 from .reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules, analog_mask_below, lif_reference
 from .surrogate import PERIODIC, SURROGATES
-from .transforms import apply, draw_under_transforms, is_differentiated, once_differentiable, transforming
+from .transforms import (
+    apply,
+    draw_under_transforms,
+    is_differentiated,
+    once_differentiable,
+    saved_tensors,
+    transforming,
+)
 
 _CALLER = "asgl_cuda.lif"
 
@@ -197,7 +204,7 @@ class LIFFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        checkpoints, *tensors = ctx.saved_tensors
+        checkpoints, *tensors = saved_tensors(ctx)
         x_seq, v_init, rng_state, *parameters = tensors
         backend, numbers, rules, wanted = ctx.options
         grads, needed = grads[:-1], ctx.needs_input_grad[4:]

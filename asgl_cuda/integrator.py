@@ -15,7 +15,7 @@ from .layout import is_dense, real_type
 from .learned import Logit
 from .ops import in_their_places
 from .reference import Numbers, Parameters, Rules, integrator_reference
-from .transforms import apply, is_differentiated, once_differentiable
+from .transforms import apply, is_differentiated, once_differentiable, saved_tensors
 
 _NO_RULES = Rules(*(0 for _ in Rules._fields))
 
@@ -59,18 +59,19 @@ class IntegratorFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         backend, numbers, rules, delay, wants_v_last = ctx.options
-        v_seq, v_init, x_seq, decay, input_gain = ctx.saved_tensors
+        saved = saved_tensors(ctx)
+        v_seq, v_init, x_seq, decay, input_gain = saved
         needed = ctx.needs_input_grad[5:]
         grad_v_seq, grad_v_last = in_their_places(grads, (True, wants_v_last))
         if grad_v_seq is None:
             grad_v_seq = torch.zeros(ctx.shape, **ctx.like)
         if not is_dense(grad_v_seq, rules[-1]):
             grad_v_seq = grad_v_seq.contiguous()
-        found = operators_of(backend, (*ctx.saved_tensors, *grads)).integrator_backward(
+        found = operators_of(backend, (*saved, *grads)).integrator_backward(
             grad_v_seq, grad_v_last, v_seq, x_seq, v_init, _all_parameters(decay, input_gain), numbers, rules, delay,
             (*needed[:2], *_all_parameters(needed[2], needed[3], False)),
         )  # fmt: skip
-        gradients = once_differentiable(found, (*ctx.saved_tensors, *grads))
+        gradients = once_differentiable(found, (*saved, *grads))
         return None, None, None, None, None, *in_their_places(gradients, needed)
 
 
@@ -174,6 +175,7 @@ class LeakyIntegrator(NeuronLayer):
         delay: emit the potential before the input of a step, not the one after it.
         learn_decay: whether the decay is a parameter; else it stays constant.
         stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`.
+            `step(x_t)`, one step without time, carries it in any case.
 
     Numbers may be tensors of one value as well, as for `LIF`. `decay` can be read and set at any time, to one value for
     all neurons. A state dict has it as `logit_decay` if it is

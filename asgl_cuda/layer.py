@@ -21,11 +21,14 @@ from .checks import (
     check_multi_spike,
     check_name,
     check_sizes,
+    check_step,
     check_time_dim,
     did_you_mean,
+    expected_shape,
     read_finite,
     read_number,
     shown,
+    warn_once,
 )
 from .layout import state_shape
 from .learned import BOUND, Logarithm, Logit
@@ -215,7 +218,7 @@ class NeuronLayer(Settable):
             return self._recorded(x_seq)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self.__prepare_scriptable__()
-        if not (self.stateful or self.store_v_seq or self.v is not None):
+        if not (self.stateful or self.store_v_seq):
             return self._run(x_seq, with_state=False)
         time_dim = check_input(x_seq, self.time_dim, self._caller)
         if transforming():
@@ -223,14 +226,31 @@ class NeuronLayer(Settable):
                 f"{self._caller}: a layer with stateful or store_v_seq can't keep potentials under transforms of "
                 f"torch.func, which end with them; {self._function} takes v_init and returns potentials"
             )
-        if self.v is not None:
-            shape = state_shape(x_seq, time_dim)
-            if list(self.v.shape) != shape:
+        if self.stateful and self.v is not None:
+            shape, carried = state_shape(x_seq, time_dim), list(self.v.shape)
+            if carried != shape:
+                one_step = list(x_seq.shape) == carried
+                remedy = "step() takes one step without time" if one_step else "reset() comes before another shape"
                 raise ValueError(
-                    f"{self._caller}: the carried potential has shape {list(self.v.shape)} and the input, without "
-                    f"time, {shape}; call reset() before a batch of another shape"
+                    f"{self._caller}: the carried potential has shape {carried} and the input, without time, {shape}; "
+                    f"{remedy}"
                 )
+            if len(carried) == 1 and x_seq.shape[time_dim] > 1 and not torch.compiler.is_compiling():
+                _warn_of_time(self._caller, x_seq, time_dim)
         return self._run(x_seq, with_state=True)
+
+    def step(self, x_t: Tensor) -> Tensor:
+        """One time step: input and output are without time, and `v` is carried to the next step until `reset()`.
+
+        The layer need not be stateful. If it is not, a call with a whole sequence starts at rest, whatever steps carry.
+        In training, `BatchNormLIF` normalises by the statistics of the step. Raises what a call raises.
+        """
+        check_step(x_t, self.time_dim, self._caller)
+        stateful, self.stateful = self.stateful, True
+        try:
+            return self(x_t.unsqueeze(self.time_dim)).squeeze(self.time_dim)  # type: ignore[no-any-return]
+        finally:
+            self.stateful = stateful
 
     def _run(self, x_seq: Tensor, with_state: bool) -> Tensor:
         """What the layer computes; `with_state` from the potential that is carried, to that which is to be."""
@@ -254,6 +274,8 @@ class NeuronLayer(Settable):
         )
 
     def _carried(self) -> Tensor | None:
+        if not self.stateful:
+            return None  # what steps carry
         # A potential computed in inference mode can't take part in training; its copy can.
         if self.v is not None and not torch.compiler.is_compiling() and self.v.is_inference():
             return self.v if torch.is_inference_mode_enabled() else self.v.clone()
@@ -273,7 +295,8 @@ class NeuronLayer(Settable):
         if [x_seq.shape[dim] for dim in dims] != list(self.num_features):
             raise ValueError(
                 f"{self._caller}: granularity {self.granularity!r} with num_features {list(self.num_features)} does "
-                f"not fit an input of shape {list(x_seq.shape)} with time_dim {self.time_dim}"
+                f"not fit an input of shape {list(x_seq.shape)} with time_dim {self.time_dim}: "
+                + expected_shape(x_seq, time_dim, self.num_features, self.granularity == "channel")
             )
         shape = [1] * x_seq.dim()
         for dim, size in zip(dims, self.num_features, strict=True):
@@ -305,6 +328,16 @@ class NeuronLayer(Settable):
         # A potential inside a graph can be neither copied nor pickled.
         potentials = {name: value.detach() for name in self._potentials if (value := getattr(self, name)) is not None}
         return self.__dict__ | potentials
+
+
+def _warn_of_time(caller: str, x_seq: Tensor, time_dim: int) -> None:
+    """Once, that a `[B, N]` is taken for a sequence."""
+    warn_once(
+        f"{caller}, time",
+        f"{caller}: a stateful layer goes on with an input of shape {list(x_seq.shape)}, whose dimension {time_dim} is "
+        "taken for time. A step of a batch is layer.step(x_t), or asgl_cuda.step(model, x_t); a sequence without batch "
+        "can be given one, of size 1",
+    )
 
 
 def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -56,7 +56,7 @@ class LIF(NeuronLayer, Noisy):
         multi_spike: emit several spikes a step; needs `v_reset=None` and, now and later, `analog_prob=0`.
         v_min: floor of the potential after reset, in units of the input; None for none.
         stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Not for
-            activation checkpointing, which calls twice.
+            activation checkpointing, which calls twice. `step(x_t)`, one step without time, carries it in any case.
         store_v_seq: keep the potentials after reset of the last call as `v_seq`, in the shape of the input.
         time_dim: where time is in the input.
         backend: see `asgl_cuda.lif`.
@@ -306,7 +306,7 @@ class BatchNormLIF(LIF):
     the neurons have the names of `LIF`: `{**norm.state_dict(), **lif.state_dict()}` loads.
 
     It is no subclass of torch's `_BatchNorm`, and what looks for that passes over it: for
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` there is `layer.process_group = "world"`; instead of
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` there is `asgl_cuda.convert_sync_batchnorm`; instead of
     `torch.optim.swa_utils.update_bn`, before the batches are run in training mode without gradients::
 
         for layer in model.modules():

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, fx, nn
+
+from .layer import NeuronLayer
+
+_CALLER = "asgl_cuda.OverTime"
+
+# Whether a module carries something from step to step. `interop` adds what it knows of other libraries.
+KNOWS_TIME: list[Callable[[nn.Module], bool]] = [lambda module: isinstance(module, (NeuronLayer, nn.RNNBase))]
 
 
 class OverTime(nn.Module):
     """A layer that knows no time, such as a convolution or a batch normalisation, applied to all steps at once.
 
     Args:
-        layer: any module, several in an `nn.Sequential`.
+        layer: any module, several in an `nn.Sequential`. Layers that know time, as neurons do, are refused wherever
+            they are in it: time and batch would be one to them.
 
     Shapes: `[T, B, ...]` to `[T, B, ...]`, or `[B, T, ...]` to `[B, T, ...]`; the layer sees time and batch in one,
     `[T * B, ...]`.
 
-    Raises TypeError where `layer` is no module or the input no tensor, ValueError for an input without time and batch.
+    Raises TypeError where `layer` is no module or has one inside that knows time, also one that was put there later, or
+    where the input is no tensor; ValueError for an input without time and batch.
 
     The same in PyTorch::
 
@@ -24,14 +36,39 @@ class OverTime(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         if not isinstance(layer, nn.Module):
-            raise TypeError(f"asgl_cuda.OverTime: layer must be a torch.nn.Module, got {type(layer).__name__}")
+            raise TypeError(f"{_CALLER}: layer must be a torch.nn.Module, got {type(layer).__name__}")
+        _check_inside(layer)
         self.layer = layer
 
     def forward(self, x_seq: Tensor) -> Tensor:
         if isinstance(x_seq, Tensor):
             if x_seq.is_nested or x_seq.dim() < 2:
                 got = "a nested tensor" if x_seq.is_nested else f"shape {list(x_seq.shape)}"
-                raise ValueError(f"asgl_cuda.OverTime: x_seq must have time and batch, [T, B, ...], got {got}")
+                raise ValueError(f"{_CALLER}: x_seq must have time and batch, [T, B, ...], got {got}")
         elif not isinstance(x_seq, fx.Proxy):
-            raise TypeError(f"asgl_cuda.OverTime: x_seq must be a tensor, got {type(x_seq).__name__}")
+            raise TypeError(f"{_CALLER}: x_seq must be a tensor, got {type(x_seq).__name__}")
+        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():  # type: ignore[attr-defined]
+            _check_inside(self.layer)
         return self.layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])  # type: ignore[no-any-return]
+
+
+_ignorant: set[type[nn.Module]] = set()  # classes that know no time
+
+
+def _check_inside(layer: nn.Module) -> None:
+    """Refuses modules that know time. A class is looked at once; a call costs 0.2 us a module, modules() 0.7."""
+    found, modules = {layer}, [layer]
+    for module in modules:  # the loop adds more
+        if type(module) not in _ignorant:
+            if any(knows(module) for knows in KNOWS_TIME):
+                path = next(path for path, each in layer.named_modules() if each is module)
+                name, at = type(module).__name__, f" at {path!r}" if path else ""
+                raise TypeError(
+                    f"{_CALLER}: layer must know no time, got {name}{at}, for which time and batch would be one; it "
+                    f"belongs outside, as in nn.Sequential(OverTime(...), {name}(...))"
+                )
+            _ignorant.add(type(module))
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found.add(child)
+                modules.append(child)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,8 @@ from .layer import NeuronLayer, asgl_layers, check_module, some_asgl_layers
 from .monitor import Monitor, first_of
 from .neuron import BatchNormLIF
 from .schedule import AnalogProbSchedule
+
+_SPIKING_EVAL = "asgl_cuda.spiking_eval"
 
 
 def parameter_groups(
@@ -102,8 +104,44 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
     return ASGLCallback()
 
 
-@contextmanager
-def spiking_eval(model: nn.Module) -> Iterator[None]:
+class _SpikingEval(ContextDecorator):
+    """What `spiking_eval` returns; it warns with the line of its making where it is dropped unused."""
+
+    def __init__(self, model: nn.Module, line: tuple[str, int]) -> None:
+        self._model, self._line = model, line
+        self._used = False
+        self._before: list[list[tuple[Any, float]]] = []  # for each `with` that is entered
+
+    def __call__(self, function: Any) -> Any:
+        self._used = True
+        return super().__call__(function)
+
+    def __enter__(self) -> None:
+        self._used = True
+        layers = some_asgl_layers(self._model, _SPIKING_EVAL).values()
+        before = [(layer, layer.analog_prob) for layer in layers]
+        self._before.append(before)
+        try:
+            for layer in layers:
+                layer.analog_prob = 0.0
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        for layer, analog_prob in self._before.pop():
+            layer.analog_prob = analog_prob
+
+    def __del__(self) -> None:
+        if not self._used:
+            message = (
+                f"{_SPIKING_EVAL}: it was called and not entered, which does nothing; it is for "
+                "`with asgl_cuda.spiking_eval(model):`"
+            )
+            warnings.warn_explicit(message, UserWarning, *self._line)
+
+
+def spiking_eval(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, every ASGL layer emits hard spikes, and surrogate gradients flow: for attacks and fine-tuning.
 
     It sets `analog_prob` to 0 and gives each layer its own value back on leaving, also after an exception. Nothing else
@@ -111,17 +149,18 @@ def spiking_eval(model: nn.Module) -> Iterator[None]:
     `requires_grad` as they are. An attack wants `model.eval()` as well, fine-tuning does not. Do not step an
     `AnalogProbSchedule` inside: the values that it sets are lost on leaving.
 
+    It is a context manager, and a decorator of functions; called alone it does nothing, and warns.
+
     Raises ValueError for a model without ASGL layers, TypeError where it is no module.
+
+    Example::
+
+        with asgl_cuda.spiking_eval(net):
+            net(x_seq).sum().backward()
     """
-    layers = some_asgl_layers(model, "asgl_cuda.spiking_eval").values()
-    before = [(layer, layer.analog_prob) for layer in layers]
-    try:
-        for layer in layers:
-            layer.analog_prob = 0.0
-        yield
-    finally:
-        for layer, analog_prob in before:
-            layer.analog_prob = analog_prob
+    some_asgl_layers(model, _SPIKING_EVAL)
+    caller = sys._getframe(1)
+    return _SpikingEval(model, (caller.f_code.co_filename, caller.f_lineno))
 
 
 def reset(model: nn.Module) -> None:
@@ -139,3 +178,26 @@ def reset(model: nn.Module) -> None:
             module.reset()
         for reset_layer in resets:
             reset_layer(module)
+
+
+def detach(model: nn.Module) -> None:
+    """Cuts the potentials that the model's layers carry off their graph, for truncated backpropagation through time.
+
+    The next call goes on from their values, and its backward ends there. The layers are those that `asgl_cuda.reset`
+    knows.
+
+    Raises TypeError where `model` is no module.
+
+    Example::
+
+        for chunk in x_seq.split(16):
+            net(chunk).sum().backward()
+            asgl_cuda.detach(net)
+    """
+    check_module(model, "asgl_cuda.detach")
+    detaches = [library.detach for library in libraries() if hasattr(library, "detach")]
+    for module in model.modules():
+        if isinstance(module, NeuronLayer):
+            module.detach_()
+        for detach_layer in detaches:
+            detach_layer(module)

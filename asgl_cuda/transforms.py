@@ -67,6 +67,22 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         raise
 
 
+def saved_tensors(ctx: Any) -> Sequence[Any]:
+    """What forward saved, to be read once: checkpointing that is not reentrant computes it again at each reading."""
+    if torch.compiler.is_compiling():
+        return ctx.saved_tensors  # type: ignore[no-any-return]
+    try:
+        return ctx.saved_tensors  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{error} In asgl_cuda: where a layer carries its potential, it leads into the graph of an earlier call, "
+            "whose backward is done. asgl_cuda.reset(model) belongs between sequences; asgl_cuda.detach(model) goes on "
+            "from the potentials without their graph, for truncated backpropagation through time."
+        ) from error
+
+
 class _OnceDifferentiable(torch.autograd.Function):
     """The first `count` tensors unchanged, as functions of the others that can't be differentiated.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .converted import Converted, Found, Settings, Wrapper
+from .converted import Converted, Found, InStream, Settings, Wrapper
 from .identify import SpikeFunction
 
 _SURROGATES = {"InvRectangle": "rectangle", "InvSigmoid": "sigmoid"}
@@ -90,3 +90,11 @@ def wrapped(module: nn.Module) -> Wrapper | None:
     if type(module).__name__ != "tdLayer" or not hasattr(module, "nb_steps") or list(module._modules) != ["layer"]:
         return None
     return Wrapper(["layer"], -1, 1)
+
+
+def knows_time(module: nn.Module) -> bool:
+    return isinstance(module, ConvertedLIFLayer) or find(module) is not None
+
+
+def streamed(module: nn.Module) -> InStream:
+    return "it begins at rest with each call" if knows_time(module) else None

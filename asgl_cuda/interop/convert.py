@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..backends import BACKENDS
 from ..checks import check_analog_prob, check_bool, check_name, check_surrogate, check_width, read_number, shown
 from ..layer import check_module
+from ..over_time import KNOWS_TIME
 from . import authors
 from .converted import Converted, Settings, bare_class, overlaid
 from .identify import SpikeFunction, fires_strictly, identify
@@ -90,15 +91,20 @@ def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
 def libraries() -> Iterator[Any]:
     """The files of this folder for the libraries that are imported.
 
-    Each has `find(layer)`: see `Found`. It may have `wrapped(module)`: the Wrapper that a module is, or None;
-    `reset(module)`: forgets the state that a module carries; `enlist(model)`: makes a copy known to the library; and
-    tuples of classes: NORMALISATIONS compute the same as torch.nn's, PARTING makes time and batch of one dimension.
-    PLAIN has the library's forms of other layers of torch.nn, with these.
+    Each has `find(layer)`: see `Found`; `streamed(module)`: see `InStream`; `knows_time(module)`: whether it carries
+    something from step to step, so that its class has no place in `OverTime`. It may have `wrapped(module)`: the
+    Wrapper that a module is, or None; `reset(module)`: forgets the state that a module carries; `detach(module)`: cuts
+    it off its graph; `enlist(model)`: makes a copy known to the library; and tuples of classes: NORMALISATIONS compute
+    the same as torch.nn's, PARTING makes time and batch of one dimension, PLAIN has the library's forms of other layers
+    of torch.nn, with these.
     """
     yield authors
     for module in _LIBRARIES:
         if module in sys.modules:
             yield importlib.import_module(f".{module.split('.')[0]}", __package__)
+
+
+KNOWS_TIME.append(lambda module: any(library.knows_time(module) for library in libraries()))
 
 
 def convert(

@@ -183,6 +183,19 @@ class Converted(Overlay, Noisy):
 # or why it is left; None where it is no neuron of the library.
 Found: TypeAlias = tuple[type[Converted], Callable[[Tensor], Tensor] | SpikeFunction | None] | str | None
 
+# How it answers about streams: how the module takes them, or why it can't; None where it carries nothing.
+InStream: TypeAlias = "Streamed | str | None"
+
+
+class Streamed(NamedTuple):
+    """How a module takes the steps of a stream: where time is in its input, and the attribute that holds its state.
+
+    None where its input is one step, and where it is no layer but calls some.
+    """
+
+    time_dim: int | None
+    state: str | None
+
 
 def number(value: Any) -> Any:
     """A constant in a tensor of the CPU as a float, with which a call costs less; anything else as it is."""

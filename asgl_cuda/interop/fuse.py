@@ -38,9 +38,10 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
     No module is moved: parameters, buffers and their names, state, optimizers and checkpoints stay valid. The
     normalisation itself then returns its input, so whatever looks at its output sees that; it is left where the model
     does so, or where it is not certain that it does not. The report says of each one that is left why. Exchange neither
-    the normalisation nor the neurons of a pair: `torch.nn.SyncBatchNorm.convert_sync_batchnorm`,
-    `torch.nn.utils.fusion.fuse_conv_bn_eval` and the like come before, or after `unfuse`; else the next call raises
-    RuntimeError, as it does in replicas of `nn.DataParallel`; `DistributedDataParallel` takes a fused model.
+    the normalisation nor the neurons of a pair: `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, for which there is
+    `asgl_cuda.convert_sync_batchnorm`, `torch.nn.utils.fusion.fuse_conv_bn_eval` and the like come before, or after
+    `unfuse`; else the next call raises RuntimeError, as it does in replicas of `nn.DataParallel`;
+    `DistributedDataParallel` takes a fused model.
 
     Only neurons that normalise are converted: for the others call `convert` as well, before or after. A forward is
     traced with its attributes as they are now, on every way that shapes of tensors may lead it. A Sequential is taken

@@ -17,7 +17,7 @@ from norse.torch.functional.threshold import threshold
 from norse.torch.module import snn
 from torch import Tensor, nn
 
-from .converted import Converted, Found, Wrapper, number, unknown
+from .converted import Converted, Found, InStream, Wrapper, number, unknown
 
 # What the layers that are known call at each step, unless their user says otherwise.
 _STEPS = {
@@ -31,6 +31,7 @@ _STEPS = {
     norse.LIBoxCell: norse.li_box_feed_forward_step,
 }
 _MIXING = (snn.SNNRecurrent, snn.SNNRecurrentCell, norse.CobaLIFCell, norse.LILinearCell, norse.LIFCorrelation)
+_NEURONS = (snn.SNN, snn.SNNCell, *_MIXING)
 
 
 class ConvertedSNN(Converted):
@@ -85,8 +86,7 @@ class ConvertedSNN(Converted):
 
 def find(layer: nn.Module) -> Found:
     if type(layer) not in _STEPS:
-        is_neuron = isinstance(layer, (snn.SNN, snn.SNNCell, *_MIXING))
-        return unknown(layer, tuple(_STEPS), _MIXING) if is_neuron else None
+        return unknown(layer, tuple(_STEPS), _MIXING) if isinstance(layer, _NEURONS) else None
     p: Any = layer.p
     if layer.activation is not _STEPS[type(layer)]:
         return f"it steps by {getattr(layer.activation, '__name__', layer.activation)}"
@@ -106,3 +106,13 @@ def wrapped(module: nn.Module) -> Wrapper | None:
     if type(module) is not norse.SequentialState or module.return_hidden:
         return None
     return Wrapper(list(module._modules), 0, None)
+
+
+def knows_time(module: nn.Module) -> bool:
+    return isinstance(module, _NEURONS)
+
+
+def streamed(module: nn.Module) -> InStream:
+    if not isinstance(module, _NEURONS):
+        return None
+    return "Norse hands its state on: output, state = model(x_t, state) is a step, with time of size 1 for LIF and LI"

@@ -29,7 +29,7 @@ from sinabs.layers.reshape import SqueezeMixin
 from torch import Tensor, nn
 
 from ..surrogate import PERIODIC
-from .converted import Converted, Found, Settings, unknown
+from .converted import Converted, Found, InStream, Settings, Streamed, unknown
 from .identify import SpikeFunction
 
 
@@ -197,3 +197,25 @@ def find(layer: nn.Module) -> Found:
 def reset(module: nn.Module) -> None:
     if isinstance(module, layers.StatefulLayer):
         module.reset_states()
+
+
+def detach(module: nn.Module) -> None:
+    if isinstance(module, layers.StatefulLayer):
+        for name, state in module._buffers.items():
+            module._buffers[name] = None if state is None else state.detach()
+
+
+def knows_time(module: nn.Module) -> bool:
+    return isinstance(module, layers.StatefulLayer) and not isinstance(module, SqueezeMixin)
+
+
+def streamed(module: nn.Module) -> InStream:
+    if not isinstance(module, layers.StatefulLayer):
+        return None
+    if hasattr(module, "rec_connect"):
+        return "it does not carry its recurrent input from call to call"
+    if isinstance(module, SqueezeMixin):
+        if module.num_timesteps not in (1, -1):
+            return f"it has num_timesteps={module.num_timesteps}; with batch_size instead it takes any number"
+        return Streamed(None, "v_mem")
+    return Streamed(1, "v_mem")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import LIFOutput
-from .converted import Converted, Found, Settings, Wrapper, number, unknown
+from .converted import Converted, Found, InStream, Settings, Streamed, Wrapper, number, unknown
 
 # A learned beta of 0 is taken for this much, since threshold / beta must exist; the change is below the resolution of
 # float32 at the threshold.
@@ -207,12 +207,12 @@ class MultiStep(nn.Module):
 
 _KNOWN = (snntorch.Leaky, snntorch.Lapicque, snntorch.Synaptic)
 _MIXING = (snntorch.RLeaky, snntorch.RSynaptic, snntorch.SLSTM, snntorch.SConv2dLSTM, snntorch.LeakyParallel)
+_NEURONS = (snntorch.SpikingNeuron, *_MIXING)
 
 
 def find(layer: nn.Module) -> Found:
     if type(layer) not in _KNOWN:
-        is_neuron = isinstance(layer, (snntorch.SpikingNeuron, *_MIXING))
-        return unknown(layer, _KNOWN, _MIXING) if is_neuron else None
+        return unknown(layer, _KNOWN, _MIXING) if isinstance(layer, _NEURONS) else None
     leaky: Any = layer
     if importlib.metadata.version("snntorch").split(".")[0] != "1":
         return f"of snnTorch {importlib.metadata.version('snntorch')}; known is the reset of version 1"
@@ -251,3 +251,22 @@ def wrapped(module: nn.Module) -> Wrapper | None:
 def reset(module: nn.Module) -> None:
     if isinstance(module, snntorch.SpikingNeuron) and hasattr(module, "reset_mem"):
         module.reset_mem()
+
+
+def detach(module: nn.Module) -> None:
+    if isinstance(module, _NEURONS):
+        for name in module._non_persistent_buffers_set:  # its states
+            state = module._buffers[name]
+            module._buffers[name] = None if state is None else state.detach()
+
+
+def knows_time(module: nn.Module) -> bool:
+    return isinstance(module, _NEURONS)
+
+
+def streamed(module: nn.Module) -> InStream:
+    if isinstance(module, MultiStep):
+        return Streamed(0, None)
+    if not isinstance(module, _NEURONS):
+        return None
+    return Streamed(None, "mem") if hasattr(module, "mem") else "it carries no potential from call to call"

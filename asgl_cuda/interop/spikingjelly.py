@@ -18,9 +18,10 @@ import torch
 from spikingjelly.activation_based import base, neuron
 from spikingjelly.activation_based import layer as layers
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import LIFOutput
-from .converted import Converted, Found, Wrapper, unknown
+from .converted import Converted, Found, InStream, Streamed, Wrapper, unknown
 
 
 class ConvertedNode(Converted):
@@ -158,10 +159,26 @@ _KNOWN = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode, *_SIMPLE, *_C
 _MIXING = _nodes("PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
 
 
+# These carry a mask, no state of a neuron.
+_DROPPING = tuple(getattr(layers, name) for name in ("Dropout", "DropConnectLinear") if hasattr(layers, name))
+
+_CONTAINERS = {  # where time is in their inputs
+    getattr(layers, name): time_dim
+    for name, time_dim in {
+        "SeqToANNContainer": 0, "MultiStepContainer": 0, "TLastSeqToANNContainer": -1, "TLastMultiStepContainer": -1,
+    }.items()
+    if hasattr(layers, name)
+}  # fmt: skip
+
+
+def _is_neuron(layer: nn.Module) -> bool:
+    in_file = any(base.__module__.startswith(neuron.__name__) for base in type(layer).__mro__)
+    return in_file or hasattr(layer, "neuronal_charge")
+
+
 def find(layer: nn.Module) -> Found:
     if type(layer) not in _KNOWN:
-        is_neuron = any(base.__module__.startswith(neuron.__name__) for base in type(layer).__mro__)
-        return unknown(layer, _KNOWN, _MIXING) if is_neuron or hasattr(layer, "neuronal_charge") else None
+        return unknown(layer, _KNOWN, _MIXING) if _is_neuron(layer) else None
     if type(layer) in _NON_SPIKING:
         return ConvertedNonSpikingNode, None
     node: Any = layer
@@ -183,3 +200,35 @@ def wrapped(module: nn.Module) -> Wrapper | None:
 def reset(module: nn.Module) -> None:
     if isinstance(module, base.MemoryModule):
         module.reset()
+
+
+def detach(module: nn.Module) -> None:
+    if isinstance(module, base.MemoryModule):
+        memories = module._memories
+        memories.update((name, _detached(value)) for name, value in memories.items())
+
+
+def _detached(value: Any) -> Any:
+    """`Tensor.detach_`, as `functional.detach_net` calls it, fails for views and knows no lists."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_detached, value))
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def knows_time(module: nn.Module) -> bool:
+    if isinstance(module, base.MultiStepModule):
+        return not isinstance(module, (_BatchNorm, *_CONTAINERS))
+    return hasattr(module, "neuronal_charge") or (
+        isinstance(module, base.MemoryModule) and not isinstance(module, _DROPPING)
+    )
+
+
+def streamed(module: nn.Module) -> InStream:
+    if type(module) in _CONTAINERS:
+        return Streamed(_CONTAINERS[type(module)], None)
+    if not knows_time(module):
+        return None
+    memories = getattr(module, "_memories", {})
+    if "v" in memories or (memories and (module.step_mode == "s" or not _is_neuron(module))):
+        return Streamed(0 if module.step_mode == "m" else None, "v" if "v" in memories else None)
+    return "it carries no potential from call to call"

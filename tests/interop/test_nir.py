@@ -278,7 +278,10 @@ NOT_REPRESENTED = {
     "delay": (lambda: nn.Sequential(LeakyIntegrator(delay=True)), r"0 \(LeakyIntegrator\): delay, and v_rest where"),
     "a start that is not 0": (lambda: LeakyIntegrator(decay=1.0, v_rest=0.5), "delay, and v_rest where nothing leaks"),
     "decay of an integrator": (lambda: decaying(LeakyIntegrator(), -0.5), r"decay must be in \[0, 1\], got -0.5"),
-    "integrators without time": (lambda: OverTime(LeakyIntegrator()), r"\(LeakyIntegrator\): time and batch must be"),
+    "integrators without time": (
+        lambda: Stack(lambda m, x: m.li(x.flatten(0, 1)).unflatten(0, x.shape[:2]), li=LeakyIntegrator()),
+        r"\(LeakyIntegrator\): time and batch must be",
+    ),
     "batch norm": (
         lambda: nn.Sequential(nn.Sequential(nn.BatchNorm1d(3))),
         r"0\.0 \(BatchNorm1d\): must get 1 dimensions after time and batch in one, as in .*OverTime, got 1 after 2",
@@ -333,7 +336,10 @@ NOT_REPRESENTED = {
     "no way for fx": (lambda: Stack(lambda m, x: m.lif(x) if x.sum() > 0 else x, **LINEAR), "Stack can't be traced"),
     "two outputs": (lambda: Stack(lambda m, x: (m.lif(x), x), **LINEAR), r"must return one tensor \[T, B, ...\]"),
     "an output without time": (lambda: Stack(lambda m, x: m.lif(x).flatten(0, 1), **LINEAR), "must return one tensor"),
-    "neurons without time": (lambda: OverTime(LIF()), r"layer \(LIF\): time and batch must be apart"),
+    "neurons without time": (
+        lambda: Stack(lambda m, x: m.lif(x.flatten(0, 1)).unflatten(0, x.shape[:2]), lif=LIF()),
+        r"lif \(LIF\): time and batch must be apart",
+    ),
     "batch flattened": (lambda: nn.Sequential(nn.Flatten()), r"0 \(Flatten\) must leave time and batch alone.*got 1"),
     "time last": (lambda: nn.Sequential(LIF(time_dim=-1)), r"0 \(LIF\): time must be the first.*got time_dim -1"),
     "time elsewhere": (lambda: nn.Sequential(LIF(), LIF(time_dim=1)), r"1 \(LIF\): time must be where"),

@@ -81,6 +81,21 @@ def train_fused(rank, backend):
     return s_seq, grad, model.state_dict()
 
 
+def three(backend):
+    """A fused pair, a pair that is not fused, which has no kernels for the CPU, and a layer that is both."""
+    torch.manual_seed(0)
+    neurons = {"surrogate": "sigmoid", "backend": backend, "analog_prob": 1.0}
+    joined, report = asgl_cuda.fuse(pair(backend, nn.BatchNorm1d(3)))
+    assert len(report.replaced) == 1
+    return nn.Sequential(joined, nn.Linear(5, 4), asgl_cuda.BatchNormLIF(3, **neurons)).double()
+
+
+def train_converted(rank, backend, group):
+    model = asgl_cuda.convert_sync_batchnorm(three(backend), group)
+    s_seq, grad = trained(model, model, share(joint_batch(), rank), steps=1)
+    return s_seq, grad, model.state_dict()
+
+
 def with_an_empty_share(rank):
     layer = asgl_cuda.BatchNormLIF(3, analog_prob=0.0, process_group=dist.group.WORLD)
     leaf = (unshared() if rank == 0 else torch.zeros(4, 0, 3, 5)).requires_grad_()
@@ -136,6 +151,8 @@ def in_process(rank, folder, backends):
     found |= {(name, "fused"): train_fused(rank, name) for name in backends}
     found |= {(name, "one value"): with_one_value(rank, name) for name in backends}
     found["calibrated"] = with_calibration(rank)
+    found |= {(name, "converted"): train_converted(rank, name, None) for name in backends}
+    found |= {(name, "converted, group"): train_converted(rank, name, dist.group.WORLD) for name in backends}
     found["empty"] = with_an_empty_share(rank)
     found["DTensor"] = with_a_tensor_of_all()
     torch.save(found, f"{folder}/{rank}.pt")
@@ -173,6 +190,64 @@ def test_two_processes_are_as_one_with_the_joint_batch(results, name, wrapped):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_fused_sync_batch_norm_is_one_batch_norm_of_the_joint_batch(results, name):
     check(results, pair(name, nn.BatchNorm1d(3)), (name, "fused"), same_weights=False)
+
+
+@pytest.mark.parametrize("case", ["converted", "converted, group"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_converted_normalisations_share_their_statistics(results, name, case):
+    check(results, three(name), (name, case), same_weights=False)
+
+
+def test_conversion_keeps_parameters_names_and_pairs():
+    model = three("reference")
+    model.append(nn.Sequential(nn.BatchNorm1d(3), asgl_cuda.OverTime(nn.BatchNorm2d(3))))
+    parameters, names, x_seq = list(model.parameters()), list(model.state_dict()), joint_batch()
+    with torch.no_grad():
+        model[0](x_seq)
+    model.eval()
+    whole = model[:3](x_seq)
+    converted = asgl_cuda.convert_sync_batchnorm(model)
+    assert converted is model
+    assert [type(module) for module in model[3].modules()].count(nn.SyncBatchNorm) == 2
+    assert model[2].process_group == "world"
+    assert all(ours is theirs for ours, theirs in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == names
+    assert torch.equal(model[:3](x_seq), whole)
+    assert torch.equal(asgl_cuda.convert_sync_batchnorm(model)[:3](x_seq), whole), "twice is once"
+    apart, report = asgl_cuda.unfuse(copy.deepcopy(model))
+    assert len(report.replaced) == 1, report
+    assert type(apart[0][0].layer) is nn.SyncBatchNorm
+    torch.testing.assert_close(apart[:3](x_seq), whole)
+    lone = asgl_cuda.BatchNormLIF(3)
+    assert asgl_cuda.convert_sync_batchnorm(lone) is lone
+    assert lone.process_group == "world"
+    assert type(asgl_cuda.convert_sync_batchnorm(nn.BatchNorm1d(3))) is nn.SyncBatchNorm
+
+
+@pytest.mark.parametrize("group", ["world", 0, dist.GroupMember.NON_GROUP_MEMBER])
+def test_conversion_without_a_process_group_changes_nothing(group):
+    model = nn.Sequential(asgl_cuda.BatchNormLIF(3), nn.BatchNorm1d(3))
+    with pytest.raises(TypeError, match=r"asgl_cuda\.convert_sync_batchnorm: process_group must be a process group"):
+        asgl_cuda.convert_sync_batchnorm(model, group)
+    assert model[0].process_group is None
+    assert type(model[1]) is nn.BatchNorm1d
+
+
+def test_conversion_of_half_a_pair_is_refused():
+    model = three("reference")
+    with pytest.raises(ValueError, match=r"the neurons that compute 0\.layer \(BatchNorm1d\) must be in the model"):
+        asgl_cuda.convert_sync_batchnorm(nn.Sequential(model[0][0]))
+    model(joint_batch())
+
+
+def test_conversion_of_a_step_mode_that_would_be_lost_is_refused():
+    layer = pytest.importorskip("spikingjelly.activation_based.layer")
+    model = nn.Sequential(asgl_cuda.BatchNormLIF(3), layer.BatchNorm1d(3), layer.BatchNorm1d(3, step_mode="m"))
+    with pytest.raises(ValueError, match=r"asgl_cuda\.convert_sync_batchnorm: 2 \(BatchNorm1d of SpikingJelly\) must"):
+        asgl_cuda.convert_sync_batchnorm(model)
+    assert model[0].process_group is None
+    model[2].step_mode = "s"
+    assert type(asgl_cuda.convert_sync_batchnorm(model)[2]) is nn.SyncBatchNorm
 
 
 def test_a_process_without_samples_takes_part(results):

@@ -1,8 +1,11 @@
 """The layers that the training kit finds, parameter groups, Lightning, hard spikes and resets."""
 
+import gc
+import inspect
 import math
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -50,6 +53,7 @@ def test_a_model_without_asgl_layers_is_refused(call, name):
         (Monitor, "Monitor"),
         (lambda model: spiking_eval(model).__enter__(), "spiking_eval"),
         (asgl_cuda.reset, "reset"),
+        (asgl_cuda.convert_sync_batchnorm, "convert_sync_batchnorm"),
     ],
 )
 def test_what_is_no_module_is_refused(call, name):
@@ -238,6 +242,59 @@ def test_spiking_eval_inside_itself():
             pass
         assert layer.analog_prob == 0
     assert layer.analog_prob == 0.4
+
+
+def test_spiking_eval_that_is_not_entered_warns_with_the_line():
+    model = network()
+    with pytest.warns(
+        UserWarning, match=r"asgl_cuda\.spiking_eval: .*`with asgl_cuda\.spiking_eval\(model\):`"
+    ) as found:
+        spiking_eval(model)
+    line = inspect.currentframe().f_lineno - 1
+    assert (found[0].filename, found[0].lineno) == (__file__, line)
+    with pytest.raises(ValueError, match=r"asgl_cuda\.spiking_eval: model must have an ASGL layer"):
+        spiking_eval(nn.Linear(2, 2))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with spiking_eval(model):
+            pass
+        spiking_eval(model)(lambda: None)
+        gc.collect()
+    assert not caught
+
+
+def test_spiking_eval_as_a_decorator():
+    model = network()
+
+    @spiking_eval(model)
+    def shares(depth):
+        return [model[1].analog_prob, model[3].analog_prob] + (shares(depth - 1) if depth else [])
+
+    for _ in range(2):
+        assert shares(1) == [0, 0, 0, 0]
+        assert (model[1].analog_prob, model[3].analog_prob) == (0.2, 0.8)
+    entered = spiking_eval(model)
+    for _ in range(2):
+        with entered:
+            assert model[1].analog_prob == 0
+        assert model[1].analog_prob == 0.2
+
+
+def test_spiking_eval_of_a_layer_that_refuses_changes_nothing():
+    class Stubborn(LIF):
+        @property
+        def analog_prob(self):
+            return 0.5
+
+        @analog_prob.setter
+        def analog_prob(self, value):
+            if value == 0 and hasattr(self, "threshold"):
+                raise ZeroDivisionError
+
+    model = nn.Sequential(LIF(analog_prob=0.4), Stubborn())
+    with pytest.raises(ZeroDivisionError), spiking_eval(model):
+        pass
+    assert model[0].analog_prob == 0.4
 
 
 def test_reset_of_a_whole_model():

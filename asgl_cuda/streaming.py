@@ -1,0 +1,206 @@
+"""A whole model one time step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .checks import check_step, check_time_dim
+from .interop.convert import libraries
+from .interop.converted import Streamed
+from .layer import NeuronLayer, check_module
+from .over_time import OverTime
+
+_CALLER = "asgl_cuda.step"
+
+
+class _Taker(NamedTuple):
+    """A module that takes steps, and where it is."""
+
+    path: str
+    module: nn.Module
+    streamed: Streamed
+    inside: bool  # another one, which tells where time is
+    compiled: bool  # so that a hook would not be seen, or compiled
+
+    @property
+    def name(self) -> str:
+        name = type(self.module).__name__
+        return f"{name} at {self.path!r}" if self.path else name
+
+
+def _takers(model: nn.Module) -> Iterator[_Taker]:
+    """Each once; refuses those that can't be streamed."""
+    known = [library.streamed for library in libraries()]
+    found: set[nn.Module] = set()
+
+    def below(module: nn.Module, path: str, inside: bool, compiled: bool) -> Iterator[_Taker]:
+        if module in found:
+            return
+        found.add(module)
+        compiled = compiled or "_orig_mod" in module._modules or module._compiled_call_impl is not None
+        if isinstance(module, NeuronLayer):
+            answer: Streamed | str | None = Streamed(module.time_dim, "v")
+        elif isinstance(module, nn.RNNBase):
+            answer = "it begins at rest with each call, unless the model hands its state on"
+        else:
+            answer = next((each for streamed in known if (each := streamed(module)) is not None), None)
+        if isinstance(answer, str):
+            name = f"{type(module).__name__} at {path!r}" if path else type(module).__name__
+            raise RuntimeError(f"{_CALLER}: {name} can't take a step at a time: {answer}")
+        if answer is not None:
+            yield _Taker(path, module, answer, inside, compiled)
+        inside = inside or answer is not None or isinstance(module, OverTime)  # in which time is no dimension
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from below(child, f"{path}.{name}" if path else name, inside, compiled)
+
+    return below(model, "", False, False)
+
+
+def _time_dim_of(takers: Sequence[_Taker]) -> int | None:
+    """Where time is in the model's input; None where a call is a step."""
+    first: dict[int | None, _Taker] = {}
+    for taker in takers:
+        if not taker.inside:
+            first.setdefault(taker.streamed.time_dim, taker)
+    if len(first) > 1:
+        said = ", ".join(
+            f"{taker.name} {'takes a step a call' if time_dim is None else f'has time at {time_dim}'}"
+            for time_dim, taker in first.items()
+        )
+        raise ValueError(
+            f"{_CALLER}: all layers must have time at the same dimension, or time_dim must say where it is in the "
+            f"model's input; {said}"
+        )
+    return next(iter(first), 0)
+
+
+class _Watch:
+    """Refuses, inside of a step, what would give other results than a call with the whole sequence."""
+
+    def __init__(self, takers: Sequence[_Taker]) -> None:
+        self._takers = {taker.module: taker for taker in takers if not taker.compiled}
+        self._called: set[nn.Module] = set()
+        self._states: dict[nn.Module, Any] = {}
+        self._handles: list[Any] = []
+
+    def start(self) -> None:
+        for module, taker in self._takers.items():
+            if taker.streamed.state is not None:
+                self._states[module] = getattr(module, taker.streamed.state)
+            self._handles.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
+
+    def stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        taker = self._takers[module]
+        _, state = taker.streamed
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if module in self._called:
+            raise RuntimeError(
+                f"{_CALLER}: {taker.name} is called twice in one step but carries one state: each place needs a layer "
+                "of its own; for a model whose forward goes over time itself, time_dim must say where time is"
+            )
+        self._called.add(module)
+        if len(tensors) > 1:
+            raise RuntimeError(
+                f"{_CALLER}: {taker.name} gets its state from the model's forward, which begins anew with each call; "
+                "it must keep the state itself, as snnTorch's layers do with init_hidden=True"
+            )
+        if state is not None and getattr(module, state) is not self._states[module]:
+            raise RuntimeError(
+                f"{_CALLER}: {taker.name} is reset, or its state replaced, by the model's own forward: that belongs "
+                "outside, between sequences, as in asgl_cuda.reset(model)"
+            )
+        steps = _steps_in(tensors, taker.streamed.time_dim)
+        if steps != 1:
+            raise RuntimeError(
+                f"{_CALLER}: {taker.name} gets {steps} time steps in one step: the model's forward makes them of its "
+                "input, and what comes after can be stepped"
+            )
+
+
+def _steps_in(tensors: Sequence[Tensor], time_dim: int | None) -> int:
+    """The time steps in the first tensor; 1 where it can't be told, which is for the layer to refuse."""
+    if time_dim is None or not tensors or not -tensors[0].dim() <= time_dim < tensors[0].dim():
+        return 1
+    return tensors[0].shape[time_dim]
+
+
+def _without_time(output: Any, x_t: Tensor, time_dim: int) -> Any:
+    """The output of one step; what is no tensor stays."""
+    if isinstance(output, dict):
+        return {key: _without_time(value, x_t, time_dim) for key, value in output.items()}
+    if isinstance(output, (list, tuple)):
+        values = [_without_time(value, x_t, time_dim) for value in output]
+        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+    if not isinstance(output, Tensor):
+        return output
+    if -output.dim() <= time_dim < output.dim() and output.shape[time_dim] == 1:
+        without = output.squeeze(time_dim)
+        # With a batch of one, the size 1 may be the batch's.
+        if x_t.dim() < 2 or x_t.shape[0] != 1 or tuple(without.shape[:1]) == (1,):
+            return without
+    raise ValueError(
+        f"{_CALLER}: the model's output must have time where its input has it, at time_dim {time_dim}, got shape "
+        f"{list(output.shape)} for an input with a single step of shape {list(x_t.shape)}: a sum or mean over time "
+        "comes after the steps, outside of the model"
+    )
+
+
+def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
+    """One time step of a model: input and output are without time, and the layers carry their states to the next step.
+
+    T calls compute what one call with the whole sequence does; in evaluation the neurons' bits are the same. `LIF`,
+    `BatchNormLIF` and `LeakyIntegrator` need not be stateful, and start at rest again after `asgl_cuda.reset(model)`;
+    `asgl_cuda.detach(model)` cuts the graph for truncated backpropagation. Layers of SpikingJelly, snnTorch and sinabs
+    carry their states as they do anyway, converted or not. Also those that take a step a call will do: no time is added
+    where all do.
+
+    Args:
+        model: any module that keeps time where it is; what sums over time comes after the steps.
+        x_t: the input of the step, `[B, ...]`.
+        time_dim: where time is in the model's input and output; default where its layers have it, 0 if none tells.
+
+    Compile the model, not the step: `asgl_cuda.step(torch.compile(model), x_t)`. What is called inside is not watched
+    then. After an error of the model itself some layers have taken the step: reset it.
+
+    Returns:
+        What the model returns, each tensor without time.
+
+    Raises:
+        TypeError: model is no module, or x_t no tensor.
+        ValueError: layers differ in where time is, or the output has no time.
+        RuntimeError: a layer can't carry its state from call to call, is called twice in a step, gets its state from
+            the caller, or is reset by the model's own forward.
+
+    Example::
+
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), asgl_cuda.LIF(), torch.nn.Linear(8, 2)).eval()
+        for x_t in torch.rand(10, 32, 4):
+            out = asgl_cuda.step(net, x_t)  # [32, 2]
+        asgl_cuda.reset(net)
+    """
+    check_module(model, _CALLER)
+    if time_dim is not None:
+        check_time_dim(time_dim, _CALLER)
+    takers = list(_takers(model))
+    time_dim = _time_dim_of(takers) if time_dim is None else time_dim
+    check_step(x_t, time_dim or 0, _CALLER)
+    watch = _Watch(takers)
+    layers = [(module, module.stateful) for module in model.modules() if isinstance(module, NeuronLayer)]
+    try:
+        for layer, _ in layers:
+            layer.stateful = True
+        watch.start()
+        output = model(x_t if time_dim is None else x_t.unsqueeze(time_dim))
+    finally:
+        watch.stop()
+        for layer, stateful in layers:
+            layer.stateful = stateful
+    return output if time_dim is None else _without_time(output, x_t, time_dim)
