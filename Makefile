@@ -1,7 +1,7 @@
 # The environment in .venv sets itself up when a target first needs it, and again when what it was made from changes.
 PYTHON ?= python3
-ifeq ($(origin CXX), default)
-CXX := c++
+ifeq ($(if $(filter default, $(origin CXX)),,$(strip $(CXX))),)
+override CXX := c++
 endif
 
 VENV := .venv
@@ -58,7 +58,7 @@ $(VENV)/created:
 	@$(PIP) install "setuptools>=77" "setuptools-scm>=8" "torch>=2.6" ninja
 	@touch $@
 
-$(VENV)/built: $(VENV)/created setup.py asgl_cuda/compilation.py pyproject.toml MANIFEST.in $(shell find csrc -type f -not -name '*.md')
+$(VENV)/built: $(VENV)/created setup.py asgl_cuda/compilation.py asgl_cuda/build_notes.py pyproject.toml MANIFEST.in $(shell find csrc -type f -not -name '*.md')
 	@echo "Installing what tests and benchmarks need, compiling csrc: a minute or two"
 	@$(PIP) install --no-build-isolation --editable ".[test,bench,dev]"
 	@# It asks for nir up to 1.0.4, which SpikingJelly's exchange is too new for; with a newer one it works as well.
@@ -73,6 +73,6 @@ $(VENV)/documented: $(VENV)/built docs/requirements.txt
 	@touch $@
 
 clean:  ## remove .venv and all else that the targets made
-	rm -rf $(VENV) build dist *.egg-info asgl_cuda/_C.*.so asgl_cuda/_build_info.py demo.png
+	rm -rf $(VENV) build dist *.egg-info asgl_cuda/_C.*.so asgl_cuda/_build_info.* demo.png
 	rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find asgl_cuda benchmarks tests -name __pycache__ -exec rm -rf {} +

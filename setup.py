@@ -7,31 +7,42 @@ GPU, and `python -m asgl_cuda build`.
 from __future__ import annotations
 
 import shutil
-from importlib.util import module_from_spec, spec_from_file_location
+import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import setuptools
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 PACKAGE = ROOT / "asgl_cuda"
+OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which older ones can't read
+
+
+def require_setuptools() -> None:
+    if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+        raise SystemExit(
+            f"asgl_cuda: setup.py takes setuptools {OLDEST_SETUPTOOLS} or newer, and this is {setuptools.__version__}: "
+            f'pip install "setuptools>={OLDEST_SETUPTOOLS}". With any setuptools, and without an installation: '
+            "python -m asgl_cuda build in this folder"
+        )
 
 
 def load_compilation() -> ModuleType:
     """asgl_cuda/compilation.py without the package, which would load what an earlier build has left."""
-    spec = spec_from_file_location("compilation", PACKAGE / "compilation.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
+    package = ModuleType("asgl_cuda")
+    package.__path__ = [str(PACKAGE)]
+    sys.modules["asgl_cuda"] = package
     try:
-        spec.loader.exec_module(module)
+        return import_module("asgl_cuda.compilation")
     except ImportError as error:
         raise SystemExit(
             f"asgl_cuda: it is built against the torch that it will run with, and that does not import here ({error}). "
-            'First: pip install torch "setuptools>=77" ninja. Then what failed, with --no-build-isolation.'
+            f'First: pip install torch "setuptools>={OLDEST_SETUPTOOLS}" ninja. Then what failed, with '
+            "--no-build-isolation."
         ) from error
-    return module
 
 
 class BuildPackage(build_py):
@@ -52,7 +63,7 @@ class BuildWithoutExtension(BuildPackage):
     def run(self) -> None:
         super().run()
         target = PACKAGE if self.editable_mode else Path(self.build_lib) / "asgl_cuda"
-        for leftover in (target / "_build_info.py", *target.glob("_C.*")):
+        for leftover in (*target.glob("_build_info.*"), *target.glob("_C.*")):
             leftover.unlink(missing_ok=True)
         print(
             "asgl_cuda: compiled no kernels: ASGL_CUDA_BUILD was none. CuPy compiles those for a GPU, "
@@ -61,6 +72,7 @@ class BuildWithoutExtension(BuildPackage):
 
 
 def main() -> None:
+    require_setuptools()
     compilation = load_compilation()
     wanted = compilation.wanted_build()
     if wanted == "none":

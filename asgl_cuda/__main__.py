@@ -23,6 +23,10 @@ def info() -> int:
         print(f"CPU kernels: {extension.module.cpu_instruction_set()}, {extension.module.cpu_threads()} threads")
     if extension.build_info is not None and extension.build_info.cuda is not None:
         print(f"CUDA kernels: compiled ahead of time, {extension.build_info.cuda}")
+    if extension.module is not None:  # else the backends below say so
+        for path, damage in extension.damage.items():
+            remedy = "install asgl_cuda again" if path == extension.PACKAGE else extension.BUILD
+            print(f"passed over: {damage}. To mend it: {remedy}")
     print(f"CuPy kernels: compiled when first used; {cupy.description()}")
     available = available_backends()
     for name, device in (("CPU", "cpu"), ("GPU", "cuda")):

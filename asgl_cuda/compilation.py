@@ -1,6 +1,6 @@
 """How the compiled part of asgl_cuda is compiled: what setup.py and `python -m asgl_cuda build` have in common.
 
-It stands alone, since setup.py loads it where the package can't be imported.
+It takes nothing of the package except build_notes.py, since setup.py loads both where the package can't be imported.
 
 ASGL_CUDA_BUILD says what to compile: cuda, the kernels for CPU and GPU; cpu, only those for the CPU. Without it, cuda
 where the installed torch and a toolkit allow that, a GPU or not; else cpu.
@@ -16,6 +16,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from typing import NamedTuple
 import torch
 from setuptools import Distribution, Extension
 from torch.utils import cpp_extension
+
+from . import build_notes
 
 DEFAULT_TOOLKIT = Path("/usr/local/cuda")
 FIRST_MAJOR_WITH_WHEELS = 13  # the wheel for CUDA 12 has no nvcc in it
@@ -58,7 +61,14 @@ class Toolkit(NamedTuple):
 
 
 def output_of(*command: str | Path) -> str:
-    return subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+    """What a program says, nothing where there is none that starts."""
+    try:
+        result = subprocess.run(
+            command, check=False, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+    except OSError:
+        return ""
+    return result.stdout
 
 
 def wheel_homes(major: str) -> list[Path]:
@@ -179,6 +189,7 @@ class Plan(NamedTuple):
     extension: Extension
     cuda: str | None  # what the CUDA kernels are compiled by and for
     reason: str  # why with or without them
+    sources: str  # their digest
 
     @property
     def kernels(self) -> str:
@@ -195,10 +206,15 @@ def wanted_build() -> str | None:
 
 def plan(csrc: Path, wanted: str | None) -> Plan:
     """How to compile the sources there. Paths are relative where that one is, as setuptools wants them in setup.py."""
-    os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+    if not os.environ.get("MAX_JOBS", "").isdigit():
+        os.environ["MAX_JOBS"] = str(os.cpu_count() or 1)
+    for name in ("CC", "CXX"):  # torch and setuptools would start a program without a name
+        if not os.environ.get(name, "-").strip():
+            del os.environ[name]
     # Where pip puts ninja, which the PATH need not name.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     toolkit, reason = choose_toolkit(wanted)
+    sources = build_notes.digest_of_build(csrc, Path(__file__).parent)
     extension = cpp_extension.CppExtension(
         "asgl_cuda._C",
         [str(csrc / name) for name in ("cpu/integrator.cpp", "cpu/normalisation.cpp", "cpu/neuron.cpp", "ops.cpp")],
@@ -207,7 +223,7 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
         extra_link_args=["-fopenmp"],
     )
     if toolkit is None:
-        return Plan(extension, None, reason)
+        return Plan(extension, None, reason, sources)
     flags, built = architectures(known_architectures(toolkit.nvcc))
     # What torch makes of the nvcc on the PATH is wrong where that is a wrapper script.
     cpp_extension.CUDA_HOME = str(toolkit.home)
@@ -218,16 +234,33 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
         extension.include_dirs.append(str(toolkit.include))
     extension.libraries.append("c10_cuda")
     extension.extra_link_args.append(str(toolkit.cudart))
-    return Plan(extension, f"CUDA {toolkit.version}, {built}", reason)
+    return Plan(extension, f"CUDA {toolkit.version}, {built}", reason, sources)
 
 
-def require_compiler() -> None:
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler.split()[0]) is None:
+def require_compiler() -> list[str]:
+    """The words of CXX, or c++; SystemExit where there is no such program."""
+    asked = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(asked) or ["c++"]
+    except ValueError as error:
+        raise SystemExit(f"asgl_cuda: CXX must be a command, such as 'ccache g++', got {asked!r} ({error})") from error
+    if shutil.which(words[0]) is None:
         raise SystemExit(
-            f"asgl_cuda: no C++ compiler {compiler!r} on the PATH. Install one (Debian, Ubuntu: apt install g++) or "
+            f"asgl_cuda: no C++ compiler {words[0]!r} on the PATH. Install one (Debian, Ubuntu: apt install g++) or "
             "name another in CXX; with ASGL_CUDA_BUILD=none it is installed without the fast kernels"
         )
+    return words
+
+
+def name_compiler(directory: Path) -> None:
+    """Puts CXX with arguments into a script, since torch takes all of it for the name of a program."""
+    words = require_compiler()
+    if os.environ.get("CXX", words[0]) != words[0]:
+        script = directory.resolve() / "compiler"
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        script.chmod(0o755)
+        os.environ["CXX"] = str(script)
 
 
 def builder(planned: Plan, package: Path) -> type[cpp_extension.BuildExtension]:
@@ -237,13 +270,10 @@ def builder(planned: Plan, package: Path) -> type[cpp_extension.BuildExtension]:
         """Also notes what the extension was built for, to be compared with what it is imported into."""
 
         def run(self) -> None:
-            require_compiler()
+            name_compiler(Path(self.build_temp))
             super().run()
             target = package if self.inplace else Path(self.build_lib) / "asgl_cuda"
-            target.mkdir(parents=True, exist_ok=True)
-            (target / "_build_info.py").write_text(
-                f"TORCH_VERSION = {torch.__version__!r}\nCUDA = {planned.cuda!r}\nREASON = {planned.reason!r}\n"
-            )
+            build_notes.write(target, torch.__version__, planned.cuda, planned.reason, planned.sources)
             print(
                 f"asgl_cuda: built {planned.kernels} for torch {torch.__version__} on {platform.machine()}: "
                 f"{planned.reason}"
@@ -253,10 +283,11 @@ def builder(planned: Plan, package: Path) -> type[cpp_extension.BuildExtension]:
 
 
 def main(csrc: Path, directory: Path) -> None:
-    """Compiles the sources there to `asgl_cuda` in the directory."""
+    """Compiles the sources there to `asgl_cuda` in the directory, where `objects` serve the next time."""
     planned = plan(csrc, wanted_build())
     command = builder(planned, directory)(Distribution({"ext_modules": [planned.extension]}))
     command.build_lib, command.build_temp = str(directory), str(directory / "objects")
+    command.force = True  # without ninja only dates of *.cpp and *.cu would count
     command.ensure_finalized()
     command.run()
 

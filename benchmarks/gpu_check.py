@@ -257,8 +257,7 @@ def digest() -> str:
     found = hashlib.sha256()
     for folder, kinds in (("asgl_cuda", "*.py"), ("csrc", "*.[ch]*"), ("benchmarks", "*.py"), ("tests", "*.py")):
         for path in sorted((ROOT / folder).rglob(kinds)):
-            if path.name != "_build_info.py":  # the extension has a step of its own
-                found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+            found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:12]
 
 

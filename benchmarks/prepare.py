@@ -1,8 +1,8 @@
 """Compiles beforehand, so that the GPU does not wait: the extension, and CuPy's kernels into their cache.
 
-With `--architecture 9.0` it runs on any machine, without a GPU: asgl_cuda/_C.*.so, asgl_cuda/_build_info.py and
-build/prepared, which it leaves, can be carried to one with the same Python, torch and CuPy. An extension that works is
-taken as it is, unless it is known to have been compiled from other sources.
+With `--architecture 9.0` it runs on any machine, without a GPU: asgl_cuda/_C.*.so, asgl_cuda/_build_info.json
+and build/prepared, which it leaves, can be carried to one with the same Python, torch and CuPy. An extension that works
+is taken as it is.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from functools import partial
 
 import torch
 
-from asgl_cuda import extension
+from asgl_cuda import build_notes, extension
 from asgl_cuda.backends import cupy
 
 from . import ROOT
 from .common import parser_of
-from .cuda_code import CSRC
-from .gpu_steps import CUPY_CACHE, PREPARED
+from .gpu_steps import CUPY_CACHE
 
-SOURCES = PREPARED / "sources"  # a digest of the sources of the extension
+COMPILED = ROOT / "build" / "compiled"
 # It runs in a process of its own, since an extension that is built anew can't be loaded anew.
 PROBE = """
 import sys, torch
@@ -44,15 +43,8 @@ if device == "cpu" or torch.cuda.is_available():
 """
 
 
-def digest() -> str:
-    """A digest of the sources and of how they are compiled."""
-    return extension.build_directory(CSRC).name
-
-
 def extension_problem(device: str, architecture: str) -> str | None:
     """Why it must be built, None where it works as it is."""
-    if SOURCES.exists() and SOURCES.read_text() != digest():
-        return "the extension was built from other sources"
     name = f"sm_{architecture.replace('.', '')}"
     result = subprocess.run(
         [sys.executable, "-c", PROBE, device, name], cwd=ROOT, capture_output=True, text=True, check=False
@@ -63,11 +55,15 @@ def extension_problem(device: str, architecture: str) -> str | None:
 def build(architecture: str) -> bool:
     """Builds in place, for this GPU alone; returns whether that worked."""
     environment = {**os.environ, "ASGL_CUDA_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": architecture}
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    if importlib.util.find_spec("setuptools") is None:
+        print(f"compiling takes setuptools, which {sys.executable} does not have", flush=True)
+        return False
+    # Without setup.py: many a setuptools can't read pyproject.toml.
+    command = [sys.executable, "-m", "asgl_cuda.compilation", str(ROOT / "csrc"), str(COMPILED)]
     if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode != 0:
         return False
-    PREPARED.mkdir(parents=True, exist_ok=True)
-    SOURCES.write_text(digest())
+    for name in (build_notes.EXTENSION, build_notes.NOTES):  # the notes last
+        (COMPILED / "asgl_cuda" / name).replace(extension.PACKAGE / name)
     return True
 
 

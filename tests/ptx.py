@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from asgl_cuda import backends
 from asgl_cuda.backends import cupy as jit
 from asgl_cuda.backends import neuron_kernels, normalisation_kernels
-from asgl_cuda.extension import digest_of_sources
+from asgl_cuda.build_notes import digest_of_sources
 from asgl_cuda.reference import Rules
 from asgl_cuda.selfcheck import EXACT_SURROGATES
 from asgl_cuda.surrogate import SURROGATES

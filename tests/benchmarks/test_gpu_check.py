@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import pytest
 import torch
 
+from asgl_cuda import build_notes, extension
 from asgl_cuda.backends import cupy, neuron_kernels
 from benchmarks import card, gpu_bars, gpu_check, gpu_steps, kernel_times, prepare
 from benchmarks.gpu_check import Findings, Outcome
@@ -150,7 +152,6 @@ def test_sizes_that_were_not_measured_are_counted():
 def test_an_extension_that_is_not_for_this_is_built_anew(tmp_path, monkeypatch, capsys):
     """It is built once: if it does not work then, it is said."""
     built = []
-    monkeypatch.setattr(prepare, "SOURCES", tmp_path / "sources")
     monkeypatch.setattr(prepare, "build", lambda architecture: built.append(architecture) is None)
     assert prepare.extension_problem("cuda", "1.0").startswith("the extension ")
     monkeypatch.setattr(prepare, "PROBE", "import sys; sys.exit('it is not')")
@@ -159,10 +160,41 @@ def test_an_extension_that_is_not_for_this_is_built_anew(tmp_path, monkeypatch, 
     assert capsys.readouterr().out == "it is not; it is built anew\n"
     monkeypatch.setattr(prepare, "PROBE", "")
     assert prepare.ready("cuda", "1.0") is None
-    (tmp_path / "sources").write_text(prepare.digest())
-    assert prepare.extension_problem("cuda", "1.0") is None
-    (tmp_path / "sources").write_text("0123")
-    assert prepare.extension_problem("cuda", "1.0") == "the extension was built from other sources"
+
+
+def test_extension_is_built_without_setup(tmp_path, monkeypatch):
+    """A setuptools that can't read pyproject.toml does."""
+    commands = []
+
+    def run(command, env, **_):
+        commands.append((*command, env["ASGL_CUDA_BUILD"], env["TORCH_CUDA_ARCH_LIST"]))
+        built = pathlib.Path(command[-1]) / "asgl_cuda"
+        built.mkdir(parents=True)
+        for name in (build_notes.EXTENSION, build_notes.NOTES):
+            (built / name).write_text("built")
+        return subprocess.CompletedProcess(command, 0)
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / build_notes.EXTENSION).write_text("of before")
+    monkeypatch.setattr(prepare, "COMPILED", tmp_path / "compiled")
+    monkeypatch.setattr(extension, "PACKAGE", package)
+    monkeypatch.setattr(prepare.subprocess, "run", run)
+    assert prepare.build("9.0")
+    sources = gpu_check.ROOT / "csrc"
+    assert commands == [
+        (sys.executable, "-m", "asgl_cuda.compilation", str(sources), str(tmp_path / "compiled"), "cuda", "9.0")
+    ]
+    assert {path.name: path.read_text() for path in package.iterdir()} == {
+        build_notes.EXTENSION: "built", build_notes.NOTES: "built",
+    }  # fmt: skip
+
+
+def test_missing_setuptools_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(prepare.subprocess, "run", None)
+    assert not prepare.build("9.0")
+    assert capsys.readouterr().out == f"compiling takes setuptools, which {sys.executable} does not have\n"
 
 
 def test_cache_is_filled_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):

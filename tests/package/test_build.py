@@ -1,7 +1,11 @@
 """The sources that are compiled, and their flags; the compilers here are scripts of a few lines."""
 
-import runpy
+import contextlib
+import os
+import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -9,9 +13,13 @@ import pytest
 import torch
 from setuptools import Distribution
 
-from asgl_cuda import compilation, extension
+from asgl_cuda import build as build_module
+from asgl_cuda import build_notes, compilation, extension
 from asgl_cuda.build import build as build_command
 from asgl_cuda.build import first_error
+
+ROOT = Path(__file__).parents[2]
+HERE = torch.__version__
 
 WHEEL_HOMES = compilation.wheel_homes
 
@@ -170,15 +178,103 @@ def test_unknown_architectures(build, monkeypatch, asked):
 @pytest.mark.parametrize("cuda", [None, "CUDA 13.0, sm_90"])
 def test_notes_and_last_line(build, capsys, tmp_path, cuda):
     script(tmp_path / "bin" / "c++", "exit 1")
-    command = build.builder(build.Plan(None, cuda, "a reason"), tmp_path)(Distribution())
-    command.inplace, command.build_lib = False, str(tmp_path)
+    command = build.builder(build.Plan(None, cuda, "a reason", "0123"), tmp_path)(Distribution())
+    command.inplace, command.build_lib, command.build_temp = False, str(tmp_path), str(tmp_path / "objects")
+    package = tmp_path / "asgl_cuda"
+    package.mkdir()
+    (package / build_notes.EXTENSION).write_bytes(b"built")
     command.run()
-    noted = runpy.run_path(str(tmp_path / "asgl_cuda/_build_info.py"))
-    assert (noted["TORCH_VERSION"], noted["CUDA"], noted["REASON"]) == (torch.__version__, cuda, "a reason")
+    noted = build_notes.read(package)
+    assert noted[:5] == (torch.__version__, cuda, "a reason", "0123", build_notes.EXTENSION)
+    build_notes.check(package, noted)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("asgl_cuda: built ")
     assert (cuda or "only the CPU kernels") in last
     assert last.endswith(": a reason")
+
+
+@pytest.mark.parametrize("asked", ["", " "])
+def test_compiler_without_a_name_is_not_asked_for(build, monkeypatch, tmp_path, asked):
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, asked)
+    with pytest.raises(SystemExit, match="no C\\+\\+ compiler 'c\\+\\+' on the PATH"):
+        build.require_compiler()
+    script(tmp_path / "bin" / "c++", "exit 1")
+    build.require_compiler()
+    build.plan(ROOT / "csrc", "cpu")
+    assert not {"CC", "CXX"} & os.environ.keys()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("there --with=arguments", None),
+        ("'there' -m64", None),
+        ("missing -O2", "no C\\+\\+ compiler 'missing' on the PATH"),
+        ("'a folder/there", r"CXX must be a command, .* got \"'a folder/there\" \(No closing quotation\)"),
+    ],
+)
+def test_compiler_with_arguments(build, monkeypatch, tmp_path, asked, message):
+    script(tmp_path / "bin" / "there", "exit 1")
+    monkeypatch.setenv("CXX", asked)
+    with contextlib.nullcontext() if message is None else pytest.raises(SystemExit, match=f"^asgl_cuda: {message}"):
+        build.require_compiler()
+
+
+@pytest.mark.parametrize("asked", ["there", "'there'", "there --with='two words'"])
+def test_compiler_with_arguments_is_one_program_for_torch(build, monkeypatch, tmp_path, asked):
+    script(tmp_path / "bin" / "there", 'echo "$#"')
+    monkeypatch.setenv("CXX", asked)
+    build.name_compiler(tmp_path / "objects")
+    output = subprocess.run([os.environ["CXX"], "-c", "a file"], capture_output=True, text=True, check=True).stdout
+    assert output == f"{2 + ('--with' in asked)}\n"
+
+
+@pytest.mark.parametrize(("asked", "jobs"), [("3", "3"), ("many", None), ("-1", None), ("", None)])
+def test_number_of_jobs(build, monkeypatch, asked, jobs):
+    monkeypatch.setenv("MAX_JOBS", asked)
+    build.plan(ROOT / "csrc", "cpu")
+    assert os.environ["MAX_JOBS"] == (jobs or str(os.cpu_count()))
+
+
+def test_nvcc_that_does_not_start(build, monkeypatch, tmp_path):
+    home = make_toolkit(tmp_path / "toolkit")
+    (home / "bin" / "nvcc").chmod(0o644)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    toolkit, reason = build.choose_toolkit(None)
+    assert toolkit is None
+    assert f"none is in {home} " in reason
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("place", ["argument", "environment"])
+@pytest.mark.parametrize(("asked", "taken"), [("", "c++"), (" ", "c++"), ("ccache g++", "ccache g++")])
+def test_compiler_that_make_takes(monkeypatch, place, asked, taken):
+    monkeypatch.delenv("CXX", raising=False)
+    command = ["make", "--eval=compiler: ; @echo [$(CXX)]", "compiler"]
+    if place == "argument":
+        command.append(f"CXX={asked}")
+    else:
+        monkeypatch.setenv("CXX", asked)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout == f"[{taken}]\n", result.stderr
+
+
+OLD_SETUPTOOLS = """
+import runpy, setuptools, sys
+setuptools.__version__ = "68.2.2"
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def test_setup_names_the_setuptools_that_it_takes():
+    result = subprocess.run([sys.executable, "-c", OLD_SETUPTOOLS], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    (message,) = result.stderr.splitlines()
+    assert message.startswith("asgl_cuda: setup.py takes setuptools 77 or newer, and this is 68.2.2: pip install ")
+    assert "setuptools>=77" in message
+    assert '"setuptools>=77"' in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.fixture
@@ -189,6 +285,13 @@ def cache(build, monkeypatch, tmp_path) -> Path:
     monkeypatch.setattr(extension, "build_info", None)
     script(tmp_path / "bin" / "c++", "exit 1")
     return tmp_path / "cache"
+
+
+def no_home(monkeypatch, tmp_path):
+    def unknown():
+        raise FileNotFoundError("the user is unknown")
+
+    monkeypatch.setattr(extension, "cache_directory", unknown)
 
 
 def unset_compiler(monkeypatch, tmp_path):
@@ -217,6 +320,7 @@ def cuda_without_toolkit(monkeypatch, tmp_path):
     [
         (unset_compiler, "no C++ compiler 'c++' on the PATH", "apt install g++"),
         (unwritable_cache, "can't be written", "name another folder in XDG_CACHE_HOME"),
+        (no_home, "no folder for the cache (the user is unknown)", "name one in XDG_CACHE_HOME"),
         (
             no_sources,
             "the sources, which were installed with asgl_cuda, are gone",
@@ -251,6 +355,99 @@ def test_build_without_ninja(cache, monkeypatch, capsys):
     assert [path.suffix for path in cache.glob("*/*/*")] == [".log"]
 
 
+def test_loading_that_ends_the_process(cache, monkeypatch):
+    """The extension is compiled, and its first lines end the process that loads it."""
+
+    def run(command, **_):
+        if "asgl_cuda.compilation" in command:
+            (Path(command[-1]) / "asgl_cuda").mkdir()
+        return subprocess.CompletedProcess(command, 0 if "asgl_cuda.compilation" in command else -signal.SIGILL, "", "")
+
+    monkeypatch.setattr("asgl_cuda.build.subprocess.run", run)
+    with pytest.raises(SystemExit, match=r"^asgl_cuda: it compiles, but loading it ends with SIGILL$"):
+        build_command()
+
+
+BUILDING = """
+import sys, time
+from pathlib import Path
+from asgl_cuda import build
+with build._directory_of_this_build(Path(sys.argv[1])) as directory:
+    print(directory, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_build_left_is_removed_and_what_others_have_is_not(cache, monkeypatch):
+    """The leftovers of other versions of torch are removed, too."""
+    extension.cache_directory().mkdir(parents=True)
+    other = cache / "asgl_cuda/torch-1.2.3/building-before"
+    (other / "objects").mkdir(parents=True)
+    command = [sys.executable, "-c", BUILDING, str(extension.cache_directory())]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        killed, living = (Path(each.stdout.readline().strip()) for each in processes)
+        processes[0].kill()
+        processes[0].wait()
+        assert killed.exists()
+        monkeypatch.setattr("asgl_cuda.build._compile", lambda *_: None)
+        build_command()
+        assert not killed.exists()
+        assert not other.exists()
+        assert living.exists()
+        assert list(extension.cache_directory().iterdir()) == [living]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def test_directory_that_was_taken_for_a_leftover(cache, monkeypatch):
+    """Another build removes it before it is locked: this one takes another."""
+    cache.mkdir()
+    lock, removed = build_module._lock, []
+
+    def slowly(path):
+        if not removed:
+            removed.append(path.parent)
+            build_module._remove_unless_locked(path.parent)
+        return lock(path)
+
+    monkeypatch.setattr(build_module, "_lock", slowly)
+    with build_module._directory_of_this_build(cache) as directory:
+        assert directory != removed[0]
+        assert not removed[0].exists()
+        build_module._remove_unless_locked(directory)
+        assert directory.exists()
+    assert not list(cache.iterdir())
+
+
+def test_error_in_the_directory_is_not_taken_for_its_removal(cache):
+    cache.mkdir()
+    with (
+        pytest.raises(FileNotFoundError, match="of something else"),
+        build_module._directory_of_this_build(cache),
+    ):
+        raise FileNotFoundError("of something else")
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_damaged_extension_in_the_cache_is_removed(cache, monkeypatch, works):
+    """It is where another one works, too."""
+    target = extension.build_directory(extension.source_directory())
+    target.mkdir(parents=True)
+    (target / build_notes.EXTENSION).write_bytes(b"built")
+    build_notes.write(target, torch.__version__, None, "a reason", target.name)
+    info = build_notes.read(target) if works else None
+    (target / build_notes.EXTENSION).write_bytes(b"bui")
+    monkeypatch.setattr(extension, "build_info", info)
+    monkeypatch.setattr("asgl_cuda.build._compile", lambda *_: None)
+    build_command()
+    assert not target.exists()
+
+
 @pytest.mark.parametrize(
     ("there", "asked", "done"),
     [(None, "cpu", True), ("CUDA 13.0, sm_90", "cpu", True), (None, None, True), (None, "cuda", False),
@@ -266,7 +463,9 @@ def test_when_there_is_something_to_build(cache, monkeypatch, tmp_path, capsys, 
         monkeypatch.delenv("ASGL_CUDA_BUILD")
     else:
         monkeypatch.setenv("ASGL_CUDA_BUILD", asked)
-    monkeypatch.setattr(extension, "build_info", extension.BuildInfo(torch.__version__, there, "a reason"))
+    monkeypatch.setattr(
+        extension, "build_info", build_notes.BuildInfo(torch.__version__, there, "a reason", "", "", 0, 0)
+    )
     compiled = []
     monkeypatch.setattr("asgl_cuda.build._compile", lambda *arguments: compiled.append(arguments))
     build_command()

@@ -1,12 +1,19 @@
 """The choice of the compiled extension that is loaded, and the message where there is none."""
 
+import json
+import os
+import pwd
+import shutil
+import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
-from asgl_cuda import backends, extension
+import asgl_cuda.__main__
+from asgl_cuda import backends, build_notes, extension
 
 HERE, OTHER = torch.__version__, "1.2.3"
 
@@ -22,13 +29,20 @@ def places(monkeypatch, tmp_path) -> tuple[Path, Path]:
     monkeypatch.setattr(extension, "PACKAGE", package)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not Path(entry, "asgl_cuda").exists()])
     monkeypatch.setattr(extension, "_import", lambda path: path.parent)
+    build_notes.digest_of_sources.cache_clear()
     return package, extension.build_directory(package / "csrc")
 
 
 def note(folder: Path, torch_version: str, cuda: str | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "_build_info.py").write_text(f"TORCH_VERSION, CUDA, REASON = {(torch_version, cuda, 'a reason')!r}\n")
+    (folder / build_notes.EXTENSION).write_bytes(b"an extension")
+    sources = build_notes.digest_of_build(extension.source_directory(), extension.PACKAGE)
+    build_notes.write(folder, torch_version, cuda, "a reason", sources)
     return folder
+
+
+def info_of(cuda, reason):
+    return build_notes.BuildInfo(HERE, cuda, reason, "0123", build_notes.EXTENSION, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -46,8 +60,9 @@ def test_which_is_loaded(places, installed, users, loaded):
     for place, noted in zip(places, (installed, users), strict=True):
         if noted is not None:
             note(place, *noted)
-    module, info, problem = extension.load()
+    module, info, problem, damage = extension.load()
     assert module == places[loaded]
+    assert not damage
     assert info.cuda == ((installed, users)[loaded] + (None,))[1]
     assert problem is None
 
@@ -58,14 +73,26 @@ def test_changed_sources_are_another_extension(places):
     assert extension.load()[0] == users
     for file in ("csrc/ops.cpp", "compilation.py"):
         (package / file).write_text("of another version")
-        extension.digest_of_sources.cache_clear()
+        build_notes.digest_of_sources.cache_clear()
         assert extension.load()[0] is None
         (package / file).write_text("of this version")
+        build_notes.digest_of_sources.cache_clear()
+
+
+def test_extension_of_other_sources_is_not_loaded(places):
+    """Torch ends the process where its operators have other arguments than those of ops.py."""
+    package, _ = places
+    note(package, HERE)
+    (package / "csrc/ops.cpp").write_text("of another version")
+    build_notes.digest_of_sources.cache_clear()
+    module, _, problem, _ = extension.load()
+    assert module is None
+    assert f"is missing: it was built from other sources than those in {package}/csrc. To build it: " in problem
 
 
 @pytest.mark.usefixtures("places")
 def test_nothing_is_read_where_the_user_has_compiled_nothing(monkeypatch):
-    monkeypatch.setattr(extension, "digest_of_sources", None)
+    monkeypatch.setattr(build_notes, "digest_of_sources", None)
     assert extension.load()[0] is None
 
 
@@ -95,10 +122,165 @@ def test_problem(places, monkeypatch, installed, load, why):
         note(places[0], installed)
     if load is not None:
         monkeypatch.setattr(extension, "_import", load)
-    module, info, problem = extension.load()
+    module, info, problem, _ = extension.load()
     assert (module, info) == (None, None)
     assert problem.startswith(f"the compiled extension is missing: {why}")
     assert problem.endswith(". To build it: python -m asgl_cuda build")
+
+
+def rewritten(**noted):
+    def damage(folder):
+        notes = folder / build_notes.NOTES
+        notes.write_text(json.dumps({**json.loads(notes.read_text()), **noted}))
+
+    return damage
+
+
+def directory_at(name):
+    def damage(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return damage
+
+
+def notes_are(text):
+    return lambda folder: (folder / build_notes.NOTES).write_text(text)
+
+
+DAMAGE = {
+    "cut off": (lambda folder: os.truncate(folder / build_notes.EXTENSION, 5), "it has 5 bytes, and 12 were built"),
+    "changed": (
+        lambda folder: (folder / build_notes.EXTENSION).write_bytes(b"An extension"),
+        "its checksum is another",
+    ),
+    "unreadable": (directory_at(build_notes.EXTENSION), "can't be read: Is a directory"),
+    "unreadable notes": (directory_at(build_notes.NOTES), "can't be read: Is a directory"),
+    "empty notes": (notes_are(""), "Expecting value"),
+    "notes cut off": (notes_are('{"torch_ver'), "Unterminated string"),
+    "program": (notes_are("import sys; sys.exit(3)"), "Expecting value"),
+    "bytes": (lambda folder: (folder / build_notes.NOTES).write_bytes(b"\xff\xfe"), "can't decode"),
+    "deep": (notes_are("[" * 200_000), "recursion depth"),
+    "no object": (notes_are("[1]"), "it must have torch_version, cuda, reason"),
+    "nothing noted": (notes_are("{}"), "it must have torch_version, cuda, reason"),
+    "more noted": (rewritten(color=1), "it must have torch_version, cuda, reason"),
+    "version": (rewritten(torch_version=2.13), "torch_version is a float"),
+    "cuda": (rewritten(cuda=False), "cuda is a bool"),
+    "size": (rewritten(size="12"), "size is a str"),
+    "checksum": (rewritten(checksum=None), "checksum is a NoneType"),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGE.values(), ids=DAMAGE)
+def test_damage(places, monkeypatch, damage, words):
+    package, _ = places
+    monkeypatch.setattr(extension, "_import", None)
+    damage(note(package, HERE))
+    module, info, problem, found = extension.load()
+    assert (module, info) == (None, None)
+    assert problem.startswith(f"the compiled extension can not be loaded: {package}/")
+    assert words in problem
+    assert problem.endswith(". To build it: python -m asgl_cuda build")
+    assert "\n" not in problem
+    assert found.keys() == {package}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            lambda folder: (folder / build_notes.EXTENSION).unlink(),
+            f"{build_notes.EXTENSION} is gone, and _build_info.json is there",
+        ),
+        (lambda folder: (folder / build_notes.NOTES).unlink(), "has no _build_info.json beside it: its build was not "),
+        (rewritten(file="_C.another.so"), f"it is _C.another.so, and this Python loads {build_notes.EXTENSION}"),
+    ],
+)
+def test_what_is_not_there(places, monkeypatch, damage, words):
+    monkeypatch.setattr(extension, "_import", None)
+    damage(note(places[0], HERE))
+    problem = extension.load()[2]
+    assert problem.startswith("the compiled extension is missing: ")
+    assert words in problem
+
+
+def test_damaged_one_is_passed_over_and_named(places, monkeypatch, capsys):
+    """The user's, which was built for CUDA, is; the other goes on without it."""
+    package, users = places
+    note(package, HERE)
+    os.truncate(note(users, HERE, "CUDA 13.0") / build_notes.EXTENSION, 5)
+    module, info, problem, damage = extension.load()
+    assert (module, info.cuda, problem) == (package, None, None)
+    monkeypatch.setattr(extension, "damage", damage)
+    monkeypatch.setattr(extension, "module", asgl_cuda.extension.module or pytest.skip("no extension"))
+    assert asgl_cuda.__main__.info() == 0
+    line = f"passed over: {users / build_notes.EXTENSION} is damaged: it has 5 bytes, and 12 were built. To mend it: "
+    assert f"{line}python -m asgl_cuda build\n" in capsys.readouterr().out
+
+
+def test_notes_come_last_and_replace_those_of_earlier_versions(tmp_path, monkeypatch):
+    (tmp_path / "_build_info.py").touch()
+    (tmp_path / build_notes.EXTENSION).write_bytes(b"first")
+    build_notes.write(tmp_path, HERE, None, "a reason", "0123")
+    assert {path.name for path in tmp_path.iterdir()} == {build_notes.EXTENSION, "_build_info.json"}
+    first = build_notes.read(tmp_path)
+    assert first == (HERE, None, "a reason", "0123", build_notes.EXTENSION, 5, zlib.crc32(b"first"))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_notes.write(tmp_path, HERE, "CUDA", "a reason", "0123")
+    assert build_notes.read(tmp_path) == first
+
+
+@pytest.mark.skipif(extension.module is None, reason="no extension")
+@pytest.mark.parametrize("size", [100, 4096, 1_000_000])
+def test_process_that_imports_a_truncated_extension_goes_on(tmp_path, size):
+    package = tmp_path / "asgl_cuda"
+    shutil.copytree(extension.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "_C.*", "_build_info.*"))
+    shutil.copytree(extension.source_directory(), tmp_path / "csrc")
+    built = Path(extension.module.__file__)
+    for file in (built, built.parent / build_notes.NOTES):
+        shutil.copy(file, package)
+    (package / "_build_info.py").write_text("import sys\nsys.exit(3)")  # of an earlier version
+    os.truncate(package / built.name, size)
+    result = subprocess.run(
+        [sys.executable, "-m", "asgl_cuda", "info"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"{package / built.name} is damaged: it has {size} bytes, and " in result.stdout
+
+
+def test_cache_is_where_the_specification_has_it(monkeypatch, tmp_path):
+    """Relative paths are ignored, those of XDG_CACHE_HOME and of HOME."""
+
+    def place():
+        return extension.cache_directory().parents[1]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for ignored in ("", "cache", "./cache", "~/.cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", ignored)
+        assert place() == tmp_path / "home/.cache"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    known = pwd.getpwuid(os.getuid()).pw_dir
+    for ignored in ("", "home", None):
+        monkeypatch.delenv("HOME") if ignored is None else monkeypatch.setenv("HOME", ignored)
+        assert place() == Path(known, ".cache")
+
+
+def test_without_a_home_the_installed_one_is_loaded(places, monkeypatch):
+    def unknown(_):
+        raise KeyError
+
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    note(places[0], HERE)
+    assert extension.load()[0] == places[0]
 
 
 @pytest.mark.parametrize(("built_for", "names_it"), [(HERE, True), (OTHER, False)])
@@ -126,5 +308,5 @@ def test_folder_that_hides_an_installation(places, monkeypatch, tmp_path, built_
 )
 def test_extension_without_cuda(monkeypatch, cuda, problem):
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(extension, "build_info", extension.BuildInfo(HERE, None, "there is no toolkit"))
+    monkeypatch.setattr(extension, "build_info", info_of(None, "there is no toolkit"))
     assert backends.BACKENDS["cuda"].problem() == problem
