@@ -169,8 +169,13 @@ def _property_as_it_is(app: Any, what: str, name: str, thing: Any, options: Any,
 
 
 def setup(app: Any) -> None:
-    """Writes the style of figures, and connects the functions above."""
+    """Writes the settings of matplotlib and of the kernels, and connects the functions above."""
     os.environ["MATPLOTLIBRC"] = str(palette.write_matplotlibrc(ROOT / "build" / "matplotlibrc"))
+    # A profile of IPython of its own: nobody's startup files, and no remark on the kernel's transport.
+    profile = ROOT / "build" / "ipython" / "profile_default"
+    profile.mkdir(parents=True, exist_ok=True)
+    (profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n")
+    os.environ["IPYTHONDIR"] = str(profile.parent)
     app.add_role("code_or_link", _code)
     app.connect("autodoc-process-docstring", _prose_with_colons, priority=100)
     app.connect("autodoc-process-docstring", _property_as_it_is, priority=900)

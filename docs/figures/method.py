@@ -87,7 +87,9 @@ def draw_potential(panel: Any, neuron: Neuron) -> None:
             panel.plot(t, h, "o", color=palette.BLACK, markersize=6, zorder=3)
     panel.set(xlim=(-1, STEPS + 5.6), ylim=(-0.15, 1.85), ylabel="potential", yticks=(0, THRESHOLD))
     panel.set_yticklabels(["0", "threshold"])
-    panel.set_title(f"One neuron in training, analog_prob = {ANALOG_PROB}; dotted: the reset, whole or in part", loc="left")
+    panel.set_title(
+        f"One neuron in training, analog_prob = {ANALOG_PROB}; dotted: the reset, whole or in part", loc="left"
+    )
     arrow = {"arrowstyle": "<->", "color": palette.BLUE, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.5}
     panel.annotate("", (STEPS + 0.4, low), (STEPS + 0.4, high), arrowprops=arrow)
     text = "window of the\nsurrogate: here\na gradient passes.\nIts width is learned"
