@@ -48,7 +48,7 @@ html_theme_options = {
     "light_css_variables": {"color-brand-primary": palette.BLUE, "color-brand-content": palette.BLUE},
     "dark_css_variables": {"color-brand-primary": palette.SKY, "color-brand-content": palette.SKY},
 }
-pygments_style, pygments_dark_style = "tango", "monokai"
+html_show_copyright = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
@@ -74,9 +74,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True}
-autodoc_use_legacy_class_based = False
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
+napoleon_use_param = False  # parameters that share an entry stay together
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 nitpick_ignore = [
@@ -131,13 +130,16 @@ def _code(role: str, rawtext: str, text: str, lineno: int, inliner: Any, *_: Any
     from docutils import nodes
     from sphinx.addnodes import pending_xref
 
+    environment = inliner.document.settings.env
     name = text.removesuffix("()").removeprefix("asgl_cuda.")
     literal = nodes.literal(rawtext, text)
+    described = environment.ref_context.get("py:class")
+    if described is not None and _is_public(f"{described}.{name}"):
+        name = f"{described}.{name}" if text.endswith("()") else ""  # a method; attributes are in sight
     if not _is_public(name):
         return [literal], []
     options = {"refdomain": "py", "reftype": "obj", "reftarget": f"asgl_cuda.{name}", "refexplicit": True}
-    document = inliner.document.settings.env.docname
-    return [pending_xref(rawtext, literal, refdoc=document, refwarn=True, **options)], []
+    return [pending_xref(rawtext, literal, refdoc=environment.docname, refwarn=True, **options)], []
 
 
 def _known_elsewhere(app: Any, env: Any, node: Any, text: Any) -> Any:
