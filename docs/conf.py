@@ -131,7 +131,9 @@ def _code(role: str, rawtext: str, text: str, lineno: int, inliner: Any, *_: Any
     from sphinx.addnodes import pending_xref
 
     environment = inliner.document.settings.env
-    name = text.removesuffix("()").removeprefix("asgl_cuda.")
+    name = text.removesuffix("()")
+    if name.startswith("asgl_cuda."):
+        name = name.split("(")[0].removeprefix("asgl_cuda.")
     literal = nodes.literal(rawtext, text)
     described = environment.ref_context.get("py:class")
     if described is not None and _is_public(f"{described}.{name}"):
