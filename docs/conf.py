@@ -125,6 +125,9 @@ def _is_public(name: str) -> bool:
     return found is not None
 
 
+_OTHERS_LIF = ("reference/conversion", "reference/nir")  # where it is the layer of another library
+
+
 def _code(role: str, rawtext: str, text: str, lineno: int, inliner: Any, *_: Any) -> Any:
     """What stands in backticks in docstrings is code, and a link where it is a public name."""
     from docutils import nodes
@@ -138,7 +141,7 @@ def _code(role: str, rawtext: str, text: str, lineno: int, inliner: Any, *_: Any
     described = environment.ref_context.get("py:class")
     if described is not None and _is_public(f"{described}.{name}"):
         name = f"{described}.{name}" if text.endswith("()") else ""  # a method; attributes are in sight
-    if not _is_public(name):
+    if not _is_public(name) or (text == "LIF" and environment.docname in _OTHERS_LIF):
         return [literal], []
     options = {"refdomain": "py", "reftype": "obj", "reftarget": f"asgl_cuda.{name}", "refexplicit": True}
     return [pending_xref(rawtext, literal, refdoc=environment.docname, refwarn=True, **options)], []
