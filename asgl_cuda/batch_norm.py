@@ -223,6 +223,13 @@ def batch_norm_lif(
     with respect to weight and bias. Statistics are of float64, from sums that do not cancel, and nothing is rounded
     between the two layers: a float16 input of mean 100 and deviation 0.1 is normalised as its values say.
 
+    Example::
+
+        x_seq = torch.randn(4, 32, 16, 8, 8)  # [T, B, C, H, W]
+        mean, variance = torch.zeros(16), torch.ones(16)
+        s_seq = asgl_cuda.batch_norm_lif(x_seq, mean, variance, training=True)  # updates mean and variance
+        s_seq = asgl_cuda.batch_norm_lif(x_seq, mean, variance)  # normalises by them
+
     Source of the normalisation: Ioffe, Szegedy: Batch Normalization, ICML 2015.
 
     The same in PyTorch, time first::

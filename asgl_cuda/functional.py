@@ -376,6 +376,7 @@ def lif(
         analog_prob: share of elements and steps that emit F(u / width) instead of a spike, in steps of 1 / 65536. As a
             tensor of one value on x_seq's device it is data, which a compiled graph does not fix. No gradient flows to
             it. Its range is checked on the CPU alone: on a GPU a value outside of [0, 1] is the nearest inside, NaN 0.
+            The default is 0, where the layer `LIF` has 0.2.
         rng_state: int64 `[seed, offset]` on x_seq's device, which fixes the noise. Neurons are counted in memory order:
             a channels_last x_seq gets other noise than its contiguous copy.
         generator: what rng_state is drawn from by default; without it, the default generator of the device. Activation
@@ -407,6 +408,16 @@ def lif(
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, device or range; nothing has been computed then.
         RuntimeError: the backend asked for does not work here.
+
+    Example::
+
+        x_seq = torch.randn(4, 32, 128, requires_grad=True)  # [T, B, N]
+        width = torch.ones(128, requires_grad=True)  # one for each neuron
+        s_seq = asgl_cuda.lif(x_seq, width=width, analog_prob=0.2)  # [4, 32, 128]
+        s_seq.mean().backward()  # x_seq.grad [4, 32, 128], width.grad [128]
+
+        output = asgl_cuda.lif(x_seq, return_v_last=True)
+        more = asgl_cuda.lif(x_seq, v_init=output.v_last)  # goes on where the first call ended
 
     Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023.
     periodic_exponential: Weidel, Sheik: WaveSense, arXiv 2111.01456.
@@ -448,6 +459,13 @@ def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: 
 
     Only shape, memory layout and device of x_seq count; `analog_prob` acts in steps of 1 / 65536. Raises TypeError and
     ValueError as `lif` does.
+
+    Example::
+
+        x_seq, rng_state = torch.randn(4, 32, 128), torch.tensor([2023, 0])
+        s_seq = asgl_cuda.lif(x_seq, analog_prob=0.2, rng_state=rng_state)
+        mask = asgl_cuda.analog_mask(x_seq, 0.2, rng_state)  # those that emitted the smooth value
+        assert set(s_seq[~mask].tolist()) == {0.0, 1.0}
     """
     time_dim = check_input(x_seq, time_dim, "asgl_cuda.analog_mask")
     check_rng_state(rng_state, x_seq, "asgl_cuda.analog_mask")

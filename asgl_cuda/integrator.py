@@ -126,6 +126,11 @@ def leaky_integrator(
 
     Raises TypeError, ValueError and RuntimeError as `lif` does.
 
+    Example::
+
+        current = asgl_cuda.leaky_integrator(torch.randn(4, 32, 128), 0.8, input_gain=0.2)  # [T, B, N]
+        s_seq = asgl_cuda.lif(current)
+
     The same in PyTorch::
 
         v = torch.full_like(x_seq[0], v_rest)
@@ -186,6 +191,17 @@ class LeakyIntegrator(NeuronLayer):
     two. A single kernel would take 2 and 3.
 
     Raises ValueError or TypeError for arguments out of range, and what `asgl_cuda.leaky_integrator` raises.
+
+    Example::
+
+        model = nn.Sequential(
+            nn.Linear(64, 128),
+            asgl_cuda.LeakyIntegrator(decay=0.8, input_gain=0.2),  # the synaptic current
+            asgl_cuda.LIF(decay=0.9),
+            nn.Linear(128, 10),
+            asgl_cuda.LeakyIntegrator(decay=0.95),  # the read-out
+        )
+        scores = model(torch.randn(100, 32, 64))[-1]  # [T, B, 64] to [B, 10]: its value after the last step
 
     The same in PyTorch: `asgl_cuda.leaky_integrator(x_seq, logit_decay.sigmoid(), ...)`, whose docstring has the loop.
     """

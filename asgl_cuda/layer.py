@@ -345,6 +345,12 @@ def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
     An ASGL layer is a module with a float `analog_prob`, a parameter or None `log_width`, and `width`. Those without
     noise are among them: they may get some, and can be monitored. Raises TypeError where `model` is no module.
+
+    Example::
+
+        model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(width=2.0))
+        for name, layer in asgl_cuda.asgl_layers(model):
+            print(name, layer.width.item(), layer.analog_prob)  # 1 2.0 0.2
     """
     check_module(model, "asgl_cuda.asgl_layers")
     # torch.compile's wrapper of a layer passes attributes on, and would count as a second layer, hence getattr_static.

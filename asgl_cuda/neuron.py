@@ -48,6 +48,7 @@ class LIF(NeuronLayer, Noisy):
         surrogate: the name of a surrogate; `asgl_cuda.lif` says which there are.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: share of elements that emit the smooth value in training. In evaluation every element spikes hard.
+            The default is 0.2, where the function `asgl_cuda.lif` has 0.
         granularity: whether the learned parameters are one for the layer, one a channel or one a neuron.
         learn_width, learn_decay, learn_threshold: which of them are parameters; the others stay constants.
         strict_threshold: fire above the threshold, not at it.
@@ -82,6 +83,16 @@ class LIF(NeuronLayer, Noisy):
     Raises ValueError or TypeError for arguments out of range, and what `asgl_cuda.lif` raises. Warns, once a process,
     where neurons at rest fire (`v_threshold` at `v_rest` or below), where a soft reset does not lower the potential,
     and where `surrogate_gain` is 0.
+
+    Example::
+
+        model = nn.Sequential(
+            nn.Linear(64, 128),
+            asgl_cuda.LIF(decay=0.9),  # one learned width
+            nn.Linear(128, 128),
+            asgl_cuda.LIF(128, granularity="channel", learn_decay=True),  # a width and a decay for each channel
+        )
+        s_seq = model(torch.randn(4, 32, 64))  # [T, B, 64] to [T, B, 128]
 
     The same in PyTorch: `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`, whose docstring has the loop.
     """
@@ -317,6 +328,14 @@ class BatchNormLIF(LIF):
     Shapes: input and output `[T, B, C, ...]`, or with time at `time_dim` among batch, channels and the rest.
 
     Raises what `LIF` and `asgl_cuda.batch_norm_lif` raise; the docstring of the latter has the same in PyTorch.
+
+    Example::
+
+        block = nn.Sequential(nn.Linear(64, 128), asgl_cuda.BatchNormLIF(128, analog_prob=0.2))
+        s_seq = block(torch.randn(4, 32, 64))  # [T, B, 64] to [T, B, 128]
+
+        norm, neurons = nn.BatchNorm1d(128), asgl_cuda.LIF()  # as two layers; their checkpoint loads
+        block[1].load_state_dict({**norm.state_dict(), **neurons.state_dict()})
     """
 
     _caller = "asgl_cuda.BatchNormLIF"

@@ -28,6 +28,11 @@ class OverTime(nn.Module):
     Raises TypeError where `layer` is no module or has one inside that knows time, also one that was put there later, or
     where the input is no tensor; ValueError for an input without time and batch.
 
+    Example::
+
+        model = nn.Sequential(asgl_cuda.OverTime(nn.Conv2d(1, 16, 3)), asgl_cuda.BatchNormLIF(16))
+        s_seq = model(torch.randn(4, 32, 1, 8, 8))  # [T, B, 1, 8, 8] to [T, B, 16, 6, 6]
+
     The same in PyTorch::
 
         layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])

@@ -33,6 +33,15 @@ class AnalogProbSchedule:
 
     Raises ValueError for a model without a layer to schedule and for a `prob_at` out of range, TypeError for arguments
     that are no module and no function.
+
+    Example::
+
+        model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(analog_prob=0.2))
+        schedule = asgl_cuda.AnalogProbSchedule.cosine(model, epochs=10)
+        for epoch in range(10):
+            ...  # train
+            schedule.step()
+        print(schedule.probs)  # {'1': 0.0}
     """
 
     def __init__(self, model: nn.Module, prob_at: Callable[[float, int], float]) -> None:

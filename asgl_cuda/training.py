@@ -32,6 +32,12 @@ def parameter_groups(
     pass over it until it is thawed. An empty group is left out.
 
     Raises ValueError for a negative rate or decay, TypeError where `model` is no module.
+
+    Example::
+
+        model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(), nn.Linear(128, 10))
+        groups = asgl_cuda.parameter_groups(model, lr=1e-3, width_lr=3e-4, weight_decay=5e-4)
+        optimizer = torch.optim.AdamW(groups)
     """
     check_module(model, "asgl_cuda.parameter_groups")
     for name, value in (("lr", lr), ("width_lr", width_lr), ("weight_decay", weight_decay)):
@@ -155,8 +161,10 @@ def spiking_eval(model: nn.Module) -> AbstractContextManager[None]:
 
     Example::
 
-        with asgl_cuda.spiking_eval(net):
-            net(x_seq).sum().backward()
+        model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(analog_prob=0.2))
+        x_seq = torch.randn(4, 32, 64, requires_grad=True)
+        with asgl_cuda.spiking_eval(model):
+            (gradient,) = torch.autograd.grad(model(x_seq).sum(), x_seq)
     """
     some_asgl_layers(model, _SPIKING_EVAL)
     caller = sys._getframe(1)
@@ -170,6 +178,13 @@ def reset(model: nn.Module) -> None:
     converted or not, which are reset as their library does it. Norse's layers carry nothing.
 
     Raises TypeError where `model` is no module.
+
+    Example::
+
+        model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(stateful=True))
+        for x in torch.randn(10, 32, 64):  # a step a call
+            spikes = model(x.unsqueeze(0))  # [1, 32, 128]
+        asgl_cuda.reset(model)  # before the next sequence
     """
     check_module(model, "asgl_cuda.reset")
     resets = [library.reset for library in libraries() if hasattr(library, "reset")]

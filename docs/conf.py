@@ -48,7 +48,7 @@ html_theme_options = {
     "light_css_variables": {"color-brand-primary": palette.BLUE, "color-brand-content": palette.BLUE},
     "dark_css_variables": {"color-brand-primary": palette.SKY, "color-brand-content": palette.SKY},
 }
-pygments_style, pygments_dark_style = "tango", "monokai"
+html_show_copyright = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
@@ -74,9 +74,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True}
-autodoc_use_legacy_class_based = False
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
+napoleon_use_param = False  # parameters that share an entry stay together
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 nitpick_ignore = [
@@ -126,18 +125,26 @@ def _is_public(name: str) -> bool:
     return found is not None
 
 
+_OTHERS_LIF = ("reference/conversion", "reference/nir")  # where it is the layer of another library
+
+
 def _code(role: str, rawtext: str, text: str, lineno: int, inliner: Any, *_: Any) -> Any:
     """What stands in backticks in docstrings is code, and a link where it is a public name."""
     from docutils import nodes
     from sphinx.addnodes import pending_xref
 
-    name = text.removesuffix("()").removeprefix("asgl_cuda.")
+    environment = inliner.document.settings.env
+    name = text.removesuffix("()")
+    if name.startswith("asgl_cuda."):
+        name = name.split("(")[0].removeprefix("asgl_cuda.")
     literal = nodes.literal(rawtext, text)
-    if not _is_public(name):
+    described = environment.ref_context.get("py:class")
+    if described is not None and _is_public(f"{described}.{name}"):
+        name = f"{described}.{name}" if text.endswith("()") else ""  # a method; attributes are in sight
+    if not _is_public(name) or (text == "LIF" and environment.docname in _OTHERS_LIF):
         return [literal], []
     options = {"refdomain": "py", "reftype": "obj", "reftarget": f"asgl_cuda.{name}", "refexplicit": True}
-    document = inliner.document.settings.env.docname
-    return [pending_xref(rawtext, literal, refdoc=document, refwarn=True, **options)], []
+    return [pending_xref(rawtext, literal, refdoc=environment.docname, refwarn=True, **options)], []
 
 
 def _known_elsewhere(app: Any, env: Any, node: Any, text: Any) -> Any:
@@ -169,8 +176,13 @@ def _property_as_it_is(app: Any, what: str, name: str, thing: Any, options: Any,
 
 
 def setup(app: Any) -> None:
-    """Writes the style of figures, and connects the functions above."""
+    """Writes the settings of matplotlib and of the kernels, and connects the functions above."""
     os.environ["MATPLOTLIBRC"] = str(palette.write_matplotlibrc(ROOT / "build" / "matplotlibrc"))
+    # A profile of IPython of its own: nobody's startup files, and no remark on the kernel's transport.
+    profile = ROOT / "build" / "ipython" / "profile_default"
+    profile.mkdir(parents=True, exist_ok=True)
+    (profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n")
+    os.environ["IPYTHONDIR"] = str(profile.parent)
     app.add_role("code_or_link", _code)
     app.connect("autodoc-process-docstring", _prose_with_colons, priority=100)
     app.connect("autodoc-process-docstring", _property_as_it_is, priority=900)

@@ -100,12 +100,22 @@ def available_backends() -> tuple[str, ...]:
     """The names of the backends that work here, preferred ones first.
 
     `unavailable_backends` tells of the others.
+
+    Example::
+
+        print(asgl_cuda.available_backends())  # ('cpu', 'reference') without a GPU
     """
     return tuple(name for name, backend in BACKENDS.items() if backend.problem_here() is None)
 
 
 def unavailable_backends() -> dict[str, str]:
-    """For each backend that does not work here: why, and what would make it work."""
+    """For each backend that does not work here: why, and what would make it work.
+
+    Example::
+
+        for name, problem in asgl_cuda.unavailable_backends().items():
+            print(f"{name}: {problem}")
+    """
     problems = {name: backend.problem_here() for name, backend in BACKENDS.items()}
     return {name: problem for name, problem in problems.items() if problem is not None}
 

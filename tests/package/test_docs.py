@@ -1,0 +1,71 @@
+"""The documentation's sources: the Python of its pages runs, the Reference is complete, its figure can be drawn."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import asgl_cuda
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page != DOCS / "README.md"]
+IMPORTS = ("matplotlib", "sklearn", "spikingjelly", "snntorch", "norse", "sinabs", "nir", "mlxtend")
+
+
+def python_of(page: Path) -> list[str]:
+    """What runs, each behind as many empty lines as precede it: setups, in comments, and fences of `python`.
+
+    Tutorials have none: they are executed when the documentation is built.
+    """
+    text = page.read_text()
+    found = []
+    for match in re.finditer(r"^% setup:\n((?:%[^\n]*\n)+)|^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        setup, block = match.groups()
+        lines_before = text.count("\n", 0, match.start()) + 1
+        found.append("\n" * lines_before + (block or re.sub("^% ?", "", setup, flags=re.MULTILINE)))
+    return found
+
+
+WITH_PYTHON = [page for page in PAGES if python_of(page)]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=[str(page.relative_to(DOCS)) for page in WITH_PYTHON])
+def test_python_of_page_runs(page: Path, capsys: pytest.CaptureFixture[str]):
+    code = python_of(page)
+    for library in IMPORTS:
+        if re.search(rf"^(?:import|from) {library}\b", "\n".join(code), re.MULTILINE):
+            pytest.importorskip(library)
+    torch.manual_seed(0)
+    namespace: dict[str, object] = {"__name__": "page"}
+    for block in code:
+        exec(compile(block, page, "exec"), namespace)
+    if page == DOCS / "index.md":  # which says about 98 percent
+        assert "accuracy on the test images: 9" in capsys.readouterr().out
+        accuracy = namespace["accuracy"]
+        assert isinstance(accuracy, torch.Tensor)
+        assert accuracy > 0.95
+
+
+@pytest.mark.parametrize("name", [*asgl_cuda.__all__, "interop.snntorch.MultiStep"])
+def test_reference_has(name: str):
+    reference = "\n".join(page.read_text() for page in sorted((DOCS / "reference").glob("*.md")))
+    assert re.search(
+        rf"^\.\. (?:autofunction|autoclass|py:data):: (?:asgl_cuda\.)?{re.escape(name)}$", reference, re.MULTILINE
+    )
+
+
+def test_figure_of_the_method(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    pytest.importorskip("rich")
+    from docs.figures import method
+
+    neuron = method.one_neuron()
+    hard, analog = neuron.s_seq[~neuron.analog], neuron.s_seq[neuron.analog]
+    assert set(hard.tolist()) == {0.0, 1.0}
+    assert ((analog > 0.2) & (analog < 0.8)).sum() >= 3  # enough that the figure shows smooth values
+    method.draw(neuron, [[5.0, 5.0, 5.0], [2.0, 2.5, 3.0]], tmp_path / "method.png")
+    assert (tmp_path / "method.png").stat().st_size > 10_000
