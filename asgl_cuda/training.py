@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from contextlib import AbstractContextManager, ContextDecorator
+from contextlib import ContextDecorator
 from typing import Any
 
 from torch import nn
@@ -147,7 +147,7 @@ class _SpikingEval(ContextDecorator):
             warnings.warn_explicit(message, UserWarning, *self._line)
 
 
-def spiking_eval(model: nn.Module) -> AbstractContextManager[None]:
+def spiking_eval(model: nn.Module) -> _SpikingEval:
     """Inside, every ASGL layer emits hard spikes, and surrogate gradients flow: for attacks and fine-tuning.
 
     It sets `analog_prob` to 0 and gives each layer its own value back on leaving, also after an exception. Nothing else
