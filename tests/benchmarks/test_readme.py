@@ -11,6 +11,7 @@ pytest.importorskip("sklearn")
 
 import torch
 
+import asgl_cuda
 from benchmarks import readme
 
 README = Path(__file__).parents[2] / "README.md"
@@ -36,10 +37,14 @@ def test_python_blocks_run(capsys):
     said = capsys.readouterr().out
     assert "1 replaced, 1 left" in said
     assert "1 replaced, 0 left" in said
-    x_seq, width, mask, lif, fused = (namespace[name] for name in ("x_seq", "width", "mask", "lif", "fused"))
+    lif, noise = namespace["lif"], torch.tensor([2023, 0])
+    x_seq, width = torch.randn(4, 32, 128, requires_grad=True), torch.ones(128, requires_grad=True)
+    fused = asgl_cuda.lif(x_seq, width=width, analog_prob=0.2, rng_state=noise)
+    plain = lif(x_seq, asgl_cuda.analog_mask(x_seq, 0.2, noise), width=width)
+    assert torch.equal(fused, plain)
     grad = torch.randn_like(x_seq)
     ours = torch.autograd.grad(fused, (x_seq, width), grad)
-    theirs = torch.autograd.grad(lif(x_seq, mask, width=width), (x_seq, width), grad)
+    theirs = torch.autograd.grad(plain, (x_seq, width), grad)
     torch.testing.assert_close(ours, theirs)
 
 
