@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .backends import BACKENDS
+from .backends import BACKENDS, backend_of, operators_of
 from .checks import (
     HALF_TYPES,
     PLAIN_TENSORS,
@@ -38,11 +38,12 @@ from .checks import (
     once_a_kind,
     shown,
 )
+from .derivatives import DERIVATIVES
 from .functional import Arguments, Call, LIFOutput, NeuronArguments, checked_call, lif
 from .layout import by_channel, channel_dim, real_type
 from .ops import ForwardResult, in_their_places
-from .reference import Parameters, batch_statistics, normalisation
-from .transforms import apply, is_differentiated, once_differentiable, saved_tensors, transforming
+from .reference import Parameters, batch_statistics, detached, normalisation
+from .transforms import apply, apply_here, is_differentiated, once_differentiable, saved_tensors, transforming
 
 _CALLER = "asgl_cuda.batch_norm_lif"
 NEURON_DEFAULTS = lif.__kwdefaults__ or {}
@@ -110,6 +111,61 @@ class BatchNormLIFFunction(torch.autograd.Function):
         grad_weight, grad_bias, grad_x_seq, grad_v_init, *grad_parameters = in_their_places(checked, asked)
         nothing = (None,) * 6
         return None, grad_weight, grad_bias, *nothing, grad_x_seq, grad_v_init, None, *grad_parameters
+
+
+class _CoefficientsFunction(torch.autograd.Function):
+    """The operator batch_norm_coefficients, alone in a graph, as a function of x_seq, weight and bias.
+
+    The neuron has the gradients of gain and shift; the rounded mean counts as a constant, whose share in shift cancels
+    its share in the neuron. The variance is for the running statistics alone.
+    """
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        (_, below), *arguments = inputs
+        coefficients, total = below(*arguments)
+        return coefficients, total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        (backend, _), x_seq, _, mean, _, _, _, *options = inputs
+        ctx.training, ctx.options = mean is None, (backend, *options)
+        ctx.save_for_backward(x_seq, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        saved: tuple[Any, ...] = saved_tensors(ctx)
+        x_seq, coefficients, total = saved
+        backend, eps, input_scale, time_dim = ctx.options
+        _, wants_x_seq, _, _, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        through_batch = wants_x_seq and ctx.training
+        _, of_gain, of_shift, _ = grads[0].unbind()
+        of_x_seq = torch.zeros_like(x_seq) if through_batch else x_seq.new_empty(0)
+        sums = of_gain, of_shift
+        of_weight, of_bias = operators_of(backend, (x_seq, coefficients, *sums)).batch_norm_backward(
+            of_x_seq, x_seq, coefficients, total, *sums, *sums, eps, input_scale, time_dim
+        )
+        asked = through_batch, False, False, False, wants_weight, wants_bias
+        all_found = of_x_seq, None, None, None, of_weight, of_bias
+        found = [grad for grad, wants in zip(all_found, asked, strict=True) if wants and grad is not None]
+        gradients = in_their_places(once_differentiable(found, (x_seq, coefficients, *grads)), asked)
+        return None, *gradients, None, None, None
+
+
+def _differentiated(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The operator batch_norm_coefficients with its derivative."""
+    _, statistics, *_ = arguments
+    if statistics is not None:
+        raise RuntimeError(
+            "asgl_cuda.batch_norm_coefficients: statistics of several processes can't be differentiated in a graph; "
+            "train the model that it was made of"
+        )
+    coefficients, total = apply_here(_CoefficientsFunction, (backend_of(operator), below), *arguments)
+    return coefficients, total
+
+
+DERIVATIVES["batch_norm_coefficients"] = _differentiated
 
 
 def _forward(
@@ -414,7 +470,7 @@ def _update(
     for each, value in zip(statistics, values, strict=True):
         assert each is not None
         share = momentum.to(each.dtype) if isinstance(momentum, Tensor) else momentum
-        value = value.detach().to(each.dtype).reshape(each.shape)
+        value = detached(value).to(each.dtype).reshape(each.shape)
         if transforming():  # vmap knows lerp alone
             each.copy_(each.lerp(value, share))
         else:

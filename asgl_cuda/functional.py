@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from .backends import BACKENDS, Operators, choose_backend, operators_of
+from .backends import BACKENDS, Operators, backend_of, choose_backend, operators_of
 from .checks import (
     check_analog_prob,
     check_analog_prob_tensor,
@@ -28,6 +28,7 @@ from .checks import (
     check_width_tensor,
     once_a_kind,
 )
+from .derivatives import DERIVATIVES
 from .layout import is_dense, real_type
 from .learned import Logarithm, Logit
 from .ops import BackwardResult, ForwardResult, in_their_places
@@ -35,6 +36,7 @@ from .reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules, analog
 from .surrogate import PERIODIC, SURROGATES
 from .transforms import (
     apply,
+    apply_here,
     draw_under_transforms,
     is_differentiated,
     once_differentiable,
@@ -214,6 +216,31 @@ class LIFFunction(torch.autograd.Function):
         )  # fmt: skip
         gradients = once_differentiable(found, (*tensors, *grads))
         return None, None, None, None, *in_their_places(gradients, needed)
+
+
+class _OperatorFunction(LIFFunction):
+    """The same for the operator by itself; the backend comes with the operator below autograd."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        (_, below), numbers, rules, wanted, *tensors, parameters = (*inputs[:7], inputs[7:])
+        return tuple(below(*tensors, parameters, numbers, rules, (*wanted, True)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        (backend, _), *others = inputs
+        LIFFunction.setup_context(ctx, (backend, *others), output)
+
+
+def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
+    """The operator lif_forward with its derivative, whether its checkpoints are wanted or not."""
+    *tensors, parameters, numbers, rules, (*wanted, keeps_checkpoints) = arguments
+    inputs = (backend_of(operator), below), numbers, rules, tuple(wanted), *tensors, *parameters
+    outputs = apply_here(_OperatorFunction, *inputs)
+    return list(outputs if keeps_checkpoints else outputs[:-1])
+
+
+DERIVATIVES["lif_forward"] = _differentiated
 
 
 class _Plan(NamedTuple):

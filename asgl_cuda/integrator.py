@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .backends import BACKENDS, choose_backend, operators_of
+from .backends import BACKENDS, backend_of, choose_backend, operators_of
 from .checks import check_bool, check_input, check_not_nan, check_parameter, check_v_init, once_a_kind
+from .derivatives import DERIVATIVES
 from .layer import Granularity, NeuronLayer
 from .layout import is_dense, real_type
 from .learned import Logit
-from .ops import in_their_places
+from .ops import ForwardResult, in_their_places
 from .reference import Numbers, Parameters, Rules, integrator_reference
-from .transforms import apply, is_differentiated, once_differentiable, saved_tensors
+from .transforms import apply, apply_here, is_differentiated, once_differentiable, saved_tensors
 
 _NO_RULES = Rules(*(0 for _ in Rules._fields))
 
@@ -73,6 +74,31 @@ class IntegratorFunction(torch.autograd.Function):
         )  # fmt: skip
         gradients = once_differentiable(found, (*saved, *grads))
         return None, None, None, None, None, *in_their_places(gradients, needed)
+
+
+class _OperatorFunction(IntegratorFunction):
+    """The same for the operator by itself; the backend comes with the operator below autograd."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        (_, below), *options, x_seq, v_init, decay, input_gain = inputs
+        return tuple(below(x_seq, v_init, _all_parameters(decay, input_gain), *options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        (backend, _), *others = inputs
+        IntegratorFunction.setup_context(ctx, (backend, *others), output)
+
+
+def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
+    """The operator integrator_forward with its derivative."""
+    x_seq, v_init, parameters, *options = arguments
+    given = Parameters(*parameters)
+    tensors = x_seq, v_init, given.decay, given.input_gain
+    return list(apply_here(_OperatorFunction, (backend_of(operator), below), *options, *tensors))
+
+
+DERIVATIVES["integrator_forward"] = _differentiated
 
 
 @once_a_kind

@@ -31,7 +31,9 @@ import torch
 from torch import Tensor
 
 from .batching import batching_rules
+from .derivatives import at_autograd
 from .layout import channel_dim, checkpoint_elements, empty_state, real_type
+from .lazy_values import LAZY_KEYS, on_memory
 from .reference import Rules
 
 ForwardResult = list[Tensor]  # s_seq, and v_last, v_seq, h_seq, checkpoints as far as they are wanted
@@ -129,7 +131,7 @@ _libraries: list[torch.library.Library] = []  # an operator lives as long as the
 
 
 def define_operators(namespace: str) -> torch.library.Library:
-    """Defines the operators without kernels, with fake versions for torch.compile and with rules for vmap.
+    """Defines the operators without kernels, with fake versions for torch.compile, derivatives, and rules for vmap.
 
     Kernels in C++ are checked against the schemas when they are loaded.
     """
@@ -140,6 +142,10 @@ def define_operators(namespace: str) -> torch.library.Library:
         tag = torch.Tag.nondeterministic_seeded if name == "draw_rng_state" else torch.Tag.pt2_compliant_tag
         library.define(schema, tags=(tag,))
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        operator = getattr(getattr(torch.ops, namespace), name).default
+        library.impl(name, at_autograd(operator, name), "Autograd", with_keyset=True)
+        for key in LAZY_KEYS:
+            library.impl(name, on_memory(operator), key)
     for name, rule in batching_rules(getattr(torch.ops, namespace)).items():
         torch.library.register_vmap(f"{namespace}::{name}", rule, lib=library)
     return library

@@ -32,9 +32,10 @@ from torch import Tensor
 
 from .layout import by_channel, memory_order, real_type
 from .surrogate import SURROGATES
-from .transforms import apply, in_forward_mode, transforming
+from .transforms import apply, exporting, in_forward_mode, transforming
 
 DRAWS = 65536  # an element draws one of so many numbers
+_WHOLE_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as many bytes
 BELOW_IN_STATE = DRAWS + 1  # analog_prob is data: round(analog_prob * DRAWS) is the third number of rng_state
 
 
@@ -114,8 +115,19 @@ def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
     if compiling and (transforming() or in_forward_mode()):  # it passes over functions of this kind in silence there
         scaled = a * gain
         return s.detach() + (scaled - scaled.detach())
+    if compiling and exporting() and torch.is_grad_enabled():  # it makes a plain clone of them there
+        scaled = a * gain
+        nothing = scaled - detached(scaled)
+        return detached(s) + torch.where(nothing == 0, nothing, 0.0)  # without a NaN
     result: Tensor = apply(GradientOf if compiling else GradientAndTangentOf, s, a, gain)
     return result
+
+
+def detached(value: Tensor) -> Tensor:
+    """The value as a constant, also in an exported graph that is decomposed, which takes its detach() away."""
+    if not exporting():
+        return value.detach()
+    return value.view(_WHOLE_NUMBERS[value.element_size()]).view(value.dtype)
 
 
 def periodic_distance(h: Tensor, v_threshold: Tensor) -> Tensor:
@@ -167,7 +179,7 @@ def lif_reference(
             z = (h > 0) * torch.div(h, at(v_threshold, t), rounding_mode="trunc")
         hard_or_analog = torch.where(analog[t], a, z).detach()
         s = with_gradient_of(hard_or_analog, a, numbers.surrogate_gain)
-        s_reset = s.detach() if rules.detach_reset else s
+        s_reset = detached(s) if rules.detach_reset else s
         v = h * (1 - s_reset) + at(reset, t) * s_reset if rules.hard_reset else h - at(reset, t) * s_reset
         if rules.floored:
             v = torch.relu(v - numbers.v_min) + numbers.v_min

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 _FORWARD_MODE = (
     "forward-mode differentiation was asked for, and the fused backends have reverse mode alone; "
     "backend='reference' has both"
 )
+
+
+# Whether torch.export is at work; torch 2.6 can't tell it from torch.compile.
+exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 def in_forward_mode() -> bool:
@@ -35,11 +40,16 @@ def is_differentiated(tensors: Sequence[Tensor | None], caller: str) -> bool:
         # An input that is mapped does not tell whether it is differentiated further out.
         return torch.is_grad_enabled() or not torch.compiler.is_compiling()
     if in_forward_mode():
-        given = (tensor for tensor in tensors if tensor is not None)
-        # The compiler does not tell which tensors have a tangent.
-        if torch.compiler.is_compiling() or any(forward_ad.unpack_dual(each).tangent is not None for each in given):
-            raise RuntimeError(f"{caller}: {_FORWARD_MODE}")
+        refuse_tangents(tensors, caller)
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def refuse_tangents(tensors: Sequence[Tensor | None], caller: str) -> None:
+    """Raises RuntimeError where a tensor has a tangent, in forward mode."""
+    given = (tensor for tensor in tensors if tensor is not None)
+    # The compiler does not tell which tensors have a tangent.
+    if torch.compiler.is_compiling() or any(forward_ad.unpack_dual(each).tangent is not None for each in given):
+        raise RuntimeError(f"{caller}: {_FORWARD_MODE}")
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -49,7 +59,9 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     torch.func and the compiler need.
     """
     if torch.compiler.is_compiling():
-        # It takes no tensor twice, as a threshold that is subtracted, too.
+        if exporting() and not transforming():  # a graph has no such functions; its operators have derivatives
+            return function.forward(*arguments)
+        # The compiler takes no tensor twice, as a threshold that is subtracted, too.
         once = [
             each.view_as(each)
             if isinstance(each, Tensor) and any(each is other for other in arguments[:place])
@@ -67,7 +79,13 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         raise
 
 
-def saved_tensors(ctx: Any) -> Sequence[Any]:
+def apply_here(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """The same in an operator's kernel for autograd, which is called once for each level of differentiation."""
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
     """What forward saved, to be read once: checkpointing that is not reentrant computes it again at each reading."""
     if torch.compiler.is_compiling():
         return ctx.saved_tensors  # type: ignore[no-any-return]
@@ -108,7 +126,9 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-def once_differentiable(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
+def once_differentiable(
+    gradients: Sequence[Tensor], inputs: Sequence[Tensor | None], apply: Callable[..., Any] = apply
+) -> Sequence[Tensor]:
     """The gradients; a graph that is to be differentiated again then says that it can't be."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients

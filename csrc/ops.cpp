@@ -6,6 +6,7 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
+#include "autograd.h"
 #include "cpu/clones.h"
 #include "direct_calls.h"
 #include "integrator_ops.h"
@@ -64,8 +65,18 @@ void implement_all(Library& library) {
 
 TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) { implement_all<CpuBackend>(m); }
 
+TORCH_LIBRARY_IMPL(asgl_cuda, AutogradCPU, m) {
+  ops::AtAutograd at_autograd(m);
+  implement_all<CpuBackend>(at_autograd);
+}
+
 #if defined(ASGL_WITH_CUDA)
 TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) { implement_all<CudaBackend>(m); }
+
+TORCH_LIBRARY_IMPL(asgl_cuda, AutogradCUDA, m) {
+  ops::AtAutograd at_autograd(m);
+  implement_all<CudaBackend>(at_autograd);
+}
 #endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -11,6 +11,7 @@ from torch.overrides import has_torch_function
 
 from .. import extension, ops
 from ..checks import check_name, level_of_user
+from ..derivatives import below_autograd
 from . import cupy
 
 
@@ -61,6 +62,12 @@ def _direct_operators() -> Operators | None:
     return None if None in functions else Operators(*functions)
 
 
+def _below_autograd(namespace: str) -> Operators:
+    """The operators as direct calls of them, which spares their kernels for autograd in Python."""
+    functions: list[Any] = [below_autograd(operator) for operator in operators_in(namespace)]
+    return Operators(*functions)
+
+
 def _cuda_problem() -> str | None:
     info = extension.build_info
     if info is not None and info.cuda is None:
@@ -73,7 +80,7 @@ def _cuda_problem() -> str | None:
 # The backends stand in the order in which they are preferred.
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(("cuda",), operators_in("asgl_cuda"), _cuda_problem, _direct_operators()),
-    "cupy": Backend(("cuda",), operators_in(cupy.NAMESPACE), cupy.problem),
+    "cupy": Backend(("cuda",), operators_in(cupy.NAMESPACE), cupy.problem, _below_autograd(cupy.NAMESPACE)),
     "cpu": Backend(("cpu",), operators_in("asgl_cuda"), lambda: extension.problem, _direct_operators()),
     "reference": Backend((), None, lambda: None),
 }
@@ -89,6 +96,11 @@ def operators_of(backend: str, inputs: Sequence[torch.Tensor | None]) -> Operato
     if torch.compiler.is_compiling() or found.direct is None or has_torch_function(inputs):
         return found.operators
     return found.direct
+
+
+def backend_of(operator: Any) -> str:
+    """The name of a backend with this operator."""
+    return next(name for name, each in BACKENDS.items() if each.operators is not None and operator in each.operators)
 
 
 _warned: set[str] = set()

@@ -22,6 +22,7 @@ access = partial(Mutant, "cuda/access.cuh")
 noise = partial(Mutant, "cuda/noise.cuh")
 launchers = partial(Mutant, "cuda/choose.cuh")
 params = partial(Mutant, "neuron_params.h")
+neuron = partial(Mutant, "math/neuron.h")
 thread_neuron = partial(Mutant, "cuda/thread_neuron.cuh")
 divisor = partial(Mutant, "math/divisor.h")
 rules = partial(Mutant, "math/lif_by_options.h")
@@ -69,6 +70,12 @@ MUTANTS = {
         "noise of a shorter segment in the general backward": kernels(
             "start, @);\n    const auto fire_lane = [&](Real h", "length", "length - 2"
         ),
+        "not always where the state says so": params("below >= kAlwaysAnalog ? @ :", "kAlwaysAnalog",
+                                                     "kAlwaysAnalog - 1"),
+        "sometimes where the state says never": params("below <= 0 ? @ :", "0", "1"),
+        # ---- the firing rule ----
+        "no spike at a subnormal distance": neuron("Real(@) : Real(0x1p-1074)", "0x1p-149f", "0x1p-126f"),
+        "a spike at the threshold": neuron("least_u(@ ?", "options.strict_threshold", "false"),
         # ---- the settled backward ----
         "no tail check in the settled backward": kernels("if (@) Lanes::store(dx,", "place.live", "true"),
         "no tail check of the first state": kernels("\n    if (exists(params.grad_init) && @)", "place.live", "true"),
@@ -295,6 +302,16 @@ MUTANTS = {
         "wrong slots joined": channels("slot += @)", "kBlockThreads", "kBlockThreads + 1"),
         "too many channels": channels("if (@) params.compute", "channel < params.channels", "true"),
         "not all channels": channels("(channel < @))) params.compute", "params.channels", "params.channels - 1"),
+        "running statistics of no channel": channels("if (@) params.update", "channel < params.channels", "true"),
+        "the last running statistics stay": channels("(channel < @))) params.update", "params.channels",
+                                                     "params.channels - 1"),
+        "a batch counted by each channel": channel_params("if (@ && num_batches", "channel == 0", "channel < 2"),
+        "a running variance of another row": channel_params("running_var[channel], coefficients[@ *",
+                                                            "kCoefficientVariance", "kCoefficientGain"),
+        "a share of another size": channel_params("running + @ * distance", "momentum", "(Real(1) - momentum)"),
+        "a share of 1 leaves something": channel_params(" * distance : @;",
+                                                        "value - distance * (Real(1) - momentum)",
+                                                        "running + momentum * distance"),
         "wrong end of rows": channels("if (@) {\n#pragma", "row + k * place.step < place.end_row",
                                       "row + k < place.end_row"),
         "wrong mean": channels("params.mean[@]", "place.channel", "place.task.first_channel"),

@@ -299,6 +299,41 @@ def test_activation_checkpointing_repeats_the_noise(backend, device, use_reentra
     )
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("layer", ["LIF", "LeakyIntegrator", "BatchNormLIF"])
+def test_activation_checkpointing_of_layers(backend, device, layer, learned, use_reentrant):
+    """What is saved can be read once without reentrance."""
+    learns = {"learn_decay": learned}
+    if layer != "LeakyIntegrator":
+        learns |= {"learn_width": learned, "learn_threshold": learned}
+    if layer == "BatchNormLIF":
+        learns |= {"affine": learned}
+    model = getattr(asgl_cuda, layer)(7, granularity="channel", **learns, backend=backend).to(device)
+    x_seq = random_input(20, 3, 7, device=device)
+    gain = uniform(7, low=0.5, high=1.0, device=device)
+    leaves = [x_seq, *model.parameters()]
+    if layer == "LeakyIntegrator" and learned:
+        leaves.append(gain)
+
+    def function(x_seq):
+        out = model(x_seq)
+        return asgl_cuda.leaky_integrator(out, input_gain=gain, backend=backend) if gain is leaves[-1] else out
+
+    def run(call):
+        for leaf in leaves:
+            leaf.grad = None
+        torch.manual_seed(3)
+        out = call()
+        out.square().sum().backward()
+        return out, *(leaf.grad for leaf in leaves)
+
+    def checkpointed():
+        return checkpoint(function, x_seq, use_reentrant=use_reentrant)
+
+    assert_all_equal(run(checkpointed), run(lambda: function(x_seq)))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_nothing_is_saved_without_gradients(backend, device, mode):
     x_seq = random_input(40, 3, 31, device=device)

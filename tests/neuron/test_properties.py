@@ -298,3 +298,18 @@ def test_elements_outside_the_analog_mask_spike_hard(backend, device, call):
     s_seq = asgl_cuda.lif(x_seq, **options, backend=backend)
     mask = asgl_cuda.analog_mask(x_seq, options["analog_prob"], options["rng_state"], time_dim=options["time_dim"])
     assert ((s_seq == 0) | (s_seq == 1) | mask).all()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [4, 17])
+def test_a_threshold_is_exceeded_by_a_subnormal_number(backend, device, steps, dtype, strict):
+    """The difference from the threshold is smaller than any normal number; processors may take such for zero."""
+    least = torch.finfo(dtype).tiny
+    above = torch.tensor([0, 2**9, 1, -1], dtype=dtype, device=device) * torch.finfo(dtype).smallest_normal
+    above = above * torch.finfo(dtype).eps
+    x_seq = (least + above).repeat(steps, 31).requires_grad_()
+    options = {"v_threshold": least, "strict_threshold": strict, "decay": 0.0}
+    s_seq = asgl_cuda.lif(x_seq, **options, backend=backend)
+    assert torch.equal(s_seq, (above > 0 if strict else above >= 0).to(dtype).expand(steps, 4).repeat(1, 31))
+    assert_equals_reference(x_seq, backend, **options)

@@ -115,6 +115,7 @@ class Trial {
   Texts run() {
     find_moments();
     if (differences_.empty()) find_coefficients();
+    if (differences_.empty()) find_running();
     if (differences_.empty()) find_adjoint();
     if (differences_.empty()) find_input_gradient();
     return differences_;
@@ -213,6 +214,43 @@ class Trial {
     check("coefficients", cuda::launch(params, nullptr), differences_);
     check_blocks("coefficients", shape_.channels);
     for (int64 channel = 0; channel < shape_.channels; ++channel) check_moments(params.total[channel], channel);
+  }
+
+  void find_running() {
+    Random random(static_cast<unsigned>(shape_.channels + shape_.rows));
+    const int64 channels = shape_.channels;
+    const double momentum = random.once_in(4) ? 1 : random.between(0, 1);
+    Buffer<Real> running[2], before[2];
+    for (int i = 0; i < 2; ++i) {
+      running[i] = Buffer<Real>(channels, 0);
+      before[i] = Buffer<Real>(channels, 0);
+      before[i].fill(random, -3, 3);
+      std::copy(before[i].data(), before[i].data() + channels, running[i].data());
+    }
+    Buffer<int64> count(random.once_in(4) ? 0 : 1, 0);
+    if (count.size() > 0) *count.data() = 41;
+    RunningParams<Real> params{};
+    params.coefficients = coefficients_.data();
+    params.channels = channels;
+    params.momentum = static_cast<Real>(momentum);
+    params.running_mean = running[0].data();
+    params.running_var = running[1].data();
+    params.num_batches_tracked = count.size() > 0 ? count.data() : nullptr;
+    check("running", cuda::launch(params, nullptr), differences_);
+    check_blocks("running", cuda::blocks_for(channels, kBlockThreads));
+    for (int i = 0; i < 2; ++i) {
+      const Real* values = coefficients_.data() + (i == 0 ? kCoefficientMean : kCoefficientVariance) * channels;
+      for (int64 channel = 0; channel < channels; ++channel) {
+        const Wide is = running[i].data()[channel], value = values[channel], was = before[i].data()[channel];
+        if (std::isnan(values[channel]) && std::isnan(is)) continue;  // of a single value
+        // A difference, a product and a sum are rounded, each to half an epsilon.
+        const Wide error = momentum == 1 ? 0 : 2 * kEpsilon<Real> * (std::fabs(value) + std::fabs(was));
+        compare(at(i == 0 ? "running mean" : "running variance", channel), is,
+                was + static_cast<Wide>(params.momentum) * (value - was), error, differences_);
+      }
+      if (running[i].overrun()) differences_.push_back("running statistics were written beyond their end");
+    }
+    if (count.size() > 0 && *count.data() != 42) differences_.push_back("a batch is not counted once");
   }
 
   // The sums of the gradient are made up; what they are to become follows from them and from x as it is.

@@ -39,6 +39,7 @@ struct Case {
   Parameters parameters;
   int multiprocessors;
   unsigned number;
+  bool by_threshold = false;  // potentials are at the threshold, or above it by subnormal numbers
 };
 
 struct Coverage {
@@ -100,6 +101,7 @@ class Trial {
     grad_h_seq_ = input<Real>(random_.once_in(seldom), elements, -1, 1);
     grad_x_seq_ = output<Scalar>(!random_.once_in(8), elements);
     grad_v_init_ = output<Real>(random_.toss(), neurons);
+    if (it.by_threshold) lie_by_threshold();
   }
 
   Texts run(Coverage& coverage) {
@@ -198,6 +200,21 @@ class Trial {
     options.periodic = options.multi_spike && random_.toss();
     options.floored = !options.multi_spike || random_.toss();
     if (options.multi_spike) forward_.noise.analog_below = 0;
+  }
+
+  void lie_by_threshold() {
+    forward_.options.strict_threshold = true;
+    forward_.options.v_rest = 0;
+    forward_.noise.analog_below = 0;
+    for (const int id : {kThreshold, kReset, kInputGain, kInputBias, kInputMean}) {
+      forward_.parameters[id] = {nullptr, id == kInputGain ? Real(1) : Real(0), 0, case_.shape.neurons(), 1};
+      wanted_[id] = false;
+    }
+    forward_.parameters[kThreshold].constant = Real(0x1p-126);
+    for (int64 i = 0; i < v_init_.size(); ++i) v_init_.set(i, 0);
+    for (int64 i = 0; i < x_seq_.size(); ++i) {
+      x_seq_.set(i, 0x1p-126 + (random_.toss() ? 0 : random_.toss() ? 0x1p-140 : 0x1p-149));
+    }
   }
 
   // The buffer whose turn it is lies one element beyond an aligned address.
@@ -468,6 +485,20 @@ bool many_neurons_are_general() {
 bool many_neurons_are_general() { return true; }
 #endif
 
+// Whatever the state says, it is a share of all draws.
+bool analog_below_in_state_is_settled() {
+  constexpr int64 kLimit = std::numeric_limits<int64>::max(), kAlways = kAlwaysAnalog;
+  for (const int64 below : {-kLimit, int64{-1}, int64{0}, int64{1}, kAlways - 1, kAlways, kAlways + 1, kLimit}) {
+    const int64 state[] = {7, 11, below};
+    const NoiseParams settled = NoiseParams{state, kAnalogBelowInState}.settled();
+    if (settled.analog_below != std::clamp<int64>(below, 0, kAlways) || settled.rng_state != state) return false;
+  }
+  for (const uint32 below : {uint32{0}, uint32{1}, kAlwaysAnalog - 1, kAlwaysAnalog}) {
+    if (NoiseParams{nullptr, below}.settled().analog_below != below) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -480,6 +511,20 @@ int main(int argc, char** argv) {
   if (!many_neurons_are_general()) {
     ++failed;
     std::printf("settled kernels for the wrong numbers of neurons\n");
+  }
+  if (!analog_below_in_state_is_settled()) {
+    ++failed;
+    std::printf("a wrong share of analog elements from the state\n");
+  }
+  for (const SequenceShape& shape : {SequenceShape{1, 5, 257}, {1, 4, 260}, {3, 17, 172}}) {
+    for (const Parameters parameters : {Parameters::kPlain, Parameters::kUniform}) {
+      const Case it{shape, parameters, 0, cases++, true};
+      const Texts differences = Trial<float, Surrogate::kRectangle, true>(it).run(coverage);
+      failed += !differences.empty();
+      for (const std::string& difference : differences) {
+        std::printf("case %u: by the threshold: %s\n", it.number, difference.c_str());
+      }
+    }
   }
   for (const SequenceShape& shape : shapes(small)) {
     for (const Parameters parameters :

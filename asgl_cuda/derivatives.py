@@ -1,0 +1,65 @@
+"""The operators where autograd meets them by themselves, as in a graph that torch.export has made.
+
+Functions and layers of this package have a torch.autograd.Function around the operators and call them below autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .transforms import apply_here, in_forward_mode, once_differentiable, refuse_tangents
+
+Derivative = Callable[..., Any]
+# By operator; the others can't be differentiated. A derivative takes the operator, the same below autograd, and its
+# arguments, and returns the results with a graph.
+DERIVATIVES: dict[str, Derivative] = {}
+
+
+def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
+    """The operator's kernel for autograd. Where nothing is differentiated, csrc/autograd.h does the same faster."""
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        tensors = tuple(_tensors_in(arguments))
+        if in_forward_mode():
+            refuse_tangents(tensors, f"asgl_cuda.{name}")
+
+        enabled = torch.is_grad_enabled()
+
+        def below(*arguments: Any) -> Any:
+            # A Function disables gradients; the next level of differentiation asks whether they were enabled.
+            with torch.set_grad_enabled(enabled), torch._C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+        if not enabled or not any(each.requires_grad for each in tensors):
+            return below(*arguments)
+        return DERIVATIVES.get(name, _without_derivative)(operator, below, *arguments)
+
+    return kernel
+
+
+def below_autograd(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator for calls that something else differentiates, or nothing."""
+
+    def call(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    return call
+
+
+def _without_derivative(operator: Any, below: Callable[..., Any], *arguments: Any) -> Any:
+    results = below(*arguments)
+    if results is None:  # the running statistics, which have no gradient
+        return None
+    return type(results)(once_differentiable(results, tuple(_tensors_in(arguments)), apply_here))
+
+
+def _tensors_in(arguments: Sequence[Any]) -> Iterator[Tensor]:
+    for argument in arguments:
+        for each in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if isinstance(each, Tensor):
+                yield each

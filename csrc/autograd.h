@@ -1,0 +1,49 @@
+// The operators at torch's autograd keys: a call that nothing is differentiated of goes on to the kernels; any other is
+// differentiated in Python, by the kernel of asgl_cuda/derivatives.py. Through that one alone, each call that a
+// compiled graph makes would take 8 us more.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/library.h>
+
+namespace asgl::ops {
+
+// In reverse mode, or in forward mode, which the kernel in Python refuses.
+inline bool is_differentiated(const at::Tensor& tensor) {
+  return (tensor.requires_grad() && at::GradMode::is_enabled()) || tensor._fw_grad(/*level=*/0).defined();
+}
+
+inline bool is_differentiated(const c10::IValue& value) {
+  if (value.isTensor()) return is_differentiated(value.toTensor());
+  if (!value.isList()) return false;
+  for (const c10::IValue& element : value.toListRef()) {
+    if (element.isTensor() && is_differentiated(element.toTensor())) return true;
+  }
+  return false;
+}
+
+inline void differentiate_if_asked(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  for (const c10::IValue& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
+    if (is_differentiated(argument)) return op.callBoxedForDispatchKey(c10::DispatchKey::Autograd, *stack);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+}
+
+// It stands in for a library, as DirectCalls does: what is a kernel there passes by here.
+class AtAutograd {
+ public:
+  explicit AtAutograd(torch::Library& m) : library_(m) {}
+
+  template <class Kernel>
+  void impl(const char* name, Kernel&&) {
+    library_.impl(name, torch::CppFunction::makeFromBoxedFunction<&differentiate_if_asked>());
+  }
+
+ private:
+  torch::Library& library_;
+};
+
+}  // namespace asgl::ops
