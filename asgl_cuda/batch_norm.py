@@ -315,7 +315,7 @@ def _batch_norm_lif(
     given: Arguments,
 ) -> Tensor | LIFOutput:
     """The same; `running` has the number of batches as well, None where it is not counted."""
-    running_mean, running_var, _ = running
+    running_mean, running_var, count = running
     values = (x_seq, running_mean, running_var, weight, bias, momentum)
     channel, eps, input_scale = _norm_plan_of(_CALLER, values, (training, eps, input_scale, given.time_dim))
     group = _sharing(process_group) if training else None
@@ -324,6 +324,11 @@ def _batch_norm_lif(
     if running_mean is not None and running_var is not None:
         in_one_launch = training and _in_one_launch(running, momentum, real)
         _check_running(running_mean, running_var, training, in_one_launch)
+    if training and group is None and x_seq.numel() == 0:  # counts as a batch, and leaves the statistics, as in torch
+        training, in_one_launch, running_mean = False, False, x_seq.new_zeros(x_seq.shape[channel], dtype=real)
+        running_var = torch.ones_like(running_mean)
+        if count is not None:
+            count.add_(1)
     if training:
         channels = x_seq.shape[channel]
         if group is None and x_seq.numel() <= channels:

@@ -18,7 +18,7 @@ from torch.utils import _pytree
 
 from .checks import check_number
 from .interop.convert import Left, copied, libraries
-from .interop.converted import bare_class
+from .interop.converted import STATEFUL, bare_class
 from .interop.normalised import Normalised
 from .layer import some_asgl_layers
 from .neuron import BatchNormLIF
@@ -175,7 +175,8 @@ class _Trial:
 
     def _is_foreign(self, layer: nn.Module) -> bool:
         """Whether it is a neuron of a library, not converted: its graph is not to be followed."""
-        return layer not in self.neurons and any(library.find(layer) is not None for library in libraries())
+        found = (library.find(layer) for library in libraries()) if layer not in self.neurons else ()
+        return any(answer not in (None, STATEFUL) for answer in found)
 
     def _name_parameters(self, model: nn.Module) -> None:
         frozen = {name for name, value in model.named_parameters() if not value.requires_grad}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .converted import Converted, Found, InStream, Settings, Wrapper
+from .converted import Converted, Found, InStream, Settings, Wrapper, bare_class, exchanged
 from .identify import SpikeFunction
 
 _SURROGATES = {"InvRectangle": "rectangle", "InvSigmoid": "sigmoid"}
@@ -28,6 +28,11 @@ class ConvertedLIFLayer(Converted):
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         self.settings = settings
         self.log_width = None
+
+    def known_by(self) -> tuple[Any, ...]:
+        spike = self.cell.spike_fn
+        flags = getattr(self.cell, "use_gate", False), getattr(self.cell, "return_noreset_v", False)
+        return None, spike, type(spike.inv_sg), getattr(spike, "spike", True), *flags
 
     @property
     def analog_prob(self) -> float:
@@ -69,7 +74,7 @@ class ConvertedLIFLayer(Converted):
 
 def find(layer: nn.Module) -> Found:
     cell: Any = getattr(layer, "cell", None)
-    if type(layer).__name__ != "LIFLayer" or type(cell).__name__ != "LIFCell" or not hasattr(cell, "spike_fn"):
+    if bare_class(layer).__name__ != "LIFLayer" or type(cell).__name__ != "LIFCell" or not hasattr(cell, "spike_fn"):
         return None
     spike = cell.spike_fn
     if type(spike).__name__ not in ("EfficientNoisySpike", "EfficientNoisySpikeII"):
@@ -80,6 +85,9 @@ def find(layer: nn.Module) -> Found:
         return f"its surrogate is {type(spike.inv_sg).__name__}; known are {' and '.join(_SURROGATES)}"
     if not getattr(spike, "spike", True):
         return "it emits smooth values in evaluation (spike=False)"
+    for part in (cell, spike, spike.inv_sg):
+        if isinstance(part, nn.Module) and (reason := exchanged(part)):
+            return reason
     for flag in ("use_gate", "return_noreset_v"):
         if getattr(cell, flag, False):
             return f"it has {flag}=True"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.metadata
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 
 from ..backends import BACKENDS
 from ..checks import check_analog_prob, check_bool, check_name, check_surrogate, check_width, read_number, shown
-from ..layer import check_module
+from ..layer import NeuronLayer, check_module
 from ..over_time import KNOWS_TIME
 from . import authors
-from .converted import Converted, Settings, bare_class, overlaid
-from .identify import SpikeFunction, fires_strictly, identify
+from .converted import Converted, Settings, bare_class, exchanged, overlaid
+from .identify import SpikeFunction, fires_strictly, identify, type_of_spikes
 from .normalised import Normalised
 
 _CALLER = "asgl_cuda.convert"
@@ -42,18 +43,25 @@ class Left(NamedTuple):
     reason: str
 
 
-class Report(NamedTuple):
-    """The layers that `convert`, `fuse` and their inverses changed and left. `print` shows it as a table."""
-
+class _Rows(NamedTuple):
     replaced: list[Replaced]
     left: list[Left]
+
+
+class Report(_Rows):
+    """The layers that `convert`, `fuse` and their inverses changed and left: `replaced, left = report`.
+
+    `print` shows it as a table, with `notes` under it: what would be faster, or why nothing was found.
+    """
+
+    notes: Sequence[str] = ()
 
     def __str__(self) -> str:
         rows = [(row.path or "(the model)", row.layer, row.by) for row in self.replaced]
         rows += [(row.path or "(the model)", row.layer, f"left: {row.reason}") for row in self.left]
         widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
         lines = [f"{path:<{widths[0]}}  {layer:<{widths[1]}}  {text}" for path, layer, text in rows]
-        return "\n".join([f"{len(self.replaced)} replaced, {len(self.left)} left", *lines])
+        return "\n".join([f"{len(self.replaced)} replaced, {len(self.left)} left", *lines, *self.notes])
 
 
 class _ASGL(NamedTuple):
@@ -110,7 +118,9 @@ KNOWS_TIME.append(lambda module: any(library.knows_time(module) for library in l
 def convert(
     model: nn.Module, *, asgl: Mapping[str, Any] | None = None, inplace: bool = False, backend: str | None = None
 ) -> tuple[nn.Module, Report]:
-    """The model with its neuron layers computed by the fused neuron, and a report of those replaced and those left.
+    """Computes the neuron layers of a model by the fused neuron: ``fast, report = asgl_cuda.convert(model)``.
+
+    Two results: the model, a copy unless `inplace`, and what became of its layers.
 
     Known are SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode` and
     `CUBALIFNode`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`, Norse's `LIF`, `IAF` and `LI` with their cells,
@@ -118,9 +128,16 @@ def convert(
     code that the authors of ASGL published. Synaptic currents and layers that do not fire are computed by
     `leaky_integrator`. A converted layer gives the same spikes, states and gradients as before; it keeps its
     parameters, with their names, its state and its place among the library's classes, so that an optimizer, a state
-    dict and functions like SpikingJelly's `reset_net` go on working. Its values are read at each call, except its
-    surrogate, which is read here. SpikingJelly's own `backend` is without effect on it. Layers that can't be
-    represented exactly are left as they are, and the report says why.
+    dict and functions like SpikingJelly's `reset_net` go on working. Its values are read at each call; where its
+    surrogate, or anything else that decides how it is computed, is another than at the last call, the surrogate is
+    determined anew, in some milliseconds, or RuntimeError says why it can't be computed any more. A compiled graph
+    sees attributes that are set, but no writes to tensors that a surrogate depends on, as Norse's `alpha`.
+    SpikingJelly's own `backend` is without effect on it. Layers that can't be represented exactly are left as they are,
+    and so are those of which a method was exchanged, as by `layer.fire = ...`; the report says why.
+
+    Outputs have the types that the library gives them, under autocast as well. `torch.jit.trace` records the library's
+    own operations, which compute the same, except noise; `torch.jit.script` takes no converted layer. In a copy, hooks
+    of tensors are registered again.
 
     A converted layer is an instance of its class, but its type is another: code that compares types, as
     `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly do, does not know it;
@@ -136,8 +153,20 @@ def convert(
         inplace: convert the model itself and not a copy; optimizers then hold its parameters already.
         backend: of all layers, see `asgl_cuda.lif`.
 
+    Returns:
+        The model, and a `Report` with the lists `replaced` and `left`; `print` shows it, with what would be faster.
+
     Raises TypeError or ValueError for arguments that are not as described, and RuntimeError where the model can't be
     copied; it is then unchanged.
+
+    Example::
+
+        import snntorch
+
+        model = torch.nn.Sequential(torch.nn.Linear(4, 3), snntorch.Leaky(beta=0.9, init_hidden=True))
+        fast, report = asgl_cuda.convert(model)
+        print(report)
+        spikes = fast(torch.rand(2, 4))
     """
     wanted = _checked(asgl)
     if backend is not None:
@@ -159,17 +188,63 @@ def convert(
         found = next((answer for library in known if (answer := library.find(layer)) is not None), None)
         if found is None:
             continue
+        found = found if isinstance(found, str) else exchanged(layer) or found
         spike = found if isinstance(found, str) else _spike_function(found[0], found[1], wanted)
-        if isinstance(spike, str):
-            report.left.append(Left(path, name, spike))
+        if isinstance(found, str) or isinstance(spike, str):
+            report.left.append(Left(path, name, found if isinstance(found, str) else str(spike)))
             continue
         layer.__class__ = overlaid(found[0], type(layer))
         assert isinstance(layer, Converted)
         analog_prob, learn_width = (0.0, False) if wanted is None else (wanted.analog_prob, wanted.learn_width)
-        layer.begin(Settings(spike, backend), analog_prob, learn_width)
+        settings = Settings(spike, backend, type_of_spikes(found[1]), wanted is not None)
+        layer.begin(settings, analog_prob, learn_width)
+        layer.take_snapshot()
         report.replaced.append(Replaced(path, name, _description(layer)))
         inside.append(f"{path}." if path else "")
+    report.notes = _notes(model, report)
     return model, report
+
+
+def _notes(model: nn.Module, report: Report) -> list[str]:
+    """What would be faster, or why nothing was found."""
+    advice: dict[str, list[str]] = {}  # the paths of each
+    for path, *_ in report.replaced:
+        layer: Any = model.get_submodule(path)
+        if (text := layer.advice()) is not None:
+            advice.setdefault(text, []).append(path or "(the model)")
+    notes = [f"{', '.join(paths)}: {text}" for text, paths in advice.items()]
+    if report.replaced or report.left:
+        return notes
+    ready = [
+        f"{path or '(the model)'} is {'converted already' if isinstance(layer, Converted) else 'a layer of asgl_cuda'}"
+        for path, layer in model.named_modules()
+        if isinstance(layer, Converted | NeuronLayer)
+    ]
+    if ready:
+        return ready
+    kinds = {type(module).__name__ for module in model.modules() if next(module.children(), None) is None}
+    return [f"no neurons that are known among {', '.join(sorted(kinds))}; {_imported()}"]
+
+
+def _imported() -> str:
+    """Which libraries' layers could have been known."""
+    parts = []
+    for module in _LIBRARIES:
+        package = module.split(".")[0]
+        if package in sys.modules:
+            lacking = "" if module in sys.modules else f", but not {module}, which has the neurons that are known"
+            parts.append(f"{package} {_version_of(package)}{lacking}")
+    if not parts:
+        *others, last = _LIBRARIES
+        return f"no library of neurons is imported; known are {', '.join(others)} and {last}"
+    return f"imported: {'; '.join(parts)}"
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
 
 
 def taken(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
@@ -206,7 +281,43 @@ def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
         for values in (attributes, *(value for value in attributes.values() if isinstance(value, dict))):
             graphs = (value for value in values.values() if isinstance(value, Tensor) and not value.is_leaf)
             memo.update((id(value), value.detach().clone()) for value in graphs)
-    return copy.deepcopy(model, memo)
+    made = copy.deepcopy(model, memo)
+    _carry_over(model, made, memo)
+    return made
+
+
+# Where tensors keep hooks, and what registers one.
+_REGISTER: dict[str, Callable[..., Any]] = {
+    "_backward_hooks": Tensor.register_hook,
+    "_post_accumulate_grad_hooks": Tensor.register_post_accumulate_grad_hook,
+}
+_OF_MODULES = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+
+
+def _carry_over(model: nn.Module, made: nn.Module, memo: dict[int, Any]) -> None:
+    """Gives a copy what deepcopy drops: hooks of tensors, and all that a layer's own way of copying does not know."""
+    twins = dict(made.named_modules())
+    for path, module in model.named_modules():
+        twin = twins.get(path)
+        if twin is None or not hasattr(type(module), "__deepcopy__") or type(module).__module__.startswith("torch."):
+            continue
+        for name, value in vars(module).items():
+            if name in _OF_MODULES or name not in vars(twin):
+                twin.__dict__[name] = copy.deepcopy(value, memo)
+    tensors = dict(made.named_parameters(remove_duplicate=False)) | dict(made.named_buffers(remove_duplicate=False))
+    of_modules = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    pairs = [(value, tensors[name]) for name, value in of_modules if name in tensors]
+    # Tensors that are attributes: deepcopy keeps a list of what it has copied.
+    pairs += [(value, memo[id(value)]) for value in memo.get(id(memo), ()) if isinstance(value, Tensor)]
+    done: set[int] = set()
+    for value, duplicate in pairs:
+        if duplicate is value or id(duplicate) in done or not value.is_leaf:
+            continue
+        done.add(id(duplicate))
+        duplicate.requires_grad_(value.requires_grad)
+        for kind, register in _REGISTER.items():
+            for hook in (getattr(value, kind) or {}).values():
+                register(duplicate, copy.deepcopy(hook, memo))
 
 
 def _spike_function(
@@ -240,7 +351,9 @@ def _description(layer: Converted) -> str:
 
 
 def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
-    """The model with its original neuron layers, with the values that training gave their parameters, and a report.
+    """Gives a model its original neuron layers back: ``original, report = asgl_cuda.revert(fast)``.
+
+    Their parameters keep the values that training gave them.
 
     A learned width goes into the layer's own surrogate where that has one of the same kind (SpikingJelly's `alpha`,
     sinabs' `grad_width`); otherwise the report tells that it is lost. No library has a share of analog elements.
@@ -249,7 +362,18 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
         model: a module that `convert` returned.
         inplace: revert the model itself and not a copy.
 
+    Returns:
+        The model, and a `Report` of the layers.
+
     Raises TypeError where it is no module.
+
+    Example::
+
+        import snntorch
+
+        fast, _ = asgl_cuda.convert(torch.nn.Sequential(torch.nn.Linear(4, 3), snntorch.Leaky(beta=0.9)))
+        original, report = asgl_cuda.revert(fast)
+        print(report)
     """
     model = taken(model, inplace, "asgl_cuda.revert")
     report = Report([], [])

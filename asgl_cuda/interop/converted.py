@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
+import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..checks import HALF_TYPES
 from ..functional import LIFOutput, lif
 from ..integrator import IntegratorOutput, leaky_integrator
 from ..layer import Noisy, give_dimension
 from ..learned import Logarithm
-from .identify import SpikeFunction
+from .identify import SpikeFunction, fires_strictly, identify, type_of_spikes
+from .snapshot import Snapshot
 
 
 class Settings(NamedTuple):
@@ -22,6 +26,8 @@ class Settings(NamedTuple):
 
     spike: Any  # a SpikeFunction; None where the layer does not fire
     backend: str | None
+    dtype: torch.dtype | None = None  # of the spikes; None: the potential's
+    asgl: bool = False  # whether the surrogate is the conversion's, not the layer's
 
 
 class Wrapper(NamedTuple):
@@ -105,6 +111,7 @@ class Converted(Overlay, Noisy):
 
     settings: Settings
     log_width: nn.Parameter | None
+    _snapshot: Snapshot | None = None
     time_dim: int | None  # where time is in its input, None if the input is one step
     multi_spike = False  # whether it may spike several times a step, for which there is no noise
     takes_input = True  # whether `lif` has the layer's own input, which is then what a normalisation may be fused with
@@ -112,7 +119,7 @@ class Converted(Overlay, Noisy):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "original" in vars(cls):  # `overlaid` makes the class, which has a forward
-            cls.forward = _leaf(cls.forward)
+            cls.forward = _entered(cls.forward)
 
     @property
     def width(self) -> Tensor | float:
@@ -137,12 +144,64 @@ class Converted(Overlay, Noisy):
         if self.settings.spike is not None:
             del self.log_width
         del self.settings
+        self.__dict__.pop("_snapshot", None)
         self.take_off()
 
+    def known_by(self) -> tuple[Any, ...]:
+        """The spike function, or None, and what else `find` went by that may be another at the next call."""
+        return (None,)
+
+    def take_snapshot(self) -> None:
+        """Remembers what the layer is known by."""
+        self._snapshot = Snapshot(*self.known_by())
+
+    def check(self) -> None:
+        """Looks again where the layer is not what it was; raises where it can't be computed."""
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            self.__prepare_scriptable__()
+        snapshot = self._snapshot
+        if snapshot is None or not snapshot.holds(*self.known_by()):
+            self._look_again()
+        elif not torch.compiler.is_compiling() and snapshot.size != len(self.__dict__):  # a method may be among them
+            if (reason := exchanged(self)) is not None:
+                self._refuse(reason)
+            snapshot.size = len(self.__dict__)
+
+    def _look_again(self) -> None:
+        *_, kind, _ = _parts(type(self))
+        found: Found = sys.modules[kind.__module__].find(self)
+        spike, dtype = self.settings.spike, None
+        if isinstance(found, tuple):
+            function = found[1]
+            if found[0] is not kind:
+                found = "it fires in another way"
+            elif self.settings.asgl and spike is not None and callable(function):
+                spike = spike._replace(strict=fires_strictly(function))
+            elif callable(function):
+                spike = identify(function)
+            else:
+                spike = function
+            dtype = type_of_spikes(function)
+        reason = next((each for each in (found, spike) if isinstance(each, str)), None)
+        if reason is not None:
+            self._refuse(reason)
+        self.settings = self.settings._replace(spike=spike, dtype=dtype)
+        self.take_snapshot()
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise RuntimeError(
+            f"asgl_cuda.convert: {bare_class(self).__name__} was changed after its conversion: {reason}; "
+            "asgl_cuda.revert, which comes first, gives the library's own layer back"
+        )
+
     def lif(self, x_seq: Tensor, **options: Any) -> LIFOutput:
-        """`asgl_cuda.lif` with the layer's surrogate and noise."""
+        """`asgl_cuda.lif` with the layer's surrogate and noise, and spikes of the type that the library gives them."""
+        self.check()
+        x_seq, dtype = _floating(x_seq), self.settings.dtype
+        if dtype is not None and x_seq.dtype in HALF_TYPES:
+            x_seq = x_seq.to(dtype)
         result = self.compute(
-            _floating(x_seq),
+            x_seq,
             width=self.width if self.log_width is None else Logarithm(self.log_width),
             surrogate=self.settings.spike.surrogate,
             surrogate_gain=self.settings.spike.gain,
@@ -153,10 +212,14 @@ class Converted(Overlay, Noisy):
             **_taken(options, x_seq),
         )
         assert isinstance(result, LIFOutput)
+        if dtype is not None and result.s_seq.dtype is not dtype:
+            return result._replace(s_seq=result.s_seq.to(dtype))
         return result
 
     def integrate(self, x_seq: Tensor, **options: Any) -> IntegratorOutput:
         """`asgl_cuda.leaky_integrator`."""
+        if self.settings.spike is None:  # else `lif` does
+            self.check()
         options = _taken(options, x_seq)
         result = leaky_integrator(_floating(x_seq), return_v_last=True, backend=self.settings.backend, **options)
         assert isinstance(result, IntegratorOutput)
@@ -173,6 +236,30 @@ class Converted(Overlay, Noisy):
     def hold_width(self) -> bool:
         """Writes the learned width into the layer's own surrogate, and says whether that can hold it."""
         return False
+
+    def advice(self) -> str | None:
+        """What computes whole sequences in one call, where a call of this layer is a step."""
+        return None
+
+    def original_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the library's own forward returns, which torch.jit can trace: the same, unless there is noise."""
+        if type(self).original is not bare_class(self) or (self.training and getattr(self, "_has_noise", False)):
+            self.__prepare_scriptable__()
+        made = type(self)
+        self.take_off()
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            self.__class__ = made
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuses, where torch.jit.script asks the module to get ready."""
+        name, fused = bare_class(self).__name__, type(self).original is not bare_class(self)
+        raise RuntimeError(
+            f"asgl_cuda.convert: torch.jit can't script a converted {name}, nor trace it in other calls than those of "
+            f"the layer, with noise or with a normalisation: {'asgl_cuda.unfuse and ' if fused else ''}"
+            "asgl_cuda.revert before, or torch.compile or torch.export instead"
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         give_dimension(state_dict, prefix, "log_width")
@@ -219,17 +306,31 @@ def _floating(value: Tensor) -> Tensor:
     return value if value.is_floating_point() or value.is_complex() else value.to(torch.get_default_dtype())
 
 
-def _leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, except that torch.fx sees one call of the module, as it does with the modules of torch.nn."""
+def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, but torch.fx sees one call of the module, as of torch.nn's, and torch.jit the library's operations."""
 
     @functools.wraps(forward)
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Converted, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], fx.Proxy):
             tracer: Any = args[0].tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return self.original_forward(*args, **kwargs)
         return forward(self, *args, **kwargs)
 
     return call
+
+
+STATEFUL = "it is no neuron that convert knows, but carries a state"
+
+
+def exchanged(layer: nn.Module) -> str | None:
+    """Why a layer is left one of whose methods is another than its class's, or None."""
+    kind = bare_class(layer)
+    for name in vars(layer):
+        if inspect.isroutine(inspect.getattr_static(kind, name, None)):
+            return f"its {name} is not that of {kind.__name__}, but an attribute of this layer"
+    return None
 
 
 def unknown(layer: nn.Module, known: tuple[type[nn.Module], ...], mixing: tuple[type[nn.Module], ...] = ()) -> str:

@@ -28,7 +28,9 @@ _LISTS = (nn.ModuleList, nn.ModuleDict)  # which are not called
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
-    """The model with its normalisations computed by the neurons behind them, and a report of those fused and left.
+    """Lets neurons compute the normalisations before them: ``joined, report = asgl_cuda.fuse(model)``.
+
+    Two results: the model, a copy unless `inplace`, and what became of its normalisations.
 
     Known are `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm` and SpikingJelly's forms of them, followed by
     `asgl_cuda.LIF` or by a neuron layer that `convert` knows, which is converted. Between them time and batch may part:
@@ -51,7 +53,17 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
         model: any module.
         inplace: fuse in the model itself and not in a copy; optimizers then hold its parameters already.
 
+    Returns:
+        The model, and a `Report` of the neurons that normalise and the normalisations that are left.
+
     Raises TypeError where it is no module.
+
+    Example::
+
+        norm = asgl_cuda.OverTime(torch.nn.BatchNorm1d(4))
+        joined, report = asgl_cuda.fuse(torch.nn.Sequential(norm, asgl_cuda.LIF()))
+        print(report)
+        spikes = joined(torch.rand(5, 2, 4))
 
     The same in PyTorch: the model as it is.
     """
@@ -74,13 +86,23 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
-    """The model as it was before `fuse`, with the values that training gave it, and a report.
+    """Takes what `fuse` joined apart: ``model, report = asgl_cuda.unfuse(joined)``. Values of training stay.
 
     Args:
         model: a module that `fuse` returned, or one that holds it.
         inplace: take apart in the model itself and not in a copy.
 
+    Returns:
+        The model, and a `Report` of both layers of each pair.
+
     Raises TypeError where it is no module.
+
+    Example::
+
+        norm = asgl_cuda.OverTime(torch.nn.BatchNorm1d(4))
+        joined, _ = asgl_cuda.fuse(torch.nn.Sequential(norm, asgl_cuda.LIF()))
+        model, report = asgl_cuda.unfuse(joined)
+        print(report)
     """
     model = taken(model, inplace, "asgl_cuda.unfuse")
     report = Report([], [])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..surrogate import SURROGATES
 
@@ -30,8 +30,11 @@ def identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
     Width and gain follow from the largest slope and from where it has halved; then the slopes are compared with the
     surrogate's on both sides of the threshold, to 1e-6 of the largest.
     """
+    if isinstance(function, nn.Module) and any(value.requires_grad for value in function.parameters()):
+        return "its spike function has parameters that learn"
     try:
-        return _identify(function)
+        with torch.inference_mode(False), torch.enable_grad():
+            return _identify(function)
     except Exception as error:  # the function is the library's or the user's
         return f"its spike function fails with {type(error).__name__}: {error}"
 
@@ -39,6 +42,17 @@ def identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
 def fires_strictly(function: Callable[[Tensor], Tensor]) -> bool:
     """Whether a spike function needs u > 0 to fire."""
     return not bool(function(torch.zeros(1, dtype=torch.float64)) > 0)
+
+
+def type_of_spikes(function: Any) -> torch.dtype | None:
+    """The type of its spikes where that does not depend on the potential's."""
+    if not callable(function):
+        return None
+    try:
+        dtype: torch.dtype = function(torch.zeros(1, dtype=torch.float64)).dtype
+    except Exception:  # the function is the library's or the user's
+        return None
+    return None if dtype is torch.float64 else dtype
 
 
 def _identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:

@@ -15,9 +15,11 @@ import torch
 from norse.torch.functional.reset import reset_subtract, reset_value
 from norse.torch.functional.threshold import threshold
 from norse.torch.module import snn
+from norse.torch.module.exp_filter import ExpFilter
 from torch import Tensor, nn
 
-from .converted import Converted, Found, InStream, Wrapper, number, unknown
+from ..checks import HALF_TYPES
+from .converted import Converted, Found, InStream, Wrapper, bare_class, number, unknown
 
 # What the layers that are known call at each step, unless their user says otherwise.
 _STEPS = {
@@ -31,7 +33,7 @@ _STEPS = {
     norse.LIBoxCell: norse.li_box_feed_forward_step,
 }
 _MIXING = (snn.SNNRecurrent, snn.SNNRecurrentCell, norse.CobaLIFCell, norse.LILinearCell, norse.LIFCorrelation)
-_NEURONS = (snn.SNN, snn.SNNCell, *_MIXING)
+_NEURONS = (snn.SNN, snn.SNNCell, norse.ConstantCurrentLIFEncoder, ExpFilter, *_MIXING)
 
 
 class ConvertedSNN(Converted):
@@ -44,6 +46,18 @@ class ConvertedSNN(Converted):
     @property
     def takes_input(self) -> bool:  # type: ignore[override]
         return self.settings.spike is not None and not hasattr(self.p, "tau_syn_inv")
+
+    def known_by(self) -> tuple[Any, ...]:
+        p = self.p
+        if self.settings.spike is None:
+            return None, self.activation
+        return None, self.activation, p.method, p.alpha, getattr(p, "reset_method", None)
+
+    def advice(self) -> str | None:
+        name = bare_class(self).__name__.removesuffix("Cell")
+        if self.time_dim is not None or not hasattr(norse, name):
+            return None
+        return f"a step a call; norse.torch.{name} computes whole sequences, several times faster"
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         if input_tensor.is_sparse:
@@ -75,6 +89,10 @@ class ConvertedSNN(Converted):
                 return_v_seq=records,
             )  # fmt: skip
             out, found["v"] = output.s_seq, output.v_seq if records else output.v_last
+        if input_tensor.dtype in HALF_TYPES:  # float32 is kept from step to step inside of a call alone
+            found = {
+                name: value.to(torch.result_type(input_tensor, getattr(first, name))) for name, value in found.items()
+            }
         return out.squeeze(0) if self.time_dim is None else out, type(first)(**found)
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
@@ -85,10 +103,13 @@ class ConvertedSNN(Converted):
 
 
 def find(layer: nn.Module) -> Found:
-    if type(layer) not in _STEPS:
+    kind: Any = bare_class(layer)
+    if kind not in _STEPS:
         return unknown(layer, tuple(_STEPS), _MIXING) if isinstance(layer, _NEURONS) else None
     p: Any = layer.p
-    if layer.activation is not _STEPS[type(layer)]:
+    if getattr(layer.state_fallback, "__func__", None) is not kind.initial_state:
+        return "it starts from a state of its own (state_fallback)"
+    if layer.activation is not _STEPS[kind]:
         return f"it steps by {getattr(layer.activation, '__name__', layer.activation)}"
     if getattr(p, "reset_method", reset_value) not in (reset_value, reset_subtract):
         return "it resets by a function of its own"

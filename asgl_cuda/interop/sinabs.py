@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from sinabs import layers
 from sinabs.activation import (
+    Gaussian,
     MembraneReset,
     MembraneSubtract,
     MultiSpike,
@@ -29,7 +30,7 @@ from sinabs.layers.reshape import SqueezeMixin
 from torch import Tensor, nn
 
 from ..surrogate import PERIODIC
-from .converted import Converted, Found, InStream, Settings, Streamed, unknown
+from .converted import Converted, Found, InStream, Settings, Streamed, bare_class, number, unknown
 from .identify import SpikeFunction
 
 
@@ -60,7 +61,9 @@ class ConvertedLayer(Converted):
             self.init_state_with_shape((batch, *trailing))
         elif self.v_mem.shape[0] != batch:
             self.handle_state_batch_size_mismatch(batch)
-        x_seq, alpha, i_last = input_data, self.alpha_syn_calculated, None
+        # Steps are computed, and potentials emitted, in the type that they have with the state, which is float32.
+        x_seq = input_data.to(torch.promote_types(input_data.dtype, self.v_mem.dtype))
+        alpha, i_last = self.alpha_syn_calculated, None
         if alpha is not None:
             x_seq, i_last = self.integrate(x_seq, decay=alpha, input_gain=alpha, v_init=self.i_syn, time_dim=1)
         self.i_syn = i_last
@@ -90,6 +93,18 @@ class ConvertedLayer(Converted):
             **reset,
         )
         return output.s_seq, output.v_last, output.v_seq
+
+    def known_by(self) -> tuple[Any, ...]:
+        surrogate, reset_fn = self.surrogate_grad_fn, self.reset_fn
+        others = self.spike_fn, type(reset_fn), getattr(reset_fn, "reset_value", None)
+        return (surrogate, *others) if type(surrogate) in _OWN_WIDTHS else (surrogate, *others, self.spike_threshold)
+
+    @property
+    def width(self) -> Tensor | float:
+        surrogate = self.surrogate_grad_fn
+        if self.settings.asgl or type(surrogate) is not SingleExponential:
+            return super().width
+        return surrogate.grad_width * number(self.spike_threshold.detach())  # type: ignore[no-any-return]
 
     @property
     def takes_input(self) -> bool:  # type: ignore[override]
@@ -142,6 +157,9 @@ class ConvertedExpLeak(ConvertedLayer):
 
     takes_input = False
 
+    def known_by(self) -> tuple[Any, ...]:
+        return None, self.min_v_mem
+
     def _membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gain, _ = self.input_terms()
         v_seq, v_last = self.integrate(
@@ -156,6 +174,9 @@ def _only(value: Tensor) -> float:
     return float(low) if low == high else math.nan
 
 
+# Their widths are read at each call, or know nothing of the threshold. That of another function may.
+_OWN_WIDTHS = (SingleExponential, Gaussian, PeriodicExponential)
+
 PARTING = (layers.UnflattenTime,)
 
 _LEAKS = (layers.ExpLeak, layers.ExpLeakSqueeze)
@@ -163,10 +184,11 @@ _KNOWN = (layers.LIF, layers.LIFSqueeze, layers.IAF, layers.IAFSqueeze, *_LEAKS)
 
 
 def find(layer: nn.Module) -> Found:
-    if type(layer) not in _KNOWN:
+    kind_of_layer = bare_class(layer)
+    if kind_of_layer not in _KNOWN:
         return unknown(layer, _KNOWN) if isinstance(layer, layers.StatefulLayer) else None
     node: Any = layer
-    if type(layer) in _LEAKS:
+    if kind_of_layer in _LEAKS:
         if node.min_v_mem is not None:
             return "it has a least potential (min_v_mem), which it does not emit"
         return ConvertedExpLeak, None

@@ -21,23 +21,32 @@ import snntorch
 import torch
 from torch import Tensor, nn
 
+from ..checks import HALF_TYPES
 from ..functional import LIFOutput
-from .converted import Converted, Found, InStream, Settings, Streamed, Wrapper, number, unknown
+from ..transforms import transforming
+from .converted import Converted, Found, InStream, Settings, Streamed, Wrapper, bare_class, number, unknown
+from .normalised import Normalised
+from .snapshot import version_of
 
 # A learned beta of 0 is taken for this much, since threshold / beta must exist; the change is below the resolution of
 # float32 at the threshold.
 _LEAST_BETA = 1e-6
+# Under this much beta, threshold / beta is so large that rounding shows in the gradient of beta: 6e-5 of it here.
+_SMALL_BETA = 1e-3
 
 _MULTI_STEP = "asgl_cuda.interop.snntorch.MultiStep"
 _NAMES = "a Leaky, Lapicque or Synaptic"
 
 
 class _After(NamedTuple):
-    """The potential after reset that belongs to a `mem` as it was returned, which spares the next call the reset."""
+    """The potential after reset that belongs to a `mem` as it was returned, which spares the next call the reset.
+
+    Where the input is what is reset, it is the spikes.
+    """
 
     mem: Tensor
     v: Tensor
-    mark: tuple[Any, ...]
+    mark: tuple[Any, ...] | None
 
 
 class ConvertedLeaky(Converted):
@@ -46,6 +55,17 @@ class ConvertedLeaky(Converted):
     time_dim = None
     reset_delay = True  # Lapicque's always is
     _after: _After | None = None
+    _smallness: tuple[Any, bool] = (), False  # what tells whether beta has changed, and whether it is small
+
+    def known_by(self) -> tuple[Any, ...]:
+        graded = self._buffers.get("graded_spikes_factor")
+        others = self.inhibition, self.state_quant, self._reset_mechanism, self.state_function
+        return self.spike_grad, *others, graded
+
+    def advice(self) -> str | None:
+        return (
+            "a step a call; asgl_cuda.interop.snntorch.MultiStep(layer) computes whole sequences, several times faster"
+        )
 
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         super().begin(settings, analog_prob, learn_width)
@@ -56,13 +76,16 @@ class ConvertedLeaky(Converted):
 
     def step(self, x_seq: Tensor, mem: Tensor | None) -> tuple[Tensor, ...]:
         """Spikes and states after the one step that there is."""
-        output = self._steps(x_seq, mem)
+        decay = self._decay()
+        shifts = self._resets_the_input(decay)
+        output = self._steps(x_seq, mem, decay, shifts)
         assert output.h_seq is not None
         assert output.v_last is not None
         # squeeze has a cheaper gradient than indexing; the potential must be no view, to be detached in place.
-        spk, mem = output.s_seq.squeeze(0), output.h_seq.squeeze(0).clone()
+        spk, mem = output.s_seq.squeeze(0), self._as_theirs(output.h_seq, x_seq).squeeze(0).clone()
         if self.reset_delay:
-            object.__setattr__(self, "_after", _After(mem, output.v_last, self._mark(mem)))  # Module's takes longer
+            after = spk.detach() if shifts else output.v_last
+            object.__setattr__(self, "_after", _After(mem, after, self._mark(mem, shifts)))  # Module's takes longer
         elif self.reset_mechanism == "subtract":
             mem = mem - (spk - self.reset) * self.threshold
         elif self.reset_mechanism == "zero":
@@ -72,21 +95,38 @@ class ConvertedLeaky(Converted):
 
     def sequence(self, x_seq: Tensor, mem: Tensor | None = None) -> tuple[Tensor, ...]:
         """Spikes and states of all steps."""
+        decay = self._decay()
+        if self._is_small(decay):
+            s_steps, mem_steps = [], []
+            for x in x_seq.split(1):
+                spk, last = self.step(x, mem)
+                s_steps.append(spk)
+                mem_steps.append(last)
+                mem = None if self.init_hidden else last
+            return torch.stack(s_steps), torch.stack(mem_steps)
         if self.reset_delay or self.reset_mechanism == "none":
-            output = self._steps(x_seq, mem)
+            output = self._steps(x_seq, mem, decay)
             mem_seq = output.h_seq
         else:
-            output = self._steps(x_seq, mem, detach_reset=False, return_h_seq=False, return_v_seq=True)
+            output = self._steps(x_seq, mem, decay, detach_reset=False, return_h_seq=False, return_v_seq=True)
             mem_seq = output.v_seq
         assert mem_seq is not None
+        mem_seq = self._as_theirs(mem_seq, x_seq)
         self.mem = mem_seq[-1].clone()
         return output.s_seq, mem_seq
 
     def results(self, spk: Tensor, *states: Tensor) -> Any:
         return spk if self.init_hidden and not self.output else (spk, *states)
 
-    def _steps(self, x_seq: Tensor, mem: Tensor | None, **options: Any) -> LIFOutput:
-        """Computes steps from the potential that is given or kept."""
+    def _as_theirs(self, mem_seq: Tensor, x_seq: Tensor) -> Tensor:
+        """In the type that snnTorch gives it: without a reset, which is float32, it is the input's."""
+        own = x_seq.dtype in HALF_TYPES and self.reset_mechanism == "none" and not _has_dimensions(self)
+        return mem_seq.to(x_seq.dtype) if own else mem_seq
+
+    def _steps(
+        self, x_seq: Tensor, mem: Tensor | None, decay: Tensor | float, shifts: bool = False, **options: Any
+    ) -> LIFOutput:
+        """Computes steps, only one if it `shifts` the input, from the potential that is given or kept."""
         if mem is None:
             mem = self.mem
         elif self.init_hidden:
@@ -94,39 +134,77 @@ class ConvertedLeaky(Converted):
         if mem.shape != x_seq.shape[1:]:
             mem = torch.zeros_like(x_seq[0])
         mechanism = self.reset_mechanism
-        threshold, decay = number(self.threshold), self._decay()
-        amount = threshold / decay if mechanism == "subtract" else 0.0
+        threshold, gain, amount = number(self.threshold), self.input_terms()[0], 0.0
+        if mechanism == "subtract" and not shifts:
+            decay = _at_least(decay, _LEAST_BETA)
+            amount = threshold / decay
         options = {"detach_reset": True, "return_h_seq": True} | options
         options |= {"v_reset": 0.0} if mechanism == "zero" else {"v_reset": None, "reset_amount": amount}
-        v_init, gain = self._reset(mem, amount), self.input_terms()[0]
+        v_init = self._reset(mem, amount, shifts)
+        if shifts:
+            shift, v_init, reset = threshold / gain, mem, v_init
+            x_seq = torch.sub(x_seq, reset, alpha=shift) if isinstance(shift, float) else x_seq - reset * shift
         return self.lif(x_seq, decay=decay, input_gain=gain, v_threshold=threshold, v_init=v_init, **options)
 
     def _decay(self) -> Tensor | float:
         if isinstance(self, snntorch.Lapicque):
             return number(1 - self.time_step / (self.R * self.C))  # type: ignore[no-any-return]
-        return _clamped(self.beta, _LEAST_BETA if self.reset_mechanism == "subtract" else 0.0)
+        return _clamped(self.beta)
+
+    def _resets_the_input(self, decay: Tensor | float) -> bool:
+        """Whether the threshold is subtracted from the input of a step, which gives any beta its gradient.
+
+        Subtracted from the potential it is divided by beta, so that the next step need not compute a reset.
+        """
+        if isinstance(decay, float):
+            if abs(decay) >= _SMALL_BETA:
+                return False
+        elif isinstance(self, snntorch.Lapicque):  # it learns none
+            return False
+        return self.reset_mechanism == "subtract" and not isinstance(self, Normalised)
+
+    def _is_small(self, decay: Tensor | float) -> bool:
+        """Whether a sequence is computed step by step; looked up where beta has changed, if it can be looked up."""
+        if self.reset_mechanism != "subtract" or isinstance(self, Normalised):
+            return False
+        if isinstance(decay, float):
+            return abs(decay) < _SMALL_BETA
+        captured = decay.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or transforming() or captured:
+            return False
+        mark = id(self.beta), version_of(self.beta)
+        if self._smallness[0] != mark:
+            self._smallness = mark, bool((decay.detach().abs() < _SMALL_BETA).any())
+        return self._smallness[1]
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
         is_lapicque = isinstance(self, snntorch.Lapicque)
         return number(self.R * (1 / (self.R * self.C)) * self.time_step) if is_lapicque else 1.0, 0.0
 
-    def _mark(self, mem: Tensor) -> tuple[Any, ...]:
+    def _mark(self, mem: Tensor, shifts: bool = False) -> tuple[Any, ...] | None:
         """Differs when `mem` was changed or detached in place, a parameter changed, or gradients switched on or off."""
         leak = (self.R, self.C, self.time_step) if isinstance(self, snntorch.Lapicque) else (self.beta,)
-        used = [(id(value), value._version) for value in (mem, self.threshold, *leak)]
-        return mem.grad_fn, torch.is_grad_enabled(), *used
+        tensors = (mem, self.threshold, *leak)
+        try:
+            used = [(id(value), value._version) for value in tensors]
+        except RuntimeError:  # a tensor of inference mode does not count what is written to it
+            return None
+        return mem.grad_fn, torch.is_grad_enabled(), shifts, *used
 
-    def _reset(self, mem: Tensor, amount: Tensor | float) -> Tensor:
-        """The potential after the reset that is due."""
+    def _reset(self, mem: Tensor, amount: Tensor | float, shifts: bool = False) -> Tensor:
+        """The potential after the reset that is due; the reset itself where the input is reset."""
         after: _After | None = self.__dict__.pop("_after", None)
-        if after is not None and mem is after.mem and self._mark(mem) == after.mark:
+        if after is not None and mem is after.mem and after.mark is not None and after.mark == self._mark(mem, shifts):
             return after.v
         self.reset = reset = (mem - self.threshold > 0).to(mem.dtype).detach()
+        if shifts:
+            return reset  # type: ignore[no-any-return]
         v: Tensor = (1 - reset) * mem if self.reset_mechanism == "zero" else mem - reset * amount
         return v
 
     def end(self) -> None:
-        self.__dict__.pop("_after", None)
+        for name in ("_after", "_smallness"):
+            self.__dict__.pop(name, None)
         super().end()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -140,13 +218,13 @@ class ConvertedSynaptic(ConvertedLeaky):
     syn: Tensor
 
     def forward(self, input_: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
-        self.syn = _clamped(self.alpha, 0.0) * self._before(input_, syn, mem) + input_
+        self.syn = _clamped(self.alpha) * self._before(input_, syn, mem) + input_
         spk, mem = self.step(self.syn.unsqueeze(0), mem)
         return self.results(spk, self.syn, mem)
 
     def sequence(self, x_seq: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
         syn = self._before(x_seq[0], syn, mem)
-        syn_seq, self.syn = self.integrate(x_seq, decay=_clamped(self.alpha, 0.0), v_init=syn)
+        syn_seq, self.syn = self.integrate(x_seq, decay=_clamped(self.alpha), v_init=syn)
         s_seq, mem_seq = super().sequence(syn_seq, mem)
         return s_seq, syn_seq, mem_seq
 
@@ -157,9 +235,22 @@ class ConvertedSynaptic(ConvertedLeaky):
         return syn if syn.shape == x.shape else torch.zeros_like(x)
 
 
-def _clamped(value: Tensor, least: float) -> Tensor | float:
+def _has_dimensions(layer: Any) -> bool:
+    """Whether beta, or what makes it, is more than a number, so that its type counts in a sum."""
+    leak = (layer.R, layer.C) if isinstance(layer, snntorch.Lapicque) else (layer.beta,)
+    return any(value.dim() for value in leak)
+
+
+def _clamped(value: Tensor) -> Tensor | float:
     value = number(value)
-    return min(max(value, least), 1.0) if isinstance(value, float) else value.clamp(least, 1.0)
+    return min(max(value, 0.0), 1.0) if isinstance(value, float) else value.clamp(0, 1)
+
+
+def _at_least(value: Tensor | float, least: float) -> Tensor | float:
+    """The value, or `least` with the gradient of the value. Lapicque's may be negative."""
+    if isinstance(value, float):
+        return least if 0 <= value < least else value
+    return value + torch.where((value >= 0) & (value < least), least - value, 0.0).detach()
 
 
 class MultiStep(nn.Module):
@@ -211,8 +302,10 @@ _NEURONS = (snntorch.SpikingNeuron, *_MIXING)
 
 
 def find(layer: nn.Module) -> Found:
-    if type(layer) not in _KNOWN:
-        return unknown(layer, _KNOWN, _MIXING) if isinstance(layer, _NEURONS) else None
+    kind: Any = bare_class(layer)
+    if kind not in _KNOWN:
+        is_neuron = isinstance(layer, _NEURONS) or kind.__name__ == "LeakyKernel"
+        return unknown(layer, _KNOWN, _MIXING) if is_neuron else None
     leaky: Any = layer
     if importlib.metadata.version("snntorch").split(".")[0] != "1":
         return f"of snnTorch {importlib.metadata.version('snntorch')}; known is the reset of version 1"
@@ -222,17 +315,20 @@ def find(layer: nn.Module) -> Found:
         return "it quantises its state"
     if isinstance(leaky.graded_spikes_factor, nn.Parameter) or bool((leaky.graded_spikes_factor != 1).any()):
         return "its spikes are graded"
-    if leaky.reset_mechanism == "zero" and type(layer) is not snntorch.Leaky:
+    base = {"subtract": kind._base_sub, "zero": kind._base_zero, "none": kind._base_int}[leaky.reset_mechanism]
+    if getattr(leaky.state_function, "__func__", None) is not base:
+        return "its state_function is not that of its reset_mechanism"
+    if leaky.reset_mechanism == "zero" and kind is not snntorch.Leaky:
         return 'it resets the input of the next step to 0 as well (reset_mechanism="zero")'
     decay = leaky.beta
-    if type(layer) is snntorch.Lapicque:
+    if kind is snntorch.Lapicque:
         decay = 1 - leaky.time_step / (leaky.R * leaky.C)
         if decay.requires_grad:
             return "it learns by a graph that ends with the first backward (learn_beta)"
-    constant = not isinstance(decay, nn.Parameter)
+    constant = not isinstance(decay, nn.Parameter) and not isinstance(layer, Converted)
     if leaky.reset_mechanism == "subtract" and constant and bool((decay.abs() < _LEAST_BETA).any()):
         return "it subtracts the threshold from a potential of which nothing is left (beta=0)"
-    return ConvertedSynaptic if type(layer) is snntorch.Synaptic else ConvertedLeaky, leaky.spike_grad
+    return ConvertedSynaptic if kind is snntorch.Synaptic else ConvertedLeaky, leaky.spike_grad
 
 
 def enlist(model: nn.Module) -> None:

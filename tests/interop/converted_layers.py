@@ -68,6 +68,15 @@ def check(make, run, threshold=1.0, scale=1.0, dead_parameters=False, several=Fa
     raise AssertionError("spikes flipped for every seed")
 
 
+def leaky_steps_of(layer, x_seq):
+    """The outputs of steps that hand on what they return, each stacked."""
+    steps, states = [], ()
+    for x in x_seq:
+        steps.append(layer(x, *states))
+        states = steps[-1][1:]
+    return [torch.stack(values) for values in zip(*steps, strict=True)]
+
+
 def norse_run(layer, x_seq):
     """What it returns for the potential has the current in it, where there is one, to be compared with it."""
     state, p = getattr(layer, "kept", None), layer.p

@@ -279,3 +279,23 @@ def test_the_neurons_mode_is_that_of_the_noise_and_the_normalisations_that_of_th
         torch.testing.assert_close(fused(x_seq), expected)
         assert expected.frac().any() == (frozen == 0)
         torch.testing.assert_close(fused[0].layer.running_var, model[0].layer.running_var)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_empty_batch(training, momentum, backend):
+    """It gives empty spikes, gradients of 0, and counts as a batch of training, as it does apart."""
+    model = nn.Sequential(OverTime(nn.BatchNorm2d(C, momentum=momentum)), asgl_cuda.LIF())
+    layer = nn.Sequential(asgl_cuda.BatchNormLIF(C, momentum=momentum))
+    results = []
+    for net in (model, asgl_cuda.fuse(model)[0], layer):
+        x_seq = torch.zeros(T, 0, C, 4, 4, requires_grad=True)
+        out = on(net, backend).train(training)(x_seq)
+        out.sum().backward()
+        of_norm = net[0] if net is layer else net[0].layer
+        results.append(
+            (out.shape, x_seq.grad.shape, *(value.tolist() for _, value in sorted(of_norm.named_buffers())),
+             of_norm.weight.grad.tolist(), of_norm.bias.grad.tolist())
+        )  # fmt: skip
+        assert int(of_norm.num_batches_tracked) == training
+    assert results[1] == results[0] == results[2]

@@ -361,5 +361,11 @@ def test_empty(backend, device, shape):
     s_seq.sum().backward()
     assert x_seq.grad.shape == shape
     assert torch.equal(weight.grad, torch.zeros(channels, device=device))
-    with pytest.raises(ValueError, match="more than one value a channel"):
-        batch_norm_lif(x_seq, *running, weight, training=True, backend=backend)
+    # In training it leaves the statistics, as torch's own normalisation does.
+    x_seq.grad = weight.grad = None
+    s_seq = batch_norm_lif(x_seq, *running, weight, training=True, backend=backend)
+    s_seq.sum().backward()
+    assert s_seq.shape == x_seq.grad.shape == shape
+    assert torch.equal(weight.grad, torch.zeros(channels, device=device))
+    assert not running[0].any()
+    assert (running[1] == 1).all()

@@ -1,0 +1,82 @@
+"""`Snapshot`: what a conversion went by, to be compared with what is there at each call."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_OF_MODULES = frozenset(vars(nn.Module()))  # attributes that every module has, `training` among them
+
+
+class Snapshot:
+    """A spike function, its attributes, and other values of a layer.
+
+    Tensors count by identity and by writes to them. A compiled graph sees neither these nor another class.
+    """
+
+    def __init__(self, function: Any, *others: Any) -> None:
+        self.function, self.others = function, others
+        names: list[str] = []
+        if not isinstance(function, FunctionType):
+            names += [name for name in getattr(function, "__dict__", ()) if name not in _OF_MODULES]
+        if isinstance(function, nn.Module):
+            names += [name for name, _ in (*function.named_parameters(), *function.named_buffers())]
+        self.names = tuple(names)
+        self.values = self._values_of(function)
+        # The compiler can't compare classes.
+        self.traced = tuple(place for place, value in enumerate(others) if not isinstance(value, type))
+        found = (*others, *self.values, *_captured(function))
+        self.has_tensors = any(isinstance(value, Tensor) for value in found)
+        self.versions = _versions(found)
+        self.size = -1  # how many attributes the layer had when they were last looked at
+
+    def holds(self, function: Any, *others: Any) -> bool:
+        """Whether these are what they were."""
+        if function is not self.function and not (self.names and type(function) is type(self.function)):
+            return False
+        values = self._values_of(function) if self.names else ()
+        if torch.compiler.is_compiling():
+            traced = [(others[place], self.others[place]) for place in self.traced]
+            return _alike([*traced, *zip(values, self.values, strict=True)])
+        if not all(map(operator.is_, others, self.others)) and not _alike(zip(others, self.others, strict=True)):
+            return False
+        if not all(map(operator.is_, values, self.values)) and not _alike(zip(values, self.values, strict=True)):
+            return False
+        return not self.has_tensors or _versions((*others, *values, *_captured(function))) == self.versions
+
+    def _values_of(self, function: Any) -> tuple[Any, ...]:
+        return tuple([_attribute(function, name) for name in self.names])
+
+
+def _attribute(function: Any, path: str) -> Any:
+    if "." not in path:
+        return getattr(function, path, None)
+    for name in path.split("."):
+        function = getattr(function, name, None)
+    return function
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often it was written to; a tensor of inference mode does not count that."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _versions(found: Sequence[Any]) -> list[int]:
+    return [version_of(value) for value in found if isinstance(value, Tensor)]
+
+
+def _captured(function: Any) -> list[Any]:
+    """The variables of a closure."""
+    return [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+
+
+def _alike(pairs: Iterable[tuple[Any, Any]]) -> bool:
+    for one, other in pairs:
+        if one is not other and (isinstance(one, Tensor) or isinstance(other, Tensor) or not bool(one == other)):
+            return False
+    return True
