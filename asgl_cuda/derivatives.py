@@ -31,12 +31,13 @@ def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
 
         def below(*arguments: Any) -> Any:
             # A Function disables gradients; the next level of differentiation asks whether they were enabled.
-            with torch.set_grad_enabled(enabled), torch._C._AutoDispatchBelowAutograd():  # type: ignore[no-untyped-call]
+            with torch.set_grad_enabled(enabled), torch._C._AutoDispatchBelowAutograd():
                 return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
         if not enabled or not any(each.requires_grad for each in tensors):
             return below(*arguments)
-        return DERIVATIVES.get(name, _without_derivative)(operator, below, *arguments)
+        derivative: Derivative = DERIVATIVES.get(name, _without_derivative)
+        return derivative(operator, below, *arguments)
 
     return kernel
 
