@@ -69,3 +69,12 @@ def test_figure_of_the_method(tmp_path: Path):
     assert ((analog > 0.2) & (analog < 0.8)).sum() >= 3  # enough that the figure shows smooth values
     method.draw(neuron, [[5.0, 5.0, 5.0], [2.0, 2.5, 3.0]], tmp_path / "method.png")
     assert (tmp_path / "method.png").stat().st_size > 10_000
+
+
+def test_palette_is_a_style_of_matplotlib(tmp_path: Path):
+    matplotlib = pytest.importorskip("matplotlib")
+    from benchmarks import palette
+
+    style = matplotlib.rc_params_from_file(palette.write_matplotlibrc(tmp_path / "style"))
+    assert [each["color"] for each in style["axes.prop_cycle"]] == list(palette.CYCLE)
+    assert len(palette.CYCLE) == len(palette.LINES) == len(palette.MARKERS)
