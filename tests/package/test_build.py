@@ -1,6 +1,7 @@
 """The sources that are compiled, and their flags; the compilers here are scripts of a few lines."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -403,21 +404,31 @@ def test_what_a_killed_build_left_is_removed_and_what_others_have_is_not(cache, 
             process.stdout.close()
 
 
-def test_directory_that_was_taken_for_a_leftover(cache, monkeypatch):
+@pytest.mark.parametrize("opened", [False, True])
+def test_directory_that_was_taken_for_a_leftover(cache, monkeypatch, opened):
     """Another build removes it before it is locked: this one takes another."""
     cache.mkdir()
-    lock, removed = build_module._lock, []
+    lock, flock, removed = build_module._lock, fcntl.flock, []
 
-    def slowly(path):
+    def remove(directory):
         if not removed:
-            removed.append(path.parent)
-            build_module._remove_unless_locked(path.parent)
+            removed.append(directory)
+            shutil.rmtree(directory)
+
+    def lock_late(path):
+        remove(path.parent)
         return lock(path)
 
-    monkeypatch.setattr(build_module, "_lock", slowly)
+    def flock_late(file, operation):
+        remove(Path(file.name).parent)
+        flock(file, operation)
+
+    if opened:
+        monkeypatch.setattr(fcntl, "flock", flock_late)
+    else:
+        monkeypatch.setattr(build_module, "_lock", lock_late)
     with build_module._directory_of_this_build(cache) as directory:
         assert directory != removed[0]
-        assert not removed[0].exists()
         build_module._remove_unless_locked(directory)
         assert directory.exists()
     assert not list(cache.iterdir())
