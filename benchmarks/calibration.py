@@ -78,7 +78,10 @@ class Run(NamedTuple):
 
 
 def train(run: Run, steps: int = STEPS) -> dict[str, Any]:
-    """Accuracy in percent on the test samples, and the last layer's rate before the first step."""
+    """Accuracy in percent on the test samples, and the last layer's rate before the first step.
+
+    Both are None where no weights make the layers fire at the rate, as where most frames of a sample are silent.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     name, make = NETWORKS[run.network]
@@ -86,7 +89,10 @@ def train(run: Run, steps: int = STEPS) -> dict[str, Any]:
     model = make()
     samples = data.train[torch.randperm(len(data.train))[:SAMPLES]]
     if run.rate is not None:
-        asgl_cuda.calibrate(_Scored(model), samples, run.rate)
+        try:
+            asgl_cuda.calibrate(_Scored(model), samples, run.rate)
+        except ValueError:
+            return {"accuracy": None, "last_rate": None}
     with asgl_cuda.spiking_eval(model), asgl_cuda.Monitor(model) as monitor, torch.no_grad():
         scores_of(model, samples, device)
     *_, last = monitor.result().values()
@@ -123,9 +129,12 @@ def summary(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         found.setdefault((run["network"], run["optimizer"]), {}).setdefault(run["rate"], []).append(run)
     rows = []
     for (network, optimizer), by_rate in found.items():
-        means = [statistics.fmean(run["accuracy"] for run in by_rate[rate]) for rate in rates]
+        cells = []
+        for rate in rates:
+            reached = [run["accuracy"] for run in by_rate[rate] if run["accuracy"] is not None]
+            cells.append(f"{statistics.fmean(reached):.1f}" if len(reached) == len(by_rate[rate]) else "out of reach")
         last = statistics.fmean(run["last_rate"] for run in by_rate[None])
-        rows.append([f"{network}, {optimizer}", f"{last:.4f}", *(f"{mean:.1f}" for mean in means)])
+        rows.append([f"{network}, {optimizer}", f"{last:.4f}", *cells])
     return ["", "rate of the last layer, as made", *map(name_of, rates)], rows
 
 
