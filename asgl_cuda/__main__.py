@@ -34,8 +34,12 @@ def info() -> int:
         print(f"default on a {name}: {best}")
     for name in available:
         print(f"  {name:<10} works")
-    for name, problem in unavailable_backends().items():
+    problems = unavailable_backends()
+    for name, problem in problems.items():
         print(f"  {name:<10} {problem}")
+    page = extension.PACKAGE.parent / "docs" / "guides" / "troubleshooting.md"
+    if problems and page.is_file():  # a wheel has no documentation
+        print(f"what these messages mean: {page}")
     return 0
 
 

@@ -41,6 +41,23 @@ def test_info_tells_why_a_backend_does_not_work(monkeypatch, capsys):
     assert "cpu        the compiled extension is missing: no compiler" in capsys.readouterr().out
 
 
+def test_info_names_the_page_that_explains_it_where_there_is_one(monkeypatch, capsys, tmp_path):
+    """A wheel has no documentation, and is not to name a file that is not there."""
+    monkeypatch.setitem(BACKENDS, "cpu", BACKENDS["cpu"]._replace(problem=lambda: "no compiler"))
+    page = tmp_path / "docs" / "guides" / "troubleshooting.md"
+    monkeypatch.setattr(asgl_cuda.__main__.extension, "PACKAGE", tmp_path / "asgl_cuda")
+    assert asgl_cuda.__main__.info() == 0
+    assert "troubleshooting" not in capsys.readouterr().out
+    page.parent.mkdir(parents=True)
+    page.touch()
+    assert asgl_cuda.__main__.info() == 0
+    assert capsys.readouterr().out.endswith(f"what these messages mean: {page}\n")
+
+
+def test_the_page_that_info_names_is_there():
+    assert (Path(__file__).parents[2] / "docs" / "guides" / "troubleshooting.md").is_file()
+
+
 def test_check_agrees_here():
     result = run("-m", "asgl_cuda", "check")
     assert result.returncode == 0, result.stdout + result.stderr
