@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -46,15 +47,20 @@ class OverTime(nn.Module):
         self.layer = layer
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        if isinstance(x_seq, Tensor):
-            if x_seq.is_nested or x_seq.dim() < 2:
-                got = "a nested tensor" if x_seq.is_nested else f"shape {list(x_seq.shape)}"
-                raise ValueError(f"{_CALLER}: x_seq must have time and batch, [T, B, ...], got {got}")
-        elif not isinstance(x_seq, fx.Proxy):
-            raise TypeError(f"{_CALLER}: x_seq must be a tensor, got {type(x_seq).__name__}")
-        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():  # type: ignore[attr-defined]
-            _check_inside(self.layer)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            _check_input(x_seq)
+            if not torch.compiler.is_compiling():
+                _check_inside(self.layer)
         return self.layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])  # type: ignore[no-any-return]
+
+
+def _check_input(x_seq: Any) -> None:
+    if isinstance(x_seq, Tensor):
+        if x_seq.is_nested or x_seq.dim() < 2:
+            got = "a nested tensor" if x_seq.is_nested else f"shape {list(x_seq.shape)}"
+            raise ValueError(f"{_CALLER}: x_seq must have time and batch, [T, B, ...], got {got}")
+    elif not isinstance(x_seq, fx.Proxy):
+        raise TypeError(f"{_CALLER}: x_seq must be a tensor, got {type(x_seq).__name__}")
 
 
 _ignorant: set[type[nn.Module]] = set()  # classes that know no time

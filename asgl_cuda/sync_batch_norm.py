@@ -36,8 +36,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
 
     Example::
 
-        net = asgl_cuda.convert_sync_batchnorm(net)
-        net = torch.nn.parallel.DistributedDataParallel(net)
+        model = asgl_cuda.convert_sync_batchnorm(model)  # then DistributedDataParallel(model)
     """
     check_module(model, _CALLER)
     if process_group is not None and not (

@@ -205,9 +205,9 @@ def detach(model: nn.Module) -> None:
 
     Example::
 
-        for chunk in x_seq.split(16):
-            net(chunk).sum().backward()
-            asgl_cuda.detach(net)
+        for chunk in x_seq.split(2):
+            model(chunk).sum().backward()
+            asgl_cuda.detach(model)
     """
     check_module(model, "asgl_cuda.detach")
     detaches = [library.detach for library in libraries() if hasattr(library, "detach")]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..backends import BACKENDS
 from ..checks import check_analog_prob, check_bool, check_name, check_surrogate, check_width, read_number, shown
@@ -108,7 +109,7 @@ def libraries() -> Iterator[Any]:
     """
     yield authors
     for module in _LIBRARIES:
-        if module in sys.modules:
+        if sys.modules.get(module) is not None:
             yield importlib.import_module(f".{module.split('.')[0]}", __package__)
 
 
@@ -314,7 +315,8 @@ def _carry_over(model: nn.Module, made: nn.Module, memo: dict[int, Any]) -> None
         if duplicate is value or id(duplicate) in done or not value.is_leaf:
             continue
         done.add(id(duplicate))
-        duplicate.requires_grad_(value.requires_grad)
+        if not is_lazy(value):
+            duplicate.requires_grad_(value.requires_grad)
         for kind, register in _REGISTER.items():
             for hook in (getattr(value, kind) or {}).values():
                 register(duplicate, copy.deepcopy(hook, memo))
