@@ -5,9 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import libraries  # noqa: F401  # skips all where one is missing
+import norse.torch as norse
 import pytest
+import snntorch as snn
 import torch
 from authors_code import EfficientNoisySpike, InvRectangle, InvSigmoid, LIFLayer
+from norse.torch.functional.reset import reset_subtract
+from sinabs import activation, layers
+from sinabs.activation import SingleSpike
+from snntorch import surrogate as slopes
+from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
 import asgl_cuda
@@ -36,14 +44,10 @@ def assert_same(theirs: Any, ours: Any, x_seq: Tensor) -> None:
 
 
 def spikingjelly_rows() -> dict[str, Any]:
-    jelly = pytest.importorskip("spikingjelly.activation_based")
-    from spikingjelly.activation_based import neuron, surrogate
-
-    assert jelly
     sigmoid = {"surrogate": "sigmoid", "width": 1 / 4}  # Sigmoid(alpha=4) is SpikingJelly's default
 
     def node(kind: Any, **options: Any) -> Any:
-        return kind(step_mode="m", **options) if kind is not neuron.CUBALIFNode else kind(**options)
+        return kind(step_mode="m", **options)
 
     def surrogates(name: str, function: Any, width: float) -> Any:
         return node(neuron.LIFNode, surrogate_function=function), {"decay": 0.5, "input_gain": 0.5, "width": width,
@@ -69,22 +73,16 @@ def spikingjelly_rows() -> dict[str, Any]:
     }
 
 
-SPIKINGJELLY = (
-    "tau=2", "tau=4", "decay_input=False", "IFNode", "v_threshold", "v_reset", "v_reset=None", "detach_reset",
-    "Sigmoid", "ATan", "Rect", "PiecewiseQuadratic", "Erf", "SoftSign", "PiecewiseExp",
-)  # fmt: skip
+SPIKINGJELLY = spikingjelly_rows()
 
 
 @pytest.mark.parametrize("row", SPIKINGJELLY)
 def test_spikingjelly(row: str):
-    node, options = spikingjelly_rows()[row]
+    node, options = SPIKINGJELLY[row]
     assert_same(node, plain(**options), input_of(scale=2.5))
 
 
 def test_spikingjelly_carries_its_potential():
-    pytest.importorskip("spikingjelly")
-    from spikingjelly.activation_based import functional, neuron
-
     node = neuron.LIFNode(step_mode="m", store_v_seq=True)
     options = {"decay": 0.5, "input_gain": 0.5, "surrogate": "sigmoid", "width": 0.25}
     ours = plain(stateful=True, store_v_seq=True, **options)
@@ -98,19 +96,14 @@ def test_spikingjelly_carries_its_potential():
 
 
 def test_spikingjelly_current():
-    pytest.importorskip("spikingjelly")
-    from spikingjelly.activation_based import neuron
-
-    node = neuron.CUBALIFNode(step_mode="m") if "step_mode" in neuron.CUBALIFNode.__init__.__code__.co_varnames else (
-        neuron.CUBALIFNode()
-    )  # fmt: skip
+    node = neuron.CUBALIFNode()
     node.step_mode = "m"
     ours = nn.Sequential(LeakyIntegrator(decay=0.5), plain(decay=0.75, v_threshold=0.5, width=1.0))
     assert_same(node, ours, input_of(scale=0.3))
 
 
 def over_steps(layer: Any) -> Any:
-    """snnTorch's loop."""
+    """The loop over steps of snnTorch."""
 
     def run(x_seq: Tensor) -> Tensor:
         layer.reset_mem()
@@ -120,9 +113,6 @@ def over_steps(layer: Any) -> Any:
 
 
 def snntorch_rows() -> dict[str, Any]:
-    snn = pytest.importorskip("snntorch")
-    from snntorch import surrogate
-
     def leaky(**options: Any) -> Any:
         return snn.Leaky(**{"beta": 0.8, **options}).double()
 
@@ -138,26 +128,23 @@ def snntorch_rows() -> dict[str, Any]:
         "zero": (leaky(reset_mechanism="zero"), {**arctan, "v_reset": 0.0, "reset_amount": None}),
         "none": (leaky(reset_mechanism="none"), {**arctan, "reset_amount": 0.0}),
         "reset_delay=False": (leaky(reset_delay=False), {**arctan, "reset_amount": None, "detach_reset": False}),
-        "atan": surrogates(surrogate.atan(alpha=3.0), "arctan", 1 / 3, 1.0),
-        "fast_sigmoid": surrogates(surrogate.fast_sigmoid(slope=25), "fast_sigmoid", 1 / 25, 2 / 25),
-        "sigmoid": surrogates(surrogate.sigmoid(slope=25), "sigmoid", 1 / 25, 1.0),
+        "atan": surrogates(slopes.atan(alpha=3.0), "arctan", 1 / 3, 1.0),
+        "fast_sigmoid": surrogates(slopes.fast_sigmoid(slope=25), "fast_sigmoid", 1 / 25, 2 / 25),
+        "sigmoid": surrogates(slopes.sigmoid(slope=25), "sigmoid", 1 / 25, 1.0),
     }
 
 
-SNNTORCH = (
-    "beta", "threshold", "zero", "none", "reset_delay=False", "atan", "fast_sigmoid", "sigmoid",
-)  # fmt: skip
+SNNTORCH = snntorch_rows()
 
 
 @pytest.mark.parametrize("row", SNNTORCH)
 @pytest.mark.filterwarnings("ignore:asgl_cuda.LIF. a spike takes 0 off")
 def test_snntorch(row: str):
-    layer, options = snntorch_rows()[row]
+    layer, options = SNNTORCH[row]
     assert_same(over_steps(layer), plain(**options), input_of(scale=0.8))
 
 
 def test_snntorch_synaptic():
-    snn = pytest.importorskip("snntorch")
     layer = snn.Synaptic(alpha=0.6, beta=0.8).double()
     options = {"v_reset": None, "reset_amount": 1 / 0.8, "detach_reset": True, "strict_threshold": True}
     ours = nn.Sequential(LeakyIntegrator(decay=0.6), plain(decay=0.8, surrogate="arctan", width=0.5, **options))
@@ -165,7 +152,6 @@ def test_snntorch_synaptic():
 
 
 def test_snntorch_potential():
-    snn = pytest.importorskip("snntorch")
     layer = snn.Leaky(beta=0.8).double()
     x_seq = input_of()
     layer.reset_mem()
@@ -175,9 +161,6 @@ def test_snntorch_potential():
 
 
 def norse_rows() -> dict[str, Any]:
-    norse = pytest.importorskip("norse.torch")
-    from norse.torch.functional.reset import reset_subtract
-
     def box(**options: Any) -> Any:
         return norse.LIFBoxParameters(**{"alpha": torch.as_tensor(10.0), **options})
 
@@ -194,14 +177,12 @@ def norse_rows() -> dict[str, Any]:
     }
 
 
-NORSE = ("tau_mem_inv", "tau_mem_inv, other", "v_leak", "v_th", "v_reset", "reset_subtract")
+NORSE = norse_rows()
 
 
 @pytest.mark.parametrize("row", NORSE)
 def test_norse_box(row: str):
-    p, options = norse_rows()[row]
-    import norse.torch as norse
-
+    p, options = NORSE[row]
     cell = norse.LIFBoxCell(p)
 
     def theirs(x_seq: Tensor) -> Tensor:
@@ -215,7 +196,6 @@ def test_norse_box(row: str):
 
 
 def test_norse_with_current():
-    norse = pytest.importorskip("norse.torch")
     layer = norse.LIF(norse.LIFParameters(alpha=torch.as_tensor(10.0)))
     options = {"strict_threshold": True, "surrogate": "fast_sigmoid", "width": 1.0, "surrogate_gain": 2.0}
     ours = nn.Sequential(LeakyIntegrator(decay=0.8), plain(decay=0.9, input_gain=0.1, **options))
@@ -223,7 +203,6 @@ def test_norse_with_current():
 
 
 def test_norse_dt():
-    norse = pytest.importorskip("norse.torch")
     layer = norse.LIF(norse.LIFParameters(alpha=torch.as_tensor(10.0)), dt=0.002)
     options = {"strict_threshold": True, "surrogate": "fast_sigmoid", "width": 1.0, "surrogate_gain": 2.0}
     ours = nn.Sequential(LeakyIntegrator(decay=0.6), plain(decay=0.8, input_gain=0.2, **options))
@@ -231,20 +210,15 @@ def test_norse_dt():
 
 
 def test_norse_read_out():
-    norse = pytest.importorskip("norse.torch")
     ours = nn.Sequential(LeakyIntegrator(decay=0.8), LeakyIntegrator(decay=0.9, input_gain=0.1))
     assert_same(lambda x_seq: norse.LI()(x_seq)[0], ours, input_of() - 0.3)
 
 
 def sinabs_rows() -> dict[str, Any]:
-    pytest.importorskip("sinabs")
-    import sinabs.activation as activation
-    import sinabs.layers as layers
-
     decay = math.exp(-1 / 5)
     single = {"spike_fn": activation.SingleSpike}
-    lif = {"decay": decay, "input_gain": 1 - decay, "v_reset": None, "surrogate": "laplace", "width": 0.5, "time_dim": 1,
-           "surrogate_gain": 2.0}  # fmt: skip
+    lif = {"decay": decay, "input_gain": 1 - decay, "v_reset": None, "surrogate": "laplace", "width": 0.5,
+           "time_dim": 1, "surrogate_gain": 2.0}  # fmt: skip
     return {
         "tau_mem": (layers.LIF(tau_mem=5.0, **single), lif),
         "norm_input=False": (layers.LIF(tau_mem=5.0, norm_input=False, **single), {**lif, "input_gain": 1.0}),
@@ -273,23 +247,17 @@ def sinabs_rows() -> dict[str, Any]:
     }  # fmt: skip
 
 
-SINABS = (
-    "tau_mem", "norm_input=False", "spike_threshold", "MultiSpike", "MembraneReset", "subtract_value", "min_v_mem",
-    "grad_width", "IAF", "PeriodicExponential",
-)  # fmt: skip
+SINABS = sinabs_rows()
 
 
 @pytest.mark.parametrize("row", SINABS)
 def test_sinabs(row: str):
-    layer, options = sinabs_rows()[row]
+    layer, options = SINABS[row]
     x_seq = input_of((3, 20, 7), 0.8 if row in ("IAF", "norm_input=False") else 5.0)
     assert_same(layer.double(), plain(**options), x_seq - 0.6 if row == "min_v_mem" else x_seq)
 
 
 def test_sinabs_current():
-    layers = pytest.importorskip("sinabs.layers")
-    from sinabs.activation import SingleSpike
-
     synapse, membrane = math.exp(-1 / 3), math.exp(-1 / 5)
     layer = layers.LIF(tau_mem=5.0, tau_syn=3.0, spike_fn=SingleSpike).double()
     ours = nn.Sequential(
@@ -308,7 +276,6 @@ def test_sinabs_current():
 
 
 def test_sinabs_read_out():
-    layers = pytest.importorskip("sinabs.layers")
     ours = LeakyIntegrator(decay=math.exp(-1 / 5), time_dim=1)
     assert_same(layers.ExpLeak(tau_mem=5.0).double(), ours, input_of((3, 20, 7)) - 0.3)
 
