@@ -7,16 +7,18 @@ Good Init, ICLR 2016), which scales each layer to a variance measured on a batch
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree
 
-from .checks import check_number
+from .checks import read_number
 from .interop.convert import Left, copied, libraries
 from .interop.converted import STATEFUL, bare_class
 from .interop.normalised import Normalised
@@ -27,6 +29,7 @@ from .training import reset
 _CALLER = "asgl_cuda.calibrate"
 
 _TOLERANCE = 0.01  # of the rate
+_ROUNDS = 3
 _WIDEST = 24  # factors from 2^-24 to 2^24 are tried
 _NARROWEST = 2**-14  # an interval of log2(factor); a rate that changes in it by more than the tolerance jumps
 
@@ -77,18 +80,19 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
         rate: share of neurons and steps with a spike, in (0, 1), reached to a hundredth of itself; less exactly where
             neurons have so few different inputs that the rate goes up in larger steps.
 
-    Everything is measured on a copy, with hard spikes, without dropout, and from rest. Normalisations use statistics of
-    the batch if they are in training mode, else their running ones. Of the model nothing but those weights changes:
-    potentials, running statistics, training mode, `analog_prob` and random number generators stay.
+    Everything is measured on copies, which run hooks as the model does, with hard spikes, without dropout, from rest.
+    Normalisations use statistics of the batch if they are in training mode, else their running ones. Of the model
+    nothing but those weights changes: potentials, running statistics, training mode, `analog_prob` and random number
+    generators stay.
 
     Returns:
         The layers in order of execution with the rates before and after and the factors, and those that are left: not
         run by this input, or of another library and not converted. `print` shows a table.
 
     Raises:
-        ValueError: a layer that no factor can bring to `rate`: behind a sum of several branches, without a weight in
-            front, with one that is shared, parametrised or frozen, or beyond reach. It is named, nothing has been
-            changed.
+        ValueError: a layer that no factor can bring to `rate`: behind several paths, without a weight in front, with
+            one that is shared, parametrised or frozen, beyond reach, or of a rate that depends on earlier calls. It is
+            named, nothing has been changed.
         TypeError: no module, or a rate that is no number.
         RuntimeError: the model can't be copied.
 
@@ -98,15 +102,29 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
         print(asgl_cuda.calibrate(net, x_seq))
     """
     some_asgl_layers(model, _CALLER)
-    rate = check_number("rate", rate, _CALLER)
+    rate = read_number("rate", rate, _CALLER)
     if not 0 < rate < 1:
         raise ValueError(f"{_CALLER}: rate must be in (0, 1), got {rate}")
     model, group = _unwrapped(model)
+    inputs = x_seq if isinstance(x_seq, tuple) else (x_seq,)
     with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        trial = _Trial(model, x_seq if isinstance(x_seq, tuple) else (x_seq,), group)
+        trial = _Trial(model, inputs, group)
         before = trial.run()
-        factors = {site: trial.factor_for(site, rate) for site in before}
-        after = trial.run()
+        factors = dict.fromkeys(before, 1.0)
+        for _ in range(_ROUNDS):  # a weight may be in front of layers that come earlier, too
+            for site in factors:
+                factors[site] *= trial.factor_for(site, rate)
+            after = trial.run()
+            if all(abs(after[site] - trial.found[site]) <= trial.tolerance(site, rate) for site in factors):
+                break
+        # In a copy that nothing has run yet, as the model will be when it is called.
+        after = _Trial(model, inputs, group).run(factors=factors)
+    for site in factors:
+        if after.get(site) is None or abs(after[site] - trial.found[site]) > 5 * trial.tolerance(site, rate):
+            raise ValueError(
+                f"{_CALLER}: {site.layer or 'the model'}: fires at {after.get(site, math.nan):.3g} and not at {rate:g} "
+                "when the model runs again: its rate must not depend on earlier calls or on the layers behind it"
+            )
     weights = dict(model.named_parameters())
     layers = []
     with torch.no_grad():
@@ -171,6 +189,7 @@ class _Trial:
             layer.register_forward_hook(lambda layer, args, output: _pytree.tree_map_only(Tensor, _source, output))
         self._calls: dict[_Site, int] = {}  # in a whole run, by which a shorter one knows the last
         self._elements: dict[_Site, int] = {}
+        self.found: dict[_Site, float] = {}  # the rates that were reached
         self._until: _Site | None = None
 
     def _is_foreign(self, layer: nn.Module) -> bool:
@@ -179,22 +198,34 @@ class _Trial:
         return any(answer not in (None, STATEFUL) for answer in found)
 
     def _name_parameters(self, model: nn.Module) -> None:
-        frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+        """Names the parameters of the copy, tells its weights, and why one of them can't be scaled."""
         self._names: dict[int, str] = {}
-        self._parameters: dict[str, nn.Parameter] = {}
-        self._problems: dict[str, str] = {}  # why a weight can't be scaled
-        for name, value in self._model.named_parameters(remove_duplicate=False):
-            value.requires_grad_(value.is_floating_point())
-            if (first := self._names.setdefault(id(value), name)) != name:
-                self._problems[first] = f"{first}, which is shared with {name}"
-            elif name in frozen:
+        self._parameters = dict(self._model.named_parameters())
+        self._problems: dict[str, str] = {}
+        owned: dict[int, tuple[nn.Module, str]] = {}  # by which module, and under which name
+        owners: dict[int, str] = {}  # of memory: a deep copy parts what shares it
+        for name, value in model.named_parameters():
+            if is_lazy(value):
+                raise ValueError(f"{_CALLER}: {name} has no shape yet: call the model once before")
+            if not value.requires_grad:
                 self._problems[name] = f"{name}, which is frozen (requires_grad=False)"
+            elif value.is_inference():
+                self._problems[name] = f"{name}, which was made in inference mode and can't be changed"
             elif hasattr(value, "to_local"):
                 self._problems[name] = f"{name}, which is sharded: calibrate before fully_shard"
-            self._parameters[name] = value
+            elif value.numel() and (first := owners.setdefault(value.data_ptr(), name)) != name:
+                self._problems |= dict.fromkeys((first, name), f"{first}, which shares memory with {name}")
+        for name, value in self._parameters.items():
+            self._names[id(value)] = name
+            value.requires_grad_(value.is_floating_point())
         self._weights: set[int] = set()
         for module in self._model.modules():
-            weight = module._parameters.get("weight")
+            own = dict(module.named_parameters(recurse=False))
+            for name, value in own.items():
+                first = self._names[id(value)]
+                if (module, name) != owned.setdefault(id(value), (module, name)):
+                    self._problems[first] = f"{first}, which several modules share"
+            weight = own.get("weight")
             if weight is not None and (weight.dim() > 1 or isinstance(module, (*_NORMALISATIONS, BatchNormLIF))):
                 self._weights.add(id(weight))
 
@@ -205,12 +236,19 @@ class _Trial:
             if isinstance(mine, (*_NORMALISATIONS, BatchNormLIF)):
                 mine.training = other.training
 
-    def run(self, until: _Site | None = None) -> dict[_Site, float]:
-        """Runs the model from rest and returns the rates; the run may end behind the last call of `until`."""
+    def run(self, until: _Site | None = None, factors: Mapping[_Site, float] | None = None) -> dict[_Site, float]:
+        """Runs the model from rest and returns the rates.
+
+        The run may end behind the last call of `until`. With `factors` the weights are scaled before.
+        """
+        for site, factor in (factors or {}).items():
+            with torch.no_grad():
+                self._parameters[site.weight].mul_(factor)
         self._tallies: dict[_Site, list[Tensor]] = {}
         self._sites: dict[nn.Module, _Site] = {}
         self._until = until
         reset(self._model)
+        torch.clear_autocast_cache()  # of weights that were tried before
         with suppress(_Finished), torch.random.fork_rng(self._devices):  # each run draws the same numbers
             self._model(*_pytree.tree_map_only(Tensor, _source, self._inputs))
         if until is None:
@@ -227,8 +265,13 @@ class _Trial:
         self._elements[site] = elements
         return spikes / elements  # type: ignore[no-any-return]
 
+    def tolerance(self, site: _Site, rate: float) -> float:
+        """By how much the rate may be missed: a hundredth of it, or one spike."""
+        return max(_TOLERANCE * rate, 1 / self._elements[site])
+
     def _before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        first = next(iter(inspect.signature(layer.forward).parameters), "")
+        x = args[0] if args else kwargs.get(first)
         self._sites[layer] = _Site(self.neurons[layer], self._weight_of(layer, x))
 
     def _after(self, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
@@ -248,6 +291,11 @@ class _Trial:
             if norm.weight is None:
                 raise ValueError(f"{_CALLER}: {name}: its normalisation has no weight to be scaled (affine=False)")
             found, bare = {self._names[id(norm.weight)]}, False
+        elif not isinstance(x, Tensor) or x.grad_fn is None:
+            raise ValueError(
+                f"{_CALLER}: {name}: its input must come with its graph, got one that torch.no_grad(), detach() or "
+                "reentrant checkpointing cut off"
+            )
         else:
             found, bare = self._weights_behind(x)
         if not found:
@@ -256,9 +304,9 @@ class _Trial:
                 "front of it, got none (parametrised weights are none)"
             )
         if bare or len(found) > 1:
-            branches = " and ".join([*sorted(found), *(["a branch without weight"] if bare else [])])
+            branches = " and ".join([*sorted(found), *(["a path without weight"] if bare else [])])
             raise ValueError(
-                f"{_CALLER}: {name}: its input must have one weight, got a sum of branches: {branches}. A "
+                f"{_CALLER}: {name}: its input must have one weight, got several paths: {branches}. A "
                 "normalisation in front of it, such as asgl_cuda.BatchNormLIF, gives it one"
             )
         (weight,) = found
@@ -270,11 +318,11 @@ class _Trial:
             raise ValueError(f"{_CALLER}: {name}: in front of it is {weight}, which is in front of {other.layer}, too")
         return weight
 
-    def _weights_behind(self, x: Tensor | None) -> tuple[set[str], bool]:
+    def _weights_behind(self, x: Tensor) -> tuple[set[str], bool]:
         """The weights that are nearest in the graph of x, and whether a path leads past them to the neurons before."""
         found: set[str] = set()
         bare = False
-        waiting = [] if x is None or x.grad_fn is None else [x.grad_fn]
+        waiting: list[Any] = [x.grad_fn]
         seen: set[Any] = set()
         while waiting:
             node = waiting.pop()
@@ -302,16 +350,20 @@ class _Trial:
                 weight.copy_(start * 2**log_factor)
             found[log_factor] = self.run(site)[site]
             missed = found[log_factor] - rate
-            return 0.0 if abs(missed) <= max(_TOLERANCE * rate, 1 / self._elements[site]) else missed
+            return 0.0 if abs(missed) <= self.tolerance(site, rate) else missed
 
         log_factor = _root(excess)
         if log_factor is None or not rate / 2 <= found[log_factor] <= 2 * rate:
-            (low, at_low), (high, at_high) = (pick(found.items(), key=lambda item: item[1]) for pick in (min, max))
+            low, high = min(found), max(found)
+            seen = f"{found[low]:.3g} at the factor {2**low:.3g} and {found[high]:.3g} at {2**high:.3g}"
+            if len({*found.values()}) == 1:
+                seen = f"{found[low]:.3g} whatever the factor, as for a silent input or behind a normalisation"
             raise ValueError(
                 f"{_CALLER}: {site.layer or 'the model'}: no factor on {site.weight} makes it fire at {rate:g}; the "
-                f"rate is {at_low:.3g} at the factor {2**low:.3g} and {at_high:.3g} at {2**high:.3g}"
+                f"rate is {seen}"
             )
         excess(log_factor)
+        self.found[site] = found[log_factor]
         return float(2**log_factor)
 
 
@@ -345,9 +397,10 @@ def _root(function: Callable[[float], float]) -> float | None:
 
 def _source(value: Tensor) -> Tensor:
     """The value cut off its graph, as the beginning of another one."""
-    differentiable = value.is_floating_point() or value.is_complex()
-    # Cloned, since a leaf can't be changed in place.
-    return value.detach().requires_grad_().clone() if differentiable else value
+    if not (value.is_floating_point() or value.is_complex()):
+        return value
+    leaf = value.clone() if value.is_inference() else value
+    return leaf.detach().requires_grad_().clone()  # a leaf can't be changed in place
 
 
 def _leaf_behind(node: Any) -> Tensor | None:

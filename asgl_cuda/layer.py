@@ -366,7 +366,10 @@ def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
     check_module(model, caller)
     layers = dict(asgl_layers(model))
     if not layers:
-        raise ValueError(f"{caller}: model must have an ASGL layer, got a {type(model).__name__} without")
+        raise ValueError(
+            f"{caller}: model must have an ASGL layer, got a {type(model).__name__} without; "
+            "asgl_cuda.convert makes neurons of other libraries such layers"
+        )
     return layers
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .checks import level_of_user
 from .functional import LIFOutput
 from .layer import some_asgl_layers
 from .neuron import LIF
@@ -32,6 +33,7 @@ _QUANTITIES = {
 
 # From these shares on `Monitor.problems` speaks of a layer.
 _MANY = 0.5  # of the neurons dead, or saturated
+_RARE = 0.05  # a rate below which larger weights help where most neurons are dead
 _FEW_INSIDE = 0.01  # of the potentials inside the window
 
 _REMEDY = "asgl_cuda.calibrate(model, x_seq), or a normalisation in front, as in asgl_cuda.BatchNormLIF"
@@ -120,7 +122,7 @@ def _problem(values: Mapping[str, float], surrogate: str | None) -> str | None:
     seen, helps = [], f"weights of another scale: {_REMEDY}"
     if rate == 0 or values.get("dead", 0.0) > _MANY:
         seen.append("no neuron ever fired" if rate == 0 else f"{values['dead']:.0%} of the neurons never fired (dead)")
-        helps = f"larger weights: {_REMEDY}"
+        helps = f"larger weights: {_REMEDY}" if rate < _RARE else "a normalisation in front, or other inputs"
     elif values.get("saturated", 0.0) > _MANY:
         seen.append(f"{values['saturated']:.0%} of the neurons fired at every step (saturated)")
         helps = f"smaller weights: {_REMEDY}"
@@ -254,7 +256,7 @@ class Monitor:
             warnings.warn(
                 "asgl_cuda.Monitor: it was never started, so it saw nothing: call the model inside `with monitor:`, or "
                 "between monitor.start() and monitor.stop()",
-                stacklevel=2,
+                stacklevel=level_of_user(),
             )
         return {
             name: {"width": torch.as_tensor(layer.width).mean().item(), **self._tallies[layer].result()}

@@ -13,7 +13,7 @@ from .layer import NeuronLayer
 _CALLER = "asgl_cuda.OverTime"
 
 # Whether a module carries something from step to step. `interop` adds what it knows of other libraries.
-KNOWS_TIME: list[Callable[[nn.Module], bool]] = [lambda module: isinstance(module, (NeuronLayer, nn.RNNBase))]
+KNOWS_TIME: list[Callable[[nn.Module], bool]] = [lambda module: isinstance(module, NeuronLayer)]
 
 
 class OverTime(nn.Module):
@@ -68,6 +68,10 @@ _ignorant: set[type[nn.Module]] = set()  # classes that know no time
 
 def _check_inside(layer: nn.Module) -> None:
     """Refuses modules that know time. A class is looked at once; a call costs 0.2 us a module, modules() 0.7."""
+    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):  # inside of another it may go over something else than time
+        raise TypeError(
+            f"{_CALLER}: layer must know no time, got {type(layer).__name__}, for which time and batch would be one"
+        )
     found, modules = {layer}, [layer]
     for module in modules:  # the loop adds more
         if type(module) not in _ignorant:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ def _takers(model: nn.Module) -> Iterator[_Taker]:
         compiled = compiled or "_orig_mod" in module._modules or module._compiled_call_impl is not None
         if isinstance(module, NeuronLayer):
             answer: Streamed | str | None = Streamed(module.time_dim, "v")
-        elif isinstance(module, nn.RNNBase):
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             answer = "it begins at rest with each call, unless the model hands its state on"
         else:
             answer = next((each for streamed in known if (each := streamed(module)) is not None), None)
@@ -85,17 +86,38 @@ class _Watch:
         self._takers = {taker.module: taker for taker in takers if not taker.compiled}
         self._called: set[nn.Module] = set()
         self._states: dict[nn.Module, Any] = {}
+        self._left: dict[nn.Module, Any] = {}  # states behind the layers' calls
         self._handles: list[Any] = []
 
     def start(self) -> None:
         for module, taker in self._takers.items():
             if taker.streamed.state is not None:
                 self._states[module] = getattr(module, taker.streamed.state)
+                self._handles.append(module.register_forward_hook(self._look_behind))
             self._handles.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
+
+    def finish(self) -> None:
+        """Refuses a model whose forward ends with a reset."""
+        for module, left in self._left.items():
+            self._check_state(module, left)
 
     def stop(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def _check_state(self, module: nn.Module, expected: Any) -> None:
+        taker = self._takers[module]
+        assert taker.streamed.state is not None
+        if not _is_same(getattr(module, taker.streamed.state), expected):
+            raise RuntimeError(
+                f"{_CALLER}: {taker.name} is reset, or its state replaced, by the model's own forward: that belongs "
+                "outside, between sequences, as in asgl_cuda.reset(model)"
+            )
+
+    def _look_behind(self, module: nn.Module, *_: Any) -> None:
+        state = self._takers[module].streamed.state
+        assert state is not None
+        self._left[module] = getattr(module, state)
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         taker = self._takers[module]
@@ -112,17 +134,21 @@ class _Watch:
                 f"{_CALLER}: {taker.name} gets its state from the model's forward, which begins anew with each call; "
                 "it must keep the state itself, as snnTorch's layers do with init_hidden=True"
             )
-        if state is not None and getattr(module, state) is not self._states[module]:
-            raise RuntimeError(
-                f"{_CALLER}: {taker.name} is reset, or its state replaced, by the model's own forward: that belongs "
-                "outside, between sequences, as in asgl_cuda.reset(model)"
-            )
+        if state is not None:
+            self._check_state(module, self._states[module])
         steps = _steps_in(tensors, taker.streamed.time_dim)
         if steps != 1:
             raise RuntimeError(
                 f"{_CALLER}: {taker.name} gets {steps} time steps in one step: the model's forward makes them of its "
                 "input, and what comes after can be stepped"
             )
+
+
+def _is_same(state: Any, other: Any) -> bool:
+    """Whether a state is the other, or was cut off its graph."""
+    if isinstance(state, Tensor) and isinstance(other, Tensor):
+        return state.shape == other.shape and state.data_ptr() == other.data_ptr()
+    return state is other
 
 
 def _steps_in(tensors: Sequence[Tensor], time_dim: int | None) -> int:
@@ -135,7 +161,10 @@ def _steps_in(tensors: Sequence[Tensor], time_dim: int | None) -> int:
 def _without_time(output: Any, x_t: Tensor, time_dim: int) -> Any:
     """The output of one step; what is no tensor stays."""
     if isinstance(output, dict):
-        return {key: _without_time(value, x_t, time_dim) for key, value in output.items()}
+        made = copy.copy(output)  # of its own class
+        for key, value in output.items():
+            made[key] = _without_time(value, x_t, time_dim)
+        return made
     if isinstance(output, (list, tuple)):
         values = [_without_time(value, x_t, time_dim) for value in output]
         return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
@@ -166,6 +195,9 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
         model: any module that keeps time where it is; what sums over time comes after the steps.
         x_t: the input of the step, `[B, ...]`.
         time_dim: where time is in the model's input and output; default where its layers have it, 0 if none tells.
+
+    What the model's own forward keeps or mixes over time, as `asgl_cuda.lif` in it, a shift or attention, is not seen:
+    each step is a sequence of one to it.
 
     Compile the model, not the step: `asgl_cuda.step(torch.compile(model), x_t)`. What is called inside is not watched
     then. After an error of the model itself some layers have taken the step: reset it.
@@ -199,6 +231,7 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
             layer.stateful = True
         watch.start()
         output = model(x_t if time_dim is None else x_t.unsqueeze(time_dim))
+        watch.finish()
     finally:
         watch.stop()
         for layer, stateful in layers:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
-from contextlib import ContextDecorator
+from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
 
 from torch import nn
@@ -110,7 +111,7 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
     return ASGLCallback()
 
 
-class _SpikingEval(ContextDecorator):
+class _SpikingEval(ContextDecorator, AbstractContextManager[None]):
     """What `spiking_eval` returns; it warns with the line of its making where it is dropped unused."""
 
     def __init__(self, model: nn.Module, line: tuple[str, int]) -> None:
@@ -120,6 +121,12 @@ class _SpikingEval(ContextDecorator):
 
     def __call__(self, function: Any) -> Any:
         self._used = True
+        kinds = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
+        if any(is_kind(function) for is_kind in kinds):
+            raise TypeError(
+                f"{_SPIKING_EVAL}: decorates functions that run when they are called, got {function.__name__}, which "
+                "runs later; `with` inside of it does"
+            )
         return super().__call__(function)
 
     def __enter__(self) -> None:
@@ -147,7 +154,7 @@ class _SpikingEval(ContextDecorator):
             warnings.warn_explicit(message, UserWarning, *self._line)
 
 
-def spiking_eval(model: nn.Module) -> _SpikingEval:
+def spiking_eval(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, every ASGL layer emits hard spikes, and surrogate gradients flow: for attacks and fine-tuning.
 
     It sets `analog_prob` to 0 and gives each layer its own value back on leaving, also after an exception. Nothing else

@@ -179,6 +179,9 @@ _CONTAINERS = {  # where time is in their inputs
 }  # fmt: skip
 
 
+_RECURRENT = (rnn.SpikingRNNBase, rnn.SpikingRNNCellBase)
+
+
 def _is_neuron(layer: nn.Module) -> bool:
     in_file = any(base.__module__.startswith(neuron.__name__) for base in type(layer).__mro__)
     return in_file or hasattr(layer, "neuronal_charge")
@@ -202,7 +205,7 @@ def find(layer: nn.Module) -> Found:
 
 def _carries(layer: nn.Module) -> bool:
     """Whether it carries more than the masks of a dropout from call to call, or is a recurrent network that spikes."""
-    if isinstance(layer, rnn.SpikingRNNCellBase):
+    if isinstance(layer, _RECURRENT):
         return True
     return isinstance(layer, base.MemoryModule) and bool(layer._memories) and not isinstance(layer, _DROPOUTS)
 
@@ -234,6 +237,8 @@ def _detached(value: Any) -> Any:
 
 
 def knows_time(module: nn.Module) -> bool:
+    if isinstance(module, _RECURRENT):
+        return True
     if isinstance(module, base.MultiStepModule):
         return not isinstance(module, (_BatchNorm, *_CONTAINERS))
     return hasattr(module, "neuronal_charge") or (

@@ -8,7 +8,7 @@ import sinabs.layers
 import snntorch
 import torch
 from authors_code import EfficientNoisySpike, InvRectangle, LIFLayer
-from spikingjelly.activation_based import functional, layer, neuron
+from spikingjelly.activation_based import functional, layer, neuron, rnn
 from torch import nn
 
 import asgl_cuda
@@ -161,6 +161,7 @@ CARRYING = [
     neuron.LIFNode(step_mode="m"), neuron.PSN(4), layer.SynapseFilter(2.0), snntorch.Leaky(0.9), snntorch.SLSTM(3, 3),
     norse.LIF(), norse.LICell(), norse.LIFRecurrentCell(3, 3), sinabs.layers.LIF(2.0), sinabs.layers.ExpLeak(2.0),
     authors_layer(), MultiStep(snntorch.Leaky(0.9)), layer.MultiStepContainer(neuron.IFNode()),
+    rnn.SpikingLSTM(3, 3, 1),
 ]  # fmt: skip
 
 

@@ -181,7 +181,7 @@ def test_bias_alone_and_units(x_seq):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (Residual, r"last: its input must have one weight, got a sum of branches: inside\.weight and a branch without"),
+        (Residual, r"last: its input must have one weight, got several paths: inside\.weight and a path"),
         (lambda: nn.Sequential(LIF(), nn.Linear(16, 4), LIF()), "0: there must be a linear layer, a convolution or"),
         (lambda: nn.Sequential(weight_norm(nn.Linear(16, 4)), LIF()), r"1: there must be .*\(parametrised weights"),
         (lambda: nn.Sequential(nn.Linear(16, 4).requires_grad_(False), LIF()), r"1: .* 0\.weight, which is frozen"),
@@ -190,23 +190,109 @@ def test_bias_alone_and_units(x_seq):
         (
             lambda: Twice(), r"last: in front of it is linear\.weight, which is in front of lif, too",
         ),
-        (lambda: tied(), r"1: in front of it is 0\.weight, which is shared with 2\.weight"),
+        (lambda: tied(), r"1: in front of it is 0\.weight, which several modules share"),
+        (lambda: tied(memory=True), r"1: in front of it is 0\.weight, which shares memory with 2\.weight"),
+        (lambda: of_inference_mode(), r"1: in front of it is 0\.weight, which was made in inference mode"),
+        (lambda: Remembering(), r"lif: fires at .* and not at 0\.4 when the model runs again: its rate"),
+        (lambda: Detached(), r"lif: its input must come with its graph, got one that torch\.no_grad\(\),"),
+        (lambda: nn.Sequential(nn.LazyLinear(4), LIF()), r"0\.weight has no shape yet: call the model once before"),
     ],
 )  # fmt: skip
 def test_what_it_refuses(make, message, x_seq):
     """With the layer's name, and unchanged."""
     torch.manual_seed(6)
     model = make()
-    state = copy.deepcopy(model.state_dict())
+    lazy = isinstance(model[0] if isinstance(model, nn.Sequential) else None, nn.LazyLinear)
+    state = {} if lazy else copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
         calibrate(model, x_seq, 0.4)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert lazy or all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def tied():
+def tied(memory=False):
     model = nn.Sequential(nn.Linear(16, 16), LIF(), nn.Linear(16, 16), LIF())
-    model[2].weight = model[0].weight
+    if memory:
+        model[2].weight.data = model[0].weight.data
+    else:
+        model[2].weight = model[0].weight
     return model
+
+
+def of_inference_mode():
+    with torch.inference_mode():
+        return nn.Sequential(nn.Linear(16, 16), LIF())
+
+
+class Remembering(nn.Module):
+    """Its input depends on the call before."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.lif, self.last = nn.Linear(16, 16), LIF(), None
+
+    def forward(self, x_seq):
+        x_seq = self.linear(x_seq) + (0 if self.last is None else self.last)
+        self.last = x_seq.detach()
+        return self.lif(x_seq)
+
+
+class Detached(nn.Module):
+    """Its neurons get their input without a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.lif = nn.Linear(16, 16), LIF()
+
+    def forward(self, x_seq):
+        with torch.no_grad():
+            return self.lif(self.linear(x_seq))
+
+
+class Trunk(nn.Module):
+    """The weight in front of `late` is in front of `early`, too, which runs before."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.head, self.early, self.late = nn.Linear(16, 40), nn.Linear(40, 40), LIF(), LIF()
+
+    def forward(self, x_seq):
+        x_seq = self.trunk(x_seq)
+        return self.early(self.head(x_seq)), self.late(x_seq)
+
+
+def test_a_weight_in_front_of_earlier_layers(x_seq):
+    torch.manual_seed(8)
+    report = calibrate(Trunk(), x_seq)
+    assert [row.weight for row in report.layers] == ["head.weight", "trunk.weight"]
+    for row in report.layers:
+        assert row.rate_after == pytest.approx(0.2, rel=0.02), row
+
+
+def test_autocast_and_modules_of_two_names(x_seq):
+    """The weights that autocast keeps are those of before; a module may be registered twice."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.lif = nn.Linear(16, 40), LIF()
+            self.layers = nn.Sequential(self.linear, self.lif)
+
+        def forward(self, x_seq):
+            return self.layers(x_seq)
+
+    model = Both()
+    with torch.autocast("cpu", torch.bfloat16):
+        (row,) = calibrate(model, x_seq).layers
+    assert (row.layer, row.weight) == ("lif", "linear.weight")
+    assert row.rate_after == pytest.approx(0.2, rel=0.02)
+    with torch.inference_mode():
+        made = torch.rand(4, 8, 16)
+    assert calibrate(model, made, torch.tensor(0.3)).layers[0].rate_after == pytest.approx(0.3, rel=0.02)
+
+
+def test_what_no_factor_changes():
+    with pytest.raises(ValueError, match=r"rate is 0 whatever the factor, as for a silent input or behind a normal"):
+        calibrate(nn.Sequential(nn.Linear(16, 4, bias=False), LIF()), torch.zeros(4, 8, 16))
 
 
 def test_rates_that_jump():
@@ -227,7 +313,7 @@ def test_arguments(x_seq):
     for rate in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=r"asgl_cuda\.calibrate: rate must be in \(0, 1\), got"):
             calibrate(model, x_seq, rate)
-    with pytest.raises(TypeError, match=r"asgl_cuda\.calibrate: rate must be a float, got str"):
+    with pytest.raises(TypeError, match=r"asgl_cuda\.calibrate: rate must be a float"):
         calibrate(model, x_seq, "0.2")
     with pytest.raises(TypeError, match=r"asgl_cuda\.calibrate: model must be a torch\.nn\.Module, got int"):
         calibrate(1, x_seq)

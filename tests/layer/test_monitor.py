@@ -224,7 +224,9 @@ def test_some_dead_neurons_in_words():
             layer(x_seq)
         found = monitor.problems()
         assert len(found) == (dead > 5)
-    assert found[0].startswith("(the model): 60% of the neurons never fired (dead). What helps: larger weights")
+    assert found[0].startswith(
+        "(the model): 60% of the neurons never fired (dead). What helps: a normalisation in front"
+    )
 
 
 def test_start_stop_and_reset():

@@ -297,6 +297,20 @@ def test_spiking_eval_of_a_layer_that_refuses_changes_nothing():
     assert model[0].analog_prob == 0.4
 
 
+def test_spiking_eval_decorates_no_function_that_runs_later():
+    def generator():
+        yield
+
+    async def coroutine():
+        pass
+
+    for function in (generator, coroutine):
+        with pytest.raises(
+            TypeError, match=rf"asgl_cuda\.spiking_eval: decorates functions .*, got {function.__name__}"
+        ):
+            spiking_eval(network())(function)
+
+
 def test_reset_of_a_whole_model():
     shared = LIF(stateful=True)
     norm = asgl_cuda.BatchNormLIF(3, stateful=True, store_v_seq=True)
