@@ -470,9 +470,18 @@ def lif(
     return computed(_CALLER, x_seq, given)
 
 
+def call_of(x_seq: Tensor, **options: Any) -> Call:
+    """The call that `lif` makes."""
+    return checked_call(_CALLER, x_seq, Arguments(**{**(lif.__kwdefaults__ or {}), **options}))
+
+
 def computed(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput:
     """Does what `lif` does."""
-    call = checked_call(caller, x_seq, given)
+    return run(checked_call(caller, x_seq, given), caller)
+
+
+def run(call: Call, caller: str = _CALLER) -> Tensor | LIFOutput:
+    """Computes a call."""
     if BACKENDS[call.backend].operators is None:
         return call.output(call.reference())
     parameters = call.parameters

@@ -124,8 +124,8 @@ def convert(
     Two results: the model, a copy unless `inplace`, and what became of its layers.
 
     Known are SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode` and
-    `CUBALIFNode`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`, Norse's `LIF`, `IAF` and `LI` with their cells,
-    `LIFBoxCell` and `LIBoxCell`, sinabs' `LIF`, `IAF` and `ExpLeak` with their Squeeze forms, and `LIFLayer` of the
+    `CUBALIFNode`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`, Norse's `LIF`, `IAF` and `LI`, `LIFCell`,
+    `IAFCell` and `LIFBoxCell`, sinabs' `LIF`, `IAF` and `ExpLeak` with their Squeeze forms, and `LIFLayer` of the
     code that the authors of ASGL published. Synaptic currents and layers that do not fire are computed by
     `leaky_integrator`. A converted layer gives the same spikes, states and gradients as before; it keeps its
     parameters, with their names, its state and its place among the library's classes, so that an optimizer, a state

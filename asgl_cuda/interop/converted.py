@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from ..checks import HALF_TYPES
-from ..functional import LIFOutput, lif
+from ..checks import HALF_TYPES, PLAIN_TENSORS
+from ..functional import LIFOutput, call_of, lif, run
 from ..integrator import IntegratorOutput, leaky_integrator
 from ..layer import Noisy, give_dimension
 from ..learned import Logarithm
 from .identify import SpikeFunction, fires_strictly, identify, type_of_spikes
 from .snapshot import Snapshot
+from .steps import Known
 
 
 class Settings(NamedTuple):
@@ -112,9 +113,11 @@ class Converted(Overlay, Noisy):
     settings: Settings
     log_width: nn.Parameter | None
     _snapshot: Snapshot | None = None
+    _known: Known | None = None
     time_dim: int | None  # where time is in its input, None if the input is one step
     multi_spike = False  # whether it may spike several times a step, for which there is no noise
     takes_input = True  # whether `lif` has the layer's own input, which is then what a normalisation may be fused with
+    register_buffer = nn.Module.register_buffer  # any other costs 20 us where a state, which is a buffer, is set
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -144,7 +147,8 @@ class Converted(Overlay, Noisy):
         if self.settings.spike is not None:
             del self.log_width
         del self.settings
-        self.__dict__.pop("_snapshot", None)
+        for name in ("_snapshot", "_known"):
+            self.__dict__.pop(name, None)
         self.take_off()
 
     def known_by(self) -> tuple[Any, ...]:
@@ -194,27 +198,63 @@ class Converted(Overlay, Noisy):
             "asgl_cuda.revert, which comes first, gives the library's own layer back"
         )
 
+    def is_plain(self) -> bool:
+        """Whether it computes what it did before it was converted, and no more."""
+        return not self.settings.asgl and not getattr(self, "_has_noise", False)
+
+    def steps_as_before(self) -> bool:
+        """Whether the library's own forward computes a step: a compiler fuses its operations with those around them."""
+        return torch.compiler.is_compiling() and self.settings.backend is None and self.is_plain()
+
+    def known_of(self, make: Callable[..., Any], *values: Any) -> tuple[Known | None, Any]:
+        """What is known of a step with these values, and what `make` makes of them, which is kept for numbers."""
+        self.check()
+        if torch.compiler.is_compiling() or not self.is_plain():
+            return None, make(*values)
+        numbers = [number(value) if isinstance(value, Tensor) else value for value in values]
+        kinds = [(each.shape, each.dtype, each.device) if isinstance(each, Tensor) else each for each in numbers]
+        known = self._known
+        if known is not None and known.values == kinds and known.settings is self.settings:
+            return known, make(*values) if known.made is None else known.made
+        made = make(*values)
+        known = Known(self.settings, kinds, None if any(isinstance(each, Tensor) for each in numbers) else made)
+        object.__setattr__(self, "_known", known)  # Module's takes longer
+        return known, made
+
+    def lif_of(self, known: Known | None, options: dict[str, Any], x_seq: Tensor, v_init: Tensor) -> LIFOutput:
+        """`lif` with these options, checked only where the call is of another kind than the last one."""
+        if known is None or self.settings.dtype not in (None, x_seq.dtype) or not x_seq.is_floating_point():
+            return self.lif(x_seq, v_init=v_init, **options)
+        call = known.call(x_seq, v_init, options)
+        if call is None:
+            call = call_of(x_seq, **self._all(x_seq, {**options, "v_init": v_init}))
+            known.learn(call, x_seq, v_init, options)
+        return run(call)  # type: ignore[return-value]
+
     def lif(self, x_seq: Tensor, **options: Any) -> LIFOutput:
         """`asgl_cuda.lif` with the layer's surrogate and noise, and spikes of the type that the library gives them."""
         self.check()
         x_seq, dtype = _floating(x_seq), self.settings.dtype
         if dtype is not None and x_seq.dtype in HALF_TYPES:
             x_seq = x_seq.to(dtype)
-        result = self.compute(
-            x_seq,
-            width=self.width if self.log_width is None else Logarithm(self.log_width),
-            surrogate=self.settings.spike.surrogate,
-            surrogate_gain=self.settings.spike.gain,
-            strict_threshold=self.settings.spike.strict,
-            analog_prob=self.analog_prob_of_call(x_seq),
-            return_v_last=True,
-            backend=self.settings.backend,
-            **_taken(options, x_seq),
-        )
+        result = self.compute(x_seq, **self._all(x_seq, options))
         assert isinstance(result, LIFOutput)
         if dtype is not None and result.s_seq.dtype is not dtype:
             return result._replace(s_seq=result.s_seq.to(dtype))
         return result
+
+    def _all(self, x_seq: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of `lif`, as it takes them."""
+        return {
+            "width": self.width if self.log_width is None else Logarithm(self.log_width),
+            "surrogate": self.settings.spike.surrogate,
+            "surrogate_gain": self.settings.spike.gain,
+            "strict_threshold": self.settings.spike.strict,
+            "analog_prob": self.analog_prob_of_call(x_seq),
+            "return_v_last": True,
+            "backend": self.settings.backend,
+            **_taken(options, x_seq),
+        }
 
     def integrate(self, x_seq: Tensor, **options: Any) -> IntegratorOutput:
         """`asgl_cuda.leaky_integrator`."""
@@ -285,17 +325,20 @@ class Streamed(NamedTuple):
 
 
 def number(value: Any) -> Any:
-    """A constant in a tensor of the CPU as a float, with which a call costs less; anything else as it is."""
-    if type(value) is not Tensor or value.dim() or value.device.type != "cpu" or value.requires_grad:
+    """A constant in a tensor of the CPU as a float, with which a call costs less; anything else as it is.
+
+    What is learned is a constant where there are no gradients.
+    """
+    if type(value) not in PLAIN_TENSORS or value.dim() or not value.is_cpu or torch.compiler.is_compiling():
         return value
-    return value if torch.compiler.is_compiling() else float(value)
+    return value if value.requires_grad and torch.is_grad_enabled() else float(value)
 
 
 def _taken(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
     """The options with their tensors as PyTorch takes them: integers as well, and one number from another device."""
     for name, given in options.items():
-        if isinstance(given, Tensor):
-            value = number(_floating(given))
+        if isinstance(given, Tensor) and not (given.dim() and given.is_floating_point()):
+            value = _floating(given) if name == "v_init" else number(_floating(given))
             is_number = isinstance(value, Tensor) and value.dim() == 0
             options[name] = value.to(x_seq.device) if is_number else value
     return options

@@ -99,6 +99,10 @@ class Normalised(Overlay):
         if converted:
             self.end()
 
+    def is_plain(self) -> bool:
+        """It normalises."""
+        return False
+
     def compute(
         self,
         x_seq: Tensor,

@@ -1,4 +1,4 @@
-"""Norse: `LIF`, `IAF` and `LI`, their cells, `LIFBoxCell` and `LIBoxCell`.
+"""Norse: `LIF`, `IAF` and `LI`, `LIFCell`, `IAFCell` and `LIFBoxCell`.
 
 j = i + x                                   without i, as in Box and IAF: j = x
 h = v + dt tau_mem_inv (j + v_leak - v)     IAF: v + x
@@ -29,8 +29,11 @@ _STEPS = {
     norse.IAF: norse.iaf_feed_forward_step,
     norse.IAFCell: norse.iaf_feed_forward_step,
     norse.LI: norse.li_feed_forward_step,
-    norse.LICell: norse.li_feed_forward_step,
-    norse.LIBoxCell: norse.li_box_feed_forward_step,
+}
+_FASTER = "its few operations a step are faster than a kernel's call"
+_READ_OUTS = {
+    norse.LICell: f"{_FASTER}; LI, which takes a whole sequence, can be converted",
+    norse.LIBoxCell: f"{_FASTER}; for a whole sequence there is asgl_cuda.LeakyIntegrator",
 }
 _MIXING = (snn.SNNRecurrent, snn.SNNRecurrentCell, norse.CobaLIFCell, norse.LILinearCell, norse.LIFCorrelation)
 _NEURONS = (snn.SNN, snn.SNNCell, norse.ConstantCurrentLIFEncoder, ExpFilter, *_MIXING)
@@ -60,50 +63,71 @@ class ConvertedSNN(Converted):
         return f"a step a call; norse.torch.{name} computes whole sequences, several times faster"
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        if input_tensor.is_sparse:
+        a_step = self.time_dim is None
+        if input_tensor.is_sparse or (a_step and self.steps_as_before()):
             return super().forward(input_tensor, state)  # type: ignore[no-any-return]
-        p, records, found = self.p, getattr(self, "record_states", False), {}
+        records, found = getattr(self, "record_states", False), {}
         first = self.initial_state(input_tensor) if state is None else state
-        if "i" in first._fields:
-            decay = 1 - number(self.dt * p.tau_syn_inv)
-            x = input_tensor.to(torch.result_type(input_tensor, first.i))
-            if self.time_dim is None:
-                input_tensor = last = x + first.i
+        known, (options, decay_of_current) = (
+            self.known_of(_made, *self._values()) if a_step else (None, _made(*self._values()))
+        )
+        if decay_of_current is not None:
+            if a_step:
+                input_tensor = last = input_tensor + first.i
             else:
+                x = input_tensor.to(torch.result_type(input_tensor, first.i))
                 x = x if state is None else torch.cat([x[:1] + first.i, x[1:]])
-                input_tensor, last = self.integrate(x, decay=decay)
-            found["i"] = decay * (input_tensor if records else last)
-        x_seq = input_tensor.unsqueeze(0) if self.time_dim is None else input_tensor
-        gain, bias = self.input_terms()
-        decay = 1 - gain if hasattr(p, "tau_mem_inv") else 1.0
+                input_tensor, last = self.integrate(x, decay=decay_of_current)
+            found["i"] = decay_of_current * (input_tensor if records else last)
+        x_seq = input_tensor.unsqueeze(0) if a_step else input_tensor
         v = first.v.to(x_seq.device)
         v = v if v.shape == x_seq.shape[1:] else v.expand(x_seq.shape[1:])
         if self.settings.spike is None:
-            x_seq = x_seq if isinstance(bias, float) and bias == 0 else x_seq + p.v_leak
-            out, last = self.integrate(x_seq, decay=decay, input_gain=gain, v_init=v)
+            bias = options["input_bias"]
+            x_seq = x_seq if isinstance(bias, float) and bias == 0 else x_seq + self.p.v_leak
+            out, last = self.integrate(x_seq, decay=options["decay"], input_gain=options["input_gain"], v_init=v)
             found["v"] = out if records else last
+        elif a_step:
+            output = self.lif_of(known, options, x_seq, v)
+            out, found["v"] = output.s_seq.squeeze(0), output.v_last
         else:
-            output = self.lif(
-                x_seq, decay=decay, input_gain=gain, input_bias=bias, v_threshold=p.v_th, v_init=v,
-                v_reset=p.v_reset if getattr(p, "reset_method", reset_value) is reset_value else None,
-                return_v_seq=records,
-            )  # fmt: skip
+            output = self.lif(x_seq, v_init=v, return_v_seq=records, **options)
             out, found["v"] = output.s_seq, output.v_seq if records else output.v_last
         if input_tensor.dtype in HALF_TYPES:  # float32 is kept from step to step inside of a call alone
             found = {
                 name: value.to(torch.result_type(input_tensor, getattr(first, name))) for name, value in found.items()
             }
-        return out.squeeze(0) if self.time_dim is None else out, type(first)(**found)
+        return out, type(first)(**found)
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
-        if not hasattr(self.p, "tau_mem_inv"):
-            return 1.0, 0.0
-        share = number(self.dt * self.p.tau_mem_inv)
-        return share, share * number(self.p.v_leak)
+        options, _ = _made(*self._values())
+        return options["input_gain"], options["input_bias"]
+
+    def _values(self) -> tuple[Any, ...]:
+        p = self.p
+        hard = getattr(p, "reset_method", reset_value) is reset_value
+        names = ("tau_mem_inv", "v_leak", "tau_syn_inv", "v_th", "v_reset")
+        return self.dt, hard, *[getattr(p, name, None) for name in names]
+
+
+def _made(dt: float, hard: bool, tau_mem_inv: Any, v_leak: Any, tau_syn_inv: Any, v_th: Any, v_reset: Any) -> Any:
+    """The options of `lif`, and the decay of the current where there is one."""
+    gain, bias, decay = 1.0, 0.0, 1.0
+    if tau_mem_inv is not None:
+        gain = number(dt * tau_mem_inv)
+        bias, decay = gain * number(v_leak), 1 - gain
+    options: dict[str, Any] = {"decay": decay, "input_gain": gain, "input_bias": bias}
+    if v_th is not None:
+        threshold = number(v_th)
+        options |= {"v_threshold": threshold, "v_reset": number(v_reset) if hard else None}
+        options |= {} if hard else {"reset_amount": threshold}
+    return options, None if tau_syn_inv is None else 1 - number(dt * tau_syn_inv)
 
 
 def find(layer: nn.Module) -> Found:
     kind: Any = bare_class(layer)
+    if kind in _READ_OUTS:
+        return _READ_OUTS[kind]
     if kind not in _STEPS:
         return unknown(layer, tuple(_STEPS), _MIXING) if isinstance(layer, _NEURONS) else None
     p: Any = layer.p

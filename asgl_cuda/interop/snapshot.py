@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from types import FunctionType
 from typing import Any
 
@@ -30,9 +30,12 @@ class Snapshot:
         self.values = self._values_of(function)
         # The compiler can't compare classes.
         self.traced = tuple(place for place, value in enumerate(others) if not isinstance(value, type))
-        found = (*others, *self.values, *_captured(function))
-        self.has_tensors = any(isinstance(value, Tensor) for value in found)
-        self.versions = _versions(found)
+        captured = _captured(function)
+        # Only a closure with tensors is looked into at each call.
+        self.captured = captured if any(isinstance(value, Tensor) for value in captured) else []
+        found = (*others, *self.values, *captured)
+        self.tensors = [value for value in found if isinstance(value, Tensor) and not value.is_inference()]
+        self.versions = self._versions()
         self.size = -1  # how many attributes the layer had when they were last looked at
 
     def holds(self, function: Any, *others: Any) -> bool:
@@ -47,7 +50,12 @@ class Snapshot:
             return False
         if not all(map(operator.is_, values, self.values)) and not _alike(zip(values, self.values, strict=True)):
             return False
-        return not self.has_tensors or _versions((*others, *values, *_captured(function))) == self.versions
+        if self.captured and not all(map(operator.is_, _captured(function), self.captured)):
+            return False
+        return not self.tensors or self._versions() == self.versions
+
+    def _versions(self) -> list[int]:
+        return [tensor._version for tensor in self.tensors]
 
     def _values_of(self, function: Any) -> tuple[Any, ...]:
         return tuple([_attribute(function, name) for name in self.names])
@@ -64,10 +72,6 @@ def _attribute(function: Any, path: str) -> Any:
 def version_of(tensor: Tensor) -> int:
     """How often it was written to; a tensor of inference mode does not count that."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _versions(found: Sequence[Any]) -> list[int]:
-    return [version_of(value) for value in found if isinstance(value, Tensor)]
 
 
 def _captured(function: Any) -> list[Any]:

@@ -50,6 +50,8 @@ class ConvertedNode(Converted):
         return output.s_seq
 
     def single_step_forward(self, x: Tensor) -> Tensor:
+        if self.steps_as_before():
+            return super().single_step_forward(x)  # type: ignore[misc,no-any-return]
         output = self._steps(x.unsqueeze(0), whole=False)
         if hasattr(self, "_append_v_seq") and self.store_v_seq:  # since version 2
             self._append_v_seq(output.v_last)

@@ -49,8 +49,6 @@ LAYERS = {
     "norse IAF": (lambda: norse.IAF(), WHOLE),
     "norse IAFCell": (lambda: norse.IAFCell(), STEP),
     "norse LI": (lambda: norse.LI(), WHOLE),
-    "norse LICell": (lambda: norse.LICell(), STEP),
-    "norse LIBoxCell": (lambda: norse.LIBoxCell(), STEP),
     "sinabs LIF": (lambda: sinabs.layers.LIF(2.0, **SINGLE), WHOLE),
     "sinabs LIF, several": (lambda: sinabs.layers.LIF(2.0), WHOLE),
     "sinabs IAF": (lambda: sinabs.layers.IAF(record_states=True, **SINGLE), WHOLE),

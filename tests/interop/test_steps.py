@@ -1,0 +1,326 @@
+"""Layers that are called step by step: conversion must not cost more than it saves, eager or compiled."""
+
+import sys
+
+import libraries  # noqa: F401
+import norse.torch as norse
+import pytest
+import snntorch
+import torch
+from spikingjelly.activation_based import functional, neuron
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import asgl_cuda
+from asgl_cuda import OverTime
+
+MECHANISMS = ("subtract", "zero", "none")
+LEARNED = {"learn_beta": True, "learn_threshold": True}
+
+SNNTORCH = {
+    **{
+        f"Leaky, {how}": lambda how=how, **given: snntorch.Leaky(0.8, reset_mechanism=how, **given)
+        for how in MECHANISMS
+    },
+    **{
+        f"Leaky, {how}, at once": lambda how=how, **given: snntorch.Leaky(
+            0.8, reset_mechanism=how, reset_delay=False, **given
+        )
+        for how in MECHANISMS
+    },
+    "Leaky, learned": lambda **given: snntorch.Leaky(0.8, **LEARNED, **given),
+    "Leaky, by neuron": lambda **given: snntorch.Leaky(torch.linspace(0.3, 0.9, 5), threshold=torch.ones(5), **given),
+    "Lapicque": lambda **given: snntorch.Lapicque(R=1.0, C=4.5, **given),
+    "Lapicque, none": lambda **given: snntorch.Lapicque(R=0.5, C=3.0, reset_mechanism="none", **given),
+    "Synaptic": lambda **given: snntorch.Synaptic(alpha=0.7, beta=0.8, **given),
+    "Synaptic, none": lambda **given: snntorch.Synaptic(alpha=0.7, beta=0.8, reset_mechanism="none", **given),
+    "Synaptic, learned": lambda **given: snntorch.Synaptic(0.7, 0.8, learn_alpha=True, **LEARNED, **given),
+}  # fmt: skip
+STEPS = {
+    **SNNTORCH,
+    **{f"{name}, hidden": lambda make=make: make(init_hidden=True) for name, make in SNNTORCH.items()},
+    **{name: getattr(norse, name) for name in ("LIFCell", "LIFBoxCell", "IAFCell")},
+    "LIFCell, learned": lambda: learned_cell(),
+    **{name: getattr(neuron, name) for name in ("IFNode", "LIFNode", "ParametricLIFNode", "CUBALIFNode")},
+}
+
+
+def learned_cell():
+    """Norse keeps parameters wherever the user does."""
+    tau = nn.Parameter(torch.tensor(400.0))
+    cell = norse.LIFCell(norse.LIFParameters(tau_mem_inv=tau))
+    cell.tau = tau
+    return cell
+
+
+def run(layer, x_seq, call=None):
+    """Outputs and last states of a sequence from rest; `call` is what is called instead of the layer."""
+    call = layer if call is None else call
+    if isinstance(layer, snntorch.SpikingNeuron):
+        layer.reset_mem()
+    else:
+        functional.reset_net(layer)
+    states, out = (), []
+    for x in x_seq:
+        result = call(x, *states)
+        s, *found = result if isinstance(result, tuple) else (result,)
+        states = found
+        out.append(s)
+    if isinstance(layer, norse.module.snn.SNNCell):
+        states = states[0]
+    elif not states:
+        states = [layer.mem if isinstance(layer, snntorch.SpikingNeuron) else layer.v]
+    return [torch.stack(out), *states]
+
+
+def with_gradients(layer, x_seq, call=None):
+    leaf = x_seq.clone().requires_grad_()
+    results = run(layer, leaf, call)
+    total = sum((each * torch.arange(1.0, 1 + each.numel()).reshape(each.shape).cos()).sum() for each in results)
+    parameters = [value for value in layer.parameters() if value.requires_grad]
+    return [*results, *torch.autograd.grad(total, [leaf, *parameters], allow_unused=True)]
+
+
+def currents(steps=6):
+    return 2 * torch.randn(steps, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.get_default_dtype())
+
+
+def compiled(layer):
+    torch.compiler.reset()
+    counter = CompileCounter()
+    return torch.compile(layer, backend=counter), counter
+
+
+# Each of the rest is computed by the forward of one of these.
+COMPILED = (
+    "Leaky, subtract", "Leaky, subtract, hidden", "Leaky, zero, at once, hidden", "Leaky, learned, hidden",
+    "Lapicque, hidden", "Synaptic", "Synaptic, hidden", "LIFCell", "LIFBoxCell", "IAFCell", "LIFNode", "CUBALIFNode",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiler_sees_no_more(name, training):
+    """As many graphs and operations as before: what it makes of a step is faster than a kernel between the steps."""
+    counts = []
+    for layer in (STEPS[name](), asgl_cuda.convert(STEPS[name]())[0]):
+        call, counter = compiled(layer)
+        for _ in range(3):
+            if training:
+                with_gradients(layer, currents(), call)
+            else:
+                with torch.no_grad():
+                    run(layer, currents(), call)
+        counts.append((counter.frame_count, counter.op_count))
+    assert counts[1] == counts[0]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_eager_and_before_are_the_same(name, in_double):
+    """A layer may be compiled in training and not in evaluation, and between two steps."""
+    layer, converted = STEPS[name](), asgl_cuda.convert(STEPS[name]())[0]
+    call, _ = compiled(converted)
+    turns = iter((call, converted) * 3)
+    expected = with_gradients(layer, currents())
+    assert 0 < expected[0].mean() < 1
+    for each in (None, call, lambda *args: next(turns)(*args)):
+        # snnTorch's spikes are float32 whatever the input.
+        torch.testing.assert_close(with_gradients(converted, currents(), each), expected, check_dtype=False)
+
+
+@pytest.mark.parametrize("name", ["Leaky, subtract, hidden", "Synaptic", "LIFCell", "LIFNode"])
+def test_what_asgl_asks_for_is_compiled(name):
+    asgl = {"surrogate": "triangle", "width": 3.0, "analog_prob": 1.0}
+    layer, _ = asgl_cuda.convert(STEPS[name](), asgl=asgl)
+    call, counter = compiled(layer)
+    for _ in range(3):
+        ours, theirs = with_gradients(layer, currents(), call), with_gradients(layer, currents())
+        assert ((ours[0] > 0) & (ours[0] < 1)).any()
+        torch.testing.assert_close(ours, theirs)
+        assert ours[-1].any()  # of the width
+    # What was emitted is carried from step to step beside the potential.
+    assert counter.frame_count <= 6
+
+
+def test_a_backend_that_was_asked_for_is_compiled():
+    layer = asgl_cuda.convert(snntorch.Leaky(0.8, init_hidden=True), backend="reference")[0]
+    call, _ = compiled(layer)
+    torch.testing.assert_close(with_gradients(layer, currents(), call), with_gradients(layer, currents()))
+    assert not layer.steps_as_before()
+
+
+def test_a_normalisation_is_compiled():
+    model = nn.Sequential(nn.BatchNorm1d(5), snntorch.Leaky(0.8, init_hidden=True))
+    fused, report = asgl_cuda.fuse(model)
+    assert len(report.replaced) == 1
+    expected = run(model[1], currents(), model.eval())
+    call, _ = compiled(fused.eval())
+    torch.testing.assert_close(run(fused[1], 5 * currents(), call), run(model[1], 5 * currents(), model))
+    torch.testing.assert_close(run(fused[1], currents(), fused), expected)
+
+
+# A call on tiny inputs takes 20 to 30 us, most of it in Python: without what steps.py keeps it is 50 to 150 calls more.
+MOST_CALLS = {"snntorch": 180, "norse": 140}
+
+
+@pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), reason="the reference takes many")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", [name for name in STEPS if "Node" not in name and name != "LIFCell, learned"])
+def test_a_step_takes_few_calls(name, training):
+    """Functions called in a step, Python's and C's."""
+    layer = asgl_cuda.convert(STEPS[name]())[0]
+    x_seq = currents(8).requires_grad_(training)
+    counts = []
+
+    def count(frame, event, argument):
+        counts[-1] += event in ("call", "c_call")
+
+    with torch.set_grad_enabled(training):
+        run(layer, x_seq)
+        for steps in (2, 6):  # what a sequence takes once is the same
+            counts.append(0)
+            sys.setprofile(count)
+            try:
+                run(layer, x_seq[:steps])
+            finally:
+                sys.setprofile(None)
+    assert (counts[1] - counts[0]) / 4 <= MOST_CALLS["norse" if "Cell" in name else "snntorch"]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_inference_mode(name):
+    """Tensors made there have no version to tell whether they were changed."""
+    layer, converted = STEPS[name](), asgl_cuda.convert(STEPS[name]())[0]
+    with torch.no_grad():
+        expected = run(layer, currents())
+    with torch.inference_mode():
+        torch.testing.assert_close(run(converted, currents()), expected)
+        made_there = asgl_cuda.convert(STEPS[name]())[0]
+        torch.testing.assert_close(run(made_there, currents()), expected)
+    torch.testing.assert_close(run(converted, currents()), expected)
+
+
+def halved(value):
+    return value * 0.5
+
+
+CHANGES = {
+    "by a number": lambda layer, name: setattr(layer, name, halved(getattr(layer, name))),
+    "in place": lambda layer, name: getattr(layer, name).mul_(0.5),
+    "behind the version": lambda layer, name: getattr(layer, name).data.mul_(0.5),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        *[(SNNTORCH["Leaky, subtract"], name) for name in ("threshold", "beta")],
+        *[(SNNTORCH["Leaky, by neuron"], name) for name in ("threshold", "beta")],
+        *[
+            (lambda: snntorch.Lapicque(R=0.5, C=3.0, time_step=0.8), name)
+            for name in ("threshold", "R", "C", "time_step")
+        ],
+        *[(SNNTORCH["Synaptic"], name) for name in ("threshold", "alpha", "beta")],
+    ],
+)
+def test_values_that_change_between_two_steps(make, name, how):
+    if how == "behind the version" and make is SNNTORCH["Leaky, by neuron"]:
+        pytest.skip("what was kept of a tensor by neuron holds until its version tells of a change")
+    results = []
+    for layer in (make(), asgl_cuda.convert(make())[0]):
+        layer(currents()[0])
+        state = layer(currents()[1])[1:]
+        CHANGES[how](layer, name)
+        results.append([*layer(currents()[2], *state), *layer(currents()[3], *state)])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("how", ["in place", "behind the version", "another"])
+@pytest.mark.parametrize("name", ["tau_mem_inv", "tau_syn_inv", "v_th", "v_leak", "v_reset"])
+def test_values_of_norse_that_change_between_two_steps(name, how):
+    given = {"tau_mem_inv": 400.0, "tau_syn_inv": 300.0, "v_th": 0.6, "v_leak": 0.1, "v_reset": -0.2}
+    results = []
+    for convert in (False, True):
+        layer = norse.LIFCell(norse.LIFParameters(**{key: torch.tensor(value) for key, value in given.items()}))
+        layer = asgl_cuda.convert(layer)[0] if convert else layer
+        _, state = layer(currents()[0])
+        _, state = layer(currents()[1], state)
+        if how == "another":
+            layer.p = layer.p._replace(**{name: getattr(layer.p, name) * 0.5})
+        else:
+            value = getattr(layer.p, name)
+            (value if how == "in place" else value.data).mul_(0.5)
+        s, state = layer(currents()[2], state)
+        results.append([s, *state])
+        layer.dt *= 0.5
+        results[-1].append(layer(currents()[3], state)[0])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["Leaky, subtract", "Leaky, learned", "Synaptic, hidden", "LIFCell"])
+def test_inputs_of_other_kinds(name):
+    """What is known of a call holds for its kind of input alone."""
+    layer, converted = STEPS[name](), asgl_cuda.convert(STEPS[name]())[0]
+    x_seq = currents()
+    for x in (
+        x_seq,
+        x_seq[:, :2],
+        x_seq,
+        x_seq.mT.contiguous().mT,
+        x_seq.double(),
+        x_seq,
+        x_seq[..., None].expand(-1, -1, -1, 5),
+    ):
+        for _ in range(2):
+            # snnTorch's spikes are float32 whatever the input.
+            torch.testing.assert_close(with_gradients(converted, x), with_gradients(layer, x), check_dtype=False)
+
+
+@pytest.mark.parametrize("name", ["Leaky, subtract", "Leaky, zero, at once", "Synaptic", "LIFCell"])
+def test_one_neuron_without_dimensions(name):
+    layer, converted = STEPS[name](), asgl_cuda.convert(STEPS[name]())[0]
+    x_seq = currents()[:, 0, 0]
+    torch.testing.assert_close(with_gradients(converted, x_seq), with_gradients(layer, x_seq))
+
+
+def test_another_surrogate_between_two_steps():
+    """What is known of a step is known of its surrogate."""
+    gradients = []
+    for convert in (False, True):
+        layer = snntorch.Leaky(0.8)
+        layer = asgl_cuda.convert(layer)[0] if convert else layer
+        with_gradients(layer, currents())
+        layer.spike_grad = snntorch.surrogate.fast_sigmoid(slope=4)
+        gradients.append(with_gradients(layer, currents()))
+    torch.testing.assert_close(*gradients)
+
+
+def test_kept_values_leave_with_the_conversion():
+    for name, make in STEPS.items():
+        layer, keys = asgl_cuda.convert(make())[0], set(vars(make()))
+        run(layer, currents())
+        back = vars(asgl_cuda.revert(layer)[0])
+        assert not {"_known", "_after"} & set(back), name
+        assert keys <= set(back)
+
+
+# ---- left ----
+
+LEFT = {
+    norse.LICell: "its few operations a step are faster than a kernel's call; LI, which takes a whole sequence, can be "
+    "converted",
+    norse.LIBoxCell: "its few operations a step are faster than a kernel's call; for a whole sequence there is "
+    "asgl_cuda.LeakyIntegrator",
+}
+
+
+@pytest.mark.parametrize("asgl", [None, {}])
+@pytest.mark.parametrize("make", LEFT)
+def test_read_outs_that_no_kernel_makes_faster_are_left(make, asgl):
+    model, report = asgl_cuda.convert(norse.SequentialState(nn.Linear(3, 5), norse.LIFCell(), make()), asgl=asgl)
+    assert [row.path for row in report.replaced] == ["1"]
+    assert report.left == [("2", make.__name__, LEFT[make])]
+    assert type(model[2]) is make
+    _, report = asgl_cuda.fuse(nn.Sequential(OverTime(nn.BatchNorm1d(3)), make()))
+    assert [row.reason for row in report.left] == [f"its output goes to {make.__name__}: {LEFT[make]}"]
