@@ -48,7 +48,9 @@ def headline(report: dict[str, Any]) -> str:
     ours = "asgl_cuda cpu"
     compared = [size for size in report["sizes"] if f"{PLAIN}{ours}" in size["seconds"]]
     peers = [name for name in compared[0]["seconds"] if name.startswith(PLAIN)]
-    columns = {"two multiplies": FLOOR, "asgl_cuda, ASGL": ours, **{name.removeprefix(PLAIN): name for name in peers}}
+    words = {ours: "asgl_cuda, LIF", REFERENCE: "loop in PyTorch"}
+    columns = {"two multiplies": FLOOR, "asgl_cuda, ASGL": ours}
+    columns |= {words.get(name.removeprefix(PLAIN), name.removeprefix(PLAIN)): name for name in peers}
     rows = []
     for size in compared:
         name = f"T = {size['steps']}, N = {power_of_two(size['neurons'])}"
@@ -64,12 +66,11 @@ def headline(report: dict[str, Any]) -> str:
     kept_by = [block["rows"][name]["saved_bytes"] / math.prod(block["shape"]) for name in (ours, f"{PAIR}{ours}")]
     lines = [
         f"Forward and backward, nanoseconds an element, float32, on {about['processor']}, {about['threads']} threads, "
-        f"torch {about['torch']}, {about['date']}. ASGL: with noise and a learned width; the others are ordinary LIF:",
+        f"torch {about['torch']}, {about['date']}. ASGL has noise and a learned width, all others are ordinary LIF. "
+        f"`BatchNormLIF` is {pair / fused:.1f} times faster than `nn.BatchNorm2d` before `LIF`, and keeps "
+        f"{kept_by[0]:.1f} instead of {kept_by[1]:.1f} bytes an element. [All measurements](docs/measured.md):",
         "",
         *markdown_table(["", *columns], rows),
-        "",
-        f"`BatchNormLIF` is {pair / fused:.1f} times faster than `nn.BatchNorm2d` before `LIF`, and keeps "
-        f"{kept_by[0]:.1f} instead of {kept_by[1]:.1f} bytes an element.",
     ]
     return "\n".join(lines)
 

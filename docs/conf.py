@@ -87,6 +87,7 @@ nitpick_ignore = [
 _ALIASES = {
     "Module": "torch.nn.Module",
     "Tensor": "torch.Tensor",
+    "AbstractContextManager": "contextlib.AbstractContextManager",
     "fx.GraphModule": "torch.fx.GraphModule",
     "nn.Module": "torch.nn.Module",
     "torch._C.Generator": "torch.Generator",

@@ -124,17 +124,18 @@ def convert(
     Two results: the model, a copy unless `inplace`, and what became of its layers.
 
     Known are SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode` and
-    `CUBALIFNode`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`, Norse's `LIF`, `IAF` and `LI`, `LIFCell`,
-    `IAFCell` and `LIFBoxCell`, sinabs' `LIF`, `IAF` and `ExpLeak` with their Squeeze forms, and `LIFLayer` of the
-    code that the authors of ASGL published. Synaptic currents and layers that do not fire are computed by
-    `leaky_integrator`. A converted layer gives the same spikes, states and gradients as before; it keeps its
-    parameters, with their names, its state and its place among the library's classes, so that an optimizer, a state
-    dict and functions like SpikingJelly's `reset_net` go on working. Its values are read at each call; where its
-    surrogate, or anything else that decides how it is computed, is another than at the last call, the surrogate is
-    determined anew, in some milliseconds, or RuntimeError says why it can't be computed any more. A compiled graph
-    sees attributes that are set, but no writes to tensors that a surrogate depends on, as Norse's `alpha`.
-    SpikingJelly's own `backend` is without effect on it. Layers that can't be represented exactly are left as they are,
-    and so are those of which a method was exchanged, as by `layer.fire = ...`; the report says why.
+    `CUBALIFNode`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`, Norse's `LIF`, `IAF` and `LI`, `LIFCell`, `IAFCell`
+    and `LIFBoxCell`, sinabs' `LIF`, `IAF` and `ExpLeak` with their Squeeze forms, and `LIFLayer` of the code that the
+    authors of ASGL published. Synaptic currents and layers that do not fire are computed by `leaky_integrator`. A
+    converted layer gives the same spikes, states and gradients as before, up to rounding: a potential that lands on the
+    threshold but for the last place, as with quantised inputs, may fire where it did not. It keeps its parameters, with
+    their names, its state and its place among the library's classes, so that an optimizer, a state dict and functions
+    like SpikingJelly's `reset_net` go on working. Its values are read at each call; where its surrogate, or anything
+    else that decides how it is computed, is another than at the last call, the surrogate is determined anew, in some
+    milliseconds, or RuntimeError says why it can't be computed any more. A compiled graph sees attributes that are set,
+    but no writes to tensors that a surrogate depends on, as Norse's `alpha`. SpikingJelly's own `backend` is without
+    effect on it. Layers that can't be represented exactly are left as they are, and so are those of which a method was
+    exchanged, as by `layer.fire = ...`; the report says why.
 
     Outputs have the types that the library gives them, under autocast as well. `torch.jit.trace` records the library's
     own operations, which compute the same, except noise; `torch.jit.script` takes no converted layer. In a copy, hooks
