@@ -147,8 +147,9 @@ def load() -> tuple[ModuleType | None, BuildInfo | None, str | None, dict[Path, 
     missing = f"the compiled extension {'can not be loaded' if damage else 'is missing'}"
     hidden = _hidden_installation()
     if hidden is not None:
+        what = f"{missing}: {'; '.join(damage.values())}. It is" if damage else missing
         return None, None, (
-            f"{missing} in {PACKAGE}, which hides the installation in {hidden}, which has it: start Python in another "
+            f"{what} in {PACKAGE}, which hides the installation in {hidden}, which has it: start Python in another "
             f"folder, or build it here, too: {BUILD}"
         ), damage  # fmt: skip
     why = "; ".join([*damage.values(), *whys]) or "it was not built with this installation"

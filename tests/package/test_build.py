@@ -251,8 +251,9 @@ def test_nvcc_that_does_not_start(build, monkeypatch, tmp_path):
 @pytest.mark.parametrize("place", ["argument", "environment"])
 @pytest.mark.parametrize(("asked", "taken"), [("", "c++"), (" ", "c++"), ("ccache g++", "ccache g++")])
 def test_compiler_that_make_takes(monkeypatch, place, asked, taken):
-    monkeypatch.delenv("CXX", raising=False)
-    command = ["make", "--eval=compiler: ; @echo [$(CXX)]", "compiler"]
+    for name in ("CXX", "MAKEFLAGS", "MAKEOVERRIDES"):  # make tells them to the make that it runs
+        monkeypatch.delenv(name, raising=False)
+    command = ["make", "--no-print-directory", "--eval=compiler: ; @echo [$(CXX)]", "compiler"]
     if place == "argument":
         command.append(f"CXX={asked}")
     else:

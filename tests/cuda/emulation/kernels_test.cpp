@@ -516,16 +516,6 @@ int main(int argc, char** argv) {
     ++failed;
     std::printf("a wrong share of analog elements from the state\n");
   }
-  for (const SequenceShape& shape : {SequenceShape{1, 5, 257}, {1, 4, 260}, {3, 17, 172}}) {
-    for (const Parameters parameters : {Parameters::kPlain, Parameters::kUniform}) {
-      const Case it{shape, parameters, 0, cases++, true};
-      const Texts differences = Trial<float, Surrogate::kRectangle, true>(it).run(coverage);
-      failed += !differences.empty();
-      for (const std::string& difference : differences) {
-        std::printf("case %u: by the threshold: %s\n", it.number, difference.c_str());
-      }
-    }
-  }
   for (const SequenceShape& shape : shapes(small)) {
     for (const Parameters parameters :
          {Parameters::kPlain, Parameters::kNormalised, Parameters::kUniform, Parameters::kInFours, Parameters::kAny}) {
@@ -546,6 +536,18 @@ int main(int argc, char** argv) {
                     shape.steps, shape.inner, kParametersNames[static_cast<int>(parameters)], multiprocessors);
         for (const std::string& difference : differences) std::printf(" %s;", difference.c_str());
         std::printf("\n");
+      }
+    }
+  }
+  // Behind the others, which are known by their numbers.
+  for (const SequenceShape& shape : {SequenceShape{1, 5, 257}, {1, 4, 260}, {3, 17, 172}}) {
+    for (const Parameters parameters : {Parameters::kPlain, Parameters::kUniform}) {
+      if (failed == kManyFailures) break;
+      const Case it{shape, parameters, 0, cases++, true};
+      const Texts differences = Trial<float, Surrogate::kRectangle, true>(it).run(coverage);
+      failed += !differences.empty();
+      for (const std::string& difference : differences) {
+        std::printf("case %u: by the threshold: %s\n", it.number, difference.c_str());
       }
     }
   }
