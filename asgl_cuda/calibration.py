@@ -23,6 +23,7 @@ from .interop.convert import Left, copied, libraries
 from .interop.converted import STATEFUL, bare_class
 from .interop.normalised import Normalised
 from .layer import some_asgl_layers
+from .monitor import aligned
 from .neuron import BatchNormLIF
 from .training import reset
 
@@ -59,9 +60,8 @@ class Calibration(NamedTuple):
              f"{row.factor:.4g}")
             for row in self.layers
         ]  # fmt: skip
-        sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map("{:{}{}}".format, row, "<<>>>", sizes)) for row in rows]
-        return "\n".join(lines + [f"{row.path or '(the model)'}: {row.layer}, left: {row.reason}" for row in self.left])
+        left = [f"{row.path or '(the model)'}: {row.layer}, left: {row.reason}" for row in self.left]
+        return "\n".join([*aligned(rows, "<<>>>"), *left])
 
 
 def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:

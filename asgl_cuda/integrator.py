@@ -209,8 +209,7 @@ class LeakyIntegrator(NeuronLayer):
             `step(x_t)`, one step without time, carries it in any case.
 
     Numbers may be tensors of one value as well, as for `LIF`. `decay` can be read and set at any time, to one value for
-    all neurons. A state dict has it as `logit_decay` if it is
-    learned, and nothing else.
+    all neurons. A state dict has it as `logit_decay` if it is learned, and nothing else.
 
     Neurons with a synaptic current are `nn.Sequential(LeakyIntegrator(decay=a), LIF(decay=b))`. For a neuron and step
     that reads and writes 4 elements forward, 5 backward: the current and its gradient are written and read between the

@@ -265,7 +265,9 @@ class Monitor:
 
     def problems(self) -> list[str]:
         """What keeps layers from learning, a line each: the layer, what was seen, what helps. Empty if nothing does."""
-        found = self.result()
+        return self._problems_in(self.result())
+
+    def _problems_in(self, found: Mapping[str, Mapping[str, float]]) -> list[str]:
         if all("firing_rate" not in values for values in found.values()):
             return ["nothing was seen: the model was not called, or only in compiled code or under torch.func"]
         lines = []
@@ -286,14 +288,13 @@ class Monitor:
         }
 
     def __str__(self) -> str:
+        found = self.result()
         rows = [["layer", *_QUANTITIES.values()]]
-        for name, values in self.result().items():
+        for name, values in found.items():
             cells = (f"{values[key]:.4f}" if key in values else "-" for key in _QUANTITIES)
             rows.append([name or "(the model)", *cells])
-        sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        sides = "<" + ">" * len(_QUANTITIES)
-        lines = ["  ".join(map("{:{}{}}".format, row, sides, sizes)) for row in rows]
-        problems = self.problems()
+        lines = aligned(rows, "<" + ">" * len(_QUANTITIES))
+        problems = self._problems_in(found)
         return "\n".join([*lines, "", *problems] if problems else lines)
 
     def write(self, writer: ScalarWriter, step: int) -> None:
@@ -320,6 +321,12 @@ class Monitor:
             panel.grid(axis="x", alpha=0.3)
         panels[0].invert_yaxis()  # the first layer on top
         figure.savefig(path)
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """The rows of a table with columns of equal width, to the left (<) or to the right (>)."""
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map("{:{}{}}".format, row, sides, sizes)) for row in rows]
 
 
 def first_of(modules: Sequence[str], package: str, caller: str) -> Any:

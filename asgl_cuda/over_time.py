@@ -63,7 +63,7 @@ def _check_input(x_seq: Any) -> None:
         raise TypeError(f"{_CALLER}: x_seq must be a tensor, got {type(x_seq).__name__}")
 
 
-_ignorant: set[type[nn.Module]] = set()  # classes that know no time
+_timeless: set[type[nn.Module]] = set()  # classes that know no time
 
 
 def _check_inside(layer: nn.Module) -> None:
@@ -74,7 +74,7 @@ def _check_inside(layer: nn.Module) -> None:
         )
     found, modules = {layer}, [layer]
     for module in modules:  # the loop adds more
-        if type(module) not in _ignorant:
+        if type(module) not in _timeless:
             if any(knows(module) for knows in KNOWS_TIME):
                 path = next(path for path, each in layer.named_modules() if each is module)
                 name, at = type(module).__name__, f" at {path!r}" if path else ""
@@ -82,7 +82,7 @@ def _check_inside(layer: nn.Module) -> None:
                     f"{_CALLER}: layer must know no time, got {name}{at}, for which time and batch would be one; it "
                     f"belongs outside, as in nn.Sequential(OverTime(...), {name}(...))"
                 )
-            _ignorant.add(type(module))
+            _timeless.add(type(module))
         for child in module._modules.values():
             if child is not None and child not in found:
                 found.add(child)

@@ -62,3 +62,16 @@ def assert_equals_reference(x_seq: Tensor, backend: str, **options: Any) -> None
         else:
             allowed = last_place if name in ("s_seq", "grad_x_seq") else real_place
         assert difference.relative <= allowed, f"{name}: {difference}, allowed {allowed}, all: {found}"
+
+
+class Stack(nn.Module):
+    """A model whose forward is the function it is given."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x_seq):
+        return self.function(self, x_seq)

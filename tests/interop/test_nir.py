@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from comparison import LEARN_ALL, random_input, randomized
+from comparison import LEARN_ALL, Stack, random_input, randomized
 from nir_graphs import convolutional, euler, fires, graph_of, nir, nir_lif, np, public_types, rewritten
 from torch import nn
 
@@ -250,19 +250,6 @@ def test_what_is_not_used_is_not_written():
     graph = to_nir(model, x_seq)
     assert list(graph.nodes) == ["x_seq", "linear_1", "last", "output"]
     assert torch.equal(from_nir(graph)(x_seq), model(x_seq))
-
-
-class Stack(nn.Module):
-    """A model whose forward is the function it is given."""
-
-    def __init__(self, function, **layers):
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x_seq):
-        return self.function(self, x_seq)
 
 
 def decaying(layer, decay):

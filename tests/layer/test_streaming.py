@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch._dynamo.testing
-from comparison import random_input, randomized
+from comparison import Stack, random_input, randomized
 from torch import nn
 
 import asgl_cuda
@@ -134,7 +134,7 @@ def test_a_batch_of_one_keeps_its_dimension():
     steps = torch.stack([asgl_cuda.step(model, x_t) for x_t in x_seq])
     assert torch.equal(steps, model(x_seq))
     with pytest.raises(ValueError, match=r"asgl_cuda\.step: the model's output must have time .* \[1, 2\] for"):
-        asgl_cuda.step(Called(lambda m, x: m.model(x).mean(0), model=model), x_seq[0])
+        asgl_cuda.step(Stack(lambda m, x: m.model(x).mean(0), model=model), x_seq[0])
 
 
 def test_truncated_backpropagation_through_steps(backend, device):
@@ -166,22 +166,9 @@ def test_outputs_keep_their_class_and_a_detach_inside_is_no_reset():
         model.lif.detach_()
         return collections.OrderedDict(spikes=s_seq)
 
-    found = asgl_cuda.step(Called(forward, lif=LIF()), torch.rand(B, C))
+    found = asgl_cuda.step(Stack(forward, lif=LIF()), torch.rand(B, C))
     assert type(found) is collections.OrderedDict
     assert found["spikes"].shape == (B, C)
-
-
-class Called(nn.Module):
-    """A model whose forward is the function it is given."""
-
-    def __init__(self, function, **layers):
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x_seq):
-        return self.function(self, x_seq)
 
 
 def loop_over_time(model, x_seq):
@@ -200,20 +187,20 @@ def with_reset_behind(model, x_seq):
 
 
 REFUSED = {
-    "reset behind": (Called(with_reset_behind, lif=LIF()), RuntimeError, r"LIF at 'lif' is reset, .* by the model's"),
-    "recurrent cell": (Called(lambda m, x: x, cell=nn.LSTMCell(C, C)), RuntimeError, "LSTMCell at 'cell' can't take a"),
+    "reset behind": (Stack(with_reset_behind, lif=LIF()), RuntimeError, r"LIF at 'lif' is reset, .* by the model's"),
+    "recurrent cell": (Stack(lambda m, x: x, cell=nn.LSTMCell(C, C)), RuntimeError, "LSTMCell at 'cell' can't take a"),
     "shared neurons": (
-        Called(lambda m, x: m.lif(m.lif(x)), lif=LIF()), RuntimeError, r"LIF at 'lif' is called twice in one step",
+        Stack(lambda m, x: m.lif(m.lif(x)), lif=LIF()), RuntimeError, r"LIF at 'lif' is called twice in one step",
     ),
-    "reset inside": (Called(with_reset, lif=LIF()), RuntimeError, r"LIF at 'lif' is reset, .* by the model's own"),
+    "reset inside": (Stack(with_reset, lif=LIF()), RuntimeError, r"LIF at 'lif' is reset, .* by the model's own"),
     "time of its own": (
-        Called(lambda m, x: m.lif(x.expand(4, -1, -1)), lif=LIF()), RuntimeError, "LIF at 'lif' gets 4 time steps",
+        Stack(lambda m, x: m.lif(x.expand(4, -1, -1)), lif=LIF()), RuntimeError, "LIF at 'lif' gets 4 time steps",
     ),
     "recurrent": (nn.Sequential(LIF(), nn.LSTM(C, C)), RuntimeError, "LSTM at '1' can't take a step .* begins at rest"),
     "time in two places": (
         nn.Sequential(LIF(), LIF(time_dim=1)), ValueError, r"LIF at '0' has time at 0, LIF at '1' has time at 1",
     ),
-    "sum over time": (Called(lambda m, x: m.lif(x).sum(0), lif=LIF()), ValueError, r"time_dim 0, got shape \[3, 5\]"),
+    "sum over time": (Stack(lambda m, x: m.lif(x).sum(0), lif=LIF()), ValueError, r"time_dim 0, got shape \[3, 5\]"),
     "no module": (LIF, TypeError, "model must be a torch.nn.Module"),
 }  # fmt: skip
 
@@ -265,7 +252,7 @@ def test_flags_come_back_after_an_exception():
 
 
 def test_outputs_of_several_tensors():
-    model = Called(lambda m, x: {"s": m.lif(x), "more": (x, [x, None])}, lif=LIF())
+    model = Stack(lambda m, x: {"s": m.lif(x), "more": (x, [x, None])}, lif=LIF())
     x_t = torch.rand(B, C)
     found = asgl_cuda.step(model, x_t)
     assert found["s"].shape == (B, C)
