@@ -355,7 +355,9 @@ def structure(nodes=None, edges=None):
 
 LINE = [("in", "0"), ("0", "1"), ("1", "out")]
 SHAPES = nir.Conv2d((3, 3), np.ones((2, 3, 3, 3), np.float32), 1, 0, 1, 1, np.ones(2, np.float32))
-IMAGE = with_(nir_lif(), **{name: np.ones((3, 5, 4)) for name in ("tau", "r", "v_leak", "v_threshold", "v_reset")})
+# At rest below the threshold: the layer warns, once a process, where it is not.
+IMAGE = with_(nir_lif(), **{name: np.ones((3, 5, 4)) for name in ("tau", "r", "v_leak", "v_reset")})
+IMAGE.v_threshold = np.full((3, 5, 4), 2.0)
 GRAPHS = {
     "names that are no strings": (
         lambda: structure(lambda nodes: nodes | {0: nir_lif()}), "the names of nodes must be strings, got 0"
