@@ -1,6 +1,5 @@
-// The operators at torch's autograd keys: a call that nothing is differentiated of goes on to the kernels; any other is
-// differentiated in Python, by the kernel of asgl_cuda/derivatives.py. Through that one alone, each call that a
-// compiled graph makes would take 8 us more.
+// Kernels for torch's autograd keys. A call without gradients redispatches to the backend; any other goes to the Python
+// kernel of asgl_cuda/derivatives.py. The Python kernel alone would add 8 us to each call of a compiled graph.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -10,7 +9,7 @@
 
 namespace asgl::ops {
 
-// In reverse mode, or in forward mode, which the kernel in Python refuses.
+// In reverse mode, or in forward mode, which the Python kernel refuses.
 inline bool is_differentiated(const at::Tensor& tensor) {
   return (tensor.requires_grad() && at::GradMode::is_enabled()) || tensor._fw_grad(/*level=*/0).defined();
 }
@@ -32,7 +31,7 @@ inline void differentiate_if_asked(const c10::OperatorHandle& op, c10::DispatchK
   op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
 }
 
-// It stands in for a library, as DirectCalls does: what is a kernel there passes by here.
+// Mimics torch::Library's interface, but registers differentiate_if_asked for each operator.
 class AtAutograd {
  public:
   explicit AtAutograd(torch::Library& m) : library_(m) {}

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .values import as_double, as_sizes, check_dt, first_line, require, shown
+from ...checks import shown
+from .values import as_double, as_sizes, check_dt, first_line, require
 
 KEY = "asgl_cuda"  # under it a node's metadata have all that the layer has and NIR has not
 _NEURONS: dict[str, tuple[str, ...]] = {

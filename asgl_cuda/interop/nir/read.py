@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from ...checks import FLOATING_TYPES
+from ...checks import FLOATING_TYPES, shown
 from ...neuron import LIF
 from ...over_time import OverTime
 from .neurons import Scale, per_neuron, read_node
 from .nodes import Shape, checked_node, shape_after
-from .values import as_double, check_dt, first_line, require, shown
+from .values import as_double, check_dt, first_line, require
 
 if TYPE_CHECKING:
     import nir

@@ -67,12 +67,6 @@ def as_pair(value: Any) -> Any:
     return sizes * 2 if len(sizes) == 1 else sizes
 
 
-def shown(value: Any) -> str:
-    """A value of any type on one line, as errors show it."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
 def first_line(error: Exception) -> str:
     """What an error of others says, on one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]

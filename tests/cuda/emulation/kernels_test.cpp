@@ -101,7 +101,7 @@ class Trial {
     grad_h_seq_ = input<Real>(random_.once_in(seldom), elements, -1, 1);
     grad_x_seq_ = output<Scalar>(!random_.once_in(8), elements);
     grad_v_init_ = output<Real>(random_.toss(), neurons);
-    if (it.by_threshold) lie_by_threshold();
+    if (it.by_threshold) set_by_threshold();
   }
 
   Texts run(Coverage& coverage) {
@@ -202,7 +202,7 @@ class Trial {
     if (options.multi_spike) forward_.noise.analog_below = 0;
   }
 
-  void lie_by_threshold() {
+  void set_by_threshold() {
     forward_.options.strict_threshold = true;
     forward_.options.v_rest = 0;
     forward_.noise.analog_below = 0;
