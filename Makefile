@@ -7,7 +7,7 @@ endif
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip -q --disable-pip-version-check
-CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test sanitize cuda-compile lint docs bench gpu-check setup clean
 .DELETE_ON_ERROR:
@@ -16,17 +16,17 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 19
 
 demo: setup  ## train a network with the plain and with the fused neuron, compare, draw demo.png
-	@$(RUN) -m benchmarks.demo
+	@$(RUN) -m benchmarks.learning.demo
 
 test: setup  ## run all tests
 	@# The processes have threads of their own: those that wait must not take a core from those that work.
 	@OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --dist worksteal
 
 sanitize:  ## run the emulated CUDA kernels and the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
-	@$(PYTHON) tests/sanitize.py
+	@$(PYTHON) -m tools.emulation.sanitize
 
-cuda-compile: setup  ## compile the CUDA kernels for all architectures, compare with csrc/RESOURCES.md, check their PTX
-	@$(RUN) -m tests.cuda_compile $(if $(ARCHITECTURES),--architectures $(ARCHITECTURES))
+cuda-compile: setup  ## compile the CUDA kernels for all architectures, compare with RESOURCES.md, check their PTX
+	@$(RUN) -m tools.kernels.cuda_compile $(if $(ARCHITECTURES),--architectures $(ARCHITECTURES))
 
 lint: setup  ## check style, formatting and types
 	@$(RUN) -m ruff check
@@ -39,10 +39,10 @@ docs: $(VENV)/documented  ## build the documentation into build/docs and execute
 	@echo "Documentation: $(CURDIR)/build/docs/index.html"
 
 bench: setup  ## time the neuron against an element-wise multiply
-	@$(RUN) -m benchmarks.microbench
+	@$(RUN) -m benchmarks.speed.microbench
 
 gpu-check:  ## on a machine with a GPU: build with PYTHON as it is, test and time; log and results to OUT
-	@$(PYTHON) -m benchmarks.gpu_check $(or $(OUT),build/gpu-check)
+	@$(PYTHON) -m tools.gpu_check.check $(or $(OUT),build/gpu-check)
 
 setup: $(VENV)/built  ## make .venv with everything, once (the targets above do it themselves)
 
@@ -58,7 +58,7 @@ $(VENV)/created:
 	@$(PIP) install "setuptools>=77" "setuptools-scm>=8" "torch>=2.6" ninja
 	@touch $@
 
-$(VENV)/built: $(VENV)/created setup.py asgl_cuda/compilation.py asgl_cuda/build_notes.py pyproject.toml MANIFEST.in $(shell find csrc -type f -not -name '*.md')
+$(VENV)/built: $(VENV)/created setup.py asgl_cuda/extension/compilation.py asgl_cuda/extension/build_notes.py pyproject.toml MANIFEST.in $(shell find csrc -type f -not -name '*.md')
 	@echo "Installing what tests and benchmarks need, compiling csrc: a minute or two"
 	@$(PIP) install --no-build-isolation --editable ".[test,bench,dev]"
 	@# It asks for nir up to 1.0.4, which SpikingJelly's exchange is too new for; with a newer one it works as well.
@@ -75,4 +75,4 @@ $(VENV)/documented: $(VENV)/built docs/requirements.txt
 clean:  ## remove .venv and all else that the targets made
 	rm -rf $(VENV) build dist *.egg-info asgl_cuda/_C.*.so asgl_cuda/_build_info.* demo.png
 	rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache
-	find asgl_cuda benchmarks tests -name __pycache__ -exec rm -rf {} +
+	find asgl_cuda benchmarks tests tools -name __pycache__ -exec rm -rf {} +

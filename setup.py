@@ -1,4 +1,4 @@
-"""Builds the compiled part of asgl_cuda; how is in asgl_cuda/compilation.py, everything else in pyproject.toml.
+"""Builds the compiled part of asgl_cuda, as asgl_cuda/extension/compilation.py says; all else is in pyproject.toml.
 
 ASGL_CUDA_BUILD says what to compile: cuda and cpu as there; none leaves the PyTorch reference, what CuPy compiles on a
 GPU, and `python -m asgl_cuda build`.
@@ -31,12 +31,13 @@ def require_setuptools() -> None:
 
 
 def load_compilation() -> ModuleType:
-    """asgl_cuda/compilation.py without the package, which would load what an earlier build has left."""
-    package = ModuleType("asgl_cuda")
-    package.__path__ = [str(PACKAGE)]
-    sys.modules["asgl_cuda"] = package
+    """asgl_cuda/extension/compilation.py without its packages, which would load what an earlier build has left."""
+    for name, folder in (("asgl_cuda", PACKAGE), ("asgl_cuda.extension", PACKAGE / "extension")):
+        package = ModuleType(name)
+        package.__path__ = [str(folder)]
+        sys.modules[name] = package
     try:
-        return import_module("asgl_cuda.compilation")
+        return import_module("asgl_cuda.extension.compilation")
     except ImportError as error:
         raise SystemExit(
             f"asgl_cuda: it is built against the torch that it will run with, and that does not import here ({error}). "

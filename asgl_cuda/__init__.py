@@ -50,18 +50,18 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy: No module named '
 from ._version import __version__
 from .backends import available_backends, unavailable_backends
 from .batch_norm import batch_norm_lif
-from .calibration import calibrate
 from .functional import LIFOutput, analog_mask, lif
 from .integrator import IntegratorOutput, LeakyIntegrator, leaky_integrator
 from .interop import convert, from_nir, fuse, revert, to_nir, unfuse
 from .layer import asgl_layers
-from .monitor import Monitor
 from .neuron import LIF, BatchNormLIF
 from .over_time import OverTime
-from .schedule import AnalogProbSchedule
 from .streaming import step
-from .sync_batch_norm import convert_sync_batchnorm
-from .training import detach, lightning_callback, parameter_groups, reset, spiking_eval
+from .training.calibration import calibrate
+from .training.kit import detach, lightning_callback, parameter_groups, reset, spiking_eval
+from .training.monitor import Monitor
+from .training.schedule import AnalogProbSchedule
+from .training.sync_batch_norm import convert_sync_batchnorm
 
 __all__ = [
     "LIF",

@@ -72,7 +72,7 @@ def check() -> int:
 
 def build() -> int:
     """Compiles the extension for the torch that is installed."""
-    from .build import build
+    from .extension.command import build
 
     build()
     return 0

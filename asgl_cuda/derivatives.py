@@ -20,7 +20,7 @@ DERIVATIVES: dict[str, Derivative] = {}
 
 
 def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
-    """The operator's kernel for autograd. Where nothing is differentiated, csrc/autograd.h does the same faster."""
+    """The operator's kernel for autograd. Where nothing is differentiated, csrc/ops/autograd.h does the same faster."""
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         tensors = tuple(_tensors_in(arguments))

@@ -54,7 +54,7 @@ def empty_state(x_seq: Tensor, time_dim: int) -> Tensor:
 
 
 def checkpoint_elements(x_seq: Tensor, time_dim: int) -> int:
-    """The size of the checkpoints; csrc/ops.h says why there are two more than one would expect."""
+    """The size of the checkpoints; csrc/ops/neuron.h says why there are two more than one would expect."""
     return (x_seq.shape[time_dim] - 1) // CHECKPOINT_STEPS * math.prod(state_shape(x_seq, time_dim)) + 2
 
 

@@ -67,7 +67,7 @@ class Numbers(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """The rules of a call, as operators take them; in the order of struct Rules in csrc/ops.h."""
+    """The rules of a call, as operators take them; in the order of struct Rules in csrc/ops/neuron.h."""
 
     surrogate: int  # its id
     hard_reset: int  # this and the next eight are 0 or 1

@@ -1,4 +1,4 @@
-"""The parts that the benchmarks share: arguments, a description of the machine, results as JSON, optimisers."""
+"""The parts that the benchmarks share: arguments, a description of the machine, results as JSON."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 import asgl_cuda
 from asgl_cuda import extension
 from asgl_cuda.backends import BACKENDS
 
 from . import ROOT
-from .peers import installed_peers
 
 Work = TypeVar("Work")
 
@@ -37,9 +34,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def parser_of(program: str, description: str, *shared: str) -> argparse.ArgumentParser:
-    """The parser of `python -m benchmarks.<program>` and the ones of ARGUMENTS that it shares with other programs."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=description.splitlines()[0])
+def parser_of(module: str, description: str, *shared: str) -> argparse.ArgumentParser:
+    """The parser of `python -m <module>`, with those of ARGUMENTS that are named."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description.splitlines()[0])
     for name in shared:
         parser.add_argument(f"--{name}", **ARGUMENTS[name])
     return parser
@@ -71,7 +68,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "asgl_cuda": asgl_cuda.__version__,
         "python": platform.python_version(),
         "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
-        "peers": [peer.name for peer in installed_peers(device)[0]],
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -135,19 +131,3 @@ def in_time(work: Sequence[Work], started: float, seconds: float, report: dict[s
             print(f"not measured for want of time: {'; '.join(report['not_measured'])}")
             return
         yield each
-
-
-# ---- training ----
-
-
-def optimizers_of(
-    model: nn.Module, lr: float, width_lr: float, momentum: float = 0.9, weight_decay: float = 5e-4
-) -> list[torch.optim.Optimizer]:
-    """SGD for the weights and Adam without decay for the widths, as the authors have it."""
-    makers = {"weights": partial(torch.optim.SGD, momentum=momentum), "neurons": torch.optim.Adam}
-    groups = asgl_cuda.parameter_groups(model, lr=lr, width_lr=width_lr, weight_decay=weight_decay)
-    return [makers[group["name"]]([group]) for group in groups]
-
-
-def cosine_schedules(optimizers: Iterable[torch.optim.Optimizer], steps: int) -> list[Any]:
-    return [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) for optimizer in optimizers]

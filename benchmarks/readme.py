@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from . import ROOT
-from .calibration import summary as calibration_summary
-from .data import SOURCES
-from .end_to_end import NEURONS
-from .microbench import COMPILED, FLOOR, LOOP, PAIR, PLAIN, REFERENCE
-from .sizes import LAYOUTS
-from .width_robustness import series
+from .learning.calibration import summary as calibration_summary
+from .learning.data import SOURCES
+from .learning.width_robustness import series
+from .speed.end_to_end import NEURONS
+from .speed.microbench import COMPILED, FLOOR, LOOP, PAIR, PLAIN, REFERENCE
+from .speed.sizes import LAYOUTS
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")

@@ -5,9 +5,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "integrator_params.h"
-#include "neuron_params.h"
-#include "normalisation_params.h"
+#include "params/integrator.h"
+#include "params/neuron.h"
+#include "params/normalisation.h"
 #if defined(ASGL_WITH_CUDA)
 #include <cuda_runtime.h>
 #endif

@@ -81,7 +81,7 @@ python_use_unqualified_type_names = True
 nitpick_ignore = [
     ("py:class", "typing_extensions.Unpack"),
     ("py:class", "asgl_cuda.functional.NeuronArguments"),
-    ("py:class", "asgl_cuda.monitor.ScalarWriter"),
+    ("py:class", "asgl_cuda.training.monitor.ScalarWriter"),
     ("py:class", "nir.NIRGraph"),
 ]
 _ALIASES = {

@@ -3,15 +3,15 @@
 import os
 from collections.abc import Iterator
 
-import emulated
-import host_compiler
-import ptx
 import pytest
 import torch
 import torch._inductor.config
 
 import asgl_cuda
 from asgl_cuda.selfcheck import EXACT_SURROGATES
+from tools.emulation import emulated
+from tools.kernels import host_compiler
+from tools.ptx import backend as ptx
 
 # A graph that was cached before an operator changed would be run as if it had not.
 torch._inductor.config.force_disable_caches = True

@@ -57,7 +57,7 @@ def operators_in(namespace: str) -> Operators:
 
 
 def _direct_operators() -> Operators | None:
-    """The functions of csrc/direct_calls.h, None where the extension is missing or was compiled before it had them."""
+    """The functions of csrc/ops/direct_calls.h; None where the extension is missing or older than these functions."""
     functions: list[Any] = [getattr(extension.module, name, None) for name in Operators._fields]
     return None if None in functions else Operators(*functions)
 

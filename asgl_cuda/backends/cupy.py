@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..build_notes import digest_of_sources
 from ..extension import NO_SOURCES, source_directory
+from ..extension.build_notes import digest_of_sources
 from . import neuron_kernels, normalisation_kernels
 
 NAMESPACE = "asgl_cuda_cupy"

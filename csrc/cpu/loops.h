@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cpu/clones.h"
-#include "neuron_params.h"
+#include "params/neuron.h"
 
 namespace asgl::cpu {
 

@@ -3,7 +3,7 @@
 // both cases are the same source.
 #pragma once
 
-#include "neuron_params.h"
+#include "params/neuron.h"
 
 namespace asgl {
 

@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "cuda/normalisation_kernels.cuh"
-#include "integrator_params.h"
+#include "params/integrator.h"
 
 namespace asgl::cuda {
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/neuron_kernels.cuh"
-#include "integrator_params.h"
+#include "params/integrator.h"
 
 namespace asgl {
 

@@ -14,7 +14,7 @@
 #include "cuda/gradient_sum.cuh"
 #include "cuda/noise.cuh"
 #include "cuda/thread_neuron.cuh"
-#include "neuron_params.h"
+#include "params/neuron.h"
 
 namespace asgl {
 

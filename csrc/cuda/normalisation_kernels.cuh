@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/neuron_kernels.cuh"
-#include "normalisation_params.h"
+#include "params/normalisation.h"
 
 namespace asgl {
 

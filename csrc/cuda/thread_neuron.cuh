@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/access.cuh"
-#include "neuron_params.h"
+#include "params/neuron.h"
 
 namespace asgl {
 

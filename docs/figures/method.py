@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import asgl_cuda
 from asgl_cuda.surrogate import SURROGATES
 from benchmarks import palette
-from benchmarks.common import cosine_schedules, optimizers_of
-from benchmarks.demo import BATCH_SIZE, load_data, scores_of, spiking_mlp, widths_of
+from benchmarks.learning.demo import BATCH_SIZE, load_data, scores_of, spiking_mlp, widths_of
+from benchmarks.learning.optimizers import cosine_schedules, optimizers_of
 
 STEPS, THRESHOLD, WIDTH, DECAY, ANALOG_PROB = 26, 1.0, 0.9, 0.7, 0.3
 SURROGATE = "rectangle"

@@ -13,8 +13,8 @@ pytest.importorskip("spikingjelly")
 import torch
 from torch import nn
 
-from benchmarks import convert
-from benchmarks.clocks import Sample
+from benchmarks.speed import convert
+from benchmarks.speed.clocks import Sample
 
 
 def sample():

@@ -15,8 +15,8 @@ pytest.importorskip("torchvision")
 import numpy as np
 import torch
 
-from benchmarks import data
-from benchmarks.data import BANDS, CONTRAST, HOP, INSTRUMENTS, RATE, SOURCES
+from benchmarks.learning import data
+from benchmarks.learning.data import BANDS, CONTRAST, HOP, INSTRUMENTS, RATE, SOURCES
 
 
 def check(found, shape, classes):

@@ -10,8 +10,8 @@ from torch import nn
 
 import asgl_cuda
 from asgl_cuda import OverTime
-from benchmarks import end_to_end
-from benchmarks.end_to_end import NEURONS, NORMALISATION, PRODUCTS, REST, Network, Training
+from benchmarks.speed import end_to_end
+from benchmarks.speed.end_to_end import NEURONS, NORMALISATION, PRODUCTS, REST, Network, Training
 
 CPU = torch.device("cpu")
 SECONDS = 0.04  # long against what the profiler itself takes

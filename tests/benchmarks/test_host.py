@@ -3,7 +3,7 @@
 import torch
 
 from asgl_cuda.backends import BACKENDS
-from benchmarks import host
+from benchmarks.speed import host
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import asgl_cuda
-from benchmarks import clocks, gpu_bars, microbench, peers, sizes
-from benchmarks.microbench import COPY, FLOOR, LOOP, PAIR, PLAIN, REFERENCE, YARDSTICKS
-from benchmarks.sizes import Block, Size
+from benchmarks.speed import clocks, microbench, peers, sizes
+from benchmarks.speed.microbench import COPY, FLOOR, LOOP, PAIR, PLAIN, REFERENCE, YARDSTICKS
+from benchmarks.speed.sizes import Block, Size
+from tools.gpu_check import bars as gpu_bars
 
 CPU = torch.device("cpu")
 needs_kernels = pytest.mark.skipif("cpu" not in microbench.fused_backends(CPU), reason="no CPU kernels")

@@ -12,7 +12,7 @@ import torch
 from rich.progress import Progress
 
 import asgl_cuda
-from benchmarks import smoothing
+from benchmarks.learning import smoothing
 
 
 def data(count=40):

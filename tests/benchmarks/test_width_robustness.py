@@ -14,9 +14,9 @@ import torch
 from rich.console import Console
 
 import asgl_cuda
-from benchmarks import width_robustness
-from benchmarks.data import Data
-from benchmarks.width_robustness import ASGL, SETTINGS, SG, Run
+from benchmarks.learning import width_robustness
+from benchmarks.learning.data import Data
+from benchmarks.learning.width_robustness import ASGL, SETTINGS, SG, Run
 
 CPU = torch.device("cpu")
 SHORT = {**SETTINGS, "epochs": {"otherwise": 2}}

@@ -16,7 +16,7 @@ from torch import Tensor
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS
 from asgl_cuda.reference import _philox4x32
-from benchmarks.layers import captured
+from tools.gpu_check.layers import captured
 
 WANTED = os.environ.get("ASGL_TEST_BACKENDS", "cuda,cupy").split(",")
 GPU_BACKENDS = [name for name in ("cuda", "cupy") if name in WANTED and name in asgl_cuda.available_backends()]

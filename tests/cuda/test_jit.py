@@ -12,7 +12,6 @@ import types
 import warnings
 from pathlib import Path
 
-import emulated
 import pytest
 import torch
 from test_fake_cuda import targets
@@ -26,8 +25,9 @@ from asgl_cuda.backends import neuron_kernels as launch
 from asgl_cuda.backends import normalisation_kernels
 from asgl_cuda.backends.structures import structure
 from asgl_cuda.reference import Rules
-from benchmarks.cuda_code import Disassembler
-from tests.code_checks import ptx_problems
+from tools.emulation import emulated
+from tools.kernels.code_checks import ptx_problems
+from tools.kernels.cuda_code import Disassembler
 
 MODEL = launch.model(Rules(**{**dict.fromkeys(Rules._fields, 0), "hard_reset": 1}))
 FORWARD = launch.forward_kernel(torch.float32, MODEL, 4, launch.PLAIN)

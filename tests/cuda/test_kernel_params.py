@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 
-import emulated
 import pytest
 import torch
 
@@ -14,6 +13,7 @@ from asgl_cuda.backends.structures import constant, structure
 from asgl_cuda.layout import CHECKPOINT_STEPS
 from asgl_cuda.reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules
 from asgl_cuda.surrogate import SURROGATES
+from tools.emulation import emulated
 
 CSRC = emulated.ROOT / "csrc"
 # Every type of x_seq has a type of the arithmetic for it.
@@ -72,7 +72,7 @@ def assertions() -> list[str]:
 
 
 def source(lines: list[str]) -> str:
-    headers = [f'#include "{name}_params.h"' for name in ("normalisation", "integrator", "neuron")]
+    headers = [f'#include "params/{name}.h"' for name in ("normalisation", "integrator", "neuron")]
     return "\n".join([*headers, *lines]) + "\n"
 
 

@@ -2,17 +2,17 @@
 
 import ctypes
 
-import emulated
 import pytest
 import torch
 from comparison import assert_equals_reference, random_input, real_of, rng_state, uniform
-from emulated import THREADS_EACH
 
 import asgl_cuda
 from asgl_cuda.backends import neuron_kernels
 from asgl_cuda.backends.structures import structure
 from asgl_cuda.reference import Numbers, Rules
 from asgl_cuda.surrogate import SURROGATES
+from tools.emulation import emulated
+from tools.emulation.emulated import THREADS_EACH
 
 BLOCK = 128  # kBlockThreads of csrc/cuda/access.cuh
 NEURONS = 3 * THREADS_EACH

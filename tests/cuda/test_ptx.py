@@ -3,17 +3,18 @@
 import os
 from collections.abc import Callable, Iterator
 
-import emulated
-import ptx
 import pytest
 import torch
 from comparison import assert_equals_reference, random_input, real_of, rng_state, uniform
 
 import asgl_cuda
-from asgl_cuda import backends, compilation
+from asgl_cuda import backends
+from asgl_cuda.extension import compilation
 from asgl_cuda.selfcheck import EXACT_SURROGATES
 from asgl_cuda.surrogate import SURROGATES
-from benchmarks.cuda_code import CSRC, Nvcc, run
+from tools.emulation import emulated
+from tools.kernels.cuda_code import CSRC, Nvcc, run
+from tools.ptx import backend as ptx
 
 pytestmark = [pytest.mark.ptx, pytest.mark.skipif(ptx.missing() is not None, reason=str(ptx.missing()))]
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import emulated
 import pytest
 import torch
 from comparison import uniform
@@ -12,6 +11,7 @@ from test_launches import described
 import asgl_cuda
 from asgl_cuda import backends
 from asgl_cuda.backends import integrator_kernels, neuron_kernels, normalisation_kernels
+from tools.emulation import emulated
 
 NEURON, INTEGRATOR, NORMALISATION = neuron_kernels, integrator_kernels, normalisation_kernels
 PYTHON = {

@@ -11,7 +11,7 @@ import asgl_cuda
 from asgl_cuda import batch_norm_lif
 from asgl_cuda.backends import BACKENDS
 from asgl_cuda.layout import channel_dim
-from benchmarks.clocks import saved_storages
+from benchmarks.speed.clocks import saved_storages
 
 # ---- against the reference ----
 

@@ -6,7 +6,7 @@ from comparison import random_input, rng_state, uniform
 
 import asgl_cuda
 from asgl_cuda.surrogate import SURROGATES
-from benchmarks.clocks import saved_storages
+from benchmarks.speed.clocks import saved_storages
 
 DOUBLE = torch.float64
 

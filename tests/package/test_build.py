@@ -14,10 +14,11 @@ import pytest
 import torch
 from setuptools import Distribution
 
-from asgl_cuda import build as build_module
-from asgl_cuda import build_notes, compilation, extension
-from asgl_cuda.build import build as build_command
-from asgl_cuda.build import first_error
+from asgl_cuda import extension
+from asgl_cuda.extension import build_notes, compilation
+from asgl_cuda.extension import command as build_module
+from asgl_cuda.extension.command import build as build_command
+from asgl_cuda.extension.command import first_error
 
 ROOT = Path(__file__).parents[2]
 HERE = torch.__version__
@@ -347,8 +348,8 @@ def test_build_without_ninja(cache, monkeypatch, capsys):
         stdout.write("running build_ext\n/tmp/a.cpp:3:1: error: no\nninja: build stopped\n")
         return subprocess.CompletedProcess(command, 1)
 
-    monkeypatch.setattr("asgl_cuda.build.is_ninja_available", lambda: False)
-    monkeypatch.setattr("asgl_cuda.build.subprocess.run", run)
+    monkeypatch.setattr("asgl_cuda.extension.command.is_ninja_available", lambda: False)
+    monkeypatch.setattr("asgl_cuda.extension.command.subprocess.run", run)
     with pytest.raises(
         SystemExit, match=r"^asgl_cuda: it does not compile: /tmp/a.cpp:3:1: error: no \(log: .*\.log\)$"
     ):
@@ -361,11 +362,13 @@ def test_loading_that_ends_the_process(cache, monkeypatch):
     """The extension is compiled, and its first lines end the process that loads it."""
 
     def run(command, **_):
-        if "asgl_cuda.compilation" in command:
+        if "asgl_cuda.extension.compilation" in command:
             (Path(command[-1]) / "asgl_cuda").mkdir()
-        return subprocess.CompletedProcess(command, 0 if "asgl_cuda.compilation" in command else -signal.SIGILL, "", "")
+        return subprocess.CompletedProcess(
+            command, 0 if "asgl_cuda.extension.compilation" in command else -signal.SIGILL, "", ""
+        )
 
-    monkeypatch.setattr("asgl_cuda.build.subprocess.run", run)
+    monkeypatch.setattr("asgl_cuda.extension.command.subprocess.run", run)
     with pytest.raises(SystemExit, match=r"^asgl_cuda: it compiles, but loading it ends with SIGILL$"):
         build_command()
 
@@ -373,7 +376,7 @@ def test_loading_that_ends_the_process(cache, monkeypatch):
 BUILDING = """
 import sys, time
 from pathlib import Path
-from asgl_cuda import build
+from asgl_cuda.extension import command as build
 with build._directory_of_this_build(Path(sys.argv[1])) as directory:
     print(directory, flush=True)
     time.sleep(600)
@@ -392,7 +395,7 @@ def test_what_a_killed_build_left_is_removed_and_what_others_have_is_not(cache, 
         processes[0].kill()
         processes[0].wait()
         assert killed.exists()
-        monkeypatch.setattr("asgl_cuda.build._compile", lambda *_: None)
+        monkeypatch.setattr("asgl_cuda.extension.command._compile", lambda *_: None)
         build_command()
         assert not killed.exists()
         assert not other.exists()
@@ -455,7 +458,7 @@ def test_damaged_extension_in_the_cache_is_removed(cache, monkeypatch, works):
     info = build_notes.read(target) if works else None
     (target / build_notes.EXTENSION).write_bytes(b"bui")
     monkeypatch.setattr(extension, "build_info", info)
-    monkeypatch.setattr("asgl_cuda.build._compile", lambda *_: None)
+    monkeypatch.setattr("asgl_cuda.extension.command._compile", lambda *_: None)
     build_command()
     assert not target.exists()
 
@@ -479,7 +482,7 @@ def test_when_there_is_something_to_build(cache, monkeypatch, tmp_path, capsys, 
         extension, "build_info", build_notes.BuildInfo(torch.__version__, there, "a reason", "", "", 0, 0)
     )
     compiled = []
-    monkeypatch.setattr("asgl_cuda.build._compile", lambda *arguments: compiled.append(arguments))
+    monkeypatch.setattr("asgl_cuda.extension.command._compile", lambda *arguments: compiled.append(arguments))
     build_command()
     assert bool(compiled) != done
     assert ("nothing to do: the extension for torch " in capsys.readouterr().out) == done

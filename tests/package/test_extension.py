@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import asgl_cuda.__main__
-from asgl_cuda import backends, build_notes, extension
+from asgl_cuda import backends, extension
+from asgl_cuda.extension import build_notes
 
 HERE, OTHER = torch.__version__, "1.2.3"
 
@@ -22,7 +23,7 @@ HERE, OTHER = torch.__version__, "1.2.3"
 def places(monkeypatch, tmp_path) -> tuple[Path, Path]:
     """The places of the installed extension and of the user's, without either; a loaded one is its folder's name."""
     package = tmp_path / "checkout" / "asgl_cuda"
-    for file in ("csrc/ops.cpp", "compilation.py"):
+    for file in ("csrc/ops/bindings.cpp", "extension/compilation.py"):
         (package / file).parent.mkdir(parents=True, exist_ok=True)
         (package / file).write_text("of this version")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -71,7 +72,7 @@ def test_changed_sources_are_another_extension(places):
     package, users = places
     note(users, HERE)
     assert extension.load()[0] == users
-    for file in ("csrc/ops.cpp", "compilation.py"):
+    for file in ("csrc/ops/bindings.cpp", "extension/compilation.py"):
         (package / file).write_text("of another version")
         build_notes.digest_of_sources.cache_clear()
         assert extension.load()[0] is None
@@ -83,7 +84,7 @@ def test_extension_of_other_sources_is_not_loaded(places):
     """Torch ends the process where its operators have other arguments than those of ops.py."""
     package, _ = places
     note(package, HERE)
-    (package / "csrc/ops.cpp").write_text("of another version")
+    (package / "csrc/ops/bindings.cpp").write_text("of another version")
     build_notes.digest_of_sources.cache_clear()
     module, _, problem, _ = extension.load()
     assert module is None

@@ -18,7 +18,7 @@ SUITE = (
     *(f"neuron/test_{name}.py" for name in ("arguments", "philox", "properties")),
     *(f"layer/test_{name}.py" for name in ("neuron", "torch_features")),
 )
-TESTS_NEED = ("conftest.py", "comparison.py", "emulated.py", "host_compiler.py", "ptx.py", "ptx_to_cpp.py")
+TESTS_NEED = ("conftest.py", "comparison.py")
 
 
 def run(*command: str | Path, cwd: Path, status: int = 0, **environment: str) -> str:
@@ -102,7 +102,7 @@ PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
 
 def stub_sources(csrc: Path) -> None:
     for path in csrc.rglob("*.cpp"):
-        path.write_text(STUB if path.name == "ops.cpp" else "")
+        path.write_text(STUB if path.name == "bindings.cpp" else "")
 
 
 def test_build(python, tmp_path):
@@ -122,10 +122,12 @@ def test_build(python, tmp_path):
     out = run(python, "-m", "asgl_cuda", "info", cwd=tmp_path, **environment)
     assert "CPU kernels: a stub, 1 threads" in out
     assert ["cpu", "works"] in [line.split() for line in out.splitlines()]
-    (csrc / "ops.cpp").write_text("#error this does not compile")
+    (csrc / "ops/bindings.cpp").write_text("#error this does not compile")
     out = run(*build, cwd=tmp_path, status=1, **environment)
     message = out.splitlines()[-1]
-    assert message.startswith(f"asgl_cuda: it does not compile: {csrc}/ops.cpp:1:2: error: #error this does not")
+    assert message.startswith(
+        f"asgl_cuda: it does not compile: {csrc}/ops/bindings.cpp:1:2: error: #error this does not"
+    )
     log = Path(message.split("(log: ")[1].rstrip(")"))
     assert "#error this does not compile" in log.read_text()
     assert sorted(path.suffix for path in place.parent.iterdir()) == ["", ".log"]
@@ -156,6 +158,7 @@ def test_reference(python, tmp_path):
         (tests / folder).mkdir(parents=True)
     for name in (*TESTS_NEED, *SUITE):
         shutil.copy(ROOT / "tests" / name, tests / name)
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     command = (python, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore:asgl_cuda", "tests")
     out = run(*command, cwd=tmp_path, ASGL_TEST_BACKENDS="reference")

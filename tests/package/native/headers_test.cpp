@@ -12,7 +12,7 @@
 #include "math/neuron.h"
 #include "math/philox.h"
 #include "math/surrogates.h"
-#include "neuron_params.h"
+#include "params/neuron.h"
 
 namespace {
 

@@ -1,0 +1,1 @@
+"""Training with neuron layers: schedules, monitoring, calibration, helpers of the loop."""

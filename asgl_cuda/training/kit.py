@@ -1,0 +1,225 @@
+"""Training beside `schedule` and `monitor`: parameter groups, Lightning, hard spikes on request, and a reset."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from contextlib import AbstractContextManager, ContextDecorator
+from typing import Any
+
+from torch import nn
+
+from ..checks import read_number
+from ..integrator import LeakyIntegrator
+from ..interop.convert import libraries
+from ..layer import NeuronLayer, asgl_layers, check_module, some_asgl_layers
+from ..neuron import BatchNormLIF
+from .monitor import Monitor, first_of
+from .schedule import AnalogProbSchedule
+
+_SPIKING_EVAL = "asgl_cuda.spiking_eval"
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, width_lr: float = 3e-4, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """The groups of a torch optimizer: "weights" with `lr` and `weight_decay`, "neurons" with `width_lr` and without.
+
+    Neurons' are the parameters that ASGL layers and `LeakyIntegrator` hold themselves: width, decay, threshold. They
+    are few, set the scale of all gradients behind them, and are stored as logarithm or logit, whose decay would pull to
+    an arbitrary value. Parameters of modules inside an ASGL layer are weights, and so are the normalisation's in
+    `BatchNormLIF`. Every parameter is in one group, once, also where modules are shared or it is frozen: optimizers
+    pass over it until it is thawed. An empty group is left out.
+
+    Raises ValueError for a negative rate or decay, TypeError where `model` is no module.
+
+    Example::
+
+        model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(), nn.Linear(128, 10))
+        groups = asgl_cuda.parameter_groups(model, lr=1e-3, width_lr=3e-4, weight_decay=5e-4)
+        optimizer = torch.optim.AdamW(groups)
+    """
+    check_module(model, "asgl_cuda.parameter_groups")
+    for name, value in (("lr", lr), ("width_lr", width_lr), ("weight_decay", weight_decay)):
+        if not read_number(name, value, "asgl_cuda.parameter_groups") >= 0:
+            raise ValueError(f"asgl_cuda.parameter_groups: {name} must be >= 0, got {value}")
+    layers = [layer for _, layer in asgl_layers(model)]
+    layers += (module for module in model.modules() if isinstance(module, LeakyIntegrator))
+    neurons = {
+        id(each): each
+        for layer in layers
+        for name, each in layer.named_parameters(recurse=False)
+        if not (isinstance(layer, BatchNormLIF) and name in ("weight", "bias"))
+    }
+    weights = [each for each in model.parameters() if id(each) not in neurons]
+    groups = [
+        {"name": "weights", "params": weights, "lr": lr, "weight_decay": weight_decay},
+        {"name": "neurons", "params": list(neurons.values()), "lr": width_lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Monitor | None = None) -> Any:
+    """A Lightning callback: steps `schedule` at the end of each training epoch and logs what `monitor` saw in it.
+
+    The monitor watches training steps, not validation, and is reset at each epoch's start; its `scalars()` are logged
+    by these names, as means over the processes. The schedule's state goes into the checkpoints and comes from them.
+
+    Raises ValueError if both are None, TypeError if one is something else, ImportError without Lightning (`lightning`
+    or `pytorch_lightning`).
+    """
+    if schedule is None and monitor is None:
+        raise ValueError("asgl_cuda.lightning_callback: needs a schedule, a monitor or both, got None and None")
+    for name, value, kind in (("schedule", schedule, AnalogProbSchedule), ("monitor", monitor, Monitor)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(
+                f"asgl_cuda.lightning_callback: {name} must be an asgl_cuda.{kind.__name__}, got {type(value).__name__}"
+            )
+    # Both may be installed; the program uses the Trainer of the one that it has imported.
+    names = sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules)
+    lightning = first_of(names, "lightning", "asgl_cuda.lightning_callback")
+
+    class ASGLCallback(lightning.Callback):  # type: ignore[misc, name-defined]
+        def on_train_epoch_start(self, *_: Any) -> None:
+            if monitor is not None:
+                monitor.reset()
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            if monitor is not None:
+                monitor.start()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            if monitor is not None:
+                monitor.stop()
+
+        on_exception = on_train_batch_end
+
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            if monitor is not None:
+                module.log_dict(monitor.scalars(), sync_dist=True)
+            if schedule is not None:
+                schedule.step()
+
+        def state_dict(self) -> dict[str, Any]:
+            return {} if schedule is None else schedule.state_dict()
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            if schedule is not None:
+                schedule.load_state_dict(state_dict)
+
+    return ASGLCallback()
+
+
+class _SpikingEval(ContextDecorator, AbstractContextManager[None]):
+    """What `spiking_eval` returns; it warns with the line of its making where it is dropped unused."""
+
+    def __init__(self, model: nn.Module, line: tuple[str, int]) -> None:
+        self._model, self._line = model, line
+        self._used = False
+        self._before: list[list[tuple[Any, float]]] = []  # for each `with` that is entered
+
+    def __call__(self, function: Any) -> Any:
+        self._used = True
+        kinds = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
+        if any(is_kind(function) for is_kind in kinds):
+            raise TypeError(
+                f"{_SPIKING_EVAL}: decorates functions that run when they are called, got {function.__name__}, which "
+                "runs later; `with` inside of it does"
+            )
+        return super().__call__(function)
+
+    def __enter__(self) -> None:
+        self._used = True
+        layers = some_asgl_layers(self._model, _SPIKING_EVAL).values()
+        before = [(layer, layer.analog_prob) for layer in layers]
+        self._before.append(before)
+        try:
+            for layer in layers:
+                layer.analog_prob = 0.0
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        for layer, analog_prob in self._before.pop():
+            layer.analog_prob = analog_prob
+
+    def __del__(self) -> None:
+        if not self._used:
+            message = (
+                f"{_SPIKING_EVAL}: it was called and not entered, which does nothing; it is for "
+                "`with asgl_cuda.spiking_eval(model):`"
+            )
+            warnings.warn_explicit(message, UserWarning, *self._line)
+
+
+def spiking_eval(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, every ASGL layer emits hard spikes, and surrogate gradients flow: for attacks and fine-tuning.
+
+    It sets `analog_prob` to 0 and gives each layer its own value back on leaving, also after an exception. Nothing else
+    is touched: batch norm and dropout stay in training or evaluation mode as you chose, carried potentials and
+    `requires_grad` as they are. An attack wants `model.eval()` as well, fine-tuning does not. Do not step an
+    `AnalogProbSchedule` inside: the values that it sets are lost on leaving.
+
+    It is a context manager, and a decorator of functions; called alone it does nothing, and warns.
+
+    Raises ValueError for a model without ASGL layers, TypeError where it is no module.
+
+    Example::
+
+        model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(analog_prob=0.2))
+        x_seq = torch.randn(4, 32, 64, requires_grad=True)
+        with asgl_cuda.spiking_eval(model):
+            (gradient,) = torch.autograd.grad(model(x_seq).sum(), x_seq)
+    """
+    some_asgl_layers(model, _SPIKING_EVAL)
+    caller = sys._getframe(1)
+    return _SpikingEval(model, (caller.f_code.co_filename, caller.f_lineno))
+
+
+def reset(model: nn.Module) -> None:
+    """Forgets the potentials that the model's layers carry: the next call of each starts at rest.
+
+    These are `LIF`, `BatchNormLIF` and `LeakyIntegrator`, and the layers of SpikingJelly, snnTorch and sinabs,
+    converted or not, which are reset as their library does it. Norse's layers carry nothing.
+
+    Raises TypeError where `model` is no module.
+
+    Example::
+
+        model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(stateful=True))
+        for x in torch.randn(10, 32, 64):  # a step a call
+            spikes = model(x.unsqueeze(0))  # [1, 32, 128]
+        asgl_cuda.reset(model)  # before the next sequence
+    """
+    check_module(model, "asgl_cuda.reset")
+    resets = [library.reset for library in libraries() if hasattr(library, "reset")]
+    for module in model.modules():
+        if isinstance(module, NeuronLayer):
+            module.reset()
+        for reset_layer in resets:
+            reset_layer(module)
+
+
+def detach(model: nn.Module) -> None:
+    """Cuts the potentials that the model's layers carry off their graph, for truncated backpropagation through time.
+
+    The next call goes on from their values, and its backward ends there. The layers are those that `asgl_cuda.reset`
+    knows.
+
+    Raises TypeError where `model` is no module.
+
+    Example::
+
+        for chunk in x_seq.split(2):
+            model(chunk).sum().backward()
+            asgl_cuda.detach(model)
+    """
+    check_module(model, "asgl_cuda.detach")
+    detaches = [library.detach for library in libraries() if hasattr(library, "detach")]
+    for module in model.modules():
+        if isinstance(module, NeuronLayer):
+            module.detach_()
+        for detach_layer in detaches:
+            detach_layer(module)

@@ -1,0 +1,337 @@
+"""`Monitor` watches ASGL layers: widths, firing rates, shares of analog elements, dead neurons."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import level_of_user
+from ..functional import LIFOutput
+from ..layer import some_asgl_layers
+from ..neuron import LIF
+from ..surrogate import SURROGATES
+from ..transforms import transforming
+
+# The quantities that are measured, in the order of tables and figures: key, heading.
+_QUANTITIES = {
+    "width": "width",
+    "firing_rate": "firing rate",
+    "analog_share": "analog share",
+    "inside": "inside window",
+    "smoothing_error": "smoothing error",
+    "dead": "dead",
+    "saturated": "saturated",
+}
+
+# From these shares on `Monitor.problems` speaks of a layer.
+_MANY = 0.5  # of the neurons dead, or saturated
+_RARE = 0.05  # a rate below which larger weights help where most neurons are dead
+_FEW_INSIDE = 0.01  # of the potentials inside the window
+
+_REMEDY = "asgl_cuda.calibrate(model, x_seq), or a normalisation in front, as in asgl_cuda.BatchNormLIF"
+
+
+class ScalarWriter(Protocol):
+    """The part of TensorBoard's SummaryWriter that `Monitor.write` needs."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> Any: ...
+
+
+class _Tally:
+    """Sums over everything that a layer did, kept on its device: no call waits for them."""
+
+    def __init__(self) -> None:
+        self.elements = 0
+        self.sums: dict[str, Tensor] = {}
+        # The neurons' shape is the key: it differs from call to call where a layer is shared or images vary in size.
+        self.spikes: dict[torch.Size, Tensor] = {}
+        self.steps: dict[torch.Size, int] = {}
+
+    def add(self, shares: Mapping[str, Tensor]) -> None:
+        """Adds shares that have one value for each element of the output."""
+        self.elements += shares["firing_rate"].numel()
+        for key, values in shares.items():
+            total = values.sum(dtype=torch.float64)
+            self.sums[key] = self.sums[key].to(total.device) + total if key in self.sums else total
+
+    def add_neurons(self, spikes: Tensor, time_dim: int | None) -> None:
+        """Adds spikes `[T, N, ...]`, or `[N, ...]` without time; a lone dimension beside time is neurons, no batch."""
+        if time_dim is not None:
+            spikes = spikes.movedim(time_dim, 0)
+        steps = 0 if time_dim is None else 1
+        shape = spikes.shape[steps + (spikes.dim() > steps + 1) :]
+        counts = spikes.reshape(-1, *shape).sum(0)
+        self.spikes[shape] = self.spikes[shape].to(counts.device) + counts if shape in self.spikes else counts
+        self.steps[shape] = self.steps.get(shape, 0) + spikes.numel() // shape.numel()
+
+    def result(self) -> dict[str, float]:
+        found = {key: total.item() / self.elements for key, total in self.sums.items()}
+        neurons = sum(counts.numel() for counts in self.spikes.values())
+        if neurons:
+            dead = sum(int((counts == 0).sum()) for counts in self.spikes.values())
+            saturated = sum(int((counts == self.steps[shape]).sum()) for shape, counts in self.spikes.items())
+            found |= {"dead": dead / neurons, "saturated": saturated / neurons}
+        return found
+
+
+def _shares_of_lif(
+    layer: LIF, x_seq: Tensor, v_init: Tensor | None, rng_state: Tensor | None, s_seq: Tensor
+) -> dict[str, Tensor]:
+    """Computes the call again for its potentials, from the same state and with the same noise."""
+    generator = None if rng_state is None else torch.Generator(x_seq.device).set_state(rng_state)
+    time_dim = layer.time_dim % x_seq.dim()
+    again = layer._lif(x_seq, update=False, v_init=v_init, generator=generator, return_h_seq=True)
+    assert isinstance(again, LIFOutput)
+    assert again.h_seq is not None
+    h_seq = again.h_seq
+    # They are in the type of the arithmetic, so that a spike here is one there.
+    width, threshold = (
+        torch.as_tensor(layer._broadcast(value, x_seq, time_dim), dtype=h_seq.dtype, device=h_seq.device)
+        for value in (layer.width, layer.v_threshold)
+    )
+    u = h_seq - threshold
+    spikes = u > 0 if layer.strict_threshold else u >= 0
+    y = u * (1 / width)
+    if layer.multi_spike:
+        return {"firing_rate": spikes, "inside": y.abs() < 0.5}
+    smooth = SURROGATES[layer.surrogate].cumulative(y)
+    hard = spikes * threshold if layer.scale_output else spikes
+    return {
+        "firing_rate": spikes,
+        "analog_share": s_seq != hard.to(s_seq.dtype),
+        "inside": y.abs() < 0.5,
+        "smoothing_error": torch.where(spikes, 1 - smooth, smooth),
+    }
+
+
+def _problem(values: Mapping[str, float], surrogate: str | None) -> str | None:
+    """What keeps a layer with these quantities from learning, and what helps."""
+    rate, inside = values.get("firing_rate"), values.get("inside", 1.0)
+    if rate is None:
+        return None
+    if math.isnan(values["width"]) or math.isnan(values.get("smoothing_error", 0.0)):
+        return "its potentials or its width are NaN: a smaller learning rate, or clipped gradients"
+    seen, helps = [], f"weights of another scale: {_REMEDY}"
+    if rate == 0 or values.get("dead", 0.0) > _MANY:
+        seen.append("no neuron ever fired" if rate == 0 else f"{values['dead']:.0%} of the neurons never fired (dead)")
+        helps = f"larger weights: {_REMEDY}" if rate < _RARE else "a normalisation in front, or other inputs"
+    elif values.get("saturated", 0.0) > _MANY:
+        seen.append(f"{values['saturated']:.0%} of the neurons fired at every step (saturated)")
+        helps = f"smaller weights: {_REMEDY}"
+    if inside < _FEW_INSIDE:
+        passes = "no" if inside == 0 and surrogate == "rectangle" else "hardly any"
+        seen.append(
+            f"{inside:.1%} of the potentials are inside the window of the surrogate, abs(u) < width / 2: {passes} "
+            "gradient passes to the layers before"
+        )
+        helps += "; or a larger width"
+    return f"{', and '.join(seen)}. What helps: {helps}" if seen else None
+
+
+def _is_hidden() -> bool:
+    """Whether the values of a call can't be looked at."""
+    return torch.compiler.is_compiling() or transforming()
+
+
+class Monitor:
+    """Watches the ASGL layers of a model, over all calls inside `with monitor:` or between `start()` and `stop()`.
+
+    A `with monitor:` inside another, or after `start()`, does not end it.
+
+    For each layer `result()` has, in [0, 1] except the width:
+
+    - `width`: mean of the widths as they are now, in units of the input.
+    - `firing_rate`: share of elements whose potential reached the threshold, u >= 0 (with `strict_threshold` u > 0),
+      whatever they emitted.
+    - `analog_share`: share of elements that emitted something else than their hard spike. At most `analog_prob`, and
+      less where the smooth value of a potential outside the window is the spike.
+    - `inside`: share of elements inside the window of the surrogate, abs(u / width) < 1/2.
+    - `smoothing_error`: E|H(u) - spike|, which the paper's argument wants to see vanish. With `multi_spike` there is
+      no H, and neither this nor `analog_share`.
+    - `dead`, `saturated`: share of neurons that never spiked, and that spiked at every step, in all samples. Neurons
+      are the positions of an input `[T, N, ...]` without time and batch, or without time if there is nothing else.
+
+    `asgl_cuda.LIF` computes each call twice while it is watched. A layer with another forward is known by its output
+    alone, taken as spikes of height 1 (a tuple's first): `inside` and `smoothing_error` are missing, and `dead` and
+    `saturated` are unless the layer says where time is by `time_dim`, None for calls of one step. Quantities that were
+    not seen are missing as well, so before the first call there are only widths.
+
+    `print(monitor)` shows a table, and under it `problems()`: which layers are dead, saturated or without a gradient,
+    and what helps.
+
+    Watching changes no output, gradient, state or random number. Calls inside compiled code and under transforms of
+    torch.func are not seen: watch the model before, on some batches. A monitor that was never started warns when it is
+    asked for results.
+
+    Example::
+
+        with asgl_cuda.Monitor(model) as monitor:
+            model(x_seq)
+        print(monitor)
+
+    Raises ValueError for a model without ASGL layers, TypeError where it is no module.
+
+    Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = some_asgl_layers(model, "asgl_cuda.Monitor")
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        # The input of a call, and the potential and the random state from which it starts, and which it changes.
+        self._before: dict[nn.Module, tuple[Tensor, Tensor | None, Tensor | None]] = {}
+        self._watched_before: list[bool] = []  # for each `with` that is entered: whether it watched already
+        self._was_started = self._has_warned = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything that was seen."""
+        self._tallies = {layer: _Tally() for layer in self._layers.values()}
+
+    def start(self) -> None:
+        """Watches from now on, and adds to earlier counts; does nothing if it watches already."""
+        if self._handles:
+            return
+        self._was_started = True
+        for layer in self._layers.values():
+            self._handles += [
+                layer.register_forward_pre_hook(self._look_before, with_kwargs=True),
+                # It comes first, so that it sees the layer's own output.
+                layer.register_forward_hook(self._look, prepend=True, with_kwargs=True),
+            ]
+
+    def stop(self) -> None:
+        """Watches no longer, and keeps its counts."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._before.clear()
+
+    def __enter__(self) -> Monitor:
+        self._watched_before.append(bool(self._handles))
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self._watched_before.pop():
+            self.stop()
+
+    def _look_before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x_seq = args[0] if args else kwargs.get("x_seq")
+        if _is_hidden() or type(layer).forward is not LIF.forward or not isinstance(x_seq, Tensor):
+            return
+        device, rng_state = x_seq.device, None
+        if layer.training and layer.analog_prob > 0:
+            cpu = device.type == "cpu"  # its module has no get_rng_state
+            rng_state = torch.get_rng_state() if cpu else torch.get_device_module(device).get_rng_state(device)
+        self._before[layer] = x_seq, layer.v if layer.stateful else None, rng_state
+
+    @torch.no_grad()
+    def _look(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if _is_hidden():
+            return
+        s_seq = output[0] if isinstance(output, tuple) else output
+        if not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
+            return
+        if before := self._before.pop(layer, None):
+            shares = _shares_of_lif(layer, *before, s_seq)
+        else:
+            # H rises through 1/2 at u = 0, so a smooth value tells, too, whether its element would have spiked.
+            shares = {"firing_rate": s_seq >= 0.5, "analog_share": s_seq != s_seq.round()}
+        self._tallies[layer].add(shares)
+        if hasattr(layer, "time_dim"):
+            self._tallies[layer].add_neurons(shares["firing_rate"], layer.time_dim)
+
+    def result(self) -> dict[str, dict[str, float]]:
+        """The measured quantities, by the layers' names."""
+        if not (self._was_started or self._has_warned):
+            self._has_warned = True
+            warnings.warn(
+                "asgl_cuda.Monitor: it was never started, so it saw nothing: call the model inside `with monitor:`, or "
+                "between monitor.start() and monitor.stop()",
+                stacklevel=level_of_user(),
+            )
+        return {
+            name: {"width": torch.as_tensor(layer.width).mean().item(), **self._tallies[layer].result()}
+            for name, layer in self._layers.items()
+        }
+
+    def problems(self) -> list[str]:
+        """What keeps layers from learning, a line each: the layer, what was seen, what helps. Empty if nothing does."""
+        return self._problems_in(self.result())
+
+    def _problems_in(self, found: Mapping[str, Mapping[str, float]]) -> list[str]:
+        if all("firing_rate" not in values for values in found.values()):
+            return ["nothing was seen: the model was not called, or only in compiled code or under torch.func"]
+        lines = []
+        for name, values in found.items():
+            what = _problem(values, getattr(self._layers[name], "surrogate", None))
+            if what is not None:
+                lines.append(f"{name or '(the model)'}: {what}")
+        return lines
+
+    def scalars(self) -> dict[str, float]:
+        """The same as one dict, `firing_rate/name` and so on, as loggers want it; a lone layer has no name."""
+        found = self.result()
+        return {
+            f"{key}/{name}" if name else key: values[key]
+            for key in _QUANTITIES
+            for name, values in found.items()
+            if key in values
+        }
+
+    def __str__(self) -> str:
+        found = self.result()
+        rows = [["layer", *_QUANTITIES.values()]]
+        for name, values in found.items():
+            cells = (f"{values[key]:.4f}" if key in values else "-" for key in _QUANTITIES)
+            rows.append([name or "(the model)", *cells])
+        lines = aligned(rows, "<" + ">" * len(_QUANTITIES))
+        problems = self._problems_in(found)
+        return "\n".join([*lines, "", *problems] if problems else lines)
+
+    def write(self, writer: ScalarWriter, step: int) -> None:
+        """Writes to TensorBoard: `writer.add_scalar(tag, value, step)` for each of `scalars()`."""
+        for tag, value in self.scalars().items():
+            writer.add_scalar(tag, value, step)
+
+    def plot(self, path: str | Path) -> None:
+        """Draws a panel for each quantity with a bar for each layer, by matplotlib, into a file of any of its formats.
+
+        Raises ImportError without matplotlib.
+        """
+        # pyplot would choose a backend for the whole process and keep the figure.
+        figures = first_of(["matplotlib.figure"], "matplotlib", "asgl_cuda.Monitor.plot")
+        found = self.result()
+        height = 1.2 + 0.3 * len(found)
+        figure = figures.Figure(figsize=(2.2 * len(_QUANTITIES), height), layout="constrained")
+        panels = figure.subplots(1, len(_QUANTITIES), sharey=True)
+        for panel, (key, heading) in zip(panels, _QUANTITIES.items(), strict=True):
+            panel.barh(
+                [name or "(the model)" for name in found], [values.get(key, math.nan) for values in found.values()]
+            )
+            panel.set_title(heading)
+            panel.grid(axis="x", alpha=0.3)
+        panels[0].invert_yaxis()  # the first layer on top
+        figure.savefig(path)
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """The rows of a table with columns of equal width, to the left (<) or to the right (>)."""
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map("{:{}{}}".format, row, sides, sizes)) for row in rows]
+
+
+def first_of(modules: Sequence[str], package: str, caller: str) -> Any:
+    """The first of the modules, none of which is required, that can be imported."""
+    for module in modules:
+        with suppress(ImportError):
+            return importlib.import_module(module)
+    raise ImportError(f"{caller}: needs {package}, which can't be imported: pip install {package}")

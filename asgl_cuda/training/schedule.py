@@ -1,0 +1,164 @@
+"""Schedules of `analog_prob` over the epochs."""
+
+from __future__ import annotations
+
+import math
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from numbers import Integral
+from typing import Any
+
+from torch import nn
+
+from ..checks import check_analog_prob, check_int, read_number, shown
+from ..layer import some_asgl_layers
+
+_CALLER = "asgl_cuda.AnalogProbSchedule"
+
+
+class AnalogProbSchedule:
+    """Sets `analog_prob` of every ASGL layer over the epochs, each from its own value at the start.
+
+    Args:
+        model: its layers are set at once, for epoch 0. A layer that has neither noise nor a learned width is meant to
+            be an ordinary neuron and stays one.
+        prob_at: `analog_prob` (in [0, 1]) of a layer that started with `start`, at `epoch`: `prob_at(start, epoch)`.
+
+    `multi_step`, `cosine` and `linear` are the usual ones. Call `step()` after each epoch. `epoch` counts these
+    calls; `starts` are the values at the start, `probs` the values now, by the layers' names.
+
+    Under torch.compile a new value is data of the graph: it compiles again only where noise begins or ends.
+
+    Raises ValueError for a model without a layer to schedule and for a `prob_at` out of range, TypeError for arguments
+    that are no module and no function.
+
+    Example::
+
+        model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(analog_prob=0.2))
+        schedule = asgl_cuda.AnalogProbSchedule.cosine(model, epochs=10)
+        for epoch in range(10):
+            ...  # train
+            schedule.step()
+        print(schedule.probs)  # {'1': 0.0}
+    """
+
+    def __init__(self, model: nn.Module, prob_at: Callable[[float, int], float]) -> None:
+        self._layers = some_asgl_layers(model, _CALLER)
+        if not callable(prob_at):
+            raise TypeError(f"{_CALLER}: prob_at must be a function of start and epoch, got {type(prob_at).__name__}")
+        self._prob_at = prob_at
+        self.epoch = 0
+        self.starts: dict[str, float] = {
+            name: layer.analog_prob
+            for name, layer in self._layers.items()
+            if layer.analog_prob > 0 or layer.log_width is not None
+        }
+        if not self.starts:
+            raise ValueError(
+                f"{_CALLER}: model must have a layer with noise or a learned width, got analog_prob 0 and constant "
+                f"widths in {', '.join(map(repr, self._layers))}"
+            )
+        self._set(self.starts, 0)
+
+    @classmethod
+    def multi_step(cls, model: nn.Module, milestones: Sequence[int], gamma: float = 0.1) -> AnalogProbSchedule:
+        """Multiplies by `gamma` (in [0, 1]) at each of the epochs `milestones`, as torch's MultiStepLR."""
+        if not isinstance(milestones, Sequence) or isinstance(milestones, (str, bytes)):
+            raise TypeError(f"{_CALLER}: milestones must be a sequence of ints, got {type(milestones).__name__}")
+        if any(isinstance(epoch, bool) or not isinstance(epoch, Integral) or epoch < 1 for epoch in milestones):
+            raise ValueError(f"{_CALLER}: milestones must be ints >= 1, got {shown(list(milestones))}")
+        gamma = _share("gamma", gamma)
+        return cls(model, partial(_multi_step, milestones=sorted(map(int, milestones)), gamma=gamma))
+
+    @classmethod
+    def cosine(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
+        """Goes along half a cosine to `final` at epoch `epochs` and stays there, where CosineAnnealingLR returns."""
+        return cls(model, partial(_cosine, epochs=_count("epochs", epochs, 1), final=_share("final", final)))
+
+    @classmethod
+    def linear(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
+        """Goes in equal steps to `final` at epoch `epochs` and stays there."""
+        return cls(model, partial(_linear, epochs=_count("epochs", epochs, 1), final=_share("final", final)))
+
+    def _set(self, starts: Mapping[str, float], epoch: int) -> None:
+        probs: dict[str, float] = {}
+        for name, start in starts.items():
+            where = f"{_CALLER}: layer {name!r} at epoch {epoch}"
+            probs[name] = read_number("analog_prob", self._prob_at(start, epoch), where)
+            check_analog_prob(probs[name], where)
+        before = {name: self._layers[name].analog_prob for name in probs}
+        try:
+            for name, prob in probs.items():
+                self._layers[name].analog_prob = prob
+        except Exception:  # a layer may refuse its own, as one of several spikes a step
+            for name, prob in before.items():
+                self._layers[name].analog_prob = prob
+            raise
+
+    @property
+    def probs(self) -> dict[str, float]:
+        """`analog_prob` of each layer, as it is now."""
+        return {name: self._layers[name].analog_prob for name in self.starts}
+
+    def step(self) -> None:
+        """Goes on to the next epoch."""
+        self._set(self.starts, self.epoch + 1)
+        self.epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch and the layers' values at the start; the constructor's arguments are given again."""
+        return {"epoch": self.epoch, "starts": dict(self.starts)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Resumes there, and sets the layers, whose `analog_prob` is not part of a model's state dict.
+
+        Raises ValueError for the state of other layers, or of something else, TypeError for values of other types;
+        nothing has been changed then.
+        """
+        if not isinstance(state_dict, Mapping) or not {"epoch", "starts"} <= state_dict.keys():
+            got = shown(list(state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            raise ValueError(f"{_CALLER}: the state must be a dict of 'epoch' and 'starts', got {got}")
+        epoch, starts = _count("epoch", state_dict["epoch"], 0), state_dict["starts"]
+        if not isinstance(starts, Mapping):
+            raise TypeError(f"{_CALLER}: starts must be a dict of layers and numbers, got {type(starts).__name__}")
+        # It may have more layers than self.starts: one may have gone to 0 by now, and look like an ordinary neuron.
+        if not self.starts.keys() <= starts.keys() <= self._layers.keys():
+            raise ValueError(f"{_CALLER}: the state must be of layers {list(self.starts)}, got {shown(list(starts))}")
+        starts = {name: _share(f"the start of layer {name!r}", start) for name, start in starts.items()}
+        self._set(starts, epoch)
+        self.epoch, self.starts = epoch, starts
+
+
+def _multi_step(start: float, epoch: int, milestones: Sequence[int], gamma: float) -> float:
+    return start * gamma ** bisect_right(milestones, epoch)
+
+
+def _between(start: float, final: float, share: float) -> float:
+    # final + (start - final) * share need not give start back at 1.
+    return start * share + final * (1 - share)
+
+
+def _cosine(start: float, epoch: int, epochs: int, final: float) -> float:
+    return _between(start, final, (1 + math.cos(math.pi * min(epoch / epochs, 1))) / 2)
+
+
+def _linear(start: float, epoch: int, epochs: int, final: float) -> float:
+    return _between(start, final, 1 - min(epoch / epochs, 1))
+
+
+def _share(name: str, value: Any) -> float:
+    share = read_number(name, value, _CALLER)
+    if not 0 <= share <= 1:
+        raise ValueError(f"{_CALLER}: {name} must be in [0, 1], got {share}")
+    return share
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    """A number of epochs, few enough for a float."""
+    count = check_int(name, value, _CALLER)
+    if not least <= count <= sys.maxsize:
+        expected = f">= {least}" if count < least else f"<= {sys.maxsize}"
+        raise ValueError(f"{_CALLER}: {name} must be {expected}, got {shown(count)}")
+    return count

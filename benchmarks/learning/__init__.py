@@ -1,0 +1,1 @@
+"""Networks that are trained: a demonstration, and the claims of the paper."""

@@ -1,0 +1,174 @@
+"""What `asgl_cuda.calibrate` changes: test accuracy of networks without normalisation, by rate, as made and calibrated.
+
+Each network is trained by SGD with momentum and by Adam, from torch's default weights and from the same weights
+calibrated to a rate on 256 training samples. Nothing else differs. The last layer's rate is the one before training.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from torch.nn import functional
+
+import asgl_cuda
+from asgl_cuda import LIF, OverTime
+
+from ..common import machine, parser_of, write_json
+from .data import SOURCES
+from .width_robustness import accuracy_of, scores_of
+
+RATES = (None, 0.05, 0.1, 0.2, 0.4)  # None: as the network was made
+SEEDS = 3
+STEPS = 350
+BATCH = 64
+SAMPLES = 256  # to calibrate on
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": partial(torch.optim.SGD, lr=0.03, momentum=0.9),
+    "Adam": partial(torch.optim.Adam, lr=1e-3),
+}
+
+
+def linear(inputs: int, layers: int, classes: int, **neuron: Any) -> nn.Sequential:
+    sizes = (inputs, *(128,) * layers)
+    hidden = [(nn.Linear(*pair), LIF(**neuron)) for pair in itertools.pairwise(sizes)]
+    return nn.Sequential(nn.Flatten(2), *itertools.chain(*hidden), nn.Linear(128, classes))
+
+
+def convolutional(classes: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise((1, 16, 16, 32, 32)):
+        if inputs < outputs == 32:
+            layers.append(OverTime(nn.MaxPool2d(2)))
+        layers += [OverTime(nn.Conv2d(inputs, outputs, 3, padding=1)), LIF()]
+    return nn.Sequential(*layers, nn.Flatten(2), nn.Linear(512, 128), LIF(), nn.Linear(128, classes))
+
+
+NETWORKS: dict[str, tuple[str, Callable[[], nn.Module]]] = {  # the data, and the network
+    "digits, 2 layers": ("digits", partial(linear, 64, 2, 10)),
+    "digits, 6 layers": ("digits", partial(linear, 64, 6, 10)),
+    "digits, 12 layers": ("digits", partial(linear, 64, 12, 10)),
+    "digits, 12 layers, triangle": ("digits", partial(linear, 64, 12, 10, surrogate="triangle")),
+    "digits, convolutional, 5 layers": ("digits", partial(convolutional, 10)),
+    "vowels, 6 layers": ("vowels", partial(linear, 12, 6, 9)),
+}
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    network: str
+    optimizer: str
+    rate: float | None
+    seed: int
+
+
+def train(run: Run, steps: int = STEPS) -> dict[str, Any]:
+    """Accuracy in percent on the test samples, and the last layer's rate before the first step.
+
+    Both are None where no weights make the layers fire at the rate, as where most frames of a sample are silent.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(run.seed)
+    name, make = NETWORKS[run.network]
+    data, device = SOURCES[name].read(None), torch.device("cpu")
+    model = make()
+    samples = data.train[torch.randperm(len(data.train))[:SAMPLES]]
+    if run.rate is not None:
+        try:
+            asgl_cuda.calibrate(_Scored(model), samples, run.rate)
+        except ValueError:
+            return {"accuracy": None, "last_rate": None}
+    with asgl_cuda.spiking_eval(model), asgl_cuda.Monitor(model) as monitor, torch.no_grad():
+        scores_of(model, samples, device)
+    *_, last = monitor.result().values()
+    optimizer = OPTIMIZERS[run.optimizer](model.parameters())
+    for _ in range(steps):
+        batch = torch.randint(len(data.train), (BATCH,))
+        loss = functional.cross_entropy(scores_of(model, data.train[batch], device), data.train_labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {"accuracy": accuracy_of(model, data.test, data.test_labels, device), "last_rate": last["firing_rate"]}
+
+
+class _Scored(nn.Module):
+    """A network as it is trained: samples to scores."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, samples: torch.Tensor) -> torch.Tensor:
+        return scores_of(self.model, samples, samples.device)
+
+
+def name_of(rate: float | None) -> str:
+    return "as made" if rate is None else f"{rate:g}"
+
+
+def summary(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of the table: mean accuracies over the seeds by rate, and the last layer's rate as made."""
+    rates = list(dict.fromkeys(run["rate"] for run in report["runs"]))
+    found: dict[tuple[str, str], dict[float | None, list[dict[str, Any]]]] = {}
+    for run in report["runs"]:
+        found.setdefault((run["network"], run["optimizer"]), {}).setdefault(run["rate"], []).append(run)
+    rows = []
+    for (network, optimizer), by_rate in found.items():
+        cells = []
+        for rate in rates:
+            reached = [run["accuracy"] for run in by_rate[rate] if run["accuracy"] is not None]
+            cells.append(f"{statistics.fmean(reached):.1f}" if len(reached) == len(by_rate[rate]) else "out of reach")
+        last = statistics.fmean(run["last_rate"] for run in by_rate[None])
+        rows.append([f"{network}, {optimizer}", f"{last:.4f}", *cells])
+    return ["", "rate of the last layer, as made", *map(name_of, rates)], rows
+
+
+def main() -> int:
+    """Trains all, prints the table."""
+    parser = parser_of("benchmarks.learning.calibration", __doc__, "json")
+    parser.add_argument("--quick", action="store_true", help="one seed, two rates, a tenth of the steps")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time (default: one a core)"
+    )
+    arguments = parser.parse_args()
+    rates, seeds, steps = (RATES[::3], 1, STEPS // 10) if arguments.quick else (RATES, SEEDS, STEPS)
+    file = arguments.json or Path("build") / f"calibration{'_quick' if arguments.quick else ''}.json"
+    file.parent.mkdir(exist_ok=True)
+    runs = [Run(*each) for each in itertools.product(NETWORKS, OPTIMIZERS, rates, range(seeds))]
+    started = time.perf_counter()
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+        results = list(track(pool.map(partial(train, steps=steps), runs), total=len(runs)))
+    report = {
+        "machine": machine(torch.device("cpu")),
+        "settings": {"steps": steps, "batch": BATCH, "samples": SAMPLES, "seeds": seeds},
+        "seconds": time.perf_counter() - started,
+        "runs": [run._asdict() | result for run, result in zip(runs, results, strict=True)],
+    }
+    write_json(file, report)
+    console = Console()
+    head, rows = summary(report)
+    table = Table(*head, title="Test accuracy in percent, by the rate that the layers were calibrated to")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"{len(runs)} trainings in {report['seconds'] / 60:.1f} minutes, in {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,318 @@
+"""Training steps of three networks with their neuron layers swapped: how long, where the time goes, how much memory.
+
+A step is forward, loss, backward and optimiser. All variants take turns within each repeat; the median is reported.
+Where the time goes is taken from the profiler, in a run of its own: hooks of every layer open a range in forward and in
+backward. Where a network has batch normalisation, `asgl_cuda.fuse` makes one of it and the neurons behind it; before
+it is timed, its losses are compared with the losses of the same network that is not fused.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import asgl_cuda
+from asgl_cuda import OverTime
+
+from ..common import device_of, fused_backends, in_words, parser_of, text_row, write_json
+from .clocks import in_turns, keep_memory, peak_bytes, silence, spread
+from .microbench import MOST_STEPS_TO_COMPILE
+from .peers import machine_and_peers, spikingjelly_node
+
+ANALOG_PROB = 0.2
+NEURONS, PRODUCTS, NORMALISATION, REST = "neuron layers", "convolutions and linear", "normalisation", "the rest"
+CATEGORIES = (NEURONS, PRODUCTS, NORMALISATION)
+PROFILED_STEPS = 20
+FUSED_BLOCK = ", fused block"  # the end of a variant's name where the neurons normalise
+COMPARED_STEPS = 3
+COMPARED_BATCH = 4
+# The losses of these steps are compared in float64. Roundings differ between fused and not, and a neuron that then
+# fires where it did not changes all that follows: in float32 some do within a few steps, in float64 none. Other noise
+# alone changes a loss by 1e-4 or more.
+LOSS_TOLERANCE = 1e-9
+
+MakeNeuron = Callable[[], nn.Module]
+
+
+# ---- networks ----
+
+
+def mlp(neuron: MakeNeuron) -> nn.Sequential:
+    """Four layers of 512 neurons."""
+    layers: list[nn.Module] = []
+    for inputs in (784, 512, 512, 512):
+        layers += [OverTime(nn.Linear(inputs, 512)), neuron()]
+    return nn.Sequential(*layers, OverTime(nn.Linear(512, 10)))
+
+
+def convolutional(neuron: MakeNeuron) -> nn.Sequential:
+    """Convolutions in the manner of VGG, with batch normalisation, on images of 32 x 32."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)):
+        if inputs in (32, 64) and inputs != outputs:
+            layers.append(OverTime(nn.AvgPool2d(2)))
+        convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        layers += [OverTime(convolution), OverTime(nn.BatchNorm2d(outputs)), neuron()]
+    return nn.Sequential(*layers, OverTime(nn.AvgPool2d(8)), OverTime(nn.Flatten()), OverTime(nn.Linear(128, 10)))
+
+
+def speech(neuron: MakeNeuron) -> nn.Sequential:
+    """Three layers of 256 neurons over the frames of a word, without recurrence."""
+    layers: list[nn.Module] = []
+    for inputs in (700, 256, 256):
+        layers += [OverTime(nn.Linear(inputs, 256)), neuron()]
+    return nn.Sequential(*layers, OverTime(nn.Linear(256, 20)))
+
+
+class Network(NamedTuple):
+    """A network, and the shape of its data."""
+
+    make: Callable[[MakeNeuron], nn.Sequential]
+    input_shape: tuple[int, ...]  # [T, B, ...]
+    classes: int
+
+
+NETWORKS = {
+    "MLP": Network(mlp, (8, 128, 784), 10),
+    "convolutional": Network(convolutional, (4, 32, 3, 32, 32), 10),
+    "speech": Network(speech, (100, 64, 700), 20),
+}
+
+
+# ---- neurons ----
+
+
+def asgl(backend: str) -> nn.Module:
+    return asgl_cuda.LIF(analog_prob=ANALOG_PROB, backend=backend)
+
+
+def plain(backend: str) -> nn.Module:
+    return asgl_cuda.LIF(learn_width=False, analog_prob=0.0, backend=backend)
+
+
+class Variant(NamedTuple):
+    """A network's neurons."""
+
+    name: str
+    neuron: MakeNeuron
+    fused: bool = False  # with the normalisations
+
+
+def variants(network: Network, device: torch.device) -> Iterator[Variant]:
+    """The neurons of ASGL in every way; then the ordinary neuron, which SpikingJelly has, too."""
+    yield Variant("reference", lambda: asgl("reference"))
+    if network.input_shape[0] <= MOST_STEPS_TO_COMPILE:
+        yield Variant("torch.compile", lambda: torch.compile(asgl("reference"), fullgraph=True, dynamic=False))
+    normalised = any(isinstance(layer, nn.BatchNorm2d) for layer in network.make(nn.Identity).modules())
+    for backend in fused_backends(device):
+        yield Variant(f"asgl_cuda {backend}", lambda backend=backend: asgl(backend))
+        if normalised:
+            yield Variant(f"asgl_cuda {backend}{FUSED_BLOCK}", lambda backend=backend: asgl(backend), fused=True)
+    for backend in fused_backends(device):
+        yield Variant(f"LIF: asgl_cuda {backend}", lambda backend=backend: plain(backend))
+    try:
+        spikingjelly_node()
+    except ImportError:
+        return
+    yield Variant("LIF: SpikingJelly", spikingjelly_node)
+
+
+# ---- a step ----
+
+
+class Training:
+    """A network with its data and optimiser."""
+
+    def __init__(
+        self,
+        network: Network,
+        neuron: MakeNeuron,
+        device: torch.device,
+        fused: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        torch.manual_seed(0)
+        self.model = network.make(neuron).to(device, dtype)
+        if fused:
+            _, report = asgl_cuda.fuse(self.model, inplace=True)
+            if report.left:
+                raise RuntimeError(f"not all of the network is fused:\n{report}")
+        self.device = device
+        self._x_seq = torch.rand(network.input_shape, device=device, dtype=dtype)
+        self._labels = torch.randint(network.classes, network.input_shape[1:2], device=device)
+        self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+
+    def step(self) -> Tensor:
+        """Trains once; returns the loss before."""
+        self._optimizer.zero_grad()
+        for layer in self.model.modules():
+            if hasattr(layer, "store_v_seq"):  # SpikingJelly's state
+                layer.reset()
+        loss = functional.cross_entropy(self.model(self._x_seq).mean(0), self._labels)
+        loss.backward()
+        self._optimizer.step()
+        return loss.detach()
+
+    def seconds(self) -> float:
+        started = time.perf_counter()
+        self.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+def check_losses(network: Network, device: torch.device) -> list[str]:
+    """The names of the variants with fused blocks, each of which trains as the one that is not fused."""
+    steps, _, *sizes = network.input_shape
+    network = network._replace(input_shape=(steps, COMPARED_BATCH, *sizes))
+
+    def losses(variant: Variant) -> Tensor:  # with the same noise: a Training begins with the seed
+        training = Training(network, variant.neuron, device, variant.fused, torch.float64)
+        return torch.stack([training.step() for _ in range(COMPARED_STEPS)])
+
+    found = {variant.name: variant for variant in variants(network, device)}
+    names = [name for name, variant in found.items() if variant.fused]
+    for name in names:
+        ours, theirs = losses(found[name]), losses(found[name.removesuffix(FUSED_BLOCK)])
+        if not torch.allclose(ours, theirs, rtol=LOSS_TOLERANCE, atol=0):
+            raise RuntimeError(f"{name} has losses of {ours.tolist()} where they are {theirs.tolist()} without fusing")
+    return names
+
+
+# ---- where the time goes ----
+
+
+class Ranges:
+    """The profiler's range that is open: one at most, since the networks are chains."""
+
+    def __init__(self) -> None:
+        self._open: Any = None
+
+    def watch(self, layer: nn.Module, name: str) -> None:
+        """Opens a range in forward and in backward, where the range of the layer before it in the network ends it."""
+
+        def after(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            self.end()
+            if output is not inputs[0]:  # else it has nothing to do in backward
+                output.register_hook(lambda grad: self.begin(name))
+
+        layer.register_forward_pre_hook(lambda *_: self.begin(name))
+        layer.register_forward_hook(after)
+
+    def begin(self, name: str) -> None:
+        self.end()
+        self._open = torch.profiler.record_function(name)
+        self._open.__enter__()
+
+    def end(self) -> None:
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+            self._open = None
+
+
+def category(layer: nn.Module) -> str:
+    inner = layer.layer if isinstance(layer, OverTime) else layer
+    if isinstance(inner, (nn.Linear, nn.Conv2d)):
+        return PRODUCTS
+    if isinstance(inner, nn.BatchNorm2d):
+        return NORMALISATION
+    return REST if isinstance(inner, (nn.AvgPool2d, nn.Flatten)) else NEURONS
+
+
+def shares(training: Training) -> dict[str, float]:
+    """The share of each category in the time of a step."""
+    ranges = Ranges()
+    for layer in training.model:
+        ranges.watch(layer, category(layer))
+
+    def step() -> None:
+        training.step()
+        ranges.end()  # the range of the first layer
+
+    step()
+    cuda = training.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if cuda else [])
+    with silence(), torch.profiler.profile(activities=activities) as profile:
+        for _ in range(PROFILED_STEPS):
+            with torch.profiler.record_function("step"):
+                step()
+        if cuda:
+            torch.cuda.synchronize()
+    averages = {event.key: event for event in profile.key_averages()}
+
+    def total(name: str) -> float:
+        event = averages.get(name)
+        return 0.0 if event is None else float(event.device_time_total if cuda else event.cpu_time_total)
+
+    found = {name: total(name) / total("step") for name in CATEGORIES}
+    return {**found, REST: 1 - sum(found.values())}
+
+
+# ---- the whole ----
+
+
+def measure(network: Network, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
+    """Median seconds of a step, their spread, the shares of its parts and the peak of its memory, by variant."""
+    trainings = {each.name: Training(network, each.neuron, device, each.fused) for each in variants(network, device)}
+    for training in trainings.values():
+        for _ in range(2):
+            training.seconds()  # compiles, loads
+    seconds = in_turns({name: training.seconds for name, training in trainings.items()}, repeats)
+    return {
+        name: {
+            "seconds": statistics.median(seconds[name]),
+            "spread": spread(seconds[name]),
+            "peak_bytes": peak_bytes(training.step, device),
+            "shares": shares(training),
+        }
+        for name, training in trainings.items()
+    }
+
+
+def table(name: str, network: Network, found: dict[str, dict[str, Any]]) -> str:
+    """The measurements of a network as a person reads them."""
+    lines = [f"{name}, {list(network.input_shape)}"]
+    head = ("step, ms", "+-", "faster", "neurons", "products", "norm", "rest", "peak, MB")
+    lines.append(text_row("", head, 28, 10))
+    slowest = found["reference"]["seconds"]
+    for variant, each in found.items():
+        cells = [f"{1e3 * each['seconds']:.1f}", f"{100 * each['spread']:.0f} %", f"{slowest / each['seconds']:.1f}"]
+        cells += [f"{100 * share:.0f} %" for share in each["shares"].values()]
+        cells.append(f"{each['peak_bytes'] / 1e6:.0f}")
+        lines.append(text_row(variant, cells, 28, 10))
+    return "\n".join((*lines, ""))
+
+
+def main() -> int:
+    """Measures all networks and prints a table for each."""
+    parser = parser_of("benchmarks.speed.end_to_end", __doc__, "device", "repeats", "json")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="only these")
+    arguments = parser.parse_args()
+    device = device_of(parser, arguments.device)
+    keep_memory()
+    about = machine_and_peers(device)
+    print(f"{in_words(about)}; medians of {arguments.repeats} training steps")
+    print("faster: than with the reference; shares of the step by the profiler; peak: allocated during a step")
+    print("fused block: the neurons normalise as well, by asgl_cuda.fuse; their share is that of both")
+    print("LIF: without noise and learned width, as SpikingJelly has it\n", flush=True)
+    report: dict[str, Any] = {"machine": about, "networks": {}}
+    for name in arguments.networks:
+        network = NETWORKS[name]
+        for checked in check_losses(network, device):
+            print(f"{checked}: the losses of the first {COMPARED_STEPS} steps are those without fusing")
+        found = measure(network, device, arguments.repeats)
+        print(table(name, network, found), flush=True)
+        report["networks"][name] = {"input_shape": network.input_shape, "variants": found}
+        write_json(arguments.json, report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+// The operators of the leaky integrator as templates over the backend, as in ops.h, which says who checks what.
+#pragma once
+
+#include "ops/neuron.h"
+
+namespace asgl::ops {
+
+// Returns v_seq, and v_last where it is wanted.
+template <class Backend>
+std::vector<Tensor> integrator_forward(const Tensor& x_seq, const OptionalTensor& v_init,
+                                       const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> numbers,
+                                       at::IntArrayRef rules, bool delay, bool wants_v_last) {
+  const Call call(x_seq, v_init, std::nullopt, parameters, numbers, rules);
+  const Backend backend(x_seq);
+  std::vector<Tensor> results = {call.layout().empty_sequence(x_seq.options())};
+  if (wants_v_last) results.push_back(call.layout().empty_state(call.real_options()));
+  if (call.layout().shape().neurons() == 0) return results;
+  with_scalar(x_seq.scalar_type(), [&](auto scalar) {
+    IntegratorParams<decltype(scalar)> params{};
+    call.fill(params);
+    params.delay = delay;
+    params.v_seq = pointer<decltype(scalar)>(results[0]);
+    if (wants_v_last) params.last.v = pointer<Real_t<decltype(scalar)>>(results[1]);
+    backend.cut(params);
+    backend.launch(params);
+  });
+  return results;
+}
+
+// Returns the gradients that are wanted; v_seq is for that of decay and x_seq for that of input_gain. The layout is
+// that of grad_v_seq.
+template <class Backend>
+std::vector<Tensor> integrator_backward(const Tensor& grad_v_seq, const OptionalTensor& grad_v_last,
+                                        const OptionalTensor& v_seq, const OptionalTensor& x_seq,
+                                        const OptionalTensor& v_init, const c10::List<OptionalTensor>& parameters,
+                                        at::ArrayRef<double> numbers, at::IntArrayRef rules, bool delay,
+                                        std::array<bool, 2 + kNumParameters> wanted) {
+  const Call call(grad_v_seq, v_init, std::nullopt, parameters, numbers, rules);
+  const Backend backend(grad_v_seq);
+  const Layout& layout = call.layout();
+  const auto sequence_for = [&](int id, const OptionalTensor& given) -> OptionalTensor {
+    if (!wanted[2 + id]) return std::nullopt;
+    TORCH_CHECK_VALUE(
+        given.has_value() && given->scalar_type() == grad_v_seq.scalar_type() && given->device() == grad_v_seq.device(),
+        "asgl_cuda: a gradient of decay needs v_seq and one of input_gain x_seq, like grad_v_seq");
+    return layout.match_sequence(*given);
+  };
+  const OptionalTensor potentials = sequence_for(kDecay, v_seq), inputs = sequence_for(kInputGain, x_seq);
+  OptionalTensor grad_last;
+  if (grad_v_last.has_value()) grad_last = layout.match_state(grad_v_last->to(real_type(grad_v_seq)));
+  std::vector<Tensor> results;
+  if (wanted[0]) results.push_back(layout.empty_sequence(grad_v_seq.options()));
+  if (wanted[1]) results.push_back(layout.empty_state(call.real_options()));
+  const ParameterGradients gradients(call, wanted);
+  if (layout.shape().neurons() > 0) {
+    with_scalar(grad_v_seq.scalar_type(), [&](auto scalar) {
+      using Scalar = decltype(scalar);
+      using Real = Real_t<Scalar>;
+      IntegratorParams<Scalar> params{};
+      call.fill(params);
+      params.x_seq = const_pointer<Scalar>(inputs);
+      params.delay = delay;
+      params.v_seq = const_cast<Scalar*>(const_pointer<Scalar>(potentials));  // backward only reads it
+      params.grad_v_seq = const_pointer<Scalar>(grad_v_seq);
+      params.grad_last.v = const_pointer<Real>(grad_last);
+      if (wanted[0]) params.grad_x_seq = pointer<Scalar>(results.front());
+      if (wanted[1]) params.grad_init.v = pointer<Real>(results.back());
+      gradients.compute(backend, params);
+    });
+  }
+  gradients.append_to(results);
+  return results;
+}
+
+template <class Backend, class Library>
+void implement_integrator(Library& m) {
+  m.impl("integrator_forward", integrator_forward<Backend>);
+  m.impl("integrator_backward", integrator_backward<Backend>);
+}
+
+}  // namespace asgl::ops

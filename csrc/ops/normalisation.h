@@ -1,0 +1,188 @@
+// The operators of batch normalisation as templates over the backend, as in ops.h, which says who checks what.
+#pragma once
+
+#include "ops/neuron.h"
+
+namespace asgl::ops {
+
+static_assert(sizeof(Moments) == 3 * sizeof(double));
+
+// The elements of a tensor that must have this shape, or null where there is none.
+template <class Element>
+class Checked {
+ public:
+  Checked(const OptionalTensor& tensor, at::IntArrayRef shape, const Tensor& x_seq, const char* name) {
+    if (!tensor.has_value()) return;
+    const auto type = c10::CppTypeToScalarType<Element>::value;
+    TORCH_CHECK_VALUE(tensor->sizes() == shape && tensor->scalar_type() == type && tensor->device() == x_seq.device(),
+                      "asgl_cuda: ", name, " must have shape ", shape, " and type ", type, " on ", x_seq.device(),
+                      ", got ", tensor->sizes(), ", ", tensor->scalar_type(), ", ", tensor->device());
+    tensor_ = tensor->contiguous();
+  }
+
+  const Element* data() const { return tensor_.defined() ? tensor_.template const_data_ptr<Element>() : nullptr; }
+
+ private:
+  Tensor tensor_;
+};
+
+inline const Moments* as_moments(const double* numbers) { return reinterpret_cast<const Moments*>(numbers); }
+inline Moments* as_moments(const Tensor& tensor) {
+  return reinterpret_cast<Moments*>(tensor.mutable_data_ptr<double>());
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> batch_norm_coefficients(const Tensor& x_seq, const OptionalTensor& statistics,
+                                                   const OptionalTensor& mean, const OptionalTensor& variance,
+                                                   const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                                                   double input_scale, int64_t time_dim) {
+  const Layout layout(x_seq, time_dim);
+  const ChannelShape shape = channel_shape(layout);
+  TORCH_CHECK_VALUE(mean.has_value() == variance.has_value(), "asgl_cuda: mean and variance come together");
+  const Backend backend(x_seq);
+  at::DimVector sizes = {kNumCoefficients};
+  sizes.append(channel_sizes(layout));
+  const Tensor coefficients = at::empty(sizes, x_seq.options().dtype(real_type(x_seq)));
+  const at::TensorOptions wide = x_seq.options().dtype(at::kDouble);
+  const Tensor total = at::empty({shape.channels, 3}, wide);
+  if (shape.channels == 0) return {coefficients, total};
+  with_scalar(x_seq.scalar_type(), [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    using Real = Real_t<Scalar>;
+    const int64_t processes = statistics.has_value() ? statistics->size(0) : 0;
+    const Checked<double> given(statistics, {processes, shape.channels, 3}, x_seq, "statistics");
+    const Checked<Real> given_mean(mean, {shape.channels}, x_seq, "mean");
+    const Checked<Real> given_variance(variance, {shape.channels}, x_seq, "variance");
+    const Checked<Real> given_weight(weight, {shape.channels}, x_seq, "weight");
+    const Checked<Real> given_bias(bias, {shape.channels}, x_seq, "bias");
+    Tensor found;
+    CoefficientsParams<Real> params{};
+    if (statistics.has_value()) {
+      params.moments = as_moments(given.data());
+      params.slots = processes;
+    } else if (!mean.has_value()) {
+      const bool empty = shape.rows == 0 || shape.inner == 0;
+      MomentsParams<Scalar> own{};
+      own.x_seq = const_pointer<Scalar>(x_seq);
+      own.tiles.shape = shape;
+      if (!empty) backend.cut(own);
+      params.slots = empty ? 1 : own.tiles.slots();
+      found = at::empty({params.slots, shape.channels, 3}, wide);
+      own.moments = as_moments(found);
+      if (empty) {
+        found.zero_();
+      } else {
+        backend.launch(own);
+      }
+      params.moments = own.moments;
+    }
+    params.channels = shape.channels;
+    params.mean = given_mean.data();
+    params.variance = given_variance.data();
+    params.weight = given_weight.data();
+    params.bias = given_bias.data();
+    params.options = {eps, input_scale};
+    params.coefficients = coefficients.mutable_data_ptr<Real>();
+    params.total = as_moments(total);
+    backend.launch(params);
+  });
+  return {coefficients, total};
+}
+
+template <class Backend>
+void batch_norm_update(const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& num_batches_tracked,
+                       const Tensor& coefficients, double momentum) {
+  const int64_t channels = coefficients.size(1);
+  for (const Tensor& running : {running_mean, running_var}) {
+    TORCH_CHECK_VALUE(running.sizes() == at::IntArrayRef(channels) && running.is_contiguous() &&
+                          running.scalar_type() == coefficients.scalar_type() &&
+                          running.device() == coefficients.device(),
+                      "asgl_cuda: running statistics must have shape ", channels, " and be as the coefficients");
+  }
+  TORCH_CHECK_VALUE(!num_batches_tracked.has_value() ||
+                        (num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1 &&
+                         num_batches_tracked->device() == coefficients.device()),
+                    "asgl_cuda: num_batches_tracked must be one int64 on ", coefficients.device());
+  if (channels == 0) return;
+  const Backend backend(coefficients);
+  with_scalar(coefficients.scalar_type(), [&](auto scalar) {
+    using Real = Real_t<decltype(scalar)>;
+    RunningParams<Real> params{};
+    const Tensor dense = coefficients.contiguous();
+    params.coefficients = dense.const_data_ptr<Real>();
+    params.channels = channels;
+    params.momentum = static_cast<Real>(momentum);
+    params.running_mean = running_mean.mutable_data_ptr<Real>();
+    params.running_var = running_var.mutable_data_ptr<Real>();
+    params.num_batches_tracked = num_batches_tracked.has_value()
+                                     ? reinterpret_cast<int64*>(num_batches_tracked->mutable_data_ptr<int64_t>())
+                                     : nullptr;
+    backend.launch(params);
+  });
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const Tensor& x_seq,
+                                               const Tensor& coefficients, const Tensor& statistics,
+                                               const Tensor& grad_gain, const Tensor& grad_bias,
+                                               const Tensor& total_grad_gain, const Tensor& total_grad_bias, double eps,
+                                               double input_scale, int64_t time_dim) {
+  const Layout layout(x_seq, time_dim);
+  const ChannelShape shape = channel_shape(layout);
+  const bool wanted = grad_x_seq.numel() > 0;
+  TORCH_CHECK_VALUE(
+      !wanted || (grad_x_seq.sizes() == x_seq.sizes() && grad_x_seq.permute(layout.order()).is_contiguous() &&
+                  grad_x_seq.scalar_type() == x_seq.scalar_type() && grad_x_seq.device() == x_seq.device()),
+      "asgl_cuda: grad_x_seq must lie in memory as x_seq does");
+  const Backend backend(x_seq);
+  const at::TensorOptions real = x_seq.options().dtype(real_type(x_seq));
+  const Tensor grad_weight = at::empty({shape.channels}, real), grad_shift = at::empty({shape.channels}, real);
+  if (shape.channels == 0) return {grad_weight, grad_shift};
+  with_scalar(x_seq.scalar_type(), [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    using Real = Real_t<Scalar>;
+    const at::DimVector by_channel = channel_sizes(layout);
+    at::DimVector sizes = {kNumCoefficients};
+    sizes.append(by_channel);
+    const Checked<Real> given_coefficients(coefficients, sizes, x_seq, "coefficients");
+    const Checked<double> given_statistics(statistics, {shape.channels, 3}, x_seq, "statistics");
+    const Checked<Real> own_gain(grad_gain, by_channel, x_seq, "grad_gain");
+    const Checked<Real> own_bias(grad_bias, by_channel, x_seq, "grad_bias");
+    const Checked<Real> all_gain(total_grad_gain, by_channel, x_seq, "total_grad_gain");
+    const Checked<Real> all_bias(total_grad_bias, by_channel, x_seq, "total_grad_bias");
+    const Tensor adjoint = at::empty({2, shape.channels}, real);
+    AdjointParams<Real> params{};
+    params.moments = as_moments(given_statistics.data());
+    params.coefficients = given_coefficients.data();
+    params.channels = shape.channels;
+    params.grad_gain = own_gain.data();
+    params.grad_bias = own_bias.data();
+    params.total_grad_gain = all_gain.data();
+    params.total_grad_bias = all_bias.data();
+    params.options = {eps, input_scale};
+    params.grad_weight = grad_weight.mutable_data_ptr<Real>();
+    params.grad_shift = grad_shift.mutable_data_ptr<Real>();
+    params.adjoint = adjoint.mutable_data_ptr<Real>();
+    backend.launch(params);
+    if (!wanted) return;
+    InputGradientParams<Scalar> pass{};
+    pass.x_seq = const_pointer<Scalar>(x_seq);
+    pass.grad_x_seq = pointer<Scalar>(grad_x_seq);
+    pass.tiles.shape = shape;
+    backend.cut(pass);
+    pass.mean = params.coefficients + kCoefficientMean * shape.channels;
+    pass.adjoint = params.adjoint;
+    backend.launch(pass);
+  });
+  return {grad_weight, grad_shift};
+}
+
+// The schemas are in asgl_cuda/ops.py.
+template <class Backend, class Library>
+void implement_batch_norm(Library& m) {
+  m.impl("batch_norm_coefficients", batch_norm_coefficients<Backend>);
+  m.impl("batch_norm_update", batch_norm_update<Backend>);
+  m.impl("batch_norm_backward", batch_norm_backward<Backend>);
+}
+
+}  // namespace asgl::ops

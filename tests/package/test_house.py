@@ -1,0 +1,75 @@
+"""Dependencies run one way, in Python and in C++, and a module has one import name."""
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Each may import those before it.
+LAYERS = ("asgl_cuda", "benchmarks", "tools", "tests")
+# Folders of csrc, and the folders whose headers each may include; "." is csrc itself.
+HEADERS = {
+    "math": {"math"},
+    "params": {"math", "params"},
+    ".": {"params"},
+    "cpu": {"cpu", "math", "params", "."},
+    "cuda": {"cuda", "math", "params", "."},
+    "ops": {"ops", "math", "params", ".", "cpu"},  # of cpu only the name of the instruction set
+}
+
+
+def files(folder: str, pattern: str = "*.py") -> list[Path]:
+    return sorted((ROOT / folder).rglob(pattern))
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The absolute names that a module imports, wherever in it; of `from a import b` it is `a.b`."""
+    package = name_of(path).split(".")
+    if path.name != "__init__.py":
+        package.pop()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *([node.module] if node.module else [])]
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers(layer):
+    later = LAYERS[LAYERS.index(layer) + 1 :]
+    back = [f"{path}: {name}" for path in files(layer) for name in imports(path) if name.split(".")[0] in later]
+    assert not back
+
+
+def test_tests_are_no_package():
+    """Their modules are imported by their own names: a second name would be a second module."""
+    assert not [path for path in files("tests") for name in imports(path) if name.split(".")[0] == "tests"]
+    assert not files("tests", "__init__.py")
+
+
+@pytest.mark.parametrize("package", LAYERS[:-1])
+def test_no_circle(package):
+    modules = {name_of(path): path for path in files(package)}
+    graph = {}
+    for name, path in modules.items():
+        found = (each if each in modules else each.rpartition(".")[0] for each in imports(path))
+        graph[name] = {each for each in found if each in modules and each != name}
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("path", files("csrc", "*.*"), ids=lambda path: path.name)
+def test_headers(path):
+    assert path.suffix in (".h", ".cuh", ".cpp", ".cu"), "pages are in tools and docs"
+    folder = path.relative_to(ROOT / "csrc").parts[0] if path.parent.name != "csrc" else "."
+    included = re.findall(r'#include "(?:(\w+)/)?[\w.]+"', path.read_text())
+    assert {name or "." for name in included} <= HEADERS[folder]

@@ -1,0 +1,268 @@
+"""The translator of PTX and the machine that runs it, on small kernels written here: mistakes in them are found."""
+
+from ctypes import Structure, c_uint64
+
+import numpy as np
+import pytest
+import torch
+
+from tools.ptx import backend as ptx
+from tools.ptx.to_cpp import UnknownPTXError, kernels, to_cpp
+
+pytestmark = [pytest.mark.ptx, pytest.mark.skipif(ptx.missing() is not None, reason=str(ptx.missing()))]
+
+WORDS = 4  # of the parameters
+
+
+class Params(Structure):
+    """Of a kernel of a test."""
+
+    _fields_ = (("words", c_uint64 * WORDS),)
+
+
+def module(body: str, shared: str = "", most_threads: int = 1024) -> str:
+    """The PTX of a kernel whose %rd10 to %rd13 are its parameters, %r10 and %r11 its thread and block."""
+    load = "\n".join(f"ld.param.b64 %rd{10 + i}, [kernel_param_0+{8 * i}];" for i in range(WORDS))
+    return f"""\
+.version 8.0
+.target sm_80
+.address_size 64
+{shared}
+.visible .entry kernel(
+	.param .align 8 .b8 kernel_param_0[{8 * WORDS}]
+)
+.maxntid {most_threads}, 1, 1
+{{
+.reg .pred %p<16>;
+.reg .b16 %rs<16>;
+.reg .b32 %r<16>;
+.reg .b64 %rd<16>;
+{load}
+mov.u32 %r10, %tid.x;
+mov.u32 %r11, %ctaid.x;
+{body}
+ret;
+}}
+"""
+
+
+def translated(text: str) -> ptx._Kernel:
+    return ptx._Kernel(ptx.compiled(lambda: to_cpp(kernels(text)["kernel"]), "kernel", text))
+
+
+def place(text: str, statement: str) -> str:
+    """As errors name it."""
+    return f"line {text[: text.index(statement)].count(chr(10)) + 1}: {statement.rstrip(';')}"
+
+
+@pytest.fixture(scope="module")
+def machine() -> ptx.Machine:
+    return ptx.Machine()
+
+
+def run(machine, kernel, threads, *words, buffers=(), blocks=1):
+    """What went wrong; each word is a number or an array, which is a buffer."""
+    arrays = [word for word in words if isinstance(word, np.ndarray)]
+    ranges = {(array.ctypes.data, array.ctypes.data + array.nbytes) for array in arrays} | set(buffers)
+    numbers = [word.ctypes.data if isinstance(word, np.ndarray) else word for word in words]
+    return machine.run(kernel, blocks, threads, Params((c_uint64 * WORDS)(*numbers)), ranges)
+
+
+# ---- warps, blocks and memory ----
+
+# Shuffles, their operands and the lane that each lane takes from; none where that lies in another segment.
+SHUFFLES = [
+    ("down", "4, 31", lambda lane: lane + 4 if lane + 4 < 32 else None),
+    ("down", f"2, {(32 - 8) << 8 | 31}", lambda lane: lane + 2 if lane % 8 + 2 < 8 else None),
+    ("down", "1, 15", lambda lane: lane + 1 if lane + 1 < 16 else None),
+    ("down", "35, 31", lambda lane: lane + 3 if lane + 3 < 32 else None),
+    ("idx", "5, 31", lambda lane: 5),
+    ("idx", f"5, {(32 - 4) << 8 | 31}", lambda lane: lane // 4 * 4 + 1),
+    ("idx", "20, 15", lambda lane: None),
+]
+
+
+def test_shuffles(machine):
+    body = ["add.u32 %r1, %r10, 1000;", "mul.wide.u32 %rd1, %r10, 8;", "add.s64 %rd1, %rd10, %rd1;"]
+    for i, (mode, how, _) in enumerate(SHUFFLES):
+        body += [f"shfl.sync.{mode}.b32 %r3|%p1, %r1, {how}, -1;", "selp.b32 %r4, 1, 0, %p1;"]
+        body += [f"shfl.sync.{mode}.b32 %r3, %r1, {how}, -1;", f"st.global.v2.b32 [%rd1+{512 * i}], {{%r3, %r4}};"]
+    found = np.zeros((len(SHUFFLES), 64, 2), np.int32)
+    assert run(machine, translated(module("\n".join(body))), 64, found) is None
+    for (_, _, source), row in zip(SHUFFLES, found.tolist(), strict=True):
+        for thread, each in enumerate(row):
+            lane = source(thread % 32)
+            assert each == [1000 + (thread if lane is None else thread // 32 * 32 + lane), lane is not None]
+
+
+def test_shared_memory_and_barrier(machine):
+    """Each block has its own, and finds in it what nobody wrote."""
+    shared = ".shared .align 4 .b8 first[4];\n.shared .align 16 .b8 second[512];"
+    text = module(
+        """
+.shared .align 16 .b8 third[16];
+mov.u32 %r1, second;
+shl.b32 %r2, %r10, 2;
+add.s32 %r3, %r1, %r2;
+mad.lo.u32 %r4, %r11, 128, %r10;
+st.shared.b32 [%r3], %r4;
+bar.sync 0;
+sub.s32 %r3, %r1, %r2;
+ld.shared.b32 %r5, [%r3+508];
+ld.shared.b32 %r6, [first];
+ld.shared.v4.b32 {%r6, %r7, %r8, %r9}, [third];
+mul.wide.u32 %rd1, %r4, 8;
+add.s64 %rd1, %rd10, %rd1;
+st.global.v2.b32 [%rd1], {%r5, %r9};
+""",
+        shared,
+    )
+    found = np.zeros((3, 128, 2), np.uint32)
+    assert run(machine, translated(text), 128, found, blocks=3) is None
+    assert found[:, :, 0].tolist() == [[128 * block + 127 - thread for thread in range(128)] for block in range(3)]
+    assert np.isnan(found[:, :, 1].view(np.float32)).all()
+
+
+# ---- mistakes ----
+
+# Each is made by one thread, in a kernel that has them all. %rd10 is a buffer, %rd11 the end of the one before a gap.
+FAULTS = {
+    "ld.global.b32 %r1, [%rd10+96];": "in none of the buffers",
+    "ld.global.b32 %r1, [%rd10+-4];": "in none of the buffers",
+    "st.global.b32 [%rd11+4], %r10;": "in none of the buffers",
+    "st.global.v4.b32 [%rd11+-8], {%r10, %r10, %r10, %r10};": "in none of the buffers",
+    "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd10+8];": "is misaligned",
+    "ld.global.b64 %rd1, [%rd10+4];": "is misaligned",
+    "st.global.v2.b16 [%rd10+2], {%rs1, %rs1};": "is misaligned",
+    "ld.shared.b32 %r1, [memory+16];": "is out of shared memory",
+    "st.shared.b64 [memory+16], %rd10;": "is out of shared memory",
+    "ld.shared.b32 %r1, [0];": "is out of shared memory",
+    "ld.global.b32 %r1, [0];": "in none of the buffers",
+    "st.param.b32 [kernel_param_0], %r10;": "is out of the parameters",
+    "ld.param.b32 %r1, [kernel_param_0+32];": "is out of the parameters",
+    "st.global.b32 [%rd12], %r10;": "in none of the buffers",
+    "st.b32 [%rd12+4], %r10;": "in none of the buffers",
+    "ld.global.b32 %r2, [%rd12];": "in none of the buffers",
+    "ld.global.b8 %rs1, [%rd7];": "in none of the buffers",
+    "@%p7 ld.global.b32 %r1, [%rd10];": "reads a predicate that nobody wrote",
+    "selp.b32 %r1, 1, 0, %p7;": "reads a predicate that nobody wrote",
+    "@!%p7 bra DONE;": "reads a predicate that nobody wrote",
+    "and.pred %p1, %p1, %p7;": "reads a predicate that nobody wrote",
+}
+
+
+@pytest.fixture(scope="module")
+def faulty():
+    body = ["mov.u64 %rd12, kernel_param_0;", "setp.ne.u32 %p1, %r10, 3;", "setp.ne.u32 %p2, %r11, 1;"]
+    body += ["cvt.u32.u64 %r12, %rd13;", "or.pred %p1, %p1, %p2;", "@%p1 bra DONE;"]
+    for i, fault in enumerate(FAULTS):
+        body += [f"setp.ne.u32 %p3, %r12, {i};", f"@%p3 bra NEXT{i};", fault, "bra.uni DONE;", f"NEXT{i}:"]
+    text = module("\n".join([*body, "DONE:"]), ".shared .align 16 .b8 memory[16];")
+    return text, translated(text)
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS) + 1), ids=[*FAULTS, "none"])
+def test_fault(machine, faulty, number):
+    text, kernel = faulty
+    memory = np.zeros(24, np.uint64)
+    begin = memory.ctypes.data + -memory.ctypes.data % 16
+    buffers = {(begin, begin + 72), (begin + 80, begin + 176)}
+    problem = run(machine, kernel, 5, begin + 80, begin + 72, 0, number, buffers=buffers, blocks=2)
+    if number == len(FAULTS):
+        assert problem is None
+    else:
+        fault, expected = list(FAULTS.items())[number]
+        assert problem.startswith(f"thread (3,0,0) of block (1,0,0): {place(text, fault)} ")
+        assert expected in problem
+
+
+def test_launch_that_does_not_fit(machine):
+    kernel = translated(module("", most_threads=64))
+    assert run(machine, kernel, 64) is None
+    assert run(machine, kernel, 65) == "a block has at most 64 threads, got 65"
+    assert machine.run(kernel, 1, 1, c_uint64(0), set()) == "its parameters take 32 bytes, got 8"
+
+
+def test_registers_of_a_scope(machine):
+    """They hide others of their name."""
+    body = """
+mov.u32 %r1, 5;
+{ .reg .pred p; .reg .b32 %r1; .reg .b16 low; .reg .b16 high;
+mov.u32 %r1, 7; setp.eq.u32 p, %r1, 7; mov.b32 {low, high}, %r1; cvt.u32.u16 %r2, low; selp.b32 %r3, 1, 0, p; }
+@%p1 bra $L__1;
+st.global.v4.b32 [%rd10], {%r1, %r2, %r3, %r10};
+$L__1:"""
+    found = np.zeros(4, np.uint32)
+    text = module(body.replace("@%p1", "setp.ne.u32 %p1, %r10, 0; @%p1"))
+    assert run(machine, translated(text), 2, found) is None
+    assert found.tolist() == [5, 7, 1, 0]
+
+
+def test_registers_that_nobody_wrote_are_nan(machine):
+    body = "st.global.b64 [%rd10], %rd1; st.global.b32 [%rd10+8], %r1; st.global.b16 [%rd10+12], %rs1;"
+    found = np.zeros(2, np.uint64)
+    assert run(machine, translated(module(body)), 1, found) is None
+    assert np.isnan(found.view(np.float64)[0])
+    assert np.isnan(found.view(np.float32)[2])
+    assert np.isnan(found.view(np.float16)[6])
+    assert torch.from_numpy(found.view(np.int16)).view(torch.bfloat16)[6].isnan()
+
+
+SHUFFLE = "shfl.sync.down.b32 %r1, %r10, 1, 31, -1;"
+OTHERS = {
+    "bar.sync 0;": "16 wait at __syncthreads",
+    "shfl.sync.idx.b32 %r1, %r10, 0, 31, -1;": "has diverged",
+    "shfl.sync.down.b32 %r2, %r10, 1, 31, 65535;": "thread (16,0,0) of block (0,0,0), lane 16, is not in the mask",
+    "ret;": "lane 16, which has exited",
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_threads_that_part(machine, other):
+    """Half of a warp goes one way, and the other comes to something else."""
+    text = module(f"setp.lt.u32 %p1, %r10, 16;\n@%p1 bra DOWN;\n{other}\nret;\nDOWN:\n{SHUFFLE}")
+    problem = run(machine, translated(text), 32)
+    assert OTHERS[other] in problem
+    assert place(text, SHUFFLE if other == "ret;" else other) in problem
+
+
+UNKNOWN = [
+    "add.rz.f32 %r1, %r2, %r3;", "add.rn.ftz.f32 %r1, %r2, %r3;", "lop3.b32 %r1, %r2, %r3, %r4, 0x80;", "trap;",
+    "call.uni (%r1), function, (%r2);", "call function;", ".local .align 8 .b8 depot[8];", "ld.local.b32 %r1, [%rd1];",
+    "ld.volatile.global.b32 %r1, [%rd1];", "ld.global.v8.b32 {%r1, %r2}, [%rd1];", "ld.global.v4.b32 {%r1}, [%rd1];",
+    "ld.global.nc.b32 %r1, [%rd1];", "st.global.b128 [%rd1], %rd2;", "atom.global.add.u32 %r1, [%rd1], 1;",
+    ".directive 1;", "mov.u32 %r1, %laneid;", "mov.u32 %r1, %tid.y;", "mov.u32 %r1, %unknown2;", "bar.sync 1;",
+    "bar.warp.sync -1;", "shfl.sync.bfly.b32 %r1, %r2, 1, 31, -1;", "cvt.rmi.s32.f32 %r1, %r2;", "div.full.f32 %r1, "
+    "%r2, %r3;", "setp.lt.ftz.f32 %p1, %r1, %r2;", "setp.eq.s32 %p1|%p2, %r1, %r2;", "bra.conv L;",
+    "mov.b64 %rd1, 18446744073709551616;", "mov.b64 %rd1, -9223372036854775809;", ".reg .b128 %rq<2>;",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("statement", UNKNOWN)
+def test_what_is_not_known_is_an_error(statement):
+    text = module(f"mov.u32 %r1, 0;\n{statement}")
+    with pytest.raises(UnknownPTXError) as error:
+        to_cpp(kernels(text)["kernel"])
+    assert str(error.value).startswith(f"kernel: {place(text, statement)}: ")
+
+
+@pytest.mark.parametrize("text", ["", ".visible .entry two(.param .b32 a, .param .b32 b) { ret; }"])
+def test_other_modules_are_errors(text):
+    with pytest.raises(UnknownPTXError, match="kernels of one parameter"):
+        kernels(text)
+    with pytest.raises(UnknownPTXError, match="no other functions"):
+        kernels(f".func helper() {{ ret; }}\n{module('')}")
+
+
+# The compiler of C++ finds these, and shows them.
+@pytest.mark.parametrize(
+    "statement",
+    ["add.f32 %r1, %r2, %r3;", "mul.hi.s64 %rd1, %rd2, %rd3;", "mov.b16 %rs1, 65536;",
+     "add.s32 %r1, %p1, %r2;"],
+)  # fmt: skip
+def test_what_does_not_fit_is_an_error(statement):
+    text = module(statement)
+    with pytest.raises(RuntimeError) as error:
+        translated(text)
+    assert str(error.value).startswith("kernel: ")
+    assert place(text, statement) in str(error.value)

@@ -1,0 +1,194 @@
+"""Mistakes that only a compiler for GPUs sees: in code under __CUDA_ARCH__, in its options, in layouts as it sees them.
+
+The emulation runs none of that code. On the PTX every one of them shows, by other bits or by an error.
+"""
+
+import re
+import shutil
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import asgl_cuda
+from asgl_cuda import backends
+from asgl_cuda.backends import cupy as jit
+from tools.emulation import emulated
+from tools.ptx import backend as ptx
+from tools.ptx.to_cpp import UnknownPTXError
+
+pytestmark = [pytest.mark.ptx, pytest.mark.skipif(ptx.missing() is not None, reason=str(ptx.missing()))]
+
+
+def forward(backend: str, dtype: torch.dtype, **options) -> list[torch.Tensor]:
+    """The smooth values of a few neurons: they show every rounding. One input is NaN."""
+    x_seq = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x_seq[2, 5] = torch.nan
+    return [asgl_cuda.lif(x_seq, **{"analog_prob": 1.0, **options}, backend=backend)]
+
+
+def backward(backend: str) -> list[torch.Tensor]:
+    """With noise, of more than four steps: its key is then held back from the optimiser."""
+    x_seq = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    s_seq = asgl_cuda.lif(x_seq, width=2.0, **NOISE, backend=backend)
+    (s_seq * torch.arange(1.0, 6.0)[:, None]).sum().backward()
+    return [s_seq.detach(), x_seq.grad]
+
+
+NOISE = {"analog_prob": 0.5, "rng_state": torch.tensor([1234567890123, 42])}
+CALLS = {
+    "float": partial(forward, dtype=torch.float32),
+    "half": partial(forward, dtype=torch.float16),
+    "bfloat": partial(forward, dtype=torch.bfloat16),
+    "noisy": partial(forward, dtype=torch.float32, **NOISE),
+    "fast sigmoid": partial(forward, dtype=torch.float32, surrogate="fast_sigmoid"),
+    "backward": backward,
+}
+
+
+class Mutant(NamedTuple):
+    """A call, and the mistake that it shows: in a file of csrc `old` is replaced by `new`.
+
+    The numbers differ, or there is none and `error` is a part of what is said.
+    """
+
+    call: str
+    file: str
+    old: str
+    new: str
+    error: str = ""
+
+
+PACK = '"=r"(word) : "f"(second), "f"(first)'
+SWAPPED = '"=r"(word) : "f"(first), "f"(second)'
+STORE = '"st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to)'
+FORGET = 'asm volatile("" : "+r"(key_.seed_low), "+r"(key_.seed_high));'
+NOWHERE = "is in none of the buffers"
+access = partial(Mutant, file="cuda/access.cuh")
+halves = partial(Mutant, file="math/half_types.h")
+surrogates = partial(Mutant, file="math/surrogates.h")
+philox = partial(Mutant, file="math/philox.h")
+params = partial(Mutant, file="params/neuron.h")
+MUTANTS = {
+    "float16 packed in the wrong order": halves(
+        "half", old=f'"cvt.rn.f16x2.f32 %0, %1, %2;" : {PACK}', new=f'"cvt.rn.f16x2.f32 %0, %1, %2;" : {SWAPPED}'
+    ),
+    "bfloat16 packed in the wrong order": halves(
+        "bfloat", old=f'"cvt.rn.bf16x2.f32 %0, %1, %2;" : {PACK}', new=f'"cvt.rn.bf16x2.f32 %0, %1, %2;" : {SWAPPED}'
+    ),
+    "bfloat16 packed as float16": halves("bfloat", old="cvt.rn.bf16x2.f32", new="cvt.rn.f16x2.f32"),
+    "float16 packed towards zero": halves(
+        "half", old="cvt.rn.f16x2.f32", new="cvt.rz.f16x2.f32", error="cvt.rz.f16x2.f32"
+    ),
+    "float16 read as an integer": halves("half", old="cvt.f32.f16", new="cvt.rn.f32.u16"),
+    "float16 read as bfloat16": halves("half", old="cvt.f32.f16 %0, %1", new="mov.b32 %0, {0, %1}"),
+    "max of a clamp without NaN": surrogates("float", old="max.NaN.f32", new="max.f32", error="max.f32"),
+    "min of a clamp without NaN": surrogates("float", old="min.NaN.f32", new="min.f32", error="min.f32"),
+    "a clamp that makes NaN 0": surrogates(
+        "float", old="max.NaN.f32 %0, %1, 0f00000000;",
+        new="{.reg .pred p; setp.gt.f32 p, %1, 0f00000000; selp.f32 %0, %1, 0f00000000, p;}",
+    ),
+    "clamp to another end": surrogates("float", old="%1, 0f3F800000", new="%1, 0f40000000"),
+    "order of a vector store": access("float", old="{%1, %2, %3, %4}", new="{%1, %2, %4, %3}"),
+    "half of a vector store": access("float", old="v4.f32 [%0], {%1, %2, %3, %4}", new="v2.f32 [%0], {%1, %2}"),
+    "vector store beside its place": access("float", old=STORE, new=STORE.replace("(to)", "(to + 4)"), error=NOWHERE),
+    "misaligned vector store": access("float", old="v4.f32 [%0],", new="v4.f32 [%0+4],", error="is misaligned"),
+    "vector store to shared memory": access(
+        "float", old="st.global.v4.f32", new="st.shared.v4.f32", error="is out of shared memory"
+    ),
+    "advance by four neurons more": access(
+        "float", old='volatile("" : "+l"(element', new='volatile("add.s64 %0, %0, 4;" : "+l"(element', error=NOWHERE
+    ),
+    "Philox words of 16 bits": philox("noisy", old="using PhiloxWord = uint32;", new="using PhiloxWord = uint16;"),
+    "words of the key swapped": Mutant(
+        "backward", "cuda/noise.cuh", FORGET,
+        FORGET.replace('""', '"{.reg .b32 t; mov.b32 t, %0; mov.b32 %0, %1; mov.b32 %1, t;}"', 1),
+    ),
+    "reciprocal of nothing": surrogates(
+        "fast sigmoid", old="rcp.approx.ftz.f32 %0, %1", new="rcp.approx.ftz.f32 %0, %0"
+    ),
+    "reciprocal of another": surrogates("fast sigmoid", old='"=f"(result) : "f"(x)', new='"=f"(result) : "f"(1 + x)'),
+    "outputs in another order": params(
+        "float", old="  Scalar* s_seq;             // [outer, T, inner]\n  State<Real*> last;         // [N]\n",
+        new="  State<Real*> last;\n  Scalar* s_seq;\n", error=NOWHERE,
+    ),
+    "options in another order": Mutant(
+        "float", "math/neuron.h", "  Real v_rest;\n  Real surrogate_gain;", "  Real surrogate_gain;\n  Real v_rest;"
+    ),
+    "a field too many": params(
+        "float", old="  Scalar* s_seq;", new="  int64 more;\n  Scalar* s_seq;", error="its parameters take"
+    ),
+    "blocks of fewer threads": access(
+        "float", old="kBlockThreads = 128", new="kBlockThreads = 64", error="a block has at most 64 threads, got 128"
+    ),
+}  # fmt: skip
+# Without .rn a multiplication and an addition may become one.
+OPTIONS = {"--fmad=true": "mul.f32", "--ftz=true": ".ftz.f32"}
+
+
+def outcome(call: Callable[..., list[torch.Tensor]], backend: str) -> list[torch.Tensor] | str:
+    """The bits that a call gives, NaN as one number; or what went wrong."""
+    try:
+        return [torch.where(each.isnan(), 7.0, each) for each in call(backend)]
+    except (RuntimeError, UnknownPTXError) as error:
+        return str(error)
+
+
+@pytest.fixture
+def on_ptx(monkeypatch) -> Callable[..., list[torch.Tensor] | str]:
+    """What a call gives on the PTX of csrc as it is now, compiled with these options."""
+
+    def run(call: str, *options: str) -> list[torch.Tensor] | str:
+        operators = SimpleNamespace(**ptx.Launcher(ptx.Machine(), options=options).operators())
+        monkeypatch.setitem(backends.BACKENDS, "mutant", backends.Backend(("cpu",), operators, lambda: None))
+        return outcome(CALLS[call], "mutant")
+
+    return run
+
+
+@pytest.fixture(params=CALLS)
+def call(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def is_equal(call: str, found: list[torch.Tensor] | str) -> bool:
+    """Whether the emulation, which has no such mistake, gives the same."""
+    expected = outcome(CALLS[call], "replayed")
+    assert not isinstance(expected, str), expected
+    return not isinstance(found, str) and all(map(torch.equal, found, expected))
+
+
+def assert_is(error: str, found: list[torch.Tensor] | str) -> None:
+    assert (isinstance(found, str) and error in found) if error else not isinstance(found, str), found
+
+
+@pytest.mark.usefixtures("emulation")
+def test_without_a_mistake_all_is_equal(on_ptx, call):
+    found = on_ptx(call)
+    assert is_equal(call, found), found
+
+
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_found(on_ptx, monkeypatch, tmp_path, name):
+    mutant = MUTANTS[name]
+    csrc = shutil.copytree(emulated.ROOT / "csrc", tmp_path / "csrc")
+    source = csrc / mutant.file
+    text = source.read_text()
+    assert text.count(mutant.old) == 1, f"{mutant.file} has changed: it has {text.count(mutant.old)} times {mutant.old}"
+    source.write_text(text.replace(mutant.old, mutant.new))
+    monkeypatch.setattr(jit, "source_directory", lambda: csrc)
+    found = on_ptx(mutant.call)
+    assert not is_equal(mutant.call, found)
+    assert_is(mutant.error, found)
+
+
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("option", OPTIONS)
+def test_wrong_option_is_found(on_ptx, option):
+    found = on_ptx("float", option)
+    assert not is_equal("float", found)
+    assert re.search(rf"line \d+: .*{re.escape(OPTIONS[option])} .*: an instruction that is not known", found)

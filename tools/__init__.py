@@ -1,0 +1,1 @@
+"""The tools of maintainers; README.md lists them."""

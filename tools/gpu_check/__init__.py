@@ -1,0 +1,1 @@
+"""Builds, tests and times the CUDA kernels on a machine with a GPU."""

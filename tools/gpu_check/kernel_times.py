@@ -1,0 +1,232 @@
+"""The time of every kernel of the judged calls, by torch's profiler, and the counters of Nsight Compute for each.
+
+The calls are those by which the kernels' speed is judged: the neuron and the block, forward and backward, in every
+backend of the device. For each kernel: how often a call starts it, its median microseconds, the bytes that it must move
+a second, as a share of what a copy moves in the same run, and the microseconds that ROOFLINE.md predicts for
+this card. On a CPU operators stand in for kernels, and small sizes for large ones.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import ROOT
+from benchmarks.common import device_of, in_time, parser_of, write_json
+from benchmarks.speed.clocks import Row, Sample, silence
+from benchmarks.speed.microbench import rows_of
+from benchmarks.speed.rates import Rates, measured_rates
+from benchmarks.speed.sizes import Block, Size, samples, sweep
+
+from ..kernels.cuda_code import Kernel
+from ..roofline.prediction import name_of
+from .card import Work, roofline
+
+ROUNDS = 10
+STAND_INS = {
+    "asgl_cuda::lif_forward": "forward",
+    "asgl_cuda::lif_backward": "backward",
+    "asgl_cuda::batch_norm_coefficients": "moments",
+    "asgl_cuda::batch_norm_backward": "input gradient",
+}
+# The metrics that Nsight Compute is asked for, with the name and the scale under which the value is kept.
+METRICS = {
+    "gpu__time_duration.sum": ("microseconds", 1e-3),
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": ("dram_percent", 1.0),
+    "dram__bytes_read.sum": ("bytes_read", 1.0),
+    "dram__bytes_write.sum": ("bytes_written", 1.0),
+    "sm__inst_issued.avg.pct_of_peak_sustained_active": ("issue_percent", 1.0),
+    "sm__warps_active.avg.pct_of_peak_sustained_active": ("occupancy_percent", 1.0),
+    "smsp__inst_executed.sum": ("warp_instructions", 1.0),
+}
+
+
+def fused_rows(size: Size | Block, device: torch.device) -> Iterator[Row]:
+    """The fused rows of every backend of the device."""
+    return (row for row in rows_of(size, device) if row.name.startswith("asgl_cuda "))
+
+
+def call(row: Row, sample: Sample) -> None:
+    row.backward(sample, row.forward(sample))
+
+
+def launches(work: Callable[[], object], device: torch.device) -> dict[str, list[float]]:
+    """Microseconds of all kernels that a function launches, by name, in the order in which each first ran."""
+    cuda = device.type == "cuda"
+    with silence(), profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+    wanted = DeviceType.CUDA if cuda else DeviceType.CPU
+    found: dict[str, list[float]] = {}
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        of_device = event.device_type() == wanted and not event.is_user_annotation()
+        if of_device and (cuda or event.name() in STAND_INS):
+            found.setdefault(event.name(), []).append(event.duration_ns() / 1e3)
+    if not found:
+        raise RuntimeError(f"torch's profiler saw nothing run on {device}")
+    return found
+
+
+def kind_of(name: str) -> tuple[str, str]:
+    """The kernel's name in tools/roofline/ROOFLINE.md, if it has one, and as a person reads it."""
+    kernel = Kernel.of_symbol(name)
+    return STAND_INS.get(name, name_of(kernel)), str(kernel)
+
+
+def measure(size: Size | Block, device: torch.device, rates: Rates, works: dict[Any, Work]) -> list[dict[str, Any]]:
+    """One entry for each backend."""
+    torch.manual_seed(0)
+    inputs = samples(size, device)
+    found = []
+    for row in fused_rows(size, device):
+        for sample in inputs[:2]:
+            call(row, sample)
+        rounds = max(ROUNDS, len(inputs))
+        seen = launches(lambda row=row, n=rounds: [call(row, inputs[i % len(inputs)]) for i in range(n)], device)
+        kernels = [entry(name, times, rounds, size, rates, works) for name, times in seen.items()]
+        found.append({"case": str(size), **size.description(), "row": row.name, "kernels": kernels})
+    return found
+
+
+def entry(
+    name: str, times: list[float], rounds: int, size: Size | Block, rates: Rates, works: dict[Any, Work]
+) -> dict[str, Any]:
+    """The measurements of one kernel; one that moves no tensor of the layer's size has no bytes and no prediction."""
+    kind, readable = kind_of(name)
+    microseconds = statistics.median(times)
+    found: dict[str, Any] = {"kernel": readable, "count": len(times) / rounds, "microseconds": microseconds}
+    work = works.get((kind, size.dtype, size.steps)) or works.get((kind, size.dtype, 0))
+    if work is not None:
+        moved = work.bytes * size.elements
+        a_second = moved / microseconds * 1e6
+        found |= {"bytes": round(moved), "gb_a_second": a_second / 1e9, "share_of_copy": a_second / rates.bandwidth}
+        found["predicted_microseconds"] = 1e6 * work.seconds(rates) * size.elements
+    return found
+
+
+def table(measured: dict[str, Any]) -> str:
+    """One call as a person reads it."""
+    lines = [f"{measured['case']}: {measured['row']}"]
+    lines.append(f"  {'':<64}{'count':>6}{'µs':>10}{'predicted':>11}{'GB/s':>8}{'of copy':>9}")
+    for kernel in measured["kernels"]:
+        known = "share_of_copy" in kernel
+        cells = (
+            f"{kernel['predicted_microseconds']:.1f}" if known else "",
+            f"{kernel['gb_a_second']:.0f}" if known else "",
+            f"{kernel['share_of_copy']:.0%}" if known else "",
+        )
+        lines.append(
+            f"  {kernel['kernel'][:64]:<64}{kernel['count']:>6g}{kernel['microseconds']:>10.1f}"
+            f"{cells[0]:>11}{cells[1]:>8}{cells[2]:>9}"
+        )
+    return "\n".join(lines)
+
+
+# ---- Nsight Compute ----
+
+
+def profiled_once(device: torch.device) -> None:
+    """Makes each call once between the marks that Nsight Compute waits for, warmed up before."""
+    for size in sweep("judged", device):
+        sample = samples(size, device)[0]
+        for row in fused_rows(size, device):
+            call(row, sample)
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+            call(row, sample)
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+            print(f"profiled {size}: {row.name}", flush=True)
+
+
+def ncu_command(ncu: str, log: Path) -> list[str]:
+    """The command that counts; clocks stay as they are, since other people may work on the same card."""
+    return [
+        ncu, "--csv", "--log-file", str(log), "--print-units", "base", "--metrics", ",".join(METRICS),
+        "--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all",
+        "--kernel-name", "regex:^(lif|gradient_sum|batch)_",
+        sys.executable, "-m", "tools.gpu_check.kernel_times", "--once",
+    ]  # fmt: skip
+
+
+def counters(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """Reads the output of Nsight Compute: a line for each metric of each launch, after some of its own."""
+    rows = csv.DictReader(line for line in lines if line.startswith('"'))
+    found: dict[str, dict[str, Any]] = defaultdict(dict)
+    for row in rows:
+        if row["Metric Name"] not in METRICS:
+            continue
+        name, scale = METRICS[row["Metric Name"]]
+        # It writes (bool)1 for true and (int)4 for 4.
+        symbol = row["Kernel Name"].replace("(bool)1", "true").replace("(bool)0", "false")
+        found[row["ID"]]["kernel"] = str(Kernel.of_symbol(re.sub(r"\((?:unsigned )?(?:int|long)\)", "", symbol)))
+        value = row["Metric Value"].replace(",", "")
+        found[row["ID"]][name] = scale * float(value) if re.fullmatch(r"[\d.]+(e[+-]?\d+)?", value) else None
+    return list(found.values())
+
+
+def counted_by(ncu: str) -> list[dict[str, Any]]:
+    """The counters of every launch, in order; those that were written before a failure count."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "ncu.csv"
+        try:
+            status = subprocess.run(ncu_command(ncu, log), cwd=ROOT, check=False).returncode
+        except KeyboardInterrupt:
+            status = None
+        text = log.read_text(errors="replace").splitlines() if log.exists() else []
+    for line in text:
+        if not line.startswith('"'):
+            print(line)
+    found = counters(text)
+    if not found:
+        raise SystemExit(f"kernel_times: {ncu} counted nothing, status {status}")
+    return found
+
+
+def main() -> int:
+    """Measures all calls and prints a table for each."""
+    parser = parser_of("tools.gpu_check.kernel_times", __doc__, "device", "seconds", "json")
+    parser.add_argument("--ncu", metavar="PROGRAM", help="have Nsight Compute count, and measure nothing else")
+    parser.add_argument("--once", action="store_true", help="the program that Nsight Compute runs")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    device = device_of(parser, arguments.device)
+    if arguments.once:
+        profiled_once(device)
+        return 0
+    if arguments.ncu:
+        found = counted_by(arguments.ncu)
+        print("\n".join(json.dumps(each) for each in found))
+        write_json(arguments.json, {"counters": found})
+        return 0
+    on_gpu = device.type == "cuda"
+    rates = measured_rates(device)
+    major, minor = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
+    works = roofline(10 * major + minor)
+    report: dict[str, Any] = {"card": rates._asdict(), "calls": []}
+    print(f"a copy moves {rates.bandwidth / 1e9:.0f} GB/s" + (f", {rates.cycles:.3g} cycles/s" if rates.cycles else ""))
+    for size in in_time(sweep("judged", device), started, arguments.seconds, report):
+        for measured in measure(size, device, rates, works):
+            print(table(measured), flush=True)
+            report["calls"].append(measured)
+        write_json(arguments.json, report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

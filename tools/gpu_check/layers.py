@@ -1,0 +1,122 @@
+"""A training step of one layer on a tiny input, where the host's time counts, and the kernels that it launches.
+
+The step is forward and backward as PyTorch runs it; the same replayed from a CUDA graph; and under torch.compile, which
+with mode="reduce-overhead" makes such graphs itself.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+import asgl_cuda
+from benchmarks.common import device_of, fused_backends, parser_of, write_json
+from benchmarks.speed.microbench import ANALOG_PROB
+
+from .kernel_times import kind_of, launches
+
+SHAPE = (4, 8, 16, 4, 4)  # [T, B, C, H, W]
+EAGER, GRAPH, COMPILED = "eager", "CUDA graph", "reduce-overhead"
+CALLS = {"cuda": 500, "cpu": 20}
+REPEATS = 7
+
+
+def layers(device: torch.device, backend: str) -> dict[str, nn.Module]:
+    options: dict[str, Any] = {"analog_prob": ANALOG_PROB, "backend": backend}
+    learns_all = asgl_cuda.LIF(SHAPE[2], granularity="channel", learn_decay=True, learn_threshold=True, **options)
+    return {
+        "LIF": asgl_cuda.LIF(**options).to(device),
+        "LIF by channel, learned width, decay, threshold": learns_all.to(device),
+        "BatchNormLIF": asgl_cuda.BatchNormLIF(SHAPE[2], **options).to(device),
+    }
+
+
+def training_step(layer: nn.Module, device: torch.device, compiled: bool = False) -> Callable[[], Any]:
+    """A function that computes spikes, and the gradients of x and of the parameters."""
+    x = torch.randn(SHAPE, device=device, requires_grad=True)
+    grad = torch.randn(SHAPE, device=device)
+    leaves = (x, *layer.parameters())
+    function = torch.compile(layer, mode="reduce-overhead") if compiled else layer
+
+    def step() -> tuple[Tensor, ...]:
+        if compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        return torch.autograd.grad(function(x), leaves, grad)
+
+    return step
+
+
+def captured(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of the function, and the tensors to which it will write its results.
+
+    The function is warmed up on another stream, as torch asks for.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+    return graph, results
+
+
+def replayed(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The step as a replay of its CUDA graph."""
+    graph, _ = captured(step)
+
+    def replay() -> Callable[[], Any]:
+        graph.replay()
+        return step  # which holds the tensors that the graph reads
+
+    return replay
+
+
+def ways(layer: nn.Module, device: torch.device, compiled: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    if compiled:
+        yield COMPILED, training_step(layer, device, compiled=True)
+        return
+    yield EAGER, training_step(layer, device)
+    if device.type == "cuda":
+        yield GRAPH, replayed(training_step(layer, device))
+
+
+def measure(step: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """Median microseconds of a step of many in a row, and the kernels that one launches."""
+    for _ in range(3):  # compiles, records
+        step()
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    seconds = statistics.median(timer.timeit(CALLS[device.type]).mean for _ in range(REPEATS))
+    launched = {kind_of(name)[1]: len(times) for name, times in launches(step, device).items()}
+    return {"microseconds": 1e6 * seconds, "launches": sum(launched.values()), "launched": launched}
+
+
+def main() -> int:
+    """Measures every layer in every backend of the device."""
+    parser = parser_of("tools.gpu_check.layers", __doc__, "device", "json")
+    parser.add_argument("--compiled", action="store_true", help="under torch.compile, which takes a while, alone")
+    arguments = parser.parse_args()
+    device = device_of(parser, arguments.device)
+    report: dict[str, Any] = {"shape": SHAPE, "layers": []}
+    for backend in fused_backends(device):
+        for name, layer in layers(device, backend).items():
+            for way, step in ways(layer, device, arguments.compiled):
+                found = measure(step, device)
+                print(f"{backend}, {name}, {way}: {found['microseconds']:.1f} µs, {found['launches']} launches")
+                for kernel, count in found["launched"].items():
+                    print(f"  {count} {kernel[:100]}", flush=True)
+                report["layers"].append({"backend": backend, "layer": name, "way": way, **found})
+                write_json(arguments.json, report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

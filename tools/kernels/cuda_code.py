@@ -1,0 +1,231 @@
+"""The compiled CUDA kernels: nvcc, the report of ptxas on each, the disassembly. No GPU is needed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from asgl_cuda.backends.neuron_kernels import SCALARS
+from asgl_cuda.extension import compilation
+from asgl_cuda.surrogate import SURROGATES
+from benchmarks import ROOT
+
+CSRC = ROOT / "csrc"
+
+_DTYPES = {scalar: str(dtype).removeprefix("torch.") for dtype, scalar in SCALARS.items()}
+_SURROGATES = {f"(asgl::Surrogate){surrogate.id}": name for name, surrogate in SURROGATES.items()}
+ANY = "any surrogate", "any reset"  # of the general kernels
+# Kernels by the template arguments that are left when type, surrogate and reset are taken away.
+_KINDS = {
+    "lif_forward_kernel<1, (asgl::Input)0, 0>": "forward, 1 neuron",
+    "lif_forward_kernel<1, (asgl::Input)1, 0>": "forward normalised, 1 neuron",
+    "lif_forward_kernel<4, (asgl::Input)0, 0>": "forward, 4 neurons",
+    "lif_forward_kernel<4, (asgl::Input)1, 0>": "forward normalised, 4 neurons",
+    "lif_forward_kernel<4, (asgl::Input)1, 4>": "forward normalised, T = 4",
+    "lif_forward_kernel<4, (asgl::Input)2, 0>": "forward plain, 4 neurons",
+    "lif_forward_kernel<4, (asgl::Input)2, 4>": "forward plain, T = 4",
+    "lif_backward_kernel<1>": "backward, 1 neuron",
+    "lif_backward_kernel<4>": "backward, 4 neurons",
+    "lif_backward_settled_kernel<1, (asgl::Input)1, 0>": "backward normalised, 1 neuron",
+    "lif_backward_settled_kernel<4, (asgl::Input)1, 0>": "backward normalised, 4 neurons",
+    "lif_backward_settled_kernel<4, (asgl::Input)1, 4>": "backward normalised, T = 4",
+    "lif_backward_settled_kernel<4, (asgl::Input)2, 0>": "backward plain, 4 neurons",
+    "lif_backward_settled_kernel<4, (asgl::Input)2, 4>": "backward plain, T = 4",
+    "integrator_kernel<1, (asgl::Pass)0>": "integrator forward, 1 neuron",
+    "integrator_kernel<4, (asgl::Pass)0>": "integrator forward, 4 neurons",
+    "integrator_kernel<1, (asgl::Pass)1>": "integrator backward, 1 neuron",
+    "integrator_kernel<4, (asgl::Pass)1>": "integrator backward, 4 neurons",
+    "integrator_kernel<1, (asgl::Pass)2>": "integrator backward with sums, 1 neuron",
+    "integrator_kernel<4, (asgl::Pass)2>": "integrator backward with sums, 4 neurons",
+    "gradient_sum_kernel<>": "gradient sum",
+    "batch_moments_kernel<1>": "moments, 1 column",
+    "batch_moments_kernel<4>": "moments, 4 columns",
+    "batch_norm_coefficients_kernel<>": "coefficients, a block each",
+    "batch_norm_running_kernel<>": "running statistics, a thread each",
+    "batch_norm_adjoint_kernel<>": "adjoint, a thread each",
+    "batch_norm_input_gradient_kernel<1>": "input gradient, 1 column",
+    "batch_norm_input_gradient_kernel<4>": "input gradient, 4 columns",
+}
+
+
+class Kernel(NamedTuple):
+    """One instantiation; `surrogate` and `reset` are empty where it has none."""
+
+    kind: str
+    dtype: str
+    surrogate: str = ""
+    reset: str = ""
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, self))
+
+    @classmethod
+    def of_symbol(cls, demangled: str) -> Kernel:
+        """Reads `void asgl::lif_forward_kernel<float, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)2>(...)`."""
+        match = re.match(r"void asgl::(\w+)<(.*?)>\(", demangled)
+        if match is None:
+            return cls(demangled, "")
+        name, arguments, surrogate, reset = match[1], match[2], "", ""
+        model = re.search(r"asgl::LIF(?:ByOptions|<(.*), (true|false)>)(, )?", arguments)
+        if name == "lif_backward_kernel":
+            surrogate, reset = ANY
+        if model is not None:
+            surrogate = _SURROGATES.get(model[1], ANY[0])
+            reset = {"true": "hard", "false": "soft"}.get(model[2], ANY[1])
+            arguments = arguments.replace(model[0], "")
+        dtype, *rest = arguments.split(", ")
+        kind = f"{name}<{', '.join(rest)}>"
+        return cls(_KINDS.get(kind, kind), _DTYPES[dtype], surrogate, reset)
+
+
+class Usage(NamedTuple):
+    """The report of ptxas on one kernel for one architecture: registers a thread, the rest in bytes."""
+
+    registers: int
+    shared: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+
+    @property
+    def spills(self) -> tuple[int, int, int]:
+        return self.stack, self.spill_stores, self.spill_loads
+
+
+class Instruction(NamedTuple):
+    """One line of SASS."""
+
+    address: int
+    guard: str  # the predicate that it depends on, or nothing
+    opcode: str
+    operands: str
+
+    @property
+    def name(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def bits(self) -> int:
+        """The width of a load or store."""
+        widths = re.findall(r"\.[US]?(8|16|64|128|256)\b", self.opcode)
+        return int(widths[-1]) if widths else 32
+
+
+def run(command: Iterable[str | Path], environment: dict[str, str] | None = None) -> str:
+    """Standard output and error of a command that must succeed."""
+    words = [str(word) for word in command]
+    result = subprocess.run(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False
+    )
+    if result.returncode != 0:
+        raise SystemExit(f"{' '.join(words)}\n{result.stdout}")
+    return result.stdout
+
+
+class Nvcc:
+    """The compiler; `Nvcc.find()` is None where there is none."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.flags = compilation.NVCC_FLAGS
+        self._oldest = compilation.OLDEST_ARCHITECTURE
+        # The source is compiled to these, and all architectures are made from them.
+        self._virtual = (compilation.OLDEST_ARCHITECTURE, compilation.SHARED_ARCHITECTURE)
+
+    @classmethod
+    def find(cls) -> Nvcc | None:
+        path = shutil.which(os.environ.get("NVCC", "nvcc"))
+        return cls(path) if path else None
+
+    @property
+    def version(self) -> str:
+        return re.search(r"V([\d.]+)", run([self.path, "--version"]))[1]
+
+    @property
+    def architectures(self) -> list[int]:
+        """The architectures that it compiles for and the package supports."""
+        known = map(int, re.findall(r"sm_(\d+)$", run([self.path, "--list-gpu-code"]), re.MULTILINE))
+        return sorted(architecture for architecture in known if architecture >= self._oldest)
+
+    @property
+    def include(self) -> Path:
+        """The directory of cuda_runtime.h, which only the real nvcc behind a wrapper knows."""
+        dry = run([self.path, "-v", "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull])
+        return Path(re.search(r'INCLUDES="-I([^"]+)"', dry)[1].strip())
+
+    def to_ptx(self, source: Path, directory: Path) -> list[Path]:
+        """Leaves `<name>.compute_75.ptx`, `<name>.compute_80.ptx` and the host's object `<name>.o`; returns the PTX."""
+        virtual = [f"-gencode=arch=compute_{v},code=compute_{v}" for v in self._virtual]
+        # One run has several architectures, so that the names of the files that are kept tell them apart.
+        command = [self.path, *self.flags, *virtual, "--threads=2", "-I", CSRC, "--keep", "--keep-dir", directory]
+        run([*command, "-c", source, "-o", directory / f"{source.stem}.o"])
+        return [directory / f"{source.stem}.compute_{v}.ptx" for v in self._virtual]
+
+    def to_cubin(self, directory: Path, stem: str, architecture: int) -> tuple[Path, str]:
+        """Compiles the PTX of `to_ptx` to `<stem>.sm_90.cubin`; returns that, and the report of ptxas."""
+        virtual = max(v for v in self._virtual if v <= architecture)
+        cubin = directory / f"{stem}.sm_{architecture}.cubin"
+        ptx = directory / f"{stem}.compute_{virtual}.ptx"
+        log = run([self.path, *self.flags, f"-arch=sm_{architecture}", "-Xptxas=-v", "-cubin", ptx, "-o", cubin])
+        return cubin, log
+
+
+@lru_cache
+def _demangled(symbol: str) -> str:
+    return run(["c++filt", symbol]).strip()
+
+
+def kernel_of(symbol: str) -> Kernel:
+    return Kernel.of_symbol(_demangled(symbol))
+
+
+_REPORT = re.compile(
+    r"Compiling entry function '(?P<symbol>\S+)' for .*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
+    re.DOTALL,
+)
+
+
+def usages(log: str) -> dict[str, Usage]:
+    """The report of ptxas, by symbol."""
+    return {
+        match["symbol"]: Usage(
+            *(int(match[key] or 0) for key in ("registers", "shared", "stack", "stores", "loads")),
+        )
+        for match in _REPORT.finditer(log)
+    }
+
+
+class Disassembler:
+    """cuobjdump, which itself calls nvdisasm; `Disassembler.find()` is None where either is missing."""
+
+    def __init__(self, directories: str) -> None:
+        self._environment = {**os.environ, "PATH": directories}
+
+    @classmethod
+    def find(cls) -> Disassembler | None:
+        # The PATH comes first, then the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+        spec = find_spec("nvidia")
+        places = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
+        wheels = [str(path) for place in places for path in Path(place).glob("*/bin")]
+        directories = os.pathsep.join([os.environ["PATH"], *wheels])
+        found = all(shutil.which(tool, path=directories) for tool in ("cuobjdump", "nvdisasm"))
+        return cls(directories) if found else None
+
+    def instructions(self, cubin: Path, symbols: Iterable[str]) -> dict[str, list[Instruction]]:
+        """The code of each of these kernels."""
+        text = run(["cuobjdump", "-sass", "-fun", ",".join(symbols), cubin], self._environment)
+        functions = re.split(r"^\s*Function : (\S+)$", text, flags=re.MULTILINE)[1:]
+        line = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([\w.]+)([^;]*);", re.MULTILINE)
+        return {
+            symbol: [Instruction(int(m[1], 16), m[2] or "", m[3], m[4].strip()) for m in line.finditer(code)]
+            for symbol, code in zip(functions[::2], functions[1::2], strict=True)
+        }

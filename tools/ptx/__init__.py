@@ -1,0 +1,1 @@
+"""The PTX of the CUDA kernels run on the CPU."""

@@ -1,0 +1,263 @@
+"""The PTX of the CUDA kernels, executed on the CPU: what a compiler for GPUs made of them, not their source.
+
+As in the backend `cupy`, the operators and launchers in Python name a kernel, its grid and its parameters, and NVRTC
+compiles the kernel with the same options. From there on it is PTX, which to_cpp.py translates and run.cpp
+runs on the fibres of the emulation. As two backends: with `ptx` each layout that allows it has four
+neurons a thread, with `ptx_one` a thread has one wherever the launchers let the size of the device decide.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from asgl_cuda import backends
+from asgl_cuda.backends import cupy as jit
+from asgl_cuda.backends import neuron_kernels, normalisation_kernels
+from asgl_cuda.extension.build_notes import digest_of_sources
+from asgl_cuda.reference import Rules
+from asgl_cuda.selfcheck import EXACT_SURROGATES
+from asgl_cuda.surrogate import SURROGATES
+
+from ..emulation.emulated import EMULATION, LARGE, ROOT, THREADS_EACH, TINY, Emulation
+from ..kernels.host_compiler import compiler
+from .to_cpp import HERE, kernels, to_cpp
+
+BACKENDS = {"ptx": TINY, "ptx_one": LARGE}  # and their multiprocessors
+DIRECTORY = ROOT / "build" / "ptx"
+ARCHITECTURE = "compute_80"
+
+# Integers of PTX wrap round, and its products and sums are not contracted.
+FLAGS = ["-O1", "-std=c++20", "-fPIC", "-shared", "-fwrapv", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
+FLAGS += ["-Wno-unknown-pragmas", f"-I{HERE}", f"-I{EMULATION}"]
+SOURCES = [HERE / "machine.h", HERE / "arithmetic.h", HERE / "run.cpp", *sorted(EMULATION.glob("*.h"))]
+
+
+def missing() -> str | None:
+    """Why PTX can't be had or run here."""
+    if compiler() is None:
+        return "no C++ compiler"
+    problem = jit.nvrtc_problem()
+    return None if problem is None else f"no NVRTC ({problem})"
+
+
+def compiled(cpp: Callable[[], str] | Path, *parts: str) -> Path:
+    """The shared library made of C++, kept under a digest of all that it depends on; `parts` stand for the code."""
+    digest = hashlib.sha256("\0".join((*parts, *map(str, compiler() or ()), *FLAGS)).encode())
+    for source in (*SOURCES, Path(__file__).with_name("to_cpp.py")):
+        digest.update(source.read_bytes())
+    path = DIRECTORY / f"{digest.hexdigest()[:32]}.so"
+    if not path.exists():
+        DIRECTORY.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=DIRECTORY) as directory:  # other processes come here, too
+            source, library = Path(directory, "kernel.cpp"), Path(directory, "kernel.so")
+            source.write_text(cpp.read_text() if isinstance(cpp, Path) else cpp())
+            command = [*(compiler() or ()), *FLAGS, str(source), "-o", str(library)]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode != 0:
+                lines = source.read_text().splitlines()  # an error in a header names the line that came there
+                shown = {lines[int(line) - 1].strip(): None for line in re.findall(r"kernel\.cpp:(\d+)", result.stderr)}
+                problem = "\n".join((*shown, result.stderr[:4000]))
+                raise RuntimeError(f"{parts[0]}: translated PTX does not compile: {problem}")
+            library.replace(path)
+    return path
+
+
+def by_nvrtc(kernel: str, architecture: str, *options: str) -> str:
+    """The PTX of one kernel, as the backend `cupy` compiles it."""
+    (binary,), _ = jit.compile_kernels([kernel], architecture, *options)
+    return binary.image.rstrip(b"\0").decode()
+
+
+class Range(ctypes.Structure):
+    """Where a buffer begins and ends."""
+
+    _fields_ = (("begin", ctypes.c_uint64), ("end", ctypes.c_uint64))
+
+
+class Access(NamedTuple):
+    """An access of one thread to global memory; `where` is the line of the instruction and its text."""
+
+    where: str
+    block: int
+    thread: int
+    stores: bool
+    bytes: int
+    address: int
+
+
+_RECEIVER = ctypes.CFUNCTYPE(
+    None, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_bool, ctypes.c_uint, ctypes.c_uint64
+)
+
+
+class Machine:
+    """The library of run.cpp, and how it is to run kernels."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(str(compiled(HERE / "run.cpp", "run")))
+        self._library.asgl_ptx_run.restype = ctypes.c_char_p
+        self.traced = False
+        self.rcp_units = self.ex2_units = 0  # last places by which the approximations are off
+
+    def run(
+        self, kernel: _Kernel, blocks: int, threads: int, params: ctypes.Structure, buffers: set[tuple[int, int]]
+    ) -> str | None:
+        """Says what went wrong, if anything did."""
+        size = ctypes.sizeof(params)
+        if size != kernel.param_bytes:
+            return f"its parameters take {kernel.param_bytes} bytes, got {size}"
+        if threads > kernel.most_threads:
+            return f"a block has at most {kernel.most_threads} threads, got {threads}"
+        ranges = (Range * len(buffers))(*buffers)
+        problem = self._library.asgl_ptx_run(
+            kernel.entry, kernel.shared_bytes, blocks, threads, ctypes.byref(params), ctypes.c_size_t(size), ranges,
+            ctypes.c_size_t(len(ranges)), self.rcp_units, self.ex2_units, self.traced,
+        )  # fmt: skip
+        return None if problem is None else problem.decode()
+
+    def take_accesses(self) -> list[Access]:
+        """Every access to global memory since the last call, while they were traced, in the order of each thread."""
+        accesses: list[Access] = []
+
+        def receive(where, *numbers):
+            accesses.append(Access(where.decode(), *numbers))
+
+        self._library.asgl_ptx_take_accesses(_RECEIVER(receive))
+        return accesses
+
+
+class _Kernel:
+    """A translated kernel, loaded."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self.entry = ctypes.cast(library.asgl_ptx_kernel, ctypes.c_void_p)
+        self.param_bytes, self.shared_bytes, self.most_threads = (ctypes.c_uint * 3).in_dll(library, "asgl_ptx_facts")
+
+
+class _Storages(TorchDispatchMode):
+    """The memory of all tensors that operators make."""
+
+    def __init__(self, tensors: Any) -> None:
+        super().__init__()
+        self.ranges: set[tuple[int, int]] = set()
+        self._add(tensors)
+
+    def _add(self, tensors: Any) -> None:
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                storage = tensor.untyped_storage()
+                self.ranges.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        self._add(result)
+        return result
+
+
+# By default these kernels of the neuron are executed, which are every one of all types, resets and inputs, of rectangle
+# and triangle, whose bits are promised; those that serve all surrogates, for these two; and those without a neuron.
+CHOSEN = (
+    (torch.float32, "rectangle", "hard"),
+    (torch.float32, "triangle", "soft"),
+    (torch.bfloat16, "rectangle", "soft"),
+    (torch.float16, "triangle", "hard"),
+    (torch.float64, "rectangle", "soft"),
+)
+
+
+def _kinds(dtype: torch.dtype, surrogate: str, reset: str) -> str:
+    rules = Rules(**dict.fromkeys(Rules._fields, 0))
+    rules = rules._replace(surrogate=SURROGATES[surrogate].id, hard_reset=int(reset == "hard"))
+    return f"<{neuron_kernels.SCALARS[dtype]}, {neuron_kernels.model(rules)}"
+
+
+_CHOSEN_KINDS = tuple(_kinds(*each) for each in CHOSEN)
+_EXACT_IDS = {SURROGATES[each].id for each in EXACT_SURROGATES}
+
+
+def is_chosen(kernel: str, params: ctypes.Structure) -> bool:
+    """Says whether a launch is executed by default: where bits are not promised, no kernel of the neuron is."""
+    if "asgl::LIF<" in kernel:
+        return any(kinds in kernel for kinds in _CHOSEN_KINDS)
+    options = getattr(params, "options", None)
+    return getattr(options, "surrogate", None) in {None, *_EXACT_IDS}
+
+
+class Launcher:
+    """Runs what the launchers in Python would start. `compile_kernel` gives PTX for a kernel's name.
+
+    Where there is an `emulation`, kernels that are not chosen run on it.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        multiprocessors: int = TINY,
+        architecture: str = ARCHITECTURE,
+        options: tuple[str, ...] = (),
+        compile_kernel: Callable[..., str] = by_nvrtc,
+        emulation: Emulation | None = None,
+    ) -> None:
+        self.machine, self.multiprocessors = machine, multiprocessors
+        self._how = architecture, *options
+        self._compile_kernel, self._emulation = compile_kernel, emulation
+        self._kernels: dict[str, _Kernel] = {}
+        self._local = threading.local()
+
+    def resident_threads(self, device: torch.device) -> int:
+        return self.multiprocessors * THREADS_EACH
+
+    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: ctypes.Structure) -> None:
+        if self._emulation is not None and not is_chosen(kernel, params):
+            self._emulation.launch(device, kernel, blocks, threads, params)
+            return
+        if kernel not in self._kernels:
+            self._kernels[kernel] = _Kernel(self.library(kernel))
+        problem = self.machine.run(self._kernels[kernel], blocks, threads, params, self._local.storages.ranges)
+        if problem is not None:
+            raise RuntimeError(f"PTX: {kernel}: {problem}")
+
+    def library(self, kernel: str) -> Path:
+        """Where the translated kernel is; it is compiled first where that has not been done."""
+        directory = jit.source_directory()
+        assert directory is not None
+
+        def cpp() -> str:
+            (translated,) = kernels(self._compile_kernel(kernel, *self._how)).values()
+            return to_cpp(translated)
+
+        made_of = digest_of_sources(directory).hex(), self._compile_kernel.__name__, jit.nvrtc_version(), *jit.OPTIONS
+        return compiled(cpp, kernel, *self._how, *made_of)
+
+    def operators(self) -> dict[str, Callable[..., Any]]:
+        """The operators on these kernels, which may touch no memory except that of their tensors."""
+
+        def watched(operator: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self._local.storages = _Storages((args, kwargs))
+                with self._local.storages:
+                    return operator(*args, **kwargs)
+
+            return call
+
+        return {name: watched(each) for name, each in normalisation_kernels.operators_on(self).items()}
+
+
+def register(name: str, launcher: Launcher) -> None:
+    """Makes this a backend like the others."""
+    namespace = f"asgl_cuda_{name}"
+    normalisation_kernels.implement(namespace, "CPU", launcher.operators())
+    backends.BACKENDS[name] = backends.Backend(("cpu",), backends.operators_in(namespace), lambda: None)

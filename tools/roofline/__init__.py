@@ -1,0 +1,1 @@
+"""The bound of each CUDA kernel from its bytes and instructions."""
