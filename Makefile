@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip -q --disable-pip-version-check
 CXX_FILES = $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test sanitize cuda-compile lint docs bench gpu-check setup clean
+.PHONY: help demo test sanitize cuda-compile lint docs dist bench gpu-check setup clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -28,15 +28,20 @@ sanitize:  ## run the emulated CUDA kernels and the CPU kernels under AddressSan
 cuda-compile: setup  ## compile the CUDA kernels for all architectures, compare with RESOURCES.md, check their PTX
 	@$(RUN) -m tools.kernels.cuda_compile $(if $(ARCHITECTURES),--architectures $(ARCHITECTURES))
 
-lint: setup  ## check style, formatting and types
+lint: setup  ## check style, formatting, types and workflows
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
 	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	@$(RUN) -m mypy
+	@$(VENV)/bin/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(VENV)/bin/zizmor -q --offline .github/workflows
 
 docs: $(VENV)/documented  ## build the documentation into build/docs and execute its tutorials; warnings are errors
 	@OMP_WAIT_POLICY=passive $(RUN) -m sphinx -q -W --keep-going -d build/docs-parsed docs build/docs
 	@echo "Documentation: $(CURDIR)/build/docs/index.html"
+
+dist: setup  ## build source archive and wheels into dist, install and check each in a fresh environment
+	@$(RUN) -m tools.dist
 
 bench: setup  ## time the neuron against an element-wise multiply
 	@$(RUN) -m benchmarks.speed.microbench
