@@ -1,4 +1,4 @@
-"""The parts that the benchmarks share: arguments, a description of the machine, results as JSON."""
+"""Shared by the benchmarks: arguments, a description of the machine, results as JSON."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Work = TypeVar("Work")
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "device": {"help": "default: cuda if a backend works there, else cpu"},
-    "repeats": {"type": int, "default": 11, "help": "the median is over this many rounds (default: %(default)s)"},
-    "seconds": {"type": float, "default": math.inf, "help": "begin nothing new after this time"},
+    "repeats": {"type": int, "default": 11, "help": "rounds, whose median is reported (default: %(default)s)"},
+    "seconds": {"type": float, "default": math.inf, "help": "start nothing after this time"},
     "json": {"type": Path, "metavar": "FILE", "help": "also write the results to FILE"},
     "plot": {"type": Path, "metavar": "FILE.png", "help": "draw the results"},
 }
 
 
 def parser_of(module: str, description: str, *shared: str) -> argparse.ArgumentParser:
-    """The parser of `python -m <module>`, with those of ARGUMENTS that are named."""
+    """The parser of `python -m <module>`, with some of ARGUMENTS."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description.splitlines()[0])
     for name in shared:
         parser.add_argument(f"--{name}", **ARGUMENTS[name])
@@ -47,7 +47,7 @@ def fused_backends(device: torch.device) -> list[str]:
 
 
 def device_of(parser: argparse.ArgumentParser, asked: str | None) -> torch.device:
-    """The device that was asked for, else the GPU where a backend works on it, else the CPU."""
+    """The device asked for, else the GPU if a backend works on it, else the CPU."""
     device = torch.device(asked or ("cuda" if fused_backends(torch.device("cuda")) else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {device} needs a GPU that torch can use: torch.cuda.is_available() is False")
@@ -58,7 +58,7 @@ def device_of(parser: argparse.ArgumentParser, asked: str | None) -> torch.devic
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """A description of the machine and the software on which the numbers were measured."""
+    """Machine and software of a measurement."""
     return {
         **(_gpu(device) if device.type == "cuda" else {}),
         "processor": _processor(),
@@ -73,7 +73,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def in_words(about: dict[str, Any]) -> str:
-    """A description that `machine` has made, as the first words of a table."""
+    """The result of `machine` in short, for the head of a table."""
     on = about.get("gpu") or f"{about['processor']}, {about['threads']} threads"
     return f"{on}, torch {about['torch']}"
 
@@ -101,7 +101,7 @@ def _processor() -> str:
 
 
 def _output(*command: str) -> str | None:
-    """The output of a program, where it is installed and works."""
+    """The output of a program, if it is installed and succeeds."""
     if shutil.which(command[0]) is None:
         return None
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -112,7 +112,7 @@ def _output(*command: str) -> str | None:
 
 
 def write_json(file: Path | None, content: Any) -> None:
-    """Writes the file whole or not at all, and nothing where there is none."""
+    """Writes a file atomically; None writes nothing."""
     if file is not None:
         part = file.with_suffix(".part")
         part.write_text(json.dumps(content, indent=1) + "\n")
@@ -124,7 +124,7 @@ def text_row(name: str, cells: Iterable[str], name_width: int, cell_width: int) 
 
 
 def in_time(work: Sequence[Work], started: float, seconds: float, report: dict[str, Any]) -> Iterator[Work]:
-    """Each piece of work until the seconds since `started` are over; the rest is printed and noted in the report."""
+    """Pieces of work until `seconds` after `started`; the others are printed and listed in the report."""
     for number, each in enumerate(work):
         if time.monotonic() - started > seconds:
             report["not_measured"] = [str(left) for left in work[number:]]

@@ -1,13 +1,17 @@
 """The colours and the style of the project's figures.
 
-The colours are those of Okabe and Ito, which people who are colour-blind tell apart. Each has a line style and a marker
-of its own beside it, so that figures are read in black and white, too.
+The colours are those of Okabe and Ito, which colour-blind readers distinguish; each has its own line style and marker,
+for black and white.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Draw = TypeVar("Draw", bound=Callable[..., Any])
 
 BLACK = "#000000"
 BLUE = "#0072b2"
@@ -36,8 +40,28 @@ STYLE: dict[str, Any] = {
 }
 
 
+def line(number: int, **options: Any) -> dict[str, Any]:
+    """Colour, line style and marker of a series; beyond the cycle, markers are hollow."""
+    cycle, index = divmod(number, len(CYCLE))
+    style = {"color": CYCLE[index], "linestyle": LINES[index], "marker": MARKERS[index], "markersize": 4}
+    return {**style, **({"markerfacecolor": "white"} if cycle else {}), **options}
+
+
+def styled(draw: Draw) -> Draw:
+    """Runs a function that draws in the style."""
+
+    @functools.wraps(draw)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return draw(*arguments, **options)
+
+    return wrapped  # type: ignore[return-value]
+
+
 def write_matplotlibrc(file: Path) -> Path:
-    """Writes the style as a file for matplotlib's variable MATPLOTLIBRC, and returns it."""
+    """Writes the style to a file for matplotlib's variable MATPLOTLIBRC, and returns it."""
     colours = ", ".join(repr(colour.removeprefix("#")) for colour in CYCLE)
     lines = [f"{name}: {value}" for name, value in STYLE.items()]
     file.parent.mkdir(parents=True, exist_ok=True)

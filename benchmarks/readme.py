@@ -1,4 +1,4 @@
-"""Puts the figures of benchmarks/results into README.md and docs: `python -m benchmarks.readme`. None is by hand."""
+"""Writes the figures of benchmarks/results into README.md and docs: `python -m benchmarks.readme`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def power_of_two(value: int) -> str:
 
 
 def headline(report: dict[str, Any]) -> str:
-    """The layer against a multiply and the libraries: time, and bytes kept for backward."""
+    """The layer compared with a multiply and the libraries: time, and bytes kept for backward."""
     about = report["machine"]
     ours = "asgl_cuda cpu"
     compared = [size for size in report["sizes"] if f"{PLAIN}{ours}" in size["seconds"]]
@@ -61,8 +61,6 @@ def headline(report: dict[str, Any]) -> str:
     rows.append(["bytes kept for backward", *("" if each is None else f"{each / elements:.1f}" for each in kept)])
     (block,) = (each for each in report["blocks"] if each["dtype"] == "float32" and each["layout"] == LAYOUTS[0])
     fused, pair = (nanoseconds(block, f"{prefix}{ours}") for prefix in ("", PAIR))
-    assert fused is not None
-    assert pair is not None
     kept_by = [block["rows"][name]["saved_bytes"] / math.prod(block["shape"]) for name in (ours, f"{PAIR}{ours}")]
     lines = [
         f"Forward and backward, nanoseconds an element, float32, on {about['processor']}, {about['threads']} threads, "
@@ -84,8 +82,6 @@ def microbench(report: dict[str, Any]) -> str:
         floor, mine, compiled, reference, loop = (
             nanoseconds(size, name) for name in (FLOOR, ours, COMPILED, REFERENCE, LOOP)
         )
-        assert floor is not None
-        assert mine is not None
         name = f"T = {size['steps']}, N = {power_of_two(size['neurons'])}, {size['dtype']}"
         rows.append([name, *map(number, (floor, mine, mine / floor, compiled, loop, reference))])
     head = ["", "two multiplies", "asgl_cuda", "times multiplies", "torch.compile", "author's loop", "reference"]
@@ -113,16 +109,12 @@ def microbench(report: dict[str, Any]) -> str:
 
 
 def block(report: dict[str, Any]) -> str:
-    """Normalisation and neurons as one and as two layers, and the bytes that they keep for backward."""
+    """Normalisation and neurons as one and as two layers, and the bytes kept for backward."""
     ours = "asgl_cuda cpu"
     names = (FLOOR, ours, f"{PAIR}{ours}", f"{PAIR}{COMPILED}", f"{PAIR}{REFERENCE}")
     rows = []
     for each in report["blocks"]:
         floor, fused, pair, compiled, reference = (nanoseconds(each, name) for name in names)
-        assert floor is not None
-        assert fused is not None
-        assert pair is not None
-        assert reference is not None
         kept = (each["rows"][name]["saved_bytes"] / math.prod(each["shape"]) for name in (ours, f"{PAIR}{ours}"))
         layout = "" if each["layout"] == LAYOUTS[0] else f", {each['layout']}"
         rows.append(
@@ -150,7 +142,7 @@ def block(report: dict[str, Any]) -> str:
 
 
 def end_to_end(report: dict[str, Any]) -> str:
-    """Milliseconds of a training step and the share of the neuron layers, for every network and variant."""
+    """Milliseconds of a training step and the share of the neuron layers, by network and variant."""
     widest_first = sorted(report["networks"].values(), key=lambda each: len(each["variants"]), reverse=True)
     variants = list(dict.fromkeys(name for each in widest_first for name in each["variants"]))
     rows = []
@@ -188,7 +180,7 @@ def smoothing(report: dict[str, Any]) -> str:
 
 
 def width_robustness(report: dict[str, Any]) -> str:
-    """Mean accuracy and standard deviation over the seeds by width; the best and the worst in the last column."""
+    """Mean accuracy and standard deviation over the seeds, by width; the drop in the last column."""
     every = list(series(report))
     widths = every[0].widths
     rows = [
@@ -214,7 +206,7 @@ def width_robustness(report: dict[str, Any]) -> str:
 
 
 def convert(report: dict[str, Any]) -> str:
-    """How many times faster, by layer and number of steps."""
+    """Speedups by layer and steps."""
     names = [f"{each['library']} {each['layer']}" for each in report["sizes"][0]["layers"]]
     rows = []
     for number, name in enumerate(names):
@@ -232,7 +224,7 @@ def convert(report: dict[str, Any]) -> str:
 
 
 def calibration(report: dict[str, Any]) -> str:
-    """Accuracies by the rate that layers were calibrated to."""
+    """Accuracies by the calibrated rate."""
     head, rows = calibration_summary(report)
     settings = report["settings"]
     return "\n".join(
@@ -265,7 +257,7 @@ def sections() -> Iterator[tuple[str, str]]:
 
 
 def pages(texts: dict[Path, str]) -> dict[Path, str]:
-    """The pages with their sections renewed; each section is in one of them."""
+    """The pages with new sections; each section is in one of them."""
     found = dict(texts)
     for name, content in sections():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -275,7 +267,7 @@ def pages(texts: dict[Path, str]) -> dict[Path, str]:
 
 
 def read() -> dict[Path, str]:
-    """The pages as they are."""
+    """The committed pages."""
     return {page: page.read_text() for page in PAGES}
 
 

@@ -9,9 +9,9 @@ import torch._inductor.config
 
 import asgl_cuda
 from asgl_cuda.selfcheck import EXACT_SURROGATES
+from tools import ptx
 from tools.emulation import emulated
 from tools.kernels import host_compiler
-from tools.ptx import backend as ptx
 
 # A graph that was cached before an operator changed would be run as if it had not.
 torch._inductor.config.force_disable_caches = True

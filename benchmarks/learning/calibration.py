@@ -1,7 +1,7 @@
-"""What `asgl_cuda.calibrate` changes: test accuracy of networks without normalisation, by rate, as made and calibrated.
+"""The effect of `asgl_cuda.calibrate`: test accuracy of networks without normalisation, by calibrated rate.
 
 Each network is trained by SGD with momentum and by Adam, from torch's default weights and from the same weights
-calibrated to a rate on 256 training samples. Nothing else differs. The last layer's rate is the one before training.
+calibrated to a rate on 256 training samples. The last layer's rate is measured before training.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..common import machine, parser_of, write_json
 from .data import SOURCES
 from .width_robustness import accuracy_of, scores_of
 
-RATES = (None, 0.05, 0.1, 0.2, 0.4)  # None: as the network was made
+RATES = (None, 0.05, 0.1, 0.2, 0.4)  # None: not calibrated
 SEEDS = 3
 STEPS = 350
 BATCH = 64
@@ -80,7 +80,7 @@ class Run(NamedTuple):
 def train(run: Run, steps: int = STEPS) -> dict[str, Any]:
     """Accuracy in percent on the test samples, and the last layer's rate before the first step.
 
-    Both are None where no weights make the layers fire at the rate, as where most frames of a sample are silent.
+    Both are None where no weights reach the rate, as with mostly silent samples.
     """
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
@@ -107,7 +107,7 @@ def train(run: Run, steps: int = STEPS) -> dict[str, Any]:
 
 
 class _Scored(nn.Module):
-    """A network as it is trained: samples to scores."""
+    """A network from samples to scores."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def name_of(rate: float | None) -> str:
 
 
 def summary(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of the table: mean accuracies over the seeds by rate, and the last layer's rate as made."""
+    """Head and rows of the table: mean accuracies over the seeds by rate, and the last layer's rate as made."""
     rates = list(dict.fromkeys(run["rate"] for run in report["runs"]))
     found: dict[tuple[str, str], dict[float | None, list[dict[str, Any]]]] = {}
     for run in report["runs"]:
@@ -162,7 +162,7 @@ def main() -> int:
     write_json(file, report)
     console = Console()
     head, rows = summary(report)
-    table = Table(*head, title="Test accuracy in percent, by the rate that the layers were calibrated to")
+    table = Table(*head, title="Test accuracy in percent, by calibrated rate")
     for row in rows:
         table.add_row(*row)
     console.print(table)

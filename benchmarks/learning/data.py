@@ -1,7 +1,4 @@
-"""Data of the four kinds that the paper tests: for each a set that needs no download, and real ones from a folder.
-
-Every set is `Data`, whatever it was made from.
-"""
+"""Data of the paper's four kinds: for each a set that needs no download, and real ones from a folder."""
 
 from __future__ import annotations
 
@@ -21,14 +18,11 @@ from torch.nn import functional
 
 from .demo import load_data as load_digits
 
-SPLIT_SEED = 0  # of every set that comes in one piece
+SPLIT_SEED = 0  # of sets without parts for training and test
 
 
 class Data(NamedTuple):
-    """Samples `[N, T, ...]`, float32 or, where they count events, uint8; T = 1 where a sample does not change in time.
-
-    Images are `[N, T, C, H, W]`. Labels are int64, from 0.
-    """
+    """Samples `[N, T, ...]`, float32, or uint8 for counts of events; T = 1 for constant ones; labels int64, from 0."""
 
     train: Tensor
     train_labels: Tensor
@@ -42,14 +36,14 @@ class Data(NamedTuple):
 
 
 def in_parts(samples: Tensor, labels: Tensor) -> Data:
-    """Keeps a fifth of the samples to test on, with the classes in equal shares."""
+    """A fifth of the samples for the test, stratified."""
     split = train_test_split(samples, labels, test_size=0.2, stratify=labels, random_state=SPLIT_SEED)
     train, test, train_labels, test_labels = split
     return Data(train, train_labels, test, test_labels)
 
 
 def standardised(data: Data) -> Data:
-    """Every feature with mean 0 and deviation 1 over the training samples and their time."""
+    """Features of mean 0 and deviation 1 over training samples and time."""
     mean, deviation = data.train.mean((0, 1)), data.train.std((0, 1)).clamp(min=1e-6)
     return data._replace(train=(data.train - mean) / deviation, test=(data.test - mean) / deviation)
 
@@ -58,7 +52,7 @@ def standardised(data: Data) -> Data:
 
 
 def digits() -> Data:
-    """Handwritten digits of 8 x 8, which scikit-learn carries."""
+    """Handwritten digits of 8 x 8, from scikit-learn."""
     train, test, train_labels, test_labels = load_digits(SPLIT_SEED)
     images = (part.reshape(-1, 1, 1, 8, 8) for part in (train, test))
     train, test = images
@@ -88,16 +82,16 @@ def cifar(root: Path, classes: int) -> Data:
 SACCADE = ((0.0, 0.0), (2.0, 1.0), (0.0, 2.0), (0.0, 0.0))  # the corners of the eye's path, in pixels
 SACCADE_FRAMES = 2  # for each of the three movements
 MOVES_A_FRAME = 4
-CONTRAST = 0.25  # of the logarithm of the intensity, which sets off an event
+CONTRAST = 0.25  # change of the log intensity that triggers an event
 DARKEST = 0.1
 
 
 def saccade_events(images: Tensor) -> Tensor:
-    """The view of an event camera of `images` `[N, 1, H, W]`, 0 to 1, that move through its view in three saccades.
+    """Events of a camera before which `images` `[N, 1, H, W]`, 0 to 1, move in three saccades.
 
-    A pixel remembers the logarithm of the intensity at its last event. Whenever that has changed by `CONTRAST`, it
-    emits an event, ON for brighter, OFF for darker. Counts `[N, T, 2, H, W]`, uint8, as N-MNIST was recorded (Orchard,
-    Jayawant, Cohen, Thakor: Converting Static Image Datasets to Spiking Neuromorphic Datasets Using Saccades, 2015).
+    A pixel emits an event, ON for brighter, OFF for darker, for each change of its log intensity by `CONTRAST` since
+    the last event. Counts `[N, T, 2, H, W]`, uint8, as N-MNIST was recorded (Orchard, Jayawant, Cohen, Thakor:
+    Converting Static Image Datasets to Spiking Neuromorphic Datasets Using Saccades, 2015).
     """
     corners = torch.tensor(SACCADE)
     moves = SACCADE_FRAMES * MOVES_A_FRAME
@@ -105,7 +99,7 @@ def saccade_events(images: Tensor) -> Tensor:
     path = torch.cat([start + shares * (end - start) for start, end in pairwise(corners)])
 
     def seen(at: Tensor) -> Tensor:
-        """The logarithm of the intensity, with the images shifted by `at` pixels."""
+        """The log intensity of the images, shifted by `at` pixels."""
         height, width = images.shape[-2:]
         shift = torch.tensor([[1, 0, -2 * at[0] / width], [0, 1, -2 * at[1] / height]], dtype=images.dtype)
         grid = functional.affine_grid(shift.expand(len(images), 2, 3), list(images.shape), align_corners=False)
@@ -123,7 +117,7 @@ def saccade_events(images: Tensor) -> Tensor:
 
 
 def digit_saccades() -> Data:
-    """The digits, enlarged to 16 x 16 with a margin and moved before an event camera."""
+    """The digits, enlarged to 16 x 16 with a margin, before an event camera."""
     data = digits()
 
     def events(samples: Tensor) -> Tensor:
@@ -134,7 +128,7 @@ def digit_saccades() -> Data:
 
 
 def frames(dataset: Any) -> tuple[Tensor, Tensor]:
-    """All samples of a data set of tonic whose transform makes frames, and their labels."""
+    """All samples and labels of a data set of tonic whose transform makes frames."""
     samples, labels = [], []
     for sample, label in (dataset[index] for index in range(len(dataset))):
         samples.append(torch.from_numpy(sample).clamp(max=255).to(torch.uint8))
@@ -143,7 +137,7 @@ def frames(dataset: Any) -> tuple[Tensor, Tensor]:
 
 
 def event_camera(root: Path, name: str, time_bins: int, side: int | None = None) -> Data:
-    """A recording that tonic reads, in frames `[T, 2, H, W]`, of `side` by `side` pixels or the sensor's."""
+    """A data set of tonic, in frames `[T, 2, H, W]` of `side` by `side` pixels or the sensor's."""
     import tonic
 
     dataset = getattr(tonic.datasets, name)
@@ -154,7 +148,7 @@ def event_camera(root: Path, name: str, time_bins: int, side: int | None = None)
         width = height = side
     steps.append(tonic.transforms.ToFrame(sensor_size=(width, height, polarities), n_time_bins=time_bins))
     load = partial(dataset, str(root), transform=tonic.transforms.Compose(steps))
-    if name == "CIFAR10DVS":  # comes in one piece
+    if name == "CIFAR10DVS":  # without parts
         return in_parts(*frames(load()))
     return Data(*frames(load(train=True)), *frames(load(train=False)))
 
@@ -163,7 +157,7 @@ def event_camera(root: Path, name: str, time_bins: int, side: int | None = None)
 
 
 def vowels() -> Data:
-    """JapaneseVowels, which aeon carries: nine speakers by 12 cepstral coefficients over 7 to 29 frames, then zeros."""
+    """JapaneseVowels, from aeon: nine speakers, 12 cepstral coefficients over 7 to 29 frames, padded with zeros."""
     from aeon.datasets import load_japanese_vowels
 
     parts = [load_japanese_vowels(split) for split in ("train", "test")]
@@ -195,7 +189,7 @@ BANDS = 40
 
 
 def spectrogram(sound: NDArray[np.float32]) -> Tensor:
-    """The logarithm of the power in `BANDS` bands of the mel scale, `[T, BANDS]`, one frame for every `HOP` samples."""
+    """The log power in `BANDS` bands of the mel scale, `[T, BANDS]`, a frame every `HOP` samples."""
     import librosa
 
     with warnings.catch_warnings(category=UserWarning, action="ignore"):  # the lowest bands are narrower than a bin
@@ -206,11 +200,11 @@ def spectrogram(sound: NDArray[np.float32]) -> Tensor:
 
 
 class Instrument(NamedTuple):
-    """A sound: amplitudes of the harmonics, seconds of attack, rate of decay, and vibrato in semitones."""
+    """Amplitudes of the harmonics, seconds of attack, rate of decay, and vibrato in semitones."""
 
     harmonics: tuple[float, ...]
     attack: float
-    decay: float  # 1 / s; a higher harmonic decays as much faster as `damping` says
+    decay: float  # 1 / s; harmonic n decays 1 + damping * (n - 1) times faster
     damping: float
     vibrato: float
 
@@ -229,7 +223,7 @@ VIBRATO_RATE = 5.5  # Hz
 
 
 def tone(instrument: Instrument, rng: np.random.Generator) -> NDArray[np.float32]:
-    """One note of random pitch, length, loudness, timbre and noise, somewhere in `TONE_FRAMES` frames."""
+    """A note of random pitch, length, loudness, timbre and noise in `TONE_FRAMES` frames."""
     time = np.arange((TONE_FRAMES + 1) * HOP) / RATE
     pitch = 220 * 2 ** rng.uniform(0, 2)
     length, start = rng.uniform(0.2, 0.45), rng.uniform(0, 0.05)
@@ -238,7 +232,7 @@ def tone(instrument: Instrument, rng: np.random.Generator) -> NDArray[np.float32
     phase = 2 * np.pi * np.cumsum(pitch * bend) / RATE
     sound = np.zeros_like(time)
     for number, amplitude in enumerate(instrument.harmonics, start=1):
-        if number * pitch < RATE / 2.5:  # and with vibrato still below half the rate
+        if number * pitch < RATE / 2.5:  # below half the rate, vibrato included
             fading = np.exp(-instrument.decay * (1 + instrument.damping * (number - 1)) * since)
             sound += amplitude * rng.lognormal(0, 0.3) * fading * np.sin(number * phase + rng.uniform(0, 2 * np.pi))
     envelope = np.minimum(since / instrument.attack, 1) * np.clip((start + length - time) / 0.05, 0, 1)
@@ -248,7 +242,7 @@ def tone(instrument: Instrument, rng: np.random.Generator) -> NDArray[np.float32
 
 
 def tones() -> Data:
-    """Notes of six instruments, made from their harmonics, envelopes and vibrato."""
+    """Notes of six instruments, synthesised from harmonics, envelopes and vibrato."""
     rng = np.random.default_rng(SPLIT_SEED)
     samples = [spectrogram(tone(instrument, rng)) for instrument in INSTRUMENTS.values() for _ in range(TONES)]
     labels = torch.arange(len(INSTRUMENTS)).repeat_interleave(TONES)
@@ -259,10 +253,9 @@ RECORDED_FRAMES = 31  # a second
 
 
 def recordings(folder: Path) -> Data:
-    """The first second of WAV files, in one subfolder for each label, as Speech Commands is laid out.
+    """The first second of WAV files, in a subfolder for each label, as in Speech Commands.
 
-    Files that `testing_list.txt` names are to test on; without that list, a fifth of all. Subfolders whose name begins
-    with _ are left out.
+    The test has the files in `testing_list.txt`, or a fifth of all. Subfolders whose name begins with _ are left out.
     """
     import librosa
 
@@ -287,15 +280,15 @@ def recordings(folder: Path) -> Data:
 
 
 class Source(NamedTuple):
-    """The origin of a set: a function without arguments, or one that takes `folder` in the data root."""
+    """The origin of a set: a function without arguments, or of `folder` in the data root."""
 
     kind: str
     load: Callable[..., Data]
     folder: str | None = None
-    in_root: bool = False  # the loader finds its folder in the root itself
+    in_root: bool = False  # the loader takes the root
 
     def read(self, root: Path | None) -> Data:
-        """Raises FileNotFoundError where the data is not below `root`."""
+        """Raises FileNotFoundError without the data below `root`."""
         if self.folder is None:
             return self.load()
         if root is None or not (root / self.folder).is_dir():
@@ -321,7 +314,7 @@ SOURCES = {
 
 
 def available(root: Path | None) -> Iterator[str]:
-    """The sets that need no download, and those whose folder is in `root`."""
+    """The sets that need no download, and those in `root`."""
     for name, source in SOURCES.items():
         if source.folder is None or (root is not None and (root / source.folder).is_dir()):
             yield name

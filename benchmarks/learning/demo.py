@@ -1,4 +1,4 @@
-"""Trains one spiking network on handwritten digits twice, with the plain PyTorch neuron and with the fused one."""
+"""Trains a spiking network on handwritten digits twice, with the plain PyTorch neuron and with the fused one."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import asgl_cuda
 from asgl_cuda import OverTime
 
+from .. import palette
 from ..common import parser_of
 from .optimizers import cosine_schedules, optimizers_of
 
@@ -33,9 +34,9 @@ ANALOG_PROB = 0.2
 
 
 def spiking_mlp(hidden: Sequence[int], **neuron: Any) -> nn.Sequential:
-    """A network from images `[T, B, 64]` to scores `[T, B, 10]`; its layers normalise and have LIF neurons.
+    """A network from images `[T, B, 64]` to scores `[T, B, 10]`, of normalised layers of LIF neurons.
 
-    A normalisation takes its statistics over time and batch together. The options go to `asgl_cuda.LIF`.
+    Statistics are over time and batch. Options are those of `asgl_cuda.LIF`.
     """
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise((64, *hidden)):
@@ -45,7 +46,7 @@ def spiking_mlp(hidden: Sequence[int], **neuron: Any) -> nn.Sequential:
 
 
 def scores_of(model: nn.Module, images: Tensor) -> Tensor:
-    """The scores `[B, 10]` of images `[B, 64]` that are shown as a constant current, means over the time steps."""
+    """The scores `[B, 10]` of images `[B, 64]` as a constant current, means over the time steps."""
     scores: Tensor = model(images.expand(TIME_STEPS, -1, -1)).mean(0)
     return scores
 
@@ -56,10 +57,9 @@ def widths_of(model: nn.Module) -> list[float]:
 
 
 class Stopwatch:
-    """Seconds spent in the watched modules, forward and backward.
+    """Seconds in the watched modules, forward and backward.
 
-    Autograd runs the newest node first, so a module's backward is one uninterrupted stretch: from the gradient of its
-    output, where the pre-hook fires, to the gradient of its input, where the hook fires.
+    Autograd runs the newest node first, so a module's backward is contiguous, from its pre-hook to its hook.
     """
 
     def __init__(self) -> None:
@@ -95,20 +95,14 @@ class Run:
 def load_data(seed: int) -> list[Tensor]:
     """Training images, test images, training labels, test labels."""
     images, labels = load_digits(return_X_y=True)
-    split = train_test_split(
-        torch.tensor(images / 16, dtype=torch.float32),
-        torch.tensor(labels),
-        test_size=0.2,
-        stratify=labels,
-        random_state=seed,
-    )
-    return list(split)
+    samples = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    return list(train_test_split(*samples, test_size=0.2, stratify=labels, random_state=seed))
 
 
 def train(label: str, backend: str | None, data: list[Tensor], epochs: int, seed: int, progress: Progress) -> Run:
     """Trains a new network on the training images and tests it after every epoch."""
     train_images, test_images, train_labels, test_labels = data
-    # Weights, order of the images and noise all come from the default generator: one seed makes all runs the same.
+    # Weights, order of the images and noise come from the default generator: one seed makes all runs equal.
     torch.manual_seed(seed)
     model = spiking_mlp(HIDDEN, backend=backend)
     stopwatch = Stopwatch()
@@ -143,7 +137,7 @@ def train(label: str, backend: str | None, data: list[Tensor], epochs: int, seed
 
 
 def summary(reference: Run, fused: Run, test_images: int) -> Table:
-    """A table of accuracy and times, and of how far the two runs agree."""
+    """A table of accuracy and times, and the agreement of the two runs."""
     difference = max(
         ((a - b).abs().max() / a.abs().max()).item()
         for a, b in zip(reference.first_grads, fused.first_grads, strict=True)
@@ -171,24 +165,25 @@ def summary(reference: Run, fused: Run, test_images: int) -> Table:
     return table
 
 
+@palette.styled
 def draw(reference: Run, fused: Run, path: Path) -> None:
     """Accuracy and widths over the epochs, and the time of an epoch, of both runs."""
-    figure = Figure(figsize=(14, 4), layout="constrained")
+    figure = Figure(figsize=(14, 4))
     accuracy, width, seconds = figure.subplots(1, 3, width_ratios=(4, 4, 3))
     runs = (reference, fused)
-    # The runs nearly coincide: a thin line on a broad pale one shows both.
-    styles: tuple[dict[str, Any], ...] = {"linewidth": 6, "alpha": 0.35}, {"linestyle": "--", "marker": "."}
-
-    for run, style in zip(runs, styles, strict=True):
+    for run in runs:
+        # The runs nearly coincide: a thin line on a broad pale one shows both.
+        broad = {"linewidth": 6, "alpha": 0.35, "linestyle": "-", "marker": ""} if run is reference else {}
         epochs = range(len(run.widths))
-        accuracy.plot(epochs[1:], [100 * share for share in run.accuracy], color="black", label=run.label, **style)
+        style = {**palette.line(0, color=palette.BLACK, linestyle="--"), **broad}
+        accuracy.plot(epochs[1:], [100 * share for share in run.accuracy], label=run.label, **style)
         for layer, values in enumerate(zip(*run.widths, strict=True)):
-            label = f"layer {layer + 1}" if run is fused else None
-            width.plot(epochs, values, color=f"C{layer}", label=label, **style)
+            style = {**palette.line(layer, markevery=max(1, len(values) // 8)), **broad}
+            width.plot(epochs, values, label=f"layer {layer + 1}" if run is fused else None, **style)
     accuracy.set(title="Digits recognised", xlabel="epoch", ylabel="test accuracy (%)")
     accuracy.legend(loc="lower right", title="neuron layer")
     width.set(title="Learned width of the surrogate", xlabel="epoch", ylabel="width (1 = threshold)")
-    width.legend(loc="upper left", bbox_to_anchor=(1, 1), title="styles as\non the left")
+    width.legend(loc="upper left", bbox_to_anchor=(1, 1), title="thin: fused\nbroad: plain", handlelength=4)
     for axes in (accuracy, width):
         axes.set_xlim(0, len(reference.accuracy))
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -196,9 +191,9 @@ def draw(reference: Run, fused: Run, path: Path) -> None:
     labels = [run.label for run in runs]
     neurons = [median(run.neuron_seconds) for run in runs]
     rest = [median(run.seconds) - inside for run, inside in zip(runs, neurons, strict=True)]
-    parts = ("neuron layers", neurons, [0.0, 0.0], "C4"), ("the rest", rest, neurons, "lightgray")
+    parts = ("neuron layers", neurons, [0.0, 0.0], palette.SKY), ("the rest", rest, neurons, "white")
     for part, heights, bottom, color in parts:
-        bars = seconds.bar(labels, heights, 0.6, bottom=bottom, label=part, color=color)
+        bars = seconds.bar(labels, heights, 0.6, bottom=bottom, label=part, color=color, edgecolor=palette.BLACK)
         seconds.bar_label(bars, fmt="%.3f s", label_type="center")
     seconds.set(title="Time of a training epoch", ylabel="median time (s)")
     seconds.legend()

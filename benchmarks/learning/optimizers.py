@@ -1,4 +1,4 @@
-"""Optimisers and schedules, as the authors of ASGL have them."""
+"""The optimisers and schedules of the authors of ASGL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import asgl_cuda
 def optimizers_of(
     model: nn.Module, lr: float, width_lr: float, momentum: float = 0.9, weight_decay: float = 5e-4
 ) -> list[torch.optim.Optimizer]:
-    """SGD for the weights and Adam without decay for the widths, as the authors have it."""
+    """SGD for the weights, Adam without decay for the widths."""
     makers = {"weights": partial(torch.optim.SGD, momentum=momentum), "neurons": torch.optim.Adam}
     groups = asgl_cuda.parameter_groups(model, lr=lr, width_lr=width_lr, weight_decay=weight_decay)
     return [makers[group["name"]]([group]) for group in groups]

@@ -1,9 +1,9 @@
 """The paper's second claim: training the noisy network becomes training the spiking network embedded in it.
 
 A network of six layers learns the digits under ASGL. After each epoch, for each layer: the learned width, the share of
-elements whose potential lies inside the window of the surrogate, and the smoothing error, the mean distance of the
-smooth value from the spike that it stands for. For the whole network: its loss with noise against the loss of the
-spiking network with the same weights, both on the test images.
+elements whose potential is inside the window of the surrogate, and the smoothing error, the mean distance of the smooth
+value from its spike. For the whole network: its loss with noise, and the loss of the spiking network with the same
+weights, both on the test images.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from torch.nn import functional
 import asgl_cuda
 from asgl_cuda.surrogate import SURROGATES
 
+from .. import palette
 from ..common import machine, parser_of, text_row, write_json
 from .demo import BATCH_SIZE, load_data, scores_of, spiking_mlp
 from .optimizers import cosine_schedules, optimizers_of
 
 HIDDEN = (256,) * 6
 OBSERVED = ("width", "inside", "smoothing_error")  # of each layer, by asgl_cuda.Monitor
-NOISE_DRAWS = 20  # over which the noisy network's loss is averaged
+NOISE_DRAWS = 20  # for the mean of the noisy network's loss
 
 
 def network(width: float, surrogate: str) -> nn.Sequential:
@@ -49,7 +50,7 @@ def train_epoch(model: nn.Module, images: Tensor, labels: Tensor, steppers: Sequ
 
 @torch.no_grad()
 def observe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Widths, shares and errors by layer, in the network without noise; both losses, and the accuracy without noise."""
+    """Widths, shares and errors by layer without noise; both losses, and the accuracy without noise."""
     model.eval()
     with asgl_cuda.Monitor(model) as monitor:
         scores = scores_of(model, images)
@@ -81,33 +82,34 @@ def run(width: float, surrogate: str, epochs: int, seed: int, progress: Progress
     return found
 
 
+@palette.styled
 def plot(report: dict[str, Any], file: Path) -> None:
     """A row for each training: widths, shares and errors by layer, and the two losses."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     runs = report["runs"]
-    figure = Figure(figsize=(17, 3.6 * len(runs)), layout="constrained")
+    figure = Figure(figsize=(17, 3.6 * len(runs)))
     rows = figure.subplots(len(runs), 4, squeeze=False)
-    shades = colormaps["viridis"]
     for row, each in zip(rows, runs, strict=True):
         epochs = each["epochs"]
+        mark = max(1, len(epochs) // 8)
         for panel, key in zip(row, OBSERVED, strict=False):
             for layer in range(len(HIDDEN)):
                 values = [epoch[key][layer] for epoch in epochs]
-                panel.plot(values, color=shades(layer / len(HIDDEN)), label=f"layer {layer + 1}")
-        for key, label in (("noisy_loss", "noisy network"), ("spiking_loss", "embedded spiking network")):
-            row[3].plot([epoch[key] for epoch in epochs], label=label)
+                panel.plot(values, label=f"layer {layer + 1}", **palette.line(layer, markevery=mark))
+        for number, (key, label) in enumerate(
+            (("noisy_loss", "noisy network"), ("spiking_loss", "embedded spiking network"))
+        ):
+            row[3].plot([epoch[key] for epoch in epochs], label=label, **palette.line(number, markevery=mark))
         row[0].set_ylabel(f"{each['surrogate']}, width {each['width']:g}")
         row[3].set_yscale("log")
-        row[3].legend(fontsize=8)
+        row[3].legend(fontsize=8, handlelength=4)
         for panel in row:
-            panel.grid(alpha=0.3)
             panel.set_xlabel("epoch")
     titles = ("learned width", "share inside the window", "smoothing error E|H(u) - spike|", "loss on the test images")
     for panel, title in zip(rows[0], titles, strict=True):
         panel.set_title(title)
-    rows[0][0].legend(fontsize=7)
+    rows[0][0].legend(fontsize=7, handlelength=4)
     figure.savefig(file, dpi=80)
 
 

@@ -1,11 +1,11 @@
 """The paper's main table: accuracy over the surrogate's first width, with the width fixed (SG) and learned (ASGL).
 
-For every set, surrogate, method, width and seed a network is trained as the authors do: SGD with momentum for the
-weights, Adam without decay for the widths, both under a cosine schedule. SG is the same network without noise and with
-the width that it began with. In the test all spikes are hard. The result file is written after every training,
-and a training that it holds is not repeated.
+For every set, surrogate, method, width and seed a network is trained as by the authors: SGD with momentum for the
+weights, Adam without decay for the widths, both under a cosine schedule. SG is the same network without noise, with its
+first width. In the test all spikes are hard. The result file is written after every training; trainings in it are not
+repeated.
 
-The paper has this for CIFAR-10 and CIFAR-100 with ResNet-18; the table shows its figures beside ours.
+The paper reports CIFAR-10 and CIFAR-100 with ResNet-18; the table shows its figures beside ours.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch.nn import functional
 import asgl_cuda
 from asgl_cuda import OverTime
 
+from .. import palette
 from ..common import machine, parser_of, write_json
 from .data import SOURCES, Data, available
 from .optimizers import cosine_schedules, optimizers_of
@@ -43,9 +44,9 @@ SURROGATES = ("rectangle", "sigmoid")
 WIDTHS = (0.5, 1.0, 2.5, 5.0, 10.0)
 SEEDS = 5
 QUICK_SEEDS, QUICK_WIDTHS = 1, (1.0, 10.0)
-QUICKER = 3  # the steps are divided by this, and the widths go as much faster
+QUICKER = 3  # divides the steps, multiplies the rate of the widths
 
-# A result depends on these beside its run. The epochs make some 700 steps of the small sets.
+# Settings of all runs. The epochs make some 700 steps of the small sets.
 SETTINGS: dict[str, Any] = {
     "steps_of_an_image": 4,
     "batch": 64,
@@ -80,7 +81,7 @@ class Run(NamedTuple):
         return f"{self.data} {self.surrogate} {self.method} {self.width:g} {self.seed}"
 
 
-def of_data(setting: dict[str, int], name: str) -> int:
+def setting_for(setting: dict[str, int], name: str) -> int:
     return setting.get(name, setting["otherwise"])
 
 
@@ -107,7 +108,7 @@ def network(sample_shape: torch.Size, classes: int, run: Run) -> nn.Sequential:
             layers += [OverTime(nn.BatchNorm2d(outputs)), neuron()]
         layers += [OverTime(nn.AdaptiveAvgPool2d(1)), OverTime(nn.Flatten())]
     else:
-        channels = (sample_shape[1:].numel(), *(of_data(SETTINGS["hidden"], run.data),) * SPIKING_LAYERS)
+        channels = (sample_shape[1:].numel(), *(setting_for(SETTINGS["hidden"], run.data),) * SPIKING_LAYERS)
         layers.append(nn.Flatten(start_dim=2))
         for inputs, outputs in itertools.pairwise(channels):
             layers.append(OverTime(nn.Linear(inputs, outputs, bias=False)))
@@ -136,14 +137,14 @@ def accuracy_of(model: nn.Module, samples: Tensor, labels: Tensor, device: torch
 
 
 def train(run: Run, data: Data, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Accuracy on the test samples, the widths at the end by layer, and how long it took."""
+    """Accuracy on the test samples, the final widths by layer, and seconds."""
     started = time.perf_counter()
     torch.manual_seed(run.seed)
     model = network(data.train.shape[1:], data.classes, run).to(device)
     optimizers = optimizers_of(
         model, SETTINGS["rate"], settings["width_rate"], SETTINGS["momentum"], SETTINGS["weight_decay"]
     )
-    epochs = of_data(settings["epochs"], run.data)
+    epochs = setting_for(settings["epochs"], run.data)
     steps = epochs * math.ceil(len(data.train) / SETTINGS["batch"])
     steppers = [*optimizers, *cosine_schedules(optimizers, steps)]
     for _ in range(epochs):
@@ -169,7 +170,7 @@ def train(run: Run, data: Data, settings: dict[str, Any], device: torch.device) 
 
 @cache
 def read(name: str, root: Path | None) -> Data:
-    """The data set, which a process reads once."""
+    """The data set, read once a process."""
     return SOURCES[name].read(root)
 
 
@@ -178,7 +179,7 @@ def work(run: Run, root: Path | None, settings: dict[str, Any], device: str) -> 
 
 
 def begun(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The report in `file`, if there is one, else a new one."""
+    """The report in `file`, or a new one."""
     if not file.exists():
         return {"machine": machine(torch.device("cpu")), "settings": settings, "seconds": 0.0, "runs": {}}
     report: dict[str, Any] = json.loads(file.read_text())
@@ -191,7 +192,7 @@ def begun(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_all(runs: list[Run], report: dict[str, Any], file: Path, jobs: int, root: Path | None, device: str) -> None:
-    """Trains the runs that `report` lacks, `jobs` at a time with one thread each; writes the report after each."""
+    """Trains the runs missing in `report`, `jobs` at a time with one thread each; writes the report after each."""
     left = [run for run in runs if str(run) not in report["runs"]]
     spent, started = report["seconds"], time.perf_counter()
     report["jobs"] = jobs
@@ -222,7 +223,7 @@ def train_all(runs: list[Run], report: dict[str, Any], file: Path, jobs: int, ro
 
 
 class Series(NamedTuple):
-    """Mean accuracy and standard deviation over the seeds (NaN where there was one), for each width."""
+    """Mean accuracy and standard deviation over the seeds (NaN for one seed), by width."""
 
     data: str
     surrogate: str
@@ -233,12 +234,12 @@ class Series(NamedTuple):
 
     @property
     def drop(self) -> float:
-        """The loss of accuracy from the best width to the worst, in percentage points."""
+        """Best accuracy less worst over the widths, in percentage points."""
         return max(self.means) - min(self.means)
 
 
 def series(report: dict[str, Any]) -> Iterator[Series]:
-    """The series of every set, surrogate and method that was trained, in that order."""
+    """The series of every set, surrogate and method, in that order."""
     found: dict[tuple[str, str, str], dict[float, list[float]]] = {}
     for key, result in report["runs"].items():
         data, surrogate, method, width, _ = key.split()
@@ -255,7 +256,7 @@ def series(report: dict[str, Any]) -> Iterator[Series]:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """The accuracies as a person reads them."""
+    """The accuracies as a table."""
     result = Table(title="Accuracy in percent over the first width, mean ± standard deviation over the seeds")
     every = list(series(report))
     widths = sorted({width for each in every for width in each.widths})
@@ -281,41 +282,39 @@ def table(report: dict[str, Any]) -> Table:
     return result
 
 
+@palette.styled
 def plot(report: dict[str, Any], file: Path) -> None:
-    """Accuracy over width, a panel a data set, in the form of the paper's figure."""
+    """Accuracy over width, a panel for each data set, as in the paper's figure."""
     from matplotlib.figure import Figure
 
     every = list(series(report))
     names = list(dict.fromkeys(each.data for each in every))
     columns = min(len(names), 4)
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(4.2 * columns, 3.8 * rows), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 3.8 * rows))
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel, name in zip(panels, names, strict=False):
         for each in every:
             if each.data != name:
                 continue
-            panel.errorbar(
-                each.widths, each.means, each.deviations, label=f"{each.method}, {each.surrogate}", capsize=3,
-                color="C0" if each.method == ASGL else "C3", marker="o" if each.surrogate == SURROGATES[0] else "^",
-                linestyle="-" if each.surrogate == SURROGATES[0] else "--",
-            )  # fmt: skip
+            style = palette.line(2 * METHODS[::-1].index(each.method) + SURROGATES.index(each.surrogate), capsize=3)
+            label = f"{each.method}, {each.surrogate}"
+            panel.errorbar(each.widths, each.means, each.deviations, label=label, **style)
         panel.set(xscale="log", title=f"{name} ({SOURCES[name].kind})", xlabel="width at the start")
         panel.set_xticks(WIDTHS, [f"{width:g}" for width in WIDTHS])
         panel.minorticks_off()
-        panel.grid(alpha=0.3)
     for panel in panels[len(names) :]:
         panel.remove()
     panels[0].set_ylabel("test accuracy (%)")
-    panels[0].legend(fontsize=8)
+    panels[0].legend(fontsize=8, handlelength=4)
     figure.savefig(file, dpi=100)
 
 
 def main() -> int:
-    """Trains the runs that are missing, prints the table, draws the figure."""
+    """Trains missing runs, prints the table, draws the figure."""
     parser = parser_of("benchmarks.learning.width_robustness", __doc__, "json", "plot")
-    parser.add_argument("--data", nargs="+", choices=SOURCES, help="default: all that are there")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="where real data sets lie, under their own names")
+    parser.add_argument("--data", nargs="+", choices=SOURCES, help="default: all available")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="the folder of real data sets")
     parser.add_argument("--surrogates", nargs="+", choices=SURROGATES, default=SURROGATES)
     parser.add_argument("--widths", nargs="+", type=float, help=f"default: {' '.join(f'{w:g}' for w in WIDTHS)}")
     parser.add_argument("--seeds", type=int, help=f"how many (default: {SEEDS})")

@@ -20,15 +20,14 @@ Name = TypeVar("Name", bound=Hashable)
 
 PARTS = ("forward", "backward", "both")
 MOST_SAMPLES = 16
-# This is more than any cache of a CPU holds.
+# More than any cache of a CPU.
 COLD_BYTES = 2**28
 
 
 def keep_memory() -> bool:
-    """Has the C library keep memory that is freed, as torch does on a GPU; False where it can't.
+    """Makes the C library keep freed memory, as torch does on a GPU; returns whether it can.
 
-    Otherwise it gives large blocks back to the system at some sizes and not at others, and the measurement is then of
-    the system, which hands out the same pages again.
+    By default it returns large blocks to the system, at some sizes: measurements would then include page faults.
     """
     trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -36,7 +35,7 @@ def keep_memory() -> bool:
 
 
 class Sample(NamedTuple):
-    """One input with the gradient of its output; `leaf` is x in the eyes of autograd."""
+    """An input and the gradient of its output; `leaf` is x for autograd."""
 
     x: Tensor
     leaf: Tensor
@@ -44,14 +43,14 @@ class Sample(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The functions that are timed: backward gets the result of forward."""
+    """The timed functions; backward gets the result of forward."""
 
     name: str
     forward: Callable[[Sample], Tensor]
     backward: Callable[[Sample, Tensor], Any]
 
 
-# Each part has the statement that is timed, and the one that is run before.
+# The timed statement of each part, and the one before it.
 CPU_STATEMENTS = {
     "forward": ("row.forward(sample)", "pass"),
     "backward": ("row.backward(sample, out)", "out = row.forward(sample)"),
@@ -60,7 +59,7 @@ CPU_STATEMENTS = {
 
 
 class CpuClock:
-    """Seconds of one call of a part of a row, forward, backward or both; `cold`: caches are full of something else."""
+    """Seconds of a call of forward, backward or both; `cold`: with caches filled by other data."""
 
     def __init__(self, row: Row, part: str, inputs: list[Sample], cold: bool) -> None:
         self._elsewhere = torch.empty(COLD_BYTES, dtype=torch.uint8) if cold else None
@@ -75,10 +74,10 @@ class CpuClock:
 
 
 class GpuClock:
-    """The same on the GPU: of several calls in a row, which the host has queued before the first one starts."""
+    """The same on a GPU, over several calls in a row, all queued before the first one starts."""
 
-    CYCLES_A_SECOND = 2e9  # roughly, since the wait need only be long enough
-    LONGEST = 0.02  # seconds, of the calls in a row and of the wait
+    CYCLES_A_SECOND = 2e9  # an estimate: the wait need only be long enough
+    LONGEST = 0.02  # seconds of the calls in a row, and of the wait
 
     def __init__(self, row: Row, part: str, inputs: list[Sample]) -> None:
         outs = [row.forward(sample) for sample in inputs] if part == "backward" else []
@@ -118,7 +117,7 @@ def clock_of(row: Row, part: str, inputs: list[Sample], cold: bool = False) -> C
 
 
 def in_turns(clocks: Mapping[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:
-    """Seconds by each clock, which take turns, so that a machine whose speed drifts slows all of them alike."""
+    """Seconds by each clock; the clocks take turns, so that a drift of the machine's speed affects all alike."""
     seconds: dict[Name, list[float]] = {name: [] for name in clocks}
     for _ in range(repeats):
         for name, clock in clocks.items():
@@ -127,7 +126,7 @@ def in_turns(clocks: Mapping[Name, Callable[[], float]], repeats: int) -> dict[N
 
 
 def saved_storages(call: Callable[[], object]) -> dict[int, int]:
-    """The addresses and bytes of all that autograd keeps for backward of a call, its input included."""
+    """Addresses and sizes of the storages that autograd keeps for backward of a call, its input included."""
     storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -136,14 +135,14 @@ def saved_storages(call: Callable[[], object]) -> dict[int, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = call()  # kept, so that no address is used twice
+        out = call()  # alive, so that no address is reused
     del out
     return storages
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Sends standard error nowhere: the profiler's library announces each of its runs there, and has no option."""
+    """Discards standard error, to which the profiler's library writes a line for each run."""
     sys.stderr.flush()
     kept = os.dup(2)
     with Path(os.devnull).open("w") as nowhere:
@@ -156,7 +155,7 @@ def silence() -> Iterator[None]:
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that a call has allocated at a time, beyond those that were allocated before."""
+    """The peak of a call's allocations, beyond those before it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -176,7 +175,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Half the distance of the quartiles, as a share of the median."""
+    """Half the interquartile range, as a share of the median."""
     if len(values) < 2:
         return 0.0
     lower, median, upper = statistics.quantiles(values, n=4)

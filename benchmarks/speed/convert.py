@@ -1,7 +1,7 @@
-"""The time that `asgl_cuda.convert` saves: layers of other libraries before and after they are converted.
+"""The time that `asgl_cuda.convert` saves: layers of other libraries before and after conversion, forward and backward.
 
-Forward and backward are timed. Both layers take turns within each repeat; the median is reported. Their spikes, or the
-potentials of those that do not fire, are compared before they are timed.
+Both layers take turns within each repeat; the median is reported. Their spikes, or the potentials of layers that do not
+fire, are compared before they are timed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .peers import machine_and_peers, step_by_step
 
 
 class Case(NamedTuple):
-    """A layer, how it is called with a sequence `[T, N]` from rest, and how it is converted."""
+    """A layer, its call with a sequence `[T, N]` from rest, and its conversion."""
 
     library: str
     name: str
@@ -112,7 +112,7 @@ def sinabs() -> Iterator[Case]:
 
 
 def cases() -> Iterator[Case]:
-    """The layers of the libraries that are installed."""
+    """Layers of the installed libraries."""
     for library in (spikingjelly, snntorch, norse, sinabs):
         if importlib.util.find_spec(library.__name__) is None:
             print(f'not installed: {library.__name__} (pip install ".[bench]")')
@@ -121,7 +121,7 @@ def cases() -> Iterator[Case]:
 
 
 def measure(case: Case, sample: Sample, repeats: int) -> dict[str, Any]:
-    """Median seconds of both, forward and backward."""
+    """Median seconds of both layers, forward and backward."""
     device = sample.x.device
     layers = {"before": case.layer.to(device), "after": case.converted(case.layer).to(device)}
     with torch.no_grad():

@@ -1,9 +1,9 @@
-"""Training steps of three networks with their neuron layers swapped: how long, where the time goes, how much memory.
+"""Training steps of three networks with exchanged neuron layers: time, its distribution over layers, and memory.
 
 A step is forward, loss, backward and optimiser. All variants take turns within each repeat; the median is reported.
-Where the time goes is taken from the profiler, in a run of its own: hooks of every layer open a range in forward and in
-backward. Where a network has batch normalisation, `asgl_cuda.fuse` makes one of it and the neurons behind it; before
-it is timed, its losses are compared with the losses of the same network that is not fused.
+Shares of layers are the profiler's, in a run of their own: hooks of every layer open a range in forward and in
+backward. In a network with batch normalisation, `asgl_cuda.fuse` joins it with the neurons; before the fused network is
+timed, its losses are compared with those of the same network without fusion.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ ANALOG_PROB = 0.2
 NEURONS, PRODUCTS, NORMALISATION, REST = "neuron layers", "convolutions and linear", "normalisation", "the rest"
 CATEGORIES = (NEURONS, PRODUCTS, NORMALISATION)
 PROFILED_STEPS = 20
-FUSED_BLOCK = ", fused block"  # the end of a variant's name where the neurons normalise
+FUSED_BLOCK = ", fused block"  # suffix of a variant whose neurons normalise
 COMPARED_STEPS = 3
 COMPARED_BATCH = 4
-# The losses of these steps are compared in float64. Roundings differ between fused and not, and a neuron that then
-# fires where it did not changes all that follows: in float32 some do within a few steps, in float64 none. Other noise
-# alone changes a loss by 1e-4 or more.
+# Losses are compared in float64. Roundings differ with fusion, and a neuron that then fires changes all that follows:
+# in float32 some do within a few steps, in float64 none. Other noise alone changes a loss by 1e-4 or more.
 LOSS_TOLERANCE = 1e-9
 
 MakeNeuron = Callable[[], nn.Module]
@@ -72,7 +71,7 @@ def speech(neuron: MakeNeuron) -> nn.Sequential:
 
 
 class Network(NamedTuple):
-    """A network, and the shape of its data."""
+    """A network and the shape of its data."""
 
     make: Callable[[MakeNeuron], nn.Sequential]
     input_shape: tuple[int, ...]  # [T, B, ...]
@@ -98,7 +97,7 @@ def plain(backend: str) -> nn.Module:
 
 
 class Variant(NamedTuple):
-    """A network's neurons."""
+    """The neurons of a network."""
 
     name: str
     neuron: MakeNeuron
@@ -106,7 +105,7 @@ class Variant(NamedTuple):
 
 
 def variants(network: Network, device: torch.device) -> Iterator[Variant]:
-    """The neurons of ASGL in every way; then the ordinary neuron, which SpikingJelly has, too."""
+    """The neuron of ASGL in every implementation; then the ordinary neuron, which SpikingJelly has as well."""
     yield Variant("reference", lambda: asgl("reference"))
     if network.input_shape[0] <= MOST_STEPS_TO_COMPILE:
         yield Variant("torch.compile", lambda: torch.compile(asgl("reference"), fullgraph=True, dynamic=False))
@@ -128,7 +127,7 @@ def variants(network: Network, device: torch.device) -> Iterator[Variant]:
 
 
 class Training:
-    """A network with its data and optimiser."""
+    """A network, its data and its optimiser."""
 
     def __init__(
         self,
@@ -169,11 +168,11 @@ class Training:
 
 
 def check_losses(network: Network, device: torch.device) -> list[str]:
-    """The names of the variants with fused blocks, each of which trains as the one that is not fused."""
+    """The names of the variants with fused blocks, whose losses are those without fusion."""
     steps, _, *sizes = network.input_shape
     network = network._replace(input_shape=(steps, COMPARED_BATCH, *sizes))
 
-    def losses(variant: Variant) -> Tensor:  # with the same noise: a Training begins with the seed
+    def losses(variant: Variant) -> Tensor:  # with the same noise: a Training seeds the generator
         training = Training(network, variant.neuron, device, variant.fused, torch.float64)
         return torch.stack([training.step() for _ in range(COMPARED_STEPS)])
 
@@ -186,21 +185,21 @@ def check_losses(network: Network, device: torch.device) -> list[str]:
     return names
 
 
-# ---- where the time goes ----
+# ---- shares of layers ----
 
 
 class Ranges:
-    """The profiler's range that is open: one at most, since the networks are chains."""
+    """The profiler's open range: one at most, since the networks are chains."""
 
     def __init__(self) -> None:
         self._open: Any = None
 
     def watch(self, layer: nn.Module, name: str) -> None:
-        """Opens a range in forward and in backward, where the range of the layer before it in the network ends it."""
+        """Opens a range in forward and in backward, which the next layer's range ends."""
 
         def after(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             self.end()
-            if output is not inputs[0]:  # else it has nothing to do in backward
+            if output is not inputs[0]:  # else it has no backward
                 output.register_hook(lambda grad: self.begin(name))
 
         layer.register_forward_pre_hook(lambda *_: self.begin(name))
@@ -255,11 +254,11 @@ def shares(training: Training) -> dict[str, float]:
     return {**found, REST: 1 - sum(found.values())}
 
 
-# ---- the whole ----
+# ---- measurement ----
 
 
 def measure(network: Network, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
-    """Median seconds of a step, their spread, the shares of its parts and the peak of its memory, by variant."""
+    """Median seconds of a step, their spread, the shares of layers and the peak of memory, by variant."""
     trainings = {each.name: Training(network, each.neuron, device, each.fused) for each in variants(network, device)}
     for training in trainings.values():
         for _ in range(2):
@@ -277,7 +276,7 @@ def measure(network: Network, device: torch.device, repeats: int) -> dict[str, d
 
 
 def table(name: str, network: Network, found: dict[str, dict[str, Any]]) -> str:
-    """The measurements of a network as a person reads them."""
+    """The measurements of a network as text."""
     lines = [f"{name}, {list(network.input_shape)}"]
     head = ("step, ms", "+-", "faster", "neurons", "products", "norm", "rest", "peak, MB")
     lines.append(text_row("", head, 28, 10))
@@ -300,13 +299,13 @@ def main() -> int:
     about = machine_and_peers(device)
     print(f"{in_words(about)}; medians of {arguments.repeats} training steps")
     print("faster: than with the reference; shares of the step by the profiler; peak: allocated during a step")
-    print("fused block: the neurons normalise as well, by asgl_cuda.fuse; their share is that of both")
+    print("fused block: normalisation and neurons in one, by asgl_cuda.fuse; their share is the sum")
     print("LIF: without noise and learned width, as SpikingJelly has it\n", flush=True)
     report: dict[str, Any] = {"machine": about, "networks": {}}
     for name in arguments.networks:
         network = NETWORKS[name]
         for checked in check_losses(network, device):
-            print(f"{checked}: the losses of the first {COMPARED_STEPS} steps are those without fusing")
+            print(f"{checked}: the losses of the first {COMPARED_STEPS} steps are those without fusion")
         found = measure(network, device, arguments.repeats)
         print(table(name, network, found), flush=True)
         report["networks"][name] = {"input_shape": network.input_shape, "variants": found}

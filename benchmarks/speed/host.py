@@ -1,9 +1,9 @@
-"""Host time of a call on a tiny input, on one thread: what small layers and whoever waits for a GPU to be fed pay.
+"""Host time of a call on a tiny input, on one thread: the cost of small layers, and of launches that a GPU waits for.
 
-The yardstick is `gelu` in the same run, with gradients forward and backward, without them forward alone. An empty
-autograd function of two inputs shows what any function in Python costs. On a GPU it is the time until all is queued.
+The yardstick is `gelu` in the same run: with gradients forward and backward, without them forward alone. An empty
+autograd function of two inputs shows the cost of any function in Python. On a GPU: the time until all is queued.
 
-`launched in Python`: with operators and launchers in Python, as on the backend cupy, except for the call of the driver.
+`launched in Python`: operators and launchers in Python, as in the backend cupy, without the call of the driver.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CALLS = 100
 
 
 class HostTimes(NamedTuple):
-    """Microseconds of a call, with gradients forward and backward, and without them; gelu's is among them."""
+    """Microseconds of a call with gradients, forward and backward, and without; with a row for gelu."""
 
     with_gradients: dict[str, float]
     without_gradients: dict[str, float]
@@ -60,7 +60,7 @@ class _Empty(torch.autograd.Function):
 
 
 class _Recorder:
-    """A launcher that makes the arguments of the driver and does not call it."""
+    """A launcher that prepares the driver's arguments, and does not call it."""
 
     def resident_threads(self, device: torch.device) -> int:
         return 1 << 18
@@ -82,7 +82,7 @@ def _compiled_backends(device: torch.device) -> list[str]:
 
 
 def layers(device: torch.device, backend: str) -> dict[str, nn.Module]:
-    """The layers that are called, by the names of their rows."""
+    """Layers by the names of their rows."""
 
     def pair() -> nn.Module:
         return nn.Sequential(OverTime(nn.BatchNorm2d(CHANNELS)), asgl_cuda.LIF(backend=backend)).to(device)
@@ -146,7 +146,7 @@ def _without_gradients(device: torch.device, repeats: int) -> dict[str, float]:
 
 
 def _microseconds(rows: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Medians. On the CPU the time of the thread counts, which nothing else on the machine takes part of."""
+    """Medians; on a CPU, of the thread's own time, which other processes do not change."""
     timer = time.thread_time if device.type == "cpu" else time.perf_counter
 
     def clock(function: Callable[[], Any]) -> Callable[[], float]:
@@ -157,7 +157,7 @@ def _microseconds(rows: dict[str, Callable[[], Any]], device: torch.device, repe
         def seconds() -> float:
             found: float = made.timeit(CALLS).mean
             if device.type == "cuda":
-                torch.cuda.synchronize()  # the queue is empty before the next row
+                torch.cuda.synchronize()  # an empty queue for the next row
             return found
 
         return seconds

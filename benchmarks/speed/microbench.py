@@ -1,19 +1,19 @@
 """Time of one neuron layer, forward and backward, measured against an element-wise multiply in the same run.
 
 The multiply is the floor: `x * 2` reads x and writes the result as forward must, `x * g` reads two tensors and writes
-one as backward must. Against it stand the neuron of ASGL in every backend, as the reference and as a paper's author
-writes it, and the ordinary LIF neuron, which the other libraries have, too. All rows take turns within each repeat, so
-that a machine whose speed drifts slows them alike; the median over the repeats is reported. Before a peer is
-timed, its spikes are compared with ours.
+one as backward must. Compared with it: the neuron of ASGL in every backend, as the reference and as a loop in plain
+PyTorch, and the ordinary LIF neuron, which the other libraries have as well. All rows take turns within each repeat, so
+that a drift of the machine's speed affects all alike; the median over the repeats is reported. The spikes of peers are
+compared with ours before they are timed.
 
-A block is batch normalisation and the ASGL neurons behind it, in training: as one, `asgl_cuda.BatchNormLIF`, or as the
-pair of `torch.nn.BatchNorm2d` and the neurons. Fused, it accesses an element nine times, 36 bytes in float32, and its
-floor does so in the same order: forward is `x.sum()`, which reads x as the statistics must (4), and `x * 2` (8),
-backward `x * g` (12) and another multiply of the result with x, in place (12). A copy of x and one of g, 16 bytes
-together, tell how fast memory is.
+A block is batch normalisation and ASGL neurons in training: fused, `asgl_cuda.BatchNormLIF`, or as the pair of
+`torch.nn.BatchNorm2d` and the neurons. The fused block accesses an element nine times, 36 bytes in float32, as does its
+floor, in the same order: forward is `x.sum()`, which reads x as the statistics must (4), and `x * 2` (8), backward
+`x * g` (12) and a multiply of the result with x, in place (12). Copies of x and g, 16 bytes together, show the speed of
+memory.
 
-On a GPU the device's time is taken, between two CUDA events, while the host runs ahead. Several inputs take turns,
-so that as far as 16 of them outgrow the cache they come from memory, as in a network.
+On a GPU the time is the device's, between two CUDA events, while the host runs ahead. Several inputs take turns, up to
+16, so that they come from memory rather than the cache, as in a network.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ import asgl_cuda
 from asgl_cuda import OverTime
 from asgl_cuda.selfcheck import THRESHOLD_BAND
 
+from .. import palette
 from ..common import device_of, fused_backends, in_time, in_words, parser_of, write_json
+from . import host
 from .clocks import (
     PARTS,
     CpuClock,
@@ -50,8 +52,6 @@ from .clocks import (
     saved_storages,
     spread,
 )
-from .host import host_times
-from .host import table as host_table
 from .peers import DECAY, Peer, asgl_loop, installed_peers, machine_and_peers
 from .rates import measured_rates
 from .sizes import DTYPES, HOST, LAYOUTS, SWEEPS, Block, Size, samples, sweep, usual_sizes
@@ -63,11 +63,11 @@ YARDSTICKS = (FLOOR, COPY)
 REFERENCE = "reference"
 COMPILED = "torch.compile"
 LOOP = "author's loop"
-PLAIN = "LIF: "  # the beginning of the names of rows without noise and learned width
-PAIR = "pair: "  # and of blocks that are not fused
+PLAIN = "LIF: "  # prefix of rows without noise and learned width
+PAIR = "pair: "  # prefix of blocks that are not fused
 # Beyond this many steps the compiler unrolls for minutes.
 MOST_STEPS_TO_COMPILE = 16
-# Autograd keeps some fifteen float32 tensors of the reference, and the gradients need room, too.
+# Autograd keeps some fifteen float32 tensors of the reference; the gradients take the rest.
 REFERENCE_BYTES_AN_ELEMENT = 100
 
 
@@ -83,14 +83,14 @@ class Measurement(NamedTuple):
     """The measurements of one row."""
 
     timing: Timing
-    spread: float  # half the distance of the quartiles of `both`, as a share of its median
+    spread: float  # half the interquartile range of `both`, as a share of its median
     saved_bytes: int | None
     peak_bytes: int | None
-    first_seconds: float  # forward and backward, for the first time
+    first_seconds: float  # first call, forward and backward
 
 
 def row_of(name: str, function: Callable[[Tensor], Tensor], *parameters: Tensor) -> Row:
-    """A layer, with the gradients of its input and its parameters."""
+    """A layer, with gradients of its input and parameters."""
 
     def backward(sample: Sample, out: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, (sample.leaf, *parameters), sample.grad, retain_graph=True)
@@ -105,12 +105,12 @@ def compiled_rows(
     *parameters: Tensor,
     modes: Sequence[str | None] = (None,),
 ) -> Iterator[Row]:
-    """The layer as the compiler makes it in each of its modes, None for the default."""
+    """The layer under torch.compile, in each of the modes; None is the default."""
     if not size.compiled or size.steps > MOST_STEPS_TO_COMPILE:
         return
-    # Its backward must be repeatable to be timed alone, so it may not give its buffers away.
+    # Backward is timed alone, and repeated: it must keep its buffers.
     torch._functorch.config.donated_buffer = False
-    # It compiles for this size alone, not for any size because there was another before.
+    # For this size alone: after another size the compiler would make sizes dynamic.
     torch._dynamo.reset()
     for mode in modes:
         compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
@@ -123,7 +123,7 @@ def reference_fits(size: Size | Block, device: torch.device) -> bool:
 
 
 def neuron_rows(size: Size, device: torch.device) -> Iterator[Row]:
-    """The floor; ASGL in every way; the ordinary LIF neuron in every way."""
+    """The floor; every implementation of ASGL; every implementation of the ordinary LIF neuron."""
     learned = size.parameters(device)
     width = learned["width"]
 
@@ -150,7 +150,7 @@ def neuron_rows(size: Size, device: torch.device) -> Iterator[Row]:
 
 
 def block_rows(block: Block, device: torch.device) -> Iterator[Row]:
-    """The floor; copies; the block fused and as a pair in every way."""
+    """The floor; copies; every implementation of the block, fused and as a pair."""
     channels = block.shape[2]
     neuron: dict[str, Any] = {"decay": DECAY, "analog_prob": ANALOG_PROB}
 
@@ -183,7 +183,7 @@ def rows_of(size: Size | Block, device: torch.device) -> Iterator[Row]:
 
 
 def refuse_other_spikes(name: str, spikes: Tensor, expected: Tensor | asgl_cuda.LIFOutput, than: str) -> None:
-    """Spikes must be the expected ones, except where a potential is within rounding of the threshold."""
+    """Raises where spikes differ, except at potentials within rounding of the threshold."""
     assert isinstance(expected, asgl_cuda.LIFOutput)
     assert expected.h_seq is not None
     sure = ((expected.h_seq - 1).abs() > THRESHOLD_BAND).all(0)
@@ -194,7 +194,7 @@ def refuse_other_spikes(name: str, spikes: Tensor, expected: Tensor | asgl_cuda.
 
 @torch.no_grad()
 def check_peers(device: torch.device) -> None:
-    """Checks that all rows do the same work: the others' spikes are ours, except within rounding of the threshold."""
+    """Checks that all rows do the same work: that their spikes are ours."""
     x_seq = torch.randn(20, 4096, device=device)
     state = torch.tensor([1, 2], device=device)
     mask = asgl_cuda.analog_mask(x_seq, ANALOG_PROB, state)
@@ -209,9 +209,9 @@ def check_peers(device: torch.device) -> None:
 
 @torch.no_grad()
 def check_blocks(device: torch.device) -> None:
-    """Checks the same for the rows of a block, in float32: in half types the pair rounds between its layers.
+    """Checks the rows of a block in float32; in half types the pair rounds between its layers.
 
-    Only the compiler's noise can't be compared: it draws numbers of its own.
+    The compiler draws other noise, and is not compared.
     """
     for layout in (LAYOUTS[0], "channels_last"):
         block = Block((4, 8, 16, 8, 8), "float32", layout, compiled=False)
@@ -233,7 +233,7 @@ def check_blocks(device: torch.device) -> None:
 
 
 class Clocks(NamedTuple):
-    """The clocks of a row, which is warmed up."""
+    """The clocks of a warmed up row."""
 
     parts: dict[str, CpuClock | GpuClock]
     saved_bytes: int | None
@@ -242,7 +242,7 @@ class Clocks(NamedTuple):
 
 
 def clocks_of(row: Row, inputs: list[Sample], cold: bool) -> Clocks | None:
-    """The clocks of a row; None where it does not work and the others still count."""
+    """The clocks of a row; None where a peer does not work."""
     device = inputs[0].x.device
 
     def call() -> None:
@@ -267,7 +267,7 @@ def clocks_of(row: Row, inputs: list[Sample], cold: bool) -> Clocks | None:
 def measure(size: Size | Block, device: torch.device, repeats: int, cold: bool = False) -> dict[str, Measurement]:
     """Measures all rows, which take turns."""
     torch.manual_seed(0)
-    torch.cuda.empty_cache()  # the memory of the size before; without a GPU this does nothing
+    torch.cuda.empty_cache()  # the memory of the previous size; without effect on a CPU
     inputs = samples(size, device)
     clocks = {row.name: found for row in rows_of(size, device) if (found := clocks_of(row, inputs, cold)) is not None}
     parts = {(name, part): clock.seconds for name, found in clocks.items() for part, clock in found.parts.items()}
@@ -291,7 +291,7 @@ HEAD = (
 
 
 def table(size: Size | Block, found: dict[str, Measurement]) -> str:
-    """The measurement as a person reads it."""
+    """The measurement as text."""
     lines = [HEAD]
     floor = found[FLOOR].timing
     slowest = {name: found[f"{name}{REFERENCE}"] for name in ("", PLAIN, PAIR) if f"{name}{REFERENCE}" in found}
@@ -320,46 +320,44 @@ def table(size: Size | Block, found: dict[str, Measurement]) -> str:
     return "\n".join((str(size), *text, ""))
 
 
+@palette.styled
 def plot(report: dict[str, Any], file: Path) -> None:
-    """Nanoseconds an element over T, at the N with the most sizes, and over N; the floor as a line."""
+    """Nanoseconds an element over T and over N, each at the other's most frequent value."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5))
     panels = figure.subplots(1, 2, sharey=True)
+    measured = [size for size in report["sizes"] if size["dtype"] == "float32" and size["layout"] == LAYOUTS[0]]
+    names = list(dict.fromkeys(name for size in measured for name in size["seconds"]))
     for panel, along, fixed, label in (
         (panels[0], "steps", "neurons", "time steps T"),
         (panels[1], "neurons", "steps", "neurons N"),
     ):
-        sizes = [size for size in report["sizes"] if size["dtype"] == "float32" and size["layout"] == LAYOUTS[0]]
-        values = [size[fixed] for size in sizes]
+        values = [size[fixed] for size in measured]
         chosen = max(sorted(set(values)), key=values.count)
-        sizes = sorted((size for size in sizes if size[fixed] == chosen), key=lambda size: size[along])
-        for name in dict.fromkeys(name for size in sizes for name in size["seconds"]):
+        sizes = sorted((size for size in measured if size[fixed] == chosen), key=lambda size: size[along])
+        for number, name in enumerate(names):
             points = [
                 (size[along], 1e9 * size["seconds"][name]["both"] / (size["steps"] * size["neurons"]))
                 for size in sizes
                 if name in size["seconds"]
             ]
-            ours = "asgl_cuda" in name
-            style: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 2.2 if ours else 1}
+            style = palette.line(number - 1, linewidth=2.4 if "asgl_cuda" in name else 1.2)
             if name == FLOOR:
-                style = {"color": "black", "linestyle": "--", "linewidth": 1.5}
-            elif name.startswith(PLAIN):
-                style |= {"linestyle": ":"}
-            panel.plot(*zip(*points, strict=True), label="two multiplies" if name == FLOOR else name, **style)
-        panel.set(xscale="log", yscale="log", xlabel=label)
+                style = {"color": palette.BLACK, "linewidth": 1.6}
+            if points:
+                panel.plot(*zip(*points, strict=True), label="two multiplies" if name == FLOOR else name, **style)
+        panel.set(yscale="log", xlabel=label, title=f"{'N' if fixed == 'neurons' else 'T'} = {chosen}")
         panel.set_xscale("log", base=2)
-        panel.set_title(f"{'N' if fixed == 'neurons' else 'T'} = {chosen}")
-        panel.grid(alpha=0.3)
     panels[0].set_ylabel("forward and backward, ns an element")
-    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5), handlelength=4)
     about = report["machine"]
     figure.suptitle(f"{about.get('gpu') or about['processor']}, torch {about['torch']}, float32")
-    figure.savefig(file, dpi=120)
+    figure.savefig(file)
 
 
 def call_overhead(device: torch.device, repeats: int, calls: int = 2000) -> dict[str, float]:
-    """Microseconds of one call on a tiny tensor without gradients."""
+    """Microseconds of a call on a tiny tensor without gradients."""
     x_seq = torch.randn(4, 64, device=device)
     functions: dict[str, Callable[[], Tensor]] = {FLOOR: lambda: x_seq * 2}
     for backend in fused_backends(device):
@@ -377,20 +375,16 @@ def call_overhead(device: torch.device, repeats: int, calls: int = 2000) -> dict
 
 
 def main() -> int:
-    """Measures the sizes that were asked for and prints a table for each."""
+    """Measures the requested sizes and prints a table for each."""
     parser = parser_of("benchmarks.speed.microbench", __doc__, "device", "seconds", "repeats", "json", "plot")
     parser.set_defaults(repeats=15)
     parser.add_argument("--steps", type=int, help="time steps; with --neurons, measures this size alone")
     parser.add_argument("--neurons", type=int, help="neurons, batch included")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, help="what to vary (with --plot by default T and N)")
+    parser.add_argument("--cold", action="store_true", help="fill the CPU's caches with other data before each call")
     parser.add_argument(
-        "--sweep", nargs="+", choices=SWEEPS, help="over what to measure (with --plot T and N, where none is named)"
-    )
-    parser.add_argument(
-        "--cold", action="store_true", help="fill the CPU's caches with something else before each call"
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="leave the C library its defaults: large memory is then fresh at each call"
+        "--fresh", action="store_true", help="the C library's defaults: large memory is fresh at each call"
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     arguments = parser.parse_args()
@@ -415,15 +409,14 @@ def main() -> int:
     about = machine_and_peers(device)
     print(f"{in_words(about)}; medians of {arguments.repeats}, {'cold' if arguments.cold else 'warm'} caches")
     if device.type == "cpu":
-        print(f"the C library {'keeps' if kept else 'may give back'} memory that is freed")
+        print(f"the C library {'keeps' if kept else 'may return'} freed memory")
     print(f"rectangle, hard reset, analog_prob {ANALOG_PROB}, learned width; gradients of x and width")
-    print(f"{PLAIN}without noise and learned width, as the other libraries have it (they have no ASGL); each with the")
-    print("surrogate that it has by default; gradient of x")
-    print("+-: half the distance of the quartiles; GB/s: of the accesses that an element needs, five, of a block nine")
-    print("x * 2, x * g, both: forward, backward and both as multiples of these multiplies, and of both of them")
+    print(f"{PLAIN}without noise and learned width, as in the other libraries; default surrogates; gradient of x")
+    print("+-: half the interquartile range; GB/s: of five accesses to an element, of nine in a block")
+    print("x * 2, x * g, both: forward, backward and both as multiples of these multiplies, and of their sum")
     print("faster: both, than the reference in eager mode; torch.compile: of the reference")
     print("saved: bytes an element kept for backward; peak: bytes an element allocated; first: the first call")
-    print("block: batch normalisation and neurons, in training, fused, or as a pair of nn.BatchNorm2d and the neurons;")
+    print("block: batch normalisation and neurons in training, fused, or as a pair of nn.BatchNorm2d and the neurons;")
     print("gradients of x, weight, bias and width; its multiplies: x.sum() and x * 2, (x * g).mul_(x)")
     missing = installed_peers(device)[1]
     if missing:
@@ -437,9 +430,9 @@ def main() -> int:
     if "judged" in sweeps:
         report["card"] = measured_rates(device)._asdict()
     if HOST in sweeps:
-        host = host_times(device, arguments.repeats)
-        print(host_table(host), flush=True)
-        report["host_microseconds"] = host._asdict()
+        times = host.host_times(device, arguments.repeats)
+        print(host.table(times), flush=True)
+        report["host_microseconds"] = times._asdict()
     report["call_microseconds"] = overhead = call_overhead(device, arguments.repeats)
     for size in in_time(sizes, started, arguments.seconds, report):
         found = measure(size, device, arguments.repeats, arguments.cold)
@@ -454,7 +447,7 @@ def main() -> int:
                 },
             }
         )
-        write_json(arguments.json, report)  # now, since a limit from outside may end the program
+        write_json(arguments.json, report)  # already here: the program may be killed
     write_json(arguments.json, report)
     print("one call on [4, 64], no_grad: " + ", ".join(f"{name} {us:.1f} µs" for name, us in overhead.items()))
     if arguments.plot:

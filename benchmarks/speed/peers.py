@@ -1,7 +1,7 @@
-"""Alternatives to asgl_cuda: the neurons of other libraries, and ASGL as a paper's author writes it.
+"""Alternatives to asgl_cuda: the neurons of other libraries, and ASGL as a loop in plain PyTorch.
 
-The libraries have no ASGL, so each is set up as an ordinary LIF neuron with decay 1/2, threshold 1 and reset to 0, in
-the fastest way that its documentation shows for a whole sequence, with its own default surrogate.
+The libraries have no ASGL: each is an ordinary LIF neuron with decay 1/2, threshold 1 and reset to 0, in the fastest
+form that its documentation shows for a whole sequence, with its default surrogate.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Peer(NamedTuple):
 
     name: str  # with the version
     spikes: Callable[[Tensor], Tensor]  # [T, N] to [T, N]
-    same_neuron: dict[str, Any]  # the options of asgl_cuda.lif under which it emits the same spikes
+    same_neuron: dict[str, Any]  # options of asgl_cuda.lif for the same spikes
 
 
 def step_by_step(cell: Callable[..., Any], x_seq: Tensor, state: Any = None) -> Tensor:
-    """The spikes of a cell that takes an input and a state and returns a spike and a state."""
+    """The spikes of a cell that maps input and state to spike and state."""
     s_seq = []
     for x in x_seq:
         s, state = cell(x, state)
@@ -68,7 +68,7 @@ def snntorch(device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str
 
 
 def norse(device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-    """LIFBoxCell, a step a call; it scales its input by the decay's complement."""
+    """LIFBoxCell, a step a call; its input is scaled by 1 - decay."""
     from norse.torch import LIFBoxCell, LIFBoxParameters
 
     dt = 0.001
@@ -80,7 +80,7 @@ def norse(device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, A
 
 
 def sinabs(device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-    """LIF over the sequence, with at most one spike a step, which is not its default."""
+    """LIF over the sequence, with at most one spike a step, not its default."""
     from sinabs import layers
     from sinabs.activation import MembraneReset, SingleSpike
 
@@ -99,7 +99,7 @@ _MAKERS = {"SpikingJelly": spikingjelly, "snnTorch": snntorch, "Norse": norse, "
 
 
 def installed_peers(device: torch.device) -> tuple[list[Peer], list[str]]:
-    """The libraries that import here, and the names of the others."""
+    """The installed libraries, and the names of the others."""
     found, missing = [], []
     for name, make in _MAKERS.items():
         try:
@@ -117,7 +117,7 @@ def machine_and_peers(device: torch.device) -> dict[str, Any]:
 
 
 def asgl_loop(x_seq: Tensor, width: Tensor, analog_prob: float, mask: Tensor | None = None) -> Tensor:
-    """ASGL in plain PyTorch, with a mask drawn at each step or, to compare results, one that is given."""
+    """ASGL in plain PyTorch, with a mask drawn at each step, or a given one to compare results."""
     v = torch.zeros_like(x_seq[0])
     s_seq = []
     for t, x in enumerate(x_seq):

@@ -1,4 +1,4 @@
-"""The speed of a device, measured: bytes that a copy moves, cycles of the clock."""
+"""Measured rates of a device: bytes of a copy, cycles of the clock."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import NamedTuple
 
 import torch
 
-COPIED_BYTES = {"cuda": 2**30, "cpu": 2**22}  # on a GPU several times what its cache holds
+COPIED_BYTES = {"cuda": 2**30, "cpu": 2**22}  # on a GPU several times its cache
 CYCLES = 50_000_000  # some 25 ms
 
 
 class Rates(NamedTuple):
-    """The speeds of a card as it runs here."""
+    """The rates of a card as it runs here."""
 
-    bandwidth: float  # bytes that a copy reads and writes a second
-    cycles: float | None  # a second, of all multiprocessors together; None on a CPU
+    bandwidth: float  # bytes read and written a second by a copy
+    cycles: float | None  # a second, of all multiprocessors; None on a CPU
 
 
 def measured_rates(device: torch.device) -> Rates:
-    """Times a copy, and a kernel that does nothing but count cycles of the clock."""
+    """Times a copy, and a kernel that counts cycles of the clock."""
     copied_bytes = COPIED_BYTES[device.type]
     x = torch.randint(256, (copied_bytes,), dtype=torch.uint8, device=device)
     out = torch.zeros_like(x)
@@ -33,7 +33,7 @@ def measured_rates(device: torch.device) -> Rates:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 11) -> float:
-    """The median of single calls, after two to warm up."""
+    """The median of single calls, after two warm-up calls."""
     found = []
     for _ in range(repeats + 2):
         if device.type == "cuda":

@@ -1,6 +1,6 @@
-"""The sizes that are measured: shapes, types and layouts of single neuron layers and of blocks, and sweeps over them.
+"""Measured sizes: shapes, types and layouts of neuron layers and of blocks, and sweeps over them.
 
-A block is batch normalisation and the neurons behind it.
+A block is batch normalisation followed by neurons.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LEARNED = (
     "width, decay, threshold by channel",
     "width, decay, threshold by neuron",
 )
-BATCH, CHANNELS = 32, 32  # in layouts and parameters that have them
+BATCH, CHANNELS = 32, 32  # of layouts and parameters with these dimensions
 
 
 def normal(device: torch.device, dtype: str, *shape: int) -> Tensor:
@@ -32,13 +32,13 @@ def normal(device: torch.device, dtype: str, *shape: int) -> Tensor:
 
 
 class Size(NamedTuple):
-    """The shape and type of one measurement: [steps, neurons], or another layout of as many neurons."""
+    """A measured shape and type: [steps, neurons], or another layout of as many neurons."""
 
     steps: int
     neurons: int
     dtype: str
-    compiled: bool = True  # whether torch.compile is measured, which takes seconds to compile
-    peers: bool = True  # whether the other libraries are
+    compiled: bool = True  # with a row for torch.compile, which takes seconds
+    peers: bool = True  # with rows for the other libraries
     layout: str = LAYOUTS[0]
     learned: str = LEARNED[0]
 
@@ -87,7 +87,7 @@ class Size(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The shape, [T, B, C, H, W], and type of a measurement of normalisation and neurons."""
+    """A measured shape [T, B, C, H, W] and type of normalisation and neurons."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -135,11 +135,11 @@ CPU_BLOCKS = (
     Block(BLOCK_SHAPE, "float32", "channels_last"),
     Block(BLOCK_SHAPE, "bfloat16", compiled=False),
 )
-# The kernels' speed is judged by these.
+# The sizes that judge the kernels' speed.
 GPU_SIZES = tuple(
     Size(steps, neurons, dtype) for steps, neurons in ((4, 2**24), (128, 2**19)) for dtype in ("float32", "bfloat16")
 )
-# A cache may keep a part of the first for the next pass; the others outgrow it.
+# A cache may hold part of the first between passes, but not of the others.
 GPU_BLOCKS = tuple(
     Block(shape, dtype, layout)
     for shape, dtype, layout in (
@@ -150,8 +150,7 @@ GPU_BLOCKS = tuple(
     )
 )
 JUDGED = tuple(each._replace(compiled=False) for each in (*(s._replace(peers=False) for s in GPU_SIZES), *GPU_BLOCKS))
-# First come parameters that a layer may learn beside one width, and lengths at the ends; then sizes from layers that a
-# GPU hardly notices to the largest that 2^28 elements allow.
+# First other learned parameters than one width, and extreme lengths; then sizes from tiny layers to 2^28 elements.
 GPU_SWEEP = tuple(
     Size(steps, neurons, dtype, compiled=False, peers=False, learned=learned)
     for steps, neurons, learned in (
@@ -173,7 +172,7 @@ COMPILED_SIZES = (*GPU_SIZES, *GPU_BLOCKS, *(Size(16, 2**22, dtype, peers=False)
 
 
 def small(size: Size | Block) -> Size | Block:
-    """The same as a small size, for a CPU that stands in for a GPU."""
+    """A small size of the same kind, for a CPU in place of a GPU."""
     if isinstance(size, Block):
         return size._replace(shape=(4, 2, 8, 8, 8))
     return size._replace(steps=min(size.steps, 8), neurons=min(size.neurons, 2**12))
@@ -188,10 +187,7 @@ def usual_sizes(device: torch.device) -> Sequence[Size | Block]:
 
 
 def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
-    """The sizes of a sweep; on a GPU, which needs them to be busy, of 16 times the neurons.
-
-    A sweep for GPUs has small sizes on a CPU, to try the program.
-    """
+    """The sizes of a sweep, on a GPU with 16 times the neurons; a sweep for GPUs has small sizes on a CPU."""
     more = 4 if device.type == "cuda" else 0
     if name in FOR_GPUS:
         sizes = FOR_GPUS[name]
@@ -213,13 +209,13 @@ def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
 
 
 FOR_GPUS = {"judged": JUDGED, "gpu": GPU_SWEEP, "compiled": COMPILED_SIZES}
-HOST = "host"  # measured by host.py on a size of its own
+HOST = "host"  # by host.py, with its own size
 SWEEPS = ("T", "N", "dtype", "layout", "learned", "large", "block", HOST, *FOR_GPUS)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def samples(size: Size | Block, device: torch.device) -> list[Sample]:
-    """The inputs that take turns: one on a CPU, where the cache is part of the machine as users find it."""
+    """The inputs that take turns; a single one on a CPU, whose caches are part of what users get."""
     count = 1
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size

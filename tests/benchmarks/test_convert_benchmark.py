@@ -1,4 +1,4 @@
-"""The benchmark of conversions: both layers do the same work, and it writes the numbers that it measured."""
+"""The benchmark of conversions compares layers that do the same work."""
 
 import json
 import sys

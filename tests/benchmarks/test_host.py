@@ -1,4 +1,4 @@
-"""The benchmark of host time has a row for each layer, and leaves the table of backends as it was."""
+"""The benchmark of host time has a row for each layer, and restores the table of backends."""
 
 import torch
 
@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 def test_rows(monkeypatch):
     monkeypatch.setattr(host, "CALLS", 1)
-    monkeypatch.setattr(torch, "compile", lambda layer, **options: layer)  # which takes seconds
+    monkeypatch.setattr(torch, "compile", lambda layer, **options: layer)  # it takes seconds
     before = list(BACKENDS)
     times = host.host_times(CPU, 1)
     assert list(BACKENDS) == before

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, top to bottom, and figures on pages are the measured ones."""
+"""The README's Python runs, and the figures on pages are the measured ones."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 def blocks(language: str) -> list[str]:
-    """Its code blocks, each behind as many empty lines as precede it, so that a traceback names the README's line."""
+    """Its code blocks, each after as many empty lines as precede it, so that a traceback names the README's line."""
     text = README.read_text()
     return [
         "\n" * text.count("\n", 0, match.start(1)) + match[1]
@@ -27,16 +27,16 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_blocks_run(capsys):
-    """Top to bottom; what trains learns, and what is said to be printed is."""
+    """In order; the training learns, and the output is as quoted."""
     for library in ("nir", "nirtorch", "spikingjelly"):
         pytest.importorskip(library)
     namespace: dict[str, object] = {}
     for block in blocks("python"):
         exec(compile(block, README, "exec"), namespace)
     assert namespace["accuracy"] > 0.95
-    said = capsys.readouterr().out
-    assert "1 replaced, 1 left" in said
-    assert "1 replaced, 0 left" in said
+    printed = capsys.readouterr().out
+    assert "1 replaced, 1 left" in printed
+    assert "1 replaced, 0 left" in printed
     lif, noise = namespace["lif"], torch.tensor([2023, 0])
     x_seq, width = torch.randn(4, 32, 128, requires_grad=True), torch.ones(128, requires_grad=True)
     fused = asgl_cuda.lif(x_seq, width=width, analog_prob=0.2, rng_state=noise)
@@ -48,11 +48,11 @@ def test_python_blocks_run(capsys):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_it_is_two_screens():
+def test_readme_is_two_screens():
     assert len(README.read_text().splitlines()) <= 150
 
 
-def test_links_lead_somewhere():
+def test_links_exist():
     for page in readme.PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
@@ -64,7 +64,7 @@ def test_figures_are_those_of_the_results():
     assert readme.pages(texts) == texts
 
 
-def test_a_figure_that_was_changed_by_hand_is_found():
+def test_figures_changed_by_hand_are_found():
     texts = readme.read()
     for name in readme.MAKERS:
         (page,) = (page for page, text in texts.items() if f"<!-- {name} -->" in text)
@@ -74,23 +74,3 @@ def test_a_figure_that_was_changed_by_hand_is_found():
         assert figure.end() < text.index(f"<!-- /{name} -->")
         changed = text[: figure.start(1)] + str((int(figure[1]) + 1) % 10) + text[figure.end(1) :]
         assert readme.pages({**texts, page: changed}) == texts
-
-
-def test_table_of_blocks():
-    def row(seconds, saved):
-        return {"both": seconds}, {"saved_bytes": saved}
-
-    rows = {
-        "multiply": row(2e-6, None),
-        "asgl_cuda cpu": row(3e-6, 4100),
-        "pair: asgl_cuda cpu": row(6e-6, 8200),
-        "pair: reference": row(45e-6, 18000),
-    }
-    block = {"shape": [2, 5, 4, 5, 5], "dtype": "float32", "layout": "channels_last"}
-    block |= {"seconds": {name: each[0] for name, each in rows.items()}}
-    block |= {"rows": {name: each[1] for name, each in rows.items()}}
-    text = readme.block({"blocks": [block]})
-    cells = [cell.strip() for cell in text.splitlines()[-1].strip("|").split("|")]
-    times, ratios, kept = ["2.00", "3.00", "6.00", "", "45.0"], ["1.50", "2.00", "15.0"], ["4.10", "8.20"]
-    assert cells == ["float32, channels_last", *times, *ratios, *kept]
-    assert "`[2, 5, 4, 5, 5]`" in text

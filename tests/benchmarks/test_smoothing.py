@@ -1,4 +1,4 @@
-"""The observations of a training under ASGL, on networks for which they are known."""
+"""Observations of a training under ASGL, on networks for which they are known."""
 
 import math
 
@@ -26,7 +26,7 @@ def neurons(model):
 
 @pytest.mark.parametrize("surrogate", ["rectangle", "sigmoid"])
 def test_a_narrow_window_leaves_the_spiking_network(surrogate):
-    """Noisy and embedded network are then one, and nothing lies inside the window."""
+    """Noisy and embedded network are equal, and no potential is inside the window."""
     found = smoothing.observe(smoothing.network(1e-6, surrogate), *data())
     assert max(found["inside"]) < 1e-3
     assert max(found["smoothing_error"]) < 1e-3
@@ -34,10 +34,10 @@ def test_a_narrow_window_leaves_the_spiking_network(surrogate):
     assert found["width"] == pytest.approx([1e-6] * 6)
 
 
-def test_a_wide_window_does_not():
+def test_a_wide_window_does_not_leave_it():
     found = smoothing.observe(smoothing.network(1e6, "sigmoid"), *data())
     assert found["inside"] == [1.0] * 6
-    # Every smooth value is 1/2 then, as far from a spike as from none.
+    # Every smooth value is 1/2, as far from 1 as from 0.
     assert found["smoothing_error"] == pytest.approx([0.5] * 6, abs=1e-4)
     assert found["noisy_loss"] != found["spiking_loss"]
 
@@ -50,15 +50,6 @@ def test_observing_changes_nothing_and_is_repeatable():
     assert all(map(torch.equal, before, model.state_dict().values()))
     assert smoothing.observe(model, *data())["spiking_loss"] == first["spiking_loss"]
     assert all(neuron.training for neuron in neurons(model))
-
-
-def test_widths_have_an_optimizer_of_their_own():
-    model = smoothing.network(1.0, "rectangle")
-    sgd, adam, *_ = smoothing.optimizers_of(model, 2, 3)
-    of_adam = [value for group in adam.param_groups for value in group["params"]]
-    assert {id(value) for value in of_adam} == {id(neuron.log_width) for neuron in neurons(model)}
-    assert sum(len(group["params"]) for group in sgd.param_groups) + len(of_adam) == len(list(model.parameters()))
-    assert [group["weight_decay"] for group in adam.param_groups] == [0]
 
 
 def test_run_and_figure(tmp_path):

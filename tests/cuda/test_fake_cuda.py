@@ -1,4 +1,4 @@
-"""The operators on fake CUDA tensors, as compilers and exporters see them: that takes no GPU, nor a build for one."""
+"""The operators on fake CUDA tensors, as compilers and exporters see them: without a GPU or a build for one."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ EVERY = {"return_v_last": True, "return_v_seq": True, "return_h_seq": True}
 
 @pytest.fixture
 def cuda_backend(monkeypatch):
-    """The backend as in a build with CUDA; fake tensors never reach its kernels."""
+    """The backend of a build with CUDA; fake tensors never reach its kernels."""
     backend = backends.Backend(("cuda",), backends.operators_in("asgl_cuda"), lambda: None)
     monkeypatch.setitem(backends.BACKENDS, "cuda", backend)
 
@@ -28,7 +28,7 @@ def described(tensors):
 
 
 def calls(device, steps, layout, dtype):
-    """Arguments of lif_forward, and the arguments of lif_backward as a function of its results."""
+    """Arguments of lif_forward, and of lif_backward as a function of its results."""
     sizes = {"channels_last": (steps, 2, 4, 5, 3), "batch first": (2, steps, 3, 4, 5)}.get(layout, (steps, 2, 3, 4, 5))
     x_seq, time_dim = torch.rand(sizes, dtype=dtype, device=device), int(layout == "batch first")
     if layout == "channels_last":
@@ -54,7 +54,7 @@ def calls(device, steps, layout, dtype):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "batch first"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_operators_describe_their_results(steps, layout, dtype):
-    """They are on the device of x, otherwise as the kernels on the CPU return them."""
+    """On the device of x, otherwise as from the kernels on the CPU."""
     operators = backends.operators_in("asgl_cuda")
 
     def run(device):
@@ -130,7 +130,7 @@ def test_exported(training):
     assert (operators.draw_rng_state in found) == training
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="autograd wants the device itself")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="autograd needs the device itself")
 @pytest.mark.usefixtures("cuda_backend")
 def test_gradients():
     with FakeTensorMode():

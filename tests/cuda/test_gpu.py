@@ -1,4 +1,4 @@
-"""Tests that only a GPU can pass: streams, devices, graphs, the kernels of large layers, memory that runs out."""
+"""Tests of a GPU itself: streams, devices, graphs, the kernels of large layers, memory that runs out."""
 
 import os
 import shutil
@@ -23,24 +23,24 @@ GPU_BACKENDS = [name for name in ("cuda", "cupy") if name in WANTED and name in 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU_BACKENDS, reason=str(asgl_cuda.unavailable_backends()))]
 
-WAIT = 100_000_000  # cycles, some 50 ms: long after the host has queued what follows
+WAIT = 100_000_000  # cycles, some 50 ms: longer than the host takes to queue what follows
 
 
 @pytest.fixture(params=GPU_BACKENDS or ["none"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """The backends of a GPU alone."""
+    """The backends for a GPU."""
     return request.param
 
 
 @pytest.fixture
 def large() -> int:
-    """The number of neurons that is enough for the kernels that take four of them a thread."""
+    """Enough neurons for the kernels with four a thread."""
     properties = torch.cuda.get_device_properties("cuda")
     return 2 * properties.multi_processor_count * properties.max_threads_per_multi_processor
 
 
 def results(backend: str, x_seq: Tensor, grad: Tensor | None = None, **options) -> tuple[Tensor, ...]:
-    """Spikes and the gradients of x and, where they require one, of the tensors among the options."""
+    """Spikes and gradients, of x and of the options that require one."""
     leaf = x_seq.detach().requires_grad_()
     s_seq = asgl_cuda.lif(leaf, **options, backend=backend)
     leaves = [leaf, *(value for value in options.values() if isinstance(value, Tensor) and value.requires_grad)]
@@ -70,21 +70,13 @@ def test_large_layer_with_everything(backend, large, dtype, sizes, surrogate):
         return uniform(*shape, low=low, high=high, dtype=real, device="cuda")
 
     assert_equals_reference(
-        random_input(18, large // 2048, 16, 128, dtype=dtype, device="cuda"),
-        backend,
-        surrogate=surrogate,
-        width=parameter(0.7, 1.5, *sizes),
-        decay=parameter(0.4, 0.9, *sizes),
-        v_threshold=parameter(0.8, 1.2, *sizes),
-        v_reset=parameter(-0.2, 0.2, *sizes),
-        input_gain=parameter(0.8, 1.2, *sizes),
-        input_bias=parameter(-0.1, 0.1, *sizes),
-        input_mean=parameter(-0.1, 0.1, *sizes),
-        v_init=parameter(-1, 1, large // 2048, 16, 128),
-        scale_output=True,
-        analog_prob=0.3,
+        random_input(18, large // 2048, 16, 128, dtype=dtype, device="cuda"), backend, surrogate=surrogate,
+        width=parameter(0.7, 1.5, *sizes), decay=parameter(0.4, 0.9, *sizes), v_threshold=parameter(0.8, 1.2, *sizes),
+        v_reset=parameter(-0.2, 0.2, *sizes), input_gain=parameter(0.8, 1.2, *sizes),
+        input_bias=parameter(-0.1, 0.1, *sizes), input_mean=parameter(-0.1, 0.1, *sizes),
+        v_init=parameter(-1, 1, large // 2048, 16, 128), scale_output=True, analog_prob=0.3,
         rng_state=rng_state(device="cuda"),
-    )
+    )  # fmt: skip
 
 
 def test_two_runs_of_a_large_layer_are_bit_identical(backend, large):
@@ -99,7 +91,7 @@ def test_two_runs_of_a_large_layer_are_bit_identical(backend, large):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("offset", [1, 2, 3, 4])
 def test_storage_that_begins_anywhere(backend, large, dtype, offset):
-    """Input, gradient and potential as views that begin where no vector access may."""
+    """Input, gradient and potential as views that are not aligned for vector accesses."""
     real = real_of(dtype)
 
     def shifted(tensor: Tensor) -> Tensor:
@@ -121,7 +113,7 @@ def test_storage_that_begins_anywhere(backend, large, dtype, offset):
 
 
 def test_work_goes_to_the_current_stream(backend, large):
-    """Its input is written late, on a stream of its own, and nothing waits for that on the host."""
+    """The input is written late, on another stream, and the host does not wait."""
     x_seq = random_input(18, large, device="cuda").detach()
     width = uniform(low=0.5, high=1.5, device="cuda")
     options = {"width": width, "analog_prob": 0.3, "rng_state": rng_state(device="cuda")}
@@ -130,7 +122,7 @@ def test_work_goes_to_the_current_stream(backend, large):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        results(backend, late, **options)  # loads, and allocates on this stream what is then at hand
+        results(backend, late, **options)  # loads kernels, and fills the stream's cache of memory
         side.synchronize()
         torch.cuda._sleep(WAIT)
         late.copy_(x_seq)
@@ -142,7 +134,7 @@ def test_work_goes_to_the_current_stream(backend, large):
 
 
 def test_thread_that_has_not_used_the_device(backend):
-    """Its memory comes from torch's cache, so that only the kernel needs the device."""
+    """Memory comes from torch's cache, so that only the kernel needs the device."""
     x_seq = random_input(18, 1000, device="cuda").detach()
     width = uniform(low=0.5, high=1.5, device="cuda")
     expected = results(backend, x_seq, width=width)
@@ -221,7 +213,7 @@ def test_graph_draws_fresh_noise_at_each_replay(backend):
         assert same_bits(ours, theirs)
     masks = [s_seq[0] == 0.75 for s_seq, _ in (*first, *other)]
     for i, mask in enumerate(masks):
-        # 1000 fair coins: five deviations of the share are 0.08, and two masks agree in half of their places.
+        # 1000 fair coins: five deviations of the share are 0.08; two masks agree in half of their elements.
         assert abs(mask.float().mean().item() - 0.5) < 0.08
         for later in masks[i + 1 :]:
             assert abs((mask == later).float().mean().item() - 0.5) < 0.08
@@ -241,7 +233,7 @@ def test_graph_draws_the_same_noise_for_forward_and_backward(backend):
 
 
 def philox_mask(first: int, neurons: int, steps: int, analog_prob: float, state: Tensor) -> Tensor:
-    """The definition of `analog_mask` for neurons from `first`, a multiple of 4, on."""
+    """The definition of `analog_mask`, for neurons from `first`, a multiple of 4."""
     low = 0xFFFFFFFF
     n = torch.arange(first, first + neurons, device=state.device)
     t = torch.arange(steps, device=state.device)[:, None]
@@ -257,7 +249,7 @@ def philox_mask(first: int, neurons: int, steps: int, analog_prob: float, state:
 
 
 def assert_chunks_equal_reference(x_seq: Tensor, chunk: int, outputs: tuple[Tensor, ...], width: Tensor) -> None:
-    """Spikes, gradient of x and of the width of hard neurons, against the reference on `chunk` neurons at a time."""
+    """Spikes and gradients of x and width without noise, against the reference on `chunk` neurons at a time."""
     s_seq, dx, dwidth = outputs
     expected_dwidth, terms = 0.0, 0.0
     for begin in range(0, x_seq.shape[1], chunk):
@@ -270,12 +262,12 @@ def assert_chunks_equal_reference(x_seq: Tensor, chunk: int, outputs: tuple[Tens
         assert torch.equal(dx[:, part], expected_dx), f"gradients of neurons {begin} to {begin + chunk}"
         expected_dwidth += dwidths.double().sum().item()
         terms += dwidths.double().square().sum().item()
-    # Terms may cancel, their roundings do not.
+    # Terms may cancel; their roundings do not.
     assert abs(dwidth.item() - expected_dwidth) <= 1e-5 * max(abs(expected_dwidth), terms**0.5)
 
 
 def test_more_than_2_31_elements(backend):
-    """All neurons are compared without noise; with noise the ends are, where neurons have the largest numbers."""
+    """All neurons without noise; with noise, those with the largest indices."""
     steps, neurons = 4, 2**29 + 12
     if torch.cuda.mem_get_info()[0] < 30 * 2**30:
         pytest.skip("needs 30 GiB of the GPU's memory")
@@ -285,7 +277,7 @@ def test_more_than_2_31_elements(backend):
     assert_chunks_equal_reference(x_seq, 2**24, outputs, width)
     del outputs
 
-    # It is so wide that analog elements are neither 0 nor 1 in any case.
+    # At this width no analog element is 0 or 1.
     state = rng_state(device="cuda")
     s_seq = asgl_cuda.lif(x_seq, width=16.0, analog_prob=0.3, rng_state=state, backend=backend)
     analog = (s_seq != 0) & (s_seq != 1)
@@ -295,7 +287,7 @@ def test_more_than_2_31_elements(backend):
 
 @pytest.fixture
 def little_memory() -> Iterator[Callable[[int], None]]:
-    """Grants this process what it has and so many bytes more."""
+    """Limits this process to the memory that it has and a number of bytes more."""
 
     def grant(more: int) -> None:
         torch.cuda.empty_cache()
@@ -311,7 +303,7 @@ def test_out_of_memory_is_an_error_and_no_more(backend, little_memory):
     size = x_seq.numel() * x_seq.element_size()
     s_seq = asgl_cuda.lif(x_seq, backend=backend)
     (expected,) = torch.autograd.grad(s_seq, x_seq, s_seq.detach(), retain_graph=True)
-    # Forward has room for the spikes but not for the potentials; backward for nothing.
+    # Room in forward for the spikes but not for the potentials, in backward for nothing.
     for room, call in (
         (2 * size, lambda: asgl_cuda.lif(x_seq, return_v_seq=True, return_h_seq=True, backend=backend)),
         (size // 2, lambda: torch.autograd.grad(s_seq, x_seq, s_seq.detach(), retain_graph=True)),
@@ -325,7 +317,7 @@ def test_out_of_memory_is_an_error_and_no_more(backend, little_memory):
         assert same_bits(results(backend, x_seq), (s_seq.detach(), expected))
 
 
-# These take both mappings, with tails, checkpoints and sums of both kinds.
+# Both mappings, with tails, checkpoints and sums of both kinds.
 SMALL_RUN = """
 import torch, asgl_cuda
 properties = torch.cuda.get_device_properties(0)
@@ -350,7 +342,7 @@ print("done")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer(backend, tool):
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
-    # Without torch's cache each tensor is an allocation with an end that can be run over.
+    # Without torch's cache each tensor is an allocation with bounds of its own.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run(
         [*command, sys.executable, "-c", SMALL_RUN.replace("BACKEND", backend)],

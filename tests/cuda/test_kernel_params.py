@@ -1,4 +1,4 @@
-"""asgl_cuda reads from csrc what compilers see there, and packs options as csrc unpacks them."""
+"""Structures and constants that asgl_cuda reads from csrc are those of compilers, and options are packed alike."""
 
 import ctypes
 import re
@@ -14,12 +14,13 @@ from asgl_cuda.layout import CHECKPOINT_STEPS
 from asgl_cuda.reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules
 from asgl_cuda.surrogate import SURROGATES
 from tools.emulation import emulated
+from tools.kernels import host_compiler
 
 CSRC = emulated.ROOT / "csrc"
-# Every type of x_seq has a type of the arithmetic for it.
+# Types of x_seq, with their types of arithmetic.
 TYPES = {"float": torch.float32, "asgl::Half": torch.float32, "asgl::BFloat16": torch.float32, "double": torch.float64}
 REALS = ("float", "double")
-# The structures have these types as arguments of their templates.
+# Structures, with their template arguments.
 STRUCTURES = {
     "ParameterView": REALS,
     "ForwardParams": TYPES,
@@ -42,18 +43,18 @@ CONSTANTS = ("kNumParameters", "kNumSurrogates", "kNumCoefficients", "kCheckpoin
 def members(kind, path="", offset=0):
     """Path, offset and type of every member and of its members."""
     for name, member in getattr(kind, "_fields_", ()):
-        place = offset + getattr(kind, name).offset
-        yield path + name, place, member
+        begin = offset + getattr(kind, name).offset
+        yield path + name, begin, member
         if issubclass(member, ctypes.Array):
             for index in range(member._length_):
-                start = place + index * ctypes.sizeof(member._type_)
+                start = begin + index * ctypes.sizeof(member._type_)
                 yield from members(member._type_, f"{path}{name}[{index}].", start)
         else:
-            yield from members(member, f"{path}{name}.", place)
+            yield from members(member, f"{path}{name}.", begin)
 
 
 def kinds():
-    """Every structure by its name in C++."""
+    """Every structure, by its name in C++."""
     for name, types in STRUCTURES.items():
         for scalar in types:
             yield f"asgl::{name}<{scalar}>", structure(name, TYPES[scalar])
@@ -76,19 +77,20 @@ def source(lines: list[str]) -> str:
     return "\n".join([*headers, *lines]) + "\n"
 
 
-def host_compiler(text: str) -> str:
-    """The complaints of the host's compiler, or nothing."""
-    compiler = emulated.compiler()
-    if compiler is None:
+def by_host(text: str) -> str:
+    """The errors of the host's compiler."""
+    command = host_compiler.compiler()
+    if command is None:
         pytest.skip("no C++ compiler")
     flags = ["-std=c++17", "-fsyntax-only", "-Wno-invalid-offsetof", "-include", "cstddef", "-x", "c++"]
-    command = [*compiler, *flags, f"-I{CSRC}", "-"]
-    result = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [*command, *flags, f"-I{CSRC}", "-"], input=text, capture_output=True, text=True, timeout=120
+    )
     return result.stderr if result.returncode else ""
 
 
-def nvrtc(text: str) -> str:
-    """The complaints of NVRTC, or nothing."""
+def by_nvrtc(text: str) -> str:
+    """The errors of NVRTC."""
     missing = cupy.nvrtc_problem()
     if missing is not None:
         pytest.skip(f"no NVRTC: {missing}")
@@ -103,10 +105,10 @@ def nvrtc(text: str) -> str:
     return ""
 
 
-# NVRTC has no header with this macro, and no other expression for it that is a constant.
+# NVRTC has no header with this macro, and no other constant expression for it.
 OFFSETOF = "#define offsetof(type, member) __INTADDR__(&(((type*)0)->member))\n"
 
-COMPILERS = [host_compiler, nvrtc]
+COMPILERS = [by_host, by_nvrtc]
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
@@ -122,9 +124,6 @@ def test_layout(compiler):
     [
         ("ForwardParams<float>, h_seq) == ", "ForwardParams<float>, v_seq) == "),
         ("sizeof(asgl::GradientSum<double>) == ", "8 + sizeof(asgl::GradientSum<double>) == "),
-        ("BackwardParams<asgl::Half>, partials[2].slots) == ", "BackwardParams<asgl::Half>, partials[2].data) == "),
-        ("offsetof(asgl::ChannelTiles, splits) == ", "offsetof(asgl::ChannelTiles, ways) == "),
-        ("InputGradientParams<asgl::BFloat16>, mean) == ", "InputGradientParams<asgl::BFloat16>, adjoint) == "),
         ("AdjointParams<double>, options.eps) == ", "AdjointParams<double>, options.input_scale) == "),
     ],
 )
@@ -134,7 +133,7 @@ def test_a_difference_is_found(compiler, old, new):
     assert "static assertion" in compiler(text.replace(old, new)).lower().replace("static_assert", "static assertion")
 
 
-def test_constants_that_python_has_for_itself():
+def test_constants_of_python():
     assert constant("kCheckpointSteps") == CHECKPOINT_STEPS
     assert (constant("kAlwaysAnalog"), constant("kAnalogBelowInState")) == (DRAWS, BELOW_IN_STATE)
     names = [f"Surrogate::k{name.title().replace('_', '')}" for name in SURROGATES]
@@ -142,11 +141,11 @@ def test_constants_that_python_has_for_itself():
 
 
 def in_csrc(field):
-    """The enumerator of ParameterId that a parameter has."""
+    """A parameter's enumerator in ParameterId."""
     return "k" + field.removeprefix("v_").title().replace("_", "")
 
 
-def test_options_are_unpacked_in_the_order_in_which_they_are_packed():
+def test_order_of_packed_options():
     assert [constant(in_csrc(field)) for field in Parameters._fields] == [*range(constant("kNumParameters"))]
     assert [name for name, _ in structure("Rules")._fields_] == [*Rules._fields]
     (constants, row), *others = structure("Numbers")._fields_
@@ -197,7 +196,7 @@ constexpr int kOdd = sizeof(int);
 
 @pytest.fixture
 def header(monkeypatch, tmp_path):
-    """A header of its own, in a folder of csrc."""
+    """A folder of csrc with this header alone."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "some.cuh").write_text(HEADER)
     cached = [each for each in vars(structures).values() if hasattr(each, "cache_clear")]
@@ -209,7 +208,7 @@ def header(monkeypatch, tmp_path):
         each.cache_clear()
 
 
-def test_what_is_read_of_a_header(header):
+def test_header_is_read(header):
     names = ("kMany", "kFew", "kThird", "kFourth", "kCount", "Kind::kOne", "Kind::kTwo", "kKinds", "kE")
     assert [constant(name) for name in names] == [10, 3, 2, 3, 4, 1, 2, 2, 5]
     derived = structure("Derived", torch.float64)
@@ -232,11 +231,11 @@ def test_what_is_read_of_a_header(header):
         (lambda name: structure(name, torch.float32), "ByValue", "Scalar x.*depends on the type of x_seq"),
     ],
 )
-def test_what_can_not_be_read_is_named(header, read, name, named):
+def test_unreadable_declarations_are_named(header, read, name, named):
     with pytest.raises(ValueError, match=rf"asgl_cuda: .*{named}"):
         read(name)
 
 
-def test_headers_are_read_when_they_are_asked_for():
+def test_headers_are_read_on_demand():
     code = "import asgl_cuda.backends.structures as s; assert s._headers.cache_info().currsize == 0"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=emulated.ROOT)

@@ -1,4 +1,4 @@
-"""The launchers in C++ and in Python give kernel, grid and arguments to the emulated device."""
+"""The launchers in C++ and in Python choose the same kernels, grids and parameters."""
 
 import ctypes
 
@@ -49,7 +49,7 @@ def grids(emulation):
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_neurons_a_thread(emulation, backend, steps, options, multiprocessors, lanes, dtype):
-    """Four wherever no parameter changes over time, unless few neurons go on for long; else where they fill it."""
+    """Four where no parameter changes over time, except few neurons for many steps; else where they fill the device."""
     emulation.set_multiprocessors(multiprocessors)
     x_seq = random_input(steps, NEURONS, dtype=dtype)
     asgl_cuda.lif(x_seq, **options, backend=backend).sum().backward()
@@ -59,7 +59,7 @@ def test_neurons_a_thread(emulation, backend, steps, options, multiprocessors, l
 
 @pytest.mark.parametrize(("multiprocessors", "steps"), [(emulated.LARGE, 3), (1, 17)])
 def test_neurons_a_thread_where_the_mean_wants_a_gradient(emulation, backend, multiprocessors, steps):
-    """Backward then is that of the general kernels alone."""
+    """Only backward takes the general kernel."""
     emulation.set_multiprocessors(multiprocessors)
     x_seq, mean = random_input(steps, NEURONS), uniform(low=0.1, high=0.2)
     asgl_cuda.lif(x_seq, input_mean=mean, backend=backend).sum().backward()
@@ -74,8 +74,8 @@ def test_neurons_a_thread_where_the_mean_wants_a_gradient(emulation, backend, mu
     [("plain", 4), ("odd", 1), ("rows of 6", 1), ("shifted", 1), ("width per 2", 1), ("width per 4", 4),
      ("batch first", 4), ("shifted gradient", 1)],
 )  # fmt: skip
-def test_four_neurons_need_a_layout(emulation, backend, name, lanes):
-    """They lie side by side, at a multiple of 16 bytes, with the same parameters."""
+def test_layouts_for_four_neurons(emulation, backend, name, lanes):
+    """Adjacent, aligned to 16 bytes, with the same parameters."""
     neurons, options, time_dim = NEURONS, {}, 0
     x_seq = torch.randn(3, neurons)
     if name == "odd":
@@ -112,7 +112,7 @@ def test_both_mappings_agree_with_the_reference(emulation, backend, multiprocess
 
 
 def test_sums_of_many_blocks(emulation, backend):
-    """One value for all neurons: a block adds up what hundreds of blocks have stored."""
+    """One value for all neurons: a block adds up the sums of hundreds of blocks."""
     x_seq, width = random_input(2, 4 * 300 * BLOCK), uniform(low=0.5, high=1.5)
     assert_equals_reference(x_seq, backend, outputs=("s_seq",), width=width)
     assert [blocks for blocks, _ in grids(emulation)] == [300, 300, 1]
@@ -138,7 +138,7 @@ def test_sums_of_elements_side_by_side(emulation, backend, shape, size, blocks):
 
 
 def fields(value, prefix=""):
-    """Name and value of every field; of a pointer, whether it is null."""
+    """Name and value of every field; for a pointer, whether it is null."""
     if hasattr(value, "_fields_"):
         for name, kind in value._fields_:
             member = getattr(value, name)
@@ -171,7 +171,7 @@ def described(launch, dtype):
 
 
 def both(emulation, dtype, x_seq, outputs=(), function=asgl_cuda.lif, **options):
-    """The launches that the driver was given from C++, and from Python, forward and backward."""
+    """The launches from C++ and from Python, forward and backward."""
     found = []
     leaves = [x_seq, *(value for value in options.values() if isinstance(value, torch.Tensor) and value.requires_grad)]
     for name in ("emulated", "replayed"):
@@ -257,7 +257,7 @@ def test_same_launches_over_parameters(emulation, layout, sizes):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("steps", [4, 33])
 def test_same_launches_of_the_integrator(emulation, multiprocessors, dtype, steps):
-    """Forward and backward, and the sums of what is learned."""
+    """Forward, backward, and sums of learned parameters."""
     emulation.set_multiprocessors(multiprocessors)
     for neurons, shift, options, launches in (
         (2048, 0, {}, 2), (2048, 0, {"delay": True, "v_rest": 0.5, "outputs": ("v_last",)}, 2), (1031, 0, {}, 2),
@@ -277,7 +277,7 @@ def test_same_launches_of_the_integrator(emulation, multiprocessors, dtype, step
 @pytest.mark.parametrize("layout", ["time first", "channels_last", "shifted"])
 @pytest.mark.parametrize("training", [True, False])
 def test_same_launches_of_batch_norm(emulation, dtype, layout, training):
-    """Tiles of part of a channel, of some channels, of all; one split and several."""
+    """Tiles of part of a channel, of some channels, of all; one split, and several."""
     for batch, channels, height, width in (
         (2, 6, 4, 8), (3, 5, 7, 7), (1, 200, 1, 4), (5, 3, 24, 25), (2, 130, 1, 1), (90, 3, 2, 1), (300, 2, 4, 4),
     ):  # fmt: skip
@@ -305,6 +305,67 @@ def test_same_launches_of_batch_norm(emulation, dtype, layout, training):
         ]
 
 
+def varied_calls(backend, emulation):
+    """A small set of calls that reaches every decision of the launchers."""
+
+    def call(*shape, gradient_of=("s_seq", "v_seq", "h_seq"), **options):
+        output = asgl_cuda.lif(torch.randn(shape, requires_grad=True), **options, backend=backend)
+        if not isinstance(output, torch.Tensor):
+            output = torch.stack(
+                [sequence.sum() for name in gradient_of if (sequence := getattr(output, name)) is not None]
+            )
+        output.sum().backward()
+
+    width, gain = uniform(low=0.5, high=1.5), uniform(6, 1, low=0.5, high=1.5)
+    call(8, 2048, width=width)
+    for output in ("v_seq", "h_seq"):
+        call(20, 2, 6, 32, width=width, **{f"return_{output}": True})
+    call(4, 6, 32, return_v_last=True, gradient_of=("v_last",))
+    call(4, 2, 6, 32, input_gain=gain, v_rest=0.5)
+    call(4, 2, 6, 32, input_gain=gain, input_mean=uniform(low=0.1, high=0.2))
+    call(4, 2, 6, 32, input_gain=2.0)
+    call(4, 2, 6, 32, input_bias=gain)
+    call(4, 2, 6, 32, scale_output=True)
+    call(4, 2, 6, 32, v_min=-0.5)
+    call(4, 2, 6, 32, v_reset=None, multi_spike=True)
+    call(4, 6, 2, width=uniform(6, 1, low=0.5, high=1.5))
+    call(4, 6, 7, width=width)
+    call(4, 6, 7, width=uniform(6, 1, low=0.5, high=1.5), decay=uniform(6, 7, low=0.5, high=0.9))
+    call(4, 6, 32, decay=uniform(4, 1, 1, low=0.5, high=0.9))
+    call(32, 3, 6, time_dim=1, width=width)
+    for batch in (3, 20):
+        call(3, batch, 6, 4, width=uniform(6, 4, low=0.5, high=1.5))
+    call(2, 3584, width=width)  # eight tiles
+    call(2, 300 * 512 + 1, width=width)
+    emulation.set_multiprocessors(1)
+    call(5, 1024, v_rest=0.5)
+    call(16, 128)
+    call(17, 128)
+    call(17, 132)
+    emulation.set_multiprocessors(emulated.TINY)
+    asgl_cuda.lif(torch.randn(4, 6, 32), width=width, backend=backend).sum().backward()
+    asgl_cuda.lif(torch.randn(4 * 2048 + 1)[1:].view(4, 2048).requires_grad_(), backend=backend).sum().backward()
+    for shift, options in ((0, {"delay": True}), (1, {"input_gain": width}), (0, {"input_gain": width, "v_rest": 0.5})):
+        x_seq = torch.randn(4 * 2048 + shift)[shift:].view(4, 2048).requires_grad_()
+        emulation.set_multiprocessors(2 if "v_rest" in options else emulated.TINY)
+        outputs = asgl_cuda.leaky_integrator(x_seq, **options, return_v_last=True, backend=backend)
+        torch.autograd.backward(list(outputs), [torch.ones_like(output) for output in outputs])
+    emulation.set_multiprocessors(emulated.TINY)
+    for shape in ((3, 2, 6, 4, 8), (3, 2, 5, 2, 3), (3, 2, 130, 1)):
+        x_seq = torch.randn(shape, requires_grad=True)
+        asgl_cuda.batch_norm_lif(x_seq, training=True, backend=backend).sum().backward()
+
+
+def test_same_launches_of_varied_calls(emulation):
+    found = []
+    for backend in ("emulated", "replayed"):
+        emulation.take_launches()
+        varied_calls(backend, emulation)
+        found.append([described(launch, torch.float32) for launch in emulation.take_launches()])
+    assert len(found[0]) > 90
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("what", ["x_seq", "v_init"])
 @pytest.mark.parametrize("offset", [1, 2, 4])
 def test_same_launches_where_storage_begins_anywhere(emulation, what, offset):
@@ -323,9 +384,9 @@ def test_divisors_divide(by):
     _, factor, shift = neuron_kernels._divisor(by)
     assert factor < 2**32
     largest = 2**31 // by * by
-    numbers = {number + by * many for number in (-1, 0, 1) for many in (0, 1, 2, 3, 1000, largest // by)}
-    for number in filter(range(2**31).__contains__, {*numbers, 2**31 - 1, 2**31 - 2}):
-        assert number * factor >> shift == number // by
+    values = {value + by * many for value in (-1, 0, 1) for many in (0, 1, 2, 3, 1000, largest // by)}
+    for value in filter(range(2**31).__contains__, {*values, 2**31 - 1, 2**31 - 2}):
+        assert value * factor >> shift == value // by
 
 
 def test_neurons_beyond_31_bits_are_general():
@@ -337,8 +398,8 @@ def test_neurons_beyond_31_bits_are_general():
         assert call.input(only_spikes=True) == expected
 
 
-def test_an_argument_of_the_wrong_size_is_refused(emulation):
-    """A structure that has changed on one side alone is found before a kernel reads beyond it."""
+def test_params_of_another_size_are_refused(emulation):
+    """Before a kernel reads beyond a structure that has changed on one side alone."""
     kernel = "asgl::gradient_sum_kernel<float>"
     with pytest.raises(RuntimeError, match="parameters take 656 bytes, got 664"):
         emulation.launch(torch.device("cpu"), kernel, 1, 1, structure("ForwardParams", torch.float32)())

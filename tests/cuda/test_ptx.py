@@ -1,4 +1,4 @@
-"""The PTX of the CUDA kernels gives what their source gives: the same bits, kernel by kernel, from every front end."""
+"""The PTX of the CUDA kernels computes the same bits as their source, kernel by kernel, from every front end."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,21 +9,22 @@ from comparison import assert_equals_reference, random_input, real_of, rng_state
 
 import asgl_cuda
 from asgl_cuda import backends
+from asgl_cuda.backends import cupy
 from asgl_cuda.extension import compilation
 from asgl_cuda.selfcheck import EXACT_SURROGATES
 from asgl_cuda.surrogate import SURROGATES
+from tools import ptx
 from tools.emulation import emulated
 from tools.kernels.cuda_code import CSRC, Nvcc, run
-from tools.ptx import backend as ptx
 
 pytestmark = [pytest.mark.ptx, pytest.mark.skipif(ptx.missing() is not None, reason=str(ptx.missing()))]
 
-# Others than the chosen kernels take minutes to compile.
+# All kernels take minutes to compile.
 ALL = "ptx" in os.environ.get("ASGL_TEST_BACKENDS", "").split(",")
 HALF_TYPES = (torch.float16, torch.bfloat16)
 STEPS = (1, 4, 5, 16, 17, 33)
 INPUTS = ("plain", "normalised", "general")
-# A neuron of each type whose kernels are chosen.
+# A neuron of each type with chosen kernels.
 NEURONS = {
     dtype: {"surrogate": surrogate, "v_reset": 0.1 if reset == "hard" else None}
     for dtype, surrogate, reset in ptx.CHOSEN
@@ -32,10 +33,10 @@ NEURONS = {
 
 @pytest.fixture
 def with_launcher(monkeypatch, emulation) -> Iterator[Callable[..., ptx.Launcher]]:
-    """Makes the backend `tried` of a launcher, and the emulation take as many neurons a thread as that does."""
+    """Installs a launcher as the backend `tried`, and gives the emulation as many neurons a thread."""
 
-    def install(machine: ptx.Machine, multiprocessors: int = emulated.TINY, *how, **options) -> ptx.Launcher:
-        launcher = ptx.Launcher(machine, multiprocessors, *how, **options)
+    def install(machine: ptx.Machine, multiprocessors: int = emulated.TINY, **options) -> ptx.Launcher:
+        launcher = ptx.Launcher(machine, multiprocessors, **options)
         operators = backends.Operators(**launcher.operators())
         monkeypatch.setitem(backends.BACKENDS, "tried", backends.Backend(("cpu",), operators, lambda: None))
         emulation.set_multiprocessors(multiprocessors)
@@ -50,7 +51,7 @@ def machine() -> ptx.Machine:
 
 
 def results(backend: str, dtype: torch.dtype, surrogate: str, reset: str, steps: int, input: str, analog_prob: float):
-    """Outputs and gradients of a call that needs the kernels for this input, and others that have four lanes or one."""
+    """Outputs and gradients of a call that takes the kernels for this input."""
     torch.manual_seed(steps)
     real = real_of(dtype)
 
@@ -96,7 +97,7 @@ def test_chosen_kernels(machine, with_launcher, name, dtype, surrogate, reset):
 
 @pytest.mark.parametrize("name", ptx.BACKENDS)
 def test_sums_of_gradients(machine, with_launcher, name):
-    """A value has few slots and a thread, or many and a block."""
+    """A value has few slots, summed by a thread, or many, summed by a block."""
     with_launcher(machine, ptx.BACKENDS[name])
     for shape, sizes in (((2, 300 * 512), ()), ((3, 4, 6, 68), (6, 1)), ((3, 6, 68), (6, 68)), ((2, 5, 7), (2, 1, 1))):
         for dtype in (torch.float32, torch.float64):
@@ -112,7 +113,7 @@ def test_sums_of_gradients(machine, with_launcher, name):
 
 @pytest.mark.parametrize("dtype", NEURONS)
 def test_batch_normalisation(machine, with_launcher, dtype):
-    """There are four columns a thread, and one; channels share a tile, or have several; one has a single value."""
+    """Four columns a thread, and one; channels that share a tile, or have several; a single value a channel."""
     with_launcher(machine)
     for shape in ((3, 2, 6, 4, 8), (3, 2, 5, 2, 3), (3, 2, 130, 1), (1, 70, 3, 600), (2, 1, 4)):
         found = []
@@ -130,22 +131,6 @@ def test_batch_normalisation(machine, with_launcher, dtype):
 
 # ---- other compilers ----
 
-# compute_75 has no packed conversion and no clamp, compute_120 goes through another front end of NVRTC.
-ARCHITECTURES = ("compute_75", "compute_120")
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("dtype", "surrogate", "reset"), ptx.CHOSEN)
-def test_other_architectures(machine, with_launcher, architecture, dtype, surrogate, reset):
-    """By default only the kernels that differ most are compiled: of half types, and for four steps."""
-    if not ALL and dtype not in HALF_TYPES:
-        pytest.skip("ASGL_TEST_BACKENDS=ptx compiles all of them")
-    with_launcher(machine, emulated.TINY, architecture)
-    for steps in STEPS if ALL else (1, 4):
-        for input in INPUTS if ALL else ("plain",):
-            call = dtype, surrogate, reset, steps, input, 0.3
-            assert_same_bits(results("tried", *call), results("replayed", *call))
-
 
 def by_nvcc(kernel: str, architecture: str, *options: str) -> str:
     """The PTX of one kernel, as the extension is compiled."""
@@ -154,19 +139,30 @@ def by_nvcc(kernel: str, architecture: str, *options: str) -> str:
     directory = ptx.DIRECTORY / f"nvcc-{os.getpid()}"
     directory.mkdir(parents=True, exist_ok=True)
     source, target = directory / "kernel.cu", directory / "kernel.ptx"
-    source.write_text(f"{ptx.jit.SOURCE}void* kernel = reinterpret_cast<void*>(&{kernel});\n")
+    source.write_text(f"{cupy.SOURCE}void* kernel = reinterpret_cast<void*>(&{kernel});\n")
     command = [nvcc.path, *compilation.NVCC_FLAGS, *options, f"-arch={architecture}", "-I", CSRC, "-ptx", source]
     run([*command, "-o", target])
     return target.read_text()
 
 
-@pytest.mark.skipif(Nvcc.find() is None, reason="there is no nvcc on the PATH")
+# Options of launchers; types and steps that are compiled by default, with plain input.
+COMPILERS = {
+    "compute_75": ({"architecture": "compute_75"}, HALF_TYPES, (1, 4)),  # no packed conversion, no clamp
+    "compute_120": ({"architecture": "compute_120"}, HALF_TYPES, (1, 4)),  # another front end of NVRTC
+    "nvcc": ({"compile_kernel": by_nvcc}, (torch.bfloat16,), (4,)),
+}
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize(("dtype", "surrogate", "reset"), ptx.CHOSEN)
-def test_nvcc(machine, with_launcher, dtype, surrogate, reset):
-    if not ALL and dtype != torch.bfloat16:
+def test_other_compilers(machine, with_launcher, compiler, dtype, surrogate, reset):
+    options, types, steps_by_default = COMPILERS[compiler]
+    if not ALL and dtype not in types:
         pytest.skip("ASGL_TEST_BACKENDS=ptx compiles all of them")
-    with_launcher(machine, compile_kernel=by_nvcc)
-    for steps in STEPS if ALL else (4,):
+    if compiler == "nvcc" and Nvcc.find() is None:
+        pytest.skip("no nvcc on the PATH")
+    with_launcher(machine, **options)
+    for steps in STEPS if ALL else steps_by_default:
         for input in INPUTS if ALL else ("plain",):
             call = dtype, surrogate, reset, steps, input, 0.3
             assert_same_bits(results("tried", *call), results("replayed", *call))
@@ -179,7 +175,7 @@ def test_nvcc(machine, with_launcher, dtype, surrogate, reset):
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES])
 def test_all_surrogates_with_the_functions_of_the_host(machine, with_launcher, surrogate, reset, dtype):
-    """Nothing else differs between a device and the host than libdevice and the approximate reciprocal."""
+    """Device and host differ in libdevice and the approximate reciprocal alone."""
     if not ALL and (dtype, reset) != (torch.float32, "hard"):
         pytest.skip("ASGL_TEST_BACKENDS=ptx compiles all of them")
     with_launcher(machine, options=("-DASGL_HOST_FUNCTIONS",))
@@ -194,8 +190,8 @@ INEXACT = [surrogate for surrogate in SURROGATES if surrogate not in EXACT_SURRO
 
 @pytest.mark.parametrize("surrogate", INEXACT)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES])
-def test_approximations_that_are_off_by_their_bounds(with_launcher, surrogate, dtype):
-    """The reciprocal of a device may be off by one last place, its power of two by two: the suite's bars hold."""
+def test_approximations_at_their_error_bounds(with_launcher, surrogate, dtype):
+    """The suite's tolerances hold with a device's errors: one last place in the reciprocal, two in the power of two."""
     if not ALL and dtype != torch.float32:
         pytest.skip("ASGL_TEST_BACKENDS=ptx compiles all of them")
     machine = ptx.Machine()
@@ -209,7 +205,7 @@ def test_approximations_that_are_off_by_their_bounds(with_launcher, surrogate, d
                 )  # fmt: skip
 
 
-def test_approximations_that_are_further_off_are_found(with_launcher):
+def test_larger_errors_of_approximations_are_found(with_launcher):
     machine = ptx.Machine()
     with_launcher(machine)
     machine.rcp_units = 200

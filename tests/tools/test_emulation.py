@@ -1,4 +1,4 @@
-"""The emulation of CUDA on the CPU, to run the CUDA kernels where there is no GPU: it works, and it can fail."""
+"""The emulation of CUDA on the CPU runs correct programs, and refuses incorrect ones."""
 
 import subprocess
 
@@ -6,7 +6,7 @@ import pytest
 
 from tools.emulation.sanitize import EMULATION, PROGRAMS
 
-# Programs with one mistake each, of the kinds that a kernel may have.
+# Programs with one mistake each.
 MISTAKES = (
     "missing-barrier-before-gather", "missing-barrier-before-broadcast", "missing-syncwarp", "wrong-lane",
     "divergent-barrier", "divergent-shuffle", "exited-lane", "misaligned",
@@ -21,7 +21,7 @@ def selftest(compiler, tmp_path_factory):
     return program
 
 
-def test_everything_works(selftest):
+def test_correct_programs(selftest):
     result = subprocess.run([selftest, "all"], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
 

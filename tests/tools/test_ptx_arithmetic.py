@@ -1,4 +1,4 @@
-"""The instructions of PTX that compute, as cuda/ptx/arithmetic.h has them, against Python, numpy and torch."""
+"""The arithmetic instructions of PTX in tools/ptx/arithmetic.h, against Python, numpy and torch."""
 
 import math
 import operator
@@ -11,12 +11,12 @@ import pytest
 import torch
 from test_ptx_machine import module, run, translated
 
-from tools.ptx import backend as ptx
+from tools import ptx
 from tools.ptx.to_cpp import known_instructions
 
 pytestmark = [pytest.mark.ptx, pytest.mark.skipif(ptx.missing() is not None, reason=str(ptx.missing()))]
 
-N = 1024  # operands of each instruction, one a thread
+N = 1024  # threads, each with operands of its own
 NUMPY = {
     "f16": np.float16, "f32": np.float32, "f64": np.float64, "s8": np.int8, "u8": np.uint8, "s16": np.int16,
     "u16": np.uint16, "s32": np.int32, "u32": np.uint32, "s64": np.int64, "u64": np.uint64, "b16": np.uint16,
@@ -25,7 +25,7 @@ NUMPY = {
 REGISTERS = {1: "rs", 2: "rs", 4: "r", 8: "rd"}
 WHOLE = [0, 1, 2, 5, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 255, 256, 300, 2**15, 2**16 - 1, 2**31 - 1, 2**31]
 WHOLE += [2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 128, 2**64 - 2, 2**64 - 1]
-# Among them are ties of rounding to float16, bfloat16 and whole numbers. All pairs are fewer than N.
+# With ties of rounding to float16, bfloat16 and integers. Fewer than N pairs.
 REAL = [sign * a for a in (0.0, 0.5, 1.0, 1.5, 2.5, math.inf) for sign in (1, -1)]
 REAL += [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 65520.0, 2.0**-25, 0.1, math.nan]
 
@@ -40,7 +40,7 @@ def specials(dtype):
 
 
 def operands(types):
-    """All combinations of special values where they are few, else some of them; and random bits."""
+    """All combinations of special values, or some of too many; and random bits."""
     generator = np.random.default_rng(0)
     values = [specials(NUMPY[each]) for each in types]
     few = math.prod(map(len, values)) <= N
@@ -61,13 +61,13 @@ def bits(values):
 
 
 def signed_bits(value, width):
-    """A whole number as one of so many bits with a sign."""
+    """An integer wrapped to a signed type."""
     return (value + 2 ** (width - 1)) % 2**width - 2 ** (width - 1)
 
 
 def quotient(a, b):
     if b == 0:
-        return -1  # a device leaves it open
+        return -1  # undefined on a device
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
@@ -76,7 +76,7 @@ def remainder(a, b):
 
 
 def fused(dtype, round_down=False):
-    """A * b + c, exact and then rounded once: to nearest, or down."""
+    """A * b + c with a single rounding, to nearest or down."""
 
     def one(a, b, c):
         if not all(map(math.isfinite, (a, b, c))):
@@ -91,7 +91,7 @@ def fused(dtype, round_down=False):
             nearest = dtype(math.inf if exact > 0 else -math.inf)
         if np.isinf(nearest) and not round_down:
             return nearest
-        # Where it was rounded to float64 before, one beside it may be the right one.
+        # After a rounding to float64 a neighbour may be correct.
         around = [np.nextafter(nearest, dtype(-math.inf)), nearest, np.nextafter(nearest, dtype(math.inf))]
         if round_down:
             return max(each for each in around if float(each) <= exact)
@@ -103,7 +103,7 @@ def fused(dtype, round_down=False):
 
 
 def to_half(dtype):
-    """As bits; a device has one NaN, and torch another."""
+    """The bits; a device's NaN, not torch's."""
 
     def convert(a):
         half = torch.from_numpy(a).to(dtype)
@@ -144,9 +144,9 @@ CONVERTED = [("u32", "u8"), ("s32", "s8"), ("u32", "u16"), ("s32", "s16"), ("s64
 
 
 def table():
-    """Instructions, the types of their operands and of the result, and what computes that from whole columns.
+    """Instructions, types of operands and result, and functions of the columns of operands.
 
-    A result of whole numbers may be too wide: its low bits count. Registers of operands are a, b, c, the result's is d.
+    Only the low bits of integer results count. Operands are registers a, b, c, the result is d.
     """
     ordered = {name: ORDERED[name] for name in ("eq", "ne", "lt", "le", "gt", "ge")}
     for kind in ("s16", "u16", "s32", "u32", "s64", "u64"):
@@ -201,7 +201,7 @@ def table():
     yield parts, ["b64"], "b64", lambda a: a & 0xFFFF00000000FFFF | a >> 16 & 0xFFFF0000 | (a & 0xFFFF0000) << 16
     for to, source in CONVERTED:
         yield f"cvt.{to}.{source}", [source], to, lambda a: a
-    # A result that is narrower than its register fills it up.
+    # A result narrower than its register is extended.
     yield "cvt.s8.s32 %rs5, a; cvt.s32.s16 d, %rs5", ["s32"], "s32", lambda a: signed_bits(a, 8)
     yield "cvt.u8.u32 %rs5, a; cvt.u32.u16 d, %rs5", ["u32"], "u32", lambda a: a % 256
     yield "mov.b32 d, -1", [], "b32", lambda: -1
@@ -250,7 +250,7 @@ TABLE = list(table())
 
 @pytest.fixture(scope="module")
 def results():
-    """What every instruction of the table gives: one kernel has them all."""
+    """The results of all instructions, by one kernel."""
     body = ["mad.lo.u32 %r12, %r10, 8, 0;", "cvt.u64.u32 %rd14, %r12;"]
     body += ["add.s64 %rd8, %rd10, %rd14;", "add.s64 %rd9, %rd11, %rd14;"]
     columns = []
@@ -260,7 +260,7 @@ def results():
             size = max(2, column.itemsize)
             names[letter] = f"%{REGISTERS[size]}{i + 1}"
             body.append(f"ld.global.b{8 * size} {names[letter]}, [%rd8+{8 * N * len(columns)}];")
-            # A register of 16 bits has others above those of an operand of 8.
+            # Set bits above an 8-bit operand in its 16-bit register.
             columns.append(bits(column) | (0xA500 if NUMPY[each]().itemsize == 1 else 0))
         size = max(2, NUMPY[kind]().itemsize)
         names["d"] = "%p1" if kind == "pred" else f"%{REGISTERS[size]}4"
@@ -278,7 +278,7 @@ def results():
 
 
 def expected_of(types, kind, function):
-    """In the type of the result."""
+    """The expected results, in their type."""
     columns = operands(types)
     dtype = np.dtype(NUMPY[kind])
     if any(np.issubdtype(column.dtype, np.floating) for column in columns) or np.issubdtype(dtype, np.floating):
@@ -303,7 +303,7 @@ def test_instruction(results, row):
     assert not shown
 
 
-def test_table_has_all_instructions():
+def test_table_is_complete():
     helpers = {"canonical", "fused", "flushed", "off_by", "upper_half"}
     words = {word.replace(".", "_") for text, *_ in TABLE for word in re.findall(r"(?:^|; )([\w.]+)", text)}
     missing = {
@@ -313,8 +313,8 @@ def test_table_has_all_instructions():
     assert not missing
 
 
-def test_approximations_may_be_off():
-    """By as many last places as they are told."""
+def test_error_of_approximations():
+    """In units in the last place."""
     body = "ld.global.b32 %r1, [%rd10]; rcp.approx.ftz.f32 %r2, %r1; ex2.approx.ftz.f32 %r3, %r1;"
     kernel = translated(module(f"{body} st.global.v2.b32 [%rd11], {{%r2, %r3}};"))
     near, off = ptx.Machine(), ptx.Machine()

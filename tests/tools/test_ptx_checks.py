@@ -1,4 +1,4 @@
-"""The checks of PTX must see each fault that they are for, and nothing in code that has none."""
+"""The checks of PTX find each kind of fault, and none in correct code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def offset(name: str, member: str) -> int:
 
 
 def ptx(code: str, symbol: str = "kernel") -> str:
-    """A kernel of this code, in which {x_seq} is where that is among its parameters."""
+    """A kernel of this code, with {x_seq} for its offset in the parameters."""
     layout = structure("BackwardParams" if "{grad_" in code else "ForwardParams", torch.float32)
     offsets = {member: getattr(layout, member).offset for member, _ in layout._fields_}
     return f"""
@@ -51,30 +51,18 @@ def operations(code: str):
 # ---- arithmetic ----
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "add.f32 \t%f1, %f2, %f3;",
-        "@%p1 sub.f32 %f1, %f2, %f3;",
-        "mul.f32 %f1, %f2, %f3;",
-        "mul.rz.f32 %f1, %f2, %f3;",
-        "add.f64 %fd1, %fd2, %fd3;",
-        "mul.rn.ftz.f32 %f1, %f2, %f3;",
-        "fma.rn.f32 %f1, %f2, %f3, %f4;",
-        "fma.rn.f64 %fd1, %fd2, %fd3, %fd4;",
-        "fma.rn.bf16x2 %r1, %r2, %r3, %r4;",
-        "div.approx.f32 %f1, %f2, %f3;",
-        "div.full.f32 %f1, %f2, %f3;",
-        "rcp.approx.ftz.f32 %f1, %f2;",
-        "ex2.approx.ftz.f32 %f1, %f2;",
-        "sqrt.approx.f32 %f1, %f2;",
-        "setp.lt.ftz.f32 %p1, %f1, %f2;",
-        "cvt.ftz.s32.f32 %r1, %f1;",
-        "$L__BB0_1:\n\tadd.f32 %f1, %f2, %f3;",
-        "call.uni (retval0),\n\tslow_path,\n\t(param0);",
-    ],
-)
-def test_arithmetic_that_is_not_the_reference_s(fault):
+FAULTS = [
+    "add.f32 \t%f1, %f2, %f3;", "@%p1 sub.f32 %f1, %f2, %f3;", "mul.f32 %f1, %f2, %f3;", "mul.rz.f32 %f1, %f2, %f3;",
+    "add.f64 %fd1, %fd2, %fd3;", "mul.rn.ftz.f32 %f1, %f2, %f3;", "fma.rn.f32 %f1, %f2, %f3, %f4;",
+    "fma.rn.f64 %fd1, %fd2, %fd3, %fd4;", "fma.rn.bf16x2 %r1, %r2, %r3, %r4;", "div.approx.f32 %f1, %f2, %f3;",
+    "div.full.f32 %f1, %f2, %f3;", "rcp.approx.ftz.f32 %f1, %f2;", "ex2.approx.ftz.f32 %f1, %f2;",
+    "sqrt.approx.f32 %f1, %f2;", "setp.lt.ftz.f32 %p1, %f1, %f2;", "cvt.ftz.s32.f32 %r1, %f1;",
+    "$L__BB0_1:\n\tadd.f32 %f1, %f2, %f3;", "call.uni (retval0),\n\tslow_path,\n\t(param0);",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_other_arithmetic_than_the_references(fault):
     (problem,) = arithmetic_problems(PLAIN, operations(fault))
     assert re.search(r"\b(add|sub|mul|fma|div|rcp|ex2|sqrt|setp|cvt|call)\.\S* .*, 1 times$", problem)
 
@@ -89,17 +77,17 @@ def test_arithmetic_that_is_not_the_reference_s(fault):
         ("laplace", ["fma.rn", "fma.rm", "ex2.approx.ftz"]),
         ("rectangle", []),
         ("triangle", []),
-        ("", []),  # of batch normalisation
+        ("", []),  # batch normalisation
     ],
 )
-def test_what_a_surrogate_needs_is_allowed_to_it_alone(surrogate, allowed):
+def test_operations_allowed_to_a_surrogate_alone(surrogate, allowed):
     every = ["fma.rn.f32", "fma.rn.f64", "fma.rm.f32", "ex2.approx.ftz.f32", "rcp.approx.ftz.f32", "rcp.approx.ftz.f64"]
     code = operations("".join(f"{opcode} %f1, %f2;\n" for opcode in every))
     found = [problem.split()[0] for problem in arithmetic_problems(PLAIN._replace(surrogate=surrogate), code)]
     assert found == sorted(opcode for opcode in every if opcode.rpartition(".")[0] not in allowed)
 
 
-def test_arithmetic_that_is_the_reference_s():
+def test_arithmetic_of_the_reference():
     code = """
 	add.rn.f32 	%f1, %f2, %f3;
 	sub.rn.f64 	%fd1, %fd2, %fd3;
@@ -116,7 +104,7 @@ def test_arithmetic_that_is_the_reference_s():
 
 # ---- accesses ----
 
-# A loop over steps whose address is handed on, and comes from a block that is further down.
+# A loop over steps whose address is carried, and comes from a later block.
 GOOD = """
 	mov.b64 	%rd1, PARAMS;
 	ld.param.u64 	%rd2, [%rd1+{x_seq}];
@@ -145,26 +133,22 @@ $L__BB0_3:
 @pytest.mark.parametrize(
     ("good", "bad", "problem"),
     [
-        (
-            "ld.global.v4.f32 	{{%f1, %f2, %f3, %f4}}",
-            "ld.global.v2.f32 	{{%f1, %f2}}",
-            "1 loads from x_seq of 64 bits",
-        ),
+        ("v4.f32 	{{%f1, %f2, %f3, %f4}}", "v2.f32 	{{%f1, %f2}}", "1 loads from x_seq of 64 bits"),
         ("ld.global.v4.f32 	{{%f1, %f2, %f3, %f4}}", "ld.global.nc.f32 	%f1", "1 loads from x_seq of 32 bits"),
         ("st.global.v4.f32 [%rd5]", "st.global.f32 [%rd5+4]", "1 stores to s_seq of 32 bits"),
-        ("[%rd1+{x_seq}]", "[%rd1+{shape}]", "1 loads from an unknown place of 128 bits"),
-        ("[%rd5]", "[zeros$324]", "1 stores to an unknown place of 128 bits"),
+        ("[%rd1+{x_seq}]", "[%rd1+{shape}]", "1 loads from an unknown address of 128 bits"),
+        ("[%rd5]", "[zeros$324]", "1 stores to an unknown address of 128 bits"),
         ("ld.shared.f32", "ld.local.f32", "1 accesses to local memory"),
     ],
 )
-def test_accesses_that_are_too_narrow_or_go_elsewhere(good, bad, problem):
+def test_narrow_and_unknown_accesses(good, bad, problem):
     assert not list(access_problems(PLAIN, operations(GOOD)))
     assert good in GOOD
     (found,) = access_problems(PLAIN, operations(GOOD.replace(good, bad)))
     assert found.startswith(problem)
 
 
-# The addresses of gradient and last state come from vectors of parameters, and one of them from an addition.
+# Addresses from a vector of parameters, one of them by an addition.
 HALVES = """
 	mov.b64 	%rd1, PARAMS;
 	add.s64 	%rd2, %rd1, {grad_x_seq};
@@ -175,7 +159,7 @@ HALVES = """
 """
 
 
-def test_a_store_that_is_split():
+def test_split_store():
     assert offset("BackwardParams", "grad_init") == offset("BackwardParams", "grad_x_seq") + 8
     assert not list(access_problems(GENERAL, operations(HALVES)))
     split = HALVES.replace(
@@ -189,7 +173,7 @@ def test_a_store_that_is_split():
     assert not list(access_problems(Kernel("backward, 1 neuron", "bfloat16", "erf", "soft"), operations(split)))
 
 
-def test_a_shift_is_one_value():
+def test_shift_is_one_value():
     code = f"""
 	ld.param.u64 	%rd1, [PARAMS+{offset("MomentsParams", "x_seq")}];
 	ld.global.u16 	%rs1, [%rd1];
@@ -201,7 +185,7 @@ def test_a_shift_is_one_value():
     assert problem == "1 loads from x_seq of 16 bits, expected 64"
 
 
-# ---- all of it ----
+# ---- kernels ----
 
 
 def test_faults_are_named_by_their_kernel():
@@ -210,6 +194,6 @@ def test_faults_are_named_by_their_kernel():
     assert problem.startswith(f"{PLAIN._replace(reset='soft')}: mul.f32 may be contracted")
 
 
-def test_every_kernel_of_fours_is_looked_at():
+def test_every_kernel_of_fours_is_checked():
     for kind in cuda_code._KINDS.values():
         assert bool(re.fullmatch(FOURS, kind)) == bool(re.search(r"4 neurons|4 columns|T = ", kind))

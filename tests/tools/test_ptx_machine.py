@@ -1,4 +1,4 @@
-"""The translator of PTX and the machine that runs it, on small kernels written here: mistakes in them are found."""
+"""The translator of PTX and the machine that runs it, on small kernels; mistakes in kernels are found."""
 
 from ctypes import Structure, c_uint64
 
@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from tools.ptx import backend as ptx
+from tools import ptx
 from tools.ptx.to_cpp import UnknownPTXError, kernels, to_cpp
 
 pytestmark = [pytest.mark.ptx, pytest.mark.skipif(ptx.missing() is not None, reason=str(ptx.missing()))]
 
-WORDS = 4  # of the parameters
+WORDS = 4  # parameters
 
 
 class Params(Structure):
-    """Of a kernel of a test."""
+    """Parameters of the kernels here."""
 
     _fields_ = (("words", c_uint64 * WORDS),)
 
 
 def module(body: str, shared: str = "", most_threads: int = 1024) -> str:
-    """The PTX of a kernel whose %rd10 to %rd13 are its parameters, %r10 and %r11 its thread and block."""
+    """The PTX of a kernel with its parameters in %rd10 to %rd13, its thread and block in %r10 and %r11."""
     load = "\n".join(f"ld.param.b64 %rd{10 + i}, [kernel_param_0+{8 * i}];" for i in range(WORDS))
     return f"""\
 .version 8.0
@@ -46,12 +46,12 @@ ret;
 """
 
 
-def translated(text: str) -> ptx._Kernel:
-    return ptx._Kernel(ptx.compiled(lambda: to_cpp(kernels(text)["kernel"]), "kernel", text))
+def translated(text: str) -> ptx.TranslatedKernel:
+    return ptx.TranslatedKernel(ptx.compiled(lambda: to_cpp(kernels(text)["kernel"]), "kernel", text))
 
 
-def place(text: str, statement: str) -> str:
-    """As errors name it."""
+def located(text: str, statement: str) -> str:
+    """A statement as errors name it."""
     return f"line {text[: text.index(statement)].count(chr(10)) + 1}: {statement.rstrip(';')}"
 
 
@@ -61,16 +61,16 @@ def machine() -> ptx.Machine:
 
 
 def run(machine, kernel, threads, *words, buffers=(), blocks=1):
-    """What went wrong; each word is a number or an array, which is a buffer."""
+    """The machine's error; each word is an integer, or an array, which is a buffer."""
     arrays = [word for word in words if isinstance(word, np.ndarray)]
     ranges = {(array.ctypes.data, array.ctypes.data + array.nbytes) for array in arrays} | set(buffers)
-    numbers = [word.ctypes.data if isinstance(word, np.ndarray) else word for word in words]
-    return machine.run(kernel, blocks, threads, Params((c_uint64 * WORDS)(*numbers)), ranges)
+    values = [word.ctypes.data if isinstance(word, np.ndarray) else word for word in words]
+    return machine.run(kernel, blocks, threads, Params((c_uint64 * WORDS)(*values)), ranges)
 
 
 # ---- warps, blocks and memory ----
 
-# Shuffles, their operands and the lane that each lane takes from; none where that lies in another segment.
+# Mode, operands and source lane of shuffles; no source lane in another segment.
 SHUFFLES = [
     ("down", "4, 31", lambda lane: lane + 4 if lane + 4 < 32 else None),
     ("down", f"2, {(32 - 8) << 8 | 31}", lambda lane: lane + 2 if lane % 8 + 2 < 8 else None),
@@ -96,7 +96,7 @@ def test_shuffles(machine):
 
 
 def test_shared_memory_and_barrier(machine):
-    """Each block has its own, and finds in it what nobody wrote."""
+    """Each block has its own; uninitialised values are NaN."""
     shared = ".shared .align 4 .b8 first[4];\n.shared .align 16 .b8 second[512];"
     text = module(
         """
@@ -125,7 +125,7 @@ st.global.v2.b32 [%rd1], {%r5, %r9};
 
 # ---- mistakes ----
 
-# Each is made by one thread, in a kernel that has them all. %rd10 is a buffer, %rd11 the end of the one before a gap.
+# Each by one thread, in a kernel with all of them. %rd10 is a buffer, %rd11 the end of another before a gap.
 FAULTS = {
     "ld.global.b32 %r1, [%rd10+96];": "in none of the buffers",
     "ld.global.b32 %r1, [%rd10+-4];": "in none of the buffers",
@@ -172,7 +172,7 @@ def test_fault(machine, faulty, number):
         assert problem is None
     else:
         fault, expected = list(FAULTS.items())[number]
-        assert problem.startswith(f"thread (3,0,0) of block (1,0,0): {place(text, fault)} ")
+        assert problem.startswith(f"thread (3,0,0) of block (1,0,0): {located(text, fault)} ")
         assert expected in problem
 
 
@@ -184,7 +184,7 @@ def test_launch_that_does_not_fit(machine):
 
 
 def test_registers_of_a_scope(machine):
-    """They hide others of their name."""
+    """They shadow registers of the same name."""
     body = """
 mov.u32 %r1, 5;
 { .reg .pred p; .reg .b32 %r1; .reg .b16 low; .reg .b16 high;
@@ -198,7 +198,7 @@ $L__1:"""
     assert found.tolist() == [5, 7, 1, 0]
 
 
-def test_registers_that_nobody_wrote_are_nan(machine):
+def test_uninitialised_registers_are_nan(machine):
     body = "st.global.b64 [%rd10], %rd1; st.global.b32 [%rd10+8], %r1; st.global.b16 [%rd10+12], %rs1;"
     found = np.zeros(2, np.uint64)
     assert run(machine, translated(module(body)), 1, found) is None
@@ -218,12 +218,12 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_threads_that_part(machine, other):
-    """Half of a warp goes one way, and the other comes to something else."""
+def test_divergent_threads(machine, other):
+    """Half of a warp shuffles, the other half executes something else."""
     text = module(f"setp.lt.u32 %p1, %r10, 16;\n@%p1 bra DOWN;\n{other}\nret;\nDOWN:\n{SHUFFLE}")
     problem = run(machine, translated(text), 32)
     assert OTHERS[other] in problem
-    assert place(text, SHUFFLE if other == "ret;" else other) in problem
+    assert located(text, SHUFFLE if other == "ret;" else other) in problem
 
 
 UNKNOWN = [
@@ -239,11 +239,11 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize("statement", UNKNOWN)
-def test_what_is_not_known_is_an_error(statement):
+def test_unknown_statements_are_errors(statement):
     text = module(f"mov.u32 %r1, 0;\n{statement}")
     with pytest.raises(UnknownPTXError) as error:
         to_cpp(kernels(text)["kernel"])
-    assert str(error.value).startswith(f"kernel: {place(text, statement)}: ")
+    assert str(error.value).startswith(f"kernel: {located(text, statement)}: ")
 
 
 @pytest.mark.parametrize("text", ["", ".visible .entry two(.param .b32 a, .param .b32 b) { ret; }"])
@@ -254,15 +254,15 @@ def test_other_modules_are_errors(text):
         kernels(f".func helper() {{ ret; }}\n{module('')}")
 
 
-# The compiler of C++ finds these, and shows them.
+# Errors of the C++ compiler, which show the statement.
 @pytest.mark.parametrize(
     "statement",
     ["add.f32 %r1, %r2, %r3;", "mul.hi.s64 %rd1, %rd2, %rd3;", "mov.b16 %rs1, 65536;",
      "add.s32 %r1, %p1, %r2;"],
 )  # fmt: skip
-def test_what_does_not_fit_is_an_error(statement):
+def test_ill_typed_statements_are_errors(statement):
     text = module(statement)
     with pytest.raises(RuntimeError) as error:
         translated(text)
     assert str(error.value).startswith("kernel: ")
-    assert place(text, statement) in str(error.value)
+    assert located(text, statement) in str(error.value)

@@ -1,6 +1,6 @@
-"""Mistakes that only a compiler for GPUs sees: in code under __CUDA_ARCH__, in its options, in layouts as it sees them.
+"""Mutants that only a compiler for GPUs sees: under __CUDA_ARCH__, in its options, in its layouts.
 
-The emulation runs none of that code. On the PTX every one of them shows, by other bits or by an error.
+The emulation runs none of that code. On the PTX each mutant changes bits or raises an error.
 """
 
 import re
@@ -15,23 +15,23 @@ import torch
 
 import asgl_cuda
 from asgl_cuda import backends
-from asgl_cuda.backends import cupy as jit
+from asgl_cuda.backends import cupy
+from tools import ptx
 from tools.emulation import emulated
-from tools.ptx import backend as ptx
 from tools.ptx.to_cpp import UnknownPTXError
 
 pytestmark = [pytest.mark.ptx, pytest.mark.skipif(ptx.missing() is not None, reason=str(ptx.missing()))]
 
 
 def forward(backend: str, dtype: torch.dtype, **options) -> list[torch.Tensor]:
-    """The smooth values of a few neurons: they show every rounding. One input is NaN."""
+    """Smooth values, which show every rounding; one input is NaN."""
     x_seq = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     x_seq[2, 5] = torch.nan
     return [asgl_cuda.lif(x_seq, **{"analog_prob": 1.0, **options}, backend=backend)]
 
 
 def backward(backend: str) -> list[torch.Tensor]:
-    """With noise, of more than four steps: its key is then held back from the optimiser."""
+    """With noise over more than four steps, for which its key is opaque to the optimiser."""
     x_seq = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     s_seq = asgl_cuda.lif(x_seq, width=2.0, **NOISE, backend=backend)
     (s_seq * torch.arange(1.0, 6.0)[:, None]).sum().backward()
@@ -50,10 +50,7 @@ CALLS = {
 
 
 class Mutant(NamedTuple):
-    """A call, and the mistake that it shows: in a file of csrc `old` is replaced by `new`.
-
-    The numbers differ, or there is none and `error` is a part of what is said.
-    """
+    """A replacement in a file of csrc, and the call that shows it: by other values, or by an error."""
 
     call: str
     file: str
@@ -65,7 +62,7 @@ class Mutant(NamedTuple):
 PACK = '"=r"(word) : "f"(second), "f"(first)'
 SWAPPED = '"=r"(word) : "f"(first), "f"(second)'
 STORE = '"st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to)'
-FORGET = 'asm volatile("" : "+r"(key_.seed_low), "+r"(key_.seed_high));'
+OPAQUE = 'asm volatile("" : "+r"(key_.seed_low), "+r"(key_.seed_high));'
 NOWHERE = "is in none of the buffers"
 access = partial(Mutant, file="cuda/access.cuh")
 halves = partial(Mutant, file="math/half_types.h")
@@ -104,8 +101,8 @@ MUTANTS = {
     ),
     "Philox words of 16 bits": philox("noisy", old="using PhiloxWord = uint32;", new="using PhiloxWord = uint16;"),
     "words of the key swapped": Mutant(
-        "backward", "cuda/noise.cuh", FORGET,
-        FORGET.replace('""', '"{.reg .b32 t; mov.b32 t, %0; mov.b32 %0, %1; mov.b32 %1, t;}"', 1),
+        "backward", "cuda/noise.cuh", OPAQUE,
+        OPAQUE.replace('""', '"{.reg .b32 t; mov.b32 t, %0; mov.b32 %0, %1; mov.b32 %1, t;}"', 1),
     ),
     "reciprocal of nothing": surrogates(
         "fast sigmoid", old="rcp.approx.ftz.f32 %0, %1", new="rcp.approx.ftz.f32 %0, %0"
@@ -125,12 +122,12 @@ MUTANTS = {
         "float", old="kBlockThreads = 128", new="kBlockThreads = 64", error="a block has at most 64 threads, got 128"
     ),
 }  # fmt: skip
-# Without .rn a multiplication and an addition may become one.
+# Without .rn a multiplication and an addition may be contracted.
 OPTIONS = {"--fmad=true": "mul.f32", "--ftz=true": ".ftz.f32"}
 
 
 def outcome(call: Callable[..., list[torch.Tensor]], backend: str) -> list[torch.Tensor] | str:
-    """The bits that a call gives, NaN as one number; or what went wrong."""
+    """The results of a call, with NaN replaced, or its error."""
     try:
         return [torch.where(each.isnan(), 7.0, each) for each in call(backend)]
     except (RuntimeError, UnknownPTXError) as error:
@@ -139,7 +136,7 @@ def outcome(call: Callable[..., list[torch.Tensor]], backend: str) -> list[torch
 
 @pytest.fixture
 def on_ptx(monkeypatch) -> Callable[..., list[torch.Tensor] | str]:
-    """What a call gives on the PTX of csrc as it is now, compiled with these options."""
+    """The outcome of a call on the PTX of csrc, compiled with these options."""
 
     def run(call: str, *options: str) -> list[torch.Tensor] | str:
         operators = SimpleNamespace(**ptx.Launcher(ptx.Machine(), options=options).operators())
@@ -149,24 +146,16 @@ def on_ptx(monkeypatch) -> Callable[..., list[torch.Tensor] | str]:
     return run
 
 
-@pytest.fixture(params=CALLS)
-def call(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def is_equal(call: str, found: list[torch.Tensor] | str) -> bool:
-    """Whether the emulation, which has no such mistake, gives the same."""
+    """Whether the outcome is the emulation's, of the code without a mutant."""
     expected = outcome(CALLS[call], "replayed")
     assert not isinstance(expected, str), expected
     return not isinstance(found, str) and all(map(torch.equal, found, expected))
 
 
-def assert_is(error: str, found: list[torch.Tensor] | str) -> None:
-    assert (isinstance(found, str) and error in found) if error else not isinstance(found, str), found
-
-
 @pytest.mark.usefixtures("emulation")
-def test_without_a_mistake_all_is_equal(on_ptx, call):
+@pytest.mark.parametrize("call", CALLS)
+def test_equal_without_a_mutant(on_ptx, call):
     found = on_ptx(call)
     assert is_equal(call, found), found
 
@@ -174,21 +163,18 @@ def test_without_a_mistake_all_is_equal(on_ptx, call):
 @pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_found(on_ptx, monkeypatch, tmp_path, name):
-    mutant = MUTANTS[name]
+    call, file, old, new, error = MUTANTS[name]
     csrc = shutil.copytree(emulated.ROOT / "csrc", tmp_path / "csrc")
-    source = csrc / mutant.file
-    text = source.read_text()
-    assert text.count(mutant.old) == 1, f"{mutant.file} has changed: it has {text.count(mutant.old)} times {mutant.old}"
-    source.write_text(text.replace(mutant.old, mutant.new))
-    monkeypatch.setattr(jit, "source_directory", lambda: csrc)
-    found = on_ptx(mutant.call)
-    assert not is_equal(mutant.call, found)
-    assert_is(mutant.error, found)
+    text = (csrc / file).read_text()
+    assert text.count(old) == 1, f"{file} has changed: it has {text.count(old)} times {old}"
+    (csrc / file).write_text(text.replace(old, new))
+    monkeypatch.setattr(cupy, "source_directory", lambda: csrc)
+    found = on_ptx(call)
+    assert not is_equal(call, found)
+    assert (isinstance(found, str) and error in found) if error else not isinstance(found, str), found
 
 
 @pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_wrong_option_is_found(on_ptx, option):
-    found = on_ptx("float", option)
-    assert not is_equal("float", found)
-    assert re.search(rf"line \d+: .*{re.escape(OPTIONS[option])} .*: an instruction that is not known", found)
+    assert re.search(rf"line \d+: .*{re.escape(OPTIONS[option])} .*: unknown instruction", on_ptx("float", option))

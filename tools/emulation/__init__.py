@@ -1,1 +1,1 @@
-"""The CUDA kernels run on the CPU by the host compiler."""
+"""The CUDA kernels on the CPU, compiled by the host compiler."""

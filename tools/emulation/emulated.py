@@ -1,7 +1,7 @@
-"""The CUDA kernels, run on the CPU by the emulation beside this file, as two backends.
+"""The CUDA kernels on the CPU, as two backends.
 
-`emulated`: operators and launchers in C++ (csrc/ops), as in the backend `cuda`. `replayed`: operators and launchers in
-Python, as in the backend `cupy`; the launches that the driver would get are run.
+`emulated` has the operators and launchers in C++ (csrc/ops), as the backend `cuda`; `replayed` those in Python, as the
+backend `cupy`.
 """
 
 import ctypes
@@ -15,23 +15,21 @@ import torch.utils.cpp_extension
 from asgl_cuda import backends, ops
 from asgl_cuda.backends import normalisation_kernels
 
-from ..kernels.host_compiler import compiler as compiler
-
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent
 NAMESPACE = "asgl_cuda_emulated"
 REPLAYED_NAMESPACE = "asgl_cuda_replayed"
-# The extension is compiled so, except for the speed of compilation and the warning of #pragma unroll.
+# As the extension, except for faster compilation and without the warning about #pragma unroll.
 FLAGS = ["-O2", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wno-unknown-pragmas"]
 
-# On a device that any grid fills, the launchers take four neurons a thread wherever the layout allows it. On a large
-# one the general kernels have one, and the others in long sequences.
-TINY, LARGE = 0, 132  # multiprocessors
-THREADS_EACH = 2048  # that a multiprocessor holds, as in cuda/emulation/cuda_emulation.h
+# Multiprocessors. On a tiny device the launchers choose four neurons a thread wherever the layout allows; on a large
+# one the general kernels have one, and in long sequences the others as well.
+TINY, LARGE = 0, 132
+THREADS_EACH = 2048  # resident on a multiprocessor, as in cuda_emulation.h
 
 
 class Launch(NamedTuple):
-    """The arguments that the driver was given."""
+    """The driver's arguments."""
 
     kernel: str
     blocks: int
@@ -45,7 +43,7 @@ RECEIVER = ctypes.CFUNCTYPE(
 
 
 class Emulation:
-    """The loaded library is the device, answers the tests' questions, and is a launcher to the operators in Python."""
+    """The loaded library: device, record of launches, and launcher of the operators in Python."""
 
     def __init__(self, path: str) -> None:
         self._library = ctypes.CDLL(path)
@@ -78,12 +76,12 @@ class Emulation:
 
 
 def register() -> Emulation:
-    """Compiles the emulation where its sources have changed, and makes both backends like the others."""
+    """Compiles the emulation if its sources have changed, and adds both backends."""
     directory = ROOT / "build" / f"emulated-torch-{torch.__version__}"
     directory.mkdir(parents=True, exist_ok=True)
     ops.define_operators(NAMESPACE)
     with (directory / "building").open("w") as building:
-        # The lock of torch outlives a build that was killed, and all who came later would wait; this one does not.
+        # Torch's lock would outlive a killed build, and block all later ones; this lock does not.
         fcntl.flock(building, fcntl.LOCK_EX)
         (directory / "lock").unlink(missing_ok=True)
         path = torch.utils.cpp_extension.load(

@@ -1,7 +1,4 @@
-"""Runs the emulated CUDA kernels and the CPU kernels under sanitizers: `python -m tools.emulation.sanitize`.
-
-It needs neither torch nor a GPU.
-"""
+"""Runs emulated CUDA kernels and CPU kernels under sanitizers, without torch: `python -m tools.emulation.sanitize`."""
 
 import os
 import platform
@@ -20,18 +17,18 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 EMULATION = Path(__file__).parent
 PROGRAMS = ROOT / "tests" / "cuda" / "programs"
-# Nothing is contracted, as in the build of the extension: the kernels promise equal bits.
+# Without contraction, as the extension: bits are compared.
 FLAGS = ("-std=c++20", "-ffp-contract=off", "-pthread")
 
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-# It cannot follow fibres: there, every thread of a block is one of the operating system's.
+# ThreadSanitizer does not support fibres: each thread of a block is a thread of the operating system.
 THREAD = ("-fsanitize=thread", "-DASGL_EMULATE_THREADS")
 
-# The CPU kernels take the place of the CUDA ones; BASELINE has one instruction set and compiles in a third of the time.
+# CPU kernels in place of the CUDA ones; BASELINE, one instruction set, compiles in a third of the time.
 CPU = ("-DASGL_TEST_CPU", f"-I{EMULATION / 'cpu'}", "-include", "cpu_launchers.h")
 BASELINE = "-DASGL_TEST_BASELINE"
 
-# Each job is a program, its flags and its arguments.
+# Program, flags and arguments.
 JOBS = (
     ("kernels_test", (*ADDRESS, *CPU), ()),
     ("kernels_test", (*THREAD, *CPU, BASELINE), ("small",)),
@@ -49,7 +46,7 @@ JOBS = (
 
 
 def few_instantiations(directory: Path) -> Path:
-    """A copy of csrc whose CPU kernels have only the types and surrogates of the tests: it compiles in seconds."""
+    """A copy of csrc with only the tests' types and surrogates of CPU kernels, which compiles in seconds."""
     csrc = directory / "csrc"
     shutil.rmtree(csrc, ignore_errors=True)
     shutil.copytree(CSRC, csrc)
@@ -66,7 +63,7 @@ def few_instantiations(directory: Path) -> Path:
 
 
 def build(name: str, program: Path, flags: Sequence[str] = (), csrc: Path = CSRC) -> None:
-    """Compiles tests/cuda/programs/NAME.cpp with the kernels that are in `csrc`."""
+    """Compiles tests/cuda/programs/NAME.cpp with the kernels in `csrc`."""
     paths = [f"-I{EMULATION / 'include'}", f"-I{EMULATION}", f"-I{csrc}"]
     command = [*host_compiler.command(), *FLAGS, *flags, *paths, str(PROGRAMS / f"{name}.cpp"), "-o", str(program)]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -76,10 +73,10 @@ def build(name: str, program: Path, flags: Sequence[str] = (), csrc: Path = CSRC
 
 def run(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [str(program), *arguments]
-    # A program that has raced may never end, and its first race says enough.
+    # A racing program may never end.
     variables = {"TSAN_OPTIONS": "halt_on_error=1", **os.environ, **environment}
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables)
-    # ThreadSanitizer cannot start where more bits of an address are random than it expects.
+    # ThreadSanitizer does not start with more random address bits than it expects.
     if "unexpected memory mapping" in result.stderr and shutil.which("setarch"):
         command = ["setarch", platform.machine(), "-R", *command]
         result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables)
@@ -91,7 +88,7 @@ def sanitize(name: str, flags: Sequence[str], arguments: Sequence[str], director
     title = f"{name} {' '.join([*flags[:1], 'on the CPU' if on_cpu else 'emulated', *arguments])}"
     program = directory / title.replace(" ", "_")
     build(name, program, ["-O1", "-g1", *flags], directory / "csrc" if on_cpu else CSRC)
-    # Where there are fibres, looking for addresses of locals that have returned takes two thirds of the time.
+    # With fibres, the check of returned locals takes two thirds of the time.
     environment = {} if on_cpu else {"ASAN_OPTIONS": "detect_stack_use_after_return=0"}
     result = run(program, *arguments, **environment)
     if result.returncode == 0:

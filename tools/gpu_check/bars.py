@@ -1,8 +1,7 @@
-"""The bars that the speed on a GPU is to reach, and whether it does.
+"""The bars for the speed on a GPU, and whether they are reached.
 
-A bar on a kernel is a multiple of the time of an operation that moves as many bytes. Where the card can't start
-instructions as fast as its memory would have them, the bar is the prediction of ROOFLINE.md for the bandwidth and the
-clock that were measured in the same run, if that is more.
+A bar on a kernel is a multiple of the time of an operation that moves as many bytes, or the prediction of the roofline
+for bandwidth and clock as measured in the same run, if that is more.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from benchmarks.speed.microbench import COMPILED, COPY, FLOOR, MOST_STEPS_TO_COM
 from benchmarks.speed.rates import Rates
 from benchmarks.speed.sizes import Block, Size, sweep
 
-from ..roofline.prediction import ELEMENT_BYTES, MOVED, OF_NORMALISATION
+from ..roofline.prediction import ELEMENT_BYTES, MOVED, NORMALISATION_KERNELS
 from .card import Work, roofline
 
 CUPY_KERNELS = "asgl_cuda cupy"  # a row of the micro-benchmark
 WHERE_MEMORY_BINDS = {"float32": {"forward": 1.15, "backward": 1.2, "both": 1.15}}
-OF_HALF_TYPES = 1.3
-# An element of a block is accessed nine times, by copies of x and of the gradient four times.
-COPIES_OF_A_BLOCK = 9 / 4
-CUPY_MICROSECONDS = 30  # by which a call of the host may take longer
+HALF_TYPES = 1.3
+# A block accesses an element nine times, copies of x and of the gradient four times.
+BLOCK_COPIES = 9 / 4
+CUPY_MICROSECONDS = 30  # more for a call than with the backend cuda
 Seconds = dict[str, dict[str, float]]  # by row, by part
 
 
 class Bar(NamedTuple):
-    """The result of a goal; `measured` is None where it was not, `predicted` where nothing is."""
+    """The result of a goal; `measured` and `predicted` may be missing."""
 
     what: str
     goal: str
@@ -40,7 +39,7 @@ class Bar(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """The time of one row that is wanted, as a multiple of the time of another."""
+    """Bounds on the time of a row, as a multiple of the time of another."""
 
     what: str
     part: str
@@ -48,7 +47,7 @@ class Goal(NamedTuple):
     other: str
     least: float = 0.0
     most: float = math.inf
-    times: float = 1.0  # the other row's time is taken
+    times: float = 1.0  # the other row's time
     predicted: float | None = None
 
     def bar(self, size: str, seconds: Seconds) -> Bar:
@@ -64,13 +63,13 @@ class Goal(NamedTuple):
 
 
 class Roof(NamedTuple):
-    """The page's work of each kernel, and the card that does it."""
+    """The work of each kernel, and the rates of the card."""
 
     works: dict[tuple[str, str, int], Work]
-    rates: Rates | None  # None where they were not measured
+    rates: Rates | None  # None where not measured
 
     def prediction(self, kernels: tuple[str, ...], dtype: str, steps: int) -> float | None:
-        """Time of these kernels, as a multiple of the time that their bytes take."""
+        """Time of these kernels, as a multiple of the time of their bytes."""
         works = [self.works.get((name, dtype, steps)) or self.works.get((name, dtype, 0)) for name in kernels]
         if self.rates is None or None in works:
             return None
@@ -80,10 +79,10 @@ class Roof(NamedTuple):
 
 def most(part: str, dtype: str, predicted: float | None) -> float:
     """The bar on a part of a kernel."""
-    return max(WHERE_MEMORY_BINDS.get(dtype, {}).get(part, OF_HALF_TYPES), predicted or 0.0)
+    return max(WHERE_MEMORY_BINDS.get(dtype, {}).get(part, HALF_TYPES), predicted or 0.0)
 
 
-def of_size(size: Size, ours: str, with_cupy: bool, roof: Roof) -> list[Goal]:
+def size_goals(size: Size, ours: str, with_cupy: bool, roof: Roof) -> list[Goal]:
     """The floor of the kernels is `x * 2` forward and `x * g` backward."""
     found = []
     for part, floor in (("forward", "x * 2"), ("backward", "x * g")):
@@ -98,19 +97,19 @@ def of_size(size: Size, ours: str, with_cupy: bool, roof: Roof) -> list[Goal]:
     return found
 
 
-def of_block(block: Block, ours: str, with_cupy: bool, roof: Roof) -> list[Goal]:
-    """The floor of normalisation and neurons is to move as many bytes, 36 an element in float32, by copies."""
-    predicted = roof.prediction(OF_NORMALISATION, block.dtype, block.steps)
+def block_goals(block: Block, ours: str, with_cupy: bool, roof: Roof) -> list[Goal]:
+    """The floor of normalisation and neurons is copies of as many bytes, 36 an element in float32."""
+    predicted = roof.prediction(NORMALISATION_KERNELS, block.dtype, block.steps)
     bar = most("both", block.dtype, predicted)
     names = {"nvcc": ours, **({"CuPy": CUPY_KERNELS} if with_cupy else {})}
     return [
-        Goal(f"{name} over copies", "both", row, COPY, most=bar, times=COPIES_OF_A_BLOCK, predicted=predicted)
+        Goal(f"{name} over copies", "both", row, COPY, most=bar, times=BLOCK_COPIES, predicted=predicted)
         for name, row in names.items()
     ]
 
 
 def seconds_by_size(benchmark: dict[str, Any]) -> dict[str, Seconds]:
-    """The seconds of each size and block, by its name."""
+    """The seconds of each size and block, by name."""
     sizes = {str(size_of(each)): each["seconds"] for each in benchmark.get("sizes", ())}
     blocks = {str(block_of(each)): each["seconds"] for each in benchmark.get("blocks", ())}
     return {**sizes, **blocks}
@@ -127,7 +126,7 @@ def block_of(found: dict[str, Any]) -> Block:
 def bars(
     device: torch.device, judged: dict[str, Any] | None, compiled: dict[str, Any] | None, architecture: int | None
 ) -> list[Bar]:
-    """The results of two runs of the micro-benchmark, the second with torch.compile, as far as they ran."""
+    """Results by two runs of the micro-benchmark, the second with torch.compile, as far as they ran."""
     found = []
     if judged is not None:
         found += judged_bars(device, judged, architecture)
@@ -147,9 +146,7 @@ def judged_bars(device: torch.device, judged: dict[str, Any], architecture: int 
     measured = seconds_by_size(judged)
     found = []
     for size in sweep("judged", device):
-        goals = (
-            of_block(size, ours, with_cupy, roof) if isinstance(size, Block) else of_size(size, ours, with_cupy, roof)
-        )
+        goals = (block_goals if isinstance(size, Block) else size_goals)(size, ours, with_cupy, roof)
         found += [goal.bar(str(size), measured.get(str(size), {})) for goal in goals]
     if with_cupy:
         calls = judged.get("call_microseconds", {})

@@ -1,13 +1,13 @@
 """Builds, tests and times the CUDA kernels on a machine with a GPU: `python3 -m tools.gpu_check.check OUT`.
 
-Both as nvcc compiles them and, where CuPy is installed, as NVRTC does, in under ten minutes. It takes the Python that
-runs it as it is, with a CUDA build of torch, numpy and pytest, and needs no network; to build the extension it needs
-setuptools, ninja, nvcc and a C++ compiler, unless it was built before (`python3 -m tools.gpu_check.prepare`).
+The kernels by nvcc and, where CuPy is installed, by NVRTC, in under ten minutes. Needs a Python with a CUDA build of
+torch, numpy and pytest, and no network; to build the extension (or in advance: `python3 -m tools.gpu_check.prepare`)
+setuptools, ninja, nvcc and a C++ compiler.
 
-What counts most comes first (gpu_steps.py). Every step has a time limit, and the time that one leaves over is the next
-one's; a step that fails stops no other. OUT gets log.txt, all that was printed, and gpu_check.json, written anew as
-each step ends. A second run goes on where the first was cut off: it leaves out the steps that came to their end. The
-verdicts are printed last. The exit status is 0 if everything passed; a dry run has no bars to reach.
+The most important steps come first (steps.py). Each has a time limit, and passes unused time on to the next; a step
+that fails stops no other. OUT gets log.txt, all output, and gpu_check.json, rewritten as each step ends. A second run
+skips the steps that the first completed. The verdicts are printed last. The exit status is 0 if everything passed; a
+dry run has no bars.
 """
 
 from __future__ import annotations
@@ -35,40 +35,40 @@ from benchmarks import ROOT
 from .steps import RESULT, SECONDS, Machine, Step, environment, steps
 
 WHOLE = 570.0  # seconds
-GRACE = 8.0  # from the signal that ends a step to the one that it can't refuse
+GRACE = 8.0  # from SIGINT to SIGKILL
 INTERRUPTED = "interrupted"
-ALWAYS = "extension"  # each run looks whether it is there
+ALWAYS = "extension"  # in every run
 
 
 class Outcome(NamedTuple):
-    """The end of a step."""
+    """The outcome of a step."""
 
     name: str
     passed: bool
     ended: str  # in words
-    complete: bool  # whether a later run has nothing to add
+    complete: bool  # a later run can skip it
     seconds: float
-    tests: str | None  # the last line that pytest prints
-    failures: list[str]  # as pytest lists them in its summary
-    result: dict[str, Any]  # as the step itself has written it
+    tests: str | None  # the last line of pytest
+    failures: list[str]  # as in pytest's summary
+    result: dict[str, Any]  # written by the step
 
 
 def run(step: Step, limit: float, log: TextIO, variables: dict[str, str]) -> Outcome:
-    """Prints and logs the output of the step, ends it and its children at the limit."""
+    """Prints and logs the output of the step; ends it and its children at the limit."""
     started = time.monotonic()
     lines: list[str] = []
 
-    def tell(line: str) -> None:
+    def show(line: str) -> None:
         print(line, flush=True)
         log.write(line + "\n")
         log.flush()
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        # A step finishes the work that it has begun when its time is up, if that takes no longer than this.
+        # A step begins no more work after this time; the rest is for the work in progress.
         words = {SECONDS: f"{0.8 * limit:.0f}", RESULT: str(file)}
         command = [words.get(word, word) for word in step.command]
-        tell(f"--- {step.name}, at most {limit:.0f} s: {' '.join(command)}")
+        show(f"--- {step.name}, at most {limit:.0f} s: {' '.join(command)}")
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **variables, **step.environment}, text=True, errors="replace",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -92,11 +92,11 @@ def run(step: Step, limit: float, log: TextIO, variables: dict[str, str]) -> Out
                 assert process.stdout is not None
                 for line in process.stdout:
                     lines.append(line.rstrip("\n"))
-                    tell(lines[-1])
+                    show(lines[-1])
                 status = process.wait()
                 break
             except KeyboardInterrupt:
-                end(signal.SIGINT)  # and hear its last words
+                end(signal.SIGINT)  # and read on
                 interrupted = True
                 timers.append(threading.Timer(GRACE, end, [signal.SIGKILL]))
                 timers[-1].start()
@@ -124,7 +124,7 @@ def run_all(
     note: Callable[[Outcome], None],
     variables: dict[str, str],
 ) -> None:
-    """Runs one after the other until someone interrupts; each may take the time left, less the time of those behind."""
+    """Runs one after the other until interrupted; each may take the time left, less the time of later steps."""
     end = time.monotonic() + whole
     for number, step in enumerate(todo):
         limit = end - time.monotonic() - sum(later.seconds for later in todo[number + 1 :])
@@ -137,57 +137,59 @@ def run_all(
                 return
 
 
-# A line that tells of one test, from one process of pytest or from several.
-TOLD = re.compile(r"^(?:\S+::.* )?(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR|SKIPPED)( \S+::.*)?(?: +\[ *\d+%\])?$")
+# The line of a test in the output of pytest, with or without xdist.
+TEST_LINE = re.compile(
+    r"^(?:\S+::.* )?(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR|SKIPPED)( \S+::.*)?(?: +\[ *\d+%\])?$"
+)
 
 
-def told_in(lines: list[str]) -> list[tuple[str, str]]:
-    """How each test ended, and the line that said so as it did."""
-    matches = ((TOLD.match(line), line) for line in lines if "::" in line)
+def test_lines(lines: list[str]) -> list[tuple[str, str]]:
+    """The outcome of each test, and its line."""
+    matches = ((TEST_LINE.match(line), line) for line in lines if "::" in line)
     return [(match[1], line) for match, line in matches if match]
 
 
 def counts_in(lines: list[str]) -> str | None:
-    """The last line of pytest; where it was killed before, a count of the single tests."""
+    """The last line of pytest, or, where it was killed, a count of the tests."""
     found = [line for line in lines if re.search(r"\b\d+ (passed|failed|error|skipped)\b.* in [\d.]+s", line)]
     if found:
         return found[-1].strip("= ")
-    counted = Counter(word.lower() for word, _ in told_in(lines))
+    counted = Counter(word.lower() for word, _ in test_lines(lines))
     return f"{', '.join(f'{count} {word}' for word, count in counted.items())}, then killed" if counted else None
 
 
 def failures_in(lines: list[str]) -> list[str]:
-    """The failures in the summary of pytest; where it was killed before, the lines of single tests."""
+    """The failures in pytest's summary, or, where it was killed, the lines of the tests."""
     listed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
-    return listed or [line for word, line in told_in(lines) if word in ("FAILED", "ERROR")]
+    return listed or [line for word, line in test_lines(lines) if word in ("FAILED", "ERROR")]
 
 
 # ---- the findings ----
 
 
 class Findings:
-    """gpu_check.json: the steps that have run, here or in a run before."""
+    """gpu_check.json: the steps of this run and those before."""
 
-    def __init__(self, file: Path, of: dict[str, str]) -> None:
-        self._file, self._of = file, of
+    def __init__(self, file: Path, origin: dict[str, str]) -> None:
+        self._file, self._origin = file, origin
         self.outcomes: dict[str, Outcome] = {}
         self.about: dict[str, Any] = {}  # the machine
 
     def read(self) -> str | None:
-        """Reads the results of an earlier run; returns why they can't be continued, if they can't."""
+        """Reads the results of an earlier run; returns why this run can't continue them, if it can't."""
         if not self._file.exists():
             return None
         try:
             found = json.loads(self._file.read_text())
             outcomes = {name: Outcome(name, **outcome) for name, outcome in found["steps"].items()}
-            theirs, about = found["of"], found["machine"]
+            theirs, about = found["origin"], found["machine"]
         except (ValueError, KeyError, TypeError):
-            return f"{self._file} was not written by this program; name another folder, or start anew with --again"
-        for name, ours in self._of.items():
+            return f"{self._file} was not written by this program; name another folder, or use --again"
+        for name, ours in self._origin.items():
             if theirs.get(name) != ours:
                 return (
-                    f"{self._file} is of {name} {theirs.get(name)}, and this is {ours}; name another folder, or start "
-                    "anew with --again"
+                    f"{self._file} is of {name} {theirs.get(name)}, and this is {ours}; name another folder, or use "
+                    "--again"
                 )
         self.outcomes, self.about = outcomes, about
         return None
@@ -209,15 +211,15 @@ class Findings:
         judged, compiled = (
             self.outcomes[name].result if name in self.outcomes else None for name in ("judged", "compiled")
         )
-        capability = self._of["capability"]
+        capability = self._origin["capability"]
         architecture = int(capability.replace(".", "")) if capability else None
         return bars(torch.device("cuda" if capability else "cpu"), judged, compiled, architecture)
 
     def write(self) -> None:
-        from benchmarks.common import write_json  # which needs torch
+        from benchmarks.common import write_json  # needs torch
 
         content = {
-            "of": self._of,
+            "origin": self._origin,
             "machine": self.about,
             "bars": [bar._asdict() for bar in self.bars()],
             "steps": {
@@ -228,7 +230,7 @@ class Findings:
         write_json(self._file, content)
 
     def summary(self) -> str:
-        """The short table that is printed last."""
+        """The table that is printed last."""
         outcomes = list(self.outcomes.values())
         lines = [line for outcome in outcomes for line in outcome.failures][:20]
         lines += [f"{outcome.name}: {outcome.tests}" for outcome in outcomes if outcome.tests]
@@ -246,24 +248,26 @@ class Findings:
         )
 
     def failed(self) -> list[str]:
-        """The steps and bars that did not pass."""
+        """Steps and bars that did not pass."""
         return [
             *(outcome.name for outcome in self.outcomes.values() if not outcome.passed),
-            *(bar.what for bar in self.bars() if not bar.passed and self._of["capability"]),
+            *(bar.what for bar in self.bars() if not bar.passed and self._origin["capability"]),
         ]
 
 
 def digest() -> str:
-    """A digest of all files that the results depend on."""
+    """A digest of all files on which the results depend."""
     found = hashlib.sha256()
-    for folder, kinds in (("asgl_cuda", "*.py"), ("csrc", "*.[ch]*"), ("benchmarks", "*.py"), ("tests", "*.py")):
+    for folder, kinds in (
+        ("asgl_cuda", "*.py"), ("csrc", "*.[ch]*"), ("benchmarks", "*.py"), ("tools", "*.py"), ("tests", "*.py")
+    ):  # fmt: skip
         for path in sorted((ROOT / folder).rglob(kinds)):
             found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:12]
 
 
 def why_not(dry_run: bool) -> str | None:
-    """The requirement that is missing here."""
+    """The missing requirement."""
     try:
         import torch
     except ImportError as error:
@@ -289,8 +293,8 @@ def not_writable(out: Path) -> str | None:
         return f"{out} can't be written: {error.strerror}"
 
 
-def of_here(dry_run: bool) -> dict[str, str]:
-    """The properties that results must share to stand side by side."""
+def origin(dry_run: bool) -> dict[str, str]:
+    """The properties that comparable results share."""
     import torch
 
     found = {"code": digest(), "torch": str(torch.__version__), "gpu": "none", "capability": ""}
@@ -307,13 +311,13 @@ def interrupt(*_: Any) -> None:
 
 
 def main() -> int:
-    """Runs the steps that are not done yet."""
+    """Runs the steps that are not complete."""
     parser = argparse.ArgumentParser(prog="python3 -m tools.gpu_check.check", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the folder for log.txt and gpu_check.json")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps, such as gpu-tests kernels")
-    parser.add_argument("--again", action="store_true", help="also what a run before has done, of this code or another")
+    parser.add_argument("--again", action="store_true", help="repeat completed steps, also those of other code")
     parser.add_argument("--seconds", type=float, default=WHOLE, help=f"for all of it (default {WHOLE:.0f})")
-    parser.add_argument("--dry-run", action="store_true", help="try this program: the CPU and small sizes for the GPU")
+    parser.add_argument("--dry-run", action="store_true", help="try this program, on the CPU with small sizes")
     arguments = parser.parse_args()
     out = arguments.out.absolute()
     if (problem := why_not(arguments.dry_run) or not_writable(out)) is not None:
@@ -324,13 +328,13 @@ def main() -> int:
     names = [step.name for step in todo]
     if unknown := set(arguments.only or ()) - set(names):
         parser.error(f"--only must name some of {', '.join(names)}, got {', '.join(sorted(unknown))}")
-    findings = Findings(out / "gpu_check.json", of_here(arguments.dry_run))
+    findings = Findings(out / "gpu_check.json", origin(arguments.dry_run))
     if (problem := findings.read()) is not None and not arguments.again:
         print(f"gpu-check: {problem}", file=sys.stderr)
         return 1
     wanted = [step for step in todo if step.name in (arguments.only or names)]
     todo = [step for step in wanted if arguments.again or not findings.is_done(step.name)]
-    # A shell may have had this ignored, and children inherit that; the other one must end the step that runs, too.
+    # Children inherit an ignored SIGINT from a background shell; SIGTERM must end the current step, too.
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     started = time.monotonic()

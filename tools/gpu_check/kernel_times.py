@@ -1,9 +1,9 @@
-"""The time of every kernel of the judged calls, by torch's profiler, and the counters of Nsight Compute for each.
+"""The time of every kernel of the judged calls, by torch's profiler, and its counters, by Nsight Compute.
 
-The calls are those by which the kernels' speed is judged: the neuron and the block, forward and backward, in every
-backend of the device. For each kernel: how often a call starts it, its median microseconds, the bytes that it must move
-a second, as a share of what a copy moves in the same run, and the microseconds that ROOFLINE.md predicts for
-this card. On a CPU operators stand in for kernels, and small sizes for large ones.
+The judged calls are the neuron and the block, forward and backward, in every backend of the device. For each kernel:
+launches a call, median microseconds, necessary bytes a second as a share of the rate of a copy in the same run, and the
+microseconds that the roofline predicts for this card. On a CPU operators stand in for kernels, and small sizes for
+large ones.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ STAND_INS = {
     "asgl_cuda::batch_norm_coefficients": "moments",
     "asgl_cuda::batch_norm_backward": "input gradient",
 }
-# The metrics that Nsight Compute is asked for, with the name and the scale under which the value is kept.
+# Metrics of Nsight Compute, with name and scale of the value in the results.
 METRICS = {
     "gpu__time_duration.sum": ("microseconds", 1e-3),
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": ("dram_percent", 1.0),
@@ -65,7 +65,7 @@ def call(row: Row, sample: Sample) -> None:
 
 
 def launches(work: Callable[[], object], device: torch.device) -> dict[str, list[float]]:
-    """Microseconds of all kernels that a function launches, by name, in the order in which each first ran."""
+    """Microseconds of the kernels that a function launches, by name, in order of their first launches."""
     cuda = device.type == "cuda"
     with silence(), profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         work()
@@ -74,8 +74,8 @@ def launches(work: Callable[[], object], device: torch.device) -> dict[str, list
     wanted = DeviceType.CUDA if cuda else DeviceType.CPU
     found: dict[str, list[float]] = {}
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        of_device = event.device_type() == wanted and not event.is_user_annotation()
-        if of_device and (cuda or event.name() in STAND_INS):
+        on_device = event.device_type() == wanted and not event.is_user_annotation()
+        if on_device and (cuda or event.name() in STAND_INS):
             found.setdefault(event.name(), []).append(event.duration_ns() / 1e3)
     if not found:
         raise RuntimeError(f"torch's profiler saw nothing run on {device}")
@@ -83,8 +83,8 @@ def launches(work: Callable[[], object], device: torch.device) -> dict[str, list
 
 
 def kind_of(name: str) -> tuple[str, str]:
-    """The kernel's name in tools/roofline/ROOFLINE.md, if it has one, and as a person reads it."""
-    kernel = Kernel.of_symbol(name)
+    """The kernel's name in the roofline, if it has one, and its readable name."""
+    kernel = Kernel.from_symbol(name)
     return STAND_INS.get(name, name_of(kernel)), str(kernel)
 
 
@@ -106,7 +106,7 @@ def measure(size: Size | Block, device: torch.device, rates: Rates, works: dict[
 def entry(
     name: str, times: list[float], rounds: int, size: Size | Block, rates: Rates, works: dict[Any, Work]
 ) -> dict[str, Any]:
-    """The measurements of one kernel; one that moves no tensor of the layer's size has no bytes and no prediction."""
+    """The measurements of one kernel; bytes and prediction only where it moves tensors of the layer's size."""
     kind, readable = kind_of(name)
     microseconds = statistics.median(times)
     found: dict[str, Any] = {"kernel": readable, "count": len(times) / rounds, "microseconds": microseconds}
@@ -120,7 +120,7 @@ def entry(
 
 
 def table(measured: dict[str, Any]) -> str:
-    """One call as a person reads it."""
+    """The measurements of one call as text."""
     lines = [f"{measured['case']}: {measured['row']}"]
     lines.append(f"  {'':<64}{'count':>6}{'µs':>10}{'predicted':>11}{'GB/s':>8}{'of copy':>9}")
     for kernel in measured["kernels"]:
@@ -141,7 +141,7 @@ def table(measured: dict[str, Any]) -> str:
 
 
 def profiled_once(device: torch.device) -> None:
-    """Makes each call once between the marks that Nsight Compute waits for, warmed up before."""
+    """Makes each call once, warmed up, while Nsight Compute profiles."""
     for size in sweep("judged", device):
         sample = samples(size, device)[0]
         for row in fused_rows(size, device):
@@ -155,7 +155,7 @@ def profiled_once(device: torch.device) -> None:
 
 
 def ncu_command(ncu: str, log: Path) -> list[str]:
-    """The command that counts; clocks stay as they are, since other people may work on the same card."""
+    """The command that counts; clocks are left alone, as others may work on the same card."""
     return [
         ncu, "--csv", "--log-file", str(log), "--print-units", "base", "--metrics", ",".join(METRICS),
         "--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all",
@@ -165,7 +165,7 @@ def ncu_command(ncu: str, log: Path) -> list[str]:
 
 
 def counters(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """Reads the output of Nsight Compute: a line for each metric of each launch, after some of its own."""
+    """Reads the output of Nsight Compute: messages, then a line for each metric of each launch."""
     rows = csv.DictReader(line for line in lines if line.startswith('"'))
     found: dict[str, dict[str, Any]] = defaultdict(dict)
     for row in rows:
@@ -174,14 +174,14 @@ def counters(lines: Iterable[str]) -> list[dict[str, Any]]:
         name, scale = METRICS[row["Metric Name"]]
         # It writes (bool)1 for true and (int)4 for 4.
         symbol = row["Kernel Name"].replace("(bool)1", "true").replace("(bool)0", "false")
-        found[row["ID"]]["kernel"] = str(Kernel.of_symbol(re.sub(r"\((?:unsigned )?(?:int|long)\)", "", symbol)))
+        found[row["ID"]]["kernel"] = str(Kernel.from_symbol(re.sub(r"\((?:unsigned )?(?:int|long)\)", "", symbol)))
         value = row["Metric Value"].replace(",", "")
         found[row["ID"]][name] = scale * float(value) if re.fullmatch(r"[\d.]+(e[+-]?\d+)?", value) else None
     return list(found.values())
 
 
 def counted_by(ncu: str) -> list[dict[str, Any]]:
-    """The counters of every launch, in order; those that were written before a failure count."""
+    """The counters of every launch, in order, as far as they were written before a failure."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ncu.csv"
         try:
@@ -201,7 +201,7 @@ def counted_by(ncu: str) -> list[dict[str, Any]]:
 def main() -> int:
     """Measures all calls and prints a table for each."""
     parser = parser_of("tools.gpu_check.kernel_times", __doc__, "device", "seconds", "json")
-    parser.add_argument("--ncu", metavar="PROGRAM", help="have Nsight Compute count, and measure nothing else")
+    parser.add_argument("--ncu", metavar="PROGRAM", help="count by Nsight Compute, and measure nothing else")
     parser.add_argument("--once", action="store_true", help="the program that Nsight Compute runs")
     arguments = parser.parse_args()
     started = time.monotonic()

@@ -1,7 +1,7 @@
-"""A training step of one layer on a tiny input, where the host's time counts, and the kernels that it launches.
+"""A training step of one layer on a tiny input, bound by the host: its time, and the kernels that it launches.
 
-The step is forward and backward as PyTorch runs it; the same replayed from a CUDA graph; and under torch.compile, which
-with mode="reduce-overhead" makes such graphs itself.
+Forward and backward in eager mode; replayed from a CUDA graph; and under torch.compile with mode="reduce-overhead",
+which captures such graphs itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def layers(device: torch.device, backend: str) -> dict[str, nn.Module]:
 
 
 def training_step(layer: nn.Module, device: torch.device, compiled: bool = False) -> Callable[[], Any]:
-    """A function that computes spikes, and the gradients of x and of the parameters."""
+    """A function that computes spikes, and gradients of x and parameters."""
     x = torch.randn(SHAPE, device=device, requires_grad=True)
     grad = torch.randn(SHAPE, device=device)
     leaves = (x, *layer.parameters())
@@ -53,10 +53,7 @@ def training_step(layer: nn.Module, device: torch.device, compiled: bool = False
 
 
 def captured(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A CUDA graph of the function, and the tensors to which it will write its results.
-
-    The function is warmed up on another stream, as torch asks for.
-    """
+    """A CUDA graph of the function, warmed up on another stream as torch requires, and its results."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -75,12 +72,12 @@ def replayed(step: Callable[[], Any]) -> Callable[[], Any]:
 
     def replay() -> Callable[[], Any]:
         graph.replay()
-        return step  # which holds the tensors that the graph reads
+        return step  # keeps the tensors that the graph reads alive
 
     return replay
 
 
-def ways(layer: nn.Module, device: torch.device, compiled: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+def variants(layer: nn.Module, device: torch.device, compiled: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     if compiled:
         yield COMPILED, training_step(layer, device, compiled=True)
         return
@@ -90,7 +87,7 @@ def ways(layer: nn.Module, device: torch.device, compiled: bool) -> Iterator[tup
 
 
 def measure(step: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """Median microseconds of a step of many in a row, and the kernels that one launches."""
+    """Median microseconds of a step among many in a row, and its launches."""
     for _ in range(3):  # compiles, records
         step()
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
@@ -102,18 +99,18 @@ def measure(step: Callable[[], Any], device: torch.device) -> dict[str, Any]:
 def main() -> int:
     """Measures every layer in every backend of the device."""
     parser = parser_of("tools.gpu_check.layers", __doc__, "device", "json")
-    parser.add_argument("--compiled", action="store_true", help="under torch.compile, which takes a while, alone")
+    parser.add_argument("--compiled", action="store_true", help="only under torch.compile, which takes a while")
     arguments = parser.parse_args()
     device = device_of(parser, arguments.device)
     report: dict[str, Any] = {"shape": SHAPE, "layers": []}
     for backend in fused_backends(device):
         for name, layer in layers(device, backend).items():
-            for way, step in ways(layer, device, arguments.compiled):
+            for variant, step in variants(layer, device, arguments.compiled):
                 found = measure(step, device)
-                print(f"{backend}, {name}, {way}: {found['microseconds']:.1f} µs, {found['launches']} launches")
+                print(f"{backend}, {name}, {variant}: {found['microseconds']:.1f} µs, {found['launches']} launches")
                 for kernel, count in found["launched"].items():
                     print(f"  {count} {kernel[:100]}", flush=True)
-                report["layers"].append({"backend": backend, "layer": name, "way": way, **found})
+                report["layers"].append({"backend": backend, "layer": name, "variant": variant, **found})
                 write_json(arguments.json, report)
     return 0
 

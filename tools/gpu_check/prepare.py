@@ -1,8 +1,7 @@
-"""Compiles beforehand, so that the GPU does not wait: the extension, and CuPy's kernels into their cache.
+"""Compiles in advance, so that the GPU does not wait: the extension, and CuPy's kernels into their cache.
 
-With `--architecture 9.0` it runs on any machine, without a GPU: asgl_cuda/_C.*.so, asgl_cuda/_build_info.json
-and build/prepared, which it leaves, can be carried to one with the same Python, torch and CuPy. An extension that works
-is taken as it is.
+With `--architecture 9.0` it needs no GPU; asgl_cuda/_C.*.so, asgl_cuda/_build_info.json and build/prepared can then be
+copied to a machine with the same Python, torch and CuPy. A working extension is kept.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from benchmarks.common import parser_of
 from .steps import CUPY_CACHE
 
 COMPILED = ROOT / "build" / "compiled"
-# It runs in a process of its own, since an extension that is built anew can't be loaded anew.
+# In a process of its own: a rebuilt extension can't be loaded again.
 PROBE = """
 import sys, torch
 from asgl_cuda import extension, lif
@@ -45,7 +44,7 @@ if device == "cpu" or torch.cuda.is_available():
 
 
 def extension_problem(device: str, architecture: str) -> str | None:
-    """Why it must be built, None where it works as it is."""
+    """Why the extension must be built; None where it works."""
     name = f"sm_{architecture.replace('.', '')}"
     result = subprocess.run(
         [sys.executable, "-c", PROBE, device, name], cwd=ROOT, capture_output=True, text=True, check=False
@@ -54,12 +53,12 @@ def extension_problem(device: str, architecture: str) -> str | None:
 
 
 def build(architecture: str) -> bool:
-    """Builds in place, for this GPU alone; returns whether that worked."""
+    """Builds in place, for this GPU alone; returns whether it succeeded."""
     environment = {**os.environ, "ASGL_CUDA_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": architecture}
     if importlib.util.find_spec("setuptools") is None:
-        print(f"compiling takes setuptools, which {sys.executable} does not have", flush=True)
+        print(f"compilation needs setuptools, which {sys.executable} lacks", flush=True)
         return False
-    # Without setup.py: many a setuptools can't read pyproject.toml.
+    # Without setup.py: an old setuptools can't read pyproject.toml.
     command = [sys.executable, "-m", "asgl_cuda.extension.compilation", str(ROOT / "csrc"), str(COMPILED)]
     if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode != 0:
         return False
@@ -69,29 +68,29 @@ def build(architecture: str) -> bool:
 
 
 def ready(device: str, architecture: str) -> str | None:
-    """Builds the extension if need be; returns why it does not work after all, if it does not."""
+    """Builds the extension where necessary; returns its problem, if one remains."""
     problem = extension_problem(device, architecture)
     if problem is None or device == "cpu":
         return problem
-    print(f"{problem}; it is built anew", flush=True)
+    print(f"{problem}; building it", flush=True)
     if not build(architecture):
         return "the extension could not be built, for the reason above"
     return extension_problem(device, architecture)
 
 
 def fill_cache(architecture: str, jobs: int) -> int:
-    """Compiles all kernels that the backend cupy can ask for; returns how many there are."""
+    """Compiles all kernels that the backend cupy can ask for; returns their number."""
     from ..kernels.cuda_compile import kernels_asked_for
 
     major, minor = map(int, architecture.split("."))
     compiled = partial(cupy.load_or_compile, architecture=cupy.target((major, minor)))
-    # The processes start anew, not as copies of this one, in which torch has threads and a GPU.
+    # Spawned: in a copy of this process torch would have threads and a GPU.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         return len(list(pool.map(compiled, kernels_asked_for(), chunksize=4)))
 
 
 def main() -> int:
-    """Builds, if need be, then fills the cache."""
+    """Builds where necessary, then fills the cache."""
     parser = parser_of("tools.gpu_check.prepare", __doc__)
     parser.add_argument("--architecture", metavar="X.Y", help="compute capability (default: this GPU's)")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the program (default cuda)")

@@ -1,4 +1,4 @@
-"""The steps of `python3 -m tools.gpu_check.check`, their order and their time: first those that count most."""
+"""The steps of `python3 -m tools.gpu_check.check` and their time, the most important first."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from benchmarks import ROOT
 
 PREPARED = ROOT / "build" / "prepared"  # by prepare.py
 CUPY_CACHE = PREPARED / "cupy"
-# These words in a command are replaced when it starts.
-SECONDS = "SECONDS"  # the time that it has
-RESULT = "RESULT"  # the file that it may write, as JSON
-# Without a GPU a few tests stand in for a suite.
+# Placeholders in a command.
+SECONDS = "SECONDS"  # its time limit
+RESULT = "RESULT"  # the JSON file for its results
+# Stand in for a suite without a GPU.
 A_FEW_TESTS = ["tests/neuron/test_philox.py", "-k", "mask_with_time or none_and_all"]
 
 
 class Machine(NamedTuple):
-    """The properties of a machine on which the steps depend."""
+    """The properties that determine the steps."""
 
     device: str
     backends: tuple[str, ...]
     ncu: str | None = None
     sanitizer: bool = False
-    workers: int = 0  # processes of pytest, 0 for one without xdist
+    workers: int = 0  # processes of pytest-xdist; 0 without it
 
     @classmethod
     def here(cls, device: str) -> Machine:
-        """This machine; as a CPU it has nothing but the backend cpu."""
+        """This machine; as a CPU, with the backend cpu alone."""
         if device == "cpu":
             return cls("cpu", ("cpu",))
         return cls(
@@ -45,7 +45,7 @@ class Machine(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A command and the time that is kept for it; `objection` looks at the output of one that ended with status 0."""
+    """A command and its reserved time; `objection` may refuse the output of a command with status 0."""
 
     name: str
     command: list[str]
@@ -55,7 +55,7 @@ class Step(NamedTuple):
 
 
 def nothing_passed(lines: list[str]) -> str | None:
-    """Where the backend is missing there is nothing to test, and pytest is content."""
+    """Without the backend pytest has nothing to test, and succeeds."""
     return None if any(re.search(r"\b\d+ passed", line) for line in lines) else "no test was run"
 
 
@@ -65,9 +65,9 @@ def not_everything(lines: list[str]) -> str | None:
 
 
 def steps(machine: Machine, python: str = sys.executable) -> list[Step]:
-    """Their seconds come to nine minutes and less; the spare ones are the first step's to use, then the next one's."""
+    """At most nine minutes in all; each step may use what the steps before it left."""
     device, on_gpu = machine.device, machine.device == "cuda"
-    # Each test is told as it ends, and a test that hangs says where: in the driver it hears no signal but the last.
+    # A line for each test as it ends, and a traceback of a test that hangs: in the driver only SIGKILL ends it.
     pytest = [python, "-m", "pytest", "-vv", "-rfE", "--color=no", "-o", "faulthandler_timeout=45"]
 
     def tests(name: str, marked: str, seconds: float, backends: tuple[str, ...], workers: int = 0) -> Step:
@@ -88,7 +88,7 @@ def steps(machine: Machine, python: str = sys.executable) -> list[Step]:
 
     found = [
         Step("extension", [python, "-m", "tools.gpu_check.prepare", "--device", device], 90, {}),
-        tests("gpu-tests", "gpu and not sanitizer", 50, machine.backends),  # in one process: some fill the memory
+        tests("gpu-tests", "gpu and not sanitizer", 50, machine.backends),  # one process: some fill the memory
         measures("kernels", "tools.gpu_check.kernel_times", seconds=35),
     ]
     if machine.ncu:
@@ -110,7 +110,7 @@ def steps(machine: Machine, python: str = sys.executable) -> list[Step]:
 
 
 def environment(device: str) -> dict[str, str]:
-    """The environment of all steps. Without a GPU many processes share few cores."""
+    """The environment of all steps; without a GPU, of processes that share few cores."""
     found = {"PYTHONUNBUFFERED": "1"}
     if device == "cpu":
         return {**found, "OMP_NUM_THREADS": "1", "ASGL_TEST_BACKENDS": "cpu"}

@@ -1,8 +1,7 @@
-"""What must not be in the code of a compiled kernel: faults of its PTX, and of its SASS.
+"""Faults in the code of compiled kernels, by their PTX and SASS.
 
-PTX shows what the front end made of the source: operations that are not rounded as the reference's, and accesses to a
-sequence that take less than a thread's four neighbours at once. ptxas leaves both as they are. To tell accesses apart
-each is followed back to the pointers among the kernel's parameters.
+PTX shows operations that are not rounded as the reference's, and accesses to a sequence that are narrower than a
+thread's four neighbours; ptxas changes neither. Each access is traced to the pointer parameters of its address.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Operation(NamedTuple):
 
 
 def kernels_in(ptx: str) -> Iterator[tuple[str, list[Operation]]]:
-    """Symbols and instructions."""
+    """Symbol and instructions of each."""
     instruction = re.compile(r"^\s*(?:@!?%\w+\s+)?([a-z]\w*(?:[.:]+\w+)*)\b([^;]*);", re.MULTILINE)
     _, *parts = re.split(r"\.entry\s+(\w+)", ptx)
     for symbol, body in zip(parts[::2], parts[1::2], strict=True):
@@ -47,28 +46,28 @@ def ptx_problems(ptx: str) -> Iterator[str]:
 
 _EXP = {"fma.rn", "fma.rm", "ex2.approx.ftz"}
 _RECIPROCAL = {"rcp.approx.ftz"}
-# exp, erf and atan are libdevice's, which contracts and approximates, and reciprocals in a surrogate are approximate.
-OF_SURROGATES = {
+# exp, erf and atan are libdevice's, with contraction and approximations; a surrogate's reciprocals are approximate.
+SURROGATE_OPERATIONS = {
     "sigmoid": _EXP | _RECIPROCAL,
     "arctan": {"fma.rn"} | _RECIPROCAL,
     "erf": _EXP,
     "fast_sigmoid": _RECIPROCAL,
     "laplace": _EXP,
 }
-OF_SURROGATES["any surrogate"] = set().union(*OF_SURROGATES.values())
+SURROGATE_OPERATIONS["any surrogate"] = set().union(*SURROGATE_OPERATIONS.values())
 ROUNDED = ("add", "sub", "mul", "div", "rcp", "sqrt")
 
 
 def arithmetic_fault(opcode: str, surrogate: str) -> str | None:
-    """What is wrong with such an instruction in a kernel of the surrogate."""
+    """The fault of such an instruction in a kernel of the surrogate."""
     operation, _, kind = opcode.rpartition(".")
     name, *modifiers = operation.split(".")
-    if operation in OF_SURROGATES.get(surrogate, ()):
+    if operation in SURROGATE_OPERATIONS.get(surrogate, ()):
         return None
     if opcode.startswith("call"):
-        return "goes where no check does"
+        return "calls code that is not checked"
     if "ftz" in modifiers:
-        return "flushes subnormal numbers to zero"
+        return "flushes subnormal values to zero"
     if not re.fullmatch(r"b?f\d+(x2)?", kind):
         return None
     if name in ("fma", "mad"):
@@ -89,7 +88,7 @@ def arithmetic_problems(kernel: Kernel, code: Sequence[Operation]) -> Iterator[s
 
 # ---- accesses ----
 
-# The kernels in which a thread owns four neighbours, and what they are given.
+# The kernels in which a thread owns four neighbours, and their parameters.
 FOURS = r"(forward|backward|integrator|moments|input gradient)\b.*(4 neurons|4 columns|T = \d+)"
 STRUCTURES = {
     "forward": "ForwardParams",
@@ -98,16 +97,16 @@ STRUCTURES = {
     "moments": "MomentsParams",
     "input gradient": "InputGradientParams",
 }
-# The members that point to elements of x's type, as all sequences of the integrator do, and those of which the four
-# share a value or their thread has one. All others point to potentials and states, which are float32.
-OF_ELEMENTS = ("x_seq", "s_seq", "grad_s_seq", "grad_x_seq")
-NOT_OF_NEIGHBOURS = ("parameters", "partials", "noise", "zeros", "moments", "mean", "adjoint")
-UNKNOWN = "an unknown place"
+# Pointers to elements of x's type, as all sequences of the integrator are, and to one value for the four neighbours.
+# All others point to potentials and states, which are float32.
+ELEMENT_MEMBERS = ("x_seq", "s_seq", "grad_s_seq", "grad_x_seq")
+SHARED_MEMBERS = ("parameters", "partials", "noise", "zeros", "moments", "mean", "adjoint")
+UNKNOWN = "an unknown address"
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 
 def pointers_in(layout: type[Structure], begin: int = 0) -> dict[int, str]:
-    """The offsets of the pointers, each with the member that it is or that has it."""
+    """The outermost member of each pointer, by offset."""
     found: dict[int, str] = {}
     for member, kind, *_ in layout._fields_:
         inner, length = (kind._type_, kind._length_) if issubclass(kind, Array) else (kind, 1)
@@ -120,11 +119,11 @@ def pointers_in(layout: type[Structure], begin: int = 0) -> dict[int, str]:
     return found
 
 
-Origin = int | str  # the address of a parameter, by its offset; or a pointer, by its name
+Origin = int | str  # a parameter's address, by offset; or a pointer, by name
 
 
 class Move(NamedTuple):
-    """A register of 64 bits gets what is in another one plus `added`, among other things, or what lies there."""
+    """A 64-bit register gets another one plus `added`, among other terms, or the value stored at that address."""
 
     register: str
     source: str
@@ -133,7 +132,7 @@ class Move(NamedTuple):
 
 
 def moves_in(code: Sequence[Operation]) -> Iterator[Move]:
-    """Each computation of an address, source by source, and each parameter that may be a pointer."""
+    """Address computations, term by term, and loads of parameters that may be pointers."""
     term = re.compile(r"(%\w+|\w+_param_0\b)(?:\s*[+,]\s*(-?\d+))?")  # `%rd1, 8` is the end of an addition
     for opcode, operands in code:
         loaded = opcode.startswith("ld.param.")
@@ -146,12 +145,12 @@ def moves_in(code: Sequence[Operation]) -> Iterator[Move]:
 
 
 def origins(code: Sequence[Operation], layout: type[Structure]) -> dict[str, set[Origin]]:
-    """What addresses are computed from, directly or not, by register."""
+    """The origins of addresses, direct or indirect, by register."""
     pointers, size = pointers_in(layout), sizeof(layout)
     moves = list(moves_in(code))
     known: dict[str, set[Origin]] = defaultdict(set, parameters={0})
     changed = True
-    while changed:  # a loop hands on what comes later
+    while changed:  # a loop carries origins backwards
         changed = False
         for register, source, added, loaded in moves:
             names = {origin for origin in known[source] if isinstance(origin, str)}
@@ -164,17 +163,17 @@ def origins(code: Sequence[Operation], layout: type[Structure]) -> dict[str, set
 
 
 def expected_bits(kernel: Kernel, member: str) -> int | None:
-    """The width of an access to the member; None where any will do, 0 where none."""
+    """The width of an access to the member: None for any, 0 for none."""
     if member == UNKNOWN:
         return 0
-    if member in NOT_OF_NEIGHBOURS:
+    if member in SHARED_MEMBERS:
         return None
-    of_elements = member in OF_ELEMENTS or (kernel.kind.startswith("integrator") and member.endswith("_seq"))
-    return 4 * BITS[kernel.dtype if of_elements else "float32"]
+    elements = member in ELEMENT_MEMBERS or (kernel.kind.startswith("integrator") and member.endswith("_seq"))
+    return 4 * BITS[kernel.dtype if elements else "float32"]
 
 
 def access_problems(kernel: Kernel, code: Sequence[Operation]) -> Iterator[str]:
-    """Local memory in any kernel; other accesses than of four neighbours at once where a thread has four."""
+    """Local memory in any kernel; accesses not of four neighbours at once where a thread has four."""
     local = sum(".local." in operation.opcode for operation in code)
     if local:
         yield f"{local} accesses to local memory"
@@ -202,7 +201,7 @@ def access_problems(kernel: Kernel, code: Sequence[Operation]) -> Iterator[str]:
 
 
 class Accesses(NamedTuple):
-    """Accesses to global memory: at least so many of four elements at once, at most so many others."""
+    """Accesses to global memory: least counts of four elements at once, most of narrower ones."""
 
     loads: int
     stores: int
@@ -216,20 +215,20 @@ def expected_accesses(kernel: Kernel) -> Accesses:
     if kernel.kind.startswith("input gradient"):
         return Accesses(4, 2, 3, 0)  # narrow: mean, slope, offset
     normalised = "normalised" in kernel.kind
-    # A parameter is read at one place if it is one value, at another if it has several; then three words of rng_state.
+    # Each parameter is read by one instruction as one value, by another as several; and three words of rng_state.
     narrow_loads = 2 * (7 if normalised else 4) + 3
     if kernel.kind.startswith("forward"):
-        return Accesses(4, 4, narrow_loads, 2)  # the two zeros behind the checkpoints
-    # Partial sums are stored at three places: of all neurons, of a run, of a neuron.
+        return Accesses(4, 4, narrow_loads, 2)  # narrow stores: the zeros behind the checkpoints
+    # Partial sums have three stores: for all neurons, a run, a neuron.
     narrow_stores = 3 * (6 if normalised else 4)
     if "T = " in kernel.kind:  # x and the gradient
         return Accesses(2 * 4, 4, narrow_loads, narrow_stores)
-    # Before the loops and in them; beside these two x once more, where it is needed on the way back.
+    # Both before the loops and inside them; normalised kernels load x once more on the way back.
     return Accesses(2 * (3 if normalised else 2) * 4, 4, narrow_loads, narrow_stores)
 
 
 def sass_problems(kernel: Kernel, code: Sequence[Instruction]) -> Iterator[str]:
-    """The faults of a hot kernel: local memory, or accesses that take less than four elements at once."""
+    """The faults of a hot kernel: local memory, or accesses narrower than four elements."""
     local = [i for i in code if i.name in ("LDL", "STL")]
     if local:
         yield f"{len(local)} accesses to local memory"

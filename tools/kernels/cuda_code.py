@@ -21,8 +21,8 @@ CSRC = ROOT / "csrc"
 
 _DTYPES = {scalar: str(dtype).removeprefix("torch.") for dtype, scalar in SCALARS.items()}
 _SURROGATES = {f"(asgl::Surrogate){surrogate.id}": name for name, surrogate in SURROGATES.items()}
-ANY = "any surrogate", "any reset"  # of the general kernels
-# Kernels by the template arguments that are left when type, surrogate and reset are taken away.
+ANY = "any surrogate", "any reset"  # in general kernels
+# Kinds of kernels by template arguments, without type, surrogate and reset.
 _KINDS = {
     "lif_forward_kernel<1, (asgl::Input)0, 0>": "forward, 1 neuron",
     "lif_forward_kernel<1, (asgl::Input)1, 0>": "forward normalised, 1 neuron",
@@ -56,7 +56,7 @@ _KINDS = {
 
 
 class Kernel(NamedTuple):
-    """One instantiation; `surrogate` and `reset` are empty where it has none."""
+    """One instantiation; `surrogate` and `reset` are empty in kernels without a neuron."""
 
     kind: str
     dtype: str
@@ -67,7 +67,7 @@ class Kernel(NamedTuple):
         return ", ".join(filter(None, self))
 
     @classmethod
-    def of_symbol(cls, demangled: str) -> Kernel:
+    def from_symbol(cls, demangled: str) -> Kernel:
         """Reads `void asgl::lif_forward_kernel<float, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)2>(...)`."""
         match = re.match(r"void asgl::(\w+)<(.*?)>\(", demangled)
         if match is None:
@@ -100,10 +100,10 @@ class Usage(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One line of SASS."""
+    """An instruction of SASS."""
 
     address: int
-    guard: str  # the predicate that it depends on, or nothing
+    guard: str  # the predicate, or nothing
     opcode: str
     operands: str
 
@@ -130,13 +130,13 @@ def run(command: Iterable[str | Path], environment: dict[str, str] | None = None
 
 
 class Nvcc:
-    """The compiler; `Nvcc.find()` is None where there is none."""
+    """The compiler; `Nvcc.find()` is None without one."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.flags = compilation.NVCC_FLAGS
         self._oldest = compilation.OLDEST_ARCHITECTURE
-        # The source is compiled to these, and all architectures are made from them.
+        # PTX for these, from which all architectures are compiled.
         self._virtual = (compilation.OLDEST_ARCHITECTURE, compilation.SHARED_ARCHITECTURE)
 
     @classmethod
@@ -150,7 +150,7 @@ class Nvcc:
 
     @property
     def architectures(self) -> list[int]:
-        """The architectures that it compiles for and the package supports."""
+        """The architectures that both nvcc and the package support."""
         known = map(int, re.findall(r"sm_(\d+)$", run([self.path, "--list-gpu-code"]), re.MULTILINE))
         return sorted(architecture for architecture in known if architecture >= self._oldest)
 
@@ -163,13 +163,13 @@ class Nvcc:
     def to_ptx(self, source: Path, directory: Path) -> list[Path]:
         """Leaves `<name>.compute_75.ptx`, `<name>.compute_80.ptx` and the host's object `<name>.o`; returns the PTX."""
         virtual = [f"-gencode=arch=compute_{v},code=compute_{v}" for v in self._virtual]
-        # One run has several architectures, so that the names of the files that are kept tell them apart.
+        # One run for all, so that --keep puts the architecture in the name of each file.
         command = [self.path, *self.flags, *virtual, "--threads=2", "-I", CSRC, "--keep", "--keep-dir", directory]
         run([*command, "-c", source, "-o", directory / f"{source.stem}.o"])
         return [directory / f"{source.stem}.compute_{v}.ptx" for v in self._virtual]
 
     def to_cubin(self, directory: Path, stem: str, architecture: int) -> tuple[Path, str]:
-        """Compiles the PTX of `to_ptx` to `<stem>.sm_90.cubin`; returns that, and the report of ptxas."""
+        """Compiles the PTX of `to_ptx` to `<stem>.sm_90.cubin`; returns it and the report of ptxas."""
         virtual = max(v for v in self._virtual if v <= architecture)
         cubin = directory / f"{stem}.sm_{architecture}.cubin"
         ptx = directory / f"{stem}.compute_{virtual}.ptx"
@@ -183,7 +183,7 @@ def _demangled(symbol: str) -> str:
 
 
 def kernel_of(symbol: str) -> Kernel:
-    return Kernel.of_symbol(_demangled(symbol))
+    return Kernel.from_symbol(_demangled(symbol))
 
 
 _REPORT = re.compile(
@@ -194,7 +194,7 @@ _REPORT = re.compile(
 )
 
 
-def usages(log: str) -> dict[str, Usage]:
+def reported_usages(log: str) -> dict[str, Usage]:
     """The report of ptxas, by symbol."""
     return {
         match["symbol"]: Usage(
@@ -205,7 +205,7 @@ def usages(log: str) -> dict[str, Usage]:
 
 
 class Disassembler:
-    """cuobjdump, which itself calls nvdisasm; `Disassembler.find()` is None where either is missing."""
+    """cuobjdump, which calls nvdisasm; `Disassembler.find()` is None without both."""
 
     def __init__(self, directories: str) -> None:
         self._environment = {**os.environ, "PATH": directories}
@@ -214,8 +214,8 @@ class Disassembler:
     def find(cls) -> Disassembler | None:
         # The PATH comes first, then the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
         spec = find_spec("nvidia")
-        places = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
-        wheels = [str(path) for place in places for path in Path(place).glob("*/bin")]
+        folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
+        wheels = [str(path) for folder in folders for path in Path(folder).glob("*/bin")]
         directories = os.pathsep.join([os.environ["PATH"], *wheels])
         found = all(shutil.which(tool, path=directories) for tool in ("cuobjdump", "nvdisasm"))
         return cls(directories) if found else None

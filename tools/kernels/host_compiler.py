@@ -1,4 +1,4 @@
-"""The host's C++ compiler, as tests and tools find it; they may lack torch."""
+"""The host's C++ compiler, for tests and tools; needs no torch."""
 
 import os
 import shlex
@@ -6,10 +6,10 @@ import shutil
 
 
 def command() -> list[str]:
-    """The words that start it: those in CXX, or c++."""
+    """The command: CXX, or c++."""
     return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
 def compiler() -> list[str] | None:
-    """The same where there is such a program."""
+    """The command, where it is on PATH."""
     return command() if shutil.which(command()[0]) else None

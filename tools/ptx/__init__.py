@@ -1,1 +1,17 @@
-"""The PTX of the CUDA kernels run on the CPU."""
+"""The PTX of the CUDA kernels, translated to C++ and run on the CPU."""
+
+from .backend import (
+    BACKENDS,
+    CHOSEN,
+    DIRECTORY,
+    Access,
+    Launcher,
+    Machine,
+    TranslatedKernel,
+    compiled,
+    missing,
+    register,
+)
+
+__all__ = ["BACKENDS", "CHOSEN", "DIRECTORY", "Access", "Launcher", "Machine", "TranslatedKernel", "compiled",
+           "missing", "register"]  # fmt: skip

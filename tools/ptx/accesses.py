@@ -1,8 +1,8 @@
-"""Counts the sectors that warps touch where the CUDA kernels reach global memory.
+"""Counts the sectors of global memory that the warps of the CUDA kernels touch; `--write` renews the figures.
 
-A kernel's PTX runs on the CPU, as in the backend `ptx`, and each access of each thread is recorded. What the threads of
-a warp do with the same instruction, each for the same time, is one access of the warp. It touches some sectors; it
-needs as many as its distinct bytes fill. `--write` puts the table into ROOFLINE.md.
+A kernel's PTX runs on the CPU, as in the backend `ptx`, with a record of each access of each thread. The n-th execution
+of an instruction by each thread of a warp is one access of the warp. It touches some sectors, and needs as many as its
+distinct bytes fill.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,23 +23,23 @@ from asgl_cuda import backends
 from asgl_cuda.backends.neuron_kernels import SCALARS
 from asgl_cuda.batch_norm import batch_norm_lif
 from asgl_cuda.functional import lif
-from tools.emulation import emulated
-from tools.ptx import backend as ptx
 
+from ..emulation.emulated import LARGE, TINY
 from ..kernels.cuda_code import Kernel
-from ..roofline import roofline
+from ..pages import Page, prose, table
+from .backend import ARCHITECTURE, CHOSEN, Access, Launcher, Machine, missing
 
 SECTOR_BYTES = 32
 WARP_THREADS = 32
 BACKEND = "traced"
-# Members of the structures that kernels are given: the first have the type of x_seq, the others that of the state.
+# Members of params structs: sequences of x_seq's type, and of the state's.
 SEQUENCES = ("x_seq", "s_seq", "grad_s_seq", "grad_x_seq")
 REAL_SEQUENCES = ("v_seq", "h_seq", "grad_v_seq", "grad_h_seq")
 _BYTES = {scalar: dtype.itemsize for dtype, scalar in SCALARS.items()}
 
 
 class Sectors(NamedTuple):
-    """Sectors that accesses touch, and the fewest that could hold their bytes."""
+    """Sectors touched, and the fewest for as many bytes."""
 
     touched: int = 0
     fewest: int = 0
@@ -58,10 +59,10 @@ class Counts(NamedTuple):
     other_stores: Sectors = Sectors()
 
 
-def of_warps(accesses: Iterable[ptx.Access]) -> Iterator[list[ptx.Access]]:
-    """The accesses that a warp makes at once: the n-th time that each of its threads comes to an instruction."""
+def warp_accesses(accesses: Iterable[Access]) -> Iterator[list[Access]]:
+    """The accesses of a warp at once: the n-th execution of an instruction by each of its threads."""
     times: Counter[Any] = Counter()
-    together: dict[Any, list[ptx.Access]] = defaultdict(list)
+    together: dict[Any, list[Access]] = defaultdict(list)
     for access in accesses:
         thread = access.where, access.block, access.thread
         together[access.where, access.block, access.thread // WARP_THREADS, times[thread]].append(access)
@@ -69,25 +70,25 @@ def of_warps(accesses: Iterable[ptx.Access]) -> Iterator[list[ptx.Access]]:
     yield from together.values()
 
 
-def sectors(of_warp: Iterable[ptx.Access]) -> Sectors:
+def sectors(at_once: Iterable[Access]) -> Sectors:
     """Threads that read the same address need its bytes once."""
-    size = {access.address: access.bytes for access in of_warp}
+    size = {access.address: access.bytes for access in at_once}
     touched = {byte // SECTOR_BYTES for first, count in size.items() for byte in (first, first + count - 1)}
     return Sectors(len(touched), -(-sum(size.values()) // SECTOR_BYTES))
 
 
-def count(accesses: Iterable[ptx.Access], sequences: Iterable[range]) -> Counts:
-    """`sequences`: where they lie."""
+def count(accesses: Iterable[Access], sequences: Iterable[range]) -> Counts:
+    """`sequences`: their addresses."""
     found = [Sectors()] * len(Counts._fields)
-    for of_warp in of_warps(accesses):
-        first = of_warp[0]
+    for at_once in warp_accesses(accesses):
+        first = at_once[0]
         column = 2 * (not any(first.address in each for each in sequences)) + first.stores
-        found[column] = Sectors(*map(sum, zip(found[column], sectors(of_warp), strict=True)))
+        found[column] = Sectors(*map(sum, zip(found[column], sectors(at_once), strict=True)))
     return Counts(*found)
 
 
 def sequences_of(kernel: str, params: ctypes.Structure) -> list[range]:
-    """Where the sequences lie that a kernel is given."""
+    """The addresses of the sequences among a kernel's parameters."""
     element = _BYTES[re.findall(r"<([\w:]+)", kernel)[0]]
     shape = params.tiles.shape if hasattr(params.tiles, "shape") else params.shape
     elements = math.prod(getattr(shape, name) for name, _ in shape._fields_)
@@ -96,16 +97,16 @@ def sequences_of(kernel: str, params: ctypes.Structure) -> list[range]:
     return [range(begin, begin + elements * sizes[name]) for name, begin in begins.items() if begin]
 
 
-class TracingLauncher(ptx.Launcher):
-    """Counts the accesses of those kernels that `is_wanted` names; the others run untraced."""
+class TracingLauncher(Launcher):
+    """Counts the accesses of the kernels for which `is_wanted` is true; the others run untraced."""
 
-    def __init__(self, machine: ptx.Machine, multiprocessors: int, is_wanted: Callable[[Kernel], bool]) -> None:
+    def __init__(self, machine: Machine, multiprocessors: int, is_wanted: Callable[[Kernel], bool]) -> None:
         super().__init__(machine, multiprocessors)
         self._is_wanted = is_wanted
         self.found: list[tuple[Kernel, Counts]] = []
 
     def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: ctypes.Structure) -> None:
-        name = Kernel.of_symbol(f"void {kernel}(")
+        name = Kernel.from_symbol(f"void {kernel}(")
         if not self._is_wanted(name):
             super().launch(device, kernel, blocks, threads, params)
             return
@@ -115,7 +116,7 @@ class TracingLauncher(ptx.Launcher):
             super().launch(device, kernel, blocks, threads, params)
         finally:
             self.machine.traced = False
-        # A generic address may be one of a parameter, which lies in no memory that has sectors.
+        # A generic address may be a parameter's, which is not in global memory.
         first = ctypes.addressof(params)
         own = range(first, first + ctypes.sizeof(params))
         accesses = [access for access in self.machine.take_accesses() if access.address not in own]
@@ -123,11 +124,11 @@ class TracingLauncher(ptx.Launcher):
         self.found.append((name, count(accesses, sequences)))
 
 
-# ---- what is traced ----
+# ---- cases ----
 
 
 class Case(NamedTuple):
-    """Kernels of one step of training, by the begin of their names; `one`: a thread has one neuron."""
+    """Kernels of a training step, by the beginning of their names; `one`: with one neuron a thread."""
 
     kernels: tuple[str, ...]
     dtype: torch.dtype
@@ -138,22 +139,30 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the table."""
+    """The counts of a kernel in a case."""
 
     kernel: Kernel
     case: Case
     counts: Counts
 
+    def to_json(self) -> dict[str, Any]:
+        about = ", ".join(filter(None, (self.kernel.kind, self.case.about)))
+        return {
+            "kernel": about,
+            "shape": list(self.case.shape),
+            **{k: list(v) for k, v in self.counts._asdict().items()},
+        }
 
-# Where kernels read and write depends on neither surrogate nor reset: those are taken that the tests compile anyway.
+
+# Addresses depend on neither surrogate nor reset: these are compiled for tests in any case.
 _CHOSEN: dict[torch.dtype, dict[str, Any]] = {
     dtype: {"surrogate": surrogate, "v_reset": 0.0 if reset == "hard" else None}
-    for dtype, surrogate, reset in reversed(ptx.CHOSEN)
+    for dtype, surrogate, reset in reversed(CHOSEN)
 }
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (2, 16, 8, 8)  # batch, channels, rows, columns
-ODD_SIZES = (2, 15, 7, 7)  # their product is no multiple of four, and no step of x begins where a sector does
-STEPS = (4, 8, 17)  # a length that kernels know, a part of a segment, and two segments, which have checkpoints
+ODD_SIZES = (2, 15, 7, 7)  # no multiple of four, and no step of x begins at a sector
+STEPS = (4, 8, 17)  # a compile-time length, part of a segment, and two segments, with checkpoints
 
 
 def _learned(dtype: torch.dtype, *shape: int, value: float = 1.0) -> Tensor:
@@ -175,7 +184,7 @@ def _normalised(x_seq: Tensor, options: dict[str, Any]) -> Any:
 
 
 def _general(x_seq: Tensor, options: dict[str, Any]) -> Any:
-    """All sequences and states, two parameters of channels and two of the layer."""
+    """All sequences and states, two parameters by channel and two of the layer."""
     dtype, channels = x_seq.dtype, (x_seq.shape[2], 1, 1)
     return lif(
         x_seq, decay=_learned(dtype, *channels, value=0.5), v_threshold=_learned(dtype), width=_learned(dtype),
@@ -202,11 +211,11 @@ def cases(dtypes: Iterable[torch.dtype] = TYPES) -> Iterator[Case]:
             yield Case(("forward", "backward"), dtype, (STEPS[-1], *sizes), _general, one=True)
         yield Case(("moments", "input gradient"), dtype, (STEPS[-1], *ODD_SIZES), _normalised, one=True)
     if torch.float32 in dtypes:
-        yield from cases_of_few()
+        yield from few_cases()
 
 
-def cases_of_few() -> Iterator[Case]:
-    """What is done once a channel, or once a value of a parameter, where there are some slots and where many."""
+def few_cases() -> Iterator[Case]:
+    """Kernels once a channel, or once a value of a parameter, with few slots and with many."""
     few, many = (4, 32, *SIZES[1:]), (1, 128, *SIZES[1:])
     for shape in (few, many):
         yield Case(("coefficients", "adjoint"), torch.float32, shape, _normalised)
@@ -215,9 +224,9 @@ def cases_of_few() -> Iterator[Case]:
     yield Case(("gradient sum",), torch.float32, few, _decay(*SIZES[1:]), about="a value a neuron")
 
 
-def trace(case: Case, machine: ptx.Machine) -> list[Row]:
+def trace(case: Case, machine: Machine) -> list[Row]:
     """Runs forward and backward."""
-    multiprocessors = emulated.LARGE if case.one else emulated.TINY
+    multiprocessors = LARGE if case.one else TINY
     launcher = TracingLauncher(machine, multiprocessors, lambda kernel: kernel.kind.startswith(case.kernels))
     operators = backends.Operators(**launcher.operators())
     backends.BACKENDS[BACKEND] = backends.Backend(("cpu",), operators, lambda: None)
@@ -231,69 +240,73 @@ def trace(case: Case, machine: ptx.Machine) -> list[Row]:
     return [Row(kernel, case, counts) for kernel, counts in launcher.found]
 
 
-# ---- the section of the page ----
+# ---- the page ----
 
-INTRODUCTION = f"""\
-{roofline.ACCESSES}
+INTRODUCTION = "# Sectors that the warps touch\n\n" + prose(f"""\
+A sector is {SECTOR_BYTES} aligned bytes, the smallest unit that caches and memory move. One instruction of a warp's
+{WARP_THREADS} threads is one access, and costs the sectors that it touches. The fewest possible are those that its
+distinct bytes would fill, side by side from the beginning of a sector. Both are summed over a kernel's accesses. A cell
+has one value where they are equal, else touched / fewest = ratio.
 
-A sector is {SECTOR_BYTES} bytes of memory that begin at a multiple of {SECTOR_BYTES}: caches and memory move no
-less. What the {WARP_THREADS} threads of a warp load or store by one instruction is one access, and costs the
-sectors that it touches. The fewest possible are those that its bytes would fill, side by side from the begin of a
-sector; bytes that several threads read count once. Both are summed over a kernel's accesses. A cell has one number
-where they are equal, and then no access could have done with less; else it has touched / fewest = ratio.
+`python -m tools.ptx.accesses --write` counts them: it runs the PTX that NVRTC compiles for {ARCHITECTURE} on the CPU,
+and records each access of each thread to global memory. Sequences are x, spikes, potentials and their gradients, time
+first. Others are parameters, their partial sums, the state of the noise, states of neurons, checkpoints and moments.
+Plain neurons learn their width, normalised ones also gain and bias of each channel; the rest have all sequences and
+states, and learn decay and gain of each channel, threshold and width. Surrogate and reset are those of the tests of
+PTX: the former changes no access, and a soft reset reads the threshold as its amount.
 
-`python -m tools.ptx.accesses --write` counts them: it runs the PTX that NVRTC makes for {ptx.ARCHITECTURE} on the
-CPU, and records each access of each thread to global memory. Sequences are x, spikes, potentials and their
-gradients, time first. Others are parameters, their partial sums, the state of the noise, states of neurons,
-checkpoints and moments. Plain neurons learn their width, normalised ones also gain and bias of each channel; the
-rest have all sequences and states, and learn decay and gain of each channel, threshold and width. Surrogate and
-reset are those that the tests of PTX compile: the former changes no access, and a soft reset reads the threshold as
-its amount.
+With 15 x 7 x 7 neurons, steps of x are not aligned to sectors, and each access of a warp reaches into a sector of the
+next warp, which then finds it in the cache. Moments load the first value of each thread alone, from sectors that they
+load in whole next. Gradient sums read the slots of neighbouring elements side by side, not aligned to sectors; so are
+stores of partial sums by neuron. Moments are records of three float64, one a thread.
 
-Where x has 15 x 7 x 7 neurons a step does not begin where a sector does, and each access of a warp reaches into a
-sector of the next: the cache then has it for the neighbour. Moments load the first value of each thread by itself,
-from sectors that they load next in whole. Sums of gradients read the slots of neighbouring elements side by
-side, which begin where a sector does not; stores of partial sums by neuron do so, too. Moments are records of three
-float64, and a thread reads or writes one record.
-
-It shows the pattern of each access by itself: that neighbouring threads reach neighbouring memory. It can't show
-which sectors a cache still holds from another access or another warp, and so not how many come from memory; nor in
-which order warps run, nor what ptxas splits, joins or moves. The n-th time that a thread comes to an instruction
-counts as one access with the n-th time of the others in its warp, though they may come there apart.
-"""
+This shows the pattern of each access: whether neighbouring threads access neighbouring memory. It does not show which
+sectors are still in a cache, and so how many come from memory; nor the order of warps, nor what ptxas splits, joins or
+moves. The n-th executions of an instruction by the threads of a warp count as one access even where threads diverge.
+""")
+HEADER = ("", "sequence", "loads", "stores", "other loads", "other stores")
 
 
-def tables(rows: Iterable[Row]) -> dict[str, str]:
-    """A table for each type."""
-    header = ("", "sequence", "loads", "stores", "other loads", "other stores")
-    lines: dict[str, list[list[str]]] = defaultdict(list)
-    for kernel, case, counts in rows:
-        size = " x ".join(map(str, case.shape))
-        about = f", {case.about}" if case.about else ""
-        lines[kernel.dtype].append([f"{kernel.kind}{about}", size, *map(str, counts)])
-    return {dtype: roofline.table(header, those) for dtype, those in lines.items()}
+def figures(rows: Iterable[Row]) -> dict[str, list[dict[str, Any]]]:
+    """The rows by type."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        found[row.kernel.dtype].append(row.to_json())
+    return dict(found)
 
 
-def section(rows: Iterable[Row]) -> str:
-    parts = [INTRODUCTION, *(f"### {dtype}\n\n{table}" for dtype, table in tables(rows).items())]
+def text(found: dict[str, list[dict[str, Any]]]) -> str:
+    parts = [INTRODUCTION]
+    for dtype, rows in found.items():
+        cells = (
+            [row["kernel"], " x ".join(map(str, row["shape"])), *(str(Sectors(*row[name])) for name in Counts._fields)]
+            for row in rows
+        )
+        parts.append(f"## {dtype}\n\n{table(HEADER, cells)}")
     return "\n".join(parts)
 
 
+PAGE = Page(Path(__file__).with_name("SECTORS.md"), text)
+
+
 def main() -> None:
-    """Prints the section, or writes it."""
+    """Prints the page of new figures, or writes both."""
     parser = argparse.ArgumentParser(prog="python -m tools.ptx.accesses", description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"write it to csrc/{roofline.PAGE.name}")
+    parser.add_argument("--write", action="store_true", help="write sectors.json and SECTORS.md, print nothing")
+    parser.add_argument("--draw", action="store_true", help="draw SECTORS.md again from sectors.json")
     arguments = parser.parse_args()
-    reason = ptx.missing()
+    if arguments.draw:
+        PAGE.write()
+        return
+    reason = missing()
     if reason is not None:
         parser.error(reason)
-    machine = ptx.Machine()
-    text = section(row for case in cases() for row in trace(case, machine))
+    machine = Machine()
+    found = figures(row for case in cases() for row in trace(case, machine))
     if arguments.write:
-        before, _ = roofline.parts_of(roofline.PAGE.read_text())
-        roofline.PAGE.write_text(f"{before}\n{text}")
+        PAGE.write(found)
     else:
-        print(text, end="")
+        print(text(found), end="")
 
 
 if __name__ == "__main__":

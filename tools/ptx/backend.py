@@ -1,9 +1,9 @@
-"""The PTX of the CUDA kernels, executed on the CPU: what a compiler for GPUs made of them, not their source.
+"""Runs the PTX of the CUDA kernels on the CPU: the output of a compiler for GPUs, not the source.
 
-As in the backend `cupy`, the operators and launchers in Python name a kernel, its grid and its parameters, and NVRTC
-compiles the kernel with the same options. From there on it is PTX, which to_cpp.py translates and run.cpp
-runs on the fibres of the emulation. As two backends: with `ptx` each layout that allows it has four
-neurons a thread, with `ptx_one` a thread has one wherever the launchers let the size of the device decide.
+As in the backend `cupy`, the operators and launchers in Python choose a kernel, its grid and its parameters, and NVRTC
+compiles it with the same options; to_cpp.py translates its PTX, and run.cpp runs it on the emulation's fibres. Two
+backends: `ptx` with four neurons a thread wherever the layout allows, `ptx_one` with one wherever the size of the
+device decides.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from asgl_cuda import backends
-from asgl_cuda.backends import cupy as jit
-from asgl_cuda.backends import neuron_kernels, normalisation_kernels
+from asgl_cuda.backends import cupy, neuron_kernels, normalisation_kernels
 from asgl_cuda.extension.build_notes import digest_of_sources
 from asgl_cuda.reference import Rules
 from asgl_cuda.selfcheck import EXACT_SURROGATES
@@ -38,35 +37,35 @@ BACKENDS = {"ptx": TINY, "ptx_one": LARGE}  # and their multiprocessors
 DIRECTORY = ROOT / "build" / "ptx"
 ARCHITECTURE = "compute_80"
 
-# Integers of PTX wrap round, and its products and sums are not contracted.
+# PTX wraps integers, and does not contract.
 FLAGS = ["-O1", "-std=c++20", "-fPIC", "-shared", "-fwrapv", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
 FLAGS += ["-Wno-unknown-pragmas", f"-I{HERE}", f"-I{EMULATION}"]
 SOURCES = [HERE / "machine.h", HERE / "arithmetic.h", HERE / "run.cpp", *sorted(EMULATION.glob("*.h"))]
 
 
 def missing() -> str | None:
-    """Why PTX can't be had or run here."""
+    """Why PTX can't be compiled or run here."""
     if compiler() is None:
         return "no C++ compiler"
-    problem = jit.nvrtc_problem()
+    problem = cupy.nvrtc_problem()
     return None if problem is None else f"no NVRTC ({problem})"
 
 
 def compiled(cpp: Callable[[], str] | Path, *parts: str) -> Path:
-    """The shared library made of C++, kept under a digest of all that it depends on; `parts` stand for the code."""
+    """The shared library of C++ code, cached under a digest of `parts`, which identify the code, and of all sources."""
     digest = hashlib.sha256("\0".join((*parts, *map(str, compiler() or ()), *FLAGS)).encode())
     for source in (*SOURCES, Path(__file__).with_name("to_cpp.py")):
         digest.update(source.read_bytes())
     path = DIRECTORY / f"{digest.hexdigest()[:32]}.so"
     if not path.exists():
         DIRECTORY.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=DIRECTORY) as directory:  # other processes come here, too
+        with tempfile.TemporaryDirectory(dir=DIRECTORY) as directory:  # other processes may be writing the same
             source, library = Path(directory, "kernel.cpp"), Path(directory, "kernel.so")
             source.write_text(cpp.read_text() if isinstance(cpp, Path) else cpp())
             command = [*(compiler() or ()), *FLAGS, str(source), "-o", str(library)]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode != 0:
-                lines = source.read_text().splitlines()  # an error in a header names the line that came there
+                lines = source.read_text().splitlines()  # for an error in a header, the line that led to it
                 shown = {lines[int(line) - 1].strip(): None for line in re.findall(r"kernel\.cpp:(\d+)", result.stderr)}
                 problem = "\n".join((*shown, result.stderr[:4000]))
                 raise RuntimeError(f"{parts[0]}: translated PTX does not compile: {problem}")
@@ -76,18 +75,18 @@ def compiled(cpp: Callable[[], str] | Path, *parts: str) -> Path:
 
 def by_nvrtc(kernel: str, architecture: str, *options: str) -> str:
     """The PTX of one kernel, as the backend `cupy` compiles it."""
-    (binary,), _ = jit.compile_kernels([kernel], architecture, *options)
+    (binary,), _ = cupy.compile_kernels([kernel], architecture, *options)
     return binary.image.rstrip(b"\0").decode()
 
 
 class Range(ctypes.Structure):
-    """Where a buffer begins and ends."""
+    """The addresses of a buffer."""
 
     _fields_ = (("begin", ctypes.c_uint64), ("end", ctypes.c_uint64))
 
 
 class Access(NamedTuple):
-    """An access of one thread to global memory; `where` is the line of the instruction and its text."""
+    """An access of a thread to global memory; `where` is the instruction, with its line."""
 
     where: str
     block: int
@@ -103,18 +102,23 @@ _RECEIVER = ctypes.CFUNCTYPE(
 
 
 class Machine:
-    """The library of run.cpp, and how it is to run kernels."""
+    """The library of run.cpp, and its settings."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(str(compiled(HERE / "run.cpp", "run")))
         self._library.asgl_ptx_run.restype = ctypes.c_char_p
         self.traced = False
-        self.rcp_units = self.ex2_units = 0  # last places by which the approximations are off
+        self.rcp_units = self.ex2_units = 0  # error of the approximations, in units in the last place
 
     def run(
-        self, kernel: _Kernel, blocks: int, threads: int, params: ctypes.Structure, buffers: set[tuple[int, int]]
+        self,
+        kernel: TranslatedKernel,
+        blocks: int,
+        threads: int,
+        params: ctypes.Structure,
+        buffers: set[tuple[int, int]],
     ) -> str | None:
-        """Says what went wrong, if anything did."""
+        """Returns what went wrong, if anything."""
         size = ctypes.sizeof(params)
         if size != kernel.param_bytes:
             return f"its parameters take {kernel.param_bytes} bytes, got {size}"
@@ -128,18 +132,18 @@ class Machine:
         return None if problem is None else problem.decode()
 
     def take_accesses(self) -> list[Access]:
-        """Every access to global memory since the last call, while they were traced, in the order of each thread."""
+        """The traced accesses since the last call, in the order of each thread."""
         accesses: list[Access] = []
 
-        def receive(where, *numbers):
-            accesses.append(Access(where.decode(), *numbers))
+        def receive(where, *values):
+            accesses.append(Access(where.decode(), *values))
 
         self._library.asgl_ptx_take_accesses(_RECEIVER(receive))
         return accesses
 
 
-class _Kernel:
-    """A translated kernel, loaded."""
+class TranslatedKernel:
+    """The loaded library of a translated kernel."""
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -148,7 +152,7 @@ class _Kernel:
 
 
 class _Storages(TorchDispatchMode):
-    """The memory of all tensors that operators make."""
+    """The storages of all given tensors, and of those that operators create."""
 
     def __init__(self, tensors: Any) -> None:
         super().__init__()
@@ -167,8 +171,8 @@ class _Storages(TorchDispatchMode):
         return result
 
 
-# By default these kernels of the neuron are executed, which are every one of all types, resets and inputs, of rectangle
-# and triangle, whose bits are promised; those that serve all surrogates, for these two; and those without a neuron.
+# Executed by default: neuron kernels of every type, reset and input, for rectangle and triangle, whose bits are
+# promised; kernels for any surrogate, with these two; and kernels without a neuron.
 CHOSEN = (
     (torch.float32, "rectangle", "hard"),
     (torch.float32, "triangle", "soft"),
@@ -189,7 +193,7 @@ _EXACT_IDS = {SURROGATES[each].id for each in EXACT_SURROGATES}
 
 
 def is_chosen(kernel: str, params: ctypes.Structure) -> bool:
-    """Says whether a launch is executed by default: where bits are not promised, no kernel of the neuron is."""
+    """Whether a launch is executed by default."""
     if "asgl::LIF<" in kernel:
         return any(kinds in kernel for kinds in _CHOSEN_KINDS)
     options = getattr(params, "options", None)
@@ -197,9 +201,9 @@ def is_chosen(kernel: str, params: ctypes.Structure) -> bool:
 
 
 class Launcher:
-    """Runs what the launchers in Python would start. `compile_kernel` gives PTX for a kernel's name.
+    """Runs launches from Python. `compile_kernel` returns the PTX of a kernel by name.
 
-    Where there is an `emulation`, kernels that are not chosen run on it.
+    With an `emulation`, kernels that are not chosen run on it.
     """
 
     def __init__(
@@ -214,7 +218,7 @@ class Launcher:
         self.machine, self.multiprocessors = machine, multiprocessors
         self._how = architecture, *options
         self._compile_kernel, self._emulation = compile_kernel, emulation
-        self._kernels: dict[str, _Kernel] = {}
+        self._kernels: dict[str, TranslatedKernel] = {}
         self._local = threading.local()
 
     def resident_threads(self, device: torch.device) -> int:
@@ -225,25 +229,25 @@ class Launcher:
             self._emulation.launch(device, kernel, blocks, threads, params)
             return
         if kernel not in self._kernels:
-            self._kernels[kernel] = _Kernel(self.library(kernel))
+            self._kernels[kernel] = TranslatedKernel(self.library(kernel))
         problem = self.machine.run(self._kernels[kernel], blocks, threads, params, self._local.storages.ranges)
         if problem is not None:
             raise RuntimeError(f"PTX: {kernel}: {problem}")
 
     def library(self, kernel: str) -> Path:
-        """Where the translated kernel is; it is compiled first where that has not been done."""
-        directory = jit.source_directory()
+        """The path of the translated kernel, compiled at first use."""
+        directory = cupy.source_directory()
         assert directory is not None
 
         def cpp() -> str:
             (translated,) = kernels(self._compile_kernel(kernel, *self._how)).values()
             return to_cpp(translated)
 
-        made_of = digest_of_sources(directory).hex(), self._compile_kernel.__name__, jit.nvrtc_version(), *jit.OPTIONS
-        return compiled(cpp, kernel, *self._how, *made_of)
+        parts = digest_of_sources(directory).hex(), self._compile_kernel.__name__, cupy.nvrtc_version(), *cupy.OPTIONS
+        return compiled(cpp, kernel, *self._how, *parts)
 
     def operators(self) -> dict[str, Callable[..., Any]]:
-        """The operators on these kernels, which may touch no memory except that of their tensors."""
+        """The operators on these kernels, which may access the memory of their tensors alone."""
 
         def watched(operator: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
@@ -257,7 +261,7 @@ class Launcher:
 
 
 def register(name: str, launcher: Launcher) -> None:
-    """Makes this a backend like the others."""
+    """Adds a backend of this name."""
     namespace = f"asgl_cuda_{name}"
     normalisation_kernels.implement(namespace, "CPU", launcher.operators())
     backends.BACKENDS[name] = backends.Backend(("cpu",), backends.operators_in(namespace), lambda: None)

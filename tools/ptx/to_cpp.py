@@ -1,7 +1,7 @@
-"""Translates PTX, the code that NVRTC and nvcc make of the CUDA kernels, to C++ that any compiler takes.
+"""Translates PTX, as NVRTC and nvcc compile it from the CUDA kernels, to portable C++.
 
-A register becomes a variable, a label a label, an instruction a call of the function of its name in
-cuda/ptx/arithmetic.h or machine.h. Nothing is interpreted on the way: what is not known is an error that names it.
+A register becomes a variable, a label a label, an instruction a call of the function of its name in arithmetic.h or
+machine.h. Unknown statements are errors.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _TYPES = frozenset(
     (*(f"{kind}{bits}" for kind in "bus" for bits in (8, 16, 32, 64)), "f16", "f16x2", "bf16x2", "f32", "f64", "pred")
 )
 _SPACES = frozenset(("param", "shared", "global"))
-# They change nothing for a kernel that runs.
+# Without effect on a running kernel.
 _IGNORED = frozenset((".pragma", ".loc"))
 _KEYWORDS = frozenset(("and", "or", "xor", "not"))
 
 
 class UnknownPTXError(Exception):
-    """PTX that the translator does not know."""
+    """PTX unknown to the translator."""
 
 
 @dataclass
@@ -52,8 +52,8 @@ def kernels(ptx: str) -> dict[str, Kernel]:
     found: dict[str, Kernel] = {}
     entries = list(_ENTRY.finditer(text))
     if not entries or len(entries) != len(re.findall(r"\.(?:entry|func)\b", text)):
-        raise UnknownPTXError("a module is to have kernels of one parameter and no other functions")
-    of_module = _shared(text[: entries[0].start()])
+        raise UnknownPTXError("expected a module of kernels of one parameter and no other functions")
+    module_shared = _shared(text[: entries[0].start()])
     for entry in entries:
         symbol, _, param, size, directives = entry.groups()
         most = re.search(r"\.maxntid (\d+)", directives)
@@ -62,7 +62,7 @@ def kernels(ptx: str) -> dict[str, Kernel]:
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             end += 1
         body = text[entry.end() : end - 1]
-        used = {name: size for name, size in of_module.items() if name in body}
+        used = {name: size for name, size in module_shared.items() if name in body}
         first_line = text.count("\n", 0, entry.end()) + 1
         found[symbol] = Kernel(
             symbol, param, int(size), {**used, **_shared(body)}, int(most[1]) if most else 1024, first_line, body
@@ -87,10 +87,10 @@ def to_cpp(kernel: Kernel) -> str:
 @dataclass
 class _Translation:
     kernel: Kernel
-    registers: dict[str, str] = field(default_factory=dict)  # type by name, or by prefix for those with numbers
-    local: dict[str, str] = field(default_factory=dict)  # those of a scope in the body
+    registers: dict[str, str] = field(default_factory=dict)  # type by name, or by prefix of numbered ones
+    local: dict[str, str] = field(default_factory=dict)  # of a scope in the body
     used: dict[str, str] = field(default_factory=dict)
-    where: str = ""  # the line and the text of a statement
+    where: str = ""  # line and text of the statement
     known: frozenset[str] = field(default_factory=known_instructions)
 
     def cpp(self) -> str:
@@ -127,7 +127,7 @@ class _Translation:
             else:
                 text = " ".join(match["text"].split())
                 self.where = f"line {line}: {text}"
-                try:  # the comment tells what a compiler of C++ does not take
+                try:  # the comment shows in errors of the C++ compiler
                     yield f"  {self._statement(text, depth)}  // {self.where}"
                 except UnknownPTXError as error:
                     raise UnknownPTXError(f"{self.kernel.symbol}: {self.where}: {error}") from None
@@ -148,10 +148,10 @@ class _Translation:
             return ""
         register = _REGISTERS.fullmatch(text)
         if register is None:
-            raise UnknownPTXError("a directive that is not known")
+            raise UnknownPTXError("unknown directive")
         kind, name, many = register.groups()
         if kind not in _TYPES:
-            raise UnknownPTXError("registers of a type that is not known")
+            raise UnknownPTXError("registers of an unknown type")
         if depth:
             self.local[name] = kind
             return _declaration(kind, _name(name))
@@ -184,8 +184,8 @@ class _Translation:
             case "mov" if "{" in "".join(operands):
                 return self._vector_move(words[1], *operands)
         if name not in self.known or not types:
-            raise UnknownPTXError("an instruction that is not known")
-        # What has one type takes and gives that, or a predicate.
+            raise UnknownPTXError("unknown instruction")
+        # Operands and result of an instruction with one type have that type, or are predicates.
         only = words[first] if len(words) == first + 1 else None
         machine = ["m"] if "approx" in words else []
         arguments = ", ".join((*machine, *(self._operand(each, only) for each in operands[1:])))
@@ -198,17 +198,17 @@ class _Translation:
         vector = next((word for word in qualifiers if word in ("v2", "v4")), None)
         space = next((word for word in qualifiers if word in _SPACES), "generic")
         if len(qualifiers) != (vector is not None) + (space != "generic") or kind not in _TYPES:
-            raise UnknownPTXError("an access that is not known")
+            raise UnknownPTXError("unknown access")
         reads = verb == "ld"
         values, address = operands if reads else reversed(operands)
         registers = _split(values.strip("{}"))
         if len(registers) != int(vector[1:] if vector else 1):
-            raise UnknownPTXError("an access of another number of registers")
+            raise UnknownPTXError("an access with another number of registers")
         base, _, offset = map(str.strip, address.strip("[]").partition("+"))
-        # A register of 32 bits is enough for an address in shared memory.
-        place = self._register(base) if base.startswith("%") else self._operand(base)
-        place = f"u64({place}) + {int(offset or 0)}"
-        arguments = ", ".join((f'"{self.where}"', place, *map(self._register if reads else self._operand, registers)))
+        # An address in shared memory may be a 32-bit register.
+        at = self._register(base) if base.startswith("%") else self._operand(base)
+        at = f"u64({at}) + {int(offset or 0)}"
+        arguments = ", ".join((f'"{self.where}"', at, *map(self._register if reads else self._operand, registers)))
         return f"{'load' if reads else 'store'}<Space::{space}, {kind}>(m, {arguments});"
 
     def _vector_move(self, kind: str, to: str, source: str) -> str:
@@ -232,7 +232,7 @@ class _Translation:
         return kind
 
     def _operand(self, text: str, wanted: str | None = None) -> str:
-        """An expression that becomes whichever type the instruction takes the operand for, or has the one `wanted`."""
+        """An expression that converts to the instruction's type for the operand, or has the type `wanted`."""
         if text in _SPECIAL:
             return f"Bits<u32>{{{_SPECIAL[text]}}}"
         if re.fullmatch(r"-?\d+", text):
@@ -254,7 +254,7 @@ class _Translation:
 
 
 def _same(register: str, wanted: str | None) -> bool:
-    """Says whether C++ itself converts between these types without changing a bit."""
+    """Whether C++ converts between these types without changing a bit."""
     if register == wanted:
         return register != "pred"
     integers = wanted is not None and _INTEGER.fullmatch(register) and _INTEGER.fullmatch(wanted)
@@ -262,7 +262,7 @@ def _same(register: str, wanted: str | None) -> bool:
 
 
 def _integer(value: int) -> str:
-    """C++ has no literal for the least number of 64 bits."""
+    """A literal; C++ has none for -2^63."""
     if not -(2**63) <= value < 2**64:
         raise UnknownPTXError(f"{value} has more than 64 bits")
     value = value - 2**64 if value >= 2**63 else value
@@ -276,10 +276,10 @@ def _declaration(kind: str, name: str) -> str:
 
 
 def _name(text: str) -> str:
-    """A name of C++ for a register or label; `%f32` must be none of a type."""
+    """The C++ name of a register or label, distinct from types such as f32."""
     return text.lstrip("%$").replace("$", "_") + "_"
 
 
 def _split(operands: str) -> list[str]:
-    """Operands, of which those in braces or brackets are one."""
+    """Operands; a group in braces or brackets is one."""
     return [each.strip() for each in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", operands) if each.strip()]

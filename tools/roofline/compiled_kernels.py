@@ -1,4 +1,4 @@
-"""The kernels that calls of the common model start, compiled for one architecture, ready to be run instruction-wise."""
+"""The kernels of the common model, compiled, ready to be run instruction by instruction."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..kernels.cuda_code import Disassembler, Kernel, Nvcc, Usage, kernel_of, usages
+from ..kernels.cuda_code import Disassembler, Kernel, Nvcc, Usage, kernel_of, reported_usages
 from .prediction import issued, kernel_of_launch
 from .recorded_calls import Launch
 from .sass_run import Program
 
-# Instantiating the launchers names no kernel, and brings just those that are called.
+# Instantiations of the launchers: just the kernels that they call.
 SOURCE = """\
 #include "cuda/choose.cuh"
 namespace asgl::cuda {{
 {}
 }}
 """
-OF_MODEL = "template cudaError_t launch(LIF<Surrogate::kRectangle, true>, const {}<{}>&, cudaStream_t);"
-OF_TYPE = "template cudaError_t launch(const {}<{}>&, cudaStream_t);"
+MODEL_LAUNCH = "template cudaError_t launch(LIF<Surrogate::kRectangle, true>, const {}<{}>&, cudaStream_t);"
+TYPE_LAUNCH = "template cudaError_t launch(const {}<{}>&, cudaStream_t);"
 SCALARS, REALS = ("float", "BFloat16"), ("float",)
 INSTANTIATIONS = (
-    ("ForwardParams", OF_MODEL, SCALARS), ("BackwardParams", OF_MODEL, SCALARS), ("MomentsParams", OF_TYPE, SCALARS),
-    ("InputGradientParams", OF_TYPE, SCALARS), ("GradientSum", OF_TYPE, REALS),
-)  # fmt: skip
+    ("ForwardParams", MODEL_LAUNCH, SCALARS),
+    ("BackwardParams", MODEL_LAUNCH, SCALARS),
+    ("MomentsParams", TYPE_LAUNCH, SCALARS),
+    ("InputGradientParams", TYPE_LAUNCH, SCALARS),
+    ("GradientSum", TYPE_LAUNCH, REALS),
+)
 
 
 class Compiled(NamedTuple):
-    """A kernel, and what ptxas reports of it."""
+    """A kernel, with the report of ptxas."""
 
     program: Program
     usage: Usage
@@ -42,19 +45,18 @@ class Kernels:
         self._found = found
         self._issued: dict[Launch, dict[str, float]] = {}
 
-    def of(self, launch: Launch) -> Compiled:
-        """The kernel that a launch starts."""
+    def __getitem__(self, launch: Launch) -> Compiled:
         return self._found[kernel_of_launch(launch)]
 
     def issued(self, launch: Launch) -> dict[str, float]:
-        """Instructions of a thread by class, as in prediction.issued, counted once for each launch."""
+        """As prediction.issued, counted once for each launch."""
         if launch not in self._issued:
-            self._issued[launch] = issued(self.of(launch).program, launch)
+            self._issued[launch] = issued(self[launch].program, launch)
         return self._issued[launch]
 
     @property
     def undecided(self) -> dict[str, list[str]]:
-        """The branches whose side was not known, by kernel, as far as the kernels have been run."""
+        """Branches that nothing known decided in the runs so far, by kernel."""
         return {
             str(kernel): [f"{address:#x}" for address in sorted(compiled.program.undecided)]
             for kernel, compiled in self._found.items()
@@ -73,7 +75,7 @@ def compile_kernels(nvcc: Nvcc, disassembler: Disassembler, architectures: Itera
         nvcc.to_ptx(source, directory)
         for architecture in architectures:
             cubin, log = nvcc.to_cubin(directory, source.stem, architecture)
-            reports = usages(log)
+            reports = reported_usages(log)
             codes = disassembler.instructions(cubin, reports)
             found[architecture] = Kernels(
                 {

@@ -1,4 +1,4 @@
-"""The bound of a CUDA kernel on a card: from the bytes that a call moves and the instructions that it is issued."""
+"""The bound of a CUDA kernel on a card, from the bytes that a call moves and the instructions that are issued."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from asgl_cuda.backends.structures import constant, structure
 
 from ..kernels.cuda_code import Instruction, Kernel, Usage
-from .recorded_calls import Launch
-from .sass_run import Program, places
+from .recorded_calls import BLOCK, COMMON, Launch
+from .sass_run import Program, indices
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 REAL_BYTES = 4  # of parameters, states and potentials for both
@@ -35,7 +35,7 @@ _CLASS_PATTERNS = {
 
 
 class Card(NamedTuple):
-    """A card: bytes a second, multiprocessors, Hz; float additions or multiplications a cycle and multiprocessor."""
+    """Bytes a second, multiprocessors, Hz; float additions or multiplications a cycle and multiprocessor."""
 
     name: str
     architecture: int
@@ -57,20 +57,20 @@ CARDS = (
     Card("B200 SXM", 100, 7.7e12, 148, 1.86e9, 128, 228 * 1024),
     Card("A100 40 GB", 80, 1.56e12, 108, 1.41e9, 64, 164 * 1024),
 )
-# These are the same on all cards, of 128 threads whose instructions start in a cycle.
+# The same on all cards: lanes a cycle and multiprocessor, of the 128 threads whose instructions start.
 MULTIPLY_LANES = ALU_LANES = 64
 SPECIAL_LANES = 16
 ISSUE_LANES = 128
-# What a multiprocessor has, on all cards.
+# Of a multiprocessor, on all cards.
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
-SHARED_BYTES_OF_SYSTEM = 1024  # that each block takes beyond its own
+RESERVED_SHARED_BYTES = 1024  # of each block, beyond its own
 
-# The kernels of the common case, and how many elements each moves for one of x.
+# The kernels of the common case, with the elements that each moves for one of x.
 MOVED = {
     "forward": 2, "backward": 3, "moments": 1, "forward normalised": 2, "backward normalised": 3, "input gradient": 3
 }  # fmt: skip
-OF_NEURONS = ("forward", "backward")
-OF_NORMALISATION = ("moments", "forward normalised", "backward normalised", "input gradient")
+NEURON_KERNELS = ("forward", "backward")
+NORMALISATION_KERNELS = ("moments", "forward normalised", "backward normalised", "input gradient")
 BY_CHANNEL = ("moments", "input gradient")
 
 _STRUCTURES = {
@@ -88,14 +88,14 @@ def name_of(kernel: Kernel) -> str:
 
 
 def kernel_of_launch(launch: Launch) -> Kernel:
-    return Kernel.of_symbol(f"void {launch.kernel}()")
+    return Kernel.from_symbol(f"void {launch.kernel}()")
 
 
-# ---- what a launch moves ----
+# ---- bytes of a launch ----
 
 
 def parameters_of(launch: Launch) -> Structure | None:
-    """The structure of its parameters, for the kernels that pass over whole sequences and the sums of gradients."""
+    """The structure of its parameters, for kernels over whole sequences and gradient sums."""
     for prefix, name in _STRUCTURES.items():
         if launch.kernel.startswith(f"asgl::{prefix}"):
             return structure(name, torch.float32).from_buffer_copy(launch.parameters)
@@ -103,29 +103,29 @@ def parameters_of(launch: Launch) -> Structure | None:
 
 
 class Moved(NamedTuple):
-    """Bytes an element: the sequences, which an element-wise operation would move, too, and all else."""
+    """Bytes an element: of sequences, which an element-wise operation moves as well, and of all else."""
 
     sequences: float
     more: float
 
 
 def moved(params: Any, dtype: str) -> Moved:
-    """A null pointer moves nothing; `params` is the structure that a kernel of whole sequences is given."""
+    """Bytes by the parameters of a kernel over whole sequences; null pointers move nothing."""
     size = ELEMENT_BYTES[dtype]
     given = {name for name, *_ in _fields(params) if isinstance(getattr(params, name), int) and getattr(params, name)}
     sequences = size * len({"x_seq", "s_seq", "grad_s_seq", "grad_x_seq"} & given)
     sequences += REAL_BYTES * len({"v_seq", "h_seq", "grad_v_seq", "grad_h_seq"} & given)
-    if not hasattr(params, "shape"):  # of normalisation, where the gradient is read before it is overwritten
+    if not hasattr(params, "shape"):  # normalisation: the gradient is read before it is overwritten
         return Moved(sequences + size * ("grad_x_seq" in given), 0.0)
     steps, neurons = params.shape.steps, params.shape.outer * params.shape.inner
-    numbers = (-(-steps // constant("kCheckpointSteps")) - 1) * neurons
+    values = (-(-steps // constant("kCheckpointSteps")) - 1) * neurons
     states = (getattr(params, name, None) for name in ("init", "last", "grad_last", "grad_init"))
-    numbers += sum(neurons for state in states if state is not None and state.v)
+    values += sum(neurons for state in states if state is not None and state.v)
     for view in params.parameters:
-        numbers += view.count * (steps if view.step_stride else 1) if view.data else 0
+        values += view.count * (steps if view.step_stride else 1) if view.data else 0
     for partial, view in zip(getattr(params, "partials", ()), params.parameters, strict=False):
-        numbers += partial.slots * (steps if view.step_stride else 1) if partial.data else 0
-    return Moved(sequences, REAL_BYTES * numbers / (steps * neurons))
+        values += partial.slots * (steps if view.step_stride else 1) if partial.data else 0
+    return Moved(sequences, REAL_BYTES * values / (steps * neurons))
 
 
 def _fields(params: Any) -> list[Any]:
@@ -135,25 +135,25 @@ def _fields(params: Any) -> list[Any]:
     return found
 
 
-# ---- what a launch is issued ----
+# ---- instructions of a launch ----
 
 
 def issued(program: Program, launch: Launch) -> dict[str, float]:
-    """Instructions by class of a thread, the mean over the warps of a block in the middle of the grid."""
+    """Instructions of a thread by class: the mean over the warps of a block in the middle of the grid."""
     warps = range(0, launch.threads, WARP)
     total: Counter[str] = Counter()
     for first in warps:
-        way = program.run(launch.parameters, first, launch.blocks // 2)
-        check(program, launch, way)
-        for place, times in Counter(places(way)).items():
-            total[class_of(program.code[place])] += times
+        trace = program.run(launch.parameters, first, launch.blocks // 2)
+        check(program, launch, trace)
+        for index, times in Counter(indices(trace)).items():
+            total[class_of(program.code[index])] += times
     return {name: total[name] / len(warps) for name in CLASSES}
 
 
-def check(program: Program, launch: Launch, way: Sequence[int]) -> None:
-    """A way through a kernel of neurons loads x and stores a result at each step, or it was not the right one."""
+def check(program: Program, launch: Launch, trace: Sequence[int]) -> None:
+    """Refuses a trace of a neuron kernel that does not load x and store a result at each step."""
     steps = getattr(getattr(parameters_of(launch), "shape", None), "steps", 0)
-    done = Counter(program.code[place].name for place in way if place >= 0)
+    done = Counter(program.code[index].name for index in trace if index >= 0)
     if launch.kernel.startswith("asgl::lif_") and min(done["LDG"], done["STG"]) < steps:
         raise RuntimeError(f"{launch.kernel}: {done['LDG']} loads and {done['STG']} stores in {steps} steps")
 
@@ -161,20 +161,57 @@ def check(program: Program, launch: Launch, way: Sequence[int]) -> None:
 # ---- prediction ----
 
 
-class Prediction(NamedTuple):
-    """The prediction for a kernel of a call, at one length on one card; times are picoseconds an element of the card.
+class Counts(NamedTuple):
+    """Bytes and instructions of a kernel for each element, in one call, at one length, on one architecture.
 
-    A kernel that goes by channel does the same whatever the length; its `steps` are 0.
+    `steps` is 0 for a kernel by channel, which does the same at any length.
     """
 
-    card: str
+    architecture: int
     call: str
-    kind: str  # of the kernel, as in tools/kernels/RESOURCES.md
-    kernel: str
+    kind: str  # as in tools/kernels/RESOURCES.md
     dtype: str
     steps: int
-    bytes: float
-    instructions: dict[str, float]
+    moved: Moved
+    instructions: dict[str, float]  # by class
+
+    @property
+    def kernel(self) -> str:
+        return name_of(Kernel(self.kind, self.dtype))
+
+    @property
+    def is_common(self) -> bool:
+        """Whether it belongs to the common case, in which a kernel is known by its name."""
+        kernels = {COMMON.name: NEURON_KERNELS, BLOCK.name: NORMALISATION_KERNELS}
+        return self.kernel in kernels.get(self.call, ())
+
+    @property
+    def work(self) -> object:
+        return self.kind, self.dtype, self.steps, sum(self.moved), tuple(self.instructions.items())
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self._asdict(), "moved": list(self.moved), "instructions": list(self.instructions.values())}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Counts:
+        instructions = dict(zip(CLASSES, row["instructions"], strict=True))
+        return cls(**{**row, "moved": Moved(*row["moved"]), "instructions": instructions})
+
+
+def pipe_cycles(card: Card, instructions: dict[str, float]) -> dict[str, float]:
+    """Cycles of a multiprocessor in each pipe, for these instructions of a thread."""
+    return {
+        "FMA": (instructions[FLOAT_ARITHMETIC] + instructions[MULTIPLY]) / card.float_lanes,
+        "IMAD": instructions[MULTIPLY] / MULTIPLY_LANES,
+        "ALU": (instructions[FLOAT_CHOICE] + instructions[INTEGER]) / ALU_LANES,
+        "special": instructions[SPECIAL] / SPECIAL_LANES,
+    }
+
+
+class Prediction(NamedTuple):
+    """The time of a kernel on a card, in picoseconds an element."""
+
+    counts: Counts
     memory: float
     issue: float
     pipes: float  # the busiest
@@ -194,45 +231,24 @@ class Prediction(NamedTuple):
         return self.time / self.floor
 
 
-def pipes_of(card: Card, instructions: dict[str, float]) -> dict[str, float]:
-    """Cycles of a multiprocessor that each pipe needs for these instructions of a thread."""
-    return {
-        "FMA": (instructions[FLOAT_ARITHMETIC] + instructions[MULTIPLY]) / card.float_lanes,
-        "IMAD": instructions[MULTIPLY] / MULTIPLY_LANES,
-        "ALU": (instructions[FLOAT_CHOICE] + instructions[INTEGER]) / ALU_LANES,
-        "special": instructions[SPECIAL] / SPECIAL_LANES,
-    }
-
-
-def predict(
-    card: Card, call: str, kernel: Kernel, steps: int, bytes_moved: Moved, instructions: dict[str, float]
-) -> Prediction:
-    """`instructions`: an element, by class."""
-    pipes = pipes_of(card, instructions)
+def predict(card: Card, counts: Counts) -> Prediction:
+    pipes = pipe_cycles(card, counts.instructions)
     busiest = max(pipes, key=lambda name: pipes[name])
     cycle = 1e12 / card.cycles
-    name = name_of(kernel)
     return Prediction(
-        card=card.name,
-        call=call,
-        kind=kernel.kind,
-        kernel=name,
-        dtype=kernel.dtype,
-        steps=0 if name in BY_CHANNEL else steps,
-        bytes=sum(bytes_moved),
-        instructions=instructions,
-        memory=1e12 * sum(bytes_moved) / card.bandwidth,
-        issue=cycle * sum(instructions.values()) / ISSUE_LANES,
+        counts,
+        memory=1e12 * sum(counts.moved) / card.bandwidth,
+        issue=cycle * sum(counts.instructions.values()) / ISSUE_LANES,
         pipes=cycle * pipes[busiest],
         busiest=busiest,
-        floor=1e12 * bytes_moved.sequences / card.bandwidth,
+        floor=1e12 * counts.moved.sequences / card.bandwidth,
     )
 
 
-def blocks_at_once(card: Card, usage: Usage, threads: int) -> int:
-    """How many blocks a multiprocessor holds. Registers are given to a warp, 256 at a time."""
+def resident_blocks(card: Card, usage: Usage, threads: int) -> int:
+    """Blocks that a multiprocessor holds at once; registers are allocated by warp, 256 at a time."""
     warps = threads // WARP
-    of_warp = -(-usage.registers * WARP // 256) * 256
-    limits = [REGISTERS // of_warp // warps, THREADS // threads, BLOCKS]
-    limits.append(card.shared_bytes // (usage.shared + SHARED_BYTES_OF_SYSTEM))
+    warp_registers = -(-usage.registers * WARP // 256) * 256
+    limits = [REGISTERS // warp_registers // warps, THREADS // threads, BLOCKS]
+    limits.append(card.shared_bytes // (usage.shared + RESERVED_SHARED_BYTES))
     return min(limits)

@@ -1,7 +1,6 @@
-"""What the launchers start for a call: kernels by name, grids, and parameters as bytes. Nothing is computed.
+"""The launches of a call by the launchers of asgl_cuda/backends, which decide as the compiled ones do.
 
-The launchers are those of asgl_cuda/backends, which decide as the compiled ones do. The tensors lie on the CPU, where
-memory that nobody writes takes none.
+Nothing is computed. The tensors are on the CPU, where memory that is never written is never allocated.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ NAMESPACE = "asgl_cuda_predicted"
 
 
 class Launch(NamedTuple):
-    """One kernel that was to start."""
+    """A recorded launch."""
 
     kernel: str  # a C++ expression
     blocks: int
@@ -35,7 +34,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
-        self.threads = 0  # that the device holds
+        self.threads = 0  # resident on the device
 
     def resident_threads(self, device: torch.device) -> int:
         return self.threads
@@ -53,7 +52,7 @@ def _recorder() -> Recorder:
 
 
 def recorded(call: Callable[[], Any], resident_threads: int) -> list[Launch]:
-    """The launches of a call that has the backend `NAMESPACE`, on a device that holds so many threads."""
+    """The launches of a call with the backend `NAMESPACE`, on a device of this size."""
     recorder = _recorder()
     recorder.launches, recorder.threads = [], resident_threads
     backends.BACKENDS[NAMESPACE] = backends.Backend(("cpu",), backends.operators_in(NAMESPACE), lambda: None)
@@ -64,14 +63,14 @@ def recorded(call: Callable[[], Any], resident_threads: int) -> list[Launch]:
     return recorder.launches
 
 
-# ---- the calls of users ----
+# ---- calls ----
 
 
 class Call(NamedTuple):
-    """A call forward and backward; `neurons_each` is how many neurons a thread has, by the size of the device."""
+    """A call forward and backward; the size of the device gives a thread `neurons_each`."""
 
     name: str
-    make: Callable[[int, torch.dtype], Callable[[], Any]]  # for so many steps
+    make: Callable[[int, torch.dtype], Callable[[], Any]]  # by steps and type
     neurons_each: int = 4
 
 
@@ -83,14 +82,14 @@ def learned(*shape: int) -> torch.Tensor:
 
 
 def _sequence(steps: int, dtype: torch.dtype, batch_first: bool = False) -> torch.Tensor:
-    # There are at least two samples up to 128 steps, or batch first would be time first.
+    # At least two samples up to 128 steps: with one, batch first would be time first.
     samples = ELEMENTS // (steps * CHANNELS * INNER)
     sizes = (samples, steps) if batch_first else (steps, samples)
     return torch.empty(*sizes, CHANNELS, INNER, dtype=dtype, requires_grad=True)
 
 
 def trained(x_seq: torch.Tensor, function: Callable[..., Any] = asgl_cuda.lif, **options: Any) -> Callable[[], None]:
-    """A call and its backward, of which the spikes alone have a gradient; width and noise are those of the defaults."""
+    """A call and its backward, with a gradient of the spikes alone, and by default a learned width and noise."""
     options = {"width": learned(), "analog_prob": 0.1, **options}
 
     def call() -> None:
@@ -101,8 +100,8 @@ def trained(x_seq: torch.Tensor, function: Callable[..., Any] = asgl_cuda.lif, *
     return call
 
 
-def _of_lif(name: str, neurons_each: int = 4, batch_first: bool = False, **options: Any) -> Call:
-    """Options that are functions make a tensor."""
+def _lif(name: str, neurons_each: int = 4, batch_first: bool = False, **options: Any) -> Call:
+    """A call of `lif`; options that are functions make a tensor."""
 
     def make(steps: int, dtype: torch.dtype) -> Callable[[], None]:
         made = {key: value() if callable(value) else value for key, value in options.items()}
@@ -111,7 +110,7 @@ def _of_lif(name: str, neurons_each: int = 4, batch_first: bool = False, **optio
     return Call(name, make, neurons_each)
 
 
-def _of_block(steps: int, dtype: torch.dtype) -> Callable[[], None]:
+def _block(steps: int, dtype: torch.dtype) -> Callable[[], None]:
     statistics = torch.zeros(CHANNELS), torch.ones(CHANNELS)
     affine = {"weight": learned(CHANNELS), "bias": learned(CHANNELS)}
 
@@ -129,20 +128,20 @@ def _by_neuron() -> torch.Tensor:
     return learned(CHANNELS, INNER)
 
 
-COMMON = _of_lif("lif, width learned")
-BLOCK = Call("batch_norm_lif", _of_block)
-WITHOUT_NOISE = _of_lif("lif, no noise", analog_prob=0.0)
-BY_NEURON = _of_lif("lif, width by neuron", width=_by_neuron)
+COMMON = _lif("lif, width learned")
+BLOCK = Call("batch_norm_lif", _block)
+WITHOUT_NOISE = _lif("lif, no noise", analog_prob=0.0)
+BY_NEURON = _lif("lif, width by neuron", width=_by_neuron)
 OTHERS = (
     WITHOUT_NOISE,
-    _of_lif("lif, batch first", batch_first=True),
-    _of_lif("lif, width by channel", width=_by_channel),
-    _of_lif("lif, decay, width learned", decay=learned),
-    _of_lif("lif, width by channel, decay learned", width=_by_channel, decay=learned),
-    _of_lif("lif, all by channel", decay=_by_channel, v_threshold=_by_channel, width=_by_channel),
+    _lif("lif, batch first", batch_first=True),
+    _lif("lif, width by channel", width=_by_channel),
+    _lif("lif, decay, width learned", decay=learned),
+    _lif("lif, width by channel, decay learned", width=_by_channel, decay=learned),
+    _lif("lif, all by channel", decay=_by_channel, v_threshold=_by_channel, width=_by_channel),
     BY_NEURON,
-    _of_lif("lif, store_v_seq", return_v_seq=True),
-    _of_lif("lif, store_v_seq, small", 1, return_v_seq=True),
+    _lif("lif, store_v_seq", return_v_seq=True),
+    _lif("lif, store_v_seq, small", 1, return_v_seq=True),
 )
 
 

@@ -1,8 +1,7 @@
-"""Predicts the bound of the CUDA kernels from bytes and from instructions, for the calls of users.
+"""Predicts the bound of the CUDA kernels from bytes and instructions, for typical calls: `--write` renews the figures.
 
-The launchers are asked which kernels a call starts, and with what parameters; the SASS of each is run for a thread of
-every warp of a block, as far as parameters decide its way, and the instructions that it is issued are counted. No GPU
-is needed.
+The launchers name the kernels of a call, and their parameters; the SASS of each is run for a thread of every warp of a
+block, as far as parameters decide its control flow, and the instructions issued are counted. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -10,12 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.common import parser_of, write_json
+from benchmarks.common import parser_of
 
 from ..kernels.cuda_code import Disassembler, Nvcc
+from ..pages import Page, table
+from . import sections
 from .compiled_kernels import Kernels, compile_kernels
-from .prediction import (  # fmt: skip
+from .prediction import (
     ALU_LANES,
     BY_CHANNEL,
     CARDS,
@@ -23,33 +25,40 @@ from .prediction import (  # fmt: skip
     ELEMENT_BYTES,
     MOVED,
     MULTIPLY_LANES,
-    OF_NEURONS,
-    OF_NORMALISATION,
+    NEURON_KERNELS,
+    NORMALISATION_KERNELS,
     Card,
+    Counts,
     Prediction,
     kernel_of_launch,
     name_of,
+    predict,
 )
 from .recorded_calls import BLOCK, CHANNELS, COMMON, ELEMENTS, INNER, OTHERS, Call, launches
-from .sections import predicted, sections, table
 
-PAGE = Path(__file__).with_name("ROOFLINE.md")
-ACCESSES = "## Sectors that the warps touch"  # heads what tools/ptx/accesses.py writes, the rest of the page
 STEPS = (4, 16, 128)
 CHECKPOINT_STEPS = 16
 
 
-def predictions(kernels: dict[int, Kernels], calls: Iterable[Call]) -> Iterator[Prediction]:
-    """Of every kernel that passes over whole sequences; the others of a call are small."""
+def counted(kernels: dict[int, Kernels], calls: Iterable[Call]) -> Iterator[Counts]:
+    """Every kernel over whole sequences; the others of a call are small."""
     for call in calls:
         for dtype in ELEMENT_BYTES:
             for steps in STEPS:
                 for launch in launches(call, steps, dtype):
                     name = name_of(kernel_of_launch(launch))
-                    if name not in MOVED or (name in BY_CHANNEL and steps != STEPS[0]):
-                        continue
-                    for card in CARDS:
-                        yield predicted(card, kernels[card.architecture], call.name, launch, ELEMENTS, steps)
+                    if name in MOVED and (name not in BY_CHANNEL or steps == STEPS[0]):
+                        for architecture, those in kernels.items():
+                            yield sections.counts_of(architecture, those, call.name, launch, ELEMENTS, steps)
+
+
+def figures(kernels: dict[int, Kernels], version: str) -> dict[str, Any]:
+    found = counted(kernels, (COMMON, BLOCK, *OTHERS))
+    return {"nvcc": version, "counts": [each.to_json() for each in found], **sections.figures(kernels)}
+
+
+def counts_in(figures: dict[str, Any]) -> list[Counts]:
+    return [Counts.from_json(row) for row in figures["counts"]]
 
 
 # ---- the page ----
@@ -57,8 +66,8 @@ def predictions(kernels: dict[int, Kernels], calls: Iterable[Call]) -> Iterator[
 HEAD = """\
 # What should bound the CUDA kernels
 
-**A prediction from the disassembly. No GPU has measured it**; it is what a measurement will be held against. Made by
-`python -m tools.roofline.roofline --write` with nvcc {version}; no number in a table is written by hand.
+**A prediction from the disassembly. No GPU has measured it**; measurements will be compared with it. Made by
+`python -m tools.roofline.roofline --write` with nvcc {version}, and drawn from roofline.json.
 
 Each card begins with the common case, `lif` with a learned width: rectangle, hard reset, uniform parameters, noise,
 gradients of x and width, a thread for four neurons, time first. `batch_norm_lif` in training follows, and then *other
@@ -68,127 +77,115 @@ Bytes: forward reads x and writes s, backward reads x and the gradient and write
 bytes at every {checkpoint}th step but the last. v_seq adds 4 bytes whatever the type is; parameters and their partial
 sums add what they have. The floor, `x * 2` and `x * g`, moves the sequences, v_seq included, equally fast.
 
-Instructions: the launchers say which kernels a call starts, and with which parameters. The SASS of each is then run,
-one thread for every warp of one block: integers and predicates are computed, floats and the contents of memory are not.
-Loops and branches depend on the former, so that each is taken as often as on a GPU, and what a call does not use is
-skipped where the kernel skips it. Two kinds of branches do depend on floats: a division is taken for one of the usual
-kind, and moments that are joined for such as are not empty. An instruction whose predicate is false takes its turn, and
-counts.
+Instructions: the launchers name the kernels of a call, and their parameters. The SASS of each is run for one thread of
+every warp of one block: integers and predicates are computed, floats and the contents of memory are unknown. Loops and
+branches depend on the former, so each is taken as often as on a GPU, and a kernel skips what a call does not use. Two
+kinds of branches do depend on floats: divisions are assumed to take the fast path, and joined moments not to be empty.
+An instruction whose predicate is false is issued, and counted.
 
 Time: a multiprocessor starts four warp instructions a cycle, those of 128 threads. Its FMA pipes take
-{lanes} float additions and multiplications a cycle, of which {multiply} may be
+{lanes} float additions and multiplications a cycle, at most {multiply} of them
 `IMAD`; its ALU pipe takes {alu} comparisons, selections, logic and integer additions (CUDA C++ Programming Guide,
 throughput of native arithmetic instructions). The longest of memory, issue and busiest pipe is the time: perfect
 overlap is assumed. The section on waves says where latency does not allow it.
 
 `batch_norm_lif` in training is four passes: moments reads x; forward reads x and writes s; backward reads x and the
 gradient and writes the gradient of the normalised input, times its gain; the input gradient reads that and x and writes
-dx in its place. That is {moved} elements, {moved_bytes} bytes in float32, and the floor is a copy that moves as many.
-Forward and backward are then the normalised kernels (RESOURCES.md). Backward loads x twice, the second time from L1 or
-L2, which it has just come through: the bytes count it once.
+dx in place. That is {moved} elements, {moved_bytes} bytes in float32, and the floor is a copy of as many. Forward and
+backward are the normalised kernels (RESOURCES.md). Backward loads x twice, the second time from L1 or L2: the bytes
+count it once.
 
-Other calls: *by channel* means a tensor with a value for each of {channels} channels of {inner} neurons; *all* are
-width, decay and threshold, all learned; *by neuron* means that each of those has a value, which costs a thread
-its other three neurons; *store_v_seq* keeps the potentials, which get no gradient, and takes the general kernels, of
-which a *small* layer, too small to fill the card with four neurons a thread, gets those with one. A row that would be
-the same as in the common case is left out.
+Other calls: *by channel* is a tensor with a value for each of {channels} channels of {inner} neurons; *all* are
+width, decay and threshold, all learned; *by neuron* is a value for each neuron, which leaves a thread one neuron;
+*store_v_seq* stores the potentials, which get no gradient, and takes the general kernels, with one neuron a thread in a
+*small* layer, which would not fill the card with four. Rows equal to the common case are left out.
 """
 
 CAVEATS = """\
 ## What this leaves out
 
-- Launch, bank conflicts of shared memory, and instruction-cache misses; latency and the last wave, in the tables of the
-  cards, which the section on waves has.
-- The clock: 1.755 GHz on H100 and H200, below the 1.98 GHz that their 67 TFLOP/s of float32 come to; 1.86 GHz on the
-  B200, below the 1.98 GHz of its 75 TFLOP/s; 1.41 GHz on the A100. A card at its power limit runs slower, its memory
-  does not, so that instructions bind sooner. `python -m tools.gpu_check.check` takes the clock and the bandwidth
-  that it measures.
-- Bandwidth is that of the data sheet; no kernel quite reaches it, the multiply neither. Where memory binds that
-  cancels in the ratio; where instructions do the true ratio is lower.
-- What batch normalisation does once for each channel: coefficients, adjoint, the last sums of the gradients of gain and
-  bias. Double precision counts at the rate of special functions, and is faster on all these cards. Whether the second
-  load of x hits depends on the cache: if none did, backward would move a third more.
+- Launch, bank conflicts of shared memory, and instruction-cache misses. The tables of the cards leave out latency and
+  the last wave (section on waves).
+- The clock: 1.755 GHz on H100 and H200, below the 1.98 GHz of their 67 TFLOP/s of float32; 1.86 GHz on the B200,
+  below the 1.98 GHz of its 75 TFLOP/s; 1.41 GHz on the A100. A card at its power limit lowers its clock, not its
+  bandwidth, so that instructions bind sooner. `python -m tools.gpu_check.check` predicts from measured clock and
+  bandwidth.
+- Bandwidth is the data sheet's, which no kernel reaches, nor does the multiply. Where memory binds, this cancels in
+  the ratio; where instructions bind, the true ratio is lower.
+- Per-channel work of batch normalisation: coefficients, adjoint, the last sums of the gradients of gain and bias.
+  Double precision counts at the rate of special functions, and is faster on all these cards. The second load of x may
+  miss the cache: without any hit, backward would move a third more.
 - Other surrogates than the rectangle, and the soft reset.
-- `IMAD.WIDE` counts as one `IMAD`; the guide does not tell them apart. Uniform instructions count only as issued.
+- `IMAD.WIDE` counts as one `IMAD`, as in the guide. Uniform instructions count only as issued.
 """
 
 
 def row_of(p: Prediction) -> tuple[str, ...]:
     return (
-        f"{p.kernel} {p.dtype}", str(p.steps or "any"), f"{p.bytes:.2f}", f"{sum(p.instructions.values()):.1f}",
-        f"{p.memory:.2f}", f"{p.issue:.2f}", f"{p.pipes:.2f} {p.busiest}", p.binds, f"{p.ratio:.2f}",
+        f"{p.counts.kernel} {p.counts.dtype}", str(p.counts.steps or "any"), f"{sum(p.counts.moved):.2f}",
+        f"{sum(p.counts.instructions.values()):.1f}", f"{p.memory:.2f}", f"{p.issue:.2f}",
+        f"{p.pipes:.2f} {p.busiest}", p.binds, f"{p.ratio:.2f}",
     )  # fmt: skip
 
 
-def row_of_classes(p: Prediction) -> tuple[str, ...]:
-    return f"{p.kernel} {p.dtype}", str(p.steps), *(f"{p.instructions[name]:.1f}" for name in CLASSES)
+def class_row(p: Prediction) -> tuple[str, ...]:
+    instructions = (f"{p.counts.instructions[name]:.1f}" for name in CLASSES)
+    return f"{p.counts.kernel} {p.counts.dtype}", str(p.counts.steps), *instructions
 
 
-def row_of_sum(those: Sequence[Prediction], dtype: str, steps: int) -> tuple[str, ...]:
+def sum_row(those: Sequence[Prediction], dtype: str, steps: int) -> tuple[str, ...]:
     def total(get: Callable[[Prediction], float]) -> float:
         return sum(get(p) for p in those)
 
     return (
-        f"all four {dtype}", str(steps), f"{total(lambda p: p.bytes):.2f}",
-        f"{total(lambda p: sum(p.instructions.values())):.1f}", f"{total(lambda p: p.memory):.2f}",
+        f"all four {dtype}", str(steps), f"{total(lambda p: sum(p.counts.moved)):.2f}",
+        f"{total(lambda p: sum(p.counts.instructions.values())):.1f}", f"{total(lambda p: p.memory):.2f}",
         f"{total(lambda p: p.issue):.2f}", "", "", f"{total(lambda p: p.time) / total(lambda p: p.floor):.2f}",
     )  # fmt: skip
 
 
-def rows_of_normalisation(found: Sequence[Prediction]) -> Iterator[tuple[str, ...]]:
+def normalisation_rows(found: Sequence[Prediction]) -> Iterator[tuple[str, ...]]:
     """A row for each kernel, and for each length one for the four together."""
     for dtype in ELEMENT_BYTES:
-        mine = [p for p in found if p.dtype == dtype and p.kernel in OF_NORMALISATION]
-        for p in sorted(mine, key=lambda p: (OF_NORMALISATION.index(p.kernel), p.steps)):
+        mine = [p for p in found if p.counts.dtype == dtype and p.counts.kernel in NORMALISATION_KERNELS]
+        for p in sorted(mine, key=lambda p: (NORMALISATION_KERNELS.index(p.counts.kernel), p.counts.steps)):
             yield row_of(p)
         for steps in STEPS:
-            yield row_of_sum([p for p in mine if p.steps in (0, steps)], dtype, steps)
+            yield sum_row([p for p in mine if p.counts.steps in (0, steps)], dtype, steps)
 
 
 COLUMNS = ("", "T", "bytes", "instructions", "memory", "issue", "busiest pipe", "binds")
 
 
-def is_common(p: Prediction) -> bool:
-    """Whether it belongs to the tables of the common case, in which the page's readers find a kernel by its name."""
-    if p.call == COMMON.name:
-        return p.kernel in OF_NEURONS
-    return p.call == BLOCK.name and p.kernel in OF_NORMALISATION
+def other_calls(found: Sequence[Prediction]) -> list[Prediction]:
+    """The kernels of one card whose work differs from the common case."""
+    common = {p.counts.work for p in found if p.counts.is_common}
+    return [p for p in found if not p.counts.is_common and p.counts.work not in common]
 
 
-def of_other_calls(found: Sequence[Prediction]) -> list[Prediction]:
-    """The kernels of one card that do anything else than in the common case."""
-
-    def work(p: Prediction) -> object:
-        return p.kind, p.dtype, p.steps, p.bytes, tuple(p.instructions.items())
-
-    common = {work(p) for p in found if is_common(p)}
-    return [p for p in found if not is_common(p) and work(p) not in common]
-
-
-def row_of_call(p: Prediction) -> tuple[str, ...]:
+def call_row(p: Prediction) -> tuple[str, ...]:
     _, *cells = row_of(p)
-    return (p.call, f"{p.kind}, {p.dtype}", *cells)
+    return (p.counts.call, f"{p.counts.kind}, {p.counts.dtype}", *cells)
 
 
-def rows_of_calls_in_short(found: Sequence[Prediction]) -> Iterator[tuple[str, ...]]:
+def short_call_rows(found: Sequence[Prediction]) -> Iterator[tuple[str, ...]]:
     """A row for each call and pass, a column for each type and length."""
     grouped: dict[tuple[str, bool], dict[tuple[str, int], Prediction]] = {}
     for p in found:
-        grouped.setdefault((p.call, p.kernel.startswith("forward")), {})[p.dtype, p.steps] = p
+        key = p.counts.call, p.counts.kernel.startswith("forward")
+        grouped.setdefault(key, {})[p.counts.dtype, p.counts.steps] = p
     for (call, forward), those in grouped.items():
         cells = [those.get((dtype, steps)) for dtype in ELEMENT_BYTES for steps in STEPS]
-        yield (
-            f"{call}, {'forward' if forward else 'backward'}",
-            *("" if p is None else f"{p.ratio:.2f} {p.binds}" for p in cells),
-        )
+        name = f"{call}, {'forward' if forward else 'backward'}"
+        yield name, *("" if p is None else f"{p.ratio:.2f} {p.binds}" for p in cells)
 
 
-def tables_of(card: Card, found: Sequence[Prediction]) -> Iterator[str]:
-    of_card = [p for p in found if p.card == card.name]
-    common = [p for p in of_card if is_common(p)]
+def card_tables(card: Card, counts: Sequence[Counts]) -> Iterator[str]:
+    found = [predict(card, each) for each in counts if each.architecture == card.architecture]
+    common = [p for p in found if p.counts.is_common]
     mine = sorted(
-        (p for p in common if p.kernel in OF_NEURONS),
-        key=lambda p: (OF_NEURONS.index(p.kernel), p.dtype != "float32", p.steps),
+        (p for p in common if p.counts.kernel in NEURON_KERNELS),
+        key=lambda p: (NEURON_KERNELS.index(p.counts.kernel), p.counts.dtype != "float32", p.counts.steps),
     )
     yield (
         f"## {card.name}\n\n{card.bandwidth / 1e12:g} TB/s, {card.multiprocessors} multiprocessors at "
@@ -197,71 +194,67 @@ def tables_of(card: Card, found: Sequence[Prediction]) -> Iterator[str]:
     yield table((*COLUMNS, "times the multiply"), map(row_of, mine))
     if card == next(each for each in CARDS if each.architecture == card.architecture):
         yield "Instructions an element, by class:\n"
-        yield table(("", "T", *CLASSES), map(row_of_classes, mine))
+        yield table(("", "T", *CLASSES), map(class_row, mine))
     yield "Batch normalisation in front of the neuron:\n"
-    yield table((*COLUMNS, "times the copy"), rows_of_normalisation(common))
-    others = of_other_calls(of_card)
+    yield table((*COLUMNS, "times the copy"), normalisation_rows(common))
+    others = other_calls(found)
     if card == CARDS[0]:
         yield "Other calls:\n"
-        yield table(("call", "kernel", *COLUMNS[1:], "times the multiply"), map(row_of_call, others))
+        yield table(("call", "kernel", *COLUMNS[1:], "times the multiply"), map(call_row, others))
     yield "Other calls in short, as times the multiply and what binds:\n"
     header = ("", *(f"{dtype}, T = {steps}" for dtype in ELEMENT_BYTES for steps in STEPS))
-    yield table(header, rows_of_calls_in_short(others))
+    yield table(header, short_call_rows(others))
 
 
-def page(found: Sequence[Prediction], kernels: dict[int, Kernels], version: str) -> str:
-    moved_elements = sum(MOVED[name] for name in OF_NORMALISATION)
+def text(found: dict[str, Any]) -> str:
+    moved_elements = sum(MOVED[name] for name in NORMALISATION_KERNELS)
     lanes = dict.fromkeys(card.float_lanes for card in CARDS)
-    head = HEAD.format(
-        version=version,
-        checkpoint=CHECKPOINT_STEPS,
-        multiply=MULTIPLY_LANES,
-        alu=ALU_LANES,
-        channels=CHANNELS,
-        inner=INNER,
-        moved=moved_elements,
-        moved_bytes=moved_elements * ELEMENT_BYTES["float32"],
-        lanes=" or ".join(
-            f"{each} ({', '.join(card.name.split()[0] for card in CARDS if card.float_lanes == each)})"
-            for each in lanes
-        ),
-    )
-    parts = [head]
+    parts = [
+        HEAD.format(
+            version=found["nvcc"],
+            checkpoint=CHECKPOINT_STEPS,
+            multiply=MULTIPLY_LANES,
+            alu=ALU_LANES,
+            channels=CHANNELS,
+            inner=INNER,
+            moved=moved_elements,
+            moved_bytes=moved_elements * ELEMENT_BYTES["float32"],
+            lanes=" or ".join(
+                f"{each} ({', '.join(card.name.split()[0] for card in CARDS if card.float_lanes == each)})"
+                for each in lanes
+            ),
+        )
+    ]
+    counts = counts_in(found)
     for card in CARDS:
-        parts += tables_of(card, found)
-    return "\n".join([*parts, *sections(kernels), CAVEATS])
+        parts += card_tables(card, counts)
+    return "\n".join([*parts, *sections.texts(found), CAVEATS])
 
 
-def parts_of(page: str) -> tuple[str, str]:
-    """What is written here, and what tools/ptx/accesses.py writes; a blank line stands between."""
-    before, heading, after = page.partition(ACCESSES)
-    return before.rstrip("\n") + "\n", heading + after
-
-
-def write(text: str) -> None:
-    PAGE.write_text(f"{text}\n{parts_of(PAGE.read_text())[1]}")
+PAGE = Page(Path(__file__).with_name("ROOFLINE.md"), text)
 
 
 def main() -> None:
-    """Prints the page, or writes it."""
-    parser = parser_of("tools.roofline.roofline", __doc__, "json")
-    parser.add_argument("--write", action="store_true", help=f"write csrc/{PAGE.name} rather than print it")
+    """Prints the page of new figures, or writes both."""
+    parser = parser_of("tools.roofline.roofline", __doc__)
+    parser.add_argument("--write", action="store_true", help="write roofline.json and ROOFLINE.md, print nothing")
+    parser.add_argument("--draw", action="store_true", help="draw ROOFLINE.md again from roofline.json")
     arguments = parser.parse_args()
+    if arguments.draw:
+        PAGE.write()
+        return
     nvcc, disassembler = Nvcc.find(), Disassembler.find()
     if nvcc is None or disassembler is None:
         parser.error("needs nvcc, cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
-    architectures = dict.fromkeys(card.architecture for card in CARDS)
-    kernels = compile_kernels(nvcc, disassembler, architectures)
-    found = list(predictions(kernels, (COMMON, BLOCK, *OTHERS)))
-    text = page(found, kernels, nvcc.version)
+    kernels = compile_kernels(nvcc, disassembler, dict.fromkeys(card.architecture for card in CARDS))
+    found = figures(kernels, nvcc.version)
     for architecture, those in kernels.items():
         for kernel, addresses in those.undecided.items():
-            print(f"sm_{architecture}: {kernel}: not known which way: {', '.join(addresses)}", file=sys.stderr)
+            print(f"sm_{architecture}: {kernel}: undecided branches at {', '.join(addresses)}", file=sys.stderr)
     if arguments.write:
-        write(text)
+        PAGE.write(found)
     else:
-        print(text, end="")
-    write_json(arguments.json, [{**p._asdict(), "binds": p.binds, "ratio": p.ratio} for p in found])
+        print(text(found), end="")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The instructions of SASS that decide the way of a thread, as operations on its registers and predicates.
+"""The instructions of SASS that decide the control flow of a thread, as operations on registers and predicates.
 
-These are integers, predicates and the kernel's parameters, which lie in the constant bank. What is not known is None:
-the contents of memory, floats, and what follows from them.
+Known are integers, predicates and the kernel's parameters, which are stored in the constant bank. Unknown values are
+None: the contents of memory, floats, and results of unknown values.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def split(instruction: Instruction) -> Split:
 
 
 def width_of(instruction: Instruction) -> int:
-    """How many registers the result has."""
+    """The registers of the result."""
     name, opcode = instruction.name, instruction.opcode
     if name in ("SHF", "USHF", "I2F"):
         return 1
@@ -84,25 +84,25 @@ def bits_of(number: float) -> int:
 
 
 def rounded_up(number: int) -> int:
-    """The bits of the least float32 that is not below a natural number."""
+    """The bits of a natural number as float32, rounded up."""
     bits = bits_of(float(number))
     return bits if float_of(bits) >= number else bits + 1
 
 
 def looked_up(table: int, *bits: bool | None) -> bool | None:
-    """The value of a table of eight bits at three bits, of which some may not be known."""
+    """A table of eight bits, looked up at three bits that may be unknown."""
     if None not in bits:
         return bool(table >> sum(bool(bit) << k for k, bit in enumerate(reversed(bits))) & 1)
     found = {0}
     for bit in bits:
-        found = {2 * place + each for place in found for each in ((False, True) if bit is None else (bit,))}
-    values = {table >> place & 1 for place in found}
+        found = {2 * index + each for index in found for each in ((False, True) if bit is None else (bit,))}
+    values = {table >> index & 1 for index in found}
     return bool(values.pop()) if len(values) == 1 else None
 
 
 @functools.cache
 def _names(name: str, width: int) -> tuple[str, ...]:
-    """The registers from this one on; none for the one that is always zero."""
+    """Consecutive registers; none for RZ."""
     match = _REGISTER.match(name)
     if match is None or match[3] == "Z":
         return ()
@@ -110,7 +110,7 @@ def _names(name: str, width: int) -> tuple[str, ...]:
 
 
 class Thread:
-    """One thread's registers and predicates, and the parameters of the kernel."""
+    """Registers and predicates of a thread, and the kernel's parameters."""
 
     def __init__(self, parameters: bytes, parameters_at: int, special: Mapping[str, int]) -> None:
         self.registers: dict[str, Value] = {}
@@ -134,13 +134,13 @@ class Thread:
             self.predicates[name] = value
 
     def set(self, name: str, value: Value, width: int = 1) -> None:
-        """Sets a register, or several from this one on."""
+        """Sets consecutive registers."""
         for k, each in enumerate(_names(name, width)):
             self.registers[each] = None if value is None else value >> 32 * k & WORD
 
 
 def getter(word: str, wide: bool = False) -> Getter:
-    """The value of an operand of 32 or 64 bits; a negative one is not cut to 32, so that its carry is there to see."""
+    """An operand of 32 or 64 bits; a negated one is not truncated to 32, so that its carry shows."""
     if match := _NUMBER.match(word):
         number = int(word, 0) & (2**64 - 1 if wide else WORD)
         return lambda thread: number
@@ -175,7 +175,7 @@ def getter(word: str, wide: bool = False) -> Getter:
     return value if "|" not in sign else lambda thread: None
 
 
-# ---- instructions that are computed ----
+# ---- instructions ----
 
 
 def _sum(i: Instruction, s: Split) -> Operation:
@@ -243,17 +243,17 @@ def _shift_and_add(i: Instruction, s: Split) -> Operation:
 
 def _shift(i: Instruction, s: Split) -> Operation:
     values = [getter(word) for word in s.sources]
-    left, of_64, high = ".L" in i.opcode, "64" in i.opcode, ".HI" in i.opcode
+    left, is_64, high = ".L" in i.opcode, "64" in i.opcode, ".HI" in i.opcode
     arithmetic = ".S32" in i.opcode or ".S64" in i.opcode
 
     def run(thread: Thread) -> None:
         a, amount, c = (value(thread) for value in values)
         if a is None or amount is None or c is None:
             return thread.set(s.result, None)
-        amount &= 63 if of_64 else 31
+        amount &= 63 if is_64 else 31
         both = c << 32 | a
         if not left:
-            if arithmetic and c >> 31 and (of_64 or high):
+            if arithmetic and c >> 31 and (is_64 or high):
                 both -= 1 << 64
             both >>= amount
         else:
@@ -300,9 +300,9 @@ def _logic(i: Instruction, s: Split) -> Operation:
             result = 0
         elif a is not None and b is not None and c is not None:
             result = 0
-            for place in range(8):
-                if table >> place & 1:
-                    result |= (a if place & 4 else ~a) & (b if place & 2 else ~b) & (c if place & 1 else ~c) & WORD
+            for row in range(8):
+                if table >> row & 1:
+                    result |= (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c) & WORD
         thread.set(s.result, result)
         for out in s.outs:
             thread.set_predicate(out, None if result is None else result != 0)
@@ -361,7 +361,7 @@ def _special(i: Instruction, s: Split) -> Operation:
 
 
 def _halves(i: Instruction, s: Split) -> Operation:
-    """`HFMA2 R5, -RZ, RZ, 0, 2.4e-06` is how a constant is made."""
+    """A constant: `HFMA2 R5, -RZ, RZ, 0, 2.4e-06`."""
     if not all("RZ" in word for word in s.sources[:2]):
         return _unknown(i, s)
     try:
@@ -467,7 +467,7 @@ _COMPUTED: dict[str, Callable[[Instruction, Split], Operation]] = {
 
 
 def operation(i: Instruction) -> Callable[[Thread], bool]:
-    """Does the instruction, and says whether it did: it does nothing where its predicate is false."""
+    """A function that executes the instruction, and returns whether its predicate held."""
     s = split(i)
     if i.name == "R2P":
         s = Split((), "", tuple(operands_of(i)[1:]), ())
@@ -475,12 +475,12 @@ def operation(i: Instruction) -> Callable[[Thread], bool]:
     if i.name == "MOV" and len(s.sources) > 1:
         s = s._replace(sources=s.sources[:1])
     run = make(i, s)
-    forget = _unknown(i, s)
+    set_unknown = _unknown(i, s)
 
     def guarded(thread: Thread) -> bool:
         runs = thread.predicate(i.guard) if i.guard else True
         if runs is None:
-            forget(thread)
+            set_unknown(thread)
         elif runs:
             run(thread)
         return runs is not False

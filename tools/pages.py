@@ -1,0 +1,54 @@
+"""Pages drawn from the figures beside them: `NAME.md` from `name.json`, which programs read."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Page(NamedTuple):
+    """A page, and the function that makes its text from its figures."""
+
+    path: Path
+    text: Callable[[Any], str]
+
+    @property
+    def figures(self) -> Any:
+        return json.loads(self._json.read_text())
+
+    @property
+    def _json(self) -> Path:
+        return self.path.with_name(f"{self.path.stem.lower()}.json")
+
+    def write(self, figures: Any = None) -> None:
+        """Writes figures and page, or draws the page again from the committed figures."""
+        if figures is not None:
+            self._json.write_text(to_json(figures) + "\n")
+        self.path.write_text(self.text(self.figures))
+
+
+def to_json(value: Any) -> str:
+    """JSON with a line for each dictionary without others, and for each row of values."""
+    line = json.dumps(value)
+    if "{" not in line[1:] and (isinstance(value, dict) or "[" not in line[1:]):
+        return line
+    if isinstance(value, dict):
+        return "{\n" + ",\n".join(f"{json.dumps(key)}: {to_json(each)}" for key, each in value.items()) + "\n}"
+    return "[\n" + ",\n".join(map(to_json, value)) + "\n]"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Markdown with aligned columns, the first `left` of them flush left."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * (width - (i >= left)) + ":" * (i >= left) for i, width in enumerate(widths)])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines) + "\n"
+
+
+def prose(text: str) -> str:
+    """Paragraphs, their lines filled anew."""
+    filled = (textwrap.fill(each, 120, break_long_words=False, break_on_hyphens=False) for each in text.split("\n\n"))
+    return "\n\n".join(filled) + "\n"
