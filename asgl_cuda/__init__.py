@@ -4,18 +4,18 @@ Layers:
     LIF                     leaky integrate-and-fire neurons that learn the width of their surrogate
     BatchNormLIF            a batch normalisation and the neurons behind it, in one
     LeakyIntegrator         neurons that do not fire: a synaptic current, or a read-out
-    OverTime                a layer that knows no time, over a sequence
+    OverTime                a layer without time, over a sequence
 
 Functions:
-    lif, LIFOutput          what LIF computes
-    batch_norm_lif          what BatchNormLIF computes
+    lif, LIFOutput          LIF as a function
+    batch_norm_lif          BatchNormLIF as a function
     leaky_integrator, IntegratorOutput
-                            what LeakyIntegrator computes
-    analog_mask             which elements the noise makes analog
+                            LeakyIntegrator as a function
+    analog_mask             the analog elements of a noise
 
 States:
     step                    a model one time step at a time
-    reset, detach           forget what layers carry, or cut it off its graph
+    reset, detach           clear or detach the states of layers
 
 Training:
     parameter_groups        for an optimizer
@@ -35,7 +35,7 @@ Models of other libraries:
 
 Backends:
     available_backends, unavailable_backends
-                            which work here, and what the others lack
+                            the working ones, and why others do not work
 
 `help(asgl_cuda.LIF)` and so on tell more.
 """
@@ -50,7 +50,8 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy: No module named '
 from ._version import __version__
 from .backends import available_backends, unavailable_backends
 from .batch_norm import batch_norm_lif
-from .functional import LIFOutput, analog_mask, lif
+from .call import LIFOutput
+from .functional import analog_mask, lif
 from .integrator import IntegratorOutput, LeakyIntegrator, leaky_integrator
 from .interop import convert, from_nir, fuse, revert, to_nir, unfuse
 from .layer import asgl_layers

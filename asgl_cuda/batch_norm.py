@@ -1,11 +1,11 @@
-"""Batch normalisation and the fused neuron in one: autograd wiring, and `batch_norm_lif`.
+"""Batch normalisation fused with the neuron: autograd wiring, and `batch_norm_lif`.
 
 Forward reads x for the statistics, then reads it once more and writes s; backward reads x and the gradient and writes
-dh, then reads dh and x and writes dx, in place: 36 bytes an element in float32. Backward needs x, and of the
-normalisation a few numbers a channel.
+dh, then reads dh and x and writes dx, in place: 36 bytes per element in float32. Saved for backward: x, and 7 values
+per channel.
 
-With dh the gradient of the normalised input c = gain (x - mean) + shift, sums over all elements of a channel, M their
-number and xhat = (x - mean) / sqrt(variance + eps):
+With dh the gradient of the normalised input c = gain (x - mean) + shift, sums over the M elements of a channel
+and xhat = (x - mean) / sqrt(variance + eps):
 
     S = sum dh xhat,   d weight = input_scale S,   d bias = input_scale sum dh
     dx = gain dh                                          evaluation
@@ -14,6 +14,7 @@ number and xhat = (x - mean) / sqrt(variance + eps):
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,9 +23,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .backends import BACKENDS, backend_of, operators_of
+from .call import Arguments, Call, LIFOutput, checked_call, grouped
 from .checks import (
     HALF_TYPES,
     PLAIN_TENSORS,
+    cached_by_signature,
     can_be_seen,
     check_bool,
     check_dense,
@@ -35,89 +38,95 @@ from .checks import (
     check_keywords,
     check_not_nan,
     expected_shape,
-    once_a_kind,
     shown,
 )
 from .derivatives import DERIVATIVES
-from .functional import Arguments, Call, LIFOutput, NeuronArguments, checked_call, lif
+from .functional import LIF_DEFAULTS, NeuronArguments
 from .layout import by_channel, channel_dim, real_type
-from .ops import ForwardResult, in_their_places
-from .reference import Parameters, batch_statistics, detached, normalisation
+from .ops import ForwardResult, with_gaps
+from .reference import batch_statistics, detached, normalisation
 from .transforms import apply, apply_here, is_differentiated, once_differentiable, saved_tensors, transforming
 
 _CALLER = "asgl_cuda.batch_norm_lif"
-NEURON_DEFAULTS = lif.__kwdefaults__ or {}
 
-# With so few values a channel dx is the small difference of terms that half types round, so it is computed in float32.
+# Up to this many values per channel, half types compute in float32: dx is a small difference of large terms.
 _FEW = 4
 
 
 class _Settings(NamedTuple):
-    """The settings that all channels of a call share."""
+    """Settings of the normalisation."""
 
     channel: int  # dimension of x_seq
     eps: float
     input_scale: float
-    group: Any  # processes that share the statistics, None for this one alone
+    group: Any  # processes that share the statistics; None: only this one
+
+
+# The arguments of the normalisation that are floats, tensors or None, and those that are never tensors.
+_Values = namedtuple("_Values", "running_mean running_var weight bias momentum")
+_Options = namedtuple("_Options", "training eps input_scale time_dim")
 
 
 class BatchNormLIFFunction(torch.autograd.Function):
     """The fused operators as a differentiable function of x_seq, v_init, weight, bias and the neuron's parameters.
 
-    `mean` and `variance` are None in training, where they are taken from x_seq.
+    Takes `_Settings`, backend, plan and numbers of a `Call`, weight, bias, mean and variance, [C] each, the latter two
+    None in training, and the tensors of the call, one by one.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(settings: _Settings, *inputs: Any) -> tuple[Tensor, ...]:
-        result, coefficients, statistics = _forward(settings, Call.of(*inputs[4:]), inputs[:4], True)
+        backend, plan, numbers, weight, bias, mean, variance, x_seq, v_init, rng_state, *parameters = inputs
+        call = Call(backend, plan, numbers, x_seq, v_init, rng_state, parameters)
+        result, coefficients, statistics = _forward(settings, call, (weight, bias, mean, variance), True)
         return *result, coefficients, statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.settings, ctx.training, ctx.options = inputs[0], inputs[3] is None, inputs[5:9]
-        kept = output[-3:]  # checkpoints, coefficients, statistics
-        ctx.save_for_backward(*kept, *inputs[9:])
+        ctx.settings, ctx.backend, ctx.plan, ctx.numbers, _, _, mean, _, *tensors = inputs
+        ctx.training = mean is None
+        *_, checkpoints, coefficients, statistics = output
+        ctx.save_for_backward(checkpoints, coefficients, statistics, *tensors)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*kept)
+        ctx.mark_non_differentiable(checkpoints, coefficients, statistics)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         checkpoints, coefficients, statistics, *tensors = saved_tensors(ctx)
-        settings, grads = ctx.settings, grads[:-3]
-        call = Call.of(*ctx.options, *tensors)
-        _, wants_weight, wants_bias, _, _, _, _, _, _, wants_x_seq, wants_v_init, _, *needed = ctx.needs_input_grad
+        x_seq, v_init, rng_state, *parameters = tensors
+        settings = ctx.settings
+        call = Call(ctx.backend, ctx.plan, ctx.numbers, x_seq, v_init, rng_state, parameters)
+        *grads_of_outputs, _, _, _ = grads
+        _, _, _, _, wants_weight, wants_bias, _, _, wants_x_seq, wants_v_init, _, *needed = ctx.needs_input_grad
         wants_sums = wants_weight or wants_bias or (wants_x_seq and ctx.training)
-        of_neuron = Parameters(*needed)._replace(input_gain=wants_sums, input_bias=wants_sums)
-        wanted = (wants_x_seq, wants_v_init, *of_neuron)
-        found = _normalised(call, coefficients.unbind()).backward(grads, checkpoints, wanted)
-        of_x_seq, of_v_init, *of_parameters = in_their_places(found, wanted)
-        of_weight = of_bias = None
+        width, decay, v_threshold, reset, _, _, input_mean = needed
+        wanted = wants_x_seq, wants_v_init, width, decay, v_threshold, reset, wants_sums, wants_sums, input_mean
+        found = _normalised(call, coefficients.unbind()).backward(grads_of_outputs, checkpoints, wanted)
+        grad_x_seq, grad_v_init, *grad_parameters = with_gaps(found, wanted)
+        grad_weight = grad_bias = None
         if wants_sums:
-            of_input = Parameters(*of_parameters)
-            sums = of_input.input_gain, of_input.input_bias
-            of_weight, of_bias = call.operators.batch_norm_backward(
-                of_x_seq if wants_x_seq and ctx.training else call.x_seq.new_empty(0), call.x_seq, coefficients,
-                statistics, *sums, *_summed(sums, settings.group), settings.eps, settings.input_scale, call.time_dim,
+            *_, grad_gain, grad_shift, _ = grad_parameters
+            sums = grad_gain, grad_shift
+            grad_weight, grad_bias = call.operators.batch_norm_backward(
+                grad_x_seq if wants_x_seq and ctx.training else x_seq.new_empty(0), x_seq, coefficients, statistics,
+                *sums, *_summed(sums, settings.group), settings.eps, settings.input_scale, ctx.plan.rules.time_dim,
             )  # fmt: skip
-        asked = (wants_weight, wants_bias, wants_x_seq, wants_v_init, *needed)
-        gradients = [
-            grad
-            for grad, wants in zip((of_weight, of_bias, of_x_seq, of_v_init, *of_parameters), asked, strict=True)
-            if wants
-        ]
+        results = grad_weight, grad_bias, grad_x_seq, grad_v_init, *grad_parameters
+        asked = wants_weight, wants_bias, wants_x_seq, wants_v_init, *needed
+        gradients = [grad for grad, wants in zip(results, asked, strict=True) if wants]
         checked = once_differentiable(gradients, (*tensors, *grads))
-        grad_weight, grad_bias, grad_x_seq, grad_v_init, *grad_parameters = in_their_places(checked, asked)
-        nothing = (None,) * 6
-        return None, grad_weight, grad_bias, *nothing, grad_x_seq, grad_v_init, None, *grad_parameters
+        grad_weight, grad_bias, grad_x_seq, grad_v_init, *grad_parameters = with_gaps(checked, asked)
+        nothing = None, None, None, None
+        return *nothing, grad_weight, grad_bias, None, None, grad_x_seq, grad_v_init, None, *grad_parameters
 
 
 class _CoefficientsFunction(torch.autograd.Function):
-    """The operator batch_norm_coefficients, alone in a graph, as a function of x_seq, weight and bias.
+    """The bare operator batch_norm_coefficients as a function of x_seq, weight and bias.
 
-    The neuron has the gradients of gain and shift; the rounded mean counts as a constant, whose share in shift cancels
-    its share in the neuron. The variance is for the running statistics alone.
+    The neuron has the gradients of gain and shift; the rounded mean is a constant, whose effects through shift and the
+    neuron cancel. The variance is for the running statistics only.
     """
 
     @staticmethod
@@ -140,16 +149,16 @@ class _CoefficientsFunction(torch.autograd.Function):
         backend, eps, input_scale, time_dim = ctx.options
         _, wants_x_seq, _, _, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         through_batch = wants_x_seq and ctx.training
-        _, of_gain, of_shift, _ = grads[0].unbind()
-        of_x_seq = torch.zeros_like(x_seq) if through_batch else x_seq.new_empty(0)
-        sums = of_gain, of_shift
-        of_weight, of_bias = operators_of(backend, (x_seq, coefficients, *sums)).batch_norm_backward(
-            of_x_seq, x_seq, coefficients, total, *sums, *sums, eps, input_scale, time_dim
+        _, grad_gain, grad_shift, _ = grads[0].unbind()
+        grad_x_seq = torch.zeros_like(x_seq) if through_batch else x_seq.new_empty(0)
+        sums = grad_gain, grad_shift
+        grad_weight, grad_bias = operators_of(backend, (x_seq, coefficients, *sums)).batch_norm_backward(
+            grad_x_seq, x_seq, coefficients, total, *sums, *sums, eps, input_scale, time_dim
         )
         asked = through_batch, False, False, False, wants_weight, wants_bias
-        all_found = of_x_seq, None, None, None, of_weight, of_bias
+        all_found = grad_x_seq, None, None, None, grad_weight, grad_bias
         found = [grad for grad, wants in zip(all_found, asked, strict=True) if wants and grad is not None]
-        gradients = in_their_places(once_differentiable(found, (x_seq, coefficients, *grads)), asked)
+        gradients = with_gaps(once_differentiable(found, (x_seq, coefficients, *grads)), asked)
         return None, *gradients, None, None, None
 
 
@@ -169,14 +178,15 @@ DERIVATIVES["batch_norm_coefficients"] = _differentiated
 
 
 def _forward(
-    settings: _Settings, call: Call, of_norm: Sequence[Tensor | None], keep_checkpoints: bool
+    settings: _Settings, call: Call, norm: Sequence[Tensor | None], keep_checkpoints: bool
 ) -> tuple[ForwardResult, Tensor, Tensor]:
     """The result of the neuron, the coefficients, and number, mean and variance of each channel."""
-    weight, bias, mean, variance = of_norm
+    weight, bias, mean, variance = norm
+    eps, input_scale, time_dim = settings.eps, settings.input_scale, call.plan.rules.time_dim
 
     def coefficients_of(statistics: Tensor | None) -> tuple[Tensor, Tensor]:
         return call.operators.batch_norm_coefficients(
-            call.x_seq, statistics, mean, variance, weight, bias, settings.eps, settings.input_scale, call.time_dim
+            call.x_seq, statistics, mean, variance, weight, bias, eps, input_scale, time_dim
         )
 
     coefficients, statistics = coefficients_of(None)
@@ -190,13 +200,14 @@ def _forward(
 
 
 def _normalised(call: Call, coefficients: Sequence[Tensor]) -> Call:
-    """The call for neurons whose input is normalised by these, of which mean, gain and bias come first."""
+    """The call for neurons whose input is normalised by mean, gain and bias, the first coefficients."""
     mean, gain, bias, *_ = coefficients
-    return call._replace(parameters=(*call.parameters[:4], gain, bias, mean))
+    width, decay, v_threshold, reset, *_ = call.parameters
+    return call._replace(parameters=(width, decay, v_threshold, reset, gain, bias, mean))
 
 
 def _check_shared_count(count: Tensor, settings: _Settings, x_seq: Tensor) -> None:
-    """Raises where all processes together have one value a channel, which is looked up only where it may be so."""
+    """Raises where all processes together have one value per channel; synchronises only where this is possible."""
     if x_seq.numel() <= x_seq.shape[settings.channel] and bool((count <= 1).any()):
         raise ValueError(
             f"{_CALLER}: training needs more than one value a channel, got one in all processes, here x_seq of shape "
@@ -205,7 +216,7 @@ def _check_shared_count(count: Tensor, settings: _Settings, x_seq: Tensor) -> No
 
 
 def check_process_group(process_group: Any, caller: str) -> None:
-    """A group, "world" or None; a process that is not in the group may make a layer with it, and not call that."""
+    """A group, "world" or None; processes outside the group may create a layer with it, but not call it."""
     if process_group is None or (isinstance(process_group, str) and process_group == "world"):
         return
     if torch.distributed.is_available():
@@ -221,7 +232,7 @@ def _no_group(process_group: Any, caller: str) -> TypeError:
 
 
 def _sharing(process_group: Any) -> Any:
-    """The group if there is more than one process in it, else None."""
+    """The group, or None if it has one process."""
     if process_group is None:
         return None
     if isinstance(process_group, str) and process_group == "world":
@@ -297,32 +308,24 @@ def batch_norm_lif(
     check_keywords(neuron, NeuronArguments.__annotations__, _CALLER)
     if isinstance(momentum, Tensor) and momentum.is_floating_point() and momentum.dim() == 0 and can_be_seen(momentum):
         check_finite("momentum", momentum.item(), _CALLER, "a float or a tensor")
-    running = running_mean, running_var, None
-    options = training, momentum, eps, input_scale, process_group
-    return _batch_norm_lif(x_seq, running, weight, bias, *options, Arguments(**{**NEURON_DEFAULTS, **neuron}))
+    given = grouped({**LIF_DEFAULTS, **neuron})
+    values = _Values(running_mean, running_var, weight, bias, momentum)
+    options = _Options(training, eps, input_scale, given.options.time_dim)
+    return _batch_norm_lif(x_seq, values, options, None, process_group, given)
 
 
 def _batch_norm_lif(
-    x_seq: Tensor,
-    running: tuple[Tensor | None, Tensor | None, Tensor | None],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
-    input_scale: float,
-    process_group: Any,
-    given: Arguments,
+    x_seq: Tensor, values: _Values, options: _Options, count: Tensor | None, process_group: Any, given: Arguments
 ) -> Tensor | LIFOutput:
-    """The same; `running` has the number of batches as well, None where it is not counted."""
-    running_mean, running_var, count = running
-    values = (x_seq, running_mean, running_var, weight, bias, momentum)
-    channel, eps, input_scale = _norm_plan_of(_CALLER, values, (training, eps, input_scale, given.time_dim))
+    """The same; `count` is num_batches_tracked, or None."""
+    channel, eps, input_scale = _norm_plan_of(_CALLER, x_seq, values, options)
+    running_mean, running_var, weight, bias, momentum = values
+    training = options.training
     group = _sharing(process_group) if training else None
     scalar, real = x_seq.dtype, real_type(x_seq.dtype)
     in_one_launch = False
     if running_mean is not None and running_var is not None:
-        in_one_launch = training and _in_one_launch(running, momentum, real)
+        in_one_launch = training and _in_one_launch(running_mean, running_var, momentum, real)
         _check_running(running_mean, running_var, training, in_one_launch)
     if training and group is None and x_seq.numel() == 0:  # counts as a batch, and leaves the statistics, as in torch
         training, in_one_launch, running_mean = False, False, x_seq.new_zeros(x_seq.shape[channel], dtype=real)
@@ -340,37 +343,39 @@ def _batch_norm_lif(
     call = checked_call(_CALLER, x_seq, given)
     settings = _Settings(channel, eps, input_scale, group)
     mean, variance = (None, None) if training else (running_mean, running_var)
-    of_norm = [
+    norm = [
         value if value is None or value.dtype is real else value.to(real) for value in (weight, bias, mean, variance)
     ]
     outputs: Sequence[Tensor]
     if BACKENDS[call.backend].operators is None:
-        outputs, *statistics = _reference(settings, call, of_norm)
+        outputs, *statistics = _reference(settings, call, norm)
     else:
-        options, tensors = call[:4], (*call[4:7], *call.parameters)
-        if is_differentiated((*tensors, *of_norm), _CALLER):
-            *outputs, coefficients, _ = apply(BatchNormLIFFunction, settings, *of_norm, *options, *tensors)
+        backend, plan, numbers, *tensors, parameters = call
+        if is_differentiated((*tensors, *parameters, *norm), _CALLER):
+            inputs = settings, backend, plan, numbers, *norm, *tensors, *parameters
+            *outputs, coefficients, _ = apply(BatchNormLIFFunction, *inputs)
         else:
-            outputs, coefficients, _ = _forward(settings, call, of_norm, False)
+            outputs, coefficients, _ = _forward(settings, call, norm, False)
         if in_one_launch:
+            running = running_mean, running_var, count
             call.operators.batch_norm_update(*running, coefficients, momentum)
-            # torch does it for its own operations alone.
+            # torch increments it for its own operations only.
             torch.autograd.graph.increment_version([each for each in running if each is not None])
             statistics = []
         else:
             statistics = [coefficients[0], coefficients[3]]
-    if training and running_mean is not None and statistics:
-        _update(running, statistics, momentum)
+    if training and running_mean is not None and running_var is not None and statistics:
+        _update(running_mean, running_var, count, statistics, momentum)
     output = call.output(outputs)
     if scalar == x_seq.dtype:
         return output
     return output._replace(s_seq=output.s_seq.to(scalar)) if isinstance(output, LIFOutput) else output.to(scalar)
 
 
-@once_a_kind
-def _norm_plan_of(caller: str, values: Sequence[Any], options: Sequence[Any]) -> tuple[int, float, float]:
+@cached_by_signature
+def _norm_plan_of(caller: str, x_seq: Tensor, values: _Values, options: _Options) -> tuple[int, float, float]:
     """Checks the arguments of the normalisation; gives the dimension of the channels, eps and input_scale."""
-    x_seq, running_mean, running_var, weight, bias, momentum = values
+    *_, momentum = values
     training, eps, input_scale, time_dim = options
     time_dim = check_input(x_seq, time_dim, caller)
     check_bool("training", training, caller)
@@ -381,12 +386,12 @@ def _norm_plan_of(caller: str, values: Sequence[Any], options: Sequence[Any]) ->
             f"with time_dim {time_dim}; is time missing?"
         )
     channels = x_seq.shape[channel]
-    if (running_mean is None) != (running_var is None):
+    if (values.running_mean is None) != (values.running_var is None):
         raise ValueError(f"{caller}: running_mean and running_var must both be given or both be None, got one of them")
-    if not training and running_mean is None:
+    if not training and values.running_mean is None:
         raise ValueError(f"{caller}: evaluation (training=False) needs running_mean and running_var, got None")
-    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, value in named.items():
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        value = getattr(values, name)
         if value is None:
             continue
         check_floating(name, value, caller)
@@ -415,7 +420,7 @@ def _norm_plan_of(caller: str, values: Sequence[Any], options: Sequence[Any]) ->
 
 
 def _check_running(mean: Tensor, variance: Tensor, training: bool, in_one_launch: bool) -> None:
-    """Refuses running statistics whose gradient would be missing, or that can't be written one after the other."""
+    """Refuses running statistics that require a gradient or share memory."""
     if (mean.requires_grad or variance.requires_grad) and torch.is_grad_enabled():
         name = "running_mean" if mean.requires_grad else "running_var"
         raise ValueError(f"{_CALLER}: {name} has no gradient and must not require one; {name}.detach() can be taken")
@@ -432,7 +437,7 @@ def _check_running(mean: Tensor, variance: Tensor, training: bool, in_one_launch
                 f"tensor; {name}.clone() has it"
             )
         start = value.data_ptr()
-        addresses.append({start + step * place for place in range(value.numel() if start else 0)})
+        addresses.append({start + step * index for index in range(value.numel() if start else 0)})
     if not addresses[0].isdisjoint(addresses[1]):
         raise ValueError(
             f"{_CALLER}: running_mean and running_var are written in training and must not share memory; "
@@ -440,13 +445,8 @@ def _check_running(mean: Tensor, variance: Tensor, training: bool, in_one_launch
         )
 
 
-def _in_one_launch(
-    running: tuple[Tensor | None, Tensor | None, Tensor | None], momentum: float | Tensor, real: torch.dtype
-) -> bool:
-    """Whether the operator takes the running statistics. A compiler does better with torch's own operations."""
-    mean, variance, _ = running
-    assert mean is not None
-    assert variance is not None
+def _in_one_launch(mean: Tensor, variance: Tensor, momentum: float | Tensor, real: torch.dtype) -> bool:
+    """Whether the operator updates the running statistics. Compilers fuse torch's own operations better."""
     return (
         not isinstance(momentum, Tensor)
         and not torch.compiler.is_compiling()
@@ -459,36 +459,33 @@ def _in_one_launch(
 
 @torch.no_grad()
 def _update(
-    running: tuple[Tensor | None, Tensor | None, Tensor | None], values: Sequence[Tensor], momentum: float | Tensor
+    mean: Tensor, variance: Tensor, batches: Tensor | None, values: Sequence[Tensor], momentum: float | Tensor
 ) -> None:
     """Replaces a share of the running mean and variance, and counts the batch."""
-    *statistics, count = running
-    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-        mean, variance, _ = running
-        if (mean is not None and mean.is_inference()) or (variance is not None and variance.is_inference()):
-            raise ValueError(
-                f"{_CALLER}: running statistics that were made in inference mode can't be updated outside of it; "
-                "their clone() can"
-            )
+    in_inference = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+    if not in_inference and (mean.is_inference() or variance.is_inference()):
+        raise ValueError(
+            f"{_CALLER}: running statistics that were made in inference mode can't be updated outside of it; "
+            "their clone() can"
+        )
     if isinstance(momentum, Tensor) and momentum.dim():
         momentum = momentum.reshape(())
-    for each, value in zip(statistics, values, strict=True):
-        assert each is not None
+    for each, value in zip((mean, variance), values, strict=True):
         share = momentum.to(each.dtype) if isinstance(momentum, Tensor) else momentum
         value = detached(value).to(each.dtype).reshape(each.shape)
-        if transforming():  # vmap knows lerp alone
+        if transforming():  # vmap has no lerp_
             each.copy_(each.lerp(value, share))
         else:
             each.lerp_(value, share)
-    if count is not None:
-        count.add_(1)
+    if batches is not None:
+        batches.add_(1)
 
 
 def _reference(
-    settings: _Settings, call: Call, of_norm: Sequence[Tensor | None]
+    settings: _Settings, call: Call, norm: Sequence[Tensor | None]
 ) -> tuple[Sequence[Tensor], Tensor, Tensor]:
     """The outputs of the neuron, and mean and unbiased variance of each channel."""
-    weight, bias, mean, variance = of_norm
+    weight, bias, mean, variance = norm
     real = real_type(call.x_seq.dtype)
     unbiased = variance
     if mean is None or variance is None:
@@ -511,9 +508,9 @@ def module_batch_norm_lif(
     input_scale: float = 1.0,
     process_group: Any = None,
 ) -> Tensor | LIFOutput:
-    """`batch_norm_lif` with what a module holds that has the attributes and the rules of `torch.nn.BatchNorm2d`.
+    """`batch_norm_lif` for a module with the attributes and rules of `torch.nn.BatchNorm2d`.
 
-    `weight` and `bias` are the module's, or made of them. Without `update` the running statistics stay.
+    `weight` and `bias` are the module's, or derived. Without `update` the running statistics stay unchanged.
     """
     training, running_mean = norm.training, norm.running_mean
     uses_batch = training or running_mean is None
@@ -521,7 +518,9 @@ def module_batch_norm_lif(
     momentum, count = norm.momentum, norm.num_batches_tracked if update else None
     if momentum is None:  # the average of all batches
         momentum = 1 / (norm.num_batches_tracked + 1) if update else 0.0
-    running = (running_mean, norm.running_var, count) if update or not uses_batch else (None, None, None)
-    return _batch_norm_lif(
-        x_seq, running, weight, bias, uses_batch, momentum, norm.eps, input_scale, process_group, given
-    )
+    running_var = norm.running_var
+    if uses_batch and not update:
+        running_mean = running_var = count = None
+    values = _Values(running_mean, running_var, weight, bias, momentum)
+    options = _Options(uses_batch, norm.eps, input_scale, given.options.time_dim)
+    return _batch_norm_lif(x_seq, values, options, count, process_group, given)

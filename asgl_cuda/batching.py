@@ -1,9 +1,8 @@
-"""The operators under vmap: the batching rules by which torch.func.vmap, jacrev and ensembles of models compute.
+"""Batching rules of the operators, for torch.func.vmap, jacrev and ensembles of models.
 
-The mapped dimension joins the neurons: one call of an operator computes all samples, and parameters that differ from
-sample to sample are parameters that differ from neuron to neuron. Where that would change a value the samples are
-computed one by one: under noise whose rng_state was given, which numbers the neurons of each sample from 0, and in
-batch normalisation, whose statistics are of each sample alone.
+The mapped dimension joins the neurons: one call of an operator computes all samples, and parameters per sample are
+parameters per neuron. Samples are computed one by one where that would change results: with a given rng_state, which
+counts the neurons of each sample from 0, and in batch normalisation, with statistics per sample.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ def _rule_of_forward(operator: Operator, info: Any, in_dims: tuple[Any, ...], *a
     x_seq, v_init, rng_state, parameters, numbers, rules, wanted = arguments
     x_dim, v_dim, rng_dim, parameter_dims, *_ = in_dims
     rules = Rules(*rules)
-    if not _are_numbered_in_one_row(rng_state, rng_dim):
+    if not _are_numbered_consecutively(rng_state, rng_dim):
         return _one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
     samples = _Samples(info.batch_size, x_seq, x_dim, rules.time_dim)
     outputs = operator(
-        samples.x_seq, samples.front(v_init, v_dim), _of_all_samples(rng_state, rng_dim),
+        samples.x_seq, samples.front(v_init, v_dim), _shared_state(rng_state, rng_dim),
         [samples.parameter(value, dim) for value, dim in zip(parameters, parameter_dims, strict=True)],
         numbers, rules._replace(time_dim=rules.time_dim + 1), wanted,
     )  # fmt: skip
@@ -57,62 +56,62 @@ def _rule_of_backward(operator: Operator, info: Any, in_dims: tuple[Any, ...], *
     grads, x_seq, v_init, rng_state, checkpoints, parameters, numbers, rules, wanted = arguments
     grad_dims, x_dim, v_dim, rng_dim, checkpoint_dim, parameter_dims, *_ = in_dims
     rules = Rules(*rules)
-    if not _are_numbered_in_one_row(rng_state, rng_dim):
+    if not _are_numbered_consecutively(rng_state, rng_dim):
         return _one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
     samples = _Samples(info.batch_size, x_seq, x_dim, rules.time_dim)
-    of_parameters = list(zip(parameters, parameter_dims, wanted[2:], strict=True))
+    parameter_dims_asked = list(zip(parameters, parameter_dims, wanted[2:], strict=True))
     gradients = operator(
         [samples.front(grad, dim) for grad, dim in zip(grads, grad_dims, strict=True)],
-        samples.x_seq, samples.front(v_init, v_dim), _of_all_samples(rng_state, rng_dim),
+        samples.x_seq, samples.front(v_init, v_dim), _shared_state(rng_state, rng_dim),
         samples.together(checkpoints, checkpoint_dim),
-        [samples.parameter(value, dim, apart=asked) for value, dim, asked in of_parameters],
+        [samples.parameter(value, dim, apart=asked) for value, dim, asked in parameter_dims_asked],
         numbers, rules._replace(time_dim=rules.time_dim + 1), wanted,
     )  # fmt: skip
-    return _in_own_shapes(gradients, of_parameters, info), [0] * len(gradients)
+    return _in_own_shapes(gradients, parameter_dims_asked, info), [0] * len(gradients)
 
 
 def _rule_of_integrator(operator: Operator, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    """For both operators, whose last argument is a bool in forward."""
+    """For forward, whose last argument is a bool, and backward."""
     sequence, *others, parameters, numbers, rules, delay, wanted = arguments
     dim, *other_dims, parameter_dims, _, _, _, _ = in_dims
     rules = Rules(*rules)
     samples = _Samples(info.batch_size, sequence, dim, rules.time_dim)
     asked = [False] * len(parameters) if isinstance(wanted, bool) else wanted[2:]
-    of_parameters = list(zip(parameters, parameter_dims, asked, strict=True))
+    parameter_dims_asked = list(zip(parameters, parameter_dims, asked, strict=True))
     results = operator(
         samples.x_seq, *map(samples.front, others, other_dims),
-        [samples.parameter(value, dim, apart=wants) for value, dim, wants in of_parameters],
+        [samples.parameter(value, dim, apart=wants) for value, dim, wants in parameter_dims_asked],
         numbers, rules._replace(time_dim=rules.time_dim + 1), delay, wanted,
     )  # fmt: skip
-    return _in_own_shapes(results, of_parameters, info), [0] * len(results)
+    return _in_own_shapes(results, parameter_dims_asked, info), [0] * len(results)
 
 
-def _in_own_shapes(results: list[Tensor], of_parameters: Any, info: Any) -> list[Tensor]:
-    """Gradients, the last ones of parameters, which get the shape that they have for each sample."""
-    shapes = [_shape_of_one(value, dim) for value, dim, asked in of_parameters if asked and value is not None]
+def _in_own_shapes(results: list[Tensor], parameter_dims_asked: Any, info: Any) -> list[Tensor]:
+    """Gradients, with those of parameters, the last ones, in their shapes per sample."""
+    shapes = [_shape_of_one(value, dim) for value, dim, asked in parameter_dims_asked if asked and value is not None]
     first = len(results) - len(shapes)
     return results[:first] + [
         grad.reshape(info.batch_size, *shape) for grad, shape in zip(results[first:], shapes, strict=True)
     ]
 
 
-def _are_numbered_in_one_row(rng_state: Tensor | None, dim: int | None) -> bool:
-    """Whether the neurons of all samples are: without noise, or with noise that `draw_under_transforms` has mapped."""
+def _are_numbered_consecutively(rng_state: Tensor | None, dim: int | None) -> bool:
+    """Whether neurons count on over samples: without noise, or with noise mapped by `draw_under_transforms`."""
     return rng_state is None or (dim is not None and rng_state.dim() == 3)
 
 
-def _of_all_samples(rng_state: Tensor | None, dim: int | None) -> Tensor | None:
+def _shared_state(rng_state: Tensor | None, dim: int | None) -> Tensor | None:
     if rng_state is None or dim is None:
         return None
     return rng_state.narrow(dim, 0, 1).squeeze(dim) if rng_state.shape[dim] else rng_state.new_zeros((1, 2))
 
 
 def _shape_of_one(value: Tensor, dim: int | None) -> list[int]:
-    return [size for place, size in enumerate(value.shape) if place != dim]
+    return [size for index, size in enumerate(value.shape) if index != dim]
 
 
 class _Samples:
-    """The tensors of one call for all samples, which are the first dimension of each."""
+    """The tensors of one call for all samples, the first dimension of each."""
 
     def __init__(self, count: int, x_seq: Tensor, dim: int | None, time_dim: int) -> None:
         self._count = count
@@ -122,26 +121,26 @@ class _Samples:
         self._neurons = self.x_seq.numel() // max(count * steps, 1)
 
     def front(self, value: Any, dim: int | None) -> Any:
-        """The value with the samples first, also where they share it."""
+        """The value with the samples first, expanded where shared."""
         if value is None:
             return None
         return value.expand(self._count, *value.shape) if dim is None else value.movedim(dim, 0)
 
     def parameter(self, value: Tensor | None, dim: int | None, apart: bool = False) -> Any:
-        """Reshaped to broadcast against x_seq; with `apart` each sample gets a gradient, also where they share it."""
+        """Reshaped to broadcast against x_seq; with `apart` expanded to a gradient per sample."""
         if value is None or (dim is None and not apart):
             return value
         sizes = _shape_of_one(value, dim)
         return self.front(value, dim).reshape(self._count, *(1,) * (self._dims - len(sizes)), *sizes)
 
     def apart(self, checkpoints: Tensor) -> Tensor:
-        """The checkpoints of each sample, from `[segments, samples, neurons]`; the two zeros behind go to each."""
+        """The checkpoints of each sample, from `[segments, samples, neurons]` and 2 zeros, which all get."""
         segments = (checkpoints.numel() - 2) // max(self._count * self._neurons, 1)
         each = checkpoints[:-2].reshape(segments, self._count, self._neurons).movedim(1, 0).flatten(1)
         return torch.cat([each, checkpoints[-2:].expand(self._count, 2)], 1)
 
     def together(self, checkpoints: Tensor, dim: int | None) -> Tensor:
-        """The checkpoints that `apart` was given."""
+        """The inverse of `apart`."""
         each = self.front(checkpoints, dim)
         segments = (each.shape[1] - 2) // max(self._neurons, 1)
         kept = each[:, :-2].reshape(self._count, segments, self._neurons).movedim(1, 0)
@@ -160,7 +159,7 @@ def _one_by_one(
     def pick(value: Any, dim: int | None, index: int) -> Any:
         if dim is None:
             return value
-        if info.batch_size == 0:  # one call that tells the shapes
+        if info.batch_size == 0:  # one call, for the shapes
             return value.new_zeros(_shape_of_one(value, dim))
         value = value.select(dim, index)
         return value if is_dense(value, time_dim) else value.contiguous()
@@ -175,7 +174,7 @@ def _one_by_one(
 
 
 def _write_back(batch_norm_backward: Operator, grad_x_seq: Tensor, x_seq: Tensor, *others: Any) -> Any:
-    """The same operator for a grad_x_seq that does not lie in memory as x_seq does."""
+    """The operator for a grad_x_seq whose memory layout is not that of x_seq."""
     if grad_x_seq.numel() == 0:
         return batch_norm_backward(grad_x_seq, x_seq, *others)
     *_, time_dim = others

@@ -1,4 +1,4 @@
-"""Checks of arguments: an error says where, what was expected and what came."""
+"""Checks of arguments: errors name the caller, the expected and the given value."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_input(x_seq: Tensor, time_dim: int, caller: str) -> int:
     dims = x_seq.dim()
     if dims < 1:
         raise ValueError(f"{caller}: x_seq must have at least one dimension, got a scalar")
-    time_dim = check_time_dim(time_dim, caller)
+    time_dim = check_int("time_dim", time_dim, caller)
     if not -dims <= time_dim < dims:
         raise ValueError(
             f"{caller}: time_dim must be in [{-dims}, {dims - 1}] for x_seq of shape {list(x_seq.shape)}, "
@@ -50,7 +50,7 @@ def check_input(x_seq: Tensor, time_dim: int, caller: str) -> int:
 
 
 def check_step(x_t: Any, time_dim: int, caller: str) -> None:
-    """An input of one time step, which has no time, and a place for it."""
+    """An input of one time step, with room for time at `time_dim`."""
     if not isinstance(x_t, Tensor):
         raise TypeError(f"{caller}: x_t must be a tensor, got {type(x_t).__name__}")
     if not -x_t.dim() - 1 <= time_dim <= x_t.dim():
@@ -61,7 +61,7 @@ def check_step(x_t: Any, time_dim: int, caller: str) -> None:
 
 
 def expected_shape(x_seq: Tensor, time_dim: int, sizes: Sequence[int], by_channel: bool) -> str:
-    """The end of an error about channels, or neurons, of these sizes; `time_dim` is not negative."""
+    """The end of an error about the sizes of channels or neurons; `time_dim` is not negative."""
     if by_channel:
         names, wanted = ["B", "C", "..."], f"with C = {sizes[0]}"
         names.insert(min(time_dim, len(names)), "T")
@@ -75,7 +75,7 @@ def expected_shape(x_seq: Tensor, time_dim: int, sizes: Sequence[int], by_channe
 
 
 def check_dense(name: str, value: Tensor, caller: str) -> None:
-    """An ordinary tensor, whose elements lie in the memory of this process."""
+    """A strided tensor in the memory of this process."""
     if value.is_nested or value.layout is not torch.strided:
         kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
         raise TypeError(f"{caller}: {name} must be a dense tensor, got {kind}; padded or made dense, it can be taken")
@@ -86,23 +86,18 @@ def check_dense(name: str, value: Tensor, caller: str) -> None:
         )
 
 
-def check_time_dim(time_dim: Any, caller: str) -> int:
-    """An int; its range depends on the input."""
-    return check_int("time_dim", time_dim, caller)
-
-
 def shown(value: Any) -> str:
-    """A value as errors show it: on one line, not long, whatever the value is."""
+    """Any value as errors show it: short, on one line."""
     try:
         is_number = isinstance(value, Tensor) and value.dim() == 0
         text = " ".join((f"{value}" if is_number else repr(value)).split())
-    except Exception:  # as ints of more than 4300 digits, and whatever a user's class raises
+    except Exception:  # ints of more than 4300 digits; classes of users
         text = type(value).__name__
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def did_you_mean(given: Any, names: Iterable[str]) -> str:
-    """The end of an error for a name that is none of `names`: the nearest one, if there is any."""
+    """The end of an error for an unknown name: the nearest of `names`, if any."""
     near = difflib.get_close_matches(given.lower(), names, n=1) if isinstance(given, str) else []
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -116,7 +111,7 @@ def check_name(name: str, value: Any, names: Iterable[str], caller: str, hint: s
 
 
 def check_keywords(given: Iterable[str], known: Iterable[str], caller: str) -> None:
-    """No keyword arguments except those that are known."""
+    """Only known keyword arguments."""
     for name in given:
         if name not in known:
             raise TypeError(f"{caller}: got an unexpected keyword argument {name!r}{did_you_mean(name, known)}")
@@ -132,7 +127,7 @@ def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> N
 
 
 def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
-    """What several spikes a step ask of the other arguments."""
+    """Requirements of multi_spike."""
     if v_reset is not None:
         raise ValueError(
             f"{caller}: multi_spike is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}"
@@ -148,7 +143,7 @@ _LEAST_WIDTH = {real: math.sqrt(torch.finfo(real).tiny) for real in (torch.float
 
 
 def check_width(width: float, caller: str, real: torch.dtype = torch.float32) -> None:
-    """Positive and finite, and so is 1 / width^2, by which its gradient is multiplied, in the arithmetic's type."""
+    """Positive and finite, as must be 1 / width^2, a factor of the gradient, in the type of the arithmetic."""
     least = _LEAST_WIDTH[real]
     if not least <= width < math.inf:
         expected = "> 0" if not width > 0 else "finite" if width > 1 else f">= {least:.3g} in {real}"
@@ -156,7 +151,7 @@ def check_width(width: float, caller: str, real: torch.dtype = torch.float32) ->
 
 
 def check_width_tensor(width: Tensor, caller: str) -> None:
-    """The same for each value, where they can be seen."""
+    """The same for all values of a tensor, where `can_be_seen`."""
     if can_be_seen(width):
         ends = (width,) if width.numel() == 1 else torch.aminmax(width.detach())
         for value in ends:
@@ -166,7 +161,7 @@ def check_width_tensor(width: Tensor, caller: str) -> None:
 
 
 def can_be_seen(value: Tensor) -> bool:
-    """Whether its values are known without waiting for a device, and are no trace's."""
+    """Whether values can be read without a device synchronisation and outside of traces."""
     return (
         type(value) in PLAIN_TENSORS
         and value.is_cpu
@@ -177,7 +172,7 @@ def can_be_seen(value: Tensor) -> bool:
 
 
 def check_number(name: str, value: Any, caller: str, expected: str = "a float") -> float:
-    """The value as a float; Python's and numpy's numbers will do."""
+    """The value as a float, from numbers of Python and numpy."""
     if type(value) is float:
         return value
     if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
@@ -189,10 +184,10 @@ def check_number(name: str, value: Any, caller: str, expected: str = "a float") 
 
 
 def read_number(name: str, value: Any, caller: str, learned: bool = False, option: str = "") -> float:
-    """The same for what a layer keeps, which may be a tensor or an array of one value, too: it is read back.
+    """The same for a constant of a layer, also from a tensor or array of one value.
 
-    What has a gradient is refused, unless it starts what is `learned`: as a constant it would not be trained. `option`
-    is the argument that makes it learned.
+    A tensor that requires a gradient is refused unless it initialises a `learned` parameter: as a constant it would not
+    be trained. `option` is the argument that learns it.
     """
     if isinstance(value, Tensor):
         value = _value_of(name, value, caller, learned, option)
@@ -217,26 +212,26 @@ def _value_of(name: str, value: Tensor, caller: str, learned: bool, option: str)
         )
     try:
         return value.item()
-    except Exception:  # torch has several for tensors without values, as those of a trace
+    except Exception:  # of several types, for tensors without values, as in traces
         raise ValueError(f"{expected}, got one on {value.device} whose value can't be read") from None
 
 
 def read_finite(name: str, value: Any, caller: str) -> float:
-    """A constant of a layer that is neither infinite nor NaN."""
+    """A finite constant of a layer."""
     return check_finite(name, read_number(name, value, caller), caller)
 
 
 def check_int(name: str, value: Any, caller: str) -> int:
-    """The value as an int; Python's and numpy's ints will do."""
+    """The value as an int, from ints of Python and numpy."""
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"{caller}: {name} must be an int, got {type(value).__name__}")
     return int(value)
 
 
 def check_not_nan(name: str, value: Any, caller: str, expected: str = "a float") -> float:
-    """The same, where NaN will not do."""
+    """The value as a float, not NaN."""
     number = value if type(value) is float else check_number(name, value, caller, expected)
-    if number != number:  # math.isnan is nothing that torch.compile can trace with a dynamic number
+    if number != number:  # torch.compile cannot trace math.isnan of a dynamic float
         raise ValueError(f"{caller}: {name} must be a number, got nan")
     return number
 
@@ -278,7 +273,7 @@ def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str) -> N
 
 
 def check_analog_prob(analog_prob: float, caller: str) -> int:
-    """round(analog_prob * DRAWS), the number that draws are compared with."""
+    """round(analog_prob * DRAWS), which draws are compared with."""
     analog_prob = check_number("analog_prob", analog_prob, caller)
     if not 0 <= analog_prob <= 1:
         raise ValueError(f"{caller}: analog_prob must be in [0, 1], got {analog_prob}")
@@ -286,7 +281,7 @@ def check_analog_prob(analog_prob: float, caller: str) -> int:
 
 
 def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) -> Tensor:
-    """The same number as a tensor, int64 `[1]`, of one value on the device of x_seq."""
+    """The same as an int64 tensor `[1]`, from a tensor of one value on the device of x_seq."""
     check_dense("analog_prob", analog_prob, caller)
     if analog_prob.dtype not in FLOATING_TYPES or analog_prob.numel() != 1:
         raise TypeError(
@@ -322,15 +317,15 @@ def check_generator(generator: Any, x_seq: Tensor, caller: str) -> None:
 
 
 def check_finite(name: str, value: Any, caller: str, expected: str = "a float") -> float:
-    """The value as a float that is neither infinite nor NaN."""
+    """The value as a finite float."""
     number = check_number(name, value, caller, expected)
-    if not -math.inf < number < math.inf:  # nor can torch.compile trace math.isfinite
+    if not -math.inf < number < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{caller}: {name} must be finite, got {number}")
     return number
 
 
 def check_bool(name: str, value: Any, caller: str) -> bool:
-    """True or False; numpy's will do."""
+    """True or False, also of numpy."""
     if isinstance(value, bool):
         return value
     numpy = sys.modules.get("numpy")
@@ -339,21 +334,18 @@ def check_bool(name: str, value: Any, caller: str) -> bool:
     return bool(value)
 
 
-_LARGEST_SIZE = 2**63 - 1
-
-
 def check_sizes(name: str, value: Any, caller: str) -> tuple[int, ...]:
     """An int or a sequence of ints, all positive, as a tuple."""
     sizes = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (value,)
     if any(isinstance(size, bool) or not isinstance(size, (int, Integral)) for size in sizes):
         raise TypeError(f"{caller}: {name} must be an int or a sequence of ints, got {type(value).__name__}")
-    if not all(1 <= size <= _LARGEST_SIZE for size in sizes):
+    if not all(1 <= size < 2**63 for size in sizes):
         raise ValueError(f"{caller}: {name} must be positive and less than 2^63, got {shown(value)}")
     return tuple(map(int, sizes))
 
 
 def check_device_and_dtype(device: Any, dtype: Any, caller: str) -> None:
-    """What torch makes parameters on and of: a device or its name, and a floating type; None for the default."""
+    """Device and type of parameters: a device or its name, and a floating type; None for the default."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATING_TYPES):
         raise TypeError(f"{caller}: dtype must be float16, bfloat16, float32, float64 or None, got {shown(dtype)}")
     if device is None or isinstance(device, torch.device):
@@ -370,19 +362,19 @@ def check_device_and_dtype(device: Any, dtype: Any, caller: str) -> None:
 
 
 _warned: set[str] = set()
-# A call of the user's may come here through torch, and through libraries whose layers are converted.
+# Packages that may be between the user's call and a warning.
 _NOT_THE_USERS = ("asgl_cuda", "torch", "spikingjelly", "snntorch", "norse", "sinabs")
 
 
 def warn_once(kind: str, message: str) -> None:
-    """Warns the first time that there is a reason of this kind, with the user's line."""
+    """Warns once per `kind`, at the user's line."""
     if kind not in _warned:
         _warned.add(kind)
         warnings.warn(message, stacklevel=level_of_user())
 
 
 def level_of_user() -> int:
-    """The stacklevel of the user's line, for the function that calls this."""
+    """The stacklevel of the user's line, for the caller of this function."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
         frame, level = frame.f_back, level + 1
@@ -390,42 +382,42 @@ def level_of_user() -> int:
 
 
 Plan = TypeVar("Plan")
-Check = Callable[[str, tuple[Any, ...], tuple[Any, ...]], Plan]
+Check = Callable[[str, Any, Any, Any], Plan]
 _MOST_PLANS = 1000
 
 
-def once_a_kind(check: Check[Plan]) -> Check[Plan]:
-    """Remembers what `check(caller, values, options)` returns, and does not make it again for a call of the same kind.
+def cached_by_signature(check: Check[Plan]) -> Check[Plan]:
+    """Caches the result of `check(caller, x_seq, values, options)` for calls of the same signature.
 
-    All that the check may depend on is the caller; the options, which are hashable; and of the values, floats, None or
-    tensors, their type and the shape, type and device of a tensor, never its numbers.
+    The check may depend on the caller; on the options, which are hashable; and of x_seq and the values, which are
+    floats, None or tensors, on a float, and on type, shape, dtype and device of a tensor, never on its values.
     """
     plans: dict[Any, Plan] = {}
 
     @functools.wraps(check)
-    def of_kind(caller: str, values: tuple[Any, ...], options: tuple[Any, ...]) -> Plan:
+    def cached(caller: str, x_seq: Any, values: tuple[Any, ...], options: tuple[Any, ...]) -> Plan:
         if torch.compiler.is_compiling():
-            return check(caller, values, options)
+            return check(caller, x_seq, values, options)
         try:
-            # Their types count because numbers of several types may be equal.
             kinds = [value if type(value) is float or value is None else _kind(value) for value in values]
-            key = (caller, options, *map(type, options), *map(type, values), *kinds)
+            # With the types of options, since True == 1 == 1.0.
+            key = (caller, _kind(x_seq), options, *map(type, options), *kinds)
             plan = plans.get(key)
         except TypeError:
-            return check(caller, values, options)
+            return check(caller, x_seq, values, options)
         if plan is None:
-            plan = check(caller, values, options)
+            plan = check(caller, x_seq, values, options)
             if len(plans) >= _MOST_PLANS:
                 plans.clear()
             plans[key] = plan
         return plan
 
-    return of_kind
+    return cached
 
 
 def _kind(value: Any) -> Any:
-    """What may be known of a tensor without its numbers; TypeError where a check may look for more."""
-    tensor = value.of_value if isinstance(value, (Logarithm, Logit)) else value
+    """The signature of a tensor; TypeError where a check may depend on more."""
+    tensor = value.stored if isinstance(value, (Logarithm, Logit)) else value
     if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:
         raise TypeError
-    return tensor.shape, tensor.dtype, tensor.device
+    return type(value), tensor.shape, tensor.dtype, tensor.device

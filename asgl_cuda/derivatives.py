@@ -1,6 +1,6 @@
-"""The operators where autograd meets them by themselves, as in a graph that torch.export has made.
+"""Autograd of bare operators, as in graphs of torch.export.
 
-Functions and layers of this package have a torch.autograd.Function around the operators and call them below autograd.
+Functions and layers of this package wrap the operators in a torch.autograd.Function and call them below autograd.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 from .transforms import apply_here, in_forward_mode, once_differentiable, refuse_tangents
 
 Derivative = Callable[..., Any]
-# By operator; the others can't be differentiated. A derivative takes the operator, the same below autograd, and its
-# arguments, and returns the results with a graph.
+# By operator; others are not differentiable. A derivative takes the operator, the operator below autograd, and its
+# arguments, and returns results with a graph.
 DERIVATIVES: dict[str, Derivative] = {}
 
 
 def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
-    """The operator's kernel for autograd. Where nothing is differentiated, csrc/ops/autograd.h does the same faster."""
+    """The operator's autograd kernel; csrc/ops/autograd.h is a faster one for calls without gradients."""
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         tensors = tuple(_tensors_in(arguments))
@@ -30,7 +30,7 @@ def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
         enabled = torch.is_grad_enabled()
 
         def below(*arguments: Any) -> Any:
-            # A Function disables gradients; the next level of differentiation asks whether they were enabled.
+            # Function disables gradients, which the next level of differentiation needs as they were.
             with torch.set_grad_enabled(enabled), torch._C._AutoDispatchBelowAutograd():
                 return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
@@ -43,7 +43,7 @@ def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
 
 
 def below_autograd(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator for calls that something else differentiates, or nothing."""
+    """The operator without its autograd kernel."""
 
     def call(*arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -54,7 +54,7 @@ def below_autograd(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 def _without_derivative(operator: Any, below: Callable[..., Any], *arguments: Any) -> Any:
     results = below(*arguments)
-    if results is None:  # the running statistics, which have no gradient
+    if results is None:  # batch_norm_update
         return None
     return type(results)(once_differentiable(results, tuple(_tensors_in(arguments)), apply_here))
 

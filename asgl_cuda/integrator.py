@@ -1,7 +1,8 @@
-"""The leaky integrator, a neuron that does not fire, as a function and as a layer."""
+"""The leaky integrator, a neuron without spikes, as a function and as a layer."""
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,32 +10,36 @@ import torch
 from torch import Tensor, nn
 
 from .backends import BACKENDS, backend_of, choose_backend, operators_of
-from .checks import check_bool, check_input, check_not_nan, check_parameter, check_v_init, once_a_kind
+from .checks import cached_by_signature, check_bool, check_input, check_not_nan, check_parameter, check_v_init
 from .derivatives import DERIVATIVES
 from .layer import Granularity, NeuronLayer
 from .layout import is_dense, real_type
 from .learned import Logit
-from .ops import ForwardResult, in_their_places
+from .ops import ForwardResult, with_gaps
 from .reference import Numbers, Parameters, Rules, integrator_reference
 from .transforms import apply, apply_here, is_differentiated, once_differentiable, saved_tensors
 
-_NO_RULES = Rules(*(0 for _ in Rules._fields))
+_RULES = Rules._make([0] * len(Rules._fields))
 
 
 class IntegratorOutput(NamedTuple):
-    """What `leaky_integrator` returns with return_v_last.
+    """The result of `leaky_integrator` with return_v_last.
 
-    `v_seq` has shape and type of x_seq; `v_last`, the potential after the last step, has its shape without time and is
-    float32, float64 for a float64 input.
+    `v_seq` has shape and type of x_seq; `v_last`, the potential after the last step, has the same shape without time,
+    in float32, or float64 for a float64 input.
     """
 
     v_seq: Tensor
     v_last: Tensor
 
 
-def _all_parameters(decay: Any, input_gain: Any, others: Any = None) -> list[Any]:
-    """These two in their places among the neuron's parameters."""
-    return [{"decay": decay, "input_gain": input_gain}.get(name, others) for name in Parameters._fields]
+# The options of `leaky_integrator`, unchecked, except backend.
+_Options = namedtuple("_Options", "v_rest delay time_dim return_v_last")
+
+
+def _all_parameters(decay: Any, input_gain: Any, others: Any = None) -> tuple[Any, ...]:
+    """The neuron's parameters, as operators take them."""
+    return others, decay, others, others, input_gain, others, others
 
 
 class IntegratorFunction(torch.autograd.Function):
@@ -44,9 +49,10 @@ class IntegratorFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        backend, *options, x_seq, v_init, decay, input_gain = inputs
-        forward = operators_of(backend, inputs[-4:]).integrator_forward
-        return tuple(forward(x_seq, v_init, _all_parameters(decay, input_gain), *options))
+        backend, numbers, rules, *options, x_seq, v_init, decay, input_gain = inputs
+        operator = operators_of(backend, (x_seq, v_init, decay, input_gain)).integrator_forward
+        parameters = _all_parameters(decay, input_gain)
+        return tuple(operator(x_seq, v_init, parameters, tuple(numbers), tuple(rules), *options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -62,27 +68,29 @@ class IntegratorFunction(torch.autograd.Function):
         backend, numbers, rules, delay, wants_v_last = ctx.options
         saved = saved_tensors(ctx)
         v_seq, v_init, x_seq, decay, input_gain = saved
-        needed = ctx.needs_input_grad[5:]
-        grad_v_seq, grad_v_last = in_their_places(grads, (True, wants_v_last))
+        _, _, _, _, _, wants_x_seq, wants_v_init, wants_decay, wants_gain = ctx.needs_input_grad
+        grad_v_seq, grad_v_last = with_gaps(grads, (True, wants_v_last))
         if grad_v_seq is None:
             grad_v_seq = torch.zeros(ctx.shape, **ctx.like)
-        if not is_dense(grad_v_seq, rules[-1]):
+        if not is_dense(grad_v_seq, rules.time_dim):
             grad_v_seq = grad_v_seq.contiguous()
         found = operators_of(backend, (*saved, *grads)).integrator_backward(
-            grad_v_seq, grad_v_last, v_seq, x_seq, v_init, _all_parameters(decay, input_gain), numbers, rules, delay,
-            (*needed[:2], *_all_parameters(needed[2], needed[3], False)),
+            grad_v_seq, grad_v_last, v_seq, x_seq, v_init, _all_parameters(decay, input_gain), tuple(numbers),
+            tuple(rules), delay, (wants_x_seq, wants_v_init, *_all_parameters(wants_decay, wants_gain, False)),
         )  # fmt: skip
         gradients = once_differentiable(found, (*saved, *grads))
-        return None, None, None, None, None, *in_their_places(gradients, needed)
+        asked = wants_x_seq, wants_v_init, wants_decay, wants_gain
+        return None, None, None, None, None, *with_gaps(gradients, asked)
 
 
 class _OperatorFunction(IntegratorFunction):
-    """The same for the operator by itself; the backend comes with the operator below autograd."""
+    """The same for a bare operator; the backend comes with the operator below autograd."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        (_, below), *options, x_seq, v_init, decay, input_gain = inputs
-        return tuple(below(x_seq, v_init, _all_parameters(decay, input_gain), *options))
+        (_, below), numbers, rules, *options, x_seq, v_init, decay, input_gain = inputs
+        parameters = _all_parameters(decay, input_gain)
+        return tuple(below(x_seq, v_init, parameters, tuple(numbers), tuple(rules), *options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -92,31 +100,32 @@ class _OperatorFunction(IntegratorFunction):
 
 def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
     """The operator integrator_forward with its derivative."""
-    x_seq, v_init, parameters, *options = arguments
+    x_seq, v_init, parameters, numbers, rules, *options = arguments
     given = Parameters(*parameters)
+    named = Numbers(*numbers), Rules(*rules)
     tensors = x_seq, v_init, given.decay, given.input_gain
-    return list(apply_here(_OperatorFunction, (backend_of(operator), below), *options, *tensors))
+    return list(apply_here(_OperatorFunction, (backend_of(operator), below), *named, *options, *tensors))
 
 
 DERIVATIVES["integrator_forward"] = _differentiated
 
 
-@once_a_kind
-def _rules_of(caller: str, values: Sequence[Any], options: Sequence[Any]) -> tuple[int, ...]:
-    """Checks all that does not depend on the numbers in tensors."""
-    x_seq, decay, input_gain = values
+@cached_by_signature
+def _rules_of(caller: str, x_seq: Tensor, values: tuple[Any, Any], options: _Options) -> Rules:
+    """Checks all that does not depend on the values in tensors."""
+    decay, input_gain = values
     v_rest, delay, time_dim, return_v_last = options
     time_dim = check_input(x_seq, time_dim, caller)
     check_bool("delay", delay, caller)
     check_bool("return_v_last", return_v_last, caller)
     for name, value in (("decay", decay), ("input_gain", input_gain)):
-        tensor = value.of_value if isinstance(value, Logit) else value
+        tensor = value.stored if isinstance(value, Logit) else value
         if isinstance(tensor, Tensor):
             check_parameter(name, tensor, x_seq, caller)
         else:
             check_not_nan(name, tensor, caller, "a float or a tensor")
     check_not_nan("v_rest", v_rest, caller)
-    return tuple(_NO_RULES._replace(logit_decay=int(isinstance(decay, Logit)), time_dim=time_dim))
+    return _RULES._replace(logit_decay=int(isinstance(decay, Logit)), time_dim=time_dim)
 
 
 def leaky_integrator(
@@ -165,28 +174,28 @@ def leaky_integrator(
             out[t] = before if delay else v
     """
     caller = "asgl_cuda.leaky_integrator"
-    return _computed(caller, x_seq, decay, input_gain, v_init, (v_rest, delay, time_dim, return_v_last), backend)
+    options = _Options(v_rest, delay, time_dim, return_v_last)
+    return _computed(caller, x_seq, decay, input_gain, v_init, options, backend)
 
 
 def _computed(
-    caller: str, x_seq: Tensor, decay: Any, input_gain: Any, v_init: Tensor | None, options: Any, backend: str | None
+    caller: str, x_seq: Tensor, decay: Any, input_gain: Any, v_init: Any, options: _Options, backend: str | None
 ) -> Tensor | IntegratorOutput:
-    """Does what `leaky_integrator` does; decay may be a Logit. Options: v_rest, delay, time_dim and return_v_last."""
-    rules = _rules_of(caller, (x_seq, decay, input_gain), options)
-    v_rest, delay, wants_v_last = options[0], bool(options[1]), bool(options[3])
-    time_dim, real = rules[-1], real_type(x_seq.dtype)
+    """The result of `leaky_integrator`; decay may be a Logit."""
+    rules = _rules_of(caller, x_seq, (decay, input_gain), options)
+    v_rest, delay, wants_v_last = float(options.v_rest), bool(options.delay), bool(options.return_v_last)
+    time_dim, real = rules.time_dim, real_type(x_seq.dtype)
     backend = choose_backend(backend, x_seq.device, caller)
     if v_init is not None:
         check_v_init(v_init, x_seq, time_dim, caller)
         v_init = v_init.to(real)
     if BACKENDS[backend].operators is None:
         decay = decay.value() if isinstance(decay, Logit) else decay
-        outputs: Any = integrator_reference(x_seq, v_init, decay, input_gain, float(v_rest), delay, time_dim)
+        outputs: Any = integrator_reference(x_seq, v_init, decay, input_gain, v_rest, delay, time_dim)
     else:
-        decay = decay.of_value if isinstance(decay, Logit) else decay
-        given = {"decay": decay, "input_gain": input_gain, "v_rest": v_rest}
-        values = [given.get(name, 1.0) for name in Numbers._fields]
-        numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
+        decay = decay.stored if isinstance(decay, Logit) else decay
+        constants = [0.0 if isinstance(each, Tensor) else float(each) for each in (decay, input_gain)]
+        numbers = Numbers(1.0, constants[0], 1.0, 0.0, constants[1], 0.0, 0.0, v_rest, surrogate_gain=1.0, v_min=0.0)
         decay, input_gain = (each.to(real) if isinstance(each, Tensor) else None for each in (decay, input_gain))
         tensors = x_seq if is_dense(x_seq, time_dim) else x_seq.contiguous(), v_init, decay, input_gain
         inputs = backend, numbers, rules, delay, wants_v_last, *tensors
@@ -266,7 +275,7 @@ class LeakyIntegrator(NeuronLayer):
         decay = self._decay_value()
         if self.num_features:
             decay = self._broadcast(decay, x_seq, check_input(x_seq, self.time_dim, self._caller))
-        options = self.v_rest, self.delay, self.time_dim, self.stateful
+        options = _Options(self.v_rest, self.delay, self.time_dim, self.stateful)
         v_init = self._carried() if with_state else None
         result = _computed(self._caller, x_seq, decay, self.input_gain, v_init, options, self.backend)
         if isinstance(result, IntegratorOutput):

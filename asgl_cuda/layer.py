@@ -1,4 +1,4 @@
-"""ASGL layers (`asgl_cuda.LIF`, and what `asgl_cuda.convert` has made such) and integrators have this in common."""
+"""The base of ASGL layers (`asgl_cuda.LIF` and converted layers) and integrators."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .checks import (
     check_device_and_dtype,
     check_finite,
     check_input,
+    check_int,
     check_multi_spike,
     check_name,
     check_sizes,
     check_step,
-    check_time_dim,
     did_you_mean,
     expected_shape,
     read_finite,
@@ -43,7 +43,7 @@ _LEAST_DECAY = 1 / (1 + math.exp(BOUND))
 
 
 def give_dimension(state_dict: dict[str, Any], prefix: str, *names: str) -> None:
-    """Gives parameters of a whole layer the dimension that they lack in older checkpoints."""
+    """Adds the dimension that older checkpoints lack to parameters of a whole layer."""
     for name in names:
         value = state_dict.get(prefix + name)
         if isinstance(value, Tensor) and value.dim() == 0:
@@ -51,14 +51,14 @@ def give_dimension(state_dict: dict[str, Any], prefix: str, *names: str) -> None
 
 
 def fill_parameter(parameter: Tensor | None, value: float) -> None:
-    """Gives all elements this value, if there is such a parameter."""
+    """Sets all elements to the value, unless the parameter is None."""
     if parameter is not None:
         with torch.no_grad():
             parameter.fill_(value)
 
 
 class Settable(nn.Module):
-    """A module whose properties can be set to a Parameter, which nn.Module registers before their setters see it."""
+    """A module with properties that accept a Parameter, which nn.Module would register before their setters run."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if isinstance(getattr(type(self), name, None), property):
@@ -74,11 +74,11 @@ class Settable(nn.Module):
 
 
 class Noisy(Settable):
-    """A layer with a share of analog elements, which is data of a compiled graph: a schedule compiles nothing anew."""
+    """A layer with a share of analog elements, data of a compiled graph: a schedule does not recompile."""
 
-    _analog_prob: float
-    _has_noise: bool  # apart from the share, so that a compiled graph depends on nothing else
-    _analog_prob_data: Tensor  # no buffer: DistributedDataParallel would send it round at each call
+    _analog_prob: float  # for eager calls, which would have to wait for a GPU to read a tensor
+    # For compiled graphs: [1], [0] without noise. No buffer: DistributedDataParallel would broadcast it at each call.
+    _analog_prob_data: Tensor
 
     @property
     def analog_prob(self) -> float:
@@ -95,14 +95,21 @@ class Noisy(Settable):
         check_analog_prob(value, caller)
         if getattr(self, "multi_spike", False):
             check_multi_spike(getattr(self, "v_reset", None), value, caller)
-        self._analog_prob, self._has_noise = value, value > 0
+        self._analog_prob = value
         self._keep_as_data(getattr(self, "_analog_prob_data", torch.empty(0, device="cpu")).device)
 
     def analog_prob_of_call(self, x_seq: Tensor) -> Tensor | float:
         """`analog_prob` for `asgl_cuda.lif`; 0 in evaluation."""
-        if not self.training or not self._has_noise:
+        if not self.training:
             return 0.0
-        return self._analog_prob_data.to(x_seq.device) if torch.compiler.is_compiling() else self._analog_prob
+        if not torch.compiler.is_compiling():
+            return self._analog_prob
+        return self._analog_prob_data.to(x_seq.device) if self._has_noise else 0.0
+
+    @property
+    def _has_noise(self) -> bool:
+        """Read off the shape, so that a compiled graph does not depend on the share."""
+        return self._analog_prob_data.numel() > 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> Any:
         super()._apply(fn, *arguments, **options)  # type: ignore[no-untyped-call]
@@ -111,21 +118,22 @@ class Noisy(Settable):
         return self
 
     def _keep_as_data(self, device: torch.device) -> None:
-        with torch.inference_mode(False):  # it is for training, too
-            self._analog_prob_data = torch.full((1,), self._analog_prob, dtype=torch.float64, device=device)
+        size = int(self._analog_prob > 0)
+        with torch.inference_mode(False):  # training uses the tensor, too
+            self._analog_prob_data = torch.full((size,), self._analog_prob, dtype=torch.float64, device=device)
 
     def end_noise(self) -> None:
-        """The layer becomes one that has never had a share of analog elements."""
-        for name in ("_analog_prob", "_has_noise", "_analog_prob_data"):
+        """Removes all that concerns the noise."""
+        for name in ("_analog_prob", "_analog_prob_data"):
             self.__dict__.pop(name, None)
 
 
 class NeuronLayer(Settable):
-    """A layer of neurons or integrators: a decay and other values of a granularity, and a potential that is carried."""
+    """A layer of neurons or integrators: a decay and other values of a granularity, and a carried potential."""
 
     _caller: ClassVar[str]  # the name in errors
-    _function: ClassVar[str]  # that does the same
-    _potentials: ClassVar[tuple[str, ...]] = ("v",)  # no buffers: DistributedDataParallel would send round the first's
+    _function: ClassVar[str]  # the functional form, for errors
+    _potentials: ClassVar[tuple[str, ...]] = ("v",)  # no buffers: DistributedDataParallel would broadcast them
     logit_decay: nn.Parameter | None
     store_v_seq = False
     v: Tensor | None
@@ -142,14 +150,14 @@ class NeuronLayer(Settable):
         device: Any,
         dtype: Any,
     ) -> None:
-        """Keeps, checked, what is no parameter."""
+        """Checks and stores all that is not a parameter."""
         caller = self._caller
         if not isinstance(granularity, str) or granularity not in _GRANULARITIES:
             raise ValueError(
                 f"{caller}: granularity must be layer, channel or neuron, got {shown(granularity)}"
                 f"{did_you_mean(granularity, _GRANULARITIES)}"
             )
-        self.time_dim = check_time_dim(time_dim, caller)
+        self.time_dim = check_int("time_dim", time_dim, caller)
         if backend is not None:
             check_name("backend", backend, BACKENDS, caller)
         self.backend = backend
@@ -207,10 +215,10 @@ class NeuronLayer(Settable):
         return self._decay if self.logit_decay is None else Logit(self.logit_decay)
 
     def _shown(self, value: Value) -> Tensor | float:
-        """A value as the properties give it: one for the whole layer is a scalar."""
+        """The value of a property: a scalar for the whole layer."""
         if isinstance(value, (Logarithm, Logit)):
             value = value.value()
-        # reshape(()), which would be the same, is not for tensors that fully_shard has shared out.
+        # Not reshape(()), which refuses tensors sharded by fully_shard.
         return value if isinstance(value, float) or self.num_features else value.sum()
 
     def forward(self, x_seq: Tensor) -> Tensor:
@@ -253,11 +261,11 @@ class NeuronLayer(Settable):
             self.stateful = stateful
 
     def _run(self, x_seq: Tensor, with_state: bool) -> Tensor:
-        """What the layer computes; `with_state` from the potential that is carried, to that which is to be."""
+        """Computes the layer, `with_state` from and to the carried potential."""
         raise NotImplementedError
 
     def _recorded(self, x_seq: fx.Proxy) -> Any:
-        """A call of this layer in the graph that torch.fx makes, which takes only torch's own layers for leaves."""
+        """A call of this layer in a graph of torch.fx, whose default leaves are torch's own layers."""
         tracer: Any = x_seq.tracer
         if type(self).forward is not NeuronLayer.forward or tracer.root is self:
             raise TypeError(
@@ -267,7 +275,7 @@ class NeuronLayer(Settable):
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (x_seq,), {})
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refuses, where torch.jit.script asks the module to get ready."""
+        """Refuses torch.jit.script, which calls this first."""
         raise RuntimeError(
             f"{self._caller}: torch.jit can neither trace nor script {type(self).__name__}; "
             "torch.compile and torch.export can"
@@ -275,8 +283,8 @@ class NeuronLayer(Settable):
 
     def _carried(self) -> Tensor | None:
         if not self.stateful:
-            return None  # what steps carry
-        # A potential computed in inference mode can't take part in training; its copy can.
+            return None  # only steps carry it
+        # Autograd refuses tensors of inference mode, not their copies.
         if self.v is not None and not torch.compiler.is_compiling() and self.v.is_inference():
             return self.v if torch.is_inference_mode_enabled() else self.v.clone()
         return self.v
@@ -286,7 +294,7 @@ class NeuronLayer(Settable):
         if isinstance(value, float) or not self.num_features:
             return value
         if isinstance(value, (Logarithm, Logit)):
-            return type(value)(self._reshaped(value.of_value, x_seq, time_dim))
+            return type(value)(self._reshaped(value.stored, x_seq, time_dim))
         return self._reshaped(value, x_seq, time_dim)
 
     def _reshaped(self, value: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
@@ -304,7 +312,7 @@ class NeuronLayer(Settable):
         return value.reshape(shape)
 
     def reset(self) -> None:
-        """Forgets potentials: the next call starts at rest."""
+        """Clears potentials: the next call starts at rest."""
         for name in self._potentials:
             setattr(self, name, None)
 
@@ -314,24 +322,24 @@ class NeuronLayer(Settable):
             setattr(self, name, None if value is None else fn(value))
 
     def detach_(self) -> Self:
-        """Cuts potentials off their graph, for truncated backpropagation through time."""
+        """Detaches potentials from their graph, for truncated backpropagation through time."""
         self._map_potentials(Tensor.detach)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .to(), .half() and the like move potentials as well.
+        # .to(), .half() and others move potentials as well.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._map_potentials(fn)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # A potential inside a graph can be neither copied nor pickled.
+        # Non-leaf tensors can be neither copied nor pickled.
         potentials = {name: value.detach() for name in self._potentials if (value := getattr(self, name)) is not None}
         return self.__dict__ | potentials
 
 
 def _warn_of_time(caller: str, x_seq: Tensor, time_dim: int) -> None:
-    """Once, that a `[B, N]` is taken for a sequence."""
+    """Warns once that `[B, N]` is taken for a sequence."""
     warn_once(
         f"{caller}, time",
         f"{caller}: a stateful layer goes on with an input of shape {list(x_seq.shape)}, whose dimension {time_dim} is "
@@ -353,7 +361,7 @@ def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             print(name, layer.width.item(), layer.analog_prob)  # 1 2.0 0.2
     """
     check_module(model, "asgl_cuda.asgl_layers")
-    # torch.compile's wrapper of a layer passes attributes on, and would count as a second layer, hence getattr_static.
+    # getattr_static, since torch.compile's wrapper forwards attributes and would count as a second layer.
     return (
         (name, module)
         for name, module in model.named_modules()
@@ -362,7 +370,7 @@ def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
-    """The same as a dict; refuses a model that has none."""
+    """The same as a dict; refuses a model without any."""
     check_module(model, caller)
     layers = dict(asgl_layers(model))
     if not layers:
@@ -374,6 +382,6 @@ def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
 
 
 def check_module(model: Any, caller: str) -> None:
-    """Refuses anything that is no module."""
+    """Refuses anything else than a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""Where the dimensions of a sequence, a state and a parameter lie in memory, and in which types."""
+"""Memory layouts and types of sequences, states and parameters."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def is_channels_last(x_seq: Tensor, time_dim: int) -> bool:
 
 
 def is_dense(x_seq: Tensor, time_dim: int) -> bool:
-    """Whether x_seq lies in memory as kernels take it."""
+    """Whether kernels accept the layout of x_seq."""
     return x_seq.is_contiguous() or is_channels_last(x_seq, time_dim)
 
 
 def memory_order(x_seq: Tensor, time_dim: int) -> list[int]:
-    """The dimensions of x_seq, outermost first; a layout that is not dense is taken as contiguous."""
+    """The dimensions of x_seq, outermost first; contiguous order for a layout that is not dense."""
     order = list(range(x_seq.dim()))
     if not x_seq.is_contiguous() and is_channels_last(x_seq, time_dim):
         order.append(order.pop(channel_dim(time_dim)))
@@ -44,7 +44,7 @@ def memory_order(x_seq: Tensor, time_dim: int) -> list[int]:
 
 
 def empty_state(x_seq: Tensor, time_dim: int) -> Tensor:
-    """A tensor of x_seq's shape and memory order without time. It is no view: csrc's Layout::empty says why."""
+    """A tensor of x_seq's shape and memory order without time; not a view, see csrc's Layout::empty."""
     order = [dim - (dim > time_dim) for dim in memory_order(x_seq, time_dim) if dim != time_dim]
     sizes = state_shape(x_seq, time_dim)
     strides = [1] * len(sizes)
@@ -54,17 +54,17 @@ def empty_state(x_seq: Tensor, time_dim: int) -> Tensor:
 
 
 def checkpoint_elements(x_seq: Tensor, time_dim: int) -> int:
-    """The size of the checkpoints; csrc/ops/neuron.h says why there are two more than one would expect."""
+    """The size of the checkpoints; see csrc/ops/neuron.h for the 2 additional elements."""
     return (x_seq.shape[time_dim] - 1) // CHECKPOINT_STEPS * math.prod(state_shape(x_seq, time_dim)) + 2
 
 
 def by_channel(value: Tensor, channel: int, x_seq: Tensor) -> Tensor:
-    """One value a channel, reshaped to broadcast against x_seq, whose dimension `channel` has the channels."""
+    """One value per channel, reshaped to broadcast against x_seq with channels in dimension `channel`."""
     return value.reshape([-1] + [1] * (x_seq.dim() - 1 - channel))
 
 
 class Layout:
-    """An x_seq in memory: its dimensions, outermost first, and its shape as kernels see it."""
+    """The layout of x_seq: dimensions, outermost first, and the shape [outer, steps, inner] of kernels."""
 
     def __init__(self, x_seq: Tensor, time_dim: int) -> None:
         if not is_dense(x_seq, time_dim):
@@ -77,10 +77,10 @@ class Layout:
         self.neurons = outer * self.inner
 
     def around(self, dim: int) -> tuple[int, int, int]:
-        """The number of elements outside of this dimension, its size, and the number inside."""
+        """Number of elements outside the dimension, size of the dimension, number of elements inside."""
         extents = [self.sizes[each] for each in self.order]
-        place = self.order.index(dim)
-        return math.prod(extents[:place]), extents[place], math.prod(extents[place + 1 :])
+        index = self.order.index(dim)
+        return math.prod(extents[:index]), extents[index], math.prod(extents[index + 1 :])
 
     @property
     def neuron_order(self) -> list[int]:
@@ -88,11 +88,11 @@ class Layout:
         return [dim for dim in self.order if dim != self.time_dim]
 
     def dense_sequence(self, tensor: Tensor) -> Tensor:
-        """The elements of a tensor of x_seq's shape in the order of x_seq's memory."""
+        """A tensor of x_seq's shape, copied to the memory order of x_seq."""
         return _in_order(tensor, list(self.sizes), self.order)
 
     def dense_state(self, tensor: Tensor) -> Tensor:
-        """The elements of a tensor of x_seq's shape without time in the order in which neurons are counted."""
+        """A tensor of x_seq's shape without time, copied to the order of the neurons."""
         sizes = [size for dim, size in enumerate(self.sizes) if dim != self.time_dim]
         return _in_order(tensor, sizes, [dim - (dim > self.time_dim) for dim in self.neuron_order])
 
@@ -104,22 +104,22 @@ def _in_order(tensor: Tensor, sizes: list[int], order: list[int]) -> Tensor:
 
 
 class ParameterTensor:
-    """A parameter laid out as [steps or 1, count], count running over a contiguous range of the neurons' dimensions.
+    """A parameter as [steps or 1, count], with count over a contiguous range of the neurons' dimensions.
 
-    Dimensions inside that range in which the parameter is broadcast are expanded. The value at neuron n and step t is
-    element `t * step_stride + n // inner % count` of `data`.
+    Broadcast dimensions inside the range are expanded. The value at neuron n and step t is element
+    `t * step_stride + n // inner % count` of `data`.
     """
 
     def __init__(self, tensor: Tensor, layout: Layout) -> None:
         self.data = tensor
-        self._as_it_is = True  # [steps or 1, count] are the dimensions that it has, in their order
+        self._as_it_is = True  # its own dimensions are [steps or 1, count]
         self.step_stride, self.inner, self.count = 0, layout.neurons, 1
         if tensor.numel() == 1:
             return
         self._sizes = tensor.shape
         full = tensor.reshape((1,) * (len(layout.sizes) - tensor.dim()) + tuple(tensor.shape))
         order = layout.neuron_order
-        varying = [place for place, dim in enumerate(order) if full.shape[dim] > 1]
+        varying = [index for index, dim in enumerate(order) if full.shape[dim] > 1]
         expanded = list(full.shape)
         if varying:
             begin, end = varying[0], varying[-1] + 1
@@ -130,12 +130,12 @@ class ParameterTensor:
         if full.shape[layout.time_dim] > 1:
             self.step_stride = self.count
         self._order = [layout.time_dim, *order]
-        places = [dim for dim in self._order if expanded[dim] != 1]
-        self._as_it_is = list(full.shape) == expanded and places == sorted(places)
+        kept = [dim for dim in self._order if expanded[dim] != 1]
+        self._as_it_is = list(full.shape) == expanded and kept == sorted(kept)
         self.data = tensor.contiguous() if self._as_it_is else full.expand(expanded).permute(self._order).contiguous()
 
     def gradient_in_own_shape(self, gradient: Tensor) -> Tensor:
-        """Brings a gradient in the layout of `data` back to the parameter's own shape."""
+        """Reshapes a gradient in the layout of `data` to the shape of the parameter."""
         if self._as_it_is:
             return gradient
         inverse = [self._order.index(dim) for dim in range(len(self._order))]

@@ -1,7 +1,7 @@
-"""The operators on tensors whose values are other than their memory says, by kernels for the dispatcher's keys.
+"""Kernels of the operators for tensors with lazy values: dispatch keys Negative and ZeroTensor.
 
-The dispatcher's own kernels for them see neither the tensors in a `Tensor?[]` nor more than one that is changed. Those
-here run where there is such a tensor, and cost nothing elsewhere.
+torch's fallbacks ignore tensors in a `Tensor?[]` and support one mutated argument only. These kernels run for lazy
+tensors alone, and cost other calls nothing.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-# Their dispatch keys: the negative bit, of the imaginary part of a conjugate, and zeros without memory, of derivatives.
+# The negative bit, as of the imaginary part of a conjugate, and zeros without memory, as in derivatives.
 LAZY_KEYS = ("Negative", "ZeroTensor")
 
 
 def on_memory(operator: Any) -> Callable[..., Any]:
-    """The operator, given copies whose memory has the values; what it changes is changed in the tensors themselves."""
+    """The operator on materialised copies; mutated arguments are copied back."""
     changes = [each.alias_info is not None and each.alias_info.is_write for each in operator._schema.arguments]
 
     def kernel(*arguments: Any) -> Any:

@@ -1,7 +1,7 @@
-"""How a layer keeps what it learns: a width as its logarithm, a decay as its logit, both within a bound.
+"""Learned values as layers store them: a width as its logarithm, a decay as its logit, both clamped to a bound.
 
-Kernels make the values where they read these (csrc/math/learned.h); here is the same with the same operations, for
-equal bits. The derivatives are those of torch's own functions, and the bound stops none.
+Kernels convert them at each read (csrc/math/learned.h), with the operations of this file for equal bits. Derivatives
+are those of torch's exp and sigmoid, also beyond the bound.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ BOUND = 15.0  # kLearnedBound of csrc
 
 
 class Logarithm(NamedTuple):
-    """The logarithm of a width, for an argument of that name."""
+    """The logarithm of a width, as the argument `width`."""
 
-    of_value: Tensor
+    stored: Tensor
 
     def value(self) -> Tensor:
         """The width."""
-        log = in_real_type(self.of_value)
+        log = in_real_type(self.stored)
         return with_gradient_of(_exp_within_bound(log.detach()), _bounded(log).exp())
 
 
 class Logit(NamedTuple):
-    """The logit of a decay, for an argument of that name."""
+    """The logit of a decay, as the argument `decay`."""
 
-    of_value: Tensor
+    stored: Tensor
 
     def value(self) -> Tensor:
         """The decay."""
-        logit = in_real_type(self.of_value)
+        logit = in_real_type(self.stored)
         return with_gradient_of(1 / (1 + _exp_within_bound(-logit.detach())), _bounded(logit).sigmoid())
 
 
@@ -46,7 +46,7 @@ def in_real_type(value: Tensor) -> Tensor:
 
 
 def _bounded(value: Tensor) -> Tensor:
-    """The value, of which exp and sigmoid are positive, finite and below 1, whatever an optimizer has done."""
+    """Clamped, so that exp is positive and finite and sigmoid inside (0, 1) after any step of an optimizer."""
     return with_gradient_of(value.detach().clamp(-BOUND, BOUND), value)
 
 
@@ -80,4 +80,4 @@ def _exp_within_bound(value: Tensor) -> Tensor:
     q = torch.full_like(r, coefficients[0])
     for coefficient in coefficients[1:]:
         q = q * r + coefficient
-    return (1 + (r + (r * r) * q)) * n.exp2()  # the power of a whole number is exact
+    return (1 + (r + (r * r) * q)) * n.exp2()  # exact: n is an integer

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch_norm import check_process_group, module_batch_norm_lif
+from .call import FLAGS, Arguments, LIFOutput, Options, Values, computed
 from .checks import (
     check_bool,
     check_finite,
@@ -24,7 +25,6 @@ from .checks import (
     shown,
     warn_once,
 )
-from .functional import Arguments, LIFOutput, computed
 from .layer import Granularity, NeuronLayer, Noisy, Value, fill_parameter, give_dimension
 from .learned import BOUND, Logarithm
 
@@ -151,7 +151,7 @@ class LIF(NeuronLayer, Noisy):
         self.detach_reset = check_bool("detach_reset", detach_reset, caller)
         self.scale_output = check_bool("scale_output", scale_output, caller)
         self.store_v_seq = check_bool("store_v_seq", store_v_seq, caller)
-        # torch's fully_shard takes no parameter without a dimension.
+        # [1] for a whole layer: torch's fully_shard refuses parameters without a dimension.
         empty = partial(torch.empty, self.num_features or 1, device=device, dtype=dtype)
         self.log_width = nn.Parameter(empty()) if check_bool("learn_width", learn_width, caller) else None
         self.logit_decay = nn.Parameter(empty()) if check_bool("learn_decay", learn_decay, caller) else None
@@ -163,9 +163,9 @@ class LIF(NeuronLayer, Noisy):
             warn_once("surrogate_gain", f"{caller}: surrogate_gain 0 lets no gradient through the spikes")
 
     def reset_parameters(self) -> None:
-        """Gives the learned parameters the values that were last set, and forgets potentials.
+        """Resets the learned parameters to the values last set, and clears potentials.
 
-        For a layer that was made without its values, on the device "meta" and moved by `to_empty`.
+        For layers created on the device "meta" and moved by `to_empty`.
         """
         self.width, self.decay = self._width, self._decay
         fill_parameter(self.threshold, self._v_threshold)
@@ -208,11 +208,11 @@ class LIF(NeuronLayer, Noisy):
         fill_parameter(self.threshold, value)
 
     def _check_threshold(self, value: float) -> None:
-        """Refuses what makes neurons fire for ever, and warns of what is seldom meant."""
+        """Refuses thresholds at which neurons fire forever, and warns of unusual ones."""
         caller, v_rest = self._caller, self.v_rest
         for name in ("v_reset", "v_min"):
             after = getattr(self, name)
-            # Up to v_rest it is the threshold that is low.
+            # Up to v_rest, the threshold is too low, see below.
             if isinstance(after, (int, float)) and v_rest < after >= value:
                 raise ValueError(
                     f"{caller}: {name} must be below v_threshold, or a neuron that has fired does so again, got {name} "
@@ -220,7 +220,7 @@ class LIF(NeuronLayer, Noisy):
                 )
         if self.multi_spike and value <= 0:
             raise ValueError(f"{caller}: multi_spike needs v_threshold > 0, got {value}")
-        if value < v_rest or (value == v_rest and not self.strict_threshold):
+        if self._fires(v_rest - value):
             message = f"v_threshold {value:g} is not above v_rest {v_rest:g}: neurons at rest fire without any input"
             warn_once("v_threshold", f"{caller}: {message}")
         elif self.v_reset is None:
@@ -229,8 +229,12 @@ class LIF(NeuronLayer, Noisy):
                 message = f"a spike takes {amount:g} off the potential, which does not fall below v_threshold"
                 warn_once("reset_amount", f"{caller}: {message}")
 
+    def _fires(self, u: Any) -> Any:
+        """Whether neurons whose potential is `u` above the threshold fire."""
+        return u > 0 if self.strict_threshold else u >= 0
+
     def _values(self) -> tuple[Value, Value, Value]:
-        """Width, decay and threshold: constants, or what is learned, in the shape of the parameters."""
+        """Width, decay and threshold: constants, or learned, in the shape of the parameters."""
         log_width, threshold = self.log_width, self.threshold  # 0.7 us each
         return (
             self._width if log_width is None else Logarithm(log_width),
@@ -251,7 +255,7 @@ class LIF(NeuronLayer, Noisy):
         return result
 
     def _lif(self, x_seq: Tensor, update: bool = True, **options: Any) -> Tensor | LIFOutput:
-        """Calls `asgl_cuda.lif`; without `update` no state of the layer may change."""
+        """Calls `asgl_cuda.lif`; without `update` the layer's state stays unchanged."""
         return computed(_CALLER, x_seq, self._given(x_seq, self.input_gain, **options))
 
     def _given(
@@ -264,19 +268,22 @@ class LIF(NeuronLayer, Noisy):
         return_v_seq: bool = False,
         return_h_seq: bool = False,
     ) -> Arguments:
-        """The arguments of `asgl_cuda.lif` that the layer holds, and others."""
+        """The arguments of `asgl_cuda.lif`: the layer's and the given ones."""
         width, decay, v_threshold = self._values()
         if self.num_features:
             time_dim = check_input(x_seq, self.time_dim, _CALLER)
             width, decay, v_threshold = (
                 self._broadcast(value, x_seq, time_dim) for value in (width, decay, v_threshold)
             )
-        return Arguments(
+        values = Values(
             width, decay, v_threshold, self.v_reset, self.reset_amount, input_gain, 0.0, 0.0,
-            self.analog_prob_of_call(x_seq), v_init, None, generator, self.surrogate, self.surrogate_gain, self.v_rest,
-            self.strict_threshold, self.scale_output, self.detach_reset, self.multi_spike, self.v_min, self.time_dim,
-            return_v_last, return_v_seq, return_h_seq, self.backend,
+            self.analog_prob_of_call(x_seq),
         )  # fmt: skip
+        options = Options(
+            self.surrogate, self.surrogate_gain, self.v_rest, self.v_min, self.multi_spike, self.strict_threshold,
+            self.detach_reset, self.scale_output, self.time_dim, return_v_last, return_v_seq, return_h_seq,
+        )  # fmt: skip
+        return Arguments(values, options, v_init, None, generator, self.backend)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *options: Any) -> None:
         if not self.num_features:
@@ -294,8 +301,7 @@ class LIF(NeuronLayer, Noisy):
         parts.append(f"surrogate={self.surrogate}, analog_prob={self.analog_prob:g}, granularity={self.granularity}")
         defaults = {"reset_amount": None, "v_min": None, "v_rest": 0.0, "input_gain": 1.0, "surrogate_gain": 1.0}
         parts.extend(f"{name}={value:g}" for name in defaults if (value := getattr(self, name)) != defaults[name])
-        flags = ("multi_spike", "strict_threshold", "detach_reset", "scale_output", "stateful", "store_v_seq")
-        parts.extend(f"{flag}=True" for flag in flags if getattr(self, flag))
+        parts.extend(f"{flag}=True" for flag in (*FLAGS, "stateful", "store_v_seq") if getattr(self, flag))
         if self.time_dim:
             parts.append(f"time_dim={self.time_dim}")
         return features + ", ".join(parts)
@@ -394,14 +400,14 @@ class BatchNormLIF(LIF):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Does what `LIF.reset_parameters` does, and makes the normalisation as new."""
+        """Also resets the normalisation."""
         super().reset_parameters()
         self.reset_running_stats()
         fill_parameter(self.weight, 1.0)
         fill_parameter(self.bias, 0.0)
 
     def reset_running_stats(self) -> None:
-        """Forgets the running statistics, as `torch.nn.BatchNorm2d.reset_running_stats` does."""
+        """Resets the running statistics, as `torch.nn.BatchNorm2d.reset_running_stats` does."""
         fill_parameter(self.running_mean, 0.0)
         fill_parameter(self.running_var, 1.0)
         fill_parameter(self.num_batches_tracked, 0)

@@ -1,25 +1,25 @@
-"""The operators: their schemas, their fake versions for tracing, and the memory of their results.
+"""The operators: schemas, fake implementations for tracing, and allocation of results.
 
-A backend implements them in a namespace of its own; C++ and CUDA kernels share `torch.ops.asgl_cuda`.
+Each backend implements them in its own namespace; C++ and CUDA kernels share `torch.ops.asgl_cuda`.
 
-lif_forward and lif_backward take `parameters` in the order of Parameters in reference.py, None where one is a number;
-`numbers` and `rules` are its Numbers and Rules. `wanted` says which results there are: in forward, beside s_seq,
-v_last, v_seq, h_seq and checkpoints, in backward the gradients of x_seq, v_init and each parameter that is a tensor.
-`grads` has the gradients of s_seq, v_last, v_seq and h_seq, None for zero.
+`parameters`, `numbers` and `rules` of lif_forward and lif_backward are Parameters (None for a constant), Numbers and
+Rules of reference.py. `wanted` selects the results: in forward, beside s_seq, v_last, v_seq, h_seq and checkpoints, in
+backward the gradients of x_seq, v_init and each parameter that is a tensor. `grads` has the gradients of s_seq, v_last,
+v_seq and h_seq, None for zero.
 
-integrator_forward returns v_seq, and v_last where it is wanted, integrator_backward as lif_backward. Of parameters,
-numbers and rules decay, input_gain, v_rest, logit_decay and time_dim count. Only a gradient of decay needs v_seq and
-v_init, and one of input_gain x_seq.
+integrator_forward returns v_seq, and v_last where wanted, integrator_backward results as lif_backward. Of parameters,
+numbers and rules they read decay, input_gain, v_rest, logit_decay and time_dim. v_seq and v_init are needed for the
+gradient of decay, x_seq for the gradient of input_gain.
 
 batch_norm_coefficients returns `coefficients`, [4, C, 1, ...], which broadcast against x_seq: input_mean, input_gain
 and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in float64: number, mean and biased
-variance of each channel. They come from mean and variance where these are given, or from `statistics`, the totals of
-all processes, [processes, C, 3], or from x_seq.
+variance of each channel. Sources are mean and variance if given, else `statistics`, the totals of all processes,
+[processes, C, 3], else x_seq.
 
 batch_norm_update replaces a share of the running statistics, and counts the batch.
 
-batch_norm_backward returns the gradients of weight and bias, from sums of this process and of all. A grad_x_seq that is
-not empty holds input_gain times the gradient of the normalised input, and is turned into the gradient of x_seq.
+batch_norm_backward returns the gradients of weight and bias, from sums of this process and of all. A non-empty
+grad_x_seq holds input_gain times the gradient of the normalised input, and is overwritten by the gradient of x_seq.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from .layout import channel_dim, checkpoint_elements, empty_state, real_type
 from .lazy_values import LAZY_KEYS, on_memory
 from .reference import Rules
 
-ForwardResult = list[Tensor]  # s_seq, and v_last, v_seq, h_seq, checkpoints as far as they are wanted
-BackwardResult = list[Tensor]  # the gradients of x_seq, v_init and the parameters, as far as they are wanted
+ForwardResult = list[Tensor]  # s_seq, then v_last, v_seq, h_seq, checkpoints where wanted
+BackwardResult = list[Tensor]  # gradients of x_seq, v_init and the parameters where wanted
 
 
-def in_their_places(results: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
-    """The results that there are, and None in the place of each that is not wanted."""
+def with_gaps(results: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+    """The results with None for each that is not wanted."""
     given = iter(results)
     return [next(given) if asked else None for asked in wanted]
 
 
 def empty_outputs(x_seq: Tensor, time_dim: int, wanted: Sequence[bool]) -> ForwardResult:
-    """The results of lif_forward, not yet computed."""
+    """Uninitialised results of lif_forward."""
     real = real_type(x_seq.dtype)
     wants_v_last, wants_v_seq, wants_h_seq, wants_checkpoints = wanted
     results = [torch.empty_like(x_seq)]
@@ -62,7 +62,7 @@ def empty_outputs(x_seq: Tensor, time_dim: int, wanted: Sequence[bool]) -> Forwa
 def empty_gradients(
     x_seq: Tensor, time_dim: int, parameters: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> BackwardResult:
-    """The results of lif_backward, not yet computed."""
+    """Uninitialised results of lif_backward."""
     real = real_type(x_seq.dtype)
     wants_x_seq, wants_v_init, *wants_parameters = wanted
     results = [torch.empty_like(x_seq)] if wants_x_seq else []
@@ -107,7 +107,7 @@ def _fake_batch_norm_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return grad_gain.new_empty(grad_gain.shape[:1]), grad_bias.new_empty(grad_bias.shape[:1])
 
 
-_OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake versions
+_OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementations
     "draw_rng_state(Tensor fresh) -> Tensor": torch.empty_like,
     "lif_forward(Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor?[] parameters, float[] numbers, int[] rules, "
     "bool[] wanted) -> Tensor[]": _fake_lif_forward,
@@ -127,13 +127,13 @@ _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake versions
     "Tensor grad_gain, Tensor grad_bias, Tensor total_grad_gain, Tensor total_grad_bias, float eps, float input_scale, "
     "int time_dim) -> (Tensor grad_weight, Tensor grad_bias)": _fake_batch_norm_backward,
 }  # fmt: skip
-_libraries: list[torch.library.Library] = []  # an operator lives as long as the library that defines it
+_libraries: list[torch.library.Library] = []  # operators live as long as their library
 
 
 def define_operators(namespace: str) -> torch.library.Library:
-    """Defines the operators without kernels, with fake versions for torch.compile, derivatives, and rules for vmap.
+    """Defines the operators: schemas, fake implementations, derivatives and batching rules, without kernels.
 
-    Kernels in C++ are checked against the schemas when they are loaded.
+    Kernels in C++ are checked against the schemas at load time.
     """
     library = torch.library.Library(namespace, "DEF")
     _libraries.append(library)

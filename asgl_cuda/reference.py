@@ -1,25 +1,25 @@
-"""The neuron and its noise in plain PyTorch: the definition of what every other backend computes.
+"""The neuron and its noise in plain PyTorch: the definition of every other backend.
 
     c    = input_gain * (x[t] - input_mean) + input_bias
     h[t] = v_rest + decay * (v[t-1] - v_rest) + c
     u    = h[t] - v_threshold
     a    = F(u / width)                                     analog value
-    z    = 1 if u >= 0 else 0                               hard spike (strict_threshold: u > 0)
+    z    = 1 if u >= 0 else 0                               hard spike (strict: u > 0)
     s    = a where the element is analog at t, else z       value; its gradient is always that of a
     v[t] = h[t] * (1 - s) + v_reset * s                     hard reset
          = h[t] - reset_amount * s                          soft reset
     out  = s, or v_threshold * s with scale_output
 
-With multi_spike, for the soft reset without noise, z is a number of spikes; v_min is a floor of the potential:
+With multi_spike (soft reset, no noise) z is a number of spikes; v_min is a floor of the potential:
 
     z    = trunc(h[t] / v_threshold) where h[t] > 0, else 0
-    a    = F(d / width),   d = u; for periodic_exponential F is laplace's, and of slope 1 is
+    a    = F(d / width),   d = u; for periodic_exponential F is laplace's, and, with slope 1,
     d    = u where h[t] < v_threshold, else v_threshold * (2 (r - floor(r)) - 1),   r = h[t] / v_threshold - 1/2
     v[t] = relu(v - v_min) + v_min,   v from above
 
-Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023. The
-paper's forward pass mixes the noise in as s = m z + (1 - m) a with m = 0 where analog, and hides it from the gradient.
-The periodic surrogate is of Weidel, Sheik: WaveSense, arXiv 2111.01456.
+Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023, with
+the forward pass s = m z + (1 - m) a, m = 0 where analog, and m hidden from the gradient. Periodic surrogate: Weidel,
+Sheik: WaveSense, arXiv 2111.01456.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from .layout import by_channel, memory_order, real_type
 from .surrogate import SURROGATES
 from .transforms import apply, exporting, in_forward_mode, transforming
 
-DRAWS = 65536  # an element draws one of so many numbers
-_WHOLE_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as many bytes
-BELOW_IN_STATE = DRAWS + 1  # analog_prob is data: round(analog_prob * DRAWS) is the third number of rng_state
+DRAWS = 65536  # an element draws an integer in [0, DRAWS)
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+BELOW_IN_STATE = DRAWS + 1  # analog_prob is data: rng_state[2] is round(analog_prob * DRAWS)
 
 
 class Parameters(NamedTuple):
-    """The values that may differ between neurons and steps and have gradients; in the order of ParameterId in csrc."""
+    """Values with gradients that may vary over neurons and steps, in the order of ParameterId in csrc."""
 
     width: Any
     decay: Any
@@ -52,7 +52,7 @@ class Parameters(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """The numbers of a call, as operators take them: the parameters that are no tensors (else 0), and constants."""
+    """The argument `numbers` of operators: constant parameters (0 for tensors), and other constants."""
 
     width: float
     decay: float
@@ -67,10 +67,10 @@ class Numbers(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """The rules of a call, as operators take them; in the order of struct Rules in csrc/ops/neuron.h."""
+    """The argument `rules` of operators, in the order of struct Rules in csrc/ops/neuron.h."""
 
     surrogate: int  # its id
-    hard_reset: int  # this and the next eight are 0 or 1
+    hard_reset: int  # 0 or 1, as all up to logit_decay
     strict_threshold: int
     scale_output: int
     detach_reset: int
@@ -102,7 +102,7 @@ class GradientOf(torch.autograd.Function):
 
 
 class GradientAndTangentOf(GradientOf):
-    """The same with a forward derivative, which torch.compile refuses to trace."""
+    """The same with a forward-mode derivative, which torch.compile cannot trace."""
 
     @staticmethod
     def jvp(ctx: Any, s: Tensor | None, a: Tensor, gain: None) -> Any:
@@ -112,10 +112,10 @@ class GradientAndTangentOf(GradientOf):
 def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
     """`GradientOf`, called."""
     compiling = torch.compiler.is_compiling()
-    if compiling and (transforming() or in_forward_mode()):  # it passes over functions of this kind in silence there
+    if compiling and (transforming() or in_forward_mode()):  # which drop autograd functions silently
         scaled = a * gain
         return s.detach() + (scaled - scaled.detach())
-    if compiling and exporting() and torch.is_grad_enabled():  # it makes a plain clone of them there
+    if compiling and exporting() and torch.is_grad_enabled():  # which traces autograd functions as a clone
         scaled = a * gain
         nothing = scaled - detached(scaled)
         return detached(s) + torch.where(nothing == 0, nothing, 0.0)  # without a NaN
@@ -124,14 +124,14 @@ def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
 
 
 def detached(value: Tensor) -> Tensor:
-    """The value as a constant, also in an exported graph that is decomposed, which takes its detach() away."""
+    """The value as a constant, also in decomposed exported graphs, which drop detach()."""
     if not exporting():
         return value.detach()
-    return value.view(_WHOLE_NUMBERS[value.element_size()]).view(value.dtype)
+    return value.view(_INTEGERS[value.element_size()]).view(value.dtype)
 
 
 def periodic_distance(h: Tensor, v_threshold: Tensor) -> Tensor:
-    """From the threshold below it, from the nearest multiple of the threshold above, twice as far; the slope is 1."""
+    """Distance from the threshold; above it, twice the distance from its nearest multiple, with slope 1."""
     u = h - v_threshold
     turns = h / v_threshold - 0.5
     above = v_threshold * (2 * (turns - turns.floor()) - 1)
@@ -146,7 +146,7 @@ def lif_reference(
     numbers: Numbers,
     rules: Rules,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loop over the steps: s_seq, v_last, v_seq and h_seq. A parameter that is None is the number of its name."""
+    """The loop over the steps: s_seq, v_last, v_seq and h_seq. A parameter None has its value in `numbers`."""
     real = real_type(x_seq.dtype)
     time_dim, v_rest = rules.time_dim, numbers.v_rest
     cumulative = next(each.cumulative for each in SURROGATES.values() if each.id == rules.surrogate)
@@ -256,8 +256,8 @@ def normalisation(
         c = input_scale * (weight * (x - mean) / sqrt(variance + eps) + bias)
           = input_gain * (x - input_mean) + input_bias
 
-    input_mean is rounded, and the rest of the mean goes into the bias. The whole mean does not go there: the two large
-    terms would cancel where the mean is large against the deviation.
+    input_mean is rounded; the rest of the mean is in the bias. With the whole mean there, two large terms would cancel
+    where the mean is large against the deviation.
     """
     mean, variance = mean.double(), variance.double()
     gain = input_scale / (variance + eps).sqrt()
@@ -276,7 +276,7 @@ def _philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tenso
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # The products wrap modulo 2^64: their bits are right, whatever the sign.
+        # Products wrap modulo 2^64: the bits are correct with either sign.
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1 = (product1 >> 32 & low) ^ c1 ^ k0, product1 & low
         c2, c3 = (product0 >> 32 & low) ^ c3 ^ k1, product0 & low
@@ -298,7 +298,7 @@ def _draws(neurons: int, steps: int, rng_state: Tensor) -> Tensor:
 
 
 def analog_mask_below(x_seq: Tensor, analog_below: int, rng_state: Tensor | None, time_dim: int) -> Tensor:
-    """Which elements of x_seq are analog: those whose draw is below `analog_below`."""
+    """Whether each element of x_seq is analog: its draw is below `analog_below`."""
     if analog_below in (0, DRAWS):
         return torch.full(x_seq.shape, analog_below > 0, dtype=torch.bool, device=x_seq.device)
     assert rng_state is not None
@@ -307,6 +307,6 @@ def analog_mask_below(x_seq: Tensor, analog_below: int, rng_state: Tensor | None
     sizes = [x_seq.shape[dim] for dim in order if dim != time_dim]
     steps = x_seq.shape[time_dim]
     mask = _draws(x_seq.numel() // steps, steps, rng_state) < below
-    # Time goes from the first place to where it lies in memory; then memory order becomes that of the dimensions.
+    # From [time, neurons] to memory order, then to the order of the dimensions.
     mask = mask.unflatten(1, sizes).movedim(0, order.index(time_dim)) if sizes else mask[:, 0]
     return mask.permute([order.index(dim) for dim in range(x_seq.dim())])

@@ -10,24 +10,25 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, available_backends
-from .functional import LIFOutput, lif
+from .call import LIFOutput
+from .functional import lif
 from .integrator import IntegratorOutput, leaky_integrator
 from .layout import real_type
 from .surrogate import PERIODIC, SURROGATES
 
-# These repeat the reference's operations one by one; the others call exp, erf or atan, which round as a library likes.
+# Bit-identical to the reference; the others call exp, erf or atan, whose rounding depends on the library.
 EXACT_SURROGATES = ("rectangle", "triangle")
 
-# Two computations of a potential that differ in the last places may disagree whether it has reached the threshold. A
-# neuron that comes this close (some tens of float32 roundings) is left out where the bits are not promised to be equal.
+# Computations that differ by roundings may disagree on spikes near the threshold. Neurons this close to it (some tens
+# of float32 roundings) are left out where bits may differ.
 THRESHOLD_BAND = 1e-5
 
 
 class Difference(NamedTuple):
-    """The largest difference of one tensor, as it is and as a share of a size.
+    """The largest difference of one tensor, absolute and relative to a size.
 
-    The size is the reference's largest value. For the gradient of a parameter, a sum over elements, it is the sum or
-    the root of the sum of its squared terms, whichever is larger: terms may cancel, and their roundings do not.
+    The size is the reference's largest value; for the gradient of a parameter, the larger of the sum over elements and
+    the root of the sum of squares, since terms may cancel while their roundings do not.
     """
 
     absolute: float
@@ -39,12 +40,12 @@ def differences(
 ) -> dict[str, Difference]:
     """Runs `lif` on both backends and compares `outputs` and the gradients of all tensors that require them.
 
-    The gradients that come in are random, one for each of `outputs`: the backend is asked for no other. Options are
-    the arguments of `lif`; `band`: see THRESHOLD_BAND.
+    Incoming gradients are random, for each of `outputs`, the only ones that the backend returns. Options are the
+    arguments of `lif`; `band`: see THRESHOLD_BAND.
     """
     leaves = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    # One value an element shows the reference's gradient before it is summed.
+    # Expanded parameters show the terms of the reference's gradient.
     terms = {name: leaf.expand(x_seq.shape) for name, leaf in leaves.items() if name not in ("x_seq", "v_init")}
     everything = _outputs(x_seq, "reference", LIFOutput._fields, **{**options, **terms})
     expected = {name: everything[name] for name in outputs}
@@ -99,7 +100,7 @@ def _difference(expected: Tensor, actual: Tensor, size: Tensor | None = None) ->
 
 
 class Row(NamedTuple):
-    """One line of the table that `python -m asgl_cuda check` prints."""
+    """One line of the table of `python -m asgl_cuda check`."""
 
     backend: str
     what: str
@@ -115,7 +116,7 @@ class Row(NamedTuple):
 def check_backends() -> Iterator[Row]:
     """A row for each quantity of each available backend, device, type, surrogate and reset."""
     dtypes = torch.float32, torch.float64, torch.bfloat16, torch.float16
-    for backend in available_backends():  # the reference is for any type of device, and names none
+    for backend in available_backends():  # the reference has no device_types
         for kind in product(BACKENDS[backend].device_types, dtypes):
             for each in product(SURROGATES, (0.0, None)):
                 yield from _check(backend, *kind, *each)
@@ -124,12 +125,12 @@ def check_backends() -> Iterator[Row]:
 
 
 _STEPS, _BATCH, _CHANNELS = 21, 5, 67
-# A last place of the output's type.
+# The spacing of the output's type near 1.
 _SPACING = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 class _Random:
-    """Leaves with numbers that are the same each time, for an input of this type on this device."""
+    """Reproducible random leaves for an input of this type on this device."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self._generator = torch.Generator().manual_seed(1)
@@ -141,7 +142,7 @@ class _Random:
 
 
 def _check(backend: str, device: str, dtype: torch.dtype, surrogate: str, v_reset: float | None) -> Iterator[Row]:
-    """With several spikes a step and a floor where the surrogate is for those."""
+    """With several spikes per step and a floor for PERIODIC."""
     random = _Random(device, dtype)
     x_seq = random(_STEPS, _BATCH, _CHANNELS, low=-1.0, high=2.0, dtype=dtype)
     exact, several = surrogate in EXACT_SURROGATES, surrogate == PERIODIC
@@ -159,7 +160,7 @@ def _check(backend: str, device: str, dtype: torch.dtype, surrogate: str, v_rese
         analog_prob=0.0 if several else 0.3,
         rng_state=torch.tensor([1234567890123, 42], device=device),
     )
-    # Sums over thousands of elements round in another order.
+    # Sums over thousands of elements are in another order.
     spacing = _SPACING.get(dtype, 1e-6)
     what = f"{str(dtype).removeprefix('torch.')}, {surrogate}, {'soft' if v_reset is None else 'hard'} reset"
     for name, difference in rows.items():
@@ -187,7 +188,7 @@ def _check_integrator(backend: str, device: str, dtype: torch.dtype) -> Iterator
 
     expected = results("reference")
     for name, actual in results(backend).items():
-        # A fused gradient of decay is made of the output, which has been rounded to its type.
+        # The fused gradient of decay uses the rounded output.
         allowed = {"grad_input_gain": 1e-5, "grad_decay": _SPACING.get(dtype, 1e-5)}.get(name, 0.0)
         what = f"{str(dtype).removeprefix('torch.')}, leaky_integrator"
         yield Row(backend, what, name, _difference(expected[name], actual), allowed)

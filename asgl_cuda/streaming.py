@@ -1,4 +1,4 @@
-"""A whole model one time step at a time."""
+"""Single time steps of a whole model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .checks import check_step, check_time_dim
+from .checks import check_int, check_step
 from .interop.convert import libraries
 from .interop.converted import Streamed
 from .layer import NeuronLayer, check_module
@@ -18,13 +18,13 @@ _CALLER = "asgl_cuda.step"
 
 
 class _Taker(NamedTuple):
-    """A module that takes steps, and where it is."""
+    """A module that takes steps, and its path."""
 
     path: str
     module: nn.Module
     streamed: Streamed
-    inside: bool  # another one, which tells where time is
-    compiled: bool  # so that a hook would not be seen, or compiled
+    inside: bool  # of another one, which determines time_dim
+    compiled: bool  # hooks would be ignored, or compiled
 
     @property
     def name(self) -> str:
@@ -33,7 +33,7 @@ class _Taker(NamedTuple):
 
 
 def _takers(model: nn.Module) -> Iterator[_Taker]:
-    """Each once; refuses those that can't be streamed."""
+    """Yields each once; refuses those that can't be streamed."""
     known = [library.streamed for library in libraries()]
     found: set[nn.Module] = set()
 
@@ -53,7 +53,7 @@ def _takers(model: nn.Module) -> Iterator[_Taker]:
             raise RuntimeError(f"{_CALLER}: {name} can't take a step at a time: {answer}")
         if answer is not None:
             yield _Taker(path, module, answer, inside, compiled)
-        inside = inside or answer is not None or isinstance(module, OverTime)  # in which time is no dimension
+        inside = inside or answer is not None or isinstance(module, OverTime)  # has no dimension of time inside
         for name, child in module._modules.items():
             if child is not None:
                 yield from below(child, f"{path}.{name}" if path else name, inside, compiled)
@@ -62,7 +62,7 @@ def _takers(model: nn.Module) -> Iterator[_Taker]:
 
 
 def _time_dim_of(takers: Sequence[_Taker]) -> int | None:
-    """Where time is in the model's input; None where a call is a step."""
+    """The dimension of time in the model's input; None where a call is a step."""
     first: dict[int | None, _Taker] = {}
     for taker in takers:
         if not taker.inside:
@@ -80,13 +80,13 @@ def _time_dim_of(takers: Sequence[_Taker]) -> int | None:
 
 
 class _Watch:
-    """Refuses, inside of a step, what would give other results than a call with the whole sequence."""
+    """Refuses steps whose results would differ from a call with the whole sequence."""
 
     def __init__(self, takers: Sequence[_Taker]) -> None:
         self._takers = {taker.module: taker for taker in takers if not taker.compiled}
         self._called: set[nn.Module] = set()
         self._states: dict[nn.Module, Any] = {}
-        self._left: dict[nn.Module, Any] = {}  # states behind the layers' calls
+        self._left: dict[nn.Module, Any] = {}  # states after the layers' calls
         self._handles: list[Any] = []
 
     def start(self) -> None:
@@ -145,21 +145,21 @@ class _Watch:
 
 
 def _is_same(state: Any, other: Any) -> bool:
-    """Whether a state is the other, or was cut off its graph."""
+    """Whether the states are the same, up to detach."""
     if isinstance(state, Tensor) and isinstance(other, Tensor):
         return state.shape == other.shape and state.data_ptr() == other.data_ptr()
     return state is other
 
 
 def _steps_in(tensors: Sequence[Tensor], time_dim: int | None) -> int:
-    """The time steps in the first tensor; 1 where it can't be told, which is for the layer to refuse."""
+    """The time steps in the first tensor; 1 where unknown, which the layer refuses."""
     if time_dim is None or not tensors or not -tensors[0].dim() <= time_dim < tensors[0].dim():
         return 1
     return tensors[0].shape[time_dim]
 
 
 def _without_time(output: Any, x_t: Tensor, time_dim: int) -> Any:
-    """The output of one step; what is no tensor stays."""
+    """The output of one step; other values than tensors stay."""
     if isinstance(output, dict):
         made = copy.copy(output)  # of its own class
         for key, value in output.items():
@@ -172,7 +172,7 @@ def _without_time(output: Any, x_t: Tensor, time_dim: int) -> Any:
         return output
     if -output.dim() <= time_dim < output.dim() and output.shape[time_dim] == 1:
         without = output.squeeze(time_dim)
-        # With a batch of one, the size 1 may be the batch's.
+        # A size of 1 may be the batch.
         if x_t.dim() < 2 or x_t.shape[0] != 1 or tuple(without.shape[:1]) == (1,):
             return without
     raise ValueError(
@@ -220,7 +220,7 @@ def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
     """
     check_module(model, _CALLER)
     if time_dim is not None:
-        check_time_dim(time_dim, _CALLER)
+        check_int("time_dim", time_dim, _CALLER)
     takers = list(_takers(model))
     time_dim = _time_dim_of(takers) if time_dim is None else time_dim
     check_step(x_t, time_dim or 0, _CALLER)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# For several spikes a step: laplace of the distance that `periodic_distance` in reference.py gives.
+# With multi_spike: laplace of `periodic_distance` (reference.py).
 PERIODIC = "periodic_exponential"
 
 
@@ -25,12 +25,12 @@ class Surrogate(NamedTuple):
 
 def _rectangle(y: Tensor) -> Tensor:
     ramp = y + 0.5
-    # torch's versions differ in the gradient of clamp at its edges, where it is 1 here.
+    # The gradient of clamp at its edges differs between versions of torch; here it is 1.
     return torch.where((ramp >= 0) & (ramp <= 1), ramp, ramp.detach().clamp(0, 1))
 
 
 def _mirrored(tail: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """F that is tail(|y|) below 0 and 1 - tail(|y|) above, without abs(), to which autograd gives the slope 0 at 0."""
+    """F = tail(|y|) below 0 and 1 - tail(|y|) above, without abs(), whose slope at 0 is 0 in autograd."""
 
     def cumulative(y: Tensor) -> Tensor:
         below = tail(torch.where(y < 0, -y, y))
@@ -45,12 +45,12 @@ SURROGATES: dict[str, Surrogate] = {
     "sigmoid": Surrogate(2, torch.sigmoid),
     "arctan": Surrogate(3, lambda y: torch.atan(y * (math.pi / 2)) * (1 / math.pi) + 0.5),
     "erf": Surrogate(4, lambda y: (1 + torch.erf(y)) * 0.5),
-    # y / (2 (1 + |y|)) + 1/2, in the form that is right at infinity, too.
+    # y / (2 (1 + |y|)) + 1/2, in a form valid at infinity.
     "fast_sigmoid": Surrogate(5, _mirrored(lambda y: 0.5 / (1 + y))),
     "laplace": Surrogate(6, _mirrored(lambda y: 0.5 * torch.exp(-y))),
 }
 
-# Names that other libraries give to these functions, in small letters, where a width of 1 / alpha makes them the same.
+# Names in other libraries, in lower case; equal with a width of 1 / alpha.
 ELSEWHERE = {
     "atan": "arctan",
     "piecewiseexp": "laplace",

@@ -1,4 +1,4 @@
-"""Which backends there are, which of them work here, and which one a tensor gets."""
+"""The table of backends, their availability, and the choice for a tensor."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Operators(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """A way to compute the neuron. `operators` is None for the reference, which is differentiated by autograd.
+    """An implementation of the neuron. `operators` is None for the reference, which autograd differentiates.
 
-    `problem` says why it does not work and what would help, None where it does. It is asked when a backend is chosen
-    for a tensor, never at import. `direct` are the same operators, where they can be called without torch.ops.
+    `problem` returns why the backend does not work and a remedy, or None; called at the choice for a tensor, never at
+    import. `direct` are the same operators as functions that bypass torch.ops.
     """
 
     device_types: tuple[str, ...]  # empty: any
@@ -43,8 +43,8 @@ class Backend(NamedTuple):
     def serves(self, device: torch.device) -> bool:
         return not self.device_types or device.type in self.device_types
 
-    def problem_here(self) -> str | None:
-        """Also looks for the device, which needs no look where a backend is chosen for a tensor."""
+    def device_problem(self) -> str | None:
+        """`problem`, or a missing device, which the choice for a tensor need not check."""
         problem = self.problem()
         if problem is None and self.device_types == ("cuda",) and not torch.cuda.is_available():
             return "torch finds no CUDA device: torch.cuda.is_available() is False"
@@ -57,13 +57,13 @@ def operators_in(namespace: str) -> Operators:
 
 
 def _direct_operators() -> Operators | None:
-    """The functions of csrc/ops/direct_calls.h; None where the extension is missing or older than these functions."""
+    """The functions of csrc/ops/direct_calls.h; None where the extension is missing or older."""
     functions: list[Any] = [getattr(extension.module, name, None) for name in Operators._fields]
     return None if None in functions else Operators(*functions)
 
 
 def _below_autograd(namespace: str) -> Operators:
-    """The operators as direct calls of them, which spares their kernels for autograd in Python."""
+    """The operators without their autograd kernels in Python."""
     functions: list[Any] = [below_autograd(operator) for operator in operators_in(namespace)]
     return Operators(*functions)
 
@@ -77,7 +77,7 @@ def _cuda_problem() -> str | None:
     return extension.problem
 
 
-# The backends stand in the order in which they are preferred.
+# In order of preference.
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend(("cuda",), operators_in("asgl_cuda"), _cuda_problem, _direct_operators()),
     "cupy": Backend(("cuda",), operators_in(cupy.NAMESPACE), cupy.problem, _below_autograd(cupy.NAMESPACE)),
@@ -89,10 +89,10 @@ BACKENDS: dict[str, Backend] = {
 def operators_of(backend: str, inputs: Sequence[torch.Tensor | None]) -> Operators:
     """The operators of a fused backend for a call with these inputs.
 
-    A compiler, a mode of torch's functions, or a subclass of Tensor among the inputs sees calls of torch.ops alone.
+    Compilers, torch function modes and subclasses of Tensor intercept calls of torch.ops alone.
     """
     found = BACKENDS[backend]
-    assert found.operators is not None  # the reference is differentiated by autograd and does not come here
+    assert found.operators is not None  # not the reference
     if torch.compiler.is_compiling() or found.direct is None or has_torch_function(inputs):
         return found.operators
     return found.direct
@@ -104,7 +104,7 @@ def backend_of(operator: Any) -> str:
 
 
 _warned: set[str] = set()
-# The best fused backend for a type of device, and the table that it was chosen from.
+# The best fused backend by type of device, and the table of the choice.
 _best: dict[str, tuple[str, tuple[Backend, ...]]] = {}
 
 
@@ -117,7 +117,7 @@ def available_backends() -> tuple[str, ...]:
 
         print(asgl_cuda.available_backends())  # ('cpu', 'reference') without a GPU
     """
-    return tuple(name for name, backend in BACKENDS.items() if backend.problem_here() is None)
+    return tuple(name for name, backend in BACKENDS.items() if backend.device_problem() is None)
 
 
 def unavailable_backends() -> dict[str, str]:
@@ -128,7 +128,7 @@ def unavailable_backends() -> dict[str, str]:
         for name, problem in asgl_cuda.unavailable_backends().items():
             print(f"{name}: {problem}")
     """
-    problems = {name: backend.problem_here() for name, backend in BACKENDS.items()}
+    problems = {name: backend.device_problem() for name, backend in BACKENDS.items()}
     return {name: problem for name, problem in problems.items() if problem is not None}
 
 
@@ -158,14 +158,14 @@ def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
         if backend.serves(device) and backend.problem() is None:
             if backend.operators is not None and not compiling:
                 _best[device.type] = candidate, tuple(BACKENDS.values())
-            if candidate == "reference" and device.type != "meta":  # on which nothing is computed
+            if candidate == "reference" and device.type != "meta":  # computes nothing
                 _warn_about_reference(device)
             return candidate
     raise AssertionError("the reference serves every device")
 
 
 def _warn_about_reference(device: torch.device) -> None:
-    """Once for each type of device, with the user's line."""
+    """Warns once per type of device, at the user's line."""
     if device.type in _warned:
         return
     _warned.add(device.type)

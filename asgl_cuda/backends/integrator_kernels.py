@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import BackwardResult, ForwardResult, empty_outputs, in_their_places
+from ..ops import BackwardResult, ForwardResult, empty_outputs, with_gaps
 from ..reference import Parameters
 from .neuron_kernels import SCALARS, Call, NeuronKernelOperators
 from .structures import constant
@@ -26,7 +26,7 @@ class IntegratorOperators(NeuronKernelOperators):
         call = Call(x_seq, v_init, None, *packed)
         outputs = empty_outputs(x_seq, call.rules.time_dim, (wants_v_last, False, False, False))
         if call.layout.neurons:
-            v_seq, v_last = in_their_places(outputs, (True, wants_v_last))
+            v_seq, v_last = with_gaps(outputs, (True, wants_v_last))
             lanes, tiles = call.cut(self.launcher, call.input(True), *outputs)
             params = call.params("IntegratorParams", tiles, delay=delay, v_seq=v_seq, last=v_last)
             self.start(x_seq.device, integrator_kernel(x_seq.dtype, lanes, "kForward"), tiles[1], params)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..layout import CHECKPOINT_STEPS, Layout, ParameterTensor, checkpoint_elements, real_type
-from ..ops import BackwardResult, ForwardResult, empty_gradients, empty_outputs, in_their_places
+from ..ops import BackwardResult, ForwardResult, empty_gradients, empty_outputs, with_gaps
 from ..reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules
 from .structures import constant, structure
 
@@ -211,18 +211,18 @@ class Call:
         """The gradients of x_seq, v_init and each parameter, as it is laid out, not yet computed; None: not wanted."""
         laid_out = [None if each is None else each.data for each in self.tensors]
         asked = *wanted[:2], *(wants and each is not None for wants, each in zip(wanted[2:], laid_out, strict=True))
-        return in_their_places(empty_gradients(self.x_seq, self.rules.time_dim, laid_out, wanted), asked)
+        return with_gaps(empty_gradients(self.x_seq, self.rules.time_dim, laid_out, wanted), asked)
 
     def results(self, gradients: Sequence[Tensor | None]) -> BackwardResult:
         """Those that are wanted, the parameters' in their own shapes."""
-        front, of_parameters = gradients[:2], gradients[2:]
+        front, parameters = gradients[:2], gradients[2:]
         if not self.layout.neurons:
-            for gradient in of_parameters:
+            for gradient in parameters:
                 if gradient is not None:
                     gradient.zero_()
         return [each for each in front if each is not None] + [
             tensor.gradient_in_own_shape(gradient)
-            for tensor, gradient in zip(self.tensors, of_parameters, strict=True)
+            for tensor, gradient in zip(self.tensors, parameters, strict=True)
             if tensor is not None and gradient is not None
         ]
 
@@ -256,8 +256,8 @@ class Call:
             return GENERAL
         if any(view.data and view.step_stride for view in self.views) or self.layout.neurons >= constant("kDivisible"):
             return GENERAL
-        gain, bias, mean = of_input = self.views.input_gain, self.views.input_bias, self.views.input_mean
-        plain = not any(view.data for view in of_input) and (gain.constant, bias.constant, mean.constant) == (1, 0, 0)
+        gain, bias, mean = terms = self.views.input_gain, self.views.input_bias, self.views.input_mean
+        plain = not any(view.data for view in terms) and (gain.constant, bias.constant, mean.constant) == (1, 0, 0)
         return PLAIN if plain else NORMALISED
 
 
@@ -274,18 +274,18 @@ class NeuronKernelOperators(KernelOperators):
         **members: Any,
     ) -> None:
         """Starts a backward kernel with the structure of this name, and sums up its partial sums to the gradients."""
-        grad_x_seq, grad_v_init, *of_parameters = gradients
+        grad_x_seq, grad_v_init, *grad_parameters = gradients
         tile, blocks = tiles
         rows = [call.layout.steps if view.step_stride else 1 for view in call.views]
         slots = [call.layout.neurons // view.inner + blocks for view in call.views]
         sums = [
             None if gradient is None else gradient.new_empty(size)
-            for gradient, *size in zip(of_parameters, rows, slots, strict=True)
+            for gradient, *size in zip(grad_parameters, rows, slots, strict=True)
         ]
         partials = tuple((address_of(each), 0 if each is None else each.shape[1]) for each in sums)
         params = call.params(name, tiles, grad_x_seq=grad_x_seq, grad_init=grad_v_init, partials=partials, **members)
         self.start(call.x_seq.device, kernel, blocks, params)
-        self._sum(call, partials, tile, of_parameters)
+        self._sum(call, partials, tile, grad_parameters)
 
     def _sum(self, call: Call, partials: Sequence[Any], tile: int, gradients: Sequence[Tensor | None]) -> None:
         """Sums up partial sums to the gradients."""
@@ -323,7 +323,7 @@ class NeuronOperators(NeuronKernelOperators):
         *shared, wanted = others
         call = Call(x_seq, *shared)
         outputs = empty_outputs(x_seq, call.rules.time_dim, wanted)
-        s_seq, v_last, v_seq, h_seq, checkpoints = in_their_places(outputs, (True, *wanted))
+        s_seq, v_last, v_seq, h_seq, checkpoints = with_gaps(outputs, (True, *wanted))
         if call.layout.neurons:
             input = call.input(v_seq is None and h_seq is None)
             lanes, tiles = call.cut(self.launcher, input, *outputs)

@@ -1,4 +1,4 @@
-"""The structures that kernels are given, and constants, read from the headers of csrc when they are first asked for.
+"""Structures of kernel parameters, and constants, read from the headers of csrc at first use.
 
 This relies on their style: a struct begins and ends at the begin of a line, and its template has one parameter, which
 is called Scalar where it is the type of x_seq. Anything that is not understood is an error that names it.
@@ -82,8 +82,8 @@ def _structure(name: str, argument: Any) -> type[Structure]:
             return c_void_p
         if text in known:
             return known[text]
-        template, _, its_argument = text.partition("<")
-        return _structure(template, type_of(its_argument.strip(" >")) if its_argument else None)
+        template, _, argument = text.partition("<")
+        return _structure(template, type_of(argument.strip(" >")) if argument else None)
 
     fields = [*_structure(base, argument)._fields_] if base else []
     while "{" in body:  # of a function, or of an initial value

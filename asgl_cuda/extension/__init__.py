@@ -21,7 +21,7 @@ from . import build_notes  # ops defines the operators, which the extension look
 from .build_notes import EXTENSION, BuildInfo
 
 PACKAGE = Path(__file__).parents[1]
-BUILD = "python -m asgl_cuda build"  # the remedy, wherever the extension is missing or another one is wanted
+BUILD = "python -m asgl_cuda build"  # the remedy in errors
 NO_SOURCES = (
     "the sources, which were installed with asgl_cuda, are gone. "
     "To install them again, in a checkout of it: pip install --force-reinstall --no-deps --no-build-isolation ."
@@ -38,9 +38,9 @@ def _minor(version: str) -> str:
 
 
 def source_directory() -> Path | None:
-    """Where the sources are: in the package, or beside it in a checkout."""
-    places = (PACKAGE / "csrc", PACKAGE.parent / "csrc")
-    return next((path for path in places if (path / "ops/bindings.cpp").is_file()), None)
+    """The folder of the sources: in the package, or beside it in a checkout."""
+    folders = (PACKAGE / "csrc", PACKAGE.parent / "csrc")
+    return next((path for path in folders if (path / "ops/bindings.cpp").is_file()), None)
 
 
 def cache_directory() -> Path:
@@ -65,24 +65,24 @@ def _home() -> str:
 
 
 def build_directory(sources: Path) -> Path:
-    """The place in the cache for the extension that compilation.py makes of these sources."""
+    """The path in the cache of the extension built from these sources."""
     return cache_directory() / build_notes.digest_of_build(sources, PACKAGE)
 
 
 def _directories() -> list[Path]:
-    """The user's own first: it was asked for because the other did not do."""
+    """The user's own build first, requested because the other did not work."""
     found = [PACKAGE]
     try:
         sources = source_directory() if cache_directory().is_dir() else None
         if sources is not None:
             found.insert(0, build_directory(sources))
-    except OSError:  # a home that belongs to somebody else
+    except OSError:  # a home without access
         pass
     return found
 
 
 def _has_extension(folder: Path) -> bool:
-    """An extension for this torch, as far as its notes tell."""
+    """An extension for this torch, by its notes."""
     try:
         info = build_notes.read(folder)
     except ValueError:
@@ -97,7 +97,7 @@ def _hidden_installation() -> Path | None:
 
 
 def _misfit(info: BuildInfo) -> str | None:
-    """Why an extension with these notes is not for this process."""
+    """The reason why an extension with these notes does not fit this process."""
     if not fits(info):
         return f"it was built for torch {info.torch_version}, and this is torch {torch.__version__}"
     if info.file != EXTENSION:
@@ -106,7 +106,7 @@ def _misfit(info: BuildInfo) -> str | None:
     try:
         if sources is not None and info.sources != build_notes.digest_of_build(sources, PACKAGE):
             return f"it was built from other sources than those in {sources}"
-    except OSError:  # what can't be read can't be compared
+    except OSError:  # unreadable sources are not compared
         pass
     return None
 

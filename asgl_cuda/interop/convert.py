@@ -1,4 +1,4 @@
-"""`convert` and `revert`: neuron layers of other libraries on the fused neuron, and back."""
+"""`convert` and `revert`: other libraries' neuron layers on the fused neuron, and back."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .normalised import Normalised
 
 _CALLER = "asgl_cuda.convert"
 
-# A model may hold a library's layers where this module of it is imported; a file of this folder has the library's name.
+# Modules whose import makes layers of a library possible; a file of this folder has the library's name.
 _LIBRARIES = ("spikingjelly.activation_based", "snntorch", "norse.torch", "sinabs.layers")
 
 
 class Replaced(NamedTuple):
-    """A layer that was converted: where it is, its class, and how it is computed now."""
+    """A converted layer: its path, its class, and its computation now."""
 
     path: str
     layer: str
@@ -37,7 +37,7 @@ class Replaced(NamedTuple):
 
 
 class Left(NamedTuple):
-    """A neuron layer, or a value, that could not be converted: where, its class, and why."""
+    """A neuron layer, or a value, that was not converted: its path, its class, and the reason."""
 
     path: str
     layer: str
@@ -229,7 +229,7 @@ def _notes(model: nn.Module, report: Report) -> list[str]:
 
 
 def _imported() -> str:
-    """Which libraries' layers could have been known."""
+    """The imported libraries, as a note."""
     parts = []
     for module in _LIBRARIES:
         package = module.split(".")[0]
@@ -250,13 +250,13 @@ def _version_of(package: str) -> str:
 
 
 def taken(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
-    """The model itself, or a copy whose layers their libraries know like the model's own; checks both arguments."""
+    """The model or a copy, registered with the libraries as the model is; checks both arguments."""
     check_module(model, caller)
     if check_bool("inplace", inplace, caller):
         return model
     try:
         made = copied(model)
-    except Exception as error:  # a layer may have a way of its own to be copied, and may raise anything
+    except Exception as error:  # by a __deepcopy__ of the user
         path, layer = next(row for row in reversed(list(model.named_modules())) if not _can_be_copied(row[1]))
         raise RuntimeError(
             f"{caller}: {path or 'the model'} ({type(layer).__name__}) can't be copied, not by copy.deepcopy either "
@@ -276,7 +276,7 @@ def _can_be_copied(layer: nn.Module) -> bool:
 
 
 def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
-    """A deep copy of all except `share`. Potentials that are inside a graph, as after a call, are copied without it."""
+    """A deep copy of all except `share`. Potentials in a graph, as after a call, are copied without it."""
     memo: dict[int, Any] = {id(value): value for value in share}
     for module in model.modules():
         attributes = vars(module)
@@ -288,28 +288,28 @@ def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
     return made
 
 
-# Where tensors keep hooks, and what registers one.
+# Attributes with hooks of tensors, and functions that register a hook.
 _REGISTER: dict[str, Callable[..., Any]] = {
     "_backward_hooks": Tensor.register_hook,
     "_post_accumulate_grad_hooks": Tensor.register_post_accumulate_grad_hook,
 }
-_OF_MODULES = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+_MODULE_ATTRIBUTES = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
 
 
 def _carry_over(model: nn.Module, made: nn.Module, memo: dict[int, Any]) -> None:
-    """Gives a copy what deepcopy drops: hooks of tensors, and all that a layer's own way of copying does not know."""
+    """Copies what deepcopy drops: hooks of tensors, and attributes ignored by a layer's own __deepcopy__."""
     twins = dict(made.named_modules())
     for path, module in model.named_modules():
         twin = twins.get(path)
         if twin is None or not hasattr(type(module), "__deepcopy__") or type(module).__module__.startswith("torch."):
             continue
         for name, value in vars(module).items():
-            if name in _OF_MODULES or name not in vars(twin):
+            if name in _MODULE_ATTRIBUTES or name not in vars(twin):
                 twin.__dict__[name] = copy.deepcopy(value, memo)
     tensors = dict(made.named_parameters(remove_duplicate=False)) | dict(made.named_buffers(remove_duplicate=False))
-    of_modules = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    pairs = [(value, tensors[name]) for name, value in of_modules if name in tensors]
-    # Tensors that are attributes: deepcopy keeps a list of what it has copied.
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    pairs = [(value, tensors[name]) for name, value in named if name in tensors]
+    # Attributes that are tensors: deepcopy lists the copied objects at memo[id(memo)].
     pairs += [(value, memo[id(value)]) for value in memo.get(id(memo), ()) if isinstance(value, Tensor)]
     done: set[int] = set()
     for value, duplicate in pairs:

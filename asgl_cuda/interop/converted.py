@@ -1,4 +1,4 @@
-"""A layer of another library that `convert` has changed: `asgl_cuda.lif` computes its steps with its own values."""
+"""Converted layers of other libraries: `asgl_cuda.lif` computes their steps with their own values."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from ..call import LIFOutput, checked_call, grouped, run
 from ..checks import HALF_TYPES, PLAIN_TENSORS
-from ..functional import LIFOutput, call_of, lif, run
+from ..functional import LIF_DEFAULTS, lif
 from ..integrator import IntegratorOutput, leaky_integrator
 from ..layer import Noisy, give_dimension
 from ..learned import Logarithm
@@ -23,19 +24,19 @@ from .steps import Known
 
 
 class Settings(NamedTuple):
-    """The settings of a conversion that the layer itself does not hold."""
+    """Settings of a conversion beside the layer's own."""
 
     spike: Any  # a SpikeFunction; None where the layer does not fire
     backend: str | None
     dtype: torch.dtype | None = None  # of the spikes; None: the potential's
-    asgl: bool = False  # whether the surrogate is the conversion's, not the layer's
+    asgl: bool = False  # the surrogate is the conversion's, not the layer's
 
 
 class Wrapper(NamedTuple):
-    """A module that calls others one after the other: which, and where the channels go on the way in and out.
+    """A module that calls others in sequence: their names, and the shift of the channels at the entry and exit.
 
-    -1 where time and batch become one dimension, +1 where they part, None where the value itself is not handed on, as
-    where the steps are computed one by one.
+    -1 where time and batch join, +1 where they part, None where the value itself is not passed on, as in loops over
+    steps.
     """
 
     names: list[str]
@@ -44,11 +45,10 @@ class Wrapper(NamedTuple):
 
 
 class Overlay(nn.Module):
-    """The base of the classes that are put before a layer's class.
+    """The base of classes that are put before a layer's class.
 
-    The layer stays an instance of its class and computes something else. Parameters, buffers, state, hooks and names
-    are still its own, the library's functions that reset, detach or copy it go on working, and to give the layer back
-    is to take the class away.
+    The layer remains an instance of its class, with its parameters, buffers, state, hooks and names; the library's
+    functions to reset, detach or copy it still work. Removing the class restores the layer.
     """
 
     prefix: str  # begins the name of a class that `overlaid` makes
@@ -60,14 +60,14 @@ class Overlay(nn.Module):
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """Whatever the layer's class has."""
+            """Attributes of the layer's class."""
 
     def take_off(self) -> None:
-        """Gives the layer the class back that it had before."""
+        """Restores the layer's previous class."""
         self.__class__ = self.original  # type: ignore[assignment]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # pickle finds no such class by its name: it is made again.
+        # pickle can't find the class by name: `_new` makes it again.
         _, _, *rest = tuple(super().__reduce_ex__(protocol))
         return _new, _parts(type(self)), *rest
 
@@ -76,7 +76,7 @@ _made: dict[tuple[type[Overlay], type[nn.Module]], Any] = {}
 
 
 def overlaid(overlay: type[Overlay], original: type[nn.Module]) -> Any:
-    """`original` with `overlay` before it: one class, however often it is asked for."""
+    """`original` with `overlay` before it; cached."""
     if (overlay, original) not in _made:
         names = {"overlay": overlay, "original": original, "__module__": overlay.__module__}
         _made[overlay, original] = type(f"{overlay.prefix}{original.__name__}", (overlay, original), names)
@@ -90,7 +90,7 @@ def bare_class(layer: nn.Module) -> type[nn.Module]:
 
 
 def _parts(made: type[nn.Module]) -> tuple[Any, ...]:
-    """The classes that are before another one, the first one first, and that one."""
+    """The overlays in order, then the bare class."""
     return (made.overlay, *_parts(made.original)) if issubclass(made, Overlay) else (made,)
 
 
@@ -130,7 +130,7 @@ class Converted(Overlay, Noisy):
         return self.settings.spike.width if self.log_width is None else Logarithm(self.log_width).value()
 
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
-        """Takes up the settings of a conversion."""
+        """Applies the settings of a conversion."""
         self.settings = settings
         if settings.spike is None:
             return
@@ -138,11 +138,11 @@ class Converted(Overlay, Noisy):
         self.log_width = None
         if learn_width:
             device = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), None)
-            # It has a dimension because fully_shard of PyTorch wants one.
+            # [1], since torch's fully_shard refuses parameters without a dimension.
             self.log_width = nn.Parameter(torch.full((1,), math.log(settings.spike.width), device=device))
 
     def end(self) -> None:
-        """Becomes what it was before, with the values that its parameters have now."""
+        """Restores the original layer, with the current values of its parameters."""
         self.end_noise()
         if self.settings.spike is not None:
             del self.log_width
@@ -152,21 +152,21 @@ class Converted(Overlay, Noisy):
         self.take_off()
 
     def known_by(self) -> tuple[Any, ...]:
-        """The spike function, or None, and what else `find` went by that may be another at the next call."""
+        """The spike function, or None, and all else in `find` that may change between calls."""
         return (None,)
 
     def take_snapshot(self) -> None:
-        """Remembers what the layer is known by."""
+        """Stores the basis of the conversion."""
         self._snapshot = Snapshot(*self.known_by())
 
     def check(self) -> None:
-        """Looks again where the layer is not what it was; raises where it can't be computed."""
+        """Identifies the layer again where it has changed; raises where it can't be computed."""
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self.__prepare_scriptable__()
         snapshot = self._snapshot
         if snapshot is None or not snapshot.holds(*self.known_by()):
             self._look_again()
-        elif not torch.compiler.is_compiling() and snapshot.size != len(self.__dict__):  # a method may be among them
+        elif not torch.compiler.is_compiling() and snapshot.size != len(self.__dict__):  # perhaps a method
             if (reason := exchanged(self)) is not None:
                 self._refuse(reason)
             snapshot.size = len(self.__dict__)
@@ -199,15 +199,15 @@ class Converted(Overlay, Noisy):
         )
 
     def is_plain(self) -> bool:
-        """Whether it computes what it did before it was converted, and no more."""
+        """Whether results are those of the original layer."""
         return not self.settings.asgl and not getattr(self, "_has_noise", False)
 
     def steps_as_before(self) -> bool:
-        """Whether the library's own forward computes a step: a compiler fuses its operations with those around them."""
+        """Whether the library's own forward computes a step, which compilers fuse with operations around it."""
         return torch.compiler.is_compiling() and self.settings.backend is None and self.is_plain()
 
     def known_of(self, make: Callable[..., Any], *values: Any) -> tuple[Known | None, Any]:
-        """What is known of a step with these values, and what `make` makes of them, which is kept for numbers."""
+        """The cache for a step with these values, and `make` of them, cached for constants."""
         self.check()
         if torch.compiler.is_compiling() or not self.is_plain():
             return None, make(*values)
@@ -218,21 +218,22 @@ class Converted(Overlay, Noisy):
             return known, make(*values) if known.made is None else known.made
         made = make(*values)
         known = Known(self.settings, kinds, None if any(isinstance(each, Tensor) for each in numbers) else made)
-        object.__setattr__(self, "_known", known)  # Module's takes longer
+        object.__setattr__(self, "_known", known)  # faster than Module's
         return known, made
 
     def lif_of(self, known: Known | None, options: dict[str, Any], x_seq: Tensor, v_init: Tensor) -> LIFOutput:
-        """`lif` with these options, checked only where the call is of another kind than the last one."""
+        """`lif` with these options, checked only where the signature is not the last one."""
         if known is None or self.settings.dtype not in (None, x_seq.dtype) or not x_seq.is_floating_point():
             return self.lif(x_seq, v_init=v_init, **options)
         call = known.call(x_seq, v_init, options)
         if call is None:
-            call = call_of(x_seq, **self._all(x_seq, {**options, "v_init": v_init}))
+            given = {**LIF_DEFAULTS, **self._all(x_seq, {**options, "v_init": v_init})}
+            call = checked_call("asgl_cuda.lif", x_seq, grouped(given))
             known.learn(call, x_seq, v_init, options)
-        return run(call)  # type: ignore[return-value]
+        return run(call, "asgl_cuda.lif")  # type: ignore[return-value]
 
     def lif(self, x_seq: Tensor, **options: Any) -> LIFOutput:
-        """`asgl_cuda.lif` with the layer's surrogate and noise, and spikes of the type that the library gives them."""
+        """`asgl_cuda.lif` with the layer's surrogate and noise, and spikes of the library's type."""
         self.check()
         x_seq, dtype = _floating(x_seq), self.settings.dtype
         if dtype is not None and x_seq.dtype in HALF_TYPES:
@@ -244,7 +245,7 @@ class Converted(Overlay, Noisy):
         return result
 
     def _all(self, x_seq: Tensor, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of `lif`, as it takes them."""
+        """All options of `lif`."""
         return {
             "width": self.width if self.log_width is None else Logarithm(self.log_width),
             "surrogate": self.settings.spike.surrogate,
@@ -270,19 +271,19 @@ class Converted(Overlay, Noisy):
         return lif(x_seq, **options)
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
-        """Gain and bias of the input, as `asgl_cuda.lif` has them."""
+        """input_gain and input_bias of `asgl_cuda.lif`."""
         return 1.0, 0.0
 
     def hold_width(self) -> bool:
-        """Writes the learned width into the layer's own surrogate, and says whether that can hold it."""
+        """Writes the learned width to the layer's own surrogate; False if that has none."""
         return False
 
     def advice(self) -> str | None:
-        """What computes whole sequences in one call, where a call of this layer is a step."""
+        """Advice on one call for whole sequences, where a call of this layer is a step."""
         return None
 
     def original_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the library's own forward returns, which torch.jit can trace: the same, unless there is noise."""
+        """The library's own forward, which torch.jit can trace: the same result without noise."""
         if type(self).original is not bare_class(self) or (self.training and getattr(self, "_has_noise", False)):
             self.__prepare_scriptable__()
         made = type(self)
@@ -293,7 +294,7 @@ class Converted(Overlay, Noisy):
             self.__class__ = made
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refuses, where torch.jit.script asks the module to get ready."""
+        """Refuses torch.jit.script, which calls this first."""
         name, fused = bare_class(self).__name__, type(self).original is not bare_class(self)
         raise RuntimeError(
             f"asgl_cuda.convert: torch.jit can't script a converted {name}, nor trace it in other calls than those of "

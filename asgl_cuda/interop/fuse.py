@@ -1,9 +1,9 @@
-"""`fuse` and `unfuse`: normalisations with the neurons behind them as one, and apart again.
+"""`fuse` and `unfuse`: normalisations fused with the neurons behind them, and the inverse.
 
-Graphs tell where a module's output goes: a Sequential's graph is the order of its modules, any other module's graph is
-traced by torch.fx from its forward, and every module that it calls is a node. A normalisation is followed from where it
-is called, out of the modules that return its output and into those that hand it on, to the neurons. Every module that
-is entered must be called with that output alone, wherever it is called.
+Graphs show where the output of a module goes: for a Sequential the order of its modules, for any other module a trace
+of its forward by torch.fx, whose nodes are the called modules. The output of a normalisation is followed from its call,
+out of modules that return it and into modules that pass it on, to the neurons. Every call of a module on the way in
+must have this output as its only input.
 
     channel of the neurons' input = channel of the normalisation's + where time and batch part - where they join
 """
@@ -24,7 +24,7 @@ from .converted import Converted, bare_class
 from .graphs import Calls, asks_for_shape, calls_of, is_first_alone, is_sequential, name_of_user, parts_time
 from .normalised import Normalisation, Normalised, PassedThrough, Place, join, varies_by_channel
 
-_LISTS = (nn.ModuleList, nn.ModuleDict)  # which are not called
+_LISTS = (nn.ModuleList, nn.ModuleDict)  # never called
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
@@ -123,11 +123,11 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
 
 
 class _Leave(Exception):  # noqa: N818
-    """Why a normalisation is not fused."""
+    """The reason why a normalisation is not fused."""
 
 
 def _fuse(flow: _Flow, norm: nn.Module) -> Any:
-    """Fuses a normalisation with the neurons behind it, and returns these."""
+    """Fuses a normalisation with the neurons behind it; returns the neurons."""
     _check_norm(norm)
     layer, parted = flow.neurons_behind(norm)
     name = type(layer).__name__
@@ -163,7 +163,7 @@ def _check_norm(norm: nn.Module) -> None:
 
 
 def _dims_of(norm: nn.Module) -> tuple[int, ...]:
-    """How many dimensions its input may have, where time and batch are one."""
+    """Possible numbers of dimensions of its input, with time and batch joined."""
     for dims, kind in (((2, 3), nn.BatchNorm1d), ((4,), nn.BatchNorm2d), ((5,), nn.BatchNorm3d)):
         if isinstance(norm, kind):
             return dims
@@ -171,13 +171,13 @@ def _dims_of(norm: nn.Module) -> tuple[int, ...]:
 
 
 def _check_channels(norm: nn.Module, layer: Any, parted: int) -> None:
-    """The channels of both must be the same dimension, and the layer's own gain no finer than by channel."""
+    """Both must have the same dimension of channels, and the layer's gain must be scalar or by channel."""
     channel, name = 1 + parted, bare_class(layer).__name__
     found: set[int] = set()
     for dims in (dims + parted for dims in _dims_of(norm)):
         time_dim = layer.time_dim
         dim = 1 if time_dim is None else channel_dim(time_dim if time_dim >= 0 else time_dim + dims)
-        if dim < dims:  # an input with fewer dimensions has no channels, which is an error of the call
+        if dim < dims:  # fewer dimensions are an error of the call
             found.add(dim)
     if found != {channel}:
         said = " or ".join(str(dim) for dim in sorted(found)) or "not there"
@@ -188,31 +188,31 @@ def _check_channels(norm: nn.Module, layer: Any, parted: int) -> None:
 
 
 class _Site(NamedTuple):
-    """A call: the module that calls, and the node in its graph."""
+    """A call: the calling module, and the node in its graph."""
 
     owner: nn.Module
     node: fx.Node
 
 
 class _Arrival(NamedTuple):
-    """Neurons, and how many dimensions farther back their input has the channels: 1 where time and batch parted."""
+    """Neurons, and the shift of the channels in their input: 1 where time and batch parted."""
 
     layer: Any
     parted: int
 
 
-_Entered = dict[nn.Module, set[_Site]]  # the modules on the way to the neurons, with the calls that entered them
+_Entered = dict[nn.Module, set[_Site]]  # modules on the way to the neurons, with the calls followed
 
 
 class _Flow:
-    """Which module calls which in a model, and with what value."""
+    """The calls between the modules of a model, and their values."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.paths = {module: path for path, module in model.named_modules()}
         self.owners: dict[nn.Module, list[nn.Module]] = {module: [] for module in self.paths}
         for module in self.paths:
-            for child in module._modules.values():  # children() gives each only once
+            for child in module._modules.values():  # children() would skip duplicates
                 if child is not None:
                     self.owners[child].append(module)
         known = list(libraries())
@@ -236,7 +236,7 @@ class _Flow:
             calls = calls_of(module)
             nodes = [node for graph in calls.graphs for node in graph.find_nodes(op="call_module")]
             children = [module.get_submodule(str(node.target)) for node in nodes]
-        except Exception as error:  # the module's own code may raise anything when it is given fx's proxies
+        except Exception as error:  # code of the user, given proxies
             message = (str(error).splitlines() or [""])[0]
             self.failures[module] = f"{type(error).__name__}{': ' if message else ''}{message[:150]}"
             return
@@ -245,7 +245,7 @@ class _Flow:
             self.sites[child].append(_Site(module, node))
 
     def _forget_uncalled(self) -> None:
-        """Drops the calls by each Sequential that is a mere list: others call its modules, and nothing calls it."""
+        """Drops calls by Sequentials used as lists: never called, their modules called by others."""
         for module in self.paths:
             if not is_sequential(module) or module is self.model or self.sites[module]:
                 continue
@@ -255,7 +255,7 @@ class _Flow:
                     self.sites[child] = [site for site in self.sites[child] if site.owner is not module]
 
     def neurons_behind(self, norm: nn.Module) -> _Arrival:
-        """The layer that alone gets the output, and gets nothing else."""
+        """The only layer that gets the output, as its only input."""
         _check_single(norm, self.owners[norm], "it")
         self._check_callers(norm)
         if not self.sites[norm]:
@@ -263,7 +263,7 @@ class _Flow:
             raise _Leave(f"{type(owner).__name__} does not call it" if owner else "it is the model itself")
         _check_hooks(norm, "it", _OUTPUT_HOOKS)
         entered: _Entered = {}
-        parted = int(getattr(norm, "step_mode", "s") == "m")  # SpikingJelly's has time and batch apart
+        parted = int(getattr(norm, "step_mode", "s") == "m")  # of SpikingJelly: time and batch apart
         layer, parted = _one_of(self._goes_to(site, parted, entered) for site in self.sites[norm])
         for module, sites in entered.items():
             name = type(module).__name__
@@ -275,21 +275,21 @@ class _Flow:
         return _Arrival(layer, parted)
 
     def places(self, *modules: nn.Module) -> list[Place]:
-        """Where each is below the nearest module that has them all."""
+        """The path of each below the nearest common owner."""
         paths = [self.paths[module].split(".") for module in modules]
         shared = next(depth for depth, names in enumerate(zip(*paths, strict=False)) if len(set(names)) > 1)
         owner = self.model.get_submodule(".".join(paths[0][:shared]))
         return [Place(owner, ".".join(path[shared:])) for path in paths]
 
     def _owner(self, module: nn.Module) -> nn.Module | None:
-        """The first module that holds it and can be called."""
+        """The first owner that can be called."""
         owner = next(iter(self.owners[module]), None)
         while isinstance(owner, _LISTS):
             owner = next(iter(self.owners[owner]), None)
         return owner
 
     def _check_callers(self, module: nn.Module) -> None:
-        """Checks that its owner could be traced and, where no call of it is known, the modules around that, too."""
+        """Checks that its owner was traced and, where no call of it is known, the owners around, too."""
         owner = self._owner(module)
         while owner is not None:
             if owner in self.failures:
@@ -297,7 +297,7 @@ class _Flow:
             owner = None if self.sites[module] else self._owner(owner)
 
     def _goes_to(self, site: _Site, parted: int, entered: _Entered, inwards: bool = False) -> _Arrival:
-        """Follows the value of a node to the neurons; `inwards` says that it came into the owner from outside."""
+        """Follows the value of a node to the neurons; `inwards`: it is an input of the owner."""
         owner, node = site
         users = [user for user in node.users if not asks_for_shape(user)]
         name = " and ".join(dict.fromkeys(name_of_user(owner, user) for user in users))
@@ -324,7 +324,7 @@ class _Flow:
         return _one_of(self._goes_to(_Site(module, node), into, entered, True) for node in inputs)
 
     def _leaves(self, module: nn.Module, parted: int, entered: _Entered) -> _Arrival:
-        """Follows the value that a module returns to the neurons."""
+        """Follows the value returned by a module to the neurons."""
         name = type(module).__name__
         _check_hooks(module, name, _OUTPUT_HOOKS)
         self._check_callers(module)
@@ -350,7 +350,7 @@ _INPUT_HOOKS = ("_forward_pre_hooks", "_backward_hooks")
 
 
 def _check_hooks(module: nn.Module, name: str, kinds: Sequence[str]) -> None:
-    """No hook may see the input of the neurons, which is not normalised any more."""
+    """Refuses hooks that would see the input of the neurons, no longer normalised."""
     if any(getattr(module, kind) for kind in kinds):
         raise _Leave(f"{name} has hooks, which would see values that are not normalised")
 

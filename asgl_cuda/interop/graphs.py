@@ -1,10 +1,10 @@
-"""The calls that a module makes, read off graphs that torch.fx traces of its forward."""
+"""The calls of a module, from graphs of its forward by torch.fx."""
 
 from __future__ import annotations
 
-import dis
 import inspect
 import operator
+import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,11 +15,11 @@ from .convert import copied, libraries
 from .converted import Wrapper
 
 _SHAPE_QUERIES = ("size", "dim", "shape", "ndim", "dtype", "device")
-_WAYS = 32  # through one forward, at most
+_MOST_WAYS = 32  # through one forward
 
 
 class Calls(NamedTuple):
-    """The calls of a module: a graph for each way that its forward may go."""
+    """The calls of a module: a graph for each way through its forward."""
 
     graphs: list[fx.Graph]
     entering: int | None = 0  # see Wrapper
@@ -27,7 +27,7 @@ class Calls(NamedTuple):
 
 
 def calls_of(module: nn.Module) -> Calls:
-    """The calls of a module; raises whatever its forward raises when fx traces it."""
+    """The calls of a module; raises the errors of tracing its forward."""
     if "forward" in vars(module):
         raise TypeError("it is not that of its class")
     wrapper = Wrapper(list(module._modules), 0, 0) if is_sequential(module) else None
@@ -44,7 +44,7 @@ def calls_of(module: nn.Module) -> Calls:
 
 
 class _Tracer(fx.Tracer):
-    """Looks into the traced module alone; where the way depends on a shape, it takes the way that it is told."""
+    """Traces the module alone, along the given way where branches depend on shapes."""
 
     def __init__(self, ways: Sequence[bool] = ()) -> None:
         super().__init__()
@@ -62,14 +62,14 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if is_sequential(m) and not any(m is part for part in self.root.modules()):
-            return forward(*args, **kwargs)  # it is a slice of another
+            return forward(*args, **kwargs)  # a slice of another
         return super().call_module(m, forward, args, kwargs)
 
 
 def _traced(module: nn.Module) -> list[fx.Graph]:
-    """Graphs of its forward in training and in evaluation, with arguments that are None by default given and not.
+    """Graphs of its forward in training and in evaluation, with and without arguments that default to None.
 
-    A copy is traced, since a forward may keep what it computes and count its calls.
+    Traces copies, since a forward may store results and count its calls.
     """
     parameters = inspect.signature(type(module).forward).parameters
     absent = {name: None for name, parameter in parameters.items() if parameter.default is None}
@@ -82,13 +82,13 @@ def _traced(module: nn.Module) -> list[fx.Graph]:
 
 
 def _ways_of(module: nn.Module, training: bool, concrete: dict[str, None]) -> list[fx.Graph]:
-    """A graph for each way that shapes may lead, except those that end in an error which the forward itself raises."""
+    """A graph for each way by shapes, except those that end in an error of the forward itself."""
     graphs: list[fx.Graph] = []
     refusal: Exception = RuntimeError("it has no way")
     ways: list[list[bool]] = [[]]
-    for count, way in enumerate(ways):  # the loop adds more
-        if count == _WAYS:
-            raise RuntimeError(f"shapes lead it more than {_WAYS} ways")
+    for count, way in enumerate(ways):  # extended in the loop
+        if count == _MOST_WAYS:
+            raise RuntimeError(f"shapes lead it more than {_MOST_WAYS} ways")
         made = copied(module, module.parameters())
         made.training = training
         tracer = _Tracer(way)
@@ -105,13 +105,9 @@ def _ways_of(module: nn.Module, training: bool, concrete: dict[str, None]) -> li
 
 
 def _raises_itself(error: Exception) -> bool:
-    """Whether it comes from a raise or an assert of the model's own code."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    assert trace is not None
-    code, own = trace.tb_frame.f_code.co_code, trace.tb_frame.f_globals.get("__name__", "")
-    return dis.opname[code[trace.tb_lasti]] == "RAISE_VARARGS" and own.split(".")[0] != "torch"
+    """Whether the error is the model's own, and not of torch, whose tracer raises the same types."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).split(".")[0] != "torch"
 
 
 def is_sequential(module: nn.Module) -> bool:
@@ -119,7 +115,7 @@ def is_sequential(module: nn.Module) -> bool:
 
 
 def name_of_user(owner: nn.Module, user: fx.Node) -> str:
-    """How a report calls the node in the graph of `owner`."""
+    """The name of the node in reports."""
     if user.op == "output":
         return f"the caller of {type(owner).__name__}"
     return type(owner.get_submodule(str(user.target))).__name__ if user.op == "call_module" else name_of_function(user)
@@ -130,7 +126,7 @@ def name_of_function(node: fx.Node) -> str:
 
 
 def _is_of_shapes(node: fx.Node) -> bool:
-    """Whether the node is computed from shapes and types alone."""
+    """Whether the node depends on shapes and types only."""
     sources = node.all_input_nodes
     return asks_for_shape(node) or (bool(sources) and all(_is_of_shapes(source) for source in sources))
 
@@ -141,14 +137,14 @@ def asks_for_shape(node: fx.Node) -> bool:
 
 
 def is_first_alone(node: fx.Node, user: fx.Node) -> bool:
-    """Whether the call has the value as its first argument and as no other."""
+    """Whether the value is the first argument and no other."""
     found: list[fx.Node] = []
     fx.map_arg((user.args, user.kwargs), found.append)
     return bool(user.args) and user.args[0] is node and found.count(node) == 1
 
 
 def parts_time(owner: nn.Module, user: fx.Node) -> bool:
-    """Whether the call makes two dimensions of the first one, time and batch."""
+    """Whether the call splits the first dimension into time and batch."""
     if user.op == "call_module":
         module = owner.get_submodule(str(user.target))
         if any(type(module) in getattr(library, "PARTING", ()) for library in libraries()):
@@ -161,7 +157,7 @@ def parts_time(owner: nn.Module, user: fx.Node) -> bool:
 
 
 def _is_pair(sizes: Any) -> bool:
-    """Whether the sizes are two: a pair, or the first two of a shape."""
+    """Whether there are two sizes: a pair, or the first two of a shape."""
     if isinstance(sizes, fx.Node):
         return sizes.target is operator.getitem and sizes.args[1] in (slice(2), slice(0, 2))
     return isinstance(sizes, Sequence) and len(sizes) == 2

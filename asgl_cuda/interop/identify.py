@@ -1,4 +1,4 @@
-"""`identify` tells which surrogate a library's spike function has, by its values and gradients."""
+"""`identify` finds the surrogate of a library's spike function from its values and gradients."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class SpikeFunction(NamedTuple):
 
 
 def identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
-    """The spike function that `function` of u = h - v_threshold is, or the reason why it is none that is known.
+    """The known spike function that equals `function` of u = h - v_threshold, or the reason why there is none.
 
-    Width and gain follow from the largest slope and from where it has halved; then the slopes are compared with the
-    surrogate's on both sides of the threshold, to 1e-6 of the largest.
+    Width and gain follow from the peak and the half width of the slope; then slopes are compared with the surrogate's
+    on both sides of the threshold, to 1e-6 of the peak.
     """
     if isinstance(function, nn.Module) and any(value.requires_grad for value in function.parameters()):
         return "its spike function has parameters that learn"
@@ -45,7 +45,7 @@ def fires_strictly(function: Callable[[Tensor], Tensor]) -> bool:
 
 
 def type_of_spikes(function: Any) -> torch.dtype | None:
-    """The type of its spikes where that does not depend on the potential's."""
+    """The type of its spikes, None where it is the potential's."""
     if not callable(function):
         return None
     try:
@@ -91,7 +91,7 @@ def _slopes(function: Callable[[Tensor], Tensor], u: Sequence[float]) -> Tensor:
 
 
 def _shape(function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-    """The slope at the threshold, and where it has fallen to half of that: infinity if it has not at u = 10000."""
+    """The slope at the threshold, and u at half of this slope: infinity if beyond 10000."""
     peak = float(_slopes(function, [1e-15]))  # at 0 itself some surrogates have another slope, or none
     grid: list[float] = [10 ** (power / 4) for power in range(-24, 17)]
     slopes = _slopes(function, grid).tolist()

@@ -1,10 +1,10 @@
-"""A normalisation and the neurons behind it that are computed as one.
+"""A normalisation fused with the neurons behind it.
 
-Both stay where they are, with their parameters, buffers and names: `fuse` puts a class before the class of each. The
+Both modules keep their paths, parameters, buffers and names: `fuse` puts a class before the class of each. The
 normalisation then returns its input, and the neurons call `asgl_cuda.batch_norm_lif` with the values of both.
 
-Where one of the two is exchanged, as `torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, the other would normalise a
-second time, or not at all. So each looks at every call whether the other is where it was.
+If one of them were replaced, as by `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, the other would normalise twice or
+not at all: each checks at every call that the other is still there.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..batch_norm import NEURON_DEFAULTS, module_batch_norm_lif
-from ..functional import Arguments, LIFOutput
+from ..batch_norm import module_batch_norm_lif
+from ..call import Arguments, LIFOutput, grouped
+from ..functional import LIF_DEFAULTS
 from ..layout import channel_dim, real_type
 from .converted import Overlay, bare_class, overlaid
 
 
 class Place:
-    """Where a module is below another one, which is neither kept alive nor copied by whoever knows the place."""
+    """The path of a module below an owner, by a weak reference that is not copied."""
 
     def __init__(self, owner: nn.Module | None, path: str) -> None:
         self._owner: Callable[[], nn.Module | None] = (lambda: None) if owner is None else weakref.ref(owner)
         self.path = path
 
     def holds(self, sought: Callable[[Any], bool]) -> bool:
-        """Whether it is there, or elsewhere in the owner, where it was moved or wrapped; True if the owner is gone."""
+        """Whether the module is there, or moved or wrapped elsewhere in the owner; True if the owner is gone."""
         owner = self._owner()
         if owner is None:
             return True
@@ -50,7 +51,7 @@ _REMEDY = "asgl_cuda.unfuse takes the pair apart, then asgl_cuda.fuse joins what
 
 
 class PassedThrough(Overlay):
-    """A normalisation that the neurons behind it compute: it returns its input."""
+    """A normalisation computed by the neurons behind it: returns its input."""
 
     prefix = "Passed"
 
@@ -65,17 +66,17 @@ class PassedThrough(Overlay):
         return input
 
     def is_computed(self) -> bool:
-        """Whether the neurons are where they were."""
+        """Whether the neurons are still there."""
         return self.neurons.holds(lambda module: isinstance(module, Normalised) and module.normalisation.norm is self)
 
     def end_passing(self) -> None:
-        """Becomes what it was before, with the values that it has now."""
+        """Restores the original layer, with its current values."""
         del self.neurons
         self.take_off()
 
 
 class Normalisation(NamedTuple):
-    """The normalisation that a layer of neurons computes. It is no module, so that the layer does not own it."""
+    """The normalisation computed by a layer of neurons; not a module, so that the layer does not own it."""
 
     norm: Any
     place: Place
@@ -83,14 +84,14 @@ class Normalisation(NamedTuple):
 
 
 class Normalised(Overlay):
-    """Neurons that normalise their input: `asgl_cuda.LIF`, which calls `_lif`, or converted, which call `compute`."""
+    """Neurons that normalise their input: `asgl_cuda.LIF`, by `_lif`, or converted layers, by `compute`."""
 
     prefix = "Normalised"
 
     normalisation: Normalisation
 
     def end_normalised(self) -> None:
-        """Both become what they were before, with the values that they have now."""
+        """Restores both layers, with their current values."""
         norm, _, converted = self.normalisation
         del self.normalisation
         if isinstance(norm, PassedThrough):
@@ -100,18 +101,17 @@ class Normalised(Overlay):
             self.end()
 
     def is_plain(self) -> bool:
-        """It normalises."""
+        """False, since it normalises."""
         return False
 
-    def compute(
-        self,
-        x_seq: Tensor,
-        time_dim: int = 0,
-        input_gain: Tensor | float = 1.0,
-        input_bias: Tensor | float = 0.0,
-        update: bool = True,
-        **options: Any,
-    ) -> Tensor | LIFOutput:
+    def compute(self, x_seq: Tensor, **options: Any) -> Tensor | LIFOutput:
+        """`asgl_cuda.batch_norm_lif` with these arguments of `asgl_cuda.lif`."""
+        return self._normalised(x_seq, grouped({**LIF_DEFAULTS, **options}))
+
+    def _lif(self, x_seq: Tensor, update: bool = True, **options: Any) -> Tensor | LIFOutput:
+        return self._normalised(x_seq, self._given(x_seq, self.input_gain, **options), update)
+
+    def _normalised(self, x_seq: Tensor, given: Arguments, update: bool = True) -> Tensor | LIFOutput:
         """`asgl_cuda.batch_norm_lif` of input_gain y + input_bias, with y the normalised input."""
         norm, at_norm, _ = self.normalisation
         if not at_norm.holds(lambda module: module is norm and isinstance(norm, PassedThrough)):
@@ -119,29 +119,26 @@ class Normalised(Overlay):
                 f"asgl_cuda.fuse: {self.original.__name__} computes the {bare_class(norm).__name__} that was at "
                 f"{at_norm.path}, which is not there any more, and would normalise a second time: {_REMEDY}"
             )
-        weight, bias, input_scale = norm.weight, norm.bias, 1.0
+        weight, bias, scale = norm.weight, norm.bias, 1.0
+        input_gain, input_bias, time_dim = given.values.input_gain, given.values.input_bias, given.options.time_dim
         if isinstance(input_gain, float) and input_bias == 0.0:
-            input_scale = input_gain
+            scale = input_gain
         else:
-            place = x_seq.dim() - channel_dim(time_dim % x_seq.dim())
-            gain, shift = (self._of_channels(value, place, x_seq) for value in (input_gain, input_bias))
+            back = x_seq.dim() - channel_dim(time_dim % x_seq.dim())
+            gain, shift = (self._by_channel(value, back, x_seq) for value in (input_gain, input_bias))
             weight = gain if weight is None else gain * weight.to(gain.dtype)
             bias = shift if bias is None else gain * bias.to(gain.dtype) + shift
         # None: this process alone.
         group = (norm.process_group or "world") if isinstance(norm, nn.SyncBatchNorm) else None
-        given = Arguments(**{**NEURON_DEFAULTS, "time_dim": time_dim, **options})
+        given = given._replace(values=given.values._replace(input_gain=1.0, input_bias=0.0))
         return module_batch_norm_lif(
-            norm, x_seq, given=given, weight=weight, bias=bias, update=update, input_scale=input_scale,
-            process_group=group,
-        )  # fmt: skip
+            norm, x_seq, given=given, weight=weight, bias=bias, update=update, input_scale=scale, process_group=group
+        )
 
-    def _lif(self, x_seq: Tensor, update: bool = True, **options: Any) -> Tensor | LIFOutput:
-        return self.compute(x_seq, update=update, **self._given(x_seq, self.input_gain, **options)._asdict())
-
-    def _of_channels(self, value: Tensor | float, place: int, x_seq: Tensor) -> Tensor:
-        """The value as `[C]`; the channels are the dimension `place` from the last."""
+    def _by_channel(self, value: Tensor | float, back: int, x_seq: Tensor) -> Tensor:
+        """The value as `[C]`; the channels are dimension -`back`."""
         value = torch.as_tensor(value, dtype=real_type(x_seq.dtype), device=x_seq.device)
-        if not varies_by_channel(value, place):
+        if not varies_by_channel(value, back):
             raise ValueError(
                 f"asgl_cuda.fuse: {self.original.__name__} has an input gain or bias of shape {list(value.shape)}, "
                 f"which must be one value or one a channel to be fused with a normalisation, for {list(x_seq.shape)}"
@@ -153,14 +150,14 @@ class Normalised(Overlay):
         return f"{own}{', ' if own else ''}normalised by {bare_class(self.normalisation.norm).__name__}"
 
 
-def varies_by_channel(value: Tensor, place: int) -> bool:
-    """Whether it is one value, or one for each index of the dimension `place` from the last."""
+def varies_by_channel(value: Tensor, back: int) -> bool:
+    """Whether there is one value, or one per index of dimension -`back`."""
     varying = [value.dim() - dim for dim, size in enumerate(value.shape) if size != 1]
-    return varying in ([], [place])
+    return varying in ([], [back])
 
 
 def join(layer: Any, place: Place, normalisation: Normalisation) -> None:
-    """The layer, a LIF or converted, at `place` computes the normalisation, which returns its input from now on."""
+    """Lets the layer, a LIF or converted, at `place` compute the normalisation, which then returns its input."""
     norm = normalisation.norm
     layer.__class__ = overlaid(Normalised, type(layer))
     layer.normalisation = normalisation

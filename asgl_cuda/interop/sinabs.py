@@ -35,12 +35,12 @@ from .identify import SpikeFunction
 
 
 class ConvertedLayer(Converted):
-    """All steps in one call; `v_mem`, `recordings` and `firing_rate` are kept as sinabs keeps them."""
+    """All steps in one call; stores `v_mem`, `recordings` and `firing_rate` as sinabs does."""
 
     v_mem: Any
     i_syn: Any
     surrogate_grad_fn: Any
-    _least: tuple[float, Any] = math.nan, ()  # min_v_mem as it was read, and what tells whether it has changed
+    _least: tuple[float, Any] = math.nan, ()  # min_v_mem as read, and its marks
 
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         super().begin(settings, analog_prob, learn_width)
@@ -61,7 +61,7 @@ class ConvertedLayer(Converted):
             self.init_state_with_shape((batch, *trailing))
         elif self.v_mem.shape[0] != batch:
             self.handle_state_batch_size_mismatch(batch)
-        # Steps are computed, and potentials emitted, in the type that they have with the state, which is float32.
+        # Steps and potentials have the promoted type with the state, which is float32.
         x_seq = input_data.to(torch.promote_types(input_data.dtype, self.v_mem.dtype))
         alpha, i_last = self.alpha_syn_calculated, None
         if alpha is not None:
@@ -74,7 +74,7 @@ class ConvertedLayer(Converted):
         return output
 
     def _membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The output, the last potential and, if it is recorded, all of them."""
+        """The output, the last potential and, if recorded, all potentials."""
         reset: dict[str, Any] = {"v_reset": None, "reset_amount": self.spike_threshold}
         if isinstance(self.reset_fn, MembraneReset):
             reset = {"v_reset": 0.0, "detach_reset": True}
@@ -114,7 +114,7 @@ class ConvertedLayer(Converted):
         return 1 - self.alpha_mem_calculated if self.norm_input else 1.0, 0.0
 
     def _least_potential(self) -> float | None:
-        """`min_v_mem` as the number that `lif` takes. On a GPU, which has to wait, it is read where it has changed."""
+        """`min_v_mem` as a float. On a GPU, which has to wait, it is read only after changes."""
         least = self.min_v_mem
         if least is None:
             return None
@@ -132,11 +132,11 @@ class ConvertedLayer(Converted):
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # sinabs makes a new layer of the arguments, which knows nothing of the conversion.
+        # sinabs copies by a new, unconverted layer from the arguments.
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         state = {**self.__dict__, "_buffers": {name: value.detach() for name, value in self.named_buffers()}}
-        for name in ("recordings", "firing_rate"):  # these may be inside a graph
+        for name in ("recordings", "firing_rate"):  # perhaps non-leaf tensors
             state.pop(name, None)
         made.__dict__.update(copy.deepcopy(state, memo))
         return made
@@ -169,7 +169,7 @@ class ConvertedExpLeak(ConvertedLayer):
 
 
 def _only(value: Tensor) -> float:
-    """The number that all elements are; NaN where they differ."""
+    """The common value of all elements; NaN where they differ."""
     low, high = value.detach().double().aminmax()
     return float(low) if low == high else math.nan
 

@@ -1,4 +1,4 @@
-"""`Snapshot`: what a conversion went by, to be compared with what is there at each call."""
+"""`Snapshot`: the basis of a conversion, compared with the layer at each call."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_OF_MODULES = frozenset(vars(nn.Module()))  # attributes that every module has, `training` among them
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 class Snapshot:
     """A spike function, its attributes, and other values of a layer.
 
-    Tensors count by identity and by writes to them. A compiled graph sees neither these nor another class.
+    Tensors are compared by identity and version. Compiled graphs compare neither versions nor classes.
     """
 
     def __init__(self, function: Any, *others: Any) -> None:
         self.function, self.others = function, others
         names: list[str] = []
         if not isinstance(function, FunctionType):
-            names += [name for name in getattr(function, "__dict__", ()) if name not in _OF_MODULES]
+            names += [name for name in getattr(function, "__dict__", ()) if name not in _MODULE_ATTRIBUTES]
         if isinstance(function, nn.Module):
             names += [name for name, _ in (*function.named_parameters(), *function.named_buffers())]
         self.names = tuple(names)
         self.values = self._values_of(function)
-        # The compiler can't compare classes.
-        self.traced = tuple(place for place, value in enumerate(others) if not isinstance(value, type))
+        # torch.compile can't compare classes.
+        self.traced = tuple(index for index, value in enumerate(others) if not isinstance(value, type))
         captured = _captured(function)
-        # Only a closure with tensors is looked into at each call.
+        # Only closures with tensors are compared at each call.
         self.captured = captured if any(isinstance(value, Tensor) for value in captured) else []
         found = (*others, *self.values, *captured)
         self.tensors = [value for value in found if isinstance(value, Tensor) and not value.is_inference()]
         self.versions = self._versions()
-        self.size = -1  # how many attributes the layer had when they were last looked at
+        self.size = -1  # number of the layer's attributes at the last check
 
     def holds(self, function: Any, *others: Any) -> bool:
-        """Whether these are what they were."""
+        """Whether all are unchanged."""
         if function is not self.function and not (self.names and type(function) is type(self.function)):
             return False
         values = self._values_of(function) if self.names else ()
         if torch.compiler.is_compiling():
-            traced = [(others[place], self.others[place]) for place in self.traced]
+            traced = [(others[index], self.others[index]) for index in self.traced]
             return _alike([*traced, *zip(values, self.values, strict=True)])
         if not all(map(operator.is_, others, self.others)) and not _alike(zip(others, self.others, strict=True)):
             return False
@@ -70,7 +70,7 @@ def _attribute(function: Any, path: str) -> Any:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often it was written to; a tensor of inference mode does not count that."""
+    """The number of writes to the tensor; not counted in inference mode."""
     return 0 if tensor.is_inference() else tensor._version
 
 

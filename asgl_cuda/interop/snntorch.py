@@ -47,7 +47,7 @@ class _After(NamedTuple):
 
     mem: Tensor
     v: Tensor
-    known: Known | None  # the numbers that it depends on
+    known: Known | None  # the values that it depends on
     values: tuple[Any, ...]
     mark: tuple[Any, ...]
 
@@ -56,9 +56,9 @@ class ConvertedLeaky(Converted):
     """One step a call, with arguments and results of `Leaky`; `Lapicque` has the same."""
 
     time_dim = None
-    reset_delay = True  # Lapicque's always is
+    reset_delay = True  # always for Lapicque
     _after: _After | None = None
-    _smallness: tuple[Any, bool] = (), False  # what tells whether beta has changed, and whether it is small
+    _smallness: tuple[Any, bool] = (), False  # marks of beta, and whether it is small
 
     def known_by(self) -> tuple[Any, ...]:
         graded = self._buffers.get("graded_spikes_factor")
@@ -86,7 +86,7 @@ class ConvertedLeaky(Converted):
         return self.results(*self.step(input_.unsqueeze(0), mem))
 
     def step(self, x_seq: Tensor, mem: Tensor | None) -> tuple[Tensor, ...]:
-        """Spikes and states after the one step that there is."""
+        """Spikes and states after one step."""
         values = self._values()
         known, (options, shift) = self.known_of(self._made, *values)
         mechanism, v_init = values[0], self._before(x_seq, mem)
@@ -98,7 +98,7 @@ class ConvertedLeaky(Converted):
                 x_seq = _less(x_seq, after, shift)
         output = self.lif_of(known, options, x_seq, v_init)
         assert output.v_last is not None
-        spk = output.s_seq.squeeze(0)  # which has a cheaper gradient than indexing
+        spk = output.s_seq.squeeze(0)  # cheaper gradient than indexing
         if mechanism == "none":
             mem = self._as_theirs(output.v_last, x_seq)
         else:
@@ -137,7 +137,7 @@ class ConvertedLeaky(Converted):
         return output.s_seq, mem_seq
 
     def _keep(self, name: str, value: Tensor) -> None:
-        """Sets a buffer, for which Module takes 3 us."""
+        """Sets a buffer without Module's 3 us."""
         if name in self._buffers and not torch.compiler.is_compiling():
             self._buffers[name] = value
         else:
@@ -152,12 +152,12 @@ class ConvertedLeaky(Converted):
         return mem_seq.to(x_seq.dtype) if own else mem_seq
 
     def _values(self) -> tuple[Any, ...]:
-        """What the options of `lif` are made of."""
+        """The values behind the options of `lif`."""
         leak = (self.R, self.C, self.time_step) if isinstance(self, snntorch.Lapicque) else (self.beta,)
         return self.reset_mechanism, self.threshold, *leak
 
     def _made(self, mechanism: str, threshold: Any, *leak: Any, whole: bool = False) -> tuple[dict[str, Any], Any]:
-        """The options of `lif`, and what a reset takes off the input where it is not taken off the potential."""
+        """The options of `lif`, and the amount of a reset that is taken off the input, not the potential."""
         threshold, (decay, gain), shift = number(threshold), _terms(*leak), None
         options = {
             "detach_reset": True, "return_h_seq": mechanism != "none", "v_threshold": threshold, "input_gain": gain,
@@ -173,7 +173,7 @@ class ConvertedLeaky(Converted):
         return options | {"decay": decay}, shift
 
     def _before(self, x_seq: Tensor, mem: Tensor | None) -> Tensor:
-        """The potential that is given or kept."""
+        """The given or stored potential."""
         if mem is None:
             mem = self.mem
         elif self.init_hidden:
@@ -193,7 +193,7 @@ class ConvertedLeaky(Converted):
         return self.reset_mechanism == "subtract" and not isinstance(self, Normalised)
 
     def _is_small(self, decay: Tensor | float) -> bool:
-        """Whether a sequence is computed step by step; looked up where beta has changed, if it can be looked up."""
+        """Whether a sequence is computed step by step; updated where beta has changed, if it can be read."""
         if self.reset_mechanism != "subtract" or isinstance(self, Normalised):
             return False
         if isinstance(decay, float):
@@ -211,7 +211,7 @@ class ConvertedLeaky(Converted):
         return _terms(*leak)[1], 0.0
 
     def _reset(self, mem: Tensor, values: tuple[Any, ...], known: Known | None, options: Any, shift: Any) -> Tensor:
-        """The potential after the reset that is due; the reset itself where the input is reset."""
+        """The potential after the pending reset; the reset itself where the input is reset."""
         after: _After | None = self.__dict__.pop("_after", None)
         if (
             after is not None
@@ -230,12 +230,12 @@ class ConvertedLeaky(Converted):
         return v
 
     def _remember(self, mem: Tensor, v: Tensor, values: tuple[Any, ...], known: Known | None, shift: Any) -> None:
-        """Keeps the result of a reset, where a change of `mem`, and of what it depends on, can be told."""
+        """Stores the result of a reset, if changes of `mem` and its sources can be detected."""
         try:
             mark = _mark(mem, values, shift)
-        except RuntimeError:  # a tensor of inference mode does not count what is written to it
+        except RuntimeError:  # tensors of inference mode do not count writes
             return
-        object.__setattr__(self, "_after", _After(mem, v, known, values, mark))  # Module's takes longer
+        object.__setattr__(self, "_after", _After(mem, v, known, values, mark))  # faster than Module's
 
     def end(self) -> None:
         for name in ("_after", "_smallness"):
@@ -243,7 +243,7 @@ class ConvertedLeaky(Converted):
         super().end()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_after"}  # that has parts of a graph
+        return {name: value for name, value in self.__dict__.items() if name != "_after"}  # contains non-leaf tensors
 
 
 class ConvertedSynaptic(ConvertedLeaky):
@@ -274,7 +274,7 @@ class ConvertedSynaptic(ConvertedLeaky):
 
 
 def _has_dimensions(layer: Any) -> bool:
-    """Whether beta, or what makes it, is more than a number, so that its type counts in a sum."""
+    """Whether beta, or its sources, has dimensions, so that its type counts in a sum."""
     leak = (layer.R, layer.C) if isinstance(layer, snntorch.Lapicque) else (layer.beta,)
     return any(value.dim() for value in leak)
 
@@ -288,13 +288,13 @@ def _terms(*leak: Any) -> tuple[Any, Any]:
 
 
 def _mark(mem: Tensor, values: tuple[Any, ...], shift: Any) -> tuple[Any, ...]:
-    """Differs when one was changed or `mem` detached in place, or gradients were switched on or off."""
+    """Changes with writes, with `mem` detached in place, and with gradients switched on or off."""
     versions = [value._version for value in values if isinstance(value, Tensor)]
     return mem.requires_grad, mem._version, torch.is_grad_enabled(), shift is None, versions
 
 
 def _less(value: Tensor, spikes: Tensor, amount: Tensor | float) -> Tensor:
-    """The value after as many spikes took the amount off."""
+    """The value minus the amount of the spikes."""
     if isinstance(amount, float) and value.is_floating_point():
         return value.sub(spikes, alpha=amount)
     return value - spikes * amount
@@ -391,7 +391,7 @@ def find(layer: nn.Module) -> Found:
 
 
 def enlist(model: nn.Module) -> None:
-    """Adds a copy's layers to the list by which snnTorch finds those to reset and to detach."""
+    """Adds a copy's layers to snnTorch's list of layers to reset and detach."""
     instances: list[Any] = snntorch.SpikingNeuron.instances
     known = {id(layer) for layer in instances}
     instances.extend(

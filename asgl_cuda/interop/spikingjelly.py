@@ -20,12 +20,12 @@ from spikingjelly.activation_based import layer as layers
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..functional import LIFOutput
+from ..call import LIFOutput
 from .converted import STATEFUL, Converted, Found, InStream, Streamed, Wrapper, bare_class, unknown
 
 
 class ConvertedNode(Converted):
-    """All steps in one call for step mode "m", one step for "s"; `v` and `v_seq` are kept as SpikingJelly does."""
+    """All steps in one call for step mode "m", one step for "s"; stores `v` and `v_seq` as SpikingJelly does."""
 
     v: Any
     surrogate_function: Any
@@ -75,13 +75,13 @@ class ConvertedNode(Converted):
         return output
 
     def _kept(self, value: Any, x_seq: Tensor, at_start: float, at_rest: float | None) -> Any:
-        """A state from the last call; None if it is at rest."""
+        """The state of the last call; None at rest."""
         whole, simple = not x_seq.is_floating_point(), isinstance(self, _SIMPLE)
         if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not simple:
-            value = at_start  # it begins anew, as in SpikingJelly
+            value = at_start  # restarts, as in SpikingJelly
         if not isinstance(value, Tensor):
             return None if value == at_rest and not whole else torch.full_like(x_seq[0], value)
-        # Since version 2, SpikingJelly keeps it from call to call in the type of its input.
+        # Since version 2, SpikingJelly stores it in the type of its input.
         return value.to(x_seq.dtype) if whole and not simple and hasattr(self, "materialize_states") else value
 
     def _current(self, x_seq: Tensor, whole: bool) -> Tensor:
@@ -91,7 +91,7 @@ class ConvertedNode(Converted):
         return self._share() if getattr(self, "decay_input", False) else 1.0, 0.0
 
     def _share(self) -> Tensor | float:
-        """How much of the potential leaks in a step."""
+        """The leak of the potential per step."""
         leak = 1 / self.tau if hasattr(self, "tau") else 0.0
         return self.w.sigmoid() if isinstance(self, neuron.ParametricLIFNode) else leak
 
@@ -109,14 +109,14 @@ class ConvertedNode(Converted):
 
 
 class ConvertedCUBALIFNode(ConvertedNode):
-    """Its potential is charged by a current that leaks, `c`, and leaks to 0 wherever it is reset to."""
+    """Charged by a leaky current, `c`; the potential leaks to 0, whatever the reset."""
 
     takes_input = False
     c: Any
 
     def _current(self, x_seq: Tensor, whole: bool) -> Tensor:
         c = self._kept(self.c, x_seq, 0.0, None)
-        if not whole:  # the operations cost less than the integrator's call
+        if not whole:  # cheaper than the integrator's call
             self.c = self.c_decay * c + x_seq.squeeze(0)
             return self.c.unsqueeze(0)  # type: ignore[no-any-return]
         c_seq, self.c = self.integrate(x_seq, decay=self.c_decay, v_init=c)
@@ -160,19 +160,19 @@ PLAIN = {
 
 
 def _nodes(*names: str) -> tuple[type[nn.Module], ...]:
-    """Those that the installed version has."""
+    """The classes of the installed version."""
     return tuple(getattr(neuron, name) for name in names if hasattr(neuron, name))
 
 
 _SIMPLE = _nodes("SimpleIFNode", "SimpleLIFNode")
 _CUBA, _NON_SPIKING = _nodes("CUBALIFNode"), _nodes("NonSpikingIFNode", "NonSpikingLIFNode")
 _KNOWN = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode, *_SIMPLE, *_CUBA, *_NON_SPIKING)
-_DROPOUTS = tuple(  # these carry a mask, no state of a neuron
+_DROPOUTS = tuple(  # carry a mask, not a state
     getattr(layers, name) for name in ("Dropout", "Dropout2d", "DropConnectLinear") if hasattr(layers, name)
 )
 _MIXING = _nodes("PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
 
-_CONTAINERS = {  # where time is in their inputs
+_CONTAINERS = {  # time in their inputs
     getattr(layers, name): time_dim
     for name, time_dim in {
         "SeqToANNContainer": 0, "MultiStepContainer": 0, "TLastSeqToANNContainer": -1, "TLastMultiStepContainer": -1,

@@ -1,8 +1,7 @@
 """`calibrate`: scales weights, layer by layer, until the neurons behind them fire at a given rate.
 
-A relative, for spiking networks, of layer-sequential unit-variance initialisation (Mishkin, Matas: All You Need Is a
-Good Init, ICLR 2016), which scales each layer to a variance measured on a batch; fluctuation-driven initialisation
-(Rossbroich, Gygax, Zenke, 2022) computes a variance from assumed rates instead.
+Related: layer-sequential unit-variance initialisation (Mishkin, Matas: All You Need Is a Good Init, ICLR 2016), with a
+measured variance, and fluctuation-driven initialisation (Rossbroich, Gygax, Zenke, 2022), with assumed rates.
 """
 
 from __future__ import annotations
@@ -111,13 +110,13 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
         trial = _Trial(model, inputs, group)
         before = trial.run()
         factors = dict.fromkeys(before, 1.0)
-        for _ in range(_ROUNDS):  # a weight may be in front of layers that come earlier, too
+        for _ in range(_ROUNDS):  # a weight may also be in front of earlier layers
             for site in factors:
                 factors[site] *= trial.factor_for(site, rate)
             after = trial.run()
             if all(abs(after[site] - trial.found[site]) <= trial.tolerance(site, rate) for site in factors):
                 break
-        # In a copy that nothing has run yet, as the model will be when it is called.
+        # In a fresh copy, as the model's next call.
         after = _Trial(model, inputs, group).run(factors=factors)
     for site in factors:
         if after.get(site) is None or abs(after[site] - trial.found[site]) > 5 * trial.tolerance(site, rate):
@@ -143,7 +142,7 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
 
 
 def _unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
-    """The model without the wrappers of DistributedDataParallel and torch.compile, and the group of the former."""
+    """The model inside DistributedDataParallel and torch.compile, and its process group."""
     group = None
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -155,23 +154,23 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
 
 
 class _Site(NamedTuple):
-    """Neurons and the weight in front of them, by name. A layer that is called at several places has several."""
+    """Names of neurons and of the weight in front of them; several for a layer with several calls."""
 
     layer: str
     weight: str
 
 
 class _Finished(Exception):  # noqa: N818  # not an error
-    """Ends a run behind the last call of the layer that is measured."""
+    """Ends a run after the last call of the measured layer."""
 
 
 class _Trial:
-    """A copy of the model whose weights are tried."""
+    """A copy of the model with trial weights."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], group: Any) -> None:
         try:
             self._model = copied(model)
-        except Exception as error:  # a layer may have a way of its own to be copied, and may raise anything
+        except Exception as error:  # by a __deepcopy__ of the user
             raise RuntimeError(
                 f"{_CALLER}: measures on a copy of the model, which can't be copied: {type(error).__name__}: {error}"
             ) from error
@@ -187,23 +186,23 @@ class _Trial:
         self.foreign = {layer: name for name, layer in self._model.named_modules() if self._is_foreign(layer)}
         for layer in self.foreign:
             layer.register_forward_hook(lambda layer, args, output: _pytree.tree_map_only(Tensor, _source, output))
-        self._calls: dict[_Site, int] = {}  # in a whole run, by which a shorter one knows the last
+        self._calls: dict[_Site, int] = {}  # in a whole run, to end shorter ones
         self._elements: dict[_Site, int] = {}
-        self.found: dict[_Site, float] = {}  # the rates that were reached
+        self.found: dict[_Site, float] = {}  # rates reached
         self._until: _Site | None = None
 
     def _is_foreign(self, layer: nn.Module) -> bool:
-        """Whether it is a neuron of a library, not converted: its graph is not to be followed."""
+        """Whether it is a neuron of a library, not converted, whose graph is not followed."""
         found = (library.find(layer) for library in libraries()) if layer not in self.neurons else ()
         return any(answer not in (None, STATEFUL) for answer in found)
 
     def _name_parameters(self, model: nn.Module) -> None:
-        """Names the parameters of the copy, tells its weights, and why one of them can't be scaled."""
+        """Collects names of parameters, weights, and reasons why some can't be scaled."""
         self._names: dict[int, str] = {}
         self._parameters = dict(self._model.named_parameters())
         self._problems: dict[str, str] = {}
-        owned: dict[int, tuple[nn.Module, str]] = {}  # by which module, and under which name
-        owners: dict[int, str] = {}  # of memory: a deep copy parts what shares it
+        owned: dict[int, tuple[nn.Module, str]] = {}  # owner and name
+        owners: dict[int, str] = {}  # by address, since deep copies share no memory
         for name, value in model.named_parameters():
             if is_lazy(value):
                 raise ValueError(f"{_CALLER}: {name} has no shape yet: call the model once before")
@@ -230,7 +229,7 @@ class _Trial:
                 self._weights.add(id(weight))
 
     def _set_modes(self, model: nn.Module) -> None:
-        """Evaluation, except that normalisations which are trained take the statistics of the batch."""
+        """Evaluation, with normalisations in their own modes."""
         self._model.eval()
         for mine, other in zip(self._model.modules(), model.modules(), strict=True):
             if isinstance(mine, (*_NORMALISATIONS, BatchNormLIF)):
@@ -239,7 +238,7 @@ class _Trial:
     def run(self, until: _Site | None = None, factors: Mapping[_Site, float] | None = None) -> dict[_Site, float]:
         """Runs the model from rest and returns the rates.
 
-        The run may end behind the last call of `until`. With `factors` the weights are scaled before.
+        Ends after the last call of `until`, if given. `factors` scale the weights first.
         """
         for site, factor in (factors or {}).items():
             with torch.no_grad():
@@ -248,15 +247,15 @@ class _Trial:
         self._sites: dict[nn.Module, _Site] = {}
         self._until = until
         reset(self._model)
-        torch.clear_autocast_cache()  # of weights that were tried before
-        with suppress(_Finished), torch.random.fork_rng(self._devices):  # each run draws the same numbers
+        torch.clear_autocast_cache()  # of earlier trial weights
+        with suppress(_Finished), torch.random.fork_rng(self._devices):  # same random numbers in each run
             self._model(*_pytree.tree_map_only(Tensor, _source, self._inputs))
         if until is None:
             self._calls = {site: len(tally) for site, tally in self._tallies.items()}
         return {site: self._rate(site, torch.stack(tally).sum(0)) for site, tally in self._tallies.items()}
 
     def _rate(self, site: _Site, counts: Tensor) -> float:
-        """The rate by the numbers of spikes and of elements, over all processes."""
+        """The rate from counts of spikes and elements, over all processes."""
         if self._group is not None:
             torch.distributed.all_reduce(counts, group=self._group)
         spikes, elements = counts.tolist()
@@ -266,7 +265,7 @@ class _Trial:
         return spikes / elements  # type: ignore[no-any-return]
 
     def tolerance(self, site: _Site, rate: float) -> float:
-        """By how much the rate may be missed: a hundredth of it, or one spike."""
+        """The tolerance of the rate: a hundredth of it, or one spike."""
         return max(_TOLERANCE * rate, 1 / self._elements[site])
 
     def _before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -284,7 +283,7 @@ class _Trial:
         return _pytree.tree_map_only(Tensor, _source, output)
 
     def _weight_of(self, layer: Any, x: Tensor | None) -> str:
-        """The name of the one weight that the input of these neurons is proportional to, except for biases."""
+        """The name of the only weight that scales the input of these neurons, up to biases."""
         name = self.neurons[layer] or "the model"
         if isinstance(layer, (BatchNormLIF, Normalised)):
             norm = layer.normalisation.norm if isinstance(layer, Normalised) else layer
@@ -319,7 +318,7 @@ class _Trial:
         return weight
 
     def _weights_behind(self, x: Tensor) -> tuple[set[str], bool]:
-        """The weights that are nearest in the graph of x, and whether a path leads past them to the neurons before."""
+        """The nearest weights in the graph of x, and whether a path without weight leads to earlier neurons."""
         found: set[str] = set()
         bare = False
         waiting: list[Any] = [x.grad_fn]
@@ -340,7 +339,7 @@ class _Trial:
         return found, bare
 
     def factor_for(self, site: _Site, rate: float) -> float:
-        """The factor on the weight at which the neurons fire at this rate; the copy's weight then has it."""
+        """The factor on the weight for this rate, applied to the copy."""
         weight = self._parameters[site.weight]
         start = weight.detach().clone()
         found: dict[float, float] = {}  # rates by log2 of the factor
@@ -368,10 +367,7 @@ class _Trial:
 
 
 def _root(function: Callable[[float], float]) -> float | None:
-    """Where a rising function is 0, found outwards from 0 and then inwards; the better side where it jumps past 0.
-
-    None where it has one sign everywhere.
-    """
+    """The root of a rising function, bracketed outwards from 0; the better side of a jump; None without sign change."""
     near, at_near = 0.0, function(0.0)
     if at_near == 0:
         return near
@@ -383,7 +379,7 @@ def _root(function: Callable[[float], float]) -> float | None:
             return None
     halve = False
     while at_far != 0 and abs(far - near) > _NARROWEST:
-        # Secants alone are slow where the rate is flat on one side.
+        # Secants alone are slow with a flat rate on one side.
         share = 0.5 if halve else min(max(at_near / (at_near - at_far), 0.1), 0.9)
         halve = not halve
         middle = near + share * (far - near)
@@ -396,15 +392,15 @@ def _root(function: Callable[[float], float]) -> float | None:
 
 
 def _source(value: Tensor) -> Tensor:
-    """The value cut off its graph, as the beginning of another one."""
+    """The value detached, as the start of a new graph."""
     if not (value.is_floating_point() or value.is_complex()):
         return value
     leaf = value.clone() if value.is_inference() else value
-    return leaf.detach().requires_grad_().clone()  # a leaf can't be changed in place
+    return leaf.detach().requires_grad_().clone()  # leaves can't be changed in place
 
 
 def _leaf_behind(node: Any) -> Tensor | None:
-    """The tensor that the graph ends with where it goes on through single inputs, as a transposed weight does."""
+    """The leaf behind nodes with one input each, as of a transposed weight."""
     while not hasattr(node, "variable"):
         inputs = [each for each, _ in node.next_functions if each is not None]
         if len(inputs) != 1:

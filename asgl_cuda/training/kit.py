@@ -76,7 +76,7 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
             raise TypeError(
                 f"asgl_cuda.lightning_callback: {name} must be an asgl_cuda.{kind.__name__}, got {type(value).__name__}"
             )
-    # Both may be installed; the program uses the Trainer of the one that it has imported.
+    # Of both packages, the imported one has the program's Trainer.
     names = sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules)
     lightning = first_of(names, "lightning", "asgl_cuda.lightning_callback")
 
@@ -112,12 +112,12 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
 
 
 class _SpikingEval(ContextDecorator, AbstractContextManager[None]):
-    """What `spiking_eval` returns; it warns with the line of its making where it is dropped unused."""
+    """The result of `spiking_eval`; warns at its line of creation if never used."""
 
     def __init__(self, model: nn.Module, line: tuple[str, int]) -> None:
         self._model, self._line = model, line
         self._used = False
-        self._before: list[list[tuple[Any, float]]] = []  # for each `with` that is entered
+        self._before: list[list[tuple[Any, float]]] = []  # by nested `with`
 
     def __call__(self, function: Any) -> Any:
         self._used = True
@@ -157,10 +157,9 @@ class _SpikingEval(ContextDecorator, AbstractContextManager[None]):
 def spiking_eval(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, every ASGL layer emits hard spikes, and surrogate gradients flow: for attacks and fine-tuning.
 
-    It sets `analog_prob` to 0 and gives each layer its own value back on leaving, also after an exception. Nothing else
-    is touched: batch norm and dropout stay in training or evaluation mode as you chose, carried potentials and
-    `requires_grad` as they are. An attack wants `model.eval()` as well, fine-tuning does not. Do not step an
-    `AnalogProbSchedule` inside: the values that it sets are lost on leaving.
+    Sets `analog_prob` to 0 and restores each layer's own value on leaving, also after an exception. Nothing else
+    changes: not the modes of batch norm and dropout, carried potentials or `requires_grad`. Attacks need `model.eval()`
+    as well, fine-tuning does not. Do not step an `AnalogProbSchedule` inside: its values are lost on leaving.
 
     It is a context manager, and a decorator of functions; called alone it does nothing, and warns.
 
@@ -179,7 +178,7 @@ def spiking_eval(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def reset(model: nn.Module) -> None:
-    """Forgets the potentials that the model's layers carry: the next call of each starts at rest.
+    """Clears the potentials carried by the model's layers: the next call of each starts at rest.
 
     These are `LIF`, `BatchNormLIF` and `LeakyIntegrator`, and the layers of SpikingJelly, snnTorch and sinabs,
     converted or not, which are reset as their library does it. Norse's layers carry nothing.
@@ -203,10 +202,9 @@ def reset(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Cuts the potentials that the model's layers carry off their graph, for truncated backpropagation through time.
+    """Detaches the potentials carried by the model's layers, for truncated backpropagation through time.
 
-    The next call goes on from their values, and its backward ends there. The layers are those that `asgl_cuda.reset`
-    knows.
+    The next call continues from their values, where its backward ends. The layers are those of `asgl_cuda.reset`.
 
     Raises TypeError where `model` is no module.
 

@@ -13,14 +13,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..call import LIFOutput
 from ..checks import level_of_user
-from ..functional import LIFOutput
 from ..layer import some_asgl_layers
 from ..neuron import LIF
 from ..surrogate import SURROGATES
 from ..transforms import transforming
 
-# The quantities that are measured, in the order of tables and figures: key, heading.
+# Measured quantities, in the order of tables and figures: key, heading.
 _QUANTITIES = {
     "width": "width",
     "firing_rate": "firing rate",
@@ -31,7 +31,7 @@ _QUANTITIES = {
     "saturated": "saturated",
 }
 
-# From these shares on `Monitor.problems` speaks of a layer.
+# Shares at which `Monitor.problems` reports a layer.
 _MANY = 0.5  # of the neurons dead, or saturated
 _RARE = 0.05  # a rate below which larger weights help where most neurons are dead
 _FEW_INSIDE = 0.01  # of the potentials inside the window
@@ -46,17 +46,17 @@ class ScalarWriter(Protocol):
 
 
 class _Tally:
-    """Sums over everything that a layer did, kept on its device: no call waits for them."""
+    """Sums over the calls of a layer, on its device without synchronisation."""
 
     def __init__(self) -> None:
         self.elements = 0
         self.sums: dict[str, Tensor] = {}
-        # The neurons' shape is the key: it differs from call to call where a layer is shared or images vary in size.
+        # By shape of the neurons, which may vary between calls.
         self.spikes: dict[torch.Size, Tensor] = {}
         self.steps: dict[torch.Size, int] = {}
 
     def add(self, shares: Mapping[str, Tensor]) -> None:
-        """Adds shares that have one value for each element of the output."""
+        """Adds shares with one value per element of the output."""
         self.elements += shares["firing_rate"].numel()
         for key, values in shares.items():
             total = values.sum(dtype=torch.float64)
@@ -85,20 +85,20 @@ class _Tally:
 def _shares_of_lif(
     layer: LIF, x_seq: Tensor, v_init: Tensor | None, rng_state: Tensor | None, s_seq: Tensor
 ) -> dict[str, Tensor]:
-    """Computes the call again for its potentials, from the same state and with the same noise."""
+    """Repeats the call for its potentials, with the same state and noise."""
     generator = None if rng_state is None else torch.Generator(x_seq.device).set_state(rng_state)
     time_dim = layer.time_dim % x_seq.dim()
     again = layer._lif(x_seq, update=False, v_init=v_init, generator=generator, return_h_seq=True)
     assert isinstance(again, LIFOutput)
     assert again.h_seq is not None
     h_seq = again.h_seq
-    # They are in the type of the arithmetic, so that a spike here is one there.
+    # In the type of the arithmetic, for the same spikes.
     width, threshold = (
         torch.as_tensor(layer._broadcast(value, x_seq, time_dim), dtype=h_seq.dtype, device=h_seq.device)
         for value in (layer.width, layer.v_threshold)
     )
     u = h_seq - threshold
-    spikes = u > 0 if layer.strict_threshold else u >= 0
+    spikes = layer._fires(u)
     y = u * (1 / width)
     if layer.multi_spike:
         return {"firing_rate": spikes, "inside": y.abs() < 0.5}
@@ -113,7 +113,7 @@ def _shares_of_lif(
 
 
 def _problem(values: Mapping[str, float], surrogate: str | None) -> str | None:
-    """What keeps a layer with these quantities from learning, and what helps."""
+    """The problem of a layer with these quantities, and a remedy."""
     rate, inside = values.get("firing_rate"), values.get("inside", 1.0)
     if rate is None:
         return None
@@ -137,7 +137,7 @@ def _problem(values: Mapping[str, float], surrogate: str | None) -> str | None:
 
 
 def _is_hidden() -> bool:
-    """Whether the values of a call can't be looked at."""
+    """Whether the values of a call can't be read."""
     return torch.compiler.is_compiling() or transforming()
 
 
@@ -149,8 +149,8 @@ class Monitor:
     For each layer `result()` has, in [0, 1] except the width:
 
     - `width`: mean of the widths as they are now, in units of the input.
-    - `firing_rate`: share of elements whose potential reached the threshold, u >= 0 (with `strict_threshold` u > 0),
-      whatever they emitted.
+    - `firing_rate`: share of elements whose potential reached the threshold, u >= 0 (u > 0 if strict), whatever
+      they emitted.
     - `analog_share`: share of elements that emitted something else than their hard spike. At most `analog_prob`, and
       less where the smooth value of a potential outside the window is the spike.
     - `inside`: share of elements inside the window of the surrogate, abs(u / width) < 1/2.
@@ -185,30 +185,30 @@ class Monitor:
     def __init__(self, model: nn.Module) -> None:
         self._layers = some_asgl_layers(model, "asgl_cuda.Monitor")
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        # The input of a call, and the potential and the random state from which it starts, and which it changes.
+        # Input, potential and random state before a call.
         self._before: dict[nn.Module, tuple[Tensor, Tensor | None, Tensor | None]] = {}
-        self._watched_before: list[bool] = []  # for each `with` that is entered: whether it watched already
+        self._watched_before: list[bool] = []  # by nested `with`: whether it watched already
         self._was_started = self._has_warned = False
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything that was seen."""
+        """Clears all counts."""
         self._tallies = {layer: _Tally() for layer in self._layers.values()}
 
     def start(self) -> None:
-        """Watches from now on, and adds to earlier counts; does nothing if it watches already."""
+        """Starts watching, adding to earlier counts; no effect if already started."""
         if self._handles:
             return
         self._was_started = True
         for layer in self._layers.values():
             self._handles += [
                 layer.register_forward_pre_hook(self._look_before, with_kwargs=True),
-                # It comes first, so that it sees the layer's own output.
+                # First, to see the layer's own output.
                 layer.register_forward_hook(self._look, prepend=True, with_kwargs=True),
             ]
 
     def stop(self) -> None:
-        """Watches no longer, and keeps its counts."""
+        """Stops watching, and keeps the counts."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -243,7 +243,7 @@ class Monitor:
         if before := self._before.pop(layer, None):
             shares = _shares_of_lif(layer, *before, s_seq)
         else:
-            # H rises through 1/2 at u = 0, so a smooth value tells, too, whether its element would have spiked.
+            # H(0) = 1/2, so smooth values show the hard spike, too.
             shares = {"firing_rate": s_seq >= 0.5, "analog_share": s_seq != s_seq.round()}
         self._tallies[layer].add(shares)
         if hasattr(layer, "time_dim"):
@@ -264,7 +264,7 @@ class Monitor:
         }
 
     def problems(self) -> list[str]:
-        """What keeps layers from learning, a line each: the layer, what was seen, what helps. Empty if nothing does."""
+        """Problems of layers that may not learn, a line each: layer, observation, remedy. Empty without any."""
         return self._problems_in(self.result())
 
     def _problems_in(self, found: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -278,7 +278,7 @@ class Monitor:
         return lines
 
     def scalars(self) -> dict[str, float]:
-        """The same as one dict, `firing_rate/name` and so on, as loggers want it; a lone layer has no name."""
+        """The quantities as one dict for loggers, `firing_rate/name` and so on; a lone layer has no name."""
         found = self.result()
         return {
             f"{key}/{name}" if name else key: values[key]
@@ -307,7 +307,7 @@ class Monitor:
 
         Raises ImportError without matplotlib.
         """
-        # pyplot would choose a backend for the whole process and keep the figure.
+        # Not pyplot, which sets a backend for the process and keeps figures.
         figures = first_of(["matplotlib.figure"], "matplotlib", "asgl_cuda.Monitor.plot")
         found = self.result()
         height = 1.2 + 0.3 * len(found)
@@ -330,7 +330,7 @@ def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
 
 
 def first_of(modules: Sequence[str], package: str, caller: str) -> Any:
-    """The first of the modules, none of which is required, that can be imported."""
+    """The first module that can be imported."""
     for module in modules:
         with suppress(ImportError):
             return importlib.import_module(module)

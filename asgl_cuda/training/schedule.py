@@ -92,23 +92,23 @@ class AnalogProbSchedule:
         try:
             for name, prob in probs.items():
                 self._layers[name].analog_prob = prob
-        except Exception:  # a layer may refuse its own, as one of several spikes a step
+        except Exception:  # refused, as by a layer with multi_spike
             for name, prob in before.items():
                 self._layers[name].analog_prob = prob
             raise
 
     @property
     def probs(self) -> dict[str, float]:
-        """`analog_prob` of each layer, as it is now."""
+        """The current `analog_prob` of each layer."""
         return {name: self._layers[name].analog_prob for name in self.starts}
 
     def step(self) -> None:
-        """Goes on to the next epoch."""
+        """Advances to the next epoch."""
         self._set(self.starts, self.epoch + 1)
         self.epoch += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch and the layers' values at the start; the constructor's arguments are given again."""
+        """The epoch and the layers' start values, without the constructor's arguments."""
         return {"epoch": self.epoch, "starts": dict(self.starts)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -123,7 +123,7 @@ class AnalogProbSchedule:
         epoch, starts = _count("epoch", state_dict["epoch"], 0), state_dict["starts"]
         if not isinstance(starts, Mapping):
             raise TypeError(f"{_CALLER}: starts must be a dict of layers and numbers, got {type(starts).__name__}")
-        # It may have more layers than self.starts: one may have gone to 0 by now, and look like an ordinary neuron.
+        # Possibly more layers than self.starts, which lacks layers now at 0.
         if not self.starts.keys() <= starts.keys() <= self._layers.keys():
             raise ValueError(f"{_CALLER}: the state must be of layers {list(self.starts)}, got {shown(list(starts))}")
         starts = {name: _share(f"the start of layer {name!r}", start) for name, start in starts.items()}
@@ -136,7 +136,7 @@ def _multi_step(start: float, epoch: int, milestones: Sequence[int], gamma: floa
 
 
 def _between(start: float, final: float, share: float) -> float:
-    # final + (start - final) * share need not give start back at 1.
+    # Unlike final + (start - final) * share, exact at share 1.
     return start * share + final * (1 - share)
 
 
@@ -156,7 +156,7 @@ def _share(name: str, value: Any) -> float:
 
 
 def _count(name: str, value: Any, least: int) -> int:
-    """A number of epochs, few enough for a float."""
+    """A number of epochs in the range of a float."""
     count = check_int(name, value, _CALLER)
     if not least <= count <= sys.maxsize:
         expected = f">= {least}" if count < least else f"<= {sys.maxsize}"

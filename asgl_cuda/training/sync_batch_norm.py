@@ -1,4 +1,4 @@
-"""Statistics that processes share, for a whole model."""
+"""Shared statistics of all normalisations in a model."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_the_lightning_that_was_imported_is_used(monkeypatch, name):
     for each in both:
         if each != name:
             monkeypatch.delitem(sys.modules, each)
-    monkeypatch.setattr(asgl_cuda.monitor.importlib, "import_module", both.__getitem__)
+    monkeypatch.setattr(asgl_cuda.training.monitor.importlib, "import_module", both.__getitem__)
     assert isinstance(lightning_callback(monitor=Monitor(network())), both[name].Callback)
 
 

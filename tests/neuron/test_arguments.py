@@ -177,7 +177,7 @@ def without_extension(monkeypatch):
         for name, backend in backends.BACKENDS.items()
     }
     monkeypatch.setattr(backends, "BACKENDS", broken)
-    monkeypatch.setattr("asgl_cuda.functional.BACKENDS", broken)
+    monkeypatch.setattr("asgl_cuda.call.BACKENDS", broken)
     monkeypatch.setattr(backends, "_warned", set())
 
 
