@@ -22,6 +22,7 @@ Training:
     calibrate               scales weights until layers fire at a rate
     AnalogProbSchedule      lowers the noise over the epochs
     Monitor                 firing rates, widths, dead neurons
+    recompute_spikes        spikes that cost no memory: backward computes them again
     spiking_eval            hard spikes with surrogate gradients
     lightning_callback      schedule and monitor in a Lightning Trainer
     convert_sync_batchnorm  statistics that processes share
@@ -57,6 +58,7 @@ from .interop import convert, from_nir, fuse, revert, to_nir, unfuse
 from .layer import asgl_layers
 from .neuron import LIF, BatchNormLIF
 from .over_time import OverTime
+from .recompute import recompute_spikes
 from .streaming import step
 from .training.calibration import calibrate
 from .training.kit import detach, lightning_callback, parameter_groups, reset, spiking_eval
@@ -88,6 +90,7 @@ __all__ = [
     "lif",
     "lightning_callback",
     "parameter_groups",
+    "recompute_spikes",
     "reset",
     "revert",
     "spiking_eval",

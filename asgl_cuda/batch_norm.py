@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from . import recompute
 from .backends import BACKENDS, backend_of, operators_of
 from .call import Arguments, Call, LIFOutput, checked_call, grouped
 from .checks import (
@@ -354,6 +355,8 @@ def _batch_norm_lif(
         if is_differentiated((*tensors, *parameters, *norm), _CALLER):
             inputs = settings, backend, plan, numbers, *norm, *tensors, *parameters
             *outputs, coefficients, _ = apply(BatchNormLIFFunction, *inputs)
+            if recompute.open_contexts and not torch.compiler.is_compiling():
+                _normalised(call, coefficients.unbind()).remember(outputs)
         else:
             outputs, coefficients, _ = _forward(settings, call, norm, False)
         if in_one_launch:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import recompute
 from .backends import BACKENDS, Operators, backend_of, choose_backend, operators_of
 from .checks import (
     cached_by_signature,
@@ -118,6 +119,19 @@ class Call(NamedTuple):
         operator = operators_of(backend, (x_seq, v_init, rng_state, *parameters)).lif_forward
         wanted = *plan.wanted, keep_checkpoints
         return operator(x_seq, v_init, rng_state, parameters, numbers, tuple(plan.rules), wanted)
+
+    def remember(self, outputs: Sequence[Tensor]) -> None:
+        """Has backward compute the spikes again, inside of `recompute_spikes`."""
+        backend, plan, numbers, x_seq, v_init, rng_state, parameters = self
+        only_spikes = plan._replace(wanted=(False, False, False))
+
+        def spikes(x_seq: Tensor, v_init: Tensor | None, rng_state: Tensor | None, *parameters: Tensor | None) -> Tensor:
+            return Call(backend, only_spikes, numbers, x_seq, v_init, rng_state, parameters).forward(False)[0]
+
+        # Copies, since FSDP frees the memory of parameters before the layers behind ask for spikes.
+        copies = [None if each is None else each.detach().clone() for each in parameters]
+        inputs = {"x_seq": x_seq, "v_init": v_init, "rng_state": rng_state}
+        recompute.remember(outputs[0], spikes, {**inputs, **dict(zip(Parameters._fields, copies, strict=True))})
 
     def backward(self, grads: Sequence[Tensor | None], checkpoints: Tensor, wanted: Sequence[bool]) -> BackwardResult:
         """Runs the operator lif_backward for the gradients of the results of forward."""
@@ -333,5 +347,8 @@ def run(call: Call, caller: str) -> Tensor | LIFOutput:
     if BACKENDS[backend].operators is None:
         return call.output(call.reference())
     if is_differentiated((x_seq, v_init, *parameters), caller):
-        return call.output(apply(LIFFunction, backend, plan, numbers, x_seq, v_init, rng_state, *parameters))
+        outputs = apply(LIFFunction, backend, plan, numbers, x_seq, v_init, rng_state, *parameters)
+        if recompute.open_contexts and not torch.compiler.is_compiling():
+            call.remember(outputs)
+        return call.output(outputs)
     return call.output(call.forward(keep_checkpoints=False))

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -72,6 +73,18 @@ def train_in_process(rank, backend, wrapped):
 def sum_of_gradients(_, bucket):
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
+
+
+def train_recomputed(rank, context):
+    """With several layers, weights and neurons behind each other."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(5, 4), asgl_cuda.LIF(), nn.Linear(4, 4), asgl_cuda.LIF(learn_decay=True), nn.Linear(4, 5)]
+    module = nn.Sequential(*layers).double()
+    model = DistributedDataParallel(module)
+    torch.manual_seed(rank)
+    with context:
+        s_seq, grad = trained(model, module, share(joint_batch(), rank))
+    return s_seq, grad, module.state_dict()
 
 
 def train_fused(rank, backend):
@@ -153,6 +166,8 @@ def in_process(rank, folder, backends):
     found["calibrated"] = with_calibration(rank)
     found |= {(name, "converted"): train_converted(rank, name, None) for name in backends}
     found |= {(name, "converted, group"): train_converted(rank, name, dist.group.WORLD) for name in backends}
+    found["kept"] = train_recomputed(rank, nullcontext())
+    found["recomputed"] = train_recomputed(rank, asgl_cuda.recompute_spikes())
     found["empty"] = with_an_empty_share(rank)
     found["DTensor"] = with_a_tensor_of_all()
     torch.save(found, f"{folder}/{rank}.pt")
@@ -185,6 +200,14 @@ def check(results, module, case, same_weights):
 def test_two_processes_are_as_one_with_the_joint_batch(results, name, wrapped):
     """Spikes, gradients, running statistics and, where the processes share gradients, weights after two steps."""
     check(results, network(name), (name, wrapped), same_weights=wrapped)
+
+
+def test_spikes_computed_again_change_no_bit(results):
+    for result in results:
+        for kept, recomputed in zip(result["kept"][:2], result["recomputed"][:2], strict=True):
+            assert torch.equal(kept, recomputed)
+        for name, value in result["kept"][2].items():
+            assert torch.equal(value, result["recomputed"][2][name]), name
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -287,7 +310,8 @@ def test_no_process_group(group):
         asgl_cuda.BatchNormLIF(3, process_group=group)(torch.randn(2, 1, 3))
 
 
-def test_fully_shard(tmp_path):
+@pytest.mark.parametrize("context", [nullcontext, asgl_cuda.recompute_spikes])
+def test_fully_shard(tmp_path, context):
     """It shares out every parameter by its first dimension, one for the whole layer too, and changes no bit."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -304,7 +328,8 @@ def test_fully_shard(tmp_path):
         results = []
         for model in (plain, sharded):
             torch.manual_seed(1)
-            results.append(trained(model, model, torch.randn(4, 3, 5)))
+            with context() if model is sharded else nullcontext():
+                results.append(trained(model, model, torch.randn(4, 3, 5)))
         assert all(torch.equal(*each) for each in zip(*results, strict=True))
         for name, value in sharded.state_dict().items():
             assert torch.equal(value.full_tensor(), plain.state_dict()[name]), name

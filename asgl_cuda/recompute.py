@@ -1,0 +1,204 @@
+"""Spikes that backward computes again instead of keeping them: `with asgl_cuda.recompute_spikes():` around forward.
+
+A convolution or a linear layer keeps its input for backward, which in a spiking network is spikes. The noise is a
+counter: one forward kernel computes the same spikes, analog values included, from the tensors that the neuron keeps.
+
+Hooks on saved tensors put a `_Recomputed` in place of spikes and views of spikes, recognised by their storage; a weak
+reference keeps the address of a storage from being used again. Under such hooks autograd does not compare versions of
+tensors, so `_Kept` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+from weakref import WeakSet, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+Module = TypeVar("Module", bound=nn.Module)
+
+_CALLER = "asgl_cuda.recompute_spikes"
+
+
+class _Thread(threading.local):
+    """The contexts of a thread that are open, and the calls inside of them by the storage of their spikes."""
+
+    depth = 0
+    hooks: saved_tensors_hooks
+    known: WeakValueDictionary[int, _Spikes]
+
+
+_thread = _Thread()
+open_contexts = 0  # of all threads, so that a call outside looks at one number
+
+
+class _Kept:
+    """A tensor that is kept as it is and must not change."""
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        self._tensor, self._name, self._version = tensor, name, tensor._version
+
+    def unpacked(self) -> Tensor:
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                f"{_CALLER}: {self._name} ({self._tensor.dtype}, shape {list(self._tensor.shape)}), which backward "
+                f"needs, has been modified by an inplace operation: expected version {self._version}, got "
+                f"{self._tensor._version}"
+            )
+        return self._tensor
+
+
+class _Spikes:
+    """The spikes of one call: how they are computed again, and who will ask."""
+
+    def __init__(self, spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
+        self._storage = StorageWeakRef(spikes.untyped_storage())
+        self._dtype, self._version = spikes.dtype, spikes._version
+        self._compute = compute
+        self._inputs = [None if each is None else _packed(each.detach(), name) for name, each in inputs.items()]
+        self._asking: WeakSet[_Recomputed] = WeakSet()
+        self._answered: WeakSet[_Recomputed] = WeakSet()
+        self._again: Tensor | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def key(self) -> int:
+        return self._storage.cdata  # type: ignore[no-any-return]
+
+    def stood_for(self, tensor: Tensor) -> _Recomputed | None:
+        """What stands for a tensor in this storage; None for one that is not the spikes or a view of them."""
+        if self._storage.expired() or (tensor._version, tensor.dtype) != (self._version, self._dtype):
+            return None
+        recomputed = _Recomputed(self, tensor)
+        self._asking.add(recomputed)
+        return recomputed
+
+    def computed_for(self, asking: _Recomputed) -> Tensor:
+        """The spikes, computed once for all that ask, and freed with the answer to the last."""
+        with self._lock:
+            spikes = self._again
+            if spikes is None:
+                spikes = self._again = self._computed()
+            self._answered.add(asking)
+            if len(self._answered) >= len(self._asking):
+                self._again = None
+                self._answered.clear()
+            return spikes
+
+    def _computed(self) -> Tensor:
+        inputs = [None if each is None else each.unpacked() for each in self._inputs]
+        with torch.no_grad():
+            return self._compute(*inputs)
+
+
+class _Recomputed:
+    """Stands for spikes or a view of them."""
+
+    def __init__(self, spikes: _Spikes, tensor: Tensor) -> None:
+        self._spikes = spikes
+        self._view = tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def unpacked(self) -> Tensor:
+        return self._spikes.computed_for(self).as_strided(*self._view)
+
+
+def _packed(tensor: Tensor, name: str = "a tensor") -> _Kept | _Recomputed:
+    if type(tensor) is Tensor and tensor.layout is torch.strided and _thread.depth:
+        spikes = _thread.known.get(tensor.untyped_storage()._cdata)
+        recomputed = None if spikes is None else spikes.stood_for(tensor)
+        if recomputed is not None:
+            return recomputed
+    return _Kept(tensor, name)
+
+
+def _unpacked(packed: _Kept | _Recomputed) -> Tensor:
+    return packed.unpacked()
+
+
+class _Context(contextlib.ContextDecorator):
+    """The outermost one of a thread has the hooks."""
+
+    def __enter__(self) -> None:
+        global open_contexts
+        if _thread.depth == 0:
+            _thread.known = WeakValueDictionary()
+            _thread.hooks = saved_tensors_hooks(_packed, _unpacked)
+            _thread.hooks.__enter__()
+        _thread.depth += 1
+        open_contexts += 1
+
+    def __exit__(self, *error: Any) -> None:
+        global open_contexts
+        open_contexts -= 1
+        _thread.depth -= 1
+        if _thread.depth == 0:
+            _thread.hooks.__exit__(*error)
+            del _thread.known, _thread.hooks
+
+
+@overload
+def recompute_spikes() -> _Context: ...
+@overload
+def recompute_spikes(model: Module) -> Module: ...
+def recompute_spikes(model: nn.Module | None = None) -> Any:
+    """Has backward compute spikes again instead of keeping them, with the same bits.
+
+    For layers behind asgl_cuda's neurons that keep their input for backward, such as convolutions and linear layers.
+    Costs one more forward kernel of the neurons, computed once for all layers that need the spikes.
+
+    Args:
+        model: recomputes in every forward from now on, for training loops that are not one's own. None: a context to
+            be entered around forward; loss and backward may be inside or outside.
+
+    Other tensors are kept as ever: outputs of dropout and pooling, concatenated or cast spikes (under autocast, neurons
+    of the lower precision avoid the cast), spikes changed in place before they are used. Inside of
+    torch.utils.checkpoint or a compiled model nothing changes.
+
+    Returns:
+        A context manager, which is a decorator, too; or the model.
+
+    Raises:
+        TypeError: model is no module.
+        RuntimeError: in backward, where the input of neurons was changed in place after forward.
+
+    Example::
+
+        model = torch.nn.Sequential(asgl_cuda.BatchNormLIF(64), torch.nn.Flatten(2), torch.nn.Linear(64, 10))
+        with asgl_cuda.recompute_spikes():
+            loss = model(torch.randn(4, 32, 64)).square().mean()
+        loss.backward()  # computes the spikes for the gradient of the linear layer's weight
+    """
+    if model is None:
+        return _Context()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{_CALLER}: model must be a torch.nn.Module, got {type(model).__name__}")
+    model.register_forward_pre_hook(_enter)
+    model.register_forward_hook(_leave, always_call=True)
+    return model
+
+
+def _enter(*_: Any) -> None:
+    _Context().__enter__()
+
+
+def _leave(*_: Any) -> None:
+    _Context().__exit__()
+
+
+def remember(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
+    """Has the spikes of a call computed again, where this thread is inside of a context.
+
+    `compute` takes the inputs in their order.
+    """
+    if not _thread.depth or type(spikes) is not Tensor or spikes.grad_fn is None:
+        return
+    found = _Spikes(spikes, compute, inputs)
+    _thread.known[found.key] = found
+    # The node of the call holds it until a layer keeps the spikes; a graph that is dropped drops it.
+    spikes.grad_fn.asgl_cuda_spikes = found  # type: ignore[attr-defined]

@@ -1,0 +1,384 @@
+"""Spikes that backward computes again: the same bits, storages that are gone, errors where values changed."""
+
+import contextlib
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from comparison import Stack
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator, OverTime, recompute, recompute_spikes
+
+STEPS, BATCH = 4, 3
+
+
+def conv(inputs, outputs):
+    return OverTime(nn.Conv2d(inputs, outputs, 3, padding=1))
+
+
+def images(dtype=torch.float32):
+    return torch.randn(STEPS, BATCH, 2, 6, 6, dtype=dtype)
+
+
+def two_convs(neuron, **more):
+    return nn.Sequential(
+        conv(2, 8), neuron, *more.get("between", ()), conv(8, 4), LIF(), nn.Flatten(2), nn.Linear(144, 5)
+    )
+
+
+class Attention(nn.Module):
+    """Products of spikes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(12, 12), LIF()) for _ in range(3))
+
+    def forward(self, x):
+        q, k, v = (layer(x) for layer in self.layers)
+        return (q @ k.transpose(-1, -2)) @ v
+
+
+PATTERNS = {
+    "LIF": lambda: (two_convs(LIF()), images()),
+    "BatchNormLIF": lambda: (two_convs(BatchNormLIF(8)), images()),
+    "normalisation and neurons apart": lambda: (two_convs(nn.Sequential(OverTime(nn.BatchNorm2d(8)), LIF())), images()),
+    "currents": lambda: (two_convs(nn.Sequential(LeakyIntegrator(decay=0.6, learn_decay=True), LIF())), images()),
+    "by channel, all learned": lambda: (
+        two_convs(LIF(8, granularity="channel", learn_decay=True, learn_threshold=True)), images(),
+    ),
+    "scaled output, learned threshold": lambda: (two_convs(LIF(scale_output=True, learn_threshold=True)), images()),
+    "several spikes a step": lambda: (
+        two_convs(LIF(multi_spike=True, v_reset=None, analog_prob=0.0, surrogate="periodic_exponential")), images(),
+    ),
+    "potentials stored": lambda: (two_convs(LIF(store_v_seq=True)), images()),
+    "float64": lambda: (two_convs(BatchNormLIF(8)).double(), images(torch.float64)),
+    "bfloat16": lambda: (two_convs(LIF()).bfloat16(), images(torch.bfloat16)),
+    "channels_last": lambda: (
+        two_convs(BatchNormLIF(8)).to(memory_format=torch.channels_last),
+        images().flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (STEPS, BATCH)),
+    ),
+    "average pooling": lambda: (
+        nn.Sequential(conv(2, 8), LIF(), OverTime(nn.AvgPool2d(2)), conv(8, 4), BatchNormLIF(4), nn.Flatten(2)),
+        images(),
+    ),
+    "max pooling": lambda: (
+        nn.Sequential(conv(2, 8), LIF(), OverTime(nn.MaxPool2d(2)), conv(8, 4), BatchNormLIF(4), nn.Flatten(2)),
+        images(),
+    ),
+    "two consumers": lambda: (
+        Stack(
+            lambda m, x: m.one(s := m.neuron(m.first(x))) + m.two(s) * s.mean(),
+            first=conv(2, 8), neuron=LIF(), one=conv(8, 4), two=conv(8, 4),
+        ),
+        images(),
+    ),
+    "residual block": lambda: (
+        Stack(
+            lambda m, x: m.last(m.second(m.conv(s := m.neuron(m.first(x)))) + s),
+            first=conv(2, 8), neuron=BatchNormLIF(8), conv=conv(8, 8), second=BatchNormLIF(8), last=conv(8, 4),
+        ),
+        images(),
+    ),
+    "spikes times spikes": lambda: (
+        Stack(lambda m, x: m.last((s := m.neuron(m.first(x))) * s), first=conv(2, 8), neuron=LIF(), last=conv(8, 4)),
+        images(),
+    ),
+    "neurons on spikes": lambda: (nn.Sequential(conv(2, 8), LIF(), LIF(v_threshold=0.5), conv(8, 4)), images()),
+    "attention": lambda: (Attention(), torch.randn(STEPS, BATCH, 7, 12)),
+    "long": lambda: (
+        nn.Sequential(nn.Linear(9, 16), LIF(), nn.Linear(16, 16), LIF(), nn.Linear(16, 3)), torch.randn(100, 5, 9),
+    ),
+    "dropout and concatenation": lambda: (
+        Stack(
+            lambda m, x: m.last(torch.cat([m.drop(s := m.neuron(m.first(x))), s], 2)),
+            first=conv(2, 4), neuron=LIF(), drop=nn.Dropout(0.5), last=conv(8, 4),
+        ),
+        images(),
+    ),
+    "changed before use": lambda: (
+        Stack(lambda m, x: m.last(m.neuron(m.first(x)).mul_(2)), first=conv(2, 8), neuron=LIF(), last=conv(8, 4)),
+        images(),
+    ),
+    "part without gradient": lambda: (
+        nn.Sequential(conv(2, 8).requires_grad_(False), LIF(learn_width=False), conv(8, 4), LIF(), conv(4, 4)),
+        images(),
+    ),
+}  # fmt: skip
+
+
+def trained(model, x, context, seed=3, **options):
+    """Output and all gradients of one step."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    with context:
+        y = model(x)
+    torch.manual_seed(seed)
+    y.backward(torch.randn_like(y), **options)
+    return y.detach(), x.grad, [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def assert_same(found, expected):
+    for one, other in zip((*found[:2], *found[2]), (*expected[:2], *expected[2]), strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_same_bits(pattern):
+    torch.manual_seed(1)
+    model, x = PATTERNS[pattern]()
+    twin = copy.deepcopy(model)
+    expected = trained(model, x, contextlib.nullcontext())
+    assert any(p is not None and p.abs().sum() > 0 for p in expected[2])
+    assert_same(trained(twin, x, recompute_spikes()), expected)
+    for one, other in zip(model.buffers(), twin.buffers(), strict=True):  # a normalisation counts one batch
+        assert torch.equal(one, other)
+
+
+# ---- what is kept ----
+
+
+def storages_of_spikes(model, x, context):
+    """Weak references to the storages of all spikes of a forward, and the output."""
+    found = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output: found.append(StorageWeakRef(output.untyped_storage())))
+        for layer in model.modules()
+        if isinstance(layer, LIF)
+    ]
+    with context:
+        y = model(x)
+    for hook in hooks:
+        hook.remove()
+    return found, y
+
+
+# Which neurons' spikes stay: those that the output is a view of, that were changed, and that have no gradient.
+STAY = {
+    "average pooling": [False, True],
+    "max pooling": [False, True],
+    "changed before use": [True],
+    "part without gradient": [True, False],
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_spikes_are_not_kept(pattern):
+    torch.manual_seed(1)
+    model, x = PATTERNS[pattern]()
+    without, y = storages_of_spikes(model, x, contextlib.nullcontext())
+    assert pattern == "dropout and concatenation" or not all(storage.expired() for storage in without)
+    found, y = storages_of_spikes(model, x, recompute_spikes())
+    stay = [not storage.expired() for storage in found]
+    assert stay == STAY.get(pattern, [False] * len(found)), (stay, y.shape)
+
+
+def test_graph_that_is_dropped_leaves_nothing():
+    model, x = PATTERNS["two consumers"]()
+    with recompute_spikes():
+        y = model(x)
+        (calls,) = recompute._thread.known.values()
+        calls = weakref.ref(calls)
+        del y
+        gc.collect()
+        assert calls() is None
+        assert not recompute._thread.known
+
+
+def test_computed_once_for_all_who_ask(monkeypatch):
+    calls = []
+    compute = recompute._Spikes._computed
+    monkeypatch.setattr(recompute._Spikes, "_computed", lambda self: calls.append(self) or compute(self))
+    model, x = PATTERNS["two consumers"]()
+    trained(model, x, recompute_spikes())
+    assert len(calls) == 1
+    assert calls[0]._again is None
+
+
+# ---- autograd ----
+
+
+def test_two_backwards():
+    model, x = PATTERNS["two consumers"]()
+    expected = trained(model, x, contextlib.nullcontext(), retain_graph=True)
+    x = x.clone().requires_grad_()
+    torch.manual_seed(3)
+    with recompute_spikes():
+        y = model(x)
+    torch.manual_seed(3)
+    grad = torch.randn_like(y)
+    leaves = [x, *model.parameters()]
+    for retain in (True, False):
+        found = torch.autograd.grad(y, leaves, grad, retain_graph=retain)
+        assert_same((y.detach(), found[0], found[1:]), expected)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, leaves, grad)
+
+
+def test_values_that_changed():
+    model, x = PATTERNS["LIF"]()
+    first, neuron, *rest = model
+    with recompute_spikes():
+        c = first(x)
+        y = nn.Sequential(*rest)(neuron(c))
+    with torch.no_grad():
+        c.add_(1)
+    with pytest.raises(
+        RuntimeError, match=r"^asgl_cuda.recompute_spikes: x_seq \(torch.float32, shape \[4, 3, 8, 6, 6\]\)"
+    ):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("changed", ["width", "weight"])
+def test_parameter_that_changed(changed):
+    model, x = PATTERNS["LIF"]()
+    with recompute_spikes():
+        y = model(x)
+    with torch.no_grad():
+        (model[1].log_width if changed == "width" else model[2].layer.weight).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation: expected version"):
+        y.sum().backward()
+
+
+def test_spikes_that_changed_after_use():
+    """Autograd refuses that without the context; here the gradients are right."""
+    model, x = PATTERNS["LIF"]()
+    expected = trained(model, x, contextlib.nullcontext())
+    first, neuron, *rest = model
+    torch.manual_seed(3)
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    with recompute_spikes():
+        s = neuron(first(x))
+        y = nn.Sequential(*rest)(s)
+    with torch.no_grad():
+        s.zero_()
+    torch.manual_seed(3)
+    y.backward(torch.randn_like(y))
+    assert_same((y.detach(), x.grad, [p.grad for p in model.parameters()]), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("where", ["inside", "around", "of the context"])
+def test_activation_checkpointing(where, reentrant):
+    model, x = PATTERNS["BatchNormLIF"]()
+    expected = trained(copy.deepcopy(model), x, contextlib.nullcontext())
+    first, second = model[:2], model[2:]
+
+    def part(function, *arguments):
+        return checkpoint(function, *arguments, use_reentrant=reentrant)
+
+    def within(x):
+        with recompute_spikes():
+            return model(x)
+
+    functions = {
+        "inside": lambda x: second(part(first, x)),
+        "around": lambda x: part(lambda x: second(first(x)), x),
+        "of the context": lambda x: part(within, x),
+    }
+    context = contextlib.nullcontext() if where == "of the context" else recompute_spikes()
+    torch.manual_seed(3)
+    x = x.clone().requires_grad_()
+    with context:
+        y = functions[where](x)
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    grad = torch.randn_like(y)
+    torch.set_rng_state(state)
+    y.backward(grad)
+    assert_same((y.detach(), x.grad, [p.grad for p in model.parameters()]), expected)
+
+
+def test_stateful():
+    def sequences(context):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(5, 6), LIF(stateful=True), nn.Linear(6, 3))
+        xs = torch.randn(3, STEPS, BATCH, 5)
+        with context:
+            loss = sum(model(x).square().sum() for x in xs)
+        loss.backward()
+        return loss.detach(), [p.grad for p in model.parameters()]
+
+    (loss, expected), (again, found) = sequences(contextlib.nullcontext()), sequences(recompute_spikes())
+    assert torch.equal(loss, again)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(dtype):
+    model = nn.Sequential(nn.Linear(6, 8), LIF().to(dtype), nn.Linear(8, 3))
+    x = torch.randn(STEPS, BATCH, 6)
+    expected = trained(copy.deepcopy(model), x, torch.autocast("cpu", torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(trained(model, x, recompute_spikes()), expected)
+
+
+# ---- contexts ----
+
+
+def test_exception_inside_and_nesting():
+    model, x = PATTERNS["LIF"]()
+    expected = trained(model, x, contextlib.nullcontext())
+    with pytest.raises(ValueError, match="inside"), recompute_spikes(), recompute_spikes():
+        raise ValueError("inside")
+    assert recompute.open_contexts == 0
+    assert_same(trained(model, x, contextlib.nullcontext()), expected)
+    with recompute_spikes():
+        assert_same(trained(model, x, recompute_spikes()), expected)
+        assert_same(trained(model, x, contextlib.nullcontext()), expected)
+    assert recompute.open_contexts == 0
+
+
+def test_around_the_forward_of_a_model():
+    model, x = PATTERNS["BatchNormLIF"]()
+    expected = trained(copy.deepcopy(model), x, contextlib.nullcontext())
+    assert recompute_spikes(model) is model
+    twin = copy.deepcopy(model)
+    assert_same(trained(twin, x, contextlib.nullcontext()), expected)
+    found, y = storages_of_spikes(twin, x, contextlib.nullcontext())
+    assert all(storage.expired() for storage in found), y.shape
+    with pytest.raises(RuntimeError):
+        model(x[:, :, :1])
+    assert recompute.open_contexts == 0
+    with pytest.raises(TypeError, match=r"^asgl_cuda.recompute_spikes: model must be a torch.nn.Module, got int$"):
+        recompute_spikes(3)
+
+
+def test_threads_know_nothing_of_each_other():
+    model, x = PATTERNS["LIF"]()
+    twin = copy.deepcopy(model)
+    with recompute_spikes():
+        found = []
+        thread = threading.Thread(target=lambda: found.extend(storages_of_spikes(twin, x, contextlib.nullcontext())))
+        thread.start()
+        thread.join()
+        assert not recompute._thread.known
+    assert not any(storage.expired() for storage in found[0])
+
+
+def test_torch_func():
+    """Torch refuses hooks under its transforms."""
+    model, x = PATTERNS["LIF"]()
+    with recompute_spikes(), pytest.raises(RuntimeError, match="saved tensor hooks"):
+        torch.func.grad(lambda x: model(x).sum())(x)
+
+
+def test_compiled():
+    model = nn.Sequential(nn.Linear(6, 8), LIF(analog_prob=0.0), nn.Linear(8, 3))
+    x = torch.randn(STEPS, BATCH, 6)
+    expected = trained(copy.deepcopy(model), x, contextlib.nullcontext())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with recompute_spikes():
+        y = compiled(x)
+    torch.manual_seed(3)
+    y.backward(torch.randn_like(y))
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected[2])
