@@ -125,7 +125,9 @@ class Call(NamedTuple):
         backend, plan, numbers, x_seq, v_init, rng_state, parameters = self
         only_spikes = plan._replace(wanted=(False, False, False))
 
-        def spikes(x_seq: Tensor, v_init: Tensor | None, rng_state: Tensor | None, *parameters: Tensor | None) -> Tensor:
+        def spikes(
+            x_seq: Tensor, v_init: Tensor | None, rng_state: Tensor | None, *parameters: Tensor | None
+        ) -> Tensor:
             return Call(backend, only_spikes, numbers, x_seq, v_init, rng_state, parameters).forward(False)[0]
 
         # Copies, since FSDP frees the memory of parameters before the layers behind ask for spikes.

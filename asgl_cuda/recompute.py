@@ -65,6 +65,7 @@ class _Spikes:
         self._asking: WeakSet[_Recomputed] = WeakSet()
         self._answered: WeakSet[_Recomputed] = WeakSet()
         self._again: Tensor | None = None
+        self.holder = [self]  # until a layer keeps the spikes, and so this
         self._lock = threading.Lock()
 
     @property
@@ -77,6 +78,7 @@ class _Spikes:
             return None
         recomputed = _Recomputed(self, tensor)
         self._asking.add(recomputed)
+        self.holder.clear()
         return recomputed
 
     def computed_for(self, asking: _Recomputed) -> Tensor:
@@ -200,5 +202,5 @@ def remember(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, T
         return
     found = _Spikes(spikes, compute, inputs)
     _thread.known[found.key] = found
-    # The node of the call holds it until a layer keeps the spikes; a graph that is dropped drops it.
-    spikes.grad_fn.asgl_cuda_spikes = found  # type: ignore[attr-defined]
+    # The node of the call has it until then, and a graph that is dropped drops it.
+    spikes.grad_fn.asgl_cuda_spikes = found.holder  # type: ignore[attr-defined]

@@ -156,22 +156,33 @@ def silence() -> Iterator[None]:
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     """The peak of a call's allocations, beyond those before it."""
+    return allocated_bytes(call, device)[0]
+
+
+def allocated_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:
+    """The peak of a call's allocations, and the bytes that it leaves while its result lives.
+
+    Memory from before the call that it frees counts as less.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        call()
+        result = call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        found = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+        del result
+        return found
     activities = [torch.profiler.ProfilerActivity.CPU]
     with silence(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
+        result = call()
+    del result
     allocations = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     peak = now = 0
     for event in sorted(allocations, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    return peak
+    return peak, now
 
 
 def spread(values: Sequence[float]) -> float:

@@ -1,0 +1,196 @@
+"""Memory of training steps: what is kept for backward, the peak, and the time, with spikes kept and computed again.
+
+A network in the manner of VGG, eight blocks of a convolution and `BatchNormLIF`, for several lengths, and a spiking
+ResNet-18 of SpikingJelly. Beside `asgl_cuda.recompute_spikes` stand torch's activation checkpointing of each block, and
+for the ResNet SpikingJelly's own neurons, alone and under its memory optimisation of level 1. Before they are timed,
+gradients are compared for equality where the neurons are the same. All variants take turns within each repeat.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import asgl_cuda
+from asgl_cuda import BatchNormLIF, OverTime
+
+from ..common import device_of, in_words, parser_of, text_row, write_json
+from .clocks import allocated_bytes, in_turns, keep_memory, spread
+from .peers import machine_and_peers
+
+BATCH, CLASSES = 8, 10
+LENGTHS = (4, 8, 16)
+KEPT, RECOMPUTED, CHECKPOINTED = "asgl_cuda", "asgl_cuda, recompute_spikes", "asgl_cuda, activation checkpointing"
+SPIKINGJELLY, OPTIMISED = "SpikingJelly", "SpikingJelly, memopt level 1"
+
+
+class Checkpointed(nn.Module):
+    """A block whose input alone is kept."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        result: Tensor = checkpoint(self.block, x_seq, use_reentrant=False)
+        return result
+
+
+def vgg(wrap: Callable[[nn.Module], nn.Module] = lambda block: block) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    channels = (3, 32, 32, 64, 64, 128, 128, 128, 128)
+    for number, (inputs, outputs) in enumerate(pairwise(channels)):
+        convolution = OverTime(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
+        layers.append(wrap(nn.Sequential(convolution, BatchNormLIF(outputs))))
+        if number in (1, 3, 5):
+            layers.append(OverTime(nn.AvgPool2d(2)))
+    return nn.Sequential(*layers, nn.Flatten(2), nn.Linear(128 * 16, CLASSES))
+
+
+def resnet18() -> nn.Module:
+    from spikingjelly.activation_based import functional, neuron, surrogate
+    from spikingjelly.activation_based.model import spiking_resnet
+
+    model = spiking_resnet.spiking_resnet18(
+        spiking_neuron=neuron.LIFNode, surrogate_function=surrogate.ATan(), detach_reset=True, num_classes=CLASSES
+    )
+    functional.set_step_mode(model, "m")
+    return model
+
+
+def with_ours(model: nn.Module) -> nn.Module:
+    converted, _ = asgl_cuda.convert(model)
+    fused, _ = asgl_cuda.fuse(converted)
+    return fused
+
+
+class Training:
+    """A model with its data. Its variants begin with the same weights."""
+
+    def __init__(self, make: Callable[[], nn.Module], shape: tuple[int, ...], device: torch.device) -> None:
+        torch.manual_seed(0)
+        self._model = make().to(device)
+        self._x_seq = torch.rand(shape, device=device)
+        self._device = device
+
+    def forward(self) -> Tensor:
+        torch.manual_seed(1)
+        for layer in self._model.modules():
+            if hasattr(layer, "store_v_seq"):  # SpikingJelly's state
+                layer.reset()
+        scores: Tensor = self._model(self._x_seq)
+        return scores.mean(0).square().sum()
+
+    def step(self) -> list[Tensor | None]:
+        self.forward().backward()
+        return [parameter.grad for parameter in self._model.parameters()]
+
+    def zero_grad(self) -> None:
+        self._model.zero_grad()
+
+    def seconds(self) -> float:
+        self.zero_grad()
+        started = time.perf_counter()
+        self.step()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+def trainings(name: str, device: torch.device) -> dict[str, Training]:
+    """The variants of a network."""
+    if name.startswith("VGG"):
+        shape = (int(name.split("= ")[1]), BATCH, 3, 32, 32)
+        makers: dict[str, Callable[[], nn.Module]] = {
+            KEPT: vgg,
+            RECOMPUTED: lambda: asgl_cuda.recompute_spikes(vgg()),
+            CHECKPOINTED: lambda: vgg(Checkpointed),
+        }
+    else:
+        from spikingjelly.activation_based import memopt, neuron
+
+        shape = (4, BATCH, 3, 64, 64)
+        example = torch.rand(shape, device=device)
+        makers = {
+            KEPT: lambda: with_ours(resnet18()),
+            RECOMPUTED: lambda: asgl_cuda.recompute_spikes(with_ours(resnet18())),
+            SPIKINGJELLY: resnet18,
+            OPTIMISED: lambda: memopt.optimize_memory(
+                resnet18().to(device), neuron.LIFNode, example_forward=lambda model: model(example), level=1
+            ),
+        }
+    return {variant: Training(make, shape, device) for variant, make in makers.items()}
+
+
+def networks() -> list[str]:
+    try:
+        resnet18()
+    except ImportError:
+        return [f"VGG, T = {length}" for length in LENGTHS]
+    return [*(f"VGG, T = {length}" for length in LENGTHS), "spiking_resnet18, T = 4"]
+
+
+def measure(name: str, device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
+    """Bytes kept, peak and median seconds of each variant."""
+    found = trainings(name, device)
+    expected = found[KEPT].step()
+    for variant in (RECOMPUTED, CHECKPOINTED):
+        if variant in found:
+            gradients = found[variant].step()
+            if not all(torch.equal(*each) for each in zip(expected, gradients, strict=True) if each[0] is not None):
+                raise RuntimeError(f"{name}: {variant} has other gradients")
+    for training in found.values():
+        training.seconds()
+    seconds = in_turns({variant: training.seconds for variant, training in found.items()}, repeats)
+    report = {}
+    for variant, training in found.items():
+        training.zero_grad()  # a step that frees older gradients would count them as less
+        peak, _ = allocated_bytes(
+            training.step, device
+        )  # first: a graph whose backward was not called stays with states
+        _, kept = allocated_bytes(training.forward, device)
+        report[variant] = {
+            "seconds": statistics.median(seconds[variant]),
+            "spread": spread(seconds[variant]),
+            "kept_bytes": kept,
+            "peak_bytes": peak,
+        }
+    return report
+
+
+def table(name: str, found: dict[str, dict[str, float]]) -> str:
+    lines = [text_row(name, ("kept, MB", "peak, MB", "step, ms", "kept", "peak", "step"), 38, 10)]
+    base = found[KEPT]
+    for variant, each in found.items():
+        cells = [f"{each[key] / 1e6:.0f}" for key in ("kept_bytes", "peak_bytes")] + [f"{1e3 * each['seconds']:.0f}"]
+        cells += [f"{each[key] / base[key]:.2f}" for key in ("kept_bytes", "peak_bytes", "seconds")]
+        lines.append(text_row(variant, cells, 38, 10))
+    return "\n".join((*lines, ""))
+
+
+def main() -> int:
+    """Measures every network and prints a table for each."""
+    parser = parser_of("benchmarks.speed.memory", __doc__, "device", "repeats", "json")
+    arguments = parser.parse_args()
+    device = device_of(parser, arguments.device)
+    keep_memory()
+    about = machine_and_peers(device)
+    print(f"{in_words(about)}; medians of {arguments.repeats}; the last three columns: as a share of the first row\n")
+    report: dict[str, Any] = {"machine": about, "batch": BATCH, "networks": {}}
+    for name in networks():
+        report["networks"][name] = measure(name, device, arguments.repeats)
+        print(table(name, report["networks"][name]), flush=True)
+        write_json(arguments.json, report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
