@@ -54,7 +54,7 @@ def empty_state(x_seq: Tensor, time_dim: int) -> Tensor:
 
 
 def checkpoint_elements(x_seq: Tensor, time_dim: int) -> int:
-    """The size of the checkpoints; see csrc/ops/neuron.h for the 2 additional elements."""
+    """The size of the checkpoints; see csrc/ops/call.h for the 2 additional elements."""
     return (x_seq.shape[time_dim] - 1) // CHECKPOINT_STEPS * math.prod(state_shape(x_seq, time_dim)) + 2
 
 

@@ -67,7 +67,7 @@ class Numbers(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """The argument `rules` of operators, in the order of struct Rules in csrc/ops/neuron.h."""
+    """The argument `rules` of operators, in the order of struct Rules in csrc/ops/call.h."""
 
     surrogate: int  # its id
     hard_reset: int  # 0 or 1, as all up to logit_decay

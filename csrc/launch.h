@@ -1,12 +1,12 @@
-// The launchers, the bridge between operators and kernels. cut(params) says how the values are cut among tasks;
-// launch(params) runs a kernel: the type of params is the kernel. They check nothing, since ops.h has.
+// The launchers, between operators and kernels. plan_tiles(params) divides values into tiles; launch(params) runs the
+// kernel of that type of params. Arguments are checked in ops.
 #pragma once
 
 #include <type_traits>
 #include <utility>
 
+#include "params/gradient.h"
 #include "params/integrator.h"
-#include "params/neuron.h"
 #include "params/normalisation.h"
 #if defined(ASGL_WITH_CUDA)
 #include <cuda_runtime.h>
@@ -14,8 +14,8 @@
 
 namespace asgl {
 
-// Calls f(LIF<...>{}) or f(LIFByOptions{}), the model that the options name. The caller has checked that there is such
-// a surrogate.
+// Calls f(model) with the model that the options name, LIF<...> or LIFByOptions<Real>. The caller has checked that
+// there is such a surrogate.
 template <class Real, class F, int... kIds>
 void with_model(const NeuronOptions<Real>& options, F&& f, std::integer_sequence<int, kIds...>) {
   const auto call = [&](auto id) {
@@ -26,8 +26,8 @@ void with_model(const NeuronOptions<Real>& options, F&& f, std::integer_sequence
   (call(std::integral_constant<int, kIds>{}), ...);
 }
 template <class Real, class F>
-void with_model(const AllOptions<Real>& options, F&& f) {
-  if (options.has_optional_rules()) return f(LIFByOptions{});
+void with_model(const LIFByOptions<Real>& options, F&& f) {
+  if (options.has_optional_rules()) return f(options);
   with_model(options, f, std::make_integer_sequence<int, kNumSurrogates>{});
 }
 
@@ -39,35 +39,15 @@ void with_pass(Pass pass, F&& f) {
   f(std::integral_constant<Pass, Pass::kSums>{});
 }
 
+// Both devices have the kernels of all params: ForwardParams, BackwardParams, GradientSum, IntegratorParams,
+// MomentsParams, CoefficientsParams, RunningParams, AdjointParams and InputGradientParams. The launchers are
+// instantiated where they are defined, as overloads of plan_on and launch_on.
 namespace cpu {
 
-template <class Scalar>
-void cut(LIFParams<Scalar>& params);
-template <class Real>
-void cut(GradientSum<Real>& params);
-template <class Scalar>
-void cut(MomentsParams<Scalar>& params);
-template <class Scalar>
-void cut(InputGradientParams<Scalar>& params);
-
-template <class Scalar>
-void launch(const ForwardParams<Scalar>& params);
-template <class Scalar>
-void launch(const BackwardParams<Scalar>& params);
-template <class Real>
-void launch(const GradientSum<Real>& params);
-template <class Scalar>
-void launch(const IntegratorParams<Scalar>& params);
-template <class Scalar>
-void launch(const MomentsParams<Scalar>& params);
-template <class Real>
-void launch(const CoefficientsParams<Real>& params);
-template <class Real>
-void launch(const RunningParams<Real>& params);
-template <class Real>
-void launch(const AdjointParams<Real>& params);
-template <class Scalar>
-void launch(const InputGradientParams<Scalar>& params);
+template <class Params>
+void plan_tiles(Params& params);
+template <class Params>
+void launch(const Params& params);
 
 int num_threads();
 
@@ -77,37 +57,10 @@ int num_threads();
 // A call returns the error of its own launch.
 namespace cuda {
 
-template <class Scalar>
-cudaError_t cut(ForwardParams<Scalar>& params);
-template <class Scalar>
-cudaError_t cut(BackwardParams<Scalar>& params);
-template <class Real>
-cudaError_t cut(GradientSum<Real>& params);
-template <class Scalar>
-cudaError_t cut(IntegratorParams<Scalar>& params);
-template <class Scalar>
-cudaError_t cut(MomentsParams<Scalar>& params);
-template <class Scalar>
-cudaError_t cut(InputGradientParams<Scalar>& params);
-
-template <class Scalar>
-cudaError_t launch(const ForwardParams<Scalar>& params, cudaStream_t stream);
-template <class Scalar>
-cudaError_t launch(const BackwardParams<Scalar>& params, cudaStream_t stream);
-template <class Real>
-cudaError_t launch(const GradientSum<Real>& params, cudaStream_t stream);
-template <class Scalar>
-cudaError_t launch(const IntegratorParams<Scalar>& params, cudaStream_t stream);
-template <class Scalar>
-cudaError_t launch(const MomentsParams<Scalar>& params, cudaStream_t stream);
-template <class Real>
-cudaError_t launch(const CoefficientsParams<Real>& params, cudaStream_t stream);
-template <class Real>
-cudaError_t launch(const RunningParams<Real>& params, cudaStream_t stream);
-template <class Real>
-cudaError_t launch(const AdjointParams<Real>& params, cudaStream_t stream);
-template <class Scalar>
-cudaError_t launch(const InputGradientParams<Scalar>& params, cudaStream_t stream);
+template <class Params>
+cudaError_t plan_tiles(Params& params);
+template <class Params>
+cudaError_t launch(const Params& params, cudaStream_t stream);
 
 }  // namespace cuda
 #endif

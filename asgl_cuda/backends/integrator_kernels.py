@@ -27,7 +27,7 @@ class IntegratorOperators(NeuronKernelOperators):
         outputs = empty_outputs(x_seq, call.rules.time_dim, (wants_v_last, False, False, False))
         if call.layout.neurons:
             v_seq, v_last = with_gaps(outputs, (True, wants_v_last))
-            lanes, tiles = call.cut(self.launcher, call.input(True), *outputs)
+            lanes, tiles = call.plan_tiles(self.launcher, call.input(True), *outputs)
             params = call.params("IntegratorParams", tiles, delay=delay, v_seq=v_seq, last=v_last)
             self.start(x_seq.device, integrator_kernel(x_seq.dtype, lanes, "kForward"), tiles[1], params)
         return outputs
@@ -47,7 +47,7 @@ class IntegratorOperators(NeuronKernelOperators):
         grad_v_last = None if grad_v_last is None else call.layout.dense_state(grad_v_last.to(call.real))
         gradients = call.empty_gradients(wanted)
         if call.layout.neurons:
-            lanes, tiles = call.cut(self.launcher, call.input(True), grad_v_last, *sequences, *gradients[:2])
+            lanes, tiles = call.plan_tiles(self.launcher, call.input(True), grad_v_last, *sequences, *gradients[:2])
             kernel = integrator_kernel(
                 grad_v_seq.dtype, lanes, "kSums" if asked.decay or asked.input_gain else "kBackward"
             )

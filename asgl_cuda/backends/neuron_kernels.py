@@ -52,7 +52,7 @@ def model(rules: Rules) -> str:
 def forward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, steps: int = CHECKPOINT_STEPS) -> str:
     """`lanes`: neurons a thread; `input`: GENERAL, NORMALISED or PLAIN; `steps`: the length of the sequence."""
     if input == GENERAL:
-        model = BY_OPTIONS
+        model = f"{BY_OPTIONS}<{SCALARS[real_type(dtype)]}>"
     return f"asgl::lif_forward_kernel<{SCALARS[dtype]}, {model}, {lanes}, {_compiled(lanes, input, steps)}>"
 
 
@@ -166,7 +166,7 @@ class Call:
                 )
         given = {**Numbers(*numbers)._asdict(), **self.rules._asdict()}
         self.views = Parameters(*(self._view(tensor, given[name]) for name, tensor in self.tensors._asdict().items()))
-        options = structure("AllOptions", self.real)
+        options = structure("LIFByOptions", self.real)
         self.options = options(**{name: given[name] for name, *_ in options._fields_})
 
     def _view(self, parameter: ParameterTensor | None, number: float) -> Structure:
@@ -226,7 +226,7 @@ class Call:
             if tensor is not None and gradient is not None
         ]
 
-    def cut(self, launcher: Launcher, input: str, *tensors: Tensor | None) -> tuple[int, tuple[int, int]]:
+    def plan_tiles(self, launcher: Launcher, input: str, *tensors: Tensor | None) -> tuple[int, tuple[int, int]]:
         """Neurons a thread, and NeuronTiles: four where these lie side by side, share all parameters, and it pays.
 
         `tensors` are the sequences and states beside x_seq and v_init.
@@ -326,7 +326,7 @@ class NeuronOperators(NeuronKernelOperators):
         s_seq, v_last, v_seq, h_seq, checkpoints = with_gaps(outputs, (True, *wanted))
         if call.layout.neurons:
             input = call.input(v_seq is None and h_seq is None)
-            lanes, tiles = call.cut(self.launcher, input, *outputs)
+            lanes, tiles = call.plan_tiles(self.launcher, input, *outputs)
             zeros = 0
             if checkpoints is not None:
                 zeros = address_of(checkpoints) + (checkpoints.numel() - 2) * checkpoints.element_size()
@@ -356,7 +356,7 @@ class NeuronOperators(NeuronKernelOperators):
             both = grad_s_seq is not None and grad_x_seq is not None
             wants_mean = Parameters(*gradients[2:]).input_mean is not None
             input = call.input(both and grad_v_seq is None and grad_h_seq is None and not wants_mean)
-            lanes, tiles = call.cut(self.launcher, input, *grads, checkpoints, grad_x_seq, grad_v_init)
+            lanes, tiles = call.plan_tiles(self.launcher, input, *grads, checkpoints, grad_x_seq, grad_v_init)
             kernel = backward_kernel(x_seq.dtype, call.model, lanes, input, layout.steps)
             self.start_backward(
                 call, kernel, "BackwardParams", tiles, gradients, grad_s_seq=grad_s_seq, grad_last=grad_v_last,

@@ -1,9 +1,7 @@
-// One clone of a loop per instruction set, so that one binary serves old and new processors.
+// One clone of a loop per instruction set.
 //
-// A loop is a type with `struct Args` and `static void run(Args)`, forced inline, so that its body is compiled for the
-// instruction set of the clone that it lands in. It takes Args by value: the compiler then keeps the members in
-// registers, since no store of the loop can change them. FMA is left out on purpose: every backend rounds each
-// operation.
+// A loop is a type with `struct Args` and `static void run(Args)`, forced inline into the clones. Args by value stay in
+// registers, since no store of the loop can change them. Without FMA: every backend rounds each operation.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +25,7 @@ inline InstructionSet best_instruction_set() {
   return InstructionSet::kBaseline;
 }
 
-// The environment may ask for less than the processor has, so that one machine can test every clone.
+// The environment may select a lesser one, so that one machine tests every clone.
 inline InstructionSet instruction_set() {
   static const InstructionSet chosen = [] {
     const char* variable = std::getenv("ASGL_CUDA_INSTRUCTION_SET");

@@ -1,6 +1,5 @@
 // The CPU kernels of the leaky integrator, in tiles as in cpu/neuron.cpp.
 #include "cpu/tile.h"
-#include "launch.h"
 
 namespace asgl::cpu {
 namespace {
@@ -13,7 +12,7 @@ struct IntegratorLoop {
     bool delay;
     int64 length;
     const Real* in;          // x, or the gradient of v_seq
-    Real *state, *out;       // the potential, or what it gets from later steps; v_seq, or dx
+    Real *state, *out;       // the potential, or its gradient from later steps; v_seq, or dx
     const Real *before, *x;  // for the sums
     Real *decay, *gain;
     Ahead ahead;
@@ -73,7 +72,7 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
       const Tile next(params.shape, index + used / steps);
       const Ahead ahead = {row_ahead(in_seq, next, step(used % steps)), sizeof(Scalar)};
       const Real* in = read_row(in_seq, tile, t, in_buffer);
-      const Real *before = init.v, *x = init.v;  // sums that are not wanted are of any finite numbers
+      const Real *before = init.v, *x = init.v;  // any finite rows, for unwanted sums
       if (kBack && t > 0 && params.wants(kDecay)) {
         before = read_row<Scalar>(params.v_seq, tile, params.delay ? t : t - 1, v_buffer);
       }
@@ -95,12 +94,16 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
 }  // namespace
 
 template <class Scalar>
-void launch(const IntegratorParams<Scalar>& params) {
+void launch_on(Device, const IntegratorParams<Scalar>& params) {
   with_pass(params.pass(), [&](auto pass) {
     for_each_tile_range(params.shape, [&](int64 begin, int64 end) { run_pass<pass()>(params, begin, end); });
   });
 }
 
+template void plan_tiles(IntegratorParams<Half>&);
+template void plan_tiles(IntegratorParams<BFloat16>&);
+template void plan_tiles(IntegratorParams<float>&);
+template void plan_tiles(IntegratorParams<double>&);
 template void launch(const IntegratorParams<Half>&);
 template void launch(const IntegratorParams<BFloat16>&);
 template void launch(const IntegratorParams<float>&);

@@ -1,6 +1,5 @@
-// The loops of the CPU kernels over the neurons of a tile: all that runs in vector registers, one clone per instruction
-// set. Each is a type for cpu/clones.h. Rows are contiguous, and none overlaps another, except where a loop updates one
-// in place.
+// Vectorised loops of the CPU kernels over the neurons of a tile, types for cpu/clones.h. Rows are contiguous and do
+// not overlap, except where a loop updates one in place.
 #pragma once
 
 #include "cpu/clones.h"
@@ -8,7 +7,7 @@
 
 namespace asgl::cpu {
 
-// The neuron's parameters in a tile: one value for all, or a row each.
+// The neuron's parameters in a tile: one value each, or a row each.
 template <class Real>
 struct UniformNeuron {
   Neuron<Real> values;
@@ -24,7 +23,7 @@ struct NeuronRows {
   }
 };
 
-// The same without the parameters of the input, of which charge makes no use for Input::kPlain.
+// Without the parameters of the input, unused for Input::kPlain.
 template <class Real>
 struct SettledRows {
   const Real *decay, *v_threshold, *reset, *inverse_width;
@@ -34,7 +33,7 @@ struct SettledRows {
   }
 };
 
-// The state of neuron i is read from rows of the state, and written to them.
+// The state of neuron i, from rows and to rows.
 template <class Real>
 ASGL_HOST_DEVICE State<Real> load(const State<Real*>& rows, int64 i) {
   return map_members<Real>([=](const Real* row) __attribute__((always_inline)) { return row[i]; }, rows);
@@ -48,7 +47,7 @@ template <class Real, class Model, class Neurons>
 struct StepLoop {
   struct Args {
     Neurons neurons;
-    AllOptions<Real> options;
+    LIFByOptions<Real> options;
     uint32 analog_below;
     int64 length;
     const Real* x;
@@ -62,7 +61,7 @@ struct StepLoop {
   template <bool kNoise>
   static ASGL_HOST_DEVICE void loop(Args args) {
     const Firing<Real> firing(args.options);
-    const auto model = Model::of(args.options);
+    const auto& model = Model::of(args.options);
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) {
       const Neuron<Real>& neuron = args.neurons[i];
@@ -81,7 +80,7 @@ template <class Real, class Model, class Neurons>
 struct AdjointLoop {
   struct Args {
     Neurons neurons;
-    AllOptions<Real> options;
+    LIFByOptions<Real> options;
     int64 length;
     bool carried;
     const Real *g, *gh, *h, *s;
@@ -89,14 +88,14 @@ struct AdjointLoop {
     Real *d_reset, *distance, *dy, *dh, *dx;
   };
 
-  // Where the options name the surrogate, each has a loop of its own, as a loop with a choice is not vectorised.
+  // One loop a surrogate for LIFByOptions: a loop with a branch is not vectorised.
   template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
     if constexpr (Model::kOnlyGeneral && kId + 1 < kNumSurrogates) {
       if (static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
     }
-    args.options.surrogate = static_cast<Surrogate>(kId);  // LIF does not ask for it
-    const auto model = Model::of(args.options);
+    args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
+    const auto& model = Model::of(args.options);
 #pragma GCC ivdep
     for (int64 i = 0; i < args.length; ++i) {
       const Neuron<Real>& neuron = args.neurons[i];
@@ -116,9 +115,8 @@ struct AdjointLoop {
   }
 };
 
-// This row will be read next. Hardware prefetchers stop at page boundaries, and a row of a tile is about a page; asked
-// for by hand, a few lines at a time, it arrives while another row is computed. Rows that will be written are not asked
-// for: that took as long as the misses that it saved.
+// The row to prefetch, a few lines at a time while another row is computed: hardware prefetchers stop at page
+// boundaries, and a row is about a page. Output rows are not prefetched: no gain measured.
 struct Ahead {
   const char* row;  // null: nothing
   int64 element_size;
@@ -126,7 +124,7 @@ struct Ahead {
 
 constexpr int64 kNeuronsPerFetch = 128;
 
-// Calls f(begin, end) for stretches of kNeuronsPerFetch neurons, having asked for as much of the row ahead.
+// Prefetches a part of the row ahead, then calls f(begin, end), for every kNeuronsPerFetch neurons.
 template <class F>
 ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
   constexpr int64 kCacheLine = 64;
@@ -142,8 +140,8 @@ ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
   }
 }
 
-// The settled case: parameters are the same at all steps, the input current is a row, and nothing is wanted except
-// spikes, or the gradients of the current and of the parameters. These loops compute and store as little as they can.
+// The settled case, with the input current as a row. Computes only spikes or potentials; backward, gradients of the
+// current and of the parameters.
 template <class Real, class Model, class Neurons, bool kSpikes>
 struct SettledStepLoop {
   struct Args {
@@ -178,8 +176,7 @@ struct SettledStepLoop {
   }
 };
 
-// With kMore the gradients of decay, threshold and of what a soft reset takes off are added up beside that of the
-// width.
+// kMore: sums the gradients of decay, threshold and soft reset, too, not only of the width.
 template <class Real, class Model, class Neurons, bool kMore>
 struct SettledAdjointLoop {
   struct Args {
@@ -226,7 +223,7 @@ struct SettledAdjointLoop {
   }
 };
 
-// One value for all neurons where row is null.
+// A row, or if that is null one value for all neurons.
 template <class Real>
 struct Operand {
   const Real* row;
@@ -238,8 +235,7 @@ struct Operand {
   }
 };
 
-// The parameters of the input for some neurons: one value each for all, or rows that repeat after `period` neurons.
-// kRows says which for all three.
+// The parameters of the input: values, or with kRows rows that repeat after `period` neurons.
 template <class Real, bool kRows>
 struct InputParameters {
   Operand<Real> gain, bias, mean;
@@ -280,8 +276,7 @@ struct InputCurrentLoop {
   }
 };
 
-// Its adjoint: dx[i] = input_gain * dh[i], and the terms of the gradients of gain and bias are added to `period` sums
-// of each.
+// Its adjoint: dx[i] = input_gain * dh[i], and `period` sums each for the gradients of gain and bias.
 template <class Real, bool kRows>
 struct InputCurrentAdjointLoop {
   struct Args {
@@ -334,7 +329,7 @@ struct AccumulateLoop {
   }
 };
 
-// Eight interleaved sums give a fixed order of additions, which needs no licence to reorder them.
+// Eight interleaved sums: vectorised, in a fixed order of additions.
 template <class Real>
 ASGL_HOST_DEVICE double sum_of(const Real* row, int64 length) {
   double lanes[8] = {};
@@ -357,8 +352,8 @@ struct SumLoop {
   static ASGL_HOST_DEVICE void run(Args args) { *args.sum = sum_of(args.row, args.length); }
 };
 
-// The runs of neurons that share a value of a parameter in `length` neurons: the first has `first` of them left, the
-// others `inner`.
+// Runs of neurons that share a parameter's value, in `length` neurons: the first run has `first` neurons, others
+// `inner`.
 struct Runs {
   int64 first, inner, length;
 
@@ -374,7 +369,7 @@ struct Runs {
   }
 };
 
-// sums[run] = the sum of the run's numbers
+// sums[run] = sum of the run's values
 template <class Real>
 struct RunSumsLoop {
   struct Args {
@@ -390,7 +385,7 @@ struct RunSumsLoop {
   }
 };
 
-// Every neuron of a run gets its value, or one over that; the values after `count` are the first ones again.
+// Fills every run with its value, or the inverse; values repeat after `count`.
 template <class Real>
 struct FillRunsLoop {
   struct Args {

@@ -1,10 +1,8 @@
-// The CPU kernels. A task owns a tile of neurons, whose state stays in the cache; steps are the outer loop and neurons
-// the inner one (cpu/loops.h). The settled kernels serve where only spikes are wanted and the parameters are the same
-// at all steps; the general ones serve elsewhere.
+// The CPU kernels of the neuron. The state of a tile of neurons stays in the cache, with steps as the outer loop and
+// neurons as the inner one (cpu/loops.h).
 #include <vector>
 
 #include "cpu/tile.h"
-#include "launch.h"
 
 namespace asgl::cpu {
 namespace {
@@ -94,212 +92,279 @@ void run_settled(const ForwardParams<Scalar>& params) {
 
 // ---- backward ----
 
-// The states that are kept in a segment: those before each step are needed again only for the gradient of decay.
+// States kept in a segment: only the gradient of the decay needs the one before each step.
 template <class Scalar>
-int64 states_of(const BackwardParams<Scalar>& params, int64 segment) {
+int64 kept_states(const BackwardParams<Scalar>& params, int64 segment) {
   return params.wants(kDecay) ? segment + 1 : 1;
 }
 
+template <class Backward, class Scalar>
+void run_backward(const BackwardParams<Scalar>& params) {
+  for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
+    Backward backward(params);
+    for (int64 index = begin; index < end; ++index) backward.run(Tile(params.shape, index));
+  });
+}
+
+template <class Model, class Scalar>
+class GeneralBackward {
+  using Real = Real_t<Scalar>;
+
+ public:
+  explicit GeneralBackward(const BackwardParams<Scalar>& params) : params_(params) {
+    std::fill_n(zeros_, kTile, Real(0));
+  }
+
+  void run(const Tile& tile) {
+    tile_ = tile;
+    for (int id = 0; id < kNumParameters; ++id) clear(id);
+    load_state(params_.grad_last, tile.first, State<Real>{}, tile.length, d_state_);
+    carried_ = exists(params_.grad_last);
+    const int64 steps = params_.shape.steps;
+    for (int64 start = (steps - 1) / segment_ * segment_; start >= 0; start -= segment_) {
+      const int64 stop = std::min(steps, start + segment_);
+      compute_potentials(start, stop);
+      for (int64 t = stop - 1; t >= start; --t) walk_back(t, t - start);
+    }
+    for (int id = 0; id < kNumParameters; ++id) {
+      if (params_.wants(id) && params_.parameters[id].step_stride == 0) store(id, 0);
+    }
+    store_state(d_state_, tile.length, params_.grad_init, tile.first);
+  }
+
+ private:
+  Real* row(Real* rows, int64 k) const { return rows + k * rows_.stride(); }
+  State<Real*> state(int64 k) const {
+    return map_members<Real*>([&](Real* rows) { return row(rows, k % states_); }, state_rows_);
+  }
+  void clear(int id) { std::fill_n(row(sums_, id), tile_.length, Real(0)); }
+  void store(int id, int64 t) {
+    store_partials(params_.partials[id], params_.parameters[id], tile_, t, row(sums_, id));
+  }
+  void accumulate(ParameterId id, Real factor, const Real* a, Operand<Real> b, Operand<Real> c) {
+    if (params_.wants(id)) cpu::run<AccumulateLoop<Real>>({tile_.length, factor, a, b, c, row(sums_, id)});
+  }
+
+  void compute_potentials(int64 start, int64 stop) {
+    load_start(params_, tile_, start, state(0));
+    for (int64 t = start; t < stop; ++t) {
+      const int64 k = t - start;
+      const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
+      neurons_.move_to(tile_, t);
+      neurons_.template visit<NeuronRows<Real>>([&](auto neurons) {
+        cpu::run<StepLoop<Real, Model, decltype(neurons)>>({neurons, params_.options, params_.noise.analog_below,
+                                                            tile_.length, x, noise_.row(tile_, t), state(k),
+                                                            state(k + 1), row(h_, k), row(s_, k)});
+      });
+    }
+  }
+
+  // Step t, the segment's step k.
+  void walk_back(int64 t, int64 k) {
+    neurons_.move_to(tile_, t);
+    const Real* g = zeros_;
+    if (params_.grad_s_seq != nullptr) {
+      g = read_row(params_.grad_s_seq, tile_, t, g_buffer_);
+      if (params_.options.scale_output) {
+        accumulate(kThreshold, Real(1), g, {row(s_, k), Real(0)}, kZero);
+        cpu::run<MultiplyLoop<Real>>({g, neurons_.v_threshold(), scaled_g_, tile_.length});
+        g = scaled_g_;
+      }
+    }
+    const Real* gh = params_.grad_h_seq == nullptr ? zeros_ : read_row(params_.grad_h_seq, tile_, t, gh_buffer_);
+    if (params_.grad_v_seq != nullptr) {
+      const Real* gv = read_row(params_.grad_v_seq, tile_, t, x_buffer_);
+      cpu::run<AccumulateLoop<Real>>({tile_.length, Real(1), gv, kOne, kZero, d_state_.v});
+      carried_ = true;
+    }
+    Real* dx = start_row(params_.grad_x_seq, tile_, t, dx_buffer_);
+    neurons_.template visit<NeuronRows<Real>>([&](auto neurons) {
+      cpu::run<AdjointLoop<Real, Model, decltype(neurons)>>({.neurons = neurons,
+                                                             .options = params_.options,
+                                                             .length = tile_.length,
+                                                             .carried = carried_,
+                                                             .g = g,
+                                                             .gh = gh,
+                                                             .h = row(h_, k),
+                                                             .s = row(s_, k),
+                                                             .d_state = d_state_,
+                                                             .d_reset = d_reset_,
+                                                             .distance = distance_,
+                                                             .dy = dy_,
+                                                             .dh = dh_,
+                                                             .dx = dx});
+    });
+    finish_row(dx, params_.grad_x_seq, tile_, t);
+    if (carried_) accumulate(kReset, Real(1), d_reset_, kOne, kZero);
+    carried_ = true;
+    add_gradients(t, k, dx);
+  }
+
+  void add_gradients(int64 t, int64 k, const Real* dx) {
+    accumulate(kWidth, Real(1), dy_, {distance_, Real(0)}, kZero);
+    accumulate(kThreshold, Real(-1), dy_, neurons_.inverse_width(), kZero);
+    accumulate(kInputMean, Real(-1), dx, kOne, kZero);
+    accumulate(kDecay, Real(1), dh_, {state(k).v, Real(0)}, {nullptr, params_.options.v_rest});
+    if (params_.wants(kInputGain)) {
+      const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
+      accumulate(kInputGain, Real(1), dh_, {x, Real(0)}, neurons_.input_mean());
+    }
+    accumulate(kInputBias, Real(1), dh_, kOne, kZero);
+    for (int id = 0; id < kNumParameters; ++id) {
+      if (params_.wants(id) && params_.parameters[id].step_stride != 0) {
+        store(id, t);
+        clear(id);
+      }
+    }
+  }
+
+  static constexpr Operand<Real> kZero = {nullptr, Real(0)}, kOne = {nullptr, Real(1)};
+
+  const BackwardParams<Scalar>& params_;
+  const int64 segment_ = segment_steps(params_.shape.steps);
+  const int64 states_ = std::max<int64>(2, kept_states(params_, segment_));
+  Rows<Real> rows_{2 * segment_ + (states_ + 1) * kStateMembers + 10 + kNumParameters, kTile};
+  Real *const h_ = rows_.take(segment_), *const s_ = rows_.take(segment_);
+  const State<Real*> state_rows_ = take_state(rows_, states_), d_state_ = take_state(rows_);
+  Real *const x_buffer_ = rows_.take(), *const g_buffer_ = rows_.take(), *const gh_buffer_ = rows_.take();
+  Real *const scaled_g_ = rows_.take(), *const dx_buffer_ = rows_.take(), *const dy_ = rows_.take();
+  Real *const dh_ = rows_.take(), *const zeros_ = rows_.take(), *const d_reset_ = rows_.take();
+  Real *const distance_ = rows_.take(), *const sums_ = rows_.take(kNumParameters);
+  TileNoise noise_{params_.noise};
+  TileNeurons<Real> neurons_{params_.parameters, params_.options, kNumParameters};
+  Tile tile_{params_.shape, 0};
+  bool carried_ = false;
+};
+
+template <class Model, class Scalar>
+class SettledBackward {
+  using Real = Real_t<Scalar>;
+
+ public:
+  explicit SettledBackward(const BackwardParams<Scalar>& params) : params_(params) {
+    std::fill_n(zeros_, kTile, Real(0));
+  }
+
+  void run(const Tile& tile) {
+    tile_ = tile;
+    neurons_.move_to(tile, 0);
+    input_.move_to(tile);
+    load_state(params_.grad_last, tile.first, State<Real>{}, tile.length, d_state_);
+    for (int id = 0; id < (more_ ? kInputGain : kDecay); ++id) std::fill_n(sums(id), tile.length, Real(0));
+    carried_ = exists(params_.grad_last);
+    for (int64 start = last_start_; start >= 0; start -= segment_) {
+      const int64 stop = std::min(params_.shape.steps, start + segment_);
+      compute_potentials(start, stop);
+      walk_back(start, stop);
+    }
+    for (int id = 0; id < kInputGain; ++id) store(id, sums(id));
+    store(kInputGain, input_.gain_sums());
+    store(kInputBias, input_.bias_sums());
+    store_state(d_state_, tile.length, params_.grad_init, tile.first);
+  }
+
+ private:
+  Real* h(int64 k) const { return h_ + k * rows_.stride(); }
+  Real* sums(int id) const { return sums_ + id * rows_.stride(); }
+  State<Real*> state(int64 k) const {
+    return map_members<Real*>([&](Real* rows) { return rows + k % states_ * rows_.stride(); }, state_rows_);
+  }
+  void store(int id, const Real* sums) {
+    if (params_.wants(id)) store_partials(params_.partials[id], params_.parameters[id], tile_, 0, sums);
+  }
+
+  // The row to be read kRowsAhead rows after the first `used` of a segment: x forwards, g backwards, then the next
+  // segment's x, or the next tile's.
+  Ahead ahead(int64 start, int64 stop, int64 used) const {
+    const int64 next = used + kRowsAhead, steps = stop - start;
+    if (next < steps) return {row_ahead(params_.x_seq, tile_, start + next), sizeof(Scalar)};
+    if (next < 2 * steps) return {row_ahead(params_.grad_s_seq, tile_, stop - 1 - (next - steps)), sizeof(Scalar)};
+    const int64 next_start = start > 0 ? start - segment_ : last_start_;
+    const int64 t = std::min(next_start + next - 2 * steps, params_.shape.steps - 1);
+    const Tile& next_tile = start > 0 ? tile_ : Tile(params_.shape, tile_.index + 1);
+    return {row_ahead(params_.x_seq, next_tile, t), sizeof(Scalar)};
+  }
+
+  void compute_potentials(int64 start, int64 stop) {
+    load_start(params_, tile_, start, state(0));
+    for (int64 t = start; t < stop; ++t) {
+      const int64 k = t - start;
+      const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
+      neurons_.template visit<SettledRows<Real>>([&](auto neurons) {
+        cpu::run<SettledStepLoop<Real, Model, decltype(neurons), false>>(
+            {neurons, params_.options, params_.noise.analog_below, tile_.length, input_.current(x),
+             noise_.row(tile_, t), state(k), state(k + 1), h(k), ahead(start, stop, k)});
+      });
+    }
+  }
+
+  void walk_back(int64 start, int64 stop) {
+    for (int64 t = stop - 1; t >= start; --t) {
+      const Real* g = params_.grad_s_seq == nullptr ? zeros_ : read_row(params_.grad_s_seq, tile_, t, g_buffer_);
+      Real* dx = start_row(params_.grad_x_seq, tile_, t, dx_buffer_);
+      neurons_.template visit<SettledRows<Real>>([&](auto neurons) {
+        const auto adjoint = [&](auto kMore) {
+          cpu::run<SettledAdjointLoop<Real, Model, decltype(neurons), kMore()>>(
+              {.neurons = neurons,
+               .options = params_.options,
+               .analog_below = params_.noise.analog_below,
+               .length = tile_.length,
+               .carried = carried_,
+               .g = g,
+               .h = h(t - start),
+               .draws = noise_.row(tile_, t),
+               .d_state = d_state_,
+               .v = state(t - start).v,
+               .width = sums(kWidth),
+               .decay = sums(kDecay),
+               .threshold = sums(kThreshold),
+               .reset = sums(kReset),
+               .d_current = input_.plain() ? dx : input_.gradient_row(),
+               .ahead = ahead(start, stop, 2 * stop - start - 1 - t)});
+        };
+        more_ ? adjoint(std::true_type{}) : adjoint(std::false_type{});
+      });
+      carried_ = true;
+      if (!input_.plain()) input_.backward(read_row(params_.x_seq, tile_, t, x_buffer_), dx);
+      finish_row(dx, params_.grad_x_seq, tile_, t);
+    }
+  }
+
+  const BackwardParams<Scalar>& params_;
+  const int64 segment_ = segment_steps(params_.shape.steps), states_ = kept_states(params_, segment_);
+  const int64 last_start_ = (params_.shape.steps - 1) / segment_ * segment_;
+  const bool more_ = params_.wants(kDecay) || params_.wants(kThreshold) || params_.wants(kReset);
+  Rows<Real> rows_{segment_ + (states_ + 1) * kStateMembers + 4 + kInputGain, kTile};
+  Real* const h_ = rows_.take(segment_);
+  const State<Real*> state_rows_ = take_state(rows_, states_), d_state_ = take_state(rows_);
+  Real *const sums_ = rows_.take(kInputGain), *const zeros_ = rows_.take();
+  Real *const x_buffer_ = rows_.take(), *const g_buffer_ = rows_.take(), *const dx_buffer_ = rows_.take();
+  TileNoise noise_{params_.noise};
+  TileNeurons<Real> neurons_{params_.parameters, params_.options, kInputGain};
+  TileInput<Real> input_{params_};
+  Tile tile_{params_.shape, 0};
+  bool carried_ = false;
+};
+
 template <class Model, class Scalar>
 void run_general(const BackwardParams<Scalar>& params) {
-  using Real = Real_t<Scalar>;
-  constexpr Operand<Real> kZero = {nullptr, Real(0)}, kOne = {nullptr, Real(1)};
-  const AllOptions<Real>& options = params.options;
-  const int64 segment = segment_steps(params.shape.steps);
-  const int64 states = std::max<int64>(2, states_of(params, segment));
-
-  for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
-    Rows<Real> rows(2 * segment + (states + 1) * kStateMembers + 10 + kNumParameters, kTile);
-    Real *h_rows = rows.take(segment), *s_rows = rows.take(segment);
-    const State<Real*> state_rows = take_state(rows, states), d_state = take_state(rows);
-    Real *x_buffer = rows.take(), *g_buffer = rows.take(), *gh_buffer = rows.take(), *scaled_g = rows.take();
-    Real *dx_buffer = rows.take(), *dy = rows.take(), *dh = rows.take(), *zeros = rows.take();
-    Real *d_reset = rows.take(), *distance = rows.take();
-    Real* sums = rows.take(kNumParameters);
-    std::fill_n(zeros, kTile, Real(0));
-    TileNoise noise(params.noise);
-    TileNeurons<Real> neurons(params.parameters, params.options, kNumParameters);
-    const auto row = [&](Real* of, int64 k) { return of + k * rows.stride(); };
-    const auto state = [&](int64 k) {
-      return map_members<Real*>([&](Real* of) { return row(of, k % states); }, state_rows);
-    };
-
-    for (int64 index = begin; index < end; ++index) {
-      const Tile tile(params.shape, index);
-      const int64 length = tile.length;
-      const auto accumulate = [&](ParameterId id, Real factor, const Real* a, Operand<Real> b, Operand<Real> c) {
-        if (params.wants(id)) run<AccumulateLoop<Real>>({length, factor, a, b, c, row(sums, id)});
-      };
-      const auto clear = [&](int id) { std::fill_n(row(sums, id), length, Real(0)); };
-      const auto store = [&](int id, int64 t) {
-        store_partials(params.partials[id], params.parameters[id], tile, t, row(sums, id));
-      };
-      for (int id = 0; id < kNumParameters; ++id) clear(id);
-      load_state(params.grad_last, tile.first, State<Real>{}, length, d_state);
-      bool carried = exists(params.grad_last);
-
-      for (int64 start = (params.shape.steps - 1) / segment * segment; start >= 0; start -= segment) {
-        const int64 stop = std::min(params.shape.steps, start + segment);
-        load_start(params, tile, start, state(0));
-        for (int64 t = start; t < stop; ++t) {
-          const int64 k = t - start;
-          const Real* x = read_row(params.x_seq, tile, t, x_buffer);
-          neurons.move_to(tile, t);
-          neurons.template visit<NeuronRows<Real>>([&](auto values) {
-            run<StepLoop<Real, Model, decltype(values)>>({values, options, params.noise.analog_below, length, x,
-                                                          noise.row(tile, t), state(k), state(k + 1), row(h_rows, k),
-                                                          row(s_rows, k)});
-          });
-        }
-        for (int64 t = stop - 1; t >= start; --t) {
-          const int64 k = t - start;
-          const Real *h = row(h_rows, k), *s = row(s_rows, k);
-          neurons.move_to(tile, t);
-          const Real* g = zeros;
-          if (params.grad_s_seq != nullptr) {
-            g = read_row(params.grad_s_seq, tile, t, g_buffer);
-            if (options.scale_output) {
-              accumulate(kThreshold, Real(1), g, {s, Real(0)}, kZero);
-              run<MultiplyLoop<Real>>({g, neurons.v_threshold(), scaled_g, length});
-              g = scaled_g;
-            }
-          }
-          const Real* gh = params.grad_h_seq == nullptr ? zeros : read_row(params.grad_h_seq, tile, t, gh_buffer);
-          if (params.grad_v_seq != nullptr) {
-            const Real* gv = read_row(params.grad_v_seq, tile, t, x_buffer);
-            run<AccumulateLoop<Real>>({length, Real(1), gv, kOne, kZero, d_state.v});
-            carried = true;
-          }
-          Real* dx = start_row(params.grad_x_seq, tile, t, dx_buffer);
-          neurons.template visit<NeuronRows<Real>>([&](auto values) {
-            run<AdjointLoop<Real, Model, decltype(values)>>(
-                {values, options, length, carried, g, gh, h, s, d_state, d_reset, distance, dy, dh, dx});
-          });
-          if (carried) accumulate(kReset, Real(1), d_reset, kOne, kZero);
-          carried = true;
-          finish_row(dx, params.grad_x_seq, tile, t);
-          accumulate(kWidth, Real(1), dy, {distance, Real(0)}, kZero);
-          accumulate(kThreshold, Real(-1), dy, neurons.inverse_width(), kZero);
-          accumulate(kInputMean, Real(-1), dx, kOne, kZero);
-          accumulate(kDecay, Real(1), dh, {state(k).v, Real(0)}, {nullptr, options.v_rest});
-          if (params.wants(kInputGain)) {
-            const Real* x = read_row(params.x_seq, tile, t, x_buffer);
-            accumulate(kInputGain, Real(1), dh, {x, Real(0)}, neurons.input_mean());
-          }
-          accumulate(kInputBias, Real(1), dh, kOne, kZero);
-          for (int id = 0; id < kNumParameters; ++id) {
-            if (params.wants(id) && params.parameters[id].step_stride != 0) {
-              store(id, t);
-              clear(id);
-            }
-          }
-        }
-      }
-      for (int id = 0; id < kNumParameters; ++id) {
-        if (params.wants(id) && params.parameters[id].step_stride == 0) store(id, 0);
-      }
-      store_state(d_state, length, params.grad_init, tile.first);
-    }
-  });
+  run_backward<GeneralBackward<Model, Scalar>>(params);
 }
 
 template <class Model, class Scalar>
 void run_settled(const BackwardParams<Scalar>& params) {
-  using Real = Real_t<Scalar>;
-  const SequenceShape& shape = params.shape;
-  const int64 segment = segment_steps(shape.steps);
-  const int64 states = states_of(params, segment);
-  const bool more = params.wants(kDecay) || params.wants(kThreshold) || params.wants(kReset);
-  const int64 last_start = (shape.steps - 1) / segment * segment;
-
-  for_each_tile_range(shape, [&](int64 begin, int64 end) {
-    Rows<Real> rows(segment + (states + 1) * kStateMembers + 8, kTile);
-    Real* h = rows.take(segment);
-    const State<Real*> state_rows = take_state(rows, states), d_state = take_state(rows);
-    Real *width = rows.take(), *decay = rows.take(), *threshold = rows.take(), *reset = rows.take();
-    Real* zeros = rows.take();
-    Real *x_buffer = rows.take(), *g_buffer = rows.take(), *dx_buffer = rows.take();
-    std::fill_n(zeros, kTile, Real(0));
-    TileNoise noise(params.noise);
-    TileNeurons<Real> neurons(params.parameters, params.options, kInputGain);
-    TileInput<Real> input(params);
-    const auto state = [&](int64 k) {
-      return map_members<Real*>([&](Real* of) { return of + k % states * rows.stride(); }, state_rows);
-    };
-
-    for (int64 index = begin; index < end; ++index) {
-      const Tile tile(shape, index);
-      neurons.move_to(tile, 0);
-      input.move_to(tile);
-      const auto h_row = [&](int64 k) { return h + k * rows.stride(); };
-      load_state(params.grad_last, tile.first, State<Real>{}, tile.length, d_state);
-      std::fill_n(width, tile.length, Real(0));
-      if (more) {
-        for (Real* sums : {decay, threshold, reset}) std::fill_n(sums, tile.length, Real(0));
-      }
-      bool carried = exists(params.grad_last);
-
-      for (int64 start = last_start; start >= 0; start -= segment) {
-        const int64 stop = std::min(shape.steps, start + segment), steps = stop - start;
-        // The rows of a segment in the order in which they are read: x forwards, then g backwards; then the next
-        // segment's, or the next tile's.
-        const auto ahead = [&](int64 used) -> Ahead {
-          const int64 next = used + kRowsAhead;
-          if (next < steps) return {row_ahead(params.x_seq, tile, start + next), sizeof(Scalar)};
-          if (next < 2 * steps) return {row_ahead(params.grad_s_seq, tile, stop - 1 - (next - steps)), sizeof(Scalar)};
-          const int64 next_start = start > 0 ? start - segment : last_start;
-          const int64 t = std::min(next_start + next - 2 * steps, shape.steps - 1);
-          return {row_ahead(params.x_seq, start > 0 ? tile : Tile(shape, index + 1), t), sizeof(Scalar)};
-        };
-        load_start(params, tile, start, state(0));
-        for (int64 t = start; t < stop; ++t) {
-          const int64 k = t - start;
-          const Real* x = read_row(params.x_seq, tile, t, x_buffer);
-          neurons.template visit<SettledRows<Real>>([&](auto values) {
-            run<SettledStepLoop<Real, Model, decltype(values), false>>(
-                {values, params.options, params.noise.analog_below, tile.length, input.current(x), noise.row(tile, t),
-                 state(k), state(k + 1), h_row(k), ahead(k)});
-          });
-        }
-        for (int64 t = stop - 1; t >= start; --t) {
-          const Real* g = params.grad_s_seq == nullptr ? zeros : read_row(params.grad_s_seq, tile, t, g_buffer);
-          Real* dx = start_row(params.grad_x_seq, tile, t, dx_buffer);
-          neurons.template visit<SettledRows<Real>>([&](auto values) {
-            const auto adjoint = [&](auto kMore) {
-              run<SettledAdjointLoop<Real, Model, decltype(values), kMore()>>(
-                  {values, params.options, params.noise.analog_below, tile.length, carried, g, h_row(t - start),
-                   noise.row(tile, t), d_state, state(t - start).v, width, decay, threshold, reset,
-                   input.plain() ? dx : input.gradient_row(), ahead(steps + stop - 1 - t)});
-            };
-            more ? adjoint(std::true_type{}) : adjoint(std::false_type{});
-          });
-          carried = true;
-          if (!input.plain()) input.backward(read_row(params.x_seq, tile, t, x_buffer), dx);
-          finish_row(dx, params.grad_x_seq, tile, t);
-        }
-      }
-      const auto store = [&](ParameterId id, const Real* sums) {
-        store_partials(params.partials[id], params.parameters[id], tile, 0, sums);
-      };
-      if (params.wants(kWidth)) store(kWidth, width);
-      if (params.wants(kDecay)) store(kDecay, decay);
-      if (params.wants(kThreshold)) store(kThreshold, threshold);
-      if (params.wants(kReset)) store(kReset, reset);
-      if (params.wants(kInputGain)) store(kInputGain, input.gain_sums());
-      if (params.wants(kInputBias)) store(kInputBias, input.bias_sums());
-      store_state(d_state, tile.length, params.grad_init, tile.first);
-    }
-  });
+  run_backward<SettledBackward<Model, Scalar>>(params);
 }
 
 // ---- launchers ----
 
+// Whether the settled loops compute every wanted output but gradients of the input's parameters.
 template <class Scalar>
-bool only_spikes(const ForwardParams<Scalar>& params) {
+bool settled_suffices(const ForwardParams<Scalar>& params) {
   return params.v_seq == nullptr && params.h_seq == nullptr;
 }
 template <class Scalar>
-bool only_spikes(const BackwardParams<Scalar>& params) {
+bool settled_suffices(const BackwardParams<Scalar>& params) {
   return params.grad_v_seq == nullptr && params.grad_h_seq == nullptr &&
          !(params.wants(kReset) && params.options.hard_reset);
 }
@@ -310,18 +375,18 @@ bool only_width(const BackwardParams<Scalar>& params) {
 }
 bool only_width(const auto&) { return true; }
 
-// With parameters of the input, all others must be uniform, and none except the width may want a gradient: gradients of
-// gain and bias are added up in another order here than by the general kernels, and they are not to depend on what else
-// is asked for where all parameters differ.
+// With parameters of the input, all others must be uniform, and only the width may want a gradient: the settled kernels
+// sum the gradients of gain and bias in another order than the general ones, and their bits must not depend on which
+// other outputs are wanted.
 template <class Params>
 bool is_settled(const Params& params) {
   if (!params.is_input_plain()) {
-    return only_width(params) && only_spikes(params) && !params.options.scale_output &&
+    return only_width(params) && settled_suffices(params) && !params.options.scale_output &&
            params.input() == Input::kNormalised && all_uniform(params.parameters, kInputGain);
   }
   const bool per_step = std::any_of(std::begin(params.parameters), std::end(params.parameters),
                                     [](const auto& each) { return each.data != nullptr && each.step_stride != 0; });
-  return !per_step && only_spikes(params) && params.options.v_rest == 0 && !params.options.scale_output;
+  return !per_step && settled_suffices(params) && params.options.v_rest == 0 && !params.options.scale_output;
 }
 
 template <class Params>
@@ -337,9 +402,9 @@ void run_model(Params params) {
   });
 }
 
-// Where a parameter is folded, the slots are added up in the order in which they lie in memory.
+// Sums the slots of an interleaved parameter in memory order.
 template <class Real>
-void sum_folded(const GradientSum<Real>& sum, const GradientPart<Real>& part) {
+void sum_interleaved(const GradientSum<Real>& sum, const GradientPart<Real>& part) {
   const int64 count = part.parameter.count;
   std::vector<double> totals(static_cast<size_t>(count), 0.0);
   for (int64 index = 0; index < num_tiles(sum.shape); ++index) {
@@ -353,8 +418,7 @@ void sum_folded(const GradientSum<Real>& sum, const GradientPart<Real>& part) {
   for (int64 element = 0; element < count; ++element) part.store(element, totals[static_cast<size_t>(element)]);
 }
 
-// Adds up the slots of neighbouring elements of the gradient in the order in which they lie in memory, and so each
-// element's in the order of its runs, and of the tiles of each.
+// Sums the slots of neighbouring elements in memory order: for an element, by runs and their tiles.
 template <class Real>
 void sum_in_order(const GradientSum<Real>& sum, const GradientPart<Real>& part, int64 element, int64 length) {
   const ParameterView<Real>& parameter = part.parameter;
@@ -383,7 +447,7 @@ void sum_in_order(const GradientSum<Real>& sum, const GradientPart<Real>& part, 
 
 }  // namespace
 
-// at::parallel_for is silently serial in code that was compiled without OpenMP: the flag of this file is what counts.
+// Without OpenMP in the compilation of this file at::parallel_for is silently serial.
 int num_threads() {
 #if defined(_OPENMP)
   return at::get_num_threads();
@@ -392,31 +456,26 @@ int num_threads() {
 #endif
 }
 
-template <class Scalar>
-void cut(LIFParams<Scalar>& params) {
-  params.tiles = {kTile, num_tiles(params.shape)};
-}
-
 template <class Real>
-void cut(GradientSum<Real>&) {}
+void plan_on(Device, GradientSum<Real>&) {}
 
 template <class Scalar>
-void launch(const ForwardParams<Scalar>& params) {
+void launch_on(Device, const ForwardParams<Scalar>& params) {
   if (params.zeros != nullptr) std::fill_n(params.zeros, 2, Real_t<Scalar>(0));
   run_model(params);
 }
 
 template <class Scalar>
-void launch(const BackwardParams<Scalar>& params) {
+void launch_on(Device, const BackwardParams<Scalar>& params) {
   run_model(params);
 }
 
 template <class Real>
-void launch(const GradientSum<Real>& sum) {
+void launch_on(Device, const GradientSum<Real>& sum) {
   for (int id = 0; id < sum.count; ++id) {
     const GradientPart<Real>& part = sum.parts[id];
-    if (is_folded(part.parameter)) {
-      sum_folded(sum, part);
+    if (is_interleaved(part.parameter)) {
+      sum_interleaved(sum, part);
       continue;
     }
     at::parallel_for(0, part.elements(sum.shape), 2048, [&](int64_t begin, int64_t end) {
@@ -430,10 +489,14 @@ void launch(const GradientSum<Real>& sum) {
   }
 }
 
-template void cut(LIFParams<Half>&);
-template void cut(LIFParams<BFloat16>&);
-template void cut(LIFParams<float>&);
-template void cut(LIFParams<double>&);
+template void plan_tiles(ForwardParams<Half>&);
+template void plan_tiles(ForwardParams<BFloat16>&);
+template void plan_tiles(ForwardParams<float>&);
+template void plan_tiles(ForwardParams<double>&);
+template void plan_tiles(BackwardParams<Half>&);
+template void plan_tiles(BackwardParams<BFloat16>&);
+template void plan_tiles(BackwardParams<float>&);
+template void plan_tiles(BackwardParams<double>&);
 template void launch(const ForwardParams<Half>&);
 template void launch(const ForwardParams<BFloat16>&);
 template void launch(const ForwardParams<float>&);
@@ -442,8 +505,8 @@ template void launch(const BackwardParams<Half>&);
 template void launch(const BackwardParams<BFloat16>&);
 template void launch(const BackwardParams<float>&);
 template void launch(const BackwardParams<double>&);
-template void cut(GradientSum<float>&);
-template void cut(GradientSum<double>&);
+template void plan_tiles(GradientSum<float>&);
+template void plan_tiles(GradientSum<double>&);
 template void launch(const GradientSum<float>&);
 template void launch(const GradientSum<double>&);
 

@@ -1,11 +1,11 @@
-// Batch normalisation on the CPU. Where a channel's values lie side by side, each such stretch has the channel's
-// numbers for all; elsewhere, as with channels_last, every column has numbers of its own.
+// Batch normalisation on the CPU. Contiguous stretches of a channel use its values as scalars; otherwise, as for
+// channels_last, each column has its own.
 #include <ATen/Parallel.h>
 
 #include <vector>
 
+#include "cpu/launcher.h"
 #include "cpu/rows.h"
-#include "launch.h"
 
 namespace asgl::cpu {
 namespace {
@@ -130,7 +130,7 @@ void for_each_piece(int64 length, F&& f) {
   for (int64 offset = 0; offset < length; offset += kTile) f(offset, std::min(kTile, length - offset));
 }
 
-// Gives `length` elements as numbers of the arithmetic's type: in place, or in `buffer`.
+// `length` elements in the arithmetic's type: in place, or a copy in `buffer`.
 template <class Element>
 const Real_t<Element>* read(const Element* from, int64 length, Real_t<Element>* buffer) {
   if constexpr (std::is_same_v<Element, Real_t<Element>>) return from;
@@ -138,10 +138,10 @@ const Real_t<Element>* read(const Element* from, int64 length, Real_t<Element>* 
   return buffer;
 }
 
-// Says whether a channel's values lie side by side in stretches that are worth a loop of their own.
+// Whether a channel's contiguous stretches are long enough for a loop each.
 bool in_stretches(const ChannelTiles& tiles) { return tiles.shape.inner >= 32; }
 
-// Calls run_task(task) for every one.
+// Calls run_task(task) for every task.
 template <class F>
 void for_each_task(const ChannelTiles& tiles, F&& run_task) {
   const int64 each = std::max<int64>(1, tiles.width * std::min(tiles.rows_per_split, tiles.shape.rows));
@@ -227,27 +227,27 @@ class TaskMoments {
   std::vector<Sums> sums_;
 };
 
-ChannelTiles cut(const ChannelShape& shape) { return ChannelTiles::cut(shape, 1, kTaskColumns, kRowsEach); }
+ChannelTiles plan_channels(const ChannelShape& shape) { return ChannelTiles::plan(shape, 1, kTaskColumns, kRowsEach); }
 
 }  // namespace
 
 template <class Scalar>
-void cut(MomentsParams<Scalar>& params) {
-  params.tiles = cut(params.tiles.shape);
+void plan_on(Device, MomentsParams<Scalar>& params) {
+  params.tiles = plan_channels(params.tiles.shape);
 }
 
 template <class Scalar>
-void cut(InputGradientParams<Scalar>& params) {
-  params.tiles = cut(params.tiles.shape);
+void plan_on(Device, InputGradientParams<Scalar>& params) {
+  params.tiles = plan_channels(params.tiles.shape);
 }
 
 template <class Scalar>
-void launch(const MomentsParams<Scalar>& params) {
+void launch_on(Device, const MomentsParams<Scalar>& params) {
   for_each_task(params.tiles, [&](const ChannelTask& task) { TaskMoments<Scalar>(params, task).compute(); });
 }
 
 template <class Real>
-void launch(const CoefficientsParams<Real>& params) {
+void launch_on(Device, const CoefficientsParams<Real>& params) {
   for (int64 channel = 0; channel < params.channels; ++channel) {
     Moments found = {0, 0, 0};
     if (params.moments == nullptr) {
@@ -262,21 +262,21 @@ void launch(const CoefficientsParams<Real>& params) {
 }
 
 template <class Real>
-void launch(const RunningParams<Real>& params) {
+void launch_on(Device, const RunningParams<Real>& params) {
   for (int64 channel = 0; channel < params.channels; ++channel) params.update(channel);
 }
 
 template <class Real>
-void launch(const AdjointParams<Real>& params) {
+void launch_on(Device, const AdjointParams<Real>& params) {
   for (int64 channel = 0; channel < params.channels; ++channel) params.compute(channel);
 }
 
 template <class Scalar>
-void launch(const InputGradientParams<Scalar>& params) {
+void launch_on(Device, const InputGradientParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const ChannelTiles& tiles = params.tiles;
   const Real *slopes = params.adjoint, *offsets = params.adjoint + tiles.shape.channels;
-  // The operands have one value each for all, or a row each, which then begins where the chunk does.
+  // The operands are values, or rows that begin with the chunk.
   const auto add = [&](Rows<Real>& rows, int64 element, int64 length, Operand<Real> mean, Operand<Real> slope,
                        Operand<Real> offset) {
     Scalar* gradient = params.grad_x_seq + element;
@@ -317,14 +317,14 @@ void launch(const InputGradientParams<Scalar>& params) {
   });
 }
 
-template void cut(MomentsParams<Half>&);
-template void cut(MomentsParams<BFloat16>&);
-template void cut(MomentsParams<float>&);
-template void cut(MomentsParams<double>&);
-template void cut(InputGradientParams<Half>&);
-template void cut(InputGradientParams<BFloat16>&);
-template void cut(InputGradientParams<float>&);
-template void cut(InputGradientParams<double>&);
+template void plan_tiles(MomentsParams<Half>&);
+template void plan_tiles(MomentsParams<BFloat16>&);
+template void plan_tiles(MomentsParams<float>&);
+template void plan_tiles(MomentsParams<double>&);
+template void plan_tiles(InputGradientParams<Half>&);
+template void plan_tiles(InputGradientParams<BFloat16>&);
+template void plan_tiles(InputGradientParams<float>&);
+template void plan_tiles(InputGradientParams<double>&);
 template void launch(const MomentsParams<Half>&);
 template void launch(const MomentsParams<BFloat16>&);
 template void launch(const MomentsParams<float>&);

@@ -1,4 +1,4 @@
-// The loop that draws a tile's noise, with vector instructions where the compiler finds none.
+// The loop that draws a tile's noise, vectorised by hand where the compiler fails to.
 #pragma once
 
 #if defined(__x86_64__)
@@ -31,7 +31,7 @@ struct NoiseLoop {
   }
 };
 
-constexpr int64 kNoiseGroups = 32;  // the vectors below make so many at a time, or a divisor of it
+constexpr int64 kNoiseGroups = 32;  // a multiple of the groups of each vector loop below
 
 #if defined(__x86_64__)
 // The same numbers by the 32 x 32 -> 64 bit product of vectors, which GCC does not find in the loop above. They come in
@@ -60,7 +60,7 @@ __attribute__((target("avx2"))) inline void run_avx2<NoiseLoop>(const NoiseLoop:
   }
 }
 
-// Four chains at a time: the ten rounds of one depend on each other, and alone would leave the processor waiting.
+// Four chains at a time, to hide the latency of the ten dependent rounds.
 template <>
 ASGL_TARGET_AVX512 inline void run_avx512<NoiseLoop>(const NoiseLoop::Args& args) {
   constexpr int kChains = 4, kXor3 = 0x96;

@@ -1,5 +1,4 @@
-// A tile's rows are read and written where they lie in a sequence, or as copies in the type of the arithmetic, which
-// stay in the cache.
+// Rows of a tile, in place in a sequence or as copies in the arithmetic's type, which stay in the cache.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +12,7 @@ namespace asgl::cpu {
 
 constexpr int64 kTile = 1024;  // neurons
 constexpr int64 kElementsPerTask = 32768;
-// A row takes about as long as memory does to answer, so that one row ahead would come too late.
+// One row ahead would be too late: a row takes about the latency of memory.
 constexpr int64 kRowsAhead = 2;
 
 inline int64 num_tiles(const SequenceShape& shape) { return (shape.neurons() + kTile - 1) / kTile; }
@@ -26,7 +25,7 @@ struct Tile {
   Tile(const SequenceShape& shape, int64 index)
       : shape(shape), index(index), first(index * kTile), length(std::min(kTile, shape.neurons() - first)) {}
 
-  // Says whether a step has the tile's elements side by side.
+  // Whether the elements of a step are contiguous.
   bool in_one_piece() const { return first % shape.inner + length <= shape.inner; }
 };
 
@@ -38,8 +37,7 @@ void for_each_stretch(const Tile& tile, int64 inner, F&& f) {
   runs_of(tile, inner).for_each([&](int64, int64 offset, int64 length) { f(tile.first + offset, offset, length); });
 }
 
-// Gives row t of a sequence as contiguous numbers of the arithmetic's type: where it lies if it is so already, else as
-// a copy in `buffer`.
+// Row t of a sequence, contiguous and in the arithmetic's type: in place, or a copy in `buffer`.
 template <class Element>
 const Real_t<Element>* read_row(const Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   if constexpr (std::is_same_v<Element, Real_t<Element>>) {
@@ -51,7 +49,7 @@ const Real_t<Element>* read_row(const Element* sequence, const Tile& tile, int64
   return buffer;
 }
 
-// Says where row t is to be written: in place, or in `buffer`, which finish_row then stores.
+// Where to write row t: in place, or in `buffer`, which finish_row stores.
 template <class Element>
 Real_t<Element>* start_row(Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   if constexpr (std::is_same_v<Element, Real_t<Element>>) {
@@ -71,14 +69,14 @@ void finish_row(const Real_t<Element>* row, Element* sequence, const Tile& tile,
   });
 }
 
-// Gives the place of row t for a prefetch, null where there is no such row or where it is not in one piece.
+// The address of row t for a prefetch; null if there is none or it is not contiguous.
 template <class Element>
 const char* row_ahead(const Element* sequence, const Tile& tile, int64 t) {
   if (sequence == nullptr || tile.length <= 0 || !tile.in_one_piece()) return nullptr;
   return reinterpret_cast<const char*>(sequence + tile.shape.element(tile.first, t));
 }
 
-// Rows of numbers that begin at cache lines.
+// Rows aligned to cache lines.
 template <class Number>
 class Rows {
  public:

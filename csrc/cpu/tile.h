@@ -1,16 +1,17 @@
-// A task keeps this in the cache for its tile of neurons: noise, parameters, input current and state.
+// The data of a task's tile in the cache: noise, parameters, input current and state.
 #pragma once
 
 #include <ATen/Parallel.h>
 
 #include <array>
 
+#include "cpu/launcher.h"
 #include "cpu/philox_simd.h"
 #include "cpu/rows.h"
 
 namespace asgl::cpu {
 
-// Rows of a logarithm become rows of the width, and rows of a logit rows of the decay.
+// From rows of log-widths to widths, and from logits to decays.
 template <class Real>
 struct ExpLoop {
   struct Args {
@@ -39,7 +40,12 @@ void for_each_tile_range(const SequenceShape& shape, Task&& task) {
   at::parallel_for(0, num_tiles(shape), grain, [&](int64_t begin, int64_t end) { task(begin, end); });
 }
 
-// The parameter of each neuron of a tile, or one over it.
+template <class Scalar>
+void plan_on(Device, LIFParams<Scalar>& params) {
+  params.tiles = {kTile, num_tiles(params.shape)};
+}
+
+// The parameter of each neuron of a tile, or its inverse.
 template <class Real>
 void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, int64 t, Real* row,
                         bool inverse = false) {
@@ -58,7 +64,7 @@ void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, 
                            row});
 }
 
-// The noise of a tile for the steps of a segment. Without draws every row is 0: below any analog_below except 0.
+// The noise of a tile for the steps of a segment. Without draws rows are 0, below any analog_below but 0.
 class TileNoise {
  public:
   explicit TileNoise(const NoiseParams& noise)
@@ -94,8 +100,8 @@ class TileNoise {
   std::array<int64, kPairs> pairs_;
 };
 
-// The first `count` parameters in a tile: one value for all of its neurons, or rows. They are read anew only where
-// another tile or step has others.
+// The first `count` parameters of a tile: one value for all neurons, or rows. Read again only if tile or step change
+// them.
 template <class Real>
 class TileNeurons {
  public:
@@ -126,7 +132,7 @@ class TileNeurons {
     }
   }
 
-  // Calls f(neurons), which has one value for all, or is of the type Neurons, which has rows.
+  // Calls f(neurons) with a UniformNeuron, or with Neurons, which has rows.
   template <class Neurons, class F>
   void visit(F&& f) const {
     if (shared_) return f(UniformNeuron<Real>{values_});
@@ -147,16 +153,15 @@ class TileNeurons {
 
   void fill_row(int id, const Tile& tile, int64 t) {
     const ParameterView<Real>& parameter = parameters_[id];
-    // Tiles that begin at the same place of a parameter's pattern have the same row; none is longer than an earlier
-    // one.
-    const int64 place = parameter.is_same_for_all() ? 0 : tile.first % (parameter.inner * parameter.count);
-    const std::array<int64, 2> pattern = {place, is_per_step(id) ? t : 0};
+    // Tiles at the same phase of a parameter's pattern have the same row, since no tile is longer than an earlier one.
+    const int64 phase = parameter.is_same_for_all() ? 0 : tile.first % (parameter.inner * parameter.count);
+    const std::array<int64, 2> pattern = {phase, is_per_step(id) ? t : 0};
     if (patterns_[id] == pattern) return;
     patterns_[id] = pattern;
     const bool is_log_width = id == kWidth && options_.log_width, is_logit = id == kDecay && options_.logit_decay;
     const bool in_place = id != kWidth && !is_logit && parameter.data != nullptr && parameter.inner == 1 &&
-                          place + tile.length <= parameter.count;
-    row_[id] = in_place ? parameter.data + t * parameter.step_stride + place : rows_.row(id);
+                          phase + tile.length <= parameter.count;
+    row_[id] = in_place ? parameter.data + t * parameter.step_stride + phase : rows_.row(id);
     if (in_place) return;
     fill_parameter_row(parameter, tile, t, rows_.row(id), id == kWidth && !is_log_width);
     if (is_log_width) {
@@ -177,12 +182,11 @@ class TileNeurons {
   int64 first_ = -1, t_ = -1;
 };
 
-// Interleaved sums of a stretch, so that their loop is vectorised without licence to reorder additions.
+// Interleaved sums of a stretch: vectorised without reordering additions.
 constexpr int64 kInputSums = 64;
 
-// The input current of a tile where the parameters of the input are the same at all steps; it is x itself for kPlain.
-// Where enough neighbours share the parameters, each such stretch has numbers for all; else there are rows, as short as
-// repetition allows, so that the cache keeps more of the rest.
+// The input current of a tile, with parameters that do not change over time; x itself for kPlain. Long stretches of
+// neighbours that share the parameters use scalars; otherwise rows, as short as repetition allows, to save cache.
 template <class Real>
 class TileInput {
  public:
@@ -236,7 +240,7 @@ class TileInput {
     return current_;
   }
 
-  // The gradient of the current is to be put here; backward then turns it into the gradient of x.
+  // The row for the gradient of the current, from which backward computes the gradient of x.
   Real* gradient_row() { return current_; }
   void backward(const Real* x, Real* dx) {
     if (in_rows_) {
@@ -250,7 +254,7 @@ class TileInput {
     }
   }
 
-  // A row whose sum over the neurons that share a value is the gradient.
+  // Rows to be summed over the neurons that share a value.
   const Real* gain_sums() { return in_place(gain_sum_); }
   const Real* bias_sums() { return in_place(bias_sum_); }
 
@@ -267,7 +271,7 @@ class TileInput {
     });
   }
 
-  // Sums of stretches, which lie side by side, go to the first place of each.
+  // Moves the sums of stretches, stored contiguously, to the first element of each.
   const Real* in_place(Real* sums) {
     if (plain_ || in_rows_) return sums;
     std::fill_n(gain_, kTile, Real(0));
@@ -281,7 +285,7 @@ class TileInput {
 
   const ParameterView<Real>* parameters_;
   bool plain_, in_rows_ = false;
-  int64 shared_ = 0, count_ = 1;  // inner and count of those that are not uniform, if these are alike
+  int64 shared_ = 0, count_ = 1;  // inner and count of the non-uniform parameters, if equal
   int64 period_ = kTile;          // of the rows
   Rows<Real> rows_;
   Real *current_ = nullptr, *gain_ = nullptr, *bias_ = nullptr, *mean_ = nullptr;
@@ -290,7 +294,7 @@ class TileInput {
   bool filled_ = false;
 };
 
-// `count` rows for each member of the state, one behind another.
+// `count` consecutive rows for each member of the state.
 template <class Real>
 State<Real*> take_state(Rows<Real>& rows, int64 count = 1) {
   State<Real*> state;
@@ -298,7 +302,7 @@ State<Real*> take_state(Rows<Real>& rows, int64 count = 1) {
   return state;
 }
 
-// Reads rows of the state from their place in memory; where that is null, all neurons are in the state `otherwise`.
+// Reads rows of the state from memory; if that is null, fills them with `otherwise`.
 template <class Real>
 void load_state(const State<const Real*>& from, int64 offset, const State<Real>& otherwise, int64 length,
                 const State<Real*>& rows) {
@@ -309,7 +313,7 @@ void load_state(const State<const Real*>& from, int64 offset, const State<Real>&
       from, otherwise, rows);
 }
 
-// Writes rows of the state to their place in memory, except where that is null.
+// Writes rows of the state to memory, unless that is null.
 template <class Real>
 void store_state(const State<Real*>& rows, int64 length, const State<Real*>& to, int64 offset) {
   for_each_member(
@@ -319,7 +323,7 @@ void store_state(const State<Real*>& rows, int64 length, const State<Real*>& to,
       rows, to);
 }
 
-// The tile's state after so many steps lies here in the checkpoints.
+// The index of the tile's state after `steps` steps in the checkpoints.
 inline int64 checkpoint(const Tile& tile, int64 steps) {
   return (steps / kCheckpointSteps - 1) * tile.shape.neurons() + tile.first;
 }
@@ -335,10 +339,10 @@ void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 st
   }
 }
 
-// Says whether neurons that lie in turns share a value, several of each in a tile, as with one value a channel in
-// channels_last. Only as many of the tile's slots, one for each neuron, as there are values are then used.
+// Whether values repeat within a tile, as for one value a channel in channels_last. Of the tile's slots, one a neuron,
+// only the first `count` are then used.
 template <class Real>
-bool is_folded(const ParameterView<Real>& parameter) {
+bool is_interleaved(const ParameterView<Real>& parameter) {
   return parameter.inner == 1 && parameter.step_stride == 0 && 2 * parameter.count <= kTile;
 }
 
@@ -347,7 +351,7 @@ template <class Real>
 void store_partials(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
                     int64 t, const Real* row) {
   Real* slots = partials.data + (parameter.step_stride != 0 ? t * partials.slots : 0) + tile.index;
-  if (is_folded(parameter)) {
+  if (is_interleaved(parameter)) {
     std::array<double, kTile / 2> sums{};
     for (int64 i = 0; i < tile.length; i += parameter.count) {
       run<AddLoop<Real>>({row + i, sums.data(), std::min(parameter.count, tile.length - i)});

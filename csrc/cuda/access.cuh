@@ -1,6 +1,5 @@
-// Who computes what, and how a thread reaches memory: one neuron, or four neighbouring ones, for the whole sequence.
-// Four lie side by side, so that they are one access of 16 bytes in float32. choose.cuh says when a thread gets four;
-// both cases are the same source.
+// The neurons of a thread, one or four neighbours for the whole sequence, and their memory accesses: four are one
+// access of 16 bytes in float32. plan_neurons.cuh decides which.
 #pragma once
 
 #include "params/neuron.h"
@@ -11,8 +10,7 @@ constexpr int kBlockThreads = 128;
 constexpr int kWarpThreads = 32;
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 
-// The elements of a thread's neurons as they come from memory. To unpack them is to wait for them: what was loaded
-// ahead stays packed until it is needed.
+// The elements of a thread's neurons as loaded. Unpacking waits for the load, so elements loaded ahead stay packed.
 template <int kLanes, class Element>
 struct Packed;
 
@@ -69,7 +67,7 @@ struct Access<4> {
     packed.unpack(to);
   }
   static __device__ __forceinline__ void store(const float (&from)[4], float* to) {
-#if defined(__CUDA_ARCH__)  // the compiler by itself splits some of these stores
+#if defined(__CUDA_ARCH__)  // the compiler splits some of these stores
     asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]),
                  "f"(from[3])
                  : "memory");
@@ -89,51 +87,51 @@ __device__ __forceinline__ void fill(Real (&values)[kLanes], Real value) {
   for (int j = 0; j < kLanes; ++j) values[j] = value;
 }
 
-// From here on the compiler does not know what the value was computed from.
-__device__ __forceinline__ void forget_origin(int64& element) {
+// Hides from the compiler what the value was computed from.
+__device__ __forceinline__ void opaque(int64& element) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+l"(element));
 #endif
 }
-__device__ __forceinline__ void forget_origin(uint32& bits) {
+__device__ __forceinline__ void opaque(uint32& bits) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+r"(bits));
 #endif
 }
 template <class Element>
-__device__ __forceinline__ void forget_origin(Element*& place) {
+__device__ __forceinline__ void opaque(Element*& pointer) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("" : "+l"(place));
+  asm volatile("" : "+l"(pointer));
 #endif
 }
 
-// A place in global memory: of one whose origin it has forgotten the compiler no longer knows that.
+// Tells the compiler the address space of an opaque pointer.
 template <class Element>
-__device__ __forceinline__ Element* in_global_memory(Element* place) {
+__device__ __forceinline__ Element* in_global_memory(Element* pointer) {
 #if defined(__CUDA_ARCH__)
-  __builtin_assume(__isGlobal(place));
+  __builtin_assume(__isGlobal(pointer));
 #endif
-  return place;
+  return pointer;
 }
 
-// From an element, or its place in memory, to that of another step. Where steps are not few, the compiler would compute
-// the addresses of all beforehand, and run out of registers for them, or multiply for each.
-template <bool kForget = true, class ElementOrPlace>
-__device__ __forceinline__ void advance(ElementOrPlace& at, int64 stride) {
+// Moves an index or pointer to another step. Unless opaque, the compiler computes the addresses of all steps
+// beforehand, which takes too many registers, or multiplies for each.
+template <bool kOpaque = true, class ElementOrPointer>
+__device__ __forceinline__ void advance(ElementOrPointer& at, int64 stride) {
   at += stride;
-  if (kForget) forget_origin(at);
+  if (kOpaque) opaque(at);
 }
 
-// The neurons n, n + 1, ... of a thread. Where others count on it at shuffles and barriers, a thread beyond the last
-// neuron goes through the motions on neuron 0 and stores nothing.
+// The neurons n, n + 1, ... of a thread. A thread beyond the last neuron computes neuron 0, for shuffles and barriers,
+// and discards the result.
 template <int kLanes>
-struct Place {
+struct ThreadIndex {
   int64 n;
   bool live;
-  int64 read_n;   // n where there is such a neuron
-  int64 element;  // its element at step 0; each step lies `inner` elements further
+  int64 read_n;   // n, or 0 beyond the last neuron
+  int64 element;  // at step 0; the next step is `inner` elements further
 
-  __device__ __forceinline__ explicit Place(const SequenceShape& shape)
+  __device__ __forceinline__ explicit ThreadIndex(const SequenceShape& shape)
       : n((static_cast<int64>(blockIdx.x) * kBlockThreads + threadIdx.x) * kLanes),
         live(n < shape.neurons()),
         read_n(live ? n : 0),
@@ -151,7 +149,7 @@ __device__ __forceinline__ void fill(State<Real[kLanes]>& states, const State<Re
   for_each_member([](Real(&values)[kLanes], Real same) { fill(values, same); }, states, value);
 }
 
-// From where the states of all neurons lie, and back.
+// Between registers and the states of all neurons, [N].
 template <int kLanes, class Real>
 __device__ __forceinline__ void load(const State<const Real*>& from, int64 n, State<Real[kLanes]>& to) {
   for_each_member([n](const Real* all, Real(&values)[kLanes]) { Access<kLanes>::load(all + n, values); }, from, to);
@@ -165,11 +163,11 @@ __device__ __forceinline__ void store(const State<Real[kLanes]>& from, int64 n, 
 // The state before step `start`, the first of a segment.
 template <int kLanes, class Scalar, class Real>
 __device__ __forceinline__ void load_state(const LIFParams<Scalar>& params, const State<const Real*>& checkpoints,
-                                           int64 start, const Place<kLanes>& place, State<Real[kLanes]>& state) {
+                                           int64 start, const ThreadIndex<kLanes>& index, State<Real[kLanes]>& state) {
   if (start > 0) {
-    load(checkpoints, (start / kCheckpointSteps - 1) * params.shape.neurons() + place.read_n, state);
+    load(checkpoints, (start / kCheckpointSteps - 1) * params.shape.neurons() + index.read_n, state);
   } else if (exists(params.init)) {
-    load(params.init, place.read_n, state);
+    load(params.init, index.read_n, state);
   } else {
     fill(state, params.at_rest());
   }

@@ -1,21 +1,22 @@
-// Sums of a parameter's gradient: the threads of a block add theirs up to slots of GradientPartials, and one launch
-// adds up the slots of all parameters.
+// Sums of the parameters' gradients: of a block's threads into slots of GradientPartials, and of all slots, in one
+// launch for all parameters.
 #pragma once
 
 #include "cuda/access.cuh"
+#include "params/gradient.h"
 
 namespace asgl {
 
 // ---- in a block ----
 
-// What the threads of a block add to the gradient of a parameter.
+// Terms of a parameter's gradient, by thread of the block.
 template <class Real>
 struct ThreadSums {
   Real values[kBlockThreads];
 };
 
-// The sum over the threads of each run goes to the run's slot. A warp does all runs of its block: long ones one after
-// another, all lanes together, of short ones each lane some. All threads of that warp must come here, and no others.
+// Stores the sum over the threads of each run in the run's slot. One warp, converged, sums all runs of its block: a
+// long run by all lanes together, short runs each by one lane.
 template <int kLanes, class Real>
 __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<Real>& parameter,
                                                const SequenceShape& shape, const ThreadSums<Real>& sums) {
@@ -51,14 +52,14 @@ __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<
 
 constexpr int kSumThreads = 512;
 
-// So many of the tiles have neurons before neuron n; their size is 1 or 4 times kBlockThreads.
+// The tiles before the tile of neuron n; `tile` is 1 or 4 times kBlockThreads.
 __device__ __forceinline__ int64 whole_tiles(int64 n, int64 tile) {
   const uint64 of_single_neurons = static_cast<uint64>(n) / kBlockThreads;
   return static_cast<int64>(tile > kBlockThreads ? of_single_neurons / 4 : of_single_neurons);
 }
 
-// The blocks of the parts lie one behind another. Threads side by side have neighbouring elements, or where there is
-// one element for a block, neighbouring slots.
+// The grid is the blocks of all parts in order. Adjacent threads sum adjacent elements, or if a block has one element,
+// adjacent slots.
 template <class Real>
 __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const GradientSum<Real> sum) {
   constexpr int kLoads = 8;  // that are under way at a time
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const Grad
   for (; block >= sum.parts[id].blocks; ++id) block -= sum.parts[id].blocks;
   const GradientPart<Real>& part = sum.parts[id];
   const int64 inner = part.parameter.inner, count = part.parameter.count, neurons = sum.shape.neurons();
-  // These are thread % elements_each, thread / elements_each and so on; powers of two need no division.
+  // thread % elements_each, thread / elements_each and so on, without division: powers of two.
   const int slots_each = part.slots_each, turn = thread * (part.runs_each * slots_each) / kSumThreads;
   const int64 element = block * part.elements_each + (thread & (part.elements_each - 1));
   const int64 first_run = turn * (part.elements_each * part.runs_each) / kSumThreads;

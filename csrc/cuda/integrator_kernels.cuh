@@ -1,6 +1,6 @@
-// The CUDA kernel of the leaky integrator. A thread owns one neuron, or four neighbouring ones, and goes through all
-// steps, forward or back. Forward reads x and writes v, backward reads the gradient and writes dx: two element sizes
-// each, and backward reads what the gradients of parameters need besides.
+// The CUDA kernel of the leaky integrator. A thread computes one neuron, or four neighbours, over all steps, forward or
+// back. Forward reads x and writes v, backward reads the gradient and writes dx: two element sizes each, besides inputs
+// of the parameters' gradients.
 #pragma once
 
 #include "cuda/neuron_kernels.cuh"
@@ -8,7 +8,7 @@
 
 namespace asgl {
 
-// Registers for so many blocks that nothing is spilled.
+// The most blocks without spills.
 template <class Real, Pass kPass>
 constexpr int kIntegratorBlocks = sizeof(Real) == 8      ? (kPass == Pass::kSums ? 3 : 4)
                                   : kPass == Pass::kSums ? 5
@@ -20,11 +20,11 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
   constexpr bool kBack = kPass != Pass::kForward, kSums = kPass == Pass::kSums;
-  constexpr int kSteps = (kLanes == 1 ? 8 : 4) / (kSums ? 2 : 1);  // are loaded while as many are computed
+  constexpr int kSteps = (kLanes == 1 ? 8 : 4) / (kSums ? 2 : 1);  // loaded while as many are computed
   const int64 steps = params.shape.steps, stride = kBack ? -params.shape.inner : params.shape.inner;
-  const Place<kLanes> place(params.shape);
-  if (!kSums && !place.live) return;
-  const int64 first_element = place.element + (kBack ? (1 - steps) * stride : 0);
+  const ThreadIndex<kLanes> index(params.shape);
+  if (!kSums && !index.live) return;
+  const int64 first_element = index.element + (kBack ? (1 - steps) * stride : 0);
   const uint32 wanted = params.summary.wanted;
   struct Steps {
     Packed<kLanes, Scalar> in[kSteps], before[kSteps], x[kSteps];
@@ -45,11 +45,11 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
   Steps now, next;
   load_steps(steps, now);
   const Real v_rest = params.options.v_rest;
-  ThreadNeuron<Real, Input::kGeneral> neuron(params, place.read_n, params.options);
+  ThreadNeuron<Real, Input::kGeneral> neuron(params, index.read_n, params.options);
   State<Real[kLanes]> state, later;  // later: the gradient of the state
-  load_state(params, State<const Real*>{}, 0, place, state);
+  load_state(params, State<const Real*>{}, 0, index, state);
   fill(later, State<Real>());
-  if (kBack && exists(params.grad_last)) load(params.grad_last, place.read_n, later);
+  if (kBack && exists(params.grad_last)) load(params.grad_last, index.read_n, later);
   Real sums[2] = {};
   __shared__ ThreadSums<Real> thread_sums[2];
   const auto store_sums = [&](int64 t, bool per_step) {
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
       if (has(wanted, kIds[i]) && has_steps == per_step) stored |= 1u << i;
     }
     if (stored == 0) return;
-    __syncthreads();  // whoever reads what was there has done so
+    __syncthreads();  // earlier sums have been read
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!has(stored, i)) continue;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
           out[j] = params.delay ? before[j] : state.v[j];
         }
       }
-      if (out_seq != nullptr && place.live) Lanes::store(out, out_seq + element);
+      if (out_seq != nullptr && index.live) Lanes::store(out, out_seq + element);
       advance(element, stride);
       if (kSums) store_sums(t, true);
     }
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
   }
   if (kSums) store_sums(0, false);
   const State<Real*>& end = kBack ? params.grad_init : params.last;
-  if (exists(end) && place.live) store(kBack ? later : state, place.n, end);
+  if (exists(end) && index.live) store(kBack ? later : state, index.n, end);
 }
 
 }  // namespace asgl

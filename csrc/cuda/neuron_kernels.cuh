@@ -1,13 +1,12 @@
-// The CUDA kernels of the neuron. A thread owns one neuron, or four neighbouring ones, for the whole sequence; their
-// state stays in its registers. The equations are those of math/neuron.h.
+// The CUDA kernels of the neuron, with the equations of math/neuron.h. A thread computes one neuron, or four
+// neighbours, for the whole sequence, with their state in registers.
 //
-// Forward reads x and writes s: two element sizes a neuron and step. Backward goes through segments of at most
-// kCheckpointSteps steps from the last to the first: it computes the potentials of a segment again from x and keeps
-// them on chip, then walks back over them reading the gradient and writing dx: three element sizes.
+// Forward reads x and writes s: two element sizes a neuron and step. Backward takes segments of at most
+// kCheckpointSteps steps from the last to the first: it computes their potentials again from x and keeps them on chip,
+// then walks back, reading the gradient and writing dx: three element sizes.
 //
-// Where no parameter changes over time, which is nearly always, backward is settled: what the call does not ask for
-// costs next to nothing, and a sequence of four steps lies in registers. The general kernels have everything that there
-// is, and one kernel serves all surrogates and resets: for each there would be another that few run.
+// Settled kernels are nearly always enough, and skip unused outputs at almost no cost. The general kernels support
+// every option at run time: one kernel for all surrogates and resets, since few calls run it.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -20,20 +19,20 @@ namespace asgl {
 
 // ---- forward ----
 
-// So many blocks share a multiprocessor's 65,536 registers, 72 for each thread of 7 blocks: enough to keep the memory
-// busy, and few enough that nothing is spilled (RESOURCES.md).
+// Blocks a multiprocessor, with 65,536 registers, 72 a thread for 7 blocks: enough to keep memory busy, without spills
+// (RESOURCES.md).
 template <class Real, Input kInput>
 constexpr int kForwardBlocks = sizeof(Real) == 8           ? 3
                                : kInput == Input::kGeneral ? 5
                                                            : 7;
 template <class Real, int kLanes>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
-// erf is long, and spills where NVRTC has registers for four blocks.
+// erf spills with NVRTC and registers for four blocks.
 template <class Model>
 constexpr bool kIsLong = false;
 template <bool kHardReset>
 constexpr bool kIsLong<LIF<Surrogate::kErf, kHardReset>> = true;
-// Loads of float32 take twice the registers of those of half types, and spill some.
+// Loads of float32 take twice the registers of half types, and spill.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 constexpr int kSettledBackwardBlocks = kExact > 0 || sizeof(Scalar) == 8 ||
                                                (kLanes == 4 &&
@@ -41,20 +40,20 @@ constexpr int kSettledBackwardBlocks = kExact > 0 || sizeof(Scalar) == 8 ||
                                            ? 3
                                            : 4;
 
-// kInput is LIFParams::input(), or kGeneral, for which Model is LIFByOptions; except for kGeneral, params.only_spikes()
-// holds. The sequence has kExact steps, unless that is 0.
+// kInput is LIFParams::input(), or kGeneral, for which Model is LIFByOptions<Real>; except for kGeneral,
+// params.only_spikes() holds. The sequence has kExact steps, unless that is 0.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, kInput>)
     lif_forward_kernel(const ForwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
-  constexpr int kSteps = kExact > 0 ? kExact : kLanes == 1 ? 8 : 4;  // that are loaded at a time
+  constexpr int kSteps = kExact > 0 ? kExact : kLanes == 1 ? 8 : 4;  // loaded at a time
   static_assert(kCheckpointSteps % kSteps == 0);
   const int64 steps = kExact > 0 ? kExact : params.shape.steps, stride = params.shape.inner;
-  const Place<kLanes> place(params.shape);
-  if (kLanes > 1 && !place.live) return;
+  const ThreadIndex<kLanes> index(params.shape);
+  if (kLanes > 1 && !index.live) return;
 
-  int64 load_element = place.element;
+  int64 load_element = index.element;
   Packed<kLanes, Scalar> x[kSteps];
   const auto load_step = [&](int64 left, int k) {
     if (k < left) x[k % kSteps].load(params.x_seq + load_element);
@@ -64,19 +63,19 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) load_step(steps, k);
   };
-  if (kExact > 0) load_first();  // on their way while the parameters are read, if there are registers for that
+  if (kExact > 0) load_first();  // under way while the parameters are read, if registers suffice
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
-  const auto model = Model::of(params.options);
-  ThreadNeuron<Real, kInput> neuron(params, place.read_n, options);
+  const auto& model = Model::of(params.options);
+  ThreadNeuron<Real, kInput> neuron(params, index.read_n, options);
   State<Real[kLanes]> state;
-  load_state(params, State<const Real*>{}, 0, place, state);
+  load_state(params, State<const Real*>{}, 0, index, state);
   if (kExact == 0) load_first();
-  int64 element = place.element;
+  int64 element = index.element;
   for (int64 start = 0; start < steps; start += kSteps) {
     const int length = steps - start < kSteps ? static_cast<int>(steps - start) : kSteps;
-    const SegmentNoise<kLanes, kSteps> noise(source, place.n, start, length);
+    const SegmentNoise<kLanes, kSteps> noise(source, index.n, start, length);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       if (k < length) {
@@ -90,205 +89,97 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
           model.reset(h[j], s[j], neuron.now(), lane(state, j));
         }
         if constexpr (kInput == Input::kGeneral) {
-          if (params.h_seq != nullptr && place.live) Lanes::store(h, params.h_seq + element);
-          if (params.v_seq != nullptr && place.live) Lanes::store(state.v, params.v_seq + element);
+          if (params.h_seq != nullptr && index.live) Lanes::store(h, params.h_seq + element);
+          if (params.v_seq != nullptr && index.live) Lanes::store(state.v, params.v_seq + element);
           if (options.scale_output) {
 #pragma unroll
             for (int j = 0; j < kLanes; ++j) s[j] = s[j] * neuron.now().v_threshold;
           }
         }
-        if (place.live) Lanes::store(s, params.s_seq + element);
+        if (index.live) Lanes::store(s, params.s_seq + element);
         advance(element, stride);
       }
-      if (kExact == 0) load_step(steps - start, k + kSteps);  // on its way while other steps are computed
+      if (kExact == 0) load_step(steps - start, k + kSteps);  // under way while other steps are computed
     }
     const int64 done = start + kSteps;
-    if (exists(params.checkpoints) && done % kCheckpointSteps == 0 && done < steps && place.live) {
-      store(state, (done / kCheckpointSteps - 1) * params.shape.neurons() + place.n, params.checkpoints);
+    if (exists(params.checkpoints) && done % kCheckpointSteps == 0 && done < steps && index.live) {
+      store(state, (done / kCheckpointSteps - 1) * params.shape.neurons() + index.n, params.checkpoints);
     }
   }
-  if (exists(params.last) && place.live) store(state, place.n, params.last);
-  if (params.zeros != nullptr && place.n == 0) params.zeros[0] = params.zeros[1] = Real(0);
+  if (exists(params.last) && index.live) store(state, index.n, params.last);
+  if (params.zeros != nullptr && index.n == 0) params.zeros[0] = params.zeros[1] = Real(0);
 }
 
 // ---- backward ----
 
-// Sequences of just so many steps are the shortest that matter: for these the kernels know the length.
+// The shortest length that matters; the length is a constant of its kernels.
 constexpr int kShortSequence = 4;
 
-// The backward pass where no parameter changes over time and params.only_spikes() holds. kInput is LIFParams::input().
-// A sequence of kExact steps lies in registers. Where that is 0, the potentials of a segment lie in shared memory, and
-// a loop goes over a few steps at a time: unrolled, segments took most of the compilers' time and had registers for
-// loads of only two steps ahead.
-template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
-__global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, Model, kLanes, kInput, kExact>)
-    lif_backward_settled_kernel(const BackwardParams<Scalar> params) {
-  using Real = Real_t<Scalar>;
-  using Lanes = Access<kLanes>;
-  constexpr bool kNormalised = kInput == Input::kNormalised, kShort = kExact > 0;
-  constexpr int kSteps = kShort ? kExact : kLanes == 1 ? 8 : 4;  // that are loaded at a time
-  static_assert(kCheckpointSteps % kSteps == 0);
-  struct alignas(sizeof(Real) * kLanes) Potentials {
-    Real values[kLanes];
-  };
-  constexpr int kNumSums = kNormalised ? kInputMean : kInputGain;
-  // The threads' sums lie here, too, once the potentials have been used.
-  __shared__ Potentials potentials[kShort ? (kNumSums + kLanes - 1) / kLanes : kCheckpointSteps][kBlockThreads];
-  ThreadSums<Real>* const thread_sums = reinterpret_cast<ThreadSums<Real>*>(potentials);
-  static_assert(sizeof(potentials) >= kNumSums * sizeof(ThreadSums<Real>));
-  const int64 steps = kShort ? kExact : params.shape.steps, stride = params.shape.inner;
-  const Place<kLanes> place(params.shape);
-  const uint32 wanted = params.summary.wanted;
+// The parts of a step where no parameter changes over time, for a thread's neurons.
+template <class Model, Input kInput, class Real, int kLanes>
+struct SettledStep {
+  using Row = Real[kLanes];
+  static constexpr bool kNormalised = kInput == Input::kNormalised;
 
-  Real sums[kNumParameters] = {};
-  if (kLanes == 1 || place.live) {
-    // The pointers are where x, and then gradients and dx, have come to.
-    Packed<kLanes, Scalar> x[kSteps], g[kSteps], x_again[kSteps];
-    const Scalar *x_seq, *grad_s_seq, *x_seq_again;
-    Scalar* grad_x_seq;
-    const auto load_x = [&](bool there, int k) {
-      if (there) x[k].load(in_global_memory(x_seq));
-      advance<!kShort>(x_seq, stride);
-    };
-    const auto load_gradient = [&](bool there, int k) {
-      if (there) g[k].load(in_global_memory(grad_s_seq));
-      advance<!kShort>(grad_s_seq, -stride);
-      // x is loaded once more: there are no registers for it, and it is not gone from the cache.
-      if (kNormalised && !kShort) {
-        if (there) x_again[k].load(in_global_memory(x_seq_again));
-        advance<!kShort>(x_seq_again, -stride);
-      }
-    };
-    const auto last_few = [&](int length) { return (length - 1) / kSteps * kSteps; };
-    const auto load_ends = [&](int64 start, int length) {
-      const int last = last_few(length);
-      const int64 element = place.element + start * stride, last_element = element + (last + kSteps - 1) * stride;
-      x_seq = params.x_seq + element;
-      grad_s_seq = params.grad_s_seq + last_element;
-      x_seq_again = params.x_seq + last_element;
-      grad_x_seq = params.grad_x_seq + last_element;
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) load_x(k < length, k);
-#pragma unroll
-      for (int k = kSteps - 1; k >= 0; --k) load_gradient(k < length - last, k);
-    };
-    if (kShort) load_ends(0, kExact);  // everything is on its way while the parameters are read
-    const NoiseSource source(params.noise);
-    const NeuronOptions<Real> options = params.options;
-    const FiringFromLeast<Real> firing(options);
-    const Neuron<Real> neuron = settled_neuron(params, place.read_n, options);
-    const bool has_grad_last = exists(params.grad_last);
-    State<Real[kLanes]> d_state;
-    fill(d_state, State<Real>());  // of {} NVRTC makes a variable in global memory, and reads it
-    if (has_grad_last) load(params.grad_last, place.read_n, d_state);
-    Real dh[kLanes];
+  const Neuron<Real>& neuron;
+  const NeuronOptions<Real>& options;
+  const FiringFromLeast<Real>& firing;
 
-    for (int64 start = (steps - 1) / kCheckpointSteps * kCheckpointSteps; start >= 0; start -= kCheckpointSteps) {
-      const int length = kShort                             ? kExact
-                         : steps - start < kCheckpointSteps ? static_cast<int>(steps - start)
-                                                            : kCheckpointSteps;
-      const int last_steps = start + length < steps ? 0 : 1;  // steps here that none follows
-      if (!kShort) load_ends(start, length);
-      const SegmentNoise<kLanes, kShort ? kExact : kCheckpointSteps> noise(source, place.n, start, length);
-      State<Real[kLanes]> state;
-      load_state(params, params.checkpoints, start, place, state);
-      Potentials h[kSteps];
-#pragma unroll 1
-      for (int first = 0; first < length; first += kSteps) {
-        const auto few = noise.from(first);
-        const int left = kShort ? kExact : length - first;
-#pragma unroll
-        for (int k = 0; k < kSteps; ++k) {
-          if (k < left) {
-            Real its_x[kLanes];
-            x[k].unpack(its_x);
-#pragma unroll
-            for (int j = 0; j < kLanes; ++j) {
-              Real& its_h = h[k].values[j];
-              its_h = Model::template charge<kInput>(its_x[j], lane(state, j), neuron, options);
-              Model::reset(its_h, Model::fire(its_h, few.is_analog(k, j), neuron, firing), neuron, lane(state, j));
-            }
-            if (!kShort) potentials[first + k][threadIdx.x] = h[k];
-          }
-          if (!kShort) load_x(k + kSteps < left, k);
-        }
-      }
-#pragma unroll 1
-      for (int first = last_few(length); first >= 0; first -= kSteps) {
-        const auto few = noise.from(first);
-        const int left = kShort ? kExact : length - first, followed = left - last_steps;
-        const int carried_steps = has_grad_last ? left : followed, decay_steps = has(wanted, kDecay) ? followed : 0;
-        if (!kShort) {
-#pragma unroll
-          for (int k = 0; k < kSteps; ++k) {
-            if (k < left) h[k] = potentials[first + k][threadIdx.x];
-          }
-        }
-#pragma unroll
-        for (int k = kSteps - 1; k >= 0; --k) {
-          if (k < left) {
-            Real its_x[kLanes], s[kLanes], ds[kLanes], from_u[kLanes], dx[kLanes];
-            if (kNormalised) (kShort ? x : x_again)[k].unpack(its_x);
-            g[k].unpack(ds);
-            const State<Real[kLanes]> d_after = d_state;
-#pragma unroll
-            for (int j = 0; j < kLanes; ++j) {
-              s[j] = Model::fire(h[k].values[j], few.is_analog(k, j), neuron, firing);
-            }
-            if (k < decay_steps) {  // the gradient of the decay at the next step: its dh by the potential before it
-#pragma unroll
-              for (int j = 0; j < kLanes; ++j) {
-                State<Real> after;
-                Model::reset(h[k].values[j], s[j], neuron, after);
-                sums[kDecay] += dh[j] * after.v;
-              }
-            }
-            const auto compute = [&](bool carried) {
-              if (carried && !options.detach_reset) {
-#pragma unroll
-                for (int j = 0; j < kLanes; ++j) {
-                  ds[j] = Model::spike_gradient(ds[j], h[k].values[j], true, neuron, d_state.v[j]);
-                }
-              }
-#pragma unroll
-              for (int j = 0; j < kLanes; ++j) {
-                const StepGradient<Real> step = Model::step_adjoint(ds[j], NoGradient{}, h[k].values[j], s[j], carried,
-                                                                    neuron, options, lane(d_state, j));
-                sums[kWidth] += step.dy * (h[k].values[j] - neuron.v_threshold);
-                if constexpr (kNormalised) {
-                  sums[kInputGain] += step.dc * (its_x[j] - neuron.input_mean);
-                  sums[kInputBias] += step.dc;
-                }
-                dx[j] = kNormalised ? neuron.input_gain * step.dc : step.dc;
-                from_u[j] = step.dy * neuron.inverse_width;
-                dh[j] = step.dh;
-              }
-            };
-            k < carried_steps ? compute(true) : compute(false);  // the former mostly, and nothing needs to be chosen
-            if ((wanted & (1u << kThreshold | 1u << kReset)) != 0) {
-#pragma unroll
-              for (int j = 0; j < kLanes; ++j) {
-                sums[kThreshold] -= from_u[j];
-                if (k < carried_steps) sums[kReset] += Model::gradient_of_reset(d_after.v[j], s[j]);
-              }
-            }
-            if (place.live) Lanes::store(dx, in_global_memory(grad_x_seq));
-          }
-          advance<!kShort>(grad_x_seq, -stride);
-          if (!kShort) load_gradient(first > 0, k);
-        }
-      }
-    }
-    if (has(wanted, kDecay)) {
-      State<Real[kLanes]> init;
-      load_state(params, params.checkpoints, 0, place, init);
-#pragma unroll
-      for (int j = 0; j < kLanes; ++j) sums[kDecay] += dh[j] * init.v[j];
-    }
-    if (exists(params.grad_init) && place.live) store(d_state, place.n, params.grad_init);
+  template <class Noise>
+  __device__ __forceinline__ Real fire(Real h, const Noise& noise, int k, int j) const {
+    return Model::fire(h, noise.is_analog(k, j), neuron, firing);
   }
-  if (wanted == 0) return;
-  if (!kShort) __syncthreads();  // whoever reads potentials has done so
+
+  // From x to h, and from the state before step k to the state after it.
+  template <class Noise>
+  __device__ __forceinline__ void compute(const Row& x, const Noise& noise, int k, State<Row>& state, Row& h) const {
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) {
+      h[j] = Model::template charge<kInput>(x[j], lane(state, j), neuron, options);
+      const Real s = fire(h[j], noise, k, j);
+      Model::reset(h[j], s, neuron, lane(state, j));
+    }
+  }
+
+  // Back from ds, the gradient of s, to dx, and from the gradient of the state after the step to the one before it.
+  __device__ __forceinline__ void walk_back(bool carried, const Row& x, const Row& h, const Row& s, Row& ds,
+                                            State<Row>& d_state, Row& from_u, Row& dh, Row& dx,
+                                            Real (&sums)[kNumParameters]) const {
+    if (carried && !options.detach_reset) {
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) ds[j] = Model::spike_gradient(ds[j], h[j], true, neuron, d_state.v[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) {
+      const StepGradient<Real> step =
+          Model::step_adjoint(ds[j], NoGradient{}, h[j], s[j], carried, neuron, options, lane(d_state, j));
+      sums[kWidth] += step.dy * (h[j] - neuron.v_threshold);
+      if constexpr (kNormalised) {
+        sums[kInputGain] += step.dc * (x[j] - neuron.input_mean);
+        sums[kInputBias] += step.dc;
+      }
+      dx[j] = kNormalised ? neuron.input_gain * step.dc : step.dc;
+      from_u[j] = step.dy * neuron.inverse_width;
+      dh[j] = step.dh;
+    }
+  }
+
+  // The gradient of the decay at the next step: its dh by the potential before it.
+  __device__ __forceinline__ void add_decay(const Row& dh, const Row& h, const Row& s,
+                                            Real (&sums)[kNumParameters]) const {
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) {
+      State<Real> after;
+      Model::reset(h[j], s[j], neuron, after);
+      sums[kDecay] += dh[j] * after.v;
+    }
+  }
+};
+
+// Stores the block's sums: a warp has every kWarps-th parameter. All threads of the block must come here.
+template <int kLanes, int kNumSums, class Scalar, class Real>
+__device__ __forceinline__ void store_settled_sums(const BackwardParams<Scalar>& params, uint32 wanted,
+                                                   const Real (&sums)[kNumParameters], ThreadSums<Real>* thread_sums) {
 #pragma unroll
   for (int id = 0; id < kNumSums; ++id) {
     if (has(wanted, id)) thread_sums[id].values[threadIdx.x] = sums[id];
@@ -303,33 +194,176 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
   }
 }
 
-// The backward pass with everything that there is. The potentials of a segment stay in shared memory, where a loop can
-// index them.
-template <class Scalar, int kLanes>
-__global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>, kLanes>)
-    lif_backward_kernel(const BackwardParams<Scalar> params) {
-  using Model = LIFByOptions;
+// The backward pass where no parameter changes over time and params.only_spikes() holds. kInput is LIFParams::input().
+// A sequence of kExact steps is one segment, kept in registers. Where kExact is 0, the potentials of a segment are kept
+// in shared memory, and a loop goes over a few steps at a time: unrolled, segments took most of the compilers' time and
+// had registers for loads of only two steps ahead.
+template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
+__global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, Model, kLanes, kInput, kExact>)
+    lif_backward_settled_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
-  using Lanes = Access<kLanes>;
-  constexpr int kSteps = kCheckpointSteps;
-  constexpr int kTogether = kLanes == 1 ? 8 : 4;  // loads that are under way at a time
+  constexpr bool kNormalised = kInput == Input::kNormalised, kInRegisters = kExact > 0;
+  constexpr int kSteps = kInRegisters ? kExact : kLanes == 1 ? 8 : 4;  // loaded at a time
+  constexpr int kSegment = kInRegisters ? kExact : kCheckpointSteps;
+  static_assert(kSegment % kSteps == 0);
+  constexpr int kNumSums = kNormalised ? kInputMean : kInputGain;
   struct alignas(sizeof(Real) * kLanes) Potentials {
     Real values[kLanes];
   };
-  // The threads' sums lie in the row of the last step that was computed: with four bytes more than this takes, two
-  // blocks would not share a multiprocessor of sm_75.
+  // Once the potentials have been used, the threads' sums are stored in the same memory.
+  __shared__ Potentials potentials[kInRegisters ? (kNumSums + kLanes - 1) / kLanes : kSegment][kBlockThreads];
+  ThreadSums<Real>* const thread_sums = reinterpret_cast<ThreadSums<Real>*>(potentials);
+  static_assert(sizeof(potentials) >= kNumSums * sizeof(ThreadSums<Real>));
+  const int64 steps = kInRegisters ? kExact : params.shape.steps, stride = params.shape.inner;
+  const ThreadIndex<kLanes> index(params.shape);
+  const uint32 wanted = params.summary.wanted;
+
+  Real sums[kNumParameters] = {};
+  if (kLanes == 1 || index.live) {
+    // Each pointer advances with its loads, or stores.
+    Packed<kLanes, Scalar> x[kSteps], g[kSteps], x_again[kSteps];
+    const Scalar *x_seq, *grad_s_seq, *x_seq_again;
+    Scalar* grad_x_seq;
+    const auto load_x = [&](bool there, int k) {
+      if (there) x[k].load(in_global_memory(x_seq));
+      advance<!kInRegisters>(x_seq, stride);
+    };
+    const auto load_gradient = [&](bool there, int k) {
+      if (there) g[k].load(in_global_memory(grad_s_seq));
+      advance<!kInRegisters>(grad_s_seq, -stride);
+      // x is loaded once more, mostly from the cache: there are no registers to keep it.
+      if (kNormalised && !kInRegisters) {
+        if (there) x_again[k].load(in_global_memory(x_seq_again));
+        advance(x_seq_again, -stride);
+      }
+    };
+    const auto last_few = [&](int length) { return (length - 1) / kSteps * kSteps; };
+    const auto load_ends = [&](int64 start, int length) {
+      const int last = last_few(length);
+      const int64 element = index.element + start * stride, last_element = element + (last + kSteps - 1) * stride;
+      x_seq = params.x_seq + element;
+      grad_s_seq = params.grad_s_seq + last_element;
+      x_seq_again = params.x_seq + last_element;
+      grad_x_seq = params.grad_x_seq + last_element;
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) load_x(k < length, k);
+#pragma unroll
+      for (int k = kSteps - 1; k >= 0; --k) load_gradient(k < length - last, k);
+    };
+    if (kInRegisters) load_ends(0, kExact);  // under way while the parameters are read
+    const NoiseSource source(params.noise);
+    const NeuronOptions<Real> options = params.options;
+    const FiringFromLeast<Real> firing(options);
+    const Neuron<Real> neuron = settled_neuron(params, index.read_n, options);
+    const SettledStep<Model, kInput, Real, kLanes> step = {neuron, options, firing};
+    const bool has_grad_last = exists(params.grad_last);
+    State<Real[kLanes]> d_state;
+    fill(d_state, State<Real>());  // NVRTC would read {} from a variable in global memory
+    if (has_grad_last) load(params.grad_last, index.read_n, d_state);
+    Real dh[kLanes];
+
+    for (int64 start = (steps - 1) / kCheckpointSteps * kCheckpointSteps; start >= 0; start -= kCheckpointSteps) {
+      const int length = kInRegisters                       ? kExact
+                         : steps - start < kCheckpointSteps ? static_cast<int>(steps - start)
+                                                            : kCheckpointSteps;
+      const int last_steps = start + length < steps ? 0 : 1;  // of the segment, followed by no step
+      if (!kInRegisters) load_ends(start, length);
+      const SegmentNoise<kLanes, kSegment> noise(source, index.n, start, length);
+      State<Real[kLanes]> state;
+      load_state(params, params.checkpoints, start, index, state);
+      Potentials h[kSteps];
+#pragma unroll 1
+      for (int first = 0; first < length; first += kSteps) {
+        const auto few = noise.from(first);
+        const int left = length - first;
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+          if (k < left) {
+            Real x_k[kLanes];
+            x[k].unpack(x_k);
+            step.compute(x_k, few, k, state, h[k].values);
+            if (!kInRegisters) potentials[first + k][threadIdx.x] = h[k];
+          }
+          if (!kInRegisters) load_x(k + kSteps < left, k);
+        }
+      }
+#pragma unroll 1
+      for (int first = last_few(length); first >= 0; first -= kSteps) {
+        const auto few = noise.from(first);
+        const int left = length - first, followed = left - last_steps;
+        const int carried_steps = has_grad_last ? left : followed, decay_steps = has(wanted, kDecay) ? followed : 0;
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+          if (!kInRegisters && k < left) h[k] = potentials[first + k][threadIdx.x];
+        }
+#pragma unroll
+        for (int k = kSteps - 1; k >= 0; --k) {
+          if (k < left) {
+            Real x_k[kLanes], s[kLanes], ds[kLanes], from_u[kLanes], dx[kLanes];
+            if (kNormalised) (kInRegisters ? x : x_again)[k].unpack(x_k);
+            g[k].unpack(ds);
+            const State<Real[kLanes]> d_after = d_state;
+#pragma unroll
+            for (int j = 0; j < kLanes; ++j) s[j] = step.fire(h[k].values[j], few, k, j);
+            if (k < decay_steps) step.add_decay(dh, h[k].values, s, sums);
+            const auto walk_back = [&](bool carried) {
+              step.walk_back(carried, x_k, h[k].values, s, ds, d_state, from_u, dh, dx, sums);
+            };
+            k < carried_steps ? walk_back(true) : walk_back(false);  // mostly true, and then nothing is selected
+            if ((wanted & (1u << kThreshold | 1u << kReset)) != 0) {
+#pragma unroll
+              for (int j = 0; j < kLanes; ++j) {
+                sums[kThreshold] -= from_u[j];
+                if (k < carried_steps) sums[kReset] += Model::gradient_of_reset(d_after.v[j], s[j]);
+              }
+            }
+            if (index.live) Access<kLanes>::store(dx, in_global_memory(grad_x_seq));
+          }
+          advance<!kInRegisters>(grad_x_seq, -stride);
+          if (!kInRegisters) load_gradient(first > 0, k);
+        }
+      }
+    }
+    if (has(wanted, kDecay)) {
+      State<Real[kLanes]> init;
+      load_state(params, params.checkpoints, 0, index, init);
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j) sums[kDecay] += dh[j] * init.v[j];
+    }
+    if (exists(params.grad_init) && index.live) store(d_state, index.n, params.grad_init);
+  }
+  if (wanted == 0) return;
+  if (!kInRegisters) __syncthreads();  // sums overwrite potentials
+  store_settled_sums<kLanes, kNumSums>(params, wanted, sums, thread_sums);
+}
+
+// The backward pass that supports every option at run time. The potentials of a segment are stored in shared memory,
+// where a loop can index them.
+template <class Scalar, int kLanes>
+__global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>, kLanes>)
+    lif_backward_kernel(const BackwardParams<Scalar> params) {
+  using Real = Real_t<Scalar>;
+  using Model = LIFByOptions<Real>;
+  using Lanes = Access<kLanes>;
+  constexpr int kSteps = kCheckpointSteps;
+  constexpr int kTogether = kLanes == 1 ? 8 : 4;  // loads under way at a time
+  struct alignas(sizeof(Real) * kLanes) Potentials {
+    Real values[kLanes];
+  };
+  // The threads' sums are stored in the row of the last computed step: with four bytes more, two blocks would not fit
+  // on a multiprocessor of sm_75.
   __shared__ Potentials potentials[kSteps][kBlockThreads];
   const int64 steps = params.shape.steps, stride = params.shape.inner;
-  const Place<kLanes> place(params.shape);
+  const ThreadIndex<kLanes> index(params.shape);
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
-  const auto model = Model::of(params.options);
-  ThreadNeuron<Real, Input::kGeneral> neuron(params, place.read_n, options);
+  const auto& model = Model::of(params.options);
+  ThreadNeuron<Real, Input::kGeneral> neuron(params, index.read_n, options);
   const uint32 wanted = params.summary.wanted;
   const auto store_sum = [&](int id, int64 t, Real sum, int row) {
     ThreadSums<Real>& thread_sums = *reinterpret_cast<ThreadSums<Real>*>(potentials[row]);
-    __syncthreads();  // whoever reads what was there has done so
+    __syncthreads();  // earlier values have been read
     thread_sums.values[threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.x >= kWarpThreads) return;
@@ -340,11 +374,11 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   bool carried = exists(params.grad_last);
   State<Real[kLanes]> d_state;
   fill(d_state, State<Real>());
-  if (carried) load(params.grad_last, place.read_n, d_state);
+  if (carried) load(params.grad_last, index.read_n, d_state);
 
   for (int64 start = (steps - 1) / kSteps * kSteps; start >= 0; start -= kSteps) {
     const int length = steps - start < kSteps ? static_cast<int>(steps - start) : kSteps;
-    const int64 first_element = place.element + start * stride;
+    const int64 first_element = index.element + start * stride;
     for (int first = 0; first < length; first += kTogether) {
       Potentials x[kTogether];
 #pragma unroll
@@ -358,9 +392,9 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
     }
     Real next_g[kLanes];
     State<Real[kLanes]> first_state;
-    load_state(params, params.checkpoints, start, place, first_state);
+    load_state(params, params.checkpoints, start, index, first_state);
     State<Real[kLanes]> state = first_state;
-    const SegmentNoise<kLanes, kSteps> noise(source, place.n, start, length);
+    const SegmentNoise<kLanes, kSteps> noise(source, index.n, start, length);
     const auto fire_lane = [&](Real h, int k, int j) {
       return model.fire(h, noise.is_analog(k, j), neuron.now(), firing);
     };
@@ -435,9 +469,9 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         sums[kInputMean] -= dx[j];
       }
       carried = true;
-      if (params.grad_x_seq != nullptr && place.live) {
+      if (params.grad_x_seq != nullptr && index.live) {
         int64 stored_element = element;
-        forget_origin(stored_element);  // or the compiler splits the store where elements are of a half type
+        opaque(stored_element);  // or the compiler splits the store for half types
         Lanes::store(dx, params.grad_x_seq + stored_element);
       }
 #pragma unroll
@@ -448,13 +482,13 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         }
       }
     }
-    __syncthreads();  // whoever reads sums has done so
+    __syncthreads();  // sums have been read
   }
 #pragma unroll
   for (int id = 0; id < kNumParameters; ++id) {
     if (has(wanted, id) && params.parameters[id].step_stride == 0) store_sum(id, 0, sums[id], 0);
   }
-  if (exists(params.grad_init) && place.live) store(d_state, place.n, params.grad_init);
+  if (exists(params.grad_init) && index.live) store(d_state, index.n, params.grad_init);
 }
 
 }  // namespace asgl

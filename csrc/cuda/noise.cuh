@@ -16,8 +16,8 @@ class NoiseSource {
     limit_ = drawn_ ? noise.analog_below << 16 : static_cast<uint32>(noise.analog_below > 0);
   }
 
-  // The compiler would keep the keys of all ten rounds in registers while they are not needed.
-  __device__ __forceinline__ void forget_origin() {
+  // Otherwise the compiler keeps the keys of all ten rounds in registers.
+  __device__ __forceinline__ void opaque() {
 #if defined(__CUDA_ARCH__)
     asm volatile("" : "+r"(key_.seed_low), "+r"(key_.seed_high));
 #endif
@@ -25,7 +25,7 @@ class NoiseSource {
   __device__ __forceinline__ bool drawn() const { return drawn_; }
   __device__ __forceinline__ bool always() const { return !drawn_ && limit_ > 0; }
 
-  // Where nothing needs to be drawn every draw is 0, which is below a limit of 1.
+  // If nothing is drawn, draws are 0, which is below a limit of 1.
   __device__ __forceinline__ NoiseBlock draw(int64 n, int64 step_pair) const {
     if (!drawn_) return {};
     return noise_block(static_cast<uint64>(n) / kNoiseGroup, static_cast<uint32>(step_pair), key_);
@@ -54,19 +54,18 @@ class NoiseSource {
   uint32 limit_;
 };
 
-// Whether neuron n + j is analog at step start + k, for the neurons of a thread and the steps of a segment, of which
-// there are only `length` before the sequence ends.
+// Whether neuron n + j is analog at step start + k, for the neurons of a thread and the `length` steps of a segment.
 template <int kLanes, int kSteps>
 class SegmentNoise;
 
 template <int kSteps>
 class SegmentNoise<1, kSteps> {
  public:
-  // Four threads share a group: each draws every fourth pair of steps for all four, then they tell each other.
+  // Four threads share a group: each draws every fourth pair of steps for all four, and shuffles exchange the draws.
   __device__ __forceinline__ SegmentNoise(const NoiseSource& source, int64 n, int64 start, int) {
     static_assert(kSteps == 8 || kSteps == 16);
     const int rank = static_cast<int>(threadIdx.x) % kNoiseGroup;
-    uint32 drawn = 0;  // a byte for each pair of steps, in it two bits, even and odd step, for each neuron
+    uint32 drawn = 0;  // a byte a pair of steps; in it two bits a neuron, even and odd step
 #pragma unroll
     for (int i = 0; i < kSteps / 8; ++i) {
       const NoiseBlock block = source.draw(n, start / 2 + 4 * i + rank);
@@ -78,9 +77,9 @@ class SegmentNoise<1, kSteps> {
     }
 #pragma unroll
     for (int other = 0; other < kNoiseGroup; ++other) {
-      const uint32 told = __shfl_sync(kWholeWarp, drawn, other, kNoiseGroup) >> (2 * rank);
+      const uint32 exchanged = __shfl_sync(kWholeWarp, drawn, other, kNoiseGroup) >> (2 * rank);
 #pragma unroll
-      for (int i = 0; i < kSteps / 8; ++i) bits_ |= (told >> (8 * i) & 3u) << (8 * i + 2 * other);
+      for (int i = 0; i < kSteps / 8; ++i) bits_ |= (exchanged >> (8 * i) & 3u) << (8 * i + 2 * other);
     }
   }
 
@@ -110,7 +109,7 @@ class SegmentNoise<4, kSteps> {
     return (k < 8 ? steps_0_to_7_ : steps_8_to_15_) >> (4 * (k % 8) + j) & 1u;
   }
 
-  // Of the steps from start + first on, those up to the next multiple of 8: whether they are analog.
+  // The steps from start + first up to the next multiple of 8.
   struct Few {
     uint32 bits;
 
@@ -118,7 +117,7 @@ class SegmentNoise<4, kSteps> {
   };
   __device__ __forceinline__ Few from(int first) const {
     Few few = {(first < 8 ? steps_0_to_7_ : steps_8_to_15_) >> (4 * (first % 8))};
-    asgl::forget_origin(few.bits);
+    asgl::opaque(few.bits);
     return few;
   }
 
@@ -126,7 +125,7 @@ class SegmentNoise<4, kSteps> {
   static __device__ __forceinline__ uint32 eight_steps(const NoiseSource& source, int64 n, int64 start, int length) {
     if (!source.drawn()) return source.always() ? 0xFFFFFFFFu : 0u;
     NoiseSource local = source;
-    local.forget_origin();
+    local.opaque();
     uint32 bits = 0;
 #pragma unroll 1
     for (int pair = 0; pair < 4 && 2 * pair < length; pair += 2) {
@@ -144,7 +143,7 @@ class SegmentNoise<4, kSteps> {
   uint32 steps_0_to_7_, steps_8_to_15_;
 };
 
-// The draws of four steps are so few that they can be kept themselves, which saves packing and unpacking.
+// Four steps need few enough draws to keep them unpacked.
 template <>
 class SegmentNoise<4, 4> {
  public:

@@ -11,7 +11,7 @@ constexpr int64 kChannelRowsEach = 64;  // values of a thread, unless that makes
 
 // The columns of a thread.
 template <int kLanes>
-struct ChannelPlace {
+struct ChannelIndex {
   ChannelTask task;
   int64 unit, way;  // of the tile
   int64 channel, rank;
@@ -19,7 +19,7 @@ struct ChannelPlace {
   int64 row, end_row, step;  // rows of the thread
   int64 column;
 
-  __device__ __forceinline__ explicit ChannelPlace(const ChannelTiles& tiles)
+  __device__ __forceinline__ explicit ChannelIndex(const ChannelTiles& tiles)
       : task(tiles, blockIdx.x),
         unit(threadIdx.x % tiles.width),
         way(threadIdx.x / tiles.width),
@@ -38,20 +38,20 @@ struct ChannelPlace {
 // of the block must come here.
 template <int kLanes>
 __device__ __forceinline__ Moments join_in_block(const Moments& own, const ChannelTiles& tiles,
-                                                 const ChannelPlace<kLanes>& place) {
+                                                 const ChannelIndex<kLanes>& index) {
   __shared__ Moments moments[kBlockThreads];
   const int64 thread = threadIdx.x;
   moments[thread] = own;
   __syncthreads();
   for (int64 left = tiles.ways; left > 1; left = (left + 1) / 2) {
     const int64 half = (left + 1) / 2;
-    if (place.way < left - half) moments[thread] = join(moments[thread], moments[thread + half * tiles.width]);
+    if (index.way < left - half) moments[thread] = join(moments[thread], moments[thread + half * tiles.width]);
     __syncthreads();
   }
   const int64 width = tiles.tiles_per_channel > 1 ? tiles.width : tiles.units_per_channel;
   for (int64 left = width; left > 1; left = (left + 1) / 2) {
     const int64 half = (left + 1) / 2;
-    if (place.way == 0 && place.rank < left - half) moments[thread] = join(moments[thread], moments[thread + half]);
+    if (index.way == 0 && index.rank < left - half) moments[thread] = join(moments[thread], moments[thread + half]);
     __syncthreads();
   }
   return moments[thread];
@@ -64,7 +64,7 @@ struct ShiftedSums {
   // Adds the values of the first `rows` rows, at least one. Where m is about their mean and d = x - m, n values have
   //   sum (x - shift) = n (m - shift) + sum d
   //   sum (x - shift)^2 = (m - shift) (n (m - shift) + 2 sum d) + sum d^2
-  // of which only sums of d are rounded to Real: they are as small as the values are alike, wherever the shift is.
+  // where only the sums of d, small if the values are alike, are rounded to Real.
   template <class Real, int kRows, int kLanes>
   __device__ __forceinline__ void add(const Real (&x)[kRows][kLanes], int rows) {
     constexpr int kSums = 4;
@@ -105,13 +105,13 @@ __global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const M
   using Real = Real_t<Scalar>;
   constexpr int kTogether = sizeof(Real) == 4 && kLanes == 1 ? 8 : 4;  // loads that are under way at a time
   const ChannelTiles& tiles = params.tiles;
-  const ChannelPlace<kLanes> place(tiles);
-  const int64 stride = place.step * tiles.shape.columns();
+  const ChannelIndex<kLanes> index(tiles);
+  const int64 stride = index.step * tiles.shape.columns();
   Moments found = {0, 0, 0};
-  if (place.live && place.row < place.end_row) {
-    int64 element = place.row * tiles.shape.columns() + place.column;
+  if (index.live && index.row < index.end_row) {
+    int64 element = index.row * tiles.shape.columns() + index.column;
     ShiftedSums sums = {static_cast<double>(to_real(params.x_seq[element])), 0, 0};
-    const int64 rows = (place.end_row - place.row + place.step - 1) / place.step;
+    const int64 rows = (index.end_row - index.row + index.step - 1) / index.step;
     for (int64 done = 0; done < rows; done += kTogether) {
       const int left = rows - done < kTogether ? static_cast<int>(rows - done) : kTogether;
       Real x[kTogether][kLanes];
@@ -120,13 +120,13 @@ __global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const M
         if (k < left) Access<kLanes>::load(params.x_seq + (element + k * stride), x[k]);
       }
       element += kTogether * stride;
-      left == kTogether ? sums.add(x, kTogether) : sums.add(x, left);  // all, mostly, and nothing needs to be chosen
+      left == kTogether ? sums.add(x, kTogether) : sums.add(x, left);  // mostly all: without selections
     }
     found = shifted_moments(static_cast<double>(rows * kLanes), sums.shift, sums.sum, sums.squares);
   }
-  found = join_in_block(found, tiles, place);
-  if (place.live && place.way == 0 && place.rank == 0) {
-    params.moments[place.task.slot * tiles.shape.channels + place.channel] = found;
+  found = join_in_block(found, tiles, index);
+  if (index.live && index.way == 0 && index.rank == 0) {
+    params.moments[index.task.slot * tiles.shape.channels + index.channel] = found;
   }
 }
 
@@ -176,24 +176,24 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
   using Lanes = Access<kLanes>;
   constexpr int kTogether = 2;  // loads of each that are under way at a time
   const ChannelTiles& tiles = params.tiles;
-  const ChannelPlace<kLanes> place(tiles);
-  if (!place.live) return;
-  const Real mean = params.mean[place.channel], slope = params.adjoint[place.channel];
-  const Real offset = params.adjoint[tiles.shape.channels + place.channel];
-  const int64 stride = place.step * tiles.shape.columns();
-  int64 element = place.row * tiles.shape.columns() + place.column;
-  for (int64 row = place.row; row < place.end_row; row += kTogether * place.step) {
+  const ChannelIndex<kLanes> index(tiles);
+  if (!index.live) return;
+  const Real mean = params.mean[index.channel], slope = params.adjoint[index.channel];
+  const Real offset = params.adjoint[tiles.shape.channels + index.channel];
+  const int64 stride = index.step * tiles.shape.columns();
+  int64 element = index.row * tiles.shape.columns() + index.column;
+  for (int64 row = index.row; row < index.end_row; row += kTogether * index.step) {
     Real x[kTogether][kLanes], dx[kTogether][kLanes];
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
-      if (row + k * place.step < place.end_row) {
+      if (row + k * index.step < index.end_row) {
         Lanes::load(params.x_seq + (element + k * stride), x[k]);
         Lanes::load(static_cast<const Scalar*>(params.grad_x_seq) + (element + k * stride), dx[k]);
       }
     }
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
-      if (row + k * place.step < place.end_row) {
+      if (row + k * index.step < index.end_row) {
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) dx[k][j] = normalisation_adjoint(dx[k][j], x[k][j], mean, slope, offset);
         Lanes::store(dx[k], params.grad_x_seq + (element + k * stride));

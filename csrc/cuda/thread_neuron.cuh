@@ -27,7 +27,7 @@ __device__ __forceinline__ Neuron<Real> settled_neuron(const LIFParams<Scalar>& 
   return neuron_of<Real>([&](ParameterId id) { return value_of(id, given[id], options); });
 }
 
-// Except for kGeneral they do not change over time.
+// Constant over time except for kGeneral.
 template <class Real, Input kInput>
 class ThreadNeuron {
  public:

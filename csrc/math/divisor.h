@@ -1,4 +1,4 @@
-// Division by a number that is known before: a multiplication and a shift (Granlund and Montgomery, PLDI 1994).
+// Division by an invariant divisor: a multiplication and a shift (Granlund and Montgomery, PLDI 1994).
 #pragma once
 
 #include "math/host_device.h"
@@ -7,7 +7,7 @@ namespace asgl {
 
 constexpr int64 kDivisible = 1LL << 31;
 
-// number / by, for any number of less than kDivisible = 2^31.
+// number / by, for 0 <= number < kDivisible = 2^31.
 //
 // With 2^(s - 1) < by <= 2^s and factor = floor(2^(31 + s) / by) + 1 the product factor * by is more than 2^(31 + s) by
 // at most 2^s. So number * factor / 2^(31 + s) is too large by less than 1 / by, and its integer part is the quotient.

@@ -78,7 +78,7 @@ ASGL_HOST_DEVICE Half from_real<Half>(float value) {
 #endif
 }
 
-// Two neighbours in memory as one word, the first in its low half.
+// Two neighbouring elements as one word, the first in the low half.
 template <class Scalar>
 ASGL_HOST_DEVICE void unpack(uint32 word, float& first, float& second) {
   first = to_real(Scalar{static_cast<uint16>(word)});

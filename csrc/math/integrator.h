@@ -1,4 +1,4 @@
-// One step of the leaky integrator and its adjoint, for one element. Every backend runs these functions.
+// One step of the leaky integrator and its adjoint, for one element, in all backends.
 //
 //   v[t] = v_rest + decay * (v[t-1] - v_rest) + input_gain * x[t];   out[t] = v[t], or v[t-1] with delay
 //
@@ -16,7 +16,7 @@ ASGL_HOST_DEVICE Real integrate(Real x, Real v, const Neuron<Real>& neuron, Real
   return (v_rest + neuron.decay * (v - v_rest)) + neuron.input_gain * x;
 }
 
-// Returns dv[t]. On entry `later` is what v[t] gets from the steps after t, on return what v[t-1] gets from t on.
+// Returns dv[t]. `later` is the gradient of v[t] from later steps on entry, of v[t-1] on return.
 template <class Real>
 ASGL_HOST_DEVICE Real integrator_adjoint(Real g, bool delay, const Neuron<Real>& neuron, Real& later) {
   const Real dv = delay ? later : g + later;

@@ -9,7 +9,7 @@ namespace asgl {
 
 constexpr int kLearnedBound = 15;  // of the logarithm and the logit
 
-// What an optimizer's step may have done beyond the bound does not count. NaN stays NaN.
+// Clamped, since an optimizer's step may go beyond the bound. NaN stays NaN.
 template <class Real>
 ASGL_HOST_DEVICE Real within_bound(Real x) {
   const Real from_below = x < Real(-kLearnedBound) ? Real(-kLearnedBound) : x;

@@ -1,21 +1,10 @@
-// The neuron with rules that few ask for: several spikes a step, and a floor of the potential. Everything is decided at
-// run time by the options, so that one model has it all, in general kernels alone.
+// The neuron with rare rules: several spikes a step, and a floor of the potential. Supports every option at run time,
+// in general kernels only.
 #pragma once
 
 #include "math/neuron.h"
 
 namespace asgl {
-
-// Other kernels copy their part of it, as if there were no more.
-template <class Real>
-struct AllOptions : NeuronOptions<Real> {
-  Real v_min;
-  bool multi_spike;
-  bool periodic;  // the surrogate is a function of the distance below
-  bool floored;   // by v_min
-
-  ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored; }
-};
 
 // a or b
 ASGL_HOST_DEVICE float choose(bool condition, float a, float b) {
@@ -29,54 +18,70 @@ ASGL_HOST_DEVICE double choose(bool condition, double a, double b) {
   return bit_cast<double>((bit_cast<uint64>(a) & mask) | (bit_cast<uint64>(b) & ~mask));
 }
 
+// All options, and the model that reads them. Kernels of other models copy only NeuronOptions.
 template <class Real>
-struct OptionalRules {
+struct LIFByOptions : NeuronOptions<Real> {
   using Hard = LIF<Surrogate::kRectangle, true>;
   using Soft = LIF<Surrogate::kRectangle, false>;
-  const AllOptions<Real>& options;
+  static constexpr bool kOnlyGeneral = true;
+
+  Real v_min;
+  bool multi_spike;
+  bool periodic;  // the surrogate is a function of the distance below
+  bool floored;   // by v_min
+
+  ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored; }
+
+  static ASGL_HOST_DEVICE const LIFByOptions& of(const LIFByOptions& options) { return options; }
+
+  template <Input kInput, class States>
+  static ASGL_HOST_DEVICE Real charge(Real x, States&& state, const Neuron<Real>& neuron,
+                                      const NeuronOptions<Real>& options) {
+    return Hard::charge<kInput>(x, state, neuron, options);
+  }
 
   // multi_spike: s = trunc(h / v_threshold) where h > 0, else 0 (as this product, NaN for NaN)
   template <class FiringRule>
   ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) const {
     const Real u = h - neuron.v_threshold;
-    if (analog) return any_surrogate(options.surrogate, u * neuron.inverse_width);
-    if (kBranches && !options.multi_spike) return firing.spike(u);
+    if (analog) return any_surrogate(this->surrogate, u * neuron.inverse_width);
+    if (kBranches && !multi_spike) return firing.spike(u);
     const Real several = (h > Real(0) ? Real(1) : Real(0)) * math::trunc(h / neuron.v_threshold);
-    return choose(options.multi_spike, several, firing.spike(u));
+    return choose(multi_spike, several, firing.spike(u));
   }
 
   ASGL_HOST_DEVICE Real after_reset(Real h, Real s, const Neuron<Real>& neuron) const {
     State<Real> hard, soft;
     Hard::reset(h, s, neuron, hard);
     Soft::reset(h, s, neuron, soft);
-    return choose(options.hard_reset, hard.v, soft.v);
+    return choose(this->hard_reset, hard.v, soft.v);
   }
 
   // floored: v[t] = relu(v - v_min) + v_min,   v after reset
   template <class States>
   ASGL_HOST_DEVICE void reset(Real h, Real s, const Neuron<Real>& neuron, States&& state) const {
-    const Real v = after_reset(h, s, neuron), above = v - options.v_min;
-    if (kBranches && !options.floored) {
+    const Real v = after_reset(h, s, neuron), above = v - v_min;
+    if (kBranches && !floored) {
       state.v = v;
       return;
     }
-    state.v = choose(options.floored, (above <= Real(0) ? Real(0) : above) + options.v_min, v);
+    state.v = choose(floored, (above <= Real(0) ? Real(0) : above) + v_min, v);
   }
 
   // dv = 0 where v <= v_min
   template <class States>
   ASGL_HOST_DEVICE void floor_adjoint(Real h, Real s, const Neuron<Real>& neuron, States&& d_state) const {
-    if (kBranches && !options.floored) return;
-    const Real dv = d_state.v, above = after_reset(h, s, neuron) - options.v_min;
-    d_state.v = choose(options.floored, above <= Real(0) ? Real(0) : dv, dv);
+    if (kBranches && !floored) return;
+    const Real dv = d_state.v, above = after_reset(h, s, neuron) - v_min;
+    d_state.v = choose(floored, above <= Real(0) ? Real(0) : dv, dv);
   }
 
   ASGL_HOST_DEVICE Real gradient_of_reset(Real dv, Real s) const {
-    return choose(options.hard_reset, Hard::gradient_of_reset(dv, s), Soft::gradient_of_reset(dv, s));
+    return choose(this->hard_reset, Hard::gradient_of_reset(dv, s), Soft::gradient_of_reset(dv, s));
   }
 
   ASGL_HOST_DEVICE Real spike_gradient(Real g, Real h, bool through_reset, const Neuron<Real>& neuron, Real dv) const {
-    return choose(options.hard_reset, Hard::spike_gradient(g, h, through_reset, neuron, dv),
+    return choose(this->hard_reset, Hard::spike_gradient(g, h, through_reset, neuron, dv),
                   Soft::spike_gradient(g, h, through_reset, neuron, dv));
   }
 
@@ -84,11 +89,11 @@ struct OptionalRules {
   //             = v_threshold * (2 frac(h / v_threshold - 1/2) - 1)          else;   its slope by h is 1
   ASGL_HOST_DEVICE Real distance(Real h, const Neuron<Real>& neuron) const {
     const Real u = h - neuron.v_threshold;
-    if (kBranches && !options.periodic) return u;
+    if (kBranches && !periodic) return u;
     const Real turns = h / neuron.v_threshold - Real(0.5);
     const Real whole = math::trunc(turns), floor = whole > turns ? whole - Real(1) : whole;
     const Real above = neuron.v_threshold * (Real(2) * (turns - floor) - Real(1));
-    return choose(options.periodic, h < neuron.v_threshold ? u : above, u);
+    return choose(periodic, h < neuron.v_threshold ? u : above, u);
   }
 
   template <class States>
@@ -96,21 +101,11 @@ struct OptionalRules {
                                                    const Neuron<Real>& neuron, const NeuronOptions<Real>&,
                                                    States&& d_state) const {
     const Real dv = d_state.v, y = distance(h, neuron) * neuron.inverse_width;
-    const Real dy = any_surrogate(options.surrogate, y, ds * options.surrogate_gain);
-    const Real from_v = choose(options.hard_reset, dv * (Real(1) - s), dv);
+    const Real dy = any_surrogate(this->surrogate, y, ds * this->surrogate_gain);
+    const Real from_v = choose(this->hard_reset, dv * (Real(1) - s), dv);
     const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
     d_state.v = neuron.decay * dh;
     return {dy, dh, dh};
-  }
-};
-
-// It takes charge from LIF.
-struct LIFByOptions : LIF<Surrogate::kRectangle, true> {
-  static constexpr bool kOnlyGeneral = true;
-
-  template <class Real>
-  static ASGL_HOST_DEVICE OptionalRules<Real> of(const AllOptions<Real>& options) {
-    return {options};
   }
 };
 

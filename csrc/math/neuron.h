@@ -1,15 +1,16 @@
-// One step of the neuron and its adjoint, for one element. Every backend runs these functions. A new neuron model or
-// firing rule is a type beside LIF, with its own functions or LIF's, which with_model in launch.h and model in
-// asgl_cuda/backends/neuron_kernels.py choose; rules that few ask for are in lif_by_options.h. State has all that a
-// neuron carries.
+// One step of the neuron and its adjoint, for one element, in all backends. A new neuron model or firing rule is a type
+// beside LIF, chosen by with_model in launch.h and by model in asgl_cuda/backends/neuron_kernels.py; rare rules are in
+// lif_by_options.h.
+//
+// Kernels are settled if no parameter changes over time, plain if the input current is x, normalised if it has a gain,
+// bias or mean, and general if they support every option at run time.
 #pragma once
 
 #include "math/surrogates.h"
 
 namespace asgl {
 
-// A neuron carries this from step to step. T is a number; or the numbers of a thread's neurons, a row of them, or their
-// place in memory, [N].
+// Carried by a neuron from step to step. T is a value, the values of a thread's neurons, a row, or a pointer to [N].
 template <class T>
 struct State {
   T v;  // the potential after reset
@@ -23,7 +24,7 @@ ASGL_HOST_DEVICE void for_each_member(F&& f, States&&... states) {
 
 constexpr int kStateMembers = sizeof(State<char>);
 
-// Members that lie one behind another, `stride` apart; none where there is no first one.
+// Members stored `stride` elements apart; null if the first is.
 template <class T>
 ASGL_HOST_DEVICE State<T*> members_in(T* first, int64 stride) {
   State<T*> state{};
@@ -42,20 +43,19 @@ ASGL_HOST_DEVICE State<T> map_members(F&& f, Other&& state) {
   return {f(state.v)};
 }
 
-// A state lies in memory with all its members, or it is not there.
+// All members of a state are null, or none.
 template <class T>
 ASGL_HOST_DEVICE bool exists(const State<T*>& state) {
   return state.v != nullptr;
 }
 
-// The neuron's parameters at one element and step. `reset` is v_reset for the hard reset, reset_amount for the soft
-// one.
+// Parameters at one element and step. `reset`: v_reset for the hard reset, reset_amount for the soft reset.
 template <class Real>
 struct Neuron {
   Real decay, v_threshold, reset, inverse_width, input_gain, input_bias, input_mean;
 };
 
-// These are the same for all elements and steps.
+// The same for all elements and steps.
 template <class Real>
 struct NeuronOptions {
   Real v_rest;
@@ -69,7 +69,7 @@ struct NeuronOptions {
   bool logit_decay;  // kDecay is the logit of the decay
 };
 
-// charge may take this for granted, which changes nothing except the sign of a zero.
+// Assumed by charge; changes nothing but the sign of a zero.
 enum class Input {
   kGeneral,
   kNormalised,  // v_rest = 0
@@ -93,7 +93,7 @@ struct Firing {
   }
 };
 
-// The same rule takes one comparison where subnormal numbers are not taken for zero.
+// The same rule in one comparison, if subnormals are not flushed to zero.
 template <class Real>
 struct FiringFromLeast {
   Real least_u;
@@ -103,15 +103,14 @@ struct FiringFromLeast {
   ASGL_HOST_DEVICE Real spike(Real u) const { return u >= least_u ? Real(1) : Real(0); }
 };
 
-// On a CPU a branch would keep the loop over neurons from being vectorised: both sides are computed, and a mask
-// chooses.
+// On a CPU both sides are computed and selected by a mask: a branch would prevent vectorisation.
 #if defined(__CUDA_ARCH__)
 constexpr bool kBranches = true;
 #else
 constexpr bool kBranches = false;
 #endif
 
-// `value`, or 0 whatever it is. The condition is the same for all elements.
+// `value`, or 0 even if it is NaN. The condition is the same for all elements.
 ASGL_HOST_DEVICE float keep_if(bool condition, float value) {
   if (kBranches) return condition ? value : 0.0f;
   return bit_cast<float>(bit_cast<uint32>(value) & (0u - static_cast<uint32>(condition)));
@@ -120,7 +119,7 @@ ASGL_HOST_DEVICE double keep_if(bool condition, double value) {
   return bit_cast<double>(bit_cast<uint64>(value) & (0ull - static_cast<uint64>(condition)));
 }
 
-// A gradient that does not flow, where that is known when compiling: not even a zero is added.
+// A gradient known at compile time to be absent: not even a zero is added.
 struct NoGradient {};
 
 ASGL_HOST_DEVICE float operator+(NoGradient, float value) { return value; }
@@ -133,7 +132,7 @@ struct StepGradient {
   Real dc;  // the gradient of the input current
 };
 
-// Kernels multiply by 1 / width, and so they add up the gradient of 1 / width: the gradient of the width follows.
+// Kernels multiply by 1 / width and sum its gradient, from which the gradient of the width follows.
 template <class Real>
 ASGL_HOST_DEVICE Real inverse_of_width(Real width) {
   return Real(1) / width;
@@ -146,7 +145,7 @@ template <Surrogate kSurrogate, bool kHardReset>
 struct LIF {
   static constexpr bool kResetsHard = kHardReset, kOnlyGeneral = false;
 
-  // General kernels call the functions of this, which for other models know the options.
+  // The object whose functions general kernels call; other models keep the options in it.
   template <class Options>
   static ASGL_HOST_DEVICE LIF of(const Options&) {
     return {};
@@ -176,7 +175,7 @@ struct LIF {
     state.v = kHardReset ? h * (Real(1) - s) + neuron.reset * s : h - neuron.reset * s;
   }
 
-  // The gradient of v[t] becomes the gradient of the potential after reset, where a floor is between them.
+  // From the gradient of v[t] to the gradient of the potential after reset, for models with a floor between them.
   template <class Real, class States>
   static ASGL_HOST_DEVICE void floor_adjoint(Real, Real, const Neuron<Real>&, States&&) {}
 
@@ -186,13 +185,12 @@ struct LIF {
     return kHardReset ? dv * s : -(dv * s);
   }
 
-  // With dv the gradient of v[t], g that of s where it is returned and gh that of h where it is returned:
+  // With dv the gradient of v[t], and g and gh the gradients of s and h as outputs:
   //   ds = g + dv * v_reset - dv * h   hard,   g - dv * reset_amount   soft,   g under detach_reset
   //   dy = F'(y) * ds * surrogate_gain
   //   dh = gh + dv * (1 - s) + dy / width   hard,   gh + dv + dy / width   soft
-  // in the order in which autograd adds these terms for the reference. As long as nothing has flowed into v[t] (the
-  // last step, unless v was returned) its terms are absent, not zero times a value that may be infinite: `carried` and
-  // `through_reset` are false then.
+  // in autograd's order of additions in the reference. Until v[t] has a gradient (at the last step, unless v is an
+  // output) its terms are absent, not zero times a value that may be infinite: `carried`, `through_reset` are false.
   template <class Real>
   static ASGL_HOST_DEVICE Real spike_gradient(Real g, Real h, bool through_reset, const Neuron<Real>& neuron, Real dv) {
     return kHardReset ? (g + keep_if(through_reset, dv * neuron.reset)) - keep_if(through_reset, dv * h)
@@ -205,7 +203,7 @@ struct LIF {
     return h - neuron.v_threshold;
   }
 
-  // `d_state` then is the gradient of the state before this step.
+  // On return `d_state` is the gradient of the state before this step.
   template <class Real, class GradientOfH, class States>
   static ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real ds, GradientOfH gh, Real h, Real s, bool carried,
                                                           const Neuron<Real>& neuron,

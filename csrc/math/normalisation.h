@@ -17,7 +17,7 @@ ASGL_HOST_DEVICE double sqrt(double x) { return __builtin_sqrt(x); }
 
 }  // namespace math
 
-// The moments of some of a channel's values; the variance is the biased one.
+// Moments of a subset of a channel's values, with the biased variance.
 struct Moments {
   double count, mean, variance;
 };

@@ -26,7 +26,7 @@ ASGL_HOST_DEVICE double trunc(double x) { return __builtin_trunc(x); }
 ASGL_HOST_DEVICE float trunc(float x) { return __builtin_truncf(x); }
 #endif
 
-// With ASGL_HOST_FUNCTIONS a device takes the host's functions in float32: tests show that nothing else differs.
+// ASGL_HOST_FUNCTIONS: the host's float32 functions on the device, for tests that nothing else differs.
 #if defined(__CUDA_ARCH__) && !defined(ASGL_HOST_FUNCTIONS)
 #define ASGL_DEVICE_FUNCTIONS
 #endif

@@ -21,8 +21,8 @@ class CpuBackend {
   explicit CpuBackend(const at::Tensor&) {}
 
   template <class Params>
-  void cut(Params& params) const {
-    cpu::cut(params);
+  void plan_tiles(Params& params) const {
+    cpu::plan_tiles(params);
   }
   template <class Params>
   void launch(const Params& params) const {
@@ -39,8 +39,8 @@ class CudaBackend {
       : guard_(x_seq.device()), stream_(c10::cuda::getCurrentCUDAStream(x_seq.device().index())) {}
 
   template <class Params>
-  void cut(Params& params) const {
-    C10_CUDA_CHECK(cuda::cut(params));
+  void plan_tiles(Params& params) const {
+    C10_CUDA_CHECK(cuda::plan_tiles(params));
   }
   template <class Params>
   void launch(const Params& params) const {

@@ -1,8 +1,6 @@
-// The operators as functions of the Python module, which call torch's dispatcher as torch.ops does, except that they do
-// not ask each argument, and the first element of each list, whether it overrides torch's functions. That question is
-// slowest for what is no tensor: in a training step on a tiny input it took a tenth of all instructions. Nor do they
-// pass by autograd, which would box all arguments to find that the operator has no derivative: whoever calls them has
-// a torch.autograd.Function around them, or nothing to differentiate.
+// The operators as functions of the Python module. Unlike torch.ops they skip the check of each argument for
+// __torch_function__, a tenth of all instructions of a training step on a tiny input, and torch's autograd, which would
+// box all arguments only to find no derivative: callers have a torch.autograd.Function, or nothing to differentiate.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -13,11 +11,11 @@
 #include <string>
 #include <vector>
 
-#include "ops/neuron.h"
+#include "ops/call.h"
 
 namespace asgl::ops {
 
-// What pybind11 makes of an argument from Python, and how an operator takes it.
+// The type that pybind11 converts an argument to, and its conversion to the operator's.
 template <class Argument>
 struct FromPython {
   using type = std::decay_t<Argument>;
@@ -39,8 +37,8 @@ struct FromPython<const c10::List<OptionalTensor>&> {
   }
 };
 
-// It stands in for a library: what is registered there as the kernel of an operator, which asgl_cuda/ops.py has
-// defined, Python can call here. The kernel says no more than the types; which one runs the dispatcher chooses.
+// Mimics torch::Library's interface, but exports each operator as a pybind11 function. Kernels only give the types: the
+// dispatcher chooses which one runs.
 class DirectCalls {
  public:
   explicit DirectCalls(pybind11::module_& m) : module_(m) {}
@@ -52,7 +50,7 @@ class DirectCalls {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       try {
         return typed.call(FromPython<Arguments>::taken(given)...);
-      } catch (const std::invalid_argument& error) {  // of code that knows no torch; it would be a RuntimeError
+      } catch (const std::invalid_argument& error) {  // from code without torch; would become a RuntimeError
         TORCH_CHECK_VALUE(false, error.what());
       }
     };

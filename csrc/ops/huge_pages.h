@@ -1,5 +1,5 @@
-// Huge pages for the large tensors that an operator allocates on a CPU. Fresh memory is mapped when it is first
-// touched, a page at a time: with 4 KiB pages that takes longer than the kernel does.
+// Huge pages for large CPU tensors of the operators. Fresh memory is mapped at its first access, a page at a time: with
+// 4 KiB pages that takes longer than the kernel.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -22,7 +22,7 @@ using at::Tensor;
 // Smaller blocks hold a whole huge page, 2 MiB, by chance only.
 constexpr size_t kLeastHugeBytes = size_t{1} << 22;
 
-// Says whether the system gives huge pages to those who ask. If it gives them to all or to nobody, nothing is asked.
+// Whether transparent huge pages are set to "madvise"; "always" and "never" need no request.
 inline bool huge_pages_on_request() {
   static const bool on_request = [] {
     std::ifstream setting("/sys/kernel/mm/transparent_hugepage/enabled");
@@ -32,9 +32,8 @@ inline bool huge_pages_on_request() {
   return on_request;
 }
 
-// Asks for huge pages for a tensor that nothing has touched. The pages at its ends are included, since a block that the
-// C library maps begins a few bytes behind a boundary of huge pages; of the memory around it no more becomes resident,
-// as the system uses a huge page only where all of it was asked for. A refusal changes nothing but the time.
+// Requests huge pages for an untouched tensor, pages at its ends included: blocks of malloc begin a few bytes behind a
+// huge-page boundary. No more memory becomes resident, since the system uses only huge pages that are requested whole.
 inline Tensor in_huge_pages(Tensor tensor) {
   if (tensor.is_cpu() && tensor.nbytes() >= kLeastHugeBytes && huge_pages_on_request()) {
     static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));

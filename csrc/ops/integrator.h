@@ -1,7 +1,7 @@
-// The operators of the leaky integrator as templates over the backend, as in ops.h, which says who checks what.
+// The operators of the leaky integrator as templates over the backend.
 #pragma once
 
-#include "ops/neuron.h"
+#include "ops/call.h"
 
 namespace asgl::ops {
 
@@ -21,14 +21,14 @@ std::vector<Tensor> integrator_forward(const Tensor& x_seq, const OptionalTensor
     params.delay = delay;
     params.v_seq = pointer<decltype(scalar)>(results[0]);
     if (wants_v_last) params.last.v = pointer<Real_t<decltype(scalar)>>(results[1]);
-    backend.cut(params);
+    backend.plan_tiles(params);
     backend.launch(params);
   });
   return results;
 }
 
-// Returns the gradients that are wanted; v_seq is for that of decay and x_seq for that of input_gain. The layout is
-// that of grad_v_seq.
+// Returns the wanted gradients; the gradient of decay needs v_seq, of input_gain x_seq. Both are laid out as
+// grad_v_seq.
 template <class Backend>
 std::vector<Tensor> integrator_backward(const Tensor& grad_v_seq, const OptionalTensor& grad_v_last,
                                         const OptionalTensor& v_seq, const OptionalTensor& x_seq,

@@ -1,5 +1,5 @@
-// Where the dimensions of tensors lie in memory, as kernels see them: x_seq as (outer, steps, inner), a parameter as
-// [steps or 1, count]. asgl_cuda/layout.py is the same in Python.
+// Memory layouts of tensors as kernels see them: x_seq as (outer, steps, inner), a parameter as [steps or 1, count].
+// asgl_cuda/layout.py is the same in Python.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,7 +15,7 @@ namespace asgl::ops {
 
 using at::Tensor;
 
-// x_seq's dimensions lie in memory contiguously, or with the channels (the second dimension except time) innermost.
+// x_seq is contiguous or channels_last: the channels, the second dimension except time, innermost.
 class Layout {
  public:
   Layout(const Tensor& x_seq, int64_t time_dim) : sizes_(x_seq.sizes().vec()), time_dim_(time_dim) {
@@ -58,7 +58,7 @@ class Layout {
     return dense(tensor, order_);
   }
 
-  // A tensor of x_seq's shape without time, its memory ordered as the neurons are numbered.
+  // A tensor of x_seq's shape without time, stored in the order of the neurons.
   Tensor empty_state(const at::TensorOptions& options) const { return empty(state_sizes(), state_order(), options); }
 
   Tensor match_state(const Tensor& tensor) const {
@@ -79,8 +79,8 @@ class Layout {
     for (int64_t& dim : order) dim -= dim > time_dim_;
     return order;
   }
-  // The tensor's memory goes through the dimensions in `order`, outermost first. It is no view, as a permuted tensor
-  // would be: autograd lets nobody change or detach a view in place.
+  // Stored with the dimensions in `order`, outermost first. Not a permuted view: autograd refuses to change or detach a
+  // view in place.
   static Tensor empty(at::IntArrayRef sizes, const std::vector<int64_t>& order, const at::TensorOptions& options) {
     return in_huge_pages(at::empty_strided(sizes, strides_of(sizes, order), options));
   }
@@ -199,7 +199,7 @@ class ParameterTensor {
   std::vector<int64_t> sizes_, full_sizes_, memory_order_;
   int64_t inner_ = 1, count_ = 1;
   bool per_step_ = false;
-  bool as_it_is_ = false;  // [steps or 1, count] are the dimensions that it has, in their order
+  bool as_it_is_ = false;  // the tensor itself is [steps or 1, count], with no dimension expanded or permuted
   Tensor data_;
 };
 

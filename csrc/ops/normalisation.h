@@ -1,13 +1,13 @@
-// The operators of batch normalisation as templates over the backend, as in ops.h, which says who checks what.
+// The operators of batch normalisation as templates over the backend.
 #pragma once
 
-#include "ops/neuron.h"
+#include "ops/call.h"
 
 namespace asgl::ops {
 
 static_assert(sizeof(Moments) == 3 * sizeof(double));
 
-// The elements of a tensor that must have this shape, or null where there is none.
+// The elements of a tensor that must have this shape; null for no tensor.
 template <class Element>
 class Checked {
  public:
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> batch_norm_coefficients(const Tensor& x_seq, const Op
       MomentsParams<Scalar> own{};
       own.x_seq = const_pointer<Scalar>(x_seq);
       own.tiles.shape = shape;
-      if (!empty) backend.cut(own);
+      if (!empty) backend.plan_tiles(own);
       params.slots = empty ? 1 : own.tiles.slots();
       found = at::empty({params.slots, shape.channels, 3}, wide);
       own.moments = as_moments(found);
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const T
     pass.x_seq = const_pointer<Scalar>(x_seq);
     pass.grad_x_seq = pointer<Scalar>(grad_x_seq);
     pass.tiles.shape = shape;
-    backend.cut(pass);
+    backend.plan_tiles(pass);
     pass.mean = params.coefficients + kCoefficientMean * shape.channels;
     pass.adjoint = params.adjoint;
     backend.launch(pass);

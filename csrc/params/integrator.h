@@ -1,5 +1,5 @@
-// What the kernels of the leaky integrator are given beside the neuron's structs, of which decay, input_gain, v_rest,
-// logit_decay and the places of x_seq and init count.
+// Arguments of the leaky integrator's kernels. Of the neuron's they read decay, input_gain, v_rest, logit_decay, x_seq
+// and init.
 #pragma once
 
 #include "math/integrator.h"
@@ -9,8 +9,8 @@ namespace asgl {
 
 enum class Pass { kForward, kBackward, kSums };  // kSums: backward, and decay or input_gain wants a gradient
 
-// Forward has no gradients. In backward, gradients that are null are zero (inputs) or not asked for (outputs), and so
-// are the sequences that only the gradient of a parameter needs: v_seq for decay, x_seq for input_gain.
+// Null gradients are zero (inputs) or not computed (outputs). Backward reads v_seq only for the gradient of decay, and
+// x_seq only for that of input_gain.
 template <class Scalar>
 struct IntegratorParams : LIFParams<Scalar> {
   using typename LIFParams<Scalar>::Real;

@@ -1,5 +1,5 @@
-// The kernels of batch normalisation are given these plain structs, by value. The backend cupy reads their layout from
-// this text.
+// Arguments of batch normalisation's kernels, plain structs passed by value. The backend cupy parses this text for
+// their layout.
 #pragma once
 
 #include "math/normalisation.h"
@@ -13,18 +13,16 @@ struct ChannelShape {
   ASGL_HOST_DEVICE int64 columns() const { return channels * inner; }
 };
 
-// The values are cut among tasks so that each channel of a task's tile is whole or alone. A task goes through some
-// of the rows of a tile of `width` units, a unit being `lanes` neighbouring columns of a channel, `ways` rows at a
-// time. No cut depends on the number of threads.
+// Tiles with whole channels, or with a part of one. A task reads some rows of a tile of `width` units, `ways` rows at a
+// time; a unit is `lanes` neighbouring columns of a channel. Nothing depends on the number of threads.
 struct ChannelTiles {
   ChannelShape shape;
   int64 lanes, width, ways;
   int64 units_per_channel, channels_per_tile, tiles_per_channel;
   int64 rows_per_split, splits;
 
-  // A task is for up to `most_units` units at a time, and each of these for `rows_each` rows, or more if that would
-  // need more than kMostSplits.
-  ASGL_HOST_DEVICE static ChannelTiles cut(const ChannelShape& shape, int64 lanes, int64 most_units, int64 rows_each) {
+  // A task has up to `most_units` units at a time, and at least `rows_each` rows of each: at most kMostSplits splits.
+  ASGL_HOST_DEVICE static ChannelTiles plan(const ChannelShape& shape, int64 lanes, int64 most_units, int64 rows_each) {
     constexpr int64 kMostSplits = 2048;
     ChannelTiles tiles{};
     tiles.shape = shape;
@@ -54,7 +52,7 @@ struct ChannelTiles {
   static ASGL_HOST_DEVICE int64 divided(int64 number, int64 by) { return (number + by - 1) / by; }
 };
 
-// The part of the values that a task goes through.
+// The values of one task.
 struct ChannelTask {
   int64 slot;
   int64 first_channel;
@@ -82,8 +80,7 @@ struct MomentsParams {
   Moments* moments;     // [slots, channels]
 };
 
-// The coefficients follow from moments, or from mean and variance where moments are null. Weight and bias that are null
-// are 1 and 0.
+// The coefficients from moments, or from mean and variance if moments are null. Null weight is 1, null bias 0.
 template <class Real>
 struct CoefficientsParams {
   const Moments* moments;  // [slots, channels]
@@ -108,7 +105,7 @@ struct CoefficientsParams {
   }
 };
 
-// A call in training replaces a share of the running statistics, which are updated in place.
+// The running statistics of training, updated in place.
 template <class Real>
 struct RunningParams {
   const Real* coefficients;  // [kNumCoefficients, channels]
@@ -124,7 +121,7 @@ struct RunningParams {
   }
 
  private:
-  // torch.lerp has the same two cases, so that a share of 1 leaves nothing.
+  // Two cases as in torch.lerp, so that momentum 1 is exact.
   ASGL_HOST_DEVICE void replace(Real& running, Real value) const {
     const Real distance = value - running;
     running = momentum < Real(0.5) ? running + momentum * distance : value - distance * (Real(1) - momentum);

@@ -73,7 +73,7 @@ def assertions() -> list[str]:
 
 
 def source(lines: list[str]) -> str:
-    headers = [f'#include "params/{name}.h"' for name in ("normalisation", "integrator", "neuron")]
+    headers = [f'#include "params/{name}.h"' for name in ("normalisation", "integrator", "gradient")]
     return "\n".join([*headers, *lines]) + "\n"
 
 

@@ -20,14 +20,16 @@ kernels = partial(Mutant, "cuda/neuron_kernels.cuh")
 sums = partial(Mutant, "cuda/gradient_sum.cuh")
 access = partial(Mutant, "cuda/access.cuh")
 noise = partial(Mutant, "cuda/noise.cuh")
-launchers = partial(Mutant, "cuda/choose.cuh")
+plans = partial(Mutant, "cuda/plan_neurons.cuh")
+launchers = partial(Mutant, "cuda/launch_neuron.cuh")
+channel_launchers = partial(Mutant, "cuda/launch_normalisation.cuh")
 params = partial(Mutant, "params/neuron.h")
 neuron = partial(Mutant, "math/neuron.h")
 thread_neuron = partial(Mutant, "cuda/thread_neuron.cuh")
 divisor = partial(Mutant, "math/divisor.h")
 rules = partial(Mutant, "math/lif_by_options.h")
 integrator = partial(Mutant, "cuda/integrator_kernels.cuh")
-integrator_launchers = partial(Mutant, "cuda/integrator.cu")
+integrator_launchers = partial(Mutant, "cuda/launch_integrator.cu")
 channels = partial(Mutant, "cuda/normalisation_kernels.cuh")
 channel_params = partial(Mutant, "params/normalisation.h")
 
@@ -36,15 +38,15 @@ SHUFFLE = "__shfl_down_sync(kWholeWarp, sum, distance)"
 NO_BARRIER = kernels("  }\n  @\n  constexpr int kWarps", BARRIER, "")
 ALL_LIVE = access("live(@)", "n < shape.neurons()", "true")
 NO_BARRIER_OF_CHANNELS = channels("half * tiles.width]);\n    @", BARRIER, "")
-BEYOND_LAST_ROW = channels("if (@) {\n        Lanes", "row + k * place.step < place.end_row", "true")
+BEYOND_LAST_ROW = channels("if (@) {\n        Lanes", "row + k * index.step < index.end_row", "true")
 
 MUTANTS = {
     "kernels_test": {
         # ---- forward ----
         "all live": ALL_LIVE,
-        "no tail check of spikes": kernels("if (@) Lanes::store(s,", "place.live", "true"),
-        "no tail check of checkpoints": kernels("&& @) {\n      store(state, (done", "place.live", "true"),
-        "no tail check of the last state": kernels("exists(params.last) && @)", "place.live", "true"),
+        "no tail check of spikes": kernels("if (@) Lanes::store(s,", "index.live", "true"),
+        "no tail check of checkpoints": kernels("&& @) {\n      store(state, (done", "index.live", "true"),
+        "no tail check of the last state": kernels("exists(params.last) && @)", "index.live", "true"),
         "no last checkpoint": kernels("== 0 && @ &&", "done < steps", "done + kSteps < steps"),
         "the last x is not loaded": kernels("load_step(@, k + kSteps)", "steps - start", "steps - start - 1"),
         "the first x of a shorter sequence": kernels("load_step(@, k);", "steps", "steps - 1"),
@@ -52,7 +54,7 @@ MUTANTS = {
         "wrong outer index": access("element(@ ? read_n", "shape.outer == 1", "shape.steps == 1 || shape.outer > 0"),
         "wrong checkpoint read": access("load(checkpoints, (@)", "start / kCheckpointSteps - 1", "0"),
         # ---- noise ----
-        "wrong lanes exchange noise": noise("told = @", "__shfl_sync(kWholeWarp, drawn, other, kNoiseGroup)",
+        "wrong lanes exchange noise": noise("exchanged = @", "__shfl_sync(kWholeWarp, drawn, other, kNoiseGroup)",
                                             "__shfl_sync(kWholeWarp, drawn, other)"),
         "wrong neuron's noise": noise(">> (2 * @)", "rank", "other"),
         "noise of eight steps less": noise("@);", "length - 8", "length - 9"),
@@ -66,7 +68,7 @@ MUTANTS = {
         "noise of the first of two pairs": noise("noise_block(group, first + @, key_)", "1", "0"),
         "noise of two steps swapped": noise("two_.blocks[k / 2], @", "k % 2", "1 - k % 2"),
         "always where never": noise("!drawn_ && @;", "limit_ > 0", "true"),
-        "noise of a shorter segment": kernels("noise(source, place.n, start, @);\n      State", "length", "length - 2"),
+        "noise of a shorter segment": kernels("noise(source, index.n, start, @);\n      State", "length", "length - 2"),
         "noise of a shorter segment in the general backward": kernels(
             "start, @);\n    const auto fire_lane = [&](Real h", "length", "length - 2"
         ),
@@ -77,8 +79,8 @@ MUTANTS = {
         "no spike at a subnormal distance": neuron("Real(@) : Real(0x1p-1074)", "0x1p-149f", "0x1p-126f"),
         "a spike at the threshold": neuron("least_u(@ ?", "options.strict_threshold", "false"),
         # ---- the settled backward ----
-        "no tail check in the settled backward": kernels("if (@) Lanes::store(dx,", "place.live", "true"),
-        "no tail check of the first state": kernels("\n    if (exists(params.grad_init) && @)", "place.live", "true"),
+        "no tail check in the settled backward": kernels("if (@) Access<kLanes>::store(dx,", "index.live", "true"),
+        "no tail check of the first state": kernels("\n    if (exists(params.grad_init) && @)", "index.live", "true"),
         "the last first x is not loaded": kernels("load_x(@, k);\n#pragma", "k < length", "k + 1 < length"),
         "the last later x is not loaded": kernels("load_x(@, k);\n        }", "k + kSteps < left",
                                                   "k + kSteps + 1 < left"),
@@ -97,21 +99,20 @@ MUTANTS = {
         "what is given does not carry": kernels("carried_steps = @ ?", "has_grad_last", "false"),
         "through the reset though nothing is carried": kernels("if (@ && !options.detach_reset)", "carried", "true"),
         "through the reset though it is detached": kernels(") && @) {", "!options.detach_reset", "true"),
-        "width's gradient without a threshold": kernels("(h[k].values[j] - @);", "neuron.v_threshold", "Real(0)"),
-        "gain's gradient of another step": kernels("(kShort ? x : x_again)[@].unpack", "k", "k ^ 1"),
+        "width's gradient without a threshold": kernels("(h[j] - @);", "neuron.v_threshold", "Real(0)"),
+        "gain's gradient of another step": kernels("(kInRegisters ? x : x_again)[@].unpack", "k", "k ^ 1"),
         "x once more of another step": kernels("(x_seq_again, @)", "-stride", "1 - stride"),
         "x once more of the first steps": kernels("x_seq_again = params.x_seq + @;", "last_element", "element"),
-        "gain's gradient without a mean": kernels("its_x[j] - @)", "neuron.input_mean", "Real(0)"),
+        "gain's gradient without a mean": kernels("(x[j] - @)", "neuron.input_mean", "Real(0)"),
         "dx without the gain": kernels("kNormalised ? @ :", "neuron.input_gain * step.dc", "step.dc"),
         "decay's gradient is not learned": kernels("decay_steps = @ ?", "has(wanted, kDecay)", "false"),
         "threshold's gradient is not learned": kernels("(wanted & (@ |", "1u << kThreshold", "0u"),
         "reset's gradient is not learned": kernels("| @)) != 0", "1u << kReset", "0u"),
         "decay's gradient beyond the last step": kernels("? @ : 0;", "followed", "left"),
         "decay's gradient without the first step": kernels("sums[kDecay] += @ * init", "dh[j]", "Real(0)"),
-        "decay's gradient of another first state": kernels("params.checkpoints, @, place, init)", "0",
+        "decay's gradient of another first state": kernels("params.checkpoints, @, index, init)", "0",
                                                            "(steps > kCheckpointSteps ? kCheckpointSteps : 0)"),
-        "decay's gradient of another potential": kernels("Model::reset(h[@].values[j], s[j], neuron, after)", "k",
-                                                         "k > 0 ? k - 1 : k"),
+        "decay's gradient of another potential": kernels("add_decay(dh, h[@].values", "k", "k > 0 ? k - 1 : k"),
         "decay's gradient of another spike": kernels("s[@], neuron, after)", "j", "0"),
         "threshold's gradient without a width": kernels("from_u[j] = step.dy * @;", "neuron.inverse_width", "Real(1)"),
         "reset's gradient only of what is given": kernels(
@@ -122,15 +123,15 @@ MUTANTS = {
         "gain's and bias' sums swapped": kernels("params.shape, thread_sums[@]);\n  }", "id",
                                                  "id < kInputGain ? id : kInputGain + kInputBias - id"),
         "sums of one parameter a warp": kernels("left != 0; @, id +=", "left >>= kWarps", "left >>= 2 * kWarps"),
-        "no barrier before sums": kernels("if (!kShort) @  // whoever reads potentials", BARRIER, ""),
+        "no barrier before sums": kernels("if (!kInRegisters) @", BARRIER, ""),
         "no barrier between sums of threads": NO_BARRIER,
         # ---- the general backward ----
-        "no tail check of dx": kernels("params.grad_x_seq != nullptr && @)", "place.live", "true"),
+        "no tail check of dx": kernels("params.grad_x_seq != nullptr && @)", "index.live", "true"),
         "no tail check of the first state in the general backward": kernels(
-            "\n  if (exists(params.grad_init) && @)", "place.live", "true"
+            "\n  if (exists(params.grad_init) && @)", "index.live", "true"
         ),
         "wrong element of the gradient": kernels("(first_element + @ * stride), next_g", "k", "(k > 0)"),
-        "carried too early": kernels("\n  if (carried) load(params.grad_last, place.read_n, d_state);@", "",
+        "carried too early": kernels("\n  if (carried) load(params.grad_last, index.read_n, d_state);@", "",
                                      "carried = true;"),
         "carried too late": kernels("\n      @\n", "carried = true;", ""),
         "v_seq does not carry": kernels("\n        @\n", "carried = true;", ""),
@@ -145,8 +146,8 @@ MUTANTS = {
         "sums in the row of the first step": kernels("data + @ * params.partials", "t", "int64{0}"),
         "a step's sum stays": kernels("@", "sums[id] = Real(0);", ""),
         "sums in a row that is still needed": kernels("sums[id], @);\n          ", "k", "k > 0 ? k - 1 : k"),
-        "no barrier between segments": kernels("@  // whoever reads sums", BARRIER, ""),
-        "no barrier between two sums": kernels("@  // whoever reads what was there", BARRIER, ""),
+        "no barrier between segments": kernels("      }\n    }\n    @", BARRIER, ""),
+        "no barrier between two sums": kernels("(potentials[row]);\n    @", BARRIER, ""),
         "no barrier within a sum": kernels("= sum;\n    @", BARRIER, ""),
         # ---- sums of a block ----
         "shifted slot": sums("slots[run + @]", "blockIdx.x", "blockIdx.x + (run > 0)"),
@@ -217,38 +218,38 @@ MUTANTS = {
         "several spikes of a negative potential": rules("(@ ? Real(1)", "h > Real(0)", "true"),
         "shares of a spike": rules("* @;\n    return choose", "math::trunc(h / neuron.v_threshold)",
                                    "(h / neuron.v_threshold)"),
-        "single spikes": rules("choose(@, several", "options.multi_spike", "false"),
-        "a floor for all": rules("choose(@, (above", "options.floored", "true"),
-        "a floor too low": rules("above) + @, v)", "options.v_min", "Real(-0.4)"),
+        "single spikes": rules("choose(@, several", "multi_spike", "false"),
+        "a floor for all": rules("choose(@, (above", "floored", "true"),
+        "a floor too low": rules("above) + @, v)", "v_min", "Real(-0.4)"),
         "gradients through the floor": kernels(
             "@", "model.floor_adjoint(h.values[j], s, neuron.now(), lane(d_state, j));", ""
         ),
-        "gradients through the floor before reset": rules("above = @ - options.v_min;\n    d_state",
+        "gradients through the floor before reset": rules("above = @ - v_min;\n    d_state",
                                                           "after_reset(h, s, neuron)", "h"),
-        "no gradients though there is no floor": rules("choose(@, above <=", "options.floored", "true"),
-        "a hard reset for all": rules("choose(@, hard.v", "options.hard_reset", "true"),
-        "a hard reset's gradient for all": rules("choose(@, Hard::gradient_of_reset", "options.hard_reset", "true"),
-        "a soft reset's gradient of spikes for all": rules("choose(@, Hard::spike_gradient", "options.hard_reset",
+        "no gradients though there is no floor": rules("choose(@, above <=", "floored", "true"),
+        "a hard reset for all": rules("choose(@, hard.v", "this->hard_reset", "true"),
+        "a hard reset's gradient for all": rules("choose(@, Hard::gradient_of_reset", "this->hard_reset", "true"),
+        "a soft reset's gradient of spikes for all": rules("choose(@, Hard::spike_gradient", "this->hard_reset",
                                                            "false"),
-        "a soft reset's gradient for all": rules("from_v = choose(@,", "options.hard_reset", "false"),
-        "a periodic surrogate for all": rules("choose(@, h < neuron", "options.periodic", "true"),
+        "a soft reset's gradient for all": rules("from_v = choose(@,", "this->hard_reset", "false"),
+        "a periodic surrogate for all": rules("choose(@, h < neuron", "periodic", "true"),
         "a period that begins at the threshold": rules("v_threshold - @;", "Real(0.5)", "Real(0)"),
         "width's gradient of no distance": kernels("step.dy * @;", "model.distance(h.values[j], neuron.now())",
                                                    "(h.values[j] - neuron.now().v_threshold)"),
         "the first surrogate for all": Mutant("math/surrogates.h", "if (@) return any_surrogate",
                                               "static_cast<int>(surrogate) != kId", "false"),
         # ---- launchers ----
-        "x may be misaligned": launchers("shared && @", "is_aligned(params.x_seq)", "true"),
-        "v_init may be misaligned": launchers("&& @ &&", "is_aligned(params.init)", "true"),
-        "outputs may be misaligned": launchers("(@)", "is_aligned(sequences_and_states) && ...", "true"),
+        "x may be misaligned": plans("shared && @", "is_aligned(params.x_seq)", "true"),
+        "v_init may be misaligned": plans("&& @ &&", "is_aligned(params.init)", "true"),
+        "outputs may be misaligned": plans("(@)", "is_aligned(sequences_and_states) && ...", "true"),
         "checkpoints may be misaligned": launchers("params.h_seq, @)", "params.checkpoints", "params.last"),
-        "rows may be misaligned": launchers("params.shape.inner % @ == 0", "4", "2"),
-        "four need not share a parameter": launchers("|| @)", "parameter.inner % 4 == 0", "true"),
-        "fours for few neurons in general": launchers("general ? @ :", "neurons / 4 >= resident / 4",
+        "rows may be misaligned": plans("params.shape.inner % @ == 0", "4", "2"),
+        "four need not share a parameter": plans("|| @)", "parameter.inner % 4 == 0", "true"),
+        "fours for few neurons in general": plans("general ? @ :", "neurons / 4 >= resident / 4",
                                                       "neurons >= resident / 4"),
-        "fours for few neurons and long sequences": launchers(": @;\n  return error", "neurons > resident / 16",
+        "fours for few neurons and long sequences": plans(": @;\n  return error", "neurons > resident / 16",
                                                               "true"),
-        "no fours for a whole segment": launchers("!general && @;", "params.shape.steps <= kCheckpointSteps",
+        "no fours for a whole segment": plans("!general && @;", "params.shape.steps <= kCheckpointSteps",
                                                   "params.shape.steps < kCheckpointSteps"),
         "forward of exactly four for fewer steps": launchers(
             "(@) {\n          kernel = &lif_forward", "params.shape.steps == kShortSequence",
@@ -258,15 +259,15 @@ MUTANTS = {
             "(@) {\n          kernel = &lif_backward", "params.shape.steps == kShortSequence",
             "params.shape.steps <= kShortSequence",
         ),
-        "tensors as constants": launchers("if (@) summary.tensors", "parameter.data != nullptr", "false"),
-        "alike in spite of other runs": launchers("alike && @ &&", "parameter.inner == inner", "true"),
-        "alike in spite of another count": launchers("&& @;\n    summary", "parameter.count == count", "true"),
-        "a step from neuron to neuron for all": launchers("if (@) continue;\n    if (count",
+        "tensors as constants": plans("if (@) summary.tensors", "parameter.data != nullptr", "false"),
+        "alike in spite of other runs": plans("alike && @ &&", "parameter.inner == inner", "true"),
+        "alike in spite of another count": plans("&& @;\n    summary", "parameter.count == count", "true"),
+        "a step from neuron to neuron for all": plans("if (@) continue;\n    if (count",
                                                           "parameter.is_same_for_all()", "parameter.data == nullptr"),
-        "no step from neuron to neuron": launchers("strides[id] = @;", "1", "0"),
-        "own runs of one neuron": launchers("own[id] = index(@,", "params.parameters[id].inner", "1"),
-        "runs in common of one neuron": launchers("common = index(@,", "inner", "1"),
-        "no gradients wanted": launchers("static_cast<uint32>(@) << id", "params.wants(id)",
+        "no step from neuron to neuron": plans("strides[id] = @;", "1", "0"),
+        "own runs of one neuron": plans("own[id] = index(@,", "params.parameters[id].inner", "1"),
+        "runs in common of one neuron": plans("common = index(@,", "inner", "1"),
+        "no gradients wanted": plans("static_cast<uint32>(@) << id", "params.wants(id)",
                                          "id != kDecay && params.wants(id)"),
         "too few slots for a whole block": launchers("if (@) {", "slots >= kManySlots", "slots > kManySlots"),
         "not the largest power": launchers("while (@)", "2 * power <= most", "2 * power < most"),
@@ -283,10 +284,10 @@ MUTANTS = {
         "all ways live": channels("live(@ &&", "way < tiles.ways", "true"),
         "joined beyond the channel": channels("tiles.tiles_per_channel > 1 ? @ :", "tiles.width",
                                               "tiles.units_per_channel"),
-        "a neighbour too many": channels("place.way == 0 && @)", "place.rank < left - half",
-                                         "place.rank <= left - half"),
-        "a neighbour left out": channels("half = @;\n    if (place.way == 0", "(left + 1) / 2", "left / 2"),
-        "a way left out": channels("if (@)", "place.way < left - half", "place.way + 1 < left - half"),
+        "a neighbour too many": channels("index.way == 0 && @)", "index.rank < left - half",
+                                         "index.rank <= left - half"),
+        "a neighbour left out": channels("half = @;\n    if (index.way == 0", "(left + 1) / 2", "left / 2"),
+        "a way left out": channels("if (@)", "index.way < left - half", "index.way + 1 < left - half"),
         "a row too many": channels("sums.add(x, @)", "left", "left < kTogether ? left + 1 : left"),
         "a row left out": channels("[kLanes], int rows) {@", "", "--rows;"),
         "a row too many in the mean": channels("k < rows ? x[k][j] : @;", "x[0][j]", "x[k][j]"),
@@ -295,10 +296,10 @@ MUTANTS = {
         "wrong mean in a sum": channels("sum += n * offset + @;", "distance", "0"),
         "wrong mean in squares": channels("n * offset + @)", "2 * distance", "distance"),
         "wrong row": channels("(element + @ * stride), x[k]);\n      }", "k", "(k % 3)"),
-        "wrong stride": channels("stride = @;\n  Moments", "place.step * tiles.shape.columns()",
+        "wrong stride": channels("stride = @;\n  Moments", "index.step * tiles.shape.columns()",
                                  "tiles.shape.columns()"),
         "wrong column": channels("inner + @;", "position * kLanes", "position"),
-        "wrong slot": channels("moments[@ *", "place.task.slot", "place.task.slot / 2"),
+        "wrong slot": channels("moments[@ *", "index.task.slot", "index.task.slot / 2"),
         "wrong slots joined": channels("slot += @)", "kBlockThreads", "kBlockThreads + 1"),
         "too many channels": channels("if (@) params.compute", "channel < params.channels", "true"),
         "not all channels": channels("(channel < @))) params.compute", "params.channels", "params.channels - 1"),
@@ -312,16 +313,16 @@ MUTANTS = {
         "a share of 1 leaves something": channel_params(" * distance : @;",
                                                         "value - distance * (Real(1) - momentum)",
                                                         "running + momentum * distance"),
-        "wrong end of rows": channels("if (@) {\n#pragma", "row + k * place.step < place.end_row",
-                                      "row + k < place.end_row"),
-        "wrong mean": channels("params.mean[@]", "place.channel", "place.task.first_channel"),
+        "wrong end of rows": channels("if (@) {\n#pragma", "row + k * index.step < index.end_row",
+                                      "row + k < index.end_row"),
+        "wrong mean": channels("params.mean[@]", "index.channel", "index.task.first_channel"),
         "units of the wrong tile": channel_params("first_unit = @;", "tile * tiles.width", "tile"),
         "tile beyond the last channel": channel_params("left < tiles.channels_per_tile ? @ :", "left",
                                                        "tiles.channels_per_tile"),
         "too many splits": channel_params("rows_per_split = @;", "enough > needed ? enough : needed", "enough"),
-        "x of a channel may be misaligned": launchers("&& @ &&", "is_aligned(x_seq)", "true"),
-        "dx of a channel may be misaligned": launchers("&& @;", "is_aligned(grad_x_seq)", "true"),
-        "channels may share four": launchers("tiles.shape.inner % @ == 0", "4", "2"),
+        "x of a channel may be misaligned": channel_launchers("&& @ &&", "is_aligned(x_seq)", "true"),
+        "dx of a channel may be misaligned": channel_launchers("&& @;", "is_aligned(grad_x_seq)", "true"),
+        "channels may share four": channel_launchers("tiles.shape.inner % @ == 0", "4", "2"),
     },
     "integrator_test": {
         "all live": ALL_LIVE,
@@ -339,14 +340,14 @@ MUTANTS = {
                                                                    "Real(0)"),
         "a gradient of the last state forgotten": integrator("if (@) load(", "kBack && exists(params.grad_last)",
                                                              "false"),
-        "no tail check of the first state": integrator("exists(end) && @)", "place.live", "true"),
+        "no tail check of the first state": integrator("exists(end) && @)", "index.live", "true"),
         "sums of later steps as well": integrator("= sums[i];\n      @", "sums[i] = Real(0);", ""),
         "sums of all steps in one row": integrator(".data + @ * params", "t", "int64(0)"),
         "the gain's sum for decay": integrator("thread_sums[@]);", "warp", "1 - warp"),
-        "no barrier between two sums": integrator("@  // whoever reads what was there", BARRIER, ""),
+        "no barrier between two sums": integrator("if (stored == 0) return;\n    @", BARRIER, ""),
         "no barrier within a sum": integrator("}\n    @\n    const int warp", BARRIER, ""),
-        "v may be misaligned": launchers("groups_of_four(params, @, params.last, params.grad_v_seq", "params.v_seq",
-                                         "params.x_seq"),
+        "v may be misaligned": integrator_launchers("groups_of_four(params, @, params.last", "params.v_seq",
+                                                    "params.x_seq"),
         "no kernel for sums": Mutant("params/integrator.h", ": @ ?", "wants(kDecay) || wants(kInputGain)", "false"),
         "no kernel for four": integrator_launchers("if (@) kernel", "params.tiles.tile > kBlockThreads", "false"),
     },
@@ -384,10 +385,10 @@ CPU_MUTANTS = {
         ),
         "parameters of another tile": tiles("if (@ && (t == t_", "tile.first == first_", "first_ >= 0"),
         "parameters of another step": tiles("(@ || !per_step_)", "t == t_", "true"),
-        "a row of another tile": tiles("pattern = {@, is_per_step", "place", "int64(0)"),
+        "a row of another tile": tiles("pattern = {@, is_per_step", "phase", "int64(0)"),
         "a row of another step": tiles(", @};", "is_per_step(id) ? t : 0", "0"),
         "a row beyond the parameter": tiles(
-            "&&\n                          @;", "place + tile.length <= parameter.count", "place < parameter.count"
+            "&&\n                          @;", "phase + tile.length <= parameter.count", "phase < parameter.count"
         ),
         "rows of the input of another tile": tiles("period_ < kTile && @",
                                                    "tile.first % count_ == tile_.first % count_", "true"),
@@ -397,8 +398,8 @@ CPU_MUTANTS = {
                                        "int64(kCheckpointSteps)"),
         "no last checkpoint": cpu("kCheckpointSteps == 0 && @)", "steps < params.shape.steps",
                                   "steps + kCheckpointSteps < params.shape.steps"),
-        "decay's gradient of another step": cpu("accumulate(kDecay, Real(1), dh, {state(@).v", "k", "k + 1"),
-        "decay's gradient of another settled step": cpu("d_state, state(@).v, width", "t - start", "t - start + 1"),
+        "decay's gradient of another step": cpu("accumulate(kDecay, Real(1), dh_, {state(@).v", "k", "k + 1"),
+        "decay's gradient of another settled step": cpu(".v = state(@).v", "t - start", "t - start + 1"),
         "wrong sign of the soft reset's gradient": loops(
             "d_reset[i] = @;", "model.gradient_of_reset(d_state.v, args.s[i])", "d_state.v * args.s[i]"
         ),
@@ -410,7 +411,7 @@ CPU_MUTANTS = {
         "one surrogate for all": loops("args.options.surrogate = @;", "static_cast<Surrogate>(kId)",
                                        "Surrogate::kRectangle"),
         "a carried gradient forgotten": cpu(
-            "}\n      bool carried = @;", "exists(params.grad_last)", "false"
+            "Real(0));\n    carried_ = @;", "exists(params_.grad_last)", "false"
         ),
         "settled forward in spite of potentials": cpu("return params.v_seq == nullptr && @;",
                                                       "params.h_seq == nullptr", "true"),

@@ -34,7 +34,7 @@ def compared(now: Resources, committed: Resources, version: str = "13.0.88") -> 
          BACKWARD),
         ("lif_backward_settled_kernel<asgl::Half, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)1, 0>",
          Kernel("backward normalised, 4 neurons", "float16", "rectangle", "hard")),
-        ("lif_backward_kernel<double, asgl::LIFByOptions, 1>",
+        ("lif_backward_kernel<double, asgl::LIFByOptions<double>, 1>",
          Kernel("backward, 1 neuron", "float64", "any surrogate", "any reset")),
         ("gradient_sum_kernel<double>", Kernel("gradient sum", "float64")),
         ("batch_moments_kernel<asgl::BFloat16, 4>", Kernel("moments, 4 columns", "bfloat16")),

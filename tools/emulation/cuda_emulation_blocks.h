@@ -1,4 +1,4 @@
-// The threads of a block, and how they wait for each other.
+// The threads of a block and their synchronisation.
 #ifndef ASGL_CUDA_EMULATION_BLOCKS_H
 #define ASGL_CUDA_EMULATION_BLOCKS_H
 
@@ -73,7 +73,7 @@ inline const char* name_of(Operation operation) {
   return names[static_cast<int>(operation)];
 }
 
-// A place in the kernel's source. As a default argument, `here()` is the place of the outermost call.
+// A source location in the kernel. As a default argument, `here()` is the location of the outermost call.
 struct Site {
   const char* file;
   int line;
@@ -86,8 +86,8 @@ struct Request {
   Operation operation;
   Site site;
   unsigned mask;         // lanes that take part, for a warp's operations
-  std::uint64_t value;   // what this lane gives
-  unsigned source_lane;  // whose value it takes, for shuffles
+  std::uint64_t value;   // of this lane
+  unsigned source_lane;  // of the shuffle
 
   std::string describe() const {
     std::string description = text("%s at %s:%d", name_of(operation), site.file, site.line);
@@ -116,7 +116,7 @@ struct Bed {
   }
 };
 #else
-// The fibres of a block take turns on one OS thread: there is nothing to lock, and whoever is done gets resumed.
+// The fibres of a block take turns on one OS thread: no locks, and the thread whose wait is over is resumed.
 void yield_fibre();
 struct Gate {
   void lock() {}
@@ -150,7 +150,7 @@ struct Thread {
   bool waiting;
   bool finished;
   Bed bed;
-  Fibre* fibre;  // from the thread's first step to its last; none where the thread is an OS thread
+  Fibre* fibre;  // from the thread's first instruction to its last; null for an OS thread
 
   unsigned lane() const { return number % 32; }
   unsigned lane_bit() const { return 1u << lane(); }
@@ -163,7 +163,7 @@ struct Warp {
   unsigned arrived;  // lanes whose request is not yet granted
 };
 
-// It is thrown out of a waiting thread to leave a kernel that has failed.
+// Thrown in a waiting thread, to unwind a failed kernel.
 struct KernelAborted {};
 
 struct Launch {
@@ -177,7 +177,7 @@ struct Launch {
   cudaError_t error = cudaSuccess;
   std::string message;
 
-  // Only the first fault counts; blocks not yet begun are left out after it.
+  // Only the first fault is reported; blocks not yet begun are skipped.
   void report(cudaError_t kind, const std::string& fault) {
     std::lock_guard<std::mutex> lock(mutex);
     if (error != cudaSuccess) return;
@@ -250,8 +250,8 @@ inline void Block::begin(std::uint64_t number) {
   aborted = false;
 }
 
-// It is not inlined, because a fibre may end one block on one OS thread and begin the next on another: addresses of
-// thread_local variables must not be kept in the fibre's outermost frame.
+// Not inlined: a fibre may change OS threads between blocks, and its outermost frame must not keep addresses of
+// thread_local variables.
 __attribute__((noinline)) inline void Block::run_thread(Thread& self) {
   try {
     launch.kernel();
@@ -309,8 +309,8 @@ inline void Block::release_barrier() {
   for (Thread& thread : threads) release(thread);
 }
 
-// Grants the operation if all the lanes it names are there. An exited lane is no hindrance to __syncwarp, but to
-// name one in an operation that exchanges values is a fault.
+// Grants the operation once all lanes of its mask have arrived. Exited lanes in the mask are ignored by __syncwarp, and
+// a fault in operations that exchange values.
 inline bool Block::complete(Warp& warp, const Request& request, Lock& lock) {
   const unsigned gone = request.mask & ~warp.live;
   if (gone && request.operation != Operation::syncwarp) {
@@ -337,13 +337,13 @@ inline bool Block::complete(Warp& warp, const Request& request, Lock& lock) {
   });
 
   for_each_lane(members, [&](unsigned lane) {
-    // The value of a lane outside the mask is undefined: it is all ones, a NaN as a floating-point number.
+    // The value of a lane outside the mask is undefined: here all ones, a NaN.
     const unsigned source = lanes[lane].request.source_lane;
     const std::uint64_t taken = members >> source & 1 ? lanes[source].request.value : ~std::uint64_t(0);
     lanes[lane].result = request.operation == Operation::ballot ? votes : taken;
   });
   warp.arrived &= ~members;
-  // This comes only now, since a released lane may change its request at once.
+  // Last, since a released lane may change its request at once.
   for_each_lane(members, [&](unsigned lane) { release(lanes[lane]); });
   return true;
 }
@@ -379,7 +379,7 @@ inline void Block::fail(Lock& lock, const std::string& fault) {
   throw KernelAborted{};
 }
 
-// The last thread of the block that could still run calls it: the others wait for something that never comes.
+// Called by the last runnable thread of the block: the others are in a deadlock.
 inline void Block::fail_stuck(Lock& lock) {
   lock.unlock();
   std::vector<Lock> locks;

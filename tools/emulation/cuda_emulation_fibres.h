@@ -50,7 +50,7 @@ inline void announce_switch(void**, const void*, std::size_t) {}
 inline void confirm_switch(void*, const void**, std::size_t*) {}
 #endif
 
-// A place to go on from. The bounds and the fake stack are for AddressSanitizer.
+// A suspended context. Bounds and fake stack are for AddressSanitizer.
 struct Context {
   const void* stack = nullptr;
   std::size_t stack_bytes = 0;

@@ -1,5 +1,5 @@
 // CUDA's language extensions and types for an ordinary C++ compiler: the keywords, error codes, vector types whose
-// copies check their alignment, dim3, and the half-precision numbers.
+// copies check their alignment, dim3, and the half-precision types.
 #ifndef ASGL_CUDA_EMULATION_TYPES_H
 #define ASGL_CUDA_EMULATION_TYPES_H
 
@@ -36,7 +36,7 @@ namespace asgl_emulation {
 
 void check_alignment(const void* address, std::size_t alignment, const char* access);
 
-// The compiler may assume that a typed pointer is aligned; of one that has been through here it knows nothing.
+// Hides a pointer from the compiler, which may assume that typed pointers are aligned.
 template <class T>
 T* launder_address(T* address) {
   asm("" : "+r"(address));

@@ -1,12 +1,11 @@
-// The CUDA kernels and launchers as they are, for the host's compiler, and the kernels by the names that a run-time
-// compiler is asked for.
+// The unchanged CUDA kernels and launchers, compiled for the host, and the kernels by their names for NVRTC.
 #include "emulated_kernels.h"
 
-#include "cuda/integrator.cu"
 #include "cuda/launch_bfloat16.cu"
 #include "cuda/launch_float16.cu"
 #include "cuda/launch_float32.cu"
 #include "cuda/launch_float64.cu"
+#include "cuda/launch_integrator.cu"
 
 namespace asgl_emulation {
 namespace {
@@ -63,7 +62,7 @@ class Kernels {
     if constexpr (!std::is_same_v<Scalar, double>) add_general<Scalar, 4>(scalar, "4");
     for (int surrogate = 0; surrogate < kNumSurrogates; ++surrogate) {
       for (const bool hard_reset : {false, true}) {
-        AllOptions<float> options{};
+        LIFByOptions<float> options{};
         options.surrogate = static_cast<Surrogate>(surrogate);
         options.hard_reset = hard_reset;
         const std::string name =
@@ -95,12 +94,13 @@ class Kernels {
 
   template <class Scalar, int kLanes>
   void add_general(const std::string& scalar, const std::string& lanes) {
-    add(kForward + "<" + scalar + ", asgl::LIFByOptions, " + lanes + ", (asgl::Input)0, 0>",
-        &lif_forward_kernel<Scalar, LIFByOptions, kLanes, Input::kGeneral, 0>);
+    const std::string real = std::is_same_v<Scalar, double> ? "double" : "float";
+    add(kForward + "<" + scalar + ", asgl::LIFByOptions<" + real + ">, " + lanes + ", (asgl::Input)0, 0>",
+        &lif_forward_kernel<Scalar, LIFByOptions<Real_t<Scalar>>, kLanes, Input::kGeneral, 0>);
     add("asgl::lif_backward_kernel<" + scalar + ", " + lanes + ">", &lif_backward_kernel<Scalar, kLanes>);
   }
 
-  // Those that are compiled for any number of neurons a thread.
+  // Compiled for one and for four neurons a thread.
   template <class Scalar, class Model, int kLanes>
   void add_lanes(const std::string& kinds) {
     const std::string normalised = ", (asgl::Input)1";

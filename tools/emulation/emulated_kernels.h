@@ -1,4 +1,4 @@
-// The kernels by name, for whatever finds them at run time.
+// The kernels by name, for lookup at run time.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,10 +14,10 @@ struct EmulatedKernel {
   std::function<cudaError_t(unsigned blocks, unsigned threads, const void* params)> launch;
 };
 
-// It is null if there is no kernel of this name.
+// Null for an unknown name.
 const EmulatedKernel* find_kernel(const char* name);
 
-// The name of the kernel at this address; it is empty if there is none of ours.
+// The name of the kernel at this address, or empty.
 const char* kernel_name(const void* address);
 
 }  // namespace asgl_emulation

@@ -1,5 +1,5 @@
-// The operators of csrc/ops on the CUDA kernels and launchers as the emulation runs them, as
-// torch.ops.asgl_cuda_emulated, for tensors on the CPU; and the emulated device, for the launchers in Python.
+// The operators of csrc/ops on the emulated CUDA kernels and launchers, as torch.ops.asgl_cuda_emulated for CPU
+// tensors; and the emulated device for the launchers in Python.
 #include "emulated_kernels.h"
 #include "ops/integrator.h"
 #include "ops/neuron.h"
@@ -13,8 +13,8 @@ class EmulatedBackend {
   explicit EmulatedBackend(const at::Tensor&) {}
 
   template <class Params>
-  void cut(Params& params) const {
-    check(cuda::cut(params));
+  void plan_tiles(Params& params) const {
+    check(cuda::plan_tiles(params));
   }
   template <class Params>
   void launch(const Params& params) const {
@@ -22,7 +22,7 @@ class EmulatedBackend {
   }
 
  private:
-  // A fault sticks, as on a device; here the next call may go on.
+  // Faults are sticky, as on a device; cleared for the next call.
   static void check(cudaError_t error) {
     if (error == cudaSuccess) return;
     const std::string message = asgl_emulation::error_message();
@@ -45,7 +45,7 @@ TORCH_LIBRARY_IMPL(asgl_cuda_emulated, CPU, m) {
 
 extern "C" void asgl_emulated_set_multiprocessors(int count) { asgl_emulation::settings().multiprocessors = count; }
 
-// Tells of every launch since the last call.
+// Reports every launch since the last call.
 extern "C" void asgl_emulated_take_launches(void (*receive)(const char* kernel, unsigned blocks, unsigned threads,
                                                             const void* params, std::size_t bytes)) {
   for (const auto& launch : asgl_emulation::recorded_launches()) {
@@ -55,7 +55,7 @@ extern "C" void asgl_emulated_take_launches(void (*receive)(const char* kernel, 
   asgl_emulation::clear_recorded_launches();
 }
 
-// Runs a kernel on arguments that are given as bytes. Returns what went wrong, or null.
+// Runs a kernel on params given as bytes. Returns an error message, or null.
 extern "C" const char* asgl_emulated_launch(const char* kernel, unsigned blocks, unsigned threads, const void* params,
                                             std::size_t bytes) {
   static std::string problem;

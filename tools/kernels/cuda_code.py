@@ -73,7 +73,7 @@ class Kernel(NamedTuple):
         if match is None:
             return cls(demangled, "")
         name, arguments, surrogate, reset = match[1], match[2], "", ""
-        model = re.search(r"asgl::LIF(?:ByOptions|<(.*), (true|false)>)(, )?", arguments)
+        model = re.search(r"asgl::LIF(?:ByOptions<\w+>|<(.*), (true|false)>)(, )?", arguments)
         if name == "lif_backward_kernel":
             surrogate, reset = ANY
         if model is not None:

@@ -14,7 +14,8 @@ from .sass_run import Program
 
 # Instantiations of the launchers: just the kernels that they call.
 SOURCE = """\
-#include "cuda/choose.cuh"
+#include "cuda/neuron_kernels.cuh"
+#include "cuda/normalisation_kernels.cuh"
 namespace asgl::cuda {{
 {}
 }}

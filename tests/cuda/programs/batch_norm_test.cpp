@@ -7,7 +7,7 @@
 #if defined(ASGL_TEST_CPU)
 #include "cpu/normalisation.cpp"
 #else
-#include "cuda/choose.cuh"
+#include "cuda/launch_normalisation.cuh"
 #endif
 #include "trials.h"
 
@@ -28,7 +28,7 @@ constexpr double kDouble = std::numeric_limits<double>::epsilon();
 template <class Real>
 constexpr double kEpsilon = std::numeric_limits<Real>::epsilon();
 
-// They are equal except for an error.
+// Equal up to `error`.
 void compare(const std::string& name, Wide is, Wide should_be, Wide error, Texts& differences) {
   if (std::fabs(is - should_be) <= error) return;
   differences.push_back(text("%s is %.17Lg, expected %.17Lg within %.3Lg", name.c_str(), is, should_be, error));
@@ -36,7 +36,7 @@ void compare(const std::string& name, Wide is, Wide should_be, Wide error, Texts
 
 std::string at(const char* name, int64 i) { return text("%s[%lld]", name, i); }
 
-// ---- which task goes through which values ----
+// ---- the values of each task ----
 
 struct Cut {
   ChannelShape shape;
@@ -45,7 +45,7 @@ struct Cut {
 
 // Each value belongs to one task, and each slot of a channel to one task.
 Texts check_cut(const Cut& cut) {
-  const ChannelTiles tiles = ChannelTiles::cut(cut.shape, cut.lanes, cut.most_units, cut.rows_each);
+  const ChannelTiles tiles = ChannelTiles::plan(cut.shape, cut.lanes, cut.most_units, cut.rows_each);
   const ChannelShape& shape = cut.shape;
   Texts differences;
   if (tiles.width * tiles.ways > cut.most_units) differences.push_back("a tile has more threads than a block");
@@ -75,7 +75,7 @@ Texts check_cut(const Cut& cut) {
 
 // ---- a sequence ----
 
-// The number decides whatever the rest leaves open.
+// The number seeds all other choices.
 struct Case {
   ChannelShape shape;
   unsigned number;
@@ -190,10 +190,10 @@ class Trial {
     MomentsParams<Scalar> params{};
     params.tiles.shape = shape_;
     params.x_seq = x_seq_.data();
-    check("cut", cuda::cut(params), differences_);
+    check("plan_tiles", cuda::plan_tiles(params), differences_);
     check_tiles("moments", params.tiles, x_seq_.is_aligned());
     // It is as for a sequence that needs too many splits: a thread goes through more values than kChannelRowsEach.
-    if (random_.once_in(3)) params.tiles = ChannelTiles::cut(shape_, params.tiles.lanes, kBlockThreads, 150);
+    if (random_.once_in(3)) params.tiles = ChannelTiles::plan(shape_, params.tiles.lanes, kBlockThreads, 150);
     slots_ = params.tiles.slots();
     moments_ = Buffer<double>(3 * slots_ * shape_.channels, 0);
     params.moments = reinterpret_cast<Moments*>(moments_.data());
@@ -253,7 +253,7 @@ class Trial {
     if (count.size() > 0 && *count.data() != 42) differences_.push_back("a batch is not counted once");
   }
 
-  // The sums of the gradient are made up; what they are to become follows from them and from x as it is.
+  // The gradient's sums are random; expected results follow from them and from x.
   void find_adjoint() {
     const int64 channels = shape_.channels;
     grad_weight_ = Buffer<Real>(channels, 0);
@@ -307,9 +307,9 @@ class Trial {
     params.tiles.shape = shape_;
     params.x_seq = x_seq_.data();
     params.grad_x_seq = grad_x_seq_.data();
-    check("cut", cuda::cut(params), differences_);
+    check("plan_tiles", cuda::plan_tiles(params), differences_);
     check_tiles("input gradient", params.tiles, x_seq_.is_aligned() && grad_x_seq_.is_aligned());
-    if (random_.once_in(3)) params.tiles = ChannelTiles::cut(shape_, params.tiles.lanes, kBlockThreads, 150);
+    if (random_.once_in(3)) params.tiles = ChannelTiles::plan(shape_, params.tiles.lanes, kBlockThreads, 150);
     params.mean = coefficients_.data();
     params.adjoint = adjoint_.data();
     check("input gradient", cuda::launch(params, nullptr), differences_);
@@ -440,7 +440,7 @@ Texts check_coefficients(const CoefficientsCase& it, unsigned number) {
 
 class Outcomes {
  public:
-  // It says whether to go on.
+  // Returns whether to go on.
   bool goes_on() const { return failed_ < 3; }
   unsigned cases() const { return cases_; }
   int failed() const { return failed_; }
@@ -466,7 +466,7 @@ std::string name_of(const ChannelShape& shape) {
 std::vector<ChannelShape> shapes(bool small) {
   if (small) return {{5, 3, 1}, {130, 3, 4}, {5, 200, 3}, {5, 1, 600}, {70, 100, 1}};
   std::vector<ChannelShape> all;
-  constexpr int64 kMost = 60000;  // that take no long time
+  constexpr int64 kMost = 60000;  // that run in a short time
   for (const int64 inner : {7, 128, 600, 4, 1, 10, 1024, 3, 49}) {
     for (const int64 channels : {3, 200, 1, 64}) {
       for (const int64 rows : {130, 5, 4099, 1}) {

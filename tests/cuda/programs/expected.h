@@ -1,4 +1,4 @@
-// The results that the neuron's kernels must have, by a plain loop over neurons and steps, and how they are compared.
+// The expected results of the neuron's kernels, by a plain loop over neurons and steps, and their comparison.
 #pragma once
 
 #include <algorithm>
@@ -34,14 +34,14 @@ inline bool is_analog(const NoiseParams& noise, int64 n, int64 t) {
   return (block.draws[t % 2] >> (16 * (n % 4)) & 0xFFFFu) < noise.analog_below;
 }
 
-// The rules of LIFByOptions once more, around the LIF that the options name: a mistake there is none here.
+// LIFByOptions written independently, around the LIF that the options name.
 template <class Named>
 struct RulesAgain : Named {
   template <class Real>
   struct Rules : Named {
-    const AllOptions<Real>& options;
+    const LIFByOptions<Real>& options;
 
-    explicit Rules(const AllOptions<Real>& those) : options(those) {}
+    explicit Rules(const LIFByOptions<Real>& those) : options(those) {}
     Real fire(Real h, bool analog, const Neuron<Real>& neuron, const Firing<Real>& firing) const {
       if (!options.multi_spike) return Named::fire(h, analog, neuron, firing);
       return h > 0 ? std::trunc(h / neuron.v_threshold) : Real(0);
@@ -72,7 +72,7 @@ struct RulesAgain : Named {
   };
 
   template <class Real>
-  static Rules<Real> of(const AllOptions<Real>& options) {
+  static Rules<Real> of(const LIFByOptions<Real>& options) {
     return Rules<Real>(options);
   }
 };
@@ -81,7 +81,7 @@ template <class Model, class Scalar>
 Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const SequenceShape& shape = params.shape;
-  const AllOptions<Real>& options = params.options;
+  const LIFByOptions<Real>& options = params.options;
   const auto model = Model::of(options);
   Expected<Real> expected;
   for (auto* sequence : {&expected.s_seq, &expected.h_seq, &expected.v_seq, &expected.grad_x_seq}) {
@@ -157,7 +157,7 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
   return expected;
 }
 
-// They are equal, except for the sign of a zero: charge may give another where it takes something for granted.
+// Equal up to the sign of a zero, which Input may change in charge.
 template <class Element>
 void compare(const char* name, const Buffer<Element>& found, const std::vector<Real_t<Element>>& expected,
              Texts& differences) {

@@ -7,7 +7,8 @@
 #include "cpu/integrator.cpp"
 #include "cpu/neuron.cpp"
 #else
-#include "cuda/integrator.cu"
+#include "cuda/launch_integrator.cu"
+#include "cuda/launch_neuron.cuh"
 #endif
 #include "expected.h"
 #include "trials.h"
@@ -27,7 +28,7 @@ using asgl_emulation::Texts;
 constexpr ParameterId kIds[] = {kDecay, kInputGain};
 const char* const kNames[] = {"grad_decay", "grad_input_gain"};
 
-// The number decides whatever shape and device leave open.
+// The number seeds all other choices.
 template <class Scalar>
 class Trial {
   using Real = Real_t<Scalar>;
@@ -58,7 +59,7 @@ class Trial {
     params_.init.v = init_.data();
     params_.v_seq = v_seq_.data();
     params_.last.v = last_.data();
-    check("cut", cuda::cut(params_), differences_);
+    check("plan_tiles", cuda::plan_tiles(params_), differences_);
     launch("forward", lanes(x_seq_, init_, v_seq_, last_), kernels);
     expect();
     compare("v_seq", v_seq_, v_, differences_);
@@ -71,11 +72,11 @@ class Trial {
     params_.grad_last.v = grad_last_.data();
     params_.grad_x_seq = grad_x_seq_.data();
     params_.grad_init.v = grad_init_.data();
-    Real later;  // cut() asks which partial sums there will be, and says how many
+    Real later;  // any non-null pointer: plan_tiles() needs to know which sums are wanted
     for (int i = 0; i < 2; ++i) {
       if (wanted_[i]) params_.partials[kIds[i]].data = &later;
     }
-    check("cut", cuda::cut(params_), differences_);
+    check("plan_tiles", cuda::plan_tiles(params_), differences_);
     Buffer<Real> partials[2], sums[2];
     GradientSum<Real> sum{shape_, params_.tiles.tile, 0, {}};
     for (int i = 0; i < 2; ++i) {
@@ -97,7 +98,7 @@ class Trial {
     compare("grad_x_seq", grad_x_seq_, dx_, differences_);
     compare("grad_init", grad_init_, d_init_, differences_);
     if (sum.count == 0) return differences_;
-    check("cut", cuda::cut(sum), differences_);
+    check("plan_tiles", cuda::plan_tiles(sum), differences_);
     check("sum", cuda::launch(sum, nullptr), differences_);
     for (int i = 0; i < 2; ++i) {
       if (!wanted_[i]) continue;
@@ -108,7 +109,7 @@ class Trial {
   }
 
  private:
-  // The buffer whose turn it is lies one element beyond an aligned address.
+  // The buffer numbered misaligned_ begins one element after an aligned address.
   template <class Element>
   Buffer<Element> output(bool wanted, int64 size) {
     const bool misaligned = buffers_++ == misaligned_;
@@ -177,7 +178,7 @@ class Trial {
     if (view.data != nullptr) sums_[i][t * view.step_stride + view.index(n)].add(term);
   }
 
-  // It says how many neurons a thread is to get.
+  // The expected number of neurons a thread.
   template <class... Buffers>
   int lanes(const Buffers&... buffers) const {
     const int64 neurons = shape_.neurons(), resident = 2048 * multiprocessors_;

@@ -8,7 +8,7 @@
 #if defined(ASGL_TEST_CPU)
 #include "cpu/neuron.cpp"
 #else
-#include "cuda/choose.cuh"
+#include "cuda/launch_neuron.cuh"
 #endif
 #include "expected.h"
 #include "trials.h"
@@ -33,7 +33,7 @@ const char* const kParametersNames[] = {"plain", "normalised", "uniform", "share
 const char* const kParameterNames[] = {"width",      "decay",      "v_threshold", "reset",
                                        "input_gain", "input_bias", "input_mean"};
 
-// The number decides whatever the rest leaves open.
+// The number seeds all other choices.
 struct Case {
   SequenceShape shape;
   Parameters parameters;
@@ -56,12 +56,12 @@ constexpr std::size_t kKernels = 4 * (2 + 2 * (2 + 2)) + 2 + 2 * (2 + 2) + 2;
 template <class Scalar, Surrogate kSurrogate, bool kHardReset, bool kByOptions = false>
 class Trial {
   using Named = LIF<kSurrogate, kHardReset>;
-  using Model = std::conditional_t<kByOptions, LIFByOptions, Named>;
   using Real = Real_t<Scalar>;
+  using Model = std::conditional_t<kByOptions, LIFByOptions<Real>, Named>;
 
  public:
   explicit Trial(const Case& it) : case_(it), random_(it.number) {
-    // Much less than elsewhere may be asked for where a kernel of its own is to run in most cases.
+    // Fewer options and outputs for settled kernels, or most cases would run the general ones.
     plain_ = it.parameters == Parameters::kPlain;
     settled_ = plain_ || it.parameters == Parameters::kNormalised || random_.toss();
     if (settled_ && it.parameters >= Parameters::kInFours) plain_ = random_.toss();
@@ -116,7 +116,7 @@ class Trial {
     forward_.v_seq = v_seq_.data();
     forward_.h_seq = h_seq_.data();
     forward_.checkpoints.v = checkpoints_.data();
-    check("cut", cuda::cut(forward_), differences);
+    check("plan_tiles", cuda::plan_tiles(forward_), differences);
     check("forward", cuda::launch(Model{}, forward_, nullptr), differences);
     const Input forward_input = input(v_seq_.data() == nullptr && h_seq_.data() == nullptr);
     check_launch("forward", false, forward_input,
@@ -140,11 +140,11 @@ class Trial {
     compare("h_seq", h_seq_, expected.h_seq, differences);
     if (checkpoints_.data() == nullptr) return differences;
 
-    Real later;  // cut() asks which partial sums there will be, and says how many
+    Real later;  // any non-null pointer: plan_tiles() needs to know which sums are wanted
     for (int id = 0; id < kNumParameters; ++id) {
       if (wanted_[id]) backward.partials[id].data = &later;
     }
-    check("cut", cuda::cut(backward), differences);
+    check("plan_tiles", cuda::plan_tiles(backward), differences);
     Buffer<Real> partials[kNumParameters], sums[kNumParameters];
     for (int id = 0; id < kNumParameters; ++id) {
       if (!wanted_[id]) continue;
@@ -157,7 +157,7 @@ class Trial {
     const bool only_spikes = grad_s_seq_.data() != nullptr && grad_x_seq_.data() != nullptr &&
                              grad_v_seq_.data() == nullptr && grad_h_seq_.data() == nullptr && !wanted_[kInputMean];
     const Input backward_input = input(only_spikes);
-    if (!is_taken(backward, backward_input)) differences.push_back("more is taken for granted than holds");
+    if (!is_taken(backward, backward_input)) differences.push_back("the kernel assumes more than holds");
     if (!differences.empty()) return differences;  // the kernel might follow a pointer that is null
     check("backward", cuda::launch(Model{}, backward, nullptr), differences);
     check_launch("backward", true, backward_input,
@@ -180,7 +180,7 @@ class Trial {
       if (partials[id].data() != nullptr && partials[id].overrun()) differences.push_back("a slot beyond the last");
     }
     if (sum.count == 0) return differences;
-    check("cut", cuda::cut(sum), differences);
+    check("plan_tiles", cuda::plan_tiles(sum), differences);
     check("sum", cuda::launch(sum, nullptr), differences);
     check_sum(sum, coverage, differences);
     for (int id = 0; id < kNumParameters; ++id) {
@@ -192,9 +192,9 @@ class Trial {
   }
 
  private:
-  // Where several spikes are emitted there is no noise.
+  // Multiple spikes exclude noise.
   void choose_rules() {
-    AllOptions<Real>& options = forward_.options;
+    LIFByOptions<Real>& options = forward_.options;
     options.v_min = Real(random_.between(-0.3, 0.3));
     options.multi_spike = !kHardReset && !random_.once_in(4);
     options.periodic = options.multi_spike && random_.toss();
@@ -217,7 +217,7 @@ class Trial {
     }
   }
 
-  // The buffer whose turn it is lies one element beyond an aligned address.
+  // The buffer numbered misaligned_ begins one element after an aligned address.
   template <class Element>
   Buffer<Element> output(bool wanted, int64 size) {
     const bool misaligned = buffers_++ == misaligned_;
@@ -283,7 +283,7 @@ class Trial {
     if (infinite_) make_last_reset_infinite();
   }
 
-  // Where no gradient of the last potential is given, none comes from it, not even zero times infinity.
+  // Without a gradient of the last potential no term comes from it, not even zero times infinity.
   void make_last_reset_infinite() {
     constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
     ParameterView<Real>& view = forward_.parameters[kReset];
@@ -294,7 +294,7 @@ class Trial {
       std::fill(values.data() + values.size() - view.count, values.data() + values.size(), kInfinity);
   }
 
-  // It says what a kernel may take for granted.
+  // The expected assumption about the input.
   Input input(bool only_spikes) const {
     bool general = kByOptions || !only_spikes || forward_.options.scale_output || forward_.options.v_rest != 0,
          plain = true;
@@ -306,7 +306,7 @@ class Trial {
     return general ? Input::kGeneral : plain ? Input::kPlain : Input::kNormalised;
   }
 
-  // It says how many neurons a thread is to get.
+  // The expected number of neurons a thread.
   template <class... Buffers>
   int lanes(Input input, const Buffers&... buffers) const {
     const int64 neurons = case_.shape.neurons(), resident = 2048 * case_.multiprocessors;
@@ -330,7 +330,7 @@ class Trial {
     const auto address = [](auto* kernel) { return reinterpret_cast<const void*>(kernel); };
     if constexpr (kInput == Input::kGeneral) {
       if (backward) return address(&lif_backward_kernel<Scalar, kLanes>);
-      return address(&lif_forward_kernel<Scalar, LIFByOptions, kLanes, kInput, 0>);
+      return address(&lif_forward_kernel<Scalar, LIFByOptions<Real>, kLanes, kInput, 0>);
     } else {
       if constexpr (kLanes == 4) {
         if (backward && steps == 4) return address(&lif_backward_settled_kernel<Scalar, Model, 4, kInput, 4>);
@@ -341,7 +341,7 @@ class Trial {
     }
   }
 
-  // It says which kernel is to run.
+  // The expected kernel.
   const void* kernel(bool backward, Input input, int lanes) const {
     if constexpr (kByOptions) {
       if constexpr (!std::is_same_v<Scalar, double>) {
@@ -368,8 +368,8 @@ class Trial {
     if (blocks != should_be) differences.push_back(text("%s: %lld blocks, expected %lld", what, blocks, should_be));
   }
 
-  // Where a run has slots enough, a block has one element, and as many runs of it as leave each no more threads than
-  // slots; else as many runs as there are, up to 16, and elements side by side for the rest of the threads.
+  // With enough slots a run, a block has one element, and runs side by side with at most a thread a slot; otherwise up
+  // to 16 runs, and elements side by side for the other threads.
   void check_sum(const GradientSum<Real>& sum, Coverage& coverage, Texts& differences) {
     int64 blocks = 0;
     for (int id = 0; id < sum.count; ++id) {
@@ -408,7 +408,7 @@ class Trial {
 const char* const kInstantiations[] = {"float rectangle hard", "float sigmoid soft", "bfloat16 rectangle hard",
                                        "bfloat16 sigmoid soft", "double sigmoid soft"};
 
-// double has but one lane, and so less to go wrong.
+// double has one lane only.
 int instantiation(const Case& it) {
   const int turn = static_cast<int>(it.number % 9);
   return turn == 8 ? 4 : turn % 4;
@@ -465,7 +465,7 @@ std::vector<SequenceShape> shapes(bool small) {
     all.push_back({8, steps, 512});
   }
   all.push_back({1, 3, 897});  // eight tiles
-  // So many that a thread of a sum adds up seven slots or eight, and eight or nine.
+  // A thread of a sum adds seven or eight slots, and eight or nine.
   if (!kOnCpu) all.push_back({1, 1, kManyNeurons}), all.push_back({1, 1, kManyNeurons + 500 * kBlockThreads});
   for (const int64 inner : {840, 903}) all.push_back({12, 3, inner});  // runs that touch eight tiles, and nine
   return all;
@@ -485,7 +485,7 @@ bool many_neurons_are_general() {
 bool many_neurons_are_general() { return true; }
 #endif
 
-// Whatever the state says, it is a share of all draws.
+// analog_below from the state is clamped to a share of all draws.
 bool analog_below_in_state_is_settled() {
   constexpr int64 kLimit = std::numeric_limits<int64>::max(), kAlways = kAlwaysAnalog;
   for (const int64 below : {-kLimit, int64{-1}, int64{0}, int64{1}, kAlways - 1, kAlways, kAlways + 1, kLimit}) {
@@ -539,7 +539,7 @@ int main(int argc, char** argv) {
       }
     }
   }
-  // Behind the others, which are known by their numbers.
+  // Last, so that the numbers of the other cases stay.
   for (const SequenceShape& shape : {SequenceShape{1, 5, 257}, {1, 4, 260}, {3, 17, 172}}) {
     for (const Parameters parameters : {Parameters::kPlain, Parameters::kUniform}) {
       if (failed == kManyFailures) break;

@@ -1,4 +1,4 @@
-// The tests of the kernels share this: numbers at random, storage that shows an overrun, runs and their outcome.
+// Shared by the kernel tests: random values, storage that shows an overrun, runs and their outcome.
 #pragma once
 
 #include <algorithm>
@@ -23,8 +23,8 @@ constexpr bool kOnCpu = true;
 constexpr bool kOnCpu = false;
 #endif
 
-// In a build that has several mistakes seeded, the environment says which is made, and buffers have room for what is
-// read and written beyond their ends: a mistake is to be found by what comes out.
+// In a build with seeded mutants, the environment selects one, and buffers have room for accesses beyond their ends:
+// mutants must be found by their results.
 #if defined(ASGL_TEST_MUTANTS)
 constexpr asgl::int64 kRoom = 8192;
 inline void choose_mutant() { asgl::mutant = std::atoi(std::getenv("ASGL_MUTANT")); }
@@ -54,7 +54,7 @@ class Random {
   std::mt19937 bits_;
 };
 
-// Ends with its last element, so that AddressSanitizer sees an overrun. Filled with NaN, of every type all bits set.
+// Ends with its last element, so that AddressSanitizer sees an overrun. Filled with NaN: all bits set.
 template <class Element>
 class Buffer {
  public:
@@ -75,7 +75,7 @@ class Buffer {
   asgl::int64 size() const { return size_; }
   bool is_aligned() const { return offset_ == 0; }
 
-  // Says whether something was written beyond the end, where there is room for it.
+  // Whether the room beyond the end was written to.
   bool overrun() const {
     const auto* room = reinterpret_cast<const unsigned char*>(data() + size_);
     return std::any_of(room, room + kRoom * sizeof(Element), [](unsigned char byte) { return byte != 0xFF; });
@@ -88,7 +88,7 @@ class Buffer {
 
 inline bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
 
-// Adds to the differences what a launcher returned, if it is an error.
+// Adds an error of a launcher to the differences.
 inline void check(const char* what, cudaError_t error, Texts& differences) {
   if (error == cudaSuccess) return;
   differences.push_back(text("%s: %s", what, cudaGetErrorString(error)));

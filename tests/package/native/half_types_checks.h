@@ -1,4 +1,4 @@
-// Checks of float16 and bfloat16, and what all checks of headers_test.cpp share.
+// Checks of float16 and bfloat16, and functions shared by the checks of headers_test.cpp.
 #pragma once
 
 #include <cfloat>
@@ -60,7 +60,7 @@ struct Format {
     return bits & 0x8000u ? -positive : positive;
   }
 
-  // The nearest number, the even one of two: found between the neighbours, not computed from the bits of the float.
+  // The nearest value, ties to even: searched between neighbours, not computed from the bits of the float.
   uint32_t nearest(float number) const {
     const uint32_t sign = std::signbit(number) ? 0x8000u : 0;
     const double magnitude = std::fabs(static_cast<double>(number));

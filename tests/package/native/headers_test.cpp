@@ -1,4 +1,4 @@
-// Checks of the headers in csrc that know nothing of torch: `headers_test` lists them, `headers_test NAME` runs one.
+// Checks of the headers in csrc without torch: `headers_test` lists them, `headers_test NAME` runs one.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -125,8 +125,8 @@ void element_beyond_32_bits() {
   }
 }
 
-// The address that `view` reads, without memory behind its data: the data is placed so that the expected element, and
-// no other, is `cell`. A wrong index gives another value or a fault, and either fails the check.
+// Reads `view` with its data pointer set so that only the expected element is `cell`: a wrong index gives another value
+// or a fault.
 template <class Real>
 void expect_parameter_index(int64 step_stride, int64 inner, int64 count, int64 n, int64 t) {
   const Real cells[] = {-1, 17, -1};

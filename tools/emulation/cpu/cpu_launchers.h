@@ -1,4 +1,4 @@
-// The CPU kernels take the place of the CUDA ones, whose tests are then theirs, too. This is included before all else.
+// Substitutes the CPU kernels for the CUDA ones in the tests of these. Included before all else.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -29,8 +29,8 @@ namespace cuda {
 inline int64 blocks_for(int64 work, int64 per_block) { return (work + per_block - 1) / per_block; }
 
 template <class Params>
-cudaError_t cut(Params& params) {
-  cpu::cut(params);
+cudaError_t plan_tiles(Params& params) {
+  cpu::plan_tiles(params);
   return cudaSuccess;
 }
 

@@ -1,17 +1,20 @@
-// How the kernels of the leaky integrator are launched. backends/integrator_kernels.py decides the same in Python.
-#include "cuda/choose.cuh"
+// The launchers of the leaky integrator. backends/integrator_kernels.py decides the same in Python.
+#include <cuda_runtime.h>
+
 #include "cuda/integrator_kernels.cuh"
+#include "cuda/plan_neurons.cuh"
 #include "launch.h"
 
 namespace asgl::cuda {
 
 template <class Scalar>
-cudaError_t cut(IntegratorParams<Scalar>& params) {
-  return cut_with_sums(params);
+cudaError_t plan_on(Device, IntegratorParams<Scalar>& params) {
+  return plan_with_sums(params, groups_of_four(params, params.v_seq, params.last, params.grad_v_seq, params.grad_last,
+                                               params.grad_x_seq, params.grad_init));
 }
 
 template <class Scalar>
-cudaError_t launch(const IntegratorParams<Scalar>& params, cudaStream_t stream) {
+cudaError_t launch_on(Device, const IntegratorParams<Scalar>& params, cudaStream_t stream) {
   void (*kernel)(IntegratorParams<Scalar>) = nullptr;
   with_pass(params.pass(), [&](auto pass) {
     kernel = &integrator_kernel<Scalar, 1, pass()>;
@@ -22,10 +25,10 @@ cudaError_t launch(const IntegratorParams<Scalar>& params, cudaStream_t stream) 
   return start(kernel, params.tiles.count, kBlockThreads, params, stream);
 }
 
-template cudaError_t cut(IntegratorParams<Half>&);
-template cudaError_t cut(IntegratorParams<BFloat16>&);
-template cudaError_t cut(IntegratorParams<float>&);
-template cudaError_t cut(IntegratorParams<double>&);
+template cudaError_t plan_tiles(IntegratorParams<Half>&);
+template cudaError_t plan_tiles(IntegratorParams<BFloat16>&);
+template cudaError_t plan_tiles(IntegratorParams<float>&);
+template cudaError_t plan_tiles(IntegratorParams<double>&);
 template cudaError_t launch(const IntegratorParams<Half>&, cudaStream_t);
 template cudaError_t launch(const IntegratorParams<BFloat16>&, cudaStream_t);
 template cudaError_t launch(const IntegratorParams<float>&, cudaStream_t);

@@ -1,0 +1,21 @@
+// The launchers of launch.h call the overload for their params. Device makes the compiler find overloads that are
+// declared later.
+#pragma once
+
+#include "launch.h"
+
+namespace asgl::cpu {
+
+struct Device {};
+
+template <class Params>
+void plan_tiles(Params& params) {
+  plan_on(Device{}, params);
+}
+
+template <class Params>
+void launch(const Params& params) {
+  launch_on(Device{}, params);
+}
+
+}  // namespace asgl::cpu

@@ -1,0 +1,130 @@
+// The launchers of the neuron and of its sums of gradients. backends/neuron_kernels.py decides the same in Python.
+// launch_*.cu instantiate them, one file a type, so that compilers run side by side.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/neuron_kernels.cuh"
+#include "cuda/plan_neurons.cuh"
+#include "launch.h"
+
+namespace asgl::cuda {
+
+template <class Scalar>
+cudaError_t plan_on(Device, ForwardParams<Scalar>& params) {
+  return plan_neurons(
+      params, groups_of_four(params, params.s_seq, params.last, params.v_seq, params.h_seq, params.checkpoints));
+}
+
+template <class Scalar>
+cudaError_t plan_on(Device, BackwardParams<Scalar>& params) {
+  return plan_with_sums(
+      params, groups_of_four(params, params.grad_s_seq, params.grad_last, params.grad_v_seq, params.grad_h_seq,
+                             params.checkpoints, params.grad_x_seq, params.grad_init));
+}
+
+// Calls f(lanes, input), with the neurons a thread and the input of the kernel as constants. A thread with one neuron
+// has no kernel of its own for plain input.
+template <class Scalar, class Params, class F>
+void with_kind(const Params& params, F&& f) {
+  const auto with_lanes = [&](auto lanes) {
+    const Input input = input_of(params);
+    if (input == Input::kGeneral) return f(lanes, std::integral_constant<Input, Input::kGeneral>{});
+    if constexpr (lanes() == 4) {
+      if (input == Input::kPlain) return f(lanes, std::integral_constant<Input, Input::kPlain>{});
+    }
+    f(lanes, std::integral_constant<Input, Input::kNormalised>{});
+  };
+  if constexpr (kHasFours<Scalar>) {
+    if (params.tiles.tile > kBlockThreads) return with_lanes(std::integral_constant<int, 4>{});
+  }
+  with_lanes(std::integral_constant<int, 1>{});
+}
+
+template <class Model, class Scalar>
+cudaError_t launch(Model, const ForwardParams<Scalar>& params, cudaStream_t stream) {
+  void (*kernel)(ForwardParams<Scalar>) = nullptr;
+  with_kind<Scalar>(params, [&](auto lanes, auto input) {
+    if constexpr (Model::kOnlyGeneral || input() == Input::kGeneral) {
+      kernel = &lif_forward_kernel<Scalar, LIFByOptions<Real_t<Scalar>>, lanes(), Input::kGeneral, 0>;
+    } else {
+      kernel = &lif_forward_kernel<Scalar, Model, lanes(), input(), 0>;
+      if constexpr (lanes() == 4) {
+        if (params.shape.steps == kShortSequence) {
+          kernel = &lif_forward_kernel<Scalar, Model, 4, input(), kShortSequence>;
+        }
+      }
+    }
+  });
+  return start(kernel, params.tiles.count, kBlockThreads, params, stream);
+}
+
+template <class Model, class Scalar>
+cudaError_t launch(Model, const BackwardParams<Scalar>& params, cudaStream_t stream) {
+  void (*kernel)(BackwardParams<Scalar>) = nullptr;
+  with_kind<Scalar>(params, [&](auto lanes, auto input) {
+    if constexpr (Model::kOnlyGeneral || input() == Input::kGeneral) {
+      kernel = &lif_backward_kernel<Scalar, lanes()>;
+    } else {
+      kernel = &lif_backward_settled_kernel<Scalar, Model, lanes(), input(), 0>;
+      if constexpr (lanes() == 4) {
+        if (params.shape.steps == kShortSequence) {
+          kernel = &lif_backward_settled_kernel<Scalar, Model, 4, input(), kShortSequence>;
+        }
+      }
+    }
+  });
+  return start(kernel, params.tiles.count, kBlockThreads, params, stream);
+}
+
+template <class Scalar>
+cudaError_t launch_on(Device, const ForwardParams<Scalar>& params, cudaStream_t stream) {
+  cudaError_t error = cudaErrorInvalidValue;
+  with_model(params.options, [&](auto model) { error = launch(model, params, stream); });
+  return error;
+}
+
+template <class Scalar>
+cudaError_t launch_on(Device, const BackwardParams<Scalar>& params, cudaStream_t stream) {
+  cudaError_t error = cudaErrorInvalidValue;
+  with_model(params.options, [&](auto model) { error = launch(model, params, stream); });
+  return error;
+}
+
+// An element sums the slots of its runs, a slot for each tile that a run touches. If these are few, a block sums
+// several elements.
+template <class Real>
+cudaError_t plan_on(Device, GradientSum<Real>& sum) {
+  constexpr int64 kManySlots = 8;
+  constexpr int64 kMostRunsEach = 16;
+  for (int id = 0; id < sum.count; ++id) {
+    GradientPart<Real>& part = sum.parts[id];
+    const int64 inner = part.parameter.inner, runs = sum.shape.neurons() / (inner * part.parameter.count);
+    const int64 slots = (inner + sum.tile - 2) / sum.tile + 1;  // at most
+    const auto largest_power = [](int64 most) {
+      int power = 1;
+      while (2 * power <= most) power *= 2;
+      return power;
+    };
+    if (slots >= kManySlots) {
+      part.elements_each = 1;
+      part.slots_each = largest_power(slots < kSumThreads ? slots : kSumThreads);
+      part.runs_each = kSumThreads / part.slots_each;
+    } else {
+      part.slots_each = 1;
+      part.runs_each = largest_power(runs < kMostRunsEach ? runs : kMostRunsEach);
+      part.elements_each = kSumThreads / part.runs_each;
+    }
+    part.blocks = blocks_for(part.elements(sum.shape), part.elements_each);
+  }
+  return cudaSuccess;
+}
+
+template <class Real>
+cudaError_t launch_on(Device, const GradientSum<Real>& sum, cudaStream_t stream) {
+  int64 blocks = 0;
+  for (int id = 0; id < sum.count; ++id) blocks += sum.parts[id].blocks;
+  return start(&gradient_sum_kernel<Real>, blocks, kSumThreads, sum, stream);
+}
+
+}  // namespace asgl::cuda

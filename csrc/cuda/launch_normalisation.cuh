@@ -1,0 +1,67 @@
+// The launchers of batch normalisation. backends/normalisation_kernels.py decides the same in Python.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/normalisation_kernels.cuh"
+#include "cuda/start.cuh"
+#include "launch.h"
+
+namespace asgl::cuda {
+
+// Four columns a thread if they are of one channel.
+template <class Scalar>
+void plan_channels(ChannelTiles& tiles, const Scalar* x_seq, const Scalar* grad_x_seq) {
+  const bool fours = kHasFours<Scalar> && tiles.shape.inner % 4 == 0 && is_aligned(x_seq) && is_aligned(grad_x_seq);
+  const int lanes = fours ? 4 : 1;
+  tiles = ChannelTiles::plan(tiles.shape, lanes, kBlockThreads, kChannelRowsEach / lanes);
+}
+
+template <class Scalar>
+cudaError_t plan_on(Device, MomentsParams<Scalar>& params) {
+  plan_channels(params.tiles, params.x_seq, static_cast<const Scalar*>(nullptr));
+  return cudaSuccess;
+}
+
+template <class Scalar>
+cudaError_t plan_on(Device, InputGradientParams<Scalar>& params) {
+  plan_channels(params.tiles, params.x_seq, static_cast<const Scalar*>(params.grad_x_seq));
+  return cudaSuccess;
+}
+
+template <class Scalar>
+cudaError_t launch_on(Device, const MomentsParams<Scalar>& params, cudaStream_t stream) {
+  auto* kernel = &batch_moments_kernel<Scalar, 1>;
+  if constexpr (kHasFours<Scalar>) {
+    if (params.tiles.lanes == 4) kernel = &batch_moments_kernel<Scalar, 4>;
+  }
+  return start(kernel, params.tiles.tasks(), kBlockThreads, params, stream);
+}
+
+template <class Real>
+cudaError_t launch_on(Device, const CoefficientsParams<Real>& params, cudaStream_t stream) {
+  return start(&batch_norm_coefficients_kernel<Real>, params.channels, kBlockThreads, params, stream);
+}
+
+template <class Real>
+cudaError_t launch_on(Device, const RunningParams<Real>& params, cudaStream_t stream) {
+  const int64 blocks = blocks_for(params.channels, kBlockThreads);
+  return start(&batch_norm_running_kernel<Real>, blocks, kBlockThreads, params, stream);
+}
+
+template <class Real>
+cudaError_t launch_on(Device, const AdjointParams<Real>& params, cudaStream_t stream) {
+  const int64 blocks = blocks_for(params.channels, kBlockThreads);
+  return start(&batch_norm_adjoint_kernel<Real>, blocks, kBlockThreads, params, stream);
+}
+
+template <class Scalar>
+cudaError_t launch_on(Device, const InputGradientParams<Scalar>& params, cudaStream_t stream) {
+  auto* kernel = &batch_norm_input_gradient_kernel<Scalar, 1>;
+  if constexpr (kHasFours<Scalar>) {
+    if (params.tiles.lanes == 4) kernel = &batch_norm_input_gradient_kernel<Scalar, 4>;
+  }
+  return start(kernel, params.tiles.tasks(), kBlockThreads, params, stream);
+}
+
+}  // namespace asgl::cuda

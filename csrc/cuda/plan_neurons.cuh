@@ -1,0 +1,92 @@
+// How neurons are divided among threads, for the neuron and the integrator. backends/neuron_kernels.py decides the same
+// in Python.
+#pragma once
+
+#include "cuda/access.cuh"
+#include "cuda/start.cuh"
+
+namespace asgl::cuda {
+
+// The assumption of the kernel about its input.
+template <class Params>
+Input input_of(const Params& params) {
+  const bool indexed = params.shape.neurons() < kDivisible;
+  return params.only_spikes() && indexed ? params.input() : Input::kGeneral;
+}
+
+// Whether any four neurons from a multiple of four on are adjacent and aligned in memory and share all parameters.
+template <class Scalar, class... Pointers>
+bool groups_of_four(const LIFParams<Scalar>& params, const Pointers&... sequences_and_states) {
+  bool shared = params.shape.inner % 4 == 0;
+  for (const auto& parameter : params.parameters) {
+    shared = shared && (parameter.data == nullptr || parameter.inner % 4 == 0);
+  }
+  return shared && is_aligned(params.x_seq) && is_aligned(params.init) && (is_aligned(sequences_and_states) && ...);
+}
+
+// Whether four neurons a thread pay. Queries the device only if its size decides.
+template <class Params>
+cudaError_t fours_pay(const Params& params, bool* pay) {
+  const bool general = input_of(params) == Input::kGeneral;
+  *pay = !general && params.shape.steps <= kCheckpointSteps;
+  if (*pay) return cudaSuccess;
+  int device = 0, multiprocessors = 0, threads_each = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&threads_each, cudaDevAttrMaxThreadsPerMultiProcessor, device);
+  }
+  const int64 resident = static_cast<int64>(multiprocessors) * threads_each, neurons = params.shape.neurons();
+  // In general a quarter of the threads that the device can hold is enough: each has four times the loads under way.
+  // Else a thread has less to do for one neuron than for four, which is seen in a long sequence of neurons so few that
+  // a scheduler has one warp.
+  *pay = general ? neurons / 4 >= resident / 4 : neurons > resident / 16;
+  return error;
+}
+
+template <class Scalar>
+ParameterSummary summary_of(const LIFParams<Scalar>& params) {
+  ParameterSummary summary{};
+  if (params.shape.neurons() >= kDivisible) return summary;
+  summary.alike = true;
+  int64 inner = 1, count = 1;  // of the first that differs between neurons
+  for (int id = 0; id < kNumParameters; ++id) {
+    const auto& parameter = params.parameters[id];
+    if (parameter.data != nullptr) summary.tensors |= 1u << id;
+    if (parameter.is_same_for_all()) continue;
+    if (count == 1) inner = parameter.inner, count = parameter.count;
+    summary.alike = summary.alike && parameter.inner == inner && parameter.count == count;
+    summary.strides[id] = 1;
+  }
+  const auto index = [](int64 inner, int64 count) { return NeuronIndex{Divisor::of(inner), Divisor::of(count)}; };
+  summary.common = index(inner, count);
+  for (int id = 0; id < kNumParameters && !summary.alike; ++id) {
+    summary.own[id] = index(params.parameters[id].inner, params.parameters[id].count);
+  }
+  return summary;
+}
+
+// A tile is the neurons of a block: one a thread, or four if they are `grouped` and it pays.
+template <class Params>
+cudaError_t plan_neurons(Params& params, bool grouped) {
+  params.summary = summary_of(params);
+  using Scalar = std::remove_const_t<std::remove_pointer_t<decltype(params.x_seq)>>;
+  bool fours = false;
+  cudaError_t error = cudaSuccess;
+  if (kHasFours<Scalar> && grouped) error = fours_pay(params, &fours);
+  params.tiles.tile = fours ? 4 * kBlockThreads : kBlockThreads;
+  params.tiles.count = blocks_for(params.shape.neurons(), params.tiles.tile);
+  return error;
+}
+
+// The same where parameters may want a gradient.
+template <class Params>
+cudaError_t plan_with_sums(Params& params, bool grouped) {
+  const cudaError_t error = plan_neurons(params, grouped);
+  for (int id = 0; id < kNumParameters; ++id) params.summary.wanted |= static_cast<uint32>(params.wants(id)) << id;
+  return error;
+}
+
+}  // namespace asgl::cuda

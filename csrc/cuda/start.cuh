@@ -1,0 +1,55 @@
+// The start of a kernel, and alignment of its arrays.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "math/neuron.h"
+
+namespace asgl::cuda {
+
+// The launchers of launch.h call the overload for their params. Device makes the compiler find overloads that are
+// declared later.
+struct Device {};
+
+template <class Params>
+cudaError_t plan_tiles(Params& params) {
+  return plan_on(Device{}, params);
+}
+
+template <class Params>
+cudaError_t launch(const Params& params, cudaStream_t stream) {
+  return launch_on(Device{}, params, stream);
+}
+
+template <class Kernel, class Params>
+cudaError_t start(Kernel* kernel, int64 blocks, int threads, const Params& params, cudaStream_t stream) {
+  constexpr int64 kMostBlocks = 0x7FFFFFFF;
+  if (blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
+  void* arguments[] = {const_cast<Params*>(&params)};
+  const cudaError_t error =
+      cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments, 0, stream);
+  // Fetched in any case, or a later call would report it.
+  const cudaError_t pending = cudaGetLastError();
+  return error != cudaSuccess ? error : pending;
+}
+
+inline int64 blocks_for(int64 work, int64 per_block) { return (work + per_block - 1) / per_block; }
+
+template <class Element>
+ASGL_HOST_DEVICE bool is_aligned(const Element* first) {
+  return reinterpret_cast<unsigned long>(first) % (4 * sizeof(Element)) == 0;
+}
+template <class Real>
+ASGL_HOST_DEVICE bool is_aligned(const State<Real*>& state) {
+  bool all = true;
+  for_each_member([&](const Real* first) { all = all && is_aligned(first); }, state);
+  return all;
+}
+
+// float64 would need two accesses of 16 bytes, and gains nothing from them.
+template <class Scalar>
+constexpr bool kHasFours = !std::is_same_v<Scalar, double>;
+
+}  // namespace asgl::cuda

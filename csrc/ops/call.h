@@ -1,0 +1,250 @@
+// Shared by the operators: layout, parameter views, gradients of parameters. Python checks arguments with messages for
+// users; the checks here keep kernels within bounds.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "launch.h"
+#include "ops/layout.h"
+
+namespace asgl::ops {
+
+using OptionalTensor = std::optional<Tensor>;
+
+template <class Scalar>
+struct AtenType {
+  using type = Scalar;
+};
+template <>
+struct AtenType<Half> {
+  using type = at::Half;
+};
+template <>
+struct AtenType<BFloat16> {
+  using type = at::BFloat16;
+};
+
+// Null for no tensor.
+template <class Element>
+Element* pointer(const Tensor& tensor) {
+  if (!tensor.defined() || tensor.numel() == 0) return nullptr;
+  return reinterpret_cast<Element*>(tensor.mutable_data_ptr<typename AtenType<Element>::type>());
+}
+
+template <class Element>
+const Element* const_pointer(const OptionalTensor& tensor) {
+  if (!tensor.has_value() || tensor->numel() == 0) return nullptr;
+  return reinterpret_cast<const Element*>(tensor->const_data_ptr<typename AtenType<Element>::type>());
+}
+
+// Elements of one state member's checkpoints.
+inline int64_t checkpoint_stride(const SequenceShape& shape) {
+  return (shape.steps - 1) / kCheckpointSteps * shape.neurons();
+}
+
+// At least 2 elements, so that torch.compile does not specialise on the number of steps.
+inline int64_t checkpoint_elements(const SequenceShape& shape) { return kStateMembers * checkpoint_stride(shape) + 2; }
+
+inline at::ScalarType real_type(const Tensor& x_seq) {
+  return x_seq.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Unpacked from lists, in the order of the fields of Rules and Numbers in asgl_cuda/reference.py.
+struct Rules {
+  int64_t surrogate, hard_reset, strict_threshold, scale_output, detach_reset, multi_spike, periodic, floored,
+      log_width, logit_decay, analog_below, time_dim;
+};
+struct Numbers {
+  double constants[kNumParameters];  // in the order of ParameterId, 0 where the parameter is a tensor
+  double v_rest, surrogate_gain, v_min;
+};
+
+template <class Fields, class Element>
+Fields unpacked(at::ArrayRef<Element> list, const char* name) {
+  static_assert(std::is_trivially_copyable_v<Fields> && sizeof(Fields) % sizeof(Element) == 0);
+  TORCH_CHECK_VALUE(list.size() == sizeof(Fields) / sizeof(Element), "asgl_cuda: expected ",
+                    sizeof(Fields) / sizeof(Element), " ", name, ", got ", list.size());
+  Fields fields;
+  std::memcpy(&fields, list.data(), sizeof(Fields));
+  return fields;
+}
+
+// The arguments that forward and backward share, checked.
+class Call {
+ public:
+  Call(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state,
+       const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> numbers, at::IntArrayRef rules)
+      : rules_(unpacked<Rules>(rules, "rules")),
+        numbers_(unpacked<Numbers>(numbers, "numbers")),
+        x_seq_(x_seq),
+        layout_(x_seq, rules_.time_dim),
+        rng_state_(rng_state) {
+    TORCH_CHECK_VALUE(parameters.size() == kNumParameters, "asgl_cuda: expected ", kNumParameters, " parameters, got ",
+                      parameters.size());
+    TORCH_CHECK_VALUE(0 <= rules_.surrogate && rules_.surrogate < kNumSurrogates,
+                      "asgl_cuda: no surrogate has the number ", rules_.surrogate);
+    if (v_init.has_value()) {
+      check_real(*v_init, "v_init");
+      v_init_ = layout_.match_state(*v_init);
+    }
+    const int64_t below = rules_.analog_below;
+    TORCH_CHECK_VALUE(0 <= below && below <= kAnalogBelowInState, "asgl_cuda: analog_below must be in [0, ",
+                      kAnalogBelowInState, "], got ", below);
+    if (below > 0 && below != kAlwaysAnalog) {
+      const int64_t elements = below == kAnalogBelowInState ? 3 : 2;
+      TORCH_CHECK_VALUE(
+          rng_state.has_value() && rng_state->scalar_type() == at::kLong && rng_state->numel() == elements &&
+              rng_state->is_contiguous() && rng_state->device() == x_seq.device(),
+          "asgl_cuda: rng_state must be a contiguous int64 tensor of ", elements, " elements on ", x_seq.device());
+    }
+    for (int id = 0; id < kNumParameters; ++id) {
+      const OptionalTensor parameter = parameters.get(id);
+      if (parameter.has_value()) {
+        check_real(*parameter, "a parameter");
+        parameters_[id].emplace(*parameter, layout_);
+      }
+    }
+    for (const auto& [id, learned] : {std::pair(kWidth, rules_.log_width), std::pair(kDecay, rules_.logit_decay)}) {
+      TORCH_CHECK_VALUE(learned == 0 || (parameters_[id].has_value() && !parameters_[id]->per_step()),
+                        "asgl_cuda: a logarithm of the width and a logit of the decay are tensors without steps");
+    }
+  }
+
+  const Layout& layout() const { return layout_; }
+  bool has_parameter(int id) const { return parameters_[id].has_value(); }
+  const ParameterTensor& parameter(int id) const { return *parameters_[id]; }
+  at::TensorOptions real_options() const { return x_seq_.options().dtype(real_type(x_seq_)); }
+
+  template <class Scalar>
+  void fill(LIFParams<Scalar>& params) const {
+    using Real = Real_t<Scalar>;
+    params.shape = layout_.shape();
+    for (int id = 0; id < kNumParameters; ++id) params.parameters[id] = view<Real>(id);
+    params.options = {static_cast<Real>(numbers_.v_rest),
+                      static_cast<Real>(numbers_.surrogate_gain),
+                      static_cast<Surrogate>(rules_.surrogate),
+                      rules_.hard_reset != 0,
+                      rules_.strict_threshold != 0,
+                      rules_.scale_output != 0,
+                      rules_.detach_reset != 0,
+                      rules_.log_width != 0,
+                      rules_.logit_decay != 0,
+                      static_cast<Real>(numbers_.v_min),
+                      rules_.multi_spike != 0,
+                      rules_.periodic != 0,
+                      rules_.floored != 0};
+    params.noise = {
+        rng_state_.has_value() ? reinterpret_cast<const int64*>(rng_state_->const_data_ptr<int64_t>()) : nullptr,
+        static_cast<uint32>(rules_.analog_below)};
+    params.x_seq = const_pointer<Scalar>(x_seq_);
+    params.init.v = const_pointer<Real>(v_init_);
+  }
+
+  template <class Real>
+  ParameterView<Real> view(int id) const {
+    if (parameters_[id].has_value()) return parameters_[id]->view<Real>();
+    const int64 neurons = layout_.shape().neurons();
+    return {nullptr, static_cast<Real>(numbers_.constants[id]), 0, neurons, 1};
+  }
+
+  // Chain-rule factor from the partial sums to the gradient of a parameter.
+  Derivative derivative(int id) const {
+    if (id == kWidth) return rules_.log_width != 0 ? Derivative::kOfLogWidth : Derivative::kOfWidth;
+    return id == kDecay && rules_.logit_decay != 0 ? Derivative::kOfLogitDecay : Derivative::kNone;
+  }
+
+  void check_real(const Tensor& tensor, const char* name) const {
+    TORCH_CHECK_TYPE(tensor.scalar_type() == real_type(x_seq_), "asgl_cuda: ", name, " must have type ",
+                     real_type(x_seq_), ", got ", tensor.scalar_type());
+    TORCH_CHECK_VALUE(tensor.device() == x_seq_.device(), "asgl_cuda: ", name, " must be on ", x_seq_.device(),
+                      ", got ", tensor.device());
+  }
+
+ private:
+  Rules rules_;
+  Numbers numbers_;
+  Tensor x_seq_;
+  Layout layout_;
+  OptionalTensor v_init_, rng_state_;
+  std::optional<ParameterTensor> parameters_[kNumParameters];
+};
+
+template <class F>
+void with_scalar(at::ScalarType type, F&& f) {
+  switch (type) {
+    case at::kHalf:
+      return f(Half{});
+    case at::kBFloat16:
+      return f(BFloat16{});
+    case at::kFloat:
+      return f(float{});
+    case at::kDouble:
+      return f(double{});
+    default:
+      TORCH_CHECK_TYPE(false, "asgl_cuda: x_seq must be float16, bfloat16, float32 or float64, got ", type);
+  }
+}
+
+// The wanted gradients of parameter tensors, each [steps or 1, count].
+class ParameterGradients {
+ public:
+  ParameterGradients(const Call& call, const std::array<bool, 2 + kNumParameters>& wanted) : call_(call) {
+    for (int id = 0; id < kNumParameters; ++id) {
+      if (!wanted[2 + id] || !call.has_parameter(id)) continue;
+      ids_.push_back(id);
+      sums_.push_back(call.parameter(id).empty_gradient());
+      if (call.layout().shape().neurons() == 0) sums_.back().zero_();
+    }
+  }
+
+  // Launches a backward kernel, whose params lack only the partial sums, and adds these up.
+  template <class Backend, class Params>
+  void compute(const Backend& backend, Params& params) const {
+    using Real = typename Params::Real;
+    const SequenceShape& shape = params.shape;
+    Real later{};  // any non-null pointer: plan_tiles() needs to know which sums are wanted
+    for (const int id : ids_) params.partials[id].data = &later;
+    backend.plan_tiles(params);
+    int64_t elements = 0;
+    for (const int id : ids_) {
+      const auto& view = params.parameters[id];
+      params.partials[id].slots = shape.neurons() / view.inner + params.tiles.count;
+      elements += (view.step_stride != 0 ? shape.steps : 1) * params.partials[id].slots;
+    }
+    const Tensor partials = elements > 0 ? in_huge_pages(at::empty({elements}, call_.real_options())) : Tensor();
+    Real* free = pointer<Real>(partials);
+    GradientSum<Real> sum{shape, params.tiles.tile, static_cast<int>(ids_.size()), {}};
+    for (size_t i = 0; i < ids_.size(); ++i) {
+      const int id = ids_[i];
+      const auto& view = params.parameters[id];
+      params.partials[id].data = free;
+      free += (view.step_stride != 0 ? shape.steps : 1) * params.partials[id].slots;
+      sum.parts[i] = {params.partials[id], view, call_.derivative(id), 0, 0, 0, 0, pointer<Real>(sums_[i])};
+    }
+    backend.launch(params);
+    if (sum.count == 0) return;
+    backend.plan_tiles(sum);
+    backend.launch(sum);
+  }
+
+  void append_to(std::vector<Tensor>& results) const {
+    for (size_t i = 0; i < ids_.size(); ++i) {
+      results.push_back(call_.parameter(ids_[i]).gradient_in_own_shape(sums_[i]));
+    }
+  }
+
+ private:
+  const Call& call_;
+  std::vector<int> ids_;
+  std::vector<Tensor> sums_;
+};
+
+}  // namespace asgl::ops

@@ -1,0 +1,32 @@
+// The parameters summarised for the CUDA kernels: a few comparisons of each would be a tenth of the instructions of a
+// short sequence.
+#pragma once
+
+#include "math/divisor.h"
+
+namespace asgl {
+
+enum ParameterId { kWidth, kDecay, kThreshold, kReset, kInputGain, kInputBias, kInputMean, kNumParameters };
+
+// ParameterView::index for fewer than kDivisible neurons.
+struct NeuronIndex {
+  Divisor inner, count;
+
+  ASGL_HOST_DEVICE uint32 of(int64 n) const {
+    return count.by == 1 ? 0 : count.remainder(inner.quotient(static_cast<uint32>(n)));
+  }
+};
+
+struct ParameterSummary {
+  uint32 tensors;  // a bit for each that is not constant
+  uint32 wanted;   // a bit for each that wants a gradient
+  // All parameters that differ between neurons have the same inner and count: a common index, and strides 1, else 0.
+  bool alike;
+  NeuronIndex common;
+  uint32 strides[kNumParameters];
+  NeuronIndex own[kNumParameters];  // where they are not alike
+};
+
+ASGL_HOST_DEVICE bool has(uint32 bits, int id) { return bits >> id & 1u; }
+
+}  // namespace asgl
