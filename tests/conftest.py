@@ -13,23 +13,23 @@ from tools import ptx
 from tools.emulation import emulated
 from tools.kernels import host_compiler
 
-# A graph that was cached before an operator changed would be run as if it had not.
+# A cached graph would be run although an operator has changed since.
 torch._inductor.config.force_disable_caches = True
 
-# It is read at the first matrix product on a GPU, where deterministic algorithms need it.
+# Read at the first matrix product on a GPU, where deterministic algorithms need it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # ASGL_TEST_BACKENDS names the backends to test, with commas; without it all that work here and the emulations are.
 WANTED = os.environ.get("ASGL_TEST_BACKENDS")
 _WANTED_NAMES = () if WANTED is None else tuple(WANTED.split(","))
 EMULATION = PTX_MACHINE = None
-if WANTED is None or {"emulated", "replayed", "ptx"} & set(_WANTED_NAMES):  # PTX is held against it
+if WANTED is None or {"emulated", "replayed", "ptx"} & set(_WANTED_NAMES):  # PTX is compared with it
     if host_compiler.compiler() is None:
         print("asgl_cuda: no C++ compiler, so the CUDA kernels are not tested by emulation")
     else:
         EMULATION = emulated.register()
 
-# PTX takes long to compile. By default a part of the tests of one of its backends runs, on a part of the kernels.
+# PTX takes long to compile. By default part of the tests of one of its backends runs, on part of the kernels.
 if WANTED is None or "ptx" in _WANTED_NAMES:
     if ptx.missing() is not None:
         print(f"asgl_cuda: {ptx.missing()}, so the PTX of the CUDA kernels is not tested")
@@ -42,7 +42,7 @@ PTX_FILES = {
     f"test_{name}.py" for name in ("equivalence", "properties", "layouts", "gradients", "integrator", "multi_spike")
 }
 
-# Every one of them is held against the reference by the whole suite.
+# Each is compared with the reference by the whole suite.
 FUSED_BACKENDS = [
     name
     for name in asgl_cuda.available_backends()
@@ -104,7 +104,7 @@ def outputs_filled_with_nan() -> Iterator[None]:
 
 @pytest.fixture
 def emulation() -> Iterator[emulated.Emulation]:
-    """The emulated device, as it was before when the test is over."""
+    """The emulated device, restored after the test."""
     if EMULATION is None:
         pytest.skip("no emulation")
     EMULATION.take_launches()

@@ -7,7 +7,7 @@ from torch import nn
 
 
 class _Surrogate(nn.Module):
-    """Makes its parameter when it first sees an input, of the shape that the granularity says."""
+    """Makes its parameter at the first call, in the shape of the granularity."""
 
     def __init__(self, alpha=1.0, learnable=True, granularity="layer"):
         super().__init__()
@@ -43,7 +43,7 @@ class InvSigmoid(_Surrogate):
 
 
 class InvTanh(_Surrogate):
-    """One that asgl_cuda does not know by this name."""
+    """A name unknown to asgl_cuda."""
 
     first = float
 

@@ -1,9 +1,18 @@
-"""Backends and types in which models of other libraries are compared with what is made of them."""
+"""Backends and types in which models of other libraries are compared with their conversions."""
+
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
 import asgl_cuda
+
+MISSING = [name for name in ("norse", "sinabs", "snntorch", "spikingjelly") if find_spec(name) is None]
+if MISSING:
+    print(f"asgl_cuda: no {', '.join(MISSING)}, so conversions of other libraries' layers are not tested")
+    tests = {path.name for path in Path(__file__).parent.glob("test_*.py")}
+    collect_ignore = [name for name in tests if not name.startswith("test_nir")]
 
 
 @pytest.fixture(params=[name for name in ("reference", "cpu") if name in asgl_cuda.available_backends()])
@@ -13,7 +22,7 @@ def backend(request):
 
 @pytest.fixture
 def in_double():
-    """In float64 no spike hangs on how a sum is rounded."""
+    """Float64, in which no spike depends on the rounding of a sum."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)

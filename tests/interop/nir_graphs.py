@@ -1,4 +1,4 @@
-"""Models, graphs and numbers that the tests of NIR share."""
+"""Models and graphs for the tests of NIR."""
 
 from itertools import pairwise
 
@@ -54,7 +54,7 @@ def fires(s_seq):
 
 
 def nir_lif(**numbers):
-    """A node of 6 neurons, with the numbers of asgl_cuda.LIF() where they are not given."""
+    """A node of 6 neurons, by default with the values of asgl_cuda.LIF()."""
     named = {"tau": 2e-4, "r": 2.0, "v_leak": 0.0, "v_threshold": 1.0} | numbers
     return nir.LIF(**{name: np.full(6, value, np.float32) for name, value in named.items()})
 
@@ -73,3 +73,12 @@ def graph_of(*nodes, edges=None, **more):
     named["out"] = nir.Output(output_type={"output": shape})
     names = [name for name in named if name not in more]
     return nir.NIRGraph(named, edges or list(pairwise(names)), type_check=False)
+
+
+def chain(names, make=lambda: nir_lif(tau=3e-4, r=3.0)):
+    """A graph of nodes with these names, one after the other."""
+    shape = np.array([6])
+    nodes = {name: make() for name in names}
+    edges = list(zip(["the input", *names], [*names, "the output"], strict=True))
+    ends = {"the input": nir.Input(shape), "the output": nir.Output(shape)}
+    return nir.NIRGraph(nodes | ends, edges, type_check=False)

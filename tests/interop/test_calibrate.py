@@ -1,12 +1,12 @@
 """`calibrate` on converted models: sequences, steps in a loop, currents, fused pairs."""
 
-import libraries  # noqa: F401
 import norse.torch as norse
 import pytest
 import sinabs.layers
 import snntorch
 import torch
-from sinabs.activation import SingleSpike
+from comparison import Stack
+from conversions import SINGLE
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
@@ -49,18 +49,9 @@ def spikingjelly(step_mode):
         layer.Linear(32, 30), neuron.CUBALIFNode(0.7, 0.7), layer.Dropout(0.5), layer.Linear(30, 30), neuron.IFNode(),
     )  # fmt: skip
     functional.set_step_mode(model, step_mode)
-    return model if step_mode == "m" else EachStep(model)
-
-
-class EachStep(nn.Module):
-    """Steps in a loop."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x_seq):
-        return torch.stack([self.model(x) for x in x_seq])
+    if step_mode == "m":
+        return model
+    return Stack(lambda m, x_seq: torch.stack([m.model(x) for x in x_seq]), model=model)
 
 
 def wide():
@@ -77,18 +68,12 @@ MODELS = {
     ),
     "sinabs": (
         lambda: nn.Sequential(
-            BatchFirst(), nn.Flatten(2), wide(), sinabs.layers.LIF(tau_mem=5.0, spike_fn=SingleSpike),
-            nn.Linear(50, 50), sinabs.layers.IAF(spike_fn=SingleSpike),
+            Stack(lambda _, x_seq: x_seq.transpose(0, 1)), nn.Flatten(2), wide(),
+            sinabs.layers.LIF(tau_mem=5.0, **SINGLE),
+            nn.Linear(50, 50), sinabs.layers.IAF(**SINGLE),
         ), 2,
     ),
 }  # fmt: skip
-
-
-class BatchFirst(nn.Module):
-    """Time behind the batch."""
-
-    def forward(self, x_seq):
-        return x_seq.transpose(0, 1)
 
 
 @pytest.mark.parametrize("asgl", [None, {"surrogate": "sigmoid", "width": 1.0}], ids=["same", "asgl"])
@@ -112,7 +97,7 @@ def test_converted_layers_fire_at_the_rate(name, asgl, x_seq):
 
 
 def test_neurons_that_are_not_converted(x_seq):
-    """They are named, and no weight in front of them is taken for one of the layers behind."""
+    """Named in the report; weights in front of them are not assigned to later layers."""
     model = nn.Sequential(
         nn.Flatten(2), wide(), neuron.QIFNode(step_mode="m"), nn.Linear(50, 50), neuron.LIFNode(step_mode="m")
     )

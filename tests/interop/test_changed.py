@@ -1,26 +1,23 @@
-"""What is changed in a layer after its conversion is followed, or refused; what was exchanged before it is left."""
+"""Changes of a layer after its conversion are followed or refused; exchanged methods are left."""
 
 import copy
 import functools
 import pickle
 
 import authors_code
-import libraries  # noqa: F401
 import norse.torch as norse
 import pytest
 import sinabs.activation
 import sinabs.layers
 import snntorch
 import torch
-from converted_layers import close
+from conversions import SINGLE, authors_layer, close, reset
 from snntorch import surrogate as snn_surrogate
 from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
 
 import asgl_cuda
 from asgl_cuda.interop.converted import Converted
-
-SINGLE = {"spike_fn": sinabs.activation.SingleSpike}
 
 
 def own_threshold():
@@ -45,6 +42,14 @@ def box(method="tanh"):
     )
 
 
+def iaf(**options):
+    return sinabs.layers.IAF(**SINGLE, **options)
+
+
+def exponential():
+    return iaf(surrogate_grad_fn=sinabs.activation.SingleExponential())
+
+
 def output_of(layer, x_seq):
     if isinstance(layer, (sinabs.layers.StatefulLayer, neuron.BaseNode, neuron.SimpleIFNode)):
         return layer(x_seq)
@@ -66,7 +71,7 @@ def gradient(layer, x_seq):
 
 
 def written(name, value):
-    """A state dict that is loaded writes to the tensors that there are."""
+    """Loads a state dict, which writes to the existing tensors."""
 
     def change(layer):
         layer.load_state_dict({**layer.state_dict(), name: torch.tensor(value)})
@@ -82,7 +87,11 @@ def given(**attributes):
     return change
 
 
-def of_surrogate(name, **values):
+def parameters(**values):
+    return lambda layer: setattr(layer, "p", layer.p._replace(**values))
+
+
+def surrogate_with(name, **values):
     def change(layer):
         for attribute, value in values.items():
             setattr(getattr(layer, name), attribute, value)
@@ -119,29 +128,19 @@ FOLLOWED = {
         lambda: sinabs.layers.LIF(3.0, **own_threshold()), written("spike_threshold", 0.4),
     ),
     "sinabs, threshold set": (
-        lambda: sinabs.layers.IAF(**SINGLE),
-        lambda layer: setattr(layer, "spike_threshold", nn.Parameter(torch.tensor(2.5), requires_grad=False)),
+        iaf, given(spike_threshold=nn.Parameter(torch.tensor(2.5), requires_grad=False)),
     ),
     "sinabs, threshold and surrogate of a user": (
-        lambda: sinabs.layers.IAF(surrogate_grad_fn=OwnExponential(), **SINGLE, **own_threshold()),
-        written("spike_threshold", 2.5),
+        lambda: iaf(surrogate_grad_fn=OwnExponential(), **own_threshold()), written("spike_threshold", 2.5),
     ),
-    "sinabs, grad_width": (
-        lambda: sinabs.layers.IAF(surrogate_grad_fn=sinabs.activation.SingleExponential(), **SINGLE),
-        of_surrogate("surrogate_grad_fn", grad_width=1.5),
-    ),
-    "sinabs, grad_scale": (
-        lambda: sinabs.layers.IAF(surrogate_grad_fn=sinabs.activation.SingleExponential(), **SINGLE),
-        of_surrogate("surrogate_grad_fn", grad_scale=1.5),
-    ),
+    "sinabs, grad_width": (exponential, surrogate_with("surrogate_grad_fn", grad_width=1.5)),
+    "sinabs, grad_scale": (exponential, surrogate_with("surrogate_grad_fn", grad_scale=1.5)),
     "sinabs, periodic": (
         lambda: sinabs.layers.IAF(surrogate_grad_fn=sinabs.activation.PeriodicExponential()),
-        of_surrogate("surrogate_grad_fn", grad_width=0.2, grad_scale=3.0),
+        surrogate_with("surrogate_grad_fn", grad_width=0.2, grad_scale=3.0),
     ),
-    "sinabs, another": (
-        lambda: sinabs.layers.IAF(**SINGLE), given(surrogate_grad_fn=sinabs.activation.Gaussian(0.0, 0.3)),
-    ),
-    "spikingjelly, alpha": (jelly, of_surrogate("surrogate_function", alpha=0.7)),
+    "sinabs, another": (iaf, given(surrogate_grad_fn=sinabs.activation.Gaussian(0.0, 0.3))),
+    "spikingjelly, alpha": (jelly, surrogate_with("surrogate_function", alpha=0.7)),
     "spikingjelly, another": (jelly, given(surrogate_function=surrogate.ATan(2.5))),
     "spikingjelly, a buffer": (
         lambda: neuron.LIFNode(step_mode="m", surrogate_function=Widened()),
@@ -151,9 +150,9 @@ FOLLOWED = {
     "snntorch, a tensor of a closure": (
         lambda: leaky(spike_grad=snn_surrogate.atan(alpha_in_closure)), lambda layer: alpha_in_closure.fill_(5.0),
     ),
-    "norse, parameters": (box, lambda layer: setattr(layer, "p", layer.p._replace(alpha=torch.tensor(1.0)))),
+    "norse, parameters": (box, parameters(alpha=torch.tensor(1.0))),
     "norse, a write": (box, lambda layer: layer.p.alpha.fill_(1.0)),
-    "norse, method": (box, lambda layer: setattr(layer, "p", layer.p._replace(method="super"))),
+    "norse, method": (box, parameters(method="super")),
 }  # fmt: skip
 
 
@@ -164,27 +163,21 @@ def test_a_surrogate_that_is_changed_is_followed(name, how):
     torch.manual_seed(0)
     x_seq = 2 * torch.rand(SHAPE)
     alpha_in_closure.fill_(2.0)
-    fused, _ = asgl_cuda.convert(make())
-    fused = copy.deepcopy(fused) if how == "copy" else fused
-    _, before = gradient(fused, x_seq)
+    converted, _ = asgl_cuda.convert(make())
+    converted = copy.deepcopy(converted) if how == "copy" else converted
+    _, before = gradient(converted, x_seq)
     alpha_in_closure.fill_(2.0)
     layer = make()
     change(layer)
     expected = gradient(layer, x_seq)
     alpha_in_closure.fill_(2.0)
-    for each in fused.modules():
-        if hasattr(each, "reset_states"):
-            each.reset_states()
-        elif isinstance(each, neuron.BaseNode):
-            each.reset()
-        elif isinstance(each, snntorch.SpikingNeuron):
-            each.reset_mem()
-    change(fused)
-    twin = copy.deepcopy(fused)
-    if how == "inference":  # where there is no gradient by which a surrogate could be told
+    reset(converted)
+    change(converted)
+    twin = copy.deepcopy(converted)
+    if how == "inference":  # without gradients by which a surrogate could be identified
         with torch.inference_mode():
             output_of(twin, x_seq)
-    found = gradient(fused, x_seq)
+    found = gradient(converted, x_seq)
     assert torch.equal(found[0], expected[0])
     assert close(found[1], expected[1])
     assert not close(before, expected[1])
@@ -206,28 +199,18 @@ REFUSED = {
     "reset": (leaky, given(reset_mechanism="zero"), "its state_function is not that of its reset_mechanism"),
     "state": (leaky, given(state_function=lambda x: x), "its state_function is not that of its reset_mechanism"),
     "norse, activation": (box, given(activation=norse.iaf_feed_forward_step), "it steps by iaf_feed_forward_step"),
-    "norse, reset": (
-        box, lambda layer: setattr(layer, "p", layer.p._replace(reset_method=quantised)), "a function of its own",
-    ),
+    "norse, reset": (box, parameters(reset_method=quantised), "a function of its own"),
     "norse, LI": (norse.LI, given(activation=norse.iaf_feed_forward_step), "it steps by iaf_feed_forward_step"),
-    "spikes of another kind": (
-        lambda: sinabs.layers.IAF(**SINGLE), given(spike_fn=sinabs.activation.MaxSpike(2)), "those of MaxSpike",
-    ),
-    "several spikes": (
-        lambda: sinabs.layers.IAF(**SINGLE), given(spike_fn=sinabs.activation.MultiSpike), "it fires in another way",
-    ),
+    "spikes of another kind": (iaf, given(spike_fn=sinabs.activation.MaxSpike(2)), "those of MaxSpike"),
+    "several spikes": (iaf, given(spike_fn=sinabs.activation.MultiSpike), "it fires in another way"),
     "sinabs, reset": (
-        lambda: sinabs.layers.IAF(**SINGLE),
-        given(reset_fn=sinabs.activation.MembraneReset(0.5)),
-        "resets to a value that is not 0",
+        iaf, given(reset_fn=sinabs.activation.MembraneReset(0.5)), "resets to a value that is not 0",
     ),
     "sinabs, floor": (
         lambda: sinabs.layers.ExpLeak(2.0), given(min_v_mem=nn.Parameter(torch.tensor(0.0))), "a least potential",
     ),
     "authors": (
-        lambda: authors_code.LIFLayer(
-            SHAPE[0], spike_fn=authors_code.EfficientNoisySpikeII(authors_code.InvSigmoid(), p=0.0)
-        ),
+        lambda: authors_layer(SHAPE[0]),
         lambda layer: setattr(layer.cell.spike_fn, "spike", False),
         "it emits smooth values",
     ),
@@ -235,48 +218,52 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_can_not_be_followed_is_refused(name):
+def test_other_changes_are_refused(name):
     make, change, reason = REFUSED[name]
-    fused, report = asgl_cuda.convert(make())
+    converted, report = asgl_cuda.convert(make())
     assert len(report.replaced) == 1, report
     x_seq = torch.rand(SHAPE)
-    call = fused if isinstance(fused, (norse.LI, authors_code.LIFLayer)) else functools.partial(output_of, fused)
+    call = (
+        converted
+        if isinstance(converted, (norse.LI, authors_code.LIFLayer))
+        else functools.partial(output_of, converted)
+    )
     call(x_seq)
-    change(fused)
+    change(converted)
     with pytest.raises(RuntimeError, match=f"was changed after its conversion: .*{reason}.*asgl_cuda.revert"):
         call(x_seq)
-    assert type(asgl_cuda.revert(fused)[0]) is type(make())
+    assert type(asgl_cuda.revert(converted)[0]) is type(make())
 
 
 def test_an_asgl_layer_keeps_its_own_surrogate():
-    fused, _ = asgl_cuda.convert(jelly(), asgl={"surrogate": "rectangle", "width": 2.0, "learn_width": False})
-    fused.eval().surrogate_function.alpha = 0.5
+    converted, _ = asgl_cuda.convert(jelly(), asgl={"surrogate": "rectangle", "width": 2.0, "learn_width": False})
+    converted.eval().surrogate_function.alpha = 0.5
     x_seq = torch.rand(SHAPE)
-    fused(x_seq)
-    assert fused.settings.spike[:3] == ("rectangle", 2.0, 1.0)
+    converted(x_seq)
+    assert converted.settings.spike[:3] == ("rectangle", 2.0, 1.0)
     made = sinabs.layers.LIF(3.0, **SINGLE, **own_threshold())
-    fused, _ = asgl_cuda.convert(made, asgl={"width": 2.0, "learn_width": False})
-    written("spike_threshold", 0.3)(fused)
-    fused.eval()(x_seq)
-    assert fused.width == 2.0
+    converted, _ = asgl_cuda.convert(made, asgl={"width": 2.0, "learn_width": False})
+    written("spike_threshold", 0.3)(converted)
+    converted.eval()(x_seq)
+    assert converted.width == 2.0
 
 
 def test_a_surrogate_that_did_not_change_is_not_looked_at_again(monkeypatch):
     """Switching between training and evaluation, and moving the layer, is no change."""
-    made = [asgl_cuda.convert(make())[0] for make in (jelly, leaky, box, lambda: sinabs.layers.IAF(**SINGLE))]
+    made = [asgl_cuda.convert(make())[0] for make in (jelly, leaky, box, iaf)]
     made.append(copy.deepcopy(made[0]))
     made.append(pickle.loads(pickle.dumps(made[0])))
     monkeypatch.setattr(Converted, "_look_again", lambda self: pytest.fail("it looked again"))
-    for fused in made:
+    for converted in made:
         for _ in range(2):
-            output_of(fused.eval(), torch.rand(SHAPE))
-            fused.train()
+            output_of(converted.eval(), torch.rand(SHAPE))
+            converted.train()
 
 
 def test_a_compiled_graph_follows_an_attribute():
     layer = jelly()
-    fused, _ = asgl_cuda.convert(layer)
-    compiled = torch.compile(fused, backend="eager")
+    converted, _ = asgl_cuda.convert(layer)
+    compiled = torch.compile(converted, backend="eager")
     x_seq = 2 * torch.rand(SHAPE)
 
     def gradient_of(module, node):
@@ -285,11 +272,11 @@ def test_a_compiled_graph_follows_an_attribute():
         module(leaf).sum().backward()
         return leaf.grad
 
-    gradient_of(compiled, fused)
-    for each in (layer, fused):
+    gradient_of(compiled, converted)
+    for each in (layer, converted):
         each.surrogate_function.alpha = 0.7
     for _ in range(2):
-        assert close(gradient_of(compiled, fused), gradient_of(layer, layer))
+        assert close(gradient_of(compiled, converted), gradient_of(layer, layer))
 
 
 def test_a_surrogate_with_parameters_is_left():
@@ -308,27 +295,19 @@ def exchange(part, name):
     setattr(part, name, lambda *arguments, **named: method(*arguments, **named))
 
 
-PARTS = {
-    "fire": (leaky, lambda layer: layer),
-    "mem_reset": (leaky, lambda layer: layer),
-    "_base_state_function": (leaky, lambda layer: layer),
-    "forward": (box, lambda layer: layer),
-    "initial_state": (norse.LIF, lambda layer: layer),
-    "single_step_forward": (neuron.LIFNode, lambda layer: layer),
-    "single_step_functional_forward": (neuron.LIFNode, lambda layer: layer),
-    "neuronal_charge": (lambda: neuron.SimpleLIFNode(2.0, True), lambda layer: layer),
-    "neuronal_fire": (lambda: neuron.SimpleIFNode(), lambda layer: layer),
-    "neuronal_reset": (lambda: neuron.SimpleIFNode(), lambda layer: layer),
-    "init_state_with_shape": (lambda: sinabs.layers.IAF(**SINGLE), lambda layer: layer),
-}
+METHODS = {
+    "fire": leaky, "mem_reset": leaky, "_base_state_function": leaky, "forward": box, "initial_state": norse.LIF,
+    "single_step_forward": neuron.LIFNode, "single_step_functional_forward": neuron.LIFNode,
+    "neuronal_charge": lambda: neuron.SimpleLIFNode(2.0, True), "neuronal_fire": lambda: neuron.SimpleIFNode(),
+    "neuronal_reset": lambda: neuron.SimpleIFNode(), "init_state_with_shape": iaf,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_method_that_was_exchanged_in_the_layer_is_named(name, inplace):
-    make, part_of = PARTS[name]
-    layer = make()
-    exchange(part_of(layer), name)
+    layer = METHODS[name]()
+    exchange(layer, name)
     model, report = asgl_cuda.convert(nn.Sequential(layer), inplace=inplace)
     assert type(model[0]) is type(layer)
     ((_, _, reason),) = report.left
@@ -337,26 +316,23 @@ def test_a_method_that_was_exchanged_in_the_layer_is_named(name, inplace):
 
 @pytest.mark.parametrize("name", ["fire", "neuronal_charge", "init_state_with_shape"])
 def test_a_method_that_is_exchanged_after_the_conversion_is_named(name):
-    make, _ = PARTS[name]
-    fused, _ = asgl_cuda.convert(make())
+    make = METHODS[name]
+    converted, _ = asgl_cuda.convert(make())
     x_seq = torch.rand(SHAPE)
-    fused(x_seq)
-    exchange(fused, name)
+    converted(x_seq)
+    exchange(converted, name)
     with pytest.raises(RuntimeError, match=f"after its conversion: its {name} is not that of {type(make()).__name__}"):
-        fused(x_seq)
-    delattr(fused, name)
-    fused(x_seq)
+        converted(x_seq)
+    delattr(converted, name)
+    converted(x_seq)
 
 
-def test_a_state_function_and_a_first_state_that_were_exchanged():
+def test_other_functions_that_were_exchanged():
     for make, name in ((leaky, "state_function"), (norse.LIF, "state_fallback")):
         layer = make()
         exchange(layer, name)
         assert name in asgl_cuda.convert(layer)[1].left[0].reason
-
-
-def test_a_part_of_the_authors_layer_that_was_exchanged():
-    layer = authors_code.LIFLayer(2, spike_fn=authors_code.EfficientNoisySpikeII(authors_code.InvSigmoid()))
+    layer = authors_layer(2)
     exchange(layer.cell, "forward")
     _, report = asgl_cuda.convert(layer)
     assert report.left[0].reason == "its forward is not that of LIFCell, but an attribute of this layer"
@@ -419,7 +395,7 @@ def test_hooks_of_tensors_and_of_modules_are_copied(function):
         assert close(ours, theirs)
 
 
-def test_what_the_library_does_not_copy_itself():
+def test_attributes_that_the_library_does_not_copy():
     layer = sinabs.layers.LIF(3.0, **SINGLE).eval()
     layer.tau_mem.requires_grad_(False)
     layer.name = "hidden"
@@ -436,7 +412,7 @@ def test_hooks_of_a_layer_that_is_converted_in_place_stay():
     x_seq = torch.rand(SHAPE)
     expected = layer(x_seq)
     layer.reset()
-    fused, report = asgl_cuda.convert(layer, inplace=True)
+    converted, report = asgl_cuda.convert(layer, inplace=True)
     assert len(report.replaced) == 1
-    assert torch.equal(fused(x_seq), expected)
+    assert torch.equal(converted(x_seq), expected)
     assert 7 in expected

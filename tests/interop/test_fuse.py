@@ -1,14 +1,14 @@
-"""The results of `fuse` on the layers of each library, in numbers."""
+"""Outputs, gradients and statistics of fused layers of each library."""
 
 import authors_code
-import libraries  # noqa: F401
 import norse.torch as norse
 import pytest
 import sinabs.activation
 import sinabs.layers
 import snntorch
 import torch
-from fused_models import B, C, T, assert_alike, history, on, reasons, scattered
+from comparison import Stack
+from conversions import SINGLE, B, C, T, assert_alike, authors_layer, history, on, reasons, scattered
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
@@ -94,19 +94,15 @@ def test_a_forward_that_is_traced(backend):
 
 
 def test_a_loop_over_time_that_is_traced(backend):
-    class Loop(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.bn, self.leaky = nn.Linear(6, C), nn.BatchNorm1d(C), snntorch.Leaky(beta=0.5)
+    def forward(net, x_seq):
+        mem, out = torch.zeros(B, C), []
+        for step in range(T):
+            spk, mem = net.leaky(net.bn(net.fc(x_seq[step])), mem)
+            out += [spk, mem]
+        return torch.stack(out)
 
-        def forward(self, x_seq):
-            mem, out = torch.zeros(B, C), []
-            for step in range(T):
-                spk, mem = self.leaky(self.bn(self.fc(x_seq[step])), mem)
-                out += [spk, mem]
-            return torch.stack(out)
-
-    assert_alike(Loop(), torch.randn(T, B, 6), 1, backend)
+    loop = Stack(forward, fc=nn.Linear(6, C), bn=nn.BatchNorm1d(C), leaky=snntorch.Leaky(beta=0.5))
+    assert_alike(loop, torch.randn(T, B, 6), 1, backend)
 
 
 def jelly(made, mode="m"):
@@ -194,7 +190,7 @@ def test_norse(tau, affine, backend):
     assert_alike(model, 2 * torch.randn(T, B, C, *[2] * (tau.dim() - 1)), 1, backend, call)
 
 
-def test_norse_with_what_is_between():
+def test_norse_with_other_modules_between():
     made = norse.SequentialState(nn.BatchNorm1d(C), norse.LIFBoxCell(), return_hidden=True)
     assert "the forward of SequentialState can't be traced" in reasons(made)["0"]
     made = norse.SequentialState(norse.LIFBoxCell(), nn.BatchNorm1d(C))
@@ -202,13 +198,11 @@ def test_norse_with_what_is_between():
     assert reasons(model) == {"0.1": "its output goes through SequentialState"}
 
 
-SINGLE = {"spike_fn": sinabs.activation.SingleSpike, "spike_threshold": torch.tensor(0.3, dtype=torch.float64)}
+THRESHOLD = {"spike_threshold": torch.tensor(0.3, dtype=torch.float64)}
+SPIKES = {"SingleSpike": {**THRESHOLD, **SINGLE}, "MultiSpike": {**THRESHOLD, "min_v_mem": -0.5}}
 
 
-SEVERAL = {"spike_threshold": SINGLE["spike_threshold"], "min_v_mem": -0.5}
-
-
-@pytest.mark.parametrize("options", [SINGLE, SEVERAL], ids=["SingleSpike", "MultiSpike"])
+@pytest.mark.parametrize("options", SPIKES.values(), ids=SPIKES)
 @pytest.mark.parametrize("name", ["LIFSqueeze", "IAFSqueeze", "LIF", "LIF by channel", "IAF"])
 def test_sinabs(name, options, backend):
     if name.endswith("Squeeze"):
@@ -222,12 +216,8 @@ def test_sinabs(name, options, backend):
 
 
 def test_sinabs_repeat(backend):
-    model = nn.Sequential(sinabs.layers.Repeat(nn.BatchNorm2d(C)), sinabs.layers.IAF(**SINGLE))
+    model = nn.Sequential(sinabs.layers.Repeat(nn.BatchNorm2d(C)), sinabs.layers.IAF(**SPIKES["SingleSpike"]))
     assert_alike(model, torch.randn(B, T, C, 2, 2), 1, backend, lambda model, x: model(x))
-
-
-def authors_layer(p=0.0):
-    return authors_code.LIFLayer(T, False, spike_fn=authors_code.EfficientNoisySpikeII(authors_code.InvSigmoid(), p=p))
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -236,7 +226,7 @@ def test_the_authors_code(apart, backend):
     wrapped = [authors_code.tdLayer(part, T) for part in parts] if apart else [
         authors_code.tdLayer(nn.Sequential(*parts), T)
     ]  # fmt: skip
-    model = nn.Sequential(*wrapped, authors_layer())
+    model = nn.Sequential(*wrapped, authors_layer(T, retain_v=False))
     model(torch.randn(T, B, C, 4, 4))  # the width becomes a parameter
 
     assert_alike(model, torch.randn(T, B, C, 4, 4), 1, backend)
@@ -256,7 +246,7 @@ def test_a_layer_named_like_the_authors_that_is_not():
 
 
 def test_noise_and_float32(backend):
-    """In float32 the last places of potentials differ, which may flip a spike: with noise everywhere, none."""
+    """In float32 the last places of potentials differ, which may flip a spike, but none under noise everywhere."""
     model = nn.Sequential(OverTime(nn.Sequential(nn.Linear(6, C), nn.BatchNorm1d(C))), asgl_cuda.LIF(analog_prob=1.0))
     assert_alike(model, torch.randn(T, B, 6), 1, backend)
     model = scattered(model.float())
@@ -284,7 +274,7 @@ def test_the_neurons_mode_is_that_of_the_noise_and_the_normalisations_that_of_th
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("training", [True, False])
 def test_an_empty_batch(training, momentum, backend):
-    """It gives empty spikes, gradients of 0, and counts as a batch of training, as it does apart."""
+    """Empty spikes, gradients of 0, and a counted batch of training, as in the layers apart."""
     model = nn.Sequential(OverTime(nn.BatchNorm2d(C, momentum=momentum)), asgl_cuda.LIF())
     layer = nn.Sequential(asgl_cuda.BatchNormLIF(C, momentum=momentum))
     results = []

@@ -1,13 +1,13 @@
 """The pairs that `fuse` leaves, and its reasons."""
 
-import libraries  # noqa: F401
 import norse.torch as norse
 import pytest
 import sinabs.activation
 import sinabs.layers
 import snntorch
 import torch
-from fused_models import B, C, T, assert_alike, history, on, reasons, scattered
+from comparison import Stack
+from conversions import B, C, T, assert_alike, history, on, reasons, scattered
 from spikingjelly.activation_based import layer, neuron
 from torch import nn
 
@@ -17,30 +17,27 @@ from asgl_cuda.over_time import OverTime
 pytestmark = pytest.mark.usefixtures("in_double")
 
 
-class Block(nn.Module):
-    """Convolutions and a shortcut, as in a residual network; its second normalisation is added to the input."""
+def block():
+    """Convolutions and a shortcut, as in a residual network; the second normalisation is added to the input."""
 
-    def __init__(self, channels=C, **options):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.lif1 = asgl_cuda.LIF(**options)
-        self.conv2 = OverTime(nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)))
-        self.lif2 = asgl_cuda.LIF(**options)
+    def forward(net, x_seq):
+        y = net.bn1(net.conv1(x_seq.flatten(0, 1)))
+        s_seq = net.lif1(y.unflatten(0, x_seq.shape[:2]))
+        return net.lif2(net.conv2(s_seq) + x_seq)
 
-    def forward(self, x_seq):
-        y = self.bn1(self.conv1(x_seq.flatten(0, 1)))
-        s_seq = self.lif1(y.unflatten(0, x_seq.shape[:2]))
-        return self.lif2(self.conv2(s_seq) + x_seq)
+    return Stack(
+        forward, conv1=nn.Conv2d(C, C, 3, padding=1), bn1=nn.BatchNorm2d(C), lif1=asgl_cuda.LIF(),
+        conv2=OverTime(nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C))), lif2=asgl_cuda.LIF(),
+    )  # fmt: skip
 
 
 def test_a_residual_block(backend):
-    block = scattered(Block())
-    fused, report = asgl_cuda.fuse(block)
+    model = scattered(block())
+    fused, report = asgl_cuda.fuse(model)
     assert report.replaced == [("lif1", "LIF", "normalises as well, instead of bn1")]
     assert report.left == [("conv2.layer.1", "BatchNorm2d", "its output goes to add")]
     x_seq = torch.randn(T, B, C, 4, 4)
-    torch.testing.assert_close(history(on(fused, backend), x_seq), history(on(block, backend), x_seq))
+    torch.testing.assert_close(history(on(fused, backend), x_seq), history(on(model, backend), x_seq))
     assert str(report).splitlines() == [
         "1 replaced, 1 left",
         "lif1           LIF          normalises as well, instead of bn1",
@@ -48,21 +45,8 @@ def test_a_residual_block(backend):
     ]
 
 
-class Traced(nn.Module):
-    """It calls its parts as a function says."""
-
-    def __init__(self, function, **parts):
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
 def norm_and_lif(function, **parts):
-    return Traced(function, bn=OverTime(nn.BatchNorm1d(C)), lif=asgl_cuda.LIF(), **parts)
+    return Stack(function, bn=OverTime(nn.BatchNorm1d(C)), lif=asgl_cuda.LIF(), **parts)
 
 
 def tapped(net, x):
@@ -77,9 +61,9 @@ def sometimes_tapped(net, x):
 
 LEFT = {
     "used twice": (tapped, "its output is used 2 times, by LIF and add"),
-    "used twice in training": (sometimes_tapped, "its output is used 2 times, by LIF and the caller of Traced"),
+    "used twice in training": (sometimes_tapped, "its output is used 2 times, by LIF and the caller of Stack"),
     "returned": (lambda net, x: net.bn(net.lif(x)), "its output is that of the model"),
-    "returned with another": (lambda net, x: (net.bn(x), net.lif(x)), "its output goes to the caller of Traced"),
+    "returned with another": (lambda net, x: (net.bn(x), net.lif(x)), "its output goes to the caller of Stack"),
     "something between": (lambda net, x: net.lif(net.bn(x).relu()), "its output goes to relu"),
     "a module between": (lambda net, x: net.lif(nn.functional.relu(net.bn(x))), "its output goes to relu"),
     "no call": (lambda net, x: net.lif(x), "its output is that of OverTime, which nothing calls"),
@@ -96,13 +80,13 @@ LEFT = {
     "by keyword": (lambda net, x: net.lif(x_seq=net.bn(x)), "its output goes to LIF"),
     "not traced": (
         lambda net, x: net.lif(net.bn(x)) if x.sum() > 0 else x,
-        "the forward of Traced can't be traced: TraceError: symbolically traced variables cannot be used as inputs",
+        "the forward of Stack can't be traced: TraceError: symbolically traced variables cannot be used as inputs",
     ),
 }
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_left_by_what_is_traced(name):
+def test_left_by_the_trace(name):
     function, reason = LEFT[name]
     found = reasons(norm_and_lif(function))
     assert list(found) == ["bn.layer"]
@@ -134,7 +118,7 @@ def failing(net, x):
 
 
 def test_a_forward_that_looks_at_shapes(backend):
-    """Every way that it may go is looked at, except those that end in an error of its own."""
+    """Every path is traced, except those that end in an error of the forward itself."""
     assert_alike(norm_and_lif(guarded), torch.randn(T, B, C), 1, backend)
     assert reasons(norm_and_lif(by_shape)) == {"bn.layer": "its output is used 2 times, by LIF and add"}
     assert "shapes lead it more than 32 ways" in reasons(norm_and_lif(by_many_shapes))["bn.layer"]
@@ -151,7 +135,7 @@ def test_an_attention_of_spikingjelly(backend):
 
 
 def test_left_by_an_argument_that_may_be_absent():
-    """Both ways of the forward are looked at, with the argument and without."""
+    """Both paths of the forward are traced, with the argument and without."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -169,18 +153,18 @@ def test_left_by_a_forward_of_its_own():
     """torch.fx traces the forward of the class, not of the object."""
     model = norm_and_lif(lambda net, x: net.lif(net.bn(x)))
     model.forward = lambda x: model.bn(x)
-    assert "the forward of Traced can't be traced: TypeError: it is not that of its class" in reasons(model)["bn.layer"]
+    assert "the forward of Stack can't be traced: TypeError: it is not that of its class" in reasons(model)["bn.layer"]
     model = norm_and_lif(lambda net, x: net.lif(net.bn(x)))
     model.lif.forward = lambda x: x
     assert reasons(model) == {"bn.layer": "LIF has a forward that is not of its class"}
 
 
 @pytest.mark.parametrize("parted", [nn.Unflatten(1, (C, 1)), nn.Unflatten(0, (T, B, 1))])
-def test_left_by_parting_what_is_not_time_and_batch(parted):
+def test_left_by_unflattening_other_dimensions(parted):
     model = nn.Sequential(nn.BatchNorm1d(C), parted, asgl_cuda.LIF())
     assert reasons(model) == {"0": "its output goes to Unflatten"}
     sizes = (parted.dim, parted.unflattened_size)
-    model = Traced(lambda net, x: net.lif(net.bn(x).unflatten(*sizes)), bn=nn.BatchNorm1d(C), lif=asgl_cuda.LIF())
+    model = Stack(lambda net, x: net.lif(net.bn(x).unflatten(*sizes)), bn=nn.BatchNorm1d(C), lif=asgl_cuda.LIF())
     assert reasons(model) == {"bn": "its output goes to unflatten"}
 
 
@@ -214,6 +198,18 @@ def test_left_by_the_neurons():
         assert type(asgl_cuda.fuse(model)[0][2]) is type(integrates)
 
 
+@pytest.mark.parametrize(
+    "make", [norse.LIFCell, norse.LI, lambda: snntorch.Synaptic(alpha=0.5, beta=0.5, init_hidden=True)]
+)
+def test_left_by_neurons_that_filter_their_input(make):
+    made = make()
+    model = norse.SequentialState if isinstance(made, norse.LI | norse.LIFCell) else nn.Sequential
+    fused, report = asgl_cuda.fuse(model(nn.BatchNorm1d(3), made))
+    name = type(made).__name__
+    assert [row.reason for row in report.left] == [f"its output goes to {name}, whose input no neuron takes as it is"]
+    assert type(fused[1]) is type(made)
+
+
 def test_left_by_the_channels():
     """A layer that would have been converted for it stays as it is."""
     cases = {
@@ -239,8 +235,8 @@ def test_left_by_an_input_gain_of_each_neuron():
     assert reasons(model) == {"0": "its output goes to LIFBoxCell, whose input gain or bias has shape [3, 2, 2]"}
 
 
-def test_an_input_gain_that_is_no_channels_is_an_error_of_the_call():
-    """One of a length [2] is by channel for an input [B, C] and by position for [B, C, L]."""
+def test_an_input_gain_not_by_channel_is_an_error_of_the_call():
+    """A gain [3] is by channel for an input [B, C] and by position for [B, C, L]."""
     p = norse.LIFBoxParameters(tau_mem_inv=torch.full((C,), 400.0))
     fused, report = asgl_cuda.fuse(norse.SequentialState(nn.BatchNorm1d(C), norse.LIFBoxCell(p)))
     assert not report.left
@@ -261,11 +257,11 @@ def test_left_by_the_normalisation():
     assert "before it was called" in report.left[0].reason
     jelly = nn.Sequential(layer.TemporalEffectiveBatchNorm1d(T, C), asgl_cuda.LIF())
     assert "TemporalEffectiveBatchNorm1d computes something else" in reasons(jelly)["0"]
-    listed = Traced(lambda net, x: net.lif(x), parts=nn.ModuleList([nn.BatchNorm1d(C)]), lif=asgl_cuda.LIF())
-    assert reasons(listed) == {"parts.0": "Traced does not call it"}
-    through = Traced(lambda net, x: x, lif=asgl_cuda.LIF())
+    listed = Stack(lambda net, x: net.lif(x), parts=nn.ModuleList([nn.BatchNorm1d(C)]), lif=asgl_cuda.LIF())
+    assert reasons(listed) == {"parts.0": "Stack does not call it"}
+    through = Stack(lambda net, x: x, lif=asgl_cuda.LIF())
     model = nn.Sequential(OverTime(nn.BatchNorm1d(C)), through, asgl_cuda.LIF())
-    assert reasons(model) == {"0.layer": "its output goes to Traced"}
+    assert reasons(model) == {"0.layer": "its output goes to Stack"}
     replaced = nn.BatchNorm1d(C)
     replaced.forward = lambda x: x
     assert reasons(behind(replaced)) == {"0.layer": "it has a forward that is not of its class"}
@@ -306,8 +302,8 @@ def test_left_by_shared_neurons():
     assert reasons(model) == {"bn.layer": "LIF is in the model 2 times"}
 
 
-def test_a_head_that_is_called_by_another_as_well():
-    """The neurons have one call, in a Sequential that has two."""
+def test_a_head_that_is_called_twice():
+    """One call of the neurons, in a Sequential that is called twice."""
     head = nn.Sequential(asgl_cuda.LIF(), nn.Linear(C, C))
     model = norm_and_lif(lambda net, x: net.head(net.bn(x)) + net.head(x), head=head)
     assert reasons(model) == {"bn.layer": "its output goes to Sequential, which is called with something else, too"}
@@ -315,17 +311,17 @@ def test_a_head_that_is_called_by_another_as_well():
     assert reasons(model) == {}
 
 
-def test_neurons_that_are_in_what_can_not_be_traced():
-    """It may call them with something else."""
-    inner = Traced(lambda net, x: net.lif(x) if x.sum() > 0 else x, lif=asgl_cuda.LIF())
-    model = Traced(lambda net, x: net.inner.lif(net.bn(x)), bn=OverTime(nn.BatchNorm1d(C)), inner=inner)
+def test_neurons_in_an_untraceable_module():
+    """Untraced code may call them with another input."""
+    inner = Stack(lambda net, x: net.lif(x) if x.sum() > 0 else x, lif=asgl_cuda.LIF())
+    model = Stack(lambda net, x: net.inner.lif(net.bn(x)), bn=OverTime(nn.BatchNorm1d(C)), inner=inner)
     (reason,) = reasons(model).values()
-    assert reason.startswith("the forward of Traced can't be traced: TraceError")
+    assert reason.startswith("the forward of Stack can't be traced: TraceError")
 
 
 def test_a_block_that_is_called_twice(backend):
-    """A pair inside of it stays a pair."""
-    model = Traced(
+    """A pair inside stays a pair."""
+    model = Stack(
         lambda net, x: net.part(net.part(x)), part=nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF())
     )
     assert_alike(model, torch.randn(T, B, C), 1, backend)
@@ -353,25 +349,25 @@ def test_a_sequential_whose_parts_others_call():
         y = net.features[:3](x)
         return net.features[3](y) + y
 
-    assert reasons(Traced(loop, features=features())) == {}
-    model = Traced(lambda net, x: net.lif(loop(net, x)), features=features()[:3], lif=asgl_cuda.LIF())
+    assert reasons(Stack(loop, features=features())) == {}
+    model = Stack(lambda net, x: net.lif(loop(net, x)), features=features()[:3], lif=asgl_cuda.LIF())
     assert reasons(model) == {}
-    assert list(reasons(Traced(tapped_loop, features=features()))) == ["features.2.layer"]
-    assert list(reasons(Traced(sliced, features=features()))) == ["features.2.layer"]
+    assert list(reasons(Stack(tapped_loop, features=features()))) == ["features.2.layer"]
+    assert list(reasons(Stack(sliced, features=features()))) == ["features.2.layer"]
 
 
-def test_a_sequential_in_what_can_not_be_traced():
-    """Its order is known, whoever calls it; what follows it is not."""
+def test_a_sequential_in_an_untraceable_module():
+    """The order inside is known, unlike the layer that follows."""
     inner = nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(), OverTime(nn.BatchNorm1d(C)))
-    model = Traced(lambda net, x: net.lif(net.inner(x)) if x.sum() > 0 else x, inner=inner, lif=asgl_cuda.LIF())
+    model = Stack(lambda net, x: net.lif(net.inner(x)) if x.sum() > 0 else x, inner=inner, lif=asgl_cuda.LIF())
     _, report = asgl_cuda.fuse(model)
     assert [row.path for row in report.replaced] == ["inner.1"]
     assert [row.path for row in report.left] == ["inner.2.layer"]
-    assert "the forward of Traced can't be traced" in report.left[0].reason
+    assert "the forward of Stack can't be traced" in report.left[0].reason
 
 
 def test_a_trace_leaves_no_trace():
-    """The forward is run with proxies for tensors; nothing of it stays."""
+    """The forward is run with proxies for tensors, without side effects on the model."""
 
     class Counting(nn.Module):
         def __init__(self):

@@ -1,15 +1,14 @@
-"""A model stays what it was where `fuse` and `unfuse` change it."""
+"""State, copies and errors of models under `fuse` and `unfuse`."""
 
 import copy
 import gc
 import pickle
 import weakref
 
-import libraries  # noqa: F401
 import norse.torch as norse
 import pytest
 import torch
-from fused_models import B, C, T, history, scattered
+from conversions import B, C, T, history, scattered
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
@@ -170,7 +169,7 @@ def test_convert_and_revert_know_fused_layers():
 
 
 def test_fusing_after_training_the_rest_of_the_kit(backend):
-    """Monitor, schedule and parameter groups take it for the layer that it is; looking changes no statistics."""
+    """Monitor, schedule and parameter groups treat it as a LIF; monitoring changes no statistics."""
     model = scattered(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(analog_prob=0.5, backend=backend)))
     fused, _ = asgl_cuda.fuse(model)
     x_seq = torch.randn(T, B, C)
@@ -220,14 +219,14 @@ EXCHANGES = {
 @pytest.mark.parametrize("copied", [None, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("name", EXCHANGES)
 def test_one_of_a_pair_is_exchanged(name, copied):
-    """The other would normalise a second time, or not at all; unfuse gives it the values that the model has now."""
+    """The other would normalise twice, or not at all; unfuse gives it the current values of the model."""
     parts = OverTime(nn.Sequential(nn.Linear(6, C), nn.BatchNorm1d(C))), asgl_cuda.LIF(analog_prob=0.0)
     model = scattered(nn.Sequential(*parts)).eval()
     x_seq = torch.randn(T, B, 6)
     fused, _ = asgl_cuda.fuse(model)
     fused = copied(fused) if copied else fused
     torch.testing.assert_close(fused(x_seq), model(x_seq))
-    held = [*fused.modules()]  # whoever holds on to them
+    held = [*fused.modules()]  # other references to them
     for made in (model, fused):
         EXCHANGES[name](made)
     for _ in range(2):
@@ -243,7 +242,7 @@ def test_one_of_a_pair_is_exchanged(name, copied):
 
 
 def test_a_pair_that_is_moved_wrapped_or_called_in_part():
-    """Both are there yet, or nobody can say."""
+    """Both are still in the model, or this is unknown."""
 
     def pair():
         return asgl_cuda.fuse(scattered(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(analog_prob=0.0))))[0]
@@ -298,7 +297,7 @@ def test_a_model_is_freed_without_the_collector():
         gc.enable()
 
 
-def test_what_it_shows():
+def test_repr():
     shown = repr(asgl_cuda.fuse(net())[0])
     assert "NormalisedLIF([3], width=1 (learned)" in shown
     assert "normalised by BatchNorm1d" in shown
@@ -315,23 +314,13 @@ def test_errors_of_a_call():
         fused[1:2](torch.randn(1, 1, C))
 
 
-@pytest.mark.parametrize("function", [asgl_cuda.fuse, asgl_cuda.unfuse])
-def test_what_is_no_module(function):
-    with pytest.raises(
-        TypeError, match=rf"asgl_cuda\.{function.__name__}: model must be a torch\.nn\.Module, got list"
-    ):
-        function([nn.BatchNorm1d(C)])
-    with pytest.raises(TypeError, match="positional"):
-        function(nn.Linear(2, 2), True)
-
-
 def test_a_model_without_normalisations():
     assert asgl_cuda.fuse(nn.Sequential(nn.Linear(2, 2), asgl_cuda.LIF()))[1] == ([], [])
     assert asgl_cuda.unfuse(nn.Sequential(nn.Linear(2, 2), asgl_cuda.LIF()))[1] == ([], [])
 
 
 def test_processes_that_share_their_statistics(monkeypatch):
-    """The layer names its processes, or all take part; a BatchNorm has its own. layer/test_distributed.py has two."""
+    """A layer names its processes, by default all; a BatchNorm has none. layer/test_distributed.py runs two."""
     from asgl_cuda.interop import normalised
 
     asked = []
@@ -343,14 +332,3 @@ def test_processes_that_share_their_statistics(monkeypatch):
     for norm in (nn.SyncBatchNorm(C), nn.SyncBatchNorm(C, process_group="some"), nn.BatchNorm1d(C)):
         asgl_cuda.fuse(nn.Sequential(OverTime(norm), asgl_cuda.LIF()), inplace=True)[0](torch.randn(T, B, C))
     assert asked == ["world", "some", None]
-
-
-def test_nir_gets_the_same_of_a_pair_and_of_both_apart():
-    model = scattered(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF()))
-    example = torch.randn(T, B, C)
-    apart, pair = (asgl_cuda.to_nir(each, example) for each in (model, asgl_cuda.fuse(model)[0]))
-    assert [type(node) for node in apart.nodes.values()] == [type(node) for node in pair.nodes.values()]
-    for one, other in zip(apart.nodes.values(), pair.nodes.values(), strict=True):
-        if hasattr(one, "weight"):
-            assert (one.weight == other.weight).all()
-            assert (one.bias == other.bias).all()

@@ -5,6 +5,7 @@ import importlib.metadata
 import inspect
 import sys
 
+import authors_code
 import pytest
 import torch
 from comparison import LEARN_ALL, Stack, random_input, randomized
@@ -38,15 +39,14 @@ LAYERS = {
     "several spikes": (
         lambda: LIF(
             v_reset=None, multi_spike=True, v_min=-0.5, surrogate="periodic_exponential", analog_prob=0, v_threshold=0.3
-        ),
-        {"allow_soft_reset": True},
+        ), {"allow_soft_reset": True},
     ),
     "a floor": (lambda: LIF(v_min=-0.25), {"allow_soft_reset": True}),
     "reset amount": (
         lambda: LIF(v_reset=None, reset_amount=0.5, strict_threshold=True, surrogate_gain=0.5, store_v_seq=True),
         {"allow_soft_reset": True},
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("written", [False, True])
@@ -83,7 +83,7 @@ INTEGRATORS = {
 
 @pytest.mark.parametrize("name", INTEGRATORS)
 def test_the_same_integrators_come_back(name, tmp_path):
-    """As the current of neurons, which is a node of its own, and as a read-out; the nodes' numbers are theirs, too."""
+    """As the current of neurons, a node of its own, and as a read-out; the nodes have their values, too."""
     make, options = INTEGRATORS[name]
     model = randomized(convolutional(nn.Sequential(make(), LIF(v_threshold=0.2)))).append(LeakyIntegrator(decay=0.9))
     x_seq = random_input(6, 3, 2, 6, 5).detach()
@@ -121,7 +121,7 @@ def test_float64_and_what_the_metadata_says(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "hard reset", "learned", "channel", "neuron", "no decay", "no leak", "another step",
+        "hard reset", "learned", "channel", "neuron", "no decay", "no leak", "another step", "v_reset",
         "gain and rest without leak",
     ],
 )  # fmt: skip
@@ -134,7 +134,7 @@ def test_the_nodes_numbers_are_the_neuron(name):
     assert isinstance(node, nir.IF) == name.endswith(("no leak", "without leak"))
     assert node.r.shape == (4, 6, 5)
     assert node.r.dtype == np.float32
-    # Float32 rounds what the other computes in float64: of 4320 potentials none is that near the threshold.
+    # Float32 against float64: none of 4320 potentials is so near the threshold that rounding matters.
     assert torch.equal(euler(node, x_seq, **options), layer(x_seq))
 
 
@@ -146,16 +146,6 @@ def test_gain_and_rest_are_in_the_node():
     assert torch.equal(euler(node, x_seq), layer(x_seq))
     node.metadata.clear()
     assert torch.equal(from_nir(graph)(x_seq), layer(x_seq)), "in other units"
-    with pytest.raises(ValueError, match=r"0 \(LIF\): input_gain must be > 0, got -1\.0"):
-        to_nir(LIF(input_gain=-1), x_seq)
-
-
-def test_another_v_reset_is_in_the_node():
-    layer = LIF(v_reset=-0.25).eval()
-    x_seq = random_input(12, 3, 5).detach()
-    node = to_nir(layer, x_seq).nodes["_0"]
-    assert (node.v_reset == -0.25).all()
-    assert torch.equal(euler(node, x_seq), layer(x_seq))
 
 
 def test_another_v_reset_needs_a_newer_nir(monkeypatch):
@@ -242,8 +232,8 @@ def test_the_model_is_left_alone():
     assert model[1].v is potential
 
 
-def test_what_is_not_used_is_not_written():
-    """An Output of its own is what nir gives to each node that nothing follows."""
+def test_unused_layers_are_not_written():
+    """Each node that nothing follows gets an Output of its own from nir."""
     layers = {"linear": nn.Linear(4, 4), "lif": LIF(), "head": nn.Linear(4, 2), "last": LIF()}
     model = Stack(lambda m, x: (m.lif(m.head(m.linear(x))), m.last(m.linear(x)))[1], **layers).eval()
     x_seq = random_input(6, 3, 4).detach()
@@ -253,7 +243,7 @@ def test_what_is_not_used_is_not_written():
 
 
 def decaying(layer, decay):
-    """A layer whose decay is one that it would refuse."""
+    """The layer with an invalid decay."""
     layer._decay = decay
     return layer
 
@@ -278,13 +268,11 @@ NOT_REPRESENTED = {
         r"layer \(BatchNorm1d\): must have running statistics, got track_running_stats=False",
     ),
     "other channels": (
-        lambda: BatchNormLIF(3),
-        r"0 \(BatchNormLIF\): must get its 3 channels first, got neurons of shape \[4\]",
+        lambda: BatchNormLIF(3), r"0 \(BatchNormLIF\): must get its 3 channels first, got neurons of shape \[4\]",
     ),
     "shapes that are not known": (lambda: nn.Sequential(nn.LazyLinear(3)), r"0 \(LazyLinear\) .* after a first call"),
     "another number of inputs": (
-        lambda: nn.Linear(5, 3),
-        r"0 \(Linear\) can't be run with an input of shape \[2, 3, 4\]: mat1 and mat2",
+        lambda: nn.Linear(5, 3), r"0 \(Linear\) can't be run with an input of shape \[2, 3, 4\]: mat1 and mat2",
     ),
     "complex weights": (
         lambda: nn.Linear(4, 3, dtype=torch.complex64),
@@ -312,8 +300,7 @@ NOT_REPRESENTED = {
     "flatten of other dimensions": (lambda: Stack(lambda m, x: m.lif(x.flatten(1, 2)), **LINEAR), "flatten in the"),
     "unflatten": (lambda: Stack(lambda m, x: m.lif(x.unflatten(2, (2, 2))), **LINEAR), "unflatten in the model"),
     "batch first": (
-        lambda: Stack(lambda m, x: m.linear(x.flatten(0, 1)).unflatten(0, (3, 2)), **LINEAR),
-        "unflatten in the model",
+        lambda: Stack(lambda m, x: m.linear(x.flatten(0, 1)).unflatten(0, (3, 2)), **LINEAR), "unflatten in the model",
     ),
     "batch as channels": (
         lambda: nn.Sequential(nn.Conv1d(3, 3, 1)),
@@ -330,16 +317,16 @@ NOT_REPRESENTED = {
     "batch flattened": (lambda: nn.Sequential(nn.Flatten()), r"0 \(Flatten\) must leave time and batch alone.*got 1"),
     "time last": (lambda: nn.Sequential(LIF(time_dim=-1)), r"0 \(LIF\): time must be the first.*got time_dim -1"),
     "time elsewhere": (lambda: nn.Sequential(LIF(), LIF(time_dim=1)), r"1 \(LIF\): time must be where"),
+    "input gain": (lambda: nn.Sequential(LIF(input_gain=-1)), r"0 \(LIF\): input_gain must be > 0, got -1\.0"),
     "decay": (lambda: nn.Sequential(decaying(LIF(), 1.5)), r"0 \(LIF\): decay must be in \[0, 1\], got 1.5"),
     "batch in the parameters": (
-        lambda: LIF((3, 4), granularity="neuron"),
-        r"num_features \[3, 4\] must be the shape of neurons, \[4\]",
+        lambda: LIF((3, 4), granularity="neuron"), r"num_features \[3, 4\] must be the shape of neurons, \[4\]",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NOT_REPRESENTED)
-def test_what_nir_has_not_is_an_error_that_names_it(name):
+def test_errors_name_the_unsupported_layer(name):
     make, message = NOT_REPRESENTED[name]
     model = make()
     if name == "nan":
@@ -360,18 +347,9 @@ def test_what_nir_has_not_is_an_error_that_names_it(name):
         (nn.Linear(6, 3), r"neurons in one dimension, got shape \[2, 5, 6\]"),
     ],
 )
-def test_options_of_layers_that_nir_has_not(layer, message):
+def test_unsupported_options_of_layers(layer, message):
     with pytest.raises(ValueError, match=rf"asgl_cuda.to_nir: layer \({type(layer).__name__}\).*{message}"):
         to_nir(OverTime(layer), torch.rand(2, 3, 2, 5, 6))
-
-
-def test_arguments():
-    with pytest.raises(ValueError, match=r"example_input must have time, batch and neurons.*got shape \[2, 3\]"):
-        to_nir(LIF(), torch.rand(2, 3))
-    with pytest.raises(ValueError, match=r"asgl_cuda\.to_nir: dt must be > 0 and finite, got 0.0"):
-        to_nir(LIF(), torch.rand(2, 3, 4), dt=0)
-    with pytest.raises(ValueError, match=r"asgl_cuda\.from_nir: dt must be > 0 and finite, got -1.0"):
-        from_nir(graph_of(nir_lif()), dt=-1)
 
 
 @pytest.mark.parametrize(("missing", "call"), [("nir", from_nir), ("nirtorch", to_nir)])
@@ -395,43 +373,55 @@ def test_without_nir_the_error_says_what_to_install(missing, call, monkeypatch):
         call(LIF(), torch.rand(2, 3, 4)) if call is to_nir else call(None)
 
 
-def converted(name):
-    """A network `[T, B, 4]` to `[T, B, 5]` with a converted layer, and the first dimension of time."""
+def neurons_of_libraries():
+    """By name: neurons of other libraries, and the error where NIR has no such node."""
     jelly = pytest.importorskip("spikingjelly.activation_based.neuron")
-    layers = pytest.importorskip("sinabs.layers")
-    activation = pytest.importorskip("sinabs.activation")
-    import authors_code
-
+    layers, activation = pytest.importorskip("sinabs.layers"), pytest.importorskip("sinabs.activation")
     spike = authors_code.EfficientNoisySpikeII(authors_code.InvSigmoid(), p=0.0)
     tau = torch.tensor([2.0, 3.0, 4.0, 5.0, 6.0])
     single = {"spike_fn": activation.SingleSpike, "spike_threshold": torch.tensor(0.3)}
-    made = {
-        "LIFNode": lambda: jelly.LIFNode(tau=1.7, step_mode="m"),
-        "PLIFNode": lambda: jelly.ParametricLIFNode(v_threshold=0.7, decay_input=False, step_mode="m"),
-        "IFNode": lambda: jelly.IFNode(step_mode="m"),
-        "soft": lambda: jelly.LIFNode(v_reset=None, step_mode="m"),
-        "LIF of sinabs": lambda: layers.LIF(tau, reset_fn=activation.MembraneReset(), **single),
-        "IAF of sinabs": lambda: layers.IAF(**single),
-        "LIFLayer": lambda: authors_code.LIFLayer(6, spike_fn=spike, thresh=0.8),
-        "floor": lambda: layers.IAF(min_v_mem=-1.0, **single),
-        "several": lambda: layers.IAF(),
-        "current": lambda: layers.IAF(tau_syn=3.0, **single),
-        "ExpLeak": lambda: layers.ExpLeak(2.0),
-        "another amount": lambda: layers.IAF(reset_fn=activation.MembraneSubtract(0.4), **single),
-        "a step a call": lambda: jelly.LIFNode(),
-        "squeezed": lambda: layers.IAFSqueeze(batch_size=3, **single),
-    }[name]()
-    torch.manual_seed(0)
-    return asgl_cuda.convert(nn.Sequential(nn.Linear(4, 5), made))[0].eval()
+    amount = {"reset_fn": activation.MembraneSubtract(0.4)}
+    several = r"1 \(IAF of sinabs\): several spikes a step and a least potential can't be represented"
+    driven = "must be a neuron that its input alone drives"
+    return {
+        "LIFNode": (jelly.LIFNode(tau=1.7, step_mode="m"), None),
+        "PLIFNode": (jelly.ParametricLIFNode(v_threshold=0.7, decay_input=False, step_mode="m"), None),
+        "IFNode": (jelly.IFNode(step_mode="m"), None),
+        "soft": (jelly.LIFNode(v_reset=None, step_mode="m"), None),
+        "LIF of sinabs": (layers.LIF(tau, reset_fn=activation.MembraneReset(), **single), None),
+        "IAF of sinabs": (layers.IAF(**single), None),
+        "LIFLayer": (authors_code.LIFLayer(6, spike_fn=spike, thresh=0.8), None),
+        "soft, not allowed": (jelly.LIFNode(v_reset=None, step_mode="m"), r"1 \(LIFNode of .* has a soft reset"),
+        "floor": (layers.IAF(min_v_mem=-1.0, **single), several),
+        "several": (layers.IAF(), several),
+        "current": (layers.IAF(tau_syn=3.0, **single), rf"1 \(IAF of sinabs\): {driven}"),
+        "ExpLeak": (layers.ExpLeak(2.0), rf"1 \(ExpLeak of sinabs\): {driven}"),
+        "amount": (layers.IAF(**amount, **single), r"1 \(IAF of sinabs\): its reset must .* off, got 0\.4"),
+        "a step a call": (jelly.LIFNode(), r"1 \(LIFNode of spikingjelly\): must take .* got one step a call"),
+        "squeezed": (
+            layers.IAFSqueeze(batch_size=3, **single),
+            r"1 \(IAFSqueeze .*: must take time and batch apart",
+        ),
+    }
 
 
-@pytest.mark.parametrize(
-    "name", ["LIFNode", "PLIFNode", "IFNode", "soft", "LIF of sinabs", "IAF of sinabs", "LIFLayer"]
-)
+CONVERTED = (
+    "LIFNode", "PLIFNode", "IFNode", "soft", "LIF of sinabs", "IAF of sinabs", "LIFLayer", "soft, not allowed", "floor",
+    "several", "current", "ExpLeak", "amount", "a step a call", "squeezed",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVERTED)
 def test_converted_layers(name):
     """NIR knows neither their strict threshold nor their surrogate, so spikes are compared away from the threshold."""
-    model = converted(name)
+    made, error = neurons_of_libraries()[name]
+    torch.manual_seed(0)
+    model = asgl_cuda.convert(nn.Sequential(nn.Linear(4, 5), made))[0].eval()
     x_seq = 3 * torch.randn(6, 6, 4)
+    if error is not None:
+        with pytest.raises(ValueError, match=rf"asgl_cuda\.to_nir: {error}"):
+            to_nir(model, x_seq, allow_soft_reset=name != "soft, not allowed")
+        return
     graph = to_nir(model, x_seq, allow_soft_reset=True)
     s_seq = from_nir(graph)(x_seq.transpose(0, 1) if "sinabs" in name else x_seq)
     expected = model(x_seq)
@@ -439,47 +429,32 @@ def test_converted_layers(name):
     torch.testing.assert_close(s_seq.transpose(0, 1) if "sinabs" in name else s_seq, expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("soft", r"1 \(LIFNode of spikingjelly\) has a soft reset"),
-        ("another amount", r"1 \(IAF of sinabs\): its reset must take v_threshold off, got 0\.4"),
-        ("floor", r"1 \(IAF of sinabs\): several spikes a step and a least potential can't be represented"),
-        ("several", r"1 \(IAF of sinabs\): several spikes a step and a least potential can't be represented"),
-        ("current", r"1 \(IAF of sinabs\): must be a neuron that its input alone drives"),
-        ("ExpLeak", r"1 \(ExpLeak of sinabs\): must be a neuron that its input alone drives"),
-        ("a step a call", r"1 \(LIFNode of spikingjelly\): must take time and batch apart, .* got one step a call"),
-        ("squeezed", r"1 \(IAFSqueeze of sinabs\): must take time and batch apart"),
-    ],
-)
-def test_converted_layers_that_nir_has_not(name, message):
-    with pytest.raises(ValueError, match=rf"asgl_cuda\.to_nir: {message}"):
-        to_nir(converted(name), torch.randn(6, 3, 4), allow_soft_reset=name in ("another amount", "floor", "several"))
+X = torch.ones(2, 2, 2)
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "error", "message"),
     [
-        (lambda: to_nir(None, torch.ones(2, 2, 2)), r"to_nir: model must be a torch\.nn\.Module, got NoneType"),
-        (lambda: to_nir(LIF(), [1.0]), "to_nir: example_input must be a tensor, got list"),
-        (lambda: to_nir(LIF(), torch.ones(2, 2, 2).to_sparse()), "to_nir: example_input must be a dense tensor"),
+        (lambda: to_nir(None, X), TypeError, r"to_nir: model must be a torch\.nn\.Module, got NoneType"),
+        (lambda: to_nir(LIF(), [1.0]), TypeError, "to_nir: example_input must be a tensor, got list"),
+        (lambda: to_nir(LIF(), X.to_sparse()), TypeError, "to_nir: example_input must be a dense tensor"),
+        (lambda: to_nir(LIF(), X[0]), ValueError, r"to_nir: example_input .* batch and neurons.*got shape \[2, 2\]"),
         (
-            lambda: to_nir(nn.Linear(2, 2), torch.ones(2, 2, 2, dtype=torch.complex64)),
+            lambda: to_nir(nn.Linear(2, 2), X.cfloat()), TypeError,
             "to_nir: example_input must be float16, bfloat16, float32 or float64, got torch.complex64",
         ),
         (
-            lambda: from_nir(graph_of(nir_lif()), dtype=torch.int32),
+            lambda: from_nir(graph_of(nir_lif()), dtype=torch.int32), TypeError,
             "from_nir: dtype must be float16, bfloat16, float32 or float64, got torch.int32",
         ),
-        (lambda: to_nir(LIF(), torch.ones(2, 2, 2), "1"), "to_nir: dt must be a float, got str"),
-        (
-            lambda: to_nir(LIF(), torch.ones(2, 2, 2), allow_soft_reset=1),
-            "to_nir: allow_soft_reset must be a bool, got int",
-        ),
-        (lambda: from_nir(None), r"from_nir: graph must be a nir\.NIRGraph, as nir\.read gives it.*, got NoneType"),
-        (lambda: from_nir("model.nir"), r"from_nir: graph must be a nir\.NIRGraph, .*, got str"),
+        (lambda: to_nir(LIF(), X, "1"), TypeError, "to_nir: dt must be a float, got str"),
+        (lambda: to_nir(LIF(), X, dt=0), ValueError, "to_nir: dt must be > 0 and finite, got 0.0"),
+        (lambda: from_nir(graph_of(nir_lif()), dt=-1), ValueError, "from_nir: dt must be > 0 and finite, got -1.0"),
+        (lambda: to_nir(LIF(), X, allow_soft_reset=1), TypeError, "to_nir: allow_soft_reset must be a bool, got int"),
+        (lambda: from_nir(None), TypeError, r"from_nir: graph must be a nir\.NIRGraph, as nir\.read .*, got NoneType"),
+        (lambda: from_nir("model.nir"), TypeError, r"from_nir: graph must be a nir\.NIRGraph, .*, got str"),
     ],
-)
-def test_arguments_of_a_wrong_type(call, message):
-    with pytest.raises(TypeError, match=rf"asgl_cuda\.{message}"):
+)  # fmt: skip
+def test_arguments(call, error, message):
+    with pytest.raises(error, match=rf"asgl_cuda\.{message}"):
         call()

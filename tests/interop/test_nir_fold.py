@@ -14,7 +14,7 @@ from asgl_cuda.over_time import OverTime
 
 
 class Branches(nn.Module):
-    """A convolution whose output two take, of which one normalises it."""
+    """A convolution whose output is both normalised and added."""
 
     def __init__(self):
         super().__init__()
@@ -46,8 +46,7 @@ FOLDED = {
     "a subclass": (lambda: [nn.Linear(6, 5), OverTime(OwnBatchNorm(5)), LIF(v_threshold=0.4)], ROW),
     "Conv1d": (lambda: [OverTime(nn.Sequential(nn.Conv1d(4, 5, 3), nn.BatchNorm1d(5))), LIF(v_threshold=0.4)], LINE),
     "Conv2d in groups": (
-        lambda: [OverTime(nn.Conv2d(2, 4, 3, groups=2, bias=False)), normalised_lif(4, input_scale=1.3)],
-        IMAGE,
+        lambda: [OverTime(nn.Conv2d(2, 4, 3, groups=2, bias=False)), normalised_lif(4, input_scale=1.3)], IMAGE,
     ),
     "without weight and bias": (lambda: [OverTime(nn.Conv2d(2, 4, 3)), normalised_lif(4, affine=False)], IMAGE),
     "neurons that differ": (
@@ -62,25 +61,24 @@ FOLDED = {
     "an integrator behind it": (lambda: [nn.Linear(6, 5), OverTime(nn.BatchNorm1d(5)), LeakyIntegrator(), LIF()], ROW),
     "fused": (lambda: [fused(OverTime(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))), LIF())], IMAGE),
     "SyncBatchNorm": (lambda: [OverTime(nn.Sequential(nn.Conv2d(2, 4, 3), nn.SyncBatchNorm(4))), LIF()], IMAGE),
-}
+}  # fmt: skip
 
 
+# Others with the kind of node that they become.
 ALONE = {
     "at the input": (lambda: [normalised_lif(6)], ROW, nir.Affine),
     "behind a pooling": (
-        lambda: [OverTime(nn.Conv2d(2, 4, 3)), OverTime(nn.AvgPool2d(2)), normalised_lif(4)],
-        IMAGE,
-        nir.Conv2d,
+        lambda: [OverTime(nn.Conv2d(2, 4, 3)), OverTime(nn.AvgPool2d(2)), normalised_lif(4)], IMAGE, nir.Conv2d,
     ),
     "between others": (lambda: [Branches()], IMAGE, nir.Conv2d),
     "of a line": (lambda: [OverTime(nn.BatchNorm1d(4)), LIF()], LINE, nir.Conv1d),
-    "two of them": (lambda: [OverTime(nn.BatchNorm1d(6)), normalised_lif(6)], ROW, nir.Affine),
-    "fused": (lambda: [fused(OverTime(nn.BatchNorm2d(2)), LIF())], IMAGE, nir.Conv2d),
-}
+    "twice": (lambda: [OverTime(nn.BatchNorm1d(6)), normalised_lif(6)], ROW, nir.Affine),
+    "fused alone": (lambda: [fused(OverTime(nn.BatchNorm2d(2)), LIF())], IMAGE, nir.Conv2d),
+}  # fmt: skip
 
 
 def scattered(model):
-    """The model in evaluation, with normalisations that do something and weights by which every layer fires."""
+    """The model in evaluation, with normalisations that are not the identity and weights that make every layer fire."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             module.weight.data *= 3
@@ -101,40 +99,29 @@ def counted(graph):
     return [type(node) for node in graph.nodes.values() if isinstance(node, kinds)]
 
 
-def assert_same(model, graph, x_seq):
+@pytest.mark.usefixtures("in_double")
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("name", [*FOLDED, *ALONE])
+def test_normalisations(name, written, tmp_path):
+    """Folded into the weights before them, or nodes of their own where there are none."""
+    make, shape, *kind = (FOLDED | ALONE)[name]
+    model, x_seq = made(make), torch.randn(7, 3, *shape)
+    before = copy.deepcopy(model.state_dict())
+    graph = to_nir(model, x_seq)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    if kind:
+        others = sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules())
+        assert counted(graph).count(*kind) == others + 1
+    else:
+        assert len(counted(graph)) == 1
+    graph = rewritten(graph, tmp_path / "model.nir", type_check="groups" not in name) if written else graph
     expected = model(x_seq)
     assert fires(expected)
     torch.testing.assert_close(from_nir(graph)(x_seq), expected)
 
 
-@pytest.mark.usefixtures("in_double")
-@pytest.mark.parametrize("written", [False, True])
-@pytest.mark.parametrize("name", FOLDED)
-def test_normalisations_go_into_the_weights(name, written, tmp_path):
-    make, shape = FOLDED[name]
-    model, x_seq = made(make), torch.randn(7, 3, *shape)
-    before = copy.deepcopy(model.state_dict())
-    graph = to_nir(model, x_seq)
-    assert len(counted(graph)) == 1
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    graph = rewritten(graph, tmp_path / "model.nir", type_check="groups" not in name) if written else graph
-    assert_same(model, graph, x_seq)
-
-
-@pytest.mark.usefixtures("in_double")
-@pytest.mark.parametrize("written", [False, True])
-@pytest.mark.parametrize("name", ALONE)
-def test_normalisations_without_weights_before_them(name, written, tmp_path):
-    make, shape, kind = ALONE[name]
-    model, x_seq = made(make), torch.randn(7, 3, *shape)
-    graph = to_nir(model, x_seq)
-    others = sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules())
-    assert counted(graph).count(kind) == others + 1
-    assert_same(model, rewritten(graph, tmp_path / "model.nir") if written else graph, x_seq)
-
-
 def test_a_part_of_a_fused_model():
-    """The neurons normalise wherever they are; without them the normalisation returns its input."""
+    """Fused neurons normalise in any model; a fused normalisation without them returns its input."""
     whole = made(lambda: fused(OverTime(nn.BatchNorm1d(6)), LIF(v_threshold=0.4)))
     x_seq = torch.randn(7, 3, 6)
     for part in (whole[1:], whole[:1]):
@@ -146,8 +133,8 @@ def test_a_volume_has_no_layer_in_nir():
         to_nir(nn.Sequential(OverTime(nn.BatchNorm3d(2)), LIF()), torch.rand(2, 2, 2, 3, 4, 5))
 
 
-def test_names_meet_none_that_there_are():
-    """What a layer is written as beside itself gets another name where a layer of the model has it."""
+def test_names_of_additional_nodes_are_unique():
+    """An additional node of a layer gets another name where a layer of the model has its name."""
     layers = {"0": LIF(scale_output=True, v_threshold=0.4), "0_scale": nn.Linear(6, 6), "1": LIF(), "1_norm": LIF()}
     model = nn.Sequential()
     for name, layer in layers.items():
@@ -200,32 +187,28 @@ def test_steps_of_spikingjelly():
     pytest.importorskip("spikingjelly")
     from spikingjelly.activation_based import layer, neuron
 
-    def error(*layers, shape=(2, 6, 5)):
-        with pytest.raises(ValueError, match=r"^asgl_cuda\.to_nir: ") as found:
-            to_nir(nn.Sequential(*layers), torch.rand(3, 3, *shape))
-        return str(found.value)
-
     alone = to_nir(nn.Sequential(layer.Linear(6, 5), LIF()), torch.rand(3, 3, 6))
     assert counted(alone) == [nir.Affine]
     inside = to_nir(nn.Sequential(OverTime(layer.Conv2d(2, 3, 3)), LIF()), torch.rand(3, 3, 2, 6, 5))
     assert counted(inside) == [nir.Conv2d]
-    assert "0 (Conv2d of spikingjelly): step_mode must be 'm' where time" in error(layer.Conv2d(2, 3, 3))
-    assert "0 (BatchNorm2d of spikingjelly): step_mode must be 'm'" in error(layer.BatchNorm2d(2))
-    assert "layer (Conv2d of spikingjelly): step_mode 'm' takes time and batch apart" in error(
-        OverTime(layer.Conv2d(2, 3, 3, step_mode="m"))
-    )
-    assert "0 (MaxPool2d of spikingjelly) can't be represented in NIR; what can be:" in error(layer.MaxPool2d(2))
-    assert "0 (WSConv2d of spikingjelly) can't be represented in NIR" in error(layer.WSConv2d(2, 3, 3))
-    assert "0 (MultiStepContainer of spikingjelly) can't be traced" in error(
-        layer.MultiStepContainer(layer.Conv2d(2, 3, 3))
-    )
-    assert "0 (LIFNode of spikingjelly) can't be represented in NIR; it must be converted first, by asgl_cuda.conv" in (
-        error(neuron.LIFNode(step_mode="m"))
-    )
-    assert error(neuron.LIFNode()).endswith("by asgl_cuda.convert, in step mode 'm'")
-    assert "0 (QIFNode of spikingjelly) can't be represented in NIR; asgl_cuda.convert leaves it: " in (
-        error(neuron.QIFNode(step_mode="m"))
-    )
+    of_library = "of spikingjelly) can't be"
+    for made, words in (
+        (layer.Conv2d(2, 3, 3), "0 (Conv2d of spikingjelly): step_mode must be 'm' where time"),
+        (layer.BatchNorm2d(2), "0 (BatchNorm2d of spikingjelly): step_mode must be 'm'"),
+        (
+            OverTime(layer.Conv2d(2, 3, 3, step_mode="m")),
+            "layer (Conv2d of spikingjelly): step_mode 'm' takes time and batch apart",
+        ),
+        (layer.MaxPool2d(2), f"0 (MaxPool2d {of_library} represented in NIR; what can be:"),
+        (layer.WSConv2d(2, 3, 3), f"0 (WSConv2d {of_library} represented in NIR"),
+        (layer.MultiStepContainer(layer.Conv2d(2, 3, 3)), f"0 (MultiStepContainer {of_library} traced"),
+        (neuron.LIFNode(step_mode="m"), f"0 (LIFNode {of_library} represented in NIR; it must be converted first, by "),
+        (neuron.LIFNode(), "by asgl_cuda.convert, in step mode 'm'"),
+        (neuron.QIFNode(step_mode="m"), f"0 (QIFNode {of_library} represented in NIR; asgl_cuda.convert leaves it: "),
+    ):
+        with pytest.raises(ValueError, match=r"^asgl_cuda\.to_nir: ") as found:
+            to_nir(nn.Sequential(made), torch.rand(3, 3, 2, 6, 5))
+        assert words in str(found.value)
 
 
 def test_neurons_of_other_libraries_by_name():

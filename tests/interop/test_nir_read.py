@@ -6,7 +6,6 @@ from comparison import random_input
 from nir_graphs import cuba, euler, fires, graph_of, nir, nir_lif, np
 from torch import nn
 
-import asgl_cuda
 from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator
 from asgl_cuda.interop.nir import from_nir, to_nir
 
@@ -17,6 +16,7 @@ FOREIGN = {
     "a gain for each": {"r": SOME / 2},
     "a tau for each": {"tau": SOME * 1e-4, "r": SOME},
     "a threshold for each": {"v_threshold": SOME / 4},
+    "a reset": {"v_reset": -0.5, "r": 1.5, "v_leak": 0.1},
 }
 
 
@@ -78,7 +78,7 @@ def test_integrators_of_others(numbers):
 
 
 def test_float64_weights_become_the_type_of_the_model():
-    """Where nothing else is said, numpy makes float64, and so do most files."""
+    """The default type of numpy, and of most files."""
     weight = np.random.default_rng(0).normal(size=(6, 6))
     graph = graph_of(nir.Affine(weight, weight[0]), cuba(tau_mem=SOME * 1e-4), nir.Scale(weight[0]), cuba(nir.CubaLI))
     x_seq = random_input(5, 3, 6).detach()
@@ -90,12 +90,6 @@ def test_float64_weights_become_the_type_of_the_model():
     assert whole(x_seq.double()).dtype == torch.float64
 
 
-def test_v_reset_of_others():
-    node = nir_lif(v_reset=-0.5, r=1.5, v_leak=0.1)
-    x_seq = random_input(20, 5, 6).detach()
-    assert torch.equal(from_nir(graph_of(node))(x_seq), euler(node, x_seq))
-
-
 def test_dt_of_others_and_dots_in_names():
     node = nir_lif(tau=2e-3)
     edges = [("in", "block.0"), ("block.0", "out"), ("in", "block.0")]
@@ -103,72 +97,6 @@ def test_dt_of_others_and_dots_in_names():
     x_seq = random_input(20, 5, 6).detach()
     assert torch.equal(back(x_seq), LIF().eval()(x_seq))
     assert back.get_submodule("block.0").decay == pytest.approx(0.5)
-
-
-def changed(layer=None, **numbers):
-    """The graph that to_nir writes for the layer, with other numbers in the node."""
-    graph = to_nir(layer or LIF(), torch.rand(2, 3, 6))
-    for name, value in numbers.items():
-        getattr(graph.nodes["_0"], name)[:] = value
-    return graph
-
-
-def without_scale():
-    graph = to_nir(LIF(scale_output=True), torch.rand(2, 3, 6))
-    del graph.nodes["_0_scale"]
-    graph.edges[:] = [edge for edge in graph.edges if "_0_scale" not in edge] + [("_0", "output")]
-    return graph
-
-
-ONES = np.ones(6, np.float32)
-NOT_READ = {
-    "a threshold alone": (
-        lambda: graph_of(nir.Threshold(ONES)),
-        r"node '0' \(Threshold\) can't be represented; what can be: LIF, IF, CubaLIF, LI, I, CubaLI, Affine",
-    ),
-    "tau of a current": (
-        lambda: graph_of(cuba(tau_syn=5e-5)),
-        r"\(CubaLIF\): tau_syn must be at least dt = 0.0001, got",
-    ),
-    "tau behind it": (lambda: graph_of(cuba(tau_mem=5e-5)), r"\(CubaLIF\): tau_mem must be at least dt = 0.0001, got"),
-    "rests": (lambda: graph_of(cuba(nir.CubaLI, v_leak=SOME)), r"v_leak must be the same for all neurons, got 2 to 5"),
-    "another gain": (
-        lambda: changed(asgl_cuda.LeakyIntegrator(), r=4),
-        r"numbers say input_gain 2 and .* says 1, written",
-    ),
-    "two inputs": (
-        lambda: graph_of(nir_lif(), more=nir.Input(input_type={"input": np.array([6])})),
-        r"one Input node, got \['in', 'more'\]",
-    ),
-    "recurrent": (
-        lambda: graph_of(nir_lif(), nir_lif(), edges=[("in", "0"), ("0", "1"), ("1", "0"), ("1", "out")]),
-        "recurrent graphs are not supported, got the cycle",
-    ),
-    "no input": (lambda: graph_of(nir_lif(), edges=[("in", "out")]), r"node '0' \(LIF\) has no input"),
-    "an edge to nowhere": (lambda: graph_of(nir_lif(), edges=[("in", "lif")]), "the edge in -> lif is between"),
-    "tau": (lambda: graph_of(nir_lif(tau=5e-5)), r"node '0' \(LIF\): tau must be at least dt = 0.0001, got 5e-05"),
-    "r": (lambda: graph_of(nir_lif(r=SOME - 2)), r"node '0' \(LIF\): r must be > 0, got 0 to 3"),
-    "v_reset": (lambda: graph_of(nir_lif(v_leak=SOME)), r"v_reset must be the same for all neurons, got -5 to -2"),
-    "some without decay": (lambda: graph_of(nir_lif(tau=SOME / 2e4)), r"decay.* must be in \(0, 1\), got 0 to 0.6"),
-    "another tau": (lambda: changed(tau=4e-4, r=4), r"numbers say decay 0.75 and metadata\['asgl_cuda'\] says 0.5"),
-    "another threshold": (lambda: changed(v_threshold=2), "numbers say v_threshold 2 and .* says 1, written with dt"),
-    "no scale": (without_scale, r"node '_0' \(LIF\) has scale_output in its metadata, but no Scale node"),
-}
-
-
-@pytest.mark.parametrize("name", NOT_READ)
-def test_what_can_not_be_read_is_an_error_that_names_it(name):
-    make, message = NOT_READ[name]
-    with pytest.raises(ValueError, match=f"asgl_cuda.from_nir: .*{message}"):
-        from_nir(make())
-
-
-def test_another_step_than_the_one_written_is_an_error():
-    with pytest.raises(ValueError, match=r"numbers say decay 0\.75 and .* says 0.5, written with dt = 0.0001"):
-        from_nir(changed(), dt=5e-5)
-    graph = changed()
-    del graph.nodes["_0"].metadata["asgl_cuda"]
-    assert from_nir(graph, dt=5e-5).get_submodule("_0").decay == pytest.approx(0.75)
 
 
 def test_rounding_of_r_does_not_move_the_threshold():
@@ -210,7 +138,7 @@ def normalised_network():
 
 
 def stepped(model, x_seq):
-    """The model is called step by step: it returns its state with the output."""
+    """The outputs of steps of a model that returns its state with the output."""
     state, s_seq = None, []
     for x in x_seq:
         s, state = model(x, state)
@@ -219,7 +147,7 @@ def stepped(model, x_seq):
 
 
 def assert_same_spikes(model, x_seq, s_seq):
-    """A model of asgl_cuda and another get it: no potential is so near the threshold that rounding decides."""
+    """The spikes are those of the model, whose potentials are far enough from the threshold for any rounding."""
     margins = []
 
     def measure(layer, inputs):
@@ -236,20 +164,14 @@ def assert_same_spikes(model, x_seq, s_seq):
     assert torch.equal(s_seq, expected)
 
 
-def test_snntorch_reads_it(capsys):
+@pytest.mark.parametrize("make", [network, normalised_network])
+def test_snntorch_reads_it(make, capsys):
     module = pytest.importorskip("snntorch.import_nir")
-    model, x_seq = network()
+    model, x_seq = make()
     with torch.no_grad():
         s_seq = stepped(module.import_from_nir(to_nir(model, x_seq)), x_seq)
-    assert "scaling weights" not in capsys.readouterr().out  # what snnTorch prints when r is not tau / dt
-    assert_same_spikes(model, x_seq, s_seq)
-
-
-def test_snntorch_reads_normalisations():
-    module = pytest.importorskip("snntorch.import_nir")
-    model, x_seq = normalised_network()
-    with torch.no_grad():
-        s_seq = stepped(module.import_from_nir(to_nir(model, x_seq)), x_seq)
+    if make is network:
+        assert "scaling weights" not in capsys.readouterr().out  # printed where r is not tau / dt
     assert_same_spikes(model, x_seq, s_seq)
 
 
@@ -296,9 +218,18 @@ def test_norse_writes_currents_and_reads_the_same():
         assert_same_spikes(from_nir(graph, dt=1e-3), x_seq, expected)
 
 
-def assert_snntorch_writes(neuron):
-    """A network with these neurons spikes as before when what snnTorch writes of it is read."""
-    module = pytest.importorskip("snntorch.export_nir")
+@pytest.mark.parametrize("kind", ["Leaky", "Synaptic"])
+def test_snntorch_writes_it(kind):
+    snntorch, module = pytest.importorskip("snntorch"), pytest.importorskip("snntorch.export_nir")
+
+    def neuron(size):
+        alone = {"threshold": torch.full((size,), 0.8)}
+        current = {"alpha": torch.linspace(0.3, 0.8, size), "threshold": torch.full((size,), 1.5)}
+        return getattr(snntorch, kind)(
+            beta=torch.full((size,), 0.75), reset_mechanism="zero", reset_delay=False, init_hidden=True,
+            **(alone if kind == "Leaky" else current),
+        )  # fmt: skip
+
     model, x_seq = network()
     other = nn.Sequential(model[0], neuron(16), model[2], neuron(12))
     graph = module.export_to_nir(other, x_seq[:1, 0], ignore_dims=[0])
@@ -308,29 +239,15 @@ def assert_snntorch_writes(neuron):
         assert_same_spikes(from_nir(graph), x_seq, torch.stack([other(x) for x in x_seq]))
 
 
-def test_snntorch_writes_currents():
-    snntorch = pytest.importorskip("snntorch")
-
-    def neuron(size):
-        return snntorch.Synaptic(
-            alpha=torch.linspace(0.3, 0.8, size), beta=torch.full((size,), 0.75), threshold=torch.full((size,), 1.5),
-            reset_mechanism="zero", reset_delay=False, init_hidden=True,
-        )  # fmt: skip
-
-    assert_snntorch_writes(neuron)
-
-
 def test_sinabs_writes_it():
     layers = pytest.importorskip("sinabs.layers")
     sinabs_nir = pytest.importorskip("sinabs.nir")
     activation = pytest.importorskip("sinabs.activation")
     model, x_seq = network()
     neuron = layers.IAFSqueeze(
-        batch_size=5,
-        spike_fn=activation.SingleSpike,
-        reset_fn=activation.MembraneReset(),
+        batch_size=5, spike_fn=activation.SingleSpike, reset_fn=activation.MembraneReset(),
         spike_threshold=torch.tensor(3.0),
-    )
+    )  # fmt: skip
     other = nn.Sequential(model[0], neuron)
     batch_first = x_seq.transpose(0, 1).flatten(0, 1)
     graph = sinabs_nir.to_nir(other, batch_first)
@@ -354,15 +271,3 @@ def test_spikingjelly_writes_it():
     functional.reset_net(other)
     with torch.no_grad():
         assert_same_spikes(from_nir(graph), x_seq, other(x_seq))
-
-
-def test_snntorch_writes_it():
-    snntorch = pytest.importorskip("snntorch")
-
-    def neuron(size):
-        return snntorch.Leaky(
-            beta=torch.full((size,), 0.75), threshold=torch.full((size,), 0.8), reset_mechanism="zero",
-            reset_delay=False, init_hidden=True,
-        )  # fmt: skip
-
-    assert_snntorch_writes(neuron)

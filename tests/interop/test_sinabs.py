@@ -1,21 +1,19 @@
-"""Layers of sinabs and networks of `from_model` give the same as before when they are converted."""
+"""Layers of sinabs and networks of `from_model`: outputs and gradients before and after conversion."""
 
 import copy
 
-import libraries  # noqa: F401
 import pytest
 import sinabs.activation
 import sinabs.layers
 import torch
-from converted_layers import CALLS, SHAPE, check, close, trace
+from conversions import CALLS, SHAPE, SINGLE, check, close, reset, trace, train_alike
 from sinabs.from_torch import from_model
-from test_convert import train_alike
 from torch import nn
 
 import asgl_cuda
 
 
-def sinabs_run(layer, x_seq):
+def run(layer, x_seq):
     """Inputs are time first here, as everywhere in these tests."""
     before = layer.v_mem if layer.is_state_initialised() else torch.zeros_like(x_seq[0])
     x = x_seq.transpose(0, 1)
@@ -30,57 +28,38 @@ def sinabs_run(layer, x_seq):
     return s, v, (alpha * previous + gain * current).detach()
 
 
-@pytest.mark.parametrize("squeezed", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"tau_mem": 2.0},
-        {"tau_mem": 3.0, "norm_input": False},
-        {"tau_mem": 3.0, "norm_input": False, "train_alphas": True},
-        {"tau_mem": torch.linspace(1, 5, SHAPE[-1]), "norm_input": False},
-        {"tau_mem": 3.0, "norm_input": False, "reset_fn": sinabs.activation.MembraneReset()},
-        {"tau_mem": 3.0, "norm_input": False, "reset_fn": sinabs.activation.MembraneSubtract(0.4)},
-        {},
-    ],
-    ids=lambda options: ", ".join(map(str, options)) or "IAF",
-)
-def test_sinabs(options, squeezed):
-    kind = ("LIF" if options else "IAF") + ("Squeeze" if squeezed else "")
-    more = {"batch_size": SHAPE[1]} if squeezed else {}
-
-    def make():
-        return getattr(sinabs.layers, kind)(
-            spike_threshold=torch.tensor(0.8), spike_fn=sinabs.activation.SingleSpike, record_states=True, **options,
-            **more,
-        )  # fmt: skip
-
-    check(make, sinabs_run, threshold=0.8, scale=2.0 if options == {"tau_mem": 2.0} else 1.0)
-
-
+NORM = {"norm_input": False}
+EACH = torch.linspace(1, 5, SHAPE[-1])
 PERIODIC = sinabs.activation.PeriodicExponential(0.4, 1.7)
-SINGLE = {"spike_fn": sinabs.activation.SingleSpike}
 
 
 @pytest.mark.parametrize("squeezed", [False, True])
 @pytest.mark.parametrize(
     "options",
     [
+        {**SINGLE},
+        {"tau_mem": 2.0, **SINGLE},
+        {"tau_mem": 3.0, **NORM, **SINGLE},
+        {"tau_mem": 3.0, **NORM, "train_alphas": True, **SINGLE},
+        {"tau_mem": EACH, **NORM, **SINGLE},
+        {"tau_mem": 3.0, **NORM, "reset_fn": sinabs.activation.MembraneReset(), **SINGLE},
+        {"tau_mem": 3.0, **NORM, "reset_fn": sinabs.activation.MembraneSubtract(0.4), **SINGLE},
+        {"tau_mem": 3.0, **NORM, "min_v_mem": -0.3, **SINGLE},
+        {"tau_mem": 3.0, "min_v_mem": -0.3, "reset_fn": sinabs.activation.MembraneReset(), **SINGLE},
+        {"tau_syn": 2.0, "min_v_mem": -0.3, **SINGLE},
         {},
         {"min_v_mem": -0.4},
         {"reset_fn": sinabs.activation.MembraneSubtract(0.4), "min_v_mem": torch.full(SHAPE[-1:], -1)},
         {"spike_threshold": torch.full(SHAPE[-1:], 0.8)},
         {"spike_threshold": torch.linspace(0.6, 0.9, SHAPE[-1]), "surrogate_grad_fn": PERIODIC},
         {"tau_syn": 2.0, "min_v_mem": -0.3},
-        {"tau_syn": 2.0, "min_v_mem": -0.3, **SINGLE},
         {"tau_mem": 2.0},
-        {"tau_mem": torch.linspace(1, 5, SHAPE[-1]), "tau_syn": 3.0},
-        {"tau_mem": 3.0, "tau_syn": torch.linspace(1, 4, SHAPE[-1]), "norm_input": False, "train_alphas": True},
-        {"tau_mem": 3.0, "norm_input": False, "min_v_mem": -0.3, **SINGLE},
-        {"tau_mem": 3.0, "min_v_mem": -0.3, "reset_fn": sinabs.activation.MembraneReset(), **SINGLE},
+        {"tau_mem": EACH, "tau_syn": 3.0},
+        {"tau_mem": 3.0, "tau_syn": torch.linspace(1, 4, SHAPE[-1]), **NORM, "train_alphas": True},
     ],
-    ids=lambda options: ", ".join(options) or "IAF",
+    ids=lambda options: ", ".join(options) or "defaults",
 )
-def test_several_spikes_floors_and_currents_of_sinabs(options, squeezed):
+def test_neurons(options, squeezed):
     kind = ("LIF" if "tau_mem" in options else "IAF") + ("Squeeze" if squeezed else "")
     more = {"batch_size": SHAPE[1]} if squeezed else {}
     threshold = options.get("spike_threshold", torch.tensor(0.8))
@@ -89,7 +68,7 @@ def test_several_spikes_floors_and_currents_of_sinabs(options, squeezed):
         return getattr(sinabs.layers, kind)(**{"spike_threshold": threshold, "record_states": True, **options, **more})
 
     several = "spike_fn" not in options
-    check(make, sinabs_run, threshold=threshold, scale=3.0 if several else 1.5, several=several)
+    check(make, run, threshold=threshold, scale=3.0 if several else 1.5, several=several)
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -98,7 +77,7 @@ def test_several_spikes_floors_and_currents_of_sinabs(options, squeezed):
     [sinabs.activation.SingleExponential(0.7, 1.3), sinabs.activation.Gaussian(0.0, 0.6, 0.8), PERIODIC],
     ids=lambda function: type(function).__name__,
 )
-def test_surrogates_of_sinabs(function, several):
+def test_surrogates(function, several):
     if function is PERIODIC and not several:
         pytest.skip("it is for several spikes")
 
@@ -107,100 +86,93 @@ def test_surrogates_of_sinabs(function, several):
             3.0, surrogate_grad_fn=function, norm_input=False, record_states=True, **({} if several else SINGLE)
         )
 
-    check(make, sinabs_run, several=several, scale=2.0 if several else 1.0)
+    check(make, run, several=several, scale=2.0 if several else 1.0)
 
 
 @pytest.mark.parametrize("squeezed", [False, True])
 @pytest.mark.parametrize("options", [{}, {"norm_input": True}, {"train_alphas": True}], ids=str)
-def test_read_outs_of_sinabs(options, squeezed):
+def test_read_outs(options, squeezed):
     more = {"batch_size": SHAPE[1]} if squeezed else {}
     tau = torch.linspace(1, 5, SHAPE[-1])
     layer = getattr(sinabs.layers, "ExpLeakSqueeze" if squeezed else "ExpLeak")(
         tau_mem=tau, record_states=True, **options, **more
     )
-    fused, report = asgl_cuda.convert(layer, asgl={})
+    converted, report = asgl_cuda.convert(layer, asgl={})
     assert report.replaced == [("", type(layer).__name__, "leaky_integrator")]
-    assert not hasattr(fused, "log_width")
-    assert not list(asgl_cuda.layer.asgl_layers(fused))
+    assert not hasattr(converted, "log_width")
+    assert not list(asgl_cuda.layer.asgl_layers(converted))
     torch.manual_seed(0)
     x = [torch.randn(SHAPE) for _ in range(CALLS)]
     grads = torch.randn(2, CALLS * SHAPE[0], *SHAPE[1:])
-    theirs, ours = trace(layer, sinabs_run, x, grads), trace(fused, sinabs_run, x, grads)
+    theirs, ours = trace(layer, run, x, grads), trace(converted, run, x, grads)
     assert torch.equal(ours.s, theirs.s)
     assert torch.equal(ours.v, theirs.v)
-    assert torch.equal(fused.v_mem, layer.v_mem)
-    torch.testing.assert_close(fused.firing_rate, layer.firing_rate)
+    assert torch.equal(converted.v_mem, layer.v_mem)
+    torch.testing.assert_close(converted.firing_rate, layer.firing_rate)
     assert all(close(*pair) for pair in zip(ours.grads, theirs.grads, strict=True))
-    back, _ = asgl_cuda.revert(fused, inplace=True)
+    back, _ = asgl_cuda.revert(converted, inplace=True)
     assert type(back) is type(layer)
     assert set(vars(back)) == set(vars(layer))
 
 
 def test_a_least_potential_that_is_changed():
-    """It is read at each call, also on a GPU, where it is read again only when it was changed."""
+    """Read at each call; on a GPU read again only after a change."""
     layer = sinabs.layers.IAF(min_v_mem=-1.0)
-    fused, _ = asgl_cuda.convert(layer)
+    converted, _ = asgl_cuda.convert(layer)
     x = torch.full((1, 3, 2), -5.0)
-    fused(x)
-    assert (fused.v_mem == -1).all()
-    fused.load_state_dict({**fused.state_dict(), "min_v_mem": torch.tensor(-2.0)})
-    fused(x)
-    assert (fused.v_mem == -2).all()
+    converted(x)
+    assert (converted.v_mem == -1).all()
+    converted.load_state_dict({**converted.state_dict(), "min_v_mem": torch.tensor(-2.0)})
+    converted(x)
+    assert (converted.v_mem == -2).all()
     layer(x)
-    back, _ = asgl_cuda.revert(fused, inplace=True)
+    back, _ = asgl_cuda.revert(converted, inplace=True)
     assert set(vars(back)) == set(vars(layer))
 
 
 def test_a_least_potential_in_a_compiled_graph():
-    """No number is read there: it is known from the conversion on."""
-    fused, _ = asgl_cuda.convert(sinabs.layers.IAF(min_v_mem=-1.0, shape=(1, 2)))
-    torch.compile(fused, backend="eager", fullgraph=True)(torch.full((1, 3, 2), -5.0))
-    assert (fused.v_mem == -1).all()
+    """No value is read in the graph: it is known since the conversion."""
+    converted, _ = asgl_cuda.convert(sinabs.layers.IAF(min_v_mem=-1.0, shape=(1, 2)))
+    torch.compile(converted, backend="eager", fullgraph=True)(torch.full((1, 3, 2), -5.0))
+    assert (converted.v_mem == -1).all()
 
 
 def test_several_spikes_have_no_noise():
     net = nn.Sequential(sinabs.layers.IAF(), sinabs.layers.IAF(**SINGLE))
-    fused, report = asgl_cuda.convert(net, asgl={})
+    converted, report = asgl_cuda.convert(net, asgl={})
     assert [row.path for row in report.replaced] == ["1"]
     (left,) = report.left
     assert "may spike several times a step, for which ASGL has no noise; without asgl it can be" in left.reason
-    fused, report = asgl_cuda.convert(fused)
+    converted, report = asgl_cuda.convert(converted)
     assert [row.path for row in report.replaced] == ["0"]
     with pytest.raises(ValueError, match=r"multi_spike needs analog_prob=0, got 0\.1"):
-        fused[0].analog_prob = 0.1
+        converted[0].analog_prob = 0.1
 
 
-def test_currents_of_sinabs_are_copied_and_reset():
-    fused, _ = asgl_cuda.convert(sinabs.layers.LIF(3.0, tau_syn=2.0))
-    fused(torch.randn(4, 9, 5))
-    twin = copy.deepcopy(fused)
-    assert torch.equal(twin.i_syn, fused.i_syn)
-    assert not torch.equal(twin.i_syn, twin.v_mem)
-    fused.reset_states()
-    assert not fused.i_syn.any()
-    assert twin.i_syn.any()
-    assert twin(torch.randn(2, 9, 5)).shape == (2, 9, 5)  # sinabs takes over states of the old ones
-    assert twin.i_syn.shape == (2, 5)
-
-
-def test_sinabs_state_and_copies():
+@pytest.mark.parametrize("current", [False, True])
+def test_states_and_copies(current):
     torch.manual_seed(0)
-    layer = sinabs.layers.LIF(3.0, spike_fn=sinabs.activation.SingleSpike, norm_input=False)
-    fused, _ = asgl_cuda.convert(layer, asgl={"width": 2.0})
+    options = {"tau_syn": 2.0} if current else {**NORM, **SINGLE}
+    converted, _ = asgl_cuda.convert(sinabs.layers.LIF(3.0, **options), asgl=None if current else {"width": 2.0})
     x = torch.randn(4, 9, 5)
-    fused(x)
-    twin = copy.deepcopy(fused)
-    assert type(twin) is type(fused)
-    assert twin.analog_prob == 0.2
-    assert torch.equal(twin.v_mem, fused.v_mem)
-    assert twin.log_width is not fused.log_width
-    assert twin.spike_threshold is not fused.spike_threshold
-    fused.reset_states()
-    assert not fused.v_mem.any()
-    assert twin.v_mem.any()
-    fused.eval()(x[:2])  # another batch size: sinabs takes over states of the old one
-    assert fused.v_mem.shape == (2, 5)
-    assert 0 < fused.firing_rate < 1
+    converted(x)
+    twin = copy.deepcopy(converted)
+    assert type(twin) is type(converted)
+    assert twin.spike_threshold is not converted.spike_threshold
+    if not current:
+        assert twin.analog_prob == 0.2
+        assert twin.log_width is not converted.log_width
+    states = ("v_mem", "i_syn")[: 1 + current]
+    for name in states:
+        assert torch.equal(getattr(twin, name), getattr(converted, name))
+    assert not current or not torch.equal(twin.i_syn, twin.v_mem)
+    converted.reset_states()
+    for name in states:
+        assert not getattr(converted, name).any()
+        assert getattr(twin, name).any()
+    twin.eval()(x[:2])  # another batch size: sinabs takes over states of the old one
+    assert {getattr(twin, name).shape for name in states} == {(2, 5)}
+    assert current or 0 < twin.firing_rate < 1
 
 
 def vgg(pool):
@@ -217,13 +189,11 @@ def vgg(pool):
 
 def assert_the_same_network(model, layers, x, run=lambda net, x: net(x)):
     """All of its neurons are converted, and outputs and gradients are those of the model."""
-    fused, report = asgl_cuda.convert(model)
+    converted, report = asgl_cuda.convert(model)
     assert (len(report.replaced), report.left) == (layers, [])
     results = []
-    for net in (model, fused):
-        for module in net.modules():
-            if isinstance(module, sinabs.layers.StatefulLayer):
-                module.reset_states()
+    for net in (model, converted):
+        reset(net)
         leaf = x.clone().requires_grad_()
         out = run(net, leaf)
         parameters = [value for value in net.parameters() if value.requires_grad]
@@ -248,26 +218,30 @@ def assert_the_same_network(model, layers, x, run=lambda net, x: net(x)):
 )
 def test_from_model_of_sinabs(options):
     torch.manual_seed(0)
-    apart = options.get("spike_layer_class") is sinabs.layers.IAF  # it wants time and batch apart
+    apart = options.get("spike_layer_class") is sinabs.layers.IAF  # takes time and batch apart
     ann = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)) if apart else vgg(nn.AvgPool2d(2))
     model = from_model(ann, batch_size=6, **options)
     layers = 1 if apart else 4 + options.get("add_spiking_output", False)
     x = 4 * torch.rand(6, 5, 8) if apart else 4 * torch.rand(6 * 5, 2, 8, 8)
     assert_the_same_network(model, layers, x)
 
-    def scores_of(net):
-        for module in net.spiking_model:
-            if isinstance(module, sinabs.layers.StatefulLayer):
-                module.reset_states()
-        out = net(x)
-        return (out if apart else out.unflatten(0, (6, 5))).mean(1)
+    train_alike(model, lambda net: (net(x) if apart else net(x).unflatten(0, (6, 5))).mean(1), layers)
 
-    train_alike(model, scores_of, layers)
+
+def test_a_network_trains_alike():
+    torch.manual_seed(0)
+    options = {"batch_size": 6, "spike_threshold": torch.tensor(0.1), **SINGLE}
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), sinabs.layers.IAFSqueeze(**options), nn.AvgPool2d(2),
+        nn.Flatten(), nn.Linear(4 * 16, 3), sinabs.layers.LIFSqueeze(tau_mem=3.0, **options),
+    )  # fmt: skip
+    x = torch.rand(6 * 5, 1, 8, 8)
+    train_alike(model, lambda net: net(3 * x).unflatten(0, (6, 5)).mean(1), 2)
 
 
 @pytest.mark.filterwarnings("ignore:nirtorch")
 def test_a_network_of_sinabs_that_was_in_nir():
-    """Thresholds and least potentials are one for each neuron then."""
+    """NIR makes one threshold and one least potential for each neuron."""
     sinabs_nir = pytest.importorskip("sinabs.nir")
     torch.manual_seed(0)
     model = from_model(vgg(sinabs.layers.SumPool2d(2)), input_shape=(2, 8, 8), batch_size=6)

@@ -1,8 +1,7 @@
-"""Layers that are called step by step: conversion must not cost more than it saves, eager or compiled."""
+"""Layers that take a step a call: conversion must not cost more than it saves, eager or compiled."""
 
 import sys
 
-import libraries  # noqa: F401
 import norse.torch as norse
 import pytest
 import snntorch
@@ -12,30 +11,26 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import asgl_cuda
-from asgl_cuda import OverTime
 
 MECHANISMS = ("subtract", "zero", "none")
 LEARNED = {"learn_beta": True, "learn_threshold": True}
 
+
+def leaky(how, **fixed):
+    return lambda **given: snntorch.Leaky(0.8, reset_mechanism=how, **fixed, **given)
+
+
 SNNTORCH = {
-    **{
-        f"Leaky, {how}": lambda how=how, **given: snntorch.Leaky(0.8, reset_mechanism=how, **given)
-        for how in MECHANISMS
-    },
-    **{
-        f"Leaky, {how}, at once": lambda how=how, **given: snntorch.Leaky(
-            0.8, reset_mechanism=how, reset_delay=False, **given
-        )
-        for how in MECHANISMS
-    },
-    "Leaky, learned": lambda **given: snntorch.Leaky(0.8, **LEARNED, **given),
+    **{f"Leaky, {how}": leaky(how) for how in MECHANISMS},
+    **{f"Leaky, {how}, at once": leaky(how, reset_delay=False) for how in MECHANISMS},
+    "Leaky, learned": leaky("subtract", **LEARNED),
     "Leaky, by neuron": lambda **given: snntorch.Leaky(torch.linspace(0.3, 0.9, 5), threshold=torch.ones(5), **given),
     "Lapicque": lambda **given: snntorch.Lapicque(R=1.0, C=4.5, **given),
     "Lapicque, none": lambda **given: snntorch.Lapicque(R=0.5, C=3.0, reset_mechanism="none", **given),
     "Synaptic": lambda **given: snntorch.Synaptic(alpha=0.7, beta=0.8, **given),
     "Synaptic, none": lambda **given: snntorch.Synaptic(alpha=0.7, beta=0.8, reset_mechanism="none", **given),
     "Synaptic, learned": lambda **given: snntorch.Synaptic(0.7, 0.8, learn_alpha=True, **LEARNED, **given),
-}  # fmt: skip
+}
 STEPS = {
     **SNNTORCH,
     **{f"{name}, hidden": lambda make=make: make(init_hidden=True) for name, make in SNNTORCH.items()},
@@ -54,7 +49,7 @@ def learned_cell():
 
 
 def run(layer, x_seq, call=None):
-    """Outputs and last states of a sequence from rest; `call` is what is called instead of the layer."""
+    """Outputs and last states of a sequence from rest; `call` is called instead of the layer."""
     call = layer if call is None else call
     if isinstance(layer, snntorch.SpikingNeuron):
         layer.reset_mem()
@@ -101,7 +96,7 @@ COMPILED = (
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiler_sees_no_more(name, training):
-    """As many graphs and operations as before: what it makes of a step is faster than a kernel between the steps."""
+    """As many graphs and operations as before: a compiled step is faster than a kernel between the steps."""
     counts = []
     for layer in (STEPS[name](), asgl_cuda.convert(STEPS[name]())[0]):
         call, counter = compiled(layer)
@@ -129,7 +124,7 @@ def test_compiled_eager_and_before_are_the_same(name, in_double):
 
 
 @pytest.mark.parametrize("name", ["Leaky, subtract, hidden", "Synaptic", "LIFCell", "LIFNode"])
-def test_what_asgl_asks_for_is_compiled(name):
+def test_asgl_layers_are_compiled(name):
     asgl = {"surrogate": "triangle", "width": 3.0, "analog_prob": 1.0}
     layer, _ = asgl_cuda.convert(STEPS[name](), asgl=asgl)
     call, counter = compiled(layer)
@@ -138,7 +133,7 @@ def test_what_asgl_asks_for_is_compiled(name):
         assert ((ours[0] > 0) & (ours[0] < 1)).any()
         torch.testing.assert_close(ours, theirs)
         assert ours[-1].any()  # of the width
-    # What was emitted is carried from step to step beside the potential.
+    # The output is carried from step to step beside the potential.
     assert counter.frame_count <= 6
 
 
@@ -159,7 +154,7 @@ def test_a_normalisation_is_compiled():
     torch.testing.assert_close(run(fused[1], currents(), fused), expected)
 
 
-# A call on tiny inputs takes 20 to 30 us, most of it in Python: without what steps.py keeps it is 50 to 150 calls more.
+# A call on tiny inputs takes 20 to 30 us, most of it in Python: 50 to 150 calls more without the values of steps.py.
 MOST_CALLS = {"snntorch": 180, "norse": 140}
 
 
@@ -177,7 +172,7 @@ def test_a_step_takes_few_calls(name, training):
 
     with torch.set_grad_enabled(training):
         run(layer, x_seq)
-        for steps in (2, 6):  # what a sequence takes once is the same
+        for steps in (2, 6):  # the cost of a sequence cancels
             counts.append(0)
             sys.setprofile(count)
             try:
@@ -189,7 +184,7 @@ def test_a_step_takes_few_calls(name, training):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_inference_mode(name):
-    """Tensors made there have no version to tell whether they were changed."""
+    """Tensors made in inference mode have no version that would show a change."""
     layer, converted = STEPS[name](), asgl_cuda.convert(STEPS[name]())[0]
     with torch.no_grad():
         expected = run(layer, currents())
@@ -200,30 +195,21 @@ def test_inference_mode(name):
     torch.testing.assert_close(run(converted, currents()), expected)
 
 
-def halved(value):
-    return value * 0.5
-
-
 CHANGES = {
-    "by a number": lambda layer, name: setattr(layer, name, halved(getattr(layer, name))),
+    "by a number": lambda layer, name: setattr(layer, name, getattr(layer, name) * 0.5),
     "in place": lambda layer, name: getattr(layer, name).mul_(0.5),
     "behind the version": lambda layer, name: getattr(layer, name).data.mul_(0.5),
+}
+CHANGED = {
+    SNNTORCH["Leaky, subtract"]: ("threshold", "beta"),
+    SNNTORCH["Leaky, by neuron"]: ("threshold", "beta"),
+    lambda: snntorch.Lapicque(R=0.5, C=3.0, time_step=0.8): ("threshold", "R", "C", "time_step"),
+    SNNTORCH["Synaptic"]: ("threshold", "alpha", "beta"),
 }
 
 
 @pytest.mark.parametrize("how", CHANGES)
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        *[(SNNTORCH["Leaky, subtract"], name) for name in ("threshold", "beta")],
-        *[(SNNTORCH["Leaky, by neuron"], name) for name in ("threshold", "beta")],
-        *[
-            (lambda: snntorch.Lapicque(R=0.5, C=3.0, time_step=0.8), name)
-            for name in ("threshold", "R", "C", "time_step")
-        ],
-        *[(SNNTORCH["Synaptic"], name) for name in ("threshold", "alpha", "beta")],
-    ],
-)
+@pytest.mark.parametrize(("make", "name"), [(make, name) for make, names in CHANGED.items() for name in names])
 def test_values_that_change_between_two_steps(make, name, how):
     if how == "behind the version" and make is SNNTORCH["Leaky, by neuron"]:
         pytest.skip("what was kept of a tensor by neuron holds until its version tells of a change")
@@ -260,18 +246,11 @@ def test_values_of_norse_that_change_between_two_steps(name, how):
 
 @pytest.mark.parametrize("name", ["Leaky, subtract", "Leaky, learned", "Synaptic, hidden", "LIFCell"])
 def test_inputs_of_other_kinds(name):
-    """What is known of a call holds for its kind of input alone."""
+    """Values kept from a call hold for its kind of input alone."""
     layer, converted = STEPS[name](), asgl_cuda.convert(STEPS[name]())[0]
     x_seq = currents()
-    for x in (
-        x_seq,
-        x_seq[:, :2],
-        x_seq,
-        x_seq.mT.contiguous().mT,
-        x_seq.double(),
-        x_seq,
-        x_seq[..., None].expand(-1, -1, -1, 5),
-    ):
+    transposed, wider = x_seq.mT.contiguous().mT, x_seq[..., None].expand(-1, -1, -1, 5)
+    for x in (x_seq, x_seq[:, :2], x_seq, transposed, x_seq.double(), x_seq, wider):
         for _ in range(2):
             # snnTorch's spikes are float32 whatever the input.
             torch.testing.assert_close(with_gradients(converted, x), with_gradients(layer, x), check_dtype=False)
@@ -284,18 +263,6 @@ def test_one_neuron_without_dimensions(name):
     torch.testing.assert_close(with_gradients(converted, x_seq), with_gradients(layer, x_seq))
 
 
-def test_another_surrogate_between_two_steps():
-    """What is known of a step is known of its surrogate."""
-    gradients = []
-    for convert in (False, True):
-        layer = snntorch.Leaky(0.8)
-        layer = asgl_cuda.convert(layer)[0] if convert else layer
-        with_gradients(layer, currents())
-        layer.spike_grad = snntorch.surrogate.fast_sigmoid(slope=4)
-        gradients.append(with_gradients(layer, currents()))
-    torch.testing.assert_close(*gradients)
-
-
 def test_kept_values_leave_with_the_conversion():
     for name, make in STEPS.items():
         layer, keys = asgl_cuda.convert(make())[0], set(vars(make()))
@@ -303,24 +270,3 @@ def test_kept_values_leave_with_the_conversion():
         back = vars(asgl_cuda.revert(layer)[0])
         assert not {"_known", "_after"} & set(back), name
         assert keys <= set(back)
-
-
-# ---- left ----
-
-LEFT = {
-    norse.LICell: "its few operations a step are faster than a kernel's call; LI, which takes a whole sequence, can be "
-    "converted",
-    norse.LIBoxCell: "its few operations a step are faster than a kernel's call; for a whole sequence there is "
-    "asgl_cuda.LeakyIntegrator",
-}
-
-
-@pytest.mark.parametrize("asgl", [None, {}])
-@pytest.mark.parametrize("make", LEFT)
-def test_read_outs_that_no_kernel_makes_faster_are_left(make, asgl):
-    model, report = asgl_cuda.convert(norse.SequentialState(nn.Linear(3, 5), norse.LIFCell(), make()), asgl=asgl)
-    assert [row.path for row in report.replaced] == ["1"]
-    assert report.left == [("2", make.__name__, LEFT[make])]
-    assert type(model[2]) is make
-    _, report = asgl_cuda.fuse(nn.Sequential(OverTime(nn.BatchNorm1d(3)), make()))
-    assert [row.reason for row in report.left] == [f"its output goes to {make.__name__}: {LEFT[make]}"]

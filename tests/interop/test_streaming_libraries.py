@@ -1,13 +1,11 @@
-"""Models with layers of other libraries, converted and not, a time step a call; their states cut off the graph."""
+"""Models of other libraries, converted and not, a time step a call; their states detached."""
 
-import libraries  # noqa: F401
 import norse.torch as norse
 import pytest
-import sinabs
 import sinabs.layers
 import snntorch
 import torch
-from authors_code import EfficientNoisySpike, InvRectangle, LIFLayer
+from conversions import SINGLE, authors_layer
 from spikingjelly.activation_based import functional, layer, neuron, rnn
 from torch import nn
 
@@ -16,11 +14,10 @@ from asgl_cuda import LIF, OverTime
 from asgl_cuda.interop.snntorch import MultiStep
 
 T, B, N = 6, 3, 5
-SINGLE = {"spike_fn": sinabs.activation.SingleSpike}
 
 
 def exact(module):
-    """Weights whose sums are exact, so that no bit hangs on how many rows a matrix product has; most make spikes."""
+    """Weights whose sums are exact, whatever the number of rows of a matrix product; most make spikes."""
     with torch.no_grad():
         for value in module.parameters():
             value.copy_((value * 16).round() / 4 + 0.5)
@@ -44,15 +41,11 @@ def converted(model):
     return asgl_cuda.convert(model, inplace=True)[0]
 
 
-def authors_layer():
-    return LIFLayer(T, spike_fn=EfficientNoisySpike(InvRectangle()))
-
-
 def nodes():
     return [neuron.LIFNode(v_reset=None), neuron.ParametricLIFNode(), neuron.CUBALIFNode(), neuron.QIFNode()]
 
 
-# Each has a model and where time is in a whole sequence: None where it takes a step a call.
+# A model and the time dimension of its sequences: None where it takes a step a call.
 STREAMED = {
     "spikingjelly m": (lambda: spikingjelly("m", *nodes()), 0),
     "spikingjelly s": (lambda: spikingjelly("s", *nodes()), None),
@@ -92,7 +85,7 @@ def test_steps_are_one_sequence(make, time_dim, change):
     model = change(make()).eval()
     x_seq = torch.randint(-1, 6, (T, B, 4)).float()
     with torch.no_grad():
-        if time_dim is None:  # there is no other way to compute it
+        if time_dim is None:  # the only way to compute it
             whole = [torch.stack(parts) for parts in zip(*(flat(model(x_t)) for x_t in x_seq), strict=True)]
         else:
             whole = [part.movedim(time_dim, 0) for part in flat(model(x_seq.movedim(0, time_dim)))]
@@ -140,13 +133,13 @@ REFUSED = {
         lambda: sinabs.layers.IAFRecurrent(rec_connect=nn.Linear(4, 4)), "IAFRecurrent .* its recurrent input",
     ),
     "fixed steps": (lambda: sinabs.layers.IAFSqueeze(num_timesteps=T), "IAFSqueeze .*num_timesteps=6; with batch_size"),
-    "authors": (authors_layer, "LIFLayer can't take a step .* begins at rest with each call"),
+    "authors": (lambda: authors_layer(T), "LIFLayer can't take a step .* begins at rest with each call"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("change", [lambda model: model, converted], ids=["original", "converted"])
 @pytest.mark.parametrize(("make", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_can_not_be_streamed_says_so(make, words, change):
+def test_errors_of_models_that_can_not_be_streamed(make, words, change):
     with pytest.raises(RuntimeError, match=rf"asgl_cuda\.step: (Converted)?{words}"):
         asgl_cuda.step(change(make()), torch.rand(B, 4))
 
@@ -160,7 +153,7 @@ def test_layers_that_differ_in_what_they_take():
 CARRYING = [
     neuron.LIFNode(step_mode="m"), neuron.PSN(4), layer.SynapseFilter(2.0), snntorch.Leaky(0.9), snntorch.SLSTM(3, 3),
     norse.LIF(), norse.LICell(), norse.LIFRecurrentCell(3, 3), sinabs.layers.LIF(2.0), sinabs.layers.ExpLeak(2.0),
-    authors_layer(), MultiStep(snntorch.Leaky(0.9)), layer.MultiStepContainer(neuron.IFNode()),
+    authors_layer(T), MultiStep(snntorch.Leaky(0.9)), layer.MultiStepContainer(neuron.IFNode()),
     rnn.SpikingLSTM(3, 3, 1),
 ]  # fmt: skip
 
@@ -178,7 +171,7 @@ def test_over_time_refuses_neurons_of_all_libraries(carrying, change):
     asgl_cuda.revert(model, inplace=True)
 
 
-def test_over_time_takes_what_carries_nothing():
+def test_over_time_takes_stateless_layers():
     inside = [
         layer.Conv2d(1, 1, 1), layer.BatchNorm2d(1), layer.Dropout(), sinabs.layers.IAFSqueeze(batch_size=B),
         OverTime(nn.Conv2d(1, 1, 1)), layer.SeqToANNContainer(nn.Conv2d(1, 1, 1)), norse.Lift(nn.Identity()),
@@ -242,8 +235,3 @@ def test_detach_is_detach_net():
 
     for ours, theirs in zip(gradients(asgl_cuda.detach), gradients(functional.detach_net), strict=True):
         assert torch.equal(ours, theirs)
-
-
-def test_detach_refuses_what_is_no_module():
-    with pytest.raises(TypeError, match=r"asgl_cuda\.detach: model must be a torch\.nn\.Module, got list"):
-        asgl_cuda.detach([LIF()])

@@ -1,11 +1,13 @@
-"""`calibrate` brings layers to a rate, changes weights alone, and refuses by name what it can't reach."""
+"""`calibrate`: rates of layers, changes of weights alone, and errors that name the layer."""
 
 import copy
 
 import pytest
 import torch
+from comparison import Stack
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
 from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator, Monitor, OverTime, calibrate
@@ -31,17 +33,15 @@ def images(x_seq):
     return x_seq.reshape(*x_seq.shape[:2], 1, 4, 4)
 
 
-class Residual(nn.Module):
+def residual(norm=None):
     """Two branches in front of the last neurons."""
 
-    def __init__(self, norm=None):
-        super().__init__()
-        self.first, self.lif = nn.Linear(16, 16), LIF()
-        self.inside, self.norm, self.last = nn.Linear(16, 16), norm or nn.Identity(), LIF()
+    def forward(model, x_seq):
+        s_seq = model.lif(model.first(x_seq))
+        return model.last(model.norm(model.inside(s_seq) + s_seq))
 
-    def forward(self, x_seq):
-        s_seq = self.lif(self.first(x_seq))
-        return self.last(self.norm(self.inside(s_seq) + s_seq))
+    layers = {"first": nn.Linear(16, 16), "lif": LIF(), "inside": nn.Linear(16, 16), "last": LIF()}
+    return Stack(forward, norm=norm or nn.Identity(), **layers)
 
 
 NETWORKS = {
@@ -59,37 +59,18 @@ NETWORKS = {
         nn.Linear(16, 40), BatchNormLIF(40), nn.Linear(40, 40), OverTime(nn.BatchNorm1d(40)), LIF(),
         nn.Linear(40, 40), nn.LayerNorm(40), LIF(),
     ),
-    "residual, normalised": lambda: Residual(OverTime(nn.BatchNorm1d(16))),
+    "residual, normalised": lambda: residual(OverTime(nn.BatchNorm1d(16))),
     "fused": lambda: asgl_cuda.fuse(
         nn.Sequential(nn.Linear(16, 40), OverTime(nn.BatchNorm1d(40)), LIF(), nn.Linear(40, 40), LIF())
     )[0],
     "shared neurons": lambda: nn.Sequential(nn.Linear(16, 40), lif := LIF(), nn.Linear(40, 40), lif),
     "inplace": lambda: nn.Sequential(nn.Linear(16, 40), LIF(), nn.ReLU(inplace=True), nn.Linear(40, 40), LIF()),
-    "checkpointed": lambda: Checkpointed(nn.Sequential(nn.Linear(16, 40), LIF(), nn.Linear(40, 40), LIF())),
+    "checkpointed": lambda: Stack(
+        lambda m, x_seq: checkpoint(m.layers, x_seq, use_reentrant=False),
+        layers=nn.Sequential(nn.Linear(16, 40), LIF(), nn.Linear(40, 40), LIF()),
+    ),
     "double": lambda: nn.Sequential(OverTime(nn.Linear(16, 40)), LIF(), nn.Linear(40, 40), LIF()).double(),
 }  # fmt: skip
-
-
-class Twice(nn.Module):
-    """One weight in front of two layers of neurons."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear, self.lif, self.last = nn.Linear(16, 16), LIF(), LIF()
-
-    def forward(self, x_seq):
-        return self.last(self.linear(self.lif(self.linear(x_seq))))
-
-
-class Checkpointed(nn.Module):
-    """Layers that backward computes again."""
-
-    def __init__(self, layers):
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, x_seq):
-        return torch.utils.checkpoint.checkpoint(self.layers, x_seq, use_reentrant=False)
 
 
 def convolutional():
@@ -169,7 +150,7 @@ def test_nothing_but_weights_changes(training, x_seq):
 
 
 def test_bias_alone_and_units(x_seq):
-    """Biases are not scaled: a rate that they alone exceed is out of reach, and named."""
+    """Biases are not scaled: a rate that they alone exceed is an error."""
     model = nn.Sequential(nn.Linear(16, 8), LIF())
     with torch.no_grad():
         model[0].bias.fill_(5.0)
@@ -181,25 +162,31 @@ def test_bias_alone_and_units(x_seq):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (Residual, r"last: its input must have one weight, got several paths: inside\.weight and a path"),
+        (residual, r"last: its input must have one weight, got several paths: inside\.weight and a path"),
         (lambda: nn.Sequential(LIF(), nn.Linear(16, 4), LIF()), "0: there must be a linear layer, a convolution or"),
         (lambda: nn.Sequential(weight_norm(nn.Linear(16, 4)), LIF()), r"1: there must be .*\(parametrised weights"),
         (lambda: nn.Sequential(nn.Linear(16, 4).requires_grad_(False), LIF()), r"1: .* 0\.weight, which is frozen"),
         (lambda: nn.Sequential(nn.Linear(16, 4), BatchNormLIF(4, affine=False)), "1: its normalisation has no weight"),
         (lambda: nn.Sequential(nn.Linear(16, 4), OverTime(nn.BatchNorm1d(4, affine=False)), LIF()), "2: no factor"),
         (
-            lambda: Twice(), r"last: in front of it is linear\.weight, which is in front of lif, too",
+            lambda: Stack(
+                lambda m, x_seq: m.last(m.linear(m.lif(m.linear(x_seq)))), lif=LIF(), last=LIF(),
+                linear=nn.Linear(16, 16),
+            ), r"last: in front of it is linear\.weight, which is in front of lif, too",
         ),
         (lambda: tied(), r"1: in front of it is 0\.weight, which several modules share"),
         (lambda: tied(memory=True), r"1: in front of it is 0\.weight, which shares memory with 2\.weight"),
         (lambda: of_inference_mode(), r"1: in front of it is 0\.weight, which was made in inference mode"),
         (lambda: Remembering(), r"lif: fires at .* and not at 0\.4 when the model runs again: its rate"),
-        (lambda: Detached(), r"lif: its input must come with its graph, got one that torch\.no_grad\(\),"),
+        (
+            lambda: Stack(detached, linear=nn.Linear(16, 16), lif=LIF()),
+            r"lif: its input must come with its graph, got one that torch\.no_grad\(\),",
+        ),
         (lambda: nn.Sequential(nn.LazyLinear(4), LIF()), r"0\.weight has no shape yet: call the model once before"),
     ],
 )  # fmt: skip
-def test_what_it_refuses(make, message, x_seq):
-    """With the layer's name, and unchanged."""
+def test_refused_models(make, message, x_seq):
+    """The error names the layer, and the model is unchanged."""
     torch.manual_seed(6)
     model = make()
     lazy = isinstance(model[0] if isinstance(model, nn.Sequential) else None, nn.LazyLinear)
@@ -224,7 +211,7 @@ def of_inference_mode():
 
 
 class Remembering(nn.Module):
-    """Its input depends on the call before."""
+    """A model whose input depends on the call before."""
 
     def __init__(self):
         super().__init__()
@@ -236,33 +223,17 @@ class Remembering(nn.Module):
         return self.lif(x_seq)
 
 
-class Detached(nn.Module):
-    """Its neurons get their input without a graph."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear, self.lif = nn.Linear(16, 16), LIF()
-
-    def forward(self, x_seq):
-        with torch.no_grad():
-            return self.lif(self.linear(x_seq))
-
-
-class Trunk(nn.Module):
-    """The weight in front of `late` is in front of `early`, too, which runs before."""
-
-    def __init__(self):
-        super().__init__()
-        self.trunk, self.head, self.early, self.late = nn.Linear(16, 40), nn.Linear(40, 40), LIF(), LIF()
-
-    def forward(self, x_seq):
-        x_seq = self.trunk(x_seq)
-        return self.early(self.head(x_seq)), self.late(x_seq)
+def detached(model, x_seq):
+    with torch.no_grad():
+        return model.lif(model.linear(x_seq))
 
 
 def test_a_weight_in_front_of_earlier_layers(x_seq):
+    """The weight in front of `late` is in front of `early`, too, which runs before."""
     torch.manual_seed(8)
-    report = calibrate(Trunk(), x_seq)
+    layers = {"trunk": nn.Linear(16, 40), "head": nn.Linear(40, 40), "early": LIF(), "late": LIF()}
+    model = Stack(lambda m, x_seq: (m.early(m.head(y := m.trunk(x_seq))), m.late(y)), **layers)
+    report = calibrate(model, x_seq)
     assert [row.weight for row in report.layers] == ["head.weight", "trunk.weight"]
     for row in report.layers:
         assert row.rate_after == pytest.approx(0.2, rel=0.02), row
@@ -270,17 +241,8 @@ def test_a_weight_in_front_of_earlier_layers(x_seq):
 
 def test_autocast_and_modules_of_two_names(x_seq):
     """The weights that autocast keeps are those of before; a module may be registered twice."""
-
-    class Both(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear, self.lif = nn.Linear(16, 40), LIF()
-            self.layers = nn.Sequential(self.linear, self.lif)
-
-        def forward(self, x_seq):
-            return self.layers(x_seq)
-
-    model = Both()
+    linear, lif = nn.Linear(16, 40), LIF()
+    model = Stack(lambda m, x_seq: m.layers(x_seq), linear=linear, lif=lif, layers=nn.Sequential(linear, lif))
     with torch.autocast("cpu", torch.bfloat16):
         (row,) = calibrate(model, x_seq).layers
     assert (row.layer, row.weight) == ("lif", "linear.weight")
@@ -290,13 +252,13 @@ def test_autocast_and_modules_of_two_names(x_seq):
     assert calibrate(model, made, torch.tensor(0.3)).layers[0].rate_after == pytest.approx(0.3, rel=0.02)
 
 
-def test_what_no_factor_changes():
+def test_rates_that_no_factor_changes():
     with pytest.raises(ValueError, match=r"rate is 0 whatever the factor, as for a silent input or behind a normal"):
         calibrate(nn.Sequential(nn.Linear(16, 4, bias=False), LIF()), torch.zeros(4, 8, 16))
 
 
 def test_rates_that_jump():
-    """With few different inputs the nearer step is taken, unless that is another rate altogether."""
+    """With few different inputs the nearer step is taken, unless it is too far off."""
     model = nn.Sequential(nn.Linear(1, 3, bias=False), LIF(decay=0.0))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0], [0.5], [0.25]]))

@@ -64,7 +64,7 @@ def train_in_process(rank, backend, wrapped):
     model = module
     if wrapped:
         model = DistributedDataParallel(module)
-        # It averages gradients over the processes; the joint batch has their sum.
+        # DistributedDataParallel averages gradients over the processes; the joint batch has their sum.
         model.register_comm_hook(None, sum_of_gradients)
     s_seq, grad = trained(model, module, share(joint_batch(), rank), steps=2 if wrapped else 1)
     return s_seq, grad, module.state_dict()
@@ -88,14 +88,14 @@ def train_recomputed(rank, context):
 
 
 def train_fused(rank, backend):
-    """SyncBatchNorm, which has no kernels for the CPU of its own."""
+    """SyncBatchNorm, which has no CPU kernels of its own."""
     model, _ = asgl_cuda.fuse(pair(backend, nn.SyncBatchNorm(3)))
     s_seq, grad = trained(model, model, share(joint_batch(), rank), steps=1)
     return s_seq, grad, model.state_dict()
 
 
 def three(backend):
-    """A fused pair, a pair that is not fused, which has no kernels for the CPU, and a layer that is both."""
+    """A fused pair, a pair that is not fused, which has no CPU kernels, and a layer that is both."""
     torch.manual_seed(0)
     neurons = {"surrogate": "sigmoid", "backend": backend, "analog_prob": 1.0}
     joined, report = asgl_cuda.fuse(pair(backend, nn.BatchNorm1d(3)))
@@ -117,7 +117,7 @@ def with_an_empty_share(rank):
 
 
 def with_one_value(rank, backend):
-    """It fails in all processes together: the message, and whether the running statistics are as they were."""
+    """An error in all processes: its message, and the running statistics after it."""
     layer = asgl_cuda.BatchNormLIF(3, process_group="world", backend=backend)
     try:
         layer(torch.ones(1, 1 - rank, 3))
@@ -157,7 +157,7 @@ def unshared():
 
 
 def in_process(rank, folder, backends):
-    """It runs every case, because processes take seconds to start."""
+    """Every case at once, because processes take seconds to start."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
     found = {(name, wrapped): train_in_process(rank, name, wrapped) for name in backends for wrapped in (False, True)}
@@ -171,7 +171,7 @@ def in_process(rank, folder, backends):
     found["empty"] = with_an_empty_share(rank)
     found["DTensor"] = with_a_tensor_of_all()
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()  # a process that still talks aborts where the other is gone
+    dist.barrier()  # a process that still communicates aborts where the other is gone
     dist.destroy_process_group()
 
 
@@ -184,7 +184,7 @@ def results(tmp_path_factory):
 
 
 def check(results, module, case, same_weights):
-    """The result is compared with a module that trains with the joint batch."""
+    """Compares the result with a module that trains with the joint batch."""
     s_seq, grad = trained(module, module, joint_batch(), steps=2 if same_weights else 1)
     for rank, result in enumerate(results):
         own_s_seq, own_grad, state = result[case]
@@ -195,11 +195,20 @@ def check(results, module, case, same_weights):
                 torch.testing.assert_close(state[key], value, rtol=1e-10, atol=1e-12, msg=key)
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "DistributedDataParallel"])
+WITH_THE_JOINT_BATCH = {
+    False: network,
+    True: network,  # in DistributedDataParallel
+    "fused": lambda name: pair(name, nn.BatchNorm1d(3)),
+    "converted": three,
+    "converted, group": three,
+}
+
+
+@pytest.mark.parametrize("case", WITH_THE_JOINT_BATCH)
 @pytest.mark.parametrize("name", BACKENDS)
-def test_two_processes_are_as_one_with_the_joint_batch(results, name, wrapped):
+def test_two_processes_are_as_one_with_the_joint_batch(results, name, case):
     """Spikes, gradients, running statistics and, where the processes share gradients, weights after two steps."""
-    check(results, network(name), (name, wrapped), same_weights=wrapped)
+    check(results, WITH_THE_JOINT_BATCH[case](name), (name, case), same_weights=case is True)
 
 
 def test_spikes_computed_again_change_no_bit(results):
@@ -208,17 +217,6 @@ def test_spikes_computed_again_change_no_bit(results):
             assert torch.equal(kept, recomputed)
         for name, value in result["kept"][2].items():
             assert torch.equal(value, result["recomputed"][2][name]), name
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_a_fused_sync_batch_norm_is_one_batch_norm_of_the_joint_batch(results, name):
-    check(results, pair(name, nn.BatchNorm1d(3)), (name, "fused"), same_weights=False)
-
-
-@pytest.mark.parametrize("case", ["converted", "converted, group"])
-@pytest.mark.parametrize("name", BACKENDS)
-def test_converted_normalisations_share_their_statistics(results, name, case):
-    check(results, three(name), (name, case), same_weights=False)
 
 
 def test_conversion_keeps_parameters_names_and_pairs():
@@ -312,7 +310,7 @@ def test_no_process_group(group):
 
 @pytest.mark.parametrize("context", [nullcontext, asgl_cuda.recompute_spikes])
 def test_fully_shard(tmp_path, context):
-    """It shares out every parameter by its first dimension, one for the whole layer too, and changes no bit."""
+    """Every parameter is sharded by its first dimension, also one value a layer, without changing a bit."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -1,4 +1,4 @@
-"""Models that torch.export has made a graph of, and that are trained then, or compiled ahead of time."""
+"""Models exported by torch.export, then trained, or compiled ahead of time."""
 
 import copy
 
@@ -19,7 +19,7 @@ def name(request, backend):
 
 
 def network(layer, name, device, **options):
-    """A network with neurons of one kind; they have no noise, except where the options say so."""
+    """A network with neurons of one kind, by default without noise."""
     kinds = {
         "LIF": lambda: asgl_cuda.LIF(
             7, granularity="channel", learn_decay=True, learn_threshold=True, v_rest=0.1, surrogate="sigmoid",
@@ -56,7 +56,7 @@ def trained(model, x_seq, steps=3):
 
 
 def assert_trains_alike(program, model, x_seq):
-    """A normalisation sums up its gradients in another order there."""
+    """An exported normalisation sums its gradients in another order."""
     module = program.module()
     expected = trained(copy.deepcopy(model), x_seq)
     assert all(each.abs().sum() > 0 for each in expected[1:5])
@@ -107,7 +107,7 @@ def test_exported_with_dynamic_shapes_and_compiled(backend, device):
 
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_noise_of_an_exported_model(backend, device, decomposed):
-    """It is new at each call and in each layer, the model's own, and the gradients are under the same."""
+    """New at each call and in each layer, equal to the model's, and the same in backward."""
     model = nn.Sequential(*(asgl_cuda.LIF(analog_prob=0.5, width=4.0, backend=backend) for _ in range(2))).to(device)
     x_seq = torch.rand(5, 400, device=device)
     program = torch.export.export(copy.deepcopy(model), (x_seq,))
@@ -154,7 +154,7 @@ def test_every_output_and_every_input(name, device):
 
 
 def test_nan_in_an_exported_reference(device):
-    """It emits no spike, as in the model."""
+    """NaN emits no spike, as in the model."""
     model = asgl_cuda.LIF(analog_prob=0.0, backend="reference").to(device)
     x_seq = torch.rand(3, 4, device=device)
     x_seq[1, 2] = float("nan")
@@ -179,7 +179,7 @@ def operator_inputs(device):
 
 @pytest.mark.parametrize("keeps_checkpoints", [False, True])
 def test_the_operator_by_itself(backend, device, keeps_checkpoints):
-    """Nothing is silently left out, and a graph is made only where it is asked for."""
+    """No output is silently left out, and a graph is made only on request."""
     operators = BACKENDS[backend].operators
     x_seq, _, _, parameters, *_ = inputs = operator_inputs(device)
     width, *_, reset = leaves = [each for each in parameters if each is not None]
@@ -196,7 +196,7 @@ def test_the_operator_by_itself(backend, device, keeps_checkpoints):
     assert not s_seq.requires_grad
 
 
-def test_opcheck_of_what_requires_gradients(backend, device):
+def test_opcheck_with_gradients(backend, device):
     operators = BACKENDS[backend].operators
     x_seq, _, _, parameters, *packed = operator_inputs(device)
     torch.library.opcheck(operators.lif_forward, (x_seq, None, None, parameters, *packed, [True] * 4))
@@ -241,7 +241,7 @@ def test_compiled_ahead_of_time(name, device, layer, tmp_path):
 
 @pytest.mark.parametrize("layer", ["LIF", "integrator", "normalised"])
 def test_transforms_of_an_exported_model(backend, device, layer):
-    """torch.func.grad of it, per sample, too; what has no derivative is refused."""
+    """torch.func.grad, also per sample; missing derivatives are refused."""
     model = network(layer, backend, device).eval()
     x_seq = torch.randn(4, 6, 5, device=device) * 3
     module = torch.export.export(model, (x_seq,)).module()

@@ -1,4 +1,4 @@
-"""A step of training launches no more than it needs: each launch costs a GPU, and its host, some microseconds.
+"""Launches of a step of training: each costs a GPU, and its host, some microseconds.
 
 Kernels of the project are counted by the emulated device, and operations of torch that would be a kernel on a GPU from
 torch's profiler, which sees those inside of operators, too.
@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import asgl_cuda
 
-# These only allocate memory, look at it otherwise, or read on the CPU what a GPU is not asked for.
+# These only allocate memory, view it, or read values on the CPU that a GPU is not asked for.
 NO_LAUNCH = re.compile(
     r"aten::((new_)?empty|(.*_)?strided|view|reshape|expand|permute|unbind|select|slice|flatten|narrow|detach|alias|to"
     r"|item|_local_scalar_dense|contiguous)"
@@ -77,7 +77,7 @@ def launches_of_training(layer, emulation):
 
 @pytest.mark.parametrize(("features", "options"), LAYERS)
 def test_lif(emulation, backend, features, options):
-    """Draw, forward, backward, and one sum for the gradients of all that is learned."""
+    """Draw, forward, backward, and one sum for the gradients of all parameters."""
     found = launches_of_training(asgl_cuda.LIF(*features, **options, backend=backend), emulation)
     kernels = ["lif_forward_kernel", "lif_backward_settled_kernel", "gradient_sum_kernel"]
     assert found == [
@@ -103,7 +103,7 @@ def test_evaluation(emulation, backend, layer, features, count):
 
 
 def test_the_public_function(emulation, backend):
-    """Whoever makes a width by an operation of torch pays for it, forward and backward, and for nothing else."""
+    """A width computed by an operation of torch costs that operation, forward and backward, and no more."""
     log_width = nn.Parameter(torch.zeros(()))
 
     class Layer(nn.Module):

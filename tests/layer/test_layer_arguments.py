@@ -1,4 +1,4 @@
-"""Arguments of layers: numbers of every kind, those that make no sense, and those that another library means."""
+"""Arguments of layers: numbers of every type, invalid values, and names from other libraries."""
 
 import copy
 import warnings
@@ -46,7 +46,7 @@ def value_of(layer, name):
 
 @pytest.mark.parametrize(("kind", "name"), PAIRS)
 @pytest.mark.parametrize("like", NUMBER_LIKE)
-def test_what_is_like_a_number_is_taken_by_its_value(kind, name, like):
+def test_values_like_numbers_are_taken(kind, name, like):
     value = 0.25
     layer = LAYERS[kind](**{name: NUMBER_LIKE[like](value)})
     assert value_of(layer, name) == pytest.approx(value, rel=1e-6)
@@ -70,8 +70,8 @@ def test_setters_take_them_too(kind, name, like, learned):
 
 @pytest.mark.parametrize(("kind", "name"), PAIRS)
 @pytest.mark.parametrize("as_parameter", [False, True])
-def test_a_parameter_starts_what_is_learned_and_is_no_constant(kind, name, as_parameter):
-    """As a constant it would not be trained, and nothing would say so."""
+def test_a_parameter_is_an_initial_value_and_no_constant(kind, name, as_parameter):
+    """A constant would silently not be trained."""
     given = nn.Parameter(torch.tensor(0.25)) if as_parameter else torch.tensor(0.5, requires_grad=True) / 2
     option = LEARNED.get(name)
     if option:
@@ -90,13 +90,6 @@ def test_a_parameter_starts_what_is_learned_and_is_no_constant(kind, name, as_pa
         with pytest.raises(ValueError, match=words):
             setattr(layer, name, given)
         assert (vars(layer), value_of(layer, name)) == before
-
-
-def test_widths_can_be_copied_from_a_layer():
-    first, second = LIF(width=0.3), LIF()
-    second.width = first.width
-    assert second.width.item() == first.width.item()
-    assert LIF(width=first.width).width.item() == first.width.item()
 
 
 @pytest.mark.parametrize(("kind", "name"), PAIRS)
@@ -131,7 +124,7 @@ def test_numbers_of_numpy_are_sizes_and_flags(kind, granularity):
         assert layer.logit_decay.shape == (3,)
 
 
-# ---- values that make no sense ----
+# ---- invalid values ----
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -216,7 +209,7 @@ def test_no_warning_where_the_neurons_are_at_rest():
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
 def test_several_spikes_a_step_need_a_threshold(value):
-    """0 would be infinitely many, and less a negative number."""
+    """At 0 there would be infinitely many, below 0 a negative count."""
     with pytest.raises(ValueError, match=f"multi_spike needs v_threshold > 0, got {value}"):
         LIF(multi_spike=True, v_reset=None, analog_prob=0.0, v_threshold=value)
 

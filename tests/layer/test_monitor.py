@@ -1,4 +1,4 @@
-"""A monitor's findings on layers for which all is known."""
+"""Findings of a monitor on layers whose values are known."""
 
 import math
 import re
@@ -126,7 +126,7 @@ def test_watching_changes_no_bit_under_checkpointing():
 
 
 def test_dead_and_saturated_neurons():
-    """They are taken over the whole of time, batch and calls."""
+    """Counted over time, batch and calls."""
     layer = LIF(decay=0.0, analog_prob=0.0)
     x_seq = torch.zeros(2, 3, 4)
     x_seq[..., 1] = 2.0
@@ -196,7 +196,7 @@ def test_a_monitor_that_was_never_started_warns_once():
     ],
 )
 def test_problems_in_words(layer, scale, expected):
-    """The layer, what was seen, and what helps; the functions that help are there."""
+    """The layer, the finding and the remedy, whose functions exist."""
     x_seq = torch.randn(4, 16, 64, generator=torch.Generator().manual_seed(0))
     x_seq = (x_seq.abs() if scale > 1 else x_seq) * scale
     model = nn.Sequential(layer)
@@ -291,7 +291,7 @@ def test_errors_of_the_layer_stay_its_own():
 
 
 def test_keyword_arguments_and_other_hooks():
-    """The call is watched as the layer computed it: with the input that a hook has made, before another is at it."""
+    """The watched call has the input of a hook before it, and the output ahead of other hooks."""
     layer = LIF(decay=0.0, analog_prob=0.0)
     layer.register_forward_pre_hook(lambda module, args, kwargs: ((), {"x_seq": kwargs["x_seq"] + 1}), with_kwargs=True)
     layer.register_forward_hook(lambda module, args, output: output + 7)
@@ -338,7 +338,7 @@ def test_compiled_code_is_not_watched():
 
 
 @pytest.mark.parametrize("wrap", [lambda s_seq: s_seq, lambda s_seq: (s_seq, "state")])
-def test_foreign_layers_tell_what_their_output_does(wrap):
+def test_findings_on_foreign_layers(wrap):
     #                 time, batch, neuron: dead, saturated, neither
     s_seq = torch.tensor([[[0.0, 1.0, 0.0], [0.25, 1.0, 0.75]], [[0.0, 0.5, 0.0], [0.0, 1.0, 1.0]]])
     without = Foreign(wrap(s_seq))
@@ -363,7 +363,7 @@ def test_foreign_layers_called_step_by_step():
     assert (found["dead"], found["saturated"], found["firing_rate"]) == pytest.approx((1 / 3, 1 / 3, 0.5))
     monitor.reset()
     with monitor:
-        layer(torch.tensor([0.0, 1.0]))  # no batch
+        layer(torch.tensor([0.0, 1.0]))  # without batch
     assert monitor.result()[""]["saturated"] == 0.5
 
 

@@ -27,16 +27,6 @@ def test_training_draws_noise_and_evaluation_fires_hard_spikes(backend, device):
     assert not hard(layer(x_seq))
 
 
-def test_noise_obeys_manual_seed(backend, device):
-    layer = LIF(backend=backend, analog_prob=0.5).to(device)
-    x_seq = random_input(6, 64, device=device)
-    torch.manual_seed(3)
-    first, second = layer(x_seq), layer(x_seq)
-    torch.manual_seed(3)
-    assert torch.equal(first, layer(x_seq))
-    assert not torch.equal(first, second)
-
-
 def test_evaluation_leaves_the_generator_alone(backend, device):
     layer = LIF(backend=backend, analog_prob=0.5).to(device).eval()
     x_seq = random_input(6, 64, device=device)
@@ -79,14 +69,7 @@ def test_equals_the_function(backend, device, surrogate, v_reset, training):
         assert torch.equal(our, their)
 
 
-def test_initial_values_are_those_given(backend):
-    layer = LIF(3, granularity="channel", decay=0.7, v_threshold=0.9, width=1.3, backend=backend, **LEARN_ALL)
-    for name, value in (("decay", 0.7), ("v_threshold", 0.9), ("width", 1.3)):
-        # The logarithm and the logit are float32 and back.
-        torch.testing.assert_close(getattr(layer, name), torch.full((3,), value))
-
-
-# Each has the dimension of time, the shape of the input, and the shapes of parameters of a channel and a neuron in it.
+# The time dimension, the shape of the input, and the shapes of parameters by channel and by neuron in it.
 INPUTS = [
     (0, (6, 4, 5), (1, 1, 5), (1, 1, 5)),
     (1, (4, 6, 5), (1, 1, 5), (1, 1, 5)),
@@ -177,13 +160,13 @@ def test_width_and_decay_stay_in_range_after_violent_steps(backend, device, sign
         assert x_seq.grad.isfinite().all()
 
 
-def test_what_the_function_has_the_layer_has(backend, device):
+def test_the_layer_has_all_options_of_the_function(backend, device):
     given = {
         "decay": 0.75, "v_threshold": 0.9, "v_reset": None, "reset_amount": 0.7, "v_rest": 0.25, "input_gain": 0.5,
         "width": 1.5, "surrogate_gain": 0.5, "strict_threshold": True, "backend": backend,
     }  # fmt: skip
     layer = LIF(**given).to(device).eval()
-    # Some potentials that are the threshold exactly, which strict_threshold is about.
+    # Some potentials are the threshold exactly, the case of strict_threshold.
     x_seq = random_input(5, 3, 31, device=device).detach()
     x_seq[0, :, :9] = 2 * (0.9 - 0.25)
     x_seq.requires_grad_()
@@ -193,14 +176,6 @@ def test_what_the_function_has_the_layer_has(backend, device):
     assert torch.equal(*grads)
     for part in ("reset_amount=0.7", "v_rest=0.25", "input_gain=0.5", "surrogate_gain=0.5", "strict_threshold=True"):
         assert part in repr(layer)
-
-
-def test_tau_of_spikingjelly():
-    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
-    tau, x_seq = 4.0, random_input(8, 3, 31)
-    theirs = neuron.LIFNode(tau=tau, step_mode="m")
-    ours = LIF(decay=1 - 1 / tau, input_gain=1 / tau, analog_prob=0.0)
-    assert torch.equal(ours(4 * x_seq), theirs(4 * x_seq))
 
 
 @pytest.mark.parametrize("stateful", [False, True])
@@ -338,18 +313,9 @@ def test_small_network_learns(backend, device, surrogate):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    # Half of what a coin's guess costs (ln 2) is out of reach of a network whose neurons pass no gradient.
+    # Half of the loss of guessing (ln 2) is out of reach of a network whose neurons pass no gradient.
     assert sum(losses[-5:]) / 5 < 0.35, losses[::6]
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-
-
-def test_convolutional_network_in_sequential(backend, device):
-    model = nn.Sequential(
-        nn.Flatten(0, 1), nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.Unflatten(0, (4, 3)),
-        LIF(5, granularity="channel", backend=backend, **LEARN_ALL), nn.Flatten(2), nn.Linear(5 * 4 * 4, 2),
-    ).to(device)  # fmt: skip
-    model(torch.rand(4, 3, 2, 6, 6, device=device)).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_functional_call_uses_the_given_parameters(backend, device):

@@ -1,4 +1,4 @@
-"""Schedules of the noise, on layers for which all is known."""
+"""Schedules of the noise."""
 
 import copy
 import math
@@ -77,7 +77,7 @@ def test_schedule_resumes_exactly(kind, epoch, tmp_path):
     for _ in range(epoch):
         schedule.step()
     torch.save(schedule.state_dict(), tmp_path / "state")
-    for ahead in (0, 3):  # also into a schedule that has gone elsewhere
+    for ahead in (0, 3):  # also into a schedule at another epoch
         model = network()
         resumed = KINDS[kind](model)
         for _ in range(ahead):
@@ -102,14 +102,9 @@ def test_a_state_brings_its_starts():
     schedule.load_state_dict(state)
     schedule.step()
     assert model[1].analog_prob == pytest.approx(0.15)
-    state["starts"]["1"] = 0.9
-    assert schedule.starts["1"] == 0.2, "the state is not the caller's dict"
-
-
-def test_a_state_is_a_copy():
-    schedule = AnalogProbSchedule.linear(network(), 4)
-    schedule.state_dict()["starts"]["1"] = 0.9
-    assert schedule.starts["1"] == 0.2
+    for each in (state, schedule.state_dict()):
+        each["starts"]["1"] = 0.9
+        assert schedule.starts["1"] == 0.2, "neither the caller's dict nor the returned one is the state"
 
 
 def test_a_layer_that_went_to_0_is_resumed():
@@ -184,7 +179,7 @@ def test_numbers_of_numpy_and_tensors_are_taken():
 
 
 def test_a_layer_that_refuses_its_share_leaves_the_others_as_they_were():
-    """One of several spikes a step has no noise."""
+    """A layer with several spikes a step has no noise."""
     several = LIF(multi_spike=True, v_reset=None, analog_prob=0.0)
     model = nn.Sequential(LIF(analog_prob=0.4), several)
     schedule = AnalogProbSchedule.linear(model, 2, final=0.1)
@@ -211,7 +206,7 @@ def test_foreign_layers_are_scheduled():
     assert layer.analog_prob == pytest.approx(0.03)
 
 
-def test_a_function_of_ones_own():
+def test_a_custom_function():
     model = network()
     schedule = AnalogProbSchedule(model, lambda start, epoch: start * (epoch + 1) / 2)
     assert schedule.probs == {"1": 0.1, "3": 0.4}
@@ -232,35 +227,21 @@ def test_a_function_of_ones_own():
         (lambda model: AnalogProbSchedule.cosine(model, True), TypeError, "epochs must be an int, got bool"),
         (lambda model: AnalogProbSchedule.cosine(model, 2, 1.5), ValueError, r"final must be in \[0, 1\], got 1\.5"),
         (lambda model: AnalogProbSchedule.linear(model, 2, "0"), TypeError, "final must be a float, got str"),
-        (
-            lambda model: AnalogProbSchedule.multi_step(model, [1], math.nan),
-            ValueError,
-            r"gamma must be in \[0, 1\], got nan",
-        ),
-        (
-            lambda model: AnalogProbSchedule.multi_step(model, [0, 2]),
-            ValueError,
-            r"milestones must be ints >= 1, got \[0, 2\]",
-        ),
+        (lambda model: AnalogProbSchedule.multi_step(model, [1], math.nan), ValueError, r"gamma must be .*, got nan"),
+        (lambda model: AnalogProbSchedule.multi_step(model, [0, 2]), ValueError, r"milestones must be .*\[0, 2\]"),
         (lambda model: AnalogProbSchedule.multi_step(model, [1.5]), ValueError, r"milestones .*, got \[1\.5\]"),
         (lambda model: AnalogProbSchedule.multi_step(model, 2), TypeError, "milestones must be a sequence .*, got int"),
         (lambda model: AnalogProbSchedule.multi_step(model, "12"), TypeError, "milestones must .*, got str"),
-        (lambda model: AnalogProbSchedule.linear(model, 1.5), TypeError, "epochs must be an int, got float"),
         (lambda model: AnalogProbSchedule.linear(model, 10**400), ValueError, "epochs must be <= "),
         (lambda model: AnalogProbSchedule.linear(model, 2, 10**400), ValueError, "final must be a float, got a number"),
         (lambda model: AnalogProbSchedule(model, 0.5), TypeError, "prob_at must be a function .*, got float"),
         (
-            lambda model: AnalogProbSchedule.linear(model, 2).load_state_dict({}),
-            ValueError,
+            lambda model: AnalogProbSchedule.linear(model, 2).load_state_dict({}), ValueError,
             r"the state must be a dict of 'epoch' and 'starts', got \[\]",
         ),
-        (
-            lambda model: AnalogProbSchedule.linear(model, 2).load_state_dict(3),
-            ValueError,
-            "the state must .*, got int",
-        ),
+        (lambda model: AnalogProbSchedule.linear(model, 2).load_state_dict(3), ValueError, "the state .*, got int"),
     ],
-)
+)  # fmt: skip
 def test_schedule_errors(build, error, message):
     with pytest.raises(error, match=r"asgl_cuda\.AnalogProbSchedule: " + message):
         build(network())
@@ -268,16 +249,15 @@ def test_schedule_errors(build, error, message):
 
 @pytest.mark.parametrize("kind", ["LIF", "BatchNormLIF", "converted"])
 def test_a_schedule_compiles_nothing_anew(backend, device, kind):
-    """It compiles anew once, where the noise ends; each epoch has the noise of eager mode."""
+    """One recompilation, where the noise ends; each epoch has the noise of eager mode."""
     torch._dynamo.reset()
     if kind == "converted":
         neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
         model, _ = asgl_cuda.convert(nn.Sequential(neuron.LIFNode(step_mode="m")), asgl={}, backend=backend)
         model.to(device)
     else:
-        model = nn.Sequential(getattr(asgl_cuda, kind)(*([5] if kind == "BatchNormLIF" else []), backend=backend)).to(
-            device
-        )
+        features = [5] if kind == "BatchNormLIF" else []
+        model = nn.Sequential(getattr(asgl_cuda, kind)(*features, backend=backend)).to(device)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(copy.deepcopy(model), backend=counter, fullgraph=True)
     schedules = [AnalogProbSchedule.linear(each, 12) for each in (model, compiled)]

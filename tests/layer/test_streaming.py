@@ -1,4 +1,4 @@
-"""One time step a call gives the bits of the whole sequence; what can't be streamed says so; a missing time is told."""
+"""One time step a call has the bits of the whole sequence; errors of models that can't be streamed."""
 
 import collections
 import inspect
@@ -27,7 +27,7 @@ LAYERS = {
 
 
 def exact(layer):
-    """The same with weights whose sums are exact, so that no bit hangs on how many rows a matrix product has."""
+    """The layer with weights whose sums are exact, whatever the number of rows of a matrix product."""
     with torch.no_grad():
         for value in layer.parameters():
             value.copy_((value * 16).round() / 4)
@@ -85,24 +85,16 @@ def network(time_dim=0, **options):
         OverTime(exact(nn.Conv2d(1, C, 3))),
         BatchNormLIF(C, **options),
         OverTime(nn.MaxPool2d(2)),
-        Residual(exact(nn.Conv2d(C, C, 3, padding=1)), LIF(C, granularity="channel", **options)),
+        Stack(
+            lambda m, x_seq: x_seq + m.neurons(m.layer(x_seq)), layer=OverTime(exact(nn.Conv2d(C, C, 3, padding=1))),
+            neurons=LIF(C, granularity="channel", **options),
+        ),
         OverTime(nn.Sequential(nn.Flatten(), exact(nn.Linear(C * 9, 7)))),
         LeakyIntegrator(decay=0.5, **options),
         LIF(v_threshold=4.0, **options),
         exact(nn.Linear(7, 2)),
         LeakyIntegrator(decay=0.75, delay=True, **options),
-    ).eval()
-
-
-class Residual(nn.Module):
-    """Neurons beside their input."""
-
-    def __init__(self, layer, neurons):
-        super().__init__()
-        self.layer, self.neurons = OverTime(layer), neurons
-
-    def forward(self, x_seq):
-        return x_seq + self.neurons(self.layer(x_seq))
+    ).eval()  # fmt: skip
 
 
 @pytest.mark.parametrize("time_dim", [0, 1])
@@ -206,7 +198,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("model", "error", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_can_not_be_streamed_says_so(model, error, words):
+def test_errors_of_models_that_can_not_be_streamed(model, error, words):
     def steps():
         for _ in range(2):
             asgl_cuda.step(model, torch.rand(B, C))
@@ -219,19 +211,19 @@ def test_what_can_not_be_streamed_says_so(model, error, words):
             assert not module._forward_pre_hooks
 
 
-@pytest.mark.parametrize("x_t", [[1.0], None])
-def test_an_input_that_is_no_tensor(x_t):
-    with pytest.raises(TypeError, match=r"asgl_cuda\.step: x_t must be a tensor"):
-        asgl_cuda.step(LIF(), x_t)
-    with pytest.raises(TypeError, match=r"asgl_cuda\.LIF: x_t must be a tensor"):
-        LIF().step(x_t)
-
-
-def test_an_input_without_a_place_for_time():
-    with pytest.raises(ValueError, match=r"asgl_cuda\.LIF: x_t.* must have 2 or more dimensions for time_dim 2"):
-        LIF(time_dim=2).step(torch.rand(3))
-    with pytest.raises(ValueError, match=r"asgl_cuda\.step: x_t.* must have 2 or more dimensions for time_dim 2"):
-        asgl_cuda.step(LIF(), torch.rand(3), time_dim=2)
+@pytest.mark.parametrize(
+    ("x_t", "time_dim", "error", "words"),
+    [
+        ([1.0], 0, TypeError, "x_t must be a tensor"),
+        (None, 0, TypeError, "x_t must be a tensor"),
+        (torch.rand(3), 2, ValueError, "x_t.* must have 2 or more dimensions for time_dim 2"),
+    ],
+)
+def test_inputs_that_are_refused(x_t, time_dim, error, words):
+    with pytest.raises(error, match=rf"asgl_cuda\.step: {words}"):
+        asgl_cuda.step(LIF(), x_t, time_dim=time_dim)
+    with pytest.raises(error, match=rf"asgl_cuda\.LIF: {words}"):
+        LIF(time_dim=time_dim).step(x_t)
 
 
 def test_flags_come_back_after_an_exception():
@@ -369,10 +361,7 @@ def test_a_stateful_layer_that_goes_on_with_two_dimensions_warns(monkeypatch):
             "[B, T, C, ...] with C = 8; got [4, 8, 5]; is time missing?",
         ),
         (LIF(8, granularity="channel", time_dim=-1), (4, 6, 5, 7), "[B, C, ..., T] with C = 8; got [4, 6, 5, 7]"),
-        (
-            LIF((4, 8), granularity="neuron"), (4, 8),
-            "[T, B, 4, 8] with the neurons last; got [4, 8]; is time missing?",
-        ),
+        (LIF((4, 8), granularity="neuron"), (4, 8), "[T, B, 4, 8] with the neurons last; got [4, 8]; is time missing?"),
         (
             LeakyIntegrator((4, 8), granularity="neuron", learn_decay=True), (2, 3, 8),
             "[T, B, 4, 8] with the neurons last; got [2, 3, 8]",
@@ -385,7 +374,7 @@ def test_a_stateful_layer_that_goes_on_with_two_dimensions_warns(monkeypatch):
         (LIF(time_dim=-3), (4, 5), "got -3; is time missing?"),
     ],
 )  # fmt: skip
-def test_errors_about_channels_say_what_is_expected(layer, shape, words):
+def test_errors_about_channels(layer, shape, words):
     with pytest.raises(ValueError, match=re.escape(words) + "$"):
         layer(torch.rand(shape))
 
@@ -399,7 +388,7 @@ def test_a_step_for_a_stateful_layer_that_has_a_sequence(backend):
         layer(torch.rand(B, C))
 
 
-def test_over_time_refuses_what_carries_something_from_step_to_step():
+def test_over_time_refuses_stateful_layers():
     for layer in (LIF(), BatchNormLIF(3), LeakyIntegrator(), nn.LSTM(3, 3), nn.GRU(3, 3)):
         name = type(layer).__name__
         with pytest.raises(TypeError, match=rf"asgl_cuda\.OverTime: layer must know no time, got {name}, "):

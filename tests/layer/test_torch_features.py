@@ -1,9 +1,10 @@
-"""Torch's features around a layer: torch.compile, export, autocast, checkpointing, no_grad, inference mode, fakes."""
+"""torch.compile, autocast, checkpointing, no_grad, inference mode and fake tensors."""
 
 import pytest
 import torch
 import torch._dynamo.testing
 from comparison import random_input, rng_state, uniform
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
@@ -90,7 +91,7 @@ def test_compile_draws_the_same_noise_as_eager(backend, device, compiled):
 
 
 def test_compile_where_the_learned_threshold_is_subtracted(backend, device, compiled):
-    """One tensor is then two parameters, which the compiler does not take as it is."""
+    """One tensor as two parameters, which the compiler refuses as such."""
     compile_it, _ = compiled
 
     def function(x_seq, v_threshold):
@@ -101,7 +102,7 @@ def test_compile_where_the_learned_threshold_is_subtracted(backend, device, comp
 
 
 SEVERAL_TIMES = {
-    # Calls on an input x and potentials v, with one of them as other arguments, too.
+    # Calls on an input x and potentials v, one of which is also another argument.
     "input": lambda x, v, **options: asgl_cuda.lif(x, width=x, v_threshold=x, surrogate="sigmoid", **options),
     "potential": lambda x, v, **options: asgl_cuda.lif(x, v_init=v, v_threshold=v, input_bias=v, **options),
     "last potential": lambda x, v, **options: asgl_cuda.lif(x, v_init=v, decay=v, return_v_last=True, **options).v_last,
@@ -194,13 +195,10 @@ def test_compile_of_channels_last_and_module(backend, device, compiled, monkeypa
     # Convolutions on a GPU would round to ten bits, each algorithm in its way.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     compile_it, counter = compiled
-    model = torch.nn.Sequential(
-        torch.nn.Flatten(0, 1),
-        torch.nn.Conv2d(2, 8, 3, padding=1),
-        torch.nn.BatchNorm2d(8),
-        torch.nn.Unflatten(0, (4, 3)),
+    model = nn.Sequential(
+        nn.Flatten(0, 1), nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Unflatten(0, (4, 3)),
         asgl_cuda.LIF(8, granularity="channel", analog_prob=0.3, learn_decay=True, backend=backend),
-    ).to(device, memory_format=torch.channels_last)
+    ).to(device, memory_format=torch.channels_last)  # fmt: skip
     x_seq = torch.rand(4, 3, 2, 6, 6, device=device)
     torch.manual_seed(1)
     expected = model(x_seq)
@@ -246,17 +244,10 @@ def test_fake_tensors_have_the_real_layout(backend, device):
         assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
 
 
-def test_export(backend, device):
-    layer = asgl_cuda.LIF(surrogate="sigmoid", backend=backend).to(device).eval()
-    x_seq = torch.rand(4, 3, 5, device=device)
-    program = torch.export.export(layer, (x_seq,))
-    assert torch.equal(program.module()(x_seq), layer(x_seq))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(backend, device, dtype):
     """A convolution under autocast gives half currents: spikes in that type, states and parameters in float32."""
-    layer = torch.nn.Linear(6, 31, device=device)
+    layer = nn.Linear(6, 31, device=device)
     width = uniform(31, low=0.5, high=1.5, device=device)
     x_seq = torch.rand(4, 3, 6, device=device)
     with torch.autocast(device.type, dtype):
@@ -282,7 +273,7 @@ def test_activation_checkpointing_repeats_the_noise(backend, device, use_reentra
     def run(call):
         torch.manual_seed(3)
         s_seq = call()
-        # Numbers drawn between forward and recomputation must not change the latter.
+        # Draws between forward and recomputation must not change the latter.
         torch.rand(7, device=device)
         if use_reentrant:
             return backward(s_seq)
@@ -303,7 +294,7 @@ def test_activation_checkpointing_repeats_the_noise(backend, device, use_reentra
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("layer", ["LIF", "LeakyIntegrator", "BatchNormLIF"])
 def test_activation_checkpointing_of_layers(backend, device, layer, learned, use_reentrant):
-    """What is saved can be read once without reentrance."""
+    """Saved tensors can be read only once without reentrance."""
     learns = {"learn_decay": learned}
     if layer != "LeakyIntegrator":
         learns |= {"learn_width": learned, "learn_threshold": learned}
@@ -365,12 +356,6 @@ def test_checkpoints_are_not_written_without_gradients(backend, device, monkeypa
     asgl_cuda.lif(x_seq.detach(), backend=backend)
     asgl_cuda.lif(x_seq, backend=backend)
     assert written == [0, 0, 2 * 31 + 2]
-
-
-def test_forward_mode_is_refused(backend, device):
-    x_seq = random_input(4, 31, device=device)
-    with pytest.raises(RuntimeError), torch.autograd.forward_ad.dual_level():
-        asgl_cuda.lif(torch.autograd.forward_ad.make_dual(x_seq, torch.ones_like(x_seq)), backend=backend)
 
 
 def test_anomaly_mode(backend, device):

@@ -1,4 +1,4 @@
-"""The layers that the training kit finds, parameter groups, Lightning, hard spikes and resets."""
+"""The training kit: its layers, parameter groups, Lightning, hard spikes and resets."""
 
 import gc
 import inspect
@@ -32,33 +32,24 @@ def test_a_wrapper_of_torch_compile_is_no_layer():
 
 
 @pytest.mark.parametrize(
-    ("call", "name"),
+    ("call", "name", "needs_neurons"),
     [
-        (lambda model: AnalogProbSchedule.cosine(model, 3), "AnalogProbSchedule"),
-        (Monitor, "Monitor"),
-        (lambda model: spiking_eval(model).__enter__(), "spiking_eval"),
+        (asgl_layers, "asgl_layers", False),
+        (lambda model: AnalogProbSchedule.cosine(model, 3), "AnalogProbSchedule", True),
+        (lambda model: parameter_groups(model, 0.1), "parameter_groups", False),
+        (Monitor, "Monitor", True),
+        (lambda model: spiking_eval(model).__enter__(), "spiking_eval", True),
+        (asgl_cuda.reset, "reset", False),
+        (asgl_cuda.detach, "detach", False),
+        (asgl_cuda.convert_sync_batchnorm, "convert_sync_batchnorm", False),
     ],
 )
-def test_a_model_without_asgl_layers_is_refused(call, name):
-    with pytest.raises(ValueError, match=rf"asgl_cuda\.{name}: model must have an ASGL layer, got a Sequential"):
-        call(nn.Sequential(nn.Linear(2, 2)))
-
-
-@pytest.mark.parametrize(
-    ("call", "name"),
-    [
-        (asgl_layers, "asgl_layers"),
-        (lambda model: AnalogProbSchedule.cosine(model, 3), "AnalogProbSchedule"),
-        (lambda model: parameter_groups(model, 0.1), "parameter_groups"),
-        (Monitor, "Monitor"),
-        (lambda model: spiking_eval(model).__enter__(), "spiking_eval"),
-        (asgl_cuda.reset, "reset"),
-        (asgl_cuda.convert_sync_batchnorm, "convert_sync_batchnorm"),
-    ],
-)
-def test_what_is_no_module_is_refused(call, name):
+def test_models_that_are_refused(call, name, needs_neurons):
     with pytest.raises(TypeError, match=rf"asgl_cuda\.{name}: model must be a torch\.nn\.Module, got list"):
         call([LIF()])
+    if needs_neurons:
+        with pytest.raises(ValueError, match=rf"asgl_cuda\.{name}: model must have an ASGL layer, got a Sequential"):
+            call(nn.Sequential(nn.Linear(2, 2)))
 
 
 def test_groups_hold_every_parameter_once():
@@ -112,7 +103,7 @@ def test_group_errors(name, value):
 
 
 class Callback:
-    """It stands in for Lightning's."""
+    """Mimics Lightning's."""
 
 
 def lightning(monkeypatch, *names):
@@ -168,7 +159,7 @@ def test_the_lightning_that_was_imported_is_used(monkeypatch, name):
     for each in both:
         if each != name:
             monkeypatch.delitem(sys.modules, each)
-    monkeypatch.setattr(asgl_cuda.training.monitor.importlib, "import_module", both.__getitem__)
+    monkeypatch.setattr("importlib.import_module", both.__getitem__)
     assert isinstance(lightning_callback(monitor=Monitor(network())), both[name].Callback)
 
 
@@ -228,19 +219,14 @@ def test_spiking_eval_has_the_gradients_of_evaluation():
     assert found.abs().sum() > 0
 
 
-def test_spiking_eval_ends_after_an_exception():
-    model = network()
-    with pytest.raises(ZeroDivisionError), spiking_eval(model):
-        raise ZeroDivisionError
-    assert (model[1].analog_prob, model[3].analog_prob) == (0.2, 0.8)
-
-
-def test_spiking_eval_inside_itself():
+def test_spiking_eval_inside_itself_and_after_an_exception():
     layer = LIF(analog_prob=0.4)
     with spiking_eval(layer):
         with spiking_eval(layer):
             pass
         assert layer.analog_prob == 0
+    with pytest.raises(ZeroDivisionError), spiking_eval(layer):
+        raise ZeroDivisionError
     assert layer.analog_prob == 0.4
 
 

@@ -153,7 +153,7 @@ def test_noise(backend, device, name, generator):
         assert both == pytest.approx(1 / 16, abs=0.01)  # independent
     gradients = vmap(grad(loss), randomness="different")(x_seq)
     assert not torch.equal(gradients[0], gradients[1])
-    # The gradient flows where the elements of the very same call were analog.
+    # The gradient flows where elements of the same call were analog.
     s_seq, pull = vjp(vmap(function, randomness="different"), x_seq)
     (gradient,) = pull(s_seq)
     assert torch.equal(gradient[:, -1] > 0, s_seq[:, -1] > 0)
@@ -238,7 +238,7 @@ def test_gradients_of_each_sample(backend, device, kind):
 
 
 def forward_modes(function, x_seq):
-    """Every way to ask for a forward derivative is refused, also of a gradient and around vmap."""
+    """Every way to ask for a forward derivative, also of a gradient and around vmap."""
 
     def dual():
         with forward_ad.dual_level():
@@ -256,7 +256,7 @@ def forward_modes(function, x_seq):
 
 @pytest.mark.parametrize("kind", ["lif", "LIF", "batch_norm_lif"])
 def test_forward_mode(backend, device, kind):
-    """It is refused with the remedy, and the remedy works: to zeros, as once, nobody would pay attention."""
+    """Refused with the remedy, and the remedy works: silent zeros would go unnoticed."""
     x_seq = torch.rand(4, 2, 3, device=device) * 2
 
     def by(name):
@@ -320,14 +320,14 @@ def test_a_monitor_does_not_look_under_transforms():
 
 
 def noisy(backend, v_threshold):
-    """Its derivative with respect to the threshold is itself, as the noise has it."""
+    """The derivative with respect to the threshold is the output, under the same noise."""
     options = {"scale_output": True, "analog_prob": 0.5, "surrogate": "sigmoid", "width": 1e6, "decay": 0.0}
     return lambda a: asgl_cuda.lif(a, v_threshold=v_threshold, backend=backend, **options)
 
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_backward_has_the_noise_of_forward_whatever_is_mapped_beside(backend, device, steps):
-    """Cotangents that are mapped, too, must not number the neurons anew."""
+    """Mapped cotangents must not renumber the neurons."""
     x_seq = torch.full((SAMPLES, steps, 9), 0.3, device=device)
     one = torch.ones((), device=device)
 

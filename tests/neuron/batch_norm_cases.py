@@ -12,7 +12,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SUMS = {torch.float64: 1e-12}
 SAME = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
-# They are shape and time_dim by name. A channel lies in stretches of 35, 1, 1024, 9, 4, 23, 2 and 1 values.
+# Shape and time_dim by name. A channel is stored in runs of 35, 1, 1024, 9, 4, 23, 2 and 1 values.
 SHAPES = {
     "images": ((5, 2, 3, 5, 7), 0),
     "vectors": ((3, 40, 21), 0),
@@ -72,7 +72,7 @@ def relative(actual, expected):
 
 
 def far_from_threshold(h_seq, v_threshold, time_dim, band=THRESHOLD_BAND):
-    """Neurons in which no rounding can make or unmake a spike."""
+    """Neurons in which no rounding can flip a spike."""
     near = ((h_seq.detach() - v_threshold).abs() < band).any(dim=time_dim, keepdim=True)
     return (~near).expand_as(h_seq)
 

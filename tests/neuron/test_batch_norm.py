@@ -1,4 +1,4 @@
-"""batch_norm_lif against the reference, against nn.BatchNorm2d and lif, and with hard numbers."""
+"""batch_norm_lif against the reference, against nn.BatchNorm2d and lif, and with extreme values."""
 
 import pytest
 import torch
@@ -63,13 +63,7 @@ def test_equals_reference_with_the_options_of_lif(backend, device, dtype, option
     assert_same(x_seq, time_dim, arguments, backend, training=True, analog_prob=0.3, **made)
 
 
-def test_v_init_and_its_gradient(backend, device):
-    x_seq, _, arguments = make("images", torch.float64, device)
-    v_init = uniform(2, 3, 5, 7, low=-0.5, high=0.5, dtype=torch.float64, device=device)
-    assert_same(x_seq, 0, arguments, backend, training=True, analog_prob=0.5, v_init=v_init)
-
-
-# ---- against the two layers that it stands for ----
+# ---- against the two layers that it replaces ----
 
 
 def pair(x_seq, *, running_mean, running_var, weight, bias, training, input_scale, momentum=0.1, eps=1e-5, **options):
@@ -89,7 +83,7 @@ def pair(x_seq, *, running_mean, running_var, weight, bias, training, input_scal
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["images", "large", "vectors", "many rows"])
 def test_equals_batch_norm_and_lif(backend, device, name, dtype, training):
-    """There it is x * alpha + beta, which rounds otherwise: some places more than between backends."""
+    """PyTorch computes x * alpha + beta, which rounds otherwise: more places than between backends."""
     x_seq, time_dim, arguments = make(name, dtype, device)
     assert_same(
         x_seq, time_dim, arguments, backend, other=pair, training=training, analog_prob=0.3, input_scale=0.8,
@@ -164,15 +158,15 @@ def test_no_second_derivative(backend, device):
 
 @pytest.mark.parametrize(("dtype", "bytes_an_element"), [(torch.float32, 4.3), (torch.bfloat16, 2.3)])
 @pytest.mark.parametrize("steps", [4, 16, 64])
-def test_what_is_saved_for_backward(backend, device, dtype, bytes_an_element, steps):
-    """It keeps x_seq, a few numbers a channel, and the potentials of every 16th step beyond the first 16."""
+def test_saved_for_backward(backend, device, dtype, bytes_an_element, steps):
+    """x_seq, a few values a channel, and the potentials of every 16th step beyond the first 16."""
     x_seq = random_input(steps, 8, 4, 32, 32, dtype=dtype, device=device)
     storages = saved_storages(lambda: batch_norm_lif(x_seq, training=True, analog_prob=0.2, backend=backend))
     assert x_seq.untyped_storage().data_ptr() in storages
     assert sum(storages.values()) / x_seq.numel() <= bytes_an_element
 
 
-# ---- numbers that are hard ----
+# ---- extreme values ----
 
 
 @pytest.mark.parametrize(("mean", "deviation"), [(100.0, 0.1), (-1e4, 1.0), (1e-3, 1e-4), (0.0, 1e3)])
@@ -188,7 +182,7 @@ def test_means_that_are_large_against_the_deviation(backend, device, name, mean,
 
 
 def outliers(order):
-    """Values of which few are far from the others, [N], in this order."""
+    """Values with few outliers, [N], in this order."""
     values = torch.zeros(8 * 4096)
     if order == "one":
         values[0] = 0.3
@@ -209,7 +203,7 @@ def outliers(order):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("order", ["one", "a thousand", "over two", "over noise", "events"])
 def test_variance_where_outliers_come_first(backend, device, order, reverse, layout):
-    """In any order it is as torch has it, or within two places of float32."""
+    """In any order the variance is torch's, or within two places of float32."""
     values = outliers(order).flip(0) if reverse else outliers(order)
     x_seq = torch.stack([values, values / 3], dim=-1).view(4, 2, 64, 64, 2).movedim(-1, 2)
     x_seq = (x_seq if layout == "channels_last" else x_seq.contiguous()).to(device)
@@ -229,7 +223,7 @@ def test_variance_where_outliers_come_first(backend, device, order, reverse, lay
 
 
 def test_gradients_where_the_mean_is_large(backend, device):
-    """Sums of dh * x would have no correct place in float32; sums of dh * (x - mean) have."""
+    """Sums of dh * x would have no correct digit in float32, unlike sums of dh * (x - mean)."""
     x_seq, _, arguments = make("large", torch.float32, device, mean=1e4, deviation=1.0)
     expected = [t.double() for t in _smooth_gradients(x_seq.double(), arguments, "reference")]
     for actual, exact in zip(_smooth_gradients(x_seq, arguments, backend), expected, strict=True):
@@ -311,7 +305,7 @@ def test_half_types_with_few_values_a_channel(backend, device, dtype, values):
 
 
 def test_constant_channels(backend, device):
-    """Their deviation is 0: what is left is the bias, and a gradient that is finite."""
+    """With a deviation of 0 the bias is left, and a finite gradient."""
     x_seq = torch.full((3, 4, 5, 2, 2), 7.25, device=device, requires_grad=True)
     bias = torch.linspace(-1, 1, 5, device=device).requires_grad_()
     output = batch_norm_lif(x_seq, bias=bias, training=True, decay=0.0, backend=backend, return_h_seq=True)
@@ -324,7 +318,7 @@ def test_constant_channels(backend, device):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["images", "vectors", "large"])
 def test_one_value_that_is_no_number(backend, device, name, value):
-    """Its channel is none any more, the others are as before."""
+    """Its channel is NaN, the others stay finite."""
     x_seq, _, arguments = make(name, torch.float32, device)
     x_seq[1, 1, 1].view(-1)[0] = value
     leaf = x_seq.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""BatchNormLIF, torch's features, and refusals."""
+"""BatchNormLIF under torch's features, and its errors."""
 
 import copy
 import itertools
@@ -99,7 +99,7 @@ def test_a_monitor_changes_no_statistics(backend, device):
 
 
 def test_autocast_and_module_types(backend, device):
-    """Half weights, as after .half(), are computed with in float32."""
+    """Half weights, as after .half(), are widened to float32."""
     layer = asgl_cuda.BatchNormLIF(3, backend=backend).to(device).half()
     x_seq = torch.randn(4, 2, 3, 5, device=device).half().requires_grad_()
     layer(x_seq).sum().backward()
@@ -115,7 +115,7 @@ def test_autocast_and_module_types(backend, device):
     ids=["batch of 1", "features of 1 x 1"],
 )
 def test_strides_of_dimensions_of_one_element(backend, device, sizes, order, compiled):
-    """They mean nothing: a gradient that has others lies in memory as x_seq does."""
+    """Meaningless strides: a gradient with other ones has the layout of x_seq."""
     torch._dynamo.reset()
     x_seq = torch.randn(sizes, device=device).permute(order).requires_grad_()
 
@@ -165,7 +165,7 @@ def test_opcheck(backend, device, layout, dtype):
         ({8: 9}, "time_dim|in list"),
     ],
 )
-def test_the_operator_checks_what_would_be_read_beyond_the_end(backend, device, change, message):
+def test_the_operator_checks_sizes(backend, device, change, message):
     arguments = list(coefficients_arguments(torch.randn(4, 2, 3, 5, device=device), "running", torch.float32))
     for place, value in change.items():
         arguments[place] = value.to(device) if isinstance(value, torch.Tensor) else value
@@ -187,15 +187,12 @@ def test_the_operator_checks_the_gradient_that_it_writes(backend, device):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_whole_block_is_one_graph(backend, device, fused, training):
-    """A convolution, the normalisation and the neurons compile together: nothing of the calls breaks the graph."""
+    """A convolution, the normalisation and the neurons compile together: no call breaks the graph."""
     torch._dynamo.reset()
     neurons = {"learn_decay": True, "learn_threshold": True, "backend": backend}
-    behind = (
-        [asgl_cuda.BatchNormLIF(3, **neurons)]
-        if fused
-        else [asgl_cuda.OverTime(torch.nn.BatchNorm2d(3)), asgl_cuda.LIF(**neurons)]
-    )
-    block = torch.nn.Sequential(asgl_cuda.OverTime(torch.nn.Conv2d(2, 3, 3)), *behind).to(device).train(training)
+    apart = [asgl_cuda.OverTime(nn.BatchNorm2d(3)), asgl_cuda.LIF(**neurons)]
+    behind = [asgl_cuda.BatchNormLIF(3, **neurons)] if fused else apart
+    block = nn.Sequential(asgl_cuda.OverTime(nn.Conv2d(2, 3, 3)), *behind).to(device).train(training)
     x_seq = torch.randn(4, 2, 2, 6, 6, device=device)
     compiled = torch.compile(copy.deepcopy(block), backend="aot_eager", fullgraph=True)
     torch.manual_seed(1)
@@ -205,7 +202,7 @@ def test_a_whole_block_is_one_graph(backend, device, fused, training):
 
 
 def test_compile(backend, device):
-    """It has one graph, the same spikes, gradients and running statistics; the second batch size makes one for all."""
+    """One graph with the same spikes, gradients and running statistics; the second batch size makes it dynamic."""
     torch._dynamo.reset()
     layer = asgl_cuda.BatchNormLIF(3, analog_prob=0.0, backend=backend).to(device)
     compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
@@ -261,32 +258,26 @@ def test_errors(arguments, error, message):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def running_statistics(kind):
-    """Mean and variance of 3 channels, the name of the one that is wrong, and why."""
-    both = torch.ones(6)
-    frozen = torch.inference_mode()(torch.ones)
-    return {
-        "an expanded mean": (torch.zeros(1).expand(3), torch.ones(3), "running_mean .* expanded"),
-        "an expanded variance": (torch.zeros(3), torch.ones(1).expand(3), "running_var .* expanded"),
-        "the same twice": (both[:3], both[:3], "running_mean and running_var .* must not share memory"),
-        "one behind the other": (both[:3], both[2:5], "must not share memory"),
-        "every second": (both[:5:2], both[:3], "must not share memory"),
-        "a mean that learns": (torch.zeros(3, requires_grad=True), torch.ones(3), "running_mean has no gradient"),
-        "a variance that learns": (torch.zeros(3), torch.ones(3, requires_grad=True), "running_var has no gradient"),
-        "a variance of inference mode": (torch.zeros(3).double(), frozen(3), "made in inference mode"),
-    }[kind]
-
-
-RUNNING = [
-    "an expanded mean", "an expanded variance", "the same twice", "one behind the other", "every second",
-    "a mean that learns", "a variance that learns", "a variance of inference mode",
-]  # fmt: skip
+BOTH = torch.ones(6)
+# Mean and variance of 3 channels, the name of the one that is wrong, and why.
+RUNNING = {
+    "an expanded mean": lambda: (torch.zeros(1).expand(3), torch.ones(3), "running_mean .* expanded"),
+    "an expanded variance": lambda: (torch.zeros(3), torch.ones(1).expand(3), "running_var .* expanded"),
+    "the same twice": lambda: (BOTH[:3], BOTH[:3], "running_mean and running_var .* must not share memory"),
+    "one behind the other": lambda: (BOTH[:3], BOTH[2:5], "must not share memory"),
+    "every second": lambda: (BOTH[:5:2], BOTH[:3], "must not share memory"),
+    "a mean that learns": lambda: (torch.zeros(3).requires_grad_(), torch.ones(3), "running_mean has no gradient"),
+    "a variance that learns": lambda: (torch.zeros(3), torch.ones(3).requires_grad_(), "running_var has no gradient"),
+    "a variance of inference mode": lambda: (
+        torch.zeros(3).double(), torch.inference_mode()(torch.ones)(3), "made in inference mode",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", RUNNING)
 def test_running_statistics_that_cannot_be_kept(backend, kind):
-    """They are refused before one of the two is written."""
-    mean, variance, words = running_statistics(kind)
+    """Refused before either of the two is written."""
+    mean, variance, words = RUNNING[kind]()
     before = mean.detach().clone(), variance.detach().clone()
     with pytest.raises(ValueError, match=f"asgl_cuda.batch_norm_lif: .*{words}"):
         batch_norm_lif(torch.randn(4, 2, 3, 5), mean, variance, training=True, backend=backend)

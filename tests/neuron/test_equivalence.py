@@ -1,4 +1,4 @@
-"""Every fused backend against the reference: outputs and gradients, over the products of what can differ."""
+"""Every fused backend against the reference: outputs and gradients over products of options."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_sizes(backend, device, steps, neurons, v_reset):
 @pytest.mark.parametrize("steps", [3, 4, 7, 18, 35])
 @pytest.mark.parametrize("neurons", [(4, 68), (5, 33)])
 def test_nothing_but_spikes(backend, device, dtype, surrogate, v_reset, steps, neurons):
-    """Layers in a network ask for no more, and the leanest kernels are for this."""
+    """The common case in networks, served by the leanest kernels."""
     real = real_of(dtype)
     for options in (
         {"analog_prob": 0.3},
@@ -39,17 +39,11 @@ def test_nothing_but_spikes(backend, device, dtype, surrogate, v_reset, steps, n
         {"analog_prob": 1.0, "v_init": uniform(*neurons, low=-1, high=1, dtype=real, device=device)},
     ):
         assert_equals_reference(
-            random_input(steps, *neurons, dtype=dtype, device=device),
-            backend,
-            outputs=("s_seq", "v_last") if "v_init" in options else ("s_seq",),
-            surrogate=surrogate,
-            width=uniform(low=0.7, high=1.5, dtype=real, device=device),
-            decay=0.6,
-            v_threshold=0.9,
-            v_reset=v_reset,
-            rng_state=rng_state(device=device),
-            **options,
-        )
+            random_input(steps, *neurons, dtype=dtype, device=device), backend,
+            outputs=("s_seq", "v_last") if "v_init" in options else ("s_seq",), surrogate=surrogate,
+            width=uniform(low=0.7, high=1.5, dtype=real, device=device), decay=0.6, v_threshold=0.9, v_reset=v_reset,
+            rng_state=rng_state(device=device), **options,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -59,17 +53,12 @@ def test_nothing_but_spikes(backend, device, dtype, surrogate, v_reset, steps, n
 def test_neuron(backend, device, dtype, surrogate, v_reset, detach_reset):
     real = real_of(dtype)
     assert_equals_reference(
-        random_input(18, 5, 33, dtype=dtype, device=device),
-        backend,
-        surrogate=surrogate,
+        random_input(18, 5, 33, dtype=dtype, device=device), backend, surrogate=surrogate,
         width=uniform(low=0.7, high=1.5, dtype=real, device=device),
         decay=uniform(low=0.4, high=0.9, dtype=real, device=device),
-        v_threshold=uniform(low=0.8, high=1.2, dtype=real, device=device),
-        v_reset=v_reset,
-        detach_reset=detach_reset,
-        analog_prob=0.3,
-        rng_state=rng_state(device=device),
-    )
+        v_threshold=uniform(low=0.8, high=1.2, dtype=real, device=device), v_reset=v_reset, detach_reset=detach_reset,
+        analog_prob=0.3, rng_state=rng_state(device=device),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("surrogate", ["rectangle", "sigmoid"])
@@ -82,25 +71,15 @@ def test_options(backend, device, surrogate, v_reset, strict_threshold, scale_ou
     steps, batch, channels = 6, 3, 10
     reset_amount = uniform(low=0.5, high=1.5, device=device) if v_reset is None else None
     assert_equals_reference(
-        random_input(steps, batch, channels, device=device),
-        backend,
-        surrogate=surrogate,
-        surrogate_gain=1.7,
-        v_reset=v_reset,
-        reset_amount=reset_amount,
-        strict_threshold=strict_threshold,
-        scale_output=scale_output,
-        detach_reset=detach_reset,
-        analog_prob=analog_prob,
-        v_rest=0.25,
-        v_init=uniform(batch, channels, low=-1, high=1, device=device),
-        width=uniform(low=0.7, high=1.5, device=device),
+        random_input(steps, batch, channels, device=device), backend, surrogate=surrogate, surrogate_gain=1.7,
+        v_reset=v_reset, reset_amount=reset_amount, strict_threshold=strict_threshold, scale_output=scale_output,
+        detach_reset=detach_reset, analog_prob=analog_prob, v_rest=0.25,
+        v_init=uniform(batch, channels, low=-1, high=1, device=device), width=uniform(low=0.7, high=1.5, device=device),
         v_threshold=uniform(channels, low=0.8, high=1.2, device=device),
         input_gain=uniform(channels, low=0.8, high=1.2, device=device),
         input_bias=uniform(channels, low=-0.1, high=0.1, device=device),
-        input_mean=uniform(channels, low=-0.1, high=0.1, device=device),
-        rng_state=rng_state(device=device),
-    )
+        input_mean=uniform(channels, low=-0.1, high=0.1, device=device), rng_state=rng_state(device=device),
+    )  # fmt: skip
 
 
 SHAPES = {
@@ -140,25 +119,16 @@ def test_parameter_shapes(backend, device, layout, shape, v_reset):
 
     reset = {"v_reset": parameter(-0.2, 0.2)} if v_reset else {"v_reset": None, "reset_amount": parameter(0.8, 1.2)}
     assert_equals_reference(
-        x_seq,
-        backend,
-        width=parameter(0.5, 1.5),
-        decay=parameter(0.4, 0.9),
-        v_threshold=parameter(0.8, 1.2),
-        **reset,
-        input_gain=parameter(0.8, 1.2),
-        input_bias=parameter(-0.1, 0.1),
-        input_mean=parameter(-0.1, 0.1),
-        analog_prob=0.2,
-        time_dim=time_dim,
-        rng_state=rng_state(device=device),
-    )
+        x_seq, backend, width=parameter(0.5, 1.5), decay=parameter(0.4, 0.9), v_threshold=parameter(0.8, 1.2), **reset,
+        input_gain=parameter(0.8, 1.2), input_bias=parameter(-0.1, 0.1), input_mean=parameter(-0.1, 0.1),
+        analog_prob=0.2, time_dim=time_dim, rng_state=rng_state(device=device),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["width", "decay", "v_threshold", "v_reset", "input_gain", "input_bias", "input_mean"])
 @pytest.mark.parametrize("sizes", [(), (33,), (17, 1, 1)])
 def test_one_parameter_at_a_time(backend, device, name, sizes):
-    """Each is a tensor alone, so that no other parameter's accumulator or row hides a missing one."""
+    """A single tensor, so that no other parameter's accumulator or row hides a missing one."""
     middle = {"decay": 0.5, "v_reset": 0.1, "input_bias": 0.0, "input_mean": 0.0}.get(name, 1.0)
     value = uniform(*sizes, low=middle - 0.1, high=middle + 0.1, device=device)
     for scale_output in (False, True):
@@ -217,7 +187,7 @@ def test_half_types_are_as_good_as_pytorch(backend, device, dtype, surrogate):
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("v_reset", [0.0, None])
 def test_nan_and_infinity_go_through(backend, device, value, surrogate, v_reset):
-    """It is in x at the first, a middle and the last step: both passes have NaN where the reference has it."""
+    """Placed in the first, a middle and the last step: both passes have NaN where the reference has it."""
     for step in (0, 2, 5):
         x_seq = random_input(6, 24, device=device)
         with torch.no_grad():

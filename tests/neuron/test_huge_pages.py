@@ -1,4 +1,4 @@
-"""Large outputs on a CPU lie in huge pages, where the system gives these on request."""
+"""Large outputs on a CPU are in huge pages, where the system gives these on request."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_large_outputs_ask_for_huge_pages():
 
 
 def test_states_and_checkpoints_ask_for_huge_pages():
-    """They are as large as one step of the sequence."""
+    """Each is as large as one step of the sequence."""
     x_seq = torch.randn(17, LARGE, requires_grad=True)
     output = asgl_cuda.lif(x_seq, return_v_last=True, backend="cpu")
     saved = [tensor for tensor in output.s_seq.grad_fn.saved_tensors if tensor is not None]

@@ -26,7 +26,7 @@ def outputs_of(x_seq, backend, names, **options):
 
 
 def assert_equals_reference(x_seq, backend, names=("v_seq", "v_last"), **options):
-    """Gradients of parameters are sums in another order; in half types that of decay is of potentials rounded to it.
+    """Gradients of parameters are sums in another order; in half types decay's is of rounded potentials.
 
     The rounding is a share of the potential, and the terms are multiples of its distance from v_rest: hence the 4.
     """
@@ -128,15 +128,9 @@ def test_gradient_of_another_layout(backend, device, mixed):
 def test_gradcheck(backend, device, delay, shapes):
     def function(name, x_seq, v_init, decay, input_gain):
         out = asgl_cuda.leaky_integrator(
-            x_seq,
-            decay,
-            input_gain=input_gain,
-            v_init=v_init,
-            v_rest=0.3,
-            delay=delay,
-            return_v_last=True,
+            x_seq, decay, input_gain=input_gain, v_init=v_init, v_rest=0.3, delay=delay, return_v_last=True,
             backend=name,
-        )
+        )  # fmt: skip
         return tuple(out)
 
     x_seq = inputs(5, 3, 4, dtype=torch.float64, device=device)
@@ -224,14 +218,11 @@ def test_no_neurons(backend, device, shape):
 def test_same_tensor_twice(backend, device):
     value = torch.full((7,), 0.6, device=device, requires_grad=True)
     x_seq = inputs(4, 7, device=device)
-    function = torch.compile(asgl_cuda.leaky_integrator, fullgraph=True, backend="aot_eager")
+    function = asgl_cuda.leaky_integrator
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     grads = [
         torch.autograd.grad(each(x_seq, value, input_gain=value, backend=name).sum(), value)[0]
-        for each, name in (
-            (function, backend),
-            (asgl_cuda.leaky_integrator, backend),
-            (asgl_cuda.leaky_integrator, "reference"),
-        )
+        for each, name in ((compiled, backend), (function, backend), (function, "reference"))
     ]
     torch.testing.assert_close(grads[0], grads[2])
     torch.testing.assert_close(grads[1], grads[2])

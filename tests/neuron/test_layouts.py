@@ -1,4 +1,4 @@
-"""Memory layouts: some are used in place, some are copied, and neither shows in the result."""
+"""Memory layouts: some are used in place, some are copied, with the same result."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def results(x_seq, backend, time_dim=0, **options):
 
 
 def laid_out(name, x_seq):
-    """x_seq, [T, B, C, H, W], and where its time is, as the layout called `name`."""
+    """x_seq, [T, B, C, H, W], in the layout called `name`, and its time dimension."""
     x_seq = x_seq.detach()
     return {
         "time first": (x_seq.contiguous(), 0),
@@ -53,23 +53,16 @@ def test_layout_does_not_show(backend, device, layout, sizes, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_everything_in_each_layout(backend, device, layout):
+def test_all_tensors_in_each_layout(backend, device, layout):
     x_seq, time_dim = laid_out(layout, random_input(18, 3, 5, 4, 7, device=device))
-    dims = [1, 1, 5, 4, 7]
-    shape = torch.empty(dims).movedim(0, time_dim).shape  # as x_seq, with 1 for time and batch
-    if time_dim in (1, 2, -1):
-        shape = {1: (1, 1, 5, 4, 7), 2: (1, 5, 1, 4, 7), -1: (1, 5, 4, 7, 1)}[time_dim]
+    # As x_seq, with 1 for time and batch.
+    shape = {2: (1, 5, 1, 4, 7), -1: (1, 5, 4, 7, 1)}.get(time_dim, (1, 1, 5, 4, 7))
     v_init_shape = [size for dim, size in enumerate(x_seq.shape) if dim != time_dim % 5]
     assert_equals_reference(
-        x_seq.requires_grad_(),
-        backend,
-        width=uniform(*shape, low=0.5, high=1.5, device=device),
-        decay=uniform(low=0.4, high=0.9, device=device),
-        v_init=uniform(*v_init_shape, low=-1, high=1, device=device),
-        analog_prob=0.3,
-        rng_state=rng_state(device=device),
-        time_dim=time_dim,
-    )
+        x_seq.requires_grad_(), backend, width=uniform(*shape, low=0.5, high=1.5, device=device),
+        decay=uniform(low=0.4, high=0.9, device=device), v_init=uniform(*v_init_shape, low=-1, high=1, device=device),
+        analog_prob=0.3, rng_state=rng_state(device=device), time_dim=time_dim,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", IN_PLACE)

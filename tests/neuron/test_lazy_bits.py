@@ -1,4 +1,4 @@
-"""Tensors whose values are other than their memory says: with torch's negative bit, its conjugate bit, or no memory."""
+"""Tensors whose memory does not hold their values: torch's negative and conjugate bits, or no memory."""
 
 import pytest
 import torch
@@ -114,7 +114,7 @@ def test_batch_norm(backend, device, way, training, chosen):
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked"])
 def test_running_statistics_are_changed_where_they_are(backend, device, way, name):
-    """What lies beneath the negative bit is changed, not a copy; a batch is counted once."""
+    """The memory beneath the negative bit is changed, not a copy; a batch is counted once."""
     layer = asgl_cuda.BatchNormLIF(4, backend=backend).to(device)
     other = asgl_cuda.BatchNormLIF(4, backend=backend).to(device)
     beneath = getattr(layer, name).neg()
@@ -128,7 +128,7 @@ def test_running_statistics_are_changed_where_they_are(backend, device, way, nam
 
 
 def test_zero_tensors(backend, device, way):
-    """Those that torch allocates no memory for."""
+    """Tensors without memory."""
     x_seq = random_input(5, 31, device=device)
     zero = torch._efficientzerotensor((31,), device=device)
     out = asgl_cuda.lif(x_seq, input_bias=zero, decay=zero, v_init=zero, return_v_seq=True, backend=backend)

@@ -29,27 +29,18 @@ def currents(*shape, **options):
 def test_neuron(backend, device, dtype, surrogate, v_min, detach_reset):
     parameter = partial(uniform, dtype=real_of(dtype), device=device)
     assert_equals_reference(
-        currents(18, 5, 32, dtype=dtype, device=device),
-        backend,
-        **SEVERAL,
-        surrogate=surrogate,
-        surrogate_gain=1.7,
-        v_min=v_min,
-        detach_reset=detach_reset,
-        scale_output=detach_reset,
-        width=parameter(low=0.7, high=1.5),
-        decay=parameter(low=0.4, high=0.9),
-        v_threshold=parameter(32, low=0.8, high=1.2),
-        reset_amount=parameter(32, low=0.8, high=1.2),
-        v_init=parameter(5, 32, low=-2, high=1),
-    )
+        currents(18, 5, 32, dtype=dtype, device=device), backend, **SEVERAL, surrogate=surrogate, surrogate_gain=1.7,
+        v_min=v_min, detach_reset=detach_reset, scale_output=detach_reset, width=parameter(low=0.7, high=1.5),
+        decay=parameter(low=0.4, high=0.9), v_threshold=parameter(32, low=0.8, high=1.2),
+        reset_amount=parameter(32, low=0.8, high=1.2), v_init=parameter(5, 32, low=-2, high=1),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 5, 16, 17, 33])
 @pytest.mark.parametrize("neurons", [1, 31, 4096])
 @pytest.mark.parametrize("surrogate", ["rectangle", PERIODIC])
 def test_nothing_but_spikes(backend, device, steps, neurons, surrogate):
-    """There is no leaner kernel for it; the threshold is also what each spike takes off."""
+    """No leaner kernel exists for it; the threshold is also the amount of the reset."""
     assert_equals_reference(
         currents(steps, neurons, device=device), backend, **SEVERAL, outputs=("s_seq",), surrogate=surrogate,
         v_min=-0.5, v_threshold=uniform(low=0.8, high=1.2, device=device),
@@ -61,19 +52,11 @@ def test_nothing_but_spikes(backend, device, steps, neurons, surrogate):
 def test_parameter_shapes(backend, device, sizes, surrogate):
     parameter = partial(uniform, *sizes, device=device)
     assert_equals_reference(
-        currents(19, 6, 8, 3, 4, device=device),
-        backend,
-        **SEVERAL,
-        surrogate=surrogate,
-        v_min=-0.5,
-        width=parameter(low=0.5, high=1.5),
-        decay=parameter(low=0.4, high=0.9),
-        v_threshold=parameter(low=0.8, high=1.2),
-        reset_amount=parameter(low=0.8, high=1.2),
-        input_gain=parameter(low=0.8, high=1.2),
-        input_bias=parameter(low=-0.1, high=0.1),
-        v_rest=0.1,
-    )
+        currents(19, 6, 8, 3, 4, device=device), backend, **SEVERAL, surrogate=surrogate, v_min=-0.5,
+        width=parameter(low=0.5, high=1.5), decay=parameter(low=0.4, high=0.9),
+        v_threshold=parameter(low=0.8, high=1.2), reset_amount=parameter(low=0.8, high=1.2),
+        input_gain=parameter(low=0.8, high=1.2), input_bias=parameter(low=-0.1, high=0.1), v_rest=0.1,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,24 +68,17 @@ def test_floor_of_single_spikes(backend, device, dtype, surrogate, v_reset, anal
     parameter = partial(uniform, dtype=real_of(dtype), device=device)
     for v_min in (-0.25, 0.2):
         assert_equals_reference(
-            random_input(17, 3, 36, dtype=dtype, device=device),
-            backend,
-            surrogate=surrogate,
-            v_min=v_min,
-            v_reset=v_reset,
-            strict_threshold=v_min < 0,
-            analog_prob=analog_prob,
-            width=parameter(low=0.7, high=1.5),
-            decay=parameter(36, low=0.4, high=0.9),
-            rng_state=rng_state(device=device),
-        )
+            random_input(17, 3, 36, dtype=dtype, device=device), backend, surrogate=surrogate, v_min=v_min,
+            v_reset=v_reset, strict_threshold=v_min < 0, analog_prob=analog_prob, width=parameter(low=0.7, high=1.5),
+            decay=parameter(36, low=0.4, high=0.9), rng_state=rng_state(device=device),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("v_threshold", [1.0, 0.3, 0.0, -0.7])
 @pytest.mark.parametrize("surrogate", ["rectangle", "sigmoid", PERIODIC])
 @pytest.mark.parametrize("v_min", [None, -1.0])
 def test_extreme_potentials(backend, device, v_threshold, surrogate, v_min):
-    """The number of spikes is what PyTorch's expression gives, also for a threshold that makes no sense."""
+    """The number of spikes is that of PyTorch's expression, also for an invalid threshold."""
     extremes = [1e3, 1000.5, -1e3, 0.0, -0.0, 1e-40, 0.3, 0.6, 0.9, 3e38, *map(float, ("nan", "inf", "-inf"))]
     x_seq = torch.tensor(extremes, device=device).repeat(6, 4)
     x_seq[1::2] = 0.25
@@ -123,7 +99,7 @@ def test_extreme_potentials(backend, device, v_threshold, surrogate, v_min):
 @pytest.mark.parametrize("v_min", [None, -0.3])
 @pytest.mark.parametrize("function", ["SingleExponential", "PeriodicExponential"])
 def test_sinabs(name, v_min, function):
-    """Its spikes to the bit, and its gradients, of a loop with its own functions."""
+    """Spikes to the bit, and gradients, of a loop with functions of sinabs."""
     activation = pytest.importorskip("sinabs.activation")
     device = (asgl_cuda.backends.BACKENDS[name].device_types or ("cpu",))[0]
     v_threshold, decay, grad_width, grad_scale = 1.1, 0.9, 0.4, 1.3
@@ -209,7 +185,7 @@ def test_layer(backend, device):
 
 
 def test_batch_norm(backend, device):
-    """The same as both layers one after the other, where rounding between them turns no spike."""
+    """The same as both layers in sequence, where rounding between them flips no spike."""
     x_seq = currents(5, 4, 6, 3, device=device)
     layer = BatchNormLIF(
         6, **SEVERAL, surrogate=PERIODIC, v_min=-0.5, analog_prob=0.0, input_scale=2.0, backend=backend, device=device
@@ -244,7 +220,7 @@ def test_vmap(backend, device):
 
 
 def test_monitor():
-    """It says how many elements spike at all, and nothing of smooth values."""
+    """The share of elements that spike at all, and no smooth values."""
     layer = LIF(**SEVERAL, surrogate=PERIODIC, v_min=-0.5, analog_prob=0.0, scale_output=True)
     layer.v_threshold = 0.4
     monitor = asgl_cuda.Monitor(layer)

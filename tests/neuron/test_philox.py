@@ -13,16 +13,14 @@ from asgl_cuda.reference import _draws, _philox4x32
 KNOWN_ANSWERS = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     (
-        (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
-        (0xFFFFFFFF, 0xFFFFFFFF),
+        (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF),
         (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
     ),
     (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
@@ -91,7 +89,7 @@ def test_mask_follows_memory_of_channels_last(backend, device):
 
 
 def test_definition_element_by_element():
-    """Section 3 of the design, written out with Python integers for each element."""
+    """The definition of the noise, written out with Python integers for each element."""
     steps, neurons, seed, offset, analog_prob = 5, 11, 2**35 + 11, 7, 0.37
     mask = asgl_cuda.analog_mask(torch.empty(steps, neurons), analog_prob, rng_state(seed, offset))
     for t in range(steps):

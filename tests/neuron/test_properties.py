@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 EVERY = {"return_v_last": True, "return_v_seq": True, "return_h_seq": True}
 
-# The fixtures name a backend and a device: they hold nothing that one example could leave behind for the next.
+# The fixtures name a backend and a device, which no example changes for the next.
 many = settings(
     deadline=None,
     derandomize=True,
@@ -30,7 +30,7 @@ many = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-# They lie around the segments of 4, 8 and 16 steps, around groups of 4 neurons and the width of vectors; of some
+# Around the segments of 4, 8 and 16 steps, around groups of 4 neurons and the width of vectors; of some
 # sizes several make a tile.
 STEPS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 18, 32, 33, 40)
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 16, 17, 67, 400, 700)
@@ -58,7 +58,7 @@ class TensorSpec(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call without its numbers: `tensors` builds them, so that a failing example is readable."""
+    """A call without its values: `tensors` builds them, so that a failing example is readable."""
 
     shape: tuple[int, ...]
     memory_order: tuple[int, ...]  # the dimensions of x_seq, outermost first
@@ -70,7 +70,7 @@ class Call(NamedTuple):
     seed: int
 
     def tensors(self, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-        """x_seq, a leaf with the layout asked for, and the options of `lif`."""
+        """x_seq, a leaf with the layout of the call, and the options of `lif`."""
         torch.manual_seed(self.seed)
         real = real_of(self.dtype)
         sizes = [self.shape[dim] for dim in self.memory_order]
@@ -190,7 +190,7 @@ def test_equals_reference(backend, device, call):
 @many
 @given(call=calls(analog_probs=(1.0,)))
 def test_batch_norm_equals_reference(backend, device, call):
-    """It is in float64 and has no hard spikes, which the last place of a mean could make or unmake."""
+    """In float64 and without hard spikes, which the last place of a mean could flip."""
     options = {**call.options, "surrogate": "sigmoid"}
     parameters = {name: spec for name, spec in call.parameters.items() if not name.startswith("input_")}
     channel = channel_dim(options["time_dim"] % len(call.shape))
@@ -213,7 +213,7 @@ def test_batch_norm_equals_reference(backend, device, call):
 @many
 @given(call=calls())
 def test_two_runs_are_bit_identical(backend, device, call):
-    """It has the same bits on any number of threads."""
+    """The same bits on any number of threads."""
     x_seq, options = call.tensors(device)
     leaves = list(leaves_of(x_seq, options).values())
     runs = []
@@ -239,13 +239,13 @@ def test_outputs_have_the_promised_shapes_and_types(backend, device, call):
     assert out.v_last.dtype == out.v_seq.dtype == out.h_seq.dtype == real_of(x_seq.dtype)
     assert torch.equal(out.v_last, out.v_seq.select(options["time_dim"], -1))
     for name, leaf in leaves_of(x_seq, options).items():
-        # A leaf that the output does not depend on would raise.
+        # Raises for a leaf on which the output does not depend.
         (grad,) = torch.autograd.grad(out.s_seq.sum() + out.v_last.sum(), leaf, retain_graph=True)
         assert (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype), name
 
 
 def narrowed(options: dict[str, Any], dims: int, begin: int, end: int) -> dict[str, Any]:
-    """The options of the steps from begin to end: a parameter that differs from step to step is cut."""
+    """The options of the steps from begin to end: parameters that differ from step to step are narrowed."""
     part = dict(options)
     for name in RANGES:
         value = options.get(name)
@@ -257,7 +257,7 @@ def narrowed(options: dict[str, Any], dims: int, begin: int, end: int) -> dict[s
     return part
 
 
-# Nothing is drawn, because the noise counts steps from the beginning of each call.
+# Without noise, which counts steps from the beginning of each call.
 @many
 @given(call=calls(analog_probs=(0.0, 0.0, 1.0), min_steps=2), data=st.data())
 def test_splitting_time_is_one_run(backend, device, call, data):
@@ -284,7 +284,7 @@ def test_splitting_time_is_one_run(backend, device, call, data):
         if name in ("x_seq", "v_init"):
             assert torch.equal(ours, theirs), name
         else:
-            # Sums that are cut in two round otherwise, and terms of up to some hundred may cancel.
+            # Split sums round otherwise, and terms of up to some hundred may cancel.
             scale = math.sqrt(x_seq.numel())
             eps = torch.finfo(theirs.dtype).eps
             torch.testing.assert_close(ours, theirs, rtol=1e3 * eps, atol=1e3 * eps * scale)

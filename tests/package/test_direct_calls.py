@@ -1,4 +1,4 @@
-"""The extension's own functions for its operators: the same operators, by a way that only plain eager calls take."""
+"""The extension's direct functions for its operators, used by plain eager calls alone."""
 
 from types import SimpleNamespace
 

@@ -42,7 +42,7 @@ def test_python_of_page_runs(page: Path, capsys: pytest.CaptureFixture[str]):
     namespace: dict[str, object] = {"__name__": "page"}
     for block in code:
         exec(compile(block, page, "exec"), namespace)
-    if page == DOCS / "index.md":  # which says about 98 percent
+    if page == DOCS / "index.md":  # states about 98 percent
         assert "accuracy on the test images: 9" in capsys.readouterr().out
         accuracy = namespace["accuracy"]
         assert isinstance(accuracy, torch.Tensor)

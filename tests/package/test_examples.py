@@ -1,4 +1,4 @@
-"""The examples in public docstrings run, and there is one wherever a user would look for it."""
+"""The examples in public docstrings run, and every public name has one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 import asgl_cuda
 
-# Tuples that are returned, and a version; what converts models has its examples in the tests of each library, which
+# Returned tuples and a version; functions that convert models have examples that need a library, which
 # need not be installed.
 NO_EXAMPLE_NEEDED = {
     "IntegratorOutput", "LIFOutput", "__version__", "convert", "from_nir", "fuse", "lightning_callback", "revert",
@@ -36,13 +36,13 @@ def public_docstrings() -> Iterator[tuple[str, str]]:
 
 
 def examples_in(docstring: str) -> list[str]:
-    """The code of each `Example::`, and that of lines that begin with >>>, with what they print."""
+    """The code of each `Example::`, and of lines that begin with >>>, with their output."""
     blocks = re.findall(r"^Examples?:+\n\n?((?:(?: .*)?\n)+)", docstring + "\n", re.MULTILINE)
     return [textwrap.dedent(block) for block in blocks]
 
 
 def namespace() -> dict[str, Any]:
-    """What an example may take for granted."""
+    """Names available to every example."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), asgl_cuda.LIF(), nn.Linear(32, 10))
     public = {name: getattr(asgl_cuda, name) for name in asgl_cuda.__all__}

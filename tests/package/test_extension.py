@@ -21,7 +21,7 @@ HERE, OTHER = torch.__version__, "1.2.3"
 
 @pytest.fixture
 def places(monkeypatch, tmp_path) -> tuple[Path, Path]:
-    """The places of the installed extension and of the user's, without either; a loaded one is its folder's name."""
+    """Folders of the installed and the user's extension, both missing; loading returns the folder."""
     package = tmp_path / "checkout" / "asgl_cuda"
     for file in ("csrc/ops/bindings.cpp", "extension/compilation.py"):
         (package / file).parent.mkdir(parents=True, exist_ok=True)
@@ -40,10 +40,6 @@ def note(folder: Path, torch_version: str, cuda: str | None = None) -> Path:
     sources = build_notes.digest_of_build(extension.source_directory(), extension.PACKAGE)
     build_notes.write(folder, torch_version, cuda, "a reason", sources)
     return folder
-
-
-def info_of(cuda, reason):
-    return build_notes.BuildInfo(HERE, cuda, reason, "0123", build_notes.EXTENSION, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -68,27 +64,23 @@ def test_which_is_loaded(places, installed, users, loaded):
     assert problem is None
 
 
-def test_changed_sources_are_another_extension(places):
-    package, users = places
-    note(users, HERE)
-    assert extension.load()[0] == users
-    for file in ("csrc/ops/bindings.cpp", "extension/compilation.py"):
-        (package / file).write_text("of another version")
-        build_notes.digest_of_sources.cache_clear()
-        assert extension.load()[0] is None
-        (package / file).write_text("of this version")
-        build_notes.digest_of_sources.cache_clear()
-
-
 def test_extension_of_other_sources_is_not_loaded(places):
-    """Torch ends the process where its operators have other arguments than those of ops.py."""
-    package, _ = places
-    note(package, HERE)
-    (package / "csrc/ops/bindings.cpp").write_text("of another version")
-    build_notes.digest_of_sources.cache_clear()
-    module, _, problem, _ = extension.load()
-    assert module is None
-    assert f"is missing: it was built from other sources than those in {package}/csrc. To build it: " in problem
+    """Torch aborts the process where its operators differ from those of ops.py."""
+    package, users = places
+    for folder in (users, package):
+        note(folder, HERE)
+        assert extension.load()[0] == folder
+        for file in ("csrc/ops/bindings.cpp", "extension/compilation.py"):
+            (package / file).write_text("of another version")
+            build_notes.digest_of_sources.cache_clear()
+            module, _, problem, _ = extension.load()
+            assert module is None
+            if folder == package and file.startswith("csrc"):
+                words = f"is missing: it was built from other sources than those in {package}/csrc. To build it: "
+                assert words in problem
+            (package / file).write_text("of this version")
+            build_notes.digest_of_sources.cache_clear()
+        shutil.rmtree(users, ignore_errors=True)
 
 
 @pytest.mark.usefixtures("places")
@@ -145,10 +137,11 @@ def directory_at(name):
     return damage
 
 
-def notes_are(text):
-    return lambda folder: (folder / build_notes.NOTES).write_text(text)
+def notes_are(content):
+    return lambda folder: (folder / build_notes.NOTES).write_bytes(content)
 
 
+FIELDS = "it must have torch_version, cuda, reason"
 DAMAGE = {
     "cut off": (lambda folder: os.truncate(folder / build_notes.EXTENSION, 5), "it has 5 bytes, and 12 were built"),
     "changed": (
@@ -157,14 +150,14 @@ DAMAGE = {
     ),
     "unreadable": (directory_at(build_notes.EXTENSION), "can't be read: Is a directory"),
     "unreadable notes": (directory_at(build_notes.NOTES), "can't be read: Is a directory"),
-    "empty notes": (notes_are(""), "Expecting value"),
-    "notes cut off": (notes_are('{"torch_ver'), "Unterminated string"),
-    "program": (notes_are("import sys; sys.exit(3)"), "Expecting value"),
-    "bytes": (lambda folder: (folder / build_notes.NOTES).write_bytes(b"\xff\xfe"), "can't decode"),
-    "deep": (notes_are("[" * 200_000), "recursion depth"),
-    "no object": (notes_are("[1]"), "it must have torch_version, cuda, reason"),
-    "nothing noted": (notes_are("{}"), "it must have torch_version, cuda, reason"),
-    "more noted": (rewritten(color=1), "it must have torch_version, cuda, reason"),
+    "empty notes": (notes_are(b""), "Expecting value"),
+    "notes cut off": (notes_are(b'{"torch_ver'), "Unterminated string"),
+    "program": (notes_are(b"import sys; sys.exit(3)"), "Expecting value"),
+    "bytes": (notes_are(b"\xff\xfe"), "can't decode"),
+    "deep": (notes_are(b"[" * 200_000), "recursion depth"),
+    "no object": (notes_are(b"[1]"), FIELDS),
+    "nothing noted": (notes_are(b"{}"), FIELDS),
+    "more noted": (rewritten(color=1), FIELDS),
     "version": (rewritten(torch_version=2.13), "torch_version is a float"),
     "cuda": (rewritten(cuda=False), "cuda is a bool"),
     "size": (rewritten(size="12"), "size is a str"),
@@ -189,15 +182,12 @@ def test_damage(places, monkeypatch, damage, words):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (
-            lambda folder: (folder / build_notes.EXTENSION).unlink(),
-            f"{build_notes.EXTENSION} is gone, and _build_info.json is there",
-        ),
+        (lambda folder: (folder / build_notes.EXTENSION).unlink(), "is gone, and _build_info.json is there"),
         (lambda folder: (folder / build_notes.NOTES).unlink(), "has no _build_info.json beside it: its build was not "),
         (rewritten(file="_C.another.so"), f"it is _C.another.so, and this Python loads {build_notes.EXTENSION}"),
     ],
 )
-def test_what_is_not_there(places, monkeypatch, damage, words):
+def test_missing_files(places, monkeypatch, damage, words):
     monkeypatch.setattr(extension, "_import", None)
     damage(note(places[0], HERE))
     problem = extension.load()[2]
@@ -206,7 +196,7 @@ def test_what_is_not_there(places, monkeypatch, damage, words):
 
 
 def test_damaged_one_is_passed_over_and_named(places, monkeypatch, capsys):
-    """The user's, which was built for CUDA, is; the other goes on without it."""
+    """The user's extension, built for CUDA, is passed over; the installed one is loaded."""
     package, users = places
     note(package, HERE)
     os.truncate(note(users, HERE, "CUDA 13.0") / build_notes.EXTENSION, 5)
@@ -256,7 +246,7 @@ def test_process_that_imports_a_truncated_extension_goes_on(tmp_path, size):
 
 
 def test_cache_is_where_the_specification_has_it(monkeypatch, tmp_path):
-    """Relative paths are ignored, those of XDG_CACHE_HOME and of HOME."""
+    """Relative paths in XDG_CACHE_HOME and HOME are ignored."""
 
     def place():
         return extension.cache_directory().parents[1]
@@ -300,14 +290,12 @@ def test_folder_that_hides_an_installation(places, monkeypatch, tmp_path, built_
 @pytest.mark.parametrize(
     ("cuda", "problem"),
     [
-        (None, f"torch {HERE} is a build without CUDA. With one for CUDA: python -m asgl_cuda build"),
-        (
-            "13.0",
-            "the extension was built without CUDA: there is no toolkit. To build it anew: python -m asgl_cuda build",
-        ),
+        (None, f"torch {HERE} is a build without CUDA. With one for CUDA: "),
+        ("13.0", "the extension was built without CUDA: there is no toolkit. To build it anew: "),
     ],
 )
 def test_extension_without_cuda(monkeypatch, cuda, problem):
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(extension, "build_info", info_of(None, "there is no toolkit"))
-    assert backends.BACKENDS["cuda"].problem() == problem
+    info = build_notes.BuildInfo(HERE, None, "there is no toolkit", "0123", build_notes.EXTENSION, 1, 1)
+    monkeypatch.setattr(extension, "build_info", info)
+    assert backends.BACKENDS["cuda"].problem() == f"{problem}python -m asgl_cuda build"

@@ -1,4 +1,4 @@
-"""What errors say that is to be installed, which is what pyproject.toml names; this package itself is on no index."""
+"""Install commands in errors name the packages of pyproject.toml, and never this one, which is on no index."""
 
 import re
 from pathlib import Path

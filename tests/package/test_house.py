@@ -31,7 +31,7 @@ def name_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The absolute names that a module imports, wherever in it; of `from a import b` it is `a.b`."""
+    """The absolute names that a module imports anywhere; `a.b` for `from a import b`."""
     package = name_of(path).split(".")
     if path.name != "__init__.py":
         package.pop()

@@ -1,4 +1,4 @@
-"""The wheel without a compiled part, used and compiled where there is nothing but torch; and the README's way."""
+"""The pure Python wheel, used and compiled beside torch alone; and the commands of the README."""
 
 import os
 import shutil
@@ -134,7 +134,7 @@ def test_build(python, tmp_path):
 
 
 def test_readme_says_how(tmp_path):
-    """Its commands run in a copy of the checkout, except for torch and the comparison, which a stub does not pass."""
+    """The commands in a copy of the checkout, except for torch and the comparison, which a stub does not pass."""
     ignored = shutil.ignore_patterns(".*", "build", "__pycache__", "*.egg-info", "_C.*", "_build_info.*")
     shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored)
     stub_sources(tmp_path / "checkout" / "csrc")

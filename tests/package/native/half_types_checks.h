@@ -70,7 +70,7 @@ struct Format {
       const uint32_t middle = (below + above) / 2;
       (value_or_next_power(middle) <= magnitude ? below : above) = middle;
     }
-    // This is exact: all three have far fewer bits than a double.
+    // Exact: all three have far fewer bits than a double.
     const double to_below = magnitude - value_or_next_power(below);
     const double to_above = value_or_next_power(above) - magnitude;
     const bool up = to_above < to_below || (to_above == to_below && above % 2 == 0);
@@ -97,30 +97,6 @@ void widening(Format format) {
 
 void half_widening() { widening<Half>(kHalf); }
 void bfloat16_widening() { widening<BFloat16>(kBFloat16); }
-
-void half_as_the_compiler_has_it() {
-#if defined(__FLT16_MANT_DIG__)
-  for (uint32_t bits = 0; bits <= 0xFFFFu; ++bits) {
-    const float real = asgl::to_real(Half{static_cast<uint16>(bits)});
-    const auto expected = static_cast<float>(bit_cast<_Float16>(static_cast<uint16>(bits)));
-    if (std::isnan(expected)) {
-      expect(std::isnan(real), "%04x: %g, expected NaN", bits, real);
-    } else {
-      expect(bit_cast<uint32>(real) == bit_cast<uint32>(expected), "%04x: %a, expected %a", bits, real, expected);
-    }
-  }
-  std::mt19937 random(1);
-  for (int i = 0; i < 500'000; ++i) {
-    const auto number = bit_cast<float>(static_cast<uint32>(random()));
-    if (std::isnan(number)) continue;
-    const auto expected = bit_cast<uint16>(static_cast<_Float16>(number));
-    const uint16 rounded = asgl::from_real<Half>(number).bits;
-    expect(rounded == expected, "%a: %04x, expected %04x", number, rounded, expected);
-  }
-#else
-  std::printf("this compiler has no _Float16\n");
-#endif
-}
 
 template <class Scalar>
 void expect_nearest(Format format, float number) {
@@ -169,7 +145,7 @@ void rounding_of_extremes(Format format) {
     expect_nearest<Scalar>(format, number);
     expect_nearest<Scalar>(format, -number);
   }
-  // They are quiet and signalling, of both signs, with the payload in bits that are kept and in bits that are cut off.
+  // Quiet and signalling, of both signs, with the payload in bits that are kept and in bits that are dropped.
   for (const uint32 bits : {0x7FC00000u, 0x7F800001u, 0x7FFFFFFFu, 0x7FBFFFFFu, 0x7F801000u}) {
     for (const uint32 sign : {0u, 0x80000000u}) {
       const uint16 rounded = asgl::from_real<Scalar>(bit_cast<float>(bits | sign)).bits;

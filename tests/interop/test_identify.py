@@ -1,0 +1,35 @@
+"""Which surrogate a function is."""
+
+import re
+
+import pytest
+import torch
+
+import asgl_cuda
+from asgl_cuda.interop.identify import identify
+
+
+def spiking(smooth, fires):
+    """A spike function with this smooth value and these spikes."""
+
+    def function(u):
+        return smooth(u) + (fires(u).to(u) - smooth(u)).detach()
+
+    return function
+
+
+@pytest.mark.parametrize("width", [1e-3, 0.3, 1.0, 7.0, 200.0])
+@pytest.mark.parametrize("gain", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("name", asgl_cuda.surrogate.SURROGATES)
+def test_surrogates_are_identified(name, gain, width):
+    cumulative = asgl_cuda.surrogate.SURROGATES[name].cumulative
+    found = identify(spiking(lambda u: cumulative(u / width) * gain, lambda u: u > 0))
+    assert found.surrogate == name
+    assert found.width == pytest.approx(width, rel=1e-6)
+    assert found.gain == pytest.approx(gain, rel=1e-6)
+    assert found.strict
+
+
+def test_a_lopsided_surrogate_is_none_of_ours():
+    function = spiking(lambda u: torch.sigmoid(torch.where(u < 0, u, 1.001 * u)), lambda u: u >= 0)
+    assert re.fullmatch("its surrogate, .*, is none of those of asgl_cuda", identify(function))

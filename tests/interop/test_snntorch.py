@@ -1,0 +1,300 @@
+"""Neurons of snnTorch: spikes, potentials and gradients before and after conversion, and MultiStep."""
+
+import pytest
+import snntorch
+import torch
+from conversions import SHAPE, check, close, steps, train_alike
+from snntorch import surrogate, utils
+from torch import nn
+
+import asgl_cuda
+from asgl_cuda.interop.snntorch import MultiStep
+
+
+def run(layer, x_seq):
+    """The potential that comes back is the one before reset; the current, where there is one, is added to it."""
+    s, *states = steps(layer, x_seq, hand_on=False)
+    return s, sum(states), states[-1].detach()
+
+
+VALUES = {"beta": 0.8, "threshold": 0.9}
+LEARNED = {"learn_beta": True, "learn_threshold": True}
+EACH = torch.linspace(0.3, 0.9, SHAPE[-1])
+NEURONS = {
+    "Leaky": lambda **options: snntorch.Leaky(**VALUES, **options),
+    "Leaky, learned": lambda **options: snntorch.Leaky(**VALUES, **LEARNED, **options),
+    "Leaky, at once": lambda **options: snntorch.Leaky(**VALUES, reset_delay=False, **options),
+    "Leaky, at once, learned": lambda **options: snntorch.Leaky(**VALUES, **LEARNED, reset_delay=False, **options),
+    "Leaky, by neuron": lambda **options: snntorch.Leaky(beta=EACH, threshold=0.9, learn_beta=True, **options),
+    "Synaptic": lambda **options: snntorch.Synaptic(alpha=0.7, **VALUES, **options),
+    "Synaptic, learned": lambda **options: snntorch.Synaptic(
+        alpha=EACH, **VALUES, **LEARNED, learn_alpha=True, **options
+    ),
+    "Synaptic, at once": lambda **options: snntorch.Synaptic(
+        alpha=0.7, **VALUES, reset_delay=False, learn_alpha=True, **options
+    ),
+    "Lapicque": lambda **options: snntorch.Lapicque(**VALUES, **options),
+    "Lapicque, R and C": lambda **options: snntorch.Lapicque(
+        R=0.5, C=3, time_step=0.8, threshold=0.9, learn_threshold=True, **options
+    ),
+}
+WITH_MECHANISM = [
+    (name, how) for name in NEURONS for how in ("subtract", "zero", "none") if how != "zero" or "Leaky" in name
+]
+
+
+@pytest.mark.parametrize(("name", "reset_mechanism"), WITH_MECHANISM)
+def test_neurons(name, reset_mechanism):
+    check(lambda: NEURONS[name](reset_mechanism=reset_mechanism), run, threshold=0.9, scale=1.5)
+
+
+SPIKE_GRADS = {
+    "default": None, "atan": surrogate.atan(alpha=3.0), "fast_sigmoid": surrogate.fast_sigmoid(slope=5),
+    "sigmoid": surrogate.sigmoid(slope=5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPIKE_GRADS)
+def test_surrogates(name):
+    check(lambda: snntorch.Leaky(beta=0.8, spike_grad=SPIKE_GRADS[name]), run)
+
+
+@pytest.mark.parametrize("init_hidden", [True, False])
+@pytest.mark.parametrize(("name", "reset_mechanism"), WITH_MECHANISM)
+def test_multi_step(name, reset_mechanism, init_hidden):
+    torch.manual_seed(0)
+    options = {"init_hidden": init_hidden, "output": init_hidden, "reset_mechanism": reset_mechanism}
+    layer, twin = (NEURONS[name](**options) for _ in range(2))
+    if reset_mechanism == "subtract" and "at once" in name:
+        with pytest.raises(ValueError, match="needs reset_delay=True, got False"):
+            MultiStep(twin)
+        return
+    multi = MultiStep(twin)
+    for _ in range(2):
+        x_seq = torch.randn(9, *SHAPE[1:])
+        expected, found = steps(layer, x_seq, hand_on=False), list(multi(x_seq))
+        assert torch.equal(found[0], expected[0])
+        torch.testing.assert_close(found, expected)
+        for ours, theirs in zip(twin.parameters(), layer.parameters(), strict=True):
+            ours = torch.autograd.grad(sum(found).sum(), ours, retain_graph=True)
+            theirs = torch.autograd.grad(sum(expected).sum(), theirs, retain_graph=True)
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 if "Leaky" in name else 1e-4)
+    if not init_hidden:
+        states = torch.rand(len(expected) - 1, *SHAPE[1:])
+        torch.testing.assert_close(multi(x_seq, mem=states[-1])[0][0], layer(x_seq[0], mem=states[-1])[0])
+        torch.testing.assert_close(multi(x_seq, *states)[0][0], layer(x_seq[0], *states)[0])
+
+
+def test_errors_of_multi_step():
+    for layer, error, words in (
+        (nn.Linear(2, 2), ValueError, "a Leaky, Lapicque or Synaptic of snnTorch: it is a Linear"),
+        (snntorch.Leaky(beta=0.5, state_quant=lambda mem: mem), ValueError, "of snnTorch: it quantises its state"),
+        (5, TypeError, "a Leaky, Lapicque or Synaptic of snnTorch, got int"),
+    ):
+        with pytest.raises(error, match=rf"snntorch\.MultiStep: layer must be .*{words}"):
+            MultiStep(layer)
+    multi = MultiStep(snntorch.Leaky(beta=0.5))
+    for arguments, name in ((([1.0],), "x_seq"), ((torch.ones(2, 3), 5), "a state")):
+        with pytest.raises(TypeError, match=rf"snntorch\.MultiStep: {name} must be a tensor, got (list|int)"):
+            multi(*arguments)
+    made = MultiStep(snntorch.Leaky(beta=0.9))
+    reverted, _ = asgl_cuda.revert(made)
+    x_seq = torch.rand(3, 2)
+    with pytest.raises(RuntimeError, match=r"got one that was reverted: asgl_cuda\.convert"):
+        reverted(x_seq)
+    assert torch.equal(asgl_cuda.convert(reverted)[0](x_seq)[0], made(x_seq)[0])
+
+
+# ---- values at the ends of their clamp ----
+
+ENDS = [-0.5, 0.0, 1e-7, 1e-4, 0.3, 1.0, 1.5, [-0.5, 0.0, 1e-5, 0.4, 1.0, 1.5, 0.9]]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"learn_threshold": True}, {"reset_delay": False}, {"reset_mechanism": "zero"}], ids=str
+)
+@pytest.mark.parametrize(("kind", "name"), [("Leaky", "beta"), ("Synaptic", "beta"), ("Synaptic", "alpha")])
+@pytest.mark.parametrize("value", ENDS, ids=str)
+def test_learned_values_at_the_ends(value, kind, name, options, whole):
+    if (whole and "reset_delay" in options) or (kind == "Synaptic" and "reset_mechanism" in options):
+        pytest.skip("not converted")
+    given = {"beta": 0.5, "threshold": 0.8, **({"alpha": 0.5} if kind == "Synaptic" else {}), **options}
+    given |= {name: torch.tensor(value) if isinstance(value, list) else value, f"learn_{name}": True}
+    layer, twin = (getattr(snntorch, kind)(**given) for _ in range(2))
+    torch.manual_seed(0)
+    x_seq = torch.randn(8, 5, 7)
+    converted = MultiStep(twin) if whole else asgl_cuda.convert(twin, inplace=True)[0]
+    results = []
+    for module, owner in ((layer, layer), (converted, twin)):
+        leaf = x_seq.clone().requires_grad_()
+        outputs = module(leaf) if module is not owner else steps(module, leaf)
+        loss = sum((out * torch.arange(1.0, 1 + out.numel()).reshape(out.shape).cos()).sum() for out in outputs)
+        leaves = [leaf, *([owner.threshold] if "learn_threshold" in options else []), getattr(owner, name)]
+        results.append([*outputs, *torch.autograd.grad(loss, leaves)])
+    for ours, theirs in zip(*results[::-1], strict=True):
+        assert close(ours, theirs), (ours - theirs).abs().max()
+    if not isinstance(value, list):
+        assert bool(results[0][-1].any()) == (0 <= value <= 1)
+
+
+def test_a_beta_that_moves_to_zero_is_followed():
+    """By an optimizer, or by a clamp after its step."""
+    torch.manual_seed(0)
+    layer = snntorch.Leaky(beta=0.3, learn_beta=True)
+    multi = MultiStep(snntorch.Leaky(beta=0.3, learn_beta=True))
+    x_seq = torch.randn(6, 5, 7)
+    for value in (0.3, 0.0, 0.5):
+        for each in (layer, multi.layer):
+            each.reset_mem()
+            with torch.no_grad():
+                each.beta.fill_(value)
+        (theirs,) = torch.autograd.grad(sum(map(torch.sum, steps(layer, x_seq))), layer.beta)
+        (ours,) = torch.autograd.grad(sum(map(torch.sum, multi(x_seq))), multi.layer.beta)
+        assert close(ours, theirs)
+
+
+def test_a_normalised_leaky_with_a_beta_of_zero():
+    """The input is not reset there. Terms of the gradient of beta are as large as threshold / 1e-6."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(7), snntorch.Leaky(beta=0.0, learn_beta=True, init_hidden=True, output=True))
+    fused, report = asgl_cuda.fuse(model)
+    assert len(report.replaced) == 1
+    total = sum((mem * (1 + step)).sum() for step in range(3) for mem in fused(torch.randn(50, 7).abs())[1:])
+    (grad,) = torch.autograd.grad(total, fused[1].beta)
+    assert grad.abs() > 1
+
+
+# ---- state ----
+
+
+@pytest.mark.parametrize(("init_hidden", "output"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("kind", ["Leaky", "Synaptic"])
+def test_arguments_and_states(kind, init_hidden, output):
+    torch.manual_seed(0)
+    values = {"beta": 0.8, **({"alpha": 0.7} if kind == "Synaptic" else {})}
+    layer = getattr(snntorch, kind)(**values, init_hidden=init_hidden, output=output)
+    converted, _ = asgl_cuda.convert(layer)
+    x, *states = torch.randn(2 + len(values) - 1, 3, 4)
+    for each in (layer, converted):
+        if init_hidden:
+            with pytest.raises(TypeError, match=r"`mem`( or `syn`)? should not be passed"):
+                each(x, *states)
+            each.reset_mem()
+    arguments = () if init_hidden else states
+    torch.testing.assert_close(converted(x, *arguments), layer(x, *arguments))
+    for name in ("mem", "syn")[: len(states)]:
+        found = getattr(converted, name)
+        torch.testing.assert_close(found, getattr(layer, name))
+        assert found.any()
+        assert found.grad_fn is None
+    converted(x.requires_grad_(), *arguments)
+    getattr(snntorch, kind).detach_hidden()
+    utils.reset(nn.Sequential(converted))
+    for name in ("mem", "syn")[: len(states)]:
+        assert getattr(converted, name).grad_fn is None
+        assert not getattr(converted, name).any()
+
+
+@pytest.mark.parametrize("reset_mechanism", ["subtract", "zero"])
+@pytest.mark.parametrize("change", ["nothing", "detach", "in place", "threshold", "beta", "another", "no gradient"])
+def test_changes_between_two_calls(change, reset_mechanism):
+    """Values kept with a potential hold for the unchanged potential alone."""
+    results = []
+    for convert in (False, True):
+        torch.manual_seed(0)
+        layer = snntorch.Leaky(beta=0.8, learn_beta=True, reset_mechanism=reset_mechanism)
+        layer = asgl_cuda.convert(layer)[0] if convert else layer
+        x = torch.randn(2, 300, requires_grad=True)
+        _, mem = layer(2 * x[0])
+        if change == "detach":
+            mem.detach_()
+        elif change == "in place":
+            mem = mem.detach()
+            mem += 0.5
+        elif change == "threshold":
+            layer.threshold = torch.tensor(0.5)
+        elif change == "beta":
+            layer.beta = nn.Parameter(torch.tensor(0.4))
+        elif change == "another":
+            mem = mem.flip(0)
+        if change == "no gradient":
+            with torch.no_grad():
+                _, mem = layer(x[0], mem)
+        s, mem = layer(x[1], mem)
+        results.append((s.detach(), mem.detach(), *torch.autograd.grad((s + mem).sum(), [x, layer.beta])))
+    for ours, theirs in zip(*results[::-1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_asgl_steps_of_a_learned_beta_reset_by_what_was_emitted():
+    asgl = {"width": 4.0, "analog_prob": 1.0, "learn_width": False}
+    x_seq = torch.rand(6, 3, 4)
+    results = [
+        steps(asgl_cuda.convert(snntorch.Leaky(beta=0.5, learn_beta=learned), asgl=asgl)[0], x_seq)
+        for learned in (True, False)
+    ]
+    torch.testing.assert_close(*results)
+
+
+def test_inference_mode():
+    layer = snntorch.Leaky(beta=0.5, init_hidden=True, output=True)
+    converted, _ = asgl_cuda.convert(layer)
+    x_seq = 2 * torch.rand(4, 3, 5)
+    with torch.inference_mode():
+        for x in x_seq:
+            torch.testing.assert_close(converted(x), layer(x))
+            converted.mem += 0.5  # the state of the next step
+            layer.mem += 0.5
+
+
+def test_hidden_states_are_found():
+    """`detach_hidden` and `reset_hidden` go through a list of all layers that were made."""
+    layer = snntorch.Leaky(beta=0.5, init_hidden=True)
+    converted, _ = asgl_cuda.convert(nn.Sequential(nn.Linear(2, 2), layer))
+    converted(torch.randn(3, 2))
+    assert converted[1].mem.requires_grad
+    snntorch.Leaky.detach_hidden()
+    assert not converted[1].mem.requires_grad
+    count = len(snntorch.SpikingNeuron.instances)
+    asgl_cuda.convert(layer, inplace=True)
+    assert len(snntorch.SpikingNeuron.instances) == count
+
+
+@pytest.mark.parametrize("function", ["convert", "revert", "fuse", "unfuse"])
+def test_hidden_states_of_a_copy_are_found(function):
+    """Also in layers that stay as they are."""
+
+    class Mine(snntorch.Leaky):
+        pass
+
+    kept = [Mine(beta=0.5, init_hidden=True), snntorch.Synaptic(alpha=0.5, beta=0.5, init_hidden=True)]
+    model = nn.Sequential(nn.BatchNorm1d(2), snntorch.Leaky(beta=0.5, init_hidden=True), *kept)
+    if function in ("revert", "unfuse"):
+        model, _ = asgl_cuda.fuse(asgl_cuda.convert(model)[0])
+    made, _ = getattr(asgl_cuda, function)(model)
+    x = 5 + torch.randn(3, 2)
+    made(x), model(x)
+    layers = [layer for net in (made, model) for layer in net if isinstance(layer, snntorch.SpikingNeuron)]
+    utils.reset(made)
+    for layer in layers:
+        assert not (layer.syn if isinstance(layer, snntorch.Synaptic) else layer.mem).any(), type(layer)
+
+
+# ---- trainings ----
+
+
+def test_nets_train_alike():
+    torch.manual_seed(0)
+    hidden = {"init_hidden": True}
+    nets = [
+        nn.Linear(8, 10), snntorch.Leaky(beta=0.9, learn_beta=True, **hidden),
+        nn.Linear(10, 3), snntorch.Leaky(beta=0.8, output=True, **hidden),
+    ], [
+        nn.Linear(8, 10), snntorch.Synaptic(alpha=0.8, beta=0.9, learn_alpha=True, **hidden),
+        nn.Linear(10, 6), snntorch.Lapicque(beta=0.8, **hidden),
+        nn.Linear(6, 3), snntorch.Leaky(beta=0.8, reset_mechanism="none", output=True, **hidden),
+    ]  # fmt: skip
+    x_seq = 2 * torch.rand(7, 6, 8)
+    for net in nets:
+        train_alike(nn.Sequential(*net), lambda net: sum(map(sum, (net(x) for x in x_seq))) / len(x_seq), len(net) // 2)
