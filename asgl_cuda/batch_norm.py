@@ -204,7 +204,7 @@ def _normalised(call: Call, coefficients: Sequence[Tensor]) -> Call:
     """The call for neurons whose input is normalised by mean, gain and bias, the first coefficients."""
     mean, gain, bias, *_ = coefficients
     width, decay, v_threshold, reset, *_ = call.parameters
-    return call._replace(parameters=(width, decay, v_threshold, reset, gain, bias, mean))
+    return Call(*call[:-1], parameters=(width, decay, v_threshold, reset, gain, bias, mean))
 
 
 def _check_shared_count(count: Tensor, settings: _Settings, x_seq: Tensor) -> None:
@@ -372,7 +372,7 @@ def _batch_norm_lif(
     output = call.output(outputs)
     if scalar == x_seq.dtype:
         return output
-    return output._replace(s_seq=output.s_seq.to(scalar)) if isinstance(output, LIFOutput) else output.to(scalar)
+    return LIFOutput(output[0].to(scalar), *output[1:]) if isinstance(output, LIFOutput) else output.to(scalar)
 
 
 @cached_by_signature

@@ -44,7 +44,7 @@ def _rule_of_forward(operator: Operator, info: Any, in_dims: tuple[Any, ...], *a
     outputs = operator(
         samples.x_seq, samples.front(v_init, v_dim), _shared_state(rng_state, rng_dim),
         [samples.parameter(value, dim) for value, dim in zip(parameters, parameter_dims, strict=True)],
-        numbers, rules._replace(time_dim=rules.time_dim + 1), wanted,
+        numbers, rules.changed(time_dim=rules.time_dim + 1), wanted,
     )  # fmt: skip
     *_, wants_checkpoints = wanted
     if wants_checkpoints:
@@ -65,7 +65,7 @@ def _rule_of_backward(operator: Operator, info: Any, in_dims: tuple[Any, ...], *
         samples.x_seq, samples.front(v_init, v_dim), _shared_state(rng_state, rng_dim),
         samples.together(checkpoints, checkpoint_dim),
         [samples.parameter(value, dim, apart=asked) for value, dim, asked in parameter_dims_asked],
-        numbers, rules._replace(time_dim=rules.time_dim + 1), wanted,
+        numbers, rules.changed(time_dim=rules.time_dim + 1), wanted,
     )  # fmt: skip
     return _in_own_shapes(gradients, parameter_dims_asked, info), [0] * len(gradients)
 
@@ -81,7 +81,7 @@ def _rule_of_integrator(operator: Operator, info: Any, in_dims: tuple[Any, ...],
     results = operator(
         samples.x_seq, *map(samples.front, others, other_dims),
         [samples.parameter(value, dim, apart=wants) for value, dim, wants in parameter_dims_asked],
-        numbers, rules._replace(time_dim=rules.time_dim + 1), delay, wanted,
+        numbers, rules.changed(time_dim=rules.time_dim + 1), delay, wanted,
     )  # fmt: skip
     return _in_own_shapes(results, parameter_dims_asked, info), [0] * len(results)
 

@@ -77,8 +77,8 @@ Arguments = namedtuple("Arguments", "values options v_init rng_state generator b
 
 def grouped(given: Mapping[str, Any]) -> Arguments:
     """All keyword arguments of `lif`."""
-    values = Values._make([given[name] for name in Values._fields])
-    options = Options._make([given[name] for name in Options._fields])
+    values = Values(*[given[name] for name in Values._fields])
+    options = Options(*[given[name] for name in Options._fields])
     return Arguments(values, options, given["v_init"], given["rng_state"], given["generator"], given["backend"])
 
 
@@ -277,7 +277,7 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
         if rules.logit_decay:
             decay = decay.value() if by_value else decay.stored
         if by_value:
-            plan = plan._replace(rules=rules._replace(log_width=0, logit_decay=0))
+            plan = Plan(real, rules.changed(log_width=0, logit_decay=0), plan.wanted)
     reset = v_reset if v_reset is not None else v_threshold if reset_amount is None else reset_amount
     numbers: list[float] = []
     parameters: list[Tensor | None] = []

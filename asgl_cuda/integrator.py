@@ -19,7 +19,7 @@ from .ops import ForwardResult, with_gaps
 from .reference import Numbers, Parameters, Rules, integrator_reference
 from .transforms import apply, apply_here, is_differentiated, once_differentiable, saved_tensors
 
-_RULES = Rules._make([0] * len(Rules._fields))
+_RULES = Rules(*[0] * len(Rules._fields))
 
 
 class IntegratorOutput(NamedTuple):
@@ -125,7 +125,7 @@ def _rules_of(caller: str, x_seq: Tensor, values: tuple[Any, Any], options: _Opt
         else:
             check_not_nan(name, tensor, caller, "a float or a tensor")
     check_not_nan("v_rest", v_rest, caller)
-    return _RULES._replace(logit_decay=int(isinstance(decay, Logit)), time_dim=time_dim)
+    return _RULES.changed(logit_decay=int(isinstance(decay, Logit)), time_dim=time_dim)
 
 
 def leaky_integrator(

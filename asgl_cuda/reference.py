@@ -82,6 +82,10 @@ class Rules(NamedTuple):
     analog_below: int  # round(analog_prob * DRAWS), or BELOW_IN_STATE
     time_dim: int  # not negative
 
+    def changed(self, **values: int) -> Rules:
+        """As `_replace`, which torch.compile could not trace in torch 2.6."""
+        return Rules(*[values.get(name, value) for name, value in zip(Rules._fields, self, strict=True)])
+
 
 class GradientOf(torch.autograd.Function):
     """The value of `s` with the gradient of `a`, times `gain`: a + stop_gradient(s - a), but exact."""

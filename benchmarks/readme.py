@@ -15,6 +15,7 @@ from .learning.calibration import summary as calibration_summary
 from .learning.data import SOURCES
 from .learning.width_robustness import series
 from .speed.end_to_end import NEURONS
+from .speed.memory import KEPT, RECOMPUTED
 from .speed.microbench import COMPILED, FLOOR, LOOP, PAIR, PLAIN, REFERENCE
 from .speed.sizes import LAYOUTS
 
@@ -62,11 +63,15 @@ def headline(report: dict[str, Any]) -> str:
     (block,) = (each for each in report["blocks"] if each["dtype"] == "float32" and each["layout"] == LAYOUTS[0])
     fused, pair = (nanoseconds(block, f"{prefix}{ours}") for prefix in ("", PAIR))
     kept_by = [block["rows"][name]["saved_bytes"] / math.prod(block["shape"]) for name in (ours, f"{PAIR}{ours}")]
+    vgg = json.loads((RESULTS / "memory_cpu.json").read_text())["networks"]["VGG, T = 4"]
+    memory, time = (vgg[RECOMPUTED][key] / vgg[KEPT][key] for key in ("kept_bytes", "seconds"))
     lines = [
         f"Forward and backward, nanoseconds an element, float32, on {about['processor']}, {about['threads']} threads, "
         f"torch {about['torch']}, {about['date']}. ASGL has noise and a learned width, all others are ordinary LIF. "
         f"`BatchNormLIF` is {pair / fused:.1f} times faster than `nn.BatchNorm2d` before `LIF`, and keeps "
-        f"{kept_by[0]:.1f} instead of {kept_by[1]:.1f} bytes an element. [All measurements](docs/measured.md):",
+        f"{kept_by[0]:.1f} instead of {kept_by[1]:.1f} bytes an element. Inside of `asgl_cuda.recompute_spikes()` backward "
+        f"computes spikes again: a VGG-like network keeps {memory:.2f} of its bytes, in {time:.2f} times the time of a "
+        "step. [All measurements](docs/measured.md):",
         "",
         *markdown_table(["", *columns], rows),
     ]
@@ -163,6 +168,26 @@ def end_to_end(report: dict[str, Any]) -> str:
     )
 
 
+def memory(report: dict[str, Any]) -> str:
+    """Bytes and time of each network and variant, against the first."""
+    about = report["machine"]
+    rows = []
+    for network, found in report["networks"].items():
+        base = found[KEPT]
+        for variant, each in found.items():
+            shares = [f"{each[key] / base[key]:.2f}" for key in ("kept_bytes", "peak_bytes", "seconds")]
+            values = [f"{each['kept_bytes'] / 1e6:.0f} MB", f"{each['peak_bytes'] / 1e6:.0f} MB"]
+            values.append(f"{1e3 * each['seconds']:.0f} ms")
+            rows.append([f"{network}: {variant}", *map("{}, {}".format, values, shares)])
+    lines = [
+        f"Kept for backward, peak and time of a step, batch {report['batch']}, float32, each also as a share of the first "
+        f"variant's; on {about['processor']}, {about['threads']} threads, torch {about['torch']}, {about['date']}:",
+        "",
+        *markdown_table(["", "kept", "peak", "step"], rows),
+    ]
+    return "\n".join(lines)
+
+
 def smoothing(report: dict[str, Any]) -> str:
     """Width and smoothing error, means over the layers, and both losses, at the start and at the end."""
     rows = []
@@ -243,6 +268,7 @@ MAKERS = {
     "microbench": ("microbench", microbench),
     "block": ("microbench", block),
     "end_to_end": ("end_to_end", end_to_end),
+    "memory": ("memory", memory),
     "smoothing": ("smoothing", smoothing),
     "width_robustness": ("width_robustness", width_robustness),
     "calibration": ("calibration", calibration),
