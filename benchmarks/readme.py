@@ -69,7 +69,7 @@ def headline(report: dict[str, Any]) -> str:
         f"Forward and backward, nanoseconds an element, float32, on {about['processor']}, {about['threads']} threads, "
         f"torch {about['torch']}, {about['date']}. ASGL has noise and a learned width, all others are ordinary LIF. "
         f"`BatchNormLIF` is {pair / fused:.1f} times faster than `nn.BatchNorm2d` before `LIF`, and keeps "
-        f"{kept_by[0]:.1f} instead of {kept_by[1]:.1f} bytes an element. Inside of `asgl_cuda.recompute_spikes()` backward "
+        f"{kept_by[0]:.1f} instead of {kept_by[1]:.1f} bytes an element. With `asgl_cuda.recompute_spikes()` backward "
         f"computes spikes again: a VGG-like network keeps {memory:.2f} of its bytes, in {time:.2f} times the time of a "
         "step. [All measurements](docs/measured.md):",
         "",
@@ -180,7 +180,7 @@ def memory(report: dict[str, Any]) -> str:
             values.append(f"{1e3 * each['seconds']:.0f} ms")
             rows.append([f"{network}: {variant}", *map("{}, {}".format, values, shares)])
     lines = [
-        f"Kept for backward, peak and time of a step, batch {report['batch']}, float32, each also as a share of the first "
+        f"Kept for backward, peak and time of a step, batch {report['batch']}, float32, and as shares of the first "
         f"variant's; on {about['processor']}, {about['threads']} threads, torch {about['torch']}, {about['date']}:",
         "",
         *markdown_table(["", "kept", "peak", "step"], rows),
