@@ -118,9 +118,8 @@ class BatchNormLIFFunction(torch.autograd.Function):
         asked = wants_weight, wants_bias, wants_x_seq, wants_v_init, *needed
         gradients = [grad for grad, wants in zip(results, asked, strict=True) if wants]
         checked = once_differentiable(gradients, (*tensors, *grads))
-        grad_weight, grad_bias, grad_x_seq, grad_v_init, *grad_parameters = with_gaps(checked, asked)
-        nothing = None, None, None, None
-        return *nothing, grad_weight, grad_bias, None, None, grad_x_seq, grad_v_init, None, *grad_parameters
+        grad_weight, grad_bias, grad_x_seq, grad_v_init, *others = with_gaps(checked, asked)
+        return None, None, None, None, grad_weight, grad_bias, None, None, grad_x_seq, grad_v_init, None, *others
 
 
 class _CoefficientsFunction(torch.autograd.Function):
