@@ -1,4 +1,4 @@
-"""Autograd of bare operators, as in graphs of torch.export.
+"""Autograd of bare operators, as in graphs of torch.export; `lif` has its own, LIFFunction in call.py.
 
 Functions and layers of this package wrap the operators in a torch.autograd.Function and call them below autograd.
 """

@@ -3,6 +3,8 @@
 A convolution or a linear layer keeps its input for backward, which in a spiking network is spikes. The noise is a
 counter: one forward kernel computes the same spikes, analog values included, from the tensors that the neuron keeps.
 
+These are not the potentials that backward of a neuron computes again from its checkpoints.
+
 Hooks on saved tensors put a `_Recomputed` in place of spikes and views of spikes, recognised by their storage; a weak
 reference keeps the address of a storage from being used again. Under such hooks autograd does not compare versions of
 tensors, so `_Kept` does.

@@ -1,4 +1,4 @@
-"""The neuron and its noise in plain PyTorch: the definition of every other backend.
+"""The neuron, its noise, the integrator and the normalisation in plain PyTorch: the definition of every other backend.
 
     c    = input_gain * (x[t] - input_mean) + input_bias
     h[t] = v_rest + decay * (v[t-1] - v_rest) + c

@@ -9,9 +9,8 @@ import torch._inductor.config
 
 import asgl_cuda
 from asgl_cuda.selfcheck import EXACT_SURROGATES
-from tools import ptx
+from tools import host_compiler, ptx
 from tools.emulation import emulated
-from tools.kernels import host_compiler
 
 # A cached graph would be run although an operator has changed since.
 torch._inductor.config.force_disable_caches = True

@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 
 from .. import ops  # noqa: F401  # defines the operators that the extension looks up when it is loaded
-from . import build_notes  # ops defines the operators, which the extension looks up when it is loaded
+from . import build_notes
 from .build_notes import EXTENSION, BuildInfo
 
 PACKAGE = Path(__file__).parents[1]

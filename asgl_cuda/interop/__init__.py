@@ -1,4 +1,9 @@
-"""Models of other libraries on the fused neuron: one file for each library, imported only if the library is."""
+"""Models of other libraries on the fused neuron.
+
+One file a library, imported only if the library is: spikingjelly, snntorch, norse, sinabs; authors for the authors'
+code. The others serve all: convert (whose `libraries` says what a library's file has), converted, identify, snapshot,
+steps; fuse, graphs, normalised; nir.
+"""
 
 from .convert import Left, Replaced, Report, convert, revert
 from .fuse import fuse, unfuse

@@ -24,8 +24,13 @@ from .normalised import Normalised
 
 _CALLER = "asgl_cuda.convert"
 
-# Modules whose import makes layers of a library possible; a file of this folder has the library's name.
-_LIBRARIES = ("spikingjelly.activation_based", "snntorch", "norse.torch", "sinabs.layers")
+# Libraries, whose names files of this folder have, and the modules without which there are no layers of theirs.
+LIBRARIES = {
+    "spikingjelly": "spikingjelly.activation_based",
+    "snntorch": "snntorch",
+    "norse": "norse.torch",
+    "sinabs": "sinabs.layers",
+}
 
 
 class Replaced(NamedTuple):
@@ -108,9 +113,9 @@ def libraries() -> Iterator[Any]:
     of torch.nn, with these.
     """
     yield authors
-    for module in _LIBRARIES:
+    for name, module in LIBRARIES.items():
         if sys.modules.get(module) is not None:
-            yield importlib.import_module(f".{module.split('.')[0]}", __package__)
+            yield importlib.import_module(f".{name}", __package__)
 
 
 KNOWS_TIME.append(lambda module: any(library.knows_time(module) for library in libraries()))
@@ -231,13 +236,12 @@ def _notes(model: nn.Module, report: Report) -> list[str]:
 def _imported() -> str:
     """The imported libraries, as a note."""
     parts = []
-    for module in _LIBRARIES:
-        package = module.split(".")[0]
+    for package, module in LIBRARIES.items():
         if package in sys.modules:
             lacking = "" if module in sys.modules else f", but not {module}, which has the neurons that are known"
             parts.append(f"{package} {_version_of(package)}{lacking}")
     if not parts:
-        *others, last = _LIBRARIES
+        *others, last = LIBRARIES.values()
         return f"no library of neurons is imported; known are {', '.join(others)} and {last}"
     return f"imported: {'; '.join(parts)}"
 

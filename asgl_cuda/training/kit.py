@@ -1,4 +1,4 @@
-"""Training beside `schedule` and `monitor`: parameter groups, Lightning, hard spikes on request, and a reset."""
+"""Helpers of a training loop: parameter groups, reset and detach of states, hard spikes on request, Lightning."""
 
 from __future__ import annotations
 

@@ -392,7 +392,7 @@ bool is_settled(const Params& params) {
 template <class Params>
 void run_model(Params params) {
   using Real = typename Params::Real;
-  params.noise = params.noise.settled();
+  params.noise = params.noise.resolved();
   with_model(params.options, [&](auto model) {
     using Model = decltype(model);
     if constexpr (std::is_same_v<Real, float> && !Model::kOnlyGeneral) {

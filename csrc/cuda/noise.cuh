@@ -10,7 +10,7 @@ constexpr int kNoiseGroup = 4;  // neurons that a block of noise serves, for two
 class NoiseSource {
  public:
   __device__ __forceinline__ explicit NoiseSource(const NoiseParams& params) {
-    const NoiseParams noise = params.settled();
+    const NoiseParams noise = params.resolved();
     drawn_ = noise.drawn();
     key_ = drawn_ ? noise_key(noise.rng_state) : NoiseKey{};
     limit_ = drawn_ ? noise.analog_below << 16 : static_cast<uint32>(noise.analog_below > 0);

@@ -1,5 +1,5 @@
-// The neuron with rare rules: several spikes a step, and a floor of the potential. Supports every option at run time,
-// in general kernels only.
+// The model of the general kernels: every option at run time, and the rare rules that no other model has, several
+// spikes a step and a floor of the potential.
 #pragma once
 
 #include "math/neuron.h"

@@ -1,4 +1,4 @@
-// Registers the operators of ops.h for the backends that this build has, and the small Python module.
+// Registers the operators of this folder for the backends that this build has, and the small Python module.
 #include <torch/extension.h>
 #if defined(ASGL_WITH_CUDA)
 #include <c10/cuda/CUDAException.h>

@@ -73,7 +73,7 @@ struct NoiseParams {
   ASGL_HOST_DEVICE bool drawn() const { return analog_below > 0 && analog_below < kAlwaysAnalog; }
 
   // With analog_below read from rng_state if it is data, and clamped.
-  ASGL_HOST_DEVICE NoiseParams settled() const {
+  ASGL_HOST_DEVICE NoiseParams resolved() const {
     if (analog_below <= kAlwaysAnalog) return *this;
     const int64 below = rng_state[2];
     return {rng_state, below <= 0 ? 0 : below >= kAlwaysAnalog ? kAlwaysAnalog : static_cast<uint32>(below)};

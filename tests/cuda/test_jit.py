@@ -23,8 +23,8 @@ from asgl_cuda.backends import cupy as jit
 from asgl_cuda.backends import neuron_kernels, normalisation_kernels
 from asgl_cuda.backends.structures import structure
 from asgl_cuda.reference import Rules
+from tools import host_compiler
 from tools.emulation import emulated
-from tools.kernels import host_compiler
 from tools.kernels.code_checks import ptx_problems
 from tools.kernels.cuda_code import Disassembler
 

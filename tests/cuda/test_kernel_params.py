@@ -13,8 +13,8 @@ from asgl_cuda.backends.structures import constant, structure
 from asgl_cuda.layout import CHECKPOINT_STEPS
 from asgl_cuda.reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules
 from asgl_cuda.surrogate import SURROGATES
+from tools import host_compiler
 from tools.emulation import emulated
-from tools.kernels import host_compiler
 
 CSRC = emulated.ROOT / "csrc"
 # Types of x_seq, with their types of arithmetic.

@@ -1,1 +1,1 @@
-"""The CUDA kernels on the CPU, compiled by the host compiler."""
+"""The source of the CUDA kernels, compiled by the host compiler and run on the CPU."""

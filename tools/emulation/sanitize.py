@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tools.kernels import host_compiler
+from tools import host_compiler
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"

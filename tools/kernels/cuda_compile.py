@@ -37,7 +37,8 @@ from asgl_cuda.extension import compilation
 from asgl_cuda.reference import Rules
 from asgl_cuda.surrogate import SURROGATES
 
-from . import host_compiler, resources
+from .. import host_compiler
+from . import resources
 from .code_checks import ptx_problems, sass_problems
 from .cuda_code import ANY, CSRC, Disassembler, Kernel, Nvcc, Usage, kernel_of, reported_usages, run
 from .resources import LISTED_DTYPES, LISTED_SURROGATES, PAGE, SPILL_COLUMNS, Resources, reading_order

@@ -1,4 +1,4 @@
-"""The PTX of the CUDA kernels, translated to C++ and run on the CPU."""
+"""The PTX that compilers make of the CUDA kernels, translated to C++ and run on the CPU."""
 
 from .backend import (
     BACKENDS,

@@ -30,7 +30,7 @@ from asgl_cuda.selfcheck import EXACT_SURROGATES
 from asgl_cuda.surrogate import SURROGATES
 
 from ..emulation.emulated import EMULATION, LARGE, ROOT, THREADS_EACH, TINY, Emulation
-from ..kernels.host_compiler import compiler
+from ..host_compiler import compiler
 from .to_cpp import HERE, kernels, to_cpp
 
 BACKENDS = {"ptx": TINY, "ptx_one": LARGE}  # and their multiprocessors

@@ -18,7 +18,7 @@ from ...layer import NeuronLayer, check_module
 from ...layout import real_type
 from ...neuron import LIF, BatchNormLIF
 from ...reference import normalisation
-from ..convert import copied, libraries
+from ..convert import LIBRARIES, copied, libraries
 from ..converted import Converted, bare_class
 from ..graphs import name_of_function
 from ..normalised import Normalised, PassedThrough
@@ -38,7 +38,6 @@ _SILENT = (
 )  # fmt: skip  # in evaluation
 _WITH_WEIGHTS = ("Affine", "Linear", "Conv1d", "Conv2d")
 _ADDITIONS = (operator.add, torch.add, "add")
-_LIBRARIES = ("spikingjelly", "snntorch", "norse", "sinabs")
 
 
 def to_nir(model: nn.Module, example_input: Tensor, dt: float = DT, *, allow_soft_reset: bool = False) -> nir.NIRGraph:
@@ -149,7 +148,7 @@ def _place(n: fx.Node) -> str:
 
 def _library_of(kind: type[nn.Module]) -> str | None:
     name = kind.__module__.split(".")[0]
-    return name if name in _LIBRARIES else None
+    return name if name in LIBRARIES else None
 
 
 def _name_of(module: nn.Module) -> str:

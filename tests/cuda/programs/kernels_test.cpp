@@ -486,15 +486,15 @@ bool many_neurons_are_general() { return true; }
 #endif
 
 // analog_below from the state is clamped to a share of all draws.
-bool analog_below_in_state_is_settled() {
+bool analog_below_in_state_is_resolved() {
   constexpr int64 kLimit = std::numeric_limits<int64>::max(), kAlways = kAlwaysAnalog;
   for (const int64 below : {-kLimit, int64{-1}, int64{0}, int64{1}, kAlways - 1, kAlways, kAlways + 1, kLimit}) {
     const int64 state[] = {7, 11, below};
-    const NoiseParams settled = NoiseParams{state, kAnalogBelowInState}.settled();
-    if (settled.analog_below != std::clamp<int64>(below, 0, kAlways) || settled.rng_state != state) return false;
+    const NoiseParams resolved = NoiseParams{state, kAnalogBelowInState}.resolved();
+    if (resolved.analog_below != std::clamp<int64>(below, 0, kAlways) || resolved.rng_state != state) return false;
   }
   for (const uint32 below : {uint32{0}, uint32{1}, kAlwaysAnalog - 1, kAlwaysAnalog}) {
-    if (NoiseParams{nullptr, below}.settled().analog_below != below) return false;
+    if (NoiseParams{nullptr, below}.resolved().analog_below != below) return false;
   }
   return true;
 }
@@ -512,7 +512,7 @@ int main(int argc, char** argv) {
     ++failed;
     std::printf("settled kernels for the wrong numbers of neurons\n");
   }
-  if (!analog_below_in_state_is_settled()) {
+  if (!analog_below_in_state_is_resolved()) {
     ++failed;
     std::printf("a wrong share of analog elements from the state\n");
   }
