@@ -45,7 +45,7 @@ Backends:
 import sys
 import warnings
 
-# torch warns of it when it is imported, and works without it, as this package does.
+# Emitted when torch is imported; NumPy is optional for torch and for this package.
 warnings.filterwarnings("ignore", "Failed to initialize NumPy: No module named 'numpy'")
 
 from ._version import __version__

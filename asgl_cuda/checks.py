@@ -273,7 +273,7 @@ def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str) -> N
 
 
 def check_analog_prob(analog_prob: float, caller: str) -> int:
-    """round(analog_prob * DRAWS), which draws are compared with."""
+    """In [0, 1]; returns the limit for draws, round(analog_prob * DRAWS)."""
     analog_prob = check_number("analog_prob", analog_prob, caller)
     if not 0 <= analog_prob <= 1:
         raise ValueError(f"{caller}: analog_prob must be in [0, 1], got {analog_prob}")
@@ -281,7 +281,7 @@ def check_analog_prob(analog_prob: float, caller: str) -> int:
 
 
 def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) -> Tensor:
-    """The same as an int64 tensor `[1]`, from a tensor of one value on the device of x_seq."""
+    """The limit for draws as an int64 tensor `[1]`, from a tensor of one value on the device of x_seq."""
     check_dense("analog_prob", analog_prob, caller)
     if analog_prob.dtype not in FLOATING_TYPES or analog_prob.numel() != 1:
         raise TypeError(

@@ -57,7 +57,7 @@ class _Kept:
 
 
 class _Spikes:
-    """The spikes of one call: how they are computed again, and who will ask."""
+    """The spikes of one call: their recomputation and its requesters."""
 
     def __init__(self, spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
         self._storage = StorageWeakRef(spikes.untyped_storage())
@@ -75,7 +75,7 @@ class _Spikes:
         return self._storage.cdata  # type: ignore[no-any-return]
 
     def stood_for(self, tensor: Tensor) -> _Recomputed | None:
-        """What stands for a tensor in this storage; None for one that is not the spikes or a view of them."""
+        """The substitute for a tensor in this storage; None unless the tensor is the spikes or a view of them."""
         if self._storage.expired() or (tensor._version, tensor.dtype) != (self._version, self._dtype):
             return None
         recomputed = _Recomputed(self, tensor)
@@ -84,7 +84,7 @@ class _Spikes:
         return recomputed
 
     def computed_for(self, asking: _Recomputed) -> Tensor:
-        """The spikes, computed once for all that ask, and freed with the answer to the last."""
+        """The spikes, computed at the first request and freed after the last."""
         with self._lock:
             spikes = self._again
             if spikes is None:
@@ -204,5 +204,5 @@ def remember(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, T
         return
     found = _Spikes(spikes, compute, inputs)
     _thread.known[found.key] = found
-    # The node of the call has it until then, and a graph that is dropped drops it.
+    # Owned by the call's node alone until a layer saves the spikes: freed with a dropped graph.
     spikes.grad_fn.asgl_cuda_spikes = found.holder  # type: ignore[attr-defined]

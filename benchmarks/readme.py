@@ -283,7 +283,7 @@ def sections() -> Iterator[tuple[str, str]]:
 
 
 def pages(texts: dict[Path, str]) -> dict[Path, str]:
-    """The pages with new sections; each section is in one of them."""
+    """The pages with regenerated sections; each section is in exactly one page."""
     found = dict(texts)
     for name, content in sections():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)

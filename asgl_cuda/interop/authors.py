@@ -21,7 +21,7 @@ _SURROGATES = {"InvRectangle": "rectangle", "InvSigmoid": "sigmoid"}
 
 
 class ConvertedLIFLayer(Converted):
-    """All steps in one call. Width and share of analog elements stay where the authors keep them."""
+    """All steps in one call. Width and share of analog elements stay attributes of the authors' layers."""
 
     time_dim = 0
 

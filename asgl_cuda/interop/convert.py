@@ -103,14 +103,13 @@ def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
 
 
 def libraries() -> Iterator[Any]:
-    """The files of this folder for the libraries that are imported.
+    """The adapters of this folder for the imported libraries.
 
-    Each has `find(layer)`: see `Found`; `streamed(module)`: see `InStream`; `knows_time(module)`: whether it carries
-    something from step to step, so that its class has no place in `OverTime`. It may have `wrapped(module)`: the
-    Wrapper that a module is, or None; `reset(module)`: forgets the state that a module carries; `detach(module)`: cuts
-    it off its graph; `enlist(model)`: makes a copy known to the library; and tuples of classes: NORMALISATIONS compute
-    the same as torch.nn's, PARTING makes time and batch of one dimension, PLAIN has the library's forms of other layers
-    of torch.nn, with these.
+    Each has `find(layer)`: see `Found`; `streamed(module)`: see `InStream`; `knows_time(module)`: whether the module
+    carries state from step to step, and is refused by `OverTime`. Optional are `wrapped(module)`: the module as a
+    Wrapper, or None; `reset(module)` and `detach(module)`: clear or detach the module's state; `enlist(model)`:
+    registers a copy with the library; NORMALISATIONS: classes that compute the same as torch.nn's; PARTING: classes
+    that unflatten time and batch; PLAIN: torch.nn's classes by the library's forms of them.
     """
     yield authors
     for name, module in LIBRARIES.items():
@@ -181,7 +180,7 @@ def convert(
     model = taken(model, inplace, _CALLER)
     known = list(libraries())
     report = Report([], [])
-    inside: list[str] = []  # how the paths begin inside layers that are replaced, whose parts need no mention
+    inside: list[str] = []  # path prefixes of replaced layers, whose submodules are not reported
     for path, layer in list(model.named_modules()):
         if path.startswith(tuple(inside)):
             continue
@@ -206,7 +205,7 @@ def convert(
         settings = Settings(spike, backend, type_of_spikes(found[1]), wanted is not None)
         layer.begin(settings, analog_prob, learn_width)
         layer.take_snapshot()
-        report.replaced.append(Replaced(path, name, _description(layer)))
+        report.replaced.append(Replaced(path, name, layer.description()))
         inside.append(f"{path}." if path else "")
     report.notes = _notes(model, report)
     return model, report
@@ -343,18 +342,6 @@ def _spike_function(
             return f"{own}; asgl needs a surrogate and a width"
         surrogate, width = surrogate or own.surrogate, width or own.width
     return SpikeFunction(surrogate, width, 1.0, fires_strictly(function))
-
-
-def _description(layer: Converted) -> str:
-    if layer.settings.spike is None:
-        return "leaky_integrator"
-    surrogate, _, gain, _ = layer.settings.spike
-    text = f"{surrogate}, width {float(torch.as_tensor(layer.width).detach().mean()):.4g}"
-    if abs(gain - 1) > 1e-6:
-        text += f", gradient times {gain:.4g}"
-    if layer.analog_prob or layer.log_width is not None:
-        text += f", analog_prob {layer.analog_prob:g}{', width learned' if layer.log_width is not None else ''}"
-    return text
 
 
 def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:

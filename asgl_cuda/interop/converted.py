@@ -116,7 +116,7 @@ class Converted(Overlay, Noisy):
     _known: Known | None = None
     time_dim: int | None  # where time is in its input, None if the input is one step
     multi_spike = False  # whether it may spike several times a step, for which there is no noise
-    takes_input = True  # whether `lif` has the layer's own input, which is then what a normalisation may be fused with
+    takes_input = True  # whether `lif` gets the layer's own input, as fusion with a normalisation requires
     register_buffer = nn.Module.register_buffer  # any other costs 20 us where a state, which is a buffer, is set
 
     def __init_subclass__(cls) -> None:
@@ -128,6 +128,22 @@ class Converted(Overlay, Noisy):
     def width(self) -> Tensor | float:
         """The width of the surrogate, in units of the input: a tensor of one value if learned."""
         return self.settings.spike.width if self.log_width is None else Logarithm(self.log_width).value()
+
+    def description(self) -> str:
+        """The computation of the layer, in words."""
+        if self.settings.spike is None:
+            return "leaky_integrator"
+        surrogate, _, gain, _ = self.settings.spike
+        text = f"{surrogate}, width {float(torch.as_tensor(self.width).detach().mean()):.4g}"
+        if abs(gain - 1) > 1e-6:
+            text += f", gradient times {gain:.4g}"
+        if self.analog_prob or self.log_width is not None:
+            text += f", analog_prob {self.analog_prob:g}{', width learned' if self.log_width is not None else ''}"
+        return text
+
+    def extra_repr(self) -> str:
+        own = super().extra_repr()
+        return f"{own}{', ' if own else ''}computed by asgl_cuda: {self.description()}"
 
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         """Applies the settings of a conversion."""
@@ -307,8 +323,8 @@ class Converted(Overlay, Noisy):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
-# How a library's file answers for a layer: the class that converts it and its spike function, None if it does not fire,
-# or why it is left; None where it is no neuron of the library.
+# An adapter's answer for a layer: the class that converts the layer and its spike function (None if it does not fire),
+# or the reason why it is left; None unless the layer is a neuron of the library.
 Found: TypeAlias = tuple[type[Converted], Callable[[Tensor], Tensor] | SpikeFunction | None] | str | None
 
 # How it answers about streams: how the module takes them, or why it can't; None where it carries nothing.
@@ -326,9 +342,9 @@ class Streamed(NamedTuple):
 
 
 def number(value: Any) -> Any:
-    """A constant in a tensor of the CPU as a float, with which a call costs less; anything else as it is.
+    """A CPU tensor of no dimensions as a float, for cheaper calls; any other value unchanged.
 
-    What is learned is a constant where there are no gradients.
+    Learned values are constants while gradients are disabled.
     """
     if type(value) not in PLAIN_TENSORS or value.dim() or not value.is_cpu or torch.compiler.is_compiling():
         return value
@@ -346,7 +362,7 @@ def _taken(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
 
 
 def _floating(value: Tensor) -> Tensor:
-    """The value itself, or in the type that PyTorch gives integers when they meet a float."""
+    """Integers in the default dtype, as by PyTorch's type promotion; other values unchanged."""
     return value if value.is_floating_point() or value.is_complex() else value.to(torch.get_default_dtype())
 
 
@@ -369,7 +385,7 @@ STATEFUL = "it is no neuron that convert knows, but carries a state"
 
 
 def exchanged(layer: nn.Module) -> str | None:
-    """Why a layer is left one of whose methods is another than its class's, or None."""
+    """The reason to leave a layer with a method replaced on the instance, or None."""
     kind = bare_class(layer)
     for name in vars(layer):
         if inspect.isroutine(inspect.getattr_static(kind, name, None)):

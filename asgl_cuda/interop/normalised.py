@@ -69,6 +69,9 @@ class PassedThrough(Overlay):
         """Whether the neurons are still there."""
         return self.neurons.holds(lambda module: isinstance(module, Normalised) and module.normalisation.norm is self)
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, computed by the neurons at {self.neurons.path}"
+
     def end_passing(self) -> None:
         """Restores the original layer, with its current values."""
         del self.neurons

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..checks import HALF_TYPES
 from .converted import Converted, Found, InStream, Wrapper, bare_class, number, unknown
 
-# What the layers that are known call at each step, unless their user says otherwise.
+# Default step function, `activation`, of each convertible layer.
 _STEPS = {
     norse.LIF: norse.lif_feed_forward_step,
     norse.LIFCell: norse.lif_feed_forward_step,

@@ -29,10 +29,10 @@ from .normalised import Normalised
 from .snapshot import version_of
 from .steps import Known
 
-# A learned beta of 0 is taken for this much, since threshold / beta must exist; the change is below the resolution of
-# float32 at the threshold.
+# Substitute for a learned beta of 0, since threshold / beta must exist; the change is below the resolution of float32
+# at the threshold.
 _LEAST_BETA = 1e-6
-# Under this much beta, threshold / beta is so large that rounding shows in the gradient of beta: 6e-5 of it here.
+# Below this bound threshold / beta is so large that rounding shows in the gradient of beta: a relative 6e-5 at 1e-3.
 _SMALL_BETA = 1e-3
 
 _MULTI_STEP = "asgl_cuda.interop.snntorch.MultiStep"
@@ -40,9 +40,9 @@ _NAMES = "a Leaky, Lapicque or Synaptic"
 
 
 class _After(NamedTuple):
-    """The potential after reset that belongs to a `mem` as it was returned, which spares the next call the reset.
+    """The cached reset of a returned `mem`, for the next call: the potential after reset.
 
-    Where the input is what is reset, it is the spikes.
+    The spikes where the reset applies to the input.
     """
 
     mem: Tensor

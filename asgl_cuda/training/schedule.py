@@ -123,7 +123,7 @@ class AnalogProbSchedule:
         epoch, starts = _count("epoch", state_dict["epoch"], 0), state_dict["starts"]
         if not isinstance(starts, Mapping):
             raise TypeError(f"{_CALLER}: starts must be a dict of layers and numbers, got {type(starts).__name__}")
-        # Possibly more layers than self.starts, which lacks layers now at 0.
+        # The state may have more layers: self.starts lacks layers of constant width that began at 0.
         if not self.starts.keys() <= starts.keys() <= self._layers.keys():
             raise ValueError(f"{_CALLER}: the state must be of layers {list(self.starts)}, got {shown(list(starts))}")
         starts = {name: _share(f"the start of layer {name!r}", start) for name, start in starts.items()}

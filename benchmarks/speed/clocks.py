@@ -126,7 +126,7 @@ def in_turns(clocks: Mapping[Name, Callable[[], float]], repeats: int) -> dict[N
 
 
 def saved_storages(call: Callable[[], object]) -> dict[int, int]:
-    """Addresses and sizes of the storages that autograd keeps for backward of a call, its input included."""
+    """Bytes by address of the storages that autograd saves for the backward pass of `call`, inputs included."""
     storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ namespace {
 constexpr int64 kTaskColumns = 65536;  // a tile's rows are long: memory is read in its order
 constexpr int64 kRowsEach = 4;
 
-// The sums of x - shift and of its square are in float64, where neither rounds anything that shows: a shift far from
-// the other values, such as the first event of a sparse sequence, costs no places. The order of additions is fixed.
+// Sums of x - shift and of its square, in float64: a shift far from the other values, such as the first event of a
+// sparse sequence, causes no visible loss of precision. The order of additions is fixed.
 template <class Real>
 struct ShiftedSumLoop {
   struct Args {
@@ -91,8 +91,8 @@ struct InputGradientLoop {
   static ASGL_HOST_DEVICE void run(Args args) { args.mean.row != nullptr ? loop<true>(args) : loop<false>(args); }
 };
 
-// A task goes through the sequence, seen as rows x columns, in chunks: its share of a row, or of `rows` rows at a time
-// where a row is short and the tile has all columns, so that they lie one behind another.
+// The chunks in which a task traverses the sequence as rows x columns: a part of one row, or `rows` rows at a time if
+// rows are short and the tile has all columns, so that the rows are contiguous.
 struct Chunks {
   int64 width, rows;
 

@@ -34,7 +34,7 @@ struct NoiseLoop {
 constexpr int64 kNoiseGroups = 32;  // a multiple of the groups of each vector loop below
 
 #if defined(__x86_64__)
-// The same numbers by the 32 x 32 -> 64 bit product of vectors, which GCC does not find in the loop above. They come in
+// The same draws by the vector product 32 x 32 -> 64 bits, which GCC does not generate from the loop above. Stores are
 // whole vectors: the rows must have room for a multiple of kNoiseGroups.
 template <>
 __attribute__((target("avx2"))) inline void run_avx2<NoiseLoop>(const NoiseLoop::Args& args) {

@@ -39,9 +39,8 @@ cudaError_t fours_pay(const Params& params, bool* pay) {
     error = cudaDeviceGetAttribute(&threads_each, cudaDevAttrMaxThreadsPerMultiProcessor, device);
   }
   const int64 resident = static_cast<int64>(multiprocessors) * threads_each, neurons = params.shape.neurons();
-  // In general a quarter of the threads that the device can hold is enough: each has four times the loads under way.
-  // Else a thread has less to do for one neuron than for four, which is seen in a long sequence of neurons so few that
-  // a scheduler has one warp.
+  // General kernels: a quarter of the resident threads suffices, as each has four times the loads in flight. Settled
+  // kernels of long sequences: with at most one warp a scheduler, latency binds, shorter for one neuron a thread.
   *pay = general ? neurons / 4 >= resident / 4 : neurons > resident / 16;
   return error;
 }

@@ -1,6 +1,5 @@
-// Batch normalisation, as far as it is done for each channel: moments of its values, the neuron's input parameters that
-// follow, and the step from the gradient of the normalised input to the gradient of the input. All is in float64, since
-// a channel has only a few numbers.
+// Batch normalisation by channel: moments, the neuron's input parameters derived from them, and the adjoint from the
+// normalised input to the input. Computed in float64, at a cost per channel only.
 #pragma once
 
 #include "math/half_types.h"
@@ -31,9 +30,8 @@ ASGL_HOST_DEVICE Moments join(const Moments& a, const Moments& b) {
           (1 - share) * a.variance + share * b.variance + share * (1 - share) * (distance * distance)};
 }
 
-// The moments follow from the sums of x - shift and of its square. With one of the values as shift, the square of its
-// distance from the mean is at most `count` times the variance: so much cancels, which float64 can spare and float32
-// cannot.
+// Moments from the sums of x - shift and of its square. With one of the values as shift, (mean - shift)^2 is at most
+// `count` times the variance: float64 tolerates this cancellation, float32 does not.
 ASGL_HOST_DEVICE Moments shifted_moments(double count, double shift, double sum, double squares) {
   if (count == 0) return {0, 0, 0};
   const double offset = sum / count, variance = squares / count - offset * offset;
@@ -52,9 +50,9 @@ struct Normalisation {
 enum Coefficient { kCoefficientMean, kCoefficientGain, kCoefficientBias, kCoefficientVariance };
 constexpr int kNumCoefficients = 4;
 
-// The neuron is given these for a channel: with c = input_scale * (weight * (x - mean) / sqrt(variance + eps) + bias),
+// The neuron's input parameters of a channel: c = input_scale * (weight * (x - mean) / sqrt(variance + eps) + bias) is
 //   c = gain * (x - rounded_mean) + shift
-// where the shift makes up for what the mean has lost by rounding. It does not contain the mean, which would cancel.
+// where the shift corrects the rounding of the mean. A shift by the whole mean would cancel.
 template <class Real>
 struct Coefficients {
   Real mean, gain, bias;

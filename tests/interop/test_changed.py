@@ -342,7 +342,7 @@ def test_other_functions_that_were_exchanged():
 
 
 class Net(nn.Module):
-    """Layers of three kinds, and hooks of tensors and of modules."""
+    """A Norse, a torch and a sinabs layer, with hooks on tensors and modules."""
 
     def __init__(self):
         super().__init__()

@@ -13,7 +13,7 @@ import asgl_cuda
 
 
 def run(node, x_seq):
-    """The potential before reset follows from the equation; the current, where there is one, is added to v."""
+    """Spikes, potentials after reset (plus the current, if any) and, by the node's equation, before reset."""
     before = torch.as_tensor(node.v).expand(x_seq.shape[1:])
     if node.step_mode == "m":
         s, v, c = node(x_seq), node.v_seq, 0.0

@@ -112,7 +112,7 @@ def test_a_compiler_sees_no_more(name, training):
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_eager_and_before_are_the_same(name, in_double):
-    """A layer may be compiled in training and not in evaluation, and between two steps."""
+    """Compiled and eager steps may alternate: compilation for training only, or between two steps."""
     layer, converted = STEPS[name](), asgl_cuda.convert(STEPS[name]())[0]
     call, _ = compiled(converted)
     turns = iter((call, converted) * 3)

@@ -35,7 +35,7 @@ def test_equals_reference(backend, device, name, layout, dtype, training):
 @pytest.mark.parametrize("v_reset", [0.1, None])
 @pytest.mark.parametrize("surrogate", ["rectangle", "sigmoid"])
 def test_equals_reference_over_steps(backend, device, steps, v_reset, surrogate, training):
-    """Segments of every length, in the loops of the common case."""
+    """One and several segments, full and partial, in the settled kernels."""
     x_seq = torch.randn(steps, 2, 2, 12, 11, device=device)
     arguments = {
         "weight": uniform(2, low=0.5, high=1.5, device=device),
@@ -318,7 +318,7 @@ def test_constant_channels(backend, device):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["images", "vectors", "large"])
 def test_one_value_that_is_no_number(backend, device, name, value):
-    """Its channel is NaN, the others stay finite."""
+    """The value's channel becomes NaN, other channels stay finite."""
     x_seq, _, arguments = make(name, torch.float32, device)
     x_seq[1, 1, 1].view(-1)[0] = value
     leaf = x_seq.clone().requires_grad_()

@@ -99,7 +99,7 @@ def test_layouts_used_without_a_copy(backend, device, layout):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_that_cross_the_edges_of_tiles(backend, device, sizes, time_dim, parameters, dtype):
-    """Channels of 400 neurons and runs of 700, where a tile of the CPU has 1024 and one of a GPU 128 or 512."""
+    """Channels of 400 and runs of 700 neurons straddle tiles of 1024 neurons (CPU), 128 or 512 (GPU)."""
     options = {name: uniform(*shape, low=0.5, high=1.0, device=device) for name, shape in parameters.items()}
     x_seq = random_input(*sizes, dtype=dtype, device=device)
     assert_equals_reference(x_seq, backend, outputs=("s_seq",), time_dim=time_dim, **options)

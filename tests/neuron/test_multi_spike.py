@@ -220,7 +220,7 @@ def test_vmap(backend, device):
 
 
 def test_monitor():
-    """The share of elements that spike at all, and no smooth values."""
+    """`firing_rate` counts elements with any spikes; no quantity of smooth values is defined."""
     layer = LIF(**SEVERAL, surrogate=PERIODIC, v_min=-0.5, analog_prob=0.0, scale_output=True)
     layer.v_threshold = 0.4
     monitor = asgl_cuda.Monitor(layer)

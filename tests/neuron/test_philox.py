@@ -52,7 +52,7 @@ def test_mask_of_backend_is_analog_mask(backend, device, shape, seed, offset):
 
 
 def test_rng_state_may_lie_anywhere(backend, device):
-    """Seed and offset need not be neighbours."""
+    """Seed and offset need not be adjacent in memory."""
     x_seq, state = torch.empty(5, 1031, device=device), rng_state(device=device)
     apart = torch.stack([state, state + 1], dim=1)[:, 0]
     assert not apart.is_contiguous()

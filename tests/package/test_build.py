@@ -390,7 +390,7 @@ def test_leftovers_of_a_killed_build_are_removed(cache, monkeypatch):
 
 @pytest.mark.parametrize("opened", [False, True])
 def test_directory_that_was_taken_for_a_leftover(cache, monkeypatch, opened):
-    """Another build removes the directory before it is locked: this one takes another."""
+    """A concurrent build removes the new directory before it is locked: this build creates another."""
     cache.mkdir()
     lock, flock, removed = build_module._lock, fcntl.flock, []
 

@@ -195,8 +195,8 @@ T __shfl_sync(unsigned mask, T value, int source, int width = 32,
   return asgl_emulation::shuffle(asgl_emulation::Operation::shfl, mask, value, lane, site);
 }
 
-// As in the hardware, only the low five bits of a distance count, and a lane whose source would lie beyond its
-// segment keeps its own value; __shfl_xor_sync may reach into an earlier segment.
+// As in hardware, only the low five bits of a delta or lane mask count, and a lane whose source is outside its segment
+// keeps its own value; only __shfl_xor_sync may read an earlier segment.
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
                  asgl_emulation::Site site = asgl_emulation::Site::here()) {

@@ -161,7 +161,7 @@ class Nvcc:
         return Path(re.search(r'INCLUDES="-I([^"]+)"', dry)[1].strip())
 
     def to_ptx(self, source: Path, directory: Path) -> list[Path]:
-        """Leaves `<name>.compute_75.ptx`, `<name>.compute_80.ptx` and the host's object `<name>.o`; returns the PTX."""
+        """Writes `<name>.compute_75.ptx`, `<name>.compute_80.ptx` and the host's `<name>.o`; returns the PTX paths."""
         virtual = [f"-gencode=arch=compute_{v},code=compute_{v}" for v in self._virtual]
         # One run for all, so that --keep puts the architecture in the name of each file.
         command = [self.path, *self.flags, *virtual, "--threads=2", "-I", CSRC, "--keep", "--keep-dir", directory]

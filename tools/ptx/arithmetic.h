@@ -1,8 +1,8 @@
-// The instructions of PTX that compute: `add.rn.f32` is add_rn<f32>, `cvt.rn.f16.f32` cvt_rn<f16, f32>. One that is not
-// here is not known. Integers wrap round (-fwrapv), nothing is contracted (-ffp-contract=off).
+// The arithmetic instructions of PTX: `add.rn.f32` is add_rn<f32>, `cvt.rn.f16.f32` cvt_rn<f16, f32>. The translator
+// refuses others. Integers wrap (-fwrapv), nothing is contracted (-ffp-contract=off).
 #pragma once
 
-// Kernels take longer to compile than to run, and this analysis takes a sixth of it.
+// Kernels take longer to compile than to run; points-to analysis is a sixth of the compile time.
 #pragma GCC optimize("no-tree-pta")
 
 #include "cuda_emulation_types.h"
@@ -57,7 +57,7 @@ auto mul_wide(T a, T b) {
                                   std::conditional_t<std::is_signed_v<T>, s64, u64>>;
   return static_cast<Wide>(Wide(a) * Wide(b));
 }
-// A device leaves open what a division by zero gives; here it is all ones.
+// The result of a division by zero is unspecified in PTX; all ones here.
 template <Whole T>
 T div(T a, T b) {
   return b == 0 ? T(-1) : std::is_signed_v<T> && b == T(-1) ? T(0 - a) : T(a / b);
@@ -119,7 +119,7 @@ T bfe(T a, u32 first, u32 length) {
 
 // ---- comparisons ----
 
-// Each is false where a number is NaN; those in u are then true.
+// False with a NaN operand; the unordered comparisons, suffix u, are true.
 template <class T>
 bool setp_eq(T a, T b) {
   return a == b;
@@ -182,7 +182,7 @@ bool setp_nan(T a, T b) {
 template <class T>
 concept Floating = std::is_floating_point_v<T>;
 
-// A device gives one NaN in float32, whichever come in.
+// A device's float32 NaN results are the canonical NaN.
 inline f32 canonical(f32 a) { return a == a ? a : __builtin_bit_cast(f32, 0x7FFFFFFFu); }
 inline f64 canonical(f64 a) { return a; }
 
@@ -212,7 +212,7 @@ template <Floating T>
 T fma_rn(T a, T b, T c) {
   return canonical(fused(a, b, c));
 }
-// Rounds down: the product is exact in float64, and so is what the sum there loses. What cancels is -0.
+// Rounds down: in float64 the product is exact, and so is `lost`, the sum's rounding error. Cancellation gives -0.
 template <class T>
 T fma_rm(T a, T b, T c) {
   static_assert(std::is_same_v<T, f32>);
@@ -312,7 +312,7 @@ To cvt_sat(From a) {
 inline f32 flushed(f32 a) { return __builtin_fabsf(a) < 0x1p-126f ? __builtin_copysignf(0.0f, a) : a; }
 inline f64 flushed(f64 a) { return __builtin_fabs(a) < 0x1p-1022 ? __builtin_copysign(0.0, a) : a; }
 
-// The nearest number, or one that is some last places larger or smaller, as a device's may be.
+// The correctly rounded value plus `units` ulp, the error of a device's approximation.
 inline f32 off_by(int units, f64 exact) {
   const f32 nearest = flushed(static_cast<f32>(exact));
   if (nearest == 0 || __builtin_isinf(nearest)) return nearest;
@@ -324,7 +324,7 @@ T ex2_approx_ftz(const Machine& m, T a) {
   return off_by(m.ex2_units, __builtin_exp2(f64(flushed(a))));
 }
 inline f64 upper_half(f64 a) { return __builtin_bit_cast(f64, __builtin_bit_cast(u64, a) & ~u64(0xFFFFFFFF)); }
-// In float64 the device takes and gives the upper half of the bits; what uses that makes it better.
+// In float64 the device reads and writes the upper 32 bits only; the compiled code refines the result.
 template <Floating T>
 T rcp_approx_ftz(const Machine& m, T a) {
   if constexpr (std::is_same_v<T, f32>) return off_by(m.rcp_units, 1 / f64(flushed(a)));

@@ -1,5 +1,5 @@
-// The machine that a translated kernel runs on: one thread of it, its registers and its memory. tools/ptx/to_cpp.py
-// writes kernels in these words; run.cpp gives them their threads.
+// The machine of a translated kernel: one thread, its registers and its memory. tools/ptx/to_cpp.py emits calls of
+// these functions; run.cpp supplies the threads.
 #pragma once
 
 #include <cstddef>
@@ -45,7 +45,7 @@ class Machine {
   char* shared_memory;
   const Range* buffers;  // what there is of global memory
   std::size_t buffer_count;
-  int rcp_units, ex2_units;  // last places by which the approximations are off
+  int rcp_units, ex2_units;  // error of the approximations, in ulp
   bool traced;
 
   virtual void barrier(const char* where) const = 0;
@@ -59,7 +59,7 @@ class Machine {
 
 // ---- registers ----
 
-// A register that nobody wrote holds a NaN in every type of floating point, and a number that is neither a size nor an
+// The pattern of uninitialised registers: NaN in every floating-point type, and an integer that is no valid size or
 // address.
 template <class T>
 constexpr T kPoison = [] {
@@ -74,7 +74,7 @@ struct Predicate {
   u8 state = 2;  // nobody wrote it
 };
 
-// What an instruction reads: the bits of a register, or the low ones, as the type that it takes them for.
+// A register as an operand: all bits, or the low ones, reinterpreted in the instruction's type.
 template <class Register>
 struct Bits {
   Register value;
@@ -149,7 +149,7 @@ Whole pack(Operands... parts) {
 
 enum class Space { param, shared, global, generic };
 
-// It is called in so many places that the compiler must not copy it into each.
+// Not inlined: every load and store calls this function.
 template <Space kSpace>
 [[gnu::noinline]] inline char* reach(const Machine& m, const char* where, bool stores, u64 address, u32 bytes) {
   if (address % bytes != 0) m.fail(where, "is misaligned", address);
@@ -188,8 +188,7 @@ struct Shuffled {
   bool found;  // the source lies in the lane's segment
 };
 
-// `clamp_and_segments`: the last lane of a segment in its low five bits, those that tell segments apart in bits 8
-// to 12.
+// `clamp_and_segments`, PTX's operand c: the clamp value in bits 0 to 4, the segment mask in bits 8 to 12.
 template <Shuffle kMode>
 Shuffled shuffle(const Machine& m, const char* where, u32 value, u32 distance_or_lane, u32 clamp_and_segments,
                  u32 mask) {

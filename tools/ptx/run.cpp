@@ -38,7 +38,7 @@ struct Access {
 std::mutex waits_mutex, access_mutex;
 std::vector<Access> accesses;
 
-// Blocks run one after another on a thread of the system's: each finds this memory as if nobody had written it.
+// Blocks run one after another on an OS thread: each starts with uninitialised shared memory.
 char* shared_memory_of_block(u64 launch, u32 block, u32 bytes) {
   struct Memory {
     u64 launch = 0;

@@ -97,10 +97,10 @@ class Program:
 
 
 class Alone(NamedTuple):
-    """The time of a trace with one warp a scheduler, in order, one instruction a cycle."""
+    """A trace run by a warp alone on its scheduler: in order, one instruction a cycle."""
 
     cycles: int
-    loaded_bytes: int  # the most that a thread has in flight from global memory
+    loaded_bytes: int  # peak of a thread's loads in flight from global memory
 
 
 def alone(code: Sequence[Instruction], trace: Sequence[int], memory_cycles: int = MEMORY_CYCLES) -> Alone:

@@ -7,8 +7,8 @@
 They are the same for decay = 1 - dt / tau, r = g tau / dt and v_leak = v_rest; for decay = 1, NIR's IF and I with
 v' = r x and r = g / dt. What a LIF emits does not change where gain and v_leak only move the scale of its potential:
 v_threshold and v_reset become (v_threshold - v_leak) / g and (v_reset - v_leak) / g, with g = 1 and v_leak = 0. A node
-is read in this scale, and written with its gain in r and with v_leak = 0, because a potential starts at 0 for whoever
-else reads it. A LeakyIntegrator emits its potential, and keeps both.
+is read in this scale, and written with its gain in r and with v_leak = 0, because other readers
+start potentials at 0. A LeakyIntegrator emits its potential, and keeps both.
 
     tau_syn i' = -i + w_in x;   tau_mem v' = v_leak - v + r i      CubaLIF and CubaLI
 
