@@ -46,7 +46,15 @@ from .functional import LIF_DEFAULTS, NeuronArguments
 from .layout import by_channel, channel_dim, real_type
 from .ops import ForwardResult, with_gaps
 from .reference import batch_statistics, detached, normalisation
-from .transforms import apply, apply_here, is_differentiated, once_differentiable, saved_tensors, transforming
+from .transforms import (
+    apply,
+    apply_here,
+    grads_are_zeros,
+    is_differentiated,
+    once_differentiable,
+    saved_tensors,
+    transforming,
+)
 
 _CALLER = "asgl_cuda.batch_norm_lif"
 
@@ -90,7 +98,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
         ctx.training = mean is None
         *_, checkpoints, coefficients, statistics = output
         ctx.save_for_backward(checkpoints, coefficients, statistics, *tensors)
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(grads_are_zeros())
         ctx.mark_non_differentiable(checkpoints, coefficients, statistics)
 
     @staticmethod
@@ -110,7 +118,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
         if wants_sums:
             *_, grad_gain, grad_shift, _ = grad_parameters
             sums = grad_gain, grad_shift
-            grad_weight, grad_bias = call.operators.batch_norm_backward(
+            grad_weight, grad_bias = call.operators().batch_norm_backward(
                 grad_x_seq if wants_x_seq and ctx.training else x_seq.new_empty(0), x_seq, coefficients, statistics,
                 *sums, *_summed(sums, settings.group), settings.eps, settings.input_scale, ctx.plan.rules.time_dim,
             )  # fmt: skip
@@ -185,7 +193,7 @@ def _forward(
     eps, input_scale, time_dim = settings.eps, settings.input_scale, call.plan.rules.time_dim
 
     def coefficients_of(statistics: Tensor | None) -> tuple[Tensor, Tensor]:
-        return call.operators.batch_norm_coefficients(
+        return call.operators().batch_norm_coefficients(
             call.x_seq, statistics, mean, variance, weight, bias, eps, input_scale, time_dim
         )
 
@@ -202,8 +210,9 @@ def _forward(
 def _normalised(call: Call, coefficients: Sequence[Tensor]) -> Call:
     """The call for neurons whose input is normalised by mean, gain and bias, the first coefficients."""
     mean, gain, bias, *_ = coefficients
-    width, decay, v_threshold, reset, *_ = call.parameters
-    return Call(*call[:-1], parameters=(width, decay, v_threshold, reset, gain, bias, mean))
+    backend, plan, numbers, x_seq, v_init, rng_state, (width, decay, v_threshold, reset, *_) = call
+    parameters = width, decay, v_threshold, reset, gain, bias, mean
+    return Call(backend, plan, numbers, x_seq, v_init, rng_state, parameters)
 
 
 def _check_shared_count(count: Tensor, settings: _Settings, x_seq: Tensor) -> None:
@@ -360,7 +369,7 @@ def _batch_norm_lif(
             outputs, coefficients, _ = _forward(settings, call, norm, False)
         if in_one_launch:
             running = running_mean, running_var, count
-            call.operators.batch_norm_update(*running, coefficients, momentum)
+            call.operators().batch_norm_update(*running, coefficients, momentum)
             # torch increments it for its own operations only.
             torch.autograd.graph.increment_version([each for each in running if each is not None])
             statistics = []

@@ -39,6 +39,7 @@ from .transforms import (
     apply,
     apply_here,
     draw_under_transforms,
+    grads_are_zeros,
     is_differentiated,
     once_differentiable,
     saved_tensors,
@@ -101,9 +102,8 @@ class Call(NamedTuple):
     rng_state: Tensor | None
     parameters: Sequence[Tensor | None]  # Parameters, plain; None: a constant
 
-    @property
     def operators(self) -> Operators:
-        """The operators of a fused backend."""
+        """The operators of a fused backend. No property, which torch.compile could not trace in torch 2.6."""
         return operators_of(self.backend, (self.x_seq, self.v_init, self.rng_state, *self.parameters))
 
     def reference(self) -> list[Tensor]:
@@ -138,7 +138,7 @@ class Call(NamedTuple):
     def backward(self, grads: Sequence[Tensor | None], checkpoints: Tensor, wanted: Sequence[bool]) -> BackwardResult:
         """Runs the operator lif_backward for the gradients of the results of forward."""
         _, plan, numbers, x_seq, v_init, rng_state, parameters = self
-        return self.operators.lif_backward(
+        return self.operators().lif_backward(
             with_gaps(grads, (True, *plan.wanted)), x_seq, v_init, rng_state, checkpoints, parameters, numbers,
             tuple(plan.rules), wanted,
         )  # fmt: skip
@@ -171,7 +171,7 @@ class LIFFunction(torch.autograd.Function):
         ctx.backend, ctx.plan, ctx.numbers, *tensors = inputs
         checkpoints = output[-1]
         ctx.save_for_backward(checkpoints, *tensors)
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(grads_are_zeros())
         ctx.mark_non_differentiable(checkpoints)
 
     @staticmethod

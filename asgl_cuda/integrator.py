@@ -17,7 +17,7 @@ from .layout import is_dense, real_type
 from .learned import Logit
 from .ops import ForwardResult, with_gaps
 from .reference import Numbers, Parameters, Rules, integrator_reference
-from .transforms import apply, apply_here, is_differentiated, once_differentiable, saved_tensors
+from .transforms import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
 
 _RULES = Rules(*[0] * len(Rules._fields))
 
@@ -61,7 +61,7 @@ class IntegratorFunction(torch.autograd.Function):
         ctx.shape, ctx.like = x_seq.shape, {"dtype": x_seq.dtype, "device": x_seq.device}
         kept = (output[0], v_init) if learns_decay else (None, None)
         ctx.save_for_backward(*kept, x_seq if learns_gain else None, decay, input_gain)
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(grads_are_zeros())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

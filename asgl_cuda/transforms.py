@@ -32,6 +32,11 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def grads_are_zeros() -> bool:
+    """Whether backward gets zeros, not None, for outputs that nothing depends on: vmap of torch 2.6 takes no None."""
+    return not torch.compiler.is_compiling() and transforming()
+
+
 def is_differentiated(tensors: Sequence[Tensor | None], caller: str) -> bool:
     """Whether autograd must record a call with these inputs.
 

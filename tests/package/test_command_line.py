@@ -109,7 +109,7 @@ def flip_one(tensor: torch.Tensor) -> torch.Tensor:
 
 def only(monkeypatch, backends):
     """Replaces the table in every module: removing rows would change the order of preference."""
-    for module in ("backends", "functional", "integrator", "selfcheck"):
+    for module in ("backends", "call", "integrator", "selfcheck"):
         monkeypatch.setattr(f"asgl_cuda.{module}.BACKENDS", backends)
 
 
