@@ -82,6 +82,8 @@ nitpick_ignore = [
     ("py:class", "typing_extensions.Unpack"),
     ("py:class", "asgl_cuda.functional.NeuronArguments"),
     ("py:class", "asgl_cuda.training.monitor.ScalarWriter"),
+    ("py:class", "asgl_cuda.recompute._Context"),
+    ("py:class", "asgl_cuda.recompute.Module"),
     ("py:class", "nir.NIRGraph"),
 ]
 _ALIASES = {
