@@ -1,4 +1,4 @@
-# The environment in .venv sets itself up when a target first needs it, and again when what it was made from changes.
+# Targets create .venv at first use, and update the environment when its prerequisites change.
 PYTHON ?= python3
 ifeq ($(if $(filter default, $(origin CXX)),,$(strip $(CXX))),)
 override CXX := c++
@@ -19,7 +19,7 @@ demo: setup  ## train a network with the plain and with the fused neuron, compar
 	@$(RUN) -m benchmarks.learning.demo
 
 test: setup  ## run all tests
-	@# The processes have threads of their own: those that wait must not take a core from those that work.
+	@# Each process has OpenMP threads: waiting threads must not take cores from working threads.
 	@OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --dist worksteal
 
 sanitize:  ## run the emulated CUDA kernels and the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
@@ -59,14 +59,14 @@ $(VENV)/created:
 	@echo "Making a virtual environment in $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing PyTorch: a large download the first time"
-	@# Norse comes as source, and is built without isolation, like asgl_cuda: what it is built with must be there.
+	@# Build requirements of asgl_cuda and Norse, a source distribution, both built without isolation.
 	@$(PIP) install "setuptools>=77" "setuptools-scm>=8" "torch>=2.6" ninja
 	@touch $@
 
 $(VENV)/built: $(VENV)/created setup.py asgl_cuda/extension/compilation.py asgl_cuda/extension/build_notes.py pyproject.toml MANIFEST.in $(shell find csrc -type f -not -name '*.md')
 	@echo "Installing what tests and benchmarks need, compiling csrc: a minute or two"
 	@$(PIP) install --no-build-isolation --editable ".[test,bench,dev]"
-	@# It asks for nir up to 1.0.4, which SpikingJelly's exchange is too new for; with a newer one it works as well.
+	@# sinabs pins nir <= 1.0.4, too old for SpikingJelly's exchange, but works with newer versions of nir.
 	@$(PIP) install pbr && $(PIP) install --no-deps "sinabs>=3.1"
 	@touch $@
 

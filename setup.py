@@ -1,7 +1,7 @@
-"""Builds the compiled part of asgl_cuda, as asgl_cuda/extension/compilation.py says; all else is in pyproject.toml.
+"""Builds asgl_cuda's extension, by asgl_cuda/extension/compilation.py; the metadata is in pyproject.toml.
 
-ASGL_CUDA_BUILD says what to compile: cuda and cpu as there; none leaves the PyTorch reference, what CuPy compiles on a
-GPU, and `python -m asgl_cuda build`.
+ASGL_CUDA_BUILD: cuda or cpu, as in compilation.py; with none, the PyTorch reference remains, the kernels that CuPy
+compiles on a GPU, and `python -m asgl_cuda build`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 PACKAGE = ROOT / "asgl_cuda"
-OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which older ones can't read
+OLDEST_SETUPTOOLS = 77  # also in pyproject.toml, and required to read it
 
 
 def require_setuptools() -> None:
@@ -31,7 +31,7 @@ def require_setuptools() -> None:
 
 
 def load_compilation() -> ModuleType:
-    """asgl_cuda/extension/compilation.py without its packages, which would load what an earlier build has left."""
+    """Imports compilation.py without its parent packages, which would load an earlier build's extension."""
     for name, folder in (("asgl_cuda", PACKAGE), ("asgl_cuda.extension", PACKAGE / "extension")):
         package = ModuleType(name)
         package.__path__ = [str(folder)]
@@ -47,11 +47,11 @@ def load_compilation() -> ModuleType:
 
 
 class BuildPackage(build_py):
-    """The package with the sources: CuPy has the kernels compiled, `python -m asgl_cuda build` everything."""
+    """Adds csrc to the package, for CuPy's kernels and `python -m asgl_cuda build`."""
 
     def run(self) -> None:
         super().run()
-        if self.editable_mode:  # they are found beside the package then
+        if self.editable_mode:  # csrc is found beside the package
             return
         target = Path(self.build_lib) / "asgl_cuda" / "csrc"
         ignored = shutil.ignore_patterns("*.md")
@@ -59,7 +59,7 @@ class BuildPackage(build_py):
 
 
 class BuildWithoutExtension(BuildPackage):
-    """The package less what an earlier build has left in the source tree."""
+    """Removes the files of an earlier build from the package."""
 
     def run(self) -> None:
         super().run()

@@ -48,7 +48,7 @@ def line(number: int, **options: Any) -> dict[str, Any]:
 
 
 def styled(draw: Draw) -> Draw:
-    """Runs a function that draws in the style."""
+    """Runs a drawing function under STYLE."""
 
     @functools.wraps(draw)
     def wrapped(*arguments: Any, **options: Any) -> Any:
@@ -61,7 +61,7 @@ def styled(draw: Draw) -> Draw:
 
 
 def write_matplotlibrc(file: Path) -> Path:
-    """Writes the style to a file for matplotlib's variable MATPLOTLIBRC, and returns it."""
+    """Writes STYLE to a file for the variable MATPLOTLIBRC; returns the file."""
     colours = ", ".join(repr(colour.removeprefix("#")) for colour in CYCLE)
     lines = [f"{name}: {value}" for name, value in STYLE.items()]
     file.parent.mkdir(parents=True, exist_ok=True)

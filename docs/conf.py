@@ -1,4 +1,4 @@
-"""How Sphinx builds the documentation: `make docs`."""
+"""Sphinx configuration, for `make docs`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 
-# The package and the benchmarks of this checkout, here and in the kernels that execute the tutorials.
+# Import this checkout, not an installed package, here and in the tutorials' Jupyter kernels.
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
@@ -54,12 +54,12 @@ copybutton_exclude = ".linenos, .gp, .go"
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
-# MathJax comes with the site: pages have equations without a network. One script and its fonts do, of 24 MB.
+# MathJax is part of the site, so that equations need no network: one script and its fonts, of 24 MB.
 mathjax_path = "mathjax/tex-chtml.js"
 
 # ---- tutorials ----
 
-# Executed once for each state of the package, since the cache knows a notebook by its own code alone.
+# One cache for each state of the package, since a cache's keys are only the notebooks' own code.
 nb_execution_mode = "cache"
 _package = sorted((ROOT / "asgl_cuda").rglob("*.py"))
 _state = hashlib.sha256(b"".join(file.read_bytes() for file in _package)).hexdigest()[:12]
@@ -96,7 +96,7 @@ _ALIASES = {
     "torch.nn.modules.module.Module": "torch.nn.Module",
 }
 
-# A build without a network takes the names that are referred to from small inventories, with the same addresses.
+# Offline, external names are resolved by small committed inventories, with the same addresses.
 _ONLINE = os.environ.get("ASGL_DOCS_ONLINE") == "1"
 intersphinx_mapping = {
     name: (address, None if _ONLINE else f"inventories/{name}.inv")
@@ -109,12 +109,12 @@ intersphinx_mapping = {
 
 
 def _copy_mathjax(app: Any, error: Exception | None) -> None:
-    """Puts the script that `mathjax_path` names into the site, with its fonts."""
+    """Copies the script at `mathjax_path` and its fonts into the site."""
     if error is not None or app.builder.format != "html":
         return
     target = Path(app.outdir) / "_static"
     for file in importlib.metadata.files("sphinx-mathjax-offline") or []:
-        inside = Path(*file.parts[2:])  # behind the package and its folder of static files
+        inside = Path(*file.parts[2:])  # relative to the package's static folder
         if inside.as_posix() == mathjax_path or "woff-v2" in inside.parts:
             (target / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file.locate(), target / inside)
@@ -128,11 +128,11 @@ def _is_public(name: str) -> bool:
     return found is not None
 
 
-_OTHERS_LIF = ("reference/conversion", "reference/nir")  # where it is the layer of another library
+_OTHERS_LIF = ("reference/conversion", "reference/nir")  # where LIF is another library's layer
 
 
 def _code(role: str, rawtext: str, text: str, lineno: int, inliner: Any, *_: Any) -> Any:
-    """What stands in backticks in docstrings is code, and a link where it is a public name."""
+    """Renders text in backticks as code, and public names as links."""
     from docutils import nodes
     from sphinx.addnodes import pending_xref
 
@@ -151,7 +151,7 @@ def _code(role: str, rawtext: str, text: str, lineno: int, inliner: Any, *_: Any
 
 
 def _known_elsewhere(app: Any, env: Any, node: Any, text: Any) -> Any:
-    """Looks a name of an annotation up by the one that its project's inventory has."""
+    """Resolves an alias in an annotation by the name in the inventory."""
     from sphinx.ext.intersphinx import missing_reference
 
     if (target := _ALIASES.get(node["reftarget"])) is None:
@@ -161,7 +161,7 @@ def _known_elsewhere(app: Any, env: Any, node: Any, text: Any) -> Any:
 
 
 def _prose_with_colons(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Makes prose of "Returns:" before napoleon takes what is in front of its first colon for a type."""
+    """Rewrites "Returns:" as `:returns:`, since napoleon parses text before a colon as the type."""
     if "Returns:" not in lines:
         return
     start = lines.index("Returns:")
@@ -173,15 +173,15 @@ def _prose_with_colons(app: Any, what: str, name: str, thing: Any, options: Any,
 
 
 def _property_as_it_is(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Undoes the same where napoleon has done it to a property."""
+    """Undoes napoleon's parsing of a type in a property."""
     if what == "property":
         lines[:] = [*(thing.__doc__ or "").splitlines(), ""]
 
 
 def setup(app: Any) -> None:
-    """Writes the settings of matplotlib and of the kernels, and connects the functions above."""
+    """Configures matplotlib and the Jupyter kernels, and connects the functions above."""
     os.environ["MATPLOTLIBRC"] = str(palette.write_matplotlibrc(ROOT / "build" / "matplotlibrc"))
-    # A profile of IPython of its own: nobody's startup files, and no remark on the kernel's transport.
+    # A separate IPython profile: no user's startup files, and no warning on the kernel's transport.
     profile = ROOT / "build" / "ipython" / "profile_default"
     profile.mkdir(parents=True, exist_ok=True)
     (profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n")

@@ -17,7 +17,7 @@ def real_of(dtype: torch.dtype) -> torch.dtype:
 
 
 def uniform(*shape: int, low: float, high: float, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> Tensor:
-    """A leaf that requires its gradient."""
+    """A leaf that requires a gradient."""
     values = torch.rand(shape, dtype=torch.float64) * (high - low) + low
     return values.to(device, dtype).requires_grad_()
 
@@ -42,11 +42,11 @@ def randomized(model: nn.Module) -> nn.Module:
 
 
 def assert_equals_reference(x_seq: Tensor, backend: str, **options: Any) -> None:
-    """Compares outputs and all gradients: the same bits for rectangle and triangle, else all but the last places.
+    """Compares outputs and all gradients: the same bits for rectangle and triangle, else within some roundings.
 
-    - Gradients of triangle under 1e-37 may differ by a few of the smallest numbers: csrc/math/surrogates.h says why.
+    - Triangle gradients under 1e-37 may differ by a few smallest subnormals: see csrc/math/surrogates.h.
     - Potentials and float32 spikes of the other surrogates may differ by 1e-6, some ten roundings.
-    - Half types round them once more when they are stored, so a last place of the type may flip.
+    - Half types round these values once more on store, so they may differ by one ulp.
     - Parameter gradients are sums in another order, and may differ by 1e-5.
     """
     surrogate = options.get("surrogate", "rectangle")
@@ -65,7 +65,7 @@ def assert_equals_reference(x_seq: Tensor, backend: str, **options: Any) -> None
 
 
 class Stack(nn.Module):
-    """A model whose forward is the function it is given."""
+    """A model with the given function as forward."""
 
     def __init__(self, function, **layers):
         super().__init__()

@@ -18,7 +18,7 @@ torch._inductor.config.force_disable_caches = True
 # Read at the first matrix product on a GPU, where deterministic algorithms need it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# ASGL_TEST_BACKENDS names the backends to test, with commas; without it all that work here and the emulations are.
+# ASGL_TEST_BACKENDS lists the backends to test, with commas; by default, available ones and the emulations.
 WANTED = os.environ.get("ASGL_TEST_BACKENDS")
 _WANTED_NAMES = () if WANTED is None else tuple(WANTED.split(","))
 EMULATION = PTX_MACHINE = None
@@ -50,7 +50,7 @@ FUSED_BACKENDS = [
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the tests of a backend against the reference, so that no other runs again for each backend of a GPU."""
+    """Marks the tests of a backend against the reference, so that no other test reruns for each GPU backend."""
     kept, left_out = [], []
     for item in items:
         callspec = getattr(item, "callspec", None)

@@ -1,12 +1,12 @@
 """Builds the source archive and both wheels into dist/ and checks each in a fresh environment: `python -m tools.dist`.
 
-- asgl_cuda-*.tar.gz: all that git has, less its configuration and that of CI.
-- asgl_cuda-*-none-any.whl: nothing compiled, for every Python and torch that are supported.
-- asgl_cuda-*-linux_*.whl: compiled, for this Python and the minor version of this torch. ASGL_CUDA_BUILD=cuda asks for
-  the CUDA kernels; without it they are compiled where torch and a toolkit allow it.
+- asgl_cuda-*.tar.gz: all tracked files except NOT_SHIPPED.
+- asgl_cuda-*-none-any.whl: pure Python, for every supported Python and torch.
+- asgl_cuda-*-linux_*.whl: compiled, for this Python and torch's minor version. ASGL_CUDA_BUILD=cuda requires CUDA
+  kernels, which are else compiled where torch and a toolkit allow.
 
-The wheels are built from the archive, not from the checkout. Each of the three is installed in an environment of its
-own, by the commands of the README, and compared with the reference by `python -m asgl_cuda check`.
+The wheels are built from the archive, not the checkout. Each artefact is installed in a fresh environment by the
+README's commands, and compared with the reference by `python -m asgl_cuda check`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NOTHING_COMPILED = "only the reference works here"
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
-    """The output of a command; SystemExit with that output where it fails."""
+    """A command's output; on failure, SystemExit with the output."""
     result = subprocess.run(
         [str(word) for word in command], cwd=cwd, env={**os.environ, **environment}, text=True, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -60,13 +60,13 @@ def build_wheel(archive: Path, pattern: str, **environment: str) -> Path:
 
 
 def check(artefact: Path, torch: str) -> None:
-    """Installs it where there is nothing else, and compares with the reference what it brings."""
+    """Installs the artefact in a fresh environment, and compares it with the reference."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run(sys.executable, "-m", "venv", folder / "environment")
         python = folder / "environment" / "bin" / "python"
-        # The compiler of setuptools and ninja are on no PATH but that of the environment.
+        # The environment's bin has ninja; a separate cache has no earlier builds.
         environment = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "XDG_CACHE_HOME": str(folder)}
         install = (python, "-m", "pip", "-q", "--disable-pip-version-check", "install")
         run(*install, torch, *BUILD_TOOLS, cwd=folder)

@@ -1,4 +1,4 @@
-"""Pages drawn from the figures beside them: `NAME.md` from `name.json`, which programs read."""
+"""Pages drawn from JSON files that programs read: `NAME.md` from `name.json`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Page(NamedTuple):
 
 
 def to_json(value: Any) -> str:
-    """JSON with a line for each dictionary without others, and for each row of values."""
+    """JSON with one line for each innermost dictionary and each flat list."""
     line = json.dumps(value)
     if "{" not in line[1:] and (isinstance(value, dict) or "[" not in line[1:]):
         return line
@@ -49,6 +49,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -
 
 
 def prose(text: str) -> str:
-    """Paragraphs, their lines filled anew."""
+    """Refills paragraphs to 120 columns."""
     filled = (textwrap.fill(each, 120, break_long_words=False, break_on_hyphens=False) for each in text.split("\n\n"))
     return "\n\n".join(filled) + "\n"

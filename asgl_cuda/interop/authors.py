@@ -1,10 +1,10 @@
-"""The code that the authors of ASGL published: `LIFLayer` with a `LIFCell` and an `EfficientNoisySpikeII`; `tdLayer`.
+"""The published code of ASGL's authors: `LIFLayer` with a `LIFCell` and an `EfficientNoisySpikeII`; `tdLayer`.
 
     h = sigmoid(decay) v + x;  u = h - thresh;  v = h - thresh s, or h (1 - s) + vreset s;  the output is thresh s
     InvRectangle: 1 / width = exp(alpha);  InvSigmoid: 1 / width = alpha;  p is the share of analog elements
 
-It is no package, so a layer is known by the names of its class and of its parts. asgl_cuda draws the noise: other
-elements are analog than in that code, with the same probability.
+The code is no package: layers are recognised by class names. asgl_cuda draws the noise: other elements are analog than
+in the original, with the same probability.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SURROGATES = {"InvRectangle": "rectangle", "InvSigmoid": "sigmoid"}
 
 
 class ConvertedLIFLayer(Converted):
-    """All steps in one call. Width and share of analog elements stay attributes of the authors' layers."""
+    """All steps in one call. Width and `analog_prob` stay attributes of the authors' layers."""
 
     time_dim = 0
 
@@ -59,7 +59,7 @@ class ConvertedLIFLayer(Converted):
             getattr(cell, name, lambda: None)()
         surrogate = cell.spike_fn.inv_sg
         if surrogate.learnable and not isinstance(surrogate.alpha, nn.Parameter):
-            surrogate(torch.zeros_like(x[0]))  # it makes its parameter when it first sees an input
+            surrogate(torch.zeros_like(x[0]))  # alpha becomes a parameter in the first call
         output = self.lif(
             x[: self.nb_steps],
             decay=torch.as_tensor(cell.decay).sigmoid(),

@@ -24,7 +24,7 @@ from .normalised import Normalised
 
 _CALLER = "asgl_cuda.convert"
 
-# Libraries, whose names files of this folder have, and the modules without which there are no layers of theirs.
+# Libraries, named like the adapters' files, and the module of each that defines neuron layers.
 LIBRARIES = {
     "spikingjelly": "spikingjelly.activation_based",
     "snntorch": "snntorch",
@@ -34,7 +34,7 @@ LIBRARIES = {
 
 
 class Replaced(NamedTuple):
-    """A converted layer: its path, its class, and its computation now."""
+    """A replaced layer: its path, class and new computation."""
 
     path: str
     layer: str
@@ -42,7 +42,7 @@ class Replaced(NamedTuple):
 
 
 class Left(NamedTuple):
-    """A neuron layer, or a value, that was not converted: its path, its class, and the reason."""
+    """A layer that was not converted, or a lost value: path, class and reason."""
 
     path: str
     layer: str
@@ -55,9 +55,9 @@ class _Rows(NamedTuple):
 
 
 class Report(_Rows):
-    """The layers that `convert`, `fuse` and their inverses changed and left: `replaced, left = report`.
+    """The layers changed and left by `convert`, `fuse` and their inverses: `replaced, left = report`.
 
-    `print` shows it as a table, with `notes` under it: what would be faster, or why nothing was found.
+    `print` shows a table, then `notes`: advice on speed, or why nothing was found.
     """
 
     notes: Sequence[str] = ()
@@ -71,7 +71,7 @@ class Report(_Rows):
 
 
 class _ASGL(NamedTuple):
-    """The argument `asgl` of `convert`, and its defaults."""
+    """The argument `asgl` of `convert`, with defaults."""
 
     surrogate: str | None = None
     width: float | None = None
@@ -103,13 +103,13 @@ def _checked(asgl: Mapping[str, Any] | None) -> _ASGL | None:
 
 
 def libraries() -> Iterator[Any]:
-    """The adapters of this folder for the imported libraries.
+    """The adapters of the imported libraries.
 
-    Each has `find(layer)`: see `Found`; `streamed(module)`: see `InStream`; `knows_time(module)`: whether the module
-    carries state from step to step, and is refused by `OverTime`. Optional are `wrapped(module)`: the module as a
-    Wrapper, or None; `reset(module)` and `detach(module)`: clear or detach the module's state; `enlist(model)`:
-    registers a copy with the library; NORMALISATIONS: classes that compute the same as torch.nn's; PARTING: classes
-    that unflatten time and batch; PLAIN: torch.nn's classes by the library's forms of them.
+    Required: `find(layer)`, see `Found`; `streamed(module)`, see `InStream`; `knows_time(module)`: whether the module
+    carries state from step to step, and is refused by `OverTime`. Optional: `wrapped(module)`: the module as a Wrapper,
+    or None; `reset(module)` and `detach(module)`: clear or detach the module's state; `enlist(model)`: registers a copy
+    with the library; NORMALISATIONS: equivalents of torch.nn's classes; PARTING: classes that unflatten time and batch;
+    PLAIN: torch.nn's classes, keyed by the library's equivalents.
     """
     yield authors
     for name, module in LIBRARIES.items():
@@ -125,45 +125,44 @@ def convert(
 ) -> tuple[nn.Module, Report]:
     """Computes the neuron layers of a model by the fused neuron: ``fast, report = asgl_cuda.convert(model)``.
 
-    Two results: the model, a copy unless `inplace`, and what became of its layers.
+    Returns the model, a copy unless `inplace`, and a report on its layers.
 
     Known are SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode` and
     `CUBALIFNode`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`, Norse's `LIF`, `IAF` and `LI`, `LIFCell`, `IAFCell`
-    and `LIFBoxCell`, sinabs' `LIF`, `IAF` and `ExpLeak` with their Squeeze forms, and `LIFLayer` of the code that the
-    authors of ASGL published. Synaptic currents and layers that do not fire are computed by `leaky_integrator`. A
-    converted layer gives the same spikes, states and gradients as before, up to rounding: a potential that lands on the
-    threshold but for the last place, as with quantised inputs, may fire where it did not. It keeps its parameters, with
-    their names, its state and its place among the library's classes, so that an optimizer, a state dict and functions
-    like SpikingJelly's `reset_net` go on working. Its values are read at each call; where its surrogate, or anything
-    else that decides how it is computed, is another than at the last call, the surrogate is determined anew, in some
-    milliseconds, or RuntimeError says why it can't be computed any more. A compiled graph sees attributes that are set,
-    but no writes to tensors that a surrogate depends on, as Norse's `alpha`. SpikingJelly's own `backend` is without
-    effect on it. Layers that can't be represented exactly are left as they are, and so are those of which a method was
-    exchanged, as by `layer.fire = ...`; the report says why.
+    and `LIFBoxCell`, sinabs' `LIF`, `IAF` and `ExpLeak` with their Squeeze forms, and `LIFLayer` of the code published
+    by the authors of ASGL. Synaptic currents and layers that do not fire are computed by `leaky_integrator`. A
+    converted layer keeps spikes, states and gradients, up to rounding: a potential within rounding of the threshold, as
+    with quantised inputs, may fire where it did not. The layer's parameters, their names, its state and base classes
+    also stay: optimizers, state dicts and functions such as SpikingJelly's `reset_net` still work. Values of the layer
+    are read at each call; after a change of the surrogate, or of another property that the conversion depends on, the
+    surrogate is identified again, in some milliseconds, or RuntimeError gives the reason for failure. A compiled graph
+    sees attributes that are set, but no writes to tensors behind a surrogate, such as Norse's `alpha`. SpikingJelly's
+    `backend` has no effect on converted layers. Layers without an exact representation, or with a replaced method
+    (`layer.fire = ...`), are left; the report gives the reason.
 
-    Outputs have the types that the library gives them, under autocast as well. `torch.jit.trace` records the library's
-    own operations, which compute the same, except noise; `torch.jit.script` takes no converted layer. In a copy, hooks
-    of tensors are registered again.
+    Outputs have the library's dtypes, under autocast as well. `torch.jit.trace` records the library's own operations,
+    equivalent except for noise; `torch.jit.script` rejects converted layers. In a copy, hooks of tensors are registered
+    again.
 
-    A converted layer is an instance of its class, but its type is another: code that compares types, as
-    `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly do, does not know it;
-    `revert` comes first there. Where a layer can't be copied, as sinabs' recurrent ones, `inplace=True` works.
+    A converted layer is an instance of its original class, but of another type: code that compares types, such as
+    `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly, requires `revert` first.
+    Layers that can't be copied, such as sinabs' recurrent layers, require `inplace=True`.
 
     Args:
-        model: any module, also a neuron layer itself.
-        asgl: makes the replaced layers ASGL layers: a mapping with `surrogate` and `width` at the start (default: the
-            layer's own), `analog_prob` (default 0.2) and `learn_width` (default True). The width is then a new
-            parameter `log_width` of each layer, for the optimizer to know. Layers of the authors' code are ASGL layers
-            as they are; they keep their own width and share of analog elements. Layers that do not fire become none,
-            and those that may spike several times a step are left.
-        inplace: convert the model itself and not a copy; optimizers then hold its parameters already.
+        model: any module, or a neuron layer.
+        asgl: makes the replaced layers ASGL layers: a mapping with `surrogate` and initial `width` (default: the
+            layer's own), `analog_prob` (default 0.2) and `learn_width` (default True), which adds a parameter
+            `log_width` to each layer, to be passed to the optimizer. Layers of the authors' code are ASGL layers
+            already, with their own width and `analog_prob`. Layers that do not fire are converted as without `asgl`,
+            layers with several spikes per step are left.
+        inplace: convert the model instead of a copy; existing optimizers stay valid.
         backend: of all layers, see `asgl_cuda.lif`.
 
     Returns:
-        The model, and a `Report` with the lists `replaced` and `left`; `print` shows it, with what would be faster.
+        The model, and a `Report` with the lists `replaced` and `left`; `print` shows both, with advice on speed.
 
-    Raises TypeError or ValueError for arguments that are not as described, and RuntimeError where the model can't be
-    copied; it is then unchanged.
+    Raises TypeError or ValueError for invalid arguments, and RuntimeError for a model that can't be copied and stays
+    unchanged.
 
     Example::
 
@@ -212,8 +211,8 @@ def convert(
 
 
 def _notes(model: nn.Module, report: Report) -> list[str]:
-    """What would be faster, or why nothing was found."""
-    advice: dict[str, list[str]] = {}  # the paths of each
+    """Advice on speed, or why nothing was found."""
+    advice: dict[str, list[str]] = {}  # paths by text
     for path, *_ in report.replaced:
         layer: Any = model.get_submodule(path)
         if (text := layer.advice()) is not None:
@@ -253,13 +252,13 @@ def _version_of(package: str) -> str:
 
 
 def taken(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
-    """The model or a copy, registered with the libraries as the model is; checks both arguments."""
+    """The model, or a copy registered with the libraries; checks both arguments."""
     check_module(model, caller)
     if check_bool("inplace", inplace, caller):
         return model
     try:
         made = copied(model)
-    except Exception as error:  # by a __deepcopy__ of the user
+    except Exception as error:  # of a user's __deepcopy__
         path, layer = next(row for row in reversed(list(model.named_modules())) if not _can_be_copied(row[1]))
         raise RuntimeError(
             f"{caller}: {path or 'the model'} ({type(layer).__name__}) can't be copied, not by copy.deepcopy either "
@@ -279,7 +278,7 @@ def _can_be_copied(layer: nn.Module) -> bool:
 
 
 def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
-    """A deep copy of all except `share`. Potentials in a graph, as after a call, are copied without it."""
+    """A deep copy of all except `share`. Non-leaf tensors, as potentials after a call, are copied detached."""
     memo: dict[int, Any] = {id(value): value for value in share}
     for module in model.modules():
         attributes = vars(module)
@@ -291,7 +290,7 @@ def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
     return made
 
 
-# Attributes with hooks of tensors, and functions that register a hook.
+# Functions that register hooks, by the tensor attribute that stores them.
 _REGISTER: dict[str, Callable[..., Any]] = {
     "_backward_hooks": Tensor.register_hook,
     "_post_accumulate_grad_hooks": Tensor.register_post_accumulate_grad_hook,
@@ -312,7 +311,7 @@ def _carry_over(model: nn.Module, made: nn.Module, memo: dict[int, Any]) -> None
     tensors = dict(made.named_parameters(remove_duplicate=False)) | dict(made.named_buffers(remove_duplicate=False))
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     pairs = [(value, tensors[name]) for name, value in named if name in tensors]
-    # Attributes that are tensors: deepcopy lists the copied objects at memo[id(memo)].
+    # Tensor attributes: deepcopy keeps the originals in memo[id(memo)].
     pairs += [(value, memo[id(value)]) for value in memo.get(id(memo), ()) if isinstance(value, Tensor)]
     done: set[int] = set()
     for value, duplicate in pairs:
@@ -345,21 +344,21 @@ def _spike_function(
 
 
 def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
-    """Gives a model its original neuron layers back: ``original, report = asgl_cuda.revert(fast)``.
+    """Restores a model's original neuron layers: ``original, report = asgl_cuda.revert(fast)``.
 
-    Their parameters keep the values that training gave them.
+    Parameters keep their trained values.
 
-    A learned width goes into the layer's own surrogate where that has one of the same kind (SpikingJelly's `alpha`,
-    sinabs' `grad_width`); otherwise the report tells that it is lost. No library has a share of analog elements.
+    A learned width is stored in the layer's own surrogate if of the same kind (SpikingJelly's `alpha`, sinabs'
+    `grad_width`); otherwise the report lists the width as lost. The libraries have no `analog_prob`.
 
     Args:
-        model: a module that `convert` returned.
-        inplace: revert the model itself and not a copy.
+        model: a module returned by `convert`.
+        inplace: revert the model instead of a copy.
 
     Returns:
         The model, and a `Report` of the layers.
 
-    Raises TypeError where it is no module.
+    Raises TypeError if `model` is no module.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""Converted layers of other libraries: `asgl_cuda.lif` computes their steps with their own values."""
+"""Converted layers of other libraries, computed by `asgl_cuda.lif` from the layers' own values."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Settings(NamedTuple):
 
 
 class Wrapper(NamedTuple):
-    """A module that calls others in sequence: their names, and the shift of the channels at the entry and exit.
+    """A sequence of calls of submodules: names, and shifts of the channel dimension on entry and exit.
 
-    -1 where time and batch join, +1 where they part, None where the value itself is not passed on, as in loops over
+    -1 if time and batch join, +1 if time and batch part, None if the value itself is not passed on, as in loops over
     steps.
     """
 
@@ -45,15 +45,15 @@ class Wrapper(NamedTuple):
 
 
 class Overlay(nn.Module):
-    """The base of classes that are put before a layer's class.
+    """The base of classes inserted before a layer's class.
 
     The layer remains an instance of its class, with its parameters, buffers, state, hooks and names; the library's
-    functions to reset, detach or copy it still work. Removing the class restores the layer.
+    functions to reset, detach or copy layers still work. Removing the class restores the layer.
     """
 
-    prefix: str  # begins the name of a class that `overlaid` makes
+    prefix: str  # of the names of classes made by `overlaid`
 
-    # `overlaid` sets these in the class that it makes.
+    # Set by `overlaid` in each class.
     overlay: type[Overlay]
     original: type[nn.Module]
 
@@ -67,7 +67,7 @@ class Overlay(nn.Module):
         self.__class__ = self.original  # type: ignore[assignment]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # pickle can't find the class by name: `_new` makes it again.
+        # `_new` remakes the class, which pickle can't find by name.
         _, _, *rest = tuple(super().__reduce_ex__(protocol))
         return _new, _parts(type(self)), *rest
 
@@ -84,7 +84,7 @@ def overlaid(overlay: type[Overlay], original: type[nn.Module]) -> Any:
 
 
 def bare_class(layer: nn.Module) -> type[nn.Module]:
-    """The layer's class without the classes before it."""
+    """The layer's class without overlays."""
     bare: type[nn.Module] = _parts(type(layer))[-1]
     return bare
 
@@ -103,9 +103,9 @@ def _new(*parts: Any) -> nn.Module:
 
 
 class Converted(Overlay, Noisy):
-    """The class before a converted layer's own. Each library has a subclass, whose forward calls `lif`.
+    """The overlay of converted layers. Each library has a subclass, whose forward calls `lif`.
 
-    Where the layer does not fire it calls `integrate` alone: then there are no noise, no width and no `log_width`.
+    For a layer that does not fire, forward only calls `integrate`, without noise, width and `log_width`.
     """
 
     prefix = "Converted"
@@ -114,14 +114,14 @@ class Converted(Overlay, Noisy):
     log_width: nn.Parameter | None
     _snapshot: Snapshot | None = None
     _known: Known | None = None
-    time_dim: int | None  # where time is in its input, None if the input is one step
-    multi_spike = False  # whether it may spike several times a step, for which there is no noise
+    time_dim: int | None  # of the input, None if the input is one step
+    multi_spike = False  # several spikes per step, for which noise is not defined
     takes_input = True  # whether `lif` gets the layer's own input, as fusion with a normalisation requires
-    register_buffer = nn.Module.register_buffer  # any other costs 20 us where a state, which is a buffer, is set
+    register_buffer = nn.Module.register_buffer  # an override costs 20 us per assignment of a buffer
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "original" in vars(cls):  # `overlaid` makes the class, which has a forward
+        if "original" in vars(cls):  # made by `overlaid`, with a forward
             cls.forward = _entered(cls.forward)
 
     @property
@@ -154,7 +154,7 @@ class Converted(Overlay, Noisy):
         self.log_width = None
         if learn_width:
             device = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), None)
-            # [1], since torch's fully_shard refuses parameters without a dimension.
+            # [1]: torch's fully_shard refuses zero-dimensional parameters.
             self.log_width = nn.Parameter(torch.full((1,), math.log(settings.spike.width), device=device))
 
     def end(self) -> None:
@@ -168,7 +168,7 @@ class Converted(Overlay, Noisy):
         self.take_off()
 
     def known_by(self) -> tuple[Any, ...]:
-        """The spike function, or None, and all else in `find` that may change between calls."""
+        """The spike function, or None, and other inputs of `find` that may change."""
         return (None,)
 
     def take_snapshot(self) -> None:
@@ -176,7 +176,7 @@ class Converted(Overlay, Noisy):
         self._snapshot = Snapshot(*self.known_by())
 
     def check(self) -> None:
-        """Identifies the layer again where it has changed; raises where it can't be computed."""
+        """Identifies a changed layer again; raises if conversion is no longer possible."""
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self.__prepare_scriptable__()
         snapshot = self._snapshot
@@ -215,15 +215,15 @@ class Converted(Overlay, Noisy):
         )
 
     def is_plain(self) -> bool:
-        """Whether results are those of the original layer."""
+        """Whether results equal the original layer's."""
         return not self.settings.asgl and not getattr(self, "_has_noise", False)
 
     def steps_as_before(self) -> bool:
-        """Whether the library's own forward computes a step, which compilers fuse with operations around it."""
+        """Whether to run the library's own forward: compilers fuse a step with the operations around."""
         return torch.compiler.is_compiling() and self.settings.backend is None and self.is_plain()
 
     def known_of(self, make: Callable[..., Any], *values: Any) -> tuple[Known | None, Any]:
-        """The cache for a step with these values, and `make` of them, cached for constants."""
+        """The cache for a step with `values`, and `make(*values)`, cached for constants."""
         self.check()
         if torch.compiler.is_compiling() or not self.is_plain():
             return None, make(*values)
@@ -238,7 +238,7 @@ class Converted(Overlay, Noisy):
         return known, made
 
     def lif_of(self, known: Known | None, options: dict[str, Any], x_seq: Tensor, v_init: Tensor) -> LIFOutput:
-        """`lif` with these options, checked only where the signature is not the last one."""
+        """`lif` with `options`, checked only if the signature differs from the last call's."""
         if known is None or self.settings.dtype not in (None, x_seq.dtype) or not x_seq.is_floating_point():
             return self.lif(x_seq, v_init=v_init, **options)
         call = known.call(x_seq, v_init, options)
@@ -283,7 +283,7 @@ class Converted(Overlay, Noisy):
         return result
 
     def compute(self, x_seq: Tensor, **options: Any) -> Tensor | LIFOutput:
-        """`asgl_cuda.lif`; where the layer is fused with a normalisation, both."""
+        """`asgl_cuda.lif`, after the normalisation of a fused layer."""
         return lif(x_seq, **options)
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
@@ -291,15 +291,15 @@ class Converted(Overlay, Noisy):
         return 1.0, 0.0
 
     def hold_width(self) -> bool:
-        """Writes the learned width to the layer's own surrogate; False if that has none."""
+        """Writes the learned width to the layer's own surrogate; False if impossible."""
         return False
 
     def advice(self) -> str | None:
-        """Advice on one call for whole sequences, where a call of this layer is a step."""
+        """Advice on calls with whole sequences, for a layer called step by step."""
         return None
 
     def original_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The library's own forward, which torch.jit can trace: the same result without noise."""
+        """The library's own forward, for torch.jit.trace: equivalent without noise."""
         if type(self).original is not bare_class(self) or (self.training and getattr(self, "_has_noise", False)):
             self.__prepare_scriptable__()
         made = type(self)
@@ -323,18 +323,18 @@ class Converted(Overlay, Noisy):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
-# An adapter's answer for a layer: the class that converts the layer and its spike function (None if it does not fire),
-# or the reason why it is left; None unless the layer is a neuron of the library.
+# An adapter's answer for a layer: the converting class and the spike function (None if the layer does not fire), or the
+# reason to leave the layer; None unless the layer is a neuron of the library.
 Found: TypeAlias = tuple[type[Converted], Callable[[Tensor], Tensor] | SpikeFunction | None] | str | None
 
-# How it answers about streams: how the module takes them, or why it can't; None where it carries nothing.
+# An adapter's answer on streaming: how, or why not; None for a module without state.
 InStream: TypeAlias = "Streamed | str | None"
 
 
 class Streamed(NamedTuple):
-    """How a module takes the steps of a stream: where time is in its input, and the attribute that holds its state.
+    """How a module takes the steps of a stream: the time dimension of its input, and the attribute with its state.
 
-    None where its input is one step, and where it is no layer but calls some.
+    None for an input of one step, and without a single state, as in containers.
     """
 
     time_dim: int | None
@@ -342,7 +342,7 @@ class Streamed(NamedTuple):
 
 
 def number(value: Any) -> Any:
-    """A CPU tensor of no dimensions as a float, for cheaper calls; any other value unchanged.
+    """A zero-dimensional CPU tensor as a float, for cheaper calls; any other value unchanged.
 
     Learned values are constants while gradients are disabled.
     """
@@ -352,7 +352,7 @@ def number(value: Any) -> Any:
 
 
 def _taken(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
-    """The options with their tensors as PyTorch takes them: integers as well, and one number from another device."""
+    """The options, with integer tensors and scalars of other devices accepted as in PyTorch."""
     for name, given in options.items():
         if isinstance(given, Tensor) and not (given.dim() and given.is_floating_point()):
             value = _floating(given) if name == "v_init" else number(_floating(given))
@@ -367,7 +367,7 @@ def _floating(value: Tensor) -> Tensor:
 
 
 def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, but torch.fx sees one call of the module, as of torch.nn's, and torch.jit the library's operations."""
+    """Wraps forward: torch.fx sees one call of the module, as of torch.nn's, torch.jit the library's operations."""
 
     @functools.wraps(forward)
     def call(self: Converted, *args: Any, **kwargs: Any) -> Any:
@@ -394,7 +394,7 @@ def exchanged(layer: nn.Module) -> str | None:
 
 
 def unknown(layer: nn.Module, known: tuple[type[nn.Module], ...], mixing: tuple[type[nn.Module], ...] = ()) -> str:
-    """Why a neuron is left whose class is none of `known`; those of `mixing` have weights."""
+    """Why a neuron of a class outside `known` is left; classes of `mixing` have weights."""
     if isinstance(layer, mixing):
         return "it mixes neurons, or steps, by weights of its own"
     base = next((base for base in type(layer).__mro__ if base in known), None)

@@ -1,4 +1,4 @@
-"""Data of the paper's four kinds: for each a set that needs no download, and real ones from a folder."""
+"""For each of the paper's four kinds of data, a set without download, and real sets from a folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from .demo import load_data as load_digits
 
-SPLIT_SEED = 0  # of sets without parts for training and test
+SPLIT_SEED = 0  # of sets without a train/test split
 
 
 class Data(NamedTuple):

@@ -56,7 +56,7 @@ def observe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
         scores = scores_of(model, images)
     layers = monitor.result().values()
     for _, neuron in asgl_cuda.asgl_layers(model):
-        neuron.train()  # these alone, so that the noise is the only difference
+        neuron.train()  # only neurons, so that only the noise differs
     noisy = [loss_of(model, images, labels).item() for _ in range(NOISE_DRAWS)]
     return {
         **{key: [layer[key] for layer in layers] for key in OBSERVED},

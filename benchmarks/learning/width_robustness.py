@@ -2,7 +2,7 @@
 
 For every set, surrogate, method, width and seed a network is trained as by the authors: SGD with momentum for the
 weights, Adam without decay for the widths, both under a cosine schedule. SG is the same network without noise, with its
-first width. In the test all spikes are hard. The result file is written after every training; trainings in it are not
+first width. In the test all spikes are hard. The result file is written after every training; its trainings are not
 repeated.
 
 The paper reports CIFAR-10 and CIFAR-100 with ResNet-18; the table shows its figures beside ours.

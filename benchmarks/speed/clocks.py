@@ -27,7 +27,7 @@ COLD_BYTES = 2**28
 def keep_memory() -> bool:
     """Makes the C library keep freed memory, as torch does on a GPU; returns whether it can.
 
-    By default it returns large blocks to the system, at some sizes: measurements would then include page faults.
+    By default, large blocks of some sizes return to the system: measurements would include page faults.
     """
     trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -50,7 +50,7 @@ class Row(NamedTuple):
     backward: Callable[[Sample, Tensor], Any]
 
 
-# The timed statement of each part, and the one before it.
+# Timed statement and setup, by part.
 CPU_STATEMENTS = {
     "forward": ("row.forward(sample)", "pass"),
     "backward": ("row.backward(sample, out)", "out = row.forward(sample)"),
@@ -74,7 +74,7 @@ class CpuClock:
 
 
 class GpuClock:
-    """The same on a GPU, over several calls in a row, all queued before the first one starts."""
+    """CpuClock for a GPU, over several calls in a row, all queued before the first starts."""
 
     CYCLES_A_SECOND = 2e9  # an estimate: the wait need only be long enough
     LONGEST = 0.02  # seconds of the calls in a row, and of the wait
@@ -162,7 +162,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 def allocated_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:
     """The peak of a call's allocations, and the bytes that it leaves while its result lives.
 
-    Memory from before the call that it frees counts as less.
+    Freeing memory from before the call lowers both.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()

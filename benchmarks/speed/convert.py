@@ -1,7 +1,7 @@
 """The time that `asgl_cuda.convert` saves: layers of other libraries before and after conversion, forward and backward.
 
-Both layers take turns within each repeat; the median is reported. Their spikes, or the potentials of layers that do not
-fire, are compared before they are timed.
+Both layers take turns within each repeat; the median is reported. Spikes, or potentials of layers that do not fire, are
+compared first.
 """
 
 from __future__ import annotations

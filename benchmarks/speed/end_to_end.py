@@ -1,9 +1,9 @@
 """Training steps of three networks with exchanged neuron layers: time, its distribution over layers, and memory.
 
 A step is forward, loss, backward and optimiser. All variants take turns within each repeat; the median is reported.
-Shares of layers are the profiler's, in a run of their own: hooks of every layer open a range in forward and in
-backward. In a network with batch normalisation, `asgl_cuda.fuse` joins it with the neurons; before the fused network is
-timed, its losses are compared with those of the same network without fusion.
+Shares of layers come from a separate run under the profiler: hooks of every layer open a range in forward and in
+backward. `asgl_cuda.fuse` fuses batch normalisation with neurons; before a fused network is timed, its losses are
+compared with the unfused network's.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PROFILED_STEPS = 20
 FUSED_BLOCK = ", fused block"  # suffix of a variant whose neurons normalise
 COMPARED_STEPS = 3
 COMPARED_BATCH = 4
-# Losses are compared in float64. Roundings differ with fusion, and a neuron that then fires changes all that follows:
-# in float32 some do within a few steps, in float64 none. Other noise alone changes a loss by 1e-4 or more.
+# Losses are compared in float64: fusion changes roundings, and a single other spike changes all that follows. In
+# float32, other spikes occur within a few steps, in float64 none. Other noise changes a loss by at least 1e-4.
 LOSS_TOLERANCE = 1e-9
 
 MakeNeuron = Callable[[], nn.Module]
@@ -52,7 +52,7 @@ def mlp(neuron: MakeNeuron) -> nn.Sequential:
 
 
 def convolutional(neuron: MakeNeuron) -> nn.Sequential:
-    """Convolutions in the manner of VGG, with batch normalisation, on images of 32 x 32."""
+    """VGG-like convolutions with batch normalisation, on images of 32 x 32."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)):
         if inputs in (32, 64) and inputs != outputs:
@@ -149,7 +149,7 @@ class Training:
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
 
     def step(self) -> Tensor:
-        """Trains once; returns the loss before."""
+        """Trains once; returns the prior loss."""
         self._optimizer.zero_grad()
         for layer in self.model.modules():
             if hasattr(layer, "store_v_seq"):  # SpikingJelly's state
@@ -168,7 +168,7 @@ class Training:
 
 
 def check_losses(network: Network, device: torch.device) -> list[str]:
-    """The names of the variants with fused blocks, whose losses are those without fusion."""
+    """Compares losses with and without fusion; returns the names of fused variants."""
     steps, _, *sizes = network.input_shape
     network = network._replace(input_shape=(steps, COMPARED_BATCH, *sizes))
 

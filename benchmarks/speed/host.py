@@ -3,7 +3,7 @@
 The yardstick is `gelu` in the same run: with gradients forward and backward, without them forward alone. An empty
 autograd function of two inputs shows the cost of any function in Python. On a GPU: the time until all is queued.
 
-`launched in Python`: operators and launchers in Python, as in the backend cupy, without the call of the driver.
+`launched in Python`: operators and launchers in Python, as in the backend cupy, without calling the driver.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _without_gradients(device: torch.device, repeats: int) -> dict[str, float]:
 
 
 def _microseconds(rows: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Medians; on a CPU, of the thread's own time, which other processes do not change."""
+    """Medians; on a CPU, of the thread's CPU time, which excludes other processes."""
     timer = time.thread_time if device.type == "cpu" else time.perf_counter
 
     def clock(function: Callable[[], Any]) -> Callable[[], float]:

@@ -1,9 +1,9 @@
-"""Memory of training steps: what is kept for backward, the peak, and the time, with spikes kept and computed again.
+"""Memory of training steps: bytes kept for backward, peak, and time, with spikes kept and recomputed.
 
-A network in the manner of VGG, eight blocks of a convolution and `BatchNormLIF`, for several lengths, and a spiking
-ResNet-18 of SpikingJelly. Beside `asgl_cuda.recompute_spikes` stand torch's activation checkpointing of each block, and
-for the ResNet SpikingJelly's own neurons, alone and under its memory optimisation of level 1. Before they are timed,
-gradients are compared for equality where the neurons are the same. All variants take turns within each repeat.
+A VGG-like network, eight blocks of a convolution and `BatchNormLIF`, for several lengths, and a spiking ResNet-18 of
+SpikingJelly. `asgl_cuda.recompute_spikes` is compared with torch's activation checkpointing of each VGG block and, for
+the ResNet, with SpikingJelly's neurons, with and without its memory optimisation of level 1. Where the neurons are the
+same, gradients are first compared for equality. All variants take turns within each repeat.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SPIKINGJELLY, OPTIMISED = "SpikingJelly", "SpikingJelly, memopt level 1"
 
 
 class Checkpointed(nn.Module):
-    """A block whose input alone is kept."""
+    """A block that keeps only its input."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def with_ours(model: nn.Module) -> nn.Module:
 
 
 class Training:
-    """A model with its data. Its variants begin with the same weights."""
+    """A model with its data; all variants begin with the same weights."""
 
     def __init__(self, make: Callable[[], nn.Module], shape: tuple[int, ...], device: torch.device) -> None:
         torch.manual_seed(0)
@@ -152,10 +152,8 @@ def measure(name: str, device: torch.device, repeats: int) -> dict[str, dict[str
     seconds = in_turns({variant: training.seconds for variant, training in found.items()}, repeats)
     report = {}
     for variant, training in found.items():
-        training.zero_grad()  # a step that frees older gradients would count them as less
-        peak, _ = allocated_bytes(
-            training.step, device
-        )  # first: a graph whose backward was not called stays with states
+        training.zero_grad()  # freed older gradients would lower the peak
+        peak, _ = allocated_bytes(training.step, device)  # first: states keep alive a graph without backward
         _, kept = allocated_bytes(training.forward, device)
         report[variant] = {
             "seconds": statistics.median(seconds[variant]),

@@ -194,7 +194,7 @@ def refuse_other_spikes(name: str, spikes: Tensor, expected: Tensor | asgl_cuda.
 
 @torch.no_grad()
 def check_peers(device: torch.device) -> None:
-    """Checks that all rows do the same work: that their spikes are ours."""
+    """Checks that peers do the same work: their spikes are ours."""
     x_seq = torch.randn(20, 4096, device=device)
     state = torch.tensor([1, 2], device=device)
     mask = asgl_cuda.analog_mask(x_seq, ANALOG_PROB, state)

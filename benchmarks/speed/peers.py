@@ -99,7 +99,7 @@ _MAKERS = {"SpikingJelly": spikingjelly, "snnTorch": snntorch, "Norse": norse, "
 
 
 def installed_peers(device: torch.device) -> tuple[list[Peer], list[str]]:
-    """The installed libraries, and the names of the others."""
+    """The installed peers, and the names of missing peers."""
     found, missing = [], []
     for name, make in _MAKERS.items():
         try:
@@ -117,7 +117,7 @@ def machine_and_peers(device: torch.device) -> dict[str, Any]:
 
 
 def asgl_loop(x_seq: Tensor, width: Tensor, analog_prob: float, mask: Tensor | None = None) -> Tensor:
-    """ASGL in plain PyTorch, with a mask drawn at each step, or a given one to compare results."""
+    """ASGL in plain PyTorch, with a mask drawn at each step, or given to compare results."""
     v = torch.zeros_like(x_seq[0])
     s_seq = []
     for t, x in enumerate(x_seq):

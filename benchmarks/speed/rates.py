@@ -14,7 +14,7 @@ CYCLES = 50_000_000  # some 25 ms
 
 
 class Rates(NamedTuple):
-    """The rates of a card as it runs here."""
+    """The measured rates of a device."""
 
     bandwidth: float  # bytes read and written a second by a copy
     cycles: float | None  # a second, of all multiprocessors; None on a CPU

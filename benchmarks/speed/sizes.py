@@ -135,11 +135,11 @@ CPU_BLOCKS = (
     Block(BLOCK_SHAPE, "float32", "channels_last"),
     Block(BLOCK_SHAPE, "bfloat16", compiled=False),
 )
-# The sizes that judge the kernels' speed.
+# Sizes by which the kernels are judged.
 GPU_SIZES = tuple(
     Size(steps, neurons, dtype) for steps, neurons in ((4, 2**24), (128, 2**19)) for dtype in ("float32", "bfloat16")
 )
-# A cache may hold part of the first between passes, but not of the others.
+# A cache may hold part of the first block between passes, but of no other.
 GPU_BLOCKS = tuple(
     Block(shape, dtype, layout)
     for shape, dtype, layout in (
@@ -215,7 +215,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def samples(size: Size | Block, device: torch.device) -> list[Sample]:
-    """The inputs that take turns; a single one on a CPU, whose caches are part of what users get."""
+    """Inputs that take turns; only one on a CPU, where users benefit from caches, too."""
     count = 1
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size

@@ -1,7 +1,7 @@
 """Draws docs/figures/method.png, the method in one figure, from runs of the library: `python -m docs.figures.method`.
 
-Above, one neuron of one call of `asgl_cuda.lif`: its potential, the window of the surrogate, and what it emits. Below,
-the learned widths of a training on digits, and the smooth value and its slope at the first and the last width.
+Top: one neuron of a call of `asgl_cuda.lif`, with potential, surrogate window and output. Bottom: the smooth value and
+its slope at the first and the last width of a training on digits, and the learned widths.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HIDDEN, FIRST_WIDTH, EPOCHS = (256, 256, 256), 5.0, 25
 
 
 class Neuron(NamedTuple):
-    """What one neuron did, `[T]` each: potential before and after reset, output, whether it was analog."""
+    """One neuron's values, `[T]` each: potential before and after reset, output, analog mask."""
 
     h_seq: Tensor
     v_seq: Tensor
@@ -97,7 +97,7 @@ def draw_potential(panel: Any, neuron: Neuron) -> None:
 
 
 def draw_output(panel: Any, neuron: Neuron) -> None:
-    """What the neuron emits: full bars for spikes, hatched ones and diamonds for smooth values."""
+    """The output: solid bars for spikes, hatched bars with diamonds for smooth values."""
     for t, (s, analog) in enumerate(zip(neuron.s_seq.tolist(), neuron.analog.tolist(), strict=True)):
         if analog:
             panel.bar(t, s, 0.62, facecolor="white", edgecolor=palette.VERMILION, hatch="////", linewidth=1.2)

@@ -1,4 +1,4 @@
-"""Memory of training steps: less is kept where spikes are computed again, and what is allocated is counted."""
+"""Memory of training steps: less is kept where spikes are recomputed, and allocations are counted."""
 
 import torch
 

@@ -206,7 +206,7 @@ def test_report_and_figure(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments", [[], ["--fresh"]])
 def test_memory_is_kept_unless_fresh(tmp_path, monkeypatch, arguments):
-    """And blocks are measured by default."""
+    """Blocks are measured by default."""
     monkeypatch.setattr(sizes, "CPU_SIZES", [Size(2, 64, "float32", peers=False)])
     monkeypatch.setattr(sizes, "CPU_BLOCKS", [Block((2, 3, 4, 5, 6), "bfloat16", "channels_last")])
     asked = []

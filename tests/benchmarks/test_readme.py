@@ -18,7 +18,7 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 def blocks(language: str) -> list[str]:
-    """Its code blocks, each after as many empty lines as precede it, so that a traceback names the README's line."""
+    """Code blocks, each after as many empty lines as precede it, so that tracebacks name the README's line."""
     text = README.read_text()
     return [
         "\n" * text.count("\n", 0, match.start(1)) + match[1]
@@ -59,7 +59,7 @@ def test_links_exist():
 
 
 def test_figures_are_those_of_the_results():
-    """`python -m benchmarks.readme` writes them."""
+    """Written by `python -m benchmarks.readme`."""
     texts = readme.read()
     assert readme.pages(texts) == texts
 

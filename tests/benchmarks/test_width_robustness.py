@@ -84,7 +84,7 @@ def test_augmentation_in_training_alone():
 
 
 def report(accuracies):
-    """A report of accuracies by width and seed for ASGL; SG has 1 less at each."""
+    """A report of accuracies by width and seed for ASGL; SG has 1 less each."""
     runs = {}
     for method, less in ((SG, 1), (ASGL, 0)):
         for width, values in accuracies.items():

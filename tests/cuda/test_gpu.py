@@ -1,4 +1,4 @@
-"""Tests of a GPU itself: streams, devices, graphs, the kernels of large layers, memory that runs out."""
+"""Tests on a GPU: streams, devices, graphs, the kernels of large layers, out of memory."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ GPU_BACKENDS = [name for name in ("cuda", "cupy") if name in WANTED and name in 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU_BACKENDS, reason=str(asgl_cuda.unavailable_backends()))]
 
-WAIT = 100_000_000  # cycles, some 50 ms: longer than the host takes to queue what follows
+WAIT = 100_000_000  # cycles, some 50 ms: longer than the host takes to queue a call
 
 
 @pytest.fixture(params=GPU_BACKENDS or ["none"])
@@ -122,7 +122,7 @@ def test_work_goes_to_the_current_stream(backend, large):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        results(backend, late, **options)  # loads kernels, and fills the stream's cache of memory
+        results(backend, late, **options)  # loads kernels, and fills the stream's memory cache
         side.synchronize()
         torch.cuda._sleep(WAIT)
         late.copy_(x_seq)
@@ -267,7 +267,7 @@ def assert_chunks_equal_reference(x_seq: Tensor, chunk: int, outputs: tuple[Tens
 
 
 def test_more_than_2_31_elements(backend):
-    """All neurons without noise; with noise, those with the largest indices."""
+    """All neurons without noise; with noise, the first, middle and last neurons."""
     steps, neurons = 4, 2**29 + 12
     if torch.cuda.mem_get_info()[0] < 30 * 2**30:
         pytest.skip("needs 30 GiB of the GPU's memory")
@@ -287,7 +287,7 @@ def test_more_than_2_31_elements(backend):
 
 @pytest.fixture
 def little_memory() -> Iterator[Callable[[int], None]]:
-    """Limits this process to the memory that it has and a number of bytes more."""
+    """Limits this process to its reserved memory plus a number of bytes."""
 
     def grant(more: int) -> None:
         torch.cuda.empty_cache()

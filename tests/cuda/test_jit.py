@@ -141,7 +141,7 @@ def test_code_is_without_faults():
     ("options", "fault"), [(("--fmad=true",), "is contracted"), (("--fmad=false", "--ftz=true"), "flushes subnormal")]
 )
 def test_options_that_change_the_arithmetic_are_found(monkeypatch, options, fault):
-    """CuPy's own compilation sets the second."""
+    """CuPy's own compilation sets --ftz=true."""
     monkeypatch.setattr(jit, "OPTIONS", ("--std=c++17", *options))
     (binary,), _ = jit.compile_kernels([FORWARD], "compute_80")
     assert any(fault in problem for problem in ptx_problems(binary.image.decode()))
@@ -345,7 +345,7 @@ def raise_error(error: Exception):
 
 
 class Refuses:
-    """An import hook with which CuPy exists but does not import."""
+    """An import hook that finds a CuPy that fails to import."""
 
     BANNER = "\n================\nFailed to import CuPy.\nOriginal error: libcurand.so.10 is gone\n================\n"
 

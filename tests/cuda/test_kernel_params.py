@@ -1,4 +1,4 @@
-"""Structures and constants that asgl_cuda reads from csrc are those of compilers, and options are packed alike."""
+"""Structures and constants that asgl_cuda parses from csrc equal the compilers'; options are packed alike."""
 
 import ctypes
 import re

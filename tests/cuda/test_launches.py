@@ -49,7 +49,7 @@ def grids(emulation):
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_neurons_a_thread(emulation, backend, steps, options, multiprocessors, lanes, dtype):
-    """Four where no parameter changes over time, except few neurons for many steps; else where they fill the device."""
+    """Four where no parameter changes over time, except few neurons for many steps; else where blocks fill the GPU."""
     emulation.set_multiprocessors(multiprocessors)
     x_seq = random_input(steps, NEURONS, dtype=dtype)
     asgl_cuda.lif(x_seq, **options, backend=backend).sum().backward()

@@ -33,7 +33,7 @@ NEURONS = {
 
 @pytest.fixture
 def with_launcher(monkeypatch, emulation) -> Iterator[Callable[..., ptx.Launcher]]:
-    """Installs a launcher as the backend `tried`, and gives the emulation as many neurons a thread."""
+    """Installs a launcher as the backend `tried`; the emulation gets the same multiprocessors."""
 
     def install(machine: ptx.Machine, multiprocessors: int = emulated.TINY, **options) -> ptx.Launcher:
         launcher = ptx.Launcher(machine, multiprocessors, **options)
@@ -191,7 +191,7 @@ INEXACT = [surrogate for surrogate in SURROGATES if surrogate not in EXACT_SURRO
 @pytest.mark.parametrize("surrogate", INEXACT)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES])
 def test_approximations_at_their_error_bounds(with_launcher, surrogate, dtype):
-    """The suite's tolerances hold with a device's errors: one last place in the reciprocal, two in the power of two."""
+    """The suite's tolerances hold with a device's errors: one ulp in the reciprocal, two ulps in the power of two."""
     if not ALL and dtype != torch.float32:
         pytest.skip("ASGL_TEST_BACKENDS=ptx compiles all of them")
     machine = ptx.Machine()

@@ -78,7 +78,7 @@ class EfficientNoisySpikeII(EfficientNoisySpike):
 
 
 class LIFCell(nn.Module):
-    """One step: the potential and the input current to the next potential and the spike."""
+    """One step, from potential and input current to the next potential and the spike."""
 
     def __init__(self, spike_fn, decay=0.5, thresh=0.5, vreset=None, use_gate=False):
         super().__init__()
@@ -115,7 +115,7 @@ class LIFLayer(nn.Module):
 
 
 class tdLayer(nn.Module):  # noqa: N801
-    """A layer that knows no time, applied to all steps at once."""
+    """A layer without time, applied to all steps at once."""
 
     def __init__(self, layer, nb_steps):
         super().__init__()

@@ -82,7 +82,7 @@ def flat(value):
 
 
 def reset(model):
-    """Resets what other libraries' layers keep, by their own methods."""
+    """Resets other libraries' layers, by the layers' own methods."""
     for module in model.modules():
         if isinstance(module, sinabs.layers.StatefulLayer):
             module.reset_states()
@@ -120,9 +120,9 @@ def close(ours, theirs):
 def check(make, run, threshold=1.0, scale=1.0, dead_parameters=False, several=False):
     """Compares a layer with its conversion: spikes equal, unless both potentials are at the threshold within rounding.
 
-    With `several` spikes a step, every multiple of the threshold is one.
+    With `several`, spikes may flip at every multiple of the threshold.
 
-    A spike that flips changes everything after it, so an input on which one does is only checked for that.
+    A flipped spike changes everything after the flip, so an input with a flip is only checked for the flip.
     """
     for seed in range(6):
         torch.manual_seed(seed)
@@ -153,7 +153,7 @@ def check(make, run, threshold=1.0, scale=1.0, dead_parameters=False, several=Fa
 
 
 def steps(layer, x_seq, hand_on=True):
-    """The outputs of single steps, each stacked; what a step returns beside its spikes goes to the next."""
+    """The outputs of single steps, each stacked; states go to the next step."""
     results, states = [], ()
     for x in x_seq:
         results.append(layer(x, *states))
@@ -162,7 +162,7 @@ def steps(layer, x_seq, hand_on=True):
 
 
 def norse_run(layer, x_seq):
-    """A cell, or a layer that records its states; the current, where there is one, is added to the potential."""
+    """A cell, or a layer that records states; the current, if any, is added to the potential."""
     state, p = getattr(layer, "kept", None), layer.p
     if isinstance(layer, norse.module.snn.SNNCell):
         start, results = layer.initial_state(x_seq[0]) if state is None else state, []
@@ -266,9 +266,9 @@ def history(model, x_seq, call=None):
 
 
 def assert_alike(model, x_seq, pairs, backend, call=None):
-    """The fused model gives the results of the model that is only converted, and so does the model that unfuse returns.
+    """The fused and the unfused model give the results of the model that is only converted.
 
-    The model itself differs from both as far as `convert` finds the width of a surrogate inexactly.
+    The model itself differs where `convert` finds the width of a surrogate inexactly.
     """
     scattered(model)
     classes = [type(module) for module in model.modules()]

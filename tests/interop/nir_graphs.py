@@ -67,7 +67,7 @@ def cuba(kind=nir.CubaLIF, **numbers):
 
 
 def graph_of(*nodes, edges=None, **more):
-    """A chain of the nodes, or one Input, these as 0, 1, ..., and one Output with the edges given."""
+    """The nodes as 0, 1, ..., between Input and Output: a chain, or with the given edges."""
     shape = np.array([6])
     named = {"in": nir.Input(input_type={"input": shape}), **{str(i): node for i, node in enumerate(nodes)}, **more}
     named["out"] = nir.Output(output_type={"output": shape})
@@ -76,7 +76,7 @@ def graph_of(*nodes, edges=None, **more):
 
 
 def chain(names, make=lambda: nir_lif(tau=3e-4, r=3.0)):
-    """A graph of nodes with these names, one after the other."""
+    """A chain of nodes with these names."""
     shape = np.array([6])
     nodes = {name: make() for name in names}
     edges = list(zip(["the input", *names], [*names, "the output"], strict=True))

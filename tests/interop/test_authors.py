@@ -13,7 +13,7 @@ import asgl_cuda
 @pytest.mark.parametrize("vreset", [None, 0.1])
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_outputs_and_gradients(p, vreset, kind, granularity):
-    """All elements are hard, or all are smooth: in between the libraries draw different noise."""
+    """All elements are hard or all are smooth, since the libraries draw different noise."""
     spike = authors_code.EfficientNoisySpikeII(kind(2.0, granularity=granularity), p=p)
     layer = authors_code.LIFLayer(4, spike_fn=spike, decay=0.6, thresh=0.7, vreset=vreset)
     torch.manual_seed(0)

@@ -97,7 +97,7 @@ def test_converted_layers_fire_at_the_rate(name, asgl, x_seq):
 
 
 def test_neurons_that_are_not_converted(x_seq):
-    """Named in the report; weights in front of them are not assigned to later layers."""
+    """Reported by name; weights in front are not assigned to later layers."""
     model = nn.Sequential(
         nn.Flatten(2), wide(), neuron.QIFNode(step_mode="m"), nn.Linear(50, 50), neuron.LIFNode(step_mode="m")
     )

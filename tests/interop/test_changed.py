@@ -21,7 +21,7 @@ from asgl_cuda.interop.converted import Converted
 
 
 def own_threshold():
-    """All layers of sinabs share the default one."""
+    """The default threshold is one object for all layers of sinabs."""
     return {"spike_threshold": torch.tensor(1.0)}
 
 
@@ -100,14 +100,14 @@ def surrogate_with(name, **values):
 
 
 class OwnExponential:
-    """A surrogate of a user, as wide as the threshold says."""
+    """A user's surrogate with the threshold as width."""
 
     def __call__(self, v_mem, spike_threshold):
         return torch.exp(-torch.abs(v_mem - spike_threshold) / spike_threshold)
 
 
 class Widened(nn.Module):
-    """A surrogate of a user with a buffer."""
+    """A user's surrogate with a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -286,11 +286,11 @@ def test_a_surrogate_with_parameters_is_left():
     assert "its spike function has parameters that learn" in report.left[0].reason
 
 
-# ---- methods that were exchanged ----
+# ---- exchanged methods ----
 
 
 def exchange(part, name):
-    """A function in the layer itself, which does what the method does."""
+    """Shadows a method by an instance attribute that calls the method."""
     method = getattr(part, name)
     setattr(part, name, lambda *arguments, **named: method(*arguments, **named))
 
@@ -349,7 +349,7 @@ class Net(nn.Module):
         self.recurrent = norse.LIFRecurrentCell(3, 3, norse.LIFParameters(alpha=torch.tensor(1.0)))
         self.linear = nn.Linear(3, 3)
         self.sinabs = sinabs.layers.LIF(3.0, norm_input=False, **SINGLE)
-        self.own = torch.ones(3, requires_grad=True)  # no parameter, as weights that are given to Norse's cells
+        self.own = torch.ones(3, requires_grad=True)  # no parameter, like weights given to Norse's cells
         self.calls = []
         self.linear.weight.register_hook(self.doubled)
         self.linear.bias.register_post_accumulate_grad_hook(functools.partial(self.seen, "bias"))

@@ -311,7 +311,7 @@ def test_the_training_kit_knows_converted_layers(name):
     ids=["spikingjelly", "snntorch", "norse", "norse, a current"],
 )
 def test_a_step_a_call_takes_few_operations(make, most):
-    """Where neurons are few, the number of operations is the cost of a call."""
+    """With few neurons, the number of operations is the cost of a call."""
 
     class Counter(TorchDispatchMode):
         count = 0

@@ -164,7 +164,7 @@ def test_snntorch(backend):
 
 
 def test_multi_step(backend):
-    """The layer of MultiStep is converted already, so it has its backend before."""
+    """MultiStep converts the layer, which thus has a backend before fusion."""
     model = nn.Sequential(OverTime(nn.BatchNorm1d(C)), MultiStep(snntorch.Leaky(beta=0.9, init_hidden=True)))
     assert_alike(on(model, backend), 2 * torch.randn(T, B, C), 1, backend, lambda model, x: model(x))
     plain = asgl_cuda.unfuse(asgl_cuda.fuse(model)[0])[0]
@@ -176,7 +176,7 @@ def test_multi_step(backend):
     "tau", [torch.tensor(400.0), torch.tensor([300.0, 400.0, 500.0]), torch.tensor([[300.0], [400.0], [500.0]])]
 )
 def test_norse(tau, affine, backend):
-    """The input current has a gain, and a bias where the potential leaks towards something; also one a channel."""
+    """The input current has a gain and, from v_leak, a bias; also one gain a channel."""
     p = norse.LIFBoxParameters(tau_mem_inv=tau, v_leak=torch.tensor(0.4), v_th=torch.tensor(0.8))
     model = norse.SequentialState(nn.BatchNorm1d(C, affine=affine), norse.LIFBoxCell(p))
 
@@ -246,7 +246,7 @@ def test_a_layer_named_like_the_authors_that_is_not():
 
 
 def test_noise_and_float32(backend):
-    """In float32 the last places of potentials differ, which may flip a spike, but none under noise everywhere."""
+    """In float32 potentials differ by roundings, which flip hard spikes; with analog_prob 1 there are none."""
     model = nn.Sequential(OverTime(nn.Sequential(nn.Linear(6, C), nn.BatchNorm1d(C))), asgl_cuda.LIF(analog_prob=1.0))
     assert_alike(model, torch.randn(T, B, 6), 1, backend)
     model = scattered(model.float())
@@ -274,7 +274,7 @@ def test_the_neurons_mode_is_that_of_the_noise_and_the_normalisations_that_of_th
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("training", [True, False])
 def test_an_empty_batch(training, momentum, backend):
-    """Empty spikes, gradients of 0, and a counted batch of training, as in the layers apart."""
+    """Empty spikes, zero gradients and, in training, a counted batch, as in separate layers."""
     model = nn.Sequential(OverTime(nn.BatchNorm2d(C, momentum=momentum)), asgl_cuda.LIF())
     layer = nn.Sequential(asgl_cuda.BatchNormLIF(C, momentum=momentum))
     results = []

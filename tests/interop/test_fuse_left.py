@@ -150,7 +150,7 @@ def test_left_by_an_argument_that_may_be_absent():
 
 
 def test_left_by_a_forward_of_its_own():
-    """torch.fx traces the forward of the class, not of the object."""
+    """torch.fx traces the forward of the class, not the instance."""
     model = norm_and_lif(lambda net, x: net.lif(net.bn(x)))
     model.forward = lambda x: model.bn(x)
     assert "the forward of Stack can't be traced: TypeError: it is not that of its class" in reasons(model)["bn.layer"]
@@ -211,7 +211,7 @@ def test_left_by_neurons_that_filter_their_input(make):
 
 
 def test_left_by_the_channels():
-    """A layer that would have been converted for it stays as it is."""
+    """A layer that fusion would have converted stays unchanged."""
     cases = {
         nn.Sequential(nn.BatchNorm2d(C), asgl_cuda.LIF()): ("1", "2"),
         nn.Sequential(nn.BatchNorm1d(C), asgl_cuda.LIF(time_dim=1)): ("1", "2"),
@@ -320,7 +320,7 @@ def test_neurons_in_an_untraceable_module():
 
 
 def test_a_block_that_is_called_twice(backend):
-    """A pair inside stays a pair."""
+    """The pair inside is fused."""
     model = Stack(
         lambda net, x: net.part(net.part(x)), part=nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF())
     )

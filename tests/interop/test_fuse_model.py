@@ -90,7 +90,7 @@ def test_names_parameters_and_checkpoints(backend):
 
 
 def test_an_optimizer_goes_on(backend):
-    """The optimizer of the model trains the model that was fused in place."""
+    """The model's optimizer trains the model fused in place."""
     model = net(backend)
     twin = copy.deepcopy(model)
     optimizers = [torch.optim.SGD(made.parameters(), lr=0.5, momentum=0.9) for made in (model, twin)]
@@ -169,7 +169,7 @@ def test_convert_and_revert_know_fused_layers():
 
 
 def test_fusing_after_training_the_rest_of_the_kit(backend):
-    """Monitor, schedule and parameter groups treat it as a LIF; monitoring changes no statistics."""
+    """Monitor, schedule and parameter groups see a LIF; monitoring changes no statistics."""
     model = scattered(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(analog_prob=0.5, backend=backend)))
     fused, _ = asgl_cuda.fuse(model)
     x_seq = torch.randn(T, B, C)
@@ -219,7 +219,7 @@ EXCHANGES = {
 @pytest.mark.parametrize("copied", [None, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("name", EXCHANGES)
 def test_one_of_a_pair_is_exchanged(name, copied):
-    """The other would normalise twice, or not at all; unfuse gives it the current values of the model."""
+    """The other layer would normalise twice or not at all; unfuse gives it the model's current values."""
     parts = OverTime(nn.Sequential(nn.Linear(6, C), nn.BatchNorm1d(C))), asgl_cuda.LIF(analog_prob=0.0)
     model = scattered(nn.Sequential(*parts)).eval()
     x_seq = torch.randn(T, B, 6)

@@ -1,4 +1,4 @@
-"""Which surrogate a function is."""
+"""Surrogates found in functions."""
 
 import re
 

@@ -141,12 +141,12 @@ KINDS = {
 
 @pytest.mark.parametrize("reason", KINDS)
 def test_kinds(reason):
-    """No neuron of a known library is passed over."""
+    """No neuron of a known library is overlooked."""
     for make in KINDS[reason]:
         made = make()
         _, report = asgl_cuda.convert(nn.Sequential(made))
         expected = ("0", type(made).__name__, reason)
-        # The second is a container of neurons.
+        # SpikingLSTMCell contains neurons.
         assert report == ([], [expected]) or (isinstance(made, rnn.SpikingLSTMCell) and expected in report.left)
 
 

@@ -35,7 +35,7 @@ def input_of(shape: tuple[int, ...] = (20, 3, 7), scale: float = 1.0) -> Tensor:
 def assert_moved(theirs: Any, ours: Any, x_seq: Tensor) -> None:
     """Spikes, and gradients of the input under random weights."""
     expected, found = theirs(x_seq), ours(x_seq)
-    assert 0.02 < (found > 0).double().mean() < 0.98  # enough of both to tell
+    assert 0.02 < (found > 0).double().mean() < 0.98  # spikes and silence
     torch.testing.assert_close(found, expected, check_dtype=False)  # snnTorch emits float32 in any case
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(8))
     gradients = [torch.autograd.grad((out * weights).sum(), x_seq)[0] for out in (found, expected)]

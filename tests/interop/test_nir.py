@@ -83,7 +83,7 @@ INTEGRATORS = {
 
 @pytest.mark.parametrize("name", INTEGRATORS)
 def test_the_same_integrators_come_back(name, tmp_path):
-    """As the current of neurons, a node of its own, and as a read-out; the nodes have their values, too."""
+    """As neurons' current, in a node of its own, and as a read-out; NIR's equations give the outputs."""
     make, options = INTEGRATORS[name]
     model = randomized(convolutional(nn.Sequential(make(), LIF(v_threshold=0.2)))).append(LeakyIntegrator(decay=0.9))
     x_seq = random_input(6, 3, 2, 6, 5).detach()
@@ -149,7 +149,7 @@ def test_gain_and_rest_are_in_the_node():
 
 
 def test_another_v_reset_needs_a_newer_nir(monkeypatch):
-    """The newest that sinabs allows is nir 1.0.4, whose LIF has these fields."""
+    """The LIF of nir 1.0.4, the newest that sinabs allows, has these fields."""
     older = dataclasses.make_dataclass("LIF", ["tau", "r", "v_leak", "v_threshold", "input_type", "output_type"])
     monkeypatch.setattr(nir, "LIF", older)
     with pytest.raises(
@@ -413,7 +413,7 @@ CONVERTED = (
 
 @pytest.mark.parametrize("name", CONVERTED)
 def test_converted_layers(name):
-    """NIR knows neither their strict threshold nor their surrogate, so spikes are compared away from the threshold."""
+    """NIR has neither strict thresholds nor surrogates, so spikes are compared away from the threshold."""
     made, error = neurons_of_libraries()[name]
     torch.manual_seed(0)
     model = asgl_cuda.convert(nn.Sequential(nn.Linear(4, 5), made))[0].eval()

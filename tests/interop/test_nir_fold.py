@@ -26,7 +26,7 @@ class Branches(nn.Module):
 
 
 class OwnBatchNorm(nn.BatchNorm1d):
-    """A class of the user's that computes the same."""
+    """A user's subclass that computes the same."""
 
 
 def normalised_lif(*features, **options):
@@ -64,7 +64,7 @@ FOLDED = {
 }  # fmt: skip
 
 
-# Others with the kind of node that they become.
+# Not folded, with the resulting kind of node.
 ALONE = {
     "at the input": (lambda: [normalised_lif(6)], ROW, nir.Affine),
     "behind a pooling": (
@@ -103,7 +103,7 @@ def counted(graph):
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("name", [*FOLDED, *ALONE])
 def test_normalisations(name, written, tmp_path):
-    """Folded into the weights before them, or nodes of their own where there are none."""
+    """Folded into preceding weights or, without these, written as nodes."""
     make, shape, *kind = (FOLDED | ALONE)[name]
     model, x_seq = made(make), torch.randn(7, 3, *shape)
     before = copy.deepcopy(model.state_dict())
@@ -134,7 +134,7 @@ def test_a_volume_has_no_layer_in_nir():
 
 
 def test_names_of_additional_nodes_are_unique():
-    """An additional node of a layer gets another name where a layer of the model has its name."""
+    """A layer's additional node is renamed where another layer of the model has the name."""
     layers = {"0": LIF(scale_output=True, v_threshold=0.4), "0_scale": nn.Linear(6, 6), "1": LIF(), "1_norm": LIF()}
     model = nn.Sequential()
     for name, layer in layers.items():

@@ -1,4 +1,4 @@
-"""Graphs of others are read by their equations, and other libraries read and write the same neuron."""
+"""Foreign graphs are read by NIR's equations; other libraries read and write the same neuron."""
 
 import pytest
 import torch
@@ -114,11 +114,11 @@ def test_scale_of_others():
     assert torch.equal(from_nir(graph_of(node, nir.Scale(node.v_threshold)))(x_seq), s_seq * 0.5)
 
 
-# The rest takes other libraries.
+# The rest needs other libraries.
 
 
 def network():
-    """Linear and LIF, twice; the weights are such that both layers fire."""
+    """Linear and LIF, twice, with weights under which both layers fire."""
     model = nn.Sequential(nn.Linear(8, 16), LIF(decay=0.75), nn.Linear(16, 12), LIF(v_threshold=0.7)).eval()
     with torch.no_grad():
         for linear in (model[0], model[2]):
@@ -127,7 +127,7 @@ def network():
 
 
 def normalised_network():
-    """The same with normalisations: one behind weights, one at the input."""
+    """Two normalised layers: one after weights, one at the input."""
     model = nn.Sequential(BatchNormLIF(8, v_threshold=0.7), nn.Linear(8, 12), BatchNormLIF(12, v_threshold=0.7)).eval()
     with torch.no_grad():
         model[1].weight *= 3
@@ -138,7 +138,7 @@ def normalised_network():
 
 
 def stepped(model, x_seq):
-    """The outputs of steps of a model that returns its state with the output."""
+    """The outputs, by step, of a model that returns (output, state)."""
     state, s_seq = None, []
     for x in x_seq:
         s, state = model(x, state)
@@ -147,7 +147,7 @@ def stepped(model, x_seq):
 
 
 def assert_same_spikes(model, x_seq, s_seq):
-    """The spikes are those of the model, whose potentials are far enough from the threshold for any rounding."""
+    """The spikes equal the model's, whose potentials are too far from the threshold for rounding to matter."""
     margins = []
 
     def measure(layer, inputs):
@@ -212,7 +212,7 @@ def test_norse_writes_currents_and_reads_the_same():
     with torch.no_grad():
         for linear in (model[0], model[2]):
             linear.weight *= 8
-        graph = norse.to_nir(other, x_seq[0], dt=1.0)  # Norse multiplies 1 / tau by it
+        graph = norse.to_nir(other, x_seq[0], dt=1.0)  # Norse multiplies 1 / tau by dt
         assert sum(isinstance(node, nir.CubaLIF) for node in graph.nodes.values()) == 2
         expected = stepped(norse.from_nir(graph, dt=1e-3), x_seq)
         assert_same_spikes(from_nir(graph, dt=1e-3), x_seq, expected)

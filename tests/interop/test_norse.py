@@ -48,7 +48,7 @@ def test_by_default():
 
 
 def test_learned_time_constant():
-    """In Norse a parameter is wherever the user keeps it; its gradient comes from the tuple."""
+    """Norse leaves parameters to the user; gradients reach a parameter through the tuple."""
     torch.manual_seed(0)
     tau_mem_inv = torch.tensor(400.0, requires_grad=True)
     cell = norse.LIFBoxCell(norse.LIFBoxParameters(tau_mem_inv=tau_mem_inv))
@@ -63,7 +63,7 @@ def test_learned_time_constant():
 
 @pytest.mark.parametrize("name", ["LIF", "LI"])
 def test_states_and_learned_time_constants(name):
-    """Gradients flow through states that are handed on, too."""
+    """Gradients also flow through states passed on."""
     x = 20 * torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
     tau_syn, tau_mem, leak = (torch.tensor(value, requires_grad=True) for value in (200.0, 100.0, 0.2))
     given = {"tau_syn_inv": tau_syn, "tau_mem_inv": tau_mem, "v_leak": leak}

@@ -1,4 +1,4 @@
-"""Reports of `convert`: what would be faster, and why nothing was found."""
+"""Reports of `convert`: faster alternatives, and why nothing was found."""
 
 import inspect
 import pickle
@@ -79,7 +79,7 @@ def test_a_report_is_a_pair():
 
 @pytest.mark.parametrize("name", ["convert", "revert", "fuse", "unfuse"])
 def test_docstrings_show_both_results(name):
-    """Their examples are run by package/test_examples.py."""
+    """package/test_examples.py runs the examples."""
     text = inspect.getdoc(getattr(asgl_cuda, name))
     assert f", report = asgl_cuda.{name}(" in text.splitlines()[0]
     assert "\nReturns:\n" in text

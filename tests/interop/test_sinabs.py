@@ -188,7 +188,7 @@ def vgg(pool):
 
 
 def assert_the_same_network(model, layers, x, run=lambda net, x: net(x)):
-    """All of its neurons are converted, and outputs and gradients are those of the model."""
+    """All neurons are converted; outputs and gradients equal the model's."""
     converted, report = asgl_cuda.convert(model)
     assert (len(report.replaced), report.left) == (layers, [])
     results = []

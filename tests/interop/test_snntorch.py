@@ -12,7 +12,7 @@ from asgl_cuda.interop.snntorch import MultiStep
 
 
 def run(layer, x_seq):
-    """The potential that comes back is the one before reset; the current, where there is one, is added to it."""
+    """The returned potential is before reset; the current, if any, is added to the potential."""
     s, *states = steps(layer, x_seq, hand_on=False)
     return s, sum(states), states[-1].detach()
 
@@ -155,7 +155,7 @@ def test_a_beta_that_moves_to_zero_is_followed():
 
 
 def test_a_normalised_leaky_with_a_beta_of_zero():
-    """The input is not reset there. Terms of the gradient of beta are as large as threshold / 1e-6."""
+    """The input is not reset then. Terms of beta's gradient are as large as threshold / 1e-6."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(7), snntorch.Leaky(beta=0.0, learn_beta=True, init_hidden=True, output=True))
     fused, report = asgl_cuda.fuse(model)
@@ -199,7 +199,7 @@ def test_arguments_and_states(kind, init_hidden, output):
 @pytest.mark.parametrize("reset_mechanism", ["subtract", "zero"])
 @pytest.mark.parametrize("change", ["nothing", "detach", "in place", "threshold", "beta", "another", "no gradient"])
 def test_changes_between_two_calls(change, reset_mechanism):
-    """Values kept with a potential hold for the unchanged potential alone."""
+    """Cached values hold only for the unchanged potential."""
     results = []
     for convert in (False, True):
         torch.manual_seed(0)
@@ -249,7 +249,7 @@ def test_inference_mode():
 
 
 def test_hidden_states_are_found():
-    """`detach_hidden` and `reset_hidden` go through a list of all layers that were made."""
+    """`detach_hidden` and `reset_hidden` iterate over a list of all created layers."""
     layer = snntorch.Leaky(beta=0.5, init_hidden=True)
     converted, _ = asgl_cuda.convert(nn.Sequential(nn.Linear(2, 2), layer))
     converted(torch.randn(3, 2))
@@ -263,7 +263,7 @@ def test_hidden_states_are_found():
 
 @pytest.mark.parametrize("function", ["convert", "revert", "fuse", "unfuse"])
 def test_hidden_states_of_a_copy_are_found(function):
-    """Also in layers that stay as they are."""
+    """Also in layers that stay unchanged."""
 
     class Mine(snntorch.Leaky):
         pass

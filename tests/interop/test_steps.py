@@ -86,7 +86,7 @@ def compiled(layer):
     return torch.compile(layer, backend=counter), counter
 
 
-# Each of the rest is computed by the forward of one of these.
+# The remaining layers share the forward of one of these.
 COMPILED = (
     "Leaky, subtract", "Leaky, subtract, hidden", "Leaky, zero, at once, hidden", "Leaky, learned, hidden",
     "Lapicque, hidden", "Synaptic", "Synaptic, hidden", "LIFCell", "LIFBoxCell", "IAFCell", "LIFNode", "CUBALIFNode",
@@ -154,7 +154,7 @@ def test_a_normalisation_is_compiled():
     torch.testing.assert_close(run(fused[1], currents(), fused), expected)
 
 
-# A call on tiny inputs takes 20 to 30 us, most of it in Python: 50 to 150 calls more without the values of steps.py.
+# A call on tiny inputs takes 20 to 30 us, mostly in Python: 50 to 150 calls more without steps.py's stored calls.
 MOST_CALLS = {"snntorch": 180, "norse": 140}
 
 
@@ -184,7 +184,7 @@ def test_a_step_takes_few_calls(name, training):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_inference_mode(name):
-    """Tensors made in inference mode have no version that would show a change."""
+    """Inference tensors have no version counter that would show a change."""
     layer, converted = STEPS[name](), asgl_cuda.convert(STEPS[name]())[0]
     with torch.no_grad():
         expected = run(layer, currents())
@@ -246,7 +246,7 @@ def test_values_of_norse_that_change_between_two_steps(name, how):
 
 @pytest.mark.parametrize("name", ["Leaky, subtract", "Leaky, learned", "Synaptic, hidden", "LIFCell"])
 def test_inputs_of_other_kinds(name):
-    """Values kept from a call hold for its kind of input alone."""
+    """A stored call serves only inputs of its signature."""
     layer, converted = STEPS[name](), asgl_cuda.convert(STEPS[name]())[0]
     x_seq = currents()
     transposed, wider = x_seq.mT.contiguous().mT, x_seq[..., None].expand(-1, -1, -1, 5)

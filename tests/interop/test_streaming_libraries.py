@@ -17,7 +17,7 @@ T, B, N = 6, 3, 5
 
 
 def exact(module):
-    """Weights whose sums are exact, whatever the number of rows of a matrix product; most make spikes."""
+    """Weights whose sums are exact for any number of rows of a matrix product; most cause spikes."""
     with torch.no_grad():
         for value in module.parameters():
             value.copy_((value * 16).round() / 4 + 0.5)

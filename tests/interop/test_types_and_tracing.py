@@ -16,7 +16,7 @@ from asgl_cuda.interop.snntorch import MultiStep
 
 
 def outputs(layer, x):
-    """All tensors that two calls return, and those that sinabs records."""
+    """All tensors returned by two calls or recorded by sinabs."""
     found, state = [], ()
     for _ in range(2):
         out = layer(x, *state)
@@ -62,7 +62,7 @@ INTEGERS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
 @pytest.mark.parametrize("name", INTEGERS)
 def test_integers(name, dtype):
-    """Whole thresholds and inputs, which PyTorch's operations take beside floats."""
+    """Integer thresholds and inputs, which PyTorch's operations mix with floats."""
     torch.manual_seed(0)
     x = torch.randint(0, 60 if "whole" in name and "IAF" in name else 4, (6, 4, 5)).to(dtype)
     layer, (converted, report) = INTEGERS[name](), asgl_cuda.convert(INTEGERS[name]())
@@ -76,7 +76,7 @@ def test_integers(name, dtype):
 
 
 def test_under_autocast_a_network_gives_the_spikes_and_gradients_of_the_library():
-    """In sinabs the state and all that is computed with it are float32: also counts that bfloat16 has not."""
+    """State and dependent values of sinabs are float32, also counts that bfloat16 can't represent."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), sinabs.layers.IAF(spike_threshold=torch.tensor(0.01)), nn.Linear(6, 3))
     converted, _ = asgl_cuda.convert(model)

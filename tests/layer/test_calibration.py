@@ -21,7 +21,7 @@ def x_seq():
 
 
 def rates_of(model, x_seq):
-    """The rates with hard spikes, by the layers' names."""
+    """The rates with hard spikes by layer name."""
     model = copy.deepcopy(model).eval()
     asgl_cuda.reset(model)
     with Monitor(model) as monitor:
@@ -124,7 +124,7 @@ def test_running_statistics_are_taken_in_evaluation(x_seq):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_but_weights_changes(training, x_seq):
-    """State, modes, noise, random numbers and gradients stay."""
+    """State, modes, noise, generator and gradients stay."""
     torch.manual_seed(4)
     model = nn.Sequential(
         nn.Linear(16, 40), BatchNormLIF(40, stateful=True, analog_prob=0.4), nn.Dropout(), nn.Linear(40, 40), LIF(),
@@ -211,7 +211,7 @@ def of_inference_mode():
 
 
 class Remembering(nn.Module):
-    """A model whose input depends on the call before."""
+    """A model that depends on the previous call."""
 
     def __init__(self):
         super().__init__()
@@ -229,7 +229,7 @@ def detached(model, x_seq):
 
 
 def test_a_weight_in_front_of_earlier_layers(x_seq):
-    """The weight in front of `late` is in front of `early`, too, which runs before."""
+    """The weight in front of `late` also precedes `early`, which runs first."""
     torch.manual_seed(8)
     layers = {"trunk": nn.Linear(16, 40), "head": nn.Linear(40, 40), "early": LIF(), "late": LIF()}
     model = Stack(lambda m, x_seq: (m.early(m.head(y := m.trunk(x_seq))), m.late(y)), **layers)
@@ -240,7 +240,7 @@ def test_a_weight_in_front_of_earlier_layers(x_seq):
 
 
 def test_autocast_and_modules_of_two_names(x_seq):
-    """The weights that autocast keeps are those of before; a module may be registered twice."""
+    """Autocast caches weights, here before scaling; a module may be registered twice."""
     linear, lif = nn.Linear(16, 40), LIF()
     model = Stack(lambda m, x_seq: m.layers(x_seq), linear=linear, lif=lif, layers=nn.Sequential(linear, lif))
     with torch.autocast("cpu", torch.bfloat16):
@@ -258,7 +258,7 @@ def test_rates_that_no_factor_changes():
 
 
 def test_rates_that_jump():
-    """With few different inputs the nearer step is taken, unless it is too far off."""
+    """With few distinct inputs the nearest rate is taken, unless too far off."""
     model = nn.Sequential(nn.Linear(1, 3, bias=False), LIF(decay=0.0))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0], [0.5], [0.25]]))

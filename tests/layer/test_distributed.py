@@ -1,4 +1,4 @@
-"""Statistics that processes share: two with half of a batch each compute what one computes with all of it."""
+"""Shared statistics: two processes with parts of a batch have the results of one with the joint batch."""
 
 import copy
 import pickle
@@ -33,7 +33,7 @@ def share(x_seq, rank):
 
 
 def network(backend, group=None):
-    """Two layers, so that the gradient of the second's input goes through the first."""
+    """Two layers, so that the second's input gradient flows through the first."""
     torch.manual_seed(0)
     lif_options = {"surrogate": "sigmoid", "backend": backend, "analog_prob": 1.0}
     return nn.Sequential(
@@ -48,7 +48,7 @@ def pair(backend, norm):
 
 
 def trained(model, module, x_seq, steps=2):
-    """The output of the last step, and the gradient of its input; `module` holds what `model` computes with."""
+    """The output of the last step, and the gradient of its input; `module` has the parameters of `model`."""
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     for _ in range(steps):
         leaf = x_seq.clone().requires_grad_()
@@ -76,7 +76,7 @@ def sum_of_gradients(_, bucket):
 
 
 def train_recomputed(rank, context):
-    """With several layers, weights and neurons behind each other."""
+    """Several layers, alternating weights and neurons."""
     torch.manual_seed(0)
     layers = [nn.Linear(5, 4), asgl_cuda.LIF(), nn.Linear(4, 4), asgl_cuda.LIF(learn_decay=True), nn.Linear(4, 5)]
     module = nn.Sequential(*layers).double()
@@ -95,7 +95,7 @@ def train_fused(rank, backend):
 
 
 def three(backend):
-    """A fused pair, a pair that is not fused, which has no CPU kernels, and a layer that is both."""
+    """A fused pair, weights, and a BatchNormLIF."""
     torch.manual_seed(0)
     neurons = {"surrogate": "sigmoid", "backend": backend, "analog_prob": 1.0}
     joined, report = asgl_cuda.fuse(pair(backend, nn.BatchNorm1d(3)))
@@ -171,7 +171,7 @@ def in_process(rank, folder, backends):
     found["empty"] = with_an_empty_share(rank)
     found["DTensor"] = with_a_tensor_of_all()
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()  # a process that still communicates aborts where the other is gone
+    dist.barrier()  # a process still communicating would abort once its peer exits
     dist.destroy_process_group()
 
 

@@ -82,7 +82,7 @@ def test_exported_by_the_compilers_front_end(name, device, layer):
 
 @pytest.mark.parametrize("layer", ["LIF", "integrator", "normalised"])
 def test_exported_without_gradients_and_in_evaluation(backend, device, layer):
-    """The graph asks for no checkpoints then."""
+    """The graph requests no checkpoints."""
     model = network(layer, backend, device).eval()
     x_seq = torch.randn(20, 6, 5, device=device) * 3
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Launches of a step of training: each costs a GPU, and its host, some microseconds.
 
-Kernels of the project are counted by the emulated device, and operations of torch that would be a kernel on a GPU from
-torch's profiler, which sees those inside of operators, too.
+The emulated device counts the project's kernels; torch's profiler shows the torch operations that would launch a GPU
+kernel, also operations inside operators.
 """
 
 import re
@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import asgl_cuda
 
-# These only allocate memory, view it, or read values on the CPU that a GPU is not asked for.
+# These only allocate or view memory, or read values that are on the CPU.
 NO_LAUNCH = re.compile(
     r"aten::((new_)?empty|(.*_)?strided|view|reshape|expand|permute|unbind|select|slice|flatten|narrow|detach|alias|to"
     r"|item|_local_scalar_dense|contiguous)"
@@ -27,7 +27,7 @@ def backend(request, emulation):
 
 
 def launching(event):
-    """The operations of torch inside of this one, or itself, that would be launched."""
+    """The innermost torch operations of an event that would launch a kernel."""
     inside = [name for child in event.cpu_children for name in launching(child)]
     launches = event.name.startswith("aten::") and not NO_LAUNCH.match(event.name)
     return inside or ([event.name] if launches else [])
@@ -57,7 +57,7 @@ def training_step(layer, x_seq, grad):
 
 @pytest.fixture(autouse=True)
 def nothing_is_filled(outputs_filled_with_nan):
-    """Memory that the other fixture fills with NaN would count."""
+    """Fills by outputs_filled_with_nan would count as launches."""
     torch.use_deterministic_algorithms(False)
 
 
@@ -88,7 +88,7 @@ def test_lif(emulation, backend, features, options):
 
 @pytest.mark.parametrize("options", [{}, {"affine": False}, LEARNED])
 def test_batch_norm_lif(emulation, backend, options):
-    """The same and moments, coefficients, running statistics; the adjoint and the gradient of the input."""
+    """test_lif's, and moments, coefficients, running statistics; the adjoint and the input's gradient."""
     found = launches_of_training(asgl_cuda.BatchNormLIF(6, **options, backend=backend), emulation)
     assert len(found) == 9, found
     assert found.count("gradient_sum_kernel") == 1

@@ -256,7 +256,7 @@ def test_no_hint_where_nothing_is_near():
 
 
 def test_names_of_other_libraries_are_the_same_functions():
-    """The hint is given only where the function is ours, of width 1 / alpha."""
+    """The hint is only for functions equal to ours with width 1 / alpha."""
     surrogate = pytest.importorskip("spikingjelly.activation_based.surrogate")
     from asgl_cuda.interop.identify import identify
 

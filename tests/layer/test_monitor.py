@@ -291,7 +291,7 @@ def test_errors_of_the_layer_stay_its_own():
 
 
 def test_keyword_arguments_and_other_hooks():
-    """The watched call has the input of a hook before it, and the output ahead of other hooks."""
+    """The monitor sees the input after pre-hooks and the output before other hooks."""
     layer = LIF(decay=0.0, analog_prob=0.0)
     layer.register_forward_pre_hook(lambda module, args, kwargs: ((), {"x_seq": kwargs["x_seq"] + 1}), with_kwargs=True)
     layer.register_forward_hook(lambda module, args, output: output + 7)

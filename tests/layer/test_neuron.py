@@ -166,7 +166,7 @@ def test_the_layer_has_all_options_of_the_function(backend, device):
         "width": 1.5, "surrogate_gain": 0.5, "strict_threshold": True, "backend": backend,
     }  # fmt: skip
     layer = LIF(**given).to(device).eval()
-    # Some potentials are the threshold exactly, the case of strict_threshold.
+    # Some potentials equal the threshold, where strict_threshold decides.
     x_seq = random_input(5, 3, 31, device=device).detach()
     x_seq[0, :, :9] = 2 * (0.9 - 0.25)
     x_seq.requires_grad_()
@@ -291,7 +291,7 @@ def test_float32_parameters_with_half_input(backend, device):
 
 
 def toy_problem(device):
-    """Two classes, told apart by whether the first or the second half of the inputs is larger."""
+    """Two classes, by which half of the inputs has the larger sum."""
     inputs = torch.rand(64, 12)
     labels = (inputs[:, :6].sum(dim=1) > inputs[:, 6:].sum(dim=1)).long()
     return inputs.expand(6, 64, 12).to(device), labels.to(device)

@@ -35,7 +35,7 @@ def test_split_sequence_is_one_sequence(backend, device, v_reset, time_dim, cuts
         assert layer.v.dtype == torch.float32
         (dx,) = torch.autograd.grad(split, x_seq, grad)
         assert torch.equal(dx, expected)
-        # Carried, the potential does show: without it the parts differ.
+        # Without the carried potential the parts differ.
         layer.reset()
         last = x_seq.tensor_split(cuts, dim=time_dim)[-1]
         assert not torch.equal(layer(last), parts[-1])
@@ -53,7 +53,7 @@ def test_truncated_backpropagation(backend, device):
     s_seq = layer(second)
     s_seq.sum().backward()
     assert first.grad is not None
-    # The carried potential counts as one that is given from outside.
+    # The carried potential acts as a given v_init.
     twin = second.detach().requires_grad_()
     expected = asgl_cuda.lif(twin, decay=layer.decay, width=layer.width, v_init=v, backend=backend)
     expected.sum().backward()
@@ -112,7 +112,7 @@ def test_copies_in_the_middle_of_training(backend, device, duplicate):
     torch.manual_seed(3)
     twin_following = twin(x_seq)
     assert torch.equal(following, twin_following)
-    # Nothing is shared: neither storage nor graph.
+    # Neither storage nor graph is shared.
     assert twin.log_width.data_ptr() != layer.log_width.data_ptr()
     twin_following.sum().backward()
     assert layer.log_width.grad is None
@@ -260,7 +260,7 @@ def test_bad_constructor_arguments(kind, arguments, options, error, words):
 
 
 def test_statistics_of_averaged_weights():
-    """The docstring of BatchNormLIF replaces torch.optim.swa_utils.update_bn by a loop that gives the same numbers."""
+    """The docstring of BatchNormLIF replaces torch.optim.swa_utils.update_bn by a loop that gives the same values."""
     norm, fused = nn.BatchNorm1d(4), asgl_cuda.BatchNormLIF(4, analog_prob=0.0)
     pair = nn.Sequential(asgl_cuda.OverTime(norm), LIF(analog_prob=0.0))
     batches = [torch.randn(3, 6, 4) + shift for shift in (0, 1, 5)]

@@ -1,4 +1,4 @@
-"""Spikes that backward computes again: the same bits, storages that are gone, errors where values changed."""
+"""Spikes recomputed in backward: the same bits, freed storages, errors where values changed."""
 
 import contextlib
 import copy
@@ -142,7 +142,7 @@ def test_same_bits(pattern):
         assert torch.equal(one, other)
 
 
-# ---- what is kept ----
+# ---- storages ----
 
 
 def storages_of_spikes(model, x, context):
@@ -160,7 +160,7 @@ def storages_of_spikes(model, x, context):
     return found, y
 
 
-# Which neurons' spikes stay: those that the output is a view of, that were changed, and that have no gradient.
+# Whether each layer's spikes stay: the output views them, they were changed, or they have no gradient.
 STAY = {
     "average pooling": [False, True],
     "max pooling": [False, True],
@@ -248,7 +248,7 @@ def test_parameter_that_changed(changed):
 
 
 def test_spikes_that_changed_after_use():
-    """Autograd refuses that without the context; here the gradients are right."""
+    """Autograd alone refuses the change; the context gives correct gradients."""
     model, x = PATTERNS["LIF"]()
     expected = trained(model, x, contextlib.nullcontext())
     first, neuron, *rest = model

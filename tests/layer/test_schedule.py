@@ -43,7 +43,7 @@ def test_schedule_goes_from_each_layers_own_start(kind):
 
 
 def test_ends_are_met_exactly():
-    """No rounding is allowed: the noise at the start is the user's number, and the noise at the end may be 0."""
+    """No rounding is allowed: the noise at the start is the user's value, and the noise at the end may be 0."""
     for start in (number / 50 for number in range(1, 51)):
         for build in (AnalogProbSchedule.linear, AnalogProbSchedule.cosine):
             layer = LIF(analog_prob=start)

@@ -27,7 +27,7 @@ LAYERS = {
 
 
 def exact(layer):
-    """The layer with weights whose sums are exact, whatever the number of rows of a matrix product."""
+    """The layer with weights whose sums are exact for any number of rows of a matrix product."""
     with torch.no_grad():
         for value in layer.parameters():
             value.copy_((value * 16).round() / 4)
@@ -395,7 +395,7 @@ def test_over_time_refuses_stateful_layers():
             OverTime(layer)
         inside = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Identity(), layer))
         if isinstance(layer, nn.RNNBase):
-            OverTime(inside)  # there it may go over the tokens of a step
+            OverTime(inside)  # may process the tokens of a step
             continue
         with pytest.raises(TypeError, match=rf"got {name} at '1\.1', .*nn\.Sequential\(OverTime\(\.\.\.\), {name}\("):
             OverTime(inside)

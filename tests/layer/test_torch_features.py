@@ -14,7 +14,7 @@ from asgl_cuda.reference import Numbers, Rules
 
 @pytest.fixture
 def compiled(backend):
-    """The compiler of a function with fullgraph=True, with a count of its compilations."""
+    """A compiler of functions with fullgraph=True, and the counter of compilations."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
 
@@ -102,7 +102,7 @@ def test_compile_where_the_learned_threshold_is_subtracted(backend, device, comp
 
 
 SEVERAL_TIMES = {
-    # Calls on an input x and potentials v, one of which is also another argument.
+    # Calls in which the input x or the potentials v are also other arguments.
     "input": lambda x, v, **options: asgl_cuda.lif(x, width=x, v_threshold=x, surrogate="sigmoid", **options),
     "potential": lambda x, v, **options: asgl_cuda.lif(x, v_init=v, v_threshold=v, input_bias=v, **options),
     "last potential": lambda x, v, **options: asgl_cuda.lif(x, v_init=v, decay=v, return_v_last=True, **options).v_last,
@@ -192,7 +192,7 @@ def test_dynamic_shapes_compile_once(backend, device, compiled):
 
 
 def test_compile_of_channels_last_and_module(backend, device, compiled, monkeypatch):
-    # Convolutions on a GPU would round to ten bits, each algorithm in its way.
+    # TF32 convolutions round to ten bits, and algorithms differ.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     compile_it, counter = compiled
     model = nn.Sequential(

@@ -320,7 +320,7 @@ def test_reset_of_a_whole_model():
     ],
 )
 def test_reset_of_other_libraries_layers(library, make, current):
-    """One is converted, and one is left because asgl_cuda has no such neuron."""
+    """One layer is converted, one is left: asgl_cuda has no such neuron."""
     model, report = asgl_cuda.convert(nn.Sequential(*make(pytest.importorskip(library))))
     assert (len(report.replaced), len(model)) == (1, 2)
     x = torch.full((2, 5, 3), current)

@@ -1,7 +1,7 @@
 """torch.func around the function and the layers: vmap, grad, vjp and jacrev give the results of a loop over samples.
 
-Samples that are computed together have the bits of those computed alone; sums of gradients may be in another order, and
-are compared as in comparison.py.
+Samples computed together have the bits of samples computed alone; sums of gradients may be in another order, and are
+compared as in comparison.py.
 """
 
 import copy
@@ -24,7 +24,7 @@ def inputs(steps, device, *shape):
 
 
 def weights(like):
-    """Weights with which every element of the output counts differently."""
+    """A different weight for each element of the output."""
     return torch.linspace(-1, 2, like.numel(), device=like.device).reshape(like.shape)
 
 
@@ -33,7 +33,7 @@ def close(actual, expected):
 
 
 def looped(function, *arguments):
-    """`function` on each sample; what all samples share is given as a tuple of one."""
+    """`function` on each sample; shared arguments are given as 1-tuples."""
     of_samples = (
         [each[0] if isinstance(each, tuple) else each[index] for each in arguments] for index in range(SAMPLES)
     )
@@ -213,7 +213,7 @@ def test_ensemble(backend, device, kind):
         (s_seq * weights(s_seq)).sum().backward()
     for name, gradient in gradients.items():
         expected = torch.stack([dict(model.named_parameters())[name].grad for model in ensemble])
-        # Sums of some hundred terms in float32 cancel: they agree to a share of the largest.
+        # Sums of some hundred float32 terms cancel: the tolerance is a share of the largest.
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item() + 1e-5)
     for name, buffer in buffers.items():
         close(buffer, torch.stack([dict(model.named_buffers())[name] for model in ensemble]))

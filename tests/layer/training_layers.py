@@ -10,12 +10,12 @@ from asgl_cuda import LIF
 
 
 def network(**options):
-    """Layers "1" and "3" start with another noise each."""
+    """Layers "1" and "3" start with different noise."""
     return nn.Sequential(nn.Linear(7, 5), LIF(analog_prob=0.2, **options), nn.Linear(5, 3), LIF(analog_prob=0.8))
 
 
 class Foreign(nn.Module):
-    """A neuron of another library as the converter leaves it: with the attributes, not of LIF's class."""
+    """Mimics a converted neuron of another library: the attributes of LIF, but not the class."""
 
     def __init__(self, output=None, **attributes):
         super().__init__()

@@ -8,7 +8,7 @@ from asgl_cuda.layout import is_channels_last
 from asgl_cuda.selfcheck import THRESHOLD_BAND
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-# Two computations of a sum agree so in float64, or in float32 of up to 64 terms and then in float64.
+# Relative tolerances of sums in float64, or in float32 for up to 64 terms and then in float64.
 SUMS = {torch.float64: 1e-12}
 SAME = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
@@ -50,7 +50,7 @@ def make(name, dtype, device, layout="contiguous", mean=0.3, deviation=0.8):
 
 
 def differentiated(function, x_seq, leaves, keep, arguments, **options):
-    """Outputs and gradients of a function of x_seq: the gradients that come in are 0 where `keep` is."""
+    """Outputs and gradients of a function of x_seq; the incoming gradients are 0 where `keep` is."""
     x_seq = x_seq.detach().requires_grad_()
     running = {name: arguments[name].clone() for name in ("running_mean", "running_var") if name in arguments}
     output = function(x_seq, **{**arguments, **running}, **options)

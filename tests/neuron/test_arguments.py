@@ -123,7 +123,7 @@ def test_bad_arguments_of_analog_mask():
 
 
 def test_half_parameters_are_taken(backend, device):
-    """A model cast to half has half parameters: they are widened, and their gradients come back in their type."""
+    """Parameters of a model cast to half are widened; gradients have the parameters' type."""
     x_seq = torch.rand(4, 6, 3, device=device).bfloat16()
     width = torch.ones(3, device=device, dtype=torch.bfloat16, requires_grad=True)
     v_init = torch.zeros(6, 3, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -162,7 +162,7 @@ def test_backend_that_does_not_serve_the_device():
 
 @pytest.fixture
 def without_extension(monkeypatch):
-    """As if the extension had been built for another torch."""
+    """Mimics an extension built for another torch."""
     problem = "the compiled extension is missing: it was built for torch 1.2.3"
     broken = {
         name: backend if name == "reference" else backend._replace(problem=lambda: problem)
@@ -221,7 +221,7 @@ def test_no_warning_for_meta_tensors():
 
 
 def test_the_least_width_has_the_same_gradients_everywhere(backend, device):
-    """Below it 1 / width^2 is infinite, and 0 times that NaN."""
+    """Smaller widths: 1 / width^2 = inf, and 0 * inf = NaN."""
     least = torch.finfo(torch.float32).tiny ** 0.5
     x_seq = torch.tensor([[0.5, 1.0, 1.5], [1.0, 1.0, 0.2]], device=device).requires_grad_()
     for width in (least, torch.tensor(least, device=device).requires_grad_()):
@@ -231,9 +231,9 @@ def test_the_least_width_has_the_same_gradients_everywhere(backend, device):
 
 
 def test_nan_in_the_input_shows_in_the_gradients_of_parameters(backend, device):
-    """No spike and no gradient of x outside of a window, but NaN in learned values, as in a layer that multiplies.
+    """NaN gives no spike and no gradient of x, but NaN in parameter gradients, as in a layer that multiplies.
 
-    A parameter's gradient with NaN is how a user, and torch.amp.GradScaler, can see that there was one.
+    NaN in a parameter's gradient shows the user, and torch.amp.GradScaler, the NaN in the input.
     """
     x_seq = torch.tensor([[0.5, 0.9], [float("nan"), 0.3], [1.0, 0.7]], device=device)
     found = {}

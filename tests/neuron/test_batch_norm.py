@@ -21,7 +21,7 @@ from benchmarks.speed.clocks import saved_storages
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_reference(backend, device, name, layout, dtype, training):
-    """Half types store gain * dh and then dx: each costs a last place, and the sums a share of it."""
+    """Half types store gain * dh and then dx: an ulp each, and in the sums a share of an ulp."""
     x_seq, time_dim, arguments = make(name, dtype, device, layout)
     weight = arguments["weight"]
     of_channels = [-1] + [1] * (x_seq.dim() - 1 - channel_dim(time_dim))
@@ -69,7 +69,7 @@ def test_equals_reference_with_the_options_of_lif(backend, device, dtype, option
 def pair(x_seq, *, running_mean, running_var, weight, bias, training, input_scale, momentum=0.1, eps=1e-5, **options):
     """The normalisation of torch over the joint time and batch, in float64, then lif.
 
-    Of float32, torch's own statistics are sums in an order that depends on the number of threads.
+    Torch's float32 statistics are sums whose order depends on the number of threads.
     """
     real = running_mean.dtype
     running = [running_mean.double().clone(), running_var.double().clone()]
@@ -83,7 +83,7 @@ def pair(x_seq, *, running_mean, running_var, weight, bias, training, input_scal
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["images", "large", "vectors", "many rows"])
 def test_equals_batch_norm_and_lif(backend, device, name, dtype, training):
-    """PyTorch computes x * alpha + beta, which rounds otherwise: more places than between backends."""
+    """PyTorch computes x * alpha + beta, which rounds otherwise: hence the wider tolerance."""
     x_seq, time_dim, arguments = make(name, dtype, device)
     assert_same(
         x_seq, time_dim, arguments, backend, other=pair, training=training, analog_prob=0.3, input_scale=0.8,
@@ -128,7 +128,7 @@ def test_gradcheck(name, training, input_scale):
 
 @pytest.mark.parametrize("wanted", [["x_seq"], ["weight"], ["bias"], ["width"], ["bias", "v_init"], []], ids=str)
 def test_any_gradient_alone(backend, device, wanted):
-    """A gradient that is not asked for is not computed, and changes nothing in the others."""
+    """Without other gradients, the requested gradients are the same."""
     x_seq, _, arguments = make("images", torch.float64, device)
     leaves = {
         "x_seq": x_seq,
@@ -172,7 +172,7 @@ def test_saved_for_backward(backend, device, dtype, bytes_an_element, steps):
 @pytest.mark.parametrize(("mean", "deviation"), [(100.0, 0.1), (-1e4, 1.0), (1e-3, 1e-4), (0.0, 1e3)])
 @pytest.mark.parametrize("name", ["images", "large", "many rows"])
 def test_means_that_are_large_against_the_deviation(backend, device, name, mean, deviation):
-    """The normalised input is as exact as x_seq says: torch's own computation, x * alpha + beta, loses places here."""
+    """The normalised input is as exact as x_seq allows; torch's x * alpha + beta loses digits here."""
     x_seq, _, _ = make(name, torch.float32, device, mean=mean, deviation=deviation)
     h_seq = batch_norm_lif(x_seq, training=True, decay=0.0, eps=0.0, backend=backend, return_h_seq=True).h_seq
     dims = [0, 1, *range(3, x_seq.dim())]
@@ -203,7 +203,7 @@ def outliers(order):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("order", ["one", "a thousand", "over two", "over noise", "events"])
 def test_variance_where_outliers_come_first(backend, device, order, reverse, layout):
-    """In any order the variance is torch's, or within two places of float32."""
+    """In any order the error is at most torch's, or two float32 ulps."""
     values = outliers(order).flip(0) if reverse else outliers(order)
     x_seq = torch.stack([values, values / 3], dim=-1).view(4, 2, 64, 64, 2).movedim(-1, 2)
     x_seq = (x_seq if layout == "channels_last" else x_seq.contiguous()).to(device)
@@ -241,7 +241,7 @@ def _smooth_gradients(x_seq, arguments, backend):
 
 
 def test_float16_trains_at_mean_100_and_deviation_a_tenth(backend, device):
-    """Two classes that differ by one deviation: a threshold on the normalised input tells them apart."""
+    """Two classes that differ by one deviation: a threshold on the normalised input separates them."""
     torch.manual_seed(3)
     layer = asgl_cuda.BatchNormLIF(4, analog_prob=0.2, backend=backend).to(device)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -305,7 +305,7 @@ def test_half_types_with_few_values_a_channel(backend, device, dtype, values):
 
 
 def test_constant_channels(backend, device):
-    """With a deviation of 0 the bias is left, and a finite gradient."""
+    """Deviation 0: the input becomes the bias, gradients are finite."""
     x_seq = torch.full((3, 4, 5, 2, 2), 7.25, device=device, requires_grad=True)
     bias = torch.linspace(-1, 1, 5, device=device).requires_grad_()
     output = batch_norm_lif(x_seq, bias=bias, training=True, decay=0.0, backend=backend, return_h_seq=True)
@@ -355,7 +355,7 @@ def test_empty(backend, device, shape):
     s_seq.sum().backward()
     assert x_seq.grad.shape == shape
     assert torch.equal(weight.grad, torch.zeros(channels, device=device))
-    # In training it leaves the statistics, as torch's own normalisation does.
+    # Empty training leaves the statistics, as torch's normalisation does.
     x_seq.grad = weight.grad = None
     s_seq = batch_norm_lif(x_seq, *running, weight, training=True, backend=backend)
     s_seq.sum().backward()

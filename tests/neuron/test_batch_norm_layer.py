@@ -29,7 +29,7 @@ def fused_and_pair(backend, device, channels=3, dtype=torch.float64, **options):
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"momentum": 0.3, "eps": 1e-2}, {"affine": False},
                                      {"track_running_stats": False}], ids=str)  # fmt: skip
 def test_layer_in_training_and_evaluation(backend, device, options):
-    """The same spikes as the pair over several calls, the same running statistics, and then in evaluation."""
+    """Spikes and running statistics of the pair over several calls, then in evaluation."""
     fused, unfused, norm = fused_and_pair(backend, device, **options)
     for _ in range(4):
         x_seq = torch.randn(4, 5, 3, 4, 2, dtype=torch.float64, device=device) * 2 + 1
@@ -67,7 +67,7 @@ def test_layer_learns_what_lif_learns(backend, device, granularity):
 
 
 def test_stateful_layer(backend, device):
-    """Two halves of a sequence in evaluation are the whole of it."""
+    """In evaluation, two parts of a sequence equal the whole."""
     layer = asgl_cuda.BatchNormLIF(3, stateful=True, backend=backend).to(device).eval()
     x_seq = torch.randn(8, 2, 3, 5, device=device)
     whole = layer(x_seq)
@@ -259,7 +259,7 @@ def test_errors(arguments, error, message):
 
 
 BOTH = torch.ones(6)
-# Mean and variance of 3 channels, the name of the one that is wrong, and why.
+# Mean and variance of 3 channels, and words of the error.
 RUNNING = {
     "an expanded mean": lambda: (torch.zeros(1).expand(3), torch.ones(3), "running_mean .* expanded"),
     "an expanded variance": lambda: (torch.zeros(3), torch.ones(1).expand(3), "running_var .* expanded"),
@@ -276,7 +276,7 @@ RUNNING = {
 
 @pytest.mark.parametrize("kind", RUNNING)
 def test_running_statistics_that_cannot_be_kept(backend, kind):
-    """Refused before either of the two is written."""
+    """Refused before any write."""
     mean, variance, words = RUNNING[kind]()
     before = mean.detach().clone(), variance.detach().clone()
     with pytest.raises(ValueError, match=f"asgl_cuda.batch_norm_lif: .*{words}"):
@@ -294,7 +294,7 @@ def test_running_statistics_that_cannot_be_kept(backend, kind):
 
 
 def test_running_statistics_of_one_memory(backend, device):
-    """Rows and columns of one tensor are written apart from each other."""
+    """Rows and columns of one tensor are written independently."""
     x_seq = torch.randn(4, 2, 3, 5, device=device)
     expected = torch.zeros(3, device=device), torch.ones(3, device=device)
     batch_norm_lif(x_seq, *expected, training=True, backend=backend)

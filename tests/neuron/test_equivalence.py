@@ -100,7 +100,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("v_reset", ["tensor", None])
 def test_parameter_shapes(backend, device, layout, shape, v_reset):
-    """All parameters are tensors of a shape at once: each has a gradient in its own shape."""
+    """All parameters are tensors of one shape, and so are the parameters' gradients."""
     sizes = SHAPES[shape]
     x_seq = random_input(19, 6, 8, 3, 5, device=device)
     time_dim = 0
@@ -140,7 +140,7 @@ def test_one_parameter_at_a_time(backend, device, name, sizes):
 
 @pytest.mark.parametrize("name", ["width", "decay", "v_threshold", "reset_amount", "input_gain"])
 def test_large_parameter_sums(backend, device, name):
-    """Sums over many tiles, for one value, a channel and a neuron; 1e-5 of the reference's sum in float64."""
+    """Sums over many tiles, by layer, channel and neuron, within 1e-5 of the reference's float64 sum."""
     middle = {"width": 1.0, "decay": 0.5, "v_threshold": 1.0, "reset_amount": 1.0, "input_gain": 1.0}[name]
     reset = {"v_reset": None} if name == "reset_amount" else {}
     for sizes in ((), (16, 1), (16, 700)):

@@ -5,7 +5,7 @@ of a by the width. Backward's gradient has the mean 2 (z + p (a - z) - y) a_w. T
 (z - y)^2 + 2 p (z - y) (a - z) + p (a - z)^2, with the derivative 2 p (a - y) a_w: p times the first, and
 2 p (1 - p) (a - z) a_w from the variance, which backward leaves out. At p = 1 both are the same.
 
-Averages may miss by 6 standard errors, which one in 5e8 does.
+Tolerance: 6 standard errors, exceeded by one average in 5e8.
 """
 
 import pytest
@@ -65,7 +65,7 @@ def test_outputs(sampled, p):
     gap = sampled.a - sampled.z
     mean, deviation = sampled.z + p * gap, (p * (1 - p)) ** 0.5 * gap.abs()
     assert_mean(sampled.s, mean, deviation)
-    # Of (s - mean)^2: the fourth central moment of a Bernoulli variable, less the square of its variance.
+    # Variance of (s - mean)^2: a Bernoulli variable's fourth central moment less the squared variance.
     variance = deviation.square()
     assert_mean((sampled.s - mean[:, None]).square(), variance, gap.square() * (p * (1 - p)) ** 0.5 * abs(1 - 2 * p))
 

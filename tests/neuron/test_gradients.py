@@ -1,4 +1,4 @@
-"""Gradients by three other ways than the reference's autograd, and the rules of autograd that users rely on."""
+"""Gradients checked in three ways beside the reference's autograd, and autograd's rules for users."""
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ def test_finite_differences_with_frozen_residual(backend, device, surrogate, har
 
 @pytest.mark.parametrize("asked", ["s_seq", "v_last", "v_seq", "h_seq"])
 def test_gradient_of_each_output_alone(backend, device, asked):
-    """The other outputs get no gradient, as opposed to zeros."""
+    """The gradients of the other outputs are None, not zeros."""
     x_seq = random_input(18, 3, 31, device=device)
     width = uniform(31, low=0.5, high=1.5, device=device)
     options = {"width": width, "analog_prob": 0.3, "rng_state": rng_state(device=device), "return_v_last": True,
@@ -154,7 +154,7 @@ def test_gradient_of_any_layout_comes_in(backend, device):
 
 @pytest.mark.parametrize("size", [1.0, 1e-30, 1e-38, 1e-42])
 def test_small_gradients_of_the_triangle(backend, device, size):
-    """The same bits as autograd's; where these are of subnormal numbers, within a few of the smallest."""
+    """The bits of autograd's gradients; if subnormal, within a few times the smallest subnormal."""
     x_seq = random_input(4, 1000, device=device)
     grad = torch.rand(x_seq.shape, device=device) * size
 

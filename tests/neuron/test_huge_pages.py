@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def asked_for(tensor: Tensor) -> bool:
-    """Says whether huge pages were asked for at the middle of the tensor's memory."""
+    """Whether huge pages were requested at the middle of the tensor's memory."""
     middle = tensor.data_ptr() + tensor.nbytes // 2
     inside = False
     for line in MAPS.read_text().splitlines():

@@ -19,19 +19,19 @@ delays = pytest.mark.parametrize("delay", [False, True])
 
 
 def outputs_of(x_seq, backend, names, **options):
-    """The outputs of these names, and all tensors that they can be differentiated by."""
+    """The outputs of these names."""
     out = asgl_cuda.leaky_integrator(x_seq, **options, return_v_last="v_last" in names, backend=backend)
     found = {"v_seq": out} if isinstance(out, torch.Tensor) else out._asdict()
     return [found[name] for name in names]
 
 
 def assert_equals_reference(x_seq, backend, names=("v_seq", "v_last"), **options):
-    """Gradients of parameters are sums in another order; in half types decay's is of rounded potentials.
+    """Parameter gradients are sums in another order; in half types decay's sum is over rounded potentials.
 
-    The rounding is a share of the potential, and the terms are multiples of its distance from v_rest: hence the 4.
+    Roundings scale with the potential, but terms with the distance from v_rest: hence the factor 4.
     """
     leaves = {name: each for name, each in options.items() if isinstance(each, torch.Tensor)}
-    # One value an element shows the reference's gradient before it is summed.
+    # Expanded parameters expose the terms of the reference's gradients.
     terms = {name: each if name == "v_init" else each.expand(x_seq.shape) for name, each in leaves.items()}
     expected = outputs_of(x_seq, "reference", names, **{**options, **terms})
     actual = outputs_of(x_seq, backend, names, **options)
@@ -189,7 +189,7 @@ def test_nan_and_infinity_go_through(backend, device, value, delay):
 
 
 def test_only_what_a_gradient_needs_is_saved(backend, device):
-    """Neither x nor the output where the parameters are numbers, and each where its parameter is learned."""
+    """Keeps x only for a learned input_gain, the output only for a learned decay."""
     x_seq = inputs(5, 64, device=device)
     ones = torch.ones((), device=device)
     for decay, input_gain, wanted in ((0.5, 1.0, ""), (ones, ones, ""), (ones.clone().requires_grad_(), 1.0, "out"),
@@ -243,7 +243,7 @@ def test_second_derivative_and_forward_mode_are_refused(backend, device):
 @delays
 @pytest.mark.parametrize("mode", ["default", "dynamic"])
 def test_compile(backend, device, mode, delay):
-    """One graph, of the eager bits, and with dynamic shapes one for all lengths."""
+    """One graph with the eager bits; with dynamic shapes, for all lengths."""
 
     def function(x_seq, decay, gain):
         out = asgl_cuda.leaky_integrator(

@@ -67,7 +67,7 @@ def test_all_tensors_in_each_layout(backend, device, layout):
 
 @pytest.mark.parametrize("layout", IN_PLACE)
 def test_layouts_used_without_a_copy(backend, device, layout):
-    """The tensor saved for backward is x_seq itself, and the output is laid out as the input."""
+    """The tensor saved for backward is x_seq itself; the output has the input's layout."""
     x_seq, time_dim = laid_out(layout, random_input(4, 3, 5, 4, 7, device=device))
     x_seq.requires_grad_()
     saved = []
@@ -127,7 +127,7 @@ def test_inputs_are_left_alone(backend, device):
 
 
 def test_outputs_are_no_views(backend, device):
-    """Views of something inside an autograd function could be neither changed nor detached in place."""
+    """Views made in an autograd function could be neither changed nor detached in place."""
     x_seq = torch.randn(3, 2, 4, 5, 6, device=device).movedim(-1, 2).requires_grad_()  # channels_last
     for x in (x_seq, x_seq.contiguous()):
         output = asgl_cuda.lif(x, return_v_last=True, return_v_seq=True, return_h_seq=True, backend=backend)

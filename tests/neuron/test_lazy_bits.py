@@ -19,7 +19,7 @@ def negated(value):
 
 
 def imaginary(value):
-    """The same values as the imaginary part of a conjugate, which has the bit, too; a tensor of one value is dense."""
+    """The same values as the imaginary part of a conjugate, which has the negative bit; one value is dense."""
     lazy = torch.complex(torch.zeros_like(value), -value.detach()).conj().imag
     assert lazy.is_neg()
     return lazy.requires_grad_(value.requires_grad)
@@ -39,7 +39,7 @@ def copied(value):
 
 
 def assert_equal_with(lazy, function, x_seq, tensors, chosen):
-    """Outputs and gradients of function(x_seq, **tensors) are the same where the tensors in `chosen` are lazy ones."""
+    """Outputs and gradients of function(x_seq, **tensors) are the same with the tensors in `chosen` lazy."""
 
     def results(changed):
         given = {"x_seq": x_seq, **tensors}.items()
@@ -72,7 +72,7 @@ def test_lif(backend, device, way, lazy, chosen):
     tensors["rng_state"] = rng_state(device=device)
     tensors["analog_prob"] = torch.tensor(0.3, device=device)
     if chosen == "rng_state":
-        lazy = negated  # whole numbers have no imaginary part
+        lazy = negated  # integers have no imaginary part
     assert_equal_with(lazy, function, random_input(20, 3, 31, device=device), tensors, {chosen})
 
 

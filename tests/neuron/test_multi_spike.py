@@ -40,7 +40,7 @@ def test_neuron(backend, device, dtype, surrogate, v_min, detach_reset):
 @pytest.mark.parametrize("neurons", [1, 31, 4096])
 @pytest.mark.parametrize("surrogate", ["rectangle", PERIODIC])
 def test_nothing_but_spikes(backend, device, steps, neurons, surrogate):
-    """No leaner kernel exists for it; the threshold is also the amount of the reset."""
+    """Without a specialised kernel; the threshold is also the reset amount."""
     assert_equals_reference(
         currents(steps, neurons, device=device), backend, **SEVERAL, outputs=("s_seq",), surrogate=surrogate,
         v_min=-0.5, v_threshold=uniform(low=0.8, high=1.2, device=device),
@@ -64,7 +64,7 @@ def test_parameter_shapes(backend, device, sizes, surrogate):
 @pytest.mark.parametrize("v_reset", [0.1, None])
 @pytest.mark.parametrize("analog_prob", [0.0, 0.4, 1.0])
 def test_floor_of_single_spikes(backend, device, dtype, surrogate, v_reset, analog_prob):
-    """With the hard reset it holds between spikes, and after them where it is above v_reset."""
+    """With the hard reset the floor holds between spikes, and after spikes if above v_reset."""
     parameter = partial(uniform, dtype=real_of(dtype), device=device)
     for v_min in (-0.25, 0.2):
         assert_equals_reference(
@@ -78,7 +78,7 @@ def test_floor_of_single_spikes(backend, device, dtype, surrogate, v_reset, anal
 @pytest.mark.parametrize("surrogate", ["rectangle", "sigmoid", PERIODIC])
 @pytest.mark.parametrize("v_min", [None, -1.0])
 def test_extreme_potentials(backend, device, v_threshold, surrogate, v_min):
-    """The number of spikes is that of PyTorch's expression, also for an invalid threshold."""
+    """The spike count equals PyTorch's expression, also for an invalid threshold."""
     extremes = [1e3, 1000.5, -1e3, 0.0, -0.0, 1e-40, 0.3, 0.6, 0.9, 3e38, *map(float, ("nan", "inf", "-inf"))]
     x_seq = torch.tensor(extremes, device=device).repeat(6, 4)
     x_seq[1::2] = 0.25
@@ -161,7 +161,7 @@ def test_errors(options, error, message):
 def test_noise_is_refused():
     with pytest.raises(ValueError, match="needs analog_prob=0, got 0"):
         asgl_cuda.lif(torch.zeros(4, 3), **SEVERAL, analog_prob=torch.zeros(()))
-    with pytest.raises(ValueError, match=r"needs analog_prob=0, got 0\.2"):  # which is the default of layers
+    with pytest.raises(ValueError, match=r"needs analog_prob=0, got 0\.2"):  # the default of layers
         LIF(**SEVERAL)
     layer = LIF(**SEVERAL, analog_prob=0.0)
     with pytest.raises(ValueError, match=r"needs analog_prob=0, got 0\.1"):
@@ -204,10 +204,10 @@ def test_batch_norm(backend, device):
 
 def test_compile(backend, device):
     layer = LIF(**SEVERAL, surrogate=PERIODIC, v_min=-0.5, analog_prob=0.0, backend=backend, device=device)
-    torch._dynamo.reset()  # it counts the graphs of other backends' layers, too
+    torch._dynamo.reset()  # graphs of other backends' layers would count
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x_seq = currents(6, 3, 8, device=device)
-    for v_min in (-0.5, -0.4, None):  # each another constant of the graph
+    for v_min in (-0.5, -0.4, None):  # each a different graph constant
         layer.v_min = v_min
         assert torch.equal(compiled(x_seq), layer(x_seq))
         assert torch.equal(*(torch.autograd.grad(each(x_seq).sum(), x_seq)[0] for each in (compiled, layer)))

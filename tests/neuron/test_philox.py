@@ -30,7 +30,7 @@ def test_known_answers(counter, key, expected):
 
 
 def analog_elements(x_seq, backend, analog_prob, state, time_dim=0):
-    """The mask that a backend uses, read off its output: u = 1/4 everywhere, so hard spikes are 1, analog ones 3/4."""
+    """A backend's mask, inferred from outputs: u = 1/4 everywhere, so hard spikes are 1, analog elements 3/4."""
     x_seq = torch.full_like(x_seq, 1.25)
     s_seq = asgl_cuda.lif(
         x_seq, decay=0.0, analog_prob=analog_prob, rng_state=state, time_dim=time_dim, backend=backend
@@ -161,7 +161,7 @@ def test_default_noise_obeys_manual_seed(backend, device):
     torch.manual_seed(7)
     assert torch.equal(first, run())
     assert not torch.equal(first, second)
-    # The reference draws the same numbers from the same generator.
+    # The reference draws the same values from the same generator.
     torch.manual_seed(7)
     assert torch.equal(first, asgl_cuda.lif(x_seq, decay=0.0, analog_prob=0.5, backend="reference"))
     generator = torch.Generator(device).manual_seed(3)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 EVERY = {"return_v_last": True, "return_v_seq": True, "return_h_seq": True}
 
-# The fixtures name a backend and a device, which no example changes for the next.
+# Examples do not change the backend or the device, which are function-scoped.
 many = settings(
     deadline=None,
     derandomize=True,
@@ -30,11 +30,11 @@ many = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-# Around the segments of 4, 8 and 16 steps, around groups of 4 neurons and the width of vectors; of some
-# sizes several make a tile.
+# Around segments of 4, 8 and 16 steps, groups of 4 neurons and the width of vectors; with some sizes
+# several runs fit in a tile.
 STEPS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 18, 32, 33, 40)
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 16, 17, 67, 400, 700)
-MOST_ELEMENTS = 40000  # what the CPU does on one thread
+MOST_ELEMENTS = 40000  # processed by one CPU thread
 MOST_NEURONS = 3000
 ANALOG_PROBS = (0.0, 1 / 65536, 0.2, 0.7, 1.0)
 
@@ -130,9 +130,8 @@ def calls(draw: st.DrawFn, analog_probs: tuple[float, ...] = ANALOG_PROBS, min_s
         kept = draw(st.lists(st.booleans(), min_size=len(full), max_size=len(full)))
         sizes = tuple(size if keep else 1 for size, keep in zip(full, kept, strict=True))
         requires_grad = draw(st.sampled_from([True, True, False]))
-        # A term of a gradient is a difference itself, and may be as small as the roundings of what it was made from. It
-        # shows where no two computations have the same bits and few terms are summed; float64 has places to spare for
-        # two thousand of them.
+        # A gradient's term is a difference, possibly as small as its operands' roundings. Such errors show where bits
+        # differ between backends and few terms are summed; float64 is precise enough for two thousand elements.
         few_terms = math.prod(shape) < 8 * math.prod(sizes)
         same_bits = surrogate in EXACT_SURROGATES or (dtype == torch.float64 and math.prod(shape) <= 2000)
         return TensorSpec(sizes, requires_grad and (same_bits or not few_terms))
@@ -190,7 +189,7 @@ def test_equals_reference(backend, device, call):
 @many
 @given(call=calls(analog_probs=(1.0,)))
 def test_batch_norm_equals_reference(backend, device, call):
-    """In float64 and without hard spikes, which the last place of a mean could flip."""
+    """In float64 without hard spikes, which a rounding of the mean could flip."""
     options = {**call.options, "surrogate": "sigmoid"}
     parameters = {name: spec for name, spec in call.parameters.items() if not name.startswith("input_")}
     channel = channel_dim(options["time_dim"] % len(call.shape))
@@ -245,7 +244,7 @@ def test_outputs_have_the_promised_shapes_and_types(backend, device, call):
 
 
 def narrowed(options: dict[str, Any], dims: int, begin: int, end: int) -> dict[str, Any]:
-    """The options of the steps from begin to end: parameters that differ from step to step are narrowed."""
+    """The options of the steps from begin to end: parameters that vary over time are narrowed."""
     part = dict(options)
     for name in RANGES:
         value = options.get(name)
@@ -257,7 +256,7 @@ def narrowed(options: dict[str, Any], dims: int, begin: int, end: int) -> dict[s
     return part
 
 
-# Without noise, which counts steps from the beginning of each call.
+# Without noise, which is indexed by the steps of a call.
 @many
 @given(call=calls(analog_probs=(0.0, 0.0, 1.0), min_steps=2), data=st.data())
 def test_splitting_time_is_one_run(backend, device, call, data):
@@ -304,7 +303,7 @@ def test_elements_outside_the_analog_mask_spike_hard(backend, device, call):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("steps", [4, 17])
 def test_a_threshold_is_exceeded_by_a_subnormal_number(backend, device, steps, dtype, strict):
-    """The difference from the threshold is smaller than any normal number; processors may take such for zero."""
+    """The difference from the threshold is subnormal, which processors may flush to zero."""
     least = torch.finfo(dtype).tiny
     above = torch.tensor([0, 2**9, 1, -1], dtype=dtype, device=device) * torch.finfo(dtype).smallest_normal
     above = above * torch.finfo(dtype).eps

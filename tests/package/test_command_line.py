@@ -12,7 +12,7 @@ import asgl_cuda
 import asgl_cuda.__main__
 from asgl_cuda.backends import BACKENDS
 
-EMULATIONS = {"emulated", "replayed", "ptx", "ptx_one"}  # of the tests alone
+EMULATIONS = {"emulated", "replayed", "ptx", "ptx_one"}  # in tests only
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -79,7 +79,7 @@ def test_unknown_instruction_set_is_an_error():
 @pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), reason="no CPU kernels")
 @pytest.mark.parametrize(("asked", "name"), [("baseline", "baseline"), ("avx2", "AVX2")])
 def test_every_clone_of_the_cpu_kernels_agrees(asked, name):
-    """The suite runs on the best clone that the processor has; older processors get the others."""
+    """The suite runs the processor's best clone; older processors select other clones."""
     found = run("-m", "asgl_cuda", "info", ASGL_CUDA_INSTRUCTION_SET=asked)
     if f"CPU kernels: {name}," not in found.stdout:
         pytest.skip(f"this processor has no {name}")

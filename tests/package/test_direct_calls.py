@@ -42,7 +42,7 @@ def potentials(x_seq, state):
 
 
 class Recorder:
-    """Operators that note the names of those that are called."""
+    """Operators that record the names of called operators."""
 
     def __init__(self, operators):
         self.called = set()
@@ -87,7 +87,7 @@ def test_every_operator_is_there():
 
 
 class Subclass(torch.Tensor):
-    """Notes the functions that it sees."""
+    """Records intercepted functions."""
 
     seen = ()
 

@@ -16,7 +16,7 @@ IMPORTS = ("matplotlib", "sklearn", "spikingjelly", "snntorch", "norse", "sinabs
 
 
 def python_of(page: Path) -> list[str]:
-    """What runs, each behind as many empty lines as precede it: setups, in comments, and fences of `python`.
+    """Runnable blocks, each after as many empty lines as precede it: setups in comments, `python` fences.
 
     Tutorials have none: they are executed when the documentation is built.
     """

@@ -15,8 +15,8 @@ from torch import nn
 
 import asgl_cuda
 
-# Returned tuples and a version; functions that convert models have examples that need a library, which
-# need not be installed.
+# Returned tuples and a version; examples of functions that convert models need libraries, which may be
+# missing.
 NO_EXAMPLE_NEEDED = {
     "IntegratorOutput", "LIFOutput", "__version__", "convert", "from_nir", "fuse", "lightning_callback", "revert",
     "to_nir", "unfuse",
@@ -24,7 +24,7 @@ NO_EXAMPLE_NEEDED = {
 
 
 def public_docstrings() -> Iterator[tuple[str, str]]:
-    """Names and docstrings of what is exported, and of the public members of exported classes."""
+    """Names and docstrings of exports, and of the public members of exported classes."""
     for name in asgl_cuda.__all__:
         thing = getattr(asgl_cuda, name)
         if not callable(thing):

@@ -65,7 +65,7 @@ def test_which_is_loaded(places, installed, users, loaded):
 
 
 def test_extension_of_other_sources_is_not_loaded(places):
-    """Torch aborts the process where its operators differ from those of ops.py."""
+    """Torch aborts where the extension's operators differ from ops.py."""
     package, users = places
     for folder in (users, package):
         note(folder, HERE)

@@ -52,7 +52,7 @@ def test_layers(layer):
 
 
 def test_tests_are_no_package():
-    """Their modules are imported by their own names: a second name would be a second module."""
+    """Modules are imported by their own names: a second name would be a second module."""
     assert not [path for path in files("tests") for name in imports(path) if name.split(".")[0] == "tests"]
     assert not files("tests", "__init__.py")
 
@@ -64,7 +64,7 @@ def test_no_circle(package):
     for name, path in modules.items():
         found = (each if each in modules else each.rpartition(".")[0] for each in imports(path))
         graph[name] = {each for each in found if each in modules and each != name}
-    tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
 
 
 @pytest.mark.parametrize("path", files("csrc", "*.*"), ids=lambda path: path.name)

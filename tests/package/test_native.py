@@ -1,4 +1,4 @@
-"""The headers of csrc that know nothing of torch, compiled alone by the host's C++ compiler."""
+"""The headers of csrc without torch, compiled alone by the host's C++ compiler."""
 
 import re
 import subprocess
@@ -26,7 +26,7 @@ def program(compiler: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.mark.parametrize("check", CHECKS)
 def test_headers(program, check):
     result = subprocess.run([program, check], capture_output=True, text=True, timeout=120)
-    # A negative status is the signal that ended it, such as the fault of a wrong index.
+    # A negative status is the terminating signal, such as a segmentation fault.
     assert result.returncode == 0, f"status {result.returncode}: {result.stdout}{result.stderr}"
 
 

@@ -16,7 +16,7 @@ from asgl_cuda.functional import NeuronArguments
 
 
 class Contrary:
-    """It can be neither hashed, compared nor shown."""
+    """Can be neither hashed, compared nor shown."""
 
     __hash__ = None
 
@@ -71,7 +71,7 @@ def built(kind, arguments, **others):
     return lambda **options: make(**{"model": network(), **others, **options}), arguments, {}
 
 
-# The call, the arguments that get nonsense, and the other ones.
+# Call, arguments that get nonsense, and other arguments.
 CALLS = {
     "lif": (asgl_cuda.lif, names(asgl_cuda.lif), {"x_seq": X}),
     "leaky_integrator": (asgl_cuda.leaky_integrator, names(asgl_cuda.leaky_integrator), {"x_seq": X}),
@@ -123,7 +123,7 @@ CALLS = {
 
 
 def raw_error(call, options):
-    """The error of a call, where it is one that a user can't read."""
+    """The error of a call, if not one of asgl_cuda's own."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

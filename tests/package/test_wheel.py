@@ -35,7 +35,7 @@ def run(*command: str | Path, cwd: Path, status: int = 0, **environment: str) ->
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel of a copy of the tree, with all that earlier builds have left in it."""
+    """The wheel of a copy of the tree with leftovers of earlier builds."""
     directory = tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns(".*", "build", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, directory / "tree", ignore=ignored)
@@ -64,7 +64,7 @@ def environment_in(directory: Path) -> Path:
 
 
 def see_packages_of_this(python: Path) -> None:
-    """The packages of the environment of the tests, but nothing that was installed there from a checkout."""
+    """Exposes the packages of the tests' environment, except installations from a checkout."""
     (site_packages,) = python.parents[1].glob("lib/python*/site-packages")
     (site_packages / "torch_from_elsewhere.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
 
@@ -86,7 +86,7 @@ def test_info(python, tmp_path):
     assert "cpu        the compiled extension is missing: it was not built with this installation. To build it: " in out
 
 
-# Stubs are in place of the kernels, which take a minute.
+# Stubs for the kernels, which take a minute to compile.
 STUB = """
 #include <Python.h>
 namespace {
@@ -106,7 +106,7 @@ def stub_sources(csrc: Path) -> None:
 
 
 def test_build(python, tmp_path):
-    """Two processes compile at once; both say why where it does not compile."""
+    """Two processes compile at once; both report why a compilation fails."""
     (csrc,) = python.parents[1].glob("lib/python*/site-packages/asgl_cuda/csrc")
     stub_sources(csrc)
     build = (python, "-m", "asgl_cuda", "build")
@@ -144,7 +144,7 @@ def test_readme_says_how(tmp_path):
     pip.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip --python {python} "$@"\n')
     pip.chmod(0o755)
     _, install, info = README.split("## Install\n")[1].split("```sh\n")[1].split("```")[0].splitlines()
-    # Nothing is touched that is installed elsewhere.
+    # Leave other installations untouched.
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_IGNORE_INSTALLED": "1"}
     path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
     for command in (install, info):

@@ -190,7 +190,7 @@ MUTANTS = {
                                            "thread < 2 * part.elements_each"),
         "elements beyond the last": sums("&& @) part.store", "element < part.elements(sum.shape)",
                                          "true"),
-        # ---- what may be taken for granted ----
+        # ---- kernel choice, indices ----
         "settled in spite of a step stride": params("&& @) return Input::kGeneral", "parameter.step_stride != 0",
                                                     "false"),
         "settled in spite of v_rest": params("if (@ ||", "options.v_rest != Real(0)", "false"),
@@ -353,7 +353,7 @@ MUTANTS = {
     },
 }  # fmt: skip
 
-# These are in the CPU kernels, and the same programs find them.
+# Mutants of the CPU kernels, found by the same programs.
 cpu = partial(Mutant, "cpu/neuron.cpp")
 cpu_integrator = partial(Mutant, "cpu/integrator.cpp")
 tiles = partial(Mutant, "cpu/tile.h")

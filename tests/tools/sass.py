@@ -1,4 +1,4 @@
-"""Code for the tests of what reads SASS."""
+"""SASS instructions for tests."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ SPILLING = Usage(168, 16, 8, 4, 12)
 
 
 def compared(now: Resources, committed: Resources, version: str = "13.0.88") -> resources.Findings:
-    """The findings against figures that went through their file."""
+    """The findings against figures after a JSON round trip."""
     figures = json.loads(json.dumps({"nvcc": "13.0.88", "sections": resources.sections(committed)}))
     return resources.compare(resources.sections(now), version, figures)
 

@@ -1,4 +1,4 @@
-"""The check on a GPU, without one: time limits, verdicts, what it reads and reports."""
+"""The check on a GPU, without a GPU: time limits, verdicts, input and reports."""
 
 import io
 import json

@@ -12,12 +12,12 @@ from tools.emulation import sanitize
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
-# The orders in which the threads of a block get to run. A missing barrier need not show in all of them.
+# Execution orders of a block's threads. A missing barrier need not show in every order.
 ORDERS = ("middle", "ascending", "descending", "1", "2")
 
 
 def seed(csrc: Path, mutants: Iterable[Mutant], chosen: int = 0) -> None:
-    """Puts all mutants into the sources; the variable `mutant` says by its number, from 1, which one is made."""
+    """Adds all mutants to the sources; the variable `mutant` selects one by number, from 1."""
     declaration = csrc / "math" / "host_device.h"
     text = declaration.read_text()
     declaration.write_text(text.replace("namespace asgl {", f"namespace asgl {{\ninline int mutant = {chosen};", 1))
@@ -41,9 +41,9 @@ def seeded_program(program: str, mutants: Iterable[Mutant], csrc: Path, *flags: 
 
 
 def first_failure(program: Path, number: int, orders: Iterable[str] = ORDERS) -> str:
-    """Says which cases failed in the first order in which some did: numbers that differ, or an error of the emulation.
+    """The failed cases of the first order with any: values that differ, or an error of the emulation.
 
-    A crash would say nothing about the mistake.
+    A crash would prove nothing.
     """
     for order in orders:
         result = sanitize.run(program, ASGL_MUTANT=str(number), ASGL_EMULATION_ORDER=order)
@@ -76,14 +76,14 @@ def test_mutant_is_found(seeded, program, name):
 
 @pytest.mark.parametrize("program", CPU_MUTANTS)
 def test_mutants_on_the_cpu_are_found(program, tmp_path):
-    """Each is found by numbers that differ; without any of them all is well."""
+    """Each mutant changes values; without mutants every case passes."""
     mutants, csrc = CPU_MUTANTS[program], sanitize.few_instantiations(tmp_path)
     path = seeded_program(program, mutants.values(), csrc, sanitize.BASELINE, *sanitize.CPU)
     found = {name: first_failure(path, number, ["middle"]) for number, name in enumerate(["none", *mutants])}
     assert {name for name in found if not found[name]} == {"none"}, found
 
 
-# Each is a program, a mutant, a sanitizer and the words of its report.
+# Program, mutant, sanitizer and words of the report.
 SANITIZED = {
     "race of neurons": ("kernels_test", NO_BARRIER, sanitize.THREAD, "data race"),
     "race of channels": ("batch_norm_test", NO_BARRIER_OF_CHANNELS, sanitize.THREAD, "data race"),

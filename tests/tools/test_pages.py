@@ -9,5 +9,5 @@ from tools.roofline import roofline
 
 @pytest.mark.parametrize("page", [resources.PAGE, roofline.PAGE, accesses.PAGE], ids=lambda page: page.path.name)
 def test_page_is_drawn_from_its_figures(page):
-    """After a change of the words alone, the program of each draws it again with --draw."""
+    """After a change of the text alone, the page's program redraws the page with --draw."""
     assert page.text(page.figures) == page.path.read_text()

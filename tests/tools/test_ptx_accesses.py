@@ -1,4 +1,4 @@
-"""The sectors that warps touch are those of tools/ptx/sectors.json, the fewest possible in most kernels."""
+"""Warps touch the sectors in tools/ptx/sectors.json, the fewest possible in most kernels."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_sectors(addresses, size, expected):
 
 
 def test_accesses_of_warps():
-    """By instruction, block and round, in whatever order threads run."""
+    """By instruction, block and round, in any order of threads."""
     adjacent, apart = [4 * thread for thread in range(64)], [4096 + 32 * thread for thread in range(64)]
     rounds = [*one_each(adjacent), *one_each(apart), *one_each(adjacent, where="another"), *one_each(adjacent, block=1)]
     for order in (rounds, sorted(rounds, key=lambda access: access.thread)):

@@ -40,7 +40,7 @@ def specials(dtype):
 
 
 def operands(types):
-    """All combinations of special values, or some of too many; and random bits."""
+    """All or, if too many, some combinations of special values; random bits."""
     generator = np.random.default_rng(0)
     values = [specials(NUMPY[each]) for each in types]
     few = math.prod(map(len, values)) <= N

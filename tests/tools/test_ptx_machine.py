@@ -96,7 +96,7 @@ def test_shuffles(machine):
 
 
 def test_shared_memory_and_barrier(machine):
-    """Each block has its own; uninitialised values are NaN."""
+    """Memory is per block; uninitialised values are NaN."""
     shared = ".shared .align 4 .b8 first[4];\n.shared .align 16 .b8 second[512];"
     text = module(
         """
@@ -125,7 +125,7 @@ st.global.v2.b32 [%rd1], {%r5, %r9};
 
 # ---- mistakes ----
 
-# Each by one thread, in a kernel with all of them. %rd10 is a buffer, %rd11 the end of another before a gap.
+# Each by one thread, in a kernel with all faults. %rd10 is a buffer, %rd11 the end of another before a gap.
 FAULTS = {
     "ld.global.b32 %r1, [%rd10+96];": "in none of the buffers",
     "ld.global.b32 %r1, [%rd10+-4];": "in none of the buffers",
@@ -184,7 +184,7 @@ def test_launch_that_does_not_fit(machine):
 
 
 def test_registers_of_a_scope(machine):
-    """They shadow registers of the same name."""
+    """Inner registers shadow outer ones."""
     body = """
 mov.u32 %r1, 5;
 { .reg .pred p; .reg .b32 %r1; .reg .b16 low; .reg .b16 high;

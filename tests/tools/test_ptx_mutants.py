@@ -147,7 +147,7 @@ def on_ptx(monkeypatch) -> Callable[..., list[torch.Tensor] | str]:
 
 
 def is_equal(call: str, found: list[torch.Tensor] | str) -> bool:
-    """Whether the outcome is the emulation's, of the code without a mutant."""
+    """Whether the outcome equals the emulation's without a mutant."""
     expected = outcome(CALLS[call], "replayed")
     assert not isinstance(expected, str), expected
     return not isinstance(found, str) and all(map(torch.equal, found, expected))

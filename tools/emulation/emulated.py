@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU, as two backends.
 
-`emulated` has the operators and launchers in C++ (csrc/ops), as the backend `cuda`; `replayed` those in Python, as the
-backend `cupy`.
+`emulated` has the C++ operators and launchers (csrc/ops) of `cuda`, `replayed` the Python operators and launchers of
+`cupy`.
 """
 
 import ctypes
@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent
 NAMESPACE = "asgl_cuda_emulated"
 REPLAYED_NAMESPACE = "asgl_cuda_replayed"
-# As the extension, except for faster compilation and without the warning about #pragma unroll.
+# As the extension, but -O2 for faster compilation, and no warning about #pragma unroll.
 FLAGS = ["-O2", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wno-unknown-pragmas"]
 
 # Multiprocessors. On a tiny device the launchers choose four neurons a thread wherever the layout allows; on a large
-# one the general kernels have one, and in long sequences the others as well.
+# device one, in general kernels and, for long sequences, in all kernels.
 TINY, LARGE = 0, 132
 THREADS_EACH = 2048  # resident on a multiprocessor, as in cuda_emulation.h
 
@@ -81,7 +81,7 @@ def register() -> Emulation:
     directory.mkdir(parents=True, exist_ok=True)
     ops.define_operators(NAMESPACE)
     with (directory / "building").open("w") as building:
-        # Torch's lock would outlive a killed build, and block all later ones; this lock does not.
+        # Torch's lock would outlive a killed build and block later builds; flock does not.
         fcntl.flock(building, fcntl.LOCK_EX)
         (directory / "lock").unlink(missing_ok=True)
         path = torch.utils.cpp_extension.load(

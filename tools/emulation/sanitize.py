@@ -21,10 +21,10 @@ PROGRAMS = ROOT / "tests" / "cuda" / "programs"
 FLAGS = ("-std=c++20", "-ffp-contract=off", "-pthread")
 
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-# ThreadSanitizer does not support fibres: each thread of a block is a thread of the operating system.
+# ThreadSanitizer does not support fibres: each thread of a block is an OS thread.
 THREAD = ("-fsanitize=thread", "-DASGL_EMULATE_THREADS")
 
-# CPU kernels in place of the CUDA ones; BASELINE, one instruction set, compiles in a third of the time.
+# CPU instead of CUDA kernels; BASELINE, one instruction set, compiles in a third of the time.
 CPU = ("-DASGL_TEST_CPU", f"-I{EMULATION / 'cpu'}", "-include", "cpu_launchers.h")
 BASELINE = "-DASGL_TEST_BASELINE"
 

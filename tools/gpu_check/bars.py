@@ -24,7 +24,7 @@ WHERE_MEMORY_BINDS = {"float32": {"forward": 1.15, "backward": 1.2, "both": 1.15
 HALF_TYPES = 1.3
 # A block accesses an element nine times, copies of x and of the gradient four times.
 BLOCK_COPIES = 9 / 4
-CUPY_MICROSECONDS = 30  # more for a call than with the backend cuda
+CUPY_MICROSECONDS = 30  # overhead of a call over the backend cuda
 Seconds = dict[str, dict[str, float]]  # by row, by part
 
 

@@ -24,7 +24,7 @@ class Work(NamedTuple):
 
 
 def roofline(architecture: int | None) -> dict[tuple[str, str, int], Work]:
-    """Work by kernel, type and length (0 for a kernel by channel); on an unknown architecture bytes alone."""
+    """Work by kernel, type and length (0 for a kernel by channel); on an unknown architecture only bytes."""
     card = next((card for card in CARDS if card.architecture == architecture), None)
     found = {}
     for each in counts_in(PAGE.figures):

@@ -65,7 +65,7 @@ def run(step: Step, limit: float, log: TextIO, variables: dict[str, str]) -> Out
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        # A step begins no more work after this time; the rest is for the work in progress.
+        # A step begins no work after this time; the rest is for work in progress.
         words = {SECONDS: f"{0.8 * limit:.0f}", RESULT: str(file)}
         command = [words.get(word, word) for word in step.command]
         show(f"--- {step.name}, at most {limit:.0f} s: {' '.join(command)}")
@@ -124,7 +124,7 @@ def run_all(
     note: Callable[[Outcome], None],
     variables: dict[str, str],
 ) -> None:
-    """Runs one after the other until interrupted; each may take the time left, less the time of later steps."""
+    """Runs the steps until interrupted; each may take the time left, less the time of later steps."""
     end = time.monotonic() + whole
     for number, step in enumerate(todo):
         limit = end - time.monotonic() - sum(later.seconds for later in todo[number + 1 :])
@@ -168,7 +168,7 @@ def failures_in(lines: list[str]) -> list[str]:
 
 
 class Findings:
-    """gpu_check.json: the steps of this run and those before."""
+    """gpu_check.json: the steps of this and earlier runs."""
 
     def __init__(self, file: Path, origin: dict[str, str]) -> None:
         self._file, self._origin = file, origin
@@ -311,7 +311,7 @@ def interrupt(*_: Any) -> None:
 
 
 def main() -> int:
-    """Runs the steps that are not complete."""
+    """Runs the incomplete steps."""
     parser = argparse.ArgumentParser(prog="python3 -m tools.gpu_check.check", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the folder for log.txt and gpu_check.json")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps, such as gpu-tests kernels")

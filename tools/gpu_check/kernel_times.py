@@ -155,7 +155,7 @@ def profiled_once(device: torch.device) -> None:
 
 
 def ncu_command(ncu: str, log: Path) -> list[str]:
-    """The command that counts; clocks are left alone, as others may work on the same card."""
+    """The profiling command; leaves clocks alone, since other processes may use the card."""
     return [
         ncu, "--csv", "--log-file", str(log), "--print-units", "base", "--metrics", ",".join(METRICS),
         "--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all",
@@ -172,7 +172,7 @@ def counters(lines: Iterable[str]) -> list[dict[str, Any]]:
         if row["Metric Name"] not in METRICS:
             continue
         name, scale = METRICS[row["Metric Name"]]
-        # It writes (bool)1 for true and (int)4 for 4.
+        # ncu prints true as (bool)1 and 4 as (int)4.
         symbol = row["Kernel Name"].replace("(bool)1", "true").replace("(bool)0", "false")
         found[row["ID"]]["kernel"] = str(Kernel.from_symbol(re.sub(r"\((?:unsigned )?(?:int|long)\)", "", symbol)))
         value = row["Metric Value"].replace(",", "")

@@ -72,7 +72,7 @@ def replayed(step: Callable[[], Any]) -> Callable[[], Any]:
 
     def replay() -> Callable[[], Any]:
         graph.replay()
-        return step  # keeps the tensors that the graph reads alive
+        return step  # keeps alive the tensors that the graph reads
 
     return replay
 

@@ -26,7 +26,7 @@ from benchmarks.common import parser_of
 from .steps import CUPY_CACHE
 
 COMPILED = ROOT / "build" / "compiled"
-# In a process of its own: a rebuilt extension can't be loaded again.
+# In a separate process: a rebuilt extension can't be reloaded.
 PROBE = """
 import sys, torch
 from asgl_cuda import extension, lif
@@ -79,12 +79,12 @@ def ready(device: str, architecture: str) -> str | None:
 
 
 def fill_cache(architecture: str, jobs: int) -> int:
-    """Compiles all kernels that the backend cupy can ask for; returns their number."""
+    """Compiles all kernels that the backend cupy can request; returns the count."""
     from ..kernels.cuda_compile import kernels_asked_for
 
     major, minor = map(int, architecture.split("."))
     compiled = partial(cupy.load_or_compile, architecture=cupy.target((major, minor)))
-    # Spawned: in a copy of this process torch would have threads and a GPU.
+    # Spawned: a fork would inherit torch's threads and CUDA context.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         return len(list(pool.map(compiled, kernels_asked_for(), chunksize=4)))
 

@@ -15,8 +15,8 @@ from benchmarks import ROOT
 PREPARED = ROOT / "build" / "prepared"  # by prepare.py
 CUPY_CACHE = PREPARED / "cupy"
 # Placeholders in a command.
-SECONDS = "SECONDS"  # its time limit
-RESULT = "RESULT"  # the JSON file for its results
+SECONDS = "SECONDS"  # time limit
+RESULT = "RESULT"  # JSON file for results
 # Stand in for a suite without a GPU.
 A_FEW_TESTS = ["tests/neuron/test_philox.py", "-k", "mask_with_time or none_and_all"]
 
@@ -32,7 +32,7 @@ class Machine(NamedTuple):
 
     @classmethod
     def here(cls, device: str) -> Machine:
-        """This machine; as a CPU, with the backend cpu alone."""
+        """This machine; for a CPU, only the backend cpu."""
         if device == "cpu":
             return cls("cpu", ("cpu",))
         return cls(

@@ -1,1 +1,1 @@
-"""The code that nvcc and NVRTC make of the CUDA kernels: registers, spills, faults."""
+"""The code of the CUDA kernels by nvcc and NVRTC: registers, spills, faults."""

@@ -1,7 +1,7 @@
 """Faults in the code of compiled kernels, by their PTX and SASS.
 
-PTX shows operations that are not rounded as the reference's, and accesses to a sequence that are narrower than a
-thread's four neighbours; ptxas changes neither. Each access is traced to the pointer parameters of its address.
+PTX shows operations rounded unlike the reference's, and accesses to a sequence narrower than a thread's four
+neighbours; ptxas changes neither. Each access is traced to the pointer parameters of its address.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Operation(NamedTuple):
 
 
 def kernels_in(ptx: str) -> Iterator[tuple[str, list[Operation]]]:
-    """Symbol and instructions of each."""
+    """Symbols with their instructions."""
     instruction = re.compile(r"^\s*(?:@!?%\w+\s+)?([a-z]\w*(?:[.:]+\w+)*)\b([^;]*);", re.MULTILINE)
     _, *parts = re.split(r"\.entry\s+(\w+)", ptx)
     for symbol, body in zip(parts[::2], parts[1::2], strict=True):
@@ -59,7 +59,7 @@ ROUNDED = ("add", "sub", "mul", "div", "rcp", "sqrt")
 
 
 def arithmetic_fault(opcode: str, surrogate: str) -> str | None:
-    """The fault of such an instruction in a kernel of the surrogate."""
+    """The opcode's fault in a kernel of the surrogate, if any."""
     operation, _, kind = opcode.rpartition(".")
     name, *modifiers = operation.split(".")
     if operation in SURROGATE_OPERATIONS.get(surrogate, ()):
@@ -97,8 +97,8 @@ STRUCTURES = {
     "moments": "MomentsParams",
     "input gradient": "InputGradientParams",
 }
-# Pointers to elements of x's type, as all sequences of the integrator are, and to one value for the four neighbours.
-# All others point to potentials and states, which are float32.
+# Pointers to elements of x's type (in the integrator all sequences), and to one value for the four neighbours. Other
+# pointers are to potentials and states, which are float32.
 ELEMENT_MEMBERS = ("x_seq", "s_seq", "grad_s_seq", "grad_x_seq")
 SHARED_MEMBERS = ("parameters", "partials", "noise", "zeros", "moments", "mean", "adjoint")
 UNKNOWN = "an unknown address"
@@ -123,7 +123,7 @@ Origin = int | str  # a parameter's address, by offset; or a pointer, by name
 
 
 class Move(NamedTuple):
-    """A 64-bit register gets another one plus `added`, among other terms, or the value stored at that address."""
+    """A 64-bit register gets a term, another register plus `added`, or the value loaded from that address."""
 
     register: str
     source: str
@@ -173,7 +173,7 @@ def expected_bits(kernel: Kernel, member: str) -> int | None:
 
 
 def access_problems(kernel: Kernel, code: Sequence[Operation]) -> Iterator[str]:
-    """Local memory in any kernel; accesses not of four neighbours at once where a thread has four."""
+    """Local memory in any kernel; accesses of other widths where a thread owns four neighbours."""
     local = sum(".local." in operation.opcode for operation in code)
     if local:
         yield f"{local} accesses to local memory"
@@ -201,7 +201,7 @@ def access_problems(kernel: Kernel, code: Sequence[Operation]) -> Iterator[str]:
 
 
 class Accesses(NamedTuple):
-    """Accesses to global memory: least counts of four elements at once, most of narrower ones."""
+    """Counts of global accesses: at least for four elements, at most for narrower accesses."""
 
     loads: int
     stores: int
@@ -215,7 +215,7 @@ def expected_accesses(kernel: Kernel) -> Accesses:
     if kernel.kind.startswith("input gradient"):
         return Accesses(4, 2, 3, 0)  # narrow: mean, slope, offset
     normalised = "normalised" in kernel.kind
-    # Each parameter is read by one instruction as one value, by another as several; and three words of rng_state.
+    # For each parameter, a load of one value and a load of several; three words of rng_state.
     narrow_loads = 2 * (7 if normalised else 4) + 3
     if kernel.kind.startswith("forward"):
         return Accesses(4, 4, narrow_loads, 2)  # narrow stores: the zeros behind the checkpoints
@@ -223,7 +223,7 @@ def expected_accesses(kernel: Kernel) -> Accesses:
     narrow_stores = 3 * (6 if normalised else 4)
     if "T = " in kernel.kind:  # x and the gradient
         return Accesses(2 * 4, 4, narrow_loads, narrow_stores)
-    # Both before the loops and inside them; normalised kernels load x once more on the way back.
+    # x and the gradient, before the loops and inside; normalised kernels load x twice.
     return Accesses(2 * (3 if normalised else 2) * 4, 4, narrow_loads, narrow_stores)
 
 

@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels: nvcc, the report of ptxas on each, the disassembly. No GPU is needed."""
+"""Compilation of the CUDA kernels by nvcc, ptxas reports, disassembly; needs no GPU."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Instruction(NamedTuple):
     """An instruction of SASS."""
 
     address: int
-    guard: str  # the predicate, or nothing
+    guard: str  # the predicate, or empty
     opcode: str
     operands: str
 
@@ -136,7 +136,7 @@ class Nvcc:
         self.path = path
         self.flags = compilation.NVCC_FLAGS
         self._oldest = compilation.OLDEST_ARCHITECTURE
-        # PTX for these, from which all architectures are compiled.
+        # PTX targets, the sources of all architectures.
         self._virtual = (compilation.OLDEST_ARCHITECTURE, compilation.SHARED_ARCHITECTURE)
 
     @classmethod

@@ -4,14 +4,14 @@ Failures: a kernel that does not compile, or is not in the figures; a spill or s
 default paths, on DEFAULT_ARCHITECTURES, any spill, narrow access or use of local memory; faults of the PTX of any
 kernel (code_checks.py); glue that does not compile against the installed torch. A change of registers is only reported.
 The flags are those of asgl_cuda/extension/compilation.py: PTX for compute_75 and compute_80, from which each
-architecture is compiled. Architectures with the code of another (SAME_CODE) are compiled with --update alone, which
-fails where their registers differ.
+architecture is compiled. Architectures with the code of another (SAME_CODE) are compiled only with --update, which
+fails where registers differ.
 
-NVRTC compiles what asgl_cuda/backends can ask for, for two architectures, with --update for four. Failures: kernels
-that only one of NVRTC and nvcc has; faults of the PTX; a spill that nvcc's kernel does not have; and, where NVRTC has
-nvcc's version and PTX version, other registers than nvcc's. Kernels that loop over steps or sums are exempt as long as
-as many blocks fit on a multiprocessor as of nvcc's, or as their launch bounds ask for: NVRTC's front end orders their
-many values differently.
+NVRTC compiles all kernels of asgl_cuda/backends for two architectures, with --update for four. Failures: kernels of
+only one of NVRTC and nvcc; faults of the PTX; a spill that nvcc's kernel does not have; and, where NVRTC has nvcc's
+version and PTX version, other registers than nvcc's. Kernels that loop over steps or sums are exempt while as many
+blocks fit on a multiprocessor as of nvcc's kernel, or as launch bounds request: NVRTC's front end orders values
+differently.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DISASSEMBLED = (80, 90, 100)
 NVRTC_ARCHITECTURES = (75, 80, 90, 120)
 LANES = ("1 neuron", "4 neurons")
-# From here on NVRTC's PTX is not for compute_80, as nvcc's is.
+# From sm_100 on, NVRTC's PTX differs from compute_80's.
 OTHER_PTX_FROM = 100
-NVRTC_WITHOUT_UPDATE = (80, 120)  # one before and one from there on
+NVRTC_WITHOUT_UPDATE = (80, 120)  # below and from OTHER_PTX_FROM on
 FREE_KINDS = (
     *(f"backward{input}, {lanes}" for input in ("", " plain", " normalised") for lanes in (*LANES, "T = 4")),
     *(f"integrator backward with sums, {lanes}" for lanes in LANES),
 )
 MULTIPROCESSOR_REGISTERS = 65536
-# Shared memory of a multiprocessor and, from sm_80 on, what is reserved for each block (CUDA C++ Programming Guide).
+# Shared memory of a multiprocessor and, from sm_80 on, reserved bytes of a block (CUDA C++ Programming Guide).
 SHARED_BYTES = {75: 65536, 80: 167936, 90: 233472, 120: 102400}
 RESERVED_BYTES = 1024
 # Resident blocks by launch bounds, of a kind or of a kind and type.
@@ -76,12 +76,12 @@ ASKED_BLOCKS = {
     "backward, 4 neurons": 3, "backward normalised, 4 neurons": 3, "backward plain, 4 neurons, float32": 3,
     "integrator backward with sums, 1 neuron": 5, "integrator backward with sums, 4 neurons": 5,
 }  # fmt: skip
-# Kernels in one NVRTC program: each program reads the headers anew, and the last one should not take long.
+# Kernels in one NVRTC program: each program parses the headers, but the last should be short.
 CHUNK = 24
 
 
 def paths(kinds: Iterable[str], channel_kinds: Iterable[str]) -> list[Kernel]:
-    """The kernels of these kinds that have rows of their own; batch normalisation comes last."""
+    """The individually listed kernels of these kinds; batch normalisation comes last."""
     neurons = product(kinds, LISTED_DTYPES, LISTED_SURROGATES, ("hard", "soft"))
     return [Kernel(*names) for names in (*neurons, *product(channel_kinds, LISTED_DTYPES))]
 
@@ -130,7 +130,7 @@ def file_problems(ptx: Path) -> list[str]:
 
 
 def compile_ops(nvcc: Nvcc, directory: Path) -> None:
-    """The operators as in a CUDA build, to an object against the installed torch, whichever build that is."""
+    """Compiles the operators of a CUDA build against the installed torch, even a CPU build."""
     from torch.utils.cpp_extension import include_paths
 
     # Generated when torch is built for CUDA: the only header that a CPU build of torch lacks.
@@ -147,7 +147,7 @@ def compile_ops(nvcc: Nvcc, directory: Path) -> None:
 
 
 def kernels_asked_for() -> list[str]:
-    """The name of every kernel that the launchers in Python can ask for."""
+    """The name of every kernel that the launchers in Python can request."""
     names = []
     for real in (torch.float32, torch.float64):
         names += [

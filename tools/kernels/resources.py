@@ -55,7 +55,7 @@ def sections(resources: Resources) -> Sections:
 
 
 def with_nvrtc(found: Sections, ours: Resources, theirs: Resources) -> Sections:
-    """The sections with one more, before the spills: registers of NVRTC's kernels, `ours`, against nvcc's."""
+    """Adds a section before the spills: registers of NVRTC's kernels, `ours`, against nvcc's."""
     rows = []
     for architecture in sorted({architecture for usages in ours.values() for architecture in usages}):
         both = [(each[architecture], theirs[kernel][architecture]) for kernel, each in ours.items() if kernel in theirs]
@@ -82,7 +82,7 @@ def spills_in(rows: Iterable[Row]) -> set[tuple[str, str]]:
 
 
 def compare(now: Sections, version: str, committed: dict[str, Any]) -> Findings:
-    """Holds what nvcc of this version made against the committed figures."""
+    """Compares this nvcc version's figures with the committed figures."""
     problems, notes = [], []
     before = {(section, row[""]): row for section, rows in committed["sections"].items() for row in rows}
     for section, row in ((section, row) for section, rows in now.items() if section != SPILLS for row in rows):
@@ -97,7 +97,7 @@ def compare(now: Sections, version: str, committed: dict[str, Any]) -> Findings:
 
 
 def same_code_problems(resources: Resources) -> Iterator[str]:
-    """Differences within SAME_CODE, of the architectures that have been compiled."""
+    """Differences within SAME_CODE, of the compiled architectures."""
     for kernel, usages in resources.items():
         for architecture, other in compilation.SAME_CODE.items():
             if architecture in usages and other in usages and usages[architecture] != usages[other]:

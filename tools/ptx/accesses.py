@@ -1,8 +1,8 @@
 """Counts the sectors of global memory that the warps of the CUDA kernels touch; `--write` renews the figures.
 
-A kernel's PTX runs on the CPU, as in the backend `ptx`, with a record of each access of each thread. The n-th execution
-of an instruction by each thread of a warp is one access of the warp. It touches some sectors, and needs as many as its
-distinct bytes fill.
+A kernel's PTX runs on the CPU, as in the backend `ptx`, with a trace of each thread's accesses. The n-th execution of
+an instruction by the threads of a warp is one access, which needs the sectors that its distinct bytes would fill, and
+may touch more.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def sectors(at_once: Iterable[Access]) -> Sectors:
 
 
 def count(accesses: Iterable[Access], sequences: Iterable[range]) -> Counts:
-    """`sequences`: their addresses."""
+    """`sequences`: address ranges."""
     found = [Sectors()] * len(Counts._fields)
     for at_once in warp_accesses(accesses):
         first = at_once[0]
@@ -116,7 +116,7 @@ class TracingLauncher(Launcher):
             super().launch(device, kernel, blocks, threads, params)
         finally:
             self.machine.traced = False
-        # A generic address may be a parameter's, which is not in global memory.
+        # A generic address may point to parameters, outside global memory.
         first = ctypes.addressof(params)
         own = range(first, first + ctypes.sizeof(params))
         accesses = [access for access in self.machine.take_accesses() if access.address not in own]
@@ -128,7 +128,7 @@ class TracingLauncher(Launcher):
 
 
 class Case(NamedTuple):
-    """Kernels of a training step, by the beginning of their names; `one`: with one neuron a thread."""
+    """Kernels of a training step, by prefixes of their names; `one`: with one neuron a thread."""
 
     kernels: tuple[str, ...]
     dtype: torch.dtype
@@ -154,14 +154,14 @@ class Row(NamedTuple):
         }
 
 
-# Addresses depend on neither surrogate nor reset: these are compiled for tests in any case.
+# Addresses depend on neither surrogate nor reset: tests compile these kernels anyway.
 _CHOSEN: dict[torch.dtype, dict[str, Any]] = {
     dtype: {"surrogate": surrogate, "v_reset": 0.0 if reset == "hard" else None}
     for dtype, surrogate, reset in reversed(CHOSEN)
 }
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (2, 16, 8, 8)  # batch, channels, rows, columns
-ODD_SIZES = (2, 15, 7, 7)  # no multiple of four, and no step of x begins at a sector
+ODD_SIZES = (2, 15, 7, 7)  # no multiples of four; steps not aligned to sectors
 STEPS = (4, 8, 17)  # a compile-time length, part of a segment, and two segments, with checkpoints
 
 
@@ -215,7 +215,7 @@ def cases(dtypes: Iterable[torch.dtype] = TYPES) -> Iterator[Case]:
 
 
 def few_cases() -> Iterator[Case]:
-    """Kernels once a channel, or once a value of a parameter, with few slots and with many."""
+    """Kernels that run per channel or per parameter value, with few and many slots."""
     few, many = (4, 32, *SIZES[1:]), (1, 128, *SIZES[1:])
     for shape in (few, many):
         yield Case(("coefficients", "adjoint"), torch.float32, shape, _normalised)
@@ -290,7 +290,7 @@ PAGE = Page(Path(__file__).with_name("SECTORS.md"), text)
 
 
 def main() -> None:
-    """Prints the page of new figures, or writes both."""
+    """Prints a new page, or writes page and figures."""
     parser = argparse.ArgumentParser(prog="python -m tools.ptx.accesses", description=__doc__)
     parser.add_argument("--write", action="store_true", help="write sectors.json and SECTORS.md, print nothing")
     parser.add_argument("--draw", action="store_true", help="draw SECTORS.md again from sectors.json")

@@ -33,7 +33,7 @@ from ..emulation.emulated import EMULATION, LARGE, ROOT, THREADS_EACH, TINY, Emu
 from ..host_compiler import compiler
 from .to_cpp import HERE, kernels, to_cpp
 
-BACKENDS = {"ptx": TINY, "ptx_one": LARGE}  # and their multiprocessors
+BACKENDS = {"ptx": TINY, "ptx_one": LARGE}  # with multiprocessors
 DIRECTORY = ROOT / "build" / "ptx"
 ARCHITECTURE = "compute_80"
 
@@ -59,13 +59,13 @@ def compiled(cpp: Callable[[], str] | Path, *parts: str) -> Path:
     path = DIRECTORY / f"{digest.hexdigest()[:32]}.so"
     if not path.exists():
         DIRECTORY.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=DIRECTORY) as directory:  # other processes may be writing the same
+        with tempfile.TemporaryDirectory(dir=DIRECTORY) as directory:  # against races with other processes
             source, library = Path(directory, "kernel.cpp"), Path(directory, "kernel.so")
             source.write_text(cpp.read_text() if isinstance(cpp, Path) else cpp())
             command = [*(compiler() or ()), *FLAGS, str(source), "-o", str(library)]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode != 0:
-                lines = source.read_text().splitlines()  # for an error in a header, the line that led to it
+                lines = source.read_text().splitlines()  # for errors in headers, the calling lines
                 shown = {lines[int(line) - 1].strip(): None for line in re.findall(r"kernel\.cpp:(\d+)", result.stderr)}
                 problem = "\n".join((*shown, result.stderr[:4000]))
                 raise RuntimeError(f"{parts[0]}: translated PTX does not compile: {problem}")
@@ -108,7 +108,7 @@ class Machine:
         self._library = ctypes.CDLL(str(compiled(HERE / "run.cpp", "run")))
         self._library.asgl_ptx_run.restype = ctypes.c_char_p
         self.traced = False
-        self.rcp_units = self.ex2_units = 0  # error of the approximations, in units in the last place
+        self.rcp_units = self.ex2_units = 0  # error of approximations, in ulp
 
     def run(
         self,
@@ -118,7 +118,7 @@ class Machine:
         params: ctypes.Structure,
         buffers: set[tuple[int, int]],
     ) -> str | None:
-        """Returns what went wrong, if anything."""
+        """Returns the problem, if any."""
         size = ctypes.sizeof(params)
         if size != kernel.param_bytes:
             return f"its parameters take {kernel.param_bytes} bytes, got {size}"
@@ -152,7 +152,7 @@ class TranslatedKernel:
 
 
 class _Storages(TorchDispatchMode):
-    """The storages of all given tensors, and of those that operators create."""
+    """The storages of the given tensors and of operators' results."""
 
     def __init__(self, tensors: Any) -> None:
         super().__init__()
@@ -171,8 +171,8 @@ class _Storages(TorchDispatchMode):
         return result
 
 
-# Executed by default: neuron kernels of every type, reset and input, for rectangle and triangle, whose bits are
-# promised; kernels for any surrogate, with these two; and kernels without a neuron.
+# Executed by default: neuron kernels of every type, reset and input, for rectangle and triangle, which are
+# bit-exact; kernels for any surrogate, with these two; kernels without a neuron.
 CHOSEN = (
     (torch.float32, "rectangle", "hard"),
     (torch.float32, "triangle", "soft"),
@@ -247,7 +247,7 @@ class Launcher:
         return compiled(cpp, kernel, *self._how, *parts)
 
     def operators(self) -> dict[str, Callable[..., Any]]:
-        """The operators on these kernels, which may access the memory of their tensors alone."""
+        """The operators; their kernels may access only the storages of a call's tensors."""
 
         def watched(operator: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:

@@ -87,8 +87,8 @@ def to_cpp(kernel: Kernel) -> str:
 @dataclass
 class _Translation:
     kernel: Kernel
-    registers: dict[str, str] = field(default_factory=dict)  # type by name, or by prefix of numbered ones
-    local: dict[str, str] = field(default_factory=dict)  # of a scope in the body
+    registers: dict[str, str] = field(default_factory=dict)  # type by name, or `prefix<>` if numbered
+    local: dict[str, str] = field(default_factory=dict)  # of an inner scope
     used: dict[str, str] = field(default_factory=dict)
     where: str = ""  # line and text of the statement
     known: frozenset[str] = field(default_factory=known_instructions)

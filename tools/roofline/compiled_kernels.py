@@ -12,7 +12,7 @@ from .prediction import issued, kernel_of_launch
 from .recorded_calls import Launch
 from .sass_run import Program
 
-# Instantiations of the launchers: just the kernels that they call.
+# Instantiates launchers, and so only the kernels that they call.
 SOURCE = """\
 #include "cuda/neuron_kernels.cuh"
 #include "cuda/normalisation_kernels.cuh"
@@ -50,14 +50,14 @@ class Kernels:
         return self._found[kernel_of_launch(launch)]
 
     def issued(self, launch: Launch) -> dict[str, float]:
-        """As prediction.issued, counted once for each launch."""
+        """prediction.issued, cached by launch."""
         if launch not in self._issued:
             self._issued[launch] = issued(self[launch].program, launch)
         return self._issued[launch]
 
     @property
     def undecided(self) -> dict[str, list[str]]:
-        """Branches that nothing known decided in the runs so far, by kernel."""
+        """Branches undecided in the runs so far, by kernel."""
         return {
             str(kernel): [f"{address:#x}" for address in sorted(compiled.program.undecided)]
             for kernel, compiled in self._found.items()

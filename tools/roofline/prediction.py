@@ -57,7 +57,7 @@ CARDS = (
     Card("B200 SXM", 100, 7.7e12, 148, 1.86e9, 128, 228 * 1024),
     Card("A100 40 GB", 80, 1.56e12, 108, 1.41e9, 64, 164 * 1024),
 )
-# The same on all cards: lanes a cycle and multiprocessor, of the 128 threads whose instructions start.
+# The same on all cards: lanes a cycle and multiprocessor, which issues for 128 threads.
 MULTIPLY_LANES = ALU_LANES = 64
 SPECIAL_LANES = 16
 ISSUE_LANES = 128
@@ -65,7 +65,7 @@ ISSUE_LANES = 128
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
 RESERVED_SHARED_BYTES = 1024  # of each block, beyond its own
 
-# The kernels of the common case, with the elements that each moves for one of x.
+# Kernels of the common case, with elements moved for each element of x.
 MOVED = {
     "forward": 2, "backward": 3, "moments": 1, "forward normalised": 2, "backward normalised": 3, "input gradient": 3
 }  # fmt: skip
@@ -95,7 +95,7 @@ def kernel_of_launch(launch: Launch) -> Kernel:
 
 
 def parameters_of(launch: Launch) -> Structure | None:
-    """The structure of its parameters, for kernels over whole sequences and gradient sums."""
+    """The launch's parameters, for kernels over whole sequences and gradient sums."""
     for prefix, name in _STRUCTURES.items():
         if launch.kernel.startswith(f"asgl::{prefix}"):
             return structure(name, torch.float32).from_buffer_copy(launch.parameters)

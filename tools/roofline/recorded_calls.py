@@ -1,4 +1,4 @@
-"""The launches of a call by the launchers of asgl_cuda/backends, which decide as the compiled ones do.
+"""The launches of a call by the launchers of asgl_cuda/backends, which decide as those in C++.
 
 Nothing is computed. The tensors are on the CPU, where memory that is never written is never allocated.
 """
@@ -67,7 +67,7 @@ def recorded(call: Callable[[], Any], resident_threads: int) -> list[Launch]:
 
 
 class Call(NamedTuple):
-    """A call forward and backward; the size of the device gives a thread `neurons_each`."""
+    """A call forward and backward; the device's size follows from `neurons_each`."""
 
     name: str
     make: Callable[[int, torch.dtype], Callable[[], Any]]  # by steps and type
@@ -89,7 +89,7 @@ def _sequence(steps: int, dtype: torch.dtype, batch_first: bool = False) -> torc
 
 
 def trained(x_seq: torch.Tensor, function: Callable[..., Any] = asgl_cuda.lif, **options: Any) -> Callable[[], None]:
-    """A call and its backward, with a gradient of the spikes alone, and by default a learned width and noise."""
+    """A call and its backward, with a gradient only of the spikes; by default, with learned width and noise."""
     options = {"width": learned(), "analog_prob": 0.1, **options}
 
     def call() -> None:

@@ -235,7 +235,7 @@ PAGE = Page(Path(__file__).with_name("ROOFLINE.md"), text)
 
 
 def main() -> None:
-    """Prints the page of new figures, or writes both."""
+    """Prints a new page, or writes page and figures."""
     parser = parser_of("tools.roofline.roofline", __doc__)
     parser.add_argument("--write", action="store_true", help="write roofline.json and ROOFLINE.md, print nothing")
     parser.add_argument("--draw", action="store_true", help="draw ROOFLINE.md again from roofline.json")

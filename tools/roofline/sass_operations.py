@@ -29,7 +29,7 @@ _NO_RESULT = re.compile(
 
 
 class Split(NamedTuple):
-    """The operands of an instruction: predicates in front, the result, sources, predicates behind."""
+    """The operands of an instruction: leading predicates, result, sources, trailing predicates."""
 
     outs: tuple[str, ...]
     result: str
@@ -90,7 +90,7 @@ def rounded_up(number: int) -> int:
 
 
 def looked_up(table: int, *bits: bool | None) -> bool | None:
-    """A table of eight bits, looked up at three bits that may be unknown."""
+    """A truth table, looked up at bits that may be unknown."""
     if None not in bits:
         return bool(table >> sum(bool(bit) << k for k, bit in enumerate(reversed(bits))) & 1)
     found = {0}
@@ -140,7 +140,7 @@ class Thread:
 
 
 def getter(word: str, wide: bool = False) -> Getter:
-    """An operand of 32 or 64 bits; a negated one is not truncated to 32, so that its carry shows."""
+    """An operand of 32 or 64 bits; negation is not truncated to 32, to keep the carry."""
     if match := _NUMBER.match(word):
         number = int(word, 0) & (2**64 - 1 if wide else WORD)
         return lambda thread: number

@@ -34,7 +34,7 @@ class Program:
         self._operations = [None if i.name in ("BRA", "CALL", "RET", "EXIT") else operation(i) for i in code]
         self._targets = [self._target(i) for i in code]
         self._parameters_at = PARAMETERS_AT[architecture // 10]
-        self.undecided: set[int] = set()  # addresses of branches on unknown values without a call on one side
+        self.undecided: set[int] = set()  # addresses of branches that neither values nor a call decides
 
     def _target(self, i: Instruction) -> int | None:
         addresses = re.findall(r"0x([0-9a-f]+)", i.operands)
@@ -144,7 +144,7 @@ class _Timed(NamedTuple):
             return cls(_names(i.guard, 1), [], 0, 0)
         from_memory = _FROM_MEMORY.match(i.name) is not None
         latency = memory_cycles if from_memory else ON_CHIP_CYCLES if _ON_CHIP.match(i.name) else ARITHMETIC_CYCLES
-        # With one neuron a thread, elements are loads of less than 32 bits.
+        # A load of one bfloat16 element has fewer than 32 bits.
         return cls(_sources(i), _results(i), latency, i.bits // 8 if i.name == "LDG" else 0)
 
 

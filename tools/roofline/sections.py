@@ -1,6 +1,6 @@
 """The sections of ROOFLINE.md beside the tables of times: gradient sums, waves, few neurons, noise.
 
-Each has a function that computes the rows of its table, and one that draws it from them.
+Each section has a function for the rows of its table, and a function for its text.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def counts_of(architecture: int, kernels: Kernels, call: str, launch: Launch, el
 
 
 def seconds_alone(card: Card, kernels: Kernels, launch: Launch) -> float:
-    """The time of the slowest warp of a block, were it alone."""
+    """The time of a block's slowest warp, running alone."""
     program, _ = kernels[launch]
     traces = (program.run(launch.parameters, first, launch.blocks // 2) for first in range(0, launch.threads, WARP))
     return max(alone(program.code, trace).cycles for trace in traces) / card.clock
@@ -172,7 +172,7 @@ class Waves(NamedTuple):
 
 
 def waves(blocks: int, resident: int, thread_bytes: int, threads: int, seconds: float, alone: float) -> Waves:
-    """`seconds`: the kernel's, at full speed; `alone`: those of a single block."""
+    """`seconds`: of the kernel, at full speed; `alone`: of a single block."""
     full_waves = -(-blocks // resident) - 1
     last = blocks - full_waves * resident
     wave = seconds * resident / blocks
@@ -274,7 +274,7 @@ The launchers choose one neuron a thread here, as in the upper rows; the lower o
 
 NOISE_STEPS, NOISE_DTYPE = (4, 16), "bfloat16"
 MASK_BYTES = 1 / 8  # an element
-PHILOX = ("-0x2daee0ad", "-0x326172a9", "0xd2511f53", "0xcd9e8d57")  # the two multipliers, as either sign
+PHILOX = ("-0x2daee0ad", "-0x326172a9", "0xd2511f53", "0xcd9e8d57")  # both multipliers, in either sign
 NOISE_COLUMNS = (
     ("", ""), ("T", ""), ("Philox products", ".1f"), ("instructions", ".1f"), ("with a mask", ".1f"), ("bytes", ".2f"),
     ("with a mask", ".2f"), ("times the multiply", ""), ("with a mask", ""),
