@@ -1,11 +1,11 @@
 """`fuse` and `unfuse`: normalisations fused with the neurons behind them, and the inverse.
 
-Graphs show where the output of a module goes: for a Sequential the order of its modules, for any other module a trace
-of its forward by torch.fx, whose nodes are the called modules. The output of a normalisation is followed from its call,
-out of modules that return it and into modules that pass it on, to the neurons. Every call of a module on the way in
-must have this output as its only input.
+Graphs show the users of a module's output: for a Sequential the order of its modules, for any other module a torch.fx
+trace of its forward, with the called modules as nodes. The output of a normalisation is followed from its call, out of
+modules that return the output and into modules that pass the output on, to the neurons. Every call of an entered
+module must have this output as its only input.
 
-    channel of the neurons' input = channel of the normalisation's + where time and batch part - where they join
+    channel dimension at the neurons = channel dimension at the normalisation + splits - joins of time and batch
 """
 
 from __future__ import annotations
@@ -28,35 +28,34 @@ _LISTS = (nn.ModuleList, nn.ModuleDict)  # never called
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
-    """Lets neurons compute the normalisations before them: ``joined, report = asgl_cuda.fuse(model)``.
+    """Fuses normalisations into the neurons behind: ``joined, report = asgl_cuda.fuse(model)``.
 
-    Two results: the model, a copy unless `inplace`, and what became of its normalisations.
+    Returns the model, a copy unless `inplace`, and a report on its normalisations.
 
-    Known are `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm` and SpikingJelly's forms of them, followed by
-    `asgl_cuda.LIF` or by a neuron layer that `convert` knows, which is converted. Between them time and batch may part:
+    Known are `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm` and SpikingJelly's equivalents, followed by
+    `asgl_cuda.LIF` or by a neuron layer that `convert` knows, which is converted. In between, time and batch may part:
     by `unflatten(0, ...)`, SpikingJelly's `SeqToANNContainer`, `tdLayer` of the code of ASGL's authors, or
     `asgl_cuda.OverTime`. See `asgl_cuda.batch_norm_lif`.
 
     No module is moved: parameters, buffers and their names, state, optimizers and checkpoints stay valid. The
-    normalisation itself then returns its input, so whatever looks at its output sees that; it is left where the model
-    does so, or where it is not certain that it does not. The report says of each one that is left why. Exchange neither
-    the normalisation nor the neurons of a pair: `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, for which there is
-    `asgl_cuda.convert_sync_batchnorm`, `torch.nn.utils.fusion.fuse_conv_bn_eval` and the like come before, or after
-    `unfuse`; else the next call raises RuntimeError, as it does in replicas of `nn.DataParallel`;
-    `DistributedDataParallel` takes a fused model.
+    normalisation itself then returns its input; a normalisation whose output has, or may have, other users is left,
+    with the reason in the report. Replace neither module of a pair, else the next call raises RuntimeError, as in
+    replicas of `nn.DataParallel` (`DistributedDataParallel` works). Call `torch.nn.utils.fusion.fuse_conv_bn_eval`,
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` and the like before `fuse` or after `unfuse`;
+    `asgl_cuda.convert_sync_batchnorm` also converts fused pairs.
 
-    Only neurons that normalise are converted: for the others call `convert` as well, before or after. A forward is
-    traced with its attributes as they are now, on every way that shapes of tensors may lead it. A Sequential is taken
-    to call its modules in order, unless a trace shows otherwise.
+    Only neurons that normalise are converted: call `convert` for all neurons, before or after. A forward is traced with
+    its current attributes, on every branch that depends on shapes of tensors. A Sequential is assumed to call its
+    modules in order, unless a trace shows otherwise.
 
     Args:
         model: any module.
-        inplace: fuse in the model itself and not in a copy; optimizers then hold its parameters already.
+        inplace: fuse the model instead of a copy; existing optimizers stay valid.
 
     Returns:
         The model, and a `Report` of the neurons that normalise and the normalisations that are left.
 
-    Raises TypeError where it is no module.
+    Raises TypeError if `model` is no module.
 
     Example::
 
@@ -86,16 +85,16 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
-    """Takes what `fuse` joined apart: ``model, report = asgl_cuda.unfuse(joined)``. Values of training stay.
+    """The inverse of `fuse`: ``model, report = asgl_cuda.unfuse(joined)``. Trained values stay.
 
     Args:
-        model: a module that `fuse` returned, or one that holds it.
-        inplace: take apart in the model itself and not in a copy.
+        model: a module returned by `fuse`, or an owner.
+        inplace: change the model instead of a copy.
 
     Returns:
         The model, and a `Report` of both layers of each pair.
 
-    Raises TypeError where it is no module.
+    Raises TypeError if `model` is no module.
 
     Example::
 
@@ -163,7 +162,7 @@ def _check_norm(norm: nn.Module) -> None:
 
 
 def _dims_of(norm: nn.Module) -> tuple[int, ...]:
-    """Possible numbers of dimensions of its input, with time and batch joined."""
+    """Possible numbers of input dimensions, with time and batch joined."""
     for dims, kind in (((2, 3), nn.BatchNorm1d), ((4,), nn.BatchNorm2d), ((5,), nn.BatchNorm3d)):
         if isinstance(norm, kind):
             return dims
@@ -171,7 +170,7 @@ def _dims_of(norm: nn.Module) -> tuple[int, ...]:
 
 
 def _check_channels(norm: nn.Module, layer: Any, parted: int) -> None:
-    """Both must have the same dimension of channels, and the layer's gain must be scalar or by channel."""
+    """Requires equal channel dimensions, and an input gain and bias that are scalar or per channel."""
     channel, name = 1 + parted, bare_class(layer).__name__
     found: set[int] = set()
     for dims in (dims + parted for dims in _dims_of(norm)):
@@ -205,7 +204,7 @@ _Entered = dict[nn.Module, set[_Site]]  # modules on the way to the neurons, wit
 
 
 class _Flow:
-    """The calls between the modules of a model, and their values."""
+    """The data flow between the modules of a model."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -236,7 +235,7 @@ class _Flow:
             calls = calls_of(module)
             nodes = [node for graph in calls.graphs for node in graph.find_nodes(op="call_module")]
             children = [module.get_submodule(str(node.target)) for node in nodes]
-        except Exception as error:  # code of the user, given proxies
+        except Exception as error:  # of user code, given proxies
             message = (str(error).splitlines() or [""])[0]
             self.failures[module] = f"{type(error).__name__}{': ' if message else ''}{message[:150]}"
             return
@@ -245,7 +244,7 @@ class _Flow:
             self.sites[child].append(_Site(module, node))
 
     def _forget_uncalled(self) -> None:
-        """Drops calls by Sequentials used as lists: never called, their modules called by others."""
+        """Drops calls by Sequentials used as lists: never called, unlike their modules."""
         for module in self.paths:
             if not is_sequential(module) or module is self.model or self.sites[module]:
                 continue
@@ -275,7 +274,7 @@ class _Flow:
         return _Arrival(layer, parted)
 
     def places(self, *modules: nn.Module) -> list[Place]:
-        """The path of each below the nearest common owner."""
+        """Paths below the nearest common owner."""
         paths = [self.paths[module].split(".") for module in modules]
         shared = next(depth for depth, names in enumerate(zip(*paths, strict=False)) if len(set(names)) > 1)
         owner = self.model.get_submodule(".".join(paths[0][:shared]))
@@ -289,7 +288,7 @@ class _Flow:
         return owner
 
     def _check_callers(self, module: nn.Module) -> None:
-        """Checks that its owner was traced and, where no call of it is known, the owners around, too."""
+        """Checks that the owner was traced; for a module without known calls, outer owners, too."""
         owner = self._owner(module)
         while owner is not None:
             if owner in self.failures:
@@ -297,7 +296,7 @@ class _Flow:
             owner = None if self.sites[module] else self._owner(owner)
 
     def _goes_to(self, site: _Site, parted: int, entered: _Entered, inwards: bool = False) -> _Arrival:
-        """Follows the value of a node to the neurons; `inwards`: it is an input of the owner."""
+        """Follows a node's value to the neurons; `inwards`: the node is an input of the owner."""
         owner, node = site
         users = [user for user in node.users if not asks_for_shape(user)]
         name = " and ".join(dict.fromkeys(name_of_user(owner, user) for user in users))
@@ -350,7 +349,7 @@ _INPUT_HOOKS = ("_forward_pre_hooks", "_backward_hooks")
 
 
 def _check_hooks(module: nn.Module, name: str, kinds: Sequence[str]) -> None:
-    """Refuses hooks that would see the input of the neurons, no longer normalised."""
+    """Refuses hooks that would see values no longer normalised."""
     if any(getattr(module, kind) for kind in kinds):
         raise _Leave(f"{name} has hooks, which would see values that are not normalised")
 

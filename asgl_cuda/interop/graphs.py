@@ -1,4 +1,4 @@
-"""The calls of a module, from graphs of its forward by torch.fx."""
+"""The calls of a module, from torch.fx graphs of its forward."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .convert import copied, libraries
 from .converted import Wrapper
 
 _SHAPE_QUERIES = ("size", "dim", "shape", "ndim", "dtype", "device")
-_MOST_WAYS = 32  # through one forward
+_MOST_WAYS = 32  # paths per forward
 
 
 class Calls(NamedTuple):
-    """The calls of a module: a graph for each way through its forward."""
+    """The calls of a module: a graph per path through its forward."""
 
     graphs: list[fx.Graph]
     entering: int | None = 0  # see Wrapper
@@ -44,7 +44,7 @@ def calls_of(module: nn.Module) -> Calls:
 
 
 class _Tracer(fx.Tracer):
-    """Traces the module alone, along the given way where branches depend on shapes."""
+    """Traces only the module, with the given decisions at branches on shapes."""
 
     def __init__(self, ways: Sequence[bool] = ()) -> None:
         super().__init__()
@@ -62,12 +62,12 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if is_sequential(m) and not any(m is part for part in self.root.modules()):
-            return forward(*args, **kwargs)  # a slice of another
+            return forward(*args, **kwargs)  # a slice, so not owned
         return super().call_module(m, forward, args, kwargs)
 
 
 def _traced(module: nn.Module) -> list[fx.Graph]:
-    """Graphs of its forward in training and in evaluation, with and without arguments that default to None.
+    """Graphs of forward in training and evaluation, with and without arguments that default to None.
 
     Traces copies, since a forward may store results and count its calls.
     """
@@ -82,7 +82,7 @@ def _traced(module: nn.Module) -> list[fx.Graph]:
 
 
 def _ways_of(module: nn.Module, training: bool, concrete: dict[str, None]) -> list[fx.Graph]:
-    """A graph for each way by shapes, except those that end in an error of the forward itself."""
+    """A graph per shape-dependent path, except paths that end in an error of forward itself."""
     graphs: list[fx.Graph] = []
     refusal: Exception = RuntimeError("it has no way")
     ways: list[list[bool]] = [[]]
@@ -105,7 +105,7 @@ def _ways_of(module: nn.Module, training: bool, concrete: dict[str, None]) -> li
 
 
 def _raises_itself(error: Exception) -> bool:
-    """Whether the error is the model's own, and not of torch, whose tracer raises the same types."""
+    """Whether the model raised the error, not torch, whose tracer raises the same types."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__", "")).split(".")[0] != "torch"
 

@@ -25,7 +25,7 @@ class SpikeFunction(NamedTuple):
 
 
 def identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
-    """The known spike function that equals `function` of u = h - v_threshold, or the reason why there is none.
+    """The known equivalent of `function(u)`, u = h - v_threshold, or the reason why none exists.
 
     Width and gain follow from the peak and the half width of the slope; then slopes are compared with the surrogate's
     on both sides of the threshold, to 1e-6 of the peak.
@@ -45,7 +45,7 @@ def fires_strictly(function: Callable[[Tensor], Tensor]) -> bool:
 
 
 def type_of_spikes(function: Any) -> torch.dtype | None:
-    """The type of its spikes, None where it is the potential's."""
+    """The dtype of the spikes, None if equal to the potential's."""
     if not callable(function):
         return None
     try:

@@ -4,11 +4,11 @@
     v[t] = v[t-1] + dt / tau (v_leak - v[t-1] + r x[t])      their Euler step of length dt
     h[t] = v_rest + decay (v[t-1] - v_rest) + g x[t]         asgl_cuda.LIF with input_gain g, and LeakyIntegrator
 
-They are the same for decay = 1 - dt / tau, r = g tau / dt and v_leak = v_rest; for decay = 1, NIR's IF and I with
-v' = r x and r = g / dt. What a LIF emits does not change where gain and v_leak only move the scale of its potential:
-v_threshold and v_reset become (v_threshold - v_leak) / g and (v_reset - v_leak) / g, with g = 1 and v_leak = 0. A node
-is read in this scale, and written with its gain in r and with v_leak = 0, because other readers
-start potentials at 0. A LeakyIntegrator emits its potential, and keeps both.
+The last two are equal for decay = 1 - dt / tau, r = g tau / dt and v_leak = v_rest; for decay = 1, NIR's IF and I have
+v' = r x and r = g / dt. Spikes of a LIF are invariant under scale and shift of its potential: v_threshold and v_reset
+become (v_threshold - v_leak) / g and (v_reset - v_leak) / g, with g = 1 and v_leak = 0. A node is read in this scale,
+and written with the gain in r and v_leak = 0, because other readers start potentials at 0. A LeakyIntegrator emits its
+potential, and keeps gain and v_leak.
 
     tau_syn i' = -i + w_in x;   tau_mem v' = v_leak - v + r i      CubaLIF and CubaLI
 
@@ -29,7 +29,7 @@ from ...neuron import LIF
 from .nodes import KEY
 from .values import as_array, as_double, as_shape, first_line, range_of
 
-DT = 1e-4  # seconds; the step that the other libraries assume as well
+DT = 1e-4  # seconds; other libraries assume the same step
 _OF_BOTH = ("v_rest", "input_gain", "granularity", "stateful")
 _OF_LIF = (
     "surrogate", "surrogate_gain", "analog_prob", "strict_threshold", "detach_reset", "multi_spike", "scale_output",
@@ -41,7 +41,7 @@ _OF_LIF_ALL = (*_OF_LIF, *_MAYBE_OF_LIF, "v_threshold", "width", "learn_width", 
 
 
 class Neurons(NamedTuple):
-    """Neurons of NIR at a step, in the units of asgl_cuda.LIF: float64, in the shape of the neurons."""
+    """Neurons of NIR for a given dt, in units of asgl_cuda.LIF: float64, in the neurons' shape."""
 
     decay: Tensor
     v_threshold: Tensor
@@ -73,12 +73,12 @@ def _step(node: Any, dt: float, where: str, tau: str = "tau", r: str = "r") -> t
         decay = torch.where(decay.abs() < 1e-6, 0.0, decay)
         if not ((decay >= 0) & (decay <= 1)).all():
             raise ValueError(f"{where}: {tau} must be at least dt = {dt}, got {range_of(as_double(time))}")
-    # r = tau / dt may have been rounded, and would take the threshold along.
+    # r = tau / dt may have been rounded, which would change the threshold.
     return decay, torch.where((gain - 1).abs() < 1e-6, 1.0, gain)
 
 
 def read_neurons(node: Any, dt: float, where: str, tau: str = "tau") -> Neurons:
-    """A node that fires in the equations above."""
+    """The parameters of a firing node."""
     v_threshold, v_leak = as_double(node.v_threshold), as_double(getattr(node, "v_leak", 0.0))
     v_reset = as_double(0.0 if getattr(node, "v_reset", None) is None else node.v_reset)
     decay, gain = _step(node, dt, where, tau)
@@ -88,7 +88,7 @@ def read_neurons(node: Any, dt: float, where: str, tau: str = "tau") -> Neurons:
 
 
 def per_neuron(layer: LIF | LeakyIntegrator, value: Tensor | float, shape: Sequence[int]) -> Tensor:
-    """A parameter of the granularity's shape, float64 in the shape of the neurons."""
+    """A parameter, broadcast from the granularity to the neurons' shape, float64."""
     value = as_double(value)
     if layer.granularity == "channel" and value.dim():
         value = value.reshape(-1, *[1] * (len(shape) - 1))
@@ -96,7 +96,7 @@ def per_neuron(layer: LIF | LeakyIntegrator, value: Tensor | float, shape: Seque
 
 
 def add_metadata(node: Any, layer: LIF | LeakyIntegrator, dt: float) -> Any:
-    """The node, from which `read_node` makes the same layer: a file holds numbers, strings, arrays and dictionaries."""
+    """Adds metadata to restore the layer in `read_node`; files support numbers, strings, arrays and dicts."""
     options = {"decay": layer._decay, "learn_decay": layer.logit_decay is not None}
     options |= {name: getattr(layer, name) for name in _OF_BOTH}
     ours: dict[str, Any] = {"dt": dt}
@@ -117,7 +117,7 @@ def add_metadata(node: Any, layer: LIF | LeakyIntegrator, dt: float) -> Any:
 
 
 def read_node(node: Any, dt: float | None, where: str) -> nn.Module:
-    """The layer that `to_nir` wrote, where the node has its metadata; else layers of the node's numbers."""
+    """The layer that `to_nir` wrote, if the node has metadata; else layers from the node's values."""
     kind, ours = type(node).__name__, node.metadata.get(KEY)
     dt = dt if dt is not None else ours["dt"] if ours else DT
     if kind.startswith("Cuba"):
@@ -159,7 +159,7 @@ def read_node(node: Any, dt: float | None, where: str) -> nn.Module:
 
 
 def _written(ours: dict[str, Any], kind: type[Any], where: str) -> Any:
-    """The layer whose options and parameters these are."""
+    """The layer with the given options and parameters."""
     options, known = dict(ours["options"]), {*_OF_BOTH, "decay", "learn_decay", *(_OF_LIF_ALL if kind is LIF else ())}
     if ours.get("reset") == "soft":
         options["v_reset"] = None
@@ -198,7 +198,7 @@ def new_lif(neurons: Neurons, where: str) -> LIF:
 
 
 def _new_integrators(decay: Tensor, gain: Tensor, v_leak: Tensor, where: str) -> list[nn.Module]:
-    """An integrator, and in front of it the gain where that differs between neurons."""
+    """An integrator, behind a Scale if the gain differs between neurons."""
     if _varies(v_leak):
         raise ValueError(f"{where}: v_leak must be the same for all neurons, got {range_of(v_leak)}")
     first: list[nn.Module] = [Scale(gain)] if _varies(gain) else []
@@ -216,7 +216,7 @@ def _new_integrators(decay: Tensor, gain: Tensor, v_leak: Tensor, where: str) ->
 
 
 def _by_granularity(*values: Tensor) -> tuple[Granularity, tuple[int, ...] | None, Sequence[Tensor]]:
-    """The granularity and num_features that the values need, and the values in that shape, if any of them varies."""
+    """The coarsest granularity for the values, num_features, and the values in that granularity's shape."""
     if not any(map(_varies, values)):
         return "layer", None, values
     shape = values[0].shape
@@ -235,7 +235,7 @@ def _varies(value: Tensor, decay_of: str = "") -> bool:
 
 
 def _fill(parameter: nn.Parameter | None, value: Tensor) -> None:
-    """Gives a parameter that differs between neurons its values, without a gradient."""
+    """Fills and freezes a parameter that differs between neurons."""
     if parameter is not None:
         parameter.data = value.to(parameter.dtype, copy=True)
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Nodes of NIR as `from_nir` takes them: of known kinds, with tensors for arrays, checked before layers are made."""
+"""Nodes of NIR for `from_nir`: of known kinds, with tensors for arrays, checked before layers are made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ...checks import shown
 from .values import as_double, as_sizes, check_dt, first_line, require
 
-KEY = "asgl_cuda"  # under it a node's metadata have all that the layer has and NIR has not
+KEY = "asgl_cuda"  # key in a node's metadata, of properties without equivalent in NIR
 _NEURONS: dict[str, tuple[str, ...]] = {
     "LIF": ("tau", "r", "v_leak", "v_threshold", "v_reset"),
     "IF": ("r", "v_threshold", "v_reset"),
@@ -33,7 +33,7 @@ _ARRAYS = {
     "Flatten": (),
     "Scale": ("scale",),
 }
-_OPTIONAL = ("v_reset",)  # nodes of older files have none, which is 0
+_OPTIONAL = ("v_reset",)  # missing in older files, then 0
 _ENDS = ("start_dim", "end_dim")
 _DIMS = {"Conv1d": 1, "Conv2d": 2, "AvgPool2d": 2, "SumPool2d": 2}
 
@@ -41,7 +41,7 @@ Shape = tuple[int, ...]
 
 
 def checked_node(node: Any, where: str, dtype: torch.dtype) -> Any:
-    """A copy with tensors for arrays, whole numbers for sizes and a dict of metadata; `dtype` must hold its weights."""
+    """A copy with tensors for arrays, ints for sizes and a dict of metadata; weights must be finite in `dtype`."""
     kind = type(node).__name__
     if kind in ("Input", "Output"):
         return node
@@ -66,7 +66,7 @@ def checked_node(node: Any, where: str, dtype: torch.dtype) -> Any:
 
 
 def as_real(name: str, value: Any, where: str, dtype: torch.dtype) -> Tensor:
-    """The array as a floating tensor, real and not empty; `dtype` must hold its values."""
+    """The array as a floating tensor, real, not empty and finite in `dtype`."""
     np = require("numpy", "asgl_cuda.from_nir")
     if isinstance(value, Tensor):
         value = value.detach().cpu()
@@ -89,7 +89,7 @@ def as_real(name: str, value: Any, where: str, dtype: torch.dtype) -> Tensor:
 
 
 def sequence_of_ints(value: Any) -> list[int] | None:
-    """None if it is no such thing; a file gives arrays."""
+    """A list of ints, else None; files give arrays."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         return None
@@ -97,7 +97,7 @@ def sequence_of_ints(value: Any) -> list[int] | None:
 
 
 def _metadata(node: Any, where: str) -> dict[str, Any]:
-    """The node's metadata, of which what is under KEY has the types that `to_nir` writes."""
+    """The node's metadata under KEY, in the types that `to_nir` writes."""
     metadata = getattr(node, "metadata", None)
     if metadata is None:
         return {}
@@ -130,7 +130,7 @@ def _metadata(node: Any, where: str) -> dict[str, Any]:
 
 
 def _check_alike(node: Any, where: str) -> None:
-    """The numbers of neurons have one shape, or one value for all."""
+    """Requires one shape of all arrays, except single elements."""
     shapes = {name: list(value.shape) for name in _NEURONS[type(node).__name__]
               if isinstance(value := getattr(node, name, None), Tensor)}  # fmt: skip
     if len({tuple(shape) for shape in shapes.values() if math.prod(shape) != 1}) > 1:
@@ -150,7 +150,7 @@ def _check_bias(node: Any, where: str) -> None:
 
 
 def _check_window(node: Any, dims: int, where: str) -> None:
-    """A convolution or a pooling; sizes become tuples."""
+    """For convolution and pooling; sizes become tuples."""
     convolves = hasattr(node, "weight")
     if convolves:
         _check_shape("weight", node.weight, f"[outputs, inputs{', size' * dims}]", 2 + dims, where)
@@ -179,7 +179,7 @@ def _check_window(node: Any, dims: int, where: str) -> None:
 
 
 def _sizes(name: str, value: Any, least: int, dims: int, where: str) -> Shape:
-    """As many sizes as dimensions; one alone stands for all."""
+    """A size per dimension; a single one is repeated."""
     try:
         numbers = as_double(value).reshape(-1)
         sizes = as_sizes(value)
@@ -193,7 +193,7 @@ def _sizes(name: str, value: Any, least: int, dims: int, where: str) -> Shape:
 
 
 def _as_python(value: Any) -> Any:
-    """A number as Python's own, which the layer had, and for which a file gives numpy's."""
+    """A number as a Python type, since files give numpy's."""
     return value.item() if getattr(value, "size", 0) == 1 else value
 
 
@@ -205,7 +205,7 @@ def _whole(name: str, value: Any, where: str) -> int:
 
 
 def shape_after(node: Any, shape: Shape | None, where: str) -> Shape | None:
-    """The output's shape for an input of a shape, None where that is not known; raises if the node can't take it."""
+    """The output's shape for an input of `shape`, None if unknown; raises if the node can't take `shape`."""
     kind = type(node).__name__
     if kind in _NEURONS or kind == "Scale":
         return _shape_after_elementwise(node, shape, where)
@@ -226,7 +226,7 @@ def _shape_after_elementwise(node: Any, shape: Shape | None, where: str) -> Shap
     own = max((tuple(value.shape) for value in arrays if isinstance(value, Tensor)), key=math.prod)
     if shape is None:
         return None if 1 in own or not own else own
-    # One value stands for all; for neurons, one a channel too, as some exporters write it.
+    # A single value is broadcast; for neurons also one per channel, as in some exporters.
     by_channel = len(own) == 1 and type(node).__name__ != "Scale" and shape[:1] == own
     alike = len(own) == len(shape) and all(a in (1, b) for a, b in zip(own, shape, strict=True))
     if math.prod(own) == 1 or by_channel or alike:
@@ -249,7 +249,7 @@ def _shape_after_flatten(node: Any, shape: Shape | None, where: str) -> Shape | 
     dims = len(declared or () if shape is None else shape)
     if not dims or not (-dims <= start < dims and -dims <= end < dims and start % dims <= end % dims):
         raise ValueError(f"{where}: start_dim {start} and end_dim {end} do not fit a shape of {dims} dimensions")
-    if shape is None:  # what a node declares of its input counts no further: some exporters count the batch as well
+    if shape is None:  # a node's declared input is not passed on: some exporters include the batch
         return None
     start, end = start % dims, end % dims
     return (*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :])

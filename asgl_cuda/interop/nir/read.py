@@ -28,28 +28,26 @@ _CALLER = "asgl_cuda.from_nir"
 def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype | None = None) -> fx.GraphModule:
     """The graph as a module in evaluation mode, `[T, B, ...]` to `[T, B, ...]`, whose submodules have the nodes' names.
 
-    A dot in a name stands for a level of modules, as in `get_submodule`. A name that a module can't have gets another
-    one, whatever the order of the nodes: characters that Python can't quote become `_`, and a `_` is added until the
-    name is free, as in `forward_` for `forward`, `class_` for `class` and `_` for an empty name.
+    A dot in a name separates levels of modules, as in `get_submodule`. Invalid names are changed, independent of the
+    nodes' order: characters that Python can't quote become `_`, and `_` is appended until the name is free, as in
+    `forward_` for `forward`, `class_` for `class` and `_` for an empty name.
 
     Args:
         graph: one Input, one Output, between them LIF, IF, CubaLIF, LI, I, CubaLI, Affine, Linear, Conv1d, Conv2d,
             AvgPool2d, SumPool2d, Flatten and Scale, without cycles; edges into the same node are added.
-        dt: length of a step, in seconds, or in the unit that the graph has tau in; default the step that `to_nir` wrote
-            the node with, else 1e-4.
-        dtype: type of all weights and parameters, whatever the graph has; default `torch.get_default_dtype()`.
+        dt: length of a step, in seconds, or in the graph's unit of tau; default the node's step in `to_nir`, else 1e-4.
+        dtype: dtype of all weights and parameters; default `torch.get_default_dtype()`.
 
     LIF and IF become asgl_cuda.LIF, LI and I asgl_cuda.LeakyIntegrator, CubaLIF and CubaLI a Sequential of two of
-    these, the current first. A gain of an integrator that differs between neurons becomes a Scale in front of it. A
-    node that `to_nir` wrote becomes the same layer again, parameters included, but with time first. For others,
-    whatever NIR does not know is the default of the layer; decay and threshold are parameters that require no gradient
-    where they differ between neurons, else constants.
+    these, the current first. A gain of an integrator that differs between neurons becomes a preceding Scale. A node
+    written by `to_nir` becomes the same layer again, parameters included, but with time first. In other nodes, options
+    unknown to NIR take the layer's defaults; a decay or threshold is a parameter without gradient if different between
+    neurons, else a constant.
 
     Raises:
         ImportError: nir is not installed.
         TypeError: an argument is of another type.
-        ValueError: a node can't be represented, or its numbers are not those that its metadata says; the message names
-            it.
+        ValueError: a node can't be represented, or contradicts its metadata; the message names the node.
     """
     nir = require("nir", _CALLER)
     if not isinstance(graph, nir.NIRGraph):
@@ -82,11 +80,11 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
             output = value
             continue
         if kind == "Scale" and _is_scale_of(node, [modules.get(source) for source in sources[name]]):
-            values[name] = value  # the layer before does it itself
+            values[name] = value  # done by the layer before
             continue
         try:
             modules[name] = layer = read_node(node, dt, where) if kind in _NEURONS else _IMPORTS[kind](node)
-        except Exception as error:  # a layer's own checks do not know the node
+        except Exception as error:  # a layer's own checks don't name the node
             if str(error).startswith(where):
                 raise
             raise ValueError(f"{where} can't be represented: {first_line(error)}") from error
@@ -95,7 +93,7 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
             if not all(_is_scale_of(follower, [layer]) for follower in followers):
                 raise ValueError(f"{where} has scale_output in its metadata, but no Scale node by v_threshold after it")
         path = paths[name]
-        variable = f"{path}_" if path.lower() == "self" else None  # else fx would call it self
+        variable = f"{path}_" if path.lower() == "self" else None  # no variable `self`
         values[name] = result.create_node("call_module", path, (value,), name=variable)
     result.output(output)
     made = fx.GraphModule({paths[name]: module for name, module in modules.items()}, result)
@@ -103,18 +101,18 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
 
 
 def module_paths(names: Iterable[str]) -> dict[str, str]:
-    """The path of a module for each name: the name itself where a module can have it."""
+    """The path of a module for each name: the name itself if valid."""
     empty = fx.GraphModule(nn.Module(), fx.Graph())
     wanted = {name: ".".join(_attribute(part, empty) for part in name.split(".")) for name in names}
     paths: dict[str, str] = {}
-    inner: set[str] = set()  # these paths
-    outer: set[str] = set()  # and those of the modules around them
+    inner: set[str] = set()  # used paths
+    outer: set[str] = set()  # used paths and prefixes
 
     def meets(path: str) -> bool:
-        """Whether the path is one that there is, or around one, or inside of one."""
+        """Whether the path equals, contains or is inside a used path."""
         return path in outer or not inner.isdisjoint(_prefixes(path))
 
-    # Names that can stay come first, and modules before whatever would be inside of them.
+    # Unchanged names come first, and outer modules before inner ones.
     for name in sorted(wanted, key=lambda name: (wanted[name] != name, name.count("."), name)):
         path = wanted[name]
         if meets(path):
@@ -128,14 +126,14 @@ def module_paths(names: Iterable[str]) -> dict[str, str]:
 
 
 def _prefixes(path: str) -> list[str]:
-    """The path, and those of the modules around it."""
+    """The path and its prefixes."""
     parts = path.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def _attribute(part: str, empty: nn.Module) -> str:
-    """The part of a name as a submodule's, which fx writes into Python code: unquoted, or in quotes as it is."""
-    part = unicodedata.normalize("NFKC", part)  # as Python does with what is not in quotes
+    """The part of a name, valid in Python code by fx: unquoted, or quoted without escapes."""
+    part = unicodedata.normalize("NFKC", part)  # as Python does with identifiers
     part = "".join("_" if each in '."\\' or not each.isprintable() else each for each in part)
     if part.startswith("__"):
         part = f"_{part.lstrip('_')}"
@@ -149,7 +147,7 @@ def _at(name: str, node: Any) -> str:
 
 
 def _checked(graph: nir.NIRGraph, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """The nodes, checked, and the nodes before each."""
+    """The checked nodes, and the sources of each."""
     if not isinstance(graph.nodes, Mapping):
         raise ValueError(f"{_CALLER}: the nodes of the graph must be a dict, got {type(graph.nodes).__name__}")
     for name in graph.nodes:
@@ -199,7 +197,7 @@ def _path(names: Iterable[str]) -> str:
 
 
 def _check_shapes(nodes: Mapping[str, Any], sources: Mapping[str, Sequence[str]], order: Sequence[str]) -> None:
-    """Each node takes what those before it give, as far as arrays say; many exporters write no shape of the Input."""
+    """Checks shapes between nodes as far as known from arrays; many exporters write no shape of the Input."""
     shapes: dict[str, Shape | None] = {}
     for name in order:
         where = _at(name, nodes[name])
@@ -212,7 +210,7 @@ def _check_shapes(nodes: Mapping[str, Any], sources: Mapping[str, Sequence[str]]
 
 
 def _is_scale_of(node: Any, layers: Sequence[nn.Module | None]) -> bool:
-    """Whether the node is the Scale that `to_nir` writes after the layer because it has scale_output."""
+    """Whether the node is the Scale that `to_nir` writes after a layer with scale_output."""
     if type(node).__name__ != "Scale" or len(layers) != 1 or not isinstance(layers[0], LIF):
         return False
     layer, scale = layers[0], as_double(node.scale)

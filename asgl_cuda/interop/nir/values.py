@@ -1,4 +1,4 @@
-"""Numbers, shapes and arrays as NIR has them and as torch has them."""
+"""Conversion of numbers, shapes and arrays between NIR and torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INSTALL = 'pip install "nir>=1.0.7" "nirtorch>=2.6"'
 
 
 def require(name: str, caller: str) -> Any:
-    """The module of that name, of nir or nirtorch."""
+    """Imports a module of nir or nirtorch."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -26,7 +26,7 @@ def require(name: str, caller: str) -> Any:
 
 
 def installed() -> str:
-    """The versions of NIR's packages, as errors show them."""
+    """The versions of NIR's packages, for errors."""
     return " and ".join(f"{name} {_version(name)}" for name in ("nir", "nirtorch"))
 
 
@@ -62,17 +62,17 @@ def as_sizes(value: Any) -> tuple[int, ...]:
 
 
 def as_pair(value: Any) -> Any:
-    """Two sizes, of which one alone stands for both."""
+    """Two sizes; a single one is repeated."""
     sizes = as_sizes(value)
     return sizes * 2 if len(sizes) == 1 else sizes
 
 
 def first_line(error: Exception) -> str:
-    """What an error of others says, on one line."""
+    """The first line of an error's message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def range_of(value: Tensor) -> str:
-    """The smallest and the largest value, as errors show them."""
+    """The smallest and the largest value, for errors."""
     low, high = float(value.min()), float(value.max())
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
