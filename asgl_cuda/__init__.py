@@ -11,7 +11,7 @@ Functions:
     batch_norm_lif          BatchNormLIF as a function
     leaky_integrator, IntegratorOutput
                             LeakyIntegrator as a function
-    analog_mask             the analog elements of a noise
+    analog_mask             mask of analog elements
 
 States:
     step                    a model one time step at a time
@@ -19,18 +19,18 @@ States:
 
 Training:
     parameter_groups        for an optimizer
-    calibrate               scales weights until layers fire at a rate
+    calibrate               scales weights to a target firing rate
     AnalogProbSchedule      lowers the noise over the epochs
     Monitor                 firing rates, widths, dead neurons
-    recompute_spikes        spikes that cost no memory: backward computes them again
+    recompute_spikes        backward recomputes spikes instead of storing them
     spiking_eval            hard spikes with surrogate gradients
     lightning_callback      schedule and monitor in a Lightning Trainer
-    convert_sync_batchnorm  statistics that processes share
-    asgl_layers             the layers that these work on
+    convert_sync_batchnorm  statistics shared by processes
+    asgl_layers             the ASGL layers of a model
 
 Models of other libraries:
     convert, revert         SpikingJelly, snnTorch, Norse and sinabs on the fused neuron, and back
-    fuse, unfuse            normalisations with the neurons behind them, and apart again
+    fuse, unfuse            normalisations with the neurons behind them, and back
     to_nir, from_nir        the exchange format NIR
     interop                 one module for each library
 
@@ -38,7 +38,7 @@ Backends:
     available_backends, unavailable_backends
                             the working ones, and why others do not work
 
-`help(asgl_cuda.LIF)` and so on tell more.
+Details: `help(asgl_cuda.LIF)` and so on.
 """
 
 # ruff: noqa: E402  # torch is not imported before
@@ -105,9 +105,9 @@ def __dir__() -> list[str]:
     """The public names."""
     special = [name for name in globals() if name.startswith("__") and name.endswith("__") and name != "__dir__"]
     frame = sys._getframe()
-    for _ in range(3):  # pydoc asks by inspect.getmembers
+    for _ in range(3):  # pydoc calls inspect.getmembers
         if frame.f_back is not None:
             frame = frame.f_back
         if frame.f_code.co_filename.endswith("pydoc.py"):
-            return special  # it would print 1,000 lines of torch.nn.Module for each layer, and the docstring has a list
+            return special  # pydoc would print 1,000 lines of torch.nn.Module per layer; the docstring has a list
     return sorted({*__all__, "interop", *special})

@@ -44,7 +44,7 @@ def info() -> int:
 
 
 def check() -> int:
-    """Compares every available backend with the reference and prints the worst of each group."""
+    """Compares every available backend with the reference and prints a line per case."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in check_backends():
         groups.setdefault((row.backend, row.what), []).append(row)
@@ -71,7 +71,7 @@ def check() -> int:
 
 
 def build() -> int:
-    """Compiles the extension for the torch that is installed."""
+    """Compiles the extension for the installed torch."""
     from .extension.command import build
 
     build()
@@ -79,7 +79,7 @@ def build() -> int:
 
 
 def main() -> int:
-    """Runs the command that was asked for."""
+    """Runs the requested command."""
     parser = argparse.ArgumentParser(prog="python -m asgl_cuda", description="What asgl_cuda can do on this machine.")
     parser.add_argument("--version", action="version", version=f"asgl_cuda {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -90,7 +90,7 @@ def main() -> int:
     try:
         if extension.module is not None:
             extension.module.cpu_instruction_set()
-    except ValueError as error:  # the environment asks for one that there is not
+    except ValueError as error:  # ASGL_CUDA_INSTRUCTION_SET is unavailable here
         print(error, file=sys.stderr)
         return 1
     return command()

@@ -1,8 +1,8 @@
 """Batch normalisation fused with the neuron: autograd wiring, and `batch_norm_lif`.
 
 Forward reads x for the statistics, then reads it once more and writes s; backward reads x and the gradient and writes
-dh, then reads dh and x and writes dx, in place: 36 bytes per element in float32. Saved for backward: x, and 7 values
-per channel.
+dh, then reads dh and x and writes dx, in place: 36 bytes per element in float32. Saved for backward: x, checkpoints,
+and 7 values per channel.
 
 With dh the gradient of the normalised input c = gain (x - mean) + shift, sums over the M elements of a channel
 and xhat = (x - mean) / sqrt(variance + eps):
@@ -71,7 +71,7 @@ class _Settings(NamedTuple):
     group: Any  # processes that share the statistics; None: only this one
 
 
-# The arguments of the normalisation that are floats, tensors or None, and those that are never tensors.
+# Arguments of the normalisation that may be tensors, and arguments that are never tensors.
 _Values = namedtuple("_Values", "running_mean running_var weight bias momentum")
 _Options = namedtuple("_Options", "training eps input_scale time_dim")
 
@@ -133,8 +133,8 @@ class BatchNormLIFFunction(torch.autograd.Function):
 class _CoefficientsFunction(torch.autograd.Function):
     """The bare operator batch_norm_coefficients as a function of x_seq, weight and bias.
 
-    The neuron has the gradients of gain and shift; the rounded mean is a constant, whose effects through shift and the
-    neuron cancel. The variance is for the running statistics only.
+    Gradients of gain and shift come from the neuron; the rounded mean is a constant, whose effects through shift and
+    the neuron cancel. The variance is only for running statistics.
     """
 
     @staticmethod
@@ -188,7 +188,7 @@ DERIVATIVES["batch_norm_coefficients"] = _differentiated
 def _forward(
     settings: _Settings, call: Call, norm: Sequence[Tensor | None], keep_checkpoints: bool
 ) -> tuple[ForwardResult, Tensor, Tensor]:
-    """The result of the neuron, the coefficients, and number, mean and variance of each channel."""
+    """The result of the neuron, the coefficients, and count, mean and variance of each channel."""
     weight, bias, mean, variance = norm
     eps, input_scale, time_dim = settings.eps, settings.input_scale, call.plan.rules.time_dim
 
@@ -216,7 +216,7 @@ def _normalised(call: Call, coefficients: Sequence[Tensor]) -> Call:
 
 
 def _check_shared_count(count: Tensor, settings: _Settings, x_seq: Tensor) -> None:
-    """Raises where all processes together have one value per channel; synchronises only where this is possible."""
+    """Raises for one value per channel over all processes; synchronises only if this process has at most one."""
     if x_seq.numel() <= x_seq.shape[settings.channel] and bool((count <= 1).any()):
         raise ValueError(
             f"{_CALLER}: training needs more than one value a channel, got one in all processes, here x_seq of shape "
@@ -225,7 +225,7 @@ def _check_shared_count(count: Tensor, settings: _Settings, x_seq: Tensor) -> No
 
 
 def check_process_group(process_group: Any, caller: str) -> None:
-    """A group, "world" or None; processes outside the group may create a layer with it, but not call it."""
+    """A group, "world" or None; processes outside the group may create its layers, but not call them."""
     if process_group is None or (isinstance(process_group, str) and process_group == "world"):
         return
     if torch.distributed.is_available():
@@ -278,26 +278,26 @@ def batch_norm_lif(
 ) -> Tensor | LIFOutput:
     """Batch normalisation over time, batch and space, then leaky integrate-and-fire neurons: two layers in one.
 
-    Where a layer of `torch.nn.BatchNorm2d` and one of `asgl_cuda.lif` move 52 bytes an element in a step of training in
-    float32 and keep two tensors for backward, this moves 36 and keeps x_seq.
+    In a float32 training step this moves 36 bytes per element and keeps x_seq for backward; `torch.nn.BatchNorm2d` and
+    `asgl_cuda.lif` move 52 and keep two tensors.
 
     Args:
         x_seq: `[T, B, C, ...]` (or time at `time_dim`), float16, bfloat16, float32 or float64; the channels are the
             second dimension except time.
         running_mean, running_var: `[C]`, in units of x_seq and their square; used in evaluation, updated in training if
-            they are given, which they can't be where they share memory. They have no gradient.
+            given, and must not share memory then. Not differentiable.
         weight, bias: `[C]`; default 1 and 0.
         training: normalise by mean and variance of x_seq, each over all dimensions except the channels, instead of
             running_mean and running_var.
-        momentum: how much of the running statistics a call in training replaces: a float, or a tensor of one value.
+        momentum: share of the running statistics replaced by a call in training: a float, or a tensor of one value.
         eps: added to the variance, >= 0.
         input_scale: factor on the normalised input; `alpha * v_threshold` for the tdBN of Zheng et al., AAAI 2021.
         process_group: in training, share the statistics with these processes, as `torch.nn.SyncBatchNorm` does; all
-            must call. "world": with all there are, none where torch.distributed is not initialised.
+            must call. "world": all processes; only this one without initialised torch.distributed.
 
-    The other arguments, what is returned and what is raised are as in `asgl_cuda.lif`. Differentiable once, also
-    with respect to weight and bias. Statistics are of float64, from sums that do not cancel, and nothing is rounded
-    between the two layers: a float16 input of mean 100 and deviation 0.1 is normalised as its values say.
+    Other arguments, results and errors are as in `asgl_cuda.lif`. Differentiable once, also with respect to weight and
+    bias. Statistics are computed in float64, from sums that do not cancel, without rounding between the two layers: a
+    float16 input of mean 100 and deviation 0.1 is normalised accurately.
 
     Example::
 
@@ -370,7 +370,7 @@ def _batch_norm_lif(
         if in_one_launch:
             running = running_mean, running_var, count
             call.operators().batch_norm_update(*running, coefficients, momentum)
-            # torch increments it for its own operations only.
+            # Only torch's own operations increment versions.
             torch.autograd.graph.increment_version([each for each in running if each is not None])
             statistics = []
         else:
@@ -385,7 +385,7 @@ def _batch_norm_lif(
 
 @cached_by_signature
 def _norm_plan_of(caller: str, x_seq: Tensor, values: _Values, options: _Options) -> tuple[int, float, float]:
-    """Checks the arguments of the normalisation; gives the dimension of the channels, eps and input_scale."""
+    """Checks arguments of the normalisation; returns the channel dimension, eps and input_scale."""
     *_, momentum = values
     training, eps, input_scale, time_dim = options
     time_dim = check_input(x_seq, time_dim, caller)
@@ -527,7 +527,7 @@ def module_batch_norm_lif(
     uses_batch = training or running_mean is None
     update = update and training and norm.track_running_stats
     momentum, count = norm.momentum, norm.num_batches_tracked if update else None
-    if momentum is None:  # the average of all batches
+    if momentum is None:  # cumulative average
         momentum = 1 / (norm.num_batches_tracked + 1) if update else 0.0
     running_var = norm.running_var
     if uses_batch and not update:

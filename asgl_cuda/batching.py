@@ -1,7 +1,7 @@
 """Batching rules of the operators, for torch.func.vmap, jacrev and ensembles of models.
 
 The mapped dimension joins the neurons: one call of an operator computes all samples, and parameters per sample are
-parameters per neuron. Samples are computed one by one where that would change results: with a given rng_state, which
+parameters per neuron. Samples are computed singly where one call would change results: with a given rng_state, which
 counts the neurons of each sample from 0, and in batch normalisation, with statistics per sample.
 """
 
@@ -23,7 +23,7 @@ Rule = Callable[..., tuple[Any, Any]]  # takes info, in_dims and the operator's 
 
 
 def batching_rules(library: Any) -> dict[str, Rule]:
-    """The rules by the names of the operators in `library`, such as torch.ops.asgl_cuda."""
+    """Rules by operator name; `library` is a namespace such as torch.ops.asgl_cuda."""
     return {
         "lif_forward": partial(_rule_of_forward, library.lif_forward.default),
         "lif_backward": partial(_rule_of_backward, library.lif_backward.default),
@@ -87,7 +87,7 @@ def _rule_of_integrator(operator: Operator, info: Any, in_dims: tuple[Any, ...],
 
 
 def _in_own_shapes(results: list[Tensor], parameter_dims_asked: Any, info: Any) -> list[Tensor]:
-    """Gradients, with those of parameters, the last ones, in their shapes per sample."""
+    """Results; trailing parameter gradients get the parameters' shapes per sample."""
     shapes = [_shape_of_one(value, dim) for value, dim, asked in parameter_dims_asked if asked and value is not None]
     first = len(results) - len(shapes)
     return results[:first] + [
@@ -96,7 +96,7 @@ def _in_own_shapes(results: list[Tensor], parameter_dims_asked: Any, info: Any) 
 
 
 def _are_numbered_consecutively(rng_state: Tensor | None, dim: int | None) -> bool:
-    """Whether neurons count on over samples: without noise, or with noise mapped by `draw_under_transforms`."""
+    """Whether neuron indices span samples: without noise, or with noise mapped by `draw_under_transforms`."""
     return rng_state is None or (dim is not None and rng_state.dim() == 3)
 
 
@@ -111,7 +111,7 @@ def _shape_of_one(value: Tensor, dim: int | None) -> list[int]:
 
 
 class _Samples:
-    """The tensors of one call for all samples, the first dimension of each."""
+    """Tensors of one call for all samples, which are the first dimension."""
 
     def __init__(self, count: int, x_seq: Tensor, dim: int | None, time_dim: int) -> None:
         self._count = count
@@ -127,14 +127,14 @@ class _Samples:
         return value.expand(self._count, *value.shape) if dim is None else value.movedim(dim, 0)
 
     def parameter(self, value: Tensor | None, dim: int | None, apart: bool = False) -> Any:
-        """Reshaped to broadcast against x_seq; with `apart` expanded to a gradient per sample."""
+        """Reshaped to broadcast against x_seq; `apart` expands for a gradient per sample."""
         if value is None or (dim is None and not apart):
             return value
         sizes = _shape_of_one(value, dim)
         return self.front(value, dim).reshape(self._count, *(1,) * (self._dims - len(sizes)), *sizes)
 
     def apart(self, checkpoints: Tensor) -> Tensor:
-        """The checkpoints of each sample, from `[segments, samples, neurons]` and 2 zeros, which all get."""
+        """The checkpoints of each sample, from `[segments, samples, neurons]` and 2 zeros, repeated."""
         segments = (checkpoints.numel() - 2) // max(self._count * self._neurons, 1)
         each = checkpoints[:-2].reshape(segments, self._count, self._neurons).movedim(1, 0).flatten(1)
         return torch.cat([each, checkpoints[-2:].expand(self._count, 2)], 1)
@@ -174,7 +174,7 @@ def _one_by_one(
 
 
 def _write_back(batch_norm_backward: Operator, grad_x_seq: Tensor, x_seq: Tensor, *others: Any) -> Any:
-    """The operator for a grad_x_seq whose memory layout is not that of x_seq."""
+    """The operator for a grad_x_seq in another memory layout than x_seq."""
     if grad_x_seq.numel() == 0:
         return batch_norm_backward(grad_x_seq, x_seq, *others)
     *_, time_dim = others

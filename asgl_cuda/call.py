@@ -1,4 +1,8 @@
-"""A call of the neuron until an operator computes it: arguments by name, checks, noise, autograd."""
+"""A neuron's call up to the operator: arguments by name, checks, noise, autograd.
+
+lif -> computed -> checked_call (checks, choose_backend, noise) -> run: the reference under autograd, or LIFFunction ->
+operators_of(backend).lif_forward. Backward draws the same noise again from rng_state; no mask is stored.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +52,7 @@ from .transforms import (
 
 
 class LIFOutput(NamedTuple):
-    """The result of `lif` with potentials; a field is None unless asked for.
+    """The result of `lif` with potentials; a field is None unless requested.
 
     `s_seq`, `v_seq` (potential after reset) and `h_seq` (before reset) have the shape of x_seq, `v_last` the same
     without time. Potentials are float32, float64 for a float64 input.
@@ -96,18 +100,18 @@ class Call(NamedTuple):
 
     backend: str
     plan: Plan
-    numbers: Sequence[float]  # Numbers, plain as operators take them
+    numbers: Sequence[float]  # Numbers, flat for the operators
     x_seq: Tensor
     v_init: Tensor | None
     rng_state: Tensor | None
-    parameters: Sequence[Tensor | None]  # Parameters, plain; None: a constant
+    parameters: Sequence[Tensor | None]  # Parameters, flat; None: a constant
 
     def operators(self) -> Operators:
-        """The operators of a fused backend. No property, which torch.compile could not trace in torch 2.6."""
+        """The operators of a fused backend. Not a property: torch.compile can't trace one in torch 2.6."""
         return operators_of(self.backend, (self.x_seq, self.v_init, self.rng_state, *self.parameters))
 
     def reference(self) -> list[Tensor]:
-        """Runs the reference, for the results that are wanted."""
+        """Runs the reference; returns the wanted results."""
         _, rules, wanted = self.plan
         named = Parameters(*self.parameters), Numbers(*self.numbers), rules
         s_seq, *potentials = lif_reference(self.x_seq, self.v_init, self.rng_state, *named)
@@ -121,7 +125,7 @@ class Call(NamedTuple):
         return operator(x_seq, v_init, rng_state, parameters, numbers, tuple(plan.rules), wanted)
 
     def remember(self, outputs: Sequence[Tensor]) -> None:
-        """Has backward compute the spikes again, inside of `recompute_spikes`."""
+        """Has backward recompute the spikes, inside `recompute_spikes`."""
         backend, plan, numbers, x_seq, v_init, rng_state, parameters = self
         only_spikes = plan._replace(wanted=(False, False, False))
 
@@ -130,7 +134,7 @@ class Call(NamedTuple):
         ) -> Tensor:
             return Call(backend, only_spikes, numbers, x_seq, v_init, rng_state, parameters).forward(False)[0]
 
-        # Copies, since FSDP frees the memory of parameters before the layers behind ask for spikes.
+        # Copies: FSDP frees parameters before backward of the next layer needs the spikes.
         copies = [None if each is None else each.detach().clone() for each in parameters]
         inputs = {"x_seq": x_seq, "v_init": v_init, "rng_state": rng_state}
         recompute.remember(outputs[0], spikes, {**inputs, **dict(zip(Parameters._fields, copies, strict=True))})
@@ -144,7 +148,7 @@ class Call(NamedTuple):
         )  # fmt: skip
 
     def output(self, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
-        """The outputs that were asked for, which come first."""
+        """The requested outputs, which come first."""
         wanted = self.plan.wanted
         if True not in wanted:
             return outputs[0]
@@ -189,7 +193,7 @@ class LIFFunction(torch.autograd.Function):
 
 
 class _OperatorFunction(LIFFunction):
-    """The same for a bare operator; the backend comes with the operator below autograd."""
+    """`LIFFunction` for a bare operator below autograd, paired with its backend."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
@@ -216,7 +220,7 @@ DERIVATIVES["lif_forward"] = _differentiated
 
 @cached_by_signature
 def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
-    """Checks all that does not depend on the values in tensors."""
+    """Checks everything independent of tensor values."""
     time_dim = check_input(x_seq, options.time_dim, caller)
     flags = {name: check_bool(name, getattr(options, name), caller) for name in FLAGS}
     v_last = check_bool("return_v_last", options.return_v_last, caller)
@@ -309,8 +313,8 @@ def _noise(
 ) -> Tensor | None:
     """The rng_state of the operators, drawn unless given; None where no element draws.
 
-    A probability that is data is its third element, marked by BELOW_IN_STATE in the rules: an additional tensor in the
-    schemas would cost all calls.
+    analog_prob as data is rng_state's third element, marked by BELOW_IN_STATE in the rules: an extra tensor in the
+    schemas would slow all calls.
     """
     below = check_analog_prob_tensor(analog_prob, x_seq, caller) if analog_below == BELOW_IN_STATE else None
     if rng_state is not None:

@@ -26,7 +26,7 @@ FLOATING_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_input(x_seq: Tensor, time_dim: int, caller: str) -> int:
-    """Type and shape of x_seq; returns time_dim counted from the front."""
+    """Type and shape of x_seq; returns time_dim, made non-negative."""
     if not isinstance(x_seq, Tensor):
         raise TypeError(f"{caller}: x_seq must be a tensor, got {type(x_seq).__name__}")
     check_dense("x_seq", x_seq, caller)
@@ -61,7 +61,7 @@ def check_step(x_t: Any, time_dim: int, caller: str) -> None:
 
 
 def expected_shape(x_seq: Tensor, time_dim: int, sizes: Sequence[int], by_channel: bool) -> str:
-    """The end of an error about the sizes of channels or neurons; `time_dim` is not negative."""
+    """Suffix of an error about channel or neuron sizes; `time_dim` is non-negative."""
     if by_channel:
         names, wanted = ["B", "C", "..."], f"with C = {sizes[0]}"
         names.insert(min(time_dim, len(names)), "T")
@@ -87,17 +87,17 @@ def check_dense(name: str, value: Tensor, caller: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """Any value as errors show it: short, on one line."""
+    """Any value for errors: short, on one line."""
     try:
         is_number = isinstance(value, Tensor) and value.dim() == 0
         text = " ".join((f"{value}" if is_number else repr(value)).split())
-    except Exception:  # ints of more than 4300 digits; classes of users
+    except Exception:  # ints beyond 4300 digits; user classes
         text = type(value).__name__
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def did_you_mean(given: Any, names: Iterable[str]) -> str:
-    """The end of an error for an unknown name: the nearest of `names`, if any."""
+    """Suffix of an error for an unknown name: the nearest of `names`, if any."""
     near = difflib.get_close_matches(given.lower(), names, n=1) if isinstance(given, str) else []
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -151,7 +151,7 @@ def check_width(width: float, caller: str, real: torch.dtype = torch.float32) ->
 
 
 def check_width_tensor(width: Tensor, caller: str) -> None:
-    """The same for all values of a tensor, where `can_be_seen`."""
+    """`check_width` for a tensor, if it `can_be_seen`."""
     if can_be_seen(width):
         ends = (width,) if width.numel() == 1 else torch.aminmax(width.detach())
         for value in ends:
@@ -184,10 +184,10 @@ def check_number(name: str, value: Any, caller: str, expected: str = "a float") 
 
 
 def read_number(name: str, value: Any, caller: str, learned: bool = False, option: str = "") -> float:
-    """The same for a constant of a layer, also from a tensor or array of one value.
+    """A layer's constant as a float, also from a tensor or array of one value.
 
-    A tensor that requires a gradient is refused unless it initialises a `learned` parameter: as a constant it would not
-    be trained. `option` is the argument that learns it.
+    A tensor that requires a gradient is refused unless it initialises a `learned` parameter: constants are not trained.
+    `option` is the argument to learn the value.
     """
     if isinstance(value, Tensor):
         value = _value_of(name, value, caller, learned, option)
@@ -212,7 +212,7 @@ def _value_of(name: str, value: Tensor, caller: str, learned: bool, option: str)
         )
     try:
         return value.item()
-    except Exception:  # of several types, for tensors without values, as in traces
+    except Exception:  # types vary for tensors without values, as in traces
         raise ValueError(f"{expected}, got one on {value.device} whose value can't be read") from None
 
 
@@ -389,8 +389,8 @@ _MOST_PLANS = 1000
 def cached_by_signature(check: Check[Plan]) -> Check[Plan]:
     """Caches the result of `check(caller, x_seq, values, options)` for calls of the same signature.
 
-    The check may depend on the caller; on the options, which are hashable; and of x_seq and the values, which are
-    floats, None or tensors, on a float, and on type, shape, dtype and device of a tensor, never on its values.
+    The check may depend on the caller, on hashable options, on values that are floats or None, and on type, shape,
+    dtype and device of tensors, x_seq included, never on tensor values.
     """
     plans: dict[Any, Plan] = {}
 

@@ -14,7 +14,7 @@ _CALLER = "asgl_cuda.lif"
 
 
 class NeuronArguments(TypedDict, total=False):
-    """The arguments that `lif` and `batch_norm_lif` have in common; the docstring of `lif` says what they are."""
+    """Common arguments of `lif` and `batch_norm_lif`, documented in `lif`."""
 
     decay: Tensor | float
     v_threshold: Tensor | float
@@ -74,50 +74,50 @@ def lif(
     Args:
         x_seq: input current, `[T, ...]` (or time at `time_dim`), float16, bfloat16, float32 or float64. Contiguous and
             channels_last layouts are used as they are, any other is copied once.
-        decay: share of the potential that is left after a step (no unit, per step); any number, also beyond [0, 1].
+        decay: share of the potential left after a step (no unit, per step); any value, also outside [0, 1].
         v_threshold, v_rest: threshold and resting potential, in units of x_seq.
         v_reset: potential after a spike (hard reset), or None for the soft reset.
-        reset_amount: what a spike takes off the potential under the soft reset; default `v_threshold`.
+        reset_amount: amount that a spike subtracts under the soft reset; default `v_threshold`.
         width: width of the surrogate, in units of x_seq, at least 1.1e-19 in float32, where 1 / width^2 is still
-            finite. A tensor is checked on the CPU alone, outside of torch.compile and torch.func, since a GPU would
-            have to be waited for: elsewhere the gradients of a width < 0 have the wrong sign, those of 0 are NaN.
+            finite. A tensor is checked only on the CPU, outside of torch.compile and torch.func, to avoid a device
+            synchronisation: unchecked, a width < 0 gives gradients of the wrong sign, a width of 0 gives NaN.
         surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
-            periodic_exponential, whose slope returns at every multiple of the threshold.
+            periodic_exponential, whose slope peaks at every multiple of the threshold.
         surrogate_gain: factor on the surrogate gradient.
-        analog_prob: share of elements and steps that emit F(u / width) instead of a spike, in steps of 1 / 65536. As a
-            tensor of one value on x_seq's device it is data, which a compiled graph does not fix. No gradient flows to
-            it. Its range is checked on the CPU alone: on a GPU a value outside of [0, 1] is the nearest inside, NaN 0.
-            The default is 0, where the layer `LIF` has 0.2.
-        rng_state: int64 `[seed, offset]` on x_seq's device, which fixes the noise. Neurons are counted in memory order:
+        analog_prob: share of elements and steps that emit F(u / width) instead of a spike, in steps of 1 / 65536. A
+            tensor of one value on x_seq's device is data of a compiled graph, not a constant, and gets no gradient. Its
+            range is checked only on the CPU: on a GPU values are clamped to [0, 1], NaN is 0. Default 0; 0.2 in the
+            layer `LIF`.
+        rng_state: int64 `[seed, offset]` on x_seq's device, which fixes the noise. Neurons are indexed in memory order:
             a channels_last x_seq gets other noise than its contiguous copy.
-        generator: what rng_state is drawn from by default; without it, the default generator of the device. Activation
-            checkpointing restores the default generator alone: inside of it a generator would draw other noise when the
-            call is repeated, so give rng_state there.
+        generator: source of rng_state if not given; default the device's default generator. Activation checkpointing
+            restores only the default generator: any other would draw new noise in the recomputation, so give rng_state
+            there.
         input_gain, input_bias, input_mean: the input current is `input_gain * (x_seq - input_mean) + input_bias`.
         strict_threshold: fire at u > 0 instead of u >= 0; no effect with multi_spike.
         scale_output: emit `v_threshold * s`.
         detach_reset: let no gradient flow through the spike inside the reset.
-        multi_spike: emit `trunc(h / v_threshold)` spikes in a step where h > 0. Each takes `reset_amount` off: needs
-            `v_reset=None`. There is no noise, since its surrogates are not slopes of a smooth number of spikes.
+        multi_spike: emit `trunc(h / v_threshold)` spikes in a step where h > 0. Each spike subtracts `reset_amount`:
+            needs `v_reset=None`. No noise, since the surrogates are not slopes of a smooth number of spikes.
         v_min: floor of the potential after reset, in units of x_seq, `v = relu(v - v_min) + v_min`; no gradient flows
-            where it holds. It is not applied to v_init.
+            at the floor. Not applied to v_init.
         v_init: potential before the first step, shape of x_seq without time; default `v_rest`.
         return_v_last, return_v_seq, return_h_seq: return potentials as well, see `LIFOutput`.
         backend: one of `available_backends()`; default the best for x_seq's device.
 
-    `width`, `decay`, `v_threshold`, `v_reset`, `reset_amount` and those of the input are floats or tensors that
-    broadcast against x_seq: one value, `[C, 1, 1]`, `[C, H, W]`, `[T, 1, 1, 1, 1]`, and so on. They and `v_init` are
+    `width`, `decay`, `v_threshold`, `v_reset`, `reset_amount` and `input_*` are floats or tensors that broadcast
+    against x_seq: one value, `[C, 1, 1]`, `[C, H, W]`, `[T, 1, 1, 1, 1]`, and so on. Parameters and `v_init` are
     converted to the type of the arithmetic: float32, or float64 for a float64 x_seq.
 
-    A potential that is NaN emits no spike. It makes the gradients of parameters NaN, as in any layer that multiplies.
+    A NaN potential emits no spike, and makes gradients of parameters NaN, as in any layer that multiplies.
 
     Returns:
-        The spikes, in shape and type of x_seq; or a `LIFOutput` as soon as a potential is asked for. All are
-        differentiable once with respect to x_seq, v_init and every parameter that is a tensor.
+        The spikes, in shape and type of x_seq; or a `LIFOutput` if a potential is requested. All outputs are
+        differentiable once with respect to x_seq, v_init and every tensor parameter.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape, device or range; nothing has been computed then.
-        RuntimeError: the backend asked for does not work here.
+        TypeError, ValueError: an argument of wrong type, shape, device or range; nothing is computed then.
+        RuntimeError: the requested backend does not work here.
 
     Example::
 
@@ -142,8 +142,8 @@ def lif(
             s[t] = a + torch.where(mask[t], 0, z - a).detach()
             v = h * (1 - s[t]) + v_reset * s[t]
 
-    With multi_spike `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace of another distance than
-    h - v_threshold where h >= v_threshold: `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, of slope 1.
+    With multi_spike `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace of another distance
+    where h >= v_threshold: `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, of slope 1.
     """
     values = Values(width, decay, v_threshold, v_reset, reset_amount, input_gain, input_bias, input_mean, analog_prob)
     options = Options(

@@ -84,7 +84,7 @@ class IntegratorFunction(torch.autograd.Function):
 
 
 class _OperatorFunction(IntegratorFunction):
-    """The same for a bare operator; the backend comes with the operator below autograd."""
+    """`IntegratorFunction` for a bare operator below autograd, paired with its backend."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
@@ -112,7 +112,7 @@ DERIVATIVES["integrator_forward"] = _differentiated
 
 @cached_by_signature
 def _rules_of(caller: str, x_seq: Tensor, values: tuple[Any, Any], options: _Options) -> Rules:
-    """Checks all that does not depend on the values in tensors."""
+    """Checks everything independent of tensor values."""
     decay, input_gain = values
     v_rest, delay, time_dim, return_v_last = options
     time_dim = check_input(x_seq, time_dim, caller)
@@ -144,20 +144,20 @@ def leaky_integrator(
 
     Args:
         x_seq: input, `[T, ...]` (or time at `time_dim`); types and layouts are those of `lif`.
-        decay: share of the potential that is left after a step (no unit, per step); 1 adds up, and any number is taken.
-        input_gain: factor on the input. It and decay are floats or tensors that broadcast against x_seq.
+        decay: share of the potential left after a step (no unit, per step), any value; 1 sums up the input.
+        input_gain: factor on the input; like decay a float or a tensor that broadcasts against x_seq.
         v_rest: resting potential, in units of x_seq.
         v_init: potential before the first step, shape of x_seq without time; default `v_rest`.
-        delay: emit at each step the potential before the input of that step, not the one after it.
+        delay: emit the potential before the input of a step, not after.
         return_v_last: return the potential after the last step as well, see `IntegratorOutput`.
         backend: one of `available_backends()`; default the best for x_seq's device.
 
-    Nothing is kept for backward except x_seq where input_gain has a gradient, and the output where decay has: in half
-    types that gradient is then of the rounded potentials.
+    Sequences saved for backward: x_seq if input_gain requires a gradient, the output if decay does; in half types the
+    gradient of decay uses rounded potentials.
 
     Returns:
-        The potentials, in shape and type of x_seq; or an `IntegratorOutput`. They are differentiable once with respect
-        to x_seq, v_init, and decay and input_gain where these are tensors.
+        The potentials, in shape and type of x_seq; or an `IntegratorOutput`. Both are differentiable once with respect
+        to x_seq, v_init, and decay and input_gain if given as tensors.
 
     Raises TypeError, ValueError and RuntimeError as `lif` does.
 
@@ -209,22 +209,22 @@ class LeakyIntegrator(NeuronLayer):
 
     Args:
         num_features, granularity, time_dim, backend, device, dtype: as for `LIF`.
-        decay: share of the potential that is left after a step, in [0, 1], in (0, 1) if learned (kept as a logit).
+        decay: share of the potential left after a step, in [0, 1], in (0, 1) if learned (stored as a logit).
         input_gain: factor on the input.
         v_rest: resting potential, in units of the input.
-        delay: emit the potential before the input of a step, not the one after it.
+        delay: emit the potential before the input of a step, not after.
         learn_decay: whether the decay is a parameter; else it stays constant.
         stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`.
-            `step(x_t)`, one step without time, carries it in any case.
+            `step(x_t)`, one step without time, always carries `v`.
 
-    Numbers may be tensors of one value as well, as for `LIF`. `decay` can be read and set at any time, to one value for
-    all neurons. A state dict has it as `logit_decay` if it is learned, and nothing else.
+    Floats may also be tensors of one value, as for `LIF`. `decay` can be read at any time, and set to one value for all
+    neurons. A state dict holds only a learned decay, as `logit_decay`.
 
-    Neurons with a synaptic current are `nn.Sequential(LeakyIntegrator(decay=a), LIF(decay=b))`. For a neuron and step
-    that reads and writes 4 elements forward, 5 backward: the current and its gradient are written and read between the
-    two. A single kernel would take 2 and 3.
+    Neurons with a synaptic current are `nn.Sequential(LeakyIntegrator(decay=a), LIF(decay=b))`. Per neuron and step the
+    two layers move 4 elements forward, 5 backward: the current and its gradient go through memory. A single kernel
+    would move 2 and 3.
 
-    Raises ValueError or TypeError for arguments out of range, and what `asgl_cuda.leaky_integrator` raises.
+    Raises ValueError or TypeError for arguments out of range, otherwise as `asgl_cuda.leaky_integrator`.
 
     Example::
 
@@ -267,7 +267,7 @@ class LeakyIntegrator(NeuronLayer):
         self._set_decay(decay)
 
     def reset_parameters(self) -> None:
-        """Gives a learned decay the value that was last set, and forgets the potential."""
+        """Resets a learned decay to the value last set, and clears the potential."""
         self.decay = self._decay
         self.reset()
 

@@ -76,7 +76,7 @@ class Settable(nn.Module):
 class Noisy(Settable):
     """A layer with a share of analog elements, data of a compiled graph: a schedule does not recompile."""
 
-    _analog_prob: float  # for eager calls, which would have to wait for a GPU to read a tensor
+    _analog_prob: float  # for eager calls: reading a tensor would synchronise with the GPU
     # For compiled graphs: [1], [0] without noise. No buffer: DistributedDataParallel would broadcast it at each call.
     _analog_prob_data: Tensor
 
@@ -113,17 +113,17 @@ class Noisy(Settable):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> Any:
         super()._apply(fn, *arguments, **options)  # type: ignore[no-untyped-call]
-        if "_analog_prob_data" in self.__dict__:  # whatever fn does to the values and their type
+        if "_analog_prob_data" in self.__dict__:  # only fn's device counts, not values or type
             self._keep_as_data(fn(self._analog_prob_data).device)
         return self
 
     def _keep_as_data(self, device: torch.device) -> None:
         size = int(self._analog_prob > 0)
-        with torch.inference_mode(False):  # training uses the tensor, too
+        with torch.inference_mode(False):  # else unusable in training
             self._analog_prob_data = torch.full((size,), self._analog_prob, dtype=torch.float64, device=device)
 
     def end_noise(self) -> None:
-        """Removes all that concerns the noise."""
+        """Removes the attributes of the noise."""
         for name in ("_analog_prob", "_analog_prob_data"):
             self.__dict__.pop(name, None)
 
@@ -250,8 +250,8 @@ class NeuronLayer(Settable):
     def step(self, x_t: Tensor) -> Tensor:
         """One time step: input and output are without time, and `v` is carried to the next step until `reset()`.
 
-        The layer need not be stateful. If it is not, a call with a whole sequence starts at rest, whatever steps carry.
-        In training, `BatchNormLIF` normalises by the statistics of the step. Raises what a call raises.
+        The layer need not be stateful; if not, calls with a whole sequence start at rest, regardless of steps. In
+        training, `BatchNormLIF` normalises by the statistics of the step. Raises as a call does.
         """
         check_step(x_t, self.time_dim, self._caller)
         stateful, self.stateful = self.stateful, True
@@ -283,8 +283,8 @@ class NeuronLayer(Settable):
 
     def _carried(self) -> Tensor | None:
         if not self.stateful:
-            return None  # only steps carry it
-        # Autograd refuses tensors of inference mode, not their copies.
+            return None  # v belongs to steps
+        # Autograd refuses inference tensors, not their copies.
         if self.v is not None and not torch.compiler.is_compiling() and self.v.is_inference():
             return self.v if torch.is_inference_mode_enabled() else self.v.clone()
         return self.v
@@ -351,8 +351,8 @@ def _warn_of_time(caller: str, x_seq: Tensor, time_dim: int) -> None:
 def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The ASGL layers of a model with their names, in the order of `named_modules`, each once.
 
-    An ASGL layer is a module with a float `analog_prob`, a parameter or None `log_width`, and `width`. Those without
-    noise are among them: they may get some, and can be monitored. Raises TypeError where `model` is no module.
+    An ASGL layer is a module with `analog_prob` (a float), `log_width` (a parameter or None) and `width`. Layers
+    without noise are included: noise may be set later. Raises TypeError if `model` is not a module.
 
     Example::
 
@@ -370,7 +370,7 @@ def asgl_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
-    """The same as a dict; refuses a model without any."""
+    """ASGL layers as a dict; having none is an error."""
     check_module(model, caller)
     layers = dict(asgl_layers(model))
     if not layers:
@@ -382,6 +382,6 @@ def some_asgl_layers(model: nn.Module, caller: str) -> dict[str, Any]:
 
 
 def check_module(model: Any, caller: str) -> None:
-    """Refuses anything else than a module."""
+    """Refuses anything but a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")

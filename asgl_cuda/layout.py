@@ -112,7 +112,7 @@ class ParameterTensor:
 
     def __init__(self, tensor: Tensor, layout: Layout) -> None:
         self.data = tensor
-        self._as_it_is = True  # its own dimensions are [steps or 1, count]
+        self._as_it_is = True  # the tensor is [steps or 1, count]
         self.step_stride, self.inner, self.count = 0, layout.neurons, 1
         if tensor.numel() == 1:
             return

@@ -1,7 +1,7 @@
 """Kernels of the operators for tensors with lazy values: dispatch keys Negative and ZeroTensor.
 
-torch's fallbacks ignore tensors in a `Tensor?[]` and support one mutated argument only. These kernels run for lazy
-tensors alone, and cost other calls nothing.
+torch's fallbacks ignore tensors in a `Tensor?[]` and support one mutated argument only. These kernels run only for lazy
+tensors and cost other calls nothing.
 """
 
 from __future__ import annotations

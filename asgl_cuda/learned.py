@@ -1,7 +1,7 @@
-"""Learned values as layers store them: a width as its logarithm, a decay as its logit, both clamped to a bound.
+"""Learned values as layers store them: a width as its logarithm, a decay as its logit.
 
-Kernels convert them at each read (csrc/math/learned.h), with the operations of this file for equal bits. Derivatives
-are those of torch's exp and sigmoid, also beyond the bound.
+Kernels clamp and convert stored values at each read (csrc/math/learned.h), with this file's operations for equal bits.
+Derivatives are those of torch's exp and sigmoid, also beyond the bound.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _bounded(value: Tensor) -> Tensor:
 
 
 class _Exp(NamedTuple):
-    """The constants of e^x in one type: 1 / ln 2, ln 2 in two parts, and coefficients from the highest on."""
+    """The constants of e^x in one type: 1 / ln 2, ln 2 in two parts, and coefficients, the highest first."""
 
     inverse_ln2: float
     ln2: tuple[float, float]

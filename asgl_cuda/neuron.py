@@ -39,50 +39,50 @@ class LIF(NeuronLayer, Noisy):
     Args:
         num_features: number of channels for granularity "channel", number of neurons or their shape `[C, H, W]` for
             "neuron"; None for "layer".
-        decay: share of the potential that is left after a step, in [0, 1], in (0, 1) if learned (kept as a logit).
+        decay: share of the potential left after a step, in [0, 1], in (0, 1) if learned (stored as a logit).
         v_threshold, v_rest: threshold and resting potential, in units of the input.
         v_reset: potential after a spike, below the threshold, or None to subtract `reset_amount` instead (soft reset).
-        reset_amount: what a spike takes off the potential under the soft reset; default the threshold.
+        reset_amount: amount that a spike subtracts under the soft reset; default the threshold.
         input_gain: factor on the input.
         width: initial width of the surrogate, > 0 (kept as its logarithm).
-        surrogate: the name of a surrogate; `asgl_cuda.lif` says which there are.
+        surrogate: the name of a surrogate, see `asgl_cuda.lif`.
         surrogate_gain: factor on the surrogate gradient.
-        analog_prob: share of elements that emit the smooth value in training. In evaluation every element spikes hard.
-            The default is 0.2, where the function `asgl_cuda.lif` has 0.
-        granularity: whether the learned parameters are one for the layer, one a channel or one a neuron.
-        learn_width, learn_decay, learn_threshold: which of them are parameters; the others stay constants.
+        analog_prob: share of elements that emit the smooth value in training; evaluation has only hard spikes. Default
+            0.2; 0 in the function `asgl_cuda.lif`.
+        granularity: one value of each learned parameter per layer, per channel or per neuron.
+        learn_width, learn_decay, learn_threshold: which values are parameters; the others are constants.
         strict_threshold: fire above the threshold, not at it.
         detach_reset: let no gradient flow through the spike inside the reset.
         scale_output: emit `v_threshold` instead of 1 for a spike.
-        multi_spike: emit several spikes a step; needs `v_reset=None` and, now and later, `analog_prob=0`.
+        multi_spike: emit several spikes a step; needs `v_reset=None` and always `analog_prob=0`.
         v_min: floor of the potential after reset, in units of the input; None for none.
         stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Not for
-            activation checkpointing, which calls twice. `step(x_t)`, one step without time, carries it in any case.
+            activation checkpointing, which calls twice. `step(x_t)`, one step without time, always carries `v`.
         store_v_seq: keep the potentials after reset of the last call as `v_seq`, in the shape of the input.
-        time_dim: where time is in the input.
+        time_dim: time dimension of inputs.
         backend: see `asgl_cuda.lif`.
         device, dtype: of the parameters.
 
-    Numbers may be tensors of one value as well, which are read; where one requires a gradient, as a Parameter does, it
-    can only be the start of what is learned. `width`, `decay` and `v_threshold` can be read and set at any time, to one
-    value for all neurons. A learned width or decay has the same bits in every backend, which are `torch.exp`'s and
-    `torch.sigmoid`'s except for the last places.
+    Floats may also be tensors of one value; a tensor that requires a gradient, such as a Parameter, can only initialise
+    a learned parameter. `width`, `decay` and `v_threshold` can be read at any time, and set to one value for all
+    neurons. A learned width or decay has the same bits in every backend, equal to `torch.exp` and `torch.sigmoid` up to
+    the last bits.
 
     Shapes: input and output `[T, N, ...]`, or with time at `time_dim`. Without time, the channels are the second
     dimension, and the neurons are the last ones.
 
-    A state dict holds what is learned: `log_width`, `logit_decay`, `threshold`. Constants, flags, `analog_prob` and
-    potentials are not in it, as with torch's layers: it loads, silently, into a layer with another constant decay.
+    A state dict holds only learned parameters: `log_width`, `logit_decay`, `threshold`; as in torch's layers, no
+    constants, flags, `analog_prob` or potentials. State dicts load silently into a layer with another constant decay.
     `AnalogProbSchedule.state_dict()` has the noise.
 
     SpikingJelly's `LIFNode(tau=tau)` has `decay=1 - 1 / tau, input_gain=1 / tau`.
 
-    Processes with the same seed draw the same noise. `torch.manual_seed(seed + rank)`, after the model has been made,
-    gives each its own.
+    Processes with the same seed draw the same noise; `torch.manual_seed(seed + rank)` after creating the model gives
+    each its own.
 
-    Raises ValueError or TypeError for arguments out of range, and what `asgl_cuda.lif` raises. Warns, once a process,
-    where neurons at rest fire (`v_threshold` at `v_rest` or below), where a soft reset does not lower the potential,
-    and where `surrogate_gain` is 0.
+    Raises ValueError or TypeError for arguments out of range, otherwise as `asgl_cuda.lif`. Warns once per process if
+    neurons at rest fire (`v_threshold` at `v_rest` or below), if a soft reset does not lower the potential, and if
+    `surrogate_gain` is 0.
 
     Example::
 
@@ -212,7 +212,7 @@ class LIF(NeuronLayer, Noisy):
         caller, v_rest = self._caller, self.v_rest
         for name in ("v_reset", "v_min"):
             after = getattr(self, name)
-            # Up to v_rest, the threshold is too low, see below.
+            # Thresholds up to v_rest only warn, below.
             if isinstance(after, (int, float)) and v_rest < after >= value:
                 raise ValueError(
                     f"{caller}: {name} must be below v_threshold, or a neuron that has fired does so again, got {name} "
@@ -315,16 +315,16 @@ class BatchNormLIF(LIF):
         eps, momentum, affine, track_running_stats: as in `torch.nn.BatchNorm2d`.
         input_scale: factor on the normalised input; `alpha * v_threshold` for tdBN.
         process_group: share the statistics of training with these processes, as `torch.nn.SyncBatchNorm` does; "world":
-            with all there are when it is called. A layer with a group can't be copied or pickled, one with "world" can.
+            all processes at each call. A layer with a group can't be copied or pickled, a layer with "world" can.
         device, dtype: of the parameters and the running statistics.
         lif_options: arguments of `LIF`, except `input_gain`.
 
-    The parameters and buffers of the normalisation have the names that `torch.nn.BatchNorm2d` gives them, and those of
-    the neurons have the names of `LIF`: `{**norm.state_dict(), **lif.state_dict()}` loads.
+    `{**norm.state_dict(), **lif.state_dict()}` loads: parameters and buffers have the names of `torch.nn.BatchNorm2d`
+    and `LIF`.
 
-    It is no subclass of torch's `_BatchNorm`, and what looks for that passes over it: for
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` there is `asgl_cuda.convert_sync_batchnorm`; instead of
-    `torch.optim.swa_utils.update_bn`, before the batches are run in training mode without gradients::
+    Not a subclass of torch's `_BatchNorm`, so functions for such layers skip it: instead of
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` use `asgl_cuda.convert_sync_batchnorm`; instead of
+    `torch.optim.swa_utils.update_bn`, before running the batches in training mode without gradients::
 
         for layer in model.modules():
             if isinstance(layer, asgl_cuda.BatchNormLIF):
@@ -333,7 +333,7 @@ class BatchNormLIF(LIF):
 
     Shapes: input and output `[T, B, C, ...]`, or with time at `time_dim` among batch, channels and the rest.
 
-    Raises what `LIF` and `asgl_cuda.batch_norm_lif` raise; the docstring of the latter has the same in PyTorch.
+    Raises as `LIF` and `asgl_cuda.batch_norm_lif`, whose docstring has the same in PyTorch.
 
     Example::
 

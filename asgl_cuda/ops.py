@@ -1,18 +1,18 @@
 """The operators: schemas, fake implementations for tracing, and allocation of results.
 
-Each backend implements them in its own namespace; C++ and CUDA kernels share `torch.ops.asgl_cuda`.
+Each backend has its own namespace; C++ and CUDA kernels share `torch.ops.asgl_cuda`.
 
 `parameters`, `numbers` and `rules` of lif_forward and lif_backward are Parameters (None for a constant), Numbers and
 Rules of reference.py. `wanted` selects the results: in forward, beside s_seq, v_last, v_seq, h_seq and checkpoints, in
 backward the gradients of x_seq, v_init and each parameter that is a tensor. `grads` has the gradients of s_seq, v_last,
 v_seq and h_seq, None for zero.
 
-integrator_forward returns v_seq, and v_last where wanted, integrator_backward results as lif_backward. Of parameters,
-numbers and rules they read decay, input_gain, v_rest, logit_decay and time_dim. v_seq and v_init are needed for the
-gradient of decay, x_seq for the gradient of input_gain.
+integrator_forward returns v_seq, and v_last if wanted, integrator_backward results as lif_backward. Used of parameters,
+numbers and rules: decay, input_gain, v_rest, logit_decay and time_dim. v_seq and v_init are needed for the gradient of
+decay, x_seq for the gradient of input_gain.
 
 batch_norm_coefficients returns `coefficients`, [4, C, 1, ...], which broadcast against x_seq: input_mean, input_gain
-and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in float64: number, mean and biased
+and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in float64: count, mean and biased
 variance of each channel. Sources are mean and variance if given, else `statistics`, the totals of all processes,
 [processes, C, 3], else x_seq.
 

@@ -17,17 +17,17 @@ KNOWS_TIME: list[Callable[[nn.Module], bool]] = [lambda module: isinstance(modul
 
 
 class OverTime(nn.Module):
-    """A layer that knows no time, such as a convolution or a batch normalisation, applied to all steps at once.
+    """A layer without time, such as a convolution or a batch normalisation, applied to all steps at once.
 
     Args:
-        layer: any module, several in an `nn.Sequential`. Layers that know time, as neurons do, are refused wherever
-            they are in it: time and batch would be one to them.
+        layer: any module, several in an `nn.Sequential`. Layers with state over time, such as neurons, are refused at
+            any depth: time and batch are one dimension.
 
     Shapes: `[T, B, ...]` to `[T, B, ...]`, or `[B, T, ...]` to `[B, T, ...]`; the layer sees time and batch in one,
     `[T * B, ...]`.
 
-    Raises TypeError where `layer` is no module or has one inside that knows time, also one that was put there later, or
-    where the input is no tensor; ValueError for an input without time and batch.
+    Raises TypeError if `layer` is not a module or contains a layer with state over time, even if added later, or if the
+    input is not a tensor; ValueError for an input without time and batch.
 
     Example::
 
@@ -73,7 +73,7 @@ def _check_inside(layer: nn.Module) -> None:
             f"{_CALLER}: layer must know no time, got {type(layer).__name__}, for which time and batch would be one"
         )
     found, modules = {layer}, [layer]
-    for module in modules:  # the loop adds more
+    for module in modules:  # appended to below
         if type(module) not in _timeless:
             if any(knows(module) for knows in KNOWS_TIME):
                 path = next(path for path, each in layer.named_modules() if each is module)

@@ -1,12 +1,12 @@
-"""Spikes that backward computes again instead of keeping them: `with asgl_cuda.recompute_spikes():` around forward.
+"""Spikes recomputed in backward instead of stored: `with asgl_cuda.recompute_spikes():` around forward.
 
-A convolution or a linear layer keeps its input for backward, which in a spiking network is spikes. The noise is a
-counter: one forward kernel computes the same spikes, analog values included, from the tensors that the neuron keeps.
+A convolution or a linear layer saves its input for backward, which in a spiking network is spikes. Noise is
+counter-based: one forward kernel computes the same spikes, analog values included, from the neuron's saved tensors.
 
-These are not the potentials that backward of a neuron computes again from its checkpoints.
+Unrelated: the potentials that a neuron's backward recomputes from checkpoints.
 
 Hooks on saved tensors put a `_Recomputed` in place of spikes and views of spikes, recognised by their storage; a weak
-reference keeps the address of a storage from being used again. Under such hooks autograd does not compare versions of
+reference keeps the address of a storage from being reused. Under such hooks autograd does not compare versions of
 tensors, so `_Kept` does.
 """
 
@@ -29,7 +29,7 @@ _CALLER = "asgl_cuda.recompute_spikes"
 
 
 class _Thread(threading.local):
-    """The contexts of a thread that are open, and the calls inside of them by the storage of their spikes."""
+    """Open contexts of a thread, and calls inside them by the storage of the spikes."""
 
     depth = 0
     hooks: saved_tensors_hooks
@@ -37,11 +37,11 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-open_contexts = 0  # of all threads, so that a call outside looks at one number
+open_contexts = 0  # of all threads: calls outside check one integer
 
 
 class _Kept:
-    """A tensor that is kept as it is and must not change."""
+    """A tensor saved as is, which must not change."""
 
     def __init__(self, tensor: Tensor, name: str) -> None:
         self._tensor, self._name, self._version = tensor, name, tensor._version
@@ -67,7 +67,7 @@ class _Spikes:
         self._asking: WeakSet[_Recomputed] = WeakSet()
         self._answered: WeakSet[_Recomputed] = WeakSet()
         self._again: Tensor | None = None
-        self.holder = [self]  # until a layer keeps the spikes, and so this
+        self.holder = [self]  # cleared once a layer saves the spikes
         self._lock = threading.Lock()
 
     @property
@@ -102,7 +102,7 @@ class _Spikes:
 
 
 class _Recomputed:
-    """Stands for spikes or a view of them."""
+    """Placeholder for spikes or a view."""
 
     def __init__(self, spikes: _Spikes, tensor: Tensor) -> None:
         self._spikes = spikes
@@ -126,7 +126,7 @@ def _unpacked(packed: _Kept | _Recomputed) -> Tensor:
 
 
 class _Context(contextlib.ContextDecorator):
-    """The outermost one of a thread has the hooks."""
+    """Outermost contexts install the hooks."""
 
     def __enter__(self) -> None:
         global open_contexts
@@ -151,25 +151,25 @@ def recompute_spikes() -> _Context: ...
 @overload
 def recompute_spikes(model: Module) -> Module: ...
 def recompute_spikes(model: nn.Module | None = None) -> Any:
-    """Has backward compute spikes again instead of keeping them, with the same bits.
+    """Has backward recompute spikes, bit for bit, instead of storing them.
 
-    For layers behind asgl_cuda's neurons that keep their input for backward, such as convolutions and linear layers.
+    For layers behind asgl_cuda's neurons that save their input for backward, such as convolutions and linear layers.
     Costs one more forward kernel of the neurons, computed once for all layers that need the spikes.
 
     Args:
-        model: recomputes in every forward from now on, for training loops that are not one's own. None: a context to
-            be entered around forward; loss and backward may be inside or outside.
+        model: recomputes for every forward from now on, for training loops of other libraries. None: a context to enter
+            around forward; loss and backward may be inside or outside.
 
-    Other tensors are kept as ever: outputs of dropout and pooling, concatenated or cast spikes (under autocast, neurons
-    of the lower precision avoid the cast), spikes changed in place before they are used. Inside of
-    torch.utils.checkpoint or a compiled model nothing changes.
+    Saved as usual: outputs of dropout and pooling, concatenated or cast spikes (under autocast, neurons of the lower
+    precision avoid the cast), spikes modified in place before use. Inside torch.utils.checkpoint or a compiled model
+    nothing changes.
 
     Returns:
-        A context manager, which is a decorator, too; or the model.
+        A context manager and decorator; or the model.
 
     Raises:
         TypeError: model is no module.
-        RuntimeError: in backward, where the input of neurons was changed in place after forward.
+        RuntimeError: in backward, if an input of neurons was modified in place after forward.
 
     Example::
 
@@ -196,7 +196,7 @@ def _leave(*_: Any) -> None:
 
 
 def remember(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
-    """Has the spikes of a call computed again, where this thread is inside of a context.
+    """Has backward recompute the spikes of a call, if this thread is inside a context.
 
     `compute` takes the inputs in their order.
     """

@@ -5,7 +5,7 @@
     u    = h[t] - v_threshold
     a    = F(u / width)                                     analog value
     z    = 1 if u >= 0 else 0                               hard spike (strict: u > 0)
-    s    = a where the element is analog at t, else z       value; its gradient is always that of a
+    s    = a where the element is analog at t, else z       value, always with the gradient of a
     v[t] = h[t] * (1 - s) + v_reset * s                     hard reset
          = h[t] - reset_amount * s                          soft reset
     out  = s, or v_threshold * s with scale_output
@@ -106,7 +106,7 @@ class GradientOf(torch.autograd.Function):
 
 
 class GradientAndTangentOf(GradientOf):
-    """The same with a forward-mode derivative, which torch.compile cannot trace."""
+    """Adds a forward-mode derivative, which torch.compile cannot trace."""
 
     @staticmethod
     def jvp(ctx: Any, s: Tensor | None, a: Tensor, gain: None) -> Any:
@@ -114,12 +114,12 @@ class GradientAndTangentOf(GradientOf):
 
 
 def with_gradient_of(s: Tensor, a: Tensor, gain: float = 1.0) -> Tensor:
-    """`GradientOf`, called."""
+    """Applies `GradientOf`."""
     compiling = torch.compiler.is_compiling()
-    if compiling and (transforming() or in_forward_mode()):  # which drop autograd functions silently
+    if compiling and (transforming() or in_forward_mode()):  # both drop autograd functions silently
         scaled = a * gain
         return s.detach() + (scaled - scaled.detach())
-    if compiling and exporting() and torch.is_grad_enabled():  # which traces autograd functions as a clone
+    if compiling and exporting() and torch.is_grad_enabled():  # exported, autograd functions are clones
         scaled = a * gain
         nothing = scaled - detached(scaled)
         return detached(s) + torch.where(nothing == 0, nothing, 0.0)  # without a NaN
@@ -228,7 +228,7 @@ def integrator_reference(
 
 
 def batch_statistics(x_seq: Tensor, channel: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Number, mean and variance (biased, both [C]) of the values of each channel, of all processes of `group` if any.
+    """Count, mean and variance (biased, both [C]) of each channel, over all processes of `group` if any.
 
     In float64, whatever the type of x_seq.
     """
@@ -260,8 +260,8 @@ def normalisation(
         c = input_scale * (weight * (x - mean) / sqrt(variance + eps) + bias)
           = input_gain * (x - input_mean) + input_bias
 
-    input_mean is rounded; the rest of the mean is in the bias. With the whole mean there, two large terms would cancel
-    where the mean is large against the deviation.
+    input_mean is rounded; the rest of the mean is in the bias. With the whole mean in the bias, two large terms would
+    cancel for a mean large against the deviation.
     """
     mean, variance = mean.double(), variance.double()
     gain = input_scale / (variance + eps).sqrt()
@@ -275,7 +275,7 @@ def normalisation(
 
 
 def _philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al., SC 2011) on words of 32 bits held in int64 tensors."""
+    """Philox4x32-10 (Salmon et al., SC 2011) on 32-bit words in int64 tensors."""
     low = 0xFFFFFFFF
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -16,11 +16,11 @@ from .integrator import IntegratorOutput, leaky_integrator
 from .layout import real_type
 from .surrogate import PERIODIC, SURROGATES
 
-# Bit-identical to the reference; the others call exp, erf or atan, whose rounding depends on the library.
+# Bit-identical to the reference; most others call exp, erf or atan, whose rounding depends on the library.
 EXACT_SURROGATES = ("rectangle", "triangle")
 
-# Computations that differ by roundings may disagree on spikes near the threshold. Neurons this close to it (some tens
-# of float32 roundings) are left out where bits may differ.
+# Computations that differ by roundings may disagree on spikes near the threshold. Neurons this close (tens of float32
+# roundings) are left out where bits may differ.
 THRESHOLD_BAND = 1e-5
 
 
@@ -40,8 +40,8 @@ def differences(
 ) -> dict[str, Difference]:
     """Runs `lif` on both backends and compares `outputs` and the gradients of all tensors that require them.
 
-    Incoming gradients are random, for each of `outputs`, the only ones that the backend returns. Options are the
-    arguments of `lif`; `band`: see THRESHOLD_BAND.
+    Incoming gradients are random; the backend returns only `outputs`. Options are the arguments of `lif`; `band`: see
+    THRESHOLD_BAND.
     """
     leaves = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}

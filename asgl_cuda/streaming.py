@@ -33,7 +33,7 @@ class _Taker(NamedTuple):
 
 
 def _takers(model: nn.Module) -> Iterator[_Taker]:
-    """Yields each once; refuses those that can't be streamed."""
+    """Each taker once; refuses unstreamable modules."""
     known = [library.streamed for library in libraries()]
     found: set[nn.Module] = set()
 
@@ -159,9 +159,9 @@ def _steps_in(tensors: Sequence[Tensor], time_dim: int | None) -> int:
 
 
 def _without_time(output: Any, x_t: Tensor, time_dim: int) -> Any:
-    """The output of one step; other values than tensors stay."""
+    """The output of one step; values other than tensors stay."""
     if isinstance(output, dict):
-        made = copy.copy(output)  # of its own class
+        made = copy.copy(output)  # keeps the class
         for key, value in output.items():
             made[key] = _without_time(value, x_t, time_dim)
         return made
@@ -185,29 +185,28 @@ def _without_time(output: Any, x_t: Tensor, time_dim: int) -> Any:
 def step(model: nn.Module, x_t: Tensor, *, time_dim: int | None = None) -> Any:
     """One time step of a model: input and output are without time, and the layers carry their states to the next step.
 
-    T calls compute what one call with the whole sequence does; in evaluation the neurons' bits are the same. `LIF`,
+    T calls compute the same as one call with the whole sequence, bit for bit for neurons in evaluation. `LIF`,
     `BatchNormLIF` and `LeakyIntegrator` need not be stateful, and start at rest again after `asgl_cuda.reset(model)`;
     `asgl_cuda.detach(model)` cuts the graph for truncated backpropagation. Layers of SpikingJelly, snnTorch and sinabs
-    carry their states as they do anyway, converted or not. Also those that take a step a call will do: no time is added
-    where all do.
+    carry their states as usual, converted or not. If all layers take one step per call, no time dimension is added.
 
     Args:
-        model: any module that keeps time where it is; what sums over time comes after the steps.
+        model: any module that keeps the time dimension; sums over time come after the steps.
         x_t: the input of the step, `[B, ...]`.
-        time_dim: where time is in the model's input and output; default where its layers have it, 0 if none tells.
+        time_dim: dimension of time in the model's input and output; default as in the layers, else 0.
 
-    What the model's own forward keeps or mixes over time, as `asgl_cuda.lif` in it, a shift or attention, is not seen:
-    each step is a sequence of one to it.
+    State or mixing over time in the model's own forward, as `asgl_cuda.lif`, a shift or attention, is not detected:
+    each step is a sequence of length 1.
 
-    Compile the model, not the step: `asgl_cuda.step(torch.compile(model), x_t)`. What is called inside is not watched
-    then. After an error of the model itself some layers have taken the step: reset it.
+    Compile the model, not the step: `asgl_cuda.step(torch.compile(model), x_t)`. Calls inside are not watched then.
+    After an error in the model some layers have taken the step: reset the model.
 
     Returns:
-        What the model returns, each tensor without time.
+        The model's output, each tensor without time.
 
     Raises:
         TypeError: model is no module, or x_t no tensor.
-        ValueError: layers differ in where time is, or the output has no time.
+        ValueError: layers differ in time_dim, or the output has no time.
         RuntimeError: a layer can't carry its state from call to call, is called twice in a step, gets its state from
             the caller, or is reset by the model's own forward.
 

@@ -33,7 +33,7 @@ def transforming() -> bool:
 
 
 def grads_are_zeros() -> bool:
-    """Whether backward gets zeros, not None, for outputs that nothing depends on: vmap of torch 2.6 takes no None."""
+    """Whether backward gets zeros, not None, for unused outputs: vmap of torch 2.6 takes no None."""
     return not torch.compiler.is_compiling() and transforming()
 
 
@@ -68,7 +68,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     if torch.compiler.is_compiling():
         if exporting() and not transforming():  # operators in exported graphs have derivatives
             return function.forward(*arguments)
-        # The compiler refuses a tensor given twice, as a threshold that is also reset_amount.
+        # The compiler refuses a tensor passed twice, as v_threshold and reset_amount.
         once = [
             each.view_as(each)
             if isinstance(each, Tensor) and any(each is other for other in arguments[:index])
@@ -87,7 +87,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 
 def apply_here(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """The same in an operator's autograd kernel, which runs once per level of differentiation."""
+    """`apply` in an operator's autograd kernel, which runs once per level of differentiation."""
     with enable_single_level_autograd_function():
         return _unbound(function).apply(*arguments)
 
@@ -111,8 +111,8 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
 class _OnceDifferentiable(torch.autograd.Function):
     """The first `count` tensors unchanged, as non-differentiable functions of the others.
 
-    torch's once_differentiable cuts the graph where only the inputs, not the incoming gradients, require one: a
-    gradient penalty would silently have no effect.
+    torch's once_differentiable detaches gradients if only inputs, not incoming gradients, require grad: a gradient
+    penalty would silently have no effect.
     """
 
     generate_vmap_rule = True
@@ -145,8 +145,8 @@ def once_differentiable(
 def draw_under_transforms(device: torch.device, generator: torch.Generator | None) -> Tensor:
     """A random rng_state `[1, 2]`, by the rules of vmap's `randomness`.
 
-    With different noise per sample it is mapped, with the same values for all: its first dimension tells the batching
-    rules that the neurons of all samples are numbered consecutively.
+    For different noise per sample, rng_state is mapped with equal values: the first dimension tells batching rules that
+    the neurons of all samples are numbered consecutively.
     """
     from torch._functorch import pyfunctorch
 

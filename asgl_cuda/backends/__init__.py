@@ -1,4 +1,8 @@
-"""The table of backends, their availability, and the choice for a tensor."""
+"""The table of backends, their availability, and the choice for a tensor.
+
+In eager mode operators are called as pybind11 functions (csrc/ops/direct_calls.h); compilers and transforms see those of
+torch.ops.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +93,7 @@ BACKENDS: dict[str, Backend] = {
 def operators_of(backend: str, inputs: Sequence[torch.Tensor | None]) -> Operators:
     """The operators of a fused backend for a call with these inputs.
 
-    Compilers, torch function modes and subclasses of Tensor intercept calls of torch.ops alone.
+    Compilers, torch function modes and subclasses of Tensor intercept only calls of torch.ops.
     """
     found = BACKENDS[backend]
     assert found.operators is not None  # not the reference
@@ -104,14 +108,14 @@ def backend_of(operator: Any) -> str:
 
 
 _warned: set[str] = set()
-# The best fused backend by type of device, and the table of the choice.
+# Best fused backend by device type, and the table it was chosen from.
 _best: dict[str, tuple[str, tuple[Backend, ...]]] = {}
 
 
 def available_backends() -> tuple[str, ...]:
     """The names of the backends that work here, preferred ones first.
 
-    `unavailable_backends` tells of the others.
+    See also `unavailable_backends`.
 
     Example::
 
@@ -121,7 +125,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 def unavailable_backends() -> dict[str, str]:
-    """For each backend that does not work here: why, and what would make it work.
+    """The backends that do not work here, each with the reason and a remedy.
 
     Example::
 
@@ -133,9 +137,9 @@ def unavailable_backends() -> dict[str, str]:
 
 
 def choose_backend(name: str | None, device: torch.device, caller: str) -> str:
-    """The backend asked for, or the best for the device; with a warning where that is the reference for want of better.
+    """The requested backend, or the best for the device; warns if only the reference is left.
 
-    Raises ValueError for a name that is unknown or does not serve the device, RuntimeError for one that does not work.
+    Raises ValueError if the backend is unknown or does not serve the device, RuntimeError if it does not work.
     """
     if name is not None:
         if not isinstance(name, str) or name not in BACKENDS:

@@ -1,11 +1,11 @@
 """The CuPy backend: the CUDA kernels of csrc on a GPU without a compiler on the machine.
 
-NVRTC, a library of CUDA, compiles each kernel when it is first used, from the headers that are installed with this
-package, and CuPy starts it. What was compiled is kept in CuPy's cache on disk (CUPY_CACHE_DIR, else
-~/.cupy/kernel_cache). CuPy's own compilation, RawModule, is not used: it always flushes subnormal numbers to zero.
+NVRTC, a CUDA library, compiles each kernel at first use from the headers installed with this package, and CuPy launches
+the kernel. Binaries are stored in CuPy's cache on disk (CUPY_CACHE_DIR, else ~/.cupy/kernel_cache). CuPy's own
+compilation, RawModule, is not used: it always flushes subnormal numbers to zero.
 
-While a CUDA graph is captured, a kernel can be started but not loaded: it must have been called once before, as torch
-asks for anyway.
+During CUDA graph capture a kernel can be launched but not loaded: it must have run once before, as torch requires
+anyway.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from ..extension.build_notes import digest_of_sources
 from . import neuron_kernels, normalisation_kernels
 
 NAMESPACE = "asgl_cuda_cupy"
-# These include the kernels of the neuron.
+# Both include the neuron's kernels.
 SOURCE = '#include "cuda/integrator_kernels.cuh"\n#include "cuda/normalisation_kernels.cuh"\n'
-# compilation.py gives nvcc the same: there is no contraction, so that every backend rounds alike.
+# As for nvcc in compilation.py: no contraction, so that all backends round alike.
 OPTIONS = ("--std=c++17", "--fmad=false")
-# The smallest kernel: if it can be compiled and loaded, everything is there.
+# The smallest kernel: if it compiles and loads, the backend works.
 PROBE = neuron_kernels.gradient_sum_kernel(torch.float32)
 
 logger = logging.getLogger("asgl_cuda")
@@ -42,14 +42,14 @@ logger = logging.getLogger("asgl_cuda")
 
 def install_command() -> str:
     """The command that installs CuPy and NVRTC for the CUDA of the installed torch."""
-    # As in pyproject.toml. By the extras' names it can't be said: this package is on no index.
+    # As in pyproject.toml. Not by the extras' names: this package is on no index.
     if (torch.version.cuda or "").startswith("12."):
         return 'pip install "cupy-cuda12x>=13.6" "nvidia-cuda-nvrtc-cu12==12.*"'
     return 'pip install "cupy-cuda13x>=13.6" "nvidia-cuda-nvrtc==13.*"'
 
 
 class Binary(NamedTuple):
-    """A compiled kernel: the name that the linker knows it by, and a cubin or PTX."""
+    """A compiled kernel: its mangled name, and a cubin or PTX."""
 
     symbol: str
     image: bytes
@@ -62,9 +62,9 @@ def _nvrtc() -> Any:
 
 
 def target(capability: tuple[int, int]) -> str:
-    """The architecture to compile for: the device's own or, where NVRTC is too old to know it, PTX of the last before.
+    """The architecture to compile for: the device's own or, if NVRTC is too old, the latest before, as PTX.
 
-    The driver then makes the code of the PTX.
+    The driver compiles the PTX.
     """
     wanted = 10 * capability[0] + capability[1]
     known = [architecture for architecture in _nvrtc().getSupportedArchs() if architecture <= wanted]
@@ -75,7 +75,7 @@ def target(capability: tuple[int, int]) -> str:
 
 @contextmanager
 def compiled_program(kernels: list[str], architecture: str, *options: str) -> Iterator[Any]:
-    """NVRTC's handle of a program that has these kernels; it is gone afterwards. Needs no GPU."""
+    """NVRTC's handle of a program with these kernels, destroyed afterwards. Needs no GPU."""
     nvrtc = _nvrtc()
     directory = source_directory()
     program = nvrtc.createProgram(SOURCE, "asgl_cuda.cu", (), ())
@@ -96,7 +96,7 @@ def compiled_program(kernels: list[str], architecture: str, *options: str) -> It
 
 
 def compile_kernels(kernels: list[str], architecture: str, *options: str) -> tuple[list[Binary], str]:
-    """The kernels in one image, each with its own symbol, and what NVRTC says of them."""
+    """The kernels in one image, each with its own symbol, and NVRTC's log."""
     nvrtc = _nvrtc()
     with compiled_program(kernels, architecture, *options) as program:
         image = nvrtc.getPTX(program) if architecture.startswith("compute_") else _whole(nvrtc.getCUBIN(program))
@@ -105,7 +105,7 @@ def compile_kernels(kernels: list[str], architecture: str, *options: str) -> tup
 
 
 def _whole(cubin: bytes) -> bytes:
-    """The cubin with its last byte, which CuPy drops at least up to 14.2, as if it were the NUL behind a text.
+    """The cubin with its last byte, which CuPy drops at least up to 14.2, as if it were a string's NUL.
 
     A cubin ends with the program headers, and these with the upper byte of an alignment, which is 0.
     """
@@ -131,9 +131,9 @@ def cache_directory() -> Path:
 
 
 def load_or_compile(kernel: str, architecture: str) -> Binary:
-    """Takes a kernel from the cache on disk, or compiles it and puts it there."""
+    """Loads a kernel from the disk cache, or compiles and stores it."""
     directory = source_directory()
-    assert directory is not None  # problem() says so otherwise
+    assert directory is not None  # checked by problem()
     parts = (kernel, architecture, nvrtc_version(), *OPTIONS)
     key = hashlib.sha256(digest_of_sources(directory) + "\0".join(parts).encode()).hexdigest()
     path = cache_directory() / f"asgl_cuda_{key}.cubin"
@@ -147,7 +147,7 @@ def load_or_compile(kernel: str, architecture: str) -> Binary:
 
 
 def _read(path: Path) -> Binary | None:
-    """None if it is not there or damaged."""
+    """None for a missing or damaged file."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -160,7 +160,7 @@ def _read(path: Path) -> Binary | None:
 
 
 def _write(path: Path, binary: Binary) -> None:
-    """Whole or not at all: other processes read and write there, too."""
+    """Atomic: other processes use the directory, too."""
     content = binary.symbol.encode() + b"\0" + binary.image
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,9 +178,9 @@ def _driver() -> Any:
 
 
 class CupyLauncher:
-    """Starts kernels through CuPy's binding of the CUDA driver, in the context that torch uses.
+    """Launches kernels through CuPy's binding of the CUDA driver, in torch's context.
 
-    The device that is current, to torch and to CuPy, stays so.
+    The current device of torch and CuPy stays unchanged.
     """
 
     def __init__(self) -> None:
@@ -215,7 +215,7 @@ class CupyLauncher:
 
 
 def _make_context(driver: Any, device_index: int) -> None:
-    """For a thread that has not used the device yet; CUDA's runtime would do it unasked, the driver does not."""
+    """For threads that have not used the device yet: unlike CUDA's runtime, the driver creates no context."""
     if not driver.ctxGetCurrent():
         import cupy
 
@@ -227,11 +227,11 @@ normalisation_kernels.implement(NAMESPACE, "CUDA", normalisation_kernels.operato
 
 
 def description() -> str:
-    """Where the headers, NVRTC and the cache are, as far as they are there; for people."""
+    """Paths of the headers, NVRTC and the cache, if present, for display."""
     if nvrtc_problem() is not None:
         nvrtc = "NVRTC missing"
     else:
-        maps = Path("/proc/self/maps")  # of the libraries in this process; not on every system
+        maps = Path("/proc/self/maps")  # libraries of this process; not on every system
         lines = maps.read_text().splitlines() if maps.exists() else []
         paths = sorted({line.split()[-1] for line in lines if "libnvrtc.so" in line})
         nvrtc = f"NVRTC {nvrtc_version()}" + "".join(f" in {path}" for path in paths)
@@ -239,12 +239,12 @@ def description() -> str:
 
 
 def problem() -> str | None:
-    """Why the backend does not work here, and the remedy; None if it does. Found out once, with the driver awake."""
+    """Why the backend does not work here, and the remedy; None if it does. Computed once; initialises CUDA."""
     return _problem()
 
 
-# Under torch.compile it is called, not traced. torch.compiler.assume_constant_result does no more than this, but it
-# imports the whole compiler.
+# Called, not traced, under torch.compile. torch.compiler.assume_constant_result does only this, but imports the whole
+# compiler.
 problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -254,7 +254,7 @@ def _problem() -> str | None:
 
 
 def _problem_of_cupy() -> str | None:
-    """CuPy imports, and is for the CUDA of torch."""
+    """CuPy imports, and matches torch's CUDA."""
     install = install_command()
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA. With one for CUDA: {install}"
@@ -291,7 +291,7 @@ def _problem_of_device() -> str | None:
 
 
 def _problem_of_compilation() -> str | None:
-    """NVRTC and the headers are there, and the smallest kernel can be compiled and loaded."""
+    """NVRTC and the headers are present, and the smallest kernel compiles and loads."""
     if source_directory() is None:
         return NO_SOURCES
     missing = nvrtc_problem()

@@ -1,8 +1,7 @@
-"""The operators of the neuron on CUDA kernels that something else compiles and starts: csrc's operators in Python.
+"""The operators of the neuron on CUDA kernels launched by a `Launcher`: csrc's operators in Python.
 
-A launcher knows how to start a kernel by its name. As in the compiled launchers, it is decided here which kernel it is,
-how many neurons a thread has and how large the grid is. Arguments have been checked in `lif`; without the checks that
-are made here again, kernels could read or write out of bounds.
+A launcher starts a kernel by name. As in the compiled launchers, kernel, neurons per thread and grid size are chosen
+here. Arguments have been checked in `lif`; the checks repeated here keep kernels within bounds.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from ..ops import BackwardResult, ForwardResult, empty_gradients, empty_outputs,
 from ..reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules
 from .structures import constant, structure
 
-BY_OPTIONS = "asgl::LIFByOptions"  # the model of the general kernels, and of neurons that have no others
+BY_OPTIONS = "asgl::LIFByOptions"  # the model of general kernels, and of neurons without settled ones
 GENERAL, NORMALISED, PLAIN = "kGeneral", "kNormalised", "kPlain"  # enumerators of csrc's Input
 
 SCALARS = {
@@ -32,7 +31,7 @@ class Launcher(Protocol):
     """An object that starts kernels on devices."""
 
     def resident_threads(self, device: torch.device) -> int:
-        """How many threads the device can hold."""
+        """Maximum resident threads."""
 
     def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: Structure) -> None:
         """Starts a kernel, named by a C++ expression, on the device's current stream."""
@@ -43,7 +42,7 @@ def _bool(value: object) -> str:
 
 
 def model(rules: Rules) -> str:
-    """The type in csrc that computes such neurons, as with_model of csrc/launch.h chooses it."""
+    """The type in csrc for neurons with these rules, as with_model of csrc/launch.h chooses."""
     if rules.multi_spike or rules.floored:
         return BY_OPTIONS
     return f"asgl::LIF<(asgl::Surrogate){rules.surrogate}, {_bool(rules.hard_reset)}>"
@@ -57,7 +56,7 @@ def forward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, steps
 
 
 def backward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, steps: int = CHECKPOINT_STEPS) -> str:
-    """The arguments are those of `forward_kernel`."""
+    """Arguments as for `forward_kernel`."""
     if input == GENERAL:
         return f"asgl::lif_backward_kernel<{SCALARS[dtype]}, {lanes}>"
     kinds = f"{SCALARS[dtype]}, {model}, {lanes}"
@@ -65,9 +64,9 @@ def backward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, step
 
 
 def _compiled(lanes: int, input: str, steps: int) -> str:
-    """The last two arguments of a kernel's template: input, and steps if it knows them.
+    """The last two template arguments of a kernel: input, and steps if fixed, else 0.
 
-    A thread with one neuron has no kernel of its own for plain input.
+    There is no plain kernel for one neuron per thread.
     """
     if lanes == 1 and input == PLAIN:
         input = NORMALISED
@@ -85,7 +84,7 @@ def blocks_for(work: int, per_block: int) -> int:
 
 
 def largest_power(most: int) -> int:
-    """The largest power of two that is not larger."""
+    """The largest power of two up to `most`."""
     return 1 << (most.bit_length() - 1)
 
 
@@ -96,12 +95,12 @@ def _divisor(by: int) -> tuple[int, int, int]:
 
 
 def address_of(tensor: Tensor | None) -> int:
-    """Where its elements begin; 0, which is null, if there are none."""
+    """The pointer to the elements; 0, null, if empty."""
     return tensor.data_ptr() if tensor is not None and tensor.numel() else 0
 
 
 def filled(name: str, real: torch.dtype | None, **members: Any) -> Structure:
-    """The structure of this name, with the addresses of tensors; None is null."""
+    """The structure `name`, with pointers to tensors; None is null."""
     for member, value in members.items():
         if value is None or isinstance(value, Tensor):
             address = address_of(value)
@@ -110,7 +109,7 @@ def filled(name: str, real: torch.dtype | None, **members: Any) -> Structure:
 
 
 def is_aligned(tensor: Tensor | None) -> bool:
-    """Whether it begins where four elements can be read at once."""
+    """Whether the pointer is aligned for four elements."""
     return tensor is None or address_of(tensor) % (4 * tensor.element_size()) == 0
 
 
@@ -129,7 +128,7 @@ class KernelOperators:
 
 
 class Call:
-    """Everything that forward and backward prepare in the same way."""
+    """Preparation shared by forward and backward."""
 
     def __init__(self, x_seq: Tensor, *others: Any) -> None:
         v_init, rng_state, parameters, numbers, rules = others
@@ -177,13 +176,13 @@ class Call:
         return view(parameter.data.data_ptr(), step_stride=parameter.step_stride, inner=inner, count=count)
 
     def derivative(self, name: str) -> str:
-        """The enumerator of csrc's Derivative: what is left between partial sums and the gradient of a parameter."""
+        """The enumerator of csrc's Derivative: the factor between partial sums and the parameter's gradient."""
         if name == "width":
             return "kOfLogWidth" if self.rules.log_width else "kOfWidth"
         return "kOfLogitDecay" if name == "decay" and self.rules.logit_decay else "kNone"
 
     def params(self, name: str, tiles: tuple[int, int], **others: Any) -> Structure:
-        """The structure of this name, with the fields that both kernels have and others."""
+        """The structure `name`, with the fields common to all kernels and `others`."""
         noise = address_of(self.rng_state), self.rules.analog_below
         summary = self._summary(others.get("partials", ()))
         return filled(
@@ -208,13 +207,13 @@ class Call:
         return tensors, wanted, alike, common, strides, tuple(own)
 
     def empty_gradients(self, wanted: Sequence[bool]) -> list[Any]:
-        """The gradients of x_seq, v_init and each parameter, as it is laid out, not yet computed; None: not wanted."""
+        """Uninitialised gradients of x_seq, v_init and each parameter, laid out as `data`; None: not wanted."""
         laid_out = [None if each is None else each.data for each in self.tensors]
         asked = *wanted[:2], *(wants and each is not None for wants, each in zip(wanted[2:], laid_out, strict=True))
         return with_gaps(empty_gradients(self.x_seq, self.rules.time_dim, laid_out, wanted), asked)
 
     def results(self, gradients: Sequence[Tensor | None]) -> BackwardResult:
-        """Those that are wanted, the parameters' in their own shapes."""
+        """The wanted gradients, parameters' in their own shapes."""
         front, parameters = gradients[:2], gradients[2:]
         if not self.layout.neurons:
             for gradient in parameters:
@@ -227,7 +226,7 @@ class Call:
         ]
 
     def plan_tiles(self, launcher: Launcher, input: str, *tensors: Tensor | None) -> tuple[int, tuple[int, int]]:
-        """Neurons a thread, and NeuronTiles: four where these lie side by side, share all parameters, and it pays.
+        """Lanes, and NeuronTiles: four lanes if adjacent neurons share all parameters, and it pays.
 
         `tensors` are the sequences and states beside x_seq and v_init.
         """
@@ -248,9 +247,9 @@ class Call:
         return self.layout.steps <= CHECKPOINT_STEPS or self.layout.neurons > resident // 16
 
     def input(self, only_spikes: bool) -> str:
-        """The input that a kernel may take for granted.
+        """The input that a kernel may assume.
 
-        Numbers are compared as the structures have rounded them.
+        Constants are compared as rounded by the structures.
         """
         if not only_spikes or self.options.scale_output or self.options.v_rest != 0 or self.model == BY_OPTIONS:
             return GENERAL
@@ -273,7 +272,7 @@ class NeuronKernelOperators(KernelOperators):
         gradients: Sequence[Tensor | None],
         **members: Any,
     ) -> None:
-        """Starts a backward kernel with the structure of this name, and sums up its partial sums to the gradients."""
+        """Starts a backward kernel with the structure `name`, and reduces its partial sums to the gradients."""
         grad_x_seq, grad_v_init, *grad_parameters = gradients
         tile, blocks = tiles
         rows = [call.layout.steps if view.step_stride else 1 for view in call.views]
@@ -288,7 +287,7 @@ class NeuronKernelOperators(KernelOperators):
         self._sum(call, partials, tile, grad_parameters)
 
     def _sum(self, call: Call, partials: Sequence[Any], tile: int, gradients: Sequence[Tensor | None]) -> None:
-        """Sums up partial sums to the gradients."""
+        """Reduces partial sums to the gradients."""
         threads, part = constant("kSumThreads"), structure("GradientPart", call.real)
         parts = []
         for name, partial, view, gradient in zip(Parameters._fields, partials, call.views, gradients, strict=True):

@@ -45,7 +45,7 @@ def channel_shape(layout: Layout) -> tuple[int, int, int]:
 
 
 def channel_tiles(shape: tuple[int, int, int], x_seq: Tensor, grad_x_seq: Tensor | None) -> Structure:
-    """How the values are cut: four columns a thread where these are of one channel, at a multiple of 16 bytes."""
+    """Tiles of x_seq: four columns per thread if in one channel and aligned for four elements."""
     rows, channels, inner = shape
     threads = constant("kBlockThreads")
     fours = x_seq.dtype != torch.float64 and inner % 4 == 0 and is_aligned(x_seq) and is_aligned(grad_x_seq)
@@ -65,7 +65,7 @@ def channel_tiles(shape: tuple[int, int, int], x_seq: Tensor, grad_x_seq: Tensor
 
 
 def _by_channel(x_seq: Tensor, channels: int, time_dim: int) -> list[int]:
-    """The shape of one value a channel that broadcasts against x_seq."""
+    """The shape of a value per channel that broadcasts against x_seq."""
     return [channels] + [1] * (x_seq.dim() - 1 - channel_dim(time_dim))
 
 
@@ -174,7 +174,7 @@ class NormalisationOperators(KernelOperators):
 
 
 def _dense(tensor: Tensor | None, shape: list[int], dtype: torch.dtype, x_seq: Tensor) -> Tensor | None:
-    """The tensor, checked, its elements side by side."""
+    """The tensor, checked and contiguous."""
     if tensor is None:
         return None
     if list(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != x_seq.device:

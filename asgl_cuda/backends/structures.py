@@ -1,7 +1,7 @@
 """Structures of kernel parameters, and constants, read from the headers of csrc at first use.
 
-This relies on their style: a struct begins and ends at the begin of a line, and its template has one parameter, which
-is called Scalar where it is the type of x_seq. Anything that is not understood is an error that names it.
+Relies on the headers' style: a struct begins and ends at the start of a line, and its template has one parameter,
+called Scalar for the type of x_seq. Anything that can't be parsed is an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _REALS = {torch.float32: c_float, torch.float64: c_double, None: None}
 
 @functools.cache
 def structure(name: str, real: torch.dtype | None = None) -> type[Structure]:
-    """The structure of this name; `real` is the type of its arithmetic, where it is a template.
+    """The structure `name`; `real` is the arithmetic type of a template.
 
     The type of x_seq changes no layout.
     """
@@ -68,7 +68,7 @@ def _evaluate(expression: str) -> int:
 
 @functools.cache
 def _structure(name: str, argument: Any) -> type[Structure]:
-    """`argument`: the type that its template is given, or the type of the arithmetic where that is Scalar."""
+    """`argument`: the template argument, or the arithmetic type if the parameter is Scalar."""
     head = rf"^(?:template <class (\w+)>\n)?struct {name}(?: : (\w+)<\w+>)? \{{$([\s\S]*?)^\}};$"
     found = re.findall(head, _headers(), re.MULTILINE)
     if len(found) != 1:
@@ -86,7 +86,7 @@ def _structure(name: str, argument: Any) -> type[Structure]:
         return _structure(template, type_of(argument.strip(" >")) if argument else None)
 
     fields = [*_structure(base, argument)._fields_] if base else []
-    while "{" in body:  # of a function, or of an initial value
+    while "{" in body:  # function body or initialiser
         body = re.sub(r"\{[^{}]*\}", ";", body)
     body = re.sub(r"\b(private|public):|\bconst\b| = [^,;]*", "", body).replace("\n", " ")
     for member in body.split(";"):

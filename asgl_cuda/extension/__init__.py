@@ -1,7 +1,7 @@
-"""The compiled part of the package: where it may be, and which one this process has loaded.
+"""The compiled extension: possible paths, and the module loaded by this process.
 
-It is installed with the package or, where that one is missing or was built for another torch, compiled into the user's
-cache by `python -m asgl_cuda build`: one for each torch, Python and state of the sources.
+The extension is installed with the package or, if missing or built for another torch, compiled into the user's cache by
+`python -m asgl_cuda build`: one for each torch, Python and state of the sources.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def source_directory() -> Path | None:
 
 
 def cache_directory() -> Path:
-    """Where the user's extensions for this torch and this Python are. Raises FileNotFoundError where no home is known.
+    """Directory of the user's extensions for this torch and Python. Raises FileNotFoundError if no home is known.
 
-    The specification of XDG_CACHE_HOME asks that a relative path be ignored.
+    A relative XDG_CACHE_HOME is ignored, as its specification requires.
     """
     cache = os.environ.get("XDG_CACHE_HOME", "")
     if not Path(cache).is_absolute():
@@ -70,7 +70,7 @@ def build_directory(sources: Path) -> Path:
 
 
 def _directories() -> list[Path]:
-    """The user's own build first, requested because the other did not work."""
+    """The user's build first, made because the installed one did not work."""
     found = [PACKAGE]
     try:
         sources = source_directory() if cache_directory().is_dir() else None
@@ -82,7 +82,7 @@ def _directories() -> list[Path]:
 
 
 def _has_extension(folder: Path) -> bool:
-    """An extension for this torch, by its notes."""
+    """Whether the notes fit this torch."""
     try:
         info = build_notes.read(folder)
     except ValueError:
@@ -91,7 +91,7 @@ def _has_extension(folder: Path) -> bool:
 
 
 def _hidden_installation() -> Path | None:
-    """An installation with an extension for this torch, behind the folder that this package is imported from."""
+    """An installation with an extension for this torch, hidden by this package on sys.path."""
     folders = [Path(entry or ".").resolve() / PACKAGE.name for entry in sys.path]
     return next((each for each in folders if each != PACKAGE.resolve() and _has_extension(each)), None)
 
@@ -112,7 +112,7 @@ def _misfit(info: BuildInfo) -> str | None:
 
 
 def load() -> tuple[ModuleType | None, BuildInfo | None, str | None, dict[Path, str]]:
-    """The extension and its notes, or why there is none and the remedy; and the damage that was found on the way."""
+    """The extension and its notes, or the reason for none with a remedy; and any damage by directory."""
     found: list[tuple[Path, BuildInfo]] = []
     whys: list[str] = []
     damage: dict[Path, str] = {}
@@ -127,7 +127,7 @@ def load() -> tuple[ModuleType | None, BuildInfo | None, str | None, dict[Path, 
         elif (path / EXTENSION).exists():
             unended = "its build was not ended, or is of an earlier version"
             whys.append(f"{path / EXTENSION} has no {build_notes.NOTES} beside it: {unended}")
-    found.sort(key=lambda each: each[1].cuda is None)  # stable: one with CUDA kernels goes before one without
+    found.sort(key=lambda each: each[1].cuda is None)  # stable: extensions with CUDA kernels first
     for path, info in found:
         misfit = _misfit(info)
         if misfit is not None:

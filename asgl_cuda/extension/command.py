@@ -1,4 +1,4 @@
-"""`python -m asgl_cuda build`: compiles the extension for the torch that is installed, into the user's cache."""
+"""`python -m asgl_cuda build`: compiles the extension for the installed torch into the user's cache."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ try:
 except ImportError as error:
     raise SystemExit(f"asgl_cuda: compiling takes setuptools ({error}): pip install setuptools ninja") from error
 
-UNFINISHED = "building-"  # and more, the name of a directory in the cache
-LOCK = "lock"  # a file in it
+UNFINISHED = "building-"  # prefix of a directory in the cache
+LOCK = "lock"  # file inside
 
 
 def build() -> None:
-    """Compiles what is missing; SystemExit with one line where that is not possible."""
+    """Compiles what is missing; raises SystemExit with one line on failure."""
     wanted = compilation.wanted_build()
     if wanted == "none":
         raise SystemExit("asgl_cuda: ASGL_CUDA_BUILD is none, and build is there to compile: unset it")
@@ -52,7 +52,7 @@ def build() -> None:
     compilation.require_compiler()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Compiled beside its place, then moved there: no other process finds half of it.
+        # Compiled beside the target, then moved: no process sees a partial build.
         with _directory_of_this_build(target.parent) as directory:
             _compile(planned, sources, directory, target)
     except OSError as error:
@@ -63,7 +63,7 @@ def build() -> None:
 
 @contextlib.contextmanager
 def _directory_of_this_build(parent: Path) -> Iterator[Path]:
-    """A directory that is gone at the end, and is locked until then: the system unlocks it where this is killed."""
+    """A temporary directory, locked while in use: the system unlocks it if this process is killed."""
     while True:
         with tempfile.TemporaryDirectory(dir=parent, prefix=UNFINISHED, ignore_cleanup_errors=True) as name:
             lock = _lock(Path(name, LOCK))
@@ -74,7 +74,7 @@ def _directory_of_this_build(parent: Path) -> Iterator[Path]:
 
 
 def _lock(path: Path) -> TextIO | None:
-    """The file, locked, which children do not inherit; None where another build removed it before it was locked."""
+    """The locked file, not inherited by children; None if another build removed the file first."""
     try:
         lock = path.open("w")
     except FileNotFoundError:
@@ -88,7 +88,7 @@ def _lock(path: Path) -> TextIO | None:
 
 
 def _clean(target: Path) -> None:
-    """Removes what killed builds have left, for any torch, and an extension in the target that is damaged."""
+    """Removes remains of killed builds, for any torch, and a damaged extension in the target."""
     with contextlib.suppress(OSError):
         for directory in target.parents[1].glob(f"*/{UNFINISHED}*"):
             _remove_unless_locked(directory)
@@ -121,12 +121,12 @@ def _compile(planned: compilation.Plan, sources: Path, directory: Path, target: 
         kept = log.rename(target.with_suffix(".log"))
         error = first_error(kept.read_text(errors="replace"))
         raise SystemExit(f"asgl_cuda: it does not compile: {error} (log: {kept})")
-    # Where another process was faster, its extension is as good.
+    # A faster process's extension is as good.
     with contextlib.suppress(OSError):
         if replaces:
             target.rename(directory / "replaced")
         (directory / "asgl_cuda").rename(target)
-    # A library of the system that is older than the compiler's shows only now.
+    # A system library older than the compiler's fails only here.
     loading = [sys.executable, "-c", "import sys; from asgl_cuda import extension; sys.exit(extension.problem)"]
     result = subprocess.run(loading, capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -136,7 +136,7 @@ def _compile(planned: compilation.Plan, sources: Path, directory: Path, target: 
 
 
 def first_error(log: str) -> str:
-    """What a compiler, ptxas or linker says first, else the last line."""
+    """The first compiler, ptxas or linker error, else the last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()] or ["it said nothing"]
     pattern = re.compile("error:|fatal|cannot find|undefined reference")
     return next((line for line in lines if pattern.search(line)), lines[-1])
