@@ -1,6 +1,6 @@
 """The table of backends, their availability, and the choice for a tensor.
 
-In eager mode operators are called as pybind11 functions (csrc/ops/direct_calls.h); compilers and transforms see those of
+In eager mode operators are called as pybind11 functions (csrc/ops/direct_calls.h); compilers and transforms see
 torch.ops.
 """
 
