@@ -275,7 +275,7 @@ class Converted(Overlay, Noisy):
 
     def integrate(self, x_seq: Tensor, **options: Any) -> IntegratorOutput:
         """`asgl_cuda.leaky_integrator`."""
-        if self.settings.spike is None:  # else `lif` does
+        if self.settings.spike is None:  # else in `lif`
             self.check()
         options = _taken(options, x_seq)
         result = leaky_integrator(_floating(x_seq), return_v_last=True, backend=self.settings.backend, **options)

@@ -176,7 +176,7 @@ def _check_channels(norm: nn.Module, layer: Any, parted: int) -> None:
     for dims in (dims + parted for dims in _dims_of(norm)):
         time_dim = layer.time_dim
         dim = 1 if time_dim is None else channel_dim(time_dim if time_dim >= 0 else time_dim + dims)
-        if dim < dims:  # fewer dimensions are an error of the call
+        if dim < dims:  # fewer dimensions fail in the call
             found.add(dim)
     if found != {channel}:
         said = " or ".join(str(dim) for dim in sorted(found)) or "not there"
@@ -254,7 +254,7 @@ class _Flow:
                     self.sites[child] = [site for site in self.sites[child] if site.owner is not module]
 
     def neurons_behind(self, norm: nn.Module) -> _Arrival:
-        """The only layer that gets the output, as its only input."""
+        """The single layer with the output as its only input."""
         _check_single(norm, self.owners[norm], "it")
         self._check_callers(norm)
         if not self.sites[norm]:

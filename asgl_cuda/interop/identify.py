@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..surrogate import SURROGATES
 
-_PROBES = (0.05, 0.11, 0.23, 0.37, 0.61, 0.79, 0.93, 1.3, 1.9, 2.7, 4.1)  # in widths
+_PROBES = (0.05, 0.11, 0.23, 0.37, 0.61, 0.79, 0.93, 1.3, 1.9, 2.7, 4.1)  # u / width
 
 
 class SpikeFunction(NamedTuple):

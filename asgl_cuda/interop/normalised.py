@@ -1,10 +1,10 @@
 """A normalisation fused with the neurons behind it.
 
-Both modules keep their paths, parameters, buffers and names: `fuse` puts a class before the class of each. The
-normalisation then returns its input, and the neurons call `asgl_cuda.batch_norm_lif` with the values of both.
+Both modules keep their paths, parameters, buffers and names: `fuse` puts a class before both classes. The
+normalisation then returns its input, and the neurons call `asgl_cuda.batch_norm_lif` with both modules' values.
 
-If one of them were replaced, as by `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, the other would normalise twice or
-not at all: each checks at every call that the other is still there.
+With one module replaced, as by `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, the pair would normalise twice or not
+at all: each module checks in every call that its partner is there.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .converted import Overlay, bare_class, overlaid
 
 
 class Place:
-    """The path of a module below an owner, by a weak reference that is not copied."""
+    """The path of a module below a weakly referenced owner, which is not copied."""
 
     def __init__(self, owner: nn.Module | None, path: str) -> None:
         self._owner: Callable[[], nn.Module | None] = (lambda: None) if owner is None else weakref.ref(owner)
         self.path = path
 
     def holds(self, sought: Callable[[Any], bool]) -> bool:
-        """Whether the module is there, or moved or wrapped elsewhere in the owner; True if the owner is gone."""
+        """Whether the module is at the path or elsewhere in the owner; True if the owner is gone."""
         owner = self._owner()
         if owner is None:
             return True
@@ -66,7 +66,7 @@ class PassedThrough(Overlay):
         return input
 
     def is_computed(self) -> bool:
-        """Whether the neurons are still there."""
+        """Whether the neurons still exist."""
         return self.neurons.holds(lambda module: isinstance(module, Normalised) and module.normalisation.norm is self)
 
     def extra_repr(self) -> str:
@@ -104,7 +104,7 @@ class Normalised(Overlay):
             self.end()
 
     def is_plain(self) -> bool:
-        """False, since it normalises."""
+        """False due to normalisation."""
         return False
 
     def compute(self, x_seq: Tensor, **options: Any) -> Tensor | LIFOutput:

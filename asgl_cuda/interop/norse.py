@@ -40,7 +40,7 @@ _NEURONS = (snn.SNN, snn.SNNCell, norse.ConstantCurrentLIFEncoder, ExpFilter, *_
 
 
 class ConvertedSNN(Converted):
-    """A sequence a call, or a step a call for a cell, with Norse's states."""
+    """A sequence per call, or a step for a cell, with Norse's states."""
 
     @property
     def time_dim(self) -> int | None:  # type: ignore[override]
@@ -93,7 +93,7 @@ class ConvertedSNN(Converted):
         else:
             output = self.lif(x_seq, v_init=v, return_v_seq=records, **options)
             out, found["v"] = output.s_seq, output.v_seq if records else output.v_last
-        if input_tensor.dtype in HALF_TYPES:  # float32 is kept from step to step inside of a call alone
+        if input_tensor.dtype in HALF_TYPES:  # float32 is kept only within a call
             found = {
                 name: value.to(torch.result_type(input_tensor, getattr(first, name))) for name, value in found.items()
             }
@@ -111,7 +111,7 @@ class ConvertedSNN(Converted):
 
 
 def _made(dt: float, hard: bool, tau_mem_inv: Any, v_leak: Any, tau_syn_inv: Any, v_th: Any, v_reset: Any) -> Any:
-    """The options of `lif`, and the decay of the current where there is one."""
+    """The options of `lif`, and the decay of the current, or None."""
     gain, bias, decay = 1.0, 0.0, 1.0
     if tau_mem_inv is not None:
         gain = number(dt * tau_mem_inv)

@@ -6,7 +6,7 @@ s = trunc(h / spike_threshold), h > 0       MultiSpike
   = h >= spike_threshold                    SingleSpike
 v = h - subtract_value s                    MembraneSubtract; by default the threshold
   = h (1 - s), where s is detached          MembraneReset to 0
-v = relu(v - min_v_mem) + min_v_mem         where there is a min_v_mem
+v = relu(v - min_v_mem) + min_v_mem         unless min_v_mem is None
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ConvertedLayer(Converted):
     v_mem: Any
     i_syn: Any
     surrogate_grad_fn: Any
-    _least: tuple[float, Any] = math.nan, ()  # min_v_mem as read, and its marks
+    _least: tuple[float, Any] = math.nan, ()  # min_v_mem, its id and version
 
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         super().begin(settings, analog_prob, learn_width)
@@ -61,7 +61,7 @@ class ConvertedLayer(Converted):
             self.init_state_with_shape((batch, *trailing))
         elif self.v_mem.shape[0] != batch:
             self.handle_state_batch_size_mismatch(batch)
-        # Steps and potentials have the promoted type with the state, which is float32.
+        # Steps and potentials are promoted with the state, which is float32.
         x_seq = input_data.to(torch.promote_types(input_data.dtype, self.v_mem.dtype))
         alpha, i_last = self.alpha_syn_calculated, None
         if alpha is not None:
@@ -114,7 +114,7 @@ class ConvertedLayer(Converted):
         return 1 - self.alpha_mem_calculated if self.norm_input else 1.0, 0.0
 
     def _least_potential(self) -> float | None:
-        """`min_v_mem` as a float. On a GPU, which has to wait, it is read only after changes."""
+        """`min_v_mem` as a float; on a GPU, read only after changes: reading synchronises."""
         least = self.min_v_mem
         if least is None:
             return None
@@ -127,12 +127,12 @@ class ConvertedLayer(Converted):
         if self.settings.spike.surrogate != "laplace" or not isinstance(self.surrogate_grad_fn, SingleExponential):
             return False
         width = float(torch.as_tensor(self.width).detach()) / _only(self.spike_threshold)
-        self.surrogate_grad_fn = copy.copy(self.surrogate_grad_fn)  # other layers may share it
+        self.surrogate_grad_fn = copy.copy(self.surrogate_grad_fn)  # may be shared
         self.surrogate_grad_fn.grad_width = width
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # sinabs copies by a new, unconverted layer from the arguments.
+        # sinabs' own constructs a new, unconverted layer.
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         state = {**self.__dict__, "_buffers": {name: value.detach() for name, value in self.named_buffers()}}
@@ -147,13 +147,13 @@ class ConvertedLayer(Converted):
 
 
 class ConvertedMultiSpike(ConvertedLayer):
-    """The same with MultiSpike."""
+    """A layer with MultiSpike."""
 
     multi_spike = True
 
 
 class ConvertedExpLeak(ConvertedLayer):
-    """The same without spikes."""
+    """A layer without spikes."""
 
     takes_input = False
 
@@ -174,7 +174,7 @@ def _only(value: Tensor) -> float:
     return float(low) if low == high else math.nan
 
 
-# Their widths are read at each call, or know nothing of the threshold. That of another function may.
+# Widths read at each call or independent of the threshold, which other functions may depend on.
 _OWN_WIDTHS = (SingleExponential, Gaussian, PeriodicExponential)
 
 PARTING = (layers.UnflattenTime,)
@@ -212,7 +212,7 @@ def find(layer: nn.Module) -> Found:
     if math.isnan(threshold):
         return "its surrogate is as wide as each neuron's own threshold says"
     at = torch.tensor(threshold, dtype=torch.float64)
-    # Both kinds of spikes have the same gradient.
+    # MultiSpike has the same gradient.
     return kind, lambda u: SingleSpike.apply(u + at, at, surrogate)
 
 

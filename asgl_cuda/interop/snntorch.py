@@ -1,15 +1,15 @@
-"""snnTorch: `Leaky`, `Lapicque` and `Synaptic`, a step a call, and `MultiStep` for a whole sequence.
+"""snnTorch: `Leaky`, `Lapicque` and `Synaptic`, step by step, and `MultiStep` for whole sequences.
 
     m[t] = clamp(beta, 0, 1) m[t-1] + x[t] - threshold [m[t-1] > threshold]        "subtract"; the reset is detached
     m[t] = clamp(beta, 0, 1) m[t-1] (1 - [m[t-1] > threshold]) + x[t]              "zero";     and "none" has none
     spike = m[t] > threshold
 
 Lapicque has 1 - time_step / (R C) for clamp(beta, 0, 1), and time_step / C x[t] for x[t]. Synaptic has a current for
-x[t], syn[t] = clamp(alpha, 0, 1) syn[t-1] + x[t]. In both "zero" takes the input of the step away as well.
+x[t], syn[t] = clamp(alpha, 0, 1) syn[t-1] + x[t]. In both, "zero" clears the input of the step as well.
 
-The reset comes a step late, so m is h, the potential before reset, and v[t] = h[t] - threshold / beta s[t] follows it.
+The reset is a step late: m is h, the potential before reset, and v[t] = h[t] - threshold / beta s[t] the one after it.
 With reset_delay=False m is returned after a reset that is not detached, and is not reset again. An ASGL layer resets by
-the value that it emitted, and a potential from elsewhere by comparing it with the threshold.
+the emitted value, or, for a potential from elsewhere, by comparison with the threshold.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .steps import Known
 # Substitute for a learned beta of 0, since threshold / beta must exist; the change is below the resolution of float32
 # at the threshold.
 _LEAST_BETA = 1e-6
-# Below this bound threshold / beta is so large that rounding shows in the gradient of beta: a relative 6e-5 at 1e-3.
+# Below this bound, threshold / beta makes rounding errors in the gradient of beta too large: relative 6e-5 at 1e-3.
 _SMALL_BETA = 1e-3
 
 _MULTI_STEP = "asgl_cuda.interop.snntorch.MultiStep"
@@ -40,14 +40,11 @@ _NAMES = "a Leaky, Lapicque or Synaptic"
 
 
 class _After(NamedTuple):
-    """The cached reset of a returned `mem`, for the next call: the potential after reset.
-
-    The spikes where the reset applies to the input.
-    """
+    """The cached reset of a returned `mem`, for the next call."""
 
     mem: Tensor
-    v: Tensor
-    known: Known | None  # the values that it depends on
+    v: Tensor  # after reset, or the spikes if the reset applies to the input
+    known: Known | None  # with `values`, the dependencies
     values: tuple[Any, ...]
     mark: tuple[Any, ...]
 
@@ -58,7 +55,7 @@ class ConvertedLeaky(Converted):
     time_dim = None
     reset_delay = True  # always for Lapicque
     _after: _After | None = None
-    _smallness: tuple[Any, bool] = (), False  # marks of beta, and whether it is small
+    _smallness: tuple[Any, bool] = (), False  # beta's id and version, and smallness
 
     def known_by(self) -> tuple[Any, ...]:
         graded = self._buffers.get("graded_spikes_factor")
@@ -75,7 +72,7 @@ class ConvertedLeaky(Converted):
         enlist(self)
 
     def steps_as_before(self) -> bool:
-        """The same, and where the gradient of beta costs what the kernel saves: 0.8 to 1.0 times as fast."""
+        """Also where the gradient of beta costs what the kernel saves: 0.8 to 1.0 times as fast."""
         if self.init_hidden and self.beta.requires_grad and torch.is_grad_enabled():
             return self.settings.backend is None and self.is_plain()
         return super().steps_as_before()
@@ -147,7 +144,7 @@ class ConvertedLeaky(Converted):
         return spk if self.init_hidden and not self.output else (spk, *states)
 
     def _as_theirs(self, mem_seq: Tensor, x_seq: Tensor) -> Tensor:
-        """In the type that snnTorch gives it: without a reset, which is float32, it is the input's."""
+        """In snnTorch's dtype: the input's without a reset, since resets are float32."""
         own = x_seq.dtype in HALF_TYPES and self.reset_mechanism == "none" and not _has_dimensions(self)
         return mem_seq.to(x_seq.dtype) if own else mem_seq
 
@@ -157,7 +154,7 @@ class ConvertedLeaky(Converted):
         return self.reset_mechanism, self.threshold, *leak
 
     def _made(self, mechanism: str, threshold: Any, *leak: Any, whole: bool = False) -> tuple[dict[str, Any], Any]:
-        """The options of `lif`, and the amount of a reset that is taken off the input, not the potential."""
+        """The options of `lif`, and the amount of a reset of the input instead of the potential."""
         threshold, (decay, gain), shift = number(threshold), _terms(*leak), None
         options = {
             "detach_reset": True, "return_h_seq": mechanism != "none", "v_threshold": threshold, "input_gain": gain,
@@ -181,19 +178,19 @@ class ConvertedLeaky(Converted):
         return mem if mem.shape == x_seq.shape[1:] else torch.zeros_like(x_seq[0])
 
     def _resets_the_input(self, decay: Tensor | float) -> bool:
-        """Whether the threshold is subtracted from the input of a step, which gives any beta its gradient.
+        """Whether the threshold is subtracted from the input of a step, with gradients for any beta.
 
-        Subtracted from the potential it is divided by beta, so that the next step need not compute a reset.
+        Subtraction from the potential divides the threshold by beta, but saves the next step a reset.
         """
         if isinstance(decay, float):
             if abs(decay) >= _SMALL_BETA:
                 return False
-        elif isinstance(self, snntorch.Lapicque):  # it learns none
+        elif isinstance(self, snntorch.Lapicque):  # learns no beta
             return False
         return self.reset_mechanism == "subtract" and not isinstance(self, Normalised)
 
     def _is_small(self, decay: Tensor | float) -> bool:
-        """Whether a sequence is computed step by step; updated where beta has changed, if it can be read."""
+        """Whether a sequence is computed step by step; updated after changes of a readable beta."""
         if self.reset_mechanism != "subtract" or isinstance(self, Normalised):
             return False
         if isinstance(decay, float):
@@ -211,7 +208,7 @@ class ConvertedLeaky(Converted):
         return _terms(*leak)[1], 0.0
 
     def _reset(self, mem: Tensor, values: tuple[Any, ...], known: Known | None, options: Any, shift: Any) -> Tensor:
-        """The potential after the pending reset; the reset itself where the input is reset."""
+        """The potential after the pending reset; the reset itself if applied to the input."""
         after: _After | None = self.__dict__.pop("_after", None)
         if (
             after is not None
@@ -274,7 +271,7 @@ class ConvertedSynaptic(ConvertedLeaky):
 
 
 def _has_dimensions(layer: Any) -> bool:
-    """Whether beta, or its sources, has dimensions, so that its type counts in a sum."""
+    """Whether beta, or its sources, has dimensions, and so promotes dtypes in a sum."""
     leak = (layer.R, layer.C) if isinstance(layer, snntorch.Lapicque) else (layer.beta,)
     return any(value.dim() for value in leak)
 
@@ -288,13 +285,13 @@ def _terms(*leak: Any) -> tuple[Any, Any]:
 
 
 def _mark(mem: Tensor, values: tuple[Any, ...], shift: Any) -> tuple[Any, ...]:
-    """Changes with writes, with `mem` detached in place, and with gradients switched on or off."""
+    """Changes with writes, in-place detach of `mem`, and gradients switched on or off."""
     versions = [value._version for value in values if isinstance(value, Tensor)]
     return mem.requires_grad, mem._version, torch.is_grad_enabled(), shift is None, versions
 
 
 def _less(value: Tensor, spikes: Tensor, amount: Tensor | float) -> Tensor:
-    """The value minus the amount of the spikes."""
+    """`value - spikes * amount`."""
     if isinstance(amount, float) and value.is_floating_point():
         return value.sub(spikes, alpha=amount)
     return value - spikes * amount
@@ -306,7 +303,7 @@ def _clamped(value: Tensor) -> Tensor | float:
 
 
 def _at_least(value: Tensor | float, least: float) -> Tensor | float:
-    """The value, or `least` with the gradient of the value. Lapicque's may be negative."""
+    """The value, raised to `least` with its gradient; Lapicque's negative decay stays."""
     if isinstance(value, float):
         return least if 0 <= value < least else value
     return value + torch.where((value >= 0) & (value < least), least - value, 0.0).detach()
@@ -316,12 +313,12 @@ class MultiStep(nn.Module):
     """`Leaky`, `Lapicque` or `Synaptic` over a whole sequence in one call.
 
     Args:
-        layer: such a layer of snnTorch, converted or not; it is converted here, in place.
+        layer: a layer of snnTorch, converted in place if necessary.
 
-    Called with `x_seq` `[T, ...]` and, unless the layer has init_hidden, optionally the first states, it returns what
-    the layer returns at each step, stacked: spikes, or spikes and states.
+    A call takes `x_seq` `[T, ...]` and, unless the layer has init_hidden, optional initial states, and returns the
+    layer's results of all steps, stacked: spikes, or spikes and states.
 
-    Raises ValueError for a layer that can't be represented, or whose reset takes the threshold away without delay.
+    Raises ValueError for a layer that can't be represented, or with a reset by subtraction without delay.
 
     The same with snnTorch::
 
@@ -410,7 +407,7 @@ def reset(module: nn.Module) -> None:
 
 def detach(module: nn.Module) -> None:
     if isinstance(module, _NEURONS):
-        for name in module._non_persistent_buffers_set:  # its states
+        for name in module._non_persistent_buffers_set:  # states
             state = module._buffers[name]
             module._buffers[name] = None if state is None else state.detach()
 

@@ -1,12 +1,12 @@
-"""SpikingJelly: the nodes that `_KNOWN` names, of version 2 and of the versions 0.0.0.0.x before it.
+"""SpikingJelly: the nodes in `_KNOWN`, of version 2 and of the earlier versions 0.0.0.0.x.
 
     h = v + x                                   IFNode, SimpleIFNode, NonSpikingIFNode
     h = v - (v - v_reset) / tau + x             LIFNode, SimpleLIFNode
     h = v + (x - (v - v_reset)) / tau           the same with decay_input; NonSpikingLIFNode, where v_reset is 0
     1 / tau = sigmoid(w)                        ParametricLIFNode
-    h = v_decay v + c;  c = c_decay c + x       CUBALIFNode, with the c after its input
+    h = v_decay v + c;  c = c_decay c + x       CUBALIFNode, with the updated c
 
-A spike at h >= v_threshold resets to v_reset or, where that is None (and 0 in the equations), takes v_threshold away.
+A spike at h >= v_threshold resets to v_reset or, if v_reset is None (0 in the equations), subtracts v_threshold.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class ConvertedNode(Converted):
             value = at_start  # restarts, as in SpikingJelly
         if not isinstance(value, Tensor):
             return None if value == at_rest and not whole else torch.full_like(x_seq[0], value)
-        # Since version 2, SpikingJelly stores it in the type of its input.
+        # Since version 2, SpikingJelly stores states in the input's dtype.
         return value.to(x_seq.dtype) if whole and not simple and hasattr(self, "materialize_states") else value
 
     def _current(self, x_seq: Tensor, whole: bool) -> Tensor:
@@ -103,13 +103,13 @@ class ConvertedNode(Converted):
         }  # fmt: skip
         if kinds.get(self.settings.spike.surrogate) != type(function).__name__:
             return False
-        self.surrogate_function = copy.deepcopy(function)  # by default all layers share it
+        self.surrogate_function = copy.deepcopy(function)  # shared by default
         self.surrogate_function.alpha = 1 / float(torch.as_tensor(self.width).detach())
         return True
 
 
 class ConvertedCUBALIFNode(ConvertedNode):
-    """Charged by a leaky current, `c`; the potential leaks to 0, whatever the reset."""
+    """Charged by a leaky current, `c`; the potential leaks to 0, with any reset."""
 
     takes_input = False
     c: Any
@@ -142,7 +142,7 @@ class ConvertedNonSpikingNode(Converted):
         return v_seq[-1] if self.decode == "last_mem" else list(v_seq)
 
 
-# These normalise as torch.nn's do; in step mode "m" time and batch are apart. ThresholdDependent changes only the first
+# Equivalents of torch.nn's; in step mode "m" time and batch are apart. ThresholdDependent changes only the initial
 # weight; before version 2 it joins time and batch twice.
 NORMALISATIONS = tuple(
     getattr(layers, f"{kind}BatchNorm{dims}d")
@@ -151,7 +151,7 @@ NORMALISATIONS = tuple(
     if not kind or "forward" not in vars(getattr(layers, f"{kind}BatchNorm{dims}d"))
 )
 
-# These compute what torch.nn's layers do; in step mode "m" time and batch are apart.
+# Equivalents of torch.nn's layers; in step mode "m" time and batch are apart.
 PLAIN = {
     getattr(layers, name): getattr(nn, name)
     for name in ("Linear", "Conv1d", "Conv2d", "AvgPool2d", "Flatten", "Dropout", "Dropout2d")
@@ -172,7 +172,7 @@ _DROPOUTS = tuple(  # carry a mask, not a state
 )
 _MIXING = _nodes("PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
 
-_CONTAINERS = {  # time in their inputs
+_CONTAINERS = {  # class: time_dim
     getattr(layers, name): time_dim
     for name, time_dim in {
         "SeqToANNContainer": 0, "MultiStepContainer": 0, "TLastSeqToANNContainer": -1, "TLastMultiStepContainer": -1,
@@ -206,7 +206,7 @@ def find(layer: nn.Module) -> Found:
 
 
 def _carries(layer: nn.Module) -> bool:
-    """Whether it carries more than the masks of a dropout from call to call, or is a recurrent network that spikes."""
+    """Whether the layer carries state other than dropout masks between calls, or is a recurrent spiking network."""
     if isinstance(layer, _RECURRENT):
         return True
     return isinstance(layer, base.MemoryModule) and bool(layer._memories) and not isinstance(layer, _DROPOUTS)
@@ -232,7 +232,7 @@ def detach(module: nn.Module) -> None:
 
 
 def _detached(value: Any) -> Any:
-    """`Tensor.detach_`, as `functional.detach_net` calls it, fails for views and knows no lists."""
+    """Supports views and lists, unlike `Tensor.detach_` as called by `functional.detach_net`."""
     if isinstance(value, (list, tuple)):
         return type(value)(map(_detached, value))
     return value.detach() if isinstance(value, Tensor) else value

@@ -1,7 +1,7 @@
 """Cached calls of layers that are called step by step, since checks take longer than the kernel.
 
-The layer's values are read at each call. While they are unchanged, results derived from them stay valid, and so does
-the checked call of `lif` for inputs of the same signature.
+The layer's values are read at each call. While unchanged, results derived from the values stay valid, as does the
+checked call of `lif` for inputs of the same signature.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Known:
         self._names: list[str | None] = []  # of options that are tensors, by parameter; [] without any
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # copies of the layer start without
+        return type(None), ()  # not copied with the layer
 
     def call(self, x_seq: Tensor, v_init: Tensor, options: dict[str, Any]) -> Call | None:
         """The call with these tensors; None unless its signature is known."""
@@ -54,7 +54,7 @@ class Known:
 
 
 def _kind(x_seq: Tensor, v_init: Tensor) -> Any:
-    """The signature of both; None where it does not suffice."""
+    """The signature of both; None if insufficient."""
     if type(x_seq) is not Tensor or type(v_init) is not Tensor or x_seq.layout is not torch.strided:
         return None
     return x_seq.shape, x_seq.dtype, x_seq.device, v_init.shape, v_init.dtype, v_init.device

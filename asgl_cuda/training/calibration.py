@@ -37,7 +37,7 @@ _NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, n
 
 
 class CalibratedLayer(NamedTuple):
-    """A layer of neurons: its name, the weight in front of it, its firing rate before and after, and the factor."""
+    """A layer of neurons: name, weight in front, firing rate before and after, and factor."""
 
     layer: str
     weight: str
@@ -47,7 +47,7 @@ class CalibratedLayer(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """The layers that `calibrate` has set, in order of execution, and those that it left. `print` shows a table."""
+    """The layers set by `calibrate`, in order of execution, and the layers left. `print` shows a table."""
 
     layers: list[CalibratedLayer]
     left: list[Left]
@@ -66,32 +66,30 @@ class Calibration(NamedTuple):
 def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     """Scales the weights in front of the neurons, from one batch, until each layer fires at `rate`.
 
-    For networks without normalisation, whose deeper layers otherwise begin silent and learn nothing. Call it once,
-    after the model has been made or converted and before the optimizer takes its first step. Biases, thresholds and
-    widths stay. The scaled weight is that of the linear layer or convolution in front of the neurons, through views,
-    pooling, dropout and currents; where a normalisation is in between, also in `BatchNormLIF`, it is the weight of the
-    normalisation.
+    For networks without normalisation, whose deeper layers are otherwise silent at first and learn nothing. Call once,
+    after construction or conversion of the model and before the optimizer's first step. Biases, thresholds and widths
+    stay. The scaled weight belongs to the linear layer or convolution in front of the neurons, through views, pooling,
+    dropout and currents, or to a normalisation in between, also in `BatchNormLIF`.
 
     Args:
-        model: any module with layers of ours or converted ones that fire; it must run all time steps in one call. A
-            model in DistributedDataParallel is calibrated on the batches of all processes, each of which must call.
+        model: any module with firing layers of asgl_cuda or converted ones, running all time steps in one call. A model
+            in DistributedDataParallel is calibrated on the batches of all processes, each of which must call.
         x_seq: a batch as the model takes it; a tuple is its positional arguments.
-        rate: share of neurons and steps with a spike, in (0, 1), reached to a hundredth of itself; less exactly where
-            neurons have so few different inputs that the rate goes up in larger steps.
+        rate: share of neurons and steps with a spike, in (0, 1), reached to within 1% of `rate`; less exactly if
+            few distinct inputs let the rate rise only in larger steps.
 
-    Everything is measured on copies, which run hooks as the model does, with hard spikes, without dropout, from rest.
-    Normalisations use statistics of the batch if they are in training mode, else their running ones. Of the model
-    nothing but those weights changes: potentials, running statistics, training mode, `analog_prob` and random number
-    generators stay.
+    Rates are measured on copies, with the model's hooks, with hard spikes, without dropout, from rest. Normalisations
+    use batch statistics in training mode, else running statistics. Only the scaled weights of the model change:
+    potentials, running statistics, training mode, `analog_prob` and random number generators stay.
 
     Returns:
-        The layers in order of execution with the rates before and after and the factors, and those that are left: not
-        run by this input, or of another library and not converted. `print` shows a table.
+        The layers in order of execution with rates before and after and factors, and the layers left: not run by this
+        input, or unconverted neurons of another library. `print` shows a table.
 
     Raises:
-        ValueError: a layer that no factor can bring to `rate`: behind several paths, without a weight in front, with
-            one that is shared, parametrised or frozen, beyond reach, or of a rate that depends on earlier calls. It is
-            named, nothing has been changed.
+        ValueError: a layer that no factor can bring to `rate`: behind several paths, without a weight in front, with a
+            shared, parametrised or frozen weight, out of reach, or with a rate that depends on earlier calls. The
+            message names the layer; the model is unchanged.
         TypeError: no module, or a rate that is no number.
         RuntimeError: the model can't be copied.
 
@@ -154,7 +152,7 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
 
 
 class _Site(NamedTuple):
-    """Names of neurons and of the weight in front of them; several for a layer with several calls."""
+    """Names of neurons and of the weight in front; a layer with several calls may have several."""
 
     layer: str
     weight: str
@@ -170,7 +168,7 @@ class _Trial:
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], group: Any) -> None:
         try:
             self._model = copied(model)
-        except Exception as error:  # by a __deepcopy__ of the user
+        except Exception as error:  # of a user's __deepcopy__
             raise RuntimeError(
                 f"{_CALLER}: measures on a copy of the model, which can't be copied: {type(error).__name__}: {error}"
             ) from error
@@ -186,13 +184,13 @@ class _Trial:
         self.foreign = {layer: name for name, layer in self._model.named_modules() if self._is_foreign(layer)}
         for layer in self.foreign:
             layer.register_forward_hook(lambda layer, args, output: _pytree.tree_map_only(Tensor, _source, output))
-        self._calls: dict[_Site, int] = {}  # in a whole run, to end shorter ones
+        self._calls: dict[_Site, int] = {}  # per full run, to end shorter runs
         self._elements: dict[_Site, int] = {}
         self.found: dict[_Site, float] = {}  # rates reached
         self._until: _Site | None = None
 
     def _is_foreign(self, layer: nn.Module) -> bool:
-        """Whether it is a neuron of a library, not converted, whose graph is not followed."""
+        """Whether the layer is a library's unconverted neuron: its graph is not followed."""
         found = (library.find(layer) for library in libraries()) if layer not in self.neurons else ()
         return any(answer not in (None, STATEFUL) for answer in found)
 
@@ -265,7 +263,7 @@ class _Trial:
         return spikes / elements  # type: ignore[no-any-return]
 
     def tolerance(self, site: _Site, rate: float) -> float:
-        """The tolerance of the rate: a hundredth of it, or one spike."""
+        """The tolerance of the rate: 1% of `rate`, or one spike."""
         return max(_TOLERANCE * rate, 1 / self._elements[site])
 
     def _before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -24,13 +24,13 @@ _SPIKING_EVAL = "asgl_cuda.spiking_eval"
 def parameter_groups(
     model: nn.Module, lr: float, width_lr: float = 3e-4, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """The groups of a torch optimizer: "weights" with `lr` and `weight_decay`, "neurons" with `width_lr` and without.
+    """Groups of a torch optimizer: "weights" with `lr` and `weight_decay`, "neurons" with `width_lr` and no decay.
 
-    Neurons' are the parameters that ASGL layers and `LeakyIntegrator` hold themselves: width, decay, threshold. They
-    are few, set the scale of all gradients behind them, and are stored as logarithm or logit, whose decay would pull to
-    an arbitrary value. Parameters of modules inside an ASGL layer are weights, and so are the normalisation's in
-    `BatchNormLIF`. Every parameter is in one group, once, also where modules are shared or it is frozen: optimizers
-    pass over it until it is thawed. An empty group is left out.
+    "neurons" are the parameters of ASGL layers and `LeakyIntegrator` themselves: width, decay, threshold. These few
+    parameters set the scale of all gradients behind, and are stored as logarithm or logit, which weight decay would
+    pull to an arbitrary value. Parameters of modules inside an ASGL layer are weights, as are the normalisation's in
+    `BatchNormLIF`. Every parameter is in one group, once, also if shared or frozen: optimizers skip frozen parameters.
+    Empty groups are omitted.
 
     Raises ValueError for a negative rate or decay, TypeError where `model` is no module.
 
@@ -61,13 +61,13 @@ def parameter_groups(
 
 
 def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Monitor | None = None) -> Any:
-    """A Lightning callback: steps `schedule` at the end of each training epoch and logs what `monitor` saw in it.
+    """A Lightning callback: steps `schedule` and logs the results of `monitor` at the end of each training epoch.
 
     The monitor watches training steps, not validation, and is reset at each epoch's start; its `scalars()` are logged
-    by these names, as means over the processes. The schedule's state goes into the checkpoints and comes from them.
+    by name, as means over the processes. Checkpoints save and restore the schedule's state.
 
-    Raises ValueError if both are None, TypeError if one is something else, ImportError without Lightning (`lightning`
-    or `pytorch_lightning`).
+    Raises ValueError if both are None, TypeError for other types, ImportError without Lightning (`lightning` or
+    `pytorch_lightning`).
     """
     if schedule is None and monitor is None:
         raise ValueError("asgl_cuda.lightning_callback: needs a schedule, a monitor or both, got None and None")
@@ -76,7 +76,7 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
             raise TypeError(
                 f"asgl_cuda.lightning_callback: {name} must be an asgl_cuda.{kind.__name__}, got {type(value).__name__}"
             )
-    # Of both packages, the imported one has the program's Trainer.
+    # The program's Trainer is of the imported package.
     names = sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules)
     lightning = first_of(names, "lightning", "asgl_cuda.lightning_callback")
 
@@ -161,7 +161,7 @@ def spiking_eval(model: nn.Module) -> AbstractContextManager[None]:
     changes: not the modes of batch norm and dropout, carried potentials or `requires_grad`. Attacks need `model.eval()`
     as well, fine-tuning does not. Do not step an `AnalogProbSchedule` inside: its values are lost on leaving.
 
-    It is a context manager, and a decorator of functions; called alone it does nothing, and warns.
+    A context manager, and a decorator of functions; a bare call does nothing, and warns.
 
     Raises ValueError for a model without ASGL layers, TypeError where it is no module.
 
@@ -180,8 +180,8 @@ def spiking_eval(model: nn.Module) -> AbstractContextManager[None]:
 def reset(model: nn.Module) -> None:
     """Clears the potentials carried by the model's layers: the next call of each starts at rest.
 
-    These are `LIF`, `BatchNormLIF` and `LeakyIntegrator`, and the layers of SpikingJelly, snnTorch and sinabs,
-    converted or not, which are reset as their library does it. Norse's layers carry nothing.
+    Layers are `LIF`, `BatchNormLIF` and `LeakyIntegrator`, and the layers of SpikingJelly, snnTorch and sinabs,
+    converted or not, reset by their library's own methods. Norse's layers are stateless.
 
     Raises TypeError where `model` is no module.
 
@@ -204,7 +204,7 @@ def reset(model: nn.Module) -> None:
 def detach(model: nn.Module) -> None:
     """Detaches the potentials carried by the model's layers, for truncated backpropagation through time.
 
-    The next call continues from their values, where its backward ends. The layers are those of `asgl_cuda.reset`.
+    The next call continues from the detached values, where its backward ends. For layers, see `asgl_cuda.reset`.
 
     Raises TypeError where `model` is no module.
 

@@ -92,7 +92,7 @@ def _shares_of_lif(
     assert isinstance(again, LIFOutput)
     assert again.h_seq is not None
     h_seq = again.h_seq
-    # In the type of the arithmetic, for the same spikes.
+    # In the dtype of the computation, for equal spikes.
     width, threshold = (
         torch.as_tensor(layer._broadcast(value, x_seq, time_dim), dtype=h_seq.dtype, device=h_seq.device)
         for value in (layer.width, layer.v_threshold)
@@ -144,31 +144,31 @@ def _is_hidden() -> bool:
 class Monitor:
     """Watches the ASGL layers of a model, over all calls inside `with monitor:` or between `start()` and `stop()`.
 
-    A `with monitor:` inside another, or after `start()`, does not end it.
+    A nested `with monitor:`, or after `start()`, does not end watching.
 
     For each layer `result()` has, in [0, 1] except the width:
 
-    - `width`: mean of the widths as they are now, in units of the input.
-    - `firing_rate`: share of elements whose potential reached the threshold, u >= 0 (u > 0 if strict), whatever
-      they emitted.
-    - `analog_share`: share of elements that emitted something else than their hard spike. At most `analog_prob`, and
-      less where the smooth value of a potential outside the window is the spike.
+    - `width`: mean of the current widths, in units of the input.
+    - `firing_rate`: share of elements whose potential reached the threshold, u >= 0 (u > 0 if strict), regardless of
+      the output.
+    - `analog_share`: share of elements with an output other than the hard spike: at most `analog_prob`, less if smooth
+      values outside the window equal the spike.
     - `inside`: share of elements inside the window of the surrogate, abs(u / width) < 1/2.
-    - `smoothing_error`: E|H(u) - spike|, which the paper's argument wants to see vanish. With `multi_spike` there is
-      no H, and neither this nor `analog_share`.
+    - `smoothing_error`: E|H(u) - spike|, which should vanish by the paper's argument. `multi_spike` has no H, and so
+      neither `smoothing_error` nor `analog_share`.
     - `dead`, `saturated`: share of neurons that never spiked, and that spiked at every step, in all samples. Neurons
-      are the positions of an input `[T, N, ...]` without time and batch, or without time if there is nothing else.
+      are the positions of an input `[T, N, ...]` without time and batch, or without time if one dimension remains.
 
-    `asgl_cuda.LIF` computes each call twice while it is watched. A layer with another forward is known by its output
-    alone, taken as spikes of height 1 (a tuple's first): `inside` and `smoothing_error` are missing, and `dead` and
-    `saturated` are unless the layer says where time is by `time_dim`, None for calls of one step. Quantities that were
-    not seen are missing as well, so before the first call there are only widths.
+    `asgl_cuda.LIF` computes each watched call twice. Of a layer with another forward only the output (a tuple's first)
+    is used, as spikes of height 1: `inside` and `smoothing_error` are missing, as are `dead` and `saturated` unless the
+    layer has `time_dim`, None for calls of one step. Quantities not seen yet are missing as well: before the first
+    call, all but the widths.
 
-    `print(monitor)` shows a table, and under it `problems()`: which layers are dead, saturated or without a gradient,
-    and what helps.
+    `print(monitor)` shows a table, then `problems()`: layers that are dead, saturated or without gradient, and
+    remedies.
 
-    Watching changes no output, gradient, state or random number. Calls inside compiled code and under transforms of
-    torch.func are not seen: watch the model before, on some batches. A monitor that was never started warns when it is
+    Watching changes no output, gradient, state or random number. Calls in compiled code and under transforms of
+    torch.func are not seen: watch the uncompiled model, on some batches. A monitor that was never started warns when
     asked for results.
 
     Example::
@@ -187,7 +187,7 @@ class Monitor:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         # Input, potential and random state before a call.
         self._before: dict[nn.Module, tuple[Tensor, Tensor | None, Tensor | None]] = {}
-        self._watched_before: list[bool] = []  # by nested `with`: whether it watched already
+        self._watched_before: list[bool] = []  # by nested `with`: whether already watching
         self._was_started = self._has_warned = False
         self.reset()
 
@@ -229,7 +229,7 @@ class Monitor:
             return
         device, rng_state = x_seq.device, None
         if layer.training and layer.analog_prob > 0:
-            cpu = device.type == "cpu"  # its module has no get_rng_state
+            cpu = device.type == "cpu"  # torch.cpu has no get_rng_state
             rng_state = torch.get_rng_state() if cpu else torch.get_device_module(device).get_rng_state(device)
         self._before[layer] = x_seq, layer.v if layer.stateful else None, rng_state
 
@@ -303,7 +303,7 @@ class Monitor:
             writer.add_scalar(tag, value, step)
 
     def plot(self, path: str | Path) -> None:
-        """Draws a panel for each quantity with a bar for each layer, by matplotlib, into a file of any of its formats.
+        """Draws a panel per quantity with a bar per layer, by matplotlib, into a file of a supported format.
 
         Raises ImportError without matplotlib.
         """
@@ -324,7 +324,7 @@ class Monitor:
 
 
 def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
-    """The rows of a table with columns of equal width, to the left (<) or to the right (>)."""
+    """The rows of a table with padded columns, aligned to the left (<) or right (>)."""
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map("{:{}{}}".format, row, sides, sizes)) for row in rows]
 

@@ -19,17 +19,17 @@ _CALLER = "asgl_cuda.AnalogProbSchedule"
 
 
 class AnalogProbSchedule:
-    """Sets `analog_prob` of every ASGL layer over the epochs, each from its own value at the start.
+    """Sets `analog_prob` of every ASGL layer over the epochs, each from its own initial value.
 
     Args:
-        model: its layers are set at once, for epoch 0. A layer that has neither noise nor a learned width is meant to
-            be an ordinary neuron and stays one.
+        model: its layers are set immediately, for epoch 0. A layer with neither noise nor a learned width stays an
+            ordinary neuron.
         prob_at: `analog_prob` (in [0, 1]) of a layer that started with `start`, at `epoch`: `prob_at(start, epoch)`.
 
-    `multi_step`, `cosine` and `linear` are the usual ones. Call `step()` after each epoch. `epoch` counts these
-    calls; `starts` are the values at the start, `probs` the values now, by the layers' names.
+    `multi_step`, `cosine` and `linear` make common schedules. Call `step()` after each epoch. `epoch` counts these
+    calls; `starts` are the initial values, `probs` the current values, by layer name.
 
-    Under torch.compile a new value is data of the graph: it compiles again only where noise begins or ends.
+    Under torch.compile a new value is data of the graph: only noise switched on or off recompiles.
 
     Raises ValueError for a model without a layer to schedule and for a `prob_at` out of range, TypeError for arguments
     that are no module and no function.
@@ -74,12 +74,12 @@ class AnalogProbSchedule:
 
     @classmethod
     def cosine(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
-        """Goes along half a cosine to `final` at epoch `epochs` and stays there, where CosineAnnealingLR returns."""
+        """Follows half a cosine to `final` at epoch `epochs`, then constant, unlike CosineAnnealingLR."""
         return cls(model, partial(_cosine, epochs=_count("epochs", epochs, 1), final=_share("final", final)))
 
     @classmethod
     def linear(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
-        """Goes in equal steps to `final` at epoch `epochs` and stays there."""
+        """Equal steps to `final` at epoch `epochs`, then constant."""
         return cls(model, partial(_linear, epochs=_count("epochs", epochs, 1), final=_share("final", final)))
 
     def _set(self, starts: Mapping[str, float], epoch: int) -> None:
@@ -112,10 +112,10 @@ class AnalogProbSchedule:
         return {"epoch": self.epoch, "starts": dict(self.starts)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Resumes there, and sets the layers, whose `analog_prob` is not part of a model's state dict.
+        """Resumes a state, and sets the layers, whose `analog_prob` is not part of a model's state dict.
 
-        Raises ValueError for the state of other layers, or of something else, TypeError for values of other types;
-        nothing has been changed then.
+        Raises ValueError for a state of other layers or objects, TypeError for values of other types; nothing has been
+        changed then.
         """
         if not isinstance(state_dict, Mapping) or not {"epoch", "starts"} <= state_dict.keys():
             got = shown(list(state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__

@@ -1,4 +1,4 @@
-"""Shared statistics of all normalisations in a model."""
+"""Batch statistics shared between processes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _CALLER = "asgl_cuda.convert_sync_batchnorm"
 
 
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
-    """The model, whose normalisations share the statistics of training with other processes.
+    """The model, with normalisations that share batch statistics between processes in training.
 
-    Does what `torch.nn.SyncBatchNorm.convert_sync_batchnorm` does, in place, and the same for `BatchNormLIF`, which
-    that passes over, and for pairs that `asgl_cuda.fuse` joined, which that takes apart. Parameters and buffers stay.
+    Applies `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, in place, and also converts `BatchNormLIF`, which torch
+    skips, and pairs joined by `asgl_cuda.fuse`, which torch separates. Parameters and buffers stay.
 
     Args:
         model: any module, before `DistributedDataParallel` takes it.
-        process_group: the processes; default all there are.
+        process_group: default all processes.
 
     Returns:
-        The model; where it is a normalisation itself, what takes its place.
+        The model; if itself a normalisation, its replacement.
 
     Raises:
         TypeError: model is no module, or process_group no process group.

@@ -35,7 +35,7 @@ _OF_LIF = (
     "surrogate", "surrogate_gain", "analog_prob", "strict_threshold", "detach_reset", "multi_spike", "scale_output",
     "store_v_seq",
 )  # fmt: skip
-_PARAMETERS = ("log_width", "logit_decay", "threshold")  # a BatchNormLIF has others
+_PARAMETERS = ("log_width", "logit_decay", "threshold")  # unlike BatchNormLIF's
 _MAYBE_OF_LIF = ("v_reset", "reset_amount", "v_min")
 _OF_LIF_ALL = (*_OF_LIF, *_MAYBE_OF_LIF, "v_threshold", "width", "learn_width", "learn_threshold")
 

@@ -41,31 +41,30 @@ _ADDITIONS = (operator.add, torch.add, "add")
 
 
 def to_nir(model: nn.Module, example_input: Tensor, dt: float = DT, *, allow_soft_reset: bool = False) -> nir.NIRGraph:
-    """The model, as it is in evaluation, as a graph of NIR.
+    """The model in evaluation mode as a graph of NIR.
 
     Args:
         model: layers of asgl_cuda.LIF and LeakyIntegrator, Linear, Conv1d, Conv2d, AvgPool2d (with
             `divisor_override=1`: SumPool2d), Flatten and BatchNorm, in sequence or connected by additions, in any
-            modules that torch.fx can trace. A layer that knows no time may be surrounded by `x_seq.flatten(0, 1)` and
-            `unflatten(0, ...)`, as in `asgl_cuda.OverTime`; SpikingJelly's forms of these layers have that in step mode
-            "m". Dropout and Identity vanish. What `from_nir` returns can be written. Neurons of other libraries may
-            stand for asgl_cuda.LIF where they are converted, get a sequence and have no current of their own;
-            `from_nir` makes an asgl_cuda.LIF of them.
-        example_input: `[T, B, ...]`, or `[B, T, ...]` where the LIF layers have `time_dim=1`; only its shape and type
-            count. The model is not changed, nor potentials that it carries.
+            modules that torch.fx can trace. A layer without time may be surrounded by `x_seq.flatten(0, 1)` and
+            `unflatten(0, ...)`, as in `asgl_cuda.OverTime`, or be SpikingJelly's in step mode "m". Dropout and Identity
+            are dropped. Results of `from_nir` can be written. Neurons of other libraries must be converted, get a
+            sequence and have no synaptic current; `from_nir` makes asgl_cuda.LIF layers of these neurons.
+        example_input: `[T, B, ...]`, or `[B, T, ...]` if the LIF layers have `time_dim=1`; only shape and dtype matter.
+            The model and its carried potentials stay unchanged.
         dt: length of a step, in seconds.
-        allow_soft_reset: write layers with soft reset, too, with several spikes a step and with v_min. NIR's LIF resets
-            to v_reset, and only `from_nir` sees in the metadata of the node that this one does not.
+        allow_soft_reset: also write layers with soft reset, with several spikes per step and with v_min. NIR's LIF
+            resets to v_reset; only `from_nir` reads the layer's own reset from the metadata.
 
-    A normalisation, also that of asgl_cuda.BatchNormLIF and of what `asgl_cuda.fuse` has joined, goes with its running
-    statistics into the weights and the bias of the Linear or convolution before it. Where there is none, or others take
-    its output, too, the normalisation is an Affine or a convolution of its own, whose weights are 0 between channels.
+    A normalisation, also in asgl_cuda.BatchNormLIF and in pairs joined by `asgl_cuda.fuse`, is folded with its running
+    statistics into weight and bias of the preceding Linear or convolution. Without such a layer, or if its output has
+    other users, the normalisation becomes a separate Affine or convolution, with weights of 0 between channels.
 
-    A LeakyIntegrator becomes an LI, or an I where nothing leaks. In front of a LIF it is the current of a CubaLIF, but
-    stays a node of its own.
+    A LeakyIntegrator becomes an LI, or an I without leak; in front of a LIF, as the current of a CubaLIF, it stays a
+    separate node.
 
-    NIR's neuron fires at v > v_threshold, asgl_cuda.LIF at v >= v_threshold: the metadata says so, too, and it matters
-    for potentials that equal the threshold exactly. `scale_output` becomes a Scale node, half precision float32.
+    NIR's neuron fires at v > v_threshold, asgl_cuda.LIF at v >= v_threshold, as recorded in the metadata: a difference
+    only for potentials equal to the threshold. `scale_output` becomes a Scale node, half precision float32.
 
     Raises:
         ImportError: nir or nirtorch is not installed.
@@ -90,19 +89,19 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = DT, *, allow_sof
         )
     try:
         model = copied(model).eval()
-    except Exception as error:  # a layer may have a way of its own to be copied
+    except Exception as error:  # of a layer's own __deepcopy__
         raise ValueError(f"{_CALLER}: {type(model).__name__} can't be copied: {first_line(error)}") from error
     for module in model.modules():
         if isinstance(module, NeuronLayer):
             module.reset()
     tracer = _tracer(nirtorch.NIRTorchTracer)
     if tracer.is_leaf_module(model, ""):
-        model = nn.Sequential(model)  # the tracer would look into it
+        model = nn.Sequential(model)  # a root is always traced
     try:
         traced = fx.GraphModule(model, tracer.trace(model))
     except _NotTraced as error:
         raise ValueError(str(error)) from error
-    except Exception as error:  # the model's own code may raise anything when it is given fx's proxies
+    except Exception as error:  # user code may raise anything, given fx's proxies
         raise ValueError(f"{_CALLER}: {type(model).__name__} can't be traced: {first_line(error)}") from error
     export = _Export(traced, dt, allow_soft_reset)
     export.extra_traceback = False  # fx would add the whole graph to every message
@@ -112,11 +111,11 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = DT, *, allow_sof
 
 
 class _NotTraced(ValueError):  # noqa: N818
-    """Which module can't be traced."""
+    """Names an untraceable module."""
 
 
 def _tracer(base: Any) -> Any:
-    """A tracer that looks into modules except layers, ours and those of the libraries."""
+    """A tracer whose leaves are the layers of asgl_cuda and of the libraries."""
 
     class Tracer(base):  # type: ignore[misc]
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -127,7 +126,7 @@ def _tracer(base: Any) -> Any:
                 return super().call_module(m, forward, args, kwargs)
             except _NotTraced:
                 raise
-            except Exception as error:  # see above
+            except Exception as error:  # user code
                 where = f"{_CALLER}: {self.path_of_module(m)} ({_name_of(m)})"
                 raise _NotTraced(f"{where} can't be traced: {first_line(error)}") from error
 
@@ -135,7 +134,7 @@ def _tracer(base: Any) -> Any:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether it is a layer of a library, and no container, or normalises as torch's do."""
+    """Whether the module is a library's layer, not a container, or a normalisation."""
     own = _library_of(type(module)) is not None and not module._modules
     return own or _kind(module) is _BatchNorm or _found(module) is not None
 
@@ -152,23 +151,23 @@ def _library_of(kind: type[nn.Module]) -> str | None:
 
 
 def _name_of(module: nn.Module) -> str:
-    """The class of a module as errors show it: its library's, where it is converted or fused."""
+    """The class of a module for errors: the library's, for a converted or fused module."""
     kind = bare_class(module)
     library = _library_of(kind)
     return kind.__name__ if library is None else f"{kind.__name__} of {library}"
 
 
 class _Flow(NamedTuple):
-    """A tensor of the traced model, as the graph has it."""
+    """A tensor of the traced model, in the NIR graph."""
 
-    sources: tuple[str, ...]  # the nodes whose sum it is
+    sources: tuple[str, ...]  # the nodes to be summed
     shape: tuple[int, ...]  # the shape of the neurons
-    leading: int  # dimensions before them: 2 are time and batch, 1 is both in one
+    leading: int  # dimensions in front: 2 for time and batch, 1 for both in one
     dtype: torch.dtype
 
 
 class _ByChannel(NamedTuple):
-    """`gain x + shift` for each channel, float64, in place of the node that it becomes in the end."""
+    """`gain x + shift` for each channel, float64: a placeholder until `finished`."""
 
     gain: Tensor
     shift: Tensor
@@ -177,7 +176,7 @@ class _ByChannel(NamedTuple):
 
 
 class _Export(fx.Interpreter):
-    """Runs the traced model and writes down a node of NIR for each layer that it meets."""
+    """Runs the traced model and writes a node of NIR for each layer."""
 
     def __init__(self, traced: fx.GraphModule, dt: float, allow_soft_reset: bool) -> None:
         super().__init__(traced)
@@ -189,9 +188,9 @@ class _Export(fx.Interpreter):
         self.edges: list[tuple[str, str]] = []
         self.flows: dict[fx.Node, _Flow] = {}
         self.time_and_batch = torch.Size()  # the leading sizes of the input
-        self.time_dim: int | None = None  # where the LIF layers before have time
+        self.time_dim: int | None = None  # of the preceding LIF layers
         self.computed: dict[str, Any] = {}  # the options of `lif` in the last call of a converted layer
-        self.scale: Tensor | None = None  # the factor on the spikes of the layer that is written
+        self.scale: Tensor | None = None  # the factor on the spikes of the current layer
         self.layers: dict[type[nn.Module], Callable[[Any, _Flow, str], Any]] = {
             LIF: self._lif,
             BatchNormLIF: self._lif,
@@ -211,16 +210,16 @@ class _Export(fx.Interpreter):
             return self._run_module(n)
         try:
             value = super().run_node(n)
-        except Exception as error:  # whatever an operation of torch raises
+        except Exception as error:  # any error of a torch operation
             raise ValueError(f"{_CALLER}: {_place(n)} can't be run: {first_line(error)}") from error
         if n.op == "output":
             self._output(n)
         elif isinstance(value, Tensor):
             self.flows[n] = self._flow(n, value)
-        return value  # sizes and the like are not part of the graph
+        return value  # sizes etc. are not part of the graph
 
     def _run_module(self, n: fx.Node) -> Any:
-        """Runs a layer and writes its node, before that where it can: the layer would complain in other words."""
+        """Runs a layer and writes its node, if possible before: the layer's own errors don't mention NIR."""
         module: Any = self.module.get_submodule(str(n.target))
         where = f"{_CALLER}: {n.target} ({_name_of(module)})"
         self._check_module(module, where)
@@ -241,7 +240,7 @@ class _Export(fx.Interpreter):
             node = self.layers[kind](module, flow, where)
         try:
             value = super().run_node(n)
-        except Exception as error:  # whatever the layer itself raises
+        except Exception as error:  # any error of the layer itself
             raise ValueError(
                 f"{where} can't be run with an input of shape {list(self.env[n.all_input_nodes[0]].shape)}: "
                 f"{first_line(error)}"
@@ -291,7 +290,7 @@ class _Export(fx.Interpreter):
         sizes, leading = (*n.args[1:], *n.kwargs.values()), inputs[0].leading if inputs else 0
         if n.target in _ADDITIONS and inputs and len(inputs) == len(n.args) and not n.kwargs:
             sources = tuple(source for flow in inputs for source in flow.sources)
-            # NIR takes no edge twice, and does not broadcast.
+            # NIR has no duplicate edges and no broadcasting.
             if len(set(sources)) == len(sources) and all(flow[1:] == inputs[0][1:] for flow in inputs):
                 return inputs[0]._replace(sources=sources)
         elif name == "flatten" and leading == 2 and sizes == (0, 1):
@@ -304,9 +303,9 @@ class _Export(fx.Interpreter):
         )
 
     def _add(self, name: str, node: Any, flow: _Flow, after: _Flow | None = None) -> str:
-        """Adds a node behind the flow's sources; `after` it is another flow."""
+        """Adds a node behind the flow's sources; `after`: the output's flow."""
         if not isinstance(node, _ByChannel):
-            # nir infers wrong types for grouped convolutions and oblong kernels, and none yet for pooling.
+            # nir infers wrong types for grouped convolutions and non-square kernels, none for pooling.
             node.input_type = {"input": as_shape(flow.shape)}
             node.output_type = {"output": as_shape((after or flow).shape)}
         self.nodes[name] = node
@@ -314,13 +313,13 @@ class _Export(fx.Interpreter):
         return name
 
     def _free(self, name: str) -> str:
-        """The name, or one with `_` behind it that no layer has."""
+        """The name, with `_` appended until unused."""
         while name in self.names or name in self.nodes:
             name += "_"
         return name
 
     def finished(self) -> Any:
-        """The graph, in which normalisations are in the weights before them, or layers of their own."""
+        """The graph, with normalisations folded into preceding weights or as separate layers."""
         self._drop_unused()
         for name, node in list(self.nodes.items()):
             if isinstance(node, _ByChannel) and not self._fold(name, node):
@@ -331,7 +330,7 @@ class _Export(fx.Interpreter):
             raise ValueError(f"{_CALLER}: {installed()} does not take the graph: {first_line(error)}") from error
 
     def _drop_unused(self) -> None:
-        """Drops nodes from which nothing gets to the output: nir would give each of them an Output."""
+        """Drops nodes without a path to the output: nir would add an Output to each such node."""
         used = {name for name, node in self.nodes.items() if isinstance(node, self.nir.Output)}
         for source, target in reversed(self.edges):  # edges are in the order of execution
             if target in used:
@@ -340,7 +339,7 @@ class _Export(fx.Interpreter):
         self.edges = [edge for edge in self.edges if edge[1] in used]
 
     def _fold(self, name: str, by_channel: _ByChannel) -> bool:
-        """Puts it into the weights before it, if nothing else takes their output, and takes its name out."""
+        """Folds a normalisation into the preceding weights, unless their output has other users."""
         sources = [source for source, target in self.edges if target == name]
         before = self.nodes[sources[0]]
         takers = [target for source, target in self.edges if source in sources]
@@ -363,7 +362,7 @@ class _Export(fx.Interpreter):
         return True
 
     def _layer_of(self, by_channel: _ByChannel) -> Any:
-        """An Affine, or a convolution of one pixel, which is not in groups because few readers take these."""
+        """An Affine, or a convolution of one pixel, not grouped because few readers support groups."""
         gain, shift, flow, where = by_channel
         sizes = flow.shape[1:]
         if len(sizes) > 2:
@@ -397,7 +396,7 @@ class _Export(fx.Interpreter):
         return add_metadata(self._neurons(neurons, gain, torch.zeros_like(decay), flow, where), layer, self.dt)
 
     def _neurons(self, neurons: Neurons, gain: Tensor, v_leak: Tensor, flow: _Flow, where: str) -> Any:
-        """A node of the equations of `neurons`, in the type of the arithmetic."""
+        """An IF or LIF node with the given parameters."""
         decay, v_threshold, v_reset = neurons
         _check_decay(decay, where)
         fields = {"v_threshold": v_threshold, "v_reset": v_reset}
@@ -434,7 +433,7 @@ class _Export(fx.Interpreter):
         return type(layer).compute(layer, x_seq, **options)
 
     def _converted(self, layer: Converted, flow: _Flow, where: str) -> Any:
-        """Writes the neuron that its call asked for: `h = v_rest + decay (v - v_rest) + input_gain x + input_bias`."""
+        """The node of the layer's last `lif` call: `h = v_rest + decay (v - v_rest) + input_gain x + input_bias`."""
         assert layer.time_dim is not None
 
         def of(name: str, default: float | Tensor = 0.0) -> Tensor:
@@ -548,7 +547,7 @@ class _Export(fx.Interpreter):
 
 
 def _by_channel(norm: Any, flow: _Flow, where: str, input_scale: float = 1.0) -> _ByChannel:
-    """A normalisation, or of neurons that have one, in evaluation."""
+    """Gain and shift of a normalisation in evaluation mode."""
     if norm.running_mean is None:
         raise ValueError(f"{where}: must have running statistics, got track_running_stats=False")
     channels = norm.running_mean.numel()
@@ -561,7 +560,7 @@ def _by_channel(norm: Any, flow: _Flow, where: str, input_scale: float = 1.0) ->
 
 
 def _kind(module: nn.Module) -> Any:
-    """The class by which a layer is exported, which is torch's for a library's form of it."""
+    """The class that selects a layer's export: torch's for a library's equivalent."""
     if isinstance(module, Converted):
         return Converted
     if isinstance(module, PassedThrough):
@@ -577,7 +576,7 @@ def _kind(module: nn.Module) -> Any:
 
 
 def _without_time(module: nn.Module, flow: _Flow, where: str) -> _Flow:
-    """What a layer that knows no time sees: SpikingJelly's joins time and batch itself, in step mode "m"."""
+    """The flow inside a layer: SpikingJelly's layers join time and batch in step mode "m"."""
     kind, step_mode = _kind(module), getattr(module, "step_mode", None)
     if kind in (Converted, nn.Linear, *_SILENT) or step_mode is None:
         return flow
@@ -589,14 +588,14 @@ def _without_time(module: nn.Module, flow: _Flow, where: str) -> _Flow:
 
 
 def _norm_of(module: nn.Module) -> Any:
-    """The normalisation that neurons compute, if they do."""
+    """The normalisation computed by neurons, or None."""
     if isinstance(module, Normalised):
         return module.normalisation.norm
     return module if isinstance(module, BatchNormLIF) else None
 
 
 def _found(module: nn.Module) -> Any:
-    """What the libraries say of a layer that is not converted, see `Found`."""
+    """The libraries' answer for an unconverted layer, see `Found`."""
     return next((answer for library in libraries() if (answer := library.find(module)) is not None), None)
 
 
@@ -606,7 +605,7 @@ def _check_decay(decay: Tensor, where: str) -> None:
 
 
 def _check_batched(flow: _Flow, dims: int, where: str) -> None:
-    # torch's layers take one dimension less as well, and would then see the batch, or time, as channels.
+    # torch's layers also take inputs without batch, and would use batch or time as channels.
     if flow.leading != 1 or len(flow.shape) != dims:
         raise ValueError(
             f"{where}: must get {dims} dimensions after time and batch in one, as in asgl_cuda.OverTime, "
