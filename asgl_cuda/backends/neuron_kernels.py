@@ -28,13 +28,13 @@ STATES = ("init", "last", "checkpoints", "grad_last", "grad_init")  # members of
 
 
 class Launcher(Protocol):
-    """An object that starts kernels on devices."""
+    """Launches kernels on devices."""
 
     def resident_threads(self, device: torch.device) -> int:
         """Maximum resident threads."""
 
     def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: Structure) -> None:
-        """Starts a kernel, named by a C++ expression, on the device's current stream."""
+        """Launches a kernel, named by a C++ expression, on the device's current stream."""
 
 
 def _bool(value: object) -> str:

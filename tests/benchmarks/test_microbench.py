@@ -144,7 +144,7 @@ def test_bytes_of_block_yardsticks(dtype):
 
 @needs_kernels
 def test_bytes_of_a_block():
-    """Kept: x by the fused layer, by the pair also the tensor between its layers."""
+    """The fused layer saves x for backward; the pair also saves the tensor between its layers."""
     block = Block((4, 8, 16, 16, 16), "float32")
     found = microbench.measure(block, CPU, repeats=2)
     assert 4 <= found["asgl_cuda cpu"].saved_bytes / block.elements < 4.3

@@ -113,7 +113,7 @@ def test_sums_of_gradients(machine, with_launcher, name):
 
 @pytest.mark.parametrize("dtype", NEURONS)
 def test_batch_normalisation(machine, with_launcher, dtype):
-    """Four columns a thread, and one; channels that share a tile, or have several; a single value a channel."""
+    """Four columns a thread, and one; channels that share a tile, or span several; two values a channel."""
     with_launcher(machine)
     for shape in ((3, 2, 6, 4, 8), (3, 2, 5, 2, 3), (3, 2, 130, 1), (1, 70, 3, 600), (2, 1, 4)):
         found = []

@@ -115,7 +115,7 @@ def test_autocast_and_module_types(backend, device):
     ids=["batch of 1", "features of 1 x 1"],
 )
 def test_strides_of_dimensions_of_one_element(backend, device, sizes, order, compiled):
-    """Meaningless strides: a gradient with other ones has the layout of x_seq."""
+    """A gradient whose strides differ only in dimensions of one element has the layout of x_seq."""
     torch._dynamo.reset()
     x_seq = torch.randn(sizes, device=device).permute(order).requires_grad_()
 

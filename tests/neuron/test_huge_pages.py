@@ -1,4 +1,4 @@
-"""Large outputs on a CPU are in huge pages, where the system gives these on request."""
+"""Large outputs, states and checkpoints on a CPU request huge pages, where the system grants these by madvise."""
 
 from pathlib import Path
 

@@ -22,8 +22,8 @@ REPLAYED_NAMESPACE = "asgl_cuda_replayed"
 # As the extension, but -O2 for faster compilation, and no warning about #pragma unroll.
 FLAGS = ["-O2", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wno-unknown-pragmas"]
 
-# Multiprocessors. On a tiny device the launchers choose four neurons a thread wherever the layout allows; on a large
-# device one, in general kernels and, for long sequences, in all kernels.
+# Multiprocessors. With TINY, the launchers choose four neurons a thread wherever the layout allows. With LARGE and few
+# neurons, general kernels have one neuron a thread, and so have all kernels for long sequences.
 TINY, LARGE = 0, 132
 THREADS_EACH = 2048  # resident on a multiprocessor, as in cuda_emulation.h
 
