@@ -31,13 +31,17 @@ _CALLER = "asgl_cuda.recompute_spikes"
 class _Thread(threading.local):
     """Open contexts of a thread, and calls inside them by the storage of the spikes."""
 
-    depth = 0
     hooks: saved_tensors_hooks
     known: WeakValueDictionary[int, _Spikes]
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.models: list[nn.Module] = []  # whose forward has opened one
 
 
 _thread = _Thread()
 open_contexts = 0  # of all threads: calls outside check one integer
+_counting = threading.Lock()
 
 
 class _Kept:
@@ -135,11 +139,13 @@ class _Context(contextlib.ContextDecorator):
             _thread.hooks = saved_tensors_hooks(_packed, _unpacked)
             _thread.hooks.__enter__()
         _thread.depth += 1
-        open_contexts += 1
+        with _counting:
+            open_contexts += 1
 
     def __exit__(self, *error: Any) -> None:
         global open_contexts
-        open_contexts -= 1
+        with _counting:
+            open_contexts -= 1
         _thread.depth -= 1
         if _thread.depth == 0:
             _thread.hooks.__exit__(*error)
@@ -187,12 +193,16 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
     return model
 
 
-def _enter(*_: Any) -> None:
+def _enter(model: nn.Module, *_: Any) -> None:
     _Context().__enter__()
+    _thread.models.append(model)
 
 
-def _leave(*_: Any) -> None:
-    _Context().__exit__()
+def _leave(model: nn.Module, *_: Any) -> None:
+    # Also called where another hook raised before _enter.
+    if _thread.models and _thread.models[-1] is model:
+        _thread.models.pop()
+        _Context().__exit__()
 
 
 def remember(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:

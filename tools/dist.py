@@ -52,9 +52,8 @@ def build_archive() -> Path:
 
 
 def build_wheel(archive: Path, pattern: str, **environment: str) -> Path:
-    run(
-        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", DIST, archive, **environment
-    )  # fmt: skip
+    command = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", DIST)
+    run(*command, archive, **environment)
     (wheel,) = DIST.glob(pattern)
     return wheel
 

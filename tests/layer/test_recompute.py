@@ -353,6 +353,23 @@ def test_around_the_forward_of_a_model():
         recompute_spikes(3)
 
 
+def test_hook_that_raises_before_the_context_is_entered():
+    """Torch then calls only the hook behind forward."""
+    model, x = PATTERNS["LIF"]()
+    recompute_spikes(model)
+
+    def refuse(*_):
+        raise ValueError("refused")
+
+    handle = model.register_forward_pre_hook(refuse, prepend=True)
+    with pytest.raises(ValueError, match="refused"):
+        model(x)
+    handle.remove()
+    assert recompute.open_contexts == recompute._thread.depth == 0
+    found, y = storages_of_spikes(model, x, contextlib.nullcontext())
+    assert all(storage.expired() for storage in found), y.shape
+
+
 def test_threads_know_nothing_of_each_other():
     model, x = PATTERNS["LIF"]()
     twin = copy.deepcopy(model)
