@@ -33,7 +33,7 @@ struct SettledRows {
   }
 };
 
-// The state of neuron i, from rows and to rows.
+// Load and store the state of neuron i in rows.
 template <class Real>
 ASGL_HOST_DEVICE State<Real> load(const State<Real*>& rows, int64 i) {
   return map_members<Real>([=](const Real* row) __attribute__((always_inline)) { return row[i]; }, rows);
@@ -88,7 +88,7 @@ struct AdjointLoop {
     Real *d_reset, *distance, *dy, *dh, *dx;
   };
 
-  // One loop a surrogate for LIFByOptions: a loop with a branch is not vectorised.
+  // One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised.
   template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
     if constexpr (Model::kOnlyGeneral && kId + 1 < kNumSurrogates) {
@@ -140,8 +140,8 @@ ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
   }
 }
 
-// The settled case, with the input current as a row. Computes only spikes or potentials; backward, gradients of the
-// current and of the parameters.
+// The settled loops, with the input current as a row. Forward computes only spikes or potentials, backward gradients of
+// the current and the parameters.
 template <class Real, class Model, class Neurons, bool kSpikes>
 struct SettledStepLoop {
   struct Args {
@@ -176,7 +176,7 @@ struct SettledStepLoop {
   }
 };
 
-// kMore: sums the gradients of decay, threshold and soft reset, too, not only of the width.
+// kMore: sums the gradients of decay, threshold and soft reset, besides the width's.
 template <class Real, class Model, class Neurons, bool kMore>
 struct SettledAdjointLoop {
   struct Args {
@@ -276,7 +276,7 @@ struct InputCurrentLoop {
   }
 };
 
-// Its adjoint: dx[i] = input_gain * dh[i], and `period` sums each for the gradients of gain and bias.
+// The adjoint: dx[i] = input_gain * dh[i], and `period` sums each for the gradients of gain and bias.
 template <class Real, bool kRows>
 struct InputCurrentAdjointLoop {
   struct Args {
@@ -385,12 +385,12 @@ struct RunSumsLoop {
   }
 };
 
-// Fills every run with its value, or the inverse; values repeat after `count`.
+// Fills each run with its value or the inverse; values repeat after `count`.
 template <class Real>
 struct FillRunsLoop {
   struct Args {
     const Real* values;
-    int64 index, count;  // of the first run's value, and of all
+    int64 index, count;  // of the first run's value; number of values
     Runs runs;
     bool inverse;
     Real* row;

@@ -92,7 +92,7 @@ void run_settled(const ForwardParams<Scalar>& params) {
 
 // ---- backward ----
 
-// States kept in a segment: only the gradient of the decay needs the one before each step.
+// States kept of a segment: only the gradient of the decay needs the state before each step.
 template <class Scalar>
 int64 kept_states(const BackwardParams<Scalar>& params, int64 segment) {
   return params.wants(kDecay) ? segment + 1 : 1;
@@ -159,7 +159,7 @@ class GeneralBackward {
     }
   }
 
-  // Step t, the segment's step k.
+  // Step t, step k of its segment.
   void walk_back(int64 t, int64 k) {
     neurons_.move_to(tile_, t);
     const Real* g = zeros_;
@@ -273,8 +273,8 @@ class SettledBackward {
     if (params_.wants(id)) store_partials(params_.partials[id], params_.parameters[id], tile_, 0, sums);
   }
 
-  // The row to be read kRowsAhead rows after the first `used` of a segment: x forwards, g backwards, then the next
-  // segment's x, or the next tile's.
+  // The row read kRowsAhead rows after row `used` of a segment: x forward, g backward, then x of the next segment or
+  // tile.
   Ahead ahead(int64 start, int64 stop, int64 used) const {
     const int64 next = used + kRowsAhead, steps = stop - start;
     if (next < steps) return {row_ahead(params_.x_seq, tile_, start + next), sizeof(Scalar)};
@@ -358,7 +358,7 @@ void run_settled(const BackwardParams<Scalar>& params) {
 
 // ---- launchers ----
 
-// Whether the settled loops compute every wanted output but gradients of the input's parameters.
+// Whether the settled loops compute all wanted outputs, apart from gradients of the input's parameters.
 template <class Scalar>
 bool settled_suffices(const ForwardParams<Scalar>& params) {
   return params.v_seq == nullptr && params.h_seq == nullptr;
@@ -375,9 +375,8 @@ bool only_width(const BackwardParams<Scalar>& params) {
 }
 bool only_width(const auto&) { return true; }
 
-// With parameters of the input, all others must be uniform, and only the width may want a gradient: the settled kernels
-// sum the gradients of gain and bias in another order than the general ones, and their bits must not depend on which
-// other outputs are wanted.
+// With a gain, bias or mean of the input, the other parameters must be uniform, and only width, gain and bias may want
+// gradients: the settled kernels sum gradients of gain and bias in another order than the general ones.
 template <class Params>
 bool is_settled(const Params& params) {
   if (!params.is_input_plain()) {
@@ -418,7 +417,7 @@ void sum_interleaved(const GradientSum<Real>& sum, const GradientPart<Real>& par
   for (int64 element = 0; element < count; ++element) part.store(element, totals[static_cast<size_t>(element)]);
 }
 
-// Sums the slots of neighbouring elements in memory order: for an element, by runs and their tiles.
+// Sums the slots of adjacent elements in memory order: for each element, by runs and their tiles.
 template <class Real>
 void sum_in_order(const GradientSum<Real>& sum, const GradientPart<Real>& part, int64 element, int64 length) {
   const ParameterView<Real>& parameter = part.parameter;
@@ -447,7 +446,7 @@ void sum_in_order(const GradientSum<Real>& sum, const GradientPart<Real>& part, 
 
 }  // namespace
 
-// Without OpenMP in the compilation of this file at::parallel_for is silently serial.
+// If this file is compiled without OpenMP, at::parallel_for is silently serial.
 int num_threads() {
 #if defined(_OPENMP)
   return at::get_num_threads();

@@ -1,4 +1,4 @@
-// Batch normalisation on the CPU. Contiguous stretches of a channel use its values as scalars; otherwise, as for
+// Batch normalisation on the CPU. Long contiguous stretches of a channel use its values as scalars; otherwise, as for
 // channels_last, each column has its own.
 #include <ATen/Parallel.h>
 
@@ -10,10 +10,10 @@
 namespace asgl::cpu {
 namespace {
 
-constexpr int64 kTaskColumns = 65536;  // a tile's rows are long: memory is read in its order
+constexpr int64 kTaskColumns = 65536;  // long rows, so that memory is read in order
 constexpr int64 kRowsEach = 4;
 
-// Sums of x - shift and of its square, in float64: a shift far from the other values, such as the first event of a
+// Sums of x - shift and (x - shift)^2, in float64: a shift far from the other values, such as the first event of a
 // sparse sequence, causes no visible loss of precision. The order of additions is fixed.
 template <class Real>
 struct ShiftedSumLoop {
@@ -21,7 +21,7 @@ struct ShiftedSumLoop {
     const Real* x;
     double shift;
     int64 length;
-    double *sum, *squares;  // are added to
+    double *sum, *squares;  // accumulated
   };
 
   static ASGL_HOST_DEVICE void run(Args args) {
@@ -51,7 +51,7 @@ struct ShiftedSumLoop {
   }
 };
 
-// Does the same for every column: sum[i] += x[i] - shift[i], squares[i] += (x[i] - shift[i])^2.
+// For each column i: sum[i] += x[i] - shift[i], squares[i] += (x[i] - shift[i])^2.
 template <class Real>
 struct ColumnSumLoop {
   struct Args {
@@ -74,7 +74,7 @@ template <class Real>
 struct InputGradientLoop {
   struct Args {
     const Real* x;
-    Operand<Real> mean, slope, offset;  // rows all three, or none
+    Operand<Real> mean, slope, offset;  // all rows, or all values
     Real* dx;                           // gain * dh on entry
     int64 length;
   };
@@ -100,7 +100,7 @@ struct Chunks {
       : width(tiles.width), rows(tiles.width == tiles.shape.columns() ? std::max<int64>(1, kTile / tiles.width) : 1) {}
 };
 
-// Calls f(element, length of a multiple of the task's units) for each chunk.
+// Calls f(element, length) for each chunk; length is a multiple of the task's units.
 template <class F>
 void for_each_chunk(const ChannelTiles& tiles, const ChannelTask& task, F&& f) {
   const Chunks chunks(tiles);
@@ -130,7 +130,7 @@ void for_each_piece(int64 length, F&& f) {
   for (int64 offset = 0; offset < length; offset += kTile) f(offset, std::min(kTile, length - offset));
 }
 
-// `length` elements in the arithmetic's type: in place, or a copy in `buffer`.
+// `length` elements in the arithmetic type: in place, or a copy in `buffer`.
 template <class Element>
 const Real_t<Element>* read(const Element* from, int64 length, Real_t<Element>* buffer) {
   if constexpr (std::is_same_v<Element, Real_t<Element>>) return from;
@@ -141,7 +141,7 @@ const Real_t<Element>* read(const Element* from, int64 length, Real_t<Element>* 
 // Whether a channel's contiguous stretches are long enough for a loop each.
 bool in_stretches(const ChannelTiles& tiles) { return tiles.shape.inner >= 32; }
 
-// Calls run_task(task) for every task.
+// Calls run_task(task) for every task, in parallel.
 template <class F>
 void for_each_task(const ChannelTiles& tiles, F&& run_task) {
   const int64 each = std::max<int64>(1, tiles.width * std::min(tiles.rows_per_split, tiles.shape.rows));
@@ -276,7 +276,7 @@ void launch_on(Device, const InputGradientParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const ChannelTiles& tiles = params.tiles;
   const Real *slopes = params.adjoint, *offsets = params.adjoint + tiles.shape.channels;
-  // The operands are values, or rows that begin with the chunk.
+  // The operands are values, or rows that begin at `element`.
   const auto add = [&](Rows<Real>& rows, int64 element, int64 length, Operand<Real> mean, Operand<Real> slope,
                        Operand<Real> offset) {
     Scalar* gradient = params.grad_x_seq + element;

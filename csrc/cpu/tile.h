@@ -11,7 +11,7 @@
 
 namespace asgl::cpu {
 
-// From rows of log-widths to widths, and from logits to decays.
+// In-place conversions of rows: log-widths to widths, logits to decays.
 template <class Real>
 struct ExpLoop {
   struct Args {
@@ -45,7 +45,7 @@ void plan_on(Device, LIFParams<Scalar>& params) {
   params.tiles = {kTile, num_tiles(params.shape)};
 }
 
-// The parameter of each neuron of a tile, or its inverse.
+// The row of a parameter, or of its inverse, for a tile.
 template <class Real>
 void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, int64 t, Real* row,
                         bool inverse = false) {
@@ -64,7 +64,7 @@ void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, 
                            row});
 }
 
-// The noise of a tile for the steps of a segment. Without draws rows are 0, below any analog_below but 0.
+// The noise of a tile for the steps of a segment. If nothing is drawn, rows are 0, below any analog_below but 0.
 class TileNoise {
  public:
   explicit TileNoise(const NoiseParams& noise)
@@ -132,7 +132,7 @@ class TileNeurons {
     }
   }
 
-  // Calls f(neurons) with a UniformNeuron, or with Neurons, which has rows.
+  // Calls f(neurons) with a UniformNeuron, or with `Neurons`, a type of rows.
   template <class Neurons, class F>
   void visit(F&& f) const {
     if (shared_) return f(UniformNeuron<Real>{values_});
@@ -182,11 +182,11 @@ class TileNeurons {
   int64 first_ = -1, t_ = -1;
 };
 
-// Interleaved sums of a stretch: vectorised without reordering additions.
+// Interleaved sums of a stretch, vectorised without reordering additions.
 constexpr int64 kInputSums = 64;
 
 // The input current of a tile, with parameters that do not change over time; x itself for kPlain. Long stretches of
-// neighbours that share the parameters use scalars; otherwise rows, as short as repetition allows, to save cache.
+// neurons that share the parameters use scalars; others use rows, as short as repetition allows, to save cache.
 template <class Real>
 class TileInput {
  public:
@@ -198,7 +198,7 @@ class TileInput {
         tile_(params.shape, 0) {
     if (plain_) return;
     for (Real** row : {&current_, &gain_, &bias_, &mean_, &gain_sum_, &bias_sum_}) *row = rows_.take();
-    bool alike = true;  // all that are not uniform
+    bool alike = true;  // the non-uniform parameters
     for (int id = kInputGain; id < kNumParameters; ++id) {
       const ParameterView<Real>& parameter = parameters_[id];
       if (parameter.is_uniform()) continue;
@@ -271,7 +271,7 @@ class TileInput {
     });
   }
 
-  // Moves the sums of stretches, stored contiguously, to the first element of each.
+  // Adds up the kInputSums sums of each stretch into the stretch's first element.
   const Real* in_place(Real* sums) {
     if (plain_ || in_rows_) return sums;
     std::fill_n(gain_, kTile, Real(0));
@@ -302,7 +302,7 @@ State<Real*> take_state(Rows<Real>& rows, int64 count = 1) {
   return state;
 }
 
-// Reads rows of the state from memory; if that is null, fills them with `otherwise`.
+// Reads rows of the state from `from`, or if null, fills them with `otherwise`.
 template <class Real>
 void load_state(const State<const Real*>& from, int64 offset, const State<Real>& otherwise, int64 length,
                 const State<Real*>& rows) {
@@ -313,7 +313,7 @@ void load_state(const State<const Real*>& from, int64 offset, const State<Real>&
       from, otherwise, rows);
 }
 
-// Writes rows of the state to memory, unless that is null.
+// Writes rows of the state to `to`, unless null.
 template <class Real>
 void store_state(const State<Real*>& rows, int64 length, const State<Real*>& to, int64 offset) {
   for_each_member(
@@ -339,14 +339,14 @@ void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 st
   }
 }
 
-// Whether values repeat within a tile, as for one value a channel in channels_last. Of the tile's slots, one a neuron,
-// only the first `count` are then used.
+// Whether values repeat within a tile, as for one value a channel in channels_last. Then only the first `count` of the
+// tile's slots, one a neuron, are used.
 template <class Real>
 bool is_interleaved(const ParameterView<Real>& parameter) {
   return parameter.inner == 1 && parameter.step_stride == 0 && 2 * parameter.count <= kTile;
 }
 
-// Adds the tile's row of sums, run by run, into the slots of GradientPartials.
+// Stores the tile's row of sums, added up by run, in the slots of GradientPartials.
 template <class Real>
 void store_partials(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
                     int64 t, const Real* row) {

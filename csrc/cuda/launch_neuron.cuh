@@ -1,5 +1,5 @@
-// The launchers of the neuron and of its sums of gradients. backends/neuron_kernels.py decides the same in Python.
-// launch_*.cu instantiate them, one file a type, so that compilers run side by side.
+// The launchers of the neuron and of its gradient sums. backends/neuron_kernels.py decides the same in Python.
+// launch_*.cu instantiate them, one file a type, so that they compile in parallel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,8 +23,8 @@ cudaError_t plan_on(Device, BackwardParams<Scalar>& params) {
                              params.checkpoints, params.grad_x_seq, params.grad_init));
 }
 
-// Calls f(lanes, input), with the neurons a thread and the input of the kernel as constants. A thread with one neuron
-// has no kernel of its own for plain input.
+// Calls f(lanes, input), with the neurons a thread and the input of the kernel as constants. With one neuron a thread,
+// the normalised kernel computes plain input, too.
 template <class Scalar, class Params, class F>
 void with_kind(const Params& params, F&& f) {
   const auto with_lanes = [&](auto lanes) {
@@ -91,7 +91,7 @@ cudaError_t launch_on(Device, const BackwardParams<Scalar>& params, cudaStream_t
   return error;
 }
 
-// An element sums the slots of its runs, a slot for each tile that a run touches. If these are few, a block sums
+// An element is the sum of its runs' slots, one for each tile that a run overlaps. If a run has few slots, a block sums
 // several elements.
 template <class Real>
 cudaError_t plan_on(Device, GradientSum<Real>& sum) {
@@ -100,7 +100,7 @@ cudaError_t plan_on(Device, GradientSum<Real>& sum) {
   for (int id = 0; id < sum.count; ++id) {
     GradientPart<Real>& part = sum.parts[id];
     const int64 inner = part.parameter.inner, runs = sum.shape.neurons() / (inner * part.parameter.count);
-    const int64 slots = (inner + sum.tile - 2) / sum.tile + 1;  // at most
+    const int64 slots = (inner + sum.tile - 2) / sum.tile + 1;  // of a run, at most
     const auto largest_power = [](int64 most) {
       int power = 1;
       while (2 * power <= most) power *= 2;

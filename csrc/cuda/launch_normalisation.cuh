@@ -9,7 +9,7 @@
 
 namespace asgl::cuda {
 
-// Four columns a thread if they are of one channel.
+// Four columns a thread if of one channel and aligned.
 template <class Scalar>
 void plan_channels(ChannelTiles& tiles, const Scalar* x_seq, const Scalar* grad_x_seq) {
   const bool fours = kHasFours<Scalar> && tiles.shape.inner % 4 == 0 && is_aligned(x_seq) && is_aligned(grad_x_seq);

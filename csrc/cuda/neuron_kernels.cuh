@@ -1,9 +1,9 @@
-// The CUDA kernels of the neuron, with the equations of math/neuron.h. A thread computes one neuron, or four
-// neighbours, for the whole sequence, with their state in registers.
+// The CUDA kernels of the neuron, with the equations of math/neuron.h. A thread computes one neuron, or four adjacent
+// ones, for the whole sequence, with their state in registers.
 //
-// Forward reads x and writes s: two element sizes a neuron and step. Backward takes segments of at most
-// kCheckpointSteps steps from the last to the first: it computes their potentials again from x and keeps them on chip,
-// then walks back, reading the gradient and writing dx: three element sizes.
+// Forward reads x and writes s: two elements a neuron and step. Backward takes segments of at most kCheckpointSteps
+// steps from the last to the first: it recomputes their potentials from x and keeps them on chip, then walks back,
+// reading the gradient and writing dx: three elements.
 //
 // Settled kernels are nearly always enough, and skip unused outputs at almost no cost. The general kernels support
 // every option at run time: one kernel for all surrogates and resets, since few calls run it.
@@ -19,20 +19,20 @@ namespace asgl {
 
 // ---- forward ----
 
-// Blocks a multiprocessor, with 65,536 registers, 72 a thread for 7 blocks: enough to keep memory busy, without spills
-// (RESOURCES.md).
+// Blocks a multiprocessor: enough to keep memory busy, without spills (tools/kernels/RESOURCES.md). 65,536 registers
+// are 72 a thread for 7 blocks.
 template <class Real, Input kInput>
 constexpr int kForwardBlocks = sizeof(Real) == 8           ? 3
                                : kInput == Input::kGeneral ? 5
                                                            : 7;
 template <class Real, int kLanes>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
-// erf spills with NVRTC and registers for four blocks.
+// With NVRTC erf spills at four blocks.
 template <class Model>
 constexpr bool kIsLong = false;
 template <bool kHardReset>
 constexpr bool kIsLong<LIF<Surrogate::kErf, kHardReset>> = true;
-// Loads of float32 take twice the registers of half types, and spill.
+// At four blocks, float32 loads spill: they take twice the registers of half types.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 constexpr int kSettledBackwardBlocks = kExact > 0 || sizeof(Scalar) == 8 ||
                                                (kLanes == 4 &&
@@ -40,8 +40,8 @@ constexpr int kSettledBackwardBlocks = kExact > 0 || sizeof(Scalar) == 8 ||
                                            ? 3
                                            : 4;
 
-// kInput is LIFParams::input(), or kGeneral, for which Model is LIFByOptions<Real>; except for kGeneral,
-// params.only_spikes() holds. The sequence has kExact steps, unless that is 0.
+// For kInput = kGeneral Model is LIFByOptions<Real>; otherwise LIFParams::input() allows kInput, and
+// params.only_spikes() holds. The sequence has kExact steps, or any number if kExact is 0.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, kInput>)
     lif_forward_kernel(const ForwardParams<Scalar> params) {
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) load_step(steps, k);
   };
-  if (kExact > 0) load_first();  // under way while the parameters are read, if registers suffice
+  if (kExact > 0) load_first();  // in flight while the parameters are read, if registers suffice
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
         if (index.live) Lanes::store(s, params.s_seq + element);
         advance(element, stride);
       }
-      if (kExact == 0) load_step(steps - start, k + kSteps);  // under way while other steps are computed
+      if (kExact == 0) load_step(steps - start, k + kSteps);  // in flight while other steps are computed
     }
     const int64 done = start + kSteps;
     if (exists(params.checkpoints) && done % kCheckpointSteps == 0 && done < steps && index.live) {
@@ -112,10 +112,10 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
 
 // ---- backward ----
 
-// The shortest length that matters; the length is a constant of its kernels.
+// The shortest length of practical use, a constant in its own kernels.
 constexpr int kShortSequence = 4;
 
-// The parts of a step where no parameter changes over time, for a thread's neurons.
+// The parts of a settled step, for a thread's neurons.
 template <class Model, Input kInput, class Real, int kLanes>
 struct SettledStep {
   using Row = Real[kLanes];
@@ -141,7 +141,7 @@ struct SettledStep {
     }
   }
 
-  // Back from ds, the gradient of s, to dx, and from the gradient of the state after the step to the one before it.
+  // From ds, the gradient of s, to dx, and from the gradient of the state after the step to the gradient before it.
   __device__ __forceinline__ void walk_back(bool carried, const Row& x, const Row& h, const Row& s, Row& ds,
                                             State<Row>& d_state, Row& from_u, Row& dh, Row& dx,
                                             Real (&sums)[kNumParameters]) const {
@@ -164,7 +164,7 @@ struct SettledStep {
     }
   }
 
-  // The gradient of the decay at the next step: its dh by the potential before it.
+  // Adds the next step's gradient of the decay: the next step's dh times the potential after step k.
   __device__ __forceinline__ void add_decay(const Row& dh, const Row& h, const Row& s,
                                             Real (&sums)[kNumParameters]) const {
 #pragma unroll
@@ -176,7 +176,7 @@ struct SettledStep {
   }
 };
 
-// Stores the block's sums: a warp has every kWarps-th parameter. All threads of the block must come here.
+// Stores the block's sums: a warp has every kWarps-th parameter. All threads of the block must call this.
 template <int kLanes, int kNumSums, class Scalar, class Real>
 __device__ __forceinline__ void store_settled_sums(const BackwardParams<Scalar>& params, uint32 wanted,
                                                    const Real (&sums)[kNumParameters], ThreadSums<Real>* thread_sums) {
@@ -194,10 +194,10 @@ __device__ __forceinline__ void store_settled_sums(const BackwardParams<Scalar>&
   }
 }
 
-// The backward pass where no parameter changes over time and params.only_spikes() holds. kInput is LIFParams::input().
-// A sequence of kExact steps is one segment, kept in registers. Where kExact is 0, the potentials of a segment are kept
-// in shared memory, and a loop goes over a few steps at a time: unrolled, segments took most of the compilers' time and
-// had registers for loads of only two steps ahead.
+// The settled backward pass, for params.only_spikes(), with kInput allowed by LIFParams::input(). A sequence of kExact
+// steps is one segment, kept in registers. If kExact is 0, the potentials of a segment are kept in shared memory, and a
+// loop computes a few steps at a time: unrolled, segments took most of the compilation time and had registers for loads
+// of only two steps ahead.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, Model, kLanes, kInput, kExact>)
     lif_backward_settled_kernel(const BackwardParams<Scalar> params) {
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
   struct alignas(sizeof(Real) * kLanes) Potentials {
     Real values[kLanes];
   };
-  // Once the potentials have been used, the threads' sums are stored in the same memory.
+  // Potentials; at the end the threads' sums overwrite them.
   __shared__ Potentials potentials[kInRegisters ? (kNumSums + kLanes - 1) / kLanes : kSegment][kBlockThreads];
   ThreadSums<Real>* const thread_sums = reinterpret_cast<ThreadSums<Real>*>(potentials);
   static_assert(sizeof(potentials) >= kNumSums * sizeof(ThreadSums<Real>));
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
 
   Real sums[kNumParameters] = {};
   if (kLanes == 1 || index.live) {
-    // Each pointer advances with its loads, or stores.
+    // Each pointer advances with its loads or stores.
     Packed<kLanes, Scalar> x[kSteps], g[kSteps], x_again[kSteps];
     const Scalar *x_seq, *grad_s_seq, *x_seq_again;
     Scalar* grad_x_seq;
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
     const auto load_gradient = [&](bool there, int k) {
       if (there) g[k].load(in_global_memory(grad_s_seq));
       advance<!kInRegisters>(grad_s_seq, -stride);
-      // x is loaded once more, mostly from the cache: there are no registers to keep it.
+      // Loads x again, mostly from the cache: no registers are left to keep it.
       if (kNormalised && !kInRegisters) {
         if (there) x_again[k].load(in_global_memory(x_seq_again));
         advance(x_seq_again, -stride);
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
 #pragma unroll
       for (int k = kSteps - 1; k >= 0; --k) load_gradient(k < length - last, k);
     };
-    if (kInRegisters) load_ends(0, kExact);  // under way while the parameters are read
+    if (kInRegisters) load_ends(0, kExact);  // in flight while the parameters are read
     const NoiseSource source(params.noise);
     const NeuronOptions<Real> options = params.options;
     const FiringFromLeast<Real> firing(options);
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
       const int length = kInRegisters                       ? kExact
                          : steps - start < kCheckpointSteps ? static_cast<int>(steps - start)
                                                             : kCheckpointSteps;
-      const int last_steps = start + length < steps ? 0 : 1;  // of the segment, followed by no step
+      const int last_steps = start + length < steps ? 0 : 1;  // steps of the segment that no step follows
       if (!kInRegisters) load_ends(start, length);
       const SegmentNoise<kLanes, kSegment> noise(source, index.n, start, length);
       State<Real[kLanes]> state;
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
             const auto walk_back = [&](bool carried) {
               step.walk_back(carried, x_k, h[k].values, s, ds, d_state, from_u, dh, dx, sums);
             };
-            k < carried_steps ? walk_back(true) : walk_back(false);  // mostly true, and then nothing is selected
+            k < carried_steps ? walk_back(true) : walk_back(false);  // mostly true, without selections
             if ((wanted & (1u << kThreshold | 1u << kReset)) != 0) {
 #pragma unroll
               for (int j = 0; j < kLanes; ++j) {
@@ -346,12 +346,12 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   using Model = LIFByOptions<Real>;
   using Lanes = Access<kLanes>;
   constexpr int kSteps = kCheckpointSteps;
-  constexpr int kTogether = kLanes == 1 ? 8 : 4;  // loads under way at a time
+  constexpr int kTogether = kLanes == 1 ? 8 : 4;  // loads in flight
   struct alignas(sizeof(Real) * kLanes) Potentials {
     Real values[kLanes];
   };
-  // The threads' sums are stored in the row of the last computed step: with four bytes more, two blocks would not fit
-  // on a multiprocessor of sm_75.
+  // The threads' sums reuse the row of the step computed last: with four bytes more, two blocks would not fit on a
+  // multiprocessor of sm_75.
   __shared__ Potentials potentials[kSteps][kBlockThreads];
   const int64 steps = params.shape.steps, stride = params.shape.inner;
   const ThreadIndex<kLanes> index(params.shape);

@@ -1,5 +1,5 @@
-// How neurons are divided among threads, for the neuron and the integrator. backends/neuron_kernels.py decides the same
-// in Python.
+// The division of neurons among threads, for neuron and integrator. backends/neuron_kernels.py decides the same in
+// Python.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -7,14 +7,14 @@
 
 namespace asgl::cuda {
 
-// The assumption of the kernel about its input.
+// The kernel's assumption about its input.
 template <class Params>
 Input input_of(const Params& params) {
   const bool indexed = params.shape.neurons() < kDivisible;
   return params.only_spikes() && indexed ? params.input() : Input::kGeneral;
 }
 
-// Whether any four neurons from a multiple of four on are adjacent and aligned in memory and share all parameters.
+// Whether four neurons, from any multiple of four on, are adjacent and aligned in memory and share all parameters.
 template <class Scalar, class... Pointers>
 bool groups_of_four(const LIFParams<Scalar>& params, const Pointers&... sequences_and_states) {
   bool shared = params.shape.inner % 4 == 0;
@@ -24,7 +24,7 @@ bool groups_of_four(const LIFParams<Scalar>& params, const Pointers&... sequence
   return shared && is_aligned(params.x_seq) && is_aligned(params.init) && (is_aligned(sequences_and_states) && ...);
 }
 
-// Whether four neurons a thread pay. Queries the device only if its size decides.
+// Whether four neurons a thread are faster. Queries the device only if its size decides.
 template <class Params>
 cudaError_t fours_pay(const Params& params, bool* pay) {
   const bool general = input_of(params) == Input::kGeneral;
@@ -67,7 +67,7 @@ ParameterSummary summary_of(const LIFParams<Scalar>& params) {
   return summary;
 }
 
-// A tile is the neurons of a block: one a thread, or four if they are `grouped` and it pays.
+// A tile is the neurons of a block: one a thread, or four if `grouped` and faster.
 template <class Params>
 cudaError_t plan_neurons(Params& params, bool grouped) {
   params.summary = summary_of(params);
@@ -80,7 +80,7 @@ cudaError_t plan_neurons(Params& params, bool grouped) {
   return error;
 }
 
-// The same where parameters may want a gradient.
+// plan_neurons, where parameters may want gradients.
 template <class Params>
 cudaError_t plan_with_sums(Params& params, bool grouped) {
   const cudaError_t error = plan_neurons(params, grouped);

@@ -1,4 +1,4 @@
-// The parameters of a thread's neurons, which share them.
+// The parameters that a thread's neurons share.
 #pragma once
 
 #include "cuda/access.cuh"

@@ -32,7 +32,7 @@ struct AtenType<BFloat16> {
   using type = at::BFloat16;
 };
 
-// Null for no tensor.
+// Null for no tensor, or an empty one.
 template <class Element>
 Element* pointer(const Tensor& tensor) {
   if (!tensor.defined() || tensor.numel() == 0) return nullptr;
@@ -205,7 +205,7 @@ class ParameterGradients {
     }
   }
 
-  // Launches a backward kernel, whose params lack only the partial sums, and adds these up.
+  // Launches a backward kernel, whose params lack only the partial sums, and sums these.
   template <class Backend, class Params>
   void compute(const Backend& backend, Params& params) const {
     using Real = typename Params::Real;

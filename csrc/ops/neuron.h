@@ -8,7 +8,7 @@
 
 namespace asgl::ops {
 
-// Returns those that are wanted.
+// Returns s_seq and the other wanted outputs.
 template <class Backend>
 std::vector<Tensor> lif_forward(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state,
                                 const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> numbers,
@@ -51,7 +51,7 @@ std::vector<Tensor> lif_forward(const Tensor& x_seq, const OptionalTensor& v_ini
   return results;
 }
 
-// Returns those that are wanted.
+// Returns the wanted gradients.
 template <class Backend>
 std::vector<Tensor> lif_backward(const c10::List<OptionalTensor>& grads, const Tensor& x_seq,
                                  const OptionalTensor& v_init, const OptionalTensor& rng_state,

@@ -7,7 +7,7 @@ namespace asgl::ops {
 
 static_assert(sizeof(Moments) == 3 * sizeof(double));
 
-// The elements of a tensor that must have this shape; null for no tensor.
+// The elements of a tensor, checked for shape, type and device; null for no tensor.
 template <class Element>
 class Checked {
  public:
