@@ -66,7 +66,8 @@ struct StepLoop {
     for (int64 i = 0; i < args.length; ++i) {
       const Neuron<Real>& neuron = args.neurons[i];
       State<Real> state = load(args.before, i);
-      const Real h = Model::template charge<Input::kGeneral>(args.x[i], state, neuron, args.options);
+      const Real c = input_current<Input::kGeneral>(args.x[i], neuron);
+      const Real h = Model::template charge<Input::kGeneral>(c, state, neuron, args.options);
       const Real s = model.fire(h, kNoise && args.draws[i] < args.analog_below, neuron, firing);
       model.reset(h, s, neuron, state);
       args.h[i] = h;
@@ -115,11 +116,12 @@ struct AdjointLoop {
   }
 };
 
-// The row to prefetch, a few lines at a time while another row is computed: hardware prefetchers stop at page
-// boundaries, and a row is about a page. Output rows are not prefetched: no gain measured.
+// The rows to prefetch, a few lines at a time while others are computed: hardware prefetchers stop at page boundaries,
+// and a row is about a page. Output rows are not prefetched: no gain measured.
 struct Ahead {
   const char* row;  // null: nothing
   int64 element_size;
+  const char* residual = nullptr;
 };
 
 constexpr int64 kNeuronsPerFetch = 128;
@@ -130,9 +132,10 @@ ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
   constexpr int64 kCacheLine = 64;
   for (int64 begin = 0; begin < length; begin += kNeuronsPerFetch) {
     const int64 end = begin + kNeuronsPerFetch < length ? begin + kNeuronsPerFetch : length;
-    if (ahead.row != nullptr) {
-      const char* stop = ahead.row + end * ahead.element_size;
-      for (const char* line = ahead.row + begin * ahead.element_size; line < stop; line += kCacheLine) {
+    for (const char* row : {ahead.row, ahead.residual}) {
+      if (row == nullptr) continue;
+      const char* stop = row + end * ahead.element_size;
+      for (const char* line = row + begin * ahead.element_size; line < stop; line += kCacheLine) {
         __builtin_prefetch(line);
       }
     }
@@ -256,11 +259,12 @@ struct InputParameters {
   }
 };
 
-// current[i] = input_gain * (x[i] - input_mean) + input_bias
-template <class Real, bool kRows>
+// current[i] = input_gain * (x[i] - input_mean) + input_bias;   with kResidual + residual_gain * residual[i]
+template <class Real, bool kRows, bool kResidual>
 struct InputCurrentLoop {
   struct Args {
-    const Real* x;
+    const Real *x, *residual;
+    Real residual_gain;
     InputParameters<Real, kRows> parameters;
     Real* current;
     int64 length;
@@ -268,11 +272,34 @@ struct InputCurrentLoop {
 
   static ASGL_HOST_DEVICE void run(Args args) {
     args.parameters.for_each_period(args.length, [=](int64 first, int64 length) __attribute__((always_inline)) {
-      const Real* x = args.x + first;
+      const Real *x = args.x + first, *residual = kResidual ? args.residual + first : nullptr;
       Real* current = args.current + first;
 #pragma GCC ivdep
-      for (int64 i = 0; i < length; ++i) current[i] = input_current(x[i], args.parameters[i]);
+      for (int64 i = 0; i < length; ++i) {
+        const Real c = input_current<Input::kNormalised>(x[i], args.parameters[i]);
+        current[i] = kResidual ? c + args.residual_gain * residual[i] : c;
+      }
     });
+  }
+};
+
+// The same with a residual, for any neurons.
+template <class Real, class Neurons>
+struct ResidualCurrentLoop {
+  struct Args {
+    Neurons neurons;
+    const Real *x, *residual;
+    Real residual_gain;
+    Real* current;
+    int64 length;
+  };
+
+  static ASGL_HOST_DEVICE void run(Args args) {
+#pragma GCC ivdep
+    for (int64 i = 0; i < args.length; ++i) {
+      args.current[i] =
+          input_current<Input::kGeneral>(args.x[i], args.neurons[i]) + args.residual_gain * args.residual[i];
+    }
   }
 };
 

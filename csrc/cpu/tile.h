@@ -185,15 +185,17 @@ class TileNeurons {
 // Interleaved sums of a stretch, vectorised without reordering additions.
 constexpr int64 kInputSums = 64;
 
-// The input current of a tile, with parameters that do not change over time; x itself for kPlain. Long stretches of
-// neurons that share the parameters use scalars; others use rows, as short as repetition allows, to save cache.
+// The input current of a tile, with parameters that do not change over time; x itself if plain and without a residual.
+// Long stretches of neurons that share the parameters use scalars; others use rows, as short as repetition allows, to
+// save cache.
 template <class Real>
 class TileInput {
  public:
   template <class Scalar>
   explicit TileInput(const LIFParams<Scalar>& params)
       : parameters_(params.parameters),
-        plain_(params.is_input_plain()),
+        residual_gain_(params.residual_gain),
+        plain_(params.is_input_plain() && params.residual == nullptr),
         rows_(plain_ ? 0 : 6, kTile),
         tile_(params.shape, 0) {
     if (plain_) return;
@@ -228,28 +230,23 @@ class TileInput {
     std::fill_n(bias_sum_, kTile, Real(0));
   }
 
-  const Real* current(const Real* x) {
+  // `residual` is null without one.
+  const Real* current(const Real* x, const Real* residual) {
     if (plain_) return x;
-    if (in_rows_) {
-      run<InputCurrentLoop<Real, true>>({x, rows(), current_, tile_.length});
-    } else {
-      for_each_shared([&](int64, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
-        run<InputCurrentLoop<Real, false>>({x + i, parameters, current_ + i, length});
-      });
-    }
+    residual == nullptr ? compute<false>(x, nullptr) : compute<true>(x, residual);
     return current_;
   }
 
-  // The row for the gradient of the current, from which backward computes the gradient of x.
+  // A row for the gradient of the current, dc, from which backward computes dx.
   Real* gradient_row() { return current_; }
-  void backward(const Real* x, Real* dx) {
+  void backward(const Real* x, const Real* dc, Real* dx) {
     if (in_rows_) {
-      run<InputCurrentAdjointLoop<Real, true>>({x, current_, rows(), gain_sum_, bias_sum_, dx, tile_.length});
+      run<InputCurrentAdjointLoop<Real, true>>({x, dc, rows(), gain_sum_, bias_sum_, dx, tile_.length});
     } else {
       for_each_shared([&](int64 stretch, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
         const int64 sum = stretch * kInputSums;
         run<InputCurrentAdjointLoop<Real, false>>(
-            {x + i, current_ + i, parameters, gain_sum_ + sum, bias_sum_ + sum, dx + i, length});
+            {x + i, dc + i, parameters, gain_sum_ + sum, bias_sum_ + sum, dx + i, length});
       });
     }
   }
@@ -259,6 +256,18 @@ class TileInput {
   const Real* bias_sums() { return in_place(bias_sum_); }
 
  private:
+  template <bool kResidual>
+  void compute(const Real* x, const Real* residual) {
+    if (in_rows_) {
+      run<InputCurrentLoop<Real, true, kResidual>>({x, residual, residual_gain_, rows(), current_, tile_.length});
+    } else {
+      for_each_shared([&](int64, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
+        run<InputCurrentLoop<Real, false, kResidual>>(
+            {x + i, kResidual ? residual + i : nullptr, residual_gain_, parameters, current_ + i, length});
+      });
+    }
+  }
+
   InputParameters<Real, true> rows() const { return {{gain_, Real(0)}, {bias_, Real(0)}, {mean_, Real(0)}, period_}; }
 
   template <class F>
@@ -284,6 +293,7 @@ class TileInput {
   }
 
   const ParameterView<Real>* parameters_;
+  Real residual_gain_;
   bool plain_, in_rows_ = false;
   int64 shared_ = 0, count_ = 1;  // inner and count of the non-uniform parameters, if equal
   int64 period_ = kTile;          // of the rows
@@ -292,6 +302,46 @@ class TileInput {
   Real *gain_sum_ = nullptr, *bias_sum_ = nullptr;
   Tile tile_;
   bool filled_ = false;
+};
+
+// The input of general loops: x itself, or with a residual the current, for neurons that take it as it is.
+template <class Scalar>
+class GeneralInput {
+  using Real = Real_t<Scalar>;
+
+ public:
+  explicit GeneralInput(const LIFParams<Scalar>& params)
+      : params_(params), rows_(params.residual == nullptr ? 0 : 4, kTile) {
+    if (params.residual == nullptr) return;
+    for (Real** row : {&buffer_, &current_, &ones_, &zeros_}) *row = rows_.take();
+    std::fill_n(ones_, kTile, Real(1));
+    std::fill_n(zeros_, kTile, Real(0));
+  }
+
+  // Calls f(neurons, row).
+  template <class Neurons, class F>
+  void visit(const Tile& tile, int64 t, const Real* x, const Neurons& neurons, F&& f) {
+    if (params_.residual == nullptr) return f(neurons, x);
+    const Real* residual = read_row(params_.residual, tile, t, buffer_);
+    run<ResidualCurrentLoop<Real, Neurons>>({neurons, x, residual, params_.residual_gain, current_, tile.length});
+    f(taking_current(neurons), current_);
+  }
+
+ private:
+  UniformNeuron<Real> taking_current(UniformNeuron<Real> neuron) const {
+    neuron.values.input_gain = Real(1);
+    neuron.values.input_bias = neuron.values.input_mean = Real(0);
+    return neuron;
+  }
+  NeuronRows<Real> taking_current(NeuronRows<Real> neurons) const {
+    neurons.row.input_gain = ones_;
+    neurons.row.input_bias = neurons.row.input_mean = zeros_;
+    return neurons;
+  }
+
+  const LIFParams<Scalar>& params_;
+  Rows<Real> rows_;
+  Real *buffer_ = nullptr, *current_ = nullptr, *ones_ = nullptr, *zeros_ = nullptr;
 };
 
 // `count` consecutive rows for each member of the state.

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
   Steps now, next;
   load_steps(steps, now);
   const Real v_rest = params.options.v_rest;
-  ThreadNeuron<Real, Input::kGeneral> neuron(params, index.read_n, params.options);
+  ThreadNeuron<Real, true> neuron(params, index.read_n, params.options);
   State<Real[kLanes]> state, later;  // later: the gradient of state
   load_state(params, State<const Real*>{}, 0, index, state);
   fill(later, State<Real>());

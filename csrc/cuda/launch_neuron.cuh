@@ -12,19 +12,19 @@ namespace asgl::cuda {
 
 template <class Scalar>
 cudaError_t plan_on(Device, ForwardParams<Scalar>& params) {
-  return plan_neurons(
-      params, groups_of_four(params, params.s_seq, params.last, params.v_seq, params.h_seq, params.checkpoints));
+  return plan_neurons(params, groups_of_four(params, params.residual, params.s_seq, params.last, params.v_seq,
+                                             params.h_seq, params.checkpoints));
 }
 
 template <class Scalar>
 cudaError_t plan_on(Device, BackwardParams<Scalar>& params) {
-  return plan_with_sums(
-      params, groups_of_four(params, params.grad_s_seq, params.grad_last, params.grad_v_seq, params.grad_h_seq,
-                             params.checkpoints, params.grad_x_seq, params.grad_init));
+  return plan_with_sums(params, groups_of_four(params, params.residual, params.grad_s_seq, params.grad_last,
+                                               params.grad_v_seq, params.grad_h_seq, params.checkpoints,
+                                               params.grad_x_seq, params.grad_init, params.grad_residual));
 }
 
 // Calls f(lanes, input), with the neurons a thread and the input of the kernel as constants. With one neuron a thread,
-// the normalised kernel computes plain input, too.
+// the normalised kernel computes plain input, too, and the general one any with a residual.
 template <class Scalar, class Params, class F>
 void with_kind(const Params& params, F&& f) {
   const auto with_lanes = [&](auto lanes) {
@@ -32,7 +32,11 @@ void with_kind(const Params& params, F&& f) {
     if (input == Input::kGeneral) return f(lanes, std::integral_constant<Input, Input::kGeneral>{});
     if constexpr (lanes() == 4) {
       if (input == Input::kPlain) return f(lanes, std::integral_constant<Input, Input::kPlain>{});
+      if (input == Input::kNormalisedResidual) {
+        return f(lanes, std::integral_constant<Input, Input::kNormalisedResidual>{});
+      }
     }
+    if (params.residual != nullptr) return f(lanes, std::integral_constant<Input, Input::kGeneralResidual>{});
     f(lanes, std::integral_constant<Input, Input::kNormalised>{});
   };
   if constexpr (kHasFours<Scalar>) {
@@ -41,12 +45,16 @@ void with_kind(const Params& params, F&& f) {
   with_lanes(std::integral_constant<int, 1>{});
 }
 
+// The input of the general kernel that runs in place of another.
+template <Input kInput>
+constexpr Input kAnyInput = kHasResidual<kInput> ? Input::kGeneralResidual : Input::kGeneral;
+
 template <class Model, class Scalar>
 cudaError_t launch(Model, const ForwardParams<Scalar>& params, cudaStream_t stream) {
   void (*kernel)(ForwardParams<Scalar>) = nullptr;
   with_kind<Scalar>(params, [&](auto lanes, auto input) {
-    if constexpr (Model::kOnlyGeneral || input() == Input::kGeneral) {
-      kernel = &lif_forward_kernel<Scalar, LIFByOptions<Real_t<Scalar>>, lanes(), Input::kGeneral, 0>;
+    if constexpr (Model::kOnlyGeneral || kIsGeneral<input()>) {
+      kernel = &lif_forward_kernel<Scalar, LIFByOptions<Real_t<Scalar>>, lanes(), kAnyInput<input()>, 0>;
     } else {
       kernel = &lif_forward_kernel<Scalar, Model, lanes(), input(), 0>;
       if constexpr (lanes() == 4) {
@@ -63,8 +71,8 @@ template <class Model, class Scalar>
 cudaError_t launch(Model, const BackwardParams<Scalar>& params, cudaStream_t stream) {
   void (*kernel)(BackwardParams<Scalar>) = nullptr;
   with_kind<Scalar>(params, [&](auto lanes, auto input) {
-    if constexpr (Model::kOnlyGeneral || input() == Input::kGeneral) {
-      kernel = &lif_backward_kernel<Scalar, lanes()>;
+    if constexpr (Model::kOnlyGeneral || kIsGeneral<input()>) {
+      kernel = &lif_backward_kernel<Scalar, lanes(), kAnyInput<input()>>;
     } else {
       kernel = &lif_backward_settled_kernel<Scalar, Model, lanes(), input(), 0>;
       if constexpr (lanes() == 4) {

@@ -22,9 +22,9 @@ namespace asgl {
 // Blocks a multiprocessor: enough to keep memory busy, without spills (tools/kernels/RESOURCES.md). 65,536 registers
 // are 72 a thread for 7 blocks.
 template <class Real, Input kInput>
-constexpr int kForwardBlocks = sizeof(Real) == 8           ? 3
-                               : kInput == Input::kGeneral ? 5
-                                                           : 7;
+constexpr int kForwardBlocks = sizeof(Real) == 8                            ? 3
+                               : kIsGeneral<kInput> || kHasResidual<kInput> ? 5
+                                                                            : 7;
 template <class Real, int kLanes>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
 // With NVRTC erf spills at four blocks.
@@ -36,7 +36,7 @@ constexpr bool kIsLong<LIF<Surrogate::kErf, kHardReset>> = true;
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 constexpr int kSettledBackwardBlocks = kExact > 0 || sizeof(Scalar) == 8 ||
                                                (kLanes == 4 &&
-                                                (kInput == Input::kNormalised || kIsLong<Model> || sizeof(Scalar) == 4))
+                                                (kInput != Input::kPlain || kIsLong<Model> || sizeof(Scalar) == 4))
                                            ? 3
                                            : 4;
 
@@ -54,9 +54,10 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
   if (kLanes > 1 && !index.live) return;
 
   int64 load_element = index.element;
-  Packed<kLanes, Scalar> x[kSteps];
+  Packed<kLanes, Scalar> x[kSteps], r[kSteps];
   const auto load_step = [&](int64 left, int k) {
     if (k < left) x[k % kSteps].load(params.x_seq + load_element);
+    if (kHasResidual<kInput> && k < left) r[k % kSteps].load(params.residual + load_element);
     advance(load_element, stride);
   };
   const auto load_first = [&] {
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
   const auto& model = Model::of(params.options);
-  ThreadNeuron<Real, kInput> neuron(params, index.read_n, options);
+  ThreadNeuron<Real, kIsGeneral<kInput>> neuron(params, index.read_n, options);
   State<Real[kLanes]> state;
   load_state(params, State<const Real*>{}, 0, index, state);
   if (kExact == 0) load_first();
@@ -80,15 +81,18 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
     for (int k = 0; k < kSteps; ++k) {
       if (k < length) {
         neuron.move_to(start + k);
-        Real h[kLanes], s[kLanes];
+        Real h[kLanes], s[kLanes], r_k[kLanes];
         x[k].unpack(h);
+        if constexpr (kHasResidual<kInput>) r[k].unpack(r_k);
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
-          h[j] = Model::template charge<kInput>(h[j], lane(state, j), neuron.now(), options);
+          Real c = input_current<kInput>(h[j], neuron.now());
+          if constexpr (kHasResidual<kInput>) c = c + params.residual_gain * r_k[j];
+          h[j] = Model::template charge<kInput>(c, lane(state, j), neuron.now(), options);
           s[j] = model.fire(h[j], noise.is_analog(k, j), neuron.now(), firing);
           model.reset(h[j], s[j], neuron.now(), lane(state, j));
         }
-        if constexpr (kInput == Input::kGeneral) {
+        if constexpr (kIsGeneral<kInput>) {
           if (params.h_seq != nullptr && index.live) Lanes::store(h, params.h_seq + element);
           if (params.v_seq != nullptr && index.live) Lanes::store(state.v, params.v_seq + element);
           if (options.scale_output) {
@@ -119,11 +123,12 @@ constexpr int kShortSequence = 4;
 template <class Model, Input kInput, class Real, int kLanes>
 struct SettledStep {
   using Row = Real[kLanes];
-  static constexpr bool kNormalised = kInput == Input::kNormalised;
+  static constexpr bool kNormalised = kInput != Input::kPlain;
 
   const Neuron<Real>& neuron;
   const NeuronOptions<Real>& options;
   const FiringFromLeast<Real>& firing;
+  Real residual_gain;
 
   template <class Noise>
   __device__ __forceinline__ Real fire(Real h, const Noise& noise, int k, int j) const {
@@ -132,10 +137,13 @@ struct SettledStep {
 
   // From x to h, and from the state before step k to the state after it.
   template <class Noise>
-  __device__ __forceinline__ void compute(const Row& x, const Noise& noise, int k, State<Row>& state, Row& h) const {
+  __device__ __forceinline__ void compute(const Row& x, const Row& r, const Noise& noise, int k, State<Row>& state,
+                                          Row& h) const {
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
-      h[j] = Model::template charge<kInput>(x[j], lane(state, j), neuron, options);
+      Real c = input_current<kInput>(x[j], neuron);
+      if constexpr (kHasResidual<kInput>) c = c + residual_gain * r[j];
+      h[j] = Model::template charge<kInput>(c, lane(state, j), neuron, options);
       const Real s = fire(h[j], noise, k, j);
       Model::reset(h[j], s, neuron, lane(state, j));
     }
@@ -202,7 +210,8 @@ template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, Model, kLanes, kInput, kExact>)
     lif_backward_settled_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
-  constexpr bool kNormalised = kInput == Input::kNormalised, kInRegisters = kExact > 0;
+  constexpr bool kNormalised = kInput != Input::kPlain, kInRegisters = kExact > 0;
+  constexpr bool kResidual = kHasResidual<kInput>;
   constexpr int kSteps = kInRegisters ? kExact : kLanes == 1 ? 8 : 4;  // loaded at a time
   constexpr int kSegment = kInRegisters ? kExact : kCheckpointSteps;
   static_assert(kSegment % kSteps == 0);
@@ -221,12 +230,17 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
   Real sums[kNumParameters] = {};
   if (kLanes == 1 || index.live) {
     // Each pointer advances with its loads or stores.
-    Packed<kLanes, Scalar> x[kSteps], g[kSteps], x_again[kSteps];
-    const Scalar *x_seq, *grad_s_seq, *x_seq_again;
+    Packed<kLanes, Scalar> x[kSteps], g[kSteps], x_again[kSteps], r[kSteps];
+    const Scalar *x_seq, *grad_s_seq, *x_seq_again, *residual;
     Scalar* grad_x_seq;
+    int64 stored;  // element, with a residual, where either gradient may be unwanted
     const auto load_x = [&](bool there, int k) {
       if (there) x[k].load(in_global_memory(x_seq));
       advance<!kInRegisters>(x_seq, stride);
+      if constexpr (kResidual) {
+        if (there) r[k].load(in_global_memory(residual));
+        advance<!kInRegisters>(residual, stride);
+      }
     };
     const auto load_gradient = [&](bool there, int k) {
       if (there) g[k].load(in_global_memory(grad_s_seq));
@@ -244,7 +258,12 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
       x_seq = params.x_seq + element;
       grad_s_seq = params.grad_s_seq + last_element;
       x_seq_again = params.x_seq + last_element;
-      grad_x_seq = params.grad_x_seq + last_element;
+      if constexpr (kResidual) {
+        residual = params.residual + element;
+        stored = last_element;
+      } else {
+        grad_x_seq = params.grad_x_seq + last_element;
+      }
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) load_x(k < length, k);
 #pragma unroll
@@ -255,7 +274,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
     const NeuronOptions<Real> options = params.options;
     const FiringFromLeast<Real> firing(options);
     const Neuron<Real> neuron = settled_neuron(params, index.read_n, options);
-    const SettledStep<Model, kInput, Real, kLanes> step = {neuron, options, firing};
+    const SettledStep<Model, kInput, Real, kLanes> step = {neuron, options, firing, params.residual_gain};
     const bool has_grad_last = exists(params.grad_last);
     State<Real[kLanes]> d_state;
     fill(d_state, State<Real>());  // NVRTC would read {} from a variable in global memory
@@ -279,9 +298,10 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
           if (k < left) {
-            Real x_k[kLanes];
+            Real x_k[kLanes], r_k[kLanes];
             x[k].unpack(x_k);
-            step.compute(x_k, few, k, state, h[k].values);
+            if constexpr (kResidual) r[k].unpack(r_k);
+            step.compute(x_k, r_k, few, k, state, h[k].values);
             if (!kInRegisters) potentials[first + k][threadIdx.x] = h[k];
           }
           if (!kInRegisters) load_x(k + kSteps < left, k);
@@ -317,9 +337,20 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
                 if (k < carried_steps) sums[kReset] += Model::gradient_of_reset(d_after.v[j], s[j]);
               }
             }
-            if (index.live) Access<kLanes>::store(dx, in_global_memory(grad_x_seq));
+            if constexpr (kResidual) {
+              if (index.live && params.grad_x_seq != nullptr) Access<kLanes>::store(dx, params.grad_x_seq + stored);
+              if (index.live && params.grad_residual != nullptr) {
+                Access<kLanes>::store(dh, params.grad_residual + stored);
+              }
+            } else if (index.live) {
+              Access<kLanes>::store(dx, in_global_memory(grad_x_seq));
+            }
           }
-          advance<!kInRegisters>(grad_x_seq, -stride);
+          if constexpr (kResidual) {
+            advance<!kInRegisters>(stored, -stride);
+          } else {
+            advance<!kInRegisters>(grad_x_seq, -stride);
+          }
           if (!kInRegisters) load_gradient(first > 0, k);
         }
       }
@@ -339,7 +370,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
 
 // The backward pass that supports every option at run time. The potentials of a segment are stored in shared memory,
 // where a loop can index them.
-template <class Scalar, int kLanes>
+template <class Scalar, int kLanes, Input kInput>
 __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>, kLanes>)
     lif_backward_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
@@ -359,7 +390,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
   const auto& model = Model::of(params.options);
-  ThreadNeuron<Real, Input::kGeneral> neuron(params, index.read_n, options);
+  ThreadNeuron<Real, true> neuron(params, index.read_n, options);
   const uint32 wanted = params.summary.wanted;
   const auto store_sum = [&](int id, int64 t, Real sum, int row) {
     ThreadSums<Real>& thread_sums = *reinterpret_cast<ThreadSums<Real>*>(potentials[row]);
@@ -402,9 +433,13 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
     for (int k = 0; k < length; ++k) {
       neuron.move_to(start + k);
       Potentials h = potentials[k][threadIdx.x];
+      Real r[kLanes];
+      if constexpr (kHasResidual<kInput>) Lanes::load(params.residual + (first_element + k * stride), r);
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
-        h.values[j] = Model::template charge<Input::kGeneral>(h.values[j], lane(state, j), neuron.now(), options);
+        Real c = input_current<kInput>(h.values[j], neuron.now());
+        if constexpr (kHasResidual<kInput>) c = c + params.residual_gain * r[j];
+        h.values[j] = Model::template charge<kInput>(c, lane(state, j), neuron.now(), options);
         model.reset(h.values[j], fire_lane(h.values[j], k, j), neuron.now(), lane(state, j));
       }
       potentials[k][threadIdx.x] = h;
@@ -420,7 +455,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
 #pragma unroll 1
     for (int k = length - 1; k >= 0; --k) {
       const int64 t = start + k, element = first_element + k * stride;
-      Real g[kLanes], gh[kLanes], x[kLanes], dx[kLanes];
+      Real g[kLanes], gh[kLanes], x[kLanes], dx[kLanes], dc[kLanes];
       State<Real[kLanes]> before = first_state;
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) g[j] = next_g[j];
@@ -464,6 +499,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         sums[kThreshold] -= step.dy * neuron.now().inverse_width;
         sums[kDecay] += step.dh * (before.v[j] - options.v_rest);
         dx[j] = neuron.now().input_gain * step.dc;
+        dc[j] = step.dc;
         sums[kInputGain] += step.dc * (x[j] - neuron.now().input_mean);
         sums[kInputBias] += step.dc;
         sums[kInputMean] -= dx[j];
@@ -473,6 +509,9 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         int64 stored_element = element;
         opaque(stored_element);  // or the compiler splits the store for half types
         Lanes::store(dx, params.grad_x_seq + stored_element);
+      }
+      if constexpr (kHasResidual<kInput>) {
+        if (params.grad_residual != nullptr && index.live) Lanes::store(dc, params.grad_residual + element);
       }
 #pragma unroll
       for (int id = 0; id < kNumParameters; ++id) {

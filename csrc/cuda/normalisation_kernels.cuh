@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kBlockThreads, 8) batch_norm_adjoint_kernel(co
   if (channel < params.channels) params.compute(channel);
 }
 
-template <class Scalar, int kLanes>
+template <class Scalar, int kLanes, bool kResidual>
 __global__ void __launch_bounds__(kBlockThreads, 8)
     batch_norm_input_gradient_kernel(const InputGradientParams<Scalar> params) {
   using Real = Real_t<Scalar>;
@@ -180,6 +180,7 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
   if (!index.live) return;
   const Real mean = params.mean[index.channel], slope = params.adjoint[index.channel];
   const Real offset = params.adjoint[tiles.shape.channels + index.channel];
+  const Scalar* gradients = kResidual ? params.grad_residual : params.grad_x_seq;
   const int64 stride = index.step * tiles.shape.columns();
   int64 element = index.row * tiles.shape.columns() + index.column;
   for (int64 row = index.row; row < index.end_row; row += kTogether * index.step) {
@@ -188,12 +189,22 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
     for (int k = 0; k < kTogether; ++k) {
       if (row + k * index.step < index.end_row) {
         Lanes::load(params.x_seq + (element + k * stride), x[k]);
-        Lanes::load(static_cast<const Scalar*>(params.grad_x_seq) + (element + k * stride), dx[k]);
+        Lanes::load(gradients + (element + k * stride), dx[k]);
       }
     }
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
       if (row + k * index.step < index.end_row) {
+        if constexpr (kResidual) {
+          const Real gain = params.gain[index.channel];
+          Real dr[kLanes];
+#pragma unroll
+          for (int j = 0; j < kLanes; ++j) {
+            dr[j] = params.residual_gain * dx[k][j];
+            dx[k][j] = gain * dx[k][j];
+          }
+          if (params.residual_gain != Real(1)) Lanes::store(dr, params.grad_residual + (element + k * stride));
+        }
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) dx[k][j] = normalisation_adjoint(dx[k][j], x[k][j], mean, slope, offset);
         Lanes::store(dx[k], params.grad_x_seq + (element + k * stride));

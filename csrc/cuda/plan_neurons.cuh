@@ -11,7 +11,9 @@ namespace asgl::cuda {
 template <class Params>
 Input input_of(const Params& params) {
   const bool indexed = params.shape.neurons() < kDivisible;
-  return params.only_spikes() && indexed ? params.input() : Input::kGeneral;
+  const Input input = params.only_spikes() && indexed ? params.input() : Input::kGeneral;
+  if (params.residual == nullptr) return input;
+  return input == Input::kGeneral ? Input::kGeneralResidual : Input::kNormalisedResidual;
 }
 
 // Whether four neurons, from any multiple of four on, are adjacent and aligned in memory and share all parameters.
@@ -27,7 +29,8 @@ bool groups_of_four(const LIFParams<Scalar>& params, const Pointers&... sequence
 // Whether four neurons a thread are faster. Queries the device only if its size decides.
 template <class Params>
 cudaError_t fours_pay(const Params& params, bool* pay) {
-  const bool general = input_of(params) == Input::kGeneral;
+  const Input input = input_of(params);
+  const bool general = input == Input::kGeneral || input == Input::kGeneralResidual;
   *pay = !general && params.shape.steps <= kCheckpointSteps;
   if (*pay) return cudaSuccess;
   int device = 0, multiprocessors = 0, threads_each = 0;

@@ -34,9 +34,9 @@ struct LIFByOptions : NeuronOptions<Real> {
   static ASGL_HOST_DEVICE const LIFByOptions& of(const LIFByOptions& options) { return options; }
 
   template <Input kInput, class States>
-  static ASGL_HOST_DEVICE Real charge(Real x, States&& state, const Neuron<Real>& neuron,
+  static ASGL_HOST_DEVICE Real charge(Real c, States&& state, const Neuron<Real>& neuron,
                                       const NeuronOptions<Real>& options) {
-    return Hard::charge<kInput>(x, state, neuron, options);
+    return Hard::charge<kInput>(c, state, neuron, options);
   }
 
   // multi_spike: s = trunc(h / v_threshold) where h > 0, else 0 (a product, so that NaN stays NaN)

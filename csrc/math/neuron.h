@@ -69,17 +69,23 @@ struct NeuronOptions {
   bool logit_decay;  // kDecay is the logit of the decay
 };
 
-// Assumptions of charge, which change at most the sign of a zero.
+// Assumptions of input_current and charge, which change at most the sign of a zero.
 enum class Input {
   kGeneral,
-  kNormalised,  // v_rest = 0
-  kPlain,       // v_rest = 0, input_gain = 1, input_bias = 0, input_mean = 0
+  kNormalised,          // v_rest = 0
+  kPlain,               // v_rest = 0, input_gain = 1, input_bias = 0, input_mean = 0
+  kNormalisedResidual,  // v_rest = 0, with a residual
+  kGeneralResidual,
 };
+template <Input kInput>
+constexpr bool kIsGeneral = kInput == Input::kGeneral || kInput == Input::kGeneralResidual;
+template <Input kInput>
+constexpr bool kHasResidual = kInput == Input::kNormalisedResidual || kInput == Input::kGeneralResidual;
 
-// c[t] = input_gain * (x[t] - input_mean) + input_bias
-template <class Real>
+// c[t] = input_gain * (x[t] - input_mean) + input_bias;   a residual adds residual_gain * residual[t]
+template <Input kInput, class Real>
 ASGL_HOST_DEVICE Real input_current(Real x, const Neuron<Real>& neuron) {
-  return neuron.input_gain * (x - neuron.input_mean) + neuron.input_bias;
+  return kInput == Input::kPlain ? x : neuron.input_gain * (x - neuron.input_mean) + neuron.input_bias;
 }
 
 // The firing rule gives the hard spike z: 1 if u >= 0 (strict: u > 0), else 0.
@@ -153,11 +159,10 @@ struct LIF {
 
   // h[t] = v_rest + decay * (v[t-1] - v_rest) + c[t]
   template <Input kInput, class Real, class States>
-  static ASGL_HOST_DEVICE Real charge(Real x, States&& state, const Neuron<Real>& neuron,
+  static ASGL_HOST_DEVICE Real charge(Real c, States&& state, const Neuron<Real>& neuron,
                                       const NeuronOptions<Real>& options) {
-    const Real c = kInput == Input::kPlain ? x : input_current(x, neuron);
     const Real v_rest = options.v_rest;
-    return kInput == Input::kGeneral ? (v_rest + neuron.decay * (state.v - v_rest)) + c : neuron.decay * state.v + c;
+    return kIsGeneral<kInput> ? (v_rest + neuron.decay * (state.v - v_rest)) + c : neuron.decay * state.v + c;
   }
 
   // s = F(u / width) where analog, else the hard spike,   u = h - v_threshold

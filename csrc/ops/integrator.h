@@ -33,7 +33,7 @@ std::vector<Tensor> integrator_backward(const Tensor& grad_v_seq, const Optional
                                         const OptionalTensor& v_seq, const OptionalTensor& x_seq,
                                         const OptionalTensor& v_init, const c10::List<OptionalTensor>& parameters,
                                         at::ArrayRef<double> numbers, at::IntArrayRef rules, bool delay,
-                                        std::array<bool, 2 + kNumParameters> wanted) {
+                                        WantedGradients wanted) {
   const Call call(grad_v_seq, v_init, std::nullopt, parameters, numbers, rules);
   const Backend backend(grad_v_seq);
   const Layout& layout = call.layout();

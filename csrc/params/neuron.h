@@ -97,6 +97,8 @@ struct LIFParams {
   ParameterSummary summary;  // set by plan_tiles() of CUDA; from kDivisible neurons on only `wanted`
   const Scalar* x_seq;       // [outer, T, inner]
   State<const Real*> init;   // [N]; null: at rest
+  const Scalar* residual;    // [outer, T, inner]; null: none
+  Real residual_gain;
 
   // The state of a neuron at rest.
   ASGL_HOST_DEVICE State<Real> at_rest() const { return {options.v_rest}; }
@@ -110,7 +112,7 @@ struct LIFParams {
     return is_input_plain() ? Input::kPlain : Input::kNormalised;
   }
 
-  // Whether the input current is x itself.
+  // Whether the input current is x itself, apart from the residual.
   ASGL_HOST_DEVICE bool is_input_plain() const {
     const auto is = [&](ParameterId id, Real value) {
       return parameters[id].data == nullptr && parameters[id].constant == value;
@@ -156,14 +158,16 @@ struct BackwardParams : LIFParams<Scalar> {
   State<const Real*> checkpoints;  // as in ForwardParams
   Scalar* grad_x_seq;              // [outer, T, inner]
   State<Real*> grad_init;          // [N]
+  Scalar* grad_residual;           // [outer, T, inner], the gradient of the input current
   GradientPartials<Real> partials[kNumParameters];
 
   ASGL_HOST_DEVICE bool wants(int id) const { return partials[id].data != nullptr; }
 
-  // Whether unscaled s_seq has a gradient and x_seq wants one; v_seq and h_seq have none, input_mean wants none.
+  // Whether unscaled s_seq has a gradient, and x_seq or the residual wants one; v_seq and h_seq have none, input_mean
+  // wants none.
   ASGL_HOST_DEVICE bool only_spikes() const {
-    return grad_s_seq != nullptr && grad_x_seq != nullptr && grad_v_seq == nullptr && grad_h_seq == nullptr &&
-           !this->options.scale_output && !wants(kInputMean);
+    return grad_s_seq != nullptr && (grad_x_seq != nullptr || grad_residual != nullptr) && grad_v_seq == nullptr &&
+           grad_h_seq == nullptr && !this->options.scale_output && !wants(kInputMean);
   }
 };
 

@@ -162,7 +162,11 @@ struct InputGradientParams {
   const Scalar* x_seq;  // [rows, channels, inner]
   const Real* mean;     // [channels]
   const Real* adjoint;  // slope and offset, [2, channels]
-  Scalar* grad_x_seq;   // [rows, channels, inner], gain * dh on entry, dx on return
+  Scalar* grad_x_seq;   // [rows, channels, inner], dx on return; on entry gain * dh, or with grad_residual nothing
+  // With a residual:
+  Scalar* grad_residual;  // [rows, channels, inner], dh on entry, residual_gain * dh on return; null: none
+  Real residual_gain;
+  const Real* gain;  // [channels]
 };
 
 }  // namespace asgl
