@@ -118,7 +118,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
         grad_x_seq, grad_v_init, *grad_parameters, grad_residual = with_gaps(found, wanted)
         grad_weight = grad_bias = None
         if through_batch and residual:
-            grad_x_seq = torch.empty_like(x_seq)
+            grad_x_seq = torch.empty_like(grad_residual)
         if wants_sums:
             *_, grad_gain, grad_shift, _ = grad_parameters
             sums = grad_gain, grad_shift

@@ -46,7 +46,9 @@ def differences(
     leaves = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     # Expanded parameters show the terms of the reference's gradient.
-    terms = {name: leaf.expand(x_seq.shape) for name, leaf in leaves.items() if name not in ("x_seq", "v_init")}
+    terms = {
+        name: leaf.expand(x_seq.shape) for name, leaf in leaves.items() if name not in ("x_seq", "v_init", "residual")
+    }
     everything = _outputs(x_seq, "reference", LIFOutput._fields, **{**options, **terms})
     expected = {name: everything[name] for name in outputs}
     actual = _outputs(x_seq, backend, outputs, **options)
