@@ -27,7 +27,7 @@ import asgl_cuda
 
 from ...common import device_of, parser_of
 from .data import samples_of
-from .presets import BASELINES, PRESETS, PUBLISHED, Settings
+from .presets import BASELINES, LOSSES, PRESETS, PUBLISHED, Settings
 from .training import Options, Training
 
 console = Console(highlight=False)
@@ -50,7 +50,9 @@ def arguments_of() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     group = parser.add_argument_group("settings", "in place of the preset's")
     for name, value in asdict(PRESETS[PUBLISHED[0]]).items():
         if name not in ("data", "network", "widths"):  # by preset and baseline
-            kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else {"type": type(value)}
+            kind: dict[str, Any] = {"choices": LOSSES} if name == "loss" else {"type": type(value)}
+            if isinstance(value, bool):
+                kind = {"action": argparse.BooleanOptionalAction}
             group.add_argument(f"--{name.replace('_', '-')}", **kind)
     return parser, parser.parse_args()
 

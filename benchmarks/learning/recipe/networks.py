@@ -76,12 +76,10 @@ def neurons_of(settings: Settings) -> Neurons:
     return neurons
 
 
-def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> OverTime:
-    return OverTime(nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False))
-
-
-def _norm(channels: int) -> OverTime:
-    return OverTime(nn.BatchNorm2d(channels))
+def normalised(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> tuple[OverTime, OverTime]:
+    """A convolution and its normalisation."""
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    return OverTime(convolution), OverTime(nn.BatchNorm2d(outputs))
 
 
 class BasicBlock(nn.Module):
@@ -89,11 +87,10 @@ class BasicBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, make: MakeNeurons) -> None:
         super().__init__()
-        self.conv1, self.bn1, self.spike1 = _conv(inputs, outputs, stride=stride), _norm(outputs), make()
-        self.conv2, self.bn2, self.spike2 = _conv(outputs, outputs), _norm(outputs), make()
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride), _norm(outputs))
+        (self.conv1, self.bn1), self.spike1 = normalised(inputs, outputs, stride=stride), make()
+        (self.conv2, self.bn2), self.spike2 = normalised(outputs, outputs), make()
+        same = stride == 1 and inputs == outputs
+        self.shortcut = nn.Sequential(*(() if same else normalised(inputs, outputs, 1, stride)))
 
     def forward(self, s_seq: Tensor) -> Tensor:
         c_seq = self.bn2(self.conv2(self.spike1(self.bn1(self.conv1(s_seq)))))
@@ -107,7 +104,7 @@ class ResNet(nn.Module):
         self, channels: Sequence[int], blocks: Sequence[int], hidden: int, inputs: int, classes: int, make: MakeNeurons
     ) -> None:
         super().__init__()
-        self.conv0 = nn.Sequential(_conv(inputs, channels[0]), _norm(channels[0]), make())
+        self.conv0 = nn.Sequential(*normalised(inputs, channels[0]), make())
         self.stages = [f"layer{number}" for number in range(1, len(channels) + 1)]
         before = channels[0]
         for name, outputs, count in zip(self.stages, channels, blocks, strict=True):
@@ -136,7 +133,7 @@ class VGG(nn.Module):
         layers: list[nn.Module] = []
         for each in plan:
             if isinstance(each, int):
-                layers += [_conv(inputs, each), _norm(each), make()]
+                layers += [*normalised(inputs, each), make()]
                 inputs = each
             else:
                 layers.append(OverTime(nn.AvgPool2d(2) if each == "A" else nn.AdaptiveAvgPool2d(1)))

@@ -33,6 +33,7 @@ class Settings:
     channels: float = 1.0  # factor on the channels of the network
 
 
+LOSSES = ("mean", "tet")
 CLASSES = {"cifar10": 10, "cifar100": 100, "dvs-cifar10": 10}
 
 _DVS = Settings(
