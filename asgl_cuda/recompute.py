@@ -5,6 +5,8 @@ counter-based: one forward kernel computes the same spikes, analog values includ
 
 Unrelated: the potentials that a neuron's backward recomputes from checkpoints.
 
+Max pooling saves positions as int64, twice the bytes of its float32 result; `_Kept` narrows these.
+
 Hooks on saved tensors put a `_Recomputed` in place of spikes and views of spikes, recognised by their storage; a weak
 reference keeps the address of a storage from being reused. Under such hooks autograd does not compare versions of
 tensors, so `_Kept` does.
@@ -45,10 +47,20 @@ _counting = threading.Lock()
 
 
 class _Kept:
-    """A tensor saved as is, which must not change."""
+    """A tensor saved as is, which must not change; indices of max pooling in fewer bytes."""
 
     def __init__(self, tensor: Tensor, name: str) -> None:
         self._tensor, self._name, self._version = tensor, name, tensor._version
+        self._dtype = tensor.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._tensor.shape
+
+    def narrow(self, dtype: torch.dtype) -> None:
+        if self._tensor._version == self._version:
+            self._tensor = self._tensor.to(dtype)
+            self._version = self._tensor._version
 
     def unpacked(self) -> Tensor:
         if self._tensor._version != self._version:
@@ -57,7 +69,7 @@ class _Kept:
                 f"needs, has been modified by an inplace operation: expected version {self._version}, got "
                 f"{self._tensor._version}"
             )
-        return self._tensor
+        return self._tensor.to(self._dtype)
 
 
 class _Spikes:
@@ -110,10 +122,30 @@ class _Recomputed:
 
     def __init__(self, spikes: _Spikes, tensor: Tensor) -> None:
         self._spikes = spikes
-        self._view = tensor.size(), tensor.stride(), tensor.storage_offset()
+        self.shape, self._stride, self._offset = tensor.shape, tensor.stride(), tensor.storage_offset()
 
     def unpacked(self) -> Tensor:
-        return self._spikes.computed_for(self).as_strided(*self._view)
+        return self._spikes.computed_for(self).as_strided(self.shape, self._stride, self._offset)
+
+
+# Nodes of autograd whose result1 has positions in the input's last two dimensions.
+_MAX_POOLING = ("MaxPool2DWithIndicesBackward0", "AdaptiveMaxPool2DBackward0")
+
+
+def _narrow_indices(tensor: Tensor) -> None:
+    """If the tensor is a result of max pooling or a view of one: has its indices saved in 2 or 4 bytes instead of 8."""
+    node = (tensor if tensor._base is None else tensor._base).grad_fn
+    if node is None or node.name() not in _MAX_POOLING:
+        return
+    raw = node._raw_saved_self, node._raw_saved_result1  # type: ignore[attr-defined]
+    if any(getattr(each, "unpack_hook", None) is not _unpacked for each in raw):  # saved elsewhere, or an older torch
+        return
+    source, indices = (each.data for each in raw)
+    *_, height, width = source.shape
+    for dtype in (torch.int16, torch.int32):
+        if height * width <= torch.iinfo(dtype).max:
+            indices.narrow(dtype)
+            return
 
 
 def _packed(tensor: Tensor, name: str = "a tensor") -> _Kept | _Recomputed:
@@ -122,6 +154,7 @@ def _packed(tensor: Tensor, name: str = "a tensor") -> _Kept | _Recomputed:
         recomputed = None if spikes is None else spikes.stood_for(tensor)
         if recomputed is not None:
             return recomputed
+        _narrow_indices(tensor)
     return _Kept(tensor, name)
 
 
@@ -167,8 +200,8 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
             around forward; loss and backward may be inside or outside.
 
     Saved as usual: outputs of dropout and pooling, concatenated or cast spikes (under autocast, neurons of the lower
-    precision avoid the cast), spikes modified in place before use. Inside torch.utils.checkpoint or a compiled model
-    nothing changes.
+    precision avoid the cast), spikes modified in place before use. Indices of max pooling are saved in 2 or 4 bytes
+    instead of 8. Inside torch.utils.checkpoint or a compiled model nothing changes.
 
     Returns:
         A context manager and decorator; or the model.

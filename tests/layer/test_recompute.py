@@ -11,6 +11,7 @@ import torch
 from comparison import Stack
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator, OverTime, recompute, recompute_spikes
@@ -69,6 +70,19 @@ PATTERNS = {
     ),
     "max pooling": lambda: (
         nn.Sequential(conv(2, 8), LIF(), OverTime(nn.MaxPool2d(2)), conv(8, 4), BatchNormLIF(4), nn.Flatten(2)),
+        images(),
+    ),
+    "max pooling, channels_last": lambda: (
+        nn.Sequential(conv(2, 8), LIF(), OverTime(nn.MaxPool2d(3, 2, 1)), conv(8, 4), nn.Flatten(2)).to(
+            memory_format=torch.channels_last
+        ),
+        images().flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (STEPS, BATCH)),
+    ),
+    "max pooling for two": lambda: (
+        Stack(
+            lambda m, x: m.one(s := m.pool(m.neuron(m.first(x)))) + m.two(s),
+            first=conv(2, 8), neuron=LIF(), pool=OverTime(nn.AdaptiveMaxPool2d(2)), one=conv(8, 4), two=conv(8, 4),
+        ),
         images(),
     ),
     "two consumers": lambda: (
@@ -164,6 +178,7 @@ def storages_of_spikes(model, x, context):
 STAY = {
     "average pooling": [False, True],
     "max pooling": [False, True],
+    "max pooling, channels_last": [False],
     "changed before use": [True],
     "part without gradient": [True, False],
 }
@@ -200,6 +215,62 @@ def test_computed_once_for_all_who_ask(monkeypatch):
     trained(model, x, recompute_spikes())
     assert len(calls) == 1
     assert calls[0]._again is None
+
+
+# ---- indices of max pooling ----
+
+
+def pooled(side, context, around_pooling=contextlib.nullcontext):
+    """An image, the result of max pooling, and of a convolution behind it."""
+    torch.manual_seed(1)
+    image = torch.randn(1, 2, side, side, requires_grad=True)
+    with context:
+        with around_pooling():
+            p = functional.max_pool2d(image * 2, 3, 2)
+        y = functional.conv2d(p, torch.ones(1, 2, 3, 3, requires_grad=True))
+    return image, p, y
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"), reason="needs a torch that names the hooks of a node"
+)
+@pytest.mark.parametrize(("side", "dtype"), [(9, torch.int16), (181, torch.int16), (182, torch.int32)])
+def test_indices_of_max_pooling_in_fewer_bytes(side, dtype):
+    """The largest index is the number of pixels less one: 32760 and 33123."""
+    image, p, y = pooled(side, recompute_spikes())
+    assert p.grad_fn._raw_saved_result1.data._tensor.dtype is dtype
+    expected, _, other = pooled(side, contextlib.nullcontext())
+    for _ in range(2):
+        (found,) = torch.autograd.grad(y.square().sum(), image, retain_graph=True)
+        assert torch.equal(found, *torch.autograd.grad(other.square().sum(), expected, retain_graph=True))
+
+
+def test_indices_that_others_save_stay():
+    """Saved under hooks of others, which are not called, and in a graph whose backward is done."""
+    unpacked = []
+
+    def others():
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: tensor, lambda tensor: unpacked.append(1) or tensor
+        )
+
+    image, p, y = pooled(9, recompute_spikes(), others)
+    assert not unpacked
+    y.sum().backward()
+    expected, _, other = pooled(9, contextlib.nullcontext())
+    other.sum().backward()
+    assert torch.equal(image.grad, expected.grad)
+    with recompute_spikes():
+        functional.conv2d(p, torch.ones(1, 2, 1, 1, requires_grad=True))
+
+
+def test_indices_that_changed():
+    with recompute_spikes():
+        p, indices = functional.max_pool2d(torch.randn(1, 2, 4, 4, requires_grad=True) * 2, 2, return_indices=True)
+        indices.add_(1)
+        y = functional.conv2d(p, torch.ones(1, 2, 1, 1, requires_grad=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 # ---- autograd ----
