@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -223,6 +224,11 @@ def _normalised(call: Call, coefficients: Sequence[Tensor]) -> Call:
     return Call(backend, plan, numbers, x_seq, v_init, rng_state, parameters)
 
 
+def _remember(call: Call, results: Sequence[Tensor]) -> None:
+    *outputs, coefficients, _ = results
+    _normalised(call, coefficients.unbind()).remember(outputs)
+
+
 def _check_shared_count(count: Tensor, settings: _Settings, x_seq: Tensor) -> None:
     """Raises for one value per channel over all processes; synchronises only if this process has at most one."""
     if x_seq.numel() <= x_seq.shape[settings.channel] and bool((count <= 1).any()):
@@ -373,9 +379,11 @@ def _batch_norm_lif(
         backend, plan, numbers, *tensors, parameters = call
         if is_differentiated((*tensors, *parameters, *norm), _CALLER):
             inputs = settings, backend, plan, numbers, *norm, *tensors, *parameters
-            *outputs, coefficients, _ = apply(BatchNormLIFFunction, *inputs)
-            if recompute.open_contexts and not torch.compiler.is_compiling():
-                _normalised(call, coefficients.unbind()).remember(outputs)
+            if recompute.open_contexts or recompute.traced_contexts:
+                found = recompute.applied(apply, BatchNormLIFFunction, inputs, partial(_remember, call))
+            else:
+                found = apply(BatchNormLIFFunction, *inputs)
+            *outputs, coefficients, _ = found
         else:
             outputs, coefficients, _ = _forward(settings, call, norm, False)
         if in_one_launch:

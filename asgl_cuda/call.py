@@ -381,8 +381,10 @@ def run(call: Call, caller: str) -> Tensor | LIFOutput:
     if BACKENDS[backend].operators is None:
         return call.output(call.reference())
     if is_differentiated((x_seq, v_init, *parameters), caller):
-        outputs = apply(LIFFunction, backend, plan, numbers, x_seq, v_init, rng_state, *parameters)
-        if recompute.open_contexts and not torch.compiler.is_compiling():
-            call.remember(outputs)
+        inputs = backend, plan, numbers, x_seq, v_init, rng_state, *parameters
+        if recompute.open_contexts or recompute.traced_contexts:
+            outputs = recompute.applied(apply, LIFFunction, inputs, call.remember)
+        else:
+            outputs = apply(LIFFunction, *inputs)
         return call.output(outputs)
     return call.output(call.forward(keep_checkpoints=False))

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from .batching import batching_rules
 from .derivatives import at_autograd
@@ -80,6 +81,17 @@ def empty_gradients(
     return results
 
 
+def _fake_draw_rng_state(fresh: Tensor) -> Tensor:
+    # A smaller budget has backward draw again: other noise than forward's.
+    if torch.is_grad_enabled() and functorch_config.activation_memory_budget < 1:
+        raise RuntimeError(
+            "asgl_cuda: torch._functorch.config.activation_memory_budget must be 1 where neurons draw noise, got "
+            f"{functorch_config.activation_memory_budget}: backward would draw other noise than forward; "
+            "asgl_cuda.recompute_spikes saves memory in compiled models, too"
+        )
+    return torch.empty_like(fresh)
+
+
 def _fake_lif_forward(x_seq: Tensor, *others: Any) -> ForwardResult:
     *_, rules, wanted = others
     return empty_outputs(x_seq, Rules(*rules).time_dim, wanted)
@@ -114,7 +126,7 @@ def _fake_batch_norm_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementations
-    "draw_rng_state(Tensor fresh) -> Tensor": torch.empty_like,
+    "draw_rng_state(Tensor fresh) -> Tensor": _fake_draw_rng_state,
     "lif_forward(Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor?[] parameters, float[] numbers, int[] rules, "
     "bool[] wanted) -> Tensor[]": _fake_lif_forward,
     "lif_backward(Tensor?[] grads, Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor checkpoints, "

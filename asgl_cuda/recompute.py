@@ -10,13 +10,15 @@ Max pooling saves positions as int64, twice the bytes of its float32 result; `_K
 Hooks on saved tensors put a `_Recomputed` in place of spikes and views of spikes, recognised by their storage; a weak
 reference keeps the address of a storage from being reused. Under such hooks autograd does not compare versions of
 tensors, so `_Kept` does.
+
+torch.compile traces no such hooks: there a tag on the neurons' call has AOTAutograd compute it again in backward.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 from weakref import WeakSet, WeakValueDictionary
 
@@ -24,6 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+from .transforms import exporting, transforming
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -42,7 +47,8 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-open_contexts = 0  # of all threads: calls outside check one integer
+open_contexts = 0  # of all threads: calls outside check two integers
+traced_contexts = 0  # entered in code that torch.compile traces, where neither locks nor hooks are known
 _counting = threading.Lock()
 
 
@@ -166,7 +172,10 @@ class _Context(contextlib.ContextDecorator):
     """Outermost contexts install the hooks."""
 
     def __enter__(self) -> None:
-        global open_contexts
+        global open_contexts, traced_contexts
+        if torch.compiler.is_compiling():
+            traced_contexts += 1
+            return
         if _thread.depth == 0:
             _thread.known = WeakValueDictionary()
             _thread.hooks = saved_tensors_hooks(_packed, _unpacked)
@@ -176,7 +185,10 @@ class _Context(contextlib.ContextDecorator):
             open_contexts += 1
 
     def __exit__(self, *error: Any) -> None:
-        global open_contexts
+        global open_contexts, traced_contexts
+        if torch.compiler.is_compiling():
+            traced_contexts -= 1
+            return
         with _counting:
             open_contexts -= 1
         _thread.depth -= 1
@@ -201,7 +213,8 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
 
     Saved as usual: outputs of dropout and pooling, concatenated or cast spikes (under autocast, neurons of the lower
     precision avoid the cast), spikes modified in place before use. Indices of max pooling are saved in 2 or 4 bytes
-    instead of 8. Inside torch.utils.checkpoint or a compiled model nothing changes.
+    instead of 8. Inside torch.utils.checkpoint nothing changes. Under torch.compile, which compiles once for inside
+    and once for outside, the context may be around or in the compiled code; torch 2.6 saves as usual there.
 
     Returns:
         A context manager and decorator; or the model.
@@ -228,14 +241,33 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
 
 def _enter(model: nn.Module, *_: Any) -> None:
     _Context().__enter__()
-    _thread.models.append(model)
+    if not torch.compiler.is_compiling():
+        _thread.models.append(model)
 
 
 def _leave(model: nn.Module, *_: Any) -> None:
     # Also called where another hook raised before _enter.
-    if _thread.models and _thread.models[-1] is model:
+    if torch.compiler.is_compiling():
+        _Context().__exit__()
+    elif _thread.models and _thread.models[-1] is model:
         _thread.models.pop()
         _Context().__exit__()
+
+
+def applied(
+    apply: Callable[..., Any],
+    function: type[torch.autograd.Function],
+    inputs: Sequence[Any],
+    remember: Callable[[Any], None],
+) -> Any:
+    """apply(function, *inputs), a call of neurons while a context is open; `remember` takes the results."""
+    if torch.compiler.is_compiling():
+        if exporting() or transforming():
+            return apply(function, *inputs)
+        return checkpoint(lambda: apply(function, *inputs), use_reentrant=False)
+    results = apply(function, *inputs)
+    remember(results)
+    return results
 
 
 def remember(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
