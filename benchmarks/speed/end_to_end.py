@@ -148,16 +148,25 @@ class Training:
         self._labels = torch.randint(network.classes, network.input_shape[1:2], device=device)
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
 
-    def step(self) -> Tensor:
-        """Trains once; returns the prior loss."""
+    def clear(self) -> None:
+        """Frees what the last step left: gradients and SpikingJelly's states."""
         self._optimizer.zero_grad()
         for layer in self.model.modules():
-            if hasattr(layer, "store_v_seq"):  # SpikingJelly's state
+            if hasattr(layer, "store_v_seq"):
                 layer.reset()
+
+    def step(self) -> Tensor:
+        """Trains once; returns the prior loss."""
+        self.clear()
         loss = functional.cross_entropy(self.model(self._x_seq).mean(0), self._labels)
         loss.backward()
         self._optimizer.step()
         return loss.detach()
+
+    def peak_bytes(self) -> int:
+        """The peak of a step's allocations; freed inside, older gradients would count as less."""
+        self.clear()
+        return peak_bytes(self.step, self.device)
 
     def seconds(self) -> float:
         started = time.perf_counter()
@@ -268,7 +277,7 @@ def measure(network: Network, device: torch.device, repeats: int) -> dict[str, d
         name: {
             "seconds": statistics.median(seconds[name]),
             "spread": spread(seconds[name]),
-            "peak_bytes": peak_bytes(training.step, device),
+            "peak_bytes": training.peak_bytes(),
             "shares": shares(training),
         }
         for name, training in trainings.items()

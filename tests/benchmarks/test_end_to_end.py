@@ -90,6 +90,16 @@ def test_ranges_change_no_result(fused):
 needs_kernels = pytest.mark.skipif("cpu" not in end_to_end.fused_backends(CPU), reason="no CPU kernels")
 
 
+def test_peak_has_the_gradients():
+    """Older gradients, freed in the step, are not counted as less."""
+    training = Training(Network(small, (1, 1, 3), 2), lambda: nn.Linear(4, 2**18, bias=False), CPU)
+    training.model[2] = OverTime(nn.Linear(2**18, 2))
+    for _ in range(2):
+        training.step()
+        gradients = 4 * 2**18 * 4  # bytes of the large layer's
+        assert training.peak_bytes() > gradients
+
+
 def test_fused_blocks_train_as_unfused_ones():
     names = [f"asgl_cuda {backend}, fused block" for backend in end_to_end.fused_backends(CPU)]
     assert end_to_end.check_losses(BLOCK, CPU) == names
