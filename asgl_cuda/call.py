@@ -1,7 +1,8 @@
 """A neuron's call up to the operator: arguments by name, checks, noise, autograd.
 
-lif -> computed -> checked_call (checks, choose_backend, noise) -> run: the reference under autograd, or LIFFunction ->
-operators_of(backend).lif_forward. Backward draws the same noise again from rng_state; no mask is stored.
+lif -> computed -> checked_call (checks, choose_backend, noise) -> run: the reference under autograd, or
+operators_of(backend).lif_forward, inside LIFFunction if a gradient is needed. Backward draws the same noise again from
+rng_state; no mask is stored.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from .transforms import transforming
 Granularity = Literal["layer", "channel", "neuron"]
 _GRANULARITIES = ("layer", "channel", "neuron")
 
-Value = Tensor | float | Logarithm | Logit  # of a parameter of the neuron
+Value = Tensor | float | Logarithm | Logit  # forms of a neuron parameter
 
 _LEAST_DECAY = 1 / (1 + math.exp(BOUND))
 

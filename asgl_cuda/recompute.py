@@ -47,7 +47,7 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-open_contexts = 0  # of all threads: calls outside check two integers
+open_contexts = 0  # in all threads; a call outside any context checks only two integers
 traced_contexts = 0  # entered in code that torch.compile traces, where neither locks nor hooks are known
 _counting = threading.Lock()
 

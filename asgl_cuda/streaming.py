@@ -23,7 +23,7 @@ class _Taker(NamedTuple):
     path: str
     module: nn.Module
     streamed: Streamed
-    inside: bool  # of another one, which determines time_dim
+    inside: bool  # a module around it determines time_dim
     compiled: bool  # hooks would be ignored, or compiled
 
     @property

@@ -22,7 +22,7 @@ BY_OPTIONS = "asgl::LIFByOptions"  # the model of general kernels, and of neuron
 # Enumerators of csrc's Input.
 GENERAL, NORMALISED, PLAIN = "kGeneral", "kNormalised", "kPlain"
 GENERAL_RESIDUAL, NORMALISED_RESIDUAL = "kGeneralResidual", "kNormalisedResidual"
-ANY_INPUT = GENERAL, GENERAL_RESIDUAL  # of general kernels
+ANY_INPUT = GENERAL, GENERAL_RESIDUAL  # inputs of general kernels
 
 SCALARS = {
     torch.float32: "float", torch.float64: "double", torch.float16: "asgl::Half", torch.bfloat16: "asgl::BFloat16",

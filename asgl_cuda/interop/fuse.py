@@ -235,7 +235,7 @@ class _Flow:
             calls = calls_of(module)
             nodes = [node for graph in calls.graphs for node in graph.find_nodes(op="call_module")]
             children = [module.get_submodule(str(node.target)) for node in nodes]
-        except Exception as error:  # of user code, given proxies
+        except Exception as error:  # user code may raise anything when given proxies
             message = (str(error).splitlines() or [""])[0]
             self.failures[module] = f"{type(error).__name__}{': ' if message else ''}{message[:150]}"
             return
@@ -262,7 +262,7 @@ class _Flow:
             raise _Leave(f"{type(owner).__name__} does not call it" if owner else "it is the model itself")
         _check_hooks(norm, "it", _OUTPUT_HOOKS)
         entered: _Entered = {}
-        parted = int(getattr(norm, "step_mode", "s") == "m")  # of SpikingJelly: time and batch apart
+        parted = int(getattr(norm, "step_mode", "s") == "m")  # SpikingJelly's multi-step mode has time and batch apart
         layer, parted = _one_of(self._goes_to(site, parted, entered) for site in self.sites[norm])
         for module, sites in entered.items():
             name = type(module).__name__

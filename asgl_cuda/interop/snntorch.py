@@ -44,7 +44,7 @@ class _After(NamedTuple):
 
     mem: Tensor
     v: Tensor  # after reset, or the spikes if the reset applies to the input
-    known: Known | None  # with `values`, the dependencies
+    known: Known | None  # `v` holds while `known` and `values` are the same objects
     values: tuple[Any, ...]
     mark: tuple[Any, ...]
 

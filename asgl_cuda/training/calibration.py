@@ -28,7 +28,7 @@ from .monitor import aligned
 
 _CALLER = "asgl_cuda.calibrate"
 
-_TOLERANCE = 0.01  # of the rate
+_TOLERANCE = 0.01  # relative to the rate
 _ROUNDS = 3
 _WIDEST = 24  # factors from 2^-24 to 2^24 are tried
 _NARROWEST = 2**-14  # an interval of log2(factor); a rate that changes in it by more than the tolerance jumps
@@ -168,7 +168,7 @@ class _Trial:
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], group: Any) -> None:
         try:
             self._model = copied(model)
-        except Exception as error:  # of a user's __deepcopy__
+        except Exception as error:  # raised by a user's __deepcopy__
             raise RuntimeError(
                 f"{_CALLER}: measures on a copy of the model, which can't be copied: {type(error).__name__}: {error}"
             ) from error
@@ -245,7 +245,7 @@ class _Trial:
         self._sites: dict[nn.Module, _Site] = {}
         self._until = until
         reset(self._model)
-        torch.clear_autocast_cache()  # of earlier trial weights
+        torch.clear_autocast_cache()  # holds casts of earlier trial weights
         with suppress(_Finished), torch.random.fork_rng(self._devices):  # same random numbers in each run
             self._model(*_pytree.tree_map_only(Tensor, _source, self._inputs))
         if until is None:

@@ -27,7 +27,7 @@ from .demo import BATCH_SIZE, load_data, scores_of, spiking_mlp
 from .optimizers import cosine_schedules, optimizers_of
 
 HIDDEN = (256,) * 6
-OBSERVED = ("width", "inside", "smoothing_error")  # of each layer, by asgl_cuda.Monitor
+OBSERVED = ("width", "inside", "smoothing_error")  # reported by asgl_cuda.Monitor for each layer
 NOISE_DRAWS = 20  # for the mean of the noisy network's loss
 
 

@@ -417,7 +417,7 @@ template <class Real>
 struct FillRunsLoop {
   struct Args {
     const Real* values;
-    int64 index, count;  // of the first run's value; number of values
+    int64 index, count;  // index of the first run's value; number of values
     Runs runs;
     bool inverse;
     Real* row;

@@ -296,7 +296,7 @@ class TileInput {
   Real residual_gain_;
   bool plain_, in_rows_ = false;
   int64 shared_ = 0, count_ = 1;  // inner and count of the non-uniform parameters, if equal
-  int64 period_ = kTile;          // of the rows
+  int64 period_ = kTile;          // period of the rows
   Rows<Real> rows_;
   Real *current_ = nullptr, *gain_ = nullptr, *bias_ = nullptr, *mean_ = nullptr;
   Real *gain_sum_ = nullptr, *bias_sum_ = nullptr;

@@ -108,7 +108,7 @@ cudaError_t plan_on(Device, GradientSum<Real>& sum) {
   for (int id = 0; id < sum.count; ++id) {
     GradientPart<Real>& part = sum.parts[id];
     const int64 inner = part.parameter.inner, runs = sum.shape.neurons() / (inner * part.parameter.count);
-    const int64 slots = (inner + sum.tile - 2) / sum.tile + 1;  // of a run, at most
+    const int64 slots = (inner + sum.tile - 2) / sum.tile + 1;  // most slots of a run
     const auto largest_power = [](int64 most) {
       int power = 1;
       while (2 * power <= most) power *= 2;

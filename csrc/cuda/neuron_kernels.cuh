@@ -22,9 +22,10 @@ namespace asgl {
 // Blocks a multiprocessor: enough to keep memory busy, without spills (tools/kernels/RESOURCES.md). 65,536 registers
 // are 72 a thread for 7 blocks.
 template <class Real, Input kInput>
-constexpr int kForwardBlocks = sizeof(Real) == 8                            ? 3
-                               : kIsGeneral<kInput> || kHasResidual<kInput> ? 5
-                                                                            : 7;
+constexpr int kForwardBlocks = sizeof(Real) == 8                                                   ? 3
+                               : kInput == Input::kGeneralResidual                                 ? 4
+                               : kInput == Input::kGeneral || kInput == Input::kNormalisedResidual ? 5
+                                                                                                   : 7;
 template <class Real, int kLanes>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
 // With NVRTC erf spills at four blocks.
@@ -510,8 +511,10 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         opaque(stored_element);  // or the compiler splits the store for half types
         Lanes::store(dx, params.grad_x_seq + stored_element);
       }
-      if constexpr (kHasResidual<kInput>) {
-        if (params.grad_residual != nullptr && index.live) Lanes::store(dc, params.grad_residual + element);
+      if (kHasResidual<kInput> && params.grad_residual != nullptr && index.live) {
+        int64 stored_element = element;
+        opaque(stored_element);
+        Lanes::store(dc, params.grad_residual + stored_element);
       }
 #pragma unroll
       for (int id = 0; id < kNumParameters; ++id) {

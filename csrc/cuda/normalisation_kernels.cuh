@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
   if (!index.live) return;
   const Real mean = params.mean[index.channel], slope = params.adjoint[index.channel];
   const Real offset = params.adjoint[tiles.shape.channels + index.channel];
-  const Scalar* gradients = kResidual ? params.grad_residual : params.grad_x_seq;
+  const Real gain = kResidual ? params.gain[index.channel] : Real(1);
   const int64 stride = index.step * tiles.shape.columns();
   int64 element = index.row * tiles.shape.columns() + index.column;
   for (int64 row = index.row; row < index.end_row; row += kTogether * index.step) {
@@ -188,6 +188,7 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
       if (row + k * index.step < index.end_row) {
+        const Scalar* gradients = kResidual ? params.grad_residual : params.grad_x_seq;
         Lanes::load(params.x_seq + (element + k * stride), x[k]);
         Lanes::load(gradients + (element + k * stride), dx[k]);
       }
@@ -195,19 +196,20 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
       if (row + k * index.step < index.end_row) {
+        int64 stored = element + k * stride;
+        opaque(stored);  // or the compiler splits the stores for half types
         if constexpr (kResidual) {
-          const Real gain = params.gain[index.channel];
           Real dr[kLanes];
 #pragma unroll
           for (int j = 0; j < kLanes; ++j) {
             dr[j] = params.residual_gain * dx[k][j];
             dx[k][j] = gain * dx[k][j];
           }
-          if (params.residual_gain != Real(1)) Lanes::store(dr, params.grad_residual + (element + k * stride));
+          if (params.residual_gain != Real(1)) Lanes::store(dr, params.grad_residual + stored);
         }
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) dx[k][j] = normalisation_adjoint(dx[k][j], x[k][j], mean, slope, offset);
-        Lanes::store(dx[k], params.grad_x_seq + (element + k * stride));
+        Lanes::store(dx[k], params.grad_x_seq + stored);
       }
     }
     element += kTogether * stride;

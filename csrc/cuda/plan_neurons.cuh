@@ -53,7 +53,7 @@ ParameterSummary summary_of(const LIFParams<Scalar>& params) {
   ParameterSummary summary{};
   if (params.shape.neurons() >= kDivisible) return summary;
   summary.alike = true;
-  int64 inner = 1, count = 1;  // of the first that differs between neurons
+  int64 inner = 1, count = 1;  // of the first parameter that differs between neurons
   for (int id = 0; id < kNumParameters; ++id) {
     const auto& parameter = params.parameters[id];
     if (parameter.data != nullptr) summary.tensors |= 1u << id;

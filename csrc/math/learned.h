@@ -7,7 +7,7 @@
 
 namespace asgl {
 
-constexpr int kLearnedBound = 15;  // of the logarithm and the logit
+constexpr int kLearnedBound = 15;  // bound on the logarithm and the logit
 
 // Clamped, since an optimizer's step may go beyond the bound. NaN stays NaN.
 template <class Real>

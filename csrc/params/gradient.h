@@ -47,7 +47,7 @@ template <class Real>
 struct GradientSum {
   SequenceShape shape;
   int64 tile;  // neurons
-  int count;   // of parts
+  int count;   // number of parts
   GradientPart<Real> parts[kNumParameters];
 };
 

@@ -317,7 +317,7 @@ def test_learns(name, changes, count):
 
 
 def tiny(name, baseline=None, options=None, samples=None, **changes):
-    """A training of an epoch of 16 samples."""
+    """A training after its first epoch, on 16 samples."""
     settings = {"epochs": 2, "batch": 8, "channels": 1 / 16, "steps": 2, **BASELINES.get(baseline, {}), **changes}
     settings = replace(PRESETS[name], **settings)
     training = Training(settings, samples or data.samples_of(settings, None, 16), options or Options(CPU))

@@ -312,7 +312,7 @@ def test_a_head_that_is_called_twice():
 
 
 def test_neurons_in_an_untraceable_module():
-    """Untraced code may call them with another input."""
+    """Untraced code may call the neurons with another input."""
     inner = Stack(lambda net, x: net.lif(x) if x.sum() > 0 else x, lif=asgl_cuda.LIF())
     model = Stack(lambda net, x: net.inner.lif(net.bn(x)), bn=OverTime(nn.BatchNorm1d(C)), inner=inner)
     (reason,) = reasons(model).values()

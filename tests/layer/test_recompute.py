@@ -246,7 +246,7 @@ def test_indices_of_max_pooling_in_fewer_bytes(side, dtype):
 
 
 def test_indices_that_others_save_stay():
-    """Saved under hooks of others, which are not called, and in a graph whose backward is done."""
+    """Saved under a user's hooks, which only backward may call, or in a graph freed by backward."""
     unpacked = []
 
     def others():

@@ -13,7 +13,7 @@ import torch
 
 import asgl_cuda
 
-COPIES = 2**14  # of each potential: the noise differs between them
+COPIES = 2**14  # per potential; each copy draws its own noise
 POTENTIALS = torch.tensor([0.2, 0.7, 0.95, 1.0, 1.1, 1.6], dtype=torch.float64)
 TARGET = 0.3
 PROBS = (0.2, 0.5, 1.0)

@@ -79,7 +79,7 @@ class Roof(NamedTuple):
 
 
 def most(part: str, dtype: str, predicted: float | None) -> float:
-    """The bar on a part of a kernel."""
+    """The bar on forward, backward or both."""
     return max(WHERE_MEMORY_BINDS.get(dtype, {}).get(part, HALF_TYPES), OVER_PREDICTED * (predicted or 0.0))
 
 

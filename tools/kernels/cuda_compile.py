@@ -75,6 +75,8 @@ RESERVED_BYTES = 1024
 # Resident blocks by launch bounds, of a kind or of a kind and type.
 ASKED_BLOCKS = {
     "backward, 4 neurons": 3, "backward normalised, 4 neurons": 3, "backward plain, 4 neurons, float32": 3,
+    **dict.fromkeys(("backward with residual, 4 neurons", "backward normalised with residual, 4 neurons",
+                     "backward normalised with residual, T = 4"), 3),
     "integrator backward with sums, 1 neuron": 5, "integrator backward with sums, 4 neurons": 5,
 }  # fmt: skip
 # Kernels in one NVRTC program: each program parses the headers, but the last should be short.

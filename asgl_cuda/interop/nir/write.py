@@ -89,7 +89,7 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = DT, *, allow_sof
         )
     try:
         model = copied(model).eval()
-    except Exception as error:  # of a layer's own __deepcopy__
+    except Exception as error:  # raised by a layer's own __deepcopy__
         raise ValueError(f"{_CALLER}: {type(model).__name__} can't be copied: {first_line(error)}") from error
     for module in model.modules():
         if isinstance(module, NeuronLayer):

@@ -25,7 +25,7 @@ _STATISTICS = {
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 _CUTOUT = 16
-_SIDE = 48  # of the frames
+_SIDE = 48  # height and width of frames, in pixels
 _MOST_SHIFT = 5
 
 
@@ -99,7 +99,7 @@ class Frames(Samples):
 
 
 class Synthetic(Samples):
-    """Noise on a pattern of blocks for each class: in the shapes of a set, and easily learned."""
+    """Generated samples in a data set's shapes, easy to learn: each class has a pattern of blocks, with noise added."""
 
     def __init__(self, count: int, shape: tuple[int, ...], classes: int, first: int = 0) -> None:
         draw = torch.Generator().manual_seed(0)

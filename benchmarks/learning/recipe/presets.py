@@ -19,12 +19,12 @@ class Settings:
     widths: str = "learned"  # or "fixed", "schedule", "per-step"
     seed: int = 60
     steps: int = 2
-    batch: int = 128  # of all processes together
+    batch: int = 128  # over all processes
     epochs: int = 300
-    rate: float = 0.1  # of SGD, along a cosine
-    width_rate: float = 3e-4  # of Adam, constant; also of the decay
+    rate: float = 0.1  # initial rate of SGD, annealed along a cosine
+    width_rate: float = 3e-4  # constant rate of Adam, for widths and decays
     weight_decay: float = 5e-4
-    width: float = 5.0  # the first
+    width: float = 5.0  # initial width
     surrogate: str = "sigmoid"
     analog_prob: float = 0.2
     decay: float = 0.5
