@@ -246,7 +246,12 @@ class LIF(NeuronLayer, Noisy):
         )
 
     def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self._call(x_seq) if residual is None else self._call(x_seq, residual=residual)
+        x_seq, more = self._inputs(x_seq, residual)
+        return self._call(x_seq, **more)
+
+    def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """The arguments of `_lif` that a call of the layer gives."""
+        return x_seq, {} if residual is None else {"residual": residual}
 
     def _run(self, x_seq: Tensor, with_state: bool, **residual: Any) -> Tensor:
         if not with_state:

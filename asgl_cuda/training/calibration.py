@@ -21,8 +21,9 @@ from ..checks import read_number
 from ..interop.convert import Left, copied, libraries
 from ..interop.converted import STATEFUL, bare_class
 from ..interop.normalised import Normalised
+from ..interop.pending import Pending
 from ..layer import some_asgl_layers
-from ..neuron import BatchNormLIF
+from ..neuron import LIF, BatchNormLIF
 from .kit import reset
 from .monitor import aligned
 
@@ -268,8 +269,12 @@ class _Trial:
 
     def _before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = next(iter(inspect.signature(layer.forward).parameters), "")
-        x = args[0] if args else kwargs.get(first)
-        self._sites[layer] = _Site(self.neurons[layer], self._weight_of(layer, x))
+        x, residual = args[0] if args else kwargs.get(first), kwargs.get("residual")
+        if isinstance(x, Pending):
+            x, residual = x.operands()
+        elif isinstance(layer, LIF) and len(args) > 1:
+            residual = args[1]
+        self._sites[layer] = _Site(self.neurons[layer], self._weight_of(layer, x, residual))
 
     def _after(self, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
         site = self._sites[layer]
@@ -280,7 +285,7 @@ class _Trial:
             raise _Finished
         return _pytree.tree_map_only(Tensor, _source, output)
 
-    def _weight_of(self, layer: Any, x: Tensor | None) -> str:
+    def _weight_of(self, layer: Any, x: Tensor | None, residual: Tensor | None) -> str:
         """The name of the only weight that scales the input of these neurons, up to biases."""
         name = self.neurons[layer] or "the model"
         if isinstance(layer, (BatchNormLIF, Normalised)):
@@ -295,6 +300,9 @@ class _Trial:
             )
         else:
             found, bare = self._weights_behind(x)
+        if residual is not None:
+            others, is_bare = self._weights_behind(residual) if residual.grad_fn is not None else (set(), True)
+            found, bare = found | others, bare or is_bare
         if not found:
             raise ValueError(
                 f"{_CALLER}: {name}: there must be a linear layer, a convolution or a normalisation with a weight in "

@@ -26,7 +26,7 @@ from asgl_cuda import BatchNormLIF, OverTime
 from ..common import device_of, in_words, parser_of, text_row, write_json
 from .clocks import allocated_bytes, in_turns, keep_memory, spread
 from .end_to_end import NETWORKS
-from .peers import machine_and_peers
+from .peers import machine_and_peers, spiking_resnet18
 
 BATCH, CLASSES = 8, 10
 LENGTHS = (4, 8, 16)
@@ -34,7 +34,7 @@ KEPT, RECOMPUTED, CHECKPOINTED = "asgl_cuda", "asgl_cuda, recompute_spikes", "as
 LINEAR = {
     f"{name}, T = {network.input_shape[0]}, batch {network.input_shape[1]}": network
     for name, network in NETWORKS.items()
-    if name != "convolutional"  # VGG stands for it
+    if name not in ("convolutional", "ResNet-18")  # the others stand for them
 }
 SPIKINGJELLY, OPTIMISED = "SpikingJelly", "SpikingJelly, memopt level 1"
 
@@ -63,14 +63,9 @@ def vgg(wrap: Callable[[nn.Module], nn.Module] = lambda block: block) -> nn.Sequ
 
 
 def resnet18() -> nn.Module:
-    from spikingjelly.activation_based import functional, neuron, surrogate
-    from spikingjelly.activation_based.model import spiking_resnet
+    from spikingjelly.activation_based import neuron, surrogate
 
-    model = spiking_resnet.spiking_resnet18(
-        spiking_neuron=neuron.LIFNode, surrogate_function=surrogate.ATan(), detach_reset=True, num_classes=CLASSES
-    )
-    functional.set_step_mode(model, "m")
-    return model
+    return spiking_resnet18(lambda: neuron.LIFNode(surrogate_function=surrogate.ATan(), detach_reset=True), CLASSES)
 
 
 def with_ours(model: nn.Module) -> nn.Module:
