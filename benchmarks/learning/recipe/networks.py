@@ -2,7 +2,7 @@
 
 A state dict of theirs loads: `neurons_of` has layers that take `cell.decay` and `cell.spike_fn.inv_sg.alpha` for their
 decay and width. What they call tdBN is a batch normalisation over time and batch; `asgl_cuda.fuse` joins it with the
-neurons behind, where no residual is added in between.
+neurons behind, shortcuts included.
 """
 
 from __future__ import annotations
