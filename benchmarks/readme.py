@@ -60,7 +60,11 @@ def headline(report: dict[str, Any]) -> str:
     elements = first["steps"] * first["neurons"]
     kept = [first["rows"][row].get("saved_bytes") for row in columns.values()]
     rows.append(["bytes kept for backward", *("" if each is None else f"{each / elements:.1f}" for each in kept)])
-    (block,) = (each for each in report["blocks"] if each["dtype"] == "float32" and each["layout"] == LAYOUTS[0])
+    (block,) = (
+        each
+        for each in report["blocks"]
+        if each["dtype"] == "float32" and each["layout"] == LAYOUTS[0] and not each.get("residual")
+    )
     fused, pair = (nanoseconds(block, f"{prefix}{ours}") for prefix in ("", PAIR))
     kept_by = [block["rows"][name]["saved_bytes"] / math.prod(block["shape"]) for name in (ours, f"{PAIR}{ours}")]
     vgg = json.loads((RESULTS / "memory_cpu.json").read_text())["networks"]["VGG, T = 4"]
@@ -124,7 +128,7 @@ def block(report: dict[str, Any]) -> str:
         layout = "" if each["layout"] == LAYOUTS[0] else f", {each['layout']}"
         rows.append(
             [
-                f"{each['dtype']}{layout}",
+                f"{each['dtype']}{layout}{', residual' if each.get('residual') else ''}",
                 *map(number, (floor, fused, pair, compiled, reference)),
                 *map(number, (fused / floor, pair / fused, reference / fused)),
                 *map(number, kept),
@@ -132,14 +136,16 @@ def block(report: dict[str, Any]) -> str:
         )
     shape = report["blocks"][0]["shape"]
     assert all(each["shape"] == shape for each in report["blocks"])
+    has_residual = any(each.get("residual") for each in report["blocks"])
+    more = ", 44 with a residual added between the two" if has_residual else ""
     head = ["", "floor", "fused", "pair", "pair, torch.compile", "pair, reference"]
     head += ["times floor", "faster than pair", "than reference", "kept, fused", "kept, pair"]
     return "\n".join(
         (
             f"Batch normalisation and noisy neurons in training, `{shape}`, forward and backward, nanoseconds an "
             "element, on the same machine: fused, and as a pair of `nn.BatchNorm2d` and the neurons. The floor, a sum "
-            "and three multiplies, moves what the fused one must move, 36 bytes an element in float32. Kept: bytes an "
-            "element, for backward.",
+            f"and three multiplies, moves what the fused one must move, 36 bytes an element in float32{more}. "
+            "Kept: bytes an element, for backward.",
             "",
             *markdown_table(head, rows),
         )

@@ -35,11 +35,17 @@ def keep_memory() -> bool:
 
 
 class Sample(NamedTuple):
-    """An input and the gradient of its output; `leaf` is x for autograd."""
+    """An input, the gradient of its output, and the residual of some blocks; the leaves are those for autograd."""
 
     x: Tensor
     leaf: Tensor
     grad: Tensor
+    residual: Tensor | None = None
+    residual_leaf: Tensor | None = None
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        return (self.leaf,) if self.residual_leaf is None else (self.leaf, self.residual_leaf)
 
 
 class Row(NamedTuple):

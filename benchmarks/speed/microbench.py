@@ -12,6 +12,9 @@ floor, in the same order: forward is `x.sum()`, which reads x as the statistics 
 `x * g` (12) and a multiply of the result with x, in place (12). Copies of x and g, 16 bytes together, show the speed of
 memory.
 
+In a residual block r is added between the two, by `BatchNormLIF(x, r)` or apart. The fused one accesses an element
+eleven times, and so does its floor: `x.sum()` and `x + r`, then `torch.addcmul(x, r, g)` and the same multiply.
+
 On a GPU the time is the device's, between two CUDA events, while the host runs ahead. Several inputs take turns, up to
 16, so that they come from memory rather than the cache, as in a network.
 """
@@ -24,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,19 +93,29 @@ class Measurement(NamedTuple):
     first_seconds: float  # first call, forward and backward
 
 
-def row_of(name: str, function: Callable[[Tensor], Tensor], *parameters: Tensor) -> Row:
-    """A layer, with gradients of its input and parameters."""
+class Pair(nn.Sequential):
+    """A normalisation and neurons apart, with a residual added between the two."""
+
+    def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
+        norm, neurons = self
+        x_seq = norm(x_seq)
+        spikes: Tensor = neurons(x_seq if residual is None else x_seq + residual)
+        return spikes
+
+
+def row_of(name: str, function: Callable[..., Tensor], *parameters: Tensor) -> Row:
+    """A layer, with gradients of its inputs and parameters."""
 
     def backward(sample: Sample, out: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, (sample.leaf, *parameters), sample.grad, retain_graph=True)
+        return torch.autograd.grad(out, (*sample.leaves, *parameters), sample.grad, retain_graph=True)
 
-    return Row(name, lambda sample: function(sample.leaf), backward)
+    return Row(name, lambda sample: function(*sample.leaves), backward)
 
 
 def compiled_rows(
     size: Size | Block,
     name: str,
-    function: Callable[[Tensor], Tensor],
+    function: Callable[..., Tensor],
     *parameters: Tensor,
     modes: Sequence[str | None] = (None,),
 ) -> Iterator[Row]:
@@ -156,16 +170,20 @@ def block_rows(block: Block, device: torch.device) -> Iterator[Row]:
 
     def pair(backend: str) -> nn.Module:
         norm = OverTime(nn.BatchNorm2d(channels))
-        return nn.Sequential(norm, asgl_cuda.LIF(**neuron, backend=backend)).to(device)
+        return Pair(norm, asgl_cuda.LIF(**neuron, backend=backend)).to(device)
 
     def row(name: str, layer: nn.Module) -> Row:
         return row_of(name, layer, *layer.parameters())
 
-    yield Row(
-        FLOOR,
-        lambda sample: (sample.x.sum(), sample.x * 2)[1],
-        lambda sample, out: (sample.x * sample.grad).mul_(sample.x),
-    )
+    def forward_floor(sample: Sample) -> Tensor:
+        sample.x.sum()
+        return sample.x * 2 if sample.residual is None else sample.x + sample.residual
+
+    def backward_floor(sample: Sample, out: Tensor) -> Tensor:
+        x, _, grad, residual, _ = sample
+        return (x * grad if residual is None else torch.addcmul(x, residual, grad)).mul_(x)
+
+    yield Row(FLOOR, forward_floor, backward_floor)
     yield Row(COPY, lambda sample: sample.x.clone(), lambda sample, out: sample.grad.clone())
     for backend in fused_backends(device):
         yield row(f"asgl_cuda {backend}", asgl_cuda.BatchNormLIF(channels, **neuron, backend=backend).to(device))
@@ -213,22 +231,25 @@ def check_blocks(device: torch.device) -> None:
 
     The compiler draws other noise, and is not compared.
     """
-    for layout in (LAYOUTS[0], "channels_last"):
-        block = Block((4, 8, 16, 8, 8), "float32", layout, compiled=False)
+    for layout, with_residual in product((LAYOUTS[0], "channels_last"), (False, True)):
+        block = Block((4, 8, 16, 8, 8), "float32", layout, compiled=False, residual=with_residual)
         x_seq = 2 * block.random(device) + 1
+        residual = block.random(device) if with_residual else None
+        sample = Sample(x_seq, x_seq, x_seq, residual, residual)
 
         def seeded(function: Callable[[], Any]) -> Any:
             torch.manual_seed(0)  # the noise
             return function()
 
         expected = seeded(
-            lambda x_seq=x_seq: asgl_cuda.batch_norm_lif(
-                x_seq, training=True, decay=DECAY, analog_prob=ANALOG_PROB, return_h_seq=True, backend=REFERENCE
+            lambda sample=sample: asgl_cuda.batch_norm_lif(
+                sample.x, training=True, decay=DECAY, analog_prob=ANALOG_PROB, residual=sample.residual,
+                return_h_seq=True, backend=REFERENCE,
             )
-        )
+        )  # fmt: skip
         for row in block_rows(block, device):
             if row.name not in YARDSTICKS:
-                spikes = seeded(lambda row=row, x_seq=x_seq: row.forward(Sample(x_seq, x_seq, x_seq)))
+                spikes = seeded(lambda row=row, sample=sample: row.forward(sample))
                 refuse_other_spikes(row.name, spikes, expected, "asgl_cuda.batch_norm_lif")
 
 
@@ -304,7 +325,7 @@ def table(size: Size | Block, found: dict[str, Measurement]) -> str:
                 *(f"{1e3 * seconds:.3f}" for seconds in timing),
                 f"{100 * spread_:.0f} %",
                 f"{1e9 * timing.both / size.elements:.3f}",
-                f"{size.ACCESSES * size.bytes / timing.both / 1e9:.1f}",
+                f"{size.accesses * size.bytes / timing.both / 1e9:.1f}",
                 *(f"{multiple:.{2 if multiple < 100 else 0}f}" for multiple in multiples),
                 f"{reference.timing.both / timing.both:.1f}" if reference else "",
                 "" if saved is None else f"{saved / size.elements:.1f}",
@@ -412,12 +433,13 @@ def main() -> int:
         print(f"the C library {'keeps' if kept else 'may return'} freed memory")
     print(f"rectangle, hard reset, analog_prob {ANALOG_PROB}, learned width; gradients of x and width")
     print(f"{PLAIN}without noise and learned width, as in the other libraries; default surrogates; gradient of x")
-    print("+-: half the interquartile range; GB/s: of five accesses to an element, of nine in a block")
+    print("+-: half the interquartile range; GB/s: of 5 accesses to an element, in a block 9, with a residual 11")
     print("x * 2, x * g, both: forward, backward and both as multiples of these multiplies, and of their sum")
     print("faster: both, than the reference in eager mode; torch.compile: of the reference")
     print("saved: bytes an element kept for backward; peak: bytes an element allocated; first: the first call")
     print("block: batch normalisation and neurons in training, fused, or as a pair of nn.BatchNorm2d and the neurons;")
     print("gradients of x, weight, bias and width; its multiplies: x.sum() and x * 2, (x * g).mul_(x)")
+    print("residual: r is added between the two; x + r, and torch.addcmul(x, r, g), in place of x * 2 and x * g")
     missing = installed_peers(device)[1]
     if missing:
         print(f'not installed: {", ".join(missing)} (pip install ".[bench]")')

@@ -1,6 +1,6 @@
 """Measured sizes: shapes, types and layouts of neuron layers and of blocks, and sweeps over them.
 
-A block is batch normalisation followed by neurons.
+A block is batch normalisation followed by neurons, in some with a residual added between the two.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Size(NamedTuple):
     layout: str = LAYOUTS[0]
     learned: str = LEARNED[0]
 
-    ACCESSES = 5  # to an element, forward and backward
+    accesses = 5  # to an element, forward and backward
 
     @property
     def elements(self) -> int:
@@ -93,8 +93,11 @@ class Block(NamedTuple):
     dtype: str
     layout: str = LAYOUTS[0]  # or channels_last
     compiled: bool = True
+    residual: bool = False  # added between the two
 
-    ACCESSES = 9
+    @property
+    def accesses(self) -> int:
+        return 11 if self.residual else 9
 
     @property
     def steps(self) -> int:
@@ -115,11 +118,11 @@ class Block(NamedTuple):
         return normal(device, self.dtype, *self.shape)
 
     def description(self) -> dict[str, Any]:
-        return {"shape": self.shape, "dtype": self.dtype, "layout": self.layout}
+        return {"shape": self.shape, "dtype": self.dtype, "layout": self.layout, "residual": self.residual}
 
     def __str__(self) -> str:
         layout = "" if self.layout == LAYOUTS[0] else f", {self.layout}"
-        return f"block {list(self.shape)}, {self.dtype}{layout}"
+        return f"block {list(self.shape)}, {self.dtype}{layout}{', residual' if self.residual else ''}"
 
 
 CPU_SIZES = (
@@ -134,22 +137,25 @@ CPU_BLOCKS = (
     Block(BLOCK_SHAPE, "float32"),
     Block(BLOCK_SHAPE, "float32", "channels_last"),
     Block(BLOCK_SHAPE, "bfloat16", compiled=False),
+    Block(BLOCK_SHAPE, "float32", residual=True),
 )
 # Sizes by which the kernels are judged.
 GPU_SIZES = tuple(
     Size(steps, neurons, dtype) for steps, neurons in ((4, 2**24), (128, 2**19)) for dtype in ("float32", "bfloat16")
 )
 # A cache may hold part of the first block between passes, but of no other.
-GPU_BLOCKS = tuple(
-    Block(shape, dtype, layout)
-    for shape, dtype, layout in (
-        (BLOCK_SHAPE, "float32", LAYOUTS[0]),
-        ((4, 256, 64, 32, 32), "float32", LAYOUTS[0]),
-        ((4, 256, 64, 32, 32), "float32", "channels_last"),
-        ((4, 256, 64, 32, 32), "bfloat16", LAYOUTS[0]),
-    )
+GPU_BLOCK_SHAPE = (4, 256, 64, 32, 32)
+GPU_BLOCKS = (
+    Block(BLOCK_SHAPE, "float32"),
+    Block(GPU_BLOCK_SHAPE, "float32"),
+    Block(GPU_BLOCK_SHAPE, "float32", "channels_last"),
+    Block(GPU_BLOCK_SHAPE, "bfloat16"),
 )
-JUDGED = tuple(each._replace(compiled=False) for each in (*(s._replace(peers=False) for s in GPU_SIZES), *GPU_BLOCKS))
+GPU_RESIDUAL_BLOCKS = tuple(Block(GPU_BLOCK_SHAPE, dtype, residual=True) for dtype in ("float32", "bfloat16"))
+JUDGED = tuple(
+    each._replace(compiled=False)
+    for each in (*(size._replace(peers=False) for size in GPU_SIZES), *GPU_BLOCKS, *GPU_RESIDUAL_BLOCKS)
+)
 # First other learned parameters than one width, and extreme lengths; then sizes from tiny layers to 2^28 elements.
 GPU_SWEEP = tuple(
     Size(steps, neurons, dtype, compiled=False, peers=False, learned=learned)
@@ -179,7 +185,7 @@ def small(size: Size | Block) -> Size | Block:
 
 
 def blocks(device: torch.device) -> Sequence[Block]:
-    return GPU_BLOCKS if device.type == "cuda" else CPU_BLOCKS
+    return (*GPU_BLOCKS, *GPU_RESIDUAL_BLOCKS) if device.type == "cuda" else CPU_BLOCKS
 
 
 def usual_sizes(device: torch.device) -> Sequence[Size | Block]:
@@ -223,5 +229,9 @@ def samples(size: Size | Block, device: torch.device) -> list[Sample]:
     result = []
     for _ in range(count):
         x, grad = size.random(device), size.random(device)
-        result.append(Sample(x, x.detach().requires_grad_(), grad))
+        sample = Sample(x, x.detach().requires_grad_(), grad)
+        if isinstance(size, Block) and size.residual:
+            residual = size.random(device)
+            sample = sample._replace(residual=residual, residual_leaf=residual.detach().requires_grad_())
+        result.append(sample)
     return result

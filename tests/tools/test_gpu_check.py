@@ -15,6 +15,7 @@ from benchmarks.speed.rates import Rates
 from tools.gpu_check import bars, card, check, kernel_times, prepare, steps
 from tools.gpu_check.check import Findings, Outcome
 from tools.gpu_check.steps import Machine, Step
+from tools.roofline.prediction import RESIDUAL_KERNELS
 
 ORIGIN = {"code": "0123", "torch": "2.11.0", "gpu": "a card", "capability": "9.0"}
 # Without the variables that mark a worker of this pytest.
@@ -222,8 +223,8 @@ def test_verdicts(monkeypatch):
         common = {"layout": "time first", "learned": "width"}
         return {"steps": steps, "neurons": 2**power, "dtype": dtype, **common, "seconds": seconds(rows)}
 
-    def block(shape, dtype, layout="time first", **rows):
-        return {"shape": shape, "dtype": dtype, "layout": layout, "seconds": seconds(rows)}
+    def block(shape, dtype, layout="time first", residual=False, **rows):
+        return {"shape": shape, "dtype": dtype, "layout": layout, "residual": residual, "seconds": seconds(rows)}
 
     ours, theirs = "asgl_cuda cuda", bars.CUPY_KERNELS
     monkeypatch.setattr(bars.importlib.util, "find_spec", lambda name: object())
@@ -240,6 +241,7 @@ def test_verdicts(monkeypatch):
             block([4, 32, 64, 32, 32], "float32", **{"copy": (1, 1), ours: (2.1, 3), theirs: (2.2, 3)}),
             block([4, 256, 64, 32, 32], "float32", "channels_last", **{"copy": (1, 1), ours: (2.1, 3)}),
             block([4, 256, 64, 32, 32], "bfloat16", **{"copy": (1, 1), ours: (2.1, 4.2)}),
+            block([4, 256, 64, 32, 32], "float32", residual=True, **{"copy": (1, 1), ours: (2.3, 3.2)}),
         ],
         "call_microseconds": {ours: 12.0, theirs: 43.0},
     }  # fmt: skip
@@ -263,6 +265,7 @@ def test_verdicts(monkeypatch):
     assert verdicts["block [4, 256, 64, 32, 32], bfloat16: nvcc over copies"] == (1.4, False)
     assert verdicts["block [4, 256, 64, 32, 32], bfloat16: CuPy over copies"] == (None, False)
     assert verdicts["block [4, 256, 64, 32, 32], float32, channels_last: nvcc over copies"] == (1.133, True)
+    assert verdicts["block [4, 256, 64, 32, 32], float32, residual: nvcc over copies"] == (1.0, True)  # 44 bytes
     assert verdicts["a call, CuPy over nvcc, microseconds"] == (31.0, False)
     json.dumps([bar._asdict() for bar in found])
 
@@ -280,6 +283,8 @@ def test_predictions_by_card():
         assert predicted(kernel, "bfloat16", 3.35e12) == pytest.approx(h100, abs=0.011)
         assert predicted(kernel, "bfloat16", 4.8e12) == pytest.approx(h200, abs=0.011)
         assert predicted(kernel, "bfloat16", 4.8e12, architecture=120) == 1, "an unknown card"
+    roof = bars.Roof(card.roofline(90), Rates(3.35e12, cycles))
+    assert roof.prediction(RESIDUAL_KERNELS, "float32", 4) == pytest.approx(1, abs=0.01)
     assert bars.Roof(card.roofline(90), None).prediction(("forward",), "float32", 4) is None
 
 

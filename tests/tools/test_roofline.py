@@ -10,7 +10,7 @@ from sass import sass
 from asgl_cuda import backends
 from tools.roofline import prediction
 from tools.roofline.prediction import kernel_of_launch, moved, parameters_of
-from tools.roofline.recorded_calls import BLOCK, BY_NEURON, COMMON, ELEMENTS, OTHERS, Call, launches
+from tools.roofline.recorded_calls import BLOCK, BY_NEURON, COMMON, ELEMENTS, OTHERS, RESIDUAL_BLOCK, Call, launches
 from tools.roofline.roofline import STEPS
 from tools.roofline.sass_run import Program, indices
 
@@ -25,9 +25,9 @@ def test_launches_of_calls():
     assert kinds(COMMON) == ["forward plain, T = 4", "backward plain, T = 4", "gradient sum"]
     assert kinds(COMMON, 16, "bfloat16")[1] == "backward plain, 4 neurons"
     assert kinds(BY_NEURON)[:2] == ["forward normalised, 1 neuron", "backward normalised, 1 neuron"]
-    passes = [kind.split(",")[0] for kind in kinds(BLOCK)]
-    normalisation = prediction.NORMALISATION_KERNELS
-    assert [name for name in passes if name in normalisation] == list(normalisation)
+    for block, kernels in ((BLOCK, prediction.NORMALISATION_KERNELS), (RESIDUAL_BLOCK, prediction.RESIDUAL_KERNELS)):
+        passes = [kind.split(",")[0] for kind in kinds(block)]
+        assert [name for name in passes if name in prediction.MOVED] == list(kernels)
     assert not [name for name in backends.BACKENDS if "predicted" in name]
     for steps in STEPS:
         shape = parameters_of(launches(BY_NAME["lif, batch first"], steps, "bfloat16")[0]).shape
@@ -42,6 +42,7 @@ def test_launches_of_calls():
         ("lif, width learned", 128, "bfloat16", (4, 7 / 32), (6, 7 / 32)),
         ("lif, store_v_seq", 16, "bfloat16", (8, 0), (6, 0)),
         ("lif, batch first", 16, "float32", (8, 0), (12, 0)),
+        ("lif, residual", 16, "bfloat16", (6, 0), (8, 0)),
     ],
 )
 def test_bytes(name, steps, dtype, forward, backward):
@@ -59,9 +60,10 @@ def test_bytes_of_parameters_and_normalisation():
     assert common < by_channel
     # Three parameters have a slot for each channel of a sample and for each block of 512 neurons.
     assert by_channel == pytest.approx(4 * 3 * (2**12 + 2**13) / 2**24, rel=0.01)
-    params = map(parameters_of, launches(BLOCK, 4, "float32"))
-    found = [moved(each, "float32") for each in params if hasattr(each, "x_seq")]
-    assert [each.sequences for each in found] == [4, 8, 12, 12]
+    for block, kernels in ((BLOCK, prediction.NORMALISATION_KERNELS), (RESIDUAL_BLOCK, prediction.RESIDUAL_KERNELS)):
+        params = map(parameters_of, launches(block, 4, "float32"))
+        found = [moved(each, "float32") for each in params if hasattr(each, "x_seq")]
+        assert [each.sequences for each in found] == [4 * prediction.MOVED[name] for name in kernels]
 
 
 def test_trace_without_all_steps_is_refused():

@@ -16,15 +16,14 @@ from benchmarks.speed.microbench import COMPILED, COPY, FLOOR, MOST_STEPS_TO_COM
 from benchmarks.speed.rates import Rates
 from benchmarks.speed.sizes import Block, Size, sweep
 
-from ..roofline.prediction import ELEMENT_BYTES, MOVED, NORMALISATION_KERNELS
+from ..roofline.prediction import ELEMENT_BYTES, MOVED, NORMALISATION_KERNELS, RESIDUAL_KERNELS
 from .card import Work, roofline
 
 CUPY_KERNELS = "asgl_cuda cupy"  # a row of the micro-benchmark
 WHERE_MEMORY_BINDS = {"float32": {"forward": 1.15, "backward": 1.2, "both": 1.15}}
 HALF_TYPES = 1.3
 OVER_PREDICTED = 1.15  # the prediction assumes perfect overlap of memory and instructions
-# A block accesses an element nine times, copies of x and of the gradient four times.
-BLOCK_COPIES = 9 / 4
+COPY_ACCESSES = 4  # to an element, by the copies of x and of the gradient beside a block
 CUPY_MICROSECONDS = 30  # overhead of a call over the backend cuda
 Seconds = dict[str, dict[str, float]]  # by row, by part
 
@@ -99,12 +98,14 @@ def size_goals(size: Size, ours: str, with_cupy: bool, roof: Roof) -> list[Goal]
 
 
 def block_goals(block: Block, ours: str, with_cupy: bool, roof: Roof) -> list[Goal]:
-    """The floor of normalisation and neurons is copies of as many bytes, 36 an element in float32."""
-    predicted = roof.prediction(NORMALISATION_KERNELS, block.dtype, block.steps)
+    """The floor of normalisation and neurons is copies of as many bytes."""
+    kernels = RESIDUAL_KERNELS if block.residual else NORMALISATION_KERNELS
+    predicted = roof.prediction(kernels, block.dtype, block.steps)
     bar = most("both", block.dtype, predicted)
+    times = block.accesses / COPY_ACCESSES
     names = {"nvcc": ours, **({"CuPy": CUPY_KERNELS} if with_cupy else {})}
     return [
-        Goal(f"{name} over copies", "both", row, COPY, most=bar, times=BLOCK_COPIES, predicted=predicted)
+        Goal(f"{name} over copies", "both", row, COPY, most=bar, times=times, predicted=predicted)
         for name, row in names.items()
     ]
 
@@ -121,7 +122,7 @@ def size_of(found: dict[str, Any]) -> Size:
 
 
 def block_of(found: dict[str, Any]) -> Block:
-    return Block(tuple(found["shape"]), found["dtype"], found["layout"])
+    return Block(tuple(found["shape"]), found["dtype"], found["layout"], residual=found["residual"])
 
 
 def bars(

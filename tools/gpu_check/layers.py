@@ -22,6 +22,7 @@ from benchmarks.speed.microbench import ANALOG_PROB
 from .kernel_times import kind_of, launches
 
 SHAPE = (4, 8, 16, 4, 4)  # [T, B, C, H, W]
+RESIDUAL = "BatchNormLIF, residual"
 EAGER, GRAPH, COMPILED = "eager", "CUDA graph", "reduce-overhead"
 CALLS = {"cuda": 500, "cpu": 20}
 REPEATS = 7
@@ -34,20 +35,23 @@ def layers(device: torch.device, backend: str) -> dict[str, nn.Module]:
         "LIF": asgl_cuda.LIF(**options).to(device),
         "LIF by channel, learned width, decay, threshold": learns_all.to(device),
         "BatchNormLIF": asgl_cuda.BatchNormLIF(SHAPE[2], **options).to(device),
+        RESIDUAL: asgl_cuda.BatchNormLIF(SHAPE[2], **options).to(device),
     }
 
 
-def training_step(layer: nn.Module, device: torch.device, compiled: bool = False) -> Callable[[], Any]:
-    """A function that computes spikes, and gradients of x and parameters."""
-    x = torch.randn(SHAPE, device=device, requires_grad=True)
+def training_step(
+    layer: nn.Module, device: torch.device, residual: bool = False, compiled: bool = False
+) -> Callable[[], Any]:
+    """A function that computes spikes, and gradients of the inputs and parameters."""
+    inputs = [torch.randn(SHAPE, device=device, requires_grad=True) for _ in range(1 + residual)]
     grad = torch.randn(SHAPE, device=device)
-    leaves = (x, *layer.parameters())
+    leaves = (*inputs, *layer.parameters())
     function = torch.compile(layer, mode="reduce-overhead") if compiled else layer
 
     def step() -> tuple[Tensor, ...]:
         if compiled:
             torch.compiler.cudagraph_mark_step_begin()
-        return torch.autograd.grad(function(x), leaves, grad)
+        return torch.autograd.grad(function(*inputs), leaves, grad)
 
     return step
 
@@ -77,13 +81,15 @@ def replayed(step: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def variants(layer: nn.Module, device: torch.device, compiled: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+def variants(
+    layer: nn.Module, device: torch.device, residual: bool, compiled: bool
+) -> Iterator[tuple[str, Callable[[], Any]]]:
     if compiled:
-        yield COMPILED, training_step(layer, device, compiled=True)
+        yield COMPILED, training_step(layer, device, residual, compiled=True)
         return
-    yield EAGER, training_step(layer, device)
+    yield EAGER, training_step(layer, device, residual)
     if device.type == "cuda":
-        yield GRAPH, replayed(training_step(layer, device))
+        yield GRAPH, replayed(training_step(layer, device, residual))
 
 
 def measure(step: Callable[[], Any], device: torch.device) -> dict[str, Any]:
@@ -105,7 +111,7 @@ def main() -> int:
     report: dict[str, Any] = {"shape": SHAPE, "layers": []}
     for backend in fused_backends(device):
         for name, layer in layers(device, backend).items():
-            for variant, step in variants(layer, device, arguments.compiled):
+            for variant, step in variants(layer, device, name == RESIDUAL, arguments.compiled):
                 found = measure(step, device)
                 print(f"{backend}, {name}, {variant}: {found['microseconds']:.1f} µs, {found['launches']} launches")
                 for kernel, count in found["launched"].items():

@@ -33,7 +33,7 @@ SECTOR_BYTES = 32
 WARP_THREADS = 32
 BACKEND = "traced"
 # Members of params structs: sequences of x_seq's type, and of the state's.
-SEQUENCES = ("x_seq", "s_seq", "grad_s_seq", "grad_x_seq")
+SEQUENCES = ("x_seq", "residual", "s_seq", "grad_s_seq", "grad_x_seq", "grad_residual")
 REAL_SEQUENCES = ("v_seq", "h_seq", "grad_v_seq", "grad_h_seq")
 _BYTES = {scalar: dtype.itemsize for dtype, scalar in SCALARS.items()}
 
@@ -136,6 +136,7 @@ class Case(NamedTuple):
     compute: Callable[[Tensor, dict[str, Any]], Any]
     one: bool = False
     about: str = ""
+    residual: bool = False
 
 
 class Row(NamedTuple):
@@ -206,12 +207,23 @@ def cases(dtypes: Iterable[torch.dtype] = TYPES) -> Iterator[Case]:
                 by_channel = ("moments", "input gradient") if steps == STEPS[-1] else ()
                 yield Case(("forward", "backward", *by_channel), dtype, (steps, *SIZES), _normalised)
             yield Case(("forward", "backward"), dtype, (STEPS[-1], *SIZES), _general)
+            yield from residual_cases(dtype)
         yield Case(("forward", "backward"), dtype, (STEPS[-1], *SIZES), _by_neuron)
         for sizes in (SIZES, ODD_SIZES):
             yield Case(("forward", "backward"), dtype, (STEPS[-1], *sizes), _general, one=True)
+        yield Case(("forward", "backward"), dtype, (STEPS[-1], *SIZES), _plain, one=True, residual=True)
         yield Case(("moments", "input gradient"), dtype, (STEPS[-1], *ODD_SIZES), _normalised, one=True)
+        yield Case(("input gradient",), dtype, (STEPS[-1], *ODD_SIZES), _normalised, one=True, residual=True)
     if torch.float32 in dtypes:
         yield from few_cases()
+
+
+def residual_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """With a residual, four neurons a thread."""
+    for steps in (STEPS[0], STEPS[-1]):
+        yield Case(("forward", "backward"), dtype, (steps, *SIZES), _plain, residual=True)
+        yield Case(("forward", "backward", "input gradient"), dtype, (steps, *SIZES), _normalised, residual=True)
+    yield Case(("forward", "backward"), dtype, (STEPS[-1], *SIZES), _general, residual=True)
 
 
 def few_cases() -> Iterator[Case]:
@@ -232,7 +244,10 @@ def trace(case: Case, machine: Machine) -> list[Row]:
     backends.BACKENDS[BACKEND] = backends.Backend(("cpu",), operators, lambda: None)
     try:
         x_seq = torch.zeros(case.shape, dtype=case.dtype, requires_grad=True)
-        output = case.compute(x_seq, {"analog_prob": 0.25, "backend": BACKEND, **_CHOSEN[case.dtype]})
+        options = {"analog_prob": 0.25, "backend": BACKEND, **_CHOSEN[case.dtype]}
+        if case.residual:
+            options["residual"] = torch.zeros_like(x_seq, requires_grad=True)
+        output = case.compute(x_seq, options)
         outputs = [output] if isinstance(output, Tensor) else output
         torch.autograd.backward(outputs, [torch.zeros_like(each) for each in outputs])
     finally:
@@ -249,11 +264,12 @@ distinct bytes would fill, side by side from the beginning of a sector. Both are
 has one value where they are equal, else touched / fewest = ratio.
 
 `python -m tools.ptx.accesses --write` counts them: it runs the PTX that NVRTC compiles for {ARCHITECTURE} on the CPU,
-and records each access of each thread to global memory. Sequences are x, spikes, potentials and their gradients, time
-first. Others are parameters, their partial sums, the state of the noise, states of neurons, checkpoints and moments.
-Plain neurons learn their width, normalised ones also gain and bias of each channel; the rest have all sequences and
-states, and learn decay and gain of each channel, threshold and width. Surrogate and reset are those of the tests of
-PTX: the former changes no access, and a soft reset reads the threshold as its amount.
+and records each access of each thread to global memory. Sequences are x, residual, spikes, potentials and their
+gradients, time first. Others are parameters, their partial sums, the state of the noise, states of neurons, checkpoints
+and moments. Plain neurons learn their width, normalised ones also gain and bias of each channel; those with a residual
+are measured as both. The rest have all sequences and states, and learn decay and gain of each channel, threshold and
+width. Surrogate and reset are those of the tests of PTX: the former changes no access, and a soft reset reads the
+threshold as its amount.
 
 With 15 x 7 x 7 neurons, steps of x are not aligned to sectors, and each access of a warp reaches into a sector of the
 next warp, which then finds it in the cache. Moments load the first value of each thread alone, from sectors that they

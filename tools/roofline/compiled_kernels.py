@@ -14,14 +14,14 @@ from .sass_run import Program
 
 # Instantiates launchers, and so only the kernels that they call.
 SOURCE = """\
-#include "cuda/neuron_kernels.cuh"
-#include "cuda/normalisation_kernels.cuh"
+#include "cuda/launch_neuron.cuh"
+#include "cuda/launch_normalisation.cuh"
 namespace asgl::cuda {{
 {}
 }}
 """
 MODEL_LAUNCH = "template cudaError_t launch(LIF<Surrogate::kRectangle, true>, const {}<{}>&, cudaStream_t);"
-TYPE_LAUNCH = "template cudaError_t launch(const {}<{}>&, cudaStream_t);"
+TYPE_LAUNCH = "template cudaError_t launch_on(Device, const {}<{}>&, cudaStream_t);"
 SCALARS, REALS = ("float", "BFloat16"), ("float",)
 INSTANTIATIONS = (
     ("ForwardParams", MODEL_LAUNCH, SCALARS),

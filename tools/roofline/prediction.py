@@ -13,7 +13,7 @@ import torch
 from asgl_cuda.backends.structures import constant, structure
 
 from ..kernels.cuda_code import Instruction, Kernel, Usage
-from .recorded_calls import BLOCK, COMMON, Launch
+from .recorded_calls import BLOCK, COMMON, RESIDUAL_BLOCK, Launch
 from .sass_run import Program, indices
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -67,11 +67,13 @@ RESERVED_SHARED_BYTES = 1024  # per block, beyond its own shared memory
 
 # Kernels of the common case, with elements moved for each element of x.
 MOVED = {
-    "forward": 2, "backward": 3, "moments": 1, "forward normalised": 2, "backward normalised": 3, "input gradient": 3
+    "forward": 2, "backward": 3, "moments": 1, "forward normalised": 2, "backward normalised": 3, "input gradient": 3,
+    "forward normalised with residual": 3, "backward normalised with residual": 4, "input gradient with residual": 3,
 }  # fmt: skip
 NEURON_KERNELS = ("forward", "backward")
 NORMALISATION_KERNELS = ("moments", "forward normalised", "backward normalised", "input gradient")
-BY_CHANNEL = ("moments", "input gradient")
+RESIDUAL_KERNELS = ("moments", *(f"{name} with residual" for name in NORMALISATION_KERNELS[1:]))
+BY_CHANNEL = ("moments", "input gradient", "input gradient with residual")
 
 _STRUCTURES = {
     "lif_forward": "ForwardParams", "lif_backward": "BackwardParams", "batch_moments": "MomentsParams",
@@ -113,10 +115,10 @@ def moved(params: Any, dtype: str) -> Moved:
     """Bytes by the parameters of a kernel over whole sequences; null pointers move nothing."""
     size = ELEMENT_BYTES[dtype]
     given = {name for name, *_ in _fields(params) if isinstance(getattr(params, name), int) and getattr(params, name)}
-    sequences = size * len({"x_seq", "s_seq", "grad_s_seq", "grad_x_seq"} & given)
+    sequences = size * len({"x_seq", "residual", "s_seq", "grad_s_seq", "grad_x_seq", "grad_residual"} & given)
     sequences += REAL_BYTES * len({"v_seq", "h_seq", "grad_v_seq", "grad_h_seq"} & given)
-    if not hasattr(params, "shape"):  # normalisation: the gradient is read before it is overwritten
-        return Moved(sequences + size * ("grad_x_seq" in given), 0.0)
+    if not hasattr(params, "shape"):  # normalisation: the gradient is overwritten where no residual needs it
+        return Moved(sequences + size * ("grad_x_seq" in given and "grad_residual" not in given), 0.0)
     steps, neurons = params.shape.steps, params.shape.outer * params.shape.inner
     values = (-(-steps // constant("kCheckpointSteps")) - 1) * neurons
     states = (getattr(params, name, None) for name in ("init", "last", "grad_last", "grad_init"))
@@ -182,7 +184,11 @@ class Counts(NamedTuple):
     @property
     def is_common(self) -> bool:
         """Whether it belongs to the common case, in which a kernel is known by its name."""
-        kernels = {COMMON.name: NEURON_KERNELS, BLOCK.name: NORMALISATION_KERNELS}
+        kernels = {
+            COMMON.name: NEURON_KERNELS,
+            BLOCK.name: NORMALISATION_KERNELS,
+            RESIDUAL_BLOCK.name: RESIDUAL_KERNELS[1:],
+        }
         return self.kernel in kernels.get(self.call, ())
 
     @property

@@ -100,22 +100,27 @@ def trained(x_seq: torch.Tensor, function: Callable[..., Any] = asgl_cuda.lif, *
     return call
 
 
-def _lif(name: str, neurons_each: int = 4, batch_first: bool = False, **options: Any) -> Call:
+def _lif(
+    name: str, neurons_each: int = 4, batch_first: bool = False, with_residual: bool = False, **options: Any
+) -> Call:
     """A call of `lif`; options that are functions make a tensor."""
 
     def make(steps: int, dtype: torch.dtype) -> Callable[[], None]:
         made = {key: value() if callable(value) else value for key, value in options.items()}
+        if with_residual:
+            made["residual"] = _sequence(steps, dtype, batch_first)
         return trained(_sequence(steps, dtype, batch_first), time_dim=int(batch_first), **made)
 
     return Call(name, make, neurons_each)
 
 
-def _block(steps: int, dtype: torch.dtype) -> Callable[[], None]:
+def _block(steps: int, dtype: torch.dtype, with_residual: bool = False) -> Callable[[], None]:
+    residual = _sequence(steps, dtype) if with_residual else None
     statistics = torch.zeros(CHANNELS), torch.ones(CHANNELS)
     affine = {"weight": learned(CHANNELS), "bias": learned(CHANNELS)}
 
     def function(x_seq: torch.Tensor, **options: Any) -> Any:
-        return asgl_cuda.batch_norm_lif(x_seq, *statistics, training=True, **affine, **options)
+        return asgl_cuda.batch_norm_lif(x_seq, *statistics, training=True, residual=residual, **affine, **options)
 
     return trained(_sequence(steps, dtype), function)
 
@@ -130,10 +135,12 @@ def _by_neuron() -> torch.Tensor:
 
 COMMON = _lif("lif, width learned")
 BLOCK = Call("batch_norm_lif", _block)
+RESIDUAL_BLOCK = Call("batch_norm_lif, residual", functools.partial(_block, with_residual=True))
 WITHOUT_NOISE = _lif("lif, no noise", analog_prob=0.0)
 BY_NEURON = _lif("lif, width by neuron", width=_by_neuron)
 OTHERS = (
     WITHOUT_NOISE,
+    _lif("lif, residual", with_residual=True),
     _lif("lif, batch first", batch_first=True),
     _lif("lif, width by channel", width=_by_channel),
     _lif("lif, decay, width learned", decay=learned),

@@ -27,6 +27,7 @@ from .prediction import (
     MULTIPLY_LANES,
     NEURON_KERNELS,
     NORMALISATION_KERNELS,
+    RESIDUAL_KERNELS,
     Card,
     Counts,
     Prediction,
@@ -34,7 +35,7 @@ from .prediction import (
     name_of,
     predict,
 )
-from .recorded_calls import BLOCK, CHANNELS, COMMON, ELEMENTS, INNER, OTHERS, Call, launches
+from .recorded_calls import BLOCK, CHANNELS, COMMON, ELEMENTS, INNER, OTHERS, RESIDUAL_BLOCK, Call, launches
 
 STEPS = (4, 16, 128)
 CHECKPOINT_STEPS = 16
@@ -53,7 +54,7 @@ def counted(kernels: dict[int, Kernels], calls: Iterable[Call]) -> Iterator[Coun
 
 
 def figures(kernels: dict[int, Kernels], version: str) -> dict[str, Any]:
-    found = counted(kernels, (COMMON, BLOCK, *OTHERS))
+    found = counted(kernels, (COMMON, BLOCK, RESIDUAL_BLOCK, *OTHERS))
     return {"nvcc": version, "counts": [each.to_json() for each in found], **sections.figures(kernels)}
 
 
@@ -94,6 +95,12 @@ gradient and writes the gradient of the normalised input, times its gain; the in
 dx in place. That is {moved} elements, {moved_bytes} bytes in float32, and the floor is a copy of as many. Forward and
 backward are the normalised kernels (RESOURCES.md). Backward loads x twice, the second time from L1 or L2: the bytes
 count it once.
+
+Kernels of their own add a residual r between the two. Forward and backward read it as well, and backward writes the
+gradient of the sum, which r shares; the input gradient reads it and x and writes dx to memory of its own. That is
+{with_residual} elements, {bytes_with_residual} bytes in float32, and the floor is a copy of as many. `lif` with a
+residual, one of the *other calls*, moves 3 elements forward and 4 backward, where r shares dx. Its multiply is `x + r`,
+and `torch.addcmul(x, r, g)`, which reads three and writes one.
 
 Other calls: *by channel* is a tensor with a value for each of {channels} channels of {inner} neurons; *all* are
 width, decay and threshold, all learned; *by neuron* is a value for each neuron, which leaves a thread one neuron;
@@ -144,11 +151,11 @@ def sum_row(those: Sequence[Prediction], dtype: str, steps: int) -> tuple[str, .
     )  # fmt: skip
 
 
-def normalisation_rows(found: Sequence[Prediction]) -> Iterator[tuple[str, ...]]:
+def normalisation_rows(found: Sequence[Prediction], kernels: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """A row for each kernel, and for each length one for the four together."""
     for dtype in ELEMENT_BYTES:
-        mine = [p for p in found if p.counts.dtype == dtype and p.counts.kernel in NORMALISATION_KERNELS]
-        for p in sorted(mine, key=lambda p: (NORMALISATION_KERNELS.index(p.counts.kernel), p.counts.steps)):
+        mine = [p for p in found if p.counts.dtype == dtype and p.counts.kernel in kernels]
+        for p in sorted(mine, key=lambda p: (kernels.index(p.counts.kernel), p.counts.steps)):
             yield row_of(p)
         for steps in STEPS:
             yield sum_row([p for p in mine if p.counts.steps in (0, steps)], dtype, steps)
@@ -196,7 +203,9 @@ def card_tables(card: Card, counts: Sequence[Counts]) -> Iterator[str]:
         yield "Instructions an element, by class:\n"
         yield table(("", "T", *CLASSES), map(class_row, mine))
     yield "Batch normalisation in front of the neuron:\n"
-    yield table((*COLUMNS, "times the copy"), normalisation_rows(common))
+    yield table((*COLUMNS, "times the copy"), normalisation_rows(common, NORMALISATION_KERNELS))
+    yield "With a residual added between the two:\n"
+    yield table((*COLUMNS, "times the copy"), normalisation_rows(common, RESIDUAL_KERNELS))
     others = other_calls(found)
     if card == CARDS[0]:
         yield "Other calls:\n"
@@ -207,7 +216,9 @@ def card_tables(card: Card, counts: Sequence[Counts]) -> Iterator[str]:
 
 
 def text(found: dict[str, Any]) -> str:
-    moved_elements = sum(MOVED[name] for name in NORMALISATION_KERNELS)
+    moved_elements, with_residual = (
+        sum(MOVED[name] for name in names) for names in (NORMALISATION_KERNELS, RESIDUAL_KERNELS)
+    )
     lanes = dict.fromkeys(card.float_lanes for card in CARDS)
     parts = [
         HEAD.format(
@@ -219,6 +230,8 @@ def text(found: dict[str, Any]) -> str:
             inner=INNER,
             moved=moved_elements,
             moved_bytes=moved_elements * ELEMENT_BYTES["float32"],
+            with_residual=with_residual,
+            bytes_with_residual=with_residual * ELEMENT_BYTES["float32"],
             lanes=" or ".join(
                 f"{each} ({', '.join(card.name.split()[0] for card in CARDS if card.float_lanes == each)})"
                 for each in lanes

@@ -34,7 +34,19 @@ from .prediction import (
     predict,
     resident_blocks,
 )
-from .recorded_calls import BLOCK, COMMON, OTHERS, WITHOUT_NOISE, Call, Launch, launches, learned, recorded, trained
+from .recorded_calls import (
+    BLOCK,
+    COMMON,
+    OTHERS,
+    RESIDUAL_BLOCK,
+    WITHOUT_NOISE,
+    Call,
+    Launch,
+    launches,
+    learned,
+    recorded,
+    trained,
+)
 from .sass_run import ARITHMETIC_CYCLES, MEMORY_CYCLES, ON_CHIP_CYCLES, alone, indices
 
 CARD = CARDS[0]
@@ -154,7 +166,7 @@ to itself, and the others idle. The last column is the share of backward's time,
 # ---- waves ----
 
 SIZES = ((2**19, 128), (2**20, 16), (2**24, 4))  # neurons, steps
-WAVE_CALLS = (COMMON, BLOCK, *(call for call in OTHERS if call.name == "lif, all by channel"))
+WAVE_CALLS = (COMMON, BLOCK, RESIDUAL_BLOCK, *(call for call in OTHERS if call.name == "lif, all by channel"))
 WAVE_COLUMNS = (
     ("", ""), ("T", ""), ("N", ""), ("registers", ""), ("blocks", ""), ("waves", ".2f"), ("MB, full", ".1f"),
     ("MB, last", ".1f"), ("wave", ".1f"), ("alone", ".1f"), ("all", ".0f"), ("by waves", ".2f"),
