@@ -203,7 +203,7 @@ def main() -> int:
     """Trains missing runs, prints the table, draws the figure."""
     parser = parser_of("benchmarks.learning.noise", __doc__, "json", "plot")
     parser.add_argument("--data", nargs="+", choices=SETS, default=SETS, help="default: all")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time (default: a core's)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at a time (default: one a core)")
     arguments = parser.parse_args()
     file = arguments.json or Path("build") / "noise.json"
     file.parent.mkdir(exist_ok=True)
