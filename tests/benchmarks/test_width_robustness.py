@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -12,7 +13,7 @@ pytest.importorskip("sklearn")
 
 import torch
 
-from benchmarks.learning import width_robustness
+from benchmarks.learning import runs, width_robustness
 from benchmarks.learning.data import Data
 from benchmarks.learning.width_robustness import ASGL, LEARNED, METHODS, SETTINGS, SG, Run
 
@@ -81,6 +82,8 @@ def call(monkeypatch, *arguments):
 def test_trainings_are_not_repeated(tmp_path, monkeypatch, capsys):
     """The second call adds a width, the third has nothing to do."""
     file = tmp_path / "found.json"
+    # A process would import torch anew.
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs))
     for name, value in (("SETTINGS", SHORT), ("SURROGATES", ("sigmoid",)), ("WIDTHS", (1.0,))):
         monkeypatch.setattr(width_robustness, name, value)
     common = ("--data", "digits", "--jobs", 1, "--json", file)
