@@ -28,7 +28,7 @@ from .runs import begun, train_all
 
 SG, LEARNED, ASGL = METHODS = ("SG", "learned", "ASGL")
 SURROGATES = ("rectangle", "sigmoid")
-WIDTHS = (0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+WIDTHS = (0.5, 1.0, 5.0, 10.0, 30.0)
 SETTINGS: dict[str, Any] = {"seeds": 5, "steps": 700, "analog_prob": 0.2, "rate": 0.1, "width_rate": 0.01}
 QUICK_SETTINGS = {**SETTINGS, "seeds": 2, "steps": 200, "width_rate": 0.03}
 QUICK_WIDTHS = (1.0, 10.0)
