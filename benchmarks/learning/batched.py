@@ -109,6 +109,15 @@ class Networks(nn.Module):
         return [round(value, 3) for value in (100 * right / len(labels)).tolist()]
 
 
+def shortened(data: Data) -> Data:
+    """Frames averaged in pairs where there are more than eight, to halve the time."""
+    if data.train.shape[1] <= 8:
+        return data
+    even = data.train.shape[1] // 2 * 2
+    train, test = (part[:, :even].unflatten(1, (-1, 2)).mean(2) for part in (data.train, data.test))
+    return data._replace(train=train, test=test)
+
+
 def flat(samples: Tensor) -> Tensor:
     """`[N, T, features]`."""
     return samples.flatten(2).to(torch.get_default_dtype())

@@ -22,14 +22,14 @@ from rich.table import Table
 
 from .. import palette
 from ..common import parser_of
-from .batched import Setting, flat, trained
+from .batched import Setting, flat, shortened, trained
 from .data import SOURCES, Data, available
 from .runs import begun, train_all
 
 SG, LEARNED, ASGL = METHODS = ("SG", "learned", "ASGL")
 SURROGATES = ("rectangle", "sigmoid")
 WIDTHS = (0.5, 1.0, 5.0, 10.0, 30.0)
-SETTINGS: dict[str, Any] = {"seeds": 5, "steps": 700, "analog_prob": 0.2, "rate": 0.1, "width_rate": 0.01}
+SETTINGS: dict[str, Any] = {"seeds": 5, "steps": 500, "analog_prob": 0.2, "rate": 0.1, "width_rate": 0.01}
 QUICK_SETTINGS = {**SETTINGS, "seeds": 2, "steps": 200, "width_rate": 0.03}
 QUICK_WIDTHS = (1.0, 10.0)
 
@@ -54,7 +54,7 @@ def read(name: str, root: Path | None) -> Data:
 
 def train(run: Run, root: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
     """Accuracies on the test samples, and the final widths by layer, of each seed."""
-    data = read(run.data, root)
+    data = shortened(read(run.data, root))
     setting = Setting(
         run.width, learned=run.method != SG, analog_prob=settings["analog_prob"] if run.method == ASGL else 0.0,
         surrogate=run.surrogate, **{key: settings[key] for key in ("steps", "rate", "width_rate")},
