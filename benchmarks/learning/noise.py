@@ -80,13 +80,13 @@ def cells() -> Iterator[Cell]:
 
 
 def all_runs() -> list[Run]:
-    """The short trainings first."""
+    """Images, which are quick, and short trainings first."""
     runs = [
         Run(cell, arm, rate)
         for cell, arm, rate in itertools.product(cells(), ARMS, RATES)
         if "dropout" not in arm or cell.width == 1
     ]
-    return sorted(runs, key=lambda run: run.cell.steps)
+    return sorted(runs, key=lambda run: (run.cell.data not in IMAGES, run.cell.steps, run.cell.width))
 
 
 @cache
