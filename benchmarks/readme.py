@@ -16,6 +16,7 @@ from .learning.data import SOURCES
 from .learning.gradients import rows as gradients_rows
 from .learning.noise import HEAD as NOISE_HEAD
 from .learning.noise import rows as noise_rows
+from .learning.noise import rows_by_rate
 from .learning.smoothing import rows as smoothing_rows
 from .learning.width_robustness import rows as width_rows
 from .speed.end_to_end import NEURONS
@@ -222,7 +223,9 @@ def noise(report: dict[str, Any]) -> str:
         f"it, with 95 % intervals. {seeds * len(report['runs']):,} trainings took {report['seconds'] / 60:.0f} minutes "
         "of one core:"
     )
-    return "\n".join((words, "", *markdown_table(NOISE_HEAD, list(noise_rows(report)))))
+    words_by_rate = "The gains of two shares where both arms have the same learning rate:"
+    tables = markdown_table(NOISE_HEAD, list(noise_rows(report))), markdown_table(*rows_by_rate(report))
+    return "\n".join((words, "", *tables[0], "", words_by_rate, "", *tables[1]))
 
 
 def gradients(report: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ WIDTHS, WIDE = (0.4, 5.0, 10.0, 30.0), (10.0, 30.0)
 RATES = (0.03, 0.1, 0.3)
 SEEDS = 10
 QUIET = "0"  # the arm that the others are compared with
+SHARES = ("0.2", "0.5")
 ARMS: dict[str, dict[str, Any]] = {
     QUIET: {},
     "0.2": {"analog_prob": 0.2},
@@ -137,19 +138,32 @@ def chosen(report: dict[str, Any], cell: Cell, arm: str) -> Chosen | None:
     return this and quiet and Chosen(*this, *paired(this[1], quiet[1]))
 
 
+def named(cell: Cell) -> str:
+    time = f", T = {cell.time_steps}" if cell.time_steps else ""
+    return f"{cell.data}{time}, {cell.steps} steps, width {cell.width:g}"
+
+
 def rows(report: dict[str, Any]) -> Iterator[list[str]]:
     """A row a cell: accuracy without noise, and gains."""
     for cell in cells():
         found = {arm: chosen(report, cell, arm) for arm in ARMS}
         if (quiet := found.pop(QUIET)) is None:
             continue
-        time = f", T = {cell.time_steps}" if cell.time_steps else ""
         gains = ("" if each is None else f"{each.gain:+.1f} ± {each.half:.1f}" for each in found.values())
-        yield [
-            f"{cell.data}{time}, {cell.steps} steps, width {cell.width:g}",
-            f"{statistics.fmean(quiet.test):.1f}",
-            *gains,
-        ]
+        yield [named(cell), f"{statistics.fmean(quiet.test):.1f}", *gains]
+
+
+def rows_by_rate(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table of the gains of constant shares, compared at each rate."""
+    found = []
+    for cell in cells():
+        gains = []
+        for arm, rate in itertools.product(SHARES, RATES):
+            noisy, quiet = (report["runs"].get(str(Run(cell, name, rate))) for name in (arm, QUIET))
+            gains.append("{:+.1f} ± {:.1f}".format(*paired(noisy["test"], quiet["test"])) if noisy and quiet else "")
+        if any(gains):
+            found.append([named(cell), *gains])
+    return ["", *(f"{arm} at {rate:g}" for arm, rate in itertools.product(SHARES, RATES))], found
 
 
 HEAD = ["", "no noise", *(arm for arm in ARMS if arm != QUIET)]

@@ -53,6 +53,9 @@ def test_table_and_figure(tmp_path):
     assert len(row) == len(noise.HEAD)
     assert row[:2] == ["digits, T = 4, 60 steps, width 1", "81.0"]
     assert row[noise.HEAD.index("0.2")].startswith("+6.0 ± ")
+    head, (row,) = noise.rows_by_rate(report())
+    assert row[head.index("0.2 at 0.03")].startswith("+10.0 ± ")
+    assert row[head.index("0.5 at 0.03")] == ""
     noise.plot(report(), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
