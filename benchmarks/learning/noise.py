@@ -203,10 +203,15 @@ def plot(report: dict[str, Any], file: Path) -> None:
             panel.set(xscale="log", title=f"{name}, {title}", xlabel="steps" if factor == "steps" else "first width")
             panel.set_yscale("symlog", linthresh=3)
             panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            panel.set_xlim(0.8 * ticks[0], 1.35 * ticks[-1])
+            marks = (-30, -10, -3, 0, 3, 10)
+            panel.set_yticks(marks, [f"{mark:+d}" if mark else "0" for mark in marks])
             panel.minorticks_off()
     for row in panels:
         row[0].set_ylabel("gain on no noise (points)")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper right", title="analog_prob", handlelength=4)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="upper right", title="analog_prob", ncols=2, handlelength=4
+    )
     figure.savefig(file, dpi=80)
 
 
