@@ -2,7 +2,7 @@
 
 Forward reads x for the statistics, then reads it once more and writes s; backward reads x and the gradient and writes
 dh, then reads dh and x and writes dx, in place: 36 bytes per element in float32. Saved for backward: x, checkpoints,
-and 7 values per channel.
+and 7 values per channel. With a residual both passes read one element more, and dh, its gradient, is kept.
 
 With dh the gradient of the normalised input c = gain (x - mean) + shift, sums over the M elements of a channel
 and xhat = (x - mean) / sqrt(variance + eps):
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from typing_extensions import Unpack
 
 from . import recompute
 from .backends import BACKENDS, backend_of, operators_of
-from .call import Arguments, Call, LIFOutput, checked_call, grouped
+from .call import Arguments, Call, LIFOutput, checked_call, grouped, with_residual_gain
 from .checks import (
     HALF_TYPES,
     PLAIN_TENSORS,
@@ -45,7 +46,7 @@ from .derivatives import DERIVATIVES
 from .functional import LIF_DEFAULTS, NeuronArguments
 from .layout import by_channel, channel_dim, real_type
 from .ops import ForwardResult, with_gaps
-from .reference import batch_statistics, detached, normalisation
+from .reference import Numbers, batch_statistics, detached, normalisation
 from .transforms import (
     apply,
     apply_here,
@@ -109,19 +110,27 @@ class BatchNormLIFFunction(torch.autograd.Function):
         call = Call(ctx.backend, ctx.plan, ctx.numbers, x_seq, v_init, rng_state, parameters)
         *grads_of_outputs, _, _, _ = grads
         _, _, _, _, wants_weight, wants_bias, _, _, wants_x_seq, wants_v_init, _, *needed = ctx.needs_input_grad
-        wants_sums = wants_weight or wants_bias or (wants_x_seq and ctx.training)
-        width, decay, v_threshold, reset, _, _, input_mean = needed
-        wanted = wants_x_seq, wants_v_init, width, decay, v_threshold, reset, wants_sums, wants_sums, input_mean
+        through_batch = wants_x_seq and ctx.training
+        wants_sums = wants_weight or wants_bias or through_batch
+        width, decay, v_threshold, reset, _, _, input_mean, residual = needed
+        of_neuron = width, decay, v_threshold, reset, wants_sums, wants_sums, input_mean, residual
+        wanted = wants_x_seq and not (through_batch and residual), wants_v_init, *of_neuron
         found = _normalised(call, coefficients.unbind()).backward(grads_of_outputs, checkpoints, wanted)
-        grad_x_seq, grad_v_init, *grad_parameters = with_gaps(found, wanted)
+        grad_x_seq, grad_v_init, *grad_parameters, grad_residual = with_gaps(found, wanted)
         grad_weight = grad_bias = None
+        if through_batch and residual:
+            grad_x_seq = torch.empty_like(grad_residual)
         if wants_sums:
             *_, grad_gain, grad_shift, _ = grad_parameters
             sums = grad_gain, grad_shift
+            of_x_seq = (grad_x_seq, grad_residual) if through_batch else (x_seq.new_empty(0), None)
             grad_weight, grad_bias = call.operators().batch_norm_backward(
-                grad_x_seq if wants_x_seq and ctx.training else x_seq.new_empty(0), x_seq, coefficients, statistics,
-                *sums, *_summed(sums, settings.group), settings.eps, settings.input_scale, ctx.plan.rules.time_dim,
+                *of_x_seq, x_seq, coefficients, statistics, *sums, *_summed(sums, settings.group), settings.eps,
+                settings.input_scale, Numbers(*call.numbers).residual_gain, ctx.plan.rules.time_dim,
             )  # fmt: skip
+        if residual and not through_batch:
+            grad_residual = with_residual_gain(grad_residual, call.numbers)
+        grad_parameters.append(grad_residual)
         results = grad_weight, grad_bias, grad_x_seq, grad_v_init, *grad_parameters
         asked = wants_weight, wants_bias, wants_x_seq, wants_v_init, *needed
         gradients = [grad for grad, wants in zip(results, asked, strict=True) if wants]
@@ -161,7 +170,7 @@ class _CoefficientsFunction(torch.autograd.Function):
         grad_x_seq = torch.zeros_like(x_seq) if through_batch else x_seq.new_empty(0)
         sums = grad_gain, grad_shift
         grad_weight, grad_bias = operators_of(backend, (x_seq, coefficients, *sums)).batch_norm_backward(
-            grad_x_seq, x_seq, coefficients, total, *sums, *sums, eps, input_scale, time_dim
+            grad_x_seq, None, x_seq, coefficients, total, *sums, *sums, eps, input_scale, 1.0, time_dim
         )
         asked = through_batch, False, False, False, wants_weight, wants_bias
         all_found = grad_x_seq, None, None, None, grad_weight, grad_bias
@@ -210,9 +219,14 @@ def _forward(
 def _normalised(call: Call, coefficients: Sequence[Tensor]) -> Call:
     """The call for neurons whose input is normalised by mean, gain and bias, the first coefficients."""
     mean, gain, bias, *_ = coefficients
-    backend, plan, numbers, x_seq, v_init, rng_state, (width, decay, v_threshold, reset, *_) = call
-    parameters = width, decay, v_threshold, reset, gain, bias, mean
+    backend, plan, numbers, x_seq, v_init, rng_state, (width, decay, v_threshold, reset, *_, residual) = call
+    parameters = width, decay, v_threshold, reset, gain, bias, mean, residual
     return Call(backend, plan, numbers, x_seq, v_init, rng_state, parameters)
+
+
+def _remember(call: Call, results: Sequence[Tensor]) -> None:
+    *outputs, coefficients, _ = results
+    _normalised(call, coefficients.unbind()).remember(outputs)
 
 
 def _check_shared_count(count: Tensor, settings: _Settings, x_seq: Tensor) -> None:
@@ -349,6 +363,9 @@ def _batch_norm_lif(
             )
         if scalar in HALF_TYPES and x_seq.numel() <= _FEW * channels:
             x_seq = x_seq.to(torch.float32)
+            residual = given.values.residual
+            if isinstance(residual, Tensor) and residual.dtype == scalar:
+                given = given._replace(values=given.values._replace(residual=residual.to(torch.float32)))
     call = checked_call(_CALLER, x_seq, given)
     settings = _Settings(channel, eps, input_scale, group)
     mean, variance = (None, None) if training else (running_mean, running_var)
@@ -362,9 +379,11 @@ def _batch_norm_lif(
         backend, plan, numbers, *tensors, parameters = call
         if is_differentiated((*tensors, *parameters, *norm), _CALLER):
             inputs = settings, backend, plan, numbers, *norm, *tensors, *parameters
-            *outputs, coefficients, _ = apply(BatchNormLIFFunction, *inputs)
-            if recompute.open_contexts and not torch.compiler.is_compiling():
-                _normalised(call, coefficients.unbind()).remember(outputs)
+            if recompute.open_contexts or recompute.traced_contexts:
+                found = recompute.applied(apply, BatchNormLIFFunction, inputs, partial(_remember, call))
+            else:
+                found = apply(BatchNormLIFFunction, *inputs)
+            *outputs, coefficients, _ = found
         else:
             outputs, coefficients, _ = _forward(settings, call, norm, False)
         if in_one_launch:

@@ -43,8 +43,7 @@ def _rule_of_forward(operator: Operator, info: Any, in_dims: tuple[Any, ...], *a
     samples = _Samples(info.batch_size, x_seq, x_dim, rules.time_dim)
     outputs = operator(
         samples.x_seq, samples.front(v_init, v_dim), _shared_state(rng_state, rng_dim),
-        [samples.parameter(value, dim) for value, dim in zip(parameters, parameter_dims, strict=True)],
-        numbers, rules.changed(time_dim=rules.time_dim + 1), wanted,
+        samples.parameters(parameters, parameter_dims), numbers, rules.changed(time_dim=rules.time_dim + 1), wanted,
     )  # fmt: skip
     *_, wants_checkpoints = wanted
     if wants_checkpoints:
@@ -64,8 +63,8 @@ def _rule_of_backward(operator: Operator, info: Any, in_dims: tuple[Any, ...], *
         [samples.front(grad, dim) for grad, dim in zip(grads, grad_dims, strict=True)],
         samples.x_seq, samples.front(v_init, v_dim), _shared_state(rng_state, rng_dim),
         samples.together(checkpoints, checkpoint_dim),
-        [samples.parameter(value, dim, apart=asked) for value, dim, asked in parameter_dims_asked],
-        numbers, rules.changed(time_dim=rules.time_dim + 1), wanted,
+        samples.parameters(parameters, parameter_dims, wanted[2:]), numbers,
+        rules.changed(time_dim=rules.time_dim + 1), wanted,
     )  # fmt: skip
     return _in_own_shapes(gradients, parameter_dims_asked, info), [0] * len(gradients)
 
@@ -80,8 +79,8 @@ def _rule_of_integrator(operator: Operator, info: Any, in_dims: tuple[Any, ...],
     parameter_dims_asked = list(zip(parameters, parameter_dims, asked, strict=True))
     results = operator(
         samples.x_seq, *map(samples.front, others, other_dims),
-        [samples.parameter(value, dim, apart=wants) for value, dim, wants in parameter_dims_asked],
-        numbers, rules.changed(time_dim=rules.time_dim + 1), delay, wanted,
+        samples.parameters(parameters, parameter_dims, asked), numbers, rules.changed(time_dim=rules.time_dim + 1),
+        delay, wanted,
     )  # fmt: skip
     return _in_own_shapes(results, parameter_dims_asked, info), [0] * len(results)
 
@@ -126,8 +125,13 @@ class _Samples:
             return None
         return value.expand(self._count, *value.shape) if dim is None else value.movedim(dim, 0)
 
-    def parameter(self, value: Tensor | None, dim: int | None, apart: bool = False) -> Any:
-        """Reshaped to broadcast against x_seq; `apart` expands for a gradient per sample."""
+    def parameters(self, values: Any, dims: Any, asked: Any = ()) -> list[Any]:
+        """Parameters of an operator; those `asked` for get a gradient per sample. The residual is like x_seq."""
+        *apart, _ = [*asked] or [False] * len(values)
+        return [self._parameter(*each) for each in zip(values, dims, (*apart, True), strict=True)]
+
+    def _parameter(self, value: Tensor | None, dim: int | None, apart: bool) -> Any:
+        """Reshaped to broadcast against x_seq; `apart` expands to every sample."""
         if value is None or (dim is None and not apart):
             return value
         sizes = _shape_of_one(value, dim)
@@ -173,14 +177,23 @@ def _one_by_one(
     return outputs, pytree.tree_map(lambda _: 0, outputs)
 
 
-def _write_back(batch_norm_backward: Operator, grad_x_seq: Tensor, x_seq: Tensor, *others: Any) -> Any:
-    """The operator for a grad_x_seq in another memory layout than x_seq."""
+def _write_back(
+    batch_norm_backward: Operator, grad_x_seq: Tensor, grad_residual: Tensor | None, x_seq: Tensor, *others: Any
+) -> Any:
+    """The operator for gradients in another memory layout than x_seq."""
     if grad_x_seq.numel() == 0:
-        return batch_norm_backward(grad_x_seq, x_seq, *others)
+        return batch_norm_backward(grad_x_seq, grad_residual, x_seq, *others)
     *_, time_dim = others
     last = x_seq.dim() - 1
     channel = last if x_seq.is_contiguous() else channel_dim(time_dim)  # else channels_last
-    changed = grad_x_seq.movedim(channel, last).clone(memory_format=torch.contiguous_format).movedim(last, channel)
-    result = batch_norm_backward(changed, x_seq, *others)
-    grad_x_seq.copy_(changed)
+    given = [grad_x_seq, grad_residual]
+    changed = [
+        None if each is None
+        else each.movedim(channel, last).clone(memory_format=torch.contiguous_format).movedim(last, channel)
+        for each in given
+    ]  # fmt: skip
+    result = batch_norm_backward(*changed, x_seq, *others)
+    for each, new in zip(given, changed, strict=True):
+        if each is not None and new is not None:
+            each.copy_(new)
     return result

@@ -1,7 +1,8 @@
 """A neuron's call up to the operator: arguments by name, checks, noise, autograd.
 
-lif -> computed -> checked_call (checks, choose_backend, noise) -> run: the reference under autograd, or LIFFunction ->
-operators_of(backend).lif_forward. Backward draws the same noise again from rng_state; no mask is stored.
+lif -> computed -> checked_call (checks, choose_backend, noise) -> run: the reference under autograd, or
+operators_of(backend).lif_forward, inside LIFFunction if a gradient is needed. Backward draws the same noise again from
+rng_state; no mask is stored.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .checks import (
     check_not_nan,
     check_number,
     check_parameter,
+    check_residual,
     check_rng_state,
     check_surrogate,
     check_v_init,
@@ -34,7 +36,7 @@ from .checks import (
     check_width_tensor,
 )
 from .derivatives import DERIVATIVES
-from .layout import is_dense, real_type
+from .layout import in_memory_order, is_dense, real_type
 from .learned import Logarithm, Logit
 from .ops import BackwardResult, ForwardResult, with_gaps
 from .reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules, lif_reference
@@ -66,13 +68,13 @@ class LIFOutput(NamedTuple):
 
 # The arguments of `lif` that are floats, tensors or None.
 Values = namedtuple(
-    "Values", "width decay v_threshold v_reset reset_amount input_gain input_bias input_mean analog_prob"
+    "Values", "width decay v_threshold v_reset reset_amount input_gain input_bias input_mean analog_prob residual"
 )
 # The arguments of `lif` that are never tensors, unchecked, except generator and backend.
 Options = namedtuple(
     "Options",
     "surrogate surrogate_gain v_rest v_min multi_spike strict_threshold detach_reset scale_output time_dim "
-    "return_v_last return_v_seq return_h_seq",
+    "return_v_last return_v_seq return_h_seq residual_gain",
 )
 # The flags among the options, 0 or 1 in Rules.
 FLAGS = tuple(name for name in Options._fields if name in Rules._fields and name not in ("surrogate", "time_dim"))
@@ -135,9 +137,11 @@ class Call(NamedTuple):
             return Call(backend, only_spikes, numbers, x_seq, v_init, rng_state, parameters).forward(False)[0]
 
         # Copies: FSDP frees parameters before backward of the next layer needs the spikes.
-        copies = [None if each is None else each.detach().clone() for each in parameters]
+        *values, residual = parameters
+        copies = [None if each is None else each.detach().clone() for each in values]
         inputs = {"x_seq": x_seq, "v_init": v_init, "rng_state": rng_state}
-        recompute.remember(outputs[0], spikes, {**inputs, **dict(zip(Parameters._fields, copies, strict=True))})
+        named = dict(zip(Parameters._fields, (*copies, residual), strict=True))
+        recompute.remember(outputs[0], spikes, {**inputs, **named})
 
     def backward(self, grads: Sequence[Tensor | None], checkpoints: Tensor, wanted: Sequence[bool]) -> BackwardResult:
         """Runs the operator lif_backward for the gradients of the results of forward."""
@@ -182,14 +186,32 @@ class LIFFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         checkpoints, x_seq, v_init, rng_state, *parameters = saved_tensors(ctx)
         *grads_of_outputs, _ = grads
-        _, _, _, wants_x_seq, wants_v_init, _, *wants_parameters = ctx.needs_input_grad
+        _, _, _, wants_x_seq, wants_v_init, _, *wants_parameters, wants_residual = ctx.needs_input_grad
         plan = ctx.plan
+        # The gradients of x_seq and of the residual may be the same tensor, as in a sum.
+        shared = wants_residual and wants_x_seq and is_input_plain(ctx.numbers, parameters)
+        wanted = wants_x_seq, wants_v_init, *wants_parameters, wants_residual and not shared
         found = operators_of(ctx.backend, (x_seq, v_init, rng_state, *parameters, *grads)).lif_backward(
             with_gaps(grads_of_outputs, (True, *plan.wanted)), x_seq, v_init, rng_state, checkpoints, parameters,
-            ctx.numbers, tuple(plan.rules), (wants_x_seq, wants_v_init, *wants_parameters),
+            ctx.numbers, tuple(plan.rules), wanted,
         )  # fmt: skip
         gradients = once_differentiable(found, (x_seq, v_init, *parameters, *grads))
-        return None, None, None, *with_gaps(gradients, (wants_x_seq, wants_v_init, False, *wants_parameters))
+        grad_x_seq, grad_v_init, *grad_parameters, grad_residual = with_gaps(gradients, wanted)
+        if wants_residual:
+            grad_residual = with_residual_gain(grad_x_seq if shared else grad_residual, ctx.numbers)
+        return None, None, None, grad_x_seq, grad_v_init, None, *grad_parameters, grad_residual
+
+
+def is_input_plain(numbers: Sequence[float], parameters: Sequence[Tensor | None]) -> bool:
+    """Whether the input current is x, apart from the residual."""
+    gain, bias, mean = parameters[4:7]
+    return gain is None and bias is None and mean is None and tuple(numbers[4:7]) == (1, 0, 0)
+
+
+def with_residual_gain(grad: Tensor, numbers: Sequence[float]) -> Tensor:
+    """The gradient of the residual, from the operators' gradient of the input current."""
+    gain = Numbers(*numbers).residual_gain
+    return grad if gain == 1 else grad * gain
 
 
 class _OperatorFunction(LIFFunction):
@@ -241,6 +263,10 @@ def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
             value = value.stored
         if name == "analog_prob":
             continue
+        if name == "residual":
+            if value is not None:
+                check_residual(value, x_seq, caller)
+            continue
         if isinstance(value, Tensor):
             check_parameter(name, value, x_seq, caller)
         elif name == "width":
@@ -249,6 +275,7 @@ def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
             check_not_nan(name, value, caller, "a float or a tensor")
     check_not_nan("surrogate_gain", options.surrogate_gain, caller)
     check_not_nan("v_rest", options.v_rest, caller)
+    check_not_nan("residual_gain", options.residual_gain, caller)
     if options.v_min is not None:
         check_finite("v_min", options.v_min, caller)
     as_data = isinstance(values.analog_prob, Tensor)
@@ -273,7 +300,7 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
     plan = _plan_of(caller, x_seq, values, options)
     real, rules, _ = plan
     backend = choose_backend(backend, x_seq.device, caller)
-    width, decay, v_threshold, v_reset, reset_amount, input_gain, input_bias, input_mean, analog_prob = values
+    width, decay, v_threshold, v_reset, reset_amount, input_gain, input_bias, input_mean, analog_prob, residual = values
     if rules.log_width or rules.logit_decay:
         by_value = BACKENDS[backend].operators is None  # the reference
         if rules.log_width:
@@ -300,11 +327,13 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
     if v_init is not None:
         check_v_init(v_init, x_seq, rules.time_dim, caller)
         v_init = v_init.to(real)
-    numbers += float(options.v_rest), float(options.surrogate_gain), float(options.v_min or 0)
+    numbers += float(options.residual_gain), float(options.v_rest), float(options.surrogate_gain)
+    numbers.append(float(options.v_min or 0))
     if rules.analog_below or rng_state is not None or generator is not None:
         rng_state = _noise(caller, x_seq, rules.analog_below, analog_prob, rng_state, generator, backend)
     if not is_dense(x_seq, rules.time_dim):
         x_seq = x_seq.contiguous()
+    parameters.append(None if residual is None else in_memory_order(residual, x_seq, rules.time_dim))
     return Call(backend, plan, numbers, x_seq, v_init, rng_state, parameters)
 
 
@@ -353,8 +382,10 @@ def run(call: Call, caller: str) -> Tensor | LIFOutput:
     if BACKENDS[backend].operators is None:
         return call.output(call.reference())
     if is_differentiated((x_seq, v_init, *parameters), caller):
-        outputs = apply(LIFFunction, backend, plan, numbers, x_seq, v_init, rng_state, *parameters)
-        if recompute.open_contexts and not torch.compiler.is_compiling():
-            call.remember(outputs)
+        inputs = backend, plan, numbers, x_seq, v_init, rng_state, *parameters
+        if recompute.open_contexts or recompute.traced_contexts:
+            outputs = recompute.applied(apply, LIFFunction, inputs, call.remember)
+        else:
+            outputs = apply(LIFFunction, *inputs)
         return call.output(outputs)
     return call.output(call.forward(keep_checkpoints=False))

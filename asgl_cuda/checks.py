@@ -272,6 +272,24 @@ def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str) -> N
     check_device("v_init", v_init, x_seq, caller)
 
 
+def check_residual(residual: Any, x_seq: Tensor, caller: str) -> None:
+    """Shape, type and device of x_seq."""
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"{caller}: residual must be a tensor or None, got {type(residual).__name__}")
+    check_dense("residual", residual, caller)
+    if residual.shape != x_seq.shape:
+        raise ValueError(
+            f"{caller}: residual must have x_seq's shape {list(x_seq.shape)}, got {list(residual.shape)}; "
+            "residual.expand_as(x_seq) broadcasts it"
+        )
+    if residual.dtype != x_seq.dtype:
+        raise TypeError(
+            f"{caller}: residual must have x_seq's type {x_seq.dtype}, got {residual.dtype}; residual.to(x_seq.dtype) "
+            "converts it"
+        )
+    check_device("residual", residual, x_seq, caller)
+
+
 def check_analog_prob(analog_prob: float, caller: str) -> int:
     """In [0, 1]; returns the limit for draws, round(analog_prob * DRAWS)."""
     analog_prob = check_number("analog_prob", analog_prob, caller)

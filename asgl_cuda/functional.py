@@ -24,6 +24,8 @@ class NeuronArguments(TypedDict, total=False):
     surrogate: str
     surrogate_gain: float
     analog_prob: Tensor | float
+    residual: Tensor | None
+    residual_gain: float
     rng_state: Tensor | None
     generator: torch.Generator | None
     v_rest: float
@@ -57,6 +59,8 @@ def lif(
     input_gain: Tensor | float = 1.0,
     input_bias: Tensor | float = 0.0,
     input_mean: Tensor | float = 0.0,
+    residual: Tensor | None = None,
+    residual_gain: float = 1.0,
     strict_threshold: bool = False,
     scale_output: bool = False,
     detach_reset: bool = False,
@@ -94,6 +98,9 @@ def lif(
             restores only the default generator: any other would draw new noise in the recomputation, so give rng_state
             there.
         input_gain, input_bias, input_mean: the input current is `input_gain * (x_seq - input_mean) + input_bias`.
+        residual: the shortcut of a residual block, shape and type of x_seq: `residual_gain * residual` is added to the
+            input current, without a sum in memory. Memory order as x_seq, or copied once.
+        residual_gain: a number; a learned factor belongs on the residual itself.
         strict_threshold: fire at u > 0 instead of u >= 0; no effect with multi_spike.
         scale_output: emit `v_threshold * s`.
         detach_reset: let no gradient flow through the spike inside the reset.
@@ -113,7 +120,7 @@ def lif(
 
     Returns:
         The spikes, in shape and type of x_seq; or a `LIFOutput` if a potential is requested. All outputs are
-        differentiable once with respect to x_seq, v_init and every tensor parameter.
+        differentiable once with respect to x_seq, residual, v_init and every tensor parameter.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, device or range; nothing is computed then.
@@ -145,10 +152,13 @@ def lif(
     With multi_spike `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace of another distance
     where h >= v_threshold: `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, of slope 1.
     """
-    values = Values(width, decay, v_threshold, v_reset, reset_amount, input_gain, input_bias, input_mean, analog_prob)
+    values = Values(
+        width, decay, v_threshold, v_reset, reset_amount, input_gain, input_bias, input_mean, analog_prob,
+        residual,
+    )  # fmt: skip
     options = Options(
         surrogate, surrogate_gain, v_rest, v_min, multi_spike, strict_threshold, detach_reset, scale_output, time_dim,
-        return_v_last, return_v_seq, return_h_seq,
+        return_v_last, return_v_seq, return_h_seq, residual_gain,
     )  # fmt: skip
     return computed(_CALLER, x_seq, Arguments(values, options, v_init, rng_state, generator, backend))
 

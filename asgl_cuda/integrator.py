@@ -39,7 +39,7 @@ _Options = namedtuple("_Options", "v_rest delay time_dim return_v_last")
 
 def _all_parameters(decay: Any, input_gain: Any, others: Any = None) -> tuple[Any, ...]:
     """The neuron's parameters, as operators take them."""
-    return others, decay, others, others, input_gain, others, others
+    return others, decay, others, others, input_gain, others, others, others
 
 
 class IntegratorFunction(torch.autograd.Function):
@@ -195,7 +195,8 @@ def _computed(
     else:
         decay = decay.stored if isinstance(decay, Logit) else decay
         constants = [0.0 if isinstance(each, Tensor) else float(each) for each in (decay, input_gain)]
-        numbers = Numbers(1.0, constants[0], 1.0, 0.0, constants[1], 0.0, 0.0, v_rest, surrogate_gain=1.0, v_min=0.0)
+        values = 1.0, constants[0], 1.0, 0.0, constants[1], 0.0, 0.0
+        numbers = Numbers(*values, residual_gain=1.0, v_rest=v_rest, surrogate_gain=1.0, v_min=0.0)
         decay, input_gain = (each.to(real) if isinstance(each, Tensor) else None for each in (decay, input_gain))
         tensors = x_seq if is_dense(x_seq, time_dim) else x_seq.contiguous(), v_init, decay, input_gain
         inputs = backend, numbers, rules, delay, wants_v_last, *tensors
@@ -271,7 +272,7 @@ class LeakyIntegrator(NeuronLayer):
         self.decay = self._decay
         self.reset()
 
-    def _run(self, x_seq: Tensor, with_state: bool) -> Tensor:
+    def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
         decay = self._decay_value()
         if self.num_features:
             decay = self._broadcast(decay, x_seq, check_input(x_seq, self.time_dim, self._caller))

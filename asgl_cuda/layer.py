@@ -37,7 +37,7 @@ from .transforms import transforming
 Granularity = Literal["layer", "channel", "neuron"]
 _GRANULARITIES = ("layer", "channel", "neuron")
 
-Value = Tensor | float | Logarithm | Logit  # of a parameter of the neuron
+Value = Tensor | float | Logarithm | Logit  # forms of a neuron parameter
 
 _LEAST_DECAY = 1 / (1 + math.exp(BOUND))
 
@@ -222,12 +222,16 @@ class NeuronLayer(Settable):
         return value if isinstance(value, float) or self.num_features else value.sum()
 
     def forward(self, x_seq: Tensor) -> Tensor:
+        return self._call(x_seq)
+
+    def _call(self, x_seq: Tensor, **more: Any) -> Tensor:
+        """The layer's forward; `more`: other sequences for `_run`."""
         if isinstance(x_seq, fx.Proxy):
-            return self._recorded(x_seq)
+            return self._recorded(x_seq, **more)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self.__prepare_scriptable__()
         if not (self.stateful or self.store_v_seq):
-            return self._run(x_seq, with_state=False)
+            return self._run(x_seq, with_state=False, **more)
         time_dim = check_input(x_seq, self.time_dim, self._caller)
         if transforming():
             raise RuntimeError(
@@ -245,7 +249,7 @@ class NeuronLayer(Settable):
                 )
             if len(carried) == 1 and x_seq.shape[time_dim] > 1 and not torch.compiler.is_compiling():
                 _warn_of_time(self._caller, x_seq, time_dim)
-        return self._run(x_seq, with_state=True)
+        return self._run(x_seq, with_state=True, **more)
 
     def step(self, x_t: Tensor) -> Tensor:
         """One time step: input and output are without time, and `v` is carried to the next step until `reset()`.
@@ -260,19 +264,20 @@ class NeuronLayer(Settable):
         finally:
             self.stateful = stateful
 
-    def _run(self, x_seq: Tensor, with_state: bool) -> Tensor:
+    def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
         """Computes the layer, `with_state` from and to the carried potential."""
         raise NotImplementedError
 
-    def _recorded(self, x_seq: fx.Proxy) -> Any:
+    def _recorded(self, x_seq: fx.Proxy, **more: Any) -> Any:
         """A call of this layer in a graph of torch.fx, whose default leaves are torch's own layers."""
         tracer: Any = x_seq.tracer
-        if type(self).forward is not NeuronLayer.forward or tracer.root is self:
+        is_own = type(self).forward.__module__.partition(".")[0] == __name__.partition(".")[0]
+        if not is_own or tracer.root is self:
             raise TypeError(
                 f"{self._caller}: torch.fx can record calls of {type(self).__name__} but not its forward: it must be a "
                 "leaf, and part of the module that is traced"
             )
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x_seq,), {})
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x_seq,), more)
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuses torch.jit.script, which calls this first."""

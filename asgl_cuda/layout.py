@@ -43,6 +43,15 @@ def memory_order(x_seq: Tensor, time_dim: int) -> list[int]:
     return order
 
 
+def in_memory_order(tensor: Tensor, x_seq: Tensor, time_dim: int) -> Tensor:
+    """A tensor of x_seq's shape, copied unless its memory order is that of x_seq, which is dense."""
+    if tensor.stride() == x_seq.stride():
+        return tensor
+    order = memory_order(x_seq, time_dim)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return tensor.permute(order).contiguous().permute(inverse)
+
+
 def empty_state(x_seq: Tensor, time_dim: int) -> Tensor:
     """A tensor of x_seq's shape and memory order without time; not a view, see csrc's Layout::empty."""
     order = [dim - (dim > time_dim) for dim in memory_order(x_seq, time_dim) if dim != time_dim]

@@ -71,6 +71,9 @@ class LIF(NeuronLayer, Noisy):
     Shapes: input and output `[T, N, ...]`, or with time at `time_dim`. Without time, the channels are the second
     dimension, and the neurons are the last ones.
 
+    `layer(x_seq, residual)` is `layer(x_seq + residual)`, without the sum in memory; `residual` has shape and type of
+    x_seq.
+
     A state dict holds only learned parameters: `log_width`, `logit_decay`, `threshold`; as in torch's layers, no
     constants, flags, `analog_prob` or potentials. State dicts load silently into a layer with another constant decay.
     `AnalogProbSchedule.state_dict()` has the noise.
@@ -242,10 +245,19 @@ class LIF(NeuronLayer, Noisy):
             self._v_threshold if threshold is None else threshold,
         )
 
-    def _run(self, x_seq: Tensor, with_state: bool) -> Tensor:
+    def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
+        x_seq, more = self._inputs(x_seq, residual)
+        return self._call(x_seq, **more)
+
+    def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """The arguments of `_lif` that a call of the layer gives."""
+        return x_seq, {} if residual is None else {"residual": residual}
+
+    def _run(self, x_seq: Tensor, with_state: bool, **residual: Any) -> Tensor:
         if not with_state:
-            return self._lif(x_seq)  # type: ignore[return-value]
-        result = self._lif(x_seq, v_init=self._carried(), return_v_last=self.stateful, return_v_seq=self.store_v_seq)
+            return self._lif(x_seq, **residual)  # type: ignore[return-value]
+        kept = {"return_v_last": self.stateful, "return_v_seq": self.store_v_seq}
+        result = self._lif(x_seq, v_init=self._carried(), **kept, **residual)
         if isinstance(result, LIFOutput):
             if self.stateful:
                 self.v = result.v_last
@@ -267,6 +279,7 @@ class LIF(NeuronLayer, Noisy):
         return_v_last: bool = False,
         return_v_seq: bool = False,
         return_h_seq: bool = False,
+        residual: Tensor | None = None,
     ) -> Arguments:
         """The arguments of `asgl_cuda.lif`: the layer's and the given ones."""
         width, decay, v_threshold = self._values()
@@ -277,11 +290,12 @@ class LIF(NeuronLayer, Noisy):
             )
         values = Values(
             width, decay, v_threshold, self.v_reset, self.reset_amount, input_gain, 0.0, 0.0,
-            self.analog_prob_of_call(x_seq),
+            self.analog_prob_of_call(x_seq), residual,
         )  # fmt: skip
         options = Options(
             self.surrogate, self.surrogate_gain, self.v_rest, self.v_min, self.multi_spike, self.strict_threshold,
             self.detach_reset, self.scale_output, self.time_dim, return_v_last, return_v_seq, return_h_seq,
+            input_gain,
         )  # fmt: skip
         return Arguments(values, options, v_init, None, generator, self.backend)
 
@@ -332,6 +346,9 @@ class BatchNormLIF(LIF):
                 layer.momentum = None  # the average of all batches; give it back afterwards
 
     Shapes: input and output `[T, B, C, ...]`, or with time at `time_dim` among batch, channels and the rest.
+
+    `layer(x_seq, residual)` adds the shortcut of a residual block, of x_seq's shape and type, between normalisation and
+    neurons, `input_scale * y + residual`, without the sum in memory.
 
     Raises as `LIF` and `asgl_cuda.batch_norm_lif`, whose docstring has the same in PyTorch.
 

@@ -3,7 +3,8 @@
 Each backend has its own namespace; C++ and CUDA kernels share `torch.ops.asgl_cuda`.
 
 `parameters`, `numbers` and `rules` of lif_forward and lif_backward are Parameters (None for a constant), Numbers and
-Rules of reference.py. `wanted` selects the results: in forward, beside s_seq, v_last, v_seq, h_seq and checkpoints, in
+Rules of reference.py. The gradient at the residual's place is that of the input current, still without residual_gain.
+`wanted` selects the results: in forward, beside s_seq, v_last, v_seq, h_seq and checkpoints, in
 backward the gradients of x_seq, v_init and each parameter that is a tensor. `grads` has the gradients of s_seq, v_last,
 v_seq and h_seq, None for zero.
 
@@ -19,7 +20,8 @@ variance of each channel. Sources are mean and variance if given, else `statisti
 batch_norm_update replaces a share of the running statistics, and counts the batch.
 
 batch_norm_backward returns the gradients of weight and bias, from sums of this process and of all. A non-empty
-grad_x_seq holds input_gain times the gradient of the normalised input, and is overwritten by the gradient of x_seq.
+grad_x_seq holds input_gain times the gradient of the input current, and is overwritten by the gradient of x_seq. With
+grad_residual, which holds the gradient of the input current and is multiplied by residual_gain, it is only written.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from .batching import batching_rules
 from .derivatives import at_autograd
@@ -68,10 +71,25 @@ def empty_gradients(
     results = [torch.empty_like(x_seq)] if wants_x_seq else []
     if wants_v_init:
         results.append(empty_state(x_seq, time_dim))
+    *parameters, residual = parameters
+    *wants_parameters, wants_residual = wants_parameters
     for parameter, asked in zip(parameters, wants_parameters, strict=True):
         if asked and parameter is not None:
             results.append(x_seq.new_empty(parameter.shape, dtype=real))
+    if wants_residual and residual is not None:
+        results.append(torch.empty_like(x_seq))
     return results
+
+
+def _fake_draw_rng_state(fresh: Tensor) -> Tensor:
+    # A smaller budget has backward draw again: other noise than forward's.
+    if torch.is_grad_enabled() and functorch_config.activation_memory_budget < 1:
+        raise RuntimeError(
+            "asgl_cuda: torch._functorch.config.activation_memory_budget must be 1 where neurons draw noise, got "
+            f"{functorch_config.activation_memory_budget}: backward would draw other noise than forward; "
+            "asgl_cuda.recompute_spikes saves memory in compiled models, too"
+        )
+    return torch.empty_like(fresh)
 
 
 def _fake_lif_forward(x_seq: Tensor, *others: Any) -> ForwardResult:
@@ -103,12 +121,12 @@ def _fake_batch_norm_coefficients(x_seq: Tensor, *others: Any) -> tuple[Tensor, 
 
 
 def _fake_batch_norm_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    _, _, _, _, grad_gain, grad_bias, *_ = arguments
+    _, _, _, _, _, grad_gain, grad_bias, *_ = arguments
     return grad_gain.new_empty(grad_gain.shape[:1]), grad_bias.new_empty(grad_bias.shape[:1])
 
 
 _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementations
-    "draw_rng_state(Tensor fresh) -> Tensor": torch.empty_like,
+    "draw_rng_state(Tensor fresh) -> Tensor": _fake_draw_rng_state,
     "lif_forward(Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor?[] parameters, float[] numbers, int[] rules, "
     "bool[] wanted) -> Tensor[]": _fake_lif_forward,
     "lif_backward(Tensor?[] grads, Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor checkpoints, "
@@ -123,9 +141,10 @@ _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementation
         _fake_batch_norm_coefficients,
     "batch_norm_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
     "Tensor coefficients, float momentum) -> ()": lambda *arguments: None,
-    "batch_norm_backward(Tensor(a!) grad_x_seq, Tensor x_seq, Tensor coefficients, Tensor statistics, "
-    "Tensor grad_gain, Tensor grad_bias, Tensor total_grad_gain, Tensor total_grad_bias, float eps, float input_scale, "
-    "int time_dim) -> (Tensor grad_weight, Tensor grad_bias)": _fake_batch_norm_backward,
+    "batch_norm_backward(Tensor(a!) grad_x_seq, Tensor(b!)? grad_residual, Tensor x_seq, Tensor coefficients, "
+    "Tensor statistics, Tensor grad_gain, Tensor grad_bias, Tensor total_grad_gain, Tensor total_grad_bias, float eps, "
+    "float input_scale, float residual_gain, int time_dim) -> (Tensor grad_weight, Tensor grad_bias)":
+        _fake_batch_norm_backward,
 }  # fmt: skip
 _libraries: list[torch.library.Library] = []  # operators live as long as their library
 

@@ -5,16 +5,20 @@ counter-based: one forward kernel computes the same spikes, analog values includ
 
 Unrelated: the potentials that a neuron's backward recomputes from checkpoints.
 
+Max pooling saves positions as int64, twice the bytes of its float32 result; `_Kept` narrows these.
+
 Hooks on saved tensors put a `_Recomputed` in place of spikes and views of spikes, recognised by their storage; a weak
 reference keeps the address of a storage from being reused. Under such hooks autograd does not compare versions of
 tensors, so `_Kept` does.
+
+torch.compile traces no such hooks: there a tag on the neurons' call has AOTAutograd compute it again in backward.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 from weakref import WeakSet, WeakValueDictionary
 
@@ -22,6 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+from .transforms import exporting, transforming
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -40,15 +47,26 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-open_contexts = 0  # of all threads: calls outside check one integer
+open_contexts = 0  # in all threads; a call outside any context checks only two integers
+traced_contexts = 0  # entered in code that torch.compile traces, where neither locks nor hooks are known
 _counting = threading.Lock()
 
 
 class _Kept:
-    """A tensor saved as is, which must not change."""
+    """A tensor saved as is, which must not change; indices of max pooling in fewer bytes."""
 
     def __init__(self, tensor: Tensor, name: str) -> None:
         self._tensor, self._name, self._version = tensor, name, tensor._version
+        self._dtype = tensor.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._tensor.shape
+
+    def narrow(self, dtype: torch.dtype) -> None:
+        if self._tensor._version == self._version:
+            self._tensor = self._tensor.to(dtype)
+            self._version = self._tensor._version
 
     def unpacked(self) -> Tensor:
         if self._tensor._version != self._version:
@@ -57,7 +75,7 @@ class _Kept:
                 f"needs, has been modified by an inplace operation: expected version {self._version}, got "
                 f"{self._tensor._version}"
             )
-        return self._tensor
+        return self._tensor.to(self._dtype)
 
 
 class _Spikes:
@@ -110,10 +128,30 @@ class _Recomputed:
 
     def __init__(self, spikes: _Spikes, tensor: Tensor) -> None:
         self._spikes = spikes
-        self._view = tensor.size(), tensor.stride(), tensor.storage_offset()
+        self.shape, self._stride, self._offset = tensor.shape, tensor.stride(), tensor.storage_offset()
 
     def unpacked(self) -> Tensor:
-        return self._spikes.computed_for(self).as_strided(*self._view)
+        return self._spikes.computed_for(self).as_strided(self.shape, self._stride, self._offset)
+
+
+# Nodes of autograd whose result1 has positions in the input's last two dimensions.
+_MAX_POOLING = ("MaxPool2DWithIndicesBackward0", "AdaptiveMaxPool2DBackward0")
+
+
+def _narrow_indices(tensor: Tensor) -> None:
+    """If the tensor is a result of max pooling or a view of one: has its indices saved in 2 or 4 bytes instead of 8."""
+    node = (tensor if tensor._base is None else tensor._base).grad_fn
+    if node is None or node.name() not in _MAX_POOLING:
+        return
+    raw = node._raw_saved_self, node._raw_saved_result1  # type: ignore[attr-defined]
+    if any(getattr(each, "unpack_hook", None) is not _unpacked for each in raw):  # saved elsewhere, or an older torch
+        return
+    source, indices = (each.data for each in raw)
+    *_, height, width = source.shape
+    for dtype in (torch.int16, torch.int32):
+        if height * width <= torch.iinfo(dtype).max:
+            indices.narrow(dtype)
+            return
 
 
 def _packed(tensor: Tensor, name: str = "a tensor") -> _Kept | _Recomputed:
@@ -122,6 +160,7 @@ def _packed(tensor: Tensor, name: str = "a tensor") -> _Kept | _Recomputed:
         recomputed = None if spikes is None else spikes.stood_for(tensor)
         if recomputed is not None:
             return recomputed
+        _narrow_indices(tensor)
     return _Kept(tensor, name)
 
 
@@ -133,7 +172,10 @@ class _Context(contextlib.ContextDecorator):
     """Outermost contexts install the hooks."""
 
     def __enter__(self) -> None:
-        global open_contexts
+        global open_contexts, traced_contexts
+        if torch.compiler.is_compiling():
+            traced_contexts += 1
+            return
         if _thread.depth == 0:
             _thread.known = WeakValueDictionary()
             _thread.hooks = saved_tensors_hooks(_packed, _unpacked)
@@ -143,7 +185,10 @@ class _Context(contextlib.ContextDecorator):
             open_contexts += 1
 
     def __exit__(self, *error: Any) -> None:
-        global open_contexts
+        global open_contexts, traced_contexts
+        if torch.compiler.is_compiling():
+            traced_contexts -= 1
+            return
         with _counting:
             open_contexts -= 1
         _thread.depth -= 1
@@ -167,8 +212,9 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
             around forward; loss and backward may be inside or outside.
 
     Saved as usual: outputs of dropout and pooling, concatenated or cast spikes (under autocast, neurons of the lower
-    precision avoid the cast), spikes modified in place before use. Inside torch.utils.checkpoint or a compiled model
-    nothing changes.
+    precision avoid the cast), spikes modified in place before use. Indices of max pooling are saved in 2 or 4 bytes
+    instead of 8. Inside torch.utils.checkpoint nothing changes. Under torch.compile, which compiles once for inside
+    and once for outside, the context may be around or in the compiled code; torch 2.6 saves as usual there.
 
     Returns:
         A context manager and decorator; or the model.
@@ -195,14 +241,33 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
 
 def _enter(model: nn.Module, *_: Any) -> None:
     _Context().__enter__()
-    _thread.models.append(model)
+    if not torch.compiler.is_compiling():
+        _thread.models.append(model)
 
 
 def _leave(model: nn.Module, *_: Any) -> None:
     # Also called where another hook raised before _enter.
-    if _thread.models and _thread.models[-1] is model:
+    if torch.compiler.is_compiling():
+        _Context().__exit__()
+    elif _thread.models and _thread.models[-1] is model:
         _thread.models.pop()
         _Context().__exit__()
+
+
+def applied(
+    apply: Callable[..., Any],
+    function: type[torch.autograd.Function],
+    inputs: Sequence[Any],
+    remember: Callable[[Any], None],
+) -> Any:
+    """apply(function, *inputs), a call of neurons while a context is open; `remember` takes the results."""
+    if torch.compiler.is_compiling():
+        if exporting() or transforming():
+            return apply(function, *inputs)
+        return checkpoint(lambda: apply(function, *inputs), use_reentrant=False)
+    results = apply(function, *inputs)
+    remember(results)
+    return results
 
 
 def remember(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:

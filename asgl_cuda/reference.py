@@ -1,6 +1,6 @@
 """The neuron, its noise, the integrator and the normalisation in plain PyTorch: the definition of every other backend.
 
-    c    = input_gain * (x[t] - input_mean) + input_bias
+    c    = input_gain * (x[t] - input_mean) + input_bias (+ residual_gain * residual[t])
     h[t] = v_rest + decay * (v[t-1] - v_rest) + c
     u    = h[t] - v_threshold
     a    = F(u / width)                                     analog value
@@ -49,6 +49,7 @@ class Parameters(NamedTuple):
     input_gain: Any
     input_bias: Any
     input_mean: Any
+    residual: Any  # a sequence like x_seq
 
 
 class Numbers(NamedTuple):
@@ -61,6 +62,7 @@ class Numbers(NamedTuple):
     input_gain: float
     input_bias: float
     input_mean: float
+    residual_gain: float
     v_rest: float
     surrogate_gain: float
     v_min: float  # 0 without a floor
@@ -162,9 +164,11 @@ def lif_reference(
         tensor = torch.as_tensor(value, dtype=real, device=x_seq.device)
         return tensor[(None,) * (x_seq.dim() - tensor.dim())].movedim(time_dim, 0)
 
-    width, decay, v_threshold, reset, input_gain, input_bias, input_mean = map(by_step, Parameters._fields)
+    *names, _ = Parameters._fields
+    width, decay, v_threshold, reset, input_gain, input_bias, input_mean = map(by_step, names)
     inverse_width = 1 / width
     x = x_seq.to(real).movedim(time_dim, 0)
+    r = None if parameters.residual is None else parameters.residual.to(real).movedim(time_dim, 0)
     analog = analog_mask_below(x_seq, rules.analog_below, rng_state, time_dim).movedim(time_dim, 0)
 
     def at(value: Tensor, t: int) -> Tensor:
@@ -174,6 +178,8 @@ def lif_reference(
     s_seq, v_seq, h_seq = [], [], []
     for t in range(x.shape[0]):
         c = at(input_gain, t) * (x[t] - at(input_mean, t)) + at(input_bias, t)
+        if r is not None:
+            c = c + numbers.residual_gain * r[t]
         h = v_rest + at(decay, t) * (v - v_rest) + c
         u = h - at(v_threshold, t)
         d = periodic_distance(h, at(v_threshold, t)) if rules.periodic else u

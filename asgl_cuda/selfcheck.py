@@ -46,7 +46,9 @@ def differences(
     leaves = {"x_seq": x_seq, **{name: value for name, value in options.items() if isinstance(value, Tensor)}}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     # Expanded parameters show the terms of the reference's gradient.
-    terms = {name: leaf.expand(x_seq.shape) for name, leaf in leaves.items() if name not in ("x_seq", "v_init")}
+    terms = {
+        name: leaf.expand(x_seq.shape) for name, leaf in leaves.items() if name not in ("x_seq", "v_init", "residual")
+    }
     everything = _outputs(x_seq, "reference", LIFOutput._fields, **{**options, **terms})
     expected = {name: everything[name] for name in outputs}
     actual = _outputs(x_seq, backend, outputs, **options)
@@ -121,6 +123,7 @@ def check_backends() -> Iterator[Row]:
             for each in product(SURROGATES, (0.0, None)):
                 yield from _check(backend, *kind, *each)
             yield from _check(backend, *kind, PERIODIC, None)
+            yield from _check(backend, *kind, EXACT_SURROGATES[0], 0.0, residual=True)
             yield from _check_integrator(backend, *kind)
 
 
@@ -141,7 +144,9 @@ class _Random:
         return values.to(**self._like).to(dtype).requires_grad_()
 
 
-def _check(backend: str, device: str, dtype: torch.dtype, surrogate: str, v_reset: float | None) -> Iterator[Row]:
+def _check(
+    backend: str, device: str, dtype: torch.dtype, surrogate: str, v_reset: float | None, residual: bool = False
+) -> Iterator[Row]:
     """With several spikes per step and a floor for PERIODIC."""
     random = _Random(device, dtype)
     x_seq = random(_STEPS, _BATCH, _CHANNELS, low=-1.0, high=2.0, dtype=dtype)
@@ -159,13 +164,15 @@ def _check(backend: str, device: str, dtype: torch.dtype, surrogate: str, v_rese
         v_min=-0.5 if several else None,
         analog_prob=0.0 if several else 0.3,
         rng_state=torch.tensor([1234567890123, 42], device=device),
+        residual=random(_STEPS, _BATCH, _CHANNELS, low=-0.5, high=0.5, dtype=dtype) if residual else None,
     )
     # Sums over thousands of elements are in another order.
     spacing = _SPACING.get(dtype, 1e-6)
     what = f"{str(dtype).removeprefix('torch.')}, {surrogate}, {'soft' if v_reset is None else 'hard'} reset"
+    what += ", residual" if residual else ""
     for name, difference in rows.items():
-        summed = name.startswith("grad_") and name != "grad_x_seq"
-        typed = name in ("s_seq", "grad_x_seq")
+        summed = name.startswith("grad_") and name not in ("grad_x_seq", "grad_residual")
+        typed = name in ("s_seq", "grad_x_seq", "grad_residual")
         allowed = 1e-5 if summed else 0.0 if exact else spacing if typed else 1e-6
         yield Row(backend, what, name, difference, allowed)
 

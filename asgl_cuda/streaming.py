@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .checks import check_int, check_step
 from .interop.convert import libraries
 from .interop.converted import Streamed
+from .interop.pending import Pending
 from .layer import NeuronLayer, check_module
 from .over_time import OverTime
 
@@ -23,7 +24,7 @@ class _Taker(NamedTuple):
     path: str
     module: nn.Module
     streamed: Streamed
-    inside: bool  # of another one, which determines time_dim
+    inside: bool  # a module around it determines time_dim
     compiled: bool  # hooks would be ignored, or compiled
 
     @property
@@ -122,14 +123,15 @@ class _Watch:
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         taker = self._takers[module]
         _, state = taker.streamed
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        values = (value.x if isinstance(value, Pending) else value for value in (*args, *kwargs.values()))
+        tensors = [value for value in values if isinstance(value, Tensor)]
         if module in self._called:
             raise RuntimeError(
                 f"{_CALLER}: {taker.name} is called twice in one step but carries one state: each place needs a layer "
                 "of its own; for a model whose forward goes over time itself, time_dim must say where time is"
             )
         self._called.add(module)
-        if len(tensors) > 1:
+        if len(tensors) > 1 and not isinstance(module, NeuronLayer):  # whose second one is the residual
             raise RuntimeError(
                 f"{_CALLER}: {taker.name} gets its state from the model's forward, which begins anew with each call; "
                 "it must keep the state itself, as snnTorch's layers do with init_hidden=True"

@@ -185,8 +185,9 @@ def memory(report: dict[str, Any]) -> str:
             values.append(f"{1e3 * each['seconds']:.0f} ms")
             rows.append([f"{network}: {variant}", *map("{}, {}".format, values, shares)])
     lines = [
-        f"Kept for backward, peak and time of a step, batch {report['batch']}, float32, and as shares of the first "
-        f"variant's; on {about['processor']}, {about['threads']} threads, torch {about['torch']}, {about['date']}:",
+        f"Kept for backward, peak and time of a step, batch {report['batch']} unless said, float32, and as shares "
+        f"of the first variant's; on {about['processor']}, {about['threads']} threads, torch {about['torch']}, "
+        f"{about['date']}:",
         "",
         *markdown_table(["", "kept", "peak", "step"], rows),
     ]

@@ -1,5 +1,5 @@
 // The launchers, between operators and kernels. plan_tiles(params) divides values into tiles; launch(params) runs the
-// kernel of that type of params. Arguments are checked in ops.
+// kernel for the type of params. Arguments are checked in ops.
 #pragma once
 
 #include <type_traits>
@@ -14,8 +14,8 @@
 
 namespace asgl {
 
-// Calls f(model) with the model that the options name, LIF<...> or LIFByOptions<Real>. The caller has checked that
-// there is such a surrogate.
+// Calls f(model) with the model that the options select, LIF<...> or LIFByOptions<Real>. The caller has checked that
+// the surrogate exists.
 template <class Real, class F, int... kIds>
 void with_model(const NeuronOptions<Real>& options, F&& f, std::integer_sequence<int, kIds...>) {
   const auto call = [&](auto id) {
@@ -31,7 +31,7 @@ void with_model(const LIFByOptions<Real>& options, F&& f) {
   with_model(options, f, std::make_integer_sequence<int, kNumSurrogates>{});
 }
 
-// Calls f with the pass as a constant.
+// Calls f(pass) with the pass as a constant.
 template <class F>
 void with_pass(Pass pass, F&& f) {
   if (pass == Pass::kForward) return f(std::integral_constant<Pass, Pass::kForward>{});
@@ -54,7 +54,7 @@ int num_threads();
 }  // namespace cpu
 
 #if defined(ASGL_WITH_CUDA)
-// A call returns the error of its own launch.
+// Calls return the error of their own launch.
 namespace cuda {
 
 template <class Params>

@@ -28,7 +28,7 @@ if WANTED is None or {"emulated", "replayed", "ptx"} & set(_WANTED_NAMES):  # PT
     else:
         EMULATION = emulated.register()
 
-# PTX takes long to compile. By default part of the tests of one of its backends runs, on part of the kernels.
+# PTX takes long to compile: by default only one of its backends is tested, only in PTX_FILES, on chosen kernels.
 if WANTED is None or "ptx" in _WANTED_NAMES:
     if ptx.missing() is not None:
         print(f"asgl_cuda: {ptx.missing()}, so the PTX of the CUDA kernels is not tested")

@@ -19,7 +19,10 @@ from ..reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules
 from .structures import constant, structure
 
 BY_OPTIONS = "asgl::LIFByOptions"  # the model of general kernels, and of neurons without settled ones
-GENERAL, NORMALISED, PLAIN = "kGeneral", "kNormalised", "kPlain"  # enumerators of csrc's Input
+# Enumerators of csrc's Input.
+GENERAL, NORMALISED, PLAIN = "kGeneral", "kNormalised", "kPlain"
+GENERAL_RESIDUAL, NORMALISED_RESIDUAL = "kGeneralResidual", "kNormalisedResidual"
+ANY_INPUT = GENERAL, GENERAL_RESIDUAL  # inputs of general kernels
 
 SCALARS = {
     torch.float32: "float", torch.float64: "double", torch.float16: "asgl::Half", torch.bfloat16: "asgl::BFloat16",
@@ -37,7 +40,8 @@ class Launcher(Protocol):
         """Launches a kernel, named by a C++ expression, on the device's current stream."""
 
 
-def _bool(value: object) -> str:
+def as_bool(value: object) -> str:
+    """A literal of C++."""
     return "true" if value else "false"
 
 
@@ -45,34 +49,38 @@ def model(rules: Rules) -> str:
     """The type in csrc for neurons with these rules, as with_model of csrc/launch.h chooses."""
     if rules.multi_spike or rules.floored:
         return BY_OPTIONS
-    return f"asgl::LIF<(asgl::Surrogate){rules.surrogate}, {_bool(rules.hard_reset)}>"
+    return f"asgl::LIF<(asgl::Surrogate){rules.surrogate}, {as_bool(rules.hard_reset)}>"
 
 
 def forward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, steps: int = CHECKPOINT_STEPS) -> str:
-    """`lanes`: neurons a thread; `input`: GENERAL, NORMALISED or PLAIN; `steps`: the length of the sequence."""
-    if input == GENERAL:
+    """`lanes`: neurons a thread; `input`: an enumerator of Input; `steps`: the length of the sequence."""
+    input, exact = _compiled(lanes, input, steps)
+    if input in ANY_INPUT:
         model = f"{BY_OPTIONS}<{SCALARS[real_type(dtype)]}>"
-    return f"asgl::lif_forward_kernel<{SCALARS[dtype]}, {model}, {lanes}, {_compiled(lanes, input, steps)}>"
+    return f"asgl::lif_forward_kernel<{SCALARS[dtype]}, {model}, {lanes}, {_input(input)}, {exact}>"
 
 
 def backward_kernel(dtype: torch.dtype, model: str, lanes: int, input: str, steps: int = CHECKPOINT_STEPS) -> str:
     """Arguments as for `forward_kernel`."""
-    if input == GENERAL:
-        return f"asgl::lif_backward_kernel<{SCALARS[dtype]}, {lanes}>"
-    kinds = f"{SCALARS[dtype]}, {model}, {lanes}"
-    return f"asgl::lif_backward_settled_kernel<{kinds}, {_compiled(lanes, input, steps)}>"
+    input, exact = _compiled(lanes, input, steps)
+    if input in ANY_INPUT:
+        return f"asgl::lif_backward_kernel<{SCALARS[dtype]}, {lanes}, {_input(input)}>"
+    return f"asgl::lif_backward_settled_kernel<{SCALARS[dtype]}, {model}, {lanes}, {_input(input)}, {exact}>"
 
 
-def _compiled(lanes: int, input: str, steps: int) -> str:
-    """The last two template arguments of a kernel: input, and steps if fixed, else 0.
+def _compiled(lanes: int, input: str, steps: int) -> tuple[str, int]:
+    """The input of a kernel, and steps if fixed, else 0.
 
-    There is no plain kernel for one neuron per thread.
+    For one neuron per thread the normalised kernel computes plain input, and the general one input with a residual.
     """
-    if lanes == 1 and input == PLAIN:
-        input = NORMALISED
+    if lanes == 1:
+        input = {PLAIN: NORMALISED, NORMALISED_RESIDUAL: GENERAL_RESIDUAL}.get(input, input)
     short = constant("kShortSequence")
-    exact = short if steps == short and lanes == 4 and input != GENERAL else 0
-    return f"(asgl::Input){constant(f'Input::{input}')}, {exact}"
+    return input, short if steps == short and lanes == 4 and input not in ANY_INPUT else 0
+
+
+def _input(input: str) -> str:
+    return f"(asgl::Input){constant(f'Input::{input}')}"
 
 
 def gradient_sum_kernel(real: torch.dtype) -> str:
@@ -131,7 +139,7 @@ class Call:
     """Preparation shared by forward and backward."""
 
     def __init__(self, x_seq: Tensor, *others: Any) -> None:
-        v_init, rng_state, parameters, numbers, rules = others
+        v_init, rng_state, (*parameters, residual), numbers, rules = others
         self.rules = Rules(*rules)
         self.model = model(self.rules)
         self.layout = layout = Layout(x_seq, self.rules.time_dim)
@@ -142,6 +150,11 @@ class Call:
                     f"asgl_cuda: parameters and v_init must be {self.real} on {x_seq.device}, got {tensor.dtype} on "
                     f"{tensor.device}"
                 )
+        if residual is not None and (residual.dtype != x_seq.dtype or residual.device != x_seq.device):
+            raise ValueError(
+                f"asgl_cuda: residual must be {x_seq.dtype} on {x_seq.device}, got {residual.dtype} on "
+                f"{residual.device}"
+            )
         elements = 3 if self.rules.analog_below == BELOW_IN_STATE else 2
         if self.rules.analog_below not in (0, DRAWS) and (
             rng_state is None
@@ -155,16 +168,19 @@ class Call:
             )
         self.x_seq, self.rng_state = x_seq, rng_state
         self.v_init = None if v_init is None else layout.dense_state(v_init)
-        self.tensors = Parameters(*(None if each is None else ParameterTensor(each, layout) for each in parameters))
+        self.residual = None if residual is None else layout.dense_sequence(residual)
+        tensors = (None if each is None else ParameterTensor(each, layout) for each in parameters)
+        self.tensors = dict(zip(Parameters._fields, tensors, strict=False))
         for learned, tensor in (
-            (self.rules.log_width, self.tensors.width), (self.rules.logit_decay, self.tensors.decay)
+            (self.rules.log_width, self.tensors["width"]), (self.rules.logit_decay, self.tensors["decay"])
         ):  # fmt: skip
             if learned and (tensor is None or tensor.step_stride):
                 raise ValueError(
                     "asgl_cuda: a logarithm of the width and a logit of the decay are tensors without steps"
                 )
         given = {**Numbers(*numbers)._asdict(), **self.rules._asdict()}
-        self.views = Parameters(*(self._view(tensor, given[name]) for name, tensor in self.tensors._asdict().items()))
+        self.residual_gain = given["residual_gain"]
+        self.views = [self._view(tensor, given[name]) for name, tensor in self.tensors.items()]
         options = structure("LIFByOptions", self.real)
         self.options = options(**{name: given[name] for name, *_ in options._fields_})
 
@@ -187,7 +203,8 @@ class Call:
         summary = self._summary(others.get("partials", ()))
         return filled(
             name, self.real, shape=self.layout.shape, parameters=tuple(self.views), options=self.options, noise=noise,
-            tiles=tiles, summary=summary, init=self.v_init, **{"x_seq": self.x_seq, **others},
+            tiles=tiles, summary=summary, init=self.v_init, residual=self.residual, residual_gain=self.residual_gain,
+            **{"x_seq": self.x_seq, **others},
         )  # fmt: skip
 
     def _summary(self, partials: Sequence[tuple[int, int]]) -> tuple[Any, ...]:
@@ -207,34 +224,41 @@ class Call:
         return tensors, wanted, alike, common, strides, tuple(own)
 
     def empty_gradients(self, wanted: Sequence[bool]) -> list[Any]:
-        """Uninitialised gradients of x_seq, v_init and each parameter, laid out as `data`; None: not wanted."""
-        laid_out = [None if each is None else each.data for each in self.tensors]
+        """Uninitialised gradients of x_seq, v_init, each parameter, laid out as `data`, and the residual.
+
+        None: not wanted.
+        """
+        laid_out = [*(None if each is None else each.data for each in self.tensors.values()), self.residual]
         asked = *wanted[:2], *(wants and each is not None for wants, each in zip(wanted[2:], laid_out, strict=True))
         return with_gaps(empty_gradients(self.x_seq, self.rules.time_dim, laid_out, wanted), asked)
 
     def results(self, gradients: Sequence[Tensor | None]) -> BackwardResult:
         """The wanted gradients, parameters' in their own shapes."""
-        front, parameters = gradients[:2], gradients[2:]
+        front, parameters, last = gradients[:2], gradients[2:-1], gradients[-1:]
         if not self.layout.neurons:
             for gradient in parameters:
                 if gradient is not None:
                     gradient.zero_()
-        return [each for each in front if each is not None] + [
-            tensor.gradient_in_own_shape(gradient)
-            for tensor, gradient in zip(self.tensors, parameters, strict=True)
-            if tensor is not None and gradient is not None
-        ]
+        return (
+            [each for each in front if each is not None]
+            + [
+                tensor.gradient_in_own_shape(gradient)
+                for tensor, gradient in zip(self.tensors.values(), parameters, strict=True)
+                if tensor is not None and gradient is not None
+            ]
+            + [each for each in last if each is not None]
+        )
 
     def plan_tiles(self, launcher: Launcher, input: str, *tensors: Tensor | None) -> tuple[int, tuple[int, int]]:
         """Lanes, and NeuronTiles: four lanes if adjacent neurons share all parameters, and it pays.
 
-        `tensors` are the sequences and states beside x_seq and v_init.
+        `tensors` are the sequences and states beside x_seq, v_init and the residual.
         """
         fours = (
             self.real != torch.float64
             and self.layout.inner % 4 == 0
             and not any(view.data and view.inner % 4 for view in self.views)
-            and all(is_aligned(each) for each in (self.x_seq, self.v_init, *tensors))
+            and all(is_aligned(each) for each in (self.x_seq, self.v_init, self.residual, *tensors))
             and self._fours_pay(launcher.resident_threads(self.x_seq.device), input)
         )
         lanes = 4 if fours else 1
@@ -242,7 +266,7 @@ class Call:
         return lanes, (tile, blocks_for(self.layout.neurons, tile))
 
     def _fours_pay(self, resident: int, input: str) -> bool:
-        if input == GENERAL:
+        if input in ANY_INPUT:
             return self.layout.neurons // 4 >= resident // 4
         return self.layout.steps <= CHECKPOINT_STEPS or self.layout.neurons > resident // 16
 
@@ -251,11 +275,18 @@ class Call:
 
         Constants are compared as rounded by the structures.
         """
+        input = self._own_input(only_spikes)
+        if self.residual is None:
+            return input
+        return GENERAL_RESIDUAL if input == GENERAL else NORMALISED_RESIDUAL
+
+    def _own_input(self, only_spikes: bool) -> str:
+        """The same without a residual."""
         if not only_spikes or self.options.scale_output or self.options.v_rest != 0 or self.model == BY_OPTIONS:
             return GENERAL
         if any(view.data and view.step_stride for view in self.views) or self.layout.neurons >= constant("kDivisible"):
             return GENERAL
-        gain, bias, mean = terms = self.views.input_gain, self.views.input_bias, self.views.input_mean
+        gain, bias, mean = terms = self.views[4:]
         plain = not any(view.data for view in terms) and (gain.constant, bias.constant, mean.constant) == (1, 0, 0)
         return PLAIN if plain else NORMALISED
 
@@ -273,7 +304,7 @@ class NeuronKernelOperators(KernelOperators):
         **members: Any,
     ) -> None:
         """Starts a backward kernel with the structure `name`, and reduces its partial sums to the gradients."""
-        grad_x_seq, grad_v_init, *grad_parameters = gradients
+        grad_x_seq, grad_v_init, *grad_parameters, _ = gradients
         tile, blocks = tiles
         rows = [call.layout.steps if view.step_stride else 1 for view in call.views]
         slots = [call.layout.neurons // view.inner + blocks for view in call.views]
@@ -290,7 +321,7 @@ class NeuronKernelOperators(KernelOperators):
         """Reduces partial sums to the gradients."""
         threads, part = constant("kSumThreads"), structure("GradientPart", call.real)
         parts = []
-        for name, partial, view, gradient in zip(Parameters._fields, partials, call.views, gradients, strict=True):
+        for name, partial, view, gradient in zip(call.tensors, partials, call.views, gradients, strict=True):
             if gradient is not None:
                 runs = call.layout.neurons // (view.inner * view.count)
                 slots = (view.inner + tile - 2) // tile + 1
@@ -350,15 +381,17 @@ class NeuronOperators(NeuronKernelOperators):
             None if grad is None else laid(grad.to(dtype))
             for grad, laid, dtype in zip(grads, dense, (x_seq.dtype, real, real, real), strict=True)
         ]
-        gradients = grad_x_seq, grad_v_init, *_ = call.empty_gradients(wanted)
+        gradients = grad_x_seq, grad_v_init, *grad_parameters, grad_residual = call.empty_gradients(wanted)
         if layout.neurons:
-            both = grad_s_seq is not None and grad_x_seq is not None
-            wants_mean = Parameters(*gradients[2:]).input_mean is not None
-            input = call.input(both and grad_v_seq is None and grad_h_seq is None and not wants_mean)
-            lanes, tiles = call.plan_tiles(self.launcher, input, *grads, checkpoints, grad_x_seq, grad_v_init)
+            both = grad_s_seq is not None and (grad_x_seq is not None or grad_residual is not None)
+            *_, grad_input_mean = grad_parameters
+            input = call.input(both and grad_v_seq is None and grad_h_seq is None and grad_input_mean is None)
+            lanes, tiles = call.plan_tiles(
+                self.launcher, input, *grads, checkpoints, grad_x_seq, grad_v_init, grad_residual
+            )  # fmt: skip
             kernel = backward_kernel(x_seq.dtype, call.model, lanes, input, layout.steps)
             self.start_backward(
                 call, kernel, "BackwardParams", tiles, gradients, grad_s_seq=grad_s_seq, grad_last=grad_v_last,
-                grad_v_seq=grad_v_seq, grad_h_seq=grad_h_seq, checkpoints=checkpoints,
+                grad_v_seq=grad_v_seq, grad_h_seq=grad_h_seq, checkpoints=checkpoints, grad_residual=grad_residual,
             )  # fmt: skip
         return call.results(gradients)

@@ -12,7 +12,16 @@ from torch import Tensor
 from ..layout import Layout, channel_dim, real_type
 from ..ops import define_operators
 from .integrator_kernels import IntegratorOperators
-from .neuron_kernels import SCALARS, KernelOperators, Launcher, NeuronOperators, blocks_for, filled, is_aligned
+from .neuron_kernels import (
+    SCALARS,
+    KernelOperators,
+    Launcher,
+    NeuronOperators,
+    as_bool,
+    blocks_for,
+    filled,
+    is_aligned,
+)
 from .structures import constant, structure
 
 
@@ -32,8 +41,8 @@ def adjoint_kernel(real: torch.dtype) -> str:
     return f"asgl::batch_norm_adjoint_kernel<{SCALARS[real]}>"
 
 
-def input_gradient_kernel(dtype: torch.dtype, lanes: int) -> str:
-    return f"asgl::batch_norm_input_gradient_kernel<{SCALARS[dtype]}, {lanes}>"
+def input_gradient_kernel(dtype: torch.dtype, lanes: int, residual: bool) -> str:
+    return f"asgl::batch_norm_input_gradient_kernel<{SCALARS[dtype]}, {lanes}, {as_bool(residual)}>"
 
 
 def channel_shape(layout: Layout) -> tuple[int, int, int]:
@@ -44,11 +53,11 @@ def channel_shape(layout: Layout) -> tuple[int, int, int]:
     return layout.around(channel)
 
 
-def channel_tiles(shape: tuple[int, int, int], x_seq: Tensor, grad_x_seq: Tensor | None) -> Structure:
+def channel_tiles(shape: tuple[int, int, int], x_seq: Tensor, *gradients: Tensor | None) -> Structure:
     """Tiles of x_seq: four columns per thread if in one channel and aligned for four elements."""
     rows, channels, inner = shape
     threads = constant("kBlockThreads")
-    fours = x_seq.dtype != torch.float64 and inner % 4 == 0 and is_aligned(x_seq) and is_aligned(grad_x_seq)
+    fours = x_seq.dtype != torch.float64 and inner % 4 == 0 and all(map(is_aligned, (x_seq, *gradients)))
     lanes = 4 if fours else 1
     units = inner // lanes
     tiles_per_channel = blocks_for(units, threads)
@@ -100,7 +109,7 @@ class NormalisationOperators(KernelOperators):
         elif mean is None and not rows * inner:
             moments = x_seq.new_zeros((1, channels, 3), dtype=torch.float64)
         elif mean is None:
-            tiles = channel_tiles(shape, x_seq, None)
+            tiles = channel_tiles(shape, x_seq)
             moments = x_seq.new_empty((_slots(tiles), channels, 3), dtype=torch.float64)
             own = filled("MomentsParams", real, tiles=tiles, x_seq=x_seq, moments=moments)
             self.start(x_seq.device, moments_kernel(x_seq.dtype, tiles.lanes), _tasks(tiles), own)
@@ -136,19 +145,23 @@ class NormalisationOperators(KernelOperators):
         )  # fmt: skip
         self.start(device, running_kernel(real), blocks_for(channels, constant("kBlockThreads")), params)
 
-    def batch_norm_backward(self, grad_x_seq: Tensor, x_seq: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        coefficients, statistics, *sums, eps, input_scale, time_dim = others
+    def batch_norm_backward(
+        self, grad_x_seq: Tensor, grad_residual: Tensor | None, x_seq: Tensor, *others: Any
+    ) -> tuple[Tensor, Tensor]:
+        coefficients, statistics, *sums, eps, input_scale, residual_gain, time_dim = others
         layout = Layout(x_seq, time_dim)
         shape = _, channels, _ = channel_shape(layout)
         real = real_type(x_seq.dtype)
         wanted = grad_x_seq.numel() > 0
-        if wanted and (
-            grad_x_seq.shape != x_seq.shape
-            or not grad_x_seq.permute(layout.order).is_contiguous()
-            or grad_x_seq.dtype != x_seq.dtype
-            or grad_x_seq.device != x_seq.device
-        ):
-            raise ValueError("asgl_cuda: grad_x_seq must lie in memory as x_seq does")
+        gradients = [grad for grad in (grad_x_seq, grad_residual) if wanted and grad is not None]
+        for grad in gradients:
+            if (
+                grad.shape != x_seq.shape
+                or not grad.permute(layout.order).is_contiguous()
+                or grad.dtype != x_seq.dtype
+                or grad.device != x_seq.device
+            ):
+                raise ValueError("asgl_cuda: grad_x_seq and grad_residual must have the type and memory order of x_seq")
         grad_weight, grad_shift = (x_seq.new_empty(channels, dtype=real) for _ in range(2))
         if channels == 0:
             return grad_weight, grad_shift
@@ -164,12 +177,16 @@ class NormalisationOperators(KernelOperators):
         )  # fmt: skip
         self.start(x_seq.device, adjoint_kernel(real), blocks_for(channels, constant("kBlockThreads")), params)
         if wanted:
-            tiles = channel_tiles(shape, x_seq, grad_x_seq)
+            tiles = channel_tiles(shape, x_seq, *gradients)
+            assert coefficients is not None
+            gains = coefficients[constant("kCoefficientGain")]
             last = filled(
                 "InputGradientParams", real, tiles=tiles, x_seq=x_seq, mean=coefficients, adjoint=adjoint,
-                grad_x_seq=grad_x_seq,
+                grad_x_seq=grad_x_seq, grad_residual=grad_residual, residual_gain=residual_gain,
+                gain=gains,
             )  # fmt: skip
-            self.start(x_seq.device, input_gradient_kernel(x_seq.dtype, tiles.lanes), _tasks(tiles), last)
+            kernel = input_gradient_kernel(x_seq.dtype, tiles.lanes, grad_residual is not None)
+            self.start(x_seq.device, kernel, _tasks(tiles), last)
         return grad_weight, grad_shift
 
 

@@ -52,7 +52,7 @@ class Toolkit(NamedTuple):
     """A CUDA toolkit, as far as it is needed."""
 
     home: Path
-    version: str  # of nvcc, such as 13.0
+    version: str  # version of nvcc, such as 13.0
     include: Path
     cudart: Path
 

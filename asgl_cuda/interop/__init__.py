@@ -2,7 +2,7 @@
 
 One adapter per library, imported only if the library is: spikingjelly, snntorch, norse, sinabs; authors for the code
 of ASGL's authors. Shared: convert (`libraries` documents the adapters), converted, identify, snapshot, steps; fuse,
-graphs, normalised; nir.
+graphs, normalised, pending; nir.
 """
 
 from .convert import Left, Replaced, Report, convert, revert

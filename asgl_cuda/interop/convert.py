@@ -258,7 +258,7 @@ def taken(model: nn.Module, inplace: bool, caller: str) -> nn.Module:
         return model
     try:
         made = copied(model)
-    except Exception as error:  # of a user's __deepcopy__
+    except Exception as error:  # raised by a user's __deepcopy__
         path, layer = next(row for row in reversed(list(model.named_modules())) if not _can_be_copied(row[1]))
         raise RuntimeError(
             f"{caller}: {path or 'the model'} ({type(layer).__name__}) can't be copied, not by copy.deepcopy either "

@@ -6,6 +6,8 @@ modules that return the output and into modules that pass the output on, to the 
 module must have this output as its only input.
 
     channel dimension at the neurons = channel dimension at the normalisation + splits - joins of time and batch
+
+One addition may be on the way: the sum is followed likewise.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from ..layout import channel_dim
 from ..neuron import LIF, BatchNormLIF
 from .convert import Left, Replaced, Report, convert, libraries, taken
 from .converted import Converted, bare_class
-from .graphs import Calls, asks_for_shape, calls_of, is_first_alone, is_sequential, name_of_user, parts_time
+from .graphs import Calls, asks_for_shape, calls_of, is_first_alone, is_sequential, name_of_user, parts_time, summand
 from .normalised import Normalisation, Normalised, PassedThrough, Place, join, varies_by_channel
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)  # never called
@@ -37,12 +39,17 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
     by `unflatten(0, ...)`, SpikingJelly's `SeqToANNContainer`, `tdLayer` of the code of ASGL's authors, or
     `asgl_cuda.OverTime`. See `asgl_cuda.batch_norm_lif`.
 
+    Residual blocks: the neurons also compute the sum of the normalised value and a shortcut, by `+`, `+=`, `add` or
+    `add_`, if they alone use it. Of two normalisations in a sum, the first is fused. The sum is computed apart if it
+    changes the shortcut in place, or if shapes or types differ.
+
     No module is moved: parameters, buffers and their names, state, optimizers and checkpoints stay valid. The
-    normalisation itself then returns its input; a normalisation whose output has, or may have, other users is left,
-    with the reason in the report. Replace neither module of a pair, else the next call raises RuntimeError, as in
-    replicas of `nn.DataParallel` (`DistributedDataParallel` works). Call `torch.nn.utils.fusion.fuse_conv_bn_eval`,
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` and the like before `fuse` or after `unfuse`;
-    `asgl_cuda.convert_sync_batchnorm` also converts fused pairs.
+    normalisation itself then returns its input, in front of a sum an object that can only be added; a normalisation
+    whose output or sum has, or may have, other users is left, with the reason in the report. An operand modified in
+    place before the neurons is an error, unseen under `torch.compile`. Replace neither module of a pair, else the next
+    call raises RuntimeError, as in replicas of `nn.DataParallel` (`DistributedDataParallel` works). Call
+    `torch.nn.utils.fusion.fuse_conv_bn_eval`, `torch.nn.SyncBatchNorm.convert_sync_batchnorm` and the like before
+    `fuse` or after `unfuse`; `asgl_cuda.convert_sync_batchnorm` also converts fused pairs.
 
     Only neurons that normalise are converted: call `convert` for all neurons, before or after. A forward is traced with
     its current attributes, on every branch that depends on shapes of tensors. A Sequential is assumed to call its
@@ -73,7 +80,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
     if not norms:
         return model, report
     flow = _Flow(model)
-    for path, norm in norms.items():
+    for path, norm in sorted(norms.items(), key=lambda pair: flow.is_second(pair[1])):
         try:
             layer = _fuse(flow, norm)
         except _Leave as reason:
@@ -128,10 +135,11 @@ class _Leave(Exception):  # noqa: N818
 def _fuse(flow: _Flow, norm: nn.Module) -> Any:
     """Fuses a normalisation with the neurons behind it; returns the neurons."""
     _check_norm(norm)
-    layer, parted = flow.neurons_behind(norm)
+    way = flow.neurons_behind(norm)
+    parted, place, layer = way
     name = type(layer).__name__
     if isinstance(layer, Normalised | BatchNormLIF):
-        raise _Leave(f"its output goes to {name}, which has a normalisation of its own")
+        raise _Leave(f"{way.what} goes to {name}, which has a normalisation of its own")
     if isinstance(layer, LIF) and (type(layer)._lif, type(layer).forward) != (LIF._lif, LIF.forward):
         raise _Leave(f"its output goes to {name}, which computes something else than asgl_cuda.LIF")
     converted = not isinstance(layer, LIF | Converted)
@@ -148,7 +156,7 @@ def _fuse(flow: _Flow, norm: nn.Module) -> Any:
             layer.end()
         raise
     at_norm, at_layer = flow.places(norm, layer)
-    join(layer, at_layer, Normalisation(norm, at_norm, converted))
+    join(layer, at_layer, Normalisation(norm, at_norm, converted), place is not None)
     return layer
 
 
@@ -193,11 +201,19 @@ class _Site(NamedTuple):
     node: fx.Node
 
 
-class _Arrival(NamedTuple):
-    """Neurons, and the shift of the channels in their input: 1 where time and batch parted."""
+class _Way(NamedTuple):
+    """What a value has passed: a shift of the channels, 1 where time and batch parted; a sum; the neurons at last."""
 
-    layer: Any
     parted: int
+    place: int | None = None  # in the sum
+    layer: Any = None
+
+    @property
+    def what(self) -> str:
+        return "its output" if self.place is None else "the sum of its output and another"
+
+    def parting(self, shift: int) -> _Way:
+        return self._replace(parted=self.parted + shift)
 
 
 _Entered = dict[nn.Module, set[_Site]]  # modules on the way to the neurons, with the calls followed
@@ -235,7 +251,7 @@ class _Flow:
             calls = calls_of(module)
             nodes = [node for graph in calls.graphs for node in graph.find_nodes(op="call_module")]
             children = [module.get_submodule(str(node.target)) for node in nodes]
-        except Exception as error:  # of user code, given proxies
+        except Exception as error:  # user code may raise anything when given proxies
             message = (str(error).splitlines() or [""])[0]
             self.failures[module] = f"{type(error).__name__}{': ' if message else ''}{message[:150]}"
             return
@@ -253,8 +269,8 @@ class _Flow:
                 for child in module.children():
                     self.sites[child] = [site for site in self.sites[child] if site.owner is not module]
 
-    def neurons_behind(self, norm: nn.Module) -> _Arrival:
-        """The single layer with the output as its only input."""
+    def neurons_behind(self, norm: nn.Module) -> _Way:
+        """The way to the single layer with the output, or the sum, as its only input."""
         _check_single(norm, self.owners[norm], "it")
         self._check_callers(norm)
         if not self.sites[norm]:
@@ -262,16 +278,23 @@ class _Flow:
             raise _Leave(f"{type(owner).__name__} does not call it" if owner else "it is the model itself")
         _check_hooks(norm, "it", _OUTPUT_HOOKS)
         entered: _Entered = {}
-        parted = int(getattr(norm, "step_mode", "s") == "m")  # of SpikingJelly: time and batch apart
-        layer, parted = _one_of(self._goes_to(site, parted, entered) for site in self.sites[norm])
+        parted = int(getattr(norm, "step_mode", "s") == "m")  # SpikingJelly's multi-step mode has time and batch apart
+        way = _one_of(self._goes_to(site, _Way(parted), entered) for site in self.sites[norm])
         for module, sites in entered.items():
             name = type(module).__name__
             self._check_callers(module)
             if set(self.sites[module]) != sites:
                 raise _Leave(f"its output goes to {name}, which is called with something else, too")
             _check_hooks(module, name, _INPUT_HOOKS)
-        _check_single(layer, self.owners[layer], type(layer).__name__)
-        return _Arrival(layer, parted)
+        _check_single(way.layer, self.owners[way.layer], type(way.layer).__name__)
+        return way
+
+    def is_second(self, norm: nn.Module) -> bool:
+        """Whether the output is the second operand of a sum, which `first += second` adds in place of the first."""
+        try:
+            return self.neurons_behind(norm).place == 1
+        except _Leave:
+            return False
 
     def places(self, *modules: nn.Module) -> list[Place]:
         """Paths below the nearest common owner."""
@@ -295,53 +318,58 @@ class _Flow:
                 raise _Leave(f"the forward of {type(owner).__name__} can't be traced: {self.failures[owner]}")
             owner = None if self.sites[module] else self._owner(owner)
 
-    def _goes_to(self, site: _Site, parted: int, entered: _Entered, inwards: bool = False) -> _Arrival:
+    def _goes_to(self, site: _Site, way: _Way, entered: _Entered, inwards: bool = False) -> _Way:
         """Follows a node's value to the neurons; `inwards`: the node is an input of the owner."""
         owner, node = site
         users = [user for user in node.users if not asks_for_shape(user)]
         name = " and ".join(dict.fromkeys(name_of_user(owner, user) for user in users))
         if len(users) != 1:
-            raise _Leave(f"its output is used {len(users)} times, by {name}" if users else "nothing uses it")
+            if way.place is not None and any(summand(node, user) is not None for user in users):
+                name += ": it is also the next shortcut"
+            raise _Leave(f"{way.what} is used {len(users)} times, by {name}" if users else "nothing uses it")
         (user,) = users
         if user.op == "output" and inwards:
-            raise _Leave(f"its output goes to {type(owner).__name__}")
+            raise _Leave(f"{way.what} goes to {type(owner).__name__}")
         if user.op == "output" and user.args[0] is node:
-            return self._leaves(owner, parted, entered)
+            return self._leaves(owner, way, entered)
         if parts_time(owner, user):
-            return self._goes_to(_Site(owner, user), parted + 1, entered, inwards)
+            return self._goes_to(_Site(owner, user), way.parting(1), entered, inwards)
+        place = summand(node, user)
+        if place is not None and way.place is None:
+            return self._goes_to(_Site(owner, user), way._replace(place=place), entered, inwards)
         if user.op != "call_module" or not is_first_alone(node, user):
-            raise _Leave(f"its output goes to {name}")
+            raise _Leave(f"{way.what} goes to {name}")
         module = owner.get_submodule(str(user.target))
         entered.setdefault(module, set()).add(_Site(owner, user))
         if module in self.neurons:
-            return _Arrival(module, parted)
+            return way._replace(layer=module)
         calls = self.calls.get(module)
         if calls is None or calls.entering is None:
-            raise _Leave(f"its output goes to {name}")
+            raise _Leave(f"{way.what} goes to {name}")
         inputs = (graph.find_nodes(op="placeholder")[0] for graph in calls.graphs)
-        into = parted + calls.entering
+        into = way.parting(calls.entering)
         return _one_of(self._goes_to(_Site(module, node), into, entered, True) for node in inputs)
 
-    def _leaves(self, module: nn.Module, parted: int, entered: _Entered) -> _Arrival:
+    def _leaves(self, module: nn.Module, way: _Way, entered: _Entered) -> _Way:
         """Follows the value returned by a module to the neurons."""
         name = type(module).__name__
         _check_hooks(module, name, _OUTPUT_HOOKS)
         self._check_callers(module)
         leaving = self.calls[module].leaving
         if module is self.model:
-            raise _Leave("its output is that of the model")
+            raise _Leave(f"{way.what} is that of the model")
         if leaving is None:
-            raise _Leave(f"its output goes through {name}")
+            raise _Leave(f"{way.what} goes through {name}")
         if not self.sites[module]:
-            raise _Leave(f"its output is that of {name}, which nothing calls")
-        return _one_of(self._goes_to(site, parted + leaving, entered) for site in self.sites[module])
+            raise _Leave(f"{way.what} is that of {name}, which nothing calls")
+        return _one_of(self._goes_to(site, way.parting(leaving), entered) for site in self.sites[module])
 
 
-def _one_of(found: Iterable[_Arrival]) -> _Arrival:
-    arrivals = set(found)
-    if len(arrivals) > 1:
-        raise _Leave(f"its output goes to {' and '.join(sorted(type(layer).__name__ for layer, _ in arrivals))}")
-    return arrivals.pop()
+def _one_of(found: Iterable[_Way]) -> _Way:
+    ways = set(found)
+    if len(ways) > 1:
+        raise _Leave(f"its output goes to {' and '.join(sorted(type(way.layer).__name__ for way in ways))}")
+    return ways.pop()
 
 
 _OUTPUT_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -14,6 +14,7 @@ from torch import fx, nn
 from .convert import copied, libraries
 from .converted import Wrapper
 
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _SHAPE_QUERIES = ("size", "dim", "shape", "ndim", "dtype", "device")
 _MOST_WAYS = 32  # paths per forward
 
@@ -141,6 +142,16 @@ def is_first_alone(node: fx.Node, user: fx.Node) -> bool:
     found: list[fx.Node] = []
     fx.map_arg((user.args, user.kwargs), found.append)
     return bool(user.args) and user.args[0] is node and found.count(node) == 1
+
+
+def summand(node: fx.Node, user: fx.Node) -> int | None:
+    """The place of the value in a sum of two; None unless `user` is one, and does not replace the other operand."""
+    if user.op == "call_module" or user.target not in _ADDITIONS or user.kwargs not in ({}, {"alpha": 1}):
+        return None
+    if len(user.args) != 2 or len(user.all_input_nodes) != 2:
+        return None
+    place = user.args.index(node)
+    return None if place and user.target == "add_" else place
 
 
 def parts_time(owner: nn.Module, user: fx.Node) -> bool:

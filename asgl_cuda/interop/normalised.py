@@ -1,7 +1,8 @@
 """A normalisation fused with the neurons behind it.
 
 Both modules keep their paths, parameters, buffers and names: `fuse` puts a class before both classes. The
-normalisation then returns its input, and the neurons call `asgl_cuda.batch_norm_lif` with both modules' values.
+normalisation then returns its input, in front of an addition as `Pending`, and the neurons call
+`asgl_cuda.batch_norm_lif` with both modules' values.
 
 With one module replaced, as by `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, the pair would normalise twice or not
 at all: each module checks in every call that its partner is there.
@@ -14,13 +15,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..batch_norm import module_batch_norm_lif
 from ..call import Arguments, LIFOutput, grouped
 from ..functional import LIF_DEFAULTS
 from ..layout import channel_dim, real_type
+from ..neuron import LIF
 from .converted import Overlay, bare_class, overlaid
+from .pending import Pending
 
 
 class Place:
@@ -78,6 +81,16 @@ class PassedThrough(Overlay):
         self.take_off()
 
 
+class Awaited(PassedThrough):
+    """A normalisation in front of an addition, computed by the neurons behind."""
+
+    def forward(self, input: Any) -> Any:
+        if isinstance(input, fx.Proxy):  # a leaf, whose result is no tensor
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        return Pending(self, super().forward(input))
+
+
 class Normalisation(NamedTuple):
     """The normalisation computed by a layer of neurons; not a module, so that the layer does not own it."""
 
@@ -87,35 +100,24 @@ class Normalisation(NamedTuple):
 
 
 class Normalised(Overlay):
-    """Neurons that normalise their input: `asgl_cuda.LIF`, by `_lif`, or converted layers, by `compute`."""
+    """Neurons that normalise their input and, in a residual block, add the shortcut."""
 
     prefix = "Normalised"
 
     normalisation: Normalisation
 
-    def end_normalised(self) -> None:
+    def end_normalised(self, converted_stays: bool = False) -> None:
         """Restores both layers, with their current values."""
         norm, _, converted = self.normalisation
         del self.normalisation
         if isinstance(norm, PassedThrough):
             norm.end_passing()
         self.take_off()
-        if converted:
+        if converted and not converted_stays:
             self.end()
 
-    def is_plain(self) -> bool:
-        """False due to normalisation."""
-        return False
-
-    def compute(self, x_seq: Tensor, **options: Any) -> Tensor | LIFOutput:
-        """`asgl_cuda.batch_norm_lif` with these arguments of `asgl_cuda.lif`."""
-        return self._normalised(x_seq, grouped({**LIF_DEFAULTS, **options}))
-
-    def _lif(self, x_seq: Tensor, update: bool = True, **options: Any) -> Tensor | LIFOutput:
-        return self._normalised(x_seq, self._given(x_seq, self.input_gain, **options), update)
-
     def _normalised(self, x_seq: Tensor, given: Arguments, update: bool = True) -> Tensor | LIFOutput:
-        """`asgl_cuda.batch_norm_lif` of input_gain y + input_bias, with y the normalised input."""
+        """`asgl_cuda.batch_norm_lif` of input_gain (y + residual) + input_bias, with y the normalised input."""
         norm, at_norm, _ = self.normalisation
         if not at_norm.holds(lambda module: module is norm and isinstance(norm, PassedThrough)):
             raise RuntimeError(
@@ -124,6 +126,7 @@ class Normalised(Overlay):
             )
         weight, bias, scale = norm.weight, norm.bias, 1.0
         input_gain, input_bias, time_dim = given.values.input_gain, given.values.input_bias, given.options.time_dim
+        residual, residual_gain = given.values.residual, input_gain
         if isinstance(input_gain, float) and input_bias == 0.0:
             scale = input_gain
         else:
@@ -131,9 +134,14 @@ class Normalised(Overlay):
             gain, shift = (self._by_channel(value, back, x_seq) for value in (input_gain, input_bias))
             weight = gain if weight is None else gain * weight.to(gain.dtype)
             bias = shift if bias is None else gain * bias.to(gain.dtype) + shift
+        if residual is not None and not isinstance(input_gain, float):
+            residual, residual_gain = (residual * input_gain).to(x_seq.dtype), 1.0
         # None: this process alone.
         group = (norm.process_group or "world") if isinstance(norm, nn.SyncBatchNorm) else None
-        given = given._replace(values=given.values._replace(input_gain=1.0, input_bias=0.0))
+        given = given._replace(
+            values=given.values._replace(input_gain=1.0, input_bias=0.0, residual=residual),
+            options=given.options._replace(residual_gain=1.0 if residual is None else residual_gain),
+        )
         return module_batch_norm_lif(
             norm, x_seq, given=given, weight=weight, bias=bias, update=update, input_scale=scale, process_group=group
         )
@@ -153,16 +161,72 @@ class Normalised(Overlay):
         return f"{own}{', ' if own else ''}normalised by {bare_class(self.normalisation.norm).__name__}"
 
 
+class NormalisedLIF(Normalised):
+    """`asgl_cuda.LIF`."""
+
+    def _inputs(self, x_seq: Any, residual: Tensor | None = None) -> tuple[Any, dict[str, Any]]:
+        if isinstance(x_seq, Pending):
+            pending = x_seq if residual is None else x_seq + residual
+            return pending.x, {"pending": pending}
+        inputs: tuple[Any, dict[str, Any]] = super()._inputs(x_seq, residual)  # type: ignore[misc]
+        return inputs
+
+    def _lif(self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any) -> Any:
+        if pending is not None:
+            x_seq, options["residual"] = pending.operands()
+            if pending.norm is None:
+                return super()._lif(x_seq, update, **options)  # type: ignore[misc]
+        return self._normalised(x_seq, self._given(x_seq, self.input_gain, **options), update)
+
+
+class NormalisedConverted(Normalised):
+    """A converted layer; `forward` and `sequence` take the input apart, which `compute` joins."""
+
+    _pending: Pending | None
+
+    def is_plain(self) -> bool:
+        """False due to normalisation."""
+        return False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*self._apart(args), **kwargs)
+
+    def sequence(self, *args: Any, **kwargs: Any) -> Any:
+        """The call of `MultiStep`, for snnTorch's layers."""
+        return super().sequence(*self._apart(args), **kwargs)  # type: ignore[misc]
+
+    def _apart(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        self._pending = args[0] if args and isinstance(args[0], Pending) else None
+        return args if self._pending is None else (self._pending.x, *args[1:])
+
+    def compute(self, x_seq: Tensor, **options: Any) -> Tensor | LIFOutput:
+        """`asgl_cuda.batch_norm_lif` with these arguments of `asgl_cuda.lif`."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            _, residual = pending.operands()
+            if pending.norm is None:
+                return super().compute(x_seq, **options)  # type: ignore[misc,no-any-return]
+            if residual is not None:  # in the shape and type that the layer gave to x
+                options["residual"] = residual.reshape(x_seq.shape).to(x_seq.dtype)
+        return self._normalised(x_seq, grouped({**LIF_DEFAULTS, **options}))
+
+    def end_normalised(self, converted_stays: bool = False) -> None:
+        del self._pending
+        super().end_normalised(converted_stays)
+
+
 def varies_by_channel(value: Tensor, back: int) -> bool:
     """Whether there is one value, or one per index of dimension -`back`."""
     varying = [value.dim() - dim for dim, size in enumerate(value.shape) if size != 1]
     return varying in ([], [back])
 
 
-def join(layer: Any, place: Place, normalisation: Normalisation) -> None:
-    """Lets the layer, a LIF or converted, at `place` compute the normalisation, which then returns its input."""
-    norm = normalisation.norm
-    layer.__class__ = overlaid(Normalised, type(layer))
+def join(layer: Any, place: Place, normalisation: Normalisation, added: bool) -> None:
+    """Lets the layer, a LIF or converted, at `place` compute the normalisation and, if `added`, the sum behind it."""
+    norm, is_ours = normalisation.norm, isinstance(layer, LIF)
+    layer.__class__ = overlaid(NormalisedLIF if is_ours else NormalisedConverted, type(layer))
     layer.normalisation = normalisation
-    norm.__class__ = overlaid(PassedThrough, type(norm))
+    if not is_ours:
+        layer._pending = None
+    norm.__class__ = overlaid(Awaited if added else PassedThrough, type(norm))
     norm.neurons = place

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import operator
+from types import NoneType
 from typing import Any, NamedTuple
 
 import snntorch
@@ -26,6 +27,7 @@ from ..checks import HALF_TYPES
 from ..transforms import transforming
 from .converted import Converted, Found, InStream, Settings, Streamed, Wrapper, bare_class, number, unknown
 from .normalised import Normalised
+from .pending import Pending
 from .snapshot import version_of
 from .steps import Known
 
@@ -44,7 +46,7 @@ class _After(NamedTuple):
 
     mem: Tensor
     v: Tensor  # after reset, or the spikes if the reset applies to the input
-    known: Known | None  # with `values`, the dependencies
+    known: Known | None  # `v` holds while `known` and `values` are the same objects
     values: tuple[Any, ...]
     mark: tuple[Any, ...]
 
@@ -342,7 +344,8 @@ class MultiStep(nn.Module):
 
     def forward(self, x_seq: Tensor, *states: Tensor | None, **named: Tensor | None) -> Any:
         for name, value in (("x_seq", x_seq), *(("a state", state) for state in (*states, *named.values()))):
-            if not isinstance(value, Tensor) and not (name == "a state" and value is None):
+            expected = (Tensor, Pending) if name == "x_seq" else (Tensor, NoneType)
+            if not isinstance(value, expected):
                 raise TypeError(f"{_MULTI_STEP}: {name} must be a tensor, got {type(value).__name__}")
         if not isinstance(self.layer, ConvertedLeaky):
             raise RuntimeError(

@@ -25,7 +25,7 @@ class Known:
         self.settings, self.values, self.made = settings, values, made
         self._kind: Any = None
         self._call: Call | None = None
-        self._names: list[str | None] = []  # of options that are tensors, by parameter; [] without any
+        self._names: list[str | None] = []  # tensor options by parameter; [] without any
 
     def __reduce__(self) -> Any:
         return type(None), ()  # not copied with the layer

@@ -21,14 +21,15 @@ from ..checks import read_number
 from ..interop.convert import Left, copied, libraries
 from ..interop.converted import STATEFUL, bare_class
 from ..interop.normalised import Normalised
+from ..interop.pending import Pending
 from ..layer import some_asgl_layers
-from ..neuron import BatchNormLIF
+from ..neuron import LIF, BatchNormLIF
 from .kit import reset
 from .monitor import aligned
 
 _CALLER = "asgl_cuda.calibrate"
 
-_TOLERANCE = 0.01  # of the rate
+_TOLERANCE = 0.01  # relative to the rate
 _ROUNDS = 3
 _WIDEST = 24  # factors from 2^-24 to 2^24 are tried
 _NARROWEST = 2**-14  # an interval of log2(factor); a rate that changes in it by more than the tolerance jumps
@@ -168,7 +169,7 @@ class _Trial:
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], group: Any) -> None:
         try:
             self._model = copied(model)
-        except Exception as error:  # of a user's __deepcopy__
+        except Exception as error:  # raised by a user's __deepcopy__
             raise RuntimeError(
                 f"{_CALLER}: measures on a copy of the model, which can't be copied: {type(error).__name__}: {error}"
             ) from error
@@ -245,7 +246,7 @@ class _Trial:
         self._sites: dict[nn.Module, _Site] = {}
         self._until = until
         reset(self._model)
-        torch.clear_autocast_cache()  # of earlier trial weights
+        torch.clear_autocast_cache()  # holds casts of earlier trial weights
         with suppress(_Finished), torch.random.fork_rng(self._devices):  # same random numbers in each run
             self._model(*_pytree.tree_map_only(Tensor, _source, self._inputs))
         if until is None:
@@ -268,8 +269,12 @@ class _Trial:
 
     def _before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = next(iter(inspect.signature(layer.forward).parameters), "")
-        x = args[0] if args else kwargs.get(first)
-        self._sites[layer] = _Site(self.neurons[layer], self._weight_of(layer, x))
+        x, residual = args[0] if args else kwargs.get(first), kwargs.get("residual")
+        if isinstance(x, Pending):
+            x, residual = x.operands()
+        elif isinstance(layer, LIF) and len(args) > 1:
+            residual = args[1]
+        self._sites[layer] = _Site(self.neurons[layer], self._weight_of(layer, x, residual))
 
     def _after(self, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
         site = self._sites[layer]
@@ -280,7 +285,7 @@ class _Trial:
             raise _Finished
         return _pytree.tree_map_only(Tensor, _source, output)
 
-    def _weight_of(self, layer: Any, x: Tensor | None) -> str:
+    def _weight_of(self, layer: Any, x: Tensor | None, residual: Tensor | None) -> str:
         """The name of the only weight that scales the input of these neurons, up to biases."""
         name = self.neurons[layer] or "the model"
         if isinstance(layer, (BatchNormLIF, Normalised)):
@@ -295,6 +300,9 @@ class _Trial:
             )
         else:
             found, bare = self._weights_behind(x)
+        if residual is not None:
+            others, is_bare = self._weights_behind(residual) if residual.grad_fn is not None else (set(), True)
+            found, bare = found | others, bare or is_bare
         if not found:
             raise ValueError(
                 f"{_CALLER}: {name}: there must be a linear layer, a convolution or a normalisation with a weight in "

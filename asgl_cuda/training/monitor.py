@@ -83,12 +83,17 @@ class _Tally:
 
 
 def _shares_of_lif(
-    layer: LIF, x_seq: Tensor, v_init: Tensor | None, rng_state: Tensor | None, s_seq: Tensor
+    layer: LIF,
+    x_seq: Tensor,
+    more: dict[str, Any],
+    v_init: Tensor | None,
+    rng_state: Tensor | None,
+    s_seq: Tensor,
 ) -> dict[str, Tensor]:
     """Repeats the call for its potentials, with the same state and noise."""
     generator = None if rng_state is None else torch.Generator(x_seq.device).set_state(rng_state)
     time_dim = layer.time_dim % x_seq.dim()
-    again = layer._lif(x_seq, update=False, v_init=v_init, generator=generator, return_h_seq=True)
+    again = layer._lif(x_seq, update=False, v_init=v_init, generator=generator, return_h_seq=True, **more)
     assert isinstance(again, LIFOutput)
     assert again.h_seq is not None
     h_seq = again.h_seq
@@ -186,7 +191,7 @@ class Monitor:
         self._layers = some_asgl_layers(model, "asgl_cuda.Monitor")
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         # Input, potential and random state before a call.
-        self._before: dict[nn.Module, tuple[Tensor, Tensor | None, Tensor | None]] = {}
+        self._before: dict[nn.Module, tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]] = {}
         self._watched_before: list[bool] = []  # by nested `with`: whether already watching
         self._was_started = self._has_warned = False
         self.reset()
@@ -224,14 +229,19 @@ class Monitor:
             self.stop()
 
     def _look_before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x_seq = args[0] if args else kwargs.get("x_seq")
-        if _is_hidden() or type(layer).forward is not LIF.forward or not isinstance(x_seq, Tensor):
+        if _is_hidden() or type(layer).forward is not LIF.forward:
+            return
+        try:
+            x_seq, more = layer._inputs(*args, **kwargs)
+        except TypeError:  # the layer's own to raise
+            return
+        if not isinstance(x_seq, Tensor):
             return
         device, rng_state = x_seq.device, None
         if layer.training and layer.analog_prob > 0:
             cpu = device.type == "cpu"  # torch.cpu has no get_rng_state
             rng_state = torch.get_rng_state() if cpu else torch.get_device_module(device).get_rng_state(device)
-        self._before[layer] = x_seq, layer.v if layer.stateful else None, rng_state
+        self._before[layer] = x_seq, more, layer.v if layer.stateful else None, rng_state
 
     @torch.no_grad()
     def _look(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from .demo import load_data as load_digits
 
-SPLIT_SEED = 0  # of sets without a train/test split
+SPLIT_SEED = 0  # for data sets without a train/test split
 
 
 class Data(NamedTuple):
@@ -173,8 +173,8 @@ def spiking_heidelberg_digits(root: Path) -> Data:
 
 # ---- sounds ----
 
-RATE = 16000  # samples a second
-HOP = 512  # samples a frame
+RATE = 16000  # samples per second
+HOP = 512  # samples per frame
 BANDS = 40
 
 
@@ -207,7 +207,7 @@ INSTRUMENTS = {
     "piano": Instrument((1, 0.6, 0.35, 0.25, 0.2, 0.1, 0.1, 0.05, 0.05), 0.005, 4, 0.1, 0),
     "guitar": Instrument((1, 0.7, 0.5, 0.4, 0.2, 0.2, 0.1, 0.1, 0.1), 0.005, 5, 0.5, 0),
 }
-TONES = 400  # of each instrument
+TONES = 400  # per instrument
 TONE_FRAMES = 16
 VIBRATO_RATE = 5.5  # Hz
 
@@ -239,7 +239,7 @@ def tones() -> Data:
     return standardised(in_parts(torch.stack(samples), labels))
 
 
-RECORDED_FRAMES = 31  # a second
+RECORDED_FRAMES = 31  # about one second
 
 
 def recordings(folder: Path) -> Data:

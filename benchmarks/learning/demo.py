@@ -84,11 +84,11 @@ class Run:
     """The results of one training."""
 
     label: str
-    losses: list[float] = field(default_factory=list)  # of each step
-    first_grads: list[Tensor] = field(default_factory=list)  # of the first step
+    losses: list[float] = field(default_factory=list)  # one per step
+    first_grads: list[Tensor] = field(default_factory=list)  # in the first step
     accuracy: list[float] = field(default_factory=list)  # on the test images, after each epoch
     widths: list[list[float]] = field(default_factory=list)  # at the start and after each epoch
-    seconds: list[float] = field(default_factory=list)  # of each epoch, without the test
+    seconds: list[float] = field(default_factory=list)  # one per epoch, without the test
     neuron_seconds: list[float] = field(default_factory=list)
 
 

@@ -31,7 +31,7 @@ from .demo import ANALOG_PROB, BATCH_SIZE, load_data, scores_of, spiking_mlp
 from .optimizers import cosine_schedules, optimizers_of
 
 HIDDEN = (64,) * 6
-OBSERVED = ("width", "inside", "smoothing_error")  # of each layer, by asgl_cuda.Monitor
+OBSERVED = ("width", "inside", "smoothing_error")  # reported by asgl_cuda.Monitor for each layer
 LOSSES = {"noisy_loss": "noisy network", "spiking_loss": "embedded spiking network"}
 NOISE_DRAWS = 20  # for the mean of the noisy network's loss
 ARMS = {"noise": ANALOG_PROB, "no noise": 0.0}

@@ -1,9 +1,9 @@
-"""Training steps of three networks with exchanged neuron layers: time, its distribution over layers, and memory.
+"""Training steps of four networks with exchanged neuron layers: time, its distribution over layers, and memory.
 
 A step is forward, loss, backward and optimiser. All variants take turns within each repeat; the median is reported.
 Shares of layers come from a separate run under the profiler: hooks of every layer open a range in forward and in
-backward. `asgl_cuda.fuse` fuses batch normalisation with neurons; before a fused network is timed, its losses are
-compared with the unfused network's.
+backward. `asgl_cuda.fuse` fuses batch normalisation and the sums of residual blocks with neurons; before a fused
+network is timed, its losses are compared with the unfused network's. SpikingJelly's ResNet-18 is converted, too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +24,9 @@ import asgl_cuda
 from asgl_cuda import OverTime
 
 from ..common import device_of, fused_backends, in_words, parser_of, text_row, write_json
-from .clocks import in_turns, keep_memory, peak_bytes, silence, spread
+from .clocks import allocated_bytes, in_turns, keep_memory, peak_bytes, silence, spread
 from .microbench import MOST_STEPS_TO_COMPILE
-from .peers import machine_and_peers, spikingjelly_node
+from .peers import machine_and_peers, spiking_resnet18, spikingjelly_node
 
 ANALOG_PROB = 0.2
 NEURONS, PRODUCTS, NORMALISATION, REST = "neuron layers", "convolutions and linear", "normalisation", "the rest"
@@ -73,9 +75,10 @@ def speech(neuron: MakeNeuron) -> nn.Sequential:
 class Network(NamedTuple):
     """A network and the shape of its data."""
 
-    make: Callable[[MakeNeuron], nn.Sequential]
+    make: Callable[[MakeNeuron], nn.Module]
     input_shape: tuple[int, ...]  # [T, B, ...]
     classes: int
+    left: int = 0  # normalisations without neurons of their own
 
 
 NETWORKS = {
@@ -83,6 +86,8 @@ NETWORKS = {
     "convolutional": Network(convolutional, (4, 32, 3, 32, 32), 10),
     "speech": Network(speech, (100, 64, 700), 20),
 }
+if find_spec("spikingjelly") is not None:
+    NETWORKS["ResNet-18"] = Network(partial(spiking_resnet18, classes=10), (4, 8, 3, 64, 64), 10, left=3)
 
 
 # ---- neurons ----
@@ -102,14 +107,16 @@ class Variant(NamedTuple):
     name: str
     neuron: MakeNeuron
     fused: bool = False  # with the normalisations
+    converted: str | None = None  # to this backend
 
 
 def variants(network: Network, device: torch.device) -> Iterator[Variant]:
     """The neuron of ASGL in every implementation; then the ordinary neuron, which SpikingJelly has as well."""
     yield Variant("reference", lambda: asgl("reference"))
-    if network.input_shape[0] <= MOST_STEPS_TO_COMPILE:
-        yield Variant("torch.compile", lambda: torch.compile(asgl("reference"), fullgraph=True, dynamic=False))
     normalised = any(isinstance(layer, nn.BatchNorm2d) for layer in network.make(nn.Identity).modules())
+    residual = network.left > 0
+    if network.input_shape[0] <= MOST_STEPS_TO_COMPILE and not residual:  # more layers than Dynamo compiles anew
+        yield Variant("torch.compile", lambda: torch.compile(asgl("reference"), fullgraph=True, dynamic=False))
     for backend in fused_backends(device):
         yield Variant(f"asgl_cuda {backend}", lambda backend=backend: asgl(backend))
         if normalised:
@@ -121,6 +128,10 @@ def variants(network: Network, device: torch.device) -> Iterator[Variant]:
     except ImportError:
         return
     yield Variant("LIF: SpikingJelly", spikingjelly_node)
+    for backend in fused_backends(device) if residual else ():
+        name = f"LIF: SpikingJelly, converted {backend}"
+        yield Variant(name, spikingjelly_node, converted=backend)
+        yield Variant(f"{name}{FUSED_BLOCK}", spikingjelly_node, fused=True, converted=backend)
 
 
 # ---- a step ----
@@ -136,28 +147,48 @@ class Training:
         device: torch.device,
         fused: bool = False,
         dtype: torch.dtype = torch.float32,
+        converted: str | None = None,
     ) -> None:
         torch.manual_seed(0)
         self.model = network.make(neuron).to(device, dtype)
+        if converted:
+            asgl_cuda.convert(self.model, inplace=True, backend=converted)
         if fused:
             _, report = asgl_cuda.fuse(self.model, inplace=True)
-            if report.left:
+            if len(report.left) != network.left:
                 raise RuntimeError(f"not all of the network is fused:\n{report}")
         self.device = device
         self._x_seq = torch.rand(network.input_shape, device=device, dtype=dtype)
         self._labels = torch.randint(network.classes, network.input_shape[1:2], device=device)
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
 
-    def step(self) -> Tensor:
-        """Trains once; returns the prior loss."""
+    def clear(self) -> None:
+        """Frees what the last step left: gradients and SpikingJelly's states."""
         self._optimizer.zero_grad()
         for layer in self.model.modules():
-            if hasattr(layer, "store_v_seq"):  # SpikingJelly's state
+            if hasattr(layer, "store_v_seq"):
                 layer.reset()
-        loss = functional.cross_entropy(self.model(self._x_seq).mean(0), self._labels)
+
+    def loss(self) -> Tensor:
+        return functional.cross_entropy(self.model(self._x_seq).mean(0), self._labels)
+
+    def step(self) -> Tensor:
+        """Trains once; returns the prior loss."""
+        self.clear()
+        loss = self.loss()
         loss.backward()
         self._optimizer.step()
         return loss.detach()
+
+    def peak_bytes(self) -> int:
+        """The peak of a step's allocations; freed inside, older gradients would count as less."""
+        self.clear()
+        return peak_bytes(self.step, self.device)
+
+    def kept_bytes(self) -> int:
+        """The bytes that forward leaves for backward."""
+        self.clear()
+        return allocated_bytes(self.loss, self.device)[1]
 
     def seconds(self) -> float:
         started = time.perf_counter()
@@ -173,7 +204,7 @@ def check_losses(network: Network, device: torch.device) -> list[str]:
     network = network._replace(input_shape=(steps, COMPARED_BATCH, *sizes))
 
     def losses(variant: Variant) -> Tensor:  # with the same noise: a Training seeds the generator
-        training = Training(network, variant.neuron, device, variant.fused, torch.float64)
+        training = Training(network, variant.neuron, device, variant.fused, torch.float64, variant.converted)
         return torch.stack([training.step() for _ in range(COMPARED_STEPS)])
 
     found = {variant.name: variant for variant in variants(network, device)}
@@ -189,7 +220,7 @@ def check_losses(network: Network, device: torch.device) -> list[str]:
 
 
 class Ranges:
-    """The profiler's open range: one at most, since the networks are chains."""
+    """The profiler's open range, one at most: what follows a layer, such as a sum, counts as of the layer."""
 
     def __init__(self) -> None:
         self._open: Any = None
@@ -199,7 +230,7 @@ class Ranges:
 
         def after(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             self.end()
-            if output is not inputs[0]:  # else it has no backward
+            if isinstance(output, Tensor) and output is not inputs[0]:  # else the neurons compute it
                 output.register_hook(lambda grad: self.begin(name))
 
         layer.register_forward_pre_hook(lambda *_: self.begin(name))
@@ -222,13 +253,22 @@ def category(layer: nn.Module) -> str:
         return PRODUCTS
     if isinstance(inner, nn.BatchNorm2d):
         return NORMALISATION
-    return REST if isinstance(inner, (nn.AvgPool2d, nn.Flatten)) else NEURONS
+    return REST if isinstance(inner, (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Flatten)) else NEURONS
+
+
+def layers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a chain or of a residual network."""
+    for layer in model.children():
+        if isinstance(layer, nn.Sequential) or hasattr(layer, "downsample"):
+            yield from layers_of(layer)
+        else:
+            yield layer
 
 
 def shares(training: Training) -> dict[str, float]:
     """The share of each category in the time of a step."""
     ranges = Ranges()
-    for layer in training.model:
+    for layer in layers_of(training.model):
         ranges.watch(layer, category(layer))
 
     def step() -> None:
@@ -258,8 +298,11 @@ def shares(training: Training) -> dict[str, float]:
 
 
 def measure(network: Network, device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
-    """Median seconds of a step, their spread, the shares of layers and the peak of memory, by variant."""
-    trainings = {each.name: Training(network, each.neuron, device, each.fused) for each in variants(network, device)}
+    """Median seconds of a step, their spread, the shares of layers, peak and kept memory, by variant."""
+    trainings = {
+        each.name: Training(network, each.neuron, device, each.fused, converted=each.converted)
+        for each in variants(network, device)
+    }
     for training in trainings.values():
         for _ in range(2):
             training.seconds()  # compiles, loads
@@ -268,7 +311,8 @@ def measure(network: Network, device: torch.device, repeats: int) -> dict[str, d
         name: {
             "seconds": statistics.median(seconds[name]),
             "spread": spread(seconds[name]),
-            "peak_bytes": peak_bytes(training.step, device),
+            "peak_bytes": training.peak_bytes(),
+            "kept_bytes": training.kept_bytes(),
             "shares": shares(training),
         }
         for name, training in trainings.items()
@@ -278,14 +322,14 @@ def measure(network: Network, device: torch.device, repeats: int) -> dict[str, d
 def table(name: str, network: Network, found: dict[str, dict[str, Any]]) -> str:
     """The measurements of a network as text."""
     lines = [f"{name}, {list(network.input_shape)}"]
-    head = ("step, ms", "+-", "faster", "neurons", "products", "norm", "rest", "peak, MB")
-    lines.append(text_row("", head, 28, 10))
+    head = ("step, ms", "+-", "faster", "neurons", "products", "norm", "rest", "peak, MB", "kept, MB")
+    lines.append(text_row("", head, 42, 10))
     slowest = found["reference"]["seconds"]
     for variant, each in found.items():
         cells = [f"{1e3 * each['seconds']:.1f}", f"{100 * each['spread']:.0f} %", f"{slowest / each['seconds']:.1f}"]
         cells += [f"{100 * share:.0f} %" for share in each["shares"].values()]
-        cells.append(f"{each['peak_bytes'] / 1e6:.0f}")
-        lines.append(text_row(variant, cells, 28, 10))
+        cells += [f"{each[key] / 1e6:.0f}" for key in ("peak_bytes", "kept_bytes")]
+        lines.append(text_row(variant, cells, 42, 10))
     return "\n".join((*lines, ""))
 
 
@@ -298,7 +342,8 @@ def main() -> int:
     keep_memory()
     about = machine_and_peers(device)
     print(f"{in_words(about)}; medians of {arguments.repeats} training steps")
-    print("faster: than with the reference; shares of the step by the profiler; peak: allocated during a step")
+    print("faster: than with the reference; shares of the step by the profiler")
+    print("peak: allocated during a step; kept: left by forward")
     print("fused block: normalisation and neurons in one, by asgl_cuda.fuse; their share is the sum")
     print("LIF: without noise and learned width, as SpikingJelly has it\n", flush=True)
     report: dict[str, Any] = {"machine": about, "networks": {}}

@@ -1,8 +1,9 @@
 """Memory of training steps: bytes kept for backward, peak, and time, with spikes kept and recomputed.
 
-A VGG-like network, eight blocks of a convolution and `BatchNormLIF`, for several lengths, and a spiking ResNet-18 of
-SpikingJelly. `asgl_cuda.recompute_spikes` is compared with torch's activation checkpointing of each VGG block and, for
-the ResNet, with SpikingJelly's neurons, with and without its memory optimisation of level 1. Where the neurons are the
+A VGG-like network, eight blocks of a convolution and `BatchNormLIF`, for several lengths, a spiking ResNet-18 of
+SpikingJelly, and the networks of linear layers of `end_to_end`. `asgl_cuda.recompute_spikes` is compared with torch's
+activation checkpointing of each VGG block and, for the ResNet, with SpikingJelly's neurons, with and without its memory
+optimisation of level 1. Where the neurons are the
 same, gradients are first compared for equality. All variants take turns within each repeat.
 """
 
@@ -24,11 +25,17 @@ from asgl_cuda import BatchNormLIF, OverTime
 
 from ..common import device_of, in_words, parser_of, text_row, write_json
 from .clocks import allocated_bytes, in_turns, keep_memory, spread
-from .peers import machine_and_peers
+from .end_to_end import NETWORKS
+from .peers import machine_and_peers, spiking_resnet18
 
 BATCH, CLASSES = 8, 10
 LENGTHS = (4, 8, 16)
 KEPT, RECOMPUTED, CHECKPOINTED = "asgl_cuda", "asgl_cuda, recompute_spikes", "asgl_cuda, activation checkpointing"
+LINEAR = {
+    f"{name}, T = {network.input_shape[0]}, batch {network.input_shape[1]}": network
+    for name, network in NETWORKS.items()
+    if name not in ("convolutional", "ResNet-18")  # the others stand for them
+}
 SPIKINGJELLY, OPTIMISED = "SpikingJelly", "SpikingJelly, memopt level 1"
 
 
@@ -56,14 +63,9 @@ def vgg(wrap: Callable[[nn.Module], nn.Module] = lambda block: block) -> nn.Sequ
 
 
 def resnet18() -> nn.Module:
-    from spikingjelly.activation_based import functional, neuron, surrogate
-    from spikingjelly.activation_based.model import spiking_resnet
+    from spikingjelly.activation_based import neuron, surrogate
 
-    model = spiking_resnet.spiking_resnet18(
-        spiking_neuron=neuron.LIFNode, surrogate_function=surrogate.ATan(), detach_reset=True, num_classes=CLASSES
-    )
-    functional.set_step_mode(model, "m")
-    return model
+    return spiking_resnet18(lambda: neuron.LIFNode(surrogate_function=surrogate.ATan(), detach_reset=True), CLASSES)
 
 
 def with_ours(model: nn.Module) -> nn.Module:
@@ -81,11 +83,15 @@ class Training:
         self._x_seq = torch.rand(shape, device=device)
         self._device = device
 
+    def clear(self) -> None:
+        """Frees gradients and SpikingJelly's states: inside a measured call that would count as less."""
+        self._model.zero_grad()
+        for layer in self._model.modules():
+            if hasattr(layer, "store_v_seq"):
+                layer.reset()
+
     def forward(self) -> Tensor:
         torch.manual_seed(1)
-        for layer in self._model.modules():
-            if hasattr(layer, "store_v_seq"):  # SpikingJelly's state
-                layer.reset()
         scores: Tensor = self._model(self._x_seq)
         return scores.mean(0).square().sum()
 
@@ -93,11 +99,8 @@ class Training:
         self.forward().backward()
         return [parameter.grad for parameter in self._model.parameters()]
 
-    def zero_grad(self) -> None:
-        self._model.zero_grad()
-
     def seconds(self) -> float:
-        self.zero_grad()
+        self.clear()
         started = time.perf_counter()
         self.step()
         if self._device.type == "cuda":
@@ -113,6 +116,13 @@ def trainings(name: str, device: torch.device) -> dict[str, Training]:
             KEPT: vgg,
             RECOMPUTED: lambda: asgl_cuda.recompute_spikes(vgg()),
             CHECKPOINTED: lambda: vgg(Checkpointed),
+        }
+    elif name in LINEAR:
+        network = LINEAR[name]
+        shape = network.input_shape
+        makers = {
+            KEPT: lambda: network.make(asgl_cuda.LIF),
+            RECOMPUTED: lambda: asgl_cuda.recompute_spikes(network.make(asgl_cuda.LIF)),
         }
     else:
         from spikingjelly.activation_based import memopt, neuron
@@ -131,11 +141,12 @@ def trainings(name: str, device: torch.device) -> dict[str, Training]:
 
 
 def networks() -> list[str]:
+    found = [*(f"VGG, T = {length}" for length in LENGTHS), *LINEAR]
     try:
         resnet18()
     except ImportError:
-        return [f"VGG, T = {length}" for length in LENGTHS]
-    return [*(f"VGG, T = {length}" for length in LENGTHS), "spiking_resnet18, T = 4"]
+        return found
+    return [*found, "spiking_resnet18, T = 4"]
 
 
 def measure(name: str, device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
@@ -152,8 +163,9 @@ def measure(name: str, device: torch.device, repeats: int) -> dict[str, dict[str
     seconds = in_turns({variant: training.seconds for variant, training in found.items()}, repeats)
     report = {}
     for variant, training in found.items():
-        training.zero_grad()  # freed older gradients would lower the peak
+        training.clear()
         peak, _ = allocated_bytes(training.step, device)  # first: states keep alive a graph without backward
+        training.clear()
         _, kept = allocated_bytes(training.forward, device)
         report[variant] = {
             "seconds": statistics.median(seconds[variant]),

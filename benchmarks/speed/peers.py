@@ -45,6 +45,16 @@ def spikingjelly_node() -> nn.Module:
     )
 
 
+def spiking_resnet18(neuron: Callable[[], nn.Module], classes: int) -> nn.Module:
+    """SpikingJelly's ResNet-18 with these neurons, for `[T, B, 3, H, W]`."""
+    from spikingjelly.activation_based import functional
+    from spikingjelly.activation_based.model import spiking_resnet
+
+    model: nn.Module = spiking_resnet.spiking_resnet18(spiking_neuron=neuron, num_classes=classes)
+    functional.set_step_mode(model, "m")
+    return model
+
+
 def spikingjelly(device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
     """Multi-step LIFNode."""
     from spikingjelly.activation_based import functional

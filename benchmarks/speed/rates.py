@@ -16,8 +16,8 @@ CYCLES = 50_000_000  # some 25 ms
 class Rates(NamedTuple):
     """The measured rates of a device."""
 
-    bandwidth: float  # bytes read and written a second by a copy
-    cycles: float | None  # a second, of all multiprocessors; None on a CPU
+    bandwidth: float  # bytes per second that a copy reads and writes
+    cycles: float | None  # per second, all multiprocessors together; None on a CPU
 
 
 def measured_rates(device: torch.device) -> Rates:

@@ -24,7 +24,7 @@ LEARNED = (
     "width, decay, threshold by channel",
     "width, decay, threshold by neuron",
 )
-BATCH, CHANNELS = 32, 32  # of layouts and parameters with these dimensions
+BATCH, CHANNELS = 32, 32  # for layouts and parameters with these dimensions
 
 
 def normal(device: torch.device, dtype: str, *shape: int) -> Tensor:

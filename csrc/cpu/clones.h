@@ -25,7 +25,7 @@ inline InstructionSet best_instruction_set() {
   return InstructionSet::kBaseline;
 }
 
-// The environment may select a lesser one, so that one machine tests every clone.
+// The environment may select a smaller one, so that one machine tests every clone.
 inline InstructionSet instruction_set() {
   static const InstructionSet chosen = [] {
     const char* variable = std::getenv("ASGL_CUDA_INSTRUCTION_SET");

@@ -13,7 +13,7 @@ struct IntegratorLoop {
     int64 length;
     const Real* in;          // x, or the gradient of v_seq
     Real *state, *out;       // the potential, or its gradient from later steps; v_seq, or dx
-    const Real *before, *x;  // for the sums
+    const Real *before, *x;  // for gradient sums
     Real *decay, *gain;
     Ahead ahead;
   };
@@ -72,7 +72,7 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
       const Tile next(params.shape, index + used / steps);
       const Ahead ahead = {row_ahead(in_seq, next, step(used % steps)), sizeof(Scalar)};
       const Real* in = read_row(in_seq, tile, t, in_buffer);
-      const Real *before = init.v, *x = init.v;  // any finite rows, for unwanted sums
+      const Real *before = init.v, *x = init.v;  // before step 0; any row if the sum is unwanted
       if (kBack && t > 0 && params.wants(kDecay)) {
         before = read_row<Scalar>(params.v_seq, tile, params.delay ? t : t - 1, v_buffer);
       }

@@ -1,5 +1,5 @@
-// The launchers of launch.h call the overload for their params. Device makes the compiler find overloads that are
-// declared later.
+// The launchers of launch.h call the overload for their params. Device makes argument-dependent lookup find overloads
+// that are declared later.
 #pragma once
 
 #include "launch.h"

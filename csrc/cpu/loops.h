@@ -33,7 +33,7 @@ struct SettledRows {
   }
 };
 
-// The state of neuron i, from rows and to rows.
+// Load and store the state of neuron i in rows.
 template <class Real>
 ASGL_HOST_DEVICE State<Real> load(const State<Real*>& rows, int64 i) {
   return map_members<Real>([=](const Real* row) __attribute__((always_inline)) { return row[i]; }, rows);
@@ -66,7 +66,8 @@ struct StepLoop {
     for (int64 i = 0; i < args.length; ++i) {
       const Neuron<Real>& neuron = args.neurons[i];
       State<Real> state = load(args.before, i);
-      const Real h = Model::template charge<Input::kGeneral>(args.x[i], state, neuron, args.options);
+      const Real c = input_current<Input::kGeneral>(args.x[i], neuron);
+      const Real h = Model::template charge<Input::kGeneral>(c, state, neuron, args.options);
       const Real s = model.fire(h, kNoise && args.draws[i] < args.analog_below, neuron, firing);
       model.reset(h, s, neuron, state);
       args.h[i] = h;
@@ -88,7 +89,7 @@ struct AdjointLoop {
     Real *d_reset, *distance, *dy, *dh, *dx;
   };
 
-  // One loop a surrogate for LIFByOptions: a loop with a branch is not vectorised.
+  // One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised.
   template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
     if constexpr (Model::kOnlyGeneral && kId + 1 < kNumSurrogates) {
@@ -115,11 +116,12 @@ struct AdjointLoop {
   }
 };
 
-// The row to prefetch, a few lines at a time while another row is computed: hardware prefetchers stop at page
-// boundaries, and a row is about a page. Output rows are not prefetched: no gain measured.
+// The rows to prefetch, a few lines at a time while others are computed: hardware prefetchers stop at page boundaries,
+// and a row is about a page. Output rows are not prefetched: no gain measured.
 struct Ahead {
   const char* row;  // null: nothing
   int64 element_size;
+  const char* residual = nullptr;
 };
 
 constexpr int64 kNeuronsPerFetch = 128;
@@ -130,9 +132,10 @@ ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
   constexpr int64 kCacheLine = 64;
   for (int64 begin = 0; begin < length; begin += kNeuronsPerFetch) {
     const int64 end = begin + kNeuronsPerFetch < length ? begin + kNeuronsPerFetch : length;
-    if (ahead.row != nullptr) {
-      const char* stop = ahead.row + end * ahead.element_size;
-      for (const char* line = ahead.row + begin * ahead.element_size; line < stop; line += kCacheLine) {
+    for (const char* row : {ahead.row, ahead.residual}) {
+      if (row == nullptr) continue;
+      const char* stop = row + end * ahead.element_size;
+      for (const char* line = row + begin * ahead.element_size; line < stop; line += kCacheLine) {
         __builtin_prefetch(line);
       }
     }
@@ -140,8 +143,8 @@ ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
   }
 }
 
-// The settled case, with the input current as a row. Computes only spikes or potentials; backward, gradients of the
-// current and of the parameters.
+// The settled loops, with the input current as a row. Forward computes only spikes or potentials, backward gradients of
+// the current and the parameters.
 template <class Real, class Model, class Neurons, bool kSpikes>
 struct SettledStepLoop {
   struct Args {
@@ -176,7 +179,7 @@ struct SettledStepLoop {
   }
 };
 
-// kMore: sums the gradients of decay, threshold and soft reset, too, not only of the width.
+// kMore: sums the gradients of decay, threshold and soft reset, besides the width's.
 template <class Real, class Model, class Neurons, bool kMore>
 struct SettledAdjointLoop {
   struct Args {
@@ -256,11 +259,12 @@ struct InputParameters {
   }
 };
 
-// current[i] = input_gain * (x[i] - input_mean) + input_bias
-template <class Real, bool kRows>
+// current[i] = input_gain * (x[i] - input_mean) + input_bias;   with kResidual + residual_gain * residual[i]
+template <class Real, bool kRows, bool kResidual>
 struct InputCurrentLoop {
   struct Args {
-    const Real* x;
+    const Real *x, *residual;
+    Real residual_gain;
     InputParameters<Real, kRows> parameters;
     Real* current;
     int64 length;
@@ -268,15 +272,38 @@ struct InputCurrentLoop {
 
   static ASGL_HOST_DEVICE void run(Args args) {
     args.parameters.for_each_period(args.length, [=](int64 first, int64 length) __attribute__((always_inline)) {
-      const Real* x = args.x + first;
+      const Real *x = args.x + first, *residual = kResidual ? args.residual + first : nullptr;
       Real* current = args.current + first;
 #pragma GCC ivdep
-      for (int64 i = 0; i < length; ++i) current[i] = input_current(x[i], args.parameters[i]);
+      for (int64 i = 0; i < length; ++i) {
+        const Real c = input_current<Input::kNormalised>(x[i], args.parameters[i]);
+        current[i] = kResidual ? c + args.residual_gain * residual[i] : c;
+      }
     });
   }
 };
 
-// Its adjoint: dx[i] = input_gain * dh[i], and `period` sums each for the gradients of gain and bias.
+// The same with a residual, for any neurons.
+template <class Real, class Neurons>
+struct ResidualCurrentLoop {
+  struct Args {
+    Neurons neurons;
+    const Real *x, *residual;
+    Real residual_gain;
+    Real* current;
+    int64 length;
+  };
+
+  static ASGL_HOST_DEVICE void run(Args args) {
+#pragma GCC ivdep
+    for (int64 i = 0; i < args.length; ++i) {
+      args.current[i] =
+          input_current<Input::kGeneral>(args.x[i], args.neurons[i]) + args.residual_gain * args.residual[i];
+    }
+  }
+};
+
+// The adjoint: dx[i] = input_gain * dh[i], and `period` sums each for the gradients of gain and bias.
 template <class Real, bool kRows>
 struct InputCurrentAdjointLoop {
   struct Args {
@@ -385,12 +412,12 @@ struct RunSumsLoop {
   }
 };
 
-// Fills every run with its value, or the inverse; values repeat after `count`.
+// Fills each run with its value or the inverse; values repeat after `count`.
 template <class Real>
 struct FillRunsLoop {
   struct Args {
     const Real* values;
-    int64 index, count;  // of the first run's value, and of all
+    int64 index, count;  // index of the first run's value; number of values
     Runs runs;
     bool inverse;
     Real* row;

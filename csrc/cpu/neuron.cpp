@@ -19,6 +19,13 @@ void store_checkpoint(const ForwardParams<Scalar>& params, const Tile& tile, int
   }
 }
 
+// Row t of the residual; null without one.
+template <class Scalar>
+const Real_t<Scalar>* read_residual(const LIFParams<Scalar>& params, const Tile& tile, int64 t,
+                                    Real_t<Scalar>* buffer) {
+  return params.residual == nullptr ? nullptr : read_row(params.residual, tile, t, buffer);
+}
+
 template <class Model, class Scalar>
 void run_general(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
@@ -28,6 +35,7 @@ void run_general(const ForwardParams<Scalar>& params) {
     State<Real*> state = take_state(rows), next = take_state(rows);
     TileNoise noise(params.noise);
     TileNeurons<Real> neurons(params.parameters, params.options, kNumParameters);
+    GeneralInput<Scalar> input(params);
     for (int64 index = begin; index < end; ++index) {
       const Tile tile(params.shape, index);
       load_state(params.init, tile.first, params.at_rest(), tile.length, state);
@@ -36,9 +44,11 @@ void run_general(const ForwardParams<Scalar>& params) {
         Real* s = start_row(params.s_seq, tile, t, s_buffer);
         Real* h = start_row(params.h_seq, tile, t, h_buffer);
         neurons.move_to(tile, t);
-        neurons.template visit<NeuronRows<Real>>([&](auto values) {
-          run<StepLoop<Real, Model, decltype(values)>>({values, params.options, params.noise.analog_below, tile.length,
-                                                        x, noise.row(tile, t), state, next, h, s});
+        neurons.template visit<NeuronRows<Real>>([&](auto given) {
+          input.visit(tile, t, x, given, [&](auto values, const Real* in) {
+            run<StepLoop<Real, Model, decltype(values)>>({values, params.options, params.noise.analog_below,
+                                                          tile.length, in, noise.row(tile, t), state, next, h, s});
+          });
         });
         std::swap(state, next);
         if (params.options.scale_output) {
@@ -60,8 +70,8 @@ void run_settled(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const int64 steps = params.shape.steps;
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
-    Rows<Real> rows(2 + kStateMembers, kTile);
-    Real *x_buffer = rows.take(), *s_buffer = rows.take();
+    Rows<Real> rows(3 + kStateMembers, kTile);
+    Real *x_buffer = rows.take(), *s_buffer = rows.take(), *r_buffer = rows.take();
     const State<Real*> state = take_state(rows);
     TileNoise noise(params.noise);
     TileNeurons<Real> neurons(params.parameters, params.options, kInputGain);
@@ -76,11 +86,13 @@ void run_settled(const ForwardParams<Scalar>& params) {
         Real* s = start_row(params.s_seq, tile, t, s_buffer);
         const int64 next_t = (t + kRowsAhead) % steps;
         const Tile next(params.shape, index + (t + kRowsAhead) / steps);
-        const Ahead ahead = {row_ahead(params.x_seq, next, next_t), sizeof(Scalar)};
+        const Ahead ahead = {row_ahead(params.x_seq, next, next_t), sizeof(Scalar),
+                             row_ahead(params.residual, next, next_t)};
+        const Real* current = input.current(x, read_residual(params, tile, t, r_buffer));
         neurons.template visit<SettledRows<Real>>([&](auto values) {
           run<SettledStepLoop<Real, Model, decltype(values), true>>({values, params.options, params.noise.analog_below,
-                                                                     tile.length, input.current(x), noise.row(tile, t),
-                                                                     state, state, s, ahead});
+                                                                     tile.length, current, noise.row(tile, t), state,
+                                                                     state, s, ahead});
         });
         finish_row(s, params.s_seq, tile, t);
         store_checkpoint(params, tile, t + 1, state);
@@ -92,7 +104,7 @@ void run_settled(const ForwardParams<Scalar>& params) {
 
 // ---- backward ----
 
-// States kept in a segment: only the gradient of the decay needs the one before each step.
+// States kept of a segment: only the gradient of the decay needs the state before each step.
 template <class Scalar>
 int64 kept_states(const BackwardParams<Scalar>& params, int64 segment) {
   return params.wants(kDecay) ? segment + 1 : 1;
@@ -151,15 +163,17 @@ class GeneralBackward {
       const int64 k = t - start;
       const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
       neurons_.move_to(tile_, t);
-      neurons_.template visit<NeuronRows<Real>>([&](auto neurons) {
-        cpu::run<StepLoop<Real, Model, decltype(neurons)>>({neurons, params_.options, params_.noise.analog_below,
-                                                            tile_.length, x, noise_.row(tile_, t), state(k),
-                                                            state(k + 1), row(h_, k), row(s_, k)});
+      neurons_.template visit<NeuronRows<Real>>([&](auto given) {
+        input_.visit(tile_, t, x, given, [&](auto neurons, const Real* in) {
+          cpu::run<StepLoop<Real, Model, decltype(neurons)>>({neurons, params_.options, params_.noise.analog_below,
+                                                              tile_.length, in, noise_.row(tile_, t), state(k),
+                                                              state(k + 1), row(h_, k), row(s_, k)});
+        });
       });
     }
   }
 
-  // Step t, the segment's step k.
+  // Step t, step k of its segment.
   void walk_back(int64 t, int64 k) {
     neurons_.move_to(tile_, t);
     const Real* g = zeros_;
@@ -195,6 +209,7 @@ class GeneralBackward {
                                                              .dx = dx});
     });
     finish_row(dx, params_.grad_x_seq, tile_, t);
+    finish_row(dh_, params_.grad_residual, tile_, t);
     if (carried_) accumulate(kReset, Real(1), d_reset_, kOne, kZero);
     carried_ = true;
     add_gradients(t, k, dx);
@@ -232,6 +247,7 @@ class GeneralBackward {
   Real *const distance_ = rows_.take(), *const sums_ = rows_.take(kNumParameters);
   TileNoise noise_{params_.noise};
   TileNeurons<Real> neurons_{params_.parameters, params_.options, kNumParameters};
+  GeneralInput<Scalar> input_{params_};
   Tile tile_{params_.shape, 0};
   bool carried_ = false;
 };
@@ -273,16 +289,18 @@ class SettledBackward {
     if (params_.wants(id)) store_partials(params_.partials[id], params_.parameters[id], tile_, 0, sums);
   }
 
-  // The row to be read kRowsAhead rows after the first `used` of a segment: x forwards, g backwards, then the next
-  // segment's x, or the next tile's.
+  // The row read kRowsAhead rows after row `used` of a segment: x forward, g backward, then x of the next segment or
+  // tile.
   Ahead ahead(int64 start, int64 stop, int64 used) const {
     const int64 next = used + kRowsAhead, steps = stop - start;
-    if (next < steps) return {row_ahead(params_.x_seq, tile_, start + next), sizeof(Scalar)};
+    const auto input = [&](const Tile& tile, int64 t) {
+      return Ahead{row_ahead(params_.x_seq, tile, t), sizeof(Scalar), row_ahead(params_.residual, tile, t)};
+    };
+    if (next < steps) return input(tile_, start + next);
     if (next < 2 * steps) return {row_ahead(params_.grad_s_seq, tile_, stop - 1 - (next - steps)), sizeof(Scalar)};
     const int64 next_start = start > 0 ? start - segment_ : last_start_;
     const int64 t = std::min(next_start + next - 2 * steps, params_.shape.steps - 1);
-    const Tile& next_tile = start > 0 ? tile_ : Tile(params_.shape, tile_.index + 1);
-    return {row_ahead(params_.x_seq, next_tile, t), sizeof(Scalar)};
+    return input(start > 0 ? tile_ : Tile(params_.shape, tile_.index + 1), t);
   }
 
   void compute_potentials(int64 start, int64 stop) {
@@ -290,10 +308,11 @@ class SettledBackward {
     for (int64 t = start; t < stop; ++t) {
       const int64 k = t - start;
       const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
+      const Real* current = input_.current(x, read_residual(params_, tile_, t, r_buffer_));
       neurons_.template visit<SettledRows<Real>>([&](auto neurons) {
         cpu::run<SettledStepLoop<Real, Model, decltype(neurons), false>>(
-            {neurons, params_.options, params_.noise.analog_below, tile_.length, input_.current(x),
-             noise_.row(tile_, t), state(k), state(k + 1), h(k), ahead(start, stop, k)});
+            {neurons, params_.options, params_.noise.analog_below, tile_.length, current, noise_.row(tile_, t),
+             state(k), state(k + 1), h(k), ahead(start, stop, k)});
       });
     }
   }
@@ -301,7 +320,10 @@ class SettledBackward {
   void walk_back(int64 start, int64 stop) {
     for (int64 t = stop - 1; t >= start; --t) {
       const Real* g = params_.grad_s_seq == nullptr ? zeros_ : read_row(params_.grad_s_seq, tile_, t, g_buffer_);
-      Real* dx = start_row(params_.grad_x_seq, tile_, t, dx_buffer_);
+      Scalar* const grad_x_seq = params_.grad_x_seq;
+      Scalar* const grad_residual = params_.grad_residual;
+      Real* dx = start_row(dx_is_dc_ && grad_x_seq == nullptr ? grad_residual : grad_x_seq, tile_, t, dx_buffer_);
+      Real* dc = dx_is_dc_ ? dx : start_row(grad_residual, tile_, t, input_.gradient_row());
       neurons_.template visit<SettledRows<Real>>([&](auto neurons) {
         const auto adjoint = [&](auto kMore) {
           cpu::run<SettledAdjointLoop<Real, Model, decltype(neurons), kMore()>>(
@@ -319,14 +341,15 @@ class SettledBackward {
                .decay = sums(kDecay),
                .threshold = sums(kThreshold),
                .reset = sums(kReset),
-               .d_current = input_.plain() ? dx : input_.gradient_row(),
+               .d_current = dc,
                .ahead = ahead(start, stop, 2 * stop - start - 1 - t)});
         };
         more_ ? adjoint(std::true_type{}) : adjoint(std::false_type{});
       });
       carried_ = true;
-      if (!input_.plain()) input_.backward(read_row(params_.x_seq, tile_, t, x_buffer_), dx);
-      finish_row(dx, params_.grad_x_seq, tile_, t);
+      if (!dx_is_dc_) input_.backward(read_row(params_.x_seq, tile_, t, x_buffer_), dc, dx);
+      finish_row(dx, grad_x_seq, tile_, t);
+      finish_row(dc, grad_residual, tile_, t);
     }
   }
 
@@ -334,11 +357,13 @@ class SettledBackward {
   const int64 segment_ = segment_steps(params_.shape.steps), states_ = kept_states(params_, segment_);
   const int64 last_start_ = (params_.shape.steps - 1) / segment_ * segment_;
   const bool more_ = params_.wants(kDecay) || params_.wants(kThreshold) || params_.wants(kReset);
-  Rows<Real> rows_{segment_ + (states_ + 1) * kStateMembers + 4 + kInputGain, kTile};
+  const bool dx_is_dc_ = params_.is_input_plain();
+  Rows<Real> rows_{segment_ + (states_ + 1) * kStateMembers + 5 + kInputGain, kTile};
   Real* const h_ = rows_.take(segment_);
   const State<Real*> state_rows_ = take_state(rows_, states_), d_state_ = take_state(rows_);
   Real *const sums_ = rows_.take(kInputGain), *const zeros_ = rows_.take();
   Real *const x_buffer_ = rows_.take(), *const g_buffer_ = rows_.take(), *const dx_buffer_ = rows_.take();
+  Real* const r_buffer_ = rows_.take();
   TileNoise noise_{params_.noise};
   TileNeurons<Real> neurons_{params_.parameters, params_.options, kInputGain};
   TileInput<Real> input_{params_};
@@ -358,7 +383,7 @@ void run_settled(const BackwardParams<Scalar>& params) {
 
 // ---- launchers ----
 
-// Whether the settled loops compute every wanted output but gradients of the input's parameters.
+// Whether the settled loops compute all wanted outputs, apart from gradients of the input's parameters.
 template <class Scalar>
 bool settled_suffices(const ForwardParams<Scalar>& params) {
   return params.v_seq == nullptr && params.h_seq == nullptr;
@@ -375,9 +400,8 @@ bool only_width(const BackwardParams<Scalar>& params) {
 }
 bool only_width(const auto&) { return true; }
 
-// With parameters of the input, all others must be uniform, and only the width may want a gradient: the settled kernels
-// sum the gradients of gain and bias in another order than the general ones, and their bits must not depend on which
-// other outputs are wanted.
+// With a gain, bias or mean of the input, the other parameters must be uniform, and only width, gain and bias may want
+// gradients: the settled kernels sum gradients of gain and bias in another order than the general ones.
 template <class Params>
 bool is_settled(const Params& params) {
   if (!params.is_input_plain()) {
@@ -418,7 +442,7 @@ void sum_interleaved(const GradientSum<Real>& sum, const GradientPart<Real>& par
   for (int64 element = 0; element < count; ++element) part.store(element, totals[static_cast<size_t>(element)]);
 }
 
-// Sums the slots of neighbouring elements in memory order: for an element, by runs and their tiles.
+// Sums the slots of adjacent elements in memory order: for each element, by runs and their tiles.
 template <class Real>
 void sum_in_order(const GradientSum<Real>& sum, const GradientPart<Real>& part, int64 element, int64 length) {
   const ParameterView<Real>& parameter = part.parameter;
@@ -447,7 +471,7 @@ void sum_in_order(const GradientSum<Real>& sum, const GradientPart<Real>& part, 
 
 }  // namespace
 
-// Without OpenMP in the compilation of this file at::parallel_for is silently serial.
+// If this file is compiled without OpenMP, at::parallel_for is silently serial.
 int num_threads() {
 #if defined(_OPENMP)
   return at::get_num_threads();

@@ -1,4 +1,4 @@
-// Batch normalisation on the CPU. Contiguous stretches of a channel use its values as scalars; otherwise, as for
+// Batch normalisation on the CPU. Long contiguous stretches of a channel use its values as scalars; otherwise, as for
 // channels_last, each column has its own.
 #include <ATen/Parallel.h>
 
@@ -10,10 +10,10 @@
 namespace asgl::cpu {
 namespace {
 
-constexpr int64 kTaskColumns = 65536;  // a tile's rows are long: memory is read in its order
+constexpr int64 kTaskColumns = 65536;  // long rows, so that memory is read in order
 constexpr int64 kRowsEach = 4;
 
-// Sums of x - shift and of its square, in float64: a shift far from the other values, such as the first event of a
+// Sums of x - shift and (x - shift)^2, in float64: a shift far from the other values, such as the first event of a
 // sparse sequence, causes no visible loss of precision. The order of additions is fixed.
 template <class Real>
 struct ShiftedSumLoop {
@@ -21,7 +21,7 @@ struct ShiftedSumLoop {
     const Real* x;
     double shift;
     int64 length;
-    double *sum, *squares;  // are added to
+    double *sum, *squares;  // accumulated
   };
 
   static ASGL_HOST_DEVICE void run(Args args) {
@@ -51,7 +51,7 @@ struct ShiftedSumLoop {
   }
 };
 
-// Does the same for every column: sum[i] += x[i] - shift[i], squares[i] += (x[i] - shift[i])^2.
+// For each column i: sum[i] += x[i] - shift[i], squares[i] += (x[i] - shift[i])^2.
 template <class Real>
 struct ColumnSumLoop {
   struct Args {
@@ -74,7 +74,7 @@ template <class Real>
 struct InputGradientLoop {
   struct Args {
     const Real* x;
-    Operand<Real> mean, slope, offset;  // rows all three, or none
+    Operand<Real> mean, slope, offset;  // all rows, or all values
     Real* dx;                           // gain * dh on entry
     int64 length;
   };
@@ -91,6 +91,29 @@ struct InputGradientLoop {
   static ASGL_HOST_DEVICE void run(Args args) { args.mean.row != nullptr ? loop<true>(args) : loop<false>(args); }
 };
 
+// The same from dh, which stays.
+template <class Real>
+struct ResidualInputGradientLoop {
+  struct Args {
+    const Real *x, *dh;
+    Operand<Real> mean, slope, offset, gain;  // rows all four, or none
+    Real* dx;
+    int64 length;
+  };
+
+  template <bool kRows>
+  static ASGL_HOST_DEVICE void loop(Args args) {
+#pragma GCC ivdep
+    for (int64 i = 0; i < args.length; ++i) {
+      args.dx[i] = normalisation_adjoint(args.gain.template at<kRows>(i) * args.dh[i], args.x[i],
+                                         args.mean.template at<kRows>(i), args.slope.template at<kRows>(i),
+                                         args.offset.template at<kRows>(i));
+    }
+  }
+
+  static ASGL_HOST_DEVICE void run(Args args) { args.mean.row != nullptr ? loop<true>(args) : loop<false>(args); }
+};
+
 // The chunks in which a task traverses the sequence as rows x columns: a part of one row, or `rows` rows at a time if
 // rows are short and the tile has all columns, so that the rows are contiguous.
 struct Chunks {
@@ -100,7 +123,7 @@ struct Chunks {
       : width(tiles.width), rows(tiles.width == tiles.shape.columns() ? std::max<int64>(1, kTile / tiles.width) : 1) {}
 };
 
-// Calls f(element, length of a multiple of the task's units) for each chunk.
+// Calls f(element, length) for each chunk; length is a multiple of the task's units.
 template <class F>
 void for_each_chunk(const ChannelTiles& tiles, const ChannelTask& task, F&& f) {
   const Chunks chunks(tiles);
@@ -130,7 +153,7 @@ void for_each_piece(int64 length, F&& f) {
   for (int64 offset = 0; offset < length; offset += kTile) f(offset, std::min(kTile, length - offset));
 }
 
-// `length` elements in the arithmetic's type: in place, or a copy in `buffer`.
+// `length` elements in the arithmetic type: in place, or a copy in `buffer`.
 template <class Element>
 const Real_t<Element>* read(const Element* from, int64 length, Real_t<Element>* buffer) {
   if constexpr (std::is_same_v<Element, Real_t<Element>>) return from;
@@ -141,7 +164,7 @@ const Real_t<Element>* read(const Element* from, int64 length, Real_t<Element>* 
 // Whether a channel's contiguous stretches are long enough for a loop each.
 bool in_stretches(const ChannelTiles& tiles) { return tiles.shape.inner >= 32; }
 
-// Calls run_task(task) for every task.
+// Calls run_task(task) for every task, in parallel.
 template <class F>
 void for_each_task(const ChannelTiles& tiles, F&& run_task) {
   const int64 each = std::max<int64>(1, tiles.width * std::min(tiles.rows_per_split, tiles.shape.rows));
@@ -274,46 +297,65 @@ void launch_on(Device, const AdjointParams<Real>& params) {
 template <class Scalar>
 void launch_on(Device, const InputGradientParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
+  using Operands = std::array<Operand<Real>, 4>;  // mean, slope, offset, gain
   const ChannelTiles& tiles = params.tiles;
-  const Real *slopes = params.adjoint, *offsets = params.adjoint + tiles.shape.channels;
+  const bool has_residual = params.grad_residual != nullptr;
+  const Real* const values[] = {params.mean, params.adjoint, params.adjoint + tiles.shape.channels,
+                                has_residual ? params.gain : params.mean};
+  // The row that a loop reads or writes, in the arithmetic type: in place, or a copy in `buffer`.
+  const auto in_place = [](Scalar* sequence, Real* buffer) {
+    if constexpr (std::is_same_v<Scalar, Real>) return sequence;
+    return buffer;
+  };
+  const auto convert = [](auto* from, auto* to, int64 length) {
+    if constexpr (!std::is_same_v<Scalar, Real>) {
+      using Loop =
+          ConvertLoop<std::remove_const_t<std::remove_pointer_t<decltype(from)>>, std::remove_pointer_t<decltype(to)>>;
+      run<Loop>({from, to, length});
+    }
+  };
   // The operands are values, or rows that begin with the chunk.
-  const auto add = [&](Rows<Real>& rows, int64 element, int64 length, Operand<Real> mean, Operand<Real> slope,
-                       Operand<Real> offset) {
+  const auto add = [&](Rows<Real>& rows, int64 element, int64 length, const Operands& operands) {
+    const auto& [mean, slope, offset, gain] = operands;
     Scalar* gradient = params.grad_x_seq + element;
     const Real* x = read(params.x_seq + element, length, rows.row(0));
-    if constexpr (std::is_same_v<Scalar, Real>) {
-      run<InputGradientLoop<Real>>({x, mean, slope, offset, gradient, length});
-    } else {
-      Real* dx = rows.row(1);
-      run<ConvertLoop<Scalar, Real>>({gradient, dx, length});
+    Real* dx = in_place(gradient, rows.row(1));
+    if (!has_residual) {
+      convert(gradient, dx, length);
       run<InputGradientLoop<Real>>({x, mean, slope, offset, dx, length});
-      run<ConvertLoop<Real, Scalar>>({dx, gradient, length});
+    } else {
+      Scalar* residual = params.grad_residual + element;
+      Real* dh = in_place(residual, rows.row(2));
+      convert(residual, dh, length);
+      run<ResidualInputGradientLoop<Real>>({x, dh, mean, slope, offset, gain, dx, length});
+      if (params.residual_gain != Real(1)) {
+        run<MultiplyLoop<Real>>({dh, {nullptr, params.residual_gain}, dh, length});
+        convert(dh, residual, length);
+      }
     }
+    convert(dx, gradient, length);
   };
   for_each_task(tiles, [&](const ChannelTask& task) {
     if (in_stretches(tiles)) {
-      Rows<Real> rows(2, kTile);
+      Rows<Real> rows(3, kTile);
       for_each_chunk(tiles, task, [&](int64 element, int64 chunk) {
         for_each_channel(tiles, task, chunk, [&](int64 channel, int64 offset, int64 stretch) {
-          for_each_piece(stretch, [&](int64 begin, int64 length) {
-            add(rows, element + offset + begin, length, {nullptr, params.mean[channel]}, {nullptr, slopes[channel]},
-                {nullptr, offsets[channel]});
-          });
+          Operands operands;
+          for (int i = 0; i < 4; ++i) operands[i] = {nullptr, values[i][channel]};
+          for_each_piece(stretch,
+                         [&](int64 begin, int64 length) { add(rows, element + offset + begin, length, operands); });
         });
       });
       return;
     }
     const int64 most = Chunks(tiles).rows * tiles.width;
-    Rows<Real> rows(5, std::max(most, kTile));
-    Real *mean = rows.row(2), *slope = rows.row(3), *offset = rows.row(4);
+    Rows<Real> rows(7, std::max(most, kTile));
+    Operands operands;
+    for (int i = 0; i < 4; ++i) operands[i] = {rows.row(3 + i), Real(0)};
     for_each_channel(tiles, task, Chunks(tiles).rows * task.units, [&](int64 channel, int64 begin, int64 length) {
-      std::fill_n(mean + begin, length, params.mean[channel]);
-      std::fill_n(slope + begin, length, slopes[channel]);
-      std::fill_n(offset + begin, length, offsets[channel]);
+      for (int i = 0; i < 4; ++i) std::fill_n(rows.row(3 + i) + begin, length, values[i][channel]);
     });
-    for_each_chunk(tiles, task, [&](int64 element, int64 chunk) {
-      add(rows, element, chunk, {mean, Real(0)}, {slope, Real(0)}, {offset, Real(0)});
-    });
+    for_each_chunk(tiles, task, [&](int64 element, int64 chunk) { add(rows, element, chunk, operands); });
   });
 }
 

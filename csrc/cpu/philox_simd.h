@@ -10,7 +10,7 @@
 
 namespace asgl::cpu {
 
-// The draws of neighbouring groups of neurons for two steps.
+// The draws of adjacent groups of neurons for two steps.
 struct NoiseLoop {
   struct Args {
     NoiseKey key;
@@ -31,7 +31,7 @@ struct NoiseLoop {
   }
 };
 
-constexpr int64 kNoiseGroups = 32;  // a multiple of the groups of each vector loop below
+constexpr int64 kNoiseGroups = 32;  // a multiple of each vector loop's groups an iteration
 
 #if defined(__x86_64__)
 // The same draws by the vector product 32 x 32 -> 64 bits, which GCC does not generate from the loop above. Stores are

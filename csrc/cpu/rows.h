@@ -1,4 +1,4 @@
-// Rows of a tile, in place in a sequence or as copies in the arithmetic's type, which stay in the cache.
+// Rows of a tile, in place in a sequence or as copies in the arithmetic type, which stay in the cache.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ constexpr int64 kRowsAhead = 2;
 
 inline int64 num_tiles(const SequenceShape& shape) { return (shape.neurons() + kTile - 1) / kTile; }
 
-// Neighbouring neurons that a task computes together.
+// Adjacent neurons that a task computes together.
 struct Tile {
   SequenceShape shape;
   int64 index, first, length;
@@ -37,7 +37,7 @@ void for_each_stretch(const Tile& tile, int64 inner, F&& f) {
   runs_of(tile, inner).for_each([&](int64, int64 offset, int64 length) { f(tile.first + offset, offset, length); });
 }
 
-// Row t of a sequence, contiguous and in the arithmetic's type: in place, or a copy in `buffer`.
+// Row t of a sequence, contiguous and in the arithmetic type: in place, or a copy in `buffer`.
 template <class Element>
 const Real_t<Element>* read_row(const Element* sequence, const Tile& tile, int64 t, Real_t<Element>* buffer) {
   if constexpr (std::is_same_v<Element, Real_t<Element>>) {

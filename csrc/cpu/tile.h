@@ -11,7 +11,7 @@
 
 namespace asgl::cpu {
 
-// From rows of log-widths to widths, and from logits to decays.
+// In-place conversions of rows: log-widths to widths, logits to decays.
 template <class Real>
 struct ExpLoop {
   struct Args {
@@ -45,7 +45,7 @@ void plan_on(Device, LIFParams<Scalar>& params) {
   params.tiles = {kTile, num_tiles(params.shape)};
 }
 
-// The parameter of each neuron of a tile, or its inverse.
+// The row of a parameter, or of its inverse, for a tile.
 template <class Real>
 void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, int64 t, Real* row,
                         bool inverse = false) {
@@ -64,7 +64,7 @@ void fill_parameter_row(const ParameterView<Real>& parameter, const Tile& tile, 
                            row});
 }
 
-// The noise of a tile for the steps of a segment. Without draws rows are 0, below any analog_below but 0.
+// The noise of a tile for the steps of a segment. If nothing is drawn, rows are 0, below any analog_below but 0.
 class TileNoise {
  public:
   explicit TileNoise(const NoiseParams& noise)
@@ -132,7 +132,7 @@ class TileNeurons {
     }
   }
 
-  // Calls f(neurons) with a UniformNeuron, or with Neurons, which has rows.
+  // Calls f(neurons) with a UniformNeuron, or with `Neurons`, a type of rows.
   template <class Neurons, class F>
   void visit(F&& f) const {
     if (shared_) return f(UniformNeuron<Real>{values_});
@@ -182,23 +182,25 @@ class TileNeurons {
   int64 first_ = -1, t_ = -1;
 };
 
-// Interleaved sums of a stretch: vectorised without reordering additions.
+// Interleaved sums of a stretch, vectorised without reordering additions.
 constexpr int64 kInputSums = 64;
 
-// The input current of a tile, with parameters that do not change over time; x itself for kPlain. Long stretches of
-// neighbours that share the parameters use scalars; otherwise rows, as short as repetition allows, to save cache.
+// The input current of a tile, with parameters that do not change over time; x itself if plain and without a residual.
+// Long stretches of neurons that share the parameters use scalars; others use rows, as short as repetition allows, to
+// save cache.
 template <class Real>
 class TileInput {
  public:
   template <class Scalar>
   explicit TileInput(const LIFParams<Scalar>& params)
       : parameters_(params.parameters),
-        plain_(params.is_input_plain()),
+        residual_gain_(params.residual_gain),
+        plain_(params.is_input_plain() && params.residual == nullptr),
         rows_(plain_ ? 0 : 6, kTile),
         tile_(params.shape, 0) {
     if (plain_) return;
     for (Real** row : {&current_, &gain_, &bias_, &mean_, &gain_sum_, &bias_sum_}) *row = rows_.take();
-    bool alike = true;  // all that are not uniform
+    bool alike = true;  // the non-uniform parameters
     for (int id = kInputGain; id < kNumParameters; ++id) {
       const ParameterView<Real>& parameter = parameters_[id];
       if (parameter.is_uniform()) continue;
@@ -228,28 +230,23 @@ class TileInput {
     std::fill_n(bias_sum_, kTile, Real(0));
   }
 
-  const Real* current(const Real* x) {
+  // `residual` is null without one.
+  const Real* current(const Real* x, const Real* residual) {
     if (plain_) return x;
-    if (in_rows_) {
-      run<InputCurrentLoop<Real, true>>({x, rows(), current_, tile_.length});
-    } else {
-      for_each_shared([&](int64, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
-        run<InputCurrentLoop<Real, false>>({x + i, parameters, current_ + i, length});
-      });
-    }
+    residual == nullptr ? compute<false>(x, nullptr) : compute<true>(x, residual);
     return current_;
   }
 
-  // The row for the gradient of the current, from which backward computes the gradient of x.
+  // A row for the gradient of the current, dc, from which backward computes dx.
   Real* gradient_row() { return current_; }
-  void backward(const Real* x, Real* dx) {
+  void backward(const Real* x, const Real* dc, Real* dx) {
     if (in_rows_) {
-      run<InputCurrentAdjointLoop<Real, true>>({x, current_, rows(), gain_sum_, bias_sum_, dx, tile_.length});
+      run<InputCurrentAdjointLoop<Real, true>>({x, dc, rows(), gain_sum_, bias_sum_, dx, tile_.length});
     } else {
       for_each_shared([&](int64 stretch, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
         const int64 sum = stretch * kInputSums;
         run<InputCurrentAdjointLoop<Real, false>>(
-            {x + i, current_ + i, parameters, gain_sum_ + sum, bias_sum_ + sum, dx + i, length});
+            {x + i, dc + i, parameters, gain_sum_ + sum, bias_sum_ + sum, dx + i, length});
       });
     }
   }
@@ -259,6 +256,18 @@ class TileInput {
   const Real* bias_sums() { return in_place(bias_sum_); }
 
  private:
+  template <bool kResidual>
+  void compute(const Real* x, const Real* residual) {
+    if (in_rows_) {
+      run<InputCurrentLoop<Real, true, kResidual>>({x, residual, residual_gain_, rows(), current_, tile_.length});
+    } else {
+      for_each_shared([&](int64, int64 i, int64 length, const InputParameters<Real, false>& parameters) {
+        run<InputCurrentLoop<Real, false, kResidual>>(
+            {x + i, kResidual ? residual + i : nullptr, residual_gain_, parameters, current_ + i, length});
+      });
+    }
+  }
+
   InputParameters<Real, true> rows() const { return {{gain_, Real(0)}, {bias_, Real(0)}, {mean_, Real(0)}, period_}; }
 
   template <class F>
@@ -271,7 +280,7 @@ class TileInput {
     });
   }
 
-  // Moves the sums of stretches, stored contiguously, to the first element of each.
+  // Adds up the kInputSums sums of each stretch into the stretch's first element.
   const Real* in_place(Real* sums) {
     if (plain_ || in_rows_) return sums;
     std::fill_n(gain_, kTile, Real(0));
@@ -284,14 +293,55 @@ class TileInput {
   }
 
   const ParameterView<Real>* parameters_;
+  Real residual_gain_;
   bool plain_, in_rows_ = false;
   int64 shared_ = 0, count_ = 1;  // inner and count of the non-uniform parameters, if equal
-  int64 period_ = kTile;          // of the rows
+  int64 period_ = kTile;          // period of the rows
   Rows<Real> rows_;
   Real *current_ = nullptr, *gain_ = nullptr, *bias_ = nullptr, *mean_ = nullptr;
   Real *gain_sum_ = nullptr, *bias_sum_ = nullptr;
   Tile tile_;
   bool filled_ = false;
+};
+
+// The input of general loops: x itself, or with a residual the current, for neurons that take it as it is.
+template <class Scalar>
+class GeneralInput {
+  using Real = Real_t<Scalar>;
+
+ public:
+  explicit GeneralInput(const LIFParams<Scalar>& params)
+      : params_(params), rows_(params.residual == nullptr ? 0 : 4, kTile) {
+    if (params.residual == nullptr) return;
+    for (Real** row : {&buffer_, &current_, &ones_, &zeros_}) *row = rows_.take();
+    std::fill_n(ones_, kTile, Real(1));
+    std::fill_n(zeros_, kTile, Real(0));
+  }
+
+  // Calls f(neurons, row).
+  template <class Neurons, class F>
+  void visit(const Tile& tile, int64 t, const Real* x, const Neurons& neurons, F&& f) {
+    if (params_.residual == nullptr) return f(neurons, x);
+    const Real* residual = read_row(params_.residual, tile, t, buffer_);
+    run<ResidualCurrentLoop<Real, Neurons>>({neurons, x, residual, params_.residual_gain, current_, tile.length});
+    f(taking_current(neurons), current_);
+  }
+
+ private:
+  UniformNeuron<Real> taking_current(UniformNeuron<Real> neuron) const {
+    neuron.values.input_gain = Real(1);
+    neuron.values.input_bias = neuron.values.input_mean = Real(0);
+    return neuron;
+  }
+  NeuronRows<Real> taking_current(NeuronRows<Real> neurons) const {
+    neurons.row.input_gain = ones_;
+    neurons.row.input_bias = neurons.row.input_mean = zeros_;
+    return neurons;
+  }
+
+  const LIFParams<Scalar>& params_;
+  Rows<Real> rows_;
+  Real *buffer_ = nullptr, *current_ = nullptr, *ones_ = nullptr, *zeros_ = nullptr;
 };
 
 // `count` consecutive rows for each member of the state.
@@ -302,7 +352,7 @@ State<Real*> take_state(Rows<Real>& rows, int64 count = 1) {
   return state;
 }
 
-// Reads rows of the state from memory; if that is null, fills them with `otherwise`.
+// Reads rows of the state from `from`, or if null, fills them with `otherwise`.
 template <class Real>
 void load_state(const State<const Real*>& from, int64 offset, const State<Real>& otherwise, int64 length,
                 const State<Real*>& rows) {
@@ -313,7 +363,7 @@ void load_state(const State<const Real*>& from, int64 offset, const State<Real>&
       from, otherwise, rows);
 }
 
-// Writes rows of the state to memory, unless that is null.
+// Writes rows of the state to `to`, unless null.
 template <class Real>
 void store_state(const State<Real*>& rows, int64 length, const State<Real*>& to, int64 offset) {
   for_each_member(
@@ -339,14 +389,14 @@ void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 st
   }
 }
 
-// Whether values repeat within a tile, as for one value a channel in channels_last. Of the tile's slots, one a neuron,
-// only the first `count` are then used.
+// Whether values repeat within a tile, as for one value a channel in channels_last. Then only the first `count` of the
+// tile's slots, one a neuron, are used.
 template <class Real>
 bool is_interleaved(const ParameterView<Real>& parameter) {
   return parameter.inner == 1 && parameter.step_stride == 0 && 2 * parameter.count <= kTile;
 }
 
-// Adds the tile's row of sums, run by run, into the slots of GradientPartials.
+// Stores the tile's row of sums, added up by run, in the slots of GradientPartials.
 template <class Real>
 void store_partials(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
                     int64 t, const Real* row) {

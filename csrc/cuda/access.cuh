@@ -1,5 +1,5 @@
-// The neurons of a thread, one or four neighbours for the whole sequence, and their memory accesses: four are one
-// access of 16 bytes in float32. plan_neurons.cuh decides which.
+// The neurons of a thread, one or four adjacent ones for the whole sequence, and their memory accesses: four are one
+// access of 16 bytes in float32. plan_neurons.cuh decides how many.
 #pragma once
 
 #include "params/neuron.h"
@@ -87,7 +87,7 @@ __device__ __forceinline__ void fill(Real (&values)[kLanes], Real value) {
   for (int j = 0; j < kLanes; ++j) values[j] = value;
 }
 
-// Hides from the compiler what the value was computed from.
+// Hides a value's computation from the compiler.
 __device__ __forceinline__ void opaque(int64& element) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+l"(element));
@@ -122,8 +122,8 @@ __device__ __forceinline__ void advance(ElementOrPointer& at, int64 stride) {
   if (kOpaque) opaque(at);
 }
 
-// The neurons n, n + 1, ... of a thread. A thread beyond the last neuron computes neuron 0, for shuffles and barriers,
-// and discards the result.
+// The neurons n, n + 1, ... of a thread. A thread beyond the last neuron computes neuron 0, to take part in shuffles
+// and barriers, and discards the result.
 template <int kLanes>
 struct ThreadIndex {
   int64 n;
@@ -149,7 +149,7 @@ __device__ __forceinline__ void fill(State<Real[kLanes]>& states, const State<Re
   for_each_member([](Real(&values)[kLanes], Real same) { fill(values, same); }, states, value);
 }
 
-// Between registers and the states of all neurons, [N].
+// Load and store a thread's states in arrays of all neurons, [N].
 template <int kLanes, class Real>
 __device__ __forceinline__ void load(const State<const Real*>& from, int64 n, State<Real[kLanes]>& to) {
   for_each_member([n](const Real* all, Real(&values)[kLanes]) { Access<kLanes>::load(all + n, values); }, from, to);

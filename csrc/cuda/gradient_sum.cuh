@@ -52,17 +52,17 @@ __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<
 
 constexpr int kSumThreads = 512;
 
-// The tiles before the tile of neuron n; `tile` is 1 or 4 times kBlockThreads.
+// The number of tiles before neuron n's; `tile` is 1 or 4 times kBlockThreads.
 __device__ __forceinline__ int64 whole_tiles(int64 n, int64 tile) {
   const uint64 of_single_neurons = static_cast<uint64>(n) / kBlockThreads;
   return static_cast<int64>(tile > kBlockThreads ? of_single_neurons / 4 : of_single_neurons);
 }
 
-// The grid is the blocks of all parts in order. Adjacent threads sum adjacent elements, or if a block has one element,
+// The grid has the blocks of all parts in order. Adjacent threads sum adjacent elements, or if a block has one element,
 // adjacent slots.
 template <class Real>
 __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const GradientSum<Real> sum) {
-  constexpr int kLoads = 8;  // that are under way at a time
+  constexpr int kLoads = 8;  // in flight
   const int thread = static_cast<int>(threadIdx.x);
   int64 block = blockIdx.x;
   int id = 0;

@@ -1,6 +1,6 @@
-// The CUDA kernel of the leaky integrator. A thread computes one neuron, or four neighbours, over all steps, forward or
-// back. Forward reads x and writes v, backward reads the gradient and writes dx: two element sizes each, besides inputs
-// of the parameters' gradients.
+// The CUDA kernel of the leaky integrator. A thread computes one neuron, or four adjacent ones, over all steps, forward
+// or backward. Forward reads x and writes v, backward reads the gradient and writes dx: two elements a neuron and step
+// each, besides inputs of the parameters' gradients.
 #pragma once
 
 #include "cuda/neuron_kernels.cuh"
@@ -8,7 +8,7 @@
 
 namespace asgl {
 
-// The most blocks without spills.
+// Blocks a multiprocessor: the most without spills.
 template <class Real, Pass kPass>
 constexpr int kIntegratorBlocks = sizeof(Real) == 8      ? (kPass == Pass::kSums ? 3 : 4)
                                   : kPass == Pass::kSums ? 5
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
   Steps now, next;
   load_steps(steps, now);
   const Real v_rest = params.options.v_rest;
-  ThreadNeuron<Real, Input::kGeneral> neuron(params, index.read_n, params.options);
-  State<Real[kLanes]> state, later;  // later: the gradient of the state
+  ThreadNeuron<Real, true> neuron(params, index.read_n, params.options);
+  State<Real[kLanes]> state, later;  // later: the gradient of state
   load_state(params, State<const Real*>{}, 0, index, state);
   fill(later, State<Real>());
   if (kBack && exists(params.grad_last)) load(params.grad_last, index.read_n, later);

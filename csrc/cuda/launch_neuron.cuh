@@ -1,5 +1,5 @@
-// The launchers of the neuron and of its sums of gradients. backends/neuron_kernels.py decides the same in Python.
-// launch_*.cu instantiate them, one file a type, so that compilers run side by side.
+// The launchers of the neuron and of its gradient sums. backends/neuron_kernels.py decides the same in Python.
+// launch_*.cu instantiate them, one file a type, so that they compile in parallel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,19 +12,19 @@ namespace asgl::cuda {
 
 template <class Scalar>
 cudaError_t plan_on(Device, ForwardParams<Scalar>& params) {
-  return plan_neurons(
-      params, groups_of_four(params, params.s_seq, params.last, params.v_seq, params.h_seq, params.checkpoints));
+  return plan_neurons(params, groups_of_four(params, params.residual, params.s_seq, params.last, params.v_seq,
+                                             params.h_seq, params.checkpoints));
 }
 
 template <class Scalar>
 cudaError_t plan_on(Device, BackwardParams<Scalar>& params) {
-  return plan_with_sums(
-      params, groups_of_four(params, params.grad_s_seq, params.grad_last, params.grad_v_seq, params.grad_h_seq,
-                             params.checkpoints, params.grad_x_seq, params.grad_init));
+  return plan_with_sums(params, groups_of_four(params, params.residual, params.grad_s_seq, params.grad_last,
+                                               params.grad_v_seq, params.grad_h_seq, params.checkpoints,
+                                               params.grad_x_seq, params.grad_init, params.grad_residual));
 }
 
-// Calls f(lanes, input), with the neurons a thread and the input of the kernel as constants. A thread with one neuron
-// has no kernel of its own for plain input.
+// Calls f(lanes, input), with the neurons a thread and the input of the kernel as constants. With one neuron a thread,
+// the normalised kernel computes plain input, too, and the general one any with a residual.
 template <class Scalar, class Params, class F>
 void with_kind(const Params& params, F&& f) {
   const auto with_lanes = [&](auto lanes) {
@@ -32,7 +32,11 @@ void with_kind(const Params& params, F&& f) {
     if (input == Input::kGeneral) return f(lanes, std::integral_constant<Input, Input::kGeneral>{});
     if constexpr (lanes() == 4) {
       if (input == Input::kPlain) return f(lanes, std::integral_constant<Input, Input::kPlain>{});
+      if (input == Input::kNormalisedResidual) {
+        return f(lanes, std::integral_constant<Input, Input::kNormalisedResidual>{});
+      }
     }
+    if (params.residual != nullptr) return f(lanes, std::integral_constant<Input, Input::kGeneralResidual>{});
     f(lanes, std::integral_constant<Input, Input::kNormalised>{});
   };
   if constexpr (kHasFours<Scalar>) {
@@ -41,12 +45,16 @@ void with_kind(const Params& params, F&& f) {
   with_lanes(std::integral_constant<int, 1>{});
 }
 
+// The input of the general kernel that runs in place of another.
+template <Input kInput>
+constexpr Input kAnyInput = kHasResidual<kInput> ? Input::kGeneralResidual : Input::kGeneral;
+
 template <class Model, class Scalar>
 cudaError_t launch(Model, const ForwardParams<Scalar>& params, cudaStream_t stream) {
   void (*kernel)(ForwardParams<Scalar>) = nullptr;
   with_kind<Scalar>(params, [&](auto lanes, auto input) {
-    if constexpr (Model::kOnlyGeneral || input() == Input::kGeneral) {
-      kernel = &lif_forward_kernel<Scalar, LIFByOptions<Real_t<Scalar>>, lanes(), Input::kGeneral, 0>;
+    if constexpr (Model::kOnlyGeneral || kIsGeneral<input()>) {
+      kernel = &lif_forward_kernel<Scalar, LIFByOptions<Real_t<Scalar>>, lanes(), kAnyInput<input()>, 0>;
     } else {
       kernel = &lif_forward_kernel<Scalar, Model, lanes(), input(), 0>;
       if constexpr (lanes() == 4) {
@@ -63,8 +71,8 @@ template <class Model, class Scalar>
 cudaError_t launch(Model, const BackwardParams<Scalar>& params, cudaStream_t stream) {
   void (*kernel)(BackwardParams<Scalar>) = nullptr;
   with_kind<Scalar>(params, [&](auto lanes, auto input) {
-    if constexpr (Model::kOnlyGeneral || input() == Input::kGeneral) {
-      kernel = &lif_backward_kernel<Scalar, lanes()>;
+    if constexpr (Model::kOnlyGeneral || kIsGeneral<input()>) {
+      kernel = &lif_backward_kernel<Scalar, lanes(), kAnyInput<input()>>;
     } else {
       kernel = &lif_backward_settled_kernel<Scalar, Model, lanes(), input(), 0>;
       if constexpr (lanes() == 4) {
@@ -91,7 +99,7 @@ cudaError_t launch_on(Device, const BackwardParams<Scalar>& params, cudaStream_t
   return error;
 }
 
-// An element sums the slots of its runs, a slot for each tile that a run touches. If these are few, a block sums
+// An element is the sum of its runs' slots, one for each tile that a run overlaps. If a run has few slots, a block sums
 // several elements.
 template <class Real>
 cudaError_t plan_on(Device, GradientSum<Real>& sum) {
@@ -100,7 +108,7 @@ cudaError_t plan_on(Device, GradientSum<Real>& sum) {
   for (int id = 0; id < sum.count; ++id) {
     GradientPart<Real>& part = sum.parts[id];
     const int64 inner = part.parameter.inner, runs = sum.shape.neurons() / (inner * part.parameter.count);
-    const int64 slots = (inner + sum.tile - 2) / sum.tile + 1;  // at most
+    const int64 slots = (inner + sum.tile - 2) / sum.tile + 1;  // most slots of a run
     const auto largest_power = [](int64 most) {
       int power = 1;
       while (2 * power <= most) power *= 2;

@@ -9,23 +9,24 @@
 
 namespace asgl::cuda {
 
-// Four columns a thread if they are of one channel.
-template <class Scalar>
-void plan_channels(ChannelTiles& tiles, const Scalar* x_seq, const Scalar* grad_x_seq) {
-  const bool fours = kHasFours<Scalar> && tiles.shape.inner % 4 == 0 && is_aligned(x_seq) && is_aligned(grad_x_seq);
+// Four columns a thread if of one channel and aligned.
+template <class Scalar, class... Gradients>
+void plan_channels(ChannelTiles& tiles, const Scalar* x_seq, const Gradients*... gradients) {
+  const bool fours =
+      kHasFours<Scalar> && tiles.shape.inner % 4 == 0 && is_aligned(x_seq) && (is_aligned(gradients) && ...);
   const int lanes = fours ? 4 : 1;
   tiles = ChannelTiles::plan(tiles.shape, lanes, kBlockThreads, kChannelRowsEach / lanes);
 }
 
 template <class Scalar>
 cudaError_t plan_on(Device, MomentsParams<Scalar>& params) {
-  plan_channels(params.tiles, params.x_seq, static_cast<const Scalar*>(nullptr));
+  plan_channels(params.tiles, params.x_seq);
   return cudaSuccess;
 }
 
 template <class Scalar>
 cudaError_t plan_on(Device, InputGradientParams<Scalar>& params) {
-  plan_channels(params.tiles, params.x_seq, static_cast<const Scalar*>(params.grad_x_seq));
+  plan_channels(params.tiles, params.x_seq, params.grad_x_seq, params.grad_residual);
   return cudaSuccess;
 }
 
@@ -57,9 +58,14 @@ cudaError_t launch_on(Device, const AdjointParams<Real>& params, cudaStream_t st
 
 template <class Scalar>
 cudaError_t launch_on(Device, const InputGradientParams<Scalar>& params, cudaStream_t stream) {
-  auto* kernel = &batch_norm_input_gradient_kernel<Scalar, 1>;
+  const bool residual = params.grad_residual != nullptr;
+  auto* kernel = residual ? &batch_norm_input_gradient_kernel<Scalar, 1, true>
+                          : &batch_norm_input_gradient_kernel<Scalar, 1, false>;
   if constexpr (kHasFours<Scalar>) {
-    if (params.tiles.lanes == 4) kernel = &batch_norm_input_gradient_kernel<Scalar, 4>;
+    if (params.tiles.lanes == 4) {
+      kernel = residual ? &batch_norm_input_gradient_kernel<Scalar, 4, true>
+                        : &batch_norm_input_gradient_kernel<Scalar, 4, false>;
+    }
   }
   return start(kernel, params.tiles.tasks(), kBlockThreads, params, stream);
 }

@@ -1,9 +1,9 @@
-// The CUDA kernels of the neuron, with the equations of math/neuron.h. A thread computes one neuron, or four
-// neighbours, for the whole sequence, with their state in registers.
+// The CUDA kernels of the neuron, with the equations of math/neuron.h. A thread computes one neuron, or four adjacent
+// ones, for the whole sequence, with their state in registers.
 //
-// Forward reads x and writes s: two element sizes a neuron and step. Backward takes segments of at most
-// kCheckpointSteps steps from the last to the first: it computes their potentials again from x and keeps them on chip,
-// then walks back, reading the gradient and writing dx: three element sizes.
+// Forward reads x and writes s: two elements a neuron and step. Backward takes segments of at most kCheckpointSteps
+// steps from the last to the first: it recomputes their potentials from x and keeps them on chip, then walks back,
+// reading the gradient and writing dx: three elements.
 //
 // Settled kernels are nearly always enough, and skip unused outputs at almost no cost. The general kernels support
 // every option at run time: one kernel for all surrogates and resets, since few calls run it.
@@ -19,29 +19,30 @@ namespace asgl {
 
 // ---- forward ----
 
-// Blocks a multiprocessor, with 65,536 registers, 72 a thread for 7 blocks: enough to keep memory busy, without spills
-// (RESOURCES.md).
+// Blocks a multiprocessor: enough to keep memory busy, without spills (tools/kernels/RESOURCES.md). 65,536 registers
+// are 72 a thread for 7 blocks.
 template <class Real, Input kInput>
-constexpr int kForwardBlocks = sizeof(Real) == 8           ? 3
-                               : kInput == Input::kGeneral ? 5
-                                                           : 7;
+constexpr int kForwardBlocks = sizeof(Real) == 8                                                   ? 3
+                               : kInput == Input::kGeneralResidual                                 ? 4
+                               : kInput == Input::kGeneral || kInput == Input::kNormalisedResidual ? 5
+                                                                                                   : 7;
 template <class Real, int kLanes>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
-// erf spills with NVRTC and registers for four blocks.
+// With NVRTC erf spills at four blocks.
 template <class Model>
 constexpr bool kIsLong = false;
 template <bool kHardReset>
 constexpr bool kIsLong<LIF<Surrogate::kErf, kHardReset>> = true;
-// Loads of float32 take twice the registers of half types, and spill.
+// At four blocks, float32 loads spill: they take twice the registers of half types.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 constexpr int kSettledBackwardBlocks = kExact > 0 || sizeof(Scalar) == 8 ||
                                                (kLanes == 4 &&
-                                                (kInput == Input::kNormalised || kIsLong<Model> || sizeof(Scalar) == 4))
+                                                (kInput != Input::kPlain || kIsLong<Model> || sizeof(Scalar) == 4))
                                            ? 3
                                            : 4;
 
-// kInput is LIFParams::input(), or kGeneral, for which Model is LIFByOptions<Real>; except for kGeneral,
-// params.only_spikes() holds. The sequence has kExact steps, unless that is 0.
+// For kInput = kGeneral Model is LIFByOptions<Real>; otherwise LIFParams::input() allows kInput, and
+// params.only_spikes() holds. The sequence has kExact steps, or any number if kExact is 0.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, kInput>)
     lif_forward_kernel(const ForwardParams<Scalar> params) {
@@ -54,21 +55,22 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
   if (kLanes > 1 && !index.live) return;
 
   int64 load_element = index.element;
-  Packed<kLanes, Scalar> x[kSteps];
+  Packed<kLanes, Scalar> x[kSteps], r[kSteps];
   const auto load_step = [&](int64 left, int k) {
     if (k < left) x[k % kSteps].load(params.x_seq + load_element);
+    if (kHasResidual<kInput> && k < left) r[k % kSteps].load(params.residual + load_element);
     advance(load_element, stride);
   };
   const auto load_first = [&] {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) load_step(steps, k);
   };
-  if (kExact > 0) load_first();  // under way while the parameters are read, if registers suffice
+  if (kExact > 0) load_first();  // in flight while the parameters are read, if registers suffice
   const NoiseSource source(params.noise);
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
   const auto& model = Model::of(params.options);
-  ThreadNeuron<Real, kInput> neuron(params, index.read_n, options);
+  ThreadNeuron<Real, kIsGeneral<kInput>> neuron(params, index.read_n, options);
   State<Real[kLanes]> state;
   load_state(params, State<const Real*>{}, 0, index, state);
   if (kExact == 0) load_first();
@@ -80,15 +82,18 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
     for (int k = 0; k < kSteps; ++k) {
       if (k < length) {
         neuron.move_to(start + k);
-        Real h[kLanes], s[kLanes];
+        Real h[kLanes], s[kLanes], r_k[kLanes];
         x[k].unpack(h);
+        if constexpr (kHasResidual<kInput>) r[k].unpack(r_k);
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
-          h[j] = Model::template charge<kInput>(h[j], lane(state, j), neuron.now(), options);
+          Real c = input_current<kInput>(h[j], neuron.now());
+          if constexpr (kHasResidual<kInput>) c = c + params.residual_gain * r_k[j];
+          h[j] = Model::template charge<kInput>(c, lane(state, j), neuron.now(), options);
           s[j] = model.fire(h[j], noise.is_analog(k, j), neuron.now(), firing);
           model.reset(h[j], s[j], neuron.now(), lane(state, j));
         }
-        if constexpr (kInput == Input::kGeneral) {
+        if constexpr (kIsGeneral<kInput>) {
           if (params.h_seq != nullptr && index.live) Lanes::store(h, params.h_seq + element);
           if (params.v_seq != nullptr && index.live) Lanes::store(state.v, params.v_seq + element);
           if (options.scale_output) {
@@ -99,7 +104,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
         if (index.live) Lanes::store(s, params.s_seq + element);
         advance(element, stride);
       }
-      if (kExact == 0) load_step(steps - start, k + kSteps);  // under way while other steps are computed
+      if (kExact == 0) load_step(steps - start, k + kSteps);  // in flight while other steps are computed
     }
     const int64 done = start + kSteps;
     if (exists(params.checkpoints) && done % kCheckpointSteps == 0 && done < steps && index.live) {
@@ -112,18 +117,19 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
 
 // ---- backward ----
 
-// The shortest length that matters; the length is a constant of its kernels.
+// The shortest length of practical use, a constant in its own kernels.
 constexpr int kShortSequence = 4;
 
-// The parts of a step where no parameter changes over time, for a thread's neurons.
+// The parts of a settled step, for a thread's neurons.
 template <class Model, Input kInput, class Real, int kLanes>
 struct SettledStep {
   using Row = Real[kLanes];
-  static constexpr bool kNormalised = kInput == Input::kNormalised;
+  static constexpr bool kNormalised = kInput != Input::kPlain;
 
   const Neuron<Real>& neuron;
   const NeuronOptions<Real>& options;
   const FiringFromLeast<Real>& firing;
+  Real residual_gain;
 
   template <class Noise>
   __device__ __forceinline__ Real fire(Real h, const Noise& noise, int k, int j) const {
@@ -132,16 +138,19 @@ struct SettledStep {
 
   // From x to h, and from the state before step k to the state after it.
   template <class Noise>
-  __device__ __forceinline__ void compute(const Row& x, const Noise& noise, int k, State<Row>& state, Row& h) const {
+  __device__ __forceinline__ void compute(const Row& x, const Row& r, const Noise& noise, int k, State<Row>& state,
+                                          Row& h) const {
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
-      h[j] = Model::template charge<kInput>(x[j], lane(state, j), neuron, options);
+      Real c = input_current<kInput>(x[j], neuron);
+      if constexpr (kHasResidual<kInput>) c = c + residual_gain * r[j];
+      h[j] = Model::template charge<kInput>(c, lane(state, j), neuron, options);
       const Real s = fire(h[j], noise, k, j);
       Model::reset(h[j], s, neuron, lane(state, j));
     }
   }
 
-  // Back from ds, the gradient of s, to dx, and from the gradient of the state after the step to the one before it.
+  // From ds, the gradient of s, to dx, and from the gradient of the state after the step to the gradient before it.
   __device__ __forceinline__ void walk_back(bool carried, const Row& x, const Row& h, const Row& s, Row& ds,
                                             State<Row>& d_state, Row& from_u, Row& dh, Row& dx,
                                             Real (&sums)[kNumParameters]) const {
@@ -164,7 +173,7 @@ struct SettledStep {
     }
   }
 
-  // The gradient of the decay at the next step: its dh by the potential before it.
+  // Adds the next step's gradient of the decay: the next step's dh times the potential after step k.
   __device__ __forceinline__ void add_decay(const Row& dh, const Row& h, const Row& s,
                                             Real (&sums)[kNumParameters]) const {
 #pragma unroll
@@ -176,7 +185,7 @@ struct SettledStep {
   }
 };
 
-// Stores the block's sums: a warp has every kWarps-th parameter. All threads of the block must come here.
+// Stores the block's sums: a warp has every kWarps-th parameter. All threads of the block must call this.
 template <int kLanes, int kNumSums, class Scalar, class Real>
 __device__ __forceinline__ void store_settled_sums(const BackwardParams<Scalar>& params, uint32 wanted,
                                                    const Real (&sums)[kNumParameters], ThreadSums<Real>* thread_sums) {
@@ -194,15 +203,16 @@ __device__ __forceinline__ void store_settled_sums(const BackwardParams<Scalar>&
   }
 }
 
-// The backward pass where no parameter changes over time and params.only_spikes() holds. kInput is LIFParams::input().
-// A sequence of kExact steps is one segment, kept in registers. Where kExact is 0, the potentials of a segment are kept
-// in shared memory, and a loop goes over a few steps at a time: unrolled, segments took most of the compilers' time and
-// had registers for loads of only two steps ahead.
+// The settled backward pass, for params.only_spikes(), with kInput allowed by LIFParams::input(). A sequence of kExact
+// steps is one segment, kept in registers. If kExact is 0, the potentials of a segment are kept in shared memory, and a
+// loop computes a few steps at a time: unrolled, segments took most of the compilation time and had registers for loads
+// of only two steps ahead.
 template <class Scalar, class Model, int kLanes, Input kInput, int kExact>
 __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, Model, kLanes, kInput, kExact>)
     lif_backward_settled_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
-  constexpr bool kNormalised = kInput == Input::kNormalised, kInRegisters = kExact > 0;
+  constexpr bool kNormalised = kInput != Input::kPlain, kInRegisters = kExact > 0;
+  constexpr bool kResidual = kHasResidual<kInput>;
   constexpr int kSteps = kInRegisters ? kExact : kLanes == 1 ? 8 : 4;  // loaded at a time
   constexpr int kSegment = kInRegisters ? kExact : kCheckpointSteps;
   static_assert(kSegment % kSteps == 0);
@@ -210,7 +220,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
   struct alignas(sizeof(Real) * kLanes) Potentials {
     Real values[kLanes];
   };
-  // Once the potentials have been used, the threads' sums are stored in the same memory.
+  // Potentials; at the end the threads' sums overwrite them.
   __shared__ Potentials potentials[kInRegisters ? (kNumSums + kLanes - 1) / kLanes : kSegment][kBlockThreads];
   ThreadSums<Real>* const thread_sums = reinterpret_cast<ThreadSums<Real>*>(potentials);
   static_assert(sizeof(potentials) >= kNumSums * sizeof(ThreadSums<Real>));
@@ -220,18 +230,23 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
 
   Real sums[kNumParameters] = {};
   if (kLanes == 1 || index.live) {
-    // Each pointer advances with its loads, or stores.
-    Packed<kLanes, Scalar> x[kSteps], g[kSteps], x_again[kSteps];
-    const Scalar *x_seq, *grad_s_seq, *x_seq_again;
+    // Each pointer advances with its loads or stores.
+    Packed<kLanes, Scalar> x[kSteps], g[kSteps], x_again[kSteps], r[kSteps];
+    const Scalar *x_seq, *grad_s_seq, *x_seq_again, *residual;
     Scalar* grad_x_seq;
+    int64 stored;  // element, with a residual, where either gradient may be unwanted
     const auto load_x = [&](bool there, int k) {
       if (there) x[k].load(in_global_memory(x_seq));
       advance<!kInRegisters>(x_seq, stride);
+      if constexpr (kResidual) {
+        if (there) r[k].load(in_global_memory(residual));
+        advance<!kInRegisters>(residual, stride);
+      }
     };
     const auto load_gradient = [&](bool there, int k) {
       if (there) g[k].load(in_global_memory(grad_s_seq));
       advance<!kInRegisters>(grad_s_seq, -stride);
-      // x is loaded once more, mostly from the cache: there are no registers to keep it.
+      // Loads x again, mostly from the cache: no registers are left to keep it.
       if (kNormalised && !kInRegisters) {
         if (there) x_again[k].load(in_global_memory(x_seq_again));
         advance(x_seq_again, -stride);
@@ -244,18 +259,23 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
       x_seq = params.x_seq + element;
       grad_s_seq = params.grad_s_seq + last_element;
       x_seq_again = params.x_seq + last_element;
-      grad_x_seq = params.grad_x_seq + last_element;
+      if constexpr (kResidual) {
+        residual = params.residual + element;
+        stored = last_element;
+      } else {
+        grad_x_seq = params.grad_x_seq + last_element;
+      }
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) load_x(k < length, k);
 #pragma unroll
       for (int k = kSteps - 1; k >= 0; --k) load_gradient(k < length - last, k);
     };
-    if (kInRegisters) load_ends(0, kExact);  // under way while the parameters are read
+    if (kInRegisters) load_ends(0, kExact);  // in flight while the parameters are read
     const NoiseSource source(params.noise);
     const NeuronOptions<Real> options = params.options;
     const FiringFromLeast<Real> firing(options);
     const Neuron<Real> neuron = settled_neuron(params, index.read_n, options);
-    const SettledStep<Model, kInput, Real, kLanes> step = {neuron, options, firing};
+    const SettledStep<Model, kInput, Real, kLanes> step = {neuron, options, firing, params.residual_gain};
     const bool has_grad_last = exists(params.grad_last);
     State<Real[kLanes]> d_state;
     fill(d_state, State<Real>());  // NVRTC would read {} from a variable in global memory
@@ -266,7 +286,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
       const int length = kInRegisters                       ? kExact
                          : steps - start < kCheckpointSteps ? static_cast<int>(steps - start)
                                                             : kCheckpointSteps;
-      const int last_steps = start + length < steps ? 0 : 1;  // of the segment, followed by no step
+      const int last_steps = start + length < steps ? 0 : 1;  // steps of the segment that no step follows
       if (!kInRegisters) load_ends(start, length);
       const SegmentNoise<kLanes, kSegment> noise(source, index.n, start, length);
       State<Real[kLanes]> state;
@@ -279,9 +299,10 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
           if (k < left) {
-            Real x_k[kLanes];
+            Real x_k[kLanes], r_k[kLanes];
             x[k].unpack(x_k);
-            step.compute(x_k, few, k, state, h[k].values);
+            if constexpr (kResidual) r[k].unpack(r_k);
+            step.compute(x_k, r_k, few, k, state, h[k].values);
             if (!kInRegisters) potentials[first + k][threadIdx.x] = h[k];
           }
           if (!kInRegisters) load_x(k + kSteps < left, k);
@@ -309,7 +330,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
             const auto walk_back = [&](bool carried) {
               step.walk_back(carried, x_k, h[k].values, s, ds, d_state, from_u, dh, dx, sums);
             };
-            k < carried_steps ? walk_back(true) : walk_back(false);  // mostly true, and then nothing is selected
+            k < carried_steps ? walk_back(true) : walk_back(false);  // mostly true, without selections
             if ((wanted & (1u << kThreshold | 1u << kReset)) != 0) {
 #pragma unroll
               for (int j = 0; j < kLanes; ++j) {
@@ -317,9 +338,20 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
                 if (k < carried_steps) sums[kReset] += Model::gradient_of_reset(d_after.v[j], s[j]);
               }
             }
-            if (index.live) Access<kLanes>::store(dx, in_global_memory(grad_x_seq));
+            if constexpr (kResidual) {
+              if (index.live && params.grad_x_seq != nullptr) Access<kLanes>::store(dx, params.grad_x_seq + stored);
+              if (index.live && params.grad_residual != nullptr) {
+                Access<kLanes>::store(dh, params.grad_residual + stored);
+              }
+            } else if (index.live) {
+              Access<kLanes>::store(dx, in_global_memory(grad_x_seq));
+            }
           }
-          advance<!kInRegisters>(grad_x_seq, -stride);
+          if constexpr (kResidual) {
+            advance<!kInRegisters>(stored, -stride);
+          } else {
+            advance<!kInRegisters>(grad_x_seq, -stride);
+          }
           if (!kInRegisters) load_gradient(first > 0, k);
         }
       }
@@ -339,19 +371,19 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
 
 // The backward pass that supports every option at run time. The potentials of a segment are stored in shared memory,
 // where a loop can index them.
-template <class Scalar, int kLanes>
+template <class Scalar, int kLanes, Input kInput>
 __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>, kLanes>)
     lif_backward_kernel(const BackwardParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Model = LIFByOptions<Real>;
   using Lanes = Access<kLanes>;
   constexpr int kSteps = kCheckpointSteps;
-  constexpr int kTogether = kLanes == 1 ? 8 : 4;  // loads under way at a time
+  constexpr int kTogether = kLanes == 1 ? 8 : 4;  // loads in flight
   struct alignas(sizeof(Real) * kLanes) Potentials {
     Real values[kLanes];
   };
-  // The threads' sums are stored in the row of the last computed step: with four bytes more, two blocks would not fit
-  // on a multiprocessor of sm_75.
+  // The threads' sums reuse the row of the step computed last: with four bytes more, two blocks would not fit on a
+  // multiprocessor of sm_75.
   __shared__ Potentials potentials[kSteps][kBlockThreads];
   const int64 steps = params.shape.steps, stride = params.shape.inner;
   const ThreadIndex<kLanes> index(params.shape);
@@ -359,7 +391,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
   const auto& model = Model::of(params.options);
-  ThreadNeuron<Real, Input::kGeneral> neuron(params, index.read_n, options);
+  ThreadNeuron<Real, true> neuron(params, index.read_n, options);
   const uint32 wanted = params.summary.wanted;
   const auto store_sum = [&](int id, int64 t, Real sum, int row) {
     ThreadSums<Real>& thread_sums = *reinterpret_cast<ThreadSums<Real>*>(potentials[row]);
@@ -402,9 +434,13 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
     for (int k = 0; k < length; ++k) {
       neuron.move_to(start + k);
       Potentials h = potentials[k][threadIdx.x];
+      Real r[kLanes];
+      if constexpr (kHasResidual<kInput>) Lanes::load(params.residual + (first_element + k * stride), r);
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
-        h.values[j] = Model::template charge<Input::kGeneral>(h.values[j], lane(state, j), neuron.now(), options);
+        Real c = input_current<kInput>(h.values[j], neuron.now());
+        if constexpr (kHasResidual<kInput>) c = c + params.residual_gain * r[j];
+        h.values[j] = Model::template charge<kInput>(c, lane(state, j), neuron.now(), options);
         model.reset(h.values[j], fire_lane(h.values[j], k, j), neuron.now(), lane(state, j));
       }
       potentials[k][threadIdx.x] = h;
@@ -420,7 +456,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
 #pragma unroll 1
     for (int k = length - 1; k >= 0; --k) {
       const int64 t = start + k, element = first_element + k * stride;
-      Real g[kLanes], gh[kLanes], x[kLanes], dx[kLanes];
+      Real g[kLanes], gh[kLanes], x[kLanes], dx[kLanes], dc[kLanes];
       State<Real[kLanes]> before = first_state;
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) g[j] = next_g[j];
@@ -464,6 +500,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         sums[kThreshold] -= step.dy * neuron.now().inverse_width;
         sums[kDecay] += step.dh * (before.v[j] - options.v_rest);
         dx[j] = neuron.now().input_gain * step.dc;
+        dc[j] = step.dc;
         sums[kInputGain] += step.dc * (x[j] - neuron.now().input_mean);
         sums[kInputBias] += step.dc;
         sums[kInputMean] -= dx[j];
@@ -473,6 +510,11 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         int64 stored_element = element;
         opaque(stored_element);  // or the compiler splits the store for half types
         Lanes::store(dx, params.grad_x_seq + stored_element);
+      }
+      if (kHasResidual<kInput> && params.grad_residual != nullptr && index.live) {
+        int64 stored_element = element;
+        opaque(stored_element);
+        Lanes::store(dc, params.grad_residual + stored_element);
       }
 #pragma unroll
       for (int id = 0; id < kNumParameters; ++id) {

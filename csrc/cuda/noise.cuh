@@ -5,7 +5,7 @@
 
 namespace asgl {
 
-constexpr int kNoiseGroup = 4;  // neurons that a block of noise serves, for two steps
+constexpr int kNoiseGroup = 4;  // neurons of a NoiseBlock, for two steps
 
 class NoiseSource {
  public:
@@ -16,7 +16,7 @@ class NoiseSource {
     limit_ = drawn_ ? noise.analog_below << 16 : static_cast<uint32>(noise.analog_below > 0);
   }
 
-  // Otherwise the compiler keeps the keys of all ten rounds in registers.
+  // Without this the compiler keeps the keys of all ten rounds in registers.
   __device__ __forceinline__ void opaque() {
 #if defined(__CUDA_ARCH__)
     asm volatile("" : "+r"(key_.seed_low), "+r"(key_.seed_high));
@@ -31,7 +31,7 @@ class NoiseSource {
     return noise_block(static_cast<uint64>(n) / kNoiseGroup, static_cast<uint32>(step_pair), key_);
   }
 
-  // The blocks of two pairs of steps, drawn together, share the keys of their rounds: a sixth of the instructions.
+  // The blocks of two pairs of steps, drawn together, share their round keys, which saves a sixth of the instructions.
   struct Two {
     NoiseBlock blocks[2];
   };
@@ -42,7 +42,7 @@ class NoiseSource {
     return {{noise_block(group, first, key_), noise_block(group, first + 1, key_)}};
   }
 
-  // The 16 bits of neuron j are compared at the upper end of a word, where the bits of odd neurons are already.
+  // The draw of neuron j is compared in the upper half of a word, where draws of odd neurons already are.
   __device__ __forceinline__ bool is_analog(const NoiseBlock& block, int odd_step, int j) const {
     const uint32 word = static_cast<uint32>(block.draws[odd_step] >> (32 * (j / 2)));
     return (j % 2 == 1 ? word : word << 16) < limit_;
@@ -65,7 +65,7 @@ class SegmentNoise<1, kSteps> {
   __device__ __forceinline__ SegmentNoise(const NoiseSource& source, int64 n, int64 start, int) {
     static_assert(kSteps == 8 || kSteps == 16);
     const int rank = static_cast<int>(threadIdx.x) % kNoiseGroup;
-    uint32 drawn = 0;  // a byte a pair of steps; in it two bits a neuron, even and odd step
+    uint32 drawn = 0;  // a byte a pair of steps: two bits a neuron, for even and odd step
 #pragma unroll
     for (int i = 0; i < kSteps / 8; ++i) {
       const NoiseBlock block = source.draw(n, start / 2 + 4 * i + rank);

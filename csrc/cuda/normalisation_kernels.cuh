@@ -1,5 +1,5 @@
-// The CUDA kernels of batch normalisation. Moments and the gradient of the input go through a sequence as ChannelTiles
-// says: a thread owns one column, or four of one channel, for some rows.
+// The CUDA kernels of batch normalisation. Moments and the gradient of the input traverse a sequence by ChannelTiles: a
+// thread owns one column, or four of one channel, for some rows.
 #pragma once
 
 #include "cuda/neuron_kernels.cuh"
@@ -7,7 +7,7 @@
 
 namespace asgl {
 
-constexpr int64 kChannelRowsEach = 64;  // values of a thread, unless that makes too many splits
+constexpr int64 kChannelRowsEach = 64;  // values of a thread, or more to limit splits
 
 // The columns of a thread.
 template <int kLanes>
@@ -34,8 +34,8 @@ struct ChannelIndex {
   }
 };
 
-// The moments of all threads that have the same channel: the first of them, in the first way, gets these. All threads
-// of the block must come here.
+// The joint moments of all threads of a channel, returned to the first one: way and rank are 0. All threads of the
+// block must call this.
 template <int kLanes>
 __device__ __forceinline__ Moments join_in_block(const Moments& own, const ChannelTiles& tiles,
                                                  const ChannelIndex<kLanes>& index) {
@@ -57,11 +57,11 @@ __device__ __forceinline__ Moments join_in_block(const Moments& own, const Chann
   return moments[thread];
 }
 
-// The sums of x - shift and of its square, over a thread's values.
+// The sums of x - shift and (x - shift)^2 over a thread's values.
 struct ShiftedSums {
   double shift, sum, squares;
 
-  // Adds the values of the first `rows` rows, at least one. Where m is about their mean and d = x - m, n values have
+  // Adds the values of the first `rows` rows, at least one. With m close to their mean and d = x - m, n values have
   //   sum (x - shift) = n (m - shift) + sum d
   //   sum (x - shift)^2 = (m - shift) (n (m - shift) + 2 sum d) + sum d^2
   // where only the sums of d, small if the values are alike, are rounded to Real.
@@ -103,7 +103,7 @@ struct ShiftedSums {
 template <class Scalar, int kLanes>
 __global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const MomentsParams<Scalar> params) {
   using Real = Real_t<Scalar>;
-  constexpr int kTogether = sizeof(Real) == 4 && kLanes == 1 ? 8 : 4;  // loads that are under way at a time
+  constexpr int kTogether = sizeof(Real) == 4 && kLanes == 1 ? 8 : 4;  // loads in flight
   const ChannelTiles& tiles = params.tiles;
   const ChannelIndex<kLanes> index(tiles);
   const int64 stride = index.step * tiles.shape.columns();
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const M
         if (k < left) Access<kLanes>::load(params.x_seq + (element + k * stride), x[k]);
       }
       element += kTogether * stride;
-      left == kTogether ? sums.add(x, kTogether) : sums.add(x, left);  // mostly all: without selections
+      left == kTogether ? sums.add(x, kTogether) : sums.add(x, left);  // mostly all, without selections
     }
     found = shifted_moments(static_cast<double>(rows * kLanes), sums.shift, sums.sum, sums.squares);
   }
@@ -169,17 +169,18 @@ __global__ void __launch_bounds__(kBlockThreads, 8) batch_norm_adjoint_kernel(co
   if (channel < params.channels) params.compute(channel);
 }
 
-template <class Scalar, int kLanes>
+template <class Scalar, int kLanes, bool kResidual>
 __global__ void __launch_bounds__(kBlockThreads, 8)
     batch_norm_input_gradient_kernel(const InputGradientParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   using Lanes = Access<kLanes>;
-  constexpr int kTogether = 2;  // loads of each that are under way at a time
+  constexpr int kTogether = 2;  // loads of x and of dx in flight
   const ChannelTiles& tiles = params.tiles;
   const ChannelIndex<kLanes> index(tiles);
   if (!index.live) return;
   const Real mean = params.mean[index.channel], slope = params.adjoint[index.channel];
   const Real offset = params.adjoint[tiles.shape.channels + index.channel];
+  const Real gain = kResidual ? params.gain[index.channel] : Real(1);
   const int64 stride = index.step * tiles.shape.columns();
   int64 element = index.row * tiles.shape.columns() + index.column;
   for (int64 row = index.row; row < index.end_row; row += kTogether * index.step) {
@@ -187,16 +188,28 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
       if (row + k * index.step < index.end_row) {
+        const Scalar* gradients = kResidual ? params.grad_residual : params.grad_x_seq;
         Lanes::load(params.x_seq + (element + k * stride), x[k]);
-        Lanes::load(static_cast<const Scalar*>(params.grad_x_seq) + (element + k * stride), dx[k]);
+        Lanes::load(gradients + (element + k * stride), dx[k]);
       }
     }
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
       if (row + k * index.step < index.end_row) {
+        int64 stored = element + k * stride;
+        opaque(stored);  // or the compiler splits the stores for half types
+        if constexpr (kResidual) {
+          Real dr[kLanes];
+#pragma unroll
+          for (int j = 0; j < kLanes; ++j) {
+            dr[j] = params.residual_gain * dx[k][j];
+            dx[k][j] = gain * dx[k][j];
+          }
+          if (params.residual_gain != Real(1)) Lanes::store(dr, params.grad_residual + stored);
+        }
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) dx[k][j] = normalisation_adjoint(dx[k][j], x[k][j], mean, slope, offset);
-        Lanes::store(dx[k], params.grad_x_seq + (element + k * stride));
+        Lanes::store(dx[k], params.grad_x_seq + stored);
       }
     }
     element += kTogether * stride;

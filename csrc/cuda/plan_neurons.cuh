@@ -1,5 +1,5 @@
-// How neurons are divided among threads, for the neuron and the integrator. backends/neuron_kernels.py decides the same
-// in Python.
+// The division of neurons among threads, for neuron and integrator. backends/neuron_kernels.py decides the same in
+// Python.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -7,14 +7,16 @@
 
 namespace asgl::cuda {
 
-// The assumption of the kernel about its input.
+// The kernel's assumption about its input.
 template <class Params>
 Input input_of(const Params& params) {
   const bool indexed = params.shape.neurons() < kDivisible;
-  return params.only_spikes() && indexed ? params.input() : Input::kGeneral;
+  const Input input = params.only_spikes() && indexed ? params.input() : Input::kGeneral;
+  if (params.residual == nullptr) return input;
+  return input == Input::kGeneral ? Input::kGeneralResidual : Input::kNormalisedResidual;
 }
 
-// Whether any four neurons from a multiple of four on are adjacent and aligned in memory and share all parameters.
+// Whether four neurons, from any multiple of four on, are adjacent and aligned in memory and share all parameters.
 template <class Scalar, class... Pointers>
 bool groups_of_four(const LIFParams<Scalar>& params, const Pointers&... sequences_and_states) {
   bool shared = params.shape.inner % 4 == 0;
@@ -24,10 +26,11 @@ bool groups_of_four(const LIFParams<Scalar>& params, const Pointers&... sequence
   return shared && is_aligned(params.x_seq) && is_aligned(params.init) && (is_aligned(sequences_and_states) && ...);
 }
 
-// Whether four neurons a thread pay. Queries the device only if its size decides.
+// Whether four neurons a thread are faster. Queries the device only if its size decides.
 template <class Params>
 cudaError_t fours_pay(const Params& params, bool* pay) {
-  const bool general = input_of(params) == Input::kGeneral;
+  const Input input = input_of(params);
+  const bool general = input == Input::kGeneral || input == Input::kGeneralResidual;
   *pay = !general && params.shape.steps <= kCheckpointSteps;
   if (*pay) return cudaSuccess;
   int device = 0, multiprocessors = 0, threads_each = 0;
@@ -50,7 +53,7 @@ ParameterSummary summary_of(const LIFParams<Scalar>& params) {
   ParameterSummary summary{};
   if (params.shape.neurons() >= kDivisible) return summary;
   summary.alike = true;
-  int64 inner = 1, count = 1;  // of the first that differs between neurons
+  int64 inner = 1, count = 1;  // of the first parameter that differs between neurons
   for (int id = 0; id < kNumParameters; ++id) {
     const auto& parameter = params.parameters[id];
     if (parameter.data != nullptr) summary.tensors |= 1u << id;
@@ -67,7 +70,7 @@ ParameterSummary summary_of(const LIFParams<Scalar>& params) {
   return summary;
 }
 
-// A tile is the neurons of a block: one a thread, or four if they are `grouped` and it pays.
+// A tile is the neurons of a block: one a thread, or four if `grouped` and faster.
 template <class Params>
 cudaError_t plan_neurons(Params& params, bool grouped) {
   params.summary = summary_of(params);
@@ -80,7 +83,7 @@ cudaError_t plan_neurons(Params& params, bool grouped) {
   return error;
 }
 
-// The same where parameters may want a gradient.
+// plan_neurons, where parameters may want gradients.
 template <class Params>
 cudaError_t plan_with_sums(Params& params, bool grouped) {
   const cudaError_t error = plan_neurons(params, grouped);

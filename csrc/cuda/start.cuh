@@ -1,4 +1,4 @@
-// The start of a kernel, and alignment of its arrays.
+// Kernel launch, and alignment of arrays.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,8 +9,8 @@
 
 namespace asgl::cuda {
 
-// The launchers of launch.h call the overload for their params. Device makes the compiler find overloads that are
-// declared later.
+// The launchers of launch.h call the overload for their params. Device makes argument-dependent lookup find overloads
+// that are declared later.
 struct Device {};
 
 template <class Params>
@@ -30,7 +30,7 @@ cudaError_t start(Kernel* kernel, int64 blocks, int threads, const Params& param
   void* arguments[] = {const_cast<Params*>(&params)};
   const cudaError_t error =
       cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments, 0, stream);
-  // Fetched in any case, or a later call would report it.
+  // Cleared in any case, or a later call would report it.
   const cudaError_t pending = cudaGetLastError();
   return error != cudaSuccess ? error : pending;
 }
@@ -48,7 +48,7 @@ ASGL_HOST_DEVICE bool is_aligned(const State<Real*>& state) {
   return all;
 }
 
-// float64 would need two accesses of 16 bytes, and gains nothing from them.
+// float64 would need two accesses of 16 bytes, without a gain.
 template <class Scalar>
 constexpr bool kHasFours = !std::is_same_v<Scalar, double>;
 

@@ -1,4 +1,4 @@
-// The parameters of a thread's neurons, which share them.
+// The parameters that a thread's neurons share.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -27,8 +27,8 @@ __device__ __forceinline__ Neuron<Real> settled_neuron(const LIFParams<Scalar>& 
   return neuron_of<Real>([&](ParameterId id) { return value_of(id, given[id], options); });
 }
 
-// Constant over time except for kGeneral.
-template <class Real, Input kInput>
+// Constant over time unless general.
+template <class Real, bool kGeneral>
 class ThreadNeuron {
  public:
   template <class Scalar>
@@ -43,7 +43,7 @@ class ThreadNeuron {
 };
 
 template <class Real>
-class ThreadNeuron<Real, Input::kGeneral> {
+class ThreadNeuron<Real, true> {
  public:
   template <class Scalar>
   __device__ __forceinline__ ThreadNeuron(const LIFParams<Scalar>& params, int64 n, const NeuronOptions<Real>& options)

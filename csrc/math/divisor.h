@@ -9,8 +9,8 @@ constexpr int64 kDivisible = 1LL << 31;
 
 // number / by, for 0 <= number < kDivisible = 2^31.
 //
-// With 2^(s - 1) < by <= 2^s and factor = floor(2^(31 + s) / by) + 1 the product factor * by is more than 2^(31 + s) by
-// at most 2^s. So number * factor / 2^(31 + s) is too large by less than 1 / by, and its integer part is the quotient.
+// With 2^(s - 1) < by <= 2^s and factor = floor(2^(31 + s) / by) + 1, factor * by exceeds 2^(31 + s) by at most 2^s.
+// So number * factor / 2^(31 + s) is too large by less than 1 / by, and its integer part is the quotient.
 struct Divisor {
   uint32 by, factor;
   int shift;  // 31 + s

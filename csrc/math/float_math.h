@@ -1,5 +1,5 @@
-// exp, erf and atan in float32 for the CPU: without branches, tables or FMA, so that a loop around them is vectorised.
-// Errors were measured over all 2^32 inputs. NaN stays NaN: limits are set by comparisons, not by min and max.
+// exp, erf and atan in float32, on CPUs and for math/learned.h: no branches, tables or FMA, so that loops vectorise.
+// Errors were measured over all 2^32 inputs. NaN stays NaN: comparisons clamp, not min and max.
 #pragma once
 
 #include "math/host_device.h"
@@ -55,7 +55,7 @@ ASGL_HOST_DEVICE float erf(float x) {
   return bit_cast<float>(bit_cast<uint32>(value) | sign);
 }
 
-// With z = |x| up to 1, else 1 / |x|: z + z^3 q(z^2), else pi / 2 minus that. At most 1.40 ulp.
+// With z = min(|x|, 1 / |x|): z + z^3 q(z^2) for |x| <= 1, else pi / 2 minus this. At most 1.40 ulp.
 ASGL_HOST_DEVICE float atan(float x) {
   const uint32 sign = bit_cast<uint32>(x) & 0x80000000u;
   const float a = bit_cast<float>(bit_cast<uint32>(x) & 0x7FFFFFFFu);

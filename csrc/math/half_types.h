@@ -1,4 +1,4 @@
-// 16-bit floating types as plain storage, and their conversion to and from the type of the arithmetic.
+// 16-bit floating types as plain storage, and their conversion to and from the arithmetic type.
 #pragma once
 
 #include "math/host_device.h"
@@ -46,7 +46,7 @@ ASGL_HOST_DEVICE float to_real(Half value) {
 #endif
 }
 
-// Rounding is to nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 template <class Scalar>
 ASGL_HOST_DEVICE Scalar from_real(Real_t<Scalar> value) {
   return value;
@@ -70,7 +70,7 @@ ASGL_HOST_DEVICE Half from_real<Half>(float value) {
   const uint32 magnitude = bits & 0x7FFFFFFFu;
   const uint32 sign = (bits >> 16) & 0x8000u;
   const uint32 normal = (magnitude - (112u << 23) + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
-  // Floats around 1/2 are spaced as half's subnormals are: the addition does the rounding.
+  // Floats in [1/2, 1) have the spacing of half's subnormals: the addition rounds.
   const uint32 subnormal = bit_cast<uint32>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32>(0.5f);
   const uint32 finite = magnitude < 0x38800000u ? subnormal : normal;
   const uint32 half = magnitude < 0x47800000u ? finite : magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
@@ -78,7 +78,7 @@ ASGL_HOST_DEVICE Half from_real<Half>(float value) {
 #endif
 }
 
-// Two neighbouring elements as one word, the first in the low half.
+// Two adjacent elements as one word, the first in the low half.
 template <class Scalar>
 ASGL_HOST_DEVICE void unpack(uint32 word, float& first, float& second) {
   first = to_real(Scalar{static_cast<uint16>(word)});

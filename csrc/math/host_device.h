@@ -1,4 +1,4 @@
-// With this a header is compiled by nvcc, by NVRTC and by a host compiler alike: no standard header is included.
+// For headers that nvcc, NVRTC and host compilers all compile: includes no standard header.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -2,7 +2,7 @@
 //
 //   v[t] = v_rest + decay * (v[t-1] - v_rest) + input_gain * x[t];   out[t] = v[t], or v[t-1] with delay
 //
-// With g the gradient of out and dv that of v:
+// With g and dv the gradients of out and v:
 //   dv[t] = g[t] + decay * dv[t+1],   or with delay   g[t+1] + decay * dv[t+1]
 //   dx[t] = input_gain * dv[t];   d decay += dv[t] * (v[t-1] - v_rest);   d input_gain += dv[t] * x[t]
 #pragma once

@@ -1,5 +1,5 @@
-// A layer keeps its learned width as a logarithm and its learned decay as a logit. Kernels make the values where they
-// read these, and apply the derivatives where they sum gradients up, so that neither costs a launch. All backends and
+// A learned width is stored as its logarithm, a learned decay as its logit. Kernels convert stored values where they
+// read them and apply the derivatives where they sum gradients, so that neither costs a launch. All backends and
 // asgl_cuda/learned.py do the same operations, for equal bits.
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace asgl {
 
-constexpr int kLearnedBound = 15;  // of the logarithm and the logit
+constexpr int kLearnedBound = 15;  // bound on the logarithm and the logit
 
 // Clamped, since an optimizer's step may go beyond the bound. NaN stays NaN.
 template <class Real>
@@ -18,7 +18,7 @@ ASGL_HOST_DEVICE Real within_bound(Real x) {
 
 ASGL_HOST_DEVICE float exp_within_bound(float x) { return float_math::exp(within_bound(x)); }
 
-// As float_math::exp, with the terms of the power series up to r^13 / 13!, which leave 5e-18; the scale can't overflow.
+// As float_math::exp, by the power series up to r^13 / 13!, with remainder below 5e-18; the scale can't overflow.
 ASGL_HOST_DEVICE double exp_within_bound(double given) {
   constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52
   const double x = within_bound(given);

@@ -1,12 +1,11 @@
-// The model of the general kernels: every option at run time, and the rare rules that no other model has, several
-// spikes a step and a floor of the potential.
+// The model with every option at run time: for the general CUDA kernels, and for rare rules that no other model has,
+// several spikes a step and a floor of the potential.
 #pragma once
 
 #include "math/neuron.h"
 
 namespace asgl {
 
-// a or b
 ASGL_HOST_DEVICE float choose(bool condition, float a, float b) {
   if (kBranches) return condition ? a : b;
   const uint32 mask = 0u - static_cast<uint32>(condition);
@@ -35,12 +34,12 @@ struct LIFByOptions : NeuronOptions<Real> {
   static ASGL_HOST_DEVICE const LIFByOptions& of(const LIFByOptions& options) { return options; }
 
   template <Input kInput, class States>
-  static ASGL_HOST_DEVICE Real charge(Real x, States&& state, const Neuron<Real>& neuron,
+  static ASGL_HOST_DEVICE Real charge(Real c, States&& state, const Neuron<Real>& neuron,
                                       const NeuronOptions<Real>& options) {
-    return Hard::charge<kInput>(x, state, neuron, options);
+    return Hard::charge<kInput>(c, state, neuron, options);
   }
 
-  // multi_spike: s = trunc(h / v_threshold) where h > 0, else 0 (as this product, NaN for NaN)
+  // multi_spike: s = trunc(h / v_threshold) where h > 0, else 0 (a product, so that NaN stays NaN)
   template <class FiringRule>
   ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) const {
     const Real u = h - neuron.v_threshold;
@@ -86,7 +85,7 @@ struct LIFByOptions : NeuronOptions<Real> {
   }
 
   // periodic: d = u                                                          where h < v_threshold
-  //             = v_threshold * (2 frac(h / v_threshold - 1/2) - 1)          else;   its slope by h is 1
+  //             = v_threshold * (2 frac(h / v_threshold - 1/2) - 1)          else;   its derivative by h is taken as 1
   ASGL_HOST_DEVICE Real distance(Real h, const Neuron<Real>& neuron) const {
     const Real u = h - neuron.v_threshold;
     if (kBranches && !periodic) return u;

@@ -24,7 +24,7 @@ ASGL_HOST_DEVICE void for_each_member(F&& f, States&&... states) {
 
 constexpr int kStateMembers = sizeof(State<char>);
 
-// Members stored `stride` elements apart; null if the first is.
+// Members stored `stride` elements apart; null if `first` is.
 template <class T>
 ASGL_HOST_DEVICE State<T*> members_in(T* first, int64 stride) {
   State<T*> state{};
@@ -43,19 +43,19 @@ ASGL_HOST_DEVICE State<T> map_members(F&& f, Other&& state) {
   return {f(state.v)};
 }
 
-// All members of a state are null, or none.
+// Either all members of a state are null, or none.
 template <class T>
 ASGL_HOST_DEVICE bool exists(const State<T*>& state) {
   return state.v != nullptr;
 }
 
-// Parameters at one element and step. `reset`: v_reset for the hard reset, reset_amount for the soft reset.
+// Parameters of a neuron at one step. `reset`: v_reset for the hard reset, reset_amount for the soft reset.
 template <class Real>
 struct Neuron {
   Real decay, v_threshold, reset, inverse_width, input_gain, input_bias, input_mean;
 };
 
-// The same for all elements and steps.
+// The same for all neurons and steps.
 template <class Real>
 struct NeuronOptions {
   Real v_rest;
@@ -69,17 +69,23 @@ struct NeuronOptions {
   bool logit_decay;  // kDecay is the logit of the decay
 };
 
-// Assumed by charge; changes nothing but the sign of a zero.
+// Assumptions of input_current and charge, which change at most the sign of a zero.
 enum class Input {
   kGeneral,
-  kNormalised,  // v_rest = 0
-  kPlain,       // v_rest = 0, input_gain = 1, input_bias = 0, input_mean = 0
+  kNormalised,          // v_rest = 0
+  kPlain,               // v_rest = 0, input_gain = 1, input_bias = 0, input_mean = 0
+  kNormalisedResidual,  // v_rest = 0, with a residual
+  kGeneralResidual,
 };
+template <Input kInput>
+constexpr bool kIsGeneral = kInput == Input::kGeneral || kInput == Input::kGeneralResidual;
+template <Input kInput>
+constexpr bool kHasResidual = kInput == Input::kNormalisedResidual || kInput == Input::kGeneralResidual;
 
-// c[t] = input_gain * (x[t] - input_mean) + input_bias
-template <class Real>
+// c[t] = input_gain * (x[t] - input_mean) + input_bias;   a residual adds residual_gain * residual[t]
+template <Input kInput, class Real>
 ASGL_HOST_DEVICE Real input_current(Real x, const Neuron<Real>& neuron) {
-  return neuron.input_gain * (x - neuron.input_mean) + neuron.input_bias;
+  return kInput == Input::kPlain ? x : neuron.input_gain * (x - neuron.input_mean) + neuron.input_bias;
 }
 
 // The firing rule gives the hard spike z: 1 if u >= 0 (strict: u > 0), else 0.
@@ -103,14 +109,14 @@ struct FiringFromLeast {
   ASGL_HOST_DEVICE Real spike(Real u) const { return u >= least_u ? Real(1) : Real(0); }
 };
 
-// On a CPU both sides are computed and selected by a mask: a branch would prevent vectorisation.
+// On a CPU both sides are computed, and a mask selects one: a branch would prevent vectorisation.
 #if defined(__CUDA_ARCH__)
 constexpr bool kBranches = true;
 #else
 constexpr bool kBranches = false;
 #endif
 
-// `value`, or 0 even if it is NaN. The condition is the same for all elements.
+// `value` where the condition holds, else 0, even for NaN. The condition is the same for all elements.
 ASGL_HOST_DEVICE float keep_if(bool condition, float value) {
   if (kBranches) return condition ? value : 0.0f;
   return bit_cast<float>(bit_cast<uint32>(value) & (0u - static_cast<uint32>(condition)));
@@ -132,7 +138,7 @@ struct StepGradient {
   Real dc;  // the gradient of the input current
 };
 
-// Kernels multiply by 1 / width and sum its gradient, from which the gradient of the width follows.
+// Kernels multiply by 1 / width and sum the gradient of 1 / width; gradient_of_width converts the sum.
 template <class Real>
 ASGL_HOST_DEVICE Real inverse_of_width(Real width) {
   return Real(1) / width;
@@ -145,7 +151,7 @@ template <Surrogate kSurrogate, bool kHardReset>
 struct LIF {
   static constexpr bool kResetsHard = kHardReset, kOnlyGeneral = false;
 
-  // The object whose functions general kernels call; other models keep the options in it.
+  // The object whose functions kernels call; LIFByOptions keeps the options in it.
   template <class Options>
   static ASGL_HOST_DEVICE LIF of(const Options&) {
     return {};
@@ -153,11 +159,10 @@ struct LIF {
 
   // h[t] = v_rest + decay * (v[t-1] - v_rest) + c[t]
   template <Input kInput, class Real, class States>
-  static ASGL_HOST_DEVICE Real charge(Real x, States&& state, const Neuron<Real>& neuron,
+  static ASGL_HOST_DEVICE Real charge(Real c, States&& state, const Neuron<Real>& neuron,
                                       const NeuronOptions<Real>& options) {
-    const Real c = kInput == Input::kPlain ? x : input_current(x, neuron);
     const Real v_rest = options.v_rest;
-    return kInput == Input::kGeneral ? (v_rest + neuron.decay * (state.v - v_rest)) + c : neuron.decay * state.v + c;
+    return kIsGeneral<kInput> ? (v_rest + neuron.decay * (state.v - v_rest)) + c : neuron.decay * state.v + c;
   }
 
   // s = F(u / width) where analog, else the hard spike,   u = h - v_threshold
@@ -189,8 +194,8 @@ struct LIF {
   //   ds = g + dv * v_reset - dv * h   hard,   g - dv * reset_amount   soft,   g under detach_reset
   //   dy = F'(y) * ds * surrogate_gain
   //   dh = gh + dv * (1 - s) + dy / width   hard,   gh + dv + dy / width   soft
-  // in autograd's order of additions in the reference. Until v[t] has a gradient (at the last step, unless v is an
-  // output) its terms are absent, not zero times a value that may be infinite: `carried`, `through_reset` are false.
+  // added in the order of autograd on the reference. Until v[t] has a gradient (at the last step, unless v is an
+  // output) `carried` and `through_reset` are false: terms of dv are absent, not zero times a possibly infinite value.
   template <class Real>
   static ASGL_HOST_DEVICE Real spike_gradient(Real g, Real h, bool through_reset, const Neuron<Real>& neuron, Real dv) {
     return kHardReset ? (g + keep_if(through_reset, dv * neuron.reset)) - keep_if(through_reset, dv * h)

@@ -1,5 +1,5 @@
 // Batch normalisation by channel: moments, the neuron's input parameters derived from them, and the adjoint from the
-// normalised input to the input. Computed in float64, at a cost per channel only.
+// normalised input to the input. Arithmetic by channel is in float64.
 #pragma once
 
 #include "math/half_types.h"
@@ -21,7 +21,7 @@ struct Moments {
   double count, mean, variance;
 };
 
-// The moments of both together (Chan, Golub, LeVeque 1979).
+// The moments of the union (Chan, Golub, LeVeque 1979).
 ASGL_HOST_DEVICE Moments join(const Moments& a, const Moments& b) {
   const double count = a.count + b.count;
   if (count == 0) return a;
@@ -30,7 +30,7 @@ ASGL_HOST_DEVICE Moments join(const Moments& a, const Moments& b) {
           (1 - share) * a.variance + share * b.variance + share * (1 - share) * (distance * distance)};
 }
 
-// Moments from the sums of x - shift and of its square. With one of the values as shift, (mean - shift)^2 is at most
+// Moments from the sums of x - shift and (x - shift)^2. With one of the values as shift, (mean - shift)^2 is at most
 // `count` times the variance: float64 tolerates this cancellation, float32 does not.
 ASGL_HOST_DEVICE Moments shifted_moments(double count, double shift, double sum, double squares) {
   if (count == 0) return {0, 0, 0};
@@ -50,9 +50,9 @@ struct Normalisation {
 enum Coefficient { kCoefficientMean, kCoefficientGain, kCoefficientBias, kCoefficientVariance };
 constexpr int kNumCoefficients = 4;
 
-// The neuron's input parameters of a channel: c = input_scale * (weight * (x - mean) / sqrt(variance + eps) + bias) is
-//   c = gain * (x - rounded_mean) + shift
-// where the shift corrects the rounding of the mean. A shift by the whole mean would cancel.
+// The neuron's input parameters of a channel: c = input_scale * (weight * (x - mean) / sqrt(variance + eps) + shift) is
+//   c = gain * (x - rounded_mean) + bias
+// where the bias corrects the rounding of the mean. A bias with the whole mean would cancel.
 template <class Real>
 struct Coefficients {
   Real mean, gain, bias;
@@ -67,13 +67,13 @@ struct Coefficients {
   }
 };
 
-// The sums over a channel of dh * (x - rounded_mean), and of dh, the gradient of c.
+// The sums over a channel of dh * (x - rounded_mean) and of dh, the gradient of c.
 struct GradientSums {
   double gain, bias;
 };
 
 // With S = sum dh xhat, xhat = (x - mean) / sqrt(variance + eps), M values in all:
-//   d weight = input_scale * S,   d bias = input_scale * sum dh
+//   d weight = input_scale * S,   d shift = input_scale * sum dh
 //   dx = gain * (dh - sum dh / M - xhat * S / M) = gain * dh + slope * (x - rounded_mean) + offset
 template <class Real>
 struct NormalisationAdjoint {
@@ -94,7 +94,7 @@ struct NormalisationAdjoint {
   }
 };
 
-// dx follows from gain * dh and x.
+// dx, from gain * dh and x.
 template <class Real>
 ASGL_HOST_DEVICE Real normalisation_adjoint(Real gain_dh, Real x, Real mean, Real slope, Real offset) {
   return gain_dh + (slope * (x - mean) + offset);

@@ -1,12 +1,11 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw; SC 2011) is here a pure function of counter and key; the noise is made
-// from it.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw; SC 2011) as a pure function of counter and key, and the noise drawn by it.
 #pragma once
 
 #include "math/host_device.h"
 
 namespace asgl {
 
-// Four words of 32 bits. On a CPU each is in the low half of a 64-bit lane, whose high half means nothing:
+// Four words of 32 bits. On a CPU each is in the low half of a 64-bit lane, whose high half is ignored:
 // 32 x 32 -> 64 bit products then need no shuffle in a vector register.
 #if defined(__CUDA_ARCH__)
 using PhiloxWord = uint32;
@@ -37,10 +36,10 @@ ASGL_HOST_DEVICE PhiloxWords philox4x32(PhiloxWords counter, uint32 key0, uint32
   return {{c0, c1, c2, c3}};
 }
 
-// Above every draw of 16 bits.
+// Above every 16-bit draw.
 constexpr uint32 kAlwaysAnalog = 65536;
 
-// The draws of 4 neighbouring neurons: bits 16 j to 16 j + 15 of draws[t % 2] belong to neuron 4 group + j at step t.
+// The draws of 4 adjacent neurons: bits 16 j to 16 j + 15 of draws[t % 2] belong to neuron 4 group + j at step t.
 struct NoiseBlock {
   uint64 draws[2];
 };
@@ -54,7 +53,7 @@ ASGL_HOST_DEVICE NoiseKey noise_key(const int64* rng_state) {
   return {static_cast<uint32>(seed), static_cast<uint32>(seed >> 32), static_cast<uint32>(rng_state[1])};
 }
 
-// The block serves steps 2 step_pair and 2 step_pair + 1. An element is analog where its draw is below
+// The draws for steps 2 step_pair and 2 step_pair + 1. An element is analog where its draw is below
 // round(analog_prob * kAlwaysAnalog).
 ASGL_HOST_DEVICE NoiseBlock noise_block(uint64 group, uint32 step_pair, NoiseKey key) {
   const PhiloxWords counter = {{static_cast<uint32>(group), static_cast<uint32>(group >> 32), step_pair, key.offset}};

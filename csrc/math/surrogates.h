@@ -1,5 +1,5 @@
 // The surrogates as unit-width cumulative functions F and their slopes f = F' (asgl_cuda/surrogate.py has F in
-// PyTorch). A new one takes its id and its SurrogateMath here, its F there, and its name in the docstring of lif.
+// PyTorch). A new one needs an id and a SurrogateMath here, F there, and its name in the docstring of lif.
 #pragma once
 
 #include "math/float_math.h"
@@ -26,7 +26,7 @@ ASGL_HOST_DEVICE double trunc(double x) { return __builtin_trunc(x); }
 ASGL_HOST_DEVICE float trunc(float x) { return __builtin_truncf(x); }
 #endif
 
-// ASGL_HOST_FUNCTIONS: the host's float32 functions on the device, for tests that nothing else differs.
+// ASGL_HOST_FUNCTIONS: the host's float32 functions on the device, to test that nothing else differs.
 #if defined(__CUDA_ARCH__) && !defined(ASGL_HOST_FUNCTIONS)
 #define ASGL_DEVICE_FUNCTIONS
 #endif
@@ -41,7 +41,7 @@ ASGL_HOST_DEVICE float erf(float x) { return float_math::erf(x); }
 ASGL_HOST_DEVICE float atan(float x) { return float_math::atan(x); }
 #endif
 
-// Comparisons, not fabs or fmin: NaN must go through.
+// Comparisons, not fmin and fmax, which lose NaN.
 template <class Real>
 ASGL_HOST_DEVICE Real magnitude(Real x) {
   return x < Real(0) ? -x : x;
@@ -53,7 +53,7 @@ ASGL_HOST_DEVICE Real clamp_to_unit(Real x) {
   return x > Real(1) ? Real(1) : from_below;
 }
 
-// x is at least 1. On a GPU the result may be off by one unit in the last place.
+// For x >= 1. In float32 on a GPU the error is up to 1 ulp.
 template <class Real>
 ASGL_HOST_DEVICE Real reciprocal(Real x) {
   return Real(1) / x;
@@ -82,9 +82,9 @@ template <Surrogate kind>
 struct SurrogateMath;
 
 // value is F(y); adjoint is the gradient of y, given y and the gradient da of F(y).
-// Rectangle and triangle repeat the operations of PyTorch's autograd on the reference in its order, for equal bits,
-// except that triangle takes one product where autograd adds two halves of it: with gradients under 1e-37 these are
-// subnormal and round otherwise, and they would cost three operations more.
+// Rectangle and triangle do the operations of PyTorch's autograd on the reference in the same order, for equal bits,
+// except that triangle computes one product where autograd adds two halves, which saves three operations: for gradients
+// under 1e-37 the halves are subnormal and round differently.
 
 template <>
 struct SurrogateMath<Surrogate::kRectangle> {
@@ -95,7 +95,7 @@ struct SurrogateMath<Surrogate::kRectangle> {
   template <class Real>
   static ASGL_HOST_DEVICE Real adjoint(Real y, Real da) {
     const Real ramp = y + Real(0.5);
-    return math::clamp_to_unit(ramp) == ramp ? da : Real(0);  // the edges are inside, NaN is not
+    return math::clamp_to_unit(ramp) == ramp ? da : Real(0);  // edges included, NaN excluded
   }
 };
 
@@ -184,7 +184,7 @@ struct SurrogateMath<Surrogate::kLaplace> {
   }
 };
 
-// F(y) of a surrogate that is known at run time; with its gradient da, the gradient of y.
+// F(y) of a surrogate given at run time; with the gradient da of F(y), the gradient of y.
 template <int kId = 0, class Real, class... Gradient>
 ASGL_HOST_DEVICE Real any_surrogate(Surrogate surrogate, Real y, Gradient... da) {
   if constexpr (kId + 1 < kNumSurrogates) {

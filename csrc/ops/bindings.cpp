@@ -1,4 +1,4 @@
-// Registers the operators of this folder for the backends that this build has, and the small Python module.
+// Registers the operators of this folder for the backends of this build, and defines the Python module.
 #include <torch/extension.h>
 #if defined(ASGL_WITH_CUDA)
 #include <c10/cuda/CUDAException.h>
@@ -32,7 +32,7 @@ class CpuBackend {
 
 #if defined(ASGL_WITH_CUDA)
 
-// On x_seq's device and its current stream.
+// Runs on x_seq's device, in the device's current stream.
 class CudaBackend {
  public:
   explicit CudaBackend(const at::Tensor& x_seq)

@@ -32,7 +32,7 @@ struct AtenType<BFloat16> {
   using type = at::BFloat16;
 };
 
-// Null for no tensor.
+// Null for no tensor, or an empty one.
 template <class Element>
 Element* pointer(const Tensor& tensor) {
   if (!tensor.defined() || tensor.numel() == 0) return nullptr;
@@ -64,7 +64,7 @@ struct Rules {
 };
 struct Numbers {
   double constants[kNumParameters];  // in the order of ParameterId, 0 where the parameter is a tensor
-  double v_rest, surrogate_gain, v_min;
+  double residual_gain, v_rest, surrogate_gain, v_min;
 };
 
 template <class Fields, class Element>
@@ -87,13 +87,20 @@ class Call {
         x_seq_(x_seq),
         layout_(x_seq, rules_.time_dim),
         rng_state_(rng_state) {
-    TORCH_CHECK_VALUE(parameters.size() == kNumParameters, "asgl_cuda: expected ", kNumParameters, " parameters, got ",
-                      parameters.size());
+    TORCH_CHECK_VALUE(parameters.size() == kNumParameters + 1, "asgl_cuda: expected ", kNumParameters,
+                      " parameters and a residual, got ", parameters.size());
     TORCH_CHECK_VALUE(0 <= rules_.surrogate && rules_.surrogate < kNumSurrogates,
                       "asgl_cuda: no surrogate has the number ", rules_.surrogate);
     if (v_init.has_value()) {
       check_real(*v_init, "v_init");
       v_init_ = layout_.match_state(*v_init);
+    }
+    const OptionalTensor residual = parameters.get(kNumParameters);
+    if (residual.has_value()) {
+      TORCH_CHECK_TYPE(residual->scalar_type() == x_seq.scalar_type() && residual->device() == x_seq.device(),
+                       "asgl_cuda: residual must have type ", x_seq.scalar_type(), " on ", x_seq.device(), ", got ",
+                       residual->scalar_type(), " on ", residual->device());
+      residual_ = layout_.match_sequence(*residual);
     }
     const int64_t below = rules_.analog_below;
     TORCH_CHECK_VALUE(0 <= below && below <= kAnalogBelowInState, "asgl_cuda: analog_below must be in [0, ",
@@ -119,6 +126,7 @@ class Call {
   }
 
   const Layout& layout() const { return layout_; }
+  bool has_residual() const { return residual_.has_value(); }
   bool has_parameter(int id) const { return parameters_[id].has_value(); }
   const ParameterTensor& parameter(int id) const { return *parameters_[id]; }
   at::TensorOptions real_options() const { return x_seq_.options().dtype(real_type(x_seq_)); }
@@ -146,6 +154,8 @@ class Call {
         static_cast<uint32>(rules_.analog_below)};
     params.x_seq = const_pointer<Scalar>(x_seq_);
     params.init.v = const_pointer<Real>(v_init_);
+    params.residual = const_pointer<Scalar>(residual_);
+    params.residual_gain = static_cast<Real>(numbers_.residual_gain);
   }
 
   template <class Real>
@@ -173,9 +183,12 @@ class Call {
   Numbers numbers_;
   Tensor x_seq_;
   Layout layout_;
-  OptionalTensor v_init_, rng_state_;
+  OptionalTensor v_init_, rng_state_, residual_;
   std::optional<ParameterTensor> parameters_[kNumParameters];
 };
+
+// Whether lif_backward wants the gradients of x_seq, v_init, the parameters and the residual.
+using WantedGradients = std::array<bool, 3 + kNumParameters>;
 
 template <class F>
 void with_scalar(at::ScalarType type, F&& f) {
@@ -196,7 +209,7 @@ void with_scalar(at::ScalarType type, F&& f) {
 // The wanted gradients of parameter tensors, each [steps or 1, count].
 class ParameterGradients {
  public:
-  ParameterGradients(const Call& call, const std::array<bool, 2 + kNumParameters>& wanted) : call_(call) {
+  ParameterGradients(const Call& call, const WantedGradients& wanted) : call_(call) {
     for (int id = 0; id < kNumParameters; ++id) {
       if (!wanted[2 + id] || !call.has_parameter(id)) continue;
       ids_.push_back(id);
@@ -205,7 +218,7 @@ class ParameterGradients {
     }
   }
 
-  // Launches a backward kernel, whose params lack only the partial sums, and adds these up.
+  // Launches a backward kernel, whose params lack only the partial sums, and sums these.
   template <class Backend, class Params>
   void compute(const Backend& backend, Params& params) const {
     using Real = typename Params::Real;

@@ -15,7 +15,7 @@
 
 namespace asgl::ops {
 
-// The type that pybind11 converts an argument to, and its conversion to the operator's.
+// The type that pybind11 converts an argument to, and its conversion to the operator's type.
 template <class Argument>
 struct FromPython {
   using type = std::decay_t<Argument>;
@@ -38,7 +38,7 @@ struct FromPython<const c10::List<OptionalTensor>&> {
 };
 
 // Mimics torch::Library's interface, but exports each operator as a pybind11 function. Kernels only give the types: the
-// dispatcher chooses which one runs.
+// dispatcher chooses the kernel.
 class DirectCalls {
  public:
   explicit DirectCalls(pybind11::module_& m) : module_(m) {}
@@ -50,7 +50,7 @@ class DirectCalls {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       try {
         return typed.call(FromPython<Arguments>::taken(given)...);
-      } catch (const std::invalid_argument& error) {  // from code without torch; would become a RuntimeError
+      } catch (const std::invalid_argument& error) {  // from code without torch; else a RuntimeError
         TORCH_CHECK_VALUE(false, error.what());
       }
     };

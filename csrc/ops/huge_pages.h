@@ -32,7 +32,7 @@ inline bool huge_pages_on_request() {
   return on_request;
 }
 
-// Requests huge pages for an untouched tensor, pages at its ends included: blocks of malloc begin a few bytes behind a
+// Requests huge pages for an untouched tensor, pages at its ends included: blocks of malloc begin a few bytes after a
 // huge-page boundary. No more memory becomes resident, since the system uses only huge pages that are requested whole.
 inline Tensor in_huge_pages(Tensor tensor) {
   if (tensor.is_cpu() && tensor.nbytes() >= kLeastHugeBytes && huge_pages_on_request()) {

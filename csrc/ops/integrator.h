@@ -5,7 +5,7 @@
 
 namespace asgl::ops {
 
-// Returns v_seq, and v_last where it is wanted.
+// Returns v_seq, and v_last if wanted.
 template <class Backend>
 std::vector<Tensor> integrator_forward(const Tensor& x_seq, const OptionalTensor& v_init,
                                        const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> numbers,
@@ -27,14 +27,13 @@ std::vector<Tensor> integrator_forward(const Tensor& x_seq, const OptionalTensor
   return results;
 }
 
-// Returns the wanted gradients; the gradient of decay needs v_seq, of input_gain x_seq. Both are laid out as
-// grad_v_seq.
+// Returns the wanted gradients; decay's needs v_seq, input_gain's x_seq, both brought to the layout of grad_v_seq.
 template <class Backend>
 std::vector<Tensor> integrator_backward(const Tensor& grad_v_seq, const OptionalTensor& grad_v_last,
                                         const OptionalTensor& v_seq, const OptionalTensor& x_seq,
                                         const OptionalTensor& v_init, const c10::List<OptionalTensor>& parameters,
                                         at::ArrayRef<double> numbers, at::IntArrayRef rules, bool delay,
-                                        std::array<bool, 2 + kNumParameters> wanted) {
+                                        WantedGradients wanted) {
   const Call call(grad_v_seq, v_init, std::nullopt, parameters, numbers, rules);
   const Backend backend(grad_v_seq);
   const Layout& layout = call.layout();

@@ -15,7 +15,7 @@ namespace asgl::ops {
 
 using at::Tensor;
 
-// x_seq is contiguous or channels_last: the channels, the second dimension except time, innermost.
+// x_seq is contiguous or channels_last: the channels, the second non-time dimension, innermost.
 class Layout {
  public:
   Layout(const Tensor& x_seq, int64_t time_dim) : sizes_(x_seq.sizes().vec()), time_dim_(time_dim) {
@@ -49,7 +49,7 @@ class Layout {
   int64_t time_dim() const { return time_dim_; }
   const std::vector<int64_t>& sizes() const { return sizes_; }
 
-  // A sequence whose memory is ordered as x_seq's.
+  // A sequence in the memory order of x_seq.
   Tensor empty_sequence(const at::TensorOptions& options) const { return empty(sizes_, order_, options); }
 
   Tensor match_sequence(const Tensor& tensor) const {
@@ -124,7 +124,7 @@ inline ChannelShape channel_shape(const Layout& layout) {
   return shape;
 }
 
-// The shape of one value a channel that broadcasts against x_seq.
+// The shape of one value a channel, to broadcast against x_seq.
 inline at::DimVector channel_sizes(const Layout& layout) {
   const size_t channel = layout.time_dim() <= 1 ? 2 : 1;
   at::DimVector sizes(layout.sizes().size() - channel, 1);

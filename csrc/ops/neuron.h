@@ -8,7 +8,7 @@
 
 namespace asgl::ops {
 
-// Returns those that are wanted.
+// Returns s_seq and the other wanted outputs.
 template <class Backend>
 std::vector<Tensor> lif_forward(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state,
                                 const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> numbers,
@@ -51,13 +51,12 @@ std::vector<Tensor> lif_forward(const Tensor& x_seq, const OptionalTensor& v_ini
   return results;
 }
 
-// Returns those that are wanted.
+// Returns the wanted gradients.
 template <class Backend>
 std::vector<Tensor> lif_backward(const c10::List<OptionalTensor>& grads, const Tensor& x_seq,
                                  const OptionalTensor& v_init, const OptionalTensor& rng_state,
                                  const Tensor& checkpoints, const c10::List<OptionalTensor>& parameters,
-                                 at::ArrayRef<double> numbers, at::IntArrayRef rules,
-                                 std::array<bool, 2 + kNumParameters> wanted) {
+                                 at::ArrayRef<double> numbers, at::IntArrayRef rules, WantedGradients wanted) {
   const Call call(x_seq, v_init, rng_state, parameters, numbers, rules);
   TORCH_CHECK_VALUE(grads.size() == 4, "asgl_cuda: expected 4 gradients, got ", grads.size());
   const Backend backend(x_seq);
@@ -78,6 +77,7 @@ std::vector<Tensor> lif_backward(const c10::List<OptionalTensor>& grads, const T
 
   const Tensor grad_x_seq = wanted[0] ? layout.empty_sequence(x_seq.options()) : Tensor();
   const Tensor grad_v_init = wanted[1] ? layout.empty_state(real) : Tensor();
+  const Tensor grad_residual = wanted.back() && call.has_residual() ? layout.empty_sequence(x_seq.options()) : Tensor();
   std::vector<Tensor> results;
   if (wanted[0]) results.push_back(grad_x_seq);
   if (wanted[1]) results.push_back(grad_v_init);
@@ -95,10 +95,12 @@ std::vector<Tensor> lif_backward(const c10::List<OptionalTensor>& grads, const T
       params.checkpoints = members_in(const_pointer<Real>(checkpoints), checkpoint_stride(shape));
       params.grad_x_seq = pointer<Scalar>(grad_x_seq);
       params.grad_init.v = pointer<Real>(grad_v_init);
+      params.grad_residual = pointer<Scalar>(grad_residual);
       gradients.compute(backend, params);
     });
   }
   gradients.append_to(results);
+  if (grad_residual.defined()) results.push_back(grad_residual);
   return results;
 }
 

@@ -7,7 +7,7 @@ namespace asgl::ops {
 
 static_assert(sizeof(Moments) == 3 * sizeof(double));
 
-// The elements of a tensor that must have this shape; null for no tensor.
+// The elements of a tensor, checked for shape, type and device; null for no tensor.
 template <class Element>
 class Checked {
  public:
@@ -122,18 +122,21 @@ void batch_norm_update(const Tensor& running_mean, const Tensor& running_var, co
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const Tensor& x_seq,
-                                               const Tensor& coefficients, const Tensor& statistics,
-                                               const Tensor& grad_gain, const Tensor& grad_bias,
-                                               const Tensor& total_grad_gain, const Tensor& total_grad_bias, double eps,
-                                               double input_scale, int64_t time_dim) {
+std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const OptionalTensor& grad_residual,
+                                               const Tensor& x_seq, const Tensor& coefficients,
+                                               const Tensor& statistics, const Tensor& grad_gain,
+                                               const Tensor& grad_bias, const Tensor& total_grad_gain,
+                                               const Tensor& total_grad_bias, double eps, double input_scale,
+                                               double residual_gain, int64_t time_dim) {
   const Layout layout(x_seq, time_dim);
   const ChannelShape shape = channel_shape(layout);
-  const bool wanted = grad_x_seq.numel() > 0;
-  TORCH_CHECK_VALUE(
-      !wanted || (grad_x_seq.sizes() == x_seq.sizes() && grad_x_seq.permute(layout.order()).is_contiguous() &&
-                  grad_x_seq.scalar_type() == x_seq.scalar_type() && grad_x_seq.device() == x_seq.device()),
-      "asgl_cuda: grad_x_seq must lie in memory as x_seq does");
+  const bool wanted = grad_x_seq.numel() > 0, has_residual = wanted && grad_residual.has_value();
+  const auto is_like_x_seq = [&](const Tensor& grad) {
+    return grad.sizes() == x_seq.sizes() && grad.permute(layout.order()).is_contiguous() &&
+           grad.scalar_type() == x_seq.scalar_type() && grad.device() == x_seq.device();
+  };
+  TORCH_CHECK_VALUE(!wanted || (is_like_x_seq(grad_x_seq) && (!has_residual || is_like_x_seq(*grad_residual))),
+                    "asgl_cuda: grad_x_seq and grad_residual must have the type and memory order of x_seq");
   const Backend backend(x_seq);
   const at::TensorOptions real = x_seq.options().dtype(real_type(x_seq));
   const Tensor grad_weight = at::empty({shape.channels}, real), grad_shift = at::empty({shape.channels}, real);
@@ -172,6 +175,9 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const T
     backend.plan_tiles(pass);
     pass.mean = params.coefficients + kCoefficientMean * shape.channels;
     pass.adjoint = params.adjoint;
+    pass.grad_residual = has_residual ? pointer<Scalar>(*grad_residual) : nullptr;
+    pass.residual_gain = static_cast<Real>(residual_gain);
+    pass.gain = params.coefficients + kCoefficientGain * shape.channels;
     backend.launch(pass);
   });
   return {grad_weight, grad_shift};

@@ -1,11 +1,11 @@
-// The sums of the parameters' gradients.
+// Arguments of the kernel that sums the parameters' gradients.
 #pragma once
 
 #include "params/neuron.h"
 
 namespace asgl {
 
-// Chain-rule factor still to be applied to the partial sums, which may be of 1 / width or of the decay.
+// Chain-rule factor still to be applied to the partial sums, gradients of 1 / width and of the decay.
 enum class Derivative { kNone, kOfWidth, kOfLogWidth, kOfLogitDecay };
 
 // From the partial sums of one parameter to its gradient.
@@ -14,8 +14,8 @@ struct GradientPart {
   GradientPartials<Real> partials;
   ParameterView<Real> parameter;
   Derivative derivative;
-  // Set by plan_tiles() of CUDA. Powers of two: the elements of a block, the runs of an element and the slots of a run
-  // that its threads sum side by side.
+  // Set by plan_tiles() of CUDA. Powers of two: the elements, runs of each and slots of each run that a block sums in
+  // parallel.
   int elements_each, runs_each, slots_each;
   int64 blocks;
   Real* gradient;  // [T or 1, count]
@@ -47,7 +47,7 @@ template <class Real>
 struct GradientSum {
   SequenceShape shape;
   int64 tile;  // neurons
-  int count;   // of parts
+  int count;   // number of parts
   GradientPart<Real> parts[kNumParameters];
 };
 

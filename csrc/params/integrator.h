@@ -1,5 +1,5 @@
-// Arguments of the leaky integrator's kernels. Of the neuron's they read decay, input_gain, v_rest, logit_decay, x_seq
-// and init.
+// Arguments of the leaky integrator's kernels. Of the neuron's, the equations use decay, input_gain, v_rest,
+// logit_decay, x_seq and init.
 #pragma once
 
 #include "math/integrator.h"
@@ -9,8 +9,8 @@ namespace asgl {
 
 enum class Pass { kForward, kBackward, kSums };  // kSums: backward, and decay or input_gain wants a gradient
 
-// Null gradients are zero (inputs) or not computed (outputs). Backward reads v_seq only for the gradient of decay, and
-// x_seq only for that of input_gain.
+// Null gradients are zero (inputs) or not computed (outputs). Backward reads v_seq only for the gradient of decay,
+// x_seq only for the gradient of input_gain.
 template <class Scalar>
 struct IntegratorParams : LIFParams<Scalar> {
   using typename LIFParams<Scalar>::Real;

@@ -1,4 +1,4 @@
-// Arguments of the neuron's kernels, plain structs passed by value. The backend cupy parses this text for their layout.
+// Arguments of the neuron's kernels, plain structs passed by value. The backend cupy parses this file for their layout.
 #pragma once
 
 #include "math/half_types.h"
@@ -40,7 +40,7 @@ struct ParameterView {
   ASGL_HOST_DEVICE bool is_uniform() const { return count == 1 && step_stride == 0; }
 };
 
-// Says whether the first `count` parameters are uniform.
+// Whether the first `count` parameters are uniform.
 template <class Real>
 ASGL_HOST_DEVICE bool all_uniform(const ParameterView<Real> (&parameters)[kNumParameters], int count = kNumParameters) {
   bool all = true;
@@ -48,7 +48,7 @@ ASGL_HOST_DEVICE bool all_uniform(const ParameterView<Real> (&parameters)[kNumPa
   return all;
 }
 
-// The value of a parameter that may be given as a logarithm or logit.
+// The value of a parameter that may be stored as a logarithm or logit.
 template <class Real>
 ASGL_HOST_DEVICE Real value_of(ParameterId id, Real given, const NeuronOptions<Real>& options) {
   if (id == kWidth && options.log_width) return exp_within_bound(given);
@@ -56,7 +56,7 @@ ASGL_HOST_DEVICE Real value_of(ParameterId id, Real given, const NeuronOptions<R
   return given;
 }
 
-// The neuron whose parameters have the values value(id).
+// The neuron with parameters value(id).
 template <class Real, class F>
 ASGL_HOST_DEVICE Neuron<Real> neuron_of(F&& value) {
   return {value(kDecay),     value(kThreshold), value(kReset),    inverse_of_width<Real>(value(kWidth)),
@@ -72,7 +72,7 @@ struct NoiseParams {
   // 0 is never analog, kAlwaysAnalog always: neither needs a draw.
   ASGL_HOST_DEVICE bool drawn() const { return analog_below > 0 && analog_below < kAlwaysAnalog; }
 
-  // With analog_below read from rng_state if it is data, and clamped.
+  // Reads analog_below from rng_state if it is stored there, and clamps it.
   ASGL_HOST_DEVICE NoiseParams resolved() const {
     if (analog_below <= kAlwaysAnalog) return *this;
     const int64 below = rng_state[2];
@@ -80,7 +80,7 @@ struct NoiseParams {
   }
 };
 
-// The tiles of plan_tiles(), which fix the size of GradientPartials.
+// The tiles of plan_tiles(), which determine the size of GradientPartials.
 struct NeuronTiles {
   int64 tile;   // neurons a tile
   int64 count;  // tiles in all
@@ -97,6 +97,8 @@ struct LIFParams {
   ParameterSummary summary;  // set by plan_tiles() of CUDA; from kDivisible neurons on only `wanted`
   const Scalar* x_seq;       // [outer, T, inner]
   State<const Real*> init;   // [N]; null: at rest
+  const Scalar* residual;    // [outer, T, inner]; null: none
+  Real residual_gain;
 
   // The state of a neuron at rest.
   ASGL_HOST_DEVICE State<Real> at_rest() const { return {options.v_rest}; }
@@ -110,7 +112,7 @@ struct LIFParams {
     return is_input_plain() ? Input::kPlain : Input::kNormalised;
   }
 
-  // Whether the input current is x itself.
+  // Whether the input current is x itself, apart from the residual.
   ASGL_HOST_DEVICE bool is_input_plain() const {
     const auto is = [&](ParameterId id, Real value) {
       return parameters[id].data == nullptr && parameters[id].constant == value;
@@ -130,7 +132,7 @@ struct ForwardParams : LIFParams<Scalar> {
   State<Real*> checkpoints;  // [(T - 1) / kCheckpointSteps, N], after steps 16, 32, ...
   Real* zeros;               // [2], padding, zeroed so that no output is uninitialised
 
-  // Whether only spikes, the last state and checkpoints are wanted.
+  // Whether only unscaled spikes, the last state and checkpoints are wanted.
   ASGL_HOST_DEVICE bool only_spikes() const {
     return v_seq == nullptr && h_seq == nullptr && !this->options.scale_output;
   }
@@ -156,14 +158,16 @@ struct BackwardParams : LIFParams<Scalar> {
   State<const Real*> checkpoints;  // as in ForwardParams
   Scalar* grad_x_seq;              // [outer, T, inner]
   State<Real*> grad_init;          // [N]
+  Scalar* grad_residual;           // [outer, T, inner], the gradient of the input current
   GradientPartials<Real> partials[kNumParameters];
 
   ASGL_HOST_DEVICE bool wants(int id) const { return partials[id].data != nullptr; }
 
-  // Whether s_seq has a gradient, x_seq wants one, and of the rest only states and parameters other than input_mean.
+  // Whether unscaled s_seq has a gradient, and x_seq or the residual wants one; v_seq and h_seq have none, input_mean
+  // wants none.
   ASGL_HOST_DEVICE bool only_spikes() const {
-    return grad_s_seq != nullptr && grad_x_seq != nullptr && grad_v_seq == nullptr && grad_h_seq == nullptr &&
-           !this->options.scale_output && !wants(kInputMean);
+    return grad_s_seq != nullptr && (grad_x_seq != nullptr || grad_residual != nullptr) && grad_v_seq == nullptr &&
+           grad_h_seq == nullptr && !this->options.scale_output && !wants(kInputMean);
   }
 };
 

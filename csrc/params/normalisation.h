@@ -1,4 +1,4 @@
-// Arguments of batch normalisation's kernels, plain structs passed by value. The backend cupy parses this text for
+// Arguments of batch normalisation's kernels, plain structs passed by value. The backend cupy parses this file for
 // their layout.
 #pragma once
 
@@ -13,15 +13,15 @@ struct ChannelShape {
   ASGL_HOST_DEVICE int64 columns() const { return channels * inner; }
 };
 
-// Tiles with whole channels, or with a part of one. A task reads some rows of a tile of `width` units, `ways` rows at a
-// time; a unit is `lanes` neighbouring columns of a channel. Nothing depends on the number of threads.
+// Tiles of whole channels, or of a part of one. A task reads some rows of a tile of `width` units, `ways` rows at a
+// time; a unit is `lanes` adjacent columns of a channel. Nothing depends on the number of threads.
 struct ChannelTiles {
   ChannelShape shape;
   int64 lanes, width, ways;
   int64 units_per_channel, channels_per_tile, tiles_per_channel;
   int64 rows_per_split, splits;
 
-  // A task has up to `most_units` units at a time, and at least `rows_each` rows of each: at most kMostSplits splits.
+  // A task reads up to `most_units` units at a time, `rows_each` rows of each, or more for at most kMostSplits splits.
   ASGL_HOST_DEVICE static ChannelTiles plan(const ChannelShape& shape, int64 lanes, int64 most_units, int64 rows_each) {
     constexpr int64 kMostSplits = 2048;
     ChannelTiles tiles{};
@@ -46,17 +46,17 @@ struct ChannelTiles {
 
   ASGL_HOST_DEVICE int64 groups() const { return divided(shape.channels, channels_per_tile); }
   ASGL_HOST_DEVICE int64 tasks() const { return splits * tiles_per_channel * groups(); }
-  // Moments of each channel: one of every split and tile.
+  // Moments of each channel: one for every split and tile.
   ASGL_HOST_DEVICE int64 slots() const { return splits * tiles_per_channel; }
 
   static ASGL_HOST_DEVICE int64 divided(int64 number, int64 by) { return (number + by - 1) / by; }
 };
 
-// The values of one task.
+// The part of a sequence that one task reads.
 struct ChannelTask {
   int64 slot;
   int64 first_channel;
-  int64 first_unit, units;  // of the first channel; units of the tile that exist
+  int64 first_unit, units;  // in the first channel; number in the task
   int64 row, end_row;
 
   ASGL_HOST_DEVICE ChannelTask(const ChannelTiles& tiles, int64 task) {
@@ -80,7 +80,7 @@ struct MomentsParams {
   Moments* moments;     // [slots, channels]
 };
 
-// The coefficients from moments, or from mean and variance if moments are null. Null weight is 1, null bias 0.
+// Coefficients from moments, or from mean and variance if moments is null. A null weight is 1, a null bias 0.
 template <class Real>
 struct CoefficientsParams {
   const Moments* moments;  // [slots, channels]
@@ -162,7 +162,11 @@ struct InputGradientParams {
   const Scalar* x_seq;  // [rows, channels, inner]
   const Real* mean;     // [channels]
   const Real* adjoint;  // slope and offset, [2, channels]
-  Scalar* grad_x_seq;   // [rows, channels, inner], gain * dh on entry, dx on return
+  Scalar* grad_x_seq;   // [rows, channels, inner], dx on return; on entry gain * dh, or with grad_residual nothing
+  // With a residual:
+  Scalar* grad_residual;  // [rows, channels, inner], dh on entry, residual_gain * dh on return; null: none
+  Real residual_gain;
+  const Real* gain;  // [channels]
 };
 
 }  // namespace asgl

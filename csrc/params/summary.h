@@ -1,4 +1,4 @@
-// The parameters summarised for the CUDA kernels: a few comparisons of each would be a tenth of the instructions of a
+// Parameters summarised for the CUDA kernels, where comparisons for each would take a tenth of the instructions of a
 // short sequence.
 #pragma once
 
@@ -20,11 +20,11 @@ struct NeuronIndex {
 struct ParameterSummary {
   uint32 tensors;  // a bit for each that is not constant
   uint32 wanted;   // a bit for each that wants a gradient
-  // All parameters that differ between neurons have the same inner and count: a common index, and strides 1, else 0.
+  // Whether all parameters that differ between neurons share inner and count: then the index is common.of(n) * stride.
   bool alike;
   NeuronIndex common;
-  uint32 strides[kNumParameters];
-  NeuronIndex own[kNumParameters];  // where they are not alike
+  uint32 strides[kNumParameters];   // 1, or 0 for one value
+  NeuronIndex own[kNumParameters];  // if not alike
 };
 
 ASGL_HOST_DEVICE bool has(uint32 bits, int id) { return bits >> id & 1u; }

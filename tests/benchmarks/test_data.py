@@ -66,7 +66,7 @@ def test_saccade_events():
     first = bright[0].long()  # the first saccade goes right and, half as far, down: ON before an edge, OFF behind it
     assert first[0, 7:9, 11:13].sum() > 0 == first[1, 7:9, 11:13].sum()
     assert first[1, 7:9, 6].sum() > 0 == first[0, 7:9, 6].sum()
-    # The eye returns to its start: ON and OFF events cancel, up to the contrast of one.
+    # The eye returns to its start: a pixel's ON and OFF events cancel, up to one by rounding.
     events = data.saccade_events(torch.rand(3, 1, 16, 16)).long().sum(1)
     assert events.sum() > 1000
     assert (events[:, 0] - events[:, 1]).abs().max() <= 1

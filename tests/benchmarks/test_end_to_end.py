@@ -90,6 +90,27 @@ def test_ranges_change_no_result(fused):
 needs_kernels = pytest.mark.skipif("cpu" not in end_to_end.fused_backends(CPU), reason="no CPU kernels")
 
 
+def test_peak_has_the_gradients():
+    """Older gradients, freed in the step, are not counted as less."""
+    training = Training(Network(small, (1, 1, 3), 2), lambda: nn.Linear(4, 2**18, bias=False), CPU)
+    training.model[2] = OverTime(nn.Linear(2**18, 2))
+    for _ in range(2):
+        training.step()
+        gradients = 4 * 2**18 * 4  # bytes of the large layer's
+        assert training.peak_bytes() > gradients
+
+
+@needs_kernels
+@pytest.mark.skipif("ResNet-18" not in end_to_end.NETWORKS, reason="no SpikingJelly")
+def test_shares_of_a_residual_network(monkeypatch):
+    monkeypatch.setattr(end_to_end, "PROFILED_STEPS", 1)
+    network = end_to_end.NETWORKS["ResNet-18"]._replace(input_shape=(2, 2, 3, 32, 32))
+    for fused in (False, True):
+        found = end_to_end.shares(Training(network, lambda: end_to_end.asgl("cpu"), CPU, fused))
+        assert sum(found.values()) == pytest.approx(1)
+        assert min(found.values()) > 0
+
+
 def test_fused_blocks_train_as_unfused_ones():
     names = [f"asgl_cuda {backend}, fused block" for backend in end_to_end.fused_backends(CPU)]
     assert end_to_end.check_losses(BLOCK, CPU) == names
@@ -124,10 +145,10 @@ def test_a_network_without_fusion_is_refused():
 def test_networks_train_with_every_neuron(name):
     network = end_to_end.NETWORKS[name]
     network = network._replace(input_shape=(3, 2, *network.input_shape[2:]))
-    for variant, neuron, fused in end_to_end.variants(network, CPU):
+    for variant, neuron, fused, converted in end_to_end.variants(network, CPU):
         if variant == "torch.compile":
             continue
-        training = Training(network, neuron, CPU, fused)
+        training = Training(network, neuron, CPU, fused, converted=converted)
         before = [parameter.detach().clone() for parameter in training.model.parameters()]
         training.step()
         training.step()  # state of one sequence must not leak into the next

@@ -1,5 +1,6 @@
 """Memory of training steps: less is kept where spikes are recomputed, and allocations are counted."""
 
+import pytest
 import torch
 
 from benchmarks.speed import memory
@@ -26,3 +27,10 @@ def test_spikes_computed_again(monkeypatch):
     assert found[memory.RECOMPUTED]["kept_bytes"] <= 0.56 * found[memory.KEPT]["kept_bytes"]
     assert found[memory.RECOMPUTED]["peak_bytes"] < found[memory.KEPT]["peak_bytes"]
     assert "recompute_spikes" in memory.table("VGG, T = 4", found)
+
+
+@pytest.mark.parametrize("name", memory.LINEAR)
+def test_linear_networks(name):
+    found = memory.measure(name, CPU, repeats=1)
+    assert list(found) == [memory.KEPT, memory.RECOMPUTED]
+    assert found[memory.RECOMPUTED]["kept_bytes"] <= 0.65 * found[memory.KEPT]["kept_bytes"]

@@ -1,5 +1,5 @@
-// A CUDA driver that only writes down what it is asked, one line a call: enough of libcuda.so.1 for CuPy's binding of
-// it to load and start kernels.
+// A CUDA driver that only prints its calls, one a line: enough of libcuda.so.1 for CuPy's binding to load and launch
+// kernels.
 #include <cstdio>
 #include <cstring>
 
@@ -12,7 +12,7 @@ int cuCtxGetCurrent(void** current) {
   return 0;
 }
 
-// It takes the place of the CUDA runtime, which makes a context when a device is set.
+// Replaces the CUDA runtime, which creates a context when a device is set.
 void fake_set_device(int device) {
   std::printf("device %d\n", device);
   context = 1;

@@ -35,16 +35,16 @@ def calls(device, steps, layout, dtype):
         x_seq = x_seq.permute(0, 1, 4, 2, 3)
     real = real_of(dtype)
     width, v_threshold = (torch.ones(sizes, dtype=real, device=device) for sizes in ((3, 1, 1), ()))
-    parameters = [width, None, v_threshold, None, None, None, None]
+    parameters = [width, None, v_threshold, None, None, None, None, torch.zeros_like(x_seq)]
     v_init = torch.zeros(2, 3, 4, 5, dtype=real, device=device)
     state = rng_state(device=device)
-    numbers = Numbers(0.0, 0.5, 0.0, 0.0, 1.0, 0.0, 0.0, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
+    numbers = Numbers(0.0, 0.5, 0.0, 0.0, 1.0, 0.0, 0.0, residual_gain=1.0, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
     rules = Rules(0, 1, *[0] * 8, analog_below=20000, time_dim=time_dim)
     forward = (x_seq, v_init, state, parameters, numbers, rules, [True] * 4)
 
     def backward(*outputs):
         *grads, checkpoints = outputs
-        wanted = [True, True, True, False, True, False, False, False, False]
+        wanted = [True, True, True, False, True, False, False, False, False, True]
         return grads, x_seq, v_init, state, checkpoints, parameters, numbers, rules, wanted
 
     return forward, backward

@@ -36,7 +36,7 @@ BATCH_NORM = (
     neuron_kernels.forward_kernel(torch.float32, MODEL, 4, neuron_kernels.NORMALISED),
     neuron_kernels.backward_kernel(torch.float32, MODEL, 4, neuron_kernels.NORMALISED, 4),
     normalisation_kernels.moments_kernel(torch.float32, 4),
-    normalisation_kernels.input_gradient_kernel(torch.float32, 4),
+    normalisation_kernels.input_gradient_kernel(torch.float32, 4, False),
 )
 
 

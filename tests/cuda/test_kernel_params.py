@@ -37,6 +37,7 @@ STRUCTURES = {
 }
 CONSTANTS = ("kNumParameters", "kNumSurrogates", "kNumCoefficients", "kCheckpointSteps", "kAlwaysAnalog",
              "kAnalogBelowInState", "kInputMean", "Input::kGeneral", "Input::kNormalised", "Input::kPlain",
+             "Input::kNormalisedResidual", "Input::kGeneralResidual",
              "Surrogate::kLaplace", "kLearnedBound", "Derivative::kOfLogitDecay")  # fmt: skip
 
 
@@ -146,11 +147,15 @@ def in_csrc(field):
 
 
 def test_order_of_packed_options():
-    assert [constant(in_csrc(field)) for field in Parameters._fields] == [*range(constant("kNumParameters"))]
+    *fields, residual = Parameters._fields
+    assert ([constant(in_csrc(field)) for field in fields], residual) == (
+        [*range(constant("kNumParameters"))],
+        "residual",
+    )
     assert [name for name, _ in structure("Rules")._fields_] == [*Rules._fields]
     (constants, row), *others = structure("Numbers")._fields_
     assert (constants, row._length_) == ("constants", constant("kNumParameters"))
-    assert (*Parameters._fields, *(name for name, _ in others)) == Numbers._fields
+    assert (*fields, *(name for name, _ in others)) == Numbers._fields
 
 
 HEADER = """

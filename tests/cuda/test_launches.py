@@ -9,7 +9,7 @@ from comparison import assert_equals_reference, random_input, real_of, rng_state
 import asgl_cuda
 from asgl_cuda.backends import neuron_kernels
 from asgl_cuda.backends.structures import structure
-from asgl_cuda.reference import Numbers, Rules
+from asgl_cuda.reference import Numbers, Parameters, Rules
 from asgl_cuda.surrogate import SURROGATES
 from tools.emulation import emulated
 from tools.emulation.emulated import THREADS_EACH
@@ -394,14 +394,14 @@ def test_neurons_beyond_31_bits_are_general():
     rules = Rules(**dict.fromkeys(Rules._fields, 0))
     for neurons, expected in ((2**31 - 1, "kPlain"), (2**31, "kGeneral")):
         x_seq = torch.empty(1, neurons, dtype=torch.float16, device="meta")
-        call = neuron_kernels.Call(x_seq, None, None, [None] * len(PARAMETERS), numbers, rules)
+        call = neuron_kernels.Call(x_seq, None, None, [None] * len(Parameters._fields), numbers, rules)
         assert call.input(only_spikes=True) == expected
 
 
 def test_params_of_another_size_are_refused(emulation):
     """Before a kernel reads beyond a structure that has changed on one side alone."""
     kernel = "asgl::gradient_sum_kernel<float>"
-    with pytest.raises(RuntimeError, match="parameters take 656 bytes, got 664"):
+    with pytest.raises(RuntimeError, match="parameters take 656 bytes, got 680"):
         emulation.launch(torch.device("cpu"), kernel, 1, 1, structure("ForwardParams", torch.float32)())
     with pytest.raises(RuntimeError, match="no such kernel"):
         emulation.launch(torch.device("cpu"), kernel[:-1], 1, 1, structure("GradientSum", torch.float32)())

@@ -19,7 +19,7 @@ from asgl_cuda.selfcheck import THRESHOLD_BAND
 
 SHAPE = (5, 3, 7)  # T, B, neurons
 CALLS = 3
-T, B, C = 5, 4, 3  # of models to fuse
+T, B, C = 5, 4, 3  # steps, batch and channels in models to fuse
 # A share of the largest value: two orders of the same sums differ by some tens of float32 roundings.
 TOLERANCE = 1e-5
 SINGLE = {"spike_fn": SingleSpike}

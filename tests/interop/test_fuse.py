@@ -246,7 +246,7 @@ def test_a_layer_named_like_the_authors_that_is_not():
 
 
 def test_noise_and_float32(backend):
-    """In float32 potentials differ by roundings, which flip hard spikes; with analog_prob 1 there are none."""
+    """Float32 roundings may flip hard spikes: training has none with analog_prob 1, and in evaluation none flips."""
     model = nn.Sequential(OverTime(nn.Sequential(nn.Linear(6, C), nn.BatchNorm1d(C))), asgl_cuda.LIF(analog_prob=1.0))
     assert_alike(model, torch.randn(T, B, 6), 1, backend)
     model = scattered(model.float())

@@ -18,12 +18,13 @@ pytestmark = pytest.mark.usefixtures("in_double")
 
 
 def block():
-    """Convolutions and a shortcut, as in a residual network; the second normalisation is added to the input."""
+    """Convolutions and a shortcut; the sum is the next shortcut, too."""
 
     def forward(net, x_seq):
         y = net.bn1(net.conv1(x_seq.flatten(0, 1)))
         s_seq = net.lif1(y.unflatten(0, x_seq.shape[:2]))
-        return net.lif2(net.conv2(s_seq) + x_seq)
+        sum_ = net.conv2(s_seq) + x_seq
+        return net.lif2(sum_) + sum_
 
     return Stack(
         forward, conv1=nn.Conv2d(C, C, 3, padding=1), bn1=nn.BatchNorm2d(C), lif1=asgl_cuda.LIF(),
@@ -35,13 +36,14 @@ def test_a_residual_block(backend):
     model = scattered(block())
     fused, report = asgl_cuda.fuse(model)
     assert report.replaced == [("lif1", "LIF", "normalises as well, instead of bn1")]
-    assert report.left == [("conv2.layer.1", "BatchNorm2d", "its output goes to add")]
+    reason = "the sum of its output and another is used 2 times, by LIF and add: it is also the next shortcut"
+    assert report.left == [("conv2.layer.1", "BatchNorm2d", reason)]
     x_seq = torch.randn(T, B, C, 4, 4)
     torch.testing.assert_close(history(on(fused, backend), x_seq), history(on(model, backend), x_seq))
     assert str(report).splitlines() == [
         "1 replaced, 1 left",
         "lif1           LIF          normalises as well, instead of bn1",
-        "conv2.layer.1  BatchNorm2d  left: its output goes to add",
+        f"conv2.layer.1  BatchNorm2d  left: {reason}",
     ]
 
 
@@ -312,7 +314,7 @@ def test_a_head_that_is_called_twice():
 
 
 def test_neurons_in_an_untraceable_module():
-    """Untraced code may call them with another input."""
+    """Untraced code may call the neurons with another input."""
     inner = Stack(lambda net, x: net.lif(x) if x.sum() > 0 else x, lif=asgl_cuda.LIF())
     model = Stack(lambda net, x: net.inner.lif(net.bn(x)), bn=OverTime(nn.BatchNorm1d(C)), inner=inner)
     (reason,) = reasons(model).values()

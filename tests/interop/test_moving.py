@@ -33,7 +33,7 @@ def input_of(shape: tuple[int, ...] = (20, 3, 7), scale: float = 1.0) -> Tensor:
 
 
 def assert_moved(theirs: Any, ours: Any, x_seq: Tensor) -> None:
-    """Spikes, and gradients of the input under random weights."""
+    """Compares spikes, and gradients of their randomly weighted sum."""
     expected, found = theirs(x_seq), ours(x_seq)
     assert 0.02 < (found > 0).double().mean() < 0.98  # spikes and silence
     torch.testing.assert_close(found, expected, check_dtype=False)  # snnTorch emits float32 in any case
@@ -80,7 +80,7 @@ def spikingjelly_rows() -> dict[str, Any]:
 
 
 def over_steps(layer: Any) -> Any:
-    """The loop over steps of snnTorch."""
+    """A loop over steps for a layer of snnTorch."""
 
     def run(x_seq: Tensor) -> Tensor:
         layer.reset_mem()

@@ -78,7 +78,7 @@ def test_integrators_of_others(numbers):
 
 
 def test_float64_weights_become_the_type_of_the_model():
-    """The default type of numpy, and of most files."""
+    """Files usually have float64, the default type of numpy."""
     weight = np.random.default_rng(0).normal(size=(6, 6))
     graph = graph_of(nir.Affine(weight, weight[0]), cuba(tau_mem=SOME * 1e-4), nir.Scale(weight[0]), cuba(nir.CubaLI))
     x_seq = random_input(5, 3, 6).detach()
@@ -197,7 +197,7 @@ def test_norse_writes_it():
     other = norse.SequentialState(model[0], neuron(0.75), model[2], neuron(0.5))
     with torch.no_grad():
         for linear in (model[0], model[2]):
-            linear.weight *= 3  # Norse multiplies the input with 1 - decay
+            linear.weight *= 3  # Norse multiplies the input by 1 - decay
         # dt = 1: Norse writes tau in steps.
         back = from_nir(norse.to_nir(other, x_seq[0], dt=1.0), dt=1.0)
         assert_same_spikes(back, x_seq, stepped(other, x_seq))
@@ -212,7 +212,7 @@ def test_norse_writes_currents_and_reads_the_same():
     with torch.no_grad():
         for linear in (model[0], model[2]):
             linear.weight *= 8
-        graph = norse.to_nir(other, x_seq[0], dt=1.0)  # Norse multiplies 1 / tau by dt
+        graph = norse.to_nir(other, x_seq[0], dt=1.0)  # Norse writes tau as dt / tau_mem_inv
         assert sum(isinstance(node, nir.CubaLIF) for node in graph.nodes.values()) == 2
         expected = stepped(norse.from_nir(graph, dt=1e-3), x_seq)
         assert_same_spikes(from_nir(graph, dt=1e-3), x_seq, expected)

@@ -131,7 +131,7 @@ def test_a_least_potential_that_is_changed():
 
 
 def test_a_least_potential_in_a_compiled_graph():
-    """No value is read in the graph: it is known since the conversion."""
+    """The graph reads no tensor value: the conversion has stored the bound as a float."""
     converted, _ = asgl_cuda.convert(sinabs.layers.IAF(min_v_mem=-1.0, shape=(1, 2)))
     torch.compile(converted, backend="eager", fullgraph=True)(torch.full((1, 3, 2), -5.0))
     assert (converted.v_mem == -1).all()

@@ -155,7 +155,7 @@ def test_a_beta_that_moves_to_zero_is_followed():
 
 
 def test_a_normalised_leaky_with_a_beta_of_zero():
-    """The input is not reset then. Terms of beta's gradient are as large as threshold / 1e-6."""
+    """A normalised layer never resets its input: terms of beta's gradient are as large as threshold / 1e-6."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(7), snntorch.Leaky(beta=0.0, learn_beta=True, init_hidden=True, output=True))
     fused, report = asgl_cuda.fuse(model)

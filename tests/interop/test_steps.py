@@ -132,7 +132,7 @@ def test_asgl_layers_are_compiled(name):
         ours, theirs = with_gradients(layer, currents(), call), with_gradients(layer, currents())
         assert ((ours[0] > 0) & (ours[0] < 1)).any()
         torch.testing.assert_close(ours, theirs)
-        assert ours[-1].any()  # of the width
+        assert ours[-1].any()  # gradient of the width
     # The output is carried from step to step beside the potential.
     assert counter.frame_count <= 6
 

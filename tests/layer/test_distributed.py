@@ -16,7 +16,7 @@ import asgl_cuda
 from asgl_cuda import OverTime
 
 PROCESSES = 2
-BATCHES = (3, 5)  # of unequal size
+BATCHES = (3, 5)  # unequal sizes
 BACKENDS = [name for name in ("reference", "cpu") if name in asgl_cuda.available_backends()]
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")

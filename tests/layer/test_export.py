@@ -172,9 +172,9 @@ def test_second_derivatives_are_refused(backend, device, layer):
 
 def operator_inputs(device):
     parameters = [uniform(3, low=0.5, high=1.5, device=device), None, None, uniform(low=0.5, high=1, device=device)]
-    numbers = Numbers(0.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
+    numbers = Numbers(0.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, residual_gain=1.0, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
     rules = Rules(1, 1, *[0] * 8, analog_below=0, time_dim=0)
-    return random_input(20, 2, 3, device=device), None, None, [*parameters, None, None, None], numbers, rules
+    return random_input(20, 2, 3, device=device), None, None, [*parameters, *[None] * 4], numbers, rules
 
 
 @pytest.mark.parametrize("keeps_checkpoints", [False, True])
@@ -214,7 +214,7 @@ def test_backward_operators_refuse_to_be_differentiated(backend, device):
     s_seq, checkpoints = operators.lif_forward(x_seq, None, None, parameters, numbers, rules, [False] * 3 + [True])
     grads = [torch.ones_like(s_seq).requires_grad_(), None, None, None]
     inputs = (x_seq, None, None, checkpoints, parameters, numbers, rules)
-    wanted = [True, False, True, *[False] * 6]
+    wanted = [True, False, True, *[False] * 7]
     for gradient in operators.lif_backward(grads, *inputs, wanted):
         with pytest.raises(RuntimeError, match="a second derivative was asked for"):
             gradient.sum().backward()

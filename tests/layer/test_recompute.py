@@ -11,6 +11,7 @@ import torch
 from comparison import Stack
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator, OverTime, recompute, recompute_spikes
@@ -69,6 +70,19 @@ PATTERNS = {
     ),
     "max pooling": lambda: (
         nn.Sequential(conv(2, 8), LIF(), OverTime(nn.MaxPool2d(2)), conv(8, 4), BatchNormLIF(4), nn.Flatten(2)),
+        images(),
+    ),
+    "max pooling, channels_last": lambda: (
+        nn.Sequential(conv(2, 8), LIF(), OverTime(nn.MaxPool2d(3, 2, 1)), conv(8, 4), nn.Flatten(2)).to(
+            memory_format=torch.channels_last
+        ),
+        images().flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (STEPS, BATCH)),
+    ),
+    "max pooling for two": lambda: (
+        Stack(
+            lambda m, x: m.one(s := m.pool(m.neuron(m.first(x)))) + m.two(s),
+            first=conv(2, 8), neuron=LIF(), pool=OverTime(nn.AdaptiveMaxPool2d(2)), one=conv(8, 4), two=conv(8, 4),
+        ),
         images(),
     ),
     "two consumers": lambda: (
@@ -164,6 +178,7 @@ def storages_of_spikes(model, x, context):
 STAY = {
     "average pooling": [False, True],
     "max pooling": [False, True],
+    "max pooling, channels_last": [False],
     "changed before use": [True],
     "part without gradient": [True, False],
 }
@@ -200,6 +215,62 @@ def test_computed_once_for_all_who_ask(monkeypatch):
     trained(model, x, recompute_spikes())
     assert len(calls) == 1
     assert calls[0]._again is None
+
+
+# ---- indices of max pooling ----
+
+
+def pooled(side, context, around_pooling=contextlib.nullcontext):
+    """An image, the result of max pooling, and of a convolution behind it."""
+    torch.manual_seed(1)
+    image = torch.randn(1, 2, side, side, requires_grad=True)
+    with context:
+        with around_pooling():
+            p = functional.max_pool2d(image * 2, 3, 2)
+        y = functional.conv2d(p, torch.ones(1, 2, 3, 3, requires_grad=True))
+    return image, p, y
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"), reason="needs a torch that names the hooks of a node"
+)
+@pytest.mark.parametrize(("side", "dtype"), [(9, torch.int16), (181, torch.int16), (182, torch.int32)])
+def test_indices_of_max_pooling_in_fewer_bytes(side, dtype):
+    """The largest index is the number of pixels less one: 32760 and 33123."""
+    image, p, y = pooled(side, recompute_spikes())
+    assert p.grad_fn._raw_saved_result1.data._tensor.dtype is dtype
+    expected, _, other = pooled(side, contextlib.nullcontext())
+    for _ in range(2):
+        (found,) = torch.autograd.grad(y.square().sum(), image, retain_graph=True)
+        assert torch.equal(found, *torch.autograd.grad(other.square().sum(), expected, retain_graph=True))
+
+
+def test_indices_that_others_save_stay():
+    """Saved under a user's hooks, which only backward may call, or in a graph freed by backward."""
+    unpacked = []
+
+    def others():
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: tensor, lambda tensor: unpacked.append(1) or tensor
+        )
+
+    image, p, y = pooled(9, recompute_spikes(), others)
+    assert not unpacked
+    y.sum().backward()
+    expected, _, other = pooled(9, contextlib.nullcontext())
+    other.sum().backward()
+    assert torch.equal(image.grad, expected.grad)
+    with recompute_spikes():
+        functional.conv2d(p, torch.ones(1, 2, 1, 1, requires_grad=True))
+
+
+def test_indices_that_changed():
+    with recompute_spikes():
+        p, indices = functional.max_pool2d(torch.randn(1, 2, 4, 4, requires_grad=True) * 2, 2, return_indices=True)
+        indices.add_(1)
+        y = functional.conv2d(p, torch.ones(1, 2, 1, 1, requires_grad=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 # ---- autograd ----
@@ -389,13 +460,126 @@ def test_torch_func():
         torch.func.grad(lambda x: model(x).sum())(x)
 
 
-def test_compiled():
-    model = nn.Sequential(nn.Linear(6, 8), LIF(analog_prob=0.0), nn.Linear(8, 3))
-    x = torch.randn(STEPS, BATCH, 6)
-    expected = trained(copy.deepcopy(model), x, contextlib.nullcontext())
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with recompute_spikes():
-        y = compiled(x)
-    torch.manual_seed(3)
-    y.backward(torch.randn_like(y))
-    torch.testing.assert_close([p.grad for p in model.parameters()], expected[2])
+# ---- torch.compile ----
+
+
+class Counted:
+    """Counts the bytes that autograd saves in the last call of a function, without parameters."""
+
+    def __init__(self, model):
+        self._own = {each.data_ptr() for each in model.parameters()}
+        self._saved = {}
+
+    def __call__(self, function):
+        def pack(tensor):
+            if tensor.data_ptr() not in self._own:
+                self._saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        def call(x):
+            self._saved.clear()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                return function(x)
+
+        return call
+
+    @property
+    def total(self):
+        return sum(self._saved.values())
+
+
+def compiled(function):
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+
+def inside(model):
+    def function(x):
+        with recompute_spikes():
+            return model(x)
+
+    return function
+
+
+WHERE = {  # counting inside of hooks that the context installs
+    "around": lambda model, count: inside(count(compiled(model))),
+    "inside": lambda model, count: count(compiled(inside(model))),
+    "of the model": lambda model, count: count(compiled(recompute_spikes(model))),
+    "of the compiled model": lambda model, count: recompute_spikes(
+        Stack(lambda m, x: count(m.net)(x), net=compiled(model))
+    ),
+}
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch 2.6 saves spikes in compiled models")
+@pytest.mark.parametrize("where", WHERE)
+def test_compiled(where):
+    torch._dynamo.reset()  # a graph of a model without hooks is used for the same model with hooks
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 64), LIF(analog_prob=0.3), nn.Linear(64, 64), BatchNormLIF(64), nn.Linear(64, 3))
+    twin, x = copy.deepcopy(model), torch.randn(STEPS, BATCH, 6)
+    without, kept = Counted(model), Counted(twin)
+    without(model)(x.clone().requires_grad_())
+    expected = trained(model, x, contextlib.nullcontext())
+    function = WHERE[where](twin, kept)
+    for _ in range(2):
+        twin.zero_grad()
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(3)
+        y = function(leaf)
+        torch.manual_seed(3)
+        y.backward(torch.randn_like(y))
+        assert_same((y.detach(), leaf.grad, [p.grad for p in twin.parameters()]), expected)
+    assert 0 < kept.total < 0.6 * without.total
+    assert recompute.open_contexts == recompute.traced_contexts == recompute._thread.depth == 0
+
+
+@pytest.mark.parametrize("pattern", ["residual block", "max pooling", "neurons on spikes", "attention", "long"])
+def test_compiled_patterns(pattern):
+    torch.manual_seed(1)
+    model, x = PATTERNS[pattern]()
+    torch._dynamo.reset()
+    expected = trained(compiled(model), x, contextlib.nullcontext())
+    assert_same(trained(compiled(model), x, recompute_spikes()), expected)
+
+
+def test_compiled_code_breaks_and_raises():
+    """Contexts that compiled code opens are closed."""
+
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Sequential(nn.Linear(6, 8), LIF()), nn.Sequential(nn.Linear(8, 8), LIF())
+
+        def forward(self, x):
+            s = self.first(x)
+            torch._dynamo.graph_break()
+            if len(x) == 1:
+                raise ValueError("one step")
+            return self.second(s)
+
+    model, x = Layers(), torch.randn(STEPS, BATCH, 6)
+    expected = trained(model, x, contextlib.nullcontext())
+    for function in (inside(model), recompute_spikes(copy.deepcopy(model))):
+        function = torch.compile(function, backend="aot_eager")
+        for _ in range(2):
+            torch.manual_seed(3)
+            assert torch.equal(function(x.clone().requires_grad_()), expected[0])
+            with pytest.raises(ValueError, match="one step"):
+                function(x[:1])
+            assert recompute.open_contexts == recompute.traced_contexts == recompute._thread.depth == 0
+
+
+def test_memory_budget_of_the_compiler():
+    """It would draw other noise in backward."""
+    with torch._functorch.config.patch(activation_memory_budget=0.5):
+        for analog_prob in (0.0, 0.3):
+            model = nn.Sequential(nn.Linear(6, 8), LIF(analog_prob=analog_prob), nn.Linear(8, 3))
+            x = torch.randn(STEPS, BATCH, 6)
+            expected = trained(model, x, contextlib.nullcontext())
+            if not analog_prob:
+                assert_same(trained(compiled(model), x, contextlib.nullcontext()), expected)
+                continue
+            with pytest.raises(RuntimeError, match=r"asgl_cuda: torch._functorch.config.activation_memory_budget must"):
+                compiled(model)(x)
+            with torch.no_grad():
+                compiled(model)(x)

@@ -77,6 +77,23 @@ def test_a_normalisation_trains_the_same_fused_and_apart():
     assert list(map(id, neurons["params"])) == list(map(id, (fused[1].log_width, fused[1].logit_decay)))
 
 
+def test_normalisations_and_biases_in_a_group_of_their_own():
+    joined = asgl_cuda.BatchNormLIF(3, learn_decay=True)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), joined, nn.LayerNorm((3, 4)), nn.Linear(4, 5), LIF())
+    weights, norms, neurons = parameter_groups(model, 0.1, weight_decay=0.5, norm_weight_decay=0.0)
+    assert [group["name"] for group in (weights, norms, neurons)] == ["weights", "norms", "neurons"]
+    assert (norms["lr"], norms["weight_decay"], weights["weight_decay"]) == (0.1, 0.0, 0.5)
+    assert list(map(id, weights["params"])) == [id(model[0].weight), id(model[4].weight)]
+    expected = [
+        model[0].bias, *model[1].parameters(), joined.weight, joined.bias, *model[3].parameters(), model[4].bias
+    ]  # fmt: skip
+    assert {*map(id, norms["params"])} == {*map(id, expected)}
+    assert len(norms["params"]) == len(expected)
+    assert list(map(id, neurons["params"])) == [id(joined.log_width), id(joined.logit_decay), id(model[5].log_width)]
+    apart = parameter_groups(model, 0.1, weight_decay=0.5)
+    assert [group["name"] for group in apart] == ["weights", "neurons"]
+
+
 def test_a_step_has_the_rates_asked_for():
     model = network()
     optimizer = torch.optim.SGD(parameter_groups(model, 0.5, weight_decay=0.1), lr=1.0)
@@ -95,7 +112,7 @@ def test_empty_groups_are_left_out():
     assert parameter_groups(LIF(learn_width=False), 0.1) == []
 
 
-@pytest.mark.parametrize("name", ["lr", "width_lr", "weight_decay"])
+@pytest.mark.parametrize("name", ["lr", "width_lr", "weight_decay", "norm_weight_decay"])
 @pytest.mark.parametrize("value", [-0.1, math.nan])
 def test_group_errors(name, value):
     with pytest.raises(ValueError, match=rf"asgl_cuda\.parameter_groups: {name} must be >= 0, got {value}"):

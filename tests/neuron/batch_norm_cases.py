@@ -103,6 +103,6 @@ def assert_same(x_seq, time_dim, arguments, backend, other="reference", sums=1e-
     if x_seq.is_contiguous() or is_channels_last(x_seq, time_dim % x_seq.dim()):
         assert actual.s_seq.stride() == x_seq.stride()
     for name, value in expected_grads.items():
-        sized = name == "grad_x_seq" and dtype in (torch.float16, torch.bfloat16)
+        sized = name in ("grad_x_seq", "grad_residual") and dtype in (torch.float16, torch.bfloat16)
         allowed = 4 * SAME[dtype] if sized else SUMS.get(dtype, sums)
         assert relative(actual_grads[name], value) <= allowed, name

@@ -151,8 +151,9 @@ def test_opcheck(backend, device, layout, dtype):
         torch.library.opcheck(operators.batch_norm_coefficients, arguments)
         coefficients, total = operators.batch_norm_coefficients(*arguments)
     sums = [torch.rand_like(coefficients[0]) for _ in range(4)]
-    for grad_x_seq in (torch.zeros_like(x_seq), x_seq.new_empty(0)):
-        arguments = (grad_x_seq, x_seq, coefficients, total, *sums, 1e-5, 0.9, 0)
+    gradients = (torch.zeros_like(x_seq), None), (x_seq.new_empty(0), None), (torch.zeros_like(x_seq), x_seq.clone())
+    for pair in gradients:
+        arguments = (*pair, x_seq, coefficients, total, *sums, 1e-5, 0.9, 0.5, 0)
         torch.library.opcheck(operators.batch_norm_backward, arguments)
 
 
@@ -180,8 +181,11 @@ def test_the_operator_checks_the_gradient_that_it_writes(backend, device):
     )
     sums = [torch.ones_like(coefficients[0])] * 4
     for wrong in (x_seq.half(), x_seq[:3].clone(), channels_last(x_seq, 0)):
-        with pytest.raises((ValueError, RuntimeError), match="as x_seq does"):
-            BACKENDS[backend].operators.batch_norm_backward(wrong, x_seq, coefficients, total, *sums, 1e-5, 1.0, 0)
+        for gradients in ((wrong, None), (x_seq.clone(), wrong)):
+            with pytest.raises((ValueError, RuntimeError), match="type and memory order of x_seq"):
+                BACKENDS[backend].operators.batch_norm_backward(
+                    *gradients, x_seq, coefficients, total, *sums, 1e-5, 1.0, 1.0, 0
+                )
 
 
 @pytest.mark.parametrize("training", [True, False])

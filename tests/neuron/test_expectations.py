@@ -13,7 +13,7 @@ import torch
 
 import asgl_cuda
 
-COPIES = 2**14  # of each potential: the noise differs between them
+COPIES = 2**14  # per potential; each copy draws its own noise
 POTENTIALS = torch.tensor([0.2, 0.7, 0.95, 1.0, 1.1, 1.6], dtype=torch.float64)
 TARGET = 0.3
 PROBS = (0.2, 0.5, 1.0)
@@ -85,6 +85,34 @@ def test_analog_elements_alone_give_the_gradient_of_the_expected_loss(sampled, p
     assert_mean(sampled.grad * sampled.mask, p * each, (p * (1 - p)) ** 0.5 * each.abs())
 
 
+def test_analog_elements_alone_for_any_smooth_loss(backend, device, width, p):
+    """A loss that couples six elements, its expectation a sum over all 64 masks."""
+    surrogate, x = "sigmoid", POTENTIALS.to(device).expand(1, COPIES, -1).contiguous()
+    weights = torch.tensor([0.5, -0.3, 0.8, 0.9, -0.6, 0.3], dtype=torch.float64, device=device)
+
+    def loss(s):
+        return (s @ weights).exp() + (s @ weights.flip(0)).square()
+
+    few = Sampled(backend, device, surrogate, width, p)
+    leaf = torch.tensor(width, dtype=torch.float64, device=device, requires_grad=True)
+    a = asgl_cuda.lif(POTENTIALS[None].to(device), width=leaf, analog_prob=1.0, surrogate=surrogate, backend=backend)[0]
+    masks = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)] * len(POTENTIALS))
+    chances = (masks * p + (1 - masks) * (1 - p)).prod(1)
+    (true,) = torch.autograd.grad(chances @ loss(few.z + masks * (a - few.z)), leaf)
+    s = (few.z + masks * (few.a - few.z)).requires_grad_()
+    (ds,) = torch.autograd.grad(loss(s).sum(), s)
+    pathwise = (masks * ds * few.a_w).sum(1)  # by mask
+    torch.testing.assert_close(chances @ pathwise, true)
+
+    widths = torch.full(x.shape[1:], width, dtype=torch.float64, device=device, requires_grad=True)
+    state = torch.tensor([3, 8], device=device)
+    s = asgl_cuda.lif(x, width=widths, analog_prob=p, rng_state=state, surrogate=surrogate, backend=backend)
+    (grad,) = torch.autograd.grad(loss(s).sum(), widths)
+    sampled = (grad * asgl_cuda.analog_mask(x, p, state)[0]).sum(1)
+    spread = (chances @ (pathwise - true).square()).sqrt()
+    assert_mean(sampled[None], true, spread)
+
+
 def test_gradient_may_have_the_other_sign(backend, device):
     """Under the threshold, with a wide window and little noise: the gradient widens, the expected loss would narrow."""
     options = {"surrogate": "rectangle", "p": 0.2}
@@ -97,10 +125,16 @@ def test_gradient_may_have_the_other_sign(backend, device):
 
 @pytest.mark.parametrize("surrogate", ["rectangle", "sigmoid"])
 def test_limits(backend, device, surrogate):
-    """Without noise the smooth value has no part in the output, and at width 0 it is the hard spike."""
+    """Outputs are hard without noise and at width 0; where every element is analog the gradient is exact."""
     none = Sampled(backend, device, surrogate, 0.5, 0.0)
+    assert not none.mask.any()
     assert torch.equal(none.s, none.z[:, None].expand_as(none.s))
     torch.testing.assert_close(none.grad.mean(1), 2 * (none.z - TARGET) * none.a_w)
+    leaf = torch.tensor(0.7, dtype=torch.float64, device=device, requires_grad=True)
+    x = POTENTIALS[None].to(device)
+    torch.autograd.gradcheck(
+        lambda leaf: asgl_cuda.lif(x, width=leaf, analog_prob=1.0, surrogate=surrogate, backend=backend), leaf
+    )
     narrow = Sampled(backend, device, surrogate, 1e-6, 0.5)
     away = POTENTIALS.to(device) != 1
     torch.testing.assert_close(narrow.a[away], narrow.z[away])

@@ -276,7 +276,7 @@ def test_opcheck(backend, device, layout, monkeypatch):
     x_seq, time_dim = laid_out(layout, inputs(5, 2, 3, 4, 4, device=device).detach())
     given = arguments(x_seq, 4, 4, time_dim=time_dim)
     v_init, decay, gain = (given[name].detach() for name in ("v_init", "decay", "input_gain"))
-    parameters = None, decay, None, None, gain, None, None
+    parameters = None, decay, None, None, gain, None, None, None
     packed = list(parameters), [1.0] * len(Numbers._fields), [0] * (len(Rules._fields) - 1) + [time_dim]
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(operators.integrator_forward, (x_seq, v_init, *packed, True, True), test_utils=tests)

@@ -99,7 +99,7 @@ def test_extreme_potentials(backend, device, v_threshold, surrogate, v_min):
 @pytest.mark.parametrize("v_min", [None, -0.3])
 @pytest.mark.parametrize("function", ["SingleExponential", "PeriodicExponential"])
 def test_sinabs(name, v_min, function):
-    """Spikes to the bit, and gradients, of a loop with functions of sinabs."""
+    """Spikes and potentials are bit-identical to a loop with sinabs' functions; gradients agree."""
     activation = pytest.importorskip("sinabs.activation")
     device = (asgl_cuda.backends.BACKENDS[name].device_types or ("cpu",))[0]
     v_threshold, decay, grad_width, grad_scale = 1.1, 0.9, 0.4, 1.3

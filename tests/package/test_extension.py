@@ -48,7 +48,7 @@ def note(folder: Path, torch_version: str, cuda: str | None = None) -> Path:
         ((HERE,), None, 0),
         (None, (HERE,), 1),
         ((OTHER,), (HERE,), 1),
-        ((HERE,), (HERE,), 1),  # asked for although the other was there
+        ((HERE,), (HERE,), 1),  # the user's build, although the installed one fits
         ((HERE,), (HERE, "CUDA 13.0"), 1),
         ((HERE, "CUDA 13.0"), (HERE,), 0),
     ],
@@ -235,7 +235,7 @@ def test_process_that_imports_a_truncated_extension_goes_on(tmp_path, size):
     built = Path(extension.module.__file__)
     for file in (built, built.parent / build_notes.NOTES):
         shutil.copy(file, package)
-    (package / "_build_info.py").write_text("import sys\nsys.exit(3)")  # of an earlier version
+    (package / "_build_info.py").write_text("import sys\nsys.exit(3)")  # left by an earlier version
     os.truncate(package / built.name, size)
     result = subprocess.run(
         [sys.executable, "-m", "asgl_cuda", "info"], cwd=tmp_path, capture_output=True, text=True, timeout=300,

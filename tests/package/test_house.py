@@ -18,7 +18,7 @@ HEADERS = {
     ".": {"params"},
     "cpu": {"cpu", "math", "params", "."},
     "cuda": {"cuda", "math", "params", "."},
-    "ops": {"ops", "math", "params", ".", "cpu"},  # of cpu only the name of the instruction set
+    "ops": {"ops", "math", "params", ".", "cpu"},  # cpu only for the name of the instruction set
 }
 
 

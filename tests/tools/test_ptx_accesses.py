@@ -80,7 +80,7 @@ def test_settled_neurons_touch_the_fewest_sectors(dtype):
         found += 1
         sequence = math.prod(case.shape) * dtype.itemsize // accesses.SECTOR_BYTES
         again = "normalised" in kernel.kind and "T = 4" not in kernel.kind
-        loads = 1 if kernel.kind.startswith("forward") else 2 + again  # of x, gradient, x
+        loads = 1 if kernel.kind.startswith("forward") else 2 + again  # x; the gradient; x again if normalised
         assert counts.loads == Sectors(loads * sequence, loads * sequence), f"{kernel}, {case.shape}"
         assert counts.stores == Sectors(sequence, sequence), f"{kernel}, {case.shape}"
     assert found == 2 + (0 if dtype == torch.float64 else 4 * len(accesses.STEPS))

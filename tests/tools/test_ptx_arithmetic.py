@@ -314,7 +314,7 @@ def test_table_is_complete():
 
 
 def test_error_of_approximations():
-    """In units in the last place."""
+    """The machine's settings are in units in the last place."""
     body = "ld.global.b32 %r1, [%rd10]; rcp.approx.ftz.f32 %r2, %r1; ex2.approx.ftz.f32 %r3, %r1;"
     kernel = translated(module(f"{body} st.global.v2.b32 [%rd11], {{%r2, %r3}};"))
     near, off = ptx.Machine(), ptx.Machine()

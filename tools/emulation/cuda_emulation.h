@@ -3,8 +3,8 @@
 // Put include/ first on the include path and compile the CUDA sources as C++17 or later with -pthread.
 // A launch runs to its end before cudaLaunchKernel returns, as under CUDA_LAUNCH_BLOCKING=1.
 //
-// By default every CUDA thread is a fibre, all fibres of a block share one OS thread, and blocks are dealt out
-// to several OS threads. With -DASGL_EMULATE_THREADS every CUDA thread of a block is an OS thread and blocks run
+// By default every CUDA thread is a fibre, all fibres of a block share one OS thread, and blocks are distributed
+// over several OS threads. With -DASGL_EMULATE_THREADS every CUDA thread of a block is an OS thread and blocks run
 // one after another: slow, but it lets ThreadSanitizer see a missing barrier.
 //
 // A fault that would hang or corrupt on a device (a barrier that some threads never reach, a shuffle that lanes
@@ -49,7 +49,7 @@ inline History& history() {
 
 inline thread_local cudaError_t last_error = cudaSuccess;
 
-// The launches that passed the configuration checks, oldest first; only the latest `launches_kept` of them.
+// The latest `launches_kept` launches that passed the configuration checks, oldest first.
 constexpr std::size_t launches_kept = 4096;
 
 inline std::vector<RecordedLaunch> recorded_launches() {
@@ -73,7 +73,7 @@ inline void clear_errors() {
   history().error_message.clear();
 }
 
-// The size of a kernel's parameters, laid out as the members of a struct.
+// The size of a kernel's parameters, laid out as struct members.
 template <class... P>
 constexpr std::size_t parameter_bytes() {
   std::size_t end = 0;

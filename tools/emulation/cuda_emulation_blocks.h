@@ -37,13 +37,13 @@ __attribute__((format(printf, 1, 2))) inline std::string text(const char* format
 
 inline std::string text(const uint3& index) { return text("(%u,%u,%u)", index.x, index.y, index.z); }
 
-// The order in which a block's warps, and the lanes of a warp, get to run until they must wait. `middle` descends
+// The order in which a block's warps, and a warp's lanes, run until they have to wait. `middle` descends
 // from the middle and wraps round (2 1 0 3), so that index 0 runs after some and before others: a missing barrier
 // then shows both where 0 writes for the others and where the others write for 0. With only two warps it
 // cannot show the latter; `ascending` does.
 enum class Order { middle, ascending, descending, shuffled };
 
-// They may be changed only while no kernel runs.
+// Changed only while no kernel runs.
 struct Settings {
   int multiprocessors = 4;
   unsigned os_threads = std::max(1u, std::thread::hardware_concurrency());
@@ -95,8 +95,8 @@ struct Request {
   }
 };
 
-// A Gate guards what threads of a block or warp share, a Bed is where one thread sleeps. Each has its own, because
-// waking up through a shared mutex would order it, in ThreadSanitizer's eyes, after all that left the gate meanwhile.
+// A Gate guards the state that threads of a block or warp share, a Bed is where one thread sleeps. Waking up through a
+// shared mutex would order the thread, for ThreadSanitizer, after all threads that left the gate meanwhile.
 #ifdef ASGL_EMULATE_THREADS
 using Gate = std::mutex;
 struct Bed {
@@ -116,7 +116,7 @@ struct Bed {
   }
 };
 #else
-// The fibres of a block take turns on one OS thread: no locks, and the thread whose wait is over is resumed.
+// The fibres of a block take turns on one OS thread: no locks, and a thread is resumed once its wait is over.
 void yield_fibre();
 struct Gate {
   void lock() {}
@@ -163,7 +163,7 @@ struct Warp {
   unsigned arrived;  // lanes whose request is not yet granted
 };
 
-// Thrown in a waiting thread, to unwind a failed kernel.
+// Thrown to unwind the threads of a failed block.
 struct KernelAborted {};
 
 struct Launch {
@@ -220,7 +220,7 @@ class Block {
   unsigned live;        // threads that have not exited
   unsigned at_barrier;  // threads that wait at __syncthreads
   Thread* first_at_barrier;
-  // The count does not order memory: that would hide a race between warps from ThreadSanitizer.
+  // Relaxed: ordered accesses would hide a race between warps from ThreadSanitizer.
   std::atomic<unsigned> running;
 };
 
@@ -366,7 +366,7 @@ inline void Block::leave(Thread& self) {
   if (running.fetch_sub(1, std::memory_order_relaxed) == 1 && live > 0) fail_stuck(lock);
 }
 
-// A fault of the thread that runs ends its block.
+// A fault of the running thread ends its block.
 inline void Block::stop(const std::string& fault) {
   Lock lock(gate);
   fail(lock, fault);

@@ -1,4 +1,4 @@
-// Runs the blocks of a launch: each thread is a fibre, or with ASGL_EMULATE_THREADS one of the operating system's.
+// Runs the blocks of a launch: each thread is a fibre, or with ASGL_EMULATE_THREADS an OS thread.
 #ifndef ASGL_CUDA_EMULATION_FIBRES_H
 #define ASGL_CUDA_EMULATION_FIBRES_H
 
@@ -68,7 +68,7 @@ struct Context {
 #else
   void* stack_pointer = nullptr;
 
-  // Lays out what exchange_stacks pops: six registers and the entry point, which finds a null return address.
+  // The stack that exchange_stacks pops: six registers and the entry point, which finds a null return address.
   void prepare(void* bottom, void (*entry)()) {
     void** const top = reinterpret_cast<void**>(static_cast<char*>(bottom) + stack_bytes);
     top[-1] = nullptr;
@@ -77,8 +77,8 @@ struct Context {
   }
   void exchange(Context& to) { exchange_stacks(&stack_pointer, to.stack_pointer); }
 
-  // Keeps the callee-saved registers on the old stack and takes the new one's. The floating-point control
-  // words are left alone, since kernels do not change them.
+  // Saves the callee-saved registers on the old stack and restores the new one's. Floating-point control words
+  // stay, since kernels do not change them.
   __attribute__((naked, noinline)) static void exchange_stacks(void** /*old_stack*/, void* /*new_stack*/) {
     asm("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n\t"
         "movq %rsp, (%rdi)\n\t"
@@ -104,7 +104,7 @@ class Fibre {
       std::perror("asgl_emulation: no memory for a fibre's stack");
       std::abort();
     }
-    // Stack tops at different offsets in a page, or the frames of a warp would compete for the same cache lines.
+    // Stack tops at different offsets in a page, or the frames of a warp would compete for the same cache sets.
     void* const bottom = static_cast<char*>(memory) + page;
     context.stack = bottom;
     context.stack_bytes = fibre_stack_bytes + number % 16 * 256;
@@ -160,7 +160,7 @@ inline std::vector<unsigned> visiting_order(unsigned count) {
   return visits;
 }
 
-// Runs blocks, one at a time, on the OS thread that calls it.
+// Runs blocks, one at a time, on the calling OS thread.
 class Scheduler {
  public:
   void run(Block& block) {
@@ -181,7 +181,7 @@ class Scheduler {
       const unsigned number = 32 * warp + lane;
       if (number >= block.threads.size()) continue;
       Thread& thread = block.threads[number];
-      // In a failed block the threads that wait are resumed to unwind, and no new ones begin.
+      // In a failed block waiting threads are resumed to unwind, and no new ones begin.
       const bool can_run = block.aborted ? thread.fibre != nullptr : !thread.waiting;
       if (thread.finished || !can_run) continue;
       step(block, thread);
@@ -198,7 +198,7 @@ class Scheduler {
     if (thread.finished) idle.push_back(thread.fibre);
   }
 
-  // The fibre that became idle last comes first, so that a kernel without barriers runs on one warm stack.
+  // The most recently idle fibre first, so that a kernel without barriers runs on one warm stack.
   Fibre* take_idle_fibre() {
     if (idle.empty()) {
       fibres.push_back(std::make_unique<Fibre>(context, unsigned(fibres.size())));
@@ -215,7 +215,7 @@ class Scheduler {
 };
 
 inline void run_blocks(Launch& launch) {
-  // Schedulers outlive launches and OS threads, because their stacks are costly to make.
+  // Schedulers outlive launches and OS threads, because their stacks are expensive to create.
   static std::mutex mutex;
   static std::vector<std::unique_ptr<Scheduler> > idle;
   std::unique_ptr<Scheduler> scheduler;

@@ -54,7 +54,7 @@ void copy_checked(Vector* to, const Vector* from) {
 
 constexpr std::size_t vector_alignment(std::size_t bytes) { return bytes < 16 ? bytes : 16; }
 
-// UndefinedBehaviorSanitizer would otherwise report the address a second time, here instead of at the access.
+// no_sanitize: UndefinedBehaviorSanitizer would report the address again, here instead of at the access.
 #define ASGL_CHECKED_COPY(Vector)                                                    \
   Vector() = default;                                                                \
   Vector(const Vector& other) { copy_checked(this, &other); }                        \
@@ -111,7 +111,7 @@ struct dim3 {
   constexpr dim3(uint3 v) : x(v.x), y(v.y), z(v.z) {}
 };
 
-// The scheduler sets these before it lets a CUDA thread run on the present OS thread.
+// Set by the scheduler before a CUDA thread runs on this OS thread.
 inline thread_local uint3 threadIdx;
 inline thread_local uint3 blockIdx;
 inline thread_local dim3 blockDim;

@@ -1,4 +1,4 @@
-// The unchanged CUDA kernels and launchers, compiled for the host, and the kernels by their names for NVRTC.
+// The unchanged CUDA kernels and launchers, compiled for the host, and the kernels by their NVRTC names.
 #include "emulated_kernels.h"
 
 #include "cuda/launch_bfloat16.cu"
@@ -51,15 +51,19 @@ class Kernels {
   template <class Scalar>
   void add_scalar(const std::string& scalar) {
     add("asgl::batch_moments_kernel<" + scalar + ", 1>", &batch_moments_kernel<Scalar, 1>);
-    add("asgl::batch_norm_input_gradient_kernel<" + scalar + ", 1>", &batch_norm_input_gradient_kernel<Scalar, 1>);
+    add_input_gradient<Scalar, 1>("<" + scalar + ", 1, ");
     if constexpr (!std::is_same_v<Scalar, double>) {
       add("asgl::batch_moments_kernel<" + scalar + ", 4>", &batch_moments_kernel<Scalar, 4>);
-      add("asgl::batch_norm_input_gradient_kernel<" + scalar + ", 4>", &batch_norm_input_gradient_kernel<Scalar, 4>);
+      add_input_gradient<Scalar, 4>("<" + scalar + ", 4, ");
       add_integrator<Scalar, 4>("<" + scalar + ", 4");
     }
     add_integrator<Scalar, 1>("<" + scalar + ", 1");
-    add_general<Scalar, 1>(scalar, "1");
-    if constexpr (!std::is_same_v<Scalar, double>) add_general<Scalar, 4>(scalar, "4");
+    add_general<Scalar, 1, Input::kGeneral>(scalar, "1", "0");
+    add_general<Scalar, 1, Input::kGeneralResidual>(scalar, "1", "4");
+    if constexpr (!std::is_same_v<Scalar, double>) {
+      add_general<Scalar, 4, Input::kGeneral>(scalar, "4", "0");
+      add_general<Scalar, 4, Input::kGeneralResidual>(scalar, "4", "4");
+    }
     for (int surrogate = 0; surrogate < kNumSurrogates; ++surrogate) {
       for (const bool hard_reset : {false, true}) {
         LIFByOptions<float> options{};
@@ -76,6 +80,13 @@ class Kernels {
   }
 
   template <class Scalar, int kLanes>
+  void add_input_gradient(const std::string& kinds) {
+    const std::string name = "asgl::batch_norm_input_gradient_kernel" + kinds;
+    add(name + "false>", &batch_norm_input_gradient_kernel<Scalar, kLanes, false>);
+    add(name + "true>", &batch_norm_input_gradient_kernel<Scalar, kLanes, true>);
+  }
+
+  template <class Scalar, int kLanes>
   void add_integrator(const std::string& kinds) {
     add("asgl::integrator_kernel" + kinds + ", (asgl::Pass)0>", &integrator_kernel<Scalar, kLanes, Pass::kForward>);
     add("asgl::integrator_kernel" + kinds + ", (asgl::Pass)1>", &integrator_kernel<Scalar, kLanes, Pass::kBackward>);
@@ -89,18 +100,20 @@ class Kernels {
       add_lanes<Scalar, Model, 4>(kinds + ", 4");
       add_fours<Scalar, Model, Input::kNormalised>(kinds + ", 4", ", (asgl::Input)1");
       add_fours<Scalar, Model, Input::kPlain>(kinds + ", 4", ", (asgl::Input)2");
+      add_fours<Scalar, Model, Input::kNormalisedResidual>(kinds + ", 4", ", (asgl::Input)3");
     }
   }
 
-  template <class Scalar, int kLanes>
-  void add_general(const std::string& scalar, const std::string& lanes) {
+  template <class Scalar, int kLanes, Input kInput>
+  void add_general(const std::string& scalar, const std::string& lanes, const std::string& input) {
     const std::string real = std::is_same_v<Scalar, double> ? "double" : "float";
-    add(kForward + "<" + scalar + ", asgl::LIFByOptions<" + real + ">, " + lanes + ", (asgl::Input)0, 0>",
-        &lif_forward_kernel<Scalar, LIFByOptions<Real_t<Scalar>>, kLanes, Input::kGeneral, 0>);
-    add("asgl::lif_backward_kernel<" + scalar + ", " + lanes + ">", &lif_backward_kernel<Scalar, kLanes>);
+    const std::string kinds = lanes + ", (asgl::Input)" + input;
+    add(kForward + "<" + scalar + ", asgl::LIFByOptions<" + real + ">, " + kinds + ", 0>",
+        &lif_forward_kernel<Scalar, LIFByOptions<Real_t<Scalar>>, kLanes, kInput, 0>);
+    add("asgl::lif_backward_kernel<" + scalar + ", " + kinds + ">", &lif_backward_kernel<Scalar, kLanes, kInput>);
   }
 
-  // Compiled for one and for four neurons a thread.
+  // Kernels for one and for four neurons a thread.
   template <class Scalar, class Model, int kLanes>
   void add_lanes(const std::string& kinds) {
     const std::string normalised = ", (asgl::Input)1";

@@ -11,7 +11,7 @@ from ..roofline.roofline import PAGE, counts_in
 
 
 class Work(NamedTuple):
-    """Bytes and cycles of one multiprocessor for each element."""
+    """Work per element: bytes of memory traffic, and cycles of a multiprocessor."""
 
     bytes: float
     issue: float

@@ -99,8 +99,8 @@ STRUCTURES = {
 }
 # Pointers to elements of x's type (in the integrator all sequences), and to one value for the four neighbours. Other
 # pointers are to potentials and states, which are float32.
-ELEMENT_MEMBERS = ("x_seq", "s_seq", "grad_s_seq", "grad_x_seq")
-SHARED_MEMBERS = ("parameters", "partials", "noise", "zeros", "moments", "mean", "adjoint")
+ELEMENT_MEMBERS = ("x_seq", "s_seq", "residual", "grad_s_seq", "grad_x_seq", "grad_residual")
+SHARED_MEMBERS = ("parameters", "partials", "noise", "zeros", "moments", "mean", "adjoint", "gain")
 UNKNOWN = "an unknown address"
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
@@ -212,19 +212,21 @@ class Accesses(NamedTuple):
 def expected_accesses(kernel: Kernel) -> Accesses:
     if kernel.kind.startswith("moments"):
         return Accesses(4, 0, 1, 3)  # narrow: the shift; the moments
+    residual = int("with residual" in kernel.kind)
     if kernel.kind.startswith("input gradient"):
-        return Accesses(4, 2, 3, 0)  # narrow: mean, slope, offset
+        return Accesses(4, 2 + 2 * residual, 3 + residual, 0)  # narrow: mean, slope, offset, with a residual the gain
     normalised = "normalised" in kernel.kind
     # For each parameter, a load of one value and a load of several; three words of rng_state.
     narrow_loads = 2 * (7 if normalised else 4) + 3
     if kernel.kind.startswith("forward"):
-        return Accesses(4, 4, narrow_loads, 2)  # narrow stores: the zeros behind the checkpoints
+        return Accesses(4 * (1 + residual), 4, narrow_loads, 2)  # narrow stores: the zeros behind the checkpoints
     # Partial sums have three stores: for all neurons, a run, a neuron.
     narrow_stores = 3 * (6 if normalised else 4)
+    stores = 4 * (1 + residual)
     if "T = " in kernel.kind:  # x and the gradient
-        return Accesses(2 * 4, 4, narrow_loads, narrow_stores)
+        return Accesses((2 + residual) * 4, stores, narrow_loads, narrow_stores)
     # x and the gradient, before the loops and inside; normalised kernels load x twice.
-    return Accesses(2 * (3 if normalised else 2) * 4, 4, narrow_loads, narrow_stores)
+    return Accesses(2 * ((3 if normalised else 2) + residual) * 4, stores, narrow_loads, narrow_stores)
 
 
 def sass_problems(kernel: Kernel, code: Sequence[Instruction]) -> Iterator[str]:

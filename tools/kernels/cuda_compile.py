@@ -48,13 +48,13 @@ SOURCES = tuple(sorted((CSRC / "cuda").glob("*.cu")))
 # The kernels of most calls: no spills, local memory or narrow accesses.
 HOT_KINDS = tuple(
     f"{direction} {input}, {kind}"
-    for input in ("plain", "normalised")
+    for input in ("plain", "normalised", "normalised with residual")
     for direction in ("forward", "backward")
     for kind in ("T = 4", "4 neurons")
 )
 DEFAULT_KINDS = (*HOT_KINDS, "forward normalised, 1 neuron")
 GENERAL_KINDS = ("forward, 1 neuron", "backward, 1 neuron")
-HOT_CHANNEL_KINDS = ("moments, 4 columns", "input gradient, 4 columns")
+HOT_CHANNEL_KINDS = ("moments, 4 columns", "input gradient, 4 columns", "input gradient with residual, 4 columns")
 DEFAULT_CHANNEL_KINDS = (*HOT_CHANNEL_KINDS, "moments, 1 column", "input gradient, 1 column")
 DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DISASSEMBLED = (80, 90, 100)
@@ -63,8 +63,9 @@ LANES = ("1 neuron", "4 neurons")
 # From sm_100 on, NVRTC's PTX differs from compute_80's.
 OTHER_PTX_FROM = 100
 NVRTC_WITHOUT_UPDATE = (80, 120)  # below and from OTHER_PTX_FROM on
+_FREE_INPUTS = "", " plain", " normalised", " with residual", " normalised with residual"
 FREE_KINDS = (
-    *(f"backward{input}, {lanes}" for input in ("", " plain", " normalised") for lanes in (*LANES, "T = 4")),
+    *(f"backward{input}, {lanes}" for input in _FREE_INPUTS for lanes in (*LANES, "T = 4")),
     *(f"integrator backward with sums, {lanes}" for lanes in LANES),
 )
 MULTIPROCESSOR_REGISTERS = 65536
@@ -74,6 +75,8 @@ RESERVED_BYTES = 1024
 # Resident blocks by launch bounds, of a kind or of a kind and type.
 ASKED_BLOCKS = {
     "backward, 4 neurons": 3, "backward normalised, 4 neurons": 3, "backward plain, 4 neurons, float32": 3,
+    **dict.fromkeys(("backward with residual, 4 neurons", "backward normalised with residual, 4 neurons",
+                     "backward normalised with residual, T = 4"), 3),
     "integrator backward with sums, 1 neuron": 5, "integrator backward with sums, 4 neurons": 5,
 }  # fmt: skip
 # Kernels in one NVRTC program: each program parses the headers, but the last should be short.
@@ -164,13 +167,15 @@ def kernels_asked_for() -> list[str]:
         for count in lanes:
             names += [
                 normalisation_kernels.moments_kernel(dtype, count),
-                normalisation_kernels.input_gradient_kernel(dtype, count),
+                *(normalisation_kernels.input_gradient_kernel(dtype, count, residual) for residual in (False, True)),
             ]
             directions = ("kForward", "kBackward", "kSums")
             names += [integrator_kernels.integrator_kernel(dtype, count, direction) for direction in directions]
         for model in (*models, neuron_kernels.BY_OPTIONS):
-            inputs = (neuron_kernels.GENERAL, neuron_kernels.NORMALISED, neuron_kernels.PLAIN)
-            inputs = inputs[:1] if model == neuron_kernels.BY_OPTIONS else inputs
+            inputs = neuron_kernels.ANY_INPUT
+            if model != neuron_kernels.BY_OPTIONS:
+                settled = neuron_kernels.NORMALISED, neuron_kernels.PLAIN, neuron_kernels.NORMALISED_RESIDUAL
+                inputs = *inputs, *settled
             for call in product(lanes, inputs, (neuron_kernels.CHECKPOINT_STEPS, constant("kShortSequence"))):
                 names.append(neuron_kernels.forward_kernel(dtype, model, *call))
                 names.append(neuron_kernels.backward_kernel(dtype, model, *call))

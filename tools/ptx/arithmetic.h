@@ -104,13 +104,13 @@ T shr(T a, u32 by) {
   if (by < 8 * sizeof(T)) return static_cast<T>(a >> by);
   return a < 0 ? T(-1) : T(0);
 }
-// The low `length` bits of a come into b at bit `first`.
+// Inserts the low `length` bits of a into b at bit `first`.
 template <Whole T>
 T bfi(T a, T b, u32 first, u32 length) {
   const T field = shl(shl(T(1), length & 0xFF) - T(1), first & 0xFF);
   return (b & ~field) | (shl(a, first & 0xFF) & field);
 }
-// `length` bits of a from bit `first` on; with a sign it would be another instruction.
+// `length` bits of a from bit `first` on; a signed type would extend the sign.
 template <Whole T>
 T bfe(T a, u32 first, u32 length) {
   static_assert(std::is_unsigned_v<T>);
@@ -253,7 +253,7 @@ T min_NaN(T a, T b) {
 
 // ---- conversions ----
 
-// Integers, and a float16 or float32 as a wider number, are exact.
+// Integer conversions, and exact ones from float16 or float32 to a wider type.
 template <class To, class From>
 To cvt(From a) {
   static_assert((Whole<To> && Whole<From>) || (std::is_same_v<To, f64> && std::is_same_v<From, f32>));
@@ -268,7 +268,7 @@ inline f32 cvt<f32, f16>(f16 a) {
   return canonical(asgl_emulation::half_value(a.bits));
 }
 
-// Rounds to the nearest, to even where two are as near.
+// Rounds to nearest, ties to even.
 template <class To, class From>
 To cvt_rn(From a) {
   static_assert(std::is_floating_point_v<To>);

@@ -36,14 +36,14 @@ constexpr u64 kSharedBegin = 1024;
 
 enum class Shuffle { down, idx };
 
-// `where` is the line and the text of an instruction; each has one of its own.
+// `where` is the line and text of an instruction, unique to it.
 class Machine {
  public:
   u32 tid_x, ctaid_x, ntid_x, nctaid_x;
   Range params;  // their addresses are the host's, as in global memory
   Range shared;  // a window of its own, as on a device
   char* shared_memory;
-  const Range* buffers;  // what there is of global memory
+  const Range* buffers;  // all of global memory
   std::size_t buffer_count;
   int rcp_units, ex2_units;  // error of the approximations, in ulp
   bool traced;
@@ -71,7 +71,7 @@ constexpr T kPoison = [] {
 }();
 
 struct Predicate {
-  u8 state = 2;  // nobody wrote it
+  u8 state = 2;  // not written
 };
 
 // A register as an operand: all bits, or the low ones, reinterpreted in the instruction's type.
@@ -91,7 +91,7 @@ struct Bits {
   }
 };
 
-// The type that it becomes has room for it, with or without a sign.
+// A literal, converted to a type that holds it, signed or unsigned.
 template <long long kValue>
 struct Integer {
   template <class T>
@@ -116,7 +116,7 @@ struct Condition {
   }
 };
 
-// A wider register is filled up with the sign of a signed type, else with zeros.
+// Extends to a wider register, with the sign of a signed type, else with zeros.
 template <class Register, class T>
 void write(Register& to, T value) {
   static_assert(!std::is_same_v<T, bool> && sizeof(T) <= sizeof(Register));
@@ -185,7 +185,7 @@ void store(const Machine& m, const char* where, u64 address, Operands... operand
 
 struct Shuffled {
   u32 value;
-  bool found;  // the source lies in the lane's segment
+  bool found;  // the source is in the lane's segment
 };
 
 // `clamp_and_segments`, PTX's operand c: the clamp value in bits 0 to 4, the segment mask in bits 8 to 12.

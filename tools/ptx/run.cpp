@@ -15,7 +15,7 @@ using asgl_emulation::Site;
 
 using Kernel = void (*)(const Machine& m);
 
-// The driver's part of a launch.
+// The arguments of asgl_ptx_run.
 struct Call {
   Kernel kernel;
   u32 shared_bytes;
@@ -24,7 +24,7 @@ struct Call {
   std::size_t buffer_count;
   int rcp_units, ex2_units;
   bool traced;
-  std::set<std::string>* waits;  // where threads of a block that failed were at a barrier or shuffle
+  std::set<std::string>* waits;  // barriers and shuffles at which a failed block's threads waited
 };
 
 struct Access {
@@ -38,7 +38,7 @@ struct Access {
 std::mutex waits_mutex, access_mutex;
 std::vector<Access> accesses;
 
-// Blocks run one after another on an OS thread: each starts with uninitialised shared memory.
+// Blocks run in sequence on an OS thread: each starts with uninitialised shared memory.
 char* shared_memory_of_block(u64 launch, u32 block, u32 bytes) {
   struct Memory {
     u64 launch = 0;
@@ -73,7 +73,7 @@ class EmulatedMachine final : public Machine {
     traced = call.traced;
   }
 
-  // Which bar.sync or shfl.sync of its kind a thread has reached makes no difference to a device.
+  // One site for all: a device does not distinguish bar.syncs, or shfl.syncs of one mode.
   void barrier(const char* where) const override {
     noting(where, [] { current_block->synchronise(*current_thread, Site{"PTX", 0}); });
   }
@@ -115,7 +115,7 @@ class EmulatedMachine final : public Machine {
 }  // namespace
 }  // namespace ptx
 
-// Returns what went wrong, or null.
+// Returns an error message, or null.
 extern "C" const char* asgl_ptx_run(ptx::Kernel kernel, ptx::u32 shared_bytes, unsigned blocks, unsigned threads,
                                     const void* params, std::size_t bytes, const ptx::Range* buffers,
                                     std::size_t buffer_count, int rcp_units, int ex2_units, bool traced) {
@@ -138,7 +138,7 @@ extern "C" const char* asgl_ptx_run(ptx::Kernel kernel, ptx::u32 shared_bytes, u
   return launch.error == cudaSuccess ? nullptr : problem.c_str();
 }
 
-// Tells of every access to global memory since the last call.
+// Reports every access to global memory since the last call.
 extern "C" void asgl_ptx_take_accesses(void (*receive)(const char* where, unsigned block, unsigned thread, bool stores,
                                                        unsigned bytes, ptx::u64 address)) {
   for (const auto& access : ptx::accesses) {

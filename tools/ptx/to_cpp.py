@@ -88,7 +88,7 @@ def to_cpp(kernel: Kernel) -> str:
 class _Translation:
     kernel: Kernel
     registers: dict[str, str] = field(default_factory=dict)  # type by name, or `prefix<>` if numbered
-    local: dict[str, str] = field(default_factory=dict)  # of an inner scope
+    local: dict[str, str] = field(default_factory=dict)  # type by name in an inner scope
     used: dict[str, str] = field(default_factory=dict)
     where: str = ""  # line and text of the statement
     known: frozenset[str] = field(default_factory=known_instructions)

@@ -17,7 +17,7 @@ from .recorded_calls import BLOCK, COMMON, Launch
 from .sass_run import Program, indices
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-REAL_BYTES = 4  # of parameters, states and potentials for both
+REAL_BYTES = 4  # parameters, states and potentials, for both element types
 WARP = 32
 
 FLOAT_ARITHMETIC, FLOAT_CHOICE, MULTIPLY, INTEGER = "float add, multiply", "float compare, select", "IMAD", "integer"
@@ -35,7 +35,7 @@ _CLASS_PATTERNS = {
 
 
 class Card(NamedTuple):
-    """Bytes a second, multiprocessors, Hz; float additions or multiplications a cycle and multiprocessor."""
+    """Bytes per second, multiprocessors, Hz; float additions or multiplications per cycle and multiprocessor."""
 
     name: str
     architecture: int
@@ -43,11 +43,11 @@ class Card(NamedTuple):
     multiprocessors: int
     clock: float
     float_lanes: int
-    shared_bytes: int  # of a multiprocessor, for all its blocks
+    shared_bytes: int  # per multiprocessor, for all resident blocks
 
     @property
     def cycles(self) -> float:
-        """Cycles a second of all multiprocessors together."""
+        """Cycles per second, all multiprocessors together."""
         return self.multiprocessors * self.clock
 
 
@@ -63,7 +63,7 @@ SPECIAL_LANES = 16
 ISSUE_LANES = 128
 # Of a multiprocessor, on all cards.
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
-RESERVED_SHARED_BYTES = 1024  # of each block, beyond its own
+RESERVED_SHARED_BYTES = 1024  # per block, beyond its own shared memory
 
 # Kernels of the common case, with elements moved for each element of x.
 MOVED = {

@@ -89,7 +89,7 @@ def _sequence(steps: int, dtype: torch.dtype, batch_first: bool = False) -> torc
 
 
 def trained(x_seq: torch.Tensor, function: Callable[..., Any] = asgl_cuda.lif, **options: Any) -> Callable[[], None]:
-    """A call and its backward, with a gradient only of the spikes; by default, with learned width and noise."""
+    """A call, and backward from its spikes alone; by default with a learned width and noise."""
     options = {"width": learned(), "analog_prob": 0.1, **options}
 
     def call() -> None:

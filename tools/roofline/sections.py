@@ -38,8 +38,8 @@ from .recorded_calls import BLOCK, COMMON, OTHERS, WITHOUT_NOISE, Call, Launch, 
 from .sass_run import ARITHMETIC_CYCLES, MEMORY_CYCLES, ON_CHIP_CYCLES, alone, indices
 
 CARD = CARDS[0]
-L2_BYTES_A_CYCLE = 64  # of one multiprocessor
-LATENCY = 700e-9  # of memory under load
+L2_BYTES_A_CYCLE = 64  # per multiprocessor
+LATENCY = 700e-9  # seconds, memory under load
 DTYPES = ("float32", "bfloat16")
 
 Row = list[Any]

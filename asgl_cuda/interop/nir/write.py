@@ -21,7 +21,7 @@ from ...reference import normalisation
 from ..convert import LIBRARIES, copied, libraries
 from ..converted import Converted, bare_class
 from ..graphs import name_of_function
-from ..normalised import Normalised, PassedThrough
+from ..normalised import Awaited, Normalised, PassedThrough
 from .neurons import DT, Neurons, Scale, add_metadata, new_lif, per_neuron, read_neurons
 from .values import INSTALL, as_array, as_double, as_pair, as_shape, check_dt, first_line, installed, range_of, require
 
@@ -89,11 +89,13 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = DT, *, allow_sof
         )
     try:
         model = copied(model).eval()
-    except Exception as error:  # of a layer's own __deepcopy__
+    except Exception as error:  # raised by a layer's own __deepcopy__
         raise ValueError(f"{_CALLER}: {type(model).__name__} can't be copied: {first_line(error)}") from error
     for module in model.modules():
         if isinstance(module, NeuronLayer):
             module.reset()
+        if isinstance(module, Normalised) and isinstance(module.normalisation.norm, Awaited):
+            module.end_normalised(converted_stays=True)  # a node of its own, in front of the sum
     tracer = _tracer(nirtorch.NIRTorchTracer)
     if tracer.is_leaf_module(model, ""):
         model = nn.Sequential(model)  # a root is always traced

@@ -43,7 +43,7 @@ struct Cut {
   int64 lanes, most_units, rows_each;
 };
 
-// Each value belongs to one task, and each slot of a channel to one task.
+// Each value belongs to one task, and so does each slot of a channel.
 Texts check_cut(const Cut& cut) {
   const ChannelTiles tiles = ChannelTiles::plan(cut.shape, cut.lanes, cut.most_units, cut.rows_each);
   const ChannelShape& shape = cut.shape;
@@ -117,7 +117,8 @@ class Trial {
     if (differences_.empty()) find_coefficients();
     if (differences_.empty()) find_running();
     if (differences_.empty()) find_adjoint();
-    if (differences_.empty()) find_input_gradient();
+    if (differences_.empty()) find_input_gradient(false);
+    if (differences_.empty()) find_input_gradient(true);
     return differences_;
   }
 
@@ -130,7 +131,7 @@ class Trial {
 
   int64 channel_of(int64 element) const { return element % shape_.columns() / shape_.inner; }
 
-  // Whole numbers have sums that are exact in float: not one may be left out or come twice.
+  // Sums of whole numbers are exact in float: they show a value left out or counted twice.
   void make_values() {
     whole_ = random_.toss();
     const double far = sizeof(Scalar) > 2 ? 10000 : std::is_same_v<Scalar, Half> ? 1000 : 100;
@@ -174,8 +175,8 @@ class Trial {
     if (blocks != should_be) differences_.push_back(text("%s: %lld blocks, expected %lld", what, blocks, should_be));
   }
 
-  // A thread adds up 16 values, and as many squares, in Real, four of them one after another, of distances from about
-  // their mean that are rounded once; what follows is in double. Each rounding is at most half an epsilon.
+  // A thread sums up to 16 distances from about their mean, each rounded once, and their squares, in Real, four in
+  // sequence; the rest is in double. Each rounding is at most half an epsilon.
   void check_moments(const Moments& is, int64 channel) {
     const Found should_be = found(channel);
     const Wide range = should_be.range, eps = whole_ ? 0 : kEpsilon<Real>;
@@ -192,7 +193,7 @@ class Trial {
     params.x_seq = x_seq_.data();
     check("plan_tiles", cuda::plan_tiles(params), differences_);
     check_tiles("moments", params.tiles, x_seq_.is_aligned());
-    // It is as for a sequence that needs too many splits: a thread goes through more values than kChannelRowsEach.
+    // As for a sequence that needs too many splits: a thread reads more values than kChannelRowsEach.
     if (random_.once_in(3)) params.tiles = ChannelTiles::plan(shape_, params.tiles.lanes, kBlockThreads, 150);
     slots_ = params.tiles.slots();
     moments_ = Buffer<double>(3 * slots_ * shape_.channels, 0);
@@ -242,7 +243,7 @@ class Trial {
       const Real* values = coefficients_.data() + (i == 0 ? kCoefficientMean : kCoefficientVariance) * channels;
       for (int64 channel = 0; channel < channels; ++channel) {
         const Wide is = running[i].data()[channel], value = values[channel], was = before[i].data()[channel];
-        if (std::isnan(values[channel]) && std::isnan(is)) continue;  // of a single value
+        if (std::isnan(values[channel]) && std::isnan(is)) continue;  // variance of a single value
         // A difference, a product and a sum are rounded, each to half an epsilon.
         const Wide error = momentum == 1 ? 0 : 2 * kEpsilon<Real> * (std::fabs(value) + std::fabs(was));
         compare(at(i == 0 ? "running mean" : "running variance", channel), is,
@@ -253,7 +254,7 @@ class Trial {
     if (count.size() > 0 && *count.data() != 42) differences_.push_back("a batch is not counted once");
   }
 
-  // The gradient's sums are random; expected results follow from them and from x.
+  // The sums of gradients are random; expected results follow from these and the moments.
   void find_adjoint() {
     const int64 channels = shape_.channels;
     grad_weight_ = Buffer<Real>(channels, 0);
@@ -283,7 +284,7 @@ class Trial {
       };
       const Wide slope = -gain * inverse * of_normalised(total_grad_gain_, total_grad_bias_) / moments.count;
       const Wide offset = -gain * total_grad_bias_.data()[channel] / moments.count - slope * beyond;
-      // It is computed in double, with a few roundings, and then rounded.
+      // Computed in double, with a few roundings, then rounded.
       const auto expect = [&](const char* name, Real is, Wide should_be) {
         const Wide error = (kEpsilon<Real> + 4 * kDouble) * std::fabs(should_be) + 1e-13L;
         compare(at(name, channel), is, should_be, error, differences_);
@@ -295,20 +296,36 @@ class Trial {
     }
   }
 
-  void find_input_gradient() {
-    std::vector<Real> expected(x_seq_.size());
+  void find_input_gradient(bool has_residual) {
+    std::vector<Real> expected(x_seq_.size()), expected_residual(x_seq_.size());
+    Buffer<Scalar> residual;
+    const Real residual_gain = Real(shape_.rows % 2 == 0 ? 1.0 : 0.7);
+    if (has_residual) {
+      residual = Buffer<Scalar>(x_seq_.size(), shape_.rows % 5 == 0);
+      residual.fill(random_, -1, 1);
+    }
     for (int64 i = 0; i < x_seq_.size(); ++i) {
       const int64 channel = channel_of(i);
       const Real slope = adjoint_.data()[channel], offset = adjoint_.data()[shape_.channels + channel];
       const Real distance = to_real(x_seq_.data()[i]) - coefficients_.data()[channel];
-      expected[i] = to_real(grad_x_seq_.data()[i]) + (slope * distance + offset);
+      Real gain_dh = to_real(grad_x_seq_.data()[i]);
+      if (has_residual) {
+        const Real dh = to_real(residual.data()[i]);
+        gain_dh = coefficients_.data()[kCoefficientGain * shape_.channels + channel] * dh;
+        expected_residual[i] = residual_gain * dh;
+      }
+      expected[i] = gain_dh + (slope * distance + offset);
     }
     InputGradientParams<Scalar> params{};
     params.tiles.shape = shape_;
     params.x_seq = x_seq_.data();
     params.grad_x_seq = grad_x_seq_.data();
+    params.grad_residual = residual.data();
+    params.residual_gain = residual_gain;
+    params.gain = coefficients_.data() + kCoefficientGain * shape_.channels;
     check("plan_tiles", cuda::plan_tiles(params), differences_);
-    check_tiles("input gradient", params.tiles, x_seq_.is_aligned() && grad_x_seq_.is_aligned());
+    check_tiles("input gradient", params.tiles,
+                x_seq_.is_aligned() && grad_x_seq_.is_aligned() && residual.is_aligned());
     if (random_.once_in(3)) params.tiles = ChannelTiles::plan(shape_, params.tiles.lanes, kBlockThreads, 150);
     params.mean = coefficients_.data();
     params.adjoint = adjoint_.data();
@@ -317,7 +334,11 @@ class Trial {
     for (int64 i = 0; i < x_seq_.size() && differences_.empty(); ++i) {
       const double is = to_real(grad_x_seq_.data()[i]), should_be = to_real(from_real<Scalar>(expected[i]));
       if (!same(is, should_be)) compare(at("dx", i), is, should_be, 0, differences_);
+      if (!has_residual) continue;
+      const double dr = to_real(residual.data()[i]), should_dr = to_real(from_real<Scalar>(expected_residual[i]));
+      if (!same(dr, should_dr)) compare(at("dr", i), dr, should_dr, 0, differences_);
     }
+    if (has_residual && residual.overrun()) differences_.push_back("dr was written beyond its end");
     if (grad_x_seq_.overrun()) differences_.push_back("dx was written beyond its end");
   }
 
@@ -351,7 +372,7 @@ Texts run(const Case& it, Coverage& coverage) {
 
 // ---- coefficients ----
 
-// The moments are made up, some of no values, or they are a mean and a variance.
+// From random moments, some of no values, or from a mean and a variance.
 struct CoefficientsCase {
   int64 slots, channels;  // no slots: mean and variance
 };
@@ -417,7 +438,7 @@ Texts check_coefficients(const CoefficientsCase& it, unsigned number) {
     compare(at("mean", channel), is.mean, exact_mean, rounding, differences);
     compare(at("variance", channel), is.variance, exact_variance, rounding, differences);
 
-    // The rest follows from the total as it is, in double and then rounded.
+    // The rest follows from the computed total, in double, then rounded.
     const Real* row = coefficients.data() + channel;
     const Wide scale = params.options.input_scale;
     const Wide gain = scale * (weight.data() == nullptr ? Wide(1) : weight.data()[channel]) /
@@ -440,7 +461,6 @@ Texts check_coefficients(const CoefficientsCase& it, unsigned number) {
 
 class Outcomes {
  public:
-  // Returns whether to go on.
   bool goes_on() const { return failed_ < 3; }
   unsigned cases() const { return cases_; }
   int failed() const { return failed_; }
@@ -466,7 +486,7 @@ std::string name_of(const ChannelShape& shape) {
 std::vector<ChannelShape> shapes(bool small) {
   if (small) return {{5, 3, 1}, {130, 3, 4}, {5, 200, 3}, {5, 1, 600}, {70, 100, 1}};
   std::vector<ChannelShape> all;
-  constexpr int64 kMost = 60000;  // that run in a short time
+  constexpr int64 kMost = 60000;  // elements, for a short run
   for (const int64 inner : {7, 128, 600, 4, 1, 10, 1024, 3, 49}) {
     for (const int64 channels : {3, 200, 1, 64}) {
       for (const int64 rows : {130, 5, 4099, 1}) {
@@ -497,7 +517,7 @@ void run_all(bool small, Outcomes& outcomes, Coverage& coverage) {
       }
     }
   }
-  // They are five: the four types, one of them twice, and so each in its turn.
+  // Five turns: the four types, and one of them, another for each shape, again.
   for (const ChannelShape& shape : shapes(small)) {
     for (int turn = 0; turn < 5 && outcomes.goes_on(); ++turn) {
       const Case it{shape, outcomes.cases()};

@@ -23,7 +23,7 @@ struct Sum {
 
 template <class Real>
 struct Expected {
-  std::vector<Real> s_seq, h_seq, v_seq, v_last, grad_x_seq, grad_v_init;
+  std::vector<Real> s_seq, h_seq, v_seq, v_last, grad_x_seq, grad_residual, grad_v_init;
   std::vector<Sum> grad_parameters[kNumParameters];
 };
 
@@ -34,7 +34,7 @@ inline bool is_analog(const NoiseParams& noise, int64 n, int64 t) {
   return (block.draws[t % 2] >> (16 * (n % 4)) & 0xFFFFu) < noise.analog_below;
 }
 
-// LIFByOptions written independently, around the LIF that the options name.
+// LIFByOptions written independently, around the LIF that the options select.
 template <class Named>
 struct RulesAgain : Named {
   template <class Real>
@@ -84,7 +84,8 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
   const LIFByOptions<Real>& options = params.options;
   const auto model = Model::of(options);
   Expected<Real> expected;
-  for (auto* sequence : {&expected.s_seq, &expected.h_seq, &expected.v_seq, &expected.grad_x_seq}) {
+  for (auto* sequence :
+       {&expected.s_seq, &expected.h_seq, &expected.v_seq, &expected.grad_x_seq, &expected.grad_residual}) {
     sequence->resize(shape.neurons() * shape.steps);
   }
   for (auto* state : {&expected.v_last, &expected.grad_v_init}) state->resize(shape.neurons());
@@ -104,7 +105,9 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
           neuron_of<Real>([&](ParameterId id) { return value_of(id, params.parameters[id].at(n, t), options); });
       v_before[t] = state.v;
       const Real x = to_real(params.x_seq[element]);
-      const Real h = Model::template charge<Input::kGeneral>(x, state, neurons[t], options);
+      Real c = input_current<Input::kGeneral>(x, neurons[t]);
+      if (params.residual != nullptr) c += params.residual_gain * to_real(params.residual[element]);
+      const Real h = Model::template charge<Input::kGeneral>(c, state, neurons[t], options);
       const Real s = model.fire(h, is_analog(params.noise, n, t), neurons[t], Firing<Real>(options));
       model.reset(h, s, neurons[t], state);
       spikes[t] = s;
@@ -150,6 +153,7 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
       add(kInputBias, dc);
       add(kInputMean, -dc * neuron.input_gain);
       expected.grad_x_seq[element] = neuron.input_gain * step.dc;
+      expected.grad_residual[element] = step.dc;
       carried = true;
     }
     expected.grad_v_init[n] = d_state.v;
@@ -170,9 +174,9 @@ void compare(const char* name, const Buffer<Element>& found, const std::vector<R
   if (found.data() != nullptr && found.overrun()) differences.push_back(text("%s was written beyond its end", name));
 }
 
-// A kernel adds up a thread's terms, of at most four neurons, then the sums of 128 threads in five and three additions,
-// all in Real, and on the CPU the terms of up to 16 neurons, then in double; a few more make the term. Each rounding is
-// at most half an epsilon of the sum of all magnitudes, or half the least number of all: a width's is divided by its
+// CUDA kernels sum a thread's terms, of at most four neurons, then 128 threads in three and five additions, all in
+// Real; the CPU sums the terms of up to 16 neurons, then in double; a term has a few more roundings. Each rounding is
+// at most half an epsilon of the sum of all magnitudes, or half the smallest subnormal: for the width divided by its
 // square, at least a quarter.
 template <class Real>
 void compare(const std::string& name, const Buffer<Real>& found, const std::vector<Sum>& expected, int64 steps,

@@ -44,14 +44,14 @@ struct Case {
 
 struct Coverage {
   std::set<const void*> kernels;
-  // Sums of several runs by whole blocks, and of more runs than are summed up side by side.
+  // Sums of several runs by whole blocks, and of more runs than are summed in parallel.
   int whole_block_sums = 0, sums_side_by_side = 0;
 };
 
-// For settled neurons each model has a forward and a backward kernel for one neuron a thread, and except for double two
-// of each for four, for plain and for normalised input. The general kernels are one of each for one neuron and for
-// four.
-constexpr std::size_t kKernels = 4 * (2 + 2 * (2 + 2)) + 2 + 2 * (2 + 2) + 2;
+// Settled: a model has a forward and a backward kernel for one neuron a thread, and except for double for four, plain,
+// normalised and with a residual, any T and T = 4. General: a type has one of each, with and without a residual, for
+// one neuron a thread, and except for double for four.
+constexpr std::size_t kKernels = 4 * (2 + 2 * (2 + 2 + 2)) + 2 + 2 * (2 * (2 + 2) + 2);
 
 template <class Scalar, Surrogate kSurrogate, bool kHardReset, bool kByOptions = false>
 class Trial {
@@ -101,6 +101,14 @@ class Trial {
     grad_h_seq_ = input<Real>(random_.once_in(seldom), elements, -1, 1);
     grad_x_seq_ = output<Scalar>(!random_.once_in(8), elements);
     grad_v_init_ = output<Real>(random_.toss(), neurons);
+    Random others(it.number + 1000000);
+    if (!it.by_threshold && others.once_in(3)) {
+      const bool misaligned = others.once_in(8);
+      residual_ = Buffer<Scalar>(elements, misaligned);
+      residual_.fill(others, -1, 1);
+      forward_.residual_gain = Real(others.toss() ? 1.0 : 0.5);
+      if (!others.once_in(4)) grad_residual_ = Buffer<Scalar>(elements, others.once_in(8));
+    }
     if (it.by_threshold) set_by_threshold();
   }
 
@@ -110,6 +118,7 @@ class Trial {
     asgl_emulation::clear_recorded_launches();
 
     forward_.x_seq = x_seq_.data();
+    forward_.residual = residual_.data();
     forward_.init.v = v_init_.data();
     forward_.s_seq = s_seq_.data();
     forward_.last.v = v_last_.data();
@@ -120,8 +129,8 @@ class Trial {
     check("forward", cuda::launch(Model{}, forward_, nullptr), differences);
     const Input forward_input = input(v_seq_.data() == nullptr && h_seq_.data() == nullptr);
     check_launch("forward", false, forward_input,
-                 lanes(forward_input, x_seq_, v_init_, s_seq_, v_last_, v_seq_, h_seq_, checkpoints_), coverage,
-                 differences);
+                 lanes(forward_input, x_seq_, residual_, v_init_, s_seq_, v_last_, v_seq_, h_seq_, checkpoints_),
+                 coverage, differences);
 
     BackwardParams<Scalar> backward{};
     static_cast<LIFParams<Scalar>&>(backward) = forward_;
@@ -131,6 +140,7 @@ class Trial {
     backward.grad_h_seq = grad_h_seq_.data();
     backward.checkpoints.v = checkpoints_.data();
     backward.grad_x_seq = grad_x_seq_.data();
+    backward.grad_residual = grad_residual_.data();
     backward.grad_init.v = grad_v_init_.data();
     const Expected<Real> expected =
         expect<std::conditional_t<kByOptions, asgl_emulation::RulesAgain<Named>, Named>>(backward);
@@ -154,17 +164,19 @@ class Trial {
       sums[id] = Buffer<Real>(rows * forward_.parameters[id].count, 0);
       backward.partials[id] = {partials[id].data(), slots};
     }
-    const bool only_spikes = grad_s_seq_.data() != nullptr && grad_x_seq_.data() != nullptr &&
+    const bool only_spikes = grad_s_seq_.data() != nullptr &&
+                             (grad_x_seq_.data() != nullptr || grad_residual_.data() != nullptr) &&
                              grad_v_seq_.data() == nullptr && grad_h_seq_.data() == nullptr && !wanted_[kInputMean];
     const Input backward_input = input(only_spikes);
     if (!is_taken(backward, backward_input)) differences.push_back("the kernel assumes more than holds");
-    if (!differences.empty()) return differences;  // the kernel might follow a pointer that is null
+    if (!differences.empty()) return differences;  // the kernel might dereference null
     check("backward", cuda::launch(Model{}, backward, nullptr), differences);
     check_launch("backward", true, backward_input,
-                 lanes(backward_input, x_seq_, v_init_, grad_s_seq_, grad_v_last_, grad_v_seq_, grad_h_seq_,
-                       checkpoints_, grad_x_seq_, grad_v_init_),
+                 lanes(backward_input, x_seq_, residual_, v_init_, grad_s_seq_, grad_v_last_, grad_v_seq_, grad_h_seq_,
+                       checkpoints_, grad_x_seq_, grad_residual_, grad_v_init_),
                  coverage, differences);
     compare("grad_x_seq", grad_x_seq_, expected.grad_x_seq, differences);
+    compare("grad_residual", grad_residual_, expected.grad_residual, differences);
     compare("grad_v_init", grad_v_init_, expected.grad_v_init, differences);
     GradientSum<Real> sum{case_.shape, backward.tiles.tile, 0, {}};
     for (int id = 0; id < kNumParameters; ++id) {
@@ -250,7 +262,7 @@ class Trial {
       const bool constant = plain_                    ? of_input || random_.toss()
                             : normalised && !of_input ? random_.toss()
                                                       : random_.once_in(8);
-      // A gradient of the mean is for the general kernels alone.
+      // Only general kernels compute a gradient of the mean.
       const unsigned times = id == kInputMean ? (settled_ ? 10 : 2) : !settled_ || id == kWidth || of_input ? 4 : 2;
       wanted_[id] = gradients_ && !constant && (id == kInputMean ? random_.once_in(times) : !random_.once_in(times));
       if (constant) continue;
@@ -303,6 +315,7 @@ class Trial {
       const ParameterView<Real>& view = forward_.parameters[id];
       plain = plain && view.data == nullptr && view.constant == Real(id == kInputGain);
     }
+    if (residual_.data() != nullptr) return general ? Input::kGeneralResidual : Input::kNormalisedResidual;
     return general ? Input::kGeneral : plain ? Input::kPlain : Input::kNormalised;
   }
 
@@ -312,8 +325,8 @@ class Trial {
     const int64 neurons = case_.shape.neurons(), resident = 2048 * case_.multiprocessors;
     bool four = sizeof(Scalar) <= 4 && case_.shape.inner % 4 == 0 && (buffers.is_aligned() && ...);
     for (const auto& view : forward_.parameters) four = four && (view.data == nullptr || view.inner % 4 == 0);
-    const bool pays =
-        input == Input::kGeneral ? neurons >= resident : case_.shape.steps <= 16 || neurons > resident / 16;
+    const bool general = input == Input::kGeneral || input == Input::kGeneralResidual;
+    const bool pays = general ? neurons >= resident : case_.shape.steps <= 16 || neurons > resident / 16;
     return four && pays ? 4 : 1;
   }
 
@@ -328,8 +341,8 @@ class Trial {
   const void* kernel(bool backward) const {
     const int64 steps = case_.shape.steps;
     const auto address = [](auto* kernel) { return reinterpret_cast<const void*>(kernel); };
-    if constexpr (kInput == Input::kGeneral) {
-      if (backward) return address(&lif_backward_kernel<Scalar, kLanes>);
+    if constexpr (kIsGeneral<kInput>) {
+      if (backward) return address(&lif_backward_kernel<Scalar, kLanes, kInput>);
       return address(&lif_forward_kernel<Scalar, LIFByOptions<Real>, kLanes, kInput, 0>);
     } else {
       if constexpr (kLanes == 4) {
@@ -343,19 +356,20 @@ class Trial {
 
   // The expected kernel.
   const void* kernel(bool backward, Input input, int lanes) const {
-    if constexpr (kByOptions) {
-      if constexpr (!std::is_same_v<Scalar, double>) {
-        if (lanes == 4) return kernel<4, Input::kGeneral>(backward);
-      }
-      return kernel<1, Input::kGeneral>(backward);
-    } else {
+    const bool residual = residual_.data() != nullptr;
+    if constexpr (!kByOptions) {
       if constexpr (!std::is_same_v<Scalar, double>) {
         if (lanes == 4 && input == Input::kPlain) return kernel<4, Input::kPlain>(backward);
         if (lanes == 4 && input == Input::kNormalised) return kernel<4, Input::kNormalised>(backward);
-        if (lanes == 4) return kernel<4, Input::kGeneral>(backward);
+        if (lanes == 4 && input == Input::kNormalisedResidual) return kernel<4, Input::kNormalisedResidual>(backward);
       }
-      return input == Input::kGeneral ? kernel<1, Input::kGeneral>(backward) : kernel<1, Input::kNormalised>(backward);
+      if (!residual && input != Input::kGeneral) return kernel<1, Input::kNormalised>(backward);
     }
+    if constexpr (!std::is_same_v<Scalar, double>) {
+      if (lanes == 4 && residual) return kernel<4, Input::kGeneralResidual>(backward);
+      if (lanes == 4) return kernel<4, Input::kGeneral>(backward);
+    }
+    return residual ? kernel<1, Input::kGeneralResidual>(backward) : kernel<1, Input::kGeneral>(backward);
   }
 
   void check_launch(const char* what, bool backward, Input input, int lanes, Coverage& coverage, Texts& differences) {
@@ -368,8 +382,8 @@ class Trial {
     if (blocks != should_be) differences.push_back(text("%s: %lld blocks, expected %lld", what, blocks, should_be));
   }
 
-  // With enough slots a run, a block has one element, and runs side by side with at most a thread a slot; otherwise up
-  // to 16 runs, and elements side by side for the other threads.
+  // With enough slots a run, a block sums one element, its runs in parallel, with at most a thread a slot; otherwise
+  // several elements in parallel, up to 16 runs of each.
   void check_sum(const GradientSum<Real>& sum, Coverage& coverage, Texts& differences) {
     int64 blocks = 0;
     for (int id = 0; id < sum.count; ++id) {
@@ -401,7 +415,7 @@ class Trial {
   int64 rng_state_[2];
   ForwardParams<Scalar> forward_{};
   Buffer<Real> data_[kNumParameters];
-  Buffer<Scalar> x_seq_, s_seq_, grad_s_seq_, grad_x_seq_;
+  Buffer<Scalar> x_seq_, residual_, s_seq_, grad_s_seq_, grad_x_seq_, grad_residual_;
   Buffer<Real> v_init_, v_last_, v_seq_, h_seq_, checkpoints_, grad_v_last_, grad_v_seq_, grad_h_seq_, grad_v_init_;
 };
 
@@ -440,7 +454,7 @@ constexpr int64 kManyNeurons = 3700 * kBlockThreads - 1;
 
 std::vector<SequenceShape> shapes(bool small) {
   std::vector<SequenceShape> all;
-  if (kOnCpu) {  // several tiles, of 1024 neurons, that no row or channel here fills, on two threads
+  if (kOnCpu) {  // several tiles of 1024 neurons, not aligned with rows, on two threads
     for (const int64 steps : {17, 4, 33}) {
       for (const auto& [outer, inner] : {std::pair{4, 700}, {1, 2800}, {7, 400}}) all.push_back({outer, steps, inner});
     }
@@ -465,9 +479,9 @@ std::vector<SequenceShape> shapes(bool small) {
     all.push_back({8, steps, 512});
   }
   all.push_back({1, 3, 897});  // eight tiles
-  // A thread of a sum adds seven or eight slots, and eight or nine.
+  // A thread sums seven or eight slots, and eight or nine.
   if (!kOnCpu) all.push_back({1, 1, kManyNeurons}), all.push_back({1, 1, kManyNeurons + 500 * kBlockThreads});
-  for (const int64 inner : {840, 903}) all.push_back({12, 3, inner});  // runs that touch eight tiles, and nine
+  for (const int64 inner : {840, 903}) all.push_back({12, 3, inner});  // runs that overlap eight tiles, and nine
   return all;
 }
 
@@ -485,7 +499,7 @@ bool many_neurons_are_general() {
 bool many_neurons_are_general() { return true; }
 #endif
 
-// analog_below from the state is clamped to a share of all draws.
+// analog_below from the state is clamped to [0, kAlwaysAnalog].
 bool analog_below_in_state_is_resolved() {
   constexpr int64 kLimit = std::numeric_limits<int64>::max(), kAlways = kAlwaysAnalog;
   for (const int64 below : {-kLimit, int64{-1}, int64{0}, int64{1}, kAlways - 1, kAlways, kAlways + 1, kLimit}) {

@@ -38,7 +38,7 @@ static cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, A... argu
       values);
 }
 
-// The faults below are meant: only the message matters, and the next check begins with a clean slate.
+// The message of an intended fault; clears the error for the next check.
 static std::string take_error_message() {
   std::string message = emulation::error_message();
   emulation::clear_errors();
@@ -75,7 +75,7 @@ static void check_indices() {
 
 enum class Spoil { nothing, barrier_before_gather, barrier_before_broadcast, lane };
 
-// Every warp sums its values and leaves the sum for warp 0, which adds the sums and leaves the total for everyone.
+// Every warp sums its values and stores the sum for warp 0, which adds the sums and stores the total for all threads.
 template <Spoil spoil>
 __global__ void sum_blocks(const int* in, int* totals) {
   __shared__ int sums[32];
@@ -143,7 +143,7 @@ static void check_shuffles() {
   }
 }
 
-// The two halves of the warp work apart, each under its own mask.
+// The two halves of the warp diverge, each with its own mask.
 __global__ void half_warps(unsigned* out) {
   const unsigned lane = threadIdx.x;
   if (lane < 16) {
@@ -182,7 +182,7 @@ static void check_reversed_lanes() {
   }
 }
 
-// Threads that have nothing to do leave before the barrier, as hardware allows.
+// Threads without work exit before the barrier, as hardware allows.
 __global__ void leave_early(int* out, int n) {
   __shared__ int slots[128];
   const int i = threadIdx.x;
@@ -261,7 +261,7 @@ static_assert(sizeof(double4) == 32 && alignof(double4) == 16 && sizeof(uint3) =
 static_assert(std::is_trivially_default_constructible<uint4>::value, "needed for __shared__ arrays");
 static_assert(emulation::parameter_bytes<char, double, int, uint4>() == 48, "");
 
-// The misalignment is meant, and UndefinedBehaviorSanitizer would report it on its own.
+// The misalignment is intended; UndefinedBehaviorSanitizer would report it, too.
 template <class Vector>
 __attribute__((no_sanitize("alignment"))) __global__ void copy_vectors(const unsigned char* in, unsigned char* out) {
   const Vector value = *reinterpret_cast<const Vector*>(in + threadIdx.x * sizeof(Vector));
@@ -320,7 +320,7 @@ static unsigned short reference_half(float value) {
   return bits;
 }
 
-// The nearer of the two neighbouring bfloat16 values, by distance in double precision.
+// The nearer of the two adjacent bfloat16 values, by distance in double precision.
 static unsigned short reference_bfloat16(float value) {
   const uint32_t below = bits_of(value) >> 16, above = below + 1;
   if (std::isinf(value)) return static_cast<unsigned short>(below);

@@ -1,4 +1,4 @@
-// Shared by the kernel tests: random values, storage that shows an overrun, runs and their outcome.
+// Shared by the kernel tests: random values, buffers that show an overrun, checks of launches.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ constexpr bool kOnCpu = false;
 #endif
 
 // In a build with seeded mutants, the environment selects one, and buffers have room for accesses beyond their ends:
-// mutants must be found by their results.
+// results must reveal mutants.
 #if defined(ASGL_TEST_MUTANTS)
 constexpr asgl::int64 kRoom = 8192;
 inline void choose_mutant() { asgl::mutant = std::atoi(std::getenv("ASGL_MUTANT")); }
@@ -41,7 +41,7 @@ class Random {
   bool toss() { return once_in(2); }
   double between(double low, double high) { return low + (high - low) * (bits_() * 0x1p-32); }
   asgl::int64 one_of(const std::vector<asgl::int64>& choices) { return choices[bits_() % choices.size()]; }
-  // A divisor of `number` that is a multiple of `unit`, which divides it.
+  // A divisor of `number` that is a multiple of `unit`, itself a divisor.
   asgl::int64 divisor(asgl::int64 number, asgl::int64 unit) {
     std::vector<asgl::int64> divisors;
     for (asgl::int64 k = unit; k <= number; k += unit) {

@@ -46,7 +46,7 @@ struct Format {
   uint32_t infinity() const { return ((1u << exponent_bits) - 1) << mantissa_bits; }
   bool is_nan(uint32_t bits) const { return (bits & 0x7FFFu) > infinity(); }
 
-  // Infinity counts as the value that the next exponent would have: rounding goes to it from there.
+  // Infinity counts as the next power of two: rounding to nearest then decides on overflow.
   double value_or_next_power(uint32_t magnitude) const {
     const int exponent = static_cast<int>(magnitude >> mantissa_bits);
     const int mantissa = static_cast<int>(magnitude & ((1u << mantissa_bits) - 1));
@@ -60,7 +60,7 @@ struct Format {
     return bits & 0x8000u ? -positive : positive;
   }
 
-  // The nearest value, ties to even: searched between neighbours, not computed from the bits of the float.
+  // The nearest value, ties to even: found by bisection, not from the bits of the float.
   uint32_t nearest(float number) const {
     const uint32_t sign = std::signbit(number) ? 0x8000u : 0;
     const double magnitude = std::fabs(static_cast<double>(number));
@@ -127,7 +127,7 @@ void bfloat16_rounding_of_ties() { rounding_of_ties<BFloat16>(kBFloat16); }
 template <class Scalar>
 void rounding_of_random_floats(Format format) {
   std::mt19937 random(2);
-  std::uniform_real_distribution<float> exponent(-27.0f, 17.0f);  // from below half's subnormals to beyond its largest
+  std::uniform_real_distribution<float> exponent(-27.0f, 17.0f);  // from below half's subnormals to beyond its maximum
   for (int i = 0; i < 200'000; ++i) {
     const auto number = bit_cast<float>(static_cast<uint32>(random()));
     if (!std::isnan(number)) expect_nearest<Scalar>(format, number);
@@ -145,7 +145,7 @@ void rounding_of_extremes(Format format) {
     expect_nearest<Scalar>(format, number);
     expect_nearest<Scalar>(format, -number);
   }
-  // Quiet and signalling, of both signs, with the payload in bits that are kept and in bits that are dropped.
+  // Quiet and signalling NaN of both signs, with payloads in the bits that are kept and in those that are dropped.
   for (const uint32 bits : {0x7FC00000u, 0x7F800001u, 0x7FFFFFFFu, 0x7FBFFFFFu, 0x7F801000u}) {
     for (const uint32 sign : {0u, 0x80000000u}) {
       const uint16 rounded = asgl::from_real<Scalar>(bit_cast<float>(bits | sign)).bits;

@@ -1,4 +1,4 @@
-// Substitutes the CPU kernels for the CUDA ones in the tests of these. Included before all else.
+// Substitutes the CPU kernels for the CUDA kernels in the latter's tests. Included first.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(ASGL_TEST_BASELINE)  // without the clones for other instruction sets, which take two thirds of the time
+#if defined(ASGL_TEST_BASELINE)  // no clones for other instruction sets: a third of the compile time
 #undef __x86_64__
 #endif
 
@@ -40,7 +40,7 @@ cudaError_t launch(const Params& params, cudaStream_t) {
   return cudaSuccess;
 }
 
-// The options name the model.
+// The options select the model.
 template <class Model, class Params>
 cudaError_t launch(Model, const Params& params, cudaStream_t stream) {
   return launch(params, stream);

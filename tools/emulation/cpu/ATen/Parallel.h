@@ -1,4 +1,4 @@
-// The one thing that the CPU kernels need of torch, on two threads, for programs without it.
+// The CPU kernels' only need of torch, on two threads, for programs without torch.
 #pragma once
 
 #include <cstdint>

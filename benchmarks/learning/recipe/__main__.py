@@ -1,0 +1,129 @@
+"""Trains a network of the paper by the recipe of its authors, or a baseline beside it.
+
+    python -m benchmarks.learning.recipe cifar100-resnet18 --data-root DIR
+    torchrun --nproc-per-node 2 -m benchmarks.learning.recipe cifar100-resnet18 --data-root DIR
+
+`last.pt` and `best.pt` go to --out after each epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import track
+
+import asgl_cuda
+
+from ...common import device_of, parser_of
+from .data import samples_of
+from .presets import BASELINES, LOSSES, PRESETS, PUBLISHED, Settings
+from .training import Options, Training
+
+console = Console(highlight=False)
+
+
+def arguments_of() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = parser_of("benchmarks.learning.recipe", str(__doc__), "device")
+    parser.add_argument("preset", choices=PRESETS, help=f"published by the authors: {' and '.join(PUBLISHED)}")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="where the data is")
+    parser.add_argument("--synthetic", type=int, metavar="N", help="N generated samples of the same shapes instead")
+    parser.add_argument("--baseline", choices=BASELINES, help="fixed width, learned without noise, and others")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="of checkpoints (default: runs/PRESET[-BASELINE])")
+    parser.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
+    parser.add_argument("--evaluate", type=Path, metavar="FILE", help="only test a checkpoint, ours or the authors'")
+    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="log loss, accuracy, rate and widths to DIR")
+    parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument("--recompute-spikes", action="store_true", help="less memory, see asgl_cuda.recompute_spikes")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="(default: %(default)s)")
+    group = parser.add_argument_group("settings", "in place of the preset's")
+    for name, value in asdict(PRESETS[PUBLISHED[0]]).items():
+        if name not in ("data", "network", "widths"):  # by preset and baseline
+            kind: dict[str, Any] = {"choices": LOSSES} if name == "loss" else {"type": type(value)}
+            if isinstance(value, bool):
+                kind = {"action": argparse.BooleanOptionalAction}
+            group.add_argument(f"--{name.replace('_', '-')}", **kind)
+    return parser, parser.parse_args()
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    preset = PRESETS[arguments.preset]
+    given = {name: value for name, value in vars(arguments).items() if value is not None and name in asdict(preset)}
+    return replace(preset, **BASELINES.get(arguments.baseline, {}), **given)
+
+
+def writer_of(folder: Path | None) -> Any:
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise SystemExit("--tensorboard needs TensorBoard: pip install tensorboard") from None
+    return SummaryWriter(str(folder))
+
+
+def run(training: Training, out: Path, writer: Any) -> None:
+    bar = partial(track, console=console, transient=True, disable=training.rank > 0 or not console.is_terminal)
+    while training.epoch < training.settings.epochs:
+        started, head = time.perf_counter(), f"epoch {training.epoch + 1}/{training.settings.epochs}"
+        rate = training.optimizers[0].param_groups[0]["lr"]
+        loss = training.train_epoch(partial(bar, description=head))
+        if training.rank > 0:  # the others wait in their next step
+            continue
+        accuracy = training.accuracy()
+        better, training.best = accuracy > training.best, max(accuracy, training.best)
+        for name in ("last.pt", "best.pt") if better else ("last.pt",):
+            training.save(out / name)
+        seconds = time.perf_counter() - started
+        console.print(f"{head}: loss {loss:.4f}, test accuracy {accuracy:.2f} %, {seconds:.0f} s")
+        if writer is not None:
+            for name, value in (("loss", loss), ("accuracy", accuracy), ("rate", rate)):
+                writer.add_scalar(name, value, training.epoch)
+            for name, layer in asgl_cuda.asgl_layers(training.network):
+                writer.add_scalar(f"width/{name}", float(layer.width.detach().mean()), training.epoch)
+
+
+def main() -> int:
+    """Trains, or tests a checkpoint."""
+    parser, arguments = arguments_of()
+    device, settings = device_of(parser, arguments.device), settings_of(arguments)
+    out = arguments.out or Path("runs") / "-".join(filter(None, (arguments.preset, arguments.baseline)))
+    if "RANK" in os.environ:  # torchrun
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    options = Options(device, arguments.amp, arguments.compile, arguments.recompute_spikes, arguments.workers)
+    training = Training(settings, samples_of(settings, arguments.data_root, arguments.synthetic), options)
+    if arguments.evaluate is not None:
+        training.load_network(arguments.evaluate)
+        console.print(f"test accuracy {training.accuracy():.2f} %")
+        return 0
+    last = out / "last.pt"
+    if last.exists():
+        if not arguments.resume:
+            parser.error(f"{last} is there: --resume goes on from it, --out names another folder")
+        training.resume(last)
+    out.mkdir(parents=True, exist_ok=True)
+    with writer_of(arguments.tensorboard if training.rank == 0 else None) or nullcontext() as writer:
+        run(training, out, writer)
+    if training.rank == 0:
+        console.print(f"best test accuracy {training.best:.2f} %, in {out}", soft_wrap=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The settings of a training, and presets of them: the authors' two published commands, and the same for other sets.
+
+What a published command leaves out is the default of its program. The other presets take the settings for CIFAR-100.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A training: all that its result depends on, apart from data, device and precision."""
+
+    data: str
+    network: str
+    loss: str  # "mean": cross-entropy of the mean over time; "tet": of every step, with a pull towards 1
+    widths: str = "learned"  # or "fixed", "schedule", "per-step"
+    seed: int = 60
+    steps: int = 2
+    batch: int = 128  # over all processes
+    epochs: int = 300
+    rate: float = 0.1  # initial rate of SGD, annealed along a cosine
+    width_rate: float = 3e-4  # constant rate of Adam, for widths and decays
+    weight_decay: float = 5e-4
+    width: float = 5.0  # initial width
+    surrogate: str = "sigmoid"
+    analog_prob: float = 0.2
+    decay: float = 0.5
+    learn_decay: bool = True
+    threshold: float = 1.0
+    channels: float = 1.0  # factor on the channels of the network
+
+
+LOSSES = ("mean", "tet")
+CLASSES = {"cifar10": 10, "cifar100": 100, "dvs-cifar10": 10}
+
+_DVS = Settings(
+    "dvs-cifar10", "vggsnn2", "tet", seed=200, steps=10, batch=32, epochs=100, weight_decay=1e-3, width=1.0,
+    surrogate="rectangle", analog_prob=0.1, learn_decay=False, threshold=0.5,
+)  # fmt: skip
+# The authors train VGG under TET, ResNet on the mean.
+PRESETS = {
+    f"{data}-{network}": Settings(data, network, "tet" if network == "vgg13" else "mean")
+    for data in ("cifar10", "cifar100")
+    for network in ("resnet18", "resnet19", "vgg13")
+} | {"dvs-cifar10-vggsnn2": _DVS}
+PUBLISHED = ("cifar100-resnet18", "dvs-cifar10-vggsnn2")
+
+# What a baseline changes.
+BASELINES: dict[str, dict[str, Any]] = {
+    "fixed": {"widths": "fixed", "analog_prob": 0.0},
+    "no-noise": {"analog_prob": 0.0},
+    "schedule": {"widths": "schedule", "analog_prob": 0.0},
+    "per-step": {"widths": "per-step"},
+}
+
+
+def scheduled_width(settings: Settings, epoch: int) -> float:
+    """The width of the baseline "schedule": by equal factors to a tenth in the last epoch."""
+    return float(settings.width * 0.1 ** (epoch / max(settings.epochs - 1, 1)))

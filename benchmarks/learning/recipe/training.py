@@ -1,0 +1,156 @@
+"""A training: epochs and tests, in one process or several, from and to a checkpoint.
+
+SGD for the weights along a cosine, Adam at a constant rate for widths and decays, weight decay for neither
+normalisations, biases nor neurons. Every epoch seeds torch's generators anew, so that a resumed training continues
+with the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, DistributedSampler
+
+import asgl_cuda
+
+from ..optimizers import optimizers_of
+from .networks import network_of
+from .presets import Settings, scheduled_width
+
+_TET_SHARE, _TET_MEAN = 1e-3, 1.0
+
+
+def loss_of(scores: Tensor, labels: Tensor, kind: str) -> Tensor:
+    """The loss of scores `[T, B, classes]`.
+
+    mean    cross-entropy of the mean over time
+    tet     (1 - 0.001) * mean cross-entropy of the steps + 0.001 * mean of (scores - 1)^2
+            (Deng, Li, Zhang, Gu: Temporal Efficient Training of Spiking Neural Network via Gradient Re-weighting, 2022)
+    """
+    scores = scores.float()
+    if kind == "mean":
+        return functional.cross_entropy(scores.mean(0), labels)
+    by_step = functional.cross_entropy(scores.flatten(0, 1), labels.repeat(len(scores)))
+    return (1 - _TET_SHARE) * by_step + _TET_SHARE * (scores - _TET_MEAN).square().mean()
+
+
+class Options(NamedTuple):
+    """How a training is computed."""
+
+    device: torch.device
+    amp: bool = False
+    compiled: bool = False
+    recompute: bool = False
+    workers: int = 0
+
+
+class Training:
+    """The state of a training, and its epochs."""
+
+    def __init__(self, settings: Settings, samples: tuple[Any, Any], options: Options) -> None:
+        self.settings, self.options = settings, options
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if settings.batch % self.processes:
+            raise SystemExit(f"--batch {settings.batch} must be a multiple of the {self.processes} processes")
+        self.epoch, self.best = 0, 0.0
+        torch.manual_seed(settings.seed)
+        self.network = asgl_cuda.fuse(network_of(settings), inplace=True)[0].to(options.device)
+        self.model: nn.Module = self.network
+        if dist.is_initialized():
+            self.model = DistributedDataParallel(self.network)
+        if options.compiled:
+            self.model = torch.compile(self.model)  # type: ignore[assignment]
+        self.optimizers = optimizers_of(
+            self.network, settings.rate, settings.width_rate, 0.9, settings.weight_decay, norm_weight_decay=0.0
+        )
+        self.cosine = CosineAnnealingLR(self.optimizers[0], settings.epochs)
+        train, test = samples
+        gpu = options.device.type == "cuda"
+        batches = partial(
+            DataLoader[Any], batch_size=settings.batch // self.processes, num_workers=options.workers, pin_memory=gpu
+        )
+        self.sampler = DistributedSampler[Any](train, self.processes, self.rank, seed=settings.seed)
+        self.train_batches = batches(train, sampler=self.sampler)
+        self.test_batches = batches(test)
+
+    def scores_of(self, model: nn.Module, samples: Tensor) -> Tensor:
+        """`[T, B, classes]`; an image is a constant current."""
+        samples = samples.to(self.options.device, non_blocking=True)
+        if samples.dim() == 4:
+            x_seq = samples.expand(self.settings.steps, *samples.shape)
+        else:
+            x_seq = samples.transpose(0, 1).contiguous()
+        with torch.autocast(self.options.device.type, torch.bfloat16, enabled=self.options.amp):
+            return model(x_seq)  # type: ignore[no-any-return]
+
+    def train_epoch(self, shown: Callable[[Any], Iterable[Any]] = iter) -> float:
+        """Trains an epoch, with `shown` around the batches; returns the mean loss."""
+        torch.manual_seed((self.settings.seed * 10_000 + self.epoch) * 1000 + self.rank)
+        self.sampler.set_epoch(self.epoch)
+        if self.settings.widths == "schedule":
+            for _, layer in asgl_cuda.asgl_layers(self.network):
+                layer.width = scheduled_width(self.settings, self.epoch)
+        self.model.train()
+        losses = []
+        for samples, labels in shown(self.train_batches):
+            with asgl_cuda.recompute_spikes() if self.options.recompute else nullcontext():
+                scores = self.scores_of(self.model, samples)
+            loss = loss_of(scores, labels.to(self.options.device), self.settings.loss)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in self.optimizers:
+                optimizer.step()
+            losses.append(loss.detach())
+        self.cosine.step()
+        self.epoch += 1
+        return float(torch.stack(losses).mean())
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """The accuracy in percent on the test samples, with hard spikes, in this process alone."""
+        self.network.eval()
+        right = [
+            self.scores_of(self.network, samples).float().mean(0).argmax(1).cpu() == labels
+            for samples, labels in self.test_batches
+        ]
+        return 100 * float(torch.cat(right).float().mean())
+
+    def save(self, file: Path) -> None:
+        """Writes a checkpoint atomically."""
+        states = {name: each.state_dict() for name, each in self._parts().items()}
+        part = file.with_suffix(".part")
+        torch.save({"settings": asdict(self.settings), "epoch": self.epoch, "best": self.best, **states}, part)
+        part.replace(file)
+
+    def _parts(self) -> dict[str, Any]:
+        optimizers = {f"optimizer{number}": each for number, each in enumerate(self.optimizers)}
+        return {"network": self.network, "cosine": self.cosine, **optimizers}
+
+    def resume(self, file: Path) -> None:
+        saved = torch.load(file, map_location=self.options.device)
+        if saved["settings"] != asdict(self.settings):
+            raise SystemExit(
+                f"{file} is of other settings: expected {asdict(self.settings)}, found {saved['settings']}"
+            )
+        self.epoch, self.best = saved["epoch"], saved["best"]
+        for name, part in self._parts().items():
+            part.load_state_dict(saved[name])
+
+    def load_network(self, file: Path) -> None:
+        """Loads the network alone, of this program's checkpoint or of the authors', who call it `best_net`."""
+        with torch.serialization.safe_globals([argparse.Namespace]):  # theirs may hold the arguments
+            saved = torch.load(file, map_location=self.options.device)
+        self.network.load_state_dict(saved["best_net" if "best_net" in saved else "network"])

@@ -1,0 +1,553 @@
+"""The authors' recipe: networks in their naming, settings of their commands, and trainings of generated samples."""
+
+import argparse
+import math
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import pairwise
+
+import pytest
+
+pytest.importorskip("rich")
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+import asgl_cuda
+from benchmarks.learning.recipe import __main__ as program
+from benchmarks.learning.recipe import data
+from benchmarks.learning.recipe.networks import network_of, neurons_of
+from benchmarks.learning.recipe.presets import BASELINES, PRESETS, PUBLISHED, scheduled_width
+from benchmarks.learning.recipe.training import Options, Training, loss_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- a network in plain PyTorch with the names of the authors' checkpoints ----
+
+
+class Holder(nn.Module):
+    """Named modules and parameters, without a forward."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+class OverSteps(nn.Module):
+    """tdLayer: time and batch as one."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return torch.stack(self.layer(torch.cat(list(x))).chunk(len(x)))
+
+
+class LoopNeurons(nn.Module):
+    """LIFLayer, in evaluation."""
+
+    def __init__(self, settings):
+        super().__init__()
+        self.threshold = settings.threshold
+        inverse = 1 / settings.width
+        alpha = nn.Parameter(torch.tensor([math.log(inverse) if settings.surrogate == "rectangle" else inverse]))
+        decay = {"decay": nn.Parameter(torch.tensor(0.0))} if settings.learn_decay else {}
+        self.cell = Holder(**decay, spike_fn=Holder(inv_sg=Holder(alpha=alpha)))
+
+    def forward(self, x):
+        decay = self.cell.decay.sigmoid() if hasattr(self.cell, "decay") else 0.5
+        v, out = torch.zeros_like(x[0]), []
+        for current in x:
+            v = decay * v + current
+            spike = (v >= self.threshold).to(x)
+            v = v * (1 - spike)
+            out.append(self.threshold * spike)
+        return torch.stack(out)
+
+
+class LoopBlock(nn.Module):
+    """BasicBlock."""
+
+    def __init__(self, inputs, outputs, stride, settings):
+        super().__init__()
+        self.conv1 = OverSteps(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False))
+        self.bn1, self.spike1 = OverSteps(nn.BatchNorm2d(outputs)), LoopNeurons(settings)
+        self.conv2 = OverSteps(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False))
+        self.bn2, self.spike2 = OverSteps(nn.BatchNorm2d(outputs)), LoopNeurons(settings)
+        self.shortcut = nn.Sequential()
+        if stride == 2 or inputs != outputs:
+            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(OverSteps(conv), OverSteps(nn.BatchNorm2d(outputs)))
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.spike1(self.bn1(self.conv1(x)))))
+        return self.spike2(out + self.shortcut(x))
+
+
+def loop_resnet(settings, widths, depths, classes):
+    first = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
+    stages, inputs = {}, widths[0]
+    for number, (width, depth) in enumerate(zip(widths, depths, strict=True), start=1):
+        strides = [1 if number == 1 else 2] + [1] * (depth - 1)
+        blocks = [LoopBlock(inputs if i == 0 else width, width, stride, settings) for i, stride in enumerate(strides)]
+        stages[f"layer{number}"] = nn.Sequential(*blocks)
+        inputs = width
+    if len(widths) == 4:
+        classifier = [OverSteps(nn.Linear(inputs, classes))]
+    else:
+        classifier = [
+            OverSteps(nn.Linear(inputs, 256, bias=False)), LoopNeurons(settings),
+            OverSteps(nn.Linear(256, classes, bias=False)),
+        ]  # fmt: skip
+    return Holder(
+        conv0=nn.Sequential(OverSteps(first), OverSteps(nn.BatchNorm2d(widths[0])), LoopNeurons(settings)),
+        **stages,
+        avg_pool=OverSteps(nn.AdaptiveAvgPool2d(1)),
+        classifier=nn.Sequential(*classifier),
+    )
+
+
+def loop_vgg(settings, plan, inputs, features, classes):
+    layers = []
+    for each in plan.split():
+        if each == "A":
+            layers.append(OverSteps(nn.AvgPool2d(2)))
+        elif each == "AA":
+            layers.append(OverSteps(nn.AdaptiveAvgPool2d(1)))
+        else:
+            layers.append(OverSteps(nn.Conv2d(inputs, int(each), 3, 1, 1, bias=False)))
+            layers += [OverSteps(nn.BatchNorm2d(int(each))), LoopNeurons(settings)]
+            inputs = int(each)
+    classifier = nn.Sequential(OverSteps(nn.Linear(features, classes, bias=False)))
+    return Holder(feature=nn.Sequential(*layers), classifier=classifier)
+
+
+def loop_output(model, x):
+    names = [name for name, _ in model.named_children()]
+    for name in names[:-1]:
+        x = getattr(model, name)(x)
+    return model.classifier(x.flatten(2))
+
+
+# An eighth of the channels; 256 hidden neurons of ResNet-19 stay in both.
+STAND_INS = {
+    "cifar100-resnet18": lambda settings: loop_resnet(settings, (8, 16, 32, 64), (2, 2, 2, 2), 100),
+    "cifar10-resnet19": lambda settings: loop_resnet(settings, (16, 32, 64), (3, 3, 2), 10),
+    "cifar10-vgg13": lambda settings: loop_vgg(settings, "8 8 A 16 16 A 32 32 A 64 64 64 A 64 AA", 3, 64, 10),
+    "dvs-cifar10-vggsnn2": lambda settings: loop_vgg(settings, "8 16 A 32 32 A 64 64 A 64 64 A", 2, 64 * 9, 10),
+}
+NAMES = {
+    "cifar100-resnet18": ["conv0.2.cell.decay", "layer2.0.shortcut.1.layer.running_var", "classifier.0.layer.bias"],
+    "cifar10-resnet19": ["classifier.1.cell.spike_fn.inv_sg.alpha", "layer3.1.spike2.cell.decay"],
+    "cifar10-vgg13": ["feature.1.layer.num_batches_tracked", "feature.29.cell.decay"],
+    "dvs-cifar10-vggsnn2": ["feature.26.cell.spike_fn.inv_sg.alpha", "classifier.0.layer.weight"],
+}
+
+
+def small(name, **changes):
+    return replace(PRESETS[name], channels=0.125, **changes)
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_checkpoint_in_the_authors_naming(name, tmp_path):
+    settings = small(name, steps=3)
+    theirs = STAND_INS[name](settings).double().eval()
+    widths = []
+    for key, value in theirs.state_dict().items():
+        if key.endswith("alpha"):
+            value.add_(torch.rand(1, dtype=value.dtype))
+            widths.append(float((-value).exp() if settings.surrogate == "rectangle" else 1 / value))
+        elif value.is_floating_point() and value.dim() <= 1:
+            value.uniform_(0.5, 1.5)
+        elif key.startswith("classifier"):
+            value.mul_(20)  # the hidden neurons of ResNet-19 have no normalisation, and would be silent
+    assert {*NAMES[name]} <= theirs.state_dict().keys()
+    file = tmp_path / "theirs.pth"
+    torch.save(
+        {"best_acc": torch.tensor(0.5), "best_net": theirs.state_dict(), "config": argparse.Namespace(p=1)}, file
+    )
+    ours = Training(settings, data.samples_of(settings, None, 8), Options(CPU))
+    ours.network.double()
+    ours.load_network(file)
+    ours.network.eval()
+    x_seq = torch.randn(3, 2, 2 if "dvs" in name else 3, *((48, 48) if "dvs" in name else (32, 32))).double()
+    with torch.no_grad():
+        found, expected = ours.network(x_seq), loop_output(theirs, x_seq)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(found, expected)
+    loaded = [float(layer.width.detach()) for _, layer in asgl_cuda.asgl_layers(ours.network)]
+    torch.testing.assert_close(loaded, widths, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("surrogate", ["sigmoid", "rectangle"])
+def test_gradients_of_the_authors_parameter(surrogate):
+    """Against the width as a function of `alpha`, all elements analog."""
+    settings = small("cifar10-vgg13", width=2.0, surrogate=surrogate, analog_prob=1.0)
+    neurons = neurons_of(settings).double()
+    assert float(neurons.width.detach()) == pytest.approx(2)
+    x_seq = torch.randn(4, 3, 5, dtype=torch.float64)
+    neurons(x_seq).square().sum().backward()
+    alpha = neurons.alpha.detach().clone().requires_grad_()
+    width = (-alpha).exp() if surrogate == "rectangle" else 1 / alpha
+    out = asgl_cuda.lif(x_seq, decay=0.5, width=width, surrogate=surrogate, analog_prob=1.0, backend="reference")
+    out.square().sum().backward()
+    torch.testing.assert_close(neurons.alpha.grad, alpha.grad)
+    if surrogate == "sigmoid":
+        with torch.no_grad():
+            neurons.alpha.fill_(-0.1)
+        neurons.zero_grad()
+        neurons(x_seq).square().sum().backward()
+        assert neurons.alpha.grad.isfinite().all()
+        assert neurons.alpha.grad != 0
+
+
+# ---- settings ----
+
+
+def test_published_commands():
+    """The two commands, and the defaults of their programs."""
+    common = {"rate": 0.1, "width_rate": 3e-4, "decay": 0.5, "widths": "learned", "channels": 1.0}
+    cifar = {
+        "data": "cifar100", "network": "resnet18", "loss": "mean", "seed": 60, "weight_decay": 5e-4, "steps": 2,
+        "surrogate": "sigmoid", "threshold": 1.0, "width": 5.0, "analog_prob": 0.2, "batch": 128, "epochs": 300,
+        "learn_decay": True,
+    }  # fmt: skip
+    dvs = {
+        "data": "dvs-cifar10", "network": "vggsnn2", "loss": "tet", "seed": 200, "weight_decay": 1e-3, "steps": 10,
+        "surrogate": "rectangle", "threshold": 0.5, "width": 1.0, "analog_prob": 0.1, "batch": 32, "epochs": 100,
+        "learn_decay": False,
+    }  # fmt: skip
+    assert [asdict(PRESETS[name]) for name in PUBLISHED] == [{**cifar, **common}, {**dvs, **common}]
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "layers"),
+    [("cifar100-resnet18", 11.2, 17), ("cifar10-resnet19", 12.7, 18), ("cifar10-vgg13", 9.4, 10),
+     ("dvs-cifar10-vggsnn2", 9.3, 8)],
+)  # fmt: skip
+def test_sizes(name, millions, layers):
+    with torch.device("meta"):
+        network = network_of(PRESETS[name])
+    assert sum(each.numel() for each in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert len(list(asgl_cuda.asgl_layers(network))) == layers
+    for _, layer in asgl_cuda.asgl_layers(network):
+        assert layer.scale_output
+        assert layer.v_reset == 0
+
+
+def test_weights_of_vgg():
+    network = network_of(PRESETS["dvs-cifar10-vggsnn2"])
+    weights = [each.weight for each in network.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
+    assert len(weights) == 9
+    assert [float(each.detach().std()) for each in weights] == pytest.approx([0.5] * 9, rel=0.05)
+
+
+def test_loss():
+    torch.manual_seed(0)
+    scores, labels = torch.randn(3, 4, 5), torch.randint(5, (4,))
+    by_step = sum(functional.cross_entropy(step, labels) for step in scores) / 3
+    expected = 0.999 * by_step + 0.001 * functional.mse_loss(scores, torch.ones(3, 4, 5))
+    torch.testing.assert_close(loss_of(scores, labels, "tet"), expected)
+    torch.testing.assert_close(loss_of(scores, labels, "mean"), functional.cross_entropy(scores.mean(0), labels))
+    assert loss_of(scores.bfloat16(), labels, "tet").dtype == torch.float32
+
+
+def test_optimizers():
+    """Weight decay on weights alone; the cosine leaves widths and decays their rate."""
+    settings = small("cifar100-resnet18", epochs=3, batch=8)
+    training = Training(settings, data.samples_of(settings, None, 8), Options(CPU))
+    names = {id(each): name for name, each in training.network.named_parameters()}
+    sgd, adam = training.optimizers
+    assert (type(sgd), type(adam)) == (torch.optim.SGD, torch.optim.Adam)
+    weights, norms = sgd.param_groups
+    assert (weights["weight_decay"], norms["weight_decay"], sgd.defaults["momentum"]) == (5e-4, 0.0, 0.9)
+    assert all(names[id(each)].endswith("layer.weight") and each.dim() > 1 for each in weights["params"])
+    assert len(norms["params"]) == 2 * (9 + 11) + 1  # normalisations, and the bias of the classifier
+    neurons = adam.param_groups[0]
+    assert {names[id(each)].rsplit(".")[-1] for each in neurons["params"]} == {"alpha", "logit_decay"}
+    training.train_epoch()
+    first = list(training.sampler)
+    assert training.train_epoch() > 0
+    assert sorted(training.sampler) == sorted(first)
+    assert list(training.sampler) != first
+    assert [group["lr"] for group in (weights, norms, neurons)] == pytest.approx([0.025, 0.025, 3e-4])
+    assert neurons["weight_decay"] == 0
+
+
+# ---- trainings ----
+
+
+def widths_of(network):
+    return [torch.as_tensor(layer.width).detach() for _, layer in asgl_cuda.asgl_layers(network)]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "count"),
+    [
+        ("cifar10-resnet18", {}, 320),
+        ("cifar10-vgg13", {}, 320),
+        ("dvs-cifar10-vggsnn2", {"steps": 3, "channels": 0.0625}, 160),
+    ],
+)
+def test_learns(name, changes, count):
+    settings = replace(small(name, width=0.5, epochs=6, batch=16, rate=0.05), **changes)
+    training = Training(settings, data.samples_of(settings, None, count), Options(CPU))
+    losses = [training.train_epoch() for _ in range(settings.epochs)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert training.accuracy() > 35  # chance is 10
+    assert all(float(width) != 0.5 for width in widths_of(training.network))
+
+
+def tiny(name, baseline=None, options=None, samples=None, **changes):
+    """A training after its first epoch, on 16 samples."""
+    settings = {"epochs": 2, "batch": 8, "channels": 1 / 16, "steps": 2, **BASELINES.get(baseline, {}), **changes}
+    settings = replace(PRESETS[name], **settings)
+    training = Training(settings, samples or data.samples_of(settings, None, 16), options or Options(CPU))
+    training.losses = [training.train_epoch()]
+    return training
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_baselines(baseline):
+    training = tiny("cifar10-resnet19", baseline, width=0.5)
+    layers = [layer for _, layer in asgl_cuda.asgl_layers(training.network)]
+    assert {layer.analog_prob for layer in layers} == ({0.2} if baseline == "per-step" else {0.0})
+    training.train_epoch()
+    widths = widths_of(training.network)
+    if baseline in ("fixed", "schedule"):
+        torch.testing.assert_close(torch.stack(widths), torch.full((18,), 0.5 if baseline == "fixed" else 0.05))
+    elif baseline == "no-noise":
+        assert all(width != 0.5 for width in widths)
+    else:
+        assert all(width.shape == (2,) and width[0] != width[1] for width in widths)
+
+
+def test_schedule_of_the_width():
+    settings = replace(PRESETS["cifar10-resnet18"], epochs=11, width=2.0)
+    widths = [scheduled_width(settings, epoch) for epoch in range(11)]
+    assert widths[0] == 2.0
+    assert widths[-1] == pytest.approx(0.2)
+    ratios = [after / before for before, after in pairwise(widths)]
+    assert ratios == pytest.approx([0.1**0.1] * 10)
+
+
+def test_recomputed_spikes_change_nothing(monkeypatch):
+    contexts, context = [], asgl_cuda.recompute_spikes
+    monkeypatch.setattr(asgl_cuda, "recompute_spikes", lambda: contexts.append(1) or context())
+    plain, recomputed = (tiny("cifar10-vgg13", options=Options(CPU, recompute=each)) for each in (False, True))
+    assert len(contexts) == 2
+    assert plain.losses == recomputed.losses
+    for one, other in zip(plain.network.parameters(), recomputed.network.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_bfloat16_and_compiled(monkeypatch):
+    plain = tiny("cifar10-vgg13")
+    half = tiny("cifar10-vgg13", options=Options(CPU, amp=True))
+    assert half.losses != plain.losses
+    assert half.losses == pytest.approx(plain.losses, rel=0.2)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    again = tiny("cifar10-vgg13", options=Options(CPU, compiled=True))
+    assert len(graphs) == 1
+    assert again.losses == pytest.approx(plain.losses, rel=1e-3)
+    assert again.network.state_dict().keys() == plain.network.state_dict().keys()
+
+
+# ---- the program ----
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["recipe", *map(str, arguments)])
+    monkeypatch.delenv("RANK", raising=False)
+    return program.main()
+
+
+QUICK = ("--channels", "0.0625", "--workers", 0, "--epochs", 3, "--batch", 8, "--steps", 2, "--device", "cpu")
+
+
+@pytest.fixture
+def frames(tmp_path):
+    """A folder of frames as the authors' program reads them."""
+    for part, count in (("train", 16), ("test", 4)):
+        (tmp_path / "frames" / part).mkdir(parents=True)
+        for number in range(count):
+            content = torch.poisson(torch.full((2, 2, 64, 64), 0.2 + 0.1 * (number % 2)))
+            torch.save((content, torch.tensor([number % 2])), tmp_path / "frames" / part / f"{number}.pt")
+    return tmp_path / "frames"
+
+
+def bits_of(saved):
+    if isinstance(saved, torch.Tensor):
+        return saved.numpy().tobytes()
+    if isinstance(saved, dict):
+        return {key: bits_of(value) for key, value in saved.items()}
+    return [bits_of(value) for value in saved] if isinstance(saved, list) else saved
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_with_the_same_bits(frames, tmp_path, monkeypatch, capsys, workers):
+    """Interrupted in the second epoch; augmentation, noise, shuffling and optimizers go on as they would have."""
+    common = ("dvs-cifar10-vggsnn2", *QUICK, "--data-root", frames, "--workers", workers, "--out")
+    assert call(monkeypatch, *common, tmp_path / "whole") == 0
+    train_epoch = Training.train_epoch
+
+    def interrupted(self, *arguments):
+        if self.epoch == 1:
+            train_epoch(self, *arguments)  # its result is lost
+            raise KeyboardInterrupt
+        return train_epoch(self, *arguments)
+
+    monkeypatch.setattr(Training, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, *common, tmp_path / "parts")
+    monkeypatch.setattr(Training, "train_epoch", train_epoch)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *common, tmp_path / "parts")
+    assert "--resume goes on from it" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"is of other settings: expected .*'rate': 0\.2,.* found .*'rate': 0\.1,"):
+        call(monkeypatch, *common, tmp_path / "parts", "--resume", "--rate", 0.2)
+    assert call(monkeypatch, *common, tmp_path / "parts", "--resume") == 0
+    whole, parts = (torch.load(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    assert bits_of(parts) == bits_of(whole)
+    assert whole["epoch"] == 3
+    assert "epoch 3/3: loss" in capsys.readouterr().out
+    assert call(monkeypatch, *common[:-1], "--evaluate", tmp_path / "whole" / "best.pt") == 0
+    assert f"test accuracy {whole['best']:.2f} %" in capsys.readouterr().out
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    common = ("cifar10-vgg13", *QUICK, "--epochs", 2, "--synthetic", 16, "--tensorboard", tmp_path / "log", "--out")
+    call(monkeypatch, *common, tmp_path / "out")
+    found = events.EventAccumulator(str(tmp_path / "log")).Reload()
+    assert {"loss", "accuracy", "rate", "width/feature.2"} <= {*found.Tags()["scalars"]}
+    assert [each.value for each in found.Scalars("rate")] == pytest.approx([0.1, 0.05])
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit, match="--tensorboard needs TensorBoard: pip install tensorboard"):
+        call(monkeypatch, *common, tmp_path / "other")
+
+
+@pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")
+def test_two_processes(tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    command = [sys.executable, "-m", "benchmarks.learning.recipe", "cifar10-vgg13", *map(str, QUICK), "--epochs", "1"]
+    command += ["--synthetic", "18", "--batch", "4", "--out", str(tmp_path)]
+    about = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    environments = [{**os.environ, **about, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    processes = [
+        subprocess.Popen(command, env=each, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for each in environments
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert "epoch 1/1: loss" in outputs[0], outputs
+    assert "epoch" not in outputs[1]
+    saved = torch.load(tmp_path / "last.pt")
+    assert saved["network"]["feature.1.layer.num_batches_tracked"] == 5  # 9 samples in batches of 2
+
+
+# ---- data ----
+
+
+def test_cutout():
+    torch.manual_seed(0)
+    sizes = set()
+    for _ in range(200):
+        cut = data.cutout(torch.ones(3, 32, 32)) == 0
+        assert torch.equal(cut[0], cut[2])
+        rows, columns = cut[0].any(1).nonzero(), cut[0].any(0).nonzero()
+        height, width = (int(each.max() - each.min()) + 1 for each in (rows, columns))
+        assert cut[0].sum() == height * width, "a rectangle"
+        sizes.update((height, width))
+    assert (min(sizes), max(sizes)) == (8, 16)
+
+
+def test_cifar(tmp_path, monkeypatch):
+    """Files in the format of CIFAR-100, with other checksums."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    settings = small("cifar100-resnet18", batch=4, epochs=1)
+    with pytest.raises(SystemExit, match=r"must have cifar-100-python, as torchvision leaves it: .*CIFAR100\("):
+        data.samples_of(settings, tmp_path, None)
+    monkeypatch.setattr(datasets.CIFAR100, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *_: True)
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for name in ("train", "test"):
+        content = {"data": draw.integers(0, 256, (8, 3072), dtype=np.uint8), "fine_labels": [*range(92, 100)]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
+    train, test = data.samples_of(settings, tmp_path, None)
+    assert test[3][0].shape == train[3][0].shape == (3, 32, 32)
+    assert test[3][1] == train[3][1] == 95
+    assert torch.equal(test[3][0], test[3][0])
+    assert not torch.equal(train[3][0], train[3][0])
+    black = -torch.tensor(data._STATISTICS["cifar100"][0]) / torch.tensor(data._STATISTICS["cifar100"][1])
+    cut = (train[3][0] - black[:, None, None]).abs().amax(0) < 1e-6
+    assert cut.sum() >= 64
+    assert not train[3][0].eq(0).all(0).any(), "cut out before the normalisation"
+    training = Training(settings, (train, test), Options(CPU))
+    assert math.isfinite(training.train_epoch())
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(SystemExit, match="pip install torchvision"):
+        data.samples_of(settings, tmp_path, None)
+
+
+def test_frames(frames, tmp_path):
+    settings = small("dvs-cifar10-vggsnn2", steps=2)
+    train, test = data.samples_of(settings, frames, None)
+    assert (len(train), len(test)) == (16, 4)
+    content, label = test[1]
+    assert (content.shape, label) == ((2, 2, 48, 48), 1)
+    stored = torch.load(frames / "test" / "1.pt")[0].gt(0).float()
+    assert content.mean() == pytest.approx(float(stored.mean()), rel=0.05), "several events count once"
+    assert torch.equal(content, test[1][0])
+    assert not torch.equal(train[1][0], train[1][0])
+    for part in ("train", "test"):
+        for name in ("cat", "airplane"):
+            (tmp_path / "jelly" / part / name).mkdir(parents=True)
+            np.savez(tmp_path / "jelly" / part / name / f"{name}_7.npz", frames=np.ones((2, 2, 128, 128)))
+    _, jelly = data.samples_of(settings, tmp_path / "jelly", None)
+    assert [jelly[index][1] for index in range(2)] == [0, 1]
+    torch.testing.assert_close(jelly[0][0], torch.ones(2, 2, 48, 48))
+    with pytest.raises(ValueError, match=r"expected frames \[10, 2, H, W\], found \[2, 2, 64, 64\]"):
+        data.samples_of(PRESETS["dvs-cifar10-vggsnn2"], frames, None)[0][0]
+    with pytest.raises(SystemExit, match=r"must have frames of DVS-CIFAR10: \.pt files .*CIFAR10DVSTEBNSplit"):
+        data.samples_of(settings, tmp_path / "nothing", None)
+    with pytest.raises(SystemExit, match="--data-root must name the folder of the data, or --synthetic"):
+        data.samples_of(settings, None, None)
+
+
+def test_augmented_frames():
+    torch.manual_seed(0)
+    frames = torch.zeros(3, 2, 48, 48)
+    frames[:, :, 20, 10] = 1
+    found = {tuple(data.augment_frames(frames)[0, 0].nonzero()[0].tolist()) for _ in range(2000)}
+    assert {row for row, _ in found} == set(range(15, 26))
+    assert {column for _, column in found} == {*range(5, 16), *range(32, 43)}
