@@ -48,7 +48,7 @@ class LIF(NeuronLayer, Noisy):
         surrogate: the name of a surrogate, see `asgl_cuda.lif`.
         surrogate_gain: factor on the surrogate gradient.
         analog_prob: share of elements that emit the smooth value in training; evaluation has only hard spikes. Default
-            0.2; 0 in the function `asgl_cuda.lif`.
+            0.2, as in the paper, 0 in the function `asgl_cuda.lif`; 0 is better where the width begins at 10 or more.
         granularity: one value of each learned parameter per layer, per channel or per neuron.
         learn_width, learn_decay, learn_threshold: which values are parameters; the others are constants.
         strict_threshold: fire above the threshold, not at it.

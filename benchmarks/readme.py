@@ -13,7 +13,12 @@ from typing import Any
 from . import ROOT
 from .learning.calibration import summary as calibration_summary
 from .learning.data import SOURCES
-from .learning.width_robustness import series
+from .learning.gradients import rows as gradients_rows
+from .learning.noise import HEAD as NOISE_HEAD
+from .learning.noise import rows as noise_rows
+from .learning.noise import rows_by_rate
+from .learning.smoothing import rows as smoothing_rows
+from .learning.width_robustness import rows as width_rows
 from .speed.end_to_end import NEURONS
 from .speed.memory import KEPT, RECOMPUTED
 from .speed.microbench import COMPILED, FLOOR, LOOP, PAIR, PLAIN, REFERENCE
@@ -197,44 +202,46 @@ def memory(report: dict[str, Any]) -> str:
 
 def smoothing(report: dict[str, Any]) -> str:
     """Width and smoothing error, means over the layers, and both losses, at the start and at the end."""
-    rows = []
-    for run in report["runs"]:
-        first, last = run["epochs"][0], run["epochs"][-1]
-        changes = [
-            " to ".join(f"{sum(epoch[key]) / len(epoch[key]):.2f}" for epoch in (first, last))
-            for key in ("width", "smoothing_error")
-        ]
-        losses = [f"{last[key]:.3f}" for key in ("noisy_loss", "spiking_loss")]
-        rows.append([f"{run['surrogate']}, width {run['width']:g}", *changes, *losses, f"{last['accuracy']:.1%}"])
-    head = ["", "learned width", "smoothing error", "loss, noisy", "loss, spiking", "accuracy, spiking"]
-    epochs = len(report["runs"][0]["epochs"]) - 1
-    return "\n".join((f"Over {epochs} epochs on handwritten digits:", "", *markdown_table(head, rows)))
+    words = (
+        f"Over {report['epochs']} epochs on handwritten digits, means over the layers and {report['seeds']} seeds, "
+        "± standard deviation of the seeds:"
+    )
+    return "\n".join((words, "", *markdown_table(*smoothing_rows(report))))
 
 
 def width_robustness(report: dict[str, Any]) -> str:
     """Mean accuracy and standard deviation over the seeds, by width; the drop in the last column."""
-    every = list(series(report))
-    widths = every[0].widths
-    rows = [
-        [
-            f"{each.data}, {each.surrogate}, {each.method}",
-            *(f"{mean:.1f} ± {spread:.1f}" for mean, spread in zip(each.means, each.deviations, strict=True)),
-            f"{each.drop:.1f}",
-        ]
-        for each in every
-    ]
-    seeds = len(report["runs"]) // (len(every) * len(widths))
-    names = list(dict.fromkeys(each.data for each in every))
+    seeds = report["settings"]["seeds"]
+    names = dict.fromkeys(key.split()[0] for key in report["runs"])
     kinds = ", ".join(f"{name} ({SOURCES[name].kind})" for name in names)
-    return "\n".join(
-        (
-            f"Test accuracy in percent on {kinds} over the width at the start, mean ± standard deviation of {seeds} "
-            f"seeds, and how far the worst width is under the best. {len(report['runs'])} trainings took "
-            f"{report['seconds'] / 60:.0f} minutes, {report['jobs']} at a time:",
-            "",
-            *markdown_table(["", *(f"{width:g}" for width in widths), "best - worst"], rows),
-        )
+    words = (
+        f"Test accuracy in percent on {kinds} over the width at the start, mean ± standard deviation of {seeds} "
+        f"seeds, and how far the worst width is under the best. {seeds * len(report['runs'])} trainings took "
+        f"{report['seconds'] / 60:.0f} minutes of one core:"
     )
+    return "\n".join((words, "", *markdown_table(*width_rows(report))))
+
+
+def noise(report: dict[str, Any]) -> str:
+    """Accuracy of learned widths without noise, and the gains of the other arms, by cell."""
+    seeds = report["settings"]["seeds"]
+    words = (
+        f"Test accuracy in percent of learned widths without noise, mean of {seeds} seeds, and what other arms gain on "
+        f"it, with 95 % intervals. {seeds * len(report['runs']):,} trainings took {report['seconds'] / 60:.0f} minutes "
+        "of one core:"
+    )
+    words_by_rate = "The gains of two shares where both arms have the same learning rate:"
+    tables = markdown_table(NOISE_HEAD, list(noise_rows(report))), markdown_table(*rows_by_rate(report))
+    return "\n".join((words, "", *tables[0], "", words_by_rate, "", *tables[1]))
+
+
+def gradients(report: dict[str, Any]) -> str:
+    """Measured by predicted changes of the loss."""
+    words = (
+        f"Measured by predicted change of the loss on {report['data']}, means of {report['seeds']} seeds, with 95 % "
+        "intervals of paired differences:"
+    )
+    return "\n".join((words, "", *markdown_table(*gradients_rows(report))))
 
 
 def convert(report: dict[str, Any]) -> str:
@@ -278,6 +285,8 @@ MAKERS = {
     "memory": ("memory", memory),
     "smoothing": ("smoothing", smoothing),
     "width_robustness": ("width_robustness", width_robustness),
+    "noise": ("noise", noise),
+    "gradients": ("gradients", gradients),
     "calibration": ("calibration", calibration),
     "convert": ("convert", convert),
 }

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 import asgl_cuda
@@ -30,13 +30,13 @@ from asgl_cuda import LIF, OverTime
 
 from ..common import machine, parser_of, write_json
 from .data import SOURCES
-from .width_robustness import accuracy_of, scores_of
 
 RATES = (None, 0.05, 0.1, 0.2, 0.4)  # None: not calibrated
 SEEDS = 3
 STEPS = 350
 BATCH = 64
 SAMPLES = 256  # to calibrate on
+TIME_STEPS = 4  # of an image
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": partial(torch.optim.SGD, lr=0.03, momentum=0.9),
     "Adam": partial(torch.optim.Adam, lr=1e-3),
@@ -77,6 +77,26 @@ class Run(NamedTuple):
     seed: int
 
 
+def scores_of(model: nn.Module, samples: Tensor) -> Tensor:
+    """`[B, classes]`, means over time."""
+    x_seq = samples.transpose(0, 1)
+    if x_seq.shape[0] == 1:
+        x_seq = x_seq.expand(TIME_STEPS, *x_seq.shape[1:])
+    scores: Tensor = model(x_seq).mean(0)
+    return scores
+
+
+@torch.no_grad()
+def accuracy_of(model: nn.Module, samples: Tensor, labels: Tensor) -> float:
+    """The accuracy in percent, with hard spikes."""
+    model.eval()
+    right = sum(
+        int((scores_of(model, batch).argmax(1) == wanted).sum())
+        for batch, wanted in zip(samples.split(256), labels.split(256), strict=True)
+    )
+    return 100 * right / len(labels)
+
+
 def train(run: Run, steps: int = STEPS) -> dict[str, Any]:
     """Accuracy in percent on the test samples, and the last layer's rate before the first step.
 
@@ -85,7 +105,7 @@ def train(run: Run, steps: int = STEPS) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     name, make = NETWORKS[run.network]
-    data, device = SOURCES[name].read(None), torch.device("cpu")
+    data = SOURCES[name].read(None)
     model = make()
     samples = data.train[torch.randperm(len(data.train))[:SAMPLES]]
     if run.rate is not None:
@@ -94,16 +114,16 @@ def train(run: Run, steps: int = STEPS) -> dict[str, Any]:
         except ValueError:
             return {"accuracy": None, "last_rate": None}
     with asgl_cuda.spiking_eval(model), asgl_cuda.Monitor(model) as monitor, torch.no_grad():
-        scores_of(model, samples, device)
+        scores_of(model, samples)
     *_, last = monitor.result().values()
     optimizer = OPTIMIZERS[run.optimizer](model.parameters())
     for _ in range(steps):
         batch = torch.randint(len(data.train), (BATCH,))
-        loss = functional.cross_entropy(scores_of(model, data.train[batch], device), data.train_labels[batch])
+        loss = functional.cross_entropy(scores_of(model, data.train[batch]), data.train_labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return {"accuracy": accuracy_of(model, data.test, data.test_labels, device), "last_rate": last["firing_rate"]}
+    return {"accuracy": accuracy_of(model, data.test, data.test_labels), "last_rate": last["firing_rate"]}
 
 
 class _Scored(nn.Module):
@@ -113,8 +133,8 @@ class _Scored(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, samples: torch.Tensor) -> torch.Tensor:
-        return scores_of(self.model, samples, samples.device)
+    def forward(self, samples: Tensor) -> Tensor:
+        return scores_of(self.model, samples)
 
 
 def name_of(rate: float | None) -> str:

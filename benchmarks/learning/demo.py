@@ -41,7 +41,7 @@ def spiking_mlp(hidden: Sequence[int], **neuron: Any) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise((64, *hidden)):
         layers += [OverTime(nn.Linear(inputs, outputs, bias=False)), OverTime(nn.BatchNorm1d(outputs))]
-        layers += [asgl_cuda.LIF(analog_prob=ANALOG_PROB, **neuron)]
+        layers += [asgl_cuda.LIF(**{"analog_prob": ANALOG_PROB, **neuron})]
     return nn.Sequential(*layers, nn.Linear(hidden[-1], 10))
 
 

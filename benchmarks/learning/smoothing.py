@@ -1,20 +1,24 @@
-"""The paper's second claim: training the noisy network becomes training the spiking network embedded in it.
+"""How far a noisy network is from the spiking network embedded in it, trained with the noise of ASGL and without.
 
-A network of six layers learns the digits under ASGL. After each epoch, for each layer: the learned width, the share of
-elements whose potential is inside the window of the surrogate, and the smoothing error, the mean distance of the smooth
-value from its spike. For the whole network: its loss with noise, and the loss of the spiking network with the same
-weights, both on the test images.
+Networks of six layers with learned widths learn the digits. After each epoch, as means over the layers: the width, the
+share of elements whose potential is inside the window of the surrogate, and the smoothing error, the mean distance of
+the smooth value from its spike. For the whole network, on the test images: its loss with noise, also where it was
+trained without, and the loss of the spiking network with the same weights.
 """
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,17 +26,19 @@ import asgl_cuda
 from asgl_cuda.surrogate import SURROGATES
 
 from .. import palette
-from ..common import machine, parser_of, text_row, write_json
-from .demo import BATCH_SIZE, load_data, scores_of, spiking_mlp
+from ..common import machine, parser_of, write_json
+from .demo import ANALOG_PROB, BATCH_SIZE, load_data, scores_of, spiking_mlp
 from .optimizers import cosine_schedules, optimizers_of
 
-HIDDEN = (256,) * 6
+HIDDEN = (64,) * 6
 OBSERVED = ("width", "inside", "smoothing_error")  # reported by asgl_cuda.Monitor for each layer
+LOSSES = {"noisy_loss": "noisy network", "spiking_loss": "embedded spiking network"}
 NOISE_DRAWS = 20  # for the mean of the noisy network's loss
+ARMS = {"noise": ANALOG_PROB, "no noise": 0.0}
 
 
-def network(width: float, surrogate: str) -> nn.Sequential:
-    return spiking_mlp(HIDDEN, width=width, surrogate=surrogate)
+def network(width: float, surrogate: str, analog_prob: float) -> nn.Sequential:
+    return spiking_mlp(HIDDEN, width=width, surrogate=surrogate, analog_prob=analog_prob)
 
 
 def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -49,68 +55,94 @@ def train_epoch(model: nn.Module, images: Tensor, labels: Tensor, steppers: Sequ
 
 
 @torch.no_grad()
-def observe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Widths, shares and errors by layer without noise; both losses, and the accuracy without noise."""
+def observe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Widths, shares and errors without noise, means over the layers; and both losses."""
     model.eval()
     with asgl_cuda.Monitor(model) as monitor:
-        scores = scores_of(model, images)
+        spiking = loss_of(model, images, labels).item()
     layers = monitor.result().values()
-    for _, neuron in asgl_cuda.asgl_layers(model):
+    neurons = [neuron for _, neuron in asgl_cuda.asgl_layers(model)]
+    probs = [neuron.analog_prob for neuron in neurons]
+    for neuron in neurons:
         neuron.train()  # only neurons, so that only the noise differs
+        neuron.analog_prob = ANALOG_PROB
     noisy = [loss_of(model, images, labels).item() for _ in range(NOISE_DRAWS)]
-    return {
-        **{key: [layer[key] for layer in layers] for key in OBSERVED},
-        "noisy_loss": sum(noisy) / len(noisy),
-        "spiking_loss": functional.cross_entropy(scores, labels).item(),
-        "accuracy": (scores.argmax(1) == labels).float().mean().item(),
-    }
+    for neuron, prob in zip(neurons, probs, strict=True):
+        neuron.analog_prob = prob
+    means = {key: statistics.fmean(layer[key] for layer in layers) for key in OBSERVED}
+    return {**means, "noisy_loss": statistics.fmean(noisy), "spiking_loss": spiking}
 
 
-def run(width: float, surrogate: str, epochs: int, seed: int, progress: Progress) -> list[dict[str, Any]]:
+def run(width: float, surrogate: str, analog_prob: float, epochs: int, seed: int) -> list[dict[str, float]]:
     """The observations before the first epoch and after each."""
     train_images, test_images, train_labels, test_labels = load_data(seed)
     torch.manual_seed(seed)
-    model = network(width, surrogate)
+    model = network(width, surrogate, analog_prob)
     optimizers = optimizers_of(model, lr=0.1, width_lr=0.01)
     steppers = [*optimizers, *cosine_schedules(optimizers, epochs * -(-len(train_images) // BATCH_SIZE))]
     found = [observe(model, test_images, test_labels)]
-    task = progress.add_task(f"{surrogate}, width {width:g}", total=epochs)
     for _ in range(epochs):
         train_epoch(model, train_images, train_labels, steppers)
         found.append(observe(model, test_images, test_labels))
-        progress.advance(task)
     return found
+
+
+def over_seeds(runs: Sequence[list[dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
+    """Means and standard deviations of each quantity, by epoch."""
+    by_epoch = [{key: [epoch[key] for epoch in epochs] for key in epochs[0]} for epochs in zip(*runs, strict=True)]
+    return {
+        key: {
+            "mean": [round(statistics.fmean(values[key]), 5) for values in by_epoch],
+            "deviation": [round(statistics.stdev(values[key]), 5) for values in by_epoch],
+        }
+        for key in by_epoch[0]
+    }
 
 
 @palette.styled
 def plot(report: dict[str, Any], file: Path) -> None:
-    """A row for each training: widths, shares and errors by layer, and the two losses."""
+    """A row for each surrogate and width: widths, shares and errors, and the two losses, of both arms."""
     from matplotlib.figure import Figure
 
-    runs = report["runs"]
-    figure = Figure(figsize=(17, 3.6 * len(runs)))
-    rows = figure.subplots(len(runs), 4, squeeze=False)
-    for row, each in zip(rows, runs, strict=True):
-        epochs = each["epochs"]
-        mark = max(1, len(epochs) // 8)
-        for panel, key in zip(row, OBSERVED, strict=False):
-            for layer in range(len(HIDDEN)):
-                values = [epoch[key][layer] for epoch in epochs]
-                panel.plot(values, label=f"layer {layer + 1}", **palette.line(layer, markevery=mark))
-        for number, (key, label) in enumerate(
-            (("noisy_loss", "noisy network"), ("spiking_loss", "embedded spiking network"))
-        ):
-            row[3].plot([epoch[key] for epoch in epochs], label=label, **palette.line(number, markevery=mark))
-        row[0].set_ylabel(f"{each['surrogate']}, width {each['width']:g}")
+    names = list(dict.fromkeys((each["surrogate"], each["width"]) for each in report["runs"]))
+    figure = Figure(figsize=(17, 3.4 * len(names)))
+    rows = figure.subplots(len(names), 4, squeeze=False)
+    for each in report["runs"]:
+        row = rows[names.index((each["surrogate"], each["width"]))]
+        number = list(ARMS).index(each["arm"])
+        series = [(panel, key, each["arm"], number) for panel, key in zip(row, OBSERVED, strict=False)]
+        series += [(row[3], key, f"{each['arm']}: {LOSSES[key]}", 2 * number + i) for i, key in enumerate(LOSSES)]
+        for panel, key, label, style in series:
+            mean, deviation = (torch.tensor(each["observed"][key][which]) for which in ("mean", "deviation"))
+            panel.plot(mean, label=label, **palette.line(style, markevery=max(1, len(mean) // 8)))
+            panel.fill_between(
+                range(len(mean)), mean - deviation, mean + deviation, color=palette.CYCLE[style], alpha=0.2, linewidth=0
+            )
+    for row, (surrogate, width) in zip(rows, names, strict=True):
+        row[0].set_ylabel(f"{surrogate}, width {width:g}")
         row[3].set_yscale("log")
-        row[3].legend(fontsize=8, handlelength=4)
         for panel in row:
             panel.set_xlabel("epoch")
     titles = ("learned width", "share inside the window", "smoothing error E|H(u) - spike|", "loss on the test images")
     for panel, title in zip(rows[0], titles, strict=True):
         panel.set_title(title)
-    rows[0][0].legend(fontsize=7, handlelength=4)
-    figure.savefig(file, dpi=80)
+    rows[0][0].legend(title="trained with", handlelength=4)
+    rows[0][3].legend(title="trained with", fontsize=8, handlelength=4)
+    figure.savefig(file, dpi=70)
+
+
+def rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table: widths and errors at the start and the end, losses at the end."""
+    found = []
+    for each in report["runs"]:
+        observed = each["observed"]
+        cells = [
+            f"{observed[key]['mean'][0]:.2f} to {observed[key]['mean'][-1]:.2f} ± {observed[key]['deviation'][-1]:.2f}"
+            for key in ("width", "smoothing_error")
+        ]
+        cells += [f"{observed[key]['mean'][-1]:.3f} ± {observed[key]['deviation'][-1]:.3f}" for key in LOSSES]
+        found.append([f"{each['surrogate']}, width {each['width']:g}, {each['arm']}", *cells])
+    return ["", "learned width", "smoothing error", "loss, noisy", "loss, spiking"], found
 
 
 def main() -> int:
@@ -119,24 +151,20 @@ def main() -> int:
     parser.add_argument("--widths", type=float, nargs="+", default=[1.0, 5.0], help="at the start (default 1 5)")
     parser.add_argument("--surrogates", nargs="+", choices=SURROGATES, default=["rectangle", "sigmoid"])
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
-    report: dict[str, Any] = {"machine": machine(torch.device("cpu")), "seed": arguments.seed, "runs": []}
-    with Progress(transient=True) as progress:
-        for surrogate in arguments.surrogates:
-            for width in arguments.widths:
-                epochs = run(width, surrogate, arguments.epochs, arguments.seed, progress)
-                report["runs"].append({"surrogate": surrogate, "width": width, "epochs": epochs})
-    head = ("accuracy", "widths", "inside", "error", "noisy loss", "spiking loss", "gap")
-    print(text_row("", head, 32, 14))
-    for each in report["runs"]:
-        for when, epoch in (("start", each["epochs"][0]), ("end", each["epochs"][-1])):
-            means = [sum(epoch[key]) / len(HIDDEN) for key in OBSERVED]
-            losses = epoch["noisy_loss"], epoch["spiking_loss"], abs(epoch["noisy_loss"] - epoch["spiking_loss"])
-            cells = [f"{100 * epoch['accuracy']:.1f} %", *(f"{value:.4f}" for value in (*means, *losses))]
-            print(text_row(f"{each['surrogate']}, width {each['width']:g}, {when}", cells, 32, 14))
-    print("widths, inside, error: means over the layers")
-    write_json(arguments.json, report)
+    report: dict[str, Any] = {
+        "machine": machine(torch.device("cpu")), "seeds": arguments.seeds, "epochs": arguments.epochs, "runs": [],
+    }  # fmt: skip
+    for surrogate, width, arm in track([*itertools.product(arguments.surrogates, arguments.widths, ARMS)]):
+        runs = [run(width, surrogate, ARMS[arm], arguments.epochs, seed) for seed in range(arguments.seeds)]
+        report["runs"].append({"surrogate": surrogate, "width": width, "arm": arm, "observed": over_seeds(runs)})
+        write_json(arguments.json, report)
+    head, found = rows(report)
+    table = Table(*head, title="Means over the layers, and standard deviations over the seeds")
+    for row in found:
+        table.add_row(*row)
+    Console().print(table)
     if arguments.plot:
         plot(report, arguments.plot)
         print(f"wrote {arguments.plot}")

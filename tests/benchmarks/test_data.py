@@ -1,16 +1,14 @@
 """The data sets of the width experiment: generated ones, and real ones in the formats of their files."""
 
-import pickle
-
 import pytest
 
 pytest.importorskip("aeon")
 pytest.importorskip("librosa")
 pytest.importorskip("matplotlib")
+pytest.importorskip("mlxtend")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 pytest.importorskip("tonic")
-pytest.importorskip("torchvision")
 
 import numpy as np
 import torch
@@ -33,7 +31,12 @@ def check(found, shape, classes):
 
 @pytest.mark.parametrize(
     ("name", "shape", "classes"),
-    [("digits", (1, 1, 8, 8), 10), ("digit_saccades", (6, 2, 16, 16), 10), ("vowels", (29, 12), 9)],
+    [
+        ("digits", (1, 1, 8, 8), 10),
+        ("mnist", (1, 1, 14, 14), 10),
+        ("digit_saccades", (6, 2, 16, 16), 10),
+        ("vowels", (29, 12), 9),
+    ],
 )
 def test_sets_without_download(name, shape, classes):
     found = SOURCES[name].read(None)
@@ -104,28 +107,6 @@ def test_recordings(wav_folder, tmp_path_factory):
     (empty / "flute").mkdir()
     with pytest.raises(FileNotFoundError, match=r"subfolder of \.wav files for each label, found \['flute'\]"):
         data.recordings(empty)
-
-
-def test_cifar(tmp_path, monkeypatch):
-    """Files in the format of CIFAR-10, of two images each, with other checksums."""
-    from torchvision import datasets
-
-    monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *_: True)
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for number, name in enumerate((*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")):
-        count = 10 if name == "test_batch" else 2
-        pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-        labels = list(range(10)) if name == "test_batch" else [2 * number, 2 * number + 1]
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
-    assert list(data.available(tmp_path))[4:] == ["cifar10"]
-    found = SOURCES["cifar10"].read(tmp_path)
-    check(found, (1, 3, 32, 32), 10)
-    torch.testing.assert_close(found.train.mean((0, 1, 3, 4)), torch.zeros(3), atol=1e-4, rtol=0)
-    assert found.augment(found.train[0]).shape == (1, 3, 32, 32)
 
 
 def test_nmnist(tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
 import torch
-from rich.progress import Progress
 
 import asgl_cuda
 from benchmarks.learning import smoothing
@@ -24,41 +23,49 @@ def neurons(model):
     return [layer for layer in model.modules() if isinstance(layer, asgl_cuda.LIF)]
 
 
+@pytest.mark.parametrize("analog_prob", smoothing.ARMS.values())
 @pytest.mark.parametrize("surrogate", ["rectangle", "sigmoid"])
-def test_a_narrow_window_leaves_the_spiking_network(surrogate):
+def test_a_narrow_window_leaves_the_spiking_network(surrogate, analog_prob):
     """Noisy and embedded network are equal, and no potential is inside the window."""
-    found = smoothing.observe(smoothing.network(1e-6, surrogate), *data())
-    assert max(found["inside"]) < 1e-3
-    assert max(found["smoothing_error"]) < 1e-3
+    found = smoothing.observe(smoothing.network(1e-6, surrogate, analog_prob), *data())
+    assert found["inside"] < 1e-3
+    assert found["smoothing_error"] < 1e-3
     assert found["noisy_loss"] == pytest.approx(found["spiking_loss"], abs=1e-4)
-    assert found["width"] == pytest.approx([1e-6] * 6)
+    assert found["width"] == pytest.approx(1e-6)
 
 
-def test_a_wide_window_does_not_leave_it():
-    found = smoothing.observe(smoothing.network(1e6, "sigmoid"), *data())
-    assert found["inside"] == [1.0] * 6
+@pytest.mark.parametrize("analog_prob", smoothing.ARMS.values())
+def test_a_wide_window_does_not_leave_it(analog_prob):
+    """Trained without noise or with it, the noisy network is observed with noise."""
+    found = smoothing.observe(smoothing.network(1e6, "sigmoid", analog_prob), *data())
+    assert found["inside"] == 1.0
     # Every smooth value is 1/2, as far from 1 as from 0.
-    assert found["smoothing_error"] == pytest.approx([0.5] * 6, abs=1e-4)
+    assert found["smoothing_error"] == pytest.approx(0.5, abs=1e-4)
     assert found["noisy_loss"] != found["spiking_loss"]
 
 
 def test_observing_changes_nothing_and_is_repeatable():
-    model = smoothing.network(1.0, "rectangle")
+    model = smoothing.network(1.0, "rectangle", 0.0)
     before = [value.clone() for value in model.state_dict().values()]
     torch.manual_seed(1)
     first = smoothing.observe(model, *data())
     assert all(map(torch.equal, before, model.state_dict().values()))
     assert smoothing.observe(model, *data())["spiking_loss"] == first["spiking_loss"]
-    assert all(neuron.training for neuron in neurons(model))
+    assert all(neuron.training and neuron.analog_prob == 0 for neuron in neurons(model))
 
 
 def test_run_and_figure(tmp_path):
-    with Progress(disable=True) as progress:
-        epochs = smoothing.run(2.0, "sigmoid", 1, 0, progress)
-    assert len(epochs) == 2
-    assert epochs[1]["spiking_loss"] < epochs[0]["spiking_loss"]
-    assert epochs[1]["width"] != epochs[0]["width"]
-    assert all(math.isfinite(value) for epoch in epochs for value in epoch["smoothing_error"])
-    report = {"runs": [{"surrogate": "sigmoid", "width": 2.0, "epochs": epochs}]}
+    runs = [smoothing.run(2.0, "sigmoid", 0.2, 3, seed) for seed in (0, 1)]
+    for before, *_, after in runs:
+        assert after["spiking_loss"] < before["spiking_loss"]
+        assert after["width"] != before["width"]
+        assert math.isfinite(after["smoothing_error"])
+    observed = smoothing.over_seeds(runs)
+    widths = [run[-1]["width"] for run in runs]
+    assert observed["width"]["mean"][-1] == pytest.approx(sum(widths) / 2, abs=1e-4)
+    assert observed["width"]["deviation"][::3] == pytest.approx([0, abs(widths[0] - widths[1]) / 2**0.5], abs=1e-4)
+    report = {"runs": [{"surrogate": "sigmoid", "width": 2.0, "arm": "noise", "observed": observed}]}
+    _, (row,) = smoothing.rows(report)
+    assert row[1].startswith("2.00 to ")
     smoothing.plot(report, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

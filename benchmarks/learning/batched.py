@@ -1,0 +1,153 @@
+"""Fully connected networks that differ in nothing but their seed, trained at once: a layer is a batched product.
+
+A training of small networks is mostly overhead; ten at once take a fifth of the time of one after the other. The loss
+is the sum of the networks' losses and the optimisers work element by element, so each network learns as if alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import asgl_cuda
+
+from .data import Data
+from .optimizers import cosine_schedules
+
+HIDDEN, LAYERS = 64, 6
+DECAY = 0.5
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+
+
+class Setting(NamedTuple):
+    """What the networks of a training have in common."""
+
+    width: float
+    learned: bool = True
+    analog_prob: float = 0.0
+    annealed: bool = False  # analog_prob falls to 0, along half a cosine
+    dropout: float = 0.0  # of spikes
+    surrogate: str = "sigmoid"
+    steps: int = 250
+    time_steps: int = 4  # of a constant sample
+    batch: int = 32
+    rate: float = 0.1
+    width_rate: float = 0.01
+
+
+class Networks(nn.Module):
+    """Six layers each of a linear map, a normalisation over time and batch, and LIF neurons; means over time."""
+
+    def __init__(self, features: int, classes: int, seeds: Sequence[int], setting: Setting) -> None:
+        super().__init__()
+        self.seeds, self.setting = tuple(seeds), setting
+        sizes = (features, *(HIDDEN,) * LAYERS)
+        made = []
+        for seed in seeds:
+            torch.manual_seed(seed)
+            made.append([nn.Linear(*pair, bias=False) for pair in itertools.pairwise(sizes)])
+            made[-1].append(nn.Linear(HIDDEN, classes))
+        *hidden, last = zip(*made, strict=True)
+
+        def stacked(values: Sequence[Tensor]) -> nn.Parameter:
+            return nn.Parameter(torch.stack([value.detach() for value in values]))
+
+        self.weights = nn.ParameterList([stacked([each.weight for each in layer]) for layer in (*hidden, last)])
+        self.bias = stacked([each.bias[:, None] for each in last])
+        self.norms = nn.ModuleList([nn.BatchNorm1d(len(seeds) * HIDDEN) for _ in hidden])
+        widths = torch.full((len(seeds), 1, 1, 1), math.log(setting.width))
+        self.log_widths = nn.ParameterList([nn.Parameter(widths.clone(), setting.learned) for _ in hidden])
+
+    def forward(self, samples: Tensor, analog_prob: float = 0.0) -> Tensor:
+        """Scores `[S, classes, B]` of samples `[S, B, T, features]`, the same for each network where S = 1."""
+        networks, batch = len(self.seeds), samples.shape[1]
+        s_seq = samples.permute(0, 3, 2, 1).expand(networks, -1, -1, -1)  # [S, features, T, B]
+        steps = self.setting.time_steps if s_seq.shape[2] == 1 else s_seq.shape[2]
+        for weight, norm, log_width in zip(self.weights, self.norms, self.log_widths, strict=False):
+            x_seq = torch.bmm(weight, s_seq.flatten(2)).unflatten(2, (-1, batch)).expand(-1, -1, steps, -1)
+            x_seq = norm(x_seq.reshape(1, networks * HIDDEN, -1)).view(networks, HIDDEN, steps, batch)
+            s_seq = asgl_cuda.lif(
+                x_seq, decay=DECAY, width=log_width.exp(), surrogate=self.setting.surrogate, analog_prob=analog_prob,
+                time_dim=2,
+            )  # fmt: skip
+            s_seq = functional.dropout(s_seq, self.setting.dropout, self.training)
+        return torch.baddbmm(self.bias, self.weights[-1], s_seq.mean(2))
+
+    def loss(self, samples: Tensor, labels: Tensor, analog_prob: float = 0.0) -> Tensor:
+        """The losses `[S]` on samples `[S, B, T, features]`, labels `[S, B]`."""
+        return functional.cross_entropy(self(samples, analog_prob), labels, reduction="none").mean(1)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """SGD for the weights, Adam without decay for the widths."""
+        widths = {id(value) for value in self.log_widths}
+        weights = [value for value in self.parameters() if id(value) not in widths]
+        found: list[torch.optim.Optimizer] = [
+            torch.optim.SGD(weights, self.setting.rate, MOMENTUM, weight_decay=WEIGHT_DECAY)
+        ]
+        if self.setting.learned:
+            found.append(torch.optim.Adam(self.log_widths, self.setting.width_rate))
+        return found
+
+    def widths(self) -> list[list[float]]:
+        """The widths of the layers, by network."""
+        values = torch.stack([value.detach().flatten() for value in self.log_widths], 1)
+        return [[round(width, 4) for width in network] for network in values.exp().tolist()]
+
+    @torch.no_grad()
+    def accuracies(self, samples: Tensor, labels: Tensor) -> list[float]:
+        """Percent of samples `[N, T, features]` that each network recognises by hard spikes."""
+        self.eval()
+        parts = zip(samples.split(256), labels.split(256), strict=True)
+        right = sum((self(part[None]).argmax(1) == wanted).sum(1) for part, wanted in parts)
+        self.train()
+        return [round(value, 3) for value in (100 * right / len(labels)).tolist()]
+
+
+def shortened(data: Data) -> Data:
+    """Frames averaged in pairs where there are more than eight, to halve the time."""
+    if data.train.shape[1] <= 8:
+        return data
+    even = data.train.shape[1] // 2 * 2
+    train, test = (part[:, :even].unflatten(1, (-1, 2)).mean(2) for part in (data.train, data.test))
+    return data._replace(train=train, test=test)
+
+
+def flat(samples: Tensor) -> Tensor:
+    """`[N, T, features]`."""
+    return samples.flatten(2).to(torch.get_default_dtype())
+
+
+def orders(count: int, setting: Setting, seeds: Sequence[int]) -> Tensor:
+    """Which samples each network sees `[steps, S, B]`: epoch after epoch in an order of its seed."""
+    found = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        epochs = math.ceil(setting.steps * setting.batch / count)
+        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
+        found.append(order[: setting.steps * setting.batch].view(setting.steps, setting.batch))
+    return torch.stack(found, 1)
+
+
+def trained(
+    data: Data, setting: Setting, seeds: Sequence[int], observe: Callable[[Networks, int], None] | None = None
+) -> Networks:
+    """The networks after their training; `observe` is called with them before each step."""
+    samples, labels = flat(data.train), data.train_labels
+    networks = Networks(samples.shape[2], data.classes, seeds, setting)
+    optimizers = networks.optimizers()
+    steppers = [*optimizers, *cosine_schedules(optimizers, setting.steps)]
+    for step, order in enumerate(orders(len(samples), setting, seeds)):
+        if observe is not None:
+            observe(networks, step)
+        share = (1 + math.cos(math.pi * step / setting.steps)) / 2 if setting.annealed else 1.0
+        networks.zero_grad()
+        networks.loss(samples[order], labels[order], setting.analog_prob * share).sum().backward()
+        for stepper in steppers:
+            stepper.step()
+    return networks

@@ -1,0 +1,113 @@
+"""Networks that are trained at once learn as if alone, by modules and optimisers of torch."""
+
+import itertools
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+import asgl_cuda
+from asgl_cuda import OverTime
+from benchmarks.learning import batched
+from benchmarks.learning.batched import Networks, Setting
+from benchmarks.learning.data import Data
+from benchmarks.learning.optimizers import cosine_schedules, optimizers_of
+
+SEEDS = (3, 1, 2)
+
+
+def data(time, features=5, count=30):
+    torch.manual_seed(0)
+    labels = torch.arange(count) % 3
+    samples = torch.rand(count, time, features, dtype=torch.float64) + labels.reshape(-1, 1, 1)
+    return Data(samples, labels, samples, labels)
+
+
+@pytest.fixture(autouse=True)
+def doubles():
+    """Rounding flips no spike."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def alone(found, setting, seed):
+    """A training of one network in layers."""
+    torch.manual_seed(seed)
+    sizes = (found.train.shape[2], *(batched.HIDDEN,) * batched.LAYERS)
+    linear = [nn.Linear(*pair, bias=False) for pair in itertools.pairwise(sizes)]
+    layers = []
+    for each in linear:
+        neuron = asgl_cuda.LIF(
+            decay=batched.DECAY, width=setting.width, surrogate=setting.surrogate, analog_prob=setting.analog_prob,
+            learn_width=setting.learned,
+        )  # fmt: skip
+        layers += [OverTime(each), OverTime(nn.BatchNorm1d(batched.HIDDEN)), neuron]
+    model = nn.Sequential(*layers, nn.Linear(batched.HIDDEN, 3))
+    optimizers = optimizers_of(model, setting.rate, setting.width_rate, batched.MOMENTUM, batched.WEIGHT_DECAY)
+    steppers = [*optimizers, *cosine_schedules(optimizers, setting.steps)]
+
+    def scores(samples):
+        x_seq = samples.transpose(0, 1)
+        return model(x_seq.expand(setting.time_steps, -1, -1) if len(x_seq) == 1 else x_seq).mean(0)
+
+    for (order,) in batched.orders(len(found.train), setting, [seed]):
+        model.zero_grad()
+        functional.cross_entropy(scores(found.train[order]), found.train_labels[order]).backward()
+        for stepper in steppers:
+            stepper.step()
+    return model.eval(), scores(found.test).detach()
+
+
+@pytest.mark.parametrize("time", [1, 5])
+@pytest.mark.parametrize(("learned", "analog_prob"), [(True, 0.0), (False, 0.0), (True, 1.0)])
+def test_equals_trainings_of_one(time, learned, analog_prob):
+    found = data(time)
+    setting = Setting(2.0, learned, analog_prob, steps=8, batch=12, time_steps=3)
+    networks = batched.trained(found, setting, SEEDS).eval()
+    together = networks(found.test[None]).detach()
+    for number, seed in enumerate(SEEDS):
+        model, scores = alone(found, setting, seed)
+        torch.testing.assert_close(together[number].T, scores)
+        widths = [float(torch.as_tensor(layer.width).detach()) for _, layer in asgl_cuda.asgl_layers(model)]
+        assert networks.widths()[number] == pytest.approx(widths, abs=1e-4)
+        assert (widths == [2.0] * 6) == (not learned)
+
+
+def test_seeds_differ_and_arms_begin_with_the_same_weights():
+    one, other = (Networks(5, 3, SEEDS, Setting(width, learned)) for width, learned in ((1.0, True), (5.0, False)))
+    assert all(map(torch.equal, one.weights, other.weights))
+    assert not torch.equal(one.weights[0][0], one.weights[0][1])
+
+
+def test_accuracies_are_by_hard_spikes_without_dropout():
+    found = data(2)
+    networks = batched.trained(found, Setting(1.0, analog_prob=0.5, dropout=0.2, steps=60), SEEDS)
+    accuracies = networks.accuracies(found.test, found.test_labels)
+    assert accuracies == networks.accuracies(found.test, found.test_labels)
+    assert min(accuracies) > 90
+    assert networks.training
+    labels = networks.eval()(found.test[None]).argmax(1)
+    assert accuracies == pytest.approx((100 * (labels == found.test_labels).double().mean(1)).tolist(), abs=1e-3)
+
+
+def test_noise_is_annealed_to_nothing(monkeypatch):
+    probs = []
+    lif = asgl_cuda.lif
+    monkeypatch.setattr(asgl_cuda, "lif", lambda *a, **o: probs.append(o["analog_prob"]) or lif(*a, **o))
+    batched.trained(data(1), Setting(1.0, analog_prob=0.5, annealed=True, steps=4), SEEDS)
+    assert probs[:: batched.LAYERS] == pytest.approx([0.5, 0.25 + 0.125 * 2**0.5, 0.25, 0.25 - 0.125 * 2**0.5])
+
+
+def test_every_sample_once_an_epoch():
+    orders = batched.orders(10, Setting(1.0, steps=5, batch=4), SEEDS)
+    assert orders.shape == (5, 3, 4)
+    for order in orders.transpose(0, 1):
+        assert sorted(order.flatten()[:10].tolist()) == sorted(order.flatten()[10:].tolist()) == list(range(10))
+    assert not torch.equal(orders[:, 0], orders[:, 1])
