@@ -46,10 +46,12 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]
     No module is moved: parameters, buffers and their names, state, optimizers and checkpoints stay valid. The
     normalisation itself then returns its input, in front of a sum an object that can only be added; a normalisation
     whose output or sum has, or may have, other users is left, with the reason in the report. An operand modified in
-    place before the neurons is an error, unseen under `torch.compile`. Replace neither module of a pair, else the next
-    call raises RuntimeError, as in replicas of `nn.DataParallel` (`DistributedDataParallel` works). Call
-    `torch.nn.utils.fusion.fuse_conv_bn_eval`, `torch.nn.SyncBatchNorm.convert_sync_batchnorm` and the like before
-    `fuse` or after `unfuse`; `asgl_cuda.convert_sync_batchnorm` also converts fused pairs.
+    place before the neurons is an error, unseen under `torch.compile`. The normalisation has gradients where the
+    neurons have; a branch under `torch.no_grad` or in a reentrant checkpoint, in front of a sum, is an error. Replace
+    neither module of a pair, else the next call raises RuntimeError, as in replicas of `nn.DataParallel`
+    (`DistributedDataParallel` works). Call `torch.nn.utils.fusion.fuse_conv_bn_eval`,
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` and the like before `fuse` or after `unfuse`;
+    `asgl_cuda.convert_sync_batchnorm` also converts fused pairs.
 
     Only neurons that normalise are converted: call `convert` for all neurons, before or after. A forward is traced with
     its current attributes, on every branch that depends on shapes of tensors. A Sequential is assumed to call its

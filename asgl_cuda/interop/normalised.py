@@ -189,11 +189,17 @@ class NormalisedConverted(Normalised):
         return False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*self._apart(args), **kwargs)
+        try:
+            return super().forward(*self._apart(args), **kwargs)
+        finally:
+            self._pending = None  # after an error, too
 
     def sequence(self, *args: Any, **kwargs: Any) -> Any:
         """The call of `MultiStep`, for snnTorch's layers."""
-        return super().sequence(*self._apart(args), **kwargs)  # type: ignore[misc]
+        try:
+            return super().sequence(*self._apart(args), **kwargs)  # type: ignore[misc]
+        finally:
+            self._pending = None
 
     def _apart(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         self._pending = args[0] if args and isinstance(args[0], Pending) else None
@@ -201,7 +207,7 @@ class NormalisedConverted(Normalised):
 
     def compute(self, x_seq: Tensor, **options: Any) -> Tensor | LIFOutput:
         """`asgl_cuda.batch_norm_lif` with these arguments of `asgl_cuda.lif`."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is not None:
             _, residual = pending.operands()
             if pending.norm is None:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .converted import bare_class
 from .snapshot import version_of
@@ -32,9 +33,16 @@ class Pending:
         self.norm, self.x, self.residual = norm, x, residual
         self._shape = shape or x.shape  # of the input of the normalisation
         self._versions = _versions(x, residual)
+        self._has_graph = torch.is_grad_enabled()
 
     def operands(self) -> tuple[Tensor, Tensor | None]:
         """The values of both, which must not have changed since the normalisation and the addition."""
+        if self.norm is not None and torch.is_grad_enabled() and not self._has_graph:
+            raise RuntimeError(
+                f"asgl_cuda.fuse: {bare_class(self.norm).__name__} was called without gradients, by torch.no_grad or "
+                "a reentrant checkpoint, and the neurons that compute it have gradients: asgl_cuda.unfuse takes the "
+                "pair apart"
+            )
         if self.norm is not None and self._versions != _versions(self.x, self.residual):
             raise RuntimeError(
                 f"asgl_cuda.fuse: the input of {bare_class(self.norm).__name__}, or the shortcut added to its output, "
@@ -72,7 +80,10 @@ class Pending:
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Pending:
         name, kwargs = function.__name__, kwargs or {}
-        first = next(each for each in args if isinstance(each, Pending))
+        first = next((each for each in args if isinstance(each, Pending)), None)
+        if first is None:  # by keyword, or in a list
+            first = next(each for each in tree_leaves((args, kwargs)) if isinstance(each, Pending))
+            first._refuse()
         if name in _VIEWS:
             return first._viewed(name, *args[1:], **kwargs)
         if name not in _ADDITIONS:
@@ -102,7 +113,8 @@ class Pending:
             "compute, is used otherwise than when it was fused: asgl_cuda.unfuse takes the pair apart"
         )
 
-    __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = __getitem__ = __neg__ = _refuse
+    __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __pow__ = _refuse
+    __rpow__ = __matmul__ = __rmatmul__ = __getitem__ = __setitem__ = __neg__ = __abs__ = __len__ = __bool__ = _refuse
 
 
 def _by_torch(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Pending:

@@ -657,3 +657,53 @@ def test_to_nir(lif):
         for key in ("weight", "bias"):
             values = [getattr(each, key, ()) for each in (graph.nodes[name], node)]
             assert torch.equal(*map(torch.as_tensor, values))
+
+
+class Around(nn.Module):
+    """A branch called by a function, a shortcut, neurons."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+        self.branch = asgl_cuda.OverTime(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)))
+        self.lif = asgl_cuda.LIF(analog_prob=0.0)
+
+    def forward(self, x_seq):
+        return self.lif(self.call(self.branch, x_seq) + x_seq)
+
+
+def without_gradients(branch, x_seq):
+    with torch.no_grad():
+        return branch(x_seq)
+
+
+def checkpointed(branch, x_seq):
+    return torch.utils.checkpoint.checkpoint(branch, x_seq, use_reentrant=True)
+
+
+@pytest.mark.parametrize("call", [without_gradients, checkpointed])
+def test_a_branch_without_gradients_is_an_error(call):
+    """Otherwise the convolution would get none, or the normalisation some."""
+    fused, _ = asgl_cuda.fuse(Around(call))
+    x_seq = torch.rand(3, 2, 4, 5, 5, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"called without gradients.*asgl_cuda\.unfuse"):
+        fused(x_seq)
+    with torch.no_grad():
+        fused(x_seq)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda value, x: torch.cat([value, x]),
+        lambda value, x: torch.add(x, other=value),
+        lambda value, x: bool(value),
+        lambda value, x: len(value),
+        lambda value, x: value**2,
+    ],
+)
+def test_other_uses_say_so(use):
+    fused, _ = asgl_cuda.fuse(Around(lambda branch, x_seq: branch(x_seq)))
+    x_seq = torch.rand(3, 2, 4, 5, 5)
+    with pytest.raises(RuntimeError, match="used otherwise than when it was fused"):
+        use(fused.branch(x_seq), x_seq)
