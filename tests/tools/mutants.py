@@ -38,7 +38,7 @@ SHUFFLE = "__shfl_down_sync(kWholeWarp, sum, distance)"
 NO_BARRIER = kernels("  }\n  @\n  constexpr int kWarps", BARRIER, "")
 ALL_LIVE = access("live(@)", "n < shape.neurons()", "true")
 NO_BARRIER_OF_CHANNELS = channels("half * tiles.width]);\n    @", BARRIER, "")
-BEYOND_LAST_ROW = channels("if (@) {\n        Lanes", "row + k * index.step < index.end_row", "true")
+BEYOND_LAST_ROW = channels("if (@) {\n        const Scalar* gradients", "row + k * index.step < index.end_row", "true")
 
 MUTANTS = {
     "kernels_test": {

@@ -34,8 +34,10 @@ def compared(now: Resources, committed: Resources, version: str = "13.0.88") -> 
          BACKWARD),
         ("lif_backward_settled_kernel<asgl::Half, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)1, 0>",
          Kernel("backward normalised, 4 neurons", "float16", "rectangle", "hard")),
-        ("lif_backward_kernel<double, asgl::LIFByOptions<double>, 1>",
+        ("lif_backward_kernel<double, 1, (asgl::Input)0>",
          Kernel("backward, 1 neuron", "float64", "any surrogate", "any reset")),
+        ("lif_backward_settled_kernel<float, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)3, 4>",
+         Kernel("backward normalised with residual, T = 4", "float32", "rectangle", "hard")),
         ("gradient_sum_kernel<double>", Kernel("gradient sum", "float64")),
         ("batch_moments_kernel<asgl::BFloat16, 4>", Kernel("moments, 4 columns", "bfloat16")),
         ("integrator_kernel<asgl::Half, 4, (asgl::Pass)2>",
@@ -152,4 +154,4 @@ def test_registers_of_nvrtc_within_launch_bounds(kind, dtype, registers, accepte
 
 def test_names_of_kernels_asked_for_are_unique():
     names = cuda_compile.kernels_asked_for()
-    assert len(set(names)) == len(names) == 505
+    assert len(set(names)) == len(names) == 694
