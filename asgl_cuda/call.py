@@ -204,8 +204,10 @@ class LIFFunction(torch.autograd.Function):
 
 def is_input_plain(numbers: Sequence[float], parameters: Sequence[Tensor | None]) -> bool:
     """Whether the input current is x, apart from the residual."""
-    gain, bias, mean = parameters[4:7]
-    return gain is None and bias is None and mean is None and tuple(numbers[4:7]) == (1, 0, 0)
+    given, constants = Parameters(*parameters), Numbers(*numbers)
+    tensors = given.input_gain, given.input_bias, given.input_mean
+    is_constant = all(each is None for each in tensors)
+    return is_constant and (constants.input_gain, constants.input_bias, constants.input_mean) == (1, 0, 0)
 
 
 def with_residual_gain(grad: Tensor, numbers: Sequence[float]) -> Tensor:

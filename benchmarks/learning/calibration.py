@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,6 +28,7 @@ from asgl_cuda import LIF, OverTime
 
 from ..common import machine, parser_of, write_json
 from .data import SOURCES
+from .tables import print_table
 
 RATES = (None, 0.05, 0.1, 0.2, 0.4)  # None: not calibrated
 SEEDS = 3
@@ -180,13 +179,8 @@ def main() -> int:
         "runs": [run._asdict() | result for run, result in zip(runs, results, strict=True)],
     }
     write_json(file, report)
-    console = Console()
-    head, rows = summary(report)
-    table = Table(*head, title="Test accuracy in percent, by calibrated rate")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    console.print(f"{len(runs)} trainings in {report['seconds'] / 60:.1f} minutes, in {file}")
+    print_table("Test accuracy in percent, by calibrated rate", *summary(report))
+    print(f"{len(runs)} trainings in {report['seconds'] / 60:.1f} minutes, in {file}")
     return 0
 
 

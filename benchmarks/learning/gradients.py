@@ -15,14 +15,13 @@ import time
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ..common import machine, parser_of, write_json
 from .batched import Networks, Setting, flat, trained
 from .data import SOURCES, Data
 from .runs import paired
+from .tables import print_table
 
 SEEDS = 20
 STEPS, MARKS = 240, (0, 20, 60, 120, 239)
@@ -96,10 +95,7 @@ def main() -> int:
     report["seconds"] = time.perf_counter() - started
     write_json(arguments.json, report)
     head, found = rows(report)
-    table = Table(*head, title="Measured by predicted change of the loss")
-    for row in found:
-        table.add_row(*row)
-    Console().print(table)
+    print_table("Measured by predicted change of the loss", head, found)
     return 0
 
 

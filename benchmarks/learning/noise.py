@@ -19,8 +19,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
@@ -29,6 +27,7 @@ from ..common import parser_of
 from .batched import Setting, flat, shortened, trained
 from .data import SOURCES, Data
 from .runs import begun, paired, train_all
+from .tables import print_table, print_total
 
 IMAGES = ("digits", "mnist")
 SETS = (*IMAGES, "vowels", "tones")
@@ -225,17 +224,12 @@ def main() -> int:
     file.parent.mkdir(exist_ok=True)
     report = begun(file, {"seeds": SEEDS, "rates": list(RATES), "base": Setting(1.0)._asdict()})
     train_all([run for run in all_runs() if run.cell.data in arguments.data], train, report, file, arguments.jobs)
-    table = Table(*HEAD, title="Test accuracy in percent without noise, and gains, with 95 % intervals over the seeds")
-    for row in rows(report):
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    console.print(
-        f"{len(report['runs']) * SEEDS} trainings in {report['seconds'] / 60:.1f} minutes of a core, in {file}"
-    )
+    title = "Test accuracy in percent without noise, and gains, with 95 % intervals over the seeds"
+    print_table(title, HEAD, rows(report))
+    print_total(report, SEEDS, file)
     if arguments.plot:
         plot(report, arguments.plot)
-        console.print(f"wrote {arguments.plot}")
+        print(f"wrote {arguments.plot}")
     return 0
 
 

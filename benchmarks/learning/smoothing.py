@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -29,6 +27,7 @@ from .. import palette
 from ..common import machine, parser_of, write_json
 from .demo import ANALOG_PROB, BATCH_SIZE, load_data, scores_of, spiking_mlp
 from .optimizers import cosine_schedules, optimizers_of
+from .tables import print_table
 
 HIDDEN = (64,) * 6
 OBSERVED = ("width", "inside", "smoothing_error")  # reported by asgl_cuda.Monitor for each layer
@@ -161,10 +160,7 @@ def main() -> int:
         report["runs"].append({"surrogate": surrogate, "width": width, "arm": arm, "observed": over_seeds(runs)})
         write_json(arguments.json, report)
     head, found = rows(report)
-    table = Table(*head, title="Means over the layers, and standard deviations over the seeds")
-    for row in found:
-        table.add_row(*row)
-    Console().print(table)
+    print_table("Means over the layers, and standard deviations over the seeds", head, found)
     if arguments.plot:
         plot(report, arguments.plot)
         print(f"wrote {arguments.plot}")

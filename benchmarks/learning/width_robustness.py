@@ -17,14 +17,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-
 from .. import palette
 from ..common import parser_of
 from .batched import Setting, flat, shortened, trained
 from .data import SOURCES, Data, available
 from .runs import begun, train_all
+from .tables import print_table, print_total
 
 SG, LEARNED, ASGL = METHODS = ("SG", "learned", "ASGL")
 SURROGATES = ("rectangle", "sigmoid")
@@ -156,16 +154,12 @@ def main() -> int:
     report = begun(file, settings)
     train_all(runs, partial(train, root=root, settings=settings), report, file, arguments.jobs)
     head, found = rows(report)
-    table = Table(*head, title="Accuracy in percent over the first width, mean ± standard deviation over the seeds")
-    for row in found:
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    count = len(report["runs"]) * settings["seeds"]
-    console.print(f"{count} trainings in {report['seconds'] / 60:.1f} minutes of a core, in {file}")
+    title = "Accuracy in percent over the first width, mean ± standard deviation over the seeds"
+    print_table(title, head, found)
+    print_total(report, settings["seeds"], file)
     if arguments.plot:
         plot(report, arguments.plot)
-        console.print(f"wrote {arguments.plot}")
+        print(f"wrote {arguments.plot}")
     return 0
 
 

@@ -235,6 +235,14 @@ def on(model, backend):
     return model
 
 
+def monitored(model, x_seq, layer):
+    """What a Monitor says of a layer, over one call with the noise of seed 0."""
+    torch.manual_seed(0)
+    with asgl_cuda.Monitor(model) as monitor:
+        model(x_seq)
+    return monitor.result()[layer]
+
+
 def scattered(model):
     """The model with normalisations that are not the identity."""
     with torch.no_grad():

@@ -8,7 +8,7 @@ import weakref
 import norse.torch as norse
 import pytest
 import torch
-from conversions import B, C, T, history, scattered
+from conversions import B, C, T, history, monitored, scattered
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
@@ -173,12 +173,7 @@ def test_fusing_after_training_the_rest_of_the_kit(backend):
     model = scattered(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(analog_prob=0.5, backend=backend)))
     fused, _ = asgl_cuda.fuse(model)
     x_seq = torch.randn(T, B, C)
-    found = []
-    for made in (model, fused):
-        torch.manual_seed(0)
-        with asgl_cuda.Monitor(made) as monitor:
-            made(x_seq)
-        found.append(monitor.result()["1"])
+    found = [monitored(made, x_seq, "1") for made in (model, fused)]
     assert found[1] == pytest.approx(found[0])
     assert found[0]["analog_share"] > 0
     assert fused[0].layer.num_batches_tracked == 1

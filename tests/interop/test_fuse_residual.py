@@ -11,7 +11,7 @@ import sinabs.layers
 import snntorch
 import torch
 from comparison import Stack
-from conversions import B, C, T, assert_alike, authors_layer, history, on, reasons, reset, scattered
+from conversions import B, C, T, assert_alike, authors_layer, history, monitored, on, reasons, reset, scattered
 from spikingjelly.activation_based import functional, layer, neuron
 from spikingjelly.activation_based.model import spiking_resnet
 from torch import nn
@@ -580,12 +580,8 @@ def test_monitored(given, backend):
     model = Stack(forms["the sum"], branch=OverTime(conv_bn()), lif=asgl_cuda.LIF(analog_prob=0.5, backend=backend))
     fused = asgl_cuda.fuse(scattered(model))[0] if given == "the sum" else copy.deepcopy(model)
     fused.function = forms[given]
-    x_seq, found = torch.randn(SHAPE), []
-    for made in (model, fused):
-        torch.manual_seed(0)
-        with asgl_cuda.Monitor(made) as monitor:
-            made(x_seq)
-        found.append(monitor.result()["lif"])
+    x_seq = torch.randn(SHAPE)
+    found = [monitored(made, x_seq, "lif") for made in (model, fused)]
     assert found[1] == pytest.approx(found[0])
     assert found[0]["analog_share"] > 0
     assert 0 < found[0]["smoothing_error"] < 0.5
