@@ -52,7 +52,7 @@ from ._version import __version__
 from .backends import available_backends, unavailable_backends
 from .batch_norm import batch_norm_lif
 from .call import LIFOutput
-from .functional import analog_mask, lif
+from .functional import analog_mask, lif, unroll_levels
 from .integrator import IntegratorOutput, LeakyIntegrator, leaky_integrator
 from .interop import convert, from_nir, fuse, revert, to_nir, unfuse
 from .layer import asgl_layers
@@ -98,6 +98,7 @@ __all__ = [
     "to_nir",
     "unavailable_backends",
     "unfuse",
+    "unroll_levels",
 ]
 
 

@@ -24,6 +24,7 @@ from .checks import (
     check_finite,
     check_generator,
     check_input,
+    check_levels,
     check_multi_spike,
     check_not_nan,
     check_number,
@@ -40,7 +41,7 @@ from .layout import in_memory_order, is_dense, real_type
 from .learned import Logarithm, Logit
 from .ops import BackwardResult, ForwardResult, with_gaps
 from .reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules, lif_reference
-from .surrogate import PERIODIC, SURROGATES
+from .surrogate import INTEGER, PERIODIC, SURROGATES
 from .transforms import (
     apply,
     apply_here,
@@ -73,7 +74,7 @@ Values = namedtuple(
 # The arguments of `lif` that are never tensors, unchecked, except generator and backend.
 Options = namedtuple(
     "Options",
-    "surrogate surrogate_gain v_rest v_min multi_spike strict_threshold detach_reset scale_output time_dim "
+    "surrogate surrogate_gain v_rest v_min levels multi_spike strict_threshold detach_reset scale_output time_dim "
     "return_v_last return_v_seq return_h_seq residual_gain",
 )
 # The flags among the options, 0 or 1 in Rules.
@@ -258,6 +259,7 @@ def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
         )
     if flags["multi_spike"]:
         check_multi_spike(values.v_reset, values.analog_prob, caller)
+    levels = check_levels(options.levels, values.v_reset, options.surrogate, flags["multi_spike"], caller)
     real = real_type(x_seq.dtype)
     for name in Values._fields:
         value = getattr(values, name)
@@ -275,6 +277,8 @@ def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
             check_width(check_number(name, value, caller, "a float or a tensor"), caller, real)
         elif value is not None or name not in ("v_reset", "reset_amount"):
             check_not_nan(name, value, caller, "a float or a tensor")
+    if levels is not None:
+        _check_with_levels(values, caller, real)
     check_not_nan("surrogate_gain", options.surrogate_gain, caller)
     check_not_nan("v_rest", options.v_rest, caller)
     check_not_nan("residual_gain", options.residual_gain, caller)
@@ -283,7 +287,7 @@ def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
     as_data = isinstance(values.analog_prob, Tensor)
     periodic = options.surrogate == PERIODIC
     rules = Rules(
-        surrogate=SURROGATES["laplace" if periodic else options.surrogate].id,
+        surrogate=INTEGER if levels is not None else SURROGATES["laplace" if periodic else options.surrogate].id,
         hard_reset=int(hard),
         periodic=int(periodic),
         floored=int(options.v_min is not None),
@@ -294,6 +298,17 @@ def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
         **{name: int(flag) for name, flag in flags.items()},
     )
     return Plan(real, rules, (v_last, v_seq, h_seq))
+
+
+_THRESHOLD_OF_LEVELS = "v_threshold with levels"
+
+
+def _check_with_levels(values: Values, caller: str, real: torch.dtype) -> None:
+    """A threshold that the potential can be divided by, and no width."""
+    if isinstance(values.width, (Tensor, Logarithm)) or values.width != 1:
+        raise ValueError(f"{caller}: with levels the threshold is the width: width must be left at 1, got another")
+    if not isinstance(values.v_threshold, Tensor):
+        check_width(values.v_threshold, caller, real, _THRESHOLD_OF_LEVELS)
 
 
 def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
@@ -312,6 +327,9 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
         if by_value:
             plan = Plan(real, rules.changed(log_width=0, logit_decay=0), plan.wanted)
     reset = v_reset if v_reset is not None else v_threshold if reset_amount is None else reset_amount
+    levels = options.levels
+    if levels is not None:
+        width, v_threshold = v_threshold, 1 / levels
     numbers: list[float] = []
     parameters: list[Tensor | None] = []
     for value in (width, decay, v_threshold, reset, input_gain, input_bias, input_mean):
@@ -325,12 +343,12 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
             numbers.append(float(value))
             parameters.append(None)
     if parameters[0] is not None and not rules.log_width:
-        check_width_tensor(parameters[0], caller)
+        check_width_tensor(parameters[0], caller, "width" if levels is None else _THRESHOLD_OF_LEVELS)
     if v_init is not None:
         check_v_init(v_init, x_seq, rules.time_dim, caller)
         v_init = v_init.to(real)
     numbers += float(options.residual_gain), float(options.v_rest), float(options.surrogate_gain)
-    numbers.append(float(options.v_min or 0))
+    numbers += float(options.v_min or 0), float(levels or 0)
     if rules.analog_below or rng_state is not None or generator is not None:
         rng_state = _noise(caller, x_seq, rules.analog_below, analog_prob, rng_state, generator, backend)
     if not is_dense(x_seq, rules.time_dim):

@@ -139,25 +139,46 @@ def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
         )
 
 
+MOST_LEVELS = 256  # the last integer up to which bfloat16 has all
+
+
+def check_levels(levels: Any, v_reset: Any, surrogate: str, several: bool, caller: str) -> int | None:
+    """None, or a number of spikes with the rules that it excludes."""
+    if levels is None:
+        return None
+    if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= MOST_LEVELS:
+        raise ValueError(f"{caller}: levels must be None or an int in [1, {MOST_LEVELS}], got {shown(levels)}")
+    if v_reset is not None:
+        raise ValueError(f"{caller}: levels is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}")
+    if several:
+        raise ValueError(f"{caller}: levels and multi_spike are two rules for several spikes a step, got both")
+    if surrogate != "rectangle":
+        raise ValueError(
+            f"{caller}: levels has the surrogate clamp(h / v_threshold, 0, levels) and takes no other, got "
+            f"{shown(surrogate)}"
+        )
+    return levels
+
+
 _LEAST_WIDTH = {real: math.sqrt(torch.finfo(real).tiny) for real in (torch.float32, torch.float64)}
 
 
-def check_width(width: float, caller: str, real: torch.dtype = torch.float32) -> None:
+def check_width(width: float, caller: str, real: torch.dtype = torch.float32, name: str = "width") -> None:
     """Positive and finite, as must be 1 / width^2, a factor of the gradient, in the type of the arithmetic."""
     least = _LEAST_WIDTH[real]
     if not least <= width < math.inf:
         expected = "> 0" if not width > 0 else "finite" if width > 1 else f">= {least:.3g} in {real}"
-        raise ValueError(f"{caller}: width must be {expected}, got {width}")
+        raise ValueError(f"{caller}: {name} must be {expected}, got {width}")
 
 
-def check_width_tensor(width: Tensor, caller: str) -> None:
+def check_width_tensor(width: Tensor, caller: str, name: str = "width") -> None:
     """`check_width` for a tensor, if it `can_be_seen`."""
     if can_be_seen(width):
         ends = (width,) if width.numel() == 1 else torch.aminmax(width.detach())
         for value in ends:
             number = value.item()
             if not _LEAST_WIDTH[width.dtype] <= number < math.inf:
-                check_width(number, caller, width.dtype)
+                check_width(number, caller, width.dtype, name)
 
 
 def can_be_seen(value: Tensor) -> bool:

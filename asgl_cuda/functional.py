@@ -1,4 +1,4 @@
-"""The fused neuron as a function: `lif` and `analog_mask`."""
+"""The fused neuron as a function, `lif`, and functions of its noise and its spikes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from .call import Arguments, LIFOutput, Options, Values, computed
-from .checks import check_analog_prob, check_input, check_rng_state
+from .checks import check_analog_prob, check_input, check_levels, check_rng_state
 from .reference import analog_mask_below
+from .transforms import transforming
 
 _CALLER = "asgl_cuda.lif"
 
@@ -32,6 +33,7 @@ class NeuronArguments(TypedDict, total=False):
     strict_threshold: bool
     scale_output: bool
     detach_reset: bool
+    levels: int | None
     multi_spike: bool
     v_min: float | None
     v_init: Tensor | None
@@ -64,6 +66,7 @@ def lif(
     strict_threshold: bool = False,
     scale_output: bool = False,
     detach_reset: bool = False,
+    levels: int | None = None,
     multi_spike: bool = False,
     v_min: float | None = None,
     v_init: Tensor | None = None,
@@ -101,9 +104,13 @@ def lif(
         residual: the shortcut of a residual block, shape and type of x_seq: `residual_gain * residual` is added to the
             input current, without a sum in memory. Memory order as x_seq, or copied once.
         residual_gain: a number; a learned factor belongs on the residual itself.
-        strict_threshold: fire at u > 0 instead of u >= 0; no effect with multi_spike.
-        scale_output: emit `v_threshold * s`.
+        strict_threshold: fire at u > 0 instead of u >= 0; no effect with levels and multi_spike.
+        scale_output: emit `v_threshold * s`; with levels `s / levels`.
         detach_reset: let no gradient flow through the spike inside the reset.
+        levels: emit a whole number of spikes a step, `round(clamp(h / v_threshold, 0, levels))` with ties to even (I-LIF),
+            up to 256, of which an analog element leaves out the rounding. Gradients flow inside, edges included, as
+            through `clamp(h / v_threshold, 0, levels)`: the threshold is the width. Each spike subtracts
+            `reset_amount`: needs `v_reset=None`. A NaN potential emits NaN. `unroll_levels` makes binary spikes.
         multi_spike: emit `trunc(h / v_threshold)` spikes in a step where h > 0. Each spike subtracts `reset_amount`:
             needs `v_reset=None`. No noise, since the surrogates are not slopes of a smooth number of spikes.
         v_min: floor of the potential after reset, in units of x_seq, `v = relu(v - v_min) + v_min`; no gradient flows
@@ -137,7 +144,9 @@ def lif(
         more = asgl_cuda.lif(x_seq, v_init=output.v_last)  # goes on where the first call ended
 
     Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023.
-    periodic_exponential: Weidel, Sheik: WaveSense, arXiv 2111.01456.
+    periodic_exponential: Weidel, Sheik: WaveSense, arXiv 2111.01456. levels: Luo, Yao, Chou, Xu, Li: Integer-Valued
+    Training and Spike-Driven Inference Spiking Neural Network for High-performance and Energy-efficient Object
+    Detection, ECCV 2024; analog elements there as in Quant-Noise, Fan et al., ICLR 2021.
 
     The same in PyTorch, for the defaults and a mask of analog elements::
 
@@ -149,7 +158,7 @@ def lif(
             s[t] = a + torch.where(mask[t], 0, z - a).detach()
             v = h * (1 - s[t]) + v_reset * s[t]
 
-    With multi_spike `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace of another distance
+    With levels `a = (h / v_threshold).clamp(0, levels)` and `z = a.round()`. With multi_spike `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace of another distance
     where h >= v_threshold: `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, of slope 1.
     """
     values = Values(
@@ -157,10 +166,50 @@ def lif(
         residual,
     )  # fmt: skip
     options = Options(
-        surrogate, surrogate_gain, v_rest, v_min, multi_spike, strict_threshold, detach_reset, scale_output, time_dim,
+        surrogate, surrogate_gain, v_rest, v_min, levels, multi_spike, strict_threshold, detach_reset, scale_output, time_dim,
         return_v_last, return_v_seq, return_h_seq, residual_gain,
     )  # fmt: skip
     return computed(_CALLER, x_seq, Arguments(values, options, v_init, rng_state, generator, backend))
+
+
+def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
+    """Whole numbers of spikes as binary spikes, each step in `levels` sub-steps: `s` ones, then zeros.
+
+    Weights without a bias, and sums over each step's sub-steps behind them, have the results of the numbers: inference
+    of a network trained with `levels` needs only additions, where the numbers would need products.
+
+    Args:
+        s_seq: `[T, ...]` (or time at `time_dim`), whole numbers in [0, levels], as `asgl_cuda.lif` emits with levels
+            and without noise.
+        levels: number of sub-steps, as in `asgl_cuda.lif`.
+
+    Returns:
+        `[T * levels, ...]` of zeros and ones, in the type of s_seq. Not differentiable.
+
+    Raises:
+        ValueError: another value in s_seq, whose test synchronises the device and is left out in compiled code.
+
+    Example::
+
+        s_seq = asgl_cuda.lif(4 * torch.rand(2, 32, 64), levels=4, v_reset=None)  # [T, B, N]
+        weight = torch.randn(10, 64)
+        sums = (asgl_cuda.unroll_levels(s_seq, 4) @ weight.T).unflatten(0, (2, 4)).sum(1)
+        torch.testing.assert_close(sums, s_seq @ weight.T)
+
+    Source: Luo et al., ECCV 2024, as in `asgl_cuda.lif`.
+    """
+    caller = "asgl_cuda.unroll_levels"
+    time_dim = check_input(s_seq, time_dim, caller)
+    check_levels(levels, None, "rectangle", False, caller)
+    if levels is None:
+        raise ValueError(f"{caller}: levels must be an int, got None")
+    with torch.no_grad():
+        if not torch.compiler.is_compiling() and not transforming():
+            others = s_seq[~((s_seq == s_seq.round()) & (s_seq >= 0) & (s_seq <= levels))]
+            if others.numel():
+                raise ValueError(f"{caller}: s_seq must have whole numbers in [0, {levels}], got {others[0].item()}")
+        below = torch.arange(levels, device=s_seq.device)[(slice(None), *(None,) * (s_seq.dim() - time_dim - 1))]
+        return (s_seq.unsqueeze(time_dim + 1) > below).to(s_seq.dtype).flatten(time_dim, time_dim + 1)
 
 
 LIF_DEFAULTS = lif.__kwdefaults__ or {}

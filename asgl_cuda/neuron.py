@@ -17,6 +17,7 @@ from .checks import (
     check_finite,
     check_input,
     check_keywords,
+    check_levels,
     check_sizes,
     check_surrogate,
     check_width,
@@ -53,7 +54,9 @@ class LIF(NeuronLayer, Noisy):
         learn_width, learn_decay, learn_threshold: which values are parameters; the others are constants.
         strict_threshold: fire above the threshold, not at it.
         detach_reset: let no gradient flow through the spike inside the reset.
-        scale_output: emit `v_threshold` instead of 1 for a spike.
+        scale_output: emit `v_threshold` instead of 1 for a spike, with levels `1 / levels`.
+        levels: emit up to `levels` spikes a step, rounded (I-LIF); needs `v_reset=None`. No width is learned: the
+            threshold takes its place.
         multi_spike: emit several spikes a step; needs `v_reset=None` and always `analog_prob=0`.
         v_min: floor of the potential after reset, in units of the input; None for none.
         stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Not for
@@ -126,6 +129,7 @@ class LIF(NeuronLayer, Noisy):
         strict_threshold: bool = False,
         detach_reset: bool = False,
         scale_output: bool = False,
+        levels: int | None = None,
         multi_spike: bool = False,
         v_min: float | None = None,
         stateful: bool = False,
@@ -140,6 +144,7 @@ class LIF(NeuronLayer, Noisy):
         self._set_up(num_features, granularity, v_rest, input_gain, stateful, time_dim, backend, device, dtype)
         self.multi_spike = check_bool("multi_spike", multi_spike, caller)
         check_surrogate(surrogate, caller, self.multi_spike)
+        self.levels = check_levels(levels, v_reset, surrogate, self.multi_spike, caller)
         if reset_amount is not None and v_reset is not None:
             raise ValueError(
                 f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}"
@@ -156,7 +161,8 @@ class LIF(NeuronLayer, Noisy):
         self.store_v_seq = check_bool("store_v_seq", store_v_seq, caller)
         # [1] for a whole layer: torch's fully_shard refuses parameters without a dimension.
         empty = partial(torch.empty, self.num_features or 1, device=device, dtype=dtype)
-        self.log_width = nn.Parameter(empty()) if check_bool("learn_width", learn_width, caller) else None
+        learn_width = check_bool("learn_width", learn_width, caller) and self.levels is None
+        self.log_width = nn.Parameter(empty()) if learn_width else None
         self.logit_decay = nn.Parameter(empty()) if check_bool("learn_decay", learn_decay, caller) else None
         self.threshold = nn.Parameter(empty()) if check_bool("learn_threshold", learn_threshold, caller) else None
         self._set_width(width)
@@ -176,8 +182,11 @@ class LIF(NeuronLayer, Noisy):
 
     @property
     def width(self) -> Tensor | float:
-        """The width, in units of the input: a tensor of the granularity's shape, `[]` for "layer", if learned."""
-        return self._shown(self._values()[0])
+        """The width, in units of the input: a tensor of the granularity's shape, `[]` for "layer", if learned.
+
+        With levels, the threshold.
+        """
+        return self._shown(self._values()[0 if self.levels is None else 2])
 
     @width.setter
     def width(self, value: float) -> None:
@@ -187,6 +196,8 @@ class LIF(NeuronLayer, Noisy):
         learned = self.log_width is not None
         value = read_number("width", value, self._caller, learned, "learn_width")
         check_width(value, self._caller)
+        if self.levels is not None and value != 1:
+            raise ValueError(f"{self._caller}: with levels the threshold is the width, got width {value}")
         if learned and not _LEAST_WIDTH <= value <= _LARGEST_WIDTH:
             raise ValueError(
                 f"{self._caller}: a learned width must be in [{_LEAST_WIDTH:.3g}, {_LARGEST_WIDTH:.3g}], got {value}"
@@ -221,8 +232,9 @@ class LIF(NeuronLayer, Noisy):
                     f"{caller}: {name} must be below v_threshold, or a neuron that has fired does so again, got {name} "
                     f"{after} and v_threshold {value}"
                 )
-        if self.multi_spike and value <= 0:
-            raise ValueError(f"{caller}: multi_spike needs v_threshold > 0, got {value}")
+        several = "multi_spike" if self.multi_spike else None if self.levels is None else "levels"
+        if several and value <= 0:
+            raise ValueError(f"{caller}: {several} needs v_threshold > 0, got {value}")
         if self._fires(v_rest - value):
             message = f"v_threshold {value:g} is not above v_rest {v_rest:g}: neurons at rest fire without any input"
             warn_once("v_threshold", f"{caller}: {message}")
@@ -293,7 +305,8 @@ class LIF(NeuronLayer, Noisy):
             self.analog_prob_of_call(x_seq), residual,
         )  # fmt: skip
         options = Options(
-            self.surrogate, self.surrogate_gain, self.v_rest, self.v_min, self.multi_spike, self.strict_threshold,
+            self.surrogate, self.surrogate_gain, self.v_rest, self.v_min, self.levels, self.multi_spike,
+            self.strict_threshold,
             self.detach_reset, self.scale_output, self.time_dim, return_v_last, return_v_seq, return_h_seq,
             input_gain,
         )  # fmt: skip
@@ -315,6 +328,8 @@ class LIF(NeuronLayer, Noisy):
         parts.append(f"surrogate={self.surrogate}, analog_prob={self.analog_prob:g}, granularity={self.granularity}")
         defaults = {"reset_amount": None, "v_min": None, "v_rest": 0.0, "input_gain": 1.0, "surrogate_gain": 1.0}
         parts.extend(f"{name}={value:g}" for name in defaults if (value := getattr(self, name)) != defaults[name])
+        if self.levels is not None:
+            parts.append(f"levels={self.levels}")
         parts.extend(f"{flag}=True" for flag in (*FLAGS, "stateful", "store_v_seq") if getattr(self, flag))
         if self.time_dim:
             parts.append(f"time_dim={self.time_dim}")

@@ -10,6 +10,11 @@
          = h[t] - reset_amount * s                          soft reset
     out  = s, or v_threshold * s with scale_output
 
+With levels (soft reset) z is a number of spikes of height 1, and s is scaled by 1 / levels with scale_output:
+
+    a    = clamp(h[t] / v_threshold, 0, levels)
+    z    = round(a), ties to even
+
 With multi_spike (soft reset, no noise) z is a number of spikes; v_min is a floor of the potential:
 
     z    = trunc(h[t] / v_threshold) where h[t] > 0, else 0
@@ -19,19 +24,21 @@ With multi_spike (soft reset, no noise) z is a number of spikes; v_min is a floo
 
 Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023, with
 the forward pass s = m z + (1 - m) a, m = 0 where analog, and m hidden from the gradient. Periodic surrogate: Weidel,
-Sheik: WaveSense, arXiv 2111.01456.
+Sheik: WaveSense, arXiv 2111.01456. Levels: Luo, Yao, Chou, Xu, Li: Integer-Valued Training and Spike-Driven Inference
+Spiking Neural Network, ECCV 2024.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .layout import by_channel, memory_order, real_type
-from .surrogate import SURROGATES
+from .surrogate import INTEGER, SURROGATES
 from .transforms import apply, exporting, in_forward_mode, transforming
 
 DRAWS = 65536  # an element draws an integer in [0, DRAWS)
@@ -66,12 +73,13 @@ class Numbers(NamedTuple):
     v_rest: float
     surrogate_gain: float
     v_min: float  # 0 without a floor
+    levels: float  # 0 without; then width is the threshold, and v_threshold the factor of scale_output
 
 
 class Rules(NamedTuple):
     """The argument `rules` of operators, in the order of struct Rules in csrc/ops/call.h."""
 
-    surrogate: int  # its id
+    surrogate: int  # its id, or INTEGER with levels
     hard_reset: int  # 0 or 1, as all up to logit_decay
     strict_threshold: int
     scale_output: int
@@ -136,6 +144,11 @@ def detached(value: Tensor) -> Tensor:
     return value.view(_INTEGERS[value.element_size()]).view(value.dtype)
 
 
+def _clamped(y: Tensor, most: float) -> Tensor:
+    """y in [0, most], with slope 1 inside, edges included."""
+    return torch.where((y >= 0) & (y <= most), y, y.detach().clamp(0, most))
+
+
 def periodic_distance(h: Tensor, v_threshold: Tensor) -> Tensor:
     """Distance from the threshold; above it, twice the distance from its nearest multiple, with slope 1."""
     u = h - v_threshold
@@ -155,7 +168,10 @@ def lif_reference(
     """The loop over the steps: s_seq, v_last, v_seq and h_seq. A parameter None has its value in `numbers`."""
     real = real_type(x_seq.dtype)
     time_dim, v_rest = rules.time_dim, numbers.v_rest
-    cumulative = next(each.cumulative for each in SURROGATES.values() if each.id == rules.surrogate)
+    counts = rules.surrogate == INTEGER
+    cumulative: Callable[[Tensor], Tensor] = partial(_clamped, most=numbers.levels)
+    if not counts:
+        cumulative = next(each.cumulative for each in SURROGATES.values() if each.id == rules.surrogate)
 
     def by_step(name: str) -> Tensor:
         value = getattr(parameters, name)
@@ -181,12 +197,14 @@ def lif_reference(
         if r is not None:
             c = c + numbers.residual_gain * r[t]
         h = v_rest + at(decay, t) * (v - v_rest) + c
-        u = h - at(v_threshold, t)
+        u = h if counts else h - at(v_threshold, t)
         d = periodic_distance(h, at(v_threshold, t)) if rules.periodic else u
         a = cumulative(d * at(inverse_width, t))
         z = (u > 0 if rules.strict_threshold else u >= 0).to(real)
         if rules.multi_spike:
             z = (h > 0) * torch.div(h, at(v_threshold, t), rounding_mode="trunc")
+        if counts:
+            z = a.round()
         hard_or_analog = torch.where(analog[t], a, z).detach()
         s = with_gradient_of(hard_or_analog, a, numbers.surrogate_gain)
         s_reset = detached(s) if rules.detach_reset else s

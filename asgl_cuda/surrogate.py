@@ -16,6 +16,10 @@ from torch import Tensor
 PERIODIC = "periodic_exponential"
 
 
+# With levels: the id of Surrogate::kInteger in csrc, F(y) = clamp(y, 0, levels).
+INTEGER = 7
+
+
 class Surrogate(NamedTuple):
     """A surrogate: `id` is its value of `enum class Surrogate` in csrc."""
 

@@ -21,7 +21,10 @@ void with_model(const NeuronOptions<Real>& options, F&& f, std::integer_sequence
   const auto call = [&](auto id) {
     constexpr auto kSurrogate = static_cast<Surrogate>(id());
     if (options.surrogate != kSurrogate) return;
-    options.hard_reset ? f(LIF<kSurrogate, true>{}) : f(LIF<kSurrogate, false>{});
+    if constexpr (kSurrogate != Surrogate::kInteger) {
+      if (options.hard_reset) return f(LIF<kSurrogate, true>{});
+    }
+    f(LIF<kSurrogate, false>{});
   };
   (call(std::integral_constant<int, kIds>{}), ...);
 }

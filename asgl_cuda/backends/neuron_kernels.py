@@ -268,7 +268,8 @@ class Call:
     def _fours_pay(self, resident: int, input: str) -> bool:
         if input in ANY_INPUT:
             return self.layout.neurons // 4 >= resident // 4
-        return self.layout.steps <= CHECKPOINT_STEPS or self.layout.neurons > resident // 16
+        few = constant("kFewSixteenths") * resident // 16
+        return self.layout.steps <= CHECKPOINT_STEPS or self.layout.neurons > few
 
     def input(self, only_spikes: bool) -> str:
         """The input that a kernel may assume.

@@ -102,6 +102,17 @@ def _shares_of_lif(
         torch.as_tensor(layer._broadcast(value, x_seq, time_dim), dtype=h_seq.dtype, device=h_seq.device)
         for value in (layer.width, layer.v_threshold)
     )
+    if layer.levels is not None:
+        y = h_seq / threshold
+        smooth = y.clamp(0, layer.levels)
+        whole = smooth.round()
+        hard = whole / layer.levels if layer.scale_output else whole
+        return {
+            "firing_rate": whole > 0,
+            "analog_share": s_seq != hard.to(s_seq.dtype),
+            "inside": smooth == y,
+            "smoothing_error": (smooth - whole).abs(),
+        }
     u = h_seq - threshold
     spikes = layer._fires(u)
     y = u * (1 / width)
@@ -158,7 +169,8 @@ class Monitor:
       the output.
     - `analog_share`: share of elements with an output other than the hard spike: at most `analog_prob`, less if smooth
       values outside the window equal the spike.
-    - `inside`: share of elements inside the window of the surrogate, abs(u / width) < 1/2.
+    - `inside`: share of elements inside the window of the surrogate, abs(u / width) < 1/2; with levels, those not
+      clamped.
     - `smoothing_error`: E|H(u) - spike|, which should vanish by the paper's argument. `multi_spike` has no H, and so
       neither `smoothing_error` nor `analog_share`.
     - `dead`, `saturated`: share of neurons that never spiked, and that spiked at every step, in all samples. Neurons

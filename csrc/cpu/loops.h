@@ -214,7 +214,7 @@ struct SettledAdjointLoop {
             Model::spike_gradient(args.g[i], h, args.carried && !args.options.detach_reset, neuron, d_state.v);
         const StepGradient<Real> step =
             Model::step_adjoint(ds, NoGradient{}, h, s, args.carried, neuron, args.options, d_state);
-        args.width[i] += step.dy * (h - neuron.v_threshold);
+        args.width[i] += step.dy * Model::distance(h, neuron);
         if constexpr (kMore) {
           args.threshold[i] -= step.dy * neuron.inverse_width;
           args.decay[i] += step.dh * args.v[i];

@@ -162,7 +162,7 @@ struct SettledStep {
     for (int j = 0; j < kLanes; ++j) {
       const StepGradient<Real> step =
           Model::step_adjoint(ds[j], NoGradient{}, h[j], s[j], carried, neuron, options, lane(d_state, j));
-      sums[kWidth] += step.dy * (h[j] - neuron.v_threshold);
+      sums[kWidth] += step.dy * Model::distance(h[j], neuron);
       if constexpr (kNormalised) {
         sums[kInputGain] += step.dc * (x[j] - neuron.input_mean);
         sums[kInputBias] += step.dc;

@@ -42,9 +42,8 @@ cudaError_t fours_pay(const Params& params, bool* pay) {
     error = cudaDeviceGetAttribute(&threads_each, cudaDevAttrMaxThreadsPerMultiProcessor, device);
   }
   const int64 resident = static_cast<int64>(multiprocessors) * threads_each, neurons = params.shape.neurons();
-  // General kernels: a quarter of the resident threads suffices, as each has four times the loads in flight. Settled
-  // kernels of long sequences: with at most one warp a scheduler, latency binds, shorter for one neuron a thread.
-  *pay = general ? neurons / 4 >= resident / 4 : neurons > resident / 16;
+  // General kernels: a quarter of the resident threads suffices, as each has four times the loads in flight.
+  *pay = general ? neurons / 4 >= resident / 4 : neurons > kFewSixteenths * resident / 16;
   return error;
 }
 

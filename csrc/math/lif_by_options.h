@@ -30,6 +30,7 @@ struct LIFByOptions : NeuronOptions<Real> {
   bool floored;   // by v_min
 
   ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored; }
+  ASGL_HOST_DEVICE bool counts() const { return this->surrogate == Surrogate::kInteger; }
 
   static ASGL_HOST_DEVICE const LIFByOptions& of(const LIFByOptions& options) { return options; }
 
@@ -42,11 +43,18 @@ struct LIFByOptions : NeuronOptions<Real> {
   // multi_spike: s = trunc(h / v_threshold) where h > 0, else 0 (a product, so that NaN stays NaN)
   template <class FiringRule>
   ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) const {
-    const Real u = h - neuron.v_threshold;
-    if (analog) return any_surrogate(this->surrogate, u * neuron.inverse_width);
+    const Real u = from_threshold(h, neuron);
+    if (analog || counts()) {
+      const Real a = any_surrogate(this->surrogate, this->levels, u * neuron.inverse_width);
+      return analog ? a : math::rounded(a);
+    }
     if (kBranches && !multi_spike) return firing.spike(u);
     const Real several = (h > Real(0) ? Real(1) : Real(0)) * math::trunc(h / neuron.v_threshold);
     return choose(multi_spike, several, firing.spike(u));
+  }
+
+  ASGL_HOST_DEVICE Real from_threshold(Real h, const Neuron<Real>& neuron) const {
+    return counts() ? h : h - neuron.v_threshold;
   }
 
   ASGL_HOST_DEVICE Real after_reset(Real h, Real s, const Neuron<Real>& neuron) const {
@@ -87,7 +95,7 @@ struct LIFByOptions : NeuronOptions<Real> {
   // periodic: d = u                                                          where h < v_threshold
   //             = v_threshold * (2 frac(h / v_threshold - 1/2) - 1)          else;   its derivative by h is taken as 1
   ASGL_HOST_DEVICE Real distance(Real h, const Neuron<Real>& neuron) const {
-    const Real u = h - neuron.v_threshold;
+    const Real u = from_threshold(h, neuron);
     if (kBranches && !periodic) return u;
     const Real turns = h / neuron.v_threshold - Real(0.5);
     const Real whole = math::trunc(turns), floor = whole > turns ? whole - Real(1) : whole;
@@ -100,7 +108,7 @@ struct LIFByOptions : NeuronOptions<Real> {
                                                    const Neuron<Real>& neuron, const NeuronOptions<Real>&,
                                                    States&& d_state) const {
     const Real dv = d_state.v, y = distance(h, neuron) * neuron.inverse_width;
-    const Real dy = any_surrogate(this->surrogate, y, ds * this->surrogate_gain);
+    const Real dy = any_surrogate(this->surrogate, this->levels, y, ds * this->surrogate_gain);
     const Real from_v = choose(this->hard_reset, dv * (Real(1) - s), dv);
     const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
     d_state.v = neuron.decay * dh;

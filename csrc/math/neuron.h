@@ -60,6 +60,7 @@ template <class Real>
 struct NeuronOptions {
   Real v_rest;
   Real surrogate_gain;
+  Real levels;  // the most spikes of kInteger
   Surrogate surrogate;
   bool hard_reset;
   bool strict_threshold;
@@ -92,8 +93,10 @@ ASGL_HOST_DEVICE Real input_current(Real x, const Neuron<Real>& neuron) {
 template <class Real>
 struct Firing {
   bool strict;
+  Real levels;
 
-  ASGL_HOST_DEVICE explicit Firing(const NeuronOptions<Real>& options) : strict(options.strict_threshold) {}
+  ASGL_HOST_DEVICE explicit Firing(const NeuronOptions<Real>& options)
+      : strict(options.strict_threshold), levels(options.levels) {}
   ASGL_HOST_DEVICE Real spike(Real u) const {
     return strict ? (u > Real(0) ? Real(1) : Real(0)) : (u >= Real(0) ? Real(1) : Real(0));
   }
@@ -103,9 +106,11 @@ struct Firing {
 template <class Real>
 struct FiringFromLeast {
   Real least_u;
+  Real levels;
 
   ASGL_HOST_DEVICE explicit FiringFromLeast(const NeuronOptions<Real>& options)
-      : least_u(options.strict_threshold ? (sizeof(Real) == 4 ? Real(0x1p-149f) : Real(0x1p-1074)) : Real(0)) {}
+      : least_u(options.strict_threshold ? (sizeof(Real) == 4 ? Real(0x1p-149f) : Real(0x1p-1074)) : Real(0)),
+        levels(options.levels) {}
   ASGL_HOST_DEVICE Real spike(Real u) const { return u >= least_u ? Real(1) : Real(0); }
 };
 
@@ -149,7 +154,7 @@ ASGL_HOST_DEVICE double gradient_of_width(double gradient_of_inverse, double wid
 
 template <Surrogate kSurrogate, bool kHardReset>
 struct LIF {
-  static constexpr bool kResetsHard = kHardReset, kOnlyGeneral = false;
+  static constexpr bool kResetsHard = kHardReset, kOnlyGeneral = false, kCounts = kSurrogate == Surrogate::kInteger;
 
   // The object whose functions kernels call; LIFByOptions keeps the options in it.
   template <class Options>
@@ -165,12 +170,12 @@ struct LIF {
     return kIsGeneral<kInput> ? (v_rest + neuron.decay * (state.v - v_rest)) + c : neuron.decay * state.v + c;
   }
 
-  // s = F(u / width) where analog, else the hard spike,   u = h - v_threshold
+  // s = F(u / width) where analog, else the hard spike,   u = h - v_threshold, or h where spikes are counted
   template <class Real, class FiringRule>
   static ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) {
-    const Real u = h - neuron.v_threshold;
-    const Real a = SurrogateMath<kSurrogate>::value(u * neuron.inverse_width);
-    const Real z = firing.spike(u);
+    const Real u = distance(h, neuron);
+    const Real a = surrogate<kSurrogate>(firing.levels, u * neuron.inverse_width);
+    const Real z = kCounts ? math::rounded(a) : firing.spike(u);
     return analog ? a : z;
   }
 
@@ -205,7 +210,7 @@ struct LIF {
   // y = distance / width
   template <class Real>
   static ASGL_HOST_DEVICE Real distance(Real h, const Neuron<Real>& neuron) {
-    return h - neuron.v_threshold;
+    return kCounts ? h : h - neuron.v_threshold;
   }
 
   // On return `d_state` is the gradient of the state before this step.
@@ -214,7 +219,7 @@ struct LIF {
                                                           const Neuron<Real>& neuron,
                                                           const NeuronOptions<Real>& options, States&& d_state) {
     const Real dv = d_state.v, y = distance(h, neuron) * neuron.inverse_width;
-    const Real dy = SurrogateMath<kSurrogate>::adjoint(y, ds * options.surrogate_gain);
+    const Real dy = surrogate<kSurrogate>(options.levels, y, ds * options.surrogate_gain);
     const Real from_v = kHardReset ? dv * (Real(1) - s) : dv;
     const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
     d_state.v = neuron.decay * dh;

@@ -7,7 +7,8 @@
 
 namespace asgl {
 
-enum class Surrogate : int { kRectangle, kTriangle, kSigmoid, kArctan, kErf, kFastSigmoid, kLaplace, kCount };
+// kInteger counts spikes: F(y) = clamp(y, 0, levels), y = h / width, and the hard value is F(y) rounded.
+enum class Surrogate : int { kRectangle, kTriangle, kSigmoid, kArctan, kErf, kFastSigmoid, kLaplace, kInteger, kCount };
 constexpr int kNumSurrogates = static_cast<int>(Surrogate::kCount);
 
 namespace math {
@@ -52,6 +53,16 @@ ASGL_HOST_DEVICE Real clamp_to_unit(Real x) {
   const Real from_below = x < Real(0) ? Real(0) : x;
   return x > Real(1) ? Real(1) : from_below;
 }
+
+template <class Real>
+ASGL_HOST_DEVICE Real clamp_to(Real x, Real most) {
+  const Real from_below = x < Real(0) ? Real(0) : x;
+  return x > most ? most : from_below;
+}
+
+// To the nearest integer, ties to even, for 0 <= x < 2^22: the sum has no bits for a fraction.
+ASGL_HOST_DEVICE float rounded(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
+ASGL_HOST_DEVICE double rounded(double x) { return (x + 0x1.8p52) - 0x1.8p52; }
 
 // For x >= 1. In float32 on a GPU the error is up to 1 ulp.
 template <class Real>
@@ -184,17 +195,40 @@ struct SurrogateMath<Surrogate::kLaplace> {
   }
 };
 
-// F(y) of a surrogate given at run time; with the gradient da of F(y), the gradient of y.
-template <int kId = 0, class Real, class... Gradient>
-ASGL_HOST_DEVICE Real any_surrogate(Surrogate surrogate, Real y, Gradient... da) {
-  if constexpr (kId + 1 < kNumSurrogates) {
-    if (static_cast<int>(surrogate) != kId) return any_surrogate<kId + 1>(surrogate, y, da...);
+template <>
+struct SurrogateMath<Surrogate::kInteger> {
+  template <class Real>
+  static ASGL_HOST_DEVICE Real value(Real y, Real levels) {
+    return math::clamp_to(y, levels);
   }
-  using Math = SurrogateMath<static_cast<Surrogate>(kId)>;
-  if constexpr (sizeof...(da) > 0)
+  template <class Real>
+  static ASGL_HOST_DEVICE Real adjoint(Real y, Real da, Real levels) {
+    return math::clamp_to(y, levels) == y ? da : Real(0);  // edges included, NaN excluded
+  }
+};
+
+// F(y), or with the gradient da of F(y), the gradient of y. Only kInteger has levels.
+template <Surrogate kSurrogate, class Real, class... Gradient>
+ASGL_HOST_DEVICE Real surrogate(Real levels, Real y, Gradient... da) {
+  using Math = SurrogateMath<kSurrogate>;
+  if constexpr (kSurrogate == Surrogate::kInteger && sizeof...(da) > 0) {
+    return Math::adjoint(y, da..., levels);
+  } else if constexpr (kSurrogate == Surrogate::kInteger) {
+    return Math::value(y, levels);
+  } else if constexpr (sizeof...(da) > 0) {
     return Math::adjoint(y, da...);
-  else
+  } else {
     return Math::value(y);
+  }
+}
+
+// The same for a surrogate given at run time.
+template <int kId = 0, class Real, class... Gradient>
+ASGL_HOST_DEVICE Real any_surrogate(Surrogate given, Real levels, Real y, Gradient... da) {
+  if constexpr (kId + 1 < kNumSurrogates) {
+    if (static_cast<int>(given) != kId) return any_surrogate<kId + 1>(given, levels, y, da...);
+  }
+  return surrogate<static_cast<Surrogate>(kId)>(levels, y, da...);
 }
 
 }  // namespace asgl

@@ -64,7 +64,7 @@ struct Rules {
 };
 struct Numbers {
   double constants[kNumParameters];  // in the order of ParameterId, 0 where the parameter is a tensor
-  double residual_gain, v_rest, surrogate_gain, v_min;
+  double residual_gain, v_rest, surrogate_gain, v_min, levels;
 };
 
 template <class Fields, class Element>
@@ -138,6 +138,7 @@ class Call {
     for (int id = 0; id < kNumParameters; ++id) params.parameters[id] = view<Real>(id);
     params.options = {static_cast<Real>(numbers_.v_rest),
                       static_cast<Real>(numbers_.surrogate_gain),
+                      static_cast<Real>(numbers_.levels),
                       static_cast<Surrogate>(rules_.surrogate),
                       rules_.hard_reset != 0,
                       rules_.strict_threshold != 0,

@@ -21,6 +21,12 @@ struct SequenceShape {
 // Steps between checkpoints of the state for backward. Sequences up to this length have none.
 constexpr int kCheckpointSteps = 16;
 
+// Neurons, in sixteenths of the device's resident threads, above which settled CUDA kernels of longer sequences have
+// four neurons a thread. Below, latency binds (tools/roofline/ROOFLINE.md, cycles a step of one warp): 117 forward and
+// 274 backward for one neuron a thread, 179 and 433 for four. One neuron a thread binds by its issue, 51 and 106
+// instructions for each warp of a scheduler, from 3.5 and 4.1 warps on; a warp is a sixteenth.
+constexpr int kFewSixteenths = 3;
+
 // A parameter at neuron n and step t is data[t * step_stride + (n / inner) % count]. If data is null, it is `constant`,
 // with count = 1 and step_stride = 0.
 template <class Real>

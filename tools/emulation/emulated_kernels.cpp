@@ -66,6 +66,7 @@ class Kernels {
     }
     for (int surrogate = 0; surrogate < kNumSurrogates; ++surrogate) {
       for (const bool hard_reset : {false, true}) {
+        if (hard_reset && surrogate == static_cast<int>(Surrogate::kInteger)) continue;
         LIFByOptions<float> options{};
         options.surrogate = static_cast<Surrogate>(surrogate);
         options.hard_reset = hard_reset;

@@ -188,7 +188,7 @@ class Trial {
       four = four && (view.data == nullptr || view.inner % 4 == 0);
       general = general || view.step_stride != 0;
     }
-    return four && (general ? neurons >= resident : shape_.steps <= 16 || neurons > resident / 16) ? 4 : 1;
+    return four && (general ? neurons >= resident : shape_.steps <= 16 || neurons > 3 * resident / 16) ? 4 : 1;
   }
 
   void launch(const char* what, int lanes, std::set<const void*>& kernels) {

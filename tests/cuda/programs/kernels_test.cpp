@@ -326,7 +326,7 @@ class Trial {
     bool four = sizeof(Scalar) <= 4 && case_.shape.inner % 4 == 0 && (buffers.is_aligned() && ...);
     for (const auto& view : forward_.parameters) four = four && (view.data == nullptr || view.inner % 4 == 0);
     const bool general = input == Input::kGeneral || input == Input::kGeneralResidual;
-    const bool pays = general ? neurons >= resident : case_.shape.steps <= 16 || neurons > resident / 16;
+    const bool pays = general ? neurons >= resident : case_.shape.steps <= 16 || neurons > 3 * resident / 16;
     return four && pays ? 4 : 1;
   }
 
