@@ -277,7 +277,8 @@ def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
             check_width(check_number(name, value, caller, "a float or a tensor"), caller, real)
         elif value is not None or name not in ("v_reset", "reset_amount"):
             check_not_nan(name, value, caller, "a float or a tensor")
-    if levels is not None:
+    counts = levels is not None and not flags["multi_spike"]
+    if counts:
         _check_with_levels(values, caller, real)
     check_not_nan("surrogate_gain", options.surrogate_gain, caller)
     check_not_nan("v_rest", options.v_rest, caller)
@@ -287,7 +288,7 @@ def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
     as_data = isinstance(values.analog_prob, Tensor)
     periodic = options.surrogate == PERIODIC
     rules = Rules(
-        surrogate=INTEGER if levels is not None else SURROGATES["laplace" if periodic else options.surrogate].id,
+        surrogate=INTEGER if counts else SURROGATES["laplace" if periodic else options.surrogate].id,
         hard_reset=int(hard),
         periodic=int(periodic),
         floored=int(options.v_min is not None),
@@ -327,8 +328,8 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
         if by_value:
             plan = Plan(real, rules.changed(log_width=0, logit_decay=0), plan.wanted)
     reset = v_reset if v_reset is not None else v_threshold if reset_amount is None else reset_amount
-    levels = options.levels
-    if levels is not None:
+    levels, counts = options.levels, rules.surrogate == INTEGER
+    if counts:
         width, v_threshold = v_threshold, 1 / levels
     numbers: list[float] = []
     parameters: list[Tensor | None] = []
@@ -343,7 +344,7 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
             numbers.append(float(value))
             parameters.append(None)
     if parameters[0] is not None and not rules.log_width:
-        check_width_tensor(parameters[0], caller, "width" if levels is None else _THRESHOLD_OF_LEVELS)
+        check_width_tensor(parameters[0], caller, _THRESHOLD_OF_LEVELS if counts else "width")
     if v_init is not None:
         check_v_init(v_init, x_seq, rules.time_dim, caller)
         v_init = v_init.to(real)

@@ -143,15 +143,15 @@ MOST_LEVELS = 256  # the last integer up to which bfloat16 has all
 
 
 def check_levels(levels: Any, v_reset: Any, surrogate: str, several: bool, caller: str) -> int | None:
-    """None, or a number of spikes with the rules that it excludes."""
+    """None, or a number of spikes; `several`: of multi_spike, which has its own rules."""
     if levels is None:
         return None
     if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= MOST_LEVELS:
         raise ValueError(f"{caller}: levels must be None or an int in [1, {MOST_LEVELS}], got {shown(levels)}")
+    if several:
+        return levels
     if v_reset is not None:
         raise ValueError(f"{caller}: levels is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}")
-    if several:
-        raise ValueError(f"{caller}: levels and multi_spike are two rules for several spikes a step, got both")
     if surrogate != "rectangle":
         raise ValueError(
             f"{caller}: levels has the surrogate clamp(h / v_threshold, 0, levels) and takes no other, got "

@@ -56,7 +56,7 @@ class LIF(NeuronLayer, Noisy):
         detach_reset: let no gradient flow through the spike inside the reset.
         scale_output: emit `v_threshold` instead of 1 for a spike, with levels `1 / levels`.
         levels: emit up to `levels` spikes a step, rounded (I-LIF); needs `v_reset=None`. No width is learned: the
-            threshold takes its place.
+            threshold takes its place. With multi_spike only a limit.
         multi_spike: emit several spikes a step; needs `v_reset=None` and always `analog_prob=0`.
         v_min: floor of the potential after reset, in units of the input; None for none.
         stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Not for
@@ -161,7 +161,7 @@ class LIF(NeuronLayer, Noisy):
         self.store_v_seq = check_bool("store_v_seq", store_v_seq, caller)
         # [1] for a whole layer: torch's fully_shard refuses parameters without a dimension.
         empty = partial(torch.empty, self.num_features or 1, device=device, dtype=dtype)
-        learn_width = check_bool("learn_width", learn_width, caller) and self.levels is None
+        learn_width = check_bool("learn_width", learn_width, caller) and not self._counts
         self.log_width = nn.Parameter(empty()) if learn_width else None
         self.logit_decay = nn.Parameter(empty()) if check_bool("learn_decay", learn_decay, caller) else None
         self.threshold = nn.Parameter(empty()) if check_bool("learn_threshold", learn_threshold, caller) else None
@@ -186,17 +186,22 @@ class LIF(NeuronLayer, Noisy):
 
         With levels, the threshold.
         """
-        return self._shown(self._values()[0 if self.levels is None else 2])
+        return self._shown(self._values()[2 if self._counts else 0])
 
     @width.setter
     def width(self, value: float) -> None:
         self._set_width(value)
 
+    @property
+    def _counts(self) -> bool:
+        """Whether spikes are rounded potentials."""
+        return self.levels is not None and not self.multi_spike
+
     def _set_width(self, value: Any) -> None:
         learned = self.log_width is not None
         value = read_number("width", value, self._caller, learned, "learn_width")
         check_width(value, self._caller)
-        if self.levels is not None and value != 1:
+        if self._counts and value != 1:
             raise ValueError(f"{self._caller}: with levels the threshold is the width, got width {value}")
         if learned and not _LEAST_WIDTH <= value <= _LARGEST_WIDTH:
             raise ValueError(
@@ -232,7 +237,7 @@ class LIF(NeuronLayer, Noisy):
                     f"{caller}: {name} must be below v_threshold, or a neuron that has fired does so again, got {name} "
                     f"{after} and v_threshold {value}"
                 )
-        several = "multi_spike" if self.multi_spike else None if self.levels is None else "levels"
+        several = "multi_spike" if self.multi_spike else "levels" if self._counts else ""
         if several and value <= 0:
             raise ValueError(f"{caller}: {several} needs v_threshold > 0, got {value}")
         if self._fires(v_rest - value):

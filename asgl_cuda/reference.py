@@ -17,7 +17,7 @@ With levels (soft reset) z is a number of spikes of height 1, and s is scaled by
 
 With multi_spike (soft reset, no noise) z is a number of spikes; v_min is a floor of the potential:
 
-    z    = trunc(h[t] / v_threshold) where h[t] > 0, else 0
+    z    = trunc(h[t] / v_threshold) where h[t] > 0, else 0; at most levels, if given
     a    = F(d / width),   d = u; for periodic_exponential F is laplace's, and, with slope 1,
     d    = u where h[t] < v_threshold, else v_threshold * (2 (r - floor(r)) - 1),   r = h[t] / v_threshold - 1/2
     v[t] = relu(v - v_min) + v_min,   v from above
@@ -73,7 +73,9 @@ class Numbers(NamedTuple):
     v_rest: float
     surrogate_gain: float
     v_min: float  # 0 without a floor
-    levels: float  # 0 without; then width is the threshold, and v_threshold the factor of scale_output
+    # The most spikes a step, 0 for no limit. With INTEGER width is the threshold, v_threshold the factor of
+    # scale_output.
+    levels: float
 
 
 class Rules(NamedTuple):
@@ -145,7 +147,7 @@ def detached(value: Tensor) -> Tensor:
 
 
 def _clamped(y: Tensor, most: float) -> Tensor:
-    """y in [0, most], with slope 1 inside, edges included."""
+    """Clamps y to [0, most], with slope 1 inside, edges included."""
     return torch.where((y >= 0) & (y <= most), y, y.detach().clamp(0, most))
 
 
@@ -203,6 +205,7 @@ def lif_reference(
         z = (u > 0 if rules.strict_threshold else u >= 0).to(real)
         if rules.multi_spike:
             z = (h > 0) * torch.div(h, at(v_threshold, t), rounding_mode="trunc")
+            z = z.clamp(max=numbers.levels) if numbers.levels else z
         if counts:
             z = a.round()
         hard_or_analog = torch.where(analog[t], a, z).detach()

@@ -56,7 +56,12 @@ struct StepLoop {
     Real *h, *s;
   };
 
-  static ASGL_HOST_DEVICE void run(Args args) { args.analog_below > 0 ? loop<true>(args) : loop<false>(args); }
+  static ASGL_HOST_DEVICE void run(Args args) {
+    if (args.analog_below > 0) return loop<true>(args);
+    if (Model::kOnlyGeneral && args.options.counts()) return loop<false>(args);
+    args.options.surrogate = Surrogate::kRectangle;  // unused without noise, and a constant allows vectorisation
+    loop<false>(args);
+  }
 
   template <bool kNoise>
   static ASGL_HOST_DEVICE void loop(Args args) {

@@ -40,7 +40,8 @@ struct LIFByOptions : NeuronOptions<Real> {
     return Hard::charge<kInput>(c, state, neuron, options);
   }
 
-  // multi_spike: s = trunc(h / v_threshold) where h > 0, else 0 (a product, so that NaN stays NaN)
+  // multi_spike: s = trunc(h / v_threshold) where h > 0, else 0 (a product, so that NaN stays NaN); at most levels,
+  // unless that is 0
   template <class FiringRule>
   ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) const {
     const Real u = from_threshold(h, neuron);
@@ -50,7 +51,9 @@ struct LIFByOptions : NeuronOptions<Real> {
     }
     if (kBranches && !multi_spike) return firing.spike(u);
     const Real several = (h > Real(0) ? Real(1) : Real(0)) * math::trunc(h / neuron.v_threshold);
-    return choose(multi_spike, several, firing.spike(u));
+    const Real most = this->levels;
+    const Real limited = most > Real(0) && several > most ? most : several;
+    return choose(multi_spike, limited, firing.spike(u));
   }
 
   ASGL_HOST_DEVICE Real from_threshold(Real h, const Neuron<Real>& neuron) const {

@@ -60,7 +60,7 @@ template <class Real>
 struct NeuronOptions {
   Real v_rest;
   Real surrogate_gain;
-  Real levels;  // the most spikes of kInteger
+  Real levels;  // the most spikes a step of kInteger and multi_spike
   Surrogate surrogate;
   bool hard_reset;
   bool strict_threshold;

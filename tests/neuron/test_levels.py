@@ -118,6 +118,19 @@ def test_noise_replaces_the_rounding():
     assert torch.equal(s_seq, torch.where(mask, smooth, smooth.round()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("surrogate", ["laplace", "periodic_exponential"])
+def test_limits_multi_spike(backend, device, dtype, surrogate):
+    x_seq = (6 * random_input(18, 3, 40, dtype=dtype, device=device)).detach().requires_grad_()
+    threshold = uniform(40, low=0.5, high=1.5, dtype=real_of(dtype), device=device)
+    options = {**SOFT, "multi_spike": True, "surrogate": surrogate, "v_threshold": threshold}
+    assert_equals_reference(x_seq, backend, width=1.3, **options)
+    limited = lif(x_seq, backend=backend, **options)
+    assert limited.max() == 4
+    free = lif(x_seq, backend=backend, **{**options, "levels": None})
+    assert torch.equal(limited[0], free[0].clamp(max=4))
+
+
 def test_output_of_unit_height():
     x_seq = 3 * torch.rand(4, 2, 33)
     assert torch.equal(lif(x_seq, scale_output=True, **SOFT), lif(x_seq, **SOFT) / 4)
@@ -159,7 +172,6 @@ def test_unrolling_compiles_without_the_check():
         ({"levels": 4.0}, r"levels must be None or an int in \[1, 256\], got 4.0"),
         ({"levels": True}, r"levels must be None or an int in \[1, 256\], got True"),
         ({"levels": 4, "surrogate": "sigmoid"}, "takes no other, got 'sigmoid'"),
-        ({"levels": 4, "multi_spike": True}, "levels and multi_spike are two rules"),
         ({"levels": 4, "v_threshold": 0.0}, "v_threshold"),
         ({"levels": 4, "v_threshold": -1.0}, "v_threshold"),
     ],
@@ -178,7 +190,7 @@ def test_refuses_a_width(width):
 
 
 def test_refuses_a_threshold_tensor_that_is_not_positive():
-    with pytest.raises(ValueError, match="v_threshold with levels must be > 0, got 0.0"):
+    with pytest.raises(ValueError, match=r"v_threshold with levels must be > 0, got 0\.0"):
         lif(torch.zeros(2, 3), v_threshold=torch.zeros(3), **SOFT)
 
 

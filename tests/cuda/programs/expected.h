@@ -44,7 +44,8 @@ struct RulesAgain : Named {
     explicit Rules(const LIFByOptions<Real>& those) : options(those) {}
     Real fire(Real h, bool analog, const Neuron<Real>& neuron, const Firing<Real>& firing) const {
       if (!options.multi_spike) return Named::fire(h, analog, neuron, firing);
-      return h > 0 ? std::trunc(h / neuron.v_threshold) : Real(0);
+      const Real several = h > 0 ? std::trunc(h / neuron.v_threshold) : Real(0);
+      return options.levels > 0 ? std::min(several, options.levels) : several;
     }
     Real above_floor(Real h, Real s, const Neuron<Real>& neuron) const {
       State<Real> state;
@@ -59,7 +60,7 @@ struct RulesAgain : Named {
       if (options.floored && above_floor(h, s, neuron) == 0) d_state.v = 0;
     }
     Real distance(Real h, const Neuron<Real>& neuron) const {
-      if (!options.periodic || h < neuron.v_threshold) return h - neuron.v_threshold;
+      if (!options.periodic || h < neuron.v_threshold) return Named::distance(h, neuron);
       const Real turns = h / neuron.v_threshold - Real(0.5);
       return neuron.v_threshold * (2 * (turns - std::floor(turns)) - 1);
     }

@@ -76,6 +76,7 @@ class Trial {
     const bool rests_at_zero = !random_.once_in(seldom);
     forward_.options = {Real(rests_at_zero ? 0.0 : random_.between(-0.2, 0.2)),
                         Real(random_.toss() ? 1.0 : 1.5),
+                        Real(kSurrogate == Surrogate::kInteger || it.number % 2 == 0 ? 2 : 0),
                         kSurrogate,
                         kHardReset,
                         strict,
@@ -208,7 +209,7 @@ class Trial {
   void choose_rules() {
     LIFByOptions<Real>& options = forward_.options;
     options.v_min = Real(random_.between(-0.3, 0.3));
-    options.multi_spike = !kHardReset && !random_.once_in(4);
+    options.multi_spike = kSurrogate != Surrogate::kInteger && !kHardReset && !random_.once_in(4);
     options.periodic = options.multi_spike && random_.toss();
     options.floored = !options.multi_spike || random_.toss();
     if (options.multi_spike) forward_.noise.analog_below = 0;
@@ -445,6 +446,7 @@ Texts run(const Case& it, Coverage& coverage) {
 
 Texts run_by_options(const Case& it, Coverage& coverage) {
   if (it.number % 3 == 0) return Trial<float, Surrogate::kSigmoid, false, true>(it).run(coverage);
+  if (it.number % 9 == 4) return Trial<float, Surrogate::kInteger, false, true>(it).run(coverage);
   if (it.number % 9 == 1) return Trial<double, Surrogate::kRectangle, false, true>(it).run(coverage);
   if (it.number % 3 == 1) return Trial<BFloat16, Surrogate::kSigmoid, true, true>(it).run(coverage);
   return {};

@@ -214,7 +214,7 @@ void functions_at_special_values() {
 
 template <class Body>
 void for_each_surrogate(Body body) {
-  static_assert(asgl::kNumSurrogates == 7);
+  static_assert(asgl::kNumSurrogates == 8);  // with kInteger, no cumulative function
   body.template operator()<Surrogate::kRectangle>("rectangle");
   body.template operator()<Surrogate::kTriangle>("triangle");
   body.template operator()<Surrogate::kSigmoid>("sigmoid");
@@ -297,6 +297,28 @@ void surrogate_values_grow_from_0_to_1() {
   });
 }
 
+void integers() {
+  const auto check = []<class Real>(Real) {
+    using Integer = SurrogateMath<Surrogate::kInteger>;
+    constexpr Real infinity = std::numeric_limits<Real>::infinity(), nan = std::numeric_limits<Real>::quiet_NaN();
+    const Real levels = 4, one = 1;
+    for (const Real y : {Real(-1), Real(0), Real(0.3), Real(2.5), Real(4), Real(4.1)}) {
+      expect(Integer::value(y, levels) == std::clamp(y, Real(0), levels), "%g clamped", double(y));
+      expect(Integer::adjoint(y, one, levels) == Real(y >= 0 && y <= 4), "slope at %g", double(y));
+    }
+    expect(Integer::value(infinity, levels) == 4 && Integer::value(-infinity, levels) == 0, "infinity clamped");
+    expect(std::isnan(Integer::value(nan, levels)) && Integer::adjoint(nan, one, levels) == 0, "NaN");
+    for (int i = 0; i <= 256 * 8; ++i) {  // ties, and their neighbours
+      const Real x = Real(i) / 8, above = std::nextafter(x, infinity);
+      expect(asgl::math::rounded(x) == std::nearbyint(x), "%g rounded", double(x));
+      expect(asgl::math::rounded(above) == std::nearbyint(above), "%.9g rounded", double(above));
+    }
+    expect(std::isnan(asgl::math::rounded(nan)), "NaN rounded");
+  };
+  check(1.0f);
+  check(1.0);
+}
+
 struct Check {
   const char* name;
   void (*run)();
@@ -324,6 +346,7 @@ const Check checks[] = {
     CHECK(surrogate_limits),
     CHECK(surrogate_slopes),
     CHECK(surrogate_slopes_at_kinks),
+    CHECK(integers),
     CHECK(surrogate_values_grow_from_0_to_1),
 };
 #undef CHECK
