@@ -182,9 +182,6 @@ class TileNeurons {
   int64 first_ = -1, t_ = -1;
 };
 
-// Interleaved sums of a stretch, vectorised without reordering additions.
-constexpr int64 kInputSums = 64;
-
 // The input current of a tile, with parameters that do not change over time; x itself if plain and without a residual.
 // Long stretches of neurons that share the parameters use scalars; others use rows, as short as repetition allows, to
 // save cache.

@@ -176,6 +176,7 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const O
     pass.mean = params.coefficients + kCoefficientMean * shape.channels;
     pass.adjoint = params.adjoint;
     pass.grad_residual = has_residual ? pointer<Scalar>(*grad_residual) : nullptr;
+    if (has_residual) in_huge_pages(grad_x_seq);  // still untouched
     pass.residual_gain = static_cast<Real>(residual_gain);
     pass.gain = params.coefficients + kCoefficientGain * shape.channels;
     backend.launch(pass);
