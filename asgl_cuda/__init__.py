@@ -12,6 +12,7 @@ Functions:
     leaky_integrator, IntegratorOutput
                             LeakyIntegrator as a function
     analog_mask             mask of analog elements
+    unroll_levels           integer spikes as binary ones
 
 States:
     step                    a model one time step at a time

@@ -2,7 +2,7 @@
 
 The multiply is the floor: `x * 2` reads x and writes the result as forward must, `x * g` reads two tensors and writes
 one as backward must. Compared with it: the neuron of ASGL in every backend, as the reference and as a loop in plain
-PyTorch, and the ordinary LIF neuron, which the other libraries have as well. All rows take turns within each repeat, so
+PyTorch, and the ordinary LIF neuron, which the other libraries have as well, and with integer spikes. All rows take turns within each repeat, so
 that a drift of the machine's speed affects all alike; the median over the repeats is reported. The spikes of peers are
 compared with ours before they are timed.
 
@@ -68,6 +68,7 @@ REFERENCE = "reference"
 COMPILED = "torch.compile"
 LOOP = "author's loop"
 PLAIN = "LIF: "  # prefix of rows without noise and learned width
+INTEGER = "I-LIF: "  # the same with integer spikes
 PAIR = "pair: "  # prefix of blocks that are not fused
 # Beyond this many steps the compiler unrolls for minutes.
 MOST_STEPS_TO_COMPILE = 16
@@ -161,6 +162,10 @@ def neuron_rows(size: Size, device: torch.device) -> Iterator[Row]:
     yield row_of(f"{PLAIN}{REFERENCE}", layer(REFERENCE))
     for peer in installed_peers(device)[0]:
         yield row_of(f"{PLAIN}{peer.name}", peer.spikes)
+    integer: dict[str, Any] = {"v_reset": None, "levels": 4}
+    for backend in fused_backends(device):
+        yield row_of(f"{INTEGER}asgl_cuda {backend}", layer(backend, **integer))
+    yield row_of(f"{INTEGER}{REFERENCE}", layer(REFERENCE, **integer))
 
 
 def block_rows(block: Block, device: torch.device) -> Iterator[Row]:
@@ -315,10 +320,12 @@ def table(size: Size | Block, found: dict[str, Measurement]) -> str:
     """The measurement as text."""
     lines = [HEAD]
     floor = found[FLOOR].timing
-    slowest = {name: found[f"{name}{REFERENCE}"] for name in ("", PLAIN, PAIR) if f"{name}{REFERENCE}" in found}
+    prefixes = (PLAIN, INTEGER, PAIR, "")
+    slowest = {name: found[f"{name}{REFERENCE}"] for name in prefixes if f"{name}{REFERENCE}" in found}
     for name, (timing, spread_, saved, peak, first) in found.items():
         multiples = [seconds / least for seconds, least in zip(timing, floor, strict=True)]
-        reference = slowest.get(PLAIN if name.startswith(PLAIN) else "", slowest.get(PAIR))
+        prefix = next(each for each in prefixes if name.startswith(each))
+        reference = slowest.get(prefix, slowest.get(PAIR))
         lines.append(
             (
                 name,
