@@ -2,9 +2,9 @@
 
 The multiply is the floor: `x * 2` reads x and writes the result as forward must, `x * g` reads two tensors and writes
 one as backward must. Compared with it: the neuron of ASGL in every backend, as the reference and as a loop in plain
-PyTorch, and the ordinary LIF neuron, which the other libraries have as well, and with integer spikes. All rows take turns within each repeat, so
-that a drift of the machine's speed affects all alike; the median over the repeats is reported. The spikes of peers are
-compared with ours before they are timed.
+PyTorch, and the ordinary LIF neuron, which the other libraries have as well, and with integer spikes. All rows take
+turns within each repeat, so that a drift of the machine's speed affects all alike; the median over the repeats is
+reported. The spikes of peers are compared with ours before they are timed.
 
 A block is batch normalisation and ASGL neurons in training: fused, `asgl_cuda.BatchNormLIF`, or as the pair of
 `torch.nn.BatchNorm2d` and the neurons. The fused block accesses an element nine times, 36 bytes in float32, as does its
