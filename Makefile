@@ -68,6 +68,8 @@ $(VENV)/built: $(VENV)/created setup.py asgl_cuda/extension/compilation.py asgl_
 	@$(PIP) install --no-build-isolation --editable ".[test,bench,dev]"
 	@# sinabs pins nir <= 1.0.4, too old for SpikingJelly's exchange, but works with newer versions of nir.
 	@$(PIP) install pbr && $(PIP) install --no-deps "sinabs>=3.1"
+	@# Published models import its clock_driven, which the current version of the same name does not have.
+	@$(PIP) install --no-deps --upgrade --target $(VENV)/spikingjelly-0.0.0.0.12 "spikingjelly==0.0.0.0.12"
 	@touch $@
 
 $(VENV)/documented: $(VENV)/built docs/requirements.txt

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .converted import Converted, Found, InStream, Settings, Wrapper, bare_class, exchanged
+from .converted import Converted, Found, InStream, Settings, Wrapper, bare_class, exchanged, overridden
 from .identify import SpikeFunction
 
 _SURROGATES = {"InvRectangle": "rectangle", "InvSigmoid": "sigmoid"}
@@ -74,8 +74,12 @@ class ConvertedLIFLayer(Converted):
 
 def find(layer: nn.Module) -> Found:
     cell: Any = getattr(layer, "cell", None)
-    if bare_class(layer).__name__ != "LIFLayer" or type(cell).__name__ != "LIFCell" or not hasattr(cell, "spike_fn"):
+    kind = bare_class(layer)
+    base = next((each for each in reversed(kind.__mro__) if each.__name__ == "LIFLayer"), None)
+    if base is None or type(cell).__name__ != "LIFCell" or not hasattr(cell, "spike_fn"):
         return None
+    if reason := overridden(kind, base):
+        return reason
     spike = cell.spike_fn
     if type(spike).__name__ not in ("EfficientNoisySpike", "EfficientNoisySpikeII"):
         return (

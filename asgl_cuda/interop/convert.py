@@ -18,18 +18,18 @@ from ..checks import check_analog_prob, check_bool, check_name, check_surrogate,
 from ..layer import NeuronLayer, check_module
 from ..over_time import KNOWS_TIME
 from . import authors
-from .converted import Converted, Settings, bare_class, exchanged, overlaid
+from .converted import Converted, Settings, bare_class, exchanged, overlaid, shadowed
 from .identify import SpikeFunction, fires_strictly, identify, type_of_spikes
 from .normalised import Normalised
 
 _CALLER = "asgl_cuda.convert"
 
-# Libraries, named like the adapters' files, and the module of each that defines neuron layers.
+# Libraries, named like the adapters' files, and the modules that define neuron layers, the current one first.
 LIBRARIES = {
-    "spikingjelly": "spikingjelly.activation_based",
-    "snntorch": "snntorch",
-    "norse": "norse.torch",
-    "sinabs": "sinabs.layers",
+    "spikingjelly": ("spikingjelly.activation_based", "spikingjelly.clock_driven"),
+    "snntorch": ("snntorch",),
+    "norse": ("norse.torch",),
+    "sinabs": ("sinabs.layers",),
 }
 
 
@@ -112,8 +112,8 @@ def libraries() -> Iterator[Any]:
     PLAIN: torch.nn's classes, keyed by the library's equivalents.
     """
     yield authors
-    for name, module in LIBRARIES.items():
-        if sys.modules.get(module) is not None:
+    for name, modules in LIBRARIES.items():
+        if any(sys.modules.get(module) is not None for module in modules):
             yield importlib.import_module(f".{name}", __package__)
 
 
@@ -128,10 +128,11 @@ def convert(
     Returns the model, a copy unless `inplace`, and a report on its layers.
 
     Known are SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode` and
-    `CUBALIFNode`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`, Norse's `LIF`, `IAF` and `LI`, `LIFCell`, `IAFCell`
-    and `LIFBoxCell`, sinabs' `LIF`, `IAF` and `ExpLeak` with their Squeeze forms, and `LIFLayer` of the code published
-    by the authors of ASGL. Synaptic currents and layers that do not fire are computed by `leaky_integrator`. A
-    converted layer keeps spikes, states and gradients, up to rounding: a potential within rounding of the threshold, as
+    `CUBALIFNode`, the MultiStep forms of its `clock_driven`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`,
+    Norse's `LIF`, `IAF` and `LI`, `LIFCell`, `IAFCell` and `LIFBoxCell`, sinabs' `LIF`, `IAF` and `ExpLeak` with their
+    Squeeze forms, `LIFLayer` of the code published by the authors of ASGL, and subclasses that override nothing that
+    forward uses. Synaptic currents and layers that do not fire are computed by `leaky_integrator`. A converted layer
+    keeps spikes, states and gradients, up to rounding: a potential within rounding of the threshold, as
     with quantised inputs, may fire where it did not. The layer's parameters, their names, its state and base classes
     also stay: optimizers, state dicts and functions such as SpikingJelly's `reset_net` still work. Values of the layer
     are read at each call; after a change of the surrogate, or of another property that the conversion depends on, the
@@ -193,7 +194,7 @@ def convert(
         found = next((answer for library in known if (answer := library.find(layer)) is not None), None)
         if found is None:
             continue
-        found = found if isinstance(found, str) else exchanged(layer) or found
+        found = found if isinstance(found, str) else exchanged(layer) or shadowed(layer, found[0]) or found
         spike = found if isinstance(found, str) else _spike_function(found[0], found[1], wanted)
         if isinstance(found, str) or isinstance(spike, str):
             report.left.append(Left(path, name, found if isinstance(found, str) else str(spike)))
@@ -234,12 +235,13 @@ def _notes(model: nn.Module, report: Report) -> list[str]:
 def _imported() -> str:
     """The imported libraries, as a note."""
     parts = []
-    for package, module in LIBRARIES.items():
+    for package, modules in LIBRARIES.items():
         if package in sys.modules:
-            lacking = "" if module in sys.modules else f", but not {module}, which has the neurons that are known"
+            found = any(module in sys.modules for module in modules)
+            lacking = "" if found else f", but not {' or '.join(modules)}, which has the neurons that are known"
             parts.append(f"{package} {_version_of(package)}{lacking}")
     if not parts:
-        *others, last = LIBRARIES.values()
+        *others, last = (modules[0] for modules in LIBRARIES.values())
         return f"no library of neurons is imported; known are {', '.join(others)} and {last}"
     return f"imported: {'; '.join(parts)}"
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
@@ -388,17 +388,57 @@ def exchanged(layer: nn.Module) -> str | None:
     """The reason to leave a layer with a method replaced on the instance, or None."""
     kind = bare_class(layer)
     for name in vars(layer):
-        if inspect.isroutine(inspect.getattr_static(kind, name, None)):
+        if name not in _FREE and inspect.isroutine(inspect.getattr_static(kind, name, None)):
             return f"its {name} is not that of {kind.__name__}, but an attribute of this layer"
     return None
 
 
-def unknown(layer: nn.Module, known: tuple[type[nn.Module], ...], mixing: tuple[type[nn.Module], ...] = ()) -> str:
-    """Why a neuron of a class outside `known` is left; classes of `mixing` have weights."""
+def shadowed(layer: nn.Module, overlay: type[Converted]) -> str | None:
+    """The reason to leave a layer that has a name of `overlay`, by itself or by a user's class, or None."""
+    library = overlay.__module__.rpartition(".")[2]
+    users = [each for each in bare_class(layer).__mro__ if each.__module__.partition(".")[0] != library]
+    names = [*vars(layer), *layer._parameters, *layer._buffers, *layer._modules]
+    for name in (*names, *(name for each in users for name in vars(each))):
+        value = None if hasattr(nn.Module, name) else inspect.getattr_static(overlay, name, None)
+        if callable(value) or isinstance(value, property) or name in Converted.__annotations__:
+            return f"its {name} has the name of one that converted layers have"
+    return None
+
+
+# Overridden by a subclass, these do not change results; the subclass's own are still called.
+_FREE = {
+    "__init__", "__repr__", "__dict__", "__weakref__", "__annotate_func__", "_get_name", "extra_repr", "train", "reset",
+    "reset_mem", "reset_states",
+}  # fmt: skip
+
+
+def known_class(layer: nn.Module, known: Collection[Any], mixing: tuple[type[nn.Module], ...] = ()) -> Any:
+    """The class in `known` that computes the layer, or why there is none; classes of `mixing` have weights.
+
+    It is the layer's own, or the base of a user's subclass that overrides nothing that results may depend on.
+    """
+    kind = bare_class(layer)
+    if kind in known:
+        return kind
     if isinstance(layer, mixing):
         return "it mixes neurons, or steps, by weights of its own"
-    base = next((base for base in type(layer).__mro__ if base in known), None)
-    if base is None or base.__module__.split(".")[0] == type(layer).__module__.split(".")[0]:
+    base = next((base for base in kind.__mro__ if base in known), object)
+    between = kind.__mro__[: kind.__mro__.index(base)]
+    if base is object or base.__module__.split(".")[0] in [each.__module__.split(".")[0] for each in between]:
         return "asgl_cuda has no such neuron"
-    name = base.__name__
-    return f"it is a subclass of {name}, which may compute something else; convert knows {name} itself"
+    return overridden(kind, base) or base
+
+
+def overridden(kind: type[nn.Module], base: type[nn.Module]) -> str | None:
+    """The reason to leave a layer of `kind`, a user's subclass of `base`, or None."""
+    methods = [method for each in base.__mro__ for method in vars(each).values()]
+    # The names that methods use include attributes of instances, which a property replaces.
+    used = {name for method in methods if inspect.isfunction(method) for name in method.__code__.co_names}
+    for each in kind.__mro__:
+        for name, value in vars(each).items():
+            if name in _FREE or each in base.__mro__ or inspect.getattr_static(kind, name) is not value:
+                continue
+            overrides = hasattr(base, name) and (callable(value) or hasattr(value, "__get__"))
+            if overrides or (name in used and hasattr(value, "__set__")):
+                return f"its {name} is not that of {base.__name__}, which convert knows, but of {each.__name__}"
+    return None

@@ -19,7 +19,7 @@ from norse.torch.module.exp_filter import ExpFilter
 from torch import Tensor, nn
 
 from ..checks import HALF_TYPES
-from .converted import Converted, Found, InStream, Wrapper, bare_class, number, unknown
+from .converted import Converted, Found, InStream, Wrapper, bare_class, known_class, number
 
 # Default step function, `activation`, of each convertible layer.
 _STEPS = {
@@ -125,11 +125,11 @@ def _made(dt: float, hard: bool, tau_mem_inv: Any, v_leak: Any, tau_syn_inv: Any
 
 
 def find(layer: nn.Module) -> Found:
-    kind: Any = bare_class(layer)
+    kind = known_class(layer, (*_STEPS, *_READ_OUTS), _MIXING)
+    if isinstance(kind, str):
+        return kind if isinstance(layer, _NEURONS) else None
     if kind in _READ_OUTS:
         return _READ_OUTS[kind]
-    if kind not in _STEPS:
-        return unknown(layer, tuple(_STEPS), _MIXING) if isinstance(layer, _NEURONS) else None
     p: Any = layer.p
     if getattr(layer.state_fallback, "__func__", None) is not kind.initial_state:
         return "it starts from a state of its own (state_fallback)"

@@ -30,7 +30,7 @@ from sinabs.layers.reshape import SqueezeMixin
 from torch import Tensor, nn
 
 from ..surrogate import PERIODIC
-from .converted import Converted, Found, InStream, Settings, Streamed, bare_class, number, unknown
+from .converted import Converted, Found, InStream, Settings, Streamed, known_class, number
 from .identify import SpikeFunction
 
 
@@ -184,9 +184,9 @@ _KNOWN = (layers.LIF, layers.LIFSqueeze, layers.IAF, layers.IAFSqueeze, *_LEAKS)
 
 
 def find(layer: nn.Module) -> Found:
-    kind_of_layer = bare_class(layer)
-    if kind_of_layer not in _KNOWN:
-        return unknown(layer, _KNOWN) if isinstance(layer, layers.StatefulLayer) else None
+    kind_of_layer = known_class(layer, _KNOWN)
+    if isinstance(kind_of_layer, str):
+        return kind_of_layer if isinstance(layer, layers.StatefulLayer) else None
     node: Any = layer
     if kind_of_layer in _LEAKS:
         if node.min_v_mem is not None:

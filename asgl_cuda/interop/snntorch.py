@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..checks import HALF_TYPES
 from ..transforms import transforming
-from .converted import Converted, Found, InStream, Settings, Streamed, Wrapper, bare_class, number, unknown
+from .converted import Converted, Found, InStream, Settings, Streamed, Wrapper, bare_class, known_class, number
 from .normalised import Normalised
 from .pending import Pending
 from .snapshot import version_of
@@ -361,10 +361,9 @@ _NEURONS = (snntorch.SpikingNeuron, *_MIXING)
 
 
 def find(layer: nn.Module) -> Found:
-    kind: Any = bare_class(layer)
-    if kind not in _KNOWN:
-        is_neuron = isinstance(layer, _NEURONS) or kind.__name__ == "LeakyKernel"
-        return unknown(layer, _KNOWN, _MIXING) if is_neuron else None
+    kind = known_class(layer, _KNOWN, _MIXING)
+    if isinstance(kind, str):
+        return kind if isinstance(layer, _NEURONS) or bare_class(layer).__name__ == "LeakyKernel" else None
     leaky: Any = layer
     if importlib.metadata.version("snntorch").split(".")[0] != "1":
         return f"of snnTorch {importlib.metadata.version('snntorch')}; known is the reset of version 1"

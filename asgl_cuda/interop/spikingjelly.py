@@ -12,16 +12,29 @@ A spike at h >= v_threshold resets to v_reset or, if v_reset is None (0 in the e
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import base, neuron, rnn
-from spikingjelly.activation_based import layer as layers
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..call import LIFOutput
-from .converted import STATEFUL, Converted, Found, InStream, Streamed, Wrapper, bare_class, unknown
+from .converted import STATEFUL, Converted, Found, InStream, Streamed, Wrapper, known_class
+
+# `clock_driven` up to 0.0.0.0.14, which has both.
+_PACKAGES = [
+    package
+    for package in ("spikingjelly.activation_based", "spikingjelly.clock_driven")
+    if importlib.util.find_spec(package) is not None
+]
+
+
+def _classes(file: str, *names: str) -> tuple[Any, ...]:
+    """The classes of the installed version."""
+    files = [importlib.import_module(f"{package}.{file}") for package in _PACKAGES]
+    return tuple(getattr(each, name) for name in names for each in files if hasattr(each, name))
 
 
 class ConvertedNode(Converted):
@@ -62,7 +75,7 @@ class ConvertedNode(Converted):
         v_rest = v_reset if self.takes_input else 0.0
         output = self.lif(
             self._current(x_seq, whole),
-            decay=self.v_decay if hasattr(self, "v_decay") else 1 - self._share(),
+            decay=self.v_decay if isinstance(self, _CUBA) else 1 - self._share(),
             input_gain=self.input_terms()[0],
             v_threshold=self.v_threshold,
             v_reset=self.v_reset,
@@ -76,7 +89,7 @@ class ConvertedNode(Converted):
 
     def _kept(self, value: Any, x_seq: Tensor, at_start: float, at_rest: float | None) -> Any:
         """The state of the last call; None at rest."""
-        whole, simple = not x_seq.is_floating_point(), isinstance(self, _SIMPLE)
+        whole, simple = not x_seq.is_floating_point(), isinstance(self, (ConvertedClockDrivenNode, *_SIMPLE))
         if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not simple:
             value = at_start  # restarts, as in SpikingJelly
         if not isinstance(value, Tensor):
@@ -88,12 +101,14 @@ class ConvertedNode(Converted):
         return x_seq
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
-        return self._share() if getattr(self, "decay_input", False) else 1.0, 0.0
+        # The input always decays up to 0.0.0.0.8.
+        return self._share() if isinstance(self, _LEAKY) and getattr(self, "decay_input", True) else 1.0, 0.0
 
     def _share(self) -> Tensor | float:
         """The leak of the potential per step."""
-        leak = 1 / self.tau if hasattr(self, "tau") else 0.0
-        return self.w.sigmoid() if isinstance(self, neuron.ParametricLIFNode) else leak
+        if isinstance(self, _PARAMETRIC):
+            return self.w.sigmoid()  # type: ignore[no-any-return]
+        return 1 / self.tau if isinstance(self, _LEAKY) else 0.0
 
     def hold_width(self) -> bool:
         function = self.surrogate_function
@@ -123,6 +138,35 @@ class ConvertedCUBALIFNode(ConvertedNode):
         return c_seq
 
 
+class ConvertedClockDrivenNode(ConvertedNode):
+    """A node of `clock_driven`: its class decides between a step and a sequence, whose potentials are stored."""
+
+    store_v_seq = True
+
+    @property
+    def step_mode(self) -> str:
+        return "m" if isinstance(self, _MULTI_STEP) else "s"
+
+    def known_by(self) -> tuple[Any, ...]:
+        return *super().known_by(), self.__dict__.get("backend")
+
+    def advice(self) -> str | None:
+        if self.step_mode == "m":
+            return None
+        return "a step a call; MultiStep nodes compute whole sequences, several times faster"
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = self.step_mode == "m"
+        if not whole and self.steps_as_before():
+            return super().forward(x)  # type: ignore[no-any-return]
+        spikes = self.multi_step_forward(x) if whole else self.single_step_forward(x)
+        if "spike" in self._memories:  # up to 0.0.0.0.8
+            self.spike = spikes[-1] if whole else spikes
+            if whole:
+                self.spike_seq = spikes
+        return spikes
+
+
 class ConvertedNonSpikingNode(Converted):
     """All steps in one call, each time from 0, decoded as SpikingJelly does."""
 
@@ -130,7 +174,7 @@ class ConvertedNonSpikingNode(Converted):
     time_dim = 0
 
     def forward(self, x_seq: Tensor) -> Any:
-        share, gain = (1 / self.tau, 1 / self.tau) if hasattr(self, "tau") else (0.0, 1.0)
+        share, gain = (1 / self.tau, 1 / self.tau) if isinstance(self, _READ_OUTS) else (0.0, 1.0)
         v_seq, self.v = self.integrate(x_seq, decay=1 - share, input_gain=gain)
         if self.decode == "max-mem":
             return v_seq.max(0).values
@@ -144,57 +188,49 @@ class ConvertedNonSpikingNode(Converted):
 
 # Equivalents of torch.nn's; in step mode "m" time and batch are apart. ThresholdDependent changes only the initial
 # weight; before version 2 it joins time and batch twice.
-NORMALISATIONS = tuple(
-    getattr(layers, f"{kind}BatchNorm{dims}d")
-    for kind in ("", "ThresholdDependent")
-    for dims in (1, 2, 3)
-    if not kind or "forward" not in vars(getattr(layers, f"{kind}BatchNorm{dims}d"))
+_OF_THRESHOLD = tuple(f"ThresholdDependentBatchNorm{dims}d" for dims in (1, 2, 3))
+NORMALISATIONS = (
+    *_classes("layer", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
+    *(found for found in _classes("layer", *_OF_THRESHOLD) if "forward" not in vars(found)),
 )
 
 # Equivalents of torch.nn's layers; in step mode "m" time and batch are apart.
 PLAIN = {
-    getattr(layers, name): getattr(nn, name)
-    for name in ("Linear", "Conv1d", "Conv2d", "AvgPool2d", "Flatten", "Dropout", "Dropout2d")
-    if hasattr(layers, name)
+    found: getattr(nn, found.__name__)
+    for found in _classes("layer", "Linear", "Conv1d", "Conv2d", "AvgPool2d", "Flatten", "Dropout", "Dropout2d")
 }
 
-
-def _nodes(*names: str) -> tuple[type[nn.Module], ...]:
-    """The classes of the installed version."""
-    return tuple(getattr(neuron, name) for name in names if hasattr(neuron, name))
-
-
-_SIMPLE = _nodes("SimpleIFNode", "SimpleLIFNode")
-_CUBA, _NON_SPIKING = _nodes("CUBALIFNode"), _nodes("NonSpikingIFNode", "NonSpikingLIFNode")
-_KNOWN = (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode, *_SIMPLE, *_CUBA, *_NON_SPIKING)
-_DROPOUTS = tuple(  # carry a mask, not a state
-    getattr(layers, name) for name in ("Dropout", "Dropout2d", "DropConnectLinear") if hasattr(layers, name)
+_SIMPLE = _classes("neuron", "SimpleIFNode", "SimpleLIFNode")
+_CUBA, _READ_OUTS = _classes("neuron", "CUBALIFNode"), _classes("neuron", "NonSpikingLIFNode")
+_PARAMETRIC, _NON_SPIKING = (
+    _classes("neuron", "ParametricLIFNode"),
+    (*_classes("neuron", "NonSpikingIFNode"), *_READ_OUTS),
 )
-_MIXING = _nodes("PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
+_LEAKY = _classes("neuron", "LIFNode", "SimpleLIFNode", "ParametricLIFNode")
+_MULTI_STEP = _classes("neuron", "MultiStepIFNode", "MultiStepLIFNode", "MultiStepParametricLIFNode")
+_KNOWN = (*_classes("neuron", "IFNode"), *_LEAKY, *_MULTI_STEP, *_SIMPLE, *_CUBA, *_NON_SPIKING)
+_MIXING = _classes("neuron", "PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
 
-_CONTAINERS = {  # class: time_dim
-    getattr(layers, name): time_dim
-    for name, time_dim in {
-        "SeqToANNContainer": 0, "MultiStepContainer": 0, "TLastSeqToANNContainer": -1, "TLastMultiStepContainer": -1,
-    }.items()
-    if hasattr(layers, name)
-}  # fmt: skip
+_MEMORY, _OF_SEQUENCES = _classes("base", "MemoryModule"), _classes("base", "MultiStepModule")
+_WITH_STEP_MODE = _classes("base", "StepModule")
+_RECURRENT = _classes("rnn", "SpikingRNNBase", "SpikingRNNCellBase")
+_DROPOUTS = _classes("layer", "Dropout", "Dropout2d", "DropConnectLinear")  # carry a mask, not a state
 
-
-_RECURRENT = (rnn.SpikingRNNBase, rnn.SpikingRNNCellBase)
+_JOINING, _IN_STEPS = _classes("layer", "SeqToANNContainer"), _classes("layer", "MultiStepContainer")
+_CONTAINERS = dict.fromkeys((*_JOINING, *_IN_STEPS), 0)  # class: time_dim
+_CONTAINERS |= dict.fromkeys(_classes("layer", "TLastSeqToANNContainer", "TLastMultiStepContainer"), -1)
 
 
 def _is_neuron(layer: nn.Module) -> bool:
-    in_file = any(base.__module__.startswith(neuron.__name__) for base in type(layer).__mro__)
+    files = tuple(f"{package}.neuron" for package in _PACKAGES)
+    in_file = any(base.__module__.startswith(files) for base in type(layer).__mro__)
     return in_file or hasattr(layer, "neuronal_charge")
 
 
 def find(layer: nn.Module) -> Found:
-    kind = bare_class(layer)
-    if kind not in _KNOWN:
-        if _is_neuron(layer):
-            return unknown(layer, _KNOWN, _MIXING)
-        return STATEFUL if _carries(layer) else None
+    kind = known_class(layer, _KNOWN, _MIXING)
+    if isinstance(kind, str):
+        return kind if _is_neuron(layer) else STATEFUL if _carries(layer) else None
     if kind in _NON_SPIKING:
         return ConvertedNonSpikingNode, None
     node: Any = layer
@@ -202,6 +238,10 @@ def find(layer: nn.Module) -> Found:
         return "its surrogate function does not spike (spiking=False)"
     if getattr(node, "_neuron_precision", None) is not None:
         return "it has a precision of its own"
+    if getattr(node, "backend", None) == "lava":
+        return 'it is computed by Lava (backend="lava")'
+    if not isinstance(layer, _WITH_STEP_MODE):
+        return ConvertedClockDrivenNode, node.surrogate_function
     return ConvertedCUBALIFNode if kind in _CUBA else ConvertedNode, node.surrogate_function
 
 
@@ -209,24 +249,24 @@ def _carries(layer: nn.Module) -> bool:
     """Whether the layer carries state other than dropout masks between calls, or is a recurrent spiking network."""
     if isinstance(layer, _RECURRENT):
         return True
-    return isinstance(layer, base.MemoryModule) and bool(layer._memories) and not isinstance(layer, _DROPOUTS)
+    return isinstance(layer, _MEMORY) and bool(layer._memories) and not isinstance(layer, _DROPOUTS)
 
 
 def wrapped(module: nn.Module) -> Wrapper | None:
-    if type(module) is layers.SeqToANNContainer:
+    if type(module) in _JOINING:
         return Wrapper(list(module._modules), -1, 1)
-    if type(module) is layers.MultiStepContainer:
+    if type(module) in _IN_STEPS:
         return Wrapper(list(module._modules), None, None)
     return None
 
 
-def reset(module: nn.Module) -> None:
-    if isinstance(module, base.MemoryModule):
+def reset(module: Any) -> None:
+    if isinstance(module, _MEMORY):
         module.reset()
 
 
-def detach(module: nn.Module) -> None:
-    if isinstance(module, base.MemoryModule):
+def detach(module: Any) -> None:
+    if isinstance(module, _MEMORY):
         memories = module._memories
         memories.update((name, _detached(value)) for name, value in memories.items())
 
@@ -241,11 +281,9 @@ def _detached(value: Any) -> Any:
 def knows_time(module: nn.Module) -> bool:
     if isinstance(module, _RECURRENT):
         return True
-    if isinstance(module, base.MultiStepModule):
+    if isinstance(module, _OF_SEQUENCES):
         return not isinstance(module, (_BatchNorm, *_CONTAINERS))
-    return hasattr(module, "neuronal_charge") or (
-        isinstance(module, base.MemoryModule) and not isinstance(module, _DROPOUTS)
-    )
+    return hasattr(module, "neuronal_charge") or (isinstance(module, _MEMORY) and not isinstance(module, _DROPOUTS))
 
 
 def streamed(module: nn.Module) -> InStream:
@@ -254,6 +292,8 @@ def streamed(module: nn.Module) -> InStream:
     if not knows_time(module):
         return None
     memories = getattr(module, "_memories", {})
-    if "v" in memories or (memories and (module.step_mode == "s" or not _is_neuron(module))):
-        return Streamed(0 if module.step_mode == "m" else None, "v" if "v" in memories else None)
+    in_name = any(each.__name__.startswith("MultiStep") for each in type(module).__mro__)  # of `clock_driven`
+    step_mode = getattr(module, "step_mode", "m" if in_name else "s")
+    if "v" in memories or (memories and (step_mode == "s" or not _is_neuron(module))):
+        return Streamed(0 if step_mode == "m" else None, "v" if "v" in memories else None)
     return "it carries no potential from call to call"

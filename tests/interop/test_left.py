@@ -32,11 +32,6 @@ def fires_by(function):
 
 
 LEFT = {
-    "a subclass": (
-        lambda: subclass(neuron.LIFNode)(),
-        "it is a subclass of LIFNode, which may compute something else; convert knows LIFNode itself",
-    ),
-    "a subclass of a subclass": (lambda: subclass(layers.IAFSqueeze)(batch_size=1), "it is a subclass of IAFSqueeze"),
     "a subclass of no known neuron": (lambda: subclass(neuron.QIFNode)(), "asgl_cuda has no such neuron"),
     "smooth spikes": (lambda: fires_by(surrogate.Sigmoid(spiking=False)), r"does not spike \(spiking=False\)"),
     "another surrogate": (
