@@ -56,11 +56,15 @@ struct StepLoop {
     Real *h, *s;
   };
 
+  // One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised.
+  template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
-    if (args.analog_below > 0) return loop<true>(args);
-    if (Model::kOnlyGeneral && args.options.counts()) return loop<false>(args);
-    args.options.surrogate = Surrogate::kRectangle;  // unused without noise, and a constant allows vectorisation
-    loop<false>(args);
+    if constexpr (Model::kOnlyGeneral && kId + 1 < kNumSurrogates) {
+      const bool used = args.analog_below > 0 || args.options.counts();
+      if (used && static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
+    }
+    args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
+    args.analog_below > 0 ? loop<true>(args) : loop<false>(args);
   }
 
   template <bool kNoise>
@@ -94,7 +98,7 @@ struct AdjointLoop {
     Real *d_reset, *distance, *dy, *dh, *dx;
   };
 
-  // One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised.
+  // As StepLoop.
   template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
     if constexpr (Model::kOnlyGeneral && kId + 1 < kNumSurrogates) {

@@ -45,15 +45,19 @@ struct LIFByOptions : NeuronOptions<Real> {
   template <class FiringRule>
   ASGL_HOST_DEVICE Real fire(Real h, bool analog, const Neuron<Real>& neuron, const FiringRule& firing) const {
     const Real u = from_threshold(h, neuron);
-    if (analog || counts()) {
-      const Real a = any_surrogate(this->surrogate, this->levels, u * neuron.inverse_width);
-      return analog ? a : math::rounded(a);
-    }
-    if (kBranches && !multi_spike) return firing.spike(u);
+    if (kBranches && analog) return smooth(u, neuron);
+    if (kBranches && !multi_spike) return counts() ? math::rounded(smooth(u, neuron)) : firing.spike(u);
     const Real several = (h > Real(0) ? Real(1) : Real(0)) * math::trunc(h / neuron.v_threshold);
     const Real most = this->levels;
     const Real limited = most > Real(0) && several > most ? most : several;
-    return choose(multi_spike, limited, firing.spike(u));
+    const Real z = choose(multi_spike, limited, firing.spike(u));
+    if (kBranches) return z;
+    const Real a = smooth(u, neuron);
+    return analog ? a : counts() ? math::rounded(a) : z;
+  }
+
+  ASGL_HOST_DEVICE Real smooth(Real u, const Neuron<Real>& neuron) const {
+    return any_surrogate(this->surrogate, this->levels, u * neuron.inverse_width);
   }
 
   ASGL_HOST_DEVICE Real from_threshold(Real h, const Neuron<Real>& neuron) const {

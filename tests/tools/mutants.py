@@ -262,8 +262,9 @@ MUTANTS = {
                                                    "(h.values[j] - neuron.now().v_threshold)"),
         "the first surrogate for all": Mutant("math/surrogates.h", "if (@) return any_surrogate",
                                               "static_cast<int>(given) != kId", "false"),
-        "shares of spikes that are counted": rules("analog ? a : @;", "math::rounded(a)", "a"),
-        "no count of spikes": rules("(analog || @) {", "counts()", "false"),
+        "shares of spikes that are counted": rules("counts() ? @ : firing", "math::rounded(smooth(u, neuron))",
+                                                   "smooth(u, neuron)"),
+        "no count of spikes": rules("!multi_spike) return @ ?", "counts()", "false"),
         "a distance of counted spikes from the threshold": rules("return @ ? h :", "counts()", "false"),
         "more spikes than levels": rules("several > most ? @ : several;", "most", "several"),
         # ---- launchers ----
@@ -446,8 +447,8 @@ CPU_MUTANTS = {
         "gradients through the floor": loops("@", "model.floor_adjoint(args.h[i], args.s[i], neuron, d_state);", ""),
         "width's gradient of no distance": loops("args.distance[i] = @;", "model.distance(args.h[i], neuron)",
                                                  "args.h[i]"),
-        "one surrogate for all": loops("args.options.surrogate = @;", "static_cast<Surrogate>(kId)",
-                                       "Surrogate::kRectangle"),
+        "one surrogate for all": loops("args.options.surrogate = @;  // unused by LIF\n    const auto& model",
+                                       "static_cast<Surrogate>(kId)", "Surrogate::kRectangle"),
         "a carried gradient forgotten": cpu(
             "Real(0));\n    carried_ = @;", "exists(params_.grad_last)", "false"
         ),
