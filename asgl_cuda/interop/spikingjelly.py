@@ -7,6 +7,7 @@
     h = v_decay v + c;  c = c_decay c + x       CUBALIFNode, with the updated c
 
 A spike at h >= v_threshold resets to v_reset or, if v_reset is None (0 in the equations), subtracts v_threshold.
+ILIFNode is a LIFNode that emits round(clamp(h / v_threshold, 0, D)) spikes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..call import LIFOutput
+from ..checks import MOST_LEVELS
 from .converted import STATEFUL, Converted, Found, InStream, Streamed, Wrapper, known_class
+from .identify import SpikeFunction
 
 # `clock_driven` up to 0.0.0.0.14, which has both.
 _PACKAGES = [
@@ -82,10 +85,14 @@ class ConvertedNode(Converted):
             v_rest=v_rest,
             v_init=self._kept(self.v, x_seq, v_reset, v_rest),
             detach_reset=self.detach_reset,
+            levels=self._levels(),
             return_v_seq=whole and getattr(self, "store_v_seq", False),
         )
         self.v = output.v_last
         return output
+
+    def _levels(self) -> int | None:
+        return None
 
     def _kept(self, value: Any, x_seq: Tensor, at_start: float, at_rest: float | None) -> Any:
         """The state of the last call; None at rest."""
@@ -136,6 +143,18 @@ class ConvertedCUBALIFNode(ConvertedNode):
             return self.c.unsqueeze(0)  # type: ignore[no-any-return]
         c_seq, self.c = self.integrate(x_seq, decay=self.c_decay, v_init=c)
         return c_seq
+
+
+class ConvertedILIFNode(ConvertedNode):
+    """Integer spikes."""
+
+    multi_spike = True
+
+    def _levels(self) -> int:
+        return int(self.surrogate_function.max_spike_count)
+
+    def description(self) -> str:
+        return f"{self._levels()} levels"
 
 
 class ConvertedClockDrivenNode(ConvertedNode):
@@ -206,9 +225,10 @@ _PARAMETRIC, _NON_SPIKING = (
     _classes("neuron", "ParametricLIFNode"),
     (*_classes("neuron", "NonSpikingIFNode"), *_READ_OUTS),
 )
+_INTEGER = _classes("neuron", "ILIFNode")
 _LEAKY = _classes("neuron", "LIFNode", "SimpleLIFNode", "ParametricLIFNode")
 _MULTI_STEP = _classes("neuron", "MultiStepIFNode", "MultiStepLIFNode", "MultiStepParametricLIFNode")
-_KNOWN = (*_classes("neuron", "IFNode"), *_LEAKY, *_MULTI_STEP, *_SIMPLE, *_CUBA, *_NON_SPIKING)
+_KNOWN = (*_classes("neuron", "IFNode"), *_INTEGER, *_LEAKY, *_MULTI_STEP, *_SIMPLE, *_CUBA, *_NON_SPIKING)
 _MIXING = _classes("neuron", "PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
 
 _MEMORY, _OF_SEQUENCES = _classes("base", "MemoryModule"), _classes("base", "MultiStepModule")
@@ -240,9 +260,21 @@ def find(layer: nn.Module) -> Found:
         return "it has a precision of its own"
     if getattr(node, "backend", None) == "lava":
         return 'it is computed by Lava (backend="lava")'
+    if kind in _INTEGER:
+        return _integer(node.surrogate_function)
     if not isinstance(layer, _WITH_STEP_MODE):
         return ConvertedClockDrivenNode, node.surrogate_function
     return ConvertedCUBALIFNode if kind in _CUBA else ConvertedNode, node.surrogate_function
+
+
+def _integer(function: Any) -> Found:
+    """By the surrogate of an ILIFNode, MultiLevelSpikeCount."""
+    levels, *window = function.max_spike_count, function.grad_min, function.grad_max
+    if levels > MOST_LEVELS:
+        return f"it counts up to {levels} spikes, more than {MOST_LEVELS}"
+    if window != [0, levels]:
+        return f"its gradient's window is {window}, not [0, {levels}]"
+    return ConvertedILIFNode, SpikeFunction("rectangle", 1.0, 1.0, False)
 
 
 def _carries(layer: nn.Module) -> bool:

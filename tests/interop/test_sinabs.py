@@ -142,7 +142,7 @@ def test_several_spikes_have_no_noise():
     converted, report = asgl_cuda.convert(net, asgl={})
     assert [row.path for row in report.replaced] == ["1"]
     (left,) = report.left
-    assert "may spike several times a step, for which ASGL has no noise; without asgl it can be" in left.reason
+    assert "may spike several times a step, which asgl does not provide for; without asgl it can be" in left.reason
     converted, report = asgl_cuda.convert(converted)
     assert [row.path for row in report.replaced] == ["0"]
     with pytest.raises(ValueError, match=r"multi_spike needs analog_prob=0, got 0\.1"):

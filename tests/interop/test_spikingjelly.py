@@ -173,3 +173,52 @@ def test_convolutional_nets_train_alike(name):
     functional.set_step_mode(model, "m")
     x_seq = (4 if name == "normalised" else 2) * torch.rand(5, 6, 1, 8, 8)
     train_alike(model, lambda net: net(x_seq).mean(0) if name == "normalised" else 10 * net(x_seq), 3)
+
+
+@pytest.mark.parametrize("mode", ["s", "m"])
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("threshold", [1.0, 0.75])
+@pytest.mark.parametrize(("tau", "levels"), [(4 / 3, 4), (2.0, 1), (10.0, 6)])
+def test_integer_spikes(mode, detach, threshold, tau, levels):
+    count = surrogate.MultiLevelSpikeCount(levels)
+    original = nn.Sequential(neuron.ILIFNode(tau, threshold, count, detach, mode, store_v_seq=mode == "m"))
+    fast, report = asgl_cuda.convert(original)
+    assert [each.by for each in report.replaced] == [f"{levels} levels"]
+    x_seq = (2 * threshold * torch.randn(7, 5, 9, dtype=torch.float64)).requires_grad_()
+    results = []
+    for model in (original, fast):
+        functional.reset_net(model)
+        calls = [model(x_seq) if mode == "m" else torch.stack([model(x) for x in x_seq]) for _ in range(2)]
+        out = torch.cat(calls)
+        grad = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        (of_x,) = torch.autograd.grad((out * grad).sum() + model[0].v.sum(), x_seq)
+        results.append((out, of_x, model[0].v, *([model[0].v_seq] if mode == "m" else [])))
+    (spikes, *others), (found, *found_others) = results
+    assert torch.equal(found, spikes)
+    for a, b in zip(found_others, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("count", "reason"),
+    [
+        (lambda: surrogate.MultiLevelSpikeCount(4, grad_window=(0.0, 2.0)), "its gradient's window is [0.0, 2.0], not"),
+        (lambda: surrogate.MultiLevelSpikeCount(300), "it counts up to 300 spikes, more than 256"),
+    ],
+)
+def test_integer_spikes_that_are_left(count, reason):
+    _, report = asgl_cuda.convert(nn.Sequential(neuron.ILIFNode(surrogate_function=count())))
+    (left,) = report.left
+    assert reason in left.reason
+
+
+def test_levels_that_change_after_conversion():
+    fast, _ = asgl_cuda.convert(nn.Sequential(neuron.ILIFNode(step_mode="m")))
+    x_seq = 9 * torch.rand(2, 3)
+    assert fast(x_seq).max() == 4
+    functional.reset_net(fast)
+    fast[0].surrogate_function = surrogate.MultiLevelSpikeCount(6)
+    assert fast(x_seq).max() == 6
+    fast[0].surrogate_function = surrogate.MultiLevelSpikeCount(6, grad_window=(0.0, 2.0))
+    with pytest.raises(RuntimeError, match="was changed after its conversion: its gradient's window"):
+        fast(x_seq)
