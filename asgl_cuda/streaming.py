@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .checks import check_int, check_step
 from .interop.convert import libraries
 from .interop.converted import Streamed
+from .interop.nir.neurons import Delay
 from .interop.pending import Pending
 from .layer import NeuronLayer, check_module
 from .over_time import OverTime
@@ -45,7 +46,7 @@ def _takers(model: nn.Module) -> Iterator[_Taker]:
         compiled = compiled or "_orig_mod" in module._modules or module._compiled_call_impl is not None
         if isinstance(module, NeuronLayer):
             answer: Streamed | str | None = Streamed(module.time_dim, "v")
-        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase, Delay)):
             answer = "it begins at rest with each call, unless the model hands its state on"
         else:
             answer = next((each for streamed in known if (each := streamed(module)) is not None), None)

@@ -41,6 +41,14 @@ LAYERS = {
             v_reset=None, multi_spike=True, v_min=-0.5, surrogate="periodic_exponential", analog_prob=0, v_threshold=0.3
         ), {"allow_soft_reset": True},
     ),
+    "integer spikes": (
+        lambda: LIF(v_reset=None, levels=4, scale_output=True, v_threshold=0.3, learn_threshold=True, analog_prob=0.1),
+        {"allow_soft_reset": True},
+    ),
+    "at most": (
+        lambda: LIF(v_reset=None, levels=2, multi_spike=True, analog_prob=0, v_threshold=0.3),
+        {"allow_soft_reset": True},
+    ),
     "a floor": (lambda: LIF(v_min=-0.25), {"allow_soft_reset": True}),
     "reset amount": (
         lambda: LIF(v_reset=None, reset_amount=0.5, strict_threshold=True, surrogate_gain=0.5, store_v_seq=True),
@@ -207,12 +215,19 @@ def test_other_layers(name, written, tmp_path):
 def test_every_option_of_the_layer_is_written():
     (node,) = [node for node in to_nir(LIF(), torch.rand(2, 3, 4)).nodes.values() if isinstance(node, nir.LIF)]
     not_of_the_neuron = {"time_dim", "backend", "device", "dtype"}
-    where_there_is_one = {"reset_amount", "v_min"}
+    where_there_is_one = {"reset_amount", "v_min", "levels"}
     options = set(inspect.signature(LIF).parameters) - not_of_the_neuron - where_there_is_one - {"num_features"}
     assert set(node.metadata["asgl_cuda"]["options"]) == options
     node = to_nir(LeakyIntegrator(), torch.rand(2, 3, 4)).nodes["_0"]
     options = set(inspect.signature(LeakyIntegrator).parameters) - not_of_the_neuron - {"num_features", "delay"}
     assert set(node.metadata["asgl_cuda"]["options"]) == options
+
+
+def test_the_height_of_integer_spikes():
+    layer = LIF(v_reset=None, levels=4, scale_output=True)
+    graph = to_nir(layer, torch.rand(2, 3, 4), allow_soft_reset=True)
+    (scale,) = [node.scale for node in graph.nodes.values() if isinstance(node, nir.Scale)]
+    assert (scale == 1 / 4).all()
 
 
 def test_time_in_the_second_dimension_is_first_afterwards():
@@ -252,8 +267,11 @@ LINEAR = {"linear": nn.Linear(4, 4), "lif": LIF()}
 NOT_REPRESENTED = {
     "soft reset": (lambda: nn.Sequential(LIF(v_reset=None)), r"0 \(LIF\) has a soft reset.*allow_soft_reset=True"),
     "floor": (lambda: nn.Sequential(LIF(v_min=-1.0)), r"0 \(LIF\) has a v_min.*allow_soft_reset=True"),
-    "delay": (lambda: nn.Sequential(LeakyIntegrator(delay=True)), r"0 \(LeakyIntegrator\): delay, and v_rest where"),
-    "a start that is not 0": (lambda: LeakyIntegrator(decay=1.0, v_rest=0.5), "delay, and v_rest where nothing leaks"),
+    "delay": (
+        lambda: nn.Sequential(LeakyIntegrator(delay=True, v_rest=0.1)), r"0 \(LeakyIntegrator\): v_rest with delay",
+    ),
+    "a carried delay": (lambda: LeakyIntegrator(delay=True, stateful=True), "delay with stateful=True"),
+    "a start that is not 0": (lambda: LeakyIntegrator(decay=1.0, v_rest=0.5), "v_rest .* where nothing leaks"),
     "decay of an integrator": (lambda: decaying(LeakyIntegrator(), -0.5), r"decay must be in \[0, 1\], got -0.5"),
     "integrators without time": (
         lambda: Stack(lambda m, x: m.li(x.flatten(0, 1)).unflatten(0, x.shape[:2]), li=LeakyIntegrator()),

@@ -97,7 +97,9 @@ ARRAYS = {
     "no dimension": (with_(nir.Flatten(np.array([6])), end_dim=None), {}, f"end_dim {whole('None')}"),
     "a graph inside": (chain(["0"]), {}, "can't be represented; what can be: LIF, IF, CubaLIF, LI, I, CubaLI, Affine"),
     "no node": (None, {}, "can't be represented; what can be: "),
-    "a delay": (nir.Delay(ONES), {}, "can't be represented; what can be: "),
+    "a delay by half a step": (nir.Delay(1.5e-4 * ONES), {}, "delay must be a whole number of steps, dt = 0.0001, got"),
+    "a delay backwards": (nir.Delay(-ONES), {}, "delay must be a whole number of steps, dt = 0.0001, got -1"),
+    "delays for others": (nir.Delay(np.ones(1 + len(ONES))), {}, "its arrays are for neurons of shape"),
 }  # fmt: skip
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from comparison import random_input
-from nir_graphs import cuba, euler, fires, graph_of, nir, nir_lif, np
+from nir_graphs import cuba, euler, fires, graph_of, nir, nir_lif, np, rewritten
 from torch import nn
 
-from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator
+from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator, OverTime, step
 from asgl_cuda.interop.nir import from_nir, to_nir
 
 SOME = np.array([2, 3, 2, 4, 5, 3])
@@ -112,6 +112,56 @@ def test_scale_of_others():
     node = nir_lif(v_threshold=0.5)
     s_seq = euler(node, x_seq)
     assert torch.equal(from_nir(graph_of(node, nir.Scale(node.v_threshold)))(x_seq), s_seq * 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*neurons at rest fire without any input")
+@pytest.mark.parametrize("threshold", [0.3, SOME / 4, -SOME / 20, 0.0])
+def test_thresholds(threshold):
+    """Crossed, not reached: inputs are multiples of 1/4."""
+    node = nir.Threshold(np.full(6, threshold))
+    x_seq = (random_input(20, 5, 6).detach() * 4).round() / 4
+    back = from_nir(graph_of(node))
+    expected = (x_seq > torch.as_tensor(node.threshold)).float()
+    assert fires(expected)
+    assert torch.equal(back(x_seq), expected)
+    assert torch.equal(from_nir(to_nir(back, x_seq))(x_seq), expected)
+    back(leaf := x_seq.requires_grad_()).sum().backward()
+    assert leaf.grad.any(), "a surrogate's gradient"
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 40, SOME - 2])
+def test_delays(steps, tmp_path):
+    node = nir.Delay(np.full(6, steps) * 1e-4)
+    x_seq = random_input(20, 5, 6)
+    back = from_nir(rewritten(graph_of(node, nir_lif()), tmp_path / "model.nir"))
+    delayed = torch.zeros_like(x_seq)
+    for neuron, own in enumerate(np.broadcast_to(steps, 6)):
+        delayed[own:, :, neuron] = x_seq[: max(20 - own, 0), :, neuron]
+    found = back.get_submodule("0")(x_seq)
+    assert torch.equal(found, delayed)
+    weights = random_input(20, 5, 6).detach()
+    gradients = [torch.autograd.grad((each * weights).sum(), x_seq)[0] for each in (found, delayed)]
+    assert torch.equal(*gradients)
+    assert torch.equal(back(x_seq), LIF().eval()(delayed))
+    again = to_nir(back, x_seq, dt=1e-3)
+    assert np.array_equal(next(each for each in again.nodes.values() if isinstance(each, nir.Delay)).delay,
+                          node.delay * 10)  # fmt: skip
+    assert torch.equal(from_nir(again)(x_seq), back(x_seq))
+    with pytest.raises(RuntimeError, match="Delay at '0' can't take a step at a time"):
+        step(back, x_seq[0])
+    with pytest.raises(TypeError, match="OverTime: layer must know no time, got Delay"):
+        OverTime(nn.Sequential(back.get_submodule("0")))
+
+
+def test_an_integrator_with_delay(tmp_path):
+    """It is written as two nodes."""
+    model = nn.Sequential(LeakyIntegrator(decay=0.8, input_gain=0.7, delay=True), LIF(v_threshold=0.3)).eval()
+    x_seq = random_input(20, 5, 6).detach()
+    graph = rewritten(to_nir(model, x_seq, dt=1e-3), tmp_path / "model.nir")
+    assert [type(node) for node in graph.nodes.values()].count(nir.Delay) == 1
+    back = from_nir(graph)
+    assert fires(back(x_seq))
+    assert torch.equal(back(x_seq), model(x_seq))
 
 
 # The rest needs other libraries.

@@ -12,7 +12,8 @@ potential, and keeps gain and v_leak.
 
     tau_syn i' = -i + w_in x;   tau_mem v' = v_leak - v + r i      CubaLIF and CubaLI
 
-are an LI and, with i[t] for x[t], a LIF or another LI: `nn.Sequential(LeakyIntegrator(...), LIF(...))`.
+are an LI and, with i[t] for x[t], a LIF or another LI: `nn.Sequential(LeakyIntegrator(...), LIF(...))`. A Threshold,
+1 where x > threshold, is a LIF without memory: decay 0.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from ...integrator import LeakyIntegrator
 from ...layer import Granularity
 from ...neuron import LIF
+from ...over_time import KNOWS_TIME
 from .nodes import KEY
 from .values import as_array, as_double, as_shape, first_line, range_of
 
@@ -36,7 +38,7 @@ _OF_LIF = (
     "store_v_seq",
 )  # fmt: skip
 _PARAMETERS = ("log_width", "logit_decay", "threshold")  # unlike BatchNormLIF's
-_MAYBE_OF_LIF = ("v_reset", "reset_amount", "v_min")
+_MAYBE_OF_LIF = ("v_reset", "reset_amount", "v_min", "levels")
 _OF_LIF_ALL = (*_OF_LIF, *_MAYBE_OF_LIF, "v_threshold", "width", "learn_width", "learn_threshold")
 
 
@@ -59,6 +61,31 @@ class Scale(nn.Module):
 
     def forward(self, x_seq: Tensor) -> Tensor:
         return x_seq * self.scale
+
+
+class Delay(nn.Module):
+    """NIR's Delay: the input of as many time steps before, for all neurons or each; 0 at first."""
+
+    steps: Tensor
+
+    def __init__(self, steps: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("steps", steps)
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        time = torch.arange(len(x_seq), device=x_seq.device).reshape(-1, *[1] * (x_seq.dim() - 1)) - self.steps
+        return x_seq.gather(0, time.clamp(min=0).expand(x_seq.shape)).masked_fill(time < 0, 0.0)
+
+
+KNOWS_TIME.append(lambda module: isinstance(module, Delay))
+
+
+def _read_delay(node: Any, dt: float, where: str) -> Delay:
+    delay = as_double(node.delay)
+    steps = (delay / dt).round()
+    if not ((delay >= 0) & ((delay - steps * dt).abs() < 1e-3 * dt)).all():
+        raise ValueError(f"{where}: delay must be a whole number of steps, dt = {dt}, got {range_of(delay)}")
+    return Delay(steps.long())
 
 
 def _step(node: Any, dt: float, where: str, tau: str = "tau", r: str = "r") -> tuple[Tensor, Tensor]:
@@ -95,6 +122,11 @@ def per_neuron(layer: LIF | LeakyIntegrator, value: Tensor | float, shape: Seque
     return value.expand(tuple(shape))
 
 
+def spike_height(layer: LIF) -> Tensor | float:
+    """The factor of scale_output."""
+    return layer.v_threshold if layer.levels is None or layer.multi_spike else 1 / layer.levels
+
+
 def add_metadata(node: Any, layer: LIF | LeakyIntegrator, dt: float) -> Any:
     """Adds metadata to restore the layer in `read_node`; files support numbers, strings, arrays and dicts."""
     options = {"decay": layer._decay, "learn_decay": layer.logit_decay is not None}
@@ -120,6 +152,11 @@ def read_node(node: Any, dt: float | None, where: str) -> nn.Module:
     """The layer that `to_nir` wrote, if the node has metadata; else layers from the node's values."""
     kind, ours = type(node).__name__, node.metadata.get(KEY)
     dt = dt if dt is not None else ours["dt"] if ours else DT
+    if kind == "Delay":
+        return _read_delay(node, dt, where)
+    if kind == "Threshold":
+        zero = torch.zeros_like(as_double(node.threshold))
+        return new_lif(Neurons(zero, as_double(node.threshold), zero), where, strict_threshold=True)
     if kind.startswith("Cuba"):
         synapse = _new_integrators(*_step(node, dt, where, "tau_syn", "w_in"), torch.zeros(()), where)
         if kind == "CubaLIF":
@@ -177,7 +214,7 @@ def _written(ours: dict[str, Any], kind: type[Any], where: str) -> Any:
     return layer
 
 
-def new_lif(neurons: Neurons, where: str) -> LIF:
+def new_lif(neurons: Neurons, where: str, strict_threshold: bool = False) -> LIF:
     """A layer whose decay and threshold are parameters without gradient where they differ between neurons."""
     decay, v_threshold, v_reset = neurons
     if v_reset.min() != v_reset.max():
@@ -190,6 +227,7 @@ def new_lif(neurons: Neurons, where: str) -> LIF:
         v_threshold=float(v_threshold.flatten()[0]),
         learn_decay=_varies(decay, where),
         learn_threshold=_varies(v_threshold),
+        strict_threshold=strict_threshold,
     )
     layer.v_reset = float(v_reset.flatten()[0])  # a graph may have one above the threshold, which LIF refuses
     _fill(layer.logit_decay, decay.logit())

@@ -32,7 +32,11 @@ _ARRAYS = {
     "SumPool2d": (),
     "Flatten": (),
     "Scale": ("scale",),
+    "Threshold": ("threshold",),
+    "Delay": ("delay",),
 }
+_WEIGHTS = ("Affine", "Linear", "Conv1d", "Conv2d", "Scale")
+_ELEMENTWISE = (*_NEURONS, "Scale", "Threshold", "Delay")
 _OPTIONAL = ("v_reset",)  # missing in older files, then 0
 _ENDS = ("start_dim", "end_dim")
 _DIMS = {"Conv1d": 1, "Conv2d": 2, "AvgPool2d": 2, "SumPool2d": 2}
@@ -52,7 +56,7 @@ def checked_node(node: Any, where: str, dtype: torch.dtype) -> Any:
     for name in _ARRAYS[kind]:
         value = getattr(node, name, None)
         if value is not None or name not in _OPTIONAL:
-            setattr(node, name, as_real(name, value, where, torch.float64 if kind in _NEURONS else dtype))
+            setattr(node, name, as_real(name, value, where, dtype if kind in _WEIGHTS else torch.float64))
     if kind in _NEURONS:
         _check_alike(node, where)
     elif kind in ("Affine", "Linear"):
@@ -104,7 +108,7 @@ def _metadata(node: Any, where: str) -> dict[str, Any]:
     if not isinstance(metadata, Mapping):
         raise ValueError(f"{where}: metadata must be a dict, got {type(metadata).__name__}")
     ours = metadata.get(KEY)
-    if ours is None or type(node).__name__ not in ("LIF", "IF", "LI", "I"):
+    if ours is None or type(node).__name__ not in ("LIF", "IF", "LI", "I", "Delay"):
         return {}
     where = f"{where}: metadata[{KEY!r}]"
     if not isinstance(ours, Mapping):
@@ -207,7 +211,7 @@ def _whole(name: str, value: Any, where: str) -> int:
 def shape_after(node: Any, shape: Shape | None, where: str) -> Shape | None:
     """The output's shape for an input of `shape`, None if unknown; raises if the node can't take `shape`."""
     kind = type(node).__name__
-    if kind in _NEURONS or kind == "Scale":
+    if kind in _ELEMENTWISE:
         return _shape_after_elementwise(node, shape, where)
     if kind in ("Affine", "Linear"):
         outputs, inputs = node.weight.shape
@@ -227,7 +231,7 @@ def _shape_after_elementwise(node: Any, shape: Shape | None, where: str) -> Shap
     if shape is None:
         return None if 1 in own or not own else own
     # A single value is broadcast; for neurons also one per channel, as in some exporters.
-    by_channel = len(own) == 1 and type(node).__name__ != "Scale" and shape[:1] == own
+    by_channel = len(own) == 1 and type(node).__name__ in _NEURONS and shape[:1] == own
     alike = len(own) == len(shape) and all(a in (1, b) for a, b in zip(own, shape, strict=True))
     if math.prod(own) == 1 or by_channel or alike:
         return shape

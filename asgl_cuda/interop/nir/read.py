@@ -15,7 +15,7 @@ from torch import fx, nn
 from ...checks import FLOATING_TYPES, shown
 from ...neuron import LIF
 from ...over_time import OverTime
-from .neurons import Scale, per_neuron, read_node
+from .neurons import Scale, per_neuron, read_node, spike_height
 from .nodes import Shape, checked_node, shape_after
 from .values import as_double, check_dt, first_line, require
 
@@ -34,15 +34,16 @@ def from_nir(graph: nir.NIRGraph, dt: float | None = None, *, dtype: torch.dtype
 
     Args:
         graph: one Input, one Output, between them LIF, IF, CubaLIF, LI, I, CubaLI, Affine, Linear, Conv1d, Conv2d,
-            AvgPool2d, SumPool2d, Flatten and Scale, without cycles; edges into the same node are added.
+            AvgPool2d, SumPool2d, Flatten, Scale, Threshold and Delay, without cycles; edges into the same node are
+            added.
         dt: length of a step, in seconds, or in the graph's unit of tau; default the node's step in `to_nir`, else 1e-4.
         dtype: dtype of all weights and parameters; default `torch.get_default_dtype()`.
 
     LIF and IF become asgl_cuda.LIF, LI and I asgl_cuda.LeakyIntegrator, CubaLIF and CubaLI a Sequential of two of
-    these, the current first. A gain of an integrator that differs between neurons becomes a preceding Scale. A node
-    written by `to_nir` becomes the same layer again, parameters included, but with time first. In other nodes, options
-    unknown to NIR take the layer's defaults; a decay or threshold is a parameter without gradient if different between
-    neurons, else a constant.
+    these, the current first, Threshold a LIF with decay 0, and Delay a module that takes whole sequences. A gain of an
+    integrator that differs between neurons becomes a preceding Scale. A node written by `to_nir` becomes the same layer
+    again, parameters included, but with time first. In other nodes, options unknown to NIR take the layer's defaults; a
+    decay or threshold is a parameter without gradient if different between neurons, else a constant.
 
     Raises:
         ImportError: nir is not installed.
@@ -214,7 +215,7 @@ def _is_scale_of(node: Any, layers: Sequence[nn.Module | None]) -> bool:
     if type(node).__name__ != "Scale" or len(layers) != 1 or not isinstance(layers[0], LIF):
         return False
     layer, scale = layers[0], as_double(node.scale)
-    return layer.scale_output and torch.allclose(scale, per_neuron(layer, layer.v_threshold, scale.shape))
+    return layer.scale_output and torch.allclose(scale, per_neuron(layer, spike_height(layer), scale.shape))
 
 
 def _weights(module: nn.Module, node: Any) -> nn.Module:
@@ -246,7 +247,7 @@ def _flatten_from(node: Any) -> nn.Module:
     return nn.Flatten(start, end)
 
 
-_NEURONS = ("LIF", "IF", "CubaLIF", "LI", "I", "CubaLI")
+_NEURONS = ("LIF", "IF", "CubaLIF", "LI", "I", "CubaLI", "Threshold", "Delay")
 _IMPORTS: dict[str, Callable[[Any], nn.Module]] = {
     "Affine": _linear_from,
     "Linear": _linear_from,

@@ -22,7 +22,8 @@ from ..convert import LIBRARIES, copied, libraries
 from ..converted import Converted, bare_class
 from ..graphs import name_of_function
 from ..normalised import Awaited, Normalised, PassedThrough
-from .neurons import DT, Neurons, Scale, add_metadata, new_lif, per_neuron, read_neurons
+from .neurons import DT, Delay, Neurons, Scale, add_metadata, new_lif, per_neuron, read_neurons, spike_height
+from .nodes import KEY
 from .values import INSTALL, as_array, as_double, as_pair, as_shape, check_dt, first_line, installed, range_of, require
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = DT, *, allow_sof
     statistics into weight and bias of the preceding Linear or convolution. Without such a layer, or if its output has
     other users, the normalisation becomes a separate Affine or convolution, with weights of 0 between channels.
 
-    A LeakyIntegrator becomes an LI, or an I without leak; in front of a LIF, as the current of a CubaLIF, it stays a
-    separate node.
+    A LeakyIntegrator becomes an LI, or an I without leak, with `delay` in front of a Delay; in front of a LIF, as the
+    current of a CubaLIF, it stays a separate node.
 
     NIR's neuron fires at v > v_threshold, asgl_cuda.LIF at v >= v_threshold, as recorded in the metadata: a difference
     only for potentials equal to the threshold. `scale_output` becomes a Scale node, half precision float32.
@@ -132,7 +133,7 @@ def _tracer(base: Any) -> Any:
                 where = f"{_CALLER}: {self.path_of_module(m)} ({_name_of(m)})"
                 raise _NotTraced(f"{where} can't be traced: {first_line(error)}") from error
 
-    return Tracer((LIF, LeakyIntegrator, Scale, Converted))
+    return Tracer((LIF, LeakyIntegrator, Scale, Delay, Converted))
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -198,6 +199,7 @@ class _Export(fx.Interpreter):
             BatchNormLIF: self._lif,
             LeakyIntegrator: self._integrator,
             Scale: self._scale,
+            Delay: self._delay,
             Converted: self._converted,
             nn.Linear: self._linear,
             nn.Conv1d: self._conv,
@@ -253,6 +255,9 @@ class _Export(fx.Interpreter):
             node = self._converted(module, flow, where) if node is None else node
             after = flow._replace(shape=tuple(value.shape[inputs[0].leading :]), dtype=value.dtype)
             flow = after._replace(sources=(self._add(n.name, node, flow, after),))
+        if isinstance(module, LeakyIntegrator) and module.delay:
+            node = self._delay_of(torch.ones(flow.shape))
+            flow = flow._replace(sources=(self._add(self._free(f"{n.name}_delay"), node, flow),))
         if self.scale is not None:
             scale = self.nir.Scale(as_array(self.scale.to(real_type(flow.dtype))))
             flow = flow._replace(sources=(self._add(self._free(f"{n.name}_scale"), scale, flow),))
@@ -393,7 +398,7 @@ class _Export(fx.Interpreter):
         decay, v_threshold = (per_neuron(layer, value, flow.shape) for value in (layer.decay, layer.v_threshold))
         v_reset = 0.0 if layer.v_reset is None else layer.v_reset - layer.v_rest
         gain, reset = (torch.full_like(decay, value) for value in (layer.input_gain, v_reset))
-        self.scale = v_threshold.clone() if layer.scale_output else None
+        self.scale = per_neuron(layer, spike_height(layer), flow.shape).clone() if layer.scale_output else None
         neurons = Neurons(decay, v_threshold - layer.v_rest, reset)
         return add_metadata(self._neurons(neurons, gain, torch.zeros_like(decay), flow, where), layer, self.dt)
 
@@ -425,8 +430,10 @@ class _Export(fx.Interpreter):
         self._check_layer(layer, flow, where)
         decay = per_neuron(layer, layer.decay, flow.shape)
         _check_decay(decay, where)
-        if layer.delay or (layer.v_rest and (decay == 1).all()):
-            raise ValueError(f"{where}: delay, and v_rest where nothing leaks, can't be represented in NIR")
+        if layer.v_rest and (layer.delay or (decay == 1).all()):
+            raise ValueError(f"{where}: v_rest with delay, or where nothing leaks, can't be represented in NIR")
+        if layer.stateful and layer.delay:
+            raise ValueError(f"{where}: delay with stateful=True can't be represented in NIR")
         gain, v_leak = (torch.full_like(decay, value) for value in (layer.input_gain, layer.v_rest))
         return add_metadata(self._node(self.nir.I, self.nir.LI, decay, gain, v_leak, flow), layer, self.dt)
 
@@ -445,7 +452,7 @@ class _Export(fx.Interpreter):
         soft = self.computed["v_reset"] is None
         self._check_place(flow, layer.time_dim, where)
         self._check_reset(soft, False, where)
-        if layer.multi_spike or self.computed.get("v_min") is not None:
+        if layer.multi_spike or any(self.computed.get(name) is not None for name in ("v_min", "levels")):
             raise ValueError(f"{where}: several spikes a step and a least potential can't be represented in NIR")
         decay, v_threshold = of("decay"), of("v_threshold")
         if soft and self.computed.get("reset_amount") is not None and not torch.equal(of("reset_amount"), v_threshold):
@@ -494,6 +501,15 @@ class _Export(fx.Interpreter):
             shapes = f"{list(flow.shape)}, got {list(layer.scale.shape)}"
             raise ValueError(f"{where}: scale must have the shape of neurons, {shapes}")
         return self.nir.Scale(as_array(scale.broadcast_to(flow.shape)))
+
+    def _delay(self, layer: Delay, flow: _Flow, where: str) -> Any:
+        self._check_place(flow, 0, where)
+        return self._delay_of(layer.steps.expand(flow.shape))
+
+    def _delay_of(self, steps: Tensor) -> Any:
+        node = self.nir.Delay(as_array(self.dt * steps.double()))
+        node.metadata = {KEY: {"dt": self.dt, "num_features": as_shape(())}}
+        return node
 
     def _linear(self, layer: nn.Linear, flow: _Flow, where: str) -> Any:
         if len(flow.shape) != 1:
