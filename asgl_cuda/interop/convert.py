@@ -19,7 +19,7 @@ from ..layer import NeuronLayer, check_module
 from ..over_time import KNOWS_TIME
 from . import authors
 from .converted import Converted, Settings, bare_class, exchanged, overlaid, shadowed
-from .identify import SpikeFunction, fires_strictly, identify, type_of_spikes
+from .identify import FLAT, SpikeFunction, fires_strictly, identify, type_of_spikes
 from .normalised import Normalised
 
 _CALLER = "asgl_cuda.convert"
@@ -137,7 +137,8 @@ def convert(
     also stay: optimizers, state dicts and functions such as SpikingJelly's `reset_net` still work. Values of the layer
     are read at each call; after a change of the surrogate, or of another property that the conversion depends on, the
     surrogate is identified again, in some milliseconds, or RuntimeError gives the reason for failure. A compiled graph
-    sees attributes that are set, but no writes to tensors behind a surrogate, such as Norse's `alpha`. SpikingJelly's
+    sees attributes that are set, but no writes to tensors behind a surrogate, such as Norse's `alpha`. A surrogate
+    unknown to asgl_cuda is kept, and applied to the kernel's potentials, where the reset is detached. SpikingJelly's
     `backend` has no effect on converted layers. Layers without an exact representation, or with a replaced method
     (`layer.fire = ...`), are left; the report gives the reason.
 
@@ -195,7 +196,7 @@ def convert(
         if found is None:
             continue
         found = found if isinstance(found, str) else exchanged(layer) or shadowed(layer, found[0]) or found
-        spike = found if isinstance(found, str) else _spike_function(found[0], found[1], wanted)
+        spike = found if isinstance(found, str) else _spike_function(layer, found[0], found[1], wanted)
         if isinstance(found, str) or isinstance(spike, str):
             report.left.append(Left(path, name, found if isinstance(found, str) else str(spike)))
             continue
@@ -328,17 +329,22 @@ def _carry_over(model: nn.Module, made: nn.Module, memo: dict[int, Any]) -> None
 
 
 def _spike_function(
-    kind: type[Converted], function: Callable[[Tensor], Tensor] | SpikeFunction | None, wanted: _ASGL | None
+    layer: nn.Module,
+    kind: type[Converted],
+    function: Callable[[Tensor], Tensor] | SpikeFunction | None,
+    wanted: _ASGL | None,
 ) -> SpikeFunction | str | None:
     if wanted is not None and kind.multi_spike:
         return "it may spike several times a step, which asgl does not provide for; without asgl it can be converted"
     if function is None or isinstance(function, SpikeFunction):
         return function
     if wanted is None:
-        return identify(function)
+        return kind.identified(layer, function)
     surrogate, width = wanted.surrogate, wanted.width
     if surrogate is None or width is None:
         own = identify(function)
+        if not isinstance(own, str) and own.width == FLAT:
+            own = "its surrogate has the same slope everywhere"
         if isinstance(own, str):
             return f"{own}; asgl needs a surrogate and a width"
         surrogate, width = surrogate or own.surrogate, width or own.width

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..call import LIFOutput, checked_call, grouped, run
-from ..checks import HALF_TYPES, PLAIN_TENSORS
+from ..checks import HALF_TYPES, PLAIN_TENSORS, shown
 from ..functional import LIF_DEFAULTS, lif
 from ..integrator import IntegratorOutput, leaky_integrator
 from ..layer import Noisy, give_dimension
 from ..learned import Logarithm
-from .identify import SpikeFunction, fires_strictly, identify, type_of_spikes
+from .identify import FLAT, SpikeFunction, fires_strictly, identify, own_spikes, type_of_spikes
 from .snapshot import Snapshot
 from .steps import Known
 
@@ -127,15 +127,22 @@ class Converted(Overlay, Noisy):
     @property
     def width(self) -> Tensor | float:
         """The width of the surrogate, in units of the input: a tensor of one value if learned."""
+        return self._width_of_call()
+
+    def _width_of_call(self) -> Tensor | float:
         return self.settings.spike.width if self.log_width is None else Logarithm(self.log_width).value()
 
     def description(self) -> str:
         """The computation of the layer, in words."""
         if self.settings.spike is None:
             return "leaky_integrator"
-        surrogate, _, gain, _ = self.settings.spike
+        surrogate, width, gain, _, own = self.settings.spike
         text = f"{surrogate}, width {float(torch.as_tensor(self.width).detach().mean()):.4g}"
-        if abs(gain - 1) > 1e-6:
+        if own:
+            text = "its own surrogate, outside of the kernel"
+        elif width == FLAT:
+            text = f"slope {gain / width:.4g} everywhere"
+        elif abs(gain - 1) > 1e-6:
             text += f", gradient times {gain:.4g}"
         if self.analog_prob or self.log_width is not None:
             text += f", analog_prob {self.analog_prob:g}{', width learned' if self.log_width is not None else ''}"
@@ -171,6 +178,23 @@ class Converted(Overlay, Noisy):
         """The spike function, or None, and other inputs of `find` that may change."""
         return (None,)
 
+    @staticmethod
+    def detaches(layer: Any) -> bool:
+        """Whether the layer detaches the spikes of its reset: then they need no surrogate in the kernel."""
+        return False
+
+    @classmethod
+    def identified(cls, layer: Any, function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
+        """The equivalent of a layer's spike function, the function itself where that suffices, or the reason."""
+        detached = cls.detaches(layer)
+        found = "it spikes several times a step" if detached and cls.multi_spike else identify(function)
+        return own_spikes(function, cls.multi_spike) or found if detached and isinstance(found, str) else found
+
+    def spikes_of(self, h_seq: Tensor, v_threshold: Tensor | float) -> Tensor:
+        """The layer's own spikes, if not the kernel's."""
+        spikes: Tensor = self.known_by()[0](h_seq - v_threshold)
+        return spikes
+
     def take_snapshot(self) -> None:
         """Stores the basis of the conversion."""
         self._snapshot = Snapshot(*self.known_by())
@@ -198,7 +222,9 @@ class Converted(Overlay, Noisy):
             elif self.settings.asgl and spike is not None and callable(function):
                 spike = spike._replace(strict=fires_strictly(function))
             elif callable(function):
-                spike = identify(function)
+                spike = kind.identified(self, function)
+                if isinstance(spike, SpikeFunction) and spike.own and self._has_noise:
+                    spike = "it has noise, for which the surrogate must be one of those of asgl_cuda"
             else:
                 spike = function
             dtype = type_of_spikes(function)
@@ -246,7 +272,9 @@ class Converted(Overlay, Noisy):
             given = {**LIF_DEFAULTS, **self._all(x_seq, {**options, "v_init": v_init})}
             call = checked_call("asgl_cuda.lif", x_seq, grouped(given))
             known.learn(call, x_seq, v_init, options)
-        return run(call, "asgl_cuda.lif")  # type: ignore[return-value]
+        output = run(call, "asgl_cuda.lif")
+        assert isinstance(output, LIFOutput)
+        return self._emitted(output, options) if self.settings.spike.own else output
 
     def lif(self, x_seq: Tensor, **options: Any) -> LIFOutput:
         """`asgl_cuda.lif` with the layer's surrogate and noise, and spikes of the library's type."""
@@ -256,9 +284,15 @@ class Converted(Overlay, Noisy):
             x_seq = x_seq.to(dtype)
         result = self.compute(x_seq, **self._all(x_seq, options))
         assert isinstance(result, LIFOutput)
-        if dtype is not None and result.s_seq.dtype is not dtype:
-            return result._replace(s_seq=result.s_seq.to(dtype))
-        return result
+        return self._emitted(result, options)
+
+    def _emitted(self, output: LIFOutput, options: dict[str, Any]) -> LIFOutput:
+        """The output with spikes of the library's type, and by the layer's own function if necessary."""
+        s_seq, dtype = output.s_seq, self.settings.dtype or output.s_seq.dtype
+        if self.settings.spike.own:
+            assert output.h_seq is not None
+            s_seq = self.spikes_of(output.h_seq, options["v_threshold"])
+        return output if s_seq.dtype is dtype and s_seq is output.s_seq else output._replace(s_seq=s_seq.to(dtype))
 
     def _all(self, x_seq: Tensor, options: dict[str, Any]) -> dict[str, Any]:
         """All options of `lif`."""
@@ -271,7 +305,16 @@ class Converted(Overlay, Noisy):
             "return_v_last": True,
             "backend": self.settings.backend,
             **_taken(options, x_seq),
+            **({"return_h_seq": True} if self.settings.spike.own else {}),
         }
+
+    def _set_analog_prob(self, value: Any) -> None:
+        if self.settings.spike.own and value:
+            raise ValueError(
+                f"asgl_cuda.convert: analog_prob must be 0, got {shown(value)}: {bare_class(self).__name__} keeps a "
+                "surrogate of its own; asgl with a surrogate and a width gives it another"
+            )
+        super()._set_analog_prob(value)
 
     def integrate(self, x_seq: Tensor, **options: Any) -> IntegratorOutput:
         """`asgl_cuda.leaky_integrator`."""

@@ -13,15 +13,23 @@ from torch import Tensor, nn
 from ..surrogate import SURROGATES
 
 _PROBES = (0.05, 0.11, 0.23, 0.37, 0.61, 0.79, 0.93, 1.3, 1.9, 2.7, 4.1)  # u / width
+_BY_DECADE = tuple(sign * 10.0**power for power in range(-9, 18) for sign in (-1, 1))  # u, within a window of FLAT
+_AROUND = (-1e3, -1e-9, 1e-9, 1e3)
+# Width of a rectangle in place of a constant slope. A power of two, which is exact in the gain and in 1 / width.
+FLAT = 2.0**60
 
 
 class SpikeFunction(NamedTuple):
-    """A spike and its gradient: `gain / width * f(u / width)`, the spike at u > 0 if `strict`, else at u >= 0."""
+    """A spike and its gradient: `gain / width * f(u / width)`, the spike at u > 0 if `strict`, else at u >= 0.
+
+    With `own`, the layer's own function gives the spikes and their gradient; these are the spikes of the reset.
+    """
 
     surrogate: str
     width: float
     gain: float
     strict: bool
+    own: bool = False
 
 
 def identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
@@ -37,6 +45,22 @@ def identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
             return _identify(function)
     except Exception as error:  # the function is the library's or the user's
         return f"its spike function fails with {type(error).__name__}: {error}"
+
+
+def own_spikes(function: Callable[[Tensor], Tensor], several: bool) -> SpikeFunction | None:
+    """For a detached reset: any function that fires at the threshold, once unless `several`, by each element alone."""
+    if isinstance(function, nn.Module) and any(value.requires_grad for value in function.parameters()):
+        return None
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            spikes = function(torch.tensor(_AROUND, dtype=torch.float64))
+            if (spikes.sign() if several else spikes).tolist() != [0, 0, 1, 1]:
+                return None
+            apart = torch.cat([_slopes(function, [u]) for u in _BY_DECADE])
+            alike = torch.allclose(_slopes(function, _BY_DECADE), apart, rtol=1e-9, atol=0, equal_nan=True)
+    except Exception:  # the function is the library's or the user's
+        return None
+    return SpikeFunction("rectangle", 1.0, 1.0, fires_strictly(function), own=True) if alike else None
 
 
 def fires_strictly(function: Callable[[Tensor], Tensor]) -> bool:
@@ -56,8 +80,7 @@ def type_of_spikes(function: Any) -> torch.dtype | None:
 
 
 def _identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
-    around = torch.tensor([-1e3, -1e-9, 1e-9, 1e3], dtype=torch.float64)
-    if function(around).tolist() != [0, 0, 1, 1]:
+    if function(torch.tensor(_AROUND, dtype=torch.float64)).tolist() != [0, 0, 1, 1]:
         return "its spike function emits something else than 0 below and 1 above the threshold"
     leaf = torch.ones(1, dtype=torch.float64, requires_grad=True)
     if not function(leaf).requires_grad:
@@ -66,6 +89,8 @@ def _identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
     if not (math.isfinite(peak) and peak > 0):
         return f"its surrogate has the slope {peak:g} at the threshold"
     if math.isinf(half):
+        if (_slopes(function, _BY_DECADE) == peak).all():
+            return SpikeFunction("rectangle", FLAT, peak * FLAT, fires_strictly(function))
         return "its surrogate does not fall off"
     for name, (unit_peak, unit_half) in _unit_shapes().items():
         width = half / unit_half

@@ -2,8 +2,8 @@
 
 i = a (i + x)                               a = exp(-1 / tau_syn); x itself without tau_syn
 h = alpha v + (1 - alpha) i                 alpha = exp(-1 / tau_mem); i itself without norm_input; IAF has alpha = 1
-s = trunc(h / spike_threshold), h > 0       MultiSpike
-  = h >= spike_threshold                    SingleSpike
+s = trunc(h / spike_threshold), h > 0       MultiSpike; MaxSpike(n) has at most n
+  = h >= spike_threshold                    SingleSpike, MaxSpike(1)
 v = h - subtract_value s                    MembraneSubtract; by default the threshold
   = h (1 - s), where s is detached          MembraneReset to 0
 v = relu(v - min_v_mem) + min_v_mem         unless min_v_mem is None
@@ -19,6 +19,7 @@ import torch
 from sinabs import layers
 from sinabs.activation import (
     Gaussian,
+    MaxSpike,
     MembraneReset,
     MembraneSubtract,
     MultiSpike,
@@ -29,6 +30,7 @@ from sinabs.activation import (
 from sinabs.layers.reshape import SqueezeMixin
 from torch import Tensor, nn
 
+from ..checks import MOST_LEVELS
 from ..surrogate import PERIODIC
 from .converted import Converted, Found, InStream, Settings, Streamed, known_class, number
 from .identify import SpikeFunction
@@ -80,12 +82,14 @@ class ConvertedLayer(Converted):
             reset = {"v_reset": 0.0, "detach_reset": True}
         elif self.reset_fn.subtract_value is not None:
             reset["reset_amount"] = self.reset_fn.subtract_value
+        several, limit = self.multi_spike and not self.settings.spike.own, _limit(self.spike_fn)
         output = self.lif(
             x_seq,
             decay=self.alpha_mem_calculated,
             input_gain=self.input_terms()[0],
             v_threshold=self.spike_threshold,
-            multi_spike=self.multi_spike,
+            multi_spike=several,
+            levels=int(limit) if several and limit is not None else None,
             v_min=self._least_potential(),
             v_init=self.v_mem,
             time_dim=1,
@@ -96,14 +100,21 @@ class ConvertedLayer(Converted):
 
     def known_by(self) -> tuple[Any, ...]:
         surrogate, reset_fn = self.surrogate_grad_fn, self.reset_fn
-        others = self.spike_fn, type(reset_fn), getattr(reset_fn, "reset_value", None)
+        others = self.spike_fn, _limit(self.spike_fn), type(reset_fn), getattr(reset_fn, "reset_value", None)
         return (surrogate, *others) if type(surrogate) in _OWN_WIDTHS else (surrogate, *others, self.spike_threshold)
 
-    @property
-    def width(self) -> Tensor | float:
+    @staticmethod
+    def detaches(layer: Any) -> bool:
+        return isinstance(layer.reset_fn, MembraneReset)
+
+    def spikes_of(self, h_seq: Tensor, v_threshold: Tensor | float) -> Tensor:
+        spikes: Tensor = self.spike_fn.apply(h_seq, v_threshold, self.surrogate_grad_fn)
+        return spikes
+
+    def _width_of_call(self) -> Tensor | float:
         surrogate = self.surrogate_grad_fn
         if self.settings.asgl or type(surrogate) is not SingleExponential:
-            return super().width
+            return super()._width_of_call()  # torch.compile can't trace a property of super()
         return surrogate.grad_width * number(self.spike_threshold.detach())  # type: ignore[no-any-return]
 
     @property
@@ -127,6 +138,8 @@ class ConvertedLayer(Converted):
         if self.settings.spike.surrogate != "laplace" or not isinstance(self.surrogate_grad_fn, SingleExponential):
             return False
         width = float(torch.as_tensor(self.width).detach()) / _only(self.spike_threshold)
+        if math.isnan(width):
+            return False
         self.surrogate_grad_fn = copy.copy(self.surrogate_grad_fn)  # may be shared
         self.surrogate_grad_fn.grad_width = width
         return True
@@ -147,7 +160,7 @@ class ConvertedLayer(Converted):
 
 
 class ConvertedMultiSpike(ConvertedLayer):
-    """A layer with MultiSpike."""
+    """A layer with MultiSpike, or MaxSpike of more than one."""
 
     multi_spike = True
 
@@ -192,28 +205,45 @@ def find(layer: nn.Module) -> Found:
         if node.min_v_mem is not None:
             return "it has a least potential (min_v_mem), which it does not emit"
         return ConvertedExpLeak, None
-    if node.spike_fn not in (SingleSpike, MultiSpike):
-        name = getattr(node.spike_fn, "__name__", type(node.spike_fn).__name__)
-        return f"its spikes are those of {name}; SingleSpike and MultiSpike can be converted"
+    most, spike_fn = _most(node.spike_fn), node.spike_fn
+    if most is None:
+        name = getattr(spike_fn, "__name__", type(spike_fn).__name__)
+        return f"its spikes are those of {name}; SingleSpike, MultiSpike and MaxSpike can be converted"
     if node.min_v_mem is not None and math.isnan(_only(node.min_v_mem)):
         return "its least potential (min_v_mem) differs between neurons"
     if type(node.reset_fn) not in (MembraneSubtract, MembraneReset):
         return f"it resets by {type(node.reset_fn).__name__}"
-    several, surrogate = node.spike_fn is MultiSpike, node.surrogate_grad_fn
-    if several and isinstance(node.reset_fn, MembraneReset):
-        return "it resets to a value after several spikes (MultiSpike), each of which takes some off here"
+    surrogate, thresholds = node.surrogate_grad_fn, node.spike_threshold.detach().double().cpu()
     if isinstance(node.reset_fn, MembraneReset) and node.reset_fn.reset_value != 0:
         return "it resets to a value that is not 0, which sinabs adds to the neurons that did not spike, too"
+    several, detached = most > 1, ConvertedLayer.detaches(layer)
+    if most not in (math.inf, *range(1, MOST_LEVELS + 1)) and not detached:
+        return f"it has at most {most} spikes a step, which must be a whole number in [1, {MOST_LEVELS}] (MaxSpike)"
+    if spike_fn is not SingleSpike and not (thresholds > 0).all():
+        return "its threshold is not above 0"
     kind = ConvertedMultiSpike if several else ConvertedLayer
-    if several and type(surrogate) is PeriodicExponential:
+    if several and not detached and type(surrogate) is PeriodicExponential:
         width = surrogate.grad_width
         return kind, SpikeFunction(PERIODIC, width, 2 * width * surrogate.grad_scale, False)
-    threshold = _only(node.spike_threshold)
-    if math.isnan(threshold):
-        return "its surrogate is as wide as each neuron's own threshold says"
-    at = torch.tensor(threshold, dtype=torch.float64)
-    # MultiSpike has the same gradient.
-    return kind, lambda u: SingleSpike.apply(u + at, at, surrogate)
+    if math.isnan(_only(thresholds)) and not (type(surrogate) in _OWN_WIDTHS and (thresholds > 0).all()):
+        return "its surrogate may be another for each neuron's own threshold"
+    at = thresholds.mean()  # `width` has each neuron's
+    # After a detached reset, all spikes of a step are those of `spikes_of`; else MultiSpike has the same gradient.
+    function: Any = spike_fn if detached else SingleSpike
+    return kind, lambda u: function.apply(u + at, at, surrogate)
+
+
+def _limit(spike_fn: Any) -> float | None:
+    """The limit of MaxSpike, if any; a comparison of the other classes can't be compiled."""
+    return spike_fn.max_num_spikes_per_bin if type(spike_fn) is MaxSpike else None
+
+
+def _most(spike_fn: Any) -> float | None:
+    """The largest number of spikes a step; None for another function."""
+    limit = _limit(spike_fn)
+    if limit is not None:
+        return limit
+    return 1 if spike_fn is SingleSpike else math.inf if spike_fn is MultiSpike or type(spike_fn) is MaxSpike else None
 
 
 def reset(module: nn.Module) -> None:

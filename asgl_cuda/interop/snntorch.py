@@ -61,8 +61,12 @@ class ConvertedLeaky(Converted):
 
     def known_by(self) -> tuple[Any, ...]:
         graded = self._buffers.get("graded_spikes_factor")
-        others = self.inhibition, self.state_quant, self._reset_mechanism, self.state_function
+        others = self.inhibition, self.state_quant, self._reset_mechanism, self.state_function, self.reset_delay
         return self.spike_grad, *others, graded
+
+    @staticmethod
+    def detaches(layer: Any) -> bool:
+        return getattr(layer, "reset_delay", True) or layer.reset_mechanism == "none"
 
     def advice(self) -> str | None:
         return (

@@ -51,7 +51,11 @@ class ConvertedNode(Converted):
         return 0 if self.step_mode == "m" else None
 
     def known_by(self) -> tuple[Any, ...]:
-        return self.surrogate_function, self.__dict__.get("_neuron_precision")
+        return self.surrogate_function, self.__dict__.get("_neuron_precision"), self.detach_reset
+
+    @staticmethod
+    def detaches(layer: Any) -> bool:
+        return bool(layer.detach_reset)
 
     def advice(self) -> str | None:
         if self.step_mode != "s":

@@ -190,7 +190,7 @@ def quantised(mem):
 REFUSED = {
     "spiking mode": (jelly, lambda layer: layer.surrogate_function.set_spiking_mode(False), "does not spike"),
     "spikingjelly, no surrogate": (
-        jelly, given(surrogate_function=surrogate.PiecewiseLeakyReLU()), "its surrogate, PiecewiseLeakyReLU, is none",
+        jelly, given(surrogate_function=surrogate.S2NN()), "its surrogate, S2NN, is none",
     ),
     "a precision": (jelly, given(_neuron_precision=("fp16", "fp32", "fp32")), "a precision of its own"),
     "inhibition": (leaky, given(inhibition=True), "it has inhibition"),
@@ -201,7 +201,7 @@ REFUSED = {
     "norse, activation": (box, given(activation=norse.iaf_feed_forward_step), "it steps by iaf_feed_forward_step"),
     "norse, reset": (box, parameters(reset_method=quantised), "a function of its own"),
     "norse, LI": (norse.LI, given(activation=norse.iaf_feed_forward_step), "it steps by iaf_feed_forward_step"),
-    "spikes of another kind": (iaf, given(spike_fn=sinabs.activation.MaxSpike(2)), "those of MaxSpike"),
+    "spikes of another kind": (iaf, given(spike_fn=sinabs.activation.MaxSpike(2)), "it fires in another way"),
     "several spikes": (iaf, given(spike_fn=sinabs.activation.MultiSpike), "it fires in another way"),
     "sinabs, reset": (
         iaf, given(reset_fn=sinabs.activation.MembraneReset(0.5)), "resets to a value that is not 0",

@@ -95,7 +95,7 @@ def test_asgl_where_the_layers_own_surrogate_is_unknown():
     assert "asgl needs a surrogate and a width" in asgl_cuda.convert(net, asgl={"width": 1.0})[1].left[0].reason
     converted, report = asgl_cuda.convert(net, asgl={"width": 1.0, "surrogate": "sigmoid"})
     assert not report.left
-    assert converted[1].settings.spike == ("sigmoid", 1.0, 1.0, False)
+    assert converted[1].settings.spike == ("sigmoid", 1.0, 1.0, False, False)
 
 
 def test_the_gradient_of_asgl_is_that_of_the_smooth_value():

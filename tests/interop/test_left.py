@@ -35,18 +35,21 @@ LEFT = {
     "a subclass of no known neuron": (lambda: subclass(neuron.QIFNode)(), "asgl_cuda has no such neuron"),
     "smooth spikes": (lambda: fires_by(surrogate.Sigmoid(spiking=False)), r"does not spike \(spiking=False\)"),
     "another surrogate": (
-        lambda: fires_by(surrogate.PiecewiseLeakyReLU()),
-        "its surrogate, PiecewiseLeakyReLU, is none of those of asgl_cuda",
+        lambda: fires_by(surrogate.S2NN()),
+        "its surrogate, S2NN, is none of those of asgl_cuda",
     ),
     "inhibition": (lambda: leaky(inhibition=True), "it has inhibition"),
     "quantised": (lambda: leaky(state_quant=lambda mem: mem), "it quantises its state"),
     "graded": (lambda: leaky(graded_spikes_factor=0.5), "its spikes are graded"),
     "no decay": (lambda: leaky(beta=0.0), r"nothing is left \(beta=0\)"),
     "no gradient": (lambda: leaky(surrogate_disable=True), "its spike function has no gradient"),
-    "straight through": (
-        lambda: leaky(spike_grad=snn_surrogate.straight_through_estimator()), "its surrogate does not fall off",
+    "heaviside": (
+        lambda: leaky(spike_grad=snn_surrogate.heaviside(), reset_delay=False), "its surrogate does not fall off",
     ),
-    "triangular": (lambda: leaky(spike_grad=snn_surrogate.triangular()), "the slope -1 at the threshold"),
+    "triangular": (
+        lambda: leaky(spike_grad=snn_surrogate.triangular(), reset_delay=False), "the slope -1 at the threshold",
+    ),
+    "random": (lambda: leaky(spike_grad=snn_surrogate.SSO()), "its surrogate does not fall off"),
     "a reset of the input": (
         lambda: snntorch.Synaptic(alpha=0.5, beta=0.5, reset_mechanism="zero"), "the input of the next step",
     ),
@@ -58,18 +61,24 @@ LEFT = {
     "adjoint": (lambda: norse.LIF(norse.LIFParameters(method="adjoint")), "it steps by lif_feed_forward_adjoint_step"),
     "circ": (lambda: norse.LIFBoxCell(norse.LIFBoxParameters(method="circ")), "its surrogate, circ, is none"),
     "MaxSpike": (
-        lambda: layers.LIF(2.0, spike_fn=activation.MaxSpike(3)),
-        "its spikes are those of MaxSpike; SingleSpike and MultiSpike can be converted",
+        lambda: layers.LIF(2.0, spike_fn=activation.MaxSpike(300)),
+        "at most 300 spikes a step, which must be a whole number in .1, 256.",
     ),
-    "MultiSpike with a reset to 0": (
-        lambda: layers.LIF(2.0, reset_fn=activation.MembraneReset()),
-        r"resets to a value after several spikes \(MultiSpike\)",
+    "no spikes": (lambda: layers.LIF(2.0, spike_fn=activation.MaxSpike(0)), "it has at most 0 spikes a step"),
+    "no spikes to reset": (
+        lambda: layers.LIF(2.0, spike_fn=activation.MaxSpike(0), reset_fn=activation.MembraneReset()),
+        "emits something else than 0 below and 1 above the threshold",
+    ),
+    "spikes of a user": (
+        lambda: layers.LIF(2.0, spike_fn=type("Mine", (activation.MultiSpike,), {})),
+        "its spikes are those of Mine; SingleSpike, MultiSpike and MaxSpike can be converted",
     ),
     "least potentials": (
         lambda: layers.IAF(min_v_mem=torch.tensor([-1.0, -2.0])), r"\(min_v_mem\) differs between neurons",
     ),
-    "widths for each": (
-        lambda: layers.IAF(spike_threshold=torch.tensor([1.0, 2.0])), "as wide as each neuron's own threshold",
+    "surrogates for each": (
+        lambda: layers.IAF(spike_threshold=torch.tensor([1.0, 2.0]), surrogate_grad_fn=activation.Heaviside()),
+        "another for each neuron's own threshold",
     ),
     "Heaviside": (lambda: layers.IAF(surrogate_grad_fn=activation.Heaviside()), "surrogate does not fall off"),
     "MultiGaussian": (lambda: layers.IAF(surrogate_grad_fn=activation.MultiGaussian()), "its surrogate is none of"),
