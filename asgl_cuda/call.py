@@ -78,7 +78,9 @@ Options = namedtuple(
     "return_v_last return_v_seq return_h_seq residual_gain",
 )
 # The flags among the options, 0 or 1 in Rules.
-FLAGS = tuple(name for name in Options._fields if name in Rules._fields and name not in ("surrogate", "time_dim"))
+FLAGS = tuple(
+    name for name in Options._fields if name in Rules._fields and name not in ("surrogate", "levels", "time_dim")
+)
 # All arguments of `lif` except x_seq.
 Arguments = namedtuple("Arguments", "values options v_init rng_state generator backend")
 
@@ -295,6 +297,7 @@ def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
         log_width=int(isinstance(values.width, Logarithm)),
         logit_decay=int(isinstance(values.decay, Logit)),
         analog_below=BELOW_IN_STATE if as_data else check_analog_prob(values.analog_prob, caller),
+        levels=levels or 0,
         time_dim=time_dim,
         **{name: int(flag) for name, flag in flags.items()},
     )
@@ -349,7 +352,7 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
         check_v_init(v_init, x_seq, rules.time_dim, caller)
         v_init = v_init.to(real)
     numbers += float(options.residual_gain), float(options.v_rest), float(options.surrogate_gain)
-    numbers += float(options.v_min or 0), float(levels or 0)
+    numbers.append(float(options.v_min or 0))
     if rules.analog_below or rng_state is not None or generator is not None:
         rng_state = _noise(caller, x_seq, rules.analog_below, analog_prob, rng_state, generator, backend)
     if not is_dense(x_seq, rules.time_dim):

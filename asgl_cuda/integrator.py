@@ -196,7 +196,7 @@ def _computed(
         decay = decay.stored if isinstance(decay, Logit) else decay
         constants = [0.0 if isinstance(each, Tensor) else float(each) for each in (decay, input_gain)]
         values = 1.0, constants[0], 1.0, 0.0, constants[1], 0.0, 0.0
-        numbers = Numbers(*values, residual_gain=1.0, v_rest=v_rest, surrogate_gain=1.0, v_min=0.0, levels=0.0)
+        numbers = Numbers(*values, residual_gain=1.0, v_rest=v_rest, surrogate_gain=1.0, v_min=0.0)
         decay, input_gain = (each.to(real) if isinstance(each, Tensor) else None for each in (decay, input_gain))
         tensors = x_seq if is_dense(x_seq, time_dim) else x_seq.contiguous(), v_init, decay, input_gain
         inputs = backend, numbers, rules, delay, wants_v_last, *tensors

@@ -73,9 +73,6 @@ class Numbers(NamedTuple):
     v_rest: float
     surrogate_gain: float
     v_min: float  # 0 without a floor
-    # The most spikes a step, 0 for no limit. With INTEGER width is the threshold, v_threshold the factor of
-    # scale_output.
-    levels: float
 
 
 class Rules(NamedTuple):
@@ -92,6 +89,9 @@ class Rules(NamedTuple):
     log_width: int  # 1: the width is given as its logarithm, within the bound of learned.py; 0 for the reference
     logit_decay: int  # 1: the decay is given as its logit
     analog_below: int  # round(analog_prob * DRAWS), or BELOW_IN_STATE
+    # The most spikes a step, 0 for no limit. With INTEGER width is the threshold, v_threshold the factor of
+    # scale_output.
+    levels: int
     time_dim: int  # not negative
 
     def changed(self, **values: int) -> Rules:
@@ -171,7 +171,7 @@ def lif_reference(
     real = real_type(x_seq.dtype)
     time_dim, v_rest = rules.time_dim, numbers.v_rest
     counts = rules.surrogate == INTEGER
-    cumulative: Callable[[Tensor], Tensor] = partial(_clamped, most=numbers.levels)
+    cumulative: Callable[[Tensor], Tensor] = partial(_clamped, most=rules.levels)
     if not counts:
         cumulative = next(each.cumulative for each in SURROGATES.values() if each.id == rules.surrogate)
 
@@ -205,7 +205,7 @@ def lif_reference(
         z = (u > 0 if rules.strict_threshold else u >= 0).to(real)
         if rules.multi_spike:
             z = (h > 0) * torch.div(h, at(v_threshold, t), rounding_mode="trunc")
-            z = z.clamp(max=numbers.levels) if numbers.levels else z
+            z = z.clamp(max=rules.levels) if rules.levels else z
         if counts:
             z = a.round()
         hard_or_analog = torch.where(analog[t], a, z).detach()

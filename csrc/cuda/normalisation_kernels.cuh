@@ -103,7 +103,8 @@ struct ShiftedSums {
 };
 
 template <class Scalar, int kLanes>
-__global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const MomentsParams<Scalar> params) {
+__global__ void __launch_bounds__(kBlockThreads, kLanes == 4 ? 4 : 6)
+    batch_moments_kernel(const MomentsParams<Scalar> params) {
   using Real = Real_t<Scalar>;
   constexpr int kTogether = sizeof(Real) == 4 ? 8 : 4;  // loads in flight
   const ChannelTiles& tiles = params.tiles;

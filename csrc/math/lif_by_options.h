@@ -48,7 +48,7 @@ struct LIFByOptions : NeuronOptions<Real> {
     if (kBranches && analog) return smooth(u, neuron);
     if (kBranches && !multi_spike) return counts() ? math::rounded(smooth(u, neuron)) : firing.spike(u);
     const Real several = (h > Real(0) ? Real(1) : Real(0)) * math::trunc(h / neuron.v_threshold);
-    const Real most = this->levels;
+    const Real most = static_cast<Real>(this->levels);
     const Real limited = most > Real(0) && several > most ? most : several;
     const Real z = choose(multi_spike, limited, firing.spike(u));
     if (kBranches) return z;
@@ -57,7 +57,7 @@ struct LIFByOptions : NeuronOptions<Real> {
   }
 
   ASGL_HOST_DEVICE Real smooth(Real u, const Neuron<Real>& neuron) const {
-    return any_surrogate(this->surrogate, this->levels, u * neuron.inverse_width);
+    return any_surrogate(this->surrogate, static_cast<Real>(this->levels), u * neuron.inverse_width);
   }
 
   ASGL_HOST_DEVICE Real from_threshold(Real h, const Neuron<Real>& neuron) const {
@@ -115,7 +115,7 @@ struct LIFByOptions : NeuronOptions<Real> {
                                                    const Neuron<Real>& neuron, const NeuronOptions<Real>&,
                                                    States&& d_state) const {
     const Real dv = d_state.v, y = distance(h, neuron) * neuron.inverse_width;
-    const Real dy = any_surrogate(this->surrogate, this->levels, y, ds * this->surrogate_gain);
+    const Real dy = any_surrogate(this->surrogate, static_cast<Real>(this->levels), y, ds * this->surrogate_gain);
     const Real from_v = choose(this->hard_reset, dv * (Real(1) - s), dv);
     const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
     d_state.v = neuron.decay * dh;

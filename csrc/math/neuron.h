@@ -60,7 +60,6 @@ template <class Real>
 struct NeuronOptions {
   Real v_rest;
   Real surrogate_gain;
-  Real levels;  // the most spikes a step of kInteger and multi_spike
   Surrogate surrogate;
   bool hard_reset;
   bool strict_threshold;
@@ -68,6 +67,7 @@ struct NeuronOptions {
   bool detach_reset;
   bool log_width;    // the parameter kWidth is the logarithm of the width
   bool logit_decay;  // kDecay is the logit of the decay
+  uint16 levels;     // the most spikes a step of kInteger and multi_spike; in padding, so that no other kernel changes
 };
 
 // Assumptions of input_current and charge, which change at most the sign of a zero.
@@ -96,7 +96,7 @@ struct Firing {
   Real levels;
 
   ASGL_HOST_DEVICE explicit Firing(const NeuronOptions<Real>& options)
-      : strict(options.strict_threshold), levels(options.levels) {}
+      : strict(options.strict_threshold), levels(static_cast<Real>(options.levels)) {}
   ASGL_HOST_DEVICE Real spike(Real u) const {
     return strict ? (u > Real(0) ? Real(1) : Real(0)) : (u >= Real(0) ? Real(1) : Real(0));
   }
@@ -110,7 +110,7 @@ struct FiringFromLeast {
 
   ASGL_HOST_DEVICE explicit FiringFromLeast(const NeuronOptions<Real>& options)
       : least_u(options.strict_threshold ? (sizeof(Real) == 4 ? Real(0x1p-149f) : Real(0x1p-1074)) : Real(0)),
-        levels(options.levels) {}
+        levels(static_cast<Real>(options.levels)) {}
   ASGL_HOST_DEVICE Real spike(Real u) const { return u >= least_u ? Real(1) : Real(0); }
 };
 
@@ -219,7 +219,7 @@ struct LIF {
                                                           const Neuron<Real>& neuron,
                                                           const NeuronOptions<Real>& options, States&& d_state) {
     const Real dv = d_state.v, y = distance(h, neuron) * neuron.inverse_width;
-    const Real dy = surrogate<kSurrogate>(options.levels, y, ds * options.surrogate_gain);
+    const Real dy = surrogate<kSurrogate>(static_cast<Real>(options.levels), y, ds * options.surrogate_gain);
     const Real from_v = kHardReset ? dv * (Real(1) - s) : dv;
     const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
     d_state.v = neuron.decay * dh;

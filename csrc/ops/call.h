@@ -60,11 +60,11 @@ inline at::ScalarType real_type(const Tensor& x_seq) {
 // Unpacked from lists, in the order of the fields of Rules and Numbers in asgl_cuda/reference.py.
 struct Rules {
   int64_t surrogate, hard_reset, strict_threshold, scale_output, detach_reset, multi_spike, periodic, floored,
-      log_width, logit_decay, analog_below, time_dim;
+      log_width, logit_decay, analog_below, levels, time_dim;
 };
 struct Numbers {
   double constants[kNumParameters];  // in the order of ParameterId, 0 where the parameter is a tensor
-  double residual_gain, v_rest, surrogate_gain, v_min, levels;
+  double residual_gain, v_rest, surrogate_gain, v_min;
 };
 
 template <class Fields, class Element>
@@ -102,6 +102,8 @@ class Call {
                        residual->scalar_type(), " on ", residual->device());
       residual_ = layout_.match_sequence(*residual);
     }
+    TORCH_CHECK_VALUE(0 <= rules_.levels && rules_.levels <= std::numeric_limits<uint16>::max(),
+                      "asgl_cuda: levels must have 16 bits, got ", rules_.levels);
     const int64_t below = rules_.analog_below;
     TORCH_CHECK_VALUE(0 <= below && below <= kAnalogBelowInState, "asgl_cuda: analog_below must be in [0, ",
                       kAnalogBelowInState, "], got ", below);
@@ -138,7 +140,6 @@ class Call {
     for (int id = 0; id < kNumParameters; ++id) params.parameters[id] = view<Real>(id);
     params.options = {static_cast<Real>(numbers_.v_rest),
                       static_cast<Real>(numbers_.surrogate_gain),
-                      static_cast<Real>(numbers_.levels),
                       static_cast<Surrogate>(rules_.surrogate),
                       rules_.hard_reset != 0,
                       rules_.strict_threshold != 0,
@@ -146,6 +147,7 @@ class Call {
                       rules_.detach_reset != 0,
                       rules_.log_width != 0,
                       rules_.logit_decay != 0,
+                      static_cast<uint16>(rules_.levels),
                       static_cast<Real>(numbers_.v_min),
                       rules_.multi_spike != 0,
                       rules_.periodic != 0,

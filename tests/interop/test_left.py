@@ -121,7 +121,7 @@ def test_options(name):
 KINDS = {
     "asgl_cuda has no such neuron": [
         *(getattr(neuron, name) for name in (
-            "QIFNode", "DSRIFNode", "DSRLIFNode", "ActivationAwareIFNode", "ILIFNode",
+            "QIFNode", "DSRIFNode", "DSRLIFNode", "ActivationAwareIFNode",
         )),
         lambda: neuron.GatedLIFNode(4), lambda: neuron.STBIFNode(torch.tensor(1.0), 4, True),
         lambda: neuron.FlexSN(lambda x, v: (x, v), num_states=1), lambda: snntorch.Alpha(alpha=0.9, beta=0.8),

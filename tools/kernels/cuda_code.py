@@ -14,13 +14,16 @@ from typing import NamedTuple
 
 from asgl_cuda.backends.neuron_kernels import SCALARS
 from asgl_cuda.extension import compilation
-from asgl_cuda.surrogate import SURROGATES
+from asgl_cuda.surrogate import INTEGER, SURROGATES
 from benchmarks import ROOT
 
 CSRC = ROOT / "csrc"
 
 _DTYPES = {scalar: str(dtype).removeprefix("torch.") for dtype, scalar in SCALARS.items()}
-_SURROGATES = {f"(asgl::Surrogate){surrogate.id}": name for name, surrogate in SURROGATES.items()}
+_SURROGATES = {
+    **{f"(asgl::Surrogate){surrogate.id}": name for name, surrogate in SURROGATES.items()},
+    f"(asgl::Surrogate){INTEGER}": "integer",
+}
 ANY = "any surrogate", "any reset"  # in general kernels
 # Kinds of kernels by template arguments, without type, surrogate and reset.
 _KINDS = {

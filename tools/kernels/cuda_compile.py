@@ -35,7 +35,7 @@ from asgl_cuda.backends import cupy, integrator_kernels, neuron_kernels, normali
 from asgl_cuda.backends.structures import constant
 from asgl_cuda.extension import compilation
 from asgl_cuda.reference import Rules
-from asgl_cuda.surrogate import SURROGATES
+from asgl_cuda.surrogate import INTEGER, SURROGATES
 
 from .. import host_compiler
 from . import resources
@@ -160,7 +160,7 @@ def kernels_asked_for() -> list[str]:
             normalisation_kernels.adjoint_kernel(real),
         ]
     rules = Rules(**dict.fromkeys(Rules._fields, 0))
-    each = product(range(len(SURROGATES)), (0, 1))
+    each = (*product(range(len(SURROGATES)), (0, 1)), (INTEGER, 0))
     models = [neuron_kernels.model(rules._replace(surrogate=surrogate, hard_reset=hard)) for surrogate, hard in each]
     for dtype in neuron_kernels.SCALARS:
         lanes = (1,) if dtype == torch.float64 else (1, 4)

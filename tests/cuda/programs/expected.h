@@ -45,7 +45,7 @@ struct RulesAgain : Named {
     Real fire(Real h, bool analog, const Neuron<Real>& neuron, const Firing<Real>& firing) const {
       if (!options.multi_spike) return Named::fire(h, analog, neuron, firing);
       const Real several = h > 0 ? std::trunc(h / neuron.v_threshold) : Real(0);
-      return options.levels > 0 ? std::min(several, options.levels) : several;
+      return options.levels > 0 ? std::min(several, Real(options.levels)) : several;
     }
     Real above_floor(Real h, Real s, const Neuron<Real>& neuron) const {
       State<Real> state;

@@ -76,12 +76,12 @@ class Trial {
     const bool rests_at_zero = !random_.once_in(seldom);
     forward_.options = {Real(rests_at_zero ? 0.0 : random_.between(-0.2, 0.2)),
                         Real(random_.toss() ? 1.0 : 1.5),
-                        Real(kSurrogate == Surrogate::kInteger || it.number % 2 == 0 ? 2 : 0),
                         kSurrogate,
                         kHardReset,
                         strict,
                         scaled,
                         detached && !infinite_};
+    forward_.options.levels = kSurrogate == Surrogate::kInteger || it.number % 2 == 0 ? 2 : 0;
     const uint32 analog_below[] = {0, 20000, 20000, 20000, 65535, 65536};
     rng_state_[0] = static_cast<int64>(random_.between(-1e18, 1e18));
     rng_state_[1] = static_cast<int64>(random_.between(-1e10, 1e10));
