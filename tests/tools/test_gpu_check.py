@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from benchmarks.speed.rates import Rates
 from tools.gpu_check import bars, card, check, kernel_times, prepare, steps
 from tools.gpu_check.check import Findings, Outcome
 from tools.gpu_check.steps import Machine, Step
+from tools.kernels.cuda_compile import kernels_asked_for
 from tools.roofline.prediction import RESIDUAL_KERNELS
 
 ORIGIN = {"code": "0123", "torch": "2.11.0", "gpu": "a card", "capability": "9.0"}
@@ -203,13 +206,26 @@ def test_dry_run(tmp_path):
     assert list(found["steps"]) == wanted
     assert found["machine"]["torch"] == torch.__version__
     results = {name: step["result"] for name, step in found["steps"].items()}
-    assert {kernel["kernel"] for call in results["kernels"]["calls"] for kernel in call["kernels"]} == set(
-        kernel_times.STAND_INS
-    )
+    of_calls = {kernel["kernel"] for call in results["kernels"]["calls"] for kernel in call["kernels"]}
+    of_layers = {name for layer in results["layers"]["layers"] for name in layer["launched"]}
+    assert of_calls < of_layers == set(kernel_times.STAND_INS)
     assert results["layers"]["layers"][0]["launches"] == 2
     assert any(bar["measured"] and bar["predicted"] for bar in found["bars"])
     again = python("-m", "tools.gpu_check.check", tmp_path, "--dry-run", "--only", "judged")
     assert "---" not in again.stdout, "it was complete"
+
+
+# ---- names of kernels ----
+
+
+def test_every_kernel_is_named_and_counted():
+    """By torch's profiler and by Nsight Compute, with and without the namespace."""
+    for kernel in kernels_asked_for():
+        assert re.search(kernel_times.OUR_KERNELS, kernel)
+        assert re.search(kernel_times.OUR_KERNELS, kernel.removeprefix("asgl::"))
+        assert "<" not in kernel_times.kind_of(f"void {kernel}(asgl::Params)")[1], "not in _KINDS of cuda_code.py"
+    command = kernel_times.ncu_command("ncu", Path("log"))
+    assert command[command.index("--kernel-name") + 1] == f"regex:{kernel_times.OUR_KERNELS}"
 
 
 # ---- bars ----
