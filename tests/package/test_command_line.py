@@ -17,7 +17,7 @@ EMULATIONS = {"emulated", "replayed", "ptx", "ptx_one"}  # in tests only
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
     )
 
 
@@ -188,5 +188,5 @@ def test_a_missing_numpy_is_silent(tmp_path):
 
 def test_output_that_is_not_read_to_its_end():
     command = ["bash", "-c", '"$0" -m asgl_cuda info | head -n 1', sys.executable]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert (len(result.stdout.splitlines()), result.stderr) == (1, "")

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -59,14 +58,14 @@ def run_all(todo, whole):
 
 
 def test_stopped_and_failing_steps(monkeypatch):
-    monkeypatch.setattr(check, "GRACE", 2)
-    deaf = Step("deaf", ["bash", "-c", "trap '' INT; echo begun; sleep 60 & sleep 60"], 1, {})
-    failing = Step("failing", ["bash", "-c", "echo FAILED one; echo '1 failed, 2 passed in 0.5s'; exit 3"], 5, {})
-    silent = Step("silent", ["bash", "-c", "echo 4 skipped in 0.1s"], 5, {}, steps.nothing_passed)
-    good = Step("good", ["bash", "-c", "echo $WORD"], 5, {})
-    started = time.monotonic()
-    found, log = run_all([deaf, failing, silent, good], 17)
-    assert time.monotonic() - started < 30, "the sleeping child was waited for"
+    monkeypatch.setattr(check, "GRACE", 1)
+    sleeps = "trap '' INT; echo begun; (sleep 60; echo waited) & sleep 60; echo waited"
+    deaf = Step("deaf", ["bash", "-c", sleeps], 2, {})
+    failing = Step("failing", ["bash", "-c", "echo FAILED one; echo '1 failed, 2 passed in 0.5s'; exit 3"], 60, {})
+    silent = Step("silent", ["bash", "-c", "echo 4 skipped in 0.1s"], 60, {}, steps.nothing_passed)
+    good = Step("good", ["bash", "-c", "echo $WORD"], 60, {})
+    found, log = run_all([deaf, failing, silent, good], 182)
+    assert "waited" not in log.splitlines()
     assert found[0].ended.startswith("stopped after")
     assert [outcome.ended for outcome in found[1:]] == ["failed with status 3", "no test was run", "passed"]
     assert [outcome.passed for outcome in found] == [False, False, False, True]
@@ -77,32 +76,49 @@ def test_stopped_and_failing_steps(monkeypatch):
 
 
 WRITES_AND_WAITS = """
-import sys, time
-file, seconds = sys.argv[1:]
-open(file, "w").write('{"seconds": ' + seconds + '}')
-try:
-    time.sleep(60)
-except KeyboardInterrupt:
-    print("3 passed in 1.0s")
+trap 'echo 3 passed in 1.0s; exit 0' INT
+echo "{\\"seconds\\": $2}" > $1
+while true; do sleep 1; done
 """
 
 
 def test_results_of_a_stopped_step_are_kept():
-    step = Step("slow", [sys.executable, "-c", WRITES_AND_WAITS, steps.RESULT, steps.SECONDS], 4, {})
+    step = Step("slow", ["bash", "-c", WRITES_AND_WAITS, "bash", steps.RESULT, steps.SECONDS], 4, {})
     (outcome,), _ = run_all([step], 4)
-    assert outcome.ended.startswith("stopped after 4 s")
+    assert outcome.ended.startswith("stopped after ")
     assert (outcome.tests, outcome.result) == ("3 passed in 1.0s", {"seconds": 3})
+
+
+# The last test waits until the others are reported.
+KILLED = {
+    "test_some.py": """
+import os, pathlib, pytest, signal, time
+@pytest.mark.parametrize("word", ["a b", "c", "d"])
+def test_it(word):
+    assert word != "c"
+def test_killed():
+    while not pathlib.Path(__file__).with_name("reported 3").exists():
+        time.sleep(0.1)
+    os.killpg(0, signal.SIGKILL)
+""",
+    "conftest.py": """
+import os, pathlib, pytest
+reported = []
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    if report.when == "call" and "PYTEST_XDIST_WORKER" not in os.environ:
+        reported.append(report)
+        pathlib.Path(__file__).with_name(f"reported {len(reported)}").touch()
+""",
+}
 
 
 @pytest.mark.parametrize("processes", [[], ["-n", "2"]])
 def test_results_of_a_killed_pytest(tmp_path, processes):
     if processes:
         pytest.importorskip("xdist")
-    (tmp_path / "test_some.py").write_text(
-        "import os, pytest, signal, time\n@pytest.mark.parametrize('word', ['a b', 'c', 'd'])\n"
-        "def test_it(word):\n    assert word != 'c'\n"
-        "def test_killed():\n    time.sleep(1)\n    os.killpg(0, signal.SIGKILL)\n"
-    )
+    for name, text in KILLED.items():
+        (tmp_path / name).write_text(text)
     (pytest_step,) = (step for step in steps.steps(Machine.here("cpu")) if step.name == "suite-cpu")
     command = [*pytest_step.command[: pytest_step.command.index("-m", 2)], "-p", "no:cacheprovider", *processes]
     (found,), log = run_all([Step("suite", [*command, "-c", os.devnull, "-q", str(tmp_path)], 60, {})], 60)
