@@ -3,14 +3,16 @@
 import os
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 import asgl_cuda
 import asgl_cuda.__main__
-from asgl_cuda.backends import BACKENDS
+from asgl_cuda.backends import BACKENDS, cupy
 
 EMULATIONS = {"emulated", "replayed", "ptx", "ptx_one"}  # in tests only
 
@@ -39,6 +41,16 @@ def test_info_tells_why_a_backend_does_not_work(monkeypatch, capsys):
     monkeypatch.setitem(BACKENDS, "cpu", broken)
     assert asgl_cuda.__main__.info() == 0
     assert "cpu        the compiled extension is missing: no compiler" in capsys.readouterr().out
+
+
+def test_info_tells_a_missing_cupy_from_a_missing_nvrtc(monkeypatch):
+    """A CUDA build of torch installs NVRTC itself."""
+    monkeypatch.setitem(sys.modules, "cupy_backends", None)
+    assert ", CuPy missing, " in cupy.description()
+    monkeypatch.setitem(sys.modules, "cupy_backends", ModuleType("cupy_backends"))
+    sys.modules["cupy_backends"].__spec__ = ModuleSpec("cupy_backends", None)
+    monkeypatch.setattr(cupy, "nvrtc_problem", lambda: "no libnvrtc.so")
+    assert ", NVRTC missing, " in cupy.description()
 
 
 def test_info_names_the_page_that_explains_it_where_there_is_one(monkeypatch, capsys, tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -200,6 +201,29 @@ def test_again_keeps_other_steps_of_the_same_code(tmp_path, monkeypatch, origin,
     assert after.read() is None
     assert list(after.outcomes) == left
     assert after.outcomes["check"].passed
+
+
+@pytest.mark.parametrize(("dry_run", "expected"), [(["--dry-run"], (15, 300)), ([], (5, 100))])
+def test_limits_of_a_dry_run_grow_on_a_busy_machine(tmp_path, monkeypatch, dry_run, expected):
+    found = []
+    for name, value in (
+        ("slowness", lambda: 3.0),
+        ("origin", lambda dry_run: ORIGIN),
+        ("why_not", lambda dry_run: None),
+        ("steps", lambda machine: [Step("one", ["true"], 5, {})]),
+        ("run_all", lambda todo, whole, *_: found.append((todo[0].seconds, whole))),
+    ):
+        monkeypatch.setattr(check, name, value)
+    monkeypatch.setattr(check.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["check", str(tmp_path), "--seconds", "100", *dry_run])
+    check.main()
+    assert found == [expected]
+
+
+@pytest.mark.parametrize(("seconds", "slower"), [(0.5 * check.IMPORT, 1), (3 * check.IMPORT, 3)])
+def test_slowness(monkeypatch, seconds, slower):
+    monkeypatch.setattr(check, "time", SimpleNamespace(monotonic=iter([0.0, seconds]).__next__))
+    assert check.slowness() == pytest.approx(slower)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
