@@ -33,6 +33,11 @@ def _rectangle(y: Tensor) -> Tensor:
     return torch.where((ramp >= 0) & (ramp <= 1), ramp, ramp.detach().clamp(0, 1))
 
 
+def _triangle_tail(y: Tensor) -> Tensor:
+    inside = (1 - y).clamp(min=0)
+    return 0.5 * inside * inside  # as in csrc; the last place of pow depends on the device
+
+
 def _mirrored(tail: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """F = tail(|y|) below 0 and 1 - tail(|y|) above, without abs(), whose slope at 0 is 0 in autograd."""
 
@@ -45,7 +50,7 @@ def _mirrored(tail: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 SURROGATES: dict[str, Surrogate] = {
     "rectangle": Surrogate(0, _rectangle),
-    "triangle": Surrogate(1, _mirrored(lambda y: 0.5 * (1 - y).clamp(min=0) ** 2)),
+    "triangle": Surrogate(1, _mirrored(_triangle_tail)),
     "sigmoid": Surrogate(2, torch.sigmoid),
     "arctan": Surrogate(3, lambda y: torch.atan(y * (math.pi / 2)) * (1 / math.pi) + 0.5),
     "erf": Surrogate(4, lambda y: (1 + torch.erf(y)) * 0.5),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 _FORWARD_MODE = (
     "forward-mode differentiation was asked for, and the fused backends have reverse mode alone; "
@@ -86,10 +87,17 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         raise
 
 
+@cache
+def _single_level(function: type[torch.autograd.Function]) -> Any:
+    """The same function, which torch.func does not dispatch to its transforms: torch 2.15 dispatches every Function."""
+    members = {name: staticmethod(getattr(function, name)) for name in ("forward", "setup_context", "backward")}
+    return type(function.__name__, (_SingleLevelFunction,), members)
+
+
 def apply_here(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`apply` in an operator's autograd kernel, which runs once per level of differentiation."""
     with enable_single_level_autograd_function():
-        return _unbound(function).apply(*arguments)
+        return _single_level(function).apply(*arguments)
 
 
 def saved_tensors(ctx: Any) -> tuple[Any, ...]:

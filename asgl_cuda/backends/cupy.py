@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import logging
 import os
 import struct
@@ -228,7 +229,9 @@ normalisation_kernels.implement(NAMESPACE, "CUDA", normalisation_kernels.operato
 
 def description() -> str:
     """Paths of the headers, NVRTC and the cache, if present, for display."""
-    if nvrtc_problem() is not None:
+    if importlib.util.find_spec("cupy_backends") is None:
+        nvrtc = "CuPy missing"
+    elif nvrtc_problem() is not None:
         nvrtc = "NVRTC missing"
     else:
         maps = Path("/proc/self/maps")  # libraries of this process; not on every system

@@ -465,7 +465,7 @@ def test_two_processes(tmp_path):
         subprocess.Popen(command, env=each, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for each in environments
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert "epoch 1/1: loss" in outputs[0], outputs
     assert "epoch" not in outputs[1]
     saved = torch.load(tmp_path / "last.pt")

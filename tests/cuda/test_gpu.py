@@ -23,7 +23,7 @@ GPU_BACKENDS = [name for name in ("cuda", "cupy") if name in WANTED and name in 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU_BACKENDS, reason=str(asgl_cuda.unavailable_backends()))]
 
-WAIT = 100_000_000  # cycles, some 50 ms: longer than the host takes to queue a call
+WAIT = 500_000_000  # cycles, some 0.3 s: longer than a busy host takes to queue a call
 
 
 @pytest.fixture(params=GPU_BACKENDS or ["none"])

@@ -296,7 +296,7 @@ for kernel in (jit.PROBE, jit.PROBE):
 """
     environment = {**os.environ, "LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment, cwd=emulated.ROOT
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, env=environment, cwd=emulated.ROOT
     )
     assert result.returncode == 0, result.stderr
     symbol = jit.load_or_compile(jit.PROBE, "sm_90").symbol

@@ -85,7 +85,7 @@ def by_host(text: str) -> str:
         pytest.skip("no C++ compiler")
     flags = ["-std=c++17", "-fsyntax-only", "-Wno-invalid-offsetof", "-include", "cstddef", "-x", "c++"]
     result = subprocess.run(
-        [*command, *flags, f"-I{CSRC}", "-"], input=text, capture_output=True, text=True, timeout=120
+        [*command, *flags, f"-I{CSRC}", "-"], input=text, capture_output=True, text=True, timeout=600
     )
     return result.stderr if result.returncode else ""
 

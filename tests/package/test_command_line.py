@@ -3,21 +3,23 @@
 import os
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 import asgl_cuda
 import asgl_cuda.__main__
-from asgl_cuda.backends import BACKENDS
+from asgl_cuda.backends import BACKENDS, cupy
 
 EMULATIONS = {"emulated", "replayed", "ptx", "ptx_one"}  # in tests only
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
     )
 
 
@@ -39,6 +41,16 @@ def test_info_tells_why_a_backend_does_not_work(monkeypatch, capsys):
     monkeypatch.setitem(BACKENDS, "cpu", broken)
     assert asgl_cuda.__main__.info() == 0
     assert "cpu        the compiled extension is missing: no compiler" in capsys.readouterr().out
+
+
+def test_info_tells_a_missing_cupy_from_a_missing_nvrtc(monkeypatch):
+    """A CUDA build of torch installs NVRTC itself."""
+    monkeypatch.setitem(sys.modules, "cupy_backends", None)
+    assert ", CuPy missing, " in cupy.description()
+    monkeypatch.setitem(sys.modules, "cupy_backends", ModuleType("cupy_backends"))
+    sys.modules["cupy_backends"].__spec__ = ModuleSpec("cupy_backends", None)
+    monkeypatch.setattr(cupy, "nvrtc_problem", lambda: "no libnvrtc.so")
+    assert ", NVRTC missing, " in cupy.description()
 
 
 def test_info_names_the_page_that_explains_it_where_there_is_one(monkeypatch, capsys, tmp_path):
@@ -188,5 +200,5 @@ def test_a_missing_numpy_is_silent(tmp_path):
 
 def test_output_that_is_not_read_to_its_end():
     command = ["bash", "-c", '"$0" -m asgl_cuda info | head -n 1', sys.executable]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert (len(result.stdout.splitlines()), result.stderr) == (1, "")

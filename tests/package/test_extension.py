@@ -238,7 +238,7 @@ def test_process_that_imports_a_truncated_extension_goes_on(tmp_path, size):
     (package / "_build_info.py").write_text("import sys\nsys.exit(3)")  # left by an earlier version
     os.truncate(package / built.name, size)
     result = subprocess.run(
-        [sys.executable, "-m", "asgl_cuda", "info"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "asgl_cuda", "info"], cwd=tmp_path, capture_output=True, text=True, timeout=600,
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
     )  # fmt: skip
     assert (result.returncode, result.stderr) == (0, "")

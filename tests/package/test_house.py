@@ -57,6 +57,12 @@ def test_tests_are_no_package():
     assert not files("tests", "__init__.py")
 
 
+def test_no_test_measures_time():
+    """On a busy machine it would fail: tests count work, benchmarks measure time."""
+    clocks = ("time", "timeit", "torch.utils.benchmark")
+    assert not [path for path in files("tests") for name in imports(path) if name.startswith(clocks)]
+
+
 @pytest.mark.parametrize("package", LAYERS[:-1])
 def test_no_circle(package):
     modules = {name_of(path): path for path in files(package)}

@@ -26,7 +26,7 @@ def run(*command: str | Path, cwd: Path, status: int = 0, **environment: str) ->
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     words = [str(word) for word in command]
     result = subprocess.run(
-        words, cwd=cwd, env={**inherited, **environment}, text=True, timeout=300, check=False,
+        words, cwd=cwd, env={**inherited, **environment}, text=True, timeout=600, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert result.returncode == status, result.stdout

@@ -22,11 +22,11 @@ def selftest(compiler, tmp_path_factory):
 
 
 def test_correct_programs(selftest):
-    result = subprocess.run([selftest, "all"], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([selftest, "all"], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_is_found(selftest, mistake):
-    result = subprocess.run([selftest, mistake], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([selftest, mistake], capture_output=True, text=True, timeout=600)
     assert result.returncode == 1, result.stdout + result.stderr

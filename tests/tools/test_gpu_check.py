@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from benchmarks.speed.rates import Rates
 from tools.gpu_check import bars, card, check, kernel_times, prepare, steps
 from tools.gpu_check.check import Findings, Outcome
 from tools.gpu_check.steps import Machine, Step
+from tools.kernels.cuda_compile import kernels_asked_for
 from tools.roofline.prediction import RESIDUAL_KERNELS
 
 ORIGIN = {"code": "0123", "torch": "2.11.0", "gpu": "a card", "capability": "9.0"}
@@ -56,14 +59,14 @@ def run_all(todo, whole):
 
 
 def test_stopped_and_failing_steps(monkeypatch):
-    monkeypatch.setattr(check, "GRACE", 2)
-    deaf = Step("deaf", ["bash", "-c", "trap '' INT; echo begun; sleep 60 & sleep 60"], 1, {})
-    failing = Step("failing", ["bash", "-c", "echo FAILED one; echo '1 failed, 2 passed in 0.5s'; exit 3"], 5, {})
-    silent = Step("silent", ["bash", "-c", "echo 4 skipped in 0.1s"], 5, {}, steps.nothing_passed)
-    good = Step("good", ["bash", "-c", "echo $WORD"], 5, {})
-    started = time.monotonic()
-    found, log = run_all([deaf, failing, silent, good], 17)
-    assert time.monotonic() - started < 30, "the sleeping child was waited for"
+    monkeypatch.setattr(check, "GRACE", 1)
+    sleeps = "trap '' INT; echo begun; (sleep 60; echo waited) & sleep 60; echo waited"
+    deaf = Step("deaf", ["bash", "-c", sleeps], 2, {})
+    failing = Step("failing", ["bash", "-c", "echo FAILED one; echo '1 failed, 2 passed in 0.5s'; exit 3"], 60, {})
+    silent = Step("silent", ["bash", "-c", "echo 4 skipped in 0.1s"], 60, {}, steps.nothing_passed)
+    good = Step("good", ["bash", "-c", "echo $WORD"], 60, {})
+    found, log = run_all([deaf, failing, silent, good], 182)
+    assert "waited" not in log.splitlines()
     assert found[0].ended.startswith("stopped after")
     assert [outcome.ended for outcome in found[1:]] == ["failed with status 3", "no test was run", "passed"]
     assert [outcome.passed for outcome in found] == [False, False, False, True]
@@ -74,32 +77,49 @@ def test_stopped_and_failing_steps(monkeypatch):
 
 
 WRITES_AND_WAITS = """
-import sys, time
-file, seconds = sys.argv[1:]
-open(file, "w").write('{"seconds": ' + seconds + '}')
-try:
-    time.sleep(60)
-except KeyboardInterrupt:
-    print("3 passed in 1.0s")
+trap 'echo 3 passed in 1.0s; exit 0' INT
+echo "{\\"seconds\\": $2}" > $1
+while true; do sleep 1; done
 """
 
 
 def test_results_of_a_stopped_step_are_kept():
-    step = Step("slow", [sys.executable, "-c", WRITES_AND_WAITS, steps.RESULT, steps.SECONDS], 4, {})
+    step = Step("slow", ["bash", "-c", WRITES_AND_WAITS, "bash", steps.RESULT, steps.SECONDS], 4, {})
     (outcome,), _ = run_all([step], 4)
-    assert outcome.ended.startswith("stopped after 4 s")
+    assert outcome.ended.startswith("stopped after ")
     assert (outcome.tests, outcome.result) == ("3 passed in 1.0s", {"seconds": 3})
+
+
+# The last test waits until the others are reported.
+KILLED = {
+    "test_some.py": """
+import os, pathlib, pytest, signal, time
+@pytest.mark.parametrize("word", ["a b", "c", "d"])
+def test_it(word):
+    assert word != "c"
+def test_killed():
+    while not pathlib.Path(__file__).with_name("reported 3").exists():
+        time.sleep(0.1)
+    os.killpg(0, signal.SIGKILL)
+""",
+    "conftest.py": """
+import os, pathlib, pytest
+reported = []
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    if report.when == "call" and "PYTEST_XDIST_WORKER" not in os.environ:
+        reported.append(report)
+        pathlib.Path(__file__).with_name(f"reported {len(reported)}").touch()
+""",
+}
 
 
 @pytest.mark.parametrize("processes", [[], ["-n", "2"]])
 def test_results_of_a_killed_pytest(tmp_path, processes):
     if processes:
         pytest.importorskip("xdist")
-    (tmp_path / "test_some.py").write_text(
-        "import os, pytest, signal, time\n@pytest.mark.parametrize('word', ['a b', 'c', 'd'])\n"
-        "def test_it(word):\n    assert word != 'c'\n"
-        "def test_killed():\n    time.sleep(1)\n    os.killpg(0, signal.SIGKILL)\n"
-    )
+    for name, text in KILLED.items():
+        (tmp_path / name).write_text(text)
     (pytest_step,) = (step for step in steps.steps(Machine.here("cpu")) if step.name == "suite-cpu")
     command = [*pytest_step.command[: pytest_step.command.index("-m", 2)], "-p", "no:cacheprovider", *processes]
     (found,), log = run_all([Step("suite", [*command, "-c", os.devnull, "-q", str(tmp_path)], 60, {})], 60)
@@ -183,6 +203,29 @@ def test_again_keeps_other_steps_of_the_same_code(tmp_path, monkeypatch, origin,
     assert after.outcomes["check"].passed
 
 
+@pytest.mark.parametrize(("dry_run", "expected"), [(["--dry-run"], (15, 300)), ([], (5, 100))])
+def test_limits_of_a_dry_run_grow_on_a_busy_machine(tmp_path, monkeypatch, dry_run, expected):
+    found = []
+    for name, value in (
+        ("slowness", lambda: 3.0),
+        ("origin", lambda dry_run: ORIGIN),
+        ("why_not", lambda dry_run: None),
+        ("steps", lambda machine: [Step("one", ["true"], 5, {})]),
+        ("run_all", lambda todo, whole, *_: found.append((todo[0].seconds, whole))),
+    ):
+        monkeypatch.setattr(check, name, value)
+    monkeypatch.setattr(check.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["check", str(tmp_path), "--seconds", "100", *dry_run])
+    check.main()
+    assert found == [expected]
+
+
+@pytest.mark.parametrize(("seconds", "slower"), [(0.5 * check.IMPORT, 1), (3 * check.IMPORT, 3)])
+def test_slowness(monkeypatch, seconds, slower):
+    monkeypatch.setattr(check, "time", SimpleNamespace(monotonic=iter([0.0, 0.0, seconds]).__next__))
+    assert check.slowness() == pytest.approx(slower)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_error_without_a_gpu(tmp_path):
     result = python("-m", "tools.gpu_check.check", tmp_path / "out")
@@ -199,17 +242,31 @@ def test_dry_run(tmp_path):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr
     assert result.stdout.endswith("gpu-check: all passed\n")
     assert (tmp_path / "log.txt").read_text() in result.stdout
+    assert "missed" not in result.stdout
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     assert list(found["steps"]) == wanted
     assert found["machine"]["torch"] == torch.__version__
     results = {name: step["result"] for name, step in found["steps"].items()}
-    assert {kernel["kernel"] for call in results["kernels"]["calls"] for kernel in call["kernels"]} == set(
-        kernel_times.STAND_INS
-    )
+    of_calls = {kernel["kernel"] for call in results["kernels"]["calls"] for kernel in call["kernels"]}
+    of_layers = {name for layer in results["layers"]["layers"] for name in layer["launched"]}
+    assert of_calls < of_layers == set(kernel_times.STAND_INS)
     assert results["layers"]["layers"][0]["launches"] == 2
     assert any(bar["measured"] and bar["predicted"] for bar in found["bars"])
     again = python("-m", "tools.gpu_check.check", tmp_path, "--dry-run", "--only", "judged")
     assert "---" not in again.stdout, "it was complete"
+
+
+# ---- names of kernels ----
+
+
+def test_every_kernel_is_named_and_counted():
+    """By torch's profiler and by Nsight Compute, with and without the namespace."""
+    for kernel in kernels_asked_for():
+        assert re.search(kernel_times.OUR_KERNELS, kernel)
+        assert re.search(kernel_times.OUR_KERNELS, kernel.removeprefix("asgl::"))
+        assert "<" not in kernel_times.kind_of(f"void {kernel}(asgl::Params)")[1], "not in _KINDS of cuda_code.py"
+    command = kernel_times.ncu_command("ncu", Path("log"))
+    assert command[command.index("--kernel-name") + 1] == f"regex:{kernel_times.OUR_KERNELS}"
 
 
 # ---- bars ----

@@ -1,5 +1,6 @@
 """The translator of PTX and the machine that runs it, on small kernels; mistakes in kernels are found."""
 
+import re
 from ctypes import Structure, c_uint64
 
 import numpy as np
@@ -224,6 +225,29 @@ def test_divergent_threads(machine, other):
     problem = run(machine, translated(text), 32)
     assert OTHERS[other] in problem
     assert located(text, SHUFFLE if other == "ret;" else other) in problem
+
+
+@pytest.mark.parametrize("first", [16, 32])
+def test_warps_alone_may_be_at_several_barriers(machine, first):
+    """Half of a warp, or a warp, waits at one barrier while the other threads wait at another."""
+    text = module(
+        f"""
+setp.lt.u32 %p1, %r10, {first};
+bar.sync 0;
+@%p1 bra DOWN;
+bar.sync 0;
+bra LAST;
+DOWN:
+bar.sync 0;
+LAST:
+bar.sync 0;
+"""
+    )
+    problem = run(machine, translated(text), 64)
+    if first == 32:
+        assert problem is None
+    else:
+        assert re.search(r"line \d+: bar.sync 0 has another thread of its warp at line \d+: bar.sync 0", problem)
 
 
 UNKNOWN = [

@@ -42,7 +42,11 @@ STAND_INS = {
     "asgl_cuda::lif_backward": "backward",
     "asgl_cuda::batch_norm_coefficients": "moments",
     "asgl_cuda::batch_norm_backward": "input gradient",
+    "asgl_cuda::integrator_forward": "integrator forward",
+    "asgl_cuda::integrator_backward": "integrator backward",
 }
+# For Nsight Compute, whether or not it leaves out the namespace.
+OUR_KERNELS = "^(asgl::)?(lif|integrator|gradient_sum|batch)_"
 # Metrics of Nsight Compute, with name and scale of the value in the results.
 METRICS = {
     "gpu__time_duration.sum": ("microseconds", 1e-3),
@@ -159,7 +163,7 @@ def ncu_command(ncu: str, log: Path) -> list[str]:
     return [
         ncu, "--csv", "--log-file", str(log), "--print-units", "base", "--metrics", ",".join(METRICS),
         "--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all",
-        "--kernel-name", "regex:^(lif|gradient_sum|batch)_",
+        "--kernel-name", f"regex:{OUR_KERNELS}",
         sys.executable, "-m", "tools.gpu_check.kernel_times", "--once",
     ]  # fmt: skip
 

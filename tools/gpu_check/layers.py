@@ -36,6 +36,7 @@ def layers(device: torch.device, backend: str) -> dict[str, nn.Module]:
         "LIF by channel, learned width, decay, threshold": learns_all.to(device),
         "BatchNormLIF": asgl_cuda.BatchNormLIF(SHAPE[2], **options).to(device),
         RESIDUAL: asgl_cuda.BatchNormLIF(SHAPE[2], **options).to(device),
+        "LeakyIntegrator": asgl_cuda.LeakyIntegrator(learn_decay=True, backend=backend).to(device),
     }
 
 

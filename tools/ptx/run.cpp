@@ -38,34 +38,39 @@ struct Access {
 std::mutex waits_mutex, access_mutex;
 std::vector<Access> accesses;
 
+// What the threads of a block share.
+struct Shared {
+  u64 launch = 0;
+  u32 block = 0;
+  std::vector<char> memory;
+  std::vector<std::vector<const char*> > barriers;  // that each warp has reached
+};
+
 // Blocks run in sequence on an OS thread: each starts with uninitialised shared memory.
-char* shared_memory_of_block(u64 launch, u32 block, u32 bytes) {
-  struct Memory {
-    u64 launch = 0;
-    u32 block = 0;
-    std::vector<char> data;
-  };
-  thread_local Memory memory;
-  if (memory.launch != launch || memory.block != block) {
-    memory.launch = launch;
-    memory.block = block;
-    memory.data.resize(bytes);
+Shared& shared_in_block(u64 launch, u32 block, u32 bytes) {
+  thread_local Shared shared;
+  if (shared.launch != launch || shared.block != block) {
+    shared.launch = launch;
+    shared.block = block;
+    shared.memory.resize(bytes);
     const u32 pattern = kPoison<u32>;
-    for (u32 i = 0; i < bytes; ++i) memory.data[i] = reinterpret_cast<const char*>(&pattern)[i % sizeof(pattern)];
+    for (u32 i = 0; i < bytes; ++i) shared.memory[i] = reinterpret_cast<const char*>(&pattern)[i % sizeof(pattern)];
+    shared.barriers.assign(current_block->warps.size(), {});
   }
-  return memory.data.data();
+  return shared;
 }
 
 class EmulatedMachine final : public Machine {
  public:
-  EmulatedMachine(const Call& call, u64 launch) : waits_(call.waits) {
+  EmulatedMachine(const Call& call, u64 launch)
+      : waits_(call.waits), in_block_(shared_in_block(launch, blockIdx.x, call.shared_bytes)) {
     tid_x = threadIdx.x;
     ctaid_x = blockIdx.x;
     ntid_x = blockDim.x;
     nctaid_x = gridDim.x;
     params = call.params;
     shared = {kSharedBegin, kSharedBegin + call.shared_bytes};
-    shared_memory = shared_memory_of_block(launch, ctaid_x, call.shared_bytes);
+    shared_memory = in_block_.memory.data();
     buffers = call.buffers;
     buffer_count = call.buffer_count;
     rcp_units = call.rcp_units;
@@ -73,11 +78,17 @@ class EmulatedMachine final : public Machine {
     traced = call.traced;
   }
 
-  // One site for all: a device does not distinguish bar.syncs, or shfl.syncs of one mode.
+  // bar.sync is barrier.sync.aligned: the threads of a warp must be at the same instruction, warps may be at several.
   void barrier(const char* where) const override {
+    std::vector<const char*>& reached = in_block_.barriers[tid_x / 32];
+    if (passed_ == reached.size()) reached.push_back(where);
+    if (const char* const other = reached[passed_++]; other != where) {
+      stop(where, std::string("has another thread of its warp at ") + other);
+    }
     noting(where, [] { current_block->synchronise(*current_thread, Site{"PTX", 0}); });
   }
 
+  // Lanes may be at several shfl.sync of one mode.
   u32 exchange(const char* where, Shuffle mode, u32 mask, u32 value, u32 source_lane) const override {
     const Operation operation = mode == Shuffle::down ? Operation::shfl_down : Operation::shfl;
     u32 result = 0;
@@ -93,11 +104,14 @@ class EmulatedMachine final : public Machine {
   }
 
   [[noreturn]] void fail(const char* where, const char* problem, u64 value) const override {
-    current_block->stop(current_block->describe(*current_thread) + ": " + where + " " + problem +
-                        asgl_emulation::text(": 0x%llx", static_cast<unsigned long long>(value)));
+    stop(where, problem + asgl_emulation::text(": 0x%llx", static_cast<unsigned long long>(value)));
   }
 
  private:
+  [[noreturn]] static void stop(const char* where, const std::string& problem) {
+    current_block->stop(current_block->describe(*current_thread) + ": " + where + " " + problem);
+  }
+
   template <class Wait>
   void noting(const char* where, Wait wait) const {
     try {
@@ -110,6 +124,8 @@ class EmulatedMachine final : public Machine {
   }
 
   std::set<std::string>* waits_;
+  Shared& in_block_;
+  mutable std::size_t passed_ = 0;  // barriers of this thread
 };
 
 }  // namespace
