@@ -39,7 +39,7 @@ struct FromPython<const c10::List<OptionalTensor>&> {
 
 // Mimics torch::Library's interface, but exports each operator as a pybind11 function. Kernels only give the types: the
 // dispatcher chooses the kernel.
-class DirectCalls {
+class __attribute__((visibility("hidden"))) DirectCalls {  // as pybind11::module_
  public:
   explicit DirectCalls(pybind11::module_& m) : module_(m) {}
 
