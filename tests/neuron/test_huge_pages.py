@@ -44,6 +44,13 @@ def test_large_outputs_ask_for_huge_pages():
         assert asked_for(tensor)
 
 
+def test_gradients_behind_a_residual_ask_for_huge_pages():
+    x_seq, residual = (torch.randn(4, 16, LARGE // 64, requires_grad=True) for _ in range(2))
+    s_seq = asgl_cuda.batch_norm_lif(x_seq, training=True, residual=residual, backend="cpu")
+    for grad in torch.autograd.grad(s_seq, (x_seq, residual), torch.ones_like(s_seq)):
+        assert asked_for(grad)
+
+
 def test_states_and_checkpoints_ask_for_huge_pages():
     """Each is as large as one step of the sequence."""
     x_seq = torch.randn(17, LARGE, requires_grad=True)
