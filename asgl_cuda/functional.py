@@ -208,7 +208,10 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
         if not torch.compiler.is_compiling() and not transforming():
             others = s_seq[~((s_seq == s_seq.round()) & (s_seq >= 0) & (s_seq <= levels))]
             if others.numel():
-                raise ValueError(f"{caller}: s_seq must have whole numbers in [0, {levels}], got {others[0].item()}")
+                raise ValueError(
+                    f"{caller}: s_seq must have whole numbers in [0, {levels}], got {others[0].item():g}; spikes are "
+                    "whole in evaluation or with analog_prob=0, without scale_output"
+                )
         below = torch.arange(levels, device=s_seq.device)[(slice(None), *(None,) * (s_seq.dim() - time_dim - 1))]
         return (s_seq.unsqueeze(time_dim + 1) > below).to(s_seq.dtype).flatten(time_dim, time_dim + 1)
 

@@ -324,13 +324,17 @@ class LIF(NeuronLayer, Noisy):
 
     def extra_repr(self) -> str:
         learned = {"width": self.log_width, "decay": self.logit_decay, "v_threshold": self.threshold}
+        surrogate = f"surrogate={self.surrogate}, "
+        if self._counts:
+            del learned["width"]
+            surrogate = ""
         features = f"{list(self.num_features)}, " if self.num_features else ""
         parts = [
             f"{name}={getattr(self, '_' + name):g}{' (learned)' if parameter is not None else ''}"
             for name, parameter in learned.items()
         ]
         parts.append(f"v_reset={self.v_reset}")
-        parts.append(f"surrogate={self.surrogate}, analog_prob={self.analog_prob:g}, granularity={self.granularity}")
+        parts.append(f"{surrogate}analog_prob={self.analog_prob:g}, granularity={self.granularity}")
         defaults = {"reset_amount": None, "v_min": None, "v_rest": 0.0, "input_gain": 1.0, "surrogate_gain": 1.0}
         parts.extend(f"{name}={value:g}" for name in defaults if (value := getattr(self, name)) != defaults[name])
         if self.levels is not None:

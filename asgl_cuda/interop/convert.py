@@ -127,8 +127,8 @@ def convert(
 
     Returns the model, a copy unless `inplace`, and a report on its layers.
 
-    Known are SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode` and
-    `CUBALIFNode`, the MultiStep forms of its `clock_driven`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`,
+    Known are SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode`,
+    `CUBALIFNode`, `ILIFNode`, the MultiStep forms of its `clock_driven`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`,
     Norse's `LIF`, `IAF` and `LI`, `LIFCell`, `IAFCell` and `LIFBoxCell`, sinabs' `LIF`, `IAF` and `ExpLeak` with their
     Squeeze forms, `LIFLayer` of the code published by the authors of ASGL, and subclasses that override nothing that
     forward uses. Synaptic currents and layers that do not fire are computed by `leaky_integrator`. A converted layer

@@ -443,7 +443,8 @@ def shadowed(layer: nn.Module, overlay: type[Converted]) -> str | None:
     names = [*vars(layer), *layer._parameters, *layer._buffers, *layer._modules]
     for name in (*names, *(name for each in users for name in vars(each))):
         value = None if hasattr(nn.Module, name) else inspect.getattr_static(overlay, name, None)
-        if callable(value) or isinstance(value, property) or name in Converted.__annotations__:
+        ours = not hasattr(nn.Module, name) and name in (*vars(Converted), *Converted.__annotations__)
+        if callable(value) or isinstance(value, property) or ours:
             return f"its {name} has the name of one that converted layers have"
     return None
 

@@ -166,7 +166,7 @@ class Monitor:
 
     - `width`: mean of the current widths, in units of the input.
     - `firing_rate`: share of elements whose potential reached the threshold, u >= 0 (u > 0 if strict), regardless of
-      the output.
+      the output; with levels, of elements that emit a spike.
     - `analog_share`: share of elements with an output other than the hard spike: at most `analog_prob`, less if smooth
       values outside the window equal the spike.
     - `inside`: share of elements inside the window of the surrogate, abs(u / width) < 1/2; with levels, those not

@@ -194,7 +194,8 @@ def test_one_of_a_neuron_that_is_left(read_out):
 
 @pytest.mark.parametrize(
     ("base", "options", "name"),
-    [(snntorch.Leaky, LEAKY, "step"), (neuron.LIFNode, {}, "width"), (sinabs.layers.LIF, LIF, "settings")],
+    [(snntorch.Leaky, LEAKY, "step"), (neuron.LIFNode, {}, "width"), (sinabs.layers.LIF, LIF, "settings"),
+     (neuron.LIFNode, {}, "multi_spike")],
 )  # fmt: skip
 def test_one_with_a_name_of_converted_layers(base, options, name):
     reason = f"its {name} has the name of one that converted layers have"
