@@ -146,10 +146,11 @@ def check_levels(levels: Any, v_reset: Any, surrogate: str, several: bool, calle
     """None, or a number of spikes; `several`: of multi_spike, which has its own rules."""
     if levels is None:
         return None
-    if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= MOST_LEVELS:
+    if isinstance(levels, bool) or not isinstance(levels, Integral) or not 1 <= int(levels) <= MOST_LEVELS:
         raise ValueError(f"{caller}: levels must be None or an int in [1, {MOST_LEVELS}], got {shown(levels)}")
+    count = int(levels)
     if several:
-        return levels
+        return count
     if v_reset is not None:
         raise ValueError(f"{caller}: levels is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}")
     if surrogate != "rectangle":
@@ -157,7 +158,7 @@ def check_levels(levels: Any, v_reset: Any, surrogate: str, several: bool, calle
             f"{caller}: levels has the surrogate clamp(h / v_threshold, 0, levels) and takes no other, got "
             f"{shown(surrogate)}"
         )
-    return levels
+    return count
 
 
 _LEAST_WIDTH = {real: math.sqrt(torch.finfo(real).tiny) for real in (torch.float32, torch.float64)}

@@ -108,9 +108,10 @@ def lif(
         scale_output: emit `v_threshold * s`; with levels `s / levels`.
         detach_reset: let no gradient flow through the spike inside the reset.
         levels: emit a whole number of spikes in a step, `round(clamp(h / v_threshold, 0, levels))` with ties to even
-            (I-LIF), at most 256; an analog element leaves out the rounding. The gradient is that of the clamp, 1 at its
-            edges: the threshold is the width. Each spike subtracts `reset_amount`: needs `v_reset=None`. A NaN
-            potential emits NaN. `unroll_levels` makes binary spikes. With multi_spike only a limit to its spikes.
+            (I-LIF), at most 256, the quotient as h times the rounded `1 / v_threshold`; an analog element leaves out
+            the rounding. The gradient is that of the clamp, 1 at its edges: the threshold is the width. Each spike
+            subtracts `reset_amount`: needs `v_reset=None`. A NaN potential emits NaN. `unroll_levels` makes binary
+            spikes. With multi_spike only a limit to its spikes.
         multi_spike: emit `trunc(h / v_threshold)` spikes in a step where h > 0. Each spike subtracts `reset_amount`:
             needs `v_reset=None`. No noise, since the surrogates are not slopes of a smooth number of spikes.
         v_min: floor of the potential after reset, in units of x_seq, `v = relu(v - v_min) + v_min`; no gradient flows
@@ -158,7 +159,7 @@ def lif(
             s[t] = a + torch.where(mask[t], 0, z - a).detach()
             v = h * (1 - s[t]) + v_reset * s[t]
 
-    With levels `a = (h / v_threshold).clamp(0, levels)` and `z = a.round()`. With multi_spike
+    With levels `a = (h * (1 / v_threshold)).clamp(0, levels)` and `z = a.round()`. With multi_spike
     `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace of another distance
     where h >= v_threshold: `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, of slope 1.
     """

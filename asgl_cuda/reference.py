@@ -12,7 +12,7 @@
 
 With levels (soft reset) z is a number of spikes of height 1, and s is scaled by 1 / levels with scale_output:
 
-    a    = clamp(h[t] / v_threshold, 0, levels)
+    a    = clamp(h[t] * (1 / v_threshold), 0, levels)
     z    = round(a), ties to even
 
 With multi_spike (soft reset, no noise) z is a number of spikes; v_min is a floor of the potential:

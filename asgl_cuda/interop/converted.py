@@ -443,10 +443,21 @@ def shadowed(layer: nn.Module, overlay: type[Converted]) -> str | None:
     names = [*vars(layer), *layer._parameters, *layer._buffers, *layer._modules]
     for name in (*names, *(name for each in users for name in vars(each))):
         value = None if hasattr(nn.Module, name) else inspect.getattr_static(overlay, name, None)
-        ours = not hasattr(nn.Module, name) and name in (*vars(Converted), *Converted.__annotations__)
-        if callable(value) or isinstance(value, property) or ours:
+        if callable(value) or isinstance(value, property) or name in _own_names(overlay):
             return f"its {name} has the name of one that converted layers have"
     return None
+
+
+def _own_names(overlay: type[Converted]) -> frozenset[str]:
+    """The attributes of converted layers that are neither the library's nor torch's."""
+    ours = [each for each in overlay.__mro__ if not issubclass(nn.Module, each)]
+    private = (name for each in ours for name in vars(each) if name.startswith("_"))
+    names = {
+        *private,
+        *vars(Converted),
+        *(name for each in (Converted, Overlay, Noisy) for name in each.__annotations__),
+    }
+    return frozenset(names - set(dir(nn.Module)))
 
 
 # Overridden by a subclass, these do not change results; the subclass's own are still called.

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..surrogate import SURROGATES
+from .snapshot import captured
 
 _PROBES = (0.05, 0.11, 0.23, 0.37, 0.61, 0.79, 0.93, 1.3, 1.9, 2.7, 4.1)  # u / width
 _BY_DECADE = tuple(sign * 10.0**power for power in range(-9, 18) for sign in (-1, 1))  # u, within a window of FLAT
-_AROUND = (-1e3, -1e-9, 1e-9, 1e3)
+# Many times near the threshold, so that no random function passes; no mean of 0, for those that compare with it.
+_AROUND = (-1e3, *(-1e-9, 1e-9) * 32, 1e3, 1e3)
+_FIRES = [float(u > 0) for u in _AROUND]
 # Width of a rectangle in place of a constant slope. A power of two, which is exact in the gain and in 1 / width.
 FLAT = 2.0**60
 
@@ -38,7 +41,7 @@ def identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
     Width and gain follow from the peak and the half width of the slope; then slopes are compared with the surrogate's
     on both sides of the threshold, to 1e-6 of the peak.
     """
-    if isinstance(function, nn.Module) and any(value.requires_grad for value in function.parameters()):
+    if _learns(function):
         return "its spike function has parameters that learn"
     try:
         with torch.inference_mode(False), torch.enable_grad():
@@ -49,18 +52,27 @@ def identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
 
 def own_spikes(function: Callable[[Tensor], Tensor], several: bool) -> SpikeFunction | None:
     """For a detached reset: any function that fires at the threshold, once unless `several`, by each element alone."""
-    if isinstance(function, nn.Module) and any(value.requires_grad for value in function.parameters()):
+    if _learns(function):
         return None
     try:
         with torch.inference_mode(False), torch.enable_grad():
             spikes = function(torch.tensor(_AROUND, dtype=torch.float64))
-            if (spikes.sign() if several else spikes).tolist() != [0, 0, 1, 1]:
+            if (spikes.sign() if several else spikes).tolist() != _FIRES:
                 return None
             apart = torch.cat([_slopes(function, [u]) for u in _BY_DECADE])
             alike = torch.allclose(_slopes(function, _BY_DECADE), apart, rtol=1e-9, atol=0, equal_nan=True)
     except Exception:  # the function is the library's or the user's
         return None
     return SpikeFunction("rectangle", 1.0, 1.0, fires_strictly(function), own=True) if alike else None
+
+
+def _learns(function: Any) -> bool:
+    """Whether the function, or what its closure holds, has values that require a gradient."""
+    held = [function, *captured(function)]
+    tensors = [each for each in held if isinstance(each, Tensor)]
+    return any(
+        value.requires_grad for each in held if isinstance(each, nn.Module) for value in each.parameters()
+    ) or any(each.requires_grad for each in tensors)
 
 
 def fires_strictly(function: Callable[[Tensor], Tensor]) -> bool:
@@ -80,7 +92,7 @@ def type_of_spikes(function: Any) -> torch.dtype | None:
 
 
 def _identify(function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
-    if function(torch.tensor(_AROUND, dtype=torch.float64)).tolist() != [0, 0, 1, 1]:
+    if function(torch.tensor(_AROUND, dtype=torch.float64)).tolist() != _FIRES:
         return "its spike function emits something else than 0 below and 1 above the threshold"
     leaf = torch.ones(1, dtype=torch.float64, requires_grad=True)
     if not function(leaf).requires_grad:

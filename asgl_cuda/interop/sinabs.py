@@ -87,7 +87,7 @@ class ConvertedLayer(Converted):
             x_seq,
             decay=self.alpha_mem_calculated,
             input_gain=self.input_terms()[0],
-            v_threshold=self.spike_threshold,
+            v_threshold=self.spike_threshold.detach(),  # in sinabs only the reset has its gradient
             multi_spike=several,
             levels=int(limit) if several and limit is not None else None,
             v_min=self._least_potential(),

@@ -30,10 +30,10 @@ class Snapshot:
         self.values = self._values_of(function)
         # torch.compile can't compare classes.
         self.traced = tuple(index for index, value in enumerate(others) if not isinstance(value, type))
-        captured = _captured(function)
+        held = captured(function)
         # Only closures with tensors are compared at each call.
-        self.captured = captured if any(isinstance(value, Tensor) for value in captured) else []
-        found = (*others, *self.values, *captured)
+        self.captured = held if any(isinstance(value, Tensor) for value in held) else []
+        found = (*others, *self.values, *held)
         self.tensors = [value for value in found if isinstance(value, Tensor) and not value.is_inference()]
         self.versions = self._versions()
         self.size = -1  # number of the layer's attributes at the last check
@@ -50,7 +50,7 @@ class Snapshot:
             return False
         if not all(map(operator.is_, values, self.values)) and not _alike(zip(values, self.values, strict=True)):
             return False
-        if self.captured and not all(map(operator.is_, _captured(function), self.captured)):
+        if self.captured and not all(map(operator.is_, captured(function), self.captured)):
             return False
         return not self.tensors or self._versions() == self.versions
 
@@ -74,7 +74,7 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _captured(function: Any) -> list[Any]:
+def captured(function: Any) -> list[Any]:
     """The variables of a closure."""
     return [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
 

@@ -154,6 +154,9 @@ class ConvertedILIFNode(ConvertedNode):
 
     multi_spike = True
 
+    def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
+        return 1.0, 0.0
+
     def _levels(self) -> int:
         return int(self.surrogate_function.max_spike_count)
 
@@ -264,6 +267,8 @@ def find(layer: nn.Module) -> Found:
         return "it has a precision of its own"
     if getattr(node, "backend", None) == "lava":
         return 'it is computed by Lava (backend="lava")'
+    if isinstance(node.v_reset, Tensor):
+        return "its v_reset is a tensor"
     if kind in _INTEGER:
         return _integer(node.surrogate_function)
     if not isinstance(layer, _WITH_STEP_MODE):

@@ -103,7 +103,7 @@ def _shares_of_lif(
         for value in (layer.width, layer.v_threshold)
     )
     if layer.levels is not None and not layer.multi_spike:
-        y = h_seq / threshold
+        y = h_seq * (1 / threshold)
         smooth = y.clamp(0, layer.levels)
         whole = smooth.round()
         hard = whole / layer.levels if layer.scale_output else whole

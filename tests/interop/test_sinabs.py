@@ -249,3 +249,20 @@ def test_a_network_of_sinabs_that_was_in_nir():
     back = sinabs_nir.from_nir(sinabs_nir.to_nir(model.spiking_model, x), batch_size=6)
     assert max(value.numel() for name, value in back.named_parameters() if "spike_threshold" in name) > 1
     assert_the_same_network(back, 4, 2 * x, lambda net, x: net(x)[0])
+
+
+@pytest.mark.parametrize("reset_fn", [sinabs.activation.MembraneSubtract(), sinabs.activation.MembraneReset()])
+@pytest.mark.parametrize("spike_fn", [sinabs.activation.SingleSpike, sinabs.activation.MultiSpike])
+def test_gradient_of_the_threshold(reset_fn, spike_fn):
+    """Only a subtraction has one."""
+    grads = []
+    for convert in (False, True):
+        layer = sinabs.layers.IAF(spike_fn=spike_fn, reset_fn=reset_fn)
+        layer.spike_threshold.requires_grad_()
+        model = asgl_cuda.convert(nn.Sequential(layer))[0] if convert else nn.Sequential(layer)
+        model(torch.tensor([[[0.8], [0.9], [2.7]]], requires_grad=True)).sum().backward()
+        grads.append(model[0].spike_threshold.grad)
+    one, other = grads
+    assert (one is None) == (other is None)
+    if one is not None:
+        torch.testing.assert_close(one, other)

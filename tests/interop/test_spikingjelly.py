@@ -222,3 +222,20 @@ def test_levels_that_change_after_conversion():
     fast[0].surrogate_function = surrogate.MultiLevelSpikeCount(6, grad_window=(0.0, 2.0))
     with pytest.raises(RuntimeError, match="was changed after its conversion: its gradient's window"):
         fast(x_seq)
+
+
+@pytest.mark.parametrize("v_reset", [nn.Parameter(torch.zeros(())), torch.zeros(3)])
+def test_a_reset_by_a_tensor(v_reset):
+    node = neuron.LIFNode(step_mode="m")
+    node.v_reset = v_reset
+    (left,) = asgl_cuda.convert(node, inplace=True)[1].left
+    assert left.reason == "its v_reset is a tensor"
+
+
+def test_integer_spikes_ignore_a_decaying_input():
+    """As SpikingJelly does."""
+    node = neuron.ILIFNode(step_mode="m")
+    node.decay_input = True
+    fast, _ = asgl_cuda.convert(nn.Sequential(node))
+    x_seq = torch.full((3, 1), 2.0)
+    assert torch.equal(fast(x_seq), node(x_seq))

@@ -195,7 +195,8 @@ def test_one_of_a_neuron_that_is_left(read_out):
 @pytest.mark.parametrize(
     ("base", "options", "name"),
     [(snntorch.Leaky, LEAKY, "step"), (neuron.LIFNode, {}, "width"), (sinabs.layers.LIF, LIF, "settings"),
-     (neuron.LIFNode, {}, "multi_spike")],
+     (neuron.LIFNode, {}, "multi_spike"), (snntorch.Leaky, LEAKY, "_after"), (neuron.LIFNode, {}, "_analog_prob"),
+     (neuron.LIFNode, {}, "_analog_prob_data"), (neuron.LIFNode, {}, "original"), (sinabs.layers.LIF, LIF, "_least")],
 )  # fmt: skip
 def test_one_with_a_name_of_converted_layers(base, options, name):
     reason = f"its {name} has the name of one that converted layers have"

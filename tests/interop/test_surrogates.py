@@ -383,3 +383,42 @@ def test_compiled_sinabs(spike_fn):
         converted, _ = asgl_cuda.convert(layer)
         torch.compiler.reset()
         assert torch.equal(torch.compile(converted, backend="eager", fullgraph=True)(x), layer(x))
+
+
+def learning_closure():
+    slope = nn.Parameter(torch.tensor(2.0))
+
+    def spikes(u):
+        smooth = torch.sigmoid(slope * u)
+        return (u > 0).to(u) + smooth - smooth.detach()
+
+    return spikes
+
+
+def above_the_mean(u):
+    smooth = torch.sigmoid(u)
+    return (u > u.mean()).to(u) + smooth - smooth.detach()
+
+
+@pytest.mark.parametrize("detach_reset", [False, True])
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [(learning_closure, "parameters that learn"), (lambda: above_the_mean, "something else than 0 below and 1 above")],
+)
+def test_functions_of_more_than_an_element(function, reason, detach_reset):
+    node = neuron.LIFNode(surrogate_function=function(), detach_reset=detach_reset, step_mode="m")
+    (left,) = asgl_cuda.convert(nn.Sequential(node))[1].left
+    assert reason in left.reason
+
+
+def test_random_functions():
+    """None of many seeds passes."""
+
+    def spikes(u):
+        smooth = u.abs().clamp(max=1) * u
+        return (torch.rand_like(u) < torch.sigmoid(u)).to(u) + smooth - smooth.detach()
+
+    for seed in range(30):
+        torch.manual_seed(seed)
+        node = neuron.LIFNode(surrogate_function=spikes, detach_reset=True, step_mode="m")
+        assert asgl_cuda.convert(nn.Sequential(node))[1].left
