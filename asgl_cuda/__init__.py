@@ -3,12 +3,15 @@
 Layers:
     LIF                     leaky integrate-and-fire neurons that learn the width of their surrogate
     BatchNormLIF            a batch normalisation and the neurons behind it, in one
+    AdaptiveLIF             LIF neurons that adapt: adLIF and ALIF
     LeakyIntegrator         neurons that do not fire: a synaptic current, or a read-out
     OverTime                a layer without time, over a sequence
 
 Functions:
     lif, LIFOutput          LIF as a function
     batch_norm_lif          BatchNormLIF as a function
+    adaptive_lif, AdaptiveLIFOutput
+                            AdaptiveLIF as a function
     leaky_integrator, IntegratorOutput
                             LeakyIntegrator as a function
     analog_mask             mask of analog elements
@@ -50,6 +53,7 @@ import warnings
 warnings.filterwarnings("ignore", "Failed to initialize NumPy: No module named 'numpy'")
 
 from ._version import __version__
+from .adaptive import AdaptiveLIF, AdaptiveLIFOutput, adaptive_lif
 from .backends import available_backends, unavailable_backends
 from .batch_norm import batch_norm_lif
 from .call import LIFOutput
@@ -69,6 +73,8 @@ from .training.sync_batch_norm import convert_sync_batchnorm
 
 __all__ = [
     "LIF",
+    "AdaptiveLIF",
+    "AdaptiveLIFOutput",
     "AnalogProbSchedule",
     "BatchNormLIF",
     "IntegratorOutput",
@@ -77,6 +83,7 @@ __all__ = [
     "Monitor",
     "OverTime",
     "__version__",
+    "adaptive_lif",
     "analog_mask",
     "asgl_layers",
     "available_backends",

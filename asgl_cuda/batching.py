@@ -42,13 +42,13 @@ def _rule_of_forward(operator: Operator, info: Any, in_dims: tuple[Any, ...], *a
         return _one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
     samples = _Samples(info.batch_size, x_seq, x_dim, rules.time_dim)
     outputs = operator(
-        samples.x_seq, samples.front(v_init, v_dim), _shared_state(rng_state, rng_dim),
+        samples.x_seq, samples.state(v_init, v_dim, rules), _shared_state(rng_state, rng_dim),
         samples.parameters(parameters, parameter_dims), numbers, rules.changed(time_dim=rules.time_dim + 1), wanted,
     )  # fmt: skip
-    *_, wants_checkpoints = wanted
+    wants_v_last, *_, wants_checkpoints = wanted
     if wants_checkpoints:
         outputs[-1] = samples.apart(outputs[-1])
-    return outputs, [0] * len(outputs)
+    return outputs, _dims_of(outputs, rules, 1 if wants_v_last else None)
 
 
 def _rule_of_backward(operator: Operator, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -60,13 +60,23 @@ def _rule_of_backward(operator: Operator, info: Any, in_dims: tuple[Any, ...], *
     samples = _Samples(info.batch_size, x_seq, x_dim, rules.time_dim)
     parameter_dims_asked = list(zip(parameters, parameter_dims, wanted[2:], strict=True))
     gradients = operator(
-        [samples.front(grad, dim) for grad, dim in zip(grads, grad_dims, strict=True)],
-        samples.x_seq, samples.front(v_init, v_dim), _shared_state(rng_state, rng_dim),
+        [
+            samples.state(grad, dim, rules) if index == 1 else samples.front(grad, dim)
+            for index, (grad, dim) in enumerate(zip(grads, grad_dims, strict=True))
+        ],
+        samples.x_seq, samples.state(v_init, v_dim, rules), _shared_state(rng_state, rng_dim),
         samples.together(checkpoints, checkpoint_dim),
         samples.parameters(parameters, parameter_dims, wanted[2:]), numbers,
         rules.changed(time_dim=rules.time_dim + 1), wanted,
     )  # fmt: skip
-    return _in_own_shapes(gradients, parameter_dims_asked, info), [0] * len(gradients)
+    return _in_own_shapes(gradients, parameter_dims_asked, info), _dims_of(
+        gradients, rules, wanted[0] if wanted[1] else None
+    )
+
+
+def _dims_of(results: list[Tensor], rules: Rules, state: int | None) -> list[int]:
+    """The dimension of the samples in each result; `state`: the index of one like v_init."""
+    return [int(index == state and rules.members() > 1) for index in range(len(results))]
 
 
 def _rule_of_integrator(operator: Operator, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -124,6 +134,11 @@ class _Samples:
         if value is None:
             return None
         return value.expand(self._count, *value.shape) if dim is None else value.movedim(dim, 0)
+
+    def state(self, value: Any, dim: int | None, rules: Rules) -> Any:
+        """The same for a state, with its members, if several, before the samples."""
+        value = self.front(value, dim)
+        return value if value is None or rules.members() == 1 else value.movedim(0, 1)
 
     def parameters(self, values: Any, dims: Any, asked: Any = ()) -> list[Any]:
         """Parameters of an operator; those `asked` for get a gradient per sample. The residual is like x_seq."""

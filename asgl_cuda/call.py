@@ -40,7 +40,7 @@ from .derivatives import DERIVATIVES
 from .layout import in_memory_order, is_dense, real_type
 from .learned import Logarithm, Logit
 from .ops import BackwardResult, ForwardResult, with_gaps
-from .reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules, lif_reference
+from .reference import BELOW_IN_STATE, DRAWS, NONE, Numbers, Parameters, Rules, lif_reference
 from .surrogate import INTEGER, PERIODIC, SURROGATES
 from .transforms import (
     apply,
@@ -75,12 +75,14 @@ Values = namedtuple(
 Options = namedtuple(
     "Options",
     "surrogate surrogate_gain v_rest v_min levels multi_spike strict_threshold detach_reset scale_output time_dim "
-    "return_v_last return_v_seq return_h_seq residual_gain",
+    "return_v_last return_v_seq return_h_seq residual_gain adaptation",
+    defaults=(NONE,),
 )
+# The names of the parameters of the input where they are those of adaptive neurons.
+ADAPTATION = {"input_gain": "adapt_decay", "input_bias": "adapt_potential", "input_mean": "adapt_spike"}
 # The flags among the options, 0 or 1 in Rules.
-FLAGS = tuple(
-    name for name in Options._fields if name in Rules._fields and name not in ("surrogate", "levels", "time_dim")
-)
+_NO_FLAGS = "surrogate", "levels", "adaptation", "time_dim"
+FLAGS = tuple(name for name in Options._fields if name in Rules._fields and name not in _NO_FLAGS)
 # All arguments of `lif` except x_seq.
 Arguments = namedtuple("Arguments", "values options v_init rng_state generator backend")
 
@@ -88,7 +90,7 @@ Arguments = namedtuple("Arguments", "values options v_init rng_state generator b
 def grouped(given: Mapping[str, Any]) -> Arguments:
     """All keyword arguments of `lif`."""
     values = Values(*[given[name] for name in Values._fields])
-    options = Options(*[given[name] for name in Options._fields])
+    options = Options(*[given[name] for name in Options._fields if name in given])
     return Arguments(values, options, given["v_init"], given["rng_state"], given["generator"], given["backend"])
 
 
@@ -273,6 +275,8 @@ def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
             if value is not None:
                 check_residual(value, x_seq, caller)
             continue
+        if options.adaptation:
+            name = ADAPTATION.get(name, name)
         if isinstance(value, Tensor):
             check_parameter(name, value, x_seq, caller)
         elif name == "width":
@@ -298,6 +302,7 @@ def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
         logit_decay=int(isinstance(values.decay, Logit)),
         analog_below=BELOW_IN_STATE if as_data else check_analog_prob(values.analog_prob, caller),
         levels=levels or 0,
+        adaptation=options.adaptation,
         time_dim=time_dim,
         **{name: int(flag) for name, flag in flags.items()},
     )
@@ -349,7 +354,8 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
     if parameters[0] is not None and not rules.log_width:
         check_width_tensor(parameters[0], caller, _THRESHOLD_OF_LEVELS if counts else "width")
     if v_init is not None:
-        check_v_init(v_init, x_seq, rules.time_dim, caller)
+        if not rules.adaptation:
+            check_v_init(v_init, x_seq, rules.time_dim, caller)
         v_init = v_init.to(real)
     numbers += float(options.residual_gain), float(options.v_rest), float(options.surrogate_gain)
     numbers.append(float(options.v_min or 0))

@@ -284,14 +284,14 @@ def check_parameter(name: str, value: Tensor, x_seq: Tensor, caller: str) -> Non
         )
 
 
-def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str) -> None:
+def check_v_init(v_init: Tensor, x_seq: Tensor, time_dim: int, caller: str, name: str = "v_init") -> None:
     """Floating type, device of x_seq, and its shape without time."""
-    check_floating("v_init", v_init, caller)
-    check_dense("v_init", v_init, caller)
+    check_floating(name, v_init, caller)
+    check_dense(name, v_init, caller)
     shape = state_shape(x_seq, time_dim)
     if list(v_init.shape) != shape:
-        raise ValueError(f"{caller}: v_init must have shape {shape}, got {list(v_init.shape)}")
-    check_device("v_init", v_init, x_seq, caller)
+        raise ValueError(f"{caller}: {name} must have shape {shape}, got {list(v_init.shape)}")
+    check_device(name, v_init, x_seq, caller)
 
 
 def check_residual(residual: Any, x_seq: Tensor, caller: str) -> None:

@@ -195,21 +195,25 @@ class NeuronLayer(Settable):
         self._set_decay(value)
 
     def _set_decay(self, value: Any) -> None:
-        learned = self.logit_decay is not None
-        value = read_number("decay", value, self._caller, learned, "learn_decay")
+        self._decay = self._fill_logit(self.logit_decay, "decay", value, "learn_decay")
+
+    def _fill_logit(self, parameter: Tensor | None, name: str, given: Any, option: str) -> float:
+        """A decay as a float, whose logit `parameter` gets where it is learned by `option`."""
+        learned = parameter is not None
+        value: float = read_number(name, given, self._caller, learned, option)
         if not learned:
-            check_finite("decay", value, self._caller)
+            check_finite(name, value, self._caller)
         if value < 0 or value > 1:
             tau = f"; SpikingJelly's tau={value:g} is decay={1 - 1 / value:g}" if value > 1 else ""
-            raise ValueError(f"{self._caller}: decay must be in [0, 1], got {value:g}{tau}")
+            raise ValueError(f"{self._caller}: {name} must be in [0, 1], got {value:g}{tau}")
         if learned:
             if not _LEAST_DECAY <= value <= 1 - _LEAST_DECAY:
                 raise ValueError(
-                    f"{self._caller}: a learned decay must be in (0, 1), at least {_LEAST_DECAY:.3g} from the ends, "
+                    f"{self._caller}: a learned {name} must be in (0, 1), at least {_LEAST_DECAY:.3g} from the ends, "
                     f"got {value}"
                 )
-            fill_parameter(self.logit_decay, math.log(value / (1 - value)))
-        self._decay = value
+            fill_parameter(parameter, math.log(value / (1 - value)))
+        return value
 
     def _decay_value(self) -> Value:
         return self._decay if self.logit_decay is None else Logit(self.logit_decay)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ class LIF(NeuronLayer, Noisy):
 
     _caller = _CALLER
     _function = "asgl_cuda.lif"
-    _potentials = ("v", "v_seq")
+    _potentials: ClassVar[tuple[str, ...]] = ("v", "v_seq")
     v_seq: Tensor | None
 
     def __init__(

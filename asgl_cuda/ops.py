@@ -6,7 +6,7 @@ Each backend has its own namespace; C++ and CUDA kernels share `torch.ops.asgl_c
 Rules of reference.py. The gradient at the residual's place is that of the input current, still without residual_gain.
 `wanted` selects the results: in forward, beside s_seq, v_last, v_seq, h_seq and checkpoints, in
 backward the gradients of x_seq, v_init and each parameter that is a tensor. `grads` has the gradients of s_seq, v_last,
-v_seq and h_seq, None for zero.
+v_seq and h_seq, None for zero. States of adaptive neurons are pairs, `[2, ...]`: v, and w for the next step.
 
 integrator_forward returns v_seq, and v_last if wanted, integrator_backward results as lif_backward. Used of parameters,
 numbers and rules: decay, input_gain, v_rest, logit_decay and time_dim. v_seq and v_init are needed for the gradient of
@@ -49,28 +49,28 @@ def with_gaps(results: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
     return [next(given) if asked else None for asked in wanted]
 
 
-def empty_outputs(x_seq: Tensor, time_dim: int, wanted: Sequence[bool]) -> ForwardResult:
+def empty_outputs(x_seq: Tensor, time_dim: int, wanted: Sequence[bool], members: int = 1) -> ForwardResult:
     """Uninitialised results of lif_forward."""
     real = real_type(x_seq.dtype)
     wants_v_last, wants_v_seq, wants_h_seq, wants_checkpoints = wanted
     results = [torch.empty_like(x_seq)]
     if wants_v_last:
-        results.append(empty_state(x_seq, time_dim))
+        results.append(empty_state(x_seq, time_dim, members))
     results += (torch.empty_like(x_seq, dtype=real) for asked in (wants_v_seq, wants_h_seq) if asked)
     if wants_checkpoints:
-        results.append(x_seq.new_empty(checkpoint_elements(x_seq, time_dim), dtype=real))
+        results.append(x_seq.new_empty(checkpoint_elements(x_seq, time_dim, members), dtype=real))
     return results
 
 
 def empty_gradients(
-    x_seq: Tensor, time_dim: int, parameters: Sequence[Tensor | None], wanted: Sequence[bool]
+    x_seq: Tensor, time_dim: int, parameters: Sequence[Tensor | None], wanted: Sequence[bool], members: int = 1
 ) -> BackwardResult:
     """Uninitialised results of lif_backward."""
     real = real_type(x_seq.dtype)
     wants_x_seq, wants_v_init, *wants_parameters = wanted
     results = [torch.empty_like(x_seq)] if wants_x_seq else []
     if wants_v_init:
-        results.append(empty_state(x_seq, time_dim))
+        results.append(empty_state(x_seq, time_dim, members))
     *parameters, residual = parameters
     *wants_parameters, wants_residual = wants_parameters
     for parameter, asked in zip(parameters, wants_parameters, strict=True):
@@ -94,12 +94,14 @@ def _fake_draw_rng_state(fresh: Tensor) -> Tensor:
 
 def _fake_lif_forward(x_seq: Tensor, *others: Any) -> ForwardResult:
     *_, rules, wanted = others
-    return empty_outputs(x_seq, Rules(*rules).time_dim, wanted)
+    rules = Rules(*rules)
+    return empty_outputs(x_seq, rules.time_dim, wanted, rules.members())
 
 
 def _fake_lif_backward(grads: Sequence[Tensor | None], x_seq: Tensor, *others: Any) -> BackwardResult:
     *_, parameters, _, rules, wanted = others
-    return empty_gradients(x_seq, Rules(*rules).time_dim, parameters, wanted)
+    rules = Rules(*rules)
+    return empty_gradients(x_seq, rules.time_dim, parameters, wanted, rules.members())
 
 
 def _fake_integrator_forward(x_seq: Tensor, *others: Any) -> ForwardResult:

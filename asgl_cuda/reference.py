@@ -22,6 +22,12 @@ With multi_spike (soft reset, no noise) z is a number of spikes; v_min is a floo
     d    = u where h[t] < v_threshold, else v_threshold * (2 (r - floor(r)) - 1),   r = h[t] / v_threshold - 1/2
     v[t] = relu(v - v_min) + v_min,   v from above
 
+Adaptive neurons have a second state w, and c = x[t]:
+
+    w[t+1] = adapt_decay * w[t] + (adapt_potential * (v[t] - v_rest) + adapt_spike * s[t])
+    c    = x[t] - w[t]                                      in the current
+    u    = (h[t] - w[t]) - v_threshold                      in the threshold; by default w[t] is in reset_amount, too
+
 Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023, with
 the forward pass s = m z + (1 - m) a, m = 0 where analog, and m hidden from the gradient. Periodic surrogate: Weidel,
 Sheik: WaveSense, arXiv 2111.01456. Levels: Luo, Yao, Chou, Xu, Li: Integer-Valued Training and Spike-Driven Inference
@@ -43,6 +49,7 @@ from .transforms import apply, exporting, in_forward_mode, transforming
 
 DRAWS = 65536  # an element draws an integer in [0, DRAWS)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+NONE, IN_CURRENT, IN_THRESHOLD, IN_RESET = range(4)  # csrc's Adaptation; IN_RESET: in threshold and reset
 BELOW_IN_STATE = DRAWS + 1  # analog_prob is data: rng_state[2] is round(analog_prob * DRAWS)
 
 
@@ -92,7 +99,13 @@ class Rules(NamedTuple):
     # The most spikes a step, 0 for no limit. With INTEGER width is the threshold, v_threshold the factor of
     # scale_output.
     levels: int
+    # Of csrc's Adaptation. If not 0, states are pairs, [2, ...], and the input's parameters are the adaptation's.
+    adaptation: int
     time_dim: int  # not negative
+
+    def members(self) -> int:
+        """Those of the state."""
+        return 2 if self.adaptation else 1
 
     def changed(self, **values: int) -> Rules:
         """As `_replace`, which torch.compile could not trace in torch 2.6."""
@@ -192,13 +205,21 @@ def lif_reference(
     def at(value: Tensor, t: int) -> Tensor:
         return value[t if value.shape[0] > 1 else 0]
 
+    adapts, in_threshold, in_reset = (rules.adaptation >= least for least in (NONE + 1, IN_THRESHOLD, IN_RESET))
     v = torch.full_like(x[0], v_rest) if v_init is None else v_init
+    w = torch.zeros_like(v)
+    if adapts and v_init is not None:
+        v, w = v_init.unbind()
     s_seq, v_seq, h_seq = [], [], []
     for t in range(x.shape[0]):
-        c = at(input_gain, t) * (x[t] - at(input_mean, t)) + at(input_bias, t)
+        if adapts:
+            c = x[t] if in_threshold else x[t] - w
+        else:
+            c = at(input_gain, t) * (x[t] - at(input_mean, t)) + at(input_bias, t)
         if r is not None:
             c = c + numbers.residual_gain * r[t]
-        h = v_rest + at(decay, t) * (v - v_rest) + c
+        charged = v_rest + at(decay, t) * (v - v_rest) + c
+        h = charged - w if in_threshold else charged
         u = h if counts else h - at(v_threshold, t)
         d = periodic_distance(h, at(v_threshold, t)) if rules.periodic else u
         a = cumulative(d * at(inverse_width, t))
@@ -211,9 +232,12 @@ def lif_reference(
         hard_or_analog = torch.where(analog[t], a, z).detach()
         s = with_gradient_of(hard_or_analog, a, numbers.surrogate_gain)
         s_reset = detached(s) if rules.detach_reset else s
-        v = h * (1 - s_reset) + at(reset, t) * s_reset if rules.hard_reset else h - at(reset, t) * s_reset
+        amount = at(reset, t) + w if in_reset else at(reset, t)
+        v = charged * (1 - s_reset) + amount * s_reset if rules.hard_reset else charged - amount * s_reset
         if rules.floored:
             v = torch.relu(v - numbers.v_min) + numbers.v_min
+        if adapts:
+            w = at(input_gain, t) * w + (at(input_bias, t) * (v - v_rest) + at(input_mean, t) * s)
         s_seq.append(s)
         v_seq.append(v)
         h_seq.append(h)
@@ -222,7 +246,7 @@ def lif_reference(
     if rules.scale_output:
         s_out = v_threshold * s_out
     out, v_out, h_out = (seq.movedim(0, time_dim) for seq in (s_out, torch.stack(v_seq), torch.stack(h_seq)))
-    return out.to(x_seq.dtype), v, v_out, h_out
+    return out.to(x_seq.dtype), torch.stack([v, w]) if adapts else v, v_out, h_out
 
 
 def integrator_reference(

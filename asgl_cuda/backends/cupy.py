@@ -31,8 +31,8 @@ from ..extension.build_notes import digest_of_sources
 from . import neuron_kernels, normalisation_kernels
 
 NAMESPACE = "asgl_cuda_cupy"
-# Both include the neuron's kernels.
-SOURCE = '#include "cuda/integrator_kernels.cuh"\n#include "cuda/normalisation_kernels.cuh"\n'
+# All include the neuron's kernels.
+SOURCE = "".join(f'#include "cuda/{name}_kernels.cuh"\n' for name in ("adaptive", "integrator", "normalisation"))
 # As for nvcc in compilation.py: no contraction, so that all backends round alike.
 OPTIONS = ("--std=c++17", "--fmad=false")
 # The smallest kernel: if it compiles and loads, the backend works.

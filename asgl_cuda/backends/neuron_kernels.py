@@ -47,7 +47,7 @@ def as_bool(value: object) -> str:
 
 def model(rules: Rules) -> str:
     """The type in csrc for neurons with these rules, as with_model of csrc/launch.h chooses."""
-    if rules.multi_spike or rules.floored:
+    if rules.multi_spike or rules.floored or rules.adaptation:
         return BY_OPTIONS
     return f"asgl::LIF<(asgl::Surrogate){rules.surrogate}, {as_bool(rules.hard_reset)}>"
 
@@ -81,6 +81,11 @@ def _compiled(lanes: int, input: str, steps: int) -> tuple[str, int]:
 
 def _input(input: str) -> str:
     return f"(asgl::Input){constant(f'Input::{input}')}"
+
+
+def adaptive_kernel(dtype: torch.dtype, direction: str) -> str:
+    """`direction`: forward or backward."""
+    return f"asgl::adaptive_{direction}_kernel<{SCALARS[dtype]}>"
 
 
 def gradient_sum_kernel(real: torch.dtype) -> str:
@@ -167,7 +172,7 @@ class Call:
                 f"asgl_cuda: rng_state must be contiguous, int64, of {elements} elements on {x_seq.device}"
             )
         self.x_seq, self.rng_state = x_seq, rng_state
-        self.v_init = None if v_init is None else layout.dense_state(v_init)
+        self.v_init = None if v_init is None else layout.dense_state(v_init, self.rules.members())
         self.residual = None if residual is None else layout.dense_sequence(residual)
         tensors = (None if each is None else ParameterTensor(each, layout) for each in parameters)
         self.tensors = dict(zip(Parameters._fields, tensors, strict=False))
@@ -230,7 +235,8 @@ class Call:
         """
         laid_out = [*(None if each is None else each.data for each in self.tensors.values()), self.residual]
         asked = *wanted[:2], *(wants and each is not None for wants, each in zip(wanted[2:], laid_out, strict=True))
-        return with_gaps(empty_gradients(self.x_seq, self.rules.time_dim, laid_out, wanted), asked)
+        found = empty_gradients(self.x_seq, self.rules.time_dim, laid_out, wanted, self.rules.members())
+        return with_gaps(found, asked)
 
     def results(self, gradients: Sequence[Tensor | None]) -> BackwardResult:
         """The wanted gradients, parameters' in their own shapes."""
@@ -256,6 +262,7 @@ class Call:
         """
         fours = (
             self.real != torch.float64
+            and not self.rules.adaptation
             and self.layout.inner % 4 == 0
             and not any(view.data and view.inner % 4 for view in self.views)
             and all(is_aligned(each) for each in (self.x_seq, self.v_init, self.residual, *tensors))
@@ -353,7 +360,7 @@ class NeuronOperators(NeuronKernelOperators):
     def lif_forward(self, x_seq: Tensor, *others: Any) -> ForwardResult:
         *shared, wanted = others
         call = Call(x_seq, *shared)
-        outputs = empty_outputs(x_seq, call.rules.time_dim, wanted)
+        outputs = empty_outputs(x_seq, call.rules.time_dim, wanted, call.rules.members())
         s_seq, v_last, v_seq, h_seq, checkpoints = with_gaps(outputs, (True, *wanted))
         if call.layout.neurons:
             input = call.input(v_seq is None and h_seq is None)
@@ -366,6 +373,8 @@ class NeuronOperators(NeuronKernelOperators):
                 zeros=zeros,
             )  # fmt: skip
             kernel = forward_kernel(x_seq.dtype, call.model, lanes, input, call.layout.steps)
+            if call.rules.adaptation:
+                kernel = adaptive_kernel(x_seq.dtype, "forward")
             self.start(x_seq.device, kernel, params.tiles.count, params)
         elif checkpoints is not None:
             checkpoints.zero_()
@@ -374,10 +383,14 @@ class NeuronOperators(NeuronKernelOperators):
     def lif_backward(self, grads: Sequence[Tensor | None], x_seq: Tensor, *others: Any) -> BackwardResult:
         v_init, rng_state, checkpoints, *packed, wanted = others
         call = Call(x_seq, v_init, rng_state, *packed)
-        layout, real, time_dim = call.layout, call.real, call.rules.time_dim
-        if checkpoints.dtype != real or checkpoints.numel() != checkpoint_elements(x_seq, time_dim):
+        layout, real, time_dim, members = call.layout, call.real, call.rules.time_dim, call.rules.members()
+        if checkpoints.dtype != real or checkpoints.numel() != checkpoint_elements(x_seq, time_dim, members):
             raise ValueError("asgl_cuda: checkpoints do not belong to this x_seq")
-        dense = layout.dense_sequence, layout.dense_state, layout.dense_sequence, layout.dense_sequence
+
+        def dense_state(tensor: Tensor) -> Tensor:
+            return layout.dense_state(tensor, members)
+
+        dense = layout.dense_sequence, dense_state, layout.dense_sequence, layout.dense_sequence
         grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq = grads = [
             None if grad is None else laid(grad.to(dtype))
             for grad, laid, dtype in zip(grads, dense, (x_seq.dtype, real, real, real), strict=True)
@@ -391,6 +404,8 @@ class NeuronOperators(NeuronKernelOperators):
                 self.launcher, input, *grads, checkpoints, grad_x_seq, grad_v_init, grad_residual
             )  # fmt: skip
             kernel = backward_kernel(x_seq.dtype, call.model, lanes, input, layout.steps)
+            if call.rules.adaptation:
+                kernel = adaptive_kernel(x_seq.dtype, "backward")
             self.start_backward(
                 call, kernel, "BackwardParams", tiles, gradients, grad_s_seq=grad_s_seq, grad_last=grad_v_last,
                 grad_v_seq=grad_v_seq, grad_h_seq=grad_h_seq, checkpoints=checkpoints, grad_residual=grad_residual,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from ctypes import Structure, c_bool, c_double, c_float, c_int, c_longlong, c_uint, c_ushort, c_void_p
+from ctypes import Structure, c_bool, c_double, c_float, c_int, c_longlong, c_ubyte, c_uint, c_ushort, c_void_p
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ import torch
 from ..extension import NO_SOURCES, source_directory
 
 _TYPES = {
-    "bool": c_bool, "int": c_int, "float": c_float, "double": c_double, "uint16": c_ushort, "uint32": c_uint,
+    "bool": c_bool, "int": c_int, "float": c_float, "double": c_double, "uint8": c_ubyte, "uint16": c_ushort,
+    "uint32": c_uint,
     "int64": c_longlong, "int64_t": c_longlong,
 }  # fmt: skip
 _REALS = {torch.float32: c_float, torch.float64: c_double, None: None}

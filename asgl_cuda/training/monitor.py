@@ -253,7 +253,7 @@ class Monitor:
         if layer.training and layer.analog_prob > 0:
             cpu = device.type == "cpu"  # torch.cpu has no get_rng_state
             rng_state = torch.get_rng_state() if cpu else torch.get_device_module(device).get_rng_state(device)
-        self._before[layer] = x_seq, more, layer.v if layer.stateful else None, rng_state
+        self._before[layer] = x_seq, more, layer._carried(), rng_state
 
     @torch.no_grad()
     def _look(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

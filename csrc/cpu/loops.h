@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/clones.h"
+#include "math/adaptive.h"
 #include "params/neuron.h"
 
 namespace asgl::cpu {
@@ -43,88 +44,6 @@ ASGL_HOST_DEVICE void store(const State<Real>& state, const State<Real*>& rows, 
   for_each_member([=](Real value, Real* row) __attribute__((always_inline)) { row[i] = value; }, state, rows);
 }
 
-template <class Real, class Model, class Neurons>
-struct StepLoop {
-  struct Args {
-    Neurons neurons;
-    LIFByOptions<Real> options;
-    uint32 analog_below;
-    int64 length;
-    const Real* x;
-    const uint16* draws;
-    State<Real*> before, after;
-    Real *h, *s;
-  };
-
-  // One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised.
-  template <int kId = 0>
-  static ASGL_HOST_DEVICE void run(Args args) {
-    if constexpr (Model::kOnlyGeneral && kId + 1 < kNumSurrogates) {
-      const bool used = args.analog_below > 0 || args.options.counts();
-      if (used && static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
-    }
-    args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
-    args.analog_below > 0 ? loop<true>(args) : loop<false>(args);
-  }
-
-  template <bool kNoise>
-  static ASGL_HOST_DEVICE void loop(Args args) {
-    const Firing<Real> firing(args.options);
-    const auto& model = Model::of(args.options);
-#pragma GCC ivdep
-    for (int64 i = 0; i < args.length; ++i) {
-      const Neuron<Real>& neuron = args.neurons[i];
-      State<Real> state = load(args.before, i);
-      const Real c = input_current<Input::kGeneral>(args.x[i], neuron);
-      const Real h = Model::template charge<Input::kGeneral>(c, state, neuron, args.options);
-      const Real s = model.fire(h, kNoise && args.draws[i] < args.analog_below, neuron, firing);
-      model.reset(h, s, neuron, state);
-      args.h[i] = h;
-      args.s[i] = s;
-      store(state, args.after, i);
-    }
-  }
-};
-
-template <class Real, class Model, class Neurons>
-struct AdjointLoop {
-  struct Args {
-    Neurons neurons;
-    LIFByOptions<Real> options;
-    int64 length;
-    bool carried;
-    const Real *g, *gh, *h, *s;
-    State<Real*> d_state;  // the gradient of the state after the step on entry, before it on return
-    Real *d_reset, *distance, *dy, *dh, *dx;
-  };
-
-  // As StepLoop.
-  template <int kId = 0>
-  static ASGL_HOST_DEVICE void run(Args args) {
-    if constexpr (Model::kOnlyGeneral && kId + 1 < kNumSurrogates) {
-      if (static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
-    }
-    args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
-    const auto& model = Model::of(args.options);
-#pragma GCC ivdep
-    for (int64 i = 0; i < args.length; ++i) {
-      const Neuron<Real>& neuron = args.neurons[i];
-      State<Real> d_state = load(args.d_state, i);
-      model.floor_adjoint(args.h[i], args.s[i], neuron, d_state);
-      args.d_reset[i] = model.gradient_of_reset(d_state.v, args.s[i]);
-      args.distance[i] = model.distance(args.h[i], neuron);
-      const Real ds =
-          model.spike_gradient(args.g[i], args.h[i], args.carried && !args.options.detach_reset, neuron, d_state.v);
-      const StepGradient<Real> step =
-          model.step_adjoint(ds, args.gh[i], args.h[i], args.s[i], args.carried, neuron, args.options, d_state);
-      args.dy[i] = step.dy;
-      args.dh[i] = step.dh;
-      args.dx[i] = neuron.input_gain * step.dc;
-      store(d_state, args.d_state, i);
-    }
-  }
-};
-
 // The rows to prefetch, a few lines at a time while others are computed: hardware prefetchers stop at page boundaries,
 // and a row is about a page. Output rows are not prefetched: no gain measured.
 struct Ahead {
@@ -151,6 +70,119 @@ ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
     f(begin, end);
   }
 }
+
+template <class Real, class Model, class Neurons>
+struct StepLoop {
+  struct Args {
+    Neurons neurons;
+    LIFByOptions<Real> options;
+    uint32 analog_below;
+    int64 length;
+    const Real* x;
+    const uint16* draws;
+    State<Real*> before, after;
+    Real *h, *s;
+    Ahead ahead;
+    const Real* w;  // of adaptive neurons, before and after
+    Real* next_w;
+  };
+
+  // One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised.
+  template <int kId = 0>
+  static ASGL_HOST_DEVICE void run(Args args) {
+    if constexpr (Model::kOnlyGeneral && kId + 1 < kNumSurrogates) {
+      const bool used = args.analog_below > 0 || args.options.counts();
+      if (used && static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
+    }
+    args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
+    args.analog_below > 0 ? loop<true>(args) : loop<false>(args);
+  }
+
+  template <bool kNoise>
+  static ASGL_HOST_DEVICE void loop(Args args) {
+    const Firing<Real> firing(args.options);
+    const auto& model = Model::of(args.options);
+    for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
+#pragma GCC ivdep
+      for (int64 i = begin; i < end; ++i) {
+        const Neuron<Real>& neuron = args.neurons[i];
+        const bool analog = kNoise && args.draws[i] < args.analog_below;
+        State<Real> state = load(args.before, i);
+        Real h, s;
+        if constexpr (Model::kAdapts) {
+          Real w = args.w[i];
+          h = model.step(args.x[i], analog, neuron, firing, state.v, w, s);
+          args.next_w[i] = w;
+        } else {
+          const Real c = input_current<Input::kGeneral>(args.x[i], neuron);
+          h = Model::template charge<Input::kGeneral>(c, state, neuron, args.options);
+          s = model.fire(h, analog, neuron, firing);
+          model.reset(h, s, neuron, state);
+        }
+        args.h[i] = h;
+        args.s[i] = s;
+        store(state, args.after, i);
+      }
+    });
+  }
+};
+
+template <class Real, class Model, class Neurons>
+struct AdjointLoop {
+  struct Args {
+    Neurons neurons;
+    LIFByOptions<Real> options;
+    int64 length;
+    bool carried;
+    const Real *g, *gh, *h, *s;
+    State<Real*> d_state;  // the gradient of the state after the step on entry, before it on return
+    Real *d_reset, *distance, *dy, *dh, *dx;
+    Ahead ahead;
+    const Real* w;  // of adaptive neurons, and its gradient as d_state
+    Real* dw;
+  };
+
+  // As StepLoop.
+  template <int kId = 0>
+  static ASGL_HOST_DEVICE void run(Args args) {
+    if constexpr (Model::kOnlyGeneral && kId + 1 < kNumSurrogates) {
+      if (static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
+    }
+    args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
+    const auto& model = Model::of(args.options);
+    for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
+#pragma GCC ivdep
+      for (int64 i = begin; i < end; ++i) {
+        const Neuron<Real>& neuron = args.neurons[i];
+        if constexpr (Model::kAdapts) {
+          Real dv = args.d_state.v[i], dw = args.dw[i];
+          const auto [d_reset, distance, step] =
+              model.adjoint(args.g[i], args.gh[i], args.h[i], args.s[i], args.w[i], args.carried, neuron, dv, dw);
+          args.d_reset[i] = d_reset;
+          args.distance[i] = distance;
+          args.dy[i] = step.dy;
+          args.dh[i] = step.dh;
+          args.dx[i] = step.dc;
+          args.d_state.v[i] = dv;
+          args.dw[i] = dw;
+        } else {
+          State<Real> d_state = load(args.d_state, i);
+          model.floor_adjoint(args.h[i], args.s[i], neuron, d_state);
+          args.d_reset[i] = model.gradient_of_reset(d_state.v, args.s[i]);
+          args.distance[i] = model.distance(args.h[i], neuron);
+          const Real ds =
+              model.spike_gradient(args.g[i], args.h[i], args.carried && !args.options.detach_reset, neuron, d_state.v);
+          const StepGradient<Real> step =
+              model.step_adjoint(ds, args.gh[i], args.h[i], args.s[i], args.carried, neuron, args.options, d_state);
+          args.dy[i] = step.dy;
+          args.dh[i] = step.dh;
+          args.dx[i] = neuron.input_gain * step.dc;
+          store(d_state, args.d_state, i);
+        }
+      }
+    });
+  }
+};
 
 // The settled loops, with the input current as a row. Forward computes only spikes or potentials, backward gradients of
 // the current and the parameters.

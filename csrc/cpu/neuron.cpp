@@ -11,11 +11,12 @@ int64 segment_steps(int64 steps) { return steps <= 4 ? 4 : steps <= 8 ? 8 : kChe
 
 // ---- forward ----
 
+// `shift`: elements between the checkpoints of v and those of this member.
 template <class Scalar>
 void store_checkpoint(const ForwardParams<Scalar>& params, const Tile& tile, int64 steps,
-                      const State<Real_t<Scalar>*>& state) {
+                      const State<Real_t<Scalar>*>& state, int64 shift = 0) {
   if (steps % kCheckpointSteps == 0 && steps < params.shape.steps) {
-    store_state(state, tile.length, params.checkpoints, checkpoint(tile, steps));
+    store_state(state, tile.length, behind(params.checkpoints, shift), checkpoint(tile, steps));
   }
 }
 
@@ -30,27 +31,38 @@ template <class Model, class Scalar>
 void run_general(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
-    Rows<Real> rows(3 + 2 * kStateMembers, kTile);
+    Rows<Real> rows(3 + 4 * kStateMembers, kTile);
     Real *x_buffer = rows.take(), *s_buffer = rows.take(), *h_buffer = rows.take();
-    State<Real*> state = take_state(rows), next = take_state(rows);
+    State<Real*> state = take_state(rows), next = take_state(rows), w = take_state(rows), next_w = take_state(rows);
+    const int64 all = params.shape.neurons();
     TileNoise noise(params.noise);
     TileNeurons<Real> neurons(params.parameters, params.options, kNumParameters);
     GeneralInput<Scalar> input(params);
     for (int64 index = begin; index < end; ++index) {
       const Tile tile(params.shape, index);
       load_state(params.init, tile.first, params.at_rest(), tile.length, state);
+      if (Model::kAdapts) load_state(behind(params.init, all), tile.first, State<Real>{}, tile.length, w);
       for (int64 t = 0; t < params.shape.steps; ++t) {
         const Real* x = read_row(params.x_seq, tile, t, x_buffer);
         Real* s = start_row(params.s_seq, tile, t, s_buffer);
         Real* h = start_row(params.h_seq, tile, t, h_buffer);
+        const Tile later(params.shape, index + (t + kRowsAhead) / params.shape.steps);
+        const Ahead ahead = {row_ahead(params.x_seq, later, (t + kRowsAhead) % params.shape.steps), sizeof(Scalar)};
         neurons.move_to(tile, t);
         neurons.template visit<NeuronRows<Real>>([&](auto given) {
           input.visit(tile, t, x, given, [&](auto values, const Real* in) {
             run<StepLoop<Real, Model, decltype(values)>>({values, params.options, params.noise.analog_below,
-                                                          tile.length, in, noise.row(tile, t), state, next, h, s});
+                                                          tile.length, in, noise.row(tile, t), state, next, h, s, ahead,
+                                                          w.v, next_w.v});
           });
         });
+        if constexpr (Model::kAdapts) {  // h_seq is the potential compared
+          const bool subtracts = params.h_seq != nullptr && !Model::of(params.options).is(Adaptation::kCurrent);
+          if (subtracts) run<AccumulateLoop<Real>>({tile.length, Real(-1), w.v, {nullptr, Real(1)}, {}, h});
+          store_checkpoint(params, tile, t + 1, next_w, checkpoint_stride(params.shape));
+        }
         std::swap(state, next);
+        std::swap(w, next_w);
         if (params.options.scale_output) {
           run<MultiplyLoop<Real>>({s, neurons.v_threshold(), s_buffer, tile.length});
           s = s_buffer;
@@ -61,6 +73,7 @@ void run_general(const ForwardParams<Scalar>& params) {
         store_checkpoint(params, tile, t + 1, state);
       }
       store_state(state, tile.length, params.last, tile.first);
+      if (Model::kAdapts) store_state(w, tile.length, behind(params.last, all), tile.first);
     }
   });
 }
@@ -131,6 +144,8 @@ class GeneralBackward {
     tile_ = tile;
     for (int id = 0; id < kNumParameters; ++id) clear(id);
     load_state(params_.grad_last, tile.first, State<Real>{}, tile.length, d_state_);
+    const int64 all = params_.shape.neurons();
+    if (Model::kAdapts) load_state(behind(params_.grad_last, all), tile.first, State<Real>{}, tile.length, dw_);
     carried_ = exists(params_.grad_last);
     const int64 steps = params_.shape.steps;
     for (int64 start = (steps - 1) / segment_ * segment_; start >= 0; start -= segment_) {
@@ -142,6 +157,7 @@ class GeneralBackward {
       if (params_.wants(id) && params_.parameters[id].step_stride == 0) store(id, 0);
     }
     store_state(d_state_, tile.length, params_.grad_init, tile.first);
+    if (Model::kAdapts) store_state(dw_, tile.length, behind(params_.grad_init, all), tile.first);
   }
 
  private:
@@ -149,6 +165,11 @@ class GeneralBackward {
   State<Real*> state(int64 k) const {
     return map_members<Real*>([&](Real* rows) { return row(rows, k % states_); }, state_rows_);
   }
+  Ahead ahead(const Scalar* sequence, int64 t) const {
+    return {t < 0 || t >= params_.shape.steps ? nullptr : row_ahead(sequence, tile_, t), sizeof(Scalar)};
+  }
+  // Row k of the adaptation; null for other models.
+  State<Real*> w(int64 k) const { return {Model::kAdapts ? row(w_, k) : nullptr}; }
   void clear(int id) { std::fill_n(row(sums_, id), tile_.length, Real(0)); }
   void store(int id, int64 t) {
     store_partials(params_.partials[id], params_.parameters[id], tile_, t, row(sums_, id));
@@ -158,16 +179,16 @@ class GeneralBackward {
   }
 
   void compute_potentials(int64 start, int64 stop) {
-    load_start(params_, tile_, start, state(0));
+    load_start(params_, tile_, start, state(0), w(0));
     for (int64 t = start; t < stop; ++t) {
       const int64 k = t - start;
       const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
       neurons_.move_to(tile_, t);
       neurons_.template visit<NeuronRows<Real>>([&](auto given) {
         input_.visit(tile_, t, x, given, [&](auto neurons, const Real* in) {
-          cpu::run<StepLoop<Real, Model, decltype(neurons)>>({neurons, params_.options, params_.noise.analog_below,
-                                                              tile_.length, in, noise_.row(tile_, t), state(k),
-                                                              state(k + 1), row(h_, k), row(s_, k)});
+          cpu::run<StepLoop<Real, Model, decltype(neurons)>>(
+              {neurons, params_.options, params_.noise.analog_below, tile_.length, in, noise_.row(tile_, t), state(k),
+               state(k + 1), row(h_, k), row(s_, k), ahead(params_.x_seq, t + kRowsAhead), w(k).v, w(k + 1).v});
         });
       });
     }
@@ -191,6 +212,11 @@ class GeneralBackward {
       cpu::run<AccumulateLoop<Real>>({tile_.length, Real(1), gv, kOne, kZero, d_state_.v});
       carried_ = true;
     }
+    if (Model::kAdapts && carried_) {
+      accumulate(kAdaptDecay, Real(1), dw_.v, {w(k).v, Real(0)}, kZero);
+      accumulate(kAdaptPotential, Real(1), dw_.v, {state(k + 1).v, Real(0)}, {nullptr, params_.options.v_rest});
+      accumulate(kAdaptSpike, Real(1), dw_.v, {row(s_, k), Real(0)}, kZero);
+    }
     Real* dx = start_row(params_.grad_x_seq, tile_, t, dx_buffer_);
     neurons_.template visit<NeuronRows<Real>>([&](auto neurons) {
       cpu::run<AdjointLoop<Real, Model, decltype(neurons)>>({.neurons = neurons,
@@ -206,7 +232,10 @@ class GeneralBackward {
                                                              .distance = distance_,
                                                              .dy = dy_,
                                                              .dh = dh_,
-                                                             .dx = dx});
+                                                             .dx = dx,
+                                                             .ahead = ahead(params_.grad_s_seq, t - kRowsAhead),
+                                                             .w = w(k).v,
+                                                             .dw = dw_.v});
     });
     finish_row(dx, params_.grad_x_seq, tile_, t);
     finish_row(dh_, params_.grad_residual, tile_, t);
@@ -218,13 +247,15 @@ class GeneralBackward {
   void add_gradients(int64 t, int64 k, const Real* dx) {
     accumulate(kWidth, Real(1), dy_, {distance_, Real(0)}, kZero);
     accumulate(kThreshold, Real(-1), dy_, neurons_.inverse_width(), kZero);
-    accumulate(kInputMean, Real(-1), dx, kOne, kZero);
     accumulate(kDecay, Real(1), dh_, {state(k).v, Real(0)}, {nullptr, params_.options.v_rest});
-    if (params_.wants(kInputGain)) {
-      const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
-      accumulate(kInputGain, Real(1), dh_, {x, Real(0)}, neurons_.input_mean());
+    if (!Model::kAdapts) {
+      accumulate(kInputMean, Real(-1), dx, kOne, kZero);
+      if (params_.wants(kInputGain)) {
+        const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
+        accumulate(kInputGain, Real(1), dh_, {x, Real(0)}, neurons_.input_mean());
+      }
+      accumulate(kInputBias, Real(1), dh_, kOne, kZero);
     }
-    accumulate(kInputBias, Real(1), dh_, kOne, kZero);
     for (int id = 0; id < kNumParameters; ++id) {
       if (params_.wants(id) && params_.parameters[id].step_stride != 0) {
         store(id, t);
@@ -236,10 +267,12 @@ class GeneralBackward {
   static constexpr Operand<Real> kZero = {nullptr, Real(0)}, kOne = {nullptr, Real(1)};
 
   const BackwardParams<Scalar>& params_;
-  const int64 segment_ = segment_steps(params_.shape.steps);
-  const int64 states_ = std::max<int64>(2, kept_states(params_, segment_));
-  Rows<Real> rows_{2 * segment_ + (states_ + 1) * kStateMembers + 10 + kNumParameters, kTile};
-  Real *const h_ = rows_.take(segment_), *const s_ = rows_.take(segment_);
+  const int64 segment_ = segment_steps(params_.shape.steps), w_rows_ = Model::kAdapts ? segment_ + 2 : 0;
+  const bool keeps_all_ = Model::kAdapts && params_.wants(kAdaptPotential);
+  const int64 states_ = keeps_all_ ? segment_ + 1 : std::max<int64>(2, kept_states(params_, segment_));
+  Rows<Real> rows_{2 * segment_ + (states_ + 1) * kStateMembers + 10 + kNumParameters + w_rows_, kTile};
+  Real *const h_ = rows_.take(segment_), *const s_ = rows_.take(segment_), *const w_ = rows_.take(w_rows_);
+  const State<Real*> dw_ = {w_ + (segment_ + 1) * rows_.stride()};
   const State<Real*> state_rows_ = take_state(rows_, states_), d_state_ = take_state(rows_);
   Real *const x_buffer_ = rows_.take(), *const g_buffer_ = rows_.take(), *const gh_buffer_ = rows_.take();
   Real *const scaled_g_ = rows_.take(), *const dx_buffer_ = rows_.take(), *const dy_ = rows_.take();
@@ -417,6 +450,7 @@ template <class Params>
 void run_model(Params params) {
   using Real = typename Params::Real;
   params.noise = params.noise.resolved();
+  if (params.options.adapts()) return run_general<AdaptiveLIF<Real>>(params);
   with_model(params.options, [&](auto model) {
     using Model = decltype(model);
     if constexpr (std::is_same_v<Real, float> && !Model::kOnlyGeneral) {

@@ -375,15 +375,22 @@ inline int64 checkpoint(const Tile& tile, int64 steps) {
   return (steps / kCheckpointSteps - 1) * tile.shape.neurons() + tile.first;
 }
 
-// Loads the state before the first step of a segment.
+// The elements of w, `elements` behind those of v; null if those are.
+template <class Element>
+State<Element*> behind(const State<Element*>& v, int64 elements) {
+  return {v.v == nullptr ? nullptr : v.v + elements};
+}
+
+// Loads the state before the first step of a segment, with w of adaptive neurons.
 template <class Scalar>
 void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 start,
-                const State<Real_t<Scalar>*>& state) {
-  if (start > 0) {
-    load_state(params.checkpoints, checkpoint(tile, start), params.at_rest(), tile.length, state);
-  } else {
-    load_state(params.init, tile.first, params.at_rest(), tile.length, state);
-  }
+                const State<Real_t<Scalar>*>& state, const State<Real_t<Scalar>*>& w = {}) {
+  const State<const Real_t<Scalar>*>& from = start > 0 ? params.checkpoints : params.init;
+  const int64 offset = start > 0 ? checkpoint(tile, start) : tile.first;
+  load_state(from, offset, params.at_rest(), tile.length, state);
+  if (!exists(w)) return;
+  const int64 elements = start > 0 ? checkpoint_stride(tile.shape) : tile.shape.neurons();
+  load_state(behind(from, elements), offset, State<Real_t<Scalar>>{}, tile.length, w);
 }
 
 // Whether values repeat within a tile, as for one value a channel in channels_last. Then only the first `count` of the

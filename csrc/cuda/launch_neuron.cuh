@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include "cuda/neuron_kernels.cuh"
+#include "cuda/adaptive_kernels.cuh"
 #include "cuda/plan_neurons.cuh"
 #include "launch.h"
 
@@ -12,15 +12,17 @@ namespace asgl::cuda {
 
 template <class Scalar>
 cudaError_t plan_on(Device, ForwardParams<Scalar>& params) {
-  return plan_neurons(params, groups_of_four(params, params.residual, params.s_seq, params.last, params.v_seq,
-                                             params.h_seq, params.checkpoints));
+  const bool grouped = groups_of_four(params, params.residual, params.s_seq, params.last, params.v_seq, params.h_seq,
+                                      params.checkpoints);
+  return plan_neurons(params, grouped && !params.options.adapts());
 }
 
 template <class Scalar>
 cudaError_t plan_on(Device, BackwardParams<Scalar>& params) {
-  return plan_with_sums(params, groups_of_four(params, params.residual, params.grad_s_seq, params.grad_last,
-                                               params.grad_v_seq, params.grad_h_seq, params.checkpoints,
-                                               params.grad_x_seq, params.grad_init, params.grad_residual));
+  const bool grouped =
+      groups_of_four(params, params.residual, params.grad_s_seq, params.grad_last, params.grad_v_seq, params.grad_h_seq,
+                     params.checkpoints, params.grad_x_seq, params.grad_init, params.grad_residual);
+  return plan_with_sums(params, grouped && !params.options.adapts());
 }
 
 // Calls f(lanes, input), with the neurons a thread and the input of the kernel as constants. With one neuron a thread,
@@ -87,6 +89,9 @@ cudaError_t launch(Model, const BackwardParams<Scalar>& params, cudaStream_t str
 
 template <class Scalar>
 cudaError_t launch_on(Device, const ForwardParams<Scalar>& params, cudaStream_t stream) {
+  if (params.options.adapts()) {
+    return start(&adaptive_forward_kernel<Scalar>, params.tiles.count, kBlockThreads, params, stream);
+  }
   cudaError_t error = cudaErrorInvalidValue;
   with_model(params.options, [&](auto model) { error = launch(model, params, stream); });
   return error;
@@ -94,6 +99,9 @@ cudaError_t launch_on(Device, const ForwardParams<Scalar>& params, cudaStream_t 
 
 template <class Scalar>
 cudaError_t launch_on(Device, const BackwardParams<Scalar>& params, cudaStream_t stream) {
+  if (params.options.adapts()) {
+    return start(&adaptive_backward_kernel<Scalar>, params.tiles.count, kBlockThreads, params, stream);
+  }
   cudaError_t error = cudaErrorInvalidValue;
   with_model(params.options, [&](auto model) { error = launch(model, params, stream); });
   return error;

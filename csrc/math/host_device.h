@@ -9,6 +9,7 @@
 
 namespace asgl {
 
+using uint8 = unsigned char;
 using uint16 = unsigned short;
 using uint32 = unsigned int;
 using uint64 = unsigned long long;

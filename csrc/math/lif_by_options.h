@@ -22,14 +22,16 @@ template <class Real>
 struct LIFByOptions : NeuronOptions<Real> {
   using Hard = LIF<Surrogate::kRectangle, true>;
   using Soft = LIF<Surrogate::kRectangle, false>;
-  static constexpr bool kOnlyGeneral = true;
+  static constexpr bool kOnlyGeneral = true, kAdapts = false;
 
   Real v_min;
   bool multi_spike;
-  bool periodic;  // the surrogate is a function of the distance below
-  bool floored;   // by v_min
+  bool periodic;     // the surrogate is a function of the distance below
+  bool floored;      // by v_min
+  uint8 adaptation;  // an Adaptation, see math/adaptive.h; in padding, as levels
 
-  ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored; }
+  ASGL_HOST_DEVICE bool adapts() const { return adaptation != 0; }
+  ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored || adapts(); }
   ASGL_HOST_DEVICE bool counts() const { return this->surrogate == Surrogate::kInteger; }
 
   static ASGL_HOST_DEVICE const LIFByOptions& of(const LIFByOptions& options) { return options; }

@@ -154,7 +154,8 @@ ASGL_HOST_DEVICE double gradient_of_width(double gradient_of_inverse, double wid
 
 template <Surrogate kSurrogate, bool kHardReset>
 struct LIF {
-  static constexpr bool kResetsHard = kHardReset, kOnlyGeneral = false, kCounts = kSurrogate == Surrogate::kInteger;
+  static constexpr bool kResetsHard = kHardReset, kOnlyGeneral = false, kAdapts = false;
+  static constexpr bool kCounts = kSurrogate == Surrogate::kInteger;
 
   // The object whose functions kernels call; LIFByOptions keeps the options in it.
   template <class Options>

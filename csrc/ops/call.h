@@ -45,13 +45,10 @@ const Element* const_pointer(const OptionalTensor& tensor) {
   return reinterpret_cast<const Element*>(tensor->const_data_ptr<typename AtenType<Element>::type>());
 }
 
-// Elements of one state member's checkpoints.
-inline int64_t checkpoint_stride(const SequenceShape& shape) {
-  return (shape.steps - 1) / kCheckpointSteps * shape.neurons();
-}
-
 // At least 2 elements, so that torch.compile does not specialise on the number of steps.
-inline int64_t checkpoint_elements(const SequenceShape& shape) { return kStateMembers * checkpoint_stride(shape) + 2; }
+inline int64_t checkpoint_elements(const SequenceShape& shape, int64_t members) {
+  return members * checkpoint_stride(shape) + 2;
+}
 
 inline at::ScalarType real_type(const Tensor& x_seq) {
   return x_seq.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -60,7 +57,7 @@ inline at::ScalarType real_type(const Tensor& x_seq) {
 // Unpacked from lists, in the order of the fields of Rules and Numbers in asgl_cuda/reference.py.
 struct Rules {
   int64_t surrogate, hard_reset, strict_threshold, scale_output, detach_reset, multi_spike, periodic, floored,
-      log_width, logit_decay, analog_below, levels, time_dim;
+      log_width, logit_decay, analog_below, levels, adaptation, time_dim;
 };
 struct Numbers {
   double constants[kNumParameters];  // in the order of ParameterId, 0 where the parameter is a tensor
@@ -93,7 +90,7 @@ class Call {
                       "asgl_cuda: no surrogate has the number ", rules_.surrogate);
     if (v_init.has_value()) {
       check_real(*v_init, "v_init");
-      v_init_ = layout_.match_state(*v_init);
+      v_init_ = layout_.match_state(*v_init, members());
     }
     const OptionalTensor residual = parameters.get(kNumParameters);
     if (residual.has_value()) {
@@ -125,10 +122,12 @@ class Call {
       TORCH_CHECK_VALUE(learned == 0 || (parameters_[id].has_value() && !parameters_[id]->per_step()),
                         "asgl_cuda: a logarithm of the width and a logit of the decay are tensors without steps");
     }
+    TORCH_CHECK_VALUE(rules_.adaptation == 0 || !residual.has_value(), "asgl_cuda: adaptive neurons have no residual");
   }
 
   const Layout& layout() const { return layout_; }
   bool has_residual() const { return residual_.has_value(); }
+  int64_t members() const { return rules_.adaptation == 0 ? 1 : 2; }  // of the state
   bool has_parameter(int id) const { return parameters_[id].has_value(); }
   const ParameterTensor& parameter(int id) const { return *parameters_[id]; }
   at::TensorOptions real_options() const { return x_seq_.options().dtype(real_type(x_seq_)); }
@@ -151,7 +150,8 @@ class Call {
                       static_cast<Real>(numbers_.v_min),
                       rules_.multi_spike != 0,
                       rules_.periodic != 0,
-                      rules_.floored != 0};
+                      rules_.floored != 0,
+                      static_cast<uint8>(rules_.adaptation)};
     params.noise = {
         rng_state_.has_value() ? reinterpret_cast<const int64*>(rng_state_->const_data_ptr<int64_t>()) : nullptr,
         static_cast<uint32>(rules_.analog_below)};

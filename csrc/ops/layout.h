@@ -58,25 +58,30 @@ class Layout {
     return dense(tensor, order_);
   }
 
-  // A tensor of x_seq's shape without time, stored in the order of the neurons.
-  Tensor empty_state(const at::TensorOptions& options) const { return empty(state_sizes(), state_order(), options); }
+  // A tensor of x_seq's shape without time, stored in the order of the neurons; a state of several members has them
+  // in front.
+  Tensor empty_state(const at::TensorOptions& options, int64_t members = 1) const {
+    return empty(state_sizes(members), state_order(members), options);
+  }
 
-  Tensor match_state(const Tensor& tensor) const {
-    const auto order = state_order();
-    TORCH_CHECK_VALUE(tensor.sizes() == state_sizes(), "asgl_cuda: expected shape ", at::IntArrayRef(state_sizes()),
-                      ", got ", tensor.sizes());
-    return dense(tensor, order);
+  Tensor match_state(const Tensor& tensor, int64_t members = 1) const {
+    const auto sizes = state_sizes(members);
+    TORCH_CHECK_VALUE(tensor.sizes() == sizes, "asgl_cuda: expected shape ", at::IntArrayRef(sizes), ", got ",
+                      tensor.sizes());
+    return dense(tensor, state_order(members));
   }
 
  private:
-  std::vector<int64_t> state_sizes() const {
+  std::vector<int64_t> state_sizes(int64_t members) const {
     auto sizes = sizes_;
     sizes.erase(sizes.begin() + time_dim_);
+    if (members > 1) sizes.insert(sizes.begin(), members);
     return sizes;
   }
-  std::vector<int64_t> state_order() const {
+  std::vector<int64_t> state_order(int64_t members) const {
     auto order = neuron_order_;
-    for (int64_t& dim : order) dim -= dim > time_dim_;
+    for (int64_t& dim : order) dim += (members > 1) - (dim > time_dim_);
+    if (members > 1) order.insert(order.begin(), 0);
     return order;
   }
   // Stored with the dimensions in `order`, outermost first. Not a permuted view: autograd refuses to change or detach a

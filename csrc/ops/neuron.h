@@ -25,11 +25,11 @@ std::vector<Tensor> lif_forward(const Tensor& x_seq, const OptionalTensor& v_ini
     return result;
   };
   const Tensor s_seq = keep(layout.empty_sequence(x_seq.options()));
-  const Tensor v_last = wants_v_last ? keep(layout.empty_state(real)) : Tensor();
+  const Tensor v_last = wants_v_last ? keep(layout.empty_state(real, call.members())) : Tensor();
   const Tensor v_seq = wants_v_seq ? keep(layout.empty_sequence(real)) : Tensor();
   const Tensor h_seq = wants_h_seq ? keep(layout.empty_sequence(real)) : Tensor();
-  const Tensor checkpoints =
-      wants_checkpoints ? keep(in_huge_pages(at::empty({checkpoint_elements(shape)}, real))) : Tensor();
+  const int64_t elements = checkpoint_elements(shape, call.members());
+  const Tensor checkpoints = wants_checkpoints ? keep(in_huge_pages(at::empty({elements}, real))) : Tensor();
   if (shape.neurons() == 0) {
     if (wants_checkpoints) checkpoints.zero_();
     return results;
@@ -44,7 +44,7 @@ std::vector<Tensor> lif_forward(const Tensor& x_seq, const OptionalTensor& v_ini
     params.v_seq = pointer<Real>(v_seq);
     params.h_seq = pointer<Real>(h_seq);
     params.checkpoints = members_in(pointer<Real>(checkpoints), checkpoint_stride(shape));
-    if (wants_checkpoints) params.zeros = pointer<Real>(checkpoints) + checkpoint_elements(shape) - 2;
+    if (wants_checkpoints) params.zeros = pointer<Real>(checkpoints) + elements - 2;
     backend.plan_tiles(params);
     backend.launch(params);
   });
@@ -64,19 +64,19 @@ std::vector<Tensor> lif_backward(const c10::List<OptionalTensor>& grads, const T
   const SequenceShape& shape = layout.shape();
   const at::TensorOptions real = call.real_options();
   TORCH_CHECK_VALUE(checkpoints.scalar_type() == real_type(x_seq) && checkpoints.is_contiguous() &&
-                        checkpoints.numel() == checkpoint_elements(shape),
+                        checkpoints.numel() == checkpoint_elements(shape, call.members()),
                     "asgl_cuda: checkpoints do not belong to this x_seq");
   const auto given = [&](int which, at::ScalarType type) -> OptionalTensor {
     const OptionalTensor grad = grads[which];
     if (!grad.has_value()) return std::nullopt;
     const Tensor typed = grad->to(type);
-    return which == 1 ? layout.match_state(typed) : layout.match_sequence(typed);
+    return which == 1 ? layout.match_state(typed, call.members()) : layout.match_sequence(typed);
   };
   const OptionalTensor grad_s_seq = given(0, x_seq.scalar_type()), grad_v_last = given(1, real_type(x_seq));
   const OptionalTensor grad_v_seq = given(2, real_type(x_seq)), grad_h_seq = given(3, real_type(x_seq));
 
   const Tensor grad_x_seq = wanted[0] ? layout.empty_sequence(x_seq.options()) : Tensor();
-  const Tensor grad_v_init = wanted[1] ? layout.empty_state(real) : Tensor();
+  const Tensor grad_v_init = wanted[1] ? layout.empty_state(real, call.members()) : Tensor();
   const Tensor grad_residual = wanted.back() && call.has_residual() ? layout.empty_sequence(x_seq.options()) : Tensor();
   std::vector<Tensor> results;
   if (wanted[0]) results.push_back(grad_x_seq);

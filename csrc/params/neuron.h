@@ -21,6 +21,11 @@ struct SequenceShape {
 // Steps between checkpoints of the state for backward. Sequences up to this length have none.
 constexpr int kCheckpointSteps = 16;
 
+// Elements of one state member's checkpoints.
+ASGL_HOST_DEVICE int64 checkpoint_stride(const SequenceShape& shape) {
+  return (shape.steps - 1) / kCheckpointSteps * shape.neurons();
+}
+
 // Neurons, in sixteenths of the device's resident threads, above which settled CUDA kernels of longer sequences have
 // four neurons a thread. Below, latency binds (tools/roofline/ROOFLINE.md, cycles a step of one warp): 117 forward and
 // 274 backward for one neuron a thread, 179 and 433 for four. One neuron a thread binds by its issue, 51 and 106

@@ -7,6 +7,8 @@
 namespace asgl {
 
 enum ParameterId { kWidth, kDecay, kThreshold, kReset, kInputGain, kInputBias, kInputMean, kNumParameters };
+// Adaptive neurons have these in the places of the input's.
+constexpr ParameterId kAdaptDecay = kInputGain, kAdaptPotential = kInputBias, kAdaptSpike = kInputMean;
 
 // ParameterView::index for fewer than kDivisible neurons.
 struct NeuronIndex {

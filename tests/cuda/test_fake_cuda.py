@@ -39,7 +39,7 @@ def calls(device, steps, layout, dtype):
     v_init = torch.zeros(2, 3, 4, 5, dtype=real, device=device)
     state = rng_state(device=device)
     numbers = Numbers(0.0, 0.5, 0.0, 0.0, 1.0, 0.0, 0.0, residual_gain=1.0, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
-    rules = Rules(0, 1, *[0] * 8, analog_below=20000, levels=0, time_dim=time_dim)
+    rules = Rules(0, 1, *[0] * 8, analog_below=20000, levels=0, adaptation=0, time_dim=time_dim)
     forward = (x_seq, v_init, state, parameters, numbers, rules, [True] * 4)
 
     def backward(*outputs):

@@ -157,6 +157,8 @@ def described(launch, dtype):
         "lif_forward_kernel": "ForwardParams",
         "lif_backward_kernel": "BackwardParams",
         "lif_backward_settled_kernel": "BackwardParams",
+        "adaptive_forward_kernel": "ForwardParams",
+        "adaptive_backward_kernel": "BackwardParams",
         "gradient_sum_kernel": "GradientSum",
         "integrator_kernel": "IntegratorParams",
         "batch_moments_kernel": "MomentsParams",
@@ -271,6 +273,21 @@ def test_same_launches_of_the_integrator(emulation, multiprocessors, dtype, step
         )
         assert in_python == compiled
         assert len(compiled) == launches
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("steps", [4, 33])
+def test_same_launches_of_adaptive_neurons(emulation, dtype, steps):
+    """One neuron a thread, however many there are."""
+    emulation.set_multiprocessors(emulated.TINY)
+    for neurons in (1031, 300 * BLOCK):
+        for options in ({"adapt_spike": 0.1}, {"to_threshold": True, "adapt_spike": uniform(low=0, high=1)}):
+            compiled, in_python = both(
+                emulation, dtype, random_input(steps, neurons, dtype=dtype), function=asgl_cuda.adaptive_lif,
+                adapt_decay=0.9, outputs=("v_last",), **options,
+            )  # fmt: skip
+            assert in_python == compiled
+            assert [launch[1] for launch in compiled[:2]] == [-(-neurons // BLOCK)] * 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

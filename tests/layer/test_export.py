@@ -173,7 +173,7 @@ def test_second_derivatives_are_refused(backend, device, layer):
 def operator_inputs(device):
     parameters = [uniform(3, low=0.5, high=1.5, device=device), None, None, uniform(low=0.5, high=1, device=device)]
     numbers = Numbers(0.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, residual_gain=1.0, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
-    rules = Rules(1, 1, *[0] * 8, analog_below=0, levels=0, time_dim=0)
+    rules = Rules(1, 1, *[0] * 8, analog_below=0, levels=0, adaptation=0, time_dim=0)
     return random_input(20, 2, 3, device=device), None, None, [*parameters, *[None] * 4], numbers, rules
 
 

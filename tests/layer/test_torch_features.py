@@ -220,7 +220,7 @@ def test_opcheck(backend, device, steps, layout):
     parameters = [torch.rand(3, 1, 1, device=device) + 0.5, None, None, torch.zeros((), device=device), *[None] * 3]
     parameters.append(torch.rand_like(x_seq))  # the residual
     numbers = Numbers(0.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, residual_gain=0.5, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
-    rules = Rules(0, 1, *[0] * 8, analog_below=20000, levels=0, time_dim=0)
+    rules = Rules(0, 1, *[0] * 8, analog_below=20000, levels=0, adaptation=0, time_dim=0)
     state = rng_state(device=device)
     v_init = torch.rand(2, 3, 4, 5, device=device)
     forward = (x_seq, v_init, state, parameters, numbers, rules, [True] * 4)

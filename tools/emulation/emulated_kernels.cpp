@@ -58,6 +58,8 @@ class Kernels {
       add_integrator<Scalar, 4>("<" + scalar + ", 4");
     }
     add_integrator<Scalar, 1>("<" + scalar + ", 1");
+    add("asgl::adaptive_forward_kernel<" + scalar + ">", &adaptive_forward_kernel<Scalar>);
+    add("asgl::adaptive_backward_kernel<" + scalar + ">", &adaptive_backward_kernel<Scalar>);
     add_general<Scalar, 1, Input::kGeneral>(scalar, "1", "0");
     add_general<Scalar, 1, Input::kGeneralResidual>(scalar, "1", "4");
     if constexpr (!std::is_same_v<Scalar, double>) {

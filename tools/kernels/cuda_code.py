@@ -49,6 +49,8 @@ _KINDS = {
     "lif_backward_settled_kernel<4, (asgl::Input)2, 4>": "backward plain, T = 4",
     "lif_backward_settled_kernel<4, (asgl::Input)3, 0>": "backward normalised with residual, 4 neurons",
     "lif_backward_settled_kernel<4, (asgl::Input)3, 4>": "backward normalised with residual, T = 4",
+    "adaptive_forward_kernel<>": "adaptive forward",
+    "adaptive_backward_kernel<>": "adaptive backward",
     "integrator_kernel<1, (asgl::Pass)0>": "integrator forward, 1 neuron",
     "integrator_kernel<4, (asgl::Pass)0>": "integrator forward, 4 neurons",
     "integrator_kernel<1, (asgl::Pass)1>": "integrator backward, 1 neuron",

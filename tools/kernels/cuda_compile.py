@@ -163,6 +163,7 @@ def kernels_asked_for() -> list[str]:
     each = (*product(range(len(SURROGATES)), (0, 1)), (INTEGER, 0))
     models = [neuron_kernels.model(rules._replace(surrogate=surrogate, hard_reset=hard)) for surrogate, hard in each]
     for dtype in neuron_kernels.SCALARS:
+        names += [neuron_kernels.adaptive_kernel(dtype, direction) for direction in ("forward", "backward")]
         lanes = (1,) if dtype == torch.float64 else (1, 4)
         for count in lanes:
             names += [

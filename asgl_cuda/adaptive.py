@@ -1,0 +1,224 @@
+"""Adaptive neurons, with a second state, as a function and as a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from .call import Arguments, LIFOutput, Options, Values, computed, grouped
+from .checks import check_bool, check_finite, check_input, check_keywords, check_v_init, read_number
+from .functional import LIF_DEFAULTS, NeuronArguments
+from .layer import Value, fill_parameter
+from .layout import real_type
+from .learned import Logit
+from .neuron import LIF
+from .reference import IN_CURRENT, IN_RESET, IN_THRESHOLD
+
+_CALLER = "asgl_cuda.adaptive_lif"
+# Rules of `lif` that adaptive neurons lack.
+_WITHOUT = {"residual", "residual_gain", "scale_output", "levels", "multi_spike", "v_min", "input_gain"}
+_NEURON = [name for name in NeuronArguments.__annotations__ if name not in _WITHOUT]
+
+
+class AdaptiveLIFOutput(NamedTuple):
+    """The result of `adaptive_lif` with potentials, as `LIFOutput`: h_seq is what is compared with v_threshold.
+
+    `w_last`, given with `v_last`, is w for the step after the last one.
+    """
+
+    s_seq: Tensor
+    v_last: Tensor | None
+    w_last: Tensor | None
+    v_seq: Tensor | None
+    h_seq: Tensor | None
+
+
+def _adapted(given: Arguments, adaptation: Sequence[Any], to_threshold: bool, v_init: Tensor | None) -> Arguments:
+    """The arguments with adapt_decay, adapt_potential and adapt_spike, and the state as a pair."""
+    values = Values(*given.values[:5], *adaptation, *given.values[-2:])
+    in_reset = values.v_reset is None and values.reset_amount is None
+    kind = (IN_RESET if in_reset else IN_THRESHOLD) if to_threshold else IN_CURRENT
+    *others, _ = given.options
+    return Arguments(values, Options(*[*others, kind]), v_init, *given[3:])
+
+
+def adaptive_lif(
+    x_seq: Tensor,
+    *,
+    adapt_decay: Tensor | float,
+    adapt_potential: Tensor | float = 0.0,
+    adapt_spike: Tensor | float = 0.0,
+    to_threshold: bool = False,
+    w_init: Tensor | None = None,
+    **neuron: Unpack[NeuronArguments],
+) -> Tensor | AdaptiveLIFOutput:
+    """Leaky integrate-and-fire neurons that adapt, over a whole sequence: adLIF and ALIF.
+
+    Args:
+        x_seq: input current, as for `lif`.
+        adapt_decay: share of the adaptation w left after a step, like the next two a float or a tensor as in `lif`.
+        adapt_potential: factor on the potential after reset, above v_rest.
+        adapt_spike: increment of w by a spike, in units of x_seq.
+        to_threshold: add w to the threshold, and to the amount of a soft reset without `reset_amount`; default subtract
+            it from the current.
+        w_init: w in the first step, shape of x_seq without time; default 0.
+        neuron: arguments of `lif` except `input_*`, `residual`, `residual_gain`, `scale_output`, `levels`,
+            `multi_spike` and `v_min`.
+
+    Returns:
+        As `lif`, or an `AdaptiveLIFOutput`, also differentiable with respect to w_init and the parameters above.
+
+    Raises TypeError, ValueError and RuntimeError as `lif` does.
+
+    Example::
+
+        s_seq = asgl_cuda.adaptive_lif(torch.randn(100, 32, 128), adapt_decay=0.97, adapt_spike=0.1, decay=0.9)
+
+    The same in PyTorch, for the defaults::
+
+        v, w = torch.zeros_like(x_seq[0]), torch.zeros_like(x_seq[0])
+        for t in range(T):
+            h = decay * v + x_seq[t] - (0 if to_threshold else w)
+            s[t] = (h - (w if to_threshold else 0) >= v_threshold).to(h)
+            v = h * (1 - s[t])
+            w = adapt_decay * w + adapt_potential * v + adapt_spike * s[t]
+
+    Sources: Bittar, Garner: A surrogate gradient spiking baseline for speech command recognition, Frontiers in
+    Neuroscience 2022, whose w follows the potential before a soft reset: add `adapt_potential * reset_amount` to
+    `adapt_spike`. To the threshold: Bellec, Salaj, Subramoney, Legenstein, Maass: Long short-term memory and
+    learning-to-learn in networks of spiking neurons, NeurIPS 2018.
+    """
+    check_keywords(neuron, _NEURON, _CALLER)
+    check_bool("to_threshold", to_threshold, _CALLER)
+    given = grouped({**LIF_DEFAULTS, **neuron})
+    state = _pair(x_seq, given.v_init, w_init, given.options) if (given.v_init, w_init) != (None, None) else None
+    adaptation = adapt_decay, adapt_potential, adapt_spike
+    output = computed(_CALLER, x_seq, _adapted(given, adaptation, to_threshold, state))
+    if not isinstance(output, LIFOutput):
+        return output
+    s_seq, last, v_seq, h_seq = output
+    v_last, w_last = (None, None) if last is None else (last[0], last[1])
+    return AdaptiveLIFOutput(s_seq, v_last, w_last, v_seq, h_seq)
+
+
+def _pair(x_seq: Tensor, v_init: Tensor | None, w_init: Tensor | None, options: Options) -> Tensor:
+    """Both states in one tensor, checked."""
+    time_dim = check_input(x_seq, options.time_dim, _CALLER)
+    for name, value in (("v_init", v_init), ("w_init", w_init)):
+        if value is not None:
+            check_v_init(value, x_seq, time_dim, _CALLER, name)
+    real, like = real_type(x_seq.dtype), x_seq.select(time_dim, 0)
+    v = torch.full_like(like, options.v_rest, dtype=real) if v_init is None else v_init.to(real)
+    return torch.stack([v, torch.zeros_like(v) if w_init is None else w_init.to(real)])
+
+
+class AdaptiveLIF(LIF):
+    """Leaky integrate-and-fire neurons that adapt: `LIF` with a second state, as in `asgl_cuda.adaptive_lif`.
+
+    Args:
+        num_features: as for `LIF`.
+        adapt_decay: share of the adaptation left after a step, in [0, 1], in (0, 1) if learned (stored as a logit).
+        adapt_potential, adapt_spike: factors on the potential after reset and on the spike.
+        to_threshold: add the adaptation to the threshold; default subtract it from the input current.
+        learn_adaptation: whether these three are parameters of the granularity; else they stay constant.
+        lif_options: arguments of `LIF` except `input_gain`, `scale_output`, `levels`, `multi_spike` and `v_min`.
+
+    `w` is carried beside `v`. A state dict has `logit_adapt_decay`, `adapt_potential` and `adapt_spike` if learned.
+    Raises as `LIF` does.
+
+    Example::
+
+        model = nn.Sequential(
+            nn.Linear(64, 128),
+            asgl_cuda.AdaptiveLIF(128, granularity="neuron", decay=0.9, learn_decay=True, learn_adaptation=True),
+        )
+        s_seq = model(torch.randn(100, 32, 64))  # [T, B, 64] to [T, B, 128]
+    """
+
+    _caller = "asgl_cuda.AdaptiveLIF"
+    _function = _CALLER
+    _potentials = ("v", "w", "v_seq")
+    w: Tensor | None
+    adapt_potential: Tensor | float
+    adapt_spike: Tensor | float
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int] | None = None,
+        *,
+        adapt_decay: float = 0.97,
+        adapt_potential: float = 0.0,
+        adapt_spike: float = 0.1,
+        to_threshold: bool = False,
+        learn_adaptation: bool = False,
+        **lif_options: Any,
+    ) -> None:
+        known = [name for name in LIF.__init__.__kwdefaults__ or {} if name not in _WITHOUT]
+        check_keywords(lif_options, known, self._caller)
+        super().__init__(num_features, **lif_options)
+        self.to_threshold = check_bool("to_threshold", to_threshold, self._caller)
+        learned = check_bool("learn_adaptation", learn_adaptation, self._caller)
+        empty = partial(
+            torch.empty, self.num_features or 1, device=lif_options.get("device"), dtype=lif_options.get("dtype")
+        )
+        self.logit_adapt_decay = nn.Parameter(empty()) if learned else None
+        read = partial(read_number, caller=self._caller, learned=learned, option="learn_adaptation")
+        values = read("adapt_potential", adapt_potential), read("adapt_spike", adapt_spike)
+        self._adaptation: tuple[float, float, float] = adapt_decay, *values
+        self.adapt_potential, self.adapt_spike = (nn.Parameter(empty()) if learned else each for each in values)
+        self._fill_adaptation()
+
+    def _fill_adaptation(self) -> None:
+        decay, potential, spike = self._adaptation
+        decay = self._fill_logit(self.logit_adapt_decay, "adapt_decay", decay, "learn_adaptation")
+        for name, value in (("adapt_potential", potential), ("adapt_spike", spike)):
+            check_finite(name, value, self._caller)
+            if self.logit_adapt_decay is not None:
+                fill_parameter(getattr(self, name), value)
+        self._adaptation = decay, potential, spike
+
+    def reset_parameters(self) -> None:
+        """Resets the learned parameters to the values last set, the adaptation's to the first, and clears states."""
+        self._fill_adaptation()
+        super().reset_parameters()
+
+    @property
+    def adapt_decay(self) -> Tensor | float:
+        """The adaptation's decay per step: a tensor in the shape of the parameter if learned."""
+        return self._adaptation[0] if self.logit_adapt_decay is None else Logit(self.logit_adapt_decay).value()
+
+    def forward(self, x_seq: Tensor) -> Tensor:  # type: ignore[override]  # no residual
+        return self._call(x_seq)
+
+    def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
+        s_seq = super()._run(x_seq, with_state, **more)
+        if with_state and self.stateful:
+            assert self.v is not None
+            self.v, self.w = self.v[0], self.v[1]
+        return s_seq
+
+    def _carried(self) -> Tensor | None:
+        v = super()._carried()
+        return v if v is None else torch.stack([v, torch.zeros_like(v) if self.w is None else self.w])
+
+    def _given(  # type: ignore[override]
+        self, x_seq: Tensor, input_gain: float = 1.0, v_init: Tensor | None = None, **options: Any
+    ) -> Arguments:
+        adaptation: Sequence[Value] = (self.adapt_decay, self.adapt_potential, self.adapt_spike)
+        if self.num_features:
+            time_dim = check_input(x_seq, self.time_dim, self._caller)
+            adaptation = [self._broadcast(value, x_seq, time_dim) for value in adaptation]
+        return _adapted(super()._given(x_seq, input_gain, **options), adaptation, self.to_threshold, v_init)
+
+    def extra_repr(self) -> str:
+        names = "adapt_decay", "adapt_potential", "adapt_spike"
+        constant = self.logit_adapt_decay is None
+        values = (getattr(self, name) for name in names) if constant else self._adaptation
+        learned = "" if constant else " (learned)"
+        parts = [f"{name}={value:g}{learned}" for name, value in zip(names, values, strict=True)]
+        return ", ".join([super().extra_repr(), *parts, *(["to_threshold=True"] if self.to_threshold else [])])

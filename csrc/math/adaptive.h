@@ -1,0 +1,73 @@
+// One step of adaptive neurons and its adjoint, for one element, in all backends: those of LIFByOptions with a second
+// state w, which is subtracted from the input current or added to the threshold.
+//
+//   w[t+1] = adapt_decay * w[t] + (adapt_potential * (v[t] - v_rest) + adapt_spike * s[t])
+//
+// After step t the state is v[t] and w[t+1], so that a step updates both once. The input current is x: the parameters
+// of its normalisation are the adaptation's.
+#pragma once
+
+#include "math/lif_by_options.h"
+
+namespace asgl {
+
+// kThreshold: added to the threshold; kThresholdAndReset: to the amount that a spike subtracts, too.
+enum class Adaptation { kNone, kCurrent, kThreshold, kThresholdAndReset };
+
+template <class Real>
+struct AdaptiveLIF : LIFByOptions<Real> {
+  using Base = LIFByOptions<Real>;
+  static constexpr bool kAdapts = true;
+
+  static ASGL_HOST_DEVICE AdaptiveLIF of(const Base& options) {
+    AdaptiveLIF model{options};
+    model.multi_spike = model.periodic = model.floored = false;  // rules that adaptive neurons lack
+    return model;
+  }
+  ASGL_HOST_DEVICE bool is(Adaptation kind) const { return this->adaptation == static_cast<uint8>(kind); }
+  ASGL_HOST_DEVICE bool in_current() const { return is(Adaptation::kCurrent); }
+  ASGL_HOST_DEVICE bool in_reset() const { return is(Adaptation::kThresholdAndReset); }
+
+  // The potential that is compared with v_threshold.
+  ASGL_HOST_DEVICE Real compared(Real h, Real w) const { return h - keep_if(!in_current(), w); }
+
+  ASGL_HOST_DEVICE Neuron<Real> adapted(Neuron<Real> neuron, Real w) const {
+    neuron.reset = neuron.reset + keep_if(in_reset(), w);
+    return neuron;
+  }
+
+  // Returns h, and moves v and w to the next step.
+  template <class FiringRule>
+  ASGL_HOST_DEVICE Real step(Real x, bool analog, const Neuron<Real>& neuron, const FiringRule& firing, Real& v,
+                             Real& w, Real& s) const {
+    const Real c = x - keep_if(in_current(), w);
+    const Real h = Base::template charge<Input::kGeneral>(c, State<Real>{v}, neuron, *this);
+    s = this->fire(compared(h, w), analog, neuron, firing);
+    v = this->after_reset(h, s, adapted(neuron, w));
+    w = neuron.input_gain * w + (neuron.input_bias * (v - this->v_rest) + neuron.input_mean * s);
+    return h;
+  }
+
+  struct Gradient {
+    Real reset, distance;  // of the reset; and the distance from the threshold
+    StepGradient<Real> step;
+  };
+
+  // From the gradients of v and w after the step to those before it, given g and gh, those of s and of the potential
+  // compared. Added in the order of autograd, with `carried` as in LIF.
+  ASGL_HOST_DEVICE Gradient adjoint(Real g, Real gh, Real h, Real s, Real w, bool carried, const Neuron<Real>& neuron,
+                                    Real& dv, Real& dw) const {
+    const Neuron<Real> now = adapted(neuron, w);
+    State<Real> d_state = {dv + keep_if(carried, neuron.input_bias * dw)};
+    const Real d_reset = keep_if(carried, this->gradient_of_reset(d_state.v, s));
+    const Real ds = this->spike_gradient(g + keep_if(carried, neuron.input_mean * dw), h,
+                                         carried && !this->detach_reset, now, d_state.v);
+    const StepGradient<Real> step = this->step_adjoint(ds, gh, compared(h, w), s, carried, now, *this, d_state);
+    const Real d_compared = gh + step.dy * neuron.inverse_width;
+    dw = (neuron.input_gain * dw + keep_if(in_reset(), d_reset)) - choose(in_current(), step.dc, d_compared);
+    dv = d_state.v;
+    return {d_reset, this->distance(compared(h, w), neuron), step};
+  }
+};
+
+}  // namespace asgl
