@@ -38,8 +38,8 @@ def grids(emulation):
         (3, {}, emulated.TINY, 4),
         (16, {}, emulated.LARGE, 4),
         (17, {}, emulated.LARGE, 1),  # few neurons for many steps
-        (17, {}, NEURONS // THREADS_EACH * 16, 1),
-        (17, {}, NEURONS // THREADS_EACH * 16 - 1, 4),
+        (17, {}, NEURONS // THREADS_EACH * 16 // 3, 1),
+        (17, {}, NEURONS // THREADS_EACH * 16 // 3 - 1, 4),
         (16, {"decay": 0.9, "input_gain": 2.0}, emulated.LARGE, 4),
         (3, {"v_rest": 0.5}, emulated.TINY, 4),  # the general kernels
         (3, {"v_rest": 0.5}, emulated.LARGE, 1),
