@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ROOT
+from .learning.adaptation import rows as adaptation_rows
 from .learning.calibration import summary as calibration_summary
 from .learning.data import SOURCES
 from .learning.gradients import rows as gradients_rows
@@ -244,6 +245,16 @@ def gradients(report: dict[str, Any]) -> str:
     return "\n".join((words, "", *markdown_table(*gradients_rows(report))))
 
 
+def adaptation(report: dict[str, Any]) -> str:
+    """Accuracies by neuron and task."""
+    seeds = report["settings"]["seeds"]
+    words = (
+        f"Test accuracy in percent, mean of {seeds} seeds (least to most). {seeds * len(report['runs'])} trainings "
+        f"took {report['seconds'] / 60:.0f} minutes of one core:"
+    )
+    return "\n".join((words, "", *markdown_table(*adaptation_rows(report))))
+
+
 def convert(report: dict[str, Any]) -> str:
     """Speedups by layer and steps."""
     names = [f"{each['library']} {each['layer']}" for each in report["sizes"][0]["layers"]]
@@ -287,6 +298,7 @@ MAKERS = {
     "width_robustness": ("width_robustness", width_robustness),
     "noise": ("noise", noise),
     "gradients": ("gradients", gradients),
+    "adaptation": ("adaptation", adaptation),
     "calibration": ("calibration", calibration),
     "convert": ("convert", convert),
 }
