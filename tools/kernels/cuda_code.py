@@ -89,7 +89,7 @@ class Kernel(NamedTuple):
             return cls(demangled, "")
         name, arguments, surrogate, reset = match[1], match[2], "", ""
         model = re.search(r"asgl::LIF(?:ByOptions<\w+>|<(.*), (true|false)>)(, )?", arguments)
-        if name == "lif_backward_kernel":
+        if name in ("lif_backward_kernel", "adaptive_forward_kernel", "adaptive_backward_kernel"):
             surrogate, reset = ANY
         if model is not None:
             surrogate = _SURROGATES.get(model[1], ANY[0])

@@ -67,6 +67,7 @@ _FREE_INPUTS = "", " plain", " normalised", " with residual", " normalised with 
 FREE_KINDS = (
     *(f"backward{input}, {lanes}" for input in _FREE_INPUTS for lanes in (*LANES, "T = 4")),
     *(f"integrator backward with sums, {lanes}" for lanes in LANES),
+    "adaptive backward",
 )
 MULTIPROCESSOR_REGISTERS = 65536
 # Shared memory of a multiprocessor and, from sm_80 on, reserved bytes of a block (CUDA C++ Programming Guide).
