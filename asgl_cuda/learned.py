@@ -51,14 +51,11 @@ def _bounded(value: Tensor) -> Tensor:
 
 
 class _Exp(NamedTuple):
-    """The constants of e^x in one type: 1 / ln 2, ln 2 in two parts, coefficients, the highest first, and its bits."""
+    """The constants of e^x in one type: 1 / ln 2, ln 2 in two parts, and coefficients, the highest first."""
 
     inverse_ln2: float
     ln2: tuple[float, float]
     coefficients: tuple[float, ...]
-    integer: torch.dtype  # as wide
-    bias: int  # of the exponent
-    fraction: int  # bits below the exponent
 
 
 _EXP = {
@@ -66,28 +63,30 @@ _EXP = {
         1.44269504,
         (0.693145752, 1.42860677e-06),
         tuple(map(float.fromhex, ("0x1.6ab88cp-10", "0x1.12346p-7", "0x1.5556ecp-5", "0x1.555492p-3", "0x1p-1"))),
-        torch.int32,
-        127,
-        23,
     ),
     torch.float64: _Exp(
         1.4426950408889634,
         (6.93147180369123816490e-01, 1.90821492927058770002e-10),
         tuple(1 / math.factorial(k) for k in range(13, 1, -1)),
-        torch.int64,
-        1023,
-        52,
     ),
 }
 
 
 def _exp_within_bound(value: Tensor) -> Tensor:
-    inverse_ln2, (high, low), coefficients, integer, bias, fraction = _EXP[value.dtype]
+    inverse_ln2, (high, low), coefficients = _EXP[value.dtype]
     x = value.clamp(-BOUND, BOUND)
     n = (x * inverse_ln2).round()
     r = (x - n * high) - n * low
     q = torch.full_like(r, coefficients[0])
     for coefficient in coefficients[1:]:
         q = q * r + coefficient
-    power = ((n.to(integer) + bias) << fraction).view(n.dtype)  # exact: exp2 of a GPU approximates 2^n
-    return (1 + (r + (r * r) * q)) * power
+    return (1 + (r + (r * r) * q)) * _power_of_two(n)
+
+
+def _power_of_two(n: Tensor) -> Tensor:
+    """2^n for whole abs(n) < 32, exact by products: exp2 of a GPU approximates, and DTensor has no view of bits."""
+    left, power = n.abs(), torch.ones_like(n)
+    for bit in (16, 8, 4, 2, 1):
+        has = (left >= bit).to(n.dtype)
+        left, power = left - bit * has, power * (1 + has * (2.0**bit - 1))
+    return torch.where(n < 0, 1 / power, power)

@@ -62,10 +62,9 @@ struct ShiftedSums {
   double shift, sum, squares;
 
   // Adds the values of the first `rows` rows, at least one. With m close to their mean and d = x - m, n values have
-  //   sum (x - shift) = S = n (m - shift) + sum d
-  //   sum (x - shift)^2 = (m - shift) (S + sum d) + sum d^2
-  // where only the sums of d, small if the values are alike, are rounded to Real. That leaves 12 float64 operations,
-  // which cost up to 64 times a float32 operation, for all values.
+  //   sum (x - shift) = n (m - shift) + sum d
+  //   sum (x - shift)^2 = (m - shift) (n (m - shift) + 2 sum d) + sum d^2
+  // where only the sums of d, small if the values are alike, are rounded to Real.
   template <class Real, int kRows, int kLanes>
   __device__ __forceinline__ void add(const Real (&x)[kRows][kLanes], int rows) {
     constexpr int kSums = 4;
@@ -90,9 +89,8 @@ struct ShiftedSums {
     }
     const double n = rows * kLanes;
     const double distance = static_cast<double>(added(distances)), offset = static_cast<double>(m) - shift;
-    const double all = n * offset + distance;
-    sum += all;
-    squares += offset * (all + distance) + static_cast<double>(added(squared));
+    sum += n * offset + distance;
+    squares += offset * (n * offset + 2 * distance) + static_cast<double>(added(squared));
   }
 
  private:
@@ -103,10 +101,9 @@ struct ShiftedSums {
 };
 
 template <class Scalar, int kLanes>
-__global__ void __launch_bounds__(kBlockThreads, kLanes == 4 ? 4 : 6)
-    batch_moments_kernel(const MomentsParams<Scalar> params) {
+__global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const MomentsParams<Scalar> params) {
   using Real = Real_t<Scalar>;
-  constexpr int kTogether = sizeof(Real) == 4 ? 8 : 4;  // loads in flight
+  constexpr int kTogether = sizeof(Real) == 4 && kLanes == 1 ? 8 : 4;  // loads in flight
   const ChannelTiles& tiles = params.tiles;
   const ChannelIndex<kLanes> index(tiles);
   const int64 stride = index.step * tiles.shape.columns();

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import asgl_cuda
+
+pytest.importorskip("rich")
 from benchmarks.learning import adaptation
 
 

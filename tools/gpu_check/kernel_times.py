@@ -46,7 +46,7 @@ STAND_INS = {
     "asgl_cuda::integrator_backward": "integrator backward",
 }
 # For Nsight Compute, whether or not it leaves out the namespace.
-OUR_KERNELS = "^(asgl::)?(lif|integrator|gradient_sum|batch)_"
+OUR_KERNELS = "^(asgl::)?(lif|adaptive|integrator|gradient_sum|batch)_"
 # Metrics of Nsight Compute, with name and scale of the value in the results.
 METRICS = {
     "gpu__time_duration.sum": ("microseconds", 1e-3),
