@@ -103,11 +103,14 @@ def test_killed():
     os.killpg(0, signal.SIGKILL)
 """,
     "conftest.py": """
-import os, pathlib, pytest
-reported = []
+import pathlib, pytest
+reported, worker = [], False
+def pytest_configure(config):
+    global worker
+    worker = hasattr(config, "workerinput")
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report):
-    if report.when == "call" and "PYTEST_XDIST_WORKER" not in os.environ:
+    if report.when == "call" and not worker:
         reported.append(report)
         pathlib.Path(__file__).with_name(f"reported {len(reported)}").touch()
 """,
