@@ -21,6 +21,7 @@ from .checks import (
     check_analog_prob,
     check_analog_prob_tensor,
     check_bool,
+    check_counting,
     check_finite,
     check_generator,
     check_input,
@@ -263,7 +264,10 @@ def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
         )
     if flags["multi_spike"]:
         check_multi_spike(values.v_reset, values.analog_prob, caller)
-    levels = check_levels(options.levels, values.v_reset, options.surrogate, flags["multi_spike"], caller)
+    levels = 0 if options.levels is None else check_levels(options.levels, caller)
+    counts = levels > 0 and not flags["multi_spike"]
+    if counts:
+        check_counting(values.v_reset, options.surrogate, caller)
     real = real_type(x_seq.dtype)
     for name in Values._fields:
         value = getattr(values, name)
@@ -283,7 +287,6 @@ def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
             check_width(check_number(name, value, caller, "a float or a tensor"), caller, real)
         elif value is not None or name not in ("v_reset", "reset_amount"):
             check_not_nan(name, value, caller, "a float or a tensor")
-    counts = levels is not None and not flags["multi_spike"]
     if counts:
         _check_with_levels(values, caller, real)
     check_not_nan("surrogate_gain", options.surrogate_gain, caller)
@@ -301,7 +304,7 @@ def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
         log_width=int(isinstance(values.width, Logarithm)),
         logit_decay=int(isinstance(values.decay, Logit)),
         analog_below=BELOW_IN_STATE if as_data else check_analog_prob(values.analog_prob, caller),
-        levels=levels or 0,
+        levels=levels,
         adaptation=options.adaptation,
         time_dim=time_dim,
         **{name: int(flag) for name, flag in flags.items()},

@@ -142,15 +142,15 @@ def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
 MOST_LEVELS = 256  # the last integer up to which bfloat16 has all
 
 
-def check_levels(levels: Any, v_reset: Any, surrogate: str, several: bool, caller: str) -> int | None:
-    """None, or a number of spikes; `several`: of multi_spike, which has its own rules."""
-    if levels is None:
-        return None
+def check_levels(levels: Any, caller: str) -> int:
+    """A number of spikes a step."""
     if isinstance(levels, bool) or not isinstance(levels, Integral) or not 1 <= int(levels) <= MOST_LEVELS:
         raise ValueError(f"{caller}: levels must be None or an int in [1, {MOST_LEVELS}], got {shown(levels)}")
-    count = int(levels)
-    if several:
-        return count
+    return int(levels)
+
+
+def check_counting(v_reset: Any, surrogate: str, caller: str) -> None:
+    """Requirements of levels without multi_spike."""
     if v_reset is not None:
         raise ValueError(f"{caller}: levels is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}")
     if surrogate != "rectangle":
@@ -158,7 +158,6 @@ def check_levels(levels: Any, v_reset: Any, surrogate: str, several: bool, calle
             f"{caller}: levels has the surrogate clamp(h / v_threshold, 0, levels) and takes no other, got "
             f"{shown(surrogate)}"
         )
-    return count
 
 
 _LEAST_WIDTH = {real: math.sqrt(torch.finfo(real).tiny) for real in (torch.float32, torch.float64)}

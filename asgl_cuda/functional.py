@@ -202,9 +202,9 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
     """
     caller = "asgl_cuda.unroll_levels"
     time_dim = check_input(s_seq, time_dim, caller)
-    check_levels(levels, None, "rectangle", False, caller)
     if levels is None:
         raise ValueError(f"{caller}: levels must be an int, got None")
+    levels = check_levels(levels, caller)
     with torch.no_grad():
         if not torch.compiler.is_compiling() and not transforming():
             others = s_seq[~((s_seq == s_seq.round()) & (s_seq >= 0) & (s_seq <= levels))]

@@ -14,6 +14,7 @@ from .batch_norm import check_process_group, module_batch_norm_lif
 from .call import FLAGS, Arguments, LIFOutput, Options, Values, computed
 from .checks import (
     check_bool,
+    check_counting,
     check_finite,
     check_input,
     check_keywords,
@@ -144,7 +145,9 @@ class LIF(NeuronLayer, Noisy):
         self._set_up(num_features, granularity, v_rest, input_gain, stateful, time_dim, backend, device, dtype)
         self.multi_spike = check_bool("multi_spike", multi_spike, caller)
         check_surrogate(surrogate, caller, self.multi_spike)
-        self.levels = check_levels(levels, v_reset, surrogate, self.multi_spike, caller)
+        self.levels = None if levels is None else check_levels(levels, caller)
+        if self._counts:
+            check_counting(v_reset, surrogate, caller)
         if reset_amount is not None and v_reset is not None:
             raise ValueError(
                 f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}"

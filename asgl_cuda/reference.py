@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from .layout import by_channel, memory_order, real_type
-from .surrogate import INTEGER, SURROGATES
+from .surrogate import INTEGER, SURROGATES, clamped
 from .transforms import apply, exporting, in_forward_mode, transforming
 
 DRAWS = 65536  # an element draws an integer in [0, DRAWS)
@@ -159,11 +159,6 @@ def detached(value: Tensor) -> Tensor:
     return value.view(_INTEGERS[value.element_size()]).view(value.dtype)
 
 
-def _clamped(y: Tensor, most: float) -> Tensor:
-    """Clamps y to [0, most], with slope 1 inside, edges included."""
-    return torch.where((y >= 0) & (y <= most), y, y.detach().clamp(0, most))
-
-
 def periodic_distance(h: Tensor, v_threshold: Tensor) -> Tensor:
     """Distance from the threshold; above it, twice the distance from its nearest multiple, with slope 1."""
     u = h - v_threshold
@@ -184,7 +179,7 @@ def lif_reference(
     real = real_type(x_seq.dtype)
     time_dim, v_rest = rules.time_dim, numbers.v_rest
     counts = rules.surrogate == INTEGER
-    cumulative: Callable[[Tensor], Tensor] = partial(_clamped, most=rules.levels)
+    cumulative: Callable[[Tensor], Tensor] = partial(clamped, most=rules.levels)
     if not counts:
         cumulative = next(each.cumulative for each in SURROGATES.values() if each.id == rules.surrogate)
 

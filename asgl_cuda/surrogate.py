@@ -15,7 +15,6 @@ from torch import Tensor
 # With multi_spike: laplace of `periodic_distance` (reference.py).
 PERIODIC = "periodic_exponential"
 
-
 # With levels: the id of Surrogate::kInteger in csrc, F(y) = clamp(y, 0, levels).
 INTEGER = 7
 
@@ -27,10 +26,9 @@ class Surrogate(NamedTuple):
     cumulative: Callable[[Tensor], Tensor]
 
 
-def _rectangle(y: Tensor) -> Tensor:
-    ramp = y + 0.5
-    # The gradient of clamp at its edges differs between versions of torch; here it is 1.
-    return torch.where((ramp >= 0) & (ramp <= 1), ramp, ramp.detach().clamp(0, 1))
+def clamped(y: Tensor, most: float) -> Tensor:
+    """Clamps y to [0, most], with slope 1 inside, edges included: clamp's there differs between versions of torch."""
+    return torch.where((y >= 0) & (y <= most), y, y.detach().clamp(0, most))
 
 
 def _triangle_tail(y: Tensor) -> Tensor:
@@ -49,7 +47,7 @@ def _mirrored(tail: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 SURROGATES: dict[str, Surrogate] = {
-    "rectangle": Surrogate(0, _rectangle),
+    "rectangle": Surrogate(0, lambda y: clamped(y + 0.5, 1)),
     "triangle": Surrogate(1, _mirrored(_triangle_tail)),
     "sigmoid": Surrogate(2, torch.sigmoid),
     "arctan": Surrogate(3, lambda y: torch.atan(y * (math.pi / 2)) * (1 / math.pi) + 0.5),

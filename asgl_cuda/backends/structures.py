@@ -17,8 +17,7 @@ from ..extension import NO_SOURCES, source_directory
 
 _TYPES = {
     "bool": c_bool, "int": c_int, "float": c_float, "double": c_double, "uint8": c_ubyte, "uint16": c_ushort,
-    "uint32": c_uint,
-    "int64": c_longlong, "int64_t": c_longlong,
+    "uint32": c_uint, "int64": c_longlong, "int64_t": c_longlong,
 }  # fmt: skip
 _REALS = {torch.float32: c_float, torch.float64: c_double, None: None}
 

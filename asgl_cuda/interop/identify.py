@@ -68,11 +68,10 @@ def own_spikes(function: Callable[[Tensor], Tensor], several: bool) -> SpikeFunc
 
 def _learns(function: Any) -> bool:
     """Whether the function, or what its closure holds, has values that require a gradient."""
-    held = [function, *captured(function)]
-    tensors = [each for each in held if isinstance(each, Tensor)]
-    return any(
-        value.requires_grad for each in held if isinstance(each, nn.Module) for value in each.parameters()
-    ) or any(each.requires_grad for each in tensors)
+    values: list[Any] = []
+    for held in (function, *captured(function)):
+        values += held.parameters() if isinstance(held, nn.Module) else [held]
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 def fires_strictly(function: Callable[[Tensor], Tensor]) -> bool:

@@ -102,7 +102,8 @@ def _shares_of_lif(
         torch.as_tensor(layer._broadcast(value, x_seq, time_dim), dtype=h_seq.dtype, device=h_seq.device)
         for value in (layer.width, layer.v_threshold)
     )
-    if layer.levels is not None and not layer.multi_spike:
+    if layer._counts:
+        assert layer.levels is not None
         y = h_seq * (1 / threshold)
         smooth = y.clamp(0, layer.levels)
         whole = smooth.round()
