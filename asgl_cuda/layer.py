@@ -204,7 +204,7 @@ class NeuronLayer(Settable):
         if not learned:
             check_finite(name, value, self._caller)
         if value < 0 or value > 1:
-            tau = f"; SpikingJelly's tau={value:g} is decay={1 - 1 / value:g}" if value > 1 else ""
+            tau = f"; SpikingJelly's tau={value:g} is decay={1 - 1 / value:g}" if value > 1 and name == "decay" else ""
             raise ValueError(f"{self._caller}: {name} must be in [0, 1], got {value:g}{tau}")
         if learned:
             if not _LEAST_DECAY <= value <= 1 - _LEAST_DECAY:
