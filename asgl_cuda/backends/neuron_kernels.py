@@ -20,7 +20,7 @@ from .structures import constant, structure
 
 BY_OPTIONS = "asgl::LIFByOptions"  # the model of general kernels, and of neurons without settled ones
 # Enumerators of csrc's Input.
-GENERAL, NORMALISED, PLAIN = "kGeneral", "kNormalised", "kPlain"
+GENERAL, NORMALISED, PLAIN, APART = "kGeneral", "kNormalised", "kPlain", "kApart"
 GENERAL_RESIDUAL, NORMALISED_RESIDUAL = "kGeneralResidual", "kNormalisedResidual"
 ANY_INPUT = GENERAL, GENERAL_RESIDUAL  # inputs of general kernels
 
@@ -105,6 +105,27 @@ def _divisor(by: int) -> tuple[int, int, int]:
     """The fields of csrc's Divisor."""
     shift = 31 + (by - 1).bit_length()
     return by, (1 << shift) // by + 1, shift
+
+
+def _differs(view: Structure) -> bool:
+    """Whether a parameter differs within groups of four neurons."""
+    return bool(view.data and view.inner % 4)
+
+
+def _division(view: Structure, values: int, tile: int, elements: int) -> tuple[int, ...]:
+    """The fields of csrc's GradientPart from elements_each to blocks."""
+    threads, runs = constant("kSumThreads"), values // (view.inner * view.count)
+    slots = (view.inner + tile - 2) // tile + 1
+    if slots >= constant("kManySlots"):
+        elements_each, slots_each = 1, largest_power(min(slots, threads))
+        runs_each = threads // slots_each
+    else:
+        enough = blocks_for(constant("kManyThreads"), elements)
+        runs_each, slots_each = largest_power(min(runs, constant("kMostRunsEach"), enough)), 1
+        elements_each = threads // runs_each
+    splits = blocks_for(runs, runs_each * constant("kSingleRuns" if view.inner == 1 else "kRuns"))
+    splits = min(splits, constant("kMostSplits")) if splits > 2 else 1
+    return elements_each, runs_each, slots_each, splits, blocks_for(elements, elements_each)
 
 
 def address_of(tensor: Tensor | None) -> int:
@@ -226,7 +247,8 @@ class Call:
         strides = tuple(int(view.count > 1) for view in self.views)
         alike = len(ways) == 1
         common, *own = (tuple(map(_divisor, each)) for each in (ways[0], *(() if alike else divided)))
-        return tensors, wanted, alike, common, strides, tuple(own)
+        by_neuron = bits(view.count > 1 and view.inner == 1 for view in self.views)
+        return tensors, wanted, alike, by_neuron, common, strides, tuple(own)
 
     def empty_gradients(self, wanted: Sequence[bool]) -> list[Any]:
         """Uninitialised gradients of x_seq, v_init, each parameter, laid out as `data`, and the residual.
@@ -255,22 +277,41 @@ class Call:
             + [each for each in last if each is not None]
         )
 
-    def plan_tiles(self, launcher: Launcher, input: str, *tensors: Tensor | None) -> tuple[int, tuple[int, int]]:
-        """Lanes, and NeuronTiles: four lanes if adjacent neurons share all parameters, and it pays.
+    def plan_tiles(
+        self, launcher: Launcher, input: str, *tensors: Tensor | None, apart: bool = False
+    ) -> tuple[int, tuple[int, int]]:
+        """Lanes, and NeuronTiles: four lanes if adjacent neurons' parameters allow it, and it pays.
 
-        `tensors` are the sequences and states beside x_seq, v_init and the residual.
+        `tensors` are the sequences and states beside x_seq, v_init and the residual; `apart`: there are kernels for
+        neurons with parameters of their own.
         """
         fours = (
             self.real != torch.float64
             and not self.rules.adaptation
             and self.layout.inner % 4 == 0
-            and not any(view.data and view.inner % 4 for view in self.views)
+            and (self._share_parameters() or (apart and self._differ_adjacently(input)))
             and all(is_aligned(each) for each in (self.x_seq, self.v_init, self.residual, *tensors))
             and self._fours_pay(launcher.resident_threads(self.x_seq.device), input)
         )
         lanes = 4 if fours else 1
         tile = lanes * constant("kBlockThreads")
         return lanes, (tile, blocks_for(self.layout.neurons, tile))
+
+    def kernel_input(self, lanes: int, input: str) -> str:
+        """The input of the kernel, once it is known how many neurons a thread has."""
+        return APART if lanes == 4 and not self._share_parameters() else input
+
+    def _share_parameters(self) -> bool:
+        """Whether groups of four neurons share all parameters."""
+        return not any(map(_differs, self.views))
+
+    def _differ_adjacently(self, input: str) -> bool:
+        """Whether parameters that groups of four neurons do not share are the neuron's own, adjacent and aligned."""
+        return input in (NORMALISED, PLAIN) and all(
+            view.inner == 1 and view.count % 4 == 0 and view.data % (4 * self.real.itemsize) == 0
+            for view in self.views
+            if _differs(view)
+        )
 
     def _fours_pay(self, resident: int, input: str) -> bool:
         if input in ANY_INPUT:
@@ -315,7 +356,8 @@ class NeuronKernelOperators(KernelOperators):
         grad_x_seq, grad_v_init, *grad_parameters, _ = gradients
         tile, blocks = tiles
         rows = [call.layout.steps if view.step_stride else 1 for view in call.views]
-        slots = [call.layout.neurons // view.inner + blocks for view in call.views]
+        runs = [call.layout.neurons // view.inner + (blocks if view.inner > 1 else 0) for view in call.views]
+        slots = [4 * blocks_for(each, 4) for each in runs]
         sums = [
             None if gradient is None else gradient.new_empty(size)
             for gradient, *size in zip(grad_parameters, rows, slots, strict=True)
@@ -326,29 +368,30 @@ class NeuronKernelOperators(KernelOperators):
         self._sum(call, partials, tile, grad_parameters)
 
     def _sum(self, call: Call, partials: Sequence[Any], tile: int, gradients: Sequence[Tensor | None]) -> None:
-        """Reduces partial sums to the gradients."""
-        threads, part = constant("kSumThreads"), structure("GradientPart", call.real)
-        parts = []
+        """Reduces partial sums to the gradients, by a second launch where runs are split."""
+        part, row_of = structure("GradientPart", call.real), structure("ParameterView", call.real)
+        first, second, totals = [], [], []
         for name, partial, view, gradient in zip(call.tensors, partials, call.views, gradients, strict=True):
-            if gradient is not None:
-                runs = call.layout.neurons // (view.inner * view.count)
-                slots = (view.inner + tile - 2) // tile + 1
-                if slots >= constant("kManySlots"):
-                    elements_each, slots_each = 1, largest_power(min(slots, threads))
-                    runs_each = threads // slots_each
-                else:
-                    runs_each, slots_each = largest_power(min(runs, constant("kMostRunsEach"))), 1
-                    elements_each = threads // runs_each
-                derivative = constant(f"Derivative::{call.derivative(name)}")
-                blocks = blocks_for(gradient.numel(), elements_each)
-                each = elements_each, runs_each, slots_each
-                parts.append(part(partial, view, derivative, *each, blocks, address_of(gradient)))
-        if parts:
-            params = filled(
-                "GradientSum", call.real, shape=call.layout.shape, tile=tile, count=len(parts), parts=tuple(parts)
-            )
-            blocks = sum(each.blocks for each in parts)
-            self.start(call.x_seq.device, gradient_sum_kernel(call.real), blocks, params, threads)
+            if gradient is None:
+                continue
+            to = constant(f"Derivative::{call.derivative(name)}"), address_of(gradient)
+            values, elements = call.layout.neurons, gradient.numel()
+            if view.inner == 1 and 2 * view.count <= tile:  # values repeat in a tile
+                values = blocks_for(values, tile) * view.count
+            first.append(part(partial, view, *to, values, *_division(view, values, tile, elements)))
+            if first[-1].splits > 1:
+                total = gradient.new_empty(first[-1].splits * elements)
+                totals.append(total)
+                first[-1].totals = address_of(total)
+                row, values = row_of(view.data, inner=1, count=elements), total.numel()
+                second.append(part((address_of(total), values), row, *to, values, *_division(row, values, 1, elements)))
+        for parts, unit in ((first, tile), (second, 1)):
+            if parts:
+                params = filled(
+                    "GradientSum", call.real, shape=call.layout.shape, tile=unit, count=len(parts), parts=tuple(parts)
+                )
+                blocks = sum(each.splits * each.blocks for each in parts)
+                self.start(call.x_seq.device, gradient_sum_kernel(call.real), blocks, params, constant("kSumThreads"))
 
 
 class NeuronOperators(NeuronKernelOperators):
@@ -364,7 +407,7 @@ class NeuronOperators(NeuronKernelOperators):
         s_seq, v_last, v_seq, h_seq, checkpoints = with_gaps(outputs, (True, *wanted))
         if call.layout.neurons:
             input = call.input(v_seq is None and h_seq is None)
-            lanes, tiles = call.plan_tiles(self.launcher, input, *outputs)
+            lanes, tiles = call.plan_tiles(self.launcher, input, *outputs, apart=True)
             zeros = 0
             if checkpoints is not None:
                 zeros = address_of(checkpoints) + (checkpoints.numel() - 2) * checkpoints.element_size()
@@ -372,7 +415,7 @@ class NeuronOperators(NeuronKernelOperators):
                 "ForwardParams", tiles, s_seq=s_seq, last=v_last, v_seq=v_seq, h_seq=h_seq, checkpoints=checkpoints,
                 zeros=zeros,
             )  # fmt: skip
-            kernel = forward_kernel(x_seq.dtype, call.model, lanes, input, call.layout.steps)
+            kernel = forward_kernel(x_seq.dtype, call.model, lanes, call.kernel_input(lanes, input), call.layout.steps)
             if call.rules.adaptation:
                 kernel = adaptive_kernel(x_seq.dtype, "forward")
             self.start(x_seq.device, kernel, params.tiles.count, params)
@@ -401,9 +444,9 @@ class NeuronOperators(NeuronKernelOperators):
             *_, grad_input_mean = grad_parameters
             input = call.input(both and grad_v_seq is None and grad_h_seq is None and grad_input_mean is None)
             lanes, tiles = call.plan_tiles(
-                self.launcher, input, *grads, checkpoints, grad_x_seq, grad_v_init, grad_residual
+                self.launcher, input, *grads, checkpoints, grad_x_seq, grad_v_init, grad_residual, apart=True
             )  # fmt: skip
-            kernel = backward_kernel(x_seq.dtype, call.model, lanes, input, layout.steps)
+            kernel = backward_kernel(x_seq.dtype, call.model, lanes, call.kernel_input(lanes, input), layout.steps)
             if call.rules.adaptation:
                 kernel = adaptive_kernel(x_seq.dtype, "backward")
             self.start_backward(

@@ -467,7 +467,7 @@ void sum_interleaved(const GradientSum<Real>& sum, const GradientPart<Real>& par
   std::vector<double> totals(static_cast<size_t>(count), 0.0);
   for (int64 index = 0; index < num_tiles(sum.shape); ++index) {
     const Tile tile(sum.shape, index);
-    const Real* slots = part.partials.data + tile.first + index;
+    const Real* slots = part.partials.data + tile.first;
     const int64 used = std::min(count, tile.length), turn = tile.first % count,
                 before_turn = std::min(used, count - turn);
     run<AddLoop<Real>>({slots, totals.data() + turn, before_turn});
@@ -484,15 +484,11 @@ void sum_in_order(const GradientSum<Real>& sum, const GradientPart<Real>& part, 
   const Real* slots = part.partials.data + step * part.partials.slots;
   std::array<double, kTile> totals{};
   for (int64 run = first; run * inner < sum.shape.neurons(); run += parameter.count) {
-    int64 tile = run * inner / sum.tile;
     if (inner == 1) {
-      for (int64 i = 0; i < length; ++tile) {
-        const int64 in_tile = std::min(length - i, (tile + 1) * sum.tile - (run + i));
-        asgl::cpu::run<AddLoop<Real>>({slots + run + i + tile, totals.data() + i, in_tile});
-        i += in_tile;
-      }
+      asgl::cpu::run<AddLoop<Real>>({slots + run, totals.data(), length});
       continue;
     }
+    int64 tile = run * inner / sum.tile;
     for (int64 i = 0; i < length; ++i) {
       const int64 end = (run + i + 1) * inner;
       totals[i] += static_cast<double>(slots[run + i + tile]);

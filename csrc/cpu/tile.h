@@ -393,32 +393,32 @@ void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 st
   load_state(behind(from, elements), offset, State<Real_t<Scalar>>{}, tile.length, w);
 }
 
-// Whether values repeat within a tile, as for one value a channel in channels_last. Then only the first `count` of the
-// tile's slots, one a neuron, are used.
+// Whether a tile's slots are one for each value, the first `count` of its neurons' slots.
 template <class Real>
 bool is_interleaved(const ParameterView<Real>& parameter) {
-  return parameter.inner == 1 && parameter.step_stride == 0 && 2 * parameter.count <= kTile;
+  return parameter.step_stride == 0 && parameter.repeats_in(kTile);
 }
 
 // Stores the tile's row of sums, added up by run, in the slots of GradientPartials.
 template <class Real>
 void store_partials(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
                     int64 t, const Real* row) {
-  Real* slots = partials.data + (parameter.step_stride != 0 ? t * partials.slots : 0) + tile.index;
+  Real* slots = partials.data + (parameter.step_stride != 0 ? t * partials.slots : 0) +
+                partials.slot(parameter.inner, tile.first / parameter.inner, tile.index);
   if (is_interleaved(parameter)) {
     std::array<double, kTile / 2> sums{};
     for (int64 i = 0; i < tile.length; i += parameter.count) {
       run<AddLoop<Real>>({row + i, sums.data(), std::min(parameter.count, tile.length - i)});
     }
-    std::transform(sums.begin(), sums.begin() + std::min(parameter.count, tile.length), slots + tile.first,
+    std::transform(sums.begin(), sums.begin() + std::min(parameter.count, tile.length), slots,
                    [](double sum) { return static_cast<Real>(sum); });
     return;
   }
   if (parameter.inner == 1) {
-    std::copy_n(row, tile.length, slots + tile.first);
+    std::copy_n(row, tile.length, slots);
     return;
   }
-  run<RunSumsLoop<Real>>({row, runs_of(tile, parameter.inner), slots + tile.first / parameter.inner});
+  run<RunSumsLoop<Real>>({row, runs_of(tile, parameter.inner), slots});
 }
 
 }  // namespace asgl::cpu

@@ -15,6 +15,20 @@ struct ThreadSums {
   Real values[kBlockThreads];
 };
 
+// Stores the sum of each value's neurons in the tile, where values repeat. `sums` are those of the tile's neurons.
+template <class Real>
+__device__ __forceinline__ void store_repeated(Real* slots, int64 count, int64 first, int neurons, const Real* sums,
+                                               int thread, int threads) {
+  const int each = static_cast<int>(count), turn = static_cast<int>(first % count);
+#pragma unroll 1
+  for (int i = thread; i < each; i += threads) {
+    Real sum = 0;
+#pragma unroll 1
+    for (int n = i >= turn ? i - turn : i - turn + each; n < neurons; n += each) sum += sums[n];
+    slots[blockIdx.x * count + i] = sum;
+  }
+}
+
 // Stores the sum over the threads of each run in the run's slot. One warp, converged, sums all runs of its block: a
 // long run by all lanes together, short runs each by one lane.
 template <int kLanes, class Real>
@@ -24,6 +38,10 @@ __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<
   const int64 left = shape.neurons() - first;
   const int neurons = left < kBlockThreads * kLanes ? static_cast<int>(left) : kBlockThreads * kLanes;
   const uint32 lane = threadIdx.x % kWarpThreads;
+  if (kLanes == 1 && parameter.repeats_in(kBlockThreads)) {
+    store_repeated(slots, parameter.count, first, neurons, sums.values, static_cast<int>(lane), kWarpThreads);
+    return;
+  }
   const bool all_lanes = inner >= kWarpThreads * kLanes;
   const uint32 lane_of_run = all_lanes ? lane : 0, lanes_each = all_lanes ? kWarpThreads : 1;
   const int runs_at_a_time = all_lanes ? 1 : kWarpThreads;
@@ -43,7 +61,7 @@ __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<
         sum += __shfl_down_sync(kWholeWarp, sum, distance);
       }
     }
-    if (lane_of_run == 0) slots[run + blockIdx.x] = sum;
+    if (lane_of_run == 0) slots[GradientPartials<Real>::slot(kLanes == 1 ? inner : 0, run, blockIdx.x)] = sum;
     run += runs_at_a_time;
   }
 }
@@ -58,17 +76,31 @@ __device__ __forceinline__ int64 whole_tiles(int64 n, int64 tile) {
   return static_cast<int64>(tile > kBlockThreads ? of_single_neurons / 4 : of_single_neurons);
 }
 
+// Adds every `stride`-th of the next `left` values to the total.
+template <class Real>
+__device__ __forceinline__ void add_up(const Real* from, int64 left, int64 stride, double& total) {
+  constexpr int kLoads = 8;  // in flight
+  for (; left > (kLoads - 1) * stride; left -= kLoads * stride) {
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k, from += stride) total += static_cast<double>(*from);
+  }
+  for (; left > 0; left -= stride, from += stride) total += static_cast<double>(*from);
+}
+
 // The grid has the blocks of all parts in order. Adjacent threads sum adjacent elements, or if a block has one element,
 // adjacent slots.
 template <class Real>
 __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const GradientSum<Real> sum) {
-  constexpr int kLoads = 8;  // in flight
   const int thread = static_cast<int>(threadIdx.x);
   int64 block = blockIdx.x;
   int id = 0;
-  for (; block >= sum.parts[id].blocks; ++id) block -= sum.parts[id].blocks;
+  for (; block >= sum.parts[id].splits * sum.parts[id].blocks; ++id) {
+    block -= sum.parts[id].splits * sum.parts[id].blocks;
+  }
   const GradientPart<Real>& part = sum.parts[id];
-  const int64 inner = part.parameter.inner, count = part.parameter.count, neurons = sum.shape.neurons();
+  const int64 inner = part.parameter.inner, count = part.parameter.count, neurons = part.neurons;
+  const int64 split = part.splits > 1 ? block / part.blocks : 0;
+  block -= split * part.blocks;
   // thread % elements_each, thread / elements_each and so on, without division: powers of two.
   const int slots_each = part.slots_each, turn = thread * (part.runs_each * slots_each) / kSumThreads;
   const int64 element = block * part.elements_each + (thread & (part.elements_each - 1));
@@ -77,16 +109,17 @@ __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const Grad
   double total = 0;
   if (element < part.elements(sum.shape)) {
     const int64 t = part.parameter.step_stride != 0 ? element / count : 0;
-    for (int64 run = element - t * count + first_run * count; run * inner < neurons; run += part.runs_each * count) {
+    const Real* const row = part.partials.data + t * part.partials.slots;
+    const int64 stride = part.splits * part.runs_each * count;
+    int64 run = element - t * count + (split * part.runs_each + first_run) * count;
+    if (inner == 1) {  // a slot is a run
+      add_up(row + run, neurons - run, stride, total);
+      run = neurons;
+    }
+    for (; run * inner < neurons; run += stride) {
       const int64 tile = whole_tiles(run * inner, sum.tile);
       const int64 slots = whole_tiles((run + 1) * inner - 1, sum.tile) - tile + 1;
-      const Real* from = part.partials.data + (t * part.partials.slots + run + tile + first_slot);
-      int64 left = slots - first_slot;
-      for (; left > (kLoads - 1) * slots_each; left -= kLoads * slots_each) {
-#pragma unroll
-        for (int k = 0; k < kLoads; ++k, from += slots_each) total += static_cast<double>(*from);
-      }
-      for (; left > 0; left -= slots_each, from += slots_each) total += static_cast<double>(*from);
+      add_up(row + run + tile + first_slot, slots - first_slot, slots_each, total);
     }
   }
   __shared__ double totals[kSumThreads];
@@ -95,7 +128,12 @@ __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const Grad
     __syncthreads();
     if (thread < half) totals[thread] += totals[thread + half];
   }
-  if (thread < part.elements_each && element < part.elements(sum.shape)) part.store(element, totals[thread]);
+  if (thread >= part.elements_each || element >= part.elements(sum.shape)) return;
+  if (part.splits > 1) {
+    part.totals[split * part.elements(sum.shape) + element] = static_cast<Real>(totals[thread]);
+  } else {
+    part.store(element, totals[thread]);
+  }
 }
 
 }  // namespace asgl

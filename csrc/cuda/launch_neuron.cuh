@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "cuda/adaptive_kernels.cuh"
 #include "cuda/plan_neurons.cuh"
 #include "launch.h"
@@ -14,7 +16,7 @@ template <class Scalar>
 cudaError_t plan_on(Device, ForwardParams<Scalar>& params) {
   const bool grouped = groups_of_four(params, params.residual, params.s_seq, params.last, params.v_seq, params.h_seq,
                                       params.checkpoints);
-  return plan_neurons(params, grouped && !params.options.adapts());
+  return plan_neurons(params, grouped && fit_parameters(params) && !params.options.adapts());
 }
 
 template <class Scalar>
@@ -22,7 +24,7 @@ cudaError_t plan_on(Device, BackwardParams<Scalar>& params) {
   const bool grouped =
       groups_of_four(params, params.residual, params.grad_s_seq, params.grad_last, params.grad_v_seq, params.grad_h_seq,
                      params.checkpoints, params.grad_x_seq, params.grad_init, params.grad_residual);
-  return plan_with_sums(params, grouped && !params.options.adapts());
+  return plan_with_sums(params, grouped && fit_parameters(params) && !params.options.adapts());
 }
 
 // Calls f(lanes, input), with the neurons a thread and the input of the kernel as constants. With one neuron a thread,
@@ -33,6 +35,7 @@ void with_kind(const Params& params, F&& f) {
     const Input input = input_of(params);
     if (input == Input::kGeneral) return f(lanes, std::integral_constant<Input, Input::kGeneral>{});
     if constexpr (lanes() == 4) {
+      if (!share_parameters(params)) return f(lanes, std::integral_constant<Input, Input::kApart>{});
       if (input == Input::kPlain) return f(lanes, std::integral_constant<Input, Input::kPlain>{});
       if (input == Input::kNormalisedResidual) {
         return f(lanes, std::integral_constant<Input, Input::kNormalisedResidual>{});
@@ -108,14 +111,18 @@ cudaError_t launch_on(Device, const BackwardParams<Scalar>& params, cudaStream_t
 }
 
 // An element is the sum of its runs' slots, one for each tile that a run overlaps. If a run has few slots, a block sums
-// several elements.
+// several elements. Runs are split where a second launch
+// takes less time than a thread for its runs.
 template <class Real>
 cudaError_t plan_on(Device, GradientSum<Real>& sum) {
   constexpr int64 kManySlots = 8;
-  constexpr int64 kMostRunsEach = 16;
+  constexpr int64 kMostRunsEach = 16, kManyThreads = 131072;
+  constexpr int64 kRuns = 16, kSingleRuns = 128;  // a thread's where split; loads of single neurons overlap
+  constexpr int64 kMostSplits = 2048;
   for (int id = 0; id < sum.count; ++id) {
     GradientPart<Real>& part = sum.parts[id];
-    const int64 inner = part.parameter.inner, runs = sum.shape.neurons() / (inner * part.parameter.count);
+    if (part.parameter.repeats_in(sum.tile)) part.neurons = blocks_for(part.neurons, sum.tile) * part.parameter.count;
+    const int64 inner = part.parameter.inner, runs = part.neurons / (inner * part.parameter.count);
     const int64 slots = (inner + sum.tile - 2) / sum.tile + 1;  // most slots of a run
     const auto largest_power = [](int64 most) {
       int power = 1;
@@ -128,10 +135,13 @@ cudaError_t plan_on(Device, GradientSum<Real>& sum) {
       part.runs_each = kSumThreads / part.slots_each;
     } else {
       part.slots_each = 1;
-      part.runs_each = largest_power(runs < kMostRunsEach ? runs : kMostRunsEach);
+      const int64 enough = blocks_for(kManyThreads, part.elements(sum.shape));
+      part.runs_each = largest_power(std::min({runs, kMostRunsEach, enough}));
       part.elements_each = kSumThreads / part.runs_each;
     }
     part.blocks = blocks_for(part.elements(sum.shape), part.elements_each);
+    const int64 splits = blocks_for(runs, part.runs_each * (inner == 1 ? kSingleRuns : kRuns));
+    part.splits = splits > 2 ? static_cast<int>(std::min(splits, kMostSplits)) : 1;
   }
   return cudaSuccess;
 }
@@ -139,7 +149,7 @@ cudaError_t plan_on(Device, GradientSum<Real>& sum) {
 template <class Real>
 cudaError_t launch_on(Device, const GradientSum<Real>& sum, cudaStream_t stream) {
   int64 blocks = 0;
-  for (int id = 0; id < sum.count; ++id) blocks += sum.parts[id].blocks;
+  for (int id = 0; id < sum.count; ++id) blocks += sum.parts[id].splits * sum.parts[id].blocks;
   return start(&gradient_sum_kernel<Real>, blocks, kSumThreads, sum, stream);
 }
 

@@ -19,13 +19,17 @@ namespace asgl {
 
 // ---- forward ----
 
+// The neurons of a thread with parameters of their own.
+template <Input kInput, int kLanes>
+constexpr int kOwnNeurons = kInput == Input::kApart ? kLanes : 1;
+
 // Blocks a multiprocessor: enough to keep memory busy, without spills (tools/kernels/RESOURCES.md). 65,536 registers
 // are 72 a thread for 7 blocks.
 template <class Real, Input kInput>
-constexpr int kForwardBlocks = sizeof(Real) == 8                                                   ? 3
-                               : kInput == Input::kGeneralResidual                                 ? 4
-                               : kInput == Input::kGeneral || kInput == Input::kNormalisedResidual ? 5
-                                                                                                   : 7;
+constexpr int kForwardBlocks = sizeof(Real) == 8                                         ? 3
+                               : kInput == Input::kGeneralResidual                       ? 4
+                               : kInput == Input::kNormalised || kInput == Input::kPlain ? 7
+                                                                                         : 5;
 template <class Real, int kLanes>
 constexpr int kBackwardBlocks = sizeof(Real) == 4 && kLanes == 1 ? 4 : 3;
 // With NVRTC erf spills at four blocks.
@@ -70,7 +74,7 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
   const NeuronOptions<Real> options = params.options;
   const FiringFromLeast<Real> firing(options);
   const auto& model = Model::of(params.options);
-  ThreadNeuron<Real, kIsGeneral<kInput>> neuron(params, index.read_n, options);
+  ThreadNeuron<Real, kIsGeneral<kInput>, kOwnNeurons<kInput, kLanes>> neuron(params, index.read_n, options);
   State<Real[kLanes]> state;
   load_state(params, State<const Real*>{}, 0, index, state);
   if (kExact == 0) load_first();
@@ -87,11 +91,12 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
         if constexpr (kHasResidual<kInput>) r[k].unpack(r_k);
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
-          Real c = input_current<kInput>(h[j], neuron.now());
+          const Neuron<Real>& own = neuron.now(j);
+          Real c = input_current<kInput>(h[j], own);
           if constexpr (kHasResidual<kInput>) c = c + params.residual_gain * r_k[j];
-          h[j] = Model::template charge<kInput>(c, lane(state, j), neuron.now(), options);
-          s[j] = model.fire(h[j], noise.is_analog(k, j), neuron.now(), firing);
-          model.reset(h[j], s[j], neuron.now(), lane(state, j));
+          h[j] = Model::template charge<kInput>(c, lane(state, j), own, options);
+          s[j] = model.fire(h[j], noise.is_analog(k, j), own, firing);
+          model.reset(h[j], s[j], own, lane(state, j));
         }
         if constexpr (kIsGeneral<kInput>) {
           if (params.h_seq != nullptr && index.live) Lanes::store(h, params.h_seq + element);
@@ -125,15 +130,17 @@ template <class Model, Input kInput, class Real, int kLanes>
 struct SettledStep {
   using Row = Real[kLanes];
   static constexpr bool kNormalised = kInput != Input::kPlain;
+  static constexpr int kOwn = kOwnNeurons<kInput, kLanes>;
+  using Sums = Real[kNumParameters][kOwn];
 
-  const Neuron<Real>& neuron;
+  const ThreadNeuron<Real, false, kOwn>& neuron;
   const NeuronOptions<Real>& options;
   const FiringFromLeast<Real>& firing;
   Real residual_gain;
 
   template <class Noise>
   __device__ __forceinline__ Real fire(Real h, const Noise& noise, int k, int j) const {
-    return Model::fire(h, noise.is_analog(k, j), neuron, firing);
+    return Model::fire(h, noise.is_analog(k, j), neuron.now(j), firing);
   }
 
   // From x to h, and from the state before step k to the state after it.
@@ -142,56 +149,96 @@ struct SettledStep {
                                           Row& h) const {
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
-      Real c = input_current<kInput>(x[j], neuron);
+      Real c = input_current<kInput>(x[j], neuron.now(j));
       if constexpr (kHasResidual<kInput>) c = c + residual_gain * r[j];
-      h[j] = Model::template charge<kInput>(c, lane(state, j), neuron, options);
+      h[j] = Model::template charge<kInput>(c, lane(state, j), neuron.now(j), options);
       const Real s = fire(h[j], noise, k, j);
-      Model::reset(h[j], s, neuron, lane(state, j));
+      Model::reset(h[j], s, neuron.now(j), lane(state, j));
     }
   }
 
   // From ds, the gradient of s, to dx, and from the gradient of the state after the step to the gradient before it.
   __device__ __forceinline__ void walk_back(bool carried, const Row& x, const Row& h, const Row& s, Row& ds,
-                                            State<Row>& d_state, Row& from_u, Row& dh, Row& dx,
-                                            Real (&sums)[kNumParameters]) const {
+                                            State<Row>& d_state, Row& from_u, Row& dh, Row& dx, Sums& sums) const {
     if (carried && !options.detach_reset) {
 #pragma unroll
-      for (int j = 0; j < kLanes; ++j) ds[j] = Model::spike_gradient(ds[j], h[j], true, neuron, d_state.v[j]);
+      for (int j = 0; j < kLanes; ++j) {
+        ds[j] = Model::spike_gradient(ds[j], h[j], true, neuron.now(j), d_state.v[j]);
+      }
     }
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
+      const Neuron<Real>& own = neuron.now(j);
       const StepGradient<Real> step =
-          Model::step_adjoint(ds[j], NoGradient{}, h[j], s[j], carried, neuron, options, lane(d_state, j));
-      sums[kWidth] += step.dy * Model::distance(h[j], neuron);
+          Model::step_adjoint(ds[j], NoGradient{}, h[j], s[j], carried, own, options, lane(d_state, j));
+      sums[kWidth][j % kOwn] += step.dy * Model::distance(h[j], own);
       if constexpr (kNormalised) {
-        sums[kInputGain] += step.dc * (x[j] - neuron.input_mean);
-        sums[kInputBias] += step.dc;
+        sums[kInputGain][j % kOwn] += step.dc * (x[j] - own.input_mean);
+        sums[kInputBias][j % kOwn] += step.dc;
       }
-      dx[j] = kNormalised ? neuron.input_gain * step.dc : step.dc;
-      from_u[j] = step.dy * neuron.inverse_width;
+      dx[j] = kNormalised ? own.input_gain * step.dc : step.dc;
+      from_u[j] = step.dy * own.inverse_width;
       dh[j] = step.dh;
     }
   }
 
   // Adds the next step's gradient of the decay: the next step's dh times the potential after step k.
-  __device__ __forceinline__ void add_decay(const Row& dh, const Row& h, const Row& s,
-                                            Real (&sums)[kNumParameters]) const {
+  __device__ __forceinline__ void add_decay(const Row& dh, const Row& h, const Row& s, Sums& sums) const {
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
       State<Real> after;
-      Model::reset(h[j], s[j], neuron, after);
-      sums[kDecay] += dh[j] * after.v;
+      Model::reset(h[j], s[j], neuron.now(j), after);
+      sums[kDecay][j % kOwn] += dh[j] * after.v;
     }
   }
 };
 
+// Stores the sums of parameters by neuron, and adds those of others up over the thread's neurons. Returns the latter's
+// part of `wanted`. All threads of the block must call this.
+template <class Scalar, class Real, int kOwn>
+__device__ __forceinline__ uint32 store_own_sums(const BackwardParams<Scalar>& params, uint32 wanted,
+                                                 const ThreadIndex<kOwn>& index, Real (&sums)[kNumParameters][kOwn],
+                                                 ThreadSums<Real>* thread_sums) {
+  constexpr int kTile = kOwn * kBlockThreads;
+  struct alignas(sizeof(Real) * kOwn) Row {
+    Real values[kOwn];
+  };
+  uint32 of_all = wanted;
+#pragma unroll
+  for (int id = 0; id < kInputMean; ++id) {
+    if (!has(wanted, id)) continue;
+    if (!has(params.summary.by_neuron, id)) {
+#pragma unroll
+      for (int j = 1; j < kOwn; ++j) sums[id][0] += sums[id][j];
+      continue;
+    }
+    of_all ^= 1u << id;
+    Real* const slots = params.partials[id].data;
+    if (!params.parameters[id].repeats_in(kTile)) {
+      if (index.live) Access<kOwn>::store(sums[id], slots + index.n);
+      continue;
+    }
+    Row row;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) row.values[j] = sums[id][j];
+    __syncthreads();  // earlier values have been read
+    reinterpret_cast<Row*>(thread_sums)[threadIdx.x] = row;
+    __syncthreads();
+    const int64 first = static_cast<int64>(blockIdx.x) * kTile, left = params.shape.neurons() - first;
+    store_repeated(slots, params.parameters[id].count, first, left < kTile ? static_cast<int>(left) : kTile,
+                   thread_sums->values, static_cast<int>(threadIdx.x), kBlockThreads);
+  }
+  return of_all;
+}
+
 // Stores the block's sums: a warp has every kWarps-th parameter. All threads of the block must call this.
-template <int kLanes, int kNumSums, class Scalar, class Real>
+template <int kLanes, int kNumSums, class Scalar, class Real, int kOwn>
 __device__ __forceinline__ void store_settled_sums(const BackwardParams<Scalar>& params, uint32 wanted,
-                                                   const Real (&sums)[kNumParameters], ThreadSums<Real>* thread_sums) {
+                                                   const Real (&sums)[kNumParameters][kOwn],
+                                                   ThreadSums<Real>* thread_sums) {
 #pragma unroll
   for (int id = 0; id < kNumSums; ++id) {
-    if (has(wanted, id)) thread_sums[id].values[threadIdx.x] = sums[id];
+    if (has(wanted, id)) thread_sums[id].values[threadIdx.x] = sums[id][0];
   }
   __syncthreads();
   constexpr int kWarps = kBlockThreads / kWarpThreads;
@@ -213,6 +260,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
   using Real = Real_t<Scalar>;
   constexpr bool kNormalised = kInput != Input::kPlain, kInRegisters = kExact > 0;
   constexpr bool kResidual = kHasResidual<kInput>;
+  constexpr int kOwn = kOwnNeurons<kInput, kLanes>;
   constexpr int kSteps = kInRegisters ? kExact : kLanes == 1 ? 8 : 4;  // loaded at a time
   constexpr int kSegment = kInRegisters ? kExact : kCheckpointSteps;
   static_assert(kSegment % kSteps == 0);
@@ -228,13 +276,14 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
   const ThreadIndex<kLanes> index(params.shape);
   const uint32 wanted = params.summary.wanted;
 
-  Real sums[kNumParameters] = {};
+  Real sums[kNumParameters][kOwn] = {};
   if (kLanes == 1 || index.live) {
     // Each pointer advances with its loads or stores.
     Packed<kLanes, Scalar> x[kSteps], g[kSteps], x_again[kSteps], r[kSteps];
     const Scalar *x_seq, *grad_s_seq, *x_seq_again, *residual;
     Scalar* grad_x_seq;
     int64 stored;  // element, with a residual, where either gradient may be unwanted
+    const bool loads_again = kOwn == 1 || has(wanted, kInputGain);
     const auto load_x = [&](bool there, int k) {
       if (there) x[k].load(in_global_memory(x_seq));
       advance<!kInRegisters>(x_seq, stride);
@@ -248,7 +297,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
       advance<!kInRegisters>(grad_s_seq, -stride);
       // Loads x again, mostly from the cache: no registers are left to keep it.
       if (kNormalised && !kInRegisters) {
-        if (there) x_again[k].load(in_global_memory(x_seq_again));
+        if (there && loads_again) x_again[k].load(in_global_memory(x_seq_again));
         advance(x_seq_again, -stride);
       }
     };
@@ -274,7 +323,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
     const NoiseSource source(params.noise);
     const NeuronOptions<Real> options = params.options;
     const FiringFromLeast<Real> firing(options);
-    const Neuron<Real> neuron = settled_neuron(params, index.read_n, options);
+    const ThreadNeuron<Real, false, kOwn> neuron(params, index.read_n, options);
     const SettledStep<Model, kInput, Real, kLanes> step = {neuron, options, firing, params.residual_gain};
     const bool has_grad_last = exists(params.grad_last);
     State<Real[kLanes]> d_state;
@@ -334,8 +383,8 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
             if ((wanted & (1u << kThreshold | 1u << kReset)) != 0) {
 #pragma unroll
               for (int j = 0; j < kLanes; ++j) {
-                sums[kThreshold] -= from_u[j];
-                if (k < carried_steps) sums[kReset] += Model::gradient_of_reset(d_after.v[j], s[j]);
+                sums[kThreshold][j % kOwn] -= from_u[j];
+                if (k < carried_steps) sums[kReset][j % kOwn] += Model::gradient_of_reset(d_after.v[j], s[j]);
               }
             }
             if constexpr (kResidual) {
@@ -360,13 +409,15 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
       State<Real[kLanes]> init;
       load_state(params, params.checkpoints, 0, index, init);
 #pragma unroll
-      for (int j = 0; j < kLanes; ++j) sums[kDecay] += dh[j] * init.v[j];
+      for (int j = 0; j < kLanes; ++j) sums[kDecay][j % kOwn] += dh[j] * init.v[j];
     }
     if (exists(params.grad_init) && index.live) store(d_state, index.n, params.grad_init);
   }
-  if (wanted == 0) return;
-  if (!kInRegisters) __syncthreads();  // sums overwrite potentials
-  store_settled_sums<kLanes, kNumSums>(params, wanted, sums, thread_sums);
+  uint32 of_all = wanted;
+  if constexpr (kOwn > 1) of_all = store_own_sums(params, wanted, index, sums, thread_sums);
+  if (of_all == 0) return;
+  if (!kInRegisters || kOwn > 1) __syncthreads();  // sums overwrite potentials, and repeated sums
+  store_settled_sums<kLanes, kNumSums>(params, of_all, sums, thread_sums);
 }
 
 // The backward pass that supports every option at run time. The potentials of a segment are stored in shared memory,

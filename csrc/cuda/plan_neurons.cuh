@@ -16,14 +16,34 @@ Input input_of(const Params& params) {
   return input == Input::kGeneral ? Input::kGeneralResidual : Input::kNormalisedResidual;
 }
 
-// Whether four neurons, from any multiple of four on, are adjacent and aligned in memory and share all parameters.
+// Whether four neurons, from any multiple of four on, share all parameters.
+template <class Scalar>
+bool share_parameters(const LIFParams<Scalar>& params) {
+  bool shared = true;
+  for (const auto& parameter : params.parameters) shared = shared && parameter.is_shared_by_four();
+  return shared;
+}
+
+// Whether they do, or kernels for kApart may run: those parameters that they do not share are the neuron's own,
+// adjacent and aligned.
+template <class Params>
+bool fit_parameters(const Params& params) {
+  const bool shared = share_parameters(params);
+  const Input input = input_of(params);
+  if (shared || (input != Input::kPlain && input != Input::kNormalised)) return shared;
+  bool fit = true;
+  for (const auto& parameter : params.parameters) {
+    const bool adjacent = parameter.inner == 1 && parameter.count % 4 == 0 && is_aligned(parameter.data);
+    fit = fit && (parameter.is_shared_by_four() || adjacent);
+  }
+  return fit;
+}
+
+// Whether four neurons, from any multiple of four on, are adjacent and aligned in memory.
 template <class Scalar, class... Pointers>
 bool groups_of_four(const LIFParams<Scalar>& params, const Pointers&... sequences_and_states) {
-  bool shared = params.shape.inner % 4 == 0;
-  for (const auto& parameter : params.parameters) {
-    shared = shared && (parameter.data == nullptr || parameter.inner % 4 == 0);
-  }
-  return shared && is_aligned(params.x_seq) && is_aligned(params.init) && (is_aligned(sequences_and_states) && ...);
+  return params.shape.inner % 4 == 0 && is_aligned(params.x_seq) && is_aligned(params.init) &&
+         (is_aligned(sequences_and_states) && ...);
 }
 
 // Whether four neurons a thread are faster. Queries the device only if its size decides.
@@ -60,6 +80,7 @@ ParameterSummary summary_of(const LIFParams<Scalar>& params) {
     if (count == 1) inner = parameter.inner, count = parameter.count;
     summary.alike = summary.alike && parameter.inner == inner && parameter.count == count;
     summary.strides[id] = 1;
+    if (parameter.inner == 1) summary.by_neuron |= static_cast<uint8>(1u << id);
   }
   const auto index = [](int64 inner, int64 count) { return NeuronIndex{Divisor::of(inner), Divisor::of(count)}; };
   summary.common = index(inner, count);

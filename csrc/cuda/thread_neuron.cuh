@@ -6,42 +6,47 @@
 
 namespace asgl {
 
-// Neuron n where no parameter changes over time.
-template <class Scalar, class Real = Real_t<Scalar>>
-__device__ __forceinline__ Neuron<Real> settled_neuron(const LIFParams<Scalar>& params, int64 n,
-                                                       const NeuronOptions<Real>& options) {
-  const ParameterSummary& summary = params.summary;
-  Real given[kNumParameters];
-  const auto read = [&](int id, uint32 index) {
-    const ParameterView<Real>& parameter = params.parameters[id];
-    given[id] = has(summary.tensors, id) ? parameter.data[index] : parameter.constant;
-  };
-  if (summary.alike) {
-    const uint32 index = summary.common.of(n);
-#pragma unroll
-    for (int id = 0; id < kNumParameters; ++id) read(id, index * summary.strides[id]);
-  } else {
-#pragma unroll
-    for (int id = 0; id < kNumParameters; ++id) read(id, summary.own[id].of(n));
-  }
-  return neuron_of<Real>([&](ParameterId id) { return value_of(id, given[id], options); });
-}
-
-// Constant over time unless general.
-template <class Real, bool kGeneral>
+// The parameters of a thread's neurons, n and those that follow. Where no parameter changes over time, they share all
+// (kNeurons = 1), or each has its own.
+template <class Real, bool kGeneral, int kNeurons = 1>
 class ThreadNeuron {
  public:
   template <class Scalar>
-  __device__ __forceinline__ ThreadNeuron(const LIFParams<Scalar>& params, int64 n, const NeuronOptions<Real>& options)
-      : neuron_(settled_neuron(params, n, options)) {}
+  __device__ __forceinline__ ThreadNeuron(const LIFParams<Scalar>& params, int64 n,
+                                          const NeuronOptions<Real>& options) {
+    const ParameterSummary& summary = params.summary;
+    Real given[kNumParameters][kNeurons];
+    const auto read = [&](int id, uint32 index) {
+      const ParameterView<Real>& parameter = params.parameters[id];
+      if (kNeurons > 1 && has(summary.by_neuron, id)) {
+        Access<kNeurons>::load(parameter.data + index, given[id]);
+      } else {
+        fill(given[id], has(summary.tensors, id) ? parameter.data[index] : parameter.constant);
+      }
+    };
+    if (summary.alike) {
+      const uint32 index = summary.common.of(n);
+#pragma unroll
+      for (int id = 0; id < kNumParameters; ++id) read(id, index * summary.strides[id]);
+    } else {
+#pragma unroll
+      for (int id = 0; id < kNumParameters; ++id) read(id, summary.own[id].of(n));
+    }
+#pragma unroll
+    for (int j = 0; j < kNeurons; ++j) {
+      neurons_[j] = neuron_of<Real>([&](ParameterId id) { return value_of(id, given[id][j], options); });
+    }
+  }
 
   __device__ __forceinline__ void move_to(int64) {}
-  __device__ __forceinline__ const Neuron<Real>& now() const { return neuron_; }
+  // The thread's neuron j.
+  __device__ __forceinline__ const Neuron<Real>& now(int j = 0) const { return neurons_[j % kNeurons]; }
 
  private:
-  Neuron<Real> neuron_;
+  Neuron<Real> neurons_[kNeurons];
 };
 
+// Any parameter may change over time; neurons share all.
 template <class Real>
 class ThreadNeuron<Real, true> {
  public:
@@ -72,7 +77,7 @@ class ThreadNeuron<Real, true> {
     convert();
   }
 
-  __device__ __forceinline__ const Neuron<Real>& now() const { return neuron_; }
+  __device__ __forceinline__ const Neuron<Real>& now(int = 0) const { return neuron_; }
 
  private:
   __device__ __forceinline__ void convert() {

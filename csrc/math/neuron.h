@@ -77,6 +77,7 @@ enum class Input {
   kPlain,               // v_rest = 0, input_gain = 1, input_bias = 0, input_mean = 0
   kNormalisedResidual,  // v_rest = 0, with a residual
   kGeneralResidual,
+  kApart,  // as kNormalised, where parameters may differ between a thread's neurons
 };
 template <Input kInput>
 constexpr bool kIsGeneral = kInput == Input::kGeneral || kInput == Input::kGeneralResidual;

@@ -232,7 +232,7 @@ class ParameterGradients {
     int64_t elements = 0;
     for (const int id : ids_) {
       const auto& view = params.parameters[id];
-      params.partials[id].slots = shape.neurons() / view.inner + params.tiles.count;
+      params.partials[id].slots = params.partials[id].slots_for(view.inner, shape.neurons(), params.tiles.count);
       elements += (view.step_stride != 0 ? shape.steps : 1) * params.partials[id].slots;
     }
     const Tensor partials = elements > 0 ? in_huge_pages(at::empty({elements}, call_.real_options())) : Tensor();
@@ -243,12 +243,17 @@ class ParameterGradients {
       const auto& view = params.parameters[id];
       params.partials[id].data = free;
       free += (view.step_stride != 0 ? shape.steps : 1) * params.partials[id].slots;
-      sum.parts[i] = {params.partials[id], view, call_.derivative(id), 0, 0, 0, 0, pointer<Real>(sums_[i])};
+      sum.parts[i] = {params.partials[id], view, call_.derivative(id), pointer<Real>(sums_[i]), shape.neurons()};
     }
     backend.launch(params);
     if (sum.count == 0) return;
     backend.plan_tiles(sum);
+    const Tensor totals = at::empty({sum.num_totals()}, call_.real_options());
+    GradientSum<Real> second = sum.place_totals(pointer<Real>(totals));
     backend.launch(sum);
+    if (second.count == 0) return;
+    backend.plan_tiles(second);
+    backend.launch(second);
   }
 
   void append_to(std::vector<Tensor>& results) const {

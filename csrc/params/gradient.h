@@ -14,11 +14,14 @@ struct GradientPart {
   GradientPartials<Real> partials;
   ParameterView<Real> parameter;
   Derivative derivative;
+  Real* gradient;  // [T or 1, count]
+  int64 neurons;   // slots of a row, if a run is one neuron
   // Set by plan_tiles() of CUDA. Powers of two: the elements, runs of each and slots of each run that a block sums in
   // parallel.
   int elements_each, runs_each, slots_each;
-  int64 blocks;
-  Real* gradient;  // [T or 1, count]
+  int splits;    // of the runs. More than one leave totals, which a second launch adds up
+  int64 blocks;  // of a split
+  Real* totals;  // [splits, T or 1, count], set by place_totals()
 
   ASGL_HOST_DEVICE int64 elements(const SequenceShape& shape) const {
     return (parameter.step_stride != 0 ? shape.steps : 1) * parameter.count;
@@ -27,6 +30,16 @@ struct GradientPart {
   ASGL_HOST_DEVICE void store(int64 element, double total) const {
     gradient[element] =
         derivative == Derivative::kNone ? static_cast<Real>(total) : of_given(total, parameter.data[element]);
+  }
+
+  ASGL_HOST_DEVICE int64 num_totals(const SequenceShape& shape) const {
+    return splits > 1 ? splits * elements(shape) : 0;
+  }
+
+  // The part that adds up the totals.
+  ASGL_HOST_DEVICE GradientPart of_totals(const SequenceShape& shape) const {
+    const int64 number = num_totals(shape);
+    return {{totals, number}, {parameter.data, 0, 0, 1, elements(shape)}, derivative, gradient, number};
   }
 
  private:
@@ -42,13 +55,31 @@ struct GradientPart {
   }
 };
 
-// The gradients of all parameters, summed in one launch.
+// The gradients of all parameters, summed in one launch, or two if runs are split.
 template <class Real>
 struct GradientSum {
   SequenceShape shape;
   int64 tile;  // neurons
   int count;   // number of parts
   GradientPart<Real> parts[kNumParameters];
+
+  ASGL_HOST_DEVICE int64 num_totals() const {
+    int64 number = 0;
+    for (int id = 0; id < count; ++id) number += parts[id].num_totals(shape);
+    return number;
+  }
+
+  // Places the totals of the first launch in `free`. Returns the second launch's sum, without parts if none is split.
+  ASGL_HOST_DEVICE GradientSum place_totals(Real* free) {
+    GradientSum second{shape, 1, 0, {}};  // in tiles of one total nothing repeats
+    for (int id = 0; id < count; ++id) {
+      if (parts[id].splits <= 1) continue;
+      parts[id].totals = free;
+      free += parts[id].num_totals(shape);
+      second.parts[second.count++] = parts[id].of_totals(shape);
+    }
+    return second;
+  }
 };
 
 }  // namespace asgl

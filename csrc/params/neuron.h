@@ -49,6 +49,10 @@ struct ParameterView {
   ASGL_HOST_DEVICE bool is_same_for_all() const { return count == 1; }
   // One value for all neurons and steps.
   ASGL_HOST_DEVICE bool is_uniform() const { return count == 1 && step_stride == 0; }
+  // Whether groups of four neurons, from multiples of four on, share a value.
+  ASGL_HOST_DEVICE bool is_shared_by_four() const { return data == nullptr || inner % 4 == 0; }
+  // Whether a tile has several neurons of each value, none adjacent, as for one value a channel in channels_last.
+  ASGL_HOST_DEVICE bool repeats_in(int64 tile) const { return inner == 1 && 2 * count <= tile; }
 };
 
 // Whether the first `count` parameters are uniform.
@@ -150,12 +154,19 @@ struct ForwardParams : LIFParams<Scalar> {
 };
 
 // Partial sums of one parameter's gradient, a row of `slots` values a step, or one row if step_stride is 0. Tile k sums
-// its part of each run of neurons that share a value, run = n / inner, into slot run + k: no two tiles share a slot,
-// and no slot depends on the number of threads.
+// its part of each run of neurons that share a value, run = n / inner, into slot run + k, or run if a run is one
+// neuron. If values repeat in a tile, CUDA's tile k sums the neurons of value i into slot k * count + i. No two tiles
+// share a slot, and no slot depends on the number of threads.
 template <class Real>
 struct GradientPartials {
   Real* data;  // [T or 1, slots]; null: not wanted
   int64 slots;
+
+  ASGL_HOST_DEVICE static int64 slot(int64 inner, int64 run, int64 tile) { return inner == 1 ? run : run + tile; }
+  // A multiple of four, so that four adjacent slots are stored at once.
+  ASGL_HOST_DEVICE static int64 slots_for(int64 inner, int64 neurons, int64 tiles) {
+    return (slot(inner, neurons / inner, tiles) + 3) / 4 * 4;
+  }
 };
 
 // Null gradients are zero (inputs) or not computed (outputs).

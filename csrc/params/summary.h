@@ -24,6 +24,7 @@ struct ParameterSummary {
   uint32 wanted;   // a bit for each that wants a gradient
   // Whether all parameters that differ between neurons share inner and count: then the index is common.of(n) * stride.
   bool alike;
+  uint8 by_neuron;  // a bit for each whose values of adjacent neurons are adjacent
   NeuronIndex common;
   uint32 strides[kNumParameters];   // 1, or 0 for one value
   NeuronIndex own[kNumParameters];  // if not alike

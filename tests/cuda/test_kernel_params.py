@@ -37,7 +37,7 @@ STRUCTURES = {
 }
 CONSTANTS = ("kNumParameters", "kNumSurrogates", "kNumCoefficients", "kCheckpointSteps", "kAlwaysAnalog",
              "kAnalogBelowInState", "kInputMean", "Input::kGeneral", "Input::kNormalised", "Input::kPlain",
-             "Input::kNormalisedResidual", "Input::kGeneralResidual",
+             "Input::kNormalisedResidual", "Input::kGeneralResidual", "Input::kApart",
              "Surrogate::kLaplace", "kLearnedBound", "Derivative::kOfLogitDecay")  # fmt: skip
 
 

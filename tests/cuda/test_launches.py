@@ -111,6 +111,53 @@ def test_both_mappings_agree_with_the_reference(emulation, backend, multiprocess
         assert_equals_reference(x_seq, backend, outputs=outputs, width=width, **noise)
 
 
+# Sizes of a step and of parameters, other options, neurons a thread.
+BY_NEURON = {
+    "one parameter": ((2, NEURONS), {"width": (NEURONS,)}, {}, 4),
+    "one shared": ((2, NEURONS), {"width": (NEURONS,), "decay": (NEURONS,), "v_threshold": ()}, {}, 4),
+    "of the input": ((2, NEURONS), {"width": (NEURONS,), "input_gain": (NEURONS,), "input_bias": (NEURONS,)}, {}, 4),
+    "channels shared": ((2, 6, NEURONS // 6), {"width": (6, NEURONS // 6), "v_threshold": (6, 1)}, {}, 4),
+    "odd": ((2, NEURONS - 2), {"width": (NEURONS - 2,)}, {}, 1),
+    "pairs shared": ((2, NEURONS // 2, 2), {"width": (NEURONS // 2, 2), "decay": (NEURONS // 2, 1)}, {}, 1),
+    "shifted": ((2, NEURONS), {"width": (NEURONS,)}, {}, 1),
+    "general": ((2, NEURONS), {"width": (NEURONS,)}, {"v_rest": 0.5}, 1),
+    "store_v_seq": ((2, NEURONS), {"width": (NEURONS,)}, {"outputs": ("s_seq", "v_seq")}, 1),
+}
+
+
+@pytest.mark.parametrize("name", BY_NEURON)
+@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_parameters_by_neuron(emulation, backend, name, steps, dtype):
+    """Four neurons a thread with settled kernels where values are adjacent and aligned."""
+    emulation.set_multiprocessors(emulated.TINY)
+    sizes, parameters, options, lanes = BY_NEURON[name]
+    made = {key: uniform(*size, low=0.5, high=1.0) for key, size in parameters.items()}
+    if name == "shifted":
+        made["width"] = uniform(NEURONS + 1, low=0.5, high=1.0).detach()[1:].requires_grad_()
+    noise = {"analog_prob": 0.3, "rng_state": rng_state()}
+    x_seq = random_input(steps, *sizes, dtype=dtype)
+    assert_equals_reference(x_seq, backend, **{"outputs": ("s_seq",), **noise, **made, **options})
+    forward, backward, *_ = grids(emulation)
+    assert forward == backward == (blocks_for(x_seq[0].numel(), lanes), BLOCK)
+
+
+def test_channels_last(emulation, backend):
+    """Channels are adjacent: four neurons a thread. A block stores one value a channel."""
+    emulation.set_multiprocessors(emulated.TINY)
+    x_seq = torch.randn(4, 66, 8, 8, 4).movedim(-1, 2).requires_grad_()
+    width, gain = uniform(4, 1, 1, low=0.5, high=1.5), uniform(4, 1, 1, low=0.5, high=1.5)
+    assert_equals_reference(x_seq, backend, outputs=("s_seq",), width=width, input_gain=gain)
+    assert [blocks for blocks, _ in grids(emulation)] == [33, 33, 2]
+
+
+def test_sums_of_many_runs(emulation, backend):
+    """Split, and added up by a second launch."""
+    x_seq, width = random_input(2, 1200, 4, 2, 2), uniform(4, 1, 1, low=0.5, high=1.5)
+    assert_equals_reference(x_seq, backend, outputs=("s_seq",), width=width)
+    assert [blocks for blocks, _ in grids(emulation)][-2:] == [5, 1]  # 75 runs of a thread, at most 16 after the split
+
+
 def test_sums_of_many_blocks(emulation, backend):
     """One value for all neurons: a block adds up the sums of hundreds of blocks."""
     x_seq, width = random_input(2, 4 * 300 * BLOCK), uniform(low=0.5, high=1.5)
@@ -418,7 +465,7 @@ def test_neurons_beyond_31_bits_are_general():
 def test_params_of_another_size_are_refused(emulation):
     """Before a kernel reads beyond a structure that has changed on one side alone."""
     kernel = "asgl::gradient_sum_kernel<float>"
-    with pytest.raises(RuntimeError, match="parameters take 656 bytes, got 680"):
+    with pytest.raises(RuntimeError, match="parameters take 824 bytes, got 680"):
         emulation.launch(torch.device("cpu"), kernel, 1, 1, structure("ForwardParams", torch.float32)())
     with pytest.raises(RuntimeError, match="no such kernel"):
         emulation.launch(torch.device("cpu"), kernel[:-1], 1, 1, structure("GradientSum", torch.float32)())

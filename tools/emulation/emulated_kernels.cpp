@@ -98,12 +98,12 @@ class Kernels {
 
   template <class Scalar, class Model>
   void add_model(const std::string& kinds) {
-    add_lanes<Scalar, Model, 1>(kinds + ", 1");
+    add_settled<Scalar, Model, 1, Input::kNormalised>(kinds + ", 1", ", (asgl::Input)1");
     if constexpr (!std::is_same_v<Scalar, double>) {
-      add_lanes<Scalar, Model, 4>(kinds + ", 4");
       add_fours<Scalar, Model, Input::kNormalised>(kinds + ", 4", ", (asgl::Input)1");
       add_fours<Scalar, Model, Input::kPlain>(kinds + ", 4", ", (asgl::Input)2");
       add_fours<Scalar, Model, Input::kNormalisedResidual>(kinds + ", 4", ", (asgl::Input)3");
+      add_fours<Scalar, Model, Input::kApart>(kinds + ", 4", ", (asgl::Input)5");
     }
   }
 
@@ -116,20 +116,16 @@ class Kernels {
     add("asgl::lif_backward_kernel<" + scalar + ", " + kinds + ">", &lif_backward_kernel<Scalar, kLanes, kInput>);
   }
 
-  // Kernels for one and for four neurons a thread.
-  template <class Scalar, class Model, int kLanes>
-  void add_lanes(const std::string& kinds) {
-    const std::string normalised = ", (asgl::Input)1";
-    add(kForward + kinds + normalised + ", 0>", &lif_forward_kernel<Scalar, Model, kLanes, Input::kNormalised, 0>);
-    add(kSettled + kinds + normalised + ", 0>",
-        &lif_backward_settled_kernel<Scalar, Model, kLanes, Input::kNormalised, 0>);
+  template <class Scalar, class Model, int kLanes, Input kInput>
+  void add_settled(const std::string& kinds, const std::string& input) {
+    add(kForward + kinds + input + ", 0>", &lif_forward_kernel<Scalar, Model, kLanes, kInput, 0>);
+    add(kSettled + kinds + input + ", 0>", &lif_backward_settled_kernel<Scalar, Model, kLanes, kInput, 0>);
   }
 
   template <class Scalar, class Model, Input kInput>
   void add_fours(const std::string& kinds, const std::string& input) {
-    add(kForward + kinds + input + ", 0>", &lif_forward_kernel<Scalar, Model, 4, kInput, 0>);
+    add_settled<Scalar, Model, 4, kInput>(kinds, input);
     add(kForward + kinds + input + ", 4>", &lif_forward_kernel<Scalar, Model, 4, kInput, 4>);
-    add(kSettled + kinds + input + ", 0>", &lif_backward_settled_kernel<Scalar, Model, 4, kInput, 0>);
     add(kSettled + kinds + input + ", 4>", &lif_backward_settled_kernel<Scalar, Model, 4, kInput, 4>);
   }
 

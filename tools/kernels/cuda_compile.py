@@ -63,7 +63,7 @@ LANES = ("1 neuron", "4 neurons")
 # From sm_100 on, NVRTC's PTX differs from compute_80's.
 OTHER_PTX_FROM = 100
 NVRTC_WITHOUT_UPDATE = (80, 120)  # below and from OTHER_PTX_FROM on
-_FREE_INPUTS = "", " plain", " normalised", " with residual", " normalised with residual"
+_FREE_INPUTS = "", " plain", " normalised", " with residual", " normalised with residual", " by neuron"
 FREE_KINDS = (
     *(f"backward{input}, {lanes}" for input in _FREE_INPUTS for lanes in (*LANES, "T = 4")),
     *(f"integrator backward with sums, {lanes}" for lanes in LANES),
@@ -77,7 +77,7 @@ RESERVED_BYTES = 1024
 ASKED_BLOCKS = {
     "backward, 4 neurons": 3, "backward normalised, 4 neurons": 3, "backward plain, 4 neurons, float32": 3,
     **dict.fromkeys(("backward with residual, 4 neurons", "backward normalised with residual, 4 neurons",
-                     "backward normalised with residual, T = 4"), 3),
+                     "backward normalised with residual, T = 4", "backward by neuron, 4 neurons"), 3),
     "integrator backward with sums, 1 neuron": 5, "integrator backward with sums, 4 neurons": 5,
 }  # fmt: skip
 # Kernels in one NVRTC program: each program parses the headers, but the last should be short.
@@ -178,7 +178,11 @@ def kernels_asked_for() -> list[str]:
             if model != neuron_kernels.BY_OPTIONS:
                 settled = neuron_kernels.NORMALISED, neuron_kernels.PLAIN, neuron_kernels.NORMALISED_RESIDUAL
                 inputs = *inputs, *settled
-            for call in product(lanes, inputs, (neuron_kernels.CHECKPOINT_STEPS, constant("kShortSequence"))):
+            lengths = neuron_kernels.CHECKPOINT_STEPS, constant("kShortSequence")
+            calls = [*product(lanes, inputs, lengths)]
+            if 4 in lanes and model != neuron_kernels.BY_OPTIONS:
+                calls += product((4,), (neuron_kernels.APART,), lengths)
+            for call in calls:
                 names.append(neuron_kernels.forward_kernel(dtype, model, *call))
                 names.append(neuron_kernels.backward_kernel(dtype, model, *call))
     return list(dict.fromkeys(names))

@@ -68,6 +68,7 @@ RESERVED_SHARED_BYTES = 1024  # per block, beyond its own shared memory
 # Kernels of the common case, with elements moved for each element of x.
 MOVED = {
     "forward": 2, "backward": 3, "moments": 1, "forward normalised": 2, "backward normalised": 3, "input gradient": 3,
+    "forward by neuron": 2, "backward by neuron": 3,
     "forward normalised with residual": 3, "backward normalised with residual": 4, "input gradient with residual": 3,
 }  # fmt: skip
 NEURON_KERNELS = ("forward", "backward")

@@ -81,10 +81,12 @@ def learned(*shape: int) -> torch.Tensor:
     return torch.full(shape, 0.5, requires_grad=True)
 
 
-def _sequence(steps: int, dtype: torch.dtype, batch_first: bool = False) -> torch.Tensor:
+def _sequence(steps: int, dtype: torch.dtype, batch_first: bool = False, channels_last: bool = False) -> torch.Tensor:
     # At least two samples up to 128 steps: with one, batch first would be time first.
     samples = ELEMENTS // (steps * CHANNELS * INNER)
     sizes = (samples, steps) if batch_first else (steps, samples)
+    if channels_last:
+        return torch.empty(*sizes, INNER, CHANNELS, dtype=dtype).movedim(-1, 2).requires_grad_()
     return torch.empty(*sizes, CHANNELS, INNER, dtype=dtype, requires_grad=True)
 
 
@@ -114,15 +116,17 @@ def _lif(
     return Call(name, make, neurons_each)
 
 
-def _block(steps: int, dtype: torch.dtype, with_residual: bool = False) -> Callable[[], None]:
-    residual = _sequence(steps, dtype) if with_residual else None
+def _block(
+    steps: int, dtype: torch.dtype, with_residual: bool = False, channels_last: bool = False
+) -> Callable[[], None]:
+    residual = _sequence(steps, dtype, channels_last=channels_last) if with_residual else None
     statistics = torch.zeros(CHANNELS), torch.ones(CHANNELS)
     affine = {"weight": learned(CHANNELS), "bias": learned(CHANNELS)}
 
     def function(x_seq: torch.Tensor, **options: Any) -> Any:
         return asgl_cuda.batch_norm_lif(x_seq, *statistics, training=True, residual=residual, **affine, **options)
 
-    return trained(_sequence(steps, dtype), function)
+    return trained(_sequence(steps, dtype, channels_last=channels_last), function)
 
 
 def _by_channel() -> torch.Tensor:
@@ -147,6 +151,8 @@ OTHERS = (
     _lif("lif, width by channel, decay learned", width=_by_channel, decay=learned),
     _lif("lif, all by channel", decay=_by_channel, v_threshold=_by_channel, width=_by_channel),
     BY_NEURON,
+    _lif("lif, all by neuron", decay=_by_neuron, v_threshold=_by_neuron, width=_by_neuron),
+    Call("batch_norm_lif, channels_last", functools.partial(_block, channels_last=True)),
     _lif("lif, store_v_seq", return_v_seq=True),
     _lif("lif, store_v_seq, small", 1, return_v_seq=True),
 )

@@ -83,12 +83,12 @@ class Trial {
       if (!wanted_[i]) continue;
       const ParameterView<Real>& view = params_.parameters[kIds[i]];
       const int64 rows = view.step_stride != 0 ? shape_.steps : 1;
-      const int64 slots = shape_.neurons() / view.inner + params_.tiles.count;
+      const int64 slots = GradientPartials<Real>::slots_for(view.inner, shape_.neurons(), params_.tiles.count);
       partials[i] = Buffer<Real>(rows * slots, 0);
       sums[i] = Buffer<Real>(rows * view.count, 0);
       params_.partials[kIds[i]] = {partials[i].data(), slots};
       const auto derivative = i == 0 && params_.options.logit_decay ? Derivative::kOfLogitDecay : Derivative::kNone;
-      sum.parts[sum.count++] = {params_.partials[kIds[i]], view, derivative, 0, 0, 0, 0, sums[i].data()};
+      sum.parts[sum.count++] = {params_.partials[kIds[i]], view, derivative, sums[i].data(), shape_.neurons()};
     }
     const Buffer<Scalar> none;
     launch(
@@ -99,7 +99,13 @@ class Trial {
     compare("grad_init", grad_init_, d_init_, differences_);
     if (sum.count == 0) return differences_;
     check("plan_tiles", cuda::plan_tiles(sum), differences_);
+    Buffer<Real> totals(sum.num_totals(), 0);
+    GradientSum<Real> second = sum.place_totals(totals.data());
     check("sum", cuda::launch(sum, nullptr), differences_);
+    if (second.count > 0) {
+      check("plan_tiles", cuda::plan_tiles(second), differences_);
+      check("sum of totals", cuda::launch(second, nullptr), differences_);
+    }
     for (int i = 0; i < 2; ++i) {
       if (!wanted_[i]) continue;
       if (partials[i].overrun()) differences_.push_back("a slot beyond the last");

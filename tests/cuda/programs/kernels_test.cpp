@@ -28,8 +28,9 @@ using asgl_emulation::Texts;
 
 // ---- a case ----
 
-enum class Parameters { kPlain, kNormalised, kUniform, kInFours, kAny };
-const char* const kParametersNames[] = {"plain", "normalised", "uniform", "shared in fours", "shared at random"};
+enum class Parameters { kPlain, kNormalised, kUniform, kInFours, kAny, kByNeuron };
+const char* const kParametersNames[] = {"plain",           "normalised",       "uniform",
+                                        "shared in fours", "shared at random", "by neuron"};
 const char* const kParameterNames[] = {"width",      "decay",      "v_threshold", "reset",
                                        "input_gain", "input_bias", "input_mean"};
 
@@ -49,9 +50,9 @@ struct Coverage {
 };
 
 // Settled: a model has a forward and a backward kernel for one neuron a thread, and except for double for four, plain,
-// normalised and with a residual, any T and T = 4. General: a type has one of each, with and without a residual, for
-// one neuron a thread, and except for double for four.
-constexpr std::size_t kKernels = 4 * (2 + 2 * (2 + 2 + 2)) + 2 + 2 * (2 * (2 + 2) + 2);
+// normalised, by neuron and with a residual, any T and T = 4. General: a type has one of each, with and
+// without a residual, for one neuron a thread, and except for double for four.
+constexpr std::size_t kKernels = 4 * (2 + 2 * (2 + 2 + 2 + 2)) + 2 + 2 * (2 * (2 + 2) + 2);
 
 template <class Scalar, Surrogate kSurrogate, bool kHardReset, bool kByOptions = false>
 class Trial {
@@ -63,7 +64,8 @@ class Trial {
   explicit Trial(const Case& it) : case_(it), random_(it.number) {
     // Fewer options and outputs for settled kernels, or most cases would run the general ones.
     plain_ = it.parameters == Parameters::kPlain;
-    settled_ = plain_ || it.parameters == Parameters::kNormalised || random_.toss();
+    settled_ =
+        plain_ || it.parameters == Parameters::kNormalised || it.parameters == Parameters::kByNeuron || random_.toss();
     if (settled_ && it.parameters >= Parameters::kInFours) plain_ = random_.toss();
     const unsigned seldom = settled_ ? 8 : 2;
     const int64 neurons = it.shape.neurons(), elements = neurons * it.shape.steps;
@@ -160,7 +162,8 @@ class Trial {
     for (int id = 0; id < kNumParameters; ++id) {
       if (!wanted_[id]) continue;
       const int64 rows = forward_.parameters[id].step_stride != 0 ? case_.shape.steps : 1;
-      const int64 slots = case_.shape.neurons() / forward_.parameters[id].inner + backward.tiles.count;
+      const int64 slots =
+          GradientPartials<Real>::slots_for(forward_.parameters[id].inner, case_.shape.neurons(), backward.tiles.count);
       partials[id] = Buffer<Real>(rows * slots, 0);
       sums[id] = Buffer<Real>(rows * forward_.parameters[id].count, 0);
       backward.partials[id] = {partials[id].data(), slots};
@@ -186,16 +189,24 @@ class Trial {
                                         ? forward_.options.log_width ? Derivative::kOfLogWidth : Derivative::kOfWidth
                                     : id == kDecay && forward_.options.logit_decay ? Derivative::kOfLogitDecay
                                                                                    : Derivative::kNone;
-      sum.parts[sum.count++] = {backward.partials[id], forward_.parameters[id], derivative, 0, 0, 0, 0,
-                                sums[id].data()};
+      sum.parts[sum.count++] = {backward.partials[id], forward_.parameters[id], derivative, sums[id].data(),
+                                case_.shape.neurons()};
     }
     for (int id = 0; id < kNumParameters; ++id) {
       if (partials[id].data() != nullptr && partials[id].overrun()) differences.push_back("a slot beyond the last");
     }
     if (sum.count == 0) return differences;
     check("plan_tiles", cuda::plan_tiles(sum), differences);
+    Buffer<Real> totals(sum.num_totals(), 0);
+    GradientSum<Real> second = sum.place_totals(totals.data());
     check("sum", cuda::launch(sum, nullptr), differences);
     check_sum(sum, coverage, differences);
+    if (second.count > 0) {
+      check("plan_tiles", cuda::plan_tiles(second), differences);
+      check("sum of totals", cuda::launch(second, nullptr), differences);
+      check_sum(second, coverage, differences);
+    }
+    if (totals.overrun()) differences.push_back("a total beyond the last");
     for (int id = 0; id < kNumParameters; ++id) {
       if (!wanted_[id]) continue;
       compare(std::string("grad_") + kParameterNames[id], sums[id], expected.grad_parameters[id], case_.shape.steps,
@@ -273,13 +284,19 @@ class Trial {
       } else if ((case_.parameters == Parameters::kInFours || (normalised && of_input)) && neurons % 4 == 0) {
         view.inner = case_.shape.inner % 4 == 0 && random_.once_in(4) ? case_.shape.inner : random_.divisor(neurons, 4);
         view.count = random_.divisor(neurons / view.inner, 1);
+      } else if (case_.parameters == Parameters::kByNeuron && !random_.once_in(3)) {
+        view.inner = 1;
+        view.count = random_.once_in(8)   ? random_.divisor(neurons, 1)
+                     : random_.once_in(4) ? 4
+                                          : 4 * random_.divisor(neurons / 4, 1);
       } else if (case_.parameters == Parameters::kAny) {
         view.inner = random_.toss() ? 1 : random_.toss() ? case_.shape.inner : random_.divisor(neurons, 1);
         view.count = random_.divisor(neurons / view.inner, 1);
       }
       if (view.count == 1) view.inner = neurons;
       const bool steps = per_step && random_.toss();
-      data_[id] = Buffer<Real>((steps ? case_.shape.steps : 1) * view.count, 0);
+      const bool misaligned = case_.parameters == Parameters::kByNeuron && random_.once_in(16);
+      data_[id] = Buffer<Real>((steps ? case_.shape.steps : 1) * view.count, misaligned);
       const bool learned = (id == kWidth || id == kDecay) && !steps && random_.once_in(3);
       if (learned && id == kWidth) {
         forward_.options.log_width = true;
@@ -320,12 +337,20 @@ class Trial {
     return general ? Input::kGeneral : plain ? Input::kPlain : Input::kNormalised;
   }
 
+  // Whether neurons in fours share the parameter.
+  static bool is_shared(const ParameterView<Real>& view) { return view.data == nullptr || view.inner % 4 == 0; }
+
   // The expected number of neurons a thread.
   template <class... Buffers>
   int lanes(Input input, const Buffers&... buffers) const {
     const int64 neurons = case_.shape.neurons(), resident = 2048 * case_.multiprocessors;
     bool four = sizeof(Scalar) <= 4 && case_.shape.inner % 4 == 0 && (buffers.is_aligned() && ...);
-    for (const auto& view : forward_.parameters) four = four && (view.data == nullptr || view.inner % 4 == 0);
+    const bool settled = input == Input::kPlain || input == Input::kNormalised;
+    for (int id = 0; id < kNumParameters; ++id) {
+      const auto& view = forward_.parameters[id];
+      const bool adjacent = view.inner == 1 && view.count % 4 == 0 && data_[id].is_aligned();
+      four = four && (is_shared(view) || (settled && adjacent));
+    }
     const bool general = input == Input::kGeneral || input == Input::kGeneralResidual;
     const bool pays = general ? neurons >= resident : case_.shape.steps <= 16 || neurons > 3 * resident / 16;
     return four && pays ? 4 : 1;
@@ -360,6 +385,10 @@ class Trial {
     const bool residual = residual_.data() != nullptr;
     if constexpr (!kByOptions) {
       if constexpr (!std::is_same_v<Scalar, double>) {
+        const auto& views = forward_.parameters;
+        if (lanes == 4 && !std::all_of(std::begin(views), std::end(views), is_shared)) {
+          return kernel<4, Input::kApart>(backward);
+        }
         if (lanes == 4 && input == Input::kPlain) return kernel<4, Input::kPlain>(backward);
         if (lanes == 4 && input == Input::kNormalised) return kernel<4, Input::kNormalised>(backward);
         if (lanes == 4 && input == Input::kNormalisedResidual) return kernel<4, Input::kNormalisedResidual>(backward);
@@ -389,7 +418,7 @@ class Trial {
     int64 blocks = 0;
     for (int id = 0; id < sum.count; ++id) {
       const GradientPart<Real>& part = sum.parts[id];
-      const int64 inner = part.parameter.inner, runs = case_.shape.neurons() / (inner * part.parameter.count);
+      const int64 inner = part.parameter.inner, runs = part.neurons / (inner * part.parameter.count);
       const int64 slots = (inner + sum.tile - 2) / sum.tile + 1, elements = part.elements(case_.shape);
       const int64 elements_each = part.elements_each, runs_each = part.runs_each;
       const auto is_largest_power = [](int64 power, int64 most) {
@@ -398,10 +427,14 @@ class Trial {
       const bool whole = slots >= 8;
       const bool good =
           whole ? elements_each == 1 && is_largest_power(kSumThreads / runs_each, std::min<int64>(slots, 512))
-                : elements_each * runs_each == kSumThreads && is_largest_power(runs_each, std::min<int64>(runs, 16));
+                : elements_each * runs_each == kSumThreads &&
+                      is_largest_power(runs_each, std::min<int64>({runs, 16, (131072 - 1) / elements + 1}));
       if (!good || elements_each * runs_each * part.slots_each != kSumThreads)
         differences.push_back(text("threads for %lld elements, %lld runs", elements_each, runs_each));
-      blocks += (elements - 1) / elements_each + 1;
+      const int64 most = runs_each * (inner == 1 ? 128 : 16), number = (runs - 1) / most + 1;
+      const int64 splits = number > 2 ? std::min<int64>(number, 2048) : 1;
+      if (part.splits != splits) differences.push_back(text("%d splits, expected %lld", part.splits, splits));
+      blocks += splits * ((elements - 1) / elements_each + 1);
       coverage.whole_block_sums += whole && runs > 1 && runs_each > 1 && elements > 1;
       coverage.sums_side_by_side += elements_each > 1 && elements > 1 && runs_each > 1 && runs > runs_each;
     }
@@ -497,8 +530,72 @@ bool many_neurons_are_general() {
   ++params.shape.inner;
   return settled && cuda::input_of(params) == Input::kGeneral;
 }
+
+// Sums of small integers by the launches of gradient sums alone, for more neurons than the trials have.
+int wrong_sums() {
+  struct Shape {
+    int64 inner, count, runs, steps;
+  };
+  int wrong = 0;
+  Random random(7);
+  for (const auto& [inner, count, runs, steps] : {Shape{1, 100, 5000, 1},
+                                                  {1, 64, 5000, 1},
+                                                  {1, 7, 30000, 2},
+                                                  {1, 3, 300001, 1},
+                                                  {3, 5, 2000, 1},
+                                                  {4, 1000, 50, 3},
+                                                  {130, 2, 3000, 1},
+                                                  {1, 140000, 3, 1},
+                                                  {2000, 1, 600, 2}}) {
+    for (const int64 tile : {int64{kBlockThreads}, int64{4 * kBlockThreads}}) {
+      const SequenceShape shape{1, steps, inner * count * runs};
+      const ParameterView<float> view{nullptr, 0, steps > 1 ? count : 0, inner, count};
+      const int64 slots =
+          GradientPartials<float>::slots_for(inner, shape.neurons(), cuda::blocks_for(shape.inner, tile));
+      Buffer<float> partials(steps * slots, 0), sums(steps * count, 0);
+      std::vector<double> expected(steps * count);
+      for (int64 t = 0; t < steps; ++t) {
+        const auto put = [&](int64 slot, int64 element) {
+          const double value = random.one_of({0, 1, 2});
+          partials.set(t * slots + slot, value);
+          expected[t * count + element] += value;
+        };
+        if (view.repeats_in(tile)) {
+          for (int64 slot = 0; slot < cuda::blocks_for(shape.inner, tile) * count; ++slot) put(slot, slot % count);
+          continue;
+        }
+        for (int64 run = 0; run < count * runs; ++run) {
+          for (int64 k = run * inner / tile; k <= ((run + 1) * inner - 1) / tile; ++k) {
+            put(GradientPartials<float>::slot(inner, run, k), run % count);
+          }
+        }
+      }
+      Texts differences;
+      GradientSum<float> sum{shape, tile, 1, {}};
+      sum.parts[0] = {{partials.data(), slots}, view, Derivative::kNone, sums.data(), shape.neurons()};
+      check("plan_tiles", cuda::plan_tiles(sum), differences);
+      Buffer<float> totals(sum.num_totals(), 0);
+      GradientSum<float> second = sum.place_totals(totals.data());
+      check("sum", cuda::launch(sum, nullptr), differences);
+      if (second.count > 0) {
+        check("plan_tiles", cuda::plan_tiles(second), differences);
+        check("sum of totals", cuda::launch(second, nullptr), differences);
+      }
+      for (int64 i = 0; i < steps * count; ++i) {
+        if (!(sums.data()[i] == expected[i])) differences.push_back(text("element %lld", i));
+      }
+      if (totals.overrun() || sums.overrun()) differences.push_back("values beyond the last");
+      wrong += !differences.empty();
+      if (differences.empty()) continue;
+      std::printf("sum of %lld runs of %lld values, %lld neurons each, %lld steps, in tiles of %lld: %s\n", runs, count,
+                  inner, steps, tile, differences[0].c_str());
+    }
+  }
+  return wrong;
+}
 #else
 bool many_neurons_are_general() { return true; }
+int wrong_sums() { return 0; }
 #endif
 
 // analog_below from the state is clamped to [0, kAlwaysAnalog].
@@ -528,31 +625,34 @@ int main(int argc, char** argv) {
     ++failed;
     std::printf("settled kernels for the wrong numbers of neurons\n");
   }
+  failed += wrong_sums();
   if (!analog_below_in_state_is_resolved()) {
     ++failed;
     std::printf("a wrong share of analog elements from the state\n");
   }
+  const auto try_all = [&](const SequenceShape& shape, Parameters parameters) {
+    // Any grid fills a device without multiprocessors, so that a thread gets four lanes wherever the layout allows it.
+    const std::vector<int> fours = small ? std::vector{0, 132, 0} : std::vector{0, 132, 0, 1};
+    for (const int multiprocessors : shape.inner % 4 == 0 ? fours : std::vector(small ? 1 : 2, 0)) {
+      if (failed == kManyFailures) break;
+      if (shape.neurons() >= kManyNeurons && parameters > Parameters::kUniform) continue;
+      const Case it{shape, parameters, multiprocessors, cases++};
+      Texts differences = run(it, coverage);
+      const bool by_options = differences.empty();
+      if (by_options) differences = run_by_options(it, coverage);
+      failed += !differences.empty();
+      if (differences.empty()) continue;
+      std::printf("case %u: %s%s, (%lld, %lld, %lld), %s parameters, %d multiprocessors:", it.number,
+                  by_options ? "by options instead of " : "", kInstantiations[instantiation(it)], shape.outer,
+                  shape.steps, shape.inner, kParametersNames[static_cast<int>(parameters)], multiprocessors);
+      for (const std::string& difference : differences) std::printf(" %s;", difference.c_str());
+      std::printf("\n");
+    }
+  };
   for (const SequenceShape& shape : shapes(small)) {
     for (const Parameters parameters :
          {Parameters::kPlain, Parameters::kNormalised, Parameters::kUniform, Parameters::kInFours, Parameters::kAny}) {
-      // Any grid fills a device without multiprocessors, so that a thread gets four lanes wherever the layout allows
-      // it.
-      const std::vector<int> fours = small ? std::vector{0, 132, 0} : std::vector{0, 132, 0, 1};
-      for (const int multiprocessors : shape.inner % 4 == 0 ? fours : std::vector(small ? 1 : 2, 0)) {
-        if (failed == kManyFailures) break;
-        if (shape.neurons() >= kManyNeurons && parameters > Parameters::kUniform) continue;
-        const Case it{shape, parameters, multiprocessors, cases++};
-        Texts differences = run(it, coverage);
-        const bool by_options = differences.empty();
-        if (by_options) differences = run_by_options(it, coverage);
-        failed += !differences.empty();
-        if (differences.empty()) continue;
-        std::printf("case %u: %s%s, (%lld, %lld, %lld), %s parameters, %d multiprocessors:", it.number,
-                    by_options ? "by options instead of " : "", kInstantiations[instantiation(it)], shape.outer,
-                    shape.steps, shape.inner, kParametersNames[static_cast<int>(parameters)], multiprocessors);
-        for (const std::string& difference : differences) std::printf(" %s;", difference.c_str());
-        std::printf("\n");
-      }
+      try_all(shape, parameters);
     }
   }
   // Last, so that the numbers of the other cases stay.
@@ -566,6 +666,11 @@ int main(int argc, char** argv) {
         std::printf("case %u: by the threshold: %s\n", it.number, difference.c_str());
       }
     }
+  }
+  for (const SequenceShape& shape : shapes(small)) {
+    if (shape.inner % 4 != 0) continue;
+    const int times = shape.steps == 4 ? 4 : 1;  // for the kernels of this length
+    for (int i = 0; i < times; ++i) try_all(shape, Parameters::kByNeuron);
   }
   std::printf("%d of %u cases failed; %zu kernels; sums of several runs: %d by whole blocks, %d side by side\n", failed,
               cases, coverage.kernels.size(), coverage.whole_block_sums, coverage.sums_side_by_side);
