@@ -4,7 +4,8 @@ The multiply is the floor: `x * 2` reads x and writes the result as forward must
 one as backward must. Compared with it: the neuron of ASGL in every backend, as the reference and as a loop in plain
 PyTorch, and the ordinary LIF neuron, which the other libraries have as well, and with integer spikes. All rows take
 turns within each repeat, so that a drift of the machine's speed affects all alike; the median over the repeats is
-reported. The spikes of peers are compared with ours before they are timed.
+reported. The spikes of peers are compared with ours before they are timed. `--sweep adaptive`: adaptive neurons beside
+LIF, and as a loop under torch.compile.
 
 A block is batch normalisation and ASGL neurons in training: fused, `asgl_cuda.BatchNormLIF`, or as the pair of
 `torch.nn.BatchNorm2d` and the neurons. The fused block accesses an element nine times, 36 bytes in float32, as does its
@@ -56,7 +57,18 @@ from .clocks import (
     saved_storages,
     spread,
 )
-from .peers import DECAY, Peer, asgl_loop, installed_peers, machine_and_peers
+from .peers import (
+    ADLIF,
+    ALIF,
+    DECAY,
+    Peer,
+    adaptive_loop,
+    adaptive_peers,
+    adaptive_step,
+    asgl_loop,
+    installed_peers,
+    machine_and_peers,
+)
 from .rates import measured_rates
 from .sizes import DTYPES, HOST, LAYOUTS, SWEEPS, Block, Size, samples, sweep, usual_sizes
 
@@ -69,6 +81,10 @@ COMPILED = "torch.compile"
 LOOP = "author's loop"
 PLAIN = "LIF: "  # prefix of rows without noise and learned width
 INTEGER = "I-LIF: "  # the same with integer spikes
+# The same with adaptation, in the current and in the threshold.
+ADAPTIVE = {"adLIF: ": ADLIF, "ALIF: ": ALIF}
+PLAIN_LOOP = "loop"
+COMPILED_STEP = "compiled step"  # the loop, with one step compiled
 PAIR = "pair: "  # prefix of blocks that are not fused
 # Beyond this many steps the compiler unrolls for minutes.
 MOST_STEPS_TO_COMPILE = 16
@@ -113,6 +129,13 @@ def row_of(name: str, function: Callable[..., Tensor], *parameters: Tensor) -> R
     return Row(name, lambda sample: function(*sample.leaves), backward)
 
 
+def reset_compiler() -> None:
+    """For one size alone: after another size the compiler would make sizes dynamic."""
+    # Backward is timed alone, and repeated: it must keep its buffers.
+    torch._functorch.config.donated_buffer = False
+    torch._dynamo.reset()
+
+
 def compiled_rows(
     size: Size | Block,
     name: str,
@@ -123,10 +146,7 @@ def compiled_rows(
     """The layer under torch.compile, in each of the modes; None is the default."""
     if not size.compiled or size.steps > MOST_STEPS_TO_COMPILE:
         return
-    # Backward is timed alone, and repeated: it must keep its buffers.
-    torch._functorch.config.donated_buffer = False
-    # For this size alone: after another size the compiler would make sizes dynamic.
-    torch._dynamo.reset()
+    reset_compiler()
     for mode in modes:
         compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
         yield row_of(name if mode is None else f"{name} max-autotune", compiled, *parameters)
@@ -168,6 +188,33 @@ def neuron_rows(size: Size, device: torch.device) -> Iterator[Row]:
     yield row_of(f"{INTEGER}{REFERENCE}", layer(REFERENCE, **integer))
 
 
+def adaptive_rows(size: Size, device: torch.device) -> Iterator[Row]:
+    """The floor; LIF; every implementation of adaptive neurons, in the current and in the threshold."""
+    backends = {f"asgl_cuda {backend}": backend for backend in fused_backends(device)}
+    if reference_fits(size, device):
+        backends[REFERENCE] = REFERENCE
+
+    def layers(prefix: str, function: Callable[..., Any], **options: Any) -> Iterator[Row]:
+        for name, backend in backends.items():
+            yield row_of(f"{prefix}{name}", partial(function, decay=DECAY, backend=backend, **options))
+
+    yield Row(FLOOR, lambda sample: sample.x * 2, lambda sample, out: sample.x * sample.grad)
+    yield from layers(PLAIN, asgl_cuda.lif)
+    reset_compiler()
+    for prefix, options in ADAPTIVE.items():
+        yield from layers(prefix, asgl_cuda.adaptive_lif, **options)
+        if REFERENCE not in backends:
+            continue
+        yield row_of(f"{prefix}{PLAIN_LOOP}", partial(adaptive_loop, **options))
+        if size.compiled:
+            # The whole sequence in one function compiles for minutes: see MOST_STEPS_TO_COMPILE.
+            step = torch.compile(partial(adaptive_step, **options), fullgraph=True, dynamic=False)
+            yield row_of(f"{prefix}{COMPILED_STEP}", partial(adaptive_loop, step=step))
+        if size.peers and options is ALIF:
+            for peer in adaptive_peers(device):
+                yield row_of(f"{prefix}{peer.name}", peer.spikes)
+
+
 def block_rows(block: Block, device: torch.device) -> Iterator[Row]:
     """The floor; copies; every implementation of the block, fused and as a pair."""
     channels = block.shape[2]
@@ -202,12 +249,16 @@ def block_rows(block: Block, device: torch.device) -> Iterator[Row]:
 
 
 def rows_of(size: Size | Block, device: torch.device) -> Iterator[Row]:
-    return block_rows(size, device) if isinstance(size, Block) else neuron_rows(size, device)
+    if isinstance(size, Block):
+        return block_rows(size, device)
+    return (adaptive_rows if size.adaptive else neuron_rows)(size, device)
 
 
-def refuse_other_spikes(name: str, spikes: Tensor, expected: Tensor | asgl_cuda.LIFOutput, than: str) -> None:
+def refuse_other_spikes(
+    name: str, spikes: Tensor, expected: Tensor | asgl_cuda.LIFOutput | asgl_cuda.AdaptiveLIFOutput, than: str
+) -> None:
     """Raises where spikes differ, except at potentials within rounding of the threshold."""
-    assert isinstance(expected, asgl_cuda.LIFOutput)
+    assert isinstance(expected, asgl_cuda.LIFOutput | asgl_cuda.AdaptiveLIFOutput)
     assert expected.h_seq is not None
     sure = ((expected.h_seq - 1).abs() > THRESHOLD_BAND).all(0)
     differ = ((spikes - expected.s_seq).abs() > THRESHOLD_BAND) & sure
@@ -228,6 +279,19 @@ def check_peers(device: torch.device) -> None:
         options = {"decay": DECAY, "return_h_seq": True, **peer.same_neuron}
         expected = asgl_cuda.lif(x_seq, backend=REFERENCE, **options)
         refuse_other_spikes(peer.name, peer.spikes(x_seq), expected, "asgl_cuda.lif")
+
+
+@torch.no_grad()
+def check_adaptive_peers(device: torch.device) -> None:
+    """As `check_peers`, for adaptive neurons."""
+    x_seq = torch.randn(20, 4096, device=device)
+    loops = (Peer(f"{prefix}{PLAIN_LOOP}", partial(adaptive_loop, **each), each) for prefix, each in ADAPTIVE.items())
+    for peer in (*loops, *adaptive_peers(device)):
+        neuron = dict(peer.same_neuron)
+        current = neuron.pop("input_gain", 1) * x_seq
+        options = {"decay": DECAY, "return_h_seq": True, **neuron}
+        expected = asgl_cuda.adaptive_lif(current, backend=REFERENCE, **options)
+        refuse_other_spikes(peer.name, peer.spikes(x_seq), expected, "asgl_cuda.adaptive_lif")
 
 
 @torch.no_grad()
@@ -311,8 +375,8 @@ def measure(size: Size | Block, device: torch.device, repeats: int, cold: bool =
 
 
 HEAD = (
-    "", "forward", "backward", "both, ms", "+-", "ns/el.", "GB/s", "x * 2", "x * g", "both", "faster", "saved", "peak",
-    "first, s",
+    "", "forward", "backward", "both, ms", "+-", "ns/el.", "GB/s", "x * 2", "x * g", "both", "LIF", "faster", "saved",
+    "peak", "first, s",
 )  # fmt: skip
 
 
@@ -320,12 +384,13 @@ def table(size: Size | Block, found: dict[str, Measurement]) -> str:
     """The measurement as text."""
     lines = [HEAD]
     floor = found[FLOOR].timing
-    prefixes = (PLAIN, INTEGER, PAIR, "")
+    prefixes = (PLAIN, INTEGER, *ADAPTIVE, PAIR, "")
     slowest = {name: found[f"{name}{REFERENCE}"] for name in prefixes if f"{name}{REFERENCE}" in found}
     for name, (timing, spread_, saved, peak, first) in found.items():
         multiples = [seconds / least for seconds, least in zip(timing, floor, strict=True)]
         prefix = next(each for each in prefixes if name.startswith(each))
         reference = slowest.get(prefix, slowest.get(PAIR))
+        plain = found.get(f"{PLAIN}{name.removeprefix(prefix)}") if prefix in (INTEGER, *ADAPTIVE) else None
         lines.append(
             (
                 name,
@@ -334,13 +399,14 @@ def table(size: Size | Block, found: dict[str, Measurement]) -> str:
                 f"{1e9 * timing.both / size.elements:.3f}",
                 f"{size.accesses * size.bytes / timing.both / 1e9:.1f}",
                 *(f"{multiple:.{2 if multiple < 100 else 0}f}" for multiple in multiples),
+                f"{timing.both / plain.timing.both:.2f}" if plain else "",
                 f"{reference.timing.both / timing.both:.1f}" if reference else "",
                 "" if saved is None else f"{saved / size.elements:.1f}",
                 "" if peak is None else f"{peak / size.elements:.1f}",
                 f"{first:.2f}",
             )
         )
-    widths = (9, 10, 10, 6, 9, 7, 7, 7, 7, 7, 7, 7, 9)
+    widths = (9, 10, 10, 6, 9, 7, 7, 7, 7, 7, 7, 7, 7, 9)
     text = [
         f"{name:<24}" + "".join(f" {cell:>{width - 1}}" for cell, width in zip(cells, widths, strict=True))
         for name, *cells in lines
@@ -442,7 +508,8 @@ def main() -> int:
     print(f"{PLAIN}without noise and learned width, as in the other libraries; default surrogates; gradient of x")
     print("+-: half the interquartile range; GB/s: of 5 accesses to an element, in a block 9, with a residual 11")
     print("x * 2, x * g, both: forward, backward and both as multiples of these multiplies, and of their sum")
-    print("faster: both, than the reference in eager mode; torch.compile: of the reference")
+    print("faster: both, than the reference in eager mode; torch.compile: of the reference; column LIF: both, as a")
+    print("multiple of LIF's; compiled step: one step of the loop is compiled, since a sequence takes minutes")
     print("saved: bytes an element kept for backward; peak: bytes an element allocated; first: the first call")
     print("block: batch normalisation and neurons in training, fused, or as a pair of nn.BatchNorm2d and the neurons;")
     print("gradients of x, weight, bias and width; its multiplies: x.sum() and x * 2, (x * g).mul_(x)")
@@ -451,8 +518,9 @@ def main() -> int:
     if missing:
         print(f'not installed: {", ".join(missing)} (pip install ".[bench]")')
     check_peers(device)
+    check_adaptive_peers(device)
     check_blocks(device)
-    print("the spikes of the author's loop, of each peer and of the pairs are ours\n", flush=True)
+    print("the spikes of the loops, of each peer and of the pairs are ours\n", flush=True)
     report: dict[str, Any] = {"machine": about, "analog_prob": ANALOG_PROB, "cold": arguments.cold}
     report["memory_kept"] = kept
     report |= {"sizes": [], "blocks": []}

@@ -1,14 +1,15 @@
 """Alternatives to asgl_cuda: the neurons of other libraries, and ASGL as a loop in plain PyTorch.
 
 The libraries have no ASGL: each is an ordinary LIF neuron with decay 1/2, threshold 1 and reset to 0, in the fastest
-form that its documentation shows for a whole sequence, with its default surrogate.
+form that its documentation shows for a whole sequence, with its default surrogate. Those that have adaptive neurons add
+the adaptation to the threshold (ALIF).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,17 +19,21 @@ from torch import Tensor, nn
 from ..common import machine
 
 DECAY = 0.5
+ADAPT_DECAY, ADAPT_SPIKE = 0.9, 0.2
+# Options of asgl_cuda.adaptive_lif: the adaptation in the current follows the potential, too.
+ADLIF: dict[str, Any] = {"adapt_decay": ADAPT_DECAY, "adapt_spike": ADAPT_SPIKE, "adapt_potential": 0.1}
+ALIF: dict[str, Any] = {"adapt_decay": ADAPT_DECAY, "adapt_spike": ADAPT_SPIKE, "to_threshold": True}
 
 
 class Peer(NamedTuple):
-    """Another implementation of a plain LIF layer."""
+    """Another implementation of a layer."""
 
     name: str  # with the version
     spikes: Callable[[Tensor], Tensor]  # [T, N] to [T, N]
-    same_neuron: dict[str, Any]  # options of asgl_cuda.lif for the same spikes
+    same_neuron: dict[str, Any]  # options of asgl_cuda.lif, or of adaptive_lif, for the same spikes
 
 
-def step_by_step(cell: Callable[..., Any], x_seq: Tensor, state: Any = None) -> Tensor:
+def step_by_step(cell: Callable[..., Any], x_seq: Iterable[Tensor], state: Any = None) -> Tensor:
     """The spikes of a cell that maps input and state to spike and state."""
     s_seq = []
     for x in x_seq:
@@ -105,13 +110,50 @@ def sinabs(device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, 
     return spikes, {}
 
 
-_MAKERS = {"SpikingJelly": spikingjelly, "snnTorch": snntorch, "Norse": norse, "sinabs": sinabs}
+def norse_alif(device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+    """LSNNCell, a step a call; its synapse passes the input on, a step later."""
+    from norse.torch import LSNNCell, LSNNFeedForwardState, LSNNParameters
+
+    dt = 0.001
+    tensors = {"v_leak": 0.0, "v_th": 1.0, "v_reset": 0.0, "tau_mem_inv": (1 - DECAY) / dt, "tau_syn_inv": 1 / dt}
+    tensors |= {"tau_adapt_inv": (1 - ADAPT_DECAY) / dt, "beta": ADAPT_SPIKE / ADAPT_DECAY}
+    parameters = LSNNParameters(**{name: torch.tensor(value, device=device) for name, value in tensors.items()})
+    cell = LSNNCell(parameters, dt=dt)
+
+    def spikes(x_seq: Tensor) -> Tensor:
+        first, *later = x_seq
+        nothing = torch.zeros_like(first)
+        state = LSNNFeedForwardState(v=nothing, i=first, b=torch.ones_like(first))
+        return step_by_step(cell, (*later, nothing), state)
+
+    return spikes, {**ALIF, "strict_threshold": True, "input_gain": 1 - DECAY}
 
 
-def installed_peers(device: torch.device) -> tuple[list[Peer], list[str]]:
-    """The installed peers, and the names of missing peers."""
+def sinabs_alif(device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+    """ALIF over the sequence, with the reset of `sinabs`."""
+    from sinabs import layers
+    from sinabs.activation import MembraneReset
+
+    layer = layers.ALIF(
+        tau_mem=-1 / math.log(DECAY), tau_adapt=-1 / math.log(ADAPT_DECAY),
+        adapt_scale=ADAPT_SPIKE / (1 - ADAPT_DECAY), reset_fn=MembraneReset(), norm_input=False,
+    ).to(device)  # fmt: skip
+
+    def spikes(x_seq: Tensor) -> Tensor:
+        layer.reset_states()
+        return layer(x_seq[None])[0]  # batch first
+
+    return spikes, ALIF
+
+
+Maker = Callable[[torch.device], tuple[Callable[[Tensor], Tensor], dict[str, Any]]]
+_MAKERS: dict[str, Maker] = {"SpikingJelly": spikingjelly, "snnTorch": snntorch, "Norse": norse, "sinabs": sinabs}
+_ADAPTIVE_MAKERS: dict[str, Maker] = {"Norse": norse_alif, "sinabs": sinabs_alif}
+
+
+def _installed(makers: Mapping[str, Maker], device: torch.device) -> tuple[list[Peer], list[str]]:
     found, missing = [], []
-    for name, make in _MAKERS.items():
+    for name, make in makers.items():
         try:
             spikes, same_neuron = make(device)
         except ImportError:
@@ -119,6 +161,16 @@ def installed_peers(device: torch.device) -> tuple[list[Peer], list[str]]:
             continue
         found.append(Peer(f"{name} {importlib.metadata.version(name.lower())}", spikes, same_neuron))
     return found, missing
+
+
+def installed_peers(device: torch.device) -> tuple[list[Peer], list[str]]:
+    """The installed peers, and the names of missing peers."""
+    return _installed(_MAKERS, device)
+
+
+def adaptive_peers(device: torch.device) -> list[Peer]:
+    """The installed peers with adaptive neurons, as those."""
+    return _installed(_ADAPTIVE_MAKERS, device)[0]
 
 
 def machine_and_peers(device: torch.device) -> dict[str, Any]:
@@ -138,5 +190,36 @@ def asgl_loop(x_seq: Tensor, width: Tensor, analog_prob: float, mask: Tensor | N
         analog = torch.bernoulli(torch.full_like(u, analog_prob)) if mask is None else mask[t].to(a)
         s = a + ((1 - analog) * (z - a)).detach()
         v = h * (1 - s)
+        s_seq.append(s)
+    return torch.stack(s_seq)
+
+
+def adaptive_step(
+    x: Tensor,
+    v: Tensor,
+    w: Tensor,
+    adapt_decay: float,
+    adapt_spike: float,
+    adapt_potential: float = 0.0,
+    to_threshold: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of adaptive neurons in plain PyTorch: spike, potential, adaptation."""
+    h = DECAY * v + (x if to_threshold else x - w)
+    u = (h - w if to_threshold else h) - 1.0
+    a = (u + 0.5).clamp(0, 1)
+    s = a + ((u >= 0).to(a) - a).detach()
+    v = h * (1 - s)
+    w = adapt_decay * w + adapt_spike * s
+    return s, v, w + adapt_potential * v if adapt_potential else w
+
+
+def adaptive_loop(
+    x_seq: Tensor, step: Callable[..., tuple[Tensor, Tensor, Tensor]] = adaptive_step, **options: Any
+) -> Tensor:
+    """Adaptive neurons as a loop over the steps."""
+    v, w = torch.zeros_like(x_seq[0]), torch.zeros_like(x_seq[0])
+    s_seq = []
+    for x in x_seq:
+        s, v, w = step(x, v, w, **options)
         s_seq.append(s)
     return torch.stack(s_seq)

@@ -41,6 +41,7 @@ class Size(NamedTuple):
     peers: bool = True  # with rows for the other libraries
     layout: str = LAYOUTS[0]
     learned: str = LEARNED[0]
+    adaptive: bool = False  # with rows for adaptive neurons, in place of those of ASGL
 
     accesses = 5  # to an element, forward and backward
 
@@ -78,12 +79,14 @@ class Size(NamedTuple):
 
     def description(self) -> dict[str, Any]:
         sizes = {"steps": self.steps, "neurons": self.neurons}
-        return {**sizes, "dtype": self.dtype, "layout": self.layout, "learned": self.learned}
+        kind = {"layout": self.layout, "learned": self.learned, "adaptive": self.adaptive}
+        return {**sizes, "dtype": self.dtype, **kind}
 
     def __str__(self) -> str:
         layout = "" if self.layout == LAYOUTS[0] else f", {self.layout}"
         learned = "" if self.learned == LEARNED[0] else f", learned {self.learned}"
-        return f"T = {self.steps}, N = {self.neurons}, {self.dtype}{layout}{learned}"
+        adaptive = ", adaptive" if self.adaptive else ""
+        return f"T = {self.steps}, N = {self.neurons}, {self.dtype}{layout}{learned}{adaptive}"
 
 
 class Block(NamedTuple):
@@ -209,6 +212,7 @@ def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
             for learned in LEARNED
         ],
         "large": [Size(*size, "float32", compiled=False, peers=False) for size in ((4, 2**23), (16, 2**20))],
+        "adaptive": [Size(*size, "float32", adaptive=True) for size in ((128, 2 ** (15 + more)), (100, 64 * 700))],
         "block": blocks(device),
         HOST: [],
     }[name]
@@ -216,7 +220,7 @@ def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
 
 FOR_GPUS = {"judged": JUDGED, "gpu": GPU_SWEEP, "compiled": COMPILED_SIZES}
 HOST = "host"  # by host.py, with its own size
-SWEEPS = ("T", "N", "dtype", "layout", "learned", "large", "block", HOST, *FOR_GPUS)
+SWEEPS = ("T", "N", "dtype", "layout", "learned", "large", "adaptive", "block", HOST, *FOR_GPUS)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 

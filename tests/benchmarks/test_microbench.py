@@ -11,7 +11,18 @@ from torch.utils._pytree import tree_leaves
 
 import asgl_cuda
 from benchmarks.speed import clocks, microbench, peers, sizes
-from benchmarks.speed.microbench import COPY, FLOOR, LOOP, PAIR, PLAIN, REFERENCE, YARDSTICKS
+from benchmarks.speed.microbench import (
+    ADAPTIVE,
+    COMPILED_STEP,
+    COPY,
+    FLOOR,
+    LOOP,
+    PAIR,
+    PLAIN,
+    PLAIN_LOOP,
+    REFERENCE,
+    YARDSTICKS,
+)
 from benchmarks.speed.sizes import Block, Size
 from tools.gpu_check.bars import COPY_ACCESSES
 
@@ -33,6 +44,7 @@ def test_every_peer_is_installed_or_named():
 
 def test_rows_emit_the_same_spikes():
     microbench.check_peers(CPU)
+    microbench.check_adaptive_peers(CPU)
     microbench.check_blocks(CPU)
 
 
@@ -49,6 +61,13 @@ def test_another_loop_is_refused(monkeypatch):
     monkeypatch.setattr(microbench, "asgl_loop", lambda x, width, p, mask: peers.asgl_loop(x, width, p, ~mask))
     with pytest.raises(RuntimeError, match=f"{LOOP} emits other spikes"):
         microbench.check_peers(CPU)
+
+
+def test_another_adaptation_is_refused(monkeypatch):
+    monkeypatch.setattr(microbench, "adaptive_loop", partial(peers.adaptive_loop, adapt_spike=0.3))
+    monkeypatch.setattr(microbench, "ADAPTIVE", {"ALIF: ": {"adapt_decay": 0.9, "to_threshold": True}})
+    with pytest.raises(RuntimeError, match=r"ALIF: loop emits other spikes than asgl_cuda\.adaptive_lif"):
+        microbench.check_adaptive_peers(CPU)
 
 
 def test_loop_draws_masks():
@@ -112,6 +131,36 @@ def test_block_rows(layout, residual):
         assert (each.saved_bytes is None) == (name in YARDSTICKS)
     faster = found[f"{PAIR}{REFERENCE}"].timing.both / found[FLOOR].timing.both
     assert f"{faster:.1f}" in microbench.table(block, found).splitlines()[2].split()
+
+
+def test_adaptive_rows(monkeypatch):
+    """Both forms in every implementation; the libraries' own only in the threshold; ratios to the same row of LIF."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    size = Size(20, 512, "float32", adaptive=True)
+    found = microbench.measure(size, CPU, repeats=2)
+    assert len(compiled) == len(ADAPTIVE)
+    ours = [*(f"asgl_cuda {backend}" for backend in microbench.fused_backends(CPU)), REFERENCE]
+    own = [peer.name for peer in peers.adaptive_peers(CPU)]
+    kinds = {PLAIN: ours} | {prefix: [*ours, PLAIN_LOOP, COMPILED_STEP] for prefix in ADAPTIVE}
+    kinds["ALIF: "] += own
+    assert list(found) == [FLOOR, *(f"{prefix}{name}" for prefix, names in kinds.items() for name in names)]
+    lines = {line[:24].strip(): line.split() for line in microbench.table(size, found).splitlines()[2:]}
+    for prefix in ADAPTIVE:
+        ratio = found[f"{prefix}{REFERENCE}"].timing.both / found[f"{PLAIN}{REFERENCE}"].timing.both
+        assert lines[f"{prefix}{REFERENCE}"][-5:-3] == [f"{ratio:.2f}", "1.0"]
+
+
+def test_adaptive_rows_have_the_gradients_of_the_reference():
+    """Of loops and ours; the libraries have other surrogates."""
+    size = Size(20, 512, "float32", compiled=False, peers=False, adaptive=True)
+    (sample,) = sizes.samples(size, CPU)
+    grads = {row.name: row.backward(sample, row.forward(sample)) for row in microbench.rows_of(size, CPU)}
+    for prefix in ADAPTIVE:
+        expected, *_ = grads[f"{prefix}{REFERENCE}"]
+        for name, (found, *_) in grads.items():
+            if name.startswith(prefix):
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 class Traffic(TorchDispatchMode):

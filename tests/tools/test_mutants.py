@@ -6,7 +6,16 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from mutants import ALL_LIVE, BEYOND_LAST_ROW, CPU_MUTANTS, MUTANTS, NO_BARRIER, NO_BARRIER_OF_CHANNELS, Mutant
+from mutants import (
+    ALL_LIVE,
+    BEYOND_LAST_ROW,
+    CPU_MUTANTS,
+    MUTANTS,
+    NO_BARRIER,
+    NO_BARRIER_OF_ADAPTIVE,
+    NO_BARRIER_OF_CHANNELS,
+    Mutant,
+)
 
 from tools.emulation import sanitize
 
@@ -86,6 +95,7 @@ def test_mutants_on_the_cpu_are_found(program, tmp_path):
 # Program, mutant, sanitizer and words of the report.
 SANITIZED = {
     "race of neurons": ("kernels_test", NO_BARRIER, sanitize.THREAD, "data race"),
+    "race of adaptive neurons": ("adaptive_test", NO_BARRIER_OF_ADAPTIVE, sanitize.THREAD, "data race"),
     "race of channels": ("batch_norm_test", NO_BARRIER_OF_CHANNELS, sanitize.THREAD, "data race"),
     "overflow of neurons": ("kernels_test", ALL_LIVE, sanitize.ADDRESS, "heap-buffer-overflow"),
     "overflow of channels": ("batch_norm_test", BEYOND_LAST_ROW, sanitize.ADDRESS, "heap-buffer-overflow"),
@@ -103,7 +113,7 @@ def test_sanitizer_finds_mutant(name, tmp_path):
     assert report in result.stderr, result.stdout + result.stderr
 
 
-@pytest.fixture(scope="module", params=["kernels_test", "integrator_test", "batch_norm_test"])
+@pytest.fixture(scope="module", params=["kernels_test", "adaptive_test", "integrator_test", "batch_norm_test"])
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("kernels") / request.param
     sanitize.build(request.param, path, ["-O1"])

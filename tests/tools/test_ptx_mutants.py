@@ -38,6 +38,16 @@ def backward(backend: str) -> list[torch.Tensor]:
     return [s_seq.detach(), x_seq.grad]
 
 
+def adaptive(backend: str) -> list[torch.Tensor]:
+    """With w in the threshold and in a soft reset."""
+    x_seq = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    s_seq = asgl_cuda.adaptive_lif(
+        x_seq, adapt_decay=0.9, adapt_spike=0.3, to_threshold=True, v_reset=None, **NOISE, backend=backend
+    )
+    (s_seq * torch.arange(1.0, 6.0)[:, None]).sum().backward()
+    return [s_seq.detach(), x_seq.grad]
+
+
 NOISE = {"analog_prob": 0.5, "rng_state": torch.tensor([1234567890123, 42])}
 CALLS = {
     "float": partial(forward, dtype=torch.float32),
@@ -46,6 +56,7 @@ CALLS = {
     "noisy": partial(forward, dtype=torch.float32, **NOISE),
     "fast sigmoid": partial(forward, dtype=torch.float32, surrogate="fast_sigmoid"),
     "backward": backward,
+    "adaptive": adaptive,
 }
 
 
@@ -68,6 +79,7 @@ access = partial(Mutant, file="cuda/access.cuh")
 halves = partial(Mutant, file="math/half_types.h")
 surrogates = partial(Mutant, file="math/surrogates.h")
 philox = partial(Mutant, file="math/philox.h")
+options = partial(Mutant, file="math/lif_by_options.h")
 params = partial(Mutant, file="params/neuron.h")
 MUTANTS = {
     "float16 packed in the wrong order": halves(
@@ -112,6 +124,12 @@ MUTANTS = {
         "float", old="  Scalar* s_seq;             // [outer, T, inner]\n  State<Real*> last;         // [N]\n",
         new="  State<Real*> last;\n  Scalar* s_seq;\n", error=NOWHERE,
     ),
+    "a term that should be left out": Mutant("adaptive", "math/neuron.h", "condition ? value : 0.0f", "value"),
+    "the other of two values": options(
+        "adaptive", old="float a, float b) {\n  if (kBranches) return condition ? a : b",
+        new="float a, float b) {\n  if (kBranches) return condition ? b : a",
+    ),
+    "no smooth values": options("adaptive", old="if (kBranches && analog) return smooth(u, neuron);", new=""),
     "options in another order": Mutant(
         "float", "math/neuron.h", "  Real v_rest;\n  Real surrogate_gain;", "  Real surrogate_gain;\n  Real v_rest;"
     ),
