@@ -117,6 +117,7 @@ class Converted(Overlay, Noisy):
     _known: Known | None = None
     time_dim: int | None  # of the input, None if the input is one step
     multi_spike = False  # several spikes per step, for which noise is not defined
+    adapts = False  # a second state, which raises the threshold
     takes_input = True  # whether `lif` gets the layer's own input, as fusion with a normalisation requires
     register_buffer = nn.Module.register_buffer  # an override costs 20 us per assignment of a buffer
 

@@ -113,6 +113,8 @@ class ConvertedSNN(Converted):
 class ConvertedLSNN(ConvertedSNN):
     """An LSNN; w of `adaptive_lif` is the excess of the threshold c over v_th."""
 
+    adapts = True
+
     def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         a_step, p = self.time_dim is None, self.p
         if input_tensor.is_sparse or (a_step and self.steps_as_before()):

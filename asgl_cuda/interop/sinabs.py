@@ -176,7 +176,7 @@ class ConvertedMultiSpike(ConvertedLayer):
 class ConvertedALIF(ConvertedLayer):
     """An ALIF: `lif` with the threshold of each step, which `adaptive_lif` finds without gradient."""
 
-    takes_input = False
+    adapts, takes_input = True, False
 
     def known_by(self) -> tuple[Any, ...]:
         reset_fn = self.reset_fn
@@ -217,9 +217,9 @@ class ConvertedALIF(ConvertedLayer):
             assert output.h_seq is not None
             assert output.v_last is not None
             v_seq = torch.cat([output.h_seq[:, 1:], output.v_last[:, None]], 1)
-            self.recordings = {"v_mem": v_seq, "b": b_seq, "spike_threshold": self.b0 + self.adapt_scale * b_seq}
-            if alpha is not None:
-                self.recordings["i_syn"] = torch.cat([x_seq[:, 1:], x_seq[:, -1:]], 1)
+            current = {} if alpha is None else {"i_syn": torch.cat([x_seq[:, 1:], x_seq[:, -1:]], 1)}
+            thresholds = self.b0 + self.adapt_scale * b_seq
+            self.recordings = {"v_mem": v_seq, **current, "b": b_seq, "spike_threshold": thresholds}
         self.v_mem, self.spike_threshold = output.v_last, self.b0 + self.adapt_scale * self.b
         self.firing_rate = s_seq.mean()
         return s_seq
@@ -372,6 +372,8 @@ def streamed(module: nn.Module) -> InStream:
         return None
     if hasattr(module, "rec_connect"):
         return "it does not carry its recurrent input from call to call"
+    if isinstance(module, layers.ALIF) and module.alpha_syn_calculated is not None:
+        return "it does not carry its current (tau_syn) from call to call"
     if isinstance(module, SqueezeMixin):
         if module.num_timesteps not in (1, -1):
             return f"it has num_timesteps={module.num_timesteps}; with batch_size instead it takes any number"

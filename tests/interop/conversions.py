@@ -23,6 +23,7 @@ T, B, C = 5, 4, 3  # steps, batch and channels in models to fuse
 # A share of the largest value: two orders of the same sums differ by some tens of float32 roundings.
 TOLERANCE = 1e-5
 SINGLE = {"spike_fn": SingleSpike}
+FAST = norse.LSNNParameters(tau_mem_inv=torch.tensor(600.0), tau_adapt_inv=torch.tensor(50.0), v_th=torch.tensor(0.3))
 WHOLE, STEP = (3, 2, 5), (6, 5)
 
 
@@ -58,8 +59,8 @@ LAYERS = {
     "norse LIFBoxCell": (lambda: norse.LIFBoxCell(), STEP),
     "norse IAF": (lambda: norse.IAF(), WHOLE),
     "norse IAFCell": (lambda: norse.IAFCell(), STEP),
-    "norse LSNN": (lambda: norse.LSNN(), WHOLE),
-    "norse LSNNCell": (lambda: norse.LSNNCell(), STEP),
+    "norse LSNN": (lambda: norse.LSNN(FAST), WHOLE),
+    "norse LSNNCell": (lambda: norse.LSNNCell(FAST), STEP),
     "norse LI": (lambda: norse.LI(), WHOLE),
     "sinabs LIF": (lambda: sinabs.layers.LIF(2.0, **SINGLE), WHOLE),
     "sinabs LIF, several": (lambda: sinabs.layers.LIF(2.0), WHOLE),

@@ -180,6 +180,29 @@ def test_alif_that_changes():
         converted(torch.rand(2, 3, 4))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sinabs.layers.ALIF(3.0, 5.0, reset_fn=activation.MembraneReset(), shape=(B, N)),
+        lambda: sinabs.layers.ALIF(3.0, 5.0, 4.0, reset_fn=activation.MembraneSubtract(0.5), shape=(B, N)),
+        lambda: norse.LSNN(norse.LSNNParameters(tau_mem_inv=torch.tensor(400.0))),
+    ],
+)
+def test_compiled(make):
+    x, found = 8 * torch.rand(B, B, N), []
+    for compiles in (False, True):
+        layer, _ = asgl_cuda.convert(make())
+        whole = not isinstance(layer, norse.LSNN)  # whose initial state can't be traced
+        call = torch.compile(layer, backend="eager", fullgraph=whole) if compiles else layer
+        leaf = x.clone().requires_grad_()
+        for _ in range(2):
+            out = call(leaf)
+        out = out[0] if isinstance(out, tuple) else out
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaf)))
+    assert found[0][0].any()
+    torch.testing.assert_close(*found)
+
+
 # ---- Norse ----
 
 METHODS = "super", "triangle", "tanh", "heavi_erfc"
