@@ -177,6 +177,7 @@ class ConvertedALIF(ConvertedLayer):
     """An ALIF: `lif` with the threshold of each step, which `adaptive_lif` finds without gradient."""
 
     adapts, takes_input = True, False
+    b: Any
 
     def known_by(self) -> tuple[Any, ...]:
         reset_fn = self.reset_fn
@@ -234,7 +235,8 @@ class ConvertedALIF(ConvertedLayer):
         )
         s_seq = output.s_seq.transpose(0, 1).contiguous()
         w_seq, _ = self.integrate(s_seq, decay=rho, input_gain=gain, v_init=w, delay=True)
-        return (w_seq + self.b0).transpose(0, 1)
+        thresholds: Tensor = w_seq + self.b0
+        return thresholds.transpose(0, 1)
 
     def _width_at(self, threshold: Tensor) -> Tensor | float:
         surrogate = self.surrogate_grad_fn

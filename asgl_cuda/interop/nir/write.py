@@ -268,7 +268,7 @@ class _Export(fx.Interpreter):
     def _check_module(self, module: nn.Module, where: str) -> None:
         steps = ", in step mode 'm'" if getattr(module, "step_mode", "m") == "s" else ""
         found = None if isinstance(module, Converted) else _found(module)
-        kind = found[0] if isinstance(found, tuple) else type(module)
+        kind: Any = found[0] if isinstance(found, tuple) else type(module)
         if issubclass(kind, AdaptiveLIF) or (issubclass(kind, Converted) and kind.adapts):
             raise ValueError(f"{where} can't be represented in NIR, which has no node for neurons that adapt")
         if isinstance(module, Converted) and module.time_dim is None:
