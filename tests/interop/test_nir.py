@@ -429,7 +429,7 @@ def neurons_of_libraries():
 
 CONVERTED = (
     "LIFNode", "PLIFNode", "IFNode", "soft", "LIF of sinabs", "IAF of sinabs", "LIFLayer", "soft, not allowed", "floor",
-    "several", "current", "ExpLeak", "amount", "a step a call", "squeezed",
+    "several", "current", "ALIF", "ExpLeak", "amount", "a step a call", "squeezed",
 )  # fmt: skip
 
 
