@@ -309,7 +309,8 @@ def _carry_over(model: nn.Module, made: nn.Module, memo: dict[int, Any]) -> None
         if twin is None or not hasattr(type(module), "__deepcopy__") or type(module).__module__.startswith("torch."):
             continue
         for name, value in vars(module).items():
-            if name in _MODULE_ATTRIBUTES or name not in vars(twin):
+            # An ALIF's own __deepcopy__ drops norm_input=False.
+            if name in _MODULE_ATTRIBUTES or name not in vars(twin) or isinstance(value, bool | int | float | str):
                 twin.__dict__[name] = copy.deepcopy(value, memo)
     tensors = dict(made.named_parameters(remove_duplicate=False)) | dict(made.named_buffers(remove_duplicate=False))
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from ..adaptive import AdaptiveLIFOutput, adaptive_lif
 from ..call import LIFOutput, checked_call, grouped, run
 from ..checks import HALF_TYPES, PLAIN_TENSORS, shown
 from ..functional import LIF_DEFAULTS, lif
@@ -116,6 +117,7 @@ class Converted(Overlay, Noisy):
     _known: Known | None = None
     time_dim: int | None  # of the input, None if the input is one step
     multi_spike = False  # several spikes per step, for which noise is not defined
+    adapts = False  # a second state, which raises the threshold
     takes_input = True  # whether `lif` gets the layer's own input, as fusion with a normalisation requires
     register_buffer = nn.Module.register_buffer  # an override costs 20 us per assignment of a buffer
 
@@ -286,6 +288,14 @@ class Converted(Overlay, Noisy):
         assert isinstance(result, LIFOutput)
         return self._emitted(result, options)
 
+    def adaptive_lif(self, x_seq: Tensor, **options: Any) -> AdaptiveLIFOutput:
+        """`asgl_cuda.adaptive_lif` with the layer's surrogate and noise."""
+        self.check()
+        x_seq = _floating(x_seq)
+        result = adaptive_lif(x_seq, **self._all(x_seq, options))
+        assert isinstance(result, AdaptiveLIFOutput)
+        return result
+
     def _emitted(self, output: LIFOutput, options: dict[str, Any]) -> LIFOutput:
         """The output with spikes of the library's type, and by the layer's own function if necessary."""
         s_seq, dtype = output.s_seq, self.settings.dtype or output.s_seq.dtype
@@ -397,7 +407,7 @@ def number(value: Any) -> Any:
 def _taken(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
     """The options, with integer tensors and scalars of other devices accepted as in PyTorch."""
     for name, given in options.items():
-        if isinstance(given, Tensor) and not (given.dim() and given.is_floating_point()):
+        if isinstance(given, Tensor) and not (given.dim() and given.is_floating_point()) and name != "rng_state":
             value = _floating(given) if name == "v_init" else number(_floating(given))
             is_number = isinstance(value, Tensor) and value.dim() == 0
             options[name] = value.to(x_seq.device) if is_number else value

@@ -1,9 +1,11 @@
-"""Norse: `LIF`, `IAF` and `LI`, `LIFCell`, `IAFCell` and `LIFBoxCell`.
+"""Norse: `LIF`, `LSNN`, `IAF` and `LI`, `LIFCell`, `LSNNCell`, `IAFCell` and `LIFBoxCell`.
 
 j = i + x                                   without i, as in Box and IAF: j = x
 h = v + dt tau_mem_inv (j + v_leak - v)     IAF: v + x
 i = j - dt tau_syn_inv j
 spike = h > v_th;  v = v_reset or, with reset_subtract, h - v_th where it spiked; nothing is detached
+
+LSNN: j = i, with x added to i afterwards; spike = h > c for c = b + dt tau_adapt_inv (v_th - b); b = c + beta spike
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ _STEPS = {
     norse.IAF: norse.iaf_feed_forward_step,
     norse.IAFCell: norse.iaf_feed_forward_step,
     norse.LI: norse.li_feed_forward_step,
+    norse.LSNN: norse.lsnn_feed_forward_step,
+    norse.LSNNCell: norse.lsnn_feed_forward_step,
 }
 _FASTER = "its few operations a step are faster than a kernel's call"
 _READ_OUTS = {
@@ -93,11 +97,7 @@ class ConvertedSNN(Converted):
         else:
             output = self.lif(x_seq, v_init=v, return_v_seq=records, **options)
             out, found["v"] = output.s_seq, output.v_seq if records else output.v_last
-        if input_tensor.dtype in HALF_TYPES:  # float32 is kept only within a call
-            found = {
-                name: value.to(torch.result_type(input_tensor, getattr(first, name))) for name, value in found.items()
-            }
-        return out, type(first)(**found)
+        return out, _state(first, found, input_tensor)
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
         options, _ = _made(*self._values())
@@ -108,6 +108,49 @@ class ConvertedSNN(Converted):
         hard = getattr(p, "reset_method", reset_value) is reset_value
         names = ("tau_mem_inv", "v_leak", "tau_syn_inv", "v_th", "v_reset")
         return self.dt, hard, *[getattr(p, name, None) for name in names]
+
+
+class ConvertedLSNN(ConvertedSNN):
+    """An LSNN; w of `adaptive_lif` is the excess of the threshold c over v_th."""
+
+    adapts = True
+
+    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        a_step, p = self.time_dim is None, self.p
+        if input_tensor.is_sparse or (a_step and self.steps_as_before()):
+            return super().forward(input_tensor, state)
+        first = self.initial_state(input_tensor) if state is None else state
+        shape = input_tensor.shape if a_step else input_tensor.shape[1:]
+        v, i, b = [each if each.shape == shape else each.to(input_tensor.device).expand(shape) for each in first]
+        known, (options, decay) = self.known_of(_made, *self._values()) if a_step else (None, _made(*self._values()))
+        rho, beta, v_th = 1 - number(self.dt * p.tau_adapt_inv), number(p.beta), options["v_threshold"]
+        excess = rho * (b - v_th)
+        if a_step:
+            options = {**options, "v_threshold": v_th + excess}
+            output = self.lif_of(known, options, i.unsqueeze(0), v)
+            out = output.s_seq.squeeze(0)
+            found = {"v": output.v_last, "i": decay * i + input_tensor, "b": options["v_threshold"] + beta * out}
+            return out, _state(first, found, input_tensor)
+        x_seq = input_tensor.to(torch.result_type(input_tensor, i))
+        i_seq, i_last = self.integrate(x_seq, decay=decay, v_init=i, delay=True)
+        gain, bias = options.pop("input_gain"), options.pop("input_bias")
+        current = gain * i_seq if isinstance(bias, float) and bias == 0 else gain * i_seq + bias
+        adapted = self.adaptive_lif(
+            current, adapt_decay=rho, adapt_spike=rho * beta, to_threshold=True, v_init=v, w_init=excess,
+            return_v_seq=self.record_states, **options,
+        )  # fmt: skip
+        b_seq, b_last = self.integrate(adapted.s_seq, decay=rho, input_gain=beta, v_init=b - v_th)
+        found = {"v": adapted.v_last, "i": i_last, "b": v_th + b_last}
+        if self.record_states:
+            found = {"v": adapted.v_seq, "i": torch.cat([i_seq[1:], i_last[None]]), "b": v_th + b_seq}
+        return adapted.s_seq, _state(first, found, input_tensor)
+
+
+def _state(first: Any, found: dict[str, Any], input_tensor: Tensor) -> Any:
+    """The state after a call; float32 of half types is kept only within."""
+    if input_tensor.dtype in HALF_TYPES:
+        found = {name: value.to(torch.result_type(input_tensor, getattr(first, name))) for name, value in found.items()}
+    return type(first)(**found)
 
 
 def _made(dt: float, hard: bool, tau_mem_inv: Any, v_leak: Any, tau_syn_inv: Any, v_th: Any, v_reset: Any) -> Any:
@@ -144,7 +187,7 @@ def find(layer: nn.Module) -> Found:
         return threshold(u, p.method, torch.as_tensor(p.alpha))  # type: ignore[no-any-return]
 
     spike.__qualname__ = p.method
-    return ConvertedSNN, spike
+    return ConvertedLSNN if kind in (norse.LSNN, norse.LSNNCell) else ConvertedSNN, spike
 
 
 def wrapped(module: nn.Module) -> Wrapper | None:

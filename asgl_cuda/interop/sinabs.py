@@ -1,4 +1,4 @@
-"""sinabs: `LIF`, `IAF` and `ExpLeak`, which emits h, and their Squeeze forms; batch first.
+"""sinabs: `LIF`, `IAF`, `ALIF` and `ExpLeak`, which emits h, and their Squeeze forms; batch first.
 
 i = a (i + x)                               a = exp(-1 / tau_syn); x itself without tau_syn
 h = alpha v + (1 - alpha) i                 alpha = exp(-1 / tau_mem); i itself without norm_input; IAF has alpha = 1
@@ -7,12 +7,18 @@ s = trunc(h / spike_threshold), h > 0       MultiSpike; MaxSpike(n) has at most 
 v = h - subtract_value s                    MembraneSubtract; by default the threshold
   = h (1 - s), where s is detached          MembraneReset to 0
 v = relu(v - min_v_mem) + min_v_mem         unless min_v_mem is None
+
+ALIF fires where h >= b0 + adapt_scale b, a threshold without gradient, and starts each call with the same i:
+
+i = (1 - alpha) a (i + x)                   (1 - alpha) x without tau_syn; no factor 1 - alpha without norm_input
+b = rho b + (1 - rho) s                     rho = exp(-1 / tau_adapt)
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,13 +33,14 @@ from sinabs.activation import (
     SingleExponential,
     SingleSpike,
 )
+from sinabs.layers.alif import ALIFSqueeze
 from sinabs.layers.reshape import SqueezeMixin
 from torch import Tensor, nn
 
 from ..checks import MOST_LEVELS
 from ..surrogate import PERIODIC
 from .converted import Converted, Found, InStream, Settings, Streamed, known_class, number
-from .identify import SpikeFunction
+from .identify import SpikeFunction, own_spikes
 
 
 class ConvertedLayer(Converted):
@@ -77,11 +84,6 @@ class ConvertedLayer(Converted):
 
     def _membrane(self, x_seq: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The output, the last potential and, if recorded, all potentials."""
-        reset: dict[str, Any] = {"v_reset": None, "reset_amount": self.spike_threshold}
-        if isinstance(self.reset_fn, MembraneReset):
-            reset = {"v_reset": 0.0, "detach_reset": True}
-        elif self.reset_fn.subtract_value is not None:
-            reset["reset_amount"] = self.reset_fn.subtract_value
         several, limit = self.multi_spike and not self.settings.spike.own, _limit(self.spike_fn)
         output = self.lif(
             x_seq,
@@ -94,9 +96,15 @@ class ConvertedLayer(Converted):
             v_init=self.v_mem,
             time_dim=1,
             return_v_seq=self.record_states,
-            **reset,
+            **self._reset(),
         )
         return output.s_seq, output.v_last, output.v_seq
+
+    def _reset(self) -> dict[str, Any]:
+        if isinstance(self.reset_fn, MembraneReset):
+            return {"v_reset": 0.0, "detach_reset": True}
+        amount = self.reset_fn.subtract_value
+        return {"v_reset": None, "reset_amount": self.spike_threshold if amount is None else amount}
 
     def known_by(self) -> tuple[Any, ...]:
         surrogate, reset_fn = self.surrogate_grad_fn, self.reset_fn
@@ -165,6 +173,85 @@ class ConvertedMultiSpike(ConvertedLayer):
     multi_spike = True
 
 
+class ConvertedALIF(ConvertedLayer):
+    """An ALIF: `lif` with the threshold of each step, which `adaptive_lif` finds without gradient."""
+
+    adapts, takes_input = True, False
+    b: Any
+
+    def known_by(self) -> tuple[Any, ...]:
+        reset_fn = self.reset_fn
+        values = (getattr(reset_fn, name, None) for name in ("reset_value", "subtract_value"))
+        return self.surrogate_grad_fn, self.spike_fn, _limit(self.spike_fn), self.min_v_mem, type(reset_fn), *values
+
+    @classmethod
+    def identified(cls, layer: Any, function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
+        if type(layer.surrogate_grad_fn) in _OWN_WIDTHS and (torch.as_tensor(layer.b0) > 0).all():
+            return super().identified(layer, function)
+        own = own_spikes(function, False) if cls.detaches(layer) else None
+        return own or "its surrogate may be another for each threshold"
+
+    def _steps(self, input_data: Tensor) -> Tensor:
+        batch, _, *trailing = input_data.shape
+        if not self.is_state_initialised() or not self.state_has_shape((batch, *trailing)):
+            self.init_state_with_shape((batch, *trailing))
+        x_seq = input_data.to(torch.promote_types(input_data.dtype, self.v_mem.dtype))
+        gain, alpha = self.input_terms()[0], self.alpha_syn_calculated
+        if alpha is None:
+            x_seq = x_seq * gain
+        else:
+            decay = alpha * gain
+            x_seq, _ = self.integrate(x_seq, decay=decay, input_gain=decay, v_init=self.i_syn, time_dim=1)
+        common = {"decay": self.alpha_mem_calculated, "v_init": self.v_mem, "time_dim": 1, **self._reset()}
+        if self._has_noise:
+            common["rng_state"] = torch.randint(2**62, (2,), device=x_seq.device)
+        threshold = self._thresholds(x_seq, common)
+        options = {} if self.settings.asgl or self.settings.spike.own else {"width": self._width_at(threshold)}
+        output = self.lif(x_seq, v_threshold=threshold, return_h_seq=self.record_states, **common, **options)
+        rho, s_seq = self.alpha_adapt_calculated, output.s_seq
+        b_seq, self.b = self.integrate(
+            s_seq.to(torch.promote_types(s_seq.dtype, self.b.dtype)), decay=rho, input_gain=1 - rho, v_init=self.b,
+            time_dim=1,
+        )  # fmt: skip
+        self.recordings = {}
+        if self.record_states:  # sinabs' of v_mem and i_syn are those of the next step, before its reset
+            assert output.h_seq is not None
+            assert output.v_last is not None
+            v_seq = torch.cat([output.h_seq[:, 1:], output.v_last[:, None]], 1)
+            current = {} if alpha is None else {"i_syn": torch.cat([x_seq[:, 1:], x_seq[:, -1:]], 1)}
+            thresholds = self.b0 + self.adapt_scale * b_seq
+            self.recordings = {"v_mem": v_seq, **current, "b": b_seq, "spike_threshold": thresholds}
+        self.v_mem, self.spike_threshold = output.v_last, self.b0 + self.adapt_scale * self.b
+        self.firing_rate = s_seq.mean()
+        return s_seq
+
+    @torch.no_grad()
+    def _thresholds(self, x_seq: Tensor, common: dict[str, Any]) -> Tensor:
+        """The threshold of each step, in the memory order of `lif`'s parameters, time first."""
+        rho = self.alpha_adapt_calculated
+        gain, w = self.adapt_scale * (1 - rho), self.adapt_scale * self.b
+        output = self.adaptive_lif(
+            x_seq, v_threshold=self.b0, adapt_decay=rho, adapt_spike=gain, to_threshold=True, w_init=w, **common
+        )
+        s_seq = output.s_seq.transpose(0, 1).contiguous()
+        w_seq, _ = self.integrate(s_seq, decay=rho, input_gain=gain, v_init=w, delay=True)
+        thresholds: Tensor = w_seq + self.b0
+        return thresholds.transpose(0, 1)
+
+    def _width_at(self, threshold: Tensor) -> Tensor | float:
+        surrogate = self.surrogate_grad_fn
+        own = type(surrogate) is SingleExponential
+        return surrogate.grad_width * threshold if own else self.settings.spike.width  # type: ignore[no-any-return]
+
+    def _width_of_call(self) -> Tensor | float:
+        if self.settings.asgl:
+            return super()._width_of_call()
+        return self._width_at(torch.as_tensor(self.b0).detach())
+
+    def hold_width(self) -> bool:
+        return False  # sinabs' follows the threshold
+
+
 class ConvertedExpLeak(ConvertedLayer):
     """A layer without spikes."""
 
@@ -193,11 +280,13 @@ _OWN_WIDTHS = (SingleExponential, Gaussian, PeriodicExponential)
 PARTING = (layers.UnflattenTime,)
 
 _LEAKS = (layers.ExpLeak, layers.ExpLeakSqueeze)
-_KNOWN = (layers.LIF, layers.LIFSqueeze, layers.IAF, layers.IAFSqueeze, *_LEAKS)
+_ADAPTIVE = (layers.ALIF, ALIFSqueeze)
+_KNOWN = (layers.LIF, layers.LIFSqueeze, layers.IAF, layers.IAFSqueeze, *_ADAPTIVE, *_LEAKS)
+_RECURRENT = (layers.LIFRecurrent, layers.IAFRecurrent, layers.ALIFRecurrent)
 
 
 def find(layer: nn.Module) -> Found:
-    kind_of_layer = known_class(layer, _KNOWN)
+    kind_of_layer = known_class(layer, _KNOWN, _RECURRENT)
     if isinstance(kind_of_layer, str):
         return kind_of_layer if isinstance(layer, layers.StatefulLayer) else None
     node: Any = layer
@@ -205,15 +294,18 @@ def find(layer: nn.Module) -> Found:
         if node.min_v_mem is not None:
             return "it has a least potential (min_v_mem), which it does not emit"
         return ConvertedExpLeak, None
-    most, spike_fn = _most(node.spike_fn), node.spike_fn
+    most, spike_fn, adapts = _most(node.spike_fn), node.spike_fn, kind_of_layer in _ADAPTIVE
     if most is None:
         name = getattr(spike_fn, "__name__", type(spike_fn).__name__)
         return f"its spikes are those of {name}; SingleSpike, MultiSpike and MaxSpike can be converted"
+    if adapts and (lacking := _lacking(node, most)) is not None:
+        return lacking
     if node.min_v_mem is not None and math.isnan(_only(node.min_v_mem)):
         return "its least potential (min_v_mem) differs between neurons"
     if type(node.reset_fn) not in (MembraneSubtract, MembraneReset):
         return f"it resets by {type(node.reset_fn).__name__}"
-    surrogate, thresholds = node.surrogate_grad_fn, node.spike_threshold.detach().double().cpu()
+    surrogate = node.surrogate_grad_fn
+    thresholds = torch.as_tensor(node.b0 if adapts else node.spike_threshold).detach().double().cpu()
     if isinstance(node.reset_fn, MembraneReset) and node.reset_fn.reset_value != 0:
         return "it resets to a value that is not 0, which sinabs adds to the neurons that did not spike, too"
     several, detached = most > 1, ConvertedLayer.detaches(layer)
@@ -221,16 +313,32 @@ def find(layer: nn.Module) -> Found:
         return f"it has at most {most} spikes a step, which must be a whole number in [1, {MOST_LEVELS}] (MaxSpike)"
     if spike_fn is not SingleSpike and not (thresholds > 0).all():
         return "its threshold is not above 0"
-    kind = ConvertedMultiSpike if several else ConvertedLayer
+    kind = ConvertedALIF if adapts else ConvertedMultiSpike if several else ConvertedLayer
     if several and not detached and type(surrogate) is PeriodicExponential:
         width = surrogate.grad_width
         return kind, SpikeFunction(PERIODIC, width, 2 * width * surrogate.grad_scale, False)
-    if math.isnan(_only(thresholds)) and not (type(surrogate) in _OWN_WIDTHS and (thresholds > 0).all()):
+    if math.isnan(_only(thresholds)) and not (adapts or (type(surrogate) in _OWN_WIDTHS and (thresholds > 0).all())):
         return "its surrogate may be another for each neuron's own threshold"
     at = thresholds.mean()  # `width` has each neuron's
     # After a detached reset, all spikes of a step are those of `spikes_of`; else MultiSpike has the same gradient.
     function: Any = spike_fn if detached else SingleSpike
     return kind, lambda u: function.apply(u + at, at, surrogate)
+
+
+def _lacking(node: Any, most: float) -> str | None:
+    """What adaptive neurons lack of an ALIF."""
+    if most > 1:
+        return "it may spike several times a step, which adaptive neurons do not"
+    if node.min_v_mem is not None:
+        return "it has a least potential (min_v_mem), which adaptive neurons lack"
+    if type(node.reset_fn) is MembraneSubtract and node.reset_fn.subtract_value is None:
+        return (
+            "its adapted threshold has a gradient in the reset, but none where it fires; MembraneSubtract(value) and "
+            "MembraneReset() can be converted, and asgl_cuda.AdaptiveLIF has the gradient of both"
+        )
+    if (torch.as_tensor(node.adapt_scale) < 0).any():
+        return "its spikes lower the threshold (adapt_scale)"
+    return None
 
 
 def _limit(spike_fn: Any) -> float | None:
@@ -266,6 +374,8 @@ def streamed(module: nn.Module) -> InStream:
         return None
     if hasattr(module, "rec_connect"):
         return "it does not carry its recurrent input from call to call"
+    if isinstance(module, layers.ALIF) and module.alpha_syn_calculated is not None:
+        return "it does not carry its current (tau_syn) from call to call"
     if isinstance(module, SqueezeMixin):
         if module.num_timesteps not in (1, -1):
             return f"it has num_timesteps={module.num_timesteps}; with batch_size instead it takes any number"

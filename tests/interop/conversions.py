@@ -7,7 +7,7 @@ import norse.torch as norse
 import sinabs.layers
 import snntorch
 import torch
-from sinabs.activation import SingleSpike
+from sinabs.activation import MembraneReset, MembraneSubtract, SingleSpike
 from spikingjelly.activation_based import neuron
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -23,6 +23,7 @@ T, B, C = 5, 4, 3  # steps, batch and channels in models to fuse
 # A share of the largest value: two orders of the same sums differ by some tens of float32 roundings.
 TOLERANCE = 1e-5
 SINGLE = {"spike_fn": SingleSpike}
+FAST = norse.LSNNParameters(tau_mem_inv=torch.tensor(600.0), tau_adapt_inv=torch.tensor(50.0), v_th=torch.tensor(0.3))
 WHOLE, STEP = (3, 2, 5), (6, 5)
 
 
@@ -58,6 +59,8 @@ LAYERS = {
     "norse LIFBoxCell": (lambda: norse.LIFBoxCell(), STEP),
     "norse IAF": (lambda: norse.IAF(), WHOLE),
     "norse IAFCell": (lambda: norse.IAFCell(), STEP),
+    "norse LSNN": (lambda: norse.LSNN(FAST), WHOLE),
+    "norse LSNNCell": (lambda: norse.LSNNCell(FAST), STEP),
     "norse LI": (lambda: norse.LI(), WHOLE),
     "sinabs LIF": (lambda: sinabs.layers.LIF(2.0, **SINGLE), WHOLE),
     "sinabs LIF, several": (lambda: sinabs.layers.LIF(2.0), WHOLE),
@@ -65,6 +68,10 @@ LAYERS = {
     "sinabs LIF, tau_syn": (lambda: sinabs.layers.LIF(2.0, tau_syn=2.0, record_states=True), WHOLE),
     "sinabs LIF, each": (lambda: sinabs.layers.LIF(torch.full((5,), 2.0), **SINGLE), WHOLE),
     "sinabs LIFSqueeze": (lambda: sinabs.layers.LIFSqueeze(tau_mem=2.0, batch_size=3), STEP),
+    "sinabs ALIF": (lambda: sinabs.layers.ALIF(2.0, 5.0, reset_fn=MembraneReset()), WHOLE),
+    "sinabs ALIF, tau_syn": (
+        lambda: sinabs.layers.ALIF(2.0, 5.0, 3.0, reset_fn=MembraneSubtract(0.5), record_states=True), WHOLE,
+    ),
     "sinabs ExpLeak": (lambda: sinabs.layers.ExpLeak(2.0), WHOLE),
     "sinabs ExpLeakSqueeze": (lambda: sinabs.layers.ExpLeakSqueeze(tau_mem=2.0, batch_size=3), STEP),
 }  # fmt: skip

@@ -31,6 +31,7 @@ def fires_by(function):
     return neuron.IFNode(surrogate_function=function)
 
 
+RESET = {"reset_fn": activation.MembraneReset()}
 LEFT = {
     "a subclass of no known neuron": (lambda: subclass(neuron.QIFNode)(), "asgl_cuda has no such neuron"),
     "smooth spikes": (lambda: fires_by(surrogate.Sigmoid(spiking=False)), r"does not spike \(spiking=False\)"),
@@ -88,6 +89,24 @@ LEFT = {
     "reset to a value": (
         lambda: layers.LIF(2.0, reset_fn=activation.MembraneReset(0.5), **SINGLE), "resets to a value that is not 0",
     ),
+    "a gradient of half the threshold": (
+        lambda: layers.ALIF(3.0, 3.0), r"threshold has a gradient in the reset, but none where it fires; MembraneSub",
+    ),
+    "several spikes that adapt": (
+        lambda: layers.ALIF(3.0, 3.0, spike_fn=activation.MultiSpike), "several times a step, which adaptive neurons",
+    ),
+    "a floor that adapts": (
+        lambda: layers.ALIF(3.0, 3.0, min_v_mem=-1.0), r"potential \(min_v_mem\), which adaptive neurons lack",
+    ),
+    "a threshold that falls": (
+        lambda: layers.ALIF(3.0, 3.0, adapt_scale=-1.0, **RESET), r"its spikes lower the threshold \(adapt_scale\)",
+    ),
+    "a surrogate that adapts": (
+        lambda: layers.ALIF(
+            3.0, 3.0, reset_fn=activation.MembraneSubtract(0.5), surrogate_grad_fn=activation.Heaviside()
+        ), "its surrogate may be another for each threshold",
+    ),
+    "adjoint adaptation": (lambda: norse.LSNN(adjoint=True), "it steps by lsnn_feed_forward_adjoint_step"),
     "ExpLeak with a floor": (
         lambda: layers.ExpLeak(2.0, min_v_mem=0.0), r"potential \(min_v_mem\), which it does not emit",
     ),
@@ -125,13 +144,13 @@ KINDS = {
         )),
         lambda: neuron.GatedLIFNode(4), lambda: neuron.STBIFNode(torch.tensor(1.0), 4, True),
         lambda: neuron.FlexSN(lambda x, v: (x, v), num_states=1), lambda: snntorch.Alpha(alpha=0.9, beta=0.8),
-        lambda: layers.ALIF(3.0, 3.0), lambda: LeakyKernel(2, 2), lambda: norse.ConstantCurrentLIFEncoder(3),
+        lambda: norse.LIFAdEx(), lambda: LeakyKernel(2, 2), lambda: norse.ConstantCurrentLIFEncoder(3),
         lambda: ExpFilter(2, 2),
     ],
     "it mixes neurons, or steps, by weights of its own": [
         lambda: neuron.PSN(4), lambda: neuron.MaskedPSN(2, 4), lambda: neuron.SlidingPSN(2),
         *(lambda name=name: getattr(norse, name)(2, 2) for name in (
-            "LIFRecurrent", "LSNNRecurrentCell", "CobaLIFCell", "LILinearCell", "LIFCorrelation",
+            "LIFRecurrent", "LSNNRecurrent", "LSNNRecurrentCell", "CobaLIFCell", "LILinearCell", "LIFCorrelation",
         )),
         lambda: snntorch.LeakyParallel(2, 2), lambda: snntorch.RLeaky(beta=0.5, linear_features=2),
         lambda: snntorch.RSynaptic(alpha=0.5, beta=0.5, linear_features=2),

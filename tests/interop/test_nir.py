@@ -303,6 +303,9 @@ NOT_REPRESENTED = {
         r"0\.0 \(Stack\) can't be traced",
     ),
     "another layer": (lambda: nn.Sequential(nn.ReLU()), r"0 \(ReLU\) can't be represented in NIR; what can be"),
+    "adaptation": (
+        lambda: nn.Sequential(asgl_cuda.AdaptiveLIF()), r"0 \(AdaptiveLIF\) .* NIR, which has no node for neurons",
+    ),
     "one layer": (lambda: nn.ReLU(), r"0 \(ReLU\) can't be represented"),
     "mean": (lambda: Stack(lambda m, x: m.lif(x).mean(0), **LINEAR), "mean in the model itself can't be represented"),
     "inside": (
@@ -413,6 +416,7 @@ def neurons_of_libraries():
         "floor": (layers.IAF(min_v_mem=-1.0, **single), several),
         "several": (layers.IAF(), several),
         "current": (layers.IAF(tau_syn=3.0, **single), rf"1 \(IAF of sinabs\): {driven}"),
+        "ALIF": (layers.ALIF(2.0, 3.0, **amount), r"1 \(ALIF of sinabs\) can't .* no node for neurons that adapt"),
         "ExpLeak": (layers.ExpLeak(2.0), rf"1 \(ExpLeak of sinabs\): {driven}"),
         "amount": (layers.IAF(**amount, **single), r"1 \(IAF of sinabs\): its reset must .* off, got 0\.4"),
         "a step a call": (jelly.LIFNode(), r"1 \(LIFNode of spikingjelly\): must take .* got one step a call"),
@@ -425,7 +429,7 @@ def neurons_of_libraries():
 
 CONVERTED = (
     "LIFNode", "PLIFNode", "IFNode", "soft", "LIF of sinabs", "IAF of sinabs", "LIFLayer", "soft, not allowed", "floor",
-    "several", "current", "ExpLeak", "amount", "a step a call", "squeezed",
+    "several", "current", "ALIF", "ExpLeak", "amount", "a step a call", "squeezed",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import sinabs.layers
 import snntorch
 import torch
 from conversions import SINGLE, authors_layer
+from sinabs.activation import MembraneReset
 from spikingjelly.activation_based import functional, layer, neuron, rnn
 from torch import nn
 
@@ -65,7 +66,8 @@ STREAMED = {
     ),
     "snntorch over time": (lambda: network(LIF(), MultiStep(snntorch.Leaky(0.9))), 0),
     "sinabs": (
-        lambda: network(sinabs.layers.LIF(2.0, tau_syn=3.0, **SINGLE), sinabs.layers.ALIF(5.0, 5.0),
+        lambda: network(sinabs.layers.LIF(2.0, tau_syn=3.0, **SINGLE),
+                        sinabs.layers.ALIF(5.0, 5.0, reset_fn=MembraneReset()),
                         sinabs.layers.ExpLeak(4.0)), 1,
     ),
     "sinabs with time and batch in one, of a sequence": (
@@ -131,6 +133,9 @@ REFUSED = {
     "parallel": (lambda: nn.Sequential(neuron.PSN(T)), "PSN at '0' can't take a step .* carries no potential"),
     "sinabs recurrent": (
         lambda: sinabs.layers.IAFRecurrent(rec_connect=nn.Linear(4, 4)), "IAFRecurrent .* its recurrent input",
+    ),
+    "an adaptive current": (
+        lambda: sinabs.layers.ALIF(5.0, 5.0, 3.0, reset_fn=MembraneReset()), r"ALIF .* its current \(tau_syn\)",
     ),
     "fixed steps": (lambda: sinabs.layers.IAFSqueeze(num_timesteps=T), "IAFSqueeze .*num_timesteps=6; with batch_size"),
     "authors": (lambda: authors_layer(T), "LIFLayer can't take a step .* begins at rest with each call"),

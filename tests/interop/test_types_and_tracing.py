@@ -41,7 +41,7 @@ def test_types(name, cast, dtype):
 
 
 INTEGERS = {
-    **{name: make for name, (make, _) in LAYERS.items() if "norse LI" not in name and "Exp" not in name},
+    **{name: make for name, (make, _) in LAYERS.items() if "norse L" not in name and "Exp" not in name},
     "LIFNode, a reset": lambda: neuron.ParametricLIFNode(v_reset=0.3),
     "IFNode, soft": lambda: neuron.IFNode(v_reset=None),
     "SimpleLIFNode, a reset": lambda: neuron.SimpleLIFNode(2.0, True, v_reset=0.3),

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ...adaptive import AdaptiveLIF
 from ...checks import FLOATING_TYPES, check_bool, check_dense
 from ...integrator import LeakyIntegrator
 from ...layer import NeuronLayer, check_module
@@ -266,13 +267,16 @@ class _Export(fx.Interpreter):
 
     def _check_module(self, module: nn.Module, where: str) -> None:
         steps = ", in step mode 'm'" if getattr(module, "step_mode", "m") == "s" else ""
+        found = None if isinstance(module, Converted) else _found(module)
+        kind: Any = found[0] if isinstance(found, tuple) else type(module)
+        if issubclass(kind, AdaptiveLIF) or (issubclass(kind, Converted) and kind.adapts):
+            raise ValueError(f"{where} can't be represented in NIR, which has no node for neurons that adapt")
         if isinstance(module, Converted) and module.time_dim is None:
             raise ValueError(f"{where}: must take time and batch apart, [T, B, ...], got one step a call{steps}")
         if isinstance(module, Converted) and not module.takes_input:
             raise ValueError(f"{where}: must be a neuron that its input alone drives, got a current or no spikes")
         if _kind(module) not in self.layers and _kind(module) not in _SILENT:
             hint = f"what can be: {_EXPORTED}"
-            found = None if isinstance(module, Converted) else _found(module)
             if isinstance(module, LazyModuleMixin):
                 hint = "it knows its shapes after a first call of the model"
             elif isinstance(found, str):
