@@ -123,6 +123,10 @@ def _division(view: Structure, values: int, tile: int, elements: int) -> tuple[i
         enough = blocks_for(constant("kManyThreads"), elements)
         runs_each, slots_each = largest_power(min(runs, constant("kMostRunsEach"), enough)), 1
         elements_each = threads // runs_each
+        several = constant("kElementsEach")
+        few = view.inner == 1 and not view.step_stride and runs <= constant("kFewRuns")
+        if few and view.count >= several * constant("kManyThreads"):
+            elements_each = several * threads
     splits = blocks_for(runs, runs_each * constant("kSingleRuns" if view.inner == 1 else "kRuns"))
     splits = min(splits, constant("kMostSplits")) if splits > 2 else 1
     return elements_each, runs_each, slots_each, splits, blocks_for(elements, elements_each)

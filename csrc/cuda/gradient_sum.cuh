@@ -69,6 +69,7 @@ __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<
 // ---- of all blocks ----
 
 constexpr int kSumThreads = 512;
+constexpr int kElementsEach = 4;  // of a thread, where elements are many and their runs few
 
 // The number of tiles before neuron n's; `tile` is 1 or 4 times kBlockThreads.
 __device__ __forceinline__ int64 whole_tiles(int64 n, int64 tile) {
@@ -87,6 +88,26 @@ __device__ __forceinline__ void add_up(const Real* from, int64 left, int64 strid
   for (; left > 0; left -= stride, from += stride) total += static_cast<double>(*from);
 }
 
+// A thread's elements by one value a neuron, kSumThreads apart, so that their loads overlap.
+template <class Real>
+__device__ __forceinline__ void sum_several(const GradientPart<Real>& part, int64 first) {
+  const int64 count = part.parameter.count;
+  double totals[kElementsEach] = {};
+#pragma unroll 1
+  for (int64 run = 0; run < part.neurons; run += count) {
+#pragma unroll
+    for (int k = 0; k < kElementsEach; ++k) {
+      const int64 element = first + k * kSumThreads;
+      if (element < count) totals[k] += static_cast<double>(part.partials.data[run + element]);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kElementsEach; ++k) {
+    const int64 element = first + k * kSumThreads;
+    if (element < count) part.store(element, totals[k]);
+  }
+}
+
 // The grid has the blocks of all parts in order. Adjacent threads sum adjacent elements, or if a block has one element,
 // adjacent slots.
 template <class Real>
@@ -101,6 +122,7 @@ __global__ void __launch_bounds__(kSumThreads, 2) gradient_sum_kernel(const Grad
   const int64 inner = part.parameter.inner, count = part.parameter.count, neurons = part.neurons;
   const int64 split = part.splits > 1 ? block / part.blocks : 0;
   block -= split * part.blocks;
+  if (part.elements_each > kSumThreads) return sum_several(part, block * part.elements_each + thread);
   // thread % elements_each, thread / elements_each and so on, without division: powers of two.
   const int slots_each = part.slots_each, turn = thread * (part.runs_each * slots_each) / kSumThreads;
   const int64 element = block * part.elements_each + (thread & (part.elements_each - 1));

@@ -116,7 +116,7 @@ cudaError_t launch_on(Device, const BackwardParams<Scalar>& params, cudaStream_t
 template <class Real>
 cudaError_t plan_on(Device, GradientSum<Real>& sum) {
   constexpr int64 kManySlots = 8;
-  constexpr int64 kMostRunsEach = 16, kManyThreads = 131072;
+  constexpr int64 kMostRunsEach = 16, kFewRuns = 8, kManyThreads = 131072;
   constexpr int64 kRuns = 16, kSingleRuns = 128;  // a thread's where split; loads of single neurons overlap
   constexpr int64 kMostSplits = 2048;
   for (int id = 0; id < sum.count; ++id) {
@@ -138,6 +138,10 @@ cudaError_t plan_on(Device, GradientSum<Real>& sum) {
       const int64 enough = blocks_for(kManyThreads, part.elements(sum.shape));
       part.runs_each = largest_power(std::min({runs, kMostRunsEach, enough}));
       part.elements_each = kSumThreads / part.runs_each;
+      const bool single = inner == 1 && part.parameter.step_stride == 0;
+      if (single && runs <= kFewRuns && part.parameter.count >= kElementsEach * kManyThreads) {
+        part.elements_each = kElementsEach * kSumThreads;
+      }
     }
     part.blocks = blocks_for(part.elements(sum.shape), part.elements_each);
     const int64 splits = blocks_for(runs, part.runs_each * (inner == 1 ? kSingleRuns : kRuns));

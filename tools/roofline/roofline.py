@@ -103,7 +103,8 @@ residual, one of the *other calls*, moves 3 elements forward and 4 backward, whe
 and `torch.addcmul(x, r, g)`, which reads three and writes one.
 
 Other calls: *by channel* is a tensor with a value for each of {channels} channels of {inner} neurons; *all* are
-width, decay and threshold, all learned; *by neuron* is a value for each neuron, which leaves a thread one neuron;
+width, decay and threshold, all learned; *by neuron* is a value for each neuron, in kernels of their own;
+*channels_last* are 64 adjacent channels, in the same kernels;
 *store_v_seq* stores the potentials, which get no gradient, and takes the general kernels, with one neuron a thread in a
 *small* layer, which would not fill the card with four. Rows equal to the common case are left out.
 """

@@ -6,7 +6,7 @@ Each section has a function for the rows of its table, and a function for its te
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -90,11 +90,15 @@ def seconds_alone(card: Card, kernels: Kernels, launch: Launch) -> float:
 
 # ---- the sums of gradients ----
 
-SUM_NEURONS, SUM_STEPS = (64, 256, 1024), 4
-SUMS: dict[str, Callable[[], torch.Tensor]] = {
-    "of the layer": lambda: learned(),
-    "of a channel": lambda: learned(SUM_NEURONS[1], 1),
-    "of a neuron": lambda: learned(*SUM_NEURONS),
+SAMPLES, CHANNELS, INNER, SUM_STEPS = 64, 256, 1024, 4
+SUM_NEURONS = SAMPLES, CHANNELS, INNER
+# Sizes of a step and of the width.
+SUMS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "of the layer": (SUM_NEURONS, ()),
+    "of a channel": (SUM_NEURONS, (CHANNELS, 1)),
+    "of a channel, channels_last": ((SAMPLES, INNER, CHANNELS), (CHANNELS,)),
+    "of a neuron of all samples": (SUM_NEURONS, (CHANNELS, INNER)),
+    "of a neuron of one": (SUM_NEURONS, SUM_NEURONS),
 }
 SUM_COLUMNS = (
     ("a value", ""), ("blocks", ""), ("slots", ""), ("instructions", ".1f"), ("issue", ".1f"), ("L2", ".1f"),
@@ -128,31 +132,34 @@ def sum_time(card: Card, instructions: float, alone: float, launch: Launch, valu
 
 
 def gradient_sums(card: Card, kernels: Kernels) -> Iterator[Row]:
-    for name, width in SUMS.items():
-        x_seq = torch.empty(SUM_STEPS, *SUM_NEURONS, requires_grad=True)
-        found = recorded(trained(x_seq, width=width()), 1)
+    for name, (sizes, width) in SUMS.items():
+        x_seq = torch.empty(SUM_STEPS, *sizes, requires_grad=True)
+        found = recorded(trained(x_seq, width=learned(*width)), 1)
         backward = next(each for each in found if "backward" in each.kernel)
-        launch = next(each for each in found if "gradient_sum" in each.kernel)
-        params = parameters_of(launch)
-        slots = sum(part.partials.slots for part in params.parts[: params.count])
-        # The derivative of the width needs the width, too.
-        values = slots + sum(2 * part.parameter.count for part in params.parts[: params.count])
-        instructions = sum(kernels.issued(launch).values())
-        resident = resident_blocks(card, kernels[launch].usage, launch.threads)
-        time = sum_time(card, instructions, seconds_alone(card, kernels, launch), launch, values, resident)
         elements = math.prod(x_seq.shape)
         counts = counts_of(card.architecture, kernels, "", backward, elements, SUM_STEPS)
         backward_seconds = predict(card, counts).time * 1e-12 * elements
-        each_slot = instructions * launch.blocks * launch.threads / slots
-        share = 100 * max(time) / backward_seconds
-        yield [name, launch.blocks, slots, each_slot, *(1e6 * seconds for seconds in time), time.binds, share]
+        for launch in (each for each in found if "gradient_sum" in each.kernel):
+            params = parameters_of(launch)
+            (part,) = params.parts[: params.count]
+            slots = part.neurons if part.parameter.inner == 1 else part.partials.slots
+            # The derivative of the width needs the width, too.
+            values = slots + 2 * part.parameter.count
+            instructions = sum(kernels.issued(launch).values())
+            resident = resident_blocks(card, kernels[launch].usage, launch.threads)
+            time = sum_time(card, instructions, seconds_alone(card, kernels, launch), launch, values, resident)
+            each_slot = instructions * launch.blocks * launch.threads / slots
+            share = 100 * max(time) / backward_seconds
+            yield [name, launch.blocks, slots, each_slot, *(1e6 * seconds for seconds in time), time.binds, share]
+            name = "its totals"
 
 
 def sums_text(rows: list[Row]) -> str:
     text = f"""\
 Backward stores a partial sum for each block and run of neurons with a common value: a slot. `gradient_sum` adds them
-up. Here the width is learned, N = 2^{int(math.log2(math.prod(SUM_NEURONS)))}, T = {SUM_STEPS}, in float32, on an
-{CARD.name}. Times are microseconds; instructions are those of threads for each slot.
+up; a second launch adds up the totals of split runs. Here the width is learned, N =
+2^{int(math.log2(math.prod(SUM_NEURONS)))}, T = {SUM_STEPS}, in float32, on an {CARD.name}. Times are microseconds;
+instructions are those of threads for each slot.
 
 The longest of four times binds. *Issue*: the threads of a block start {ISSUE_LANES} instructions a cycle. *L2*:
 {L2_BYTES_A_CYCLE} bytes a cycle and multiprocessor. *Latency*: the trace of the slowest warp alone, as in the section

@@ -99,7 +99,7 @@ class Trial {
     for (int id = 0; id < kNumParameters; ++id) {
       if (!wanted_[id]) continue;
       const ParameterView<Real>& view = params_.parameters[id];
-      const int64 slots = shape_.neurons() / view.inner + tiles;
+      const int64 slots = GradientPartials<Real>::slots_for(view.inner, shape_.neurons(), tiles);
       partials[id] = Buffer<Real>((view.step_stride != 0 ? shape_.steps : 1) * slots, 0);
       sums[id] = Buffer<Real>(data_[id].size(), 0);
       backward.partials[id] = {partials[id].data(), slots};
@@ -111,18 +111,19 @@ class Trial {
     for (int id = 0; id < kNumParameters; ++id) {
       if (!wanted_[id]) continue;
       if (partials[id].overrun()) differences_.push_back("a slot beyond the last");
-      sum.parts[sum.count++] = {backward.partials[id],
-                                params_.parameters[id],
-                                id == kWidth ? Derivative::kOfWidth : Derivative::kNone,
-                                0,
-                                0,
-                                0,
-                                0,
-                                sums[id].data()};
+      sum.parts[sum.count++] = {backward.partials[id], params_.parameters[id],
+                                id == kWidth ? Derivative::kOfWidth : Derivative::kNone, sums[id].data(),
+                                shape_.neurons()};
     }
     if (sum.count == 0 || !differences_.empty()) return differences_;
     check("plan_tiles", cuda::plan_tiles(sum), differences_);
+    Buffer<Real> totals(sum.num_totals(), 0);
+    GradientSum<Real> second = sum.place_totals(totals.data());
     check("sum", cuda::launch(sum, nullptr), differences_);
+    if (second.count > 0) {
+      check("plan_tiles", cuda::plan_tiles(second), differences_);
+      check("sum of totals", cuda::launch(second, nullptr), differences_);
+    }
     for (int id = 0; id < kNumParameters; ++id) {
       if (wanted_[id]) compare(kNames[id], sums[id], sums_[id], shape_.steps, differences_);
     }

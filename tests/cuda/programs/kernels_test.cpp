@@ -546,6 +546,7 @@ int wrong_sums() {
                                                   {4, 1000, 50, 3},
                                                   {130, 2, 3000, 1},
                                                   {1, 140000, 3, 1},
+                                                  {1, 524291, 2, 1},
                                                   {2000, 1, 600, 2}}) {
     for (const int64 tile : {int64{kBlockThreads}, int64{4 * kBlockThreads}}) {
       const SequenceShape shape{1, steps, inner * count * runs};
