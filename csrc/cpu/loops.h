@@ -8,6 +8,8 @@
 
 namespace asgl::cpu {
 
+constexpr int64 kTile = 1024;  // neurons, and the elements between rows
+
 // The neuron's parameters in a tile: one value each, or a row each.
 template <class Real>
 struct UniformNeuron {
@@ -71,6 +73,26 @@ ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
   }
 }
 
+// Calls f(model), for adaptive neurons in float32 with constant rules instead of masks: with AVX-512, 32 neurons take
+// 71 to 88 instructions instead of 99 forward, 96 to 128 instead of 155 backward.
+template <class Model, class Real, class F>
+ASGL_HOST_DEVICE void with_rules(const LIFByOptions<Real>& options, F&& f) {
+  if constexpr (Model::kAdapts && sizeof(Real) == sizeof(float)) {
+    Model model = Model::of(options);
+    const auto with_kind = [&](Adaptation kind) __attribute__((always_inline)) {
+      model.adaptation = static_cast<uint8>(kind);
+      model.hard_reset = true;
+      if (options.hard_reset) return f(model);
+      model.hard_reset = false;
+      f(model);
+    };
+    if (model.in_current()) return with_kind(Adaptation::kCurrent);
+    with_kind(model.in_reset() ? Adaptation::kThresholdAndReset : Adaptation::kThreshold);
+  } else {
+    f(Model::of(options));
+  }
+}
+
 template <class Real, class Model, class Neurons>
 struct StepLoop {
   struct Args {
@@ -85,9 +107,11 @@ struct StepLoop {
     Ahead ahead;
     const Real* w;  // of adaptive neurons, before and after
     Real* next_w;
+    bool compared;  // h is the potential that is compared with v_threshold
   };
 
-  // One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised.
+  // One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised. Adaptive neurons have none without
+  // noise: nothing is analog where analog_below is 0.
   template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
     if constexpr (Model::kOnlyGeneral && kId + 1 < kNumSurrogates) {
@@ -95,39 +119,45 @@ struct StepLoop {
       if (used && static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
     }
     args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
-    args.analog_below > 0 ? loop<true>(args) : loop<false>(args);
+    Model::kAdapts || args.analog_below > 0 ? loop<true>(args) : loop<false>(args);
   }
 
   template <bool kNoise>
   static ASGL_HOST_DEVICE void loop(Args args) {
     const Firing<Real> firing(args.options);
-    const auto& model = Model::of(args.options);
-    for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
+    with_rules<Model>(args.options, [&](const auto& model) __attribute__((always_inline)) {
+      for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
 #pragma GCC ivdep
-      for (int64 i = begin; i < end; ++i) {
-        const Neuron<Real>& neuron = args.neurons[i];
-        const bool analog = kNoise && args.draws[i] < args.analog_below;
-        State<Real> state = load(args.before, i);
-        Real h, s;
-        if constexpr (Model::kAdapts) {
-          Real w = args.w[i];
-          h = model.step(args.x[i], analog, neuron, firing, state.v, w, s);
-          args.next_w[i] = w;
-        } else {
-          const Real c = input_current<Input::kGeneral>(args.x[i], neuron);
-          h = Model::template charge<Input::kGeneral>(c, state, neuron, args.options);
-          s = model.fire(h, analog, neuron, firing);
-          model.reset(h, s, neuron, state);
+        for (int64 i = begin; i < end; ++i) {
+          const Neuron<Real>& neuron = args.neurons[i];
+          const bool analog = kNoise && args.draws[i] < args.analog_below;
+          State<Real> state = load(args.before, i);
+          Real h, s;
+          if constexpr (Model::kAdapts) {
+            const Real w = args.w[i];
+            Real next_w = w;
+            const Real charged = model.step(args.x[i], analog, neuron, firing, state.v, next_w, s);
+            h = choose(args.compared, model.compared(charged, w), charged);
+            args.next_w[i] = next_w;
+          } else {
+            const Real c = input_current<Input::kGeneral>(args.x[i], neuron);
+            h = Model::template charge<Input::kGeneral>(c, state, neuron, args.options);
+            s = model.fire(h, analog, neuron, firing);
+            model.reset(h, s, neuron, state);
+          }
+          args.h[i] = h;
+          args.s[i] = s;
+          store(state, args.after, i);
         }
-        args.h[i] = h;
-        args.s[i] = s;
-        store(state, args.after, i);
-      }
+      });
     });
   }
 };
 
-template <class Real, class Model, class Neurons>
+// The gradients that the loop itself sums, of adaptive neurons: the width's; the adaptation's as well; all.
+enum class Sums { kNone, kWidth, kAdaptation, kAll };
+
+template <class Real, class Model, class Neurons, Sums kSums>
 struct AdjointLoop {
   struct Args {
     Neurons neurons;
@@ -138,8 +168,9 @@ struct AdjointLoop {
     State<Real*> d_state;  // the gradient of the state after the step on entry, before it on return
     Real *d_reset, *distance, *dy, *dh, *dx;
     Ahead ahead;
-    const Real* w;  // of adaptive neurons, and its gradient as d_state
+    const Real *v, *w;  // of adaptive neurons: before the step; the gradient of w as d_state
     Real* dw;
+    Real* sums;  // [kNumParameters, kTile]
   };
 
   // As StepLoop.
@@ -149,37 +180,47 @@ struct AdjointLoop {
       if (static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
     }
     args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
-    const auto& model = Model::of(args.options);
-    for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
+    with_rules<Model>(args.options, [&](const auto& model) __attribute__((always_inline)) {
+      for_each_fetch(args.ahead, args.length, [=](int64 begin, int64 end) __attribute__((always_inline)) {
 #pragma GCC ivdep
-      for (int64 i = begin; i < end; ++i) {
-        const Neuron<Real>& neuron = args.neurons[i];
-        if constexpr (Model::kAdapts) {
-          Real dv = args.d_state.v[i], dw = args.dw[i];
-          const auto [d_reset, distance, step] =
-              model.adjoint(args.g[i], args.gh[i], args.h[i], args.s[i], args.w[i], args.carried, neuron, dv, dw);
-          args.d_reset[i] = d_reset;
-          args.distance[i] = distance;
-          args.dy[i] = step.dy;
-          args.dh[i] = step.dh;
-          args.dx[i] = step.dc;
-          args.d_state.v[i] = dv;
-          args.dw[i] = dw;
-        } else {
+        for (int64 i = begin; i < end; ++i) {
+          const Neuron<Real>& neuron = args.neurons[i];
+          const Real h = args.h[i], s = args.s[i];
           State<Real> d_state = load(args.d_state, i);
-          model.floor_adjoint(args.h[i], args.s[i], neuron, d_state);
-          args.d_reset[i] = model.gradient_of_reset(d_state.v, args.s[i]);
-          args.distance[i] = model.distance(args.h[i], neuron);
-          const Real ds =
-              model.spike_gradient(args.g[i], args.h[i], args.carried && !args.options.detach_reset, neuron, d_state.v);
-          const StepGradient<Real> step =
-              model.step_adjoint(ds, args.gh[i], args.h[i], args.s[i], args.carried, neuron, args.options, d_state);
-          args.dy[i] = step.dy;
-          args.dh[i] = step.dh;
-          args.dx[i] = neuron.input_gain * step.dc;
+          StepGradient<Real> step;
+          if constexpr (Model::kAdapts) {
+            const Real w = args.w[i], v_rest = args.options.v_rest;
+            Real dw = args.dw[i];
+            if constexpr (kSums >= Sums::kAdaptation) {
+              const Real v = model.after_reset(h, s, model.adapted(neuron, w));
+              args.sums[kAdaptDecay * kTile + i] += keep_if(args.carried, dw * w);
+              args.sums[kAdaptPotential * kTile + i] += keep_if(args.carried, dw * (v - v_rest));
+              args.sums[kAdaptSpike * kTile + i] += keep_if(args.carried, dw * s);
+            }
+            const auto gradient = model.adjoint(args.g[i], args.gh[i], h, s, w, args.carried, neuron, d_state.v, dw);
+            step = gradient.step;
+            args.sums[kWidth * kTile + i] += step.dy * gradient.distance;
+            if constexpr (kSums == Sums::kAll) {
+              args.sums[kThreshold * kTile + i] -= step.dy * neuron.inverse_width;
+              args.sums[kDecay * kTile + i] += step.dh * (args.v[i] - v_rest);
+              args.d_reset[i] = gradient.reset;
+            }
+            args.dx[i] = step.dc;
+            args.dw[i] = dw;
+          } else {
+            model.floor_adjoint(h, s, neuron, d_state);
+            args.d_reset[i] = model.gradient_of_reset(d_state.v, s);
+            args.distance[i] = model.distance(h, neuron);
+            const Real ds =
+                model.spike_gradient(args.g[i], h, args.carried && !args.options.detach_reset, neuron, d_state.v);
+            step = model.step_adjoint(ds, args.gh[i], h, s, args.carried, neuron, args.options, d_state);
+            args.dy[i] = step.dy;
+            args.dh[i] = step.dh;
+            args.dx[i] = neuron.input_gain * step.dc;
+          }
           store(d_state, args.d_state, i);
         }
-      }
+      });
     });
   }
 };

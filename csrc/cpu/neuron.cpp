@@ -9,6 +9,18 @@ namespace {
 
 int64 segment_steps(int64 steps) { return steps <= 4 ? 4 : steps <= 8 ? 8 : kCheckpointSteps; }
 
+template <class Params>
+bool is_per_step(const Params& params) {
+  return std::any_of(std::begin(params.parameters), std::end(params.parameters),
+                     [](const auto& each) { return each.data != nullptr && each.step_stride != 0; });
+}
+
+// Adaptive neurons with rows of parameters: half a tile at a time, 14 rows of 2 KiB, which the L1 cache holds.
+template <class Model, class Params>
+int64 parts_of_tile(const Params& params) {
+  return Model::kAdapts && !all_uniform(params.parameters) && !is_per_step(params) ? 2 : 1;
+}
+
 // ---- forward ----
 
 // `shift`: elements between the checkpoints of v and those of this member.
@@ -31,38 +43,33 @@ template <class Model, class Scalar>
 void run_general(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
-    Rows<Real> rows(3 + 4 * kStateMembers, kTile);
+    Rows<Real> rows(3 + 2 * kStateMembers, kTile);
     Real *x_buffer = rows.take(), *s_buffer = rows.take(), *h_buffer = rows.take();
-    State<Real*> state = take_state(rows), next = take_state(rows), w = take_state(rows), next_w = take_state(rows);
+    const State<Real*> state = take_state(rows), w = take_state(rows);
     const int64 all = params.shape.neurons();
     TileNoise noise(params.noise);
     TileNeurons<Real> neurons(params.parameters, params.options, kNumParameters);
     GeneralInput<Scalar> input(params);
-    for (int64 index = begin; index < end; ++index) {
-      const Tile tile(params.shape, index);
+    const int64 parts = parts_of_tile<Model>(params), size = kTile / parts;
+    for (int64 index = begin * parts; index < end * parts && index * size < all; ++index) {
+      const Tile tile(params.shape, index, size);
       load_state(params.init, tile.first, params.at_rest(), tile.length, state);
       if (Model::kAdapts) load_state(behind(params.init, all), tile.first, State<Real>{}, tile.length, w);
       for (int64 t = 0; t < params.shape.steps; ++t) {
         const Real* x = read_row(params.x_seq, tile, t, x_buffer);
         Real* s = start_row(params.s_seq, tile, t, s_buffer);
         Real* h = start_row(params.h_seq, tile, t, h_buffer);
-        const Tile later(params.shape, index + (t + kRowsAhead) / params.shape.steps);
+        const Tile later(params.shape, index + (t + kRowsAhead) / params.shape.steps, size);
         const Ahead ahead = {row_ahead(params.x_seq, later, (t + kRowsAhead) % params.shape.steps), sizeof(Scalar)};
         neurons.move_to(tile, t);
         neurons.template visit<NeuronRows<Real>>([&](auto given) {
           input.visit(tile, t, x, given, [&](auto values, const Real* in) {
             run<StepLoop<Real, Model, decltype(values)>>({values, params.options, params.noise.analog_below,
-                                                          tile.length, in, noise.row(tile, t), state, next, h, s, ahead,
-                                                          w.v, next_w.v});
+                                                          tile.length, in, noise.row(tile, t), state, state, h, s,
+                                                          ahead, w.v, w.v, /*compared=*/true});
           });
         });
-        if constexpr (Model::kAdapts) {  // h_seq is the potential compared
-          const bool subtracts = params.h_seq != nullptr && !Model::of(params.options).is(Adaptation::kCurrent);
-          if (subtracts) run<AccumulateLoop<Real>>({tile.length, Real(-1), w.v, {nullptr, Real(1)}, {}, h});
-          store_checkpoint(params, tile, t + 1, next_w, checkpoint_stride(params.shape));
-        }
-        std::swap(state, next);
-        std::swap(w, next_w);
+        if (Model::kAdapts) store_checkpoint(params, tile, t + 1, w, checkpoint_stride(params.shape));
         if (params.options.scale_output) {
           run<MultiplyLoop<Real>>({s, neurons.v_threshold(), s_buffer, tile.length});
           s = s_buffer;
@@ -141,8 +148,19 @@ class GeneralBackward {
   }
 
   void run(const Tile& tile) {
-    tile_ = tile;
+    whole_ = tile;
     for (int id = 0; id < kNumParameters; ++id) clear(id);
+    for (int64 part = 0; part < parts_ && part * kTile / parts_ < tile.length; ++part) {
+      run_part(Tile(tile.shape, tile.index * parts_ + part, kTile / parts_));
+    }
+    for (int id = 0; id < kNumParameters; ++id) {
+      if (params_.wants(id) && params_.parameters[id].step_stride == 0) store(id, 0);
+    }
+  }
+
+ private:
+  void run_part(const Tile& tile) {
+    tile_ = tile;
     load_state(params_.grad_last, tile.first, State<Real>{}, tile.length, d_state_);
     const int64 all = params_.shape.neurons();
     if (Model::kAdapts) load_state(behind(params_.grad_last, all), tile.first, State<Real>{}, tile.length, dw_);
@@ -153,14 +171,10 @@ class GeneralBackward {
       compute_potentials(start, stop);
       for (int64 t = stop - 1; t >= start; --t) walk_back(t, t - start);
     }
-    for (int id = 0; id < kNumParameters; ++id) {
-      if (params_.wants(id) && params_.parameters[id].step_stride == 0) store(id, 0);
-    }
     store_state(d_state_, tile.length, params_.grad_init, tile.first);
     if (Model::kAdapts) store_state(dw_, tile.length, behind(params_.grad_init, all), tile.first);
   }
 
- private:
   Real* row(Real* rows, int64 k) const { return rows + k * rows_.stride(); }
   State<Real*> state(int64 k) const {
     return map_members<Real*>([&](Real* rows) { return row(rows, k % states_); }, state_rows_);
@@ -169,13 +183,17 @@ class GeneralBackward {
     return {t < 0 || t >= params_.shape.steps ? nullptr : row_ahead(sequence, tile_, t), sizeof(Scalar)};
   }
   // Row k of the adaptation; null for other models.
-  State<Real*> w(int64 k) const { return {Model::kAdapts ? row(w_, k) : nullptr}; }
-  void clear(int id) { std::fill_n(row(sums_, id), tile_.length, Real(0)); }
+  State<Real*> w(int64 k) const { return {Model::kAdapts ? row(w_, k % w_states_) : nullptr}; }
+  bool wants(int begin, int end) const {
+    return std::any_of(params_.partials + begin, params_.partials + end, [](const auto& each) { return each.data; });
+  }
+  Real* sums(int id) const { return row(sums_, id) + (tile_.first - whole_.first); }
+  void clear(int id) { std::fill_n(row(sums_, id), whole_.length, Real(0)); }
   void store(int id, int64 t) {
-    store_partials(params_.partials[id], params_.parameters[id], tile_, t, row(sums_, id));
+    store_partials(params_.partials[id], params_.parameters[id], whole_, t, row(sums_, id));
   }
   void accumulate(ParameterId id, Real factor, const Real* a, Operand<Real> b, Operand<Real> c) {
-    if (params_.wants(id)) cpu::run<AccumulateLoop<Real>>({tile_.length, factor, a, b, c, row(sums_, id)});
+    if (params_.wants(id)) cpu::run<AccumulateLoop<Real>>({tile_.length, factor, a, b, c, sums(id)});
   }
 
   void compute_potentials(int64 start, int64 stop) {
@@ -212,50 +230,60 @@ class GeneralBackward {
       cpu::run<AccumulateLoop<Real>>({tile_.length, Real(1), gv, kOne, kZero, d_state_.v});
       carried_ = true;
     }
-    if (Model::kAdapts && carried_) {
-      accumulate(kAdaptDecay, Real(1), dw_.v, {w(k).v, Real(0)}, kZero);
-      accumulate(kAdaptPotential, Real(1), dw_.v, {state(k + 1).v, Real(0)}, {nullptr, params_.options.v_rest});
-      accumulate(kAdaptSpike, Real(1), dw_.v, {row(s_, k), Real(0)}, kZero);
-    }
     Real* dx = start_row(params_.grad_x_seq, tile_, t, dx_buffer_);
     neurons_.template visit<NeuronRows<Real>>([&](auto neurons) {
-      cpu::run<AdjointLoop<Real, Model, decltype(neurons)>>({.neurons = neurons,
-                                                             .options = params_.options,
-                                                             .length = tile_.length,
-                                                             .carried = carried_,
-                                                             .g = g,
-                                                             .gh = gh,
-                                                             .h = row(h_, k),
-                                                             .s = row(s_, k),
-                                                             .d_state = d_state_,
-                                                             .d_reset = d_reset_,
-                                                             .distance = distance_,
-                                                             .dy = dy_,
-                                                             .dh = dh_,
-                                                             .dx = dx,
-                                                             .ahead = ahead(params_.grad_s_seq, t - kRowsAhead),
-                                                             .w = w(k).v,
-                                                             .dw = dw_.v});
+      const auto adjoint = [&](auto kSums) {
+        cpu::run<AdjointLoop<Real, Model, decltype(neurons), kSums()>>(
+            {.neurons = neurons,
+             .options = params_.options,
+             .length = tile_.length,
+             .carried = carried_,
+             .g = g,
+             .gh = gh,
+             .h = row(h_, k),
+             .s = row(s_, k),
+             .d_state = d_state_,
+             .d_reset = d_reset_,
+             .distance = distance_,
+             .dy = dy_,
+             .dh = dh_,
+             .dx = dx,
+             .ahead = ahead(params_.grad_s_seq, t - kRowsAhead),
+             .v = state(k).v,
+             .w = w(k).v,
+             .dw = dw_.v,
+             .sums = sums(0)});
+      };
+      if constexpr (Model::kAdapts) {
+        if (wants(kDecay, kInputGain)) return adjoint(std::integral_constant<Sums, Sums::kAll>{});
+        if (wants(kAdaptDecay, kNumParameters)) return adjoint(std::integral_constant<Sums, Sums::kAdaptation>{});
+        adjoint(std::integral_constant<Sums, Sums::kWidth>{});
+      } else {
+        adjoint(std::integral_constant<Sums, Sums::kNone>{});
+      }
     });
     finish_row(dx, params_.grad_x_seq, tile_, t);
     finish_row(dh_, params_.grad_residual, tile_, t);
     if (carried_) accumulate(kReset, Real(1), d_reset_, kOne, kZero);
+    if (!Model::kAdapts) add_gradients(t, k, dx);
     carried_ = true;
-    add_gradients(t, k, dx);
+    store_step(t);
   }
 
   void add_gradients(int64 t, int64 k, const Real* dx) {
     accumulate(kWidth, Real(1), dy_, {distance_, Real(0)}, kZero);
     accumulate(kThreshold, Real(-1), dy_, neurons_.inverse_width(), kZero);
     accumulate(kDecay, Real(1), dh_, {state(k).v, Real(0)}, {nullptr, params_.options.v_rest});
-    if (!Model::kAdapts) {
-      accumulate(kInputMean, Real(-1), dx, kOne, kZero);
-      if (params_.wants(kInputGain)) {
-        const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
-        accumulate(kInputGain, Real(1), dh_, {x, Real(0)}, neurons_.input_mean());
-      }
-      accumulate(kInputBias, Real(1), dh_, kOne, kZero);
+    accumulate(kInputMean, Real(-1), dx, kOne, kZero);
+    if (params_.wants(kInputGain)) {
+      const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
+      accumulate(kInputGain, Real(1), dh_, {x, Real(0)}, neurons_.input_mean());
     }
+    accumulate(kInputBias, Real(1), dh_, kOne, kZero);
+  }
+
+  // The sums of step t.
+  void store_step(int64 t) {
     for (int id = 0; id < kNumParameters; ++id) {
       if (params_.wants(id) && params_.parameters[id].step_stride != 0) {
         store(id, t);
@@ -267,12 +295,14 @@ class GeneralBackward {
   static constexpr Operand<Real> kZero = {nullptr, Real(0)}, kOne = {nullptr, Real(1)};
 
   const BackwardParams<Scalar>& params_;
-  const int64 segment_ = segment_steps(params_.shape.steps), w_rows_ = Model::kAdapts ? segment_ + 2 : 0;
-  const bool keeps_all_ = Model::kAdapts && params_.wants(kAdaptPotential);
-  const int64 states_ = keeps_all_ ? segment_ + 1 : std::max<int64>(2, kept_states(params_, segment_));
+  const int64 segment_ = segment_steps(params_.shape.steps), states_ = kept_states(params_, segment_);
+  // Of an adaptation that is subtracted from the current, backward reads only what the gradient of its decay takes.
+  const int64 w_states_ =
+      params_.wants(kAdaptDecay) || !AdaptiveLIF<Real>::of(params_.options).in_current() ? segment_ + 1 : 1;
+  const int64 w_rows_ = Model::kAdapts ? w_states_ + 1 : 0;
   Rows<Real> rows_{2 * segment_ + (states_ + 1) * kStateMembers + 10 + kNumParameters + w_rows_, kTile};
   Real *const h_ = rows_.take(segment_), *const s_ = rows_.take(segment_), *const w_ = rows_.take(w_rows_);
-  const State<Real*> dw_ = {w_ + (segment_ + 1) * rows_.stride()};
+  const State<Real*> dw_ = {w_ + w_states_ * rows_.stride()};
   const State<Real*> state_rows_ = take_state(rows_, states_), d_state_ = take_state(rows_);
   Real *const x_buffer_ = rows_.take(), *const g_buffer_ = rows_.take(), *const gh_buffer_ = rows_.take();
   Real *const scaled_g_ = rows_.take(), *const dx_buffer_ = rows_.take(), *const dy_ = rows_.take();
@@ -281,7 +311,8 @@ class GeneralBackward {
   TileNoise noise_{params_.noise};
   TileNeurons<Real> neurons_{params_.parameters, params_.options, kNumParameters};
   GeneralInput<Scalar> input_{params_};
-  Tile tile_{params_.shape, 0};
+  const int64 parts_ = parts_of_tile<Model>(params_);
+  Tile whole_{params_.shape, 0}, tile_{params_.shape, 0};
   bool carried_ = false;
 };
 
@@ -441,9 +472,7 @@ bool is_settled(const Params& params) {
     return only_width(params) && settled_suffices(params) && !params.options.scale_output &&
            params.input() == Input::kNormalised && all_uniform(params.parameters, kInputGain);
   }
-  const bool per_step = std::any_of(std::begin(params.parameters), std::end(params.parameters),
-                                    [](const auto& each) { return each.data != nullptr && each.step_stride != 0; });
-  return !per_step && settled_suffices(params) && params.options.v_rest == 0 && !params.options.scale_output;
+  return !is_per_step(params) && settled_suffices(params) && params.options.v_rest == 0 && !params.options.scale_output;
 }
 
 template <class Params>

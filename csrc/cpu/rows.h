@@ -10,7 +10,6 @@
 
 namespace asgl::cpu {
 
-constexpr int64 kTile = 1024;  // neurons
 constexpr int64 kElementsPerTask = 32768;
 // One row ahead would be too late: a row takes about the latency of memory.
 constexpr int64 kRowsAhead = 2;
@@ -22,8 +21,8 @@ struct Tile {
   SequenceShape shape;
   int64 index, first, length;
 
-  Tile(const SequenceShape& shape, int64 index)
-      : shape(shape), index(index), first(index * kTile), length(std::min(kTile, shape.neurons() - first)) {}
+  Tile(const SequenceShape& shape, int64 index, int64 size = kTile)
+      : shape(shape), index(index), first(index * size), length(std::min(size, shape.neurons() - first)) {}
 
   // Whether the elements of a step are contiguous.
   bool in_one_piece() const { return first % shape.inner + length <= shape.inner; }
