@@ -111,8 +111,7 @@ cudaError_t launch_on(Device, const BackwardParams<Scalar>& params, cudaStream_t
 }
 
 // An element is the sum of its runs' slots, one for each tile that a run overlaps. If a run has few slots, a block sums
-// several elements. Runs are split where a second launch
-// takes less time than a thread for its runs.
+// several elements. Runs are split where a second launch takes less time than a thread for all of its runs.
 template <class Real>
 cudaError_t plan_on(Device, GradientSum<Real>& sum) {
   constexpr int64 kManySlots = 8;

@@ -248,7 +248,8 @@ class ParameterGradients {
     backend.launch(params);
     if (sum.count == 0) return;
     backend.plan_tiles(sum);
-    const Tensor totals = at::empty({sum.num_totals()}, call_.real_options());
+    const int64_t number = sum.num_totals();
+    const Tensor totals = number > 0 ? at::empty({number}, call_.real_options()) : Tensor();
     GradientSum<Real> second = sum.place_totals(pointer<Real>(totals));
     backend.launch(sum);
     if (second.count == 0) return;
