@@ -291,8 +291,9 @@ MUTANTS = {
         "x may be misaligned": plans("inner % 4 == 0 && @", "is_aligned(params.x_seq)", "true"),
         "own parameters may be misaligned": plans("&& @;\n    fit", "is_aligned(parameter.data)", "true"),
         "an odd number of own parameters": plans("inner == 1 && @ &&", "parameter.count % 4 == 0", "true"),
-        "own parameters in general kernels": plans("if (shared || @) return", "(input != Input::kPlain && input != Input::kNormalised)",
-                                                   "false"),
+        "own parameters in general kernels": plans(
+            "if (shared || (@)) return", "input != Input::kPlain && input != Input::kNormalised", "false"
+        ),
         "v_init may be misaligned": plans("&& @ &&", "is_aligned(params.init)", "true"),
         "outputs may be misaligned": plans("(@)", "is_aligned(sequences_and_states) && ...", "true"),
         "checkpoints may be misaligned": launchers("@);\n  return plan_neurons(", "params.checkpoints",
@@ -327,7 +328,8 @@ MUTANTS = {
         "not the largest power": launchers("while (@)", "2 * power <= most", "2 * power < most"),
         "runs that there are not": launchers("min({@, kMostRunsEach", "runs", "kMostRunsEach"),
         "runs are never split": launchers("part.splits = @ ?", "splits > 2", "false"),
-        "repeated values without a fold": launchers("if (@) part.neurons", "part.parameter.repeats_in(sum.tile)", "false"),
+        "repeated values without a fold": launchers("if (@) part.neurons", "part.parameter.repeats_in(sum.tile)",
+                                                    "false"),
         "too few blocks of a sum": launchers("(sum.shape), @);", "part.elements_each", "part.elements_each + 1"),
     },
     "adaptive_test": {
@@ -433,7 +435,7 @@ MUTANTS = {
         "no barrier within a sum": NO_BARRIER_OF_ADAPTIVE,
         "no barrier between segments": adaptive_kernels("@  // sums have been read", BARRIER, ""),
         # ---- launchers ----
-        "four neurons a thread forward": launchers("fit_parameters(params) && @);\n}\n\ntemplate <class Scalar>\ncudaError_t plan_on(Device, Backward",
+        "four neurons a thread forward": launchers("plan_neurons(params, grouped && fit_parameters(params) && @)",
                                                    "!params.options.adapts()", "true"),
         "four neurons a thread backward": launchers("plan_with_sums(params, grouped && fit_parameters(params) && @)",
                                                     "!params.options.adapts()", "true"),

@@ -24,7 +24,7 @@ def kinds(call: Call, steps: int = 4, dtype: str = "float32") -> list[str]:
 def test_launches_of_calls():
     assert kinds(COMMON) == ["forward plain, T = 4", "backward plain, T = 4", "gradient sum"]
     assert kinds(COMMON, 16, "bfloat16")[1] == "backward plain, 4 neurons"
-    assert kinds(BY_NEURON)[:2] == ["forward normalised, 1 neuron", "backward normalised, 1 neuron"]
+    assert kinds(BY_NEURON)[:2] == ["forward by neuron, T = 4", "backward by neuron, T = 4"]
     for block, kernels in ((BLOCK, prediction.NORMALISATION_KERNELS), (RESIDUAL_BLOCK, prediction.RESIDUAL_KERNELS)):
         passes = [kind.split(",")[0] for kind in kinds(block)]
         assert [name for name in passes if name in prediction.MOVED] == list(kernels)
@@ -60,6 +60,10 @@ def test_bytes_of_parameters_and_normalisation():
     assert common < by_channel
     # Three parameters have a slot for each channel of a sample and for each block of 512 neurons.
     assert by_channel == pytest.approx(4 * 3 * (2**12 + 2**13) / 2**24, rel=0.01)
+    # Behind a normalisation in channels_last, gain and bias have one for each of 64 channels and block.
+    channels_last = launches(BY_NAME["batch_norm_lif, channels_last"], 4, "float32")
+    (launch,) = (each for each in channels_last if "lif_backward" in each.kernel)
+    assert moved(parameters_of(launch), "float32").more == pytest.approx(4 * 2 * 64 * 2**13 / 2**24, rel=0.01)
     for block, kernels in ((BLOCK, prediction.NORMALISATION_KERNELS), (RESIDUAL_BLOCK, prediction.RESIDUAL_KERNELS)):
         params = map(parameters_of, launches(block, 4, "float32"))
         found = [moved(each, "float32") for each in params if hasattr(each, "x_seq")]

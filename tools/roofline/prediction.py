@@ -127,7 +127,9 @@ def moved(params: Any, dtype: str) -> Moved:
     for view in params.parameters:
         values += view.count * (steps if view.step_stride else 1) if view.data else 0
     for partial, view in zip(getattr(params, "partials", ()), params.parameters, strict=False):
-        values += partial.slots * (steps if view.step_stride else 1) if partial.data else 0
+        repeated = view.inner == 1 and 2 * view.count <= params.tiles.tile  # a tile stores one sum for each value
+        stored = params.tiles.count * view.count if repeated else partial.slots
+        values += stored * (steps if view.step_stride else 1) if partial.data else 0
     return Moved(sequences, REAL_BYTES * values / (steps * neurons))
 
 
