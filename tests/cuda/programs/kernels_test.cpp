@@ -485,6 +485,7 @@ Texts run_by_options(const Case& it, Coverage& coverage) {
   return {};
 }
 
+constexpr unsigned kFirstByNeuron = 3000;
 constexpr int64 kManyNeurons = 3700 * kBlockThreads - 1;
 
 std::vector<SequenceShape> shapes(bool small) {
@@ -620,7 +621,7 @@ int main(int argc, char** argv) {
   asgl_emulation::choose_mutant();
   const bool small = argc > 1 && std::string(argv[1]) == "small";
   Coverage coverage;
-  unsigned cases = 0;
+  unsigned cases = 0, number = 0;
   int failed = 0;
   if (!many_neurons_are_general()) {
     ++failed;
@@ -631,13 +632,14 @@ int main(int argc, char** argv) {
     ++failed;
     std::printf("a wrong share of analog elements from the state\n");
   }
-  const auto try_all = [&](const SequenceShape& shape, Parameters parameters) {
+  const auto try_all = [&](const SequenceShape& shape, Parameters parameters, unsigned& number) {
     // Any grid fills a device without multiprocessors, so that a thread gets four lanes wherever the layout allows it.
     const std::vector<int> fours = small ? std::vector{0, 132, 0} : std::vector{0, 132, 0, 1};
     for (const int multiprocessors : shape.inner % 4 == 0 ? fours : std::vector(small ? 1 : 2, 0)) {
       if (failed == kManyFailures) break;
       if (shape.neurons() >= kManyNeurons && parameters > Parameters::kUniform) continue;
-      const Case it{shape, parameters, multiprocessors, cases++};
+      const Case it{shape, parameters, multiprocessors, number++};
+      ++cases;
       Texts differences = run(it, coverage);
       const bool by_options = differences.empty();
       if (by_options) differences = run_by_options(it, coverage);
@@ -650,28 +652,31 @@ int main(int argc, char** argv) {
       std::printf("\n");
     }
   };
+  // First, as mutants of their kernels would wait for all others; with numbers of their own, so that those keep theirs.
+  unsigned by_neuron = kFirstByNeuron;
+  for (const SequenceShape& shape : shapes(small)) {
+    if (shape.inner % 4 != 0) continue;
+    const int times = shape.steps == 4 ? 4 : 1;  // for the kernels of this length
+    for (int i = 0; i < times; ++i) try_all(shape, Parameters::kByNeuron, by_neuron);
+  }
   for (const SequenceShape& shape : shapes(small)) {
     for (const Parameters parameters :
          {Parameters::kPlain, Parameters::kNormalised, Parameters::kUniform, Parameters::kInFours, Parameters::kAny}) {
-      try_all(shape, parameters);
+      try_all(shape, parameters, number);
     }
   }
   // Last, so that the numbers of the other cases stay.
   for (const SequenceShape& shape : {SequenceShape{1, 5, 257}, {1, 4, 260}, {3, 17, 172}}) {
     for (const Parameters parameters : {Parameters::kPlain, Parameters::kUniform}) {
       if (failed == kManyFailures) break;
-      const Case it{shape, parameters, 0, cases++, true};
+      const Case it{shape, parameters, 0, number++, true};
+      ++cases;
       const Texts differences = Trial<float, Surrogate::kRectangle, true>(it).run(coverage);
       failed += !differences.empty();
       for (const std::string& difference : differences) {
         std::printf("case %u: by the threshold: %s\n", it.number, difference.c_str());
       }
     }
-  }
-  for (const SequenceShape& shape : shapes(small)) {
-    if (shape.inner % 4 != 0) continue;
-    const int times = shape.steps == 4 ? 4 : 1;  // for the kernels of this length
-    for (int i = 0; i < times; ++i) try_all(shape, Parameters::kByNeuron);
   }
   std::printf("%d of %u cases failed; %zu kernels; sums of several runs: %d by whole blocks, %d side by side\n", failed,
               cases, coverage.kernels.size(), coverage.whole_block_sums, coverage.sums_side_by_side);
