@@ -261,7 +261,8 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
   constexpr bool kNormalised = kInput != Input::kPlain, kInRegisters = kExact > 0;
   constexpr bool kResidual = kHasResidual<kInput>;
   constexpr int kOwn = kOwnNeurons<kInput, kLanes>;
-  constexpr int kSteps = kInRegisters ? kExact : kLanes == 1 ? 8 : 4;  // loaded at a time
+  // Loaded at a time; with parameters of their own, four loads in float32 would spill.
+  constexpr int kSteps = kInRegisters ? kExact : kLanes == 1 ? 8 : kOwn > 1 && sizeof(Scalar) == 4 ? 2 : 4;
   constexpr int kSegment = kInRegisters ? kExact : kCheckpointSteps;
   static_assert(kSegment % kSteps == 0);
   constexpr int kNumSums = kNormalised ? kInputMean : kInputGain;

@@ -576,6 +576,7 @@ int wrong_sums() {
       GradientSum<float> sum{shape, tile, 1, {}};
       sum.parts[0] = {{partials.data(), slots}, view, Derivative::kNone, sums.data(), shape.neurons()};
       check("plan_tiles", cuda::plan_tiles(sum), differences);
+      if (inner == 130 && sum.num_totals() == 0) differences.push_back("long runs are not split");
       Buffer<float> totals(sum.num_totals(), 0);
       GradientSum<float> second = sum.place_totals(totals.data());
       check("sum", cuda::launch(sum, nullptr), differences);
