@@ -112,6 +112,11 @@ def _differs(view: Structure) -> bool:
     return bool(view.data and view.inner % 4)
 
 
+def repeats_in(view: Structure, tile: int) -> bool:
+    """ParameterView::repeats_in of csrc: a tile stores one sum for each value."""
+    return bool(view.inner == 1 and 2 * view.count <= tile)
+
+
 def _division(view: Structure, values: int, tile: int, elements: int) -> tuple[int, ...]:
     """The fields of csrc's GradientPart from elements_each to blocks."""
     threads, runs = constant("kSumThreads"), values // (view.inner * view.count)
@@ -380,7 +385,7 @@ class NeuronKernelOperators(KernelOperators):
                 continue
             to = constant(f"Derivative::{call.derivative(name)}"), address_of(gradient)
             values, elements = call.layout.neurons, gradient.numel()
-            if view.inner == 1 and 2 * view.count <= tile:  # values repeat in a tile
+            if repeats_in(view, tile):
                 values = blocks_for(values, tile) * view.count
             first.append(part(partial, view, *to, values, *_division(view, values, tile, elements)))
             if first[-1].splits > 1:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from asgl_cuda.backends.neuron_kernels import repeats_in
 from asgl_cuda.backends.structures import constant, structure
 
 from ..kernels.cuda_code import Instruction, Kernel, Usage
@@ -127,8 +128,7 @@ def moved(params: Any, dtype: str) -> Moved:
     for view in params.parameters:
         values += view.count * (steps if view.step_stride else 1) if view.data else 0
     for partial, view in zip(getattr(params, "partials", ()), params.parameters, strict=False):
-        repeated = view.inner == 1 and 2 * view.count <= params.tiles.tile  # a tile stores one sum for each value
-        stored = params.tiles.count * view.count if repeated else partial.slots
+        stored = params.tiles.count * view.count if repeats_in(view, params.tiles.tile) else partial.slots
         values += stored * (steps if view.step_stride else 1) if partial.data else 0
     return Moved(sequences, REAL_BYTES * values / (steps * neurons))
 

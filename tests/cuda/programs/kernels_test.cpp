@@ -23,6 +23,7 @@ using asgl_emulation::expect;
 using asgl_emulation::Expected;
 using asgl_emulation::kOnCpu;
 using asgl_emulation::Random;
+using asgl_emulation::sum_gradients;
 using asgl_emulation::text;
 using asgl_emulation::Texts;
 
@@ -196,17 +197,7 @@ class Trial {
       if (partials[id].data() != nullptr && partials[id].overrun()) differences.push_back("a slot beyond the last");
     }
     if (sum.count == 0) return differences;
-    check("plan_tiles", cuda::plan_tiles(sum), differences);
-    Buffer<Real> totals(sum.num_totals(), 0);
-    GradientSum<Real> second = sum.place_totals(totals.data());
-    check("sum", cuda::launch(sum, nullptr), differences);
-    check_sum(sum, coverage, differences);
-    if (second.count > 0) {
-      check("plan_tiles", cuda::plan_tiles(second), differences);
-      check("sum of totals", cuda::launch(second, nullptr), differences);
-      check_sum(second, coverage, differences);
-    }
-    if (totals.overrun()) differences.push_back("a total beyond the last");
+    sum_gradients(sum, differences, [&](const auto& launched) { check_sum(launched, coverage, differences); });
     for (int id = 0; id < kNumParameters; ++id) {
       if (!wanted_[id]) continue;
       compare(std::string("grad_") + kParameterNames[id], sums[id], expected.grad_parameters[id], case_.shape.steps,
@@ -575,19 +566,13 @@ int wrong_sums() {
       Texts differences;
       GradientSum<float> sum{shape, tile, 1, {}};
       sum.parts[0] = {{partials.data(), slots}, view, Derivative::kNone, sums.data(), shape.neurons()};
-      check("plan_tiles", cuda::plan_tiles(sum), differences);
-      if (inner == 130 && sum.num_totals() == 0) differences.push_back("long runs are not split");
-      Buffer<float> totals(sum.num_totals(), 0);
-      GradientSum<float> second = sum.place_totals(totals.data());
-      check("sum", cuda::launch(sum, nullptr), differences);
-      if (second.count > 0) {
-        check("plan_tiles", cuda::plan_tiles(second), differences);
-        check("sum of totals", cuda::launch(second, nullptr), differences);
-      }
+      bool split = false;
+      sum_gradients(sum, differences, [&](const auto& launched) { split = split || launched.num_totals() > 0; });
+      if (inner == 130 && !split) differences.push_back("long runs are not split");
       for (int64 i = 0; i < steps * count; ++i) {
         if (!(sums.data()[i] == expected[i])) differences.push_back(text("element %lld", i));
       }
-      if (totals.overrun() || sums.overrun()) differences.push_back("values beyond the last");
+      if (sums.overrun()) differences.push_back("values beyond the last");
       wrong += !differences.empty();
       if (differences.empty()) continue;
       std::printf("sum of %lld runs of %lld values, %lld neurons each, %lld steps, in tiles of %lld: %s\n", runs, count,

@@ -11,7 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "math/half_types.h"
+#include "launch.h"
+#include "params/gradient.h"
 
 namespace asgl_emulation {
 
@@ -93,6 +94,22 @@ inline void check(const char* what, cudaError_t error, Texts& differences) {
   if (error == cudaSuccess) return;
   differences.push_back(text("%s: %s", what, cudaGetErrorString(error)));
   clear_errors();
+}
+
+// Sums the gradients by one launch or two, as ParameterGradients in csrc/ops does. Calls each(sum) after a launch.
+template <class Real, class F>
+void sum_gradients(asgl::GradientSum<Real> sum, Texts& differences, F&& each) {
+  check("plan_tiles", asgl::cuda::plan_tiles(sum), differences);
+  Buffer<Real> totals(sum.num_totals(), 0);
+  asgl::GradientSum<Real> second = sum.place_totals(totals.data());
+  check("sum", asgl::cuda::launch(sum, nullptr), differences);
+  each(sum);
+  if (second.count > 0) {
+    check("plan_tiles", asgl::cuda::plan_tiles(second), differences);
+    check("sum of totals", asgl::cuda::launch(second, nullptr), differences);
+    each(second);
+  }
+  if (totals.overrun()) differences.push_back("a total beyond the last");
 }
 
 inline asgl::int64 blocks_of_last_launch() {
