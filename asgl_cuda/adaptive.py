@@ -38,13 +38,18 @@ class AdaptiveLIFOutput(NamedTuple):
     h_seq: Tensor | None
 
 
-def _adapted(given: Arguments, adaptation: Sequence[Any], to_threshold: bool, v_init: Tensor | None) -> Arguments:
+def _place_of_w(given: Arguments, to_threshold: bool) -> int:
+    if not to_threshold:
+        return IN_CURRENT
+    subtracts_threshold = given.values.v_reset is None and given.values.reset_amount is None
+    return IN_THRESHOLD | IN_RESET if subtracts_threshold else IN_THRESHOLD
+
+
+def _adapted(given: Arguments, adaptation: Sequence[Any], place_of_w: int, v_init: Tensor | None) -> Arguments:
     """The arguments with adapt_decay, adapt_potential and adapt_spike, and the state as a pair."""
     values = Values(*given.values[:5], *adaptation, *given.values[-2:])
-    in_reset = values.v_reset is None and values.reset_amount is None
-    kind = (IN_RESET if in_reset else IN_THRESHOLD) if to_threshold else IN_CURRENT
     *others, _ = given.options
-    return Arguments(values, Options(*[*others, kind]), v_init, *given[3:])
+    return Arguments(values, Options(*[*others, place_of_w]), v_init, *given[3:])
 
 
 def adaptive_lif(
@@ -96,9 +101,16 @@ def adaptive_lif(
     check_keywords(neuron, _NEURON, _CALLER)
     check_bool("to_threshold", to_threshold, _CALLER)
     given = grouped({**LIF_DEFAULTS, **neuron})
+    place_of_w = _place_of_w(given, to_threshold)
+    return run_adaptive(x_seq, given, (adapt_decay, adapt_potential, adapt_spike), place_of_w, w_init)
+
+
+def run_adaptive(
+    x_seq: Tensor, given: Arguments, adaptation: Sequence[Any], place_of_w: int, w_init: Tensor | None
+) -> Tensor | AdaptiveLIFOutput:
+    """`adaptive_lif` with w in any place: bits IN_CURRENT, IN_THRESHOLD and IN_RESET."""
     state = _pair(x_seq, given.v_init, w_init, given.options) if (given.v_init, w_init) != (None, None) else None
-    adaptation = adapt_decay, adapt_potential, adapt_spike
-    output = computed(_CALLER, x_seq, _adapted(given, adaptation, to_threshold, state))
+    output = computed(_CALLER, x_seq, _adapted(given, adaptation, place_of_w, state))
     if not isinstance(output, LIFOutput):
         return output
     s_seq, last, v_seq, h_seq = output
@@ -213,7 +225,8 @@ class AdaptiveLIF(LIF):
         if self.num_features:
             time_dim = check_input(x_seq, self.time_dim, self._caller)
             adaptation = [self._broadcast(value, x_seq, time_dim) for value in adaptation]
-        return _adapted(super()._given(x_seq, input_gain, **options), adaptation, self.to_threshold, v_init)
+        given = super()._given(x_seq, input_gain, **options)
+        return _adapted(given, adaptation, _place_of_w(given, self.to_threshold), v_init)
 
     def extra_repr(self) -> str:
         names = "adapt_decay", "adapt_potential", "adapt_spike"

@@ -41,7 +41,7 @@ from .derivatives import DERIVATIVES
 from .layout import in_memory_order, is_dense, real_type
 from .learned import Logarithm, Logit
 from .ops import BackwardResult, ForwardResult, with_gaps
-from .reference import BELOW_IN_STATE, DRAWS, NONE, Numbers, Parameters, Rules, lif_reference
+from .reference import BELOW_IN_STATE, DRAWS, Numbers, Parameters, Rules, lif_reference
 from .surrogate import INTEGER, PERIODIC, SURROGATES
 from .transforms import (
     apply,
@@ -77,7 +77,7 @@ Options = namedtuple(
     "Options",
     "surrogate surrogate_gain v_rest v_min levels multi_spike strict_threshold detach_reset scale_output time_dim "
     "return_v_last return_v_seq return_h_seq residual_gain adaptation",
-    defaults=(NONE,),
+    defaults=(0,),
 )
 # The names of the parameters of the input where they are those of adaptive neurons.
 ADAPTATION = {"input_gain": "adapt_decay", "input_bias": "adapt_potential", "input_mean": "adapt_spike"}

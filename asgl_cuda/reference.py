@@ -49,7 +49,7 @@ from .transforms import apply, exporting, in_forward_mode, transforming
 
 DRAWS = 65536  # an element draws an integer in [0, DRAWS)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
-NONE, IN_CURRENT, IN_THRESHOLD, IN_RESET = range(4)  # csrc's Adaptation; IN_RESET: in threshold and reset
+IN_CURRENT, IN_THRESHOLD, IN_RESET = 1, 2, 4  # bits of Rules.adaptation, as in csrc
 BELOW_IN_STATE = DRAWS + 1  # analog_prob is data: rng_state[2] is round(analog_prob * DRAWS)
 
 
@@ -99,7 +99,7 @@ class Rules(NamedTuple):
     # The most spikes a step, 0 for no limit. With INTEGER width is the threshold, v_threshold the factor of
     # scale_output.
     levels: int
-    # Of csrc's Adaptation. If not 0, states are pairs, [2, ...], and the input's parameters are the adaptation's.
+    # Where w is. If not 0, states are pairs, [2, ...], and the input's parameters are the adaptation's.
     adaptation: int
     time_dim: int  # not negative
 
@@ -200,7 +200,8 @@ def lif_reference(
     def at(value: Tensor, t: int) -> Tensor:
         return value[t if value.shape[0] > 1 else 0]
 
-    adapts, in_threshold, in_reset = (rules.adaptation >= least for least in (NONE + 1, IN_THRESHOLD, IN_RESET))
+    adapts = rules.adaptation != 0
+    in_current, in_threshold, in_reset = (rules.adaptation & bit for bit in (IN_CURRENT, IN_THRESHOLD, IN_RESET))
     v = torch.full_like(x[0], v_rest) if v_init is None else v_init
     w = torch.zeros_like(v)
     if adapts and v_init is not None:
@@ -208,7 +209,7 @@ def lif_reference(
     s_seq, v_seq, h_seq = [], [], []
     for t in range(x.shape[0]):
         if adapts:
-            c = x[t] if in_threshold else x[t] - w
+            c = x[t] - w if in_current else x[t]
         else:
             c = at(input_gain, t) * (x[t] - at(input_mean, t)) + at(input_bias, t)
         if r is not None:

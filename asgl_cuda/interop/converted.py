@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from ..adaptive import AdaptiveLIFOutput, adaptive_lif
+from ..adaptive import AdaptiveLIFOutput, adaptive_lif, run_adaptive
 from ..call import LIFOutput, checked_call, grouped, run
 from ..checks import HALF_TYPES, PLAIN_TENSORS, shown
 from ..functional import LIF_DEFAULTS, lif
 from ..integrator import IntegratorOutput, leaky_integrator
 from ..layer import Noisy, give_dimension
 from ..learned import Logarithm
+from ..reference import IN_RESET
 from .identify import FLAT, SpikeFunction, fires_strictly, identify, own_spikes, type_of_spikes
 from .snapshot import Snapshot
 from .steps import Known
@@ -295,6 +296,18 @@ class Converted(Overlay, Noisy):
         result = adaptive_lif(x_seq, **self._all(x_seq, options))
         assert isinstance(result, AdaptiveLIFOutput)
         return result
+
+    def adaptive_in_reset(
+        self, x_seq: Tensor, adapt_decay: Any, adapt_spike: Any, w_init: Tensor, **options: Any
+    ) -> LIFOutput:
+        """`lif` with a second state w, which is added to the amount of a soft reset alone."""
+        self.check()
+        given = grouped({**LIF_DEFAULTS, **self._all(x_seq, options)})
+        output = run_adaptive(x_seq, given, (adapt_decay, 0.0, adapt_spike), IN_RESET, w_init)
+        assert isinstance(output, AdaptiveLIFOutput)
+        assert output.v_last is not None
+        v_last = output.v_last.clone()  # not a view of both states, which detach_() would refuse
+        return self._emitted(LIFOutput(output.s_seq, v_last, output.v_seq, output.h_seq), options)
 
     def _emitted(self, output: LIFOutput, options: dict[str, Any]) -> LIFOutput:
         """The output with spikes of the library's type, and by the layer's own function if necessary."""

@@ -174,7 +174,7 @@ class ConvertedMultiSpike(ConvertedLayer):
 
 
 class ConvertedALIF(ConvertedLayer):
-    """An ALIF: `lif` with the threshold of each step, which `adaptive_lif` finds without gradient."""
+    """An ALIF: neurons with the threshold of each step, which `adaptive_lif` finds without gradient."""
 
     adapts, takes_input = True, False
     b: Any
@@ -183,6 +183,10 @@ class ConvertedALIF(ConvertedLayer):
         reset_fn = self.reset_fn
         values = (getattr(reset_fn, name, None) for name in ("reset_value", "subtract_value"))
         return self.surrogate_grad_fn, self.spike_fn, _limit(self.spike_fn), self.min_v_mem, type(reset_fn), *values
+
+    def _reset(self) -> dict[str, Any]:
+        own = super()._reset()
+        return own if own["v_reset"] is not None else {**own, "reset_amount": self.reset_fn.subtract_value}
 
     @classmethod
     def identified(cls, layer: Any, function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
@@ -205,10 +209,15 @@ class ConvertedALIF(ConvertedLayer):
         common = {"decay": self.alpha_mem_calculated, "v_init": self.v_mem, "time_dim": 1, **self._reset()}
         if self._has_noise:
             common["rng_state"] = torch.randint(2**62, (2,), device=x_seq.device)
-        threshold = self._thresholds(x_seq, common)
+        threshold, rho = self._thresholds(x_seq, common), self.alpha_adapt_calculated
         options = {} if self.settings.asgl or self.settings.spike.own else {"width": self._width_at(threshold)}
-        output = self.lif(x_seq, v_threshold=threshold, return_h_seq=self.record_states, **common, **options)
-        rho, s_seq = self.alpha_adapt_calculated, output.s_seq
+        options |= {**common, "v_threshold": threshold, "return_h_seq": self.record_states}
+        if common["v_reset"] is None and common["reset_amount"] is None:
+            gain, w, amount = self.adapt_scale * (1 - rho), self.adapt_scale * self.b, {"reset_amount": self.b0}
+            output = self.adaptive_in_reset(x_seq, rho, gain, w, **{**options, **amount})
+        else:
+            output = self.lif(x_seq, **options)
+        s_seq = output.s_seq
         b_seq, self.b = self.integrate(
             s_seq.to(torch.promote_types(s_seq.dtype, self.b.dtype)), decay=rho, input_gain=1 - rho, v_init=self.b,
             time_dim=1,
@@ -331,11 +340,6 @@ def _lacking(node: Any, most: float) -> str | None:
         return "it may spike several times a step, which adaptive neurons do not"
     if node.min_v_mem is not None:
         return "it has a least potential (min_v_mem), which adaptive neurons lack"
-    if type(node.reset_fn) is MembraneSubtract and node.reset_fn.subtract_value is None:
-        return (
-            "its adapted threshold has a gradient in the reset, but none where it fires; MembraneSubtract(value) and "
-            "MembraneReset() can be converted, and asgl_cuda.AdaptiveLIF has the gradient of both"
-        )
     if (torch.as_tensor(node.adapt_scale) < 0).any():
         return "its spikes lower the threshold (adapt_scale)"
     return None

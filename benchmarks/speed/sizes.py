@@ -159,8 +159,14 @@ JUDGED = tuple(
     each._replace(compiled=False)
     for each in (*(size._replace(peers=False) for size in GPU_SIZES), *GPU_BLOCKS, *GPU_RESIDUAL_BLOCKS)
 )
-# First other learned parameters than one width, and extreme lengths; then sizes from tiny layers to 2^28 elements.
-GPU_SWEEP = tuple(
+GPU_ADAPTIVE = tuple(
+    Size(*size, dtype, compiled=False, peers=False, adaptive=True)
+    for size in ((128, 2**19), (100, 64 * 700))
+    for dtype in ("float32", "bfloat16")
+)
+# First adaptive neurons, other learned parameters than one width, and extreme lengths; then sizes from tiny layers to
+# 2^28 elements.
+GPU_SWEEP = GPU_ADAPTIVE + tuple(
     Size(steps, neurons, dtype, compiled=False, peers=False, learned=learned)
     for steps, neurons, learned in (
         *((4, 2**24, learned) for learned in LEARNED[1:]),

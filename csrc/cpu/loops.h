@@ -79,15 +79,16 @@ template <class Model, class Real, class F>
 ASGL_HOST_DEVICE void with_rules(const LIFByOptions<Real>& options, F&& f) {
   if constexpr (Model::kAdapts && sizeof(Real) == sizeof(float)) {
     Model model = Model::of(options);
-    const auto with_kind = [&](Adaptation kind) __attribute__((always_inline)) {
-      model.adaptation = static_cast<uint8>(kind);
-      model.hard_reset = true;
-      if (options.hard_reset) return f(model);
+    const auto with_adaptation = [&](uint8 adaptation) __attribute__((always_inline)) {
+      model.adaptation = adaptation;
+      model.hard_reset = !model.in_reset();
+      if (model.hard_reset && options.hard_reset) return f(model);
       model.hard_reset = false;
       f(model);
     };
-    if (model.in_current()) return with_kind(Adaptation::kCurrent);
-    with_kind(model.in_reset() ? Adaptation::kThresholdAndReset : Adaptation::kThreshold);
+    if (model.in_current()) return with_adaptation(kInCurrent);
+    if (!model.in_reset()) return with_adaptation(kInThreshold);
+    model.in_threshold() ? with_adaptation(kInThreshold | kInReset) : with_adaptation(kInReset);
   } else {
     f(Model::of(options));
   }

@@ -1,5 +1,5 @@
 // One step of adaptive neurons and its adjoint, for one element, in all backends: those of LIFByOptions with a second
-// state w, which is subtracted from the input current or added to the threshold.
+// state w, which is subtracted from the input current, or added to the threshold or to the reset amount.
 //
 //   w[t+1] = adapt_decay * w[t] + (adapt_potential * (v[t] - v_rest) + adapt_spike * s[t])
 //
@@ -11,8 +11,8 @@
 
 namespace asgl {
 
-// kThreshold: added to the threshold; kThresholdAndReset: to the amount that a spike subtracts, too.
-enum class Adaptation { kNone, kCurrent, kThreshold, kThresholdAndReset };
+// Where w is, as bits: subtracted from the current; added to the threshold, to the amount of a soft reset, or to both.
+constexpr uint8 kInCurrent = 1, kInThreshold = 2, kInReset = 4;
 
 template <class Real>
 struct AdaptiveLIF : LIFByOptions<Real> {
@@ -24,12 +24,12 @@ struct AdaptiveLIF : LIFByOptions<Real> {
     model.multi_spike = model.periodic = model.floored = false;  // rules that adaptive neurons lack
     return model;
   }
-  ASGL_HOST_DEVICE bool is(Adaptation kind) const { return this->adaptation == static_cast<uint8>(kind); }
-  ASGL_HOST_DEVICE bool in_current() const { return is(Adaptation::kCurrent); }
-  ASGL_HOST_DEVICE bool in_reset() const { return is(Adaptation::kThresholdAndReset); }
+  ASGL_HOST_DEVICE bool in_current() const { return (this->adaptation & kInCurrent) != 0; }
+  ASGL_HOST_DEVICE bool in_threshold() const { return (this->adaptation & kInThreshold) != 0; }
+  ASGL_HOST_DEVICE bool in_reset() const { return (this->adaptation & kInReset) != 0; }
 
   // The potential that is compared with v_threshold.
-  ASGL_HOST_DEVICE Real compared(Real h, Real w) const { return h - keep_if(!in_current(), w); }
+  ASGL_HOST_DEVICE Real compared(Real h, Real w) const { return h - keep_if(in_threshold(), w); }
 
   ASGL_HOST_DEVICE Neuron<Real> adapted(Neuron<Real> neuron, Real w) const {
     neuron.reset = neuron.reset + keep_if(in_reset(), w);
@@ -63,7 +63,7 @@ struct AdaptiveLIF : LIFByOptions<Real> {
     const Real ds = this->spike_gradient(g + keep_if(carried, neuron.input_mean * dw), h,
                                          carried && !this->detach_reset, now, d_state.v);
     const StepGradient<Real> step = this->step_adjoint(ds, gh, compared(h, w), s, carried, now, *this, d_state);
-    const Real d_compared = gh + step.dy * neuron.inverse_width;
+    const Real d_compared = keep_if(in_threshold(), gh + step.dy * neuron.inverse_width);
     dw = (neuron.input_gain * dw + keep_if(in_reset(), d_reset)) - choose(in_current(), step.dc, d_compared);
     dv = d_state.v;
     return {d_reset, this->distance(compared(h, w), neuron), step};

@@ -28,7 +28,7 @@ struct LIFByOptions : NeuronOptions<Real> {
   bool multi_spike;
   bool periodic;     // the surrogate is a function of the distance below
   bool floored;      // by v_min
-  uint8 adaptation;  // an Adaptation, see math/adaptive.h; in padding, as levels
+  uint8 adaptation;  // bits of math/adaptive.h; in padding, as levels
 
   ASGL_HOST_DEVICE bool adapts() const { return adaptation != 0; }
   ASGL_HOST_DEVICE bool has_optional_rules() const { return multi_spike || floored || adapts(); }

@@ -106,12 +106,12 @@ def states_of(layer):
 @pytest.mark.parametrize("squeezed", [False, True])
 @pytest.mark.parametrize(
     ("surrogate", "reset"),
-    [(name, True) for name in SURROGATES] + [(name, False) for name in ("exponential", "gaussian")],
+    [(name, activation.MembraneReset()) for name in SURROGATES]
+    + [(name, activation.MembraneSubtract(amount)) for name in ("exponential", "gaussian") for amount in (0.7, None)],
 )
 def test_alif(seed, squeezed, surrogate, reset):
     """Two calls, of which the second goes on from the states of the first."""
-    reset_fn = activation.MembraneReset() if reset else activation.MembraneSubtract(0.7)
-    made = alif(seed, reset_fn=reset_fn)
+    made = alif(seed, reset_fn=reset)
     weak = 1 if made.norm_input is False else 6
     x = [leaf(B, T, N, low=-weak, high=3 * weak) for _ in range(2)]
 
@@ -128,7 +128,7 @@ def test_alif(seed, squeezed, surrogate, reset):
         return torch.cat(outs), *others
 
     def make():
-        return alif(seed, squeezed, reset_fn=reset_fn, surrogate_grad_fn=SURROGATES[surrogate])
+        return alif(seed, squeezed, reset_fn=reset, surrogate_grad_fn=SURROGATES[surrogate])
 
     assert_same(make, call, [*x, leaf(B, N), leaf(B, N)])
 
@@ -148,10 +148,12 @@ def test_alif_copies_resets_and_batches():
     assert set(vars(back[0])) == set(vars(layer))
 
 
-def test_alif_with_noise():
+@pytest.mark.parametrize("reset", [{"v_reset": 0.0}, {"v_reset": None}], ids=["hard", "soft"])
+def test_alif_with_noise(reset):
     """One draw for both passes: the same elements are analog."""
     torch.manual_seed(0)
-    layer = alif(0, reset_fn=activation.MembraneReset(), norm_input=False, tau_syn=None, record_states=True)
+    reset_fn = activation.MembraneSubtract() if reset["v_reset"] is None else activation.MembraneReset()
+    layer = alif(0, reset_fn=reset_fn, norm_input=False, tau_syn=None, record_states=True)
     converted, _ = asgl_cuda.convert(layer, asgl={"surrogate": "triangle", "width": 0.8, "analog_prob": 0.3})
     x = 2 * torch.rand(B, T, N)
     s_seq = converted(x)
@@ -165,7 +167,7 @@ def test_alif_with_noise():
     rng_state = torch.randint(2**62, (2,))
     expected = asgl_cuda.lif(
         x, decay=converted.alpha_mem_calculated, v_threshold=converted.b0 + converted.adapt_scale * before, width=0.8,
-        surrogate="triangle", analog_prob=0.3, rng_state=rng_state, time_dim=1,
+        surrogate="triangle", analog_prob=0.3, rng_state=rng_state, time_dim=1, **reset,
     )  # fmt: skip
     torch.testing.assert_close(s_seq, expected)
     assert not set(s_seq.unique().tolist()) <= {0.0, 1.0}
@@ -184,7 +186,7 @@ def test_alif_that_changes():
     "make",
     [
         lambda: sinabs.layers.ALIF(3.0, 5.0, reset_fn=activation.MembraneReset(), shape=(B, N)),
-        lambda: sinabs.layers.ALIF(3.0, 5.0, 4.0, reset_fn=activation.MembraneSubtract(0.5), shape=(B, N)),
+        lambda: sinabs.layers.ALIF(3.0, 5.0, 4.0, shape=(B, N)),
         lambda: norse.LSNN(norse.LSNNParameters(tau_mem_inv=torch.tensor(400.0))),
     ],
 )

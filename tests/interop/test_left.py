@@ -89,9 +89,6 @@ LEFT = {
     "reset to a value": (
         lambda: layers.LIF(2.0, reset_fn=activation.MembraneReset(0.5), **SINGLE), "resets to a value that is not 0",
     ),
-    "a gradient of half the threshold": (
-        lambda: layers.ALIF(3.0, 3.0), r"threshold has a gradient in the reset, but none where it fires; MembraneSub",
-    ),
     "several spikes that adapt": (
         lambda: layers.ALIF(3.0, 3.0, spike_fn=activation.MultiSpike), "several times a step, which adaptive neurons",
     ),

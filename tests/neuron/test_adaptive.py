@@ -10,6 +10,7 @@ from test_layouts import LAYOUTS, laid_out
 from torch.func import grad, vmap
 
 import asgl_cuda
+from asgl_cuda.reference import IN_RESET
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LAST_PLACE = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 1e-6, torch.float64: 1e-14}
@@ -101,6 +102,18 @@ def test_layouts(backend, device, layout, to_threshold):
         x_seq, time_dim = laid_out(layout, random_input(18, 3, 5, 4, 8, dtype=dtype, device=device))
         options = arguments(x_seq, time_dim=time_dim, to_threshold=to_threshold)
         assert_equals_reference(x_seq.requires_grad_(), backend, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("surrogate", ["rectangle", "arctan"])
+@pytest.mark.parametrize("analog_prob", [0, 0.3, 1])
+@pytest.mark.parametrize("names", [("s_seq",), ALL])
+def test_in_the_reset_alone(backend, device, dtype, surrogate, analog_prob, names, monkeypatch):
+    """As interop.sinabs needs it; no argument asks for it."""
+    monkeypatch.setattr(asgl_cuda.adaptive, "_place_of_w", lambda *_: IN_RESET)
+    x_seq = random_input(18, 5, 36, dtype=dtype, device=device)
+    options = arguments(x_seq, 36, v_reset=None, surrogate=surrogate, analog_prob=analog_prob)
+    assert_equals_reference(x_seq, backend, names, **options, rng_state=rng_state(device=device))
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,12 @@ class Trial {
     asgl_emulation::settings().multiprocessors = 0;  // other neurons would be four a thread
     params_.shape = shape;
     auto& options = params_.options;
-    kind_ = static_cast<Adaptation>(1 + number % 3);
-    options.adaptation = static_cast<uint8>(kind_);
-    options.hard_reset = kind_ != Adaptation::kThresholdAndReset && random_.toss();
+    const uint8 places_of_w[] = {kInCurrent, kInThreshold, kInThreshold | kInReset, kInReset};
+    options.adaptation = places_of_w[number / 2 % 4];  // number % 2 chooses the type
+    in_current_ = (options.adaptation & kInCurrent) != 0;
+    in_threshold_ = (options.adaptation & kInThreshold) != 0;
+    in_reset_ = (options.adaptation & kInReset) != 0;
+    options.hard_reset = !in_reset_ && random_.toss();
     options.surrogate = random_.toss() ? Surrogate::kRectangle : Surrogate::kSigmoid;
     options.v_rest = Real(random_.once_in(3) ? 0.0 : random_.between(-0.2, 0.2));
     options.surrogate_gain = Real(random_.toss() ? 1.0 : 1.5);
@@ -200,8 +203,7 @@ class Trial {
   void expect(int64 n) {
     const int64 neurons = shape_.neurons(), steps = shape_.steps;
     const auto& options = params_.options;
-    const bool hard = options.hard_reset, current = kind_ == Adaptation::kCurrent;
-    const bool in_reset = kind_ == Adaptation::kThresholdAndReset;
+    const bool hard = options.hard_reset;
     const Real rest = options.v_rest;
     const auto given = [](const auto& from, int64 i) {
       return from.data() == nullptr ? Real(0) : Real(to_real(from.data()[i]));
@@ -218,12 +220,12 @@ class Trial {
       const Real* p = now.parameters;
       now.v = v, now.w = w;
       const Real x = to_real(x_seq_.data()[element]);
-      now.h = (rest + p[kDecay] * (v - rest)) + (current ? x - w : x);
-      h_[element] = current ? now.h : now.h - w;
+      now.h = (rest + p[kDecay] * (v - rest)) + (in_current_ ? x - w : x);
+      h_[element] = in_threshold_ ? now.h - w : now.h;
       const Real u = h_[element] - p[kThreshold];
       const bool fires = options.strict_threshold ? u > 0 : u >= 0;
       now.s = asgl_emulation::is_analog(params_.noise, n, t) ? smooth(u * (1 / p[kWidth])) : Real(fires);
-      now.amount = in_reset ? p[kReset] + w : p[kReset];
+      now.amount = in_reset_ ? p[kReset] + w : p[kReset];
       v = hard ? now.h * (1 - now.s) + now.amount * now.s : now.h - now.amount * now.s;
       w = p[kAdaptDecay] * w + (p[kAdaptPotential] * (v - rest) + p[kAdaptSpike] * now.s);
       s_[element] = now.s;
@@ -263,8 +265,9 @@ class Trial {
       add(kWidth, -static_cast<double>(dy) * distance / (static_cast<double>(p[kWidth]) * p[kWidth]));
       add(kThreshold, -static_cast<double>(dy) / p[kWidth]);
       add(kDecay, static_cast<double>(dh) * (now.v - rest));
-      dw = p[kAdaptDecay] * dw + (in_reset ? d_amount : Real(0));
-      dw -= current ? dh : gh + dy * inverse_width;
+      dw = p[kAdaptDecay] * dw + (in_reset_ ? d_amount : Real(0));
+      if (in_current_) dw -= dh;
+      if (in_threshold_) dw -= gh + dy * inverse_width;
       dv = p[kDecay] * dh;
       dx_[element] = dh;
       carried = true;
@@ -275,8 +278,7 @@ class Trial {
   const SequenceShape shape_;
   Random random_;
   Texts differences_;
-  Adaptation kind_;
-  bool infinite_, wanted_[kNumParameters] = {};
+  bool in_current_, in_threshold_, in_reset_, infinite_, wanted_[kNumParameters] = {};
   int64 rng_state_[2];
   LIFParams<Scalar> params_{};
   Buffer<Real> data_[kNumParameters], init_, last_, v_seq_, h_seq_, checkpoints_;
