@@ -123,6 +123,27 @@ def microbench(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def adaptive(report: dict[str, Any]) -> str:
+    """Every adaptive neuron of every implementation, and as a multiple of LIF's time."""
+    about, sizes = report["machine"], report["sizes"]
+    lif = f"{PLAIN}asgl_cuda cpu"
+    rows, head = [], [""]
+    for size in sizes:
+        head += [f"T = {size['steps']}, N = {power_of_two(size['neurons'])}", "times LIF"]
+    for name in sizes[0]["seconds"]:
+        if name == FLOOR:
+            continue
+        rows.append([name])
+        for size in sizes:
+            time = nanoseconds(size, name)
+            rows[-1] += [number(time), number(time / nanoseconds(size, lif))]
+    words = (
+        f"Adaptive neurons beside `LIF`, forward and backward, nanoseconds an element, {sizes[0]['dtype']}, on "
+        f"{about['processor']}, {about['threads']} threads, torch {about['torch']}, {about['date']}:"
+    )
+    return "\n".join((words, "", *markdown_table(head, rows)))
+
+
 def block(report: dict[str, Any]) -> str:
     """Normalisation and neurons as one and as two layers, and the bytes kept for backward."""
     ours = "asgl_cuda cpu"
@@ -291,6 +312,7 @@ def calibration(report: dict[str, Any]) -> str:
 MAKERS = {
     "headline": ("microbench", headline),
     "microbench": ("microbench", microbench),
+    "adaptive": ("microbench_adaptive", adaptive),
     "block": ("microbench", block),
     "end_to_end": ("end_to_end", end_to_end),
     "memory": ("memory", memory),
