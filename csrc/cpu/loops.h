@@ -47,28 +47,30 @@ ASGL_HOST_DEVICE void store(const State<Real>& state, const State<Real*>& rows, 
 }
 
 // The rows to prefetch, a few lines at a time while others are computed: hardware prefetchers stop at page boundaries,
-// and a row is about a page. Output rows are not prefetched: no gain measured.
+// and a row is about a page. Null: none.
 struct Ahead {
-  const char* row;  // null: nothing
   int64 element_size;
-  const char* residual = nullptr;
+  const char* read[2];
+  const char* written[2] = {};
 };
 
 constexpr int64 kNeuronsPerFetch = 128;
 
-// Prefetches a part of the row ahead, then calls f(begin, end), for every kNeuronsPerFetch neurons.
+template <bool kWritten>
+ASGL_HOST_DEVICE void prefetch(const char* row, int64 begin, int64 end) {
+  constexpr int64 kCacheLine = 64;
+  if (row == nullptr) return;
+  for (int64 i = begin; i < end; i += kCacheLine) __builtin_prefetch(row + i, kWritten);
+}
+
+// Prefetches a part of the rows ahead, then calls f(begin, end), for every kNeuronsPerFetch neurons.
 template <class F>
 ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
-  constexpr int64 kCacheLine = 64;
   for (int64 begin = 0; begin < length; begin += kNeuronsPerFetch) {
     const int64 end = begin + kNeuronsPerFetch < length ? begin + kNeuronsPerFetch : length;
-    for (const char* row : {ahead.row, ahead.residual}) {
-      if (row == nullptr) continue;
-      const char* stop = row + end * ahead.element_size;
-      for (const char* line = row + begin * ahead.element_size; line < stop; line += kCacheLine) {
-        __builtin_prefetch(line);
-      }
-    }
+    const int64 first = begin * ahead.element_size, last = end * ahead.element_size;
+    for (const char* row : ahead.read) prefetch<false>(row, first, last);
+    for (const char* row : ahead.written) prefetch<true>(row, first, last);
     f(begin, end);
   }
 }

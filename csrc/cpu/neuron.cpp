@@ -59,8 +59,11 @@ void run_general(const ForwardParams<Scalar>& params) {
         const Real* x = read_row(params.x_seq, tile, t, x_buffer);
         Real* s = start_row(params.s_seq, tile, t, s_buffer);
         Real* h = start_row(params.h_seq, tile, t, h_buffer);
+        const int64 later_t = (t + kRowsAhead) % params.shape.steps;
         const Tile later(params.shape, index + (t + kRowsAhead) / params.shape.steps, size);
-        const Ahead ahead = {row_ahead(params.x_seq, later, (t + kRowsAhead) % params.shape.steps), sizeof(Scalar)};
+        const Ahead ahead = {sizeof(Scalar),
+                             {row_ahead(params.x_seq, later, later_t)},
+                             {written_row_ahead(params.s_seq, later, later_t)}};
         neurons.move_to(tile, t);
         neurons.template visit<NeuronRows<Real>>([&](auto given) {
           input.visit(tile, t, x, given, [&](auto values, const Real* in) {
@@ -106,8 +109,9 @@ void run_settled(const ForwardParams<Scalar>& params) {
         Real* s = start_row(params.s_seq, tile, t, s_buffer);
         const int64 next_t = (t + kRowsAhead) % steps;
         const Tile next(params.shape, index + (t + kRowsAhead) / steps);
-        const Ahead ahead = {row_ahead(params.x_seq, next, next_t), sizeof(Scalar),
-                             row_ahead(params.residual, next, next_t)};
+        const Ahead ahead = {sizeof(Scalar),
+                             {row_ahead(params.x_seq, next, next_t), row_ahead(params.residual, next, next_t)},
+                             {written_row_ahead(params.s_seq, next, next_t)}};
         const Real* current = input.current(x, read_residual(params, tile, t, r_buffer));
         neurons.template visit<SettledRows<Real>>([&](auto values) {
           run<SettledStepLoop<Real, Model, decltype(values), true>>({values, params.options, params.noise.analog_below,
@@ -179,8 +183,9 @@ class GeneralBackward {
   State<Real*> state(int64 k) const {
     return map_members<Real*>([&](Real* rows) { return row(rows, k % states_); }, state_rows_);
   }
-  Ahead ahead(const Scalar* sequence, int64 t) const {
-    return {t < 0 || t >= params_.shape.steps ? nullptr : row_ahead(sequence, tile_, t), sizeof(Scalar)};
+  Ahead ahead(const Scalar* read, const Scalar* written, int64 t) const {
+    if (t < 0 || t >= params_.shape.steps) return {};
+    return {sizeof(Scalar), {row_ahead(read, tile_, t)}, {written_row_ahead(written, tile_, t)}};
   }
   // Row k of the adaptation; null for other models.
   State<Real*> w(int64 k) const { return {Model::kAdapts ? row(w_, k % w_states_) : nullptr}; }
@@ -206,7 +211,8 @@ class GeneralBackward {
         input_.visit(tile_, t, x, given, [&](auto neurons, const Real* in) {
           cpu::run<StepLoop<Real, Model, decltype(neurons)>>(
               {neurons, params_.options, params_.noise.analog_below, tile_.length, in, noise_.row(tile_, t), state(k),
-               state(k + 1), row(h_, k), row(s_, k), ahead(params_.x_seq, t + kRowsAhead), w(k).v, w(k + 1).v});
+               state(k + 1), row(h_, k), row(s_, k), ahead(params_.x_seq, nullptr, t + kRowsAhead), w(k).v,
+               w(k + 1).v});
         });
       });
     }
@@ -248,7 +254,7 @@ class GeneralBackward {
              .dy = dy_,
              .dh = dh_,
              .dx = dx,
-             .ahead = ahead(params_.grad_s_seq, t - kRowsAhead),
+             .ahead = ahead(params_.grad_s_seq, params_.grad_x_seq, t - kRowsAhead),
              .v = state(k).v,
              .w = w(k).v,
              .dw = dw_.v,
@@ -353,15 +359,20 @@ class SettledBackward {
     if (params_.wants(id)) store_partials(params_.partials[id], params_.parameters[id], tile_, 0, sums);
   }
 
-  // The row read kRowsAhead rows after row `used` of a segment: x forward, g backward, then x of the next segment or
-  // tile.
+  // The rows of kRowsAhead rows after row `used` of a segment: x forward, g and dx backward, then x of the next segment
+  // or tile.
   Ahead ahead(int64 start, int64 stop, int64 used) const {
     const int64 next = used + kRowsAhead, steps = stop - start;
     const auto input = [&](const Tile& tile, int64 t) {
-      return Ahead{row_ahead(params_.x_seq, tile, t), sizeof(Scalar), row_ahead(params_.residual, tile, t)};
+      return Ahead{sizeof(Scalar), {row_ahead(params_.x_seq, tile, t), row_ahead(params_.residual, tile, t)}};
     };
     if (next < steps) return input(tile_, start + next);
-    if (next < 2 * steps) return {row_ahead(params_.grad_s_seq, tile_, stop - 1 - (next - steps)), sizeof(Scalar)};
+    if (next < 2 * steps) {
+      const int64 t = stop - 1 - (next - steps);
+      return {sizeof(Scalar),
+              {row_ahead(params_.grad_s_seq, tile_, t)},
+              {written_row_ahead(params_.grad_x_seq, tile_, t), written_row_ahead(params_.grad_residual, tile_, t)}};
+    }
     const int64 next_start = start > 0 ? start - segment_ : last_start_;
     const int64 t = std::min(next_start + next - 2 * steps, params_.shape.steps - 1);
     return input(start > 0 ? tile_ : Tile(params_.shape, tile_.index + 1), t);

@@ -621,7 +621,7 @@ CPU_MUTANTS = {
         "w in the place of v": cpu("behind(params.last, @)", "all", "int64(0)"),
         "the last w's gradient is v's": cpu("behind(params_.grad_last, @)", "all", "int64(0)"),
         "the first w's gradient in the place of v's": cpu("behind(params_.grad_init, @)", "all", "int64(0)"),
-        "w of the step before again": cpu("w(k).v, w(@).v});", "k + 1", "k"),
+        "w of the step before again": cpu("w(k).v,\n               w(@).v});", "k + 1", "k"),
         "adapt_decay's gradient of a spike": loops("dw * @);\n              args.sums[kAdaptPotential", "w", "s"),
         "adapt_potential's gradient before the reset": loops("dw * (@ - v_rest)", "v", "h"),
         "adapt_potential's gradient without v_rest": loops("- @));\n              args.sums[kAdaptSpike", "v_rest",
