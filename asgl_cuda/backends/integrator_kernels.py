@@ -28,7 +28,7 @@ class IntegratorOperators(NeuronKernelOperators):
         if call.layout.neurons:
             v_seq, v_last = with_gaps(outputs, (True, wants_v_last))
             lanes, tiles = call.plan_tiles(self.launcher, call.input(True), *outputs)
-            params = call.params("IntegratorParams", tiles, delay=delay, v_seq=v_seq, last=v_last)
+            params = call.params("IntegratorParams", tiles, delay=delay, v_seq=v_seq, v_last=v_last)
             self.start(x_seq.device, integrator_kernel(x_seq.dtype, lanes, "kForward"), tiles[1], params)
         return outputs
 
@@ -53,6 +53,6 @@ class IntegratorOperators(NeuronKernelOperators):
             )
             self.start_backward(
                 call, kernel, "IntegratorParams", tiles, gradients, delay=delay, grad_v_seq=grad_v_seq,
-                grad_last=grad_v_last, v_seq=v_seq, x_seq=x_seq,
+                grad_v_last=grad_v_last, v_seq=v_seq, x_seq=x_seq,
             )  # fmt: skip
         return call.results(gradients)

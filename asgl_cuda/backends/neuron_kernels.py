@@ -27,7 +27,6 @@ ANY_INPUT = GENERAL, GENERAL_RESIDUAL  # inputs of general kernels
 SCALARS = {
     torch.float32: "float", torch.float64: "double", torch.float16: "asgl::Half", torch.bfloat16: "asgl::BFloat16",
 }  # fmt: skip
-STATES = ("init", "last", "checkpoints", "grad_last", "grad_init")  # members of the type State
 
 
 class Launcher(Protocol):
@@ -146,8 +145,7 @@ def filled(name: str, real: torch.dtype | None, **members: Any) -> Structure:
     """The structure `name`, with pointers to tensors; None is null."""
     for member, value in members.items():
         if value is None or isinstance(value, Tensor):
-            address = address_of(value)
-            members[member] = (address,) if member in STATES else address
+            members[member] = address_of(value)
     return structure(name, real)(**members)
 
 
@@ -238,7 +236,7 @@ class Call:
         summary = self._summary(others.get("partials", ()))
         return filled(
             name, self.real, shape=self.layout.shape, parameters=tuple(self.views), options=self.options, noise=noise,
-            tiles=tiles, summary=summary, init=self.v_init, residual=self.residual, residual_gain=self.residual_gain,
+            tiles=tiles, summary=summary, v_init=self.v_init, residual=self.residual, residual_gain=self.residual_gain,
             **{"x_seq": self.x_seq, **others},
         )  # fmt: skip
 
@@ -372,7 +370,7 @@ class NeuronKernelOperators(KernelOperators):
             for gradient, *size in zip(grad_parameters, rows, slots, strict=True)
         ]
         partials = tuple((address_of(each), 0 if each is None else each.shape[1]) for each in sums)
-        params = call.params(name, tiles, grad_x_seq=grad_x_seq, grad_init=grad_v_init, partials=partials, **members)
+        params = call.params(name, tiles, grad_x_seq=grad_x_seq, grad_v_init=grad_v_init, partials=partials, **members)
         self.start(call.x_seq.device, kernel, blocks, params)
         self._sum(call, partials, tile, grad_parameters)
 
@@ -421,7 +419,7 @@ class NeuronOperators(NeuronKernelOperators):
             if checkpoints is not None:
                 zeros = address_of(checkpoints) + (checkpoints.numel() - 2) * checkpoints.element_size()
             params = call.params(
-                "ForwardParams", tiles, s_seq=s_seq, last=v_last, v_seq=v_seq, h_seq=h_seq, checkpoints=checkpoints,
+                "ForwardParams", tiles, s_seq=s_seq, v_last=v_last, v_seq=v_seq, h_seq=h_seq, checkpoints=checkpoints,
                 zeros=zeros,
             )  # fmt: skip
             kernel = forward_kernel(x_seq.dtype, call.model, lanes, call.kernel_input(lanes, input), call.layout.steps)
@@ -459,7 +457,7 @@ class NeuronOperators(NeuronKernelOperators):
             if call.rules.adaptation:
                 kernel = adaptive_kernel(x_seq.dtype, "backward")
             self.start_backward(
-                call, kernel, "BackwardParams", tiles, gradients, grad_s_seq=grad_s_seq, grad_last=grad_v_last,
+                call, kernel, "BackwardParams", tiles, gradients, grad_s_seq=grad_s_seq, grad_v_last=grad_v_last,
                 grad_v_seq=grad_v_seq, grad_h_seq=grad_h_seq, checkpoints=checkpoints, grad_residual=grad_residual,
             )  # fmt: skip
         return call.results(gradients)

@@ -49,7 +49,7 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
   Scalar* out_seq = kBack ? params.grad_x_seq : params.v_seq;
   Rows<Real> rows(8, kTile);
   Real *in_buffer = rows.take(), *out_buffer = rows.take(), *v_buffer = rows.take(), *x_buffer = rows.take();
-  const State<Real*> init = take_state(rows), later = take_state(rows), &state = kBack ? later : init;
+  Real *v = rows.take(), *later = rows.take(), *state = kBack ? later : v;
   Real *decay = rows.take(), *gain = rows.take();
   TileNeurons<Real> neurons(params.parameters, params.options, kNumParameters);
   const auto step = [&](int64 row) { return kBack ? steps - 1 - row : row; };
@@ -65,8 +65,8 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
     };
     begin_sums(decay);
     begin_sums(gain);
-    load_state(params.init, tile.first, params.at_rest(), tile.length, init);
-    load_state(params.grad_last, tile.first, State<Real>{}, tile.length, later);
+    load_state(params.v_init, tile.first, params.options.v_rest, tile.length, v);
+    load_state(params.grad_v_last, tile.first, Real(0), tile.length, later);
     for (int64 row = 0; row < steps; ++row) {
       const int64 t = step(row), used = row + kRowsAhead;
       const Tile next(params.shape, index + used / steps);
@@ -74,7 +74,7 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
       const Ahead ahead = {
           sizeof(Scalar), {row_ahead(in_seq, next, next_t)}, {written_row_ahead(out_seq, next, next_t)}};
       const Real* in = read_row(in_seq, tile, t, in_buffer);
-      const Real *before = init.v, *x = init.v;  // before step 0; any row if the sum is unwanted
+      const Real *before = v, *x = v;  // before step 0; any row if the sum is unwanted
       if (kBack && t > 0 && params.wants(kDecay)) {
         before = read_row<Scalar>(params.v_seq, tile, params.delay ? t : t - 1, v_buffer);
       }
@@ -82,14 +82,14 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
       Real* out = start_row(out_seq, tile, t, out_buffer);
       neurons.move_to(tile, t);
       neurons.template visit<NeuronRows<Real>>([&](auto values) {
-        run<IntegratorLoop<Real, decltype(values), kPass>>({values, params.options.v_rest, params.delay, tile.length,
-                                                            in, state.v, out, before, x, decay, gain, ahead});
+        run<IntegratorLoop<Real, decltype(values), kPass>>(
+            {values, params.options.v_rest, params.delay, tile.length, in, state, out, before, x, decay, gain, ahead});
       });
       finish_row(out, out_seq, tile, t);
       store_sums(true, t);
     }
     store_sums(false, 0);
-    store_state(state, tile.length, kBack ? params.grad_init : params.last, tile.first);
+    store_state(state, tile.length, kBack ? params.grad_v_init : params.v_last, tile.first);
   }
 }
 

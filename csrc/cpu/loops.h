@@ -36,16 +36,6 @@ struct SettledRows {
   }
 };
 
-// Load and store the state of neuron i in rows.
-template <class Real>
-ASGL_HOST_DEVICE State<Real> load(const State<Real*>& rows, int64 i) {
-  return map_members<Real>([=](const Real* row) __attribute__((always_inline)) { return row[i]; }, rows);
-}
-template <class Real>
-ASGL_HOST_DEVICE void store(const State<Real>& state, const State<Real*>& rows, int64 i) {
-  for_each_member([=](Real value, Real* row) __attribute__((always_inline)) { row[i] = value; }, state, rows);
-}
-
 // The rows to prefetch, a few lines at a time while others are computed: hardware prefetchers stop at page boundaries,
 // and a row is about a page. Null: none.
 struct Ahead {
@@ -105,10 +95,9 @@ struct StepLoop {
     int64 length;
     const Real* x;
     const uint16* draws;
-    State<Real*> before, after;
-    Real *h, *s;
+    Real *v, *next_v, *h, *s;
     Ahead ahead;
-    const Real* w;  // of adaptive neurons, before and after
+    const Real* w;  // of adaptive neurons
     Real* next_w;
     bool compared;  // h is the potential that is compared with v_threshold
   };
@@ -134,23 +123,22 @@ struct StepLoop {
         for (int64 i = begin; i < end; ++i) {
           const Neuron<Real>& neuron = args.neurons[i];
           const bool analog = kNoise && args.draws[i] < args.analog_below;
-          State<Real> state = load(args.before, i);
-          Real h, s;
+          Real v = args.v[i], h, s;
           if constexpr (Model::kAdapts) {
             const Real w = args.w[i];
             Real next_w = w;
-            const Real charged = model.step(args.x[i], analog, neuron, firing, state.v, next_w, s);
+            const Real charged = model.step(args.x[i], analog, neuron, firing, v, next_w, s);
             h = choose(args.compared, model.compared(charged, w), charged);
             args.next_w[i] = next_w;
           } else {
             const Real c = input_current<Input::kGeneral>(args.x[i], neuron);
-            h = Model::template charge<Input::kGeneral>(c, state, neuron, args.options);
+            h = Model::template charge<Input::kGeneral>(c, v, neuron, args.options);
             s = model.fire(h, analog, neuron, firing);
-            model.reset(h, s, neuron, state);
+            v = model.reset(h, s, neuron);
           }
           args.h[i] = h;
           args.s[i] = s;
-          store(state, args.after, i);
+          args.next_v[i] = v;
         }
       });
     });
@@ -168,10 +156,10 @@ struct AdjointLoop {
     int64 length;
     bool carried;
     const Real *g, *gh, *h, *s;
-    State<Real*> d_state;  // the gradient of the state after the step on entry, before it on return
+    Real* dv;  // the gradient of v after the step on entry, before it on return
     Real *d_reset, *distance, *dy, *dh, *dx;
     Ahead ahead;
-    const Real *v, *w;  // of adaptive neurons: before the step; the gradient of w as d_state
+    const Real *v, *w;  // of adaptive neurons: before the step; the gradient of w as that of v
     Real* dw;
     Real* sums;  // [kNumParameters, kTile]
   };
@@ -189,7 +177,7 @@ struct AdjointLoop {
         for (int64 i = begin; i < end; ++i) {
           const Neuron<Real>& neuron = args.neurons[i];
           const Real h = args.h[i], s = args.s[i];
-          State<Real> d_state = load(args.d_state, i);
+          Real dv = args.dv[i];
           StepGradient<Real> step;
           if constexpr (Model::kAdapts) {
             const Real w = args.w[i], v_rest = args.options.v_rest;
@@ -200,7 +188,7 @@ struct AdjointLoop {
               args.sums[kAdaptPotential * kTile + i] += keep_if(args.carried, dw * (v - v_rest));
               args.sums[kAdaptSpike * kTile + i] += keep_if(args.carried, dw * s);
             }
-            const auto gradient = model.adjoint(args.g[i], args.gh[i], h, s, w, args.carried, neuron, d_state.v, dw);
+            const auto gradient = model.adjoint(args.g[i], args.gh[i], h, s, w, args.carried, neuron, dv, dw);
             step = gradient.step;
             args.sums[kWidth * kTile + i] += step.dy * gradient.distance;
             if constexpr (kSums == Sums::kAll) {
@@ -211,17 +199,16 @@ struct AdjointLoop {
             args.dx[i] = step.dc;
             args.dw[i] = dw;
           } else {
-            model.floor_adjoint(h, s, neuron, d_state);
-            args.d_reset[i] = model.gradient_of_reset(d_state.v, s);
+            dv = model.floor_adjoint(h, s, neuron, dv);
+            args.d_reset[i] = model.gradient_of_reset(dv, s);
             args.distance[i] = model.distance(h, neuron);
-            const Real ds =
-                model.spike_gradient(args.g[i], h, args.carried && !args.options.detach_reset, neuron, d_state.v);
-            step = model.step_adjoint(ds, args.gh[i], h, s, args.carried, neuron, args.options, d_state);
+            const Real ds = model.spike_gradient(args.g[i], h, args.carried && !args.options.detach_reset, neuron, dv);
+            step = model.step_adjoint(ds, args.gh[i], h, s, args.carried, neuron, args.options, dv);
             args.dy[i] = step.dy;
             args.dh[i] = step.dh;
             args.dx[i] = neuron.input_gain * step.dc;
           }
-          store(d_state, args.d_state, i);
+          args.dv[i] = dv;
         }
       });
     });
@@ -239,7 +226,7 @@ struct SettledStepLoop {
     int64 length;
     const Real* current;
     const uint16* draws;
-    State<Real*> before, after;
+    Real *v, *next_v;
     Real* out;  // s with kSpikes, else h
     Ahead ahead;
   };
@@ -253,12 +240,10 @@ struct SettledStepLoop {
 #pragma GCC ivdep
       for (int64 i = begin; i < end; ++i) {
         const Neuron<Real>& neuron = args.neurons[i];
-        State<Real> state = load(args.before, i);
-        const Real h = Model::template charge<Input::kPlain>(args.current[i], state, neuron, args.options);
+        const Real h = Model::template charge<Input::kPlain>(args.current[i], args.v[i], neuron, args.options);
         const Real s = Model::fire(h, kNoise && args.draws[i] < args.analog_below, neuron, firing);
-        Model::reset(h, s, neuron, state);
         args.out[i] = kSpikes ? s : h;
-        store(state, args.after, i);
+        args.next_v[i] = Model::reset(h, s, neuron);
       }
     });
   }
@@ -275,8 +260,8 @@ struct SettledAdjointLoop {
     bool carried;
     const Real *g, *h;
     const uint16* draws;
-    State<Real*> d_state;  // the gradient of the state after the step on entry, before it on return
-    const Real* v;         // the potential before the step
+    Real* dv;       // the gradient of v after the step on entry, before it on return
+    const Real* v;  // before the step
     Real *width, *decay, *threshold, *reset;
     Real* d_current;
     Ahead ahead;
@@ -293,19 +278,18 @@ struct SettledAdjointLoop {
         const Neuron<Real>& neuron = args.neurons[i];
         const Real h = args.h[i];
         const Real s = Model::fire(h, kNoise && args.draws[i] < args.analog_below, neuron, firing);
-        State<Real> d_state = load(args.d_state, i);
-        if constexpr (kMore && !Model::kResetsHard) args.reset[i] -= keep_if(args.carried, d_state.v * s);
-        const Real ds =
-            Model::spike_gradient(args.g[i], h, args.carried && !args.options.detach_reset, neuron, d_state.v);
+        Real dv = args.dv[i];
+        if constexpr (kMore && !Model::kResetsHard) args.reset[i] -= keep_if(args.carried, dv * s);
+        const Real ds = Model::spike_gradient(args.g[i], h, args.carried && !args.options.detach_reset, neuron, dv);
         const StepGradient<Real> step =
-            Model::step_adjoint(ds, NoGradient{}, h, s, args.carried, neuron, args.options, d_state);
+            Model::step_adjoint(ds, NoGradient{}, h, s, args.carried, neuron, args.options, dv);
         args.width[i] += step.dy * Model::distance(h, neuron);
         if constexpr (kMore) {
           args.threshold[i] -= step.dy * neuron.inverse_width;
           args.decay[i] += step.dh * args.v[i];
         }
         args.d_current[i] = step.dc;
-        store(d_state, args.d_state, i);
+        args.dv[i] = dv;
       }
     });
   }

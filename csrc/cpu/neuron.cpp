@@ -23,12 +23,12 @@ int64 parts_of_tile(const Params& params) {
 
 // ---- forward ----
 
-// `shift`: elements between the checkpoints of v and those of this member.
+// `shift`: elements between the checkpoints of v and those of this row, 0 or to those of w.
 template <class Scalar>
-void store_checkpoint(const ForwardParams<Scalar>& params, const Tile& tile, int64 steps,
-                      const State<Real_t<Scalar>*>& state, int64 shift = 0) {
+void store_checkpoint(const ForwardParams<Scalar>& params, const Tile& tile, int64 steps, const Real_t<Scalar>* row,
+                      int64 shift = 0) {
   if (steps % kCheckpointSteps == 0 && steps < params.shape.steps) {
-    store_state(state, tile.length, behind(params.checkpoints, shift), checkpoint(tile, steps));
+    store_state(row, tile.length, behind(params.checkpoints, shift), checkpoint(tile, steps));
   }
 }
 
@@ -43,9 +43,9 @@ template <class Model, class Scalar>
 void run_general(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
-    Rows<Real> rows(3 + 2 * kStateMembers, kTile);
+    Rows<Real> rows(5, kTile);
     Real *x_buffer = rows.take(), *s_buffer = rows.take(), *h_buffer = rows.take();
-    const State<Real*> state = take_state(rows), w = take_state(rows);
+    Real *v = rows.take(), *w = rows.take();
     const int64 all = params.shape.neurons();
     TileNoise noise(params.noise);
     TileNeurons<Real> neurons(params.parameters, params.options, kNumParameters);
@@ -53,8 +53,8 @@ void run_general(const ForwardParams<Scalar>& params) {
     const int64 parts = parts_of_tile<Model>(params), size = kTile / parts;
     for (int64 index = begin * parts; index < end * parts && index * size < all; ++index) {
       const Tile tile(params.shape, index, size);
-      load_state(params.init, tile.first, params.at_rest(), tile.length, state);
-      if (Model::kAdapts) load_state(behind(params.init, all), tile.first, State<Real>{}, tile.length, w);
+      load_state(params.v_init, tile.first, params.options.v_rest, tile.length, v);
+      if (Model::kAdapts) load_state(behind(params.v_init, all), tile.first, Real(0), tile.length, w);
       for (int64 t = 0; t < params.shape.steps; ++t) {
         const Real* x = read_row(params.x_seq, tile, t, x_buffer);
         Real* s = start_row(params.s_seq, tile, t, s_buffer);
@@ -68,8 +68,8 @@ void run_general(const ForwardParams<Scalar>& params) {
         neurons.template visit<NeuronRows<Real>>([&](auto given) {
           input.visit(tile, t, x, given, [&](auto values, const Real* in) {
             run<StepLoop<Real, Model, decltype(values)>>({values, params.options, params.noise.analog_below,
-                                                          tile.length, in, noise.row(tile, t), state, state, h, s,
-                                                          ahead, w.v, w.v, /*compared=*/true});
+                                                          tile.length, in, noise.row(tile, t), v, v, h, s, ahead, w, w,
+                                                          /*compared=*/true});
           });
         });
         if (Model::kAdapts) store_checkpoint(params, tile, t + 1, w, checkpoint_stride(params.shape));
@@ -79,11 +79,11 @@ void run_general(const ForwardParams<Scalar>& params) {
         }
         finish_row(s, params.s_seq, tile, t);
         finish_row(h, params.h_seq, tile, t);
-        finish_row(state.v, params.v_seq, tile, t);
-        store_checkpoint(params, tile, t + 1, state);
+        finish_row(v, params.v_seq, tile, t);
+        store_checkpoint(params, tile, t + 1, v);
       }
-      store_state(state, tile.length, params.last, tile.first);
-      if (Model::kAdapts) store_state(w, tile.length, behind(params.last, all), tile.first);
+      store_state(v, tile.length, params.v_last, tile.first);
+      if (Model::kAdapts) store_state(w, tile.length, behind(params.v_last, all), tile.first);
     }
   });
 }
@@ -93,9 +93,8 @@ void run_settled(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
   const int64 steps = params.shape.steps;
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
-    Rows<Real> rows(3 + kStateMembers, kTile);
-    Real *x_buffer = rows.take(), *s_buffer = rows.take(), *r_buffer = rows.take();
-    const State<Real*> state = take_state(rows);
+    Rows<Real> rows(4, kTile);
+    Real *x_buffer = rows.take(), *s_buffer = rows.take(), *r_buffer = rows.take(), *v = rows.take();
     TileNoise noise(params.noise);
     TileNeurons<Real> neurons(params.parameters, params.options, kInputGain);
     TileInput<Real> input(params);
@@ -103,7 +102,7 @@ void run_settled(const ForwardParams<Scalar>& params) {
       const Tile tile(params.shape, index);
       neurons.move_to(tile, 0);
       input.move_to(tile);
-      load_state(params.init, tile.first, params.at_rest(), tile.length, state);
+      load_state(params.v_init, tile.first, params.options.v_rest, tile.length, v);
       for (int64 t = 0; t < steps; ++t) {
         const Real* x = read_row(params.x_seq, tile, t, x_buffer);
         Real* s = start_row(params.s_seq, tile, t, s_buffer);
@@ -115,13 +114,13 @@ void run_settled(const ForwardParams<Scalar>& params) {
         const Real* current = input.current(x, read_residual(params, tile, t, r_buffer));
         neurons.template visit<SettledRows<Real>>([&](auto values) {
           run<SettledStepLoop<Real, Model, decltype(values), true>>({values, params.options, params.noise.analog_below,
-                                                                     tile.length, current, noise.row(tile, t), state,
-                                                                     state, s, ahead});
+                                                                     tile.length, current, noise.row(tile, t), v, v, s,
+                                                                     ahead});
         });
         finish_row(s, params.s_seq, tile, t);
-        store_checkpoint(params, tile, t + 1, state);
+        store_checkpoint(params, tile, t + 1, v);
       }
-      store_state(state, tile.length, params.last, tile.first);
+      store_state(v, tile.length, params.v_last, tile.first);
     }
   });
 }
@@ -165,30 +164,28 @@ class GeneralBackward {
  private:
   void run_part(const Tile& tile) {
     tile_ = tile;
-    load_state(params_.grad_last, tile.first, State<Real>{}, tile.length, d_state_);
+    load_state(params_.grad_v_last, tile.first, Real(0), tile.length, dv_);
     const int64 all = params_.shape.neurons();
-    if (Model::kAdapts) load_state(behind(params_.grad_last, all), tile.first, State<Real>{}, tile.length, dw_);
-    carried_ = exists(params_.grad_last);
+    if (Model::kAdapts) load_state(behind(params_.grad_v_last, all), tile.first, Real(0), tile.length, dw_);
+    carried_ = params_.grad_v_last != nullptr;
     const int64 steps = params_.shape.steps;
     for (int64 start = (steps - 1) / segment_ * segment_; start >= 0; start -= segment_) {
       const int64 stop = std::min(steps, start + segment_);
       compute_potentials(start, stop);
       for (int64 t = stop - 1; t >= start; --t) walk_back(t, t - start);
     }
-    store_state(d_state_, tile.length, params_.grad_init, tile.first);
-    if (Model::kAdapts) store_state(dw_, tile.length, behind(params_.grad_init, all), tile.first);
+    store_state(dv_, tile.length, params_.grad_v_init, tile.first);
+    if (Model::kAdapts) store_state(dw_, tile.length, behind(params_.grad_v_init, all), tile.first);
   }
 
   Real* row(Real* rows, int64 k) const { return rows + k * rows_.stride(); }
-  State<Real*> state(int64 k) const {
-    return map_members<Real*>([&](Real* rows) { return row(rows, k % states_); }, state_rows_);
-  }
+  Real* v(int64 k) const { return row(v_, k % states_); }
   Ahead ahead(const Scalar* read, const Scalar* written, int64 t) const {
     if (t < 0 || t >= params_.shape.steps) return {};
     return {sizeof(Scalar), {row_ahead(read, tile_, t)}, {written_row_ahead(written, tile_, t)}};
   }
   // Row k of the adaptation; null for other models.
-  State<Real*> w(int64 k) const { return {Model::kAdapts ? row(w_, k % w_states_) : nullptr}; }
+  Real* w(int64 k) const { return Model::kAdapts ? row(w_, k % w_states_) : nullptr; }
   bool wants(int begin, int end) const {
     return std::any_of(params_.partials + begin, params_.partials + end, [](const auto& each) { return each.data; });
   }
@@ -202,7 +199,7 @@ class GeneralBackward {
   }
 
   void compute_potentials(int64 start, int64 stop) {
-    load_start(params_, tile_, start, state(0), w(0));
+    load_start(params_, tile_, start, v(0), w(0));
     for (int64 t = start; t < stop; ++t) {
       const int64 k = t - start;
       const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
@@ -210,9 +207,8 @@ class GeneralBackward {
       neurons_.template visit<NeuronRows<Real>>([&](auto given) {
         input_.visit(tile_, t, x, given, [&](auto neurons, const Real* in) {
           cpu::run<StepLoop<Real, Model, decltype(neurons)>>(
-              {neurons, params_.options, params_.noise.analog_below, tile_.length, in, noise_.row(tile_, t), state(k),
-               state(k + 1), row(h_, k), row(s_, k), ahead(params_.x_seq, nullptr, t + kRowsAhead), w(k).v,
-               w(k + 1).v});
+              {neurons, params_.options, params_.noise.analog_below, tile_.length, in, noise_.row(tile_, t), v(k),
+               v(k + 1), row(h_, k), row(s_, k), ahead(params_.x_seq, nullptr, t + kRowsAhead), w(k), w(k + 1)});
         });
       });
     }
@@ -233,7 +229,7 @@ class GeneralBackward {
     const Real* gh = params_.grad_h_seq == nullptr ? zeros_ : read_row(params_.grad_h_seq, tile_, t, gh_buffer_);
     if (params_.grad_v_seq != nullptr) {
       const Real* gv = read_row(params_.grad_v_seq, tile_, t, x_buffer_);
-      cpu::run<AccumulateLoop<Real>>({tile_.length, Real(1), gv, kOne, kZero, d_state_.v});
+      cpu::run<AccumulateLoop<Real>>({tile_.length, Real(1), gv, kOne, kZero, dv_});
       carried_ = true;
     }
     Real* dx = start_row(params_.grad_x_seq, tile_, t, dx_buffer_);
@@ -248,16 +244,16 @@ class GeneralBackward {
              .gh = gh,
              .h = row(h_, k),
              .s = row(s_, k),
-             .d_state = d_state_,
+             .dv = dv_,
              .d_reset = d_reset_,
              .distance = distance_,
              .dy = dy_,
              .dh = dh_,
              .dx = dx,
              .ahead = ahead(params_.grad_s_seq, params_.grad_x_seq, t - kRowsAhead),
-             .v = state(k).v,
-             .w = w(k).v,
-             .dw = dw_.v,
+             .v = v(k),
+             .w = w(k),
+             .dw = dw_,
              .sums = sums(0)});
       };
       if constexpr (Model::kAdapts) {
@@ -279,7 +275,7 @@ class GeneralBackward {
   void add_gradients(int64 t, int64 k, const Real* dx) {
     accumulate(kWidth, Real(1), dy_, {distance_, Real(0)}, kZero);
     accumulate(kThreshold, Real(-1), dy_, neurons_.inverse_width(), kZero);
-    accumulate(kDecay, Real(1), dh_, {state(k).v, Real(0)}, {nullptr, params_.options.v_rest});
+    accumulate(kDecay, Real(1), dh_, {v(k), Real(0)}, {nullptr, params_.options.v_rest});
     accumulate(kInputMean, Real(-1), dx, kOne, kZero);
     if (params_.wants(kInputGain)) {
       const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
@@ -306,10 +302,9 @@ class GeneralBackward {
   const int64 w_states_ =
       params_.wants(kAdaptDecay) || !AdaptiveLIF<Real>::of(params_.options).in_current() ? segment_ + 1 : 1;
   const int64 w_rows_ = Model::kAdapts ? w_states_ + 1 : 0;
-  Rows<Real> rows_{2 * segment_ + (states_ + 1) * kStateMembers + 10 + kNumParameters + w_rows_, kTile};
+  Rows<Real> rows_{2 * segment_ + states_ + 11 + kNumParameters + w_rows_, kTile};
   Real *const h_ = rows_.take(segment_), *const s_ = rows_.take(segment_), *const w_ = rows_.take(w_rows_);
-  const State<Real*> dw_ = {w_ + w_states_ * rows_.stride()};
-  const State<Real*> state_rows_ = take_state(rows_, states_), d_state_ = take_state(rows_);
+  Real *const dw_ = w_ + w_states_ * rows_.stride(), *const v_ = rows_.take(states_), *const dv_ = rows_.take();
   Real *const x_buffer_ = rows_.take(), *const g_buffer_ = rows_.take(), *const gh_buffer_ = rows_.take();
   Real *const scaled_g_ = rows_.take(), *const dx_buffer_ = rows_.take(), *const dy_ = rows_.take();
   Real *const dh_ = rows_.take(), *const zeros_ = rows_.take(), *const d_reset_ = rows_.take();
@@ -335,9 +330,9 @@ class SettledBackward {
     tile_ = tile;
     neurons_.move_to(tile, 0);
     input_.move_to(tile);
-    load_state(params_.grad_last, tile.first, State<Real>{}, tile.length, d_state_);
+    load_state(params_.grad_v_last, tile.first, Real(0), tile.length, dv_);
     for (int id = 0; id < (more_ ? kInputGain : kDecay); ++id) std::fill_n(sums(id), tile.length, Real(0));
-    carried_ = exists(params_.grad_last);
+    carried_ = params_.grad_v_last != nullptr;
     for (int64 start = last_start_; start >= 0; start -= segment_) {
       const int64 stop = std::min(params_.shape.steps, start + segment_);
       compute_potentials(start, stop);
@@ -346,15 +341,13 @@ class SettledBackward {
     for (int id = 0; id < kInputGain; ++id) store(id, sums(id));
     store(kInputGain, input_.gain_sums());
     store(kInputBias, input_.bias_sums());
-    store_state(d_state_, tile.length, params_.grad_init, tile.first);
+    store_state(dv_, tile.length, params_.grad_v_init, tile.first);
   }
 
  private:
   Real* h(int64 k) const { return h_ + k * rows_.stride(); }
   Real* sums(int id) const { return sums_ + id * rows_.stride(); }
-  State<Real*> state(int64 k) const {
-    return map_members<Real*>([&](Real* rows) { return rows + k % states_ * rows_.stride(); }, state_rows_);
-  }
+  Real* v(int64 k) const { return v_ + k % states_ * rows_.stride(); }
   void store(int id, const Real* sums) {
     if (params_.wants(id)) store_partials(params_.partials[id], params_.parameters[id], tile_, 0, sums);
   }
@@ -379,15 +372,15 @@ class SettledBackward {
   }
 
   void compute_potentials(int64 start, int64 stop) {
-    load_start(params_, tile_, start, state(0));
+    load_start(params_, tile_, start, v(0));
     for (int64 t = start; t < stop; ++t) {
       const int64 k = t - start;
       const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
       const Real* current = input_.current(x, read_residual(params_, tile_, t, r_buffer_));
       neurons_.template visit<SettledRows<Real>>([&](auto neurons) {
         cpu::run<SettledStepLoop<Real, Model, decltype(neurons), false>>(
-            {neurons, params_.options, params_.noise.analog_below, tile_.length, current, noise_.row(tile_, t),
-             state(k), state(k + 1), h(k), ahead(start, stop, k)});
+            {neurons, params_.options, params_.noise.analog_below, tile_.length, current, noise_.row(tile_, t), v(k),
+             v(k + 1), h(k), ahead(start, stop, k)});
       });
     }
   }
@@ -410,8 +403,8 @@ class SettledBackward {
                .g = g,
                .h = h(t - start),
                .draws = noise_.row(tile_, t),
-               .d_state = d_state_,
-               .v = state(t - start).v,
+               .dv = dv_,
+               .v = v(t - start),
                .width = sums(kWidth),
                .decay = sums(kDecay),
                .threshold = sums(kThreshold),
@@ -433,9 +426,8 @@ class SettledBackward {
   const int64 last_start_ = (params_.shape.steps - 1) / segment_ * segment_;
   const bool more_ = params_.wants(kDecay) || params_.wants(kThreshold) || params_.wants(kReset);
   const bool dx_is_dc_ = params_.is_input_plain();
-  Rows<Real> rows_{segment_ + (states_ + 1) * kStateMembers + 5 + kInputGain, kTile};
-  Real* const h_ = rows_.take(segment_);
-  const State<Real*> state_rows_ = take_state(rows_, states_), d_state_ = take_state(rows_);
+  Rows<Real> rows_{segment_ + states_ + 6 + kInputGain, kTile};
+  Real *const h_ = rows_.take(segment_), *const v_ = rows_.take(states_), *const dv_ = rows_.take();
   Real *const sums_ = rows_.take(kInputGain), *const zeros_ = rows_.take();
   Real *const x_buffer_ = rows_.take(), *const g_buffer_ = rows_.take(), *const dx_buffer_ = rows_.take();
   Real* const r_buffer_ = rows_.take();

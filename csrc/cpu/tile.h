@@ -341,33 +341,16 @@ class GeneralInput {
   Real *buffer_ = nullptr, *current_ = nullptr, *ones_ = nullptr, *zeros_ = nullptr;
 };
 
-// `count` consecutive rows for each member of the state.
+// Reads a row of v or w from `from`, or if null, fills it with `otherwise`.
 template <class Real>
-State<Real*> take_state(Rows<Real>& rows, int64 count = 1) {
-  State<Real*> state;
-  for_each_member([&](Real*& row) { row = rows.take(count); }, state);
-  return state;
+void load_state(const Real* from, int64 offset, Real otherwise, int64 length, Real* row) {
+  from != nullptr ? std::copy_n(from + offset, length, row) : std::fill_n(row, length, otherwise);
 }
 
-// Reads rows of the state from `from`, or if null, fills them with `otherwise`.
+// Writes it to `to`, unless null.
 template <class Real>
-void load_state(const State<const Real*>& from, int64 offset, const State<Real>& otherwise, int64 length,
-                const State<Real*>& rows) {
-  for_each_member(
-      [&](const Real* values, Real value, Real* row) {
-        values != nullptr ? std::copy_n(values + offset, length, row) : std::fill_n(row, length, value);
-      },
-      from, otherwise, rows);
-}
-
-// Writes rows of the state to `to`, unless null.
-template <class Real>
-void store_state(const State<Real*>& rows, int64 length, const State<Real*>& to, int64 offset) {
-  for_each_member(
-      [&](const Real* row, Real* values) {
-        if (values != nullptr) std::copy_n(row, length, values + offset);
-      },
-      rows, to);
+void store_state(const Real* row, int64 length, Real* to, int64 offset) {
+  if (to != nullptr) std::copy_n(row, length, to + offset);
 }
 
 // The index of the tile's state after `steps` steps in the checkpoints.
@@ -377,20 +360,20 @@ inline int64 checkpoint(const Tile& tile, int64 steps) {
 
 // The elements of w, `elements` behind those of v; null if those are.
 template <class Element>
-State<Element*> behind(const State<Element*>& v, int64 elements) {
-  return {v.v == nullptr ? nullptr : v.v + elements};
+Element* behind(Element* v, int64 elements) {
+  return v == nullptr ? nullptr : v + elements;
 }
 
-// Loads the state before the first step of a segment, with w of adaptive neurons.
+// Loads v before the first step of a segment, and unless null w of adaptive neurons.
 template <class Scalar>
-void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 start,
-                const State<Real_t<Scalar>*>& state, const State<Real_t<Scalar>*>& w = {}) {
-  const State<const Real_t<Scalar>*>& from = start > 0 ? params.checkpoints : params.init;
+void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 start, Real_t<Scalar>* v,
+                Real_t<Scalar>* w = nullptr) {
+  const Real_t<Scalar>* from = start > 0 ? params.checkpoints : params.v_init;
   const int64 offset = start > 0 ? checkpoint(tile, start) : tile.first;
-  load_state(from, offset, params.at_rest(), tile.length, state);
-  if (!exists(w)) return;
+  load_state(from, offset, params.options.v_rest, tile.length, v);
+  if (w == nullptr) return;
   const int64 elements = start > 0 ? checkpoint_stride(tile.shape) : tile.shape.neurons();
-  load_state(behind(from, elements), offset, State<Real_t<Scalar>>{}, tile.length, w);
+  load_state(behind(from, elements), offset, Real_t<Scalar>(0), tile.length, w);
 }
 
 // Whether a tile's slots are one for each value, the first `count` of its neurons' slots.

@@ -86,6 +86,11 @@ __device__ __forceinline__ void fill(Real (&values)[kLanes], Real value) {
 #pragma unroll
   for (int j = 0; j < kLanes; ++j) values[j] = value;
 }
+template <int kLanes, class Real>
+__device__ __forceinline__ void copy(const Real (&from)[kLanes], Real (&to)[kLanes]) {
+#pragma unroll
+  for (int j = 0; j < kLanes; ++j) to[j] = from[j];
+}
 
 // Hides a value's computation from the compiler.
 __device__ __forceinline__ void opaque(int64& element) {
@@ -138,38 +143,26 @@ struct ThreadIndex {
         element(shape.outer == 1 ? read_n : shape.element(read_n, 0)) {}
 };
 
-// The state of neuron j of a thread.
-template <int kLanes, class Real>
-__device__ __forceinline__ State<Real&> lane(State<Real[kLanes]>& states, int j) {
-  return map_members<Real&>([j](Real(&values)[kLanes]) -> Real& { return values[j]; }, states);
-}
-
-template <int kLanes, class Real>
-__device__ __forceinline__ void fill(State<Real[kLanes]>& states, const State<Real>& value) {
-  for_each_member([](Real(&values)[kLanes], Real same) { fill(values, same); }, states, value);
-}
-
-// Load and store a thread's states in arrays of all neurons, [N].
-template <int kLanes, class Real>
-__device__ __forceinline__ void load(const State<const Real*>& from, int64 n, State<Real[kLanes]>& to) {
-  for_each_member([n](const Real* all, Real(&values)[kLanes]) { Access<kLanes>::load(all + n, values); }, from, to);
-}
-
-template <int kLanes, class Real>
-__device__ __forceinline__ void store(const State<Real[kLanes]>& from, int64 n, const State<Real*>& to) {
-  for_each_member([n](const Real(&values)[kLanes], Real* all) { Access<kLanes>::store(values, all + n); }, from, to);
-}
-
-// The state before step `start`, the first of a segment.
-template <int kLanes, class Scalar, class Real>
-__device__ __forceinline__ void load_state(const LIFParams<Scalar>& params, const State<const Real*>& checkpoints,
-                                           int64 start, const ThreadIndex<kLanes>& index, State<Real[kLanes]>& state) {
-  if (start > 0) {
-    load(checkpoints, (start / kCheckpointSteps - 1) * params.shape.neurons() + index.read_n, state);
-  } else if (exists(params.init)) {
-    load(params.init, index.read_n, state);
+// The potentials before the first step.
+template <int kLanes, class Scalar>
+__device__ __forceinline__ void load_v_init(const LIFParams<Scalar>& params, const ThreadIndex<kLanes>& index,
+                                            Real_t<Scalar> (&v)[kLanes]) {
+  if (params.v_init != nullptr) {
+    Access<kLanes>::load(params.v_init + index.read_n, v);
   } else {
-    fill(state, params.at_rest());
+    fill(v, params.options.v_rest);
+  }
+}
+
+// The potentials before step `start`, the first of a segment.
+template <int kLanes, class Scalar>
+__device__ __forceinline__ void load_start(const BackwardParams<Scalar>& params, int64 start,
+                                           const ThreadIndex<kLanes>& index, Real_t<Scalar> (&v)[kLanes]) {
+  if (start > 0) {
+    const int64 at = (start / kCheckpointSteps - 1) * params.shape.neurons() + index.read_n;
+    Access<kLanes>::load(params.checkpoints + at, v);
+  } else {
+    load_v_init(params, index, v);
   }
 }
 

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
   const FiringFromLeast<Real> firing(model);
   ThreadNeuron<Real, true> neuron(params, index.read_n, model);
   Real v, w;
-  load_pair(params.init.v, index.read_n, neurons, model.v_rest, v, w);
+  load_pair(params.v_init, index.read_n, neurons, model.v_rest, v, w);
   for (int64 start = 0; start < steps; start += kSteps) {
     load_steps(steps - start - kSteps, next);
     const int length = steps - start < kSteps ? static_cast<int>(steps - start) : kSteps;
@@ -65,14 +65,14 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
       advance(element, stride);
     }
     const int64 done = start + kSteps;
-    if (exists(params.checkpoints) && done % kCheckpointSteps == 0 && done < steps && index.live) {
+    if (params.checkpoints != nullptr && done % kCheckpointSteps == 0 && done < steps && index.live) {
       const int64 at = (done / kCheckpointSteps - 1) * neurons + index.n;
-      store_pair(v, w, params.checkpoints.v, at, checkpoint_stride(params.shape));
+      store_pair(v, w, params.checkpoints, at, checkpoint_stride(params.shape));
     }
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) now[k] = next[k];
   }
-  if (exists(params.last) && index.live) store_pair(v, w, params.last.v, index.n, neurons);
+  if (params.v_last != nullptr && index.live) store_pair(v, w, params.v_last, index.n, neurons);
   if (params.zeros != nullptr && index.n == 0) params.zeros[0] = params.zeros[1] = Real(0);
 }
 
@@ -106,9 +106,9 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
                         reinterpret_cast<const ThreadSums<Real>&>(potentials[row]));
     }
   };
-  bool carried = exists(params.grad_last);
+  bool carried = params.grad_v_last != nullptr;
   Real dv, dw;
-  load_pair(params.grad_last.v, index.read_n, neurons, Real(0), dv, dw);
+  load_pair(params.grad_v_last, index.read_n, neurons, Real(0), dv, dw);
 
   for (int64 start = (steps - 1) / kSteps * kSteps; start >= 0; start -= kSteps) {
     const int length = steps - start < kSteps ? static_cast<int>(steps - start) : kSteps;
@@ -127,9 +127,9 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
     Real v, w;
     if (start > 0) {
       const int64 at = (start / kSteps - 1) * neurons + index.read_n;
-      load_pair(params.checkpoints.v, at, checkpoint_stride(params.shape), v_rest, v, w);
+      load_pair(params.checkpoints, at, checkpoint_stride(params.shape), v_rest, v, w);
     } else {
-      load_pair(params.init.v, index.read_n, neurons, v_rest, v, w);
+      load_pair(params.v_init, index.read_n, neurons, v_rest, v, w);
     }
     const Real first_v = v;
     const SegmentNoise<1, kSteps> noise(source, index.n, start, length);
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAdaptiveBlocks<Real_t<Scalar>>
     __syncthreads();  // sums have been read
   }
   store_sums(false, 0, 0);
-  if (exists(params.grad_init) && index.live) store_pair(dv, dw, params.grad_init.v, index.n, neurons);
+  if (params.grad_v_init != nullptr && index.live) store_pair(dv, dw, params.grad_v_init, index.n, neurons);
 }
 
 }  // namespace asgl

@@ -46,10 +46,10 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
   load_steps(steps, now);
   const Real v_rest = params.options.v_rest;
   ThreadNeuron<Real, true> neuron(params, index.read_n, params.options);
-  State<Real[kLanes]> state, later;  // later: the gradient of state
-  load_state(params, State<const Real*>{}, 0, index, state);
-  fill(later, State<Real>());
-  if (kBack && exists(params.grad_last)) load(params.grad_last, index.read_n, later);
+  Real v[kLanes], later[kLanes];  // later: the gradient of v
+  load_v_init(params, index, v);
+  fill(later, Real(0));
+  if (kBack && params.grad_v_last != nullptr) Lanes::load(params.grad_v_last + index.read_n, later);
   Real sums[2] = {};
   __shared__ ThreadSums<Real> thread_sums[2];
   const auto store_sums = [&](int64 t, bool per_step) {
@@ -91,14 +91,14 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
         if constexpr (kBack) {
-          const Real dv = integrator_adjoint(in[j], params.delay, neuron.now(), later.v[j]);
+          const Real dv = integrator_adjoint(in[j], params.delay, neuron.now(), later[j]);
           out[j] = neuron.now().input_gain * dv;
-          if (kSums) sums[0] += dv * ((t == 0 ? state.v[j] : before[j]) - v_rest);
+          if (kSums) sums[0] += dv * ((t == 0 ? v[j] : before[j]) - v_rest);
           if (kSums) sums[1] += dv * x[j];
         } else {
-          before[j] = state.v[j];
-          state.v[j] = integrate(in[j], before[j], neuron.now(), v_rest);
-          out[j] = params.delay ? before[j] : state.v[j];
+          before[j] = v[j];
+          v[j] = integrate(in[j], before[j], neuron.now(), v_rest);
+          out[j] = params.delay ? before[j] : v[j];
         }
       }
       if (out_seq != nullptr && index.live) Lanes::store(out, out_seq + element);
@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(kBlockThreads, kIntegratorBlocks<Real_t<Scalar
     now = next;
   }
   if (kSums) store_sums(0, false);
-  const State<Real*>& end = kBack ? params.grad_init : params.last;
-  if (exists(end) && index.live) store(kBack ? later : state, index.n, end);
+  Real* const end = kBack ? params.grad_v_init : params.v_last;
+  if (end != nullptr && index.live) Lanes::store(kBack ? later : v, end + index.n);
 }
 
 }  // namespace asgl

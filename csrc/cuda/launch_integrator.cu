@@ -9,8 +9,8 @@ namespace asgl::cuda {
 
 template <class Scalar>
 cudaError_t plan_on(Device, IntegratorParams<Scalar>& params) {
-  const bool grouped = groups_of_four(params, params.v_seq, params.last, params.grad_v_seq, params.grad_last,
-                                      params.grad_x_seq, params.grad_init);
+  const bool grouped = groups_of_four(params, params.v_seq, params.v_last, params.grad_v_seq, params.grad_v_last,
+                                      params.grad_x_seq, params.grad_v_init);
   return plan_with_sums(params, grouped && share_parameters(params));
 }
 

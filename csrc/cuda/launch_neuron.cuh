@@ -14,16 +14,16 @@ namespace asgl::cuda {
 
 template <class Scalar>
 cudaError_t plan_on(Device, ForwardParams<Scalar>& params) {
-  const bool grouped = groups_of_four(params, params.residual, params.s_seq, params.last, params.v_seq, params.h_seq,
+  const bool grouped = groups_of_four(params, params.residual, params.s_seq, params.v_last, params.v_seq, params.h_seq,
                                       params.checkpoints);
   return plan_neurons(params, grouped && fit_parameters(params) && !params.options.adapts());
 }
 
 template <class Scalar>
 cudaError_t plan_on(Device, BackwardParams<Scalar>& params) {
-  const bool grouped =
-      groups_of_four(params, params.residual, params.grad_s_seq, params.grad_last, params.grad_v_seq, params.grad_h_seq,
-                     params.checkpoints, params.grad_x_seq, params.grad_init, params.grad_residual);
+  const bool grouped = groups_of_four(params, params.residual, params.grad_s_seq, params.grad_v_last, params.grad_v_seq,
+                                      params.grad_h_seq, params.checkpoints, params.grad_x_seq, params.grad_v_init,
+                                      params.grad_residual);
   return plan_with_sums(params, grouped && fit_parameters(params) && !params.options.adapts());
 }
 

@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
   const FiringFromLeast<Real> firing(options);
   const auto& model = Model::of(params.options);
   ThreadNeuron<Real, kIsGeneral<kInput>, kOwnNeurons<kInput, kLanes>> neuron(params, index.read_n, options);
-  State<Real[kLanes]> state;
-  load_state(params, State<const Real*>{}, 0, index, state);
+  Real v[kLanes];
+  load_v_init(params, index, v);
   if (kExact == 0) load_first();
   int64 element = index.element;
   for (int64 start = 0; start < steps; start += kSteps) {
@@ -94,13 +94,13 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
           const Neuron<Real>& own = neuron.now(j);
           Real c = input_current<kInput>(h[j], own);
           if constexpr (kHasResidual<kInput>) c = c + params.residual_gain * r_k[j];
-          h[j] = Model::template charge<kInput>(c, lane(state, j), own, options);
+          h[j] = Model::template charge<kInput>(c, v[j], own, options);
           s[j] = model.fire(h[j], noise.is_analog(k, j), own, firing);
-          model.reset(h[j], s[j], own, lane(state, j));
+          v[j] = model.reset(h[j], s[j], own);
         }
         if constexpr (kIsGeneral<kInput>) {
           if (params.h_seq != nullptr && index.live) Lanes::store(h, params.h_seq + element);
-          if (params.v_seq != nullptr && index.live) Lanes::store(state.v, params.v_seq + element);
+          if (params.v_seq != nullptr && index.live) Lanes::store(v, params.v_seq + element);
           if (options.scale_output) {
 #pragma unroll
             for (int j = 0; j < kLanes; ++j) s[j] = s[j] * neuron.now().v_threshold;
@@ -112,11 +112,12 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
       if (kExact == 0) load_step(steps - start, k + kSteps);  // in flight while other steps are computed
     }
     const int64 done = start + kSteps;
-    if (exists(params.checkpoints) && done % kCheckpointSteps == 0 && done < steps && index.live) {
-      store(state, (done / kCheckpointSteps - 1) * params.shape.neurons() + index.n, params.checkpoints);
+    if (params.checkpoints != nullptr && done % kCheckpointSteps == 0 && done < steps && index.live) {
+      const int64 at = (done / kCheckpointSteps - 1) * params.shape.neurons() + index.n;
+      Lanes::store(v, params.checkpoints + at);
     }
   }
-  if (exists(params.last) && index.live) store(state, index.n, params.last);
+  if (params.v_last != nullptr && index.live) Lanes::store(v, params.v_last + index.n);
   if (params.zeros != nullptr && index.n == 0) params.zeros[0] = params.zeros[1] = Real(0);
 }
 
@@ -143,34 +144,33 @@ struct SettledStep {
     return Model::fire(h, noise.is_analog(k, j), neuron.now(j), firing);
   }
 
-  // From x to h, and from the state before step k to the state after it.
+  // From x to h, and from v before step k to v after it.
   template <class Noise>
-  __device__ __forceinline__ void compute(const Row& x, const Row& r, const Noise& noise, int k, State<Row>& state,
-                                          Row& h) const {
+  __device__ __forceinline__ void compute(const Row& x, const Row& r, const Noise& noise, int k, Row& v, Row& h) const {
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
       Real c = input_current<kInput>(x[j], neuron.now(j));
       if constexpr (kHasResidual<kInput>) c = c + residual_gain * r[j];
-      h[j] = Model::template charge<kInput>(c, lane(state, j), neuron.now(j), options);
+      h[j] = Model::template charge<kInput>(c, v[j], neuron.now(j), options);
       const Real s = fire(h[j], noise, k, j);
-      Model::reset(h[j], s, neuron.now(j), lane(state, j));
+      v[j] = Model::reset(h[j], s, neuron.now(j));
     }
   }
 
-  // From ds, the gradient of s, to dx, and from the gradient of the state after the step to the gradient before it.
-  __device__ __forceinline__ void walk_back(bool carried, const Row& x, const Row& h, const Row& s, Row& ds,
-                                            State<Row>& d_state, Row& from_u, Row& dh, Row& dx, Sums& sums) const {
+  // From ds, the gradient of s, to dx, and from the gradient of v after the step to the gradient before it.
+  __device__ __forceinline__ void walk_back(bool carried, const Row& x, const Row& h, const Row& s, Row& ds, Row& dv,
+                                            Row& from_u, Row& dh, Row& dx, Sums& sums) const {
     if (carried && !options.detach_reset) {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
-        ds[j] = Model::spike_gradient(ds[j], h[j], true, neuron.now(j), d_state.v[j]);
+        ds[j] = Model::spike_gradient(ds[j], h[j], true, neuron.now(j), dv[j]);
       }
     }
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
       const Neuron<Real>& own = neuron.now(j);
       const StepGradient<Real> step =
-          Model::step_adjoint(ds[j], NoGradient{}, h[j], s[j], carried, own, options, lane(d_state, j));
+          Model::step_adjoint(ds[j], NoGradient{}, h[j], s[j], carried, own, options, dv[j]);
       sums[kWidth][j % kOwn] += step.dy * Model::distance(h[j], own);
       if constexpr (kNormalised) {
         sums[kInputGain][j % kOwn] += step.dc * (x[j] - own.input_mean);
@@ -186,9 +186,8 @@ struct SettledStep {
   __device__ __forceinline__ void add_decay(const Row& dh, const Row& h, const Row& s, Sums& sums) const {
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
-      State<Real> after;
-      Model::reset(h[j], s[j], neuron.now(j), after);
-      sums[kDecay][j % kOwn] += dh[j] * after.v;
+      const Real v_after = Model::reset(h[j], s[j], neuron.now(j));
+      sums[kDecay][j % kOwn] += dh[j] * v_after;
     }
   }
 };
@@ -326,11 +325,10 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
     const FiringFromLeast<Real> firing(options);
     const ThreadNeuron<Real, false, kOwn> neuron(params, index.read_n, options);
     const SettledStep<Model, kInput, Real, kLanes> step = {neuron, options, firing, params.residual_gain};
-    const bool has_grad_last = exists(params.grad_last);
-    State<Real[kLanes]> d_state;
-    fill(d_state, State<Real>());  // NVRTC would read {} from a variable in global memory
-    if (has_grad_last) load(params.grad_last, index.read_n, d_state);
-    Real dh[kLanes];
+    const bool has_grad_last = params.grad_v_last != nullptr;
+    Real dv[kLanes], dh[kLanes];
+    fill(dv, Real(0));  // NVRTC would read {} from a variable in global memory
+    if (has_grad_last) Access<kLanes>::load(params.grad_v_last + index.read_n, dv);
 
     for (int64 start = (steps - 1) / kCheckpointSteps * kCheckpointSteps; start >= 0; start -= kCheckpointSteps) {
       const int length = kInRegisters                       ? kExact
@@ -339,8 +337,8 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
       const int last_steps = start + length < steps ? 0 : 1;  // steps of the segment that no step follows
       if (!kInRegisters) load_ends(start, length);
       const SegmentNoise<kLanes, kSegment> noise(source, index.n, start, length);
-      State<Real[kLanes]> state;
-      load_state(params, params.checkpoints, start, index, state);
+      Real v[kLanes];
+      load_start(params, start, index, v);
       Potentials h[kSteps];
 #pragma unroll 1
       for (int first = 0; first < length; first += kSteps) {
@@ -352,7 +350,7 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
             Real x_k[kLanes], r_k[kLanes];
             x[k].unpack(x_k);
             if constexpr (kResidual) r[k].unpack(r_k);
-            step.compute(x_k, r_k, few, k, state, h[k].values);
+            step.compute(x_k, r_k, few, k, v, h[k].values);
             if (!kInRegisters) potentials[first + k][threadIdx.x] = h[k];
           }
           if (!kInRegisters) load_x(k + kSteps < left, k);
@@ -370,22 +368,22 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
 #pragma unroll
         for (int k = kSteps - 1; k >= 0; --k) {
           if (k < left) {
-            Real x_k[kLanes], s[kLanes], ds[kLanes], from_u[kLanes], dx[kLanes];
+            Real x_k[kLanes], s[kLanes], ds[kLanes], from_u[kLanes], dx[kLanes], dv_after[kLanes];
             if (kNormalised) (kInRegisters ? x : x_again)[k].unpack(x_k);
             g[k].unpack(ds);
-            const State<Real[kLanes]> d_after = d_state;
+            copy(dv, dv_after);
 #pragma unroll
             for (int j = 0; j < kLanes; ++j) s[j] = step.fire(h[k].values[j], few, k, j);
             if (k < decay_steps) step.add_decay(dh, h[k].values, s, sums);
             const auto walk_back = [&](bool carried) {
-              step.walk_back(carried, x_k, h[k].values, s, ds, d_state, from_u, dh, dx, sums);
+              step.walk_back(carried, x_k, h[k].values, s, ds, dv, from_u, dh, dx, sums);
             };
             k < carried_steps ? walk_back(true) : walk_back(false);  // mostly true, without selections
             if ((wanted & (1u << kThreshold | 1u << kReset)) != 0) {
 #pragma unroll
               for (int j = 0; j < kLanes; ++j) {
                 sums[kThreshold][j % kOwn] -= from_u[j];
-                if (k < carried_steps) sums[kReset][j % kOwn] += Model::gradient_of_reset(d_after.v[j], s[j]);
+                if (k < carried_steps) sums[kReset][j % kOwn] += Model::gradient_of_reset(dv_after[j], s[j]);
               }
             }
             if constexpr (kResidual) {
@@ -407,12 +405,12 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
       }
     }
     if (has(wanted, kDecay)) {
-      State<Real[kLanes]> init;
-      load_state(params, params.checkpoints, 0, index, init);
+      Real v_init[kLanes];
+      load_v_init(params, index, v_init);
 #pragma unroll
-      for (int j = 0; j < kLanes; ++j) sums[kDecay][j % kOwn] += dh[j] * init.v[j];
+      for (int j = 0; j < kLanes; ++j) sums[kDecay][j % kOwn] += dh[j] * v_init[j];
     }
-    if (exists(params.grad_init) && index.live) store(d_state, index.n, params.grad_init);
+    if (params.grad_v_init != nullptr && index.live) Access<kLanes>::store(dv, params.grad_v_init + index.n);
   }
   uint32 of_all = wanted;
   if constexpr (kOwn > 1) of_all = store_own_sums(params, wanted, index, sums, thread_sums);
@@ -455,10 +453,10 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
     store_partials<kLanes>(slots, params.parameters[id], params.shape, thread_sums);
   };
   Real sums[kNumParameters] = {};
-  bool carried = exists(params.grad_last);
-  State<Real[kLanes]> d_state;
-  fill(d_state, State<Real>());
-  if (carried) load(params.grad_last, index.read_n, d_state);
+  bool carried = params.grad_v_last != nullptr;
+  Real dv[kLanes];
+  fill(dv, Real(0));
+  if (carried) Lanes::load(params.grad_v_last + index.read_n, dv);
 
   for (int64 start = (steps - 1) / kSteps * kSteps; start >= 0; start -= kSteps) {
     const int length = steps - start < kSteps ? static_cast<int>(steps - start) : kSteps;
@@ -474,10 +472,9 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         if (first + k < length) potentials[first + k][threadIdx.x] = x[k];
       }
     }
-    Real next_g[kLanes];
-    State<Real[kLanes]> first_state;
-    load_state(params, params.checkpoints, start, index, first_state);
-    State<Real[kLanes]> state = first_state;
+    Real next_g[kLanes], first_v[kLanes], v[kLanes];
+    load_start(params, start, index, first_v);
+    copy(first_v, v);
     const SegmentNoise<kLanes, kSteps> noise(source, index.n, start, length);
     const auto fire_lane = [&](Real h, int k, int j) {
       return model.fire(h, noise.is_analog(k, j), neuron.now(), firing);
@@ -492,8 +489,8 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       for (int j = 0; j < kLanes; ++j) {
         Real c = input_current<kInput>(h.values[j], neuron.now());
         if constexpr (kHasResidual<kInput>) c = c + params.residual_gain * r[j];
-        h.values[j] = Model::template charge<kInput>(c, lane(state, j), neuron.now(), options);
-        model.reset(h.values[j], fire_lane(h.values[j], k, j), neuron.now(), lane(state, j));
+        h.values[j] = Model::template charge<kInput>(c, v[j], neuron.now(), options);
+        v[j] = model.reset(h.values[j], fire_lane(h.values[j], k, j), neuron.now());
       }
       potentials[k][threadIdx.x] = h;
     }
@@ -508,10 +505,9 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
 #pragma unroll 1
     for (int k = length - 1; k >= 0; --k) {
       const int64 t = start + k, element = first_element + k * stride;
-      Real g[kLanes], gh[kLanes], x[kLanes], dx[kLanes], dc[kLanes];
-      State<Real[kLanes]> before = first_state;
-#pragma unroll
-      for (int j = 0; j < kLanes; ++j) g[j] = next_g[j];
+      Real g[kLanes], gh[kLanes], x[kLanes], dx[kLanes], dc[kLanes], v_before[kLanes];
+      copy(first_v, v_before);
+      copy(next_g, g);
       load_next_gradient(k - 1);
       fill(gh, Real(0));
       fill(x, Real(0));
@@ -521,7 +517,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         Real gv[kLanes];
         Lanes::load(params.grad_v_seq + element, gv);
 #pragma unroll
-        for (int j = 0; j < kLanes; ++j) d_state.v[j] += gv[j];
+        for (int j = 0; j < kLanes; ++j) dv[j] += gv[j];
         carried = true;
       }
       if (has(wanted, kDecay) && k > 0) {
@@ -530,7 +526,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) {
           const Real s_before = fire_lane(h_before.values[j], k - 1, j);
-          model.reset(h_before.values[j], s_before, neuron.now(), lane(before, j));
+          v_before[j] = model.reset(h_before.values[j], s_before, neuron.now());
         }
       }
       neuron.move_to(t);
@@ -542,15 +538,14 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
           sums[kThreshold] += g[j] * s;
           g[j] = g[j] * neuron.now().v_threshold;
         }
-        model.floor_adjoint(h.values[j], s, neuron.now(), lane(d_state, j));
-        if (carried) sums[kReset] += model.gradient_of_reset(d_state.v[j], s);
-        const Real ds =
-            model.spike_gradient(g[j], h.values[j], carried && !options.detach_reset, neuron.now(), d_state.v[j]);
+        dv[j] = model.floor_adjoint(h.values[j], s, neuron.now(), dv[j]);
+        if (carried) sums[kReset] += model.gradient_of_reset(dv[j], s);
+        const Real ds = model.spike_gradient(g[j], h.values[j], carried && !options.detach_reset, neuron.now(), dv[j]);
         const StepGradient<Real> step =
-            model.step_adjoint(ds, gh[j], h.values[j], s, carried, neuron.now(), options, lane(d_state, j));
+            model.step_adjoint(ds, gh[j], h.values[j], s, carried, neuron.now(), options, dv[j]);
         sums[kWidth] += step.dy * model.distance(h.values[j], neuron.now());
         sums[kThreshold] -= step.dy * neuron.now().inverse_width;
-        sums[kDecay] += step.dh * (before.v[j] - options.v_rest);
+        sums[kDecay] += step.dh * (v_before[j] - options.v_rest);
         dx[j] = neuron.now().input_gain * step.dc;
         dc[j] = step.dc;
         sums[kInputGain] += step.dc * (x[j] - neuron.now().input_mean);
@@ -582,7 +577,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
   for (int id = 0; id < kNumParameters; ++id) {
     if (has(wanted, id) && params.parameters[id].step_stride == 0) store_sum(id, 0, sums[id], 0);
   }
-  if (exists(params.grad_init) && index.live) store(d_state, index.n, params.grad_init);
+  if (params.grad_v_init != nullptr && index.live) Lanes::store(dv, params.grad_v_init + index.n);
 }
 
 }  // namespace asgl

@@ -42,7 +42,7 @@ bool fit_parameters(const Params& params) {
 // Whether four neurons, from any multiple of four on, are adjacent and aligned in memory.
 template <class Scalar, class... Pointers>
 bool groups_of_four(const LIFParams<Scalar>& params, const Pointers&... sequences_and_states) {
-  return params.shape.inner % 4 == 0 && is_aligned(params.x_seq) && is_aligned(params.init) &&
+  return params.shape.inner % 4 == 0 && is_aligned(params.x_seq) && is_aligned(params.v_init) &&
          (is_aligned(sequences_and_states) && ...);
 }
 

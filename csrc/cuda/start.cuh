@@ -41,12 +41,6 @@ template <class Element>
 ASGL_HOST_DEVICE bool is_aligned(const Element* first) {
   return reinterpret_cast<unsigned long>(first) % (4 * sizeof(Element)) == 0;
 }
-template <class Real>
-ASGL_HOST_DEVICE bool is_aligned(const State<Real*>& state) {
-  bool all = true;
-  for_each_member([&](const Real* first) { all = all && is_aligned(first); }, state);
-  return all;
-}
 
 // float64 would need two accesses of 16 bytes, without a gain.
 template <class Scalar>

@@ -41,7 +41,7 @@ struct AdaptiveLIF : LIFByOptions<Real> {
   ASGL_HOST_DEVICE Real step(Real x, bool analog, const Neuron<Real>& neuron, const FiringRule& firing, Real& v,
                              Real& w, Real& s) const {
     const Real c = x - keep_if(in_current(), w);
-    const Real h = Base::template charge<Input::kGeneral>(c, State<Real>{v}, neuron, *this);
+    const Real h = Base::template charge<Input::kGeneral>(c, v, neuron, *this);
     s = this->fire(compared(h, w), analog, neuron, firing);
     v = this->after_reset(h, s, adapted(neuron, w));
     w = neuron.input_gain * w + (neuron.input_bias * (v - this->v_rest) + neuron.input_mean * s);
@@ -58,14 +58,13 @@ struct AdaptiveLIF : LIFByOptions<Real> {
   ASGL_HOST_DEVICE Gradient adjoint(Real g, Real gh, Real h, Real s, Real w, bool carried, const Neuron<Real>& neuron,
                                     Real& dv, Real& dw) const {
     const Neuron<Real> now = adapted(neuron, w);
-    State<Real> d_state = {dv + keep_if(carried, neuron.input_bias * dw)};
-    const Real d_reset = keep_if(carried, this->gradient_of_reset(d_state.v, s));
-    const Real ds = this->spike_gradient(g + keep_if(carried, neuron.input_mean * dw), h,
-                                         carried && !this->detach_reset, now, d_state.v);
-    const StepGradient<Real> step = this->step_adjoint(ds, gh, compared(h, w), s, carried, now, *this, d_state);
+    dv = dv + keep_if(carried, neuron.input_bias * dw);
+    const Real d_reset = keep_if(carried, this->gradient_of_reset(dv, s));
+    const Real ds =
+        this->spike_gradient(g + keep_if(carried, neuron.input_mean * dw), h, carried && !this->detach_reset, now, dv);
+    const StepGradient<Real> step = this->step_adjoint(ds, gh, compared(h, w), s, carried, now, *this, dv);
     const Real d_compared = keep_if(in_threshold(), gh + step.dy * neuron.inverse_width);
     dw = (neuron.input_gain * dw + keep_if(in_reset(), d_reset)) - choose(in_current(), step.dc, d_compared);
-    dv = d_state.v;
     return {d_reset, this->distance(compared(h, w), neuron), step};
   }
 };

@@ -36,10 +36,10 @@ struct LIFByOptions : NeuronOptions<Real> {
 
   static ASGL_HOST_DEVICE const LIFByOptions& of(const LIFByOptions& options) { return options; }
 
-  template <Input kInput, class States>
-  static ASGL_HOST_DEVICE Real charge(Real c, States&& state, const Neuron<Real>& neuron,
+  template <Input kInput>
+  static ASGL_HOST_DEVICE Real charge(Real c, const Real& v, const Neuron<Real>& neuron,
                                       const NeuronOptions<Real>& options) {
-    return Hard::charge<kInput>(c, state, neuron, options);
+    return Hard::charge<kInput>(c, v, neuron, options);
   }
 
   // multi_spike: s = trunc(h / v_threshold) where h > 0, else 0 (a product, so that NaN stays NaN); at most levels,
@@ -67,29 +67,21 @@ struct LIFByOptions : NeuronOptions<Real> {
   }
 
   ASGL_HOST_DEVICE Real after_reset(Real h, Real s, const Neuron<Real>& neuron) const {
-    State<Real> hard, soft;
-    Hard::reset(h, s, neuron, hard);
-    Soft::reset(h, s, neuron, soft);
-    return choose(this->hard_reset, hard.v, soft.v);
+    return choose(this->hard_reset, Hard::reset(h, s, neuron), Soft::reset(h, s, neuron));
   }
 
   // floored: v[t] = relu(v - v_min) + v_min,   v after reset
-  template <class States>
-  ASGL_HOST_DEVICE void reset(Real h, Real s, const Neuron<Real>& neuron, States&& state) const {
+  ASGL_HOST_DEVICE Real reset(Real h, Real s, const Neuron<Real>& neuron) const {
     const Real v = after_reset(h, s, neuron), above = v - v_min;
-    if (kBranches && !floored) {
-      state.v = v;
-      return;
-    }
-    state.v = choose(floored, (above <= Real(0) ? Real(0) : above) + v_min, v);
+    if (kBranches && !floored) return v;
+    return choose(floored, (above <= Real(0) ? Real(0) : above) + v_min, v);
   }
 
   // dv = 0 where v <= v_min
-  template <class States>
-  ASGL_HOST_DEVICE void floor_adjoint(Real h, Real s, const Neuron<Real>& neuron, States&& d_state) const {
-    if (kBranches && !floored) return;
-    const Real dv = d_state.v, above = after_reset(h, s, neuron) - v_min;
-    d_state.v = choose(floored, above <= Real(0) ? Real(0) : dv, dv);
+  ASGL_HOST_DEVICE Real floor_adjoint(Real h, Real s, const Neuron<Real>& neuron, Real dv) const {
+    if (kBranches && !floored) return dv;
+    const Real above = after_reset(h, s, neuron) - v_min;
+    return choose(floored, above <= Real(0) ? Real(0) : dv, dv);
   }
 
   ASGL_HOST_DEVICE Real gradient_of_reset(Real dv, Real s) const {
@@ -112,15 +104,14 @@ struct LIFByOptions : NeuronOptions<Real> {
     return choose(periodic, h < neuron.v_threshold ? u : above, u);
   }
 
-  template <class States>
   ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real ds, Real gh, Real h, Real s, bool carried,
                                                    const Neuron<Real>& neuron, const NeuronOptions<Real>&,
-                                                   States&& d_state) const {
-    const Real dv = d_state.v, y = distance(h, neuron) * neuron.inverse_width;
+                                                   Real& v_gradient) const {
+    const Real dv = v_gradient, y = distance(h, neuron) * neuron.inverse_width;
     const Real dy = any_surrogate(this->surrogate, static_cast<Real>(this->levels), y, ds * this->surrogate_gain);
     const Real from_v = choose(this->hard_reset, dv * (Real(1) - s), dv);
     const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
-    d_state.v = neuron.decay * dh;
+    v_gradient = neuron.decay * dh;
     return {dy, dh, dh};
   }
 };

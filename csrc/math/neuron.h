@@ -10,45 +10,6 @@
 
 namespace asgl {
 
-// Carried by a neuron from step to step. T is a value, the values of a thread's neurons, a row, or a pointer to [N].
-template <class T>
-struct State {
-  T v;  // the potential after reset
-};
-
-// Calls f with the same member of all these states, for each member.
-template <class F, class... States>
-ASGL_HOST_DEVICE void for_each_member(F&& f, States&&... states) {
-  f(states.v...);
-}
-
-constexpr int kStateMembers = sizeof(State<char>);
-
-// Members stored `stride` elements apart; null if `first` is.
-template <class T>
-ASGL_HOST_DEVICE State<T*> members_in(T* first, int64 stride) {
-  State<T*> state{};
-  for_each_member(
-      [&](T*& member) {
-        member = first;
-        first = first == nullptr ? first : first + stride;
-      },
-      state);
-  return state;
-}
-
-// The state whose members are f(member).
-template <class T, class F, class Other>
-ASGL_HOST_DEVICE State<T> map_members(F&& f, Other&& state) {
-  return {f(state.v)};
-}
-
-// Either all members of a state are null, or none.
-template <class T>
-ASGL_HOST_DEVICE bool exists(const State<T*>& state) {
-  return state.v != nullptr;
-}
-
 // Parameters of a neuron at one step. `reset`: v_reset for the hard reset, reset_amount for the soft reset.
 template <class Real>
 struct Neuron {
@@ -165,11 +126,11 @@ struct LIF {
   }
 
   // h[t] = v_rest + decay * (v[t-1] - v_rest) + c[t]
-  template <Input kInput, class Real, class States>
-  static ASGL_HOST_DEVICE Real charge(Real c, States&& state, const Neuron<Real>& neuron,
+  template <Input kInput, class Real>
+  static ASGL_HOST_DEVICE Real charge(Real c, const Real& v, const Neuron<Real>& neuron,
                                       const NeuronOptions<Real>& options) {
     const Real v_rest = options.v_rest;
-    return kIsGeneral<kInput> ? (v_rest + neuron.decay * (state.v - v_rest)) + c : neuron.decay * state.v + c;
+    return kIsGeneral<kInput> ? (v_rest + neuron.decay * (v - v_rest)) + c : neuron.decay * v + c;
   }
 
   // s = F(u / width) where analog, else the hard spike,   u = h - v_threshold, or h where spikes are counted
@@ -182,14 +143,16 @@ struct LIF {
   }
 
   // v[t] = h * (1 - s) + v_reset * s   hard,   h - reset_amount * s   soft
-  template <class Real, class States>
-  static ASGL_HOST_DEVICE void reset(Real h, Real s, const Neuron<Real>& neuron, States&& state) {
-    state.v = kHardReset ? h * (Real(1) - s) + neuron.reset * s : h - neuron.reset * s;
+  template <class Real>
+  static ASGL_HOST_DEVICE Real reset(Real h, Real s, const Neuron<Real>& neuron) {
+    return kHardReset ? h * (Real(1) - s) + neuron.reset * s : h - neuron.reset * s;
   }
 
   // From the gradient of v[t] to the gradient of the potential after reset, for models with a floor between them.
-  template <class Real, class States>
-  static ASGL_HOST_DEVICE void floor_adjoint(Real, Real, const Neuron<Real>&, States&&) {}
+  template <class Real>
+  static ASGL_HOST_DEVICE Real floor_adjoint(Real, Real, const Neuron<Real>&, Real dv) {
+    return dv;
+  }
 
   // d v_reset += dv * s   hard,   d reset_amount -= dv * s   soft
   template <class Real>
@@ -215,16 +178,16 @@ struct LIF {
     return kCounts ? h : h - neuron.v_threshold;
   }
 
-  // On return `d_state` is the gradient of the state before this step.
-  template <class Real, class GradientOfH, class States>
+  // On return `v_gradient`, dv on entry, is the gradient of v[t-1].
+  template <class Real, class GradientOfH>
   static ASGL_HOST_DEVICE StepGradient<Real> step_adjoint(Real ds, GradientOfH gh, Real h, Real s, bool carried,
                                                           const Neuron<Real>& neuron,
-                                                          const NeuronOptions<Real>& options, States&& d_state) {
-    const Real dv = d_state.v, y = distance(h, neuron) * neuron.inverse_width;
+                                                          const NeuronOptions<Real>& options, Real& v_gradient) {
+    const Real dv = v_gradient, y = distance(h, neuron) * neuron.inverse_width;
     const Real dy = surrogate<kSurrogate>(static_cast<Real>(options.levels), y, ds * options.surrogate_gain);
     const Real from_v = kHardReset ? dv * (Real(1) - s) : dv;
     const Real dh = (gh + keep_if(carried, from_v)) + dy * neuron.inverse_width;
-    d_state.v = neuron.decay * dh;
+    v_gradient = neuron.decay * dh;
     return {dy, dh, dh};
   }
 };

@@ -156,7 +156,7 @@ class Call {
         rng_state_.has_value() ? reinterpret_cast<const int64*>(rng_state_->const_data_ptr<int64_t>()) : nullptr,
         static_cast<uint32>(rules_.analog_below)};
     params.x_seq = const_pointer<Scalar>(x_seq_);
-    params.init.v = const_pointer<Real>(v_init_);
+    params.v_init = const_pointer<Real>(v_init_);
     params.residual = const_pointer<Scalar>(residual_);
     params.residual_gain = static_cast<Real>(numbers_.residual_gain);
   }

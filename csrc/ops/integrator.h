@@ -20,7 +20,7 @@ std::vector<Tensor> integrator_forward(const Tensor& x_seq, const OptionalTensor
     call.fill(params);
     params.delay = delay;
     params.v_seq = pointer<decltype(scalar)>(results[0]);
-    if (wants_v_last) params.last.v = pointer<Real_t<decltype(scalar)>>(results[1]);
+    if (wants_v_last) params.v_last = pointer<Real_t<decltype(scalar)>>(results[1]);
     backend.plan_tiles(params);
     backend.launch(params);
   });
@@ -61,9 +61,9 @@ std::vector<Tensor> integrator_backward(const Tensor& grad_v_seq, const Optional
       params.delay = delay;
       params.v_seq = const_cast<Scalar*>(const_pointer<Scalar>(potentials));  // backward only reads it
       params.grad_v_seq = const_pointer<Scalar>(grad_v_seq);
-      params.grad_last.v = const_pointer<Real>(grad_last);
+      params.grad_v_last = const_pointer<Real>(grad_last);
       if (wanted[0]) params.grad_x_seq = pointer<Scalar>(results.front());
-      if (wanted[1]) params.grad_init.v = pointer<Real>(results.back());
+      if (wanted[1]) params.grad_v_init = pointer<Real>(results.back());
       gradients.compute(backend, params);
     });
   }

@@ -40,10 +40,10 @@ std::vector<Tensor> lif_forward(const Tensor& x_seq, const OptionalTensor& v_ini
     ForwardParams<Scalar> params{};
     call.fill(params);
     params.s_seq = pointer<Scalar>(s_seq);
-    params.last.v = pointer<Real>(v_last);
+    params.v_last = pointer<Real>(v_last);
     params.v_seq = pointer<Real>(v_seq);
     params.h_seq = pointer<Real>(h_seq);
-    params.checkpoints = members_in(pointer<Real>(checkpoints), checkpoint_stride(shape));
+    params.checkpoints = pointer<Real>(checkpoints);
     if (wants_checkpoints) params.zeros = pointer<Real>(checkpoints) + elements - 2;
     backend.plan_tiles(params);
     backend.launch(params);
@@ -89,12 +89,12 @@ std::vector<Tensor> lif_backward(const c10::List<OptionalTensor>& grads, const T
       BackwardParams<Scalar> params{};
       call.fill(params);
       params.grad_s_seq = const_pointer<Scalar>(grad_s_seq);
-      params.grad_last.v = const_pointer<Real>(grad_v_last);
+      params.grad_v_last = const_pointer<Real>(grad_v_last);
       params.grad_v_seq = const_pointer<Real>(grad_v_seq);
       params.grad_h_seq = const_pointer<Real>(grad_h_seq);
-      params.checkpoints = members_in(const_pointer<Real>(checkpoints), checkpoint_stride(shape));
+      params.checkpoints = const_pointer<Real>(checkpoints);
       params.grad_x_seq = pointer<Scalar>(grad_x_seq);
-      params.grad_init.v = pointer<Real>(grad_v_init);
+      params.grad_v_init = pointer<Real>(grad_v_init);
       params.grad_residual = pointer<Scalar>(grad_residual);
       gradients.compute(backend, params);
     });

@@ -1,5 +1,5 @@
 // Arguments of the leaky integrator's kernels. Of the neuron's, the equations use decay, input_gain, v_rest,
-// logit_decay, x_seq and init.
+// logit_decay, x_seq and v_init.
 #pragma once
 
 #include "math/integrator.h"
@@ -15,12 +15,12 @@ template <class Scalar>
 struct IntegratorParams : LIFParams<Scalar> {
   using typename LIFParams<Scalar>::Real;
   bool delay;
-  Scalar* v_seq;                 // [outer, T, inner], after each step, or with delay before it
-  State<Real*> last;             // [N]
-  const Scalar* grad_v_seq;      // [outer, T, inner]; null in forward
-  State<const Real*> grad_last;  // [N]
-  Scalar* grad_x_seq;            // [outer, T, inner]
-  State<Real*> grad_init;        // [N]
+  Scalar* v_seq;             // [outer, T, inner], after each step, or with delay before it
+  Real* v_last;              // [N]
+  const Scalar* grad_v_seq;  // [outer, T, inner]; null in forward
+  const Real* grad_v_last;   // [N]
+  Scalar* grad_x_seq;        // [outer, T, inner]
+  Real* grad_v_init;         // [N]
   GradientPartials<Real> partials[kNumParameters];
 
   ASGL_HOST_DEVICE bool only_spikes() const { return true; }

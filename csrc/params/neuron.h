@@ -21,7 +21,7 @@ struct SequenceShape {
 // Steps between checkpoints of the state for backward. Sequences up to this length have none.
 constexpr int kCheckpointSteps = 16;
 
-// Elements of one state member's checkpoints.
+// Elements of the checkpoints of v, or of w.
 ASGL_HOST_DEVICE int64 checkpoint_stride(const SequenceShape& shape) {
   return (shape.steps - 1) / kCheckpointSteps * shape.neurons();
 }
@@ -101,6 +101,7 @@ struct NeuronTiles {
   int64 count;  // tiles in all
 };
 
+// Of adaptive neurons, states are [2, N] and checkpoints [2, (T - 1) / kCheckpointSteps, N], v then w.
 template <class Scalar>
 struct LIFParams {
   using Real = Real_t<Scalar>;
@@ -111,12 +112,9 @@ struct LIFParams {
   NeuronTiles tiles;
   ParameterSummary summary;  // set by plan_tiles() of CUDA; from kDivisible neurons on only `wanted`
   const Scalar* x_seq;       // [outer, T, inner]
-  State<const Real*> init;   // [N]; null: at rest
+  const Real* v_init;        // [N]; null: at rest
   const Scalar* residual;    // [outer, T, inner]; null: none
   Real residual_gain;
-
-  // The state of a neuron at rest.
-  ASGL_HOST_DEVICE State<Real> at_rest() const { return {options.v_rest}; }
 
   // The assumption for charge; kGeneral also if a parameter changes over time.
   ASGL_HOST_DEVICE Input input() const {
@@ -140,12 +138,12 @@ struct LIFParams {
 template <class Scalar>
 struct ForwardParams : LIFParams<Scalar> {
   using typename LIFParams<Scalar>::Real;
-  Scalar* s_seq;             // [outer, T, inner]
-  State<Real*> last;         // [N]
-  Real* v_seq;               // [outer, T, inner]
-  Real* h_seq;               // [outer, T, inner]
-  State<Real*> checkpoints;  // [(T - 1) / kCheckpointSteps, N], after steps 16, 32, ...
-  Real* zeros;               // [2], padding, zeroed so that no output is uninitialised
+  Scalar* s_seq;      // [outer, T, inner]
+  Real* v_last;       // [N]
+  Real* v_seq;        // [outer, T, inner]
+  Real* h_seq;        // [outer, T, inner]
+  Real* checkpoints;  // [(T - 1) / kCheckpointSteps, N], after steps 16, 32, ...
+  Real* zeros;        // [2], padding, zeroed so that no output is uninitialised
 
   // Whether only unscaled spikes, the last state and checkpoints are wanted.
   ASGL_HOST_DEVICE bool only_spikes() const {
@@ -173,14 +171,14 @@ struct GradientPartials {
 template <class Scalar>
 struct BackwardParams : LIFParams<Scalar> {
   using typename LIFParams<Scalar>::Real;
-  const Scalar* grad_s_seq;        // [outer, T, inner]
-  State<const Real*> grad_last;    // [N]
-  const Real* grad_v_seq;          // [outer, T, inner]
-  const Real* grad_h_seq;          // [outer, T, inner]
-  State<const Real*> checkpoints;  // as in ForwardParams
-  Scalar* grad_x_seq;              // [outer, T, inner]
-  State<Real*> grad_init;          // [N]
-  Scalar* grad_residual;           // [outer, T, inner], the gradient of the input current
+  const Scalar* grad_s_seq;  // [outer, T, inner]
+  const Real* grad_v_last;   // [N]
+  const Real* grad_v_seq;    // [outer, T, inner]
+  const Real* grad_h_seq;    // [outer, T, inner]
+  const Real* checkpoints;   // as in ForwardParams
+  Scalar* grad_x_seq;        // [outer, T, inner]
+  Real* grad_v_init;         // [N]
+  Scalar* grad_residual;     // [outer, T, inner], the gradient of the input current
   GradientPartials<Real> partials[kNumParameters];
 
   ASGL_HOST_DEVICE bool wants(int id) const { return partials[id].data != nullptr; }

@@ -160,7 +160,7 @@ HALVES = """
 
 
 def test_split_store():
-    assert offset("BackwardParams", "grad_init") == offset("BackwardParams", "grad_x_seq") + 8
+    assert offset("BackwardParams", "grad_v_init") == offset("BackwardParams", "grad_x_seq") + 8
     assert not list(access_problems(GENERAL, operations(HALVES)))
     split = HALVES.replace(
         "st.global.v2.b32 	[%rd5], {{%r1, %r2}};",

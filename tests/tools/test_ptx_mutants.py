@@ -121,8 +121,8 @@ MUTANTS = {
     ),
     "reciprocal of another": surrogates("fast sigmoid", old='"=f"(result) : "f"(x)', new='"=f"(result) : "f"(1 + x)'),
     "outputs in another order": params(
-        "float", old="  Scalar* s_seq;             // [outer, T, inner]\n  State<Real*> last;         // [N]\n",
-        new="  State<Real*> last;\n  Scalar* s_seq;\n", error=NOWHERE,
+        "float", old="  Scalar* s_seq;      // [outer, T, inner]\n  Real* v_last;       // [N]\n",
+        new="  Real* v_last;\n  Scalar* s_seq;\n", error=NOWHERE,
     ),
     "a term that should be left out": Mutant("adaptive", "math/neuron.h", "condition ? value : 0.0f", "value"),
     "the other of two values": options(

@@ -123,8 +123,7 @@ def moved(params: Any, dtype: str) -> Moved:
         return Moved(sequences + size * ("grad_x_seq" in given and "grad_residual" not in given), 0.0)
     steps, neurons = params.shape.steps, params.shape.outer * params.shape.inner
     values = (-(-steps // constant("kCheckpointSteps")) - 1) * neurons
-    states = (getattr(params, name, None) for name in ("init", "last", "grad_last", "grad_init"))
-    values += sum(neurons for state in states if state is not None and state.v)
+    values += neurons * len({"v_init", "v_last", "grad_v_last", "grad_v_init"} & given)
     for view in params.parameters:
         values += view.count * (steps if view.step_stride else 1) if view.data else 0
     for partial, view in zip(getattr(params, "partials", ()), params.parameters, strict=False):

@@ -75,12 +75,12 @@ class Trial {
     expect();
     ForwardParams<Scalar> forward{params_};
     forward.x_seq = x_seq_.data();
-    forward.init.v = init_.data();
+    forward.v_init = init_.data();
     forward.s_seq = s_seq_.data();
-    forward.last.v = last_.data();
+    forward.v_last = last_.data();
     forward.v_seq = v_seq_.data();
     forward.h_seq = h_seq_.data();
-    forward.checkpoints.v = checkpoints_.data();
+    forward.checkpoints = checkpoints_.data();
     launch("forward", forward, kernels);
     compare("s_seq", s_seq_, s_, differences_);
     compare("last", last_, state_, differences_);
@@ -89,14 +89,14 @@ class Trial {
 
     BackwardParams<Scalar> backward{params_};
     backward.x_seq = x_seq_.data();
-    backward.init.v = init_.data();
-    backward.checkpoints.v = checkpoints_.data();
+    backward.v_init = init_.data();
+    backward.checkpoints = checkpoints_.data();
     backward.grad_s_seq = g_.data();
-    backward.grad_last.v = grad_last_.data();
+    backward.grad_v_last = grad_last_.data();
     backward.grad_v_seq = grad_v_seq_.data();
     backward.grad_h_seq = grad_h_seq_.data();
     backward.grad_x_seq = grad_x_seq_.data();
-    backward.grad_init.v = grad_init_.data();
+    backward.grad_v_init = grad_init_.data();
     const int64 tiles = cuda::blocks_for(shape_.neurons(), kBlockThreads);  // no device has more
     Buffer<Real> partials[kNumParameters], sums[kNumParameters];
     for (int id = 0; id < kNumParameters; ++id) {

@@ -48,16 +48,13 @@ struct RulesAgain : Named {
       return options.levels > 0 ? std::min(several, Real(options.levels)) : several;
     }
     Real above_floor(Real h, Real s, const Neuron<Real>& neuron) const {
-      State<Real> state;
-      Named::reset(h, s, neuron, state);
-      return std::max(state.v - options.v_min, Real(0));
+      return std::max(Named::reset(h, s, neuron) - options.v_min, Real(0));
     }
-    void reset(Real h, Real s, const Neuron<Real>& neuron, State<Real>& state) const {
-      Named::reset(h, s, neuron, state);
-      if (options.floored) state.v = above_floor(h, s, neuron) + options.v_min;
+    Real reset(Real h, Real s, const Neuron<Real>& neuron) const {
+      return options.floored ? above_floor(h, s, neuron) + options.v_min : Named::reset(h, s, neuron);
     }
-    void floor_adjoint(Real h, Real s, const Neuron<Real>& neuron, State<Real>& d_state) const {
-      if (options.floored && above_floor(h, s, neuron) == 0) d_state.v = 0;
+    Real floor_adjoint(Real h, Real s, const Neuron<Real>& neuron, Real dv) const {
+      return options.floored && above_floor(h, s, neuron) == 0 ? Real(0) : dv;
     }
     Real distance(Real h, const Neuron<Real>& neuron) const {
       if (!options.periodic || h < neuron.v_threshold) return Named::distance(h, neuron);
@@ -65,10 +62,10 @@ struct RulesAgain : Named {
       return neuron.v_threshold * (2 * (turns - std::floor(turns)) - 1);
     }
     StepGradient<Real> step_adjoint(Real ds, Real gh, Real h, Real s, bool carried, Neuron<Real> neuron,
-                                    const NeuronOptions<Real>&, State<Real>& d_state) const {
+                                    const NeuronOptions<Real>&, Real& dv) const {
       const Real d = distance(h, neuron);
       neuron.v_threshold = 0;
-      return Named::step_adjoint(ds, gh, d, s, carried, neuron, options, d_state);
+      return Named::step_adjoint(ds, gh, d, s, carried, neuron, options, dv);
     }
   };
 
@@ -98,29 +95,27 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
   std::vector<Neuron<Real>> neurons(shape.steps);
   std::vector<Real> spikes(shape.steps), v_before(shape.steps);
   for (int64 n = 0; n < shape.neurons(); ++n) {
-    State<Real> state = params.at_rest();
-    for_each_member([n](const Real* all, Real& own) { own = all != nullptr ? all[n] : own; }, params.init, state);
+    Real v = params.v_init != nullptr ? params.v_init[n] : options.v_rest;
     for (int64 t = 0; t < shape.steps; ++t) {
       const int64 element = shape.element(n, t);
       neurons[t] =
           neuron_of<Real>([&](ParameterId id) { return value_of(id, params.parameters[id].at(n, t), options); });
-      v_before[t] = state.v;
+      v_before[t] = v;
       const Real x = to_real(params.x_seq[element]);
       Real c = input_current<Input::kGeneral>(x, neurons[t]);
       if (params.residual != nullptr) c += params.residual_gain * to_real(params.residual[element]);
-      const Real h = Model::template charge<Input::kGeneral>(c, state, neurons[t], options);
+      const Real h = Model::template charge<Input::kGeneral>(c, v, neurons[t], options);
       const Real s = model.fire(h, is_analog(params.noise, n, t), neurons[t], Firing<Real>(options));
-      model.reset(h, s, neurons[t], state);
+      v = model.reset(h, s, neurons[t]);
       spikes[t] = s;
       expected.h_seq[element] = h;
-      expected.v_seq[element] = state.v;
+      expected.v_seq[element] = v;
       expected.s_seq[element] = options.scale_output ? s * neurons[t].v_threshold : s;
     }
-    expected.v_last[n] = state.v;
+    expected.v_last[n] = v;
 
-    bool carried = exists(params.grad_last);
-    State<Real> d_state{};
-    if (carried) for_each_member([n](const Real* all, Real& own) { own = all[n]; }, params.grad_last, d_state);
+    bool carried = params.grad_v_last != nullptr;
+    Real dv = carried ? params.grad_v_last[n] : Real(0);
     for (int64 t = shape.steps - 1; t >= 0; --t) {
       const int64 element = shape.element(n, t);
       const Neuron<Real>& neuron = neurons[t];
@@ -128,7 +123,7 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
       Real g = params.grad_s_seq != nullptr ? to_real(params.grad_s_seq[element]) : Real(0);
       const Real gh = params.grad_h_seq != nullptr ? params.grad_h_seq[element] : Real(0);
       if (params.grad_v_seq != nullptr) {
-        d_state.v += params.grad_v_seq[element];
+        dv += params.grad_v_seq[element];
         carried = true;
       }
       const auto add = [&](ParameterId id, double term) {
@@ -140,16 +135,15 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
         add(kThreshold, static_cast<double>(g) * s);
         g = g * neuron.v_threshold;
       }
-      model.floor_adjoint(h, s, neuron, d_state);
-      const Real dv = d_state.v;
-      const Real ds = model.spike_gradient(g, h, carried && !options.detach_reset, neuron, d_state.v);
-      const StepGradient<Real> step = model.step_adjoint(ds, gh, h, s, carried, neuron, options, d_state);
+      dv = model.floor_adjoint(h, s, neuron, dv);
+      const Real dv_after = dv, ds = model.spike_gradient(g, h, carried && !options.detach_reset, neuron, dv);
+      const StepGradient<Real> step = model.step_adjoint(ds, gh, h, s, carried, neuron, options, dv);
       const double dy = step.dy, dh = step.dh, dc = step.dc;
       const double width = value_of(kWidth, params.parameters[kWidth].at(n, t), options), decay = neuron.decay;
       add(kWidth, -dy * model.distance(h, neuron) / (options.log_width ? width : width * width));
       add(kDecay, dh * (v_before[t] - options.v_rest) * (options.logit_decay ? (1 - decay) * decay : 1));
       add(kThreshold, -dy / width);
-      if (carried) add(kReset, options.hard_reset ? static_cast<double>(dv) * s : -static_cast<double>(dv) * s);
+      if (carried) add(kReset, static_cast<double>(options.hard_reset ? dv_after : -dv_after) * s);
       add(kInputGain, dc * (static_cast<double>(to_real(params.x_seq[element])) - neuron.input_mean));
       add(kInputBias, dc);
       add(kInputMean, -dc * neuron.input_gain);
@@ -157,7 +151,7 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
       expected.grad_residual[element] = step.dc;
       carried = true;
     }
-    expected.grad_v_init[n] = d_state.v;
+    expected.grad_v_init[n] = dv;
   }
   return expected;
 }

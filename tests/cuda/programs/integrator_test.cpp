@@ -56,22 +56,22 @@ class Trial {
   Texts run(std::set<const void*>& kernels) {
     asgl_emulation::settings().multiprocessors = multiprocessors_;
     params_.x_seq = x_seq_.data();
-    params_.init.v = init_.data();
+    params_.v_init = init_.data();
     params_.v_seq = v_seq_.data();
-    params_.last.v = last_.data();
+    params_.v_last = last_.data();
     check("plan_tiles", cuda::plan_tiles(params_), differences_);
     launch("forward", lanes(x_seq_, init_, v_seq_, last_), kernels);
     expect();
     compare("v_seq", v_seq_, v_, differences_);
     compare("v_last", last_, v_last_, differences_);
 
-    params_.last.v = nullptr;
+    params_.v_last = nullptr;
     if (!wanted_[0]) params_.v_seq = nullptr;
     if (!wanted_[1]) params_.x_seq = nullptr;
     params_.grad_v_seq = g_.data();
-    params_.grad_last.v = grad_last_.data();
+    params_.grad_v_last = grad_last_.data();
     params_.grad_x_seq = grad_x_seq_.data();
-    params_.grad_init.v = grad_init_.data();
+    params_.grad_v_init = grad_init_.data();
     Real later;  // any non-null pointer: plan_tiles() needs to know which sums are wanted
     for (int i = 0; i < 2; ++i) {
       if (wanted_[i]) params_.partials[kIds[i]].data = &later;

@@ -123,12 +123,12 @@ class Trial {
 
     forward_.x_seq = x_seq_.data();
     forward_.residual = residual_.data();
-    forward_.init.v = v_init_.data();
+    forward_.v_init = v_init_.data();
     forward_.s_seq = s_seq_.data();
-    forward_.last.v = v_last_.data();
+    forward_.v_last = v_last_.data();
     forward_.v_seq = v_seq_.data();
     forward_.h_seq = h_seq_.data();
-    forward_.checkpoints.v = checkpoints_.data();
+    forward_.checkpoints = checkpoints_.data();
     check("plan_tiles", cuda::plan_tiles(forward_), differences);
     check("forward", cuda::launch(Model{}, forward_, nullptr), differences);
     const Input forward_input = input(v_seq_.data() == nullptr && h_seq_.data() == nullptr);
@@ -139,13 +139,13 @@ class Trial {
     BackwardParams<Scalar> backward{};
     static_cast<LIFParams<Scalar>&>(backward) = forward_;
     backward.grad_s_seq = grad_s_seq_.data();
-    backward.grad_last.v = grad_v_last_.data();
+    backward.grad_v_last = grad_v_last_.data();
     backward.grad_v_seq = grad_v_seq_.data();
     backward.grad_h_seq = grad_h_seq_.data();
-    backward.checkpoints.v = checkpoints_.data();
+    backward.checkpoints = checkpoints_.data();
     backward.grad_x_seq = grad_x_seq_.data();
     backward.grad_residual = grad_residual_.data();
-    backward.grad_init.v = grad_v_init_.data();
+    backward.grad_v_init = grad_v_init_.data();
     const Expected<Real> expected =
         expect<std::conditional_t<kByOptions, asgl_emulation::RulesAgain<Named>, Named>>(backward);
     compare("s_seq", s_seq_, expected.s_seq, differences);
