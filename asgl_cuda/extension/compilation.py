@@ -44,7 +44,10 @@ SAME_CODE = {88: 86, 89: 86, 121: 120}
 # compiler vectorise comparisons and calls; they change no value. Debug symbols, which many a Python asks for, would
 # make the extension ten times as large.
 CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0"]
-CPU_SOURCES = ("cpu/integrator.cpp", "cpu/normalisation.cpp", "cpu/neuron.cpp", "ops/bindings.cpp")
+CPU_SOURCES = (
+    "cpu/integrator.cpp", "cpu/neuron.cpp", "cpu/neuron_adaptive.cpp", "cpu/neuron_settled.cpp",
+    "cpu/normalisation.cpp", "ops/bindings.cpp",
+)  # fmt: skip
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false"]
 
 

@@ -1,4 +1,4 @@
-// The CPU kernels of the leaky integrator, in tiles as in cpu/neuron.cpp.
+// The CPU kernels of the leaky integrator, in tiles as in cpu/neuron.h.
 #include "cpu/tile.h"
 
 namespace asgl::cpu {

@@ -86,6 +86,13 @@ ASGL_HOST_DEVICE void with_rules(const LIFByOptions<Real>& options, F&& f) {
   }
 }
 
+// One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised. Adaptive neurons lack kInteger, the
+// last.
+template <class Model>
+constexpr int kSurrogateLoops = Model::kAdapts        ? static_cast<int>(Surrogate::kInteger)
+                                : Model::kOnlyGeneral ? kNumSurrogates
+                                                      : 1;
+
 template <class Real, class Model, class Neurons>
 struct StepLoop {
   struct Args {
@@ -102,16 +109,19 @@ struct StepLoop {
     bool compared;  // h is the potential that is compared with v_threshold
   };
 
-  // One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised. Adaptive neurons have none without
-  // noise: nothing is analog where analog_below is 0.
+  // Without noise the surrogate matters only to kInteger. Adaptive neurons have no loop without noise: nothing is
+  // analog where analog_below is 0.
   template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
-    if constexpr (Model::kOnlyGeneral && kId + 1 < kNumSurrogates) {
+    if constexpr (kId + 1 < kSurrogateLoops<Model>) {
       const bool used = args.analog_below > 0 || args.options.counts();
       if (used && static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
     }
     args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF
-    Model::kAdapts || args.analog_below > 0 ? loop<true>(args) : loop<false>(args);
+    if constexpr (!Model::kAdapts && (kId == 0 || static_cast<Surrogate>(kId) == Surrogate::kInteger)) {
+      if (args.analog_below == 0) return loop<false>(args);
+    }
+    loop<true>(args);
   }
 
   template <bool kNoise>
@@ -167,7 +177,7 @@ struct AdjointLoop {
   // As StepLoop.
   template <int kId = 0>
   static ASGL_HOST_DEVICE void run(Args args) {
-    if constexpr (Model::kOnlyGeneral && kId + 1 < kNumSurrogates) {
+    if constexpr (kId + 1 < kSurrogateLoops<Model>) {
       if (static_cast<int>(args.options.surrogate) != kId) return run<kId + 1>(args);
     }
     args.options.surrogate = static_cast<Surrogate>(kId);  // unused by LIF

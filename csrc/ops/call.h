@@ -88,6 +88,8 @@ class Call {
                       " parameters and a residual, got ", parameters.size());
     TORCH_CHECK_VALUE(0 <= rules_.surrogate && rules_.surrogate < kNumSurrogates,
                       "asgl_cuda: no surrogate has the number ", rules_.surrogate);
+    TORCH_CHECK_VALUE(rules_.adaptation == 0 || rules_.surrogate != static_cast<int64_t>(Surrogate::kInteger),
+                      "asgl_cuda: adaptive neurons have no integer spikes");
     if (v_init.has_value()) {
       check_real(*v_init, "v_init");
       v_init_ = layout_.match_state(*v_init, members());

@@ -534,7 +534,9 @@ MUTANTS = {
 }  # fmt: skip
 
 # Mutants of the CPU kernels, found by the same programs.
-cpu = partial(Mutant, "cpu/neuron.cpp")
+cpu = partial(Mutant, "cpu/neuron.h")
+settled = partial(Mutant, "cpu/neuron_settled.cpp")
+entry = partial(Mutant, "cpu/neuron.cpp")
 cpu_integrator = partial(Mutant, "cpu/integrator.cpp")
 tiles = partial(Mutant, "cpu/tile.h")
 rows = partial(Mutant, "cpu/rows.h")
@@ -549,7 +551,7 @@ CPU_MUTANTS = {
         "no residual gain in general loops": loops("+ @ * args.residual[i];", "args.residual_gain", "Real(1)"),
         "the residual of the tile's first stretch": tiles("kResidual ? residual + @ : nullptr", "i", "0"),
         "no current in general loops": tiles("neurons.row.input_gain = @;", "ones_", "zeros_"),
-        "the residual's gradient left": cpu("finish_row(dc, @, tile_, t)", "grad_residual", "grad_x_seq"),
+        "the residual's gradient left": settled("finish_row(dc, @, tile_, t)", "grad_residual", "grad_x_seq"),
         "a stretch too long": rows("return {@, inner", "inner - tile.first % inner", "inner"),
         "a channel's stretch too long": tiles("for_each_stretch(tile_, @,", "shared_ == 0 ? kTile : shared_",
                                               "shared_ == 0 ? kTile : 2 * shared_"),
@@ -559,8 +561,8 @@ CPU_MUTANTS = {
         "a parameter's run too long": tiles("runs_of(tile, @), inverse", "parameter.inner", "2 * parameter.inner"),
         "a parameter's last value stays": loops("== args.count ? @ :", "0", "index"),
         "a sum's run too long": tiles("runs_of(tile, @), slots", "parameter.inner", "2 * parameter.inner"),
-        "a sum without the run's later tiles": cpu("for (; @; ++tile) totals", "(tile + 1) * sum.tile < end", "false"),
-        "a sum of too few neurons": cpu("slots + run, totals.data(), @}", "length", "length - 1"),
+        "a sum without the run's later tiles": entry("; @; ++tile) totals", "(tile + 1) * sum.tile < end", "false"),
+        "a sum of too few neurons": entry("slots + run, totals.data(), @}", "length", "length - 1"),
         "parameters turn too late": tiles("for_each_stretch(tile, @,", "parameter.count", "2 * parameter.count"),
         "noise of another tile": tiles("if (@) {\n      first_ = tile.first", "tile.first != first_", "first_ < 0"),
         "noise of another step": tiles("rows_.row(2 * slot + @)", "t % 2", "0"),
@@ -583,7 +585,7 @@ CPU_MUTANTS = {
         "no last checkpoint": cpu("kCheckpointSteps == 0 && @)", "steps < params.shape.steps",
                                   "steps + kCheckpointSteps < params.shape.steps"),
         "decay's gradient of another step": cpu("accumulate(kDecay, Real(1), dh_, {v(@)", "k", "k + 1"),
-        "decay's gradient of another settled step": cpu(".v = v(@)", "t - start", "t - start + 1"),
+        "decay's gradient of another settled step": settled(".v = v(@)", "t - start", "t - start + 1"),
         "wrong sign of the soft reset's gradient": loops(
             "d_reset[i] = @;", "model.gradient_of_reset(dv, s)", "dv * s"
         ),
@@ -593,16 +595,16 @@ CPU_MUTANTS = {
         "width's gradient of no distance": loops("args.distance[i] = @;", "model.distance(h, neuron)", "h"),
         "one surrogate for all": loops("args.options.surrogate = @;  // unused by LIF\n    with_rules",
                                        "static_cast<Surrogate>(kId)", "Surrogate::kRectangle"),
-        "a carried gradient forgotten": cpu(
+        "a carried gradient forgotten": settled(
             "Real(0));\n    carried_ = @;", "params_.grad_v_last != nullptr", "false"
         ),
-        "settled forward in spite of potentials": cpu("return params.v_seq == nullptr && @;",
-                                                      "params.h_seq == nullptr", "true"),
-        "settled backward in spite of potentials": cpu("return params.grad_v_seq == nullptr && @ &&",
-                                                       "params.grad_h_seq == nullptr", "true"),
-        "settled in spite of a hard reset's gradient": cpu("!(@ &&", "params.wants(kReset)", "false"),
-        "settled in spite of a potential at rest": cpu("&& @ &&", "params.options.v_rest == 0", "true"),
-        "folded sums end where they turn": cpu("totals.data(), @}", "used - before_turn", "int64(0)"),
+        "settled forward in spite of potentials": entry("return params.v_seq == nullptr && @;",
+                                                        "params.h_seq == nullptr", "true"),
+        "settled backward in spite of potentials": entry("return params.grad_v_seq == nullptr && @ &&",
+                                                         "params.grad_h_seq == nullptr", "true"),
+        "settled in spite of a hard reset's gradient": entry("!(@ &&", "params.wants(kReset)", "false"),
+        "settled in spite of a potential at rest": entry("&& @ &&", "params.options.v_rest == 0", "true"),
+        "folded sums end where they turn": entry("totals.data(), @}", "used - before_turn", "int64(0)"),
         "a row read in pieces too long": rows(f"{PIECES}\n    run<ConvertLoop<Element,", "tile.shape.inner",
                                               "2 * tile.shape.inner"),
         "a row written in pieces too long": rows(f"{PIECES}\n    run<ConvertLoop<Real_t<Element>,", "tile.shape.inner",

@@ -57,6 +57,8 @@ def few_instantiations(directory: Path) -> Path:
     for file, pattern, replacement, count in (
         ("launch.h", re.escape(surrogates), "std::integer_sequence<int, 0, 2>{}", 1),
         ("cpu/neuron.cpp", r"template void .*<Half>.*\n", "", 4),
+        ("cpu/neuron_adaptive.cpp", r"template void .*<Half>.*\n", "", 2),
+        ("cpu/neuron_settled.cpp", r"template void .*<Half>.*\n", "", 2),
         ("cpu/integrator.cpp", r"template void .*<Half>.*\n", "", 2),
     ):
         text, found = re.subn(pattern, replacement, (csrc / file).read_text())

@@ -7,6 +7,8 @@
 
 #if defined(ASGL_TEST_CPU)
 #include "cpu/neuron.cpp"
+#include "cpu/neuron_adaptive.cpp"
+#include "cpu/neuron_settled.cpp"
 #else
 #include "cuda/launch_neuron.cuh"
 #endif

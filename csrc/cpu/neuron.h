@@ -1,0 +1,298 @@
+// The CPU kernels of the neuron. The state of a tile of neurons stays in the cache, with steps as the outer loop and
+// neurons as the inner one (cpu/loops.h). Here are the general kernels; settled ones are in cpu/neuron_settled.cpp.
+//
+// neuron*.cpp instantiate them, one file a kind of kernel or model, so that they compile in parallel.
+#pragma once
+
+#include "cpu/tile.h"
+
+namespace asgl::cpu {
+
+inline int64 segment_steps(int64 steps) { return steps <= 4 ? 4 : steps <= 8 ? 8 : kCheckpointSteps; }
+
+template <class Params>
+bool is_per_step(const Params& params) {
+  return std::any_of(std::begin(params.parameters), std::end(params.parameters),
+                     [](const auto& each) { return each.data != nullptr && each.step_stride != 0; });
+}
+
+// Adaptive neurons with rows of parameters: half a tile at a time, 14 rows of 2 KiB, which the L1 cache holds.
+template <class Model, class Params>
+int64 parts_of_tile(const Params& params) {
+  return Model::kAdapts && !all_uniform(params.parameters) && !is_per_step(params) ? 2 : 1;
+}
+
+// ---- forward ----
+
+// `shift`: elements between the checkpoints of v and those of this row, 0 or to those of w.
+template <class Scalar>
+void store_checkpoint(const ForwardParams<Scalar>& params, const Tile& tile, int64 steps, const Real_t<Scalar>* row,
+                      int64 shift = 0) {
+  if (steps % kCheckpointSteps == 0 && steps < params.shape.steps) {
+    store_state(row, tile.length, behind(params.checkpoints, shift), checkpoint(tile, steps));
+  }
+}
+
+// Row t of the residual; null without one.
+template <class Scalar>
+const Real_t<Scalar>* read_residual(const LIFParams<Scalar>& params, const Tile& tile, int64 t,
+                                    Real_t<Scalar>* buffer) {
+  return params.residual == nullptr ? nullptr : read_row(params.residual, tile, t, buffer);
+}
+
+template <class Model, class Scalar>
+void run_general(const ForwardParams<Scalar>& params) {
+  using Real = Real_t<Scalar>;
+  for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
+    Rows<Real> rows(5, kTile);
+    Real *x_buffer = rows.take(), *s_buffer = rows.take(), *h_buffer = rows.take();
+    Real *v = rows.take(), *w = rows.take();
+    const int64 all = params.shape.neurons();
+    TileNoise noise(params.noise);
+    TileNeurons<Real> neurons(params.parameters, params.options, kNumParameters);
+    GeneralInput<Scalar> input(params);
+    const int64 parts = parts_of_tile<Model>(params), size = kTile / parts;
+    for (int64 index = begin * parts; index < end * parts && index * size < all; ++index) {
+      const Tile tile(params.shape, index, size);
+      load_state(params.v_init, tile.first, params.options.v_rest, tile.length, v);
+      if (Model::kAdapts) load_state(behind(params.v_init, all), tile.first, Real(0), tile.length, w);
+      for (int64 t = 0; t < params.shape.steps; ++t) {
+        const Real* x = read_row(params.x_seq, tile, t, x_buffer);
+        Real* s = start_row(params.s_seq, tile, t, s_buffer);
+        Real* h = start_row(params.h_seq, tile, t, h_buffer);
+        const int64 later_t = (t + kRowsAhead) % params.shape.steps;
+        const Tile later(params.shape, index + (t + kRowsAhead) / params.shape.steps, size);
+        const Ahead ahead = {sizeof(Scalar),
+                             {row_ahead(params.x_seq, later, later_t)},
+                             {written_row_ahead(params.s_seq, later, later_t)}};
+        neurons.move_to(tile, t);
+        neurons.template visit<NeuronRows<Real>>([&](auto given) {
+          input.visit(tile, t, x, given, [&](auto values, const Real* in) {
+            run<StepLoop<Real, Model, decltype(values)>>({values, params.options, params.noise.analog_below,
+                                                          tile.length, in, noise.row(tile, t), v, v, h, s, ahead, w, w,
+                                                          /*compared=*/true});
+          });
+        });
+        if (Model::kAdapts) store_checkpoint(params, tile, t + 1, w, checkpoint_stride(params.shape));
+        if (params.options.scale_output) {
+          run<MultiplyLoop<Real>>({s, neurons.v_threshold(), s_buffer, tile.length});
+          s = s_buffer;
+        }
+        finish_row(s, params.s_seq, tile, t);
+        finish_row(h, params.h_seq, tile, t);
+        finish_row(v, params.v_seq, tile, t);
+        store_checkpoint(params, tile, t + 1, v);
+      }
+      store_state(v, tile.length, params.v_last, tile.first);
+      if (Model::kAdapts) store_state(w, tile.length, behind(params.v_last, all), tile.first);
+    }
+  });
+}
+
+// ---- backward ----
+
+// States kept of a segment: only the gradient of the decay needs the state before each step.
+template <class Scalar>
+int64 kept_states(const BackwardParams<Scalar>& params, int64 segment) {
+  return params.wants(kDecay) ? segment + 1 : 1;
+}
+
+template <class Backward, class Scalar>
+void run_backward(const BackwardParams<Scalar>& params) {
+  for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
+    Backward backward(params);
+    for (int64 index = begin; index < end; ++index) backward.run(Tile(params.shape, index));
+  });
+}
+
+template <class Model, class Scalar>
+class GeneralBackward {
+  using Real = Real_t<Scalar>;
+
+ public:
+  explicit GeneralBackward(const BackwardParams<Scalar>& params) : params_(params) {
+    std::fill_n(zeros_, kTile, Real(0));
+  }
+
+  void run(const Tile& tile) {
+    whole_ = tile;
+    for (int id = 0; id < kNumParameters; ++id) clear(id);
+    for (int64 part = 0; part < parts_ && part * kTile / parts_ < tile.length; ++part) {
+      run_part(Tile(tile.shape, tile.index * parts_ + part, kTile / parts_));
+    }
+    for (int id = 0; id < kNumParameters; ++id) {
+      if (params_.wants(id) && params_.parameters[id].step_stride == 0) store(id, 0);
+    }
+  }
+
+ private:
+  void run_part(const Tile& tile) {
+    tile_ = tile;
+    load_state(params_.grad_v_last, tile.first, Real(0), tile.length, dv_);
+    const int64 all = params_.shape.neurons();
+    if (Model::kAdapts) load_state(behind(params_.grad_v_last, all), tile.first, Real(0), tile.length, dw_);
+    carried_ = params_.grad_v_last != nullptr;
+    const int64 steps = params_.shape.steps;
+    for (int64 start = (steps - 1) / segment_ * segment_; start >= 0; start -= segment_) {
+      const int64 stop = std::min(steps, start + segment_);
+      compute_potentials(start, stop);
+      for (int64 t = stop - 1; t >= start; --t) walk_back(t, t - start);
+    }
+    store_state(dv_, tile.length, params_.grad_v_init, tile.first);
+    if (Model::kAdapts) store_state(dw_, tile.length, behind(params_.grad_v_init, all), tile.first);
+  }
+
+  Real* row(Real* rows, int64 k) const { return rows + k * rows_.stride(); }
+  Real* v(int64 k) const { return row(v_, k % states_); }
+  Ahead ahead(const Scalar* read, const Scalar* written, int64 t) const {
+    if (t < 0 || t >= params_.shape.steps) return {};
+    return {sizeof(Scalar), {row_ahead(read, tile_, t)}, {written_row_ahead(written, tile_, t)}};
+  }
+  // Row k of the adaptation; null for other models.
+  Real* w(int64 k) const { return Model::kAdapts ? row(w_, k % w_states_) : nullptr; }
+  bool wants(int begin, int end) const {
+    return std::any_of(params_.partials + begin, params_.partials + end, [](const auto& each) { return each.data; });
+  }
+  Real* sums(int id) const { return row(sums_, id) + (tile_.first - whole_.first); }
+  void clear(int id) { std::fill_n(row(sums_, id), whole_.length, Real(0)); }
+  void store(int id, int64 t) {
+    store_partials(params_.partials[id], params_.parameters[id], whole_, t, row(sums_, id));
+  }
+  void accumulate(ParameterId id, Real factor, const Real* a, Operand<Real> b, Operand<Real> c) {
+    if (params_.wants(id)) cpu::run<AccumulateLoop<Real>>({tile_.length, factor, a, b, c, sums(id)});
+  }
+
+  void compute_potentials(int64 start, int64 stop) {
+    load_start(params_, tile_, start, v(0), w(0));
+    for (int64 t = start; t < stop; ++t) {
+      const int64 k = t - start;
+      const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
+      neurons_.move_to(tile_, t);
+      neurons_.template visit<NeuronRows<Real>>([&](auto given) {
+        input_.visit(tile_, t, x, given, [&](auto neurons, const Real* in) {
+          cpu::run<StepLoop<Real, Model, decltype(neurons)>>(
+              {neurons, params_.options, params_.noise.analog_below, tile_.length, in, noise_.row(tile_, t), v(k),
+               v(k + 1), row(h_, k), row(s_, k), ahead(params_.x_seq, nullptr, t + kRowsAhead), w(k), w(k + 1)});
+        });
+      });
+    }
+  }
+
+  // Step t, step k of its segment.
+  void walk_back(int64 t, int64 k) {
+    neurons_.move_to(tile_, t);
+    const Real* g = zeros_;
+    if (params_.grad_s_seq != nullptr) {
+      g = read_row(params_.grad_s_seq, tile_, t, g_buffer_);
+      if (params_.options.scale_output) {
+        accumulate(kThreshold, Real(1), g, {row(s_, k), Real(0)}, kZero);
+        cpu::run<MultiplyLoop<Real>>({g, neurons_.v_threshold(), scaled_g_, tile_.length});
+        g = scaled_g_;
+      }
+    }
+    const Real* gh = params_.grad_h_seq == nullptr ? zeros_ : read_row(params_.grad_h_seq, tile_, t, gh_buffer_);
+    if (params_.grad_v_seq != nullptr) {
+      const Real* gv = read_row(params_.grad_v_seq, tile_, t, x_buffer_);
+      cpu::run<AccumulateLoop<Real>>({tile_.length, Real(1), gv, kOne, kZero, dv_});
+      carried_ = true;
+    }
+    Real* dx = start_row(params_.grad_x_seq, tile_, t, dx_buffer_);
+    neurons_.template visit<NeuronRows<Real>>([&](auto neurons) {
+      const auto adjoint = [&](auto kSums) {
+        cpu::run<AdjointLoop<Real, Model, decltype(neurons), kSums()>>(
+            {.neurons = neurons,
+             .options = params_.options,
+             .length = tile_.length,
+             .carried = carried_,
+             .g = g,
+             .gh = gh,
+             .h = row(h_, k),
+             .s = row(s_, k),
+             .dv = dv_,
+             .d_reset = d_reset_,
+             .distance = distance_,
+             .dy = dy_,
+             .dh = dh_,
+             .dx = dx,
+             .ahead = ahead(params_.grad_s_seq, params_.grad_x_seq, t - kRowsAhead),
+             .v = v(k),
+             .w = w(k),
+             .dw = dw_,
+             .sums = sums(0)});
+      };
+      if constexpr (Model::kAdapts) {
+        if (wants(kDecay, kInputGain)) return adjoint(std::integral_constant<Sums, Sums::kAll>{});
+        if (wants(kAdaptDecay, kNumParameters)) return adjoint(std::integral_constant<Sums, Sums::kAdaptation>{});
+        adjoint(std::integral_constant<Sums, Sums::kWidth>{});
+      } else {
+        adjoint(std::integral_constant<Sums, Sums::kNone>{});
+      }
+    });
+    finish_row(dx, params_.grad_x_seq, tile_, t);
+    finish_row(dh_, params_.grad_residual, tile_, t);
+    if (carried_) accumulate(kReset, Real(1), d_reset_, kOne, kZero);
+    if (!Model::kAdapts) add_gradients(t, k, dx);
+    carried_ = true;
+    store_step(t);
+  }
+
+  void add_gradients(int64 t, int64 k, const Real* dx) {
+    accumulate(kWidth, Real(1), dy_, {distance_, Real(0)}, kZero);
+    accumulate(kThreshold, Real(-1), dy_, neurons_.inverse_width(), kZero);
+    accumulate(kDecay, Real(1), dh_, {v(k), Real(0)}, {nullptr, params_.options.v_rest});
+    accumulate(kInputMean, Real(-1), dx, kOne, kZero);
+    if (params_.wants(kInputGain)) {
+      const Real* x = read_row(params_.x_seq, tile_, t, x_buffer_);
+      accumulate(kInputGain, Real(1), dh_, {x, Real(0)}, neurons_.input_mean());
+    }
+    accumulate(kInputBias, Real(1), dh_, kOne, kZero);
+  }
+
+  // The sums of step t.
+  void store_step(int64 t) {
+    for (int id = 0; id < kNumParameters; ++id) {
+      if (params_.wants(id) && params_.parameters[id].step_stride != 0) {
+        store(id, t);
+        clear(id);
+      }
+    }
+  }
+
+  static constexpr Operand<Real> kZero = {nullptr, Real(0)}, kOne = {nullptr, Real(1)};
+
+  const BackwardParams<Scalar>& params_;
+  const int64 segment_ = segment_steps(params_.shape.steps), states_ = kept_states(params_, segment_);
+  // Of an adaptation that is subtracted from the current, backward reads only what the gradient of its decay takes.
+  const int64 w_states_ =
+      params_.wants(kAdaptDecay) || !AdaptiveLIF<Real>::of(params_.options).in_current() ? segment_ + 1 : 1;
+  const int64 w_rows_ = Model::kAdapts ? w_states_ + 1 : 0;
+  Rows<Real> rows_{2 * segment_ + states_ + 11 + kNumParameters + w_rows_, kTile};
+  Real *const h_ = rows_.take(segment_), *const s_ = rows_.take(segment_), *const w_ = rows_.take(w_rows_);
+  Real *const dw_ = w_ + w_states_ * rows_.stride(), *const v_ = rows_.take(states_), *const dv_ = rows_.take();
+  Real *const x_buffer_ = rows_.take(), *const g_buffer_ = rows_.take(), *const gh_buffer_ = rows_.take();
+  Real *const scaled_g_ = rows_.take(), *const dx_buffer_ = rows_.take(), *const dy_ = rows_.take();
+  Real *const dh_ = rows_.take(), *const zeros_ = rows_.take(), *const d_reset_ = rows_.take();
+  Real *const distance_ = rows_.take(), *const sums_ = rows_.take(kNumParameters);
+  TileNoise noise_{params_.noise};
+  TileNeurons<Real> neurons_{params_.parameters, params_.options, kNumParameters};
+  GeneralInput<Scalar> input_{params_};
+  const int64 parts_ = parts_of_tile<Model>(params_);
+  Tile whole_{params_.shape, 0}, tile_{params_.shape, 0};
+  bool carried_ = false;
+};
+
+template <class Model, class Scalar>
+void run_general(const BackwardParams<Scalar>& params) {
+  run_backward<GeneralBackward<Model, Scalar>>(params);
+}
+
+// ---- kernels instantiated elsewhere ----
+
+// In float32; the options select the model.
+template <class Params>
+void run_settled(const Params& params);
+
+template <class Params>
+void run_adaptive(const Params& params);
+
+}  // namespace asgl::cpu
