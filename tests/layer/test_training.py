@@ -331,7 +331,10 @@ def test_reset_of_a_whole_model():
         ("snntorch", lambda of: (of.Leaky(0.9, init_hidden=True), of.Alpha(0.9, 0.8, init_hidden=True)), 0.4),
         (
             "sinabs.layers",
-            lambda of: (of.LIF(10.0, spike_fn=sys.modules["sinabs"].activation.SingleSpike), of.ALIF(10.0, 10.0)),
+            lambda of: (
+                of.LIF(10.0, spike_fn=sys.modules["sinabs"].activation.SingleSpike),
+                of.ALIF(10.0, 10.0, min_v_mem=-1.0),
+            ),
             3.0,
         ),
     ],

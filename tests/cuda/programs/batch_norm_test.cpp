@@ -461,7 +461,7 @@ Texts check_coefficients(const CoefficientsCase& it, unsigned number) {
 
 class Outcomes {
  public:
-  bool goes_on() const { return failed_ < 3; }
+  bool goes_on() const { return failed_ < asgl_emulation::kManyFailures; }
   unsigned cases() const { return cases_; }
   int failed() const { return failed_; }
 

@@ -24,12 +24,14 @@ constexpr bool kOnCpu = true;
 constexpr bool kOnCpu = false;
 #endif
 
-// In a build with seeded mutants, the environment selects one, and buffers have room for accesses beyond their ends:
-// results must reveal mutants.
+// In a build with seeded mutants, the environment selects one, the first failure ends the program, and buffers have
+// room for accesses beyond their ends: results must reveal mutants.
 #if defined(ASGL_TEST_MUTANTS)
+constexpr int kManyFailures = 1;
 constexpr asgl::int64 kRoom = 8192;
 inline void choose_mutant() { asgl::mutant = std::atoi(std::getenv("ASGL_MUTANT")); }
 #else
+constexpr int kManyFailures = 3;
 constexpr asgl::int64 kRoom = 0;
 inline void choose_mutant() {}
 #endif
