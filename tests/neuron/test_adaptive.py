@@ -10,7 +10,9 @@ from test_layouts import LAYOUTS, laid_out
 from torch.func import grad, vmap
 
 import asgl_cuda
-from asgl_cuda.reference import IN_RESET
+from asgl_cuda.backends import BACKENDS
+from asgl_cuda.reference import IN_CURRENT, IN_RESET, Numbers, Rules
+from asgl_cuda.surrogate import INTEGER
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LAST_PLACE = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 1e-6, torch.float64: 1e-14}
@@ -256,3 +258,18 @@ def test_recompute_and_no_neurons(backend, device):
 def test_arguments_are_checked(given, error, message):
     with pytest.raises(error, match=f"asgl_cuda.adaptive_lif: (got an )?{message}"):
         asgl_cuda.adaptive_lif(torch.rand(5, 4), **{"adapt_decay": 0.9, **given})
+
+
+@pytest.mark.parametrize("name", [each for each in ("cpu", "cuda") if each in asgl_cuda.available_backends()])
+def test_operators_refuse_what_no_kernel_computes(name):
+    x_seq = torch.randn(3, 4, device="cuda" if name == "cuda" else "cpu")
+    numbers = Numbers(1.0, 0.5, 1.0, 0.0, 0.9, 0.0, 0.1, residual_gain=1.0, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
+    plain = Rules(*[0] * 12, adaptation=IN_CURRENT, time_dim=0)
+    for rules, residual, message in (
+        (plain._replace(surrogate=INTEGER, levels=4), None, "adaptive neurons have no integer spikes"),
+        (plain, x_seq, "adaptive neurons have no residual"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BACKENDS[name].operators.lif_forward(
+                x_seq, None, None, [*[None] * 7, residual], numbers, rules, [False] * 4
+            )

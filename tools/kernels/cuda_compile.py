@@ -7,7 +7,7 @@ The flags are those of asgl_cuda/extension/compilation.py: PTX for compute_75 an
 architecture is compiled. Architectures with the code of another (SAME_CODE) are compiled only with --update, which
 fails where registers differ.
 
-NVRTC compiles all kernels of asgl_cuda/backends for two architectures, with --update for four. Failures: kernels of
+NVRTC compiles all kernels of asgl_cuda/backends for one architecture, with --update for four. Failures: kernels of
 only one of NVRTC and nvcc; faults of the PTX; a spill that nvcc's kernel does not have; and, where NVRTC has nvcc's
 version and PTX version, other registers than nvcc's. Kernels that loop over steps or sums are exempt while as many
 blocks fit on a multiprocessor as of nvcc's kernel, or as launch bounds request: NVRTC's front end orders values
@@ -62,7 +62,7 @@ NVRTC_ARCHITECTURES = (75, 80, 90, 120)
 LANES = ("1 neuron", "4 neurons")
 # From sm_100 on, NVRTC's PTX differs from compute_80's.
 OTHER_PTX_FROM = 100
-NVRTC_WITHOUT_UPDATE = (80, 120)  # below and from OTHER_PTX_FROM on
+NVRTC_WITHOUT_UPDATE = (90,)
 _FREE_INPUTS = "", " plain", " normalised", " with residual", " normalised with residual", " by neuron"
 FREE_KINDS = (
     *(f"backward{input}, {lanes}" for input in _FREE_INPUTS for lanes in (*LANES, "T = 4")),
