@@ -26,7 +26,8 @@ Adaptive neurons have a second state w, and c = x[t]:
 
     w[t+1] = adapt_decay * w[t] + (adapt_potential * (v[t] - v_rest) + adapt_spike * s[t])
     c    = x[t] - w[t]                                      in the current
-    u    = (h[t] - w[t]) - v_threshold                      in the threshold; by default w[t] is in reset_amount, too
+    u    = (h[t] - w[t]) - v_threshold                      in the threshold
+    v[t] = h[t] - (reset_amount + w[t]) * s                 in a soft reset: by default with the threshold, or alone
 
 Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023, with
 the forward pass s = m z + (1 - m) a, m = 0 where analog, and m hidden from the gradient. Periodic surrogate: Weidel,

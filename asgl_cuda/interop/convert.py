@@ -107,9 +107,10 @@ def libraries() -> Iterator[Any]:
 
     Required: `find(layer)`, see `Found`; `streamed(module)`, see `InStream`; `knows_time(module)`: whether the module
     carries state from step to step, and is refused by `OverTime`. Optional: `wrapped(module)`: the module as a Wrapper,
-    or None; `reset(module)` and `detach(module)`: clear or detach the module's state; `enlist(model)`: registers a copy
-    with the library; NORMALISATIONS: equivalents of torch.nn's classes; PARTING: classes that unflatten time and batch;
-    PLAIN: torch.nn's classes, keyed by the library's equivalents.
+    or None; `reset(module)` and `detach(module)`: clear or detach the module's state; `copy_layers(model, memo)`: fills
+    deepcopy's memo with layers that their own __deepcopy__ would spoil; `enlist(model)`: registers a copy with the
+    library; NORMALISATIONS: equivalents of torch.nn's classes; PARTING: classes that unflatten time and batch; PLAIN:
+    torch.nn's classes, keyed by the library's equivalents.
     """
     yield authors
     for name, modules in LIBRARIES.items():
@@ -129,18 +130,18 @@ def convert(
 
     Known are SpikingJelly's `IFNode` and `LIFNode` with their Simple and NonSpiking forms, `ParametricLIFNode`,
     `CUBALIFNode`, `ILIFNode`, the MultiStep forms of its `clock_driven`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`,
-    Norse's `LIF`, `IAF` and `LI`, `LIFCell`, `IAFCell` and `LIFBoxCell`, sinabs' `LIF`, `IAF` and `ExpLeak` with their
-    Squeeze forms, `LIFLayer` of the code published by the authors of ASGL, and subclasses that override nothing that
-    forward uses. Synaptic currents and layers that do not fire are computed by `leaky_integrator`. A converted layer
-    keeps spikes, states and gradients, up to rounding: a potential within rounding of the threshold, as
-    with quantised inputs, may fire where it did not. The layer's parameters, their names, its state and base classes
-    also stay: optimizers, state dicts and functions such as SpikingJelly's `reset_net` still work. Values of the layer
-    are read at each call; after a change of the surrogate, or of another property that the conversion depends on, the
-    surrogate is identified again, in some milliseconds, or RuntimeError gives the reason for failure. A compiled graph
-    sees attributes that are set, but no writes to tensors behind a surrogate, such as Norse's `alpha`. A surrogate
-    unknown to asgl_cuda is kept, and applied to the kernel's potentials, where the reset is detached. SpikingJelly's
-    `backend` has no effect on converted layers. Layers without an exact representation, or with a replaced method
-    (`layer.fire = ...`), are left; the report gives the reason.
+    Norse's `LIF`, `LSNN`, `IAF` and `LI`, `LIFCell`, `LSNNCell`, `IAFCell` and `LIFBoxCell`, sinabs' `LIF`, `IAF`,
+    `ALIF` and `ExpLeak` with their Squeeze forms, `LIFLayer` of the code published by the authors of ASGL, and
+    subclasses that override nothing that forward uses. Synaptic currents and layers that do not fire are computed by
+    `leaky_integrator`. A converted layer keeps spikes, states and gradients, up to rounding: a potential within
+    rounding of the threshold, as with quantised inputs, may fire where it did not. The layer's parameters, their names,
+    its state and base classes also stay: optimizers, state dicts and functions such as SpikingJelly's `reset_net` still
+    work. Values of the layer are read at each call; after a change of the surrogate, or of another property that the
+    conversion depends on, the surrogate is identified again, in some milliseconds, or RuntimeError gives the reason for
+    failure. A compiled graph sees attributes that are set, but no writes to tensors behind a surrogate, such as Norse's
+    `alpha`. A surrogate unknown to asgl_cuda is kept, and applied to the kernel's potentials, where the reset is
+    detached. SpikingJelly's `backend` has no effect on converted layers. Layers without an exact representation, or
+    with a replaced method (`layer.fire = ...`), are left; the report gives the reason.
 
     Outputs have the library's dtypes, under autocast as well. `torch.jit.trace` records the library's own operations,
     equivalent except for noise; `torch.jit.script` rejects converted layers. In a copy, hooks of tensors are registered
@@ -288,6 +289,8 @@ def copied(model: nn.Module, share: Iterable[Tensor] = ()) -> nn.Module:
         for values in (attributes, *(value for value in attributes.values() if isinstance(value, dict))):
             graphs = (value for value in values.values() if isinstance(value, Tensor) and not value.is_leaf)
             memo.update((id(value), value.detach().clone()) for value in graphs)
+    for library in libraries():
+        getattr(library, "copy_layers", lambda model, memo: None)(model, memo)
     made = copy.deepcopy(model, memo)
     _carry_over(model, made, memo)
     return made

@@ -8,7 +8,8 @@ v = h - subtract_value s                    MembraneSubtract; by default the thr
   = h (1 - s), where s is detached          MembraneReset to 0
 v = relu(v - min_v_mem) + min_v_mem         unless min_v_mem is None
 
-ALIF fires where h >= b0 + adapt_scale b, a threshold without gradient, and starts each call with the same i:
+ALIF fires where h >= b0 + adapt_scale b, a threshold that has a gradient only in the reset of MembraneSubtract(), and
+starts each call with the same i:
 
 i = (1 - alpha) a (i + x)                   (1 - alpha) x without tau_syn; no factor 1 - alpha without norm_input
 b = rho b + (1 - rho) s                     rho = exp(-1 / tau_adapt)
@@ -209,12 +210,17 @@ class ConvertedALIF(ConvertedLayer):
         common = {"decay": self.alpha_mem_calculated, "v_init": self.v_mem, "time_dim": 1, **self._reset()}
         if self._has_noise:
             common["rng_state"] = torch.randint(2**62, (2,), device=x_seq.device)
-        threshold, rho = self._thresholds(x_seq, common), self.alpha_adapt_calculated
-        options = {} if self.settings.asgl or self.settings.spike.own else {"width": self._width_at(threshold)}
+        rho = self.alpha_adapt_calculated
+        adapt_spike, w_init = self.adapt_scale * (1 - rho), self.adapt_scale * self.b
+        adaptation: dict[str, Any] = {"adapt_decay": rho, "adapt_spike": adapt_spike, "w_init": w_init}
+        threshold = self._thresholds(x_seq, adaptation, common)
+        options: dict[str, Any] = (
+            {} if self.settings.asgl or self.settings.spike.own else {"width": self._width_at(threshold)}
+        )
         options |= {**common, "v_threshold": threshold, "return_h_seq": self.record_states}
         if common["v_reset"] is None and common["reset_amount"] is None:
-            gain, w, amount = self.adapt_scale * (1 - rho), self.adapt_scale * self.b, {"reset_amount": self.b0}
-            output = self.adaptive_in_reset(x_seq, rho, gain, w, **{**options, **amount})
+            options["reset_amount"] = self.b0
+            output = self.adaptive_in_reset(x_seq, **adaptation, **options)
         else:
             output = self.lif(x_seq, **options)
         s_seq = output.s_seq
@@ -235,15 +241,12 @@ class ConvertedALIF(ConvertedLayer):
         return s_seq
 
     @torch.no_grad()
-    def _thresholds(self, x_seq: Tensor, common: dict[str, Any]) -> Tensor:
+    def _thresholds(self, x_seq: Tensor, adaptation: dict[str, Any], common: dict[str, Any]) -> Tensor:
         """The threshold of each step, in the memory order of `lif`'s parameters, time first."""
-        rho = self.alpha_adapt_calculated
-        gain, w = self.adapt_scale * (1 - rho), self.adapt_scale * self.b
-        output = self.adaptive_lif(
-            x_seq, v_threshold=self.b0, adapt_decay=rho, adapt_spike=gain, to_threshold=True, w_init=w, **common
-        )
+        output = self.adaptive_lif(x_seq, v_threshold=self.b0, to_threshold=True, **adaptation, **common)
         s_seq = output.s_seq.transpose(0, 1).contiguous()
-        w_seq, _ = self.integrate(s_seq, decay=rho, input_gain=gain, v_init=w, delay=True)
+        rho, gain, w_init = adaptation.values()
+        w_seq, _ = self.integrate(s_seq, decay=rho, input_gain=gain, v_init=w_init, delay=True)
         thresholds: Tensor = w_seq + self.b0
         return thresholds.transpose(0, 1)
 
@@ -356,6 +359,15 @@ def _most(spike_fn: Any) -> float | None:
     if limit is not None:
         return limit
     return 1 if spike_fn is SingleSpike else math.inf if spike_fn is MultiSpike or type(spike_fn) is MaxSpike else None
+
+
+def copy_layers(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Copies layers whole: their own __deepcopy__ makes new ones, and detaches parameters of the original."""
+    for layer in model.modules():
+        if isinstance(layer, layers.StatefulLayer) and not isinstance(layer, Converted) and id(layer) not in memo:
+            kind: Any = type(layer)
+            memo[id(layer)] = made = kind.__new__(kind)
+            made.__dict__.update(copy.deepcopy(layer.__dict__, memo))
 
 
 def reset(module: nn.Module) -> None:

@@ -40,27 +40,22 @@ struct SettledRows {
 // and a row is about a page. Null: none.
 struct Ahead {
   int64 element_size;
-  const char* read[2];
-  const char* written[2] = {};
+  const char* rows[4];  // read, then written
 };
 
 constexpr int64 kNeuronsPerFetch = 128;
 
-template <bool kWritten>
-ASGL_HOST_DEVICE void prefetch(const char* row, int64 begin, int64 end) {
-  constexpr int64 kCacheLine = 64;
-  if (row == nullptr) return;
-  for (int64 i = begin; i < end; i += kCacheLine) __builtin_prefetch(row + i, kWritten);
-}
-
 // Prefetches a part of the rows ahead, then calls f(begin, end), for every kNeuronsPerFetch neurons.
 template <class F>
 ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
+  constexpr int64 kCacheLine = 64;
   for (int64 begin = 0; begin < length; begin += kNeuronsPerFetch) {
     const int64 end = begin + kNeuronsPerFetch < length ? begin + kNeuronsPerFetch : length;
     const int64 first = begin * ahead.element_size, last = end * ahead.element_size;
-    for (const char* row : ahead.read) prefetch<false>(row, first, last);
-    for (const char* row : ahead.written) prefetch<true>(row, first, last);
+    for (const char* row : ahead.rows) {
+      if (row == nullptr) continue;
+      for (int64 i = first; i < last; i += kCacheLine) __builtin_prefetch(row + i);
+    }
     f(begin, end);
   }
 }
@@ -86,8 +81,8 @@ ASGL_HOST_DEVICE void with_rules(const LIFByOptions<Real>& options, F&& f) {
   }
 }
 
-// One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised. Adaptive neurons lack kInteger, the
-// last.
+// One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised. Adaptive neurons lack the last.
+static_assert(static_cast<int>(Surrogate::kInteger) == kNumSurrogates - 1);
 template <class Model>
 constexpr int kSurrogateLoops = Model::kAdapts        ? static_cast<int>(Surrogate::kInteger)
                                 : Model::kOnlyGeneral ? kNumSurrogates

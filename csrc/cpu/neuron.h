@@ -33,13 +33,6 @@ void store_checkpoint(const ForwardParams<Scalar>& params, const Tile& tile, int
   }
 }
 
-// Row t of the residual; null without one.
-template <class Scalar>
-const Real_t<Scalar>* read_residual(const LIFParams<Scalar>& params, const Tile& tile, int64 t,
-                                    Real_t<Scalar>* buffer) {
-  return params.residual == nullptr ? nullptr : read_row(params.residual, tile, t, buffer);
-}
-
 template <class Model, class Scalar>
 void run_general(const ForwardParams<Scalar>& params) {
   using Real = Real_t<Scalar>;
@@ -62,9 +55,8 @@ void run_general(const ForwardParams<Scalar>& params) {
         Real* h = start_row(params.h_seq, tile, t, h_buffer);
         const int64 later_t = (t + kRowsAhead) % params.shape.steps;
         const Tile later(params.shape, index + (t + kRowsAhead) / params.shape.steps, size);
-        const Ahead ahead = {sizeof(Scalar),
-                             {row_ahead(params.x_seq, later, later_t)},
-                             {written_row_ahead(params.s_seq, later, later_t)}};
+        const Ahead ahead = {
+            sizeof(Scalar), {row_ahead(params.x_seq, later, later_t), written_row_ahead(params.s_seq, later, later_t)}};
         neurons.move_to(tile, t);
         neurons.template visit<NeuronRows<Real>>([&](auto given) {
           input.visit(tile, t, x, given, [&](auto values, const Real* in) {
@@ -146,7 +138,7 @@ class GeneralBackward {
   Real* v(int64 k) const { return row(v_, k % states_); }
   Ahead ahead(const Scalar* read, const Scalar* written, int64 t) const {
     if (t < 0 || t >= params_.shape.steps) return {};
-    return {sizeof(Scalar), {row_ahead(read, tile_, t)}, {written_row_ahead(written, tile_, t)}};
+    return {sizeof(Scalar), {row_ahead(read, tile_, t), written_row_ahead(written, tile_, t)}};
   }
   // Row k of the adaptation; null for other models.
   Real* w(int64 k) const { return Model::kAdapts ? row(w_, k % w_states_) : nullptr; }

@@ -5,6 +5,13 @@
 namespace asgl::cpu {
 namespace {
 
+// Row t of the residual; null without one.
+template <class Scalar>
+const Real_t<Scalar>* read_residual(const LIFParams<Scalar>& params, const Tile& tile, int64 t,
+                                    Real_t<Scalar>* buffer) {
+  return params.residual == nullptr ? nullptr : read_row(params.residual, tile, t, buffer);
+}
+
 // ---- forward ----
 
 template <class Model, class Scalar>
@@ -28,8 +35,8 @@ void run_with(const ForwardParams<Scalar>& params) {
         const int64 next_t = (t + kRowsAhead) % steps;
         const Tile next(params.shape, index + (t + kRowsAhead) / steps);
         const Ahead ahead = {sizeof(Scalar),
-                             {row_ahead(params.x_seq, next, next_t), row_ahead(params.residual, next, next_t)},
-                             {written_row_ahead(params.s_seq, next, next_t)}};
+                             {row_ahead(params.x_seq, next, next_t), row_ahead(params.residual, next, next_t),
+                              written_row_ahead(params.s_seq, next, next_t)}};
         const Real* current = input.current(x, read_residual(params, tile, t, r_buffer));
         neurons.template visit<SettledRows<Real>>([&](auto values) {
           run<SettledStepLoop<Real, Model, decltype(values), true>>({values, params.options, params.noise.analog_below,
@@ -92,8 +99,8 @@ class SettledBackward {
     if (next < 2 * steps) {
       const int64 t = stop - 1 - (next - steps);
       return {sizeof(Scalar),
-              {row_ahead(params_.grad_s_seq, tile_, t)},
-              {written_row_ahead(params_.grad_x_seq, tile_, t), written_row_ahead(params_.grad_residual, tile_, t)}};
+              {row_ahead(params_.grad_s_seq, tile_, t), written_row_ahead(params_.grad_x_seq, tile_, t),
+               written_row_ahead(params_.grad_residual, tile_, t)}};
     }
     const int64 next_start = start > 0 ? start - segment_ : last_start_;
     const int64 t = std::min(next_start + next - 2 * steps, params_.shape.steps - 1);

@@ -75,7 +75,7 @@ const char* row_ahead(const Element* sequence, const Tile& tile, int64 t) {
   return reinterpret_cast<const char*>(sequence + tile.shape.element(tile.first, t));
 }
 
-// The same of a row to write. Null also for a sequence that stays in the L2 cache, where a prefetch costs 5 %.
+// The same for a row to write. Null also for a sequence that stays in the L2 cache: there a prefetch costs 5 %.
 template <class Element>
 const char* written_row_ahead(const Element* sequence, const Tile& tile, int64 t) {
   constexpr int64 kCacheBytes = int64{1} << 20;

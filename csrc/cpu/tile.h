@@ -347,7 +347,7 @@ void load_state(const Real* from, int64 offset, Real otherwise, int64 length, Re
   from != nullptr ? std::copy_n(from + offset, length, row) : std::fill_n(row, length, otherwise);
 }
 
-// Writes it to `to`, unless null.
+// Stores a row of v or w in `to`, unless null.
 template <class Real>
 void store_state(const Real* row, int64 length, Real* to, int64 offset) {
   if (to != nullptr) std::copy_n(row, length, to + offset);
@@ -358,7 +358,7 @@ inline int64 checkpoint(const Tile& tile, int64 steps) {
   return (steps / kCheckpointSteps - 1) * tile.shape.neurons() + tile.first;
 }
 
-// The elements of w, `elements` behind those of v; null if those are.
+// The elements of w, `elements` behind those of v; null if v is.
 template <class Element>
 Element* behind(Element* v, int64 elements) {
   return v == nullptr ? nullptr : v + elements;

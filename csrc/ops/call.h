@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "launch.h"
+#include "math/adaptive.h"
 #include "ops/layout.h"
 
 namespace asgl::ops {
@@ -88,6 +89,10 @@ class Call {
                       " parameters and a residual, got ", parameters.size());
     TORCH_CHECK_VALUE(0 <= rules_.surrogate && rules_.surrogate < kNumSurrogates,
                       "asgl_cuda: no surrogate has the number ", rules_.surrogate);
+    const int64_t place = rules_.adaptation;
+    const bool in_reset = place == kInReset || place == (kInThreshold | kInReset);
+    TORCH_CHECK_VALUE(place == 0 || place == kInCurrent || place == kInThreshold || (in_reset && !rules_.hard_reset),
+                      "asgl_cuda: no adaptation has the number ", place, rules_.hard_reset ? " with a hard reset" : "");
     TORCH_CHECK_VALUE(rules_.adaptation == 0 || rules_.surrogate != static_cast<int64_t>(Surrogate::kInteger),
                       "asgl_cuda: adaptive neurons have no integer spikes");
     if (v_init.has_value()) {

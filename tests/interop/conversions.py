@@ -68,6 +68,7 @@ LAYERS = {
     "sinabs LIF, tau_syn": (lambda: sinabs.layers.LIF(2.0, tau_syn=2.0, record_states=True), WHOLE),
     "sinabs LIF, each": (lambda: sinabs.layers.LIF(torch.full((5,), 2.0), **SINGLE), WHOLE),
     "sinabs LIFSqueeze": (lambda: sinabs.layers.LIFSqueeze(tau_mem=2.0, batch_size=3), STEP),
+    "sinabs ALIF, default": (lambda: sinabs.layers.ALIF(2.0, 5.0), WHOLE),
     "sinabs ALIF": (lambda: sinabs.layers.ALIF(2.0, 5.0, reset_fn=MembraneReset()), WHOLE),
     "sinabs ALIF, tau_syn": (
         lambda: sinabs.layers.ALIF(2.0, 5.0, 3.0, reset_fn=MembraneSubtract(0.5), record_states=True), WHOLE,

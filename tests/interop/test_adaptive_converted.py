@@ -148,6 +148,28 @@ def test_alif_copies_resets_and_batches():
     assert set(vars(back[0])) == set(vars(layer))
 
 
+@pytest.mark.parametrize("tau_syn", [None, 3.0])
+@pytest.mark.parametrize("kind", [sinabs.layers.LIF, sinabs.layers.ALIF])
+def test_a_copy_learns_and_the_original_does(kind, tau_syn):
+    """sinabs' own __deepcopy__ detaches the original's decays, and shares parameters that it was given."""
+    options = {} if kind is sinabs.layers.LIF else {"tau_adapt": 5.0, "adapt_scale": nn.Parameter(torch.tensor(1.8))}
+    layer = kind(tau_mem=3.0, tau_syn=tau_syn, train_alphas=True, **options)
+    layer(torch.rand(2, 6, 5, requires_grad=True) * 8)
+    model = nn.Sequential(layer)
+    learned = {name: value.requires_grad for name, value in model.named_parameters()}
+    converted, report = asgl_cuda.convert(model)
+    assert len(report.replaced) == 1
+    for made in (model, converted):
+        assert {name: value.requires_grad for name, value in made.named_parameters()} == learned
+        asgl_cuda.reset(made)
+        made(torch.rand(2, 6, 5) * 8).sum().backward()
+        assert {name: value.grad is not None for name, value in made.named_parameters()} == learned
+    assert {value.data_ptr() for value in model.parameters()}.isdisjoint(
+        map(torch.Tensor.data_ptr, converted.parameters())
+    )
+    assert layer.v_mem.data_ptr() != converted[0].v_mem.data_ptr()
+
+
 @pytest.mark.parametrize("reset", [{"v_reset": 0.0}, {"v_reset": None}], ids=["hard", "soft"])
 def test_alif_with_noise(reset):
     """One draw for both passes: the same elements are analog."""

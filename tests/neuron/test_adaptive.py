@@ -268,6 +268,8 @@ def test_operators_refuse_what_no_kernel_computes(name):
     for rules, residual, message in (
         (plain._replace(surrogate=INTEGER, levels=4), None, "adaptive neurons have no integer spikes"),
         (plain, x_seq, "adaptive neurons have no residual"),
+        (plain._replace(adaptation=3), None, "no adaptation has the number 3"),
+        (plain._replace(adaptation=IN_RESET, hard_reset=1), None, "no adaptation has the number 4 with a hard reset"),
     ):
         with pytest.raises(ValueError, match=message):
             BACKENDS[name].operators.lif_forward(

@@ -60,7 +60,7 @@ DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DISASSEMBLED = (80, 90, 100)
 NVRTC_ARCHITECTURES = (75, 80, 90, 120)
 LANES = ("1 neuron", "4 neurons")
-# From sm_100 on, NVRTC's PTX differs from compute_80's.
+# From sm_100 on, NVRTC's PTX differs from compute_80's; compiled with --update.
 OTHER_PTX_FROM = 100
 NVRTC_WITHOUT_UPDATE = (90,)
 _FREE_INPUTS = "", " plain", " normalised", " with residual", " normalised with residual", " by neuron"

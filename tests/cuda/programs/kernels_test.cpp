@@ -478,7 +478,7 @@ Texts run_by_options(const Case& it, Coverage& coverage) {
   return {};
 }
 
-// Cases with numbers of their own come first, so that the others keep theirs.
+// Cases with numbers of their own come first, so that the numbers of other cases stay.
 constexpr unsigned kFirstByNeuron = 3000, kFirstByThreshold = 4000;
 constexpr int64 kManyNeurons = 3700 * kBlockThreads - 1;
 
