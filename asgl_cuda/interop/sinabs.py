@@ -214,10 +214,9 @@ class ConvertedALIF(ConvertedLayer):
         adapt_spike, w_init = self.adapt_scale * (1 - rho), self.adapt_scale * self.b
         adaptation: dict[str, Any] = {"adapt_decay": rho, "adapt_spike": adapt_spike, "w_init": w_init}
         threshold = self._thresholds(x_seq, adaptation, common)
-        options: dict[str, Any] = (
-            {} if self.settings.asgl or self.settings.spike.own else {"width": self._width_at(threshold)}
-        )
-        options |= {**common, "v_threshold": threshold, "return_h_seq": self.record_states}
+        options: dict[str, Any] = {**common, "v_threshold": threshold, "return_h_seq": self.record_states}
+        if not (self.settings.asgl or self.settings.spike.own):
+            options["width"] = self._width_at(threshold)
         if common["v_reset"] is None and common["reset_amount"] is None:
             options["reset_amount"] = self.b0
             output = self.adaptive_in_reset(x_seq, **adaptation, **options)

@@ -151,7 +151,7 @@ def test_alif_copies_resets_and_batches():
 @pytest.mark.parametrize("tau_syn", [None, 3.0])
 @pytest.mark.parametrize("kind", [sinabs.layers.LIF, sinabs.layers.ALIF])
 def test_a_copy_learns_and_the_original_does(kind, tau_syn):
-    """sinabs' own __deepcopy__ detaches the original's decays, and shares parameters that it was given."""
+    """The __deepcopy__ of sinabs detaches the original's decays, and shares parameters that it was given."""
     options = {} if kind is sinabs.layers.LIF else {"tau_adapt": 5.0, "adapt_scale": nn.Parameter(torch.tensor(1.8))}
     layer = kind(tau_mem=3.0, tau_syn=tau_syn, train_alphas=True, **options)
     layer(torch.rand(2, 6, 5, requires_grad=True) * 8)
