@@ -247,14 +247,32 @@ def test_arguments_of_all_four(name):
 
 @pytest.mark.parametrize("name", ["convert", "revert", "fuse", "unfuse"])
 def test_a_layer_that_can_not_be_copied(name):
-    single = sinabs.layers.IAF(**SINGLE)
-    recurrent = sinabs.layers.LIFRecurrent(2.0, rec_connect=nn.Linear(4, 4))
-    model = nn.Sequential(single, nn.Sequential(recurrent))
-    message = rf"asgl_cuda\.{name}: 1\.0 \(LIFRecurrent\) can't be copied, not by copy\.deepcopy either .*inplace=True"
+    class Single(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise ValueError("there is one")
+
+    model = nn.Sequential(sinabs.layers.IAF(**SINGLE), nn.Sequential(Single(4, 4)))
+    message = (
+        rf"asgl_cuda\.{name}: 1\.0 \(Single\) can't be copied, .* \(ValueError: there is one\); inplace=True"
+    )
     with pytest.raises(RuntimeError, match=message):
         getattr(asgl_cuda, name)(model)
     assert getattr(asgl_cuda, name)(model, inplace=True)[0] is model
     assert isinstance(model[0], Converted) == (name == "convert")
+
+
+def test_a_layer_that_its_library_can_not_copy():
+    """Left in a copy, which has states and weights of its own."""
+    recurrent = sinabs.layers.LIFRecurrent(2.0, rec_connect=nn.Linear(4, 4))
+    with pytest.raises(AttributeError):
+        copy.deepcopy(recurrent)
+    model = nn.Sequential(sinabs.layers.IAF(**SINGLE), recurrent)
+    converted, report = asgl_cuda.convert(model)
+    assert (len(report.replaced), type(converted[1])) == (1, type(recurrent))
+    x_seq = 3 * torch.rand(2, 5, 4)
+    torch.testing.assert_close(converted(x_seq), model(x_seq))
+    assert converted[1].v_mem.data_ptr() != recurrent.v_mem.data_ptr()
+    assert converted[1].rec_connect.weight.data_ptr() != recurrent.rec_connect.weight.data_ptr()
 
 
 @pytest.mark.parametrize("name", OF_ALL_LIBRARIES)
