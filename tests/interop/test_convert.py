@@ -252,9 +252,7 @@ def test_a_layer_that_can_not_be_copied(name):
             raise ValueError("there is one")
 
     model = nn.Sequential(sinabs.layers.IAF(**SINGLE), nn.Sequential(Single(4, 4)))
-    message = (
-        rf"asgl_cuda\.{name}: 1\.0 \(Single\) can't be copied, .* \(ValueError: there is one\); inplace=True"
-    )
+    message = rf"asgl_cuda\.{name}: 1\.0 \(Single\) can't be copied, .* \(ValueError: there is one\); inplace=True"
     with pytest.raises(RuntimeError, match=message):
         getattr(asgl_cuda, name)(model)
     assert getattr(asgl_cuda, name)(model, inplace=True)[0] is model
