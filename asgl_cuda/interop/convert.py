@@ -312,7 +312,7 @@ def _carry_over(model: nn.Module, made: nn.Module, memo: dict[int, Any]) -> None
         if twin is None or not hasattr(type(module), "__deepcopy__") or type(module).__module__.startswith("torch."):
             continue
         for name, value in vars(module).items():
-            # An ALIF's own __deepcopy__ drops norm_input=False.
+            # Such a __deepcopy__ may construct the twin with default settings.
             if name in _MODULE_ATTRIBUTES or name not in vars(twin) or isinstance(value, bool | int | float | str):
                 twin.__dict__[name] = copy.deepcopy(value, memo)
     tensors = dict(made.named_parameters(remove_duplicate=False)) | dict(made.named_buffers(remove_duplicate=False))

@@ -155,13 +155,10 @@ class ConvertedLayer(Converted):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # sinabs' own constructs a new, unconverted layer.
-        made = type(self).__new__(type(self))
-        memo[id(self)] = made
         state = {**self.__dict__, "_buffers": {name: value.detach() for name, value in self.named_buffers()}}
         for name in ("recordings", "firing_rate"):  # perhaps non-leaf tensors
             state.pop(name, None)
-        made.__dict__.update(copy.deepcopy(state, memo))
-        return made
+        return _copy(self, state, memo)
 
     def end(self) -> None:
         self.__dict__.pop("_least", None)
@@ -360,13 +357,19 @@ def _most(spike_fn: Any) -> float | None:
     return 1 if spike_fn is SingleSpike else math.inf if spike_fn is MultiSpike or type(spike_fn) is MaxSpike else None
 
 
+def _copy(layer: Any, state: dict[str, Any], memo: dict[int, Any]) -> Any:
+    """A layer of the same class, which no constructor runs for, with a deep copy of `state`."""
+    kind: Any = type(layer)
+    memo[id(layer)] = made = kind.__new__(kind)
+    made.__dict__.update(copy.deepcopy(state, memo))
+    return made
+
+
 def copy_layers(model: nn.Module, memo: dict[int, Any]) -> None:
     """Copies layers whole: their own __deepcopy__ makes new ones, and detaches parameters of the original."""
     for layer in model.modules():
         if isinstance(layer, layers.StatefulLayer) and not isinstance(layer, Converted) and id(layer) not in memo:
-            kind: Any = type(layer)
-            memo[id(layer)] = made = kind.__new__(kind)
-            made.__dict__.update(copy.deepcopy(layer.__dict__, memo))
+            _copy(layer, layer.__dict__, memo)
 
 
 def reset(module: nn.Module) -> None:
