@@ -71,7 +71,8 @@ void run_pass(const IntegratorParams<Scalar>& params, int64 begin, int64 end) {
       const int64 t = step(row), used = row + kRowsAhead;
       const Tile next(params.shape, index + used / steps);
       const int64 next_t = step(used % steps);
-      const Ahead ahead = {sizeof(Scalar), {row_ahead(in_seq, next, next_t), written_row_ahead(out_seq, next, next_t)}};
+      const Ahead ahead = {sizeof(Scalar),
+                           {recent_row_ahead(in_seq, next, next_t), recent_row_ahead(out_seq, next, next_t)}};
       const Real* in = read_row(in_seq, tile, t, in_buffer);
       const Real *before = v, *x = v;  // before step 0; any row if the sum is unwanted
       if (kBack && t > 0 && params.wants(kDecay)) {

@@ -41,16 +41,20 @@ struct SettledRows {
 struct Ahead {
   int64 element_size;
   const char* rows[4];  // read, then written
+
+  ASGL_HOST_DEVICE bool empty() const { return !rows[0] && !rows[1] && !rows[2] && !rows[3]; }
 };
 
 constexpr int64 kNeuronsPerFetch = 128;
 
-// Prefetches a part of the rows ahead, then calls f(begin, end), for every kNeuronsPerFetch neurons.
+// Prefetches a part of the rows ahead, then calls f(begin, end), for every kNeuronsPerFetch neurons; once for all if
+// there is nothing to prefetch, as each part begins with some 40 instructions.
 template <class F>
 ASGL_HOST_DEVICE void for_each_fetch(const Ahead& ahead, int64 length, F&& f) {
   constexpr int64 kCacheLine = 64;
-  for (int64 begin = 0; begin < length; begin += kNeuronsPerFetch) {
-    const int64 end = begin + kNeuronsPerFetch < length ? begin + kNeuronsPerFetch : length;
+  const int64 each = ahead.empty() ? length : kNeuronsPerFetch;
+  for (int64 begin = 0; begin < length; begin += each) {
+    const int64 end = begin + each < length ? begin + each : length;
     const int64 first = begin * ahead.element_size, last = end * ahead.element_size;
     for (const char* row : ahead.rows) {
       if (row == nullptr) continue;

@@ -56,7 +56,8 @@ void run_general(const ForwardParams<Scalar>& params) {
         const int64 later_t = (t + kRowsAhead) % params.shape.steps;
         const Tile later(params.shape, index + (t + kRowsAhead) / params.shape.steps, size);
         const Ahead ahead = {
-            sizeof(Scalar), {row_ahead(params.x_seq, later, later_t), written_row_ahead(params.s_seq, later, later_t)}};
+            sizeof(Scalar),
+            {recent_row_ahead(params.x_seq, later, later_t), recent_row_ahead(params.s_seq, later, later_t)}};
         neurons.move_to(tile, t);
         neurons.template visit<NeuronRows<Real>>([&](auto given) {
           input.visit(tile, t, x, given, [&](auto values, const Real* in) {
@@ -136,9 +137,14 @@ class GeneralBackward {
 
   Real* row(Real* rows, int64 k) const { return rows + k * rows_.stride(); }
   Real* v(int64 k) const { return row(v_, k % states_); }
-  Ahead ahead(const Scalar* read, const Scalar* written, int64 t) const {
-    if (t < 0 || t >= params_.shape.steps) return {};
-    return {sizeof(Scalar), {row_ahead(read, tile_, t), written_row_ahead(written, tile_, t)}};
+  Ahead input_ahead(int64 t) const {
+    if (t >= params_.shape.steps) return {};
+    return {sizeof(Scalar), {row_ahead(params_.x_seq, tile_, t)}};
+  }
+  Ahead gradients_ahead(int64 t) const {
+    if (t < 0) return {};
+    return {sizeof(Scalar),
+            {recent_row_ahead(params_.grad_s_seq, tile_, t), recent_row_ahead(params_.grad_x_seq, tile_, t)}};
   }
   // Row k of the adaptation; null for other models.
   Real* w(int64 k) const { return Model::kAdapts ? row(w_, k % w_states_) : nullptr; }
@@ -164,7 +170,7 @@ class GeneralBackward {
         input_.visit(tile_, t, x, given, [&](auto neurons, const Real* in) {
           cpu::run<StepLoop<Real, Model, decltype(neurons)>>(
               {neurons, params_.options, params_.noise.analog_below, tile_.length, in, noise_.row(tile_, t), v(k),
-               v(k + 1), row(h_, k), row(s_, k), ahead(params_.x_seq, nullptr, t + kRowsAhead), w(k), w(k + 1)});
+               v(k + 1), row(h_, k), row(s_, k), input_ahead(t + kRowsAhead), w(k), w(k + 1)});
         });
       });
     }
@@ -191,26 +197,25 @@ class GeneralBackward {
     Real* dx = start_row(params_.grad_x_seq, tile_, t, dx_buffer_);
     neurons_.template visit<NeuronRows<Real>>([&](auto neurons) {
       const auto adjoint = [&](auto kSums) {
-        cpu::run<AdjointLoop<Real, Model, decltype(neurons), kSums()>>(
-            {.neurons = neurons,
-             .options = params_.options,
-             .length = tile_.length,
-             .carried = carried_,
-             .g = g,
-             .gh = gh,
-             .h = row(h_, k),
-             .s = row(s_, k),
-             .dv = dv_,
-             .d_reset = d_reset_,
-             .distance = distance_,
-             .dy = dy_,
-             .dh = dh_,
-             .dx = dx,
-             .ahead = ahead(params_.grad_s_seq, params_.grad_x_seq, t - kRowsAhead),
-             .v = v(k),
-             .w = w(k),
-             .dw = dw_,
-             .sums = sums(0)});
+        cpu::run<AdjointLoop<Real, Model, decltype(neurons), kSums()>>({.neurons = neurons,
+                                                                        .options = params_.options,
+                                                                        .length = tile_.length,
+                                                                        .carried = carried_,
+                                                                        .g = g,
+                                                                        .gh = gh,
+                                                                        .h = row(h_, k),
+                                                                        .s = row(s_, k),
+                                                                        .dv = dv_,
+                                                                        .d_reset = d_reset_,
+                                                                        .distance = distance_,
+                                                                        .dy = dy_,
+                                                                        .dh = dh_,
+                                                                        .dx = dx,
+                                                                        .ahead = gradients_ahead(t - kRowsAhead),
+                                                                        .v = v(k),
+                                                                        .w = w(k),
+                                                                        .dw = dw_,
+                                                                        .sums = sums(0)});
       };
       if constexpr (Model::kAdapts) {
         if (wants(kDecay, kInputGain)) return adjoint(std::integral_constant<Sums, Sums::kAll>{});

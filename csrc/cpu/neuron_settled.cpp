@@ -34,9 +34,10 @@ void run_with(const ForwardParams<Scalar>& params) {
         Real* s = start_row(params.s_seq, tile, t, s_buffer);
         const int64 next_t = (t + kRowsAhead) % steps;
         const Tile next(params.shape, index + (t + kRowsAhead) / steps);
-        const Ahead ahead = {sizeof(Scalar),
-                             {row_ahead(params.x_seq, next, next_t), row_ahead(params.residual, next, next_t),
-                              written_row_ahead(params.s_seq, next, next_t)}};
+        const Ahead ahead = {
+            sizeof(Scalar),
+            {recent_row_ahead(params.x_seq, next, next_t), recent_row_ahead(params.residual, next, next_t),
+             recent_row_ahead(params.s_seq, next, next_t)}};
         const Real* current = input.current(x, read_residual(params, tile, t, r_buffer));
         neurons.template visit<SettledRows<Real>>([&](auto values) {
           run<SettledStepLoop<Real, Model, decltype(values), true>>({values, params.options, params.noise.analog_below,
@@ -66,6 +67,7 @@ class SettledBackward {
     tile_ = tile;
     neurons_.move_to(tile, 0);
     input_.move_to(tile);
+    input_.clear_sums();
     load_state(params_.grad_v_last, tile.first, Real(0), tile.length, dv_);
     for (int id = 0; id < (more_ ? kInputGain : kDecay); ++id) std::fill_n(sums(id), tile.length, Real(0));
     carried_ = params_.grad_v_last != nullptr;
@@ -75,8 +77,9 @@ class SettledBackward {
       walk_back(start, stop);
     }
     for (int id = 0; id < kInputGain; ++id) store(id, sums(id));
-    store(kInputGain, input_.gain_sums());
-    store(kInputBias, input_.bias_sums());
+    for (const ParameterId id : {kInputGain, kInputBias}) {
+      if (params_.wants(id)) input_.store_gradient(id, params_.partials[id]);
+    }
     store_state(dv_, tile.length, params_.grad_v_init, tile.first);
   }
 
@@ -99,8 +102,8 @@ class SettledBackward {
     if (next < 2 * steps) {
       const int64 t = stop - 1 - (next - steps);
       return {sizeof(Scalar),
-              {row_ahead(params_.grad_s_seq, tile_, t), written_row_ahead(params_.grad_x_seq, tile_, t),
-               written_row_ahead(params_.grad_residual, tile_, t)}};
+              {recent_row_ahead(params_.grad_s_seq, tile_, t), recent_row_ahead(params_.grad_x_seq, tile_, t),
+               recent_row_ahead(params_.grad_residual, tile_, t)}};
     }
     const int64 next_start = start > 0 ? start - segment_ : last_start_;
     const int64 t = std::min(next_start + next - 2 * steps, params_.shape.steps - 1);

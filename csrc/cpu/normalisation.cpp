@@ -12,23 +12,26 @@ namespace {
 
 constexpr int64 kTaskColumns = 65536;  // long rows, so that memory is read in order
 constexpr int64 kRowsEach = 4;
+constexpr int64 kElementsAhead = 4 * kTile;  // to be prefetched
 
 // Sums of x - shift and (x - shift)^2, in float64: a shift far from the other values, such as the first event of a
 // sparse sequence, causes no visible loss of precision. The order of additions is fixed.
-template <class Real>
+template <class Element>
 struct ShiftedSumLoop {
   struct Args {
-    const Real* x;
+    const Real_t<Element>* x;
     double shift;
     int64 length;
     double *sum, *squares;  // accumulated
+    const Element* ahead;   // prefetched
   };
 
   static ASGL_HOST_DEVICE void run(Args args) {
-    constexpr int kSums = 32;
+    constexpr int kSums = 32, kLine = 64 / sizeof(Element);
     double sums[kSums] = {}, squares[kSums] = {};
     int64 i = 0;
     for (; i + kSums <= args.length; i += kSums) {
+      for (int line = 0; line < kSums; line += kLine) __builtin_prefetch(args.ahead + i + line);
       for (int lane = 0; lane < kSums; ++lane) {
         const double distance = static_cast<double>(args.x[i + lane]) - args.shift;
         sums[lane] += distance;
@@ -164,6 +167,9 @@ const Real_t<Element>* read(const Element* from, int64 length, Real_t<Element>* 
 // Whether a channel's contiguous stretches are long enough for a loop each.
 bool in_stretches(const ChannelTiles& tiles) { return tiles.shape.inner >= 32; }
 
+// The same for sums, which end with a horizontal one each: 49 elements take 0.57 ns an element, 0.23 as columns.
+bool sums_in_stretches(const ChannelTiles& tiles) { return tiles.shape.inner >= 128; }
+
 // Calls run_task(task) for every task, in parallel.
 template <class F>
 void for_each_task(const ChannelTiles& tiles, F&& run_task) {
@@ -188,7 +194,7 @@ class TaskMoments {
   }
 
   void compute() {
-    in_stretches(tiles_) ? add_stretches() : add_columns();
+    sums_in_stretches(tiles_) ? add_stretches() : add_columns();
     for_each_channel(tiles_, task_, task_.units, [&](int64 channel, int64, int64 length) {
       const Sums& sums = of(channel);
       const double count = static_cast<double>((task_.end_row - task_.row) * length);
@@ -212,8 +218,9 @@ class TaskMoments {
       for_each_channel(tiles_, task_, chunk, [&](int64 channel, int64 offset, int64 stretch) {
         Sums& sums = of(channel);
         for_each_piece(stretch, [&](int64 begin, int64 length) {
-          const Real* x = read(params_.x_seq + element + offset + begin, length, buffer);
-          run<ShiftedSumLoop<Real>>({x, static_cast<double>(sums.shift), length, &sums.sum, &sums.squares});
+          const Scalar* x_seq = params_.x_seq + element + offset + begin;
+          run<ShiftedSumLoop<Scalar>>({read(x_seq, length, buffer), static_cast<double>(sums.shift), length, &sums.sum,
+                                       &sums.squares, x_seq + kElementsAhead});
         });
       });
     });

@@ -68,16 +68,18 @@ void finish_row(const Real_t<Element>* row, Element* sequence, const Tile& tile,
   });
 }
 
-// The address of row t for a prefetch; null if there is none or it is not contiguous.
+// The address of row t for a prefetch; null if there is none or it is not contiguous. For sequences that were last used
+// long ago, which are in memory: what backward reads of forward.
 template <class Element>
 const char* row_ahead(const Element* sequence, const Tile& tile, int64 t) {
   if (sequence == nullptr || tile.length <= 0 || !tile.in_one_piece()) return nullptr;
   return reinterpret_cast<const char*>(sequence + tile.shape.element(tile.first, t));
 }
 
-// The same for a row to write. Null also for a sequence that stays in the L2 cache: there a prefetch costs 5 %.
+// The same for sequences that were just written, or will be. Null where they fit the L2 cache: a layer with nothing to
+// prefetch takes 4 to 8 % less.
 template <class Element>
-const char* written_row_ahead(const Element* sequence, const Tile& tile, int64 t) {
+const char* recent_row_ahead(const Element* sequence, const Tile& tile, int64 t) {
   constexpr int64 kCacheBytes = int64{1} << 20;
   const int64 bytes = tile.shape.neurons() * tile.shape.steps * static_cast<int64>(sizeof(Element));
   return bytes < kCacheBytes ? nullptr : row_ahead(sequence, tile, t);

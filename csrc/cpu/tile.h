@@ -182,6 +182,41 @@ class TileNeurons {
   int64 first_ = -1, t_ = -1;
 };
 
+// Whether a tile's slots are one for each value, the first `count` of its neurons' slots.
+template <class Real>
+bool is_interleaved(const ParameterView<Real>& parameter) {
+  return parameter.step_stride == 0 && parameter.repeats_in(kTile);
+}
+
+// The tile's first slot.
+template <class Real>
+Real* slots_of(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
+               int64 t) {
+  return partials.data + (parameter.step_stride != 0 ? t * partials.slots : 0) +
+         partials.slot(parameter.inner, tile.first / parameter.inner, tile.index);
+}
+
+// Stores the tile's row of sums, added up by run, in the slots of GradientPartials.
+template <class Real>
+void store_partials(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
+                    int64 t, const Real* row) {
+  Real* slots = slots_of(partials, parameter, tile, t);
+  if (is_interleaved(parameter)) {
+    std::array<double, kTile / 2> sums{};
+    for (int64 i = 0; i < tile.length; i += parameter.count) {
+      run<AddLoop<Real>>({row + i, sums.data(), std::min(parameter.count, tile.length - i)});
+    }
+    std::transform(sums.begin(), sums.begin() + std::min(parameter.count, tile.length), slots,
+                   [](double sum) { return static_cast<Real>(sum); });
+    return;
+  }
+  if (parameter.inner == 1) {
+    std::copy_n(row, tile.length, slots);
+    return;
+  }
+  run<RunSumsLoop<Real>>({row, runs_of(tile, parameter.inner), slots});
+}
+
 // The input current of a tile, with parameters that do not change over time; x itself if plain and without a residual.
 // Long stretches of neurons that share the parameters use scalars; others use rows, as short as repetition allows, to
 // save cache.
@@ -197,6 +232,8 @@ class TileInput {
         tile_(params.shape, 0) {
     if (plain_) return;
     for (Real** row : {&current_, &gain_, &bias_, &mean_, &gain_sum_, &bias_sum_}) *row = rows_.take();
+    std::fill_n(gain_sum_, kTile, Real(0));
+    std::fill_n(bias_sum_, kTile, Real(0));
     bool alike = true;  // the non-uniform parameters
     for (int id = kInputGain; id < kNumParameters; ++id) {
       const ParameterView<Real>& parameter = parameters_[id];
@@ -223,8 +260,18 @@ class TileInput {
       fill_parameter_row(parameters_[kInputBias], period, 0, bias_);
       fill_parameter_row(parameters_[kInputMean], period, 0, mean_);
     }
-    std::fill_n(gain_sum_, kTile, Real(0));
-    std::fill_n(bias_sum_, kTile, Real(0));
+  }
+
+  void clear_sums() {
+    if (plain_) return;
+    for (Real* sums : {gain_sum_, bias_sum_}) {
+      if (in_rows_) {
+        std::fill_n(sums, period_, Real(0));
+      } else {
+        for_each_shared(
+            [&](int64 stretch, auto&&...) { std::fill_n(sums + stretch * kInputSums, kInputSums, Real(0)); });
+      }
+    }
   }
 
   // `residual` is null without one.
@@ -248,9 +295,25 @@ class TileInput {
     }
   }
 
-  // Rows to be summed over the neurons that share a value.
-  const Real* gain_sums() { return in_place(gain_sum_); }
-  const Real* bias_sums() { return in_place(bias_sum_); }
+  // Stores the gradient of kInputGain or kInputBias, a sum over the neurons that share a value.
+  void store_gradient(ParameterId id, const GradientPartials<Real>& partials) {
+    const ParameterView<Real>& parameter = parameters_[id];
+    const Real* sums = id == kInputGain ? gain_sum_ : bias_sum_;
+    if (in_rows_) {
+      Tile repeated = tile_;
+      if (is_interleaved(parameter)) repeated.length = std::min(period_, tile_.length);
+      return store_partials(partials, parameter, repeated, 0, sums);
+    }
+    const bool by_stretch = parameter.inner == shared_;
+    Real* slots = by_stretch ? slots_of(partials, parameter, tile_, 0) : gain_;
+    if (!by_stretch) std::fill_n(gain_, kTile, Real(0));
+    for_each_shared([&](int64 stretch, int64 first, auto&&...) {
+      double sum;
+      run<SumLoop<Real>>({sums + stretch * kInputSums, kInputSums, &sum});
+      slots[by_stretch ? stretch : first] = static_cast<Real>(sum);
+    });
+    if (!by_stretch) store_partials(partials, parameter, tile_, 0, gain_);
+  }
 
  private:
   template <bool kResidual>
@@ -275,18 +338,6 @@ class TileInput {
       f(stretch++, offset, length,
         InputParameters<Real, false>{at(kInputGain), at(kInputBias), at(kInputMean), kInputSums});
     });
-  }
-
-  // Adds up the kInputSums sums of each stretch into the stretch's first element.
-  const Real* in_place(Real* sums) {
-    if (plain_ || in_rows_) return sums;
-    std::fill_n(gain_, kTile, Real(0));
-    for_each_shared([&](int64 stretch, int64 i, int64, const InputParameters<Real, false>&) {
-      double sum;
-      run<SumLoop<Real>>({sums + stretch * kInputSums, kInputSums, &sum});
-      gain_[i] = static_cast<Real>(sum);
-    });
-    return gain_;
   }
 
   const ParameterView<Real>* parameters_;
@@ -374,34 +425,6 @@ void load_start(const BackwardParams<Scalar>& params, const Tile& tile, int64 st
   if (w == nullptr) return;
   const int64 elements = start > 0 ? checkpoint_stride(tile.shape) : tile.shape.neurons();
   load_state(behind(from, elements), offset, Real_t<Scalar>(0), tile.length, w);
-}
-
-// Whether a tile's slots are one for each value, the first `count` of its neurons' slots.
-template <class Real>
-bool is_interleaved(const ParameterView<Real>& parameter) {
-  return parameter.step_stride == 0 && parameter.repeats_in(kTile);
-}
-
-// Stores the tile's row of sums, added up by run, in the slots of GradientPartials.
-template <class Real>
-void store_partials(const GradientPartials<Real>& partials, const ParameterView<Real>& parameter, const Tile& tile,
-                    int64 t, const Real* row) {
-  Real* slots = partials.data + (parameter.step_stride != 0 ? t * partials.slots : 0) +
-                partials.slot(parameter.inner, tile.first / parameter.inner, tile.index);
-  if (is_interleaved(parameter)) {
-    std::array<double, kTile / 2> sums{};
-    for (int64 i = 0; i < tile.length; i += parameter.count) {
-      run<AddLoop<Real>>({row + i, sums.data(), std::min(parameter.count, tile.length - i)});
-    }
-    std::transform(sums.begin(), sums.begin() + std::min(parameter.count, tile.length), slots,
-                   [](double sum) { return static_cast<Real>(sum); });
-    return;
-  }
-  if (parameter.inner == 1) {
-    std::copy_n(row, tile.length, slots);
-    return;
-  }
-  run<RunSumsLoop<Real>>({row, runs_of(tile, parameter.inner), slots});
 }
 
 }  // namespace asgl::cpu
