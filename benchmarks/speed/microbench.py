@@ -416,13 +416,13 @@ def table(size: Size | Block, found: dict[str, Measurement]) -> str:
 
 @palette.styled
 def plot(report: dict[str, Any], file: Path) -> None:
-    """Nanoseconds an element over T and over N, each at the other's most frequent value."""
+    """Nanoseconds an element over T and over N, each at the other's most frequent value; I-LIF takes as long as LIF."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5))
     panels = figure.subplots(1, 2, sharey=True)
     measured = [size for size in report["sizes"] if size["dtype"] == "float32" and size["layout"] == LAYOUTS[0]]
-    names = list(dict.fromkeys(name for size in measured for name in size["seconds"]))
+    names = dict.fromkeys(name for size in measured for name in size["seconds"] if not name.startswith(INTEGER))
     for panel, along, fixed, label in (
         (panels[0], "steps", "neurons", "time steps T"),
         (panels[1], "neurons", "steps", "neurons N"),
