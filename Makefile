@@ -60,7 +60,10 @@ $(VENV)/created:
 	@$(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing PyTorch: a large download the first time"
 	@# Build requirements of asgl_cuda and Norse, a source distribution, both built without isolation.
-	@$(PIP) install "setuptools>=77" "setuptools-scm>=8" "torch>=2.6" ninja
+	@# With NVRTC of nvcc's version, to compare what they make, since torch needs one, too: installed later, it would replace
+	@# torch by another version than csrc was compiled for.
+	@$(PIP) install "setuptools>=77" "setuptools-scm>=8" "torch>=2.6" ninja \
+	  "nvidia-cuda-nvrtc==13.0.*; sys_platform == 'linux'"
 	@touch $@
 
 $(VENV)/built: $(VENV)/created setup.py asgl_cuda/extension/compilation.py asgl_cuda/extension/build_notes.py pyproject.toml MANIFEST.in $(shell find csrc -type f -not -name '*.md')
