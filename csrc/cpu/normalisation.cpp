@@ -23,7 +23,7 @@ struct ShiftedSumLoop {
     double shift;
     int64 length;
     double *sum, *squares;  // accumulated
-    const Element* ahead;   // prefetched
+    const Element* ahead;   // prefetched here: between calls of for_each_fetch the sums would leave their registers
   };
 
   static ASGL_HOST_DEVICE void run(Args args) {

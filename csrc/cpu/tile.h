@@ -232,8 +232,6 @@ class TileInput {
         tile_(params.shape, 0) {
     if (plain_) return;
     for (Real** row : {&current_, &gain_, &bias_, &mean_, &gain_sum_, &bias_sum_}) *row = rows_.take();
-    std::fill_n(gain_sum_, kTile, Real(0));
-    std::fill_n(bias_sum_, kTile, Real(0));
     bool alike = true;  // the non-uniform parameters
     for (int id = kInputGain; id < kNumParameters; ++id) {
       const ParameterView<Real>& parameter = parameters_[id];
@@ -264,14 +262,8 @@ class TileInput {
 
   void clear_sums() {
     if (plain_) return;
-    for (Real* sums : {gain_sum_, bias_sum_}) {
-      if (in_rows_) {
-        std::fill_n(sums, period_, Real(0));
-      } else {
-        for_each_shared(
-            [&](int64 stretch, auto&&...) { std::fill_n(sums + stretch * kInputSums, kInputSums, Real(0)); });
-      }
-    }
+    std::fill_n(gain_sum_, kTile, Real(0));
+    std::fill_n(bias_sum_, kTile, Real(0));
   }
 
   // `residual` is null without one.

@@ -114,7 +114,8 @@ def test_build(python, tmp_path):
     with ThreadPoolExecutor() as pool:
         outputs = list(pool.map(lambda _: run(*build, cwd=tmp_path, **environment), range(2)))
     for out in outputs:
-        first, last = (line for line in out.splitlines() if line.startswith("asgl_cuda: "))  # torch may warn, too
+        # A torch for CUDA warns where there is no GPU.
+        first, last = (line for line in out.splitlines() if "No CUDA runtime is found" not in line)
         assert first.startswith("asgl_cuda: compiling only the CPU kernels for torch ")
         assert last.startswith("asgl_cuda: done in ")
     (place,) = (tmp_path / "cache").glob("asgl_cuda/torch-*/*")
