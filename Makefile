@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip -q --disable-pip-version-check
 CXX_FILES = $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test sanitize cuda-compile lint docs dist bench gpu-check setup clean
+.PHONY: help demo test test-all mutants sanitize cuda-compile lint docs dist bench gpu-check setup clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -18,9 +18,19 @@ help:  ## list the targets
 demo: setup  ## train a network with the plain and with the fused neuron, compare, draw demo.png
 	@$(RUN) -m benchmarks.learning.demo
 
-test: setup  ## run all tests
-	@# Each process has OpenMP threads: waiting threads must not take cores from working threads.
-	@OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --dist worksteal
+# Each process has OpenMP threads: waiting threads must not take cores from working threads.
+PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --dist worksteal
+
+test: setup  ## run the tests, except for those that take minutes or repeat others
+	@$(PYTEST)
+
+test-all: setup  ## run all tests, sanitizers and compilations: for a release, and for a change of the kernels
+	@$(PYTEST) -m ""
+	@$(PYTHON) -m tools.emulation.sanitize --all
+	@$(RUN) -m tools.kernels.cuda_compile
+
+mutants: setup  ## seed mistakes in the code: each must fail a test
+	@$(PYTEST) -m slow tests/tools/test_mutants.py tests/tools/test_ptx_mutants.py
 
 sanitize:  ## run the emulated CUDA kernels and the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
 	@$(PYTHON) -m tools.emulation.sanitize

@@ -19,7 +19,7 @@ from mutants import (
 
 from tools.emulation import sanitize
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiler")]
 
 # Execution orders of a block's threads. A missing barrier need not show in every order.
 ORDERS = ("middle", "ascending", "descending", "1", "2")

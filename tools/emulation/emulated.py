@@ -86,7 +86,7 @@ def register() -> Emulation:
         (directory / "lock").unlink(missing_ok=True)
         path = torch.utils.cpp_extension.load(
             NAMESPACE,
-            [str(EMULATION / "emulated_kernels.cpp"), str(EMULATION / "emulated_ops.cpp")],
+            [str(source) for source in sorted(EMULATION.glob("emulated_*.cpp"))],
             extra_cflags=[*FLAGS, "-DASGL_WITH_CUDA"],
             extra_ldflags=["-pthread"],
             extra_include_paths=[str(EMULATION / "include"), str(ROOT / "csrc")],
