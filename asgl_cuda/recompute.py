@@ -97,8 +97,10 @@ class _Spikes:
         return self._storage.cdata  # type: ignore[no-any-return]
 
     def stood_for(self, tensor: Tensor) -> _Recomputed | None:
-        """The substitute for a tensor in this storage; None unless the tensor is the spikes or a view of them."""
+        """The substitute for a tensor in this storage; None unless shape, strides and offset describe it in full."""
         if self._storage.expired() or (tensor._version, tensor.dtype) != (self._version, self._dtype):
+            return None
+        if tensor.is_neg():
             return None
         recomputed = _Recomputed(self, tensor)
         self._asking.add(recomputed)

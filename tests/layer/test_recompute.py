@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator, OverTime, recompute, recompute_spikes
+from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator, OverTime, lif, recompute, recompute_spikes
 
 STEPS, BATCH = 4, 3
 
@@ -156,16 +156,75 @@ def test_same_bits(pattern):
         assert torch.equal(one, other)
 
 
+# ---- views ----
+
+
+class Marked(torch.Tensor):
+    """A tensor of another type."""
+
+
+def pairs(spikes):
+    return torch.view_as_complex(spikes.unflatten(-1, (-1, 2)))
+
+
+VIEWS = {
+    "conjugate": lambda s: pairs(s).conj(),
+    "detached": lambda s: s.detach(),
+    "expanded": lambda s: s.expand(2, *s.shape),
+    "imaginary": lambda s: pairs(s).imag,
+    "negative": lambda s: pairs(s).conj().imag,
+    "negative, as input of neurons": lambda s: lif(pairs(s).conj().imag, width=4.0, analog_prob=0.5),
+    "of another type": lambda s: s.view(torch.int32),
+    "of another type and back": lambda s: s.view(torch.int32).view(torch.float32),
+    "overlapping": lambda s: s.as_strided((5, 6), (2, 1), 3),
+    "pairs": pairs,
+    "pairs and back": lambda s: torch.view_as_real(pairs(s)),
+    "part": lambda s: s.chunk(2, -1)[1].unbind(0)[2],
+    "permuted": lambda s: s.permute(2, 0, 1),
+    "real part of the conjugate": lambda s: pairs(s).conj().real,
+    "strided": lambda s: s[1:, ::2, 1::3],
+    "subclass": lambda s: s.as_subclass(Marked),
+    "zero tensor": lambda s: torch._efficientzerotensor(s.shape),
+}  # fmt: skip
+
+# Views that shape, strides and offset do not describe.
+SAVED = {"conjugate", "negative", "of another type", "pairs", "subclass"}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views(view):
+    def product(context):
+        torch.manual_seed(1)
+        x = torch.randn(STEPS, BATCH, 8, requires_grad=True)
+        with context:
+            spikes = lif(x * 2, analog_prob=0.5)
+            storage = StorageWeakRef(spikes.untyped_storage())
+            viewed = VIEWS[view](spikes)
+            dtype = viewed.dtype if viewed.is_complex() else torch.float32
+            weight = torch.randn(viewed.shape, dtype=dtype, requires_grad=True)
+            loss = (viewed * weight).abs().square().sum() + spikes.sum()
+            del spikes, viewed
+        kept = not storage.expired()
+        loss.backward()
+        return weight.grad, x.grad, kept
+
+    expected, found = product(contextlib.nullcontext()), product(recompute_spikes())
+    assert expected[1].any()
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        assert torch.equal(one, other)
+    assert found[2] == (view in SAVED)
+
+
 # ---- storages ----
 
 
-def storages_of_spikes(model, x, context):
+def storages_of_spikes(model, x, context, layers=LIF):
     """Weak references to the storages of all spikes of a forward, and the output."""
     found = []
     hooks = [
         layer.register_forward_hook(lambda _, __, output: found.append(StorageWeakRef(output.untyped_storage())))
         for layer in model.modules()
-        if isinstance(layer, LIF)
+        if isinstance(layer, layers)
     ]
     with context:
         y = model(x)
