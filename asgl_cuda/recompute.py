@@ -11,6 +11,9 @@ Hooks on saved tensors put a `_Recomputed` in place of spikes and views of spike
 reference keeps the address of a storage from being reused. Under such hooks autograd does not compare versions of
 tensors, so `_Kept` does.
 
+Where other hooks on saved tensors are active, such as those of activation checkpointing, nothing is recomputed.
+Checkpointing counts what it saves, and its memory is freed only if nothing else keeps the inputs of neurons.
+
 torch.compile traces no such hooks: there a tag on the neurons' call has AOTAutograd compute it again in backward.
 """
 
@@ -24,7 +27,7 @@ from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
@@ -38,11 +41,12 @@ _CALLER = "asgl_cuda.recompute_spikes"
 class _Thread(threading.local):
     """Open contexts of a thread, and calls inside them by the storage of the spikes."""
 
-    hooks: saved_tensors_hooks
+    hooks: contextlib.AbstractContextManager[None]
     known: WeakValueDictionary[int, _Spikes]
 
     def __init__(self) -> None:
         self.depth = 0
+        self.packed = False  # whether a tensor was saved by the hooks
         self.models: list[nn.Module] = []  # whose forward has opened one
 
 
@@ -97,8 +101,10 @@ class _Spikes:
         return self._storage.cdata  # type: ignore[no-any-return]
 
     def stood_for(self, tensor: Tensor) -> _Recomputed | None:
-        """The substitute for a tensor in this storage; None unless the tensor is the spikes or a view of them."""
+        """The substitute for a tensor in this storage; None unless shape, strides and offset describe it in full."""
         if self._storage.expired() or (tensor._version, tensor.dtype) != (self._version, self._dtype):
+            return None
+        if tensor.is_neg():
             return None
         recomputed = _Recomputed(self, tensor)
         self._asking.add(recomputed)
@@ -155,6 +161,7 @@ def _narrow_indices(tensor: Tensor) -> None:
 
 
 def _packed(tensor: Tensor, name: str = "a tensor") -> _Kept | _Recomputed:
+    _thread.packed = True
     if type(tensor) is Tensor and tensor.layout is torch.strided and _thread.depth:
         spikes = _thread.known.get(tensor.untyped_storage()._cdata)
         recomputed = None if spikes is None else spikes.stood_for(tensor)
@@ -168,6 +175,18 @@ def _unpacked(packed: _Kept | _Recomputed) -> Tensor:
     return packed.unpacked()
 
 
+def _hooks() -> contextlib.AbstractContextManager[None]:
+    """The hooks; none where others are active or torch.func refuses them."""
+    if transforming():
+        return contextlib.nullcontext()
+    try:
+        with disable_saved_tensors_hooks("none may be active"):
+            pass
+    except RuntimeError:
+        return contextlib.nullcontext()
+    return saved_tensors_hooks(_packed, _unpacked)
+
+
 class _Context(contextlib.ContextDecorator):
     """Outermost contexts install the hooks."""
 
@@ -178,7 +197,7 @@ class _Context(contextlib.ContextDecorator):
             return
         if _thread.depth == 0:
             _thread.known = WeakValueDictionary()
-            _thread.hooks = saved_tensors_hooks(_packed, _unpacked)
+            _thread.hooks = _hooks()
             _thread.hooks.__enter__()
         _thread.depth += 1
         with _counting:
@@ -195,6 +214,11 @@ class _Context(contextlib.ContextDecorator):
         if _thread.depth == 0:
             _thread.hooks.__exit__(*error)
             del _thread.known, _thread.hooks
+            if error and "support saved tensor hooks" in str(error[1]):
+                raise RuntimeError(
+                    f"{_CALLER}: torch.func.{{grad, vjp, jacrev, hessian}} cannot be called in the context, since they "
+                    "support no hooks on saved tensors; they may be around the context, which then has no effect"
+                ) from error[1]
 
 
 @overload
@@ -212,8 +236,12 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
             around forward; loss and backward may be inside or outside.
 
     Saved as usual: outputs of dropout and pooling, concatenated or cast spikes (under autocast, neurons of the lower
-    precision avoid the cast), spikes modified in place before use. Indices of max pooling are saved in 2 or 4 bytes
-    instead of 8. Inside torch.utils.checkpoint nothing changes. Under torch.compile, which compiles once for inside
+    precision avoid the cast), views of another type, spikes modified in place before use. Modifications that autograd
+    does not see, through ``.data`` or NumPy, are lost in backward. Indices of max pooling are saved in 2 or 4 bytes
+    instead of 8.
+
+    Where other hooks on saved tensors are active (torch.utils.checkpoint, save_on_cpu), inside or around the context,
+    and in functions that torch.func transforms, nothing changes. Under torch.compile, which compiles once for inside
     and once for outside, the context may be around or in the compiled code; torch 2.6 saves as usual there.
 
     Returns:
@@ -221,7 +249,8 @@ def recompute_spikes(model: nn.Module | None = None) -> Any:
 
     Raises:
         TypeError: model is no module.
-        RuntimeError: in backward, if an input of neurons was modified in place after forward.
+        RuntimeError: in backward, if an input of neurons was modified in place after forward; if torch.func.grad, vjp,
+            jacrev or hessian is called in the context, whose hooks on saved tensors they do not support.
 
     Example::
 
@@ -265,8 +294,10 @@ def applied(
         if exporting() or transforming():
             return apply(function, *inputs)
         return checkpoint(lambda: apply(function, *inputs), use_reentrant=False)
+    _thread.packed = False
     results = apply(function, *inputs)
-    remember(results)
+    if _thread.packed:  # else other hooks save the call's tensors
+        remember(results)
     return results
 
 

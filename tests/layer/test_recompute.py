@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator, OverTime, recompute, recompute_spikes
+from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator, OverTime, lif, recompute, recompute_spikes
 
 STEPS, BATCH = 4, 3
 
@@ -156,16 +156,75 @@ def test_same_bits(pattern):
         assert torch.equal(one, other)
 
 
+# ---- views ----
+
+
+class Marked(torch.Tensor):
+    """A tensor of another type."""
+
+
+def pairs(spikes):
+    return torch.view_as_complex(spikes.unflatten(-1, (-1, 2)))
+
+
+VIEWS = {
+    "conjugate": lambda s: pairs(s).conj(),
+    "detached": lambda s: s.detach(),
+    "expanded": lambda s: s.expand(2, *s.shape),
+    "imaginary": lambda s: pairs(s).imag,
+    "negative": lambda s: pairs(s).conj().imag,
+    "negative, as input of neurons": lambda s: lif(pairs(s).conj().imag, width=4.0, analog_prob=0.5),
+    "of another type": lambda s: s.view(torch.int32),
+    "of another type and back": lambda s: s.view(torch.int32).view(torch.float32),
+    "overlapping": lambda s: s.as_strided((5, 6), (2, 1), 3),
+    "pairs": pairs,
+    "pairs and back": lambda s: torch.view_as_real(pairs(s)),
+    "part": lambda s: s.chunk(2, -1)[1].unbind(0)[2],
+    "permuted": lambda s: s.permute(2, 0, 1),
+    "real part of the conjugate": lambda s: pairs(s).conj().real,
+    "strided": lambda s: s[1:, ::2, 1::3],
+    "subclass": lambda s: s.as_subclass(Marked),
+    "zero tensor": lambda s: torch._efficientzerotensor(s.shape),
+}  # fmt: skip
+
+# Views that shape, strides and offset do not describe.
+SAVED = {"conjugate", "negative", "of another type", "pairs", "subclass"}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views(view):
+    def product(context):
+        torch.manual_seed(1)
+        x = torch.randn(STEPS, BATCH, 8, requires_grad=True)
+        with context:
+            spikes = lif(x * 2, analog_prob=0.5)
+            storage = StorageWeakRef(spikes.untyped_storage())
+            viewed = VIEWS[view](spikes)
+            dtype = viewed.dtype if viewed.is_complex() else torch.float32
+            weight = torch.randn(viewed.shape, dtype=dtype, requires_grad=True)
+            loss = (viewed * weight).abs().square().sum() + spikes.sum()
+            del spikes, viewed
+        kept = not storage.expired()
+        loss.backward()
+        return weight.grad, x.grad, kept
+
+    expected, found = product(contextlib.nullcontext()), product(recompute_spikes())
+    assert expected[1].any()
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        assert torch.equal(one, other)
+    assert found[2] == (view in SAVED)
+
+
 # ---- storages ----
 
 
-def storages_of_spikes(model, x, context):
+def storages_of_spikes(model, x, context, layers=LIF):
     """Weak references to the storages of all spikes of a forward, and the output."""
     found = []
     hooks = [
         layer.register_forward_hook(lambda _, __, output: found.append(StorageWeakRef(output.untyped_storage())))
         for layer in model.modules()
-        if isinstance(layer, LIF)
+        if isinstance(layer, layers)
     ]
     with context:
         y = model(x)
@@ -336,9 +395,35 @@ def test_spikes_that_changed_after_use():
     assert_same((y.detach(), x.grad, [p.grad for p in model.parameters()]), expected)
 
 
+@pytest.mark.parametrize(
+    ("double", "seen"),
+    [
+        (lambda s: s.mul_(2), True),
+        (lambda s: s.detach().mul_(2), True),
+        (lambda s: [each.mul_(2) for each in s.unbind()], True),
+        (lambda s: s.data.mul_(2), False),
+        (lambda s: s.detach().numpy().__imul__(2), False),
+    ],
+    ids=["in place", "detached", "views", "data", "NumPy"],
+)
+def test_spikes_that_changed_before_use(double, seen):
+    """Changes that autograd does not see are not in the recomputed spikes."""
+    weight = torch.ones(8, requires_grad=True)
+    with recompute_spikes():
+        s = lif(torch.randn(STEPS, BATCH, 8, requires_grad=True) * 2)
+        unchanged = s.detach().clone()
+        with torch.no_grad():
+            double(s)
+        assert torch.equal(s, 2 * unchanged)
+        y = s * weight
+    y.sum().backward()
+    assert torch.equal(weight.grad, (2 if seen else 1) * unchanged.sum((0, 1)))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("where", ["inside", "around", "of the context"])
+@pytest.mark.parametrize("where", ["inside", "around", "of the context", "of the context, around"])
 def test_activation_checkpointing(where, reentrant):
+    """Frees what it frees without the context."""
     model, x = PATTERNS["BatchNormLIF"]()
     expected = trained(copy.deepcopy(model), x, contextlib.nullcontext())
     first, second = model[:2], model[2:]
@@ -351,21 +436,34 @@ def test_activation_checkpointing(where, reentrant):
             return model(x)
 
     functions = {
-        "inside": lambda x: second(part(first, x)),
-        "around": lambda x: part(lambda x: second(first(x)), x),
-        "of the context": lambda x: part(within, x),
+        "inside": lambda _, x: second(part(first, x)),
+        "around": lambda _, x: part(model, x),
+        "of the context": lambda _, x: part(within, x),
+        "of the context, around": lambda _, x: part(within, x),
     }
     context = contextlib.nullcontext() if where == "of the context" else recompute_spikes()
     torch.manual_seed(3)
     x = x.clone().requires_grad_()
-    with context:
-        y = functions[where](x)
+    (current, *_), y = storages_of_spikes(Stack(functions[where], model=model), x, context, nn.Module)
+    assert current.expired()
     state = torch.get_rng_state()
     torch.manual_seed(3)
     grad = torch.randn_like(y)
     torch.set_rng_state(state)
     y.backward(grad)
     assert_same((y.detach(), x.grad, [p.grad for p in model.parameters()]), expected)
+
+
+@pytest.mark.parametrize("where", ["around", "inside"])
+def test_hooks_of_others(where):
+    """Save everything, and once."""
+    model, x = PATTERNS["BatchNormLIF"]()
+    twin = copy.deepcopy(model)
+    without, kept = Counted(model), Counted(twin)
+    expected = trained(Stack(lambda m, x: without(m.net)(x), net=model), x, contextlib.nullcontext())
+    function = inside(kept(twin)) if where == "inside" else kept(inside(twin))
+    assert_same(trained(Stack(lambda _, x: function(x), net=twin), x, contextlib.nullcontext()), expected)
+    assert kept.total == without.total
 
 
 def test_stateful():
@@ -453,11 +551,47 @@ def test_threads_know_nothing_of_each_other():
     assert not any(storage.expired() for storage in found[0])
 
 
-def test_torch_func():
-    """Torch refuses hooks under its transforms."""
+FUNC = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "grad of vmap": lambda f, x: torch.func.grad(lambda x: torch.vmap(f, randomness="same")(x).sum())(x[None]),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.tensor(1.0))[0],
+    "vmap of grad": lambda f, x: torch.vmap(torch.func.grad(f), randomness="same")(x[None]),
+}
+
+
+@pytest.mark.parametrize("transform", FUNC)
+def test_torch_func(transform):
+    """Around the context transforms work, and spikes are saved as usual; inside of it torch.func refuses its hooks."""
     model, x = PATTERNS["LIF"]()
-    with recompute_spikes(), pytest.raises(RuntimeError, match="saved tensor hooks"):
-        torch.func.grad(lambda x: model(x).sum())(x)
+
+    def result(function):
+        torch.manual_seed(3)
+        return FUNC[transform](lambda x: function(x).sum(), x)
+
+    expected = result(model)
+    assert torch.equal(result(inside(model)), expected)
+    with pytest.raises(RuntimeError, match=r"^asgl_cuda.recompute_spikes: torch.func.{grad, vjp,"):
+        inside(lambda _: result(model))(x)
+    assert recompute.open_contexts == recompute._thread.depth == 0
+    assert torch.equal(result(recompute_spikes(model)), expected)
+
+
+def test_vmap():
+    """Inside and around the context."""
+    model, x = PATTERNS["LIF"]()
+    leaf = x[None].requires_grad_()
+    expected = trained(model, x, contextlib.nullcontext())
+    for function in (
+        inside(lambda x: torch.vmap(model, randomness="same")(x)),
+        torch.vmap(inside(model), randomness="same"),
+    ):
+        torch.manual_seed(3)
+        y = function(leaf)
+        torch.manual_seed(3)
+        (found,) = torch.autograd.grad(y, leaf, torch.randn_like(y[0])[None])
+        assert torch.equal(y[0], expected[0])
+        assert torch.equal(found[0], expected[1])
 
 
 # ---- torch.compile ----
