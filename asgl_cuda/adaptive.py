@@ -155,6 +155,7 @@ class AdaptiveLIF(LIF):
     _caller = "asgl_cuda.AdaptiveLIF"
     _function = _CALLER
     _potentials = ("v", "w", "v_seq")
+    _states = ("v", "w")
     w: Tensor | None
     adapt_potential: Tensor | float
     adapt_spike: Tensor | float
@@ -215,8 +216,10 @@ class AdaptiveLIF(LIF):
         return s_seq
 
     def _carried(self) -> Tensor | None:
-        v = super()._carried()
-        return v if v is None else torch.stack([v, torch.zeros_like(v) if self.w is None else self.w])
+        v, w = self._carried_state("v"), self._carried_state("w")
+        if w is not None and v is None:
+            v = torch.full_like(w, self.v_rest, dtype=torch.float64)  # rounded to the type of the call
+        return v if v is None else torch.stack([v, torch.zeros_like(v) if w is None else w])
 
     def _given(  # type: ignore[override]
         self, x_seq: Tensor, input_gain: float = 1.0, v_init: Tensor | None = None, **options: Any
