@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from .call import Arguments, LIFOutput, Options, Values, computed, grouped
 from .checks import check_bool, check_finite, check_input, check_keywords, check_v_init, read_number
 from .functional import LIF_DEFAULTS, NeuronArguments
-from .layer import Value, fill_parameter
+from .layer import NeuronLayer, Value, fill_parameter
 from .layout import real_type
 from .learned import Logit
 from .neuron import LIF
@@ -109,7 +109,8 @@ def run_adaptive(
     x_seq: Tensor, given: Arguments, adaptation: Sequence[Any], place_of_w: int, w_init: Tensor | None
 ) -> Tensor | AdaptiveLIFOutput:
     """`adaptive_lif` with w in any place: bits IN_CURRENT, IN_THRESHOLD and IN_RESET."""
-    state = _pair(x_seq, given.v_init, w_init, given.options) if (given.v_init, w_init) != (None, None) else None
+    at_rest = given.v_init is None and w_init is None
+    state = None if at_rest else _pair(x_seq, given.v_init, w_init, given.options)
     output = computed(_CALLER, x_seq, _adapted(given, adaptation, place_of_w, state))
     if not isinstance(output, LIFOutput):
         return output
@@ -205,8 +206,7 @@ class AdaptiveLIF(LIF):
         """The adaptation's decay per step: a tensor in the shape of the parameter if learned."""
         return self._adaptation[0] if self.logit_adapt_decay is None else Logit(self.logit_adapt_decay).value()
 
-    def forward(self, x_seq: Tensor) -> Tensor:  # type: ignore[override]  # no residual
-        return self._call(x_seq)
+    forward = NeuronLayer.forward  # type: ignore[assignment]  # no residual
 
     def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
         s_seq = super()._run(x_seq, with_state, **more)

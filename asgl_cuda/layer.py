@@ -15,6 +15,7 @@ from .backends import BACKENDS
 from .checks import (
     check_analog_prob,
     check_bool,
+    check_dense,
     check_device,
     check_device_and_dtype,
     check_finite,
@@ -228,7 +229,9 @@ class NeuronLayer(Settable):
         # Not reshape(()), which refuses tensors sharded by fully_shard.
         return value if isinstance(value, float) or self.num_features else value.sum()
 
-    def forward(self, x_seq: Tensor) -> Tensor:
+    def forward(self, x_seq: Tensor, residual: None = None) -> Tensor:
+        if residual is not None:
+            raise TypeError(f"{self._caller}: takes no residual; layer(x_seq + residual) adds it")
         return self._call(x_seq)
 
     def _call(self, x_seq: Tensor, **more: Any) -> Tensor:
@@ -253,6 +256,7 @@ class NeuronLayer(Settable):
 
     def _check_state(self, name: str, state: Any, x_seq: Tensor, time_dim: int) -> None:
         check_floating(name, state, self._caller)
+        check_dense(name, state, self._caller)
         shape, carried = state_shape(x_seq, time_dim), list(state.shape)
         if carried != shape:
             one_step = list(x_seq.shape) == carried
