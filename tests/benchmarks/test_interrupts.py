@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,11 @@ def test_errors_are_shown_as_ever():
     assert result.returncode == 1
 
 
-def interrupted(run):
-    """The second training has the main process interrupted, and would never end."""
+def interrupted(run, file):
+    """The second training has the main process interrupted after the first, and would never end."""
     if run:
+        while not file.exists():
+            threading.Event().wait(0.01)
         os.kill(os.getppid(), signal.SIGINT)
         threading.Event().wait()
     return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -49,7 +52,7 @@ def interrupted(run):
 def test_trainings_are_kept(tmp_path):
     file = tmp_path / "report.json"
     with pytest.raises(KeyboardInterrupt, match=f"the same command goes on: {file} has 1 of 2 trainings"):
-        train_all([0, 1], interrupted, {"runs": {}, "seconds": 0.0}, file, jobs=1)
+        train_all([0, 1], partial(interrupted, file=file), {"runs": {}, "seconds": 0.0}, file, jobs=1)
     assert json.loads(file.read_text())["runs"] == {"0": True}, "Ctrl-C reaches the main process alone"
     assert not multiprocessing.active_children()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
