@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from .call import Arguments, LIFOutput, Options, Values, computed, grouped
 from .checks import check_bool, check_finite, check_input, check_keywords, check_v_init, read_number
 from .functional import LIF_DEFAULTS, NeuronArguments
-from .layer import Value, fill_parameter
+from .layer import NeuronLayer, Value, fill_parameter
 from .layout import real_type
 from .learned import Logit
 from .neuron import LIF
@@ -109,7 +109,8 @@ def run_adaptive(
     x_seq: Tensor, given: Arguments, adaptation: Sequence[Any], place_of_w: int, w_init: Tensor | None
 ) -> Tensor | AdaptiveLIFOutput:
     """`adaptive_lif` with w in any place: bits IN_CURRENT, IN_THRESHOLD and IN_RESET."""
-    state = _pair(x_seq, given.v_init, w_init, given.options) if (given.v_init, w_init) != (None, None) else None
+    at_rest = given.v_init is None and w_init is None
+    state = None if at_rest else _pair(x_seq, given.v_init, w_init, given.options)
     output = computed(_CALLER, x_seq, _adapted(given, adaptation, place_of_w, state))
     if not isinstance(output, LIFOutput):
         return output
@@ -155,6 +156,7 @@ class AdaptiveLIF(LIF):
     _caller = "asgl_cuda.AdaptiveLIF"
     _function = _CALLER
     _potentials = ("v", "w", "v_seq")
+    _states = ("v", "w")
     w: Tensor | None
     adapt_potential: Tensor | float
     adapt_spike: Tensor | float
@@ -204,8 +206,7 @@ class AdaptiveLIF(LIF):
         """The adaptation's decay per step: a tensor in the shape of the parameter if learned."""
         return self._adaptation[0] if self.logit_adapt_decay is None else Logit(self.logit_adapt_decay).value()
 
-    def forward(self, x_seq: Tensor) -> Tensor:  # type: ignore[override]  # no residual
-        return self._call(x_seq)
+    forward = NeuronLayer.forward  # type: ignore[assignment]  # no residual
 
     def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
         s_seq = super()._run(x_seq, with_state, **more)
@@ -215,8 +216,10 @@ class AdaptiveLIF(LIF):
         return s_seq
 
     def _carried(self) -> Tensor | None:
-        v = super()._carried()
-        return v if v is None else torch.stack([v, torch.zeros_like(v) if self.w is None else self.w])
+        v, w = self._carried_state("v"), self._carried_state("w")
+        if w is not None and v is None:
+            v = torch.full_like(w, self.v_rest, dtype=torch.float64)  # rounded to the type of the call
+        return v if v is None else torch.stack([v, torch.zeros_like(v) if w is None else w])
 
     def _given(  # type: ignore[override]
         self, x_seq: Tensor, input_gain: float = 1.0, v_init: Tensor | None = None, **options: Any

@@ -328,7 +328,7 @@ def batch_norm_lif(
             x_seq.flatten(0, 1), running_mean, running_var, weight, bias, training, momentum, eps)
         s_seq = asgl_cuda.lif(input_scale * y.unflatten(0, x_seq.shape[:2]), ...)
     """
-    check_keywords(neuron, NeuronArguments.__annotations__, _CALLER)
+    check_keywords(neuron, (*NeuronArguments.__annotations__, "input_scale"), _CALLER)
     if isinstance(momentum, Tensor) and momentum.is_floating_point() and momentum.dim() == 0 and can_be_seen(momentum):
         check_finite("momentum", momentum.item(), _CALLER, "a float or a tensor")
     given = grouped({**LIF_DEFAULTS, **neuron})

@@ -33,6 +33,7 @@ from .checks import (
     check_residual,
     check_rng_state,
     check_surrogate,
+    check_threshold,
     check_v_init,
     check_width,
     check_width_tensor,
@@ -289,9 +290,12 @@ def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
             check_not_nan(name, value, caller, "a float or a tensor")
     if counts:
         _check_with_levels(values, caller, real)
+    if flags["multi_spike"] and not isinstance(values.v_threshold, Tensor):
+        check_threshold(values.v_threshold, "multi_spike", caller)
     check_not_nan("surrogate_gain", options.surrogate_gain, caller)
     check_not_nan("v_rest", options.v_rest, caller)
-    check_not_nan("residual_gain", options.residual_gain, caller)
+    if check_not_nan("residual_gain", options.residual_gain, caller) != 1 and values.residual is None:
+        raise ValueError(f"{caller}: residual_gain needs a residual, got {options.residual_gain} without one")
     if options.v_min is not None:
         check_finite("v_min", options.v_min, caller)
     as_data = isinstance(values.analog_prob, Tensor)
@@ -356,6 +360,8 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
             parameters.append(None)
     if parameters[0] is not None and not rules.log_width:
         check_width_tensor(parameters[0], caller, _THRESHOLD_OF_LEVELS if counts else "width")
+    if rules.multi_spike and parameters[2] is not None:
+        check_threshold(parameters[2], "multi_spike", caller)
     if v_init is not None:
         if not rules.adaptation:
             check_v_init(v_init, x_seq, rules.time_dim, caller)

@@ -7,7 +7,7 @@ import functools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -25,26 +25,26 @@ PLAIN_TENSORS = (Tensor, Parameter)
 FLOATING_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check_input(x_seq: Tensor, time_dim: int, caller: str) -> int:
-    """Type and shape of x_seq; returns time_dim, made non-negative."""
+def check_input(x_seq: Tensor, time_dim: int, caller: str, name: str = "x_seq") -> int:
+    """Type and shape; returns time_dim, made non-negative."""
     if not isinstance(x_seq, Tensor):
-        raise TypeError(f"{caller}: x_seq must be a tensor, got {type(x_seq).__name__}")
-    check_dense("x_seq", x_seq, caller)
+        raise TypeError(f"{caller}: {name} must be a tensor, got {type(x_seq).__name__}")
+    check_dense(name, x_seq, caller)
     if x_seq.dtype not in FLOATING_TYPES:
-        raise TypeError(f"{caller}: x_seq must be float16, bfloat16, float32 or float64, got {x_seq.dtype}")
+        raise TypeError(f"{caller}: {name} must be float16, bfloat16, float32 or float64, got {x_seq.dtype}")
     dims = x_seq.dim()
     if dims < 1:
-        raise ValueError(f"{caller}: x_seq must have at least one dimension, got a scalar")
+        raise ValueError(f"{caller}: {name} must have at least one dimension, got a scalar")
     time_dim = check_int("time_dim", time_dim, caller)
     if not -dims <= time_dim < dims:
         raise ValueError(
-            f"{caller}: time_dim must be in [{-dims}, {dims - 1}] for x_seq of shape {list(x_seq.shape)}, "
+            f"{caller}: time_dim must be in [{-dims}, {dims - 1}] for {name} of shape {list(x_seq.shape)}, "
             f"got {shown(time_dim)}{'; is time missing?' if time_dim in (dims, -dims - 1) else ''}"
         )
     time_dim %= dims
     if x_seq.shape[time_dim] == 0:
         raise ValueError(
-            f"{caller}: x_seq must have at least one time step, got shape {list(x_seq.shape)} with time_dim {time_dim}"
+            f"{caller}: {name} must have at least one time step, got shape {list(x_seq.shape)} with time_dim {time_dim}"
         )
     return time_dim
 
@@ -53,10 +53,11 @@ def check_step(x_t: Any, time_dim: int, caller: str) -> None:
     """An input of one time step, with room for time at `time_dim`."""
     if not isinstance(x_t, Tensor):
         raise TypeError(f"{caller}: x_t must be a tensor, got {type(x_t).__name__}")
+    check_dense("x_t", x_t, caller)
     if not -x_t.dim() - 1 <= time_dim <= x_t.dim():
         raise ValueError(
-            f"{caller}: x_t, one step without time, must have {max(time_dim, -time_dim - 1)} or more dimensions for "
-            f"time_dim {time_dim}, got shape {list(x_t.shape)}"
+            f"{caller}: x_t, one step without time, must have {shown(max(time_dim, -time_dim - 1))} or more dimensions "
+            f"for time_dim {shown(time_dim)}, got shape {list(x_t.shape)}"
         )
 
 
@@ -110,11 +111,49 @@ def check_name(name: str, value: Any, names: Iterable[str], caller: str, hint: s
         raise ValueError(f"{caller}: {name} must be one of {', '.join(names)}, got {shown(value)}{hint}")
 
 
-def check_keywords(given: Iterable[str], known: Iterable[str], caller: str) -> None:
+# Arguments of the neurons of other libraries: the first argument here that stands for it, and all of them.
+_ELSEWHERE = {
+    "tau": ("decay", "SpikingJelly's tau{value} is {decay} and divides the input by tau{gain}"),
+    "init_tau": ("learn_decay", "SpikingJelly's init_tau{value} is {decay} and divides the input by tau{gain}"),
+    "surrogate_function": ("surrogate", "SpikingJelly's ATan(alpha) is surrogate='arctan', width=1 / alpha"),
+    "beta": ("decay", "snnTorch's beta{value} is decay{value}"),
+    "alpha": ("decay", "snnTorch's alpha{value} is an asgl_cuda.LeakyIntegrator(decay{value}) in front"),
+    "learn_beta": ("learn_decay", "snnTorch's learn_beta is learn_decay"),
+    "threshold": ("v_threshold", "snnTorch's threshold{value} is v_threshold{value}, strict_threshold=True"),
+    "reset_mechanism": ("v_reset", "snnTorch's 'subtract' is v_reset=None, 'zero' is v_reset=0"),
+    "spike_grad": ("surrogate", "snnTorch's atan(alpha) is surrogate='arctan', width=1 / alpha"),
+    "init_hidden": ("stateful", "asgl_cuda.step(model, x_t) carries states from step to step"),
+    "tau_mem_inv": (
+        "decay", "Norse's tau_mem_inv is decay=1 - dt * tau_mem_inv and multiplies the input by dt * tau_mem_inv",
+    ),
+    "v_th": ("v_threshold", "Norse's v_th{value} is v_threshold{value}, strict_threshold=True"),
+    "v_leak": ("v_rest", "Norse's v_leak{value} is v_rest{value}"),
+    "tau_mem": ("decay", "sinabs' tau_mem is decay=exp(-1 / tau_mem) and multiplies the input by 1 - decay"),
+    "spike_threshold": ("v_threshold", "sinabs' spike_threshold{value} is v_threshold{value}"),
+    "min_v_mem": ("v_min", "sinabs' min_v_mem{value} is v_min{value}"),
+}  # fmt: skip
+
+
+def _said_elsewhere(name: str, given: Any, known: Collection[str]) -> str:
+    """Suffix of an error for an argument of another library, which has another name or meaning here."""
+    ours, text = _ELSEWHERE.get(name, ("", ""))
+    if ours not in known:
+        return ""
+    gain = next((f", as {each}=1 / tau does" for each in ("input_scale", "input_gain") if each in known), "")
+    value, decay = "", "decay=1 - 1 / tau"
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        value = f"={shown(given)}"
+        if given > 1:
+            decay, gain = f"decay={1 - 1 / given:g}", gain.replace("1 / tau", f"{1 / given:g}")
+    return f"; {text.format(value=value, decay=decay, gain=gain)}"
+
+
+def check_keywords(given: Mapping[str, Any], known: Collection[str], caller: str) -> None:
     """Only known keyword arguments."""
-    for name in given:
+    for name, value in given.items():
         if name not in known:
-            raise TypeError(f"{caller}: got an unexpected keyword argument {name!r}{did_you_mean(name, known)}")
+            hint = _said_elsewhere(name, value, known) or did_you_mean(name, known)
+            raise TypeError(f"{caller}: got an unexpected keyword argument {name!r}{hint}")
 
 
 def check_surrogate(surrogate: Any, caller: str, multi_spike: bool = False) -> None:
@@ -158,6 +197,16 @@ def check_counting(v_reset: Any, surrogate: str, caller: str) -> None:
             f"{caller}: levels has the surrogate clamp(h / v_threshold, 0, levels) and takes no other, got "
             f"{shown(surrogate)}"
         )
+
+
+def check_threshold(value: Any, several: str, caller: str) -> None:
+    """Positive, as several spikes a step need; tensors as in `check_width_tensor`."""
+    if isinstance(value, Tensor):
+        if not can_be_seen(value) or bool((value.detach() > 0).all()):
+            return
+        value = torch.aminmax(value.detach()).min.item()
+    if not value > 0:
+        raise ValueError(f"{caller}: {several} needs v_threshold > 0, got {value}")
 
 
 _LEAST_WIDTH = {real: math.sqrt(torch.finfo(real).tiny) for real in (torch.float32, torch.float64)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from .call import Arguments, LIFOutput, Options, Values, computed
-from .checks import check_analog_prob, check_input, check_levels, check_rng_state
+from .checks import PLAIN_TENSORS, check_analog_prob, check_input, check_keywords, check_levels, check_rng_state
 from .reference import analog_mask_below
 from .transforms import transforming
 
@@ -75,6 +77,7 @@ def lif(
     return_v_seq: bool = False,
     return_h_seq: bool = False,
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Tensor | LIFOutput:
     """Leaky integrate-and-fire neurons over a whole sequence, with the noise and the learned width of ASGL.
 
@@ -103,7 +106,7 @@ def lif(
         input_gain, input_bias, input_mean: the input current is `input_gain * (x_seq - input_mean) + input_bias`.
         residual: the shortcut of a residual block, shape and type of x_seq: `residual_gain * residual` is added to the
             input current, without a sum in memory. Memory order as x_seq, or copied once.
-        residual_gain: a number; a learned factor belongs on the residual itself.
+        residual_gain: a number, only with a residual; a learned factor belongs on the residual itself.
         strict_threshold: fire at u > 0 instead of u >= 0; no effect with levels and multi_spike.
         scale_output: emit `v_threshold * s`; with levels `s / levels`.
         detach_reset: let no gradient flow through the spike inside the reset.
@@ -113,7 +116,8 @@ def lif(
             subtracts `reset_amount`: needs `v_reset=None`. A NaN potential emits NaN. `unroll_levels` makes binary
             spikes. With multi_spike only a limit to its spikes.
         multi_spike: emit `trunc(h / v_threshold)` spikes in a step where h > 0. Each spike subtracts `reset_amount`:
-            needs `v_reset=None`. No noise, since the surrogates are not slopes of a smooth number of spikes.
+            needs `v_reset=None`, and `v_threshold` > 0, checked as the width. No noise, since the surrogates are not
+            slopes of a smooth number of spikes.
         v_min: floor of the potential after reset, in units of x_seq, `v = relu(v - v_min) + v_min`; no gradient flows
             at the floor. Not applied to v_init.
         v_init: potential before the first step, shape of x_seq without time; default `v_rest`.
@@ -163,6 +167,8 @@ def lif(
     `z = (h > 0) * (h / v_threshold).trunc()`. periodic_exponential is laplace of another distance
     where h >= v_threshold: `v_threshold * (2 * (h / v_threshold - 0.5).remainder(1) - 1)`, of slope 1.
     """
+    if unknown:
+        check_keywords(unknown, LIF_DEFAULTS, _CALLER)
     values = Values(
         width, decay, v_threshold, v_reset, reset_amount, input_gain, input_bias, input_mean, analog_prob,
         residual,
@@ -189,7 +195,8 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
         `[T * levels, ...]` of zeros and ones, in the type of s_seq. Not differentiable.
 
     Raises:
-        ValueError: another value in s_seq, whose test synchronises the device and is left out in compiled code.
+        ValueError: another value in s_seq, whose test synchronises the device and is left out in compiled code and for
+            tensors without values.
 
     Example::
 
@@ -201,12 +208,13 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
     Source: Luo et al., ECCV 2024, as in `asgl_cuda.lif`.
     """
     caller = "asgl_cuda.unroll_levels"
-    time_dim = check_input(s_seq, time_dim, caller)
+    time_dim = check_input(s_seq, time_dim, caller, "s_seq")
     if levels is None:
         raise ValueError(f"{caller}: levels must be an int, got None")
     levels = check_levels(levels, caller)
     with torch.no_grad():
-        if not torch.compiler.is_compiling() and not transforming():
+        has_values = type(s_seq) in PLAIN_TENSORS and not s_seq.is_meta
+        if has_values and not torch.compiler.is_compiling() and not transforming():
             others = s_seq[~((s_seq == s_seq.round()) & (s_seq >= 0) & (s_seq <= levels))]
             if others.numel():
                 raise ValueError(

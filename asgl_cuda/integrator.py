@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .backends import BACKENDS, backend_of, choose_backend, operators_of
-from .checks import cached_by_signature, check_bool, check_input, check_not_nan, check_parameter, check_v_init
+from .checks import (
+    cached_by_signature,
+    check_bool,
+    check_input,
+    check_keywords,
+    check_not_nan,
+    check_parameter,
+    check_v_init,
+)
 from .derivatives import DERIVATIVES
 from .layer import Granularity, NeuronLayer
 from .layout import is_dense, real_type
@@ -139,6 +147,7 @@ def leaky_integrator(
     time_dim: int = 0,
     return_v_last: bool = False,
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Tensor | IntegratorOutput:
     """Leaky integrators over a whole sequence: synaptic currents, or the read-out of a network.
 
@@ -174,6 +183,8 @@ def leaky_integrator(
             out[t] = before if delay else v
     """
     caller = "asgl_cuda.leaky_integrator"
+    if unknown:
+        check_keywords(unknown, ("decay", *(leaky_integrator.__kwdefaults__ or {})), caller)
     options = _Options(v_rest, delay, time_dim, return_v_last)
     return _computed(caller, x_seq, decay, input_gain, v_init, options, backend)
 
@@ -259,8 +270,10 @@ class LeakyIntegrator(NeuronLayer):
         backend: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **unknown: NoReturn,
     ) -> None:
         super().__init__()
+        check_keywords(unknown, LeakyIntegrator.__init__.__kwdefaults__ or {}, self._caller)
         self._set_up(num_features, granularity, v_rest, input_gain, stateful, time_dim, backend, device, dtype)
         self.delay = check_bool("delay", delay, self._caller)
         empty = torch.empty(self.num_features or 1, device=device, dtype=dtype)

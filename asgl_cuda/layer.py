@@ -15,8 +15,11 @@ from .backends import BACKENDS
 from .checks import (
     check_analog_prob,
     check_bool,
+    check_dense,
+    check_device,
     check_device_and_dtype,
     check_finite,
+    check_floating,
     check_input,
     check_int,
     check_multi_spike,
@@ -134,6 +137,7 @@ class NeuronLayer(Settable):
     _caller: ClassVar[str]  # the name in errors
     _function: ClassVar[str]  # the functional form, for errors
     _potentials: ClassVar[tuple[str, ...]] = ("v",)  # no buffers: DistributedDataParallel would broadcast them
+    _states: ClassVar[tuple[str, ...]] = ("v",)  # those that are carried
     logit_decay: nn.Parameter | None
     store_v_seq = False
     v: Tensor | None
@@ -225,7 +229,9 @@ class NeuronLayer(Settable):
         # Not reshape(()), which refuses tensors sharded by fully_shard.
         return value if isinstance(value, float) or self.num_features else value.sum()
 
-    def forward(self, x_seq: Tensor) -> Tensor:
+    def forward(self, x_seq: Tensor, residual: None = None) -> Tensor:
+        if residual is not None:
+            raise TypeError(f"{self._caller}: takes no residual; layer(x_seq + residual) adds it")
         return self._call(x_seq)
 
     def _call(self, x_seq: Tensor, **more: Any) -> Tensor:
@@ -242,18 +248,26 @@ class NeuronLayer(Settable):
                 f"{self._caller}: a layer with stateful or store_v_seq can't keep potentials under transforms of "
                 f"torch.func, which end with them; {self._function} takes v_init and returns potentials"
             )
-        if self.stateful and self.v is not None:
-            shape, carried = state_shape(x_seq, time_dim), list(self.v.shape)
-            if carried != shape:
-                one_step = list(x_seq.shape) == carried
-                remedy = "step() takes one step without time" if one_step else "reset() comes before another shape"
-                raise ValueError(
-                    f"{self._caller}: the carried potential has shape {carried} and the input, without time, {shape}; "
-                    f"{remedy}"
-                )
-            if len(carried) == 1 and x_seq.shape[time_dim] > 1 and not torch.compiler.is_compiling():
-                _warn_of_time(self._caller, x_seq, time_dim)
+        if self.stateful:
+            for name in self._states:
+                if (state := getattr(self, name)) is not None:
+                    self._check_state(name, state, x_seq, time_dim)
         return self._run(x_seq, with_state=True, **more)
+
+    def _check_state(self, name: str, state: Any, x_seq: Tensor, time_dim: int) -> None:
+        check_floating(name, state, self._caller)
+        check_dense(name, state, self._caller)
+        shape, carried = state_shape(x_seq, time_dim), list(state.shape)
+        if carried != shape:
+            one_step = list(x_seq.shape) == carried
+            remedy = "step() takes one step without time" if one_step else "reset() comes before another shape"
+            raise ValueError(
+                f"{self._caller}: the carried {'potential' if name == 'v' else name} has shape {carried} and the "
+                f"input, without time, {shape}; {remedy}"
+            )
+        check_device(name, state, x_seq, self._caller)
+        if len(carried) == 1 and x_seq.shape[time_dim] > 1 and not torch.compiler.is_compiling():
+            _warn_of_time(self._caller, x_seq, time_dim)
 
     def step(self, x_t: Tensor) -> Tensor:
         """One time step: input and output are without time, and `v` is carried to the next step until `reset()`.
@@ -291,12 +305,17 @@ class NeuronLayer(Settable):
         )
 
     def _carried(self) -> Tensor | None:
+        """The state that a call starts from; None: at rest."""
+        return self._carried_state("v")
+
+    def _carried_state(self, name: str) -> Tensor | None:
         if not self.stateful:
-            return None  # v belongs to steps
+            return None  # states belong to steps
+        state: Tensor | None = getattr(self, name)
         # Autograd refuses inference tensors, not their copies.
-        if self.v is not None and not torch.compiler.is_compiling() and self.v.is_inference():
-            return self.v if torch.is_inference_mode_enabled() else self.v.clone()
-        return self.v
+        if state is not None and not torch.compiler.is_compiling() and state.is_inference():
+            return state if torch.is_inference_mode_enabled() else state.clone()
+        return state
 
     def _broadcast(self, value: Value, x_seq: Tensor, time_dim: int) -> Value:
         """A parameter of the granularity's shape, reshaped to broadcast against x_seq."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from .checks import (
     check_levels,
     check_sizes,
     check_surrogate,
+    check_threshold,
     check_width,
     read_finite,
     read_number,
@@ -139,9 +140,11 @@ class LIF(NeuronLayer, Noisy):
         backend: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **unknown: NoReturn,
     ) -> None:
         super().__init__()
         caller = self._caller
+        check_keywords(unknown, LIF.__init__.__kwdefaults__ or {}, caller)
         self._set_up(num_features, granularity, v_rest, input_gain, stateful, time_dim, backend, device, dtype)
         self.multi_spike = check_bool("multi_spike", multi_spike, caller)
         check_surrogate(surrogate, caller, self.multi_spike)
@@ -241,8 +244,8 @@ class LIF(NeuronLayer, Noisy):
                     f"{after} and v_threshold {value}"
                 )
         several = "multi_spike" if self.multi_spike else "levels" if self._counts else ""
-        if several and value <= 0:
-            raise ValueError(f"{caller}: {several} needs v_threshold > 0, got {value}")
+        if several:
+            check_threshold(value, several, caller)
         if self._fires(v_rest - value):
             message = f"v_threshold {value:g} is not above v_rest {v_rest:g}: neurons at rest fire without any input"
             warn_once("v_threshold", f"{caller}: {message}")
@@ -316,7 +319,7 @@ class LIF(NeuronLayer, Noisy):
             self.surrogate, self.surrogate_gain, self.v_rest, self.v_min, self.levels, self.multi_spike,
             self.strict_threshold,
             self.detach_reset, self.scale_output, self.time_dim, return_v_last, return_v_seq, return_h_seq,
-            input_gain,
+            1.0 if residual is None else input_gain,
         )  # fmt: skip
         return Arguments(values, options, v_init, None, generator, self.backend)
 
@@ -409,7 +412,7 @@ class BatchNormLIF(LIF):
         caller = self._caller
         if "input_gain" in lif_options:
             raise TypeError(f"{caller}: input_gain is an argument of LIF; input_scale is the factor here")
-        check_keywords(lif_options, LIF.__init__.__kwdefaults__ or {}, caller)
+        check_keywords(lif_options, {**(LIF.__init__.__kwdefaults__ or {}), "input_scale": 1.0}, caller)
         try:
             channels, *others = check_sizes("num_features", num_features, caller)
         except (TypeError, ValueError):

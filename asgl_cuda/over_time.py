@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class OverTime(nn.Module):
     `[T * B, ...]`.
 
     Raises TypeError if `layer` is not a module or contains a layer with state over time, even if added later, or if the
-    input is not a tensor; ValueError for an input without time and batch.
+    input is not a tensor; ValueError for an input without time and batch, also one that a convolution would take for a
+    sample without a batch.
 
     Example::
 
@@ -48,19 +49,39 @@ class OverTime(nn.Module):
 
     def forward(self, x_seq: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            _check_input(x_seq)
+            _check_input(x_seq, self.layer)
             if not torch.compiler.is_compiling():
                 _check_inside(self.layer)
         return self.layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])  # type: ignore[no-any-return]
 
 
-def _check_input(x_seq: Any) -> None:
+def _check_input(x_seq: Any, layer: nn.Module) -> None:
     if isinstance(x_seq, Tensor):
         if x_seq.is_nested or x_seq.dim() < 2:
             got = "a nested tensor" if x_seq.is_nested else f"shape {list(x_seq.shape)}"
             raise ValueError(f"{_CALLER}: x_seq must have time and batch, [T, B, ...], got {got}")
+        name, sizes = _sample_of(layer)
+        if x_seq.dim() < 2 + len(sizes):
+            raise ValueError(
+                f"{_CALLER}: x_seq must be [T, B, {', '.join(sizes)}] for {name}, got shape {list(x_seq.shape)}; "
+                "x_seq.unsqueeze(1) has a batch of size 1"
+            )
     elif not isinstance(x_seq, fx.Proxy):
         raise TypeError(f"{_CALLER}: x_seq must be a tensor, got {type(x_seq).__name__}")
+
+
+def _sample_of(layer: nn.Module) -> tuple[str, Sequence[str]]:
+    """The first layer's name, and the sizes of a sample where, with fewer, it would mix steps and samples."""
+    while type(layer).forward is nn.Sequential.forward and layer._modules:
+        layer = next(layer.children())
+    sizes: Sequence[str] = ()
+    if isinstance(layer, nn.modules.conv._ConvNd):  # would take time and batch for channels
+        sizes = f"{layer.in_channels or 'C'}", *("L", "HW", "DHW")[len(layer.kernel_size) - 1]
+    elif isinstance(layer, nn.Linear):  # for features
+        sizes = (f"{layer.in_features or 'N'}",)
+    elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        sizes = [f"{size}" for size in layer.normalized_shape]
+    return type(layer).__name__, sizes
 
 
 _timeless: set[type[nn.Module]] = set()  # classes without time

@@ -23,7 +23,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ class _Spikes:
         self._asking: WeakSet[_Recomputed] = WeakSet()
         self._answered: WeakSet[_Recomputed] = WeakSet()
         self._again: Tensor | None = None
-        self.holder = [self]  # cleared once a layer saves the spikes
+        self._node = ref(spikes.grad_fn)  # the call's, which owns this object until a layer saves the spikes
         self._lock = threading.Lock()
 
     @property
@@ -108,7 +108,8 @@ class _Spikes:
             return None
         recomputed = _Recomputed(self, tensor)
         self._asking.add(recomputed)
-        self.holder.clear()
+        if (node := self._node()) is not None:
+            node.asgl_cuda_spikes = None  # type: ignore[attr-defined]
         return recomputed
 
     def computed_for(self, asking: _Recomputed) -> Tensor:
@@ -310,5 +311,5 @@ def remember(spikes: Tensor, compute: Callable[..., Tensor], inputs: dict[str, T
         return
     found = _Spikes(spikes, compute, inputs)
     _thread.known[found.key] = found
-    # Owned by the call's node alone until a layer saves the spikes: freed with a dropped graph.
-    spikes.grad_fn.asgl_cuda_spikes = found.holder  # type: ignore[attr-defined]
+    # Freed with a dropped graph.
+    spikes.grad_fn.asgl_cuda_spikes = found  # type: ignore[attr-defined]

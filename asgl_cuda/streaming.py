@@ -38,10 +38,13 @@ def _takers(model: nn.Module) -> Iterator[_Taker]:
     """Each taker once; refuses unstreamable modules."""
     known = [library.streamed for library in libraries()]
     found: set[nn.Module] = set()
-
-    def below(module: nn.Module, path: str, inside: bool, compiled: bool) -> Iterator[_Taker]:
+    left: list[tuple[nn.Module, str, bool, bool]] = [
+        (model, "", False, False)
+    ]  # path, inside and compiled, as in _Taker
+    while left:  # a recursive closure would be a reference cycle, which keeps the model
+        module, path, inside, compiled = left.pop()
         if module in found:
-            return
+            continue
         found.add(module)
         compiled = compiled or "_orig_mod" in module._modules or module._compiled_call_impl is not None
         if isinstance(module, NeuronLayer):
@@ -56,11 +59,8 @@ def _takers(model: nn.Module) -> Iterator[_Taker]:
         if answer is not None:
             yield _Taker(path, module, answer, inside, compiled)
         inside = inside or answer is not None or isinstance(module, OverTime)  # has no dimension of time inside
-        for name, child in module._modules.items():
-            if child is not None:
-                yield from below(child, f"{path}.{name}" if path else name, inside, compiled)
-
-    return below(model, "", False, False)
+        children = [(name, child) for name, child in module._modules.items() if child is not None]
+        left += [(child, f"{path}.{name}" if path else name, inside, compiled) for name, child in reversed(children)]
 
 
 def _time_dim_of(takers: Sequence[_Taker]) -> int | None:

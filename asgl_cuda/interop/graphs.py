@@ -99,6 +99,8 @@ def _ways_of(module: nn.Module, training: bool, concrete: dict[str, None]) -> li
             if not tracer.taken or not _raises_itself(error):
                 raise
             refusal = error
+        finally:
+            vars(tracer).update(root=None, tensor_attrs=None)  # fx leaves the tracer in a reference cycle
         ways += [[*tracer.taken[:choice], True] for choice in range(len(way), len(tracer.taken))]
     if not graphs:
         raise refusal

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -180,8 +180,6 @@ class _Trial:
         self.neurons = {layer: name for name, layer in some_asgl_layers(self._model, _CALLER).items()}
         for layer in self.neurons:
             layer.analog_prob = 0.0
-            layer.register_forward_pre_hook(self._before, with_kwargs=True)
-            layer.register_forward_hook(self._after)
         self.foreign = {layer: name for name, layer in self._model.named_modules() if self._is_foreign(layer)}
         for layer in self.foreign:
             layer.register_forward_hook(lambda layer, args, output: _pytree.tree_map_only(Tensor, _source, output))
@@ -247,7 +245,10 @@ class _Trial:
         self._until = until
         reset(self._model)
         torch.clear_autocast_cache()  # holds casts of earlier trial weights
-        with suppress(_Finished), torch.random.fork_rng(self._devices):  # same random numbers in each run
+        with ExitStack() as hooks, suppress(_Finished), torch.random.fork_rng(self._devices):  # the same random numbers
+            for layer in self.neurons:  # hooks that stay would be reference cycles
+                hooks.callback(layer.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+                hooks.callback(layer.register_forward_hook(self._after).remove)
             self._model(*_pytree.tree_map_only(Tensor, _source, self._inputs))
         if until is None:
             self._calls = {site: len(tally) for site, tally in self._tallies.items()}

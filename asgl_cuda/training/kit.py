@@ -101,34 +101,39 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
     lightning = first_of(names, "lightning", "asgl_cuda.lightning_callback")
 
     class ASGLCallback(lightning.Callback):  # type: ignore[misc, name-defined]
+        # Not by closure: a class is a reference cycle, which would keep the model.
+        def __init__(self, schedule: AnalogProbSchedule | None, monitor: Monitor | None) -> None:
+            super().__init__()
+            self._schedule, self._monitor = schedule, monitor
+
         def on_train_epoch_start(self, *_: Any) -> None:
-            if monitor is not None:
-                monitor.reset()
+            if self._monitor is not None:
+                self._monitor.reset()
 
         def on_train_batch_start(self, *_: Any) -> None:
-            if monitor is not None:
-                monitor.start()
+            if self._monitor is not None:
+                self._monitor.start()
 
         def on_train_batch_end(self, *_: Any) -> None:
-            if monitor is not None:
-                monitor.stop()
+            if self._monitor is not None:
+                self._monitor.stop()
 
         on_exception = on_train_batch_end
 
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-            if monitor is not None:
-                module.log_dict(monitor.scalars(), sync_dist=True)
-            if schedule is not None:
-                schedule.step()
+            if self._monitor is not None:
+                module.log_dict(self._monitor.scalars(), sync_dist=True)
+            if self._schedule is not None:
+                self._schedule.step()
 
         def state_dict(self) -> dict[str, Any]:
-            return {} if schedule is None else schedule.state_dict()
+            return {} if self._schedule is None else self._schedule.state_dict()
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            if schedule is not None:
-                schedule.load_state_dict(state_dict)
+            if self._schedule is not None:
+                self._schedule.load_state_dict(state_dict)
 
-    return ASGLCallback()
+    return ASGLCallback(schedule, monitor)
 
 
 class _SpikingEval(ContextDecorator, AbstractContextManager[None]):

@@ -7,13 +7,11 @@ calibrated to a rate on 256 training samples. The last layer's rate is measured 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +26,7 @@ from asgl_cuda import LIF, OverTime
 
 from ..common import machine, parser_of, write_json
 from .data import SOURCES
+from .runs import trainings
 from .tables import print_table
 
 RATES = (None, 0.05, 0.1, 0.2, 0.4)  # None: not calibrated
@@ -170,8 +169,8 @@ def main() -> int:
     file.parent.mkdir(exist_ok=True)
     runs = [Run(*each) for each in itertools.product(NETWORKS, OPTIMIZERS, rates, range(seeds))]
     started = time.perf_counter()
-    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
-        results = list(track(pool.map(partial(train, steps=steps), runs), total=len(runs)))
+    with trainings(partial(train, steps=steps), runs, arguments.jobs) as waiting:
+        results = [each.result() for each in track(waiting)]
     report = {
         "machine": machine(torch.device("cpu")),
         "settings": {"steps": steps, "batch": BATCH, "samples": SAMPLES, "seeds": seeds},

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +37,24 @@ def begun(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
+@contextmanager
+def trainings(train: Callable[[Run], Any], runs: Sequence[Run], jobs: int) -> Iterator[dict[Future[Any], Run]]:
+    """All runs, `jobs` at a time with one thread each, which end with an error or Ctrl-C inside."""
+    with ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the processes that start here
+        waiting = {pool.submit(train, run): run for run in runs}
+        signal.signal(signal.SIGINT, before)
+        try:
+            yield waiting
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def train_all(runs: Sequence[Run], train: Callable[[Run], Any], report: dict[str, Any], file: Path, jobs: int) -> None:
     """Trains the runs missing in `report`, `jobs` at a time with one thread each; writes the report after each.
 
@@ -41,24 +62,18 @@ def train_all(runs: Sequence[Run], train: Callable[[Run], Any], report: dict[str
     """
     left = [run for run in runs if str(run) not in report["runs"]]
     columns = *Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with (
-        Progress(*columns) as progress,
-        ProcessPoolExecutor(
-            jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool,
-    ):
-        task = progress.add_task("trainings", total=len(runs), completed=len(runs) - len(left))
-        waiting = {pool.submit(timed, train, run): run for run in left}
-        try:
+    try:
+        with Progress(*columns) as progress, trainings(partial(timed, train), left, jobs) as waiting:
+            task = progress.add_task("trainings", total=len(runs), completed=len(runs) - len(left))
             for done in as_completed(waiting):
                 result, seconds = done.result()
                 report["runs"][str(waiting[done])] = result
                 report["seconds"] += seconds
                 write_json(file, report)
                 progress.advance(task)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    except KeyboardInterrupt:
+        trained = sum(str(run) in report["runs"] for run in runs)
+        raise KeyboardInterrupt(f"the same command goes on: {file} has {trained} of {len(runs)} trainings") from None
 
 
 def timed(train: Callable[[Run], Any], run: Run) -> tuple[Any, float]:

@@ -423,7 +423,7 @@ def test_resumed_with_the_same_bits(frames, tmp_path, monkeypatch, capsys, worke
         return train_epoch(self, *arguments)
 
     monkeypatch.setattr(Training, "train_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=f"--resume goes on from {tmp_path / 'parts' / 'last.pt'}"):
         call(monkeypatch, *common, tmp_path / "parts")
     monkeypatch.setattr(Training, "train_epoch", train_epoch)
     with pytest.raises(SystemExit):

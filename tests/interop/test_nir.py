@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import inspect
 import sys
 
 import authors_code
@@ -216,10 +215,10 @@ def test_every_option_of_the_layer_is_written():
     (node,) = [node for node in to_nir(LIF(), torch.rand(2, 3, 4)).nodes.values() if isinstance(node, nir.LIF)]
     not_of_the_neuron = {"time_dim", "backend", "device", "dtype"}
     where_there_is_one = {"reset_amount", "v_min", "levels"}
-    options = set(inspect.signature(LIF).parameters) - not_of_the_neuron - where_there_is_one - {"num_features"}
+    options = set(LIF.__init__.__kwdefaults__) - not_of_the_neuron - where_there_is_one
     assert set(node.metadata["asgl_cuda"]["options"]) == options
     node = to_nir(LeakyIntegrator(), torch.rand(2, 3, 4)).nodes["_0"]
-    options = set(inspect.signature(LeakyIntegrator).parameters) - not_of_the_neuron - {"num_features", "delay"}
+    options = set(LeakyIntegrator.__init__.__kwdefaults__) - not_of_the_neuron - {"delay"}
     assert set(node.metadata["asgl_cuda"]["options"]) == options
 
 

@@ -77,6 +77,28 @@ def test_states_make_two_calls_one(backend, device, to_threshold):
     assert layer.double().w.dtype == torch.float64
 
 
+@forms
+@pytest.mark.parametrize("given", ["v", "w", "vw"])
+def test_states_that_are_set_are_used(backend, device, given, to_threshold):
+    """The other one starts at rest, in calls and in steps."""
+    x_seq = (3 * torch.rand(5, 3, 7, device=device) - 1).double()
+    options = {**OPTIONS, "v_rest": 0.1, "to_threshold": to_threshold}
+    layer = AdaptiveLIF(**options, stateful=True, analog_prob=0, backend=backend)
+    states = {name: torch.rand(3, 7, device=device, requires_grad=True) for name in given}
+    expected = asgl_cuda.adaptive_lif(x_seq, **options, **{f"{name}_init": states[name] for name in given})
+    for call in (layer, lambda x_seq: torch.stack([asgl_cuda.step(layer, x_t) for x_t in x_seq])):
+        layer.reset()
+        for name in given:
+            setattr(layer, name, states[name])
+        actual = call(x_seq)
+        assert torch.equal(actual, expected)
+        assert all(grad.any() for grad in torch.autograd.grad(actual.sum(), states.values()))
+    layer.reset()
+    setattr(layer, given[-1], 2 * states[given[-1]])
+    asgl_cuda.detach(layer)
+    assert not getattr(layer, given[-1]).requires_grad
+
+
 def test_gradients_flow_through_carried_states(backend, device):
     x_seq = (3 * torch.rand(8, 3, 5, device=device) - 1).requires_grad_()
     layer = AdaptiveLIF(**OPTIONS, stateful=True, analog_prob=0, backend=backend, device=device)

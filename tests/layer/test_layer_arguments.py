@@ -1,6 +1,7 @@
 """Arguments of layers: numbers of every type, invalid values, and names from other libraries."""
 
 import copy
+import re
 import warnings
 from fractions import Fraction
 from functools import partial
@@ -10,12 +11,13 @@ import torch
 from torch import nn
 
 import asgl_cuda
-from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator, checks
+from asgl_cuda import LIF, AdaptiveLIF, BatchNormLIF, LeakyIntegrator, OverTime, checks
 from asgl_cuda.surrogate import ELSEWHERE
 
 numpy = pytest.importorskip("numpy")
 
 LAYERS = {"LIF": LIF, "BatchNormLIF": partial(BatchNormLIF, 3), "LeakyIntegrator": LeakyIntegrator}
+X = torch.ones(2, 4, 3)
 OF_NEURONS = ("width", "v_threshold", "analog_prob", "v_reset", "v_min", "surrogate_gain")
 NUMBERS = {
     "LIF": ("decay", *OF_NEURONS, "v_rest", "input_gain"),
@@ -248,6 +250,64 @@ def test_a_layer_as_new_is_one_with_what_was_set():
 def test_did_you_mean(call, words):
     with pytest.raises((TypeError, ValueError), match=f"asgl_cuda.*{words}"):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: LIF(tau=2), "'tau'; SpikingJelly's tau=2 is decay=0.5 and .* by tau, as input_gain=0.5 does"),
+        (lambda: LIF(tau=None), "'tau'; SpikingJelly's tau is decay=1 - 1 / tau and .* as input_gain=1 / tau does"),
+        (lambda: LIF(init_tau=4.0, learn_decay=True), "SpikingJelly's init_tau=4.0 is decay=0.75 and divides .*"),
+        (
+            lambda: BatchNormLIF(3, tau=2.0),
+            "tau=2.0 is decay=0.5 and divides the input by tau, as input_scale=0.5 does",
+        ),
+        (lambda: AdaptiveLIF(tau=2.0), "tau=2.0 is decay=0.5 and divides the input by tau"),
+        (lambda: LeakyIntegrator(tau=2.0), "tau=2.0 is decay=0.5 and divides the input by tau, as input_gain=0.5 does"),
+        (
+            lambda: asgl_cuda.lif(X, tau=2.0),
+            "tau=2.0 is decay=0.5 and divides the input by tau, as input_gain=0.5 does",
+        ),
+        (lambda: asgl_cuda.batch_norm_lif(X, tau=2.0), "tau=2.0 is decay=0.5 .* as input_scale=0.5 does"),
+        (lambda: asgl_cuda.adaptive_lif(X, adapt_decay=0.9, beta=0.9), "snnTorch's beta=0.9 is decay=0.9"),
+        (lambda: asgl_cuda.leaky_integrator(X, beta=0.9), "snnTorch's beta=0.9 is decay=0.9"),
+        (lambda: LIF(beta=0.9), "'beta'; snnTorch's beta=0.9 is decay=0.9"),
+        (lambda: LIF(threshold=1), "'threshold'; snnTorch's threshold=1 is v_threshold=1, strict_threshold=True"),
+        (lambda: LIF(v_th=1), "Norse's v_th=1 is v_threshold=1, strict_threshold=True"),
+        (lambda: LIF(spike_threshold=0.5), "sinabs' spike_threshold=0.5 is v_threshold=0.5"),
+        (lambda: LeakyIntegrator(threshold=1), "'threshold'"),
+        (lambda: asgl_cuda.lif(X, learn_beta=True), "'learn_beta'"),
+    ],
+)
+def test_arguments_of_other_libraries(call, words):
+    with pytest.raises(TypeError, match=f"got an unexpected keyword argument .*{words}$"):
+        call()
+
+
+@pytest.mark.parametrize("make", [AdaptiveLIF, LeakyIntegrator])
+def test_a_residual_is_refused_where_there_is_none(make):
+    with pytest.raises(TypeError, match=rf"asgl_cuda\.{make.__name__}: takes no residual; layer\(x_seq \+ residual\)"):
+        make()(torch.ones(2, 3), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "sample"),
+    [
+        (nn.Conv2d(1, 8, 3), (8, 1, 8, 8), "1, H, W] for Conv2d"),
+        (nn.Conv2d(8, 8, 3, padding=1), (1, 8, 6, 6), "8, H, W] for Conv2d"),
+        (nn.Sequential(nn.Sequential(nn.ConvTranspose1d(6, 4, 1), nn.ReLU())), (2, 3, 6), "6, L] for ConvTranspose1d"),
+        (nn.LazyConv3d(6, 1), (6, 1, 1, 1, 1), "C, D, H, W] for LazyConv3d"),
+        (nn.Linear(6, 6), (2, 3), "6] for Linear"),
+        (nn.LayerNorm((2, 6)), (2, 1, 6), "2, 6] for LayerNorm"),
+    ],
+    ids=str,
+)
+def test_a_missing_batch_is_not_taken_for_channels(layer, shape, sample):
+    with pytest.raises(
+        ValueError, match=re.escape(f"x_seq must be [T, B, {sample}, got shape {list(shape)}; x_seq.unsqu")
+    ):
+        OverTime(layer)(torch.rand(shape))
+    assert OverTime(nn.ReLU())(torch.rand(2, 3)).shape == (2, 3)
 
 
 def test_no_hint_where_nothing_is_near():

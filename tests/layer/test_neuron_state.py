@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -74,6 +75,34 @@ def test_changed_batch_shape_names_both_shapes(backend, device, shape):
     layer.reset()
     layer(torch.rand(shape, device=device))
     assert layer.v.shape == shape[1:]
+
+
+STATEFUL = {
+    "LIF": LIF, "BatchNormLIF": partial(asgl_cuda.BatchNormLIF, 7), "LeakyIntegrator": asgl_cuda.LeakyIntegrator,
+    "AdaptiveLIF": asgl_cuda.AdaptiveLIF,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name"), [*((kind, "v") for kind in STATEFUL), ("AdaptiveLIF", "w")])
+@pytest.mark.parametrize(
+    ("state", "error", "words"),
+    [
+        (torch.zeros(3, 5), ValueError, r"the carried {} has shape \[3, 5\] and the input, without time, \[3, 7\]"),
+        (torch.zeros(()), ValueError, r"the carried {} has shape \[\] and"),
+        (torch.zeros(3, 7, dtype=torch.int64), TypeError, "{} must be of a floating type, got torch.int64"),
+        (torch.zeros(3, 7, device="meta"), ValueError, "{} must be on cpu as x_seq, got meta"),
+        (0.0, TypeError, "{} must be a tensor, got float"),
+    ],
+    ids=str,
+)
+def test_a_state_that_does_not_fit_is_named(kind, name, state, error, words):
+    layer = STATEFUL[kind](stateful=True)
+    setattr(layer, name, state)
+    wanted = words.format("potential" if name == "v" and "carried" in words else name)
+    for call in (layer, lambda x_seq: layer.step(x_seq[0]), lambda x_seq: asgl_cuda.step(layer, x_seq[0])):
+        with pytest.raises(error, match=rf"asgl_cuda\.{kind}: {wanted}"):
+            call(torch.rand(5, 3, 7))
+        assert getattr(layer, name) is state
 
 
 def test_state_is_cast_with_the_module(backend, device):

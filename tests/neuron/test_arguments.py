@@ -94,6 +94,13 @@ BAD = [
     ({"v_init": 0.0}, TypeError, ["v_init", "tensor", "float"]),
     ({"v_init": torch.zeros(6, 3, dtype=torch.int64)}, TypeError, ["v_init", "floating", "int64"]),
     ({"v_init": torch.zeros(6, 3, device="meta")}, ValueError, ["v_init", "cpu", "meta"]),
+    ({"residual_gain": 0.5}, ValueError, ["residual_gain needs a residual", "0.5"]),
+    *(
+        ({"multi_spike": True, "v_reset": None, "v_threshold": value}, ValueError, ["v_threshold > 0", "multi_spike"])
+        for value in (0.0, -1, torch.tensor([1.0, 0.0, 1.0]), torch.tensor(float("nan")))
+    ),
+    ({"tau": 2.0}, TypeError, ["'tau'", "tau=2.0 is decay=0.5", "divides the input", "input_gain=0.5"]),
+    ({"v_treshold": 2.0}, TypeError, ["'v_treshold'", "did you mean v_threshold?"]),
     ({"reset_amount": 1.0}, ValueError, ["reset_amount", "v_reset=None"]),
     ({"reset_amount": torch.ones(5), "v_reset": None}, ValueError, ["reset_amount", "[4, 6, 3]", "[5]"]),
 ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from comparison import assert_equals_reference, random_input, real_of, rng_state, uniform
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import asgl_cuda
 from asgl_cuda import LIF, BatchNormLIF, Monitor, batch_norm_lif, lif, unroll_levels
@@ -155,6 +156,20 @@ def test_unrolled_network_has_equal_sums(time_dim):
 def test_unrolling_refuses_others(wrong):
     with pytest.raises(ValueError, match=r"unroll_levels: s_seq must have whole numbers in \[0, 4\], got"):
         unroll_levels(torch.tensor([[1.0, wrong]]), 4)
+
+
+def test_unrolled_tensors_without_values():
+    assert unroll_levels(torch.rand(3, 2, device="meta"), 4).shape == (12, 2)
+    with FakeTensorMode():
+        assert unroll_levels(torch.rand(3, 2), 4).shape == (12, 2)
+
+
+@pytest.mark.parametrize(
+    "given", [[1.0], torch.tensor(1.0), torch.ones(2, dtype=torch.int64), torch.ones(2).to_sparse()]
+)
+def test_errors_of_unrolling_name_its_argument(given):
+    with pytest.raises((TypeError, ValueError), match=r"asgl_cuda\.unroll_levels: s_seq must"):
+        unroll_levels(given, 4)
 
 
 def test_unrolling_compiles_without_the_check():

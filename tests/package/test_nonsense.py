@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import asgl_cuda
-from asgl_cuda import LIF, AnalogProbSchedule, BatchNormLIF, LeakyIntegrator, OverTime
+from asgl_cuda import LIF, AdaptiveLIF, AnalogProbSchedule, BatchNormLIF, LeakyIntegrator, OverTime
 from asgl_cuda.functional import NeuronArguments
 
 
@@ -85,16 +85,25 @@ CALLS = {
         [name for name in names(asgl_cuda.batch_norm_lif, *NeuronArguments.__annotations__) if name != "neuron"],
         {},
     ),
+    "adaptive_lif": (
+        asgl_cuda.adaptive_lif, names(asgl_cuda.adaptive_lif, "v_init", "v_reset", "width"),
+        {"x_seq": X, "adapt_decay": 0.9},
+    ),
+    "unroll_levels": (asgl_cuda.unroll_levels, names(asgl_cuda.unroll_levels), {"s_seq": X, "levels": 2}),
     "LIF": (LIF, names(LIF.__init__), {}),
     "LIF that learns": (LIF, names(LIF.__init__), {"learn_decay": True, "learn_threshold": True}),
     "LIF of channels": (LIF, ["num_features"], {"granularity": "channel"}),
-    "LIF called": (LIF(), ["x_seq"], {}),
+    "LIF called": (LIF(), ["x_seq", "residual"], {"x_seq": X}),
+    "LIF carries": (set_on(lambda: LIF(stateful=True)), ["v"], {}),
     "LIF set": (set_on(LIF), ["width", "decay", "v_threshold", "analog_prob", "v_rest", "input_gain", "v_min"], {}),
     "BatchNormLIF": (BatchNormLIF, names(BatchNormLIF.__init__, *names(LIF.__init__)[1:]), {"num_features": 6}),
-    "BatchNormLIF called": (BatchNormLIF(6), ["x_seq"], {}),
+    "BatchNormLIF called": (BatchNormLIF(6), ["x_seq", "residual"], {"x_seq": X}),
     "BatchNormLIF set": (set_on(lambda: BatchNormLIF(6)), ["eps", "momentum", "input_scale", "process_group"], {}),
     "LeakyIntegrator": (LeakyIntegrator, names(LeakyIntegrator.__init__), {}),
-    "LeakyIntegrator called": (LeakyIntegrator(), ["x_seq"], {}),
+    "LeakyIntegrator called": (LeakyIntegrator(), ["x_seq", "residual"], {"x_seq": X}),
+    "AdaptiveLIF": (AdaptiveLIF, names(AdaptiveLIF.__init__, "decay", "stateful"), {}),
+    "AdaptiveLIF called": (AdaptiveLIF(), ["x_seq", "residual"], {"x_seq": X}),
+    "AdaptiveLIF carries": (set_on(lambda: AdaptiveLIF(stateful=True)), ["v", "w"], {}),
     "OverTime": (OverTime, ["layer"], {}),
     "OverTime called": (OverTime(nn.Identity()), ["x_seq"], {}),
     "AnalogProbSchedule": (AnalogProbSchedule, ["model"], {"prob_at": lambda start, epoch: start}),
@@ -108,6 +117,8 @@ CALLS = {
     "state from": (lambda start: loads(starts={"1": start, "2": 0.0}), ["start"], {}),
     "parameter_groups": (asgl_cuda.parameter_groups, names(asgl_cuda.parameter_groups), {"model": LIF(), "lr": 0.1}),
     "spiking_eval": (lambda model: asgl_cuda.spiking_eval(model).__enter__(), ["model"], {}),
+    "step": (asgl_cuda.step, ["model", "x_t"], {"model": LIF(), "x_t": X[0]}),
+    "step called": (LIF().step, ["x_t"], {}),
     "reset": (asgl_cuda.reset, ["model"], {}),
     "asgl_layers": (asgl_cuda.asgl_layers, ["model"], {}),
     "Monitor": (asgl_cuda.Monitor, ["model"], {}),

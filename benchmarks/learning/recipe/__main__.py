@@ -117,7 +117,10 @@ def main() -> int:
         training.resume(last)
     out.mkdir(parents=True, exist_ok=True)
     with writer_of(arguments.tensorboard if training.rank == 0 else None) or nullcontext() as writer:
-        run(training, out, writer)
+        try:
+            run(training, out, writer)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(*([f"--resume goes on from {last}"] if last.exists() else [])) from None
     if training.rank == 0:
         console.print(f"best test accuracy {training.best:.2f} %, in {out}", soft_wrap=True)
     if dist.is_initialized():
