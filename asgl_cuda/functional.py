@@ -152,9 +152,10 @@ def lif(
     The same in PyTorch, for the defaults and a mask of analog elements::
 
         v = torch.zeros_like(x_seq[0])
+        slope = 1 / torch.as_tensor(width, dtype=x_seq.dtype)
         for t in range(T):
             h = decay * v + x_seq[t]
-            a = ((h - v_threshold) / width + 0.5).clamp(0, 1)
+            a = ((h - v_threshold) * slope + 0.5).clamp(0, 1)
             z = (h >= v_threshold).to(h)
             s[t] = a + torch.where(mask[t], 0, z - a).detach()
             v = h * (1 - s[t]) + v_reset * s[t]
