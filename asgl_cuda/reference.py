@@ -216,7 +216,9 @@ def lif_reference(
         if r is not None:
             c = c + numbers.residual_gain * r[t]
         charged = v_rest + at(decay, t) * (v - v_rest) + c
-        h = charged - w if in_threshold else charged
+        # h_seq has an addition of its own, the last: autograd then adds gradients in the kernels' order.
+        minus_w = -w if in_threshold else None
+        h = charged if minus_w is None else charged + minus_w
         u = h if counts else h - at(v_threshold, t)
         d = periodic_distance(h, at(v_threshold, t)) if rules.periodic else u
         a = cumulative(d * at(inverse_width, t))
@@ -237,7 +239,7 @@ def lif_reference(
             w = at(input_gain, t) * w + (at(input_bias, t) * (v - v_rest) + at(input_mean, t) * s)
         s_seq.append(s)
         v_seq.append(v)
-        h_seq.append(h)
+        h_seq.append(h if minus_w is None else charged + minus_w)
 
     s_out = torch.stack(s_seq)
     if rules.scale_output:
