@@ -88,10 +88,10 @@ def adaptive_lif(
 
         v, w = torch.zeros_like(x_seq[0]), torch.zeros_like(x_seq[0])
         for t in range(T):
-            h = decay * v + x_seq[t] - (0 if to_threshold else w)
+            h = decay * v + (x_seq[t] - (0 if to_threshold else w))
             s[t] = (h - (w if to_threshold else 0) >= v_threshold).to(h)
             v = h * (1 - s[t])
-            w = adapt_decay * w + adapt_potential * v + adapt_spike * s[t]
+            w = adapt_decay * w + (adapt_potential * v + adapt_spike * s[t])
 
     Sources: Bittar, Garner: A surrogate gradient spiking baseline for speech command recognition, Frontiers in
     Neuroscience 2022, whose w follows the potential before a soft reset: add `adapt_potential * reset_amount` to

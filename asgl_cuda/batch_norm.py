@@ -95,16 +95,17 @@ class BatchNormLIFFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.settings, ctx.backend, ctx.plan, ctx.numbers, _, _, mean, _, *tensors = inputs
+        ctx.settings, ctx.backend, ctx.plan, ctx.numbers, weight, bias, mean, _, *tensors = inputs
         ctx.training = mean is None
         *_, checkpoints, coefficients, statistics = output
-        ctx.save_for_backward(checkpoints, coefficients, statistics, *tensors)
+        # weight and bias only for once_differentiable: backward has their coefficients.
+        ctx.save_for_backward(checkpoints, coefficients, statistics, weight, bias, *tensors)
         ctx.set_materialize_grads(grads_are_zeros())
         ctx.mark_non_differentiable(checkpoints, coefficients, statistics)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        checkpoints, coefficients, statistics, *tensors = saved_tensors(ctx)
+        checkpoints, coefficients, statistics, weight, bias, *tensors = saved_tensors(ctx)
         x_seq, v_init, rng_state, *parameters = tensors
         settings = ctx.settings
         call = Call(ctx.backend, ctx.plan, ctx.numbers, x_seq, v_init, rng_state, parameters)
@@ -118,6 +119,8 @@ class BatchNormLIFFunction(torch.autograd.Function):
         found = _normalised(call, coefficients.unbind()).backward(grads_of_outputs, checkpoints, wanted)
         grad_x_seq, grad_v_init, *grad_parameters, grad_residual = with_gaps(found, wanted)
         grad_weight = grad_bias = None
+        if through_batch and transforming():  # once_differentiable made them views, which autograd lets nobody write
+            grad_x_seq, grad_residual = (None if each is None else each.clone() for each in (grad_x_seq, grad_residual))
         if through_batch and residual:
             grad_x_seq = torch.empty_like(grad_residual)
         if wants_sums:
@@ -134,7 +137,7 @@ class BatchNormLIFFunction(torch.autograd.Function):
         results = grad_weight, grad_bias, grad_x_seq, grad_v_init, *grad_parameters
         asked = wants_weight, wants_bias, wants_x_seq, wants_v_init, *needed
         gradients = [grad for grad, wants in zip(results, asked, strict=True) if wants]
-        checked = once_differentiable(gradients, (*tensors, *grads))
+        checked = once_differentiable(gradients, (weight, bias, *tensors, *grads))
         grad_weight, grad_bias, grad_x_seq, grad_v_init, *others = with_gaps(checked, asked)
         return None, None, None, None, grad_weight, grad_bias, None, None, grad_x_seq, grad_v_init, None, *others
 
@@ -254,7 +257,7 @@ def _no_group(process_group: Any, caller: str) -> TypeError:
     return TypeError(f"{caller}: {expected}, got {shown(process_group)}")
 
 
-def _sharing(process_group: Any) -> Any:
+def sharing(process_group: Any) -> Any:
     """The group, or None if it has one process."""
     if process_group is None:
         return None
@@ -344,7 +347,7 @@ def _batch_norm_lif(
     channel, eps, input_scale = _norm_plan_of(_CALLER, x_seq, values, options)
     running_mean, running_var, weight, bias, momentum = values
     training = options.training
-    group = _sharing(process_group) if training else None
+    group = sharing(process_group) if training else None
     scalar, real = x_seq.dtype, real_type(x_seq.dtype)
     in_one_launch = False
     if running_mean is not None and running_var is not None:
@@ -503,10 +506,18 @@ def _update(
     for each, value in zip((mean, variance), values, strict=True):
         share = momentum.to(each.dtype) if isinstance(momentum, Tensor) else momentum
         value = detached(value).to(each.dtype).reshape(each.shape)
-        if transforming():  # vmap has no lerp_
-            each.copy_(each.lerp(value, share))
-        else:
+        if not transforming():
             each.lerp_(value, share)
+            continue
+        new = each.lerp(value, share)  # vmap has no lerp_
+        try:
+            each.copy_(new)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{_CALLER}: running statistics are written in training, and under torch.func must be arguments of the "
+                "transformed function, mapped where x_seq is: torch.func.functional_call passes a layer's, "
+                "torch.func.stack_module_state maps those of several; without them, track_running_stats=False"
+            ) from error
     if batches is not None:
         batches.add_(1)
 

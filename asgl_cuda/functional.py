@@ -89,8 +89,10 @@ def lif(
         v_reset: potential after a spike (hard reset), or None for the soft reset.
         reset_amount: amount that a spike subtracts under the soft reset; default `v_threshold`.
         width: width of the surrogate, in units of x_seq, at least 1.1e-19 in float32, where 1 / width^2 is still
-            finite. A tensor is checked only on the CPU, outside of torch.compile and torch.func, to avoid a device
-            synchronisation: unchecked, a width < 0 gives gradients of the wrong sign, a width of 0 gives NaN.
+            finite. fast_sigmoid and arctan square u / width, and have no gradient beyond abs(u) = 1e19 width, where
+            the square overflows. A tensor is checked only on the CPU, outside of torch.compile and torch.func, to
+            avoid a device synchronisation: unchecked, a width < 0 gives gradients of the wrong sign, a width of 0
+            gives NaN.
         surrogate: rectangle, triangle, sigmoid, arctan, erf, fast_sigmoid or laplace; with `multi_spike` also
             periodic_exponential, whose slope peaks at every multiple of the threshold.
         surrogate_gain: factor on the surrogate gradient.
@@ -156,9 +158,10 @@ def lif(
     The same in PyTorch, for the defaults and a mask of analog elements::
 
         v = torch.zeros_like(x_seq[0])
+        slope = 1 / torch.as_tensor(width, dtype=x_seq.dtype)
         for t in range(T):
             h = decay * v + x_seq[t]
-            a = ((h - v_threshold) / width + 0.5).clamp(0, 1)
+            a = ((h - v_threshold) * slope + 0.5).clamp(0, 1)
             z = (h >= v_threshold).to(h)
             s[t] = a + torch.where(mask[t], 0, z - a).detach()
             v = h * (1 - s[t]) + v_reset * s[t]

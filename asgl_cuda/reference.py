@@ -3,7 +3,7 @@
     c    = input_gain * (x[t] - input_mean) + input_bias (+ residual_gain * residual[t])
     h[t] = v_rest + decay * (v[t-1] - v_rest) + c
     u    = h[t] - v_threshold
-    a    = F(u / width)                                     analog value
+    a    = F(u * (1 / width))                               analog value
     z    = 1 if u >= 0 else 0                               hard spike (strict: u > 0)
     s    = a where the element is analog at t, else z       value, always with the gradient of a
     v[t] = h[t] * (1 - s) + v_reset * s                     hard reset
@@ -18,7 +18,7 @@ With levels (soft reset) z is a number of spikes of height 1, and s is scaled by
 With multi_spike (soft reset, no noise) z is a number of spikes; v_min is a floor of the potential:
 
     z    = trunc(h[t] / v_threshold) where h[t] > 0, else 0; at most levels, if given
-    a    = F(d / width),   d = u; for periodic_exponential F is laplace's, and, with slope 1,
+    a    = F(d * (1 / width)),   d = u; for periodic_exponential F is laplace's, and, with slope 1,
     d    = u where h[t] < v_threshold, else v_threshold * (2 (r - floor(r)) - 1),   r = h[t] / v_threshold - 1/2
     v[t] = relu(v - v_min) + v_min,   v from above
 
@@ -216,7 +216,9 @@ def lif_reference(
         if r is not None:
             c = c + numbers.residual_gain * r[t]
         charged = v_rest + at(decay, t) * (v - v_rest) + c
-        h = charged - w if in_threshold else charged
+        # h_seq has an addition of its own, the last: autograd then adds gradients in the kernels' order.
+        minus_w = -w if in_threshold else None
+        h = charged if minus_w is None else charged + minus_w
         u = h if counts else h - at(v_threshold, t)
         d = periodic_distance(h, at(v_threshold, t)) if rules.periodic else u
         a = cumulative(d * at(inverse_width, t))
@@ -237,7 +239,7 @@ def lif_reference(
             w = at(input_gain, t) * w + (at(input_bias, t) * (v - v_rest) + at(input_mean, t) * s)
         s_seq.append(s)
         v_seq.append(v)
-        h_seq.append(h)
+        h_seq.append(h if minus_w is None else charged + minus_w)
 
     s_out = torch.stack(s_seq)
     if rules.scale_output:

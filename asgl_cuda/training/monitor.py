@@ -13,10 +13,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..batch_norm import sharing
 from ..call import LIFOutput
 from ..checks import level_of_user
+from ..interop.normalised import Normalised
 from ..layer import some_asgl_layers
-from ..neuron import LIF
+from ..layout import channel_dim
+from ..neuron import LIF, BatchNormLIF
+from ..reference import batch_statistics
 from ..surrogate import SURROGATES
 from ..transforms import transforming
 
@@ -32,11 +36,20 @@ _QUANTITIES = {
 }
 
 # Shares at which `Monitor.problems` reports a layer.
-_MANY = 0.5  # of the neurons dead, or saturated
+_MANY = 0.5  # of the neurons dead, or saturated; of the channels constant
 _RARE = 0.05  # a rate below which larger weights help where most neurons are dead
 _FEW_INSIDE = 0.01  # of the potentials inside the window
 
-_REMEDY = "asgl_cuda.calibrate(model, x_seq), or a normalisation in front, as in asgl_cuda.BatchNormLIF"
+_LITTLE = 0.01  # of eps: with less variance a channel is normalised to less than a tenth around its bias
+
+_CALIBRATE = "asgl_cuda.calibrate(model, x_seq)"
+# Potentials that should be larger, smaller or just others: the weights in front, the weight of a normalisation, the
+# threshold.
+_SCALES = {
+    "larger": ("larger weights", "a larger weight", "a lower threshold"),
+    "smaller": ("smaller weights", "a smaller weight", "a higher threshold"),
+    "other": ("weights of another scale", "a weight of another scale", "another threshold"),
+}
 
 
 class ScalarWriter(Protocol):
@@ -49,16 +62,16 @@ class _Tally:
     """Sums over the calls of a layer, on its device without synchronisation."""
 
     def __init__(self) -> None:
-        self.elements = 0
+        self.elements: dict[str, int] = {}
         self.sums: dict[str, Tensor] = {}
         # By shape of the neurons, which may vary between calls.
         self.spikes: dict[torch.Size, Tensor] = {}
         self.steps: dict[torch.Size, int] = {}
 
     def add(self, shares: Mapping[str, Tensor]) -> None:
-        """Adds shares with one value per element of the output."""
-        self.elements += shares["firing_rate"].numel()
+        """Adds shares with one value per element of the output, or per channel."""
         for key, values in shares.items():
+            self.elements[key] = self.elements.get(key, 0) + values.numel()
             total = values.sum(dtype=torch.float64)
             self.sums[key] = self.sums[key].to(total.device) + total if key in self.sums else total
 
@@ -73,7 +86,7 @@ class _Tally:
         self.steps[shape] = self.steps.get(shape, 0) + spikes.numel() // shape.numel()
 
     def result(self) -> dict[str, float]:
-        found = {key: total.item() / self.elements for key, total in self.sums.items()}
+        found = {key: total.item() / self.elements[key] for key, total in self.sums.items()}
         neurons = sum(counts.numel() for counts in self.spikes.values())
         if neurons:
             dead = sum(int((counts == 0).sum()) for counts in self.spikes.values())
@@ -129,27 +142,70 @@ def _shares_of_lif(
     }
 
 
-def _problem(values: Mapping[str, float], surrogate: str | None) -> str | None:
+def _normalisation_of(layer: Any) -> Any:
+    """The batch normalisation that the layer computes, if any."""
+    if isinstance(layer, Normalised):
+        return layer.normalisation.norm
+    return layer if isinstance(layer, BatchNormLIF) else None
+
+
+def _uses_batch(norm: Any) -> bool:
+    return norm.training or norm.running_mean is None
+
+
+def _constant_channels(layer: LIF, x_seq: Tensor) -> dict[str, Tensor]:
+    """Which channels vary too little to be normalised by their own statistics."""
+    norm = _normalisation_of(layer)
+    if norm is None or not _uses_batch(norm):
+        return {}
+    group = getattr(norm, "process_group", None)
+    if isinstance(norm, nn.SyncBatchNorm):
+        group = group or "world"
+    *_, variance = batch_statistics(x_seq, channel_dim(layer.time_dim % x_seq.dim()), sharing(group))
+    return {"constant": variance <= _LITTLE * norm.eps}
+
+
+def _remedy(layer: Any, scale: str) -> str:
+    """The remedy for potentials of the wrong scale: neither what the layer is already, nor what `calibrate` refuses."""
+    weights, weight, threshold = _SCALES[scale]
+    norm = _normalisation_of(layer)
+    if norm is None:
+        return f"{weights}: {_CALIBRATE}, or a normalisation in front, as in asgl_cuda.BatchNormLIF"
+    learns = norm.weight is not None and norm.weight.requires_grad
+    own = f"{weight} of its normalisation: {_CALIBRATE}" if learns else threshold
+    return own if _uses_batch(norm) else f"running statistics of such inputs, by batches in training mode; or {own}"
+
+
+def _problem(values: Mapping[str, float], layer: Any) -> str | None:
     """The problem of a layer with these quantities, and a remedy."""
     rate, inside = values.get("firing_rate"), values.get("inside", 1.0)
     if rate is None:
         return None
     if math.isnan(values["width"]) or math.isnan(values.get("smoothing_error", 0.0)):
         return "its potentials or its width are NaN: a smaller learning rate, or clipped gradients"
-    seen, helps = [], f"weights of another scale: {_REMEDY}"
+    if values.get("constant", 0.0) > _MANY:
+        return (
+            f"{values['constant']:.0%} of the channels do not vary over time and batch: its normalisation leaves "
+            "nothing of them but its bias, and no gradient passes to the layers before. What helps: a larger batch, an "
+            "input that varies over time, or asgl_cuda.LIF, without a normalisation"
+        )
+    seen, helps = [], _remedy(layer, "other")
     if rate == 0 or values.get("dead", 0.0) > _MANY:
         seen.append("no neuron ever fired" if rate == 0 else f"{values['dead']:.0%} of the neurons never fired (dead)")
-        helps = f"larger weights: {_REMEDY}" if rate < _RARE else "a normalisation in front, or other inputs"
+        helps = "other inputs" if _normalisation_of(layer) is not None else "a normalisation in front, or other inputs"
+        if rate < _RARE:
+            helps = _remedy(layer, "larger")
     elif values.get("saturated", 0.0) > _MANY:
         seen.append(f"{values['saturated']:.0%} of the neurons fired at every step (saturated)")
-        helps = f"smaller weights: {_REMEDY}"
+        helps = _remedy(layer, "smaller")
     if inside < _FEW_INSIDE:
-        passes = "no" if inside == 0 and surrogate == "rectangle" else "hardly any"
-        seen.append(
-            f"{inside:.1%} of the potentials are inside the window of the surrogate, abs(u) < width / 2: {passes} "
-            "gradient passes to the layers before"
+        counts = getattr(layer, "_counts", False)  # no width is there to be larger
+        passes = "no" if inside == 0 and getattr(layer, "surrogate", None) == "rectangle" else "hardly any"
+        window = (
+            "between 0 and levels thresholds" if counts else "inside the window of the surrogate, abs(u) < width / 2"
         )
-        helps += "; or a larger width"
+        seen.append(f"{inside:.1%} of the potentials are {window}: {passes} gradient passes to the layers before")
+        helps += "" if counts else "; or a larger width"
     return f"{', and '.join(seen)}. What helps: {helps}" if seen else None
 
 
@@ -174,6 +230,8 @@ class Monitor:
       clamped.
     - `smoothing_error`: E|H(u) - spike|, which should vanish by the paper's argument. `multi_spike` has no H, and so
       neither `smoothing_error` nor `analog_share`.
+    - `constant`, of a layer that normalises by the statistics of each call, as BatchNormLIF in training: share of
+      channels with a variance of less than `eps / 100`, of which nothing but the bias is left. Not in the table.
     - `dead`, `saturated`: share of neurons that never spiked, and that spiked at every step, in all samples. Neurons
       are the positions of an input `[T, N, ...]` without time and batch, or without time if one dimension remains.
 
@@ -182,8 +240,8 @@ class Monitor:
     layer has `time_dim`, None for calls of one step. Quantities not seen yet are missing as well: before the first
     call, all but the widths.
 
-    `print(monitor)` shows a table, then `problems()`: layers that are dead, saturated or without gradient, and
-    remedies.
+    `print(monitor)` shows a table, then `problems()`: layers that are dead, saturated, without gradient, or normalise
+    channels that do not vary, and remedies.
 
     Watching changes no output, gradient, state or random number. Calls in compiled code and under transforms of
     torch.func are not seen: watch the uncompiled model, on some batches. A monitor that was never started warns when
@@ -264,7 +322,7 @@ class Monitor:
         if not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
             return
         if before := self._before.pop(layer, None):
-            shares = _shares_of_lif(layer, *before, s_seq)
+            shares = _shares_of_lif(layer, *before, s_seq) | _constant_channels(layer, before[0])
         else:
             # H(0) = 1/2, so smooth values show the hard spike, too.
             shares = {"firing_rate": s_seq >= 0.5, "analog_share": s_seq != s_seq.round()}
@@ -295,7 +353,7 @@ class Monitor:
             return ["nothing was seen: the model was not called, or only in compiled code or under torch.func"]
         lines = []
         for name, values in found.items():
-            what = _problem(values, getattr(self._layers[name], "surrogate", None))
+            what = _problem(values, self._layers[name])
             if what is not None:
                 lines.append(f"{name or '(the model)'}: {what}")
         return lines

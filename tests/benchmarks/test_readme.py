@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,15 +38,32 @@ def test_python_blocks_run(capsys):
     printed = capsys.readouterr().out
     assert "1 replaced, 1 left" in printed
     assert "1 replaced, 0 left" in printed
-    lif, noise = namespace["lif"], torch.tensor([2023, 0])
-    x_seq, width = torch.randn(4, 32, 128, requires_grad=True), torch.ones(128, requires_grad=True)
-    fused = asgl_cuda.lif(x_seq, width=width, analog_prob=0.2, rng_state=noise)
-    plain = lif(x_seq, asgl_cuda.analog_mask(x_seq, 0.2, noise), width=width)
-    assert torch.equal(fused, plain)
-    grad = torch.randn_like(x_seq)
-    ours = torch.autograd.grad(fused, (x_seq, width), grad)
-    theirs = torch.autograd.grad(plain, (x_seq, width), grad)
-    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("analog_prob", [0.2, 1.0])
+@pytest.mark.parametrize("options", [{}, {"decay": 0.9, "v_threshold": 0.8, "v_reset": -0.1}])
+def test_the_loop_has_the_bits_of_the_kernels(backend, device, dtype, analog_prob, options):
+    """Spikes and input gradients, at widths whose reciprocals are rounded."""
+    (block,) = (each for each in blocks("python") if "def lif(" in each)
+    namespace: dict[str, Any] = {"torch": torch}
+    exec(compile(block, README, "exec"), namespace)
+    noise = torch.tensor([2023, 0], device=device)
+    x_seq = torch.randn(9, 8, 64, dtype=dtype, device=device, requires_grad=True)
+    mask = asgl_cuda.analog_mask(x_seq, analog_prob, noise)
+    for value in (1.0, 3.0, 0.7, 1.1):
+        for width in (value, torch.full((64,), value, dtype=dtype, device=device, requires_grad=True)):
+            fused = asgl_cuda.lif(
+                x_seq, width=width, analog_prob=analog_prob, rng_state=noise, backend=backend, **options
+            )
+            plain = namespace["lif"](x_seq, mask, width=width, **options)
+            assert torch.equal(fused, plain), width
+            leaves = [each for each in (x_seq, width) if isinstance(each, torch.Tensor)]
+            (ours, *sums), (theirs, *expected) = (
+                torch.autograd.grad(each, leaves, torch.ones_like(x_seq)) for each in (fused, plain)
+            )
+            assert torch.equal(ours, theirs), width
+            torch.testing.assert_close(sums, expected)
 
 
 def test_readme_is_two_screens():

@@ -215,6 +215,99 @@ def test_problems_in_words(layer, scale, expected):
         assert name in asgl_cuda.__all__
 
 
+def normalised_model(**options):
+    model = nn.Sequential(nn.Linear(20, 30), asgl_cuda.BatchNormLIF(30, analog_prob=0.0, **options))
+    return model, "1"
+
+
+def fused_model(**options):
+    norm = asgl_cuda.OverTime(nn.BatchNorm1d(30, **options))
+    model, report = asgl_cuda.fuse(nn.Sequential(nn.Linear(20, 30), norm, LIF(analog_prob=0.0)))
+    assert report.replaced
+    return model, "2"
+
+
+@pytest.mark.parametrize("make", [normalised_model, fused_model])
+def test_channels_that_do_not_vary(make):
+    """One image as a constant current: the normalisation maps it to its bias, and nothing fires for good."""
+    model, name = make()
+    image, others = torch.randn(1, 20), torch.randn(2, 20)
+
+    def found_in(images):
+        with Monitor(model) as monitor:
+            model(images.expand(8, -1, -1))
+        return monitor.result()[name], monitor.problems()
+
+    found, problems = found_in(image)
+    assert (found["constant"], found["firing_rate"]) == (1.0, 0.0)
+    assert problems[0].startswith(f"{name}: 100% of the channels do not vary over time and batch: its normalisation")
+    assert "a larger batch" in problems[0]
+    assert "calibrate" not in problems[0]
+    assert "BatchNormLIF" not in problems[0]
+    with pytest.raises(ValueError, match="whatever the factor"):
+        asgl_cuda.calibrate(model, image.expand(8, -1, -1))
+    found, problems = found_in(others)
+    assert found["constant"] == 0.0
+    assert not any("vary" in each for each in problems)
+    with torch.no_grad():
+        model[0].weight[:15] = 0  # half of them, which is no problem
+    found, problems = found_in(others)
+    assert found["constant"] == 0.5
+    assert not any("vary" in each for each in problems)
+    model.eval()  # running statistics, for which an image may be alone
+    found, problems = found_in(image)
+    assert "constant" not in found
+    assert not any("vary" in each for each in problems)
+
+
+def test_a_constant_current_of_neurons_alone_is_no_problem():
+    model = nn.Sequential(LIF(analog_prob=0.0))
+    with Monitor(model) as monitor:
+        model(torch.linspace(0, 1.5, 20).expand(8, 1, -1))
+    assert "constant" not in monitor.result()["0"]
+    assert monitor.problems() == []
+
+
+@pytest.mark.filterwarnings("ignore:.*neurons at rest fire")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("make", [normalised_model, fused_model])
+@pytest.mark.parametrize(("threshold", "expected"), [(9.0, ("larger", "lower")), (-9.0, ("smaller", "higher"))])
+def test_advice_is_not_what_the_layer_is(make, training, affine, threshold, expected):
+    """No normalisation for what normalises, and `calibrate` where it scales a weight."""
+    model, _ = make(affine=affine)
+    layer = model.train(training)[-1]
+    layer.v_reset, layer.v_threshold = None, threshold
+    layer.reset_amount = 0.01
+    inputs = torch.randn(8, 16, 20)
+    with Monitor(model) as monitor:
+        model(inputs)
+    (line,) = monitor.problems()
+    assert "BatchNormLIF" not in line
+    assert "in front" not in line
+    assert ("asgl_cuda.calibrate" in line) == affine
+    assert (f"a {expected[0]} weight of its normalisation" if affine else f"a {expected[1]} threshold") in line
+    assert ("running statistics" in line) == (not training)
+    if not affine:
+        with pytest.raises(ValueError, match="no weight to be scaled"):
+            asgl_cuda.calibrate(model, inputs)
+    elif threshold > 0:
+        asgl_cuda.calibrate(model, inputs)
+        monitor.reset()
+        with monitor:
+            model(inputs)
+        assert not any("never" in each for each in monitor.problems())
+
+
+def test_with_levels_no_width_is_advised():
+    layer = LIF(levels=4, v_reset=None, analog_prob=0.0)
+    with Monitor(layer) as monitor:
+        layer(torch.full((4, 2, 8), -1.0))
+    (line,) = monitor.problems()
+    assert "0.0% of the potentials are between 0 and levels thresholds: no gradient" in line
+    assert "width" not in line
+
+
 def test_some_dead_neurons_in_words():
     layer = LIF(decay=0.0, analog_prob=0.0)
     x_seq = torch.ones(2, 3, 10)

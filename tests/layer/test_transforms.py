@@ -5,6 +5,7 @@ compared as in comparison.py.
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -365,6 +366,100 @@ def test_statistics_where_the_cotangent_is_mapped_further(backend, device):
 
     expected = jacrev(vmap(function("reference")))(x_seq)
     torch.testing.assert_close(jacrev(vmap(function(backend)))(x_seq), expected, rtol=1e-4, atol=1e-4)
+
+
+def normalised(x_seq, residual, value, **options):
+    mean, variance = torch.linspace(0, 1, x_seq.shape[2]), torch.linspace(1, 2, x_seq.shape[2])
+    return asgl_cuda.batch_norm_lif(x_seq, mean.to(x_seq), variance.to(x_seq), value, **options)
+
+
+OPERATORS = {  # of x_seq, a residual and a parameter
+    "lif": lambda x_seq, residual, value, **options: asgl_cuda.lif(x_seq, width=value, **options),
+    "lif with residual": lambda x_seq, residual, value, **options: asgl_cuda.lif(
+        x_seq, v_threshold=value, residual=residual, residual_gain=0.5, **options
+    ),
+    "adaptive_lif": lambda x_seq, residual, value, **options: asgl_cuda.adaptive_lif(
+        x_seq, adapt_decay=0.9, adapt_spike=value, w_init=residual[0], **options
+    ),
+    "leaky_integrator": lambda x_seq, residual, value, surrogate, **options: asgl_cuda.leaky_integrator(
+        x_seq, value, v_init=residual[0], **options
+    ),
+    "batch_norm_lif in evaluation": normalised,
+    "batch_norm_lif in training": lambda x_seq, residual, value, **options: asgl_cuda.batch_norm_lif(
+        x_seq, None, None, value, training=True, **options
+    ),
+    "batch_norm_lif in training, with residual": lambda x_seq, residual, value, **options: asgl_cuda.batch_norm_lif(
+        x_seq, None, None, value, training=True, residual=residual, residual_gain=0.5, **options
+    ),
+}
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("transform", ["grad(vmap)", "vmap(grad)", "vmap(vmap)", "jacrev", "grad(grad(vmap))"])
+def test_every_operator_under_transforms(backend, device, steps, name, transform):
+    """Against the reference in a loop, without transforms; a second derivative is refused."""
+    x_seq, residual = inputs(steps, device, 3, 2), inputs(steps, device, 3, 2)
+    value = torch.rand(2, device=device) + 0.4
+    function = partial(OPERATORS[name], surrogate="sigmoid", backend=backend)
+    reference = partial(OPERATORS[name], surrogate="sigmoid", backend="reference")
+    every, in_dims = (0, 1, 2), (0, 0, None)
+
+    def loss(*arguments, function=function):
+        return (function(*arguments) * weights(x_seq[0])).sum()
+
+    def expected(index):
+        leaves = [each.clone().requires_grad_() for each in (x_seq[index], residual[index], value)]
+        return torch.autograd.grad(loss(*leaves, function=reference), leaves, materialize_grads=True)
+
+    def total(*arguments):
+        return vmap(loss, in_dims)(*arguments).sum()
+
+    if transform == "vmap(vmap)":
+        pairs = torch.stack([x_seq, x_seq + 0.3])
+        found = vmap(vmap(function, in_dims), in_dims)(pairs, torch.stack([residual] * 2), value)
+        assert torch.equal(found, torch.stack([looped(function, each, residual, (value,)) for each in pairs]))
+        return
+    if transform == "grad(grad(vmap))":
+        with pytest.raises(RuntimeError, match="asgl_cuda: a second derivative was asked for"):
+            grad(lambda value: grad(total)(x_seq, residual, value).square().sum())(value)
+        return
+    if transform == "jacrev":
+        arguments = x_seq[0], residual[0], value
+        found = jacrev(function, every)(*arguments)
+        wanted = torch.autograd.functional.jacobian(reference, arguments)
+    else:
+        wanted = tuple(torch.stack(each) for each in zip(*map(expected, range(SAMPLES)), strict=True))
+        if transform == "vmap(grad)":
+            found = vmap(grad(loss, every), in_dims)(x_seq, residual, value)
+        else:
+            found = grad(total, every)(x_seq, residual, value)
+            wanted = *wanted[:2], wanted[2].sum(0)
+    assert max(each.abs().max() for each in wanted) > 0.01
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [None, "reference"])
+def test_running_statistics_under_transforms(backend, device, name):
+    """Updated where they are arguments; refused where a transform would lose the update."""
+    x_seq = inputs(4, device, 3, 2)
+
+    def function(x_seq, mean, variance):
+        return asgl_cuda.batch_norm_lif(x_seq, mean, variance, training=True, backend=name or backend).sum()
+
+    mean, variance = torch.zeros(SAMPLES, 2, device=device), torch.ones(SAMPLES, 2, device=device)
+    for refused in (
+        lambda: vmap(function, (0, None, None))(x_seq, mean[0], variance[0]),
+        lambda: grad(lambda x_seq: function(x_seq, mean[0], variance[0]))(x_seq[0]),
+        lambda: grad(lambda x_seq: vmap(function)(x_seq, mean, variance).sum())(x_seq),
+    ):
+        with pytest.raises(RuntimeError, match=r"asgl_cuda\.batch_norm_lif: running statistics are written"):
+            refused()
+    assert not mean.any()
+    grad(lambda *arguments: vmap(function)(*arguments).sum())(x_seq, mean, variance)
+    expected = torch.zeros_like(mean), torch.ones_like(variance)
+    looped(function, x_seq, *expected)
+    close((mean, variance), expected)
 
 
 @pytest.mark.parametrize("state", [False, True])

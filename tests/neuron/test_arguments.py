@@ -237,6 +237,25 @@ def test_the_least_width_has_the_same_gradients_everywhere(backend, device):
     assert asgl_cuda.lif(double, width=1e-40, backend=backend).sum().isfinite()
 
 
+@pytest.mark.parametrize("surrogate", ["fast_sigmoid", "arctan"])
+def test_where_the_square_overflows_there_is_no_gradient(backend, device, surrogate):
+    """As documented in `lif`: from abs(u) = 1e19 width on, the square of u / width may be infinite."""
+    least = 1.1e-19
+
+    def gradients(u, dtype, name):
+        x_seq = (1 + torch.tensor([u], dtype=dtype, device=device)).requires_grad_()
+        width = torch.tensor(least, dtype=dtype, device=device).requires_grad_()
+        s_seq = asgl_cuda.lif(x_seq, width=width, surrogate=surrogate, backend=name)
+        return torch.autograd.grad(s_seq.sum(), (x_seq, width))
+
+    exact = gradients([0.25, 1.0], torch.float64, "reference")
+    for ours, theirs in zip(gradients([0.25, 1.0], torch.float32, backend), exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=0)
+    grad_x_seq, grad_width = gradients([3.0, 100.0], torch.float32, backend)
+    assert not grad_x_seq.any()
+    assert grad_width == 0
+
+
 def test_nan_in_the_input_shows_in_the_gradients_of_parameters(backend, device):
     """NaN gives no spike and no gradient of x, but NaN in parameter gradients, as in a layer that multiplies.
 

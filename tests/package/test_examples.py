@@ -64,6 +64,38 @@ def test_example_runs(name: str, code: str):
     exec(compile(code, f"the docstring of {name}", "exec"), namespace())
 
 
+NEURON = {"decay": 0.9, "v_threshold": 0.8}
+ADAPTATION = {"adapt_decay": 0.97, "adapt_potential": 0.1, "adapt_spike": 0.3}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lif", {**NEURON, "v_reset": -0.1, "width": 1.1, "analog_prob": 0.5}),
+        ("adaptive_lif", {**NEURON, **ADAPTATION, "to_threshold": False}),
+        ("adaptive_lif", {**NEURON, **ADAPTATION, "to_threshold": True}),
+        ("leaky_integrator", {"decay": 0.9, "input_gain": 0.7, "v_rest": 0.1, "delay": False}),
+        ("leaky_integrator", {"decay": 0.9, "input_gain": 0.7, "v_rest": 0.1, "delay": True}),
+    ],
+)
+def test_the_same_in_pytorch_is_the_same(name: str, options: dict[str, Any], dtype: torch.dtype):
+    """The loop has every bit, at values that round: an order of operations or a quotient would show."""
+    function, state = getattr(asgl_cuda, name), torch.tensor([2023, 0])
+    loop = (inspect.getdoc(function) or "").split("The same in PyTorch")[1].split("::\n\n")[1].split("\n\n")[0]
+    x_seq = torch.randn(30, 8, 64, dtype=dtype)
+    written = torch.empty_like(x_seq)
+    values = {"x_seq": x_seq, "T": len(x_seq), "s": written, "out": written, "torch": torch, **options}
+    noise = {"rng_state": state} if "analog_prob" in options else {}
+    if noise:
+        values["mask"] = asgl_cuda.analog_mask(x_seq, options["analog_prob"], state)
+    exec(textwrap.dedent(loop), values)
+    output = function(x_seq, **options, **noise, return_v_last=True)
+    assert torch.equal(written, output[0])
+    for potential in {"v", "w"} & values.keys():
+        assert torch.equal(values[potential], getattr(output, f"{potential}_last")), potential
+
+
 @pytest.mark.parametrize("name", sorted(set(asgl_cuda.__all__) - NO_EXAMPLE_NEEDED))
 def test_there_is_an_example(name: str):
     assert examples_in(inspect.getdoc(getattr(asgl_cuda, name)) or ""), f"asgl_cuda.{name} has no example"
