@@ -149,6 +149,17 @@ def test_nothing_but_weights_changes(training, x_seq):
         assert torch.equal(value, old)
 
 
+def test_a_forward_that_draws_random_numbers(x_seq):
+    """The same ones in each run, and none of the generator's."""
+    torch.manual_seed(9)
+    layers = {"linear": nn.Linear(16, 40), "lif": LIF()}
+    model = Stack(lambda m, x_seq: m.lif(m.linear(x_seq + 9 * torch.rand_like(x_seq))), **layers)
+    drawn = torch.get_rng_state()
+    (row,) = calibrate(model, x_seq).layers
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert row.rate_after == rates_of(model, x_seq)["lif"]
+
+
 def test_bias_alone_and_units(x_seq):
     """Biases are not scaled: a rate that they alone exceed is an error."""
     model = nn.Sequential(nn.Linear(16, 8), LIF())
@@ -268,6 +279,17 @@ def test_rates_that_jump():
         ValueError, match=r"1: no factor on 0\.weight makes it fire at 0\.1; the rate is 0 at the factor"
     ):
         calibrate(model, torch.ones(2, 5, 1), 0.1)
+
+
+def test_one_spike_is_as_near_as_it_gets():
+    """Among 30 elements, of which 21 fire."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), LIF(decay=0.0))
+    x_seq = torch.arange(1, 31).reshape(3, 10, 1) / 10
+    for spikes, is_near in ((22, True), (20, True), (19, False)):
+        nn.init.ones_(model[0].weight)
+        (row,) = calibrate(model, x_seq, spikes / 30).layers
+        assert (row.factor == 1) is is_near
+        assert row.rate_after == pytest.approx(spikes / 30, abs=1.01 / 30)
 
 
 def test_arguments(x_seq):

@@ -178,6 +178,12 @@ def with_reset_behind(model, x_seq):
     return s_seq
 
 
+def with_another_state(model, x_seq):
+    if model.lif.v is not None:
+        model.lif.v = torch.zeros_like(model.lif.v)
+    return model.lif(x_seq)
+
+
 REFUSED = {
     "reset behind": (Stack(with_reset_behind, lif=LIF()), RuntimeError, r"LIF at 'lif' is reset, .* by the model's"),
     "recurrent cell": (Stack(lambda m, x: x, cell=nn.LSTMCell(C, C)), RuntimeError, "LSTMCell at 'cell' can't take a"),
@@ -185,6 +191,7 @@ REFUSED = {
         Stack(lambda m, x: m.lif(m.lif(x)), lif=LIF()), RuntimeError, r"LIF at 'lif' is called twice in one step",
     ),
     "reset inside": (Stack(with_reset, lif=LIF()), RuntimeError, r"LIF at 'lif' is reset, .* by the model's own"),
+    "state replaced": (Stack(with_another_state, lif=LIF()), RuntimeError, r"LIF at 'lif' is reset, or its state rep"),
     "time of its own": (
         Stack(lambda m, x: m.lif(x.expand(4, -1, -1)), lif=LIF()), RuntimeError, "LIF at 'lif' gets 4 time steps",
     ),
