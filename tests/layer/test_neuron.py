@@ -278,6 +278,7 @@ def test_half_model(backend, device, dtype, stateful):
     for _ in range(2):
         out = model(x_seq)
         assert out.dtype == dtype
+    assert model[1].width.dtype == model[1].decay.dtype == torch.float32
     out.float().sum().backward()
     for parameter in model.parameters():
         assert parameter.grad.dtype == parameter.dtype == dtype

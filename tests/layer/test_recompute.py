@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator, OverTime, recompute, recompute_spikes
+from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator, OverTime, lif, recompute, recompute_spikes
 
 STEPS, BATCH = 4, 3
 
@@ -316,6 +316,21 @@ def test_parameter_that_changed(changed):
         (model[1].log_width if changed == "width" else model[2].layer.weight).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation: expected version"):
         y.sum().backward()
+
+
+def test_a_parameter_that_is_freed_after_forward():
+    """As by FSDP, which gathers it again for the backward of its own layer alone."""
+    x, decay, linear = torch.randn(STEPS, BATCH, 12), torch.full((12,), 0.8, requires_grad=True), nn.Linear(12, 5)
+
+    def run():
+        return linear(lif(x, decay=decay)).square().sum()
+
+    (expected,) = torch.autograd.grad(run(), linear.weight)
+    with recompute_spikes():
+        loss = run()
+    decay.untyped_storage().resize_(0)
+    (found,) = torch.autograd.grad(loss, linear.weight)
+    assert torch.equal(found, expected)
 
 
 def test_spikes_that_changed_after_use():

@@ -233,6 +233,10 @@ def test_inputs_that_are_refused(x_t, time_dim, error, words):
         LIF(time_dim=time_dim).step(x_t)
 
 
+def test_time_may_be_the_first_dimension_from_the_end():
+    assert LIF(time_dim=-3).step(torch.rand(B, C)).shape == (B, C)
+
+
 def test_flags_come_back_after_an_exception():
     def fail(*_):
         raise ZeroDivisionError

@@ -204,6 +204,17 @@ def test_compile(backend, device, dynamic, to_threshold):
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("steps", [16, 20])
+def test_opcheck(backend, device, steps):
+    """Also of the sizes of checkpoints, which are those of two states."""
+    x_seq, init = random_input(steps, 3, 4, device=device).detach(), torch.rand(2, 3, 4, device=device)
+    numbers = Numbers(1.0, 0.5, 1.0, 0.0, 0.9, 0.0, 0.1, residual_gain=1.0, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
+    rules = Rules(*[0] * 12, adaptation=IN_CURRENT, time_dim=0)
+    arguments = (x_seq, init, None, [None] * 8, numbers, rules, [True] * 4)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(BACKENDS[backend].operators.lif_forward, arguments, test_utils=tests)
+
+
 @pytest.mark.parametrize("analog_prob", [0.0, 0.3])
 @pytest.mark.parametrize("steps", [5, 20])
 def test_vmap_is_a_loop(backend, device, analog_prob, steps):

@@ -1,6 +1,7 @@
 """Seeds the mistakes of table.py, one at a time, and runs their tests: `python -m tools.mutants.check [names]`."""
 
 import argparse
+import compileall
 import gc
 import importlib
 import os
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from py_compile import PycInvalidationMode
 
 import pytest
 
@@ -39,7 +41,6 @@ def run_tests(directory: Path, file: str, words: str) -> int:
     if child == 0:
         signal.alarm(SECONDS)
         os.chdir(directory)
-        sys.dont_write_bytecode = True  # of files that change within a second
         sys.path[:] = [str(directory), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
         for name in [name for name in sys.modules if name.partition(".")[0] == "tools"]:
             del sys.modules[name]
@@ -53,8 +54,11 @@ def run_tests(directory: Path, file: str, words: str) -> int:
 
 def copied(directory: Path) -> Path:
     """A copy of the repository, without what is built or downloaded."""
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
-    return shutil.copytree(ROOT, directory / "repository", ignore=ignored)
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "docs", "*.egg-info")
+    copy = shutil.copytree(ROOT, directory / "repository", ignore=ignored)
+    # By content, since files change within a second.
+    compileall.compile_dir(copy / "asgl_cuda", quiet=1, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
+    return copy
 
 
 def fails_without(directory: Path, mutants: Iterable[Mutant]) -> dict[str, int]:
