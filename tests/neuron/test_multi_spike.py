@@ -74,6 +74,12 @@ def test_floor_of_single_spikes(backend, device, dtype, surrogate, v_reset, anal
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("v_min", [None, -0.5, 0.0])
+def test_a_floor_of_0_is_one(backend, device, v_min):
+    output = asgl_cuda.lif(-torch.ones(1, 3, device=device), v_min=v_min, return_v_last=True, backend=backend)
+    assert (output.v_last == (-1.0 if v_min is None else v_min)).all()
+
+
 @pytest.mark.parametrize("v_threshold", [1.0, 0.3, 0.0, -0.7])
 @pytest.mark.parametrize("surrogate", ["rectangle", "sigmoid", PERIODIC])
 @pytest.mark.parametrize("v_min", [None, -1.0])

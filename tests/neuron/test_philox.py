@@ -114,6 +114,9 @@ def test_none_and_all_need_no_draw(backend, device, analog_prob):
     x_seq = torch.empty(4, 37, device=device)
     mask = analog_elements(x_seq, backend, analog_prob, rng_state(device=device))
     assert mask.all() if analog_prob > 0.5 else not mask.any()
+    drawn = torch.get_rng_state()
+    asgl_cuda.lif(x_seq, analog_prob=analog_prob, backend=backend)
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_share_of_analog_elements():
