@@ -283,7 +283,9 @@ def test_a_schedule_compiles_nothing_anew(backend, device, kind):
 def test_the_share_as_data_goes_where_the_layer_goes():
     layer = LIF(analog_prob=0.3).half()
     assert layer._analog_prob_data.item() == 0.3
-    empty = LIF(analog_prob=0.3, device="meta").to("meta").to_empty(device="cpu")
+    empty = LIF(analog_prob=0.3, device="meta").to("meta")
+    assert empty._analog_prob_data.is_meta
+    empty.to_empty(device="cpu")
     assert empty._analog_prob_data.item() == 0.3
     again = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
     again.analog_prob = 0.5

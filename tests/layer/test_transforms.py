@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 import asgl_cuda
 
 SAMPLES = 3
-STEPS = (4, 20)  # without and with checkpoints
+STEPS = (4, 36)  # without checkpoints and with two
 
 
 def inputs(steps, device, *shape):
@@ -180,6 +180,8 @@ def test_noise_that_is_given_is_that_of_each_sample_alone(backend, device, layou
     for each in (function, gradient):
         assert torch.equal(vmap(each, (0, None))(x_seq, states[1]), looped(each, x_seq, (states[1],)))
         assert torch.equal(vmap(each)(x_seq, states), looped(each, x_seq, states))
+        last = x_seq.movedim(0, -1).contiguous()
+        assert torch.equal(vmap(each, (-1, 0))(last, states), looped(each, x_seq, states))
 
 
 def models(backend, device):
