@@ -343,7 +343,9 @@ def test_a_stateful_layer_that_goes_on_with_two_dimensions_warns(monkeypatch):
         layer(x_t)  # one sequence without batch
         layer.reset()
         layer(x_t)
-        LIF(stateful=True)(x_t[:1])
+        one_step = LIF(stateful=True)
+        for _ in range(2):
+            one_step(x_t[:1])
         for _ in range(2):
             LIF()(x_t)
     with pytest.warns(UserWarning, match=r"asgl_cuda\.LIF: .*\[8, 5\], whose dimension 0.* layer\.step\(x_t\)") as got:
@@ -410,6 +412,13 @@ def test_over_time_refuses_stateful_layers():
             continue
         with pytest.raises(TypeError, match=rf"got {name} at '1\.1', .*nn\.Sequential\(OverTime\(\.\.\.\), {name}\("):
             OverTime(inside)
+
+
+def test_over_time_refuses_cells_and_inputs_without_batch():
+    with pytest.raises(TypeError, match=r"asgl_cuda\.OverTime: layer must know no time, got LSTMCell"):
+        OverTime(nn.LSTMCell(3, 3))
+    with pytest.raises(ValueError, match=r"asgl_cuda\.OverTime: x_seq must have time and batch, .* got shape \[3\]"):
+        OverTime(nn.Linear(3, 3))(torch.rand(3))
 
 
 def test_over_time_refuses_neurons_that_come_later():

@@ -58,6 +58,10 @@ def test_updates_count_as_batches_and_as_writes(backend, device):
     layer(torch.rand(4, 2, 3, device=device))
     assert torch.equal(layer.running_mean, running)
     assert layer.num_batches_tracked == 2
+    layer.reset_running_stats()
+    assert (layer.running_mean == 0).all()
+    assert (layer.running_var == 1).all()
+    assert layer.num_batches_tracked == 0
 
 
 def test_tdbn(backend, device):

@@ -180,6 +180,7 @@ def test_layer(backend, device):
     layer = LIF(**options, analog_prob=0.0, learn_decay=True, stateful=True, backend=backend, device=device)
     assert layer.state_dict().keys() == LIF(learn_decay=True).state_dict().keys()
     assert "v_min=-0.5, multi_spike=True" in repr(layer)
+    assert LIF(**options, analog_prob=0.0, levels=2).log_width is not None  # a limit leaves the surrogate
     x_seq = currents(7, 3, 9, device=device).detach()
     whole = asgl_cuda.lif(x_seq, **{**options, "decay": layer.decay}, backend=backend)
     for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
