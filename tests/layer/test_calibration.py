@@ -122,6 +122,14 @@ def test_running_statistics_are_taken_in_evaluation(x_seq):
     assert rates_of(model, x_seq) == pytest.approx({row.layer: row.rate_after for row in report.layers}, abs=1e-6)
 
 
+def test_batch_statistics_are_taken_in_training(x_seq):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(16, 40), BatchNormLIF(40, analog_prob=0.0))
+    nn.init.normal_(model[0].weight, std=3.0)
+    (row,) = calibrate(model, x_seq).layers
+    assert model(x_seq).mean().item() == pytest.approx(row.rate_after)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_but_weights_changes(training, x_seq):
     """State, modes, noise, generator and gradients stay."""

@@ -262,6 +262,10 @@ def test_outputs_of_several_tensors():
     assert torch.equal(found["more"][0], x_t)
     assert torch.equal(found["more"][1][0], x_t)
     assert found["more"][1][1] is None
+    pair = collections.namedtuple("pair", "s x")
+    found = asgl_cuda.step(Stack(lambda m, x: pair(m.lif(x), x), lif=LIF()), x_t)
+    assert type(found) is pair
+    assert torch.equal(found.x, x_t)
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)

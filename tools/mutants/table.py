@@ -413,7 +413,7 @@ MUTANTS = {
     "recompute: an exception leaves a context open": recompute("register_forward_hook(_leave, always_call=True)",
         "register_forward_hook(_leave)", "layer/test_recompute.py around or raises"),
     "recompute: spikes are kept by their layer": recompute("        self.holder.clear()\n", "",
-        "layer/test_recompute.py"),
+        "layer/test_recompute.py keeps_nothing"),
     # ---- streaming ----
     "streaming: another state of the same shape": streaming(
         "return state.shape == other.shape and state.data_ptr() == other.data_ptr()",
@@ -444,7 +444,7 @@ MUTANTS = {
         "_TOLERANCE * rate", "layer/test_calibration.py one_spike"),
     "calibration: dropout": calibration("        self._model.eval()\n", "", "layer/test_calibration.py fire_at"),
     "calibration: normalisations in evaluation": calibration("                mine.training = other.training\n",
-        "                pass\n", "layer/test_calibration.py fire_at or evaluation"),
+        "                pass\n", "layer/test_calibration.py in_training"),
     "calibration: runs go on where others ended": calibration("        reset(self._model)\n", "",
         "layer/test_calibration.py fire_at or nothing"),
     "calibration: casts of earlier weights": calibration(
@@ -471,8 +471,6 @@ MUTANTS = {
         "layer/test_calibration.py inference or autocast"),
     "calibration: a second weight of the neurons": calibration("site.weight == weight and site.layer != own", "False",
         "layer/test_calibration.py refused"),
-    "calibration: the batch of one process": calibration("        if self._group is not None:\n", "        if False:\n",
-        "layer/test_distributed.py calibration"),
     # ---- monitor ----
     "monitor: sees what other hooks made": monitor("(self._look, prepend=True, with_kwargs=True)",
         "(self._look, with_kwargs=True)", "layer/test_monitor.py hooks"),
