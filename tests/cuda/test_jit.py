@@ -1,5 +1,6 @@
 """The CuPy backend without a GPU: compilation by NVRTC, the cache, launches on a fake driver, missing parts."""
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -118,6 +119,41 @@ def test_changed_header_is_another_kernel(cache, headers, monkeypatch):
     monkeypatch.setattr(jit, "source_directory", lambda: changed)
     jit.load_or_compile(jit.PROBE, "sm_90")
     assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.usefixtures("nvrtc", "headers")
+def test_whatever_a_kernel_is_made_of_makes_another(cache, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(jit, "compile_kernels", lambda *those: (compiled.append(those) or [jit.Binary("_", b"")], ""))
+    others = [lambda: None, lambda: monkeypatch.setattr(jit, "nvrtc_version", lambda: "99.0"),
+              lambda: monkeypatch.setattr(jit, "OPTIONS", (*jit.OPTIONS, "--ftz=true"))]  # fmt: skip
+    for number, change in enumerate(others, 1):
+        change()
+        for _ in range(2):
+            jit.load_or_compile(jit.PROBE, "sm_90")
+        assert len(compiled) == len(list(cache.iterdir())) == number
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_programs_are_destroyed(monkeypatch, fails):
+    programs = []
+
+    class Nvrtc(types.SimpleNamespace):
+        NVRTCError = ArithmeticError
+
+        def compileProgram(self, *_):  # noqa: N802
+            if fails:
+                raise ArithmeticError
+
+    fake = Nvrtc(
+        createProgram=lambda *_: programs.append(7) or 7, destroyProgram=programs.remove, getVersion=lambda: (99, 0),
+        addNameExpression=lambda *_: None, getProgramLog=lambda _: "", getLoweredName=lambda *_: "_",
+        getPTX=lambda _: b"",
+    )  # fmt: skip
+    monkeypatch.setattr(jit, "_nvrtc", lambda: fake)
+    with pytest.raises(RuntimeError, match=r"NVRTC 99\.0 does not compile") if fails else contextlib.nullcontext():
+        jit.compile_kernels([jit.PROBE], "compute_90")
+    assert not programs
 
 
 @pytest.mark.usefixtures("nvrtc")

@@ -122,6 +122,14 @@ def test_running_statistics_are_taken_in_evaluation(x_seq):
     assert rates_of(model, x_seq) == pytest.approx({row.layer: row.rate_after for row in report.layers}, abs=1e-6)
 
 
+def test_batch_statistics_are_taken_in_training(x_seq):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(16, 40), BatchNormLIF(40, analog_prob=0.0))
+    nn.init.normal_(model[0].weight, std=3.0)
+    (row,) = calibrate(model, x_seq).layers
+    assert model(x_seq).mean().item() == pytest.approx(row.rate_after)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_but_weights_changes(training, x_seq):
     """State, modes, noise, generator and gradients stay."""
@@ -147,6 +155,17 @@ def test_nothing_but_weights_changes(training, x_seq):
         assert value.requires_grad
     for value, old in zip(model.buffers(), before.buffers(), strict=True):
         assert torch.equal(value, old)
+
+
+def test_a_forward_that_draws_random_numbers(x_seq):
+    """The same ones in each run, and none of the generator's."""
+    torch.manual_seed(9)
+    layers = {"linear": nn.Linear(16, 40), "lif": LIF()}
+    model = Stack(lambda m, x_seq: m.lif(m.linear(x_seq + 9 * torch.rand_like(x_seq))), **layers)
+    drawn = torch.get_rng_state()
+    (row,) = calibrate(model, x_seq).layers
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert row.rate_after == rates_of(model, x_seq)["lif"]
 
 
 def test_bias_alone_and_units(x_seq):
@@ -268,6 +287,17 @@ def test_rates_that_jump():
         ValueError, match=r"1: no factor on 0\.weight makes it fire at 0\.1; the rate is 0 at the factor"
     ):
         calibrate(model, torch.ones(2, 5, 1), 0.1)
+
+
+def test_one_spike_is_as_near_as_it_gets():
+    """Among 30 elements, of which 21 fire."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), LIF(decay=0.0))
+    x_seq = torch.arange(1, 31).reshape(3, 10, 1) / 10
+    for spikes, is_near in ((22, True), (20, True), (19, False)):
+        nn.init.ones_(model[0].weight)
+        (row,) = calibrate(model, x_seq, spikes / 30).layers
+        assert (row.factor == 1) is is_near
+        assert row.rate_after == pytest.approx(spikes / 30, abs=1.01 / 30)
 
 
 def test_arguments(x_seq):

@@ -288,7 +288,7 @@ def test_a_group_of_one_process_is_none(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/alone", rank=0, world_size=1)
     try:
         for layer in (asgl_cuda.BatchNormLIF(3, process_group=dist.group.WORLD), world):
-            with pytest.raises(ValueError, match="more than one value a channel"):
+            with pytest.raises(ValueError, match="more than one value a channel, got x_seq of shape"):
                 layer(torch.ones(1, 1, 3))
             layer(torch.randn(2, 1, 3))
     finally:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import asgl_cuda
-from asgl_cuda import LIF, LeakyIntegrator
+from asgl_cuda import LIF, LeakyIntegrator, leaky_integrator
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,15 @@ def test_learned_decay(backend, device, granularity, features, shape, time_dim):
     expected.square().sum().backward()
     chain = decay.grad * decay.detach() * (1 - decay.detach())
     torch.testing.assert_close(layer.logit_decay.grad.reshape(shape), chain, rtol=1e-4, atol=1e-5)
+
+
+def test_equals_the_function(backend, device):
+    x_seq, options = torch.rand(5, 3, 4, device=device), {"input_gain": 0.5, "v_rest": 0.25, "delay": True}
+    layer = LeakyIntegrator(decay=0.75, backend=backend, **options).to(device)
+    v_init = torch.full((3, 4), 0.3, device=device).half()
+    assert torch.equal(layer(x_seq), leaky_integrator(x_seq, 0.75, backend="reference", **options))
+    found = (leaky_integrator(x_seq, v_init=each, backend=backend) for each in (v_init, v_init.float()))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("delay", [False, True])

@@ -219,6 +219,7 @@ def test_several_spikes_a_step_need_a_threshold(value):
 def test_a_layer_as_new_is_one_with_what_was_set():
     layer = LIF(learn_threshold=True)
     layer.v_reset = 2.0  # the attribute is the user's
+    nn.init.zeros_(layer.threshold)
     layer.reset_parameters()
     assert layer.v_threshold.item() == 1
 

@@ -163,7 +163,7 @@ def test_width_and_decay_stay_in_range_after_violent_steps(backend, device, sign
 def test_the_layer_has_all_options_of_the_function(backend, device):
     given = {
         "decay": 0.75, "v_threshold": 0.9, "v_reset": None, "reset_amount": 0.7, "v_rest": 0.25, "input_gain": 0.5,
-        "width": 1.5, "surrogate_gain": 0.5, "strict_threshold": True, "backend": backend,
+        "width": 1.5, "surrogate_gain": 0.5, "strict_threshold": True, "scale_output": True, "backend": backend,
     }  # fmt: skip
     layer = LIF(**given).to(device).eval()
     # Some potentials equal the threshold, where strict_threshold decides.
@@ -278,6 +278,7 @@ def test_half_model(backend, device, dtype, stateful):
     for _ in range(2):
         out = model(x_seq)
         assert out.dtype == dtype
+    assert model[1].width.dtype == model[1].decay.dtype == torch.float32
     out.float().sum().backward()
     for parameter in model.parameters():
         assert parameter.grad.dtype == parameter.dtype == dtype

@@ -377,6 +377,33 @@ def test_parameter_that_changed(changed):
         y.sum().backward()
 
 
+def test_a_graph_keeps_nothing_after_backward():
+    leaf, linear = torch.randn(STEPS, BATCH, 12, requires_grad=True), nn.Linear(12, 5)
+    with recompute_spikes():
+        x = leaf * 2
+        loss = linear(lif(x)).sum()
+    storage = StorageWeakRef(x.untyped_storage())
+    del x
+    assert not storage.expired()
+    loss.backward()
+    assert storage.expired()
+
+
+def test_a_parameter_that_is_freed_after_forward():
+    """As by FSDP, which gathers it again for the backward of its own layer alone."""
+    x, decay, linear = torch.randn(STEPS, BATCH, 12), torch.full((12,), 0.8, requires_grad=True), nn.Linear(12, 5)
+
+    def run():
+        return linear(lif(x, decay=decay)).square().sum()
+
+    (expected,) = torch.autograd.grad(run(), linear.weight)
+    with recompute_spikes():
+        loss = run()
+    decay.untyped_storage().resize_(0)
+    (found,) = torch.autograd.grad(loss, linear.weight)
+    assert torch.equal(found, expected)
+
+
 def test_spikes_that_changed_after_use():
     """Autograd alone refuses the change; the context gives correct gradients."""
     model, x = PATTERNS["LIF"]()

@@ -183,9 +183,12 @@ def test_a_layer_that_refuses_its_share_leaves_the_others_as_they_were():
     several = LIF(multi_spike=True, v_reset=None, analog_prob=0.0)
     model = nn.Sequential(LIF(analog_prob=0.4), several)
     schedule = AnalogProbSchedule.linear(model, 2, final=0.1)
+    before = {"epoch": 0, "starts": {"0": 0.4, "1": 0.0}}, {"0": 0.4, "1": 0.0}
     with pytest.raises(ValueError, match="multi_spike needs analog_prob=0"):
         schedule.step()
-    assert (schedule.epoch, schedule.probs) == (0, {"0": 0.4, "1": 0.0})
+    with pytest.raises(ValueError, match="multi_spike needs analog_prob=0"):
+        schedule.load_state_dict({"epoch": 1, "starts": {"0": 0.8, "1": 0.0}})
+    assert (schedule.state_dict(), schedule.probs) == before
 
 
 def test_shared_and_ordinary_layers():
@@ -280,7 +283,9 @@ def test_a_schedule_compiles_nothing_anew(backend, device, kind):
 def test_the_share_as_data_goes_where_the_layer_goes():
     layer = LIF(analog_prob=0.3).half()
     assert layer._analog_prob_data.item() == 0.3
-    empty = LIF(analog_prob=0.3, device="meta").to("meta").to_empty(device="cpu")
+    empty = LIF(analog_prob=0.3, device="meta").to("meta")
+    assert empty._analog_prob_data.is_meta
+    empty.to_empty(device="cpu")
     assert empty._analog_prob_data.item() == 0.3
     again = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
     again.analog_prob = 0.5

@@ -178,6 +178,12 @@ def with_reset_behind(model, x_seq):
     return s_seq
 
 
+def with_another_state(model, x_seq):
+    if model.lif.v is not None:
+        model.lif.v = torch.zeros_like(model.lif.v)
+    return model.lif(x_seq)
+
+
 REFUSED = {
     "reset behind": (Stack(with_reset_behind, lif=LIF()), RuntimeError, r"LIF at 'lif' is reset, .* by the model's"),
     "recurrent cell": (Stack(lambda m, x: x, cell=nn.LSTMCell(C, C)), RuntimeError, "LSTMCell at 'cell' can't take a"),
@@ -185,6 +191,7 @@ REFUSED = {
         Stack(lambda m, x: m.lif(m.lif(x)), lif=LIF()), RuntimeError, r"LIF at 'lif' is called twice in one step",
     ),
     "reset inside": (Stack(with_reset, lif=LIF()), RuntimeError, r"LIF at 'lif' is reset, .* by the model's own"),
+    "state replaced": (Stack(with_another_state, lif=LIF()), RuntimeError, r"LIF at 'lif' is reset, or its state rep"),
     "time of its own": (
         Stack(lambda m, x: m.lif(x.expand(4, -1, -1)), lif=LIF()), RuntimeError, "LIF at 'lif' gets 4 time steps",
     ),
@@ -226,6 +233,10 @@ def test_inputs_that_are_refused(x_t, time_dim, error, words):
         LIF(time_dim=time_dim).step(x_t)
 
 
+def test_time_may_be_the_first_dimension_from_the_end():
+    assert LIF(time_dim=-3).step(torch.rand(B, C)).shape == (B, C)
+
+
 def test_flags_come_back_after_an_exception():
     def fail(*_):
         raise ZeroDivisionError
@@ -251,6 +262,10 @@ def test_outputs_of_several_tensors():
     assert torch.equal(found["more"][0], x_t)
     assert torch.equal(found["more"][1][0], x_t)
     assert found["more"][1][1] is None
+    pair = collections.namedtuple("pair", "s x")
+    found = asgl_cuda.step(Stack(lambda m, x: pair(m.lif(x), x), lif=LIF()), x_t)
+    assert type(found) is pair
+    assert torch.equal(found.x, x_t)
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
@@ -332,7 +347,9 @@ def test_a_stateful_layer_that_goes_on_with_two_dimensions_warns(monkeypatch):
         layer(x_t)  # one sequence without batch
         layer.reset()
         layer(x_t)
-        LIF(stateful=True)(x_t[:1])
+        one_step = LIF(stateful=True)
+        for _ in range(2):
+            one_step(x_t[:1])
         for _ in range(2):
             LIF()(x_t)
     with pytest.warns(UserWarning, match=r"asgl_cuda\.LIF: .*\[8, 5\], whose dimension 0.* layer\.step\(x_t\)") as got:
@@ -399,6 +416,13 @@ def test_over_time_refuses_stateful_layers():
             continue
         with pytest.raises(TypeError, match=rf"got {name} at '1\.1', .*nn\.Sequential\(OverTime\(\.\.\.\), {name}\("):
             OverTime(inside)
+
+
+def test_over_time_refuses_cells_and_inputs_without_batch():
+    with pytest.raises(TypeError, match=r"asgl_cuda\.OverTime: layer must know no time, got LSTMCell"):
+        OverTime(nn.LSTMCell(3, 3))
+    with pytest.raises(ValueError, match=r"asgl_cuda\.OverTime: x_seq must have time and batch, .* got shape \[3\]"):
+        OverTime(nn.Linear(3, 3))(torch.rand(3))
 
 
 def test_over_time_refuses_neurons_that_come_later():

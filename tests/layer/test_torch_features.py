@@ -210,7 +210,7 @@ def test_compile_of_channels_last_and_module(backend, device, compiled, monkeypa
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize("steps", [16, 20])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_opcheck(backend, device, steps, layout):
     operators = BACKENDS[backend].operators

@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 import asgl_cuda
 
 SAMPLES = 3
-STEPS = (4, 20)  # without and with checkpoints
+STEPS = (4, 36)  # without checkpoints and with two
 
 
 def inputs(steps, device, *shape):
@@ -181,6 +181,8 @@ def test_noise_that_is_given_is_that_of_each_sample_alone(backend, device, layou
     for each in (function, gradient):
         assert torch.equal(vmap(each, (0, None))(x_seq, states[1]), looped(each, x_seq, (states[1],)))
         assert torch.equal(vmap(each)(x_seq, states), looped(each, x_seq, states))
+        last = x_seq.movedim(0, -1).contiguous()
+        assert torch.equal(vmap(each, (-1, 0))(last, states), looped(each, x_seq, states))
 
 
 def models(backend, device):
@@ -481,6 +483,10 @@ def test_forward_mode_is_not_lost_in_compiled_code(backend, device, name):
     compiled = torch.compile(tangent, backend="aot_eager")
     if name == "reference":
         close(compiled(x_seq), tangent(x_seq))
+        with forward_ad.dual_level():
+            dual = torch.compile(function, backend="aot_eager")(forward_ad.make_dual(x_seq, x_seq))
+            found = forward_ad.unpack_dual(dual).tangent
+        close(found, tangent(x_seq))
     else:
         with pytest.raises(RuntimeError, match=r"forward-mode"):
             compiled(x_seq)

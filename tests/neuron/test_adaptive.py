@@ -199,6 +199,33 @@ def test_compile(backend, device, dynamic, to_threshold):
             assert torch.equal(ours, theirs)
 
 
+def test_w_init_alone_begins_at_rest(backend, device):
+    x_seq, w_init = random_input(5, 3, 4, device=device), torch.rand(3, 4, device=device)
+    options = {"adapt_decay": 0.9, "v_rest": 0.3, "return_h_seq": True, "w_init": w_init, "backend": backend}
+    v_init = torch.full_like(w_init, 0.3)
+    outputs = (asgl_cuda.adaptive_lif(x_seq, v_init=each, **options).h_seq for each in (None, v_init))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(("amount", "v_last"), [(None, 1.5), (1.0, 2.0)])
+def test_w_is_in_the_reset_of_the_threshold_alone(backend, device, amount, v_last):
+    x_seq, w_init = torch.full((1, 3), 3.0, device=device), torch.full((3,), 0.5, device=device)
+    options = {"adapt_decay": 0.9, "to_threshold": True, "v_reset": None, "return_v_last": True, "backend": backend}
+    output = asgl_cuda.adaptive_lif(x_seq, w_init=w_init, reset_amount=amount, **options)
+    assert (output.v_last == v_last).all()
+
+
+@pytest.mark.parametrize("steps", [16, 20])
+def test_opcheck(backend, device, steps):
+    """Also of the sizes of checkpoints, which are those of two states."""
+    x_seq, init = random_input(steps, 3, 4, device=device).detach(), torch.rand(2, 3, 4, device=device)
+    numbers = Numbers(1.0, 0.5, 1.0, 0.0, 0.9, 0.0, 0.1, residual_gain=1.0, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
+    rules = Rules(*[0] * 12, adaptation=IN_CURRENT, time_dim=0)
+    arguments = (x_seq, init, None, [None] * 8, numbers, rules, [True] * 4)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(BACKENDS[backend].operators.lif_forward, arguments, test_utils=tests)
+
+
 @pytest.mark.parametrize("analog_prob", [0.0, 0.3])
 @pytest.mark.parametrize("steps", [5, 20])
 def test_vmap_is_a_loop(backend, device, analog_prob, steps):
@@ -247,6 +274,7 @@ def test_recompute_and_no_neurons(backend, device):
         ({"v_init": torch.ones(3)}, ValueError, r"v_init must have shape \[4\]"),
         ({"to_threshold": 1}, TypeError, "to_threshold must be a bool"),
         ({"levels": 4}, TypeError, "unexpected keyword argument 'levels'"),
+        ({"residual": torch.ones(5, 4)}, TypeError, "unexpected keyword argument 'residual'"),
         ({"v_min": 0.0}, TypeError, "unexpected keyword argument 'v_min'"),
     ],
 )

@@ -1,5 +1,6 @@
 """Invalid arguments: the type of the error, the expected value and the given one."""
 
+import inspect
 import warnings
 from functools import partial
 
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
-from asgl_cuda import backends, extension
+from asgl_cuda import backends, call, checks, extension
 from asgl_cuda.checks import shown
 
 X = torch.zeros(4, 6, 3)
@@ -33,6 +34,7 @@ BAD = [
         for name in ("width", "decay", "v_threshold", "v_reset", "input_gain", "input_bias", "input_mean")
     ),
     ({"decay": torch.ones(2, 4, 6, 3)}, ValueError, ["decay", "[4, 6, 3]", "[2, 4, 6, 3]"]),
+    ({"width": torch.ones(1, 4, 6, 3)}, ValueError, ["width", "[4, 6, 3]", "[1, 4, 6, 3]"]),
     ({"width": torch.ones(3, dtype=torch.int32)}, TypeError, ["width", "floating", "torch.int32"]),
     ({"decay": torch.ones((), dtype=torch.bool)}, TypeError, ["decay", "floating", "torch.bool"]),
     ({"v_threshold": torch.ones(3, dtype=torch.complex64)}, TypeError, ["v_threshold", "floating"]),
@@ -118,6 +120,17 @@ def test_bad_arguments(options, error, words, backend):
     for word in words:
         assert word in message, message
     assert torch.equal(state, torch.get_rng_state()), "the generator must not have been advanced"
+
+
+def test_accepted_arguments_stand_for_no_others(monkeypatch):
+    """Checks are kept by signature, where True == 1, and only so many."""
+    asgl_cuda.lif(X, strict_threshold=True)
+    with pytest.raises(TypeError, match="strict_threshold must be a bool, got int"):
+        asgl_cuda.lif(X, strict_threshold=1)
+    monkeypatch.setattr(checks, "_MOST_PLANS", 3)
+    for number in range(9):
+        asgl_cuda.lif(X, v_rest=number / 8)
+    assert len(inspect.getclosurevars(call._plan_of).nonlocals["plans"]) <= 3
 
 
 def test_bad_arguments_of_analog_mask():

@@ -45,6 +45,25 @@ def test_layer_in_training_and_evaluation(backend, device, options):
         torch.testing.assert_close(fused.state_dict()[key], value)
 
 
+def test_updates_count_as_batches_and_as_writes(backend, device):
+    layer = asgl_cuda.BatchNormLIF(3, backend=backend).to(device)
+    buffers = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    versions = [each._version for each in buffers]
+    layer(torch.rand(4, 2, 3, device=device))
+    assert all(each._version > version for each, version in zip(buffers, versions, strict=True))
+    running = layer.running_mean.clone()
+    layer(torch.rand(4, 0, 3, device=device))
+    assert layer.num_batches_tracked == 2
+    layer.track_running_stats = False  # as in torch, from then on
+    layer(torch.rand(4, 2, 3, device=device))
+    assert torch.equal(layer.running_mean, running)
+    assert layer.num_batches_tracked == 2
+    layer.reset_running_stats()
+    assert (layer.running_mean == 0).all()
+    assert (layer.running_var == 1).all()
+    assert layer.num_batches_tracked == 0
+
+
 def test_tdbn(backend, device):
     """Zheng et al. multiply the normalised input by alpha * v_threshold."""
     layer = asgl_cuda.BatchNormLIF(3, v_threshold=0.8, input_scale=0.5 * 0.8, decay=0.0, backend=backend).to(device)

@@ -220,6 +220,8 @@ def test_no_neurons(backend, device, dtype):
         dx, dwidth = torch.autograd.grad(out.s_seq.sum() + out.v_last.sum(), (x_seq, width))
         assert dx.shape == x_seq.shape
         assert dwidth == 0
+    x_seq = torch.empty(3, 0, dtype=dtype, device=device)
+    assert asgl_cuda.lif(x_seq, width=torch.ones(0, device=device), backend=backend).shape == (3, 0)
 
 
 def test_same_bits_for_every_number_of_threads(backend, device):

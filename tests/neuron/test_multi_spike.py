@@ -74,6 +74,12 @@ def test_floor_of_single_spikes(backend, device, dtype, surrogate, v_reset, anal
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("v_min", [None, -0.5, 0.0])
+def test_a_floor_of_0_is_one(backend, device, v_min):
+    output = asgl_cuda.lif(-torch.ones(1, 3, device=device), v_min=v_min, return_v_last=True, backend=backend)
+    assert (output.v_last == (-1.0 if v_min is None else v_min)).all()
+
+
 @pytest.mark.parametrize("v_threshold", [1.0, 0.3, 0.0, -0.7])
 @pytest.mark.parametrize("surrogate", ["rectangle", "sigmoid", PERIODIC])
 @pytest.mark.parametrize("v_min", [None, -1.0])
@@ -174,6 +180,7 @@ def test_layer(backend, device):
     layer = LIF(**options, analog_prob=0.0, learn_decay=True, stateful=True, backend=backend, device=device)
     assert layer.state_dict().keys() == LIF(learn_decay=True).state_dict().keys()
     assert "v_min=-0.5, multi_spike=True" in repr(layer)
+    assert LIF(**options, analog_prob=0.0, levels=2).log_width is not None  # a limit leaves the surrogate
     x_seq = currents(7, 3, 9, device=device).detach()
     whole = asgl_cuda.lif(x_seq, **{**options, "decay": layer.decay}, backend=backend)
     for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):

@@ -7,6 +7,7 @@ import torch
 from comparison import rng_state
 
 import asgl_cuda
+from asgl_cuda.checks import check_analog_prob_tensor
 from asgl_cuda.reference import _draws, _philox4x32
 
 # Random123 (Salmon et al., SC 2011) publishes these counters, keys and results of Philox4x32-10.
@@ -66,6 +67,9 @@ def test_analog_prob_is_rounded_to_nearest():
     masks = [asgl_cuda.analog_mask(x_seq, below / 65536, state) for below in (2, 2.6, 3)]
     assert torch.equal(masks[1], masks[2])
     assert not torch.equal(masks[1], masks[0])
+    for below in (2, 2.4, 2.6, 3):
+        share = torch.tensor(below / 65536, dtype=torch.float64)
+        assert check_analog_prob_tensor(share, x_seq, "test").tolist() == [round(below)]
 
 
 @pytest.mark.parametrize("time_dim", [0, 1, 2, -1])
@@ -78,14 +82,16 @@ def test_mask_with_time_elsewhere(backend, device, time_dim):
     assert torch.equal(mask, flat.movedim(0, time_dim))
 
 
-def test_mask_follows_memory_of_channels_last(backend, device):
+@pytest.mark.parametrize(("time_dim", "channel"), [(0, 2), (1, 2), (3, 1)])
+def test_mask_follows_memory_of_channels_last(backend, device, time_dim, channel):
     x_seq = torch.empty(3, 2, 5, 4, 6, device=device)
-    channels_last = x_seq.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    in_memory = x_seq.movedim(channel, -1).contiguous()
+    channels_last = in_memory.movedim(-1, channel)
     state = rng_state(device=device)
-    mask = asgl_cuda.analog_mask(channels_last, 0.3, state)
-    assert torch.equal(mask, analog_elements(channels_last, backend, 0.3, state))
-    in_memory_order = asgl_cuda.analog_mask(channels_last.permute(0, 1, 3, 4, 2).contiguous(), 0.3, state)
-    assert torch.equal(mask, in_memory_order.permute(0, 1, 4, 2, 3))
+    mask = asgl_cuda.analog_mask(channels_last, 0.3, state, time_dim)
+    assert torch.equal(mask, analog_elements(channels_last, backend, 0.3, state, time_dim))
+    expected = asgl_cuda.analog_mask(in_memory, 0.3, state, time_dim - (time_dim > channel))
+    assert torch.equal(mask, expected.movedim(-1, channel))
 
 
 def test_definition_element_by_element():
@@ -108,6 +114,9 @@ def test_none_and_all_need_no_draw(backend, device, analog_prob):
     x_seq = torch.empty(4, 37, device=device)
     mask = analog_elements(x_seq, backend, analog_prob, rng_state(device=device))
     assert mask.all() if analog_prob > 0.5 else not mask.any()
+    drawn = torch.get_rng_state()
+    asgl_cuda.lif(x_seq, analog_prob=analog_prob, backend=backend)
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_share_of_analog_elements():

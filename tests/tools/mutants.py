@@ -41,6 +41,9 @@ NO_BARRIER = kernels("  }\n  @\n  constexpr int kWarps", BARRIER, "")
 ALL_LIVE = access("live(@)", "n < shape.neurons()", "true")
 NO_BARRIER_OF_ADAPTIVE = adaptive_kernels("@\n      if (threadIdx.x >= kWarpThreads)", BARRIER, "")
 NO_BARRIER_OF_CHANNELS = channels("half * tiles.width]);\n    @", BARRIER, "")
+DEAD_LANES = kernels("if (has_grad_last) Access<kLanes>::load(params.grad_v_last + @, dv)", "index.read_n", "index.n")
+DEAD_LANES_OF_ADAPTIVE = adaptive_kernels("load_pair(params.grad_v_last, @, neurons", "index.read_n", "index.n")
+DEAD_LANES_OF_INTEGRATORS = integrator("load(params.grad_v_last + @, later)", "index.read_n", "index.n")
 BEYOND_LAST_ROW = channels("if (@) {\n        const Scalar* gradients", "row + k * index.step < index.end_row", "true")
 
 MUTANTS = {

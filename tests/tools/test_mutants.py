@@ -10,6 +10,9 @@ from mutants import (
     ALL_LIVE,
     BEYOND_LAST_ROW,
     CPU_MUTANTS,
+    DEAD_LANES,
+    DEAD_LANES_OF_ADAPTIVE,
+    DEAD_LANES_OF_INTEGRATORS,
     MUTANTS,
     NO_BARRIER,
     NO_BARRIER_OF_ADAPTIVE,
@@ -92,13 +95,18 @@ def test_mutants_on_the_cpu_are_found(program, tmp_path):
     assert {name for name in found if not found[name]} == {"none"}, found
 
 
-# Program, mutant, sanitizer and words of the report.
+OUTSIDE = "outside of the arrays"
+# Program, mutant, sanitizer, if any, and words of the report.
 SANITIZED = {
     "race of neurons": ("kernels_test", NO_BARRIER, sanitize.THREAD, "data race"),
     "race of adaptive neurons": ("adaptive_test", NO_BARRIER_OF_ADAPTIVE, sanitize.THREAD, "data race"),
     "race of channels": ("batch_norm_test", NO_BARRIER_OF_CHANNELS, sanitize.THREAD, "data race"),
     "overflow of neurons": ("kernels_test", ALL_LIVE, sanitize.ADDRESS, "heap-buffer-overflow"),
     "overflow of channels": ("batch_norm_test", BEYOND_LAST_ROW, sanitize.ADDRESS, "heap-buffer-overflow"),
+    "dead lanes of neurons": ("kernels_test", DEAD_LANES, (), OUTSIDE),
+    "dead lanes of adaptive neurons": ("adaptive_test", DEAD_LANES_OF_ADAPTIVE, (), OUTSIDE),
+    "dead lanes of integrators": ("integrator_test", DEAD_LANES_OF_INTEGRATORS, (), OUTSIDE),
+    "dead rows of channels": ("batch_norm_test", BEYOND_LAST_ROW, (), OUTSIDE),
 }
 
 

@@ -1,8 +1,12 @@
 // Shared by the kernel tests: random values, buffers that show an overrun, checks of launches.
 #pragma once
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -57,13 +61,51 @@ class Random {
   std::mt19937 bits_;
 };
 
-// Ends with its last element, so that AddressSanitizer sees an overrun. Filled with NaN: all bits set.
+#if defined(__SANITIZE_ADDRESS__) || defined(ASGL_TEST_MUTANTS)
+template <class Element>
+using Storage = std::unique_ptr<Element[]>;
+
+template <class Element>
+Storage<Element> allocate(std::size_t size) {
+  return Storage<Element>(new Element[size]);
+}
+#else
+// Ends at a page without access, and has one in front of its first page: an access outside is an error in any run. Up
+// to three elements are in between, so that the launchers find four of them aligned.
+struct Unmap {
+  char* pages = nullptr;
+  std::size_t bytes = 0;
+
+  void operator()(const void*) const { munmap(pages, bytes); }
+};
+
+template <class Element>
+using Storage = std::unique_ptr<Element[], Unmap>;
+
+inline void refuse_access(int) {
+  constexpr char kText[] = "a read or a write outside of the arrays\n";
+  _exit(write(STDERR_FILENO, kText, sizeof(kText) - 1) > 0 ? 1 : 2);
+}
+
+template <class Element>
+Storage<Element> allocate(std::size_t size) {
+  static const auto before = std::signal(SIGSEGV, refuse_access);
+  const std::size_t page = sysconf(_SC_PAGESIZE), elements = (size + 3) / 4 * 4;
+  const std::size_t usable = (elements * sizeof(Element) + page - 1) / page * page;
+  void* const pages = mmap(nullptr, usable + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  char* const first = static_cast<char*>(pages) + page;
+  if (before == SIG_ERR || pages == MAP_FAILED || mprotect(first, usable, PROT_READ | PROT_WRITE) != 0) std::abort();
+  return {reinterpret_cast<Element*>(first + usable) - elements, Unmap{first - page, usable + 2 * page}};
+}
+#endif
+
+// Ends with its last element, so that an overrun shows. Filled with NaN: all bits set.
 template <class Element>
 class Buffer {
  public:
   Buffer() = default;
   Buffer(asgl::int64 size, asgl::int64 offset)
-      : size_(size), offset_(offset), storage_(new Element[size + offset + kRoom]) {
+      : size_(size), offset_(offset), storage_(allocate<Element>(size + offset + kRoom)) {
     std::memset(static_cast<void*>(storage_.get()), 0xFF, (size + offset + kRoom) * sizeof(Element));
   }
 
@@ -86,7 +128,7 @@ class Buffer {
 
  private:
   asgl::int64 size_ = 0, offset_ = 0;
-  std::unique_ptr<Element[]> storage_;
+  Storage<Element> storage_;
 };
 
 inline bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }

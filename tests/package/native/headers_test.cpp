@@ -10,6 +10,7 @@
 #include "half_types_checks.h"
 #include "math/float_math.h"
 #include "math/neuron.h"
+#include "math/normalisation.h"
 #include "math/philox.h"
 #include "math/surrogates.h"
 #include "params/neuron.h"
@@ -319,6 +320,22 @@ void integers() {
   check(1.0);
 }
 
+// For equal values, rounding alone would make some variances negative.
+void moments_of_equal_values() {
+  for (const double value : {0.1, 0.3, 0.7}) {
+    double sum = 0, squares = 0;
+    for (int count = 1; count <= 16; ++count) {
+      sum += value, squares += value * value;
+      const asgl::Moments found = asgl::shifted_moments(count, 1, sum, squares);
+      expect(found.variance >= 0 && found.variance < 1e-15, "variance of %d: %g", count, found.variance);
+      expect(std::fabs(found.mean - (1 + value)) < 1e-15, "mean of %d: %.17g", count, found.mean);
+    }
+  }
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  expect(std::isnan(asgl::shifted_moments(2, 0, nan, nan).variance), "NaN");
+  expect(asgl::shifted_moments(0, 1, 0, 0).count == 0 && asgl::shifted_moments(0, 1, 0, 0).mean == 0, "no values");
+}
+
 struct Check {
   const char* name;
   void (*run)();
@@ -347,6 +364,7 @@ const Check checks[] = {
     CHECK(surrogate_slopes),
     CHECK(surrogate_slopes_at_kinks),
     CHECK(integers),
+    CHECK(moments_of_equal_values),
     CHECK(surrogate_values_grow_from_0_to_1),
 };
 #undef CHECK

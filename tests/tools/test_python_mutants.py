@@ -1,0 +1,38 @@
+"""The mistakes of tools/mutants fit the package; `python -m tools.mutants.check` runs the tests that find them."""
+
+import shutil
+
+import pytest
+
+from tools.mutants import check
+from tools.mutants.table import MUTANTS, Mutant
+
+
+def test_each_mistake_can_be_seeded():
+    files = {name: check.ROOT / "tests" / mutant.tests.partition(" ")[0] for name, mutant in MUTANTS.items()}
+    assert not [name for name, file in files.items() if not file.is_file()]
+    for mutant in MUTANTS.values():
+        assert check.mutated(mutant) != (check.ROOT / "asgl_cuda" / mutant.file).read_text()
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(0, "SURVIVED"), (1, "found"), (5, "NOT RUN: pytest's status 5"), (-11, "found: signal 11")]
+)
+def test_outcomes(monkeypatch, tmp_path, status, said):
+    (tmp_path / "asgl_cuda").mkdir()
+    file = tmp_path / "asgl_cuda" / "layout.py"
+    shutil.copy(check.ROOT / "asgl_cuda" / "layout.py", file)
+    before = file.read_text()
+
+    def run_tests(*arguments):
+        assert arguments == (tmp_path, "neuron/test_layouts.py", "copy or view")
+        assert file.read_text() == before.replace("CHECKPOINT_STEPS = 16", "CHECKPOINT_STEPS = 8")
+        return status
+
+    monkeypatch.setattr(check, "run_tests", run_tests)
+    mutant = Mutant("layout.py", "CHECKPOINT_STEPS = 16", "CHECKPOINT_STEPS = 8", "neuron/test_layouts.py copy or view")
+    assert check.check(tmp_path, mutant) == said
+    assert file.read_text() == before
+    assert check.check(tmp_path, mutant._replace(old="return")).startswith(
+        "NOT APPLIED: layout.py has changed: it has "
+    )

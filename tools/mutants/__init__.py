@@ -1,0 +1,1 @@
+"""Mistakes that the tests of the Python package find."""
