@@ -3,7 +3,7 @@
 Each backend has its own namespace; C++ and CUDA kernels share `torch.ops.asgl_cuda`.
 
 `parameters`, `numbers` and `rules` of lif_forward and lif_backward are Parameters (None for a constant), Numbers and
-Rules of reference.py. The gradient at the residual's place is that of the input current, still without residual_gain.
+Rules of reference.py. The last of the parameters is the residual.
 `wanted` selects the results: in forward, beside s_seq, v_last, v_seq, h_seq and checkpoints, in
 backward the gradients of x_seq, v_init and each parameter that is a tensor. `grads` has the gradients of s_seq, v_last,
 v_seq and h_seq, None for zero. States of adaptive neurons are pairs, `[2, ...]`: v, and w for the next step.
@@ -21,7 +21,7 @@ batch_norm_update replaces a share of the running statistics, and counts the bat
 
 batch_norm_backward returns the gradients of weight and bias, from sums of this process and of all. A non-empty
 grad_x_seq holds input_gain times the gradient of the input current, and is overwritten by the gradient of x_seq. With
-grad_residual, which holds the gradient of the input current and is multiplied by residual_gain, it is only written.
+grad_residual, the gradient of the input current itself, it is only written.
 """
 
 from __future__ import annotations
@@ -143,9 +143,9 @@ _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementation
         _fake_batch_norm_coefficients,
     "batch_norm_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
     "Tensor coefficients, float momentum) -> ()": lambda *arguments: None,
-    "batch_norm_backward(Tensor(a!) grad_x_seq, Tensor(b!)? grad_residual, Tensor x_seq, Tensor coefficients, "
+    "batch_norm_backward(Tensor(a!) grad_x_seq, Tensor? grad_residual, Tensor x_seq, Tensor coefficients, "
     "Tensor statistics, Tensor grad_gain, Tensor grad_bias, Tensor total_grad_gain, Tensor total_grad_bias, float eps, "
-    "float input_scale, float residual_gain, int time_dim) -> (Tensor grad_weight, Tensor grad_bias)":
+    "float input_scale, int time_dim) -> (Tensor grad_weight, Tensor grad_bias)":
         _fake_batch_norm_backward,
 }  # fmt: skip
 _libraries: list[torch.library.Library] = []  # operators live as long as their library

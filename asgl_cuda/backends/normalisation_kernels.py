@@ -148,7 +148,7 @@ class NormalisationOperators(KernelOperators):
     def batch_norm_backward(
         self, grad_x_seq: Tensor, grad_residual: Tensor | None, x_seq: Tensor, *others: Any
     ) -> tuple[Tensor, Tensor]:
-        coefficients, statistics, *sums, eps, input_scale, residual_gain, time_dim = others
+        coefficients, statistics, *sums, eps, input_scale, time_dim = others
         layout = Layout(x_seq, time_dim)
         shape = _, channels, _ = channel_shape(layout)
         real = real_type(x_seq.dtype)
@@ -182,8 +182,7 @@ class NormalisationOperators(KernelOperators):
             gains = coefficients[constant("kCoefficientGain")]
             last = filled(
                 "InputGradientParams", real, tiles=tiles, x_seq=x_seq, mean=coefficients, adjoint=adjoint,
-                grad_x_seq=grad_x_seq, grad_residual=grad_residual, residual_gain=residual_gain,
-                gain=gains,
+                grad_x_seq=grad_x_seq, grad_residual=grad_residual, gain=gains,
             )  # fmt: skip
             kernel = input_gradient_kernel(x_seq.dtype, tiles.lanes, grad_residual is not None)
             self.start(x_seq.device, kernel, _tasks(tiles), last)

@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const O
                                                const Tensor& statistics, const Tensor& grad_gain,
                                                const Tensor& grad_bias, const Tensor& total_grad_gain,
                                                const Tensor& total_grad_bias, double eps, double input_scale,
-                                               double residual_gain, int64_t time_dim) {
+                                               int64_t time_dim) {
   const Layout layout(x_seq, time_dim);
   const ChannelShape shape = channel_shape(layout);
   const bool wanted = grad_x_seq.numel() > 0, has_residual = wanted && grad_residual.has_value();
@@ -175,9 +175,8 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const O
     backend.plan_tiles(pass);
     pass.mean = params.coefficients + kCoefficientMean * shape.channels;
     pass.adjoint = params.adjoint;
-    pass.grad_residual = has_residual ? pointer<Scalar>(*grad_residual) : nullptr;
+    pass.grad_residual = has_residual ? const_pointer<Scalar>(grad_residual) : nullptr;
     if (has_residual) in_huge_pages(grad_x_seq);  // still untouched
-    pass.residual_gain = static_cast<Real>(residual_gain);
     pass.gain = params.coefficients + kCoefficientGain * shape.channels;
     backend.launch(pass);
   });

@@ -153,7 +153,7 @@ def test_opcheck(backend, device, layout, dtype):
     sums = [torch.rand_like(coefficients[0]) for _ in range(4)]
     gradients = (torch.zeros_like(x_seq), None), (x_seq.new_empty(0), None), (torch.zeros_like(x_seq), x_seq.clone())
     for pair in gradients:
-        arguments = (*pair, x_seq, coefficients, total, *sums, 1e-5, 0.9, 0.5, 0)
+        arguments = (*pair, x_seq, coefficients, total, *sums, 1e-5, 0.9, 0)
         torch.library.opcheck(operators.batch_norm_backward, arguments)
 
 
@@ -184,7 +184,7 @@ def test_the_operator_checks_the_gradient_that_it_writes(backend, device):
         for gradients in ((wrong, None), (x_seq.clone(), wrong)):
             with pytest.raises((ValueError, RuntimeError), match="type and memory order of x_seq"):
                 BACKENDS[backend].operators.batch_norm_backward(
-                    *gradients, x_seq, coefficients, total, *sums, 1e-5, 1.0, 1.0, 0
+                    *gradients, x_seq, coefficients, total, *sums, 1e-5, 1.0, 0
                 )
 
 
