@@ -135,6 +135,13 @@ class ParameterTensor:
             return
         self._sizes = tensor.shape
         full = tensor.reshape((1,) * (len(layout.sizes) - tensor.dim()) + tuple(tensor.shape))
+        if len(full.shape) > len(layout.sizes) or any(
+            size not in (1, whole) for size, whole in zip(full.shape, layout.sizes, strict=True)
+        ):
+            raise ValueError(
+                f"asgl_cuda: a parameter of shape {list(tensor.shape)} does not broadcast against x_seq of shape "
+                f"{list(layout.sizes)}"
+            )
         order = layout.neuron_order
         varying = [index for index, dim in enumerate(order) if full.shape[dim] > 1]
         expanded = list(full.shape)

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from .batching import batching_rules
-from .derivatives import at_autograd
+from .derivatives import at_autograd, tensors_in
 from .layout import channel_dim, checkpoint_elements, empty_state, real_type
 from .lazy_values import LAZY_KEYS, on_memory
 from .reference import Rules
@@ -79,6 +79,18 @@ def empty_gradients(
     if wants_residual and residual is not None:
         results.append(torch.empty_like(x_seq))
     return results
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake implementation, which torch calls for any argument on meta, also beside tensors with values."""
+
+    def checked(*arguments: Any) -> Any:
+        devices = list(dict.fromkeys(str(each.device) for each in tensors_in(arguments)))
+        if len(devices) > 1:
+            raise ValueError(f"asgl_cuda.{name}: all tensors must be on one device, got {' and '.join(devices)}")
+        return fake(*arguments)
+
+    return checked
 
 
 def _fake_draw_rng_state(fresh: Tensor) -> Tensor:
@@ -162,7 +174,7 @@ def define_operators(namespace: str) -> torch.library.Library:
         name = schema.partition("(")[0]
         tag = torch.Tag.nondeterministic_seeded if name == "draw_rng_state" else torch.Tag.pt2_compliant_tag
         library.define(schema, tags=(tag,))
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        torch.library.register_fake(f"{namespace}::{name}", _on_one_device(name, fake), lib=library)
         operator = getattr(getattr(torch.ops, namespace), name).default
         library.impl(name, at_autograd(operator, name), "Autograd", with_keyset=True)
         for key in LAZY_KEYS:
