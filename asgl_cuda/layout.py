@@ -81,6 +81,8 @@ class Layout:
     """The layout of x_seq: dimensions, outermost first, and the shape [outer, steps, inner] of kernels."""
 
     def __init__(self, x_seq: Tensor, time_dim: int) -> None:
+        if not 0 <= time_dim < x_seq.dim():
+            raise ValueError(f"asgl_cuda: time_dim must be in [0, {x_seq.dim()}), got {time_dim}")
         if not is_dense(x_seq, time_dim):
             raise ValueError("asgl_cuda: x_seq must be contiguous or channels_last")
         self.time_dim = time_dim
