@@ -2,7 +2,8 @@
 
 Forward reads x for the statistics, then reads it once more and writes s; backward reads x and the gradient and writes
 dh, then reads dh and x and writes dx, in place: 36 bytes per element in float32. Saved for backward: x, checkpoints,
-and 7 values per channel. With a residual both passes read one element more, and dh, its gradient, is kept.
+and 7 values per channel. With a residual both passes read one element more, and dx gets memory of its own where dh is
+the residual's gradient; else backward writes both, and the last pass works in place.
 
 With dh the gradient of the normalised input c = gain (x - mean) + shift, sums over the M elements of a channel
 and xhat = (x - mean) / sqrt(variance + eps):
@@ -25,7 +26,7 @@ from typing_extensions import Unpack
 
 from . import recompute
 from .backends import BACKENDS, backend_of, operators_of
-from .call import Arguments, Call, LIFOutput, checked_call, grouped, with_residual_gain
+from .call import Arguments, Call, LIFOutput, checked_call, grouped
 from .checks import (
     HALF_TYPES,
     PLAIN_TENSORS,
@@ -115,24 +116,25 @@ class BatchNormLIFFunction(torch.autograd.Function):
         wants_sums = wants_weight or wants_bias or through_batch
         width, decay, v_threshold, reset, _, _, input_mean, residual = needed
         of_neuron = width, decay, v_threshold, reset, wants_sums, wants_sums, input_mean, residual
-        wanted = wants_x_seq and not (through_batch and residual), wants_v_init, *of_neuron
+        # One array serves both gradients, except in float16, where dh may be beyond the range of dx.
+        shared = through_batch and residual and x_seq.dtype != torch.float16
+        shared = shared and Numbers(*call.numbers).residual_gain == 1
+        wanted = wants_x_seq and not shared, wants_v_init, *of_neuron
         found = _normalised(call, coefficients.unbind()).backward(grads_of_outputs, checkpoints, wanted)
         grad_x_seq, grad_v_init, *grad_parameters, grad_residual = with_gaps(found, wanted)
         grad_weight = grad_bias = None
-        if through_batch and transforming():  # once_differentiable made them views, which autograd lets nobody write
-            grad_x_seq, grad_residual = (None if each is None else each.clone() for each in (grad_x_seq, grad_residual))
-        if through_batch and residual:
+        if shared:
             grad_x_seq = torch.empty_like(grad_residual)
+        elif through_batch and transforming():  # once_differentiable made it a view, which autograd lets nobody write
+            grad_x_seq = grad_x_seq.clone()
         if wants_sums:
             *_, grad_gain, grad_shift, _ = grad_parameters
             sums = grad_gain, grad_shift
-            of_x_seq = (grad_x_seq, grad_residual) if through_batch else (x_seq.new_empty(0), None)
+            grad_input = grad_x_seq if through_batch else x_seq.new_empty(0)
             grad_weight, grad_bias = call.operators().batch_norm_backward(
-                *of_x_seq, x_seq, coefficients, statistics, *sums, *_summed(sums, settings.group), settings.eps,
-                settings.input_scale, Numbers(*call.numbers).residual_gain, ctx.plan.rules.time_dim,
+                grad_input, grad_residual if shared else None, x_seq, coefficients, statistics, *sums,
+                *_summed(sums, settings.group), settings.eps, settings.input_scale, ctx.plan.rules.time_dim,
             )  # fmt: skip
-        if residual and not through_batch:
-            grad_residual = with_residual_gain(grad_residual, call.numbers)
         grad_parameters.append(grad_residual)
         results = grad_weight, grad_bias, grad_x_seq, grad_v_init, *grad_parameters
         asked = wants_weight, wants_bias, wants_x_seq, wants_v_init, *needed
@@ -173,7 +175,7 @@ class _CoefficientsFunction(torch.autograd.Function):
         grad_x_seq = torch.zeros_like(x_seq) if through_batch else x_seq.new_empty(0)
         sums = grad_gain, grad_shift
         grad_weight, grad_bias = operators_of(backend, (x_seq, coefficients, *sums)).batch_norm_backward(
-            grad_x_seq, None, x_seq, coefficients, total, *sums, *sums, eps, input_scale, 1.0, time_dim
+            grad_x_seq, None, x_seq, coefficients, total, *sums, *sums, eps, input_scale, time_dim
         )
         asked = through_batch, False, False, False, wants_weight, wants_bias
         all_found = grad_x_seq, None, None, None, grad_weight, grad_bias

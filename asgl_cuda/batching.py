@@ -201,14 +201,12 @@ def _write_back(
     *_, time_dim = others
     last = x_seq.dim() - 1
     channel = last if x_seq.is_contiguous() else channel_dim(time_dim)  # else channels_last
-    given = [grad_x_seq, grad_residual]
-    changed = [
-        None if each is None
-        else each.movedim(channel, last).clone(memory_format=torch.contiguous_format).movedim(last, channel)
-        for each in given
-    ]  # fmt: skip
-    result = batch_norm_backward(*changed, x_seq, *others)
-    for each, new in zip(given, changed, strict=True):
-        if each is not None and new is not None:
-            each.copy_(new)
+
+    def laid_out(grad: Tensor) -> Tensor:
+        return grad.movedim(channel, last).clone(memory_format=torch.contiguous_format).movedim(last, channel)
+
+    changed = laid_out(grad_x_seq)
+    read = None if grad_residual is None else laid_out(grad_residual)
+    result = batch_norm_backward(changed, read, x_seq, *others)
+    grad_x_seq.copy_(changed)
     return result

@@ -196,7 +196,7 @@ class LIFFunction(torch.autograd.Function):
         _, _, _, wants_x_seq, wants_v_init, _, *wants_parameters, wants_residual = ctx.needs_input_grad
         plan = ctx.plan
         # The gradients of x_seq and of the residual may be the same tensor, as in a sum.
-        shared = wants_residual and wants_x_seq and is_input_plain(ctx.numbers, parameters)
+        shared = wants_residual and wants_x_seq and is_sum(ctx.numbers, parameters)
         wanted = wants_x_seq, wants_v_init, *wants_parameters, wants_residual and not shared
         found = operators_of(ctx.backend, (x_seq, v_init, rng_state, *parameters, *grads)).lif_backward(
             with_gaps(grads_of_outputs, (True, *plan.wanted)), x_seq, v_init, rng_state, checkpoints, parameters,
@@ -204,23 +204,18 @@ class LIFFunction(torch.autograd.Function):
         )  # fmt: skip
         gradients = once_differentiable(found, (x_seq, v_init, *parameters, *grads))
         grad_x_seq, grad_v_init, *grad_parameters, grad_residual = with_gaps(gradients, wanted)
-        if wants_residual:
-            grad_residual = with_residual_gain(grad_x_seq if shared else grad_residual, ctx.numbers)
+        if shared:
+            grad_residual = grad_x_seq
         return None, None, None, grad_x_seq, grad_v_init, None, *grad_parameters, grad_residual
 
 
-def is_input_plain(numbers: Sequence[float], parameters: Sequence[Tensor | None]) -> bool:
-    """Whether the input current is x, apart from the residual."""
+def is_sum(numbers: Sequence[float], parameters: Sequence[Tensor | None]) -> bool:
+    """Whether the input current is x, or the sum of x and the residual."""
     given, constants = Parameters(*parameters), Numbers(*numbers)
     tensors = given.input_gain, given.input_bias, given.input_mean
     is_constant = all(each is None for each in tensors)
-    return is_constant and (constants.input_gain, constants.input_bias, constants.input_mean) == (1, 0, 0)
-
-
-def with_residual_gain(grad: Tensor, numbers: Sequence[float]) -> Tensor:
-    """The gradient of the residual, from the operators' gradient of the input current."""
-    gain = Numbers(*numbers).residual_gain
-    return grad if gain == 1 else grad * gain
+    values = constants.input_gain, constants.residual_gain, constants.input_bias, constants.input_mean
+    return is_constant and values == (1, 1, 0, 0)
 
 
 class _OperatorFunction(LIFFunction):

@@ -81,6 +81,8 @@ class Layout:
     """The layout of x_seq: dimensions, outermost first, and the shape [outer, steps, inner] of kernels."""
 
     def __init__(self, x_seq: Tensor, time_dim: int) -> None:
+        if not 0 <= time_dim < x_seq.dim():
+            raise ValueError(f"asgl_cuda: time_dim must be in [0, {x_seq.dim()}), got {time_dim}")
         if not is_dense(x_seq, time_dim):
             raise ValueError("asgl_cuda: x_seq must be contiguous or channels_last")
         self.time_dim = time_dim
@@ -135,6 +137,13 @@ class ParameterTensor:
             return
         self._sizes = tensor.shape
         full = tensor.reshape((1,) * (len(layout.sizes) - tensor.dim()) + tuple(tensor.shape))
+        if len(full.shape) > len(layout.sizes) or any(
+            size not in (1, whole) for size, whole in zip(full.shape, layout.sizes, strict=True)
+        ):
+            raise ValueError(
+                f"asgl_cuda: a parameter of shape {list(tensor.shape)} does not broadcast against x_seq of shape "
+                f"{list(layout.sizes)}"
+            )
         order = layout.neuron_order
         varying = [index for index, dim in enumerate(order) if full.shape[dim] > 1]
         expanded = list(full.shape)

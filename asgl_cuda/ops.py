@@ -3,7 +3,7 @@
 Each backend has its own namespace; C++ and CUDA kernels share `torch.ops.asgl_cuda`.
 
 `parameters`, `numbers` and `rules` of lif_forward and lif_backward are Parameters (None for a constant), Numbers and
-Rules of reference.py. The gradient at the residual's place is that of the input current, still without residual_gain.
+Rules of reference.py. The last of the parameters is the residual.
 `wanted` selects the results: in forward, beside s_seq, v_last, v_seq, h_seq and checkpoints, in
 backward the gradients of x_seq, v_init and each parameter that is a tensor. `grads` has the gradients of s_seq, v_last,
 v_seq and h_seq, None for zero. States of adaptive neurons are pairs, `[2, ...]`: v, and w for the next step.
@@ -21,7 +21,7 @@ batch_norm_update replaces a share of the running statistics, and counts the bat
 
 batch_norm_backward returns the gradients of weight and bias, from sums of this process and of all. A non-empty
 grad_x_seq holds input_gain times the gradient of the input current, and is overwritten by the gradient of x_seq. With
-grad_residual, which holds the gradient of the input current and is multiplied by residual_gain, it is only written.
+grad_residual, the gradient of the input current itself, it is only written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from .batching import batching_rules
-from .derivatives import at_autograd
+from .derivatives import at_autograd, tensors_in
 from .layout import channel_dim, checkpoint_elements, empty_state, real_type
 from .lazy_values import LAZY_KEYS, on_memory
 from .reference import Rules
@@ -79,6 +79,18 @@ def empty_gradients(
     if wants_residual and residual is not None:
         results.append(torch.empty_like(x_seq))
     return results
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake implementation, which torch calls for any argument on meta, also beside tensors with values."""
+
+    def checked(*arguments: Any) -> Any:
+        devices = list(dict.fromkeys(str(each.device) for each in tensors_in(arguments)))
+        if len(devices) > 1:
+            raise ValueError(f"asgl_cuda.{name}: all tensors must be on one device, got {' and '.join(devices)}")
+        return fake(*arguments)
+
+    return checked
 
 
 def _fake_draw_rng_state(fresh: Tensor) -> Tensor:
@@ -143,9 +155,9 @@ _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementation
         _fake_batch_norm_coefficients,
     "batch_norm_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
     "Tensor coefficients, float momentum) -> ()": lambda *arguments: None,
-    "batch_norm_backward(Tensor(a!) grad_x_seq, Tensor(b!)? grad_residual, Tensor x_seq, Tensor coefficients, "
+    "batch_norm_backward(Tensor(a!) grad_x_seq, Tensor? grad_residual, Tensor x_seq, Tensor coefficients, "
     "Tensor statistics, Tensor grad_gain, Tensor grad_bias, Tensor total_grad_gain, Tensor total_grad_bias, float eps, "
-    "float input_scale, float residual_gain, int time_dim) -> (Tensor grad_weight, Tensor grad_bias)":
+    "float input_scale, int time_dim) -> (Tensor grad_weight, Tensor grad_bias)":
         _fake_batch_norm_backward,
 }  # fmt: skip
 _libraries: list[torch.library.Library] = []  # operators live as long as their library
@@ -162,7 +174,7 @@ def define_operators(namespace: str) -> torch.library.Library:
         name = schema.partition("(")[0]
         tag = torch.Tag.nondeterministic_seeded if name == "draw_rng_state" else torch.Tag.pt2_compliant_tag
         library.define(schema, tags=(tag,))
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        torch.library.register_fake(f"{namespace}::{name}", _on_one_device(name, fake), lib=library)
         operator = getattr(getattr(torch.ops, namespace), name).default
         library.impl(name, at_autograd(operator, name), "Autograd", with_keyset=True)
         for key in LAZY_KEYS:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops import BackwardResult, ForwardResult, empty_outputs, with_gaps
 from ..reference import Parameters
-from .neuron_kernels import SCALARS, Call, NeuronKernelOperators
+from .neuron_kernels import SCALARS, Call, NeuronKernelOperators, check_type
 from .structures import constant
 
 
@@ -37,14 +37,17 @@ class IntegratorOperators(NeuronKernelOperators):
         call = Call(grad_v_seq, v_init, None, parameters, numbers, rules)
         asked = Parameters(*wanted[2:])
         for index, wants in enumerate((asked.decay, asked.input_gain)):
-            given = sequences[index] if wants else None
-            if wants and (given is None or given.dtype != grad_v_seq.dtype or given.device != grad_v_seq.device):
+            given = sequences[index]
+            if wants and given is None:
                 raise ValueError(
                     "asgl_cuda: a gradient of decay needs v_seq and one of input_gain x_seq, like grad_v_seq"
                 )
-            sequences[index] = None if given is None else call.layout.dense_sequence(given)
+            check_type(given, grad_v_seq.dtype, grad_v_seq, "v_seq and x_seq")
+            dense = None if given is None else call.layout.dense_sequence(given)
+            sequences[index] = dense if wants else None
         v_seq, x_seq = sequences
-        grad_v_last = None if grad_v_last is None else call.layout.dense_state(grad_v_last.to(call.real))
+        check_type(grad_v_last, call.real, grad_v_seq, "grad_v_last")
+        grad_v_last = None if grad_v_last is None else call.layout.dense_state(grad_v_last)
         gradients = call.empty_gradients(wanted)
         if call.layout.neurons:
             lanes, tiles = call.plan_tiles(self.launcher, call.input(True), grad_v_last, *sequences, *gradients[:2])

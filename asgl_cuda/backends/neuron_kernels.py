@@ -154,6 +154,12 @@ def is_aligned(tensor: Tensor | None) -> bool:
     return tensor is None or address_of(tensor) % (4 * tensor.element_size()) == 0
 
 
+def check_type(tensor: Tensor | None, dtype: torch.dtype, x_seq: Tensor, name: str) -> None:
+    """Refuses a tensor of another type, or on another device than x_seq."""
+    if tensor is not None and (tensor.dtype != dtype or tensor.device != x_seq.device):
+        raise ValueError(f"asgl_cuda: {name} must be {dtype} on {x_seq.device}, got {tensor.dtype} on {tensor.device}")
+
+
 class KernelOperators:
     """Operators on the kernels of one launcher."""
 
@@ -178,18 +184,10 @@ class Call:
         self.layout = layout = Layout(x_seq, self.rules.time_dim)
         self.real = real_type(x_seq.dtype)
         for tensor in (v_init, *parameters):
-            if tensor is not None and (tensor.dtype != self.real or tensor.device != x_seq.device):
-                raise ValueError(
-                    f"asgl_cuda: parameters and v_init must be {self.real} on {x_seq.device}, got {tensor.dtype} on "
-                    f"{tensor.device}"
-                )
-        if residual is not None and (residual.dtype != x_seq.dtype or residual.device != x_seq.device):
-            raise ValueError(
-                f"asgl_cuda: residual must be {x_seq.dtype} on {x_seq.device}, got {residual.dtype} on "
-                f"{residual.device}"
-            )
+            check_type(tensor, self.real, x_seq, "v_init and parameters")
+        check_type(residual, x_seq.dtype, x_seq, "residual")
         elements = 3 if self.rules.analog_below == BELOW_IN_STATE else 2
-        if self.rules.analog_below not in (0, DRAWS) and (
+        if (rng_state is not None or self.rules.analog_below not in (0, DRAWS)) and (
             rng_state is None
             or rng_state.dtype != torch.int64
             or rng_state.numel() != elements
@@ -434,16 +432,18 @@ class NeuronOperators(NeuronKernelOperators):
         v_init, rng_state, checkpoints, *packed, wanted = others
         call = Call(x_seq, v_init, rng_state, *packed)
         layout, real, time_dim, members = call.layout, call.real, call.rules.time_dim, call.rules.members()
-        if checkpoints.dtype != real or checkpoints.numel() != checkpoint_elements(x_seq, time_dim, members):
+        check_type(checkpoints, real, x_seq, "checkpoints")
+        if not checkpoints.is_contiguous() or checkpoints.numel() != checkpoint_elements(x_seq, time_dim, members):
             raise ValueError("asgl_cuda: checkpoints do not belong to this x_seq")
 
         def dense_state(tensor: Tensor) -> Tensor:
             return layout.dense_state(tensor, members)
 
         dense = layout.dense_sequence, dense_state, layout.dense_sequence, layout.dense_sequence
+        for grad, dtype in zip(grads, (x_seq.dtype, real, real, real), strict=True):
+            check_type(grad, dtype, x_seq, "a gradient")
         grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq = grads = [
-            None if grad is None else laid(grad.to(dtype))
-            for grad, laid, dtype in zip(grads, dense, (x_seq.dtype, real, real, real), strict=True)
+            None if grad is None else laid(grad) for grad, laid in zip(grads, dense, strict=True)
         ]
         gradients = grad_x_seq, grad_v_init, *grad_parameters, grad_residual = call.empty_gradients(wanted)
         if layout.neurons:

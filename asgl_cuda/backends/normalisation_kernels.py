@@ -19,6 +19,7 @@ from .neuron_kernels import (
     NeuronOperators,
     as_bool,
     blocks_for,
+    check_type,
     filled,
     is_aligned,
 )
@@ -105,7 +106,9 @@ class NormalisationOperators(KernelOperators):
         )
         moments = None
         if statistics is not None:
-            moments = _dense(statistics, [statistics.shape[0], channels, 3], torch.float64, x_seq)
+            moments = _dense(
+                statistics, [max(len(statistics), 1) if statistics.dim() else 1, channels, 3], torch.float64, x_seq
+            )
         elif mean is None and not rows * inner:
             moments = x_seq.new_zeros((1, channels, 3), dtype=torch.float64)
         elif mean is None:
@@ -130,7 +133,13 @@ class NormalisationOperators(KernelOperators):
         momentum: float,
     ) -> None:
         real, device = coefficients.dtype, coefficients.device
-        channels = coefficients.shape[1]
+        if real not in (torch.float32, torch.float64):
+            raise TypeError(f"asgl_cuda: coefficients must be float32 or float64, got {real}")
+        rows, channels, *_ = *coefficients.shape, 0, 0
+        if rows != constant("kNumCoefficients") or coefficients.numel() != rows * channels:
+            raise ValueError(
+                f"asgl_cuda: coefficients must have shape [4, channels, 1, ...], got {list(coefficients.shape)}"
+            )
         for running in (running_mean, running_var):
             if not running.is_contiguous():
                 raise ValueError("asgl_cuda: running statistics must be contiguous")
@@ -148,11 +157,13 @@ class NormalisationOperators(KernelOperators):
     def batch_norm_backward(
         self, grad_x_seq: Tensor, grad_residual: Tensor | None, x_seq: Tensor, *others: Any
     ) -> tuple[Tensor, Tensor]:
-        coefficients, statistics, *sums, eps, input_scale, residual_gain, time_dim = others
+        coefficients, statistics, *sums, eps, input_scale, time_dim = others
         layout = Layout(x_seq, time_dim)
         shape = _, channels, _ = channel_shape(layout)
         real = real_type(x_seq.dtype)
         wanted = grad_x_seq.numel() > 0
+        if not wanted:
+            check_type(grad_x_seq, x_seq.dtype, x_seq, "grad_x_seq")
         gradients = [grad for grad in (grad_x_seq, grad_residual) if wanted and grad is not None]
         for grad in gradients:
             if (
@@ -182,8 +193,7 @@ class NormalisationOperators(KernelOperators):
             gains = coefficients[constant("kCoefficientGain")]
             last = filled(
                 "InputGradientParams", real, tiles=tiles, x_seq=x_seq, mean=coefficients, adjoint=adjoint,
-                grad_x_seq=grad_x_seq, grad_residual=grad_residual, residual_gain=residual_gain,
-                gain=gains,
+                grad_x_seq=grad_x_seq, grad_residual=grad_residual, gain=gains,
             )  # fmt: skip
             kernel = input_gradient_kernel(x_seq.dtype, tiles.lanes, grad_residual is not None)
             self.start(x_seq.device, kernel, _tasks(tiles), last)

@@ -90,6 +90,20 @@ int64 kept_states(const BackwardParams<Scalar>& params, int64 segment) {
   return params.wants(kDecay) ? segment + 1 : 1;
 }
 
+// Stores row t of the residual's gradient, from that of the current.
+template <class Scalar>
+void finish_residual_row(const Real_t<Scalar>* dc, const BackwardParams<Scalar>& params, const Tile& tile, int64 t,
+                         Real_t<Scalar>* buffer) {
+  using Real = Real_t<Scalar>;
+  if (params.grad_residual == nullptr) return;
+  if (params.residual_gain != Real(1)) {
+    Real* dr = start_row(params.grad_residual, tile, t, buffer);
+    run<MultiplyLoop<Real>>({dc, {nullptr, params.residual_gain}, dr, tile.length});
+    dc = dr;
+  }
+  finish_row(dc, params.grad_residual, tile, t);
+}
+
 template <class Backward, class Scalar>
 void run_backward(const BackwardParams<Scalar>& params) {
   for_each_tile_range(params.shape, [&](int64 begin, int64 end) {
@@ -226,7 +240,7 @@ class GeneralBackward {
       }
     });
     finish_row(dx, params_.grad_x_seq, tile_, t);
-    finish_row(dh_, params_.grad_residual, tile_, t);
+    finish_residual_row(dh_, params_, tile_, t, x_buffer_);
     if (carried_) accumulate(kReset, Real(1), d_reset_, kOne, kZero);
     if (!Model::kAdapts) add_gradients(t, k, dx);
     carried_ = true;

@@ -156,7 +156,7 @@ class SettledBackward {
       carried_ = true;
       if (!dx_is_dc_) input_.backward(read_row(params_.x_seq, tile_, t, x_buffer_), dc, dx);
       finish_row(dx, grad_x_seq, tile_, t);
-      finish_row(dc, grad_residual, tile_, t);
+      finish_residual_row(dc, params_, tile_, t, r_buffer_);
     }
   }
 

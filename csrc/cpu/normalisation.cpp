@@ -94,7 +94,7 @@ struct InputGradientLoop {
   static ASGL_HOST_DEVICE void run(Args args) { args.mean.row != nullptr ? loop<true>(args) : loop<false>(args); }
 };
 
-// The same from dh, which stays.
+// The same from dh.
 template <class Real>
 struct ResidualInputGradientLoop {
   struct Args {
@@ -331,14 +331,8 @@ void launch_on(Device, const InputGradientParams<Scalar>& params) {
       convert(gradient, dx, length);
       run<InputGradientLoop<Real>>({x, mean, slope, offset, dx, length});
     } else {
-      Scalar* residual = params.grad_residual + element;
-      Real* dh = in_place(residual, rows.row(2));
-      convert(residual, dh, length);
+      const Real* dh = read(params.grad_residual + element, length, rows.row(2));
       run<ResidualInputGradientLoop<Real>>({x, dh, mean, slope, offset, gain, dx, length});
-      if (params.residual_gain != Real(1)) {
-        run<MultiplyLoop<Real>>({dh, {nullptr, params.residual_gain}, dh, length});
-        convert(dh, residual, length);
-      }
     }
     convert(dx, gradient, length);
   };

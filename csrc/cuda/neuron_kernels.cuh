@@ -389,7 +389,10 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
             if constexpr (kResidual) {
               if (index.live && params.grad_x_seq != nullptr) Access<kLanes>::store(dx, params.grad_x_seq + stored);
               if (index.live && params.grad_residual != nullptr) {
-                Access<kLanes>::store(dh, params.grad_residual + stored);
+                Real dr[kLanes];
+#pragma unroll
+                for (int j = 0; j < kLanes; ++j) dr[j] = params.residual_gain * dh[j];
+                Access<kLanes>::store(dr, params.grad_residual + stored);
               }
             } else if (index.live) {
               Access<kLanes>::store(dx, in_global_memory(grad_x_seq));
@@ -505,7 +508,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
 #pragma unroll 1
     for (int k = length - 1; k >= 0; --k) {
       const int64 t = start + k, element = first_element + k * stride;
-      Real g[kLanes], gh[kLanes], x[kLanes], dx[kLanes], dc[kLanes], v_before[kLanes];
+      Real g[kLanes], gh[kLanes], x[kLanes], dx[kLanes], dr[kLanes], v_before[kLanes];
       copy(first_v, v_before);
       copy(next_g, g);
       load_next_gradient(k - 1);
@@ -547,7 +550,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
         sums[kThreshold] -= step.dy * neuron.now().inverse_width;
         sums[kDecay] += step.dh * (v_before[j] - options.v_rest);
         dx[j] = neuron.now().input_gain * step.dc;
-        dc[j] = step.dc;
+        if constexpr (kHasResidual<kInput>) dr[j] = params.residual_gain * step.dc;
         sums[kInputGain] += step.dc * (x[j] - neuron.now().input_mean);
         sums[kInputBias] += step.dc;
         sums[kInputMean] -= dx[j];
@@ -561,7 +564,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       if (kHasResidual<kInput> && params.grad_residual != nullptr && index.live) {
         int64 stored_element = element;
         opaque(stored_element);
-        Lanes::store(dc, params.grad_residual + stored_element);
+        Lanes::store(dr, params.grad_residual + stored_element);
       }
 #pragma unroll
       for (int id = 0; id < kNumParameters; ++id) {

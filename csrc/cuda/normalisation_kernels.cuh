@@ -199,13 +199,8 @@ __global__ void __launch_bounds__(kBlockThreads, 8)
         int64 stored = element + k * stride;
         opaque(stored);  // or the compiler splits the stores for half types
         if constexpr (kResidual) {
-          Real dr[kLanes];
 #pragma unroll
-          for (int j = 0; j < kLanes; ++j) {
-            dr[j] = params.residual_gain * dx[k][j];
-            dx[k][j] = gain * dx[k][j];
-          }
-          if (params.residual_gain != Real(1)) Lanes::store(dr, params.grad_residual + stored);
+          for (int j = 0; j < kLanes; ++j) dx[k][j] = gain * dx[k][j];
         }
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) dx[k][j] = normalisation_adjoint(dx[k][j], x[k][j], mean, slope, offset);

@@ -55,6 +55,14 @@ inline at::ScalarType real_type(const Tensor& x_seq) {
   return x_seq.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// Throws unless the tensor has this type and is on the device of x_seq.
+inline void check_type(const Tensor& tensor, at::ScalarType type, const Tensor& x_seq, const char* name) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == type, "asgl_cuda: ", name, " must have type ", type, ", got ",
+                   tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.device() == x_seq.device(), "asgl_cuda: ", name, " must be on ", x_seq.device(), ", got ",
+                    tensor.device());
+}
+
 // Unpacked from lists, in the order of the fields of Rules and Numbers in asgl_cuda/reference.py.
 struct Rules {
   int64_t surrogate, hard_reset, strict_threshold, scale_output, detach_reset, multi_spike, periodic, floored,
@@ -96,22 +104,20 @@ class Call {
     TORCH_CHECK_VALUE(rules_.adaptation == 0 || rules_.surrogate != static_cast<int64_t>(Surrogate::kInteger),
                       "asgl_cuda: adaptive neurons have no integer spikes");
     if (v_init.has_value()) {
-      check_real(*v_init, "v_init");
-      v_init_ = layout_.match_state(*v_init, members());
+      check_type(*v_init, real_type(x_seq), x_seq, "v_init");
+      v_init_ = layout_.match_state(*v_init, "v_init", members());
     }
     const OptionalTensor residual = parameters.get(kNumParameters);
     if (residual.has_value()) {
-      TORCH_CHECK_TYPE(residual->scalar_type() == x_seq.scalar_type() && residual->device() == x_seq.device(),
-                       "asgl_cuda: residual must have type ", x_seq.scalar_type(), " on ", x_seq.device(), ", got ",
-                       residual->scalar_type(), " on ", residual->device());
-      residual_ = layout_.match_sequence(*residual);
+      check_type(*residual, x_seq.scalar_type(), x_seq, "residual");
+      residual_ = layout_.match_sequence(*residual, "residual");
     }
     TORCH_CHECK_VALUE(0 <= rules_.levels && rules_.levels <= std::numeric_limits<uint16>::max(),
                       "asgl_cuda: levels must have 16 bits, got ", rules_.levels);
     const int64_t below = rules_.analog_below;
     TORCH_CHECK_VALUE(0 <= below && below <= kAnalogBelowInState, "asgl_cuda: analog_below must be in [0, ",
                       kAnalogBelowInState, "], got ", below);
-    if (below > 0 && below != kAlwaysAnalog) {
+    if ((below > 0 && below != kAlwaysAnalog) || rng_state.has_value()) {
       const int64_t elements = below == kAnalogBelowInState ? 3 : 2;
       TORCH_CHECK_VALUE(
           rng_state.has_value() && rng_state->scalar_type() == at::kLong && rng_state->numel() == elements &&
@@ -121,7 +127,7 @@ class Call {
     for (int id = 0; id < kNumParameters; ++id) {
       const OptionalTensor parameter = parameters.get(id);
       if (parameter.has_value()) {
-        check_real(*parameter, "a parameter");
+        check_type(*parameter, real_type(x_seq), x_seq, "a parameter");
         parameters_[id].emplace(*parameter, layout_);
       }
     }
@@ -179,13 +185,6 @@ class Call {
   Derivative derivative(int id) const {
     if (id == kWidth) return rules_.log_width != 0 ? Derivative::kOfLogWidth : Derivative::kOfWidth;
     return id == kDecay && rules_.logit_decay != 0 ? Derivative::kOfLogitDecay : Derivative::kNone;
-  }
-
-  void check_real(const Tensor& tensor, const char* name) const {
-    TORCH_CHECK_TYPE(tensor.scalar_type() == real_type(x_seq_), "asgl_cuda: ", name, " must have type ",
-                     real_type(x_seq_), ", got ", tensor.scalar_type());
-    TORCH_CHECK_VALUE(tensor.device() == x_seq_.device(), "asgl_cuda: ", name, " must be on ", x_seq_.device(),
-                      ", got ", tensor.device());
   }
 
  private:

@@ -35,18 +35,23 @@ std::vector<Tensor> integrator_backward(const Tensor& grad_v_seq, const Optional
                                         at::ArrayRef<double> numbers, at::IntArrayRef rules, bool delay,
                                         WantedGradients wanted) {
   const Call call(grad_v_seq, v_init, std::nullopt, parameters, numbers, rules);
-  const Backend backend(grad_v_seq);
   const Layout& layout = call.layout();
-  const auto sequence_for = [&](int id, const OptionalTensor& given) -> OptionalTensor {
-    if (!wanted[2 + id]) return std::nullopt;
-    TORCH_CHECK_VALUE(
-        given.has_value() && given->scalar_type() == grad_v_seq.scalar_type() && given->device() == grad_v_seq.device(),
-        "asgl_cuda: a gradient of decay needs v_seq and one of input_gain x_seq, like grad_v_seq");
-    return layout.match_sequence(*given);
+  const auto sequence_for = [&](int id, const OptionalTensor& given, const char* name) -> OptionalTensor {
+    TORCH_CHECK_VALUE(given.has_value() || !wanted[2 + id],
+                      "asgl_cuda: a gradient of decay needs v_seq and one of input_gain x_seq, like grad_v_seq");
+    if (!given.has_value()) return std::nullopt;
+    check_type(*given, grad_v_seq.scalar_type(), grad_v_seq, name);
+    const Tensor dense = layout.match_sequence(*given, name);
+    return wanted[2 + id] ? OptionalTensor(dense) : std::nullopt;
   };
-  const OptionalTensor potentials = sequence_for(kDecay, v_seq), inputs = sequence_for(kInputGain, x_seq);
+  const OptionalTensor potentials = sequence_for(kDecay, v_seq, "v_seq");
+  const OptionalTensor inputs = sequence_for(kInputGain, x_seq, "x_seq");
   OptionalTensor grad_last;
-  if (grad_v_last.has_value()) grad_last = layout.match_state(grad_v_last->to(real_type(grad_v_seq)));
+  if (grad_v_last.has_value()) {
+    check_type(*grad_v_last, real_type(grad_v_seq), grad_v_seq, "grad_v_last");
+    grad_last = layout.match_state(*grad_v_last, "grad_v_last");
+  }
+  const Backend backend(grad_v_seq);
   std::vector<Tensor> results;
   if (wanted[0]) results.push_back(layout.empty_sequence(grad_v_seq.options()));
   if (wanted[1]) results.push_back(layout.empty_state(call.real_options()));

@@ -52,9 +52,8 @@ class Layout {
   // A sequence in the memory order of x_seq.
   Tensor empty_sequence(const at::TensorOptions& options) const { return empty(sizes_, order_, options); }
 
-  Tensor match_sequence(const Tensor& tensor) const {
-    TORCH_CHECK_VALUE(tensor.sizes() == sizes_, "asgl_cuda: expected shape ", at::IntArrayRef(sizes_), ", got ",
-                      tensor.sizes());
+  Tensor match_sequence(const Tensor& tensor, const char* name) const {
+    check_sizes(tensor, sizes_, name);
     return dense(tensor, order_);
   }
 
@@ -64,10 +63,8 @@ class Layout {
     return empty(state_sizes(members), state_order(members), options);
   }
 
-  Tensor match_state(const Tensor& tensor, int64_t members = 1) const {
-    const auto sizes = state_sizes(members);
-    TORCH_CHECK_VALUE(tensor.sizes() == sizes, "asgl_cuda: expected shape ", at::IntArrayRef(sizes), ", got ",
-                      tensor.sizes());
+  Tensor match_state(const Tensor& tensor, const char* name, int64_t members = 1) const {
+    check_sizes(tensor, state_sizes(members), name);
     return dense(tensor, state_order(members));
   }
 
@@ -88,6 +85,10 @@ class Layout {
   // view in place.
   static Tensor empty(at::IntArrayRef sizes, const std::vector<int64_t>& order, const at::TensorOptions& options) {
     return in_huge_pages(at::empty_strided(sizes, strides_of(sizes, order), options));
+  }
+  static void check_sizes(const Tensor& tensor, const std::vector<int64_t>& sizes, const char* name) {
+    TORCH_CHECK_VALUE(tensor.sizes() == sizes, "asgl_cuda: ", name, " must have shape ", at::IntArrayRef(sizes),
+                      ", got ", tensor.sizes());
   }
   static Tensor dense(const Tensor& tensor, const std::vector<int64_t>& order) {
     if (tensor.strides() == strides_of(tensor.sizes(), order)) return tensor;

@@ -59,22 +59,22 @@ std::vector<Tensor> lif_backward(const c10::List<OptionalTensor>& grads, const T
                                  at::ArrayRef<double> numbers, at::IntArrayRef rules, WantedGradients wanted) {
   const Call call(x_seq, v_init, rng_state, parameters, numbers, rules);
   TORCH_CHECK_VALUE(grads.size() == 4, "asgl_cuda: expected 4 gradients, got ", grads.size());
-  const Backend backend(x_seq);
   const Layout& layout = call.layout();
   const SequenceShape& shape = layout.shape();
   const at::TensorOptions real = call.real_options();
-  TORCH_CHECK_VALUE(checkpoints.scalar_type() == real_type(x_seq) && checkpoints.is_contiguous() &&
-                        checkpoints.numel() == checkpoint_elements(shape, call.members()),
+  check_type(checkpoints, real_type(x_seq), x_seq, "checkpoints");
+  TORCH_CHECK_VALUE(checkpoints.is_contiguous() && checkpoints.numel() == checkpoint_elements(shape, call.members()),
                     "asgl_cuda: checkpoints do not belong to this x_seq");
-  const auto given = [&](int which, at::ScalarType type) -> OptionalTensor {
+  const auto given = [&](int which, const char* name) -> OptionalTensor {
     const OptionalTensor grad = grads[which];
     if (!grad.has_value()) return std::nullopt;
-    const Tensor typed = grad->to(type);
-    return which == 1 ? layout.match_state(typed, call.members()) : layout.match_sequence(typed);
+    check_type(*grad, which == 0 ? x_seq.scalar_type() : real_type(x_seq), x_seq, name);
+    return which == 1 ? layout.match_state(*grad, name, call.members()) : layout.match_sequence(*grad, name);
   };
-  const OptionalTensor grad_s_seq = given(0, x_seq.scalar_type()), grad_v_last = given(1, real_type(x_seq));
-  const OptionalTensor grad_v_seq = given(2, real_type(x_seq)), grad_h_seq = given(3, real_type(x_seq));
+  const OptionalTensor grad_s_seq = given(0, "grad_s_seq"), grad_v_last = given(1, "grad_v_last");
+  const OptionalTensor grad_v_seq = given(2, "grad_v_seq"), grad_h_seq = given(3, "grad_h_seq");
 
+  const Backend backend(x_seq);
   const Tensor grad_x_seq = wanted[0] ? layout.empty_sequence(x_seq.options()) : Tensor();
   const Tensor grad_v_init = wanted[1] ? layout.empty_state(real, call.members()) : Tensor();
   const Tensor grad_residual = wanted.back() && call.has_residual() ? layout.empty_sequence(x_seq.options()) : Tensor();

@@ -39,7 +39,6 @@ std::tuple<Tensor, Tensor> batch_norm_coefficients(const Tensor& x_seq, const Op
   const Layout layout(x_seq, time_dim);
   const ChannelShape shape = channel_shape(layout);
   TORCH_CHECK_VALUE(mean.has_value() == variance.has_value(), "asgl_cuda: mean and variance come together");
-  const Backend backend(x_seq);
   at::DimVector sizes = {kNumCoefficients};
   sizes.append(channel_sizes(layout));
   const Tensor coefficients = at::empty(sizes, x_seq.options().dtype(real_type(x_seq)));
@@ -49,12 +48,14 @@ std::tuple<Tensor, Tensor> batch_norm_coefficients(const Tensor& x_seq, const Op
   with_scalar(x_seq.scalar_type(), [&](auto scalar) {
     using Scalar = decltype(scalar);
     using Real = Real_t<Scalar>;
-    const int64_t processes = statistics.has_value() ? statistics->size(0) : 0;
+    const int64_t processes =
+        statistics.has_value() && statistics->dim() > 0 ? std::max<int64_t>(statistics->size(0), 1) : 1;
     const Checked<double> given(statistics, {processes, shape.channels, 3}, x_seq, "statistics");
     const Checked<Real> given_mean(mean, {shape.channels}, x_seq, "mean");
     const Checked<Real> given_variance(variance, {shape.channels}, x_seq, "variance");
     const Checked<Real> given_weight(weight, {shape.channels}, x_seq, "weight");
     const Checked<Real> given_bias(bias, {shape.channels}, x_seq, "bias");
+    const Backend backend(x_seq);
     Tensor found;
     CoefficientsParams<Real> params{};
     if (statistics.has_value()) {
@@ -92,6 +93,11 @@ std::tuple<Tensor, Tensor> batch_norm_coefficients(const Tensor& x_seq, const Op
 template <class Backend>
 void batch_norm_update(const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& num_batches_tracked,
                        const Tensor& coefficients, double momentum) {
+  TORCH_CHECK_TYPE(coefficients.scalar_type() == at::kFloat || coefficients.scalar_type() == at::kDouble,
+                   "asgl_cuda: coefficients must be float32 or float64, got ", coefficients.scalar_type());
+  TORCH_CHECK_VALUE(coefficients.dim() >= 2 && coefficients.size(0) == kNumCoefficients &&
+                        coefficients.numel() == kNumCoefficients * coefficients.size(1),
+                    "asgl_cuda: coefficients must have shape [4, channels, 1, ...], got ", coefficients.sizes());
   const int64_t channels = coefficients.size(1);
   for (const Tensor& running : {running_mean, running_var}) {
     TORCH_CHECK_VALUE(running.sizes() == at::IntArrayRef(channels) && running.is_contiguous() &&
@@ -127,7 +133,7 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const O
                                                const Tensor& statistics, const Tensor& grad_gain,
                                                const Tensor& grad_bias, const Tensor& total_grad_gain,
                                                const Tensor& total_grad_bias, double eps, double input_scale,
-                                               double residual_gain, int64_t time_dim) {
+                                               int64_t time_dim) {
   const Layout layout(x_seq, time_dim);
   const ChannelShape shape = channel_shape(layout);
   const bool wanted = grad_x_seq.numel() > 0, has_residual = wanted && grad_residual.has_value();
@@ -135,9 +141,9 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const O
     return grad.sizes() == x_seq.sizes() && grad.permute(layout.order()).is_contiguous() &&
            grad.scalar_type() == x_seq.scalar_type() && grad.device() == x_seq.device();
   };
+  if (!wanted) check_type(grad_x_seq, x_seq.scalar_type(), x_seq, "grad_x_seq");
   TORCH_CHECK_VALUE(!wanted || (is_like_x_seq(grad_x_seq) && (!has_residual || is_like_x_seq(*grad_residual))),
                     "asgl_cuda: grad_x_seq and grad_residual must have the type and memory order of x_seq");
-  const Backend backend(x_seq);
   const at::TensorOptions real = x_seq.options().dtype(real_type(x_seq));
   const Tensor grad_weight = at::empty({shape.channels}, real), grad_shift = at::empty({shape.channels}, real);
   if (shape.channels == 0) return {grad_weight, grad_shift};
@@ -153,6 +159,7 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const O
     const Checked<Real> own_bias(grad_bias, by_channel, x_seq, "grad_bias");
     const Checked<Real> all_gain(total_grad_gain, by_channel, x_seq, "total_grad_gain");
     const Checked<Real> all_bias(total_grad_bias, by_channel, x_seq, "total_grad_bias");
+    const Backend backend(x_seq);
     const Tensor adjoint = at::empty({2, shape.channels}, real);
     AdjointParams<Real> params{};
     params.moments = as_moments(given_statistics.data());
@@ -175,9 +182,8 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const O
     backend.plan_tiles(pass);
     pass.mean = params.coefficients + kCoefficientMean * shape.channels;
     pass.adjoint = params.adjoint;
-    pass.grad_residual = has_residual ? pointer<Scalar>(*grad_residual) : nullptr;
+    pass.grad_residual = has_residual ? const_pointer<Scalar>(grad_residual) : nullptr;
     if (has_residual) in_huge_pages(grad_x_seq);  // still untouched
-    pass.residual_gain = static_cast<Real>(residual_gain);
     pass.gain = params.coefficients + kCoefficientGain * shape.channels;
     backend.launch(pass);
   });

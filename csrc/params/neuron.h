@@ -178,7 +178,7 @@ struct BackwardParams : LIFParams<Scalar> {
   const Real* checkpoints;   // as in ForwardParams
   Scalar* grad_x_seq;        // [outer, T, inner]
   Real* grad_v_init;         // [N]
-  Scalar* grad_residual;     // [outer, T, inner], the gradient of the input current
+  Scalar* grad_residual;     // [outer, T, inner], residual_gain times the gradient of the input current
   GradientPartials<Real> partials[kNumParameters];
 
   ASGL_HOST_DEVICE bool wants(int id) const { return partials[id].data != nullptr; }

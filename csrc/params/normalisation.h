@@ -163,10 +163,9 @@ struct InputGradientParams {
   const Real* mean;     // [channels]
   const Real* adjoint;  // slope and offset, [2, channels]
   Scalar* grad_x_seq;   // [rows, channels, inner], dx on return; on entry gain * dh, or with grad_residual nothing
-  // With a residual:
-  Scalar* grad_residual;  // [rows, channels, inner], dh on entry, residual_gain * dh on return; null: none
-  Real residual_gain;
-  const Real* gain;  // [channels]
+  // Where one array serves both gradients:
+  const Scalar* grad_residual;  // [rows, channels, inner], dh; null: none
+  const Real* gain;             // [channels]
 };
 
 }  // namespace asgl

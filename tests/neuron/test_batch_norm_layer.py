@@ -172,7 +172,7 @@ def test_opcheck(backend, device, layout, dtype):
     sums = [torch.rand_like(coefficients[0]) for _ in range(4)]
     gradients = (torch.zeros_like(x_seq), None), (x_seq.new_empty(0), None), (torch.zeros_like(x_seq), x_seq.clone())
     for pair in gradients:
-        arguments = (*pair, x_seq, coefficients, total, *sums, 1e-5, 0.9, 0.5, 0)
+        arguments = (*pair, x_seq, coefficients, total, *sums, 1e-5, 0.9, 0)
         torch.library.opcheck(operators.batch_norm_backward, arguments)
 
 
@@ -182,7 +182,7 @@ def test_opcheck(backend, device, layout, dtype):
         ({5: torch.ones(4)}, "must have shape|expected shape"),
         ({4: torch.ones(3, dtype=torch.float64)}, "must have shape|expected shape"),
         ({2: None}, "mean and variance come together"),
-        ({8: 9}, "time_dim|in list"),
+        ({8: 9}, "time_dim must be in"),
     ],
 )
 def test_the_operator_checks_sizes(backend, device, change, message):
@@ -203,7 +203,7 @@ def test_the_operator_checks_the_gradient_that_it_writes(backend, device):
         for gradients in ((wrong, None), (x_seq.clone(), wrong)):
             with pytest.raises((ValueError, RuntimeError), match="type and memory order of x_seq"):
                 BACKENDS[backend].operators.batch_norm_backward(
-                    *gradients, x_seq, coefficients, total, *sums, 1e-5, 1.0, 1.0, 0
+                    *gradients, x_seq, coefficients, total, *sums, 1e-5, 1.0, 0
                 )
 
 

@@ -11,8 +11,10 @@ from torch import fx, nn
 import asgl_cuda
 from asgl_cuda import LIF, BatchNormLIF, batch_norm_lif, lif
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALF_TYPES = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF_TYPES, torch.float32, torch.float64)
 SMOOTH = {"surrogate": "sigmoid", "analog_prob": 1.0}
+DETACHED = {**SMOOTH, "detach_reset": True}
 
 
 def like(x_seq, low=-0.5, high=0.5):
@@ -98,6 +100,34 @@ def test_one_gradient_serves_both(backend, device):
     s_seq = lif(x_seq, residual=residual, backend=backend)
     grad_x_seq, grad_residual = torch.autograd.grad(s_seq, [x_seq, residual], torch.ones_like(s_seq))
     assert grad_x_seq.data_ptr() == grad_residual.data_ptr()
+
+
+# Gradients of the current that float16 can't hold, where it can the result of `residual_gain`: 1e6 and 2e-8.
+@pytest.mark.parametrize(("residual_gain", "surrogate_gain"), [(1e-3, 4e6), (1e3, 8e-8)])
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("wanted", [("x_seq",), ("residual",), ("x_seq", "residual")])
+@pytest.mark.parametrize("options", [{}, {"input_gain": 0.5}, {"v_rest": 0.1}])
+def test_the_gradient_is_rounded_after_the_gain(backend, device, dtype, wanted, residual_gain, surrogate_gain, options):
+    options = {"residual_gain": residual_gain, "surrogate_gain": surrogate_gain, **options, **DETACHED}
+    for steps in (4, 17):
+        x_seq = random_input(steps, 4, 68, dtype=dtype, device=device)
+        tensors = {"x_seq": x_seq, "residual": like(x_seq) / residual_gain}
+        expected = gradients_of(lif, tensors, wanted, torch.float64, backend="reference", **options)
+        for name in ("reference", backend):
+            found = gradients_of(lif, tensors, wanted, dtype, backend=name, **options)
+            for each, right in zip(found, expected, strict=True):
+                assert_rounded_once(each, right)
+
+
+def gradients_of(function, tensors, wanted, dtype, **options):
+    """The wanted gradients of the sum of the spikes, computed in `dtype`."""
+    given = {name: value.detach().to(dtype).requires_grad_(name in wanted) for name, value in tensors.items()}
+    return torch.autograd.grad(function(**given, **options).sum(), [given[name] for name in wanted])
+
+
+def assert_rounded_once(found, right):
+    place, smallest = {torch.float16: (2**-10, 2**-24), torch.bfloat16: (2**-7, 0.0)}[found.dtype]
+    torch.testing.assert_close(found.double(), right.to(found.dtype).double(), rtol=place, atol=smallest)
 
 
 def test_residual_is_x_seq_or_a_view(backend, device):
@@ -222,6 +252,34 @@ def test_half_types_with_few_values_a_channel(backend, device, values):
     s_seq = batch_norm_lif(x_seq, training=True, residual=residual, residual_gain=0.5, backend=backend, **SMOOTH)
     grads = torch.autograd.grad(s_seq.sum(), [x_seq, residual])
     assert {value.dtype for value in (s_seq, *grads)} == {torch.float16}
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("wanted", [("x_seq",), ("residual",), ("x_seq", "residual")])
+@pytest.mark.parametrize(
+    ("deviation", "surrogate_gain", "residual_gain"),
+    [(1e-3, 1e-8, 1), (1e-3, 1e-8, 1e3), (100, 1e6, 1), (100, 1e6, 1e-3)],
+)
+def test_half_gradients_are_as_without_a_residual(
+    backend, device, dtype, wanted, deviation, surrogate_gain, residual_gain
+):
+    x_seq = deviation * torch.randn(4, 8, 3, 5, 4, device=device)
+    tensors = {"x_seq": x_seq.to(dtype), "residual": torch.zeros_like(x_seq, dtype=dtype)}
+    options = {"training": True, "surrogate_gain": surrogate_gain, **DETACHED}
+    right = {"backend": "reference", "residual_gain": residual_gain}
+    expected = dict(
+        zip(wanted, gradients_of(batch_norm_lif, tensors, wanted, torch.float64, **right, **options), strict=True)
+    )
+    for name in ("reference", backend):
+        gained = {"backend": name, "residual_gain": residual_gain, **options}
+        found = dict(zip(wanted, gradients_of(batch_norm_lif, tensors, wanted, dtype, **gained), strict=True))
+        if "residual" in wanted:
+            assert_rounded_once(found["residual"], expected["residual"])
+        if "x_seq" in wanted:
+            alone = {"x_seq": tensors["x_seq"]}
+            (without,) = gradients_of(batch_norm_lif, alone, ["x_seq"], dtype, backend=name, **options)
+            error, allowed = (float((each.double() - expected["x_seq"]).norm()) for each in (found["x_seq"], without))
+            assert error <= 1.5 * allowed
 
 
 def test_bytes_kept_for_backward(backend, device):

@@ -148,7 +148,7 @@ Expected<Real_t<Scalar>> expect(const BackwardParams<Scalar>& params) {
       add(kInputBias, dc);
       add(kInputMean, -dc * neuron.input_gain);
       expected.grad_x_seq[element] = neuron.input_gain * step.dc;
-      expected.grad_residual[element] = step.dc;
+      expected.grad_residual[element] = params.residual_gain * step.dc;
       carried = true;
     }
     expected.grad_v_init[n] = dv;
