@@ -259,6 +259,15 @@ def test_dry_run(tmp_path):
     assert "---" not in again.stdout, "it was complete"
 
 
+def test_calls_for_the_sanitizer():
+    result = python("-m", "tools.gpu_check.small_calls", "--device", "cpu", "--backend", "cpu")
+    assert result.returncode == 0, result.stderr
+    *lines, last = result.stdout.splitlines()
+    assert last == "done"
+    assert len(lines) == 5 * len({line.rpartition(", ")[2] for line in lines}), "each call with each input"
+    assert not re.search(r"\b(nan|inf)\b", result.stdout)
+
+
 # ---- names of kernels ----
 
 
