@@ -197,7 +197,7 @@ def test_graph_of_forward_and_backward(backend, large, size):
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_graph_of_a_normalised_layer(backend, large, with_residual):
     """Each replay takes a step of the running statistics, too."""
-    layer = asgl_cuda.BatchNormLIF(16, backend=backend).to("cuda")
+    layer = asgl_cuda.BatchNormLIF(16, analog_prob=0.0, backend=backend).to("cuda")
     inputs = [random_input(4, large // 2048, 16, 128, device="cuda") for _ in range(1 + with_residual)]
 
     def step(layer: asgl_cuda.BatchNormLIF) -> tuple[Tensor, ...]:

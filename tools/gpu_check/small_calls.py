@@ -1,6 +1,6 @@
 """Small calls that launch each kind of kernel, for compute-sanitizer, which slows them down a hundredfold.
 
-Both mappings of neurons to threads, with tails, checkpoints and sums of every kind. On a CPU the program itself is tried.
+Both mappings of neurons to threads, with tails, checkpoints and sums of every kind. On a CPU it tries the program itself.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def calls(x_seq: Tensor, backend: str) -> Iterator[tuple[str, Callable[[], Tenso
     residual = x_seq.detach().clone().requires_grad_()
     common = {"analog_prob": ANALOG_PROB, "backend": backend}
     for name, sizes in (
-        ("one width", ()), ("by channel", (channels, 1)), ("by neuron", (channels, length)), ("by step", (steps, 1, 1, 1)),
+        ("one width", ()), ("by channel", (channels, 1)), ("by neuron", (channels, length)),
+        ("by step", (steps, 1, 1, 1)),
     ):  # fmt: skip
         width, decay = parameter(*sizes), parameter(*sizes, value=0.5)
         yield (
@@ -74,7 +75,7 @@ def main() -> int:
             output = call()
             grads = torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)
             total = sum(float(grad.double().sum()) for grad in grads if grad is not None)
-            print(f"{list(x_seq.shape)}, {x_seq.dtype}, {name}: {total:.3g}", flush=True)
+            print(f"{name}: {list(x_seq.shape)}, {x_seq.dtype}, gradients {total:.3g}", flush=True)
     print("done")
     return 0
 
