@@ -48,7 +48,8 @@ struct ShiftedSums {
   // Adds the values of the first `rows` rows, at least one. With m close to their mean and d = x - m, n values have
   //   sum (x - shift) = n (m - shift) + sum d
   //   sum (x - shift)^2 = (m - shift) (n (m - shift) + 2 sum d) + sum d^2
-  // where only the sums of d, small if the values are alike, are rounded to Real.
+  // where only the sums of d, small if the values are alike, are rounded to Real. m has 16 bits: then d is exact for
+  // values up to 2^8 times as large; and where the values differ in later bits alone, the sums are.
   template <int kRows, int kLanes>
   __device__ __forceinline__ void add(const Real (&x)[kRows][kLanes], int rows, Real shift) {
     constexpr int kSums = kRows * kLanes / 4;  // of four values each
@@ -61,7 +62,7 @@ struct ShiftedSums {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) total[(k * kLanes + j) % kSums] += k < rows ? x[k][j] : x[0][j];
     }
-    const Real m = added(total) * Real(1.0 / (kRows * kLanes));
+    const Real m = math::shortened(added(total) * Real(1.0 / (kRows * kLanes)));
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
 #pragma unroll

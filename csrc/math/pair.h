@@ -15,6 +15,10 @@ ASGL_HOST_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a,
 ASGL_HOST_DEVICE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #endif
 
+// The first 16 bits.
+ASGL_HOST_DEVICE float shortened(float x) { return bit_cast<float>(bit_cast<uint32>(x) & 0xFFFFFF00u); }
+ASGL_HOST_DEVICE double shortened(double x) { return x; }
+
 }  // namespace math
 
 // high + low, where |low| is at most half an ulp of high.

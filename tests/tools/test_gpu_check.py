@@ -285,7 +285,7 @@ def test_every_kernel_is_named_and_counted():
 def test_counters():
     head = '"ID","Kernel Name","Metric Name","Metric Value"'
     values = {name: f"{i + 1},000.5" for i, name in enumerate(kernel_times.METRICS)}
-    kernel = "batch_moments_kernel<float, (int)4>(MomentsParams<float>)"
+    kernel = "void asgl::batch_moments_kernel<float, (int)4>(asgl::MomentsParams<float>)"
     lines = ["==PROF== profiling", head, *(f'"0","{kernel}","{name}","{value}"' for name, value in values.items())]
     (found,) = kernel_times.counters(lines)
     assert found.pop("kernel") == "moments, 4 columns, float32"

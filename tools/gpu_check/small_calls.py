@@ -1,6 +1,6 @@
 """Small calls that launch each kind of kernel, for compute-sanitizer, which slows them down a hundredfold.
 
-Both mappings of neurons to threads, with tails, checkpoints and sums of every kind. On a CPU it tries the program itself.
+Both mappings of neurons to threads, with tails, checkpoints and sums of every kind. On a CPU it tries itself.
 """
 
 from __future__ import annotations
