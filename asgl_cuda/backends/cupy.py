@@ -15,7 +15,6 @@ import hashlib
 import importlib.util
 import logging
 import os
-import struct
 import tempfile
 import time
 from collections.abc import Iterator
@@ -108,10 +107,9 @@ def compile_kernels(kernels: list[str], architecture: str, *options: str) -> tup
 def _whole(cubin: bytes) -> bytes:
     """The cubin with its last byte, which CuPy drops at least up to 14.2, as if it were a string's NUL.
 
-    A cubin ends with the program headers, and these with the upper byte of an alignment, which is 0.
+    It is a 0: the upper byte of a size or an alignment in the last header. One more at the end changes nothing.
     """
-    (begin,), (size, count) = struct.unpack_from("<Q", cubin, 32), struct.unpack_from("<HH", cubin, 54)
-    return cubin.ljust(begin + size * count, b"\0")
+    return cubin + b"\0"
 
 
 def nvrtc_version() -> str:

@@ -54,7 +54,7 @@ def channel_shape(layout: Layout) -> tuple[int, int, int]:
     return layout.around(channel)
 
 
-def channel_tiles(shape: tuple[int, int, int], x_seq: Tensor, *gradients: Tensor | None) -> Structure:
+def channel_tiles(shape: tuple[int, int, int], rows_each: int, x_seq: Tensor, *gradients: Tensor | None) -> Structure:
     """Tiles of x_seq: four columns per thread if in one channel and aligned for four elements."""
     rows, channels, inner = shape
     threads = constant("kBlockThreads")
@@ -67,7 +67,7 @@ def channel_tiles(shape: tuple[int, int, int], x_seq: Tensor, *gradients: Tensor
         channels_per_tile = min(threads // units, channels)
         width = channels_per_tile * units
     ways = threads // width
-    rows_per_split = max(ways * (constant("kChannelRowsEach") // lanes), blocks_for(rows, constant("kMostSplits")))
+    rows_per_split = max(ways * (rows_each // lanes), blocks_for(rows, constant("kMostSplits")))
     return structure("ChannelTiles")(
         shape=shape, lanes=lanes, width=width, ways=ways, units_per_channel=units, channels_per_tile=channels_per_tile,
         tiles_per_channel=tiles_per_channel, rows_per_split=rows_per_split, splits=blocks_for(rows, rows_per_split),
@@ -112,7 +112,7 @@ class NormalisationOperators(KernelOperators):
         elif mean is None and not rows * inner:
             moments = x_seq.new_zeros((1, channels, 3), dtype=torch.float64)
         elif mean is None:
-            tiles = channel_tiles(shape, x_seq)
+            tiles = channel_tiles(shape, constant("kMomentsRowsEach"), x_seq)
             moments = x_seq.new_empty((_slots(tiles), channels, 3), dtype=torch.float64)
             own = filled("MomentsParams", real, tiles=tiles, x_seq=x_seq, moments=moments)
             self.start(x_seq.device, moments_kernel(x_seq.dtype, tiles.lanes), _tasks(tiles), own)
@@ -188,7 +188,7 @@ class NormalisationOperators(KernelOperators):
         )  # fmt: skip
         self.start(x_seq.device, adjoint_kernel(real), blocks_for(channels, constant("kBlockThreads")), params)
         if wanted:
-            tiles = channel_tiles(shape, x_seq, *gradients)
+            tiles = channel_tiles(shape, constant("kChannelRowsEach"), x_seq, *gradients)
             assert coefficients is not None
             gains = coefficients[constant("kCoefficientGain")]
             last = filled(

@@ -49,6 +49,7 @@ CPU_SOURCES = (
     "cpu/normalisation.cpp", "ops/bindings.cpp",
 )  # fmt: skip
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false"]
+NVCC_BYTES = 750 * 2**20  # of a thread of nvcc; measured 746 MB
 
 
 class Toolkit(NamedTuple):
@@ -187,6 +188,20 @@ def known_architectures(nvcc: Path) -> list[int]:
     return [int(number) for number in re.findall(r"\bsm_(\d+)\b", output_of(nvcc, "--list-gpu-code"))]
 
 
+def available_bytes() -> int:
+    """The memory that is free, or would be."""
+    try:
+        (found,) = re.findall(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except (OSError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(found) * 1024
+
+
+def nvcc_threads(sources: int, jobs: int, available: int) -> int:
+    """The threads of each nvcc, of which ninja starts one a source and job."""
+    return max(1, min(jobs, available // (NVCC_BYTES * min(sources, jobs))))
+
+
 class Plan(NamedTuple):
     """What is to be compiled."""
 
@@ -231,9 +246,11 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
     flags, built = architectures(known_architectures(toolkit.nvcc))
     # What torch makes of the nvcc on the PATH is wrong where that is a wrapper script.
     cpp_extension.CUDA_HOME = str(toolkit.home)
-    extension.sources[:0] = sorted(map(str, (csrc / "cuda").glob("*.cu")))
+    kernels = sorted(map(str, (csrc / "cuda").glob("*.cu")))
+    extension.sources[:0] = kernels
     extension.define_macros.append(("ASGL_WITH_CUDA", None))
-    extension.extra_compile_args["nvcc"] = [*NVCC_FLAGS, *flags, f"--threads={os.environ['MAX_JOBS']}"]
+    threads = nvcc_threads(len(kernels), max(1, int(os.environ["MAX_JOBS"])), available_bytes())
+    extension.extra_compile_args["nvcc"] = [*NVCC_FLAGS, *flags, f"--threads={threads}"]
     if toolkit.include != Path("/usr/include"):  # there already, and in its right place in the order
         extension.include_dirs.append(str(toolkit.include))
     extension.libraries.append("c10_cuda")

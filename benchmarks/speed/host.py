@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ctypes import Structure, addressof, c_void_p
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ SHAPE = (4, 2, 3, 2, 2)  # T, B, C, H, W
 CHANNELS = SHAPE[2]
 GELU = "gelu"
 RECORDED = "recorded"
+IN_PYTHON = "launched in Python"
 ANALOG_PROB = 0.2
 CALLS = 100
 
@@ -77,6 +79,16 @@ def _recorded() -> Backend:
     return Backend(("cpu",), operators_in(namespace), lambda: None)
 
 
+@contextmanager
+def recorded_backend() -> Iterator[None]:
+    """The backend RECORDED, for tensors on the CPU."""
+    BACKENDS[RECORDED] = _recorded()
+    try:
+        yield
+    finally:
+        del BACKENDS[RECORDED]
+
+
 def _compiled_backends(device: torch.device) -> list[str]:
     return [name for name in fused_backends(device) if name != RECORDED]
 
@@ -98,12 +110,11 @@ def host_times(device: torch.device, repeats: int) -> HostTimes:
     """Measures all rows, which take turns."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    BACKENDS[RECORDED] = _recorded()
     try:
-        return HostTimes(_with_gradients(device, repeats), _without_gradients(device, repeats))
+        with recorded_backend():
+            return HostTimes(_with_gradients(device, repeats), _without_gradients(device, repeats))
     finally:
         torch.set_num_threads(threads)
-        del BACKENDS[RECORDED]
 
 
 def _with_gradients(device: torch.device, repeats: int) -> dict[str, float]:
@@ -126,9 +137,9 @@ def _with_gradients(device: torch.device, repeats: int) -> dict[str, float]:
                 rows[f"{name} {backend}, compiled"] = step(compiled)
     if device.type == "cpu":
         layer: nn.Module = asgl_cuda.LIF(backend=RECORDED)
-        rows["LIF, launched in Python"] = step(layer)
+        rows[f"LIF, {IN_PYTHON}"] = step(layer)
         layer = asgl_cuda.BatchNormLIF(CHANNELS, backend=RECORDED)
-        rows["BatchNormLIF, launched in Python"] = step(layer)
+        rows[f"BatchNormLIF, {IN_PYTHON}"] = step(layer)
     return _microseconds(rows, device, repeats)
 
 
@@ -141,7 +152,7 @@ def _without_gradients(device: torch.device, repeats: int) -> dict[str, float]:
         for name, layer in layers(device, backend).items():
             rows[f"{name} {backend}"] = partial(layer.eval(), x)
     if device.type == "cpu":
-        rows["LIF, launched in Python"] = partial(asgl_cuda.LIF(backend=RECORDED).eval(), x)
+        rows[f"LIF, {IN_PYTHON}"] = partial(asgl_cuda.LIF(backend=RECORDED).eval(), x)
     return _microseconds(rows, device, repeats)
 
 

@@ -451,19 +451,20 @@ def plot(report: dict[str, Any], file: Path) -> None:
 
 
 def call_overhead(device: torch.device, repeats: int, calls: int = 2000) -> dict[str, float]:
-    """Microseconds of a call on a tiny tensor without gradients."""
+    """Microseconds of a call on a tiny tensor without gradients; of launchers in Python alone on the host."""
     x_seq = torch.randn(4, 64, device=device)
     functions: dict[str, Callable[[], Tensor]] = {FLOOR: lambda: x_seq * 2}
     for backend in fused_backends(device):
         functions[f"asgl_cuda {backend}"] = partial(asgl_cuda.lif, x_seq, backend=backend)
         noisy = partial(asgl_cuda.lif, x_seq, analog_prob=ANALOG_PROB, backend=backend)
         functions[f"asgl_cuda {backend} with noise"] = noisy
+    functions[host.IN_PYTHON] = partial(asgl_cuda.lif, x_seq.cpu(), backend=host.RECORDED)
 
     def clock(function: Callable[[], Tensor]) -> Callable[[], float]:
         timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
         return lambda: timer.timeit(calls).mean
 
-    with torch.no_grad():
+    with torch.no_grad(), host.recorded_backend():
         seconds = in_turns({name: clock(function) for name, function in functions.items()}, repeats)
     return {name: 1e6 * statistics.median(values) for name, values in seconds.items()}
 

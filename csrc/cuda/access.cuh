@@ -10,6 +10,20 @@ constexpr int kBlockThreads = 128;
 constexpr int kWarpThreads = 32;
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 
+// Accesses whose lines leave L2 first, of data that a kernel touches once (`once` below).
+template <class Word>
+__device__ __forceinline__ Word load_streaming(const Word* from) {
+  return __ldcs(from);
+}
+template <class Word>
+__device__ __forceinline__ void store_streaming(Word* to, const Word& word) {
+  __stcs(to, word);
+}
+__device__ __forceinline__ Half load_streaming(const Half* from) { return {__ldcs(&from->bits)}; }
+__device__ __forceinline__ BFloat16 load_streaming(const BFloat16* from) { return {__ldcs(&from->bits)}; }
+__device__ __forceinline__ void store_streaming(Half* to, const Half& from) { __stcs(&to->bits, from.bits); }
+__device__ __forceinline__ void store_streaming(BFloat16* to, const BFloat16& from) { __stcs(&to->bits, from.bits); }
+
 // The elements of a thread's neurons as loaded. Unpacking waits for the load, so elements loaded ahead stay packed.
 template <int kLanes, class Element>
 struct Packed;
@@ -19,6 +33,7 @@ struct Packed<1, Element> {
   Element element;
 
   __device__ __forceinline__ void load(const Element* from) { element = *from; }
+  __device__ __forceinline__ void load_once(const Element* from) { element = load_streaming(from); }
   __device__ __forceinline__ void unpack(Real_t<Element> (&to)[1]) const { to[0] = to_real(element); }
 };
 
@@ -27,6 +42,9 @@ struct Packed<4, float> {
   float4 values;
 
   __device__ __forceinline__ void load(const float* from) { values = *reinterpret_cast<const float4*>(from); }
+  __device__ __forceinline__ void load_once(const float* from) {
+    values = load_streaming(reinterpret_cast<const float4*>(from));
+  }
   __device__ __forceinline__ void unpack(float (&to)[4]) const {
     to[0] = values.x, to[1] = values.y, to[2] = values.z, to[3] = values.w;
   }
@@ -37,6 +55,9 @@ struct Packed<4, Element> {
   uint2 pairs;
 
   __device__ __forceinline__ void load(const Element* from) { pairs = *reinterpret_cast<const uint2*>(from); }
+  __device__ __forceinline__ void load_once(const Element* from) {
+    pairs = load_streaming(reinterpret_cast<const uint2*>(from));
+  }
   __device__ __forceinline__ void unpack(float (&to)[4]) const {
     asgl::unpack<Element>(pairs.x, to[0], to[1]);
     asgl::unpack<Element>(pairs.y, to[2], to[3]);
@@ -55,6 +76,14 @@ struct Access<1> {
   template <class Element>
   static __device__ __forceinline__ void store(const Real_t<Element> (&from)[1], Element* to) {
     *to = from_real<Element>(from[0]);
+  }
+  template <class Element>
+  static __device__ __forceinline__ void load_once(const Element* from, Real_t<Element> (&to)[1]) {
+    to[0] = to_real(load_streaming(from));
+  }
+  template <class Element>
+  static __device__ __forceinline__ void store_once(const Real_t<Element> (&from)[1], Element* to) {
+    store_streaming(to, from_real<Element>(from[0]));
   }
 };
 
@@ -78,6 +107,20 @@ struct Access<4> {
   template <class Element>  // Half or BFloat16
   static __device__ __forceinline__ void store(const float (&from)[4], Element* to) {
     *reinterpret_cast<uint2*>(to) = make_uint2(pack<Element>(from[0], from[1]), pack<Element>(from[2], from[3]));
+  }
+  template <class Element>
+  static __device__ __forceinline__ void load_once(const Element* from, float (&to)[4]) {
+    Packed<4, Element> packed;
+    packed.load_once(from);
+    packed.unpack(to);
+  }
+  static __device__ __forceinline__ void store_once(const float (&from)[4], float* to) {
+    store_streaming(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
+  }
+  template <class Element>  // Half or BFloat16
+  static __device__ __forceinline__ void store_once(const float (&from)[4], Element* to) {
+    store_streaming(reinterpret_cast<uint2*>(to),
+                    make_uint2(pack<Element>(from[0], from[1]), pack<Element>(from[2], from[3])));
   }
 };
 

@@ -11,22 +11,22 @@ namespace asgl::cuda {
 
 // Four columns a thread if of one channel and aligned.
 template <class Scalar, class... Gradients>
-void plan_channels(ChannelTiles& tiles, const Scalar* x_seq, const Gradients*... gradients) {
+void plan_channels(ChannelTiles& tiles, int64 rows_each, const Scalar* x_seq, const Gradients*... gradients) {
   const bool fours =
       kHasFours<Scalar> && tiles.shape.inner % 4 == 0 && is_aligned(x_seq) && (is_aligned(gradients) && ...);
   const int lanes = fours ? 4 : 1;
-  tiles = ChannelTiles::plan(tiles.shape, lanes, kBlockThreads, kChannelRowsEach / lanes);
+  tiles = ChannelTiles::plan(tiles.shape, lanes, kBlockThreads, rows_each / lanes);
 }
 
 template <class Scalar>
 cudaError_t plan_on(Device, MomentsParams<Scalar>& params) {
-  plan_channels(params.tiles, params.x_seq);
+  plan_channels(params.tiles, kMomentsRowsEach, params.x_seq);
   return cudaSuccess;
 }
 
 template <class Scalar>
 cudaError_t plan_on(Device, InputGradientParams<Scalar>& params) {
-  plan_channels(params.tiles, params.x_seq, params.grad_x_seq, params.grad_residual);
+  plan_channels(params.tiles, kChannelRowsEach, params.x_seq, params.grad_x_seq, params.grad_residual);
   return cudaSuccess;
 }
 

@@ -3,7 +3,9 @@
 //
 // Forward reads x and writes s: two elements a neuron and step. Backward takes segments of at most kCheckpointSteps
 // steps from the last to the first: it recomputes their potentials from x and keeps them on chip, then walks back,
-// reading the gradient and writing dx: three elements.
+// reading the gradient and writing dx: three elements. For the sums of gradients of gain and mean it reads x again,
+// from L2 if all else streams through: what it writes is next read when the whole sequence is written, and thus comes
+// from L2 only if all of it fits (tools/roofline/ROOFLINE.md).
 //
 // Settled kernels are nearly always enough, and skip unused outputs at almost no cost. The general kernels support
 // every option at run time: one kernel for all surrogates and resets, since few calls run it.
@@ -288,12 +290,12 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
       if (there) x[k].load(in_global_memory(x_seq));
       advance<!kInRegisters>(x_seq, stride);
       if constexpr (kResidual) {
-        if (there) r[k].load(in_global_memory(residual));
+        if (there) r[k].load_once(in_global_memory(residual));
         advance<!kInRegisters>(residual, stride);
       }
     };
     const auto load_gradient = [&](bool there, int k) {
-      if (there) g[k].load(in_global_memory(grad_s_seq));
+      if (there) g[k].load_once(in_global_memory(grad_s_seq));
       advance<!kInRegisters>(grad_s_seq, -stride);
       // Loads x again, mostly from the cache: no registers are left to keep it.
       if (kNormalised && !kInRegisters) {
@@ -387,15 +389,16 @@ __global__ void __launch_bounds__(kBlockThreads, kSettledBackwardBlocks<Scalar, 
               }
             }
             if constexpr (kResidual) {
-              if (index.live && params.grad_x_seq != nullptr) Access<kLanes>::store(dx, params.grad_x_seq + stored);
+              if (index.live && params.grad_x_seq != nullptr)
+                Access<kLanes>::store_once(dx, params.grad_x_seq + stored);
               if (index.live && params.grad_residual != nullptr) {
                 Real dr[kLanes];
 #pragma unroll
                 for (int j = 0; j < kLanes; ++j) dr[j] = params.residual_gain * dh[j];
-                Access<kLanes>::store(dr, params.grad_residual + stored);
+                Access<kLanes>::store_once(dr, params.grad_residual + stored);
               }
             } else if (index.live) {
-              Access<kLanes>::store(dx, in_global_memory(grad_x_seq));
+              Access<kLanes>::store_once(dx, in_global_memory(grad_x_seq));
             }
           }
           if constexpr (kResidual) {
@@ -487,7 +490,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       neuron.move_to(start + k);
       Potentials h = potentials[k][threadIdx.x];
       Real r[kLanes];
-      if constexpr (kHasResidual<kInput>) Lanes::load(params.residual + (first_element + k * stride), r);
+      if constexpr (kHasResidual<kInput>) Lanes::load_once(params.residual + (first_element + k * stride), r);
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
         Real c = input_current<kInput>(h.values[j], neuron.now());
@@ -501,7 +504,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
     const auto load_next_gradient = [&](int k) {
       fill(next_g, Real(0));
       if (k >= 0 && params.grad_s_seq != nullptr) {
-        Lanes::load(params.grad_s_seq + (first_element + k * stride), next_g);
+        Lanes::load_once(params.grad_s_seq + (first_element + k * stride), next_g);
       }
     };
     load_next_gradient(length - 1);
@@ -514,11 +517,11 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       load_next_gradient(k - 1);
       fill(gh, Real(0));
       fill(x, Real(0));
-      if (params.grad_h_seq != nullptr) Lanes::load(params.grad_h_seq + element, gh);
+      if (params.grad_h_seq != nullptr) Lanes::load_once(params.grad_h_seq + element, gh);
       if (has(wanted, kInputGain)) Lanes::load(params.x_seq + element, x);
       if (params.grad_v_seq != nullptr) {
         Real gv[kLanes];
-        Lanes::load(params.grad_v_seq + element, gv);
+        Lanes::load_once(params.grad_v_seq + element, gv);
 #pragma unroll
         for (int j = 0; j < kLanes; ++j) dv[j] += gv[j];
         carried = true;
@@ -559,12 +562,12 @@ __global__ void __launch_bounds__(kBlockThreads, kBackwardBlocks<Real_t<Scalar>,
       if (params.grad_x_seq != nullptr && index.live) {
         int64 stored_element = element;
         opaque(stored_element);  // or the compiler splits the store for half types
-        Lanes::store(dx, params.grad_x_seq + stored_element);
+        Lanes::store_once(dx, params.grad_x_seq + stored_element);
       }
       if (kHasResidual<kInput> && params.grad_residual != nullptr && index.live) {
         int64 stored_element = element;
         opaque(stored_element);
-        Lanes::store(dr, params.grad_residual + stored_element);
+        Lanes::store_once(dr, params.grad_residual + stored_element);
       }
 #pragma unroll
       for (int id = 0; id < kNumParameters; ++id) {

@@ -7,67 +7,52 @@
 
 namespace asgl {
 
-constexpr int64 kChannelRowsEach = 64;  // values of a thread, or more to limit splits
+// Values of a thread, or more to limit splits.
+constexpr int64 kChannelRowsEach = 64;
+constexpr int64 kMomentsRowsEach = 128;
 
 // The columns of a thread.
 template <int kLanes>
 struct ChannelIndex {
   ChannelTask task;
-  int64 unit, way;  // of the tile
-  int64 channel, rank;
+  int unit, way;         // of the tile
+  int neighbours, rank;  // units of the channel in the tile; among these
+  int64 channel;
   bool live;
   int64 row, end_row, step;  // rows of the thread
   int64 column;
 
   __device__ __forceinline__ explicit ChannelIndex(const ChannelTiles& tiles)
-      : task(tiles, blockIdx.x),
-        unit(threadIdx.x % tiles.width),
-        way(threadIdx.x / tiles.width),
-        channel(task.first_channel + (task.first_unit + unit) / tiles.units_per_channel),
-        live(way < tiles.ways && unit < task.units),
-        row(task.row + way),
-        end_row(task.end_row),
-        step(tiles.ways) {
-    const int64 position = (task.first_unit + unit) % tiles.units_per_channel;
-    rank = tiles.tiles_per_channel > 1 ? unit : position;
-    column = channel * tiles.shape.inner + position * kLanes;
+      : task(tiles, blockIdx.x), row(task.row), end_row(task.end_row), step(tiles.ways) {
+    const unsigned width = static_cast<unsigned>(tiles.width);
+    unit = static_cast<int>(threadIdx.x % width);
+    way = static_cast<int>(threadIdx.x / width);
+    live = way < tiles.ways && unit < task.units;
+    row += way;
+    const bool shared = tiles.tiles_per_channel > 1;  // the tile has units of one channel
+    const unsigned units = static_cast<unsigned>(shared ? tiles.width : tiles.units_per_channel);
+    neighbours = static_cast<int>(units);
+    rank = static_cast<int>(unit % units);
+    channel = task.first_channel + unit / units;
+    column = channel * tiles.shape.inner + (task.first_unit + rank) * kLanes;
   }
 };
 
-// The joint moments of all threads of a channel, returned to the first one: way and rank are 0. All threads of the
-// block must call this.
-template <int kLanes>
-__device__ __forceinline__ Moments join_in_block(const Moments& own, const ChannelTiles& tiles,
-                                                 const ChannelIndex<kLanes>& index) {
-  __shared__ Moments moments[kBlockThreads];
-  const int64 thread = threadIdx.x;
-  moments[thread] = own;
-  __syncthreads();
-  for (int64 left = tiles.ways; left > 1; left = (left + 1) / 2) {
-    const int64 half = (left + 1) / 2;
-    if (index.way < left - half) moments[thread] = join(moments[thread], moments[thread + half * tiles.width]);
-    __syncthreads();
-  }
-  const int64 width = tiles.tiles_per_channel > 1 ? tiles.width : tiles.units_per_channel;
-  for (int64 left = width; left > 1; left = (left + 1) / 2) {
-    const int64 half = (left + 1) / 2;
-    if (index.way == 0 && index.rank < left - half) moments[thread] = join(moments[thread], moments[thread + half]);
-    __syncthreads();
-  }
-  return moments[thread];
-}
-
-// The sums of x - shift and (x - shift)^2 over a thread's values.
+// The sums of x - shift and (x - shift)^2 over some of a channel's values, with the same shift for all of the channel
+// in a block.
+template <class Real>
 struct ShiftedSums {
-  double shift, sum, squares;
+  using Sum = LongSum_t<Real>;
+  Sum sum, squares;
 
   // Adds the values of the first `rows` rows, at least one. With m close to their mean and d = x - m, n values have
   //   sum (x - shift) = n (m - shift) + sum d
   //   sum (x - shift)^2 = (m - shift) (n (m - shift) + 2 sum d) + sum d^2
-  // where only the sums of d, small if the values are alike, are rounded to Real.
-  template <class Real, int kRows, int kLanes>
-  __device__ __forceinline__ void add(const Real (&x)[kRows][kLanes], int rows) {
-    constexpr int kSums = 4;
+  // where only the sums of d, small if the values are alike, are rounded to Real. m has 16 bits: then d is exact for
+  // values up to 2^8 times as large; and where the values differ in later bits alone, the sums are.
+  template <int kRows, int kLanes>
+  __device__ __forceinline__ void add(const Real (&x)[kRows][kLanes], int rows, Real shift) {
+    constexpr int kSums = kRows * kLanes / 4;  // of four values each
     Real total[kSums], distances[kSums], squared[kSums];
     fill(total, Real(0));
     fill(distances, Real(0));
@@ -77,40 +62,78 @@ struct ShiftedSums {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) total[(k * kLanes + j) % kSums] += k < rows ? x[k][j] : x[0][j];
     }
-    const Real m = added(total) * Real(1.0 / (kRows * kLanes));
+    const Real m = math::shortened(added(total) * Real(1.0 / (kRows * kLanes)));
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j) {
         const Real distance = k < rows ? x[k][j] - m : Real(0);
+        Real& square = squared[(k * kLanes + j) % kSums];
         distances[(k * kLanes + j) % kSums] += distance;
-        squared[(k * kLanes + j) % kSums] += distance * distance;
+        square = math::fma(distance, distance, square);
       }
     }
-    const double n = rows * kLanes;
-    const double distance = static_cast<double>(added(distances)), offset = static_cast<double>(m) - shift;
-    sum += n * offset + distance;
-    squares += offset * (n * offset + 2 * distance) + static_cast<double>(added(squared));
+    const Real n = Real(rows * kLanes), distance = added(distances);
+    const Sum offset = difference(m, shift), shifted = n * offset + distance;
+    sum = sum + shifted;
+    squares = squares + (offset * (shifted + distance) + added(squared));
+  }
+
+  __device__ __forceinline__ void add(const ShiftedSums& other) {
+    sum = sum + other.sum;
+    squares = squares + other.squares;
   }
 
  private:
-  template <class Real>
-  static __device__ __forceinline__ Real added(const Real (&sums)[4]) {
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  template <int kSums>
+  static __device__ __forceinline__ Real added(Real (&sums)[kSums]) {
+#pragma unroll
+    for (int half = kSums / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    }
+    return sums[0];
   }
 };
+
+// The sums of all threads of a channel, returned to the first one: way and rank are 0. All threads of the block must
+// call this.
+template <class Real, int kLanes>
+__device__ __forceinline__ ShiftedSums<Real> add_in_block(const ShiftedSums<Real>& own, const ChannelTiles& tiles,
+                                                          const ChannelIndex<kLanes>& index) {
+  __shared__ ShiftedSums<Real> sums[kBlockThreads];
+  const int thread = static_cast<int>(threadIdx.x);
+  sums[thread] = own;
+  __syncthreads();
+  for (int left = static_cast<int>(tiles.ways); left > 1; left = (left + 1) / 2) {
+    const int half = (left + 1) / 2;
+    if (index.way < left - half) sums[thread].add(sums[thread + half * static_cast<int>(tiles.width)]);
+    __syncthreads();
+  }
+  for (int left = index.neighbours; left > 1; left = (left + 1) / 2) {
+    const int half = (left + 1) / 2;
+    if (index.way == 0 && index.rank < left - half) sums[thread].add(sums[thread + half]);
+    __syncthreads();
+  }
+  return sums[thread];
+}
 
 template <class Scalar, int kLanes>
 __global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const MomentsParams<Scalar> params) {
   using Real = Real_t<Scalar>;
-  constexpr int kTogether = sizeof(Real) == 4 && kLanes == 1 ? 8 : 4;  // loads in flight
+  constexpr int kTogether = sizeof(Real) == 4 ? 8 : 4;  // loads in flight
   const ChannelTiles& tiles = params.tiles;
   const ChannelIndex<kLanes> index(tiles);
+  const ChannelTask& task = index.task;
   const int64 stride = index.step * tiles.shape.columns();
-  Moments found = {0, 0, 0};
-  if (index.live && index.row < index.end_row) {
+  const bool first = index.live && index.way == 0 && index.rank == 0;
+  ShiftedSums<Real> sums = {};
+  Real shift = Real(0);
+  if (index.live) {
+    // The first value of the task's part of the channel.
+    const int64 first_column = index.channel * tiles.shape.inner + task.first_unit * kLanes;
+    shift = to_real(params.x_seq[task.row * tiles.shape.columns() + first_column]);
     int64 element = index.row * tiles.shape.columns() + index.column;
-    ShiftedSums sums = {static_cast<double>(to_real(params.x_seq[element])), 0, 0};
     const int64 rows = (index.end_row - index.row + index.step - 1) / index.step;
     for (int64 done = 0; done < rows; done += kTogether) {
       const int left = rows - done < kTogether ? static_cast<int>(rows - done) : kTogether;
@@ -120,13 +143,15 @@ __global__ void __launch_bounds__(kBlockThreads, 6) batch_moments_kernel(const M
         if (k < left) Access<kLanes>::load(params.x_seq + (element + k * stride), x[k]);
       }
       element += kTogether * stride;
-      left == kTogether ? sums.add(x, kTogether) : sums.add(x, left);  // mostly all, without selections
+      left == kTogether ? sums.add(x, kTogether, shift) : sums.add(x, left, shift);  // mostly all, without selections
     }
-    found = shifted_moments(static_cast<double>(rows * kLanes), sums.shift, sums.sum, sums.squares);
   }
-  found = join_in_block(found, tiles, index);
-  if (index.live && index.way == 0 && index.rank == 0) {
-    params.moments[index.task.slot * tiles.shape.channels + index.channel] = found;
+  sums = add_in_block(sums, tiles, index);
+  if (first) {
+    const int64 units = tiles.tiles_per_channel > 1 ? task.units : tiles.units_per_channel;
+    const double count = static_cast<double>((task.end_row - task.row) * units * kLanes);
+    params.moments[task.slot * tiles.shape.channels + index.channel] =
+        shifted_moments(count, static_cast<double>(shift), as_double(sums.sum), as_double(sums.squares));
   }
 }
 

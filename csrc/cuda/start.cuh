@@ -30,9 +30,10 @@ cudaError_t start(Kernel* kernel, int64 blocks, int threads, const Params& param
   void* arguments[] = {const_cast<Params*>(&params)};
   const cudaError_t error =
       cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments, 0, stream);
-  // Cleared in any case, or a later call would report it.
-  const cudaError_t pending = cudaGetLastError();
-  return error != cudaSuccess ? error : pending;
+  // Cleared, or a later call would report it. An error of others stays for them; one that outlasts this, as of an
+  // illegal access, is returned by the launch itself.
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return error;
 }
 
 inline int64 blocks_for(int64 work, int64 per_block) { return (work + per_block - 1) / per_block; }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "math/half_types.h"
+#include "math/pair.h"
 
 namespace asgl {
 

@@ -59,10 +59,14 @@ struct ChannelTask {
   int64 first_unit, units;  // in the first channel; number in the task
   int64 row, end_row;
 
-  ASGL_HOST_DEVICE ChannelTask(const ChannelTiles& tiles, int64 task) {
-    const int64 split = task % tiles.splits, tile = task / tiles.splits % tiles.tiles_per_channel;
+  // Number has all tasks: kernels divide 32 bits.
+  template <class Number>
+  ASGL_HOST_DEVICE ChannelTask(const ChannelTiles& tiles, Number task) {
+    const Number splits = static_cast<Number>(tiles.splits);
+    const Number tiles_per_channel = static_cast<Number>(tiles.tiles_per_channel);
+    const int64 split = task % splits, tile = task / splits % tiles_per_channel;
     slot = split * tiles.tiles_per_channel + tile;
-    first_channel = task / (tiles.splits * tiles.tiles_per_channel) * tiles.channels_per_tile;
+    first_channel = task / splits / tiles_per_channel * tiles.channels_per_tile;
     first_unit = tile * tiles.width;
     const int64 left = tiles.shape.channels - first_channel;
     const int64 channels = left < tiles.channels_per_tile ? left : tiles.channels_per_tile;

@@ -1,5 +1,7 @@
 """Tests on a GPU: streams, devices, graphs, the kernels of large layers, out of memory."""
 
+import copy
+import gc
 import os
 import shutil
 import subprocess
@@ -192,6 +194,26 @@ def test_graph_of_forward_and_backward(backend, large, size):
             assert same_bits(outputs, results(backend, x_seq, **options))
 
 
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_graph_of_a_normalised_layer(backend, large, with_residual):
+    """Each replay takes a step of the running statistics, too."""
+    layer = asgl_cuda.BatchNormLIF(16, analog_prob=0.0, backend=backend).to("cuda")
+    inputs = [random_input(4, large // 2048, 16, 128, device="cuda") for _ in range(1 + with_residual)]
+
+    def step(layer: asgl_cuda.BatchNormLIF) -> tuple[Tensor, ...]:
+        s_seq = layer(*inputs)
+        return s_seq.detach(), *torch.autograd.grad(s_seq, [*inputs, *layer.parameters()], s_seq.detach())
+
+    graph, outputs = captured(lambda: step(layer))
+    twin = copy.deepcopy(layer)
+    for _ in range(2):
+        for each in inputs:
+            each.data.copy_(random_input(*each.shape, device="cuda"))
+        graph.replay()
+        assert same_bits(outputs, step(twin))
+        assert same_bits(tuple(layer.buffers()), tuple(twin.buffers()))
+
+
 def test_graph_draws_fresh_noise_at_each_replay(backend):
     x_seq = random_input(18, 1000, device="cuda").detach()
     x_seq[0] = 1.25  # u = 1/4: hard spikes are 1, analog ones 3/4
@@ -308,47 +330,29 @@ def test_out_of_memory_is_an_error_and_no_more(backend, little_memory):
         (2 * size, lambda: asgl_cuda.lif(x_seq, return_v_seq=True, return_h_seq=True, backend=backend)),
         (size // 2, lambda: torch.autograd.grad(s_seq, x_seq, s_seq.detach(), retain_graph=True)),
     ):
+        gc.collect()  # what other tests left in cycles would be freed in between
         before = torch.cuda.memory_allocated()
         little_memory(room)
         with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
             call()
+        gc.collect()  # the error's traceback
         assert torch.cuda.memory_allocated() == before
         torch.cuda.set_per_process_memory_fraction(1.0)
         assert same_bits(results(backend, x_seq), (s_seq.detach(), expected))
 
 
-# Both mappings, with tails, checkpoints and sums of both kinds.
-SMALL_RUN = """
-import torch, asgl_cuda
-properties = torch.cuda.get_device_properties(0)
-fills = properties.multi_processor_count * properties.max_threads_per_multi_processor
-for dtype, shape in (
-    (torch.float32, (18, 3, 31)), (torch.bfloat16, (5, 7, 129)), (torch.float64, (5, 2, 65)),
-    (torch.float32, (5, fills // 128 + 1, 132)), (torch.bfloat16, (18, fills // 128 + 1, 132)),
-):
-    torch.manual_seed(0)
-    x_seq = torch.rand(shape, dtype=torch.float32).to(dtype).cuda().requires_grad_()
-    for sizes in ((), shape[2:]):
-        width = torch.ones(sizes).cuda().requires_grad_()
-        s_seq = asgl_cuda.lif(x_seq, width=width, analog_prob=0.3, backend="BACKEND")
-        torch.autograd.grad(s_seq, (x_seq, width), s_seq.detach())
-torch.cuda.synchronize()
-print("done")
-"""
-
-
 @pytest.mark.sanitizer
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on PATH")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
 def test_sanitizer(backend, tool):
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
     # Without torch's cache each tensor is an allocation with bounds of its own.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run(
-        [*command, sys.executable, "-c", SMALL_RUN.replace("BACKEND", backend)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, **environment},
+        [*command, sys.executable, "-m", "tools.gpu_check.small_calls", "--device", "cuda", "--backend", backend],
+        capture_output=True, text=True, timeout=240, env={**os.environ, **environment},
     )  # fmt: skip
     if "Device not supported" in result.stdout:
         pytest.skip("compute-sanitizer does not support this device")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert "done" in result.stdout
+    assert "\ndone\n" in result.stdout

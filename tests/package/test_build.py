@@ -244,6 +244,22 @@ def test_number_of_jobs(build, monkeypatch, asked, jobs):
     assert os.environ["MAX_JOBS"] == (jobs or str(os.cpu_count()))
 
 
+@pytest.mark.parametrize(
+    ("jobs", "gigabytes", "threads"), [(4, 64, 4), (16, 64, 16), (16, 15, 4), (2, 3, 2), (2, 2, 1), (16, 0.1, 1)]
+)
+def test_threads_of_nvcc_fit_into_memory(build, monkeypatch, tmp_path, jobs, gigabytes, threads):
+    """Five sources at a time, 750 MiB a thread."""
+    monkeypatch.setenv("MAX_JOBS", str(jobs))
+    monkeypatch.setattr(build, "DEFAULT_TOOLKIT", make_toolkit(tmp_path / "toolkit"))
+    monkeypatch.setattr(build, "available_bytes", lambda: int(gigabytes * 2**30))
+    found = build.plan(ROOT / "csrc", "cuda").extension.extra_compile_args["nvcc"]
+    assert found[-1] == f"--threads={threads}"
+
+
+def test_available_memory():
+    assert 2**20 < compilation.available_bytes() < 2**50
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 @pytest.mark.parametrize("place", ["argument", "environment"])
 @pytest.mark.parametrize(("asked", "taken"), [("", "c++"), (" ", "c++"), ("ccache g++", "ccache g++")])

@@ -34,13 +34,15 @@ integrator = partial(Mutant, "cuda/integrator_kernels.cuh")
 integrator_launchers = partial(Mutant, "cuda/launch_integrator.cu")
 channels = partial(Mutant, "cuda/normalisation_kernels.cuh")
 channel_params = partial(Mutant, "params/normalisation.h")
+pairs = partial(Mutant, "math/pair.h")
+starts = partial(Mutant, "cuda/start.cuh")
 
 BARRIER = "__syncthreads();"
 SHUFFLE = "__shfl_down_sync(kWholeWarp, sum, distance)"
 NO_BARRIER = kernels("  }\n  @\n  constexpr int kWarps", BARRIER, "")
 ALL_LIVE = access("live(@)", "n < shape.neurons()", "true")
 NO_BARRIER_OF_ADAPTIVE = adaptive_kernels("@\n      if (threadIdx.x >= kWarpThreads)", BARRIER, "")
-NO_BARRIER_OF_CHANNELS = channels("half * tiles.width]);\n    @", BARRIER, "")
+NO_BARRIER_OF_CHANNELS = channels("static_cast<int>(tiles.width)]);\n    @", BARRIER, "")
 DEAD_LANES = kernels("if (has_grad_last) Access<kLanes>::load(params.grad_v_last + @, dv)", "index.read_n", "index.n")
 DEAD_LANES_OF_ADAPTIVE = adaptive_kernels("load_pair(params.grad_v_last, @, neurons", "index.read_n", "index.n")
 DEAD_LANES_OF_INTEGRATORS = integrator("load(params.grad_v_last + @, later)", "index.read_n", "index.n")
@@ -67,7 +69,7 @@ MUTANTS = {
         "no residual gain in backward": kernels("c = c + @ * r[j];\n      h[j]", "residual_gain", "Real(1)"),
         "no residual gain in general backward": kernels("c = c + @ * r[j];\n        h.values", "params.residual_gain",
                                                         "Real(1)"),
-        "the residual of the segment's first step": kernels("load(params.residual + (@), r)",
+        "the residual of the segment's first step": kernels("load_once(params.residual + (@), r)",
                                                             "first_element + k * stride", "first_element"),
         "the residual of the first segment": kernels("residual = params.residual + @;", "element", "index.element"),
         "no tail check of the residual's gradient": kernels("params.grad_residual != nullptr && @) {\n        int64",
@@ -108,7 +110,7 @@ MUTANTS = {
         "no spike at a subnormal distance": neuron("Real(@) : Real(0x1p-1074)", "0x1p-149f", "0x1p-126f"),
         "a spike at the threshold": neuron("least_u(@ ?", "options.strict_threshold", "false"),
         # ---- the settled backward ----
-        "no tail check in the settled backward": kernels("else if (@) {\n              Access<kLanes>::store(dx,",
+        "no tail check in the settled backward": kernels("else if (@) {\n              Access<kLanes>::store_once(dx,",
                                                          "index.live", "true"),
         "no tail check of the first state": kernels("\n    if (params.grad_v_init != nullptr && @)", "index.live",
                                                     "true"),
@@ -463,25 +465,30 @@ MUTANTS = {
         "no barrier before slots are joined": channels("= found;\n    @", BARRIER, ""),
         "no barrier between slots": channels("moments[thread + half]);\n      @", BARRIER, ""),
         "all units live": channels("way < tiles.ways && @", "unit < task.units", "true"),
-        "all ways live": channels("live(@ &&", "way < tiles.ways", "true"),
-        "joined beyond the channel": channels("tiles.tiles_per_channel > 1 ? @ :", "tiles.width",
-                                              "tiles.units_per_channel"),
+        "all ways live": channels("live = @ &&", "way < tiles.ways", "true"),
+        "joined beyond the channel": channels("(shared ? tiles.width : @);", "tiles.units_per_channel", "tiles.width"),
         "a neighbour too many": channels("index.way == 0 && @)", "index.rank < left - half",
                                          "index.rank <= left - half"),
         "a neighbour left out": channels("half = @;\n    if (index.way == 0", "(left + 1) / 2", "left / 2"),
         "a way left out": channels("if (@)", "index.way < left - half", "index.way + 1 < left - half"),
-        "a row too many": channels("sums.add(x, @)", "left", "left < kTogether ? left + 1 : left"),
-        "a row left out": channels("[kLanes], int rows) {@", "", "--rows;"),
+        "a row too many": channels("sums.add(x, @, shift)", "left", "left < kTogether ? left + 1 : left"),
+        "a row left out": channels("[kLanes], int rows, Real shift) {@", "", "--rows;"),
         "a row too many in the mean": channels("k < rows ? x[k][j] : @;", "x[0][j]", "x[k][j]"),
         "a row too many in the sums": channels("k < rows ? x[k][j] - m : @;", "Real(0)", "x[k][j] - m"),
-        "a row too many in the number": channels("n = @ * kLanes", "rows", "kRows"),
-        "wrong mean in a sum": channels("sum += n * offset + @;", "distance", "0"),
-        "wrong mean in squares": channels("n * offset + @)", "2 * distance", "distance"),
+        "a row too many in the number": channels("n = Real(@ * kLanes)", "rows", "kRows"),
+        "wrong mean in a sum": channels("n * offset + @;", "distance", "Real(0)"),
+        "wrong mean in squares": channels("offset * (shifted + @)", "distance", "Real(0)"),
         "wrong row": channels("(element + @ * stride), x[k]);\n      }", "k", "(k % 3)"),
-        "wrong stride": channels("stride = @;\n  Moments", "index.step * tiles.shape.columns()",
+        "wrong stride": channels("stride = @;\n  const bool first", "index.step * tiles.shape.columns()",
                                  "tiles.shape.columns()"),
-        "wrong column": channels("inner + @;", "position * kLanes", "position"),
-        "wrong slot": channels("moments[@ *", "index.task.slot", "index.task.slot / 2"),
+        "wrong column": channels("inner + (task.first_unit + rank) * @;", "kLanes", "1"),
+        "wrong slot": channels("moments[@ *", "task.slot", "task.slot / 2"),
+        "another shift": channels("x_seq[@ * tiles", "task.row", "index.row"),
+        "a wrong number of values": channels("> 1 ? @ : tiles.units_per_channel;", "task.units", "tiles.width"),
+        "a product of pairs rounded": pairs("high, @ + (a.high", "math::fma(a.high, b.high, -high)", "0.0f"),
+        "a sum of pairs rounded": pairs("ordered_sum(sum.high, @ + (a.low", "sum.low", "0.0f"),
+        "an error of others reported": starts("if (@) static_cast", "error != cudaSuccess", "true"),
+        "an error of ours left": starts("if (@) static_cast", "(error != cudaSuccess)", "false"),
         "wrong slots joined": channels("slot += @)", "kBlockThreads", "kBlockThreads + 1"),
         "too many channels": channels("if (@) params.compute", "channel < params.channels", "true"),
         "not all channels": channels("(channel < @))) params.compute", "params.channels", "params.channels - 1"),

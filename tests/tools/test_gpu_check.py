@@ -250,6 +250,7 @@ def test_dry_run(tmp_path):
     assert list(found["steps"]) == wanted
     assert found["machine"]["torch"] == torch.__version__
     results = {name: step["result"] for name, step in found["steps"].items()}
+    assert results["judged"]["call_microseconds"]["launched in Python"] > 0
     of_calls = {kernel["kernel"] for call in results["kernels"]["calls"] for kernel in call["kernels"]}
     of_layers = {name for layer in results["layers"]["layers"] for name in layer["launched"]}
     assert of_calls < of_layers == set(kernel_times.STAND_INS)
@@ -257,6 +258,15 @@ def test_dry_run(tmp_path):
     assert any(bar["measured"] and bar["predicted"] for bar in found["bars"])
     again = python("-m", "tools.gpu_check.check", tmp_path, "--dry-run", "--only", "judged")
     assert "---" not in again.stdout, "it was complete"
+
+
+def test_calls_for_the_sanitizer():
+    result = python("-m", "tools.gpu_check.small_calls", "--device", "cpu", "--backend", "cpu")
+    assert result.returncode == 0, result.stderr
+    *lines, last = result.stdout.splitlines()
+    assert last == "done"
+    assert len(lines) == 5 * len({line.partition(":")[0] for line in lines}), "each call with each input"
+    assert not re.search(r"\b(nan|inf)\b", result.stdout)
 
 
 # ---- names of kernels ----
@@ -270,6 +280,18 @@ def test_every_kernel_is_named_and_counted():
         assert "<" not in kernel_times.kind_of(f"void {kernel}(asgl::Params)")[1], "not in _KINDS of cuda_code.py"
     command = kernel_times.ncu_command("ncu", Path("log"))
     assert command[command.index("--kernel-name") + 1] == f"regex:{kernel_times.OUR_KERNELS}"
+
+
+def test_counters():
+    head = '"ID","Kernel Name","Metric Name","Metric Value"'
+    values = {name: f"{i + 1},000.5" for i, name in enumerate(kernel_times.METRICS)}
+    kernel = "void asgl::batch_moments_kernel<float, (int)4>(asgl::MomentsParams<float>)"
+    lines = ["==PROF== profiling", head, *(f'"0","{kernel}","{name}","{value}"' for name, value in values.items())]
+    (found,) = kernel_times.counters(lines)
+    assert found.pop("kernel") == "moments, 4 columns, float32"
+    scales = dict(kernel_times.METRICS.values())
+    assert len(found) == len(values), "two metrics have one name"
+    assert found == {name: scale * (1000.5 + 1000 * i) for i, (name, scale) in enumerate(scales.items())}
 
 
 # ---- bars ----
@@ -303,7 +325,7 @@ def test_verdicts(monkeypatch):
             block([4, 256, 64, 32, 32], "bfloat16", **{"copy": (1, 1), ours: (2.1, 4.2)}),
             block([4, 256, 64, 32, 32], "float32", residual=True, **{"copy": (1, 1), ours: (2.3, 3.2)}),
         ],
-        "call_microseconds": {ours: 12.0, theirs: 43.0},
+        "call_microseconds": {ours: 12.0, theirs: 93.0, "launched in Python": 60.0},
     }  # fmt: skip
     compiled = {"sizes": [measured(4, 24, "float32", **{ours: (1.1, 1.9), "torch.compile": (1, 1.9)})]}
     found = bars.bars(torch.device("cuda"), judged, compiled, 90)
@@ -326,7 +348,7 @@ def test_verdicts(monkeypatch):
     assert verdicts["block [4, 256, 64, 32, 32], bfloat16: CuPy over copies"] == (None, False)
     assert verdicts["block [4, 256, 64, 32, 32], float32, channels_last: nvcc over copies"] == (1.133, True)
     assert verdicts["block [4, 256, 64, 32, 32], float32, residual: nvcc over copies"] == (1.0, True)  # 44 bytes
-    assert verdicts["a call, CuPy over nvcc, microseconds"] == (31.0, False)
+    assert verdicts["a call: CuPy over its launchers"] == (1.55, False)
     json.dumps([bar._asdict() for bar in found])
 
 

@@ -87,6 +87,12 @@ def test_operations_allowed_to_a_surrogate_alone(surrogate, allowed):
     assert found == sorted(opcode for opcode in every if opcode.rpartition(".")[0] not in allowed)
 
 
+def test_exact_products_of_moments():
+    moments = Kernel("moments, 4 columns", "float32")
+    code = operations("fma.rn.f32 %f1, %f2, %f3, %f4;\nfma.rz.f32 %f1, %f2, %f3, %f4;\nadd.f32 %f1, %f2, %f3;")
+    assert [problem.split()[0] for problem in arithmetic_problems(moments, code)] == ["add.f32", "fma.rz.f32"]
+
+
 def test_arithmetic_of_the_reference():
     code = """
 	add.rn.f32 	%f1, %f2, %f3;

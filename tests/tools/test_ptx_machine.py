@@ -199,6 +199,13 @@ $L__1:"""
     assert found.tolist() == [5, 7, 1, 0]
 
 
+def test_hints_to_the_caches(machine):
+    body = "ld.global.cs.v2.b32 {%r1, %r2}, [%rd10]; st.global.cs.v2.b32 [%rd10+8], {%r2, %r1};"
+    found = np.arange(4, dtype=np.uint32)
+    assert run(machine, translated(module(body)), 1, found) is None
+    assert found.tolist() == [0, 1, 1, 0]
+
+
 def test_uninitialised_registers_are_nan(machine):
     body = "st.global.b64 [%rd10], %rd1; st.global.b32 [%rd10+8], %r1; st.global.b16 [%rd10+12], %rs1;"
     found = np.zeros(2, np.uint64)
@@ -259,6 +266,7 @@ UNKNOWN = [
     "bar.warp.sync -1;", "shfl.sync.bfly.b32 %r1, %r2, 1, 31, -1;", "cvt.rmi.s32.f32 %r1, %r2;", "div.full.f32 %r1, "
     "%r2, %r3;", "setp.lt.ftz.f32 %p1, %r1, %r2;", "setp.eq.s32 %p1|%p2, %r1, %r2;", "bra.conv L;",
     "mov.b64 %rd1, 18446744073709551616;", "mov.b64 %rd1, -9223372036854775809;", ".reg .b128 %rq<2>;",
+    "ld.shared.cs.b32 %r1, [%rd1];",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 from sass import sass
 
 from asgl_cuda import backends
-from tools.roofline import prediction
+from tools.roofline import prediction, sections
 from tools.roofline.prediction import kernel_of_launch, moved, parameters_of
 from tools.roofline.recorded_calls import BLOCK, BY_NEURON, COMMON, ELEMENTS, OTHERS, RESIDUAL_BLOCK, Call, launches
 from tools.roofline.roofline import STEPS
@@ -68,6 +68,19 @@ def test_bytes_of_parameters_and_normalisation():
         params = map(parameters_of, launches(block, 4, "float32"))
         found = [moved(each, "float32") for each in params if hasattr(each, "x_seq")]
         assert [each.sequences for each in found] == [4 * prediction.MOVED[name] for name in kernels]
+
+
+def test_float64_instructions():
+    slow = ("DADD", "DFMA", "DSETP.GEU.AND", "MUFU.RCP64H", "F2F.F64.F32", "I2F.F64.S64", "F2F.F32.F64")
+    others = ("FADD", "FFMA", "MUFU.RCP", "I2F.RP", "F2I.U64", "I2F.S64", "DEPBAR.LE", "F2F.F16.F32")
+    assert [bool(sections.FLOAT64.match(opcode)) for opcode in (*slow, *others)] == [True] * 7 + [False] * 8
+
+
+def test_second_read():
+    """An eighth of L2 for each of 16 steps of one sequence: 8 steps hit."""
+    assert sections.more_bytes(1.0, 8.0, 1) == pytest.approx(0.5 / 3)
+    assert sections.more_bytes(1.0, 8.0, 3) == pytest.approx((1 - 1 / 6) / 3)
+    assert sections.more_bytes(1.0, 48.0, 3) == 0
 
 
 def test_trace_without_all_steps_is_refused():

@@ -226,6 +226,14 @@ template <class T>
 T __ldg(const T* address) {
   return *address;
 }
+template <class T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcs(T* address, const T& value) {
+  *address = value;
+}
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(std::uint64_t(a) * b >> 32); }

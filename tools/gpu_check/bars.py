@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.speed.host import IN_PYTHON
 from benchmarks.speed.microbench import COMPILED, COPY, FLOOR, MOST_STEPS_TO_COMPILE, REFERENCE
 from benchmarks.speed.rates import Rates
 from benchmarks.speed.sizes import Block, Size, sweep
@@ -24,7 +25,9 @@ WHERE_MEMORY_BINDS = {"float32": {"forward": 1.15, "backward": 1.2, "both": 1.15
 HALF_TYPES = 1.3
 OVER_PREDICTED = 1.15  # the prediction assumes perfect overlap of memory and instructions
 COPY_ACCESSES = 4  # to an element, by the copies of x and of the gradient beside a block
-CUPY_MICROSECONDS = 30  # overhead of a call over the backend cuda
+# A call by CuPy, over the same with launchers in Python that call no driver, in the same run: 77 us on a CPU. The rest
+# is a launch by the driver, with torch's device and stream.
+CUPY_OVER_LAUNCHERS = 1.5
 Seconds = dict[str, dict[str, float]]  # by row, by part
 
 
@@ -151,8 +154,7 @@ def judged_bars(device: torch.device, judged: dict[str, Any], architecture: int 
         goals = (block_goals if isinstance(size, Block) else size_goals)(size, ours, with_cupy, roof)
         found += [goal.bar(str(size), measured.get(str(size), {})) for goal in goals]
     if with_cupy:
-        calls = judged.get("call_microseconds", {})
-        more = calls[CUPY_KERNELS] - calls[ours] if {CUPY_KERNELS, ours} <= calls.keys() else None
-        passed = more is not None and more <= CUPY_MICROSECONDS
-        found.append(Bar("a call, CuPy over nvcc, microseconds", f"at most {CUPY_MICROSECONDS}", more, None, passed))
+        calls = {name: {"both": us} for name, us in judged.get("call_microseconds", {}).items()}
+        goal = Goal("CuPy over its launchers", "both", CUPY_KERNELS, IN_PYTHON, most=CUPY_OVER_LAUNCHERS)
+        found.append(goal.bar("a call", calls))
     return found

@@ -56,6 +56,11 @@ METRICS = {
     "sm__inst_issued.avg.pct_of_peak_sustained_active": ("issue_percent", 1.0),
     "sm__warps_active.avg.pct_of_peak_sustained_active": ("occupancy_percent", 1.0),
     "smsp__inst_executed.sum": ("warp_instructions", 1.0),
+    "l1tex__t_sector_hit_rate.pct": ("l1_hit_percent", 1.0),
+    "lts__t_sector_hit_rate.pct": ("l2_hit_percent", 1.0),
+    "smsp__inst_executed_op_local_ld.sum": ("local_loads", 1.0),
+    "smsp__inst_executed_op_local_st.sum": ("local_stores", 1.0),
+    "launch__shared_mem_config_size": ("shared_bytes_configured", 1.0),
 }
 
 

@@ -105,7 +105,7 @@ def steps(machine: Machine, python: str = sys.executable) -> list[Step]:
         benchmark("compiled", "compiled", repeats=5, seconds=45),
     ]
     if machine.sanitizer:
-        found.append(tests("sanitizer", "sanitizer", 20, machine.backends, machine.workers))
+        found.append(tests("sanitizer", "sanitizer", 30, machine.backends, machine.workers))
     return found
 
 

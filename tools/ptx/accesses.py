@@ -272,8 +272,8 @@ width. Surrogate and reset are those of the tests of PTX: the former changes no 
 threshold as its amount.
 
 With 15 x 7 x 7 neurons, steps of x are not aligned to sectors, and each access of a warp reaches into a sector of the
-next warp, which then finds it in the cache. Moments load the first value of each thread alone, from sectors that they
-load in whole next. Gradient sums read the slots of neighbouring elements side by side, not aligned to sectors; so are
+next warp, which then finds it in the cache. Moments load the first value of a channel in the block beforehand, the same
+for its threads. Gradient sums read the slots of neighbouring elements side by side, not aligned to sectors; so are
 stores of partial sums by neuron. Moments are records of three float64, one a thread.
 
 This shows the pattern of each access: whether neighbouring threads access neighbouring memory. It does not show which

@@ -195,6 +195,8 @@ class _Translation:
 
     def _access(self, words: list[str], operands: list[str]) -> str:
         verb, *qualifiers, kind = words
+        if qualifiers[:2] == ["global", "cs"]:
+            del qualifiers[1]  # a hint to the caches
         vector = next((word for word in qualifiers if word in ("v2", "v4")), None)
         space = next((word for word in qualifiers if word in _SPACES), "generic")
         if len(qualifiers) != (vector is not None) + (space != "generic") or kind not in _TYPES:

@@ -30,6 +30,7 @@ INSTANTIATIONS = (
     ("InputGradientParams", TYPE_LAUNCH, SCALARS),
     ("GradientSum", TYPE_LAUNCH, REALS),
 )
+MOMENTS = tuple(each for each in INSTANTIATIONS if each[0] == "MomentsParams")
 
 
 class Compiled(NamedTuple):
@@ -65,9 +66,14 @@ class Kernels:
         }
 
 
-def compile_kernels(nvcc: Nvcc, disassembler: Disassembler, architectures: Iterable[int]) -> dict[int, Kernels]:
+def compile_kernels(
+    nvcc: Nvcc,
+    disassembler: Disassembler,
+    architectures: Iterable[int],
+    wanted: tuple[tuple[str, str, tuple[str, ...]], ...] = INSTANTIATIONS,
+) -> dict[int, Kernels]:
     """By architecture."""
-    instantiations = [text.format(params, scalar) for params, text, types in INSTANTIATIONS for scalar in types]
+    instantiations = [text.format(params, scalar) for params, text, types in wanted for scalar in types]
     found = {}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

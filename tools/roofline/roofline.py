@@ -16,7 +16,7 @@ from benchmarks.common import parser_of
 from ..kernels.cuda_code import Disassembler, Nvcc
 from ..pages import Page, table
 from . import sections
-from .compiled_kernels import Kernels, compile_kernels
+from .compiled_kernels import MOMENTS, Kernels, compile_kernels
 from .prediction import (
     ALU_LANES,
     BY_CHANNEL,
@@ -53,9 +53,9 @@ def counted(kernels: dict[int, Kernels], calls: Iterable[Call]) -> Iterator[Coun
                             yield sections.counts_of(architecture, those, call.name, launch, ELEMENTS, steps)
 
 
-def figures(kernels: dict[int, Kernels], version: str) -> dict[str, Any]:
+def figures(kernels: dict[int, Kernels], moments: dict[int, Kernels], version: str) -> dict[str, Any]:
     found = counted(kernels, (COMMON, BLOCK, RESIDUAL_BLOCK, *OTHERS))
-    return {"nvcc": version, "counts": [each.to_json() for each in found], **sections.figures(kernels)}
+    return {"nvcc": version, "counts": [each.to_json() for each in found], **sections.figures(kernels, moments)}
 
 
 def counts_in(figures: dict[str, Any]) -> list[Counts]:
@@ -80,9 +80,9 @@ sums add what they have. The floor, `x * 2` and `x * g`, moves the sequences, v_
 
 Instructions: the launchers name the kernels of a call, and their parameters. The SASS of each is run for one thread of
 every warp of one block: integers and predicates are computed, floats and the contents of memory are unknown. Loops and
-branches depend on the former, so each is taken as often as on a GPU, and a kernel skips what a call does not use. Two
-kinds of branches do depend on floats: divisions are assumed to take the fast path, and joined moments not to be empty.
-An instruction whose predicate is false is issued, and counted.
+branches depend on the former, so each is taken as often as on a GPU, and a kernel skips what a call does not use.
+Divisions do depend on floats: they are assumed to take the fast path. An instruction whose predicate is false is
+issued, and counted.
 
 Time: a multiprocessor starts four warp instructions a cycle, those of 128 threads. Its FMA pipes take
 {lanes} float additions and multiplications a cycle, at most {multiply} of them
@@ -93,8 +93,8 @@ overlap is assumed. The section on waves says where latency does not allow it.
 `batch_norm_lif` in training is four passes: moments reads x; forward reads x and writes s; backward reads x and the
 gradient and writes the gradient of the normalised input, times its gain; the input gradient reads that and x and writes
 dx in place. That is {moved} elements, {moved_bytes} bytes in float32, and the floor is a copy of as many. Forward and
-backward are the normalised kernels (RESOURCES.md). Backward loads x twice, the second time from L1 or L2: the bytes
-count it once.
+backward are the normalised kernels (RESOURCES.md). Backward loads x twice, the second time from L1 or L2 in the main
+(section on the second read): the bytes count it once.
 
 Kernels of their own add a residual r between the two. Forward and backward read it as well, and backward writes the
 gradient of the sum, which r shares; the input gradient reads it and x and writes dx to memory of its own. That is
@@ -121,8 +121,8 @@ CAVEATS = """\
 - Bandwidth is the data sheet's, which no kernel reaches, nor does the multiply. Where memory binds, this cancels in
   the ratio; where instructions bind, the true ratio is lower.
 - Per-channel work of batch normalisation: coefficients, adjoint, the last sums of the gradients of gain and bias.
-  Double precision counts at the rate of special functions, and is faster on all these cards. The second load of x may
-  miss the cache: without any hit, backward would move a third more.
+  Double precision counts at the rate of special functions, which is below its own on these cards: the section on
+  float64 has others.
 - Other surrogates than the rectangle, and the soft reset.
 - `IMAD.WIDE` counts as one `IMAD`, as in the guide. Uniform instructions count only as issued.
 """
@@ -261,7 +261,10 @@ def main() -> None:
     if nvcc is None or disassembler is None:
         parser.error("needs nvcc, cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
     kernels = compile_kernels(nvcc, disassembler, dict.fromkeys(card.architecture for card in CARDS))
-    found = figures(kernels, nvcc.version)
+    moments = compile_kernels(
+        nvcc, disassembler, (architecture for _, architecture, *_ in sections.FLOAT64_CARDS), MOMENTS
+    )
+    found = figures(kernels, moments, nvcc.version)
     for architecture, those in kernels.items():
         for kernel, addresses in those.undecided.items():
             print(f"sm_{architecture}: {kernel}: undecided branches at {', '.join(addresses)}", file=sys.stderr)

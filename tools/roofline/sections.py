@@ -1,4 +1,4 @@
-"""The sections of ROOFLINE.md beside the tables of times: gradient sums, waves, few neurons, noise.
+"""The sections of ROOFLINE.md beside the tables of times: gradient sums, waves, few neurons, noise, float64, L2.
 
 Each section has a function for the rows of its table, and a function for its text.
 """
@@ -6,6 +6,8 @@ Each section has a function for the rows of its table, and a function for its te
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from .prediction import (
     CARDS,
     ELEMENT_BYTES,
     ISSUE_LANES,
+    MOVED,
     REAL_BYTES,
     THREADS,
     WARP,
@@ -37,6 +40,7 @@ from .prediction import (
 from .recorded_calls import (
     BLOCK,
     COMMON,
+    ELEMENTS,
     OTHERS,
     RESIDUAL_BLOCK,
     WITHOUT_NOISE,
@@ -372,16 +376,103 @@ everywhere, the mask costs its bytes and saves nothing. It would also be one mor
     return f"## The noise is drawn twice\n\n{prose(before)}\n{drawn}\n{prose(after)}"
 
 
-def figures(kernels: dict[int, Kernels]) -> dict[str, Any]:
-    """The figures of all sections, in the order of the page."""
+# ---- float64 ----
+
+# Name, architecture, bytes per second, multiprocessors, Hz, float64 operations per cycle and multiprocessor.
+FLOAT64_CARDS = (
+    ("RTX 3090", 86, 0.936e12, 82, 1.695e9, 2),
+    ("RTX 4090", 89, 1.008e12, 128, 2.52e9, 2),
+    ("B300", 103, 8e12, 148, 1.92e9, 2),
+    ("H100 SXM", 90, 3.35e12, 132, 1.755e9, 64),
+)
+# Conversions from and to float64 have its rate.
+FLOAT64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w+64H|[FI]2[FI]\b.*F64")
+FLOAT64_COLUMNS = (
+    ("", ""), ("float64", ".2f"), ("instructions", ".1f"), ("memory", ".2f"), ("issue", ".2f"), ("float64", ".2f"),
+    ("times the bytes", ".2f"),
+)  # fmt: skip
+
+
+def float64_rows(kernels: dict[int, Kernels]) -> Iterator[Row]:
+    for (name, architecture, bandwidth, multiprocessors, clock, lanes), dtype in product(FLOAT64_CARDS, DTYPES):
+        launch = next(each for each in launches(BLOCK, NOISE_STEPS[0], dtype) if "batch_moments" in each.kernel)
+        program, _ = kernels[architecture][launch]
+        warps = range(0, launch.threads, WARP)
+        traces = (program.run(launch.parameters, first, launch.blocks // 2) for first in warps)
+        counts = Counter(bool(FLOAT64.match(program.code[k].opcode)) for trace in traces for k in indices(trace))
+        slow, issued = (WARP * launch.blocks * count / ELEMENTS for count in (counts[True], counts.total()))
+        cycle = 1e12 / multiprocessors / clock
+        times = 1e12 * ELEMENT_BYTES[dtype] / bandwidth, cycle * issued / ISSUE_LANES, cycle * slow / lanes
+        yield [f"{name} {dtype}", slow, issued, *times, max(times) / times[0]]
+
+
+def float64_text(rows: list[Row]) -> str:
+    text = """\
+Means and variances are float64, which runs at 1/64 of float32's rate on most cards. The moments' kernel sums pairs of
+float32 (csrc/math/pair.h), and has float64 only where a block stores its moments. The tables above count float64 at the
+rate of special functions; here it is counted at its own, for the first pass of `batch_norm_lif`. Columns are
+instructions an element, picoseconds an element, and the longest time as a multiple of the bytes'.
+"""
+    return f"## Float64 in the moments\n\n{prose(text)}\n{formatted(FLOAT64_COLUMNS, rows)}"
+
+
+# ---- the second read of x ----
+
+# Name, bytes of L2, multiprocessors, whether L2 has two halves, each of which may hold what its multiprocessors read.
+L2_CARDS = (
+    ("H100 SXM", 50e6, 132, True), ("A100 40 GB", 40e6, 108, True), ("A10", 6e6, 72, False),
+    ("RTX 3090", 6e6, 82, False),
+)  # fmt: skip
+BACKWARD_BLOCKS, BACKWARD_NEURONS, SEGMENT = 3, 4 * 128, 16  # of a multiprocessor; of a block; steps
+L2_COLUMNS = (("", ""), ("x of a segment, MB", ".1f"), ("% more bytes", ""), ("streaming", ""))
+
+
+def more_bytes(step_bytes: float, l2: float, sequences: int) -> float:
+    """Bytes of x that miss at the second read, as a share of backward's, where so many sequences occupy L2.
+
+    Between the two reads of x at the k-th step from a segment's end, k steps of each sequence are touched.
+    """
+    hits = min(1.0, l2 / (sequences * step_bytes * SEGMENT))
+    return (1 - hits) / MOVED["backward normalised"]
+
+
+def second_read_rows() -> Iterator[Row]:
+    for (name, l2, multiprocessors, halves), dtype in product(L2_CARDS, DTYPES):
+        step_bytes = multiprocessors * BACKWARD_BLOCKS * BACKWARD_NEURONS * ELEMENT_BYTES[dtype]
+        cells = []
+        for sequences in (MOVED["backward normalised"], 1):
+            found = [100 * more_bytes(step_bytes, size, sequences) for size in ((l2, l2 / 2) if halves else (l2,))]
+            cells.append(" to ".join(dict.fromkeys(f"{each:.0f}" for each in found)))
+        yield [f"{name} {dtype}", 1e-6 * step_bytes * SEGMENT, *cells]
+
+
+def second_read_text() -> str:
+    text = f"""\
+From T = 5 on, backward of a normalised layer reads x of a segment of {SEGMENT} steps forward and again backward. In
+between, the blocks that a multiprocessor holds, {BACKWARD_BLOCKS} of {BACKWARD_NEURONS} neurons, touch the later steps
+of x, of the gradient and of dx. In a model where all blocks are at the same step and L2 keeps what was used last, x
+misses if these are more than L2 holds; where L2 has two halves, from half of it on. The gradient, the residual, and
+what backward stores are marked as streaming: their lines leave L2 first. The last column is the best case, in which
+they take no room. Later kernels read dx after all of it was written, from L2 only if all fits, marked or not.
+"""
+    rows = list(second_read_rows())
+    return f"## The second read of x\n\n{prose(text)}\n{formatted(L2_COLUMNS, rows)}"
+
+
+def figures(kernels: dict[int, Kernels], moments: dict[int, Kernels]) -> dict[str, Any]:
+    """The figures of all sections, in the order of the page. `moments`: for FLOAT64_CARDS."""
     ours = kernels[CARD.architecture]
     return {
         "sums": list(gradient_sums(CARD, ours)),
         "waves": list(wave_rows(CARD, ours)),
         "few": list(few_rows(CARD, ours)),
         "noise": noise_figures(kernels),
+        "float64": list(float64_rows(moments)),
     }
 
 
 def texts(found: dict[str, Any]) -> list[str]:
-    return [sums_text(found["sums"]), waves_text(found["waves"]), few_text(found["few"]), noise_text(found["noise"])]
+    return [
+        sums_text(found["sums"]), waves_text(found["waves"]), few_text(found["few"]), noise_text(found["noise"]),
+        float64_text(found["float64"]), second_read_text(),
+    ]  # fmt: skip

@@ -175,8 +175,8 @@ class Trial {
     if (blocks != should_be) differences_.push_back(text("%s: %lld blocks, expected %lld", what, blocks, should_be));
   }
 
-  // A thread sums up to 16 distances from about their mean, each rounded once, and their squares, in Real, four in
-  // sequence; the rest is in double. Each rounding is at most half an epsilon.
+  // A thread sums up to 32 distances from about their mean, each rounded once, and their squares, in Real, four in
+  // sequence; the rest has 46 bits or more. Each rounding is at most half an epsilon.
   void check_moments(const Moments& is, int64 channel) {
     const Found should_be = found(channel);
     const Wide range = should_be.range, eps = whole_ ? 0 : kEpsilon<Real>;
@@ -450,6 +450,33 @@ Texts check_coefficients(const CoefficientsCase& it, unsigned number) {
   return differences;
 }
 
+// ---- errors ----
+
+#if !defined(ASGL_TEST_CPU)
+// A launch reports its own error alone, and leaves none behind; an error of others stays for them.
+Texts check_errors() {
+  Texts differences;
+  const auto expect = [&](const char* what, cudaError_t is, cudaError_t should_be) {
+    if (is != should_be) differences.push_back(text("%s: %s", what, cudaGetErrorName(is)));
+  };
+  Buffer<float> values(4, 0);
+  RunningParams<float> params{};
+  params.running_mean = params.running_var = values.data();
+  params.coefficients = values.data();
+  const auto launch = [&](int64 channels) {
+    params.channels = channels;
+    return cuda::launch(params, nullptr);
+  };
+  expect("a launch of nothing", launch(0), cudaErrorInvalidConfiguration);
+  expect("the last error after it", cudaGetLastError(), cudaSuccess);
+  int value = 0;
+  expect("a call of others", cudaDeviceGetAttribute(&value, cudaDevAttrWarpSize, -1), cudaErrorInvalidValue);
+  expect("a launch after it", launch(1), cudaSuccess);
+  expect("the last error of others", cudaGetLastError(), cudaErrorInvalidValue);
+  return differences;
+}
+#endif
+
 // ---- all of them ----
 
 class Outcomes {
@@ -499,6 +526,9 @@ void run_all(bool small, Outcomes& outcomes, Coverage& coverage) {
       }
     }
   }
+#if !defined(ASGL_TEST_CPU)
+  outcomes.add("errors", check_errors());
+#endif
   for (const int64 slots : small ? std::vector<int64>{0, 129} : std::vector<int64>{0, 1, 2, 127, 128, 129, 1000}) {
     for (const int64 channels : {1, 5}) {
       for (int turn = 0; turn < 4; ++turn) {
