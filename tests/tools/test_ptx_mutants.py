@@ -20,7 +20,11 @@ from tools import ptx
 from tools.emulation import emulated
 from tools.ptx.to_cpp import UnknownPTXError
 
-pytestmark = [pytest.mark.slow, pytest.mark.ptx, pytest.mark.skipif(ptx.missing() is not None, reason=str(ptx.missing()))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.ptx,
+    pytest.mark.skipif(ptx.missing() is not None, reason=str(ptx.missing())),
+]
 
 
 def forward(backend: str, dtype: torch.dtype, **options) -> list[torch.Tensor]:
