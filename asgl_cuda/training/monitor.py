@@ -110,10 +110,13 @@ def _shares_of_lif(
     assert isinstance(again, LIFOutput)
     assert again.h_seq is not None
     h_seq = again.h_seq
+    values: list[Any] = [layer._broadcast(each, x_seq, time_dim) for each in (layer.width, layer.v_threshold)]
     # In the dtype of the computation, for equal spikes.
     width, threshold = (
-        torch.as_tensor(layer._broadcast(value, x_seq, time_dim), dtype=h_seq.dtype, device=h_seq.device)
-        for value in (layer.width, layer.v_threshold)
+        value.to(h_seq)
+        if isinstance(value, Tensor)
+        else torch.scalar_tensor(value, dtype=h_seq.dtype, device=h_seq.device)  # no copy, which would wait for a GPU
+        for value in values
     )
     if layer._counts:
         assert layer.levels is not None

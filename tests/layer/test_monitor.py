@@ -5,12 +5,14 @@ import re
 import sys
 import types
 from contextlib import nullcontext
+from typing import ClassVar
 
 import pytest
 import torch
 import torch._dynamo.testing
 from comparison import random_input, randomized
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from training_layers import Foreign, network
 
@@ -258,6 +260,23 @@ def test_channels_that_do_not_vary(make):
     found, problems = found_in(image)
     assert "constant" not in found
     assert not any("vary" in each for each in problems)
+
+
+def test_watching_reads_no_value():
+    """On a GPU a value that is read, or copied from the host, is waited for."""
+
+    class Reads(TorchDispatchMode):
+        found: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            self.found += [each for each in ("_local_scalar_dense", "lift_fresh") if each in str(operator)]
+            return operator(*args, **(kwargs or {}))
+
+    model, _ = normalised_model()
+    model.append(LIF(width=1.5, learn_width=False, analog_prob=0.0))
+    with Monitor(model), Reads() as reads:
+        model(torch.randn(4, 2, 20))
+    assert reads.found == []
 
 
 def test_a_constant_current_of_neurons_alone_is_no_problem():
