@@ -513,7 +513,7 @@ MUTANTS = {
     "kit: a normalisation is neurons": kit('if not (isinstance(layer, BatchNormLIF) and name in ("weight", "bias"))',
         "", "layer/test_training.py group"),
     "kit: integrators are weights": kit("if isinstance(module, LeakyIntegrator))", "if False)",
-        "layer/test_training.py group"),
+        "layer/test_training.py groups"),
     "kit: layers inside of neurons": kit("in layer.named_parameters(recurse=False)", "in layer.named_parameters()",
         "layer/test_training.py group"),
     "kit: LayerNorm of several dimensions": kit("(each.dim() <= 1 or isinstance(module, nn.LayerNorm | nn.RMSNorm))",
