@@ -108,7 +108,8 @@ def test_a_step_has_the_rates_asked_for():
 
 def test_empty_groups_are_left_out():
     assert [group["name"] for group in parameter_groups(nn.Linear(2, 2), 0.1)] == ["weights"]
-    assert [group["name"] for group in parameter_groups(LIF(), 0.1)] == ["neurons"]
+    for neurons in (LIF(), asgl_cuda.LeakyIntegrator(learn_decay=True)):
+        assert [group["name"] for group in parameter_groups(neurons, 0.1)] == ["neurons"]
     assert parameter_groups(LIF(learn_width=False), 0.1) == []
 
 

@@ -52,14 +52,6 @@ def test_layout_does_not_show(backend, device, layout, sizes, dtype):
         assert torch.equal(ours, theirs)
 
 
-def test_three_dimensions_with_channels_last_are_copied(backend, device):
-    """As a kernel knows channels_last of images alone."""
-    x_seq = random_input(3, 7, 5, device=device).detach().transpose(1, 2).requires_grad_()
-    expected = results(x_seq.detach().contiguous().requires_grad_(), "reference", time_dim=2)
-    for ours, theirs in zip(results(x_seq, backend, time_dim=2), expected, strict=True):
-        assert torch.equal(ours, theirs)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_all_tensors_in_each_layout(backend, device, layout):
     x_seq, time_dim = laid_out(layout, random_input(18, 3, 5, 4, 7, device=device))
