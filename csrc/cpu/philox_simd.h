@@ -14,7 +14,7 @@ namespace asgl::cpu {
 struct NoiseLoop {
   struct Args {
     NoiseKey key;
-    uint64 first_group;  // a multiple of kNoiseGroups, so that all groups have the same upper word
+    uint64 first_group;  // a multiple of kNoiseGroups: so many groups share the upper word
     int64 groups;
     uint32 step_pair;
     uint64* even;
@@ -46,10 +46,11 @@ __attribute__((target("avx2"))) inline void run_avx2<NoiseLoop>(const NoiseLoop:
   __m256i group = _mm256_set_epi64x(3, 2, 1, 0);
   group = _mm256_add_epi64(group, _mm256_set1_epi64x(static_cast<int64>(args.first_group)));
   for (int64 i = 0; i < args.groups; i += 4 * kChains) {
+    const __m256i upper = _mm256_set1_epi64x(static_cast<int64>(args.first_group + static_cast<uint64>(i)) >> 32);
     __m256i c0[kChains], c1[kChains], c2[kChains], c3[kChains];
     for (int chain = 0; chain < kChains; ++chain) {
       c0[chain] = group;
-      c1[chain] = _mm256_set1_epi64x(static_cast<int64>(args.first_group >> 32));
+      c1[chain] = upper;
       c2[chain] = _mm256_set1_epi64x(args.step_pair);
       c3[chain] = _mm256_set1_epi64x(args.key.offset);
       group = _mm256_add_epi64(group, _mm256_set1_epi64x(4));
