@@ -85,6 +85,9 @@ ASGL_HOST_DEVICE void with_rules(const LIFByOptions<Real>& options, F&& f) {
   }
 }
 
+// As integers with a sign, which AVX2 and SSE2 compare in one instruction.
+ASGL_HOST_DEVICE bool is_analog(uint16 draw, uint32 analog_below) { return draw < static_cast<int>(analog_below); }
+
 // One loop per surrogate for LIFByOptions: a loop with a branch is not vectorised. Adaptive neurons lack the last.
 static_assert(static_cast<int>(Surrogate::kInteger) == kNumSurrogates - 1);
 template <class Model>
@@ -131,7 +134,7 @@ struct StepLoop {
 #pragma GCC ivdep
         for (int64 i = begin; i < end; ++i) {
           const Neuron<Real>& neuron = args.neurons[i];
-          const bool analog = kNoise && args.draws[i] < args.analog_below;
+          const bool analog = kNoise && is_analog(args.draws[i], args.analog_below);
           Real v = args.v[i], h, s;
           if constexpr (Model::kAdapts) {
             const Real w = args.w[i];
@@ -250,7 +253,7 @@ struct SettledStepLoop {
       for (int64 i = begin; i < end; ++i) {
         const Neuron<Real>& neuron = args.neurons[i];
         const Real h = Model::template charge<Input::kPlain>(args.current[i], args.v[i], neuron, args.options);
-        const Real s = Model::fire(h, kNoise && args.draws[i] < args.analog_below, neuron, firing);
+        const Real s = Model::fire(h, kNoise && is_analog(args.draws[i], args.analog_below), neuron, firing);
         args.out[i] = kSpikes ? s : h;
         args.next_v[i] = Model::reset(h, s, neuron);
       }
@@ -286,7 +289,7 @@ struct SettledAdjointLoop {
       for (int64 i = begin; i < end; ++i) {
         const Neuron<Real>& neuron = args.neurons[i];
         const Real h = args.h[i];
-        const Real s = Model::fire(h, kNoise && args.draws[i] < args.analog_below, neuron, firing);
+        const Real s = Model::fire(h, kNoise && is_analog(args.draws[i], args.analog_below), neuron, firing);
         Real dv = args.dv[i];
         if constexpr (kMore && !Model::kResetsHard) args.reset[i] -= keep_if(args.carried, dv * s);
         const Real ds = Model::spike_gradient(args.g[i], h, args.carried && !args.options.detach_reset, neuron, dv);

@@ -14,7 +14,7 @@ namespace asgl::cpu {
 struct NoiseLoop {
   struct Args {
     NoiseKey key;
-    uint64 first_group;
+    uint64 first_group;  // a multiple of kNoiseGroups: so many groups share the upper word
     int64 groups;
     uint32 step_pair;
     uint64* even;
@@ -35,32 +35,48 @@ constexpr int64 kNoiseGroups = 32;  // a multiple of each vector loop's groups a
 
 #if defined(__x86_64__)
 // The same draws by the vector product 32 x 32 -> 64 bits, which GCC does not generate from the loop above. Stores are
-// whole vectors: the rows must have room for a multiple of kNoiseGroups.
+// whole vectors: the rows must have room for a multiple of kNoiseGroups. Four chains at a time, to hide the latency of
+// the ten dependent rounds; unrolled, since a loop would move the words of a round to the registers of the next. Args
+// are read in each iteration, not before the loop: sixteen registers are too few.
 template <>
 __attribute__((target("avx2"))) inline void run_avx2<NoiseLoop>(const NoiseLoop::Args& args) {
-  const __m256i multiplier0 = _mm256_set1_epi64x(kPhiloxMultiplier0),
-                multiplier1 = _mm256_set1_epi64x(kPhiloxMultiplier1);
-  const __m256i low = _mm256_set1_epi64x(0xFFFFFFFF), lanes = _mm256_set_epi64x(3, 2, 1, 0);
-  for (int64 i = 0; i < args.groups; i += 4) {
-    const __m256i group = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64>(args.first_group) + i), lanes);
-    __m256i c0 = group, c1 = _mm256_srli_epi64(group, 32);
-    __m256i c2 = _mm256_set1_epi64x(args.step_pair), c3 = _mm256_set1_epi64x(args.key.offset);
-    uint32 key0 = args.key.seed_low, key1 = args.key.seed_high;
-    for (int round = 0; round < kPhiloxRounds; ++round, key0 += kPhiloxWeyl0, key1 += kPhiloxWeyl1) {
-      const __m256i product0 = _mm256_mul_epu32(multiplier0, c0), product1 = _mm256_mul_epu32(multiplier1, c2);
-      c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), c1), _mm256_set1_epi64x(key0));
-      c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), c3), _mm256_set1_epi64x(key1));
-      c1 = product1;
-      c3 = product0;
+  constexpr int kChains = 4;
+  const __m256i multiplier0 = _mm256_set1_epi64x(kPhiloxMultiplier0);
+  const __m256i multiplier1 = _mm256_set1_epi64x(kPhiloxMultiplier1);
+  __m256i group = _mm256_set_epi64x(3, 2, 1, 0);
+  group = _mm256_add_epi64(group, _mm256_set1_epi64x(static_cast<int64>(args.first_group)));
+  for (int64 i = 0; i < args.groups; i += 4 * kChains) {
+    const __m256i upper = _mm256_set1_epi64x(static_cast<int64>(args.first_group + static_cast<uint64>(i)) >> 32);
+    __m256i c0[kChains], c1[kChains], c2[kChains], c3[kChains];
+    for (int chain = 0; chain < kChains; ++chain) {
+      c0[chain] = group;
+      c1[chain] = upper;
+      c2[chain] = _mm256_set1_epi64x(args.step_pair);
+      c3[chain] = _mm256_set1_epi64x(args.key.offset);
+      group = _mm256_add_epi64(group, _mm256_set1_epi64x(4));
     }
-    const __m256i even = _mm256_or_si256(_mm256_and_si256(c0, low), _mm256_slli_epi64(c1, 32));
-    const __m256i odd = _mm256_or_si256(_mm256_and_si256(c2, low), _mm256_slli_epi64(c3, 32));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(args.even + i), even);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(args.odd + i), odd);
+    uint32 key0 = args.key.seed_low, key1 = args.key.seed_high;
+#pragma GCC unroll kPhiloxRounds
+    for (int round = 0; round < kPhiloxRounds; ++round, key0 += kPhiloxWeyl0, key1 += kPhiloxWeyl1) {
+      const __m256i keys0 = _mm256_set1_epi64x(key0), keys1 = _mm256_set1_epi64x(key1);
+      for (int chain = 0; chain < kChains; ++chain) {
+        const __m256i product0 = _mm256_mul_epu32(multiplier0, c0[chain]);
+        const __m256i product1 = _mm256_mul_epu32(multiplier1, c2[chain]);
+        c0[chain] = _mm256_xor_si256(_mm256_srli_epi64(product1, 32), _mm256_xor_si256(c1[chain], keys0));
+        c2[chain] = _mm256_xor_si256(_mm256_srli_epi64(product0, 32), _mm256_xor_si256(c3[chain], keys1));
+        c1[chain] = product1;
+        c3[chain] = product0;
+      }
+    }
+    for (int chain = 0; chain < kChains; ++chain) {
+      const __m256i even = _mm256_blend_epi32(c0[chain], _mm256_slli_epi64(c1[chain], 32), 0xAA);
+      const __m256i odd = _mm256_blend_epi32(c2[chain], _mm256_slli_epi64(c3[chain], 32), 0xAA);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(args.even + i + 4 * chain), even);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(args.odd + i + 4 * chain), odd);
+    }
   }
 }
 
-// Four chains at a time, to hide the latency of the ten dependent rounds.
 template <>
 ASGL_TARGET_AVX512 inline void run_avx512<NoiseLoop>(const NoiseLoop::Args& args) {
   constexpr int kChains = 4, kXor3 = 0x96;

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/philox_simd.h"
 #include "half_types_checks.h"
 #include "math/float_math.h"
 #include "math/neuron.h"
@@ -100,6 +101,30 @@ void noise_of_groups_beyond_32_bits() {
   for (const uint64_t group : first_groups) {
     for (uint64_t n = 4 * group; n < 4 * group + 20; ++n) {
       for (const uint32_t t : {0u, 1u, 6u, 0xFFFFFFFFu}) expect_draws(n, t, 1234567890123, 42);
+    }
+  }
+}
+
+// The rows of a tile in each clone that this processor runs, and nothing beyond whole vectors.
+void noise_rows_of_clones() {
+  using asgl::cpu::InstructionSet, asgl::cpu::NoiseLoop, asgl::cpu::kNoiseGroups;
+  constexpr int64 kMostGroups = 3 * kNoiseGroups;
+  const int64 rng_state[] = {0x123456789ABCDEF, -5};
+  for (const auto set : {InstructionSet::kBaseline, InstructionSet::kAvx2, InstructionSet::kAvx512}) {
+    if (set > asgl::cpu::best_instruction_set()) continue;
+    for (const uint64_t first : {uint64_t{0}, uint64_t{96}, uint64_t{1} << 32, (uint64_t{1} << 61) - 32}) {
+      for (const int64 groups : {1, 15, 16, 17, 31, 32, 33, 95, 96}) {
+        asgl::uint64 rows[2][kMostGroups + 1] = {};
+        asgl::cpu::clone_for<NoiseLoop>(set)({asgl::noise_key(rng_state), first, groups, 3, rows[0], rows[1]});
+        for (int64 i = 0; i < 2 * 4 * groups; ++i) {
+          const int64 step = i % 2, lane = i / 2;
+          const auto draw = static_cast<uint32_t>(rows[step][lane / 4] >> (16 * (lane % 4)) & 0xFFFFu);
+          const uint32_t expected = defined_draw(4 * first + lane, 6 + step, 0x123456789ABCDEF, uint64_t(-5));
+          expect(draw == expected, "set %d, group %lld of %llu: %u, expected %u", static_cast<int>(set), lane / 4,
+                 static_cast<unsigned long long>(first), draw, expected);
+        }
+        expect(rows[0][kMostGroups] == 0 && rows[1][kMostGroups] == 0, "stored beyond the rows");
+      }
     }
   }
 }
@@ -346,6 +371,7 @@ const Check checks[] = {
     CHECK(philox_known_answers),
     CHECK(noise_lanes),
     CHECK(noise_of_groups_beyond_32_bits),
+    CHECK(noise_rows_of_clones),
     CHECK(half_widening),
     CHECK(bfloat16_widening),
     CHECK(half_rounding_of_ties),
