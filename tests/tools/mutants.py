@@ -488,7 +488,7 @@ MUTANTS = {
         "a product of pairs rounded": pairs("high, @ + (a.high", "math::fma(a.high, b.high, -high)", "0.0f"),
         "a sum of pairs rounded": pairs("ordered_sum(sum.high, @ + (a.low", "sum.low", "0.0f"),
         "an error of others reported": starts("if (@) static_cast", "error != cudaSuccess", "true"),
-        "an error of ours left": starts("if (@) static_cast", "(error != cudaSuccess)", "false"),
+        "an error of ours left": starts("(@))) static_cast", "error != cudaSuccess", "false"),
         "wrong slots joined": channels("slot += @)", "kBlockThreads", "kBlockThreads + 1"),
         "too many channels": channels("if (@) params.compute", "channel < params.channels", "true"),
         "not all channels": channels("(channel < @))) params.compute", "params.channels", "params.channels - 1"),
