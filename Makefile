@@ -31,6 +31,7 @@ test-all: setup  ## run all tests, sanitizers and compilations: for a release, a
 
 mutants: setup  ## seed mistakes in the code: each must fail a test
 	@$(PYTEST) -m slow tests/tools/test_mutants.py tests/tools/test_ptx_mutants.py
+	@$(RUN) -m tools.mutants.check
 
 sanitize:  ## run the emulated CUDA kernels and the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
 	@$(PYTHON) -m tools.emulation.sanitize

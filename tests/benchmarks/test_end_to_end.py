@@ -165,7 +165,10 @@ def test_a_network_without_fusion_is_refused():
         Training(Network(normalised, (2, 5, 1, 2, 2), 2), SlowNeuron, CPU, fused=True)
 
 
-@pytest.mark.parametrize("name", end_to_end.NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "ResNet-18" else []) for name in end_to_end.NETWORKS],
+)
 def test_networks_train_with_every_neuron(name):
     network = end_to_end.NETWORKS[name]
     network = network._replace(input_shape=(3, 2, *network.input_shape[2:]))

@@ -231,9 +231,7 @@ def test_statistics_of_several_processes_are_refused(backend, device):
         BACKENDS[backend].operators.batch_norm_coefficients(x_seq, statistics, None, None, None, None, 1e-5, 1.0, 0)
 
 
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("layer", ["LIF", "normalised"])
-def test_compiled_ahead_of_time(name, device, layer, tmp_path):
+def check_compiled_ahead_of_time(name, device, layer, tmp_path):
     model = nn.Sequential(network(layer, name, device), asgl_cuda.LeakyIntegrator(backend=name)).eval()
     x_seq = torch.randn(3, 6, 5, device=device)
     with torch.no_grad():
@@ -241,6 +239,19 @@ def test_compiled_ahead_of_time(name, device, layer, tmp_path):
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
         compiled = torch._inductor.aoti_load_package(path)
         torch.testing.assert_close(compiled(x_seq), model(x_seq))
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), reason="no CPU kernels")
+def test_compiled_ahead_of_time(tmp_path):
+    check_compiled_ahead_of_time("cpu", "cpu", "normalised", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("layer", ["LIF", "normalised"])
+def test_compiled_ahead_of_time_by_each_backend(name, device, layer, tmp_path):
+    check_compiled_ahead_of_time(name, device, layer, tmp_path)
 
 
 @pytest.mark.parametrize("layer", ["LIF", "integrator", "normalised"])

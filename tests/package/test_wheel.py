@@ -153,6 +153,7 @@ def test_readme_says_how(tmp_path):
     assert ["cpu", "works"] in [line.split() for line in out.splitlines()]
 
 
+@pytest.mark.slow
 def test_reference(python, tmp_path):
     tests = tmp_path / "tests"
     for folder in ("neuron", "layer"):

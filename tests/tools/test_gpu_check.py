@@ -238,6 +238,7 @@ def test_error_without_a_gpu(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_dry_run(tmp_path):
     """All steps except those with torch.compile, which takes minutes."""
     wanted = [step.name for step in steps.steps(Machine.here("cpu")) if "compiled" not in step.name]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import re
 
 import pytest
@@ -17,8 +16,8 @@ from tools.ptx.accesses import Case, Counts, Row, Sectors
 
 pytestmark = [pytest.mark.ptx, pytest.mark.skipif(ptx.missing() is not None, reason=str(ptx.missing()))]
 
-# The other types take as long again, for the same source.
-TYPES = (torch.float32, torch.bfloat16) if "ASGL_TEST_BACKENDS" not in os.environ else accesses.TYPES
+# The other types take as long again each, for the same source.
+TYPES = [pytest.param(dtype, marks=[pytest.mark.slow] if dtype != torch.float32 else []) for dtype in accesses.TYPES]
 
 
 @functools.cache
