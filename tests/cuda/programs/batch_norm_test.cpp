@@ -136,10 +136,13 @@ class Trial {
     whole_ = random_.toss();
     const double far = sizeof(Scalar) > 2 ? 10000 : std::is_same_v<Scalar, Half> ? 1000 : 100;
     const double mean = random_.toss() ? far : 0;
+    const bool first_far = !whole_ && random_.toss();
     for (int64 i = 0; i < x_seq_.size(); ++i) {
       const int64 channel = channel_of(i);
       const double value = whole_ ? std::floor(random_.between(-8, 9)) : (1 + channel % 5) * random_.between(-1.7, 1.7);
-      x_seq_.set(i, mean + channel % 7 + value);
+      // The shift of the sums is a channel's first value.
+      const double outlier = first_far && i == channel * shape_.inner ? 2048 : 0;
+      x_seq_.set(i, mean + channel % 7 + value + outlier);
     }
     grad_x_seq_.fill(random_, -1, 1);
   }
