@@ -87,6 +87,11 @@ def test_asgl_takes_missing_options_from_the_layer():
     assert converted[1].settings.spike[:3] == ("arctan", pytest.approx(0.25), 1.0)
     assert converted[1].log_width is None
     assert converted[1].analog_prob == 0.2
+    for asgl, expected in (({"width": 0.5}, ("arctan", 0.5)), ({"surrogate": "sigmoid"}, ("sigmoid", 0.25))):
+        converted, _ = asgl_cuda.convert(jelly(surrogate_function=surrogate.ATan(4.0)), asgl=asgl)
+        assert converted[1].settings.spike[:2] == (expected[0], pytest.approx(expected[1]))
+        assert not converted[1].settings.spike.strict
+    assert asgl_cuda.convert(snntorch.Leaky(0.8), asgl={"width": 0.5})[0].settings.spike.strict
 
 
 def test_asgl_where_the_layers_own_surrogate_is_unknown():
@@ -189,6 +194,8 @@ def test_copies_after_a_call(name, how):
         made(x)
         twin, report = asgl_cuda.convert(made)
         assert len(report.replaced) == 1
+        states = (*vars(twin).values(), *twin._buffers.values(), *getattr(twin, "_memories", {}).values())
+        assert not any(value.grad_fn for value in states if isinstance(value, torch.Tensor))
     else:
         made, _ = asgl_cuda.convert(OF_ALL_LIBRARIES[name]())
         twin = pickle.loads(pickle.dumps(made)) if how == "pickle" else copy.deepcopy(made)

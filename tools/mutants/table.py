@@ -541,8 +541,6 @@ MUTANTS = {
     "cupy: a damaged file": cupy("    if hashlib.sha256(symbol_and_image).digest() != checksum:\n        return None\n",
         "", "cuda/test_jit.py damaged"),
     # ---- convert ----
-    "convert: parts of a replaced layer are reported": convert('inside.append(f"{path}." if path else "")', "pass",
-        "interop/test_convert.py parts"),
     "convert: an exchanged method": convert("exchanged(layer) or shadowed", "shadowed",
         "interop/test_changed.py exchanged"),
     "convert: names of converted layers": convert("or shadowed(layer, found[0]) or found", "or found",
@@ -572,7 +570,7 @@ MUTANTS = {
     "converted: fires in another way": converted("            if found[0] is not kind:\n", "            if False:\n",
         "interop/test_changed.py"),
     "converted: kept values of other settings": converted("known.values == kinds and known.settings is self.settings:",
-        "known.values == kinds:", "interop/test_steps.py change"),
+        "known.values == kinds:", "interop/test_changed.py followed"),
     "converted: kept values of other values": converted("known.values == kinds and known.settings", "known.settings",
         "interop/test_steps.py change"),
     "converted: kept values after the end": converted('for name in ("_snapshot", "_known"):',
@@ -591,7 +589,7 @@ MUTANTS = {
         "for probe in _PROBES for sign in (1, 1)]", "interop/test_identify.py"),
     "identify: a strict threshold is none": identify(
         "return not bool(function(torch.zeros(1, dtype=torch.float64)) > 0)", "return False",
-        "interop/test_snntorch.py neurons"),
+        "interop/test_identify.py"),
     "snapshot: written values": snapshot("return not self.tensors or self._versions() == self.versions", "return True",
         "interop/test_changed.py"),
     "snapshot: values of closures": snapshot("if self.captured and not all(", "if False and not all(",
