@@ -44,6 +44,7 @@ def test_sets_without_download(name, shape, classes):
     assert torch.equal(found.train, SOURCES[name].read(None).train), "the same each time"
 
 
+@pytest.mark.slow
 def test_tones(monkeypatch):
     monkeypatch.setattr(data, "TONES", 10)
     found = data.tones()

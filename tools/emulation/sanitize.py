@@ -29,7 +29,7 @@ THREAD = ("-fsanitize=thread", "-DASGL_EMULATE_THREADS")
 CPU = ("-DASGL_TEST_CPU", f"-I{EMULATION / 'cpu'}", "-include", "cpu_launchers.h")
 BASELINE = "-DASGL_TEST_BASELINE"
 
-# Program, flags and arguments. Every kernel for CUDA and its counterpart for the CPU, under one sanitizer at least.
+# Program, flags and arguments: the CUDA kernels and those for the CPU, each under one sanitizer.
 JOBS = (
     ("kernels_test", (*THREAD, *CPU, BASELINE), ("small",)),
     ("kernels_test", ADDRESS, ()),
@@ -39,7 +39,6 @@ JOBS = (
     ("integrator_test", ADDRESS, ()),
     ("batch_norm_test", (*ADDRESS, *CPU), ()),
     ("batch_norm_test", ADDRESS, ()),
-    ("batch_norm_test", THREAD, ("small",)),
 )
 # With --all: the rest.
 MORE_JOBS = (
@@ -47,6 +46,7 @@ MORE_JOBS = (
     ("kernels_test", THREAD, ("small",)),
     ("adaptive_test", THREAD, ("small",)),
     ("integrator_test", THREAD, ("small",)),
+    ("batch_norm_test", THREAD, ("small",)),
     ("selftest", ADDRESS, ()),
     ("selftest", THREAD, ()),
 )
