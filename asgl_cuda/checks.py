@@ -114,7 +114,7 @@ def check_name(name: str, value: Any, names: Iterable[str], caller: str, hint: s
 # Arguments of the neurons of other libraries: the first argument here that stands for it, and all of them.
 _ELSEWHERE = {
     "tau": ("decay", "SpikingJelly's tau{value} is {decay} and divides the input by tau{gain}"),
-    "init_tau": ("learn_decay", "SpikingJelly's init_tau{value} is {decay} and divides the input by tau{gain}"),
+    "init_tau": ("decay", "SpikingJelly's init_tau{value} is {decay} and divides the input by tau{gain}"),
     "surrogate_function": ("surrogate", "SpikingJelly's ATan(alpha) is surrogate='arctan', width=1 / alpha"),
     "beta": ("decay", "snnTorch's beta{value} is decay{value}"),
     "alpha": ("decay", "snnTorch's alpha{value} is an asgl_cuda.LeakyIntegrator(decay{value}) in front"),
@@ -143,7 +143,7 @@ def _said_elsewhere(name: str, given: Any, known: Collection[str]) -> str:
     value, decay = "", "decay=1 - 1 / tau"
     if isinstance(given, (int, float)) and not isinstance(given, bool):
         value = f"={shown(given)}"
-        if given > 1:
+        if 1 <= given < math.inf:
             decay, gain = f"decay={1 - 1 / given:g}", gain.replace("1 / tau", f"{1 / given:g}")
     return f"; {text.format(value=value, decay=decay, gain=gain)}"
 

@@ -75,6 +75,9 @@ def _sample_of(layer: nn.Module) -> tuple[str, Sequence[str]]:
     while type(layer).forward is nn.Sequential.forward and layer._modules:
         layer = next(layer.children())
     sizes: Sequence[str] = ()
+    hooked = layer._forward_pre_hooks and not isinstance(layer, nn.modules.lazy.LazyModuleMixin)
+    if hooked or not type(layer).forward.__module__.startswith("torch.nn."):
+        return type(layer).__name__, sizes  # may add a dimension itself
     if isinstance(layer, nn.modules.conv._ConvNd):  # would take time and batch for channels
         sizes = f"{layer.in_channels or 'C'}", *("L", "HW", "DHW")[len(layer.kernel_size) - 1]
     elif isinstance(layer, nn.Linear):  # for features

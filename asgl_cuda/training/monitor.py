@@ -184,14 +184,14 @@ def _problem(values: Mapping[str, float], layer: Any) -> str | None:
     rate, inside = values.get("firing_rate"), values.get("inside", 1.0)
     if rate is None:
         return None
-    if math.isnan(values["width"]) or math.isnan(values.get("smoothing_error", 0.0)):
-        return "its potentials or its width are NaN: a smaller learning rate, or clipped gradients"
     if values.get("constant", 0.0) > _MANY:
         return (
             f"{values['constant']:.0%} of the channels do not vary over time and batch: its normalisation leaves "
-            "nothing of them but its bias, and no gradient passes to the layers before. What helps: a larger batch, an "
-            "input that varies over time, or asgl_cuda.LIF, without a normalisation"
+            "nothing of them but its bias, and passes no gradient. What helps: a larger batch, an input that varies "
+            "over time, or asgl_cuda.LIF, without a normalisation"
         )
+    if math.isnan(values["width"]) or math.isnan(values.get("smoothing_error", 0.0)):
+        return "its potentials or its width are NaN: a smaller learning rate, or clipped gradients"
     seen, helps = [], _remedy(layer, "other")
     if rate == 0 or values.get("dead", 0.0) > _MANY:
         seen.append("no neuron ever fired" if rate == 0 else f"{values['dead']:.0%} of the neurons never fired (dead)")

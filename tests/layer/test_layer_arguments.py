@@ -264,6 +264,8 @@ def test_did_you_mean(call, words):
             "tau=2.0 is decay=0.5 and divides the input by tau, as input_scale=0.5 does",
         ),
         (lambda: AdaptiveLIF(tau=2.0), "tau=2.0 is decay=0.5 and divides the input by tau"),
+        (lambda: LIF(tau=1), "tau=1 is decay=0 and divides the input by tau, as input_gain=1 does"),
+        (lambda: asgl_cuda.lif(X, init_tau=2.0), "SpikingJelly's init_tau=2.0 is decay=0.5 and divides .*"),
         (lambda: LeakyIntegrator(tau=2.0), "tau=2.0 is decay=0.5 and divides the input by tau, as input_gain=0.5 does"),
         (
             lambda: asgl_cuda.lif(X, tau=2.0),

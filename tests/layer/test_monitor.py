@@ -279,6 +279,14 @@ def test_watching_reads_no_value():
     assert reads.found == []
 
 
+def test_a_constant_channel_without_eps_is_named():
+    """Its potentials are NaN for that reason."""
+    layer = asgl_cuda.BatchNormLIF(5, eps=0.0)
+    with Monitor(layer) as monitor:
+        layer(torch.ones(4, 6, 5))
+    assert "100% of the channels do not vary" in monitor.problems()[0]
+
+
 def test_a_constant_current_of_neurons_alone_is_no_problem():
     model = nn.Sequential(LIF(analog_prob=0.0))
     with Monitor(model) as monitor:

@@ -425,6 +425,20 @@ def test_over_time_refuses_cells_and_inputs_without_batch():
         OverTime(nn.Linear(3, 3))(torch.rand(3))
 
 
+class Positional(nn.Linear):
+    """Adds a dimension by itself."""
+
+    def forward(self, x):
+        return super().forward(x.unsqueeze(-1))
+
+
+def test_over_time_takes_layers_that_add_a_dimension():
+    assert OverTime(Positional(1, 4))(torch.rand(5, 2)).shape == (5, 2, 4)
+    conv = nn.Conv1d(1, 4, 3)
+    conv.register_forward_pre_hook(lambda _, args: (args[0].unsqueeze(1),))
+    assert OverTime(conv)(torch.rand(5, 2, 9)).shape == (5, 2, 4, 7)
+
+
 def test_over_time_refuses_neurons_that_come_later():
     layer = OverTime(nn.Sequential(nn.Linear(3, 3)))
     x_seq = torch.rand(T, B, 3)
