@@ -218,7 +218,7 @@ def expected_accesses(kernel: Kernel) -> Accesses:
         return Accesses(8, 0, 1, 3)  # narrow: the shift; the moments
     residual = int("with residual" in kernel.kind)
     if kernel.kind.startswith("input gradient"):
-        return Accesses(4, 2 + 2 * residual, 3 + residual, 0)  # narrow: mean, slope, offset, with a residual the gain
+        return Accesses(4, 2, 3 + residual, 0)  # narrow: mean, slope, offset, with a residual the gain
     normalised = "normalised" in kernel.kind
     # For each parameter, a load of one value and a load of several; three words of rng_state.
     narrow_loads = 2 * (7 if normalised else 4) + 3
