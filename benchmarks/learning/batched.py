@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,10 @@ import asgl_cuda
 from .data import Data
 from .optimizers import cosine_schedules
 
-HIDDEN, LAYERS = 64, 6
-DECAY = 0.5
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+HIDDEN = 64
+DECAY, THRESHOLD = 0.5, 1.0
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of SGD
+SGD, ADAM = OPTIMIZERS = ("SGD", "Adam")
 
 
 class Setting(NamedTuple):
@@ -37,17 +39,22 @@ class Setting(NamedTuple):
     steps: int = 250
     time_steps: int = 4  # of a constant sample
     batch: int = 32
+    optimizer: str = SGD  # of the weights
     rate: float = 0.1
-    width_rate: float = 0.01
+    width_rate: float = 0.03  # of Adam
+    width_by_weights: bool = False  # the weights' optimizer instead of Adam
+    layers: int = 6
+    by_channel: bool = False  # a width for each channel, else one for each layer
+    decay_rate: float | None = None  # of learned decays and thresholds, None: constants
 
 
 class Networks(nn.Module):
-    """Six layers each of a linear map, a normalisation over time and batch, and LIF neurons; means over time."""
+    """Layers each of a linear map, a normalisation over time and batch, and LIF neurons; means over time."""
 
     def __init__(self, features: int, classes: int, seeds: Sequence[int], setting: Setting) -> None:
         super().__init__()
         self.seeds, self.setting = tuple(seeds), setting
-        sizes = (features, *(HIDDEN,) * LAYERS)
+        sizes = (features, *(HIDDEN,) * setting.layers)
         made = []
         for seed in seeds:
             torch.manual_seed(seed)
@@ -61,20 +68,29 @@ class Networks(nn.Module):
         self.weights = nn.ParameterList([stacked([each.weight for each in layer]) for layer in (*hidden, last)])
         self.bias = stacked([each.bias[:, None] for each in last])
         self.norms = nn.ModuleList([nn.BatchNorm1d(len(seeds) * HIDDEN) for _ in hidden])
-        widths = torch.full((len(seeds), 1, 1, 1), math.log(setting.width))
-        self.log_widths = nn.ParameterList([nn.Parameter(widths.clone(), setting.learned) for _ in hidden])
+
+        def values(value: float, channels: int, learned: bool) -> nn.ParameterList:
+            filled = torch.full((len(seeds), channels, 1, 1), value)
+            return nn.ParameterList([nn.Parameter(filled.clone(), learned) for _ in hidden])
+
+        self.log_widths = values(math.log(setting.width), HIDDEN if setting.by_channel else 1, setting.learned)
+        self.logit_decays = values(math.log(DECAY / (1 - DECAY)), 1, setting.decay_rate is not None)
+        self.thresholds = values(THRESHOLD, 1, setting.decay_rate is not None)
 
     def forward(self, samples: Tensor, analog_prob: float = 0.0) -> Tensor:
         """Scores `[S, classes, B]` of samples `[S, B, T, features]`, the same for each network where S = 1."""
         networks, batch = len(self.seeds), samples.shape[1]
         s_seq = samples.permute(0, 3, 2, 1).expand(networks, -1, -1, -1)  # [S, features, T, B]
         steps = self.setting.time_steps if s_seq.shape[2] == 1 else s_seq.shape[2]
-        for weight, norm, log_width in zip(self.weights, self.norms, self.log_widths, strict=False):
+        layers = zip(self.weights, self.norms, self.log_widths, self.logit_decays, self.thresholds, strict=False)
+        for weight, norm, log_width, logit_decay, threshold in layers:
             x_seq = torch.bmm(weight, s_seq.flatten(2)).unflatten(2, (-1, batch)).expand(-1, -1, steps, -1)
             x_seq = norm(x_seq.reshape(1, networks * HIDDEN, -1)).view(networks, HIDDEN, steps, batch)
+            learned = {"decay": logit_decay.sigmoid(), "v_threshold": threshold} if threshold.requires_grad else {}
             s_seq = asgl_cuda.lif(
-                x_seq, decay=DECAY, width=log_width.exp(), surrogate=self.setting.surrogate, analog_prob=analog_prob,
-                time_dim=2,
+                x_seq, width=log_width.exp() if log_width.requires_grad else self.setting.width,
+                surrogate=self.setting.surrogate, analog_prob=analog_prob, time_dim=2,
+                **({"decay": DECAY, "v_threshold": THRESHOLD} | learned),
             )  # fmt: skip
             s_seq = functional.dropout(s_seq, self.setting.dropout, self.training)
         return torch.baddbmm(self.bias, self.weights[-1], s_seq.mean(2))
@@ -84,20 +100,25 @@ class Networks(nn.Module):
         return functional.cross_entropy(self(samples, analog_prob), labels, reduction="none").mean(1)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """SGD for the weights, Adam without decay for the widths."""
-        widths = {id(value) for value in self.log_widths}
-        weights = [value for value in self.parameters() if id(value) not in widths]
-        found: list[torch.optim.Optimizer] = [
-            torch.optim.SGD(weights, self.setting.rate, MOMENTUM, weight_decay=WEIGHT_DECAY)
-        ]
-        if self.setting.learned:
-            found.append(torch.optim.Adam(self.log_widths, self.setting.width_rate))
-        return found
+        """SGD with momentum or Adam for the weights; Adam for the neurons, or the weights' optimizer for the widths."""
+        setting = self.setting
+        neurons = {id(value) for each in (self.log_widths, self.logit_decays, self.thresholds) for value in each}
+        weights: dict[str, Any] = {"params": [value for value in self.parameters() if id(value) not in neurons]}
+        if setting.optimizer == SGD:
+            weights["weight_decay"] = WEIGHT_DECAY
+        widths = {"params": [*self.log_widths], "lr": setting.width_rate}
+        groups, for_adam = [weights], list[dict[str, Any]]()
+        if setting.learned:
+            (groups if setting.width_by_weights else for_adam).append(widths)
+        if setting.decay_rate is not None:
+            for_adam.append({"params": [*self.logit_decays, *self.thresholds], "lr": setting.decay_rate})
+        kind = partial(torch.optim.SGD, momentum=MOMENTUM) if setting.optimizer == SGD else torch.optim.Adam
+        return [kind(groups, lr=setting.rate), *([torch.optim.Adam(for_adam)] if for_adam else [])]
 
     def widths(self) -> list[list[float]]:
         """The widths of the layers, by network."""
-        values = torch.stack([value.detach().flatten() for value in self.log_widths], 1)
-        return [[round(width, 4) for width in network] for network in values.exp().tolist()]
+        values = torch.stack([value.detach().exp().flatten(1).mean(1) for value in self.log_widths], 1)
+        return [[round(width, 4) for width in network] for network in values.tolist()]
 
     @torch.no_grad()
     def accuracies(self, samples: Tensor, labels: Tensor) -> list[float]:

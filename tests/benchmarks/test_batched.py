@@ -1,4 +1,4 @@
-"""Networks that are trained at once learn as if alone, by modules and optimisers of torch."""
+"""Networks that are trained at once learn as if alone, by layers and optimizers of torch."""
 
 import itertools
 
@@ -17,7 +17,7 @@ from asgl_cuda import OverTime
 from benchmarks.learning import batched
 from benchmarks.learning.batched import Networks, Setting
 from benchmarks.learning.data import Data
-from benchmarks.learning.optimizers import cosine_schedules, optimizers_of
+from benchmarks.learning.optimizers import cosine_schedules
 
 SEEDS = (3, 1, 2)
 
@@ -37,20 +37,45 @@ def doubles():
     torch.set_default_dtype(torch.float32)
 
 
+def optimizers_of(model, setting):
+    """Each parameter in the group that its name says."""
+    rates = {"log_width": setting.width_rate, "logit_decay": setting.decay_rate, "threshold": setting.decay_rate}
+    named = list(model.named_parameters())
+    neurons = [
+        {"params": [value for key, value in named if key.endswith(name)], "lr": rate}
+        for name, rate in rates.items()
+        if any(key.endswith(name) for key, _ in named)
+    ]
+    weights = {"params": [value for key, value in named if not key.endswith(tuple(rates))]}
+    if setting.optimizer == batched.ADAM:
+        return [torch.optim.Adam([weights, *neurons], setting.rate)]
+    weights["weight_decay"] = batched.WEIGHT_DECAY
+    together = [weights, *neurons] if setting.width_by_weights else [weights]
+    apart = [] if setting.width_by_weights or not neurons else [torch.optim.Adam(neurons)]
+    return [torch.optim.SGD(together, setting.rate, batched.MOMENTUM), *apart]
+
+
 def alone(found, setting, seed):
     """A training of one network in layers."""
     torch.manual_seed(seed)
-    sizes = (found.train.shape[2], *(batched.HIDDEN,) * batched.LAYERS)
+    sizes = (found.train.shape[2], *(batched.HIDDEN,) * setting.layers)
     linear = [nn.Linear(*pair, bias=False) for pair in itertools.pairwise(sizes)]
     layers = []
     for each in linear:
         neuron = asgl_cuda.LIF(
-            decay=batched.DECAY, width=setting.width, surrogate=setting.surrogate, analog_prob=setting.analog_prob,
+            batched.HIDDEN if setting.by_channel else None,
+            granularity="channel" if setting.by_channel else "layer",
+            decay=batched.DECAY,
+            width=setting.width,
+            surrogate=setting.surrogate,
+            analog_prob=setting.analog_prob,
             learn_width=setting.learned,
-        )  # fmt: skip
+            learn_decay=setting.decay_rate is not None,
+            learn_threshold=setting.decay_rate is not None,
+        )
         layers += [OverTime(each), OverTime(nn.BatchNorm1d(batched.HIDDEN)), neuron]
     model = nn.Sequential(*layers, nn.Linear(batched.HIDDEN, 3))
-    optimizers = optimizers_of(model, setting.rate, setting.width_rate, batched.MOMENTUM, batched.WEIGHT_DECAY)
+    optimizers = optimizers_of(model, setting)
     steppers = [*optimizers, *cosine_schedules(optimizers, setting.steps)]
 
     def scores(samples):
@@ -66,22 +91,34 @@ def alone(found, setting, seed):
 
 
 @pytest.mark.parametrize("time", [1, 5])
-@pytest.mark.parametrize(("learned", "analog_prob"), [(True, 0.0), (False, 0.0), (True, 1.0)])
-def test_equals_trainings_of_one(time, learned, analog_prob):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"learned": False, "layers": 2},
+        {"analog_prob": 1.0},
+        {"width_by_weights": True, "width_rate": 0.01},
+        {"optimizer": batched.ADAM, "rate": 3e-3, "decay_rate": 0.01},
+        {"by_channel": True, "surrogate": "triangle"},
+    ],
+    ids=str,
+)
+def test_equals_trainings_of_one(time, options):
     found = data(time)
-    setting = Setting(2.0, learned, analog_prob, steps=8, batch=12, time_steps=3)
+    setting = Setting(2.0, steps=8, batch=12, time_steps=3, **options)
     networks = batched.trained(found, setting, SEEDS).eval()
     together = networks(found.test[None]).detach()
     for number, seed in enumerate(SEEDS):
         model, scores = alone(found, setting, seed)
         torch.testing.assert_close(together[number].T, scores)
-        widths = [float(torch.as_tensor(layer.width).detach()) for _, layer in asgl_cuda.asgl_layers(model)]
+        widths = [float(torch.as_tensor(layer.width).detach().mean()) for _, layer in asgl_cuda.asgl_layers(model)]
         assert networks.widths()[number] == pytest.approx(widths, abs=1e-4)
-        assert (widths == [2.0] * 6) == (not learned)
+        assert (widths == [2.0] * setting.layers) == (not setting.learned)
 
 
 def test_seeds_differ_and_arms_begin_with_the_same_weights():
-    one, other = (Networks(5, 3, SEEDS, Setting(width, learned)) for width, learned in ((1.0, True), (5.0, False)))
+    settings = Setting(1.0), Setting(5.0, learned=False)
+    one, other = (Networks(5, 3, SEEDS, setting) for setting in settings)
     assert all(map(torch.equal, one.weights, other.weights))
     assert not torch.equal(one.weights[0][0], one.weights[0][1])
 
@@ -102,7 +139,7 @@ def test_noise_is_annealed_to_nothing(monkeypatch):
     lif = asgl_cuda.lif
     monkeypatch.setattr(asgl_cuda, "lif", lambda *a, **o: probs.append(o["analog_prob"]) or lif(*a, **o))
     batched.trained(data(1), Setting(1.0, analog_prob=0.5, annealed=True, steps=4), SEEDS)
-    assert probs[:: batched.LAYERS] == pytest.approx([0.5, 0.25 + 0.125 * 2**0.5, 0.25, 0.25 - 0.125 * 2**0.5])
+    assert probs[::6] == pytest.approx([0.5, 0.25 + 0.125 * 2**0.5, 0.25, 0.25 - 0.125 * 2**0.5])
 
 
 def test_every_sample_once_an_epoch():
