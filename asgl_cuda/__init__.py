@@ -66,7 +66,8 @@ from .over_time import OverTime
 from .recompute import recompute_spikes
 from .streaming import step
 from .training.calibration import calibrate
-from .training.kit import detach, lightning_callback, parameter_groups, reset, spiking_eval
+from .training.groups import parameter_groups
+from .training.kit import detach, lightning_callback, reset, spiking_eval
 from .training.monitor import Monitor
 from .training.schedule import AnalogProbSchedule
 from .training.sync_batch_norm import convert_sync_batchnorm

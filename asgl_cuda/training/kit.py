@@ -1,4 +1,4 @@
-"""Helpers of a training loop: parameter groups, reset and detach of states, hard spikes on request, Lightning."""
+"""Helpers of a training loop: reset and detach of states, hard spikes on request, Lightning."""
 
 from __future__ import annotations
 
@@ -10,74 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import read_number
-from ..integrator import LeakyIntegrator
 from ..interop.convert import libraries
-from ..layer import NeuronLayer, asgl_layers, check_module, some_asgl_layers
-from ..neuron import BatchNormLIF
+from ..layer import NeuronLayer, check_module, some_asgl_layers
 from .monitor import Monitor, first_of
 from .schedule import AnalogProbSchedule
 
 _SPIKING_EVAL = "asgl_cuda.spiking_eval"
-
-
-def parameter_groups(
-    model: nn.Module,
-    lr: float,
-    width_lr: float = 3e-4,
-    weight_decay: float = 0.0,
-    norm_weight_decay: float | None = None,
-) -> list[dict[str, Any]]:
-    """Groups of a torch optimizer: "weights" with `lr` and `weight_decay`, "neurons" with `width_lr` and no decay.
-
-    With `norm_weight_decay`, usually 0, normalisations and biases are a group "norms" between the two, with `lr` and
-    this decay: all parameters with at most one dimension, and those of `LayerNorm` and `RMSNorm`. None leaves them
-    among the weights.
-
-    "neurons" are the parameters of ASGL layers and `LeakyIntegrator` themselves: width, decay, threshold. These few
-    parameters set the scale of all gradients behind, and are stored as logarithm or logit, which weight decay would
-    pull to an arbitrary value. Parameters of modules inside an ASGL layer are no neurons, nor are the normalisation's
-    in `BatchNormLIF`. Every parameter is in one group, once, also if shared or frozen: optimizers skip frozen
-    parameters. Empty groups are omitted.
-
-    Raises ValueError for a negative rate or decay, TypeError where `model` is no module.
-
-    Example::
-
-        model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(), nn.Linear(128, 10))
-        groups = asgl_cuda.parameter_groups(model, lr=1e-3, width_lr=3e-4, weight_decay=5e-4, norm_weight_decay=0.0)
-        optimizer = torch.optim.AdamW(groups)
-    """
-    check_module(model, "asgl_cuda.parameter_groups")
-    rates = {"lr": lr, "width_lr": width_lr, "weight_decay": weight_decay}
-    if norm_weight_decay is not None:
-        rates["norm_weight_decay"] = norm_weight_decay
-    for name, value in rates.items():
-        if not read_number(name, value, "asgl_cuda.parameter_groups") >= 0:
-            raise ValueError(f"asgl_cuda.parameter_groups: {name} must be >= 0, got {value}")
-    layers = [layer for _, layer in asgl_layers(model)]
-    layers += (module for module in model.modules() if isinstance(module, LeakyIntegrator))
-    neurons = {
-        id(each): each
-        for layer in layers
-        for name, each in layer.named_parameters(recurse=False)
-        if not (isinstance(layer, BatchNormLIF) and name in ("weight", "bias"))
-    }
-    norms: dict[int, nn.Parameter] = {}
-    if norm_weight_decay is not None:
-        norms = {
-            id(each): each
-            for module in model.modules()
-            for each in module.parameters(recurse=False)
-            if (each.dim() <= 1 or isinstance(module, nn.LayerNorm | nn.RMSNorm)) and id(each) not in neurons
-        }
-    weights = [each for each in model.parameters() if id(each) not in neurons and id(each) not in norms]
-    groups = [
-        {"name": "weights", "params": weights, "lr": lr, "weight_decay": weight_decay},
-        {"name": "norms", "params": list(norms.values()), "lr": lr, "weight_decay": norm_weight_decay},
-        {"name": "neurons", "params": list(neurons.values()), "lr": width_lr, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Monitor | None = None) -> Any:

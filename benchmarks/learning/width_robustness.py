@@ -1,9 +1,9 @@
 """The paper's main table: accuracy over the surrogate's first width, with the width fixed (SG) and learned (ASGL).
 
-Between the two: a learned width without noise, which SG lacks as well. For every set, surrogate, method and width the
-networks of all seeds, six spiking layers, fully connected, are trained as by the authors: SGD with momentum for the
-weights, Adam without decay for the widths, both under a cosine schedule. In the test all spikes are hard. The result
-file is written after every training; its trainings are not repeated.
+Between the two: a learned width without noise, which SG lacks as well. For every set, surrogate, optimizer, method and
+width the networks of all seeds, six spiking layers, fully connected, are trained: the weights by SGD with momentum or
+Adam, the widths by the step of `asgl_cuda.parameter_groups`, all along half a cosine. In the test all spikes are hard.
+The result file is written after every training; its trainings are not repeated.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from asgl_cuda.training.groups import WIDTH_LR
+
 from .. import palette
 from ..common import parser_of
-from .batched import Setting, flat, shortened, trained
+from .batched import ADAM, SGD, Setting, flat, shortened, trained
 from .data import SOURCES, Data, available
 from .runs import begun, train_all
 from .tables import print_table, print_total
@@ -27,8 +29,9 @@ from .tables import print_table, print_total
 SG, LEARNED, ASGL = METHODS = ("SG", "learned", "ASGL")
 SURROGATES = ("rectangle", "sigmoid")
 WIDTHS = (0.5, 1.0, 5.0, 10.0, 30.0)
-SETTINGS: dict[str, Any] = {"seeds": 5, "steps": 500, "analog_prob": 0.2, "rate": 0.1, "width_rate": 0.01}
-QUICK_SETTINGS = {**SETTINGS, "seeds": 2, "steps": 200, "width_rate": 0.03}
+RATES = {SGD: 0.1, ADAM: 3e-3}
+SETTINGS: dict[str, Any] = {"seeds": 5, "steps": 250, "analog_prob": 0.2, "width_rate": WIDTH_LR, "rates": RATES}
+QUICK_SETTINGS = {**SETTINGS, "seeds": 2, "steps": 100}
 QUICK_WIDTHS = (1.0, 10.0)
 
 
@@ -37,11 +40,12 @@ class Run(NamedTuple):
 
     data: str
     surrogate: str
+    optimizer: str
     method: str
     width: float
 
     def __str__(self) -> str:
-        return f"{self.data} {self.surrogate} {self.method} {self.width:g}"
+        return f"{self.data} {self.surrogate} {self.optimizer} {self.method} {self.width:g}"
 
 
 @cache
@@ -55,7 +59,8 @@ def train(run: Run, root: Path | None, settings: dict[str, Any]) -> dict[str, An
     data = shortened(read(run.data, root))
     setting = Setting(
         run.width, learned=run.method != SG, analog_prob=settings["analog_prob"] if run.method == ASGL else 0.0,
-        surrogate=run.surrogate, **{key: settings[key] for key in ("steps", "rate", "width_rate")},
+        surrogate=run.surrogate, optimizer=run.optimizer, rate=settings["rates"][run.optimizer],
+        **{key: settings[key] for key in ("steps", "width_rate")},
     )  # fmt: skip
     networks = trained(data, setting, range(settings["seeds"]))
     return {"accuracies": networks.accuracies(flat(data.test), data.test_labels), "widths": networks.widths()}
@@ -66,6 +71,7 @@ class Series(NamedTuple):
 
     data: str
     surrogate: str
+    optimizer: str
     method: str
     widths: tuple[float, ...]
     means: tuple[float, ...]
@@ -78,12 +84,12 @@ class Series(NamedTuple):
 
 
 def series(report: dict[str, Any]) -> Iterator[Series]:
-    """The series of every set, surrogate and method, in that order."""
-    found: dict[tuple[str, str, str], dict[float, list[float]]] = {}
+    """The series of every set, surrogate, optimizer and method, in that order."""
+    found: dict[tuple[str, str, str, str], dict[float, list[float]]] = {}
     for key, result in report["runs"].items():
-        data, surrogate, method, width = key.split()
-        found.setdefault((data, surrogate, method), {})[float(width)] = result["accuracies"]
-    order = [*itertools.product(SOURCES, SURROGATES, METHODS)]
+        data, surrogate, optimizer, method, width = key.split()
+        found.setdefault((data, surrogate, optimizer, method), {})[float(width)] = result["accuracies"]
+    order = [*itertools.product(SOURCES, SURROGATES, RATES, METHODS)]
     for name in sorted(found, key=order.index):
         widths, accuracies = zip(*sorted(found[name].items()), strict=True)
         yield Series(*name, widths, tuple(map(statistics.fmean, accuracies)), tuple(map(statistics.stdev, accuracies)))
@@ -99,26 +105,26 @@ def rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             width: f"{mean:.1f} ± {deviation:.1f}"
             for width, mean, deviation in zip(each.widths, each.means, each.deviations, strict=True)
         }
-        name = f"{each.data}, {each.surrogate}, {each.method}"
+        name = f"{each.data}, {each.surrogate}, {each.optimizer}, {each.method}"
         found.append([name, *(cells.get(width, "") for width in widths), f"{each.drop:.1f}"])
     return ["", *(f"{width:g}" for width in widths), "best - worst"], found
 
 
 @palette.styled
 def plot(report: dict[str, Any], file: Path) -> None:
-    """Accuracy over width, a panel for each data set and surrogate, as in the paper's figure."""
+    """Accuracy over width, a row for each surrogate and optimizer, a column for each data set."""
     from matplotlib.figure import Figure
 
     every = list(series(report))
     names = list(dict.fromkeys(each.data for each in every))
-    surrogates = [name for name in SURROGATES if any(each.surrogate == name for each in every)]
-    figure = Figure(figsize=(3.2 * len(names), 3.1 * len(surrogates)))
-    panels = figure.subplots(len(surrogates), len(names), squeeze=False, sharex=True, sharey="col")
+    trainings = list(dict.fromkeys((each.surrogate, each.optimizer) for each in every))
+    figure = Figure(figsize=(3.2 * len(names), 2.7 * len(trainings)))
+    panels = figure.subplots(len(trainings), len(names), squeeze=False, sharex=True, sharey="col")
     for each in every:
-        panel = panels[surrogates.index(each.surrogate), names.index(each.data)]
+        panel = panels[trainings.index((each.surrogate, each.optimizer)), names.index(each.data)]
         style = palette.line(METHODS[::-1].index(each.method), capsize=3)
         panel.errorbar(each.widths, each.means, each.deviations, label=each.method, **style)
-        panel.set(xscale="log", title=f"{each.data}, {each.surrogate}")
+        panel.set(xscale="log", title=f"{each.data}, {each.surrogate}, {each.optimizer}")
         panel.set_xticks(each.widths, [f"{width:g}" for width in each.widths])
         panel.minorticks_off()
     for panel in panels[-1]:
@@ -134,7 +140,7 @@ def main() -> int:
     parser = parser_of("benchmarks.learning.width_robustness", __doc__, "json", "plot")
     parser.add_argument("--data", nargs="+", choices=SOURCES, help="default: all available")
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="the folder of real data sets")
-    parser.add_argument("--quick", action="store_true", help="two seeds, two widths, fewer steps")
+    parser.add_argument("--quick", action="store_true", help="two seeds, two widths, 100 steps")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time (default: one a core)"
     )
@@ -150,7 +156,7 @@ def main() -> int:
     file = arguments.json or Path("build") / f"width_robustness{'_quick' if arguments.quick else ''}.json"
     file.parent.mkdir(exist_ok=True)
 
-    runs = [Run(*each) for each in itertools.product(names, SURROGATES, METHODS, widths)]
+    runs = [Run(*each) for each in itertools.product(names, SURROGATES, RATES, METHODS, widths)]
     report = begun(file, settings)
     train_all(runs, partial(train, root=root, settings=settings), report, file, arguments.jobs)
     head, found = rows(report)

@@ -11,9 +11,10 @@ import torch
 from benchmarks.learning import batched, gradients, noise, runs
 from benchmarks.learning.batched import Networks, Setting
 from benchmarks.learning.data import SOURCES, Data
-from benchmarks.learning.noise import ARMS, QUIET, RATES, Cell, Run
+from benchmarks.learning.noise import ARMS, CONTROLS, EDGE, QUIET, Cell, Run
 
-CELL = Cell("digits", 4, 60, 1.0)
+CELL = Cell("digits", 4, 60, 1.0, "SGD", "sigmoid")
+RATES = noise.RATES["SGD"]
 
 
 def test_design():
@@ -21,7 +22,10 @@ def test_design():
     assert len({str(run) for run in every}) == len(every)
     assert {run.cell for run in every} == set(cells)
     assert all(sum(cell == run.cell and run.arm == QUIET for run in every) == len(RATES) for cell in cells)
-    assert {cell.steps for cell in cells if cell.data == "tones"} == set(noise.STEPS)
+    assert {(cell.optimizer, cell.surrogate) for cell in cells} == {
+        (optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")
+    }
+    assert {run.cell[:4] for run in every if run.arm in CONTROLS} == set(noise.CONTROLLED)
 
 
 def test_paired():
@@ -35,13 +39,15 @@ def report():
     found = {}
     for number, rate in enumerate(RATES):
         found[str(Run(CELL, QUIET, rate))] = {"validation": 90.0 - number, "test": [80.0 + number, 82.0 + number]}
-        found[str(Run(CELL, "0.2", rate))] = {"validation": 90.0 + number, "test": [90.0 - number, 92.0 - 3 * number]}
+        found[str(Run(CELL, "0.2", rate))] = {"validation": 90.0 + number, "test": [90.0 - number / 2, 92.0 - 1.5 * number]}
     return {"runs": found}
 
 
 def test_rates_are_chosen_by_validation():
     quiet, noisy = (noise.chosen(report(), CELL, arm) for arm in (QUIET, "0.2"))
     assert (quiet.rate, noisy.rate) == (RATES[0], RATES[-1])
+    assert quiet.at_edge
+    assert noisy.at_edge
     assert (quiet.test, quiet.gain, quiet.half) == ([80.0, 82.0], 0, 0)
     assert noisy.test == [88.0, 86.0]
     assert noisy.gain == 6.0
@@ -49,22 +55,34 @@ def test_rates_are_chosen_by_validation():
 
 
 def test_table_and_figure(tmp_path):
-    (row,) = noise.rows(report())
-    assert len(row) == len(noise.HEAD)
-    assert row[:2] == ["digits, T = 4, 60 steps, width 1", "81.0"]
-    assert row[noise.HEAD.index("0.2")].startswith("+6.0 ± ")
-    head, (row,) = noise.rows_by_rate(report())
-    assert row[head.index("0.2 at 0.03")].startswith("+10.0 ± ")
-    assert row[head.index("0.5 at 0.03")] == ""
+    (row,) = noise.rows(report(), ["0.2"])
+    assert len(row) == len(noise.head(["0.2"]))
+    name, quiet, gain = row
+    assert name == "digits, T = 4, 60 steps, width 1, SGD, sigmoid"
+    assert quiet == f"81.0 at 0.03{EDGE}"
+    assert gain.startswith("+6.0 ± ")
+    assert gain.endswith(EDGE)
+    assert list(noise.rows(report())) == [], "an arm is missing"
     noise.plot(report(), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_rate_inside_is_no_edge():
+    found = report()
+    for run in found["runs"].values():
+        run["validation"] = 50.0
+    for arm in (QUIET, "0.2"):
+        found["runs"][str(Run(CELL, arm, RATES[2]))]["validation"] = 60.0
+    ((_, quiet, gain),) = noise.rows(found, ["0.2"])
+    assert EDGE not in quiet + gain
+    assert quiet == f"83.0 at {RATES[2]:g}"
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_training(arm):
     result = noise.train(Run(CELL._replace(steps=2), arm, 0.1), 2)
     assert len(result["test"]) == len(result["widths"]) == 2
-    assert (result["widths"] == [1.0, 1.0]) == (arm == "fixed")
+    assert (result["widths"] == [1.0, 1.0]) == (arm == "fixed width")
 
 
 def test_samples_of_validation_are_no_samples_of_training():

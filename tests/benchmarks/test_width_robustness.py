@@ -30,7 +30,7 @@ def data(monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_is_repeatable_and_changes_learned_widths_alone(data, method):
-    run = Run("tones", "sigmoid", method, 1.0)
+    run = Run("tones", "sigmoid", "SGD", method, 1.0)
     first, again = (width_robustness.train(run, None, SHORT) for _ in range(2))
     assert first == again
     assert len(first["accuracies"]) == 2
@@ -40,7 +40,8 @@ def test_training_is_repeatable_and_changes_learned_widths_alone(data, method):
 def test_methods_differ_in_width_and_noise(data):
     settings = {**SHORT, "steps": 20}
     results = [
-        width_robustness.train(Run("tones", "sigmoid", method, 1.0), None, settings)["widths"] for method in METHODS
+        width_robustness.train(Run("tones", "sigmoid", "SGD", method, 1.0), None, settings)["widths"]
+        for method in METHODS
     ]
     assert results[0] != results[1] != results[2] != results[0]
 
@@ -48,7 +49,7 @@ def test_methods_differ_in_width_and_noise(data):
 def report(accuracies):
     """A report of accuracies by width for ASGL; SG has 1 less each."""
     runs = {
-        str(Run("digits", "sigmoid", method, width)): {"accuracies": [value - less for value in values]}
+        str(Run("digits", "sigmoid", "Adam", method, width)): {"accuracies": [value - less for value in values]}
         for method, less in ((ASGL, 0), (SG, 1))
         for width, values in accuracies.items()
     }
@@ -69,7 +70,7 @@ def test_table_and_figure(tmp_path):
     found = report({0.5: [97.0, 98.0], 10.0: [90.0, 94.0]})
     head, rows = width_robustness.rows(found)
     assert head == ["", "0.5", "10", "best - worst"]
-    assert rows[1] == ["digits, sigmoid, ASGL", "97.5 ± 0.7", "92.0 ± 2.8", "5.5"]
+    assert rows[1] == ["digits, sigmoid, Adam, ASGL", "97.5 ± 0.7", "92.0 ± 2.8", "5.5"]
     width_robustness.plot(found, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
@@ -84,22 +85,24 @@ def test_trainings_are_not_repeated(tmp_path, monkeypatch, capsys):
     file = tmp_path / "found.json"
     # A process would import torch anew.
     monkeypatch.setattr(runs, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs))
-    for name, value in (("SETTINGS", SHORT), ("SURROGATES", ("sigmoid",)), ("WIDTHS", (1.0,))):
+    for name, value in (("SETTINGS", SHORT), ("SURROGATES", ("sigmoid",)), ("RATES", {"SGD": 0.1}), ("WIDTHS", (1.0,))):
         monkeypatch.setattr(width_robustness, name, value)
     common = ("--data", "digits", "--jobs", 1, "--json", file)
     call(monkeypatch, *common)
     first = json.loads(file.read_text())
-    assert set(first["runs"]) == {f"digits sigmoid {method} 1" for method in (SG, LEARNED, ASGL)}
+    assert set(first["runs"]) == {f"digits sigmoid SGD {method} 1" for method in (SG, LEARNED, ASGL)}
     monkeypatch.setattr(width_robustness, "WIDTHS", (1.0, 5.0))
     call(monkeypatch, *common)
     second = json.loads(file.read_text())
-    assert set(second["runs"]) == set(first["runs"]) | {f"digits sigmoid {method} 5" for method in METHODS}
+    assert set(second["runs"]) == set(first["runs"]) | {f"digits sigmoid SGD {method} 5" for method in METHODS}
     assert all(second["runs"][key] == value for key, value in first["runs"].items())
     assert second["seconds"] > first["seconds"]
     monkeypatch.setattr(width_robustness, "train", lambda: None)
     call(monkeypatch, *common)
     assert json.loads(file.read_text())["runs"] == second["runs"]
     assert "12 trainings" in capsys.readouterr().out
-    monkeypatch.setattr(width_robustness, "SETTINGS", {**SHORT, "rate": 0.2})
-    with pytest.raises(SystemExit, match=r"under other settings: expected .*'rate': 0\.2.*found .*'rate': 0\.1"):
+    monkeypatch.setattr(width_robustness, "SETTINGS", {**SHORT, "analog_prob": 0.3})
+    with pytest.raises(
+        SystemExit, match=r"under other settings: expected .*'analog_prob': 0\.3.*found .*'analog_prob': 0\.2"
+    ):
         call(monkeypatch, *common)

@@ -96,7 +96,7 @@ def test_normalisations_and_biases_in_a_group_of_their_own():
 
 def test_a_step_has_the_rates_asked_for():
     model = network()
-    optimizer = torch.optim.SGD(parameter_groups(model, 0.5, weight_decay=0.1), lr=1.0)
+    optimizer = torch.optim.SGD(parameter_groups(model, 0.5, width_lr=3e-4, weight_decay=0.1), lr=1.0)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     for value in model.parameters():
         value.grad = torch.ones_like(value)

@@ -1,0 +1,147 @@
+"""Parameter groups of an optimizer, and the step of learned widths, Adam's whatever the optimizer of the weights is.
+
+A width's gradient shrinks by orders of magnitude where the width is large and the network deep: a step in proportion to
+it, as SGD's, either can't leave a wide start or destroys a good one. Adam's step has the size of its rate in log_width.
+Optimizers of another kind leave it to hooks around their step, which see gradients as the optimizer would: accumulated,
+unscaled, clipped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ..checks import read_number
+from ..integrator import LeakyIntegrator
+from ..layer import asgl_layers, check_module
+from ..neuron import BatchNormLIF
+
+WIDTH_LR = 0.03
+_BY_ADAM = "by_adam"  # the key of a group whose step is Adam's
+_ADAM = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam)
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    width_lr: float | None = None,
+    weight_decay: float = 0.0,
+    norm_weight_decay: float | None = None,
+) -> list[dict[str, Any]]:
+    """Groups of a torch optimizer: "weights" with `lr` and `weight_decay`, "neurons" with a step of their own.
+
+    "neurons" are the parameters of ASGL layers and `LeakyIntegrator` themselves: width, decay, threshold. They are
+    stored as logarithm or logit, set the scale of all gradients behind, and are not decayed. By default their step is
+    that of Adam with rate 0.03, so that a width changes by at most 3 % a step, or little more, whatever the optimizer
+    of the weights and its rate are. Optimizers other than Adam and its kin are made to do so by hooks around `step`:
+    their own momentum and the like do not concern this group. Gradients may be accumulated, unscaled by a GradScaler
+    and clipped as usual, Adam's averages are in the optimizer's state dict, and schedulers scale the group's rate with
+    the others. `OneCycleLR` sets the rates itself: give it a `max_lr` for each group. Optimizers that are no
+    `torch.optim.Optimizer`, or call their closure several times, need `width_lr`.
+
+    With `width_lr` the optimizer treats the group as any other, with this rate. The authors of ASGL train widths by
+    Adam at 3e-4 for 117,000 steps.
+
+    With `norm_weight_decay`, usually 0, normalisations and biases are a group "norms" between the two, with `lr` and
+    this decay: all parameters with at most one dimension, and those of `LayerNorm` and `RMSNorm`. None leaves them
+    among the weights.
+
+    Parameters of modules inside an ASGL layer are no neurons, nor are the normalisation's in `BatchNormLIF`. Every
+    parameter is in one group, once, also if shared or frozen: optimizers skip frozen parameters. Empty groups are
+    omitted.
+
+    Raises ValueError for a negative rate or decay, TypeError where `model` is no module.
+
+    Example::
+
+        model = nn.Sequential(nn.Linear(64, 128), asgl_cuda.LIF(), nn.Linear(128, 10))
+        groups = asgl_cuda.parameter_groups(model, lr=0.1, weight_decay=5e-4, norm_weight_decay=0.0)
+        optimizer = torch.optim.SGD(groups, momentum=0.9)
+    """
+    caller = "asgl_cuda.parameter_groups"
+    check_module(model, caller)
+    rates = {"lr": lr, "width_lr": width_lr, "weight_decay": weight_decay, "norm_weight_decay": norm_weight_decay}
+    for name, value in rates.items():
+        if name in ("width_lr", "norm_weight_decay") and value is None:
+            continue
+        if not read_number(name, value, caller) >= 0:
+            raise ValueError(f"{caller}: {name} must be >= 0, got {value}")
+    layers = [layer for _, layer in asgl_layers(model)]
+    layers += (module for module in model.modules() if isinstance(module, LeakyIntegrator))
+    neurons = {
+        id(each): each
+        for layer in layers
+        for name, each in layer.named_parameters(recurse=False)
+        if not (isinstance(layer, BatchNormLIF) and name in ("weight", "bias"))
+    }
+    norms: dict[int, nn.Parameter] = {}
+    if norm_weight_decay is not None:
+        norms = {
+            id(each): each
+            for module in model.modules()
+            for each in module.parameters(recurse=False)
+            if (each.dim() <= 1 or isinstance(module, nn.LayerNorm | nn.RMSNorm)) and id(each) not in neurons
+        }
+    weights = [each for each in model.parameters() if id(each) not in neurons and id(each) not in norms]
+    by_adam = width_lr is None
+    groups: list[dict[str, Any]] = [
+        {"name": "weights", "params": weights, "lr": lr, "weight_decay": weight_decay},
+        {"name": "norms", "params": list(norms.values()), "lr": lr, "weight_decay": norm_weight_decay},
+        {
+            "name": "neurons",
+            "params": list(neurons.values()),
+            "lr": WIDTH_LR if by_adam else width_lr,
+            "weight_decay": 0.0,
+            _BY_ADAM: by_adam,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Adam's step for the groups that ask for it, before the optimizer's own, or at the end of its closure."""
+    groups = [] if isinstance(optimizer, _ADAM) else [each for each in optimizer.param_groups if each.get(_BY_ADAM)]
+    if not groups:
+        return None
+    named = "closure" in kwargs
+    closure = kwargs["closure"] if named else (*args[1:], None)[0]
+    if closure is None:
+        _step_by_adam(optimizer, groups)
+        return None
+
+    def and_step() -> Any:
+        loss = closure()
+        _step_by_adam(optimizer, groups)
+        return loss
+
+    return (args, {**kwargs, "closure": and_step}) if named else ((args[0], and_step, *args[2:]), kwargs)
+
+
+def _step_by_adam(optimizer: Any, groups: list[dict[str, Any]]) -> None:
+    """The averages are the optimizer's state; the gradients are hidden from it until its step ends."""
+    scaled = getattr(optimizer, "found_inf", None) is not None  # a GradScaler leaves both to fused optimizers
+    for group in groups:
+        for value in group["params"]:
+            if "exp_avg" not in optimizer.state.get(value, {}):
+                optimizer.state.pop(value, None)  # Adagrad's is made with it
+        adam: Any = torch.optim.Adam(group["params"], lr=group["lr"], fused=scaled or None)
+        adam.state = optimizer.state
+        if scaled:
+            adam.grad_scale, adam.found_inf = optimizer.grad_scale, optimizer.found_inf
+        adam.step()
+    hidden = [(value, value.grad) for group in groups for value in group["params"]]
+    for value, _ in hidden:
+        value.grad = None
+    optimizer._asgl_hidden = hidden
+
+
+def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for value, grad in optimizer.__dict__.pop("_asgl_hidden", ()):
+        value.grad = grad
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)
