@@ -201,7 +201,8 @@ def plot(report: dict[str, Any], file: Path) -> None:
     names = [named(Cell(*task, *hows[0])).rsplit(", ", 2)[0] for task in TASKS]
     panels[0].set_yticks(range(len(TASKS)), names)
     panels[0].invert_yaxis()
-    panels[-1].legend(title="analog_prob", loc="lower right", fontsize=8)
+    drawn = max((panel.get_legend_handles_labels() for panel in panels), key=lambda each: len(each[0]))
+    panels[-1].legend(*drawn, title="analog_prob", loc="lower right", fontsize=8)
     figure.savefig(file, dpi=80)
 
 

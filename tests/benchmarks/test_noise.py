@@ -39,7 +39,10 @@ def report():
     found = {}
     for number, rate in enumerate(RATES):
         found[str(Run(CELL, QUIET, rate))] = {"validation": 90.0 - number, "test": [80.0 + number, 82.0 + number]}
-        found[str(Run(CELL, "0.2", rate))] = {"validation": 90.0 + number, "test": [90.0 - number / 2, 92.0 - 1.5 * number]}
+        found[str(Run(CELL, "0.2", rate))] = {
+            "validation": 90.0 + number,
+            "test": [90.0 - number / 2, 92.0 - 1.5 * number],
+        }
     return {"runs": found}
 
 
