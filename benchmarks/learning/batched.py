@@ -19,7 +19,6 @@ from torch.nn import functional
 import asgl_cuda
 
 from .data import Data
-from .optimizers import cosine_schedules
 
 HIDDEN = 64
 DECAY, THRESHOLD = 0.5, 1.0
@@ -162,7 +161,8 @@ def trained(
     samples, labels = flat(data.train), data.train_labels
     networks = Networks(samples.shape[2], data.classes, seeds, setting)
     optimizers = networks.optimizers()
-    steppers = [*optimizers, *cosine_schedules(optimizers, setting.steps)]
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(each, setting.steps) for each in optimizers]
+    steppers: list[Any] = [*optimizers, *schedules]
     for step, order in enumerate(orders(len(samples), setting, seeds)):
         if observe is not None:
             observe(networks, step)

@@ -25,7 +25,6 @@ from asgl_cuda import OverTime
 
 from .. import palette
 from ..common import parser_of
-from .optimizers import cosine_schedules, optimizers_of
 
 TIME_STEPS = 4
 HIDDEN = (256, 256, 256, 256)
@@ -108,8 +107,8 @@ def train(label: str, backend: str | None, data: list[Tensor], epochs: int, seed
     stopwatch = Stopwatch()
     for _, lif in asgl_cuda.asgl_layers(model):
         stopwatch.watch(lif)
-    optimizers = optimizers_of(model, lr=0.1, width_lr=3e-3)
-    schedules = cosine_schedules(optimizers, epochs)
+    optimizer = torch.optim.SGD(asgl_cuda.parameter_groups(model, 0.1, weight_decay=5e-4), momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     run = Run(label, widths=[widths_of(model)])
 
     for _ in progress.track(range(epochs), description=label):
@@ -122,13 +121,11 @@ def train(label: str, backend: str | None, data: list[Tensor], epochs: int, seed
             loss.backward()
             if not run.first_grads:
                 run.first_grads = [parameter.grad.clone() for parameter in model.parameters()]
-            for optimizer in optimizers:
-                optimizer.step()
+            optimizer.step()
             run.losses.append(loss.item())
         run.seconds.append(time.perf_counter() - started)
         run.neuron_seconds.append(stopwatch.seconds)
-        for schedule in schedules:
-            schedule.step()
+        schedule.step()
         model.eval()
         with torch.no_grad():
             run.accuracy.append((scores_of(model, test_images).argmax(1) == test_labels).float().mean().item())

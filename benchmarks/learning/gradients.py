@@ -3,12 +3,14 @@
 At marks of a training the gradient of a batch is taken as the training takes it, with its noise. A step against it, of
 all weights, so long that it predicts the loss to fall by a hundredth, is tried. The measured change, divided by the
 prediction, is that of the loss with the same noise, and that of the loss of the embedded spiking network, with hard
-spikes alone. 1 is a true gradient, 0 a useless one. Three arms: the width fixed, learned without noise, and learned
-with noise. Means over the seeds; gains on the second arm are paired, with 95 % intervals.
+spikes alone. 1 is a true gradient, 0 a useless one, 2 as far from the truth as 0. Three arms: the width fixed, learned
+without noise, and learned with noise. Means over the seeds; differences between the last two arms are paired, with 95 %
+intervals. Trained by SGD and by Adam, with two surrogates.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -18,14 +20,16 @@ import torch
 from torch import Tensor
 
 from ..common import machine, parser_of, write_json
-from .batched import Networks, Setting, flat, trained
+from .batched import ADAM, SGD, Networks, Setting, flat, trained
 from .data import SOURCES, Data
 from .runs import paired
 from .tables import print_table
 
-SEEDS = 20
-STEPS, MARKS = 240, (0, 20, 60, 120, 239)
-BATCH = 1024
+SEEDS = 10
+STEPS, MARKS = 120, (0, 20, 60, 119)
+BATCH = 512
+RATES = {SGD: 0.1, ADAM: 3e-3}
+SURROGATES = ("rectangle", "sigmoid")
 PREDICTED = 0.01  # of the loss
 NOISY = "learned, noise 0.2"
 ARMS: dict[str, dict[str, Any]] = {"fixed": {"learned": False}, "learned": {}, NOISY: {"analog_prob": 0.2}}
@@ -55,7 +59,9 @@ def fidelity(networks: Networks, samples: Tensor, labels: Tensor) -> dict[str, l
     return {name: [round(value, 4) for value in values.tolist()] for name, values in change.items()}
 
 
-def measure(data: Data, width: float, arm: str, seeds: int = SEEDS, steps: int = STEPS) -> dict[str, Any]:
+def measure(
+    data: Data, optimizer: str, surrogate: str, width: float, arm: str, seeds: int = SEEDS, steps: int = STEPS
+) -> dict[str, Any]:
     """The fidelities at each mark, by seed."""
     found: dict[str, Any] = {}
     chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:BATCH]
@@ -65,21 +71,22 @@ def measure(data: Data, width: float, arm: str, seeds: int = SEEDS, steps: int =
         if step in MARKS:
             found[str(step)] = fidelity(networks, samples, labels)
 
-    trained(data, Setting(width, steps=steps, **ARMS[arm]), range(seeds), observe)
+    how = {"optimizer": optimizer, "rate": RATES[optimizer], "surrogate": surrogate}
+    trained(data, Setting(width, steps=steps, **how, **ARMS[arm]), range(seeds), observe)
     return found
 
 
 def rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table: the loss with the same noise, by arm, and gains of noise, there and without noise."""
+    """Head and rows: the share of the predicted change by arm, and what noise adds to its distance from 1."""
     found = []
-    for width, arms in report["runs"].items():
+    for case, arms in report["runs"].items():
         for mark, quiet in arms["learned"].items():
             cells = [f"{statistics.fmean(by_mark[mark]['same noise']):.2f}" for by_mark in arms.values()]
             for name in ("same noise", "spiking"):
-                gain, half = paired(arms[NOISY][mark][name], quiet[name])
-                cells.append(f"{gain:+.2f} ± {half:.2f}")
-            found.append([f"width {width}, step {mark}", *cells])
-    return ["", *ARMS, "gain of noise", "on the spiking network"], found
+                noisy, without = ([abs(value - 1) for value in each[name]] for each in (arms[NOISY][mark], quiet))
+                cells.append("{:+.2f} ± {:.2f}".format(*paired(noisy, without)))
+            found.append([f"{case}, step {mark}", *cells])
+    return ["", *ARMS, "distance from 1, by noise", "for the spiking network"], found
 
 
 def main() -> int:
@@ -91,7 +98,12 @@ def main() -> int:
     data = SOURCES[arguments.data].read(None)
     report: dict[str, Any] = {"machine": machine(torch.device("cpu")), "data": arguments.data, "seeds": SEEDS}
     started = time.perf_counter()
-    report["runs"] = {f"{w:g}": {arm: measure(data, w, arm) for arm in ARMS} for w in arguments.widths}
+    report["runs"] = {
+        f"{optimizer}, {surrogate}, width {width:g}": {
+            arm: measure(data, optimizer, surrogate, width, arm) for arm in ARMS
+        }
+        for optimizer, surrogate, width in itertools.product(RATES, SURROGATES, arguments.widths)
+    }
     report["seconds"] = time.perf_counter() - started
     write_json(arguments.json, report)
     head, found = rows(report)

@@ -26,7 +26,6 @@ from asgl_cuda.surrogate import SURROGATES
 from .. import palette
 from ..common import machine, parser_of, write_json
 from .demo import ANALOG_PROB, BATCH_SIZE, load_data, scores_of, spiking_mlp
-from .optimizers import cosine_schedules, optimizers_of
 from .tables import print_table
 
 HIDDEN = (64,) * 6
@@ -34,6 +33,7 @@ OBSERVED = ("width", "inside", "smoothing_error")  # reported by asgl_cuda.Monit
 LOSSES = {"noisy_loss": "noisy network", "spiking_loss": "embedded spiking network"}
 NOISE_DRAWS = 20  # for the mean of the noisy network's loss
 ARMS = {"noise": ANALOG_PROB, "no noise": 0.0}
+RATES = {"SGD": 0.1, "Adam": 3e-3}
 
 
 def network(width: float, surrogate: str, analog_prob: float) -> nn.Sequential:
@@ -51,6 +51,14 @@ def train_epoch(model: nn.Module, images: Tensor, labels: Tensor, steppers: Sequ
         loss_of(model, images[batch], labels[batch]).backward()
         for stepper in steppers:
             stepper.step()
+
+
+def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
+    """Widths take the step of `asgl_cuda.parameter_groups`."""
+    if name == "SGD":
+        groups = asgl_cuda.parameter_groups(model, RATES[name], weight_decay=5e-4)
+        return torch.optim.SGD(groups, momentum=0.9)
+    return torch.optim.Adam(asgl_cuda.parameter_groups(model, RATES[name]))
 
 
 @torch.no_grad()
@@ -72,13 +80,16 @@ def observe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float
     return {**means, "noisy_loss": statistics.fmean(noisy), "spiking_loss": spiking}
 
 
-def run(width: float, surrogate: str, analog_prob: float, epochs: int, seed: int) -> list[dict[str, float]]:
+def run(
+    optimizer: str, width: float, surrogate: str, analog_prob: float, epochs: int, seed: int
+) -> list[dict[str, float]]:
     """The observations before the first epoch and after each."""
     train_images, test_images, train_labels, test_labels = load_data(seed)
     torch.manual_seed(seed)
     model = network(width, surrogate, analog_prob)
-    optimizers = optimizers_of(model, lr=0.1, width_lr=0.01)
-    steppers = [*optimizers, *cosine_schedules(optimizers, epochs * -(-len(train_images) // BATCH_SIZE))]
+    stepped = optimizer_of(model, optimizer)
+    steps = epochs * -(-len(train_images) // BATCH_SIZE)
+    steppers = [stepped, torch.optim.lr_scheduler.CosineAnnealingLR(stepped, steps)]
     found = [observe(model, test_images, test_labels)]
     for _ in range(epochs):
         train_epoch(model, train_images, train_labels, steppers)
@@ -98,16 +109,20 @@ def over_seeds(runs: Sequence[list[dict[str, float]]]) -> dict[str, dict[str, li
     }
 
 
+def case_of(run: dict[str, Any]) -> str:
+    return f"{run['optimizer']}, {run['surrogate']}, width {run['width']:g}"
+
+
 @palette.styled
 def plot(report: dict[str, Any], file: Path) -> None:
-    """A row for each surrogate and width: widths, shares and errors, and the two losses, of both arms."""
+    """A row for each optimizer, surrogate and width: widths, shares and errors, and the two losses, of both arms."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys((each["surrogate"], each["width"]) for each in report["runs"]))
+    names = list(dict.fromkeys(case_of(each) for each in report["runs"]))
     figure = Figure(figsize=(17, 3.4 * len(names)))
     rows = figure.subplots(len(names), 4, squeeze=False)
     for each in report["runs"]:
-        row = rows[names.index((each["surrogate"], each["width"]))]
+        row = rows[names.index(case_of(each))]
         number = list(ARMS).index(each["arm"])
         series = [(panel, key, each["arm"], number) for panel, key in zip(row, OBSERVED, strict=False)]
         series += [(row[3], key, f"{each['arm']}: {LOSSES[key]}", 2 * number + i) for i, key in enumerate(LOSSES)]
@@ -117,8 +132,8 @@ def plot(report: dict[str, Any], file: Path) -> None:
             panel.fill_between(
                 range(len(mean)), mean - deviation, mean + deviation, color=palette.CYCLE[style], alpha=0.2, linewidth=0
             )
-    for row, (surrogate, width) in zip(rows, names, strict=True):
-        row[0].set_ylabel(f"{surrogate}, width {width:g}")
+    for row, name in zip(rows, names, strict=True):
+        row[0].set_ylabel(name)
         row[3].set_yscale("log")
         for panel in row:
             panel.set_xlabel("epoch")
@@ -140,7 +155,7 @@ def rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             for key in ("width", "smoothing_error")
         ]
         cells += [f"{observed[key]['mean'][-1]:.3f} ± {observed[key]['deviation'][-1]:.3f}" for key in LOSSES]
-        found.append([f"{each['surrogate']}, width {each['width']:g}, {each['arm']}", *cells])
+        found.append([f"{case_of(each)}, {each['arm']}", *cells])
     return ["", "learned width", "smoothing error", "loss, noisy", "loss, spiking"], found
 
 
@@ -149,15 +164,18 @@ def main() -> int:
     parser = parser_of("benchmarks.learning.smoothing", __doc__, "json", "plot")
     parser.add_argument("--widths", type=float, nargs="+", default=[1.0, 5.0], help="at the start (default 1 5)")
     parser.add_argument("--surrogates", nargs="+", choices=SURROGATES, default=["rectangle", "sigmoid"])
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     report: dict[str, Any] = {
         "machine": machine(torch.device("cpu")), "seeds": arguments.seeds, "epochs": arguments.epochs, "runs": [],
     }  # fmt: skip
-    for surrogate, width, arm in track([*itertools.product(arguments.surrogates, arguments.widths, ARMS)]):
-        runs = [run(width, surrogate, ARMS[arm], arguments.epochs, seed) for seed in range(arguments.seeds)]
-        report["runs"].append({"surrogate": surrogate, "width": width, "arm": arm, "observed": over_seeds(runs)})
+    cases = itertools.product(RATES, arguments.surrogates, arguments.widths, ARMS)
+    for optimizer, surrogate, width, arm in track([*cases]):
+        seeds = range(arguments.seeds)
+        runs = [run(optimizer, width, surrogate, ARMS[arm], arguments.epochs, seed) for seed in seeds]
+        case = {"optimizer": optimizer, "surrogate": surrogate, "width": width, "arm": arm}
+        report["runs"].append({**case, "observed": over_seeds(runs)})
         write_json(arguments.json, report)
     head, found = rows(report)
     print_table("Means over the layers, and standard deviations over the seeds", head, found)

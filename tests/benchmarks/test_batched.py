@@ -17,7 +17,6 @@ from asgl_cuda import OverTime
 from benchmarks.learning import batched
 from benchmarks.learning.batched import Networks, Setting
 from benchmarks.learning.data import Data
-from benchmarks.learning.optimizers import cosine_schedules
 
 SEEDS = (3, 1, 2)
 
@@ -76,7 +75,8 @@ def alone(found, setting, seed):
         layers += [OverTime(each), OverTime(nn.BatchNorm1d(batched.HIDDEN)), neuron]
     model = nn.Sequential(*layers, nn.Linear(batched.HIDDEN, 3))
     optimizers = optimizers_of(model, setting)
-    steppers = [*optimizers, *cosine_schedules(optimizers, setting.steps)]
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(each, setting.steps) for each in optimizers]
+    steppers = [*optimizers, *schedules]
 
     def scores(samples):
         x_seq = samples.transpose(0, 1)

@@ -139,8 +139,8 @@ def test_observing_changes_no_training(monkeypatch):
 
     observed = batched.trained(samples, setting, (0, 1), observe)
     assert all(map(torch.equal, alone.state_dict().values(), observed.state_dict().values()))
-    found = {arm: gradients.measure(samples, 1.0, arm, seeds=2, steps=3) for arm in gradients.ARMS}
-    head, rows = gradients.rows({"runs": {"1": found}})
+    found = {arm: gradients.measure(samples, "SGD", "sigmoid", 1.0, arm, seeds=2, steps=3) for arm in gradients.ARMS}
+    head, rows = gradients.rows({"runs": {"width 1": found}})
     assert [row[0] for row in rows] == ["width 1, step 0", "width 1, step 2"]
     assert all(len(row) == len(head) for row in rows)
     assert rows[0][1] == rows[0][2], "fixed and learned widths begin alike"

@@ -54,8 +54,9 @@ def test_observing_changes_nothing_and_is_repeatable():
     assert all(neuron.training and neuron.analog_prob == 0 for neuron in neurons(model))
 
 
-def test_run_and_figure(tmp_path):
-    runs = [smoothing.run(2.0, "sigmoid", 0.2, 3, seed) for seed in (0, 1)]
+@pytest.mark.parametrize("optimizer", smoothing.RATES)
+def test_run_and_figure(optimizer, tmp_path):
+    runs = [smoothing.run(optimizer, 2.0, "sigmoid", 0.2, 3, seed) for seed in (0, 1)]
     for before, *_, after in runs:
         assert after["spiking_loss"] < before["spiking_loss"]
         assert after["width"] != before["width"]
@@ -64,7 +65,8 @@ def test_run_and_figure(tmp_path):
     widths = [run[-1]["width"] for run in runs]
     assert observed["width"]["mean"][-1] == pytest.approx(sum(widths) / 2, abs=1e-4)
     assert observed["width"]["deviation"][::3] == pytest.approx([0, abs(widths[0] - widths[1]) / 2**0.5], abs=1e-4)
-    report = {"runs": [{"surrogate": "sigmoid", "width": 2.0, "arm": "noise", "observed": observed}]}
+    case = {"optimizer": optimizer, "surrogate": "sigmoid", "width": 2.0, "arm": "noise"}
+    report = {"runs": [{**case, "observed": observed}]}
     _, (row,) = smoothing.rows(report)
     assert row[1].startswith("2.00 to ")
     smoothing.plot(report, tmp_path / "figure.png")
