@@ -15,11 +15,14 @@ from .learning.adaptation import rows as adaptation_rows
 from .learning.calibration import summary as calibration_summary
 from .learning.data import SOURCES
 from .learning.gradients import rows as gradients_rows
-from .learning.noise import HEAD as NOISE_HEAD
+from .learning.noise import CONTROLS, EDGE, SHARES
+from .learning.noise import head as noise_head
 from .learning.noise import rows as noise_rows
-from .learning.noise import rows_by_rate
+from .learning.residual_network import rows as residual_rows
 from .learning.smoothing import rows as smoothing_rows
 from .learning.width_robustness import rows as width_rows
+from .learning.width_step import HEAD as STEP_HEAD
+from .learning.width_step import rows as step_rows
 from .speed.end_to_end import NEURONS
 from .speed.memory import KEPT, RECOMPUTED
 from .speed.microbench import COMPILED, FLOOR, LOOP, PAIR, PLAIN, REFERENCE
@@ -244,24 +247,47 @@ def width_robustness(report: dict[str, Any]) -> str:
     return "\n".join((words, "", *markdown_table(*width_rows(report))))
 
 
+def width_step(report: dict[str, Any]) -> str:
+    """Accuracies from width 1 and losses from wider starts, by rule."""
+    seeds = report["settings"]["seeds"]
+    words = (
+        f"Test accuracy in percent from a first width of 1, mean of {seeds} seeds, and what wider starts lose against "
+        f"it, with 95 % intervals. {seeds * len(report['runs']):,} trainings took {report['seconds'] / 60:.0f} minutes "
+        "of one core:"
+    )
+    return "\n".join((words, "", *markdown_table(STEP_HEAD, list(step_rows(report)))))
+
+
+def residual_network(report: dict[str, Any]) -> str:
+    """Accuracies after some epochs, by optimizer, first width and arm."""
+    about = report["settings"]
+    words = (
+        f"Test accuracy in percent on mnist of a residual network of nine convolutions ({about['parameters']:,} "
+        f"parameters, T = {about['time_steps']}, {about['surrogate']}), mean of {about['seeds']} seeds (least to "
+        f"most). {len(report['runs'])} trainings took {report['seconds'] / 60:.0f} minutes of one core:"
+    )
+    return "\n".join((words, "", *markdown_table(*residual_rows(report))))
+
+
 def noise(report: dict[str, Any]) -> str:
     """Accuracy of learned widths without noise, and the gains of the other arms, by cell."""
     seeds = report["settings"]["seeds"]
     words = (
-        f"Test accuracy in percent of learned widths without noise, mean of {seeds} seeds, and what other arms gain on "
-        f"it, with 95 % intervals. {seeds * len(report['runs']):,} trainings took {report['seconds'] / 60:.0f} minutes "
-        "of one core:"
+        f"Test accuracy in percent of learned widths without noise at the learning rate that validation chose, mean of "
+        f"{seeds} seeds, and what a share of analog elements gains on it, at its own rate, with 95 % intervals;"
+        f"{EDGE}: one of the two chose the least or the largest rate. {seeds * len(report['runs']):,} trainings took "
+        f"{report['seconds'] / 60:.0f} minutes of one core:"
     )
-    words_by_rate = "The gains of two shares where both arms have the same learning rate:"
-    tables = markdown_table(NOISE_HEAD, list(noise_rows(report))), markdown_table(*rows_by_rate(report))
-    return "\n".join((words, "", *tables[0], "", words_by_rate, "", *tables[1]))
+    controls = "Controls in two of the cells:"
+    tables = (markdown_table(noise_head(arms), list(noise_rows(report, arms))) for arms in (SHARES, CONTROLS))
+    return "\n".join((words, "", *next(tables), "", controls, "", *next(tables)))
 
 
 def gradients(report: dict[str, Any]) -> str:
     """Measured by predicted changes of the loss."""
     words = (
-        f"Measured by predicted change of the loss on {report['data']}, means of {report['seeds']} seeds, with 95 % "
-        "intervals of paired differences:"
+        f"Measured by predicted change of the loss on {report['data']}, means of {report['seeds']} seeds, and by how "
+        "much noise changes the distance from 1, with 95 % intervals of paired differences:"
     )
     return "\n".join((words, "", *markdown_table(*gradients_rows(report))))
 
@@ -318,6 +344,8 @@ MAKERS = {
     "memory": ("memory", memory),
     "smoothing": ("smoothing", smoothing),
     "width_robustness": ("width_robustness", width_robustness),
+    "width_step": ("width_step", width_step),
+    "residual_network": ("residual_network", residual_network),
     "noise": ("noise", noise),
     "gradients": ("gradients", gradients),
     "adaptation": ("adaptation", adaptation),
