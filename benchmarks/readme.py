@@ -15,12 +15,14 @@ from .learning.adaptation import rows as adaptation_rows
 from .learning.calibration import summary as calibration_summary
 from .learning.data import SOURCES
 from .learning.gradients import rows as gradients_rows
-from .learning.noise import CONTROLS, EDGE, SHARES
-from .learning.noise import head as noise_head
+from .learning.noise import EDGE, QUIET, SHARES, control_head, control_rows
+from .learning.noise import HEAD as NOISE_HEAD
 from .learning.noise import rows as noise_rows
 from .learning.residual_network import rows as residual_rows
 from .learning.smoothing import rows as smoothing_rows
 from .learning.width_robustness import rows as width_rows
+from .learning.width_robustness import summary as width_summary
+from .learning.width_step import CELLS
 from .learning.width_step import HEAD as STEP_HEAD
 from .learning.width_step import rows as step_rows
 from .speed.end_to_end import NEURONS
@@ -234,17 +236,25 @@ def smoothing(report: dict[str, Any]) -> str:
     return "\n".join((words, "", *markdown_table(*smoothing_rows(report))))
 
 
+def folded(title: str, table: list[str]) -> list[str]:
+    """A table that a reader opens."""
+    return ["<details>", f"<summary>{title}</summary>", "", *table, "", "</details>"]
+
+
 def width_robustness(report: dict[str, Any]) -> str:
-    """Mean accuracy and standard deviation over the seeds, by width; the drop in the last column."""
-    seeds = report["settings"]["seeds"]
+    """Mean accuracy over the sets by width; and, folded, each set with the deviations over the seeds."""
+    about = report["settings"]
+    seeds, rates = about["seeds"], about["rates"]
     names = dict.fromkeys(key.split()[0] for key in report["runs"])
     kinds = ", ".join(f"{name} ({SOURCES[name].kind})" for name in names)
+    trainings = ", ".join(f"{name} at {rate:g}" for name, rate in rates.items())
     words = (
-        f"Test accuracy in percent on {kinds} over the width at the start, mean ± standard deviation of {seeds} "
-        f"seeds, and how far the worst width is under the best. {seeds * len(report['runs'])} trainings took "
-        f"{report['seconds'] / 60:.0f} minutes of one core:"
+        f"Test accuracy in percent over the width at the start after {about['steps']} steps, mean of {kinds} and "
+        f"{seeds} seeds; {trainings}. {seeds * len(report['runs']):,} trainings took {report['seconds'] / 60:.0f} "
+        "minutes of one core:"
     )
-    return "\n".join((words, "", *markdown_table(*width_rows(report))))
+    every = folded("Each set, mean ± standard deviation of the seeds", markdown_table(*width_rows(report)))
+    return "\n".join((words, "", *markdown_table(*width_summary(report)), "", *every))
 
 
 def width_step(report: dict[str, Any]) -> str:
@@ -255,7 +265,9 @@ def width_step(report: dict[str, Any]) -> str:
         f"it, with 95 % intervals. {seeds * len(report['runs']):,} trainings took {report['seconds'] / 60:.0f} minutes "
         "of one core:"
     )
-    return "\n".join((words, "", *markdown_table(STEP_HEAD, list(step_rows(report)))))
+    first, *others = CELLS
+    base, others = (markdown_table(STEP_HEAD, list(step_rows(report, cells))) for cells in ([first], others))
+    return "\n".join((words, "", *base, "", *folded("Other tasks and parameters", others)))
 
 
 def residual_network(report: dict[str, Any]) -> str:
@@ -270,17 +282,19 @@ def residual_network(report: dict[str, Any]) -> str:
 
 
 def noise(report: dict[str, Any]) -> str:
-    """Accuracy of learned widths without noise, and the gains of the other arms, by cell."""
+    """Accuracy of learned widths without noise and the gain of each share, by task, optimizer and surrogate."""
     seeds = report["settings"]["seeds"]
-    words = (
-        f"Test accuracy in percent of learned widths without noise at the learning rate that validation chose, mean of "
+    lines = [
+        "Test accuracy in percent of learned widths without noise at the learning rate that validation chose, mean of "
         f"{seeds} seeds, and what a share of analog elements gains on it, at its own rate, with 95 % intervals;"
         f"{EDGE}: one of the two chose the least or the largest rate. {seeds * len(report['runs']):,} trainings took "
-        f"{report['seconds'] / 60:.0f} minutes of one core:"
-    )
-    controls = "Controls in two of the cells:"
-    tables = (markdown_table(noise_head(arms), list(noise_rows(report, arms))) for arms in (SHARES, CONTROLS))
-    return "\n".join((words, "", *next(tables), "", controls, "", *next(tables)))
+        f"{report['seconds'] / 60:.0f} minutes of one core.",
+    ]
+    for arm in SHARES:
+        if arm != QUIET:
+            lines += ["", f"`analog_prob={arm}`:", "", *markdown_table(NOISE_HEAD, list(noise_rows(report, arm)))]
+    controls = markdown_table(control_head(), list(control_rows(report)))
+    return "\n".join((*lines, "", "Controls, gains on digits, 250 steps, width 1:", "", *controls))
 
 
 def gradients(report: dict[str, Any]) -> str:

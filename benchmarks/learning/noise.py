@@ -14,7 +14,7 @@ import itertools
 import os
 import statistics
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,8 @@ IMAGES = ("digits", "mnist")
 RATES = {SGD: (0.03, 0.1, 0.3, 1.0, 3.0), ADAM: (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
 SURROGATES = ("rectangle", "sigmoid")
 SEEDS = 10
-EDGE = " (edge)"  # of a gain, where an arm chose the least or the largest rate
+HOW = tuple(itertools.product(RATES, SURROGATES))
+EDGE = " *"  # of a gain, where an arm chose the least or the largest rate
 QUIET = "0"  # the arm that the others are compared with
 SHARES: dict[str, dict[str, Any]] = {QUIET: {}, "0.2": {"analog_prob": 0.2}, "0.5": {"analog_prob": 0.5}}
 CONTROLS: dict[str, dict[str, Any]] = {
@@ -82,7 +83,7 @@ CONTROLLED = (("digits", 1, 250, 1.0), ("digits", 4, 250, 1.0))
 
 def cells() -> Iterator[Cell]:
     for task in TASKS:
-        yield from (Cell(*task, *how) for how in itertools.product(RATES, SURROGATES))
+        yield from (Cell(*task, *how) for how in HOW)
 
 
 def arms_of(cell: Cell) -> dict[str, dict[str, Any]]:
@@ -151,28 +152,46 @@ def chosen(report: dict[str, Any], cell: Cell, arm: str) -> Chosen | None:
     return Chosen(rate, rate in (rates[0], rates[-1]), test, *paired(test, quiet[1]))
 
 
-def named(cell: Cell) -> str:
-    time = f", T = {cell.time_steps}" if cell.time_steps else ""
-    return f"{cell.data}{time}, {cell.steps} steps, width {cell.width:g}, {cell.optimizer}, {cell.surrogate}"
+def named(task: tuple[Any, ...]) -> str:
+    """A task, or the task of a cell."""
+    data, time_steps, steps, width, *_ = task
+    time = f", T = {time_steps}" if time_steps else ""
+    return f"{data}{time}, {steps} steps, width {width:g}"
 
 
-def rows(report: dict[str, Any], arms: Collection[str] = SHARES) -> Iterator[list[str]]:
-    """A row a cell that has all of the arms: accuracy without noise at its rate, and gains."""
-    for cell in cells():
-        found = {arm: chosen(report, cell, arm) for arm in (QUIET, *arms)}
-        if any(each is None for each in found.values()):
-            continue
-        quiet = found.pop(QUIET)
-        gains = (
-            f"{each.gain:+.1f} ± {each.half:.1f}{EDGE if each.at_edge or quiet.at_edge else ''}"
-            for each in found.values()
-        )
-        edge = EDGE if quiet.at_edge else ""
-        yield [named(cell), f"{statistics.fmean(quiet.test):.1f} at {quiet.rate:g}{edge}", *gains]
+def gain_of(report: dict[str, Any], cell: Cell, arm: str) -> str:
+    """Empty where it was not trained."""
+    this, quiet = chosen(report, cell, arm), chosen(report, cell, QUIET)
+    if this is None or quiet is None:
+        return ""
+    return f"{this.gain:+.1f} ± {this.half:.1f}{EDGE if this.at_edge or quiet.at_edge else ''}"
 
 
-def head(arms: Collection[str] = SHARES) -> list[str]:
-    return ["", "no noise", *(arm for arm in arms if arm != QUIET)]
+def rows(report: dict[str, Any], arm: str) -> Iterator[list[str]]:
+    """A row a task: accuracy without noise, and the gain of an arm, by optimizer and surrogate."""
+    for task in TASKS:
+        cells = [Cell(*task, *how) for how in HOW]
+        quiet = [chosen(report, cell, QUIET) for cell in cells]
+        if any(quiet):
+            found = zip(cells, quiet, strict=True)
+            gains = (
+                each and f"{statistics.fmean(each.test):.1f}, {gain_of(report, cell, arm)}" for cell, each in found
+            )
+            yield [named(task), *(each or "" for each in gains)]
+
+
+HEAD = ["", *map(", ".join, HOW)]
+
+
+def control_rows(report: dict[str, Any]) -> Iterator[list[str]]:
+    """A row an arm: its gain in each cell that has controls."""
+    for arm in (*list(SHARES)[1:], *CONTROLS):
+        yield [arm, *(gain_of(report, cell, arm) for cell in cells() if cell[:4] in CONTROLLED)]
+
+
+def control_head() -> list[str]:
+    cases = (cell for cell in cells() if cell[:4] in CONTROLLED)
+    return ["", *(f"T = {cell.time_steps}, {cell.optimizer}, {cell.surrogate}" for cell in cases)]
 
 
 @palette.styled
@@ -180,10 +199,9 @@ def plot(report: dict[str, Any], file: Path) -> None:
     """Gains of the shares in each task, by optimizer and surrogate."""
     from matplotlib.figure import Figure
 
-    hows = list(itertools.product(RATES, SURROGATES))
     figure = Figure(figsize=(12, 1.2 + 0.42 * len(TASKS)))
-    panels = figure.subplots(1, len(hows), sharex=True, sharey=True)
-    for panel, how in zip(panels, hows, strict=True):
+    panels = figure.subplots(1, len(HOW), sharex=True, sharey=True)
+    for panel, how in zip(panels, HOW, strict=True):
         panel.axvline(0, color=palette.BLACK, linewidth=0.8)
         for number, arm in enumerate(arm for arm in SHARES if arm != QUIET):
             found = [(row, each) for row, task in enumerate(TASKS) if (each := chosen(report, Cell(*task, *how), arm))]
@@ -198,8 +216,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
         marks = (-30, -10, -3, 0, 3, 10, 30)
         panel.set_xticks(marks, [f"{mark:+d}" if mark else "0" for mark in marks])
         panel.minorticks_off()
-    names = [named(Cell(*task, *hows[0])).rsplit(", ", 2)[0] for task in TASKS]
-    panels[0].set_yticks(range(len(TASKS)), names)
+    panels[0].set_yticks(range(len(TASKS)), map(named, TASKS))
     panels[0].invert_yaxis()
     drawn = max((panel.get_legend_handles_labels() for panel in panels), key=lambda each: len(each[0]))
     panels[-1].legend(*drawn, title="analog_prob", loc="lower right", fontsize=8)
@@ -215,9 +232,10 @@ def main() -> int:
     file.parent.mkdir(exist_ok=True)
     report = begun(file, {"seeds": SEEDS, "base": Setting(1.0)._asdict()})
     train_all(all_runs(), train, report, file, arguments.jobs)
-    title = "Test accuracy in percent without noise, and gains, with 95 % intervals over the seeds"
-    print_table(title, head(), rows(report))
-    print_table(f"{title}: controls", head(CONTROLS), rows(report, CONTROLS))
+    for arm in list(SHARES)[1:]:
+        title = f"Test accuracy in percent without noise, and the gain of {arm}, with 95 % intervals over the seeds"
+        print_table(title, HEAD, rows(report, arm))
+    print_table("Gains on digits, 250 steps, width 1", control_head(), control_rows(report))
     print_total(report, SEEDS, file)
     if arguments.plot:
         plot(report, arguments.plot)

@@ -110,6 +110,21 @@ def rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["", *(f"{width:g}" for width in widths), "best - worst"], found
 
 
+def summary(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: the mean accuracy of all sets, by width."""
+    every = list(series(report))
+    widths = sorted({width for each in every for width in each.widths})
+    found = []
+    for optimizer, surrogate, method in itertools.product(RATES, SURROGATES, METHODS):
+        chosen = [
+            each for each in every if (each.optimizer, each.surrogate, each.method) == (optimizer, surrogate, method)
+        ]
+        if chosen:
+            means = [statistics.fmean(values) for values in zip(*(each.means for each in chosen), strict=True)]
+            found.append([f"{optimizer}, {surrogate}, {method}", *(f"{mean:.1f}" for mean in means)])
+    return ["", *(f"{width:g}" for width in widths)], found
+
+
 @palette.styled
 def plot(report: dict[str, Any], file: Path) -> None:
     """Accuracy over width, a row for each surrogate and optimizer, a column for each data set."""

@@ -12,7 +12,7 @@ import itertools
 import os
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,10 +121,10 @@ def train(run: Run, seeds: int = SEEDS) -> dict[str, Any]:
     return {"test": networks.accuracies(flat(data.test), data.test_labels), "widths": widths}
 
 
-def rows(report: dict[str, Any]) -> Iterator[list[str]]:
+def rows(report: dict[str, Any], cells: Iterable[Cell] = CELLS) -> Iterator[list[str]]:
     """A row for each cell, optimizer and rule: accuracy from width 1, and what other first widths lose."""
-    for cell, trainings in CELLS.items():
-        for (optimizer, rate), rule in itertools.product(trainings, rules_of(cell)):
+    for cell in cells:
+        for (optimizer, rate), rule in itertools.product(CELLS[cell], rules_of(cell)):
             found = {width: report["runs"].get(str(Run(cell, optimizer, rate, rule, width))) for width in WIDTHS}
             first = found.pop(WIDTHS[0])
             if first is None:

@@ -58,14 +58,18 @@ def test_rates_are_chosen_by_validation():
 
 
 def test_table_and_figure(tmp_path):
-    (row,) = noise.rows(report(), ["0.2"])
-    assert len(row) == len(noise.head(["0.2"]))
-    name, quiet, gain = row
-    assert name == "digits, T = 4, 60 steps, width 1, SGD, sigmoid"
-    assert quiet == f"81.0 at 0.03{EDGE}"
-    assert gain.startswith("+6.0 ± ")
-    assert gain.endswith(EDGE)
-    assert list(noise.rows(report())) == [], "an arm is missing"
+    ((name, *cells),) = noise.rows(report(), "0.2")
+    assert name == "digits, T = 4, 60 steps, width 1"
+    assert len(cells) == len(noise.HEAD) - 1
+    cell = cells[noise.HEAD.index("SGD, sigmoid") - 1]
+    assert [each for each in cells if each] == [cell]
+    assert cell.startswith("81.0, +6.0 ± ")
+    assert cell.endswith(EDGE)
+    (row,) = noise.rows(report(), "0.5")
+    assert "81.0, " in row, "an arm that was not trained"
+    controls = list(noise.control_rows(report()))
+    assert {len(row) for row in controls} == {len(noise.control_head())}
+    assert not any(cell for row in controls for cell in row[1:])
     noise.plot(report(), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
@@ -76,9 +80,10 @@ def test_a_rate_inside_is_no_edge():
         run["validation"] = 50.0
     for arm in (QUIET, "0.2"):
         found["runs"][str(Run(CELL, arm, RATES[2]))]["validation"] = 60.0
-    ((_, quiet, gain),) = noise.rows(found, ["0.2"])
-    assert EDGE not in quiet + gain
-    assert quiet == f"83.0 at {RATES[2]:g}"
+    assert noise.chosen(found, CELL, QUIET).rate == RATES[2]
+    assert EDGE not in noise.gain_of(found, CELL, "0.2")
+    found["runs"][str(Run(CELL, "0.2", RATES[0]))]["validation"] = 70.0
+    assert noise.gain_of(found, CELL, "0.2").endswith(EDGE)
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -71,6 +71,10 @@ def test_table_and_figure(tmp_path):
     head, rows = width_robustness.rows(found)
     assert head == ["", "0.5", "10", "best - worst"]
     assert rows[1] == ["digits, sigmoid, Adam, ASGL", "97.5 ± 0.7", "92.0 ± 2.8", "5.5"]
+    assert width_robustness.summary(found) == (
+        ["", "0.5", "10"],
+        [["Adam, sigmoid, SG", "96.5", "91.0"], ["Adam, sigmoid, ASGL", "97.5", "92.0"]],
+    )
     width_robustness.plot(found, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
