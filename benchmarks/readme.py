@@ -15,7 +15,7 @@ from .learning.adaptation import rows as adaptation_rows
 from .learning.calibration import summary as calibration_summary
 from .learning.data import SOURCES
 from .learning.gradients import rows as gradients_rows
-from .learning.noise import EDGE, QUIET, SHARES, control_head, control_rows
+from .learning.noise import CONTROLLED, EDGE, QUIET, SHARES, control_head, control_rows, named
 from .learning.noise import HEAD as NOISE_HEAD
 from .learning.noise import rows as noise_rows
 from .learning.residual_network import rows as residual_rows
@@ -294,7 +294,7 @@ def noise(report: dict[str, Any]) -> str:
         if arm != QUIET:
             lines += ["", f"`analog_prob={arm}`:", "", *markdown_table(NOISE_HEAD, list(noise_rows(report, arm)))]
     controls = markdown_table(control_head(), list(control_rows(report)))
-    return "\n".join((*lines, "", "Controls, gains on digits, 250 steps, width 1:", "", *controls))
+    return "\n".join((*lines, "", f"Controls, gains on {named(CONTROLLED)}:", "", *controls))
 
 
 def gradients(report: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ def test_design():
     assert {(cell.optimizer, cell.surrogate) for cell in cells} == {
         (optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")
     }
-    assert {run.cell[:4] for run in every if run.arm in CONTROLS} == set(noise.CONTROLLED)
+    assert {run.cell[:4] for run in every if run.arm in CONTROLS} == {noise.CONTROLLED}
 
 
 def test_paired():
