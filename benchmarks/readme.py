@@ -315,7 +315,8 @@ def calibration(report: dict[str, Any]) -> str:
     head, rows = calibration_summary(report)
     settings = report["settings"]
     usual = [column for column, name in enumerate(head) if name in ("0.05", "0.1", "0.2")]
-    deep, shallow = [], []
+    deep: list[float] = []
+    shallow: list[float] = []
     for row in rows:
         accuracies = [float(row[column]) for column in usual]
         (deep if "12 layers" in row[0] else shallow).append(max(accuracies) - min(accuracies))
