@@ -499,6 +499,9 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_training(monke
 def test_evaluated_by_the_settings_of_the_checkpoint(tmp_path, monkeypatch, capsys):
     training = tiny("cifar10-vgg13", "per-step", steps=3, threshold=0.7)
     training.save(tmp_path / "last.pt")
+    saved = torch.load(tmp_path / "last.pt")
+    del saved["settings"]["frames"]  # of a time when there was one way
+    torch.save(saved, tmp_path / "last.pt")
     found, evaluate = [], ("cifar10-vgg13", "--synthetic", 16, "--workers", 0, "--evaluate", tmp_path / "last.pt")
     monkeypatch.setattr(Training, "accuracy", lambda self: found.append(self) or 12.5)
     assert call(monkeypatch, *evaluate) == 0
@@ -507,7 +510,6 @@ def test_evaluated_by_the_settings_of_the_checkpoint(tmp_path, monkeypatch, caps
     assert [each.settings for each in found] == [training.settings, replace(training.settings, threshold=0.9)]
     for ours, theirs in zip(found[0].network.parameters(), training.network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    saved = torch.load(tmp_path / "last.pt")
     for settings, expected in (
         ({**saved["settings"], "batch": 0}, "has settings that are none here: ValueError: --batch must be at least 1"),
         ({**saved["settings"], "colour": 1}, "has settings that are none here: TypeError: .* argument 'colour'"),
