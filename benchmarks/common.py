@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -48,9 +49,14 @@ def fused_backends(device: torch.device) -> list[str]:
 
 def device_of(parser: argparse.ArgumentParser, asked: str | None) -> torch.device:
     """The device asked for, else the GPU if a backend works on it, else the CPU."""
-    device = torch.device(asked or ("cuda" if fused_backends(torch.device("cuda")) else "cpu"))
+    asked = asked or ("cuda" if fused_backends(torch.device("cuda")) else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", asked):
+        parser.error(f"--device must be cpu, cuda, or cuda:1 and so on, got {asked}")
+    device = torch.device(asked)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {device} needs a GPU that torch can use: torch.cuda.is_available() is False")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        parser.error(f"--device {device} is beyond the {torch.cuda.device_count()} GPUs that torch sees")
     return device
 
 

@@ -2,10 +2,10 @@
 
 The multiply is the floor: `x * 2` reads x and writes the result as forward must, `x * g` reads two tensors and writes
 one as backward must. Compared with it: the neuron of ASGL in every backend, as the reference and as a loop in plain
-PyTorch, and the ordinary LIF neuron, which the other libraries have as well, and with integer spikes. All rows take
-turns within each repeat, so that a drift of the machine's speed affects all alike; the median over the repeats is
-reported. The spikes of peers are compared with ours before they are timed. `--sweep adaptive`: adaptive neurons beside
-LIF, and as a loop under torch.compile.
+PyTorch, and the ordinary LIF neuron, which the other libraries have as well, each with its default surrogate and one
+under torch.compile, and with integer spikes. All rows take turns within each repeat, so that a drift of the machine's
+speed affects all alike; the median over the repeats is reported. The spikes of peers are compared with ours before they
+are timed. `--sweep adaptive`: adaptive neurons beside LIF, and as a loop under torch.compile.
 
 A block is batch normalisation and ASGL neurons in training: fused, `asgl_cuda.BatchNormLIF`, or as the pair of
 `torch.nn.BatchNorm2d` and the neurons. The fused block accesses an element nine times, 36 bytes in float32, as does its
@@ -84,6 +84,8 @@ INTEGER = "I-LIF: "  # the same with integer spikes
 # The same with adaptation, in the current and in the threshold.
 ADAPTIVE = {"adLIF: ": ADLIF, "ALIF: ": ALIF}
 PLAIN_LOOP = "loop"
+SIGMOID = ", sigmoid"  # suffix of a row with that surrogate: the default, a rectangle, costs less than most of peers'
+COMPILED_PEER = "snnTorch"  # compiles in seconds, to the fastest; Norse and sinabs do not compile as one graph
 COMPILED_STEP = "compiled step"  # the loop, with one step compiled
 PAIR = "pair: "  # prefix of blocks that are not fused
 # Beyond this many steps the compiler unrolls for minutes.
@@ -146,7 +148,6 @@ def compiled_rows(
     """The layer under torch.compile, in each of the modes; None is the default."""
     if not size.compiled or size.steps > MOST_STEPS_TO_COMPILE:
         return
-    reset_compiler()
     for mode in modes:
         compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
         yield row_of(name if mode is None else f"{name} max-autotune", compiled, *parameters)
@@ -179,9 +180,12 @@ def neuron_rows(size: Size, device: torch.device) -> Iterator[Row]:
     yield row_of(LOOP, lambda x_seq: asgl_loop(x_seq, width, ANALOG_PROB), width)
     for backend in fused_backends(device):
         yield row_of(f"{PLAIN}asgl_cuda {backend}", layer(backend))
+        yield row_of(f"{PLAIN}asgl_cuda {backend}{SIGMOID}", layer(backend, surrogate="sigmoid"))
     yield row_of(f"{PLAIN}{REFERENCE}", layer(REFERENCE))
     for peer in installed_peers(device)[0]:
         yield row_of(f"{PLAIN}{peer.name}", peer.spikes)
+        if peer.name.startswith(COMPILED_PEER):
+            yield from compiled_rows(size, f"{PLAIN}{peer.name}, {COMPILED}", peer.spikes)
     integer: dict[str, Any] = {"v_reset": None, "levels": 4}
     for backend in fused_backends(device):
         yield row_of(f"{INTEGER}asgl_cuda {backend}", layer(backend, **integer))
@@ -200,7 +204,6 @@ def adaptive_rows(size: Size, device: torch.device) -> Iterator[Row]:
 
     yield Row(FLOOR, lambda sample: sample.x * 2, lambda sample, out: sample.x * sample.grad)
     yield from layers(PLAIN, asgl_cuda.lif)
-    reset_compiler()
     for prefix, options in ADAPTIVE.items():
         yield from layers(prefix, asgl_cuda.adaptive_lif, **options)
         if REFERENCE not in backends:
@@ -249,6 +252,7 @@ def block_rows(block: Block, device: torch.device) -> Iterator[Row]:
 
 
 def rows_of(size: Size | Block, device: torch.device) -> Iterator[Row]:
+    reset_compiler()
     if isinstance(size, Block):
         return block_rows(size, device)
     return (adaptive_rows if size.adaptive else neuron_rows)(size, device)
@@ -407,8 +411,9 @@ def table(size: Size | Block, found: dict[str, Measurement]) -> str:
             )
         )
     widths = (9, 10, 10, 6, 9, 7, 7, 7, 7, 7, 7, 7, 7, 9)
+    name_width = max(24, *(len(name) for name in found))
     text = [
-        f"{name:<24}" + "".join(f" {cell:>{width - 1}}" for cell, width in zip(cells, widths, strict=True))
+        f"{name:<{name_width}}" + "".join(f" {cell:>{width - 1}}" for cell, width in zip(cells, widths, strict=True))
         for name, *cells in lines
     ]
     return "\n".join((str(size), *text, ""))

@@ -96,6 +96,20 @@ def test_rows(layout):
     microbench.table(size, found)
 
 
+def test_one_peer_is_compiled(monkeypatch):
+    monkeypatch.setattr(microbench, "MOST_STEPS_TO_COMPILE", 16)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    peer = peers.Peer("snnTorch 1.0", lambda x_seq: x_seq, {})
+    monkeypatch.setattr(microbench, "installed_peers", lambda device: ([peer, peer._replace(name="other 1.0")], []))
+    rows = [row.name for row in microbench.rows_of(Size(4, 64, "float32"), CPU)]
+    assert [name for name in rows if "1.0" in name] == [
+        f"{PLAIN}snnTorch 1.0", f"{PLAIN}snnTorch 1.0, torch.compile", f"{PLAIN}other 1.0",
+    ]  # fmt: skip
+    assert compiled[1:] == [peer.spikes]
+    assert not any("1.0, " in row.name for row in microbench.rows_of(Size(32, 64, "float32"), CPU))
+
+
 @needs_kernels
 def test_bytes():
     """Kept: x alone; allocated: spikes and the gradient of x."""

@@ -1,5 +1,6 @@
 """The README's Python runs, and the figures on pages are the measured ones."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,27 @@ def test_figures_are_those_of_the_results():
     """Written by `python -m benchmarks.readme`."""
     texts = readme.read()
     assert readme.pages(texts) == texts
+
+
+def test_every_file_of_results_has_a_command():
+    """The page names the files, how each is made, and those of trees with changes that were not committed."""
+    page = (readme.RESULTS / "README.md").read_text()
+    commands = dict(re.findall(r"^\| `(\w+\.json)`.*\| (.+) \|$", page, re.MULTILINE))
+    assert sorted(commands) == sorted(file.name for file in readme.RESULTS.glob("*_cpu.json"))
+    reports = {name: json.loads((readme.RESULTS / name).read_text()) for name in commands}
+    assert f"--epochs {reports['smoothing_cpu.json']['epochs']} " in commands["smoothing_cpu.json"]
+    dirty = [name for name, report in sorted(reports.items()) if report["machine"]["commit"].endswith("-dirty")]
+    assert " and ".join(f"`{name}`" for name in dirty) in page.split("`-dirty`:")[-1].split(". ")[0]
+
+
+def test_what_the_comparison_leaves_out():
+    """Of the rows, never by hand."""
+    rows = ["LIF: asgl_cuda cpu", "LIF: snnTorch 1.0.0"]
+    assert readme.peers_in_words(rows).endswith("and none is shown under torch.compile.")
+    assert "sigmoid" not in readme.peers_in_words(rows)
+    words = readme.peers_in_words([*rows, "LIF: asgl_cuda cpu, sigmoid", "LIF: snnTorch 1.0.0, torch.compile"])
+    assert "a rectangle, which costs little, and with a sigmoid." in words
+    assert words.endswith("and snnTorch 1.0.0 alone is shown under torch.compile.")
 
 
 def test_figures_changed_by_hand_are_found():

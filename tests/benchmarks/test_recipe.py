@@ -25,7 +25,7 @@ from benchmarks.learning.recipe import __main__ as program
 from benchmarks.learning.recipe import data
 from benchmarks.learning.recipe.networks import network_of, neurons_of
 from benchmarks.learning.recipe.presets import BASELINES, PRESETS, PUBLISHED, scheduled_width
-from benchmarks.learning.recipe.training import Options, Training, loss_of
+from benchmarks.learning.recipe.training import Options, Training, checkpoint_of, loss_of, settings_in
 
 CPU = torch.device("cpu")
 
@@ -181,14 +181,16 @@ def test_checkpoint_in_the_authors_naming(name, tmp_path):
             value.mul_(20)  # the hidden neurons of ResNet-19 have no normalisation, and would be silent
     assert {*NAMES[name]} <= theirs.state_dict().keys()
     file = tmp_path / "theirs.pth"
-    torch.save(
-        {"best_acc": torch.tensor(0.5), "best_net": theirs.state_dict(), "config": argparse.Namespace(p=1)}, file
-    )
+    config = argparse.Namespace(T=3, thresh=settings.threshold, decay=0.5, p=1, cmd=["python main.py"])
+    torch.save({"best_acc": torch.tensor(0.5), "best_net": theirs.state_dict(), "config": config}, file)
+    saved, dvs = checkpoint_of(file, CPU), "dvs" in name
+    other = replace(settings, steps=9, threshold=0.1, decay=0.3, learn_decay=not settings.learn_decay)
+    assert settings_in(saved, other) == replace(settings, frames="la" if dvs else "separate")
     ours = Training(settings, data.samples_of(settings, None, 8), Options(CPU))
     ours.network.double()
-    ours.load_network(file)
+    ours.load_network(saved)
     ours.network.eval()
-    x_seq = torch.randn(3, 2, 2 if "dvs" in name else 3, *((48, 48) if "dvs" in name else (32, 32))).double()
+    x_seq = torch.randn(3, 2, *((2, 48, 48) if dvs else (3, 32, 32))).double()
     with torch.no_grad():
         found, expected = ours.network(x_seq), loop_output(theirs, x_seq)
     assert expected.std() > 0.01
@@ -224,7 +226,7 @@ def test_gradients_of_the_authors_parameter(surrogate):
 
 def test_published_commands():
     """The two commands, and the defaults of their programs."""
-    common = {"rate": 0.1, "width_rate": 3e-4, "decay": 0.5, "widths": "learned", "channels": 1.0}
+    common = {"rate": 0.1, "width_rate": 3e-4, "decay": 0.5, "widths": "learned", "channels": 1.0, "frames": "separate"}
     cifar = {
         "data": "cifar100", "network": "resnet18", "loss": "mean", "seed": 60, "weight_decay": 5e-4, "steps": 2,
         "surrogate": "sigmoid", "threshold": 1.0, "width": 5.0, "analog_prob": 0.2, "batch": 128, "epochs": 300,
@@ -429,15 +431,117 @@ def test_resumed_with_the_same_bits(frames, tmp_path, monkeypatch, capsys, worke
     with pytest.raises(SystemExit):
         call(monkeypatch, *common, tmp_path / "parts")
     assert "--resume goes on from it" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"is of other settings: expected .*'rate': 0\.2,.* found .*'rate': 0\.1,"):
+    with pytest.raises(SystemExit, match=r"is of other settings: expected \{'rate': 0\.2\}, found \{'rate': 0\.1\}$"):
         call(monkeypatch, *common, tmp_path / "parts", "--resume", "--rate", 0.2)
     assert call(monkeypatch, *common, tmp_path / "parts", "--resume") == 0
     whole, parts = (torch.load(tmp_path / name / "last.pt") for name in ("whole", "parts"))
     assert bits_of(parts) == bits_of(whole)
     assert whole["epoch"] == 3
     assert "epoch 3/3: loss" in capsys.readouterr().out
-    assert call(monkeypatch, *common[:-1], "--evaluate", tmp_path / "whole" / "best.pt") == 0
-    assert f"test accuracy {whole['best']:.2f} %" in capsys.readouterr().out
+
+
+def last_line(monkeypatch, capsys, *arguments):
+    """The line with which the program refuses its arguments."""
+    with pytest.raises(SystemExit) as refused:
+        call(monkeypatch, *arguments)
+    return capsys.readouterr().err.splitlines()[-1] if refused.value.code == 2 else refused.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--batch 0", "--batch must be at least 1, got 0"),
+        ("--steps 0", "--steps must be at least 1, got 0"),
+        ("--epochs 0", "--epochs must be at least 1, got 0"),
+        ("--epochs -1", "--epochs must be at least 1, got -1"),
+        ("--channels 0", "--channels must be from 1e-06 to 1e+06, got 0.0"),
+        ("--width 0", "--width must be from 1e-06 to 1e+06, got 0.0"),
+        ("--width nan", "--width must be from 1e-06 to 1e+06, got nan"),
+        ("--threshold -1", "--threshold must be from 1e-06 to 1e+06, got -1.0"),
+        ("--rate -0.1", "--rate must be from 0 to 1e+06, got -0.1"),
+        ("--width-rate inf", "--width-rate must be from 0 to 1e+06, got inf"),
+        ("--weight-decay -1", "--weight-decay must be from 0 to 1e+06, got -1.0"),
+        ("--analog-prob 2", "--analog-prob must be from 0 to 1, got 2.0"),
+        ("--decay 1", "--decay must be from 1e-06 to 0.999999, got 1.0"),
+        ("--no-learn-decay --decay 2", "--decay must be from 0 to 1, got 2.0"),
+        ("--seed -1", "--seed must be from 0 to 1e+09, got -1"),
+        ("--surrogate foo", "argument --surrogate: invalid choice: 'foo'"),
+        ("--frames la", "--frames la is of dvs-cifar10, whose frames have two channels, not of cifar10"),
+        ("--synthetic 0", "argument --synthetic: must be at least 2, got 0"),
+        ("--synthetic -3", "argument --synthetic: must be at least 2, got -3"),
+        ("--workers -1", "argument --workers: must be at least 0, got -1"),
+        ("--data-root nothing", "argument --data-root: not allowed with argument --synthetic"),
+        ("--resume --evaluate last.pt", "argument --evaluate: not allowed with argument --resume"),
+        ("--device foo", "--device must be cpu, cuda, or cuda:1 and so on, got foo"),
+        ("--device meta", "--device must be cpu, cuda, or cuda:1 and so on, got meta"),
+        ("--device cuda:99", "--device cuda:99 "),
+        ("--out FILE", "--out FILE: File exists"),
+        ("--out FILE/folder", "--out FILE/folder: Not a directory"),
+        ("--tensorboard FILE", "--tensorboard FILE: File exists"),
+    ],
+)
+def test_arguments_that_make_no_training(monkeypatch, capsys, tmp_path, arguments, expected):
+    if "tensorboard" in arguments:
+        pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("")
+    common = ("cifar10-vgg13", *QUICK, "--synthetic", 4, *arguments.split())
+    assert expected in last_line(monkeypatch, capsys, *common)
+    assert not (tmp_path / "runs" / "cifar10-vgg13" / "last.pt").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_training(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    common = ("cifar10-vgg13", *QUICK, "--synthetic", 4, "--out", tmp_path / "out")
+    assert last_line(monkeypatch, capsys, *common).endswith(f"--out {tmp_path / 'out'} cannot be written to")
+
+
+def test_evaluated_by_the_settings_of_the_checkpoint(tmp_path, monkeypatch, capsys):
+    training = tiny("cifar10-vgg13", "per-step", steps=3, threshold=0.7)
+    training.save(tmp_path / "last.pt")
+    saved = torch.load(tmp_path / "last.pt")
+    del saved["settings"]["frames"]  # of a time when there was one way
+    torch.save(saved, tmp_path / "last.pt")
+    found, evaluate = [], ("cifar10-vgg13", "--synthetic", 16, "--workers", 0, "--evaluate", tmp_path / "last.pt")
+    monkeypatch.setattr(Training, "accuracy", lambda self: found.append(self) or 12.5)
+    assert call(monkeypatch, *evaluate) == 0
+    assert "test accuracy 12.50 %" in capsys.readouterr().out
+    assert call(monkeypatch, *evaluate, "--threshold", 0.9) == 0
+    assert [each.settings for each in found] == [training.settings, replace(training.settings, threshold=0.9)]
+    for ours, theirs in zip(found[0].network.parameters(), training.network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for settings, expected in (
+        ({**saved["settings"], "batch": 0}, "has settings that are none here: ValueError: --batch must be at least 1"),
+        ({**saved["settings"], "colour": 1}, "has settings that are none here: TypeError: .* argument 'colour'"),
+        ({**saved["settings"], "data": "cifar100"}, "is of cifar100-vgg13, not of cifar10-vgg13"),
+        ({**saved["settings"], "channels": 0.125}, "does not fit vgg13: RuntimeError: .* size mismatch for feature.0"),
+    ):
+        torch.save({**saved, "settings": settings}, tmp_path / "last.pt")
+        with pytest.raises(SystemExit, match=f"^the checkpoint {expected}"):
+            call(monkeypatch, *evaluate)
+
+
+def test_checkpoints_that_cannot_be_read(tmp_path, monkeypatch):
+    training = tiny("cifar10-vgg13")
+    file = tmp_path / "out" / "last.pt"
+    file.parent.mkdir()
+    common = ("cifar10-vgg13", "--synthetic", 16, "--workers", 0, "--out", file.parent)
+    with pytest.raises(SystemExit, match=f"^{file} is no checkpoint that can be read: FileNotFoundError: .*$"):
+        call(monkeypatch, *common, "--evaluate", file)
+    training.save(file)
+    content = file.read_bytes()
+    for damaged in (b"", b"hello", content[:100], content[: len(content) // 2], content[:-10]):
+        file.write_bytes(damaged)
+        for option in (("--evaluate", file), ("--resume",)):
+            with pytest.raises(SystemExit, match=f"^{file} is no checkpoint that can be read: .*$"):
+                call(monkeypatch, *common, *option)
+    for other in ([1], {"state_dict": {}}):
+        torch.save(other, file)
+        with pytest.raises(SystemExit, match=f"^{file} is a checkpoint neither of this program nor of the authors'$"):
+            call(monkeypatch, *common, "--evaluate", file)
+    torch.save({"best_net": training.network.state_dict()}, file)
+    with pytest.raises(SystemExit, match=f"^{file} is of the authors' program, --resume goes on from this program's$"):
+        call(monkeypatch, *common, "--resume")
 
 
 def test_tensorboard(tmp_path, monkeypatch):
@@ -530,18 +634,63 @@ def test_frames(frames, tmp_path):
     assert torch.equal(content, test[1][0])
     assert not torch.equal(train[1][0], train[1][0])
     for part in ("train", "test"):
+        (tmp_path / "jelly" / part).mkdir(parents=True)
+        (tmp_path / "jelly" / part / "a file.txt").write_text("no class")
         for name in ("cat", "airplane"):
             (tmp_path / "jelly" / part / name).mkdir(parents=True)
             np.savez(tmp_path / "jelly" / part / name / f"{name}_7.npz", frames=np.ones((2, 2, 128, 128)))
     _, jelly = data.samples_of(settings, tmp_path / "jelly", None)
     assert [jelly[index][1] for index in range(2)] == [0, 1]
     torch.testing.assert_close(jelly[0][0], torch.ones(2, 2, 48, 48))
-    with pytest.raises(ValueError, match=r"expected frames \[10, 2, H, W\], found \[2, 2, 64, 64\]"):
-        data.samples_of(PRESETS["dvs-cifar10-vggsnn2"], frames, None)[0][0]
+    first = frames / "train" / "0.pt"
+    with pytest.raises(SystemExit, match=rf"^{first}: expected frames \[10, 2, H, W\], found \[2, 2, 64, 64\]$"):
+        data.samples_of(PRESETS["dvs-cifar10-vggsnn2"], frames, None)
+    torch.save((torch.zeros(2, 2, 64, 64), torch.tensor([10])), frames / "train" / "3.pt")
+    with pytest.raises(ValueError, match=r"3\.pt: expected a label from 0 to 9, found 10$"):
+        list(train)
+    first.write_bytes(first.read_bytes()[:500])
+    with pytest.raises(SystemExit, match=rf"^{first} has no frames with a label that can be read: .*$"):
+        data.samples_of(settings, frames, None)
     with pytest.raises(SystemExit, match=r"must have frames of DVS-CIFAR10: \.pt files .*CIFAR10DVSTEBNSplit"):
         data.samples_of(settings, tmp_path / "nothing", None)
     with pytest.raises(SystemExit, match="--data-root must name the folder of the data, or --synthetic"):
         data.samples_of(settings, None, None)
+
+
+def sparse_events():
+    """Frames of 128 x 128 pixels with an event in every seventeenth, at random, for each polarity."""
+    torch.manual_seed(0)
+    return torch.rand(3, 2, 128, 128).lt(0.06).float()
+
+
+def test_frames_as_the_authors_resize_them(frames):
+    """By torchvision's transforms of each step, which take two channels for grey and alpha."""
+    transforms, events = pytest.importorskip("torchvision.transforms"), sparse_events()
+    chain = transforms.Compose([transforms.ToPILImage(), transforms.Resize((48, 48)), transforms.ToTensor()])
+    assert torch.equal(data.resized_as_la(events), torch.stack([chain(step) for step in events]))
+    settings = small("dvs-cifar10-vggsnn2", steps=2, frames="la")
+    _, test = data.samples_of(settings, frames, None)
+    stored = torch.load(frames / "test" / "1.pt")[0].gt(0).float()
+    assert torch.equal(test[1][0], torch.stack([chain(step) for step in stored]))
+
+
+def test_grey_is_multiplied_by_alpha():
+    """Channel 1 is as ever; of channel 0 counts what has an event of channel 1 in its pixel, divided by channel 1."""
+    pytest.importorskip("PIL")
+    events = sparse_events()
+    both = torch.stack((events[:, 0] * events[:, 1], events[:, 1]), 1)
+    apart, found = data.resized(both), data.resized_as_la(events)
+    torch.testing.assert_close(found[:, 1], apart[:, 1], rtol=0, atol=1.01 / 255)
+    clear = apart[:, 1] > 0.05  # rounded to 255 levels before the division
+    torch.testing.assert_close(found[:, 0][clear], (apart[:, 0] / apart[:, 1])[clear], rtol=0, atol=0.1)
+    lost = found[:, 0].eq(0) & data.resized(events)[:, 0].gt(0)
+    assert lost.sum() > 0.8 * data.resized(events)[:, 0].gt(0).sum()
+
+
+def test_pillow_is_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(SystemExit, match="--frames la resizes by Pillow: pip install pillow"):
+        data.resized_as_la(torch.zeros(2, 2, 4, 4))
 
 
 def test_augmented_frames():

@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,40 +28,56 @@ import asgl_cuda
 
 from ...common import device_of, parser_of
 from .data import samples_of
-from .presets import BASELINES, LOSSES, PRESETS, PUBLISHED, Settings
-from .training import Options, Training
+from .presets import BASELINES, CHOICES, PRESETS, PUBLISHED, Settings
+from .training import Options, Training, checkpoint_of, settings_in
 
 console = Console(highlight=False)
+
+
+def integer_from(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    return integer
 
 
 def arguments_of() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = parser_of("benchmarks.learning.recipe", str(__doc__), "device")
     parser.add_argument("preset", choices=PRESETS, help=f"published by the authors: {' and '.join(PUBLISHED)}")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="where the data is")
-    parser.add_argument("--synthetic", type=int, metavar="N", help="N generated samples of the same shapes instead")
+    data, start = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    data.add_argument("--data-root", type=Path, metavar="DIR", help="where the data is")
+    data.add_argument(
+        "--synthetic", type=integer_from(2), metavar="N", help="N generated samples of the same shapes instead"
+    )
     parser.add_argument("--baseline", choices=BASELINES, help="fixed width, learned without noise, and others")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of checkpoints (default: runs/PRESET[-BASELINE])")
-    parser.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
-    parser.add_argument("--evaluate", type=Path, metavar="FILE", help="only test a checkpoint, ours or the authors'")
+    start.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
+    start.add_argument(
+        "--evaluate", type=Path, metavar="FILE", help="only test a checkpoint, ours or the authors', by its settings"
+    )
     parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="log loss, accuracy, rate and widths to DIR")
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--recompute-spikes", action="store_true", help="less memory, see asgl_cuda.recompute_spikes")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="(default: %(default)s)")
-    group = parser.add_argument_group("settings", "in place of the preset's")
+    parser.add_argument(
+        "--workers", type=integer_from(0), default=min(8, os.cpu_count() or 1), help="(default: %(default)s)"
+    )
+    group = parser.add_argument_group("settings", "in place of those of the preset or of the checkpoint to test")
     for name, value in asdict(PRESETS[PUBLISHED[0]]).items():
         if name not in ("data", "network", "widths"):  # by preset and baseline
-            kind: dict[str, Any] = {"choices": LOSSES} if name == "loss" else {"type": type(value)}
+            kind: dict[str, Any] = {"choices": CHOICES[name]} if name in CHOICES else {"type": type(value)}
             if isinstance(value, bool):
                 kind = {"action": argparse.BooleanOptionalAction}
             group.add_argument(f"--{name.replace('_', '-')}", **kind)
     return parser, parser.parse_args()
 
 
-def settings_of(arguments: argparse.Namespace) -> Settings:
-    preset = PRESETS[arguments.preset]
-    given = {name: value for name, value in vars(arguments).items() if value is not None and name in asdict(preset)}
-    return replace(preset, **BASELINES.get(arguments.baseline, {}), **given)
+def settings_of(arguments: argparse.Namespace, base: Settings) -> Settings:
+    """`base` with what the baseline and the arguments change."""
+    given = {name: value for name, value in vars(arguments).items() if value is not None and name in asdict(base)}
+    return replace(base, **{**BASELINES.get(arguments.baseline, {}), **given})
 
 
 def writer_of(folder: Path | None) -> Any:
@@ -70,7 +87,10 @@ def writer_of(folder: Path | None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise SystemExit("--tensorboard needs TensorBoard: pip install tensorboard") from None
-    return SummaryWriter(str(folder))
+    try:
+        return SummaryWriter(str(folder))
+    except OSError as error:
+        raise SystemExit(f"--tensorboard {folder}: {error.strerror}") from None
 
 
 def run(training: Training, out: Path, writer: Any) -> None:
@@ -97,7 +117,12 @@ def run(training: Training, out: Path, writer: Any) -> None:
 def main() -> int:
     """Trains, or tests a checkpoint."""
     parser, arguments = arguments_of()
-    device, settings = device_of(parser, arguments.device), settings_of(arguments)
+    device, base = device_of(parser, arguments.device), PRESETS[arguments.preset]
+    tested = None if arguments.evaluate is None else checkpoint_of(arguments.evaluate, device)
+    try:
+        settings = settings_of(arguments, base if tested is None else settings_in(tested, base))
+    except ValueError as error:
+        parser.error(str(error))
     out = arguments.out or Path("runs") / "-".join(filter(None, (arguments.preset, arguments.baseline)))
     if "RANK" in os.environ:  # torchrun
         if device.type == "cuda":
@@ -106,8 +131,8 @@ def main() -> int:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     options = Options(device, arguments.amp, arguments.compile, arguments.recompute_spikes, arguments.workers)
     training = Training(settings, samples_of(settings, arguments.data_root, arguments.synthetic), options)
-    if arguments.evaluate is not None:
-        training.load_network(arguments.evaluate)
+    if tested is not None:
+        training.load_network(tested)
         console.print(f"test accuracy {training.accuracy():.2f} %")
         return 0
     last = out / "last.pt"
@@ -115,7 +140,12 @@ def main() -> int:
         if not arguments.resume:
             parser.error(f"{last} is there: --resume goes on from it, --out names another folder")
         training.resume(last)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {out}: {error.strerror}")
+    if not os.access(out, os.W_OK):
+        parser.error(f"--out {out} cannot be written to")
     with writer_of(arguments.tensorboard if training.rank == 0 else None) or nullcontext() as writer:
         try:
             run(training, out, writer)

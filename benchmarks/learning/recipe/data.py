@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,11 @@ _STATISTICS = {
 _CUTOUT = 16
 _SIDE = 48  # height and width of frames, in pixels
 _MOST_SHIFT = 5
+
+
+def in_a_line(error: Exception) -> str:
+    """An error's type and the first sentence of what it says."""
+    return shorten(f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0]}", 300)
 
 
 def cutout(image: Tensor) -> Tensor:
@@ -68,10 +74,31 @@ def augment_frames(frames: Tensor) -> Tensor:
     return frames.roll(shifts, (-2, -1))
 
 
+def resized(events: Tensor) -> Tensor:
+    """Frames of 0 and 1 `[T, 2, H, W]` in 48 x 48 pixels, each channel for itself."""
+    return functional.interpolate(events, (_SIDE, _SIDE), mode="bilinear", antialias=True)
+
+
+def resized_as_la(events: Tensor) -> Tensor:
+    """The same as the authors do it, by Pillow: channel 0 as the grey of an image whose alpha is channel 1.
+
+    Pillow multiplies grey by alpha before it resizes and divides by alpha behind, so that events of channel 0 count
+    where channel 1 has events in the same pixel.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        raise SystemExit("--frames la resizes by Pillow: pip install pillow") from None
+    images = (Image.fromarray(frame) for frame in events.mul(255).byte().movedim(1, -1).contiguous().numpy())
+    small = np.stack([np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)) for image in images])
+    return torch.from_numpy(small).movedim(-1, 1).div(255)
+
+
 class Frames(Samples):
     """DVS-CIFAR10 in a folder: files `.pt` of frames and label, or folders of classes with SpikingJelly's `.npz`."""
 
-    def __init__(self, folder: Path, steps: int, augment: Callable[[Tensor], Tensor] | None) -> None:
+    def __init__(self, folder: Path, settings: Settings, augment: Callable[[Tensor], Tensor] | None) -> None:
+        steps = settings.steps
         self.files = sorted(each for suffix in ("pt", "npz") for each in folder.rglob(f"*.{suffix}"))
         if not self.files:
             raise SystemExit(
@@ -79,23 +106,37 @@ class Frames(Samples):
                 "folder of .npz files for each class, as spikingjelly.datasets.CIFAR10DVSTEBNSplit(root, train, "
                 f'data_type="frame", frames_number={steps}, split_by="number") makes them'
             )
-        self.labels = {path.name: number for number, path in enumerate(sorted(folder.iterdir())) if path.is_dir()}
-        self.steps, self.augment = steps, augment
+        classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        self.labels = {name: number for number, name in enumerate(classes)}
+        self.steps, self.classes, self.augment = steps, CLASSES[settings.data], augment
+        self.resize = resized_as_la if settings.frames == "la" else resized
+        try:
+            self._read(self.files[0])  # what is wrong with all of them is said before the training
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        file = self.files[index]
-        if file.suffix == ".pt":
-            content, label = torch.load(file)
-        else:
-            content, label = torch.from_numpy(np.load(file)["frames"]), self.labels[file.parent.name]
+    def _read(self, file: Path) -> tuple[Tensor, int]:
+        try:
+            if file.suffix == ".pt":
+                content, label = torch.load(file)
+            else:
+                content, label = np.load(file)["frames"], self.labels[file.parent.name]
+            content, label = torch.as_tensor(content), int(label)
+        except Exception as error:  # by torch, pickle, zipfile and NumPy
+            raise ValueError(f"{file} has no frames with a label that can be read: {in_a_line(error)}") from error
         if content.dim() != 4 or tuple(content.shape[:2]) != (self.steps, 2):
             raise ValueError(f"{file}: expected frames [{self.steps}, 2, H, W], found {list(content.shape)}")
-        events = content.gt(0).float()  # several events of a pixel and frame count once
-        frames = functional.interpolate(events, (_SIDE, _SIDE), mode="bilinear", antialias=True)
-        return frames if self.augment is None else self.augment(frames), int(label)
+        if not 0 <= label < self.classes:
+            raise ValueError(f"{file}: expected a label from 0 to {self.classes - 1}, found {label}")
+        return content.gt(0).float(), label  # several events of a pixel and frame count once
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        events, label = self._read(self.files[index])
+        frames = self.resize(events)
+        return frames if self.augment is None else self.augment(frames), label
 
 
 class Synthetic(Samples):
@@ -126,5 +167,5 @@ def samples_of(settings: Settings, root: Path | None, synthetic: int | None) -> 
     if root is None:
         raise SystemExit("--data-root must name the folder of the data, or --synthetic a number of generated samples")
     if events:
-        return Frames(root / "train", settings.steps, augment_frames), Frames(root / "test", settings.steps, None)
+        return Frames(root / "train", settings, augment_frames), Frames(root / "test", settings, None)
     return cifar(settings.data, root)

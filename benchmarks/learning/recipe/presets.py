@@ -5,13 +5,19 @@ What a published command leaves out is the default of its program. The other pre
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
+
+from asgl_cuda.surrogate import SURROGATES
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A training: all that its result depends on, apart from data, device and precision."""
+    """A training: all that its result depends on, apart from data, device and precision.
+
+    A ValueError names the option of a value that makes no training.
+    """
 
     data: str
     network: str
@@ -31,16 +37,34 @@ class Settings:
     learn_decay: bool = True
     threshold: float = 1.0
     channels: float = 1.0  # factor on the channels of the network
+    frames: str = "separate"  # how frames of events are resized; "la": polarities as grey and alpha, as the authors do
+
+    def __post_init__(self) -> None:
+        learned = {"decay": (1e-6, 1 - 1e-6)} if self.learn_decay else {}
+        for name, (least, most) in (_LIMITS | learned).items():
+            value = getattr(self, name)
+            if not least <= value <= most:  # nan, too
+                expected = f"from {least:g} to {most:g}" if most < math.inf else f"at least {least:g}"
+                raise ValueError(f"--{name.replace('_', '-')} must be {expected}, got {value}")
+        if self.frames == "la" and self.data != "dvs-cifar10":
+            raise ValueError(f"--frames la is of dvs-cifar10, whose frames have two channels, not of {self.data}")
 
 
-LOSSES = ("mean", "tet")
+CHOICES = {"loss": ("mean", "tet"), "surrogate": tuple(SURROGATES), "frames": ("separate", "la")}
+_LIMITS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("steps", "batch", "epochs"), (1, math.inf)),
+    **dict.fromkeys(("rate", "width_rate", "weight_decay"), (0, 1e6)),
+    **dict.fromkeys(("width", "threshold", "channels"), (1e-6, 1e6)),
+    **dict.fromkeys(("analog_prob", "decay"), (0, 1)),
+    "seed": (0, 1e9),
+}
 CLASSES = {"cifar10": 10, "cifar100": 100, "dvs-cifar10": 10}
 
 _DVS = Settings(
     "dvs-cifar10", "vggsnn2", "tet", seed=200, steps=10, batch=32, epochs=100, weight_decay=1e-3, width=1.0,
     surrogate="rectangle", analog_prob=0.1, learn_decay=False, threshold=0.5,
 )  # fmt: skip
-# The authors train VGG under TET, ResNet on the mean.
+# The authors train ResNet on the mean, and VGG on events alone, under TET: VGG on CIFAR, and its loss, are ours.
 PRESETS = {
     f"{data}-{network}": Settings(data, network, "tet" if network == "vgg13" else "mean")
     for data in ("cifar10", "cifar100")

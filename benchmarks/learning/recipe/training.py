@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +26,12 @@ from torch.utils.data import DataLoader, DistributedSampler
 import asgl_cuda
 
 from ..optimizers import optimizers_of
+from .data import in_a_line
 from .networks import network_of
 from .presets import Settings, scheduled_width
 
 _TET_SHARE, _TET_MEAN = 1e-3, 1.0
+_NAMES = {"T": "steps", "thresh": "threshold", "decay": "decay"}  # of settings in the authors' program and here
 
 
 def loss_of(scores: Tensor, labels: Tensor, kind: str) -> Tensor:
@@ -44,6 +46,36 @@ def loss_of(scores: Tensor, labels: Tensor, kind: str) -> Tensor:
         return functional.cross_entropy(scores.mean(0), labels)
     by_step = functional.cross_entropy(scores.flatten(0, 1), labels.repeat(len(scores)))
     return (1 - _TET_SHARE) * by_step + _TET_SHARE * (scores - _TET_MEAN).square().mean()
+
+
+def checkpoint_of(file: Path, device: torch.device) -> dict[str, Any]:
+    """What a checkpoint holds, of this program's or of the authors', who call the network `best_net`."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # theirs may hold the arguments
+            saved = torch.load(file, map_location=device)
+    except Exception as error:  # by files, pickle, zipfile and torch
+        raise SystemExit(f"{file} is no checkpoint that can be read: {in_a_line(error)}") from None
+    if not isinstance(saved, dict) or not ({"network", "settings"} <= saved.keys() or "best_net" in saved):
+        raise SystemExit(f"{file} is a checkpoint neither of this program nor of the authors'")
+    return saved
+
+
+def settings_in(saved: dict[str, Any], preset: Settings) -> Settings:
+    """The settings of a checkpoint; of the authors', who save few, the preset's with what is known of theirs."""
+    if "best_net" in saved:
+        arguments = vars(saved.get("config", argparse.Namespace()))
+        known = {_NAMES[name]: value for name, value in arguments.items() if name in _NAMES and value is not None}
+        known["learn_decay"] = any(name.endswith("cell.decay") for name in saved["best_net"])
+        return replace(preset, **known, frames="la" if preset.data == "dvs-cifar10" else "separate")
+    try:
+        settings = Settings(**saved["settings"])
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"the checkpoint has settings that are none here: {in_a_line(error)}") from None
+    if (settings.data, settings.network) != (preset.data, preset.network):
+        raise SystemExit(
+            f"the checkpoint is of {settings.data}-{settings.network}, not of {preset.data}-{preset.network}"
+        )
+    return settings
 
 
 class Options(NamedTuple):
@@ -140,17 +172,22 @@ class Training:
         return {"network": self.network, "cosine": self.cosine, **optimizers}
 
     def resume(self, file: Path) -> None:
-        saved = torch.load(file, map_location=self.options.device)
-        if saved["settings"] != asdict(self.settings):
-            raise SystemExit(
-                f"{file} is of other settings: expected {asdict(self.settings)}, found {saved['settings']}"
-            )
+        """Goes on from a checkpoint of this program with the same settings."""
+        saved = checkpoint_of(file, self.options.device)
+        if "best_net" in saved:
+            raise SystemExit(f"{file} is of the authors' program, --resume goes on from this program's")
+        found, expected = asdict(settings_in(saved, self.settings)), asdict(self.settings)
+        other = [name for name in expected if found[name] != expected[name]]
+        if other:
+            expected, found = ({name: each[name] for name in other} for each in (expected, found))
+            raise SystemExit(f"{file} is of other settings: expected {expected}, found {found}")
         self.epoch, self.best = saved["epoch"], saved["best"]
         for name, part in self._parts().items():
             part.load_state_dict(saved[name])
 
-    def load_network(self, file: Path) -> None:
-        """Loads the network alone, of this program's checkpoint or of the authors', who call it `best_net`."""
-        with torch.serialization.safe_globals([argparse.Namespace]):  # theirs may hold the arguments
-            saved = torch.load(file, map_location=self.options.device)
-        self.network.load_state_dict(saved["best_net" if "best_net" in saved else "network"])
+    def load_network(self, saved: dict[str, Any]) -> None:
+        """Loads the network alone."""
+        try:
+            self.network.load_state_dict(saved["best_net" if "best_net" in saved else "network"])
+        except RuntimeError as error:
+            raise SystemExit(f"the checkpoint does not fit {self.settings.network}: {in_a_line(error)}") from None
