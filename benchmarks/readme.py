@@ -25,7 +25,7 @@ from .learning.width_robustness import summary as width_summary
 from .learning.width_step import CELLS
 from .learning.width_step import HEAD as STEP_HEAD
 from .learning.width_step import rows as step_rows
-from .speed.end_to_end import NEURONS
+from .speed.end_to_end import FUSED_BLOCK, NEURONS
 from .speed.memory import KEPT, RECOMPUTED
 from .speed.microbench import COMPILED, FLOOR, LOOP, PAIR, PLAIN, REFERENCE, SIGMOID
 from .speed.sizes import LAYOUTS
@@ -83,21 +83,27 @@ def headline(report: dict[str, Any]) -> str:
     first = compared[0]
     elements = first["steps"] * first["neurons"]
     kept = [first["rows"][row].get("saved_bytes") for row in columns.values()]
-    rows.append(["bytes kept for backward", *("" if each is None else f"{each / elements:.1f}" for each in kept)])
+    name = f"bytes kept for backward, T = {first['steps']}"
+    rows.append([name, *("" if each is None else f"{each / elements:.1f}" for each in kept)])
+    gains = [nanoseconds(block, f"{PAIR}{ours}") / nanoseconds(block, ours) for block in report["blocks"]]
     (block,) = (
         each
         for each in report["blocks"]
         if each["dtype"] == "float32" and each["layout"] == LAYOUTS[0] and not each.get("residual")
     )
-    fused, pair = (nanoseconds(block, f"{prefix}{ours}") for prefix in ("", PAIR))
     kept_by = [block["rows"][name]["saved_bytes"] / math.prod(block["shape"]) for name in (ours, f"{PAIR}{ours}")]
+    networks = json.loads((RESULTS / "end_to_end_cpu.json").read_text())["networks"]
+    variants = [each["variants"] for each in networks.values() if f"{ours}{FUSED_BLOCK}" in each["variants"]]
+    steps = [each[ours]["seconds"] / each[f"{ours}{FUSED_BLOCK}"]["seconds"] for each in variants]
     vgg = json.loads((RESULTS / "memory_cpu.json").read_text())["networks"]["VGG, T = 4"]
     memory, time = (vgg[RECOMPUTED][key] / vgg[KEPT][key] for key in ("kept_bytes", "seconds"))
     lines = [
         f"Forward and backward, nanoseconds an element, float32, on {about['processor']}, {about['threads']} threads, "
         f"torch {about['torch']}, {about['date']}. ASGL has noise and a learned width, all others are ordinary LIF. "
-        f"`BatchNormLIF` is {pair / fused:.1f} times faster than `nn.BatchNorm2d` before `LIF`, and keeps "
-        f"{kept_by[0]:.1f} instead of {kept_by[1]:.1f} bytes an element. With `asgl_cuda.recompute_spikes()` backward "
+        f"{peers_in_words(peers)} `BatchNormLIF` is {min(gains):.2f} to {max(gains):.2f} times faster than "
+        "`nn.BatchNorm2d` before `LIF`, by type and layout, a training step of convolutional networks "
+        f"{min(steps):.2f} to {max(steps):.2f} times; without a residual it keeps {kept_by[0]:.1f} instead of "
+        f"{kept_by[1]:.1f} bytes an element. With `asgl_cuda.recompute_spikes()` backward "
         f"computes spikes again: a VGG-like network keeps {memory:.2f} of its bytes, in {time:.2f} times the time of a "
         "step. [All measurements](docs/measured.md):",
         "",
