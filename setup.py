@@ -1,7 +1,7 @@
 """Builds asgl_cuda's extension, by asgl_cuda/extension/compilation.py; the metadata is in pyproject.toml.
 
-ASGL_CUDA_BUILD: cuda or cpu, as in compilation.py; with none, the PyTorch reference remains, the kernels that CuPy
-compiles on a GPU, and `python -m asgl_cuda build`.
+ASGL_CUDA_BUILD: cuda or cpu, as in compilation.py; with none, the PyTorch reference remains, and the kernels that CuPy
+compiles on a GPU.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ def require_setuptools() -> None:
     if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
         raise SystemExit(
             f"asgl_cuda: setup.py takes setuptools {OLDEST_SETUPTOOLS} or newer, and this is {setuptools.__version__}: "
-            f'pip install "setuptools>={OLDEST_SETUPTOOLS}". With any setuptools, and without an installation: '
-            "python -m asgl_cuda build in this folder"
+            f'pip install "setuptools>={OLDEST_SETUPTOOLS}"'
         )
 
 
@@ -47,7 +46,7 @@ def load_compilation() -> ModuleType:
 
 
 class BuildPackage(build_py):
-    """Adds csrc to the package, for CuPy's kernels and `python -m asgl_cuda build`."""
+    """Adds csrc to the package, for CuPy's kernels."""
 
     def run(self) -> None:
         super().run()
@@ -66,10 +65,7 @@ class BuildWithoutExtension(BuildPackage):
         target = PACKAGE if self.editable_mode else Path(self.build_lib) / "asgl_cuda"
         for leftover in (*target.glob("_build_info.*"), *target.glob("_C.*")):
             leftover.unlink(missing_ok=True)
-        print(
-            "asgl_cuda: compiled no kernels: ASGL_CUDA_BUILD was none. CuPy compiles those for a GPU, "
-            "python -m asgl_cuda build all"
-        )
+        print("asgl_cuda: compiled no kernels: ASGL_CUDA_BUILD was none. CuPy compiles those for a GPU")
 
 
 def main() -> None:

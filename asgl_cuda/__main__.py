@@ -1,4 +1,4 @@
-"""`python -m asgl_cuda`: info, check and build."""
+"""`python -m asgl_cuda`: info and check."""
 
 from __future__ import annotations
 
@@ -23,10 +23,6 @@ def info() -> int:
         print(f"CPU kernels: {extension.module.cpu_instruction_set()}, {extension.module.cpu_threads()} threads")
     if extension.build_info is not None and extension.build_info.cuda is not None:
         print(f"CUDA kernels: compiled ahead of time, {extension.build_info.cuda}")
-    if extension.module is not None:  # else the backends below say so
-        for path, damage in extension.damage.items():
-            remedy = "install asgl_cuda again" if path == extension.PACKAGE else extension.BUILD
-            print(f"passed over: {damage}. To mend it: {remedy}")
     print(f"CuPy kernels: compiled when first used; {cupy.description()}")
     available = available_backends()
     for name, device in (("CPU", "cpu"), ("GPU", "cuda")):
@@ -70,14 +66,6 @@ def check() -> int:
     return 1 if failed else 0
 
 
-def build() -> int:
-    """Compiles the extension for the installed torch."""
-    from .extension.command import build
-
-    build()
-    return 0
-
-
 def main() -> int:
     """Runs the requested command."""
     parser = argparse.ArgumentParser(prog="python -m asgl_cuda", description="What asgl_cuda can do on this machine.")
@@ -85,8 +73,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="which backends work here, and what would make the others work")
     commands.add_parser("check", help="compare every backend that works here with the reference")
-    commands.add_parser("build", help="compile what is missing for the torch that is installed, into the user's cache")
-    command = {"info": info, "check": check, "build": build}[parser.parse_args().command]
+    command = {"info": info, "check": check}[parser.parse_args().command]
     try:
         if extension.module is not None:
             extension.module.cpu_instruction_set()

@@ -76,8 +76,8 @@ def _cuda_problem() -> str | None:
     info = extension.build_info
     if info is not None and info.cuda is None:
         if torch.version.cuda is None:
-            return f"torch {torch.__version__} is a build without CUDA. With one for CUDA: {extension.BUILD}"
-        return f"the extension was built without CUDA: {info.reason}. To build it anew: {extension.BUILD}"
+            return f"torch {torch.__version__} is a build without CUDA. With one for CUDA: {extension.remedy()}"
+        return f"the extension was built without CUDA: {info.reason}. To build it anew: {extension.remedy()}"
     return extension.problem
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..extension import NO_SOURCES, source_directory
+from ..extension import no_sources, source_directory
 from ..extension.build_notes import digest_of_sources
 from . import neuron_kernels, normalisation_kernels
 
@@ -294,7 +294,7 @@ def _problem_of_device() -> str | None:
 def _problem_of_compilation() -> str | None:
     """NVRTC and the headers are present, and the smallest kernel compiles and loads."""
     if source_directory() is None:
-        return NO_SOURCES
+        return no_sources()
     missing = nvrtc_problem()
     if missing is not None:
         return f"NVRTC, which compiles the kernels, is missing ({missing}). To install it: {install_command()}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..extension import NO_SOURCES, source_directory
+from ..extension import no_sources, source_directory
 
 _TYPES = {
     "bool": c_bool, "int": c_int, "float": c_float, "double": c_double, "uint8": c_ubyte, "uint16": c_ushort,
@@ -52,7 +52,7 @@ def _headers() -> str:
     """All headers, without comments."""
     directory = source_directory()
     if directory is None:
-        raise RuntimeError(f"asgl_cuda: {NO_SOURCES}")
+        raise RuntimeError(f"asgl_cuda: {no_sources()}")
     paths = sorted(path for path in directory.rglob("*.*") if path.suffix in (".h", ".cuh"))
     return re.sub(r" *//.*|/\*[\s\S]*?\*/", "", "\n".join(path.read_text() for path in paths))
 

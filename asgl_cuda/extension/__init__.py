@@ -32,6 +32,10 @@ def remedy() -> str:
     return f"pip install {options} --force-reinstall . (in a checkout of asgl_cuda)"
 
 
+def no_sources() -> str:
+    return f"the sources, which were installed with asgl_cuda, are gone. To install them again: {remedy()}"
+
+
 def _minor(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:2])
 

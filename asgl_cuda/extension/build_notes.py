@@ -7,6 +7,7 @@ without executing them. The module needs Python alone: setup.py loads it where t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import zlib
@@ -30,6 +31,7 @@ class BuildInfo(NamedTuple):
     checksum: int
 
 
+@functools.cache
 def digest_of_sources(directory: Path) -> bytes:
     digest = hashlib.sha256()
     for path in sorted(path for pattern in SOURCES for path in directory.rglob(pattern)):

@@ -1,13 +1,10 @@
-"""How the compiled part of asgl_cuda is compiled: what setup.py and `python -m asgl_cuda build` have in common.
+"""How setup.py compiles the extension. Imported where the package can't be: of it, build_notes.py alone.
 
-It takes nothing of the package except build_notes.py, since setup.py loads both where the package can't be imported.
-
-ASGL_CUDA_BUILD says what to compile: cuda, the kernels for CPU and GPU; cpu, only those for the CPU. Without it, cuda
-where the installed torch and a toolkit allow that, a GPU or not; else cpu.
-TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", says for which GPUs; without it, for those that the installed torch was
-built for, from sm_75 on, as far as nvcc knows them: other GPUs of their major versions run that code, and newer ones
-have PTX. Of a torch that does not say what it was built for, for all that nvcc knows. Where two would have the same
-code, it is made once.
+ASGL_CUDA_BUILD: cuda, the kernels for CPU and GPU; cpu, only those for the CPU. Without it, cuda where the installed
+torch and a toolkit allow that, a GPU or not; else cpu.
+TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX": the GPUs; without it, those that the installed torch was built for, from
+sm_75 on, as far as nvcc knows them. Newer GPUs have PTX. Architectures with the same code are compiled once.
+MAX_JOBS: files at a time; without it, one a core, as far as memory suffices.
 """
 
 from __future__ import annotations
@@ -16,11 +13,11 @@ import importlib.util
 import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,47 +30,39 @@ from . import build_notes
 DEFAULT_TOOLKIT = Path("/usr/local/cuda")
 FIRST_MAJOR_WITH_WHEELS = 13  # the wheel for CUDA 12 has no nvcc in it
 OLDEST_ARCHITECTURE = 75
-# cicc gives the same PTX for all from compute_80 to compute_90. That for compute_100 and on is other, and with it
-# ptxas spills more in backward's fast path; so one run of cicc serves all, and GPUs to come.
+# cicc makes the same PTX for compute_80 to compute_90, and other for compute_100, with which ptxas spills more.
 SHARED_ARCHITECTURE = 80
-# nvcc 13.0 makes the same bits of every kernel for both, and the first runs the second's code. `make cuda-compile`
-# says if that changes.
+# nvcc 13.0 makes the same bits for both, and the first runs the second's code; `make cuda-compile` compares.
 SAME_CODE = {88: 86, 89: 86, 121: 120}
 
-# No contraction, on purpose: every backend rounds each operation as the reference does. The next two only let the
-# compiler vectorise comparisons and calls; they change no value. Debug symbols, which many a Python asks for, would
-# make the extension ten times as large.
+# No contraction: every backend rounds each operation as the reference does. The next two let the compiler vectorise
+# comparisons and calls, and change no value. Debug symbols would make the extension ten times as large.
 CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0"]
 CPU_SOURCES = (
     "cpu/integrator.cpp", "cpu/neuron.cpp", "cpu/neuron_adaptive.cpp", "cpu/neuron_settled.cpp",
     "cpu/normalisation.cpp", "ops/bindings.cpp",
 )  # fmt: skip
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false"]
-NVCC_BYTES = 750 * 2**20  # of a thread of nvcc; measured 746 MB
+COMPILER_BYTES = 1000 * 2**20  # of a compiler; measured at most 941 MB for g++, 746 MB for a thread of nvcc
 
 
 class Toolkit(NamedTuple):
     """A CUDA toolkit, as far as it is needed."""
 
     home: Path
-    version: str  # version of nvcc, such as 13.0
+    version: str  # of nvcc, such as 13.0
     include: Path
     cudart: Path
-
-    @property
-    def nvcc(self) -> Path:
-        return self.home / "bin" / "nvcc"
 
 
 def output_of(*command: str | Path) -> str:
     """What a program says, nothing where there is none that starts."""
     try:
-        result = subprocess.run(
+        return subprocess.run(
             command, check=False, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        ).stdout
     except OSError:
         return ""
-    return result.stdout
 
 
 def wheel_homes(major: str) -> list[Path]:
@@ -84,13 +73,11 @@ def wheel_homes(major: str) -> list[Path]:
 
 def toolkit_homes(major: str) -> list[Path]:
     """Where a toolkit may be, best first."""
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if named:
+    if named := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return [Path(named)]
     homes = [DEFAULT_TOOLKIT, *wheel_homes(major)]
-    nvcc = shutil.which("nvcc")
-    if nvcc is not None:
-        # It may be a wrapper script, which can lie anywhere; the compiler behind it knows its own place.
+    if nvcc := shutil.which("nvcc"):
+        # It may be a wrapper script; the compiler behind it knows its own place.
         top = re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "any.cu"), re.MULTILINE)
         homes = [*([Path(top[1].strip()).resolve()] if top else []), Path(nvcc).parent.parent, *homes]
     return homes
@@ -102,12 +89,11 @@ def read_toolkit(home: Path) -> Toolkit | None:
     def first(*patterns: str) -> Path | None:
         return next((path for pattern in patterns for path in sorted(home.glob(pattern))), None)
 
-    nvcc = first("bin/nvcc")
-    version = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version")) if nvcc else None
+    version = re.search(r"release (\d+\.\d+)", output_of(home / "bin/nvcc", "--version"))
     header = first("include/cuda_runtime.h", "targets/*/include/cuda_runtime.h")
     # In the wheels only under its full name, libcudart.so.13, which -lcudart would not find.
-    libraries = ("lib64", "lib", "targets/*/lib", "lib/*-linux-gnu")
-    cudart = first(*(f"{folder}/libcudart.so*" for folder in libraries))
+    folders = ("lib64", "lib", "targets/*/lib", "lib/*-linux-gnu")
+    cudart = first(*(f"{folder}/libcudart.so*" for folder in folders))
     if header is None or cudart is None or version is None:
         return None
     return Toolkit(home.resolve(), version[1], header.parent.resolve(), cudart.resolve())
@@ -117,18 +103,15 @@ def find_toolkit(cuda: str) -> Toolkit | str:
     """A toolkit of the same major version, which is all that CUDA asks for, or why there is none."""
     major = cuda.split(".")[0]
     homes = toolkit_homes(major)
-    others = []
-    for home in homes:
-        toolkit = read_toolkit(home)
-        if toolkit is not None and toolkit.version.split(".")[0] == major:
+    toolkits = {home: toolkit for home in homes if (toolkit := read_toolkit(home))}
+    for toolkit in toolkits.values():
+        if toolkit.version.split(".")[0] == major:
             return toolkit
-        if toolkit is not None:
-            others.append(f"{home} is CUDA {toolkit.version}")
-    found = "; ".join(dict.fromkeys(others)) or f"none is in {', '.join(map(str, homes))}"
+    others = "; ".join(f"{home} is CUDA {toolkit.version}" for home, toolkit in toolkits.items())
     wheels = f", or pip install 'cuda-toolkit[nvcc]=={cuda}.*'" if int(major) >= FIRST_MAJOR_WITH_WHEELS else ""
     return (
-        f"torch {torch.__version__} needs a toolkit of CUDA {major} with nvcc, cuda_runtime.h and libcudart, "
-        f"but {found} (name one in CUDA_HOME{wheels})"
+        f"torch {torch.__version__} needs a toolkit of CUDA {major} with nvcc, cuda_runtime.h and libcudart, but "
+        f"{others or 'none is in ' + ', '.join(map(str, homes))} (name one in CUDA_HOME{wheels})"
     )
 
 
@@ -184,35 +167,16 @@ def architectures(known: list[int]) -> tuple[list[str], str]:
     return flags, " ".join(built)
 
 
-def known_architectures(nvcc: Path) -> list[int]:
-    return [int(number) for number in re.findall(r"\bsm_(\d+)\b", output_of(nvcc, "--list-gpu-code"))]
-
-
-def available_bytes() -> int:
-    """The memory that is free, or would be."""
+def jobs() -> int:
+    """Compilers at a time: MAX_JOBS, or one a core, as far as memory suffices."""
+    asked = os.environ.get("MAX_JOBS", "")
+    if asked.isdigit():
+        return max(1, int(asked))
     try:
-        (found,) = re.findall(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        (free,) = re.findall(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
     except (OSError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(found) * 1024
-
-
-def nvcc_threads(sources: int, jobs: int, available: int) -> int:
-    """The threads of each nvcc, of which ninja starts one a source and job."""
-    return max(1, min(jobs, available // (NVCC_BYTES * min(sources, jobs))))
-
-
-class Plan(NamedTuple):
-    """What is to be compiled."""
-
-    extension: Extension
-    cuda: str | None  # what the CUDA kernels are compiled by and for
-    reason: str  # why with or without them
-    sources: str  # their digest
-
-    @property
-    def kernels(self) -> str:
-        return f"the CPU and CUDA kernels ({self.cuda})" if self.cuda else "only the CPU kernels"
+        return os.cpu_count() or 1
+    return max(1, min(os.cpu_count() or 1, int(free) * 1024 // COMPILER_BYTES))
 
 
 def wanted_build() -> str | None:
@@ -223,10 +187,23 @@ def wanted_build() -> str | None:
     return wanted
 
 
+class Plan(NamedTuple):
+    """What is to be compiled."""
+
+    extension: Extension
+    cuda: str | None  # what the CUDA kernels are compiled by and for
+    reason: str  # why with or without them
+    sources: str  # their digest
+
+
 def plan(csrc: Path, wanted: str | None) -> Plan:
-    """How to compile the sources there. Paths are relative where that one is, as setuptools wants them in setup.py."""
-    if not os.environ.get("MAX_JOBS", "").isdigit():
-        os.environ["MAX_JOBS"] = str(os.cpu_count() or 1)
+    """How to compile the sources there. Paths are relative where that one is, as setuptools needs them in setup.py."""
+    compiler = os.environ.get("CXX", "").strip() or "c++"
+    if shutil.which(compiler) is None:
+        raise SystemExit(
+            f"asgl_cuda: no C++ compiler {compiler!r} on the PATH. Install one (Debian, Ubuntu: apt install g++) or "
+            "name another program in CXX; with ASGL_CUDA_BUILD=none it is installed without the fast kernels"
+        )
     for name in ("CC", "CXX"):  # torch and setuptools would start a program without a name
         if not os.environ.get(name, "-").strip():
             del os.environ[name]
@@ -234,6 +211,8 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     toolkit, reason = choose_toolkit(wanted)
     sources = build_notes.digest_of_build(csrc, Path(__file__).parents[1])
+    parallel = jobs()
+    os.environ["MAX_JOBS"] = str(parallel)
     extension = cpp_extension.CppExtension(
         "asgl_cuda._C",
         [str(csrc / name) for name in CPU_SOURCES],
@@ -243,13 +222,15 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
     )
     if toolkit is None:
         return Plan(extension, None, reason, sources)
-    flags, built = architectures(known_architectures(toolkit.nvcc))
+    nvcc = toolkit.home / "bin" / "nvcc"
+    known = [int(number) for number in re.findall(r"\bsm_(\d+)\b", output_of(nvcc, "--list-gpu-code"))]
+    flags, built = architectures(known)
     # What torch makes of the nvcc on the PATH is wrong where that is a wrapper script.
     cpp_extension.CUDA_HOME = str(toolkit.home)
     kernels = sorted(map(str, (csrc / "cuda").glob("*.cu")))
     extension.sources[:0] = kernels
     extension.define_macros.append(("ASGL_WITH_CUDA", None))
-    threads = nvcc_threads(len(kernels), max(1, int(os.environ["MAX_JOBS"])), available_bytes())
+    threads = max(1, parallel // len(kernels))  # of each of the compilers that ninja starts
     extension.extra_compile_args["nvcc"] = [*NVCC_FLAGS, *flags, f"--threads={threads}"]
     if toolkit.include != Path("/usr/include"):  # there already, and in its right place in the order
         extension.include_dirs.append(str(toolkit.include))
@@ -258,47 +239,43 @@ def plan(csrc: Path, wanted: str | None) -> Plan:
     return Plan(extension, f"CUDA {toolkit.version}, {built}", reason, sources)
 
 
-def require_compiler() -> list[str]:
-    """The words of CXX, or c++; SystemExit where there is no such program."""
-    asked = os.environ.get("CXX", "")
+def say(words: str) -> None:
+    """To the terminal, since pip keeps what a build prints."""
     try:
-        words = shlex.split(asked) or ["c++"]
-    except ValueError as error:
-        raise SystemExit(f"asgl_cuda: CXX must be a command, such as 'ccache g++', got {asked!r} ({error})") from error
-    if shutil.which(words[0]) is None:
-        raise SystemExit(
-            f"asgl_cuda: no C++ compiler {words[0]!r} on the PATH. Install one (Debian, Ubuntu: apt install g++) or "
-            "name another in CXX; with ASGL_CUDA_BUILD=none it is installed without the fast kernels"
-        )
-    return words
-
-
-def name_compiler(directory: Path) -> None:
-    """Puts CXX with arguments into a script, since torch takes all of it for the name of a program."""
-    words = require_compiler()
-    if os.environ.get("CXX", words[0]) != words[0]:
-        script = directory.resolve() / "compiler"
-        script.parent.mkdir(parents=True, exist_ok=True)
-        script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
-        script.chmod(0o755)
-        os.environ["CXX"] = str(script)
+        with Path("/dev/tty").open("w") as terminal:
+            terminal.write(f"asgl_cuda: {words}\n")
+    except OSError:  # there is none
+        pass
 
 
 def builder(planned: Plan, package: Path) -> type[cpp_extension.BuildExtension]:
     """The command build_ext; `package` is where it builds in place."""
+    kernels = f"the CPU and CUDA kernels ({planned.cuda})" if planned.cuda else "only the CPU kernels"
 
     class Build(cpp_extension.BuildExtension):
-        """Also notes what the extension was built for, to be compared with what it is imported into."""
+        """Shows its progress, and notes what the extension was built for."""
 
         def run(self) -> None:
-            name_compiler(Path(self.build_temp))
-            super().run()
+            say(f"compiling {kernels}, {os.environ['MAX_JOBS']} files at a time: on two cores five minutes")
+            compiled = threading.Event()
+            earlier = {path: path.stat().st_mtime_ns for path in Path(self.build_temp).rglob("*.o")}
+            threading.Thread(target=self.watch, args=(compiled, earlier), daemon=True).start()
+            try:
+                super().run()
+            finally:
+                compiled.set()
             target = package if self.inplace else Path(self.build_lib) / "asgl_cuda"
             build_notes.write(target, torch.__version__, planned.cuda, planned.reason, planned.sources)
-            print(
-                f"asgl_cuda: built {planned.kernels} for torch {torch.__version__} on {platform.machine()}: "
-                f"{planned.reason}"
-            )
+            print(f"asgl_cuda: built {kernels} for torch {torch.__version__} on {platform.machine()}: {planned.reason}")
+
+        def watch(self, compiled: threading.Event, earlier: dict[Path, int]) -> None:
+            """Names the files that are compiled, as their objects appear."""
+            done: list[Path] = []
+            while not compiled.wait(1):
+                for path in Path(self.build_temp).rglob("*.o"):
+                    if path not in done and path.stat().st_mtime_ns != earlier.get(path):
+                        done.append(path)
+                        say(f"{len(done)} of {len(planned.extension.sources)} files: {path.stem}")
 
     return Build
 
@@ -308,7 +285,6 @@ def main(csrc: Path, directory: Path) -> None:
     planned = plan(csrc, wanted_build())
     command = builder(planned, directory)(Distribution({"ext_modules": [planned.extension]}))
     command.build_lib, command.build_temp = str(directory), str(directory / "objects")
-    command.force = True  # without ninja only dates of *.cpp and *.cu would count
     command.ensure_finalized()
     command.run()
 

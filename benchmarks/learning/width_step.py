@@ -77,7 +77,6 @@ CELLS: dict[Cell, tuple[tuple[str, float], ...]] = {
     Cell("mnist"): FASTEST,
     Cell("tones"): FASTEST,
     Cell("vowels"): FASTEST,
-    BASE._replace(steps=1000): FASTEST,
     BASE._replace(learned="decays"): FASTEST,
     Cell("vowels", learned="decays"): FASTEST,
 }

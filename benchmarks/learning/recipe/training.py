@@ -25,13 +25,22 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import asgl_cuda
 
-from ..optimizers import optimizers_of
 from .data import in_a_line
 from .networks import network_of
 from .presets import Settings, scheduled_width
 
 _TET_SHARE, _TET_MEAN = 1e-3, 1.0
 _NAMES = {"T": "steps", "thresh": "threshold", "decay": "decay"}  # of settings in the authors' program and here
+
+
+def optimizers_of(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    """SGD for the weights; Adam for the neurons, apart, since it is not on the cosine."""
+    groups = asgl_cuda.parameter_groups(
+        model, settings.rate, settings.width_rate, settings.weight_decay, norm_weight_decay=0.0
+    )
+    neurons = [group for group in groups if group["name"] == "neurons"]
+    weights = [group for group in groups if group["name"] != "neurons"]
+    return [torch.optim.SGD(weights, momentum=0.9), *([torch.optim.Adam(neurons)] if neurons else [])]
 
 
 def loss_of(scores: Tensor, labels: Tensor, kind: str) -> Tensor:
@@ -104,9 +113,7 @@ class Training:
             self.model = DistributedDataParallel(self.network)
         if options.compiled:
             self.model = torch.compile(self.model)  # type: ignore[assignment]
-        self.optimizers = optimizers_of(
-            self.network, settings.rate, settings.width_rate, 0.9, settings.weight_decay, norm_weight_decay=0.0
-        )
+        self.optimizers = optimizers_of(self.network, settings)
         self.cosine = CosineAnnealingLR(self.optimizers[0], settings.epochs)
         train, test = samples
         gpu = options.device.type == "cuda"
