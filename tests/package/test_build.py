@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -180,7 +180,14 @@ def test_unknown_architectures(build, monkeypatch, asked):
 def test_notes_and_last_line(build, capsys, tmp_path, monkeypatch, cuda):
     """And progress, on the terminal, of the files that are compiled now."""
     said: list[str] = []
-    monkeypatch.setattr(build, "say", said.append)
+    named = threading.Event()
+
+    def say(words):
+        said.append(words)
+        if len(said) == 2:
+            named.set()
+
+    monkeypatch.setattr(build, "say", say)
     monkeypatch.setattr(cpp_extension.BuildExtension, "run", lambda _: compiled())
     objects = tmp_path / "objects" / "csrc"
     objects.mkdir(parents=True)
@@ -188,9 +195,7 @@ def test_notes_and_last_line(build, capsys, tmp_path, monkeypatch, cuda):
 
     def compiled():
         (objects / "neuron.o").touch()
-        deadline = time.monotonic() + 60
-        while len(said) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert named.wait(60)
 
     extension = cpp_extension.CppExtension("asgl_cuda._C", ["a.cpp", "b.cpp"])
     command = build.builder(build.Plan(extension, cuda, "a reason", "0123"), tmp_path)(Distribution())

@@ -1,11 +1,10 @@
-"""The pure Python wheel, used and compiled beside torch alone; and the commands of the README."""
+"""The pure Python wheel, used beside torch alone; and the commands of the README."""
 
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,12 +77,12 @@ def test_content(wheel):
 
 
 def test_info(python, tmp_path):
-    out = run(python, "-m", "asgl_cuda", "info", cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path))
+    out = run(python, "-m", "asgl_cuda", "info", cwd=tmp_path)
     lines = [line.split() for line in out.splitlines()]
     assert ["reference", "works"] in lines
     assert ["cpu", "works"] not in lines
     assert f"headers {python.parents[1]}" in out
-    assert "cpu        the compiled extension is missing: it was not built with this installation. To build it: " in out
+    assert "cpu        the compiled extension is missing: it was not built with this installation, in " in out
 
 
 # Stubs for the kernels, which take a minute to compile.
@@ -103,35 +102,6 @@ PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
 def stub_sources(csrc: Path) -> None:
     for path in csrc.rglob("*.cpp"):
         path.write_text(STUB if path.name == "bindings.cpp" else "")
-
-
-def test_build(python, tmp_path):
-    """Two processes compile at once; both report why a compilation fails."""
-    (csrc,) = python.parents[1].glob("lib/python*/site-packages/asgl_cuda/csrc")
-    stub_sources(csrc)
-    build = (python, "-m", "asgl_cuda", "build")
-    environment = {"ASGL_CUDA_BUILD": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    with ThreadPoolExecutor() as pool:
-        outputs = list(pool.map(lambda _: run(*build, cwd=tmp_path, **environment), range(2)))
-    for out in outputs:
-        # A torch for CUDA warns where there is no GPU.
-        first, last = (line for line in out.splitlines() if "No CUDA runtime is found" not in line)
-        assert first.startswith("asgl_cuda: compiling only the CPU kernels for torch ")
-        assert last.startswith("asgl_cuda: done in ")
-    (place,) = (tmp_path / "cache").glob("asgl_cuda/torch-*/*")
-    assert str(place) in outputs[0]
-    out = run(python, "-m", "asgl_cuda", "info", cwd=tmp_path, **environment)
-    assert "CPU kernels: a stub, 1 threads" in out
-    assert ["cpu", "works"] in [line.split() for line in out.splitlines()]
-    (csrc / "ops/bindings.cpp").write_text("#error this does not compile")
-    out = run(*build, cwd=tmp_path, status=1, **environment)
-    message = out.splitlines()[-1]
-    assert message.startswith(
-        f"asgl_cuda: it does not compile: {csrc}/ops/bindings.cpp:1:2: error: #error this does not"
-    )
-    log = Path(message.split("(log: ")[1].rstrip(")"))
-    assert "#error this does not compile" in log.read_text()
-    assert sorted(path.suffix for path in place.parent.iterdir()) == ["", ".log"]
 
 
 def test_readme_says_how(tmp_path):
