@@ -149,7 +149,7 @@ class _Trial:
         self._layers: dict[str, str] = {}  # by weight
 
     def _read_parameters(self, model: nn.Module) -> None:
-        """Collects the weights, and reasons why some can't be scaled."""
+        """Collects the weights, and why some parameters can't be scaled."""
         self._weights: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         owners: dict[int, str] = {}
@@ -159,12 +159,10 @@ class _Trial:
                     raise ValueError(f"{_CALLER}: {name} has no shape yet: call the model once before")
                 if name.endswith("weight") and (value.dim() > 1 or isinstance(module, _NORMALISATIONS)):
                     self._weights[name] = value
-                if not value.requires_grad:
-                    self._problems[name] = f"{name}, which is frozen (requires_grad=False)"
-                elif value.is_inference() or hasattr(value, "to_local"):
-                    self._problems[name] = f"{name}, which is sharded, or was made in inference mode"
+                if not value.requires_grad or value.is_inference() or hasattr(value, "to_local"):
+                    self._problems[name] = "frozen, sharded or made in inference mode"
                 elif value.numel() and (first := owners.setdefault(value.data_ptr(), name)) != name:
-                    self._problems |= dict.fromkeys((first, name), f"{first}, which shares memory with {name}")
+                    self._problems |= {first: f"shared with {name}", name: f"shared with {first}"}
 
     def _scale(self, site: _Site, factor: float) -> None:
         with torch.no_grad():
@@ -184,15 +182,15 @@ class _Trial:
         return {site: self._rate_of(site, [call[-1] for call in calls]) for site, calls in self._calls.items()}
 
     def prepare(self) -> dict[_Site, float]:
-        """The rates before; the second run is for the biases."""
+        """The rates before; another run is for the biases."""
         before = self.run()
         for site in before:
             self._scale(site, 0.0)
         self.run()
-        self._biases = {site: [x for _, x, *_ in calls] for site, calls in self._calls.items()}
-        self.factors = dict.fromkeys(before, 1.0)
         for site in before:
             self._scale(site, 1.0)
+        self.factors = dict.fromkeys(before, 1.0)
+        self._biases = {site: [x for _, x, *_ in calls] for site, calls in self._calls.items()}
         return before
 
     def _look(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -200,9 +198,8 @@ class _Trial:
         given = inspect.signature(layer.forward).bind(*args, **kwargs)
         x, residual = given.args[0], given.arguments.pop("residual", None)
         site = _Site(self.neurons[layer], self._weight_behind(layer, x, residual))
-        x = (x if residual is None else x + residual).detach().clone()
         calls = self._calls.setdefault(site, [])
-        calls.append((layer, x, given.args[1:], given.kwargs, _cut(output)))
+        calls.append((layer, x.detach().clone(), given.args[1:], given.kwargs, _cut(output)))
         is_fresh = self._since.setdefault(site, self.scaled) == self.scaled
         biases = self._biases.get(site, [])
         is_last = [each.shape for _, each, *_ in calls] == [each.shape for each in biases]
@@ -269,28 +266,21 @@ class _Trial:
 
     def _weight_behind(self, layer: Any, x: Tensor, residual: Tensor | None) -> str:
         """The name of the only weight that scales the input of these neurons, up to biases."""
-        own = isinstance(layer, BatchNormLIF)
-        paths = self._paths(x) if not own else {self._names[id(layer.weight)]} if layer.affine else set()
-        paths |= set() if residual is None else self._paths(residual)
-        weights, name = sorted(path for path in paths if path is not None), self.neurons[layer]
-        if not weights:
-            problem = (
-                "there must be a linear layer, a convolution or a normalisation with a weight in front of it, got none "
-                "(none are parametrised weights, and those behind torch.no_grad(), detach() or reentrant checkpoints)"
-            )
-        elif len(paths) > 1:
-            problem = (
-                f"its input must have one weight, got several paths: {' and '.join(weights)}"
-                f"{' and a path without weight' if None in paths else ''}. A normalisation in front of it, such as "
-                "asgl_cuda.BatchNormLIF, gives it one"
-            )
-        elif weights[0] in self._problems:
-            problem = f"in front of it is {self._problems[weights[0]]}"
-        elif (other := self._layers.setdefault(weights[0], name)) != name:
-            problem = f"in front of it is {weights[0]}, which is in front of {other}, too"
-        else:
-            return weights[0]
-        raise ValueError(f"{_CALLER}: {name or 'the model'}: {problem}")
+        normalises = isinstance(layer, BatchNormLIF)
+        paths = self._paths(x) if not normalises else {self._names[id(layer.weight)]} if layer.affine else set()
+        paths |= set() if residual is None else self._paths(residual) | {None}
+        weight, name = next(iter(paths), None), self.neurons[layer]
+        if weight is not None and len(paths) == 1 and weight not in self._problems:
+            if (other := self._layers.setdefault(weight, name)) == name:
+                return weight
+            self._problems[weight] = f"in front of {other}, too"
+        got = ["a path without weight"] if None in paths else []
+        got += [f"{each} ({self._problems[each]})" if each in self._problems else each for each in paths - {None}]
+        raise ValueError(
+            f"{_CALLER}: {name or 'the model'}: must have one weight in front of it, of a linear layer, a convolution "
+            f"or a normalisation, not parametrised and in its graph, got {' and '.join(sorted(got)) or 'none'}. A "
+            "normalisation in front of it, such as asgl_cuda.BatchNormLIF, gives it one"
+        )
 
     def _paths(self, x: Tensor) -> set[str | None]:
         """The nearest weights in the graph of x; None for a path without weight to earlier neurons."""
