@@ -29,7 +29,7 @@ from .monitor import aligned
 _CALLER = "asgl_cuda.calibrate"
 _TOLERANCE = 0.01  # relative to the rate
 _MORE_RUNS = 5  # than layers: for weights also in front of earlier layers, and inputs not linear in their weight
-_WIDEST = 16  # factors from 2^-16 to 2^16 are tried
+_WIDEST = 12  # factors from 2^-12 to 2^12 are tried; larger ones would scale rounding errors
 _NARROWEST = 2**-14  # an interval of log2(factor); a rate that changes in it by more than the tolerance jumps
 _NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, BatchNormLIF)
 
@@ -306,7 +306,7 @@ def _search(rate_at: Callable[[float], float], rate: float, tolerance: float) ->
     near, far = 0.0, -1.0 if is_above else 1.0
     rates[far] = rate_at(far)
     while (rates[far] > rate) == is_above and abs(far) < _WIDEST:
-        near, far = far, 2 * far
+        near, far = far, max(-_WIDEST, min(2 * far, _WIDEST))
         rates[far] = rate_at(far)
     while min(abs(each - rate) for each in rates.values()) > tolerance and abs(far - near) > _NARROWEST:
         middle = (near + far) / 2
