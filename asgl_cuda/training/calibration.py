@@ -91,9 +91,9 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     if not 0 < rate < 1:
         raise ValueError(f"{_CALLER}: rate must be in (0, 1), got {rate}")
     group = None
-    while isinstance(model, nn.parallel.DistributedDataParallel) or "_orig_mod" in model._modules:
-        group = getattr(model, "process_group", group)
-        model = model._modules.get("_orig_mod") or model.module
+    while (is_shared := isinstance(model, nn.parallel.DistributedDataParallel)) or "_orig_mod" in model._modules:
+        group = model.process_group if is_shared else group
+        model = model.module if is_shared else model.get_submodule("_orig_mod")
     with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         trial = _Trial(model, x_seq if isinstance(x_seq, tuple) else (x_seq,), rate, group)
         before = trial.prepare()
