@@ -121,7 +121,7 @@ def _remedy(layer: Any, size: str, threshold: str) -> str:
     norm = _normalisation_of(layer)
     if norm is None:
         return (
-            f"{size} weights in front, which asgl_cuda.calibrate(model, x_seq) sets unless they are frozen, or a "
+            f"{size} weights in front, which asgl_cuda.calibrate(model, x_seq) sets where there are trained ones; or a "
             "normalisation in front, as in asgl_cuda.BatchNormLIF"
         )
     own = f"a {threshold} threshold"
@@ -276,7 +276,10 @@ class Monitor:
         return [f"{name or '(the model)'}: {problem}" for name, problem in problems.items() if problem is not None]
 
     def scalars(self) -> dict[str, float]:
-        """The quantities as one dict for loggers, `firing_rate/name` and so on; a lone layer has no name."""
+        """The quantities as one dict for loggers, as TensorBoard's `writer.add_scalar(name, value, step)`.
+
+        Names are `firing_rate/layer` and so on; a lone layer has no name.
+        """
         found = self.result()
         return {
             f"{key}/{name}" if name else key: values[key]
