@@ -93,7 +93,7 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     group = None
     while (is_shared := isinstance(model, nn.parallel.DistributedDataParallel)) or "_orig_mod" in model._modules:
         group = model.process_group if is_shared else group
-        model = model.module if is_shared else model.get_submodule("_orig_mod")
+        model = model.get_submodule("module" if is_shared else "_orig_mod")
     with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         trial = _Trial(model, x_seq if isinstance(x_seq, tuple) else (x_seq,), rate, group)
         before = trial.prepare()
@@ -275,7 +275,8 @@ class _Trial:
                 return weight
             self._problems[weight] = f"in front of {other}, too"
         got = ["a path without weight"] if None in paths else []
-        got += [f"{each} ({self._problems[each]})" if each in self._problems else each for each in paths - {None}]
+        for each in paths - {None}:
+            got.append(f"{each} ({self._problems[each]})" if each in self._problems else f"{each}")
         raise ValueError(
             f"{_CALLER}: {name or 'the model'}: must have one weight in front of it, of a linear layer, a convolution "
             f"or a normalisation, not parametrised and in its graph, got {' and '.join(sorted(got)) or 'none'}. A "

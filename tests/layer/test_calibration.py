@@ -109,7 +109,11 @@ def test_statistics_are_those_of_the_mode(x_seq):
     assert model[:2](x_seq).mean().item() == pytest.approx(first.rate_after), "of the batch, in training"
     for _ in range(50):
         model(x_seq)
+    runs = []
+    handle = model.register_forward_pre_hook(lambda *_: runs.append(1))
     report = calibrate(model.eval(), x_seq, 0.3)
+    handle.remove()
+    assert len(runs) == 4
     assert rates_of(model, x_seq) == pytest.approx({row.layer: row.rate_after for row in report.layers}, abs=1e-6)
 
 

@@ -429,7 +429,7 @@ MUTANTS = {
     "streaming: a batch of one": streaming("if x_t.dim() < 2 or x_t.shape[0] != 1 or tuple(without.shape[:1]) == (1,):",
         "if True:", "layer/test_streaming.py batch_of_one"),
     "streaming: hooks stay": streaming("undo.callback(taker.module.register_forward_hook(after).remove)",
-        "taker.module.register_forward_hook(after)", "layer/test_streaming.py errors or flags"),
+        "taker.module.register_forward_hook(after)", "layer/test_streaming.py errors"),
     "streaming: layers stay stateful": streaming(
         '            undo.callback(setattr, layer, "stateful", layer.stateful)\n', "", "layer/test_streaming.py flags"),
     "streaming: compiled layers are watched": streaming("[taker for taker in takers if not taker.compiled]", "takers",
@@ -464,7 +464,8 @@ MUTANTS = {
     "calibration: biases are scaled": calibration("bias.lerp(x, factor)", "x * factor",
         "layer/test_calibration.py fire_at"),
     "calibration: a normalisation's input is scaled": calibration(
-        "scaled = x if isinstance(layer, BatchNormLIF) else bias", "scaled = bias", "layer/test_calibration.py fire_at"),
+        "scaled = x if isinstance(layer, BatchNormLIF) else bias", "scaled = bias",
+        "layer/test_calibration.py of_the_mode"),
     "calibration: later layers get spikes of earlier weights": calibration(
         "        output = _cut(self._again(site, 2**best)[-1])\n",
         "        output, _ = outputs[-1], self._again(site, 2**best)\n", "layer/test_calibration.py fire_at"),
