@@ -275,8 +275,7 @@ class _Trial:
                 return weight
             self._problems[weight] = f"in front of {other}, too"
         got = ["a path without weight"] if None in paths else []
-        for each in paths - {None}:
-            got.append(f"{each} ({self._problems[each]})" if each in self._problems else f"{each}")
+        got += [f"{each} ({self._problems[each]})" if each in self._problems else f"{each}" for each in paths - {None}]
         raise ValueError(
             f"{_CALLER}: {name or 'the model'}: must have one weight in front of it, of a linear layer, a convolution "
             f"or a normalisation, not parametrised and in its graph, got {' and '.join(sorted(got)) or 'none'}. A "
