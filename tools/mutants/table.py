@@ -505,7 +505,7 @@ MUTANTS = {
         "layer/test_monitor.py neurons"),
     "monitor: scaled spikes": monitor("emitted = hard * threshold if layer.scale_output else hard", "emitted = hard",
         "layer/test_monitor.py measures"),
-    "monitor: looks under transforms": monitor("transforming() or type(layer)", "type(layer)",
+    "monitor: looks under transforms": monitor("transforming() or not isinstance(s_seq", "not isinstance(s_seq",
         "layer/test_transforms.py monitor"),
     "monitor: a carried potential": monitor("x_seq, more, layer._carried(), rng_state", "x_seq, more, None, rng_state",
         "layer/test_monitor.py measures or carried or changes"),
