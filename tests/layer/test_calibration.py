@@ -102,9 +102,9 @@ def test_layers_fire_at_the_rate(name, rate, x_seq):
 
 def test_statistics_are_those_of_the_mode(x_seq):
     torch.manual_seed(3)
-    model = NETWORKS["normalised"]()
+    joined = BatchNormLIF(40, analog_prob=0.0), BatchNormLIF(40)
+    model = linear(joined[0], nn.Sequential(OverTime(nn.BatchNorm1d(40)), LIF()), joined[1])
     nn.init.normal_(model[0].weight, std=3.0)
-    model[1].analog_prob = 0.0
     first = calibrate(model, x_seq).layers[0]
     assert model[:2](x_seq).mean().item() == pytest.approx(first.rate_after), "of the batch, in training"
     for _ in range(50):
