@@ -278,8 +278,9 @@ class _Trial:
         got += [f"{each} ({self._problems[each]})" if each in self._problems else f"{each}" for each in paths - {None}]
         raise ValueError(
             f"{_CALLER}: {name or 'the model'}: its input must have one weight, got "
-            f"{'several paths: ' * (len(got) > 1)}{' and '.join(sorted(got)) or 'none'}; that of a linear layer, a convolution or a normalisation, not "
-            "parametrised and in its graph. A normalisation in front, such as asgl_cuda.BatchNormLIF, gives it one"
+            f"{'several paths: ' * (len(got) > 1)}{' and '.join(sorted(got)) or 'none'}; that of a linear layer, a "
+            "convolution or a normalisation, not parametrised and in its graph. A normalisation in front, such as "
+            "asgl_cuda.BatchNormLIF, gives it one"
         )
 
     def _paths(self, x: Tensor) -> set[str | None]:
