@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -18,23 +18,20 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree
 
 from ..checks import read_number
-from ..interop.convert import Left, copied, libraries
-from ..interop.converted import STATEFUL, bare_class
-from ..interop.normalised import Normalised
-from ..interop.pending import Pending
-from ..layer import some_asgl_layers
-from ..neuron import LIF, BatchNormLIF
+from ..interop import convert, unfuse
+from ..interop.convert import Left, copied
+from ..interop.converted import bare_class
+from ..layer import asgl_layers, some_asgl_layers
+from ..neuron import BatchNormLIF
 from .kit import reset
 from .monitor import aligned
 
 _CALLER = "asgl_cuda.calibrate"
-
 _TOLERANCE = 0.01  # relative to the rate
-_ROUNDS = 3
-_WIDEST = 24  # factors from 2^-24 to 2^24 are tried
+_MORE_RUNS = 5  # than layers: for weights also in front of earlier layers, and inputs not linear in their weight
+_WIDEST = 12  # factors from 2^-12 to 2^12 are tried; larger ones would scale rounding errors
 _NARROWEST = 2**-14  # an interval of log2(factor); a rate that changes in it by more than the tolerance jumps
-
-_NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, BatchNormLIF)
 
 
 class CalibratedLayer(NamedTuple):
@@ -54,12 +51,8 @@ class Calibration(NamedTuple):
     left: list[Left]
 
     def __str__(self) -> str:
-        rows = [("layer", "weight", "rate before", "after", "factor")]
-        rows += [
-            (row.layer or "(the model)", row.weight, f"{row.rate_before:.4f}", f"{row.rate_after:.4f}",
-             f"{row.factor:.4g}")
-            for row in self.layers
-        ]  # fmt: skip
+        rows: list[tuple[str, ...]] = [("layer", "weight", "rate before", "after", "factor")]
+        rows += [(row[0] or "(the model)", row[1], *(f"{value:.4g}" for value in row[2:])) for row in self.layers]
         left = [f"{row.path or '(the model)'}: {row.layer}, left: {row.reason}" for row in self.left]
         return "\n".join([*aligned(rows, "<<>>>"), *left])
 
@@ -68,9 +61,12 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     """Scales the weights in front of the neurons, from one batch, until each layer fires at `rate`.
 
     For networks without normalisation, whose deeper layers are otherwise silent at first and learn nothing. Call once,
-    after construction or conversion of the model and before the optimizer's first step. Biases, thresholds and widths
-    stay. The scaled weight belongs to the linear layer or convolution in front of the neurons, through views, pooling,
-    dropout and currents, or to a normalisation in between, also in `BatchNormLIF`.
+    after construction or conversion of the model and before the optimizer's first step. The scaled weight belongs to
+    the linear layer or convolution in front of the neurons, through views, pooling, dropout and currents, or to a
+    normalisation in between, also in `BatchNormLIF`. Nothing else of the model changes.
+
+    Rates are those of a copy with hard spikes, without dropout, from rest; normalisations use batch statistics in
+    training mode. Each layer's factor is found on its own input, and confirmed by another run.
 
     Args:
         model: any module with firing layers of asgl_cuda or converted ones, running all time steps in one call. A model
@@ -79,20 +75,11 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
         rate: share of neurons and steps with a spike, in (0, 1), reached to within 1% of `rate`; less exactly if
             few distinct inputs let the rate rise only in larger steps.
 
-    Rates are measured on copies, with the model's hooks, with hard spikes, without dropout, from rest. Normalisations
-    use batch statistics in training mode, else running statistics. Only the scaled weights of the model change:
-    potentials, running statistics, training mode, `analog_prob` and random number generators stay.
+    Returns the layers in order of execution with rates before and after and factors, and the layers that did not run.
 
-    Returns:
-        The layers in order of execution with rates before and after and factors, and the layers left: not run by this
-        input, or unconverted neurons of another library. `print` shows a table.
-
-    Raises:
-        ValueError: a layer that no factor can bring to `rate`: behind several paths, without a weight in front, with a
-            shared, parametrised or frozen weight, out of reach, or with a rate that depends on earlier calls. The
-            message names the layer; the model is unchanged.
-        TypeError: no module, or a rate that is no number.
-        RuntimeError: the model can't be copied.
+    Raises ValueError for a layer that no factor can bring to `rate`: behind several paths, without a weight in front,
+    with a shared, parametrised or frozen weight, out of reach, or with a rate that depends on earlier calls. The
+    message names the layer; the model is unchanged.
 
     Example::
 
@@ -103,53 +90,29 @@ def calibrate(model: nn.Module, x_seq: Any, rate: float = 0.2) -> Calibration:
     rate = read_number("rate", rate, _CALLER)
     if not 0 < rate < 1:
         raise ValueError(f"{_CALLER}: rate must be in (0, 1), got {rate}")
-    model, group = _unwrapped(model)
-    inputs = x_seq if isinstance(x_seq, tuple) else (x_seq,)
-    with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        trial = _Trial(model, inputs, group)
-        before = trial.run()
-        factors = dict.fromkeys(before, 1.0)
-        for _ in range(_ROUNDS):  # a weight may also be in front of earlier layers
-            for site in factors:
-                factors[site] *= trial.factor_for(site, rate)
-            after = trial.run()
-            if all(abs(after[site] - trial.found[site]) <= trial.tolerance(site, rate) for site in factors):
-                break
-        # In a fresh copy, as the model's next call.
-        after = _Trial(model, inputs, group).run(factors=factors)
-    for site in factors:
-        if after.get(site) is None or abs(after[site] - trial.found[site]) > 5 * trial.tolerance(site, rate):
-            raise ValueError(
-                f"{_CALLER}: {site.layer or 'the model'}: fires at {after.get(site, math.nan):.3g} and not at {rate:g} "
-                "when the model runs again: its rate must not depend on earlier calls or on the layers behind it"
-            )
-    weights = dict(model.named_parameters())
-    layers = []
-    with torch.no_grad():
-        for site, factor in factors.items():
-            layers.append(CalibratedLayer(*site, before[site], after[site], factor))
-            if factor != 1:
-                weights[site.weight].mul_(factor)
-    run = {site.layer for site in factors}
-    left = [
-        Left(name, bare_class(layer).__name__, "not run by this input")
-        for layer, name in trial.neurons.items()
-        if name not in run
-    ]
-    left += [Left(name, type(layer).__name__, "not converted") for layer, name in trial.foreign.items()]
-    return Calibration(layers, left)
-
-
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
-    """The model inside DistributedDataParallel and torch.compile, and its process group."""
     group = None
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            group, model = model.process_group, model.module
-        elif isinstance(inner := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
-            model = inner
-        else:
-            return model, group
+    while (is_shared := isinstance(model, nn.parallel.DistributedDataParallel)) or "_orig_mod" in model._modules:
+        group = model.process_group if is_shared else group
+        model = model.get_submodule("module" if is_shared else "_orig_mod")
+    with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        trial = _Trial(model, x_seq if isinstance(x_seq, tuple) else (x_seq,), rate, group)
+        before = trial.prepare()
+        for _ in range(len(before) + _MORE_RUNS):
+            scaled = trial.scaled
+            after = trial.run()
+            if trial.scaled == scaled:
+                break
+    for site, factor in trial.factors.items():
+        if not trial.is_reached(site, after.get(site, math.nan)):
+            raise trial.refused(site, f"{after.get(site)} at the factor {factor:.3g}, and another one in other runs")
+    for site, factor in trial.factors.items():
+        with torch.no_grad():
+            model.get_parameter(site.weight).mul_(factor)
+    layers = [CalibratedLayer(*site, before[site], after[site], factor) for site, factor in trial.factors.items()]
+    others = {layer: name for layer, name in trial.neurons.items() if name not in {site.layer for site in before}}
+    return Calibration(
+        layers, [Left(name, bare_class(layer).__name__, "not run by this input") for layer, name in others.items()]
+    )
 
 
 class _Site(NamedTuple):
@@ -159,251 +122,208 @@ class _Site(NamedTuple):
     weight: str
 
 
-class _Finished(Exception):  # noqa: N818  # not an error
-    """Ends a run after the last call of the measured layer."""
-
-
 class _Trial:
-    """A copy of the model with trial weights."""
+    """A copy of the model, in whose runs weights are scaled and neurons called again."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], group: Any) -> None:
-        try:
-            self._model = copied(model)
-        except Exception as error:  # raised by a user's __deepcopy__
-            raise RuntimeError(
-                f"{_CALLER}: measures on a copy of the model, which can't be copied: {type(error).__name__}: {error}"
-            ) from error
-        self._inputs, self._group = inputs, group
-        self._devices = sorted({value.device.index for value in self._model.parameters() if value.is_cuda})
-        self._name_parameters(model)
-        self._set_modes(model)
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], rate: float, group: Any) -> None:
+        self._read_parameters(model)
+        self._model, _ = unfuse(copied(model), inplace=True)
+        for name in dict(asgl_layers(model)).keys() - dict(asgl_layers(self._model)).keys():
+            convert(self._model.get_submodule(name), inplace=True)  # as fuse had done
+        for mine, other in zip(self._model.eval().modules(), model.modules(), strict=True):
+            if isinstance(mine, _NORMALISATIONS):
+                mine.training = other.training
+        self._parameters = dict(self._model.named_parameters())
+        self._names = {id(value): name for name, value in self._parameters.items()}
+        for value in self._parameters.values():
+            value.requires_grad_(value.is_floating_point())
         self.neurons = {layer: name for name, layer in some_asgl_layers(self._model, _CALLER).items()}
         for layer in self.neurons:
             layer.analog_prob = 0.0
-        self.foreign = {layer: name for name, layer in self._model.named_modules() if self._is_foreign(layer)}
-        for layer in self.foreign:
-            layer.register_forward_hook(lambda layer, args, output: _pytree.tree_map_only(Tensor, _source, output))
-        self._calls: dict[_Site, int] = {}  # per full run, to end shorter runs
+        self._inputs, self._rate, self._group = inputs, rate, group
+        self.factors: dict[_Site, float] = {}
+        self.scaled = 0  # how often weights were
+        self._biases: dict[_Site, list[Tensor]] = {}  # inputs of neurons with the weight at 0
+        self._found: dict[_Site, float] = {}
         self._elements: dict[_Site, int] = {}
-        self.found: dict[_Site, float] = {}  # rates reached
-        self._until: _Site | None = None
+        self._layers: dict[str, str] = {}  # by weight
 
-    def _is_foreign(self, layer: nn.Module) -> bool:
-        """Whether the layer is a library's unconverted neuron: its graph is not followed."""
-        found = (library.find(layer) for library in libraries()) if layer not in self.neurons else ()
-        return any(answer not in (None, STATEFUL) for answer in found)
-
-    def _name_parameters(self, model: nn.Module) -> None:
-        """Collects names of parameters, weights, and reasons why some can't be scaled."""
-        self._names: dict[int, str] = {}
-        self._parameters = dict(self._model.named_parameters())
+    def _read_parameters(self, model: nn.Module) -> None:
+        """Collects the weights, and why some parameters can't be scaled."""
+        self._weights: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
-        owned: dict[int, tuple[nn.Module, str]] = {}  # owner and name
-        owners: dict[int, str] = {}  # by address, since deep copies share no memory
-        for name, value in model.named_parameters():
-            if is_lazy(value):
-                raise ValueError(f"{_CALLER}: {name} has no shape yet: call the model once before")
-            if not value.requires_grad:
-                self._problems[name] = f"{name}, which is frozen (requires_grad=False)"
-            elif value.is_inference():
-                self._problems[name] = f"{name}, which was made in inference mode and can't be changed"
-            elif hasattr(value, "to_local"):
-                self._problems[name] = f"{name}, which is sharded: calibrate before fully_shard"
-            elif value.numel() and (first := owners.setdefault(value.data_ptr(), name)) != name:
-                self._problems |= dict.fromkeys((first, name), f"{first}, which shares memory with {name}")
-        for name, value in self._parameters.items():
-            self._names[id(value)] = name
-            value.requires_grad_(value.is_floating_point())
-        self._weights: set[int] = set()
-        for module in self._model.modules():
-            own = dict(module.named_parameters(recurse=False))
-            for name, value in own.items():
-                first = self._names[id(value)]
-                if (module, name) != owned.setdefault(id(value), (module, name)):
-                    self._problems[first] = f"{first}, which several modules share"
-            weight = own.get("weight")
-            if weight is not None and (weight.dim() > 1 or isinstance(module, (*_NORMALISATIONS, BatchNormLIF))):
-                self._weights.add(id(weight))
+        owners: dict[int, str] = {}
+        for path, module in model.named_modules():
+            for name, value in module.named_parameters(path, recurse=False):
+                if is_lazy(value):
+                    raise ValueError(f"{_CALLER}: {name} has no shape yet: call the model once before")
+                if name.endswith("weight") and (value.dim() > 1 or isinstance(module, _NORMALISATIONS)):
+                    self._weights[name] = value
+                if not value.requires_grad or value.is_inference() or hasattr(value, "to_local"):
+                    self._problems[name] = "frozen, sharded or made in inference mode"
+                elif value.numel() and (first := owners.setdefault(value.data_ptr(), name)) != name:
+                    self._problems |= {first: f"shared with {name}", name: f"shared with {first}"}
 
-    def _set_modes(self, model: nn.Module) -> None:
-        """Evaluation, with normalisations in their own modes."""
-        self._model.eval()
-        for mine, other in zip(self._model.modules(), model.modules(), strict=True):
-            if isinstance(mine, (*_NORMALISATIONS, BatchNormLIF)):
-                mine.training = other.training
+    def _scale(self, site: _Site, factor: float) -> None:
+        with torch.no_grad():
+            self._parameters[site.weight].copy_(self._weights[site.weight] * factor)
 
-    def run(self, until: _Site | None = None, factors: Mapping[_Site, float] | None = None) -> dict[_Site, float]:
-        """Runs the model from rest and returns the rates.
-
-        Ends after the last call of `until`, if given. `factors` scale the weights first.
-        """
-        for site, factor in (factors or {}).items():
-            with torch.no_grad():
-                self._parameters[site.weight].mul_(factor)
-        self._tallies: dict[_Site, list[Tensor]] = {}
-        self._sites: dict[nn.Module, _Site] = {}
-        self._until = until
+    def run(self) -> dict[_Site, float]:
+        """Runs the model from rest, scales weights and returns the rates found, in order of execution."""
+        self._calls: dict[_Site, list[Any]] = {}
+        self._since: dict[_Site, int] = {}
         reset(self._model)
-        torch.clear_autocast_cache()  # holds casts of earlier trial weights
-        with ExitStack() as hooks, suppress(_Finished), torch.random.fork_rng(self._devices):  # the same random numbers
+        torch.clear_autocast_cache()  # holds casts of earlier weights
+        devices = {value.device.index for value in self._parameters.values() if value.is_cuda}
+        with ExitStack() as hooks, torch.random.fork_rng(devices):  # the same random numbers
             for layer in self.neurons:  # hooks that stay would be reference cycles
-                hooks.callback(layer.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-                hooks.callback(layer.register_forward_hook(self._after).remove)
-            self._model(*_pytree.tree_map_only(Tensor, _source, self._inputs))
-        if until is None:
-            self._calls = {site: len(tally) for site, tally in self._tallies.items()}
-        return {site: self._rate(site, torch.stack(tally).sum(0)) for site, tally in self._tallies.items()}
+                hooks.callback(layer.register_forward_hook(self._look, with_kwargs=True, prepend=True).remove)
+            self._model(*_cut(self._inputs))
+        return {site: self._rate_of(site, [call[-1] for call in calls]) for site, calls in self._calls.items()}
 
-    def _rate(self, site: _Site, counts: Tensor) -> float:
-        """The rate from counts of spikes and elements, over all processes."""
+    def prepare(self) -> dict[_Site, float]:
+        """The rates before; another run is for the biases."""
+        before = self.run()
+        for site in before:
+            self._scale(site, 0.0)
+        self.run()
+        for site in before:
+            self._scale(site, 1.0)
+        self.factors = dict.fromkeys(before, 1.0)
+        self._biases = {site: [x for _, x, *_ in calls] for site, calls in self._calls.items()}
+        return before
+
+    def _look(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Records a call of neurons. The last one sets the weight, unless earlier ones preceded others' new weights."""
+        given = inspect.signature(layer.forward).bind(*args, **kwargs)
+        x, residual = given.args[0], given.arguments.pop("residual", None)
+        site = _Site(self.neurons[layer], self._weight_behind(layer, x, residual))
+        calls = self._calls.setdefault(site, [])
+        calls.append((layer, x.detach().clone(), given.args[1:], given.kwargs, _cut(output)))
+        is_fresh = self._since.setdefault(site, self.scaled) == self.scaled
+        biases = self._biases.get(site, [])
+        is_last = [each.shape for _, each, *_ in calls] == [each.shape for each in biases]
+        return self._set(site) if is_fresh and is_last else calls[-1][-1]
+
+    def _set(self, site: _Site) -> Any:
+        """Scales the weight for the rate, and returns the output of the last call with it."""
+        outputs = [output for *_, output in self._calls[site]]
+        if self.is_reached(site, self._rate_of(site, outputs)):
+            return outputs[-1]
+        rates = _search(
+            lambda power: self._rate_of(site, self._again(site, 2**power)), self._rate, self._tolerance(site) / 2
+        )
+        best = min(rates, key=lambda power: abs(rates[power] - self._rate))
+        is_jump = min(rates.values()) < self._rate < max(rates.values()) and 0.5 <= rates[best] / self._rate <= 2
+        if abs(rates[best] - self._rate) > self._tolerance(site) and not is_jump:
+            seen = (f"{rates[power]:.3g} at the factor {2**power:.3g}" for power in (min(rates), max(rates)))
+            raise self.refused(site, " and ".join(seen))
+        output = _cut(self._again(site, 2**best)[-1])
+        self.factors[site] *= 2**best
+        self._found[site] = rates[best]
+        self.scaled += 1
+        return output
+
+    def _again(self, site: _Site, factor: float) -> list[Any]:
+        """The outputs of the neurons with another factor on their weight, from rest."""
+        self._scale(site, self.factors[site] * factor)
+        outputs, parts = list[Any](), dict[int, Any]()  # by the part of an earlier output that a call was given
+        for layer, *_ in self._calls[site]:
+            reset(layer)
+        with torch.no_grad():
+            for (layer, x, *more, output), bias in zip(self._calls[site], self._biases[site], strict=True):
+                args, kwargs = _pytree.tree_map(lambda value: parts.get(id(value), value), more)  # noqa: B023
+                scaled = x if isinstance(layer, BatchNormLIF) else bias.lerp(x, factor)  # has the weight inside
+                outputs.append(layer.forward(scaled, *args, **kwargs))
+                parts |= zip(map(id, _pytree.tree_leaves(output)), _pytree.tree_leaves(outputs[-1]), strict=True)
+        return outputs
+
+    def _rate_of(self, site: _Site, outputs: list[Any]) -> float:
+        """The share of spikes, over all processes."""
+        spikes = [next(each for each in _pytree.tree_leaves(output) if isinstance(each, Tensor)) for output in outputs]
+        elements = spikes[0].new_tensor(sum(each.numel() for each in spikes), dtype=torch.int64)
+        counts = torch.stack([*(each.count_nonzero() for each in spikes), elements])
         if self._group is not None:
             torch.distributed.all_reduce(counts, group=self._group)
-        spikes, elements = counts.tolist()
-        if not elements:
+        *fired, self._elements[site] = counts.tolist()
+        if not self._elements[site]:
             raise ValueError(f"{_CALLER}: {site.layer or 'the model'}: x_seq must have samples, got an empty output")
-        self._elements[site] = elements
-        return spikes / elements  # type: ignore[no-any-return]
+        return sum(fired) / self._elements[site]  # type: ignore[no-any-return]
 
-    def tolerance(self, site: _Site, rate: float) -> float:
-        """The tolerance of the rate: 1% of `rate`, or one spike."""
-        return max(_TOLERANCE * rate, 1 / self._elements[site])
+    def _tolerance(self, site: _Site) -> float:
+        return max(_TOLERANCE * self._rate, 1 / self._elements[site])
 
-    def _before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first = next(iter(inspect.signature(layer.forward).parameters), "")
-        x, residual = args[0] if args else kwargs.get(first), kwargs.get("residual")
-        if isinstance(x, Pending):
-            x, residual = x.operands()
-        elif isinstance(layer, LIF) and len(args) > 1:
-            residual = args[1]
-        self._sites[layer] = _Site(self.neurons[layer], self._weight_of(layer, x, residual))
+    def is_reached(self, site: _Site, measured: float) -> bool:
+        """Whether it is the rate, or the nearest that was found."""
+        missed = min(abs(measured - self._rate), abs(measured - self._found.get(site, self._rate)))
+        return missed <= self._tolerance(site)
 
-    def _after(self, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
-        site = self._sites[layer]
-        s_seq = next(value for value in _pytree.tree_leaves(output) if isinstance(value, Tensor))
-        counts = [s_seq.count_nonzero(), s_seq.new_tensor(s_seq.numel(), dtype=torch.int64)]
-        self._tallies.setdefault(site, []).append(torch.stack(counts))
-        if site == self._until and len(self._tallies[site]) == self._calls[site]:
-            raise _Finished
-        return _pytree.tree_map_only(Tensor, _source, output)
+    def refused(self, site: _Site, seen: str) -> ValueError:
+        return ValueError(
+            f"{_CALLER}: {site.layer or 'the model'}: no factor on {site.weight} makes it fire at {self._rate:g}; the "
+            f"rate is {seen}"
+        )
 
-    def _weight_of(self, layer: Any, x: Tensor | None, residual: Tensor | None) -> str:
+    def _weight_behind(self, layer: Any, x: Tensor, residual: Tensor | None) -> str:
         """The name of the only weight that scales the input of these neurons, up to biases."""
-        name = self.neurons[layer] or "the model"
-        if isinstance(layer, (BatchNormLIF, Normalised)):
-            norm = layer.normalisation.norm if isinstance(layer, Normalised) else layer
-            if norm.weight is None:
-                raise ValueError(f"{_CALLER}: {name}: its normalisation has no weight to be scaled (affine=False)")
-            found, bare = {self._names[id(norm.weight)]}, False
-        elif not isinstance(x, Tensor) or x.grad_fn is None:
-            raise ValueError(
-                f"{_CALLER}: {name}: its input must come with its graph, got one that torch.no_grad(), detach() or "
-                "reentrant checkpointing cut off"
-            )
-        else:
-            found, bare = self._weights_behind(x)
-        if residual is not None:
-            others, is_bare = self._weights_behind(residual) if residual.grad_fn is not None else (set(), True)
-            found, bare = found | others, bare or is_bare
-        if not found:
-            raise ValueError(
-                f"{_CALLER}: {name}: there must be a linear layer, a convolution or a normalisation with a weight in "
-                "front of it, got none (parametrised weights are none)"
-            )
-        if bare or len(found) > 1:
-            branches = " and ".join([*sorted(found), *(["a path without weight"] if bare else [])])
-            raise ValueError(
-                f"{_CALLER}: {name}: its input must have one weight, got several paths: {branches}. A "
-                "normalisation in front of it, such as asgl_cuda.BatchNormLIF, gives it one"
-            )
-        (weight,) = found
-        if weight in self._problems:
-            raise ValueError(f"{_CALLER}: {name}: in front of it is {self._problems[weight]}")
-        own = self.neurons[layer]
-        other = next((site for site in self._tallies if site.weight == weight and site.layer != own), None)
-        if other is not None:
-            raise ValueError(f"{_CALLER}: {name}: in front of it is {weight}, which is in front of {other.layer}, too")
-        return weight
+        normalises = isinstance(layer, BatchNormLIF)
+        paths = self._paths(x) if not normalises else {self._names[id(layer.weight)]} if layer.affine else set()
+        paths |= set() if residual is None else self._paths(residual) | {None}
+        weight, name = next(iter(paths), None), self.neurons[layer]
+        if weight is not None and len(paths) == 1 and weight not in self._problems:
+            if (other := self._layers.setdefault(weight, name)) == name:
+                return weight
+            self._problems[weight] = f"in front of {other}, too"
+        got = ["a path without weight"] if None in paths else []
+        got += [f"{each} ({self._problems[each]})" if each in self._problems else f"{each}" for each in paths - {None}]
+        raise ValueError(
+            f"{_CALLER}: {name or 'the model'}: its input must have one weight, got "
+            f"{'several paths: ' * (len(got) > 1)}{' and '.join(sorted(got)) or 'none'}; that of a linear layer, a "
+            "convolution or a normalisation, not parametrised and in its graph. A normalisation in front, such as "
+            "asgl_cuda.BatchNormLIF, gives it one"
+        )
 
-    def _weights_behind(self, x: Tensor) -> tuple[set[str], bool]:
-        """The nearest weights in the graph of x, and whether a path without weight leads to earlier neurons."""
-        found: set[str] = set()
-        bare = False
-        waiting: list[Any] = [x.grad_fn]
-        seen: set[Any] = set()
+    def _paths(self, x: Tensor) -> set[str | None]:
+        """The nearest weights in the graph of x; None for a path without weight to earlier neurons."""
+        found: set[str | None] = set()
+        seen, waiting = set[Any](), [x.grad_fn]
         while waiting:
             node = waiting.pop()
-            if node in seen:
+            if node is None or node in seen:
                 continue
             seen.add(node)
-            inputs = [(each, _leaf_behind(each)) for each, _ in node.next_functions if each is not None]
-            weights = {id(leaf) for _, leaf in inputs if leaf is not None} & self._weights
-            found |= {self._names[each] for each in weights}
-            for each, leaf in inputs if not weights else []:
-                if leaf is None:
-                    waiting.append(each)
-                elif id(leaf) not in self._names:
-                    bare = True
-        return found, bare
-
-    def factor_for(self, site: _Site, rate: float) -> float:
-        """The factor on the weight for this rate, applied to the copy."""
-        weight = self._parameters[site.weight]
-        start = weight.detach().clone()
-        found: dict[float, float] = {}  # rates by log2 of the factor
-
-        def excess(log_factor: float) -> float:
-            with torch.no_grad():
-                weight.copy_(start * 2**log_factor)
-            found[log_factor] = self.run(site)[site]
-            missed = found[log_factor] - rate
-            return 0.0 if abs(missed) <= self.tolerance(site, rate) else missed
-
-        log_factor = _root(excess)
-        if log_factor is None or not rate / 2 <= found[log_factor] <= 2 * rate:
-            low, high = min(found), max(found)
-            seen = f"{found[low]:.3g} at the factor {2**low:.3g} and {found[high]:.3g} at {2**high:.3g}"
-            if len({*found.values()}) == 1:
-                seen = f"{found[low]:.3g} whatever the factor, as for a silent input or behind a normalisation"
-            raise ValueError(
-                f"{_CALLER}: {site.layer or 'the model'}: no factor on {site.weight} makes it fire at {rate:g}; the "
-                f"rate is {seen}"
-            )
-        excess(log_factor)
-        self.found[site] = found[log_factor]
-        return float(2**log_factor)
+            leaves = {each: _leaf_behind(each) for each, _ in node.next_functions if each is not None}
+            names = {self._names.get(id(leaf)) for leaf in leaves.values() if leaf is not None}
+            weights = names & self._weights.keys()
+            found |= weights or names & {None}
+            waiting += [] if weights else [each for each, leaf in leaves.items() if leaf is None]
+        return found
 
 
-def _root(function: Callable[[float], float]) -> float | None:
-    """The root of a rising function, bracketed outwards from 0; the better side of a jump; None without sign change."""
-    near, at_near = 0.0, function(0.0)
-    if at_near == 0:
-        return near
-    far = -math.copysign(1.0, at_near)
-    while (at_far := function(far)) * at_near > 0:
-        near, at_near = far, at_far
-        far *= 2
-        if abs(far) > _WIDEST:
-            return None
-    halve = False
-    while at_far != 0 and abs(far - near) > _NARROWEST:
-        # Secants alone are slow with a flat rate on one side.
-        share = 0.5 if halve else min(max(at_near / (at_near - at_far), 0.1), 0.9)
-        halve = not halve
-        middle = near + share * (far - near)
-        at_middle = function(middle)
-        if at_middle * at_near > 0:
-            near, at_near = middle, at_middle
-        else:
-            far, at_far = middle, at_middle
-    return far if abs(at_far) <= abs(at_near) else near
+def _search(rate_at: Callable[[float], float], rate: float, tolerance: float) -> dict[float, float]:
+    """Rates by log2 of the factor, up to the wanted one, which is bracketed outwards from 0."""
+    rates = {0.0: rate_at(0.0)}
+    is_above = rates[0.0] > rate
+    near, far = 0.0, -1.0 if is_above else 1.0
+    rates[far] = rate_at(far)
+    while (rates[far] > rate) == is_above and abs(far) < _WIDEST:
+        near, far = far, max(-_WIDEST, min(2 * far, _WIDEST))
+        rates[far] = rate_at(far)
+    while min(abs(each - rate) for each in rates.values()) > tolerance and abs(far - near) > _NARROWEST:
+        middle = (near + far) / 2
+        rates[middle] = rate_at(middle)
+        near, far = (middle, far) if (rates[middle] > rate) == is_above else (near, middle)
+    return rates
 
 
 def _source(value: Tensor) -> Tensor:
     """The value detached, as the start of a new graph."""
-    if not (value.is_floating_point() or value.is_complex()):
-        return value
-    leaf = value.clone() if value.is_inference() else value
-    return leaf.detach().requires_grad_().clone()  # leaves can't be changed in place
+    is_number = value.is_floating_point() or value.is_complex()
+    return value.clone().detach().requires_grad_().clone() if is_number else value  # leaves can't be changed in place
+
+
+def _cut(values: Any) -> Any:
+    return _pytree.tree_map_only(Tensor, _source, values)
 
 
 def _leaf_behind(node: Any) -> Tensor | None:

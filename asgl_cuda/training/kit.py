@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
+import importlib
 import sys
-import warnings
-from contextlib import AbstractContextManager, ContextDecorator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from ..interop.convert import libraries
 from ..layer import NeuronLayer, check_module, some_asgl_layers
-from .monitor import Monitor, first_of
+from .monitor import Monitor
 from .schedule import AnalogProbSchedule
-
-_SPIKING_EVAL = "asgl_cuda.spiking_eval"
 
 
 def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Monitor | None = None) -> Any:
     """A Lightning callback: steps `schedule` and logs the results of `monitor` at the end of each training epoch.
 
     The monitor watches training steps, not validation, and is reset at each epoch's start; its `scalars()` are logged
-    by name, as means over the processes. Checkpoints save and restore the schedule's state.
+    by name, as means over the processes. Checkpoints save and restore the schedule's state. The callback is that of
+    `lightning`, or of `pytorch_lightning` where only that is imported.
 
-    Raises ValueError if both are None, TypeError for other types, ImportError without Lightning (`lightning` or
-    `pytorch_lightning`).
+    Raises ValueError if both are None, TypeError for other types, ImportError without Lightning.
     """
     if schedule is None and monitor is None:
         raise ValueError("asgl_cuda.lightning_callback: needs a schedule, a monitor or both, got None and None")
@@ -34,9 +32,8 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
             raise TypeError(
                 f"asgl_cuda.lightning_callback: {name} must be an asgl_cuda.{kind.__name__}, got {type(value).__name__}"
             )
-    # The program's Trainer is of the imported package.
-    names = sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules)
-    lightning = first_of(names, "lightning", "asgl_cuda.lightning_callback")
+    is_old = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
+    lightning = importlib.import_module("pytorch_lightning" if is_old else "lightning.pytorch")
 
     class ASGLCallback(lightning.Callback):  # type: ignore[misc, name-defined]
         # Not by closure: a class is a reference cycle, which would keep the model.
@@ -74,59 +71,17 @@ def lightning_callback(schedule: AnalogProbSchedule | None = None, monitor: Moni
     return ASGLCallback(schedule, monitor)
 
 
-class _SpikingEval(ContextDecorator, AbstractContextManager[None]):
-    """The result of `spiking_eval`; warns at its line of creation if never used."""
-
-    def __init__(self, model: nn.Module, line: tuple[str, int]) -> None:
-        self._model, self._line = model, line
-        self._used = False
-        self._before: list[list[tuple[Any, float]]] = []  # by nested `with`
-
-    def __call__(self, function: Any) -> Any:
-        self._used = True
-        kinds = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
-        if any(is_kind(function) for is_kind in kinds):
-            raise TypeError(
-                f"{_SPIKING_EVAL}: decorates functions that run when they are called, got {function.__name__}, which "
-                "runs later; `with` inside of it does"
-            )
-        return super().__call__(function)
-
-    def __enter__(self) -> None:
-        self._used = True
-        layers = some_asgl_layers(self._model, _SPIKING_EVAL).values()
-        before = [(layer, layer.analog_prob) for layer in layers]
-        self._before.append(before)
-        try:
-            for layer in layers:
-                layer.analog_prob = 0.0
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        for layer, analog_prob in self._before.pop():
-            layer.analog_prob = analog_prob
-
-    def __del__(self) -> None:
-        if not self._used:
-            message = (
-                f"{_SPIKING_EVAL}: it was called and not entered, which does nothing; it is for "
-                "`with asgl_cuda.spiking_eval(model):`"
-            )
-            warnings.warn_explicit(message, UserWarning, *self._line)
-
-
-def spiking_eval(model: nn.Module) -> AbstractContextManager[None]:
+@contextmanager
+def spiking_eval(model: nn.Module) -> Iterator[None]:
     """Inside, every ASGL layer emits hard spikes, and surrogate gradients flow: for attacks and fine-tuning.
 
     Sets `analog_prob` to 0 and restores each layer's own value on leaving, also after an exception. Nothing else
     changes: not the modes of batch norm and dropout, carried potentials or `requires_grad`. Attacks need `model.eval()`
     as well, fine-tuning does not. Do not step an `AnalogProbSchedule` inside: its values are lost on leaving.
 
-    A context manager, and a decorator of functions; a bare call does nothing, and warns.
+    A context manager, and a decorator of functions; a bare call does nothing.
 
-    Raises ValueError for a model without ASGL layers, TypeError where it is no module.
+    Raises ValueError for a model without ASGL layers, TypeError where it is no module, both on entering.
 
     Example::
 
@@ -135,9 +90,14 @@ def spiking_eval(model: nn.Module) -> AbstractContextManager[None]:
         with asgl_cuda.spiking_eval(model):
             (gradient,) = torch.autograd.grad(model(x_seq).sum(), x_seq)
     """
-    some_asgl_layers(model, _SPIKING_EVAL)
-    caller = sys._getframe(1)
-    return _SpikingEval(model, (caller.f_code.co_filename, caller.f_lineno))
+    before = [(layer, layer.analog_prob) for layer in some_asgl_layers(model, "asgl_cuda.spiking_eval").values()]
+    try:
+        for layer, _ in before:
+            layer.analog_prob = 0.0
+        yield
+    finally:
+        for layer, analog_prob in before:
+            layer.analog_prob = analog_prob
 
 
 def reset(model: nn.Module) -> None:
@@ -155,13 +115,7 @@ def reset(model: nn.Module) -> None:
             spikes = model(x.unsqueeze(0))  # [1, 32, 128]
         asgl_cuda.reset(model)  # before the next sequence
     """
-    check_module(model, "asgl_cuda.reset")
-    resets = [library.reset for library in libraries() if hasattr(library, "reset")]
-    for module in model.modules():
-        if isinstance(module, NeuronLayer):
-            module.reset()
-        for reset_layer in resets:
-            reset_layer(module)
+    _of_all_layers(model, "reset", "reset")
 
 
 def detach(model: nn.Module) -> None:
@@ -177,10 +131,15 @@ def detach(model: nn.Module) -> None:
             model(chunk).sum().backward()
             asgl_cuda.detach(model)
     """
-    check_module(model, "asgl_cuda.detach")
-    detaches = [library.detach for library in libraries() if hasattr(library, "detach")]
+    _of_all_layers(model, "detach", "detach_")
+
+
+def _of_all_layers(model: nn.Module, name: str, method: str) -> None:
+    """Calls the method of each of our layers, and the function of this name of each library."""
+    check_module(model, f"asgl_cuda.{name}")
+    functions = [getattr(library, name) for library in libraries() if hasattr(library, name)]
     for module in model.modules():
         if isinstance(module, NeuronLayer):
-            module.detach_()
-        for detach_layer in detaches:
-            detach_layer(module)
+            getattr(module, method)()
+        for function in functions:
+            function(module)

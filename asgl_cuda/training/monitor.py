@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..batch_norm import sharing
 from ..call import LIFOutput
-from ..checks import level_of_user
 from ..interop.normalised import Normalised
 from ..layer import some_asgl_layers
 from ..layout import channel_dim
@@ -24,16 +19,8 @@ from ..reference import batch_statistics
 from ..surrogate import SURROGATES
 from ..transforms import transforming
 
-# Measured quantities, in the order of tables and figures: key, heading.
-_QUANTITIES = {
-    "width": "width",
-    "firing_rate": "firing rate",
-    "analog_share": "analog share",
-    "inside": "inside window",
-    "smoothing_error": "smoothing error",
-    "dead": "dead",
-    "saturated": "saturated",
-}
+# In the order of tables.
+_QUANTITIES = ("width", "firing_rate", "analog_share", "inside", "smoothing_error", "dead", "saturated")
 
 # Shares at which `Monitor.problems` reports a layer.
 _MANY = 0.5  # of the neurons dead, or saturated; of the channels constant
@@ -42,106 +29,67 @@ _FEW_INSIDE = 0.01  # of the potentials inside the window
 
 _LITTLE = 0.01  # of eps: with less variance a channel is normalised to less than a tenth around its bias
 
-_CALIBRATE = "asgl_cuda.calibrate(model, x_seq)"
-# Potentials that should be larger, smaller or just others: the weights in front, the weight of a normalisation, the
-# threshold.
-_SCALES = {
-    "larger": ("larger weights", "a larger weight", "a lower threshold"),
-    "smaller": ("smaller weights", "a smaller weight", "a higher threshold"),
-    "other": ("weights of another scale", "a weight of another scale", "another threshold"),
-}
-
-
-class ScalarWriter(Protocol):
-    """The part of TensorBoard's SummaryWriter that `Monitor.write` needs."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> Any: ...
-
 
 class _Tally:
     """Sums over the calls of a layer, on its device without synchronisation."""
 
     def __init__(self) -> None:
-        self.elements: dict[str, int] = {}
-        self.sums: dict[str, Tensor] = {}
-        # By shape of the neurons, which may vary between calls.
-        self.spikes: dict[torch.Size, Tensor] = {}
-        self.steps: dict[torch.Size, int] = {}
+        self._shares: dict[str, tuple[Any, int]] = {}  # sums and numbers of elements
+        self._neurons: dict[torch.Size, tuple[Any, int]] = {}  # spikes of each and steps, by shape, which may vary
 
     def add(self, shares: Mapping[str, Tensor]) -> None:
         """Adds shares with one value per element of the output, or per channel."""
         for key, values in shares.items():
-            self.elements[key] = self.elements.get(key, 0) + values.numel()
-            total = values.sum(dtype=torch.float64)
-            self.sums[key] = self.sums[key].to(total.device) + total if key in self.sums else total
+            total, elements = self._shares.get(key, (0, 0))
+            self._shares[key] = total + values.sum(dtype=torch.float64), elements + values.numel()
 
     def add_neurons(self, spikes: Tensor, time_dim: int | None) -> None:
         """Adds spikes `[T, N, ...]`, or `[N, ...]` without time; a lone dimension beside time is neurons, no batch."""
-        if time_dim is not None:
-            spikes = spikes.movedim(time_dim, 0)
-        steps = 0 if time_dim is None else 1
-        shape = spikes.shape[steps + (spikes.dim() > steps + 1) :]
-        counts = spikes.reshape(-1, *shape).sum(0)
-        self.spikes[shape] = self.spikes[shape].to(counts.device) + counts if shape in self.spikes else counts
-        self.steps[shape] = self.steps.get(shape, 0) + spikes.numel() // shape.numel()
+        before = 0 if time_dim is None else 1
+        spikes = spikes if time_dim is None else spikes.movedim(time_dim, 0)
+        shape = spikes.shape[before + (spikes.dim() > before + 1) :]
+        counts, steps = self._neurons.get(shape, (0, 0))
+        self._neurons[shape] = counts + spikes.reshape(-1, *shape).sum(0), steps + spikes.numel() // shape.numel()
 
     def result(self) -> dict[str, float]:
-        found = {key: total.item() / self.elements[key] for key, total in self.sums.items()}
-        neurons = sum(counts.numel() for counts in self.spikes.values())
-        if neurons:
-            dead = sum(int((counts == 0).sum()) for counts in self.spikes.values())
-            saturated = sum(int((counts == self.steps[shape]).sum()) for shape, counts in self.spikes.items())
+        found = {key: total.item() / elements for key, (total, elements) in self._shares.items()}
+        if neurons := sum(shape.numel() for shape in self._neurons):
+            dead = sum(int((counts == 0).sum()) for counts, _ in self._neurons.values())
+            saturated = sum(int((counts == steps).sum()) for counts, steps in self._neurons.values())
             found |= {"dead": dead / neurons, "saturated": saturated / neurons}
         return found
 
 
 def _shares_of_lif(
-    layer: LIF,
-    x_seq: Tensor,
-    more: dict[str, Any],
-    v_init: Tensor | None,
-    rng_state: Tensor | None,
-    s_seq: Tensor,
+    layer: LIF, x_seq: Tensor, more: dict[str, Any], v_init: Tensor | None, rng_state: Tensor | None, s_seq: Tensor
 ) -> dict[str, Tensor]:
     """Repeats the call for its potentials, with the same state and noise."""
     generator = None if rng_state is None else torch.Generator(x_seq.device).set_state(rng_state)
     time_dim = layer.time_dim % x_seq.dim()
     again = layer._lif(x_seq, update=False, v_init=v_init, generator=generator, return_h_seq=True, **more)
     assert isinstance(again, LIFOutput)
-    assert again.h_seq is not None
-    h_seq = again.h_seq
+    h_seq: Any = again.h_seq
     values: list[Any] = [layer._broadcast(each, x_seq, time_dim) for each in (layer.width, layer.v_threshold)]
     # In the dtype of the computation, for equal spikes.
-    width, threshold = (
-        value.to(h_seq)
-        if isinstance(value, Tensor)
-        else torch.scalar_tensor(value, dtype=h_seq.dtype, device=h_seq.device)  # no copy, which would wait for a GPU
-        for value in values
-    )
+    width, threshold = (value.to(h_seq) if isinstance(value, Tensor) else value for value in values)
     if layer._counts:
-        assert layer.levels is not None
         y = h_seq * (1 / threshold)
         smooth = y.clamp(0, layer.levels)
-        whole = smooth.round()
-        hard = whole / layer.levels if layer.scale_output else whole
-        return {
-            "firing_rate": whole > 0,
-            "analog_share": s_seq != hard.to(s_seq.dtype),
-            "inside": smooth == y,
-            "smoothing_error": (smooth - whole).abs(),
-        }
-    u = h_seq - threshold
-    spikes = layer._fires(u)
-    y = u * (1 / width)
-    if layer.multi_spike:
-        return {"firing_rate": spikes, "inside": y.abs() < 0.5}
-    smooth = SURROGATES[layer.surrogate].cumulative(y)
-    hard = spikes * threshold if layer.scale_output else spikes
-    return {
-        "firing_rate": spikes,
-        "analog_share": s_seq != hard.to(s_seq.dtype),
-        "inside": y.abs() < 0.5,
-        "smoothing_error": torch.where(spikes, 1 - smooth, smooth),
+        hard = smooth.round()
+        shares = {"firing_rate": hard > 0, "inside": smooth == y}
+        emitted = hard / layer.levels if layer.scale_output else hard
+    else:
+        u = h_seq - threshold
+        y = u * (1 / width)
+        hard = layer._fires(u)
+        shares = {"firing_rate": hard, "inside": y.abs() < 0.5}
+        if layer.multi_spike:
+            return shares
+        smooth = SURROGATES[layer.surrogate].cumulative(y)
+        emitted = hard * threshold if layer.scale_output else hard
+    return shares | {
+        "analog_share": s_seq != emitted.to(s_seq.dtype),
+        "smoothing_error": (smooth - hard.to(smooth)).abs(),
     }
 
 
@@ -168,20 +116,23 @@ def _constant_channels(layer: LIF, x_seq: Tensor) -> dict[str, Tensor]:
     return {"constant": variance <= _LITTLE * norm.eps}
 
 
-def _remedy(layer: Any, scale: str) -> str:
-    """The remedy for potentials of the wrong scale: neither what the layer is already, nor what `calibrate` refuses."""
-    weights, weight, threshold = _SCALES[scale]
+def _remedy(layer: Any, size: str, threshold: str) -> str:
+    """What helps potentials of the wrong scale: neither what the layer is already, nor what `calibrate` refuses."""
     norm = _normalisation_of(layer)
     if norm is None:
-        return f"{weights}: {_CALIBRATE}, or a normalisation in front, as in asgl_cuda.BatchNormLIF"
-    learns = norm.weight is not None and norm.weight.requires_grad
-    own = f"{weight} of its normalisation: {_CALIBRATE}" if learns else threshold
+        return (
+            f"{size} weights in front, which asgl_cuda.calibrate(model, x_seq) sets where there are trained ones; or a "
+            "normalisation in front, as in asgl_cuda.BatchNormLIF"
+        )
+    own = f"a {threshold} threshold"
+    if norm.weight is not None and norm.weight.requires_grad:
+        own = f"a {size} weight of its normalisation: asgl_cuda.calibrate(model, x_seq)"
     return own if _uses_batch(norm) else f"running statistics of such inputs, by batches in training mode; or {own}"
 
 
 def _problem(values: Mapping[str, float], layer: Any) -> str | None:
     """The problem of a layer with these quantities, and a remedy."""
-    rate, inside = values.get("firing_rate"), values.get("inside", 1.0)
+    rate, inside, dead = values.get("firing_rate"), values.get("inside", 1.0), values.get("dead", 0.0)
     if rate is None:
         return None
     if values.get("constant", 0.0) > _MANY:
@@ -192,63 +143,48 @@ def _problem(values: Mapping[str, float], layer: Any) -> str | None:
         )
     if math.isnan(values["width"]) or math.isnan(values.get("smoothing_error", 0.0)):
         return "its potentials or its width are NaN: a smaller learning rate, or clipped gradients"
-    seen, helps = [], _remedy(layer, "other")
-    if rate == 0 or values.get("dead", 0.0) > _MANY:
-        seen.append("no neuron ever fired" if rate == 0 else f"{values['dead']:.0%} of the neurons never fired (dead)")
+    seen, helps = [], _remedy(layer, "differently scaled", "different")
+    if rate == 0 or dead > _MANY:
+        seen.append("no neuron ever fired" if rate == 0 else f"{dead:.0%} of the neurons never fired (dead)")
         helps = "other inputs" if _normalisation_of(layer) is not None else "a normalisation in front, or other inputs"
-        if rate < _RARE:
-            helps = _remedy(layer, "larger")
+        helps = _remedy(layer, "larger", "lower") if rate < _RARE else helps
     elif values.get("saturated", 0.0) > _MANY:
         seen.append(f"{values['saturated']:.0%} of the neurons fired at every step (saturated)")
-        helps = _remedy(layer, "smaller")
+        helps = _remedy(layer, "smaller", "higher")
     if inside < _FEW_INSIDE:
-        counts = getattr(layer, "_counts", False)  # no width is there to be larger
         passes = "no" if inside == 0 and getattr(layer, "surrogate", None) == "rectangle" else "hardly any"
-        window = (
-            "between 0 and levels thresholds" if counts else "inside the window of the surrogate, abs(u) < width / 2"
-        )
+        window, width = "inside the window of the surrogate, abs(u) < width / 2", "; or a larger width"
+        if getattr(layer, "_counts", False):
+            window, width = "between 0 and levels thresholds", ""
         seen.append(f"{inside:.1%} of the potentials are {window}: {passes} gradient passes to the layers before")
-        helps += "" if counts else "; or a larger width"
+        helps += width
     return f"{', and '.join(seen)}. What helps: {helps}" if seen else None
-
-
-def _is_hidden() -> bool:
-    """Whether the values of a call can't be read."""
-    return torch.compiler.is_compiling() or transforming()
 
 
 class Monitor:
     """Watches the ASGL layers of a model, over all calls inside `with monitor:` or between `start()` and `stop()`.
 
-    A nested `with monitor:`, or after `start()`, does not end watching.
-
     For each layer `result()` has, in [0, 1] except the width:
 
     - `width`: mean of the current widths, in units of the input.
-    - `firing_rate`: share of elements whose potential reached the threshold, u >= 0 (u > 0 if strict), regardless of
-      the output; with levels, of elements that emit a spike.
-    - `analog_share`: share of elements with an output other than the hard spike: at most `analog_prob`, less if smooth
-      values outside the window equal the spike.
+    - `firing_rate`: share of elements whose potential reached the threshold, whatever the output; with levels, of
+      elements that emit a spike.
+    - `analog_share`: share of elements with an output other than the hard spike: at most `analog_prob`.
     - `inside`: share of elements inside the window of the surrogate, abs(u / width) < 1/2; with levels, those not
       clamped.
-    - `smoothing_error`: E|H(u) - spike|, which should vanish by the paper's argument. `multi_spike` has no H, and so
-      neither `smoothing_error` nor `analog_share`.
+    - `smoothing_error`: E|H(u) - spike|, which should vanish by the paper's argument. Missing with `multi_spike`, as is
+      `analog_share`.
     - `constant`, of a layer that normalises by the statistics of each call, as BatchNormLIF in training: share of
       channels with a variance of less than `eps / 100`, of which nothing but the bias is left. Not in the table.
     - `dead`, `saturated`: share of neurons that never spiked, and that spiked at every step, in all samples. Neurons
       are the positions of an input `[T, N, ...]` without time and batch, or without time if one dimension remains.
 
-    `asgl_cuda.LIF` computes each watched call twice. Of a layer with another forward only the output (a tuple's first)
-    is used, as spikes of height 1: `inside` and `smoothing_error` are missing, as are `dead` and `saturated` unless the
-    layer has `time_dim`, None for calls of one step. Quantities not seen yet are missing as well: before the first
-    call, all but the widths.
+    Watching changes no output, gradient, state or random number. `asgl_cuda.LIF` computes each watched call twice. Of a
+    layer with another forward only the output (a tuple's first) is used, as spikes of height 1, without `inside` and
+    `smoothing_error`, and `dead` and `saturated` only if it has `time_dim`, None for calls of one step. Calls in
+    compiled code and under transforms of torch.func are not seen. Quantities not seen yet are missing.
 
-    `print(monitor)` shows a table, then `problems()`: layers that are dead, saturated, without gradient, or normalise
-    channels that do not vary, and remedies.
-
-    Watching changes no output, gradient, state or random number. Calls in compiled code and under transforms of
-    torch.func are not seen: watch the uncompiled model, on some batches. A monitor that was never started warns when
-    asked for results.
+    `print(monitor)` shows a table, then `problems()`.
 
     Example::
 
@@ -266,8 +202,6 @@ class Monitor:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         # Input, potential and random state before a call.
         self._before: dict[nn.Module, tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]] = {}
-        self._watched_before: list[bool] = []  # by nested `with`: whether already watching
-        self._was_started = self._has_warned = False
         self.reset()
 
     def reset(self) -> None:
@@ -276,14 +210,11 @@ class Monitor:
 
     def start(self) -> None:
         """Starts watching, adding to earlier counts; no effect if already started."""
-        if self._handles:
-            return
-        self._was_started = True
-        for layer in self._layers.values():
+        for layer in () if self._handles else self._layers.values():
             self._handles += [
                 layer.register_forward_pre_hook(self._look_before, with_kwargs=True),
                 # First, to see the layer's own output.
-                layer.register_forward_hook(self._look, prepend=True, with_kwargs=True),
+                layer.register_forward_hook(self._look, prepend=True),
             ]
 
     def stop(self) -> None:
@@ -294,16 +225,14 @@ class Monitor:
         self._before.clear()
 
     def __enter__(self) -> Monitor:
-        self._watched_before.append(bool(self._handles))
         self.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self._watched_before.pop():
-            self.stop()
+        self.stop()
 
     def _look_before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _is_hidden() or type(layer).forward is not LIF.forward:
+        if torch.compiler.is_compiling() or transforming() or type(layer).forward is not LIF.forward:
             return
         try:
             x_seq, more = layer._inputs(*args, **kwargs)
@@ -318,11 +247,9 @@ class Monitor:
         self._before[layer] = x_seq, more, layer._carried(), rng_state
 
     @torch.no_grad()
-    def _look(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if _is_hidden():
-            return
+    def _look(self, layer: Any, args: tuple[Any, ...], output: Any) -> None:
         s_seq = output[0] if isinstance(output, tuple) else output
-        if not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
+        if torch.compiler.is_compiling() or transforming() or not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
             return
         if before := self._before.pop(layer, None):
             shares = _shares_of_lif(layer, *before, s_seq) | _constant_channels(layer, before[0])
@@ -335,13 +262,6 @@ class Monitor:
 
     def result(self) -> dict[str, dict[str, float]]:
         """The measured quantities, by the layers' names."""
-        if not (self._was_started or self._has_warned):
-            self._has_warned = True
-            warnings.warn(
-                "asgl_cuda.Monitor: it was never started, so it saw nothing: call the model inside `with monitor:`, or "
-                "between monitor.start() and monitor.stop()",
-                stacklevel=level_of_user(),
-            )
         return {
             name: {"width": torch.as_tensor(layer.width).mean().item(), **self._tallies[layer].result()}
             for name, layer in self._layers.items()
@@ -349,20 +269,17 @@ class Monitor:
 
     def problems(self) -> list[str]:
         """Problems of layers that may not learn, a line each: layer, observation, remedy. Empty without any."""
-        return self._problems_in(self.result())
-
-    def _problems_in(self, found: Mapping[str, Mapping[str, float]]) -> list[str]:
+        found = self.result()
         if all("firing_rate" not in values for values in found.values()):
-            return ["nothing was seen: the model was not called, or only in compiled code or under torch.func"]
-        lines = []
-        for name, values in found.items():
-            what = _problem(values, self._layers[name])
-            if what is not None:
-                lines.append(f"{name or '(the model)'}: {what}")
-        return lines
+            return ["nothing was seen: no call of the model inside `with monitor:` that is not compiled or transformed"]
+        problems = {name: _problem(values, self._layers[name]) for name, values in found.items()}
+        return [f"{name or '(the model)'}: {problem}" for name, problem in problems.items() if problem is not None]
 
     def scalars(self) -> dict[str, float]:
-        """The quantities as one dict for loggers, `firing_rate/name` and so on; a lone layer has no name."""
+        """The quantities as one dict for loggers, as TensorBoard's `writer.add_scalar(name, value, step)`.
+
+        Names are `firing_rate/layer` and so on; a lone layer has no name.
+        """
         found = self.result()
         return {
             f"{key}/{name}" if name else key: values[key]
@@ -372,50 +289,15 @@ class Monitor:
         }
 
     def __str__(self) -> str:
-        found = self.result()
-        rows = [["layer", *_QUANTITIES.values()]]
-        for name, values in found.items():
+        rows = [["layer", *(key.replace("_", " ") for key in _QUANTITIES)]]
+        for name, values in self.result().items():
             cells = (f"{values[key]:.4f}" if key in values else "-" for key in _QUANTITIES)
             rows.append([name or "(the model)", *cells])
-        lines = aligned(rows, "<" + ">" * len(_QUANTITIES))
-        problems = self._problems_in(found)
-        return "\n".join([*lines, "", *problems] if problems else lines)
-
-    def write(self, writer: ScalarWriter, step: int) -> None:
-        """Writes to TensorBoard: `writer.add_scalar(tag, value, step)` for each of `scalars()`."""
-        for tag, value in self.scalars().items():
-            writer.add_scalar(tag, value, step)
-
-    def plot(self, path: str | Path) -> None:
-        """Draws a panel per quantity with a bar per layer, by matplotlib, into a file of a supported format.
-
-        Raises ImportError without matplotlib.
-        """
-        # Not pyplot, which sets a backend for the process and keeps figures.
-        figures = first_of(["matplotlib.figure"], "matplotlib", "asgl_cuda.Monitor.plot")
-        found = self.result()
-        height = 1.2 + 0.3 * len(found)
-        figure = figures.Figure(figsize=(2.2 * len(_QUANTITIES), height), layout="constrained")
-        panels = figure.subplots(1, len(_QUANTITIES), sharey=True)
-        for panel, (key, heading) in zip(panels, _QUANTITIES.items(), strict=True):
-            panel.barh(
-                [name or "(the model)" for name in found], [values.get(key, math.nan) for values in found.values()]
-            )
-            panel.set_title(heading)
-            panel.grid(axis="x", alpha=0.3)
-        panels[0].invert_yaxis()  # the first layer on top
-        figure.savefig(path)
+        problems = self.problems()
+        return "\n".join([*aligned(rows, "<" + ">" * len(_QUANTITIES)), *([""] if problems else []), *problems])
 
 
 def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
     """The rows of a table with padded columns, aligned to the left (<) or right (>)."""
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map("{:{}{}}".format, row, sides, sizes)) for row in rows]
-
-
-def first_of(modules: Sequence[str], package: str, caller: str) -> Any:
-    """The first module that can be imported."""
-    for module in modules:
-        with suppress(ImportError):
-            return importlib.import_module(module)
-    raise ImportError(f"{caller}: needs {package}, which can't be imported: pip install {package}")

@@ -7,7 +7,6 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -23,7 +22,7 @@ class AnalogProbSchedule:
 
     Args:
         model: its layers are set immediately, for epoch 0. A layer with neither noise nor a learned width stays an
-            ordinary neuron.
+            ordinary neuron, as does one with `multi_spike`.
         prob_at: `analog_prob` (in [0, 1]) of a layer that started with `start`, at `epoch`: `prob_at(start, epoch)`.
 
     `multi_step`, `cosine` and `linear` make common schedules. Call `step()` after each epoch. `epoch` counts these
@@ -45,9 +44,10 @@ class AnalogProbSchedule:
     """
 
     def __init__(self, model: nn.Module, prob_at: Callable[[float, int], float]) -> None:
-        self._layers = some_asgl_layers(model, _CALLER)
+        layers = some_asgl_layers(model, _CALLER)
         if not callable(prob_at):
             raise TypeError(f"{_CALLER}: prob_at must be a function of start and epoch, got {type(prob_at).__name__}")
+        self._layers = {name: layer for name, layer in layers.items() if not getattr(layer, "multi_spike", False)}
         self._prob_at = prob_at
         self.epoch = 0
         self.starts: dict[str, float] = {
@@ -57,8 +57,8 @@ class AnalogProbSchedule:
         }
         if not self.starts:
             raise ValueError(
-                f"{_CALLER}: model must have a layer with noise or a learned width, got analog_prob 0 and constant "
-                f"widths in {', '.join(map(repr, self._layers))}"
+                f"{_CALLER}: model must have a layer with noise or a learned width, got none in "
+                f"{', '.join(map(repr, layers))}"
             )
         self._set(self.starts, 0)
 
@@ -67,10 +67,8 @@ class AnalogProbSchedule:
         """Multiplies by `gamma` (in [0, 1]) at each of the epochs `milestones`, as torch's MultiStepLR."""
         if not isinstance(milestones, Sequence) or isinstance(milestones, (str, bytes)):
             raise TypeError(f"{_CALLER}: milestones must be a sequence of ints, got {type(milestones).__name__}")
-        if any(isinstance(epoch, bool) or not isinstance(epoch, Integral) or epoch < 1 for epoch in milestones):
-            raise ValueError(f"{_CALLER}: milestones must be ints >= 1, got {shown(list(milestones))}")
-        gamma = _share("gamma", gamma)
-        return cls(model, partial(_multi_step, milestones=sorted(map(int, milestones)), gamma=gamma))
+        epochs, gamma = sorted(_count("milestones", epoch, 1) for epoch in milestones), _share("gamma", gamma)
+        return cls(model, partial(_multi_step, epochs=epochs, gamma=gamma))
 
     @classmethod
     def cosine(cls, model: nn.Module, epochs: int, final: float = 0.0) -> AnalogProbSchedule:
@@ -88,14 +86,8 @@ class AnalogProbSchedule:
             where = f"{_CALLER}: layer {name!r} at epoch {epoch}"
             probs[name] = read_number("analog_prob", self._prob_at(start, epoch), where)
             check_analog_prob(probs[name], where)
-        before = {name: self._layers[name].analog_prob for name in probs}
-        try:
-            for name, prob in probs.items():
-                self._layers[name].analog_prob = prob
-        except Exception:  # refused, as by a layer with multi_spike
-            for name, prob in before.items():
-                self._layers[name].analog_prob = prob
-            raise
+        for name, prob in probs.items():
+            self._layers[name].analog_prob = prob
 
     @property
     def probs(self) -> dict[str, float]:
@@ -114,30 +106,21 @@ class AnalogProbSchedule:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resumes a state, and sets the layers, whose `analog_prob` is not part of a model's state dict.
 
-        Raises ValueError for a state of other layers or objects, TypeError for values of other types; nothing has been
-        changed then.
+        Raises ValueError or TypeError for a state of other layers or objects; nothing has been changed then.
         """
         if not isinstance(state_dict, Mapping) or not {"epoch", "starts"} <= state_dict.keys():
-            got = shown(list(state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
-            raise ValueError(f"{_CALLER}: the state must be a dict of 'epoch' and 'starts', got {got}")
+            raise ValueError(f"{_CALLER}: the state must be a dict of 'epoch' and 'starts', got {shown(state_dict)}")
         epoch, starts = _count("epoch", state_dict["epoch"], 0), state_dict["starts"]
-        if not isinstance(starts, Mapping):
-            raise TypeError(f"{_CALLER}: starts must be a dict of layers and numbers, got {type(starts).__name__}")
         # The state may have more layers: self.starts lacks layers of constant width that began at 0.
-        if not self.starts.keys() <= starts.keys() <= self._layers.keys():
-            raise ValueError(f"{_CALLER}: the state must be of layers {list(self.starts)}, got {shown(list(starts))}")
+        if not isinstance(starts, Mapping) or not self.starts.keys() <= starts.keys() <= self._layers.keys():
+            raise ValueError(f"{_CALLER}: the state must be of layers {list(self.starts)}, got {shown(starts)}")
         starts = {name: _share(f"the start of layer {name!r}", start) for name, start in starts.items()}
         self._set(starts, epoch)
         self.epoch, self.starts = epoch, starts
 
 
-def _multi_step(start: float, epoch: int, milestones: Sequence[int], gamma: float) -> float:
-    return start * gamma ** bisect_right(milestones, epoch)
-
-
-def _between(start: float, final: float, share: float) -> float:
-    # Unlike final + (start - final) * share, exact at share 1.
-    return start * share + final * (1 - share)
+def _multi_step(start: float, epoch: int, epochs: Sequence[int], gamma: float) -> float:
+    return start * gamma ** bisect_right(epochs, epoch)
 
 
 def _cosine(start: float, epoch: int, epochs: int, final: float) -> float:
@@ -146,6 +129,10 @@ def _cosine(start: float, epoch: int, epochs: int, final: float) -> float:
 
 def _linear(start: float, epoch: int, epochs: int, final: float) -> float:
     return _between(start, final, 1 - min(epoch / epochs, 1))
+
+
+def _between(start: float, final: float, share: float) -> float:
+    return start * share + final * (1 - share)  # unlike final + (start - final) * share, exact at share 1
 
 
 def _share(name: str, value: Any) -> float:
@@ -159,6 +146,5 @@ def _count(name: str, value: Any, least: int) -> int:
     """A number of epochs in the range of a float."""
     count = check_int(name, value, _CALLER)
     if not least <= count <= sys.maxsize:
-        expected = f">= {least}" if count < least else f"<= {sys.maxsize}"
-        raise ValueError(f"{_CALLER}: {name} must be {expected}, got {shown(count)}")
+        raise ValueError(f"{_CALLER}: {name} must be in [{least}, {sys.maxsize}], got {shown(count)}")
     return count

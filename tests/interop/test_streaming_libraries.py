@@ -225,18 +225,3 @@ def test_detached_states_keep_their_values_and_lose_their_graph(make, time_dim, 
     learns = [value for value in model.parameters() if value.requires_grad]
     assert learns
     model(x[0, 0] if time_dim is None else x[0].movedim(0, time_dim)).sum().backward()
-
-
-def test_detach_is_detach_net():
-    """The values and gradients of SpikingJelly's own function."""
-
-    def gradients(detach):
-        torch.manual_seed(0)
-        model = spikingjelly("m", neuron.ParametricLIFNode(), neuron.LIFNode())
-        for part in torch.rand(3, T, B, 4):
-            model(part).sum().backward()
-            detach(model)
-        return [value.grad for value in model.parameters()]
-
-    for ours, theirs in zip(gradients(asgl_cuda.detach), gradients(functional.detach_net), strict=True):
-        assert torch.equal(ours, theirs)

@@ -12,8 +12,6 @@ from torch.utils.checkpoint import checkpoint
 import asgl_cuda
 from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator, Monitor, OverTime, calibrate
 
-RATE = 0.2
-
 
 @pytest.fixture
 def x_seq():
@@ -29,69 +27,66 @@ def rates_of(model, x_seq):
     return {name: values["firing_rate"] for name, values in monitor.result().items()}
 
 
-def images(x_seq):
-    return x_seq.reshape(*x_seq.shape[:2], 1, 4, 4)
-
-
 def residual(norm=None):
     """Two branches in front of the last neurons."""
-
-    def forward(model, x_seq):
-        s_seq = model.lif(model.first(x_seq))
-        return model.last(model.norm(model.inside(s_seq) + s_seq))
-
     layers = {"first": nn.Linear(16, 16), "lif": LIF(), "inside": nn.Linear(16, 16), "last": LIF()}
+    forward = lambda m, x_seq: m.last(m.norm(m.inside(s_seq := m.lif(m.first(x_seq))) + s_seq))  # noqa: E731
     return Stack(forward, norm=norm or nn.Identity(), **layers)
 
 
+def linear(*neurons):
+    sizes = (16, 40, 40, 40)
+    return nn.Sequential(
+        *(each for size, made in zip(sizes, neurons, strict=False) for each in (nn.Linear(size, 40), made))
+    )
+
+
 NETWORKS = {
-    "linear": lambda: nn.Sequential(nn.Linear(16, 40), LIF(), nn.Linear(40, 40), LIF(), nn.Linear(40, 40), LIF()),
-    "options": lambda: nn.Sequential(
-        nn.Linear(16, 40, bias=False), LIF(40, granularity="neuron", v_threshold=3.0, scale_output=True),
-        nn.Linear(40, 40), LIF(v_reset=None, decay=0.9, strict_threshold=True, learn_threshold=True, learn_decay=True),
-        nn.Linear(40, 40), LIF(v_reset=None, multi_spike=True, analog_prob=0.0),
+    "linear": lambda: linear(LIF(), LIF(), LIF()),
+    "options": lambda: linear(
+        LIF(40, granularity="neuron", v_threshold=3.0, scale_output=True),
+        LIF(v_reset=None, decay=0.9, strict_threshold=True, learn_threshold=True, learn_decay=True),
+        LIF(v_reset=None, multi_spike=True, analog_prob=0.0),
     ),
-    "currents": lambda: nn.Sequential(
-        nn.Linear(16, 40), LeakyIntegrator(learn_decay=True), LIF(), nn.Dropout(0.5), nn.Linear(40, 40),
-        LeakyIntegrator(decay=0.9, delay=True), nn.Dropout(0.5), LIF(stateful=True),
+    "currents": lambda: linear(
+        nn.Sequential(LeakyIntegrator(learn_decay=True), LIF(), nn.Dropout(0.5)),
+        nn.Sequential(LeakyIntegrator(decay=0.9, delay=True), nn.Dropout(0.5), LIF(stateful=True)),
     ),
-    "normalised": lambda: nn.Sequential(
-        nn.Linear(16, 40), BatchNormLIF(40), nn.Linear(40, 40), OverTime(nn.BatchNorm1d(40)), LIF(),
-        nn.Linear(40, 40), nn.LayerNorm(40), LIF(),
+    "normalised": lambda: linear(
+        BatchNormLIF(40), nn.Sequential(OverTime(nn.BatchNorm1d(40)), LIF()), nn.Sequential(nn.LayerNorm(40), LIF())
     ),
     "residual, normalised": lambda: residual(OverTime(nn.BatchNorm1d(16))),
     "fused": lambda: asgl_cuda.fuse(
         nn.Sequential(nn.Linear(16, 40), OverTime(nn.BatchNorm1d(40)), LIF(), nn.Linear(40, 40), LIF())
     )[0],
-    "shared neurons": lambda: nn.Sequential(nn.Linear(16, 40), lif := LIF(), nn.Linear(40, 40), lif),
-    "inplace": lambda: nn.Sequential(nn.Linear(16, 40), LIF(), nn.ReLU(inplace=True), nn.Linear(40, 40), LIF()),
+    "shared neurons": lambda: linear(lif := LIF(), lif),
+    "inplace": lambda: linear(nn.Sequential(LIF(), nn.ReLU(inplace=True)), LIF()),
     "checkpointed": lambda: Stack(
-        lambda m, x_seq: checkpoint(m.layers, x_seq, use_reentrant=False),
-        layers=nn.Sequential(nn.Linear(16, 40), LIF(), nn.Linear(40, 40), LIF()),
+        lambda m, x_seq: checkpoint(m.layers, x_seq, use_reentrant=False), layers=linear(LIF(), LIF())
     ),
     "double": lambda: nn.Sequential(OverTime(nn.Linear(16, 40)), LIF(), nn.Linear(40, 40), LIF()).double(),
+    "convolutional": lambda: nn.Sequential(
+        nn.Unflatten(2, (1, 4, 4)), OverTime(nn.Conv2d(1, 8, 3, padding=1)), OverTime(nn.AvgPool2d(2)),
+        LIF(8, granularity="channel"), OverTime(nn.Conv2d(8, 8, 1)), OverTime(nn.MaxPool2d(2)), LIF(), nn.Flatten(2),
+        nn.Linear(8, 20), LIF(),
+    ),
 }  # fmt: skip
-
-
-def convolutional():
-    return nn.Sequential(
-        OverTime(nn.Conv2d(1, 8, 3, padding=1)), OverTime(nn.AvgPool2d(2)), LIF(8, granularity="channel"),
-        OverTime(nn.Conv2d(8, 8, 1)), OverTime(nn.MaxPool2d(2)), LIF(), nn.Flatten(2), nn.Linear(8, 20), LIF(),
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.2, 0.4])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_layers_fire_at_the_rate(name, rate, x_seq):
+    """In four runs: the rates before, the biases, one in which all weights are set, and one that confirms the rates."""
     torch.manual_seed(1)
-    model = NETWORKS[name]()
+    model, runs = NETWORKS[name](), []
     x_seq = x_seq.to(next(model.parameters()).dtype)
     state = copy.deepcopy(model.state_dict())
+    handle = model.register_forward_pre_hook(lambda *_: runs.append(1))
     report = calibrate(model, x_seq, rate)
-    assert [row.layer for row in report.layers] == [
-        name for name, _ in asgl_cuda.asgl_layers(model)
-    ] or "shared" in name
-    assert len(report.layers) > 1
+    handle.remove()
+    assert len(runs) == 4
+    layers = [name for name, _ in asgl_cuda.asgl_layers(model)]
+    assert [row.layer for row in report.layers] == layers * (2 if "shared" in name else 1)
     elements = 4 * 32 * 16  # at least
     for row in report.layers:
         assert row.rate_after == pytest.approx(rate, rel=0.01, abs=2 / elements), row
@@ -101,50 +96,40 @@ def test_layers_fire_at_the_rate(name, rate, x_seq):
     again = calibrate(model, x_seq, rate)
     assert all(row.factor == 1 for row in again.layers), "idempotent"
     assert [row.rate_before for row in again.layers] == [row.rate_after for row in report.layers]
+    if name in ("linear", "convolutional"):
+        assert rates_of(model, x_seq) == pytest.approx({row.layer: row.rate_after for row in report.layers})
 
 
-def test_rates_are_those_of_evaluation(x_seq):
-    torch.manual_seed(2)
-    for make, inputs in ((NETWORKS["linear"], x_seq), (convolutional, images(x_seq))):
-        model = make()
-        report = calibrate(model, inputs)
-        assert rates_of(model, inputs) == pytest.approx({row.layer: row.rate_after for row in report.layers})
-        assert all(row.rate_before < 0.1 for row in report.layers)
-
-
-def test_running_statistics_are_taken_in_evaluation(x_seq):
+def test_statistics_are_those_of_the_mode(x_seq):
     torch.manual_seed(3)
-    model = NETWORKS["normalised"]()
+    joined = BatchNormLIF(40, analog_prob=0.0), BatchNormLIF(40)
+    model = linear(joined[0], nn.Sequential(OverTime(nn.BatchNorm1d(40)), LIF()), joined[1])
+    nn.init.normal_(model[0].weight, std=3.0)
+    first = calibrate(model, x_seq).layers[0]
+    assert model[:2](x_seq).mean().item() == pytest.approx(first.rate_after), "of the batch, in training"
     for _ in range(50):
         model(x_seq)
-    model.eval()
-    report = calibrate(model, x_seq, 0.3)
+    runs = []
+    handle = model.register_forward_pre_hook(lambda *_: runs.append(1))
+    report = calibrate(model.eval(), x_seq, 0.3)
+    handle.remove()
+    assert len(runs) == 4
     assert rates_of(model, x_seq) == pytest.approx({row.layer: row.rate_after for row in report.layers}, abs=1e-6)
-
-
-def test_batch_statistics_are_taken_in_training(x_seq):
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(16, 40), BatchNormLIF(40, analog_prob=0.0))
-    nn.init.normal_(model[0].weight, std=3.0)
-    (row,) = calibrate(model, x_seq).layers
-    assert model(x_seq).mean().item() == pytest.approx(row.rate_after)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_but_weights_changes(training, x_seq):
     """State, modes, noise, generator and gradients stay."""
     torch.manual_seed(4)
-    model = nn.Sequential(
-        nn.Linear(16, 40), BatchNormLIF(40, stateful=True, analog_prob=0.4), nn.Dropout(), nn.Linear(40, 40), LIF(),
-    ).train(training)  # fmt: skip
-    model[2].train(not training)
+    model = linear(nn.Sequential(BatchNormLIF(40, stateful=True, analog_prob=0.4), nn.Dropout()), LIF()).train(training)
+    model[1][1].train(not training)
     model(x_seq).sum().backward()
     before = copy.deepcopy(model)
     grads = [value.grad.clone() for value in model.parameters()]
     drawn = torch.get_rng_state()
     report = calibrate(model, x_seq)
     assert torch.equal(torch.get_rng_state(), drawn)
-    assert torch.equal(model[1].v, before[1].v)
+    assert torch.equal(model[1][0].v, before[1][0].v)
     assert [module.training for module in model.modules()] == [module.training for module in before.modules()]
     assert [layer.analog_prob for _, layer in asgl_cuda.asgl_layers(model)] == [0.4, 0.2]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -153,8 +138,7 @@ def test_nothing_but_weights_changes(training, x_seq):
     for (name, value), old in zip(model.named_parameters(), before.parameters(), strict=True):
         assert torch.equal(value, old) == (name not in scaled)
         assert value.requires_grad
-    for value, old in zip(model.buffers(), before.buffers(), strict=True):
-        assert torch.equal(value, old)
+    assert all(map(torch.equal, model.buffers(), before.buffers()))
 
 
 def test_a_forward_that_draws_random_numbers(x_seq):
@@ -165,54 +149,7 @@ def test_a_forward_that_draws_random_numbers(x_seq):
     drawn = torch.get_rng_state()
     (row,) = calibrate(model, x_seq).layers
     assert torch.equal(torch.get_rng_state(), drawn)
-    assert row.rate_after == rates_of(model, x_seq)["lif"]
-
-
-def test_bias_alone_and_units(x_seq):
-    """Biases are not scaled: a rate that they alone exceed is an error."""
-    model = nn.Sequential(nn.Linear(16, 8), LIF())
-    with torch.no_grad():
-        model[0].bias.fill_(5.0)
-        model[0].weight.abs_()
-    with pytest.raises(ValueError, match=r"asgl_cuda\.calibrate: 1: no factor on 0\.weight makes it fire at 0\.2; .*"):
-        calibrate(model, x_seq)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (residual, r"last: its input must have one weight, got several paths: inside\.weight and a path"),
-        (lambda: nn.Sequential(LIF(), nn.Linear(16, 4), LIF()), "0: there must be a linear layer, a convolution or"),
-        (lambda: nn.Sequential(weight_norm(nn.Linear(16, 4)), LIF()), r"1: there must be .*\(parametrised weights"),
-        (lambda: nn.Sequential(nn.Linear(16, 4).requires_grad_(False), LIF()), r"1: .* 0\.weight, which is frozen"),
-        (lambda: nn.Sequential(nn.Linear(16, 4), BatchNormLIF(4, affine=False)), "1: its normalisation has no weight"),
-        (lambda: nn.Sequential(nn.Linear(16, 4), OverTime(nn.BatchNorm1d(4, affine=False)), LIF()), "2: no factor"),
-        (
-            lambda: Stack(
-                lambda m, x_seq: m.last(m.linear(m.lif(m.linear(x_seq)))), lif=LIF(), last=LIF(),
-                linear=nn.Linear(16, 16),
-            ), r"last: in front of it is linear\.weight, which is in front of lif, too",
-        ),
-        (lambda: tied(), r"1: in front of it is 0\.weight, which several modules share"),
-        (lambda: tied(memory=True), r"1: in front of it is 0\.weight, which shares memory with 2\.weight"),
-        (lambda: of_inference_mode(), r"1: in front of it is 0\.weight, which was made in inference mode"),
-        (lambda: Remembering(), r"lif: fires at .* and not at 0\.4 when the model runs again: its rate"),
-        (
-            lambda: Stack(detached, linear=nn.Linear(16, 16), lif=LIF()),
-            r"lif: its input must come with its graph, got one that torch\.no_grad\(\),",
-        ),
-        (lambda: nn.Sequential(nn.LazyLinear(4), LIF()), r"0\.weight has no shape yet: call the model once before"),
-    ],
-)  # fmt: skip
-def test_refused_models(make, message, x_seq):
-    """The error names the layer, and the model is unchanged."""
-    torch.manual_seed(6)
-    model = make()
-    lazy = isinstance(model[0] if isinstance(model, nn.Sequential) else None, nn.LazyLinear)
-    state = {} if lazy else copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=message):
-        calibrate(model, x_seq, 0.4)
-    assert lazy or all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert row.rate_after == pytest.approx(rates_of(model, x_seq)["lif"], abs=2 / x_seq.numel())
 
 
 def tied(memory=False):
@@ -227,6 +164,14 @@ def tied(memory=False):
 def of_inference_mode():
     with torch.inference_mode():
         return nn.Sequential(nn.Linear(16, 16), LIF())
+
+
+def loud():
+    """Fires by its biases alone, which are not scaled."""
+    model = nn.Sequential(nn.Linear(16, 8), LIF())
+    nn.init.constant_(model[0].bias, 5.0)
+    nn.init.uniform_(model[0].weight)
+    return model
 
 
 class Remembering(nn.Module):
@@ -247,21 +192,71 @@ def detached(model, x_seq):
         return model.lif(model.linear(x_seq))
 
 
-def test_a_weight_in_front_of_earlier_layers(x_seq):
-    """The weight in front of `late` also precedes `early`, which runs first."""
+ONE = "its input must have one weight"
+REFUSED = {
+    "sum": (residual, rf"last: {ONE}, got several paths: a path without weight and inside\.weight; that of"),
+    "residual given": (
+        lambda: Stack(lambda m, x: m.lif(m.linear(x), x), linear=nn.Linear(16, 16), lif=LIF()),
+        r"lif: .* got several paths: a path without weight and linear\.weight;",
+    ),
+    "two branches": (
+        lambda: Stack(lambda m, x: m.lif(m.a(x) + m.b(x)), a=nn.Linear(16, 4), b=nn.Linear(16, 4), lif=LIF()),
+        r"lif: .* got several paths: a\.weight and b\.weight;",
+    ),
+    "no weight": (lambda: nn.Sequential(LIF(), nn.Linear(16, 4), LIF()), "0: .* got a path without weight;"),
+    "parametrised": (lambda: nn.Sequential(weight_norm(nn.Linear(16, 4)), LIF()), "1: .* got a path without weight;"),
+    "frozen": (lambda: nn.Sequential(nn.Linear(16, 4).requires_grad_(False), LIF()), r"1: .* got 0\.weight \(frozen, "),
+    "affine": (lambda: nn.Sequential(nn.Linear(16, 4), BatchNormLIF(4, affine=False)), "1: .* got none;"),
+    "normalised again": (
+        lambda: nn.Sequential(nn.Linear(16, 4), OverTime(nn.BatchNorm1d(4, affine=False)), LIF(v_threshold=9.0)),
+        "2: no factor on 0.weight makes it fire at 0.4; the rate is 0.0 at",
+    ),
+    "used twice": (
+        lambda: Stack(
+            lambda m, x_seq: m.last(m.linear(m.lif(m.linear(x_seq)))), lif=LIF(), last=LIF(), linear=nn.Linear(16, 16)
+        ), r"last: .* got linear\.weight \(in front of lif, too\)",
+    ),
+    "tied": (tied, r"1: .* got 0\.weight \(shared with 2\.weight\)"),
+    "one memory": (lambda: tied(memory=True), r"1: .* got 0\.weight \(shared with 2\.weight\)"),
+    "inference": (of_inference_mode, r"1: .* got 0\.weight \(frozen, sharded or made in inference mode\)"),
+    "remembering": (Remembering, r"lif: no factor on linear\.weight makes it fire at 0\.4; .* another one in other"),
+    "detached": (lambda: Stack(detached, linear=nn.Linear(16, 16), lif=LIF()), "lif: .* got none"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(4), LIF()), r"0\.weight has no shape yet: call the model once before"),
+    "biases": (loud, r"1: no factor on 0\.weight makes it fire at 0\.4; the rate is \S+ at the factor .* and \S+ at"),
+    "silent": (
+        lambda: Stack(lambda m, x: m.lif(m.linear(0 * x)), linear=nn.Linear(16, 4, bias=False), lif=LIF()),
+        "lif: no factor .* the rate is 0 at the factor 1 and 0 at the factor",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_models(make, message, x_seq):
+    """The error names the layer, and the model is unchanged."""
+    torch.manual_seed(6)
+    model = make()
+    state = {} if "shape" in message else copy.deepcopy(model.state_dict())
+    drawn = torch.get_rng_state()
+    with pytest.raises(ValueError, match=rf"asgl_cuda\.calibrate: {message}"):
+        calibrate(model, x_seq, 0.4)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_inputs_that_are_not_linear_in_a_weight_and_weights_of_several_layers(x_seq):
+    """The weight in front of `late` also precedes `early`, which runs first: more runs find both."""
     torch.manual_seed(8)
     layers = {"trunk": nn.Linear(16, 40), "head": nn.Linear(40, 40), "early": LIF(), "late": LIF()}
-    model = Stack(lambda m, x_seq: (m.early(m.head(y := m.trunk(x_seq))), m.late(y)), **layers)
+    model = Stack(lambda m, x_seq: (m.early(m.head(y := m.trunk(x_seq))), m.late(nn.functional.silu(y))), **layers)
     report = calibrate(model, x_seq)
     assert [row.weight for row in report.layers] == ["head.weight", "trunk.weight"]
-    for row in report.layers:
-        assert row.rate_after == pytest.approx(0.2, rel=0.02), row
+    assert [row.rate_after for row in report.layers] == pytest.approx([0.2, 0.2], rel=0.01)
 
 
 def test_autocast_and_modules_of_two_names(x_seq):
     """Autocast caches weights, here before scaling; a module may be registered twice."""
-    linear, lif = nn.Linear(16, 40), LIF()
-    model = Stack(lambda m, x_seq: m.layers(x_seq), linear=linear, lif=lif, layers=nn.Sequential(linear, lif))
+    lin, lif = nn.Linear(16, 40), LIF()
+    model = Stack(lambda m, x_seq: m.layers(x_seq), linear=lin, lif=lif, layers=nn.Sequential(lin, lif))
     with torch.autocast("cpu", torch.bfloat16):
         (row,) = calibrate(model, x_seq).layers
     assert (row.layer, row.weight) == ("lif", "linear.weight")
@@ -271,21 +266,15 @@ def test_autocast_and_modules_of_two_names(x_seq):
     assert calibrate(model, made, torch.tensor(0.3)).layers[0].rate_after == pytest.approx(0.3, rel=0.02)
 
 
-def test_rates_that_no_factor_changes():
-    with pytest.raises(ValueError, match=r"rate is 0 whatever the factor, as for a silent input or behind a normal"):
-        calibrate(nn.Sequential(nn.Linear(16, 4, bias=False), LIF()), torch.zeros(4, 8, 16))
-
-
 def test_rates_that_jump():
     """With few distinct inputs the nearest rate is taken, unless too far off."""
     model = nn.Sequential(nn.Linear(1, 3, bias=False), LIF(decay=0.0))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0], [0.5], [0.25]]))
-    (row,) = calibrate(model, torch.ones(2, 5, 1), 0.4).layers
-    assert row.rate_after == pytest.approx(1 / 3)
-    with pytest.raises(
-        ValueError, match=r"1: no factor on 0\.weight makes it fire at 0\.1; the rate is 0 at the factor"
-    ):
+    for rate in (0.4, 0.3):
+        (row,) = calibrate(model, torch.ones(2, 5, 1), rate).layers
+        assert row.rate_after == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match=r"1: no factor on 0\.weight makes it fire at 0\.1; the rate is 0 at the f"):
         calibrate(model, torch.ones(2, 5, 1), 0.1)
 
 
@@ -302,33 +291,38 @@ def test_one_spike_is_as_near_as_it_gets():
 
 def test_arguments(x_seq):
     model = NETWORKS["linear"]()
-    for rate in (0.0, 1.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=r"asgl_cuda\.calibrate: rate must be in \(0, 1\), got"):
-            calibrate(model, x_seq, rate)
-    with pytest.raises(TypeError, match=r"asgl_cuda\.calibrate: rate must be a float"):
-        calibrate(model, x_seq, "0.2")
-    with pytest.raises(TypeError, match=r"asgl_cuda\.calibrate: model must be a torch\.nn\.Module, got int"):
-        calibrate(1, x_seq)
-    with pytest.raises(ValueError, match=r"asgl_cuda\.calibrate: model must have an ASGL layer, got a Linear without"):
-        calibrate(nn.Linear(16, 4), x_seq)
-    with pytest.raises(ValueError, match=r"asgl_cuda\.calibrate: 1: x_seq must have samples, got an empty output"):
-        calibrate(model, x_seq[:, :0])
+    for given, error, message in (
+        ((model, x_seq, 1.0), ValueError, r"rate must be in \(0, 1\), got 1"),
+        ((model, x_seq, 0.0), ValueError, r"rate must be in \(0, 1\), got 0"),
+        ((model, x_seq, "0.2"), TypeError, "rate must be a float"),
+        ((1, x_seq), TypeError, r"model must be a torch\.nn\.Module, got int"),
+        ((nn.Linear(16, 4), x_seq), ValueError, "model must have an ASGL layer, got a Linear without"),
+        ((model, x_seq[:, :0]), ValueError, "1: x_seq must have samples, got an empty output"),
+    ):
+        with pytest.raises(error, match=rf"asgl_cuda\.calibrate: {message}"):
+            calibrate(*given)
 
 
-def test_several_inputs_and_layers_that_do_not_run(x_seq):
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.lif, self.spare = nn.Embedding(10, 16), LIF(), LIF()
-            self.linear, self.last = nn.Linear(16, 8, bias=False), LIF()
+class Two(nn.Module):
+    """Two inputs, and a layer that does not run."""
 
-        def forward(self, tokens, scale):
-            s_seq = self.lif(self.embed(tokens) * scale)
-            return self.last(self.linear(s_seq))
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lif, self.spare, self.linear, self.last = (
+            nn.Embedding(10, 16),
+            LIF(),
+            LIF(),
+            nn.Linear(16, 8),
+            LIF(),
+        )
 
-    model = Two()
+    def forward(self, tokens, scale):
+        return self.last(self.linear(self.lif(self.embed(tokens) * scale)))
+
+
+def test_several_inputs_and_layers_that_do_not_run():
     tokens = torch.randint(10, (4, 32, 5), generator=torch.Generator().manual_seed(0))
-    report = calibrate(model, (tokens, 0.1))
+    report = calibrate(Two(), (tokens, 0.1))
     assert [row.weight for row in report.layers] == ["embed.weight", "linear.weight"]
     assert report.left == [("spare", "LIF", "not run by this input")]
     lines = str(report).splitlines()
@@ -341,8 +335,7 @@ def test_compiled_models_and_inference_mode(x_seq):
     torch.manual_seed(7)
     model = NETWORKS["linear"]()
     expected = calibrate(copy.deepcopy(model), x_seq)
-    compiled = torch.compile(copy.deepcopy(model), backend="eager")
-    assert calibrate(compiled, x_seq) == expected
+    assert calibrate(torch.compile(copy.deepcopy(model), backend="eager"), x_seq) == expected
     inside = copy.deepcopy(model)
     inside[2].compile(backend="eager")
     with torch.no_grad():

@@ -71,27 +71,24 @@ def test_schedules_agree_with_those_of_torch():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("epoch", [0, 1, 2, 5, 8])
+@pytest.mark.parametrize("epoch", [0, 2, 8])
 def test_schedule_resumes_exactly(kind, epoch, tmp_path):
+    """Also into a schedule at another epoch; the schedule itself can be pickled."""
     schedule = KINDS[kind](network())
     for _ in range(epoch):
         schedule.step()
     torch.save(schedule.state_dict(), tmp_path / "state")
-    for ahead in (0, 3):  # also into a schedule at another epoch
-        model = network()
-        resumed = KINDS[kind](model)
-        for _ in range(ahead):
-            resumed.step()
-        resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
-        twin = KINDS[kind](network())
-        for _ in range(epoch):
-            twin.step()
-        for _ in range(4):
-            assert resumed.epoch == twin.epoch
-            assert resumed.probs == twin.probs
-            assert [model[1].analog_prob, model[3].analog_prob] == list(twin.probs.values())
-            resumed.step()
-            twin.step()
+    model = network()
+    resumed = KINDS[kind](model)
+    resumed.step()
+    resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    twin = pickle.loads(pickle.dumps(schedule))
+    for _ in range(4):
+        assert resumed.epoch == twin.epoch
+        assert resumed.probs == twin.probs
+        assert [model[1].analog_prob, model[3].analog_prob] == list(twin.probs.values())
+        resumed.step()
+        twin.step()
 
 
 def test_a_state_brings_its_starts():
@@ -120,39 +117,26 @@ def test_a_layer_that_went_to_0_is_resumed():
     assert model[1].analog_prob == 0.1
 
 
-@pytest.mark.parametrize("names", [["1"], ["1", "3", "4"], ["0", "3"], []])
-def test_the_state_of_other_layers_is_refused(names):
-    schedule = AnalogProbSchedule.linear(network(), 4)
-    schedule.step()
-    before = schedule.probs
-    with pytest.raises(ValueError, match=r"AnalogProbSchedule: the state must be of layers \['1', '3'\], got \["):
-        schedule.load_state_dict({"epoch": 3, "starts": dict.fromkeys(names, 0.5)})
-    assert schedule.probs == before
-    assert schedule.epoch == 1
-    assert schedule.starts == {"1": 0.2, "3": 0.8}
-
-
+OTHERS = r"the state must be of layers \['1', '3'\], got "
 BAD_STATES = [
     ({"epoch": 1.5}, TypeError, "epoch must be an int, got float"),
-    ({"epoch": True}, TypeError, "epoch must be an int, got bool"),
-    ({"epoch": "a"}, TypeError, "epoch must be an int, got str"),
-    ({"epoch": None}, TypeError, "epoch must be an int, got NoneType"),
-    ({"epoch": -5}, ValueError, "epoch must be >= 0, got -5"),
-    ({"epoch": 10**400}, ValueError, "epoch must be <= 9223372036854775807, got 1000"),
+    ({"epoch": -5}, ValueError, r"epoch must be in \[0, 9223372036854775807\], got -5"),
+    ({"epoch": 10**400}, ValueError, r"epoch must be in \[0, 9223372036854775807\], got 1000"),
     ({"starts": {"1": 1.5, "3": 0.5}}, ValueError, r"the start of layer '1' must be in \[0, 1\], got 1\.5"),
-    ({"starts": {"1": 0.5, "3": -0.5}}, ValueError, r"the start of layer '3' must be in \[0, 1\], got -0\.5"),
     ({"starts": {"1": 0.5, "3": math.nan}}, ValueError, r"the start of layer '3' must be in \[0, 1\], got nan"),
     ({"starts": {"1": 0.5, "3": None}}, TypeError, "the start of layer '3' must be a float, got NoneType"),
-    ({"starts": {"1": 0.5, "3": 10**400}}, ValueError, "the start of layer '3' must be a float, got a number beyond"),
-    ({"starts": None}, TypeError, "starts must be a dict of layers and numbers, got NoneType"),
-    ({"starts": ["1", "3"]}, TypeError, "starts must be a dict of layers and numbers, got list"),
+    ({"starts": None}, ValueError, OTHERS + "None"),
+    ({"starts": ["1", "3"]}, ValueError, OTHERS),
+    *(
+        ({"starts": dict.fromkeys(names, 0.5)}, ValueError, OTHERS)
+        for names in (["1"], ["1", "3", "4"], ["0", "3"], [])
+    ),
 ]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD_STATES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_state_of_nonsense_is_refused_and_nothing_is_changed(kind, change, error, message):
-    schedule = KINDS[kind](network())
+def test_a_state_of_nonsense_or_other_layers_is_refused_and_nothing_is_changed(change, error, message):
+    schedule = AnalogProbSchedule.linear(network(), 4)
     schedule.step()
     before = copy.deepcopy(schedule.state_dict()), schedule.probs
     with pytest.raises(error, match=f"asgl_cuda.AnalogProbSchedule: {message}"):
@@ -163,50 +147,34 @@ def test_a_state_of_nonsense_is_refused_and_nothing_is_changed(kind, change, err
 def test_numbers_of_numpy_and_tensors_are_taken():
     numpy = pytest.importorskip("numpy")
     ours, theirs = network(), network()
-    for kind in ("linear", "cosine"):
-        expected = getattr(AnalogProbSchedule, kind)(ours, 4, 0.25)
-        actual = getattr(AnalogProbSchedule, kind)(theirs, numpy.int64(4), torch.tensor(0.25))
-        expected.step()
-        actual.step()
-        assert actual.probs == expected.probs
-    expected = AnalogProbSchedule.multi_step(ours, [1], 0.5)
-    actual = AnalogProbSchedule.multi_step(theirs, [numpy.int32(1)], numpy.float32(0.5))
+    expected = AnalogProbSchedule.linear(ours, 4, 0.25)
+    actual = AnalogProbSchedule.linear(theirs, numpy.int64(4), torch.tensor(0.25))
     actual.load_state_dict({**actual.state_dict(), "epoch": numpy.int64(2)})
     expected.load_state_dict({**expected.state_dict(), "epoch": 2})
     assert actual.probs == expected.probs
     assert type(actual.state_dict()["epoch"]) is int
+    assert AnalogProbSchedule.multi_step(theirs, [numpy.int32(1)], numpy.float32(0.5)).probs == actual.probs
     assert AnalogProbSchedule(theirs, lambda start, epoch: torch.tensor(0.5)).probs == {"1": 0.5, "3": 0.5}
 
 
-def test_a_layer_that_refuses_its_share_leaves_the_others_as_they_were():
-    """A layer with several spikes a step has no noise."""
-    several = LIF(multi_spike=True, v_reset=None, analog_prob=0.0)
-    model = nn.Sequential(LIF(analog_prob=0.4), several)
-    schedule = AnalogProbSchedule.linear(model, 2, final=0.1)
-    before = {"epoch": 0, "starts": {"0": 0.4, "1": 0.0}}, {"0": 0.4, "1": 0.0}
-    with pytest.raises(ValueError, match="multi_spike needs analog_prob=0"):
-        schedule.step()
-    with pytest.raises(ValueError, match="multi_spike needs analog_prob=0"):
-        schedule.load_state_dict({"epoch": 1, "starts": {"0": 0.8, "1": 0.0}})
-    assert (schedule.state_dict(), schedule.probs) == before
-
-
-def test_shared_and_ordinary_layers():
+def test_which_layers_are_scheduled():
     shared, ordinary, silent = LIF(analog_prob=0.4), LIF(analog_prob=0, learn_width=False), LIF(analog_prob=0)
-    schedule = AnalogProbSchedule.linear(nn.Sequential(shared, ordinary, shared, silent), 2, final=0.5)
-    assert schedule.starts == {"0": 0.4, "3": 0}
+    several, foreign = LIF(multi_spike=True, v_reset=None, analog_prob=0.0), Foreign()
+    schedule = AnalogProbSchedule.linear(
+        nn.Sequential(shared, ordinary, shared, silent, several, foreign), 2, final=0.5
+    )
+    assert schedule.starts == {"0": 0.4, "3": 0, "5": 0.3}
     schedule.step()
     assert shared.analog_prob == pytest.approx(0.45)
-    assert ordinary.analog_prob == 0
-    assert silent.analog_prob == 0.25
+    assert (ordinary.analog_prob, silent.analog_prob, several.analog_prob) == (0, 0.25, 0)
+    assert foreign.analog_prob == pytest.approx(0.4)
     with pytest.raises(ValueError, match=r"a layer with noise or a learned width, .* in '0'"):
         AnalogProbSchedule.linear(nn.Sequential(ordinary), 2)
 
 
-def test_foreign_layers_are_scheduled():
-    layer = Foreign()
-    AnalogProbSchedule.multi_step(layer, [1]).step()
-    assert layer.analog_prob == pytest.approx(0.03)
+def test_a_layer_with_several_spikes_refuses_noise():
+    with pytest.raises(ValueError, match="multi_spike needs analog_prob=0"):
+        LIF(multi_spike=True, v_reset=None, analog_prob=0.0).analog_prob = 0.1
 
 
 def test_a_custom_function():
@@ -219,30 +187,32 @@ def test_a_custom_function():
         schedule.step()
     assert schedule.probs == {"1": 0.2, "3": 0.8}, "a refused step must set no layer"
     assert schedule.epoch == 1
+    with pytest.raises(ValueError, match="analog_prob must be in"):
+        schedule.load_state_dict({"epoch": 2, "starts": {"1": 0.1, "3": 0.9}})
+    assert schedule.state_dict() == {"epoch": 1, "starts": {"1": 0.2, "3": 0.8}}
 
 
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda model: AnalogProbSchedule.cosine(model, 0), ValueError, "epochs must be >= 1, got 0"),
-        (lambda model: AnalogProbSchedule.linear(model, -1), ValueError, "epochs must be >= 1, got -1"),
+        (lambda model: AnalogProbSchedule.cosine(model, 0), ValueError, r"epochs must be in \[1, .*, got 0"),
+        (lambda model: AnalogProbSchedule.linear(model, 10**400), ValueError, "epochs must be in "),
         (lambda model: AnalogProbSchedule.linear(model, 2.0), TypeError, "epochs must be an int, got float"),
         (lambda model: AnalogProbSchedule.cosine(model, True), TypeError, "epochs must be an int, got bool"),
         (lambda model: AnalogProbSchedule.cosine(model, 2, 1.5), ValueError, r"final must be in \[0, 1\], got 1\.5"),
         (lambda model: AnalogProbSchedule.linear(model, 2, "0"), TypeError, "final must be a float, got str"),
+        (lambda model: AnalogProbSchedule.linear(model, 2, 10**400), ValueError, "final must be a float, got a number"),
         (lambda model: AnalogProbSchedule.multi_step(model, [1], math.nan), ValueError, r"gamma must be .*, got nan"),
-        (lambda model: AnalogProbSchedule.multi_step(model, [0, 2]), ValueError, r"milestones must be .*\[0, 2\]"),
-        (lambda model: AnalogProbSchedule.multi_step(model, [1.5]), ValueError, r"milestones .*, got \[1\.5\]"),
+        (lambda model: AnalogProbSchedule.multi_step(model, [0, 2]), ValueError, r"milestones must be in .*, got 0"),
+        (lambda model: AnalogProbSchedule.multi_step(model, [1.5]), TypeError, "milestones must be an int, got float"),
         (lambda model: AnalogProbSchedule.multi_step(model, 2), TypeError, "milestones must be a sequence .*, got int"),
         (lambda model: AnalogProbSchedule.multi_step(model, "12"), TypeError, "milestones must .*, got str"),
-        (lambda model: AnalogProbSchedule.linear(model, 10**400), ValueError, "epochs must be <= "),
-        (lambda model: AnalogProbSchedule.linear(model, 2, 10**400), ValueError, "final must be a float, got a number"),
         (lambda model: AnalogProbSchedule(model, 0.5), TypeError, "prob_at must be a function .*, got float"),
         (
             lambda model: AnalogProbSchedule.linear(model, 2).load_state_dict({}), ValueError,
-            r"the state must be a dict of 'epoch' and 'starts', got \[\]",
+            "the state must be a dict of 'epoch' and 'starts', got {}",
         ),
-        (lambda model: AnalogProbSchedule.linear(model, 2).load_state_dict(3), ValueError, "the state .*, got int"),
+        (lambda model: AnalogProbSchedule.linear(model, 2).load_state_dict(3), ValueError, "the state .*, got 3"),
     ],
 )  # fmt: skip
 def test_schedule_errors(build, error, message):
