@@ -171,6 +171,7 @@ def with_(node, **values):
 
 BAD_NODES = {
     "strings": (with_(nir_lif(), v_leak=np.array(["0"] * 6)), "can't convert np.ndarray of type numpy.str_"),
+    "complex": (with_(nir_lif(), tau=ONES + 1j), "arrays must have real numbers, got complex ones"),
     "another shape": (with_(nir_lif(), tau=ONES[:5]), "The size of tensor a"),
     "nan": (nir_lif(v_threshold=float("nan")), "v_threshold must be finite, got nan"),
     "groups": (with_(IMAGE, groups=3), "out_channels must be divisible by groups"),

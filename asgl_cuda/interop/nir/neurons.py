@@ -61,6 +61,8 @@ def naming(where: str) -> Iterator[None]:
 
 
 def as_double(value: Any) -> Tensor:
+    if torch.as_tensor(value).is_complex():  # torch would drop a part
+        raise ValueError("arrays must have real numbers, got complex ones")
     return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
 
 
