@@ -73,12 +73,3 @@ def graph_of(*nodes, edges=None, **more):
     named["out"] = nir.Output(output_type={"output": shape})
     names = [name for name in named if name not in more]
     return nir.NIRGraph(named, edges or list(pairwise(names)), type_check=False)
-
-
-def chain(names, make=lambda: nir_lif(tau=3e-4, r=3.0)):
-    """A chain of nodes with these names."""
-    shape = np.array([6])
-    nodes = {name: make() for name in names}
-    edges = list(zip(["the input", *names], [*names, "the output"], strict=True))
-    ends = {"the input": nir.Input(shape), "the output": nir.Output(shape)}
-    return nir.NIRGraph(nodes | ends, edges, type_check=False)

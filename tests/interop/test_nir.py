@@ -1,7 +1,5 @@
 """Models to and from NIR: the same layer comes back, and errors name the parts that cannot be written."""
 
-import dataclasses
-import importlib.metadata
 import sys
 
 import authors_code
@@ -12,22 +10,18 @@ from nir_graphs import convolutional, euler, fires, graph_of, nir, nir_lif, np, 
 from torch import nn
 
 import asgl_cuda
-from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator
+from asgl_cuda import LIF, LeakyIntegrator
 from asgl_cuda.interop.nir import from_nir, to_nir
 from asgl_cuda.over_time import OverTime
 
 LAYERS = {
     "hard reset": (lambda: LIF(), {}),
-    "no width learned": (lambda: LIF(learn_width=False, width=0.3, decay=0.9, v_threshold=0.3), {}),
     "soft reset": (lambda: LIF(v_reset=None, **LEARN_ALL), {"allow_soft_reset": True}),
     "learned": (lambda: LIF(**LEARN_ALL), {}),
     "channel": (lambda: LIF(4, granularity="channel", **LEARN_ALL), {}),
     "neuron": (lambda: LIF((4, 6, 5), granularity="neuron", **LEARN_ALL), {}),
-    "some dimensions of the neurons": (lambda: LIF((6, 5), granularity="neuron", **LEARN_ALL), {}),
-    "no decay": (lambda: LIF(decay=0.0), {}),
     "no leak": (lambda: LIF(decay=1.0, v_threshold=1.5), {}),
     "scaled output": (lambda: LIF(4, granularity="channel", scale_output=True, v_threshold=0.6, **LEARN_ALL), {}),
-    "options": (lambda: LIF(surrogate="arctan", analog_prob=0.4, detach_reset=True, stateful=True), {}),
     "another step": (lambda: LIF(**LEARN_ALL), {"dt": 1e-3}),
     "v_reset": (lambda: LIF(v_reset=-0.25), {}),
     "gain and rest": (
@@ -44,10 +38,6 @@ LAYERS = {
         lambda: LIF(v_reset=None, levels=4, scale_output=True, v_threshold=0.3, learn_threshold=True, analog_prob=0.1),
         {"allow_soft_reset": True},
     ),
-    "at most": (
-        lambda: LIF(v_reset=None, levels=2, multi_spike=True, analog_prob=0, v_threshold=0.3),
-        {"allow_soft_reset": True},
-    ),
     "a floor": (lambda: LIF(v_min=-0.25), {"allow_soft_reset": True}),
     "reset amount": (
         lambda: LIF(v_reset=None, reset_amount=0.5, strict_threshold=True, surrogate_gain=0.5, store_v_seq=True),
@@ -56,23 +46,18 @@ LAYERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_same_layer_comes_back(name, written, tmp_path):
+def test_the_same_layer_comes_back(name, tmp_path):
     make, options = LAYERS[name]
     model = randomized(convolutional(make()))
     x_seq = random_input(6, 3, 2, 6, 5).detach()
-    graph = to_nir(model, x_seq, **options)
-    back = from_nir(rewritten(graph, tmp_path / "model.nir") if written else graph)
+    back = from_nir(rewritten(to_nir(model, x_seq, **options), tmp_path / "model.nir"))
     assert not back.training
-    layers = [[layer for layer in each.modules() if isinstance(layer, LIF)] for each in (model, back)]
-    assert [repr(layer) for layer in layers[0]] == [repr(layer) for layer in layers[1]]
-    for before, after in zip(*layers, strict=True):
-        assert public_types(before) == public_types(after)
-    parameters = [[parameter for layer in each for parameter in layer.parameters()] for each in layers]
-    for before, after in zip(*parameters, strict=True):
-        assert after.requires_grad
-        torch.testing.assert_close(after, before, rtol=0, atol=0)
+    (before, after) = (next(layer for layer in each.modules() if isinstance(layer, LIF)) for each in (model, back))
+    assert repr(before) == repr(after)
+    assert public_types(before) == public_types(after)
+    assert all(parameter.requires_grad for parameter in back.parameters())
+    torch.testing.assert_close(dict(after.named_parameters()), dict(before.named_parameters()), rtol=0, atol=0)
     assert torch.equal(back(x_seq), model.eval()(x_seq))
     assert fires(model[:2](x_seq))
 
@@ -110,25 +95,24 @@ def test_the_same_integrators_come_back(name, tmp_path):
 
 
 def test_float64_and_what_the_metadata_says(tmp_path):
-    layer = randomized(LIF(3, granularity="channel", v_threshold=0.3, decay=0.7)).double().eval()
+    layer = randomized(LIF(3, granularity="channel", v_threshold=0.3, decay=0.7)).double()
+    model = nn.Sequential(nn.Linear(3, 3), layer, nn.Linear(3, 2), LeakyIntegrator(decay=0.9)).double().eval()
     x_seq = random_input(8, 4, 3, dtype=torch.float64).detach()
-    graph = rewritten(to_nir(layer, x_seq), tmp_path / "model.nir")
+    graph = rewritten(to_nir(model, x_seq), tmp_path / "model.nir")
     node = next(node for node in graph.nodes.values() if isinstance(node, nir.LIF))
     assert node.tau.dtype == np.float64
     ours = node.metadata["asgl_cuda"]
-    assert ours["reset"] == "hard"
-    assert not ours["strict_threshold"]
+    assert (ours["reset"], bool(ours["strict_threshold"])) == ("hard", False)
     assert torch.equal(torch.as_tensor(ours["width"]), layer.width.detach())
     back = from_nir(graph, dtype=torch.float64)
-    assert torch.equal(back(x_seq), layer(x_seq))
-    assert all(torch.equal(*pair) for pair in zip(back.parameters(), layer.parameters(), strict=True))
+    assert torch.equal(back(x_seq), model(x_seq)), "through a file"
     assert {value.dtype for value in from_nir(graph).parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "hard reset", "learned", "channel", "neuron", "no decay", "no leak", "another step", "v_reset",
+        "hard reset", "learned", "channel", "neuron", "no leak", "another step", "v_reset",
         "gain and rest without leak",
     ],
 )  # fmt: skip
@@ -141,28 +125,9 @@ def test_the_nodes_numbers_are_the_neuron(name):
     assert isinstance(node, nir.IF) == name.endswith(("no leak", "without leak"))
     assert node.r.shape == (4, 6, 5)
     assert node.r.dtype == np.float32
+    assert isinstance(node, nir.IF) or (node.r == 1).all(), "Norse ignores r"
     # Float32 against float64: none of 4320 potentials is so near the threshold that rounding matters.
     assert torch.equal(euler(node, x_seq, **options), layer(x_seq))
-
-
-def test_gain_and_rest_are_in_the_node():
-    layer = LIF(decay=0.75, input_gain=0.7, v_rest=0.2, v_reset=0.2).eval()
-    x_seq = random_input(12, 3, 5).detach()
-    graph = to_nir(layer, x_seq)
-    node = graph.nodes["_0"]
-    assert torch.equal(euler(node, x_seq), layer(x_seq))
-    node.metadata.clear()
-    assert torch.equal(from_nir(graph)(x_seq), layer(x_seq)), "in other units"
-
-
-def test_another_v_reset_needs_a_newer_nir(monkeypatch):
-    """The LIF of nir 1.0.4, the newest that sinabs allows, has these fields."""
-    older = dataclasses.make_dataclass("LIF", ["tau", "r", "v_leak", "v_threshold", "input_type", "output_type"])
-    monkeypatch.setattr(nir, "LIF", older)
-    with pytest.raises(
-        ValueError, match=r"0 \(LIF\): v_reset -0.25 needs a newer nir, .*, nir [0-9.]+ and nir.*: pip install"
-    ):
-        to_nir(LIF(v_reset=-0.25), torch.zeros(2, 3, 4))
 
 
 class Skip(nn.Module):
@@ -184,31 +149,29 @@ OTHER_LAYERS = {
     "Conv1d": (lambda: OverTime(nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2)), (4, 9)),
     "Conv1d same": (lambda: OverTime(nn.Conv1d(4, 6, 3, padding="same")), (4, 9)),
     "Conv2d": (lambda: OverTime(nn.Conv2d(2, 4, 3, stride=2, padding=1, bias=False)), (2, 9, 8)),
-    "Conv2d valid": (lambda: OverTime(nn.Conv2d(2, 4, 3, padding="valid")), (2, 9, 8)),
     "Conv2d in groups": (lambda: OverTime(nn.Conv2d(4, 6, 3, groups=2)), (4, 9, 8)),
     "Conv2d oblong": (lambda: OverTime(nn.Conv2d(4, 6, (3, 5), padding=(1, 0), stride=(1, 2))), (4, 9, 8)),
     "AvgPool2d": (lambda: OverTime(nn.AvgPool2d(3, 2, padding=1)), (2, 9, 8)),
     "SumPool2d": (lambda: OverTime(nn.AvgPool2d((2, 3), divisor_override=1)), (2, 9, 8)),
     "Flatten": (lambda: nn.Flatten(2), (2, 9, 8)),
     "Flatten of some": (lambda: nn.Flatten(2, 3), (2, 9, 8)),
-    "Flatten, batch in front": (lambda: OverTime(nn.Flatten()), (2, 9, 8)),
     "Dropout": (lambda: nn.Sequential(nn.Dropout(), nn.Identity()), (5,)),
     "additions": (lambda: nn.Sequential(Skip(), Skip()), (5,)),
 }
 
 
-@pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("name", OTHER_LAYERS)
-def test_other_layers(name, written, tmp_path):
+def test_other_layers(name, tmp_path):
     make, shape = OTHER_LAYERS[name]
     model = nn.Sequential(make(), LIF())
     x_seq = random_input(6, 3, *shape).detach()
-    graph = to_nir(model, x_seq)
-    if written:
-        # nir's own inference of shapes refuses these.
-        type_check = name not in ("Conv2d in groups", "Conv2d oblong")
-        graph = rewritten(graph, tmp_path / "model.nir", type_check)
-    assert torch.equal(from_nir(graph)(x_seq), model.eval()(x_seq))
+    # nir's own inference of shapes refuses these.
+    type_check = name not in ("Conv2d in groups", "Conv2d oblong")
+    back = from_nir(rewritten(to_nir(model, x_seq), tmp_path / "model.nir", type_check))
+    assert torch.equal(back(x_seq), model.eval()(x_seq))
+    biases = [[getattr(each, "bias", None) is None for each in one.modules() if hasattr(each, "weight")]
+              for one in (model, back)]  # fmt: skip
+    assert biases[0] == biases[1]
 
 
 def test_every_option_of_the_layer_is_written():
@@ -220,13 +183,6 @@ def test_every_option_of_the_layer_is_written():
     node = to_nir(LeakyIntegrator(), torch.rand(2, 3, 4)).nodes["_0"]
     options = set(LeakyIntegrator.__init__.__kwdefaults__) - not_of_the_neuron - {"delay"}
     assert set(node.metadata["asgl_cuda"]["options"]) == options
-
-
-def test_the_height_of_integer_spikes():
-    layer = LIF(v_reset=None, levels=4, scale_output=True)
-    graph = to_nir(layer, torch.rand(2, 3, 4), allow_soft_reset=True)
-    (scale,) = [node.scale for node in graph.nodes.values() if isinstance(node, nir.Scale)]
-    assert (scale == 1 / 4).all()
 
 
 def test_time_in_the_second_dimension_is_first_afterwards():
@@ -264,60 +220,27 @@ def decaying(layer, decay):
 
 LINEAR = {"linear": nn.Linear(4, 4), "lif": LIF()}
 NOT_REPRESENTED = {
-    "soft reset": (lambda: nn.Sequential(LIF(v_reset=None)), r"0 \(LIF\) has a soft reset.*allow_soft_reset=True"),
-    "floor": (lambda: nn.Sequential(LIF(v_min=-1.0)), r"0 \(LIF\) has a v_min.*allow_soft_reset=True"),
-    "delay": (
-        lambda: nn.Sequential(LeakyIntegrator(delay=True, v_rest=0.1)), r"0 \(LeakyIntegrator\): v_rest with delay",
-    ),
-    "a carried delay": (lambda: LeakyIntegrator(delay=True, stateful=True), "delay with stateful=True"),
-    "a start that is not 0": (lambda: LeakyIntegrator(decay=1.0, v_rest=0.5), "v_rest .* where nothing leaks"),
-    "decay of an integrator": (lambda: decaying(LeakyIntegrator(), -0.5), r"decay must be in \[0, 1\], got -0.5"),
-    "integrators without time": (
-        lambda: Stack(lambda m, x: m.li(x.flatten(0, 1)).unflatten(0, x.shape[:2]), li=LeakyIntegrator()),
-        r"\(LeakyIntegrator\): time and batch must be",
-    ),
+    "soft reset": (lambda: nn.Sequential(LIF(v_reset=None)), r"0 \(LIF\): has a soft reset.*allow_soft_reset=True"),
+    "floor": (lambda: nn.Sequential(LIF(v_min=-1.0)), r"0 \(LIF\): has a v_min.*allow_soft_reset=True"),
+    "delay": (lambda: LeakyIntegrator(delay=True, v_rest=0.1), r"LeakyIntegrator.: .* v_rest or stateful with delay"),
+    "a start that is not 0": (lambda: LeakyIntegrator(decay=1.0, v_rest=0.5), "v_rest without leak"),
     "batch norm": (
         lambda: nn.Sequential(nn.Sequential(nn.BatchNorm1d(3))),
         r"0\.0 \(BatchNorm1d\): must get 1 dimensions after time and batch in one, as in .*OverTime, got 1 after 2",
     ),
     "statistics of the batch": (
-        lambda: OverTime(nn.BatchNorm1d(4, track_running_stats=False)),
-        r"layer \(BatchNorm1d\): must have running statistics, got track_running_stats=False",
+        lambda: OverTime(nn.BatchNorm1d(4, track_running_stats=False)), r"layer \(BatchNorm1d\): .* running statistics",
     ),
-    "other channels": (
-        lambda: BatchNormLIF(3), r"0 \(BatchNormLIF\): must get its 3 channels first, got neurons of shape \[4\]",
-    ),
-    "shapes that are not known": (lambda: nn.Sequential(nn.LazyLinear(3)), r"0 \(LazyLinear\) .* after a first call"),
-    "another number of inputs": (
-        lambda: nn.Linear(5, 3), r"0 \(Linear\) can't be run with an input of shape \[2, 3, 4\]: mat1 and mat2",
-    ),
-    "complex weights": (
-        lambda: nn.Linear(4, 3, dtype=torch.complex64),
-        r"0 \(Linear\): weight must have finite real values, got torch\.complex64",
-    ),
-    "nan": (lambda: LIF(v_threshold=2.0, learn_threshold=True), "threshold must have finite real values, got nan"),
-    "no values": (lambda: nn.Linear(4, 3, device="meta"), r"0 \(Linear\): weight must have finite.*, got no values"),
-    "inside of another": (
-        lambda: nn.Sequential(nn.Sequential(Stack(lambda m, x: m.lif(x) if x.sum() > 0 else x, **LINEAR))),
-        r"0\.0 \(Stack\) can't be traced",
-    ),
-    "another layer": (lambda: nn.Sequential(nn.ReLU()), r"0 \(ReLU\) can't be represented in NIR; what can be"),
-    "adaptation": (
-        lambda: nn.Sequential(asgl_cuda.AdaptiveLIF()), r"0 \(AdaptiveLIF\) .* NIR, which has no node for neurons",
-    ),
-    "one layer": (lambda: nn.ReLU(), r"0 \(ReLU\) can't be represented"),
-    "mean": (lambda: Stack(lambda m, x: m.lif(x).mean(0), **LINEAR), "mean in the model itself can't be represented"),
-    "inside": (
-        lambda: nn.Sequential(LIF(), Stack(lambda m, x: torch.relu(m.linear(x)), **LINEAR)),
-        "relu in 1 can't be represented",
-    ),
-    "an addition of other shapes": (
-        lambda: Stack(lambda m, x: m.linear(x) + m.other(x), **LINEAR, other=nn.Linear(4, 3)),
-        "add in the model itself can't be run: The size of tensor",
-    ),
+    "shapes that are not known": (lambda: nn.Sequential(nn.LazyLinear(3)), r"0 \(LazyLinear\): can't be represented"),
+    "another layer": (lambda: nn.Sequential(nn.ReLU()), r"0 \(ReLU\): can't be represented in NIR; what can be: .*LIF"),
+    "adaptation": (lambda: asgl_cuda.AdaptiveLIF(), r"0 \(AdaptiveLIF\): can't be represented in NIR"),
+    "a volume": (lambda: OverTime(nn.BatchNorm3d(2)), r"BatchNorm3d\): .*"),
+    "mean": (lambda: Stack(lambda m, x: m.lif(x).mean(0), **LINEAR), "mean in the model itself: can't be represented"),
     "a constant added": (lambda: Stack(lambda m, x: m.linear(x) + 1, **LINEAR), "add in the model itself"),
     "twice the same": (lambda: Stack(lambda m, x: m.linear(x) + x + x, **LINEAR), "add in the model itself"),
-    "flatten of other dimensions": (lambda: Stack(lambda m, x: m.lif(x.flatten(1, 2)), **LINEAR), "flatten in the"),
+    "two arguments": (
+        lambda: Stack(lambda m, x: m.lif(x, m.linear(x)), **LINEAR), r"lif \(LIF\): must be called with the output of a"
+    ),
     "unflatten": (lambda: Stack(lambda m, x: m.lif(x.unflatten(2, (2, 2))), **LINEAR), "unflatten in the model"),
     "batch first": (
         lambda: Stack(lambda m, x: m.linear(x.flatten(0, 1)).unflatten(0, (3, 2)), **LINEAR), "unflatten in the model",
@@ -326,41 +249,33 @@ NOT_REPRESENTED = {
         lambda: nn.Sequential(nn.Conv1d(3, 3, 1)),
         r"0 \(Conv1d\): must get 2 dimensions after time and batch in one, as in .*OverTime, got 1 after 2",
     ),
-    "no channels": (lambda: nn.Sequential(OverTime(nn.Conv1d(6, 6, 1))), r"0\.layer \(Conv1d\): .* got 1 after 1"),
     "no way for fx": (lambda: Stack(lambda m, x: m.lif(x) if x.sum() > 0 else x, **LINEAR), "Stack can't be traced"),
     "two outputs": (lambda: Stack(lambda m, x: (m.lif(x), x), **LINEAR), r"must return one tensor \[T, B, ...\]"),
-    "an output without time": (lambda: Stack(lambda m, x: m.lif(x).flatten(0, 1), **LINEAR), "must return one tensor"),
     "neurons without time": (
         lambda: Stack(lambda m, x: m.lif(x.flatten(0, 1)).unflatten(0, x.shape[:2]), lif=LIF()),
-        r"lif \(LIF\): time and batch must be apart",
+        r"lif \(LIF\): must take time and batch apart",
     ),
-    "batch flattened": (lambda: nn.Sequential(nn.Flatten()), r"0 \(Flatten\) must leave time and batch alone.*got 1"),
-    "time last": (lambda: nn.Sequential(LIF(time_dim=-1)), r"0 \(LIF\): time must be the first.*got time_dim -1"),
-    "time elsewhere": (lambda: nn.Sequential(LIF(), LIF(time_dim=1)), r"1 \(LIF\): time must be where"),
+    "batch flattened": (lambda: nn.Sequential(nn.Flatten()), r"0 \(Flatten\): must leave time and batch alone.*got 1"),
+    "time last": (lambda: nn.Sequential(LIF(time_dim=-1)), r"0 \(LIF\): time must be in front.*got time_dim -1"),
+    "time elsewhere": (lambda: nn.Sequential(LIF(), LIF(time_dim=1)), r"1 \(LIF\): time must be .* before have it"),
     "input gain": (lambda: nn.Sequential(LIF(input_gain=-1)), r"0 \(LIF\): input_gain must be > 0, got -1\.0"),
     "decay": (lambda: nn.Sequential(decaying(LIF(), 1.5)), r"0 \(LIF\): decay must be in \[0, 1\], got 1.5"),
-    "batch in the parameters": (
-        lambda: LIF((3, 4), granularity="neuron"), r"num_features \[3, 4\] must be the shape of neurons, \[4\]",
-    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NOT_REPRESENTED)
 def test_errors_name_the_unsupported_layer(name):
     make, message = NOT_REPRESENTED[name]
-    model = make()
-    if name == "nan":
-        model.threshold.data.fill_(float("nan"))
+    x_seq = torch.rand(2, 2, 2, 3, 4, 5) if name == "a volume" else torch.rand(2, 3, 4)
     with pytest.raises(ValueError, match=f"asgl_cuda.to_nir: .*{message}") as error:
-        to_nir(model, torch.rand(2, 3, 4))
-    assert "While executing" not in str(error.value)  # fx's account of the traced graph
+        to_nir(make(), x_seq)
+    assert "\n" not in str(error.value)  # fx's account of the traced graph
 
 
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
         (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), "padding_mode must be zeros, got circular"),
-        (nn.Conv2d(2, 2, (3, 2), padding="same"), r"must be equal on both sides, got kernel \(3, 2\)"),
         (nn.AvgPool2d(2, ceil_mode=True), "ceil_mode"),
         (nn.AvgPool2d(2, divisor_override=3), "divisor_override"),
         (nn.AvgPool2d(3, padding=1, count_include_pad=False), "count_include_pad"),
@@ -374,22 +289,11 @@ def test_unsupported_options_of_layers(layer, message):
 
 @pytest.mark.parametrize(("missing", "call"), [("nir", from_nir), ("nirtorch", to_nir)])
 def test_without_nir_the_error_says_what_to_install(missing, call, monkeypatch):
-    monkeypatch.setitem(sys.modules, missing, None)
-    if missing == "nirtorch":
-        monkeypatch.delitem(sys.modules, "nirtorch.torch_tracer", raising=False)
-    words = (
-        r"nir 1\.0\.7 and nirtorch 2\.6 or newer, got nir [0-9.]+ and nirtorch not installed: "
-        r'pip install "nir>=1\.0\.7" "nirtorch>=2\.6"'
-    )
-    version = importlib.metadata.version
-
-    def found(name):
-        if name == "nirtorch":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", found)
-    with pytest.raises(ImportError, match=f"asgl_cuda.{call.__name__}: needs {words}"):
+    for name in (missing, "nirtorch.torch_tracer"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        ImportError, match=rf'{call.__name__}: needs {missing}: pip install "nir>=1.0.7" "nirtorch>=2.6"'
+    ):
         call(LIF(), torch.rand(2, 3, 4)) if call is to_nir else call(None)
 
 
@@ -401,8 +305,6 @@ def neurons_of_libraries():
     tau = torch.tensor([2.0, 3.0, 4.0, 5.0, 6.0])
     single = {"spike_fn": activation.SingleSpike, "spike_threshold": torch.tensor(0.3)}
     amount = {"reset_fn": activation.MembraneSubtract(0.4)}
-    several = r"1 \(IAF of sinabs\): several spikes a step and a least potential can't be represented"
-    driven = "must be a neuron that its input alone drives"
     return {
         "LIFNode": (jelly.LIFNode(tau=1.7, step_mode="m"), None),
         "PLIFNode": (jelly.ParametricLIFNode(v_threshold=0.7, decay_input=False, step_mode="m"), None),
@@ -411,24 +313,24 @@ def neurons_of_libraries():
         "LIF of sinabs": (layers.LIF(tau, reset_fn=activation.MembraneReset(), **single), None),
         "IAF of sinabs": (layers.IAF(**single), None),
         "LIFLayer": (authors_code.LIFLayer(6, spike_fn=spike, thresh=0.8), None),
-        "soft, not allowed": (jelly.LIFNode(v_reset=None, step_mode="m"), r"1 \(LIFNode of .* has a soft reset"),
-        "floor": (layers.IAF(min_v_mem=-1.0, **single), several),
-        "several": (layers.IAF(), several),
-        "current": (layers.IAF(tau_syn=3.0, **single), rf"1 \(IAF of sinabs\): {driven}"),
-        "ALIF": (layers.ALIF(2.0, 3.0, **amount), r"1 \(ALIF of sinabs\) can't .* no node for neurons that adapt"),
-        "ExpLeak": (layers.ExpLeak(2.0), rf"1 \(ExpLeak of sinabs\): {driven}"),
-        "amount": (layers.IAF(**amount, **single), r"1 \(IAF of sinabs\): its reset must .* off, got 0\.4"),
-        "a step a call": (jelly.LIFNode(), r"1 \(LIFNode of spikingjelly\): must take .* got one step a call"),
+        "soft, not allowed": (jelly.LIFNode(v_reset=None, step_mode="m"), r"1 \(LIFNode\): has a soft reset"),
+        "floor": (layers.IAF(min_v_mem=-1.0, **single), r"1 \(IAF\): has a least potential, which can't"),
+        "several": (layers.IAF(), r"1 \(IAF\): has several spikes a step, which can't"),
+        "current": (layers.IAF(tau_syn=3.0, **single), r"1 \(IAF\): has a current, or no spikes, which"),
+        "ALIF": (layers.ALIF(2.0, 3.0, **amount), r"1 \(ALIF\): has adaptation and "),
+        "ExpLeak": (layers.ExpLeak(2.0), r"1 \(ExpLeak\): has a current, or no spikes, which"),
+        "amount of sinabs": (layers.IAF(**amount, **single), None),
+        "a step a call": (jelly.LIFNode(), r"1 \(LIFNode\): must take .* got one step a call"),
         "squeezed": (
             layers.IAFSqueeze(batch_size=3, **single),
-            r"1 \(IAFSqueeze .*: must take time and batch apart",
+            r"1 \(IAFSqueeze\): must take time and batch apart",
         ),
     }
 
 
 CONVERTED = (
     "LIFNode", "PLIFNode", "IFNode", "soft", "LIF of sinabs", "IAF of sinabs", "LIFLayer", "soft, not allowed", "floor",
-    "several", "current", "ALIF", "ExpLeak", "amount", "a step a call", "squeezed",
+    "several", "current", "ALIF", "ExpLeak", "amount of sinabs", "a step a call", "squeezed",
 )  # fmt: skip
 
 
@@ -458,24 +360,14 @@ X = torch.ones(2, 2, 2)
     [
         (lambda: to_nir(None, X), TypeError, r"to_nir: model must be a torch\.nn\.Module, got NoneType"),
         (lambda: to_nir(LIF(), [1.0]), TypeError, "to_nir: example_input must be a tensor, got list"),
-        (lambda: to_nir(LIF(), X.to_sparse()), TypeError, "to_nir: example_input must be a dense tensor"),
         (lambda: to_nir(LIF(), X[0]), ValueError, r"to_nir: example_input .* batch and neurons.*got shape \[2, 2\]"),
-        (
-            lambda: to_nir(nn.Linear(2, 2), X.cfloat()), TypeError,
-            "to_nir: example_input must be float16, bfloat16, float32 or float64, got torch.complex64",
-        ),
-        (
-            lambda: from_nir(graph_of(nir_lif()), dtype=torch.int32), TypeError,
-            "from_nir: dtype must be float16, bfloat16, float32 or float64, got torch.int32",
-        ),
         (lambda: to_nir(LIF(), X, "1"), TypeError, "to_nir: dt must be a float, got str"),
-        (lambda: to_nir(LIF(), X, dt=0), ValueError, "to_nir: dt must be > 0 and finite, got 0.0"),
-        (lambda: from_nir(graph_of(nir_lif()), dt=-1), ValueError, "from_nir: dt must be > 0 and finite, got -1.0"),
+        (lambda: to_nir(LIF(), X, dt=0), ValueError, "to_nir: dt must be > 0, got 0.0"),
+        (lambda: from_nir(graph_of(nir_lif()), dt=-1), ValueError, "from_nir: dt must be > 0, got -1.0"),
         (lambda: to_nir(LIF(), X, allow_soft_reset=1), TypeError, "to_nir: allow_soft_reset must be a bool, got int"),
-        (lambda: from_nir(None), TypeError, r"from_nir: graph must be a nir\.NIRGraph, as nir\.read .*, got NoneType"),
         (lambda: from_nir("model.nir"), TypeError, r"from_nir: graph must be a nir\.NIRGraph, .*, got str"),
     ],
-)  # fmt: skip
+)
 def test_arguments(call, error, message):
     with pytest.raises(error, match=rf"asgl_cuda\.{message}"):
         call()

@@ -1,12 +1,15 @@
 """Foreign graphs are read by NIR's equations; other libraries read and write the same neuron."""
 
+import copy
+from itertools import pairwise
+
 import pytest
 import torch
 from comparison import random_input
 from nir_graphs import cuba, euler, fires, graph_of, nir, nir_lif, np, rewritten
 from torch import nn
 
-from asgl_cuda import LIF, BatchNormLIF, LeakyIntegrator, OverTime, step
+from asgl_cuda import LIF, LeakyIntegrator, OverTime, step
 from asgl_cuda.interop.nir import from_nir, to_nir
 
 SOME = np.array([2, 3, 2, 4, 5, 3])
@@ -31,15 +34,6 @@ def test_nodes_of_others_are_read_by_their_equations(name):
     assert torch.equal(back(x_seq), s_seq)
     assert layer.granularity == ("channel" if "for each" in name else "layer")
     assert [parameter for parameter in layer.parameters() if parameter.requires_grad] == [layer.log_width]
-
-
-def test_numbers_that_differ_inside_a_channel_are_read_by_neuron():
-    tau = torch.linspace(2e-4, 5e-4, 12).reshape(3, 4).numpy()
-    node = nir.LIF(tau=tau, r=tau * 1e4, v_leak=tau * 0, v_threshold=tau * 0 + 1)
-    back = from_nir(graph_of(node))
-    assert back.get_submodule("0").granularity == "neuron"
-    x_seq = random_input(20, 5, 3, 4).detach()
-    assert torch.equal(back(x_seq), euler(node, x_seq))
 
 
 CURRENTS = {
@@ -90,28 +84,27 @@ def test_float64_weights_become_the_type_of_the_model():
     assert whole(x_seq.double()).dtype == torch.float64
 
 
-def test_dt_of_others_and_dots_in_names():
+def test_dt_of_others_and_any_name():
     node = nir_lif(tau=2e-3)
-    edges = [("in", "block.0"), ("block.0", "out"), ("in", "block.0")]
-    back = from_nir(graph_of(edges=edges, **{"block.0": node}), dt=1e-3)
+    names = {"block": "block", "block.0": "block_0_", "a.0": "a.0", "forward": "forward_", "self": "self_", "": "_",
+             "a-b/c": "a_b_c", "class.1": "class_.1", "x_seq": "x_seq", '"); exit; ("': "____exit____"}  # fmt: skip
+    chain = ["in", *names, "out"]
+    edges = [*pairwise(chain), ("in", "block")]  # some exporters write an edge twice
+    back = from_nir(graph_of(edges=edges, **dict.fromkeys(names, node)), dt=1e-3)
     x_seq = random_input(20, 5, 6).detach()
-    assert torch.equal(back(x_seq), LIF().eval()(x_seq))
-    assert back.get_submodule("block.0").decay == pytest.approx(0.5)
+    assert torch.equal(from_nir(graph_of(node), dt=1e-3)(x_seq), LIF().eval()(x_seq))
+    assert {path for path, module in back.named_modules() if isinstance(module, LIF)} == set(names.values())
+    expected = x_seq
+    for _ in names:
+        expected = LIF().eval()(expected)
+    assert fires(expected)
+    assert torch.equal(copy.deepcopy(back)(x_seq), expected)
 
 
 def test_rounding_of_r_does_not_move_the_threshold():
     node = nir_lif(tau=3e-4, r=3.0)
     assert float(node.r[0]) * 1e-4 / float(node.tau[0]) != 1
     assert from_nir(graph_of(node)).get_submodule("0").v_threshold == 1
-
-
-def test_scale_of_others():
-    scale = np.linspace(0.5, 2, 6, dtype=np.float32)
-    x_seq = random_input(5, 3, 6).detach()
-    assert torch.equal(from_nir(graph_of(nir.Scale(scale)))(x_seq), x_seq * torch.as_tensor(scale))
-    node = nir_lif(v_threshold=0.5)
-    s_seq = euler(node, x_seq)
-    assert torch.equal(from_nir(graph_of(node, nir.Scale(node.v_threshold)))(x_seq), s_seq * 0.5)
 
 
 @pytest.mark.filterwarnings("ignore:.*neurons at rest fire without any input")
@@ -164,6 +157,110 @@ def test_an_integrator_with_delay(tmp_path):
     assert torch.equal(back(x_seq), model(x_seq))
 
 
+ONES = np.ones(6, np.float32)
+IMAGE = nir.Conv2d((5, 4), np.ones((2, 3, 3, 3), np.float32), 1, 0, 1, 1, np.ones(2, np.float32))
+
+
+def with_(node, **values):
+    """The node with values that its class would refuse."""
+    node = copy.deepcopy(node)
+    for name, value in values.items():
+        setattr(node, name, value)
+    return node
+
+
+BAD_NODES = {
+    "strings": (with_(nir_lif(), v_leak=np.array(["0"] * 6)), "can't convert np.ndarray of type numpy.str_"),
+    "complex": (with_(nir_lif(), tau=ONES + 1j), "arrays must have real numbers, got complex ones"),
+    "another shape": (with_(nir_lif(), tau=ONES[:5]), "The size of tensor a"),
+    "nan": (nir_lif(v_threshold=float("nan")), "v_threshold must be finite, got nan"),
+    "groups": (with_(IMAGE, groups=3), "out_channels must be divisible by groups"),
+    "a graph inside": (graph_of(nir_lif()), "can't be represented; what can be"),
+    "a delay by half a step": (
+        nir.Delay(1.5e-4 * ONES),
+        "delay must be a whole number of steps, dt = 0.0001, got 0.00015",
+    ),
+    "a delay backwards": (nir.Delay(-ONES), "delay must be a whole number of steps, dt = 0.0001, got -1"),
+    "tau": (nir_lif(tau=5e-5), "tau must be at least dt = 0.0001, got 5e-05"),
+    "tau of a current": (cuba(tau_syn=5e-5), "tau_syn must be at least dt = 0.0001"),
+    "r": (nir_lif(r=SOME - 2), "r must be > 0, got 0 to 3"),
+    "resets": (nir_lif(v_leak=SOME), "v_reset must be the same for all neurons, got -5 to -2"),
+    "rests": (cuba(nir.CubaLI, v_leak=SOME), "v_rest must be the same for all neurons, got 2 to 5"),
+    "some without decay": (nir_lif(tau=SOME / 2e4), r"a decay that differs .* must be in \(0, 1\), got 0 to 0.6"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_NODES)
+def test_errors_name_the_node(name):
+    node, message = BAD_NODES[name]
+    with pytest.raises(
+        ValueError, match=rf"^asgl_cuda\.from_nir: node '1' \({type(node).__name__}\): .*{message}"
+    ) as error:
+        from_nir(graph_of(nir_lif(), node))
+    assert "\n" not in str(error.value)
+
+
+LINE = [("in", "0"), ("0", "1"), ("1", "out")]
+
+
+@pytest.mark.parametrize(
+    ("edges", "more", "message"),
+    [
+        (LINE, {"more": nir.Output(ONES)}, r"must have one Output node, got \['more', 'out'\]"),
+        (LINE, {"more": nir.Input(ONES)}, r"must have one Input node, got \['in', 'more'\]"),
+        ([*LINE, ("1", "0")], {}, "recurrent graphs are not supported, got the cycle"),
+    ],
+)
+def test_graphs_that_are_no_chains(edges, more, message):
+    with pytest.raises(ValueError, match=f"^asgl_cuda.from_nir: .*{message}"):
+        from_nir(graph_of(nir_lif(), nir_lif(), edges=edges, **more))
+
+
+def changed(layer, metadata=None, **numbers):
+    """The graph that to_nir writes for a layer, with other options in the metadata, or other numbers in the node."""
+    graph = to_nir(layer, torch.rand(2, 3, 6))
+    for name, value in numbers.items():
+        getattr(graph.nodes["_0"], name)[:] = value
+    graph.nodes["_0"].metadata["asgl_cuda"]["options"].update(metadata or {})
+    return graph
+
+
+CHANGED = {
+    "an option that is not known": (lambda: changed(LIF(), {"speed": 1}), "speed"),
+    "a surrogate that is not known": (lambda: changed(LIF(), {"surrogate": "step"}), "surrogate must be one of"),
+    "a decay of text": (lambda: changed(LIF(), {"decay": "half"}), "decay must be a float, got str"),
+    "another tau": (
+        lambda: changed(LIF(), tau=4e-4),
+        "numbers say decay 0.75 and it says 0.5, written with dt = 0.0001",
+    ),
+    "another threshold": (lambda: changed(LIF(), v_threshold=2), "numbers say v_threshold 4 and it says 1"),
+    "another reset": (lambda: changed(LIF(), v_reset=0.1), "numbers say v_reset 0.2 and it says 0"),
+    "another gain": (lambda: changed(LeakyIntegrator(), r=4), "numbers say input_gain 2 and it says 1"),
+    "another rest": (lambda: changed(LeakyIntegrator(), v_leak=4), "numbers say v_rest 4 and it says 0"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_metadata_and_numbers_must_agree(name):
+    make, message = CHANGED[name]
+    with pytest.raises(ValueError, match=rf"node '_0' \(LIF?\): metadata\['asgl_cuda'\] can't be taken.*: .*{message}"):
+        from_nir(make())
+    graph = make()
+    graph.nodes["_0"].metadata = {"other": [1]}
+    from_nir(graph)
+
+
+def test_the_scale_of_scaled_output_must_be_there():
+    graph = to_nir(LIF(scale_output=True, v_threshold=0.5), torch.rand(2, 3, 6))
+    graph.nodes["_0_scale"].scale[:] = 2
+    with pytest.raises(ValueError, match=r"'_0_scale' \(Scale\): must be a Scale by v_threshold.*, got 2"):
+        from_nir(graph)
+    del graph.nodes["_0_scale"]
+    graph.edges[:] = [("input_1", "_0"), ("_0", "output")]
+    with pytest.raises(ValueError, match=r"'output' \(Output\): must be a Scale by v_threshold"):
+        from_nir(graph)
+
+
 # The rest needs other libraries.
 
 
@@ -173,17 +270,6 @@ def network():
     with torch.no_grad():
         for linear in (model[0], model[2]):
             linear.weight *= 3
-    return model, random_input(20, 5, 8).detach()
-
-
-def normalised_network():
-    """Two normalised layers: one after weights, one at the input."""
-    model = nn.Sequential(BatchNormLIF(8, v_threshold=0.7), nn.Linear(8, 12), BatchNormLIF(12, v_threshold=0.7)).eval()
-    with torch.no_grad():
-        model[1].weight *= 3
-        for layer in (model[0], model[2]):
-            layer.running_mean.uniform_(-0.3, 0.3)
-            layer.running_var.uniform_(0.5, 1.5)
     return model, random_input(20, 5, 8).detach()
 
 
@@ -214,15 +300,29 @@ def assert_same_spikes(model, x_seq, s_seq):
     assert torch.equal(s_seq, expected)
 
 
-@pytest.mark.parametrize("make", [network, normalised_network])
-def test_snntorch_reads_it(make, capsys):
+def test_snntorch_reads_it():
     module = pytest.importorskip("snntorch.import_nir")
-    model, x_seq = make()
+    model, x_seq = network()
     with torch.no_grad():
         s_seq = stepped(module.import_from_nir(to_nir(model, x_seq)), x_seq)
-    if make is network:
-        assert "scaling weights" not in capsys.readouterr().out  # printed where r is not tau / dt
     assert_same_spikes(model, x_seq, s_seq)
+
+
+@pytest.mark.filterwarnings("ignore:nirtorch")
+def test_norse_reads_it(tmp_path):
+    """It ignores r, v_reset, and weights without a bias."""
+    norse = pytest.importorskip("norse.torch")
+    model, x_seq = network()
+    model.extend([
+        nn.Linear(12, 6, bias=False), LIF(6, granularity="channel", learn_decay=True, input_gain=0.3, v_threshold=0.05),
+        nn.Linear(6, 5), LIF(decay=1.0, input_gain=0.5, v_threshold=0.1), nn.Linear(5, 4), LIF(v_rest=0.2, v_reset=0.2),
+    ]).eval()  # fmt: skip
+    with torch.no_grad():
+        model[5].logit_decay += torch.linspace(-1, 2, 6)
+        model[8].weight *= 3
+    nir.write(tmp_path / "model.nir", to_nir(model, x_seq))
+    with torch.no_grad():
+        assert_same_spikes(model, x_seq, stepped(norse.from_nir(nir.read(tmp_path / "model.nir"), dt=1e-4), x_seq))
 
 
 @pytest.mark.parametrize("step_mode", ["s", "m"])
@@ -235,22 +335,6 @@ def test_spikingjelly_reads_it(step_mode, tmp_path):
         other = module.import_from_nir(tmp_path / "model.nir", step_mode=step_mode)
         s_seq = other(x_seq)[0] if step_mode == "m" else stepped(other, x_seq)
     assert_same_spikes(model, x_seq, s_seq)
-
-
-def test_norse_writes_it():
-    norse = pytest.importorskip("norse.torch")
-
-    def neuron(decay):
-        return norse.LIFBoxCell(norse.LIFBoxParameters(tau_mem_inv=torch.tensor(1 - decay)), dt=1.0)
-
-    model, x_seq = network()
-    other = norse.SequentialState(model[0], neuron(0.75), model[2], neuron(0.5))
-    with torch.no_grad():
-        for linear in (model[0], model[2]):
-            linear.weight *= 3  # Norse multiplies the input by 1 - decay
-        # dt = 1: Norse writes tau in steps.
-        back = from_nir(norse.to_nir(other, x_seq[0], dt=1.0), dt=1.0)
-        assert_same_spikes(back, x_seq, stepped(other, x_seq))
 
 
 @pytest.mark.filterwarnings("ignore:nirtorch")

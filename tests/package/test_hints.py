@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from asgl_cuda.backends import cupy
-from asgl_cuda.interop.nir import values
+from asgl_cuda.interop.nir import neurons
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +19,7 @@ def extra(name):
 @pytest.mark.parametrize("name", ["nir", "cupy", "cupy12"])
 def test_commands_name_what_the_extra_has(name, monkeypatch):
     monkeypatch.setattr(cupy.torch.version, "cuda", "12.8" if name == "cupy12" else "13.0")
-    command = values.INSTALL if name == "nir" else cupy.install_command()
+    command = neurons.INSTALL if name == "nir" else cupy.install_command()
     assert command == "pip install " + " ".join(f'"{requirement}"' for requirement in extra(name))
 
 

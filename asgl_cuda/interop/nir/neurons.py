@@ -5,49 +5,75 @@
     h[t] = v_rest + decay (v[t-1] - v_rest) + g x[t]         asgl_cuda.LIF with input_gain g, and LeakyIntegrator
 
 The last two are equal for decay = 1 - dt / tau, r = g tau / dt and v_leak = v_rest; for decay = 1, NIR's IF and I have
-v' = r x and r = g / dt. Spikes of a LIF are invariant under scale and shift of its potential: v_threshold and v_reset
-become (v_threshold - v_leak) / g and (v_reset - v_leak) / g, with g = 1 and v_leak = 0. A node is read in this scale,
-and written with the gain in r and v_leak = 0, because other readers start potentials at 0. A LeakyIntegrator emits its
-potential, and keeps gain and v_leak.
+v' = r x and r = g / dt. Spikes of a LIF are invariant under scale and shift of its potential, and readers differ in r
+and in the first potential. So a LIF is written with r = 1 and v_leak = 0, an IF with r = 1 / dt: v_threshold and
+v_reset become (v - v_rest) (1 - decay) / g, or (v - v_rest) / g. Foreign nodes are read with g = 1 and v_rest = 0. A
+LeakyIntegrator emits its potential, and keeps both.
 
     tau_syn i' = -i + w_in x;   tau_mem v' = v_leak - v + r i      CubaLIF and CubaLI
 
-are an LI and, with i[t] for x[t], a LIF or another LI: `nn.Sequential(LeakyIntegrator(...), LIF(...))`. A Threshold,
-1 where x > threshold, is a LIF without memory: decay 0.
+are an LI and, with i[t] for x[t], a LIF or another LI. A Threshold, 1 where x > threshold, is a LIF with decay 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_number, check_width
 from ...integrator import LeakyIntegrator
-from ...layer import Granularity
 from ...neuron import LIF
 from ...over_time import KNOWS_TIME
-from .nodes import KEY
-from .values import as_array, as_double, as_shape, first_line, range_of
 
+INSTALL = 'pip install "nir>=1.0.7" "nirtorch>=2.6"'  # as in pyproject.toml
+KEY = "asgl_cuda"  # in a node's metadata, of what NIR does not know
 DT = 1e-4  # seconds; other libraries assume the same step
-_OF_BOTH = ("v_rest", "input_gain", "granularity", "stateful")
-_OF_LIF = (
-    "surrogate", "surrogate_gain", "analog_prob", "strict_threshold", "detach_reset", "multi_spike", "scale_output",
-    "store_v_seq",
-)  # fmt: skip
-_PARAMETERS = ("log_width", "logit_decay", "threshold")  # unlike BatchNormLIF's
-_MAYBE_OF_LIF = ("v_reset", "reset_amount", "v_min", "levels")
-_OF_LIF_ALL = (*_OF_LIF, *_MAYBE_OF_LIF, "v_threshold", "width", "learn_width", "learn_threshold")
+
+_ELSEWHERE = {"time_dim", "backend", "device", "dtype", "delay"}  # arguments of layers that metadata leave out
+_LEARNED = {"learn_width": "log_width", "learn_decay": "logit_decay", "learn_threshold": "threshold"}
 
 
-class Neurons(NamedTuple):
-    """Neurons of NIR for a given dt, in units of asgl_cuda.LIF: float64, in the neurons' shape."""
+def require(name: str, dt: Any, caller: str) -> Any:
+    """Imports a module of nir or nirtorch; checks the length of a step."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{caller}: needs {name.partition('.')[0]}: {INSTALL} ({error})") from error
+    check_width(check_number("dt", dt, caller), caller, torch.float64, "dt")
+    return module
 
-    decay: Tensor
-    v_threshold: Tensor
-    v_reset: Tensor
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Errors inside, of a layer or of torch, become one line that names the layer or node."""
+    try:
+        yield
+    except Exception as error:
+        if str(error).startswith(where.partition(":")[0]):
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{where}: {first}") from error
+
+
+def as_double(value: Any) -> Tensor:
+    if torch.as_tensor(value).is_complex():  # torch would drop a part
+        raise ValueError("arrays must have real numbers, got complex ones")
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+
+
+def as_shape(sizes: Sequence[int]) -> Any:
+    return torch.tensor(sizes, dtype=torch.int64).numpy()
+
+
+def range_of(value: Tensor) -> str:
+    """The smallest and the largest value, for errors."""
+    low, high = float(value.min()), float(value.max())
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 class Scale(nn.Module):
@@ -80,40 +106,6 @@ class Delay(nn.Module):
 KNOWS_TIME.append(lambda module: isinstance(module, Delay))
 
 
-def _read_delay(node: Any, dt: float, where: str) -> Delay:
-    delay = as_double(node.delay)
-    steps = (delay / dt).round()
-    if not ((delay >= 0) & ((delay - steps * dt).abs() < 1e-3 * dt)).all():
-        raise ValueError(f"{where}: delay must be a whole number of steps, dt = {dt}, got {range_of(delay)}")
-    return Delay(steps.long())
-
-
-def _step(node: Any, dt: float, where: str, tau: str = "tau", r: str = "r") -> tuple[Tensor, Tensor]:
-    """Decay and gain of the equations above; `write` has the inverse."""
-    gain, time = as_double(getattr(node, r)), getattr(node, tau, None)
-    if time is None:  # IF and I
-        decay, gain = torch.ones_like(gain), gain * dt
-    else:
-        rate = dt / as_double(time)
-        decay, gain = 1 - rate, gain * rate
-        # tau = dt may have been rounded.
-        decay = torch.where(decay.abs() < 1e-6, 0.0, decay)
-        if not ((decay >= 0) & (decay <= 1)).all():
-            raise ValueError(f"{where}: {tau} must be at least dt = {dt}, got {range_of(as_double(time))}")
-    # r = tau / dt may have been rounded, which would change the threshold.
-    return decay, torch.where((gain - 1).abs() < 1e-6, 1.0, gain)
-
-
-def read_neurons(node: Any, dt: float, where: str, tau: str = "tau") -> Neurons:
-    """The parameters of a firing node."""
-    v_threshold, v_leak = as_double(node.v_threshold), as_double(getattr(node, "v_leak", 0.0))
-    v_reset = as_double(0.0 if getattr(node, "v_reset", None) is None else node.v_reset)
-    decay, gain = _step(node, dt, where, tau)
-    if not (gain > 0).all():
-        raise ValueError(f"{where}: r must be > 0, got {range_of(as_double(node.r))}")
-    return Neurons(*torch.broadcast_tensors(decay, (v_threshold - v_leak) / gain, (v_reset - v_leak) / gain))
-
-
 def per_neuron(layer: LIF | LeakyIntegrator, value: Tensor | float, shape: Sequence[int]) -> Tensor:
     """A parameter, broadcast from the granularity to the neurons' shape, float64."""
     value = as_double(value)
@@ -122,158 +114,110 @@ def per_neuron(layer: LIF | LeakyIntegrator, value: Tensor | float, shape: Seque
     return value.expand(tuple(shape))
 
 
-def spike_height(layer: LIF) -> Tensor | float:
-    """The factor of scale_output."""
-    return layer.v_threshold if layer.levels is None or layer.multi_spike else 1 / layer.levels
-
-
-def add_metadata(node: Any, layer: LIF | LeakyIntegrator, dt: float) -> Any:
-    """Adds metadata to restore the layer in `read_node`; files support numbers, strings, arrays and dicts."""
-    options = {"decay": layer._decay, "learn_decay": layer.logit_decay is not None}
-    options |= {name: getattr(layer, name) for name in _OF_BOTH}
-    ours: dict[str, Any] = {"dt": dt}
+def numbers_of(layer: Any, shape: Sequence[int]) -> dict[str, Tensor]:
+    """What a node says of a layer, for each neuron: of a LIF in units with input_gain 1 and v_rest 0."""
+    numbers = {"decay": layer.decay, "input_gain": layer.input_gain, "v_rest": layer.v_rest}
     if isinstance(layer, LIF):
-        options |= {name: getattr(layer, f"_{name}") for name in ("v_threshold", "width")}
-        options |= {name: getattr(layer, name) for name in _OF_LIF}
-        options |= {"learn_width": layer.log_width is not None, "learn_threshold": layer.threshold is not None}
-        options |= {name: value for name in _MAYBE_OF_LIF if (value := getattr(layer, name)) is not None}
-        ours["reset"] = "soft" if layer.v_reset is None else "hard"
-        ours["strict_threshold"] = layer.strict_threshold
-        ours["width"] = as_array(torch.as_tensor(layer.width).reshape(-1))
-    # A file can't compress scalars.
-    parameters = {name: as_array(parameter.reshape(-1)) for name, parameter in layer.named_parameters()
-                  if name in _PARAMETERS}  # fmt: skip
-    ours |= {"options": options, "num_features": as_shape(layer.num_features), "parameters": parameters}
-    node.metadata = {KEY: ours}
-    return node
+        v_reset = layer.v_rest if layer.v_reset is None else layer.v_reset
+        numbers = {"decay": layer.decay, "v_threshold": layer.v_threshold, "v_reset": v_reset}
+    numbers = {name: per_neuron(layer, value, shape) for name, value in numbers.items()}
+    for name in numbers.keys() & {"v_threshold", "v_reset"}:
+        numbers[name] = (numbers[name] - layer.v_rest) / layer.input_gain
+    return numbers
 
 
-def read_node(node: Any, dt: float | None, where: str) -> nn.Module:
-    """The layer that `to_nir` wrote, if the node has metadata; else layers from the node's values."""
-    kind, ours = type(node).__name__, node.metadata.get(KEY)
-    dt = dt if dt is not None else ours["dt"] if ours else DT
-    if kind == "Delay":
-        return _read_delay(node, dt, where)
-    if kind == "Threshold":
-        zero = torch.zeros_like(as_double(node.threshold))
-        return new_lif(Neurons(zero, as_double(node.threshold), zero), where, strict_threshold=True)
-    if kind.startswith("Cuba"):
-        synapse = _new_integrators(*_step(node, dt, where, "tau_syn", "w_in"), torch.zeros(()), where)
-        if kind == "CubaLIF":
-            return nn.Sequential(*synapse, new_lif(read_neurons(node, dt, where, "tau_mem"), where))
-        decay, gain = _step(node, dt, where, "tau_mem")
-        return nn.Sequential(*synapse, *_new_integrators(decay, gain, as_double(node.v_leak), where))
-    fires = kind in ("LIF", "IF")
-    if fires:
-        said = read_neurons(node, dt, where)._asdict()
+def spike_heights(layer: LIF, shape: Sequence[int]) -> Tensor:
+    """The factor of scale_output."""
+    height = layer.v_threshold if layer.levels is None or layer.multi_spike else 1 / layer.levels
+    return per_neuron(layer, height, shape)
+
+
+def metadata_of(layer: LIF | LeakyIntegrator, dt: float) -> dict[str, Any]:
+    """What `restored` makes the layer of, in numbers, strings, arrays and dicts, which files support."""
+    kind: Any = LIF if isinstance(layer, LIF) else LeakyIntegrator
+    options = {}
+    for name in kind.__init__.__kwdefaults__.keys() - _ELSEWHERE:
+        if name in _LEARNED:
+            options[name] = getattr(layer, _LEARNED[name]) is not None
+        elif (value := getattr(layer, f"_{name}", getattr(layer, name, None))) is not None:  # _name: as last set
+            options[name] = value
+    learned = {name: as_double(value).numpy() for name, value in layer.named_parameters() if name in _LEARNED.values()}
+    ours = {"dt": dt, "options": options, "num_features": as_shape(layer.num_features), "parameters": learned}
+    if isinstance(layer, LIF):
+        ours |= {"reset": "soft" if layer.v_reset is None else "hard", "strict_threshold": layer.strict_threshold}
+        ours["width"] = as_double(layer.width).reshape(-1).numpy()
+    return ours
+
+
+def restored(ours: Any, kind: Any, said: dict[str, Tensor]) -> Any:
+    """The layer of the metadata, which must agree with `said`, the numbers of the node."""
+    with naming(f"metadata[{KEY!r}] can't be taken, without it the numbers alone are read"):
+        # Files give numpy's numbers.
+        options = {name: value.item() if hasattr(value, "item") else value for name, value in ours["options"].items()}
+        options |= {"v_reset": None} if ours.get("reset") == "soft" else {}
+        layer = kind([int(size) for size in ours["num_features"]] or None, **options, dtype=torch.float64)
+        layer.load_state_dict({name: as_double(value) for name, value in ours["parameters"].items()})
+        for name, number in said.items():
+            value = numbers_of(layer, number.shape)[name]
+            if not torch.allclose(number, value, rtol=1e-5, atol=1e-6):
+                says = f"numbers say {name} {range_of(number)} and it says {range_of(value)}"
+                raise ValueError(f"{says}, written with dt = {ours['dt']}")
+    return layer
+
+
+def step_of(node: Any, dt: float, tau: str = "tau", r: str = "r") -> tuple[Tensor, Tensor]:
+    """Decay and gain of a node."""
+    gain, time = as_double(getattr(node, r)), getattr(node, tau, None)
+    if time is None:  # IF and I
+        decay, gain = torch.ones_like(gain), gain * dt
     else:
-        leak = as_double(getattr(node, "v_leak", 0.0))
-        said = dict(zip(("decay", "input_gain", "v_rest"), (*_step(node, dt, where), leak), strict=True))
-    if ours is None and fires:
-        return new_lif(Neurons(**said), where)
-    if ours is None:
-        layers = _new_integrators(said["decay"], said["input_gain"], said["v_rest"], where)
-        return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
-    layer: LIF | LeakyIntegrator = _written(ours, LIF if fires else LeakyIntegrator, where)
-    for name, number in said.items():
-        if name == "v_reset" and layer.v_reset is None:
-            continue
-        try:
-            value = per_neuron(layer, getattr(layer, name), number.shape)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{where}: metadata[{KEY!r}]['num_features'] must be the shape of its neurons, "
-                f"{list(number.shape)}, got {list(layer.num_features)}"
-            ) from error
-        if name in ("v_threshold", "v_reset"):
-            value = (value - layer.v_rest) / layer.input_gain
-        if not torch.allclose(number, value, rtol=1e-5, atol=1e-6):
-            raise ValueError(
-                f"{where}: its numbers say {name} {range_of(number)} and metadata[{KEY!r}] says {range_of(value)}, "
-                f"written with dt = {ours['dt']}; without metadata[{KEY!r}] the numbers alone are read"
-            )
-    return layer
+        rate = dt / as_double(time)
+        decay, gain = torch.where((rate - 1).abs() < 1e-6, 0.0, 1 - rate), gain * rate  # tau = dt, rounded
+        if not ((decay >= 0) & (decay <= 1)).all():
+            raise ValueError(f"{tau} must be at least dt = {dt}, got {range_of(as_double(time))}")
+    # r = tau / dt may have been rounded, which would change the threshold.
+    return decay, torch.where((gain - 1).abs() < 1e-6, 1.0, gain)
 
 
-def _written(ours: dict[str, Any], kind: type[Any], where: str) -> Any:
-    """The layer with the given options and parameters."""
-    options, known = dict(ours["options"]), {*_OF_BOTH, "decay", "learn_decay", *(_OF_LIF_ALL if kind is LIF else ())}
-    if ours.get("reset") == "soft":
-        options["v_reset"] = None
-    try:
-        if unknown := sorted(set(options) - known):
-            raise ValueError(f"unknown options {', '.join(unknown)}")
-        layer = kind(ours["num_features"], **options)
-        for name, value in ours["parameters"].items():
-            parameter = layer.get_parameter(name)
-            parameter.data = value.reshape(parameter.shape)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{where}: metadata[{KEY!r}] can't be read ({first_line(error)}); without it the numbers alone are read"
-        ) from error
-    return layer
+def said_by(node: Any, dt: float, tau: str = "tau") -> dict[str, Tensor]:
+    """The `numbers_of` a firing node, of one shape."""
+    decay, gain = step_of(node, dt, tau)
+    if not (gain > 0).all():
+        raise ValueError(f"r must be > 0, got {range_of(as_double(node.r))}")
+    v_reset = 0.0 if getattr(node, "v_reset", None) is None else node.v_reset
+    v_threshold, v_reset, v_leak = map(as_double, (node.v_threshold, v_reset, getattr(node, "v_leak", 0.0)))
+    found = torch.broadcast_tensors(decay, (v_threshold - v_leak) / gain, (v_reset - v_leak) / gain)
+    return dict(zip(("decay", "v_threshold", "v_reset"), found, strict=True))
 
 
-def new_lif(neurons: Neurons, where: str, strict_threshold: bool = False) -> LIF:
-    """A layer whose decay and threshold are parameters without gradient where they differ between neurons."""
-    decay, v_threshold, v_reset = neurons
-    if v_reset.min() != v_reset.max():
-        raise ValueError(f"{where}: v_reset must be the same for all neurons, got {range_of(v_reset)}")
-    granularity, num_features, (decay, v_threshold) = _by_granularity(decay, v_threshold)
-    layer = LIF(
-        num_features,
-        granularity=granularity,
-        decay=float(decay.flatten()[0]),
-        v_threshold=float(v_threshold.flatten()[0]),
-        learn_decay=_varies(decay, where),
-        learn_threshold=_varies(v_threshold),
-        strict_threshold=strict_threshold,
-    )
-    layer.v_reset = float(v_reset.flatten()[0])  # a graph may have one above the threshold, which LIF refuses
-    _fill(layer.logit_decay, decay.logit())
-    _fill(layer.threshold, v_threshold)
-    return layer
-
-
-def _new_integrators(decay: Tensor, gain: Tensor, v_leak: Tensor, where: str) -> list[nn.Module]:
+def integrator_of(node: Any, dt: float, tau: str = "tau", r: str = "r") -> nn.Module:
     """An integrator, behind a Scale if the gain differs between neurons."""
-    if _varies(v_leak):
-        raise ValueError(f"{where}: v_leak must be the same for all neurons, got {range_of(v_leak)}")
-    first: list[nn.Module] = [Scale(gain)] if _varies(gain) else []
-    granularity, num_features, (decay,) = _by_granularity(decay)
-    layer = LeakyIntegrator(
-        num_features,
-        granularity=granularity,
-        decay=float(decay.flatten()[0]),
-        input_gain=1.0 if first else float(gain.flatten()[0]),
-        v_rest=float(v_leak.flatten()[0]),
-        learn_decay=_varies(decay, where),
+    decay, gain = step_of(node, dt, tau, r)
+    scales = bool((gain != gain.max()).any())
+    numbers = {"decay": decay, "input_gain": torch.ones(()) if scales else gain}
+    layer = new_layer(
+        LeakyIntegrator, numbers | {"v_rest": as_double(getattr(node, "v_leak", 0.0) if r == "r" else 0.0)}
     )
-    _fill(layer.logit_decay, decay.logit())
-    return [*first, layer]
+    return nn.Sequential(Scale(gain), layer) if scales else layer
 
 
-def _by_granularity(*values: Tensor) -> tuple[Granularity, tuple[int, ...] | None, Sequence[Tensor]]:
-    """The coarsest granularity for the values, num_features, and the values in that granularity's shape."""
-    if not any(map(_varies, values)):
-        return "layer", None, values
-    shape = values[0].shape
-    rows = torch.stack(values).flatten(2) if len(shape) > 1 else torch.stack(values)[..., None]
-    if (rows == rows[..., :1]).all():  # [values, C, neurons of the channel]
-        return "channel", tuple(shape[:1]), list(rows[..., 0])
-    return "neuron", tuple(shape), values
-
-
-def _varies(value: Tensor, decay_of: str = "") -> bool:
-    """Whether neurons differ; a decay is a parameter then."""
-    varies = bool(value.min() != value.max())
-    if varies and decay_of and not ((value > 3.1e-7) & (value < 1 - 3.1e-7)).all():
-        raise ValueError(f"{decay_of}: a decay that differs between neurons must be in (0, 1), got {range_of(value)}")
-    return varies
-
-
-def _fill(parameter: nn.Parameter | None, value: Tensor) -> None:
-    """Fills and freezes a parameter that differs between neurons."""
-    if parameter is not None:
-        parameter.data = value.to(parameter.dtype, copy=True)
+def new_layer(kind: Any, numbers: dict[str, Tensor], **options: Any) -> Any:
+    """A layer with these constants; what differs between neurons is a parameter without gradient."""
+    differing = {name: value for name, value in numbers.items() if value.min() != value.max()}
+    for name, value in differing.items():
+        if name not in ("decay", "v_threshold"):
+            raise ValueError(f"{name} must be the same for all neurons, got {range_of(value)}")
+        if name == "decay" and not ((value > 3.1e-7) & (value < 1 - 3.1e-7)).all():
+            raise ValueError(f"a decay that differs between neurons must be in (0, 1), got {range_of(value)}")
+        one = value.dim() == 1  # in a graph with images, one value a channel
+        options |= {
+            "granularity": "channel" if one else "neuron",
+            "num_features": value.shape,
+            "learn_" + name.removeprefix("v_"): True,
+        }
+    layer = kind(**{name: float(value.flatten()[0]) for name, value in numbers.items()}, **options)
+    for name, value in differing.items():
+        parameter = layer.logit_decay if name == "decay" else layer.threshold
+        parameter.data = value.logit() if name == "decay" else value.clone()
         parameter.requires_grad_(False)
+    return layer
