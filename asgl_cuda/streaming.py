@@ -12,9 +12,9 @@ from .checks import check_int, check_step
 from .interop.convert import libraries
 from .interop.converted import Streamed
 from .interop.nir.neurons import Delay
-from .interop.pending import Pending
 from .layer import NeuronLayer, check_module
 from .over_time import OverTime
+from .pending import Pending
 
 _CALLER = "asgl_cuda.step"
 

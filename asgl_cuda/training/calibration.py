@@ -20,10 +20,9 @@ from torch.utils import _pytree
 from ..checks import read_number
 from ..interop.convert import Left, copied, libraries
 from ..interop.converted import STATEFUL, bare_class
-from ..interop.normalised import Normalised
-from ..interop.pending import Pending
 from ..layer import some_asgl_layers
 from ..neuron import LIF, BatchNormLIF
+from ..pending import Pending
 from .kit import reset
 from .monitor import aligned
 
@@ -271,11 +270,12 @@ class _Trial:
     def _before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = next(iter(inspect.signature(layer.forward).parameters), "")
         x, residual = args[0] if args else kwargs.get(first), kwargs.get("residual")
+        norm = layer if isinstance(layer, BatchNormLIF) else x.norm if isinstance(x, Pending) else None
         if isinstance(x, Pending):
-            x, residual = x.operands()
+            x, residual = x.x, x.residual
         elif isinstance(layer, LIF) and len(args) > 1:
             residual = args[1]
-        self._sites[layer] = _Site(self.neurons[layer], self._weight_of(layer, x, residual))
+        self._sites[layer] = _Site(self.neurons[layer], self._weight_of(layer, norm, x, residual))
 
     def _after(self, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
         site = self._sites[layer]
@@ -286,11 +286,10 @@ class _Trial:
             raise _Finished
         return _pytree.tree_map_only(Tensor, _source, output)
 
-    def _weight_of(self, layer: Any, x: Tensor | None, residual: Tensor | None) -> str:
+    def _weight_of(self, layer: Any, norm: Any, x: Tensor | None, residual: Tensor | None) -> str:
         """The name of the only weight that scales the input of these neurons, up to biases."""
         name = self.neurons[layer] or "the model"
-        if isinstance(layer, (BatchNormLIF, Normalised)):
-            norm = layer.normalisation.norm if isinstance(layer, Normalised) else layer
+        if norm is not None:
             if norm.weight is None:
                 raise ValueError(f"{_CALLER}: {name}: its normalisation has no weight to be scaled (affine=False)")
             found, bare = {self._names[id(norm.weight)]}, False

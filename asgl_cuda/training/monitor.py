@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..batch_norm import sharing
 from ..call import LIFOutput
 from ..checks import level_of_user
-from ..interop.normalised import Normalised
 from ..layer import some_asgl_layers
 from ..layout import channel_dim
 from ..neuron import LIF, BatchNormLIF
@@ -145,33 +144,24 @@ def _shares_of_lif(
     }
 
 
-def _normalisation_of(layer: Any) -> Any:
-    """The batch normalisation that the layer computes, if any."""
-    if isinstance(layer, Normalised):
-        return layer.normalisation.norm
-    return layer if isinstance(layer, BatchNormLIF) else None
-
-
 def _uses_batch(norm: Any) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _constant_channels(layer: LIF, x_seq: Tensor) -> dict[str, Tensor]:
+def _constant_channels(norm: Any, x_seq: Tensor, channel: int) -> dict[str, Tensor]:
     """Which channels vary too little to be normalised by their own statistics."""
-    norm = _normalisation_of(layer)
     if norm is None or not _uses_batch(norm):
         return {}
     group = getattr(norm, "process_group", None)
     if isinstance(norm, nn.SyncBatchNorm):
         group = group or "world"
-    *_, variance = batch_statistics(x_seq, channel_dim(layer.time_dim % x_seq.dim()), sharing(group))
+    *_, variance = batch_statistics(x_seq, channel, sharing(group))
     return {"constant": variance <= _LITTLE * norm.eps}
 
 
-def _remedy(layer: Any, scale: str) -> str:
+def _remedy(norm: Any, scale: str) -> str:
     """The remedy for potentials of the wrong scale: neither what the layer is already, nor what `calibrate` refuses."""
     weights, weight, threshold = _SCALES[scale]
-    norm = _normalisation_of(layer)
     if norm is None:
         return f"{weights}: {_CALIBRATE}, or a normalisation in front, as in asgl_cuda.BatchNormLIF"
     learns = norm.weight is not None and norm.weight.requires_grad
@@ -179,7 +169,7 @@ def _remedy(layer: Any, scale: str) -> str:
     return own if _uses_batch(norm) else f"running statistics of such inputs, by batches in training mode; or {own}"
 
 
-def _problem(values: Mapping[str, float], layer: Any) -> str | None:
+def _problem(values: Mapping[str, float], layer: Any, norm: Any) -> str | None:
     """The problem of a layer with these quantities, and a remedy."""
     rate, inside = values.get("firing_rate"), values.get("inside", 1.0)
     if rate is None:
@@ -192,15 +182,15 @@ def _problem(values: Mapping[str, float], layer: Any) -> str | None:
         )
     if math.isnan(values["width"]) or math.isnan(values.get("smoothing_error", 0.0)):
         return "its potentials or its width are NaN: a smaller learning rate, or clipped gradients"
-    seen, helps = [], _remedy(layer, "other")
+    seen, helps = [], _remedy(norm, "other")
     if rate == 0 or values.get("dead", 0.0) > _MANY:
         seen.append("no neuron ever fired" if rate == 0 else f"{values['dead']:.0%} of the neurons never fired (dead)")
-        helps = "other inputs" if _normalisation_of(layer) is not None else "a normalisation in front, or other inputs"
+        helps = "other inputs" if norm is not None else "a normalisation in front, or other inputs"
         if rate < _RARE:
-            helps = _remedy(layer, "larger")
+            helps = _remedy(norm, "larger")
     elif values.get("saturated", 0.0) > _MANY:
         seen.append(f"{values['saturated']:.0%} of the neurons fired at every step (saturated)")
-        helps = _remedy(layer, "smaller")
+        helps = _remedy(norm, "smaller")
     if inside < _FEW_INSIDE:
         counts = getattr(layer, "_counts", False)  # no width is there to be larger
         passes = "no" if inside == 0 and getattr(layer, "surrogate", None) == "rectangle" else "hardly any"
@@ -266,6 +256,7 @@ class Monitor:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         # Input, potential and random state before a call.
         self._before: dict[nn.Module, tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]] = {}
+        self._norms: dict[nn.Module, Any] = {}  # normalisations that the layers compute
         self._watched_before: list[bool] = []  # by nested `with`: whether already watching
         self._was_started = self._has_warned = False
         self.reset()
@@ -311,6 +302,8 @@ class Monitor:
             return
         if not isinstance(x_seq, Tensor):
             return
+        own = layer if isinstance(layer, BatchNormLIF) else None
+        self._norms[layer] = more["pending"].norm if "pending" in more else own
         device, rng_state = x_seq.device, None
         if layer.training and layer.analog_prob > 0:
             cpu = device.type == "cpu"  # torch.cpu has no get_rng_state
@@ -325,7 +318,10 @@ class Monitor:
         if not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
             return
         if before := self._before.pop(layer, None):
-            shares = _shares_of_lif(layer, *before, s_seq) | _constant_channels(layer, before[0])
+            shares = _shares_of_lif(layer, *before, s_seq)
+            x_seq, more, *_ = before
+            channel = more["pending"].channel if "pending" in more else channel_dim(layer.time_dim % x_seq.dim())
+            shares |= _constant_channels(self._norms.get(layer), x_seq, channel)
         else:
             # H(0) = 1/2, so smooth values show the hard spike, too.
             shares = {"firing_rate": s_seq >= 0.5, "analog_share": s_seq != s_seq.round()}
@@ -356,7 +352,7 @@ class Monitor:
             return ["nothing was seen: the model was not called, or only in compiled code or under torch.func"]
         lines = []
         for name, values in found.items():
-            what = _problem(values, self._layers[name])
+            what = _problem(values, self._layers[name], self._norms.get(self._layers[name]))
             if what is not None:
                 lines.append(f"{name or '(the model)'}: {what}")
         return lines

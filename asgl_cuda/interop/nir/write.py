@@ -21,8 +21,7 @@ from ...neuron import LIF, BatchNormLIF
 from ...reference import normalisation
 from ..convert import LIBRARIES, copied, libraries
 from ..converted import Converted, bare_class
-from ..graphs import name_of_function
-from ..normalised import Awaited, Normalised, PassedThrough
+from ..fuse import Fused
 from .neurons import DT, Delay, Neurons, Scale, add_metadata, new_lif, per_neuron, read_neurons, spike_height
 from .nodes import KEY
 from .values import INSTALL, as_array, as_double, as_pair, as_shape, check_dt, first_line, installed, range_of, require
@@ -96,8 +95,8 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = DT, *, allow_sof
     for module in model.modules():
         if isinstance(module, NeuronLayer):
             module.reset()
-        if isinstance(module, Normalised) and isinstance(module.normalisation.norm, Awaited):
-            module.end_normalised(converted_stays=True)  # a node of its own, in front of the sum
+        if isinstance(module, Fused):
+            module.end()
     tracer = _tracer(nirtorch.NIRTorchTracer)
     if tracer.is_leaf_module(model, ""):
         model = nn.Sequential(model)  # a root is always traced
@@ -112,6 +111,10 @@ def to_nir(model: nn.Module, example_input: Tensor, dt: float = DT, *, allow_sof
     with torch.no_grad():
         export.run(example_input)
     return export.finished()
+
+
+def _name_of_function(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 class _NotTraced(ValueError):  # noqa: N818
@@ -146,7 +149,7 @@ def _is_layer(module: nn.Module) -> bool:
 def _place(n: fx.Node) -> str:
     """A function in the traced model, and the module that calls it."""
     module = next(reversed(n.meta.get("nn_module_stack") or {"": None})) or "the model itself"
-    return f"{name_of_function(n)} in {module}"
+    return f"{_name_of_function(n)} in {module}"
 
 
 def _library_of(kind: type[nn.Module]) -> str | None:
@@ -297,7 +300,7 @@ class _Export(fx.Interpreter):
             self.nodes[n.name] = self.nir.Input(input_type={"input": as_shape(flow.shape)})
             return flow
         inputs = [self.flows[source] for source in n.all_input_nodes if source in self.flows]
-        name = name_of_function(n)
+        name = _name_of_function(n)
         sizes, leading = (*n.args[1:], *n.kwargs.values()), inputs[0].leading if inputs else 0
         if n.target in _ADDITIONS and inputs and len(inputs) == len(n.args) and not n.kwargs:
             sources = tuple(source for flow in inputs for source in flow.sources)
@@ -585,8 +588,6 @@ def _kind(module: nn.Module) -> Any:
     """The class that selects a layer's export: torch's for a library's equivalent."""
     if isinstance(module, Converted):
         return Converted
-    if isinstance(module, PassedThrough):
-        return nn.Identity
     kind = bare_class(module)
     if kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and not issubclass(kind, LazyModuleMixin):
         return _BatchNorm
@@ -611,8 +612,6 @@ def _without_time(module: nn.Module, flow: _Flow, where: str) -> _Flow:
 
 def _norm_of(module: nn.Module) -> Any:
     """The normalisation computed by neurons, or None."""
-    if isinstance(module, Normalised):
-        return module.normalisation.norm
     return module if isinstance(module, BatchNormLIF) else None
 
 

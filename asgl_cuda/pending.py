@@ -1,0 +1,342 @@
+"""`Pending`: a normalised value that is computed only if something else than neurons asks for it.
+
+Neurons act on each element of a step alone, so that views in between commute with the normalisation:
+
+    lif(view(norm(x)) + s) = batch_norm_lif(view(x), residual=s)    with the channels where the view puts them
+
+A plain object: a subclass of Tensor would enter a `torch.autograd.Function` without its gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from .call import Arguments, LIFOutput, computed
+from .layout import channel_dim
+
+_SWAPS, _MOVES = ("transpose", "swapaxes", "swapdims"), ("movedim", "moveaxis")
+_BY_SHAPE = ("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "to")
+_VIEWS = frozenset((*_SWAPS, *_MOVES, *_BY_SHAPE, "permute", "contiguous", "view_as", "reshape_as"))
+_SUMS = frozenset(("add", "add_", "__add__", "__radd__", "__iadd__"))
+_QUERIES = frozenset(
+    ("shape", "ndim", "dtype", "device", "layout", "size", "dim", "numel", "is_cuda", "is_sparse", "is_nested",
+     "is_floating_point", "is_complex", "new_zeros", "new_ones", "new_full")
+)  # fmt: skip
+
+
+class Source:
+    """A tensor that the layers would have made; `make` computes it, for a reason in words."""
+
+    tensor: Tensor | None = None
+    changes = 0  # in place
+
+    def __init__(self, make: Callable[[str], Tensor]) -> None:
+        self.make = make
+
+    def made(self, reason: str) -> Tensor:
+        if self.tensor is None:
+            self.tensor = self.make(reason)
+        return self.tensor
+
+
+class Normal(Source):
+    """The output of a call of a normalisation."""
+
+    taken = False  # by neurons, which have updated the running statistics
+
+    def __init__(self, norm: Any, x: Tensor) -> None:
+        self.norm, self.x, self.training, self.has_graph = norm, x, norm.training, torch.is_grad_enabled()
+
+    def make(self, reason: str) -> Tensor:
+        with torch.set_grad_enabled(self.has_graph):
+            value: Tensor = self.norm.normalised(self.x, self.training, not self.taken)
+        self.norm.was_left(reason)
+        return value
+
+    def is_open(self) -> bool:
+        return self.tensor is None and not self.taken
+
+    def __del__(self) -> None:
+        if self.is_open() and self.training:  # counts the batch, as the layer would have
+            self.make("nothing uses it")
+
+
+class Pending:
+    """Views of a normalised value, or of its sum with one other tensor: `views(source)`.
+
+    `x` and `residual`, the operands, have seen the views; the channels are dimension `channel`. All functions, operators
+    and methods of tensors but views and one addition get the value, as computed by the layers.
+    """
+
+    value: Tensor | None = None
+
+    def __init__(
+        self,
+        call: Normal,
+        source: Source,
+        channel: int,
+        x: Tensor,
+        residual: Tensor | None = None,
+        views: tuple[Any, ...] = (),
+        watched: tuple[Any, ...] = (),  # tensors that must not change, with their versions
+    ) -> None:
+        self.call, self.source, self.channel, self.x, self.residual = call, source, channel, x, residual
+        self.views, self.watched, self.changes = views, watched, source.changes
+
+    @property
+    def norm(self) -> Any:
+        return self.call.norm
+
+    @property
+    def requires_grad(self) -> bool:
+        values = self.x, self.norm.weight, self.norm.bias, self.residual
+        return self.call.has_graph and any(each is not None and each.requires_grad for each in values)
+
+    def tensor(self, use: str) -> Tensor:
+        """The value, which `use` needs."""
+        what = "its output" if self.residual is None else "the sum of its output and another"
+        return self.made(f"{what} {'is used again, by' if self.call.taken else 'goes to'} {use}")
+
+    def made(self, reason: str) -> Tensor:
+        if self.value is None:
+            self.check()
+            value = self.source.made(reason)
+            for name, args, kwargs in self.views:
+                value = getattr(value, name)(*args, **kwargs)
+            self.value = value
+        return self.value
+
+    def is_known(self) -> bool:
+        """Whether the value, or the tensor that it is a view of, is computed."""
+        return self.value is not None or self.source.tensor is not None or self.call.tensor is not None
+
+    def check(self) -> None:
+        """Refuses what would differ from the layers that were there."""
+        if self.changes != self.source.changes:
+            raise self.norm.refusal("its output, or a view of it, was changed in place after this view")
+        if any(version != _version(tensor) for tensor, version in self.watched):
+            raise self.norm.refusal(
+                "its input, or what is added to its output, has been modified by an inplace operation"
+            )
+        if in_function() and self.requires_grad:
+            raise self.norm.refusal("its output goes to a torch.autograd.Function, which would lose its gradient")
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _QUERIES:
+            return getattr(self.x, name)
+        if name in _VIEWS:
+            return partial(self._viewed, name)
+        if name in _SUMS:
+            return partial(self._plus, name)
+        if not hasattr(Tensor, name):
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        return self._of_value(name)
+
+    def _of_value(self, name: str) -> Any:
+        value = self.tensor(name.strip("_"))
+        self._note(name)
+        return getattr(value, name)
+
+    def _note(self, name: str) -> None:
+        """Counts a change in place, which other views of this value, not computed yet, would miss."""
+        if _is_in_place(name):
+            self.source.changes += 1
+            self.changes = self.source.changes
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs, first = function.__name__, kwargs or {}, args[0] if args else None
+        if isinstance(first, Pending) and name in _VIEWS:
+            return first._viewed(name, *args[1:], **kwargs)
+        if name in _SUMS and len(args) == 2 and (isinstance(first, Pending) or not _is_in_place(name)):
+            pending, other = args if isinstance(first, Pending) else reversed(args)
+            return pending._plus(name, other, **kwargs)
+        args, kwargs = (tree_map_only(Pending, lambda each: each.tensor(name), each) for each in (args, kwargs))
+        if isinstance(first, Pending):
+            first._note(name)
+        return function(*args, **kwargs)
+
+    # ---- views and the sum ----
+
+    def _viewed(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name in ("view_as", "reshape_as"):
+            name, args = "reshape", (args[0].shape,)
+        if name == "to" and args == (self.x.dtype,) and not kwargs:
+            return self
+        x, residual, channel = self.x, self.residual, self.channel
+        if self.is_known():
+            channel = -1
+        elif name != "contiguous":
+            channel = self._channel_behind(name, args, kwargs)
+            if channel >= 0:
+                on_input = "reshape" if name == "view" else name  # the layout of x may be another
+                x, residual = (
+                    each if each is None else getattr(each, on_input)(*args, **kwargs) for each in (x, residual)
+                )
+                if name in _BY_SHAPE:
+                    channel = _same_place(self.x.shape, x.shape, channel)
+        if channel < 0:
+            return getattr(self.tensor(name), name)(*args, **kwargs)
+        views = (*self.views, (name, args, kwargs))
+        made = Pending(self.call, self.source, channel, x, residual, views, self.watched)
+        made.changes = self.changes
+        return made
+
+    def _channel_behind(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Where a permutation puts the channels; where they are, for another view; -1 for what is neither."""
+        x = self.x
+        if name in _BY_SHAPE:
+            if name == "to":  # half types are normalised without rounding in between
+                return self.channel if args == (torch.float32,) and not kwargs and x.dtype.itemsize == 2 else -1
+            return -1 if any(isinstance(each, torch.dtype) for each in (*args, *kwargs.values())) else self.channel
+        order = list(range(x.dim()))
+        dims = args[0] if len(args) == 1 else args
+        if kwargs or not all(isinstance(dim, int) for dim in dims):
+            return -1
+        if name == "permute":
+            order = [dim % x.dim() for dim in dims]
+        elif name in _SWAPS:
+            first, second = dims
+            order[first], order[second] = order[second], order[first]
+        else:
+            source, destination = dims
+            order.insert(destination % x.dim(), order.pop(source))
+        return order.index(self.channel)
+
+    def _plus(self, name: str, other: Any, alpha: float = 1, **more: Any) -> Any:
+        if isinstance(other, Pending):
+            other = other.tensor("add")
+        x, is_taken = self.x, self.is_known() or self.call.taken or self.residual is not None
+        is_alike = isinstance(other, Tensor) and (other.shape, other.dtype, other.device) == (
+            x.shape,
+            x.dtype,
+            x.device,
+        )
+        if is_taken or not is_alike or more or alpha != 1:
+            return self._of_value(name)(other, **more, **({} if alpha == 1 else {"alpha": alpha}))
+        self.check()
+        of = Pending(self.call, self.source, self.channel, x, None, self.views, self.watched)
+        source, seen = Source(lambda reason: of.made(reason) + other), (*self.watched, *watched(other))
+        if not _is_in_place(name):
+            return Pending(self.call, source, self.channel, x, other, (), seen)
+        self._note(name)
+        of.changes = self.changes
+        self.source, self.residual, self.views, self.watched, self.changes = source, other, (), seen, 0
+        return self
+
+    # ---- neurons ----
+
+    def lif(self, given: Arguments, layer: Any, caller: str, update: bool = True) -> Tensor | LIFOutput:
+        """`layer`, the neurons behind, with arguments `given`: in one call with normalisation and sum, or of the value.
+
+        Without `update` nothing changes, for a call that is repeated.
+        """
+        name = getattr(type(layer), "original", type(layer)).__name__
+        if self.is_known() or (update and self.call.taken):
+            return computed(caller, self.tensor(name), given)
+        self.check()
+        values, options, v_init, *rest = given
+        order, why = self._order(given)
+        why = why or self.norm.reason_against(self, given, layer)
+        if why:
+            return computed(caller, self.tensor(f"{name}, {why}"), given)
+        x, residual, time_dim = self.x, self.residual, options.time_dim % self.x.dim()
+        of_state = [dim - (dim > time_dim) for dim in order if dim != time_dim]
+        is_moved = order != sorted(order)
+        if is_moved:
+            x, residual = (each if each is None else each.contiguous().permute(order) for each in (x, residual))
+            v_init = None if v_init is None else v_init.permute(of_state)
+        given = Arguments(values._replace(residual=residual), options._replace(time_dim=time_dim), v_init, *rest)
+        output = self.norm.neurons(x, given, update)
+        if update:
+            self.call.taken = True
+            self.norm.was_taken(layer)
+        if not is_moved:
+            return output  # type: ignore[no-any-return]
+        back, back_of_state = (sorted(range(len(each)), key=each.__getitem__) for each in (order, of_state))
+        if isinstance(output, Tensor):
+            return output.permute(back)
+        orders = back, back_of_state, back, back
+        return LIFOutput(
+            *(each if each is None else each.permute(dims) for each, dims in zip(output, orders, strict=True))
+        )
+
+    def _order(self, given: Arguments) -> tuple[list[int], str]:
+        """The dimensions with the channels where the operator expects them, or why there is no such order."""
+        x, time_dim = self.x, given.options.time_dim
+        if not -x.dim() <= time_dim < x.dim():
+            return [], f"whose time_dim is {time_dim}"
+        time_dim %= x.dim()
+        channel, order = channel_dim(time_dim), [dim for dim in range(x.dim()) if dim != self.channel]
+        order.insert(channel, self.channel)
+        if channel >= x.dim() or order[time_dim] != time_dim:
+            return (
+                [],
+                f"which has time in dimension {time_dim} of {list(x.shape)}, of channels in dimension {self.channel}",
+            )
+        if self.channel != channel:
+            values = [getattr(each, "stored", each) for each in given.values]
+            if any(isinstance(each, Tensor) and each.numel() > 1 for each in values):
+                return [], f"whose parameters differ, for channels in dimension {channel}, not {self.channel}"
+            analog_prob = given.values.analog_prob
+            if not x.is_contiguous() and (isinstance(analog_prob, Tensor) or analog_prob > 0):
+                return [], "whose noise would fall on other elements in this layout"
+        return order, ""
+
+
+def _is_in_place(name: str) -> bool:
+    return name in _CHANGING or (name.endswith("_") and not name.endswith("__"))
+
+
+def _same_place(before: Any, after: Any, channel: int) -> int:
+    """The dimension that a reshape leaves as it is, behind as many elements as before; -1: there is none."""
+    front, found = math.prod(before[:channel]), -1
+    for dim, size in enumerate(after):
+        if size == before[channel] and math.prod(after[:dim]) == front:
+            found = dim
+            if dim - len(after) == channel - len(before):  # of several dimensions of size 1
+                break
+    return found if front else -1
+
+
+def tensor_of(x: Any, use: str) -> Any:
+    """The value of a `Pending`; anything else as it is."""
+    return x.tensor(use) if isinstance(x, Pending) else x
+
+
+def _version(tensor: Tensor) -> int:
+    """The number of writes; not counted in inference mode and in compiled code."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def watched(tensor: Tensor) -> tuple[Any, ...]:
+    return ((tensor, _version(tensor)),)
+
+
+def in_function() -> bool:
+    """Whether a torch.autograd.Function runs its forward, which switches more off than torch.no_grad."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return False
+    return not torch._C._is_fwd_grad_enabled()
+
+
+def _operator(name: str) -> Any:
+    def operator(self: Pending, *args: Any) -> Any:
+        return self._plus(name, *args) if name in _SUMS else self._of_value(name)(*args)
+
+    return operator
+
+
+_OPERATORS = {name for name in dir(Tensor) if name[:2] == "__" and callable(getattr(Tensor, name))} - {*dir(object)}
+_OPERATORS |= {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__repr__", "__format__", "__reduce_ex__"}
+_CHANGING = {"__setitem__", *(name for name in _OPERATORS if name[:3] == "__i" and f"__{name[3:]}" in _OPERATORS)}
+for _name in _OPERATORS - {"__torch_function__", "__torch_dispatch__", "__setstate__"}:
+    if _name not in vars(Pending):
+        setattr(Pending, _name, _operator(_name))
