@@ -30,7 +30,7 @@ from .checks import (
 )
 from .layer import Granularity, NeuronLayer, Noisy, Value, fill_parameter, give_dimension
 from .learned import BOUND, Logarithm
-from .pending import Pending
+from .pending import Pending, tensor_of
 
 _CALLER = "asgl_cuda.LIF"
 
@@ -275,13 +275,14 @@ class LIF(NeuronLayer, Noisy):
 
     def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         """The arguments of `_lif` that a call of the layer gives."""
+        name, residual = type(self).__name__, tensor_of(residual, type(self).__name__)
+        if isinstance(x_seq, Pending) and residual is not None:
+            is_sum = isinstance(residual, Tensor) and (residual.shape, residual.dtype) == (x_seq.shape, x_seq.dtype)
+            x_seq, residual = (x_seq + residual, None) if is_sum else (x_seq.tensor(name), residual)
         if isinstance(x_seq, Pending):
-            if residual is not None:
-                x_seq, residual = x_seq + residual, None
-            if isinstance(x_seq, Pending):
-                if type(self)._lif is LIF._lif and type(self)._given is LIF._given:
-                    return x_seq.x, {"pending": x_seq}
-                x_seq = x_seq.tensor(type(self).__name__)
+            if type(self)._lif is LIF._lif and type(self)._given is LIF._given:
+                return x_seq.x, {"pending": x_seq}
+            x_seq = x_seq.tensor(name)
         return x_seq, {} if residual is None else {"residual": residual}
 
     def _run(self, x_seq: Tensor, with_state: bool, **residual: Any) -> Tensor:

@@ -10,7 +10,7 @@ A plain object: a subclass of Tensor would enter a `torch.autograd.Function` wit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
 from functools import partial
 from typing import Any
 
@@ -37,12 +37,16 @@ class Source:
     tensor: Tensor | None = None
     changes = 0  # in place
 
-    def __init__(self, make: Callable[[str], Tensor]) -> None:
-        self.make = make
+    def __init__(self) -> None:
+        self.has_graph = torch.is_grad_enabled()
+
+    def make(self, reason: str) -> Tensor:
+        raise NotImplementedError
 
     def made(self, reason: str) -> Tensor:
         if self.tensor is None:
-            self.tensor = self.make(reason)
+            with torch.set_grad_enabled(self.has_graph):
+                self.tensor = self.make(reason)
         return self.tensor
 
 
@@ -52,11 +56,11 @@ class Normal(Source):
     taken = False  # by neurons, which have updated the running statistics
 
     def __init__(self, norm: Any, x: Tensor) -> None:
-        self.norm, self.x, self.training, self.has_graph = norm, x, norm.training, torch.is_grad_enabled()
+        super().__init__()
+        self.norm, self.x, self.training, self.checkpoint = norm, x, norm.training, checkpoint()
 
     def make(self, reason: str) -> Tensor:
-        with torch.set_grad_enabled(self.has_graph):
-            value: Tensor = self.norm.normalised(self.x, self.training, not self.taken)
+        value: Tensor = self.norm.normalised(self.x, self.training, not self.taken)
         self.norm.was_left(reason)
         return value
 
@@ -65,7 +69,16 @@ class Normal(Source):
 
     def __del__(self) -> None:
         if self.is_open() and self.training:  # counts the batch, as the layer would have
-            self.make("nothing uses it")
+            self.made("nothing uses it")
+
+
+class _Sum(Source):
+    def __init__(self, of: Pending, other: Tensor) -> None:
+        super().__init__()
+        self.of, self.other = of, other
+
+    def make(self, reason: str) -> Tensor:
+        return self.of.made(reason) + self.other
 
 
 class Pending:
@@ -76,6 +89,7 @@ class Pending:
     """
 
     value: Tensor | None = None
+    was_asked = False
 
     def __init__(
         self,
@@ -89,6 +103,16 @@ class Pending:
     ) -> None:
         self.call, self.source, self.channel, self.x, self.residual = call, source, channel, x, residual
         self.views, self.watched, self.changes = views, watched, source.changes
+        self.views_have_graph = torch.is_grad_enabled()
+        self.has_graph = call.has_graph  # and so have all views, and the sum
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """Read by isinstance, and by functions of torch."""
+        names = sys._getframe(1).f_code.co_names
+        if "isinstance" in names and "Tensor" in names:
+            self.was_asked = True
+        return Pending
 
     @property
     def norm(self) -> Any:
@@ -96,8 +120,8 @@ class Pending:
 
     @property
     def requires_grad(self) -> bool:
-        values = self.x, self.norm.weight, self.norm.bias, self.residual
-        return self.call.has_graph and any(each is not None and each.requires_grad for each in values)
+        values = (self.x, self.norm.weight, self.norm.bias, self.residual) if self.has_graph else (self.residual,)
+        return self.views_have_graph and any(each is not None and each.requires_grad for each in values)
 
     def tensor(self, use: str) -> Tensor:
         """The value, which `use` needs."""
@@ -108,8 +132,9 @@ class Pending:
         if self.value is None:
             self.check()
             value = self.source.made(reason)
-            for name, args, kwargs in self.views:
-                value = getattr(value, name)(*args, **kwargs)
+            with torch.set_grad_enabled(self.views_have_graph):
+                for name, args, kwargs in self.views:
+                    value = getattr(value, name)(*args, **kwargs)
             self.value = value
         return self.value
 
@@ -185,8 +210,13 @@ class Pending:
         if channel < 0:
             return getattr(self.tensor(name), name)(*args, **kwargs)
         views = (*self.views, (name, args, kwargs))
-        made = Pending(self.call, self.source, channel, x, residual, views, self.watched)
-        made.changes = self.changes
+        return self._behind(Pending(self.call, self.source, channel, x, residual, views, self.watched))
+
+    def _behind(self, made: Pending) -> Pending:
+        """Passes on what is known of a value to a view of it, or to a sum."""
+        made.was_asked, made.has_graph = self.was_asked, self.has_graph and torch.is_grad_enabled()
+        if made.source is self.source:
+            made.changes, made.views_have_graph = self.changes, made.views_have_graph and self.views_have_graph
         return made
 
     def _channel_behind(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -222,12 +252,13 @@ class Pending:
         if is_taken or not is_alike or more or alpha != 1:
             return self._of_value(name)(other, **more, **({} if alpha == 1 else {"alpha": alpha}))
         self.check()
-        of = Pending(self.call, self.source, self.channel, x, None, self.views, self.watched)
-        source, seen = Source(lambda reason: of.made(reason) + other), (*self.watched, *watched(other))
+        of = self._behind(Pending(self.call, self.source, self.channel, x, None, self.views, self.watched))
+        source, seen = _Sum(of, other), (*self.watched, *watched(other))
         if not _is_in_place(name):
-            return Pending(self.call, source, self.channel, x, other, (), seen)
+            return self._behind(Pending(self.call, source, self.channel, x, other, (), seen))
         self._note(name)
-        of.changes = self.changes
+        of.changes, self.views_have_graph = self.changes, torch.is_grad_enabled()
+        self.has_graph &= self.views_have_graph
         self.source, self.residual, self.views, self.watched, self.changes = source, other, (), seen, 0
         return self
 
@@ -242,6 +273,8 @@ class Pending:
         if self.is_known() or (update and self.call.taken):
             return computed(caller, self.tensor(name), given)
         self.check()
+        if self.was_asked:
+            raise self.norm.refusal("code asked whether its output is a Tensor, which it is not")
         values, options, v_init, *rest = given
         order, why = self._order(given)
         why = why or self.norm.reason_against(self, given, layer)
@@ -325,6 +358,20 @@ def in_function() -> bool:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return False
     return not torch._C._is_fwd_grad_enabled()
+
+
+def hooks_of_graph() -> Any:
+    """The saved-tensor hooks of torch.autograd.graph on top, from torch 2.7 on; None: there are none."""
+    top = (
+        None if torch.compiler.is_compiling() else getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    )
+    return None if top is None else top(False)
+
+
+def checkpoint() -> Any:
+    """What tells the checkpoint, not a reentrant one, that is being computed from others."""
+    hooks = hooks_of_graph()
+    return hooks[0] if hooks and hooks[0].__module__ == "torch.utils.checkpoint" else None
 
 
 def _operator(name: str) -> Any:

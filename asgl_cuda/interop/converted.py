@@ -440,12 +440,13 @@ def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def call(self: Converted, *args: Any, **kwargs: Any) -> Any:
-        if args and isinstance(args[0], fx.Proxy):
+        is_pending = bool(args) and isinstance(args[0], Pending)
+        if args and not is_pending and isinstance(args[0], fx.Proxy):
             tracer: Any = args[0].tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return self.original_forward(*args, **kwargs)
-        if args and isinstance(args[0], Pending) and (self.takes_steps or not self.takes_input):
+        if is_pending and (self.takes_steps or not self.takes_input):
             why = "which is called step by step" if self.takes_steps else "whose input no neuron takes as it is"
             args = args[0].tensor(f"{bare_class(self).__name__}, {why}"), *args[1:]
         return forward(self, *args, **kwargs)

@@ -18,7 +18,7 @@ from ..batch_norm import module_batch_norm_lif
 from ..call import Arguments, LIFOutput
 from ..layout import channel_dim, real_type
 from ..neuron import LIF
-from ..pending import Normal, Pending, in_function, tensor_of, watched
+from ..pending import Normal, Pending, checkpoint, hooks_of_graph, in_function, tensor_of, watched
 from .convert import Left, Replaced, Report, convert, copied, libraries, taken
 from .converted import Converted, Overlay, bare_class, overlaid
 
@@ -141,12 +141,16 @@ class Fused(Overlay):
         if not is_compiling:
             last = _calls.get(id(self))
             if self.trial is not None and self.trial.is_left(self):
-                if last is None:  # which needs the overlay
-                    self.end()
-                return super().forward(input)
-            if self.training and last is not None and last.is_open():
-                last.made("its output is used behind its next call")  # running statistics see calls in their order
-            if self._must_compute():
+                if last is not None:  # which needs the overlay
+                    return super().forward(input)
+                self.end()
+                return self.forward(input)
+            reason = self._reason_to_compute()
+            if self.training and last is not None and last.is_open():  # running statistics see calls in their order
+                reason = "it is called again before its output is used"
+                last.made(reason)
+            if reason:
+                self.was_left(reason)
                 return super().forward(input)
         has_time = getattr(self, "step_mode", "s") == "m"  # time and batch apart, in SpikingJelly
         self._check_input_dim(input[0] if has_time else input)
@@ -155,15 +159,16 @@ class Fused(Overlay):
             _calls[id(self)] = call
         return Pending(call, call, 1 + has_time, input, watched=watched(input))
 
-    def _must_compute(self) -> bool:
-        """Whether what is behind takes tensors only."""
-        if self._backward_hooks or self._backward_pre_hooks or in_function():
-            return True
+    def _reason_to_compute(self) -> str:
+        """Why what is behind takes tensors alone; "" if neurons may be behind."""
+        if self._backward_hooks or self._backward_pre_hooks:
+            return "it has backward hooks"
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return True
+            return "it is called by torch.jit.trace"
         # In backward a checkpoint calls again, a reentrant one without hooks.
-        hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: True)
-        return torch._C._current_graph_task_id() != -1 and not hooks(False)
+        if in_function() or (torch._C._current_graph_task_id() != -1 and hooks_of_graph() is None):
+            return "it is called by a torch.autograd.Function, as a reentrant checkpoint is"
+        return ""
 
     def normalised(self, x: Tensor, training: bool, update: bool) -> Tensor:
         """What the layer itself computes."""
@@ -177,8 +182,11 @@ class Fused(Overlay):
     def reason_against(self, pending: Pending, given: Arguments, layer: Any) -> str:
         """Why the neurons, `layer`, can't compute it; "" if they can."""
         if layer._backward_hooks or layer._backward_pre_hooks:
-            raise self.refusal("these have a backward hook since, which would see no gradient")
-        if torch.is_grad_enabled() and not pending.call.has_graph:
+            raise self.refusal("its neurons have a backward hook since, which would see no gradient")
+        here, there = checkpoint(), pending.call.checkpoint
+        if here is not there and (here is not None or self.training):
+            raise self.refusal("its neurons are not called in the same torch.utils.checkpoint, which calls again")
+        if torch.is_grad_enabled() and not pending.has_graph:
             return "which has gradients, while it was called without"
         if self.training != pending.call.training:
             return "behind a change of its mode (training)"
@@ -214,8 +222,9 @@ class Fused(Overlay):
         )
 
     def refusal(self, text: str) -> RuntimeError:
+        self.was_left(text)
         return RuntimeError(
-            f"{_CALLER}: {self.original.__name__} is left to the neurons behind, but {text}: asgl_cuda.unfuse(model) "
+            f"{_CALLER}: {self.original.__name__} is computed by the neurons behind, but {text}: asgl_cuda.unfuse(model) "
             "lets it compute, asgl_cuda.fuse(model, example) leaves it where the example leads here"
         )
 
@@ -224,7 +233,8 @@ class Fused(Overlay):
             self.trial.take(self, layer)
 
     def was_left(self, reason: str) -> None:
-        if self.trial is not None and not torch.compiler.is_compiling():
+        # In backward a checkpoint may stop in between.
+        if self.trial is not None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
             self.trial.leave(self, reason)
 
     def end(self) -> None:
@@ -261,20 +271,20 @@ class _Trial:
         return type(None), ()  # copies of the model are decided
 
     def take(self, norm: nn.Module, layer: nn.Module) -> None:
-        path, of_layer = self.paths[norm], self.paths.get(layer, "")
+        path, of_layer = self.paths.get(norm, ""), self.paths.get(layer, "")
         if path not in self.joined and self.report is not None:
             self.report.replaced.append(_row(path, of_layer, layer))
         self.joined.setdefault(path, of_layer)
 
     def leave(self, norm: nn.Module, reason: str) -> None:
-        path = self.paths[norm]
+        path = self.paths.get(norm, "")
         if path not in self.left and self.report is not None:
             self.report.left.append(Left(path, bare_class(norm).__name__, reason))
             self.report.replaced[:] = [row for row in self.report.replaced if row.by != _row(path, "", norm).by]
         self.left.setdefault(path, reason)
 
     def is_left(self, norm: nn.Module) -> bool:
-        return self.paths[norm] in self.left
+        return self.paths.get(norm, "") in self.left
 
     def open(self, reason: str) -> dict[str, str]:
         """The normalisations whose outputs nothing has used yet, with the reason."""
@@ -302,10 +312,11 @@ def _found(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -> tupl
                 output = _called(made, example)
             except Exception as error:
                 line = (str(error).splitlines() or [""])[0]
-                found = trial.open(f"without its value the forward fails: {type(error).__name__}: {line}") | trial.left
-                if not found:
+                new = {path: reason for path, reason in trial.left.items() if path not in refused}
+                new = new or trial.open(f"without its value the forward fails: {type(error).__name__}: {line}")
+                if not new:
                     raise
-                refused |= found
+                refused |= new
                 break
             tree_map_only(Pending, lambda each: each.tensor("the caller of the model"), output)
             left |= trial.open("its output stays in the model") | trial.left

@@ -347,7 +347,7 @@ class MultiStep(nn.Module):
 
     def forward(self, x_seq: Tensor, *states: Tensor | None, **named: Tensor | None) -> Any:
         for name, value in (("x_seq", x_seq), *(("a state", state) for state in (*states, *named.values()))):
-            expected = (Tensor, Pending) if name == "x_seq" else (Tensor, NoneType)
+            expected = (Pending, Tensor) if name == "x_seq" else (Tensor, NoneType)
             if not isinstance(value, expected):
                 raise TypeError(f"{_MULTI_STEP}: {name} must be a tensor, got {type(value).__name__}")
         if not isinstance(self.layer, ConvertedLeaky):
