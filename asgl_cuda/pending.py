@@ -54,6 +54,7 @@ class Normal(Source):
     """The output of a call of a normalisation."""
 
     taken = False  # by neurons, which have updated the running statistics
+    training = False
 
     def __init__(self, norm: Any, x: Tensor) -> None:
         super().__init__()
@@ -125,8 +126,10 @@ class Pending:
 
     def tensor(self, use: str) -> Tensor:
         """The value, which `use` needs."""
+        if torch.compiler.is_compiling():
+            return self.made("")
         what = "its output" if self.residual is None else "the sum of its output and another"
-        return self.made(f"{what} {'is used again, by' if self.call.taken else 'goes to'} {use}")
+        return self.made(f"{what} {'is used again, by' if self.call.taken else 'goes to'} {use.strip('_')}")
 
     def made(self, reason: str) -> Tensor:
         if self.value is None:
@@ -165,13 +168,13 @@ class Pending:
         return self._of_value(name)
 
     def _of_value(self, name: str) -> Any:
-        value = self.tensor(name.strip("_"))
+        value = self.tensor(name)
         self._note(name)
         return getattr(value, name)
 
     def _note(self, name: str) -> None:
         """Counts a change in place, which other views of this value, not computed yet, would miss."""
-        if _is_in_place(name):
+        if name in _CHANGING:
             self.source.changes += 1
             self.changes = self.source.changes
 
@@ -180,9 +183,11 @@ class Pending:
         name, kwargs, first = function.__name__, kwargs or {}, args[0] if args else None
         if isinstance(first, Pending) and name in _VIEWS:
             return first._viewed(name, *args[1:], **kwargs)
-        if name in _SUMS and len(args) == 2 and (isinstance(first, Pending) or not _is_in_place(name)):
-            pending, other = args if isinstance(first, Pending) else reversed(args)
-            return pending._plus(name, other, **kwargs)
+        if name in _SUMS and len(args) == 2:
+            if isinstance(first, Pending):
+                return first._plus("add_" if name in _CHANGING else "add", args[1], **kwargs)
+            if name not in _CHANGING:
+                return args[1]._plus("add", first, **kwargs)
         args, kwargs = (tree_map_only(Pending, lambda each: each.tensor(name), each) for each in (args, kwargs))
         if isinstance(first, Pending):
             first._note(name)
@@ -254,7 +259,7 @@ class Pending:
         self.check()
         of = self._behind(Pending(self.call, self.source, self.channel, x, None, self.views, self.watched))
         source, seen = _Sum(of, other), (*self.watched, *watched(other))
-        if not _is_in_place(name):
+        if name not in _CHANGING:
             return self._behind(Pending(self.call, source, self.channel, x, other, (), seen))
         self._note(name)
         of.changes, self.views_have_graph = self.changes, torch.is_grad_enabled()
@@ -273,11 +278,11 @@ class Pending:
         if self.is_known() or (update and self.call.taken):
             return computed(caller, self.tensor(name), given)
         self.check()
-        if self.was_asked:
-            raise self.norm.refusal("code asked whether its output is a Tensor, which it is not")
+        if self.was_asked and not torch.compiler.is_compiling():
+            raise self.norm.refusal("code, or a backward hook, asked whether its output is a Tensor, which it is not")
         values, options, v_init, *rest = given
         order, why = self._order(given)
-        why = why or self.norm.reason_against(self, given, layer)
+        why = why or self.norm.reason_against(self, given)
         if why:
             return computed(caller, self.tensor(f"{name}, {why}"), given)
         x, residual, time_dim = self.x, self.residual, options.time_dim % self.x.dim()
@@ -322,10 +327,6 @@ class Pending:
             if not x.is_contiguous() and (isinstance(analog_prob, Tensor) or analog_prob > 0):
                 return [], "whose noise would fall on other elements in this layout"
         return order, ""
-
-
-def _is_in_place(name: str) -> bool:
-    return name in _CHANGING or (name.endswith("_") and not name.endswith("__"))
 
 
 def _same_place(before: Any, after: Any, channel: int) -> int:
@@ -383,7 +384,8 @@ def _operator(name: str) -> Any:
 
 _OPERATORS = {name for name in dir(Tensor) if name[:2] == "__" and callable(getattr(Tensor, name))} - {*dir(object)}
 _OPERATORS |= {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__repr__", "__format__", "__reduce_ex__"}
-_CHANGING = {"__setitem__", *(name for name in _OPERATORS if name[:3] == "__i" and f"__{name[3:]}" in _OPERATORS)}
+_CHANGING = {name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")} | {"__setitem__"}
+_CHANGING |= {*(name for name in _OPERATORS if name[:3] == "__i" and f"__{name[3:]}" in _OPERATORS)}
 for _name in _OPERATORS - {"__torch_function__", "__torch_dispatch__", "__setstate__"}:
     if _name not in vars(Pending):
         setattr(Pending, _name, _operator(_name))

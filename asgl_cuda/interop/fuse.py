@@ -70,7 +70,7 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     report = Report([], [])
     norms = [(path, each) for path, each in model.named_modules() if isinstance(each, _BatchNorm)]
     norms = [(path, norm) for path, norm in norms if not isinstance(norm, Fused)]
-    left = {path: reason for path, norm in norms if (reason := _reason_to_leave(model, norm))}
+    left = {path: reason for path, norm in norms if (reason := _reason_to_leave(norm))}
     joined: dict[str, str] = {}
     try:
         if example:
@@ -161,8 +161,6 @@ class Fused(Overlay):
 
     def _reason_to_compute(self) -> str:
         """Why what is behind takes tensors alone; "" if neurons may be behind."""
-        if self._backward_hooks or self._backward_pre_hooks:
-            return "it has backward hooks"
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return "it is called by torch.jit.trace"
         # In backward a checkpoint calls again, a reentrant one without hooks.
@@ -179,10 +177,8 @@ class Fused(Overlay):
         finally:
             self.training, self.track_running_stats = now
 
-    def reason_against(self, pending: Pending, given: Arguments, layer: Any) -> str:
-        """Why the neurons, `layer`, can't compute it; "" if they can."""
-        if layer._backward_hooks or layer._backward_pre_hooks:
-            raise self.refusal("its neurons have a backward hook since, which would see no gradient")
+    def reason_against(self, pending: Pending, given: Arguments) -> str:
+        """Why the neurons can't compute it; "" if they can."""
         here, there = checkpoint(), pending.call.checkpoint
         if here is not there and (here is not None or self.training):
             raise self.refusal("its neurons are not called in the same torch.utils.checkpoint, which calls again")
@@ -334,7 +330,7 @@ def _called(model: nn.Module, example: tuple[Any, ...]) -> Any:
         return model(*values)
 
 
-def _reason_to_leave(model: nn.Module, norm: nn.Module) -> str:
+def _reason_to_leave(norm: nn.Module) -> str:
     if isinstance(norm, LazyModuleMixin):
         return "it does not know the number of its channels before it was called"
     if "forward" in vars(norm):
@@ -342,8 +338,4 @@ def _reason_to_leave(model: nn.Module, norm: nn.Module) -> str:
     known = (known for library in libraries() for known in getattr(library, "NORMALISATIONS", ()))
     if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and type(norm) not in known:
         return f"{type(norm).__name__} computes something else than torch.nn's"
-    for module in model.modules():
-        if module._backward_hooks or module._backward_pre_hooks:
-            if any(part is norm or isinstance(part, LIF | Converted) for part in module.modules()):
-                return f"{bare_class(module).__name__} has backward hooks, which would see no gradients of its values"
     return ""
