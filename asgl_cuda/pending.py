@@ -32,16 +32,16 @@ _QUERIES = frozenset(
 
 
 class Source:
-    """A tensor that the layers would have made; `make` computes it, for a reason in words."""
+    """A tensor that the layers would have made, here a sum; `made` computes it, for a reason in words."""
 
     tensor: Tensor | None = None
     changes = 0  # in place
 
-    def __init__(self) -> None:
-        self.has_graph = torch.is_grad_enabled()
+    def __init__(self, of: Any, other: Tensor) -> None:
+        self.of, self.other, self.has_graph = of, other, torch.is_grad_enabled()
 
     def make(self, reason: str) -> Tensor:
-        raise NotImplementedError
+        return self.of.made(reason) + self.other  # type: ignore[no-any-return]
 
     def made(self, reason: str) -> Tensor:
         if self.tensor is None:
@@ -57,12 +57,12 @@ class Normal(Source):
     training = False
 
     def __init__(self, norm: Any, x: Tensor) -> None:
-        super().__init__()
-        self.norm, self.x, self.training, self.checkpoint = norm, x, norm.training, checkpoint()
+        super().__init__(norm, x)
+        self.training, self.checkpoint = norm.training, checkpoint()
 
     def make(self, reason: str) -> Tensor:
-        value: Tensor = self.norm.normalised(self.x, self.training, not self.taken)
-        self.norm.was_left(reason)
+        value: Tensor = self.of.normalised(self.other, self.training, not self.taken)
+        self.of.was_left(reason)
         return value
 
     def is_open(self) -> bool:
@@ -73,20 +73,11 @@ class Normal(Source):
             self.made("nothing uses it")
 
 
-class _Sum(Source):
-    def __init__(self, of: Pending, other: Tensor) -> None:
-        super().__init__()
-        self.of, self.other = of, other
-
-    def make(self, reason: str) -> Tensor:
-        return self.of.made(reason) + self.other
-
-
 class Pending:
     """Views of a normalised value, or of its sum with one other tensor: `views(source)`.
 
-    `x` and `residual`, the operands, have seen the views; the channels are dimension `channel`. All functions, operators
-    and methods of tensors but views and one addition get the value, as computed by the layers.
+    `x` and `residual`, the operands, have seen the views; the channels are dimension `channel`. Views and one addition
+    make another; other functions, operators and methods of tensors get the value, as the layers computed it.
     """
 
     value: Tensor | None = None
@@ -117,7 +108,7 @@ class Pending:
 
     @property
     def norm(self) -> Any:
-        return self.call.norm
+        return self.call.of
 
     @property
     def requires_grad(self) -> bool:
@@ -150,9 +141,7 @@ class Pending:
         if self.changes != self.source.changes:
             raise self.norm.refusal("its output, or a view of it, was changed in place after this view")
         if any(version != _version(tensor) for tensor, version in self.watched):
-            raise self.norm.refusal(
-                "its input, or what is added to its output, has been modified by an inplace operation"
-            )
+            raise self.norm.refusal("its input, or what is added to it, has been modified by an inplace operation")
         if in_function() and self.requires_grad:
             raise self.norm.refusal("its output goes to a torch.autograd.Function, which would lose its gradient")
 
@@ -249,16 +238,12 @@ class Pending:
         if isinstance(other, Pending):
             other = other.tensor("add")
         x, is_taken = self.x, self.is_known() or self.call.taken or self.residual is not None
-        is_alike = isinstance(other, Tensor) and (other.shape, other.dtype, other.device) == (
-            x.shape,
-            x.dtype,
-            x.device,
-        )
-        if is_taken or not is_alike or more or alpha != 1:
+        kind = (other.shape, other.dtype, other.device) if isinstance(other, Tensor) else None
+        if is_taken or kind != (x.shape, x.dtype, x.device) or more or alpha != 1:
             return self._of_value(name)(other, **more, **({} if alpha == 1 else {"alpha": alpha}))
         self.check()
         of = self._behind(Pending(self.call, self.source, self.channel, x, None, self.views, self.watched))
-        source, seen = _Sum(of, other), (*self.watched, *watched(other))
+        source, seen = Source(of, other), (*self.watched, *watched(other))
         if name not in _CHANGING:
             return self._behind(Pending(self.call, source, self.channel, x, other, (), seen))
         self._note(name)
@@ -303,7 +288,7 @@ class Pending:
             return output.permute(back)
         orders = back, back_of_state, back, back
         return LIFOutput(
-            *(each if each is None else each.permute(dims) for each, dims in zip(output, orders, strict=True))
+            *[None if each is None else each.permute(dims) for each, dims in zip(output, orders, strict=True)]
         )
 
     def _order(self, given: Arguments) -> tuple[list[int], str]:
@@ -311,14 +296,11 @@ class Pending:
         x, time_dim = self.x, given.options.time_dim
         if not -x.dim() <= time_dim < x.dim():
             return [], f"whose time_dim is {time_dim}"
-        time_dim %= x.dim()
+        time_dim = time_dim % x.dim()
         channel, order = channel_dim(time_dim), [dim for dim in range(x.dim()) if dim != self.channel]
         order.insert(channel, self.channel)
         if channel >= x.dim() or order[time_dim] != time_dim:
-            return (
-                [],
-                f"which has time in dimension {time_dim} of {list(x.shape)}, of channels in dimension {self.channel}",
-            )
+            return [], f"which has time in dimension {time_dim}, with the channels in {self.channel} of {list(x.shape)}"
         if self.channel != channel:
             values = [getattr(each, "stored", each) for each in given.values]
             if any(isinstance(each, Tensor) and each.numel() > 1 for each in values):
@@ -363,10 +345,8 @@ def in_function() -> bool:
 
 def hooks_of_graph() -> Any:
     """The saved-tensor hooks of torch.autograd.graph on top, from torch 2.7 on; None: there are none."""
-    top = (
-        None if torch.compiler.is_compiling() else getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    )
-    return None if top is None else top(False)
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if top is None or torch.compiler.is_compiling() else top(False)
 
 
 def checkpoint() -> Any:

@@ -383,8 +383,9 @@ class Converted(Overlay, Noisy):
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuses torch.jit.script, which calls this first."""
         raise RuntimeError(
-            f"asgl_cuda.convert: torch.jit can't script a converted {bare_class(self).__name__}, nor trace it with noise "
-            "or in other calls than those of the layer: asgl_cuda.revert before, or torch.compile or torch.export instead"
+            f"asgl_cuda.convert: torch.jit can't script a converted {bare_class(self).__name__}, nor trace it with "
+            "noise or in other calls than those of the layer: asgl_cuda.revert before, or torch.compile or "
+            "torch.export instead"
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_map_only
 from ..batch_norm import module_batch_norm_lif
 from ..call import Arguments, LIFOutput
 from ..layout import channel_dim, real_type
-from ..neuron import LIF
 from ..pending import Normal, Pending, checkpoint, hooks_of_graph, in_function, tensor_of, watched
 from .convert import Left, Replaced, Report, convert, copied, libraries, taken
 from .converted import Converted, Overlay, bare_class, overlaid
@@ -33,15 +32,14 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     """Fuses normalisations into the neurons behind: ``joined, report = asgl_cuda.fuse(model, x_seq)``.
 
     Known are `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm` and SpikingJelly's equivalents, in front of
-    `asgl_cuda.LIF` or of neurons that `convert` knows, which are converted. In between may be views (`reshape`, `flatten`,
-    `transpose`, ...) and one sum with a tensor of the same shape and type, as in a residual block; neurons compute both,
-    see `asgl_cuda.batch_norm_lif`. A normalisation whose output or sum also goes elsewhere, or to neurons that are called
+    `asgl_cuda.LIF` or of neurons that `convert` knows, which are converted. In between may be views (`reshape`,
+    `transpose`, ...) and one sum with a tensor of the same shape and type, as in a residual block: see
+    `asgl_cuda.batch_norm_lif`. A normalisation whose output or sum also goes elsewhere, or to neurons that are called
     step by step, which are faster apart, is left; the report says why.
 
-    Parameters, buffers and their names, state, optimizers and checkpoints stay valid. If later something else meets the
-    output, such as other neurons or code that the example did not reach, it gets the value as before. Where that would
-    lose a gradient, or miss a change in place, RuntimeError is raised; changes in place are unseen in inference mode and
-    under `torch.compile`. Backward hooks see no gradient of such values, and must be registered before.
+    Parameters, buffers and their names, state, optimizers and checkpoints stay valid. Other neurons, or code that the
+    example did not reach, get the value as before. Where that would lose a gradient, or miss a change in place, they
+    get a RuntimeError; changes in place are unseen in inference mode and under `torch.compile`.
 
     Args:
         model: any module.
@@ -220,8 +218,8 @@ class Fused(Overlay):
     def refusal(self, text: str) -> RuntimeError:
         self.was_left(text)
         return RuntimeError(
-            f"{_CALLER}: {self.original.__name__} is computed by the neurons behind, but {text}: asgl_cuda.unfuse(model) "
-            "lets it compute, asgl_cuda.fuse(model, example) leaves it where the example leads here"
+            f"{_CALLER}: {self.original.__name__} is computed by the neurons behind, but {text}: "
+            "asgl_cuda.unfuse(model) lets it compute, asgl_cuda.fuse(model, example) leaves it where these lead here"
         )
 
     def was_taken(self, layer: Any) -> None:
@@ -284,8 +282,8 @@ class _Trial:
 
     def open(self, reason: str) -> dict[str, str]:
         """The normalisations whose outputs nothing has used yet, with the reason."""
-        calls = (call for call in list(_calls.values()) if call.is_open() and call.norm in self.paths)
-        return {self.paths[call.norm]: reason for call in calls}
+        calls = (call for call in list(_calls.values()) if call.is_open() and call.of in self.paths)
+        return {self.paths[call.of]: reason for call in calls}
 
 
 def _row(path: str, of_layer: str, layer: nn.Module) -> Replaced:

@@ -116,6 +116,9 @@ def of_two(form):
 # The use, the reason in a report, and the error of a fused normalisation, where its value would not be equal.
 USES = {
     "used twice": (with_value(lambda net, y, x: net.lif(y) + y), "its output is used again, by add", None),
+    "in evaluation": (
+        with_value(lambda net, y, x: net.lif(y) if net.training else net.lif(y) + y), "its output is used again, by add", None,
+    ),
     "neurons twice": (with_value(lambda net, y, x: net.lif(y) + net.lif(y)), "its output is used again, by LIF", None),
     "before": (with_value(lambda net, y, x: y.mean() + net.lif(y)), "its output goes to mean", None),
     "the next shortcut": (
@@ -304,6 +307,9 @@ NEURONS = {
     "of a wrong time_dim": (asgl_cuda.LIF(time_dim=1), None),
     "unknown": (jelly(neuron.QIFNode()), "getitem"),
     "with another reset": (sinabs.layers.LIF(2.0, spike_fn=sinabs.activation.MaxSpike(300)), "getitem"),
+    "with a gain of each neuron": (
+        sinabs.layers.LIF(torch.full((C, 4, 4), 2.0)), f"LIF, whose input gain or bias has shape [{C}, 4, 4]",
+    ),
     "with a current": (sinabs.layers.LIF(2.0, tau_syn=3.0), f"LIF, {FILTERS}"),
     "without spikes": (sinabs.layers.ExpLeak(2.0), f"ExpLeak, {FILTERS}"),
     "adaptive, of sinabs": (sinabs.layers.ALIF(2.0, 3.0), f"ALIF, {FILTERS}"),
