@@ -270,13 +270,15 @@ class Pending:
         why = why or self.norm.reason_against(self, given)
         if why:
             return computed(caller, self.tensor(f"{name}, {why}"), given)
-        x, residual, time_dim = self.x, self.residual, options.time_dim % self.x.dim()
-        of_state = [dim - (dim > time_dim) for dim in order if dim != time_dim]
+        x, residual = self.x, self.residual
         is_moved = order != sorted(order)
         if is_moved:
+            time_dim = options.time_dim % x.dim()
+            of_state = [dim - (dim > time_dim) for dim in order if dim != time_dim]
             x, residual = (each if each is None else each.contiguous().permute(order) for each in (x, residual))
             v_init = None if v_init is None else v_init.permute(of_state)
-        given = Arguments(values._replace(residual=residual), options._replace(time_dim=time_dim), v_init, *rest)
+        if residual is not None or is_moved:
+            given = Arguments(values._replace(residual=residual), options, v_init, *rest)
         output = self.norm.neurons(x, given, update)
         if update:
             self.call.taken = True

@@ -137,7 +137,7 @@ class Fused(Overlay):
         input = tensor_of(input, self.original.__name__)
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling:
-            last = _calls.get(id(self))
+            last = _calls.get(id(self)) if self.training or self.trial is not None else None
             if self.trial is not None and self.trial.is_left(self):
                 if last is not None:  # which needs the overlay
                     return super().forward(input)
@@ -150,10 +150,11 @@ class Fused(Overlay):
             if reason:
                 self.was_left(reason)
                 return super().forward(input)
-        has_time = getattr(self, "step_mode", "s") == "m"  # time and batch apart, in SpikingJelly
+        # SpikingJelly's have time and batch apart in step mode "m".
+        has_time = getattr(type(self), "step_mode", None) is not None and self.step_mode == "m"
         self._check_input_dim(input[0] if has_time else input)
         call = Normal(self, input)
-        if not is_compiling:
+        if not is_compiling and (self.training or self.trial is not None):
             _calls[id(self)] = call
         return Pending(call, call, 1 + has_time, input, watched=watched(input))
 
@@ -207,10 +208,11 @@ class Fused(Overlay):
             residual, residual_gain = (residual * input_gain).to(x_seq.dtype), 1.0
         # None: this process alone.
         group = (self.process_group or "world") if isinstance(self, nn.SyncBatchNorm) else None
-        given = given._replace(
-            values=given.values._replace(input_gain=1.0, input_bias=0.0, residual=residual),
-            options=given.options._replace(residual_gain=1.0 if residual is None else residual_gain),
-        )
+        if residual is not None or weight is not self.weight or scale != 1:
+            given = given._replace(
+                values=given.values._replace(input_gain=1.0, input_bias=0.0, residual=residual),
+                options=given.options._replace(residual_gain=1.0 if residual is None else residual_gain),
+            )
         return module_batch_norm_lif(
             self, x_seq, given=given, weight=weight, bias=bias, update=update, input_scale=scale, process_group=group
         )

@@ -16,7 +16,6 @@ from spikingjelly.activation_based import encoding, layer, neuron, rnn, surrogat
 from torch import nn
 
 import asgl_cuda
-from asgl_cuda import OverTime
 
 
 def subclass(base):

@@ -621,7 +621,7 @@ MUTANTS = {
     "fuse: normalisations of a subclass": fuse(
         " and type(norm) not in known:",
         " and False:", "interop/test_fuse_left.py normalisations"),
-    "fuse: step mode m is s": fuse('getattr(self, "step_mode", "s") == "m"', 'False', "interop/test_fuse.py neurons"),
+    "fuse: step mode m is s": fuse('and self.step_mode == "m"', "and False", "interop/test_fuse.py neurons"),
     "fuse: training alone is tried": fuse(
         "for training in (True, False):",
         "for training in (True,):", "interop/test_fuse_left.py uses"),
