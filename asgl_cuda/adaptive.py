@@ -17,6 +17,7 @@ from .layer import NeuronLayer, Value, fill_parameter
 from .layout import real_type
 from .learned import Logit
 from .neuron import LIF
+from .pending import tensor_of
 from .reference import IN_CURRENT, IN_RESET, IN_THRESHOLD
 
 _CALLER = "asgl_cuda.adaptive_lif"
@@ -109,6 +110,7 @@ def run_adaptive(
     x_seq: Tensor, given: Arguments, adaptation: Sequence[Any], place_of_w: int, w_init: Tensor | None
 ) -> Tensor | AdaptiveLIFOutput:
     """`adaptive_lif` with w in any place: bits IN_CURRENT, IN_THRESHOLD and IN_RESET."""
+    x_seq = tensor_of(x_seq, _CALLER)
     at_rest = given.v_init is None and w_init is None
     state = None if at_rest else _pair(x_seq, given.v_init, w_init, given.options)
     output = computed(_CALLER, x_seq, _adapted(given, adaptation, place_of_w, state))

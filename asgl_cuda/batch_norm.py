@@ -47,6 +47,7 @@ from .derivatives import DERIVATIVES
 from .functional import LIF_DEFAULTS, NeuronArguments
 from .layout import by_channel, channel_dim, real_type
 from .ops import ForwardResult, with_gaps
+from .pending import tensor_of
 from .reference import Numbers, batch_statistics, detached, normalisation
 from .transforms import (
     apply,
@@ -339,7 +340,7 @@ def batch_norm_lif(
     given = grouped({**LIF_DEFAULTS, **neuron})
     values = _Values(running_mean, running_var, weight, bias, momentum)
     options = _Options(training, eps, input_scale, given.options.time_dim)
-    return _batch_norm_lif(x_seq, values, options, None, process_group, given)
+    return _batch_norm_lif(tensor_of(x_seq, _CALLER), values, options, None, process_group, given)
 
 
 def _batch_norm_lif(

@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 
 from .call import Arguments, LIFOutput, Options, Values, computed
 from .checks import PLAIN_TENSORS, check_analog_prob, check_input, check_keywords, check_levels, check_rng_state
+from .pending import tensor_of
 from .reference import analog_mask_below
 from .transforms import transforming
 
@@ -174,12 +175,13 @@ def lif(
         check_keywords(unknown, LIF_DEFAULTS, _CALLER)
     values = Values(
         width, decay, v_threshold, v_reset, reset_amount, input_gain, input_bias, input_mean, analog_prob,
-        residual,
+        tensor_of(residual, _CALLER),
     )  # fmt: skip
     options = Options(
         surrogate, surrogate_gain, v_rest, v_min, levels, multi_spike, strict_threshold, detach_reset, scale_output,
         time_dim, return_v_last, return_v_seq, return_h_seq, residual_gain,
     )  # fmt: skip
+    x_seq = tensor_of(x_seq, _CALLER)
     return computed(_CALLER, x_seq, Arguments(values, options, v_init, rng_state, generator, backend))
 
 

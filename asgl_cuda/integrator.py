@@ -24,6 +24,7 @@ from .layer import Granularity, NeuronLayer
 from .layout import is_dense, real_type
 from .learned import Logit
 from .ops import ForwardResult, with_gaps
+from .pending import tensor_of
 from .reference import Numbers, Parameters, Rules, integrator_reference
 from .transforms import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
 
@@ -186,7 +187,7 @@ def leaky_integrator(
     if unknown:
         check_keywords(unknown, ("decay", *(leaky_integrator.__kwdefaults__ or {})), caller)
     options = _Options(v_rest, delay, time_dim, return_v_last)
-    return _computed(caller, x_seq, decay, input_gain, v_init, options, backend)
+    return _computed(caller, tensor_of(x_seq, caller), decay, input_gain, v_init, options, backend)
 
 
 def _computed(

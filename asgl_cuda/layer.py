@@ -35,6 +35,7 @@ from .checks import (
 )
 from .layout import state_shape
 from .learned import BOUND, Logarithm, Logit
+from .pending import tensor_of
 from .transforms import transforming
 
 Granularity = Literal["layer", "channel", "neuron"]
@@ -238,6 +239,7 @@ class NeuronLayer(Settable):
         """The layer's forward; `more`: other sequences for `_run`."""
         if isinstance(x_seq, fx.Proxy):
             return self._recorded(x_seq, **more)
+        x_seq = tensor_of(x_seq, type(self).__name__)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self.__prepare_scriptable__()
         if not (self.stateful or self.store_v_seq):
@@ -275,6 +277,7 @@ class NeuronLayer(Settable):
         The layer need not be stateful; if not, calls with a whole sequence start at rest, regardless of steps. In
         training, `BatchNormLIF` normalises by the statistics of the step. Raises as a call does.
         """
+        x_t = tensor_of(x_t, f"a step of {type(self).__name__}")
         check_step(x_t, self.time_dim, self._caller)
         stateful, self.stateful = self.stateful, True
         try:

@@ -30,6 +30,7 @@ from .checks import (
 )
 from .layer import Granularity, NeuronLayer, Noisy, Value, fill_parameter, give_dimension
 from .learned import BOUND, Logarithm
+from .pending import Pending, tensor_of
 
 _CALLER = "asgl_cuda.LIF"
 
@@ -274,6 +275,14 @@ class LIF(NeuronLayer, Noisy):
 
     def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         """The arguments of `_lif` that a call of the layer gives."""
+        name, residual = type(self).__name__, tensor_of(residual, type(self).__name__)
+        if isinstance(x_seq, Pending) and residual is not None:
+            is_sum = isinstance(residual, Tensor) and (residual.shape, residual.dtype) == (x_seq.shape, x_seq.dtype)
+            x_seq, residual = (x_seq + residual, None) if is_sum else (x_seq.tensor(name), residual)
+        if isinstance(x_seq, Pending):
+            if type(self)._lif is LIF._lif and type(self)._given is LIF._given:
+                return x_seq.x, {"pending": x_seq}
+            x_seq = x_seq.tensor(name)
         return x_seq, {} if residual is None else {"residual": residual}
 
     def _run(self, x_seq: Tensor, with_state: bool, **residual: Any) -> Tensor:
@@ -289,9 +298,12 @@ class LIF(NeuronLayer, Noisy):
             return result.s_seq
         return result
 
-    def _lif(self, x_seq: Tensor, update: bool = True, **options: Any) -> Tensor | LIFOutput:
+    def _lif(
+        self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
+    ) -> Tensor | LIFOutput:
         """Calls `asgl_cuda.lif`; without `update` the layer's state stays unchanged."""
-        return computed(_CALLER, x_seq, self._given(x_seq, self.input_gain, **options))
+        given = self._given(x_seq, self.input_gain, **options)
+        return computed(_CALLER, x_seq, given) if pending is None else pending.lif(given, self, _CALLER, update)
 
     def _given(
         self,

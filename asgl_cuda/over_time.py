@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .layer import NeuronLayer
+from .pending import Pending
 
 _CALLER = "asgl_cuda.OverTime"
 
@@ -56,7 +57,7 @@ class OverTime(nn.Module):
 
 
 def _check_input(x_seq: Any, layer: nn.Module) -> None:
-    if isinstance(x_seq, Tensor):
+    if isinstance(x_seq, (Pending, Tensor)):
         if x_seq.is_nested or x_seq.dim() < 2:
             got = "a nested tensor" if x_seq.is_nested else f"shape {list(x_seq.shape)}"
             raise ValueError(f"{_CALLER}: x_seq must have time and batch, [T, B, ...], got {got}")

@@ -61,7 +61,7 @@ class ConvertedLIFLayer(Converted):
         if surrogate.learnable and not isinstance(surrogate.alpha, nn.Parameter):
             surrogate(torch.zeros_like(x[0]))  # alpha becomes a parameter in the first call
         output = self.lif(
-            x[: self.nb_steps],
+            x if x.shape[0] == self.nb_steps else x[: self.nb_steps],
             decay=torch.as_tensor(cell.decay).sigmoid(),
             v_threshold=cell.thresh,
             v_reset=cell.vreset,

@@ -20,7 +20,6 @@ from ..over_time import KNOWS_TIME
 from . import authors
 from .converted import Converted, Settings, bare_class, exchanged, overlaid, shadowed
 from .identify import FLAT, SpikeFunction, fires_strictly, identify, type_of_spikes
-from .normalised import Normalised
 
 _CALLER = "asgl_cuda.convert"
 
@@ -189,9 +188,8 @@ def convert(
         name = type(layer).__name__
         if isinstance(layer, Converted):
             if wanted is not None or backend is not None:
-                fused = isinstance(layer, Normalised)
-                first = "asgl_cuda.unfuse and revert come" if fused else "asgl_cuda.revert comes"
-                report.left.append(Left(path, name, f"it is converted already, with its own settings: {first} first"))
+                reason = "it is converted already, with its own settings: asgl_cuda.revert comes first"
+                report.left.append(Left(path, name, reason))
             continue
         found = next((answer for library in known if (answer := library.find(layer)) is not None), None)
         if found is None:
@@ -386,9 +384,6 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
         if not isinstance(layer, Converted):
             continue
         name, made = bare_class(layer).__name__, type(layer).__name__
-        if isinstance(layer, Normalised):
-            report.left.append(Left(path, name, "it is fused with a normalisation: asgl_cuda.unfuse comes first"))
-            continue
         if layer.settings.spike is not None and layer.log_width is not None and not layer.hold_width():
             width = float(torch.as_tensor(layer.width).detach())
             report.left.append(Left(path, name, f"its learned width, {width:.4g}: its own surrogate can't hold it"))

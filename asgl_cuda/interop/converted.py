@@ -19,6 +19,7 @@ from ..functional import LIF_DEFAULTS, lif
 from ..integrator import IntegratorOutput, leaky_integrator
 from ..layer import Noisy, give_dimension
 from ..learned import Logarithm
+from ..pending import Pending, tensor_of
 from ..reference import IN_RESET
 from .identify import FLAT, SpikeFunction, fires_strictly, identify, own_spikes, type_of_spikes
 from .snapshot import Snapshot
@@ -119,6 +120,7 @@ class Converted(Overlay, Noisy):
     time_dim: int | None  # of the input, None if the input is one step
     multi_spike = False  # several spikes per step, for which noise is not defined
     adapts = False  # a second state, which raises the threshold
+    takes_steps = property(lambda self: self.time_dim is None)  # one a call
     takes_input = True  # whether `lif` gets the layer's own input, as fusion with a normalisation requires
     register_buffer = nn.Module.register_buffer  # an override costs 20 us per assignment of a buffer
 
@@ -292,7 +294,7 @@ class Converted(Overlay, Noisy):
     def adaptive_lif(self, x_seq: Tensor, **options: Any) -> AdaptiveLIFOutput:
         """`asgl_cuda.adaptive_lif` with the layer's surrogate and noise."""
         self.check()
-        x_seq = _floating(x_seq)
+        x_seq = _floating(tensor_of(x_seq, bare_class(self).__name__))
         result = adaptive_lif(x_seq, **self._all(x_seq, options))
         assert isinstance(result, AdaptiveLIFOutput)
         return result
@@ -341,6 +343,7 @@ class Converted(Overlay, Noisy):
 
     def integrate(self, x_seq: Tensor, **options: Any) -> IntegratorOutput:
         """`asgl_cuda.leaky_integrator`."""
+        x_seq = tensor_of(x_seq, bare_class(self).__name__)
         if self.settings.spike is None:  # else in `lif`
             self.check()
         options = _taken(options, x_seq)
@@ -349,7 +352,9 @@ class Converted(Overlay, Noisy):
         return result
 
     def compute(self, x_seq: Tensor, **options: Any) -> Tensor | LIFOutput:
-        """`asgl_cuda.lif`, after the normalisation of a fused layer."""
+        """`asgl_cuda.lif`, with the normalisation in front that `fuse` has left to the layer."""
+        if isinstance(x_seq, Pending):
+            return x_seq.lif(grouped({**LIF_DEFAULTS, **options}), self, "asgl_cuda.lif")
         return lif(x_seq, **options)
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
@@ -366,7 +371,7 @@ class Converted(Overlay, Noisy):
 
     def original_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The library's own forward, for torch.jit.trace: equivalent without noise."""
-        if type(self).original is not bare_class(self) or (self.training and getattr(self, "_has_noise", False)):
+        if self.training and getattr(self, "_has_noise", False):
             self.__prepare_scriptable__()
         made = type(self)
         self.take_off()
@@ -377,11 +382,10 @@ class Converted(Overlay, Noisy):
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuses torch.jit.script, which calls this first."""
-        name, fused = bare_class(self).__name__, type(self).original is not bare_class(self)
         raise RuntimeError(
-            f"asgl_cuda.convert: torch.jit can't script a converted {name}, nor trace it in other calls than those of "
-            f"the layer, with noise or with a normalisation: {'asgl_cuda.unfuse and ' if fused else ''}"
-            "asgl_cuda.revert before, or torch.compile or torch.export instead"
+            f"asgl_cuda.convert: torch.jit can't script a converted {bare_class(self).__name__}, nor trace it with "
+            "noise or in other calls than those of the layer: asgl_cuda.revert before, or torch.compile or "
+            "torch.export instead"
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
@@ -437,11 +441,15 @@ def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def call(self: Converted, *args: Any, **kwargs: Any) -> Any:
-        if args and isinstance(args[0], fx.Proxy):
+        is_pending = bool(args) and isinstance(args[0], Pending)
+        if args and not is_pending and isinstance(args[0], fx.Proxy):
             tracer: Any = args[0].tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return self.original_forward(*args, **kwargs)
+        if is_pending and (self.takes_steps or not self.takes_input):
+            why = "which is called step by step" if self.takes_steps else "whose input no neuron takes as it is"
+            args = args[0].tensor(f"{bare_class(self).__name__}, {why}"), *args[1:]
         return forward(self, *args, **kwargs)
 
     return call

@@ -1,95 +1,96 @@
-"""`fuse` and `unfuse`: normalisations fused with the neurons behind them, and the inverse.
+"""`fuse` and `unfuse`: normalisations computed by the neurons behind them, and the inverse.
 
-Graphs show the users of a module's output: for a Sequential the order of its modules, for any other module a torch.fx
-trace of its forward, with the called modules as nodes. The output of a normalisation is followed from its call, out of
-modules that return the output and into modules that pass the output on, to the neurons. Every call of an entered
-module must have this output as its only input.
-
-    channel dimension at the neurons = channel dimension at the normalisation + splits - joins of time and batch
-
-One addition may be on the way: the sum is followed likewise.
+Only the normalisation changes: it returns a `Pending`, which neurons take, and whatever else has computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+import weakref
+from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._pytree import tree_map_only
 
-from ..layout import channel_dim
-from ..neuron import LIF, BatchNormLIF
-from .convert import Left, Replaced, Report, convert, libraries, taken
-from .converted import Converted, bare_class
-from .graphs import Calls, asks_for_shape, calls_of, is_first_alone, is_sequential, name_of_user, parts_time, summand
-from .normalised import Normalisation, Normalised, PassedThrough, Place, join, varies_by_channel
+from ..batch_norm import module_batch_norm_lif
+from ..call import Arguments, LIFOutput
+from ..layout import channel_dim, real_type
+from ..pending import Normal, Pending, checkpoint, hooks_of_graph, in_function, tensor_of, watched
+from .convert import Left, Replaced, Report, convert, copied, libraries, taken
+from .converted import Converted, Overlay, bare_class, overlaid
 
-_LISTS = (nn.ModuleList, nn.ModuleDict)  # never called
+_CALLER = "asgl_cuda.fuse"
+_CONVERTED = "_converted_by_fuse"  # an attribute of neurons, for `unfuse`
+
+# The last call of each normalisation, by its id, which no other has during the call.
+_calls: weakref.WeakValueDictionary[int, Normal] = weakref.WeakValueDictionary()
 
 
-def fuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
-    """Fuses normalisations into the neurons behind: ``joined, report = asgl_cuda.fuse(model)``.
+def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Module, Report]:
+    """Fuses normalisations into the neurons behind: ``joined, report = asgl_cuda.fuse(model, x_seq)``.
 
-    Returns the model, a copy unless `inplace`, and a report on its normalisations.
+    Known are `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm` and SpikingJelly's equivalents, in front of
+    `asgl_cuda.LIF` or of neurons that `convert` knows, which are converted. In between may be views (`reshape`,
+    `transpose`, ...) and one sum with a tensor of the same shape and type, as in a residual block: see
+    `asgl_cuda.batch_norm_lif`. A normalisation whose output or sum also goes elsewhere, or to neurons that are called
+    step by step, which are faster apart, is left; the report says why.
 
-    Known are `torch.nn.BatchNorm1d`, `2d` and `3d`, `SyncBatchNorm` and SpikingJelly's equivalents, followed by
-    `asgl_cuda.LIF` or by a neuron layer that `convert` knows, which is converted. In between, time and batch may part:
-    by `unflatten(0, ...)`, SpikingJelly's `SeqToANNContainer`, `tdLayer` of the code of ASGL's authors, or
-    `asgl_cuda.OverTime`. See `asgl_cuda.batch_norm_lif`.
-
-    Residual blocks: the neurons also compute the sum of the normalised value and a shortcut, by `+`, `+=`, `add` or
-    `add_`, if they alone use it. Of two normalisations in a sum, the first is fused. The sum is computed apart if it
-    changes the shortcut in place, or if shapes or types differ.
-
-    No module is moved: parameters, buffers and their names, state, optimizers and checkpoints stay valid. The
-    normalisation itself then returns its input, in front of a sum an object that can only be added; a normalisation
-    whose output or sum has, or may have, other users is left, with the reason in the report. An operand modified in
-    place before the neurons is an error, unseen under `torch.compile`. The normalisation has gradients where the
-    neurons have; a branch under `torch.no_grad` or in a reentrant checkpoint, in front of a sum, is an error. Replace
-    neither module of a pair, else the next call raises RuntimeError, as in replicas of `nn.DataParallel`
-    (`DistributedDataParallel` works). Call `torch.nn.utils.fusion.fuse_conv_bn_eval`,
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` and the like before `fuse` or after `unfuse`;
-    `asgl_cuda.convert_sync_batchnorm` also converts fused pairs.
-
-    Only neurons that normalise are converted: call `convert` for all neurons, before or after. A forward is traced with
-    its current attributes, on every branch that depends on shapes of tensors. A Sequential is assumed to call its
-    modules in order, unless a trace shows otherwise.
+    Parameters, buffers and their names, state, optimizers and checkpoints stay valid. Other neurons, or code that the
+    example did not reach, get the value as before. Where that would lose a gradient, or miss a change in place, they
+    get a RuntimeError; changes in place are unseen in inference mode and under `torch.compile`.
 
     Args:
         model: any module.
+        example: arguments of a call. Copies of the model are called with them, in training and in evaluation. Without,
+            the first calls decide and complete the report; all known neurons are converted, and code that asks
+            `isinstance(value, Tensor)` may fail.
         inplace: fuse the model instead of a copy; existing optimizers stay valid.
 
     Returns:
         The model, and a `Report` of the neurons that normalise and the normalisations that are left.
 
-    Raises TypeError if `model` is no module.
+    Raises TypeError if `model` is no module, RuntimeError if it can't be copied, and the errors of its calls.
 
     Example::
 
         norm = asgl_cuda.OverTime(torch.nn.BatchNorm1d(4))
-        joined, report = asgl_cuda.fuse(torch.nn.Sequential(norm, asgl_cuda.LIF()))
+        joined, report = asgl_cuda.fuse(torch.nn.Sequential(norm, asgl_cuda.LIF()), torch.rand(5, 2, 4))
         print(report)
-        spikes = joined(torch.rand(5, 2, 4))
 
     The same in PyTorch: the model as it is.
     """
-    model = taken(model, inplace, "asgl_cuda.fuse")
+    model = taken(model, inplace, _CALLER)
+    before = {module for module in model.modules() if isinstance(module, Converted)}
+    convert(model, inplace=True)
+    converted = [each for each in model.modules() if isinstance(each, Converted) and each not in before]
     report = Report([], [])
-    norms = {path: module for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    norms = {path: norm for path, norm in norms.items() if not isinstance(norm, PassedThrough)}
-    if not norms:
-        return model, report
-    flow = _Flow(model)
-    for path, norm in sorted(norms.items(), key=lambda pair: flow.is_second(pair[1])):
-        try:
-            layer = _fuse(flow, norm)
-        except _Leave as reason:
-            report.left.append(Left(path, type(norm).__name__, str(reason)))
+    norms = [(path, each) for path, each in model.named_modules() if isinstance(each, _BatchNorm)]
+    norms = [(path, norm) for path, norm in norms if not isinstance(norm, Fused)]
+    left = {path: reason for path, norm in norms if (reason := _reason_to_leave(norm))}
+    joined: dict[str, str] = {}
+    try:
+        if example:
+            joined, others = _found(model, [path for path, _ in norms if path not in left], example)
+            left |= others
+    finally:
+        kept = {model.get_submodule(path) for path in joined.values()} if example else {*converted}
+        for layer in converted:
+            if layer in kept:
+                vars(layer)[_CONVERTED] = True
+            else:
+                layer.end()
+    trial = None if example else _Trial(model, report)
+    for path, norm in norms:
+        if path in left:
+            report.left.append(Left(path, type(norm).__name__, left[path]))
             continue
-        by = f"normalises as well, instead of {path}"
-        report.replaced.append(Replaced(flow.paths[layer], bare_class(layer).__name__, by))
+        overlay(norm, trial)
+        if example:
+            report.replaced.append(_row(path, joined[path], model.get_submodule(joined[path])))
+        else:
+            report.notes = ["the first calls decide on the others; fuse(model, example) does so at once"]
     return model, report
 
 
@@ -97,11 +98,11 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     """The inverse of `fuse`: ``model, report = asgl_cuda.unfuse(joined)``. Trained values stay.
 
     Args:
-        model: a module returned by `fuse`, or an owner.
+        model: a module returned by `fuse`, or an owner, or a part.
         inplace: change the model instead of a copy.
 
     Returns:
-        The model, and a `Report` of both layers of each pair.
+        The model, and a `Report` of the normalisations, and of the neurons that `fuse` had converted.
 
     Raises TypeError if `model` is no module.
 
@@ -114,278 +115,227 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     """
     model = taken(model, inplace, "asgl_cuda.unfuse")
     report = Report([], [])
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, Normalised):
-            name = type(layer).__name__
-            layer.end_normalised()
-            report.replaced.append(Replaced(path, name, type(layer).__name__))
-    for path, norm in model.named_modules():
-        if isinstance(norm, PassedThrough):
-            name = type(norm).__name__
-            if norm.is_computed():
-                report.left.append(Left(path, name, "the neurons that compute it are not in this model"))
-            else:
-                norm.end_passing()
-                report.replaced.append(Replaced(path, name, type(norm).__name__))
+    for path, module in list(model.named_modules()):
+        made = type(module).__name__
+        if isinstance(module, Fused) or (vars(module).pop(_CONVERTED, False) and isinstance(module, Converted)):
+            module.end()
+            report.replaced.append(Replaced(path, made, type(module).__name__))
     return model, report
 
 
-class _Leave(Exception):  # noqa: N818
-    """The reason why a normalisation is not fused."""
+class Fused(Overlay):
+    """A normalisation whose output is a `Pending`."""
+
+    prefix = "Fused"
+
+    trial: _Trial | None = None
+
+    def forward(self, input: Any) -> Any:
+        if isinstance(input, fx.Proxy):  # a leaf, whose result is no tensor
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        input = tensor_of(input, self.original.__name__)
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling:
+            last = _calls.get(id(self)) if self.training or self.trial is not None else None
+            if self.trial is not None and self.trial.is_left(self):
+                if last is not None:  # which needs the overlay
+                    return super().forward(input)
+                self.end()
+                return self.forward(input)
+            reason = self._reason_to_compute()
+            if self.training and last is not None and last.is_open():  # running statistics see calls in their order
+                reason = "it is called again before its output is used"
+                last.made(reason)
+            if reason:
+                self.was_left(reason)
+                return super().forward(input)
+        # SpikingJelly's have time and batch apart in step mode "m".
+        has_time = getattr(type(self), "step_mode", None) is not None and self.step_mode == "m"
+        self._check_input_dim(input[0] if has_time else input)
+        call = Normal(self, input)
+        if not is_compiling and (self.training or self.trial is not None):
+            _calls[id(self)] = call
+        return Pending(call, call, 1 + has_time, input, watched=watched(input))
+
+    def _reason_to_compute(self) -> str:
+        """Why what is behind takes tensors alone; "" if neurons may be behind."""
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return "it is called by torch.jit.trace"
+        # In backward a checkpoint calls again, a reentrant one without hooks.
+        if in_function() or (torch._C._current_graph_task_id() != -1 and hooks_of_graph() is None):
+            return "it is called by a torch.autograd.Function, as a reentrant checkpoint is"
+        return ""
+
+    def normalised(self, x: Tensor, training: bool, update: bool) -> Tensor:
+        """What the layer itself computes."""
+        now = self.training, self.track_running_stats
+        self.training, self.track_running_stats = training, now[1] and update
+        try:
+            return super().forward(x)  # type: ignore[no-any-return]
+        finally:
+            self.training, self.track_running_stats = now
+
+    def reason_against(self, pending: Pending, given: Arguments) -> str:
+        """Why the neurons can't compute it; "" if they can."""
+        here, there = checkpoint(), pending.call.checkpoint
+        if here is not there and (here is not None or self.training):
+            raise self.refusal("its neurons are not called in the same torch.utils.checkpoint, which calls again")
+        if torch.is_grad_enabled() and not pending.has_graph:
+            return "which has gradients, while it was called without"
+        if self.training != pending.call.training:
+            return "behind a change of its mode (training)"
+        back = pending.x.dim() - channel_dim(given.options.time_dim % pending.x.dim())
+        for value in (given.values.input_gain, given.values.input_bias):
+            if isinstance(value, Tensor) and not _varies_by_channel(value, back):
+                return f"whose input gain or bias has shape {list(value.shape)}"
+        return ""
+
+    def neurons(self, x_seq: Tensor, given: Arguments, update: bool) -> Tensor | LIFOutput:
+        """`asgl_cuda.batch_norm_lif` of input_gain (y + residual) + input_bias, with y the normalised input."""
+        weight, bias, scale = self.weight, self.bias, 1.0
+        input_gain, input_bias, residual = given.values.input_gain, given.values.input_bias, given.values.residual
+        residual_gain = input_gain
+        if isinstance(input_gain, float) and isinstance(input_bias, float) and input_bias == 0:
+            scale = input_gain
+        else:
+            options = {"dtype": real_type(x_seq.dtype), "device": x_seq.device}
+            values = (torch.as_tensor(value, **options) for value in (input_gain, input_bias))
+            gain, shift = (value.reshape(-1).expand(self.num_features) for value in values)
+            weight = gain if weight is None else gain * weight.to(gain.dtype)
+            bias = shift if bias is None else gain * bias.to(gain.dtype) + shift
+        if residual is not None and not isinstance(input_gain, float):
+            residual, residual_gain = (residual * input_gain).to(x_seq.dtype), 1.0
+        # None: this process alone.
+        group = (self.process_group or "world") if isinstance(self, nn.SyncBatchNorm) else None
+        if residual is not None or weight is not self.weight or scale != 1:
+            given = given._replace(
+                values=given.values._replace(input_gain=1.0, input_bias=0.0, residual=residual),
+                options=given.options._replace(residual_gain=1.0 if residual is None else residual_gain),
+            )
+        return module_batch_norm_lif(
+            self, x_seq, given=given, weight=weight, bias=bias, update=update, input_scale=scale, process_group=group
+        )
+
+    def refusal(self, text: str) -> RuntimeError:
+        self.was_left(text)
+        return RuntimeError(
+            f"{_CALLER}: {self.original.__name__} is computed by the neurons behind, but {text}: "
+            "asgl_cuda.unfuse(model) lets it compute, asgl_cuda.fuse(model, example) leaves it where these lead here"
+        )
+
+    def was_taken(self, layer: Any) -> None:
+        if self.trial is not None and not torch.compiler.is_compiling():
+            self.trial.take(self, layer)
+
+    def was_left(self, reason: str) -> None:
+        # In backward a checkpoint may stop in between.
+        if self.trial is not None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+            self.trial.leave(self, reason)
+
+    def end(self) -> None:
+        """Restores the layer, with its current values."""
+        self.__dict__.pop("trial", None)
+        self.take_off()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, computed by the neurons behind"
 
 
-def _fuse(flow: _Flow, norm: nn.Module) -> Any:
-    """Fuses a normalisation with the neurons behind it; returns the neurons."""
-    _check_norm(norm)
-    way = flow.neurons_behind(norm)
-    parted, place, layer = way
-    name = type(layer).__name__
-    if isinstance(layer, Normalised | BatchNormLIF):
-        raise _Leave(f"{way.what} goes to {name}, which has a normalisation of its own")
-    if isinstance(layer, LIF) and (type(layer)._lif, type(layer).forward) != (LIF._lif, LIF.forward):
-        raise _Leave(f"its output goes to {name}, which computes something else than asgl_cuda.LIF")
-    converted = not isinstance(layer, LIF | Converted)
-    if converted:
-        left = convert(layer, inplace=True)[1].left
-        if not isinstance(layer, Converted):
-            raise _Leave(f"its output goes to {name}: {left[0].reason}")
-    try:
-        if isinstance(layer, Converted) and not layer.takes_input:
-            raise _Leave(f"its output goes to {name}, whose input no neuron takes as it is")
-        _check_channels(norm, layer, parted)
-    except _Leave:
-        if converted:
-            layer.end()
-        raise
-    at_norm, at_layer = flow.places(norm, layer)
-    join(layer, at_layer, Normalisation(norm, at_norm, converted), place is not None)
-    return layer
+def overlay(norm: Any, trial: _Trial | None = None) -> None:
+    """Makes a normalisation a `Fused`, undecided with a trial."""
+    norm.__class__ = overlaid(Fused, type(norm))
+    if trial is not None:
+        norm.trial = trial
 
 
-def _check_norm(norm: nn.Module) -> None:
+def _varies_by_channel(value: Tensor, back: int) -> bool:
+    """Whether there is one value, or one per index of dimension -`back`."""
+    return [value.dim() - dim for dim, size in enumerate(value.shape) if size != 1] in ([], [back])
+
+
+class _Trial:
+    """What becomes of undecided normalisations, by path; a report of the user's own calls is kept up to date."""
+
+    def __init__(self, model: nn.Module, report: Report | None = None) -> None:
+        self.paths = weakref.WeakKeyDictionary({module: path for path, module in model.named_modules()})
+        self.report = report
+        self.joined: dict[str, str] = {}  # the neurons' path
+        self.left: dict[str, str] = {}  # the reason
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # copies of the model are decided
+
+    def take(self, norm: nn.Module, layer: nn.Module) -> None:
+        path, of_layer = self.paths.get(norm, ""), self.paths.get(layer, "")
+        if path not in self.joined and self.report is not None:
+            self.report.replaced.append(_row(path, of_layer, layer))
+        self.joined.setdefault(path, of_layer)
+
+    def leave(self, norm: nn.Module, reason: str) -> None:
+        path = self.paths.get(norm, "")
+        if path not in self.left and self.report is not None:
+            self.report.left.append(Left(path, bare_class(norm).__name__, reason))
+            self.report.replaced[:] = [row for row in self.report.replaced if row.by != _row(path, "", norm).by]
+        self.left.setdefault(path, reason)
+
+    def is_left(self, norm: nn.Module) -> bool:
+        return self.paths.get(norm, "") in self.left
+
+    def open(self, reason: str) -> dict[str, str]:
+        """The normalisations whose outputs nothing has used yet, with the reason."""
+        calls = (call for call in list(_calls.values()) if call.is_open() and call.of in self.paths)
+        return {self.paths[call.of]: reason for call in calls}
+
+
+def _row(path: str, of_layer: str, layer: nn.Module) -> Replaced:
+    return Replaced(of_layer, bare_class(layer).__name__, f"normalises as well, instead of {path}")
+
+
+def _found(model: nn.Module, paths: list[str], example: tuple[Any, ...]) -> tuple[dict[str, str], dict[str, str]]:
+    """The neurons that take each normalisation when copies are called, and the reasons to leave the others."""
+    refused: dict[str, str] = {}
+    while True:
+        joined: dict[str, str] = {}
+        left = dict(refused)
+        for training in (True, False):
+            made = copied(model, model.parameters()).train(training)
+            trial = _Trial(made)
+            for path in paths:
+                if path not in refused:
+                    overlay(made.get_submodule(path), trial)
+            try:
+                output = _called(made, example)
+            except Exception as error:
+                line = (str(error).splitlines() or [""])[0]
+                new = {path: reason for path, reason in trial.left.items() if path not in refused}
+                new = new or trial.open(f"without its value the forward fails: {type(error).__name__}: {line}")
+                if not new:
+                    raise
+                refused |= new
+                break
+            tree_map_only(Pending, lambda each: each.tensor("the caller of the model"), output)
+            left |= trial.open("its output stays in the model") | trial.left
+            joined |= trial.joined
+        else:
+            left |= {path: "the example does not lead to it" for path in paths if path not in joined | left}
+            return {path: layer for path, layer in joined.items() if path not in left}, left
+
+
+def _called(model: nn.Module, example: tuple[Any, ...]) -> Any:
+    """The output for the example; random numbers stay as they are."""
+    values = tree_map_only(Tensor, lambda each: each.detach().clone().requires_grad_(each.requires_grad), example)
+    devices = {tensor.device.index for tensor in model.parameters() if tensor.is_cuda}
+    with torch.random.fork_rng(sorted(devices)), torch.enable_grad():
+        return model(*values)
+
+
+def _reason_to_leave(norm: nn.Module) -> str:
     if isinstance(norm, LazyModuleMixin):
-        raise _Leave("it does not know the number of its channels before it was called")
-    forward = type(norm).forward
+        return "it does not know the number of its channels before it was called"
+    if "forward" in vars(norm):
+        return "it has a forward that is not of its class"
     known = (known for library in libraries() for known in getattr(library, "NORMALISATIONS", ()))
-    if forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and type(norm) not in known:
-        raise _Leave(f"{type(norm).__name__} computes something else than torch.nn's")
-
-
-def _dims_of(norm: nn.Module) -> tuple[int, ...]:
-    """Possible numbers of input dimensions, with time and batch joined."""
-    for dims, kind in (((2, 3), nn.BatchNorm1d), ((4,), nn.BatchNorm2d), ((5,), nn.BatchNorm3d)):
-        if isinstance(norm, kind):
-            return dims
-    return (2, 3, 4, 5)
-
-
-def _check_channels(norm: nn.Module, layer: Any, parted: int) -> None:
-    """Requires equal channel dimensions, and an input gain and bias that are scalar or per channel."""
-    channel, name = 1 + parted, bare_class(layer).__name__
-    found: set[int] = set()
-    for dims in (dims + parted for dims in _dims_of(norm)):
-        time_dim = layer.time_dim
-        dim = 1 if time_dim is None else channel_dim(time_dim if time_dim >= 0 else time_dim + dims)
-        if dim < dims:  # fewer dimensions fail in the call
-            found.add(dim)
-    if found != {channel}:
-        said = " or ".join(str(dim) for dim in sorted(found)) or "not there"
-        raise _Leave(f"its channels are dimension {channel} of what goes to {name}, whose channels are {said}")
-    for value in layer.input_terms() if isinstance(layer, Converted) else ():
-        if isinstance(value, Tensor) and not any(varies_by_channel(value, dims - 1) for dims in _dims_of(norm)):
-            raise _Leave(f"its output goes to {name}, whose input gain or bias has shape {list(value.shape)}")
-
-
-class _Site(NamedTuple):
-    """A call: the calling module, and the node in its graph."""
-
-    owner: nn.Module
-    node: fx.Node
-
-
-class _Way(NamedTuple):
-    """What a value has passed: a shift of the channels, 1 where time and batch parted; a sum; the neurons at last."""
-
-    parted: int
-    place: int | None = None  # in the sum
-    layer: Any = None
-
-    @property
-    def what(self) -> str:
-        return "its output" if self.place is None else "the sum of its output and another"
-
-    def parting(self, shift: int) -> _Way:
-        return self._replace(parted=self.parted + shift)
-
-
-_Entered = dict[nn.Module, set[_Site]]  # modules on the way to the neurons, with the calls followed
-
-
-class _Flow:
-    """The data flow between the modules of a model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.paths = {module: path for path, module in model.named_modules()}
-        self.owners: dict[nn.Module, list[nn.Module]] = {module: [] for module in self.paths}
-        for module in self.paths:
-            for child in module._modules.values():  # children() would skip duplicates
-                if child is not None:
-                    self.owners[child].append(module)
-        known = list(libraries())
-        self.neurons = {
-            module
-            for module in self.paths
-            if isinstance(module, LIF | Converted) or any(library.find(module) is not None for library in known)
-        }
-        self.calls: dict[nn.Module, Calls] = {}
-        self.failures: dict[nn.Module, str] = {}
-        self.sites: dict[nn.Module, list[_Site]] = {module: [] for module in self.paths}
-        inside = {part for module in self.neurons for part in module.modules()}
-        for module in self.paths:
-            parts = set() if module in inside or isinstance(module, _LISTS) else set(module.modules()) - {module}
-            if any(part in self.neurons or isinstance(part, _BatchNorm) for part in parts):
-                self._read(module)
-        self._forget_uncalled()
-
-    def _read(self, module: nn.Module) -> None:
-        try:
-            calls = calls_of(module)
-            nodes = [node for graph in calls.graphs for node in graph.find_nodes(op="call_module")]
-            children = [module.get_submodule(str(node.target)) for node in nodes]
-        except Exception as error:  # user code may raise anything when given proxies
-            message = (str(error).splitlines() or [""])[0]
-            self.failures[module] = f"{type(error).__name__}{': ' if message else ''}{message[:150]}"
-            return
-        self.calls[module] = calls
-        for child, node in zip(children, nodes, strict=True):
-            self.sites[child].append(_Site(module, node))
-
-    def _forget_uncalled(self) -> None:
-        """Drops calls by Sequentials used as lists: never called, unlike their modules."""
-        for module in self.paths:
-            if not is_sequential(module) or module is self.model or self.sites[module]:
-                continue
-            called = [site for child in module.children() for site in self.sites[child]]
-            if any(site.owner is not module for site in called):
-                for child in module.children():
-                    self.sites[child] = [site for site in self.sites[child] if site.owner is not module]
-
-    def neurons_behind(self, norm: nn.Module) -> _Way:
-        """The way to the single layer with the output, or the sum, as its only input."""
-        _check_single(norm, self.owners[norm], "it")
-        self._check_callers(norm)
-        if not self.sites[norm]:
-            owner = self._owner(norm)
-            raise _Leave(f"{type(owner).__name__} does not call it" if owner else "it is the model itself")
-        _check_hooks(norm, "it", _OUTPUT_HOOKS)
-        entered: _Entered = {}
-        parted = int(getattr(norm, "step_mode", "s") == "m")  # SpikingJelly's multi-step mode has time and batch apart
-        way = _one_of(self._goes_to(site, _Way(parted), entered) for site in self.sites[norm])
-        for module, sites in entered.items():
-            name = type(module).__name__
-            self._check_callers(module)
-            if set(self.sites[module]) != sites:
-                raise _Leave(f"its output goes to {name}, which is called with something else, too")
-            _check_hooks(module, name, _INPUT_HOOKS)
-        _check_single(way.layer, self.owners[way.layer], type(way.layer).__name__)
-        return way
-
-    def is_second(self, norm: nn.Module) -> bool:
-        """Whether the output is the second operand of a sum, which `first += second` adds in place of the first."""
-        try:
-            return self.neurons_behind(norm).place == 1
-        except _Leave:
-            return False
-
-    def places(self, *modules: nn.Module) -> list[Place]:
-        """Paths below the nearest common owner."""
-        paths = [self.paths[module].split(".") for module in modules]
-        shared = next(depth for depth, names in enumerate(zip(*paths, strict=False)) if len(set(names)) > 1)
-        owner = self.model.get_submodule(".".join(paths[0][:shared]))
-        return [Place(owner, ".".join(path[shared:])) for path in paths]
-
-    def _owner(self, module: nn.Module) -> nn.Module | None:
-        """The first owner that can be called."""
-        owner = next(iter(self.owners[module]), None)
-        while isinstance(owner, _LISTS):
-            owner = next(iter(self.owners[owner]), None)
-        return owner
-
-    def _check_callers(self, module: nn.Module) -> None:
-        """Checks that the owner was traced; for a module without known calls, outer owners, too."""
-        owner = self._owner(module)
-        while owner is not None:
-            if owner in self.failures:
-                raise _Leave(f"the forward of {type(owner).__name__} can't be traced: {self.failures[owner]}")
-            owner = None if self.sites[module] else self._owner(owner)
-
-    def _goes_to(self, site: _Site, way: _Way, entered: _Entered, inwards: bool = False) -> _Way:
-        """Follows a node's value to the neurons; `inwards`: the node is an input of the owner."""
-        owner, node = site
-        users = [user for user in node.users if not asks_for_shape(user)]
-        name = " and ".join(dict.fromkeys(name_of_user(owner, user) for user in users))
-        if len(users) != 1:
-            if way.place is not None and any(summand(node, user) is not None for user in users):
-                name += ": it is also the next shortcut"
-            raise _Leave(f"{way.what} is used {len(users)} times, by {name}" if users else "nothing uses it")
-        (user,) = users
-        if user.op == "output" and inwards:
-            raise _Leave(f"{way.what} goes to {type(owner).__name__}")
-        if user.op == "output" and user.args[0] is node:
-            return self._leaves(owner, way, entered)
-        if parts_time(owner, user):
-            return self._goes_to(_Site(owner, user), way.parting(1), entered, inwards)
-        place = summand(node, user)
-        if place is not None and way.place is None:
-            return self._goes_to(_Site(owner, user), way._replace(place=place), entered, inwards)
-        if user.op != "call_module" or not is_first_alone(node, user):
-            raise _Leave(f"{way.what} goes to {name}")
-        module = owner.get_submodule(str(user.target))
-        entered.setdefault(module, set()).add(_Site(owner, user))
-        if module in self.neurons:
-            return way._replace(layer=module)
-        calls = self.calls.get(module)
-        if calls is None or calls.entering is None:
-            raise _Leave(f"{way.what} goes to {name}")
-        inputs = (graph.find_nodes(op="placeholder")[0] for graph in calls.graphs)
-        into = way.parting(calls.entering)
-        return _one_of(self._goes_to(_Site(module, node), into, entered, True) for node in inputs)
-
-    def _leaves(self, module: nn.Module, way: _Way, entered: _Entered) -> _Way:
-        """Follows the value returned by a module to the neurons."""
-        name = type(module).__name__
-        _check_hooks(module, name, _OUTPUT_HOOKS)
-        self._check_callers(module)
-        leaving = self.calls[module].leaving
-        if module is self.model:
-            raise _Leave(f"{way.what} is that of the model")
-        if leaving is None:
-            raise _Leave(f"{way.what} goes through {name}")
-        if not self.sites[module]:
-            raise _Leave(f"{way.what} is that of {name}, which nothing calls")
-        return _one_of(self._goes_to(site, way.parting(leaving), entered) for site in self.sites[module])
-
-
-def _one_of(found: Iterable[_Way]) -> _Way:
-    ways = set(found)
-    if len(ways) > 1:
-        raise _Leave(f"its output goes to {' and '.join(sorted(type(way.layer).__name__ for way in ways))}")
-    return ways.pop()
-
-
-_OUTPUT_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
-_INPUT_HOOKS = ("_forward_pre_hooks", "_backward_hooks")
-
-
-def _check_hooks(module: nn.Module, name: str, kinds: Sequence[str]) -> None:
-    """Refuses hooks that would see values no longer normalised."""
-    if any(getattr(module, kind) for kind in kinds):
-        raise _Leave(f"{name} has hooks, which would see values that are not normalised")
-
-
-def _check_single(module: nn.Module, owners: Sequence[nn.Module], name: str) -> None:
-    if len(owners) > 1:
-        raise _Leave(f"{name} is in the model {len(owners)} times")
-    if "forward" in vars(module):
-        raise _Leave(f"{name} has a forward that is not of its class")
+    if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and type(norm) not in known:
+        return f"{type(norm).__name__} computes something else than torch.nn's"
+    return ""

@@ -60,6 +60,8 @@ class ConvertedLayer(Converted):
     def time_dim(self) -> int | None:  # type: ignore[override]
         return None if isinstance(self, SqueezeMixin) else 1
 
+    takes_steps = False
+
     def forward(self, input_data: Tensor) -> Tensor:
         if isinstance(self, SqueezeMixin):
             return self.squeeze_forward(input_data, self._steps)  # type: ignore[no-any-return]

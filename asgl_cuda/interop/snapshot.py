@@ -40,7 +40,7 @@ class Snapshot:
 
     def holds(self, function: Any, *others: Any) -> bool:
         """Whether all are unchanged."""
-        if function is not self.function and not (self.names and type(function) is type(self.function)):
+        if function is not self.function and not (self.names and _is_kind_of(function, self.function)):
             return False
         values = self._values_of(function) if self.names else ()
         if torch.compiler.is_compiling():
@@ -59,6 +59,11 @@ class Snapshot:
 
     def _values_of(self, function: Any) -> tuple[Any, ...]:
         return tuple([_attribute(function, name) for name in self.names])
+
+
+def _is_kind_of(function: Any, other: Any) -> bool:
+    """Whether the classes are equal; torch.export wraps shared modules in subclasses."""
+    return type(function) is type(other) or (torch.compiler.is_compiling() and isinstance(function, type(other)))
 
 
 def _attribute(function: Any, path: str) -> Any:

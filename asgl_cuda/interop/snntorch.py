@@ -24,10 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import HALF_TYPES
+from ..pending import Pending
 from ..transforms import transforming
 from .converted import Converted, Found, InStream, Settings, Streamed, Wrapper, bare_class, known_class, number
-from .normalised import Normalised
-from .pending import Pending
 from .snapshot import version_of
 from .steps import Known
 
@@ -181,7 +180,7 @@ class ConvertedLeaky(Converted):
             mem = self.mem
         elif self.init_hidden:
             raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
-        return mem if mem.shape == x_seq.shape[1:] else torch.zeros_like(x_seq[0])
+        return mem if mem.shape == x_seq.shape[1:] else x_seq.new_zeros(x_seq.shape[1:])
 
     def _resets_the_input(self, decay: Tensor | float) -> bool:
         """Whether the threshold is subtracted from the input of a step, with gradients for any beta.
@@ -193,11 +192,11 @@ class ConvertedLeaky(Converted):
                 return False
         elif isinstance(self, snntorch.Lapicque):  # learns no beta
             return False
-        return self.reset_mechanism == "subtract" and not isinstance(self, Normalised)
+        return self.reset_mechanism == "subtract"
 
     def _is_small(self, decay: Tensor | float) -> bool:
         """Whether a sequence is computed step by step; updated after changes of a readable beta."""
-        if self.reset_mechanism != "subtract" or isinstance(self, Normalised):
+        if self.reset_mechanism != "subtract":
             return False
         if isinstance(decay, float):
             return abs(decay) < _SMALL_BETA
@@ -348,7 +347,7 @@ class MultiStep(nn.Module):
 
     def forward(self, x_seq: Tensor, *states: Tensor | None, **named: Tensor | None) -> Any:
         for name, value in (("x_seq", x_seq), *(("a state", state) for state in (*states, *named.values()))):
-            expected = (Tensor, Pending) if name == "x_seq" else (Tensor, NoneType)
+            expected = (Pending, Tensor) if name == "x_seq" else (Tensor, NoneType)
             if not isinstance(value, expected):
                 raise TypeError(f"{_MULTI_STEP}: {name} must be a tensor, got {type(value).__name__}")
         if not isinstance(self.layer, ConvertedLeaky):

@@ -104,7 +104,7 @@ class ConvertedNode(Converted):
         if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not simple:
             value = at_start  # restarts, as in SpikingJelly
         if not isinstance(value, Tensor):
-            return None if value == at_rest and not whole else torch.full_like(x_seq[0], value)
+            return None if value == at_rest and not whole else x_seq.new_full(x_seq.shape[1:], value)
         # Since version 2, SpikingJelly stores states in the input's dtype.
         return value.to(x_seq.dtype) if whole and not simple and hasattr(self, "materialize_states") else value
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..batch_norm import sharing
 from ..call import LIFOutput
-from ..interop.normalised import Normalised
 from ..layer import some_asgl_layers
 from ..layout import channel_dim
 from ..neuron import LIF, BatchNormLIF
@@ -93,32 +92,23 @@ def _shares_of_lif(
     }
 
 
-def _normalisation_of(layer: Any) -> Any:
-    """The batch normalisation that the layer computes, if any."""
-    if isinstance(layer, Normalised):
-        return layer.normalisation.norm
-    return layer if isinstance(layer, BatchNormLIF) else None
-
-
 def _uses_batch(norm: Any) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _constant_channels(layer: LIF, x_seq: Tensor) -> dict[str, Tensor]:
+def _constant_channels(norm: Any, x_seq: Tensor, channel: int) -> dict[str, Tensor]:
     """Which channels vary too little to be normalised by their own statistics."""
-    norm = _normalisation_of(layer)
     if norm is None or not _uses_batch(norm):
         return {}
     group = getattr(norm, "process_group", None)
     if isinstance(norm, nn.SyncBatchNorm):
         group = group or "world"
-    *_, variance = batch_statistics(x_seq, channel_dim(layer.time_dim % x_seq.dim()), sharing(group))
+    *_, variance = batch_statistics(x_seq, channel, sharing(group))
     return {"constant": variance <= _LITTLE * norm.eps}
 
 
-def _remedy(layer: Any, size: str, threshold: str) -> str:
+def _remedy(norm: Any, size: str, threshold: str) -> str:
     """What helps potentials of the wrong scale: neither what the layer is already, nor what `calibrate` refuses."""
-    norm = _normalisation_of(layer)
     if norm is None:
         return (
             f"{size} weights in front, which asgl_cuda.calibrate(model, x_seq) sets where there are trained ones; or a "
@@ -130,7 +120,7 @@ def _remedy(layer: Any, size: str, threshold: str) -> str:
     return own if _uses_batch(norm) else f"running statistics of such inputs, by batches in training mode; or {own}"
 
 
-def _problem(values: Mapping[str, float], layer: Any) -> str | None:
+def _problem(values: Mapping[str, float], layer: Any, norm: Any) -> str | None:
     """The problem of a layer with these quantities, and a remedy."""
     rate, inside, dead = values.get("firing_rate"), values.get("inside", 1.0), values.get("dead", 0.0)
     if rate is None:
@@ -143,14 +133,14 @@ def _problem(values: Mapping[str, float], layer: Any) -> str | None:
         )
     if math.isnan(values["width"]) or math.isnan(values.get("smoothing_error", 0.0)):
         return "its potentials or its width are NaN: a smaller learning rate, or clipped gradients"
-    seen, helps = [], _remedy(layer, "differently scaled", "different")
+    seen, helps = [], _remedy(norm, "differently scaled", "different")
     if rate == 0 or dead > _MANY:
         seen.append("no neuron ever fired" if rate == 0 else f"{dead:.0%} of the neurons never fired (dead)")
-        helps = "other inputs" if _normalisation_of(layer) is not None else "a normalisation in front, or other inputs"
-        helps = _remedy(layer, "larger", "lower") if rate < _RARE else helps
+        helps = "other inputs" if norm is not None else "a normalisation in front, or other inputs"
+        helps = _remedy(norm, "larger", "lower") if rate < _RARE else helps
     elif values.get("saturated", 0.0) > _MANY:
         seen.append(f"{values['saturated']:.0%} of the neurons fired at every step (saturated)")
-        helps = _remedy(layer, "smaller", "higher")
+        helps = _remedy(norm, "smaller", "higher")
     if inside < _FEW_INSIDE:
         passes = "no" if inside == 0 and getattr(layer, "surrogate", None) == "rectangle" else "hardly any"
         window, width = "inside the window of the surrogate, abs(u) < width / 2", "; or a larger width"
@@ -202,6 +192,7 @@ class Monitor:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         # Input, potential and random state before a call.
         self._before: dict[nn.Module, tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]] = {}
+        self._norms: dict[nn.Module, Any] = {}  # normalisations that the layers compute
         self.reset()
 
     def reset(self) -> None:
@@ -240,6 +231,8 @@ class Monitor:
             return
         if not isinstance(x_seq, Tensor):
             return
+        own = layer if isinstance(layer, BatchNormLIF) else None
+        self._norms[layer] = more["pending"].norm if "pending" in more else own
         device, rng_state = x_seq.device, None
         if layer.training and layer.analog_prob > 0:
             cpu = device.type == "cpu"  # torch.cpu has no get_rng_state
@@ -252,7 +245,10 @@ class Monitor:
         if torch.compiler.is_compiling() or transforming() or not isinstance(s_seq, Tensor) or s_seq.numel() == 0:
             return
         if before := self._before.pop(layer, None):
-            shares = _shares_of_lif(layer, *before, s_seq) | _constant_channels(layer, before[0])
+            shares = _shares_of_lif(layer, *before, s_seq)
+            x_seq, more, *_ = before
+            channel = more["pending"].channel if "pending" in more else channel_dim(layer.time_dim % x_seq.dim())
+            shares |= _constant_channels(self._norms.get(layer), x_seq, channel)
         else:
             # H(0) = 1/2, so smooth values show the hard spike, too.
             shares = {"firing_rate": s_seq >= 0.5, "analog_share": s_seq != s_seq.round()}
@@ -272,7 +268,10 @@ class Monitor:
         found = self.result()
         if all("firing_rate" not in values for values in found.values()):
             return ["nothing was seen: no call of the model inside `with monitor:` that is not compiled or transformed"]
-        problems = {name: _problem(values, self._layers[name]) for name, values in found.items()}
+        problems = {
+            name: _problem(values, self._layers[name], self._norms.get(self._layers[name]))
+            for name, values in found.items()
+        }
         return [f"{name or '(the model)'}: {problem}" for name, problem in problems.items() if problem is not None]
 
     def scalars(self) -> dict[str, float]:

@@ -153,12 +153,12 @@ class Training:
         self.model = network.make(neuron).to(device, dtype)
         if converted:
             asgl_cuda.convert(self.model, inplace=True, backend=converted)
+        self._x_seq = torch.rand(network.input_shape, device=device, dtype=dtype)
         if fused:
-            _, report = asgl_cuda.fuse(self.model, inplace=True)
+            _, report = asgl_cuda.fuse(self.model, self._x_seq, inplace=True)
             if len(report.left) != network.left:
                 raise RuntimeError(f"not all of the network is fused:\n{report}")
         self.device = device
-        self._x_seq = torch.rand(network.input_shape, device=device, dtype=dtype)
         self._labels = torch.randint(network.classes, network.input_shape[1:2], device=device)
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
 

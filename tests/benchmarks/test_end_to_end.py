@@ -145,8 +145,8 @@ def test_fused_blocks_train_as_unfused_ones():
 @needs_kernels
 @pytest.mark.parametrize("wrong", [{"eps": 2e-5}, {"analog_prob": 0.25}, {"width": 1.1}])
 def test_other_blocks_are_refused(monkeypatch, wrong):
-    def fuse(model, inplace):
-        fused, report = asgl_cuda.fuse(model, inplace=inplace)
+    def fuse(model, *example, inplace):
+        fused, report = asgl_cuda.fuse(model, *example, inplace=inplace)
         for layer in model.modules():
             for name, value in wrong.items():
                 if name == "width" and isinstance(layer, asgl_cuda.LIF):

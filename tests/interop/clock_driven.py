@@ -207,9 +207,9 @@ def test_a_normalisation_in_a_container():
     model = nn.Sequential(
         layer.SeqToANNContainer(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), neuron.MultiStepLIFNode(detach_reset=True)
     )
-    fast, report = asgl_cuda.fuse(asgl_cuda.convert(model)[0])
-    assert (len(report.replaced), report.left) == (1, [])
     x_seq = torch.randn(T, B, 2, 5, 5)
+    fast, report = asgl_cuda.fuse(asgl_cuda.convert(model)[0], x_seq)
+    assert (len(report.replaced), report.left) == (1, [])
     theirs, ours = model(x_seq), fast(x_seq)
     assert torch.equal(ours, theirs)
     torch.testing.assert_close(fast[1].v_seq, model[1].v_seq)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import asgl_cuda
 from asgl_cuda.interop.converted import Converted
-from asgl_cuda.interop.normalised import Normalised
+from asgl_cuda.interop.fuse import Fused
 from asgl_cuda.selfcheck import THRESHOLD_BAND
 
 SHAPE = (5, 3, 7)  # T, B, neurons
@@ -300,9 +300,9 @@ def assert_alike(model, x_seq, pairs, backend, call=None):
     """
     scattered(model)
     classes = [type(module) for module in model.modules()]
-    fused, report = asgl_cuda.fuse(model)
+    fused, report = asgl_cuda.fuse(model, x_seq)
     assert (len(report.replaced), report.left) == (pairs, []), report
-    assert len([module for module in fused.modules() if isinstance(module, Normalised)]) == pairs
+    assert len([module for module in fused.modules() if isinstance(module, Fused)]) == pairs
     on(fused, backend)
     expected = history(on(asgl_cuda.convert(model)[0], backend), x_seq, call)
     assert 0.02 < expected["output 1"].count_nonzero() / expected["output 1"].numel() < 0.98
@@ -311,13 +311,13 @@ def assert_alike(model, x_seq, pairs, backend, call=None):
     found = {name: expected[name] for name in original}
     torch.testing.assert_close(found, original, rtol=1e-4, atol=1e-6, check_dtype=False)
     assert list(fused.state_dict()) == list(model.state_dict())
-    back, report = asgl_cuda.unfuse(asgl_cuda.fuse(model)[0])
-    assert (len(report.replaced), report.left) == (pairs, [])
+    back, report = asgl_cuda.unfuse(asgl_cuda.fuse(model, x_seq)[0])
+    assert len([row for row in report.replaced if row.layer.startswith("Fused")]) == pairs
     assert [type(module) for module in back.modules()] == classes
     back = on(asgl_cuda.convert(back)[0], backend)
     torch.testing.assert_close(history(back, x_seq, call), expected, rtol=1e-9, atol=1e-11)
 
 
-def reasons(model):
-    _, report = asgl_cuda.fuse(model)
+def reasons(model, *example):
+    _, report = asgl_cuda.fuse(model, *example)
     return {row.path: row.reason for row in report.left}

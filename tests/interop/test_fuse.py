@@ -1,15 +1,18 @@
-"""Outputs, gradients and statistics of fused layers of each library."""
+"""Outputs, gradients and statistics of fused models: neurons of each library, views and sums in between."""
+
+import operator
+import sys
 
 import authors_code
-import norse.torch as norse
 import pytest
 import sinabs.activation
 import sinabs.layers
 import snntorch
 import torch
 from comparison import Stack
-from conversions import SINGLE, B, C, T, assert_alike, assert_same_sums, authors_layer, history, on, reasons, scattered
-from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from conversions import SINGLE, B, C, T, assert_alike, assert_same_sums, authors_layer, history, on, scattered
+from spikingjelly.activation_based import layer, neuron, surrogate
+from spikingjelly.activation_based.model import spiking_resnet
 from torch import nn
 
 import asgl_cuda
@@ -18,247 +21,331 @@ from asgl_cuda.over_time import OverTime
 
 pytestmark = pytest.mark.usefixtures("in_double")
 
-
-OURS = {
-    "over time": (lambda: [OverTime(nn.Sequential(nn.Conv2d(C, 4, 3), nn.BatchNorm2d(4))), asgl_cuda.LIF()], (C, 6, 6)),
-    "nested": (
-        lambda: [
-            nn.Sequential(OverTime(nn.Conv2d(C, 4, 3)), nn.Sequential(OverTime(nn.BatchNorm2d(4)))),
-            nn.Sequential(nn.Sequential(asgl_cuda.LIF(4, granularity="channel", learn_decay=True)), nn.Flatten(3)),
-        ],
-        (C, 6, 6),
-    ),
-    "by unflatten": (
-        lambda: [nn.Flatten(0, 1), nn.BatchNorm1d(C), nn.Unflatten(0, (T, B)), asgl_cuda.LIF(detach_reset=True)],
-        (C,),
-    ),
-    "3d": (lambda: [OverTime(nn.BatchNorm3d(C)), asgl_cuda.LIF(v_reset=None)], (C, 2, 3, 4)),
-    "1d with a length": (lambda: [OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(scale_output=True)], (C, 6)),
-    "batch first": (lambda: [OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(time_dim=1)], (C, 6)),
-    "sync": (lambda: [OverTime(nn.SyncBatchNorm(C)), asgl_cuda.LIF()], (C, 2, 2)),
-    "no affine": (lambda: [OverTime(nn.BatchNorm1d(C, affine=False)), asgl_cuda.LIF()], (C, 6)),
-    "no statistics": (lambda: [OverTime(nn.BatchNorm1d(C, track_running_stats=False)), asgl_cuda.LIF()], (C, 6)),
-    "average of all": (lambda: [OverTime(nn.BatchNorm1d(C, eps=0.1, momentum=None)), asgl_cuda.LIF()], (C, 6)),
-    "stateful": (lambda: [OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(stateful=True, detach_reset=True)], (C, 6)),
-    "gain and rest": (
-        lambda: [
-            OverTime(nn.BatchNorm1d(C)),
-            asgl_cuda.LIF(input_gain=0.7, v_rest=0.2, v_reset=None, reset_amount=0.5, strict_threshold=True),
-        ],
-        (C, 6),
-    ),
-}
+H = 4
+SHAPE = (T, B, C, H, H)
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_layers_of_asgl_cuda(name, backend):
-    make, shape = OURS[name]
-
-    def call(model, x_seq):
-        out = model(x_seq)
-        for module in model.modules():
-            if isinstance(module, asgl_cuda.LIF):
-                module.detach_()
-        return out
-
-    assert_alike(nn.Sequential(*make()), torch.randn(T, B, *shape), 1, backend, call)
+def call(model, x):
+    """For neurons whose state is reset between calls."""
+    return model(x)
 
 
-@pytest.mark.parametrize("time_dim", [2, -1])
-def test_time_last(time_dim, backend):
-    """In `[B, C, T]` the dimension that torch.nn takes for the length is the time."""
-    model = nn.Sequential(nn.Conv1d(C, 4, 3), nn.BatchNorm1d(4), asgl_cuda.LIF(time_dim=time_dim))
-    assert_alike(model, torch.randn(B, C, 9), 1, backend)
+# ---- neurons ----
 
 
-def test_a_forward_that_is_traced(backend):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first = OverTime(nn.Conv2d(1, C, 3, padding=1))
-            self.bn, self.lif = nn.BatchNorm2d(C), asgl_cuda.LIF()
-            self.steps = nn.ModuleList([OverTime(nn.BatchNorm2d(C)), asgl_cuda.LIF()])
-
-        def forward(self, x_seq, scale=None):
-            if scale is not None:
-                x_seq = x_seq * scale
-            y_seq = self.first(x_seq)
-            time, batch = y_seq.shape[:2]
-            y = self.bn(y_seq.flatten(0, 1))
-            y_seq = self.lif(torch.unflatten(y, dim=0, sizes=(y.size(0) // batch, y.shape[0] // time)))
-            for module in self.steps:
-                y_seq = module(y_seq)
-            return y_seq
-
-    assert_alike(Net(), torch.randn(T, B, 1, 4, 4), 2, backend)
+def ours(norm, **options):
+    return lambda: nn.Sequential(OverTime(norm), asgl_cuda.LIF(**options))
 
 
-def test_a_loop_over_time_that_is_traced(backend):
-    def forward(net, x_seq):
-        mem, out = torch.zeros(B, C), []
-        for step in range(T):
-            spk, mem = net.leaky(net.bn(net.fc(x_seq[step])), mem)
-            out += [spk, mem]
-        return torch.stack(out)
-
-    loop = Stack(forward, fc=nn.Linear(6, C), bn=nn.BatchNorm1d(C), leaky=snntorch.Leaky(beta=0.5))
-    assert_alike(loop, torch.randn(T, B, 6), 1, backend)
+def jelly(norm, node):
+    norm.step_mode = node.step_mode = "m"
+    return nn.Sequential(norm, node)
 
 
-def jelly(made, mode="m"):
-    functional.set_step_mode(made, mode)
-    return made
+def sinabs_with(made):
+    return nn.Sequential(nn.BatchNorm2d(C), *([] if "Squeeze" in type(made).__name__ else [UNFLATTEN]), made)
 
 
-def over_steps(model, x_seq):
-    return torch.stack([model(x) for x in x_seq])
-
-
-SPIKINGJELLY = {
-    "LIFNode": lambda: [layer.BatchNorm2d(C), neuron.LIFNode()],
-    "ParametricLIFNode": lambda: [layer.BatchNorm2d(C), neuron.ParametricLIFNode(v_reset=None)],
-    "ParametricLIFNode, x undecayed": lambda: [layer.BatchNorm2d(C), neuron.ParametricLIFNode(decay_input=False)],
-    "ParametricLIFNode, no affine": lambda: [layer.BatchNorm2d(C, affine=False), neuron.ParametricLIFNode()],
-    "IFNode": lambda: [layer.BatchNorm2d(C), neuron.IFNode(surrogate_function=surrogate.ATan())],
-    "SeqToANNContainer": lambda: [
-        layer.SeqToANNContainer(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)),
-        neuron.LIFNode(v_reset=0.1),
-    ],
-    "tdBN": lambda: [layer.ThresholdDependentBatchNorm2d(0.7, 1.0, C), neuron.LIFNode(tau=1.5)],
-    "OverTime": lambda: [OverTime(nn.BatchNorm2d(C)), neuron.LIFNode()],
-}
-
-
-@pytest.mark.parametrize("name", SPIKINGJELLY)
-def test_spikingjelly(name, backend):
-    model = nn.Sequential(*SPIKINGJELLY[name]())
-    for module in model:
-        if isinstance(module, neuron.BaseNode | layer.BatchNorm2d):
-            module.step_mode = "m"
-    assert_alike(model, 2 * torch.randn(T, B, C, 4, 4), 1, backend, lambda model, x: model(x))
-
-
-@pytest.mark.parametrize("mode", ["s", "a container of single steps"])
-def test_spikingjelly_a_step_a_call(mode, backend):
-    parts = jelly(nn.Sequential(layer.Linear(6, C), layer.BatchNorm1d(C), neuron.LIFNode(tau=1.5)), "s")
-    if mode == "s":
-        assert_alike(parts, 3 * torch.randn(T, B, 6), 1, backend, over_steps)
-    else:
-        assert_alike(layer.MultiStepContainer(*parts), 3 * torch.randn(T, B, 6), 1, backend, lambda model, x: model(x))
-
-
-def test_step_modes_set_after_fusing(backend):
-    model = scattered(nn.Sequential(layer.BatchNorm1d(C, step_mode="m"), neuron.LIFNode(step_mode="m"))).eval()
-    fused = on(asgl_cuda.fuse(model)[0], backend)
-    x_seq = 3 * torch.randn(T, B, C)
-    expected = model(x_seq)
-    assert expected.any()
-    torch.testing.assert_close(over_steps(jelly(fused, "s"), x_seq), expected)
-
-
-def test_snntorch(backend):
-    model = nn.Sequential(
-        nn.Linear(6, C), nn.BatchNorm1d(C), snntorch.Leaky(beta=0.9, init_hidden=True, learn_beta=True)
-    )
-    assert_alike(model, 3 * torch.randn(T, B, 6), 1, backend, over_steps)
-
-
-def test_multi_step(backend):
-    """MultiStep converts the layer, which thus has a backend before fusion."""
-    model = nn.Sequential(OverTime(nn.BatchNorm1d(C)), MultiStep(snntorch.Leaky(beta=0.9, init_hidden=True)))
-    assert_alike(on(model, backend), 2 * torch.randn(T, B, C), 1, backend, lambda model, x: model(x))
-    plain = asgl_cuda.unfuse(asgl_cuda.fuse(model)[0])[0]
-    assert type(plain[1].layer).__name__ == "ConvertedLeaky"
-
-
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize(
-    "tau", [torch.tensor(400.0), torch.tensor([300.0, 400.0, 500.0]), torch.tensor([[300.0], [400.0], [500.0]])]
+UNFLATTEN = sinabs.layers.UnflattenTime(B)
+ONE, SEVERAL = (
+    {"spike_threshold": torch.tensor(0.3), **SINGLE},
+    {"spike_threshold": torch.tensor(0.3), "min_v_mem": -0.5},
 )
-def test_norse(tau, affine, backend):
-    """The input current has a gain and, from v_leak, a bias; also one gain a channel."""
-    p = norse.LIFBoxParameters(tau_mem_inv=tau, v_leak=torch.tensor(0.4), v_th=torch.tensor(0.8))
-    model = norse.SequentialState(nn.BatchNorm1d(C, affine=affine), norse.LIFBoxCell(p))
-
-    def call(model, x_seq):
-        state, out = None, []
-        for x in x_seq:
-            spikes, state = model(x, state)
-            out += [spikes, state[-1].v]
-        return torch.stack(out)
-
-    assert_alike(model, 2 * torch.randn(T, B, C, *[2] * (tau.dim() - 1)), 1, backend, call)
-
-
-def test_norse_with_other_modules_between():
-    made = norse.SequentialState(nn.BatchNorm1d(C), norse.LIFBoxCell(), return_hidden=True)
-    assert "the forward of SequentialState can't be traced" in reasons(made)["0"]
-    made = norse.SequentialState(norse.LIFBoxCell(), nn.BatchNorm1d(C))
-    model = nn.Sequential(made, asgl_cuda.LIF())
-    assert reasons(model) == {"0.1": "its output goes through SequentialState"}
-
-
-THRESHOLD = {"spike_threshold": torch.tensor(0.3, dtype=torch.float64)}
-SPIKES = {"SingleSpike": {**THRESHOLD, **SINGLE}, "MultiSpike": {**THRESHOLD, "min_v_mem": -0.5}}
-
-
-@pytest.mark.parametrize("options", SPIKES.values(), ids=SPIKES)
-@pytest.mark.parametrize("name", ["LIFSqueeze", "IAFSqueeze", "LIF", "LIF by channel", "IAF"])
-def test_sinabs(name, options, backend):
-    if name.endswith("Squeeze"):
-        made = getattr(sinabs.layers, name)(**({"tau_mem": 3.0} if "LIF" in name else {}), batch_size=B, **options)
-        parts = [nn.BatchNorm2d(C), made]
-    else:
-        tau = torch.tensor([2.0, 3.0, 4.0])[:, None, None] if "channel" in name else 3.0
-        made = sinabs.layers.IAF(**options) if name == "IAF" else sinabs.layers.LIF(tau, **options)
-        parts = [nn.BatchNorm2d(C), sinabs.layers.UnflattenTime(B), made]
-    assert_alike(nn.Sequential(*parts), 2 * torch.randn(B * T, C, 2, 2), 1, backend, lambda model, x: model(x))
-
-
-def test_sinabs_repeat(backend):
-    model = nn.Sequential(sinabs.layers.Repeat(nn.BatchNorm2d(C)), sinabs.layers.IAF(**SPIKES["SingleSpike"]))
-    assert_alike(model, torch.randn(B, T, C, 2, 2), 1, backend, lambda model, x: model(x))
-
-
-@pytest.mark.parametrize("apart", [False, True])
-def test_the_authors_code(apart, backend):
-    parts = [nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)]
-    wrapped = [authors_code.tdLayer(part, T) for part in parts] if apart else [
-        authors_code.tdLayer(nn.Sequential(*parts), T)
-    ]  # fmt: skip
-    model = nn.Sequential(*wrapped, authors_layer(T, retain_v=False))
-    model(torch.randn(T, B, C, 4, 4))  # the width becomes a parameter
-
-    assert_alike(model, torch.randn(T, B, C, 4, 4), 1, backend)
+NEURONS = {
+    "3d": (ours(nn.BatchNorm3d(C), v_reset=None), (T, B, C, 2, 3, 4)),
+    "1d, values learned by channel": (
+        ours(nn.BatchNorm1d(C), num_features=C, granularity="channel", learn_decay=True), (T, B, C, 6),
+    ),
+    "without a length": (ours(nn.BatchNorm1d(C), scale_output=True), (T, B, C)),
+    "batch first": (ours(nn.BatchNorm1d(C), time_dim=1), (T, B, C, 6)),
+    "time last": (lambda: nn.Sequential(nn.Conv1d(C, C, 3), nn.BatchNorm1d(C), asgl_cuda.LIF(time_dim=-1)), (B, C, 9)),
+    "sync": (ours(nn.SyncBatchNorm(C)), SHAPE),
+    "no affine": (ours(nn.BatchNorm2d(C, affine=False)), SHAPE),
+    "no statistics": (ours(nn.BatchNorm2d(C, track_running_stats=False)), SHAPE),
+    "average of all": (ours(nn.BatchNorm2d(C, eps=0.1, momentum=None)), SHAPE),
+    "gain and rest": (
+        ours(nn.BatchNorm2d(C), input_gain=0.7, v_rest=0.2, v_reset=None, reset_amount=0.5, strict_threshold=True),
+        SHAPE,
+    ),
+    "all steps noisy": (ours(nn.BatchNorm2d(C), analog_prob=1.0), SHAPE),
+    "LIFNode": (lambda: jelly(layer.BatchNorm2d(C), neuron.LIFNode(tau=1.5, v_reset=0.1)), SHAPE),
+    "ParametricLIFNode": (lambda: jelly(layer.BatchNorm2d(C), neuron.ParametricLIFNode(v_reset=None)), SHAPE),
+    "ParametricLIFNode, no affine": (
+        lambda: jelly(layer.BatchNorm2d(C, affine=False), neuron.ParametricLIFNode()), SHAPE,
+    ),
+    "IFNode": (lambda: jelly(layer.BatchNorm2d(C), neuron.IFNode(surrogate_function=surrogate.ATan())), SHAPE),
+    "tdBN": (lambda: jelly(layer.ThresholdDependentBatchNorm2d(0.7, 1.0, C), neuron.LIFNode(tau=1.5)), SHAPE),
+    "SeqToANNContainer": (
+        lambda: jelly(layer.SeqToANNContainer(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)), neuron.LIFNode()), SHAPE,
+    ),
+    "MultiStep": (
+        lambda: nn.Sequential(OverTime(nn.BatchNorm1d(C)), MultiStep(snntorch.Leaky(beta=0.9, init_hidden=True))),
+        (T, B, C),
+    ),
+    "tdLayer": (
+        lambda: nn.Sequential(authors_code.tdLayer(nn.BatchNorm2d(C), T), authors_layer(T, retain_v=False)), SHAPE,
+    ),
+    "sinabs' LIF": (lambda: sinabs_with(sinabs.layers.LIF(3.0, norm_input=True, **ONE)), (B * T, C, 2, 2)),
+    "sinabs' LIF by channel": (
+        lambda: sinabs_with(sinabs.layers.LIF(torch.arange(2.0, 2.0 + C)[:, None, None], norm_input=True, **SEVERAL)),
+        (B * T, C, 2, 2),
+    ),
+    "sinabs' LIFSqueeze": (
+        lambda: sinabs_with(sinabs.layers.LIFSqueeze(tau_mem=3.0, batch_size=B, **SEVERAL)), (B * T, C, 2, 2),
+    ),
+    "sinabs' IAF": (lambda: sinabs_with(sinabs.layers.IAF(**ONE)), (B * T, C, 2, 2)),
+}  # fmt: skip
 
 
-def test_a_layer_named_like_the_authors_that_is_not():
-    class tdLayer(nn.Module):  # noqa: N801
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.BatchNorm2d(C)
-
-        def forward(self, x):
-            return torch.stack([self.layer(step) for step in x])
-
-    _, report = asgl_cuda.fuse(nn.Sequential(tdLayer(), asgl_cuda.LIF()))
-    assert "the forward of tdLayer can't be traced" in report.left[0].reason
+@pytest.mark.parametrize("name", NEURONS)
+def test_neurons(name, backend):
+    make, shape = NEURONS[name]
+    model = make()
+    if name == "tdLayer":
+        model(torch.randn(shape))  # the width becomes a parameter
+    assert_alike(on(model.double(), backend), 2 * torch.randn(shape), 1, backend, None if "lif" in name else call)
 
 
-def test_noise_and_float32(backend):
-    """Float32 roundings may flip hard spikes: training has none with analog_prob 1, and in evaluation none flips."""
-    model = nn.Sequential(OverTime(nn.Sequential(nn.Linear(6, C), nn.BatchNorm1d(C))), asgl_cuda.LIF(analog_prob=1.0))
-    assert_alike(model, torch.randn(T, B, 6), 1, backend)
-    model = scattered(model.float())
-    x_seq = torch.randn(T, B, 6, dtype=torch.float32)
-    fused = on(asgl_cuda.fuse(model)[0], backend)
-    assert_same_sums(history(fused, x_seq), history(model, x_seq))
+# ---- views ----
 
 
-def test_the_neurons_mode_is_that_of_the_noise_and_the_normalisations_that_of_the_statistics(backend):
+def views(forward, norm=nn.BatchNorm1d, **parts):
+    """Neurons behind `forward` of a normalised value."""
+    return Stack(lambda net, x: net.lif(forward(net, x)), norm=norm(C), lif=asgl_cuda.LIF(analog_prob=0.0), **parts)
+
+
+def linear(net, x):
+    """Of a published transformer: the channels are last."""
+    y = net.norm(net.fc(x.flatten(0, 1)).transpose(-1, -2))
+    return y.transpose(-1, -2).reshape(*x.shape[:3], C).contiguous()
+
+
+VIEWS = {
+    "reshape": lambda net, x: net.norm(x.flatten(0, 1)).reshape(T, B, C, 6).contiguous(),
+    "view, torch.flatten": lambda net, x: torch.flatten(net.norm(x.flatten(0, 1)).view(T, B, C, 2, 3), 3),
+    "view_as": lambda net, x: net.norm(x.flatten(0, 1)).view_as(x),
+    "unflatten by keyword": lambda net, x: torch.unflatten(net.norm(x.flatten(0, 1)), dim=0, sizes=x.shape[:2]),
+    "sizes of the value": lambda net, x: (lambda y: y.unflatten(0, (y.size(0) // B, y.shape[0] // T)))(
+        net.norm(x.flatten(0, 1))
+    ),
+    "transpose": lambda net, x: net.norm(x.flatten(0, 1)).transpose(-1, -2).reshape(T, B, 6, C),
+    "permute, a dimension split": lambda net, x: net.norm(x.flatten(0, 1)).view(T, B, C, 2, 3).permute(0, 1, 3, 4, 2),
+    "torch.permute": lambda net, x: torch.permute(net.norm(x.flatten(0, 1)).view(T, B, C, 6), (0, 3, 1, 2)),
+    "movedim": lambda net, x: net.norm(x.flatten(0, 1)).view(T, B, C, 6).movedim(2, -1),
+    "channels in front of batch": lambda net, x: net.norm(x.flatten(0, 1)).view(T, B, C, 6).swapaxes(1, 2),
+    "squeeze": lambda net, x: net.norm(x.flatten(0, 1)).unsqueeze(2).squeeze(2).view(T, B, C, 6),
+    "rows in the batch": lambda net, x: net.norm(x.flatten(0, 1)).view(T, B, C, 6).permute(0, 1, 3, 2).flatten(1, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views(name, backend):
+    assert_alike(views(VIEWS[name]), 2 * torch.randn(T, B, C, 6), 1, backend)
+
+
+def test_channels_last_are_not_copied(backend, monkeypatch):
+    """What the operator gets is a view of the linear layer's output."""
+    fuse = sys.modules["asgl_cuda.interop.fuse"]
+    model, seen = views(linear, fc=nn.Linear(6, C)), []
+    original = fuse.module_batch_norm_lif
+    monkeypatch.setattr(
+        fuse, "module_batch_norm_lif", lambda norm, x, **more: seen.append(x) or original(norm, x, **more)
+    )
+    assert_alike(model, 2 * torch.randn(T, B, 5, 6), 1, backend)
+    assert all(x.shape == (T, B, C, 5) and x.movedim(2, -1).is_contiguous() for x in seen)
+    assert len(seen) > 2
+
+
+def test_noise_falls_on_the_same_elements(backend):
+    """Else the value is computed: the layout of the input is not the value's."""
+    parts = {"norm": nn.BatchNorm2d(C), "lif": asgl_cuda.LIF(analog_prob=0.3)}
+    model = Stack(lambda net, x: net.lif(net.norm(x.flatten(0, 1)).view(T, B, C, -1).transpose(2, 3)), **parts)
+    x_seq = torch.randn(SHAPE)
+    for x, joined in ((x_seq, 0), (x_seq.movedim(2, -1).contiguous().movedim(-1, 2), 1)):
+        fused, report = asgl_cuda.fuse(scattered(model), x)
+        assert len(report.replaced) == joined
+        assert joined or "whose noise would fall on other elements in this layout" in report.left[0].reason
+        expected = history(on(model, backend), x)
+        assert expected["output 1"].frac().any()
+        if joined == 0:
+            torch.testing.assert_close(history(on(fused, backend), x), expected)
+
+
+class Attention(nn.Module):
+    """Queries, keys and values of spikes, as published transformers have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv1d(8, 8, 1, bias=False) for _ in range(4)])
+        self.norms = nn.ModuleList([nn.BatchNorm1d(8) for _ in range(4)])
+        self.lifs = nn.ModuleList([neuron.LIFNode(v_threshold=0.4, step_mode="m") for _ in range(5)])
+
+    def forward(self, x):
+        parts = []
+        for conv, norm, lif in zip(self.convs[:3], self.norms[:3], self.lifs[:3], strict=True):
+            s = lif(norm(conv(x.flatten(3).flatten(0, 1))).reshape(*x.shape[:3], -1))
+            parts.append(s.unflatten(2, (2, 4)).transpose(-1, -2))
+        q, k, v = parts
+        y = self.lifs[3](((q @ k.transpose(-1, -2)) @ v / 8).transpose(-1, -2).reshape(*x.shape[:3], -1))
+        return self.lifs[4](self.norms[3](self.convs[3](y.flatten(0, 1))).reshape(x.shape) + x)
+
+
+def test_a_transformer(backend):
+    assert_alike(Attention(), 2 * torch.randn(T, B, 8, 3, 2), 4, backend, call)
+
+
+def test_an_attention_of_spikingjelly(backend):
+    attention = pytest.importorskip("spikingjelly.activation_based.layer.attention")
+    model = attention.SpikingSelfAttention(8, 2)
+    for module in model.modules():
+        if isinstance(module, neuron.LIFNode):
+            module.v_threshold = 0.2
+    assert_alike(model, 3 * torch.randn(T, B, 8, 6), 2, backend, call)
+
+
+# ---- sums ----
+
+
+def conv_bn():
+    return nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C))
+
+
+def block(form=operator.add, lif=None, branch=None):
+    """`form` of the normalised value and the input, then neurons."""
+    parts = {"branch": branch or OverTime(conv_bn()), "lif": lif or asgl_cuda.LIF(detach_reset=True)}
+    return Stack(lambda net, x: net.lif(form(net.branch(x), x)), **parts)
+
+
+def in_place(y, x):
+    y += x
+    return y
+
+
+FORMS = {
+    "y + x": operator.add,
+    "x + y": lambda y, x: x + y,
+    "y += x": in_place,
+    "torch.add(y, x)": torch.add,
+    "torch.add(x, y)": lambda y, x: torch.add(x, y),
+    "y.add(x), alpha 1": lambda y, x: y.add(x, alpha=1),
+    "y.add_(x)": lambda y, x: y.add_(x),
+    "expanded": lambda y, x: y + x[:1].expand_as(x),
+    "in another layout": lambda y, x: y + x.transpose(3, 4).contiguous().transpose(3, 4),
+    "views behind": lambda y, x: (y.flatten(0, 1) + x.flatten(0, 1)).unflatten(0, (T, B)).movedim(2, 4).flatten(2, 3),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sums(form, backend):
+    lif = asgl_cuda.LIF(analog_prob=0.0) if form == "views behind" else None
+    assert_alike(block(FORMS[form], lif), torch.randn(SHAPE), 1, backend)
+
+
+SUMMING = {
+    "a gain": lambda: block(lif=asgl_cuda.LIF(input_gain=0.7, v_rest=0.2)),
+    "the residual of the layer": lambda: Stack(
+        lambda net, x: net.lif(net.branch(x), residual=x), branch=OverTime(conv_bn()), lif=asgl_cuda.LIF(input_gain=0.7)
+    ),
+    "ParametricLIFNode": lambda: block(lif=neuron.ParametricLIFNode(v_reset=0.1, step_mode="m")),
+    "MultiStep": lambda: block(lif=MultiStep(snntorch.Leaky(beta=0.9, init_hidden=True))),
+    "tdLayer": lambda: block(lif=authors_layer(T, retain_v=False), branch=authors_code.tdLayer(conv_bn(), T)),
+    "SeqToANNContainer": lambda: block(
+        lif=nn.Sequential(neuron.IFNode(step_mode="m")), branch=layer.SeqToANNContainer(*conv_bn())
+    ),
+    "sinabs": lambda: block(
+        lif=nn.Sequential(UNFLATTEN, sinabs.layers.LIF(3.0, norm_input=True, **ONE)), branch=conv_bn()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUMMING)
+def test_neurons_that_add(name, backend):
+    model, x_seq = SUMMING[name](), 2 * torch.randn(SHAPE)
+    x_seq = x_seq.flatten(0, 1) if name == "sinabs" else x_seq
+    model(x_seq)
+    for module in model.modules():
+        if hasattr(module, "reset_mem"):
+            module.reset_mem()
+    asgl_cuda.reset(model)
+    assert_alike(on(model.double(), backend), x_seq, 1, backend, call)
+
+
+@pytest.mark.parametrize("first", ["branch", "shortcut"])
+def test_two_normalisations_in_a_sum(first, backend):
+    """The first operand is fused, in whatever order the modules are."""
+    parts = {"branch": OverTime(conv_bn()), "shortcut": OverTime(conv_bn())}
+    parts = dict(sorted(parts.items(), reverse=first == "shortcut"))
+    model = Stack(
+        lambda net, x: net.lif(net.branch(x) + net.shortcut(x)), **parts, lif=asgl_cuda.LIF(detach_reset=True)
+    )
+    x_seq = torch.randn(SHAPE)
+    fused, report = asgl_cuda.fuse(scattered(model), x_seq)
+    assert report.replaced == [("lif", "LIF", "normalises as well, instead of branch.layer.1")]
+    assert report.left == [("shortcut.layer.1", "BatchNorm2d", "its output goes to add")]
+    torch.testing.assert_close(
+        history(on(fused, backend), x_seq), history(on(model, backend), x_seq), rtol=1e-9, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize(("name", "fused", "norms"), [("18", 17, 20), ("50", 49, 53)])
+def test_spiking_resnets(name, fused, norms):
+    """The downsampling branches are second operands. In float64 no spike flips."""
+    model = getattr(spiking_resnet, f"spiking_resnet{name}")(
+        spiking_neuron=neuron.LIFNode, num_classes=4, step_mode="m"
+    )
+    for module in model.modules():
+        if hasattr(module, "step_mode"):
+            module.step_mode = "m"
+    x_seq = torch.randn(2, 2, 3, 32, 32)
+    model = asgl_cuda.convert(scattered(model))[0]
+    made, report = asgl_cuda.fuse(model, x_seq)
+    assert (len(report.replaced), len(report.left)) == (fused, norms - fused)
+    assert all("downsample" in row.path for row in report.left)
+    if name == "18":
+        found, expected = (history(each, x_seq, call) for each in (made, model))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+# ---- types and modes ----
+
+
+def test_float32(backend):
+    """With analog_prob 1 nothing is rounded to a spike."""
+    model = scattered(block(lif=asgl_cuda.LIF(analog_prob=1.0))).float()
+    x_seq = torch.randn(SHAPE, dtype=torch.float32)
+    fused, report = asgl_cuda.fuse(model, x_seq)
+    assert len(report.replaced) == 1
+    assert_same_sums(history(on(fused, backend), x_seq), history(model, x_seq))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.bool])
+def test_autocast(dtype, backend):
+    """The convolution gives bfloat16: other summands are added by torch."""
+    model = scattered(block(lambda y, x: y + x.to(dtype), asgl_cuda.LIF(analog_prob=1.0))).float()
+    x_seq, found = torch.randn(SHAPE, dtype=torch.float32), []
+    with torch.autocast("cpu", torch.bfloat16):
+        fused, report = asgl_cuda.fuse(model, x_seq)
+        assert [row.reason for row in report.left] == ([] if dtype == torch.bfloat16 else ["its output goes to add"])
+        for made in (on(fused, backend), model):
+            torch.manual_seed(1)
+            found.append(made(x_seq))
+    torch.testing.assert_close(found[0], found[1], rtol=0.02, atol=0.04)
+
+
+def test_half_types_of_spikingjelly(backend):
+    """Spikes are of a type of their own, to which the input is converted: this does not compute the value."""
+    model = jelly(layer.BatchNorm2d(C), neuron.LIFNode(surrogate_function=surrogate.ATan(), step_mode="m")).bfloat16()
+    x_seq = torch.randn(SHAPE, dtype=torch.bfloat16)
+    fused, report = asgl_cuda.fuse(model, x_seq)
+    assert len(report.replaced) == 1
+    assert (on(fused, backend)(x_seq) != asgl_cuda.convert(model)[0](x_seq)).double().mean() < 0.02
+
+
+def test_modes_of_both_layers(backend):
+    """The neurons' mode is that of the noise, the normalisation's that of the statistics."""
     model = scattered(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(analog_prob=0.5)))
-    fused = on(asgl_cuda.fuse(model)[0], backend)
     x_seq = torch.randn(T, B, C)
+    fused = on(asgl_cuda.fuse(model, x_seq)[0], backend)
     for frozen in (0, 1):
         for net in (model, fused):
             net.train()
@@ -271,21 +358,18 @@ def test_the_neurons_mode_is_that_of_the_noise_and_the_normalisations_that_of_th
         torch.testing.assert_close(fused[0].layer.running_var, model[0].layer.running_var)
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("training", [True, False])
-def test_an_empty_batch(training, momentum, backend):
+def test_an_empty_batch(training, backend):
     """Empty spikes, zero gradients and, in training, a counted batch, as in separate layers."""
-    model = nn.Sequential(OverTime(nn.BatchNorm2d(C, momentum=momentum)), asgl_cuda.LIF())
-    layer = nn.Sequential(asgl_cuda.BatchNormLIF(C, momentum=momentum))
+    model = nn.Sequential(OverTime(nn.BatchNorm2d(C)), asgl_cuda.LIF())
     results = []
-    for net in (model, asgl_cuda.fuse(model)[0], layer):
+    for net in (model, asgl_cuda.fuse(model, torch.randn(SHAPE))[0]):
         x_seq = torch.zeros(T, 0, C, 4, 4, requires_grad=True)
         out = on(net, backend).train(training)(x_seq)
         out.sum().backward()
-        of_norm = net[0] if net is layer else net[0].layer
+        norm = net[0].layer
         results.append(
-            (out.shape, x_seq.grad.shape, *(value.tolist() for _, value in sorted(of_norm.named_buffers())),
-             of_norm.weight.grad.tolist(), of_norm.bias.grad.tolist())
-        )  # fmt: skip
-        assert int(of_norm.num_batches_tracked) == training
-    assert results[1] == results[0] == results[2]
+            (out.shape, x_seq.grad.shape, *(value.tolist() for value in norm.buffers()), norm.weight.grad.tolist())
+        )
+        assert int(norm.num_batches_tracked) == training
+    assert results[1] == results[0]

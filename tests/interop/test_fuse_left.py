@@ -1,4 +1,6 @@
-"""The pairs that `fuse` leaves, and its reasons."""
+"""Normalisations that `fuse` leaves, with the reasons; and what else meets the output of one that is fused."""
+
+import copy
 
 import norse.torch as norse
 import pytest
@@ -7,396 +9,402 @@ import sinabs.layers
 import snntorch
 import torch
 from comparison import Stack
-from conversions import B, C, T, assert_alike, history, on, reasons, scattered
+from conversions import B, C, T, history, reasons, scattered
 from spikingjelly.activation_based import layer, neuron
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
+from asgl_cuda.interop.fuse import Fused
 from asgl_cuda.over_time import OverTime
 
 pytestmark = pytest.mark.usefixtures("in_double")
 
-
-def block():
-    """Convolutions and a shortcut; the sum is the next shortcut, too."""
-
-    def forward(net, x_seq):
-        y = net.bn1(net.conv1(x_seq.flatten(0, 1)))
-        s_seq = net.lif1(y.unflatten(0, x_seq.shape[:2]))
-        sum_ = net.conv2(s_seq) + x_seq
-        return net.lif2(sum_) + sum_
-
-    return Stack(
-        forward, conv1=nn.Conv2d(C, C, 3, padding=1), bn1=nn.BatchNorm2d(C), lif1=asgl_cuda.LIF(),
-        conv2=OverTime(nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C))), lif2=asgl_cuda.LIF(),
-    )  # fmt: skip
+SHAPE = (T, B, C, 4, 4)
 
 
-def test_a_residual_block(backend):
-    model = scattered(block())
-    fused, report = asgl_cuda.fuse(model)
-    assert report.replaced == [("lif1", "LIF", "normalises as well, instead of bn1")]
-    reason = "the sum of its output and another is used 2 times, by LIF and add: it is also the next shortcut"
-    assert report.left == [("conv2.layer.1", "BatchNorm2d", reason)]
-    x_seq = torch.randn(T, B, C, 4, 4)
-    torch.testing.assert_close(history(on(fused, backend), x_seq), history(on(model, backend), x_seq))
-    assert str(report).splitlines() == [
-        "1 replaced, 1 left",
-        "lif1           LIF          normalises as well, instead of bn1",
-        f"conv2.layer.1  BatchNorm2d  left: {reason}",
-    ]
+def plain(net, x):
+    return net.lif(norm(net, x))
 
 
-def norm_and_lif(function, **parts):
-    return Stack(function, bn=OverTime(nn.BatchNorm1d(C)), lif=asgl_cuda.LIF(), **parts)
+def norm(net, x):
+    """The normalised value, in time and batch."""
+    return net.bn(net.conv(x.flatten(0, 1))).unflatten(0, x.shape[:2])
 
 
-def tapped(net, x):
-    y = net.bn(x)
-    return net.lif(y) + y
+def network(forward=plain, **parts):
+    lif = asgl_cuda.LIF(analog_prob=0.0, surrogate="sigmoid")
+    parts = {"conv": nn.Conv2d(C, C, 1), "bn": nn.BatchNorm2d(C), "lif": lif} | parts
+    return scattered(Stack(forward, **parts))
 
 
-def sometimes_tapped(net, x):
-    y = net.bn(x)
-    return (net.lif(y), y) if net.training else net.lif(y)
+# ---- other uses: equal, or an error ----
 
 
-LEFT = {
-    "used twice": (tapped, "its output is used 2 times, by LIF and add"),
-    "used twice in training": (sometimes_tapped, "its output is used 2 times, by LIF and the caller of Stack"),
-    "returned": (lambda net, x: net.bn(net.lif(x)), "its output is that of the model"),
-    "returned with another": (lambda net, x: (net.bn(x), net.lif(x)), "its output goes to the caller of Stack"),
-    "something between": (lambda net, x: net.lif(net.bn(x).relu()), "its output goes to relu"),
-    "a module between": (lambda net, x: net.lif(nn.functional.relu(net.bn(x))), "its output goes to relu"),
-    "no call": (lambda net, x: net.lif(x), "its output is that of OverTime, which nothing calls"),
-    "unused": (lambda net, x: (net.bn(x), net.lif(x))[1], "nothing uses it"),
-    "another input": (
-        lambda net, x: net.lif(net.bn(x)) + net.lif(x),
-        "its output goes to LIF, which is called with something else, too",
+class Doubled(torch.autograd.Function):
+    """Twice the input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def with_value(use):
+    return lambda net, x: use(net, norm(net, x), x)
+
+
+def change_of_an_alias(net, y, x):
+    z = y.view_as(x)
+    y += x
+    return net.lif(z)
+
+
+def alias_of_a_change(net, y, x):
+    alias = y
+    y += x
+    return net.lif(y) + alias
+
+
+def without_gradients(net, x):
+    with torch.no_grad():
+        y = norm(net, x)
+    return net.lif(y + x)
+
+
+def views_without_gradients(net, x):
+    y = net.bn(net.conv(x.flatten(0, 1)))
+    with torch.no_grad():
+        z = y.unflatten(0, x.shape[:2])
+    return net.lif(z + x)
+
+
+def logged(net, y, x):
+    with torch.no_grad():
+        net.mean = y.mean()
+    return net.lif(y)
+
+
+def out_of_order(net, x):
+    first, second = norm(net, x), norm(net, 2 * x)
+    return net.lif(second) + net.lif(first)
+
+
+def frozen_in_between(net, y, x):
+    training = net.bn.training
+    net.bn.eval()
+    s_seq = net.lif(y)
+    net.bn.train(training)
+    return s_seq
+
+
+def asked(net, y, x):
+    return net.lif(y * 2 if isinstance(y, torch.Tensor) else y)
+
+
+def of_two(form):
+    return with_value(lambda net, y, x: net.lif(form(y, x)))
+
+
+# The use, and the reason in a report. Then, the error where the value of a fused normalisation would not be equal.
+AGAIN, SUM = "its output is used again, by ", "the sum of its output and another "
+FUNCTION = "its output goes to a torch.autograd.Function, which would lose its gradient"
+REENTRANT = "it is called by a torch.autograd.Function, as a reentrant checkpoint is"
+VIEW = "its output, or a view of it, was changed in place after this view"
+ELSEWHERE = "its neurons are not called in the same torch.utils.checkpoint"
+ASKED = "code, or a backward hook, asked whether its output is a Tensor"
+USES = {
+    "used twice": (with_value(lambda net, y, x: net.lif(y) + y), AGAIN + "add"),
+    "in evaluation": (with_value(lambda net, y, x: net.lif(y) if net.training else net.lif(y) + y), AGAIN + "add"),
+    "neurons twice": (with_value(lambda net, y, x: net.lif(y) + net.lif(y)), AGAIN + "LIF"),
+    "before": (with_value(lambda net, y, x: y.mean() + net.lif(y)), "its output goes to mean"),
+    "the next shortcut": (
+        with_value(lambda net, y, x: (lambda z: net.lif(z) + z)(y + x)), SUM + "is used again, by add"
     ),
-    "twice in one call": (lambda net, x: (lambda y: net.lif(y, y))(net.bn(x)), "its output goes to LIF"),
-    "parted by another shape": (
-        lambda net, x: net.lif(net.bn(x).unflatten(0, x.shape[1:3])),
-        "its output goes to unflatten",
+    "two summands": (of_two(lambda y, x: y + x + x), SUM + "goes to add"),
+    "itself": (of_two(lambda y, x: y + y), "its output goes to add"),
+    "a number": (of_two(lambda y, x: 1 + y), "its output goes to radd"),
+    "alpha": (of_two(lambda y, x: torch.add(y, x, alpha=2)), "its output goes to add"),
+    "one step": (of_two(lambda y, x: y + x[:1]), "its output goes to add"),
+    "in place of the shortcut": (of_two(lambda y, x: (x * 1).add_(y)), "its output goes to add"),
+    "a difference": (of_two(lambda y, x: x - y), "its output goes to sub"),
+    "a product": (of_two(lambda y, x: y * 2), "its output goes to mul"),
+    "a function": (of_two(lambda y, x: (y + x).relu()), SUM + "goes to relu"),
+    "by keyword": (of_two(lambda y, x: torch.add(x, other=y)), "its output goes to add"),
+    "in a list": (of_two(lambda y, x: torch.cat([y, x])), "its output goes to cat"),
+    "an index": (of_two(lambda y, x: y[:2]), "its output goes to getitem"),
+    "as a type": (of_two(lambda y, x: y.float().double()), "its output goes to float"),
+    "expanded": (of_two(lambda y, x: y.unsqueeze(1).expand(T, 2, B, C, 4, 4)), "its output goes to expand"),
+    "channels joined": (of_two(lambda y, x: y.flatten(2)), "its output goes to flatten"),
+    "channels joined behind others": (
+        of_two(lambda y, x: y.permute(0, 1, 3, 2, 4).flatten(2, 3)), "its output goes to flatten"
     ),
-    "by keyword": (lambda net, x: net.lif(x_seq=net.bn(x)), "its output goes to LIF"),
-    "not traced": (
-        lambda net, x: net.lif(net.bn(x)) if x.sum() > 0 else x,
-        "the forward of Stack can't be traced: TraceError: symbolically traced variables cannot be used as inputs",
+    "channels for time": (of_two(lambda y, x: y.movedim(2, 0)), "its output goes to LIF, which has time in"),
+    "in numpy": (with_value(lambda net, y, x: net.lif(y) * float(y.detach().numpy().sum())), AGAIN + "detach"),
+    "functional": (with_value(lambda net, y, x: asgl_cuda.lif(y, surrogate="sigmoid")), "its output goes to asgl_cuda"),
+    "the residual": (with_value(lambda net, y, x: net.lif(x, y)), "its output goes to LIF"),
+    "an integrator": (with_value(lambda net, y, x: asgl_cuda.leaky_integrator(y)), "its output goes to asgl_cuda"),
+    "*=": (with_value(lambda net, y, x: net.lif(y.__imul__(2))), "its output goes to imul"),
+    "[...] =": (with_value(lambda net, y, x: (y.__setitem__(0, 0), net.lif(y))[1]), "its output goes to setitem"),
+    "relu in place": (with_value(lambda net, y, x: (torch.relu_(y), net.lif(y))[1]), "its output goes to relu"),
+    "+= of an alias": (with_value(alias_of_a_change), SUM + "is used again, by add"),
+    "+= of a view": (with_value(change_of_an_alias), VIEW, VIEW),
+    "relu in place of a view": (
+        with_value(lambda net, y, x: (lambda z: (y.relu_(), net.lif(z))[1])(y.view_as(x))),
+        "its output goes to relu", VIEW,
     ),
-}
+    "without gradients": (without_gradients, SUM + "goes to LIF, which has gradients, while it was called without"),
+    "views without gradients": (views_without_gradients, SUM + "goes to LIF, which has gradients"),
+    "logged": (with_value(logged), "its output goes to mean"),
+    "in a Function": (of_two(lambda y, x: Doubled.apply(y)), FUNCTION, FUNCTION),
+    "neurons in a reentrant checkpoint": (
+        with_value(lambda net, y, x: checkpoint(net.lif, y, use_reentrant=True)), FUNCTION, FUNCTION,
+    ),
+    "in a reentrant checkpoint": (
+        lambda net, x: net.lif(checkpoint(lambda x: norm(net, x), x, use_reentrant=True)), REENTRANT,
+    ),
+    "both in a reentrant checkpoint": (
+        lambda net, x: checkpoint(lambda x: plain(net, x), x, use_reentrant=True), REENTRANT,
+    ),
+    "in a checkpoint": (
+        lambda net, x: net.lif(checkpoint(lambda x: norm(net, x), x, use_reentrant=False)), ELSEWHERE, ELSEWHERE,
+    ),
+    "unused": (lambda net, x: (norm(net, x), net.lif(x))[1], "nothing uses it"),
+    "kept": (lambda net, x: (net.__dict__.update(kept=norm(net, x)), net.lif(x))[1], "its output stays in the model"),
+    "out of order": (out_of_order, "it is called again before its output is used"),
+    "frozen in between": (with_value(frozen_in_between), "its output goes to LIF, behind a change of its mode"),
+    "asked": (with_value(asked), ASKED, ASKED),
+    "not called": (lambda net, x: net.lif(net.conv(x.flatten(0, 1)).view_as(x)), "the example does not lead to it"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_left_by_the_trace(name):
-    function, reason = LEFT[name]
-    found = reasons(norm_and_lif(function))
-    assert list(found) == ["bn.layer"]
-    assert found["bn.layer"].startswith(reason)
+@pytest.mark.parametrize("name", USES)
+def test_uses(name, backend):
+    """Left by an example; without one from the first use on; and of use to code that the example did not reach."""
+    forward, reason, *error = USES[name]
+    model, x_seq = network(forward), torch.randn(SHAPE)
+    model.lif.backend = backend
+    left, report = asgl_cuda.fuse(model, x_seq)
+    assert not report.replaced
+    assert report.left[0][:2] == ("bn", "BatchNorm2d")
+    assert report.left[0].reason.startswith(reason)
+    expected = history(copy.deepcopy(model), x_seq)
+    torch.testing.assert_close(history(left, x_seq), expected, rtol=0, atol=0)
+    if name == "kept":  # counted in a later call
+        return
+    fused, report = asgl_cuda.fuse(network(), x_seq)
+    assert len(report.replaced) == 1
+    fused.load_state_dict(model.state_dict())
+    undecided, report = asgl_cuda.fuse(model)
+    for made in (fused, undecided):
+        made.function, made.lif.backend = forward, backend
+        if error:
+            with pytest.raises(RuntimeError, match=f"BatchNorm2d is computed by the neurons behind, but {error[0]}"):
+                history(made, x_seq)
+        else:
+            torch.testing.assert_close(history(made, x_seq), expected, rtol=1e-9, atol=1e-11)
+    if name != "not called":
+        assert [row.path for row in report.left] == ["bn"]
+        assert not report.replaced
+        if not error:
+            assert report.left[0].reason.startswith(reason)
+            undecided(x_seq)
+            assert type(undecided.bn) is nn.BatchNorm2d
 
 
-def guarded(net, x):
-    if x.ndim != 3:
-        raise ValueError(f"expected [T, B, C], got {x.shape}")
-    assert x.shape[-1] == C
-    return net.lif(net.bn(x))
+def test_operands_that_change_in_between():
+    def changing_x(net, x):
+        h = net.conv(x.flatten(0, 1))
+        y = net.bn(h)
+        h.mul_(2)
+        return net.lif(y.view_as(x))
+
+    def changing_the_shortcut(net, x):
+        x = x * 1
+        z = norm(net, x) + x
+        x.mul_(2)
+        return net.lif(z)
+
+    x_seq = torch.randn(SHAPE)
+    for forward in (changing_x, changing_the_shortcut):
+        fused = asgl_cuda.fuse(network(), x_seq)[0]
+        fused.function = forward
+        with torch.no_grad(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            fused(x_seq)
+        with torch.inference_mode():  # counts no changes
+            fused(x_seq)
 
 
-def by_shape(net, x):
-    y = net.bn(x)
-    return net.lif(y) if x.shape[0] > 1 else net.lif(y) + y
+def test_replaced_neurons_get_the_value():
+    x_seq = torch.randn(SHAPE)
+    model = network()
+    fused = asgl_cuda.fuse(model, x_seq)[0]
+    for made in (model, fused):
+        made.lif = nn.ReLU()
+    torch.testing.assert_close(history(fused, x_seq), history(model, x_seq), rtol=0, atol=0)
+    assert type(fused.bn).__name__ == "FusedBatchNorm2d"
 
 
-def by_many_shapes(net, x):
-    while x.shape[0] > 1:
-        x = x[1:]
-    return net.lif(net.bn(x))
+def test_code_that_takes_tensors_alone():
+    """Left, as only the value that was in its hands."""
 
+    def strict(net, x):
+        y = net.second(norm(net, x))
+        if type(y) is not torch.Tensor:
+            raise TypeError("a tensor, please")
+        return net.lif(plain(net, y))
 
-def failing(net, x):
-    if x.dim() == 4:
-        x = torch.stack([x[step] for step in range(x.shape[0])])
-    return net.lif(net.bn(x))
-
-
-def test_a_forward_that_looks_at_shapes(backend):
-    """Every path is traced, except those that end in an error of the forward itself."""
-    assert_alike(norm_and_lif(guarded), torch.randn(T, B, C), 1, backend)
-    assert reasons(norm_and_lif(by_shape)) == {"bn.layer": "its output is used 2 times, by LIF and add"}
-    assert "shapes lead it more than 32 ways" in reasons(norm_and_lif(by_many_shapes))["bn.layer"]
-    assert "can't be traced: TypeError: 'Proxy' object cannot be" in reasons(norm_and_lif(failing))["bn.layer"]
-
-
-def test_an_attention_of_spikingjelly(backend):
-    attention = pytest.importorskip("spikingjelly.activation_based.layer.attention")
-    model = attention.SpikingSelfAttention(8, 2)
-    for module in model.modules():
-        if isinstance(module, neuron.LIFNode):
-            module.v_threshold = 0.2
-    assert_alike(model, 3 * torch.randn(T, B, 8, 6), 2, backend, lambda model, x: model(x))
-
-
-def test_left_by_an_argument_that_may_be_absent():
-    """Both paths of the forward are traced, with the argument and without."""
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bn, self.lif = OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF()
-
-        def forward(self, x, shortcut=None):
-            y = self.bn(x)
-            return self.lif(y) + (y if shortcut is None else shortcut)
-
-    assert reasons(Net()) == {"bn.layer": "its output is used 2 times, by LIF and add"}
-
-
-def test_left_by_a_forward_of_its_own():
-    """torch.fx traces the forward of the class, not the instance."""
-    model = norm_and_lif(lambda net, x: net.lif(net.bn(x)))
-    model.forward = lambda x: model.bn(x)
-    assert "the forward of Stack can't be traced: TypeError: it is not that of its class" in reasons(model)["bn.layer"]
-    model = norm_and_lif(lambda net, x: net.lif(net.bn(x)))
-    model.lif.forward = lambda x: x
-    assert reasons(model) == {"bn.layer": "LIF has a forward that is not of its class"}
-
-
-@pytest.mark.parametrize("parted", [nn.Unflatten(1, (C, 1)), nn.Unflatten(0, (T, B, 1))])
-def test_left_by_unflattening_other_dimensions(parted):
-    model = nn.Sequential(nn.BatchNorm1d(C), parted, asgl_cuda.LIF())
-    assert reasons(model) == {"0": "its output goes to Unflatten"}
-    sizes = (parted.dim, parted.unflattened_size)
-    model = Stack(lambda net, x: net.lif(net.bn(x).unflatten(*sizes)), bn=nn.BatchNorm1d(C), lif=asgl_cuda.LIF())
-    assert reasons(model) == {"bn": "its output goes to unflatten"}
-
-
-def test_left_by_the_neurons():
-    class Louder(asgl_cuda.LIF):
-        def forward(self, x_seq):
-            return 2 * super().forward(x_seq)
-
-    class Slower(asgl_cuda.LIF):
-        def _lif(self, x_seq, time_dim, **options):
-            return super()._lif(x_seq / 2, time_dim, **options)
-
-    def before(*neurons):
-        return nn.Sequential(OverTime(nn.BatchNorm2d(C)), *neurons)
-
-    assert reasons(before(nn.ReLU())) == {"0.layer": "its output goes to ReLU"}
-    assert reasons(before(Louder())) == {"0.layer": "its output goes to Louder, which computes something else than "
-                                                    "asgl_cuda.LIF"}  # fmt: skip
-    assert "Slower, which computes something else" in reasons(before(Slower()))["0.layer"]
-    own = asgl_cuda.BatchNormLIF(C)
-    assert "BatchNormLIF, which has a normalisation of its own" in reasons(before(own))["0.layer"]
-    unknown = neuron.QIFNode(step_mode="m")
-    assert reasons(before(unknown)) == {"0.layer": "its output goes to QIFNode: asgl_cuda has no such neuron"}
-    many = sinabs.layers.LIF(2.0, spike_fn=sinabs.activation.MaxSpike(300))
-    assert "its output goes to LIF: it has at most 300 spikes a step" in reasons(before(many))["0.layer"]
-    assert type(many) is sinabs.layers.LIF
-    for integrates in (sinabs.layers.LIF(2.0, tau_syn=3.0), sinabs.layers.ExpLeak(2.0)):
-        name = type(integrates).__name__
-        model = nn.Sequential(nn.BatchNorm2d(C), sinabs.layers.UnflattenTime(2), integrates)
-        assert reasons(model) == {"0": f"its output goes to {name}, whose input no neuron takes as it is"}
-        assert type(asgl_cuda.fuse(model)[0][2]) is type(integrates)
-
-
-@pytest.mark.parametrize(
-    "make", [norse.LIFCell, norse.LI, lambda: snntorch.Synaptic(alpha=0.5, beta=0.5, init_hidden=True)]
-)
-def test_left_by_neurons_that_filter_their_input(make):
-    made = make()
-    model = norse.SequentialState if isinstance(made, norse.LI | norse.LIFCell) else nn.Sequential
-    fused, report = asgl_cuda.fuse(model(nn.BatchNorm1d(3), made))
-    name = type(made).__name__
-    assert [row.reason for row in report.left] == [f"its output goes to {name}, whose input no neuron takes as it is"]
-    assert type(fused[1]) is type(made)
-
-
-def test_left_by_the_channels():
-    """A layer that fusion would have converted stays unchanged."""
-    cases = {
-        nn.Sequential(nn.BatchNorm2d(C), asgl_cuda.LIF()): ("1", "2"),
-        nn.Sequential(nn.BatchNorm1d(C), asgl_cuda.LIF(time_dim=1)): ("1", "2"),
-        nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(time_dim=-1)): ("2", "1"),
-        nn.Sequential(layer.BatchNorm2d(C, step_mode="m"), neuron.LIFNode(step_mode="s")): ("2", "1"),
-        nn.Sequential(layer.BatchNorm2d(C, step_mode="s"), neuron.LIFNode(step_mode="m")): ("1", "2"),
-        nn.Sequential(OverTime(nn.BatchNorm2d(C)), snntorch.Leaky(beta=0.5, init_hidden=True)): ("2", "1"),
-        nn.Sequential(OverTime(OverTime(nn.BatchNorm2d(C))), asgl_cuda.LIF()): ("3", "2"),
+    model = network(strict, second=OverTime(nn.BatchNorm2d(C)))
+    assert reasons(model, torch.randn(SHAPE)) == {
+        "bn": "its output goes to BatchNorm2d",
+        "second.layer": "without its value the forward fails: TypeError: a tensor, please",
     }
-    for model, (own, theirs) in cases.items():
-        (reason,) = reasons(model).values()
-        assert reason.startswith(f"its channels are dimension {own} of what goes to "), reason
-        assert reason.endswith(f"whose channels are {theirs}"), reason
-        fused, _ = asgl_cuda.fuse(model)
-        assert [type(module) for module in fused.modules()] == [type(module) for module in model.modules()]
+    with pytest.raises(ZeroDivisionError):  # of the model itself
+        asgl_cuda.fuse(network(lambda net, x: plain(net, x) / (1 // 0)), torch.randn(SHAPE))
 
 
-def test_left_by_an_input_gain_of_each_neuron():
-    p = norse.LIFBoxParameters(tau_mem_inv=torch.full((C, 2, 2), 400.0))
-    model = norse.SequentialState(nn.BatchNorm2d(C), norse.LIFBoxCell(p))
-    assert reasons(model) == {"0": "its output goes to LIFBoxCell, whose input gain or bias has shape [3, 2, 2]"}
+# ---- neurons ----
 
 
-def test_an_input_gain_not_by_channel_is_an_error_of_the_call():
-    """A gain [3] is by channel for an input [B, C] and by position for [B, C, L]."""
-    p = norse.LIFBoxParameters(tau_mem_inv=torch.full((C,), 400.0))
-    fused, report = asgl_cuda.fuse(norse.SequentialState(nn.BatchNorm1d(C), norse.LIFBoxCell(p)))
-    assert not report.left
-    with pytest.raises(ValueError, match=r"LIFBoxCell has an input gain or bias of shape \[3\], .* for \[1, 4, 3, 3\]"):
-        on(fused, "reference")(torch.randn(B, C, C))
+class Louder(asgl_cuda.LIF):
+    """Passes its input on."""
+
+    def forward(self, x_seq):
+        return 2 * super().forward(x_seq)
 
 
-def test_left_by_the_normalisation():
-    class Doubled(nn.BatchNorm1d):
-        def forward(self, x):
-            return 2 * super().forward(x)
+class Slower(asgl_cuda.LIF):
+    """Uses its input."""
 
-    def behind(norm):
-        return nn.Sequential(OverTime(norm), asgl_cuda.LIF())
+    def _lif(self, x_seq, update=True, **options):
+        return super()._lif(x_seq / 2, update, **options)
 
-    assert reasons(behind(Doubled(C))) == {"0.layer": "Doubled computes something else than torch.nn's"}
-    _, report = asgl_cuda.fuse(behind(nn.LazyBatchNorm1d()), inplace=True)  # torch can't copy it
-    assert "before it was called" in report.left[0].reason
-    jelly = nn.Sequential(layer.TemporalEffectiveBatchNorm1d(T, C), asgl_cuda.LIF())
-    assert "TemporalEffectiveBatchNorm1d computes something else" in reasons(jelly)["0"]
-    listed = Stack(lambda net, x: net.lif(x), parts=nn.ModuleList([nn.BatchNorm1d(C)]), lif=asgl_cuda.LIF())
-    assert reasons(listed) == {"parts.0": "Stack does not call it"}
-    through = Stack(lambda net, x: x, lif=asgl_cuda.LIF())
-    model = nn.Sequential(OverTime(nn.BatchNorm1d(C)), through, asgl_cuda.LIF())
-    assert reasons(model) == {"0.layer": "its output goes to Stack"}
-    replaced = nn.BatchNorm1d(C)
+
+def jelly(made, mode="m"):
+    made.step_mode = mode
+    return made
+
+
+FILTERS = "whose input no neuron takes as it is"
+STEPS = "which is called step by step"
+NEURONS = {
+    "of a subclass": (Slower(), "Slower"),
+    "with a normalisation": (asgl_cuda.BatchNormLIF(C), "BatchNormLIF"),
+    "adaptive": (asgl_cuda.AdaptiveLIF(), "AdaptiveLIF"),
+    "integrators": (asgl_cuda.LeakyIntegrator(), "LeakyIntegrator"),
+    "by channel elsewhere": (
+        nn.Sequential(nn.Flatten(3), Stack(
+            lambda net, x: net.lif(x.transpose(2, 3)), lif=asgl_cuda.LIF(16, granularity="channel", analog_prob=0.0)
+        )), "LIF, whose parameters differ, for channels in dimension 2, not 3",
+    ),
+    "of a wrong time_dim": (asgl_cuda.LIF(time_dim=1), None),
+    "unknown": (jelly(neuron.QIFNode()), "getitem"),
+    "with another reset": (sinabs.layers.LIF(2.0, spike_fn=sinabs.activation.MaxSpike(300)), "getitem"),
+    "with a gain of each neuron": (
+        sinabs.layers.LIF(torch.full((C, 4, 4), 2.0)), f"LIF, whose input gain or bias has shape [{C}, 4, 4]",
+    ),
+    "with a current": (sinabs.layers.LIF(2.0, tau_syn=3.0), f"LIF, {FILTERS}"),
+    "without spikes": (sinabs.layers.ExpLeak(2.0), f"ExpLeak, {FILTERS}"),
+    "adaptive, of sinabs": (sinabs.layers.ALIF(2.0, 3.0), f"ALIF, {FILTERS}"),
+    "CUBALIFNode": (jelly(neuron.CUBALIFNode(0.5, 0.5)), f"CUBALIFNode, {FILTERS}"),
+    "LIFNode, step by step": (jelly(neuron.LIFNode(), "s"), f"LIFNode, {STEPS}"),
+    "Leaky": (snntorch.Leaky(beta=0.5, init_hidden=True), f"Leaky, {STEPS}"),
+    "LIFBoxCell": (norse.SequentialState(norse.LIFBoxCell()), f"LIFBoxCell, {STEPS}"),
+    "LIF of Norse": (norse.SequentialState(norse.LIF()), f"LIF, {FILTERS}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEURONS)
+def test_neurons(name):
+    """They get the value; layers that would have been converted for it are left as they are."""
+    lif, goes_to = NEURONS[name]
+    model = network(lif=lif.double())
+    x_seq = torch.randn(SHAPE)
+    if isinstance(lif, norse.SequentialState):
+        model.function = lambda net, x: net.lif(norm(net, x))[0]
+    classes = [type(module) for module in model.modules()]
+    left, report = asgl_cuda.fuse(model, x_seq)
+    assert [row.reason for row in report.left] == ([] if goes_to is None else [f"its output goes to {goes_to}"])
+    assert [type(module) for module in left.modules()] == classes or goes_to is None
+    assert asgl_cuda.unfuse(asgl_cuda.fuse(model)[0])[1].replaced
+    asgl_cuda.reset(model)
+
+
+def test_a_subclass_that_passes_its_input_on(backend):
+    model = network(lif=Louder(analog_prob=0.0, backend=backend))
+    fused, report = asgl_cuda.fuse(model, torch.randn(SHAPE))
+    assert len(report.replaced) == 1
+    x_seq = torch.randn(SHAPE)
+    torch.testing.assert_close(history(fused, x_seq), history(model, x_seq), rtol=1e-9, atol=1e-11)
+
+
+# ---- normalisations ----
+
+
+class Scaled(nn.BatchNorm2d):
+    """Computes something else."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_normalisations():
+    x_seq = torch.randn(SHAPE)
+    replaced = nn.BatchNorm2d(C)
     replaced.forward = lambda x: x
-    assert reasons(behind(replaced)) == {"0.layer": "it has a forward that is not of its class"}
-    shared = nn.BatchNorm1d(C)
-    model = nn.Sequential(OverTime(shared), asgl_cuda.LIF(), OverTime(shared), asgl_cuda.LIF())
-    assert reasons(model) == {"0.layer": "it is in the model 2 times"}
-    assert reasons(nn.BatchNorm1d(C)) == {"": "it is the model itself"}
+    cases = {
+        Scaled(C): "Scaled computes something else than torch.nn's",
+        replaced: "it has a forward that is not of its class",
+        nn.GroupNorm(1, C): None,
+    }
+    for each, reason in cases.items():
+        assert reasons(network(bn=each), x_seq) == ({} if reason is None else {"bn": reason})
+    teb = nn.Sequential(layer.TemporalEffectiveBatchNorm2d(T, C), asgl_cuda.LIF())
+    assert "TemporalEffectiveBatchNorm2d computes something else" in reasons(teb, x_seq)["0"]
+    assert reasons(nn.BatchNorm2d(C), x_seq[0]) == {"": "its output goes to the caller of the model"}
+    lazy = nn.Sequential(OverTime(nn.LazyBatchNorm2d()), asgl_cuda.LIF())  # torch can't copy it
+    assert "before it was called" in asgl_cuda.fuse(lazy, inplace=True)[1].left[0].reason
+    with pytest.raises(ValueError, match="expected 4D input"):
+        asgl_cuda.fuse(network(), x_seq)[0].bn(x_seq)
 
 
-def test_left_by_hooks():
-    def pair():
-        return nn.Sequential(OverTime(nn.BatchNorm1d(C)), nn.Sequential(asgl_cuda.LIF()))
+def test_hooks():
+    """Forward hooks see the value; backward hooks would see no gradient."""
 
     def nothing(*_):
         return None
 
-    for path in ("0.layer", "0"):
-        for kind in ("forward_hook", "full_backward_hook", "full_backward_pre_hook"):
-            model = pair()
+    x_seq, seen = torch.randn(SHAPE), []
+    asked = "code, or a backward hook, asked whether its output is a Tensor, which it is not"
+    for path in ("bn", "lif", "part"):
+        for kind in ("full_backward_hook", "full_backward_pre_hook"):
+            model = network(lambda net, x: net.part(norm(net, x)), part=nn.Sequential(asgl_cuda.LIF()))
+            model.lif = model.part[0]
             getattr(model.get_submodule(path), f"register_{kind}")(nothing)
-            assert "has hooks, which would see" in reasons(model)["0.layer"], (path, kind)
-    for path in ("1", "1.0"):
-        model = pair()
-        model.get_submodule(path).register_forward_pre_hook(nothing)
-        assert "has hooks, which would see" in reasons(model)["0.layer"]
-    model = pair()
-    model[0].layer.register_forward_pre_hook(nothing)
-    model[1][0].register_forward_hook(nothing)
-    assert reasons(model) == {}
-
-
-def test_left_by_shared_neurons():
-    lif = asgl_cuda.LIF()
-    model = nn.Sequential(OverTime(nn.BatchNorm1d(C)), lif, OverTime(nn.BatchNorm1d(C)), lif)
-    assert set(reasons(model).values()) == {"its output goes to LIF, which is called with something else, too"}
-    model = norm_and_lif(lambda net, x: net.lif(net.bn(x)))
-    model.again = model.lif
-    assert reasons(model) == {"bn.layer": "LIF is in the model 2 times"}
-
-
-def test_a_head_that_is_called_twice():
-    """One call of the neurons, in a Sequential that is called twice."""
-    head = nn.Sequential(asgl_cuda.LIF(), nn.Linear(C, C))
-    model = norm_and_lif(lambda net, x: net.head(net.bn(x)) + net.head(x), head=head)
-    assert reasons(model) == {"bn.layer": "its output goes to Sequential, which is called with something else, too"}
-    model = norm_and_lif(lambda net, x: net.head(net.bn(x)), head=head)
-    assert reasons(model) == {}
-
-
-def test_neurons_in_an_untraceable_module():
-    """Untraced code may call the neurons with another input."""
-    inner = Stack(lambda net, x: net.lif(x) if x.sum() > 0 else x, lif=asgl_cuda.LIF())
-    model = Stack(lambda net, x: net.inner.lif(net.bn(x)), bn=OverTime(nn.BatchNorm1d(C)), inner=inner)
-    (reason,) = reasons(model).values()
-    assert reason.startswith("the forward of Stack can't be traced: TraceError")
-
-
-def test_a_block_that_is_called_twice(backend):
-    """The pair inside is fused."""
-    model = Stack(
-        lambda net, x: net.part(net.part(x)), part=nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF())
-    )
-    assert_alike(model, torch.randn(T, B, C), 1, backend)
-
-
-def test_a_sequential_whose_parts_others_call():
-    """Layers are called from a list or a slice: the calls in a trace count, not the order."""
-
-    def features():
-        return nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(), OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF())
-
-    def loop(net, x):
-        for part in net.features:
-            x = part(x)
-        return x
-
-    def tapped_loop(net, x):
-        taps = []
-        for part in net.features:
-            x = part(x)
-            taps.append(x)
-        return x + taps[2]
-
-    def sliced(net, x):
-        y = net.features[:3](x)
-        return net.features[3](y) + y
-
-    assert reasons(Stack(loop, features=features())) == {}
-    model = Stack(lambda net, x: net.lif(loop(net, x)), features=features()[:3], lif=asgl_cuda.LIF())
-    assert reasons(model) == {}
-    assert list(reasons(Stack(tapped_loop, features=features()))) == ["features.2.layer"]
-    assert list(reasons(Stack(sliced, features=features()))) == ["features.2.layer"]
-
-
-def test_a_sequential_in_an_untraceable_module():
-    """The order inside is known, unlike the layer that follows."""
-    inner = nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(), OverTime(nn.BatchNorm1d(C)))
-    model = Stack(lambda net, x: net.lif(net.inner(x)) if x.sum() > 0 else x, inner=inner, lif=asgl_cuda.LIF())
-    _, report = asgl_cuda.fuse(model)
-    assert [row.path for row in report.replaced] == ["inner.1"]
-    assert [row.path for row in report.left] == ["inner.2.layer"]
-    assert "the forward of Stack can't be traced" in report.left[0].reason
-
-
-def test_a_trace_leaves_no_trace():
-    """The forward is run with proxies for tensors, without side effects on the model."""
-
-    class Counting(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bn, self.leaky = nn.BatchNorm1d(C), snntorch.Leaky(beta=0.5, init_hidden=True)
-            self.register_buffer("calls", torch.zeros(()))
-            self.seen = []
-
-        def forward(self, x):
-            self.calls += 1
-            self.last = self.leaky(self.bn(x))
-            self.seen.append(self.last)
-            self.leaky.reset_mem()
-            return self.last
-
-    model = Counting()
-    model.leaky.mem = torch.ones(2)
-    fused, report = asgl_cuda.fuse(model, inplace=True)
+            assert reasons(model, x_seq) == {"bn": asked}, (path, kind)
+    model = network()
+    model.conv.register_full_backward_hook(nothing)
+    model.lif.register_forward_hook(nothing)
+    fused, report = asgl_cuda.fuse(model, x_seq)
     assert len(report.replaced) == 1
-    assert (fused.calls.item(), fused.seen, hasattr(fused, "last")) == (0, [], False)
-    assert fused.leaky.mem.tolist() == [1, 1]
-    assert fused.training
+    fused.lif.register_full_backward_hook(nothing)
+    with pytest.raises(RuntimeError, match=asked):
+        fused(x_seq)
+    hooked = network()
+    hooked.bn.register_forward_hook(lambda module, args, output: seen.append(output.mean()))
+    assert reasons(hooked, x_seq) == {"bn": "its output goes to mean"}
 
 
-def test_a_trace_copies_no_parameters(monkeypatch):
-    model = norm_and_lif(lambda net, x: net.lif(net.bn(x)))
-    copies = []
-    monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda parameter, memo: copies.append(parameter) or parameter)
-    assert len(asgl_cuda.fuse(model, inplace=True)[1].replaced) == 1
-    assert not copies
+def test_shared_modules_and_calls_in_turn(backend):
+    """A block that is called twice; a normalisation at two places."""
+    model = network(lambda net, x: plain(net, plain(net, x)))
+    model.again = model.bn
+    model.lif.backend = backend
+    x_seq = torch.randn(SHAPE)
+    fused, report = asgl_cuda.fuse(model, x_seq)
+    assert len(report.replaced) == 1
+    assert isinstance(fused.again, Fused)
+    torch.testing.assert_close(history(fused, x_seq), history(model, x_seq), rtol=1e-9, atol=1e-11)

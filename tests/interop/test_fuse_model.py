@@ -1,330 +1,348 @@
-"""State, copies and errors of models under `fuse` and `unfuse`."""
+"""State, copies, compilation and the rest of the kit with models under `fuse` and `unfuse`."""
 
 import copy
 import gc
+import operator
 import pickle
+import sys
 import weakref
 
-import norse.torch as norse
 import pytest
+import snntorch
 import torch
-from conversions import B, C, T, history, monitored, scattered
+from comparison import Stack
+from conversions import B, C, T, history, monitored, on, reset, scattered
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
-from asgl_cuda.interop.normalised import Normalised, PassedThrough
+from asgl_cuda import recompute
+from asgl_cuda.interop.fuse import Fused
 from asgl_cuda.over_time import OverTime
 
 pytestmark = pytest.mark.usefixtures("in_double")
 
+SHAPE = (T, B, C, 4, 4)
 
-def net(backend="reference"):
-    """One pair of ours, one of SpikingJelly's."""
+
+class Block(nn.Module):
+    """A residual block; has a name, for pickle."""
+
+    def __init__(self, lif=None, form=operator.add):
+        super().__init__()
+        self.branch = OverTime(nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C)))
+        self.lif = lif or asgl_cuda.LIF(analog_prob=0.0)
+        self.form = form
+
+    def forward(self, x):
+        return self.lif(self.form(self.branch(x), x))
+
+
+def net():
+    """A pair of ours, one of SpikingJelly's."""
     made = nn.Sequential(
         OverTime(nn.Sequential(nn.Linear(6, C), nn.BatchNorm1d(C))),
-        asgl_cuda.LIF(C, granularity="channel", analog_prob=0.0, backend=backend),
+        asgl_cuda.LIF(C, granularity="channel", analog_prob=0.0),
         layer.BatchNorm1d(C, step_mode="m"),
         neuron.ParametricLIFNode(step_mode="m"),
     )
-    asgl_cuda.convert(made, inplace=True, backend=backend)
     return scattered(made)
 
 
-def test_a_copy_is_fused_unless_inplace_is_said():
+def joined(model, *example):
+    fused, report = asgl_cuda.fuse(model, *example)
+    assert not report.left, report
+    return fused
+
+
+def call(model, x):
+    return model(x)
+
+
+X = torch.randn(T, B, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_copy_unless_inplace_is_said_and_back():
+    """Neurons are converted and given back; names, parameters and an optimizer's values stay."""
     model = net()
     classes = [type(module) for module in model.modules()]
-    fused, _ = asgl_cuda.fuse(model)
+    parameters, names, attributes = list(model.parameters()), list(model.state_dict()), set(vars(model[3]))
+    fused, report = asgl_cuda.fuse(model, X)
+    assert report.replaced == [
+        ("1", "LIF", "normalises as well, instead of 0.layer.1"),
+        ("3", "ParametricLIFNode", "normalises as well, instead of 2"),
+    ]
     assert [type(module) for module in model.modules()] == classes
-    same, _ = asgl_cuda.fuse(model, inplace=True)
+    same, _ = asgl_cuda.fuse(model, X, inplace=True)
     assert same is model
     for made in (fused, same):
-        assert isinstance(made[0].layer[1], PassedThrough)
-        assert isinstance(made[1], Normalised)
-        assert type(made[1]).__name__ == "NormalisedLIF"
-        assert type(made[2]).__name__ == "PassedBatchNorm1d"
+        assert [type(module).__name__ for module in (made[0].layer[1], *made[1:])] == [
+            "FusedBatchNorm1d", "LIF", "FusedBatchNorm1d", "ConvertedParametricLIFNode",
+        ]  # fmt: skip
         assert isinstance(made[2], layer.BatchNorm1d)
-        assert isinstance(made[3], neuron.ParametricLIFNode)
-    kept, _ = asgl_cuda.unfuse(same)
-    assert isinstance(same[1], Normalised)
-    assert not isinstance(kept[1], Normalised)
-    assert asgl_cuda.unfuse(same, inplace=True)[0] is model
+        assert list(made.state_dict()) == names
+        assert "computed by the neurons behind" in repr(made)
+    assert all(ours is theirs for ours, theirs in zip(same.parameters(), parameters, strict=True))
+    _, report = asgl_cuda.unfuse(same, inplace=True)
+    assert [row[1:] for row in report.replaced] == [
+        ("FusedBatchNorm1d", "BatchNorm1d"), ("FusedBatchNorm1d", "BatchNorm1d"),
+        ("ConvertedParametricLIFNode", "ParametricLIFNode"),
+    ]  # fmt: skip
     assert [type(module) for module in model.modules()] == classes
+    assert set(vars(model[3])) == attributes
+    kept, _ = asgl_cuda.unfuse(asgl_cuda.fuse(asgl_cuda.convert(model)[0], X)[0])
+    assert type(kept[3]).__name__ == "ConvertedParametricLIFNode"
+    for other in (nn.Sequential(nn.Linear(6, 2), asgl_cuda.LIF()), fused):
+        assert asgl_cuda.fuse(other, X)[1] == ([], [])
 
 
-def test_fuse_converts_and_unfuse_gives_back_what_was_there():
-    model = nn.Sequential(layer.BatchNorm1d(C, step_mode="m"), neuron.LIFNode(step_mode="m"))
-    before = set(vars(model[1]))
+class Counting(nn.Module):
+    """With side effects."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.lif = OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(stateful=True)
+        self.leaky, self.drop = snntorch.Leaky(beta=0.5, init_hidden=True), nn.Dropout()
+        self.register_buffer("calls", torch.zeros(()))
+        self.seen = []
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append(self.lif(self.bn(x.add_(1))))
+        return self.drop(self.leaky(self.seen[-1][0]))
+
+
+def test_the_example_leaves_no_trace():
+    model, x_seq = Counting().eval(), torch.randn(T, B, C)
+    given, random, layers = x_seq.clone(), torch.get_rng_state(), len(snntorch.SpikingNeuron.instances)
+    fused, report = asgl_cuda.fuse(model, x_seq, inplace=True)
+    assert len(report.replaced) == 1
+    assert (fused.calls.item(), fused.seen, fused.lif.v, fused.training) == (0, [], None, False)
+    assert int(fused.bn.layer.num_batches_tracked) == 0
+    assert torch.equal(x_seq, given)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert len(snntorch.SpikingNeuron.instances) == layers
+    assert type(fused.leaky) is snntorch.Leaky
+
+
+def test_without_an_example():
+    """The first calls decide and complete the report; what is left gets its class back."""
+    model = nn.Sequential(*net(), layer.BatchNorm1d(C, step_mode="m"), nn.Flatten(2))
     fused, report = asgl_cuda.fuse(model)
-    assert report.replaced == [("1", "LIFNode", "normalises as well, instead of 0")]
-    assert type(fused[1]).__name__ == "NormalisedConvertedLIFNode"
-    back, report = asgl_cuda.unfuse(fused)
-    assert report.replaced == [("1", "NormalisedConvertedLIFNode", "LIFNode")]
-    assert type(back[1]) is neuron.LIFNode
-    assert set(vars(back[1])) == before
-    converted, _ = asgl_cuda.convert(model)
-    back, _ = asgl_cuda.unfuse(asgl_cuda.fuse(converted)[0])
-    assert type(back[1]).__name__ == "ConvertedLIFNode"
-
-
-def test_names_parameters_and_checkpoints(backend):
-    model = net(backend)
-    fused, _ = asgl_cuda.fuse(model)
-    assert [name for name, _ in fused.named_parameters()] == [name for name, _ in model.named_parameters()]
-    assert [name for name, _ in fused.named_modules()] == [name for name, _ in model.named_modules()]
-    other = net(backend)
-    with torch.no_grad():
-        other[0].layer[1].weight.fill_(0.1)
-        other[2].running_mean.fill_(0.2)
+    assert report == ([], [])
+    assert str(report).endswith("fuse(model, example) does so at once")
+    assert torch.equal(fused(X) + 0, model(X))
+    assert [row.path for row in report.replaced] == ["1", "3"]
+    assert report.left == [("4", "BatchNorm1d", "its output goes to add")]
     for made in (model, fused):
-        assert made.load_state_dict(other.state_dict()) == ([], [])
-    x_seq = torch.randn(T, B, 6)
-    torch.testing.assert_close(fused.eval()(x_seq), model.eval()(x_seq))
-    model.train()(x_seq)
-    functional.reset_net(model)
-    fused.load_state_dict(model.state_dict())
-    model.load_state_dict(fused.state_dict())
-    assert fused[2].num_batches_tracked == model[2].num_batches_tracked == 1
+        functional.reset_net(made)
+    assert torch.equal(fused(X), model(X))
+    assert type(fused[4]) is layer.BatchNorm1d
+    assert isinstance(copy.deepcopy(asgl_cuda.fuse(model)[0])[4], Fused)
 
 
-def test_an_optimizer_goes_on(backend):
-    """The model's optimizer trains the model fused in place."""
-    model = net(backend)
-    twin = copy.deepcopy(model)
-    optimizers = [torch.optim.SGD(made.parameters(), lr=0.5, momentum=0.9) for made in (model, twin)]
-    for step in range(4):
-        if step == 1:
-            asgl_cuda.fuse(model, inplace=True)
-        if step == 3:
-            asgl_cuda.unfuse(model, inplace=True)
-        x_seq, grad = torch.randn(T, B, 6), torch.randn(T, B, C)
-        for made, optimizer in zip((model, twin), optimizers, strict=True):
-            functional.reset_net(made)
-            optimizer.zero_grad()
-            (made(x_seq) * grad).sum().backward()
-            optimizer.step()
-    assert not torch.equal(model[0].layer[1].weight, net()[0].layer[1].weight)
-    torch.testing.assert_close(dict(model.named_parameters()), dict(twin.named_parameters()))
-
-
-@pytest.mark.parametrize("how", ["pickle", "deepcopy", "fuse again", "of a model that has run"])
-def test_copies(how, backend, tmp_path):
-    model = net(backend)
-    x_seq = torch.randn(T, B, 6)
-    if how == "of a model that has run":
-        model(x_seq)
-        functional.reset_net(model)
-    fused, _ = asgl_cuda.fuse(model)
-    if how == "of a model that has run":
-        twin = copy.deepcopy(fused)
-    else:
-        fused(x_seq)  # potentials are inside a graph now
-        functional.reset_net(fused)
-    if how == "pickle":
-        torch.save(fused, tmp_path / "model.pt")
-        twin = torch.load(tmp_path / "model.pt", weights_only=False)
-        assert type(pickle.loads(pickle.dumps(fused))) is nn.Sequential
-    elif how == "deepcopy":
-        twin = copy.deepcopy(fused)
-    elif how == "fuse again":
-        twin, report = asgl_cuda.fuse(fused)
-        assert report == ([], [])
-    for made in (fused, twin):
-        assert [type(module) for module in made.modules()] == [type(module) for module in fused.modules()]
-        assert made[1].normalisation.norm is made[0].layer[1]
-        assert made[3].normalisation.norm is made[2]
-    assert twin[2] is not fused[2]
-    found, expected = (history(made, x_seq, lambda model, x: model(x)) for made in (twin, fused))
-    torch.testing.assert_close(found, expected)
-    back, report = asgl_cuda.unfuse(twin)
-    assert [type(module) for module in back.modules()] == [type(module) for module in model.modules()]
-    assert len(report.replaced) == 2
-
-
-def test_types_and_devices(backend):
-    fused = asgl_cuda.fuse(net(backend))[0].half()
-    assert fused[1].normalisation.norm.weight.dtype == torch.float16
-    out = fused(torch.randn(T, B, 6, dtype=torch.float16))
-    assert out.dtype == torch.float16
-    assert out.isfinite().all()
-    assert {value.device.type for value in fused.to("meta").state_dict().values()} == {"meta"}
-    assert fused[3].normalisation.norm.running_mean.device.type == "meta"
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("lif", [asgl_cuda.LIF, lambda: neuron.LIFNode(step_mode="m")])
+def test_copies(copied, lif):
+    x_seq = 2 * torch.randn(SHAPE)
+    fused = joined(scattered(Block(lif())), x_seq)
+    fused(x_seq)  # potentials are inside a graph now
+    functional.reset_net(fused)
+    twin = copied(fused)
+    torch.testing.assert_close(history(twin, x_seq, call), history(fused, x_seq, call))
+    back = asgl_cuda.unfuse(twin)[0]
+    assert [type(module) for module in back.modules()] == [type(module) for module in Block(lif()).modules()]
 
 
 def test_convert_and_revert_know_fused_layers():
-    fused, _ = asgl_cuda.fuse(net())
-    classes = [type(module) for module in fused.modules()]
-    again, report = asgl_cuda.convert(fused)
-    assert report == ([], [])
-    assert [type(module) for module in again.modules()] == classes
-    back, report = asgl_cuda.revert(fused)
-    assert [type(module) for module in back.modules()] == classes
-    assert report.left == [
-        ("3", "ParametricLIFNode", "it is fused with a normalisation: asgl_cuda.unfuse comes first"),
-    ]  # fmt: skip
-    plain = asgl_cuda.revert(asgl_cuda.unfuse(fused)[0])[0]
-    assert type(plain[3]) is neuron.ParametricLIFNode
-
-
-def test_fusing_after_training_the_rest_of_the_kit(backend):
-    """Monitor, schedule and parameter groups see a LIF; monitoring changes no statistics."""
-    model = scattered(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(analog_prob=0.5, backend=backend)))
-    fused, _ = asgl_cuda.fuse(model)
-    x_seq = torch.randn(T, B, C)
-    found = [monitored(made, x_seq, "1") for made in (model, fused)]
-    assert found[1].pop("constant") == 0  # no channel of the normalisation
-    assert found[1] == pytest.approx(found[0])
-    assert found[0]["analog_share"] > 0
-    assert fused[0].layer.num_batches_tracked == 1
-    torch.testing.assert_close(fused[0].layer.running_mean, model[0].layer.running_mean)
-    sizes = [[len(group["params"]) for group in asgl_cuda.parameter_groups(made, 0.1)] for made in (model, fused)]
-    assert sizes[0] == sizes[1]
-
-
-def test_unfusing_a_part():
-    fused, _ = asgl_cuda.fuse(net())
+    fused = joined(net(), X)
+    assert asgl_cuda.convert(fused)[1] == ([], [])
+    plain, report = asgl_cuda.revert(fused)
+    assert (type(plain[3]), report.left) == (neuron.ParametricLIFNode, [])
+    functional.reset_net(fused)
+    torch.testing.assert_close(plain(X), fused(X))  # the library's own neurons get the value
     part, report = asgl_cuda.unfuse(fused[:1])
-    assert report.left == [("0.layer.1", "PassedBatchNorm1d", "the neurons that compute it are not in this model")]
-    assert isinstance(part[0].layer[1], PassedThrough)
-    _, report = asgl_cuda.unfuse(fused[1:2], inplace=True)
-    assert len(report.replaced) == 1
-    assert type(fused[0].layer[1]) is nn.BatchNorm1d
-    assert isinstance(fused[2], PassedThrough)
+    assert (type(part[0].layer[1]), len(report.replaced)) == (nn.BatchNorm1d, 1)
 
 
 def folded(model):
-    conv, norm = model[0].layer
-    model[0].layer[0] = fuse_linear_bn_eval(conv, norm)
+    model[0].layer[0] = fuse_linear_bn_eval(*model[0].layer)
     model[0].layer[1] = nn.Identity()
 
 
-def set_aside(model):
-    model[0]._modules["layer"] = nn.Sequential(model[0].layer[0], nn.BatchNorm1d(C))
-
-
-EXCHANGES = {
-    "SyncBatchNorm": nn.SyncBatchNorm.convert_sync_batchnorm,
-    "folded": folded,
-    "with what holds it": set_aside,
-    "the neurons": lambda model: model.__setitem__(1, nn.ReLU()),
-}
-
-
-@pytest.mark.parametrize("copied", [None, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-@pytest.mark.parametrize("name", EXCHANGES)
-def test_one_of_a_pair_is_exchanged(name, copied):
-    """The other layer would normalise twice or not at all; unfuse gives it the model's current values."""
-    parts = OverTime(nn.Sequential(nn.Linear(6, C), nn.BatchNorm1d(C))), asgl_cuda.LIF(analog_prob=0.0)
-    model = scattered(nn.Sequential(*parts)).eval()
-    x_seq = torch.randn(T, B, 6)
-    fused, _ = asgl_cuda.fuse(model)
-    fused = copied(fused) if copied else fused
-    torch.testing.assert_close(fused(x_seq), model(x_seq))
-    held = [*fused.modules()]  # other references to them
+@pytest.mark.parametrize("exchange", [nn.SyncBatchNorm.convert_sync_batchnorm, folded])
+def test_exchanged_normalisations(exchange):
+    model = net()[:2].eval()
+    fused = joined(model, X).eval()
     for made in (model, fused):
-        EXCHANGES[name](made)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"asgl_cuda\.fuse: .* not there any more.*: asgl_cuda\.unfuse takes"):
-            fused(x_seq)
-    again, report = asgl_cuda.unfuse(fused)
-    assert (len(report.replaced), report.left) == (1, [])
-    if "Batch" in name or "holds" in name:
-        again, report = asgl_cuda.fuse(again)
-        assert len(report.replaced) == 1
-    torch.testing.assert_close(again(x_seq), model(x_seq))
-    assert held
+        exchange(made)
+    assert torch.equal(fused(X), model(X))
 
 
-def test_a_pair_that_is_moved_wrapped_or_called_in_part():
-    """Both are still in the model, or this is unknown."""
-
-    def pair():
-        return asgl_cuda.fuse(scattered(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(analog_prob=0.0))))[0]
-
-    torch.manual_seed(0)
-    x_seq = torch.randn(T, B, C)
-    torch.manual_seed(1)
-    expected = pair()(x_seq)
-    assert expected.any()
-
-    def wrapped(model):
-        model[0].layer = nn.Sequential(model[0].layer)
-        model[1] = nn.Sequential(model[1])
-
-    def called_again(model):
-        model(x_seq)
-        return checkpoint(model[1], x_seq.requires_grad_(), use_reentrant=False)
-
-    changes = {
-        "wrapped": wrapped, "moved": lambda model: model.insert(0, nn.Identity()),
-        "a slice": lambda model: nn.Sequential(*model), "alone": lambda model: copy.deepcopy(model[1])(x_seq),
-        "called again": called_again,
-    }  # fmt: skip
-    for name, change in changes.items():
-        torch.manual_seed(1)
-        model = pair()
-        changed = change(model)
-        out = changed if isinstance(changed, torch.Tensor) else (changed or model)(x_seq)
-        torch.testing.assert_close(out, expected, msg=name)
-        if out.requires_grad:
-            out.sum().backward()
-
-
-def test_an_exchange_in_a_compiled_model():
-    torch._dynamo.reset()
-    model = asgl_cuda.fuse(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF(analog_prob=0.0)))[0].eval()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    x_seq = torch.randn(T, B, C)
-    assert torch.equal(compiled(x_seq), model(x_seq))
-    nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    with pytest.raises(Exception, match="would normalise a second time"):
-        compiled(x_seq)
-    torch._dynamo.reset()
-
-
-def test_a_model_is_freed_without_the_collector():
+def test_models_are_freed_without_the_collector():
+    gc.collect()
     gc.disable()
     try:
-        model = weakref.ref(asgl_cuda.fuse(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF()))[0])
-        assert model() is None
+        for example in ((X,), ()):
+            model = asgl_cuda.fuse(net(), *example)[0]
+            for _ in range(2):
+                model(X).sum().backward()
+                functional.reset_net(model)
+            found = [weakref.ref(module) for module in model.modules()]
+            del model
+            assert not [each for each in found if each() is not None]
     finally:
         gc.enable()
 
 
-def test_repr():
-    shown = repr(asgl_cuda.fuse(net())[0])
-    assert "NormalisedLIF([3], width=1 (learned)" in shown
-    assert "normalised by BatchNorm1d" in shown
-    assert "PassedBatchNorm1d(3, eps=1e-05" in shown
-    alone = asgl_cuda.fuse(nn.Sequential(nn.BatchNorm1d(C), norse.LIFBoxCell()))[0]
-    assert "normalised by BatchNorm1d" in repr(alone)
+FORMS = {
+    "y + x": operator.add, "x + y": lambda y, x: x + y, "y.add_(x)": lambda y, x: y.add_(x),
+    "views": lambda y, x: (y.flatten(0, 1) + x.flatten(0, 1)).view(T, B, C, 16).transpose(2, 3),
+    "one step": lambda y, x: y + x[:1],
+}  # fmt: skip
 
 
-def test_errors_of_a_call():
-    fused, _ = asgl_cuda.fuse(net())
-    with pytest.raises(ValueError, match=r"asgl_cuda\.batch_norm_lif: running_mean must have shape \[4\]"):
-        asgl_cuda.fuse(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF()))[0].eval()(torch.randn(T, B, 4))
-    with pytest.raises(ValueError, match="needs more than one value a channel"):
-        fused[1:2](torch.randn(1, 1, C))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lif", [lambda: asgl_cuda.LIF(analog_prob=0.0), lambda: neuron.LIFNode(step_mode="m")])
+def test_compiled(form, lif):
+    torch._dynamo.reset()
+    x_seq, seen = 2 * torch.randn(SHAPE), []
+    model = scattered(on(asgl_cuda.convert(Block(lif(), FORMS[form]))[0], "cpu"))
+    fused = joined(scattered(on(asgl_cuda.convert(Block(lif()))[0], "cpu")), x_seq)
+    fused.load_state_dict(model.state_dict())
+    fused.form = FORMS[form]
+
+    def look(graph, example_inputs):
+        seen.append(" ".join(str(node.target) for node in graph.graph.nodes))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    found = history(torch.compile(fused, backend=look, fullgraph=True), x_seq, call)
+    found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
+    torch.testing.assert_close(found, history(model, x_seq, call), rtol=1e-9, atol=1e-11)
+    assert all(("batch_norm " in names) == (form == "one step") for names in seen), seen
+    torch._dynamo.reset()
 
 
-def test_a_model_without_normalisations():
-    assert asgl_cuda.fuse(nn.Sequential(nn.Linear(2, 2), asgl_cuda.LIF()))[1] == ([], [])
-    assert asgl_cuda.unfuse(nn.Sequential(nn.Linear(2, 2), asgl_cuda.LIF()))[1] == ([], [])
+@pytest.mark.parametrize("lif", [lambda: asgl_cuda.LIF(analog_prob=0.0), lambda: neuron.LIFNode(step_mode="m")])
+def test_exported_and_traced(lif):
+    """torch.export, torch.fx and, with the value, torch.jit.trace."""
+    x_seq = 2 * torch.randn(SHAPE)
+    model = scattered(on(asgl_cuda.convert(Block(lif()))[0], "cpu")).eval()
+    fused = joined(model, x_seq).eval()
+    expected = model(x_seq)
+    for strict in (False, True):
+        reset(fused)
+        exported = torch.export.export(fused, (x_seq,), strict=strict)
+        assert torch.equal(exported.module()(x_seq), expected)
+        assert "batch_norm_coefficients" in str(exported.graph)
+    reset(fused)
+    traced = torch.fx.symbolic_trace(fused)
+    assert torch.equal(traced(x_seq), expected)
+    assert "lif" in [node.target for node in traced.graph.find_nodes(op="call_module")]
+    if isinstance(model.lif, neuron.LIFNode):
+        reset(fused)
+        assert torch.equal(torch.jit.trace(fused, (x_seq,), check_trace=False)(x_seq), expected)
 
 
-def test_processes_that_share_their_statistics(monkeypatch):
-    """A layer names its processes, by default all; a BatchNorm has none. layer/test_distributed.py runs two."""
-    from asgl_cuda.interop import normalised
+def test_checkpointed(backend):
+    model, x_seq = on(scattered(Block(asgl_cuda.LIF(analog_prob=0.3))), backend), torch.randn(SHAPE)
+    fused, found = joined(model, x_seq), []
+    for made in (fused, model):
+        torch.manual_seed(0)
+        out = checkpoint(made, x_seq.requires_grad_(), use_reentrant=False)
+        grads = torch.autograd.grad(out.square().sum(), [x_seq, *made.parameters()])
+        found.append([out, *grads, *(value.clone() for value in made.buffers())])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
 
-    asked = []
-    monkeypatch.setattr(
-        normalised,
-        "module_batch_norm_lif",
-        lambda norm, x_seq, **options: asked.append(options["process_group"]) or x_seq,
-    )
+
+def test_steps_and_streams(backend):
+    x_seq = torch.randn(SHAPE)
+    model = on(scattered(nn.Sequential(Block(), Block())), backend).eval()
+    fused = joined(model, x_seq)
+    stepped = torch.stack([asgl_cuda.step(fused, x_t) for x_t in x_seq])
+    assert torch.equal(stepped, model(x_seq))
+    asgl_cuda.reset(fused)
+    with asgl_cuda.spiking_eval(model.train()), asgl_cuda.spiking_eval(fused.train()):
+        assert torch.equal(fused(x_seq), model(x_seq))
+    stateful = scattered(Block(asgl_cuda.LIF(analog_prob=0.0, stateful=True, backend=backend)))
+    fused = joined(stateful, x_seq)
+    for _ in range(2):
+        torch.testing.assert_close(fused(x_seq), stateful(x_seq))
+        torch.testing.assert_close(fused.lif.v, stateful.lif.v)
+
+
+def test_states_in_another_order(backend):
+    """Channels last: initial and returned potentials are in the order of the input."""
+    model = Stack(
+        lambda net, x: net.lif(net.bn(x.flatten(0, 1)).view_as(x).movedim(2, -1)), bn=nn.BatchNorm2d(C),
+        lif=asgl_cuda.LIF(analog_prob=0.0, stateful=True, store_v_seq=True, backend=backend),
+    )  # fmt: skip
+    x_seq = torch.randn(SHAPE)
+    fused = joined(scattered(model), x_seq)
+    for _ in range(2):
+        torch.testing.assert_close(fused(x_seq), model(x_seq))
+        torch.testing.assert_close((fused.lif.v, fused.lif.v_seq), (model.lif.v, model.lif.v_seq))
+
+
+def test_monitored(backend):
+    """The repeated call has the residual, and changes no statistics."""
+    model, x_seq = scattered(Block(asgl_cuda.LIF(analog_prob=0.5, backend=backend))), torch.randn(SHAPE)
+    fused = joined(model, x_seq)
+    found = [monitored(made, x_seq, "lif") for made in (model, fused)]
+    assert found[1].pop("constant") == 0  # of the normalisation's channels
+    assert found[1] == pytest.approx(found[0])
+    assert found[0]["analog_share"] > 0
+    torch.testing.assert_close(list(fused.buffers()), list(model.buffers()))
+
+
+def test_spikes_recomputed(monkeypatch):
+    """A shortcut of spikes is recomputed, too."""
+    computed, original = [], recompute._Spikes._computed
+    monkeypatch.setattr(recompute._Spikes, "_computed", lambda self: computed.append(self) or original(self))
+    first, x_seq = nn.Sequential(OverTime(nn.Conv2d(C, C, 1)), asgl_cuda.LIF()), torch.randn(SHAPE)
+    model = on(scattered(nn.Sequential(first, Block(), Block(), OverTime(nn.Conv2d(C, C, 1)))), "cpu")
+    fused = joined(model, x_seq)
+    expected = history(copy.deepcopy(fused), x_seq, call)
+    with asgl_cuda.recompute_spikes():
+        found = history(fused, x_seq, call)
+    assert len(computed) == 3 * 3
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_sync_batch_norm(monkeypatch):
+    """Fused layers stay so, and name their processes, by default all; layer/test_distributed.py runs two."""
+    x_seq, asked = torch.randn(SHAPE), []
+    model = scattered(Block())
+    converted = asgl_cuda.convert_sync_batchnorm(joined(model, x_seq))
+    assert type(converted.branch.layer[1]).__name__ == "FusedSyncBatchNorm"
+    assert torch.equal(converted(x_seq), model(x_seq))
+    fuse = sys.modules["asgl_cuda.interop.fuse"]
+    monkeypatch.setattr(fuse, "module_batch_norm_lif", lambda norm, x, **more: asked.append(more["process_group"]) or x)
     for norm in (nn.SyncBatchNorm(C), nn.SyncBatchNorm(C, process_group="some"), nn.BatchNorm1d(C)):
-        asgl_cuda.fuse(nn.Sequential(OverTime(norm), asgl_cuda.LIF()), inplace=True)[0](torch.randn(T, B, C))
+        asgl_cuda.fuse(nn.Sequential(OverTime(norm), asgl_cuda.LIF()))[0](torch.randn(T, B, C))
     assert asked == ["world", "some", None]
+
+
+def test_calibrate_and_to_nir():
+    """A sum is refused, or a node of its own."""
+    x_seq = torch.randn(SHAPE)
+    with pytest.raises(ValueError, match="its input must have one weight, got several paths"):
+        asgl_cuda.calibrate(joined(Block(), x_seq), x_seq)
+    pytest.importorskip("nir")
+    first = nn.Sequential(OverTime(nn.Conv2d(C, C, 1)), asgl_cuda.LIF())
+    model = scattered(nn.Sequential(first, Block(neuron.LIFNode(step_mode="m")))).eval()
+    graph, expected = (asgl_cuda.to_nir(asgl_cuda.convert(made)[0], x_seq) for made in (joined(model, x_seq), model))
+    assert sorted(graph.edges) == sorted(expected.edges)
+    for name, node in expected.nodes.items():
+        for key in ("weight", "bias"):
+            assert torch.equal(*(torch.as_tensor(getattr(each, key, ())) for each in (graph.nodes[name], node)))
+
+
+def test_errors():
+    fused = joined(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF()), torch.randn(T, B, C))
+    with pytest.raises(ValueError, match=r"asgl_cuda\.batch_norm_lif: running_mean must have shape \[4\]"):
+        fused.eval()(torch.randn(T, B, 4))
+    with pytest.raises(ValueError, match="needs more than one value a channel"):
+        fused.train()(torch.randn(1, 1, C))

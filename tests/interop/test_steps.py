@@ -146,16 +146,6 @@ def test_a_backend_that_was_asked_for_is_compiled(monkeypatch):
     assert not layer.steps_as_before()
 
 
-def test_a_normalisation_is_compiled():
-    model = nn.Sequential(nn.BatchNorm1d(5), snntorch.Leaky(0.8, init_hidden=True))
-    fused, report = asgl_cuda.fuse(model)
-    assert len(report.replaced) == 1
-    expected = run(model[1], currents(), model.eval())
-    call, _ = compiled(fused.eval())
-    torch.testing.assert_close(run(fused[1], 5 * currents(), call), run(model[1], 5 * currents(), model))
-    torch.testing.assert_close(run(fused[1], currents(), fused), expected)
-
-
 # A call on tiny inputs takes 20 to 30 us, mostly in Python: 50 to 150 calls more without steps.py's stored calls.
 MOST_CALLS = {"snntorch": 180, "norse": 140, "LSNNCell": 150}
 

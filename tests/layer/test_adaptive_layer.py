@@ -129,7 +129,7 @@ def test_what_it_shares_with_lif(backend, device):
 
 def test_is_left_by_what_knows_only_lif():
     model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), AdaptiveLIF())
-    fused, _ = asgl_cuda.fuse(model)
+    fused, _ = asgl_cuda.fuse(model, torch.rand(3, 6))
     assert isinstance(fused[2], AdaptiveLIF)
     pytest.importorskip("nir")
     with pytest.raises((TypeError, ValueError, NotImplementedError), match="AdaptiveLIF"):

@@ -57,7 +57,8 @@ NETWORKS = {
     ),
     "residual, normalised": lambda: residual(OverTime(nn.BatchNorm1d(16))),
     "fused": lambda: asgl_cuda.fuse(
-        nn.Sequential(nn.Linear(16, 40), OverTime(nn.BatchNorm1d(40)), LIF(), nn.Linear(40, 40), LIF())
+        nn.Sequential(nn.Linear(16, 40), OverTime(nn.BatchNorm1d(40)), LIF(), nn.Linear(40, 40), LIF()),
+        torch.rand(3, 2, 16),
     )[0],
     "shared neurons": lambda: linear(lif := LIF(), lif),
     "inplace": lambda: linear(nn.Sequential(LIF(), nn.ReLU(inplace=True)), LIF()),

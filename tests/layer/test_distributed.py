@@ -98,7 +98,7 @@ def three(backend):
     """A fused pair, weights, and a BatchNormLIF."""
     torch.manual_seed(0)
     neurons = {"surrogate": "sigmoid", "backend": backend, "analog_prob": 1.0}
-    joined, report = asgl_cuda.fuse(pair(backend, nn.BatchNorm1d(3)))
+    joined, report = asgl_cuda.fuse(pair(backend, nn.BatchNorm1d(3)), joint_batch())
     assert len(report.replaced) == 1
     return nn.Sequential(joined, nn.Linear(5, 4), asgl_cuda.BatchNormLIF(3, **neurons)).double()
 
@@ -252,13 +252,6 @@ def test_conversion_without_a_process_group_changes_nothing(group):
         asgl_cuda.convert_sync_batchnorm(model, group)
     assert model[0].process_group is None
     assert type(model[1]) is nn.BatchNorm1d
-
-
-def test_conversion_of_half_a_pair_is_refused():
-    model = three("reference")
-    with pytest.raises(ValueError, match=r"the neurons that compute 0\.layer \(BatchNorm1d\) must be in the model"):
-        asgl_cuda.convert_sync_batchnorm(nn.Sequential(model[0][0]))
-    model(joint_batch())
 
 
 def test_conversion_of_a_step_mode_that_would_be_lost_is_refused():

@@ -214,7 +214,7 @@ def normalised_model(**options):
 
 def fused_model(**options):
     norm = asgl_cuda.OverTime(nn.BatchNorm1d(30, **options))
-    model, report = asgl_cuda.fuse(nn.Sequential(nn.Linear(20, 30), norm, LIF(analog_prob=0.0)))
+    model, report = asgl_cuda.fuse(nn.Sequential(nn.Linear(20, 30), norm, LIF(analog_prob=0.0)), torch.randn(3, 2, 20))
     assert report.replaced
     return model, "2"
 

@@ -103,7 +103,7 @@ def test_steps_of_a_model_are_one_sequence(backend, device, time_dim, fused):
         norm = nn.BatchNorm2d(C)
         norm.running_var.fill_(4.0)
         model[1] = nn.Sequential(OverTime(norm), LIF(time_dim=time_dim, backend=backend)).eval()
-        model, report = asgl_cuda.fuse(model)
+        model, report = asgl_cuda.fuse(model, inputs(T, B, 1, 8, 8).movedim(0, time_dim))
         assert len(report.replaced) == 1, report
     model = model.to(device)
     x_seq = inputs(T, B, 1, 8, 8).to(device)

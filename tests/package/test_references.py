@@ -89,7 +89,7 @@ def converted(*layer: str, **options: Any) -> None:
 
 
 def fused() -> None:
-    model, report = asgl_cuda.fuse(network())
+    model, report = asgl_cuda.fuse(network(), inputs())
     assert len(report.replaced) == 1
     trained(model(inputs()))
     asgl_cuda.unfuse(model)
