@@ -12,7 +12,7 @@ import asgl_cuda
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page != DOCS / "README.md"]
-IMPORTS = ("matplotlib", "sklearn", "spikingjelly", "snntorch", "norse", "sinabs", "nir", "mlxtend")
+IMPORTS = ("matplotlib", "sklearn", "spikingjelly", "snntorch", "norse", "sinabs", "nir", "mlxtend", "tonic")
 
 
 def python_of(page: Path) -> list[str]:
