@@ -49,6 +49,19 @@ def test_python_of_page_runs(page: Path, capsys: pytest.CaptureFixture[str]):
         assert accuracy > 0.95
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        "batch first", "dataset", "energy", "firing rate regularization", "freeze width", "gpu", "membrane potential",
+        "nan", "onnx", "padding", "poisson", "recurrent", "tau", "tensorboard", "variable length",
+    ],
+)  # fmt: skip
+def test_search_finds(word: str):
+    """The site's search puts main index entries first."""
+    entries = re.findall(r"^```\{index\} (.*)$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
+    assert [each.strip().lower() for line in entries for each in line.split(",")].count(f"!{word}") == 1
+
+
 @pytest.mark.parametrize("name", [*asgl_cuda.__all__, "interop.snntorch.MultiStep"])
 def test_reference_has(name: str):
     reference = "\n".join(page.read_text() for page in sorted((DOCS / "reference").glob("*.md")))
