@@ -12,7 +12,7 @@ import asgl_cuda
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page != DOCS / "README.md"]
-IMPORTS = ("matplotlib", "sklearn", "spikingjelly", "snntorch", "norse", "sinabs", "nir", "mlxtend")
+IMPORTS = ("matplotlib", "sklearn", "spikingjelly", "snntorch", "norse", "sinabs", "nir", "mlxtend", "tonic")
 
 
 def python_of(page: Path) -> list[str]:
@@ -57,6 +57,19 @@ def test_first_network_is_the_program_of_the_readme():
     cells = re.findall(r"^```{code-cell} python\n(.*?)^```$", tutorial, re.MULTILINE | re.DOTALL)
     missing = {*program} - {*"".join(cells).splitlines()}
     assert not missing
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "batch first", "dataset", "energy", "firing rate regularization", "freeze width", "gpu", "membrane potential",
+        "nan", "onnx", "padding", "poisson", "recurrent", "tau", "tensorboard", "variable length",
+    ],
+)  # fmt: skip
+def test_search_finds(word: str):
+    """The site's search puts main index entries first."""
+    entries = re.findall(r"^```\{index\} (.*)$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
+    assert [each.strip().lower() for line in entries for each in line.split(",")].count(f"!{word}") == 1
 
 
 @pytest.mark.parametrize("name", [*asgl_cuda.__all__, "interop.snntorch.MultiStep"])
