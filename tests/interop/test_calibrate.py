@@ -85,7 +85,7 @@ def test_converted_layers_fire_at_the_rate(name, asgl, x_seq):
     if name == "SpikingJelly, sequences" and asgl is None:
         model, layers = make(), 1
         nn.init.normal_(model[0].weight)  # in front of neurons that stay as they are
-        model, _ = asgl_cuda.fuse(model)  # converts those that it joins, and no others
+        model, _ = asgl_cuda.fuse(model, x_seq)  # converts those that it joins, and no others
     elif asgl is None and len(report.replaced) < layers:
         pytest.skip("as they are, these layers are faster than converted ones")
     calibrated = asgl_cuda.calibrate(model, x_seq)

@@ -30,7 +30,7 @@ def normalised_lif(*features, **options):
 
 
 def fused(*layers):
-    model, report = asgl_cuda.fuse(nn.Sequential(*layers))
+    model, report = asgl_cuda.fuse(nn.Sequential(*layers), torch.rand(2, 3, *IMAGE))
     assert len(report.replaced) == 1
     return model
 
