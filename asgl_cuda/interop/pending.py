@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .converted import bare_class
-from .snapshot import version_of
+from .converted import bare_class, version_of
 
 _IN_PLACE = ("add_", "iadd", "__iadd__")
 _ADDITIONS = ("add", "__add__", "__radd__", *_IN_PLACE)
