@@ -213,7 +213,8 @@ def convert(
                 first = "asgl_cuda.unfuse and revert come" if fused else "asgl_cuda.revert comes"
                 report.left.append(Left(path, name, f"it is converted already, with its own settings: {first} first"))
             continue
-        found = next((answer for library in known if (answer := library.find(layer)) is not None), _vendored(layer))
+        answers = (library.find(layer) for library in known)
+        found = _vendored(layer) or next((each for each in answers if each is not None), None)
         if found is None:
             continue
         found = found if isinstance(found, str) else exchanged(layer) or shadowed(layer, found[0]) or found
@@ -238,8 +239,8 @@ def _vendored(layer: nn.Module) -> str | None:
         package, found, _ = each.__module__.partition(".spikingjelly.")
         if found and hasattr(layer, "neuronal_charge"):
             return (
-                f"it is of {package}.spikingjelly, a copy of SpikingJelly that convert does not know: import spikingjelly "
-                "itself in its place, or give its class in layers"
+                f"it is of {package}.spikingjelly, a copy of SpikingJelly that convert does not know: import "
+                "spikingjelly itself in its place, or give its class in layers"
             )
     return None
 
@@ -266,8 +267,8 @@ def _notes(model: nn.Module, report: Report) -> list[str]:
 
 
 _OWN_IS_SLOWER = (
-    "its own surrogate, outside of the kernel, may be slower than before in training: a step a call at 0.8 to 1.1 times "
-    "the speed, sequences of large layers on a CPU at 0.5"
+    "its own surrogate, outside of the kernel, may be slower than before in training: a step a call at 0.7 to 1.1 "
+    "times the speed, sequences of large layers on a CPU at 0.5"
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -68,7 +68,9 @@ def _made(module: nn.Module, make: Callable[[Any], Any], where: str) -> tuple[nn
     try:
         lacking = layer.load_state_dict(module.state_dict(), strict=False).unexpected_keys
     except RuntimeError as error:
-        raise RuntimeError(f"{where} ({name}): its state does not load in the {type(layer).__name__}: {error}") from error
+        raise RuntimeError(
+            f"{where} ({name}): its state does not load in the {type(layer).__name__}: {error}"
+        ) from error
     return layer, f"{type(layer).__name__}{', which has no ' if lacking else ''}{', '.join(lacking)}"
 
 

@@ -52,7 +52,11 @@ class ConvertedNode(Converted):
 
     def read_from(self) -> dict[str, Any]:
         precision = self.__dict__.get("_neuron_precision")
-        return {"surrogate_function": self.surrogate_function, "precision": precision, "detach_reset": self.detach_reset}
+        return {
+            "surrogate_function": self.surrogate_function,
+            "precision": precision,
+            "detach_reset": self.detach_reset,
+        }
 
     @staticmethod
     def detaches(layer: Any) -> bool:
@@ -175,7 +179,7 @@ class ConvertedClockDrivenNode(ConvertedNode):
         return "m" if isinstance(self, _MULTI_STEP) else "s"
 
     def read_from(self) -> dict[str, Any]:
-        return {**super().read_from(), "backend": self.__dict__.get("backend")}
+        return {**super().read_from(), "Lava": self.__dict__.get("backend") == "lava"}
 
     def advice(self) -> str | None:
         if self.step_mode == "m":
