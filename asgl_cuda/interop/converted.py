@@ -154,7 +154,8 @@ class Basis:
         for name, value in values.items():
             old = self.copies.get(name, before[name])
             if not (value is old or _alike(value, old)):
-                return f"its {name} is {_in_words(value)}, and was {_in_words(old)}"
+                now, was = _in_words(value), _in_words(old)
+                return f"its {name} is {now}, and was {was}" if now != was else f"its {name} is another {now}"
         if not torch.compiler.is_compiling():
             self._note(values)
         return None

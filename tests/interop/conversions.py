@@ -120,7 +120,7 @@ def results(layer, run, x, training):
 
 
 def assert_equal(make, by, run, shape, scale=2.0, wrap=None, fires=True, modes=(True, False), rtol=1e-12):
-    """The layer converts, described as `by`, with outputs of several calls and gradients within `rtol`; spikes equal."""
+    """The layer converts, described as `by`: equal spikes, outputs and gradients of several calls within `rtol`."""
     layer, (converted, report) = make(), asgl_cuda.convert(make(), inplace=True)
     assert len(report.replaced) == 1, report
     assert by in (None, report.replaced[0].by)

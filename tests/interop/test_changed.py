@@ -180,12 +180,14 @@ REFUSED = {
     "a threshold in a user's surrogate": (
         lambda: iaf(surrogate_grad_fn=of_a_user, **own_threshold()), written("spike_threshold", 2.5), "threshold is ",
     ),
-    "sinabs, reset": (iaf, given(reset_fn=sinabs.activation.MembraneReset()), "reset_fn is MembraneReset, and was Memb"),
+    "sinabs, reset": (iaf, given(reset_fn=sinabs.activation.MembraneReset()), "reset_fn is MembraneReset"),
     "sinabs, floor": (
         lambda: sinabs.layers.ExpLeak(2.0), given(min_v_mem=nn.Parameter(torch.tensor(0.0))), "min_v_mem is ",
     ),
     "a floor that adapts": (lambda: sinabs.layers.ALIF(3.0, 5.0), given(min_v_mem=-1.0), "min_v_mem is -1.0"),
-    "authors": (lambda: authors_layer(SHAPE[0]), lambda layer: setattr(layer.cell.spike_fn, "spike", False), "spike is F"),
+    "authors": (
+        lambda: authors_layer(SHAPE[0]), lambda layer: setattr(layer.cell.spike_fn, "spike", False), "spike is False",
+    ),
     "a gate": (lambda: authors_layer(SHAPE[0]), given("cell", use_gate=True), "use_gate is True, and was False"),
 }  # fmt: skip
 

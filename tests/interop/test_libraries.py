@@ -94,7 +94,9 @@ JELLY = {
         for decays, v_reset in itertools.product([False, True], [0.0, -0.3])
     },
     **{
-        f"CUBA, {v_reset}, {mode}": (partial(stored, "CUBALIFNode", v_threshold=0.5, v_reset=v_reset, step_mode=mode), None)
+        f"CUBA, {v_reset}, {mode}": (
+            partial(stored, "CUBALIFNode", v_threshold=0.5, v_reset=v_reset, step_mode=mode), None,
+        )
         for v_reset, mode in itertools.product([0.0, -0.3, None], "sm")
     },
     **{by: (partial(stored, "LIFNode", surrogate_function=each), by) for by, each in FUNCTIONS.items()},
@@ -144,7 +146,8 @@ MECHANISMS = {how: {"reset_mechanism": how} for how in ("subtract", "zero", "non
 # A learned value at the ends of its clamp, where threshold / beta has no gradient.
 ENDS = (-0.5, 0.0, 1e-7, 1e-4, 0.3, 1.0, 1.5)
 SLOPES = {
-    "arctan, width 0.3333": slopes.atan(alpha=3.0), "fast_sigmoid, width 0.2, gradient times 0.4": slopes.fast_sigmoid(5),
+    "arctan, width 0.3333": slopes.atan(alpha=3.0),
+    "fast_sigmoid, width 0.2, gradient times 0.4": slopes.fast_sigmoid(5),
     "sigmoid, width 0.2": slopes.sigmoid(slope=5), FLAT: slopes.straight_through_estimator(),
 }  # fmt: skip
 OWN_SLOPES = {
@@ -170,10 +173,11 @@ SNNTORCH = {
     },
     **{
         f"{kind}, {name} {value}": (
-            partial(leaky, kind, **{**({"alpha": 0.5} if kind == "Synaptic" else {}), name: value, f"learn_{name}": True}),
-            None,
+            partial(leaky, kind, **{**more, name: value, f"learn_{name}": True}), None,
         )
-        for (kind, name), value in itertools.product([("Leaky", "beta"), ("Synaptic", "beta"), ("Synaptic", "alpha")], ENDS)
+        for (kind, name, more), value in itertools.product(
+            [("Leaky", "beta", {}), ("Synaptic", "beta", {"alpha": 0.5}), ("Synaptic", "alpha", {})], ENDS
+        )
     },
 }  # fmt: skip
 
@@ -226,7 +230,8 @@ NORSE = {
     },
     **{
         f"{kind}, {method}, {learned}": (
-            partial(neurons_of_norse, kind, method=method, learned=learned, records=learned and "Cell" not in kind), None,
+            partial(neurons_of_norse, kind, method=method, learned=learned, records=learned and "Cell" not in kind),
+            None,
         )
         for kind, method, learned in itertools.product(
             ("LIF", "LIFCell", "IAF", "IAFCell"), ("super", "triangle"), (False, True)
@@ -307,7 +312,8 @@ SINABS = {
     **{
         f"{kind}, {options}": (partial(of_sinabs, kind, batch_size=B, **options), None)
         for kind, options in (
-            ("LIFSqueeze", {"tau_mem": 2.0}), ("IAFSqueeze", SINGLE), ("IAFSqueeze", {"min_v_mem": torch.full((N,), -1)}),
+            ("LIFSqueeze", {"tau_mem": 2.0}), ("IAFSqueeze", SINGLE),
+            ("IAFSqueeze", {"min_v_mem": torch.full((N,), -1)}),
             ("LIFSqueeze", {"tau_mem": 3.0, "tau_syn": each(1, 4), "train_alphas": True}),
             ("LIFSqueeze", {"tau_mem": each(1, 5), "norm_input": False, **SINGLE}),
         )
@@ -327,7 +333,10 @@ SINABS = {
                 "exponential": activation.SingleExponential(0.6, 1.3), "gaussian": GAUSSIAN,
                 "heaviside": activation.Heaviside(0.3),
             }.items(),
-            {"to 0": TO_ZERO["reset_fn"], "0.7": activation.MembraneSubtract(0.7), "subtract": activation.MembraneSubtract()}.items(),
+            {
+                "to 0": TO_ZERO["reset_fn"], "0.7": activation.MembraneSubtract(0.7),
+                "subtract": activation.MembraneSubtract(),
+            }.items(),
             ("", ", squeezed"),
         )
         if surrogate_ != "heaviside" or reset == "to 0"

@@ -33,18 +33,18 @@ def test_errors_of_multi_step():
 
 @pytest.mark.parametrize("kind", ["Leaky", "Synaptic"])
 def test_multi_step_states_and_keys(kind):
-    """It goes on from the last call, unless it is given states; checkpoints of the layer load, and of older versions."""
+    """It goes on from the last call, unless it is given states; keys are those of the layer, and of older versions."""
     torch.manual_seed(0)
     options = {"beta": 0.8, "learn_threshold": True, **({"alpha": 0.7} if kind == "Synaptic" else {})}
     layer, model = (nn.Sequential(nn.Identity(), getattr(snntorch, kind)(**options)) for _ in range(2))
     multi = nn.Sequential(nn.Identity(), MultiStep(model[1]))
-    x_seq = torch.randn(9, *SHAPE[1:])
+    x_seq = torch.randn(9, 3, 7)
     first = multi(x_seq)[0]
     assert torch.equal(first, steps(layer[1], x_seq)[0])
     assert not torch.equal(multi(x_seq)[0], first)
     asgl_cuda.reset(multi)
     assert torch.equal(multi(x_seq)[0], first)
-    states = torch.rand(len(options) - 1, *SHAPE[1:])
+    states = torch.rand(len(options) - 1, 3, 7)
     torch.testing.assert_close(multi[1](x_seq, mem=states[-1])[0][0], layer[1](x_seq[0], mem=states[-1])[0])
     torch.testing.assert_close(multi[1](x_seq, *states)[0][0], layer[1](x_seq[0], *states)[0])
     assert list(multi.state_dict()) == list(layer.state_dict())

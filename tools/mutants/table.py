@@ -587,8 +587,9 @@ MUTANTS = {
     "converted: a property for an attribute": converted(
         'value.fset is not None if isinstance(value, property) else hasattr(type(value), "__set__")', "False",
         "interop/test_subclasses.py other_ways"),
-    "converted: methods of a subclass": converted('(hasattr(base, name) and (callable(value) or hasattr(value, "__get__")))',
-        "False", "interop/test_subclasses.py overrides"),
+    "converted: methods of a subclass": converted(
+        '(hasattr(base, name) and (callable(value) or hasattr(value, "__get__")))', "False",
+        "interop/test_subclasses.py overrides"),
     "converted: rng_state as a float": converted(' and name != "rng_state"', "",
         "interop/test_adaptive_converted.py noise"),
     "converted: noise with a surrogate of the layer": converted("if self.settings.spike.own and value:", "if False:",
@@ -606,9 +607,11 @@ MUTANTS = {
         "interop/test_identify.py"),
     # ---- replaced ----
     "replaced: one place alone": replaced("                parent._modules[name] = layer\n",
-        "                parent._modules[name] = layer\n                return\n", "interop/test_own_neurons.py places"),
+        "                parent._modules[name] = layer\n                return\n",
+        "interop/test_own_neurons.py places"),
     "replaced: another mode": replaced("    layer.train(module.training)\n", "", "interop/test_own_neurons.py places"),
-    "replaced: subclasses": replaced("if type(module) not in layers or path", "if not isinstance(module, tuple(layers)) or path",
+    "replaced: subclasses": replaced("if type(module) not in layers or path",
+        "if not isinstance(module, tuple(layers)) or path",
         "interop/test_own_neurons.py left"),
     "replaced: one layer for several": replaced("any(layer is each for each, _ in found.values())", "False",
         "interop/test_own_neurons.py errors"),
@@ -617,7 +620,7 @@ MUTANTS = {
     "replaced: the state is not loaded": replaced(
         "layer.load_state_dict(module.state_dict(), strict=False).unexpected_keys", "[]",
         "interop/test_own_neurons.py published or names"),
-    "replaced: values do not come back": replaced("                value.copy_(values[name])\n", "                pass\n",
+    "replaced: values do not come back": replaced("value.copy_(values[name])", "pass",
         "interop/test_own_neurons.py come_back"),
     "replaced: lost values": replaced("if name not in own and id(value) not in shared]", "if False]",
         "interop/test_own_neurons.py places"),
