@@ -181,7 +181,7 @@ class ConvertedLeaky(Converted):
         }  # fmt: skip
         if mechanism == "none":
             options["reset_amount"] = 0.0
-        elif mechanism == "subtract" and not whole and not isinstance(self, Normalised):
+        elif mechanism == "subtract" and not (whole or _is_constant(decay) or isinstance(self, Normalised)):
             # From the input: the potential's share, threshold / beta, has no accurate gradient where beta is small.
             shift, options["reset_amount"] = threshold if len(leak) == 1 else threshold / gain, 0.0
         elif mechanism == "subtract":
@@ -294,6 +294,10 @@ def _mark(mem: Tensor, values: tuple[Any, ...], options: dict[str, Any], shift: 
     sources = [(id(value), value._version) if isinstance(value, Tensor) else value for value in values]
     numbers = [value for value in options.values() if isinstance(value, float)]
     return mem.requires_grad, mem._version, torch.is_grad_enabled(), shift is None, sources, numbers
+
+
+def _is_constant(decay: Tensor | float) -> bool:
+    return isinstance(decay, float) and abs(decay) >= _SMALL_BETA
 
 
 def _less(value: Tensor, spikes: Tensor, amount: Tensor | float) -> Tensor:

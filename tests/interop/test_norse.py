@@ -1,7 +1,6 @@
 """Neurons of Norse: spikes, potentials and gradients before and after conversion."""
 
 import norse.torch as norse
-import pytest
 import torch
 from conversions import SHAPE, train_alike
 from torch import nn
@@ -43,23 +42,6 @@ def stepped(net, x_seq):
         out.append(v)
         potentials.append(state[-1].v)
     return torch.stack(out), torch.stack(potentials)
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_convolutional_nets_train_alike(whole):
-    torch.manual_seed(0)
-    lift = norse.Lift if whole else (lambda module: module)
-    parts = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1), nn.Linear(6 * 16, 3)
-    first, second, last = map(lift, parts)
-    neurons = [norse.LIF(), norse.IAF(), norse.LI()] if whole else [norse.LIFCell(), norse.IAFCell(), norse.LICell()]
-    pool, flat = lift(nn.AvgPool2d(2)), nn.Flatten(2 if whole else 1)
-    model = norse.SequentialState(first, neurons[0], pool, second, neurons[1], flat, last, neurons[2])
-    x_seq = 20 * torch.rand(9, 6, 1, 8, 8)
-
-    def scores_of(net):
-        return 10 * (net(x_seq) if whole else stepped(net, x_seq))[0].mean(0)
-
-    train_alike(model, scores_of, 3 if whole else 2, left=[] if whole else ["LICell"])
 
 
 def test_nets_train_alike():

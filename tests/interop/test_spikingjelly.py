@@ -52,17 +52,6 @@ def test_state():
     assert torch.equal(torch.stack([converted(each) for each in x]), first)
 
 
-def test_half_types():
-    torch.manual_seed(0)
-    node = neuron.LIFNode(step_mode="m")
-    converted, _ = asgl_cuda.convert(node)
-    x_seq = torch.randn(6, 4, 5).bfloat16()
-    for _ in range(2):
-        assert converted(x_seq).dtype == torch.bfloat16
-        assert (converted(x_seq) != node(x_seq)).float().mean() < 0.1
-        functional.reset_net(node), functional.reset_net(converted)
-
-
 def test_a_simple_node_does_not_begin_anew_by_itself():
     converted, _ = asgl_cuda.convert(neuron.SimpleIFNode())
     converted(torch.rand(4, 5))

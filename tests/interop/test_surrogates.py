@@ -84,15 +84,6 @@ def test_a_large_threshold():
     assert torch.equal(converted(x), layer(x))
 
 
-def test_widths_of_each_neuron_and_asgl():
-    layer = layers.IAF(spike_threshold=EACH, spike_fn=activation.SingleSpike)
-    converted, _ = asgl_cuda.convert(layer, asgl={})
-    assert float(converted.width.detach()) == pytest.approx(0.5 * float(EACH.mean()))
-    back, report = asgl_cuda.revert(converted)
-    assert "its own surrogate can't hold it" in report.left[0].reason
-    assert type(back) is layers.IAF
-
-
 @pytest.mark.parametrize("threshold", [0.0, -0.5, torch.tensor([0.5, -0.5])])
 def test_several_spikes_need_a_threshold_above_0(threshold):
     for spike_fn in (MAX(1), activation.MultiSpike):
@@ -147,16 +138,6 @@ def test_nir_has_no_several_spikes():
         graph = asgl_cuda.to_nir(converted, x_seq)
         expected = converted(x_seq).transpose(0, 1)
         assert torch.equal(asgl_cuda.from_nir(graph)(x_seq.transpose(0, 1)), expected)
-
-
-@pytest.mark.parametrize("spike_fn", [MAX(1), MAX(3), MAX(), activation.MultiSpike, activation.SingleSpike], ids=str)
-def test_compiled_sinabs(spike_fn):
-    options = {"spike_fn": spike_fn, "shape": (3, 5), "surrogate_grad_fn": activation.Heaviside()}
-    x = 2 * torch.randn(3, 8, 5)
-    for layer in (layers.IAF(reset_fn=NO_SLOPE, **options), layers.IAF(spike_fn=spike_fn, shape=(3, 5))):
-        converted, _ = asgl_cuda.convert(layer)
-        torch.compiler.reset()
-        assert torch.equal(torch.compile(converted, backend="eager", fullgraph=True)(x), layer(x))
 
 
 def learning_closure():
