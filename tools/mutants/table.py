@@ -724,7 +724,7 @@ MUTANTS = {
     "norse: v_leak without its gain": norse("gain * number(p.v_leak), 1 - gain",
         "number(p.v_leak), 1 - gain", "interop/test_libraries.py LIFBox"),
     "norse: a state of its own": norse('if getattr(layer.state_fallback, "__func__", None) is not kind.initial_state:',
-        "if False:", "interop/test_left.py options"),
+        "if False:", "interop/test_changed.py other_functions"),
     "sinabs: no least potential": sinabs("v_min=self._least_potential()", "v_min=None",
         "interop/test_libraries.py floor"),
     "sinabs: a gradient of the threshold": sinabs("v_threshold=self.spike_threshold.detach()",
