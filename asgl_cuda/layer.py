@@ -231,6 +231,7 @@ class NeuronLayer(Settable):
         return value if isinstance(value, float) or self.num_features else value.sum()
 
     def forward(self, x_seq: Tensor, residual: None = None) -> Tensor:
+        """The layer's output for `x_seq` `[T, ...]`, of the same shape; takes no residual."""
         if residual is not None:
             raise TypeError(f"{self._caller}: takes no residual; layer(x_seq + residual) adds it")
         return self._call(x_seq)

@@ -270,6 +270,7 @@ class LIF(NeuronLayer, Noisy):
         )
 
     def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Spikes of `x_seq` `[T, ...]`, plus `residual` of the same shape: an output of the same shape."""
         x_seq, more = self._inputs(x_seq, residual)
         return self._call(x_seq, **more)
 

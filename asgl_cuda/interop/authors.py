@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .converted import Converted, Found, InStream, Settings, Wrapper, bare_class, exchanged, overridden
+from .converted import Basis, Converted, Found, InStream, Settings, Wrapper, bare_class, exchanged, overridden
 from .identify import SpikeFunction
 
 _SURROGATES = {"InvRectangle": "rectangle", "InvSigmoid": "sigmoid"}
@@ -27,12 +27,14 @@ class ConvertedLIFLayer(Converted):
 
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         self.settings = settings
+        self._basis = Basis(self)
         self.log_width = None
 
-    def known_by(self) -> tuple[Any, ...]:
-        spike = self.cell.spike_fn
-        flags = getattr(self.cell, "use_gate", False), getattr(self.cell, "return_noreset_v", False)
-        return None, spike, type(spike.inv_sg), getattr(spike, "spike", True), *flags
+    def read_from(self) -> dict[str, Any]:
+        spike, cell = self.cell.spike_fn, self.cell
+        flags = {flag: getattr(cell, flag, False) for flag in ("use_gate", "return_noreset_v")}
+        parts = {"cell": cell, "spike_fn": spike, "inv_sg": spike.inv_sg, "spike": getattr(spike, "spike", True)}
+        return {"function": None, **parts, **flags}
 
     @property
     def analog_prob(self) -> float:

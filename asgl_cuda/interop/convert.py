@@ -20,6 +20,7 @@ from ..over_time import KNOWS_TIME
 from . import authors
 from .converted import Converted, Settings, bare_class, exchanged, overlaid, shadowed
 from .identify import FLAT, SpikeFunction, fires_strictly, identify, type_of_spikes
+from .replaced import kept_by, made_for, replace, restore
 
 _CALLER = "asgl_cuda.convert"
 
@@ -121,7 +122,12 @@ KNOWS_TIME.append(lambda module: any(library.knows_time(module) for library in l
 
 
 def convert(
-    model: nn.Module, *, asgl: Mapping[str, Any] | None = None, inplace: bool = False, backend: str | None = None
+    model: nn.Module,
+    *,
+    asgl: Mapping[str, Any] | None = None,
+    layers: Mapping[type[nn.Module], Callable[[Any], nn.Module | None]] | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
 ) -> tuple[nn.Module, Report]:
     """Computes the neuron layers of a model by the fused neuron: ``fast, report = asgl_cuda.convert(model)``.
 
@@ -131,16 +137,15 @@ def convert(
     `CUBALIFNode`, `ILIFNode`, the MultiStep forms of its `clock_driven`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`,
     Norse's `LIF`, `LSNN`, `IAF` and `LI`, `LIFCell`, `LSNNCell`, `IAFCell` and `LIFBoxCell`, sinabs' `LIF`, `IAF`,
     `ALIF` and `ExpLeak` with their Squeeze forms, `LIFLayer` of the code published by the authors of ASGL, and
-    subclasses that override nothing that forward uses. Synaptic currents and layers that do not fire are computed by
-    `leaky_integrator`. A converted layer keeps spikes, states and gradients, up to rounding: a potential within
-    rounding of the threshold, as with quantised inputs, may fire where it did not. The layer's parameters, their names,
-    its state and base classes also stay: optimizers, state dicts and functions such as SpikingJelly's `reset_net` still
-    work. Values of the layer are read at each call; after a change of the surrogate, or of another property that the
-    conversion depends on, the surrogate is identified again, in some milliseconds, or RuntimeError gives the reason for
-    failure. A compiled graph sees attributes that are set, but no writes to tensors behind a surrogate, such as Norse's
-    `alpha`. A surrogate unknown to asgl_cuda is kept, and applied to the kernel's potentials, where the reset is
-    detached. SpikingJelly's `backend` has no effect on converted layers. Layers without an exact representation, or
-    with a replaced method (`layer.fire = ...`), are left; the report gives the reason.
+    subclasses that override nothing that forward uses; `layers` adds others. Synaptic currents and layers that do not
+    fire are computed by `leaky_integrator`. A converted layer keeps spikes, states and gradients, up to rounding: a
+    potential within rounding of the threshold, as with quantised inputs, may fire where it did not. The layer's
+    parameters, their names, its state and base classes also stay: optimizers, state dicts and functions such as
+    SpikingJelly's `reset_net` still work. Decays, thresholds and resets are read at each call. Surrogate, reset
+    mechanism and methods are read once: a call after their change raises RuntimeError, which says what differs. A
+    surrogate unknown to asgl_cuda is kept, and applied to the kernel's potentials, where the reset is detached.
+    SpikingJelly's `backend` has no effect on converted layers. Layers without an exact representation, or with a
+    replaced method (`layer.fire = ...`), are left; the report gives the reason.
 
     Outputs have the library's dtypes, under autocast as well. `torch.jit.trace` records the library's own operations,
     equivalent except for noise; `torch.jit.script` rejects converted layers. In a copy, hooks of tensors are registered
@@ -157,14 +162,19 @@ def convert(
             `log_width` to each layer, to be passed to the optimizer. Layers of the authors' code are ASGL layers
             already, with their own width and `analog_prob`. Layers that do not fire are converted as without `asgl`,
             layers with several spikes per step are left.
+        layers: functions by class, for neurons of your own: `make(module)` returns a layer, such as `asgl_cuda.LIF`,
+            that takes the module's place under its paths, or None to leave it. Classes match exactly: a subclass needs
+            a key of its own. The layer loads the module's state dict, as it will load checkpoints: names that agree,
+            or that a hook of `register_load_state_dict_pre_hook` maps; its other parameters go to the optimizer.
+            References outside of the module tree, in lists for example, keep the module.
         inplace: convert the model instead of a copy; existing optimizers stay valid.
         backend: of all layers, see `asgl_cuda.lif`.
 
     Returns:
         The model, and a `Report` with the lists `replaced` and `left`; `print` shows both, with advice on speed.
 
-    Raises TypeError or ValueError for invalid arguments, and RuntimeError for a model that can't be copied and stays
-    unchanged.
+    Raises TypeError or ValueError for invalid arguments, and RuntimeError for a model that can't be copied, or an error
+    of a function in `layers`; the model stays unchanged.
 
     Example::
 
@@ -179,6 +189,7 @@ def convert(
     if backend is not None:
         check_name("backend", backend, BACKENDS, _CALLER)
     model = taken(model, inplace, _CALLER)
+    made = made_for(model, layers, _CALLER)
     known = list(libraries())
     report = Report([], [])
     inside: list[str] = []  # path prefixes of replaced layers, whose submodules are not reported
@@ -186,12 +197,22 @@ def convert(
         if path.startswith(tuple(inside)):
             continue
         name = type(layer).__name__
+        if layer in made:
+            replacement, text = made[layer]
+            if replacement is None:
+                report.left.append(Left(path, name, text))
+            else:
+                replace(model, layer, replacement)
+                report.replaced.append(Replaced(path, name, text))
+            inside.append(f"{path}.")
+            continue
         if isinstance(layer, Converted):
             if wanted is not None or backend is not None:
                 reason = "it is converted already, with its own settings: asgl_cuda.revert comes first"
                 report.left.append(Left(path, name, reason))
             continue
-        found = next((answer for library in known if (answer := library.find(layer)) is not None), None)
+        answers = (library.find(layer) for library in known)
+        found = _vendored(layer) or next((each for each in answers if each is not None), None)
         if found is None:
             continue
         found = found if isinstance(found, str) else exchanged(layer) or shadowed(layer, found[0]) or found
@@ -204,19 +225,30 @@ def convert(
         analog_prob, learn_width = (0.0, False) if wanted is None else (wanted.analog_prob, wanted.learn_width)
         settings = Settings(spike, backend, type_of_spikes(found[1]), wanted is not None)
         layer.begin(settings, analog_prob, learn_width)
-        layer.take_snapshot()
         report.replaced.append(Replaced(path, name, layer.description()))
         inside.append(f"{path}." if path else "")
     report.notes = _notes(model, report)
     return model, report
 
 
+def _vendored(layer: nn.Module) -> str | None:
+    """The reason to leave a node of SpikingJelly's code under another name, or None."""
+    for each in type(layer).__mro__:
+        package, found, _ = each.__module__.partition(".spikingjelly.")
+        if found and hasattr(layer, "neuronal_charge"):
+            return (
+                f"it is of {package}.spikingjelly, a copy of SpikingJelly that convert does not know: import "
+                "spikingjelly itself in its place, or give its class in layers"
+            )
+    return None
+
+
 def _notes(model: nn.Module, report: Report) -> list[str]:
-    """Advice on speed, or why nothing was found."""
+    """Advice on speed, hooks that no longer fire, or why nothing was found."""
     advice: dict[str, list[str]] = {}  # paths by text
     for path, *_ in report.replaced:
         layer: Any = model.get_submodule(path)
-        if (text := layer.advice()) is not None:
+        for text in _notes_on(layer):
             advice.setdefault(text, []).append(path or "(the model)")
     notes = [f"{', '.join(paths)}: {text}" for text, paths in advice.items()]
     if report.replaced or report.left:
@@ -230,6 +262,28 @@ def _notes(model: nn.Module, report: Report) -> list[str]:
         return ready
     kinds = {type(module).__name__ for module in model.modules() if next(module.children(), None) is None}
     return [f"no neurons that are known among {', '.join(sorted(kinds))}; {_imported()}"]
+
+
+_OWN_IS_SLOWER = (
+    "its own surrogate, outside of the kernel, may be slower than before in training: a step a call at 0.7 to 1.1 "
+    "times the speed, sequences of large layers on a CPU at 0.5"
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _notes_on(layer: Any) -> Iterator[str]:
+    uncalled = {"the module in its place": kept_by(layer)}
+    if isinstance(layer, Converted):
+        if (text := layer.advice()) is not None:
+            yield text
+        if layer.settings.spike is not None and layer.settings.spike.own:
+            yield _OWN_IS_SLOWER
+        else:
+            uncalled = layer.read_from()
+    for name, part in uncalled.items():
+        modules = part.modules() if isinstance(part, nn.Module) else ()
+        if any(getattr(module, hooks) for module in modules for hooks in _HOOKS):
+            yield f"hooks of {name} no longer fire"
 
 
 def _imported() -> str:
@@ -356,7 +410,7 @@ def _spike_function(
 def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Report]:
     """Restores a model's original neuron layers: ``original, report = asgl_cuda.revert(fast)``.
 
-    Parameters keep their trained values.
+    Parameters keep their trained values, those of modules replaced by `layers` where names and shapes agree.
 
     A learned width is stored in the layer's own surrogate if of the same kind (SpikingJelly's `alpha`, sinabs'
     `grad_width`); otherwise the report lists the width as lost. The libraries have no `analog_prob`.
@@ -381,6 +435,11 @@ def revert(model: nn.Module, *, inplace: bool = False) -> tuple[nn.Module, Repor
     model = taken(model, inplace, "asgl_cuda.revert")
     report = Report([], [])
     for path, layer in list(model.named_modules()):
+        if kept_by(layer) is not None:
+            module, lost = restore(model, layer)
+            name = type(module).__name__
+            report.replaced.append(Replaced(path, type(layer).__name__, name))
+            report.left.extend(Left(path, name, f"its {each}: {name} has no such parameter") for each in lost)
         if not isinstance(layer, Converted):
             continue
         name, made = bare_class(layer).__name__, type(layer).__name__

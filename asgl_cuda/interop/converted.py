@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import sys
+import operator
 from collections.abc import Callable, Collection
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..adaptive import AdaptiveLIFOutput, adaptive_lif, run_adaptive
-from ..call import LIFOutput, checked_call, grouped, run
+from ..call import LIFOutput, grouped
 from ..checks import HALF_TYPES, PLAIN_TENSORS, shown
 from ..functional import LIF_DEFAULTS, lif
 from ..integrator import IntegratorOutput, leaky_integrator
@@ -21,9 +22,7 @@ from ..layer import Noisy, give_dimension
 from ..learned import Logarithm
 from ..pending import Pending, tensor_of
 from ..reference import IN_RESET
-from .identify import FLAT, SpikeFunction, fires_strictly, identify, own_spikes, type_of_spikes
-from .snapshot import Snapshot
-from .steps import Known
+from .identify import FLAT, SpikeFunction, captured, identify, own_spikes
 
 
 class Settings(NamedTuple):
@@ -105,6 +104,81 @@ def _new(*parts: Any) -> nn.Module:
     return new
 
 
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+class Basis:
+    """What a layer was converted from, compared at each call: the values of `read_from`, and those of its function.
+
+    Tensors are compared by identity and number of writes, and after a change of either by value: equal values, loaded
+    or of a copy, are no change. Compiled graphs compare neither tensors nor classes.
+    """
+
+    def __init__(self, layer: Converted) -> None:
+        self.size = -1  # number of the layer's attributes at the last check
+        name, function = next(iter(layer.read_from().items()))
+        self.own = {}  # attributes of the function, by name
+        if not (layer.settings.asgl or isinstance(function, FunctionType)):
+            names = (each for each in getattr(function, "__dict__", ()) if each not in _MODULE_ATTRIBUTES)
+            self.own = {f"{name}.{each}": each for each in names}
+        self.has_buffers = isinstance(function, nn.Module) and next(function.buffers(), None) is not None
+        self.held = {f"a tensor of {name}": each for each in captured(function) if isinstance(each, Tensor)}
+        self._note(self._read(layer))
+
+    def _read(self, layer: Converted) -> dict[str, Any]:
+        values = layer.read_from()
+        name, function = next(iter(values.items()))
+        if layer.settings.asgl:
+            del values[name]  # not computed with
+            return values
+        for key, attribute in self.own.items():
+            values[key] = getattr(function, attribute, None)
+        if self.has_buffers:
+            values |= {f"{name}.{key}": buffer for key, buffer in function.named_buffers()}
+        return values | self.held if self.held else values
+
+    def _note(self, values: dict[str, Any]) -> None:
+        self.values = values
+        tensors = {name: each for name, each in values.items() if isinstance(each, Tensor)}
+        self.copies = {name: each.detach().clone() for name, each in tensors.items()}
+        self.versions = {name: each._version for name, each in tensors.items() if not each.is_inference()}
+
+    def changed(self, layer: Converted) -> str | None:
+        """The first difference in words, or None."""
+        values, before = self._read(layer), self.values
+        if torch.compiler.is_compiling():
+            values = {name: each for name, each in values.items() if not isinstance(each, (Tensor, type))}
+        elif all(map(operator.is_, values.values(), before.values())) and all(
+            before[name]._version == version for name, version in self.versions.items()
+        ):
+            return None
+        for name, value in values.items():
+            old = self.copies.get(name, before[name])
+            if not (value is old or _alike(value, old)):
+                now, was = _in_words(value), _in_words(old)
+                return f"its {name} is {now}, and was {was}" if now != was else f"its {name} is another {now}"
+        if not torch.compiler.is_compiling():
+            self._note(values)
+        return None
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and bool((one == other.to(one.device)).all())
+    if isinstance(one, nn.Module):  # whose attributes are compared; replicas are others
+        return type(one) is type(other)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
+
+
+def _in_words(value: Any) -> str:
+    return getattr(value, "__name__", None) or (type(value).__name__ if isinstance(value, nn.Module) else shown(value))
+
+
+def version_of(tensor: Tensor) -> int:
+    """The number of writes to the tensor; not counted in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class Converted(Overlay, Noisy):
     """The overlay of converted layers. Each library has a subclass, whose forward calls `lif`.
 
@@ -115,8 +189,7 @@ class Converted(Overlay, Noisy):
 
     settings: Settings
     log_width: nn.Parameter | None
-    _snapshot: Snapshot | None = None
-    _known: Known | None = None
+    _basis: Basis
     time_dim: int | None  # of the input, None if the input is one step
     multi_spike = False  # several spikes per step, for which noise is not defined
     adapts = False  # a second state, which raises the threshold
@@ -160,6 +233,7 @@ class Converted(Overlay, Noisy):
     def begin(self, settings: Settings, analog_prob: float, learn_width: bool) -> None:
         """Applies the settings of a conversion."""
         self.settings = settings
+        self._basis = Basis(self)
         if settings.spike is None:
             return
         self.analog_prob = analog_prob
@@ -174,14 +248,12 @@ class Converted(Overlay, Noisy):
         self.end_noise()
         if self.settings.spike is not None:
             del self.log_width
-        del self.settings
-        for name in ("_snapshot", "_known"):
-            self.__dict__.pop(name, None)
+        del self.settings, self._basis
         self.take_off()
 
-    def known_by(self) -> tuple[Any, ...]:
-        """The spike function, or None, and other inputs of `find` that may change."""
-        return (None,)
+    def read_from(self) -> dict[str, Any]:
+        """What the conversion depends on and what may change, by name: first the spike function, or None."""
+        raise NotImplementedError
 
     @staticmethod
     def detaches(layer: Any) -> bool:
@@ -197,53 +269,23 @@ class Converted(Overlay, Noisy):
 
     def spikes_of(self, h_seq: Tensor, v_threshold: Tensor | float) -> Tensor:
         """The layer's own spikes, if not the kernel's."""
-        spikes: Tensor = self.known_by()[0](h_seq - v_threshold)
+        spikes: Tensor = next(iter(self.read_from().values()))(h_seq - v_threshold)
         return spikes
 
-    def take_snapshot(self) -> None:
-        """Stores the basis of the conversion."""
-        self._snapshot = Snapshot(*self.known_by())
-
     def check(self) -> None:
-        """Identifies a changed layer again; raises if conversion is no longer possible."""
+        """Raises if the layer is not what it was converted from."""
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self.__prepare_scriptable__()
-        snapshot = self._snapshot
-        if snapshot is None or not snapshot.holds(*self.known_by()):
-            self._look_again()
-        elif not torch.compiler.is_compiling() and snapshot.size != len(self.__dict__):  # perhaps a method
-            if (reason := exchanged(self)) is not None:
-                self._refuse(reason)
-            snapshot.size = len(self.__dict__)
-
-    def _look_again(self) -> None:
-        *_, kind, _ = _parts(type(self))
-        found: Found = sys.modules[kind.__module__].find(self)
-        spike, dtype = self.settings.spike, None
-        if isinstance(found, tuple):
-            function = found[1]
-            if found[0] is not kind:
-                found = "it fires in another way"
-            elif self.settings.asgl and spike is not None and callable(function):
-                spike = spike._replace(strict=fires_strictly(function))
-            elif callable(function):
-                spike = kind.identified(self, function)
-                if isinstance(spike, SpikeFunction) and spike.own and self._has_noise:
-                    spike = "it has noise, for which the surrogate must be one of those of asgl_cuda"
-            else:
-                spike = function
-            dtype = type_of_spikes(function)
-        reason = next((each for each in (found, spike) if isinstance(each, str)), None)
+        basis = self._basis
+        reason = basis.changed(self)
+        if reason is None and not torch.compiler.is_compiling() and basis.size != len(self.__dict__):
+            reason, basis.size = exchanged(self), len(self.__dict__)  # perhaps a method
         if reason is not None:
-            self._refuse(reason)
-        self.settings = self.settings._replace(spike=spike, dtype=dtype)
-        self.take_snapshot()
-
-    def _refuse(self, reason: str) -> NoReturn:
-        raise RuntimeError(
-            f"asgl_cuda.convert: {bare_class(self).__name__} was changed after its conversion: {reason}; "
-            "asgl_cuda.revert, which comes first, gives the library's own layer back"
-        )
+            basis.size = -1
+            raise RuntimeError(
+                f"asgl_cuda.convert: {bare_class(self).__name__} was changed after its conversion: {reason}; convert "
+                "again: asgl_cuda.convert(asgl_cuda.revert(model)[0])"
+            )
 
     def is_plain(self) -> bool:
         """Whether results equal the original layer's."""
@@ -252,34 +294,6 @@ class Converted(Overlay, Noisy):
     def steps_as_before(self) -> bool:
         """Whether to run the library's own forward: compilers fuse a step with the operations around."""
         return torch.compiler.is_compiling() and self.settings.backend is None and self.is_plain()
-
-    def known_of(self, make: Callable[..., Any], *values: Any) -> tuple[Known | None, Any]:
-        """The cache for a step with `values`, and `make(*values)`, cached for constants."""
-        self.check()
-        if torch.compiler.is_compiling() or not self.is_plain():
-            return None, make(*values)
-        numbers = [number(value) if isinstance(value, Tensor) else value for value in values]
-        kinds = [(each.shape, each.dtype, each.device) if isinstance(each, Tensor) else each for each in numbers]
-        known = self._known
-        if known is not None and known.values == kinds and known.settings is self.settings:
-            return known, make(*values) if known.made is None else known.made
-        made = make(*values)
-        known = Known(self.settings, kinds, None if any(isinstance(each, Tensor) for each in numbers) else made)
-        object.__setattr__(self, "_known", known)  # faster than Module's
-        return known, made
-
-    def lif_of(self, known: Known | None, options: dict[str, Any], x_seq: Tensor, v_init: Tensor) -> LIFOutput:
-        """`lif` with `options`, checked only if the signature differs from the last call's."""
-        if known is None or self.settings.dtype not in (None, x_seq.dtype) or not x_seq.is_floating_point():
-            return self.lif(x_seq, v_init=v_init, **options)
-        call = known.call(x_seq, v_init, options)
-        if call is None:
-            given = {**LIF_DEFAULTS, **self._all(x_seq, {**options, "v_init": v_init})}
-            call = checked_call("asgl_cuda.lif", x_seq, grouped(given))
-            known.learn(call, x_seq, v_init, options)
-        output = run(call, "asgl_cuda.lif")
-        assert isinstance(output, LIFOutput)
-        return self._emitted(output, options) if self.settings.spike.own else output
 
     def lif(self, x_seq: Tensor, **options: Any) -> LIFOutput:
         """`asgl_cuda.lif` with the layer's surrogate and noise, and spikes of the library's type."""
@@ -470,25 +484,18 @@ def exchanged(layer: nn.Module) -> str | None:
 def shadowed(layer: nn.Module, overlay: type[Converted]) -> str | None:
     """The reason to leave a layer that has a name of `overlay`, by itself or by a user's class, or None."""
     library = overlay.__module__.rpartition(".")[2]
+    ours = [each for each in overlay.__mro__ if not issubclass(nn.Module, each)]
+    taken = {*vars(Converted), *(name for each in (Converted, Overlay, Noisy) for name in each.__annotations__)}
+    for name, value in (item for each in ours for item in vars(each).items()):
+        if name.startswith("_") or callable(value) or isinstance(value, property):
+            taken.add(name)
+    taken -= set(dir(nn.Module))
     users = [each for each in bare_class(layer).__mro__ if each.__module__.partition(".")[0] != library]
     names = [*vars(layer), *layer._parameters, *layer._buffers, *layer._modules]
     for name in (*names, *(name for each in users for name in vars(each))):
-        value = None if hasattr(nn.Module, name) else inspect.getattr_static(overlay, name, None)
-        if callable(value) or isinstance(value, property) or name in _own_names(overlay):
+        if name in taken:
             return f"its {name} has the name of one that converted layers have"
     return None
-
-
-def _own_names(overlay: type[Converted]) -> frozenset[str]:
-    """The attributes of converted layers that are neither the library's nor torch's."""
-    ours = [each for each in overlay.__mro__ if not issubclass(nn.Module, each)]
-    private = (name for each in ours for name in vars(each) if name.startswith("_"))
-    names = {
-        *private,
-        *vars(Converted),
-        *(name for each in (Converted, Overlay, Noisy) for name in each.__annotations__),
-    }
-    return frozenset(names - set(dir(nn.Module)))
 
 
 # Overridden by a subclass, these do not change results; the subclass's own are still called.
@@ -517,14 +524,12 @@ def known_class(layer: nn.Module, known: Collection[Any], mixing: tuple[type[nn.
 
 def overridden(kind: type[nn.Module], base: type[nn.Module]) -> str | None:
     """The reason to leave a layer of `kind`, a user's subclass of `base`, or None."""
-    methods = [method for each in base.__mro__ for method in vars(each).values()]
-    # The names that methods use include attributes of instances, which a property replaces.
-    used = {name for method in methods if inspect.isfunction(method) for name in method.__code__.co_names}
     for each in kind.__mro__:
         for name, value in vars(each).items():
             if name in _FREE or each in base.__mro__ or inspect.getattr_static(kind, name) is not value:
                 continue
-            overrides = hasattr(base, name) and (callable(value) or hasattr(value, "__get__"))
-            if overrides or (name in used and hasattr(value, "__set__")):
+            # A property with a setter may replace an attribute of instances, of which classes do not tell.
+            sets = value.fset is not None if isinstance(value, property) else hasattr(type(value), "__set__")
+            if sets or (hasattr(base, name) and (callable(value) or hasattr(value, "__get__"))):
                 return f"its {name} is not that of {base.__name__}, which convert knows, but of {each.__name__}"
     return None

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..surrogate import SURROGATES
-from .snapshot import captured
 
 _PROBES = (0.05, 0.11, 0.23, 0.37, 0.61, 0.79, 0.93, 1.3, 1.9, 2.7, 4.1)  # u / width
 _BY_DECADE = tuple(sign * 10.0**power for power in range(-9, 18) for sign in (-1, 1))  # u, within a window of FLAT
@@ -72,6 +71,11 @@ def _learns(function: Any) -> bool:
     for held in (function, *captured(function)):
         values += held.parameters() if isinstance(held, nn.Module) else [held]
     return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
+def captured(function: Any) -> list[Any]:
+    """The variables of a closure."""
+    return [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
 
 
 def fires_strictly(function: Callable[[Tensor], Tensor]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import norse.torch as norse
 import torch
 from norse.torch.functional.reset import reset_subtract, reset_value
-from norse.torch.functional.threshold import threshold
+from norse.torch.functional.threshold import threshold as spikes_of
 from norse.torch.module import snn
 from norse.torch.module.exp_filter import ExpFilter
 from torch import Tensor, nn
@@ -54,11 +54,11 @@ class ConvertedSNN(Converted):
     def takes_input(self) -> bool:  # type: ignore[override]
         return self.settings.spike is not None and not hasattr(self.p, "tau_syn_inv")
 
-    def known_by(self) -> tuple[Any, ...]:
-        p = self.p
-        if self.settings.spike is None:
-            return None, self.activation
-        return None, self.activation, p.method, p.alpha, getattr(p, "reset_method", None)
+    def read_from(self) -> dict[str, Any]:
+        p, found = self.p, {"function": None, "activation": self.activation}
+        if self.settings.spike is not None:
+            found |= {"method": p.method, "alpha": p.alpha, "reset_method": getattr(p, "reset_method", None)}
+        return found
 
     def advice(self) -> str | None:
         name = bare_class(self).__name__.removesuffix("Cell")
@@ -72,9 +72,7 @@ class ConvertedSNN(Converted):
             return super().forward(input_tensor, state)  # type: ignore[no-any-return]
         records, found = getattr(self, "record_states", False), {}
         first = self.initial_state(input_tensor) if state is None else state
-        known, (options, decay_of_current) = (
-            self.known_of(_made, *self._values()) if a_step else (None, _made(*self._values()))
-        )
+        options, decay_of_current = self._made()
         if decay_of_current is not None:
             if a_step:
                 input_tensor = last = input_tensor + first.i
@@ -91,23 +89,30 @@ class ConvertedSNN(Converted):
             x_seq = x_seq if isinstance(bias, float) and bias == 0 else x_seq + self.p.v_leak
             out, last = self.integrate(x_seq, decay=options["decay"], input_gain=options["input_gain"], v_init=v)
             found["v"] = out if records else last
-        elif a_step:
-            output = self.lif_of(known, options, x_seq, v)
-            out, found["v"] = output.s_seq.squeeze(0), output.v_last
         else:
             output = self.lif(x_seq, v_init=v, return_v_seq=records, **options)
-            out, found["v"] = output.s_seq, output.v_seq if records else output.v_last
+            out = output.s_seq.squeeze(0) if a_step else output.s_seq
+            found["v"] = output.v_seq if records else output.v_last
         return out, _state(first, found, input_tensor)
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
-        options, _ = _made(*self._values())
+        options, _ = self._made()
         return options["input_gain"], options["input_bias"]
 
-    def _values(self) -> tuple[Any, ...]:
-        p = self.p
-        hard = getattr(p, "reset_method", reset_value) is reset_value
-        names = ("tau_mem_inv", "v_leak", "tau_syn_inv", "v_th", "v_reset")
-        return self.dt, hard, *[getattr(p, name, None) for name in names]
+    def _made(self) -> tuple[dict[str, Any], Any]:
+        """The options of `lif`, and the decay of the current, or None."""
+        p, gain, bias, decay = self.p, 1.0, 0.0, 1.0
+        if hasattr(p, "tau_mem_inv"):
+            gain = number(self.dt * p.tau_mem_inv)
+            bias, decay = gain * number(p.v_leak), 1 - gain
+        options: dict[str, Any] = {"decay": decay, "input_gain": gain, "input_bias": bias}
+        if hasattr(p, "v_th"):
+            options["v_threshold"] = threshold = number(p.v_th)
+            if getattr(p, "reset_method", reset_value) is reset_value:
+                options["v_reset"] = number(p.v_reset)
+            else:
+                options |= {"v_reset": None, "reset_amount": threshold}
+        return options, 1 - number(self.dt * p.tau_syn_inv) if hasattr(p, "tau_syn_inv") else None
 
 
 class ConvertedLSNN(ConvertedSNN):
@@ -122,12 +127,12 @@ class ConvertedLSNN(ConvertedSNN):
         first = self.initial_state(input_tensor) if state is None else state
         shape = input_tensor.shape if a_step else input_tensor.shape[1:]
         v, i, b = [each if each.shape == shape else each.to(input_tensor.device).expand(shape) for each in first]
-        known, (options, decay) = self.known_of(_made, *self._values()) if a_step else (None, _made(*self._values()))
+        options, decay = self._made()
         rho, beta, v_th = 1 - number(self.dt * p.tau_adapt_inv), number(p.beta), options["v_threshold"]
         excess = rho * (b - v_th)
         if a_step:
             options = {**options, "v_threshold": v_th + excess}
-            output = self.lif_of(known, options, i.unsqueeze(0), v)
+            output = self.lif(i.unsqueeze(0), v_init=v, **options)
             out = output.s_seq.squeeze(0)
             found = {"v": output.v_last, "i": decay * i + input_tensor, "b": options["v_threshold"] + beta * out}
             return out, _state(first, found, input_tensor)
@@ -153,20 +158,6 @@ def _state(first: Any, found: dict[str, Any], input_tensor: Tensor) -> Any:
     return type(first)(**found)
 
 
-def _made(dt: float, hard: bool, tau_mem_inv: Any, v_leak: Any, tau_syn_inv: Any, v_th: Any, v_reset: Any) -> Any:
-    """The options of `lif`, and the decay of the current, or None."""
-    gain, bias, decay = 1.0, 0.0, 1.0
-    if tau_mem_inv is not None:
-        gain = number(dt * tau_mem_inv)
-        bias, decay = gain * number(v_leak), 1 - gain
-    options: dict[str, Any] = {"decay": decay, "input_gain": gain, "input_bias": bias}
-    if v_th is not None:
-        threshold = number(v_th)
-        options |= {"v_threshold": threshold, "v_reset": number(v_reset) if hard else None}
-        options |= {} if hard else {"reset_amount": threshold}
-    return options, None if tau_syn_inv is None else 1 - number(dt * tau_syn_inv)
-
-
 def find(layer: nn.Module) -> Found:
     kind = known_class(layer, (*_STEPS, *_READ_OUTS), _MIXING)
     if isinstance(kind, str):
@@ -184,7 +175,7 @@ def find(layer: nn.Module) -> Found:
         return ConvertedSNN, None
 
     def spike(u: Tensor) -> Tensor:
-        return threshold(u, p.method, torch.as_tensor(p.alpha))  # type: ignore[no-any-return]
+        return spikes_of(u, p.method, torch.as_tensor(p.alpha))  # type: ignore[no-any-return]
 
     spike.__qualname__ = p.method
     return ConvertedLSNN if kind in (norse.LSNN, norse.LSNNCell) else ConvertedSNN, spike

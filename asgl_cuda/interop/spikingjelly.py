@@ -50,8 +50,13 @@ class ConvertedNode(Converted):
     def time_dim(self) -> int | None:  # type: ignore[override]
         return 0 if self.step_mode == "m" else None
 
-    def known_by(self) -> tuple[Any, ...]:
-        return self.surrogate_function, self.__dict__.get("_neuron_precision"), self.detach_reset
+    def read_from(self) -> dict[str, Any]:
+        precision = self.__dict__.get("_neuron_precision")
+        return {
+            "surrogate_function": self.surrogate_function,
+            "precision": precision,
+            "detach_reset": self.detach_reset,
+        }
 
     @staticmethod
     def detaches(layer: Any) -> bool:
@@ -173,8 +178,8 @@ class ConvertedClockDrivenNode(ConvertedNode):
     def step_mode(self) -> str:
         return "m" if isinstance(self, _MULTI_STEP) else "s"
 
-    def known_by(self) -> tuple[Any, ...]:
-        return *super().known_by(), self.__dict__.get("backend")
+    def read_from(self) -> dict[str, Any]:
+        return {**super().read_from(), "Lava": self.__dict__.get("backend") == "lava"}
 
     def advice(self) -> str | None:
         if self.step_mode == "m":
@@ -198,6 +203,9 @@ class ConvertedNonSpikingNode(Converted):
 
     takes_input = False
     time_dim = 0
+
+    def read_from(self) -> dict[str, Any]:
+        return {"function": None}
 
     def forward(self, x_seq: Tensor) -> Any:
         share, gain = (1 / self.tau, 1 / self.tau) if isinstance(self, _READ_OUTS) else (0.0, 1.0)

@@ -28,3 +28,9 @@ def in_double():
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def spikes_in_double(monkeypatch):
+    """Spikes of snnTorch and sinabs are float32, and round gradients that pass through them."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

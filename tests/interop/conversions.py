@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 import asgl_cuda
 from asgl_cuda.interop.converted import Converted
 from asgl_cuda.interop.fuse import Fused
-from asgl_cuda.selfcheck import THRESHOLD_BAND
 
 SHAPE = (5, 3, 7)  # T, B, neurons
 CALLS = 3
@@ -104,60 +103,46 @@ def reset(model):
 # ---- layers ----
 
 
-class Trace:
-    """A layer's record of several calls: all tensors are [calls * T, ...], `h` is the potential before reset."""
-
-    def __init__(self, s, v, h, grads):
-        self.s, self.v, self.h, self.grads = s, v, h, grads
-
-
-def trace(layer, run, x, grads):
-    """Calls `run(layer, x)`, which returns s, v and h, for each of `x`; the layer keeps its state."""
-    leaves = [each.clone().requires_grad_() for each in x]
-    parts = [run(layer, leaf) for leaf in leaves]
-    s, v, h = (torch.cat(values) for values in zip(*parts, strict=True))
-    loss = (s * grads[0]).sum() + (v * grads[1]).sum()
-    parameters = [value for _, value in sorted(layer.named_parameters()) if value.requires_grad]
-    return Trace(s.detach(), v.detach(), h, torch.autograd.grad(loss, [*leaves, *parameters]))
-
-
 def close(ours, theirs):
     return bool(((ours - theirs).abs() <= TOLERANCE * theirs.abs().max().clamp(min=1)).all())
 
 
-def check(make, run, threshold=1.0, scale=1.0, dead_parameters=False, several=False):
-    """Compares a layer with its conversion: spikes equal, unless both potentials are at the threshold within rounding.
+def results(layer, run, x, training):
+    """Outputs of several calls with states carried over, and all gradients."""
+    layer.double().train(training)
+    leaves = [each.clone().requires_grad_() for each in x]
+    outputs = [output for leaf in leaves for output in run(layer, leaf)]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(each.shape, generator=generator, dtype=each.dtype) for each in outputs]
+    loss = sum((output * weight).sum() for output, weight in zip(outputs, weights, strict=True))
+    leaves += [value for _, value in sorted(layer.named_parameters()) if value.requires_grad]
+    return [each.detach() for each in outputs], torch.autograd.grad(loss, leaves, allow_unused=True)
 
-    With `several`, spikes may flip at every multiple of the threshold.
 
-    A flipped spike changes everything after the flip, so an input with a flip is only checked for the flip.
-    """
-    for seed in range(6):
-        torch.manual_seed(seed)
-        x = [scale * torch.randn(SHAPE) for _ in range(CALLS)]
-        grads = torch.randn(2, CALLS * SHAPE[0], *SHAPE[1:])
-        layer = make()
-        converted, report = asgl_cuda.convert(make(), inplace=True)
-        assert [row.path for row in report.replaced] == [""], report
-        assert type(converted) is not type(layer)
-        assert isinstance(converted, type(layer))
-        theirs, ours = trace(layer, run, x, grads), trace(converted, run, x, grads)
-        flips = ours.s != theirs.s
-        if flips.any():
-            first = flips & (flips.cumsum(0) == 1)
-            nearest = ((theirs.h / threshold).round() * threshold) if several else threshold
-            distance = torch.maximum((theirs.h - nearest).abs(), (ours.h - nearest).abs())
-            assert (distance[first] < THRESHOLD_BAND).all(), "a spike differs away from the threshold"
-            continue
-        assert 0.02 < (theirs.s != 0).float().mean() < 0.98
-        assert (theirs.s.max() > 1) == several
-        assert close(ours.v, theirs.v)
-        assert len(ours.grads) == len(theirs.grads)
-        for number, (our, their) in enumerate(zip(ours.grads, theirs.grads, strict=True)):
-            assert their.abs().max() > 0 or (number >= CALLS and dead_parameters)
-            assert close(our, their), f"gradient {number} differs by {(our - their).abs().max()}"
-        return
-    raise AssertionError("spikes flipped for every seed")
+def assert_equal(make, by, run, shape, scale=2.0, wrap=None, fires=True, modes=(True, False), rtol=1e-12):
+    """The layer converts, described as `by`: equal spikes, outputs and gradients of several calls within `rtol`."""
+    layer, (converted, report) = make(), asgl_cuda.convert(make(), inplace=True)
+    assert len(report.replaced) == 1, report
+    assert by in (None, report.replaced[0].by)
+    assert isinstance(converted, type(layer))
+    assert list(converted.state_dict()) == list(layer.state_dict())
+    for training in modes:
+        torch.manual_seed(0)
+        x = [scale * (torch.randn(shape, dtype=torch.float64) + 0.3) for _ in range(CALLS)]
+        theirs, their_grads = results(layer, run, x, training)
+        ours, our_grads = results(wrap(converted) if wrap else converted, run, x, training)
+        if fires and by != "leaky_integrator":
+            assert 0.02 < (theirs[0] != 0).double().mean() < 0.98
+            assert torch.equal(ours[0], theirs[0])
+        for our, their in zip((*ours, *our_grads), (*theirs, *their_grads), strict=True):
+            assert (our is None) == (their is None)
+            if their is not None:
+                assert our.dtype is their.dtype
+                torch.testing.assert_close(our, their, rtol=rtol, atol=rtol * max(1, float(their.abs().max())))
+        assert all(each is not None and each.any() for each in their_grads[:CALLS])
+        for each in (layer, converted):
+            reset(each)
+            vars(each).pop("kept", None)
 
 
 def steps(layer, x_seq, hand_on=True):
@@ -167,45 +152,6 @@ def steps(layer, x_seq, hand_on=True):
         results.append(layer(x, *states))
         states = results[-1][1:] if hand_on else ()
     return [torch.stack(values) for values in zip(*results, strict=True)]
-
-
-def norse_run(layer, x_seq):
-    """A cell, or a layer that records states; the current, if any, is added to the potential."""
-    state, p = getattr(layer, "kept", None), layer.p
-    if isinstance(layer, norse.module.snn.SNNCell):
-        start, results = layer.initial_state(x_seq[0]) if state is None else state, []
-        for x in x_seq:
-            results.append(layer(x, state))
-            state = results[-1][1]
-        s, states = map(list, zip(*results, strict=True))
-        s, states = torch.stack(s), type(state)(*map(torch.stack, zip(*states, strict=True)))
-    else:
-        start = layer.initial_state(x_seq) if state is None else state
-        s, states = layer(x_seq, state)
-    layer.kept = type(states)(*(each[-1] for each in states))
-    before = {name: torch.cat([getattr(start, name).expand(x_seq.shape[1:])[None], getattr(states, name)[:-1]])
-              for name in states._fields}  # fmt: skip
-    current = x_seq + before.get("i", 0)
-    charged = layer.dt * p.tau_mem_inv * (current + p.v_leak - before["v"]) if hasattr(p, "v_leak") else current
-    return s, sum(states), (before["v"] + charged).detach()
-
-
-def assert_same(make, call, x, options=()):
-    """Outputs, and gradients of x and of parameters, of a layer that does not fire and of its conversion."""
-    layer, (converted, report) = make(), asgl_cuda.convert(make(), **dict(options))
-    assert [row.by for row in report.replaced] == ["leaky_integrator"], report
-    results = []
-    for each in (layer, converted):
-        leaf = x.clone().requires_grad_()
-        outputs = call(each, leaf)
-        weighted = [(out * torch.arange(1.0, 1 + out.numel()).reshape(out.shape).cos()).sum() for out in outputs]
-        leaves = [leaf, *(value for value in each.parameters() if value.requires_grad)]
-        results.append([*outputs, *torch.autograd.grad(sum(weighted), leaves)])
-    for ours, theirs in zip(*results[::-1], strict=True):
-        assert theirs.any()
-        assert ours.shape == theirs.shape
-        assert close(ours, theirs), (ours - theirs).abs().max()
-    return converted
 
 
 # ---- models ----

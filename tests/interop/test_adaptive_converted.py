@@ -13,7 +13,6 @@ from torch import nn
 import asgl_cuda
 
 T, B, N = SHAPE = 9, 3, 7
-SEEDS = range(10)
 
 
 @pytest.fixture(autouse=True)
@@ -31,46 +30,7 @@ def in_double(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
-def leaf(*shape, low=0.0, high=1.0):
-    return (torch.rand(shape) * (high - low) + low).requires_grad_()
-
-
-def assert_same(make, call, leaves):
-    """`call` returns the spikes, then other tensors, of a layer and of its conversion."""
-    found = []
-    for convert in (False, True):
-        layer = make()
-        names = list(layer.state_dict())
-        if convert:
-            layer, report = asgl_cuda.convert(layer, inplace=True)
-            assert (len(report.replaced), report.left) == (1, [])
-            assert list(layer.state_dict()) == names
-        copies = [each.detach().clone().requires_grad_() for each in leaves]
-        spikes, *others = call(layer, *copies)
-        generator = torch.Generator().manual_seed(0)
-        total = sum((each * torch.randn(each.shape, generator=generator)).sum() for each in (spikes, *others))
-        inputs = [*copies, *(each for each in layer.parameters() if each.requires_grad)]
-        grads = torch.autograd.grad(total, inputs, allow_unused=True)
-        found.append((spikes.detach(), [each.detach() for each in others], grads))
-    (theirs, their_values, their_grads), (ours, our_values, our_grads) = found
-    assert 0.02 < theirs.mean() < 0.98
-    assert torch.equal(ours, theirs)
-    assert ours.dtype is theirs.dtype
-    assert [each is None for each in our_grads] == [each is None for each in their_grads]
-    assert their_grads[0].any()
-    for our, their in zip((*our_values, *our_grads), (*their_values, *their_grads), strict=True):
-        if their is not None:
-            torch.testing.assert_close(our, their, rtol=1e-12, atol=1e-12 * max(1, float(their.abs().max())))
-
-
 # ---- sinabs ----
-
-SURROGATES = {
-    "exponential": activation.SingleExponential(0.6, 1.3),
-    "gaussian": activation.Gaussian(0.0, 0.4, 0.7),
-    "heaviside": activation.Heaviside(0.3),
-    "of a user": lambda v, threshold: ((v - threshold).abs() < threshold / 2).to(v),
-}
 
 
 def alif(seed, squeezed=False, **options):
@@ -100,37 +60,6 @@ def start(layer, *states):
 
 def states_of(layer):
     return [layer.v_mem, layer.b, layer.spike_threshold, *(layer.recordings[name] for name in sorted(layer.recordings))]
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("squeezed", [False, True])
-@pytest.mark.parametrize(
-    ("surrogate", "reset"),
-    [(name, activation.MembraneReset()) for name in SURROGATES]
-    + [(name, activation.MembraneSubtract(amount)) for name in ("exponential", "gaussian") for amount in (0.7, None)],
-)
-def test_alif(seed, squeezed, surrogate, reset):
-    """Two calls, of which the second goes on from the states of the first."""
-    made = alif(seed, reset_fn=reset)
-    weak = 1 if made.norm_input is False else 6
-    x = [leaf(B, T, N, low=-weak, high=3 * weak) for _ in range(2)]
-
-    def call(layer, first, second, v_mem, b):
-        start(layer, v_mem, b)
-        flat = (lambda each: each.flatten(0, 1)) if squeezed else (lambda each: each)
-        outs = []
-        for number, each in enumerate((first, second)):
-            if seed % 3 == 0 and number:
-                asgl_cuda.detach(layer)
-            outs.append(layer(flat(each)))
-            others = states_of(layer)
-        torch.testing.assert_close(layer.firing_rate, outs[-1].mean())
-        return torch.cat(outs), *others
-
-    def make():
-        return alif(seed, squeezed, reset_fn=reset, surrogate_grad_fn=SURROGATES[surrogate])
-
-    assert_same(make, call, [*x, leaf(B, N), leaf(B, N)])
 
 
 def test_alif_copies_resets_and_batches():
@@ -197,13 +126,6 @@ def test_alif_with_noise(reset):
     assert converted.log_width.grad != 0
 
 
-def test_alif_that_changes():
-    converted, _ = asgl_cuda.convert(sinabs.layers.ALIF(3.0, 5.0, reset_fn=activation.MembraneReset()))
-    converted.min_v_mem = -1.0
-    with pytest.raises(RuntimeError, match=r"it has a least potential \(min_v_mem\), which adaptive neurons lack"):
-        converted(torch.rand(2, 3, 4))
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -228,57 +150,6 @@ def test_compiled(make):
 
 
 # ---- Norse ----
-
-METHODS = "super", "triangle", "tanh", "heavi_erfc"
-
-
-def lsnn(seed, kind, method, learns):
-    """A layer whose values are parameters of its own, if learned, since Norse's are not."""
-    torch.manual_seed(seed)
-    draw = random.Random(seed)
-
-    def value(low, high, by_neuron=True):
-        shape = (N,) if by_neuron and draw.random() < 0.4 else ()
-        made = torch.rand(shape) * (high - low) + low
-        return nn.Parameter(made) if learns else made
-
-    p = norse.LSNNParameters(
-        tau_syn_inv=value(200.0, 500.0), tau_mem_inv=value(200.0, 600.0), tau_adapt_inv=value(20.0, 200.0),
-        v_leak=value(0.0, 0.2, False), v_th=value(0.5, 0.8, False), v_reset=value(-0.3, 0.1), beta=value(0.3, 1.2),
-        method=method, alpha=2.0,
-    )  # fmt: skip
-    layer = getattr(norse, kind)(p, **({"record_states": draw.random() < 0.5} if kind == "LSNN" else {}))
-    for name, each in p._asdict().items():
-        if isinstance(each, nn.Parameter):
-            layer.register_parameter(name, each)
-    return layer
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("learns", [True, False])
-@pytest.mark.parametrize("kind", ["LSNN", "LSNNCell"])
-@pytest.mark.parametrize("given", [True, False])
-def test_lsnn(seed, kind, method, learns, given):
-    """Two calls or all steps, the state handed on, once detached; from rest or a given state."""
-    torch.manual_seed(seed)
-    x = leaf(2 * T, B, N, low=-2, high=5)
-    first = [leaf(B, N, low=-0.3, high=0.5), leaf(B, N), leaf(B, N, low=0.4, high=1.2)] if given else []
-
-    def call(layer, x_seq, *values):
-        state = norse.LSNNFeedForwardState(*values) if values else None
-        outs = []
-        for number, part in enumerate(x_seq.split(T) if kind == "LSNN" else x_seq):
-            if getattr(layer, "record_states", False) and number:
-                state = type(state)(*(each[-1] for each in state))
-            if number == 1 and seed % 3 == 0:
-                state = type(state)(*(each.detach() for each in state))
-            out, state = layer(part, state)
-            assert isinstance(state, norse.LSNNFeedForwardState)
-            outs.append(out)
-        return torch.cat(outs), *state
-
-    assert_same(lambda: lsnn(seed, kind, method, learns), call, [x, *first])
 
 
 def test_lsnn_in_a_network():

@@ -148,20 +148,6 @@ def test_a_neuron_alone_and_one_that_is_used_twice():
     assert len(report.replaced) == 1
 
 
-def test_converting_again_changes_nothing():
-    converted, _ = asgl_cuda.convert(jelly())
-    again, report = asgl_cuda.convert(converted, inplace=True)
-    assert again is converted
-    assert report == ([], [])
-
-
-def test_parts_of_a_replaced_layer_are_not_reported():
-    net = nn.Sequential(authors_layer(2), neuron.QIFNode())
-    _, report = asgl_cuda.convert(net)
-    assert [row.path for row in report.replaced] == ["0"]
-    assert [row.path for row in report.left] == ["1"]
-
-
 def test_the_report_is_a_table():
     node = neuron.LIFNode(step_mode="m")
     _, report = asgl_cuda.convert(nn.Sequential(node, nn.Linear(2, 2), neuron.QIFNode()))

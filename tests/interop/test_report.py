@@ -9,6 +9,7 @@ import norse.torch as norse
 import pytest
 import snntorch
 from spikingjelly.activation_based import functional, neuron
+from spikingjelly.activation_based.surrogate import S2NN, Sigmoid
 from torch import nn
 
 import asgl_cuda
@@ -84,3 +85,20 @@ def test_docstrings_show_both_results(name):
     text = inspect.getdoc(getattr(asgl_cuda, name))
     assert f", report = asgl_cuda.{name}(" in text.splitlines()[0]
     assert "\nReturns:\n" in text
+
+
+def test_a_copy_of_spikingjelly_is_named():
+    kind = type("LIFNode", (nn.Module,), {"__module__": "src.spikingjelly.neuron", "neuronal_charge": None})
+    _, report = asgl_cuda.convert(nn.Sequential(kind()))
+    assert report.left[0].reason.startswith("it is of src.spikingjelly, a copy of SpikingJelly that convert does not")
+
+
+def test_hooks_of_a_surrogate_and_costs_are_noted():
+    nodes = [neuron.LIFNode(step_mode="m", surrogate_function=function()) for function in (Sigmoid, Sigmoid, S2NN)]
+    nodes[1].surrogate_function.register_forward_hook(lambda *given: None)
+    nodes[2].detach_reset = True
+    _, report = asgl_cuda.convert(nn.Sequential(*nodes))
+    assert report.notes[0] == "1: hooks of surrogate_function no longer fire"
+    assert report.notes[1].startswith(
+        "2: its own surrogate, outside of the kernel, may be slower than before in training"
+    )

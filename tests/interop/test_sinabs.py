@@ -6,113 +6,13 @@ import pytest
 import sinabs.activation
 import sinabs.layers
 import torch
-from conversions import CALLS, SHAPE, SINGLE, check, close, reset, trace, train_alike
+from conversions import SINGLE, reset, train_alike
 from sinabs.from_torch import from_model
 from torch import nn
 
 import asgl_cuda
 
-
-def run(layer, x_seq):
-    """Inputs are time first here, as everywhere in these tests."""
-    before = layer.v_mem if layer.is_state_initialised() else torch.zeros_like(x_seq[0])
-    x = x_seq.transpose(0, 1)
-    squeezed = hasattr(layer, "num_timesteps")
-    out = layer(x.flatten(0, 1) if squeezed else x)
-    s = (out.unflatten(0, x.shape[:2]) if squeezed else out).transpose(0, 1)
-    v = layer.recordings["v_mem"].transpose(0, 1)
-    current = layer.recordings["i_syn"].transpose(0, 1) if "i_syn" in layer.recordings else x_seq
-    alpha = layer.alpha_mem_calculated
-    previous = torch.cat([before[None], v[:-1]])
-    gain = 1 - alpha if layer.norm_input else 1.0
-    return s, v, (alpha * previous + gain * current).detach()
-
-
 NORM = {"norm_input": False}
-EACH = torch.linspace(1, 5, SHAPE[-1])
-PERIODIC = sinabs.activation.PeriodicExponential(0.4, 1.7)
-
-
-@pytest.mark.parametrize("squeezed", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {**SINGLE},
-        {"tau_mem": 2.0, **SINGLE},
-        {"tau_mem": 3.0, **NORM, **SINGLE},
-        {"tau_mem": 3.0, **NORM, "train_alphas": True, **SINGLE},
-        {"tau_mem": EACH, **NORM, **SINGLE},
-        {"tau_mem": 3.0, **NORM, "reset_fn": sinabs.activation.MembraneReset(), **SINGLE},
-        {"tau_mem": 3.0, **NORM, "reset_fn": sinabs.activation.MembraneSubtract(0.4), **SINGLE},
-        {"tau_mem": 3.0, **NORM, "min_v_mem": -0.3, **SINGLE},
-        {"tau_mem": 3.0, "min_v_mem": -0.3, "reset_fn": sinabs.activation.MembraneReset(), **SINGLE},
-        {"tau_syn": 2.0, "min_v_mem": -0.3, **SINGLE},
-        {},
-        {"min_v_mem": -0.4},
-        {"reset_fn": sinabs.activation.MembraneSubtract(0.4), "min_v_mem": torch.full(SHAPE[-1:], -1)},
-        {"spike_threshold": torch.full(SHAPE[-1:], 0.8)},
-        {"spike_threshold": torch.linspace(0.6, 0.9, SHAPE[-1]), "surrogate_grad_fn": PERIODIC},
-        {"tau_syn": 2.0, "min_v_mem": -0.3},
-        {"tau_mem": 2.0},
-        {"tau_mem": EACH, "tau_syn": 3.0},
-        {"tau_mem": 3.0, "tau_syn": torch.linspace(1, 4, SHAPE[-1]), **NORM, "train_alphas": True},
-    ],
-    ids=lambda options: ", ".join(options) or "defaults",
-)
-def test_neurons(options, squeezed):
-    kind = ("LIF" if "tau_mem" in options else "IAF") + ("Squeeze" if squeezed else "")
-    more = {"batch_size": SHAPE[1]} if squeezed else {}
-    threshold = options.get("spike_threshold", torch.tensor(0.8))
-
-    def make():
-        return getattr(sinabs.layers, kind)(**{"spike_threshold": threshold, "record_states": True, **options, **more})
-
-    several = "spike_fn" not in options
-    check(make, run, threshold=threshold, scale=3.0 if several else 1.5, several=several)
-
-
-@pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize(
-    "function",
-    [sinabs.activation.SingleExponential(0.7, 1.3), sinabs.activation.Gaussian(0.0, 0.6, 0.8), PERIODIC],
-    ids=lambda function: type(function).__name__,
-)
-def test_surrogates(function, several):
-    if function is PERIODIC and not several:
-        pytest.skip("it is for several spikes")
-
-    def make():
-        return sinabs.layers.LIF(
-            3.0, surrogate_grad_fn=function, norm_input=False, record_states=True, **({} if several else SINGLE)
-        )
-
-    check(make, run, several=several, scale=2.0 if several else 1.0)
-
-
-@pytest.mark.parametrize("squeezed", [False, True])
-@pytest.mark.parametrize("options", [{}, {"norm_input": True}, {"train_alphas": True}], ids=str)
-def test_read_outs(options, squeezed):
-    more = {"batch_size": SHAPE[1]} if squeezed else {}
-    tau = torch.linspace(1, 5, SHAPE[-1])
-    layer = getattr(sinabs.layers, "ExpLeakSqueeze" if squeezed else "ExpLeak")(
-        tau_mem=tau, record_states=True, **options, **more
-    )
-    converted, report = asgl_cuda.convert(layer, asgl={})
-    assert report.replaced == [("", type(layer).__name__, "leaky_integrator")]
-    assert not hasattr(converted, "log_width")
-    assert not list(asgl_cuda.layer.asgl_layers(converted))
-    torch.manual_seed(0)
-    x = [torch.randn(SHAPE) for _ in range(CALLS)]
-    grads = torch.randn(2, CALLS * SHAPE[0], *SHAPE[1:])
-    theirs, ours = trace(layer, run, x, grads), trace(converted, run, x, grads)
-    assert torch.equal(ours.s, theirs.s)
-    assert torch.equal(ours.v, theirs.v)
-    assert torch.equal(converted.v_mem, layer.v_mem)
-    torch.testing.assert_close(converted.firing_rate, layer.firing_rate)
-    assert all(close(*pair) for pair in zip(ours.grads, theirs.grads, strict=True))
-    back, _ = asgl_cuda.revert(converted, inplace=True)
-    assert type(back) is type(layer)
-    assert set(vars(back)) == set(vars(layer))
 
 
 def test_a_least_potential_that_is_changed():

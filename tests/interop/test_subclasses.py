@@ -10,7 +10,7 @@ import sinabs.layers
 import snntorch
 import torch
 from conversions import LAYERS, authors_layer, flat
-from spikingjelly.activation_based import functional, neuron, surrogate
+from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
 
 import asgl_cuda
@@ -116,18 +116,6 @@ def test_a_parameter_in_the_place_of_a_number(in_double):
     torch.testing.assert_close(converted.v_threshold.grad, layer.v_threshold.grad, rtol=1e-12, atol=0)
 
 
-def test_names_of_other_neurons():
-    """An attribute that only other classes compute with."""
-    layer = subclass_of(neuron.IFNode)(step_mode="m")
-    layer.tau, layer.decay_input, layer.v_decay = 2.0, True, 0.5
-    converted, _ = asgl_cuda.convert(layer)
-    x_seq = torch.rand(6, 2, 5)
-    assert torch.equal(converted(x_seq), layer(x_seq))
-    read_out = subclass_of(neuron.NonSpikingIFNode)(decode="last_mem")
-    read_out.tau = 2.0
-    torch.testing.assert_close(asgl_cuda.convert(read_out)[0](x_seq), read_out(x_seq))
-
-
 def test_mixins_and_abstract_classes():
     for bases in ((Described, neuron.LIFNode), (neuron.LIFNode, Described), (neuron.LIFNode, abc.ABC)):
         assert asgl_cuda.convert(type("Mine", bases, {})())[1].left == []
@@ -207,15 +195,3 @@ def test_one_with_a_name_of_converted_layers(base, options, name):
     registered = subclass_of(base)(**options)
     registered.register_module(name, nn.Linear(2, 2))
     assert re.fullmatch(reason, asgl_cuda.convert(registered, inplace=True)[1].left[0].reason)
-
-
-def test_a_training_of_subclasses():
-    torch.manual_seed(0)
-    last = subclass_of(neuron.ParametricLIFNode)(step_mode="m")
-    model = nn.Sequential(nn.Linear(4, 5), Slow(5), nn.Linear(5, 3), last)
-    noisy, report = asgl_cuda.convert(model, asgl={})
-    assert [row.layer for row in report.replaced] == ["Slow", "Mine"]
-    noisy(9 * torch.rand(6, 2, 4)).sum().backward()
-    assert noisy[1].log_width.grad is not None
-    functional.reset_net(noisy)
-    assert noisy[1].v == 0.0

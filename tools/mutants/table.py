@@ -41,12 +41,11 @@ over_time = partial(Mutant, "over_time.py")
 pending = partial(Mutant, "pending.py")
 recompute = partial(Mutant, "recompute.py")
 reference = partial(Mutant, "reference.py")
+replaced = partial(Mutant, "interop/replaced.py")
 schedule = partial(Mutant, "training/schedule.py")
 sinabs = partial(Mutant, "interop/sinabs.py")
-snapshot = partial(Mutant, "interop/snapshot.py")
 snntorch = partial(Mutant, "interop/snntorch.py")
 spikingjelly = partial(Mutant, "interop/spikingjelly.py")
-steps = partial(Mutant, "interop/steps.py")
 streaming = partial(Mutant, "streaming.py")
 sync_batch_norm = partial(Mutant, "training/sync_batch_norm.py")
 
@@ -597,22 +596,34 @@ MUTANTS = {
         "memo.update((id(value), value) for value in graphs)", "interop/test_convert.py copies"),
     "converted: a backend that was asked for": converted("and self.settings.backend is None and self.is_plain()",
         "and self.is_plain()", "interop/test_steps.py backend"),
-    "converted: a method exchanged afterwards": converted("snapshot.size != len(self.__dict__):", "False:",
+    "converted: a method exchanged afterwards": converted("basis.size != len(self.__dict__):", "False:",
         "interop/test_changed.py after"),
-    "converted: fires in another way": converted("            if found[0] is not kind:\n", "            if False:\n",
-        "interop/test_changed.py"),
-    "converted: kept values of other settings": converted("known.values == kinds and known.settings is self.settings:",
-        "known.values == kinds:", "interop/test_changed.py followed"),
-    "converted: kept values of other values": converted("known.values == kinds and known.settings", "known.settings",
-        "interop/test_steps.py change"),
-    "converted: kept values after the end": converted('for name in ("_snapshot", "_known"):',
-        'for name in ("_snapshot",):', "interop/test_steps.py leave"),
+    "converted: another surrogate of the same attributes": converted("return type(one) is type(other)", "return True",
+        "interop/test_changed.py refused"),
+    "converted: written values": converted("before[name]._version == version for", "True for",
+        "interop/test_changed.py refused"),
+    "converted: equal values are a change": converted("if not (value is old or _alike(value, old)):",
+        "if value is not old:", "interop/test_changed.py no_change"),
+    "converted: values are compared at each call": converted("            self._note(values)\n", "            pass\n",
+        "interop/test_changed.py no_change"),
+    "converted: attributes of the surrogate": converted("values[key] = getattr(function, attribute, None)", "pass",
+        "interop/test_changed.py refused or compiled"),
+    "converted: tensors of closures": converted("return values | self.held if self.held else values", "return values",
+        "interop/test_changed.py refused"),
+    "converted: an ASGL layer's own surrogate": converted("            del values[name]  # not computed with\n", "",
+        "interop/test_changed.py keeps"),
+    "converted: a property for an attribute": converted(
+        'value.fset is not None if isinstance(value, property) else hasattr(type(value), "__set__")', "False",
+        "interop/test_subclasses.py other_ways"),
+    "converted: methods of a subclass": converted(
+        '(hasattr(base, name) and (callable(value) or hasattr(value, "__get__")))', "False",
+        "interop/test_subclasses.py overrides"),
     "converted: rng_state as a float": converted(' and name != "rng_state"', "",
         "interop/test_adaptive_converted.py noise"),
     "converted: noise with a surrogate of the layer": converted("if self.settings.spike.own and value:", "if False:",
         "interop/test_surrogates.py no_noise"),
     "converted: spikes in the potential's type": converted("output._replace(s_seq=s_seq.to(dtype))",
-        "output._replace(s_seq=s_seq)", "interop/test_surrogates.py types"),
+        "output._replace(s_seq=s_seq)", "interop/test_types_and_tracing.py types"),
     "identify: slopes that differ by a tenth": identify(".abs() < 1e-6).all()", ".abs() < 1e-1).all()",
         "interop/test_identify.py"),
     "identify: surrogates that learn": identify('    if _learns(function):\n        return "its',
@@ -622,19 +633,25 @@ MUTANTS = {
     "identify: a strict threshold is none": identify(
         "return not bool(function(torch.zeros(1, dtype=torch.float64)) > 0)", "return False",
         "interop/test_identify.py"),
-    "snapshot: written values": snapshot("return not self.tensors or self._versions() == self.versions", "return True",
-        "interop/test_changed.py"),
-    "snapshot: values of closures": snapshot("if self.captured and not all(", "if False and not all(",
-        "interop/test_changed.py"),
-    "snapshot: another function": snapshot(
-        "if function is not self.function and not (self.names and _is_kind_of(function, self.function)):", "if False:",
-        "interop/test_changed.py"),
-    "steps: inputs of another type": steps("return x_seq.shape, x_seq.dtype, x_seq.device",
-        "return x_seq.shape, x_seq.device", "interop/test_steps.py kinds"),
-    "steps: potentials of another shape": steps("x_seq.device, v_init.shape, ", "x_seq.device, ",
-        "interop/test_steps.py"),
-    "steps: kept under transforms": steps("!= _kind(x_seq, v_init) or transforming():", "!= _kind(x_seq, v_init):",
-        "interop/test_steps.py"),
+    # ---- replaced ----
+    "replaced: one place alone": replaced("                parent._modules[name] = layer\n",
+        "                parent._modules[name] = layer\n                return\n",
+        "interop/test_own_neurons.py places"),
+    "replaced: another mode": replaced("    layer.train(module.training)\n", "", "interop/test_own_neurons.py places"),
+    "replaced: subclasses": replaced("if type(module) not in layers or path",
+        "if not isinstance(module, tuple(layers)) or path",
+        "interop/test_own_neurons.py left"),
+    "replaced: one layer for several": replaced("any(layer is each for each, _ in found.values())", "False",
+        "interop/test_own_neurons.py errors"),
+    "replaced: the module itself": replaced("isinstance(layer, nn.Module) or layer is module:",
+        "isinstance(layer, nn.Module):", "interop/test_own_neurons.py errors"),
+    "replaced: the state is not loaded": replaced(
+        "layer.load_state_dict(module.state_dict(), strict=False).unexpected_keys", "[]",
+        "interop/test_own_neurons.py published or names"),
+    "replaced: values do not come back": replaced("value.copy_(values[name])", "pass",
+        "interop/test_own_neurons.py come_back"),
+    "replaced: lost values": replaced("if name not in own and id(value) not in shared]", "if False]",
+        "interop/test_own_neurons.py places"),
     # ---- fuse ----
     "fuse: neurons stay converted": fuse(
         "            else:\n                layer.end()\n",
@@ -729,12 +746,14 @@ MUTANTS = {
         "(self.takes_steps or not self.takes_input)",
         "(not self.takes_input)", "interop/test_fuse_left.py neurons"),
     # ---- libraries ----
-    "snntorch: a mem that has changed": snntorch("            and _mark(mem, values, shift) == after.mark\n", "",
+    "snntorch: a mem that has changed": snntorch(" and _mark(mem, values, options, shift) == after.mark:", ":",
         "interop/test_snntorch.py between"),
     "snntorch: beta beyond 1": snntorch(
         "return min(max(value, 0.0), 1.0) if isinstance(value, float) else value.clamp(0, 1)", "return value",
-        "interop/test_snntorch.py ends or neurons"),
-    "snntorch: another mem after a call": snntorch("            and mem is after.mem\n", "",
+        "interop/test_libraries.py snntorch and Leaky"),
+    "snntorch: keys with the wrapper's name": snntorch("return self.layer.state_dict(*args, **options)",
+        "return super().state_dict(*args, **options)", "interop/test_snntorch.py keys"),
+    "snntorch: another mem after a call": snntorch(" and mem is after.mem", "",
         "interop/test_snntorch.py between or states"),
     "snntorch: inhibition": snntorch("    if leaky.inhibition:\n", "    if False:\n", "interop/test_left.py options"),
     "snntorch: graded spikes": snntorch("or bool((leaky.graded_spikes_factor != 1).any())", "",
@@ -742,10 +761,10 @@ MUTANTS = {
     "snntorch: detach leaves states": snntorch("None if state is None else state.detach()", "state",
         "interop/test_streaming_libraries.py detach"),
     "spikingjelly: nodes with a current rest at v_reset": spikingjelly("v_rest = v_reset if self.takes_input else 0.0",
-        "v_rest = v_reset", "interop/test_spikingjelly.py nodes or current"),
+        "v_rest = v_reset", "interop/test_libraries.py CUBA"),
     "spikingjelly: the input always decays": spikingjelly(
         'isinstance(self, _LEAKY) and getattr(self, "decay_input", True)', "isinstance(self, _LEAKY)",
-        "interop/test_spikingjelly.py nodes"),
+        "interop/test_libraries.py LIF"),
     "spikingjelly: alpha is the width": spikingjelly("alpha = 1 / float(", "alpha = float(",
         "interop/test_convert.py width"),
     "spikingjelly: a surrogate that is shared": spikingjelly("self.surrogate_function = copy.deepcopy(function)",
@@ -756,15 +775,15 @@ MUTANTS = {
     "spikingjelly: the gradient's window": spikingjelly("    if window != [0, levels]:\n", "    if False:\n",
         "interop/test_spikingjelly.py left"),
     "norse: excess in the first step": norse("excess = rho * (b - v_th)", "excess = b - v_th",
-        "interop/test_adaptive_converted.py lsnn"),
+        "interop/test_libraries.py LSNN"),
     "norse: currents without delay": norse("v_init=i, delay=True)", "v_init=i)",
-        "interop/test_adaptive_converted.py lsnn"),
-    "norse: v_leak without its gain": norse("bias, decay = gain * number(v_leak), 1 - gain",
-        "bias, decay = number(v_leak), 1 - gain", "interop/test_norse.py neurons or box"),
+        "interop/test_libraries.py LSNN"),
+    "norse: v_leak without its gain": norse("gain * number(p.v_leak), 1 - gain",
+        "number(p.v_leak), 1 - gain", "interop/test_libraries.py LIFBox"),
     "norse: a state of its own": norse('if getattr(layer.state_fallback, "__func__", None) is not kind.initial_state:',
-        "if False:", "interop/test_left.py options"),
+        "if False:", "interop/test_changed.py other_functions"),
     "sinabs: no least potential": sinabs("v_min=self._least_potential()", "v_min=None",
-        "interop/test_sinabs.py neurons or least"),
+        "interop/test_libraries.py floor"),
     "sinabs: a gradient of the threshold": sinabs("v_threshold=self.spike_threshold.detach()",
         "v_threshold=self.spike_threshold", "interop/test_sinabs.py threshold"),
     "sinabs: another batch": sinabs("            self.handle_state_batch_size_mismatch(batch)\n", "            pass\n",
@@ -777,7 +796,7 @@ MUTANTS = {
         "isinstance(node.reset_fn, MembraneReset) and node.reset_fn.reset_value != 0:", "False:",
         "interop/test_left.py options"),
     "authors: spikes of height 1": authors("scale_output=True", "scale_output=False",
-        "interop/test_authors.py outputs"),
+        "interop/test_libraries.py authors"),
     "authors: noise in evaluation": authors("self.analog_prob if self.training else 0.0", "self.analog_prob",
         "interop/test_authors.py noise"),
     # ---- nir ----

@@ -1,0 +1,110 @@
+"""`convert(model, layers={TheirLIF: make})`: neurons of a user's own classes, replaced by layers that `make` returns.
+
+The layer takes the module's place under all its paths, loads the module's state dict where names agree or a hook of the
+layer maps them, and keeps the module for `revert`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checks import shown
+
+_KEPT = "_asgl_cuda_replaced"  # attribute of a layer: the module that was in its place
+
+
+def made_for(
+    model: nn.Module, layers: Mapping[type[nn.Module], Callable[[Any], Any]] | None, caller: str
+) -> dict[nn.Module, tuple[nn.Module | None, str]]:
+    """The layers for a model's modules, with descriptions; None for a module to leave. Does not change the model."""
+    layers = _checked(layers, caller)
+    if type(model) in layers:
+        name = type(model).__name__
+        raise ValueError(f"{caller}: layers replaces modules inside of model, which is a {name} itself")
+    found: dict[nn.Module, tuple[nn.Module | None, str]] = {}
+    inside: list[str] = []  # path prefixes of modules that are replaced as a whole
+    for path, module in model.named_modules(remove_duplicate=False):
+        if type(module) not in layers or path.startswith(tuple(inside)):
+            continue
+        inside.append(f"{path}.")
+        if module in found:
+            continue
+        layer, text = _made(module, layers[type(module)], f"{caller}: layers, for {path}")
+        if layer is not None and any(layer is each for each, _ in found.values()):
+            raise ValueError(f"{caller}: layers, for {path}: must return a new layer for each module, got one again")
+        found[module] = layer, text
+    return found
+
+
+def _checked(layers: Any, caller: str) -> Mapping[type[nn.Module], Callable[[Any], Any]]:
+    if layers is None:
+        return {}
+    if not isinstance(layers, Mapping):
+        raise TypeError(f"{caller}: layers must be a mapping such as {{TheirLIF: make}}, got {shown(layers)}")
+    for kind, make in layers.items():
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise TypeError(f"{caller}: keys of layers must be subclasses of torch.nn.Module, got {shown(kind)}")
+        if not callable(make):
+            raise TypeError(f"{caller}: layers[{kind.__name__}] must be a function of a module, got {shown(make)}")
+    return layers
+
+
+def _made(module: nn.Module, make: Callable[[Any], Any], where: str) -> tuple[nn.Module | None, str]:
+    name = type(module).__name__
+    try:
+        layer = make(module)
+    except Exception as error:  # the function is the user's
+        raise RuntimeError(f"{where} ({name}): {type(error).__name__}: {error}") from error
+    if layer is None:
+        return None, f"layers[{name}] returned None"
+    if not isinstance(layer, nn.Module) or layer is module:
+        given = "the module itself" if layer is module else shown(layer)
+        raise TypeError(f"{where} ({name}): must return another torch.nn.Module or None, got {given}")
+    try:
+        lacking = layer.load_state_dict(module.state_dict(), strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{where} ({name}): its state does not load in the {type(layer).__name__}: {error}"
+        ) from error
+    return layer, f"{type(layer).__name__}{', which has no ' if lacking else ''}{', '.join(lacking)}"
+
+
+def replace(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
+    """Puts the layer in the module's places, and keeps the module."""
+    _place(model, module, layer)
+    layer.__dict__[_KEPT] = module
+
+
+def _place(model: nn.Module, module: nn.Module, layer: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is module:
+                parent._modules[name] = layer
+    layer.train(module.training)
+
+
+def kept_by(layer: nn.Module) -> nn.Module | None:
+    """The module that the layer replaces, or None."""
+    return layer.__dict__.get(_KEPT)
+
+
+def restore(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The kept module, back in its places with values of the same names, and the parameters without a place in it."""
+    module: nn.Module = layer.__dict__.pop(_KEPT)
+    _place(model, layer, module)
+    tensor = next(chain(layer.parameters(), layer.buffers()), None)
+    if tensor is not None:
+        module.to(tensor.device)
+    values, own = layer.state_dict(), module.state_dict()
+    for name, value in own.items():
+        if name in values and values[name].shape == value.shape:
+            with torch.no_grad():
+                value.copy_(values[name])
+    shared = {id(parameter) for parameter in module.parameters()}
+    named = layer.named_parameters()
+    return module, [name for name, value in named if name not in own and id(value) not in shared]

@@ -1,0 +1,187 @@
+"""`convert(layers=...)`: neurons of a user's own classes, and the examples of the guide."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from published import MemUpdate, SigmoidLIF, TdBNLIF
+from torch import nn
+
+import asgl_cuda
+from asgl_cuda import LIF, BatchNormLIF
+
+
+def mem_update(module):
+    surrogate = "triangle" if module.triangle else "rectangle"
+    return LIF(
+        decay=module.decay, v_threshold=module.threshold, v_reset=0.0, detach_reset=True, surrogate=surrogate,
+        width=module.width, learn_width=False, learn_decay=False, analog_prob=0.0,
+    )  # fmt: skip
+
+
+def sigmoid_lif(module):
+    layer = LIF(v_reset=None, surrogate="triangle", width=1.0, learn_width=False, learn_decay=True, analog_prob=0.0)
+
+    def rename(layer, state_dict, prefix, *others):
+        if prefix + "w" in state_dict:
+            state_dict[prefix + "logit_decay"] = state_dict.pop(prefix + "w").reshape(1)
+
+    layer.register_load_state_dict_pre_hook(rename)
+    return layer
+
+
+def td_bn_lif(module):
+    neurons = module.neurons
+    layer = BatchNormLIF(
+        module.norm.num_features, decay=neurons.decay, v_threshold=neurons.threshold, v_reset=0.0, detach_reset=True,
+        surrogate="rectangle", width=neurons.width, learn_width=False, learn_decay=False, analog_prob=0.0,
+    )  # fmt: skip
+
+    def rename(layer, state_dict, prefix, *others):
+        for key in [key for key in state_dict if key.startswith(f"{prefix}norm.")]:
+            state_dict[prefix + key.removeprefix(f"{prefix}norm.")] = state_dict.pop(key)
+
+    layer.register_load_state_dict_pre_hook(rename)
+    return layer
+
+
+LAYERS = {MemUpdate: mem_update, SigmoidLIF: sigmoid_lif, TdBNLIF: td_bn_lif}
+FORMS = {
+    "mem_update": (MemUpdate, (7, 3, 5)),
+    "mem_update, a triangle": (lambda: MemUpdate(0.4, 0.8, 0.6, True), (7, 3, 5)),
+    "a sigmoid": (SigmoidLIF, (7, 3, 5)),
+    "tdBN": (lambda: TdBNLIF(3), (4, 2, 3, 5, 5)),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed(in_double):
+    pass
+
+
+def results(model, x_seq):
+    leaf = x_seq.clone().requires_grad_()
+    out = model(leaf)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype)
+    return out.detach(), torch.autograd.grad((out * weights).sum(), [leaf, *model.parameters()])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_published_forms(name):
+    make, shape = FORMS[name]
+    model = nn.Sequential(nn.Flatten(0, 0), make())
+    fast, report = asgl_cuda.convert(model, layers=LAYERS)
+    assert [(row.path, row.layer) for row in report.replaced] == [("1", type(model[1]).__name__)]
+    x_seq = 2 * torch.rand(shape)
+    for training in (True, False):
+        theirs, ours = (results(each.train(training), x_seq) for each in (model, fast))
+        assert 0.05 < theirs[0].mean() < 0.95
+        assert torch.equal(ours[0], theirs[0])
+        for our, their in zip(ours[1], theirs[1], strict=True):
+            assert their.any()
+            torch.testing.assert_close(our.reshape(their.shape), their, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.mul_(0.5)
+    fast.load_state_dict(model.state_dict())  # a checkpoint of the original
+    assert torch.equal(fast(x_seq), model(x_seq))
+
+
+class Net(nn.Module):
+    """One module under three names, another in a ModuleList."""
+
+    def __init__(self):
+        super().__init__()
+        self.lif = MemUpdate()
+        self.stem = nn.Sequential(nn.Linear(5, 5), self.lif)
+        self.blocks = nn.ModuleList([self.lif, SigmoidLIF()])
+
+    def forward(self, x_seq):
+        x_seq = self.lif(self.stem(4 * x_seq)) + x_seq
+        for block in self.blocks:
+            x_seq = block(x_seq)
+        return x_seq
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_places(inplace):
+    net, x_seq = Net().eval(), 2 * torch.rand(6, 3, 5)
+    expected, keys, lif = net(x_seq), list(net.state_dict()), net.lif
+    fast, report = asgl_cuda.convert(net, layers=LAYERS, inplace=inplace)
+    assert report.replaced == [("lif", "MemUpdate", "LIF"), ("blocks.1", "SigmoidLIF", "LIF")]
+    assert (fast is net) == inplace
+    assert isinstance(fast.lif, LIF)
+    assert fast.lif is fast.stem[1] is fast.blocks[0]
+    assert not any(module.training for module in fast.modules())
+    for each in (fast, copy.deepcopy(fast)):
+        assert torch.equal(each(x_seq), expected)
+    with torch.no_grad():
+        fast.stem[0].weight.mul_(0.5)
+        fast.blocks[1].logit_decay.add_(1)
+    back, report = asgl_cuda.revert(fast, inplace=inplace)
+    assert [row.by for row in report.replaced] == ["MemUpdate", "SigmoidLIF"]
+    assert report.left == [("blocks.1", "SigmoidLIF", "its logit_decay: SigmoidLIF has no such parameter")]
+    assert list(back.state_dict()) == keys
+    assert type(back.lif) is MemUpdate
+    assert back.lif is back.stem[1] is back.blocks[0]
+    assert (back.lif is lif) == inplace
+    assert torch.equal(back.stem[0].weight, fast.stem[0].weight)
+
+
+def test_values_of_the_same_names_come_back():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    fast, report = asgl_cuda.convert(model, layers={nn.BatchNorm2d: lambda norm: nn.InstanceNorm2d(3, affine=True)})
+    assert report.replaced[0].by == "InstanceNorm2d, which has no running_mean, running_var, num_batches_tracked"
+    with torch.no_grad():
+        fast[0].weight.fill_(3.0)
+    back, report = asgl_cuda.revert(pickle.loads(pickle.dumps(fast)))
+    assert (back[0].weight == 3).all()
+    assert not report.left
+
+
+def test_what_is_left():
+    """Subclasses, and modules for which the function returns None."""
+    model = nn.Sequential(MemUpdate(), type("Mine", (MemUpdate,), {})(), SigmoidLIF())
+    fast, report = asgl_cuda.convert(model, layers={**LAYERS, SigmoidLIF: lambda module: None})
+    assert [type(module).__name__ for module in fast] == ["LIF", "Mine", "SigmoidLIF"]
+    assert report.left == [("2", "SigmoidLIF", "layers[SigmoidLIF] returned None")]
+    outer = {nn.Sequential: lambda module: nn.Identity(), **LAYERS}
+    assert [row.path for row in asgl_cuda.convert(nn.ModuleList([model]), layers=outer)[1].replaced] == ["0"]
+
+
+def failing(module):
+    raise KeyError("tau")
+
+
+ONE = LIF()
+ERRORS = {
+    "no mapping": ([MemUpdate], TypeError, r"layers must be a mapping such as \{TheirLIF: make\}, got "),
+    "no class": ({"MemUpdate": mem_update}, TypeError, "keys of layers must be subclasses of .*, got 'MemUpdate'"),
+    "another class": ({int: mem_update}, TypeError, r"keys of layers must be subclasses of torch\.nn\.Module, got "),
+    "a number": ({MemUpdate: 3}, TypeError, r"layers\[MemUpdate\] must be a function of a module, got 3"),
+    "another result": ({MemUpdate: lambda module: 3}, TypeError, r"for 0 \(MemUpdate\): must return another .* got 3"),
+    "the same": ({MemUpdate: lambda module: module}, TypeError, "got the module itself"),
+    "one again": ({MemUpdate: lambda module: ONE}, ValueError, "for 1: must return a new layer for each module"),
+    "raises": ({MemUpdate: failing}, RuntimeError, r"layers, for 0 \(MemUpdate\): KeyError: 'tau'"),
+    "other sizes": (
+        {nn.Linear: lambda module: nn.Linear(3, 3)}, RuntimeError, r"for 2 \(Linear\): its state does not load in the",
+    ),
+    "the model": ({nn.Sequential: mem_update}, ValueError, "inside of model, which is a Sequential itself"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    layers, error, message = ERRORS[name]
+    model = nn.Sequential(MemUpdate(), MemUpdate(), nn.Linear(2, 2))
+    with pytest.raises(error, match=rf"asgl_cuda\.convert: .*{message}"):
+        asgl_cuda.convert(model, layers=layers, inplace=True)
+    assert type(model[0]) is MemUpdate
+
+
+def test_hooks_that_no_longer_fire():
+    model = nn.Sequential(MemUpdate())
+    model[0].register_forward_hook(lambda *given: None)
+    _, report = asgl_cuda.convert(model, layers=LAYERS)
+    assert list(report.notes) == ["0: hooks of the module in its place no longer fire"]
