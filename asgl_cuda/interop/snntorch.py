@@ -192,7 +192,7 @@ class ConvertedLeaky(Converted):
                 return False
         elif isinstance(self, snntorch.Lapicque):  # learns no beta
             return False
-        return self.reset_mechanism == "subtract"
+        return bool(self.reset_mechanism == "subtract")
 
     def _is_small(self, decay: Tensor | float) -> bool:
         """Whether a sequence is computed step by step; updated after changes of a readable beta."""

@@ -272,7 +272,7 @@ class _Trial:
         x, residual = args[0] if args else kwargs.get(first), kwargs.get("residual")
         norm = layer if isinstance(layer, BatchNormLIF) else x.norm if isinstance(x, Pending) else None
         if isinstance(x, Pending):
-            x, residual = x.x, x.residual
+            residual, x = x.residual, x.x
         elif isinstance(layer, LIF) and len(args) > 1:
             residual = args[1]
         self._sites[layer] = _Site(self.neurons[layer], self._weight_of(layer, norm, x, residual))
