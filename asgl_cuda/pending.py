@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -70,7 +71,8 @@ class Normal(Source):
 
     def __del__(self) -> None:
         if self.is_open() and self.training:  # counts the batch, as the layer would have
-            self.made("nothing uses it")
+            with suppress(Exception):  # as of a batch of one value
+                self.made("nothing uses it")
 
 
 class Pending:

@@ -433,7 +433,7 @@ MUTANTS = {
     "streaming: compiled layers are watched": streaming("for taker in takers if not taker.compiled}",
         "for taker in takers}", "layer/test_streaming.py compiled"),
     "streaming: a residual is a state": streaming("len(tensors) > 1 and not isinstance(module, NeuronLayer):",
-        "len(tensors) > 1:", "interop/test_fuse_residual.py steps_with"),
+        "len(tensors) > 1:", "interop/test_fuse_model.py steps"),
     # ---- calibration ----
     "calibration: random numbers are drawn": calibration(
         "suppress(_Finished), torch.random.fork_rng(self._devices):", "suppress(_Finished):",
@@ -526,11 +526,8 @@ MUTANTS = {
         "            raise", "layer/test_training.py refuses"),
     "kit: the layers of libraries are not detached": kit("            detach_layer(module)\n", "            pass\n",
         "interop/test_streaming_libraries.py detach"),
-    "sync_batch_norm: the pair is apart": sync_batch_norm(
-        "        layer.normalisation = layer.normalisation._replace(norm=made)\n", "",
-        "interop/test_fuse_residual.py sync"),
-    "sync_batch_norm: the class of a pair": sync_batch_norm(
-        "        made.__class__ = overlaid(norm.overlay, type(made))\n", "", "interop/test_fuse_residual.py sync"),
+    "sync_batch_norm: the pair is apart": sync_batch_norm("        overlay(model.get_submodule(path))\n",
+        "        pass\n", "interop/test_fuse_model.py sync"),
     "sync_batch_norm: a step mode is lost": sync_batch_norm('getattr(module, "step_mode", "s") == "m"', "False",
         "layer/test_distributed.py step_mode"),
     # ---- cupy ----
