@@ -299,10 +299,9 @@ class LIF(NeuronLayer, Noisy):
             return result.s_seq
         return result
 
-    def _lif(
-        self, x_seq: Tensor, update: bool = True, pending: Pending | None = None, **options: Any
-    ) -> Tensor | LIFOutput:
+    def _lif(self, x_seq: Tensor, update: bool = True, **options: Any) -> Tensor | LIFOutput:
         """Calls `asgl_cuda.lif`; without `update` the layer's state stays unchanged."""
+        pending: Pending | None = options.pop("pending", None)
         given = self._given(x_seq, self.input_gain, **options)
         return computed(_CALLER, x_seq, given) if pending is None else pending.lif(given, self, _CALLER, update)
 

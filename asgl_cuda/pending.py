@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -70,7 +71,8 @@ class Normal(Source):
 
     def __del__(self) -> None:
         if self.is_open() and self.training:  # counts the batch, as the layer would have
-            self.made("nothing uses it")
+            with suppress(Exception):  # as of a batch of one value
+                self.made("nothing uses it")
 
 
 class Pending:
@@ -189,7 +191,8 @@ class Pending:
             name, args = "reshape", (args[0].shape,)
         if name == "to" and args == (self.x.dtype,) and not kwargs:
             return self
-        x, residual, channel = self.x, self.residual, self.channel
+        x: Any = self.x
+        residual, channel = self.residual, self.channel
         if self.is_known():
             channel = -1
         elif name != "contiguous":
@@ -270,7 +273,8 @@ class Pending:
         why = why or self.norm.reason_against(self, given)
         if why:
             return computed(caller, self.tensor(f"{name}, {why}"), given)
-        x, residual = self.x, self.residual
+        x: Any = self.x
+        residual = self.residual
         is_moved = order != sorted(order)
         if is_moved:
             time_dim = options.time_dim % x.dim()
@@ -289,9 +293,8 @@ class Pending:
         if isinstance(output, Tensor):
             return output.permute(back)
         orders = back, back_of_state, back, back
-        return LIFOutput(
-            *[None if each is None else each.permute(dims) for each, dims in zip(output, orders, strict=True)]
-        )
+        found: Any = (each if each is None else each.permute(dims) for each, dims in zip(output, orders, strict=True))
+        return LIFOutput(*found)
 
     def _order(self, given: Arguments) -> tuple[list[int], str]:
         """The dimensions with the channels where the operator expects them, or why there is no such order."""

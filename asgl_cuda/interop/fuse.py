@@ -129,6 +129,7 @@ class Fused(Overlay):
     prefix = "Fused"
 
     trial: _Trial | None = None
+    track_running_stats: bool
 
     def forward(self, input: Any) -> Any:
         if isinstance(input, fx.Proxy):  # a leaf, whose result is no tensor
@@ -199,7 +200,7 @@ class Fused(Overlay):
         if isinstance(input_gain, float) and isinstance(input_bias, float) and input_bias == 0:
             scale = input_gain
         else:
-            options = {"dtype": real_type(x_seq.dtype), "device": x_seq.device}
+            options: Any = {"dtype": real_type(x_seq.dtype), "device": x_seq.device}
             values = (torch.as_tensor(value, **options) for value in (input_gain, input_bias))
             gain, shift = (value.reshape(-1).expand(self.num_features) for value in values)
             weight = gain if weight is None else gain * weight.to(gain.dtype)

@@ -266,6 +266,10 @@ def test_steps_and_streams(backend):
     asgl_cuda.reset(fused)
     with asgl_cuda.spiking_eval(model.train()), asgl_cuda.spiking_eval(fused.train()):
         assert torch.equal(fused(x_seq), model(x_seq))
+    given = scattered(Stack(lambda net, x: net.lif(net.branch(x), x), branch=Block().branch, lif=model[0].lif)).eval()
+    stepped = torch.stack([asgl_cuda.step(given, x_t) for x_t in x_seq])
+    asgl_cuda.reset(given)
+    assert torch.equal(stepped, given(x_seq))
     stateful = scattered(Block(asgl_cuda.LIF(analog_prob=0.0, stateful=True, backend=backend)))
     fused = joined(stateful, x_seq)
     for _ in range(2):

@@ -139,3 +139,14 @@ def test_errors_of_trace_and_script():
     for make, _ in LAYERS.values():
         with pytest.raises(RuntimeError, match=r"asgl_cuda\.convert: torch\.jit can't script a converted"):
             torch.jit.script(nn.Sequential(asgl_cuda.convert(make())[0]))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_with_a_shared_surrogate(strict):
+    """torch.export wraps a module that several layers share, as SpikingJelly's default surrogate, in another class."""
+    nodes = (neuron.LIFNode(step_mode="m") for _ in range(2))
+    model, _ = asgl_cuda.convert(nn.Sequential(*nodes))
+    x_seq = 3 * torch.rand(4, 2, 5)
+    exported = torch.export.export(model, (x_seq,), strict=strict)
+    functional.reset_net(model)
+    assert torch.equal(exported.module()(x_seq), model(x_seq))

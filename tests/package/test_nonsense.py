@@ -44,7 +44,8 @@ def network():
 
 
 def names(function, *others):
-    given = [each.name for each in inspect.signature(function).parameters.values() if each.kind is not each.VAR_KEYWORD]
+    parameters = inspect.signature(function).parameters.values()
+    given = [each.name for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
     return [name for name in (*given, *others) if name != "self"]
 
 

@@ -435,7 +435,7 @@ MUTANTS = {
     "streaming: compiled layers are watched": streaming("[taker for taker in takers if not taker.compiled]", "takers",
         "layer/test_streaming.py compiled"),
     "streaming: a residual is a state": streaming("len(inputs) > 1 and not isinstance(module, NeuronLayer):",
-        "len(inputs) > 1:", "interop/test_fuse_residual.py steps_with"),
+        "len(inputs) > 1:", "interop/test_fuse_model.py steps"),
     # ---- calibration ----
     "calibration: random numbers are drawn": calibration(
         "with ExitStack() as hooks, torch.random.fork_rng(devices):", "with ExitStack() as hooks:",
@@ -555,11 +555,8 @@ MUTANTS = {
 """, "layer/test_training.py refuses"),
     "kit: the layers of libraries are not detached": kit("            function(module)\n", "            pass\n",
         "interop/test_streaming_libraries.py detach"),
-    "sync_batch_norm: the pair is apart": sync_batch_norm(
-        "        layer.normalisation = layer.normalisation._replace(norm=made)\n", "",
-        "interop/test_fuse_residual.py sync"),
-    "sync_batch_norm: the class of a pair": sync_batch_norm(
-        "        made.__class__ = overlaid(norm.overlay, type(made))\n", "", "interop/test_fuse_residual.py sync"),
+    "sync_batch_norm: the pair is apart": sync_batch_norm("        overlay(model.get_submodule(path))\n",
+        "        pass\n", "interop/test_fuse_model.py sync"),
     "sync_batch_norm: a step mode is lost": sync_batch_norm('getattr(module, "step_mode", "s") == "m"', "False",
         "layer/test_distributed.py step_mode"),
     # ---- cupy ----
