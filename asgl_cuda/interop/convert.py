@@ -265,7 +265,7 @@ def _notes(model: nn.Module, report: Report) -> list[str]:
 
 
 _OWN_IS_SLOWER = (
-    "its own surrogate, outside of the kernel, may be slower than before in training: a step a call at 0.7 to 1.1 "
+    "its own surrogate, outside of the kernel, may be slower than before in training: a step a call at 0.65 to 1.2 "
     "times the speed, sequences of large layers on a CPU at 0.5"
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -166,7 +166,8 @@ def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and bool((one == other.to(one.device)).all())
     if isinstance(one, nn.Module):  # whose attributes are compared; replicas are others
-        return type(one) is type(other)
+        # torch.export wraps shared modules in subclasses.
+        return type(one) is type(other) or (torch.compiler.is_compiling() and isinstance(one, type(other)))
     return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
 
 

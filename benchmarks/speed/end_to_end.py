@@ -230,7 +230,7 @@ class Ranges:
 
         def after(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             self.end()
-            if isinstance(output, Tensor) and output is not inputs[0]:  # else the neurons compute it
+            if type(output) is Tensor and output is not inputs[0]:  # else the neurons compute it
                 output.register_hook(lambda grad: self.begin(name))
 
         layer.register_forward_pre_hook(lambda *_: self.begin(name))

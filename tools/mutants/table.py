@@ -25,6 +25,7 @@ converted = partial(Mutant, "interop/converted.py")
 cupy = partial(Mutant, "backends/cupy.py")
 functional = partial(Mutant, "functional.py")
 fuse = partial(Mutant, "interop/fuse.py")
+groups = partial(Mutant, "training/groups.py")
 identify = partial(Mutant, "interop/identify.py")
 integrator = partial(Mutant, "integrator.py")
 kit = partial(Mutant, "training/kit.py")
@@ -530,16 +531,34 @@ MUTANTS = {
         "layer/test_schedule.py which_layers"),
     "schedule: noise of several spikes": schedule(' if not getattr(layer, "multi_spike", False)}', "}",
         "layer/test_schedule.py which_layers"),
-    "kit: a normalisation is neurons": kit('if not (isinstance(layer, BatchNormLIF) and name in ("weight", "bias"))',
+    "groups: a normalisation is neurons": groups('if not (isinstance(layer, BatchNormLIF) and name in ("weight", "bias"))',
         "", "layer/test_training.py group"),
-    "kit: integrators are weights": kit("if isinstance(module, LeakyIntegrator))", "if False)",
+    "groups: integrators are weights": groups("if isinstance(module, LeakyIntegrator))", "if False)",
         "layer/test_training.py groups"),
-    "kit: layers inside of neurons": kit("in layer.named_parameters(recurse=False)", "in layer.named_parameters()",
+    "groups: layers inside of neurons": groups("in layer.named_parameters(recurse=False)", "in layer.named_parameters()",
         "layer/test_training.py group"),
-    "kit: LayerNorm of several dimensions": kit("(each.dim() <= 1 or isinstance(module, nn.LayerNorm | nn.RMSNorm))",
+    "groups: LayerNorm of several dimensions": groups("(each.dim() <= 1 or isinstance(module, nn.LayerNorm | nn.RMSNorm))",
         "each.dim() <= 1", "layer/test_training.py group"),
-    "kit: neurons are norms": kit(" and id(each) not in neurons\n        }", "\n        }",
+    "groups: neurons are norms": groups(" and id(each) not in neurons\n        }", "\n        }",
         "layer/test_training.py group"),
+    "groups: the optimizer steps, too": groups("        value.grad = None\n", "        pass\n",
+        "layer/test_parameter_groups.py two_optimizers"),
+    "groups: gradients stay hidden": groups("        value.grad = grad\n", "        pass\n",
+        "layer/test_parameter_groups.py two_optimizers"),
+    "groups: averages of each step alone": groups("        adam.state = optimizer.state\n", "",
+        "layer/test_parameter_groups.py two_optimizers"),
+    "groups: Adam's kin get two steps": groups("[] if isinstance(optimizer, _ADAM) else", "",
+        "layer/test_parameter_groups.py every_optimizer"),
+    "groups: the state of Adagrad": groups('if "exp_avg" not in optimizer.state.get(value, {}):', "if False:",
+        "layer/test_parameter_groups.py every_optimizer"),
+    "groups: before the closure": groups("    if closure is None:\n", "    if True:\n",
+        "layer/test_parameter_groups.py closure"),
+    "groups: the step of a scaled gradient": groups('getattr(optimizer, "found_inf", None) is not None', "False",
+        "layer/test_parameter_groups.py scaling"),
+    "groups: the rate of the beginning": groups('lr=group["lr"], fused', "lr=WIDTH_LR, fused",
+        "layer/test_parameter_groups.py schedules"),
+    "groups: every group": groups("if each.get(_BY_ADAM)]", "if True]",
+        "layer/test_parameter_groups.py width_lr or others"),
     "kit: an exception leaves the monitor watching": kit("        on_exception = on_train_batch_end\n", "",
         "layer/test_training.py lightning"),
     "kit: epochs add up": kit("                self._monitor.reset()\n", "                pass\n",

@@ -107,7 +107,9 @@ class Training:
             raise SystemExit(f"--batch {settings.batch} must be a multiple of the {self.processes} processes")
         self.epoch, self.best = 0, 0.0
         torch.manual_seed(settings.seed)
-        self.network = asgl_cuda.fuse(network_of(settings), inplace=True)[0].to(options.device)
+        train, test = samples
+        example = self.sequence_of(torch.stack([test[0][0]] * 2))
+        self.network = asgl_cuda.fuse(network_of(settings), example, inplace=True)[0].to(options.device)
         self.model: nn.Module = self.network
         if dist.is_initialized():
             self.model = DistributedDataParallel(self.network)
@@ -115,7 +117,6 @@ class Training:
             self.model = torch.compile(self.model)  # type: ignore[assignment]
         self.optimizers = optimizers_of(self.network, settings)
         self.cosine = CosineAnnealingLR(self.optimizers[0], settings.epochs)
-        train, test = samples
         gpu = options.device.type == "cuda"
         batches = partial(
             DataLoader[Any], batch_size=settings.batch // self.processes, num_workers=options.workers, pin_memory=gpu
@@ -124,13 +125,15 @@ class Training:
         self.train_batches = batches(train, sampler=self.sampler)
         self.test_batches = batches(test)
 
-    def scores_of(self, model: nn.Module, samples: Tensor) -> Tensor:
-        """`[T, B, classes]`; an image is a constant current."""
-        samples = samples.to(self.options.device, non_blocking=True)
+    def sequence_of(self, samples: Tensor) -> Tensor:
+        """`[T, B, ...]`; an image is a constant current."""
         if samples.dim() == 4:
-            x_seq = samples.expand(self.settings.steps, *samples.shape)
-        else:
-            x_seq = samples.transpose(0, 1).contiguous()
+            return samples.expand(self.settings.steps, *samples.shape)
+        return samples.transpose(0, 1).contiguous()
+
+    def scores_of(self, model: nn.Module, samples: Tensor) -> Tensor:
+        """`[T, B, classes]`."""
+        x_seq = self.sequence_of(samples.to(self.options.device, non_blocking=True))
         with torch.autocast(self.options.device.type, torch.bfloat16, enabled=self.options.amp):
             return model(x_seq)  # type: ignore[no-any-return]
 
