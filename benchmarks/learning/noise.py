@@ -75,7 +75,7 @@ class Run(NamedTuple):
 
 TASKS = (
     ("digits", 1, 60, 1.0), ("digits", 1, 250, 1.0), ("digits", 4, 60, 1.0), ("digits", 4, 250, 1.0),
-    ("digits", 4, 250, 10.0), ("mnist", 1, 250, 1.0), ("mnist", 4, 250, 1.0), ("tones", 0, 250, 1.0),
+    ("digits", 4, 250, 10.0), ("mnist", 1, 250, 1.0), ("tones", 0, 250, 1.0),
 )  # fmt: skip
 CONTROLLED = TASKS[1]
 

@@ -531,13 +531,14 @@ MUTANTS = {
         "layer/test_schedule.py which_layers"),
     "schedule: noise of several spikes": schedule(' if not getattr(layer, "multi_spike", False)}', "}",
         "layer/test_schedule.py which_layers"),
-    "groups: a normalisation is neurons": groups('if not (isinstance(layer, BatchNormLIF) and name in ("weight", "bias"))',
-        "", "layer/test_training.py group"),
+    "groups: a normalisation is neurons": groups(
+        'if not (isinstance(layer, BatchNormLIF) and name in ("weight", "bias"))', "", "layer/test_training.py group"),
     "groups: integrators are weights": groups("if isinstance(module, LeakyIntegrator))", "if False)",
         "layer/test_training.py groups"),
-    "groups: layers inside of neurons": groups("in layer.named_parameters(recurse=False)", "in layer.named_parameters()",
-        "layer/test_training.py group"),
-    "groups: LayerNorm of several dimensions": groups("(each.dim() <= 1 or isinstance(module, nn.LayerNorm | nn.RMSNorm))",
+    "groups: layers inside of neurons": groups(
+        "in layer.named_parameters(recurse=False)", "in layer.named_parameters()", "layer/test_training.py group"),
+    "groups: LayerNorm of several dimensions": groups(
+        "(each.dim() <= 1 or isinstance(module, nn.LayerNorm | nn.RMSNorm))",
         "each.dim() <= 1", "layer/test_training.py group"),
     "groups: neurons are norms": groups(" and id(each) not in neurons\n        }", "\n        }",
         "layer/test_training.py group"),
