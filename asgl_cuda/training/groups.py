@@ -20,6 +20,7 @@ from ..layer import asgl_layers, check_module
 from ..neuron import BatchNormLIF
 
 WIDTH_LR = 0.03
+NEURON_LR = 3e-3  # of decays, thresholds and adaptation: at 0.03 they leave their range
 _BY_ADAM = "by_adam"  # the key of a group whose step is Adam's
 _ADAM = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam)
 
@@ -31,19 +32,19 @@ def parameter_groups(
     weight_decay: float = 0.0,
     norm_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups of a torch optimizer: "weights" with `lr` and `weight_decay`, "neurons" with a step of their own.
+    """Groups of a torch optimizer: "weights" with `lr` and `weight_decay`, "widths" and "neurons" with their own step.
 
-    "neurons" are the parameters of ASGL layers and `LeakyIntegrator` themselves: width, decay, threshold. They are
-    stored as logarithm or logit, set the scale of all gradients behind, and are not decayed. By default their step is
-    that of Adam with rate 0.03, so that a width changes by at most 3 % a step, or little more, whatever the optimizer
-    of the weights and its rate are. Optimizers other than Adam and its kin are made to do so by hooks around `step`:
-    their own momentum and the like do not concern this group. Gradients may be accumulated, unscaled by a GradScaler
-    and clipped as usual, Adam's averages are in the optimizer's state dict, and schedulers scale the group's rate with
-    the others. `OneCycleLR` sets the rates itself: give it a `max_lr` for each group. Optimizers that are no
+    "widths" are those of ASGL layers, "neurons" the other parameters of these layers and of `LeakyIntegrator`: decay,
+    threshold, adaptation. They set the scale of all gradients behind, and are not decayed. By default their step is
+    that of Adam with rates 0.03 and 3e-3, so that a width changes by at most 3 % a step, or little more, whatever the
+    optimizer of the weights and its rate are. Optimizers other than Adam and its kin are made to do so by hooks around
+    `step`: their own momentum and the like do not concern these groups. Gradients may be accumulated, unscaled by a
+    GradScaler and clipped as usual, Adam's averages are in the optimizer's state dict, and schedulers scale the rates
+    with the others. `OneCycleLR` sets the rates itself: give it a `max_lr` for each group. Optimizers that are no
     `torch.optim.Optimizer`, or call their closure several times, need `width_lr`.
 
-    With `width_lr` the optimizer treats the group as any other, with this rate. The authors of ASGL train widths by
-    Adam at 3e-4 for 117,000 steps.
+    With `width_lr` all of them are "neurons", which the optimizer treats as any other group, with this rate. The
+    authors of ASGL train widths by Adam at 3e-4 for 117,000 steps.
 
     With `norm_weight_decay`, usually 0, normalisations and biases are a group "norms" between the two, with `lr` and
     this decay: all parameters with at most one dimension, and those of `LayerNorm` and `RMSNorm`. None leaves them
@@ -72,7 +73,7 @@ def parameter_groups(
     layers = [layer for _, layer in asgl_layers(model)]
     layers += (module for module in model.modules() if isinstance(module, LeakyIntegrator))
     neurons = {
-        id(each): each
+        id(each): (name, each)
         for layer in layers
         for name, each in layer.named_parameters(recurse=False)
         if not (isinstance(layer, BatchNormLIF) and name in ("weight", "bias"))
@@ -87,16 +88,14 @@ def parameter_groups(
         }
     weights = [each for each in model.parameters() if id(each) not in neurons and id(each) not in norms]
     by_adam = width_lr is None
+    widths = [each for name, each in neurons.values() if by_adam and name == "log_width"]
+    others = [each for name, each in neurons.values() if not (by_adam and name == "log_width")]
+    own = {"weight_decay": 0.0, _BY_ADAM: by_adam}
     groups: list[dict[str, Any]] = [
         {"name": "weights", "params": weights, "lr": lr, "weight_decay": weight_decay},
         {"name": "norms", "params": list(norms.values()), "lr": lr, "weight_decay": norm_weight_decay},
-        {
-            "name": "neurons",
-            "params": list(neurons.values()),
-            "lr": WIDTH_LR if by_adam else width_lr,
-            "weight_decay": 0.0,
-            _BY_ADAM: by_adam,
-        },
+        {"name": "neurons", "params": others, "lr": NEURON_LR if by_adam else width_lr, **own},
+        {"name": "widths", "params": widths, "lr": WIDTH_LR, **own},
     ]
     return [group for group in groups if group["params"]]
 

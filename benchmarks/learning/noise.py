@@ -211,14 +211,10 @@ def plot(report: dict[str, Any], file: Path) -> None:
                 style = palette.line(number) | {"linestyle": "none"}
                 panel.errorbar(gains, places, xerr=halves, capsize=3, label=arm, **style)
         panel.set(title=f"{how[0]}, {how[1]}", xlabel="gain on no noise (points)")
-        panel.set_xscale("symlog", linthresh=3)
-        marks = (-30, -10, -3, 0, 3, 10, 30)
-        panel.set_xticks(marks, [f"{mark:+d}" if mark else "0" for mark in marks])
-        panel.minorticks_off()
     panels[0].set_yticks(range(len(TASKS)), map(named, TASKS))
     panels[0].invert_yaxis()
     drawn = max((panel.get_legend_handles_labels() for panel in panels), key=lambda each: len(each[0]))
-    panels[-1].legend(*drawn, title="analog_prob", loc="lower right", fontsize=8)
+    figure.legend(*drawn, title="analog_prob", loc="outside right upper")
     figure.savefig(file, dpi=80)
 
 

@@ -310,7 +310,7 @@ def test_the_training_kit_knows_converted_layers(name):
         assert model[0].analog_prob == 0
     groups = {group["name"]: group["params"] for group in asgl_cuda.parameter_groups(model, 0.1)}
     if name != "authors":
-        assert any(parameter is model[0].log_width for parameter in groups["neurons"])
+        assert any(parameter is model[0].log_width for parameter in groups["widths"])
 
 
 @pytest.mark.skipif("cpu" not in asgl_cuda.available_backends(), reason="the reference takes many")

@@ -113,7 +113,8 @@ def test_what_it_shares_with_lif(backend, device):
     model = nn.Sequential(nn.Linear(6, 6, device=device), layer)
     assert [name for name, _ in asgl_cuda.asgl_layers(model)] == ["1"]
     groups = {each["name"]: set(each["params"]) for each in asgl_cuda.parameter_groups(model, lr=0.1)}
-    assert groups["neurons"] == set(layer.parameters())
+    assert groups["neurons"] | groups["widths"] == set(layer.parameters())
+    assert groups["widths"] == {layer.log_width}
     asgl_cuda.AnalogProbSchedule.linear(model, 2)
     with torch.no_grad():
         layer.adapt_spike.fill_(5.0)

@@ -69,16 +69,18 @@ def test_groups_hold_every_parameter_once():
 
 def test_a_normalisation_trains_the_same_fused_and_apart():
     fused = nn.Sequential(nn.Linear(5, 5), asgl_cuda.BatchNormLIF(5, learn_decay=True))
-    weights, neurons = parameter_groups(fused, 0.1)
+    weights, neurons, widths = parameter_groups(fused, 0.1)
     assert list(map(id, weights["params"])) == list(map(id, (*fused[0].parameters(), fused[1].weight, fused[1].bias)))
-    assert list(map(id, neurons["params"])) == list(map(id, (fused[1].log_width, fused[1].logit_decay)))
+    assert list(map(id, neurons["params"])) == [id(fused[1].logit_decay)]
+    assert list(map(id, widths["params"])) == [id(fused[1].log_width)]
 
 
 def test_normalisations_and_biases_in_a_group_of_their_own():
     joined = asgl_cuda.BatchNormLIF(3, learn_decay=True)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), joined, nn.LayerNorm((3, 4)), nn.Linear(4, 5), LIF())
-    weights, norms, neurons = parameter_groups(model, 0.1, weight_decay=0.5, norm_weight_decay=0.0)
-    assert [group["name"] for group in (weights, norms, neurons)] == ["weights", "norms", "neurons"]
+    groups = parameter_groups(model, 0.1, weight_decay=0.5, norm_weight_decay=0.0)
+    assert [group["name"] for group in groups] == ["weights", "norms", "neurons", "widths"]
+    weights, norms, neurons, widths = groups
     assert (norms["lr"], norms["weight_decay"], weights["weight_decay"]) == (0.1, 0.0, 0.5)
     assert list(map(id, weights["params"])) == [id(model[0].weight), id(model[4].weight)]
     expected = [
@@ -86,9 +88,10 @@ def test_normalisations_and_biases_in_a_group_of_their_own():
     ]  # fmt: skip
     assert {*map(id, norms["params"])} == {*map(id, expected)}
     assert len(norms["params"]) == len(expected)
-    assert list(map(id, neurons["params"])) == [id(joined.log_width), id(joined.logit_decay), id(model[5].log_width)]
+    assert list(map(id, neurons["params"])) == [id(joined.logit_decay)]
+    assert list(map(id, widths["params"])) == [id(joined.log_width), id(model[5].log_width)]
     apart = parameter_groups(model, 0.1, weight_decay=0.5)
-    assert [group["name"] for group in apart] == ["weights", "neurons"]
+    assert [group["name"] for group in apart] == ["weights", "neurons", "widths"]
 
 
 def test_a_step_has_the_rates_asked_for():
@@ -105,8 +108,9 @@ def test_a_step_has_the_rates_asked_for():
 
 def test_empty_groups_are_left_out():
     assert [group["name"] for group in parameter_groups(nn.Linear(2, 2), 0.1)] == ["weights"]
-    for neurons in (LIF(), asgl_cuda.LeakyIntegrator(learn_decay=True)):
-        assert [group["name"] for group in parameter_groups(neurons, 0.1)] == ["neurons"]
+    for layer, name in ((LIF(), "widths"), (asgl_cuda.LeakyIntegrator(learn_decay=True), "neurons")):
+        assert [group["name"] for group in parameter_groups(layer, 0.1)] == [name]
+        assert [group["name"] for group in parameter_groups(layer, 0.1, width_lr=0.01)] == ["neurons"]
     assert parameter_groups(LIF(learn_width=False), 0.1) == []
 
 
