@@ -141,7 +141,7 @@ def test_schedules_and_checkpoints():
 
 
 def test_a_checkpoint_of_another_rule_goes_on_with_it():
-    """Where a decay is learned, too, an earlier optimizer had one group less, and torch refuses it: `width_lr` loads."""
+    """Where decays are learned, an earlier optimizer had a group less, which torch refuses: `width_lr` loads it."""
     model, other = network(learn_decay=False), network(learn_decay=False)
     old = torch.optim.SGD(parameter_groups(model, 0.1, width_lr=1e-3))
     new = torch.optim.SGD(parameter_groups(other, 0.1))
