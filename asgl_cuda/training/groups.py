@@ -41,7 +41,7 @@ def parameter_groups(
     `step`: their own momentum and the like do not concern these groups. Gradients may be accumulated, unscaled by a
     GradScaler and clipped as usual, Adam's averages are in the optimizer's state dict, and schedulers scale the rates
     with the others. `OneCycleLR` sets the rates itself: give it a `max_lr` for each group. Optimizers that are no
-    `torch.optim.Optimizer`, or call their closure several times, need `width_lr`.
+    `torch.optim.Optimizer`, that call their closure several times or whose step a CUDA graph captures need `width_lr`.
 
     With `width_lr` all of them are "neurons", which the optimizer treats as any other group, with this rate. The
     authors of ASGL train widths by Adam at 3e-4 for 117,000 steps.
@@ -126,7 +126,8 @@ def _step_by_adam(optimizer: Any, groups: list[dict[str, Any]]) -> None:
         for value in group["params"]:
             if "exp_avg" not in optimizer.state.get(value, {}):
                 optimizer.state.pop(value, None)  # Adagrad's is made with it
-        adam: Any = torch.optim.Adam(group["params"], lr=group["lr"], fused=scaled or None)
+        maximize = bool(group.get("maximize"))
+        adam: Any = torch.optim.Adam(group["params"], lr=group["lr"], maximize=maximize, fused=scaled or None)
         adam.state = optimizer.state
         if scaled:
             adam.grad_scale, adam.found_inf = optimizer.grad_scale, optimizer.found_inf

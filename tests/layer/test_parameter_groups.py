@@ -98,6 +98,20 @@ def test_a_width_lr_is_the_optimizers_own(kind):
     assert_same(model, other)
 
 
+def test_maximisation():
+    model, other = network(), network()
+    optimizer, expected = (
+        torch.optim.SGD(parameter_groups(each, 0.1), maximize=each is model) for each in (model, other)
+    )
+    gradients(model, 0)
+    gradients(other, 0)
+    for value in other.parameters():
+        value.grad.neg_()
+    optimizer.step()
+    expected.step()
+    assert_same(model, other)
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_a_closure_computes_the_gradients(named):
     """As Lightning calls every optimizer."""

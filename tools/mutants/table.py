@@ -556,7 +556,7 @@ MUTANTS = {
         "layer/test_parameter_groups.py closure"),
     "groups: the step of a scaled gradient": groups('getattr(optimizer, "found_inf", None) is not None', "False",
         "layer/test_parameter_groups.py scaling"),
-    "groups: the rate of the beginning": groups('lr=group["lr"], fused', "lr=WIDTH_LR, fused",
+    "groups: the rate of the beginning": groups('lr=group["lr"], maximize', "lr=WIDTH_LR, maximize",
         "layer/test_parameter_groups.py two_optimizers"),
     "groups: every group": groups("if each.get(_BY_ADAM)]", "if True]",
         "layer/test_parameter_groups.py without_such"),
