@@ -29,7 +29,7 @@ def remedy() -> str:
     options = "--no-build-isolation --no-deps"
     if (PACKAGE.parent / "setup.py").is_file():
         return f"pip install {options} -e {PACKAGE.parent}"
-    return f"pip install {options} --force-reinstall . (in a checkout of asgl_cuda)"
+    return f"in a checkout of asgl_cuda, pip install {options} --force-reinstall ."
 
 
 def no_sources() -> str:

@@ -107,7 +107,9 @@ FOLLOWED = {
         lambda: sinabs.layers.LIF(3.0, **own_threshold()), written("spike_threshold", 0.4),
     ),
     "sinabs, threshold set": (iaf, given(spike_threshold=nn.Parameter(torch.tensor(2.5), requires_grad=False))),
-    "sinabs, reset by another amount": (iaf, given("reset_fn", subtract_value=0.4)),
+    "sinabs, reset by another amount": (
+        lambda: iaf(reset_fn=sinabs.activation.MembraneSubtract()), given("reset_fn", subtract_value=0.4),
+    ),
     "spikingjelly, values": (jelly, given(tau=3.0, v_threshold=0.6, v_reset=-0.2)),
     "spikingjelly, soft": (jelly, given(v_reset=None)),
     "snntorch, beta": (leaky, written("beta", 0.3)),

@@ -113,7 +113,7 @@ def test_one_that_does_not_fit_is_not_mapped(package, monkeypatch, damage, words
     assert problem.startswith("the compiled extension is missing: ")
     assert words in problem
     assert problem.endswith(
-        ". To build it: pip install --no-build-isolation --no-deps --force-reinstall . (in a checkout of asgl_cuda)"
+        ". To build it: in a checkout of asgl_cuda, pip install --no-build-isolation --no-deps --force-reinstall ."
     )
     assert "\n" not in problem
 
