@@ -234,8 +234,9 @@ def test_arguments_of_all_four(name):
         function([neuron.LIFNode()])
     with pytest.raises(TypeError, match=rf"asgl_cuda\.{name}: inplace must be a bool, got str"):
         function(jelly(), inplace="no")
-    with pytest.raises(TypeError, match="positional"):
-        function(nn.Linear(2, 2), True)
+    if name != "fuse":  # whose positional arguments are those of a call
+        with pytest.raises(TypeError, match="positional"):
+            function(nn.Linear(2, 2), True)
 
 
 @pytest.mark.parametrize("name", ["convert", "revert", "fuse", "unfuse"])
@@ -249,7 +250,8 @@ def test_a_layer_that_can_not_be_copied(name):
     with pytest.raises(RuntimeError, match=message):
         getattr(asgl_cuda, name)(model)
     assert getattr(asgl_cuda, name)(model, inplace=True)[0] is model
-    assert isinstance(model[0], Converted) == (name == "convert")
+    # Without an example `fuse` converts all neurons: the first calls decide.
+    assert isinstance(model[0], Converted) == (name in ("convert", "fuse"))
 
 
 def test_a_layer_that_its_library_can_not_copy():
