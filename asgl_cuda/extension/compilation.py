@@ -199,12 +199,6 @@ class Plan(NamedTuple):
 
 def plan(csrc: Path, wanted: str | None) -> Plan:
     """How to compile the sources there. Paths are relative where that one is, as setuptools needs them in setup.py."""
-    compiler = os.environ.get("CXX", "").strip() or "c++"
-    if shutil.which(compiler) is None:
-        raise SystemExit(
-            f"asgl_cuda: no C++ compiler {compiler!r} on the PATH. Install one (Debian, Ubuntu: apt install g++) or "
-            "name another program in CXX; with ASGL_CUDA_BUILD=none it is installed without the fast kernels"
-        )
     for name in ("CC", "CXX"):  # torch and setuptools would start a program without a name
         if not os.environ.get(name, "-").strip():
             del os.environ[name]
@@ -249,6 +243,15 @@ def say(words: str) -> None:
         pass
 
 
+def require_compiler() -> None:
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise SystemExit(
+            f"asgl_cuda: no C++ compiler {compiler!r} on the PATH. Install one (Debian, Ubuntu: apt install g++) or "
+            "name another program in CXX; with ASGL_CUDA_BUILD=none it is installed without the fast kernels"
+        )
+
+
 def builder(planned: Plan, package: Path) -> type[cpp_extension.BuildExtension]:
     """The command build_ext; `package` is where it builds in place."""
     kernels = f"the CPU and CUDA kernels ({planned.cuda})" if planned.cuda else "only the CPU kernels"
@@ -257,6 +260,7 @@ def builder(planned: Plan, package: Path) -> type[cpp_extension.BuildExtension]:
         """Shows its progress, and notes what the extension was built for."""
 
         def run(self) -> None:
+            require_compiler()
             say(f"compiling {kernels}, {os.environ['MAX_JOBS']} files at a time: on two cores five minutes")
             compiled = threading.Event()
             earlier = {path: path.stat().st_mtime_ns for path in Path(self.build_temp).rglob("*.o")}

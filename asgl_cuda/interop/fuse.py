@@ -66,8 +66,11 @@ def fuse(model: nn.Module, *example: Any, inplace: bool = False) -> tuple[nn.Mod
     convert(model, inplace=True)
     converted = [each for each in model.modules() if isinstance(each, Converted) and each not in before]
     report = Report([], [])
-    norms = [(path, each) for path, each in model.named_modules() if isinstance(each, _BatchNorm)]
-    norms = [(path, norm) for path, norm in norms if not isinstance(norm, Fused)]
+    norms = [
+        (path, each)
+        for path, each in model.named_modules()
+        if isinstance(each, _BatchNorm) and not isinstance(each, Fused)
+    ]
     left = {path: reason for path, norm in norms if (reason := _reason_to_leave(norm))}
     joined: dict[str, str] = {}
     try:

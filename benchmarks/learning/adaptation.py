@@ -7,10 +7,7 @@ Recall: one of four groups of ten channels fires for ten steps, among noise; aft
 from __future__ import annotations
 
 import itertools
-import os
-import statistics
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +18,8 @@ import asgl_cuda
 
 from ..common import parser_of
 from .data import SOURCES
-from .runs import begun, train_all
-from .tables import print_table, print_total
+from .runs import add_jobs, begun, result_file, train_all
+from .tables import print_table, print_total, spread
 
 SEEDS, HIDDEN = 5, 64
 STEPS = {"recall": 400, "vowels": 360}
@@ -116,7 +113,7 @@ def rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     found = []
     for neuron in NEURONS:
         values = [report["runs"][f"{task}: {neuron}"] for task in tasks]
-        found.append([neuron, *(f"{statistics.fmean(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in values)])
+        found.append([neuron, *map(spread, values)])
     return ["", *tasks], found
 
 
@@ -124,10 +121,9 @@ def main() -> int:
     """Trains all and prints the table."""
     parser = parser_of("benchmarks.learning.adaptation", __doc__, "json")
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time")
+    add_jobs(parser)
     arguments = parser.parse_args()
-    file = arguments.json or Path("build") / f"adaptation{'_quick' if arguments.quick else ''}.json"
-    file.parent.mkdir(exist_ok=True)
+    file = result_file(arguments.json, f"adaptation{'_quick' if arguments.quick else ''}")
     share = 10 if arguments.quick else 1
     steps = {kind: count // share for kind, count in STEPS.items()}
     report = begun(file, {"seeds": SEEDS, "hidden": HIDDEN, "steps": steps})

@@ -19,11 +19,10 @@ from torch.nn import functional
 import asgl_cuda
 
 from .data import Data
+from .optimizers import MOMENTUM, SGD, WEIGHT_DECAY
 
 HIDDEN = 64
 DECAY, THRESHOLD = 0.5, 1.0
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of SGD
-SGD, ADAM = OPTIMIZERS = ("SGD", "Adam")
 
 
 class Setting(NamedTuple):

@@ -7,13 +7,11 @@ calibrated to a rate on 256 training samples. The last layer's rate is measured 
 from __future__ import annotations
 
 import itertools
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +24,7 @@ from asgl_cuda import LIF, OverTime
 
 from ..common import machine, parser_of, write_json
 from .data import SOURCES
-from .runs import trainings
+from .runs import add_jobs, result_file, trainings
 from .tables import print_table
 
 RATES = (None, 0.05, 0.1, 0.2, 0.4)  # None: not calibrated
@@ -160,13 +158,10 @@ def main() -> int:
     """Trains all, prints the table."""
     parser = parser_of("benchmarks.learning.calibration", __doc__, "json")
     parser.add_argument("--quick", action="store_true", help="one seed, two rates, a tenth of the steps")
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time (default: one a core)"
-    )
+    add_jobs(parser)
     arguments = parser.parse_args()
     rates, seeds, steps = (RATES[::3], 1, STEPS // 10) if arguments.quick else (RATES, SEEDS, STEPS)
-    file = arguments.json or Path("build") / f"calibration{'_quick' if arguments.quick else ''}.json"
-    file.parent.mkdir(exist_ok=True)
+    file = result_file(arguments.json, f"calibration{'_quick' if arguments.quick else ''}")
     runs = [Run(*each) for each in itertools.product(NETWORKS, OPTIMIZERS, rates, range(seeds))]
     started = time.perf_counter()
     with trainings(partial(train, steps=steps), runs, arguments.jobs) as waiting:

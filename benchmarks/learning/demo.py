@@ -25,6 +25,7 @@ from asgl_cuda import OverTime
 
 from .. import palette
 from ..common import parser_of
+from .optimizers import SGD, optimizer_of
 
 TIME_STEPS = 4
 HIDDEN = (256, 256, 256, 256)
@@ -107,7 +108,7 @@ def train(label: str, backend: str | None, data: list[Tensor], epochs: int, seed
     stopwatch = Stopwatch()
     for _, lif in asgl_cuda.asgl_layers(model):
         stopwatch.watch(lif)
-    optimizer = torch.optim.SGD(asgl_cuda.parameter_groups(model, 0.1, weight_decay=5e-4), momentum=0.9)
+    optimizer = optimizer_of(model, SGD)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     run = Run(label, widths=[widths_of(model)])
 

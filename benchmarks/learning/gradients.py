@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from ..common import machine, parser_of, write_json
-from .batched import ADAM, SGD, Networks, Setting, flat, trained
+from .batched import Networks, Setting, flat, trained
 from .data import SOURCES, Data
+from .optimizers import RATES
 from .runs import paired
 from .tables import print_table
 
 SEEDS = 10
 STEPS, MARKS = 120, (0, 20, 60, 119)
 BATCH = 512
-RATES = {SGD: 0.1, ADAM: 3e-3}
 SURROGATES = ("rectangle", "sigmoid")
 PREDICTED = 0.01  # of the loss
 NOISY = "learned, noise 0.2"

@@ -11,7 +11,6 @@ step of `asgl_cuda.parameter_groups`. Long sequences are halved.
 from __future__ import annotations
 
 import itertools
-import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -26,9 +25,10 @@ from asgl_cuda.training.groups import WIDTH_LR
 
 from .. import palette
 from ..common import parser_of
-from .batched import ADAM, SGD, Setting, flat, shortened, trained
+from .batched import Setting, flat, shortened, trained
 from .data import SOURCES, Data
-from .runs import begun, paired, train_all
+from .optimizers import ADAM, SGD
+from .runs import add_jobs, begun, paired, result_file, train_all
 from .tables import print_table, print_total
 
 IMAGES = ("digits", "mnist")
@@ -221,10 +221,9 @@ def plot(report: dict[str, Any], file: Path) -> None:
 def main() -> int:
     """Trains missing runs, prints the table, draws the figure."""
     parser = parser_of("benchmarks.learning.noise", __doc__, "json", "plot")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at a time (default: one a core)")
+    add_jobs(parser)
     arguments = parser.parse_args()
-    file = arguments.json or Path("build") / "noise.json"
-    file.parent.mkdir(exist_ok=True)
+    file = result_file(arguments.json, "noise")
     report = begun(file, {"seeds": SEEDS, "base": Setting(1.0)._asdict()})
     train_all(all_runs(), train, report, file, arguments.jobs)
     for arm in list(SHARES)[1:]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import statistics
 import sys
 from functools import cache
@@ -27,8 +26,9 @@ from asgl_cuda import BatchNormLIF, OverTime
 from .. import palette
 from ..common import parser_of
 from .data import SOURCES, Data
-from .runs import begun, train_all
-from .tables import print_table, print_total
+from .optimizers import RATES, optimizer_of
+from .runs import add_jobs, begun, result_file, train_all
+from .tables import print_table, print_total, spread
 
 SEEDS = 3
 CHANNELS = 16
@@ -41,8 +41,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "learned": {"analog_prob": 0.0},
     "ASGL": {"analog_prob": 0.2},
 }
-RATES = {"SGD": 0.1, "Adam": 3e-3}
-WEIGHT_DECAY = 5e-4  # of SGD
 
 
 class Run(NamedTuple):
@@ -108,12 +106,7 @@ def train(run: Run, epochs: int = EPOCHS, channels: int = CHANNELS) -> dict[str,
     images, test = data.train[:, 0], data.test[:, 0]
     torch.manual_seed(run.seed)
     model = Network(channels, width=run.width, surrogate=SURROGATE, **ARMS[run.arm])
-    rate = RATES[run.optimizer]
-    if run.optimizer == "SGD":
-        groups = asgl_cuda.parameter_groups(model, rate, weight_decay=WEIGHT_DECAY)
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=0.9)
-    else:
-        optimizer = torch.optim.Adam(asgl_cuda.parameter_groups(model, rate))
+    optimizer = optimizer_of(model, run.optimizer)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(len(images) / BATCH))
     accuracies, losses = [], []
     for _ in range(epochs):
@@ -148,10 +141,7 @@ def rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         seeds = of_seeds(report, optimizer, width, arm)
         if not seeds:
             continue
-        cells = []
-        for mark in marks:
-            values = [each["accuracies"][mark] for each in seeds]
-            cells.append(f"{statistics.fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+        cells = [spread([each["accuracies"][mark] for each in seeds]) for mark in marks]
         means = [statistics.fmean(each["widths"]) for each in seeds]
         found.append([f"{optimizer}, width {width:g}, {arm}", *cells, f"{statistics.fmean(means):.2f}"])
     return ["", *(f"epoch {mark + 1}" for mark in marks), "mean width, end"], found
@@ -184,10 +174,9 @@ def plot(report: dict[str, Any], file: Path) -> None:
 def main() -> int:
     """Trains missing runs, prints the table, draws the curves."""
     parser = parser_of("benchmarks.learning.residual_network", __doc__, "json", "plot")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at a time (default: one a core)")
+    add_jobs(parser)
     arguments = parser.parse_args()
-    file = arguments.json or Path("build") / "residual_network.json"
-    file.parent.mkdir(exist_ok=True)
+    file = result_file(arguments.json, "residual_network")
     settings = {
         "seeds": SEEDS, "channels": CHANNELS, "time_steps": TIME_STEPS, "epochs": EPOCHS, "batch": BATCH,
         "rates": RATES, "surrogate": SURROGATE, "parameters": sum(each.numel() for each in Network().parameters()),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import multiprocessing
+import os
 import signal
 import statistics
 import time
@@ -22,6 +24,19 @@ from scipy.stats import t as student
 from ..common import machine, write_json
 
 Run = TypeVar("Run")
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time (default: one a core)"
+    )
+
+
+def result_file(given: Path | None, name: str) -> Path:
+    """The file that was given, or one in `build`."""
+    file = given or Path("build") / f"{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    return file
 
 
 def begun(file: Path, settings: dict[str, Any]) -> dict[str, Any]:

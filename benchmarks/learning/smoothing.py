@@ -26,6 +26,7 @@ from asgl_cuda.surrogate import SURROGATES
 from .. import palette
 from ..common import machine, parser_of, write_json
 from .demo import ANALOG_PROB, BATCH_SIZE, load_data, scores_of, spiking_mlp
+from .optimizers import RATES, optimizer_of
 from .tables import print_table
 
 HIDDEN = (64,) * 6
@@ -33,7 +34,6 @@ OBSERVED = ("width", "inside", "smoothing_error")  # reported by asgl_cuda.Monit
 LOSSES = {"noisy_loss": "noisy network", "spiking_loss": "embedded spiking network"}
 NOISE_DRAWS = 20  # for the mean of the noisy network's loss
 ARMS = {"noise": ANALOG_PROB, "no noise": 0.0}
-RATES = {"SGD": 0.1, "Adam": 3e-3}
 
 
 def network(width: float, surrogate: str, analog_prob: float) -> nn.Sequential:
@@ -51,14 +51,6 @@ def train_epoch(model: nn.Module, images: Tensor, labels: Tensor, steppers: Sequ
         loss_of(model, images[batch], labels[batch]).backward()
         for stepper in steppers:
             stepper.step()
-
-
-def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
-    """Widths take the step of `asgl_cuda.parameter_groups`."""
-    if name == "SGD":
-        groups = asgl_cuda.parameter_groups(model, RATES[name], weight_decay=5e-4)
-        return torch.optim.SGD(groups, momentum=0.9)
-    return torch.optim.Adam(asgl_cuda.parameter_groups(model, RATES[name]))
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ The result file is written after every training; its trainings are not repeated.
 from __future__ import annotations
 
 import itertools
-import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -21,15 +20,15 @@ from asgl_cuda.training.groups import WIDTH_LR
 
 from .. import palette
 from ..common import parser_of
-from .batched import ADAM, SGD, Setting, flat, shortened, trained
+from .batched import Setting, flat, shortened, trained
 from .data import SOURCES, Data, available
-from .runs import begun, train_all
+from .optimizers import RATES
+from .runs import add_jobs, begun, result_file, train_all
 from .tables import print_table, print_total
 
 SG, LEARNED, ASGL = METHODS = ("SG", "learned", "ASGL")
 SURROGATES = ("rectangle", "sigmoid")
 WIDTHS = (0.5, 1.0, 5.0, 10.0, 30.0)
-RATES = {SGD: 0.1, ADAM: 3e-3}
 SETTINGS: dict[str, Any] = {"seeds": 5, "steps": 250, "analog_prob": 0.2, "width_rate": WIDTH_LR, "rates": RATES}
 QUICK_SETTINGS = {**SETTINGS, "seeds": 2, "steps": 100}
 QUICK_WIDTHS = (1.0, 10.0)
@@ -156,9 +155,7 @@ def main() -> int:
     parser.add_argument("--data", nargs="+", choices=SOURCES, help="default: all available")
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="the folder of real data sets")
     parser.add_argument("--quick", action="store_true", help="two seeds, two widths, 100 steps")
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time (default: one a core)"
-    )
+    add_jobs(parser)
     arguments = parser.parse_args()
     root = arguments.data_root
     if root is not None and not root.is_dir():
@@ -168,8 +165,7 @@ def main() -> int:
         folders = ", ".join(str(SOURCES[name].folder) for name in missing)
         parser.error(f"{', '.join(missing)}: expected {folders} in --data-root, which is {root}")
     settings, widths = (QUICK_SETTINGS, QUICK_WIDTHS) if arguments.quick else (SETTINGS, WIDTHS)
-    file = arguments.json or Path("build") / f"width_robustness{'_quick' if arguments.quick else ''}.json"
-    file.parent.mkdir(exist_ok=True)
+    file = result_file(arguments.json, f"width_robustness{'_quick' if arguments.quick else ''}")
 
     runs = [Run(*each) for each in itertools.product(names, SURROGATES, RATES, METHODS, widths)]
     report = begun(file, settings)

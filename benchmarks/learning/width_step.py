@@ -9,18 +9,17 @@ whose rate is the arm.
 from __future__ import annotations
 
 import itertools
-import os
 import statistics
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..common import parser_of
-from .batched import ADAM, SGD, Setting, flat, shortened, trained
+from .batched import Setting, flat, shortened, trained
 from .data import SOURCES, Data
-from .runs import begun, paired, train_all
+from .optimizers import ADAM, SGD
+from .runs import add_jobs, begun, paired, result_file, train_all
 from .tables import print_table, print_total
 
 SEEDS = 10
@@ -146,10 +145,9 @@ HEAD = ["", "weights", "rule", "from 1", *(f"loss from {width:g}" for width in W
 def main() -> int:
     """Trains missing runs and prints the table."""
     parser = parser_of("benchmarks.learning.width_step", __doc__, "json")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at a time (default: one a core)")
+    add_jobs(parser)
     arguments = parser.parse_args()
-    file = arguments.json or Path("build") / "width_step.json"
-    file.parent.mkdir(exist_ok=True)
+    file = result_file(arguments.json, "width_step")
     report = begun(file, {"seeds": SEEDS, "base": Setting(1.0)._asdict()})
     train_all(all_runs(), train, report, file, arguments.jobs)
     print_table(

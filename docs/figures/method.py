@@ -20,6 +20,7 @@ import asgl_cuda
 from asgl_cuda.surrogate import SURROGATES
 from benchmarks import palette
 from benchmarks.learning.demo import BATCH_SIZE, load_data, scores_of, spiking_mlp, widths_of
+from benchmarks.learning.optimizers import SGD, optimizer_of
 
 STEPS, THRESHOLD, WIDTH, DECAY, ANALOG_PROB = 26, 1.0, 0.9, 0.7, 0.3
 SURROGATE = "rectangle"
@@ -54,7 +55,7 @@ def trained_widths(epochs: int, seed: int = 0) -> list[list[float]]:
     train_images, _, train_labels, _ = load_data(seed)
     torch.manual_seed(seed)
     model = spiking_mlp(HIDDEN, width=FIRST_WIDTH, surrogate=SURROGATE)
-    optimizer = torch.optim.SGD(asgl_cuda.parameter_groups(model, 0.1, weight_decay=5e-4), momentum=0.9)
+    optimizer = optimizer_of(model, SGD)
     steps = epochs * -(-len(train_images) // BATCH_SIZE)
     steppers: list[Any] = [optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)]
     widths = [widths_of(model)]

@@ -17,6 +17,7 @@ from asgl_cuda import OverTime
 from benchmarks.learning import batched
 from benchmarks.learning.batched import Networks, Setting
 from benchmarks.learning.data import Data
+from benchmarks.learning.optimizers import ADAM, MOMENTUM, WEIGHT_DECAY
 
 SEEDS = (3, 1, 2)
 
@@ -46,12 +47,12 @@ def optimizers_of(model, setting):
         if any(key.endswith(name) for key, _ in named)
     ]
     weights = {"params": [value for key, value in named if not key.endswith(tuple(rates))]}
-    if setting.optimizer == batched.ADAM:
+    if setting.optimizer == ADAM:
         return [torch.optim.Adam([weights, *neurons], setting.rate)]
-    weights["weight_decay"] = batched.WEIGHT_DECAY
+    weights["weight_decay"] = WEIGHT_DECAY
     together = [weights, *neurons] if setting.width_by_weights else [weights]
     apart = [] if setting.width_by_weights or not neurons else [torch.optim.Adam(neurons)]
-    return [torch.optim.SGD(together, setting.rate, batched.MOMENTUM), *apart]
+    return [torch.optim.SGD(together, setting.rate, MOMENTUM), *apart]
 
 
 def alone(found, setting, seed):
@@ -98,7 +99,7 @@ def alone(found, setting, seed):
         {"learned": False, "layers": 2},
         {"analog_prob": 1.0},
         {"width_by_weights": True, "width_rate": 0.01},
-        {"optimizer": batched.ADAM, "rate": 3e-3, "decay_rate": 0.01},
+        {"optimizer": ADAM, "rate": 3e-3, "decay_rate": 0.01},
         {"by_channel": True, "surrogate": "triangle"},
     ],
     ids=str,

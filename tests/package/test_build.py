@@ -198,6 +198,7 @@ def test_notes_and_last_line(build, capsys, tmp_path, monkeypatch, cuda):
         assert named.wait(60)
 
     extension = cpp_extension.CppExtension("asgl_cuda._C", ["a.cpp", "b.cpp"])
+    script(tmp_path / "bin" / "c++", "exit 1")
     command = build.builder(build.Plan(extension, cuda, "a reason", "0123"), tmp_path)(Distribution())
     command.inplace, command.build_lib, command.build_temp = False, str(tmp_path), str(tmp_path / "objects")
     package = tmp_path / "asgl_cuda"
@@ -219,16 +220,18 @@ def test_compiler(build, monkeypatch, tmp_path):
     for asked in ("", " "):
         for name in ("CC", "CXX"):
             monkeypatch.setenv(name, asked)
+        build.plan(ROOT / "csrc", "cpu")  # as of a source archive, which needs no compiler
         with pytest.raises(SystemExit, match="no C\\+\\+ compiler 'c\\+\\+' on the PATH"):
-            build.plan(ROOT / "csrc", "cpu")
+            build.require_compiler()
     compiler = script(tmp_path / "bin" / "c++", "exit 1")
+    build.require_compiler()
     build.plan(ROOT / "csrc", "cpu")
     assert not {"CC", "CXX"} & os.environ.keys()
     monkeypatch.setenv("CXX", f"{compiler} -m64")
     with pytest.raises(
         SystemExit, match=r"no C\+\+ compiler '.*/c\+\+ -m64' on the PATH.* name another program in CXX"
     ):
-        build.plan(ROOT / "csrc", "cpu")
+        build.require_compiler()
 
 
 @pytest.mark.parametrize(("asked", "jobs"), [("3", 3), ("0", 1), ("many", None), ("-1", None), ("", None)])
@@ -248,7 +251,6 @@ def test_threads_of_nvcc(build, monkeypatch, tmp_path, jobs, threads):
     """Of five files at a time."""
     monkeypatch.setenv("MAX_JOBS", str(jobs))
     monkeypatch.setattr(build, "DEFAULT_TOOLKIT", make_toolkit(tmp_path / "toolkit"))
-    script(tmp_path / "bin" / "c++", "exit 1")
     found = build.plan(ROOT / "csrc", "cuda").extension.extra_compile_args["nvcc"]
     assert found[-1] == f"--threads={threads}"
 
