@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import asgl_cuda
-from asgl_cuda import backends
+from asgl_cuda import backends, extension
 from asgl_cuda.backends import cupy as jit
 from asgl_cuda.backends import neuron_kernels, normalisation_kernels
 from asgl_cuda.backends.structures import structure
@@ -414,7 +414,7 @@ PROBLEMS = {
                                   raise_error(RuntimeError("cudaErrorInsufficientDriver"))),
         "CuPy finds no CUDA device, though torch does: cudaErrorInsufficientDriver", ""),
     "without headers": (lambda cupy, m: m.setattr(jit, "source_directory", lambda: None),
-                        "the sources, which were installed with asgl_cuda, are gone", "--no-build-isolation ."),
+                        "the sources, which were installed with asgl_cuda, are gone", extension.remedy()),
     "without nvrtc": (
         lambda cupy, m: m.setattr(jit, "nvrtc_version", raise_error(RuntimeError('Failure finding "libnvrtc.so.13"'))),
         "NVRTC, which compiles the kernels, is missing", FOR_13),
