@@ -64,6 +64,7 @@ from .layer import asgl_layers
 from .neuron import LIF, BatchNormLIF
 from .over_time import OverTime
 from .recompute import recompute_spikes
+from .recurrent import RecurrentLIF, RecurrentLIFOutput, recurrent_lif
 from .streaming import step
 from .training.calibration import calibrate
 from .training.groups import parameter_groups
@@ -83,6 +84,8 @@ __all__ = [
     "LeakyIntegrator",
     "Monitor",
     "OverTime",
+    "RecurrentLIF",
+    "RecurrentLIFOutput",
     "__version__",
     "adaptive_lif",
     "analog_mask",
@@ -100,6 +103,7 @@ __all__ = [
     "lightning_callback",
     "parameter_groups",
     "recompute_spikes",
+    "recurrent_lif",
     "reset",
     "revert",
     "spiking_eval",

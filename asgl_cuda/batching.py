@@ -29,6 +29,8 @@ def batching_rules(library: Any) -> dict[str, Rule]:
         "lif_backward": partial(_rule_of_backward, library.lif_backward.default),
         "integrator_forward": partial(_rule_of_integrator, library.integrator_forward.default),
         "integrator_backward": partial(_rule_of_integrator, library.integrator_backward.default),
+        "recurrent_forward": partial(_one_by_one, library.recurrent_forward.default, time_dim=0),
+        "recurrent_backward": partial(_one_by_one, library.recurrent_backward.default, time_dim=0),
         "batch_norm_coefficients": partial(_one_by_one, library.batch_norm_coefficients.default),
         "batch_norm_backward": partial(_one_by_one, partial(_write_back, library.batch_norm_backward.default)),
     }

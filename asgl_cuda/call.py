@@ -322,8 +322,11 @@ def _check_with_levels(values: Values, caller: str, real: torch.dtype) -> None:
         check_width(values.v_threshold, caller, real, _THRESHOLD_OF_LEVELS)
 
 
-def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
-    """Everything in `lif` before the computation, draws included; errors name `caller`."""
+def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = True) -> Call:
+    """Everything in `lif` before the computation, draws included; errors name `caller`.
+
+    `together`: one call of an operator may compute all samples of a vmap.
+    """
     values, options, v_init, rng_state, generator, backend = given
     plan = _plan_of(caller, x_seq, values, options)
     real, rules, _ = plan
@@ -364,7 +367,7 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
     numbers += float(options.residual_gain), float(options.v_rest), float(options.surrogate_gain)
     numbers.append(float(options.v_min or 0))
     if rules.analog_below or rng_state is not None or generator is not None:
-        rng_state = _noise(caller, x_seq, rules.analog_below, analog_prob, rng_state, generator, backend)
+        rng_state = _noise(caller, x_seq, rules.analog_below, analog_prob, rng_state, generator, backend, together)
     if not is_dense(x_seq, rules.time_dim):
         x_seq = x_seq.contiguous()
     parameters.append(None if residual is None else in_memory_order(residual, x_seq, rules.time_dim))
@@ -372,7 +375,14 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
 
 
 def _noise(
-    caller: str, x_seq: Tensor, analog_below: int, analog_prob: Any, rng_state: Any, generator: Any, backend: str
+    caller: str,
+    x_seq: Tensor,
+    analog_below: int,
+    analog_prob: Any,
+    rng_state: Any,
+    generator: Any,
+    backend: str,
+    together: bool,
 ) -> Tensor | None:
     """The rng_state of the operators, drawn unless given; None where no element draws.
 
@@ -389,12 +399,11 @@ def _noise(
     if analog_below in (0, DRAWS):
         return None
     if rng_state is None:
-        rng_state = _draw_rng_state(x_seq, generator, backend, together=below is None)
+        rng_state = _draw_rng_state(x_seq, generator, backend, together and below is None)
     return rng_state.contiguous() if below is None else torch.cat([rng_state, below])
 
 
 def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: str, together: bool) -> Tensor:
-    """`together`: one call may compute all samples of a vmap."""
     operators = BACKENDS[backend].operators
     if operators is not None:
         if torch.compiler.is_compiling():

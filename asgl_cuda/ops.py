@@ -12,6 +12,8 @@ integrator_forward returns v_seq, and v_last if wanted, integrator_backward resu
 numbers and rules: decay, input_gain, v_rest, logit_decay and time_dim. v_seq and v_init are needed for the gradient of
 decay, x_seq for the gradient of input_gain.
 
+recurrent_forward and recurrent_backward are described in recurrent_steps.py.
+
 batch_norm_coefficients returns `coefficients`, [4, C, 1, ...], which broadcast against x_seq: input_mean, input_gain
 and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in float64: count, mean and biased
 variance of each channel. Sources are mean and variance if given, else `statistics`, the totals of all processes,
@@ -27,6 +29,7 @@ grad_residual, the gradient of the input current itself, it is only written.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,8 +38,9 @@ from torch._functorch import config as functorch_config
 
 from .batching import batching_rules
 from .derivatives import at_autograd, tensors_in
-from .layout import channel_dim, checkpoint_elements, empty_state, real_type
+from .layout import channel_dim, checkpoint_elements, empty_state, real_type, state_shape
 from .lazy_values import LAZY_KEYS, on_memory
+from .recurrent_steps import backward_by_steps, forward_by_steps
 from .reference import Rules
 
 ForwardResult = list[Tensor]  # s_seq, then v_last, v_seq, h_seq, checkpoints where wanted
@@ -126,6 +130,20 @@ def _fake_integrator_backward(grad_v_seq: Tensor, *others: Any) -> BackwardResul
     return empty_gradients(grad_v_seq, Rules(*rules).time_dim, parameters, wanted)
 
 
+def _fake_recurrent_forward(x_seq: Tensor, weight: Tensor, *others: Any) -> ForwardResult:
+    *_, rules, _, wanted = others
+    state = state_shape(x_seq, Rules(*rules).time_dim)
+    shapes = [x_seq.shape] * 4 + [state] * 3
+    return [x_seq.new_empty(x_seq.shape)] + [weight.new_empty(shape) for shape, asked in zip(shapes, wanted, strict=True) if asked]
+
+
+def _fake_recurrent_backward(*arguments: Any) -> BackwardResult:
+    *_, h_seq, _, _, weight, parameters, _, _, _, _, _, rules, _, _, wanted = arguments
+    state = state_shape(h_seq, Rules(*rules).time_dim)
+    shapes = [h_seq.shape, weight.shape, parameters.shape, state, state, state]
+    return [h_seq.new_empty(shape) for shape, asked in zip(shapes, wanted, strict=True) if asked]
+
+
 def _fake_batch_norm_coefficients(x_seq: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     *_, time_dim = others
     channel = channel_dim(time_dim)
@@ -150,6 +168,14 @@ _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementation
     "integrator_backward(Tensor grad_v_seq, Tensor? grad_v_last, Tensor? v_seq, Tensor? x_seq, Tensor? v_init, "
     "Tensor?[] parameters, float[] numbers, int[] rules, bool delay, bool[] wanted) -> Tensor[]":
         _fake_integrator_backward,
+    "recurrent_forward(Tensor x_seq, Tensor weight, Tensor parameters, Tensor? v_init, Tensor? s_init, Tensor? i_init, "
+    "Tensor? rng_state, float[] numbers, int[] rules, bool has_synapse, bool[] wanted) -> Tensor[]":
+        _fake_recurrent_forward,
+    "recurrent_backward(Tensor? grad_s_seq, Tensor? grad_v_seq, Tensor? grad_h_seq, Tensor? grad_v_last, "
+    "Tensor? grad_s_last, Tensor? grad_i_last, Tensor h_seq, Tensor emitted, Tensor? i_seq, Tensor weight, "
+    "Tensor parameters, Tensor? v_init, Tensor? s_init, Tensor? i_init, Tensor? rng_state, float[] numbers, "
+    "int[] rules, bool has_synapse, bool detach_recurrent, bool[] wanted) -> Tensor[]":
+        _fake_recurrent_backward,
     "batch_norm_coefficients(Tensor x_seq, Tensor? statistics, Tensor? mean, Tensor? variance, Tensor? weight, "
     "Tensor? bias, float eps, float input_scale, int time_dim) -> (Tensor coefficients, Tensor total)":
         _fake_batch_norm_coefficients,
@@ -179,7 +205,10 @@ def define_operators(namespace: str) -> torch.library.Library:
         library.impl(name, at_autograd(operator, name), "Autograd", with_keyset=True)
         for key in LAZY_KEYS:
             library.impl(name, on_memory(operator), key)
-    for name, rule in batching_rules(getattr(torch.ops, namespace)).items():
+    operators = getattr(torch.ops, namespace)
+    for name, loop in (("recurrent_forward", forward_by_steps), ("recurrent_backward", backward_by_steps)):
+        library.impl(name, partial(loop, operators), "CompositeExplicitAutograd")  # csrc has kernels for the CPU
+    for name, rule in batching_rules(operators).items():
         torch.library.register_vmap(f"{namespace}::{name}", rule, lib=library)
     return library
 

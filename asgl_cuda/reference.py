@@ -29,6 +29,11 @@ Adaptive neurons have a second state w, and c = x[t]:
     u    = (h[t] - w[t]) - v_threshold                      in the threshold
     v[t] = h[t] - (reset_amount + w[t]) * s                 in a soft reset: by default with the threshold, or alone
 
+Recurrent neurons, whose c is input_gain * i[t], take a step at a time, with rng_state [seed, offset + t]:
+
+    j[t] = x[t] + (s[t-1] W^T + bias)
+    i[t] = syn_decay * i[t-1] + j[t]                        with a synapse, else j[t]
+
 Source: Wang, Jiang, Lian, Yan, Tang: Adaptive Smoothing Gradient Learning for Spiking Neural Networks, ICML 2023, with
 the forward pass s = m z + (1 - m) a, m = 0 where analog, and m hidden from the gradient. Periodic surrogate: Weidel,
 Sheik: WaveSense, arXiv 2111.01456. Levels: Luo, Yao, Chou, Xu, Li: Integer-Valued Training and Spike-Driven Inference
@@ -246,6 +251,58 @@ def lif_reference(
         s_out = v_threshold * s_out
     out, v_out, h_out = (seq.movedim(0, time_dim) for seq in (s_out, torch.stack(v_seq), torch.stack(h_seq)))
     return out.to(x_seq.dtype), torch.stack([v, w]) if adapts else v, v_out, h_out
+
+
+def states_of_steps(rng_state: Tensor | None, steps: int) -> Tensor | list[None]:
+    """The rng_state of each step of recurrent neurons: [seed, offset + t]."""
+    if rng_state is None:
+        return [None] * steps
+    is_offset = torch.arange(rng_state.shape[0], device=rng_state.device) == 1
+    return rng_state + torch.arange(steps, device=rng_state.device)[:, None] * is_offset
+
+
+def recurrent_reference(
+    x_seq: Tensor,
+    weight: Tensor,
+    parameters: Tensor,
+    v_init: Tensor | None,
+    s_init: Tensor | None,
+    i_init: Tensor | None,
+    rng_state: Tensor | None,
+    numbers: Numbers,
+    rules: Rules,
+    has_synapse: bool,
+    detach_recurrent: bool = False,
+    step: Callable[..., Sequence[Tensor]] = lif_reference,
+) -> tuple[Tensor, ...]:
+    """The loop over the steps: s_seq, emitted, h_seq, v_seq, i_seq, v_last, s_last, i_last.
+
+    `parameters`, [6, N]: width, decay, v_threshold, reset, bias, syn_decay. `step` is `lif_reference`, or computes the
+    same with other means.
+    """
+    real, time_dim = real_type(x_seq.dtype), rules.time_dim
+    width, decay, v_threshold, reset, bias, syn_decay = parameters
+    neuron = Parameters(width, decay, v_threshold, reset, *[None] * 4)
+    rules_of_step = rules.changed(time_dim=0, scale_output=0)
+    x = x_seq.to(real).movedim(time_dim, 0)
+    states = states_of_steps(rng_state, x.shape[0])
+    v = torch.full_like(x[0], numbers.v_rest) if v_init is None else v_init
+    s = torch.zeros_like(x[0]) if s_init is None else s_init
+    i = torch.zeros_like(x[0]) if i_init is None else i_init
+    emitted, h_seq, v_seq, i_seq = [], [], [], []
+    with torch.autocast(x.device.type, enabled=False):
+        for t in range(x.shape[0]):
+            fed = detached(s) if detach_recurrent else s
+            j = x[t] + ((fed * weight if weight.dim() == 1 else fed @ weight.T) + bias)
+            i = syn_decay * i + j if has_synapse else j
+            (s,), v, _, (h,) = step(i[None], v, states[t], neuron, numbers, rules_of_step)
+            emitted.append(s)
+            h_seq.append(h)
+            v_seq.append(v)
+            i_seq.append(i)
+    sequences = [torch.stack(each).movedim(0, time_dim) for each in (emitted, h_seq, v_seq, i_seq)]
+    s_seq = v_threshold * sequences[0] if rules.scale_output else sequences[0]
+    return s_seq.to(x_seq.dtype), *sequences, v, s, i
 
 
 def integrator_reference(

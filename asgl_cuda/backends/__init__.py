@@ -27,6 +27,8 @@ class Operators(NamedTuple):
     lif_backward: Callable[..., ops.BackwardResult]
     integrator_forward: Callable[..., ops.ForwardResult]
     integrator_backward: Callable[..., ops.BackwardResult]
+    recurrent_forward: Callable[..., ops.ForwardResult]
+    recurrent_backward: Callable[..., ops.BackwardResult]
     batch_norm_coefficients: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     batch_norm_update: Callable[..., None]
     batch_norm_backward: Callable[..., tuple[torch.Tensor, torch.Tensor]]

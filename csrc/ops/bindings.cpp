@@ -12,6 +12,7 @@
 #include "ops/integrator.h"
 #include "ops/neuron.h"
 #include "ops/normalisation.h"
+#include "ops/recurrent.h"
 
 namespace asgl {
 namespace {
@@ -63,11 +64,15 @@ void implement_all(Library& library) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) { implement_all<CpuBackend>(m); }
+TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) {
+  implement_all<CpuBackend>(m);
+  ops::implement_recurrent(m);
+}
 
 TORCH_LIBRARY_IMPL(asgl_cuda, AutogradCPU, m) {
   ops::AtAutograd at_autograd(m);
   implement_all<CpuBackend>(at_autograd);
+  ops::implement_recurrent(at_autograd);
 }
 
 #if defined(ASGL_WITH_CUDA)
@@ -76,6 +81,7 @@ TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) { implement_all<CudaBackend>(m); }
 TORCH_LIBRARY_IMPL(asgl_cuda, AutogradCUDA, m) {
   ops::AtAutograd at_autograd(m);
   implement_all<CudaBackend>(at_autograd);
+  ops::implement_recurrent(at_autograd);
 }
 #endif
 
@@ -86,6 +92,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_instruction_set", [] { return cpu::instruction_set_name(); });
   ops::DirectCalls calls(m);
   implement_all<CpuBackend>(calls);
+  ops::implement_recurrent(calls);
 }
 
 }  // namespace asgl

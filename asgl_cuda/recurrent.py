@@ -1,0 +1,470 @@
+"""Recurrent neurons, whose spikes enter the next step's current through a weight, as a function and as a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from .backends import BACKENDS, backend_of, operators_of
+from .call import checked_call, grouped
+from .checks import (
+    check_bool,
+    check_device,
+    check_finite,
+    check_floating,
+    check_input,
+    check_keywords,
+    check_name,
+    check_not_nan,
+    check_sizes,
+    check_v_init,
+)
+from .derivatives import DERIVATIVES
+from .functional import LIF_DEFAULTS, NeuronArguments
+from .layer import NeuronLayer
+from .layout import real_type
+from .learned import Logarithm, Logit
+from .neuron import LIF
+from .ops import ForwardResult, with_gaps
+from .pending import tensor_of
+from .reference import Numbers, Rules, recurrent_reference
+from .transforms import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
+
+_CALLER = "asgl_cuda.recurrent_lif"
+# Rules of `lif` that recurrent neurons lack.
+_WITHOUT = {"residual", "residual_gain", "levels", "multi_spike", "v_min", "input_bias", "input_mean"}
+_NEURON = [name for name in NeuronArguments.__annotations__ if name not in _WITHOUT]
+
+
+class RecurrentLIFOutput(NamedTuple):
+    """The result of `recurrent_lif` with states; a field is None unless requested.
+
+    `s_seq`, `v_seq` and `h_seq` are those of `LIFOutput`. `return_v_last` gives the states after the last step, of
+    x_seq's shape without time: `v_last`, `s_last` (what the neurons emitted, before scale_output) and, with a synapse,
+    `i_last`. States are float32, float64 for a float64 input.
+    """
+
+    s_seq: Tensor
+    v_last: Tensor | None
+    s_last: Tensor | None
+    i_last: Tensor | None
+    v_seq: Tensor | None
+    h_seq: Tensor | None
+
+
+class _Plan(NamedTuple):
+    """What a call has besides tensors."""
+
+    backend: str
+    numbers: tuple[float, ...]  # Numbers
+    rules: tuple[int, ...]  # Rules
+    has_synapse: bool
+    detach_recurrent: bool
+    wants_v_last: bool
+    wants_v_seq: bool
+    keeps_i_seq: bool  # for the gradient of syn_decay
+    keeps_emitted: bool  # s_seq is not what the neurons emitted: in half types, and under scale_output
+
+    def outputs(self) -> tuple[bool, ...]:
+        """`wanted` of the operator recurrent_forward."""
+        last = self.wants_v_last
+        return self.keeps_emitted, True, self.wants_v_seq, self.keeps_i_seq, last, last, last and self.has_synapse
+
+
+class RecurrentFunction(torch.autograd.Function):
+    """The fused operators of one backend as a differentiable function of all tensors but rng_state."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(plan: _Plan, *tensors: Any) -> tuple[Tensor, ...]:
+        operator = operators_of(plan.backend, tensors).recurrent_forward
+        return tuple(operator(*tensors, plan.numbers, plan.rules, plan.has_synapse, plan.outputs()))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.plan, x_seq, *tensors = inputs
+        ctx.dtype = x_seq.dtype
+        s_seq, *others = output
+        emitted, h_seq, _, i_seq, *_ = with_gaps(others, ctx.plan.outputs())
+        ctx.save_for_backward(h_seq, s_seq if emitted is None else emitted, i_seq, *tensors)
+        ctx.set_materialize_grads(grads_are_zeros())
+        ctx.mark_non_differentiable(*(each for each in (emitted, i_seq) if each is not None))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        plan: _Plan = ctx.plan
+        saved = saved_tensors(ctx)
+        grad_s_seq, *others = with_gaps(grads, (True, *plan.outputs()))
+        _, grad_h_seq, grad_v_seq, _, *grads_last = others
+        _, *wanted, _ = ctx.needs_input_grad
+        inputs = (*saved, *grads)
+        found = operators_of(plan.backend, inputs).recurrent_backward(
+            grad_s_seq, grad_v_seq, grad_h_seq, *grads_last, *saved, plan.numbers, plan.rules, plan.has_synapse,
+            plan.detach_recurrent, wanted,
+        )  # fmt: skip
+        grad_x_seq, *gradients = with_gaps(once_differentiable(found, inputs), wanted)
+        return None, None if grad_x_seq is None else grad_x_seq.to(ctx.dtype), *gradients, None
+
+
+class _OperatorFunction(RecurrentFunction):
+    """`RecurrentFunction` for a bare operator below autograd, with what it is asked for."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        (plan, below), *tensors = inputs
+        return tuple(below(*tensors, plan.numbers, plan.rules, plan.has_synapse, plan.outputs()))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        (plan, _), *tensors = inputs
+        RecurrentFunction.setup_context(ctx, (plan, *tensors), output)
+
+
+def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
+    """The operator recurrent_forward with its derivative, which all but emitted and i_seq have."""
+    *tensors, numbers, rules, has_synapse, wanted = arguments
+    asks_emitted, asks_h_seq, wants_v_seq, asks_i_seq, *last = wanted
+    plan = _Plan(
+        backend_of(operator), tuple(numbers), tuple(rules), has_synapse, False, any(last), wants_v_seq,
+        keeps_i_seq=has_synapse, keeps_emitted=True,
+    )  # fmt: skip
+    s_seq, *outputs = apply_here(_OperatorFunction, (plan, below), *tensors)
+    named = with_gaps(outputs, plan.outputs())
+    return [s_seq, *(each for each, asked in zip(named, wanted, strict=True) if asked)]
+
+
+DERIVATIVES["recurrent_forward"] = _differentiated
+
+
+def recurrent_lif(
+    x_seq: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    syn_decay: Tensor | float | None = None,
+    input_gain: float = 1.0,
+    s_init: Tensor | None = None,
+    i_init: Tensor | None = None,
+    detach_recurrent: bool = False,
+    **neuron: Unpack[NeuronArguments],
+) -> Tensor | RecurrentLIFOutput:
+    """Recurrent leaky integrate-and-fire neurons over a whole sequence.
+
+    Args:
+        x_seq: input current, `[T, B, N]`, or `[B, T, N]` with time_dim=1; types as for `lif`. A layout that is not
+            contiguous is copied once.
+        weight: `[N, N]`, from the neurons of a step (columns) to those of the next (rows), as in `torch.nn.Linear`; or
+            `[N]`, each neuron's own. A row of the batch in which few neurons spike takes less time.
+        bias: `[N]`, added at each step, the first included.
+        syn_decay: share of the current left after a step, a float, or a tensor of one value or `[N]`; None for no
+            synapse.
+        input_gain: a number, the factor on the current behind the synapse.
+        s_init: what the neurons emitted before the first step, `[B, N]`; default 0.
+        i_init: the current before the first step, `[B, N]`, only with syn_decay; default 0.
+        detach_recurrent: let no gradient flow from a step to the spikes before it through the weight, whose own gradient
+            stays. detach_reset concerns the reset alone.
+        neuron: arguments of `lif` except `input_bias`, `input_mean`, `residual`, `residual_gain`, `levels`,
+            `multi_spike` and `v_min`. Parameters have one value or `[N]`.
+
+    weight, bias and syn_decay are converted to the type of the arithmetic, as all parameters, under autocast as well.
+    Step t draws its noise as a sequence of one step with rng_state `[seed, offset + t]`: `analog_mask` of that step says
+    which elements are analog. Analog elements feed back their smooth value.
+
+    Kept for backward: 4 bytes an element beside the spikes in float32; under scale_output and in half types the spikes
+    once more, and with a learned syn_decay the current.
+
+    On the CPU one kernel computes all steps of 16 rows of the batch. On a GPU each step is a product and the kernel of
+    `lif`.
+
+    Returns:
+        As `lif`, or a `RecurrentLIFOutput`, differentiable once with respect to x_seq, weight, bias, syn_decay, states
+        and every tensor parameter.
+
+    Raises TypeError, ValueError and RuntimeError as `lif` does.
+
+    Example::
+
+        x_seq = torch.randn(100, 32, 128)  # [T, B, N]
+        weight = torch.nn.init.orthogonal_(torch.empty(128, 128)).requires_grad_()
+        s_seq = asgl_cuda.recurrent_lif(x_seq, weight, decay=0.9, syn_decay=0.8)
+        s_seq.mean().backward()  # weight.grad [128, 128]
+
+    The same in PyTorch, for the defaults::
+
+        s, i, v = (torch.zeros_like(x_seq[0]) for _ in range(3))
+        for t in range(T):
+            j = x_seq[t] + s @ weight.T + bias
+            i = syn_decay * i + j  # with a synapse, else j
+            h = decay * v + input_gain * i
+            s = s_seq[t] = (h >= v_threshold).to(h)
+            v = h * (1 - s)
+
+    Sources: as for `lif`. Networks of such neurons: Bellec, Salaj, Subramoney, Legenstein, Maass: Long short-term memory
+    and learning-to-learn in networks of spiking neurons, NeurIPS 2018; Cramer, Stradmann, Schemmel, Zenke: The Heidelberg
+    spiking data sets for the systematic evaluation of spiking neural networks, IEEE TNNLS 2022.
+    """
+    known = [*_NEURON, "input_gain"]
+    for name in sorted(_WITHOUT & neuron.keys()):
+        raise TypeError(f"{_CALLER}: recurrent neurons have no {name}")
+    check_keywords(neuron, known, _CALLER)
+    recurrence = _Recurrence(weight, bias, syn_decay, input_gain, s_init, i_init, detach_recurrent)
+    return _computed(tensor_of(x_seq, _CALLER), recurrence, {**LIF_DEFAULTS, **neuron})
+
+
+class _Recurrence(NamedTuple):
+    """The arguments of `recurrent_lif` that `lif` does not have."""
+
+    weight: Tensor
+    bias: Tensor | None
+    syn_decay: Tensor | float | None
+    input_gain: float
+    s_init: Tensor | None
+    i_init: Tensor | None
+    detach_recurrent: bool
+
+
+def _check(x_seq: Tensor, given: _Recurrence, neuron: dict[str, Any]) -> int:
+    """Refuses what does not fit x_seq; returns time_dim."""
+    time_dim = check_input(x_seq, neuron["time_dim"], _CALLER)
+    if x_seq.dim() != 3 or time_dim > 1:
+        raise ValueError(
+            f"{_CALLER}: x_seq must have shape [T, B, N], or [B, T, N] with time_dim=1, got {list(x_seq.shape)} with "
+            f"time_dim={time_dim}"
+        )
+    count = x_seq.shape[2]
+    for name, value, shapes in (
+        ("weight", given.weight, ([count, count], [count])),
+        ("bias", given.bias, ([count],)),
+    ):
+        if value is None and name == "bias":
+            continue
+        check_floating(name, value, _CALLER)
+        if list(value.shape) not in shapes:
+            wanted = " or ".join(map(str, shapes))
+            raise ValueError(f"{_CALLER}: {name} must have shape {wanted}, got {list(value.shape)}")
+        check_device(name, value, x_seq, _CALLER)
+    check_bool("detach_recurrent", given.detach_recurrent, _CALLER)
+    check_finite("input_gain", given.input_gain, _CALLER)
+    if given.i_init is not None and given.syn_decay is None:
+        raise ValueError(f"{_CALLER}: i_init needs syn_decay, got i_init without a synapse")
+    for name, state in (("s_init", given.s_init), ("i_init", given.i_init)):
+        if state is not None:
+            check_v_init(state, x_seq, time_dim, _CALLER, name)
+    return time_dim
+
+
+def _row(name: str, value: Any, x_seq: Tensor) -> Tensor:
+    """One value for each neuron, `[N]`."""
+    count, real = x_seq.shape[2], real_type(x_seq.dtype)
+    if isinstance(value, (Logarithm, Logit)):
+        value = value.value()
+    if not isinstance(value, Tensor):
+        return torch.full((count,), check_not_nan(name, value, _CALLER, "a float or a tensor"), dtype=real, device=x_seq.device)
+    check_floating(name, value, _CALLER)
+    check_device(name, value, x_seq, _CALLER)
+    if value.numel() != 1 and (value.shape[-1] != count or value.numel() != count):
+        raise ValueError(f"{_CALLER}: {name} must have one value or shape [{count}], got {list(value.shape)}")
+    return value.to(real).reshape(-1).expand(count)
+
+
+def _computed(x_seq: Tensor, given: _Recurrence, neuron: dict[str, Any]) -> Tensor | RecurrentLIFOutput:
+    """The result of `recurrent_lif`; width, decay and syn_decay may be a Logarithm and Logits."""
+    time_dim = _check(x_seq, given, neuron)
+    real = real_type(x_seq.dtype)
+    values = {name: neuron[name] for name in ("width", "decay", "v_threshold", "v_reset", "reset_amount")}
+    rows = {name: None if value is None else _row(name, value, x_seq) for name, value in values.items()}
+    call = checked_call(_CALLER, x_seq, grouped({**neuron, "input_gain": float(given.input_gain)}), together=False)
+    reset = next(rows[name] for name in ("v_reset", "reset_amount", "v_threshold") if rows[name] is not None)
+    has_synapse = given.syn_decay is not None
+    bias = 0.0 if given.bias is None else given.bias
+    parameters = torch.stack(
+        [
+            rows["width"], rows["decay"], rows["v_threshold"], reset, _row("bias", bias, x_seq),
+            _row("syn_decay", given.syn_decay if has_synapse else 0.0, x_seq),
+        ]
+    )  # fmt: skip
+    states = [None if each is None else each.to(real) for each in (call.v_init, given.s_init, given.i_init)]
+    rules = call.plan.rules.changed(log_width=0, logit_decay=0)
+    wants_v_last, wants_v_seq, wants_h_seq = call.plan.wanted
+    tensors = x_seq.contiguous(), given.weight.to(real), parameters, *states, call.rng_state
+    learns_syn_decay = isinstance(given.syn_decay, Logit) or (
+        isinstance(given.syn_decay, Tensor) and parameters.requires_grad
+    )
+    plan = _Plan(
+        call.backend, tuple(call.numbers), tuple(rules), has_synapse, given.detach_recurrent, wants_v_last, wants_v_seq,
+        learns_syn_decay, bool(rules.scale_output) or real != x_seq.dtype,
+    )  # fmt: skip
+    if BACKENDS[call.backend].operators is None:
+        s_seq, _, h_seq, v_seq, _, *last = recurrent_reference(
+            *tensors, Numbers(*call.numbers), rules, has_synapse, given.detach_recurrent
+        )
+    else:
+        differentiated = is_differentiated(tensors, _CALLER)
+        if not differentiated:
+            plan = plan._replace(keeps_i_seq=False, keeps_emitted=False)
+        outputs = apply(RecurrentFunction, plan, *tensors) if differentiated else RecurrentFunction.forward(plan, *tensors)
+        s_seq, _, h_seq, v_seq, _, *last = with_gaps(outputs, (True, *plan.outputs()))
+    if not (wants_v_last or wants_v_seq or wants_h_seq):
+        return s_seq
+    v_last, s_last, i_last = last if wants_v_last else (None, None, None)
+    return RecurrentLIFOutput(
+        s_seq, v_last, s_last, i_last if has_synapse else None, v_seq if wants_v_seq else None,
+        h_seq if wants_h_seq else None,
+    )  # fmt: skip
+
+
+class RecurrentLIF(LIF):
+    """Recurrent leaky integrate-and-fire neurons: `LIF` whose spikes enter the next step's current.
+
+    Args:
+        hidden_size: number of neurons, N.
+        recurrent: "dense", a weight from each neuron to each, `[N, N]`, or "elementwise", each neuron's own, `[N]`.
+        bias: whether the recurrent current has a bias.
+        autapses: whether neurons are connected to themselves; if not, the diagonal of the weight is left out.
+        syn_decay: share of the current left after a step, in [0, 1], in (0, 1) if learned (stored as a logit); None for
+            no synapse.
+        learn_syn_decay: whether it is a parameter of the granularity.
+        detach_recurrent: let no gradient flow from a step to the spikes before it through the weight.
+        device, dtype: of the parameters.
+        lif_options: arguments of `LIF` except `num_features`, `levels`, `multi_spike` and `v_min`. "channel" and "neuron"
+            are the same granularity here.
+
+    Shapes: input and output `[T, B, N]`, or `[B, T, N]` with time_dim=1.
+
+    weight and bias are drawn as those of `torch.nn.RNN`, uniformly from `[-1 / sqrt(N), 1 / sqrt(N)]`. A state dict has
+    `recurrent_weight`, `recurrent_bias` and, if learned, `logit_syn_decay` beside the parameters of `LIF`. The states
+    `v`, `s` (what was emitted) and `i` (with a synapse) are carried where the layer is stateful.
+
+    `asgl_cuda.recompute_spikes` keeps the spikes of this layer, which its own backward reads.
+
+    Raises as `LIF` does.
+
+    Example::
+
+        model = nn.Sequential(
+            nn.Linear(40, 128),
+            asgl_cuda.RecurrentLIF(128, decay=0.95, syn_decay=0.8, granularity="neuron", learn_decay=True),
+            nn.Linear(128, 12),
+            asgl_cuda.LeakyIntegrator(decay=0.95),
+        )
+        scores = model(torch.randn(100, 32, 40)).mean(0)  # [T, B, 40] to [B, 12]
+
+    The same in PyTorch: `asgl_cuda.recurrent_lif(x_seq, layer.recurrent_weight, ...)`, whose docstring has the loop.
+    """
+
+    _caller = "asgl_cuda.RecurrentLIF"
+    _function = _CALLER
+    _potentials = ("v", "s", "i", "v_seq")
+    _states = ("v", "s", "i")
+    s: Tensor | None
+    i: Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        recurrent: Literal["dense", "elementwise"] = "dense",
+        bias: bool = True,
+        autapses: bool = True,
+        syn_decay: float | None = None,
+        learn_syn_decay: bool = False,
+        detach_recurrent: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **lif_options: Any,
+    ) -> None:
+        caller = self._caller
+        check_keywords(lif_options, [name for name in LIF.__init__.__kwdefaults__ or {} if name not in _WITHOUT], caller)
+        (count,) = check_sizes("hidden_size", hidden_size, caller)[:1]
+        if not isinstance(hidden_size, int):
+            raise TypeError(f"{caller}: hidden_size must be an int, got {hidden_size!r}")
+        by_layer = lif_options.get("granularity", "layer") == "layer"
+        super().__init__(None if by_layer else count, device=device, dtype=dtype, **lif_options)
+        check_name("recurrent", recurrent, ("dense", "elementwise"), caller)
+        self.hidden_size = count
+        self.recurrent = recurrent
+        self.autapses = check_bool("autapses", autapses, caller)
+        if not autapses and recurrent == "elementwise":
+            raise ValueError(f"{caller}: recurrent='elementwise' has autapses alone, got autapses=False")
+        self.detach_recurrent = check_bool("detach_recurrent", detach_recurrent, caller)
+        empty = partial(torch.empty, device=device, dtype=dtype)
+        self.recurrent_weight = nn.Parameter(empty((count,) if recurrent == "elementwise" else (count, count)))
+        self.recurrent_bias = nn.Parameter(empty(count)) if check_bool("bias", bias, caller) else None
+        learned = check_bool("learn_syn_decay", learn_syn_decay, caller)
+        if learned and syn_decay is None:
+            raise ValueError(f"{caller}: learn_syn_decay needs syn_decay, its first value, got None")
+        self.logit_syn_decay = nn.Parameter(empty(self.num_features or 1)) if learned else None
+        self._syn_decay = syn_decay
+        self._fill_recurrence()
+
+    def _fill_recurrence(self) -> None:
+        bound = 1 / math.sqrt(self.hidden_size)
+        with torch.no_grad():
+            self.recurrent_weight.uniform_(-bound, bound)
+            if self.recurrent_bias is not None:
+                self.recurrent_bias.uniform_(-bound, bound)
+        if self._syn_decay is not None:
+            self._syn_decay = self._fill_logit(self.logit_syn_decay, "syn_decay", self._syn_decay, "learn_syn_decay")
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias anew, resets the other parameters to the values last set, and clears states."""
+        self._fill_recurrence()
+        super().reset_parameters()
+
+    @property
+    def syn_decay(self) -> Tensor | float | None:
+        """The synapse's decay per step, a tensor in the shape of the parameter if learned; None without a synapse."""
+        return self._syn_decay if self.logit_syn_decay is None else Logit(self.logit_syn_decay).value()
+
+    forward = NeuronLayer.forward  # type: ignore[assignment]  # no residual
+
+    def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
+        carried = {f"{name}_init": self._carried_state(name) for name in self._states} if with_state else {}
+        keeps, stores = with_state and self.stateful, with_state and self.store_v_seq
+        result = self._lif(x_seq, return_v_last=keeps, return_v_seq=stores, **carried)
+        if not isinstance(result, RecurrentLIFOutput):
+            return result
+        if keeps:
+            self.v, self.s, self.i = result.v_last, result.s_last, result.i_last
+        if stores:
+            self.v_seq = result.v_seq
+        return result.s_seq
+
+    def _lif(  # type: ignore[override]
+        self,
+        x_seq: Tensor,
+        update: bool = True,
+        s_init: Tensor | None = None,
+        i_init: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor | RecurrentLIFOutput:
+        """Calls `asgl_cuda.recurrent_lif`."""
+        weight: Tensor = self.recurrent_weight
+        if not self.autapses:
+            weight = weight.masked_fill(torch.eye(self.hidden_size, dtype=torch.bool, device=weight.device), 0.0)
+        syn_decay = self.syn_decay
+        given = self._given(x_seq, **options)
+        recurrence = _Recurrence(
+            weight, self.recurrent_bias, syn_decay, self.input_gain, s_init, i_init, self.detach_recurrent
+        )
+        named = {**given.values._asdict(), **given.options._asdict()}
+        others = {name: getattr(given, name) for name in ("v_init", "rng_state", "generator", "backend")}
+        return _computed(x_seq, recurrence, {**named, **others})
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.hidden_size}", f"recurrent={self.recurrent}"]
+        parts += [f"{name}=False" for name in ("bias", "autapses") if not self._has(name)]
+        if self._syn_decay is not None:
+            parts.append(f"syn_decay={self._syn_decay:g}{'' if self.logit_syn_decay is None else ' (learned)'}")
+        parts += ["detach_recurrent=True"] if self.detach_recurrent else []
+        return ", ".join([*parts, super().extra_repr()])
+
+    def _has(self, name: str) -> bool:
+        return self.recurrent_bias is not None if name == "bias" else self.autapses

@@ -1,0 +1,75 @@
+// Arguments of the kernels of recurrent neurons, whose spikes enter the next step's current through a weight:
+//
+//   j[t] = x[t] + (s[t-1] W^T + bias)                 s[-1] = s_init, or 0
+//   i[t] = syn_decay * i[t-1] + j[t]                  with a synapse, i[-1] = i_init, or 0; else i[t] = j[t]
+//   h[t], s[t], v[t] of the neuron in math/neuron.h with the current input_gain * i[t]
+//
+// The gradient of s[t] is that of the output, plus dj[t+1] W, plus that of the reset;
+//   dj[t] = input_gain * dh[t] + syn_decay * dj[t+1]
+//   dW = sum over t of dj[t]^T s[t-1],   dbias = sum of dj,   dsyn_decay = sum of dj[t] * i[t-1]
+#pragma once
+
+#include "params/neuron.h"
+
+namespace asgl {
+
+// Rows of the parameters, [kRecurrentParameters, N].
+enum RecurrentParameterId : int {
+  kRecurrentWidth,
+  kRecurrentDecay,
+  kRecurrentThreshold,
+  kRecurrentReset,
+  kRecurrentBias,
+  kRecurrentSynDecay,  // 0 without a synapse
+  kRecurrentParameters,
+  kRecurrentWeight = kRecurrentParameters,  // of gradients only, where the weight is [N]
+  kRecurrentSums
+};
+
+// Sequences are [T, B, N] with these strides, states and gradients of states [B, N].
+template <class Scalar>
+struct RecurrentParams {
+  using Real = Real_t<Scalar>;
+  int64 steps, batch, neurons;
+  int64 step_stride, row_stride;  // elements between steps, and between rows of the batch
+  LIFByOptions<Real> options;
+  Real input_gain;
+  NoiseParams noise;  // step t draws as a sequence of one step with rng_state [seed, offset + t]
+  bool elementwise;   // the weight is [N], the diagonal of W; else [N, N]
+  bool has_synapse;
+  const Real* weight;
+  const Real* parameters;
+  const Real *v_init, *s_init, *i_init;  // null: v_rest, 0 and 0
+};
+
+// Null outputs are not stored.
+template <class Scalar>
+struct RecurrentForwardParams : RecurrentParams<Scalar> {
+  using typename RecurrentParams<Scalar>::Real;
+  const Scalar* x_seq;
+  Scalar* s_seq;                          // times v_threshold under scale_output
+  Real *emitted, *h_seq, *v_seq, *i_seq;  // emitted: s itself, in the arithmetic type
+  Real *v_last, *s_last, *i_last;
+};
+
+template <class Scalar>
+struct RecurrentBackwardParams : RecurrentParams<Scalar> {
+  using typename RecurrentParams<Scalar>::Real;
+  bool detach_recurrent;                // no gradient through dj[t+1] W
+  const Real *h_seq, *emitted, *i_seq;  // of forward; i_seq only for the gradient of syn_decay
+  const Scalar* grad_s_seq;
+  const Real *grad_v_seq, *grad_h_seq, *grad_v_last, *grad_s_last, *grad_i_last;  // null: zero
+  Real* grad_j_seq;                                                               // dj, the gradient of x
+  Real* grad_weight;                                                              // [N, N] or null
+  Real *grad_v_init, *grad_s_init, *grad_i_init;                                  // or null
+  double* grad_parameters;  // [chunks, kRecurrentSums, N], zero: sums over the rows of a chunk; or null
+};
+
+// Rows of the batch that a task computes through all steps, whose state and weight then stay in the cache.
+constexpr int64 kRecurrentRows = 16;
+template <class Params>
+int64 recurrent_chunks(const Params& params) {
+  return (params.batch + kRecurrentRows - 1) / kRecurrentRows;
+}
+
+}  // namespace asgl
