@@ -13,7 +13,7 @@
 #include <type_traits>
 
 #include "cpu/clones.h"
-#include "math/host_device.h"
+#include "math/float_math.h"
 
 namespace asgl::cpu {
 
@@ -223,13 +223,20 @@ void run_vectors(const typename Loop<Real, 16>::Args& args) {
 // Lists the elements of a row that are not zero; NaN is listed. Returns their number.
 template <class Real>
 int64 list_nonzero(const Real* row, int64 length, int32_t* indices, Real* values) {
+  using Bits = std::conditional_t<sizeof(Real) == 4, uint32, uint64>;
   int64 count = 0;
   for (int64 i = 0; i < length; ++i) {
     indices[count] = static_cast<int32_t>(i);
     values[count] = row[i];
-    count += !(row[i] == Real(0));
+    count += (bit_cast<Bits>(row[i]) << 1) != 0;  // without the sign
   }
   return count;
+}
+
+template <class Real>
+int64 list_all(const Real* row, int64 length, int32_t* indices, Real* values) {
+  for (int64 i = 0; i < length; ++i) indices[i] = static_cast<int32_t>(i), values[i] = row[i];
+  return length;
 }
 
 }  // namespace asgl::cpu

@@ -6,6 +6,8 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
+#include <numeric>
 #include <vector>
 
 #include "cpu/loops.h"
@@ -80,28 +82,35 @@ struct ResetLoop {
   }
 };
 
-// The rows [first, first + count) of the batch. Their elements of a step are contiguous, or rows at a stride.
+// The rows [first, first + count) of the batch.
 struct Chunk {
   int64 first, count, neurons;
 
   int64 length() const { return count * neurons; }
+
+  // Calls f(element of a sequence, offset, length) for each contiguous piece of step t: all rows, or one.
+  template <class Params, class F>
+  void for_each_piece(const Params& params, int64 t, F&& f) const {
+    const int64 rows = params.row_stride == neurons ? count : 1;
+    for (int64 row = 0; row < count; row += rows) {
+      f(t * params.step_stride + (first + row) * params.row_stride, row * neurons, rows * neurons);
+    }
+  }
 };
 
 template <class Params, class From, class To>
 void read_rows(const Params& params, const Chunk& chunk, int64 t, const From* sequence, To* rows) {
-  for (int64 row = 0; row < chunk.count; ++row) {
-    const int64 element = t * params.step_stride + (chunk.first + row) * params.row_stride;
-    run<ConvertLoop<From, To>>({sequence + element, rows + row * chunk.neurons, chunk.neurons});
-  }
+  chunk.for_each_piece(params, t, [&](int64 element, int64 offset, int64 length) {
+    run<ConvertLoop<From, To>>({sequence + element, rows + offset, length});
+  });
 }
 
 template <class Params, class From, class To>
 void write_rows(const Params& params, const Chunk& chunk, int64 t, const From* rows, To* sequence) {
   if (sequence == nullptr) return;
-  for (int64 row = 0; row < chunk.count; ++row) {
-    const int64 element = t * params.step_stride + (chunk.first + row) * params.row_stride;
-    run<ConvertLoop<From, To>>({rows + row * chunk.neurons, sequence + element, chunk.neurons});
-  }
+  chunk.for_each_piece(params, t, [&](int64 element, int64 offset, int64 length) {
+    run<ConvertLoop<From, To>>({rows + offset, sequence + element, length});
+  });
 }
 
 template <class Real>
@@ -231,7 +240,7 @@ class SpikeProduct {
     if (!elementwise_) fill_panels(weight_, 1, neurons_, neurons_, neurons_, panels_.data());
   }
 
-  // `indices` and `values` have room for the elements of `s`.
+  // `indices` and `values` have room for as many elements as `s`.
   void multiply(const Real* s, int64 rows, int32_t* indices, Real* values, Real* out) const {
     if (elementwise_) {
       for (int64 row = 0; row < rows; ++row) {
@@ -239,15 +248,20 @@ class SpikeProduct {
       }
       return;
     }
-    const int64 length = rows * neurons_;
-    const int64 spikes = length - std::count(s, s + length, Real(0));
-    if (!skips_zeros_ || spikes * kDenseShare > length) {
+    std::array<int64, kRecurrentRows> counts{};
+    for (int64 row = 0; row < rows && skips_zeros_; ++row) {
+      const int64 first = row * neurons_;
+      counts[row] = list_nonzero(s + first, neurons_, indices + first, values + first);
+    }
+    const int64 spikes = std::accumulate(counts.begin(), counts.end(), int64{0});
+    if (!skips_zeros_ || spikes * kDenseShare > rows * neurons_) {
       return run_vectors<DenseProductLoop, Real>({s, rows, neurons_, neurons_, panels_.data(), out});
     }
     for (int64 row = 0; row < rows; ++row) {
-      const int64 count = list_nonzero(s + row * neurons_, neurons_, indices, values);
-      run_vectors<GatheredProductLoop, Real>({indices, values, count, neurons_, panels_.data(), kPanel<Real>,
-                                              neurons_ * kPanel<Real>, /*accumulate=*/false, out + row * neurons_});
+      const int64 first = row * neurons_;
+      run_vectors<GatheredProductLoop, Real>({indices + first, values + first, counts[row], neurons_, panels_.data(),
+                                              kPanel<Real>, neurons_ * kPanel<Real>, /*accumulate=*/false,
+                                              out + first});
     }
   }
 
@@ -265,7 +279,7 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const SpikeProd
   Rows<Real> rows(8, chunk.length());
   Real *x = rows.take(), *current = rows.take(), *v = rows.take(), *i = rows.take(), *h = rows.take();
   Real *s = rows.take(), *out = rows.take(), *values = rows.take();
-  std::vector<int32_t> indices(static_cast<size_t>(chunk.neurons));
+  std::vector<int32_t> indices(static_cast<size_t>(chunk.length()));
   RepeatedNeurons<Scalar> repeated(params);
   ChunkNoise<Scalar> noise(params);
   read_state(params.v_init, chunk, params.options.v_rest, v);
@@ -481,25 +495,34 @@ void weight_gradient(const RecurrentBackwardParams<Scalar>& params, const uint8*
   using Real = Real_t<Scalar>;
   const SequenceRows<Scalar> rows{params};
   const int64 neurons = params.neurons, width = last - first;
-  std::vector<int32_t> indices(static_cast<size_t>(width * kRowsInBlock));
-  std::vector<Real> values(indices.size()), transposed(static_cast<size_t>(width * neurons));
-  std::vector<int64> counts(static_cast<size_t>(width));
+  // Lists of the rows in which a neuron spiked, at a stride that is no power of two: else they share cache lines.
+  constexpr int64 kStride = kRowsInBlock + 16;
+  std::vector<int32_t> indices(static_cast<size_t>(width * kStride)), spiking(static_cast<size_t>(width));
+  std::vector<Real> values(indices.size()), spikes(spiking.size()), transposed(static_cast<size_t>(width * neurons));
+  std::vector<int64> counts(spiking.size());
   for (int64 begin = 0; begin < rows.count; begin += kRowsInBlock) {
     const int64 end = std::min(rows.count, begin + kRowsInBlock);
-    const bool all = finite[begin / kRowsInBlock] == 0;
     std::fill(counts.begin(), counts.end(), 0);
     for (int64 row = begin; row < end; ++row) {
       const Real* s = rows.spikes_before(row);
+      // Rows at a stride are not fetched ahead by the hardware.
+      if (row + kRowsAhead * 4 < rows.count) {
+        if (const Real* ahead = rows.spikes_before(row + kRowsAhead * 4)) {
+          for (int64 k = first; k < last; k += 64 / static_cast<int64>(sizeof(Real))) __builtin_prefetch(ahead + k);
+        }
+      }
       if (s == nullptr) continue;
-      for (int64 k = 0; k < width; ++k) {
-        const int64 slot = k * kRowsInBlock + counts[k];
+      const int64 count = finite[begin / kRowsInBlock] != 0
+                              ? list_nonzero(s + first, width, spiking.data(), spikes.data())
+                              : list_all(s + first, width, spiking.data(), spikes.data());
+      for (int64 n = 0; n < count; ++n) {
+        const int64 slot = spiking[n] * kStride + counts[spiking[n]]++;
         indices[slot] = static_cast<int32_t>(row - begin);
-        values[slot] = s[first + k];
-        counts[k] += all || !(s[first + k] == Real(0));
+        values[slot] = spikes[n];
       }
     }
     for (int64 k = 0; k < width; ++k) {
-      run_vectors<GatheredProductLoop, Real>({&indices[k * kRowsInBlock], &values[k * kRowsInBlock], counts[k], neurons,
+      run_vectors<GatheredProductLoop, Real>({&indices[k * kStride], &values[k * kStride], counts[k], neurons,
                                               params.grad_j_seq + begin * neurons, neurons, kPanel<Real>,
                                               /*accumulate=*/true, &transposed[k * neurons]});
     }
