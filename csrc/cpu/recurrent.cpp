@@ -479,10 +479,12 @@ struct SequenceRows {
   const RecurrentBackwardParams<Scalar>& params;
   int64 lag = params.step_stride / params.neurons, count = params.steps * params.batch;
 
-  // s[t-1], or null where it is 0 for all neurons.
+  std::vector<Real_t<Scalar>> zeros = std::vector<Real_t<Scalar>>(params.neurons);
+
+  // s[t-1], [N]
   const Real_t<Scalar>* spikes_before(int64 row) const {
     if (row / lag % params.steps > 0) return params.emitted + (row - lag) * params.neurons;
-    if (params.s_init == nullptr) return nullptr;
+    if (params.s_init == nullptr) return zeros.data();
     return params.s_init + (lag == 1 ? row / params.steps : row) * params.neurons;
   }
 };
@@ -496,7 +498,7 @@ void weight_gradient(const RecurrentBackwardParams<Scalar>& params, const uint8*
   const SequenceRows<Scalar> rows{params};
   const int64 neurons = params.neurons, width = last - first;
   // Lists of the rows in which a neuron spiked, at a stride that is no power of two: else they share cache lines.
-  constexpr int64 kStride = kRowsInBlock + 16;
+  constexpr int64 kStride = kRowsInBlock + 16, kLine = 64 / static_cast<int64>(sizeof(Real));
   std::vector<int32_t> indices(static_cast<size_t>(width * kStride)), spiking(static_cast<size_t>(width));
   std::vector<Real> values(indices.size()), spikes(spiking.size()), transposed(static_cast<size_t>(width * neurons));
   std::vector<int64> counts(spiking.size());
@@ -504,17 +506,11 @@ void weight_gradient(const RecurrentBackwardParams<Scalar>& params, const uint8*
     const int64 end = std::min(rows.count, begin + kRowsInBlock);
     std::fill(counts.begin(), counts.end(), 0);
     for (int64 row = begin; row < end; ++row) {
-      const Real* s = rows.spikes_before(row);
-      // Rows at a stride are not fetched ahead by the hardware.
-      if (row + kRowsAhead * 4 < rows.count) {
-        if (const Real* ahead = rows.spikes_before(row + kRowsAhead * 4)) {
-          for (int64 k = first; k < last; k += 64 / static_cast<int64>(sizeof(Real))) __builtin_prefetch(ahead + k);
-        }
-      }
-      if (s == nullptr) continue;
-      const int64 count = finite[begin / kRowsInBlock] != 0
-                              ? list_nonzero(s + first, width, spiking.data(), spikes.data())
-                              : list_all(s + first, width, spiking.data(), spikes.data());
+      // A task reads a part of each row, which hardware prefetchers do not expect.
+      const Real *s = rows.spikes_before(row) + first, *ahead = rows.spikes_before(std::min(row + 8, rows.count - 1));
+      for (int64 k = first; k < last; k += kLine) __builtin_prefetch(ahead + k);
+      const int64 count = finite[begin / kRowsInBlock] != 0 ? list_nonzero(s, width, spiking.data(), spikes.data())
+                                                            : list_all(s, width, spiking.data(), spikes.data());
       for (int64 n = 0; n < count; ++n) {
         const int64 slot = spiking[n] * kStride + counts[spiking[n]]++;
         indices[slot] = static_cast<int32_t>(row - begin);

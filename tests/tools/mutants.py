@@ -35,6 +35,8 @@ integrator_launchers = partial(Mutant, "cuda/launch_integrator.cu")
 channels = partial(Mutant, "cuda/normalisation_kernels.cuh")
 channel_params = partial(Mutant, "params/normalisation.h")
 pairs = partial(Mutant, "math/pair.h")
+recurrent = partial(Mutant, "cpu/recurrent.cpp")
+products = partial(Mutant, "cpu/product.h")
 starts = partial(Mutant, "cuda/start.cuh")
 
 BARRIER = "__syncthreads();"
@@ -556,6 +558,30 @@ norm = partial(Mutant, "cpu/normalisation.cpp")
 PIECES = "for_each_stretch(tile, @, [&](int64 n, int64 offset, int64 length) {"
 
 CPU_MUTANTS = {
+    "recurrent_test": {
+        "no bias": recurrent("args.product[n] + @)", "args.bias[n]", "Real(0)"),
+        "a synapse that forgets": recurrent("= args.syn_decay[n] * @ + j", "args.i[n]", "Real(0)"),
+        "no gradient through the synapse": recurrent("args.di[n] = @ * dj", "args.syn_decay[n]", "Real(0)"),
+        "noise of the first step": recurrent("(rng_state_[1]) + @)", "static_cast<uint64>(t)", "uint64(0)"),
+        "noise of the first rows": recurrent("draws + (@)", "first - 4 * group", "int64(0)"),
+        "noise of the chunk's first rows": recurrent("draws + (@)", "params.noise.drawn() ? offset : 0", "int64(0)"),
+        "zeros hide a NaN of the weight": recurrent(
+            "(elementwise_ || @)", "all_finite(params.weight, params.neurons * params.neurons)", "true"
+        ),
+        "zeros hide a NaN of dj": recurrent("= @ ? list_nonzero", "finite[begin / kRowsInBlock] != 0", "true"),
+        "a gradient through detached spikes": recurrent("if (@ || (t == 0", "params_.detach_recurrent", "false"),
+        "s_init keeps a gradient": recurrent("if (@) std::fill_n(feedback_", "!has_feedback_", "false"),
+        "a row for all": recurrent("rows = @ ? count : 1", "params.row_stride == neurons", "true"),
+        "v after the first step is v_init": recurrent("if (@) {\n      cpu::run<ResetLoop", "t > 0", "t > 1"),
+        "the current of the step": recurrent("chunk_, @, params_.i_seq, i_)", "t - 1", "t"),
+        "the spikes of the step": recurrent("params.emitted + (@) * params.neurons", "row - lag", "row"),
+        "s_init of another row": recurrent("lag == 1 ? @ : row", "row / params.steps", "row % params.steps"),
+        "the sums of the last chunk": recurrent("grad_parameters + @ *", "chunk_.first / kRecurrentRows", "int64(0)"),
+        "the weight's gradient by the same step": recurrent("Real(1), dj_ + offset, {s_[@]", "t % 2", "(t + 1) % 2"),
+        "only the last block's rows": products("if (@) std::memcpy(&sums, out", "args.accumulate", "false"),
+        "only the last block's rows of single columns": products("Real sum = @ ?", "args.accumulate", "false"),
+        "three rows as two": products("tile<2>(args, row, column), row += @;", "2", "1"),
+    },
     "kernels_test": {
         "no residual gain": loops("kResidual ? c + @ * residual[i]", "args.residual_gain", "Real(1)"),
         "no residual gain in general loops": loops("+ @ * args.residual[i];", "args.residual_gain", "Real(1)"),

@@ -38,6 +38,7 @@ JOBS = (
     ("integrator_test", (*ADDRESS, *CPU, BASELINE), ()),
     ("integrator_test", ADDRESS, ()),
     ("batch_norm_test", (*ADDRESS, *CPU), ()),
+    ("recurrent_test", (*ADDRESS, *CPU, BASELINE), ()),
     ("batch_norm_test", ADDRESS, ()),
 )
 # With --all: the rest.
@@ -60,6 +61,13 @@ def few_instantiations(directory: Path) -> Path:
     surrogates = "std::make_integer_sequence<int, kNumSurrogates>{}"
     for file, pattern, replacement, count in (
         ("launch.h", re.escape(surrogates), "std::integer_sequence<int, 0, 2>{}", 1),
+        (
+            "cpu/recurrent.cpp",
+            re.escape("std::make_integer_sequence<int, kNumSurrogates - 1>{}"),
+            "std::integer_sequence<int, 0, 2>{}",
+            1,
+        ),
+        ("cpu/recurrent.cpp", r"template void .*<Half>.*\n", "", 2),
         ("cpu/neuron.cpp", r"template void .*<Half>.*\n", "", 4),
         ("cpu/neuron_adaptive.cpp", r"template void .*<Half>.*\n", "", 2),
         ("cpu/neuron_settled.cpp", r"template void .*<Half>.*\n", "", 2),
