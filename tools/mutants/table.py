@@ -41,6 +41,8 @@ norse = partial(Mutant, "interop/norse.py")
 over_time = partial(Mutant, "over_time.py")
 pending = partial(Mutant, "pending.py")
 recompute = partial(Mutant, "recompute.py")
+recurrent = partial(Mutant, "recurrent.py")
+recurrent_steps = partial(Mutant, "recurrent_steps.py")
 reference = partial(Mutant, "reference.py")
 replaced = partial(Mutant, "interop/replaced.py")
 schedule = partial(Mutant, "training/schedule.py")
@@ -51,6 +53,35 @@ streaming = partial(Mutant, "streaming.py")
 sync_batch_norm = partial(Mutant, "training/sync_batch_norm.py")
 
 MUTANTS = {
+    # ---- recurrent ----
+    "recurrent: no bias": reference('fed @ weight.T) + bias)',
+        'fed @ weight.T) + 0 * bias)', "neuron/test_recurrent.py plain_loop"),
+    "recurrent: detached spikes are not": reference('fed = detached(s) if detach_recurrent else s',
+        'fed = s', "neuron/test_recurrent.py equals_reference"),
+    "recurrent: all steps draw the same noise": reference('[:, None] * is_offset',
+        '[:, None] * 0', "neuron/test_recurrent.py steps_are"),
+    "recurrent: autocast changes products": reference('with torch.autocast(x.device.type, enabled=False):',
+        'if True:', "neuron/test_recurrent.py autocast"),
+    "recurrent: gradients of a loop without the synapse": recurrent_steps('di = syn_decay * dj',
+        'di = dj', "neuron/test_recurrent.py equals_reference"),
+    "recurrent: the threshold without scale_output": recurrent_steps('totals[2] += (g * s[t]).sum(0)',
+        'totals[2] += 0', "neuron/test_recurrent.py equals_reference"),
+    "recurrent: rows by weight": recurrent_steps('else dj @ weight\n',
+        'else dj @ weight.T\n', "neuron/test_recurrent.py equals_reference"),
+    "recurrent: the decay's gradient at v_rest 0": recurrent_steps('(v_before - named.v_rest)).sum((0, 1))',
+        'v_before).sum((0, 1))', "neuron/test_recurrent.py equals_reference"),
+    "recurrent: half spikes are kept": recurrent('bool(rules.scale_output) or real != x_seq.dtype',
+        'bool(rules.scale_output)', "neuron/test_recurrent.py half_types"),
+    "recurrent: scaled spikes are kept": recurrent('bool(rules.scale_output) or real != x_seq.dtype',
+        'real != x_seq.dtype', "neuron/test_recurrent.py equals_reference"),
+    "recurrent: no current for syn_decay": recurrent('learns_syn_decay, bool(rules',
+        'False, bool(rules', "neuron/test_recurrent.py equals_reference"),
+    "recurrent: samples share noise": recurrent('together=False',
+        'together=True', "neuron/test_recurrent.py noise_under"),
+    "recurrent: a width by step passes": recurrent('or value.numel() != count',
+        'or False', "neuron/test_recurrent.py errors"),
+    "recurrent: second derivatives pass": recurrent('with_gaps(once_differentiable(found, inputs), wanted)',
+        'with_gaps(found, wanted)', "neuron/test_recurrent.py second"),
     # ---- reference ----
     "reference: the hard reset keeps a gradient": reference("charged * (1 - s_reset) + amount",
         "charged * (1 - s) + amount", "neuron/test_equivalence.py options"),
