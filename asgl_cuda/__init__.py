@@ -4,6 +4,7 @@ Layers:
     LIF                     leaky integrate-and-fire neurons that learn the width of their surrogate
     BatchNormLIF            a batch normalisation and the neurons behind it, in one
     AdaptiveLIF             LIF neurons that adapt: adLIF and ALIF
+    RecurrentLIF            LIF neurons whose spikes come back through a weight: RLIF
     LeakyIntegrator         neurons that do not fire: a synaptic current, or a read-out
     OverTime                a layer without time, over a sequence
 
@@ -12,6 +13,8 @@ Functions:
     batch_norm_lif          BatchNormLIF as a function
     adaptive_lif, AdaptiveLIFOutput
                             AdaptiveLIF as a function
+    recurrent_lif, RecurrentLIFOutput
+                            RecurrentLIF as a function
     leaky_integrator, IntegratorOutput
                             LeakyIntegrator as a function
     analog_mask             mask of analog elements

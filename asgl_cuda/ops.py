@@ -134,7 +134,9 @@ def _fake_recurrent_forward(x_seq: Tensor, weight: Tensor, *others: Any) -> Forw
     *_, rules, _, wanted = others
     state = state_shape(x_seq, Rules(*rules).time_dim)
     shapes = [x_seq.shape] * 4 + [state] * 3
-    return [x_seq.new_empty(x_seq.shape)] + [weight.new_empty(shape) for shape, asked in zip(shapes, wanted, strict=True) if asked]
+    return [x_seq.new_empty(x_seq.shape)] + [
+        weight.new_empty(shape) for shape, asked in zip(shapes, wanted, strict=True) if asked
+    ]
 
 
 def _fake_recurrent_backward(*arguments: Any) -> BackwardResult:

@@ -266,7 +266,9 @@ def _row(name: str, value: Any, x_seq: Tensor) -> Tensor:
     if isinstance(value, (Logarithm, Logit)):
         value = value.value()
     if not isinstance(value, Tensor):
-        return torch.full((count,), check_not_nan(name, value, _CALLER, "a float or a tensor"), dtype=real, device=x_seq.device)
+        return torch.full(
+            (count,), check_not_nan(name, value, _CALLER, "a float or a tensor"), dtype=real, device=x_seq.device
+        )
     check_floating(name, value, _CALLER)
     check_device(name, value, x_seq, _CALLER)
     if value.numel() != 1 and (value.shape[-1] != count or value.numel() != count):
@@ -309,7 +311,9 @@ def _computed(x_seq: Tensor, given: _Recurrence, neuron: dict[str, Any]) -> Tens
         differentiated = is_differentiated(tensors, _CALLER)
         if not differentiated:
             plan = plan._replace(keeps_i_seq=False, keeps_emitted=False)
-        outputs = apply(RecurrentFunction, plan, *tensors) if differentiated else RecurrentFunction.forward(plan, *tensors)
+        outputs = (
+            apply(RecurrentFunction, plan, *tensors) if differentiated else RecurrentFunction.forward(plan, *tensors)
+        )
         s_seq, _, h_seq, v_seq, _, *last = with_gaps(outputs, (True, *plan.outputs()))
     if not (wants_v_last or wants_v_seq or wants_h_seq):
         return s_seq
@@ -381,7 +385,9 @@ class RecurrentLIF(LIF):
         **lif_options: Any,
     ) -> None:
         caller = self._caller
-        check_keywords(lif_options, [name for name in LIF.__init__.__kwdefaults__ or {} if name not in _WITHOUT], caller)
+        check_keywords(
+            lif_options, [name for name in LIF.__init__.__kwdefaults__ or {} if name not in _WITHOUT], caller
+        )
         (count,) = check_sizes("hidden_size", hidden_size, caller)[:1]
         if not isinstance(hidden_size, int):
             raise TypeError(f"{caller}: hidden_size must be an int, got {hidden_size!r}")

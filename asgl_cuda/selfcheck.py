@@ -14,6 +14,7 @@ from .call import LIFOutput
 from .functional import lif
 from .integrator import IntegratorOutput, leaky_integrator
 from .layout import real_type
+from .recurrent import RecurrentLIFOutput, recurrent_lif
 from .surrogate import PERIODIC, SURROGATES
 
 # Bit-identical to the reference; most others call exp, erf or atan, whose rounding depends on the library.
@@ -125,6 +126,7 @@ def check_backends() -> Iterator[Row]:
             yield from _check(backend, *kind, PERIODIC, None)
             yield from _check(backend, *kind, EXACT_SURROGATES[0], 0.0, residual=True)
             yield from _check_integrator(backend, *kind)
+            yield from _check_recurrent(backend, *kind)
 
 
 _STEPS, _BATCH, _CHANNELS = 21, 5, 67
@@ -199,3 +201,28 @@ def _check_integrator(backend: str, device: str, dtype: torch.dtype) -> Iterator
         allowed = {"grad_input_gain": 1e-5, "grad_decay": _SPACING.get(dtype, 1e-5)}.get(name, 0.0)
         what = f"{str(dtype).removeprefix('torch.')}, leaky_integrator"
         yield Row(backend, what, name, _difference(expected[name], actual), allowed)
+
+
+def _check_recurrent(backend: str, device: str, dtype: torch.dtype) -> Iterator[Row]:
+    """With a weight of multiples of 1/64, whose sums over spikes are exact in any order."""
+    random = _Random(device, dtype)
+    inputs: dict[str, Any] = {
+        "x_seq": random(_STEPS, _BATCH, _CHANNELS, low=-1.0, high=2.0, dtype=dtype),
+        "weight": (random(_CHANNELS, _CHANNELS, low=-16.0, high=16.0).detach().round() / 64).requires_grad_(),
+        "syn_decay": random(_CHANNELS, low=0.4, high=0.8),
+        "decay": random(_CHANNELS, low=0.4, high=0.8),
+    }
+
+    def results(backend: str) -> dict[str, Tensor]:
+        output = recurrent_lif(**inputs, return_v_last=True, return_h_seq=True, backend=backend)
+        assert isinstance(output, RecurrentLIFOutput)
+        found = {name: value for name, value in output._asdict().items() if value is not None}
+        loss = sum(each.double().square().sum() for each in found.values())
+        gradients = torch.autograd.grad(loss, list(inputs.values()))
+        return {**found, **{f"grad_{name}": each for name, each in zip(inputs, gradients, strict=True)}}
+
+    expected = results("reference")
+    for name, actual in results(backend).items():
+        typed = _SPACING.get(dtype, 1e-5) if name == "grad_x_seq" else 1e-5
+        what = f"{str(dtype).removeprefix('torch.')}, recurrent_lif"
+        yield Row(backend, what, name, _difference(expected[name], actual), typed if name.startswith("grad") else 0.0)

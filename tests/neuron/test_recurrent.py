@@ -6,12 +6,15 @@ that outputs are compared in float64, or with weights that are multiples of 1/64
 
 import copy
 import random
+from functools import partial
 
 import pytest
 import torch
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import asgl_cuda
+from asgl_cuda.backends import BACKENDS
+from asgl_cuda.recurrent_steps import backward_by_steps, forward_by_steps
 from asgl_cuda.selfcheck import EXACT_SURROGATES
 from asgl_cuda.surrogate import SURROGATES
 
@@ -90,6 +93,19 @@ def test_equals_reference(backend, device, seed):
     assert_equals_reference(given, leaves, backend, asked)
 
 
+@pytest.mark.parametrize("seed", range(100, 124))
+def test_loops_over_the_operators_of_the_neuron(monkeypatch, seed):
+    """What a GPU runs, with the operators of the CPU."""
+    backend, library = BACKENDS["cpu"], torch.ops.asgl_cuda
+    loops = {
+        "recurrent_forward": partial(forward_by_steps, library),
+        "recurrent_backward": partial(backward_by_steps, library),
+    }
+    operators = backend.operators._replace(**loops)
+    monkeypatch.setitem(BACKENDS, "cpu", backend._replace(operators=operators, direct=None))
+    assert_equals_reference(*case(seed), "cpu")
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("surrogate", EXACT_SURROGATES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -129,7 +145,11 @@ def test_gradcheck(backend, device, seed):
     """On the smooth function, where every element is analog."""
     given, _ = case(seed, (3, 2, 4), device=device)
     given |= {"analog_prob": 1.0, "detach_recurrent": False, "detach_reset": False, "surrogate": "sigmoid"}
-    leaves = {name: each.detach() for name, each in given.items() if isinstance(each, torch.Tensor) and each.is_floating_point()}
+    leaves = {
+        name: each.detach()
+        for name, each in given.items()
+        if isinstance(each, torch.Tensor) and each.is_floating_point()
+    }
 
     def function(*values):
         return tuple(outputs_of({**given, **dict(zip(leaves, values, strict=True))}, backend).values())
@@ -153,7 +173,12 @@ def plain_loop(x_seq, weight, bias, decay, syn_decay, width):
 
 def test_reference_is_a_plain_loop():
     torch.manual_seed(0)
-    leaves = [rand(20, 5, 9, low=-0.5, high=1.5), rand(9, 9), rand(9), *(torch.tensor(each).double() for each in (0.8, 0.6, 1.5))]
+    leaves = [
+        rand(20, 5, 9, low=-0.5, high=1.5),
+        rand(9, 9),
+        rand(9),
+        *(torch.tensor(each).double() for each in (0.8, 0.6, 1.5)),
+    ]
     for each in leaves:
         each.requires_grad_()
     x_seq, weight, bias, decay, syn_decay, width = leaves
@@ -168,8 +193,10 @@ def test_reference_is_a_plain_loop():
 
 
 @pytest.mark.parametrize("recurrent", ["dense", "elementwise"])
-def test_steps_are_the_sequence(backend, device, recurrent):
+@pytest.mark.parametrize("by_reference", [False, True])
+def test_steps_are_the_sequence(backend, device, recurrent, by_reference):
     """With states handed on, and the noise of step t at offset + t."""
+    backend = "reference" if by_reference else backend
     torch.manual_seed(1)
     x_seq = rand(7, 3, 20, device=device)
     weight = rand(*((20, 20) if recurrent == "dense" else (20,)), device=device)
@@ -214,7 +241,10 @@ def test_bits_do_not_depend_on_threads_or_batch(rate):
 def test_not_finite(backend, device, where, value):
     """A value that is not finite reaches what it reaches in PyTorch: neurons that did not spike do not hide it."""
     torch.manual_seed(3)
-    given = {name: rand(*shape, device=device) for name, shape in (("x_seq", (4, 3, 20)), ("weight", (20, 20)), ("s_init", (3, 20)))}
+    given = {
+        name: rand(*shape, device=device)
+        for name, shape in (("x_seq", (4, 3, 20)), ("weight", (20, 20)), ("s_init", (3, 20)))
+    }
     grads = torch.randn(4, 3, 20, dtype=torch.float64, device=device)
     (grads if where == "grads" else given[where]).view(-1)[7] = value
     leaves = [each.requires_grad_() for each in given.values()]
@@ -278,10 +308,17 @@ WRONG = {
     "four dimensions": ({"x_seq": torch.zeros(2, 3, 4, 4)}, "x_seq must have shape [T, B, N]"),
     "time last": ({"time_dim": 2}, "got [5, 3, 4] with time_dim=2"),
     "weight of another size": ({"weight": torch.zeros(4, 3)}, "weight must have shape [4, 4] or [4], got [4, 3]"),
-    "integer weight": ({"weight": torch.zeros(4, 4, dtype=torch.int64)}, "weight must be of a floating type, got torch.int64"),
+    "integer weight": (
+        {"weight": torch.zeros(4, 4, dtype=torch.int64)},
+        "weight must be of a floating type, got torch.int64",
+    ),
     "bias of another size": ({"bias": torch.zeros(3)}, "bias must have shape [4], got [3]"),
     "width by step": ({"width": torch.ones(5, 1, 1)}, "width must have one value or shape [4], got [5, 1, 1]"),
     "width by sample": ({"width": torch.ones(3, 1)}, "width must have one value or shape [4], got [3, 1]"),
+    "width by step and neuron": (
+        {"width": torch.ones(5, 1, 4)},
+        "width must have one value or shape [4], got [5, 1, 4]",
+    ),
     "current without a synapse": ({"i_init": torch.zeros(3, 4)}, "i_init needs syn_decay"),
     "state of another shape": ({"s_init": torch.zeros(4)}, "s_init must have shape [3, 4], got [4]"),
     "levels": ({"levels": 4}, "recurrent neurons have no levels"),
@@ -360,9 +397,10 @@ def test_second_derivative_is_refused():
 def test_autocast(backend, device):
     """Products stay in float32."""
     x_seq, weight = torch.randn(6, 4, 20, device=device), torch.randn(20, 20, device=device, requires_grad=True)
-    expected = asgl_cuda.recurrent_lif(x_seq, weight, width=3.0, backend=backend)
-    with torch.autocast(device.type, torch.bfloat16):
-        actual = asgl_cuda.recurrent_lif(x_seq, weight, width=3.0, backend=backend)
-    assert torch.equal(actual, expected)
-    grads = [torch.autograd.grad(each.sum(), weight)[0] for each in (expected, actual)]
-    assert torch.equal(*grads)
+    for name in (backend, "reference"):
+        expected = asgl_cuda.recurrent_lif(x_seq, weight, width=3.0, backend=name)
+        with torch.autocast(device.type, torch.bfloat16):
+            actual = asgl_cuda.recurrent_lif(x_seq, weight, width=3.0, backend=name)
+        assert torch.equal(actual, expected)
+        grads = [torch.autograd.grad(each.sum(), weight)[0] for each in (expected, actual)]
+        assert torch.equal(*grads)

@@ -18,8 +18,8 @@ import asgl_cuda
 # Returned tuples and a version; examples of functions that convert models need libraries, which may be
 # missing.
 NO_EXAMPLE_NEEDED = {
-    "AdaptiveLIFOutput", "IntegratorOutput", "LIFOutput", "__version__", "convert", "from_nir", "fuse",
-    "lightning_callback", "revert", "to_nir", "unfuse",
+    "AdaptiveLIFOutput", "IntegratorOutput", "LIFOutput", "RecurrentLIFOutput", "__version__", "convert", "from_nir",
+    "fuse", "lightning_callback", "revert", "to_nir", "unfuse",
 }  # fmt: skip
 
 
