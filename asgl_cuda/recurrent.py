@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +32,7 @@ from .learned import Logarithm, Logit
 from .neuron import LIF
 from .ops import ForwardResult, with_gaps
 from .pending import tensor_of
-from .reference import Numbers, Rules, recurrent_reference
+from .reference import Numbers, recurrent_reference
 from .transforms import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
 
 _CALLER = "asgl_cuda.recurrent_lif"
@@ -130,9 +129,9 @@ class _OperatorFunction(RecurrentFunction):
 def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
     """The operator recurrent_forward with its derivative, which all but emitted and i_seq have."""
     *tensors, numbers, rules, has_synapse, wanted = arguments
-    asks_emitted, asks_h_seq, wants_v_seq, asks_i_seq, *last = wanted
+    _, _, wants_v_seq, _, *wants_last = wanted
     plan = _Plan(
-        backend_of(operator), tuple(numbers), tuple(rules), has_synapse, False, any(last), wants_v_seq,
+        backend_of(operator), tuple(numbers), tuple(rules), has_synapse, False, any(wants_last), wants_v_seq,
         keeps_i_seq=has_synapse, keeps_emitted=True,
     )  # fmt: skip
     s_seq, *outputs = apply_here(_OperatorFunction, (plan, below), *tensors)
@@ -168,14 +167,14 @@ def recurrent_lif(
         input_gain: a number, the factor on the current behind the synapse.
         s_init: what the neurons emitted before the first step, `[B, N]`; default 0.
         i_init: the current before the first step, `[B, N]`, only with syn_decay; default 0.
-        detach_recurrent: let no gradient flow from a step to the spikes before it through the weight, whose own gradient
-            stays. detach_reset concerns the reset alone.
+        detach_recurrent: let no gradient flow through the weight to earlier spikes, s_init included; the weight's own
+            gradient stays. detach_reset concerns the reset alone.
         neuron: arguments of `lif` except `input_bias`, `input_mean`, `residual`, `residual_gain`, `levels`,
             `multi_spike` and `v_min`. Parameters have one value or `[N]`.
 
     weight, bias and syn_decay are converted to the type of the arithmetic, as all parameters, under autocast as well.
-    Step t draws its noise as a sequence of one step with rng_state `[seed, offset + t]`: `analog_mask` of that step says
-    which elements are analog. Analog elements feed back their smooth value.
+    Step t draws its noise as a sequence of one step with rng_state `[seed, offset + t]`; `analog_mask` of that step
+    tells which elements are analog. They feed back their smooth value.
 
     Kept for backward: 4 bytes an element beside the spikes in float32; under scale_output and in half types the spikes
     once more, and with a learned syn_decay the current.
@@ -206,9 +205,9 @@ def recurrent_lif(
             s = s_seq[t] = (h >= v_threshold).to(h)
             v = h * (1 - s)
 
-    Sources: as for `lif`. Networks of such neurons: Bellec, Salaj, Subramoney, Legenstein, Maass: Long short-term memory
-    and learning-to-learn in networks of spiking neurons, NeurIPS 2018; Cramer, Stradmann, Schemmel, Zenke: The Heidelberg
-    spiking data sets for the systematic evaluation of spiking neural networks, IEEE TNNLS 2022.
+    Sources: as for `lif`. Networks of such neurons: Bellec, Salaj, Subramoney, Legenstein, Maass: Long short-term
+    memory and learning-to-learn in networks of spiking neurons, NeurIPS 2018; Cramer, Stradmann, Schemmel, Zenke: The
+    Heidelberg spiking data sets for the systematic evaluation of spiking neural networks, IEEE TNNLS 2022.
     """
     known = [*_NEURON, "input_gain"]
     for name in sorted(_WITHOUT & neuron.keys()):
@@ -230,26 +229,18 @@ class _Recurrence(NamedTuple):
     detach_recurrent: bool
 
 
-def _check(x_seq: Tensor, given: _Recurrence, neuron: dict[str, Any]) -> int:
-    """Refuses what does not fit x_seq; returns time_dim."""
-    time_dim = check_input(x_seq, neuron["time_dim"], _CALLER)
+def _check(x_seq: Tensor, given: _Recurrence, time_dim: Any) -> None:
+    """Refuses what does not fit x_seq."""
+    time_dim = check_input(x_seq, time_dim, _CALLER)
     if x_seq.dim() != 3 or time_dim > 1:
         raise ValueError(
             f"{_CALLER}: x_seq must have shape [T, B, N], or [B, T, N] with time_dim=1, got {list(x_seq.shape)} with "
             f"time_dim={time_dim}"
         )
     count = x_seq.shape[2]
-    for name, value, shapes in (
-        ("weight", given.weight, ([count, count], [count])),
-        ("bias", given.bias, ([count],)),
-    ):
-        if value is None and name == "bias":
-            continue
-        check_floating(name, value, _CALLER)
-        if list(value.shape) not in shapes:
-            wanted = " or ".join(map(str, shapes))
-            raise ValueError(f"{_CALLER}: {name} must have shape {wanted}, got {list(value.shape)}")
-        check_device(name, value, x_seq, _CALLER)
+    _check_shape("weight", given.weight, x_seq, [count, count], [count])
+    if given.bias is not None:
+        _check_shape("bias", given.bias, x_seq, [count])
     check_bool("detach_recurrent", given.detach_recurrent, _CALLER)
     check_finite("input_gain", given.input_gain, _CALLER)
     if given.i_init is not None and given.syn_decay is None:
@@ -257,7 +248,13 @@ def _check(x_seq: Tensor, given: _Recurrence, neuron: dict[str, Any]) -> int:
     for name, state in (("s_init", given.s_init), ("i_init", given.i_init)):
         if state is not None:
             check_v_init(state, x_seq, time_dim, _CALLER, name)
-    return time_dim
+
+
+def _check_shape(name: str, value: Tensor, x_seq: Tensor, *shapes: list[int]) -> None:
+    check_floating(name, value, _CALLER)
+    if list(value.shape) not in shapes:
+        raise ValueError(f"{_CALLER}: {name} must have shape {' or '.join(map(str, shapes))}, got {list(value.shape)}")
+    check_device(name, value, x_seq, _CALLER)
 
 
 def _row(name: str, value: Any, x_seq: Tensor) -> Tensor:
@@ -266,9 +263,8 @@ def _row(name: str, value: Any, x_seq: Tensor) -> Tensor:
     if isinstance(value, (Logarithm, Logit)):
         value = value.value()
     if not isinstance(value, Tensor):
-        return torch.full(
-            (count,), check_not_nan(name, value, _CALLER, "a float or a tensor"), dtype=real, device=x_seq.device
-        )
+        number = check_not_nan(name, value, _CALLER, "a float or a tensor")
+        return torch.full((count,), number, dtype=real, device=x_seq.device)
     check_floating(name, value, _CALLER)
     check_device(name, value, x_seq, _CALLER)
     if value.numel() != 1 and (value.shape[-1] != count or value.numel() != count):
@@ -276,52 +272,50 @@ def _row(name: str, value: Any, x_seq: Tensor) -> Tensor:
     return value.to(real).reshape(-1).expand(count)
 
 
+def _parameters(x_seq: Tensor, given: _Recurrence, neuron: dict[str, Any]) -> Tensor:
+    """The operators' parameters, `[6, N]`."""
+    resets = "v_reset", "reset_amount", "v_threshold"
+    reset = next(name for name in resets if neuron[name] is not None)
+    rows = [_row(name, neuron[name], x_seq) for name in ("width", "decay", "v_threshold", reset)]
+    rows.append(_row("bias", 0.0 if given.bias is None else given.bias, x_seq))
+    rows.append(_row("syn_decay", 0.0 if given.syn_decay is None else given.syn_decay, x_seq))
+    return torch.stack(rows)
+
+
 def _computed(x_seq: Tensor, given: _Recurrence, neuron: dict[str, Any]) -> Tensor | RecurrentLIFOutput:
     """The result of `recurrent_lif`; width, decay and syn_decay may be a Logarithm and Logits."""
-    time_dim = _check(x_seq, given, neuron)
-    real = real_type(x_seq.dtype)
-    values = {name: neuron[name] for name in ("width", "decay", "v_threshold", "v_reset", "reset_amount")}
-    rows = {name: None if value is None else _row(name, value, x_seq) for name, value in values.items()}
+    _check(x_seq, given, neuron["time_dim"])
+    parameters = _parameters(x_seq, given, neuron)
     call = checked_call(_CALLER, x_seq, grouped({**neuron, "input_gain": float(given.input_gain)}), together=False)
-    reset = next(rows[name] for name in ("v_reset", "reset_amount", "v_threshold") if rows[name] is not None)
-    has_synapse = given.syn_decay is not None
-    bias = 0.0 if given.bias is None else given.bias
-    parameters = torch.stack(
-        [
-            rows["width"], rows["decay"], rows["v_threshold"], reset, _row("bias", bias, x_seq),
-            _row("syn_decay", given.syn_decay if has_synapse else 0.0, x_seq),
-        ]
-    )  # fmt: skip
-    states = [None if each is None else each.to(real) for each in (call.v_init, given.s_init, given.i_init)]
+    real, has_synapse = parameters.dtype, given.syn_decay is not None
     rules = call.plan.rules.changed(log_width=0, logit_decay=0)
     wants_v_last, wants_v_seq, wants_h_seq = call.plan.wanted
-    tensors = x_seq.contiguous(), given.weight.to(real), parameters, *states, call.rng_state
-    learns_syn_decay = isinstance(given.syn_decay, Logit) or (
-        isinstance(given.syn_decay, Tensor) and parameters.requires_grad
-    )
-    plan = _Plan(
-        call.backend, tuple(call.numbers), tuple(rules), has_synapse, given.detach_recurrent, wants_v_last, wants_v_seq,
-        learns_syn_decay, bool(rules.scale_output) or real != x_seq.dtype,
-    )  # fmt: skip
+    states = [None if state is None else state.to(real) for state in (call.v_init, given.s_init, given.i_init)]
+    tensors: list[Any] = [x_seq.contiguous(), given.weight.to(real), parameters, *states, call.rng_state]
     if BACKENDS[call.backend].operators is None:
-        s_seq, _, h_seq, v_seq, _, *last = recurrent_reference(
-            *tensors, Numbers(*call.numbers), rules, has_synapse, given.detach_recurrent
-        )
+        arguments: list[Any] = [*tensors, Numbers(*call.numbers), rules, has_synapse, given.detach_recurrent]
+        outputs: Any = recurrent_reference(*arguments)
     else:
         differentiated = is_differentiated(tensors, _CALLER)
-        if not differentiated:
-            plan = plan._replace(keeps_i_seq=False, keeps_emitted=False)
-        outputs = (
-            apply(RecurrentFunction, plan, *tensors) if differentiated else RecurrentFunction.forward(plan, *tensors)
-        )
-        s_seq, _, h_seq, v_seq, _, *last = with_gaps(outputs, (True, *plan.outputs()))
+        learns_syn_decay = isinstance(given.syn_decay, (Tensor, Logit))
+        plan = _Plan(
+            call.backend, tuple(call.numbers), tuple(rules), has_synapse, given.detach_recurrent, wants_v_last,
+            wants_v_seq, keeps_i_seq=differentiated and learns_syn_decay,
+            keeps_emitted=differentiated and (bool(rules.scale_output) or real != x_seq.dtype),
+        )  # fmt: skip
+        run = partial(apply, RecurrentFunction) if differentiated else RecurrentFunction.forward
+        outputs = with_gaps(run(plan, *tensors), (True, *plan.outputs()))
     if not (wants_v_last or wants_v_seq or wants_h_seq):
-        return s_seq
-    v_last, s_last, i_last = last if wants_v_last else (None, None, None)
+        return outputs[0]  # type: ignore[no-any-return]
+    s_seq, _, h_seq, v_seq, _, v_last, s_last, i_last = outputs
     return RecurrentLIFOutput(
-        s_seq, v_last, s_last, i_last if has_synapse else None, v_seq if wants_v_seq else None,
+        s_seq,
+        v_last if wants_v_last else None,
+        s_last if wants_v_last else None,
+        i_last if wants_v_last and has_synapse else None,
+        v_seq if wants_v_seq else None,
         h_seq if wants_h_seq else None,
-    )  # fmt: skip
+    )
 
 
 class RecurrentLIF(LIF):
@@ -337,8 +331,8 @@ class RecurrentLIF(LIF):
         learn_syn_decay: whether it is a parameter of the granularity.
         detach_recurrent: let no gradient flow from a step to the spikes before it through the weight.
         device, dtype: of the parameters.
-        lif_options: arguments of `LIF` except `num_features`, `levels`, `multi_spike` and `v_min`. "channel" and "neuron"
-            are the same granularity here.
+        lif_options: arguments of `LIF` except `num_features`, `levels`, `multi_spike` and `v_min`. Granularities
+            "channel" and "neuron" are the same here.
 
     Shapes: input and output `[T, B, N]`, or `[B, T, N]` with time_dim=1.
 
@@ -432,7 +426,9 @@ class RecurrentLIF(LIF):
     forward = NeuronLayer.forward  # type: ignore[assignment]  # no residual
 
     def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
-        carried = {f"{name}_init": self._carried_state(name) for name in self._states} if with_state else {}
+        carried: dict[str, Any] = {}
+        if with_state:
+            carried = {f"{name}_init": self._carried_state(name) for name in self._states}
         keeps, stores = with_state and self.stateful, with_state and self.store_v_seq
         result = self._lif(x_seq, return_v_last=keeps, return_v_seq=stores, **carried)
         if not isinstance(result, RecurrentLIFOutput):

@@ -3,8 +3,8 @@
 csrc/ops/recurrent.h has them for the CPU. `parameters`, [6, N], are width, decay, v_threshold, reset, bias and
 syn_decay, the last unused without a synapse; numbers and rules those of the neuron. `wanted` selects the results: in
 forward, beside s_seq, `emitted` (s in the type of the arithmetic, before scale_output), h_seq, v_seq, i_seq, v_last,
-s_last and i_last; in backward the gradients of x_seq (in that type, too), weight, parameters, v_init, s_init and i_init.
-Backward takes emitted and h_seq of forward, and i_seq for the gradient of syn_decay.
+s_last and i_last; in backward the gradients of x_seq (in that type, too), weight, parameters, v_init, s_init and
+i_init. Backward takes emitted and h_seq of forward, and i_seq for the gradient of syn_decay.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def forward_by_steps(
 ) -> list[Tensor]:
     """The operator recurrent_forward, by `library.lif_forward`."""
 
-    def step(*arguments: Any) -> tuple[Tensor, Tensor, None, Tensor]:
+    def step(*arguments: Any) -> Any:
         i, v, state, neuron, numbers, rules = arguments
         s, v, h = library.lif_forward(i, v, state, [*neuron], [*numbers], [*rules], [True, False, True, False])
         return s, v, None, h
@@ -79,7 +79,7 @@ def backward_by_steps(
     wants_x_seq, wants_weight, wants_parameters, wants_v_init, wants_s_init, wants_i_init = wanted
     real = h_seq.dtype
 
-    def by_step(sequence: Tensor | None) -> Sequence[Tensor | None]:
+    def by_step(sequence: Tensor | None) -> Any:
         return [None] * steps if sequence is None else sequence.to(real).movedim(rule.time_dim, 0).contiguous()
 
     steps = h_seq.shape[rule.time_dim]
@@ -106,8 +106,8 @@ def backward_by_steps(
                 [gradients[0], dv, *gradients[1:]], h[t][None], None, states[t], no_checkpoints, neuron, numbers_of_h,
                 rules_of_step, wanted_of_step,
             )  # fmt: skip
-            for row, gradient in zip((0, 2, 3), found):
-                totals[row] += gradient
+            if wants_parameters:
+                totals[[0, 2, 3]] += torch.stack(found)
             dj = named.input_gain * dh
             if has_synapse:
                 dj = dj if di is None else dj + di

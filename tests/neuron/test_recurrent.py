@@ -110,7 +110,7 @@ def test_loops_over_the_operators_of_the_neuron(monkeypatch, seed):
 @pytest.mark.parametrize("surrogate", EXACT_SURROGATES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_bits_where_sums_are_exact(backend, device, dtype, surrogate, size):
-    steps, batch, count = size
+    *_, count = size
     x_seq = rand(*size, low=-0.5, high=1.5, dtype=dtype, device=device)
     weight = (rand(count, count, dtype=torch.float32, device=device) * 64).round() / 64
     given = {"x_seq": x_seq, "weight": weight, "decay": 0.75, "syn_decay": 0.5, "surrogate": surrogate}
@@ -355,7 +355,7 @@ def test_compiled(backend, device):
 
 
 def test_transforms(backend, device):
-    """vmap over weights, grad inside, and an ensemble of layers, are loops."""
+    """Vmap over weights, grad inside, and an ensemble of layers, are loops."""
     x_seq, weights = rand(4, 3, 6, device=device), rand(5, 6, 6, device=device)
 
     def loss(weight):
