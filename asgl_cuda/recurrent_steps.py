@@ -107,7 +107,10 @@ def backward_by_steps(
                 rules_of_step, wanted_of_step,
             )  # fmt: skip
             if wants_parameters:
-                totals[[0, 2, 3]] += torch.stack(found)
+                grad_width, grad_v_threshold, grad_reset = found
+                totals[0] += grad_width  # not by a list of indices, which would be copied from the host
+                totals[2] += grad_v_threshold
+                totals[3] += grad_reset
             dj = named.input_gain * dh
             if has_synapse:
                 dj = dj if di is None else dj + di
