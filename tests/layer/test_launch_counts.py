@@ -20,10 +20,9 @@ NO_LAUNCH = re.compile(
 )
 
 
-@pytest.fixture(params=["emulated", "replayed"])
-def backend(request, emulation):
-    """The operators in C++ and in Python."""
-    return request.param
+@pytest.fixture
+def backend(emulation):
+    return "emulated"
 
 
 def launching(event):
