@@ -1,7 +1,6 @@
 """Builds asgl_cuda's extension, by asgl_cuda/extension/compilation.py; the metadata is in pyproject.toml.
 
-ASGL_CUDA_BUILD: cuda or cpu, as in compilation.py; with none, the PyTorch reference remains, and the kernels that CuPy
-compiles on a GPU.
+ASGL_CUDA_BUILD: cuda or cpu, as in compilation.py; with none, the PyTorch reference remains.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class BuildWithoutExtension(BuildPackage):
         target = PACKAGE if self.editable_mode else Path(self.build_lib) / "asgl_cuda"
         for leftover in (*target.glob("_build_info.*"), *target.glob("_C.*")):
             leftover.unlink(missing_ok=True)
-        print("asgl_cuda: compiled no kernels: ASGL_CUDA_BUILD was none. CuPy compiles those for a GPU")
+        print("asgl_cuda: compiled nothing: ASGL_CUDA_BUILD was none. What remains is the slow PyTorch reference")
 
 
 def main() -> None:

@@ -42,16 +42,6 @@ def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
     return kernel
 
 
-def below_autograd(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator without its autograd kernel."""
-
-    def call(*arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
-
-    return call
-
-
 def _without_derivative(operator: Any, below: Callable[..., Any], *arguments: Any) -> Any:
     results = below(*arguments)
     if results is None:  # batch_norm_update

@@ -12,7 +12,10 @@ integrator_forward returns v_seq, and v_last if wanted, integrator_backward resu
 numbers and rules: decay, input_gain, v_rest, logit_decay and time_dim. v_seq and v_init are needed for the gradient of
 decay, x_seq for the gradient of input_gain.
 
-recurrent_forward and recurrent_backward are described in recurrent_steps.py.
+recurrent_forward takes `parameters`, [6, N]: width, decay, v_threshold, reset, bias and syn_decay, unused without a
+synapse; numbers and rules are the neuron's. It returns s_seq, and where wanted `emitted` (s in the type of the arithmetic,
+before scale_output), h_seq, v_seq, i_seq, v_last, s_last and i_last; recurrent_backward the wanted gradients of x_seq (in
+that type, too), weight, parameters, v_init, s_init and i_init. i_seq is for the gradient of syn_decay.
 
 batch_norm_coefficients returns `coefficients`, [4, C, 1, ...], which broadcast against x_seq: input_mean, input_gain
 and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in float64: count, mean and biased
@@ -29,7 +32,6 @@ grad_residual, the gradient of the input current itself, it is only written.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +42,6 @@ from .batching import batching_rules
 from .derivatives import at_autograd, tensors_in
 from .layout import channel_dim, checkpoint_elements, empty_state, real_type, state_shape
 from .lazy_values import LAZY_KEYS, on_memory
-from .recurrent_steps import backward_by_steps, forward_by_steps
 from .reference import Rules
 
 ForwardResult = list[Tensor]  # s_seq, then v_last, v_seq, h_seq, checkpoints where wanted
@@ -207,10 +208,7 @@ def define_operators(namespace: str) -> torch.library.Library:
         library.impl(name, at_autograd(operator, name), "Autograd", with_keyset=True)
         for key in LAZY_KEYS:
             library.impl(name, on_memory(operator), key)
-    operators = getattr(torch.ops, namespace)
-    for name, loop in (("recurrent_forward", forward_by_steps), ("recurrent_backward", backward_by_steps)):
-        library.impl(name, partial(loop, operators), "CompositeExplicitAutograd")  # csrc has kernels for the CPU
-    for name, rule in batching_rules(operators).items():
+    for name, rule in batching_rules(getattr(torch.ops, namespace)).items():
         torch.library.register_vmap(f"{namespace}::{name}", rule, lib=library)
     return library
 

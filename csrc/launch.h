@@ -1,5 +1,4 @@
-// The launchers, between operators and kernels. plan_tiles(params) divides values into tiles; launch(params) runs the
-// kernel for the type of params. Arguments are checked in ops.
+// The launchers, between operators and kernels. Arguments are checked in ops.
 #pragma once
 
 #include <type_traits>
@@ -8,9 +7,6 @@
 #include "params/gradient.h"
 #include "params/integrator.h"
 #include "params/normalisation.h"
-#if defined(ASGL_WITH_CUDA)
-#include <cuda_runtime.h>
-#endif
 
 namespace asgl {
 
@@ -42,9 +38,9 @@ void with_pass(Pass pass, F&& f) {
   f(std::integral_constant<Pass, Pass::kSums>{});
 }
 
-// Both devices have the kernels of all params: ForwardParams, BackwardParams, GradientSum, IntegratorParams,
-// MomentsParams, CoefficientsParams, RunningParams, AdjointParams and InputGradientParams. The launchers are
-// instantiated where they are defined, as overloads of plan_on and launch_on.
+// plan_tiles(params) divides values into tiles, and launch(params) runs the kernel for params: ForwardParams,
+// BackwardParams, GradientSum, IntegratorParams, MomentsParams, CoefficientsParams, RunningParams, AdjointParams and
+// InputGradientParams. They are instantiated where they are defined, as overloads of plan_on and launch_on.
 namespace cpu {
 
 template <class Params>
@@ -55,17 +51,5 @@ void launch(const Params& params);
 int num_threads();
 
 }  // namespace cpu
-
-#if defined(ASGL_WITH_CUDA)
-// Calls return the error of their own launch.
-namespace cuda {
-
-template <class Params>
-cudaError_t plan_tiles(Params& params);
-template <class Params>
-cudaError_t launch(const Params& params, cudaStream_t stream);
-
-}  // namespace cuda
-#endif
 
 }  // namespace asgl

@@ -22,7 +22,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 WANTED = os.environ.get("ASGL_TEST_BACKENDS")
 _WANTED_NAMES = () if WANTED is None else tuple(WANTED.split(","))
 EMULATION = PTX_MACHINE = None
-if WANTED is None or {"emulated", "replayed", "ptx"} & set(_WANTED_NAMES):  # PTX is compared with it
+if WANTED is None or {"emulated", "ptx"} & set(_WANTED_NAMES):  # PTX is compared with it
     if host_compiler.compiler() is None:
         print("asgl_cuda: no C++ compiler, so the CUDA kernels are not tested by emulation")
     else:

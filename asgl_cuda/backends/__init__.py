@@ -15,7 +15,6 @@ from torch.overrides import has_torch_function
 
 from .. import extension, ops
 from ..checks import check_name, level_of_user
-from ..derivatives import below_autograd
 from . import cupy
 
 
@@ -62,16 +61,10 @@ def operators_in(namespace: str) -> Operators:
     return Operators(*(getattr(library, name).default for name in Operators._fields))
 
 
-def _direct_operators() -> Operators | None:
-    """The functions of csrc/ops/direct_calls.h; None where the extension is missing or older."""
-    functions: list[Any] = [getattr(extension.module, name, None) for name in Operators._fields]
-    return None if None in functions else Operators(*functions)
-
-
-def _below_autograd(namespace: str) -> Operators:
-    """The operators without their autograd kernels in Python."""
-    functions: list[Any] = [below_autograd(operator) for operator in operators_in(namespace)]
-    return Operators(*functions)
+def direct_operators(functions: Any) -> Operators | None:
+    """The functions of csrc/ops/direct_calls.h in an object; None where the extension is missing or older."""
+    found: list[Any] = [getattr(functions, name, None) for name in Operators._fields]
+    return None if None in found else Operators(*found)
 
 
 def _cuda_problem() -> str | None:
@@ -85,9 +78,9 @@ def _cuda_problem() -> str | None:
 
 # In order of preference.
 BACKENDS: dict[str, Backend] = {
-    "cuda": Backend(("cuda",), operators_in("asgl_cuda"), _cuda_problem, _direct_operators()),
-    "cupy": Backend(("cuda",), operators_in(cupy.NAMESPACE), cupy.problem, _below_autograd(cupy.NAMESPACE)),
-    "cpu": Backend(("cpu",), operators_in("asgl_cuda"), lambda: extension.problem, _direct_operators()),
+    "cuda": Backend(("cuda",), operators_in("asgl_cuda"), _cuda_problem, direct_operators(extension.module)),
+    "cupy": Backend(("cuda",), operators_in(cupy.NAMESPACE), cupy.problem, direct_operators(cupy.FUNCTIONS)),
+    "cpu": Backend(("cpu",), operators_in("asgl_cuda"), lambda: extension.problem, direct_operators(extension.module)),
     "reference": Backend((), None, lambda: None),
 }
 

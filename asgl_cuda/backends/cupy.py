@@ -1,8 +1,9 @@
-"""The CuPy backend: the CUDA kernels of csrc on a GPU without a compiler on the machine.
+"""The CuPy backend: the CUDA kernels of csrc on a GPU without nvcc on the machine.
 
-NVRTC, a CUDA library, compiles each kernel at first use from the headers installed with this package, and CuPy launches
-the kernel. Binaries are stored in CuPy's cache on disk (CUPY_CACHE_DIR, else ~/.cupy/kernel_cache). CuPy's own
-compilation, RawModule, is not used: it always flushes subnormal numbers to zero.
+The operators are the extension's (launched.py). NVRTC, a CUDA library, compiles each kernel at first use from the
+headers installed with this package, and CuPy launches the kernel. Binaries are stored in CuPy's cache on disk
+(CUPY_CACHE_DIR, else ~/.cupy/kernel_cache). CuPy's own compilation, RawModule, is not used: it always flushes subnormal
+numbers to zero.
 
 During CUDA graph capture a kernel can be launched but not loaded: it must have run once before, as torch requires
 anyway.
@@ -19,15 +20,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import Structure, addressof, c_void_p
+from ctypes import addressof, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from .. import extension
 from ..extension import no_sources, source_directory
 from ..extension.build_notes import digest_of_sources
-from . import neuron_kernels, normalisation_kernels
+from . import launched
 
 NAMESPACE = "asgl_cuda_cupy"
 # All include the neuron's kernels.
@@ -35,7 +37,7 @@ SOURCE = "".join(f'#include "cuda/{name}_kernels.cuh"\n' for name in ("adaptive"
 # As for nvcc in compilation.py: no contraction, so that all backends round alike.
 OPTIONS = ("--std=c++17", "--fmad=false")
 # The smallest kernel: if it compiles and loads, the backend works.
-PROBE = neuron_kernels.gradient_sum_kernel(torch.float32)
+PROBE = "asgl::gradient_sum_kernel<float>"
 
 logger = logging.getLogger("asgl_cuda")
 
@@ -177,10 +179,7 @@ def _driver() -> Any:
 
 
 class CupyLauncher:
-    """Launches kernels through CuPy's binding of the CUDA driver, in torch's context.
-
-    The current device of torch and CuPy stays unchanged.
-    """
+    """Launches kernels through CuPy's binding of the CUDA driver, in torch's context."""
 
     def __init__(self) -> None:
         self._functions: dict[tuple[int, str], int] = {}
@@ -193,14 +192,16 @@ class CupyLauncher:
             self._resident_threads[device.index] = found.multi_processor_count * each
         return self._resident_threads[device.index]
 
-    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: Structure) -> None:
-        driver = _driver()
-        arguments = (c_void_p * 1)(addressof(params))
-        with torch.cuda.device(device):
-            function = self._functions.get((device.index, kernel)) or self.load(device, kernel)
-            stream = torch.cuda.current_stream(device).cuda_stream
-            _make_context(driver, device.index)
-            driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(arguments), 0)
+    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: int, size: int) -> None:
+        try:
+            driver = _driver()
+        except ImportError as error:
+            raise RuntimeError(f"asgl_cuda: the backend 'cupy' is not available: {_problem_of_cupy()}") from error
+        arguments = (c_void_p * 1)(params)
+        function = self._functions.get((device.index, kernel)) or self.load(device, kernel)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _make_context(driver, device.index)
+        driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, addressof(arguments), 0)
 
     def load(self, device: torch.device, kernel: str) -> int:
         """A handle of the kernel on the device, which must be the current one."""
@@ -222,7 +223,10 @@ def _make_context(driver: Any, device_index: int) -> None:
 
 
 LAUNCHER = CupyLauncher()
-normalisation_kernels.implement(NAMESPACE, "CUDA", normalisation_kernels.operators_on(LAUNCHER))
+FUNCTIONS = launched.implement(NAMESPACE, "CUDA", LAUNCHER)
+if extension.build_info is not None and extension.build_info.cuda is None and extension.module is not None:
+    # No kernels of nvcc's: those of CuPy serve the operators of exported programs and of C++, too.
+    extension.module.implement("asgl_cuda", "CUDA", LAUNCHER.launch, LAUNCHER.resident_threads)
 
 
 def description() -> str:
@@ -251,7 +255,7 @@ problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _problem() -> str | None:
-    return _problem_of_cupy() or _problem_of_device() or _problem_of_compilation()
+    return _problem_of_cupy() or extension.problem or _problem_of_device() or _problem_of_compilation()
 
 
 def _problem_of_cupy() -> str | None:

@@ -3,7 +3,7 @@
 The yardstick is `gelu` in the same run: with gradients forward and backward, without them forward alone. An empty
 autograd function of two inputs shows the cost of any function in Python. On a GPU: the time until all is queued.
 
-`launched in Python`: operators and launchers in Python, as in the backend cupy, without calling the driver.
+`launched in Python`: a launcher in Python, as that of the backend cupy, without calling the driver.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from ctypes import Structure, addressof, c_void_p
+from ctypes import addressof, c_void_p
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch.utils.benchmark import Timer
 
 import asgl_cuda
 from asgl_cuda import OverTime
-from asgl_cuda.backends import BACKENDS, Backend, normalisation_kernels, operators_in
+from asgl_cuda.backends import BACKENDS, Backend, direct_operators, launched, operators_in
 
 from ..common import fused_backends
 from .clocks import in_turns
@@ -67,16 +67,16 @@ class _Recorder:
     def resident_threads(self, device: torch.device) -> int:
         return 1 << 18
 
-    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: Structure) -> None:
-        addressof((c_void_p * 1)(addressof(params)))
+    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: int, size: int) -> None:
+        addressof((c_void_p * 1)(params))
 
 
 @cache
 def _recorded() -> Backend:
     """A backend for tensors on the CPU that computes nothing."""
     namespace = f"asgl_cuda_{RECORDED}"
-    normalisation_kernels.implement(namespace, "CPU", normalisation_kernels.operators_on(_Recorder()))
-    return Backend(("cpu",), operators_in(namespace), lambda: None)
+    functions = launched.implement(namespace, "CPU", _Recorder())
+    return Backend(("cpu",), operators_in(namespace), lambda: None, direct_operators(functions))
 
 
 @contextmanager

@@ -1,12 +1,11 @@
 // The neurons of a thread, one or four adjacent ones for the whole sequence, and their memory accesses: four are one
-// access of 16 bytes in float32. plan_neurons.cuh decides how many.
+// access of 16 bytes in float32. plan.h decides how many.
 #pragma once
 
 #include "params/neuron.h"
 
 namespace asgl {
 
-constexpr int kBlockThreads = 128;
 constexpr int kWarpThreads = 32;
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 

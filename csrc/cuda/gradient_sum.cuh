@@ -68,9 +68,6 @@ __device__ __forceinline__ void store_partials(Real* slots, const ParameterView<
 
 // ---- of all blocks ----
 
-constexpr int kSumThreads = 512;
-constexpr int kElementsEach = 4;  // of a thread, where elements are many and their runs few
-
 // The number of tiles before neuron n's; `tile` is 1 or 4 times kBlockThreads.
 __device__ __forceinline__ int64 whole_tiles(int64 n, int64 tile) {
   const uint64 of_single_neurons = static_cast<uint64>(n) / kBlockThreads;

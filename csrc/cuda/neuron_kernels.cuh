@@ -125,9 +125,6 @@ __global__ void __launch_bounds__(kBlockThreads, kForwardBlocks<Real_t<Scalar>, 
 
 // ---- backward ----
 
-// The shortest length of practical use, a constant in its own kernels.
-constexpr int kShortSequence = 4;
-
 // The parts of a settled step, for a thread's neurons.
 template <class Model, Input kInput, class Real, int kLanes>
 struct SettledStep {

@@ -7,10 +7,6 @@
 
 namespace asgl {
 
-// Values of a thread, or more to limit splits.
-constexpr int64 kChannelRowsEach = 64;
-constexpr int64 kMomentsRowsEach = 128;
-
 // The columns of a thread.
 template <int kLanes>
 struct ChannelIndex {

@@ -1,50 +1,52 @@
-// Kernel launch, and alignment of arrays.
+// Starts the kernels that nvcc compiled.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
-#include "math/neuron.h"
+#include "cuda/kernel.h"
 
 namespace asgl::cuda {
 
-// The launchers of launch.h call the overload for their params. Device makes argument-dependent lookup find overloads
-// that are declared later.
-struct Device {};
+// The arguments of a launcher. `params` are those of the kernel.
+struct Start {
+  Launch launch;
+  const void* params;
+  cudaStream_t stream;
 
-template <class Params>
-cudaError_t plan_tiles(Params& params) {
-  return plan_on(Device{}, params);
-}
+  template <class Params>
+  cudaError_t operator()(void (*kernel)(Params)) const {
+    constexpr int64 kMostBlocks = 0x7FFFFFFF;
+    if (launch.blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
+    void* arguments[] = {const_cast<void*>(params)};
+    const cudaError_t error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(launch.blocks)), dim3(launch.threads),
+                                               arguments, 0, stream);
+    // Cleared, or a later call would report it. An error of others stays for them; one that outlasts this, as of an
+    // illegal access, is returned by the launch itself.
+    if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+    return error;
+  }
+};
 
-template <class Params>
-cudaError_t launch(const Params& params, cudaStream_t stream) {
-  return launch_on(Device{}, params, stream);
-}
-
-template <class Kernel, class Params>
-cudaError_t start(Kernel* kernel, int64 blocks, int threads, const Params& params, cudaStream_t stream) {
-  constexpr int64 kMostBlocks = 0x7FFFFFFF;
-  if (blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
-  void* arguments[] = {const_cast<Params*>(&params)};
-  const cudaError_t error =
-      cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments, 0, stream);
-  // Cleared, or a later call would report it. An error of others stays for them; one that outlasts this, as of an
-  // illegal access, is returned by the launch itself.
-  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
-  return error;
-}
-
-inline int64 blocks_for(int64 work, int64 per_block) { return (work + per_block - 1) / per_block; }
-
-template <class Element>
-ASGL_HOST_DEVICE bool is_aligned(const Element* first) {
-  return reinterpret_cast<unsigned long>(first) % (4 * sizeof(Element)) == 0;
-}
-
-// float64 would need two accesses of 16 bytes, without a gain.
+// The launchers for one type of x_seq, instantiated in launch_*.cu.
 template <class Scalar>
-constexpr bool kHasFours = !std::is_same_v<Scalar, double>;
+cudaError_t launch_for(const Start& start);
+template <class Scalar>
+cudaError_t launch_integrator(const Start& start);
+
+// The error is that of this launch alone.
+inline cudaError_t launch(const Launch& launch, const void* params, cudaStream_t stream) {
+  const Start start{launch, params, stream};
+  switch (launch.kernel.type) {
+    case Type::kHalf:
+      return launch_for<Half>(start);
+    case Type::kBFloat16:
+      return launch_for<BFloat16>(start);
+    case Type::kFloat:
+      return launch_for<float>(start);
+    case Type::kDouble:
+      return launch_for<double>(start);
+  }
+  return cudaErrorInvalidValue;
+}
 
 }  // namespace asgl::cuda

@@ -2,86 +2,85 @@
 #include <torch/extension.h>
 #if defined(ASGL_WITH_CUDA)
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
 
 #include "cpu/clones.h"
+#if defined(ASGL_WITH_CUDA)
+#include "cuda/start.cuh"
+#endif
 #include "ops/autograd.h"
 #include "ops/direct_calls.h"
 #include "ops/integrator.h"
 #include "ops/neuron.h"
 #include "ops/normalisation.h"
-#include "ops/recurrent.h"
+#include "ops/python_launcher.h"
+#include "ops/recurrent_steps.h"
 
 namespace asgl {
 namespace {
 
-class CpuBackend {
- public:
-  explicit CpuBackend(const at::Tensor&) {}
-
-  template <class Params>
-  void plan_tiles(Params& params) const {
-    cpu::plan_tiles(params);
-  }
-  template <class Params>
-  void launch(const Params& params) const {
-    cpu::launch(params);
-  }
-};
+template <class Kernels, class Library>
+void implement_all(Library& library, const Kernels& kernels) {
+  ops::implement(library, kernels);
+  ops::implement_integrator(library, kernels);
+  ops::implement_batch_norm(library, kernels);
+  ops::implement_recurrent(library, kernels);
+}
 
 #if defined(ASGL_WITH_CUDA)
-
-// Runs on x_seq's device, in the device's current stream.
-class CudaBackend {
+// Starts the kernels that nvcc compiled.
+class CompiledLauncher : public ops::Launcher {
  public:
-  explicit CudaBackend(const at::Tensor& x_seq)
-      : guard_(x_seq.device()), stream_(c10::cuda::getCurrentCUDAStream(x_seq.device().index())) {}
-
-  template <class Params>
-  void plan_tiles(Params& params) const {
-    C10_CUDA_CHECK(cuda::plan_tiles(params));
-  }
-  template <class Params>
-  void launch(const Params& params) const {
-    C10_CUDA_CHECK(cuda::launch(params, stream_));
+  int64_t resident_threads(at::Device device) const override {
+    int multiprocessors = 0, threads_each = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.index()));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&threads_each, cudaDevAttrMaxThreadsPerMultiProcessor, device.index()));
+    return static_cast<int64_t>(multiprocessors) * threads_each;
   }
 
- private:
-  c10::cuda::CUDAGuard guard_;
-  c10::cuda::CUDAStream stream_;
+  void launch(at::Device device, const cuda::Launch& launch, const void* params, size_t) const override {
+    C10_CUDA_CHECK(cuda::launch(launch, params, c10::cuda::getCurrentCUDAStream(device.index())));
+  }
 };
 
+const CompiledLauncher compiled_launcher;
 #endif
 
-template <class Backend, class Library>
-void implement_all(Library& library) {
-  ops::implement<Backend>(library);
-  ops::implement_integrator<Backend>(library);
-  ops::implement_batch_norm<Backend>(library);
+// Registers the operators of a namespace that Python has defined, for tensors on 'CPU' or 'CUDA', with the kernels that
+// a launcher in Python starts. Returns them as functions (direct_calls.h).
+pybind11::object implement(const std::string& name_space, const std::string& device, pybind11::object launch,
+                           pybind11::object resident_threads) {
+  // Both are for the rest of the process: at its end there is no interpreter to release them.
+  const auto* launcher = new ops::PythonLauncher(std::move(launch), std::move(resident_threads));
+  const auto library = [&](const std::string& key) {
+    return new torch::Library(torch::Library::IMPL, name_space, c10::parseDispatchKey(key), __FILE__, __LINE__);
+  };
+  const ops::CudaKernels kernels(*launcher);
+  implement_all(*library(device), kernels);
+  ops::AtAutograd at_autograd(*library("Autograd" + device));
+  implement_all(at_autograd, kernels);
+  const pybind11::object functions = pybind11::module_::import("types").attr("SimpleNamespace")();
+  ops::DirectCalls calls(functions, name_space);
+  implement_all(calls, kernels);
+  return functions;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) {
-  implement_all<CpuBackend>(m);
-  ops::implement_recurrent(m);
-}
+TORCH_LIBRARY_IMPL(asgl_cuda, CPU, m) { implement_all(m, ops::CpuKernels()); }
 
 TORCH_LIBRARY_IMPL(asgl_cuda, AutogradCPU, m) {
   ops::AtAutograd at_autograd(m);
-  implement_all<CpuBackend>(at_autograd);
-  ops::implement_recurrent(at_autograd);
+  implement_all(at_autograd, ops::CpuKernels());
 }
 
 #if defined(ASGL_WITH_CUDA)
-TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) { implement_all<CudaBackend>(m); }
+TORCH_LIBRARY_IMPL(asgl_cuda, CUDA, m) { implement_all(m, ops::CudaKernels(compiled_launcher)); }
 
 TORCH_LIBRARY_IMPL(asgl_cuda, AutogradCUDA, m) {
   ops::AtAutograd at_autograd(m);
-  implement_all<CudaBackend>(at_autograd);
-  ops::implement_recurrent(at_autograd);
+  implement_all(at_autograd, ops::CudaKernels(compiled_launcher));
 }
 #endif
 
@@ -90,9 +89,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "asgl_cuda's compiled part: importing it adds kernels to torch.ops.asgl_cuda. Its operators are the same ones.";
   m.def("cpu_threads", &cpu::num_threads, "Threads that the kernels run on; 1 where they were built without OpenMP.");
   m.def("cpu_instruction_set", [] { return cpu::instruction_set_name(); });
-  ops::DirectCalls calls(m);
-  implement_all<CpuBackend>(calls);
-  ops::implement_recurrent(calls);
+  m.def("kernel_names", [] {
+    std::vector<std::string> names;
+    for (const cuda::Kernel& kernel : cuda::every_kernel()) names.push_back(cuda::name_of(kernel));
+    return names;
+  });
+  m.def("implement", &implement);
+  ops::DirectCalls calls(m, "asgl_cuda");
+  implement_all(calls, ops::CpuKernels());
 }
 
 }  // namespace asgl

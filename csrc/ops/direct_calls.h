@@ -37,15 +37,31 @@ struct FromPython<const c10::List<OptionalTensor>&> {
   }
 };
 
-// Mimics torch::Library's interface, but exports each operator as a pybind11 function. Kernels only give the types: the
-// dispatcher chooses the kernel.
-class __attribute__((visibility("hidden"))) DirectCalls {  // as pybind11::module_
+// Mimics torch::Library's interface, but exports each operator of a namespace as a pybind11 function. Kernels only give
+// the types: the dispatcher chooses the kernel.
+class __attribute__((visibility("hidden"))) DirectCalls {  // as pybind11::object
  public:
-  explicit DirectCalls(pybind11::module_& m) : module_(m) {}
+  // `scope` gets the functions as attributes.
+  DirectCalls(pybind11::object scope, std::string name_space) : scope_(std::move(scope)), namespace_(name_space) {}
 
   template <class Result, class... Arguments>
   void impl(const char* name, Result (*)(Arguments...)) {
-    const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow((std::string("asgl_cuda::") + name).c_str(), "");
+    add<Result, Arguments...>(name);
+  }
+  template <class Kernel>
+  void impl(const char* name, const Kernel&) {
+    add_as(name, &Kernel::operator());
+  }
+
+ private:
+  template <class Kernel, class Result, class... Arguments>
+  void add_as(const char* name, Result (Kernel::*)(Arguments...) const) {
+    add<Result, Arguments...>(name);
+  }
+
+  template <class Result, class... Arguments>
+  void add(const char* name) {
+    const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow((namespace_ + "::" + name).c_str(), "");
     const auto call = [typed = handle.typed<Result(Arguments...)>()](typename FromPython<Arguments>::type... given) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       try {
@@ -54,11 +70,12 @@ class __attribute__((visibility("hidden"))) DirectCalls {  // as pybind11::modul
         TORCH_CHECK_VALUE(false, error.what());
       }
     };
-    module_.def(name, torch::wrap_pybind_function_no_gil(call));
+    pybind11::setattr(scope_, name,
+                      pybind11::cpp_function(torch::wrap_pybind_function_no_gil(call), pybind11::name(name)));
   }
 
- private:
-  pybind11::module_& module_;
+  pybind11::object scope_;
+  std::string namespace_;
 };
 
 }  // namespace asgl::ops

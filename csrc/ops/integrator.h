@@ -1,17 +1,18 @@
-// The operators of the leaky integrator as templates over the backend.
+// The operators of the leaky integrator as templates over the kernels, CpuKernels or CudaKernels.
 #pragma once
 
 #include "ops/call.h"
+#include "ops/launched.h"
 
 namespace asgl::ops {
 
 // Returns v_seq, and v_last if wanted.
-template <class Backend>
-std::vector<Tensor> integrator_forward(const Tensor& x_seq, const OptionalTensor& v_init,
+template <class Kernels>
+std::vector<Tensor> integrator_forward(const Kernels& kernels, const Tensor& x_seq, const OptionalTensor& v_init,
                                        const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> numbers,
                                        at::IntArrayRef rules, bool delay, bool wants_v_last) {
   const Call call(x_seq, v_init, std::nullopt, parameters, numbers, rules);
-  const Backend backend(x_seq);
+  const auto backend = kernels.on(x_seq);
   std::vector<Tensor> results = {call.layout().empty_sequence(x_seq.options())};
   if (wants_v_last) results.push_back(call.layout().empty_state(call.real_options()));
   if (call.layout().shape().neurons() == 0) return results;
@@ -28,12 +29,12 @@ std::vector<Tensor> integrator_forward(const Tensor& x_seq, const OptionalTensor
 }
 
 // Returns the wanted gradients; decay's needs v_seq, input_gain's x_seq, both brought to the layout of grad_v_seq.
-template <class Backend>
-std::vector<Tensor> integrator_backward(const Tensor& grad_v_seq, const OptionalTensor& grad_v_last,
-                                        const OptionalTensor& v_seq, const OptionalTensor& x_seq,
-                                        const OptionalTensor& v_init, const c10::List<OptionalTensor>& parameters,
-                                        at::ArrayRef<double> numbers, at::IntArrayRef rules, bool delay,
-                                        WantedGradients wanted) {
+template <class Kernels>
+std::vector<Tensor> integrator_backward(const Kernels& kernels, const Tensor& grad_v_seq,
+                                        const OptionalTensor& grad_v_last, const OptionalTensor& v_seq,
+                                        const OptionalTensor& x_seq, const OptionalTensor& v_init,
+                                        const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> numbers,
+                                        at::IntArrayRef rules, bool delay, WantedGradients wanted) {
   const Call call(grad_v_seq, v_init, std::nullopt, parameters, numbers, rules);
   const Layout& layout = call.layout();
   const auto sequence_for = [&](int id, const OptionalTensor& given, const char* name) -> OptionalTensor {
@@ -51,7 +52,7 @@ std::vector<Tensor> integrator_backward(const Tensor& grad_v_seq, const Optional
     check_type(*grad_v_last, real_type(grad_v_seq), grad_v_seq, "grad_v_last");
     grad_last = layout.match_state(*grad_v_last, "grad_v_last");
   }
-  const Backend backend(grad_v_seq);
+  const auto backend = kernels.on(grad_v_seq);
   std::vector<Tensor> results;
   if (wanted[0]) results.push_back(layout.empty_sequence(grad_v_seq.options()));
   if (wanted[1]) results.push_back(layout.empty_state(call.real_options()));
@@ -76,10 +77,10 @@ std::vector<Tensor> integrator_backward(const Tensor& grad_v_seq, const Optional
   return results;
 }
 
-template <class Backend, class Library>
-void implement_integrator(Library& m) {
-  m.impl("integrator_forward", integrator_forward<Backend>);
-  m.impl("integrator_backward", integrator_backward<Backend>);
+template <class Kernels, class Library>
+void implement_integrator(Library& m, const Kernels& kernels) {
+  m.impl("integrator_forward", on_kernels(kernels, &integrator_forward<Kernels>));
+  m.impl("integrator_backward", on_kernels(kernels, &integrator_backward<Kernels>));
 }
 
 }  // namespace asgl::ops

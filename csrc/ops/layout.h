@@ -1,5 +1,4 @@
 // Memory layouts of tensors as kernels see them: x_seq as (outer, steps, inner), a parameter as [steps or 1, count].
-// asgl_cuda/layout.py is the same in Python.
 #pragma once
 
 #include <ATen/ATen.h>

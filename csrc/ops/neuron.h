@@ -1,21 +1,19 @@
-// The operators of the neuron as templates over the backend.
-//
-// A Backend is constructed from x_seq for one call. plan_tiles(params) and launch(params), as in launch.h, return when
-// the work is done or queued, and throw on failure.
+// The operators of the neuron as templates over the kernels, CpuKernels or CudaKernels.
 #pragma once
 
 #include "ops/call.h"
+#include "ops/launched.h"
 
 namespace asgl::ops {
 
 // Returns s_seq and the other wanted outputs.
-template <class Backend>
-std::vector<Tensor> lif_forward(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state,
-                                const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> numbers,
-                                at::IntArrayRef rules, std::array<bool, 4> wanted) {
+template <class Kernels>
+std::vector<Tensor> lif_forward(const Kernels& kernels, const Tensor& x_seq, const OptionalTensor& v_init,
+                                const OptionalTensor& rng_state, const c10::List<OptionalTensor>& parameters,
+                                at::ArrayRef<double> numbers, at::IntArrayRef rules, std::array<bool, 4> wanted) {
   const Call call(x_seq, v_init, rng_state, parameters, numbers, rules);
   const auto [wants_v_last, wants_v_seq, wants_h_seq, wants_checkpoints] = wanted;
-  const Backend backend(x_seq);
+  const auto backend = kernels.on(x_seq);
   const Layout& layout = call.layout();
   const SequenceShape& shape = layout.shape();
   const at::TensorOptions real = call.real_options();
@@ -52,8 +50,8 @@ std::vector<Tensor> lif_forward(const Tensor& x_seq, const OptionalTensor& v_ini
 }
 
 // Returns the wanted gradients.
-template <class Backend>
-std::vector<Tensor> lif_backward(const c10::List<OptionalTensor>& grads, const Tensor& x_seq,
+template <class Kernels>
+std::vector<Tensor> lif_backward(const Kernels& kernels, const c10::List<OptionalTensor>& grads, const Tensor& x_seq,
                                  const OptionalTensor& v_init, const OptionalTensor& rng_state,
                                  const Tensor& checkpoints, const c10::List<OptionalTensor>& parameters,
                                  at::ArrayRef<double> numbers, at::IntArrayRef rules, WantedGradients wanted) {
@@ -74,7 +72,7 @@ std::vector<Tensor> lif_backward(const c10::List<OptionalTensor>& grads, const T
   const OptionalTensor grad_s_seq = given(0, "grad_s_seq"), grad_v_last = given(1, "grad_v_last");
   const OptionalTensor grad_v_seq = given(2, "grad_v_seq"), grad_h_seq = given(3, "grad_h_seq");
 
-  const Backend backend(x_seq);
+  const auto backend = kernels.on(x_seq);
   const Tensor grad_x_seq = wanted[0] ? layout.empty_sequence(x_seq.options()) : Tensor();
   const Tensor grad_v_init = wanted[1] ? layout.empty_state(real, call.members()) : Tensor();
   const Tensor grad_residual = wanted.back() && call.has_residual() ? layout.empty_sequence(x_seq.options()) : Tensor();
@@ -111,11 +109,11 @@ inline Tensor draw_rng_state(const Tensor& fresh) {
 }
 
 // The schemas are in asgl_cuda/ops.py.
-template <class Backend, class Library>
-void implement(Library& m) {
+template <class Kernels, class Library>
+void implement(Library& m, const Kernels& kernels) {
   m.impl("draw_rng_state", draw_rng_state);
-  m.impl("lif_forward", lif_forward<Backend>);
-  m.impl("lif_backward", lif_backward<Backend>);
+  m.impl("lif_forward", on_kernels(kernels, &lif_forward<Kernels>));
+  m.impl("lif_backward", on_kernels(kernels, &lif_backward<Kernels>));
 }
 
 }  // namespace asgl::ops

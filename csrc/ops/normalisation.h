@@ -1,7 +1,8 @@
-// The operators of batch normalisation as templates over the backend.
+// The operators of batch normalisation as templates over the kernels, CpuKernels or CudaKernels.
 #pragma once
 
 #include "ops/call.h"
+#include "ops/launched.h"
 
 namespace asgl::ops {
 
@@ -31,11 +32,12 @@ inline Moments* as_moments(const Tensor& tensor) {
   return reinterpret_cast<Moments*>(tensor.mutable_data_ptr<double>());
 }
 
-template <class Backend>
-std::tuple<Tensor, Tensor> batch_norm_coefficients(const Tensor& x_seq, const OptionalTensor& statistics,
-                                                   const OptionalTensor& mean, const OptionalTensor& variance,
-                                                   const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-                                                   double input_scale, int64_t time_dim) {
+template <class Kernels>
+std::tuple<Tensor, Tensor> batch_norm_coefficients(const Kernels& kernels, const Tensor& x_seq,
+                                                   const OptionalTensor& statistics, const OptionalTensor& mean,
+                                                   const OptionalTensor& variance, const OptionalTensor& weight,
+                                                   const OptionalTensor& bias, double eps, double input_scale,
+                                                   int64_t time_dim) {
   const Layout layout(x_seq, time_dim);
   const ChannelShape shape = channel_shape(layout);
   TORCH_CHECK_VALUE(mean.has_value() == variance.has_value(), "asgl_cuda: mean and variance come together");
@@ -55,7 +57,7 @@ std::tuple<Tensor, Tensor> batch_norm_coefficients(const Tensor& x_seq, const Op
     const Checked<Real> given_variance(variance, {shape.channels}, x_seq, "variance");
     const Checked<Real> given_weight(weight, {shape.channels}, x_seq, "weight");
     const Checked<Real> given_bias(bias, {shape.channels}, x_seq, "bias");
-    const Backend backend(x_seq);
+    const auto backend = kernels.on(x_seq);
     Tensor found;
     CoefficientsParams<Real> params{};
     if (statistics.has_value()) {
@@ -90,9 +92,9 @@ std::tuple<Tensor, Tensor> batch_norm_coefficients(const Tensor& x_seq, const Op
   return {coefficients, total};
 }
 
-template <class Backend>
-void batch_norm_update(const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& num_batches_tracked,
-                       const Tensor& coefficients, double momentum) {
+template <class Kernels>
+void batch_norm_update(const Kernels& kernels, const Tensor& running_mean, const Tensor& running_var,
+                       const OptionalTensor& num_batches_tracked, const Tensor& coefficients, double momentum) {
   TORCH_CHECK_TYPE(coefficients.scalar_type() == at::kFloat || coefficients.scalar_type() == at::kDouble,
                    "asgl_cuda: coefficients must be float32 or float64, got ", coefficients.scalar_type());
   TORCH_CHECK_VALUE(coefficients.dim() >= 2 && coefficients.size(0) == kNumCoefficients &&
@@ -110,7 +112,7 @@ void batch_norm_update(const Tensor& running_mean, const Tensor& running_var, co
                          num_batches_tracked->device() == coefficients.device()),
                     "asgl_cuda: num_batches_tracked must be one int64 on ", coefficients.device());
   if (channels == 0) return;
-  const Backend backend(coefficients);
+  const auto backend = kernels.on(coefficients);
   with_scalar(coefficients.scalar_type(), [&](auto scalar) {
     using Real = Real_t<decltype(scalar)>;
     RunningParams<Real> params{};
@@ -127,13 +129,13 @@ void batch_norm_update(const Tensor& running_mean, const Tensor& running_var, co
   });
 }
 
-template <class Backend>
-std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const OptionalTensor& grad_residual,
-                                               const Tensor& x_seq, const Tensor& coefficients,
-                                               const Tensor& statistics, const Tensor& grad_gain,
-                                               const Tensor& grad_bias, const Tensor& total_grad_gain,
-                                               const Tensor& total_grad_bias, double eps, double input_scale,
-                                               int64_t time_dim) {
+template <class Kernels>
+std::tuple<Tensor, Tensor> batch_norm_backward(const Kernels& kernels, const Tensor& grad_x_seq,
+                                               const OptionalTensor& grad_residual, const Tensor& x_seq,
+                                               const Tensor& coefficients, const Tensor& statistics,
+                                               const Tensor& grad_gain, const Tensor& grad_bias,
+                                               const Tensor& total_grad_gain, const Tensor& total_grad_bias, double eps,
+                                               double input_scale, int64_t time_dim) {
   const Layout layout(x_seq, time_dim);
   const ChannelShape shape = channel_shape(layout);
   const bool wanted = grad_x_seq.numel() > 0, has_residual = wanted && grad_residual.has_value();
@@ -159,7 +161,7 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const O
     const Checked<Real> own_bias(grad_bias, by_channel, x_seq, "grad_bias");
     const Checked<Real> all_gain(total_grad_gain, by_channel, x_seq, "total_grad_gain");
     const Checked<Real> all_bias(total_grad_bias, by_channel, x_seq, "total_grad_bias");
-    const Backend backend(x_seq);
+    const auto backend = kernels.on(x_seq);
     const Tensor adjoint = at::empty({2, shape.channels}, real);
     AdjointParams<Real> params{};
     params.moments = as_moments(given_statistics.data());
@@ -191,11 +193,11 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_x_seq, const O
 }
 
 // The schemas are in asgl_cuda/ops.py.
-template <class Backend, class Library>
-void implement_batch_norm(Library& m) {
-  m.impl("batch_norm_coefficients", batch_norm_coefficients<Backend>);
-  m.impl("batch_norm_update", batch_norm_update<Backend>);
-  m.impl("batch_norm_backward", batch_norm_backward<Backend>);
+template <class Kernels, class Library>
+void implement_batch_norm(Library& m, const Kernels& kernels) {
+  m.impl("batch_norm_coefficients", on_kernels(kernels, &batch_norm_coefficients<Kernels>));
+  m.impl("batch_norm_update", on_kernels(kernels, &batch_norm_update<Kernels>));
+  m.impl("batch_norm_backward", on_kernels(kernels, &batch_norm_backward<Kernels>));
 }
 
 }  // namespace asgl::ops

@@ -1,11 +1,19 @@
-// The operators of recurrent neurons on the CPU. Other devices have loops over the operators of the neuron, in
-// asgl_cuda/recurrent_steps.py, where the arguments are described.
+// The operators of recurrent neurons on the CPU; recurrent_steps.h has those of other kernels.
+//
+// `parameters` are the rows of RecurrentParameterId; numbers and rules those of the neuron.
 #pragma once
 
 #include "cpu/recurrent.h"
 #include "ops/call.h"
 
 namespace asgl::ops {
+
+// As a list of the operators.
+template <class Element = int64_t, class Fields>
+at::ArrayRef<Element> packed(const Fields& fields) {
+  static_assert(std::is_trivially_copyable_v<Fields> && sizeof(Fields) % sizeof(Element) == 0);
+  return {reinterpret_cast<const Element*>(&fields), sizeof(Fields) / sizeof(Element)};
+}
 
 // The arguments that forward and backward share, checked. `sequence` is x_seq, or a sequence of its shape.
 class RecurrentCall {
@@ -39,9 +47,10 @@ class RecurrentCall {
     TORCH_CHECK_VALUE(0 <= below && below <= kAnalogBelowInState, "asgl_cuda: analog_below must be in [0, ",
                       kAnalogBelowInState, "], got ", below);
     if (below > 0 && below != kAlwaysAnalog) {
-      TORCH_CHECK_VALUE(rng_state.has_value() && rng_state->scalar_type() == at::kLong &&
-                            rng_state->numel() == elements && rng_state->is_contiguous() && rng_state->is_cpu(),
-                        "asgl_cuda: rng_state must be a contiguous int64 tensor of ", elements, " elements on cpu");
+      TORCH_CHECK_VALUE(
+          rng_state.has_value() && rng_state->scalar_type() == at::kLong && rng_state->numel() == elements &&
+              rng_state->is_contiguous() && rng_state->device() == sequence.device(),
+          "asgl_cuda: rng_state must be a contiguous int64 tensor of ", elements, " elements on ", sequence.device());
       rng_state_ = rng_state;
     }
   }
@@ -51,10 +60,25 @@ class RecurrentCall {
   bool empty() const { return sequence_.numel() == 0; }
   const Tensor& weight() const { return weight_; }
   const Tensor& parameters() const { return parameters_; }
+  const Rules& rules() const { return rules_; }
+  const Numbers& numbers() const { return numbers_; }
   at::TensorOptions real_options() const { return weight_.options(); }
 
   Tensor empty_sequence() const { return in_huge_pages(at::empty(sequence_.sizes(), real_options())); }
   Tensor empty_state() const { return at::empty({batch(), neurons()}, real_options()); }
+  Tensor zero_state() const { return at::zeros({batch(), neurons()}, real_options()); }
+
+  // The arguments of the operators of the neuron for one step, [1, B, N].
+  Rules rules_of_step() const {
+    Rules rules = rules_;
+    rules.time_dim = rules.scale_output = 0;
+    return rules;
+  }
+  c10::List<OptionalTensor> neuron(const OptionalTensor& decay) const {
+    const auto row = [&](int id) -> OptionalTensor { return parameters_[id]; };
+    return c10::List<OptionalTensor>({row(kRecurrentWidth), decay, row(kRecurrentThreshold), row(kRecurrentReset),
+                                      std::nullopt, std::nullopt, std::nullopt, std::nullopt});
+  }
 
   OptionalTensor state(const OptionalTensor& given, const char* name) const {
     if (!given.has_value()) return std::nullopt;
@@ -115,11 +139,11 @@ class RecurrentCall {
 };
 
 // Returns s_seq and the wanted of emitted, h_seq, v_seq, i_seq, v_last, s_last and i_last.
-inline std::vector<Tensor> recurrent_forward(const Tensor& x_seq, const Tensor& weight, const Tensor& parameters,
-                                             const OptionalTensor& v_init, const OptionalTensor& s_init,
-                                             const OptionalTensor& i_init, const OptionalTensor& rng_state,
-                                             at::ArrayRef<double> numbers, at::IntArrayRef rules, bool has_synapse,
-                                             std::array<bool, 7> wanted) {
+inline std::vector<Tensor> recurrent_forward_on_cpu(const Tensor& x_seq, const Tensor& weight, const Tensor& parameters,
+                                                    const OptionalTensor& v_init, const OptionalTensor& s_init,
+                                                    const OptionalTensor& i_init, const OptionalTensor& rng_state,
+                                                    at::ArrayRef<double> numbers, at::IntArrayRef rules,
+                                                    bool has_synapse, std::array<bool, 7> wanted) {
   const RecurrentCall call(x_seq, weight, parameters, v_init, s_init, i_init, rng_state, numbers, rules, has_synapse);
   std::vector<Tensor> results = {in_huge_pages(at::empty(x_seq.sizes(), x_seq.options()))};
   std::array<Tensor, 7> others;
@@ -145,15 +169,13 @@ inline std::vector<Tensor> recurrent_forward(const Tensor& x_seq, const Tensor& 
 }
 
 // Returns the wanted gradients of x_seq (in the arithmetic type), weight, parameters, v_init, s_init and i_init.
-inline std::vector<Tensor> recurrent_backward(const OptionalTensor& grad_s_seq, const OptionalTensor& grad_v_seq,
-                                              const OptionalTensor& grad_h_seq, const OptionalTensor& grad_v_last,
-                                              const OptionalTensor& grad_s_last, const OptionalTensor& grad_i_last,
-                                              const Tensor& h_seq, const Tensor& emitted, const OptionalTensor& i_seq,
-                                              const Tensor& weight, const Tensor& parameters,
-                                              const OptionalTensor& v_init, const OptionalTensor& s_init,
-                                              const OptionalTensor& i_init, const OptionalTensor& rng_state,
-                                              at::ArrayRef<double> numbers, at::IntArrayRef rules, bool has_synapse,
-                                              bool detach_recurrent, std::array<bool, 6> wanted) {
+inline std::vector<Tensor> recurrent_backward_on_cpu(
+    const OptionalTensor& grad_s_seq, const OptionalTensor& grad_v_seq, const OptionalTensor& grad_h_seq,
+    const OptionalTensor& grad_v_last, const OptionalTensor& grad_s_last, const OptionalTensor& grad_i_last,
+    const Tensor& h_seq, const Tensor& emitted, const OptionalTensor& i_seq, const Tensor& weight,
+    const Tensor& parameters, const OptionalTensor& v_init, const OptionalTensor& s_init, const OptionalTensor& i_init,
+    const OptionalTensor& rng_state, at::ArrayRef<double> numbers, at::IntArrayRef rules, bool has_synapse,
+    bool detach_recurrent, std::array<bool, 6> wanted) {
   const RecurrentCall call(h_seq, weight, parameters, v_init, s_init, i_init, rng_state, numbers, rules, has_synapse);
   const auto [wants_x_seq, wants_weight, wants_parameters, wants_v_init, wants_s_init, wants_i_init] = wanted;
   const at::ScalarType real = h_seq.scalar_type();
@@ -208,12 +230,6 @@ inline std::vector<Tensor> recurrent_backward(const OptionalTensor& grad_s_seq, 
     if (state.defined()) results.push_back(state);
   }
   return results;
-}
-
-template <class Library>
-void implement_recurrent(Library& m) {
-  m.impl("recurrent_forward", recurrent_forward);
-  m.impl("recurrent_backward", recurrent_backward);
 }
 
 }  // namespace asgl::ops

@@ -112,7 +112,7 @@ std::vector<Tensor> recurrent_backward(const Kernels& kernels, const OptionalTen
     }
     dv = row[kRecurrentDecay] * dh;
     feedback = std::nullopt;
-    if (!detach_recurrent) feedback = elementwise ? dj * weight : at::mm(dj, weight);
+    if (!detach_recurrent) feedback = elementwise ? dj * call.weight() : at::mm(dj, call.weight());
     dh_seq[t] = dh;
     dj_seq[t] = dj;
   }
@@ -160,8 +160,8 @@ void implement_recurrent(Library& m, const Kernels& kernels) {
 }
 template <class Library>
 void implement_recurrent(Library& m, const CpuKernels&) {
-  m.impl("recurrent_forward", recurrent_forward);
-  m.impl("recurrent_backward", recurrent_backward);
+  m.impl("recurrent_forward", recurrent_forward_on_cpu);
+  m.impl("recurrent_backward", recurrent_backward_on_cpu);
 }
 
 }  // namespace asgl::ops

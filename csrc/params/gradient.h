@@ -5,6 +5,9 @@
 
 namespace asgl {
 
+constexpr int kSumThreads = 512;  // of a block of CUDA
+constexpr int kElementsEach = 4;  // of a thread, where elements are many and their runs few
+
 // Chain-rule factor still to be applied to the partial sums, gradients of 1 / width and of the decay.
 enum class Derivative { kNone, kOfWidth, kOfLogWidth, kOfLogitDecay };
 

@@ -1,4 +1,4 @@
-// Arguments of the neuron's kernels, plain structs passed by value. The backend cupy parses this file for their layout.
+// Arguments of the neuron's kernels, plain structs passed by value.
 #pragma once
 
 #include "math/half_types.h"
@@ -18,8 +18,14 @@ struct SequenceShape {
   ASGL_HOST_DEVICE int64 element(int64 n, int64 t) const { return (n / inner * steps + t) * inner + n % inner; }
 };
 
+// Threads of a block of all CUDA kernels but the sum of gradients.
+constexpr int kBlockThreads = 128;
+
 // Steps between checkpoints of the state for backward. Sequences up to this length have none.
 constexpr int kCheckpointSteps = 16;
+
+// The shortest length of practical use, a constant in its own CUDA kernels.
+constexpr int kShortSequence = 4;
 
 // Elements of the checkpoints of v, or of w.
 ASGL_HOST_DEVICE int64 checkpoint_stride(const SequenceShape& shape) {

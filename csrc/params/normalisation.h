@@ -1,10 +1,13 @@
-// Arguments of batch normalisation's kernels, plain structs passed by value. The backend cupy parses this file for
-// their layout.
+// Arguments of batch normalisation's kernels, plain structs passed by value.
 #pragma once
 
 #include "math/normalisation.h"
 
 namespace asgl {
+
+// Values of a CUDA thread, or more to limit splits.
+constexpr int64 kChannelRowsEach = 64;
+constexpr int64 kMomentsRowsEach = 128;
 
 // A sequence as rows of channels * inner columns; column j belongs to channel j / inner.
 struct ChannelShape {

@@ -21,24 +21,24 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import asgl_cuda
 from asgl_cuda import backends, extension
 from asgl_cuda.backends import cupy as jit
-from asgl_cuda.backends import neuron_kernels, normalisation_kernels
-from asgl_cuda.backends.structures import structure
-from asgl_cuda.reference import Rules
+from asgl_cuda.backends import launched
 from tools import host_compiler
 from tools.emulation import emulated
 from tools.kernels.code_checks import ptx_problems
 from tools.kernels.cuda_code import Disassembler
 
-MODEL = neuron_kernels.model(Rules(**{**dict.fromkeys(Rules._fields, 0), "hard_reset": 1}))
-FORWARD = neuron_kernels.forward_kernel(torch.float32, MODEL, 4, neuron_kernels.PLAIN)
-BACKWARD = neuron_kernels.backward_kernel(torch.float32, MODEL, 4, neuron_kernels.PLAIN, 4)
-GENERAL_HALF = neuron_kernels.backward_kernel(torch.bfloat16, MODEL, 4, neuron_kernels.GENERAL)
+PLAIN = "float, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)2"
+FORWARD, BACKWARD = f"asgl::lif_forward_kernel<{PLAIN}, 0>", f"asgl::lif_backward_settled_kernel<{PLAIN}, 4>"
+GENERAL_HALF = "asgl::lif_backward_kernel<asgl::BFloat16, 4, (asgl::Input)0>"
 BATCH_NORM = (
-    neuron_kernels.forward_kernel(torch.float32, MODEL, 4, neuron_kernels.NORMALISED),
-    neuron_kernels.backward_kernel(torch.float32, MODEL, 4, neuron_kernels.NORMALISED, 4),
-    normalisation_kernels.moments_kernel(torch.float32, 4),
-    normalisation_kernels.input_gradient_kernel(torch.float32, 4, False),
-)
+    FORWARD.replace("(asgl::Input)2", "(asgl::Input)1"), BACKWARD.replace("(asgl::Input)2", "(asgl::Input)1"),
+    "asgl::batch_moments_kernel<float, 4>", "asgl::batch_norm_input_gradient_kernel<float, 4, false>",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(extension.module is None, reason=str(extension.problem))
+def test_kernels_are_those_of_the_operators():
+    assert {jit.PROBE, FORWARD, BACKWARD, GENERAL_HALF, *BATCH_NORM} <= set(launched.kernel_names())
 
 
 @pytest.fixture
@@ -210,7 +210,16 @@ def test_target(monkeypatch, capability, expected):
 # ---- launches ----
 
 DEVICES = [torch.device("cuda", index) for index in (0, 1)]
-PARAMS = structure("ForwardParams", torch.float32)((1, 2, 3), x_seq=4096)
+PARAMS = ctypes.create_string_buffer(b"the parameters of a kernel")
+
+
+def launch(launcher, machine, device) -> None:
+    """As the operators do, which make the device the current one."""
+    before, machine.current = machine.current, device.index
+    try:
+        launcher.launch(device, FORWARD, 5, 128, ctypes.addressof(PARAMS), len(PARAMS))
+    finally:
+        machine.current = before
 
 
 class Machine:
@@ -239,25 +248,12 @@ class Machine:
         *grid, shared_bytes, stream, arguments, extra = numbers
         assert (shared_bytes, extra) == (0, 0)
         pointer = ctypes.cast(arguments, ctypes.POINTER(ctypes.c_void_p))[0]
-        self.calls.append((*function, tuple(grid), stream, ctypes.string_at(pointer, ctypes.sizeof(PARAMS))))
+        self.calls.append((*function, tuple(grid), stream, ctypes.string_at(pointer, len(PARAMS))))
 
     def install(self, monkeypatch) -> None:
-        machine = self
-
-        class Device:
-            def __init__(self, device):
-                self.index = device.index
-
-            def __enter__(self):
-                self.before, machine.current = machine.current, self.index
-
-            def __exit__(self, *_):
-                machine.current = self.before
-
         monkeypatch.setattr(jit, "_driver", lambda: self)
         monkeypatch.setattr(jit, "load_or_compile", lambda kernel, target: jit.Binary(f"_{kernel}", target.encode()))
         monkeypatch.setattr(jit, "target", lambda capability: f"sm_{capability[0]}{capability[1]}")
-        monkeypatch.setattr(torch.cuda, "device", Device)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((9, 0), (8, 0))[device.index])
         streams = [types.SimpleNamespace(cuda_stream=number) for number in (7, 0)]
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[device.index])
@@ -273,21 +269,11 @@ def machine(monkeypatch) -> Machine:
 def test_launch(machine):
     launcher = jit.CupyLauncher()
     for device in (*DEVICES, *DEVICES):
-        launcher.launch(device, FORWARD, 5, 128, PARAMS)
+        launch(launcher, machine, device)
     symbol = f"_{FORWARD}"
     assert machine.loads == [(0, b"sm_90", symbol), (1, b"sm_80", symbol)]  # once on each device
-    first, second = ((index, symbol, (5, 1, 1, 128, 1, 1), stream, bytes(PARAMS)) for index, stream in ((0, 7), (1, 0)))
+    first, second = ((index, symbol, (5, 1, 1, 128, 1, 1), stream, PARAMS.raw) for index, stream in ((0, 7), (1, 0)))
     assert machine.calls == [first, second, first, second]
-    assert machine.current == 0
-
-
-def test_failed_launch_restores_the_device(machine, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("CUDA_ERROR_INVALID_VALUE: invalid argument")
-
-    monkeypatch.setattr(machine, "launchKernel", fail)
-    with pytest.raises(RuntimeError, match="invalid argument"):
-        jit.CupyLauncher().launch(DEVICES[1], FORWARD, 5, 128, PARAMS)
     assert machine.current == 0
 
 
@@ -297,7 +283,7 @@ def test_thread_without_a_context(machine, monkeypatch):
     launcher = jit.CupyLauncher()
     for _ in range(2):
         machine.context = False
-        launcher.launch(DEVICES[1], FORWARD, 5, 128, PARAMS)
+        launch(launcher, machine, DEVICES[1])
     assert len(machine.calls) == 2
 
 
@@ -317,19 +303,17 @@ def test_cupy_itself_on_a_fake_driver(tmp_path):
     library = tmp_path / "libcuda.so.1"
     subprocess.run([*compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     code = """
-import contextlib, ctypes, types
+import ctypes, types
 import cupy, torch
 from asgl_cuda.backends import cupy as jit
-from asgl_cuda.backends.structures import structure
 fake = ctypes.CDLL("libcuda.so.1")
 cupy.cuda.runtime = types.SimpleNamespace(setDevice=lambda device: fake.fake_set_device(device))
-torch.cuda.device = lambda device: contextlib.nullcontext()
 torch.cuda.get_device_capability = lambda device: (9, 0)
 torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=0xabc)
-params = structure("ForwardParams", torch.float32)((1, 2, 258))
+params = (ctypes.c_longlong * 3)(1, 2, 258)
 launcher = jit.CupyLauncher()
 for kernel in (jit.PROBE, jit.PROBE):
-    launcher.launch(torch.device("cuda", 3), kernel, 5, 128, params)
+    launcher.launch(torch.device("cuda", 3), kernel, 5, 128, ctypes.addressof(params), ctypes.sizeof(params))
 """
     environment = {**os.environ, "LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
     result = subprocess.run(

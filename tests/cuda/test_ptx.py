@@ -92,7 +92,7 @@ def test_chosen_kernels(machine, with_launcher, name, dtype, surrogate, reset):
         for input in INPUTS:
             for analog_prob in (0.0, 0.3, 1.0):
                 call = dtype, surrogate, reset, steps, input, analog_prob
-                assert_same_bits(results("tried", *call), results("replayed", *call))
+                assert_same_bits(results("tried", *call), results("emulated", *call))
 
 
 @pytest.mark.parametrize("name", ptx.BACKENDS)
@@ -102,7 +102,7 @@ def test_sums_of_gradients(machine, with_launcher, name):
     for shape, sizes in (((2, 300 * 512), ()), ((3, 4, 6, 68), (6, 1)), ((3, 6, 68), (6, 68)), ((2, 5, 7), (2, 1, 1))):
         for dtype in (torch.float32, torch.float64):
             found = []
-            for backend in ("tried", "replayed"):
+            for backend in ("tried", "emulated"):
                 torch.manual_seed(0)
                 width, decay = (uniform(*sizes, low=0.5, high=0.9, dtype=dtype) for _ in range(2))
                 x_seq = random_input(*shape, dtype=dtype)
@@ -117,7 +117,7 @@ def test_batch_normalisation(machine, with_launcher, dtype):
     with_launcher(machine)
     for shape in ((3, 2, 6, 4, 8), (3, 2, 5, 2, 3), (3, 2, 130, 1), (1, 70, 3, 600), (2, 1, 4)):
         found = []
-        for backend in ("tried", "replayed"):
+        for backend in ("tried", "emulated"):
             torch.manual_seed(0)
             x_seq = random_input(*shape, dtype=dtype)
             weight = uniform(shape[2], low=0.5, high=1.5, dtype=real_of(dtype))
@@ -165,7 +165,7 @@ def test_other_compilers(machine, with_launcher, compiler, dtype, surrogate, res
     for steps in STEPS if ALL else steps_by_default:
         for input in INPUTS if ALL else ("plain",):
             call = dtype, surrogate, reset, steps, input, 0.3
-            assert_same_bits(results("tried", *call), results("replayed", *call))
+            assert_same_bits(results("tried", *call), results("emulated", *call))
 
 
 # ---- exp, erf, atan and the reciprocal ----
@@ -182,7 +182,7 @@ def test_all_surrogates_with_the_functions_of_the_host(machine, with_launcher, s
     for steps in (4, 17) if ALL else (4,):
         for input in ("plain", "general") if ALL else ("plain",):
             call = dtype, surrogate, reset, steps, input, 0.3
-            assert_same_bits(results("tried", *call), results("replayed", *call))
+            assert_same_bits(results("tried", *call), results("emulated", *call))
 
 
 INEXACT = [surrogate for surrogate in SURROGATES if surrogate not in EXACT_SURROGATES]

@@ -17,7 +17,7 @@ def name(request, backend):
     """The name of a backend."""
     if request.param == "fused":
         return backend
-    if backend in ("emulated", "replayed", "ptx"):
+    if backend in ("emulated", "ptx"):
         pytest.skip("the reference is the same beside any backend of its device")
     return "reference"
 

@@ -6,15 +6,12 @@ that outputs are compared in float64, or with weights that are multiples of 1/64
 
 import copy
 import random
-from functools import partial
 
 import pytest
 import torch
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import asgl_cuda
-from asgl_cuda.backends import BACKENDS
-from asgl_cuda.recurrent_steps import backward_by_steps, forward_by_steps
 from asgl_cuda.selfcheck import EXACT_SURROGATES
 from asgl_cuda.surrogate import SURROGATES
 
@@ -91,19 +88,6 @@ def test_equals_reference(backend, device, seed):
     given, leaves = case(seed, device=device)
     asked = random.Random(seed).choice([NAMES, NAMES, ("s_seq",), ("s_seq", "v_last", "s_last", "i_last")])
     assert_equals_reference(given, leaves, backend, asked)
-
-
-@pytest.mark.parametrize("seed", range(100, 124))
-def test_loops_over_the_operators_of_the_neuron(monkeypatch, seed):
-    """What a GPU runs, with the operators of the CPU."""
-    backend, library = BACKENDS["cpu"], torch.ops.asgl_cuda
-    loops = {
-        "recurrent_forward": partial(forward_by_steps, library),
-        "recurrent_backward": partial(backward_by_steps, library),
-    }
-    operators = backend.operators._replace(**loops)
-    monkeypatch.setitem(BACKENDS, "cpu", backend._replace(operators=operators, direct=None))
-    assert_equals_reference(*case(seed), "cpu")
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -14,7 +14,7 @@ import asgl_cuda
 import asgl_cuda.__main__
 from asgl_cuda.backends import BACKENDS, cupy
 
-EMULATIONS = {"emulated", "replayed", "ptx", "ptx_one"}  # in tests only
+EMULATIONS = {"emulated", "ptx", "ptx_one"}  # in tests only
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

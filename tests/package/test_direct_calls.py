@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import asgl_cuda
 from asgl_cuda import extension
-from asgl_cuda.backends import BACKENDS, Operators, _direct_operators, operators_of
+from asgl_cuda.backends import BACKENDS, Operators, direct_operators, operators_of
 
 CPU = BACKENDS["cpu"]
 pytestmark = pytest.mark.skipif(CPU.direct is None, reason="this build has no extension")
@@ -139,8 +139,7 @@ def test_both_ways_refuse_wrong_arguments(way):
         forward(torch.rand(4, 7))
 
 
-def test_an_extension_compiled_before_is_called_through_torch_ops(monkeypatch):
-    monkeypatch.setattr(extension, "module", SimpleNamespace(lif_forward=CPU.direct.lif_forward))
-    assert _direct_operators() is None
-    monkeypatch.setattr(extension, "module", None)
-    assert _direct_operators() is None
+def test_an_extension_compiled_before_is_called_through_torch_ops():
+    assert direct_operators(extension.module) == CPU.direct
+    assert direct_operators(SimpleNamespace(lif_forward=CPU.direct.lif_forward)) is None
+    assert direct_operators(None) is None

@@ -18,7 +18,7 @@ HEADERS = {
     ".": {"params"},
     "cpu": {"cpu", "math", "params", "."},
     "cuda": {"cuda", "math", "params", "."},
-    "ops": {"ops", "math", "params", ".", "cpu"},  # cpu only for the name of the instruction set
+    "ops": {"ops", "math", "params", ".", "cpu", "cuda"},  # cpu only for the name of the instruction set
 }
 
 
@@ -79,3 +79,5 @@ def test_headers(path):
     folder = path.relative_to(ROOT / "csrc").parts[0] if path.parent.name != "csrc" else "."
     included = re.findall(r'#include "(?:(\w+)/)?[\w.]+"', path.read_text())
     assert {name or "." for name in included} <= HEADERS[folder]
+    if folder == "ops":  # the plan of launches, not the kernels
+        assert set(re.findall(r'#include "cuda/([\w.]+)"', path.read_text())) <= {"plan.h", "start.cuh"}

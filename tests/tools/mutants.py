@@ -20,9 +20,7 @@ kernels = partial(Mutant, "cuda/neuron_kernels.cuh")
 sums = partial(Mutant, "cuda/gradient_sum.cuh")
 access = partial(Mutant, "cuda/access.cuh")
 noise = partial(Mutant, "cuda/noise.cuh")
-plans = partial(Mutant, "cuda/plan_neurons.cuh")
-launchers = partial(Mutant, "cuda/launch_neuron.cuh")
-channel_launchers = partial(Mutant, "cuda/launch_normalisation.cuh")
+plans = partial(Mutant, "cuda/plan.h")
 params = partial(Mutant, "params/neuron.h")
 neuron = partial(Mutant, "math/neuron.h")
 thread_neuron = partial(Mutant, "cuda/thread_neuron.cuh")
@@ -31,7 +29,6 @@ rules = partial(Mutant, "math/lif_by_options.h")
 adaptive = partial(Mutant, "math/adaptive.h")
 adaptive_kernels = partial(Mutant, "cuda/adaptive_kernels.cuh")
 integrator = partial(Mutant, "cuda/integrator_kernels.cuh")
-integrator_launchers = partial(Mutant, "cuda/launch_integrator.cu")
 channels = partial(Mutant, "cuda/normalisation_kernels.cuh")
 channel_params = partial(Mutant, "params/normalisation.h")
 pairs = partial(Mutant, "math/pair.h")
@@ -84,7 +81,7 @@ MUTANTS = {
         "no gain of the settled residual's gradient": kernels("++j) dr[j] = @ *", "params.residual_gain", "Real(1)"),
         "settled kernel for a general residual": plans("return @ ? Input::kGeneralResidual", "input == Input::kGeneral",
                                                        "false"),
-        "four neurons for any residual": launchers("groups_of_four(params, @, params.s_seq", "params.residual",
+        "four neurons for any residual": plans("groups_of_four(params, @, params.s_seq", "params.residual",
                                                    "params.x_seq"),
         # ---- noise ----
         "wrong lanes exchange noise": noise("exchanged = @", "__shfl_sync(kWholeWarp, drawn, other, kNoiseGroup)",
@@ -308,24 +305,23 @@ MUTANTS = {
         ),
         "v_init may be misaligned": plans("&& @ &&", "is_aligned(params.v_init)", "true"),
         "outputs may be misaligned": plans("(@)", "is_aligned(sequences_and_states) && ...", "true"),
-        "checkpoints may be misaligned": launchers("@);\n  return plan_neurons(", "params.checkpoints",
+        "checkpoints may be misaligned": plans("@);\n  plan_neurons(", "params.checkpoints",
                                                   "params.v_last"),
         "rows may be misaligned": plans("params.shape.inner % @ == 0", "4", "2"),
         "four need not share a parameter": plans("shared = shared && @;", "parameter.is_shared_by_four()", "true"),
-        "fours for few neurons in general": plans("general ? @ :", "neurons / 4 >= resident / 4",
-                                                      "neurons >= resident / 4"),
-        "fours for few neurons and long sequences": plans(": @;\n  return error",
-                                                              "neurons > kFewSixteenths * resident / 16", "true"),
-        "no fours for a whole segment": plans("!general && @;", "params.shape.steps <= kCheckpointSteps",
+        "fours for few neurons in general": plans("general ? @ :", "neurons / 4 >= threads / 4",
+                                                      "neurons >= threads / 4"),
+        "fours for few neurons and long sequences": plans(": @;\n}",
+                                                              "neurons > kFewSixteenths * threads / 16", "true"),
+        "no fours for a whole segment": plans("!general && @) return", "params.shape.steps <= kCheckpointSteps",
                                                   "params.shape.steps < kCheckpointSteps"),
-        "forward of exactly four for fewer steps": launchers(
-            "(@) {\n          kernel = &lif_forward", "params.shape.steps == kShortSequence",
+        "exactly four for fewer steps": plans(
+            "kernel.lanes == 4 && @) kernel.steps", "params.shape.steps == kShortSequence",
             "params.shape.steps <= kShortSequence",
         ),
-        "backward of exactly four for fewer steps": launchers(
-            "(@) {\n          kernel = &lif_backward", "params.shape.steps == kShortSequence",
-            "params.shape.steps <= kShortSequence",
-        ),
+        "shared parameters where they are apart": plans("if (@) kernel.input", "!share_parameters(params)", "false"),
+        "no residual with one neuron": plans("kernel.input = @ ? Input::kGeneralResidual", "params.residual != nullptr",
+                                             "false"),
         "tensors as constants": plans("if (@) summary.tensors", "parameter.data != nullptr", "false"),
         "alike in spite of other runs": plans("alike && @ &&", "parameter.inner == inner", "true"),
         "alike in spite of another count": plans("&& @;\n    summary", "parameter.count == count", "true"),
@@ -336,13 +332,13 @@ MUTANTS = {
         "runs in common of one neuron": plans("common = index(@,", "inner", "1"),
         "no gradients wanted": plans("static_cast<uint32>(@) << id", "params.wants(id)",
                                          "id != kDecay && params.wants(id)"),
-        "too few slots for a whole block": launchers("if (@) {", "slots >= kManySlots", "slots > kManySlots"),
-        "not the largest power": launchers("while (@)", "2 * power <= most", "2 * power < most"),
-        "runs that there are not": launchers("min({@, kMostRunsEach", "runs", "kMostRunsEach"),
-        "runs are never split": launchers("part.splits = @ ?", "splits > 2", "false"),
-        "repeated values without a fold": launchers("if (@) part.neurons", "part.parameter.repeats_in(sum.tile)",
+        "too few slots for a whole block": plans("if (@) {", "slots >= kManySlots", "slots > kManySlots"),
+        "not the largest power": plans("while (@)", "2 * power <= most", "2 * power < most"),
+        "runs that there are not": plans("min({@, kMostRunsEach", "runs", "kMostRunsEach"),
+        "runs are never split": plans("part.splits = @ ?", "splits > 2", "false"),
+        "repeated values without a fold": plans("if (@) part.neurons", "part.parameter.repeats_in(sum.tile)",
                                                     "false"),
-        "too few blocks of a sum": launchers("(sum.shape), @);", "part.elements_each", "part.elements_each + 1"),
+        "too few blocks of a sum": plans("(sum.shape), @);", "part.elements_each", "part.elements_each + 1"),
     },
     "adaptive_test": {
         # ---- the step ----
@@ -454,9 +450,9 @@ MUTANTS = {
         "no barrier within a sum": NO_BARRIER_OF_ADAPTIVE,
         "no barrier between segments": adaptive_kernels("@  // sums have been read", BARRIER, ""),
         # ---- launchers ----
-        "four neurons a thread forward": launchers("plan_neurons(params, grouped && fit_parameters(params) && @)",
+        "four neurons a thread forward": plans("plan_neurons(params, grouped && fit_parameters(params) && @,",
                                                    "!params.options.adapts()", "true"),
-        "four neurons a thread backward": launchers("plan_with_sums(params, grouped && fit_parameters(params) && @)",
+        "four neurons a thread backward": plans("plan_with_sums(params, grouped && fit_parameters(params) && @,",
                                                     "!params.options.adapts()", "true"),
     },
     "batch_norm_test": {
@@ -511,10 +507,10 @@ MUTANTS = {
         "tile beyond the last channel": channel_params("left < tiles.channels_per_tile ? @ :", "left",
                                                        "tiles.channels_per_tile"),
         "too many splits": channel_params("rows_per_split = @;", "enough > needed ? enough : needed", "enough"),
-        "x of a channel may be misaligned": channel_launchers("&& @ &&", "is_aligned(x_seq)", "true"),
-        "dx of a channel may be misaligned": channel_launchers("(@ && ...);", "is_aligned(gradients)",
+        "x of a channel may be misaligned": plans("&& @ &&", "is_aligned(x_seq)", "true"),
+        "dx of a channel may be misaligned": plans("(@ && ...);", "is_aligned(gradients)",
                                                                   "(gradients != nullptr || true)"),
-        "channels may share four": channel_launchers("tiles.shape.inner % @ == 0", "4", "2"),
+        "channels may share four": plans("tiles.shape.inner % @ == 0", "4", "2"),
     },
     "integrator_test": {
         "all live": ALL_LIVE,
@@ -538,10 +534,10 @@ MUTANTS = {
         "the gain's sum for decay": integrator("thread_sums[@]);", "warp", "1 - warp"),
         "no barrier between two sums": integrator("if (stored == 0) return;\n    @", BARRIER, ""),
         "no barrier within a sum": integrator("}\n    @\n    const int warp", BARRIER, ""),
-        "v may be misaligned": integrator_launchers("groups_of_four(params, @, params.v_last", "params.v_seq",
+        "v may be misaligned": plans("groups_of_four(params, @, params.v_last", "params.v_seq",
                                                     "params.x_seq"),
         "no kernel for sums": Mutant("params/integrator.h", ": @ ?", "wants(kDecay) || wants(kInputGain)", "false"),
-        "no kernel for four": integrator_launchers("if (@) kernel", "params.tiles.tile > kBlockThreads", "false"),
+        "no kernel for four": plans("kHasFours<Scalar> && @ ? 4", "params.tiles.tile > kBlockThreads", "false"),
     },
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ import json
 import pytest
 from sass import sass
 
+from asgl_cuda.backends import launched
 from tools.kernels import cuda_compile, resources
 from tools.kernels.code_checks import sass_problems
 from tools.kernels.cuda_code import Kernel, Usage, reported_usages
@@ -131,7 +132,7 @@ def test_faults_of_nvrtc():
         assert problem.startswith(f"a spill of NVRTC's: {GENERAL}, sm_120: ")
     assert nvrtc_problems({OTHER: {90: FINE}}) == [f"nvcc's build lacks what NVRTC was asked for: {OTHER}"]
     missing = cuda_compile.compare_compilers({}, {OTHER: {90: FINE}}, True)
-    assert missing == [f"the launchers in Python never ask for {OTHER}"]
+    assert missing == [f"the operators never ask for {OTHER}"]
 
 
 @pytest.mark.parametrize(
@@ -153,5 +154,5 @@ def test_registers_of_nvrtc_within_launch_bounds(kind, dtype, registers, accepte
 
 
 def test_names_of_kernels_asked_for_are_unique():
-    names = cuda_compile.kernels_asked_for()
+    names = launched.kernel_names()
     assert len(set(names)) == len(names) == 926

@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 
-from asgl_cuda.backends.structures import structure
 from tools.kernels import cuda_code
 from tools.kernels.code_checks import FOURS, access_problems, arithmetic_problems, kernels_in, ptx_problems
 from tools.kernels.cuda_code import Kernel
+from tools.kernels.structures import structure
 
 PLAIN = Kernel("forward plain, 4 neurons", "float32", "rectangle", "hard")
 GENERAL = Kernel("backward, 4 neurons", "bfloat16", "erf", "soft")

@@ -1,7 +1,6 @@
-"""The CUDA kernels on the CPU, as two backends.
+"""The CUDA kernels on the CPU, as the backend `emulated`: the host's compiler compiles them and their launchers.
 
-`emulated` has the C++ operators and launchers (csrc/ops) of `cuda`, `replayed` the Python operators and launchers of
-`cupy`.
+The operators are the extension's; the emulation is a launcher, as CuPy is one.
 """
 
 import ctypes
@@ -12,20 +11,19 @@ from typing import NamedTuple
 import torch
 import torch.utils.cpp_extension
 
-from asgl_cuda import backends, ops
-from asgl_cuda.backends import normalisation_kernels
+from asgl_cuda import backends, extension
+from asgl_cuda.backends import launched
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent
 NAMESPACE = "asgl_cuda_emulated"
-REPLAYED_NAMESPACE = "asgl_cuda_replayed"
 # As the extension, but -O2 for faster compilation, and no warning about #pragma unroll.
 FLAGS = ["-O2", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wno-unknown-pragmas"]
 
 # Multiprocessors. With TINY, the launchers choose four neurons a thread wherever the layout allows. With LARGE and few
 # neurons, general kernels have one neuron a thread, and so have all kernels for long sequences.
 TINY, LARGE = 0, 132
-THREADS_EACH = 2048  # resident on a multiprocessor, as in cuda_emulation.h
+THREADS_EACH = 2048  # resident on a multiprocessor
 
 
 class Launch(NamedTuple):
@@ -37,49 +35,39 @@ class Launch(NamedTuple):
     params: bytes
 
 
-RECEIVER = ctypes.CFUNCTYPE(
-    None, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_char), ctypes.c_size_t
-)
-
-
 class Emulation:
-    """The loaded library: device, record of launches, and launcher of the operators in Python."""
+    """The loaded library: device, record of launches, and launcher."""
 
     def __init__(self, path: str) -> None:
         self._library = ctypes.CDLL(path)
         self._library.asgl_emulated_launch.restype = ctypes.c_char_p
+        self._launches: list[Launch] = []
         self.set_multiprocessors(TINY)
 
     def set_multiprocessors(self, count: int) -> None:
         self._multiprocessors = count
-        self._library.asgl_emulated_set_multiprocessors(count)
 
     def take_launches(self) -> list[Launch]:
         """Every launch since the last call."""
-        launches: list[Launch] = []
-
-        def receive(kernel, blocks, threads, params, size):
-            launches.append(Launch(kernel.decode(), blocks, threads, params[:size]))
-
-        self._library.asgl_emulated_take_launches(RECEIVER(receive))
+        launches, self._launches = self._launches, []
         return launches
 
     def resident_threads(self, device: torch.device) -> int:
         return self._multiprocessors * THREADS_EACH
 
-    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: ctypes.Structure) -> None:
+    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: int, size: int) -> None:
+        self._launches.append(Launch(kernel, blocks, threads, ctypes.string_at(params, size)))
         problem = self._library.asgl_emulated_launch(
-            kernel.encode(), blocks, threads, ctypes.byref(params), ctypes.c_size_t(ctypes.sizeof(params))
+            kernel.encode(), ctypes.c_longlong(blocks), threads, ctypes.c_void_p(params)
         )
         if problem is not None:
             raise RuntimeError(f"emulated CUDA: {kernel}: {problem.decode()}")
 
 
 def register() -> Emulation:
-    """Compiles the emulation if its sources have changed, and adds both backends."""
-    directory = ROOT / "build" / f"emulated-torch-{torch.__version__}"
+    """Compiles the emulation if its sources have changed, and adds the backend."""
+    directory = ROOT / "build" / "emulated"
     directory.mkdir(parents=True, exist_ok=True)
-    ops.define_operators(NAMESPACE)
     with (directory / "building").open("w") as building:
         # Torch's lock would outlive a killed build and block later builds; flock does not.
         fcntl.flock(building, fcntl.LOCK_EX)
@@ -87,14 +75,15 @@ def register() -> Emulation:
         path = torch.utils.cpp_extension.load(
             NAMESPACE,
             [str(source) for source in sorted(EMULATION.glob("emulated_*.cpp"))],
-            extra_cflags=[*FLAGS, "-DASGL_WITH_CUDA"],
+            extra_cflags=FLAGS,
             extra_ldflags=["-pthread"],
             extra_include_paths=[str(EMULATION / "include"), str(ROOT / "csrc")],
             build_directory=str(directory),
             is_python_module=False,
         )
     emulation = Emulation(path or str(directory / f"{NAMESPACE}.so"))
-    normalisation_kernels.implement(REPLAYED_NAMESPACE, "CPU", normalisation_kernels.operators_on(emulation))
-    for name, namespace in (("emulated", NAMESPACE), ("replayed", REPLAYED_NAMESPACE)):
-        backends.BACKENDS[name] = backends.Backend(("cpu",), backends.operators_in(namespace), lambda: None)
+    functions = launched.implement(NAMESPACE, "CPU", emulation)
+    backends.BACKENDS["emulated"] = backends.Backend(
+        ("cpu",), backends.operators_in(NAMESPACE), lambda: extension.problem, backends.direct_operators(functions)
+    )
     return emulation

@@ -1,28 +1,33 @@
-// The unchanged CUDA kernels and launchers, compiled for the host, and the kernels by their NVRTC names.
+// The unchanged CUDA kernels and their launchers, compiled for the host, by the kernels' names. Called through ctypes.
+#include <map>
+
 #include "cuda/launch_integrator.cu"
-#include "emulated_table.h"
 
 namespace asgl_emulation {
 namespace {
 
-const KernelTable& table() {
-  static const KernelTable kernels = [] {
-    KernelTable made;
-    made.add_scalar<Half>("asgl::Half");
-    made.add_scalar<BFloat16>("asgl::BFloat16");
-    made.add_scalar<float>("float");
-    made.add_scalar<double>("double");
-    made.add_real<float>("float");
-    made.add_real<double>("double");
+const asgl::cuda::Kernel* find_kernel(const std::string& name) {
+  static const std::map<std::string, asgl::cuda::Kernel> kernels = [] {
+    std::map<std::string, asgl::cuda::Kernel> made;
+    for (const asgl::cuda::Kernel& kernel : asgl::cuda::every_kernel()) made[asgl::cuda::name_of(kernel)] = kernel;
     return made;
   }();
-  return kernels;
+  const auto found = kernels.find(name);
+  return found == kernels.end() ? nullptr : &found->second;
 }
 
 }  // namespace
-
-const EmulatedKernel* find_kernel(const char* name) { return table().find(name); }
-
-const char* kernel_name(const void* address) { return table().name_of(address); }
-
 }  // namespace asgl_emulation
+
+// Returns an error message, or null.
+extern "C" const char* asgl_emulated_launch(const char* name, asgl::int64 blocks, int threads, const void* params) {
+  static thread_local std::string problem;
+  const auto* kernel = asgl_emulation::find_kernel(name);
+  if (kernel == nullptr) return "there is no such kernel";
+  const cudaError_t error = asgl::cuda::launch({*kernel, blocks, threads}, params, nullptr);
+  if (error == cudaSuccess) return nullptr;
+  // Faults are sticky, as on a device; cleared for the next call.
+  problem = std::string(cudaGetErrorString(error)) + " " + asgl_emulation::error_message();
+  asgl_emulation::clear_errors();
+  return problem.c_str();
+}

@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from asgl_cuda.backends.structures import structure
-
 from .cuda_code import Instruction, Kernel, kernel_of
+from .structures import structure
 
 
 class Operation(NamedTuple):

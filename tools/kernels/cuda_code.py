@@ -12,13 +12,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from asgl_cuda.backends.neuron_kernels import SCALARS
+import torch
+
 from asgl_cuda.extension import compilation
 from asgl_cuda.surrogate import INTEGER, SURROGATES
 from benchmarks import ROOT
 
 CSRC = ROOT / "csrc"
 
+# Types in the names of kernels.
+SCALARS = {
+    torch.float32: "float", torch.float64: "double", torch.float16: "asgl::Half", torch.bfloat16: "asgl::BFloat16",
+}  # fmt: skip
 _DTYPES = {scalar: str(dtype).removeprefix("torch.") for dtype, scalar in SCALARS.items()}
 _SURROGATES = {
     **{f"(asgl::Surrogate){surrogate.id}": name for name, surrogate in SURROGATES.items()},

@@ -7,7 +7,7 @@ The flags are those of asgl_cuda/extension/compilation.py: PTX for compute_75 an
 architecture is compiled. Architectures with the code of another (SAME_CODE) are compiled only with --update, which
 fails where registers differ.
 
-NVRTC compiles all kernels of asgl_cuda/backends for one architecture, with --update for four. Failures: kernels of
+NVRTC compiles all kernels of csrc/cuda/kernel.h for one architecture, with --update for four. Failures: kernels of
 only one of NVRTC and nvcc; faults of the PTX; a spill that nvcc's kernel does not have; and, where NVRTC has nvcc's
 version and PTX version, other registers than nvcc's. Kernels that loop over steps or sums are exempt while as many
 blocks fit on a multiprocessor as of nvcc's kernel, or as launch bounds request: NVRTC's front end orders values
@@ -29,19 +29,16 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-import torch
-
-from asgl_cuda.backends import cupy, integrator_kernels, neuron_kernels, normalisation_kernels
-from asgl_cuda.backends.structures import constant
+from asgl_cuda import extension
+from asgl_cuda.backends import cupy, launched
 from asgl_cuda.extension import compilation
-from asgl_cuda.reference import Rules
-from asgl_cuda.surrogate import INTEGER, SURROGATES
 
 from .. import host_compiler
 from . import resources
 from .code_checks import ptx_problems, sass_problems
 from .cuda_code import ANY, CSRC, Disassembler, Kernel, Nvcc, Usage, kernel_of, reported_usages, run
 from .resources import LISTED_DTYPES, LISTED_SURROGATES, PAGE, SPILL_COLUMNS, Resources, reading_order
+from .structures import constant
 
 SOURCES = tuple(sorted((CSRC / "cuda").glob("*.cu")))
 
@@ -150,44 +147,6 @@ def compile_ops(nvcc: Nvcc, directory: Path) -> None:
 # ---- NVRTC ----
 
 
-def kernels_asked_for() -> list[str]:
-    """The name of every kernel that the launchers in Python can request."""
-    names = []
-    for real in (torch.float32, torch.float64):
-        names += [
-            neuron_kernels.gradient_sum_kernel(real),
-            normalisation_kernels.coefficients_kernel(real),
-            normalisation_kernels.running_kernel(real),
-            normalisation_kernels.adjoint_kernel(real),
-        ]
-    rules = Rules(**dict.fromkeys(Rules._fields, 0))
-    each = (*product(range(len(SURROGATES)), (0, 1)), (INTEGER, 0))
-    models = [neuron_kernels.model(rules._replace(surrogate=surrogate, hard_reset=hard)) for surrogate, hard in each]
-    for dtype in neuron_kernels.SCALARS:
-        names += [neuron_kernels.adaptive_kernel(dtype, direction) for direction in ("forward", "backward")]
-        lanes = (1,) if dtype == torch.float64 else (1, 4)
-        for count in lanes:
-            names += [
-                normalisation_kernels.moments_kernel(dtype, count),
-                *(normalisation_kernels.input_gradient_kernel(dtype, count, residual) for residual in (False, True)),
-            ]
-            directions = ("kForward", "kBackward", "kSums")
-            names += [integrator_kernels.integrator_kernel(dtype, count, direction) for direction in directions]
-        for model in (*models, neuron_kernels.BY_OPTIONS):
-            inputs = neuron_kernels.ANY_INPUT
-            if model != neuron_kernels.BY_OPTIONS:
-                settled = neuron_kernels.NORMALISED, neuron_kernels.PLAIN, neuron_kernels.NORMALISED_RESIDUAL
-                inputs = *inputs, *settled
-            lengths = neuron_kernels.CHECKPOINT_STEPS, constant("kShortSequence")
-            calls = [*product(lanes, inputs, lengths)]
-            if 4 in lanes and model != neuron_kernels.BY_OPTIONS:
-                calls += product((4,), (neuron_kernels.APART,), lengths)
-            for call in calls:
-                names.append(neuron_kernels.forward_kernel(dtype, model, *call))
-                names.append(neuron_kernels.backward_kernel(dtype, model, *call))
-    return list(dict.fromkeys(names))
-
-
 def compile_by_nvrtc(architecture: int, kernels: list[str]) -> tuple[dict[str, Usage], list[str]]:
     """Usages by symbol, and the faults of the PTX."""
     with cupy.compiled_program(kernels, f"sm_{architecture}", "-Xptxas=-v") as program:
@@ -199,7 +158,7 @@ def nvrtc_resources(architectures: Sequence[int], jobs: int) -> tuple[Resources,
     """The usages of all kernels, and the faults of their PTX."""
     problems = []
     found: Resources = defaultdict(dict)
-    names = kernels_asked_for()
+    names = launched.kernel_names()
     chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
     with ProcessPoolExecutor(jobs) as pool:
         work = list(product(architectures, chunks))
@@ -222,7 +181,7 @@ def resident_blocks(kernel: Kernel, usage: Usage, architecture: int) -> int:
 def compare_compilers(ours: Resources, theirs: Resources, same_version: bool) -> list[str]:
     """The faults of NVRTC's kernels, the first argument, against nvcc's."""
     problems = [f"nvcc's build lacks what NVRTC was asked for: {kernel}" for kernel in ours.keys() - theirs.keys()]
-    problems += [f"the launchers in Python never ask for {kernel}" for kernel in theirs.keys() - ours.keys()]
+    problems += [f"the operators never ask for {kernel}" for kernel in theirs.keys() - ours.keys()]
     for kernel in sorted(ours.keys() & theirs.keys(), key=reading_order):
         for architecture, usage in ours[kernel].items():
             expected = theirs[kernel][architecture]
@@ -297,7 +256,7 @@ def check(nvcc: Nvcc, directory: Path, arguments: argparse.Namespace) -> int:
             every = pool.map(partial(hot_path_problems, disassembler, cubins, symbols), disassembled)
             problems += [problem for each in every for problem in each]
     sections = resources.sections(found)
-    reason = cupy.nvrtc_problem()
+    reason = cupy.nvrtc_problem() or extension.problem
     chosen = sorted(set(NVRTC_ARCHITECTURES) & set(architectures))
     if not arguments.update:
         chosen = [a for a in chosen if a in NVRTC_WITHOUT_UPDATE] or chosen

@@ -42,7 +42,6 @@ over_time = partial(Mutant, "over_time.py")
 pending = partial(Mutant, "pending.py")
 recompute = partial(Mutant, "recompute.py")
 recurrent = partial(Mutant, "recurrent.py")
-recurrent_steps = partial(Mutant, "recurrent_steps.py")
 reference = partial(Mutant, "reference.py")
 replaced = partial(Mutant, "interop/replaced.py")
 schedule = partial(Mutant, "training/schedule.py")
@@ -62,14 +61,6 @@ MUTANTS = {
         '[:, None] * 0', "neuron/test_recurrent.py steps_are"),
     "recurrent: autocast changes products": reference('with torch.autocast(x.device.type, enabled=False):',
         'if True:', "neuron/test_recurrent.py autocast"),
-    "recurrent: gradients of a loop without the synapse": recurrent_steps('di = syn_decay * dj',
-        'di = dj', "neuron/test_recurrent.py loops_over"),
-    "recurrent: the threshold without scale_output": recurrent_steps('totals[2] += (g * s[t]).sum(0)',
-        'totals[2] += 0', "neuron/test_recurrent.py loops_over"),
-    "recurrent: rows by weight": recurrent_steps('else dj @ weight\n',
-        'else dj @ weight.T\n', "neuron/test_recurrent.py loops_over"),
-    "recurrent: the decay's gradient at v_rest 0": recurrent_steps('(v_before - named.v_rest)).sum((0, 1))',
-        'v_before).sum((0, 1))', "neuron/test_recurrent.py loops_over"),
     "recurrent: half spikes are kept": recurrent('(bool(rules.scale_output) or real != x_seq.dtype)',
         'bool(rules.scale_output)', "neuron/test_recurrent.py half_types"),
     "recurrent: scaled spikes are kept": recurrent('(bool(rules.scale_output) or real != x_seq.dtype)',

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from asgl_cuda import backends
-from asgl_cuda.backends.neuron_kernels import SCALARS
 from asgl_cuda.batch_norm import batch_norm_lif
 from asgl_cuda.functional import lif
 
 from ..emulation.emulated import LARGE, TINY
-from ..kernels.cuda_code import Kernel
+from ..kernels.cuda_code import SCALARS, Kernel
+from ..kernels.structures import structure_of
 from ..pages import Page, prose, table
 from .backend import ARCHITECTURE, CHOSEN, Access, Launcher, Machine, missing
 
@@ -105,22 +105,22 @@ class TracingLauncher(Launcher):
         self._is_wanted = is_wanted
         self.found: list[tuple[Kernel, Counts]] = []
 
-    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: ctypes.Structure) -> None:
+    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: int, size: int) -> None:
         name = Kernel.from_symbol(f"void {kernel}(")
         if not self._is_wanted(name):
-            super().launch(device, kernel, blocks, threads, params)
+            super().launch(device, kernel, blocks, threads, params, size)
             return
         self.machine.take_accesses()
         self.machine.traced = True
         try:
-            super().launch(device, kernel, blocks, threads, params)
+            super().launch(device, kernel, blocks, threads, params, size)
         finally:
             self.machine.traced = False
         # A generic address may point to parameters, outside global memory.
-        first = ctypes.addressof(params)
-        own = range(first, first + ctypes.sizeof(params))
+        own = range(params, params + size)
         accesses = [access for access in self.machine.take_accesses() if access.address not in own]
-        sequences = sequences_of(kernel, params) if hasattr(params, "tiles") else []
+        given = structure_of(kernel).from_buffer_copy(ctypes.string_at(params, size))
+        sequences = sequences_of(kernel, given) if hasattr(given, "tiles") else []
         self.found.append((name, count(accesses, sequences)))
 
 

@@ -1,15 +1,15 @@
 """Runs the PTX of the CUDA kernels on the CPU: the output of a compiler for GPUs, not the source.
 
-As in the backend `cupy`, the operators and launchers in Python choose a kernel, its grid and its parameters, and NVRTC
-compiles it with the same options; to_cpp.py translates its PTX, and run.cpp runs it on the emulation's fibres. Two
-backends: `ptx` with four neurons a thread wherever the layout allows, `ptx_one` with one wherever the size of the
-device decides.
+As for the backend `cupy`, the operators of csrc/ops choose a kernel, its grid and its parameters, and NVRTC compiles it
+with the same options; to_cpp.py translates its PTX, and run.cpp runs it on the emulation's fibres. Two backends: `ptx`
+with four neurons a thread wherever the layout allows, `ptx_one` with one wherever the size of the device decides.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import re
 import subprocess
 import tempfile
@@ -22,8 +22,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from asgl_cuda import backends
-from asgl_cuda.backends import cupy, neuron_kernels, normalisation_kernels
+from asgl_cuda import backends, extension, ops
+from asgl_cuda.backends import cupy, launched
 from asgl_cuda.extension.build_notes import digest_of_sources
 from asgl_cuda.reference import Rules
 from asgl_cuda.selfcheck import EXACT_SURROGATES
@@ -31,6 +31,7 @@ from asgl_cuda.surrogate import SURROGATES
 
 from ..emulation.emulated import EMULATION, LARGE, ROOT, THREADS_EACH, TINY, Emulation
 from ..host_compiler import compiler
+from ..kernels.cuda_code import SCALARS
 from .to_cpp import HERE, kernels, to_cpp
 
 BACKENDS = {"ptx": TINY, "ptx_one": LARGE}  # with multiprocessors
@@ -47,6 +48,8 @@ def missing() -> str | None:
     """Why PTX can't be compiled or run here."""
     if compiler() is None:
         return "no C++ compiler"
+    if extension.problem is not None:
+        return extension.problem
     problem = cupy.nvrtc_problem()
     return None if problem is None else f"no NVRTC ({problem})"
 
@@ -115,18 +118,18 @@ class Machine:
         kernel: TranslatedKernel,
         blocks: int,
         threads: int,
-        params: ctypes.Structure,
+        params: int,
+        size: int,
         buffers: set[tuple[int, int]],
     ) -> str | None:
         """Returns the problem, if any."""
-        size = ctypes.sizeof(params)
         if size != kernel.param_bytes:
             return f"its parameters take {kernel.param_bytes} bytes, got {size}"
         if threads > kernel.most_threads:
             return f"a block has at most {kernel.most_threads} threads, got {threads}"
         ranges = (Range * len(buffers))(*buffers)
         problem = self._library.asgl_ptx_run(
-            kernel.entry, kernel.shared_bytes, blocks, threads, ctypes.byref(params), ctypes.c_size_t(size), ranges,
+            kernel.entry, kernel.shared_bytes, blocks, threads, ctypes.c_void_p(params), ctypes.c_size_t(size), ranges,
             ctypes.c_size_t(len(ranges)), self.rcp_units, self.ex2_units, self.traced,
         )  # fmt: skip
         return None if problem is None else problem.decode()
@@ -183,25 +186,26 @@ CHOSEN = (
 
 
 def _kinds(dtype: torch.dtype, surrogate: str, reset: str) -> str:
-    rules = Rules(**dict.fromkeys(Rules._fields, 0))
-    rules = rules._replace(surrogate=SURROGATES[surrogate].id, hard_reset=int(reset == "hard"))
-    return f"<{neuron_kernels.SCALARS[dtype]}, {neuron_kernels.model(rules)}"
+    hard = "true" if reset == "hard" else "false"
+    return f"<{SCALARS[dtype]}, asgl::LIF<(asgl::Surrogate){SURROGATES[surrogate].id}, {hard}>"
 
 
 _CHOSEN_KINDS = tuple(_kinds(*each) for each in CHOSEN)
 _EXACT_IDS = {SURROGATES[each].id for each in EXACT_SURROGATES}
 
 
-def is_chosen(kernel: str, params: ctypes.Structure) -> bool:
-    """Whether a launch is executed by default."""
+def is_chosen(kernel: str, surrogate: int | None) -> bool:
+    """Whether a launch is executed by default, in a call with this surrogate, if any."""
     if "asgl::LIF<" in kernel:
         return any(kinds in kernel for kinds in _CHOSEN_KINDS)
-    options = getattr(params, "options", None)
-    return getattr(options, "surrogate", None) in {None, *_EXACT_IDS}
+    return surrogate in {None, *_EXACT_IDS}
+
+
+_namespaces = itertools.count()
 
 
 class Launcher:
-    """Runs launches from Python. `compile_kernel` returns the PTX of a kernel by name.
+    """Runs launches of the operators of csrc/ops. `compile_kernel` returns the PTX of a kernel by name.
 
     With an `emulation`, kernels that are not chosen run on it.
     """
@@ -224,13 +228,14 @@ class Launcher:
     def resident_threads(self, device: torch.device) -> int:
         return self.multiprocessors * THREADS_EACH
 
-    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: ctypes.Structure) -> None:
-        if self._emulation is not None and not is_chosen(kernel, params):
-            self._emulation.launch(device, kernel, blocks, threads, params)
+    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: int, size: int) -> None:
+        if self._emulation is not None and not is_chosen(kernel, self._local.surrogate):
+            self._emulation.launch(device, kernel, blocks, threads, params, size)
             return
         if kernel not in self._kernels:
             self._kernels[kernel] = TranslatedKernel(self.library(kernel))
-        problem = self.machine.run(self._kernels[kernel], blocks, threads, params, self._local.storages.ranges)
+        ranges = self._local.storages.ranges
+        problem = self.machine.run(self._kernels[kernel], blocks, threads, params, size, ranges)
         if problem is not None:
             raise RuntimeError(f"PTX: {kernel}: {problem}")
 
@@ -248,20 +253,31 @@ class Launcher:
 
     def operators(self) -> dict[str, Callable[..., Any]]:
         """The operators; their kernels may access only the storages of a call's tensors."""
+        namespace = f"asgl_cuda_ptx_launcher_{next(_namespaces)}"
+        launched.implement(namespace, "CPU", self)
+        kernels = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
-        def watched(operator: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                self._local.storages = _Storages((args, kwargs))
+        def watched(operator: Any) -> Callable[..., Any]:
+            names = [argument.name for argument in operator._schema.arguments]
+
+            def call(*arguments: Any) -> Any:
+                rules = dict(zip(names, arguments, strict=True)).get("rules")
+                self._local.surrogate = None if rules is None else Rules(*rules).surrogate
+                self._local.storages = _Storages(arguments)
+                # Not a call of the operator, which would hide its allocations from the mode.
                 with self._local.storages:
-                    return operator(*args, **kwargs)
+                    return operator.redispatch(kernels, *arguments)
 
             return call
 
-        return {name: watched(each) for name, each in normalisation_kernels.operators_on(self).items()}
+        operators = backends.operators_in(namespace)
+        return {name: watched(each) for name, each in operators._asdict().items()}
 
 
 def register(name: str, launcher: Launcher) -> None:
     """Adds a backend of this name."""
     namespace = f"asgl_cuda_{name}"
-    normalisation_kernels.implement(namespace, "CPU", launcher.operators())
+    library = ops.define_operators(namespace)
+    for operator, call in launcher.operators().items():
+        library.impl(operator, call, "CPU")
     backends.BACKENDS[name] = backends.Backend(("cpu",), backends.operators_in(namespace), lambda: None)

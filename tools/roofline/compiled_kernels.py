@@ -20,17 +20,16 @@ namespace asgl::cuda {{
 {}
 }}
 """
-MODEL_LAUNCH = "template cudaError_t launch(LIF<Surrogate::kRectangle, true>, const {}<{}>&, cudaStream_t);"
-TYPE_LAUNCH = "template cudaError_t launch_on(Device, const {}<{}>&, cudaStream_t);"
 SCALARS, REALS = ("float", "BFloat16"), ("float",)
+MODEL = "LIF<Surrogate::kRectangle, true>"
+MOMENTS = (("template cudaError_t launch_moments<{}>(const Start&);", SCALARS),)
 INSTANTIATIONS = (
-    ("ForwardParams", MODEL_LAUNCH, SCALARS),
-    ("BackwardParams", MODEL_LAUNCH, SCALARS),
-    ("MomentsParams", TYPE_LAUNCH, SCALARS),
-    ("InputGradientParams", TYPE_LAUNCH, SCALARS),
-    ("GradientSum", TYPE_LAUNCH, REALS),
+    ("template cudaError_t launch_settled<{}>(" + MODEL + ", const Start&);", SCALARS),
+    ("template cudaError_t launch_general<{}>(const Start&);", SCALARS),
+    *MOMENTS,
+    ("template cudaError_t launch_input_gradient<{}>(const Start&);", SCALARS),
+    ("template __global__ void asgl::gradient_sum_kernel<{}>(const GradientSum<{}>);", REALS),
 )
-MOMENTS = tuple(each for each in INSTANTIATIONS if each[0] == "MomentsParams")
 
 
 class Compiled(NamedTuple):
@@ -70,10 +69,10 @@ def compile_kernels(
     nvcc: Nvcc,
     disassembler: Disassembler,
     architectures: Iterable[int],
-    wanted: tuple[tuple[str, str, tuple[str, ...]], ...] = INSTANTIATIONS,
+    wanted: tuple[tuple[str, tuple[str, ...]], ...] = INSTANTIATIONS,
 ) -> dict[int, Kernels]:
     """By architecture."""
-    instantiations = [text.format(params, scalar) for params, text, types in wanted for scalar in types]
+    instantiations = [text.replace("{}", scalar) for text, types in wanted for scalar in types]
     found = {}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from asgl_cuda.backends.neuron_kernels import repeats_in
-from asgl_cuda.backends.structures import constant, structure
-
 from ..kernels.cuda_code import Instruction, Kernel, Usage
+from ..kernels.structures import constant, structure
 from .recorded_calls import BLOCK, COMMON, RESIDUAL_BLOCK, Launch
 from .sass_run import Program, indices
 
@@ -89,6 +87,11 @@ def class_of(instruction: Instruction) -> str:
 
 def name_of(kernel: Kernel) -> str:
     return kernel.kind.split(",")[0].removesuffix(" plain")
+
+
+def repeats_in(view: Structure, tile: int) -> bool:
+    """ParameterView::repeats_in of csrc: a tile stores one sum for each value."""
+    return bool(view.inner == 1 and 2 * view.count <= tile)
 
 
 def kernel_of_launch(launch: Launch) -> Kernel:

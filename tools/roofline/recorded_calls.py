@@ -1,4 +1,4 @@
-"""The launches of a call by the launchers of asgl_cuda/backends, which decide as those in C++.
+"""The launches of a call, as the operators of csrc/ops plan them.
 
 Nothing is computed. The tensors are on the CPU, where memory that is never written is never allocated.
 """
@@ -8,14 +8,13 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from ctypes import Structure
 from typing import Any, NamedTuple
 
 import torch
 
 import asgl_cuda
 from asgl_cuda import backends
-from asgl_cuda.backends import normalisation_kernels
+from asgl_cuda.backends import launched
 
 NAMESPACE = "asgl_cuda_predicted"
 
@@ -39,15 +38,14 @@ class Recorder:
     def resident_threads(self, device: torch.device) -> int:
         return self.threads
 
-    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: Structure) -> None:
-        parameters = ctypes.string_at(ctypes.byref(params), ctypes.sizeof(params))
-        self.launches.append(Launch(kernel, blocks, threads, parameters))
+    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: int, size: int) -> None:
+        self.launches.append(Launch(kernel, blocks, threads, ctypes.string_at(params, size)))
 
 
 @functools.cache
 def _recorder() -> Recorder:
     recorder = Recorder()
-    normalisation_kernels.implement(NAMESPACE, "CPU", normalisation_kernels.operators_on(recorder))
+    launched.implement(NAMESPACE, "CPU", recorder)
     return recorder
 
 

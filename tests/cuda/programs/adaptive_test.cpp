@@ -26,6 +26,7 @@ using asgl_emulation::Buffer;
 using asgl_emulation::check;
 using asgl_emulation::compare;
 using asgl_emulation::kOnCpu;
+using asgl_emulation::plan;
 using asgl_emulation::Random;
 using asgl_emulation::Sum;
 using asgl_emulation::text;
@@ -174,18 +175,12 @@ class Trial {
 
   template <class Params>
   void launch(const char* what, Params& params, std::set<const void*>& kernels) {
-    check("plan_tiles", cuda::plan_tiles(params), differences_);
+    plan(params);
 #if defined(ASGL_TEST_CPU)
-    check(what, cuda::launch(params, nullptr), differences_);
+    check(what, asgl_emulation::launch_on_cpu(params), differences_);
 #else
-    // launch_on would instantiate every other neuron's kernels.
-    constexpr bool kForward = std::is_same_v<Params, ForwardParams<Scalar> >;
-    const auto start = [&](auto* kernel) {
-      kernels.insert(reinterpret_cast<const void*>(kernel));
-      check(what, cuda::start(kernel, params.tiles.count, kBlockThreads, params, nullptr), differences_);
-    };
-    if constexpr (kForward) start(&adaptive_forward_kernel<Scalar>);
-    if constexpr (!kForward) start(&adaptive_backward_kernel<Scalar>);
+    check(what, cuda::launch_adaptive<Scalar>(asgl_emulation::start_of(params)), differences_);
+    kernels.insert(asgl_emulation::recorded_launches().back().kernel);
 #endif
   }
 

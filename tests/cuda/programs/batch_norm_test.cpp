@@ -17,6 +17,7 @@ using namespace asgl;
 using asgl_emulation::Buffer;
 using asgl_emulation::check;
 using asgl_emulation::kOnCpu;
+using asgl_emulation::plan;
 using asgl_emulation::Random;
 using asgl_emulation::same;
 using asgl_emulation::text;
@@ -27,6 +28,25 @@ using Wide = long double;
 constexpr double kDouble = std::numeric_limits<double>::epsilon();
 template <class Real>
 constexpr double kEpsilon = std::numeric_limits<Real>::epsilon();
+
+#if defined(ASGL_TEST_CPU)
+template <class Params>
+cudaError_t launch(const Params& params) {
+  return asgl_emulation::launch_on_cpu(params);
+}
+#else
+template <template <class> class Params, class Type>
+cudaError_t launch(const Params<Type>& params) {
+  const cuda::Start start = asgl_emulation::start_of(params);
+  if constexpr (std::is_same_v<Params<Type>, MomentsParams<Type> >) {
+    return cuda::launch_moments<Type>(start);
+  } else if constexpr (std::is_same_v<Params<Type>, InputGradientParams<Type> >) {
+    return cuda::launch_input_gradient<Type>(start);
+  } else {
+    return cuda::launch_channels<Type>(start);
+  }
+}
+#endif
 
 // Equal up to `error`.
 void compare(const std::string& name, Wide is, Wide should_be, Wide error, Texts& differences) {
@@ -194,14 +214,14 @@ class Trial {
     MomentsParams<Scalar> params{};
     params.tiles.shape = shape_;
     params.x_seq = x_seq_.data();
-    check("plan_tiles", cuda::plan_tiles(params), differences_);
+    plan(params);
     check_tiles("moments", params.tiles, x_seq_.is_aligned());
     // As for a sequence that needs too many splits: a thread reads more values than kChannelRowsEach.
     if (random_.once_in(3)) params.tiles = ChannelTiles::plan(shape_, params.tiles.lanes, kBlockThreads, 150);
     slots_ = params.tiles.slots();
     moments_ = Buffer<double>(3 * slots_ * shape_.channels, 0);
     params.moments = reinterpret_cast<Moments*>(moments_.data());
-    check("moments", cuda::launch(params, nullptr), differences_);
+    check("moments", launch(params), differences_);
     check_blocks("moments", params.tiles.tasks());
   }
 
@@ -215,7 +235,7 @@ class Trial {
     params.options = options_;
     params.coefficients = coefficients_.data();
     params.total = reinterpret_cast<Moments*>(total_.data());
-    check("coefficients", cuda::launch(params, nullptr), differences_);
+    check("coefficients", launch(params), differences_);
     check_blocks("coefficients", shape_.channels);
     for (int64 channel = 0; channel < shape_.channels; ++channel) check_moments(params.total[channel], channel);
   }
@@ -240,7 +260,7 @@ class Trial {
     params.running_mean = running[0].data();
     params.running_var = running[1].data();
     params.num_batches_tracked = count.size() > 0 ? count.data() : nullptr;
-    check("running", cuda::launch(params, nullptr), differences_);
+    check("running", launch(params), differences_);
     check_blocks("running", cuda::blocks_for(channels, kBlockThreads));
     for (int i = 0; i < 2; ++i) {
       const Real* values = coefficients_.data() + (i == 0 ? kCoefficientMean : kCoefficientVariance) * channels;
@@ -275,7 +295,7 @@ class Trial {
     params.grad_weight = grad_weight_.data();
     params.grad_shift = grad_shift_.data();
     params.adjoint = adjoint_.data();
-    check("adjoint", cuda::launch(params, nullptr), differences_);
+    check("adjoint", launch(params), differences_);
     check_blocks("adjoint", cuda::blocks_for(channels, kBlockThreads));
     for (int64 channel = 0; channel < channels; ++channel) {
       const Moments& moments = params.moments[channel];
@@ -323,13 +343,13 @@ class Trial {
     params.grad_x_seq = grad_x_seq_.data();
     params.grad_residual = residual.data();
     params.gain = coefficients_.data() + kCoefficientGain * shape_.channels;
-    check("plan_tiles", cuda::plan_tiles(params), differences_);
+    plan(params);
     check_tiles("input gradient", params.tiles,
                 x_seq_.is_aligned() && grad_x_seq_.is_aligned() && residual.is_aligned());
     if (random_.once_in(3)) params.tiles = ChannelTiles::plan(shape_, params.tiles.lanes, kBlockThreads, 150);
     params.mean = coefficients_.data();
     params.adjoint = adjoint_.data();
-    check("input gradient", cuda::launch(params, nullptr), differences_);
+    check("input gradient", launch(params), differences_);
     check_blocks("input gradient", params.tiles.tasks());
     for (int64 i = 0; i < x_seq_.size() && differences_.empty(); ++i) {
       const double is = to_real(grad_x_seq_.data()[i]), should_be = to_real(from_real<Scalar>(expected[i]));
@@ -407,7 +427,7 @@ Texts check_coefficients(const CoefficientsCase& it, unsigned number) {
   params.options = {random.toss() ? 1e-5 : 0.1, random.toss() ? 1.0 : 0.7};
   params.coefficients = coefficients.data();
   params.total = reinterpret_cast<Moments*>(total.data());
-  check("coefficients", cuda::launch(params, nullptr), differences);
+  check("coefficients", launch(params), differences);
 
   for (int64 channel = 0; channel < channels; ++channel) {
     Wide count = 1, sum = 0, squares = 0;
@@ -466,15 +486,15 @@ Texts check_errors() {
   RunningParams<float> params{};
   params.running_mean = params.running_var = values.data();
   params.coefficients = values.data();
-  const auto launch = [&](int64 channels) {
+  const auto launch_for = [&](int64 channels) {
     params.channels = channels;
-    return cuda::launch(params, nullptr);
+    return launch(params);
   };
-  expect("a launch of nothing", launch(0), cudaErrorInvalidConfiguration);
+  expect("a launch of nothing", launch_for(0), cudaErrorInvalidConfiguration);
   expect("the last error after it", cudaGetLastError(), cudaSuccess);
   int value = 0;
   expect("a call of others", cudaDeviceGetAttribute(&value, cudaDevAttrWarpSize, -1), cudaErrorInvalidValue);
-  expect("a launch after it", launch(1), cudaSuccess);
+  expect("a launch after it", launch_for(1), cudaSuccess);
   expect("the last error of others", cudaGetLastError(), cudaErrorInvalidValue);
   return differences;
 }

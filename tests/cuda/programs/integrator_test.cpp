@@ -30,6 +30,7 @@ using asgl_emulation::Buffer;
 using asgl_emulation::check;
 using asgl_emulation::compare;
 using asgl_emulation::kOnCpu;
+using asgl_emulation::plan;
 using asgl_emulation::Random;
 using asgl_emulation::Sum;
 using asgl_emulation::text;
@@ -69,7 +70,7 @@ class Trial {
     params_.v_init = init_.data();
     params_.v_seq = v_seq_.data();
     params_.v_last = last_.data();
-    check("plan_tiles", cuda::plan_tiles(params_), differences_);
+    plan(params_);
     launch("forward", lanes(x_seq_, init_, v_seq_, last_), kernels);
     expect();
     compare("v_seq", v_seq_, v_, differences_);
@@ -86,7 +87,7 @@ class Trial {
     for (int i = 0; i < 2; ++i) {
       if (wanted_[i]) params_.partials[kIds[i]].data = &later;
     }
-    check("plan_tiles", cuda::plan_tiles(params_), differences_);
+    plan(params_);
     Buffer<Real> partials[2], sums[2];
     GradientSum<Real> sum{shape_, params_.tiles.tile, 0, {}};
     for (int i = 0; i < 2; ++i) {
@@ -202,7 +203,11 @@ class Trial {
 
   void launch(const char* what, int lanes, std::set<const void*>& kernels) {
     asgl_emulation::clear_recorded_launches();
-    check(what, cuda::launch(params_, nullptr), differences_);
+#if defined(ASGL_TEST_CPU)
+    check(what, asgl_emulation::launch_on_cpu(params_), differences_);
+#else
+    check(what, cuda::launch_integrator<Scalar>(asgl_emulation::start_of(params_)), differences_);
+#endif
     const auto launches = asgl_emulation::recorded_launches();
     if (kOnCpu || launches.empty()) return;
     kernels.insert(launches.back().kernel);

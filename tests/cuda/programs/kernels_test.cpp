@@ -29,6 +29,7 @@ using asgl_emulation::compare;
 using asgl_emulation::expect;
 using asgl_emulation::Expected;
 using asgl_emulation::kOnCpu;
+using asgl_emulation::plan;
 using asgl_emulation::Random;
 using asgl_emulation::sum_gradients;
 using asgl_emulation::text;
@@ -136,8 +137,8 @@ class Trial {
     forward_.v_seq = v_seq_.data();
     forward_.h_seq = h_seq_.data();
     forward_.checkpoints = checkpoints_.data();
-    check("plan_tiles", cuda::plan_tiles(forward_), differences);
-    check("forward", cuda::launch(Model{}, forward_, nullptr), differences);
+    plan(forward_);
+    check("forward", launch(forward_), differences);
     const Input forward_input = input(v_seq_.data() == nullptr && h_seq_.data() == nullptr);
     check_launch("forward", false, forward_input,
                  lanes(forward_input, x_seq_, residual_, v_init_, s_seq_, v_last_, v_seq_, h_seq_, checkpoints_),
@@ -165,7 +166,7 @@ class Trial {
     for (int id = 0; id < kNumParameters; ++id) {
       if (wanted_[id]) backward.partials[id].data = &later;
     }
-    check("plan_tiles", cuda::plan_tiles(backward), differences);
+    plan(backward);
     Buffer<Real> partials[kNumParameters], sums[kNumParameters];
     for (int id = 0; id < kNumParameters; ++id) {
       if (!wanted_[id]) continue;
@@ -182,7 +183,7 @@ class Trial {
     const Input backward_input = input(only_spikes);
     if (!is_taken(backward, backward_input)) differences.push_back("the kernel assumes more than holds");
     if (!differences.empty()) return differences;  // the kernel might dereference null
-    check("backward", cuda::launch(Model{}, backward, nullptr), differences);
+    check("backward", launch(backward), differences);
     check_launch("backward", true, backward_input,
                  lanes(backward_input, x_seq_, residual_, v_init_, grad_s_seq_, grad_v_last_, grad_v_seq_, grad_h_seq_,
                        checkpoints_, grad_x_seq_, grad_residual_, grad_v_init_),
@@ -355,10 +356,22 @@ class Trial {
   }
 
 #if defined(ASGL_TEST_CPU)
+  template <class Params>
+  static cudaError_t launch(const Params& params) {
+    return asgl_emulation::launch_on_cpu(params);
+  }
   void check_launch(const char*, bool, Input, int, Coverage&, Texts&) {}
   void check_sum(const GradientSum<Real>&, Coverage&, Texts&) {}
   static bool is_taken(const BackwardParams<Scalar>&, Input) { return true; }
 #else
+  template <class Params>
+  static cudaError_t launch(const Params& params) {
+    const cuda::Start start = asgl_emulation::start_of(params);
+    if constexpr (!kByOptions) {
+      if (!start.launch.kernel.is_general()) return cuda::launch_settled<Scalar>(Model{}, start);
+    }
+    return cuda::launch_general<Scalar>(start);
+  }
   static bool is_taken(const BackwardParams<Scalar>& params, Input input) { return cuda::input_of(params) == input; }
 
   template <int kLanes, Input kInput>

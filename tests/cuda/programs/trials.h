@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/plan.h"
 #include "launch.h"
 #include "params/gradient.h"
 
@@ -140,17 +141,47 @@ inline void check(const char* what, cudaError_t error, Texts& differences) {
   clear_errors();
 }
 
+// Plans and starts a kernel as the operators of csrc/ops do.
+#if defined(ASGL_TEST_CPU)
+template <class Params>
+void plan(Params& params) {
+  asgl::cpu::plan_tiles(params);
+}
+template <class Params>
+cudaError_t launch_on_cpu(const Params& params) {
+  asgl::cpu::launch(params);
+  return cudaSuccess;
+}
+template <class Real>
+cudaError_t launch_sum(const asgl::GradientSum<Real>& sum) {
+  return launch_on_cpu(sum);
+}
+#else
+template <class Params>
+void plan(Params& params) {
+  asgl::cuda::plan_tiles(params, [] { return asgl::int64{2048} * settings().multiprocessors; });
+}
+template <class Params>
+asgl::cuda::Start start_of(const Params& params) {
+  return {asgl::cuda::launch_of(params), &params, nullptr};
+}
+template <class Real>
+cudaError_t launch_sum(const asgl::GradientSum<Real>& sum) {
+  return start_of(sum)(&asgl::gradient_sum_kernel<Real>);
+}
+#endif
+
 // Sums the gradients by one launch or two, as ParameterGradients in csrc/ops does. Calls each(sum) after a launch.
 template <class Real, class F>
 void sum_gradients(asgl::GradientSum<Real> sum, Texts& differences, F&& each) {
-  check("plan_tiles", asgl::cuda::plan_tiles(sum), differences);
+  plan(sum);
   Buffer<Real> totals(sum.num_totals(), 0);
   asgl::GradientSum<Real> second = sum.place_totals(totals.data());
-  check("sum", asgl::cuda::launch(sum, nullptr), differences);
+  check("sum", launch_sum(sum), differences);
   each(sum);
   if (second.count > 0) {
-    check("plan_tiles", asgl::cuda::plan_tiles(second), differences);
-    check("sum of totals", asgl::cuda::launch(second, nullptr), differences);
+    plan(second);
+    check("sum of totals", launch_sum(second), differences);
     each(second);
   }
   if (totals.overrun()) differences.push_back("a total beyond the last");

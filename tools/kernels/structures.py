@@ -1,4 +1,4 @@
-"""Structures of kernel parameters, and constants, read from the headers of csrc at first use.
+"""Structures of kernel parameters as the tools decode them, and constants, read from the headers of csrc.
 
 Relies on the headers' style: a struct begins and ends at the start of a line, and its template has one parameter,
 called Scalar for the type of x_seq. Anything that can't be parsed is an error.
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..extension import no_sources, source_directory
+from asgl_cuda.extension import no_sources, source_directory
 
 _TYPES = {
     "bool": c_bool, "int": c_int, "float": c_float, "double": c_double, "uint8": c_ubyte, "uint16": c_ushort,
@@ -29,6 +29,22 @@ def structure(name: str, real: torch.dtype | None = None) -> type[Structure]:
     The type of x_seq changes no layout.
     """
     return _structure(name, _REALS[real])
+
+
+_PARAMS = {
+    "lif_forward_kernel": "ForwardParams", "lif_backward_kernel": "BackwardParams",
+    "lif_backward_settled_kernel": "BackwardParams", "adaptive_forward_kernel": "ForwardParams",
+    "adaptive_backward_kernel": "BackwardParams", "gradient_sum_kernel": "GradientSum",
+    "integrator_kernel": "IntegratorParams", "batch_moments_kernel": "MomentsParams",
+    "batch_norm_coefficients_kernel": "CoefficientsParams", "batch_norm_running_kernel": "RunningParams",
+    "batch_norm_adjoint_kernel": "AdjointParams", "batch_norm_input_gradient_kernel": "InputGradientParams",
+}  # fmt: skip
+
+
+def structure_of(kernel: str) -> type[Structure]:
+    """The structure of a kernel's parameters; `kernel` is its C++ expression."""
+    name, _, arguments = kernel.removeprefix("asgl::").partition("<")
+    return structure(_PARAMS[name], torch.float64 if arguments.startswith("double") else torch.float32)
 
 
 @functools.cache

@@ -1,0 +1,161 @@
+// The CUDA kernels as values: a template and its arguments. The launchers of launch_*.cuh start the function of a
+// kernel that nvcc compiled; others compile and start a kernel by its name. No CUDA header, so that every build has it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "params/gradient.h"
+#include "params/integrator.h"
+#include "params/normalisation.h"
+
+namespace asgl::cuda {
+
+enum class Template {
+  kForward,          // lif_forward_kernel
+  kSettledBackward,  // lif_backward_settled_kernel
+  kBackward,         // lif_backward_kernel
+  kAdaptiveForward,
+  kAdaptiveBackward,
+  kIntegrator,
+  kGradientSum,
+  kMoments,
+  kCoefficients,
+  kRunning,
+  kAdjoint,
+  kInputGradient,
+};
+
+enum class Type { kHalf, kBFloat16, kFloat, kDouble };
+
+template <class Scalar>
+constexpr Type kTypeOf = Type::kFloat;
+template <>
+inline constexpr Type kTypeOf<Half> = Type::kHalf;
+template <>
+inline constexpr Type kTypeOf<BFloat16> = Type::kBFloat16;
+template <>
+inline constexpr Type kTypeOf<double> = Type::kDouble;
+
+// float64 would need two accesses of 16 bytes, without a gain.
+template <class Scalar>
+constexpr bool kHasFours = kTypeOf<Scalar> != Type::kDouble;
+
+// Arguments that a template lacks keep their values here.
+struct Kernel {
+  Template of;
+  Type type;
+  int lanes = 1;  // neurons or columns a thread
+  Input input = Input::kGeneral;
+  int steps = 0;                                // 0: any number
+  Surrogate surrogate = Surrogate::kRectangle;  // and the next: of the neuron, unless the input is general
+  bool hard_reset = false;
+  Pass pass = Pass::kForward;
+  bool residual = false;  // of batch normalisation
+
+  bool is_general() const { return input == Input::kGeneral || input == Input::kGeneralResidual; }
+};
+
+// What a launcher starts.
+struct Launch {
+  Kernel kernel;
+  int64 blocks;
+  int threads = kBlockThreads;
+};
+
+// The C++ expression of a kernel, which NVRTC instantiates.
+inline std::string name_of(const Kernel& kernel) {
+  static const char* const kTypes[] = {"asgl::Half", "asgl::BFloat16", "float", "double"};
+  const auto call = [&](const char* name, auto... arguments) {
+    std::string text = std::string("asgl::") + name + "<" + kTypes[static_cast<int>(kernel.type)];
+    ((text += ", " + std::string(arguments)), ...);
+    return text + ">";
+  };
+  const auto number = [](auto value) { return std::to_string(static_cast<int>(value)); };
+  const auto boolean = [](bool value) { return value ? "true" : "false"; };
+  const std::string lanes = number(kernel.lanes), input = "(asgl::Input)" + number(kernel.input);
+  const auto model = [&] {
+    if (kernel.is_general()) {
+      return std::string("asgl::LIFByOptions<") + (kernel.type == Type::kDouble ? "double" : "float") + ">";
+    }
+    return "asgl::LIF<(asgl::Surrogate)" + number(kernel.surrogate) + ", " + boolean(kernel.hard_reset) + ">";
+  };
+  switch (kernel.of) {
+    case Template::kForward:
+      return call("lif_forward_kernel", model(), lanes, input, number(kernel.steps));
+    case Template::kSettledBackward:
+      return call("lif_backward_settled_kernel", model(), lanes, input, number(kernel.steps));
+    case Template::kBackward:
+      return call("lif_backward_kernel", lanes, input);
+    case Template::kAdaptiveForward:
+      return call("adaptive_forward_kernel");
+    case Template::kAdaptiveBackward:
+      return call("adaptive_backward_kernel");
+    case Template::kIntegrator:
+      return call("integrator_kernel", lanes, "(asgl::Pass)" + number(kernel.pass));
+    case Template::kGradientSum:
+      return call("gradient_sum_kernel");
+    case Template::kMoments:
+      return call("batch_moments_kernel", lanes);
+    case Template::kCoefficients:
+      return call("batch_norm_coefficients_kernel");
+    case Template::kRunning:
+      return call("batch_norm_running_kernel");
+    case Template::kAdjoint:
+      return call("batch_norm_adjoint_kernel");
+    case Template::kInputGradient:
+      return call("batch_norm_input_gradient_kernel", lanes, boolean(kernel.residual));
+  }
+  return {};
+}
+
+// Every kernel that launch_of in plan.h may choose.
+inline std::vector<Kernel> every_kernel() {
+  std::vector<Kernel> all;
+  const auto add = [&](const Kernel& kernel) { all.push_back(kernel); };
+  for (const Type type : {Type::kFloat, Type::kDouble}) {
+    for (const Template each :
+         {Template::kGradientSum, Template::kCoefficients, Template::kRunning, Template::kAdjoint}) {
+      add({each, type});
+    }
+  }
+  for (const Type type : {Type::kHalf, Type::kBFloat16, Type::kFloat, Type::kDouble}) {
+    add({Template::kAdaptiveForward, type});
+    add({Template::kAdaptiveBackward, type});
+    for (const int lanes : {1, 4}) {
+      if (lanes == 4 && type == Type::kDouble) continue;
+      add({Template::kMoments, type, lanes});
+      for (const bool residual : {false, true}) {
+        Kernel kernel{Template::kInputGradient, type, lanes};
+        kernel.residual = residual;
+        add(kernel);
+      }
+      for (const Pass pass : {Pass::kForward, Pass::kBackward, Pass::kSums}) {
+        Kernel kernel{Template::kIntegrator, type, lanes};
+        kernel.pass = pass;
+        add(kernel);
+      }
+      for (const Input input : {Input::kGeneral, Input::kGeneralResidual}) {
+        add({Template::kForward, type, lanes, input});
+        add({Template::kBackward, type, lanes, input});
+      }
+      for (int surrogate = 0; surrogate < kNumSurrogates; ++surrogate) {
+        for (const bool hard : {false, true}) {
+          if (hard && surrogate == static_cast<int>(Surrogate::kInteger)) continue;
+          for (const Input input : {Input::kNormalised, Input::kPlain, Input::kNormalisedResidual, Input::kApart}) {
+            if (lanes == 1 && input != Input::kNormalised) continue;
+            for (const int steps : {0, kShortSequence}) {
+              if (lanes == 1 && steps > 0) continue;
+              for (const Template each : {Template::kForward, Template::kSettledBackward}) {
+                add({each, type, lanes, input, steps, static_cast<Surrogate>(surrogate), hard});
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  return all;
+}
+
+}  // namespace asgl::cuda

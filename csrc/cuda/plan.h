@@ -1,0 +1,278 @@
+// The plan of every launch: how values are divided among threads, which kernel, how many blocks. Host code without a
+// CUDA header. `resident` returns the number of threads that the device holds, and is called only if that decides.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/kernel.h"
+
+namespace asgl::cuda {
+
+inline int64 blocks_for(int64 work, int64 per_block) { return (work + per_block - 1) / per_block; }
+
+template <class Element>
+bool is_aligned(const Element* first) {
+  return reinterpret_cast<unsigned long>(first) % (4 * sizeof(Element)) == 0;
+}
+
+// ---- neurons and integrators ----
+
+// The kernel's assumption about its input.
+template <class Params>
+Input input_of(const Params& params) {
+  const bool indexed = params.shape.neurons() < kDivisible;
+  const Input input = params.only_spikes() && indexed ? params.input() : Input::kGeneral;
+  if (params.residual == nullptr) return input;
+  return input == Input::kGeneral ? Input::kGeneralResidual : Input::kNormalisedResidual;
+}
+
+// Whether four neurons, from any multiple of four on, share all parameters.
+template <class Scalar>
+bool share_parameters(const LIFParams<Scalar>& params) {
+  bool shared = true;
+  for (const auto& parameter : params.parameters) shared = shared && parameter.is_shared_by_four();
+  return shared;
+}
+
+// Whether they do, or kernels for kApart may run: those parameters that they do not share are the neuron's own,
+// adjacent and aligned.
+template <class Params>
+bool fit_parameters(const Params& params) {
+  const bool shared = share_parameters(params);
+  const Input input = input_of(params);
+  if (shared || (input != Input::kPlain && input != Input::kNormalised)) return shared;
+  bool fit = true;
+  for (const auto& parameter : params.parameters) {
+    const bool adjacent = parameter.inner == 1 && parameter.count % 4 == 0 && is_aligned(parameter.data);
+    fit = fit && (parameter.is_shared_by_four() || adjacent);
+  }
+  return fit;
+}
+
+// Whether four neurons, from any multiple of four on, are adjacent and aligned in memory.
+template <class Scalar, class... Pointers>
+bool groups_of_four(const LIFParams<Scalar>& params, const Pointers&... sequences_and_states) {
+  return params.shape.inner % 4 == 0 && is_aligned(params.x_seq) && is_aligned(params.v_init) &&
+         (is_aligned(sequences_and_states) && ...);
+}
+
+// Whether four neurons a thread are faster.
+template <class Params, class Resident>
+bool fours_pay(const Params& params, const Resident& resident) {
+  const Input input = input_of(params);
+  const bool general = input == Input::kGeneral || input == Input::kGeneralResidual;
+  if (!general && params.shape.steps <= kCheckpointSteps) return true;
+  const int64 threads = resident(), neurons = params.shape.neurons();
+  // General kernels: a quarter of the resident threads suffices, as each has four times the loads in flight.
+  return general ? neurons / 4 >= threads / 4 : neurons > kFewSixteenths * threads / 16;
+}
+
+template <class Scalar>
+ParameterSummary summary_of(const LIFParams<Scalar>& params) {
+  ParameterSummary summary{};
+  if (params.shape.neurons() >= kDivisible) return summary;
+  summary.alike = true;
+  int64 inner = 1, count = 1;  // of the first parameter that differs between neurons
+  for (int id = 0; id < kNumParameters; ++id) {
+    const auto& parameter = params.parameters[id];
+    if (parameter.data != nullptr) summary.tensors |= 1u << id;
+    if (parameter.is_same_for_all()) continue;
+    if (count == 1) inner = parameter.inner, count = parameter.count;
+    summary.alike = summary.alike && parameter.inner == inner && parameter.count == count;
+    summary.strides[id] = 1;
+    if (parameter.inner == 1) summary.by_neuron |= static_cast<uint8>(1u << id);
+  }
+  const auto index = [](int64 inner, int64 count) { return NeuronIndex{Divisor::of(inner), Divisor::of(count)}; };
+  summary.common = index(inner, count);
+  for (int id = 0; id < kNumParameters && !summary.alike; ++id) {
+    summary.own[id] = index(params.parameters[id].inner, params.parameters[id].count);
+  }
+  return summary;
+}
+
+// A tile is the neurons of a block: one a thread, or four if `grouped` and faster.
+template <class Params, class Resident>
+void plan_neurons(Params& params, bool grouped, const Resident& resident) {
+  params.summary = summary_of(params);
+  using Scalar = std::remove_const_t<std::remove_pointer_t<decltype(params.x_seq)>>;
+  const bool fours = kHasFours<Scalar> && grouped && fours_pay(params, resident);
+  params.tiles.tile = fours ? 4 * kBlockThreads : kBlockThreads;
+  params.tiles.count = blocks_for(params.shape.neurons(), params.tiles.tile);
+}
+
+// plan_neurons, where parameters may want gradients.
+template <class Params, class Resident>
+void plan_with_sums(Params& params, bool grouped, const Resident& resident) {
+  plan_neurons(params, grouped, resident);
+  for (int id = 0; id < kNumParameters; ++id) params.summary.wanted |= static_cast<uint32>(params.wants(id)) << id;
+}
+
+template <class Scalar, class Resident>
+void plan_tiles(ForwardParams<Scalar>& params, const Resident& resident) {
+  const bool grouped = groups_of_four(params, params.residual, params.s_seq, params.v_last, params.v_seq, params.h_seq,
+                                      params.checkpoints);
+  plan_neurons(params, grouped && fit_parameters(params) && !params.options.adapts(), resident);
+}
+
+template <class Scalar, class Resident>
+void plan_tiles(BackwardParams<Scalar>& params, const Resident& resident) {
+  const bool grouped = groups_of_four(params, params.residual, params.grad_s_seq, params.grad_v_last, params.grad_v_seq,
+                                      params.grad_h_seq, params.checkpoints, params.grad_x_seq, params.grad_v_init,
+                                      params.grad_residual);
+  plan_with_sums(params, grouped && fit_parameters(params) && !params.options.adapts(), resident);
+}
+
+template <class Scalar, class Resident>
+void plan_tiles(IntegratorParams<Scalar>& params, const Resident& resident) {
+  const bool grouped = groups_of_four(params, params.v_seq, params.v_last, params.grad_v_seq, params.grad_v_last,
+                                      params.grad_x_seq, params.grad_v_init);
+  plan_with_sums(params, grouped && share_parameters(params), resident);
+}
+
+template <class Scalar>
+int lanes_of(const LIFParams<Scalar>& params) {
+  return kHasFours<Scalar> && params.tiles.tile > kBlockThreads ? 4 : 1;
+}
+
+// The neuron's kernel. With one neuron a thread, the normalised kernel computes plain input, too, and the general one
+// any with a residual.
+template <class Scalar, template <class> class Params>
+Launch launch_neurons(const Params<Scalar>& params, Template settled, Template general, Template adaptive) {
+  Kernel kernel{settled, kTypeOf<Scalar>};
+  if (params.options.adapts()) {
+    kernel.of = adaptive;
+    return {kernel, params.tiles.count};
+  }
+  kernel.lanes = lanes_of(params);
+  kernel.input = input_of(params);
+  if (!kernel.is_general()) {
+    if (kernel.lanes == 4) {
+      if (!share_parameters(params)) kernel.input = Input::kApart;
+    } else {
+      kernel.input = params.residual != nullptr ? Input::kGeneralResidual : Input::kNormalised;
+    }
+  }
+  if (kernel.is_general()) {
+    kernel.of = general;
+    return {kernel, params.tiles.count};
+  }
+  if (kernel.lanes == 4 && params.shape.steps == kShortSequence) kernel.steps = kShortSequence;
+  kernel.surrogate = params.options.surrogate;
+  kernel.hard_reset = params.options.hard_reset && kernel.surrogate != Surrogate::kInteger;
+  return {kernel, params.tiles.count};
+}
+
+template <class Scalar>
+Launch launch_of(const ForwardParams<Scalar>& params) {
+  return launch_neurons(params, Template::kForward, Template::kForward, Template::kAdaptiveForward);
+}
+
+template <class Scalar>
+Launch launch_of(const BackwardParams<Scalar>& params) {
+  return launch_neurons(params, Template::kSettledBackward, Template::kBackward, Template::kAdaptiveBackward);
+}
+
+template <class Scalar>
+Launch launch_of(const IntegratorParams<Scalar>& params) {
+  Kernel kernel{Template::kIntegrator, kTypeOf<Scalar>, lanes_of(params)};
+  kernel.pass = params.pass();
+  return {kernel, params.tiles.count};
+}
+
+// ---- sums of gradients ----
+
+// An element is the sum of its runs' slots, one for each tile that a run overlaps. If a run has few slots, a block sums
+// several elements. Runs are split where a second launch takes less time than a thread for all of its runs.
+template <class Real, class Resident>
+void plan_tiles(GradientSum<Real>& sum, const Resident&) {
+  constexpr int64 kManySlots = 8;
+  constexpr int64 kMostRunsEach = 16, kFewRuns = 8, kManyThreads = 131072;
+  constexpr int64 kRuns = 16, kSingleRuns = 128;  // a thread's where split; loads of single neurons overlap
+  constexpr int64 kMostSplits = 2048;
+  for (int id = 0; id < sum.count; ++id) {
+    GradientPart<Real>& part = sum.parts[id];
+    if (part.parameter.repeats_in(sum.tile)) part.neurons = blocks_for(part.neurons, sum.tile) * part.parameter.count;
+    const int64 inner = part.parameter.inner, runs = part.neurons / (inner * part.parameter.count);
+    const int64 slots = (inner + sum.tile - 2) / sum.tile + 1;  // most slots of a run
+    const auto largest_power = [](int64 most) {
+      int power = 1;
+      while (2 * power <= most) power *= 2;
+      return power;
+    };
+    if (slots >= kManySlots) {
+      part.elements_each = 1;
+      part.slots_each = largest_power(slots < kSumThreads ? slots : kSumThreads);
+      part.runs_each = kSumThreads / part.slots_each;
+    } else {
+      part.slots_each = 1;
+      const int64 enough = blocks_for(kManyThreads, part.elements(sum.shape));
+      part.runs_each = largest_power(std::min({runs, kMostRunsEach, enough}));
+      part.elements_each = kSumThreads / part.runs_each;
+      const bool single = inner == 1 && part.parameter.step_stride == 0;
+      if (single && runs <= kFewRuns && part.parameter.count >= kElementsEach * kManyThreads) {
+        part.elements_each = kElementsEach * kSumThreads;
+      }
+    }
+    part.blocks = blocks_for(part.elements(sum.shape), part.elements_each);
+    const int64 splits = blocks_for(runs, part.runs_each * (inner == 1 ? kSingleRuns : kRuns));
+    part.splits = splits > 2 ? static_cast<int>(std::min(splits, kMostSplits)) : 1;
+  }
+}
+
+template <class Real>
+Launch launch_of(const GradientSum<Real>& sum) {
+  int64 blocks = 0;
+  for (int id = 0; id < sum.count; ++id) blocks += sum.parts[id].splits * sum.parts[id].blocks;
+  return {{Template::kGradientSum, kTypeOf<Real>}, blocks, kSumThreads};
+}
+
+// ---- batch normalisation ----
+
+// Four columns a thread if of one channel and aligned.
+template <class Scalar, class... Gradients>
+void plan_channels(ChannelTiles& tiles, int64 rows_each, const Scalar* x_seq, const Gradients*... gradients) {
+  const bool fours =
+      kHasFours<Scalar> && tiles.shape.inner % 4 == 0 && is_aligned(x_seq) && (is_aligned(gradients) && ...);
+  const int lanes = fours ? 4 : 1;
+  tiles = ChannelTiles::plan(tiles.shape, lanes, kBlockThreads, rows_each / lanes);
+}
+
+template <class Scalar, class Resident>
+void plan_tiles(MomentsParams<Scalar>& params, const Resident&) {
+  plan_channels(params.tiles, kMomentsRowsEach, params.x_seq);
+}
+
+template <class Scalar, class Resident>
+void plan_tiles(InputGradientParams<Scalar>& params, const Resident&) {
+  plan_channels(params.tiles, kChannelRowsEach, params.x_seq, params.grad_x_seq, params.grad_residual);
+}
+
+template <class Scalar>
+Launch launch_of(const MomentsParams<Scalar>& params) {
+  return {{Template::kMoments, kTypeOf<Scalar>, static_cast<int>(params.tiles.lanes)}, params.tiles.tasks()};
+}
+
+template <class Real>
+Launch launch_of(const CoefficientsParams<Real>& params) {
+  return {{Template::kCoefficients, kTypeOf<Real>}, params.channels};
+}
+
+template <class Real>
+Launch launch_of(const RunningParams<Real>& params) {
+  return {{Template::kRunning, kTypeOf<Real>}, blocks_for(params.channels, kBlockThreads)};
+}
+
+template <class Real>
+Launch launch_of(const AdjointParams<Real>& params) {
+  return {{Template::kAdjoint, kTypeOf<Real>}, blocks_for(params.channels, kBlockThreads)};
+}
+
+template <class Scalar>
+Launch launch_of(const InputGradientParams<Scalar>& params) {
+  Kernel kernel{Template::kInputGradient, kTypeOf<Scalar>, static_cast<int>(params.tiles.lanes)};
+  kernel.residual = params.grad_residual != nullptr;
+  return {kernel, params.tiles.tasks()};
+}
+
+}  // namespace asgl::cuda

@@ -1,0 +1,103 @@
+"""The operators on a launcher in Python: what it is asked, by which thread, and what becomes of its errors."""
+
+import threading
+
+import pytest
+import torch
+from comparison import random_input, uniform
+
+import asgl_cuda
+from asgl_cuda import backends, extension
+from asgl_cuda.backends import launched
+
+pytestmark = pytest.mark.skipif(extension.module is None, reason=str(extension.problem))
+
+NAMESPACE = "asgl_cuda_recording"
+
+
+class Recorder:
+    """A launcher that starts nothing."""
+
+    def __init__(self) -> None:
+        self.refused = "nothing"  # part of a kernel's name
+        self.forget()
+
+    def forget(self) -> None:
+        self.kernels: list[str] = []
+        self.threads: set[int] = set()
+        self.asked: list[torch.device] = []
+
+    def resident_threads(self, device: torch.device) -> int:
+        self.asked.append(device)
+        return 2048
+
+    def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: int, size: int) -> None:
+        assert device.type == "cpu"
+        assert min(blocks, threads, params, size) > 0
+        if self.refused in kernel:
+            raise ArithmeticError(f"refused: {kernel}")
+        self.kernels.append(kernel.removeprefix("asgl::").split("<")[0])
+        self.threads.add(threading.get_ident())
+
+
+RECORDER = Recorder()
+FUNCTIONS = launched.implement(NAMESPACE, "CPU", RECORDER)
+
+
+@pytest.fixture(params=["direct", "torch.ops"])
+def recorder(request, monkeypatch) -> Recorder:
+    """The recorder behind the backend "recording", called as functions or through torch.ops."""
+    direct = backends.direct_operators(FUNCTIONS) if request.param == "direct" else None
+    backend = backends.Backend(("cpu",), backends.operators_in(NAMESPACE), lambda: None, direct)
+    monkeypatch.setitem(backends.BACKENDS, "recording", backend)
+    monkeypatch.setattr(RECORDER, "refused", "nothing")
+    RECORDER.forget()
+    return RECORDER
+
+
+def test_launches_in_order(recorder):
+    width = uniform(low=0.5, high=1.0)
+    asgl_cuda.lif(random_input(4, 8), width=width, backend="recording").sum().backward()
+    assert recorder.kernels == ["lif_forward_kernel", "lif_backward_settled_kernel", "gradient_sum_kernel"]
+
+
+def test_size_of_the_device_is_asked_only_where_it_decides(recorder):
+    asgl_cuda.lif(random_input(4, 8), backend="recording")
+    assert recorder.asked == []
+    asgl_cuda.lif(random_input(17, 8), backend="recording")
+    assert recorder.asked == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize("refused", ["lif_forward", "lif_backward", "gradient_sum"])
+def test_errors_reach_the_caller(recorder, refused):
+    recorder.refused = refused
+    width = uniform(low=0.5, high=1.0)
+    with pytest.raises(ArithmeticError, match=f"refused: asgl::{refused}"):
+        asgl_cuda.lif(random_input(4, 8), width=width, backend="recording").sum().backward()
+    recorder.refused = "nothing"
+    recorder.forget()
+    asgl_cuda.lif(random_input(4, 8), backend="recording")
+    assert recorder.kernels == ["lif_forward_kernel"]
+
+
+def test_several_threads(recorder):
+    """Each waits for the interpreter's lock in its launches, and none for another thread."""
+
+    def step() -> None:
+        for _ in range(50):
+            asgl_cuda.lif(random_input(4, 8), backend="recording").sum().backward()
+
+    threads = [threading.Thread(target=step) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert len(recorder.kernels) == 4 * 50 * 2
+    assert len(recorder.threads) == 4
+
+
+def test_compiled_graph_launches(recorder):
+    layer = asgl_cuda.LIF(learn_width=False, analog_prob=0.0, backend="recording")
+    torch.compile(layer, backend="aot_eager", fullgraph=True)(random_input(4, 8)).sum().backward()
+    assert recorder.kernels == ["lif_forward_kernel", "lif_backward_settled_kernel"]
