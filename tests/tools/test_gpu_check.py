@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from asgl_cuda.backends import launched
 from benchmarks.speed.rates import Rates
 from tools.gpu_check import bars, card, check, kernel_times, prepare, steps
 from tools.gpu_check.check import Findings, Outcome
 from tools.gpu_check.steps import Machine, Step
-from tools.kernels.cuda_compile import kernels_asked_for
 from tools.roofline.prediction import RESIDUAL_KERNELS
 
 ORIGIN = {"code": "0123", "torch": "2.11.0", "gpu": "a card", "capability": "9.0"}
@@ -275,7 +275,7 @@ def test_calls_for_the_sanitizer():
 
 def test_every_kernel_is_named_and_counted():
     """By torch's profiler and by Nsight Compute, with and without the namespace."""
-    for kernel in kernels_asked_for():
+    for kernel in launched.kernel_names():
         assert re.search(kernel_times.OUR_KERNELS, kernel)
         assert re.search(kernel_times.OUR_KERNELS, kernel.removeprefix("asgl::"))
         assert "<" not in kernel_times.kind_of(f"void {kernel}(asgl::Params)")[1], "not in _KINDS of cuda_code.py"

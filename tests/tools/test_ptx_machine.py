@@ -1,7 +1,7 @@
 """The translator of PTX and the machine that runs it, on small kernels; mistakes in kernels are found."""
 
 import re
-from ctypes import Structure, c_uint64
+from ctypes import Structure, addressof, c_uint64, sizeof
 
 import numpy as np
 import pytest
@@ -66,7 +66,8 @@ def run(machine, kernel, threads, *words, buffers=(), blocks=1):
     arrays = [word for word in words if isinstance(word, np.ndarray)]
     ranges = {(array.ctypes.data, array.ctypes.data + array.nbytes) for array in arrays} | set(buffers)
     values = [word.ctypes.data if isinstance(word, np.ndarray) else word for word in words]
-    return machine.run(kernel, blocks, threads, Params((c_uint64 * WORDS)(*values)), ranges)
+    params = Params((c_uint64 * WORDS)(*values))
+    return machine.run(kernel, blocks, threads, addressof(params), sizeof(params), ranges)
 
 
 # ---- warps, blocks and memory ----
@@ -181,7 +182,7 @@ def test_launch_that_does_not_fit(machine):
     kernel = translated(module("", most_threads=64))
     assert run(machine, kernel, 64) is None
     assert run(machine, kernel, 65) == "a block has at most 64 threads, got 65"
-    assert machine.run(kernel, 1, 1, c_uint64(0), set()) == "its parameters take 32 bytes, got 8"
+    assert machine.run(kernel, 1, 1, 0, 8, set()) == "its parameters take 32 bytes, got 8"
 
 
 def test_registers_of_a_scope(machine):
