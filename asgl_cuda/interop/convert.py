@@ -18,7 +18,7 @@ from ..checks import check_analog_prob, check_bool, check_name, check_surrogate,
 from ..layer import NeuronLayer, check_module
 from ..over_time import KNOWS_TIME
 from . import authors
-from .converted import Converted, Settings, bare_class, exchanged, overlaid, shadowed
+from .converted import HOOKS, Converted, Settings, bare_class, exchanged, overlaid, shadowed
 from .identify import FLAT, SpikeFunction, fires_strictly, identify, type_of_spikes
 from .replaced import kept_by, made_for, replace, restore
 
@@ -268,7 +268,6 @@ _OWN_IS_SLOWER = (
     "its own surrogate, outside of the kernel, may be slower than before in training: a step a call at 0.65 to 1.2 "
     "times the speed, sequences of large layers on a CPU at 0.5"
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _notes_on(layer: Any) -> Iterator[str]:
@@ -282,7 +281,7 @@ def _notes_on(layer: Any) -> Iterator[str]:
             uncalled = layer.read_from()
     for name, part in uncalled.items():
         modules = part.modules() if isinstance(part, nn.Module) else ()
-        if any(getattr(module, hooks) for module in modules for hooks in _HOOKS):
+        if any(getattr(module, hooks) for module in modules for hooks in HOOKS):
             yield f"hooks of {name} no longer fire"
 
 
