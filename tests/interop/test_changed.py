@@ -309,11 +309,11 @@ def test_other_functions_that_were_exchanged():
 
 
 class Net(nn.Module):
-    """A Norse layer that is left, a torch and a sinabs layer, with hooks on tensors and modules."""
+    """A Norse, a torch and a sinabs layer, with hooks on tensors and modules."""
 
     def __init__(self):
         super().__init__()
-        self.recurrent = norse.LSNNRecurrentCell(3, 3, norse.LSNNParameters(alpha=torch.tensor(1.0)))
+        self.recurrent = norse.LIFRecurrentCell(3, 3, norse.LIFParameters(alpha=torch.tensor(1.0)))
         self.linear = nn.Linear(3, 3)
         self.sinabs = sinabs.layers.LIF(3.0, norm_input=False, **SINGLE)
         self.own = torch.ones(3, requires_grad=True)  # no parameter, like weights given to Norse's cells
@@ -345,7 +345,7 @@ def test_hooks_of_tensors_and_of_modules_are_copied(function):
     model = Net().eval()
     model.linear.bias.requires_grad_()
     made, report = getattr(asgl_cuda, function)(model)
-    assert len(report.replaced) == int(function == "convert")
+    assert len(report.replaced) == 2 * (function == "convert")
     x = 20 * torch.rand(4, 3)
     results = []
     for net in (model, made):
