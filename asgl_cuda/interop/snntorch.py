@@ -281,6 +281,7 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
     """One step a call, with arguments and results of `RLeaky`; `recurrent` is a Linear or one weight a neuron."""
 
     _weights = ("V",)
+    steps_as_before = ConvertedLeaky.steps_as_before  # whose step is no slower
 
     def read_from(self) -> dict[str, Any]:
         return {**super().read_from(), "recurrent": lacking(self.recurrent, _RETURNING)}
@@ -326,7 +327,7 @@ class ConvertedRLeaky(Recurrent, ConvertedLeaky):
         return output.s_seq, mem_seq, s_init, weight, bias
 
 
-class ConvertedRSynaptic(ConvertedRLeaky, ConvertedSynaptic):
+class ConvertedRSynaptic(ConvertedRLeaky, ConvertedSynaptic):  # type: ignore[misc]
     """One step a call, with arguments and results of `RSynaptic`."""
 
     def sequence(self, x_seq: Tensor, spk: Any = None, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]

@@ -175,6 +175,7 @@ def _kept(node: Any, value: Any, x_seq: Tensor, at_start: float, at_rest: float 
 class ConvertedContainer(Recurrent):
     """A recurrent container around a node, or a Linear and a node, which keep their parameters and states."""
 
+    y: Any
     _factor: float | str  # of y in element_wise_function
 
     @property

@@ -171,6 +171,8 @@ def case(name, in_sequence=False, **options):
     torch.manual_seed(1)
     make, call, _ = LAYERS[name]
     made = make()
+    if name.endswith(("a step", "Cell")):  # else their own step
+        options.setdefault("backend", "reference")
     converted, report = asgl_cuda.convert(made, **options)
     assert [row.path for row in report.replaced] == [""], report
     return made, MultiStep(converted) if in_sequence else converted, call, called if in_sequence else call
@@ -386,6 +388,21 @@ def test_changes_after_conversion_are_refused(change):
     function(getattr(converted, "layer", converted))
     with pytest.raises(RuntimeError, match=f"was changed after its conversion: its .*{words}"):
         call_in_sequence(converted, *inputs(name), ())
+
+
+@pytest.mark.parametrize("name", ["LIFRecurrentCell", "container, a step"])
+def test_steps_without_noise_are_the_librarys_own(name, monkeypatch):
+    """Which are faster than a kernel's call; with `asgl` or a backend they are not."""
+    calls = []
+    original = asgl_cuda.interop.recurrent.recurrent_lif
+    monkeypatch.setattr(
+        asgl_cuda.interop.recurrent, "recurrent_lif", lambda *x, **o: calls.append(1) or original(*x, **o)
+    )
+    for options, times in (({"backend": None}, 0), ({}, T), ({"backend": None, "asgl": {}}, T)):
+        calls.clear()
+        _, converted, call, _ = case(name, **options)
+        call(converted, *inputs(name), ())
+        assert len(calls) == times
 
 
 def test_diagonal_without_autapses_has_no_gradient():
