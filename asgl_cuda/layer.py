@@ -64,6 +64,11 @@ def fill_parameter(parameter: Tensor | None, value: float) -> None:
 class Settable(nn.Module):
     """A module with properties that accept a Parameter, which nn.Module would register before their setters run."""
 
+    _weights: ClassVar[tuple[str, ...]] = ()  # parameters that are no neuron's: of connections and normalisations
+
+    def _neuron_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [each for each in self.named_parameters(recurse=False) if each[0] not in self._weights]
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if isinstance(getattr(type(self), name, None), property):
             object.__setattr__(self, name, param)

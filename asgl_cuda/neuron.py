@@ -404,6 +404,7 @@ class BatchNormLIF(LIF):
     """
 
     _caller = "asgl_cuda.BatchNormLIF"
+    _weights = ("weight", "bias")
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None

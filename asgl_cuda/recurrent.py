@@ -361,6 +361,7 @@ class RecurrentLIF(LIF):
     _function = _CALLER
     _potentials = ("v", "s", "i", "v_seq")
     _states = ("v", "s", "i")
+    _weights = ("recurrent_weight", "recurrent_bias")
     s: Tensor | None
     i: Tensor | None
 

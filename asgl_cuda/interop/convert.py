@@ -18,7 +18,7 @@ from ..checks import check_analog_prob, check_bool, check_name, check_surrogate,
 from ..layer import NeuronLayer, check_module
 from ..over_time import KNOWS_TIME
 from . import authors
-from .converted import Converted, Settings, bare_class, exchanged, overlaid, shadowed
+from .converted import HOOKS, Converted, Settings, bare_class, exchanged, overlaid, shadowed
 from .identify import FLAT, SpikeFunction, fires_strictly, identify, type_of_spikes
 from .replaced import kept_by, made_for, replace, restore
 
@@ -137,7 +137,10 @@ def convert(
     `CUBALIFNode`, `ILIFNode`, the MultiStep forms of its `clock_driven`, snnTorch's `Leaky`, `Lapicque` and `Synaptic`,
     Norse's `LIF`, `LSNN`, `IAF` and `LI`, `LIFCell`, `LSNNCell`, `IAFCell` and `LIFBoxCell`, sinabs' `LIF`, `IAF`,
     `ALIF` and `ExpLeak` with their Squeeze forms, `LIFLayer` of the code published by the authors of ASGL, and
-    subclasses that override nothing that forward uses; `layers` adds others. Synaptic currents and layers that do not
+    subclasses that override nothing that forward uses; `layers` adds others. Recurrent layers whose spikes return
+    through a Linear, or one weight a neuron: snnTorch's `RLeaky` and `RSynaptic`, Norse's `LIFRecurrent` and its cell,
+    sinabs' `LIFRecurrent` and `IAFRecurrent`, SpikingJelly's `LinearRecurrentContainer` and
+    `ElementWiseRecurrentContainer` are computed by `recurrent_lif`. Synaptic currents and layers that do not
     fire are computed by `leaky_integrator`. A converted layer keeps spikes, states and gradients, up to rounding: a
     potential within rounding of the threshold, as with quantised inputs, may fire where it did not. The layer's
     parameters, their names, its state and base classes also stay: optimizers, state dicts and functions such as
@@ -153,7 +156,7 @@ def convert(
 
     A converted layer is an instance of its original class, but of another type: code that compares types, such as
     `sinabs.nir.to_nir`, `sinabs.conversion.replace_module` and some counters of SpikingJelly, requires `revert` first.
-    Layers that can't be copied, such as sinabs' recurrent layers, require `inplace=True`.
+    Layers that can't be copied require `inplace=True`.
 
     Args:
         model: any module, or a neuron layer.
@@ -268,7 +271,6 @@ _OWN_IS_SLOWER = (
     "its own surrogate, outside of the kernel, may be slower than before in training: a step a call at 0.65 to 1.2 "
     "times the speed, sequences of large layers on a CPU at 0.5"
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _notes_on(layer: Any) -> Iterator[str]:
@@ -282,7 +284,7 @@ def _notes_on(layer: Any) -> Iterator[str]:
             uncalled = layer.read_from()
     for name, part in uncalled.items():
         modules = part.modules() if isinstance(part, nn.Module) else ()
-        if any(getattr(module, hooks) for module in modules for hooks in _HOOKS):
+        if any(getattr(module, hooks) for module in modules for hooks in HOOKS):
             yield f"hooks of {name} no longer fire"
 
 

@@ -105,6 +105,7 @@ def _new(*parts: Any) -> nn.Module:
 
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Basis:
@@ -299,7 +300,7 @@ class Converted(Overlay, Noisy):
     def lif(self, x_seq: Tensor, **options: Any) -> LIFOutput:
         """`asgl_cuda.lif` with the layer's surrogate and noise, and spikes of the library's type."""
         self.check()
-        x_seq, dtype = _floating(x_seq), self.settings.dtype
+        x_seq, dtype = as_floating(x_seq), self.settings.dtype
         if dtype is not None and x_seq.dtype in HALF_TYPES:
             x_seq = x_seq.to(dtype)
         result = self.compute(x_seq, **self._all(x_seq, options))
@@ -309,7 +310,7 @@ class Converted(Overlay, Noisy):
     def adaptive_lif(self, x_seq: Tensor, **options: Any) -> AdaptiveLIFOutput:
         """`asgl_cuda.adaptive_lif` with the layer's surrogate and noise."""
         self.check()
-        x_seq = _floating(tensor_of(x_seq, bare_class(self).__name__))
+        x_seq = as_floating(tensor_of(x_seq, bare_class(self).__name__))
         result = adaptive_lif(x_seq, **self._all(x_seq, options))
         assert isinstance(result, AdaptiveLIFOutput)
         return result
@@ -362,7 +363,7 @@ class Converted(Overlay, Noisy):
         if self.settings.spike is None:  # else in `lif`
             self.check()
         options = _taken(options, x_seq)
-        result = leaky_integrator(_floating(x_seq), return_v_last=True, backend=self.settings.backend, **options)
+        result = leaky_integrator(as_floating(x_seq), return_v_last=True, backend=self.settings.backend, **options)
         assert isinstance(result, IntegratorOutput)
         return result
 
@@ -440,13 +441,13 @@ def _taken(options: dict[str, Any], x_seq: Tensor) -> dict[str, Any]:
     """The options, with integer tensors and scalars of other devices accepted as in PyTorch."""
     for name, given in options.items():
         if isinstance(given, Tensor) and not (given.dim() and given.is_floating_point()) and name != "rng_state":
-            value = _floating(given) if name == "v_init" else number(_floating(given))
+            value = as_floating(given) if name == "v_init" else number(as_floating(given))
             is_number = isinstance(value, Tensor) and value.dim() == 0
             options[name] = value.to(x_seq.device) if is_number else value
     return options
 
 
-def _floating(value: Tensor) -> Tensor:
+def as_floating(value: Tensor) -> Tensor:
     """Integers in the default dtype, as by PyTorch's type promotion; other values unchanged."""
     return value if value.is_floating_point() or value.is_complex() else value.to(torch.get_default_dtype())
 

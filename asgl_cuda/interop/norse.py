@@ -1,9 +1,11 @@
-"""Norse: `LIF`, `LSNN`, `IAF` and `LI`, `LIFCell`, `LSNNCell`, `IAFCell` and `LIFBoxCell`.
+"""Norse: `LIF`, `LSNN`, `IAF`, `LI` and `LIFRecurrent`, their cells, and `LIFBoxCell`.
 
 j = i + x                                   without i, as in Box and IAF: j = x
 h = v + dt tau_mem_inv (j + v_leak - v)     IAF: v + x
 i = j - dt tau_syn_inv j
 spike = h > v_th;  v = v_reset or, with reset_subtract, h - v_th where it spiked; nothing is detached
+
+LIFRecurrent: x is input_weights x + recurrent_weights spike[t-1], and the spike in the reset is detached
 
 LSNN: j = i, with x added to i afterwards; spike = h > c for c = b + dt tau_adapt_inv (v_th - b); b = c + beta spike
 """
@@ -14,6 +16,7 @@ from typing import Any
 
 import norse.torch as norse
 import torch
+from norse.torch.functional.lif import lif_step
 from norse.torch.functional.reset import reset_subtract, reset_value
 from norse.torch.functional.threshold import threshold as spikes_of
 from norse.torch.module import snn
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 
 from ..checks import HALF_TYPES
 from .converted import Converted, Found, InStream, Wrapper, bare_class, known_class, number
+from .recurrent import Recurrent, currents
 
 # Default step function, `activation`, of each convertible layer.
 _STEPS = {
@@ -33,6 +37,8 @@ _STEPS = {
     norse.LI: norse.li_feed_forward_step,
     norse.LSNN: norse.lsnn_feed_forward_step,
     norse.LSNNCell: norse.lsnn_feed_forward_step,
+    norse.LIFRecurrent: lif_step,
+    norse.LIFRecurrentCell: lif_step,
 }
 _FASTER = "its few operations a step are faster than a kernel's call"
 _READ_OUTS = {
@@ -48,7 +54,7 @@ class ConvertedSNN(Converted):
 
     @property
     def time_dim(self) -> int | None:  # type: ignore[override]
-        return 0 if isinstance(self, snn.SNN) else None
+        return 0 if isinstance(self, (snn.SNN, snn.SNNRecurrent)) else None
 
     @property
     def takes_input(self) -> bool:  # type: ignore[override]
@@ -151,6 +157,38 @@ class ConvertedLSNN(ConvertedSNN):
         return adapted.s_seq, _state(first, found, input_tensor)
 
 
+class ConvertedRecurrent(Recurrent, ConvertedSNN):
+    """Potentials are measured from v_leak, which may be a tensor."""
+
+    _weights = ("input_weights", "recurrent_weights")
+
+    def forward(self, input_tensor: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        a_step, p = self.time_dim is None, self.p
+        if input_tensor.is_sparse or (a_step and self.steps_as_before()):
+            return super(ConvertedSNN, self).forward(input_tensor, state)  # type: ignore[no-any-return]
+        records = getattr(self, "record_states", False)
+        first = self.initial_state(input_tensor) if state is None else state
+        options, decay = self._made()
+        leak = number(p.v_leak)
+        x_seq = nn.functional.linear(input_tensor[None] if a_step else input_tensor, self.input_weights)
+        z, v, i = [each if each.shape == x_seq.shape[1:] else each.expand(x_seq.shape[1:]) for each in first]
+        x_seq = x_seq.to(torch.promote_types(x_seq.dtype, i.dtype))
+        if state is not None:
+            x_seq = torch.cat([x_seq[:1] + i, x_seq[1:]])
+        weight: Tensor = self.recurrent_weights
+        output = self.recurrent_lif(
+            x_seq, weight, options["input_gain"], syn_decay=decay, decay=options["decay"], detach_reset=True,
+            v_threshold=options["v_threshold"] - leak, v_reset=options["v_reset"] - leak, v_init=v - leak, s_init=z,
+            return_v_seq=records,
+        )  # fmt: skip
+        spikes, found = output.s_seq, {"z": output.s_seq[-1], "v": output.v_last, "i": output.i_last}
+        if records:
+            i_seq, _ = self.integrate(currents(x_seq, spikes, z, weight), decay=decay)
+            found = {"z": spikes, "v": output.v_seq, "i": i_seq}
+        found |= {"v": found["v"] + leak, "i": decay * found["i"]}
+        return spikes.squeeze(0) if a_step else spikes, _state(first, found, x_seq)
+
+
 def _state(first: Any, found: dict[str, Any], input_tensor: Tensor) -> Any:
     """The state after a call; float32 of half types is kept only within."""
     if input_tensor.dtype in HALF_TYPES:
@@ -178,6 +216,8 @@ def find(layer: nn.Module) -> Found:
         return spikes_of(u, p.method, torch.as_tensor(p.alpha))  # type: ignore[no-any-return]
 
     spike.__qualname__ = p.method
+    if isinstance(layer, (snn.SNNRecurrent, snn.SNNRecurrentCell)):
+        return ConvertedRecurrent, spike
     return ConvertedLSNN if kind in (norse.LSNN, norse.LSNNCell) else ConvertedSNN, spike
 
 

@@ -1,4 +1,6 @@
-"""sinabs: `LIF`, `IAF`, `ALIF` and `ExpLeak`, which emits h, and their Squeeze forms; batch first.
+"""sinabs: `LIF`, `IAF`, `ALIF` and `ExpLeak`, which emits h, and their Squeeze forms; `LIFRecurrent`, `IAFRecurrent`.
+
+Batch first.
 
 i = a (i + x)                               a = exp(-1 / tau_syn); x itself without tau_syn
 h = alpha v + (1 - alpha) i                 alpha = exp(-1 / tau_mem); i itself without norm_input; IAF has alpha = 1
@@ -13,6 +15,8 @@ starts each call with the same i:
 
 i = (1 - alpha) a (i + x)                   (1 - alpha) x without tau_syn; no factor 1 - alpha without norm_input
 b = rho b + (1 - rho) s                     rho = exp(-1 / tau_adapt)
+
+Recurrent layers have x[t] + rec_connect(s[t-1]) for x[t], but x alone in the first step of each call.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ from ..checks import MOST_LEVELS
 from ..surrogate import PERIODIC
 from .converted import Converted, Found, InStream, Settings, Streamed, known_class, number
 from .identify import SpikeFunction, own_spikes
+from .recurrent import Recurrent, lacking
 
 
 class ConvertedLayer(Converted):
@@ -291,6 +296,35 @@ class ConvertedExpLeak(ConvertedLayer):
         return v_seq, v_last, v_seq
 
 
+class ConvertedRecurrent(Recurrent, ConvertedLayer):
+    """A recurrent layer whose `rec_connect` is a Linear."""
+
+    def read_from(self) -> dict[str, Any]:
+        others = {"record_states": self.record_states, "min_v_mem": self.min_v_mem}
+        return {**super().read_from(), **others, "rec_connect": lacking(self.rec_connect)}
+
+    def _steps(self, input_data: Tensor) -> Tensor:
+        batch, steps, *trailing = input_data.shape
+        if not self.is_state_initialised() or not self.state_has_shape((batch, *trailing)):
+            self.init_state_with_shape((batch, *trailing))
+        x_seq = input_data.to(torch.promote_types(input_data.dtype, self.v_mem.dtype))
+        weight, bias, alpha = self.rec_connect.weight, self.rec_connect.bias, self.alpha_syn_calculated
+        if bias is not None:
+            after_first = torch.arange(steps, device=x_seq.device).reshape(-1, *[1] * len(trailing)) > 0
+            x_seq = x_seq + torch.where(after_first, bias, 0.0)
+        if alpha is not None:  # a current decays in the step in which it comes
+            x_seq, weight = x_seq * alpha, weight * (alpha.unsqueeze(-1) if alpha.dim() else alpha)
+        time_dim = 1 if len(trailing) == 1 else 0
+        output = self.recurrent_lif(
+            x_seq.movedim(1, time_dim), weight, self.input_terms()[0], syn_decay=alpha, time_dim=time_dim,
+            decay=self.alpha_mem_calculated, v_threshold=self.spike_threshold.detach(), v_init=self.v_mem,
+            i_init=None if alpha is None else self.i_syn, **self._reset(),
+        )  # fmt: skip
+        self.v_mem, self.i_syn, self.recordings = output.v_last, output.i_last, {}
+        self.firing_rate = output.s_seq.mean()
+        return output.s_seq.movedim(time_dim, 1)
+
+
 def _only(value: Tensor) -> float:
     """The common value of all elements; NaN where they differ."""
     low, high = value.detach().double().aminmax()
@@ -304,12 +338,13 @@ PARTING = (layers.UnflattenTime,)
 
 _LEAKS = (layers.ExpLeak, layers.ExpLeakSqueeze)
 _ADAPTIVE = (layers.ALIF, ALIFSqueeze)
-_KNOWN = (layers.LIF, layers.LIFSqueeze, layers.IAF, layers.IAFSqueeze, *_ADAPTIVE, *_LEAKS)
-_RECURRENT = (layers.LIFRecurrent, layers.IAFRecurrent, layers.ALIFRecurrent)
+_RECURRENT = (layers.LIFRecurrent, layers.IAFRecurrent)
+_KNOWN = (layers.LIF, layers.LIFSqueeze, layers.IAF, layers.IAFSqueeze, *_ADAPTIVE, *_LEAKS, *_RECURRENT)
+_MIXING = (*_RECURRENT, layers.ALIFRecurrent)
 
 
 def find(layer: nn.Module) -> Found:
-    kind_of_layer = known_class(layer, _KNOWN, _RECURRENT)
+    kind_of_layer = known_class(layer, _KNOWN, _MIXING)
     if isinstance(kind_of_layer, str):
         return kind_of_layer if isinstance(layer, layers.StatefulLayer) else None
     node: Any = layer
@@ -321,8 +356,13 @@ def find(layer: nn.Module) -> Found:
     if most is None:
         name = getattr(spike_fn, "__name__", type(spike_fn).__name__)
         return f"its spikes are those of {name}; SingleSpike, MultiSpike and MaxSpike can be converted"
-    if adapts and (lacking := _lacking(node, most)) is not None:
-        return lacking
+    returns = kind_of_layer in _RECURRENT
+    if returns and (reason := lacking(node.rec_connect)) is not None:
+        return reason
+    if returns and node.record_states:
+        return "it records its states (record_states)"
+    if (adapts or returns) and (reason := _lacking(node, most, adapts)) is not None:
+        return reason
     if node.min_v_mem is not None and math.isnan(_only(node.min_v_mem)):
         return "its least potential (min_v_mem) differs between neurons"
     if type(node.reset_fn) not in (MembraneSubtract, MembraneReset):
@@ -336,7 +376,8 @@ def find(layer: nn.Module) -> Found:
         return f"it has at most {most} spikes a step, which must be a whole number in [1, {MOST_LEVELS}] (MaxSpike)"
     if spike_fn is not SingleSpike and not (thresholds > 0).all():
         return "its threshold is not above 0"
-    kind = ConvertedALIF if adapts else ConvertedMultiSpike if several else ConvertedLayer
+    plain = ConvertedRecurrent if returns else ConvertedMultiSpike if several else ConvertedLayer
+    kind = ConvertedALIF if adapts else plain
     if several and not detached and type(surrogate) is PeriodicExponential:
         width = surrogate.grad_width
         return kind, SpikeFunction(PERIODIC, width, 2 * width * surrogate.grad_scale, False)
@@ -348,13 +389,14 @@ def find(layer: nn.Module) -> Found:
     return kind, lambda u: function.apply(u + at, at, surrogate)
 
 
-def _lacking(node: Any, most: float) -> str | None:
-    """What adaptive neurons lack of an ALIF."""
+def _lacking(node: Any, most: float, adapts: bool) -> str | None:
+    """What adaptive and recurrent neurons lack of a layer."""
+    kind = "adaptive" if adapts else "recurrent"
     if most > 1:
-        return "it may spike several times a step, which adaptive neurons do not"
+        return f"it may spike several times a step, which {kind} neurons do not"
     if node.min_v_mem is not None:
-        return "it has a least potential (min_v_mem), which adaptive neurons lack"
-    if (torch.as_tensor(node.adapt_scale) < 0).any():
+        return f"it has a least potential (min_v_mem), which {kind} neurons lack"
+    if adapts and (torch.as_tensor(node.adapt_scale) < 0).any():
         return "its spikes lower the threshold (adapt_scale)"
     return None
 

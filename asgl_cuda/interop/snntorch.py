@@ -1,11 +1,12 @@
-"""snnTorch: `Leaky`, `Lapicque` and `Synaptic`, step by step, and `MultiStep` for whole sequences.
+"""snnTorch: `Leaky`, `Lapicque`, `Synaptic`, `RLeaky` and `RSynaptic`, step by step, `MultiStep` for whole sequences.
 
     m[t] = clamp(beta, 0, 1) m[t-1] + x[t] - threshold [m[t-1] > threshold]        "subtract"; the reset is detached
     m[t] = clamp(beta, 0, 1) m[t-1] (1 - [m[t-1] > threshold]) + x[t]              "zero";     and "none" has none
     spike = m[t] > threshold
 
 Lapicque has 1 - time_step / (R C) for clamp(beta, 0, 1), and time_step / C x[t] for x[t]. Synaptic has a current for
-x[t], syn[t] = clamp(alpha, 0, 1) syn[t-1] + x[t]. In both, "zero" clears the input of the step as well.
+x[t], syn[t] = clamp(alpha, 0, 1) syn[t-1] + x[t]. RLeaky and RSynaptic have x[t] + recurrent(spike[t-1]) for x[t]. In
+all of these, "zero" clears the input of the step as well.
 
 The reset is a step late: m is h, the potential before reset, and v[t] = h[t] - threshold / beta s[t] the one after it.
 With reset_delay=False m is returned after a reset that is not detached, and is not reset again. An ASGL layer resets by
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import snntorch
 import torch
+from snntorch._neurons import rleaky, rsynaptic
 from torch import Tensor, nn
 
 from ..checks import HALF_TYPES
@@ -37,6 +39,7 @@ from .converted import (
     number,
     version_of,
 )
+from .recurrent import Recurrent, currents, lacking
 
 # Substitute for a learned beta of 0, since threshold / beta must exist; the change is below the resolution of float32
 # at the threshold.
@@ -44,8 +47,9 @@ _LEAST_BETA = 1e-6
 # Below this bound, threshold / beta makes rounding errors in the gradient of beta too large: relative 6e-5 at 1e-3.
 _SMALL_BETA = 1e-3
 
+_RETURNING = (nn.Linear, rleaky.RecurrentOneToOne, rsynaptic.RecurrentOneToOne)
 _MULTI_STEP = "asgl_cuda.interop.snntorch.MultiStep"
-_NAMES = "a Leaky, Lapicque or Synaptic"
+_NAMES = "a Leaky, Lapicque, Synaptic, RLeaky or RSynaptic"
 
 
 class _After(NamedTuple):
@@ -95,13 +99,17 @@ class ConvertedLeaky(Converted):
             return self.settings.backend is None and self.is_plain()
         return super().steps_as_before()
 
-    def forward(self, input_: Tensor, mem: Tensor | None = None) -> Any:
+    def forward(self, input_: Tensor, *states: Tensor | None, **named: Tensor | None) -> Any:
         if self.steps_as_before():
-            return super().forward(input_, mem)
-        return self.results(*self.step(input_.unsqueeze(0), mem))
+            return super().forward(input_, *states, **named)
+        return self.results(*self.one_step(input_, *states, **named))
+
+    def one_step(self, input_: Tensor, mem: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Spikes and states after one step, from the given states or the stored ones."""
+        return self.step(input_.unsqueeze(0), mem)
 
     def step(self, x_seq: Tensor, mem: Tensor | None) -> tuple[Tensor, ...]:
-        """Spikes and states after one step."""
+        """Spikes and potentials after one step of charging by `x_seq`."""
         values = self._values()
         options, shift = self._made(*values)
         mechanism, v_init = values[0], self._before(x_seq, mem)
@@ -132,13 +140,7 @@ class ConvertedLeaky(Converted):
         values = self._values()
         options, _ = self._made(*values, whole=True)
         if self._is_small(options["decay"]):
-            s_steps, mem_steps = [], []
-            for x in x_seq.split(1):
-                spk, last = self.step(x, mem)
-                s_steps.append(spk)
-                mem_steps.append(last)
-                mem = None if self.init_hidden else last
-            return torch.stack(s_steps), torch.stack(mem_steps)
+            return self.by_steps(x_seq, mem)
         options["return_h_seq"] = at_rest = self.reset_delay or values[0] == "none"
         options |= {} if at_rest else {"detach_reset": False, "return_v_seq": True}
         v_init = self._before(x_seq, mem)
@@ -150,6 +152,13 @@ class ConvertedLeaky(Converted):
         mem_seq = self._as_theirs(mem_seq, x_seq)
         self._keep("mem", mem_seq[-1].clone())
         return output.s_seq, mem_seq
+
+    def by_steps(self, x_seq: Tensor, *states: Tensor | None) -> tuple[Tensor, ...]:
+        steps: list[tuple[Tensor, ...]] = []
+        for x in x_seq:
+            steps.append(self.one_step(x, *states))
+            states = () if self.init_hidden else steps[-1][-len(states) :]
+        return tuple(map(torch.stack, zip(*steps, strict=True)))
 
     def _keep(self, name: str, value: Tensor) -> None:
         """Sets a buffer without Module's 3 us."""
@@ -188,13 +197,13 @@ class ConvertedLeaky(Converted):
             options["reset_amount"] = threshold / decay
         return options | {"decay": decay}, shift
 
-    def _before(self, x_seq: Tensor, mem: Tensor | None) -> Tensor:
-        """The given or stored potential."""
-        if mem is None:
-            mem = self.mem
+    def _before(self, x_seq: Tensor, state: Tensor | None, name: str = "mem") -> Tensor:
+        """The given or stored state."""
+        if state is None:
+            state = getattr(self, name)
         elif self.init_hidden:
-            raise TypeError("`mem` should not be passed as an argument while `init_hidden=True`")
-        return mem if mem.shape == x_seq.shape[1:] else x_seq.new_zeros(x_seq.shape[1:])
+            raise TypeError(f"`{name}` should not be passed as an argument while `init_hidden=True`")
+        return state if state.shape == x_seq.shape[1:] else x_seq.new_zeros(x_seq.shape[1:])
 
     def _is_small(self, decay: Tensor | float) -> bool:
         """Whether a sequence is computed step by step; updated after changes of a readable beta."""
@@ -253,25 +262,83 @@ class ConvertedSynaptic(ConvertedLeaky):
     def advice(self) -> str | None:
         return f"{super().advice()}; for backward a step keeps up to 1.6 times the bytes of snnTorch's"
 
-    def forward(self, input_: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
-        if self.steps_as_before():
-            return super(ConvertedLeaky, self).forward(input_, syn, mem)
-        syn = _clamped(self.alpha) * self._current(input_, syn, mem) + input_
+    def one_step(self, input_: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
+        syn = _clamped(self.alpha) * self._before(input_.unsqueeze(0), syn, "syn") + input_
         self._keep("syn", syn)
         spk, mem = self.step(syn.unsqueeze(0), mem)
-        return self.results(spk, syn, mem)
+        return spk, syn, mem
 
     def sequence(self, x_seq: Tensor, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
-        syn = self._current(x_seq[0], syn, mem)
+        if self._is_small(_clamped(self.beta)):
+            return self.by_steps(x_seq, syn, mem)
+        syn = self._before(x_seq, syn, "syn")
         syn_seq, self.syn = self.integrate(x_seq, decay=_clamped(self.alpha), v_init=syn)
         s_seq, mem_seq = super().sequence(syn_seq, mem)
         return s_seq, syn_seq, mem_seq
 
-    def _current(self, x: Tensor, syn: Tensor | None, mem: Tensor | None) -> Tensor:
-        if self.init_hidden and (syn is not None or mem is not None):
-            raise TypeError("`mem` or `syn` should not be passed as an argument while `init_hidden=True`")
-        syn = self.syn if syn is None else syn
-        return syn if syn.shape == x.shape else torch.zeros_like(x)
+
+class ConvertedRLeaky(Recurrent, ConvertedLeaky):
+    """One step a call, with arguments and results of `RLeaky`; `recurrent` is a Linear or one weight a neuron."""
+
+    _weights = ("V",)
+    steps_as_before = ConvertedLeaky.steps_as_before  # whose step is no slower
+
+    def read_from(self) -> dict[str, Any]:
+        return {**super().read_from(), "recurrent": lacking(self.recurrent, _RETURNING)}
+
+    def one_step(self, input_: Tensor, spk: Any = None, *states: Any, **named: Any) -> Any:  # type: ignore[override]
+        spk = self._before(input_.unsqueeze(0), spk, "spk")
+        results = super().one_step(input_ + self.recurrent(spk), *states, **named)
+        self._keep("spk", results[0])
+        return results
+
+    def sequence(self, x_seq: Tensor, spk: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
+        if not self._is_known(x_seq):
+            return self.by_steps(x_seq, spk, mem)
+        s_seq, mem_seq, *_ = self._sequence(x_seq, spk, mem)
+        return s_seq, mem_seq
+
+    def _is_known(self, x_seq: Tensor) -> bool:
+        """Whether `recurrent_lif` takes the layer's values: one, or one a neuron."""
+        values = (self.threshold, self.beta, getattr(self, "alpha", None), getattr(self.recurrent, "V", None))
+        shape = x_seq.shape[-1:]
+        fits = all(not isinstance(each, Tensor) or each.numel() == 1 or each.shape == shape for each in values)
+        return fits and not self._is_small(_clamped(self.beta))
+
+    def _sequence(self, x_seq: Tensor, spk: Any, mem: Any, **synapse: Any) -> Any:
+        """Spikes, potentials, and what computes the currents."""
+        self.check()
+        values = self._values()
+        options, _ = self._made(*values, whole=True)
+        s_init, v_init = self._before(x_seq, spk, "spk"), self._before(x_seq, mem)
+        if values[0] != "none":
+            v_init = self._reset(v_init, values, options, None)
+        if isinstance(self.recurrent, nn.Linear):
+            weight, bias = self.recurrent.weight, self.recurrent.bias
+        else:
+            weight, bias = torch.as_tensor(self.recurrent.V).reshape(-1).expand(x_seq.shape[-1]), None
+        options |= {"return_h_seq": True, "v_init": v_init, "s_init": s_init, "bias": bias, **synapse}
+        output = self.recurrent_lif(x_seq, weight, options.pop("input_gain"), **options)
+        assert output.h_seq is not None
+        mem_seq = self._as_theirs(output.h_seq, x_seq)
+        for name, state in (("spk", output.s_seq[-1]), ("mem", mem_seq[-1]), ("syn", output.i_last)):
+            if state is not None:
+                self._keep(name, state.clone())
+        return output.s_seq, mem_seq, s_init, weight, bias
+
+
+class ConvertedRSynaptic(ConvertedRLeaky, ConvertedSynaptic):  # type: ignore[misc]
+    """One step a call, with arguments and results of `RSynaptic`."""
+
+    def sequence(self, x_seq: Tensor, spk: Any = None, syn: Any = None, mem: Any = None) -> Any:  # type: ignore[override]
+        if not self._is_known(x_seq):
+            return self.by_steps(x_seq, spk, syn, mem)
+        alpha, syn = _clamped(self.alpha), self._before(x_seq, syn, "syn")
+        s_seq, mem_seq, *weights = self._sequence(x_seq, spk, mem, syn_decay=alpha, i_init=syn)
+        if self.init_hidden and not self.output:  # which gives spikes alone
+            return s_seq, None, mem_seq
+        syn_seq, _ = self.integrate(currents(x_seq, s_seq, *weights), decay=alpha, v_init=syn)
+        return s_seq, syn_seq, mem_seq
 
 
 def _has_dimensions(layer: Any) -> bool:
@@ -319,7 +386,7 @@ def _at_least(value: Tensor | float, least: float) -> Tensor | float:
 
 
 class MultiStep(nn.Module):
-    """`Leaky`, `Lapicque` or `Synaptic` over a whole sequence in one call.
+    """`Leaky`, `Lapicque`, `Synaptic`, `RLeaky` or `RSynaptic` over a whole sequence in one call.
 
     Args:
         layer: a layer of snnTorch, converted in place if necessary.
@@ -334,7 +401,10 @@ class MultiStep(nn.Module):
     The same with snnTorch::
 
         for x in x_seq:
-            spk, mem = layer(x, mem)  # spk, syn, mem = layer(x, syn, mem) for Synaptic
+            spk, mem = layer(x, mem)
+            spk, syn, mem = layer(x, syn, mem)  # Synaptic
+            spk, mem = layer(x, spk, mem)  # RLeaky
+            spk, syn, mem = layer(x, spk, syn, mem)  # RSynaptic
 
     Example::
 
@@ -382,13 +452,19 @@ class MultiStep(nn.Module):
         return self.layer.results(*self.layer.sequence(x_seq, *states, **named))
 
 
-_KNOWN = (snntorch.Leaky, snntorch.Lapicque, snntorch.Synaptic)
+_CONVERTED = {
+    snntorch.Leaky: ConvertedLeaky,
+    snntorch.Lapicque: ConvertedLeaky,
+    snntorch.Synaptic: ConvertedSynaptic,
+    snntorch.RLeaky: ConvertedRLeaky,
+    snntorch.RSynaptic: ConvertedRSynaptic,
+}
 _MIXING = (snntorch.RLeaky, snntorch.RSynaptic, snntorch.SLSTM, snntorch.SConv2dLSTM, snntorch.LeakyParallel)
 _NEURONS = (snntorch.SpikingNeuron, *_MIXING)
 
 
 def find(layer: nn.Module) -> Found:
-    kind = known_class(layer, _KNOWN, _MIXING)
+    kind = known_class(layer, _CONVERTED, _MIXING)
     if isinstance(kind, str):
         return kind if isinstance(layer, _NEURONS) or bare_class(layer).__name__ == "LeakyKernel" else None
     leaky: Any = layer
@@ -413,7 +489,11 @@ def find(layer: nn.Module) -> Found:
     constant = not isinstance(decay, nn.Parameter) and not isinstance(layer, Converted)
     if leaky.reset_mechanism == "subtract" and constant and bool((decay.abs() < _LEAST_BETA).any()):
         return "it subtracts the threshold from a potential of which nothing is left (beta=0)"
-    return ConvertedSynaptic if kind is snntorch.Synaptic else ConvertedLeaky, leaky.spike_grad
+    if hasattr(leaky, "recurrent") and (reason := lacking(leaky.recurrent, _RETURNING)) is not None:
+        return reason
+    if kind is snntorch.RSynaptic and not leaky.reset_delay:
+        return "its reset without delay fails in snnTorch (reset_delay=False)"
+    return _CONVERTED[kind], leaky.spike_grad
 
 
 def enlist(model: nn.Module) -> None:

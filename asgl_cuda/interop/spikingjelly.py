@@ -8,6 +8,8 @@
 
 A spike at h >= v_threshold resets to v_reset or, if v_reset is None (0 in the equations), subtracts v_threshold.
 ILIFNode is a LIFNode that emits round(clamp(h / v_threshold, 0, D)) spikes.
+
+Recurrent containers give a node rc(x, y[t-1]), a Linear of both, or f(y[t-1], x), with y what the node emits.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -24,7 +27,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..call import LIFOutput
 from ..checks import MOST_LEVELS
 from .converted import STATEFUL, Converted, Found, InStream, Streamed, Wrapper, known_class
-from .identify import SpikeFunction
+from .identify import SpikeFunction, captured
+from .recurrent import Recurrent, lacking
 
 # `clock_driven` up to 0.0.0.0.14, which has both.
 _PACKAGES = [
@@ -83,19 +87,12 @@ class ConvertedNode(Converted):
         return output.s_seq.squeeze(0)
 
     def _steps(self, x_seq: Tensor, whole: bool) -> LIFOutput:
-        v_reset = 0.0 if self.v_reset is None else self.v_reset
-        v_rest = v_reset if self.takes_input else 0.0
         output = self.lif(
             self._current(x_seq, whole),
-            decay=self.v_decay if isinstance(self, _CUBA) else 1 - self._share(),
             input_gain=self.input_terms()[0],
-            v_threshold=self.v_threshold,
-            v_reset=self.v_reset,
-            v_rest=v_rest,
-            v_init=self._kept(self.v, x_seq, v_reset, v_rest),
-            detach_reset=self.detach_reset,
             levels=self._levels(),
             return_v_seq=whole and getattr(self, "store_v_seq", False),
+            **_options(self, x_seq),
         )
         self.v = output.v_last
         return output
@@ -103,39 +100,23 @@ class ConvertedNode(Converted):
     def _levels(self) -> int | None:
         return None
 
-    def _kept(self, value: Any, x_seq: Tensor, at_start: float, at_rest: float | None) -> Any:
-        """The state of the last call; None at rest."""
-        whole, simple = not x_seq.is_floating_point(), isinstance(self, (ConvertedClockDrivenNode, *_SIMPLE))
-        if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not simple:
-            value = at_start  # restarts, as in SpikingJelly
-        if not isinstance(value, Tensor):
-            return None if value == at_rest and not whole else x_seq.new_full(x_seq.shape[1:], value)
-        # Since version 2, SpikingJelly stores states in the input's dtype.
-        return value.to(x_seq.dtype) if whole and not simple and hasattr(self, "materialize_states") else value
-
     def _current(self, x_seq: Tensor, whole: bool) -> Tensor:
         return x_seq
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:
-        # The input always decays up to 0.0.0.0.8.
-        return self._share() if isinstance(self, _LEAKY) and getattr(self, "decay_input", True) else 1.0, 0.0
-
-    def _share(self) -> Tensor | float:
-        """The leak of the potential per step."""
-        if isinstance(self, _PARAMETRIC):
-            return self.w.sigmoid()  # type: ignore[no-any-return]
-        return 1 / self.tau if isinstance(self, _LEAKY) else 0.0
+        return _gain(self), 0.0
 
     def hold_width(self) -> bool:
-        function = self.surrogate_function
+        node = self if isinstance(self, ConvertedNode) else _parts(self)[1]
+        function = node.surrogate_function
         kinds = {
             "rectangle": "Rect", "triangle": "PiecewiseQuadratic", "sigmoid": "Sigmoid", "arctan": "ATan", "erf": "Erf",
             "fast_sigmoid": "SoftSign",
         }  # fmt: skip
         if kinds.get(self.settings.spike.surrogate) != type(function).__name__:
             return False
-        self.surrogate_function = copy.deepcopy(function)  # shared by default
-        self.surrogate_function.alpha = 1 / float(torch.as_tensor(self.width).detach())
+        node.surrogate_function = copy.deepcopy(function)  # shared by default
+        node.surrogate_function.alpha = 1 / float(torch.as_tensor(self.width).detach())
         return True
 
 
@@ -146,12 +127,135 @@ class ConvertedCUBALIFNode(ConvertedNode):
     c: Any
 
     def _current(self, x_seq: Tensor, whole: bool) -> Tensor:
-        c = self._kept(self.c, x_seq, 0.0, None)
+        c = _kept(self, self.c, x_seq, 0.0, None)
         if not whole:  # cheaper than the integrator's call
             self.c = self.c_decay * c + x_seq.squeeze(0)
             return self.c.unsqueeze(0)  # type: ignore[no-any-return]
         c_seq, self.c = self.integrate(x_seq, decay=self.c_decay, v_init=c)
         return c_seq
+
+
+def _share(node: Any) -> Tensor | float:
+    """The leak of the potential per step."""
+    if isinstance(node, _PARAMETRIC):
+        return node.w.sigmoid()  # type: ignore[no-any-return]
+    return 1 / node.tau if isinstance(node, _LEAKY) else 0.0
+
+
+def _options(node: Any, x_seq: Tensor) -> dict[str, Any]:
+    """Options of `lif`, beside those of its input."""
+    v_reset = 0.0 if node.v_reset is None else node.v_reset
+    v_rest = 0.0 if isinstance(node, _CUBA) else v_reset
+    return {
+        "decay": node.v_decay if isinstance(node, _CUBA) else 1 - _share(node),
+        "v_threshold": node.v_threshold,
+        "v_reset": node.v_reset,
+        "v_rest": v_rest,
+        "v_init": _kept(node, node.v, x_seq, v_reset, v_rest),
+        "detach_reset": node.detach_reset,
+    }
+
+
+def _gain(node: Any) -> Tensor | float:
+    # The input always decays up to 0.0.0.0.8.
+    return _share(node) if isinstance(node, _LEAKY) and getattr(node, "decay_input", True) else 1.0
+
+
+def _kept(node: Any, value: Any, x_seq: Tensor, at_start: float, at_rest: float | None) -> Any:
+    """The state of the last call; None at rest."""
+    whole, simple = not x_seq.is_floating_point(), isinstance(node, (ConvertedClockDrivenNode, *_SIMPLE))
+    if isinstance(value, Tensor) and value.shape != x_seq.shape[1:] and not simple:
+        value = at_start  # restarts, as in SpikingJelly
+    if not isinstance(value, Tensor):
+        return None if value == at_rest and not whole else x_seq.new_full(x_seq.shape[1:], value)
+    # Since version 2, SpikingJelly stores states in the input's dtype.
+    return value.to(x_seq.dtype) if whole and not simple and hasattr(node, "materialize_states") else value
+
+
+class ConvertedContainer(Recurrent):
+    """A recurrent container around a node, or a Linear and a node, which keep their parameters and states."""
+
+    y: Any
+    _factor: float | str  # of y in element_wise_function
+
+    @property
+    def time_dim(self) -> int | None:  # type: ignore[override]
+        return 0 if self.step_mode == "m" else None
+
+    advice, hold_width = ConvertedNode.advice, ConvertedNode.hold_width
+
+    def begin(self, *arguments: Any) -> None:
+        self._factor = _factor(self)
+        super().begin(*arguments)
+
+    def end(self) -> None:
+        del self._factor
+        super().end()
+
+    def _neuron_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [*super()._neuron_parameters(), *_parts(self)[1].named_parameters(recurse=False)]
+
+    def read_from(self) -> dict[str, Any]:
+        _, node = _parts(self)
+        found = {**ConvertedNode.read_from(node), "sub_module": self.sub_module, "node": type(node)}
+        found["store_v_seq"] = getattr(node, "store_v_seq", False)
+        if hasattr(self, "rc"):
+            return {**found, "feedback": lacking(self.rc)}
+        return {**found, "element_wise_function": self.element_wise_function}
+
+    def single_step_forward(self, x: Tensor) -> Tensor:
+        if self.steps_as_before():
+            return super().single_step_forward(x)  # type: ignore[misc,no-any-return]
+        return self.multi_step_forward(x.unsqueeze(0)).squeeze(0)
+
+    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+        linear, node = _parts(self)
+        if hasattr(self, "rc"):
+            of_x, weight = self.rc.weight.tensor_split([self.rc.out_features], 1)
+            x_seq = nn.functional.linear(x_seq, of_x, self.rc.bias)
+            x_seq, weight = (x_seq, weight) if linear is None else (linear(x_seq), linear.weight @ weight)
+        else:
+            weight = x_seq.new_full(x_seq.shape[-1:] if x_seq.dim() > 1 else (1,), float(self._factor))
+        options = _options(node, x_seq)
+        if isinstance(node, _CUBA):
+            options |= {"syn_decay": node.c_decay, "i_init": _kept(node, node.c, x_seq, 0.0, 0.0)}
+        output = self.recurrent_lif(x_seq, weight, _gain(node), s_init=self.y, **options)
+        node.v, self.y = output.v_last, output.s_seq[-1]
+        if output.i_last is not None:
+            node.c = output.i_last
+        return output.s_seq
+
+
+def _parts(container: Any) -> tuple[Any, Any]:
+    """The Linear inside of a container, or None, and the node."""
+    inside = container.sub_module
+    if hasattr(container, "rc") and type(inside) is nn.Sequential and len(inside) == 2 and lacking(inside[0]) is None:
+        return inside[0], inside[1]
+    return None, inside
+
+
+def _factor(container: Any) -> float | str:
+    """The number w where x + w y enters the node, 1 for a Linear, or why there is none."""
+    if hasattr(container, "rc"):
+        return lacking(container.rc) or 1.0
+    function = container.element_wise_function
+    name = getattr(function, "__name__", type(function).__name__)
+    reason = f"its spikes y return by {name}(y, x); x + w y with a number w can be converted"
+    held = any(isinstance(each, (Tensor, nn.Module)) for each in captured(function))
+    if held or not isinstance(function, (FunctionType, BuiltinFunctionType)):
+        return reason
+    y, x = (torch.tensor(each, dtype=torch.float64, requires_grad=True) for each in _PROBES)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            value = function(y, x)
+            of_y, of_x = torch.autograd.grad(value.sum(), (y, x), materialize_grads=True)
+    except Exception:  # the function is the user's
+        return reason
+    expected = x + of_y[0] * y, of_y[:1].expand(y.shape), torch.ones_like(x)
+    return float(of_y[0]) if all(map(torch.allclose, (value, of_y, of_x), expected)) else reason
+
+
+_PROBES = ((0.0, 1.0, 0.0, 1.0, 0.5, -3.0), (0.0, 0.0, 1.5, -2.5, 40.0, 0.125))  # y and x
 
 
 class ConvertedILIFNode(ConvertedNode):
@@ -244,6 +348,11 @@ _INTEGER = _classes("neuron", "ILIFNode")
 _LEAKY = _classes("neuron", "LIFNode", "SimpleLIFNode", "ParametricLIFNode")
 _MULTI_STEP = _classes("neuron", "MultiStepIFNode", "MultiStepLIFNode", "MultiStepParametricLIFNode")
 _KNOWN = (*_classes("neuron", "IFNode"), *_INTEGER, *_LEAKY, *_MULTI_STEP, *_SIMPLE, *_CUBA, *_NON_SPIKING)
+_FEEDING = tuple(
+    found
+    for found in _classes("layer", "LinearRecurrentContainer", "ElementWiseRecurrentContainer")
+    if issubclass(found, _classes("base", "StepModule"))
+)
 _MIXING = _classes("neuron", "PSN", "MaskedPSN", "SlidingPSN", "ILCBaseNode")
 
 _MEMORY, _OF_SEQUENCES = _classes("base", "MemoryModule"), _classes("base", "MultiStepModule")
@@ -263,11 +372,13 @@ def _is_neuron(layer: nn.Module) -> bool:
 
 
 def find(layer: nn.Module) -> Found:
-    kind = known_class(layer, _KNOWN, _MIXING)
+    kind = known_class(layer, (*_KNOWN, *_FEEDING), _MIXING)
     if isinstance(kind, str):
         return kind if _is_neuron(layer) else STATEFUL if _carries(layer) else None
     if kind in _NON_SPIKING:
         return ConvertedNonSpikingNode, None
+    if kind in _FEEDING:
+        return _feeding(layer)
     node: Any = layer
     if not getattr(node.surrogate_function, "spiking", True):
         return "its surrogate function does not spike (spiking=False)"
@@ -282,6 +393,19 @@ def find(layer: nn.Module) -> Found:
     if not isinstance(layer, _WITH_STEP_MODE):
         return ConvertedClockDrivenNode, node.surrogate_function
     return ConvertedCUBALIFNode if kind in _CUBA else ConvertedNode, node.surrogate_function
+
+
+def _feeding(container: Any) -> Found:
+    """By a recurrent container."""
+    if isinstance(reason := _factor(container), str):
+        return reason
+    _, node = _parts(container)
+    found, name = find(node), type(node).__name__
+    if not isinstance(found, tuple) or found[0] not in (ConvertedNode, ConvertedCUBALIFNode):
+        return f"its {name}{f': {found}' if isinstance(found, str) else ' is no neuron that recurrent layers have'}"
+    if getattr(node, "store_v_seq", False):
+        return f"its {name} stores its potentials (store_v_seq)"
+    return ConvertedContainer, found[1]
 
 
 def _integer(function: Any) -> Found:

@@ -17,7 +17,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..checks import read_number
 from ..integrator import LeakyIntegrator
 from ..layer import asgl_layers, check_module
-from ..neuron import BatchNormLIF
 
 WIDTH_LR = 0.03
 NEURON_LR = 3e-3  # of decays, thresholds and adaptation: at 0.03 they leave their range
@@ -50,7 +49,8 @@ def parameter_groups(
     this decay: all parameters with at most one dimension, and those of `LayerNorm` and `RMSNorm`. None leaves them
     among the weights.
 
-    Parameters of modules inside an ASGL layer are no neurons, nor are the normalisation's in `BatchNormLIF`. Every
+    Parameters of modules inside an ASGL layer are no neurons, nor are the normalisation's in `BatchNormLIF`, nor what
+    returns the spikes of recurrent layers. Every
     parameter is in one group, once, also if shared or frozen: optimizers skip frozen parameters. Empty groups are
     omitted.
 
@@ -72,12 +72,7 @@ def parameter_groups(
             raise ValueError(f"{caller}: {name} must be >= 0, got {value}")
     layers = [layer for _, layer in asgl_layers(model)]
     layers += (module for module in model.modules() if isinstance(module, LeakyIntegrator))
-    neurons = {
-        id(each): (name, each)
-        for layer in layers
-        for name, each in layer.named_parameters(recurse=False)
-        if not (isinstance(layer, BatchNormLIF) and name in ("weight", "bias"))
-    }
+    neurons = {id(each): (name, each) for layer in layers for name, each in layer._neuron_parameters()}
     norms: dict[int, nn.Parameter] = {}
     if norm_weight_decay is not None:
         norms = {

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..batch_norm import sharing
-from ..call import LIFOutput
 from ..layer import some_asgl_layers
 from ..layout import channel_dim
 from ..neuron import LIF, BatchNormLIF
+from ..recurrent import RecurrentLIF
 from ..reference import batch_statistics
 from ..surrogate import SURROGATES
 from ..transforms import transforming
@@ -60,14 +60,13 @@ class _Tally:
 
 
 def _shares_of_lif(
-    layer: LIF, x_seq: Tensor, more: dict[str, Any], v_init: Tensor | None, rng_state: Tensor | None, s_seq: Tensor
+    layer: LIF, x_seq: Tensor, more: dict[str, Any], states: dict[str, Any], rng_state: Tensor | None, s_seq: Tensor
 ) -> dict[str, Tensor]:
-    """Repeats the call for its potentials, with the same state and noise."""
+    """Repeats the call for its potentials, with the same states and noise."""
     generator = None if rng_state is None else torch.Generator(x_seq.device).set_state(rng_state)
     time_dim = layer.time_dim % x_seq.dim()
-    again = layer._lif(x_seq, update=False, v_init=v_init, generator=generator, return_h_seq=True, **more)
-    assert isinstance(again, LIFOutput)
-    h_seq: Any = again.h_seq
+    again: Any = layer._lif(x_seq, update=False, generator=generator, return_h_seq=True, **states, **more)
+    h_seq = again.h_seq
     values: list[Any] = [layer._broadcast(each, x_seq, time_dim) for each in (layer.width, layer.v_threshold)]
     # In the dtype of the computation, for equal spikes.
     width, threshold = (value.to(h_seq) if isinstance(value, Tensor) else value for value in values)
@@ -169,10 +168,10 @@ class Monitor:
     - `dead`, `saturated`: share of neurons that never spiked, and that spiked at every step, in all samples. Neurons
       are the positions of an input `[T, N, ...]` without time and batch, or without time if one dimension remains.
 
-    Watching changes no output, gradient, state or random number. `asgl_cuda.LIF` computes each watched call twice. Of a
-    layer with another forward only the output (a tuple's first) is used, as spikes of height 1, without `inside` and
-    `smoothing_error`, and `dead` and `saturated` only if it has `time_dim`, None for calls of one step. Calls in
-    compiled code and under transforms of torch.func are not seen. Quantities not seen yet are missing.
+    Watching changes no output, gradient, state or random number. `LIF` and `RecurrentLIF` compute each watched call
+    twice. Of a layer with another forward only the output (a tuple's first) is used, as spikes of height 1, without
+    `inside` and `smoothing_error`, and `dead` and `saturated` only if it has `time_dim`, None for calls of one step.
+    Calls in compiled code and under transforms of torch.func are not seen. Quantities not seen yet are missing.
 
     `print(monitor)` shows a table, then `problems()`.
 
@@ -190,8 +189,8 @@ class Monitor:
     def __init__(self, model: nn.Module) -> None:
         self._layers = some_asgl_layers(model, "asgl_cuda.Monitor")
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        # Input, potential and random state before a call.
-        self._before: dict[nn.Module, tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]] = {}
+        # Input, states and random state before a call.
+        self._before: dict[nn.Module, tuple[Tensor, dict[str, Any], dict[str, Any], Tensor | None]] = {}
         self._norms: dict[nn.Module, Any] = {}  # normalisations that the layers compute
         self.reset()
 
@@ -223,7 +222,8 @@ class Monitor:
         self.stop()
 
     def _look_before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or transforming() or type(layer).forward is not LIF.forward:
+        known = type(layer).forward is LIF.forward or isinstance(layer, RecurrentLIF)
+        if torch.compiler.is_compiling() or transforming() or not known:
             return
         try:
             x_seq, more = layer._inputs(*args, **kwargs)
@@ -237,7 +237,8 @@ class Monitor:
         if layer.training and layer.analog_prob > 0:
             cpu = device.type == "cpu"  # torch.cpu has no get_rng_state
             rng_state = torch.get_rng_state() if cpu else torch.get_device_module(device).get_rng_state(device)
-        self._before[layer] = x_seq, more, layer._carried(), rng_state
+        states = {f"{name}_init": layer._carried_state(name) for name in layer._states}
+        self._before[layer] = x_seq, more, states, rng_state
 
     @torch.no_grad()
     def _look(self, layer: Any, args: tuple[Any, ...], output: Any) -> None:

@@ -146,10 +146,9 @@ KINDS = {
     "it mixes neurons, or steps, by weights of its own": [
         lambda: neuron.PSN(4), lambda: neuron.MaskedPSN(2, 4), lambda: neuron.SlidingPSN(2),
         *(lambda name=name: getattr(norse, name)(2, 2) for name in (
-            "LIFRecurrent", "LSNNRecurrent", "LSNNRecurrentCell", "CobaLIFCell", "LILinearCell", "LIFCorrelation",
+            "LSNNRecurrent", "LSNNRecurrentCell", "CobaLIFCell", "LILinearCell", "LIFCorrelation",
         )),
-        lambda: snntorch.LeakyParallel(2, 2), lambda: snntorch.RLeaky(beta=0.5, linear_features=2),
-        lambda: snntorch.RSynaptic(alpha=0.5, beta=0.5, linear_features=2),
+        lambda: snntorch.LeakyParallel(2, 2),
     ],
     "it is no neuron that convert knows, but carries a state": [
         lambda: layer.SynapseFilter(2.0), lambda: layer.Delay(1), lambda: encoding.LatencyEncoder(3),

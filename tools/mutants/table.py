@@ -43,6 +43,7 @@ pending = partial(Mutant, "pending.py")
 recompute = partial(Mutant, "recompute.py")
 recurrent = partial(Mutant, "recurrent.py")
 reference = partial(Mutant, "reference.py")
+returning = partial(Mutant, "interop/recurrent.py")
 replaced = partial(Mutant, "interop/replaced.py")
 schedule = partial(Mutant, "training/schedule.py")
 sinabs = partial(Mutant, "interop/sinabs.py")
@@ -50,6 +51,8 @@ snntorch = partial(Mutant, "interop/snntorch.py")
 spikingjelly = partial(Mutant, "interop/spikingjelly.py")
 streaming = partial(Mutant, "streaming.py")
 sync_batch_norm = partial(Mutant, "training/sync_batch_norm.py")
+
+RETURNS = "interop/test_recurrent_layers.py gradients"
 
 MUTANTS = {
     # ---- recurrent ----
@@ -521,7 +524,7 @@ MUTANTS = {
     # ---- monitor ----
     "monitor: sees what other hooks made": monitor("(self._look, prepend=True)",
         "(self._look)", "layer/test_monitor.py hooks"),
-    "monitor: a second call updates": monitor("x_seq, update=False, v_init", "x_seq, update=True, v_init",
+    "monitor: a second call updates": monitor("x_seq, update=False, generator", "x_seq, update=True, generator",
         "neuron/test_batch_norm_layer.py monitor"),
     "monitor: one spike is none": monitor("(counts == 0).sum()", "(counts <= 1).sum()", "layer/test_monitor.py dead"),
     "monitor: a batch is neurons": monitor("(spikes.dim() > before + 1)", "(spikes.dim() > before + 2)",
@@ -530,7 +533,7 @@ MUTANTS = {
         "layer/test_monitor.py measures"),
     "monitor: looks under transforms": monitor("transforming() or not isinstance(s_seq", "not isinstance(s_seq",
         "layer/test_transforms.py monitor"),
-    "monitor: a carried potential": monitor("x_seq, more, layer._carried(), rng_state", "x_seq, more, None, rng_state",
+    "monitor: a carried potential": monitor("x_seq, more, states, rng_state\n", "x_seq, more, {}, rng_state\n",
         "layer/test_monitor.py measures or carried or changes"),
     # ---- schedule and kit ----
     "schedule: a state is stored before it is accepted": schedule(
@@ -553,12 +556,16 @@ MUTANTS = {
         "layer/test_schedule.py which_layers"),
     "schedule: noise of several spikes": schedule(' if not getattr(layer, "multi_spike", False)}', "}",
         "layer/test_schedule.py which_layers"),
-    "groups: a normalisation is neurons": groups(
-        'if not (isinstance(layer, BatchNormLIF) and name in ("weight", "bias"))', "", "layer/test_training.py group"),
+    "groups: weights are neurons": layer("if each[0] not in self._weights]", "]", "layer/test_training.py group"),
     "groups: integrators are weights": groups("if isinstance(module, LeakyIntegrator))", "if False)",
         "layer/test_training.py groups"),
-    "groups: layers inside of neurons": groups(
-        "in layer.named_parameters(recurse=False)", "in layer.named_parameters()", "layer/test_training.py group"),
+    "groups: layers inside of neurons": layer("each for each in self.named_parameters(recurse=False)",
+        "each for each in self.named_parameters()", "layer/test_training.py group"),
+    "groups: weights of recurrent layers are neurons": recurrent(
+        '    _weights = ("recurrent_weight", "recurrent_bias")\n', "", "layer/test_recurrent_layer.py groups"),
+    "groups: a node in a container is none": spikingjelly(
+        "[*super()._neuron_parameters(), *_parts(self)[1].named_parameters(recurse=False)]",
+        "super()._neuron_parameters()", "interop/test_recurrent_layers.py group"),
     "groups: LayerNorm of several dimensions": groups(
         "(each.dim() <= 1 or isinstance(module, nn.LayerNorm | nn.RMSNorm))",
         "each.dim() <= 1", "layer/test_training.py group"),
@@ -784,6 +791,32 @@ MUTANTS = {
     "fuse: steps of fused neurons": converted(
         "(self.takes_steps or not self.takes_input)",
         "(not self.takes_input)", "interop/test_fuse_left.py neurons"),
+    # ---- recurrent layers ----
+    "returning: a gain of the input alone": returning(
+        "weight * (gain.unsqueeze(-1) if gain.dim() and weight.dim() > 1 else gain)", "weight", RETURNS),
+    "returning: a gain by columns": returning("gain.unsqueeze(-1) if gain.dim() and weight.dim() > 1 else gain", "gain",
+        RETURNS),
+    "returning: a current in other units": returning("i_last=output.i_last / gain", "i_last=output.i_last", RETURNS),
+    "returning: the current of the next step": returning(
+        "torch.cat([first.unsqueeze(time_dim), s_seq.narrow(time_dim, 0, s_seq.shape[time_dim] - 1)], time_dim)",
+        "s_seq", RETURNS),
+    "returning: states are views": returning("each.reshape(shape[1:]).clone()", "each.reshape(shape[1:])", RETURNS),
+    "returning: hooks": returning("if any(getattr(feedback, hooks) for hooks in HOOKS):", "if False:",
+        "interop/test_recurrent_layers.py left"),
+    "returning: spikes from outside": returning("return identify(function)  #",
+        "return super().identified(layer, function)  #", "interop/test_recurrent_layers.py left"),
+    "snntorch: spikes that do not return": snntorch('        self._keep("spk", results[0])\n', "", RETURNS),
+    "snntorch: values of other shapes": snntorch("return fits and not self._is_small", "return not self._is_small",
+        RETURNS),
+    "norse: a current that does not go on": norse("torch.cat([x_seq[:1] + i, x_seq[1:]])\n        weight",
+        "x_seq\n        weight", RETURNS),
+    "norse: potentials from v_leak": norse('found["v"] + leak', 'found["v"]', RETURNS),
+    "sinabs: a bias in the first step": sinabs("torch.where(after_first, bias, 0.0)", "bias", RETURNS),
+    "spikingjelly: the Linear behind": spikingjelly("linear.weight @ weight)", "weight)", RETURNS),
+    "spikingjelly: a function that is no sum": spikingjelly(
+        " if all(map(torch.allclose, (value, of_y, of_x), expected)) else reason", "",
+        "interop/test_recurrent_layers.py left"),
+    "spikingjelly: spikes of the last call": spikingjelly("s_init=self.y, **options", "**options", RETURNS),
     # ---- libraries ----
     "snntorch: a mem that has changed": snntorch(" and _mark(mem, values, options, shift) == after.mark:", ":",
         "interop/test_snntorch.py between"),
@@ -799,17 +832,17 @@ MUTANTS = {
         "interop/test_left.py options"),
     "snntorch: detach leaves states": snntorch("None if state is None else state.detach()", "state",
         "interop/test_streaming_libraries.py detach"),
-    "spikingjelly: nodes with a current rest at v_reset": spikingjelly("v_rest = v_reset if self.takes_input else 0.0",
-        "v_rest = v_reset", "interop/test_libraries.py CUBA"),
+    "spikingjelly: nodes with a current rest at v_reset": spikingjelly(
+        "v_rest = 0.0 if isinstance(node, _CUBA) else v_reset", "v_rest = v_reset", "interop/test_libraries.py CUBA"),
     "spikingjelly: the input always decays": spikingjelly(
-        'isinstance(self, _LEAKY) and getattr(self, "decay_input", True)', "isinstance(self, _LEAKY)",
+        'isinstance(node, _LEAKY) and getattr(node, "decay_input", True)', "isinstance(node, _LEAKY)",
         "interop/test_libraries.py LIF"),
     "spikingjelly: alpha is the width": spikingjelly("alpha = 1 / float(", "alpha = float(",
         "interop/test_convert.py width"),
-    "spikingjelly: a surrogate that is shared": spikingjelly("self.surrogate_function = copy.deepcopy(function)",
+    "spikingjelly: a surrogate that is shared": spikingjelly("node.surrogate_function = copy.deepcopy(function)",
         "pass", "interop/test_convert.py width"),
     "spikingjelly: a state of another shape": spikingjelly(
-        "            value = at_start  # restarts, as in SpikingJelly\n", "            pass\n",
+        "        value = at_start  # restarts, as in SpikingJelly\n", "        pass\n",
         "interop/test_spikingjelly.py state or anew"),
     "spikingjelly: the gradient's window": spikingjelly("    if window != [0, levels]:\n", "    if False:\n",
         "interop/test_spikingjelly.py left"),
@@ -823,14 +856,15 @@ MUTANTS = {
         "if False:", "interop/test_changed.py other_functions"),
     "sinabs: no least potential": sinabs("v_min=self._least_potential()", "v_min=None",
         "interop/test_libraries.py floor"),
-    "sinabs: a gradient of the threshold": sinabs("v_threshold=self.spike_threshold.detach()",
-        "v_threshold=self.spike_threshold", "interop/test_sinabs.py threshold"),
+    "sinabs: a gradient of the threshold": sinabs("v_threshold=self.spike_threshold.detach(),  #",
+        "v_threshold=self.spike_threshold,  #", "interop/test_sinabs.py threshold"),
     "sinabs: another batch": sinabs("            self.handle_state_batch_size_mismatch(batch)\n", "            pass\n",
         "interop/test_sinabs.py states"),
     "sinabs: widths in units of the threshold": sinabs(" / _only(self.spike_threshold)\n", "\n",
         "interop/test_convert.py width"),
-    "sinabs: spikes that lower the threshold": sinabs("    if (torch.as_tensor(node.adapt_scale) < 0).any():\n",
-        "    if False:\n", "interop/test_left.py options"),
+    "sinabs: spikes that lower the threshold": sinabs(
+        "    if adapts and (torch.as_tensor(node.adapt_scale) < 0).any():\n", "    if False:\n",
+        "interop/test_left.py options"),
     "sinabs: a reset to another value": sinabs(
         "isinstance(node.reset_fn, MembraneReset) and node.reset_fn.reset_value != 0:", "False:",
         "interop/test_left.py options"),

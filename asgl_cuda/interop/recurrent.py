@@ -1,0 +1,83 @@
+"""Converted layers whose spikes return to them through a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import HALF_TYPES
+from ..pending import tensor_of
+from ..recurrent import RecurrentLIFOutput, recurrent_lif
+from .converted import HOOKS, Converted, as_floating, bare_class, number
+from .identify import SpikeFunction, identify
+
+
+class Recurrent(Converted):
+    """A layer whose sequences `asgl_cuda.recurrent_lif` computes; the library's own weights stay where they are."""
+
+    takes_input = False
+
+    @classmethod
+    def identified(cls, layer: Any, function: Callable[[Tensor], Tensor]) -> SpikeFunction | str:
+        return identify(function)  # spikes from outside of the kernel could not return to it
+
+    def steps_as_before(self) -> bool:
+        """Whether to run the library's own step, which takes 0.6 times a kernel's call."""
+        return self.settings.backend is None and self.is_plain()
+
+    def recurrent_lif(self, x_seq: Tensor, weight: Tensor, gain: Any = 1.0, **options: Any) -> RecurrentLIFOutput:
+        """The function with the layer's surrogate and noise, for `[T, ..., N]`, or `[B, T, N]` with time_dim=1.
+
+        A `gain` of the current behind the synapse that is a tensor scales what enters the synapse instead.
+        """
+        self.check()
+        x_seq, dtype = as_floating(tensor_of(x_seq, bare_class(self).__name__)), self.settings.dtype
+        if dtype is not None and x_seq.dtype in HALF_TYPES:
+            x_seq = x_seq.to(dtype)
+        gain = number(gain)
+        is_number = isinstance(gain, float)
+        if not is_number:
+            x_seq, weight = x_seq * gain, weight * (gain.unsqueeze(-1) if gain.dim() and weight.dim() > 1 else gain)
+            scaled = ("bias", "i_init")
+            options |= {name: options[name] * gain for name in scaled if options.get(name) is not None}
+        shape, states = x_seq.shape, ("v_init", "s_init", "i_init")
+        if len(shape) != 3:
+            count = weight.shape[-1]
+            x_seq = x_seq.reshape(shape[0], -1, count)
+            options |= {name: options[name].reshape(-1, count) for name in states if options.get(name) is not None}
+        options = {**self._all(x_seq, options), "input_gain": gain if is_number else 1.0}
+        output = recurrent_lif(x_seq, weight, **options)
+        assert isinstance(output, RecurrentLIFOutput)
+        if len(shape) != 3:
+            whole = {}
+            for name, each in output._asdict().items():
+                if each is not None:  # states are no views, which detach_() would refuse
+                    each = each.reshape(shape) if name.endswith("_seq") else each.reshape(shape[1:]).clone()
+                whole[name] = each
+            output = RecurrentLIFOutput(**whole)
+        if output.i_last is not None and not is_number:
+            output = output._replace(i_last=output.i_last / gain)
+        return output if dtype is None else output._replace(s_seq=output.s_seq.to(dtype))
+
+
+def currents(
+    x_seq: Tensor, s_seq: Tensor, s_init: Tensor | None, weight: Tensor, bias: Tensor | None = None, time_dim: int = 0
+) -> Tensor:
+    """What enters the synapses in each step of `recurrent_lif`, for layers that return their current."""
+    first = torch.zeros_like(s_seq.select(time_dim, 0)) if s_init is None else s_init
+    before = torch.cat([first.unsqueeze(time_dim), s_seq.narrow(time_dim, 0, s_seq.shape[time_dim] - 1)], time_dim)
+    x_seq = x_seq if bias is None else x_seq + bias
+    return x_seq + (before * weight if weight.dim() == 1 else nn.functional.linear(before, weight))
+
+
+def lacking(feedback: nn.Module, known: tuple[type[nn.Module], ...] = (nn.Linear,)) -> str | None:
+    """Why spikes that return through this module are not those times a weight, as they are in `known`, or None."""
+    name = bare_class(feedback).__name__
+    if "forward" in vars(feedback) or type(feedback).forward not in [each.forward for each in known]:
+        return f"its spikes return through a {name}; a Linear can be converted"
+    if any(getattr(feedback, hooks) for hooks in HOOKS):
+        return f"its spikes return through a {name} with hooks, which would no longer fire"
+    return None
