@@ -108,8 +108,8 @@ def headline(report: dict[str, Any]) -> str:
         f"{kept_by[1]:.1f} bytes an element. With `asgl_cuda.recompute_spikes()` backward "
         f"computes spikes again: a VGG-like network keeps {memory:.2f} of its bytes, in {time:.2f} times the time of a "
         f"step. `RecurrentLIF` takes {min(products):.2f} to {max(products):.2f} times the matrix products of its "
-        f"recurrence, the recurrent layers of the four libraries {min(faster):.1f} to {max(faster):.0f} times as long as "
-        "it. [All measurements](docs/measured.md):",
+        f"recurrence, the recurrent layers of the four libraries {min(faster):.1f} to {max(faster):.0f} times as long "
+        "as it. [All measurements](docs/measured.md):",
         "",
         *markdown_table(["", *columns], rows),
     ]

@@ -107,7 +107,6 @@ def rows_of(size: Size, device: torch.device, s_seq: Tensor, compiled: bool = Tr
     for name, function in ours.items():
         yield row_of(name, partial(function, weight=weight), weight)
         yield row_of(f"{name}{ALL_SPIKE}", partial(function, weight=weight, v_threshold=-100.0), weight)
-    yield row_of(REFERENCE, partial(layer, weight=weight, backend=REFERENCE), weight)
     yield row_of(PLAIN_LOOP, partial(recurrent_loop, weight=weight), weight)
     if compiled:
         reset_compiler()

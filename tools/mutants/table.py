@@ -532,7 +532,10 @@ MUTANTS = {
     "schedule: noise of several spikes": schedule(' if not getattr(layer, "multi_spike", False)}', "}",
         "layer/test_schedule.py which_layers"),
     "groups: a normalisation is neurons": groups(
-        'if not (isinstance(layer, BatchNormLIF) and name in ("weight", "bias"))', "", "layer/test_training.py group"),
+        'BatchNormLIF: ("weight", "bias")', "BatchNormLIF: ()", "layer/test_training.py group"),
+    "groups: recurrence is neurons": groups(
+        'RecurrentLIF: ("recurrent_weight", "recurrent_bias")', "RecurrentLIF: ()",
+        "layer/test_parameter_groups.py recurrent"),
     "groups: integrators are weights": groups("if isinstance(module, LeakyIntegrator))", "if False)",
         "layer/test_training.py groups"),
     "groups: layers inside of neurons": groups(
