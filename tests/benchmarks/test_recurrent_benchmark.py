@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 
 import pytest
 
@@ -85,6 +86,10 @@ def test_products_are_those_of_the_layer():
     torch.testing.assert_close(row.forward(sample), s_seq[-1] @ weight.T)
     expected = sum(grad.T @ s for grad, s in zip(sample.grad, s_seq, strict=True))
     torch.testing.assert_close(row.backward(sample, row.forward(sample)), expected)
+    for part, count in ((row.forward, 5), (partial(row.backward, product=s_seq[0]), 5 + 1)):
+        with torch.profiler.profile() as profile:
+            part(sample)
+        assert [each.name for each in profile.events()].count("aten::mm") == count
 
 
 def test_all_neurons_spike_in_the_row_that_says_so():
