@@ -28,6 +28,7 @@ from .learning.width_step import rows as step_rows
 from .speed.end_to_end import FUSED_BLOCK, NEURONS
 from .speed.memory import KEPT, RECOMPUTED
 from .speed.microbench import COMPILED, FLOOR, LOOP, PAIR, PLAIN, REFERENCE, SIGMOID
+from .speed.recurrent import PRODUCTS, WITH_INPUT
 from .speed.sizes import LAYOUTS
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -97,6 +98,7 @@ def headline(report: dict[str, Any]) -> str:
     steps = [each[ours]["seconds"] / each[f"{ours}{FUSED_BLOCK}"]["seconds"] for each in variants]
     vgg = json.loads((RESULTS / "memory_cpu.json").read_text())["networks"]["VGG, T = 4"]
     memory, time = (vgg[RECOMPUTED][key] / vgg[KEPT][key] for key in ("kept_bytes", "seconds"))
+    products, faster = recurrent_ratios(json.loads((RESULTS / "recurrent_cpu.json").read_text()))
     lines = [
         f"Forward and backward, nanoseconds an element, float32, on {about['processor']}, {about['threads']} threads, "
         f"torch {about['torch']}, {about['date']}. ASGL has noise and a learned width, all others are ordinary LIF. "
@@ -105,7 +107,9 @@ def headline(report: dict[str, Any]) -> str:
         f"{min(steps):.2f} to {max(steps):.2f} times; without a residual it keeps {kept_by[0]:.1f} instead of "
         f"{kept_by[1]:.1f} bytes an element. With `asgl_cuda.recompute_spikes()` backward "
         f"computes spikes again: a VGG-like network keeps {memory:.2f} of its bytes, in {time:.2f} times the time of a "
-        "step. [All measurements](docs/measured.md):",
+        f"step. `RecurrentLIF` takes {min(products):.2f} to {max(products):.2f} times the matrix products of its "
+        f"recurrence, the recurrent layers of the four libraries {min(faster):.1f} to {max(faster):.0f} times as long "
+        "as it. [All measurements](docs/measured.md):",
         "",
         *markdown_table(["", *columns], rows),
     ]
@@ -169,6 +173,40 @@ def adaptive(report: dict[str, Any]) -> str:
         f"{about['processor']}, {about['threads']} threads, torch {about['torch']}, {about['date']}:"
     )
     return "\n".join((words, "", *markdown_table(head, rows)))
+
+
+def recurrent_ratios(report: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """The layer's time as a multiple of its products', and the other libraries' as multiples of the layer's."""
+    ours, peers = "asgl_cuda cpu", report["machine"]["peers"]
+    products, faster = [], []
+    for seconds in (size["seconds"] for size in report["sizes"]):
+        products.append(seconds[ours] / seconds[PRODUCTS])
+        by_input = {end: seconds[f"{ours}{end}"] for end in ("", WITH_INPUT)}
+        names = [(f"{peer}{end}", time) for peer in peers for end, time in by_input.items()]
+        faster += [seconds[name] / time for name, time in names if name in seconds]
+    return products, faster
+
+
+def recurrent(report: dict[str, Any]) -> str:
+    """Every recurrent layer: milliseconds by size and threads, and bytes kept for backward."""
+    about, sizes = report["machine"], report["sizes"]
+    head = ["", *(f"{size['steps']}, {size['batch']}, {size['neurons']}; {size['threads']}" for size in sizes)]
+    last = sizes[-1]
+    elements = last["steps"] * last["batch"] * last["neurons"]
+    rows = []
+    for name in sizes[0]["seconds"]:
+        kept = last["saved_bytes"].get(name)
+        times = (number(1e3 * size["seconds"][name]) for size in sizes)
+        rows.append([name, *times, number(None if kept is None else kept / elements)])
+    rates = [size["rate"] for size in sizes]
+    words = (
+        "Recurrent neurons, forward and backward, milliseconds by T, B, N and number of threads, float32, on "
+        f"{about['processor']}, torch {about['torch']}, {about['date']}; {min(rates):.1%} to {max(rates):.1%} of the "
+        f"elements spike, except in the row that says so. Layers with *{WITH_INPUT.removeprefix(', ')}* multiply the "
+        "input with a weight, too. Last: bytes an element kept for backward at the last size, input and weights "
+        "included."
+    )
+    return "\n".join((words, "", *markdown_table([*head, "kept"], rows)))
 
 
 def block(report: dict[str, Any]) -> str:
@@ -384,6 +422,7 @@ MAKERS = {
     "headline": ("microbench", headline),
     "microbench": ("microbench", microbench),
     "adaptive": ("microbench_adaptive", adaptive),
+    "recurrent": ("recurrent", recurrent),
     "block": ("microbench", block),
     "end_to_end": ("end_to_end", end_to_end),
     "memory": ("memory", memory),

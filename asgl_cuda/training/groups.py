@@ -20,6 +20,8 @@ from ..layer import asgl_layers, check_module
 
 WIDTH_LR = 0.03
 NEURON_LR = 3e-3  # of decays, thresholds and adaptation: at 0.03 they leave their range
+# Parameters of layers that are trained as those of linear layers and normalisations.
+_WEIGHTS = {BatchNormLIF: ("weight", "bias"), RecurrentLIF: ("recurrent_weight", "recurrent_bias")}
 _BY_ADAM = "by_adam"  # the key of a group whose step is Adam's
 _ADAM = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam)
 
@@ -49,10 +51,9 @@ def parameter_groups(
     this decay: all parameters with at most one dimension, and those of `LayerNorm` and `RMSNorm`. None leaves them
     among the weights.
 
-    Parameters of modules inside an ASGL layer are no neurons, nor are the normalisation's in `BatchNormLIF`, nor what
-    returns the spikes of recurrent layers. Every
-    parameter is in one group, once, also if shared or frozen: optimizers skip frozen parameters. Empty groups are
-    omitted.
+    Parameters of modules inside an ASGL layer are no neurons, nor are the normalisation's in `BatchNormLIF` and the
+    weights and biases of recurrences. Every parameter is in one group, once, also if shared or frozen: optimizers skip
+    frozen parameters. Empty groups are omitted.
 
     Raises ValueError for a negative rate or decay, TypeError where `model` is no module.
 

@@ -2,7 +2,7 @@
 
 The libraries have no ASGL: each is an ordinary LIF neuron with decay 1/2, threshold 1 and reset to 0, in the fastest
 form that its documentation shows for a whole sequence, with its default surrogate. Those that have adaptive neurons add
-the adaptation to the threshold (ALIF).
+the adaptation to the threshold (ALIF). All have recurrent layers, here without a bias where that can be left out.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..common import machine
+
+Made = TypeVar("Made")
 
 DECAY = 0.5
 ADAPT_DECAY, ADAPT_SPIKE = 0.9, 0.2
@@ -146,21 +148,122 @@ def sinabs_alif(device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[
     return spikes, ALIF
 
 
+class RecurrentPeer(NamedTuple):
+    """Another implementation of a recurrent layer."""
+
+    spikes: Callable[[Tensor], Tensor]  # [T, B, N] to [T, B, N]
+    weights: tuple[Tensor, ...]  # their gradients are computed
+    same_neuron: dict[str, Any]  # options of asgl_cuda.recurrent_lif for the same spikes
+    has_input: bool = False  # the layer multiplies its input with a weight, too
+
+
+def snntorch_recurrent(weight: Tensor, input_weight: Tensor) -> RecurrentPeer:
+    """RLeaky, a step a call; by default it subtracts at the next step, after the decay."""
+    import snntorch
+
+    leaky = snntorch.RLeaky(beta=DECAY, linear_features=len(weight)).to(weight)
+    with torch.no_grad():
+        leaky.recurrent.weight.copy_(weight)
+        leaky.recurrent.bias.zero_()
+
+    def cell(x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        s, v = leaky(x, *state)
+        return s, (s, v)
+
+    def spikes(x_seq: Tensor) -> Tensor:
+        return step_by_step(cell, x_seq, (torch.zeros_like(x_seq[0]),) * 2)
+
+    subtracts = {"v_reset": None, "reset_amount": 1 / DECAY, "strict_threshold": True}
+    return RecurrentPeer(spikes, tuple(leaky.recurrent.parameters()), subtracts)
+
+
+def sinabs_recurrent(weight: Tensor, input_weight: Tensor) -> RecurrentPeer:
+    """LIFRecurrent over the sequence, with the spikes and the reset of `sinabs`."""
+    from sinabs import layers
+    from sinabs.activation import MembraneReset, SingleSpike
+
+    connections = linear_of(weight)
+    layer = layers.LIFRecurrent(
+        tau_mem=-1 / math.log(DECAY), rec_connect=connections, spike_fn=SingleSpike, reset_fn=MembraneReset(),
+        norm_input=False,
+    ).to(weight)  # fmt: skip
+
+    def spikes(x_seq: Tensor) -> Tensor:
+        layer.reset_states()
+        return layer(x_seq.movedim(0, 1)).movedim(1, 0)  # batch first
+
+    return RecurrentPeer(spikes, (connections.weight,), {})
+
+
+def norse_recurrent(weight: Tensor, input_weight: Tensor) -> RecurrentPeer:
+    """LIFRecurrent over the sequence; its synapse lasts for a step, and its current is scaled by 1 - decay."""
+    from norse.torch import LIFParameters, LIFRecurrent
+
+    dt = 0.001
+    values = {"v_leak": 0.0, "v_th": 1.0, "v_reset": 0.0, "tau_mem_inv": (1 - DECAY) / dt, "tau_syn_inv": 1 / dt}
+    parameters = LIFParameters(**{name: weight.new_tensor(value) for name, value in values.items()})
+    weights = [nn.Parameter(each / (1 - DECAY)) for each in (input_weight, weight)]
+    layer = LIFRecurrent(
+        input_weight.shape[1], len(weight), parameters, input_weights=weights[0], recurrent_weights=weights[1],
+        autapses=True, dt=dt,
+    )  # fmt: skip
+    return RecurrentPeer(lambda x_seq: layer(x_seq)[0], tuple(weights), {"strict_threshold": True}, has_input=True)
+
+
+def spikingjelly_recurrent(weight: Tensor, input_weight: Tensor) -> RecurrentPeer:
+    """LIFNode in a LinearRecurrentContainer, which multiplies input and spikes with one weight."""
+    from spikingjelly.activation_based import functional, layer
+
+    count = len(weight)
+    node = spikingjelly_node().to(weight)
+    node.step_mode = "s"
+    container = layer.LinearRecurrentContainer(node, count, count, bias=False, step_mode="m").to(weight)
+    with torch.no_grad():
+        container.rc.weight.copy_(torch.cat([input_weight, weight], 1))
+
+    def spikes(x_seq: Tensor) -> Tensor:
+        functional.reset_net(container)
+        return container(x_seq)
+
+    return RecurrentPeer(spikes, (container.rc.weight,), {}, has_input=True)
+
+
+def linear_of(weight: Tensor) -> nn.Linear:
+    """The product with a weight of its own, of these values."""
+    layer = nn.Linear(*weight.shape, bias=False).to(weight)
+    layer.weight.data.copy_(weight)
+    return layer
+
+
 Maker = Callable[[torch.device], tuple[Callable[[Tensor], Tensor], dict[str, Any]]]
 _MAKERS: dict[str, Maker] = {"SpikingJelly": spikingjelly, "snnTorch": snntorch, "Norse": norse, "sinabs": sinabs}
 _ADAPTIVE_MAKERS: dict[str, Maker] = {"Norse": norse_alif, "sinabs": sinabs_alif}
 
 
-def _installed(makers: Mapping[str, Maker], device: torch.device) -> tuple[list[Peer], list[str]]:
-    found, missing = [], []
+_RECURRENT_MAKERS: dict[str, Callable[[Tensor, Tensor], RecurrentPeer]] = {
+    "SpikingJelly": spikingjelly_recurrent,
+    "snnTorch": snntorch_recurrent,
+    "Norse": norse_recurrent,
+    "sinabs": sinabs_recurrent,
+}
+
+
+def _made(makers: Mapping[str, Callable[..., Made]], *arguments: Any) -> tuple[dict[str, Made], list[str]]:
+    """What the makers of installed libraries make, by name and version; the names of missing libraries."""
+    found, missing = {}, []
     for name, make in makers.items():
         try:
-            spikes, same_neuron = make(device)
+            made = make(*arguments)
         except ImportError:
             missing.append(name)
             continue
-        found.append(Peer(f"{name} {importlib.metadata.version(name.lower())}", spikes, same_neuron))
+        found[f"{name} {importlib.metadata.version(name.lower())}"] = made
     return found, missing
+
+
+def _installed(makers: Mapping[str, Maker], device: torch.device) -> tuple[list[Peer], list[str]]:
+    found, missing = _made(makers, device)
+    return [Peer(name, *made) for name, made in found.items()], missing
 
 
 def installed_peers(device: torch.device) -> tuple[list[Peer], list[str]]:
@@ -171,6 +274,11 @@ def installed_peers(device: torch.device) -> tuple[list[Peer], list[str]]:
 def adaptive_peers(device: torch.device) -> list[Peer]:
     """The installed peers with adaptive neurons, as those."""
     return _installed(_ADAPTIVE_MAKERS, device)[0]
+
+
+def recurrent_peers(weight: Tensor, input_weight: Tensor) -> dict[str, RecurrentPeer]:
+    """Recurrent layers of the installed libraries, with these weights, `[N, N]`."""
+    return _made(_RECURRENT_MAKERS, weight, input_weight)[0]
 
 
 def machine_and_peers(device: torch.device) -> dict[str, Any]:
@@ -221,5 +329,26 @@ def adaptive_loop(
     s_seq = []
     for x in x_seq:
         s, v, w = step(x, v, w, **options)
+        s_seq.append(s)
+    return torch.stack(s_seq)
+
+
+def recurrent_step(x: Tensor, s: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of recurrent neurons in plain PyTorch: spike, potential."""
+    h = DECAY * v + x + nn.functional.linear(s, weight)
+    u = h - 1.0
+    a = (u + 0.5).clamp(0, 1)
+    s = a + ((u >= 0).to(a) - a).detach()
+    return s, h * (1 - s)
+
+
+def recurrent_loop(
+    x_seq: Tensor, weight: Tensor, step: Callable[..., tuple[Tensor, Tensor]] = recurrent_step
+) -> Tensor:
+    """Recurrent neurons as a loop over the steps."""
+    s = v = torch.zeros_like(x_seq[0])
+    s_seq = []
+    for x in x_seq:
+        s, v = step(x, s, v, weight)
         s_seq.append(s)
     return torch.stack(s_seq)

@@ -272,3 +272,17 @@ def test_optimizers_without_such_groups_are_as_ever():
     torch.optim.SGD([value], lr=0.5).step()
     assert torch.equal(value, torch.full((3,), 0.5))
     assert asgl_cuda.parameter_groups(nn.Linear(2, 2), 0.1)[0]["name"] == "weights"
+
+
+def test_weights_of_recurrent_neurons_are_weights():
+    layer = asgl_cuda.RecurrentLIF(
+        5, syn_decay=0.5, granularity="neuron", learn_decay=True, learn_threshold=True, learn_syn_decay=True
+    )
+    groups = {each["name"]: {*map(id, each["params"])} for each in parameter_groups(layer, 0.1, norm_weight_decay=0.0)}
+    named = {name: id(value) for name, value in layer.named_parameters()}
+    assert groups == {
+        "weights": {named["recurrent_weight"]},
+        "norms": {named["recurrent_bias"]},
+        "neurons": {named[name] for name in ("logit_decay", "threshold", "logit_syn_decay")},
+        "widths": {named["log_width"]},
+    }

@@ -62,8 +62,9 @@ def test_first_network_is_the_program_of_the_readme():
 @pytest.mark.parametrize(
     "word",
     [
-        "batch first", "dataset", "energy", "firing rate regularization", "freeze width", "gpu", "membrane potential",
-        "nan", "onnx", "padding", "poisson", "recurrent", "tau", "tensorboard", "variable length",
+        "batch first", "dataset", "energy", "firing rate regularization", "freeze width", "gpu", "lifrecurrent",
+        "membrane potential", "nan", "onnx", "padding", "poisson", "recurrent", "rleaky", "rlif", "rsnn", "shd", "tau",
+        "tensorboard", "variable length",
     ],
 )  # fmt: skip
 def test_search_finds(word: str):
