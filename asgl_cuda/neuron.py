@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch_norm import check_process_group, module_batch_norm_lif
-from .call import FLAGS, Arguments, LIFOutput, Options, Values, computed
+from .call import FLAGS, Arguments, LIFOutput, computed
 from .checks import (
     check_bool,
     check_counting,
@@ -149,7 +149,7 @@ class LIF(NeuronLayer, Noisy):
         self._set_up(num_features, granularity, v_rest, input_gain, stateful, time_dim, backend, device, dtype)
         self.multi_spike = check_bool("multi_spike", multi_spike, caller)
         check_surrogate(surrogate, caller, self.multi_spike)
-        self.levels = None if levels is None else check_levels(levels, caller)
+        self.levels = None if levels is None else check_levels("levels", levels, caller)
         if self._counts:
             check_counting(v_reset, surrogate, caller)
         if reset_amount is not None and v_reset is not None:
@@ -317,23 +317,22 @@ class LIF(NeuronLayer, Noisy):
         residual: Tensor | None = None,
     ) -> Arguments:
         """The arguments of `asgl_cuda.lif`: the layer's and the given ones."""
-        width, decay, v_threshold = self._values()
+        values: tuple[Any, Any, Any] = self._values()
         if self.num_features:
             time_dim = check_input(x_seq, self.time_dim, _CALLER)
-            width, decay, v_threshold = (
-                self._broadcast(value, x_seq, time_dim) for value in (width, decay, v_threshold)
-            )
-        values = Values(
-            width, decay, v_threshold, self.v_reset, self.reset_amount, input_gain, 0.0, 0.0,
-            self.analog_prob_of_call(x_seq), residual,
-        )  # fmt: skip
-        options = Options(
-            self.surrogate, self.surrogate_gain, self.v_rest, self.v_min, self.levels, self.multi_spike,
-            self.strict_threshold,
-            self.detach_reset, self.scale_output, self.time_dim, return_v_last, return_v_seq, return_h_seq,
-            1.0 if residual is None else input_gain,
-        )  # fmt: skip
-        return Arguments(values, options, v_init, None, generator, self.backend)
+            values = tuple(self._broadcast(value, x_seq, time_dim) for value in values)  # type: ignore[assignment]
+        width, decay, v_threshold = values
+        return {
+            "decay": decay, "v_threshold": v_threshold, "v_reset": self.v_reset, "reset_amount": self.reset_amount,
+            "v_rest": self.v_rest, "width": width, "surrogate": self.surrogate, "surrogate_gain": self.surrogate_gain,
+            "analog_prob": self.analog_prob_of_call(x_seq), "rng_state": None, "generator": generator,
+            "input_gain": input_gain, "input_bias": 0.0, "input_mean": 0.0, "residual": residual,
+            "residual_gain": 1.0 if residual is None else input_gain, "strict_threshold": self.strict_threshold,
+            "scale_output": self.scale_output, "detach_reset": self.detach_reset, "levels": self.levels,
+            "multi_spike": self.multi_spike, "v_min": self.v_min, "v_init": v_init, "time_dim": self.time_dim,
+            "return_v_last": return_v_last, "return_v_seq": return_v_seq, "return_h_seq": return_h_seq,
+            "backend": self.backend,
+        }  # fmt: skip
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *options: Any) -> None:
         if not self.num_features:
