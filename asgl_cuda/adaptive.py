@@ -13,10 +13,10 @@ from typing_extensions import Unpack
 from .call import Arguments, LIFOutput, NeuronArguments, computed
 from .checks import check_bool, check_finite, check_input, check_keywords, check_v_init, read_number
 from .functional import LIF_DEFAULTS
-from .layer import NeuronLayer, Value, fill_parameter
+from .layer import Value, fill_parameter
 from .layout import real_type
 from .learned import Logit
-from .neuron import LIF
+from .neuron import LIF, Neurons
 from .pending import tensor_of
 from .reference import IN_CURRENT, IN_RESET, IN_THRESHOLD
 
@@ -126,7 +126,7 @@ def _pair(x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tensor:
     return torch.stack([v, torch.zeros_like(v) if w_init is None else w_init.to(real)])
 
 
-class AdaptiveLIF(LIF):
+class AdaptiveLIF(Neurons):
     """Leaky integrate-and-fire neurons that adapt: `LIF` with a second state, as in `asgl_cuda.adaptive_lif`.
 
     Args:
@@ -168,9 +168,10 @@ class AdaptiveLIF(LIF):
         learn_adaptation: bool = False,
         **lif_options: Any,
     ) -> None:
-        known = [name for name in LIF.__init__.__kwdefaults__ or {} if name not in _WITHOUT]
-        check_keywords(lif_options, known, self._caller)
-        super().__init__(num_features, **lif_options)
+        super().__init__()
+        defaults = LIF.__init__.__kwdefaults__ or {}
+        check_keywords(lif_options, [name for name in defaults if name not in _WITHOUT], self._caller)
+        self._set_up_neurons({**defaults, **lif_options, "num_features": num_features})
         self.to_threshold = check_bool("to_threshold", to_threshold, self._caller)
         learned = check_bool("learn_adaptation", learn_adaptation, self._caller)
         empty = partial(
@@ -201,8 +202,6 @@ class AdaptiveLIF(LIF):
     def adapt_decay(self) -> Tensor | float:
         """The adaptation's decay per step: a tensor in the shape of the parameter if learned."""
         return self._adaptation[0] if self.logit_adapt_decay is None else Logit(self.logit_adapt_decay).value()
-
-    forward = NeuronLayer.forward  # type: ignore[assignment]  # no residual
 
     def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
         s_seq = super()._run(x_seq, with_state, **more)

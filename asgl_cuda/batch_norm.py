@@ -39,7 +39,9 @@ from .checks import (
     check_input,
     check_keywords,
     check_not_nan,
+    check_options,
     expected_shape,
+    in_range,
     shown,
 )
 from .derivatives import DERIVATIVES
@@ -468,10 +470,10 @@ def _settings_of(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Settings:
         check_device("momentum", momentum, x_seq, caller)
     else:
         check_finite("momentum", momentum, caller, "a float or a tensor")
-    eps = check_finite("eps", norm["eps"], caller)
-    if eps < 0:
-        raise ValueError(f"{caller}: eps must be >= 0, got {eps}")
-    return _Settings(channel, eps, check_not_nan("input_scale", norm["input_scale"], caller), None)
+    return _Settings(channel, **check_options(norm, _OPTIONS, caller), group=None)
+
+
+_OPTIONS = {"eps": in_range(check_finite, ">= 0", 0), "input_scale": check_not_nan}
 
 
 def _check_running(mean: Tensor, variance: Tensor, training: bool, in_one_launch: bool) -> None:

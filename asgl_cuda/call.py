@@ -118,7 +118,7 @@ class Arguments(NeuronArguments, total=False):
 
 
 # Options that are flags of Rules, and those that ask for a result.
-FLAGS = "strict_threshold", "scale_output", "detach_reset", "multi_spike"
+FLAGS = "multi_spike", "strict_threshold", "detach_reset", "scale_output"
 RETURNS = "return_v_last", "return_v_seq", "return_h_seq"
 # Options that are never tensors, with their checks. `surrogate` depends on another, time_dim on x_seq.
 OPTIONS: dict[str, Callable[..., Any]] = {
@@ -235,12 +235,11 @@ class Call:
 
     def remember(self, outputs: Sequence[Tensor]) -> None:
         """Has backward recompute the spikes, inside `recompute_spikes`."""
-        plan = self.plan
-        only_spikes = make_plan(self.x_seq, plan.rules, plan.numbers, (False, False, False))
+        backend = self.backend  # not self, which has the tensors
+        plan = make_plan(self.x_seq, self.plan.rules, self.plan.numbers, (False, False, False))
 
-        def spikes(rng_state: Tensor | None, x_seq: Tensor, v_init: Tensor | None, *values: Tensor | None) -> Tensor:
-            call = Call(self.backend, only_spikes, rng_state, x_seq, v_init, Parameters(*values))
-            return call.forward(keep_checkpoints=False)[0]
+        def spikes(*of_call: Tensor | None) -> Tensor:
+            return call_of(backend, plan, *of_call).forward(keep_checkpoints=False)[0]
 
         # Copies: FSDP frees parameters before backward of the next layer needs the spikes.
         values = {
@@ -258,7 +257,7 @@ class Call:
         return LIFOutput(*with_gaps(outputs, (True, *wanted)))
 
 
-def call_of(backend: str, plan: Plan, rng_state: Any, x_seq: Tensor, v_init: Any, *parameters: Any) -> Call:
+def call_of(backend: str, plan: Plan, rng_state: Any, x_seq: Any, v_init: Any, *parameters: Any) -> Call:
     """A call of the tensors of an autograd function, which come one by one."""
     return Call(backend, plan, rng_state, x_seq, v_init, Parameters(*parameters))
 

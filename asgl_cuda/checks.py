@@ -313,6 +313,18 @@ def optional(check: Callable[..., Any]) -> Callable[..., Any]:
     return lambda name, value, caller: None if value is None else check(name, value, caller)
 
 
+def in_range(check: Callable[..., float], expected: str, least: float, most: float = math.inf) -> Callable[..., float]:
+    """The check of a number, which must also be in [least, most]; `expected` says so."""
+
+    def checked(name: str, value: Any, caller: str) -> float:
+        number = check(name, value, caller)
+        if not least <= number <= most:
+            raise ValueError(f"{caller}: {name} must be {expected}, got {number}")
+        return number
+
+    return checked
+
+
 def check_options(given: Any, checks: Mapping[str, Callable[..., Any]], caller: str) -> dict[str, Any]:
     """The given options that `checks` has, as `check(name, value, caller)` returns them."""
     return {name: check(name, given[name], caller) for name, check in checks.items()}
@@ -389,10 +401,7 @@ def check_residual(residual: Any, x_seq: Tensor, caller: str) -> None:
 
 def check_analog_prob(analog_prob: float, caller: str) -> int:
     """In [0, 1]; returns the limit for draws, round(analog_prob * DRAWS)."""
-    analog_prob = check_number("analog_prob", analog_prob, caller)
-    if not 0 <= analog_prob <= 1:
-        raise ValueError(f"{caller}: analog_prob must be in [0, 1], got {analog_prob}")
-    return round(analog_prob * DRAWS)
+    return round(in_range(check_number, "in [0, 1]", 0, 1)("analog_prob", analog_prob, caller) * DRAWS)
 
 
 def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) -> Tensor:
