@@ -22,7 +22,7 @@ from .reference import IN_CURRENT, IN_RESET, IN_THRESHOLD
 
 _CALLER = "asgl_cuda.adaptive_lif"
 # Rules of `lif` that adaptive neurons lack.
-_WITHOUT = {"residual", "residual_gain", "scale_output", "levels", "multi_spike", "v_min", "input_gain"}
+_WITHOUT = {"residual", "residual_gain", "input_gain", *(LIF._options.keys() - Neurons._options.keys())}
 _NEURON = [name for name in NeuronArguments.__annotations__ if name not in _WITHOUT]
 
 

@@ -144,7 +144,8 @@ class Plan(NamedTuple):
     numbers: Numbers
     packed: tuple[tuple[float, ...], tuple[int, ...]]  # numbers and rules, as operators take them
     wanted: Sequence[bool]  # v_last, v_seq, h_seq
-    sources: Sequence[str | None]  # the argument that is each of Parameters except the residual; None: a constant
+    # The argument that is each of Parameters except the residual, None for a constant; empty if all are.
+    sources: Sequence[str | None]
 
 
 def make_plan(
@@ -167,6 +168,9 @@ class Gradients(NamedTuple):
     input_bias: Any
     input_mean: Any
     residual: Any
+
+
+_CONSTANT = Parameters(*[None] * len(Parameters._fields))
 
 
 def in_type(value: Any, real: torch.dtype, fused: bool) -> Any:
@@ -372,6 +376,7 @@ def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
         **{name: constants[argument] or 0.0 for name, argument in arguments.items()},
     )
     sources = [argument if constants[argument] is None else None for argument in arguments.values()]
+    sources = sources if any(sources) else []
     return make_plan(x_seq, rules, numbers, [options[name] for name in RETURNS], sources)
 
 
@@ -386,8 +391,7 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
     plan = (_adaptive_plan_of if "adaptation" in given else _plan_of)(caller, x_seq, given)
     backend = choose_backend(given["backend"], x_seq.device, caller)
     fused = BACKENDS[backend].operators is not None
-    real, rules = plan.real, plan.rules
-    values = [name if name is None else in_type(given[name], real, fused) for name in plan.sources]  # type: ignore[literal-required]
+    real, rules, sources = plan.real, plan.rules, plan.sources
     if not fused and (rules.log_width or rules.logit_decay):
         rules = rules.changed(log_width=0, logit_decay=0)
         plan = make_plan(x_seq, rules, plan.numbers, plan.wanted)
@@ -396,17 +400,23 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments) -> Call:
         if not rules.adaptation:
             check_v_init(v_init, x_seq, rules.time_dim, caller)
         v_init = v_init.to(real)
-    if rules.analog_below or rng_state is not None or generator is not None:
-        rng_state = _noise(caller, x_seq, rules.analog_below, given, backend)
     if not is_dense(x_seq, rules.time_dim):
         x_seq = x_seq.contiguous()
-    residual = given["residual"]
-    values.append(None if residual is None else in_memory_order(residual, x_seq, rules.time_dim))
-    parameters = Parameters(*values)
-    if parameters.width is not None and not rules.log_width:
-        check_width_tensor(parameters.width, caller, _THRESHOLD_OF_LEVELS if rules.surrogate == INTEGER else "width")
-    if rules.multi_spike and parameters.v_threshold is not None:
-        check_threshold(parameters.v_threshold, "multi_spike", caller)
+    parameters, residual = _CONSTANT, given["residual"]
+    if sources or residual is not None:
+        by_name: Any = given
+        values = [name if name is None else in_type(by_name[name], real, fused) for name in sources] or _CONSTANT[:-1]
+        if residual is not None:
+            residual = in_memory_order(residual, x_seq, rules.time_dim)
+        parameters = Parameters(*[*values, residual])
+        if parameters.width is not None and not rules.log_width:
+            name = _THRESHOLD_OF_LEVELS if rules.surrogate == INTEGER else "width"
+            check_width_tensor(parameters.width, caller, name)
+        if rules.multi_spike and parameters.v_threshold is not None:
+            check_threshold(parameters.v_threshold, "multi_spike", caller)
+    # Last: refused calls draw nothing.
+    if rules.analog_below or rng_state is not None or generator is not None:
+        rng_state = _noise(caller, x_seq, rules.analog_below, given, backend)
     return Call(backend, plan, rng_state, x_seq, v_init, parameters)
 
 

@@ -30,6 +30,7 @@ from .reference import Numbers, Parameters, Rules, integrator_reference
 from .transforms import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
 
 _RULES = Rules(*[0] * len(Rules._fields))
+_NUMBERS = dict.fromkeys(Numbers._fields, 0.0)
 
 
 class IntegratorOutput(NamedTuple):
@@ -133,11 +134,8 @@ def _plan_of(caller: str, x_seq: Tensor, given: _Arguments) -> _Plan:
     options = check_options(given, _OPTIONS, caller)
     constants = check_values(given, ("decay", "input_gain"), x_seq, caller)
     rules = _RULES.changed(logit_decay=int(isinstance(given["decay"], Logit)), time_dim=time_dim)
-    numbers = Numbers(
-        width=1.0, decay=constants["decay"] or 0.0, v_threshold=1.0, reset=0.0,
-        input_gain=constants["input_gain"] or 0.0, input_bias=0.0, input_mean=0.0, residual_gain=1.0,
-        v_rest=options["v_rest"], surrogate_gain=1.0, v_min=0.0,
-    )  # fmt: skip
+    values = {name: constant or 0.0 for name, constant in constants.items()}
+    numbers = Numbers(**{**_NUMBERS, "v_rest": options["v_rest"], **values})
     sources = [name if constant is None else None for name, constant in constants.items()]
     return _Plan(make_plan(x_seq, rules, numbers, (options["return_v_last"],), sources), options["delay"])
 
