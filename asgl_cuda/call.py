@@ -319,8 +319,8 @@ DERIVATIVES["lif_forward"] = _differentiated
 
 def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
     """Checks everything independent of tensor values."""
-    options = check_options(given, OPTIONS, caller)
     time_dim = check_input(x_seq, given["time_dim"], caller)
+    options = check_options(given, OPTIONS, caller)
     surrogate, multi_spike, levels = given["surrogate"], options["multi_spike"], options["levels"]
     check_surrogate(surrogate, caller, multi_spike)
     v_reset, reset_amount, analog_prob = given["v_reset"], given["reset_amount"], given["analog_prob"]
@@ -373,7 +373,7 @@ def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
         v_rest=options["v_rest"],
         surrogate_gain=options["surrogate_gain"],
         v_min=options["v_min"] or 0.0,
-        **{name: constants[argument] or 0.0 for name, argument in arguments.items()},
+        **{name: 0.0 if (value := constants[argument]) is None else value for name, argument in arguments.items()},
     )
     sources = [argument if constants[argument] is None else None for argument in arguments.values()]
     sources = sources if any(sources) else []

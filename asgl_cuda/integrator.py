@@ -98,7 +98,7 @@ class IntegratorFunction(torch.autograd.Function):
         neuron, delay = ctx.plan
         saved = saved_tensors(ctx)
         v_seq, v_init, x_seq, *values = saved
-        *_, wants_x_seq, wants_v_init, wants_decay, wants_gain = ctx.needs_input_grad
+        wants_x_seq, wants_v_init, wants_decay, wants_gain = ctx.needs_input_grad[3:]
         wanted = Gradients(wants_x_seq, wants_v_init, *_parameters(wants_decay, wants_gain, False))
         grad_v_seq, grad_v_last = with_gaps(grads, (True, *neuron.wanted))
         if grad_v_seq is None:
@@ -134,7 +134,7 @@ def _plan_of(caller: str, x_seq: Tensor, given: _Arguments) -> _Plan:
     options = check_options(given, _OPTIONS, caller)
     constants = check_values(given, ("decay", "input_gain"), x_seq, caller)
     rules = _RULES.changed(logit_decay=int(isinstance(given["decay"], Logit)), time_dim=time_dim)
-    values = {name: constant or 0.0 for name, constant in constants.items()}
+    values = {name: 0.0 if constant is None else constant for name, constant in constants.items()}
     numbers = Numbers(**{**_NUMBERS, "v_rest": options["v_rest"], **values})
     sources = [name if constant is None else None for name, constant in constants.items()]
     return _Plan(make_plan(x_seq, rules, numbers, (options["return_v_last"],), sources), options["delay"])
