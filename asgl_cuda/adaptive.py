@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .call import Arguments, LIFOutput, Options, Values, computed, grouped
+from .call import Arguments, LIFOutput, NeuronArguments, computed
 from .checks import check_bool, check_finite, check_input, check_keywords, check_v_init, read_number
-from .functional import LIF_DEFAULTS, NeuronArguments
-from .layer import NeuronLayer, Value, fill_parameter
+from .functional import LIF_DEFAULTS
+from .layer import Value, fill_parameter
 from .layout import real_type
 from .learned import Logit
-from .neuron import LIF
+from .neuron import LIF, Neurons
 from .pending import tensor_of
 from .reference import IN_CURRENT, IN_RESET, IN_THRESHOLD
 
 _CALLER = "asgl_cuda.adaptive_lif"
 # Rules of `lif` that adaptive neurons lack.
-_WITHOUT = {"residual", "residual_gain", "scale_output", "levels", "multi_spike", "v_min", "input_gain"}
+_WITHOUT = {"residual", "residual_gain", "input_gain", *(LIF._options.keys() - Neurons._options.keys())}
 _NEURON = [name for name in NeuronArguments.__annotations__ if name not in _WITHOUT]
 
 
@@ -39,18 +39,10 @@ class AdaptiveLIFOutput(NamedTuple):
     h_seq: Tensor | None
 
 
-def _place_of_w(given: Arguments, to_threshold: bool) -> int:
+def _place_of_w(v_reset: Any, reset_amount: Any, to_threshold: bool) -> int:
     if not to_threshold:
         return IN_CURRENT
-    subtracts_threshold = given.values.v_reset is None and given.values.reset_amount is None
-    return IN_THRESHOLD | IN_RESET if subtracts_threshold else IN_THRESHOLD
-
-
-def _adapted(given: Arguments, adaptation: Sequence[Any], place_of_w: int, v_init: Tensor | None) -> Arguments:
-    """The arguments with adapt_decay, adapt_potential and adapt_spike, and the state as a pair."""
-    values = Values(*given.values[:5], *adaptation, *given.values[-2:])
-    *others, _ = given.options
-    return Arguments(values, Options(*[*others, place_of_w]), v_init, *given[3:])
+    return IN_THRESHOLD | IN_RESET if v_reset is None and reset_amount is None else IN_THRESHOLD
 
 
 def adaptive_lif(
@@ -101,38 +93,40 @@ def adaptive_lif(
     """
     check_keywords(neuron, _NEURON, _CALLER)
     check_bool("to_threshold", to_threshold, _CALLER)
-    given = grouped({**LIF_DEFAULTS, **neuron})
-    place_of_w = _place_of_w(given, to_threshold)
-    return run_adaptive(x_seq, given, (adapt_decay, adapt_potential, adapt_spike), place_of_w, w_init)
+    given: Arguments = {
+        **LIF_DEFAULTS,
+        **neuron,
+        "adapt_decay": adapt_decay,
+        "adapt_potential": adapt_potential,
+        "adapt_spike": adapt_spike,
+    }
+    given["adaptation"] = _place_of_w(given["v_reset"], given["reset_amount"], to_threshold)
+    return run_adaptive(x_seq, given, w_init)
 
 
-def run_adaptive(
-    x_seq: Tensor, given: Arguments, adaptation: Sequence[Any], place_of_w: int, w_init: Tensor | None
-) -> Tensor | AdaptiveLIFOutput:
-    """`adaptive_lif` with w in any place: bits IN_CURRENT, IN_THRESHOLD and IN_RESET."""
+def run_adaptive(x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tensor | AdaptiveLIFOutput:
+    """`adaptive_lif` with w in any place: bits IN_CURRENT, IN_THRESHOLD and IN_RESET of `adaptation`."""
     x_seq = tensor_of(x_seq, _CALLER)
-    at_rest = given.v_init is None and w_init is None
-    state = None if at_rest else _pair(x_seq, given.v_init, w_init, given.options)
-    output = computed(_CALLER, x_seq, _adapted(given, adaptation, place_of_w, state))
+    state = None if given["v_init"] is None and w_init is None else _pair(x_seq, given, w_init)
+    output = computed(_CALLER, x_seq, {**given, "v_init": state})
     if not isinstance(output, LIFOutput):
         return output
-    s_seq, last, v_seq, h_seq = output
-    v_last, w_last = (None, None) if last is None else (last[0], last[1])
-    return AdaptiveLIFOutput(s_seq, v_last, w_last, v_seq, h_seq)
+    v_last, w_last = (None, None) if output.v_last is None else (output.v_last[0], output.v_last[1])
+    return AdaptiveLIFOutput(output.s_seq, v_last, w_last, output.v_seq, output.h_seq)
 
 
-def _pair(x_seq: Tensor, v_init: Tensor | None, w_init: Tensor | None, options: Options) -> Tensor:
+def _pair(x_seq: Tensor, given: Arguments, w_init: Tensor | None) -> Tensor:
     """Both states in one tensor, checked."""
-    time_dim = check_input(x_seq, options.time_dim, _CALLER)
+    v_init, time_dim = given["v_init"], check_input(x_seq, given["time_dim"], _CALLER)
     for name, value in (("v_init", v_init), ("w_init", w_init)):
         if value is not None:
             check_v_init(value, x_seq, time_dim, _CALLER, name)
     real, like = real_type(x_seq.dtype), x_seq.select(time_dim, 0)
-    v = torch.full_like(like, options.v_rest, dtype=real) if v_init is None else v_init.to(real)
+    v = torch.full_like(like, given["v_rest"], dtype=real) if v_init is None else v_init.to(real)
     return torch.stack([v, torch.zeros_like(v) if w_init is None else w_init.to(real)])
 
 
-class AdaptiveLIF(LIF):
+class AdaptiveLIF(Neurons):
     """Leaky integrate-and-fire neurons that adapt: `LIF` with a second state, as in `asgl_cuda.adaptive_lif`.
 
     Args:
@@ -174,9 +168,10 @@ class AdaptiveLIF(LIF):
         learn_adaptation: bool = False,
         **lif_options: Any,
     ) -> None:
-        known = [name for name in LIF.__init__.__kwdefaults__ or {} if name not in _WITHOUT]
-        check_keywords(lif_options, known, self._caller)
-        super().__init__(num_features, **lif_options)
+        super().__init__()
+        defaults = LIF.__init__.__kwdefaults__ or {}
+        check_keywords(lif_options, [name for name in defaults if name not in _WITHOUT], self._caller)
+        self._set_up_neurons({**defaults, **lif_options, "num_features": num_features})
         self.to_threshold = check_bool("to_threshold", to_threshold, self._caller)
         learned = check_bool("learn_adaptation", learn_adaptation, self._caller)
         empty = partial(
@@ -208,8 +203,6 @@ class AdaptiveLIF(LIF):
         """The adaptation's decay per step: a tensor in the shape of the parameter if learned."""
         return self._adaptation[0] if self.logit_adapt_decay is None else Logit(self.logit_adapt_decay).value()
 
-    forward = NeuronLayer.forward  # type: ignore[assignment]  # no residual
-
     def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
         s_seq = super()._run(x_seq, with_state, **more)
         if with_state and self.stateful:
@@ -223,15 +216,15 @@ class AdaptiveLIF(LIF):
             v = torch.full_like(w, self.v_rest, dtype=torch.float64)  # rounded to the type of the call
         return v if v is None else torch.stack([v, torch.zeros_like(v) if w is None else w])
 
-    def _given(  # type: ignore[override]
-        self, x_seq: Tensor, input_gain: float = 1.0, v_init: Tensor | None = None, **options: Any
-    ) -> Arguments:
+    def _given(self, x_seq: Tensor, *arguments: Any, **options: Any) -> Arguments:
         adaptation: Sequence[Value] = (self.adapt_decay, self.adapt_potential, self.adapt_spike)
         if self.num_features:
             time_dim = check_input(x_seq, self.time_dim, self._caller)
             adaptation = [self._broadcast(value, x_seq, time_dim) for value in adaptation]
-        given = super()._given(x_seq, input_gain, **options)
-        return _adapted(given, adaptation, _place_of_w(given, self.to_threshold), v_init)
+        given = super()._given(x_seq, *arguments, **options)
+        given["adapt_decay"], given["adapt_potential"], given["adapt_spike"] = adaptation
+        given["adaptation"] = _place_of_w(self.v_reset, self.reset_amount, self.to_threshold)
+        return given
 
     def extra_repr(self) -> str:
         names = "adapt_decay", "adapt_potential", "adapt_spike"

@@ -15,7 +15,6 @@ and xhat = (x - mean) / sqrt(variance + eps):
 
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from typing_extensions import Unpack
 
 from . import recompute
 from .backends import BACKENDS, backend_of, operators_of
-from .call import Arguments, Call, LIFOutput, checked_call, grouped
+from .call import Arguments, Call, Gradients, LIFOutput, NeuronArguments, Plan, call_of, checked_call
 from .checks import (
     HALF_TYPES,
     PLAIN_TENSORS,
@@ -40,15 +39,17 @@ from .checks import (
     check_input,
     check_keywords,
     check_not_nan,
+    check_options,
     expected_shape,
+    in_range,
     shown,
 )
 from .derivatives import DERIVATIVES
-from .functional import LIF_DEFAULTS, NeuronArguments
+from .functional import LIF_DEFAULTS
 from .layout import by_channel, channel_dim, real_type
 from .ops import ForwardResult, with_gaps
 from .pending import tensor_of
-from .reference import Numbers, batch_statistics, detached, normalisation
+from .reference import batch_statistics, detached, normalisation
 from .transforms import (
     apply,
     apply_here,
@@ -74,75 +75,97 @@ class _Settings(NamedTuple):
     group: Any  # processes that share the statistics; None: only this one
 
 
-# Arguments of the normalisation that may be tensors, and arguments that are never tensors.
-_Values = namedtuple("_Values", "running_mean running_var weight bias momentum")
-_Options = namedtuple("_Options", "training eps input_scale time_dim")
+# The normalisation's arguments by name, among them `count`, num_batches_tracked, and the neuron's time_dim.
+_Normalisation = dict[str, Any]
+
+
+class _ByChannel(NamedTuple):
+    """Values of the normalisation, [C] each; mean and variance are None in training."""
+
+    mean: Tensor | None
+    variance: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 class BatchNormLIFFunction(torch.autograd.Function):
-    """The fused operators as a differentiable function of x_seq, v_init, weight, bias and the neuron's parameters.
+    """The fused operators as a differentiable function of weight, bias, x_seq, v_init and the neuron's parameters.
 
-    Takes `_Settings`, backend, plan and numbers of a `Call`, weight, bias, mean and variance, [C] each, the latter two
-    None in training, and the tensors of the call, one by one.
+    Takes `_Settings`, and the fields of `_ByChannel` and of a `Call`, the parameters one by one. Returns the results of
+    `LIFFunction`, coefficients and statistics.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(settings: _Settings, *inputs: Any) -> tuple[Tensor, ...]:
-        backend, plan, numbers, weight, bias, mean, variance, x_seq, v_init, rng_state, *parameters = inputs
-        call = Call(backend, plan, numbers, x_seq, v_init, rng_state, parameters)
-        result, coefficients, statistics = _forward(settings, call, (weight, bias, mean, variance), True)
+    def forward(
+        settings: _Settings, backend: str, plan: Plan, mean: Any, variance: Any, rng_state: Any, *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        weight, bias, *of_call = tensors
+        call = call_of(backend, plan, rng_state, *of_call)
+        result, coefficients, statistics = _forward(settings, call, _ByChannel(mean, variance, weight, bias), True)
         return *result, coefficients, statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.settings, ctx.backend, ctx.plan, ctx.numbers, weight, bias, mean, _, *tensors = inputs
+        ctx.settings, ctx.backend, ctx.plan, *tensors = inputs
+        mean, _, *kept = tensors  # weight and bias only for once_differentiable: backward has their coefficients
         ctx.training = mean is None
-        *_, checkpoints, coefficients, statistics = output
-        # weight and bias only for once_differentiable: backward has their coefficients.
-        ctx.save_for_backward(checkpoints, coefficients, statistics, weight, bias, *tensors)
+        not_differentiable = output[-3:]  # checkpoints, coefficients, statistics
+        ctx.save_for_backward(*not_differentiable, *kept)
         ctx.set_materialize_grads(grads_are_zeros())
-        ctx.mark_non_differentiable(checkpoints, coefficients, statistics)
+        ctx.mark_non_differentiable(*not_differentiable)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        checkpoints, coefficients, statistics, weight, bias, *tensors = saved_tensors(ctx)
-        x_seq, v_init, rng_state, *parameters = tensors
-        settings = ctx.settings
-        call = Call(ctx.backend, ctx.plan, ctx.numbers, x_seq, v_init, rng_state, parameters)
-        *grads_of_outputs, _, _, _ = grads
-        _, _, _, _, wants_weight, wants_bias, _, _, wants_x_seq, wants_v_init, _, *needed = ctx.needs_input_grad
-        through_batch = wants_x_seq and ctx.training
+        saved, settings = saved_tensors(ctx), ctx.settings
+        checkpoints, coefficients, statistics = saved[:3]
+        rng_state, weight, bias, *tensors = saved[3:]
+        call = call_of(ctx.backend, ctx.plan, rng_state, *tensors)
+        x_seq, plan = call.x_seq, call.plan
+        asked = ctx.needs_input_grad[6:]
+        wants_weight, wants_bias, *others = asked
+        needed = Gradients(*others)
+        through_batch = needed.x_seq and ctx.training
         wants_sums = wants_weight or wants_bias or through_batch
-        width, decay, v_threshold, reset, _, _, input_mean, residual = needed
-        of_neuron = width, decay, v_threshold, reset, wants_sums, wants_sums, input_mean, residual
         # One array serves both gradients, except in float16, where dh may be beyond the range of dx.
-        shared = through_batch and residual and x_seq.dtype != torch.float16
-        shared = shared and Numbers(*call.numbers).residual_gain == 1
-        wanted = wants_x_seq and not shared, wants_v_init, *of_neuron
-        found = _normalised(call, coefficients.unbind()).backward(grads_of_outputs, checkpoints, wanted)
-        grad_x_seq, grad_v_init, *grad_parameters, grad_residual = with_gaps(found, wanted)
-        grad_weight = grad_bias = None
+        shared = through_batch and needed.residual and x_seq.dtype != torch.float16
+        shared = shared and plan.numbers.residual_gain == 1
+        wanted = Gradients(
+            needed.x_seq and not shared, needed.v_init, needed.width, needed.decay, needed.v_threshold, needed.reset,
+            wants_sums, wants_sums, needed.input_mean, needed.residual,
+        )  # fmt: skip
+        found = Gradients(*with_gaps(_normalised(call, coefficients).backward(grads[:-3], checkpoints, wanted), wanted))
+        grad_x_seq, grad_weight, grad_bias = found.x_seq, None, None
         if shared:
-            grad_x_seq = torch.empty_like(grad_residual)
+            grad_x_seq = torch.empty_like(found.residual)
         elif through_batch and transforming():  # once_differentiable made it a view, which autograd lets nobody write
             grad_x_seq = grad_x_seq.clone()
         if wants_sums:
-            *_, grad_gain, grad_shift, _ = grad_parameters
-            sums = grad_gain, grad_shift
+            sums = found.input_gain, found.input_bias
             grad_input = grad_x_seq if through_batch else x_seq.new_empty(0)
             grad_weight, grad_bias = call.operators().batch_norm_backward(
-                grad_input, grad_residual if shared else None, x_seq, coefficients, statistics, *sums,
-                *_summed(sums, settings.group), settings.eps, settings.input_scale, ctx.plan.rules.time_dim,
+                grad_input, found.residual if shared else None, x_seq, coefficients, statistics, *sums,
+                *_summed(sums, settings.group), settings.eps, settings.input_scale, plan.rules.time_dim,
             )  # fmt: skip
-        grad_parameters.append(grad_residual)
-        results = grad_weight, grad_bias, grad_x_seq, grad_v_init, *grad_parameters
-        asked = wants_weight, wants_bias, wants_x_seq, wants_v_init, *needed
+        results = grad_weight, grad_bias, grad_x_seq, *found[1:]
         gradients = [grad for grad, wants in zip(results, asked, strict=True) if wants]
-        checked = once_differentiable(gradients, (weight, bias, *tensors, *grads))
-        grad_weight, grad_bias, grad_x_seq, grad_v_init, *others = with_gaps(checked, asked)
-        return None, None, None, None, grad_weight, grad_bias, None, None, grad_x_seq, grad_v_init, None, *others
+        checked = once_differentiable(gradients, (weight, bias, rng_state, *tensors, *grads))
+        return None, None, None, None, None, None, *with_gaps(checked, asked)
+
+
+class _Coefficients(NamedTuple):
+    """The arguments of batch_norm_coefficients, or gradients."""
+
+    x_seq: Any = None
+    statistics: Any = None
+    mean: Any = None
+    variance: Any = None
+    weight: Any = None
+    bias: Any = None
+    eps: Any = None
+    input_scale: Any = None
+    time_dim: Any = None
 
 
 class _CoefficientsFunction(torch.autograd.Function):
@@ -153,47 +176,45 @@ class _CoefficientsFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        (_, below), *arguments = inputs
-        coefficients, total = below(*arguments)
+    def forward(operator: Any, backend: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        coefficients, total = operator(*arguments)
         return coefficients, total
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        (backend, _), x_seq, _, mean, _, _, _, *options = inputs
-        ctx.training, ctx.options = mean is None, (backend, *options)
-        ctx.save_for_backward(x_seq, *output)
+        _, ctx.backend, *arguments = inputs
+        given = _Coefficients(*arguments)
+        ctx.given = given.mean is None, given.eps, given.input_scale, given.time_dim
+        ctx.save_for_backward(given.x_seq, *output)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        saved: tuple[Any, ...] = saved_tensors(ctx)
-        x_seq, coefficients, total = saved
-        backend, eps, input_scale, time_dim = ctx.options
-        _, wants_x_seq, _, _, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        through_batch = wants_x_seq and ctx.training
+        x_seq, coefficients, total = saved_tensors(ctx)
+        training, *options = ctx.given
+        wants = _Coefficients(*ctx.needs_input_grad[2:])
+        through_batch = wants.x_seq and training
         _, grad_gain, grad_shift, _ = grads[0].unbind()
         grad_x_seq = torch.zeros_like(x_seq) if through_batch else x_seq.new_empty(0)
         sums = grad_gain, grad_shift
-        grad_weight, grad_bias = operators_of(backend, (x_seq, coefficients, *sums)).batch_norm_backward(
-            grad_x_seq, None, x_seq, coefficients, total, *sums, *sums, eps, input_scale, time_dim
+        grad_weight, grad_bias = operators_of(ctx.backend, (x_seq, coefficients, *sums)).batch_norm_backward(
+            grad_x_seq, None, x_seq, coefficients, total, *sums, *sums, *options
         )
-        asked = through_batch, False, False, False, wants_weight, wants_bias
-        all_found = grad_x_seq, None, None, None, grad_weight, grad_bias
-        found = [grad for grad, wants in zip(all_found, asked, strict=True) if wants and grad is not None]
+        asked = through_batch, wants.weight, wants.bias
+        found = [grad for grad, wanted in zip((grad_x_seq, grad_weight, grad_bias), asked, strict=True) if wanted]
         gradients = with_gaps(once_differentiable(found, (x_seq, coefficients, *grads)), asked)
-        return None, *gradients, None, None, None
+        grad_x_seq, grad_weight, grad_bias = gradients
+        return None, None, *_Coefficients(x_seq=grad_x_seq, weight=grad_weight, bias=grad_bias)
 
 
 def _differentiated(operator: Any, below: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """The operator batch_norm_coefficients with its derivative."""
-    _, statistics, *_ = arguments
-    if statistics is not None:
+    """A bare batch_norm_coefficients with its derivative."""
+    if _Coefficients(*arguments).statistics is not None:
         raise RuntimeError(
             "asgl_cuda.batch_norm_coefficients: statistics of several processes can't be differentiated in a graph; "
             "train the model that it was made of"
         )
-    coefficients, total = apply_here(_CoefficientsFunction, (backend_of(operator), below), *arguments)
+    coefficients, total = apply_here(_CoefficientsFunction, below, backend_of(operator), *arguments)
     return coefficients, total
 
 
@@ -201,16 +222,15 @@ DERIVATIVES["batch_norm_coefficients"] = _differentiated
 
 
 def _forward(
-    settings: _Settings, call: Call, norm: Sequence[Tensor | None], keep_checkpoints: bool
+    settings: _Settings, call: Call, norm: _ByChannel, keep_checkpoints: bool
 ) -> tuple[ForwardResult, Tensor, Tensor]:
     """The result of the neuron, the coefficients, and count, mean and variance of each channel."""
-    weight, bias, mean, variance = norm
-    eps, input_scale, time_dim = settings.eps, settings.input_scale, call.plan.rules.time_dim
 
     def coefficients_of(statistics: Tensor | None) -> tuple[Tensor, Tensor]:
         return call.operators().batch_norm_coefficients(
-            call.x_seq, statistics, mean, variance, weight, bias, eps, input_scale, time_dim
-        )
+            call.x_seq, statistics, norm.mean, norm.variance, norm.weight, norm.bias, settings.eps,
+            settings.input_scale, call.plan.rules.time_dim,
+        )  # fmt: skip
 
     coefficients, statistics = coefficients_of(None)
     if settings.group is not None:
@@ -218,21 +238,18 @@ def _forward(
         torch.distributed.all_gather(parts, statistics, group=settings.group)
         coefficients, statistics = coefficients_of(torch.stack(parts))
         _check_shared_count(statistics[:1, 0], settings, call.x_seq)
-    normalised = _normalised(call, coefficients.unbind())
-    return normalised.forward(keep_checkpoints), coefficients, statistics
+    return _normalised(call, coefficients).forward(keep_checkpoints), coefficients, statistics
 
 
-def _normalised(call: Call, coefficients: Sequence[Tensor]) -> Call:
-    """The call for neurons whose input is normalised by mean, gain and bias, the first coefficients."""
-    mean, gain, bias, *_ = coefficients
-    backend, plan, numbers, x_seq, v_init, rng_state, (width, decay, v_threshold, reset, *_, residual) = call
-    parameters = width, decay, v_threshold, reset, gain, bias, mean, residual
-    return Call(backend, plan, numbers, x_seq, v_init, rng_state, parameters)
+def _normalised(call: Call, coefficients: Tensor) -> Call:
+    """The call for neurons whose input is normalised."""
+    mean, gain, shift, _ = coefficients.unbind()
+    return call.with_input(gain, shift, mean)
 
 
 def _remember(call: Call, results: Sequence[Tensor]) -> None:
     *outputs, coefficients, _ = results
-    _normalised(call, coefficients.unbind()).remember(outputs)
+    _normalised(call, coefficients).remember(outputs)
 
 
 def _check_shared_count(count: Tensor, settings: _Settings, x_seq: Tensor) -> None:
@@ -337,61 +354,64 @@ def batch_norm_lif(
     check_keywords(neuron, (*NeuronArguments.__annotations__, "input_scale"), _CALLER)
     if isinstance(momentum, Tensor) and momentum.is_floating_point() and momentum.dim() == 0 and can_be_seen(momentum):
         check_finite("momentum", momentum.item(), _CALLER, "a float or a tensor")
-    given = grouped({**LIF_DEFAULTS, **neuron})
-    values = _Values(running_mean, running_var, weight, bias, momentum)
-    options = _Options(training, eps, input_scale, given.options.time_dim)
-    return _batch_norm_lif(tensor_of(x_seq, _CALLER), values, options, None, process_group, given)
+    given: Arguments = {**LIF_DEFAULTS, **neuron}
+    norm: _Normalisation = {
+        "running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias, "count": None,
+        "training": training, "momentum": momentum, "eps": eps, "input_scale": input_scale,
+        "process_group": process_group, "time_dim": given["time_dim"],
+    }  # fmt: skip
+    return _batch_norm_lif(tensor_of(x_seq, _CALLER), norm, given)
 
 
-def _batch_norm_lif(
-    x_seq: Tensor, values: _Values, options: _Options, count: Tensor | None, process_group: Any, given: Arguments
-) -> Tensor | LIFOutput:
-    """The same; `count` is num_batches_tracked, or None."""
-    channel, eps, input_scale = _norm_plan_of(_CALLER, x_seq, values, options)
-    running_mean, running_var, weight, bias, momentum = values
-    training = options.training
-    group = sharing(process_group) if training else None
+def _batch_norm_lif(x_seq: Tensor, norm: _Normalisation, given: Arguments) -> Tensor | LIFOutput:
+    """The same; may count the batch."""
+    settings = _settings_of(_CALLER, x_seq, norm)
+    training, momentum, count = norm["training"], norm["momentum"], norm["count"]
+    running_mean, running_var = norm["running_mean"], norm["running_var"]
+    group = sharing(norm["process_group"]) if training else None
+    if group is not None:
+        settings = _Settings(settings.channel, settings.eps, settings.input_scale, group)
     scalar, real = x_seq.dtype, real_type(x_seq.dtype)
     in_one_launch = False
     if running_mean is not None and running_var is not None:
         in_one_launch = training and _in_one_launch(running_mean, running_var, momentum, real)
         _check_running(running_mean, running_var, training, in_one_launch)
     if training and group is None and x_seq.numel() == 0:  # counts as a batch, and leaves the statistics, as in torch
-        training, in_one_launch, running_mean = False, False, x_seq.new_zeros(x_seq.shape[channel], dtype=real)
+        training, in_one_launch, running_mean = False, False, x_seq.new_zeros(x_seq.shape[settings.channel], dtype=real)
         running_var = torch.ones_like(running_mean)
         if count is not None:
             count.add_(1)
     if training:
-        channels = x_seq.shape[channel]
+        channels = x_seq.shape[settings.channel]
         if group is None and x_seq.numel() <= channels:
             raise ValueError(
                 f"{_CALLER}: training needs more than one value a channel, got x_seq of shape {list(x_seq.shape)}"
             )
         if scalar in HALF_TYPES and x_seq.numel() <= _FEW * channels:
             x_seq = x_seq.to(torch.float32)
-            residual = given.values.residual
+            residual = given["residual"]
             if isinstance(residual, Tensor) and residual.dtype == scalar:
-                given = given._replace(values=given.values._replace(residual=residual.to(torch.float32)))
+                given = {**given, "residual": residual.to(torch.float32)}
     call = checked_call(_CALLER, x_seq, given)
-    settings = _Settings(channel, eps, input_scale, group)
     mean, variance = (None, None) if training else (running_mean, running_var)
-    norm = [
-        value if value is None or value.dtype is real else value.to(real) for value in (weight, bias, mean, variance)
-    ]
+    values = _ByChannel(*(
+        value if value is None or value.dtype is real else value.to(real)
+        for value in (mean, variance, norm["weight"], norm["bias"])
+    ))  # fmt: skip
     outputs: Sequence[Tensor]
     if BACKENDS[call.backend].operators is None:
-        outputs, *statistics = _reference(settings, call, norm)
+        outputs, *statistics = _reference(settings, call, values)
     else:
-        backend, plan, numbers, *tensors, parameters = call
-        if is_differentiated((*tensors, *parameters, *norm), _CALLER):
-            inputs = settings, backend, plan, numbers, *norm, *tensors, *parameters
+        tensors = values.weight, values.bias, call.x_seq, call.v_init, *call.parameters
+        if is_differentiated((*tensors, mean, variance), _CALLER):
+            inputs = settings, call.backend, call.plan, values.mean, values.variance, call.rng_state, *tensors
             if recompute.open_contexts or recompute.traced_contexts:
                 found = recompute.applied(apply, BatchNormLIFFunction, inputs, partial(_remember, call))
             else:
                 found = apply(BatchNormLIFFunction, *inputs)
             *outputs, coefficients, _ = found
         else:
-            outputs, coefficients, _ = _forward(settings, call, norm, False)
+            outputs, coefficients, _ = _forward(settings, call, values, False)
         if in_one_launch:
             running = running_mean, running_var, count
             call.operators().batch_norm_update(*running, coefficients, momentum)
@@ -408,11 +428,12 @@ def _batch_norm_lif(
     return LIFOutput(output[0].to(scalar), *output[1:]) if isinstance(output, LIFOutput) else output.to(scalar)
 
 
-@cached_by_signature
-def _norm_plan_of(caller: str, x_seq: Tensor, values: _Values, options: _Options) -> tuple[int, float, float]:
-    """Checks arguments of the normalisation; returns the channel dimension, eps and input_scale."""
-    *_, momentum = values
-    training, eps, input_scale, time_dim = options
+@cached_by_signature(
+    ("running_mean", "running_var", "weight", "bias", "momentum"), ("training", "eps", "input_scale", "time_dim")
+)
+def _settings_of(caller: str, x_seq: Tensor, norm: _Normalisation) -> _Settings:
+    """Checks arguments of the normalisation; the settings of a single process."""
+    time_dim, training, momentum = norm["time_dim"], norm["training"], norm["momentum"]
     time_dim = check_input(x_seq, time_dim, caller)
     check_bool("training", training, caller)
     channel = channel_dim(time_dim)
@@ -422,12 +443,12 @@ def _norm_plan_of(caller: str, x_seq: Tensor, values: _Values, options: _Options
             f"with time_dim {time_dim}; is time missing?"
         )
     channels = x_seq.shape[channel]
-    if (values.running_mean is None) != (values.running_var is None):
+    if (norm["running_mean"] is None) != (norm["running_var"] is None):
         raise ValueError(f"{caller}: running_mean and running_var must both be given or both be None, got one of them")
-    if not training and values.running_mean is None:
+    if not training and norm["running_mean"] is None:
         raise ValueError(f"{caller}: evaluation (training=False) needs running_mean and running_var, got None")
     for name in ("running_mean", "running_var", "weight", "bias"):
-        value = getattr(values, name)
+        value = norm[name]
         if value is None:
             continue
         check_floating(name, value, caller)
@@ -449,10 +470,10 @@ def _norm_plan_of(caller: str, x_seq: Tensor, values: _Values, options: _Options
         check_device("momentum", momentum, x_seq, caller)
     else:
         check_finite("momentum", momentum, caller, "a float or a tensor")
-    eps = check_finite("eps", eps, caller)
-    if eps < 0:
-        raise ValueError(f"{caller}: eps must be >= 0, got {eps}")
-    return channel, eps, check_not_nan("input_scale", input_scale, caller)
+    return _Settings(channel, **check_options(norm, _OPTIONS, caller), group=None)
+
+
+_OPTIONS = {"eps": in_range(check_finite, ">= 0", 0), "input_scale": check_not_nan}
 
 
 def _check_running(mean: Tensor, variance: Tensor, training: bool, in_one_launch: bool) -> None:
@@ -525,21 +546,20 @@ def _update(
         batches.add_(1)
 
 
-def _reference(
-    settings: _Settings, call: Call, norm: Sequence[Tensor | None]
-) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+def _reference(settings: _Settings, call: Call, norm: _ByChannel) -> tuple[Sequence[Tensor], Tensor, Tensor]:
     """The outputs of the neuron, and mean and unbiased variance of each channel."""
-    weight, bias, mean, variance = norm
-    real = real_type(call.x_seq.dtype)
+    channel, x_seq = settings.channel, call.x_seq
+    mean, variance = norm.mean, norm.variance
     unbiased = variance
     if mean is None or variance is None:
-        count, mean, variance = batch_statistics(call.x_seq, settings.channel, settings.group)
-        _check_shared_count(count, settings, call.x_seq)
+        count, mean, variance = batch_statistics(x_seq, channel, settings.group)
+        _check_shared_count(count, settings, x_seq)
         unbiased = variance * (count / (count - 1))
     assert unbiased is not None
-    gain, shift, rounded = normalisation(mean, variance, weight, bias, settings.eps, settings.input_scale, real)
-    coefficients = (by_channel(value, settings.channel, call.x_seq) for value in (rounded, gain, shift))
-    return _normalised(call, tuple(coefficients)).reference(), mean, unbiased
+    real, eps, input_scale = real_type(x_seq.dtype), settings.eps, settings.input_scale
+    coefficients = normalisation(mean, variance, norm.weight, norm.bias, eps, input_scale, real)
+    gain, shift, rounded = (by_channel(value, channel, x_seq) for value in coefficients)
+    return call.with_input(gain, shift, rounded).reference(), mean, unbiased
 
 
 def module_batch_norm_lif(
@@ -565,6 +585,9 @@ def module_batch_norm_lif(
     running_var = norm.running_var
     if uses_batch and not update:
         running_mean = running_var = count = None
-    values = _Values(running_mean, running_var, weight, bias, momentum)
-    options = _Options(uses_batch, norm.eps, input_scale, given.options.time_dim)
-    return _batch_norm_lif(x_seq, values, options, count, process_group, given)
+    arguments: _Normalisation = {
+        "running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias, "count": count,
+        "training": uses_batch, "momentum": momentum, "eps": norm.eps, "input_scale": input_scale,
+        "process_group": process_group, "time_dim": given["time_dim"],
+    }  # fmt: skip
+    return _batch_norm_lif(x_seq, arguments, given)

@@ -1,18 +1,19 @@
 """A neuron's call up to the operator: arguments by name, checks, noise, autograd.
 
-lif -> computed -> checked_call (checks, choose_backend, noise) -> run: the reference under autograd, or
+lif -> computed -> checked_call (a plan by checks, choose_backend, noise) -> run: the reference under autograd, or
 operators_of(backend).lif_forward, inside LIFFunction if a gradient is needed. Backward draws the same noise again from
 rng_state; no mask is stored.
 """
 
 from __future__ import annotations
 
-from collections import namedtuple
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from . import recompute
 from .backends import BACKENDS, Operators, backend_of, choose_backend, operators_of
@@ -28,15 +29,16 @@ from .checks import (
     check_levels,
     check_multi_spike,
     check_not_nan,
-    check_number,
-    check_parameter,
+    check_options,
     check_residual,
     check_rng_state,
     check_surrogate,
     check_threshold,
     check_v_init,
+    check_values,
     check_width,
     check_width_tensor,
+    optional,
 )
 from .derivatives import DERIVATIVES
 from .layout import in_memory_order, is_dense, real_type
@@ -69,94 +71,187 @@ class LIFOutput(NamedTuple):
     h_seq: Tensor | None
 
 
-# The arguments of `lif` that are floats, tensors or None.
-Values = namedtuple(
-    "Values", "width decay v_threshold v_reset reset_amount input_gain input_bias input_mean analog_prob residual"
-)
-# The arguments of `lif` that are never tensors, unchecked, except generator and backend.
-Options = namedtuple(
-    "Options",
-    "surrogate surrogate_gain v_rest v_min levels multi_spike strict_threshold detach_reset scale_output time_dim "
-    "return_v_last return_v_seq return_h_seq residual_gain adaptation",
-    defaults=(0,),
-)
-# The names of the parameters of the input where they are those of adaptive neurons.
-ADAPTATION = {"input_gain": "adapt_decay", "input_bias": "adapt_potential", "input_mean": "adapt_spike"}
-# The flags among the options, 0 or 1 in Rules.
-_NO_FLAGS = "surrogate", "levels", "adaptation", "time_dim"
-FLAGS = tuple(name for name in Options._fields if name in Rules._fields and name not in _NO_FLAGS)
-# All arguments of `lif` except x_seq.
-Arguments = namedtuple("Arguments", "values options v_init rng_state generator backend")
+class NeuronArguments(TypedDict, total=False):
+    """Common arguments of `lif` and `batch_norm_lif`, documented in `lif`."""
+
+    decay: Tensor | float
+    v_threshold: Tensor | float
+    v_reset: Tensor | float | None
+    reset_amount: Tensor | float | None
+    width: Tensor | float
+    surrogate: str
+    surrogate_gain: float
+    analog_prob: Tensor | float
+    residual: Tensor | None
+    residual_gain: float
+    rng_state: Tensor | None
+    generator: torch.Generator | None
+    v_rest: float
+    strict_threshold: bool
+    scale_output: bool
+    detach_reset: bool
+    levels: int | None
+    multi_spike: bool
+    v_min: float | None
+    v_init: Tensor | None
+    time_dim: int
+    return_v_last: bool
+    return_v_seq: bool
+    return_h_seq: bool
+    backend: str | None
 
 
-def grouped(given: Mapping[str, Any]) -> Arguments:
-    """All keyword arguments of `lif`."""
-    values = Values(*[given[name] for name in Values._fields])
-    options = Options(*[given[name] for name in Options._fields if name in given])
-    return Arguments(values, options, given["v_init"], given["rng_state"], given["generator"], given["backend"])
+class Arguments(NeuronArguments, total=False):
+    """All arguments of `lif` except x_seq, or of adaptive neurons: the record that a call is made of.
+
+    From layers, width and decay may be a Logarithm and a Logit.
+    """
+
+    input_gain: Tensor | float
+    input_bias: Tensor | float
+    input_mean: Tensor | float
+    # Only of adaptive neurons: where w is, bits IN_CURRENT and others, and its parameters.
+    adaptation: int
+    adapt_decay: Any
+    adapt_potential: Any
+    adapt_spike: Any
+
+
+# Options that are flags of Rules, and those that ask for a result.
+FLAGS = "multi_spike", "strict_threshold", "detach_reset", "scale_output"
+RETURNS = "return_v_last", "return_v_seq", "return_h_seq"
+# Options that are never tensors, with their checks. `surrogate` depends on another, time_dim on x_seq.
+OPTIONS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys((*FLAGS, *RETURNS), check_bool),
+    **dict.fromkeys(("surrogate_gain", "v_rest", "residual_gain"), check_not_nan),
+    "v_min": optional(check_finite),
+    "levels": optional(check_levels),
+}
+OPTION_NAMES = "surrogate", "time_dim", *OPTIONS
+# Where the parameters of operators come from, `reset` aside; adaptive neurons have others instead of the input's.
+_INPUT = {"input_gain": "input_gain", "input_bias": "input_bias", "input_mean": "input_mean"}
+_ADAPTATION = {"input_gain": "adapt_decay", "input_bias": "adapt_potential", "input_mean": "adapt_spike"}
+_COMMON = "width", "decay", "v_threshold", "v_reset", "reset_amount"
+VALUES = *_COMMON, *_INPUT, "analog_prob", "residual"
+_ADAPTIVE_VALUES = *_COMMON, *_ADAPTATION.values(), "analog_prob", "residual"
 
 
 class Plan(NamedTuple):
-    """The results of all checks of a call that do not depend on the values in tensors."""
+    """All of a call that does not depend on tensors' values."""
 
     real: torch.dtype
     rules: Rules
-    wanted: tuple[bool, bool, bool]  # v_last, v_seq, h_seq
+    numbers: Numbers
+    packed: tuple[tuple[float, ...], tuple[int, ...]]  # numbers and rules, as operators take them
+    wanted: Sequence[bool]  # v_last, v_seq, h_seq
+    # The argument that is each of Parameters except the residual, None for a constant; empty if all are.
+    sources: Sequence[str | None]
 
 
-class Call(NamedTuple):
-    """The arguments of `lif`, checked and converted."""
+def make_plan(
+    x_seq: Tensor, rules: Rules, numbers: Numbers, wanted: Sequence[bool], sources: Sequence[str | None] = ()
+) -> Plan:
+    """A plan for the type of x_seq."""
+    return Plan(real_type(x_seq.dtype), rules, numbers, (tuple(numbers), tuple(rules)), tuple(wanted), sources)
+
+
+class Gradients(NamedTuple):
+    """The results of lif_backward, None where not wanted; or which are wanted."""
+
+    x_seq: Any
+    v_init: Any
+    width: Any
+    decay: Any
+    v_threshold: Any
+    reset: Any
+    input_gain: Any
+    input_bias: Any
+    input_mean: Any
+    residual: Any
+
+
+_CONSTANT = Parameters(*[None] * len(Parameters._fields))
+
+
+def in_type(value: Any, real: torch.dtype, fused: bool) -> Any:
+    """A parameter in the type of the arithmetic; a learned one as it is stored where `fused`."""
+    if isinstance(value, (Logarithm, Logit)):
+        value = value.stored if fused else value.value()
+    return value if value.dtype is real else value.to(real)
+
+
+@dataclass
+class Call:
+    """The arguments of `lif`, checked and converted. Fields of a named tuple take longer to read."""
 
     backend: str
     plan: Plan
-    numbers: Sequence[float]  # Numbers, flat for the operators
+    rng_state: Tensor | None
     x_seq: Tensor
     v_init: Tensor | None
-    rng_state: Tensor | None
-    parameters: Sequence[Tensor | None]  # Parameters, flat; None: a constant
+    parameters: Parameters  # None: a constant
 
-    def operators(self) -> Operators:
+    def operators(self, *more: Tensor | None) -> Operators:
         """The operators of a fused backend. Not a property: torch.compile can't trace one in torch 2.6."""
-        return operators_of(self.backend, (self.x_seq, self.v_init, self.rng_state, *self.parameters))
+        return operators_of(self.backend, (self.x_seq, self.v_init, self.rng_state, *self.parameters, *more))
 
     def reference(self) -> list[Tensor]:
         """Runs the reference; returns the wanted results."""
-        _, rules, wanted = self.plan
-        named = Parameters(*self.parameters), Numbers(*self.numbers), rules
-        s_seq, *potentials = lif_reference(self.x_seq, self.v_init, self.rng_state, *named)
-        return [s_seq, *(each for each, asked in zip(potentials, wanted, strict=True) if asked)]
+        plan = self.plan
+        s_seq, *potentials = lif_reference(
+            self.x_seq, self.v_init, self.rng_state, self.parameters, plan.numbers, plan.rules
+        )
+        return [s_seq, *(each for each, asked in zip(potentials, plan.wanted, strict=True) if asked)]
 
-    def forward(self, keep_checkpoints: bool) -> ForwardResult:
-        """Runs the operator lif_forward."""
-        backend, plan, numbers, x_seq, v_init, rng_state, parameters = self
-        operator = operators_of(backend, (x_seq, v_init, rng_state, *parameters)).lif_forward
-        wanted = *plan.wanted, keep_checkpoints
-        return operator(x_seq, v_init, rng_state, parameters, numbers, tuple(plan.rules), wanted)
+    def forward(self, keep_checkpoints: bool, operator: Any = None) -> ForwardResult:
+        """Runs lif_forward, or the operator given."""
+        if operator is None:
+            operator = self.operators().lif_forward
+        plan = self.plan
+        wanted = (*plan.wanted, keep_checkpoints)
+        return operator(  # type: ignore[no-any-return]
+            self.x_seq, self.v_init, self.rng_state, tuple(self.parameters), *plan.packed, wanted
+        )
+
+    def backward(self, grads: Sequence[Tensor | None], checkpoints: Tensor, wanted: Sequence[bool]) -> BackwardResult:
+        """Runs lif_backward for the gradients of the results of forward; those of `wanted`, as in Gradients."""
+        plan = self.plan
+        return self.operators(*grads).lif_backward(
+            with_gaps(grads, (True, *plan.wanted)), self.x_seq, self.v_init, self.rng_state, checkpoints,
+            tuple(self.parameters), *plan.packed, tuple(wanted),
+        )  # fmt: skip
+
+    def with_input(self, gain: Tensor, bias: Tensor, mean: Tensor) -> Call:
+        """The call with other parameters of the input. Not by `_replace`, which torch 2.6 can't compile."""
+        given = self.parameters
+        parameters = Parameters(
+            given.width, given.decay, given.v_threshold, given.reset, gain, bias, mean, given.residual
+        )
+        return Call(self.backend, self.plan, self.rng_state, self.x_seq, self.v_init, parameters)
+
+    def adds(self) -> bool:
+        """Whether the input current is x, or the sum of x and the residual."""
+        given, constants = self.parameters, self.plan.numbers
+        if given.input_gain is not None or given.input_bias is not None or given.input_mean is not None:
+            return False
+        values = constants.input_gain, constants.residual_gain, constants.input_bias, constants.input_mean
+        return values == (1, 1, 0, 0)
 
     def remember(self, outputs: Sequence[Tensor]) -> None:
         """Has backward recompute the spikes, inside `recompute_spikes`."""
-        backend, plan, numbers, x_seq, v_init, rng_state, parameters = self
-        only_spikes = plan._replace(wanted=(False, False, False))
+        backend = self.backend  # not self, which has the tensors
+        plan = make_plan(self.x_seq, self.plan.rules, self.plan.numbers, (False, False, False))
 
-        def spikes(
-            x_seq: Tensor, v_init: Tensor | None, rng_state: Tensor | None, *parameters: Tensor | None
-        ) -> Tensor:
-            return Call(backend, only_spikes, numbers, x_seq, v_init, rng_state, parameters).forward(False)[0]
+        def spikes(*of_call: Tensor | None) -> Tensor:
+            return call_of(backend, plan, *of_call).forward(keep_checkpoints=False)[0]
 
         # Copies: FSDP frees parameters before backward of the next layer needs the spikes.
-        *values, residual = parameters
-        copies = [None if each is None else each.detach().clone() for each in values]
-        inputs = {"x_seq": x_seq, "v_init": v_init, "rng_state": rng_state}
-        named = dict(zip(Parameters._fields, (*copies, residual), strict=True))
-        recompute.remember(outputs[0], spikes, {**inputs, **named})
-
-    def backward(self, grads: Sequence[Tensor | None], checkpoints: Tensor, wanted: Sequence[bool]) -> BackwardResult:
-        """Runs the operator lif_backward for the gradients of the results of forward."""
-        _, plan, numbers, x_seq, v_init, rng_state, parameters = self
-        return self.operators().lif_backward(
-            with_gaps(grads, (True, *plan.wanted)), x_seq, v_init, rng_state, checkpoints, parameters, numbers,
-            tuple(plan.rules), wanted,
-        )  # fmt: skip
+        values = {
+            name: value if value is None or name == "residual" else value.detach().clone()
+            for name, value in self.parameters._asdict().items()
+        }
+        inputs = {"rng_state": self.rng_state, "x_seq": self.x_seq, "v_init": self.v_init}
+        recompute.remember(outputs[0], spikes, {**inputs, **values})
 
     def output(self, outputs: Sequence[Tensor]) -> Tensor | LIFOutput:
         """The requested outputs, which come first."""
@@ -166,24 +261,27 @@ class Call(NamedTuple):
         return LIFOutput(*with_gaps(outputs, (True, *wanted)))
 
 
-class LIFFunction(torch.autograd.Function):
-    """The fused operators of one backend as a differentiable function of x_seq, v_init and the parameters.
+def call_of(backend: str, plan: Plan, rng_state: Any, x_seq: Any, v_init: Any, *parameters: Any) -> Call:
+    """A call of the tensors of an autograd function, which come one by one."""
+    return Call(backend, plan, rng_state, x_seq, v_init, Parameters(*parameters))
 
-    Takes the fields of a `Call`, the parameters one by one, since autograd ignores tensors in tuples. Returns the
-    outputs and the checkpoints for backward.
+
+class LIFFunction(torch.autograd.Function):
+    """lif_forward as a differentiable function of x_seq, v_init and the parameters.
+
+    Takes an operator, or None for the backend's, and the fields of a `Call`, the parameters one by one, since autograd
+    ignores tensors in tuples. Returns the outputs and the checkpoints for backward.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        backend, plan, numbers, x_seq, v_init, rng_state, *parameters = inputs
-        operator = operators_of(backend, (x_seq, v_init, rng_state, *parameters)).lif_forward
-        return tuple(operator(x_seq, v_init, rng_state, parameters, numbers, tuple(plan.rules), (*plan.wanted, True)))
+    def forward(operator: Any, *of_call: Any) -> tuple[Tensor, ...]:
+        return tuple(call_of(*of_call).forward(True, operator))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.backend, ctx.plan, ctx.numbers, *tensors = inputs
+        _, ctx.backend, ctx.plan, *tensors = inputs
         checkpoints = output[-1]
         ctx.save_for_backward(checkpoints, *tensors)
         ctx.set_materialize_grads(grads_are_zeros())
@@ -191,135 +289,101 @@ class LIFFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        checkpoints, x_seq, v_init, rng_state, *parameters = saved_tensors(ctx)
-        *grads_of_outputs, _ = grads
-        _, _, _, wants_x_seq, wants_v_init, _, *wants_parameters, wants_residual = ctx.needs_input_grad
-        plan = ctx.plan
+        checkpoints, *tensors = saved_tensors(ctx)
+        call = call_of(ctx.backend, ctx.plan, *tensors)
+        needed = Gradients(*ctx.needs_input_grad[4:])
         # The gradients of x_seq and of the residual may be the same tensor, as in a sum.
-        shared = wants_residual and wants_x_seq and is_sum(ctx.numbers, parameters)
-        wanted = wants_x_seq, wants_v_init, *wants_parameters, wants_residual and not shared
-        found = operators_of(ctx.backend, (x_seq, v_init, rng_state, *parameters, *grads)).lif_backward(
-            with_gaps(grads_of_outputs, (True, *plan.wanted)), x_seq, v_init, rng_state, checkpoints, parameters,
-            ctx.numbers, tuple(plan.rules), wanted,
-        )  # fmt: skip
-        gradients = once_differentiable(found, (x_seq, v_init, *parameters, *grads))
-        grad_x_seq, grad_v_init, *grad_parameters, grad_residual = with_gaps(gradients, wanted)
+        shared = needed.residual and needed.x_seq and call.adds()
+        wanted = *needed[:-1], needed.residual and not shared
+        *grads_of_outputs, _ = grads
+        found = call.backward(grads_of_outputs, checkpoints, wanted)
+        gradients = with_gaps(once_differentiable(found, (*tensors, *grads)), wanted)
         if shared:
-            grad_residual = grad_x_seq
-        return None, None, None, grad_x_seq, grad_v_init, None, *grad_parameters, grad_residual
+            gradients[-1] = gradients[0]
+        return None, None, None, None, *gradients
 
 
-def is_sum(numbers: Sequence[float], parameters: Sequence[Tensor | None]) -> bool:
-    """Whether the input current is x, or the sum of x and the residual."""
-    given, constants = Parameters(*parameters), Numbers(*numbers)
-    tensors = given.input_gain, given.input_bias, given.input_mean
-    is_constant = all(each is None for each in tensors)
-    values = constants.input_gain, constants.residual_gain, constants.input_bias, constants.input_mean
-    return is_constant and values == (1, 1, 0, 0)
-
-
-class _OperatorFunction(LIFFunction):
-    """`LIFFunction` for a bare operator below autograd, paired with its backend."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        (_, below), plan, numbers, x_seq, v_init, rng_state, *parameters = inputs
-        return tuple(below(x_seq, v_init, rng_state, parameters, numbers, tuple(plan.rules), (*plan.wanted, True)))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        (backend, _), *others = inputs
-        LIFFunction.setup_context(ctx, (backend, *others), output)
-
-
-def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
-    """The operator lif_forward with its derivative, with or without checkpoints."""
-    x_seq, v_init, rng_state, parameters, numbers, rules, (*wanted, keeps_checkpoints) = arguments
-    plan = Plan(real_type(x_seq.dtype), Rules(*rules), tuple(wanted))
-    inputs = (backend_of(operator), below), plan, numbers, x_seq, v_init, rng_state, *parameters
-    *outputs, checkpoints = apply_here(_OperatorFunction, *inputs)
+def _differentiated(
+    operator: Any, below: Any, x_seq: Tensor, v_init: Any, rng_state: Any, parameters: Any, *constants: Any
+) -> ForwardResult:
+    """A bare lif_forward with its derivative."""
+    numbers, rules, (*of_outputs, keeps_checkpoints) = constants
+    plan = make_plan(x_seq, Rules(*rules), Numbers(*numbers), of_outputs)
+    inputs = below, backend_of(operator), plan, rng_state, x_seq, v_init, *parameters
+    *outputs, checkpoints = apply_here(LIFFunction, *inputs)
     return [*outputs, checkpoints] if keeps_checkpoints else outputs
 
 
 DERIVATIVES["lif_forward"] = _differentiated
 
 
-@cached_by_signature
-def _plan_of(caller: str, x_seq: Any, values: Values, options: Options) -> Plan:
+def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
     """Checks everything independent of tensor values."""
-    time_dim = check_input(x_seq, options.time_dim, caller)
-    flags = {name: check_bool(name, getattr(options, name), caller) for name in FLAGS}
-    v_last = check_bool("return_v_last", options.return_v_last, caller)
-    v_seq = check_bool("return_v_seq", options.return_v_seq, caller)
-    h_seq = check_bool("return_h_seq", options.return_h_seq, caller)
-    check_surrogate(options.surrogate, caller, flags["multi_spike"])
-    hard = values.v_reset is not None
-    if values.reset_amount is not None and hard:
+    time_dim = check_input(x_seq, given["time_dim"], caller)
+    options = check_options(given, OPTIONS, caller)
+    surrogate, multi_spike, levels = given["surrogate"], options["multi_spike"], options["levels"]
+    check_surrogate(surrogate, caller, multi_spike)
+    v_reset, reset_amount, analog_prob = given["v_reset"], given["reset_amount"], given["analog_prob"]
+    if reset_amount is not None and v_reset is not None:
         raise ValueError(
             f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset and reset_amount"
         )
-    if flags["multi_spike"]:
-        check_multi_spike(values.v_reset, values.analog_prob, caller)
-    levels = 0 if options.levels is None else check_levels(options.levels, caller)
-    counts = levels > 0 and not flags["multi_spike"]
+    if multi_spike:
+        check_multi_spike(v_reset, analog_prob, caller)
+    counts = levels is not None and not multi_spike
     if counts:
-        check_counting(values.v_reset, options.surrogate, caller)
-    real = real_type(x_seq.dtype)
-    for name in Values._fields:
-        value = getattr(values, name)
-        if isinstance(value, (Logarithm, Logit)):
-            value = value.stored
-        if name == "analog_prob":
-            continue
-        if name == "residual":
-            if value is not None:
-                check_residual(value, x_seq, caller)
-            continue
-        if options.adaptation:
-            name = ADAPTATION.get(name, name)
-        if isinstance(value, Tensor):
-            check_parameter(name, value, x_seq, caller)
-        elif name == "width":
-            check_width(check_number(name, value, caller, "a float or a tensor"), caller, real)
-        elif value is not None or name not in ("v_reset", "reset_amount"):
-            check_not_nan(name, value, caller, "a float or a tensor")
+        check_counting(v_reset, surrogate, caller)
+    residual = given["residual"]
+    if residual is not None:
+        check_residual(residual, x_seq, caller)
+    elif options["residual_gain"] != 1:
+        raise ValueError(f"{caller}: residual_gain needs a residual, got {given['residual_gain']} without one")
+    adaptation, real = given.get("adaptation", 0), real_type(x_seq.dtype)
+    reset = "v_reset" if v_reset is not None else "v_threshold" if reset_amount is None else "reset_amount"
+    arguments = {"width": "width", "decay": "decay", "v_threshold": "v_threshold", "reset": reset}
+    arguments.update(_ADAPTATION if adaptation else _INPUT)
+    constants = check_values(given, arguments.values(), x_seq, caller)
+    if constants["width"] is not None:
+        check_width(constants["width"], caller, real)
+    threshold = constants["v_threshold"]
+    if multi_spike and threshold is not None:
+        check_threshold(threshold, "multi_spike", caller)
     if counts:
-        _check_with_levels(values, caller, real)
-    if flags["multi_spike"] and not isinstance(values.v_threshold, Tensor):
-        check_threshold(values.v_threshold, "multi_spike", caller)
-    check_not_nan("surrogate_gain", options.surrogate_gain, caller)
-    check_not_nan("v_rest", options.v_rest, caller)
-    if check_not_nan("residual_gain", options.residual_gain, caller) != 1 and values.residual is None:
-        raise ValueError(f"{caller}: residual_gain needs a residual, got {options.residual_gain} without one")
-    if options.v_min is not None:
-        check_finite("v_min", options.v_min, caller)
-    as_data = isinstance(values.analog_prob, Tensor)
-    periodic = options.surrogate == PERIODIC
+        if constants["width"] != 1:
+            raise ValueError(f"{caller}: with levels the threshold is the width: width must be left at 1, got another")
+        if threshold is not None:
+            check_width(threshold, caller, real, _THRESHOLD_OF_LEVELS)
+        arguments["width"], arguments["v_threshold"] = "v_threshold", _HEIGHT
+        constants[_HEIGHT] = 1 / levels
     rules = Rules(
-        surrogate=INTEGER if counts else SURROGATES["laplace" if periodic else options.surrogate].id,
-        hard_reset=int(hard),
-        periodic=int(periodic),
-        floored=int(options.v_min is not None),
-        log_width=int(isinstance(values.width, Logarithm)),
-        logit_decay=int(isinstance(values.decay, Logit)),
-        analog_below=BELOW_IN_STATE if as_data else check_analog_prob(values.analog_prob, caller),
-        levels=levels,
-        adaptation=options.adaptation,
+        surrogate=INTEGER if counts else SURROGATES["laplace" if surrogate == PERIODIC else surrogate].id,
+        hard_reset=int(v_reset is not None),
+        periodic=int(surrogate == PERIODIC),
+        floored=int(options["v_min"] is not None),
+        log_width=int(isinstance(given["width"], Logarithm)),
+        logit_decay=int(isinstance(given["decay"], Logit)),
+        analog_below=BELOW_IN_STATE if isinstance(analog_prob, Tensor) else check_analog_prob(analog_prob, caller),
+        levels=levels or 0,
+        adaptation=adaptation,
         time_dim=time_dim,
-        **{name: int(flag) for name, flag in flags.items()},
+        **{name: int(options[name]) for name in FLAGS},
     )
-    return Plan(real, rules, (v_last, v_seq, h_seq))
+    numbers = Numbers(
+        residual_gain=options["residual_gain"],
+        v_rest=options["v_rest"],
+        surrogate_gain=options["surrogate_gain"],
+        v_min=options["v_min"] or 0.0,
+        **{name: 0.0 if (value := constants[argument]) is None else value for name, argument in arguments.items()},
+    )
+    sources = [argument if constants[argument] is None else None for argument in arguments.values()]
+    sources = sources if any(sources) else []
+    return make_plan(x_seq, rules, numbers, [options[name] for name in RETURNS], sources)
 
 
 _THRESHOLD_OF_LEVELS = "v_threshold with levels"
-
-
-def _check_with_levels(values: Values, caller: str, real: torch.dtype) -> None:
-    """A threshold that the potential can be divided by, and no width."""
-    if isinstance(values.width, (Tensor, Logarithm)) or values.width != 1:
-        raise ValueError(f"{caller}: with levels the threshold is the width: width must be left at 1, got another")
-    if not isinstance(values.v_threshold, Tensor):
-        check_width(values.v_threshold, caller, real, _THRESHOLD_OF_LEVELS)
+_HEIGHT = "height of a spike"  # the constant that levels put in the place of v_threshold
+_plan_of = cached_by_signature(VALUES, OPTION_NAMES)(_checked)
+_adaptive_plan_of = cached_by_signature(_ADAPTIVE_VALUES, (*OPTION_NAMES, "adaptation"))(_checked)
 
 
 def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = True) -> Call:
@@ -327,69 +391,48 @@ def checked_call(caller: str, x_seq: Tensor, given: Arguments, together: bool = 
 
     `together`: one call of an operator may compute all samples of a vmap.
     """
-    values, options, v_init, rng_state, generator, backend = given
-    plan = _plan_of(caller, x_seq, values, options)
-    real, rules, _ = plan
-    backend = choose_backend(backend, x_seq.device, caller)
-    width, decay, v_threshold, v_reset, reset_amount, input_gain, input_bias, input_mean, analog_prob, residual = values
-    if rules.log_width or rules.logit_decay:
-        by_value = BACKENDS[backend].operators is None  # the reference
-        if rules.log_width:
-            width = width.value() if by_value else width.stored
-        if rules.logit_decay:
-            decay = decay.value() if by_value else decay.stored
-        if by_value:
-            plan = Plan(real, rules.changed(log_width=0, logit_decay=0), plan.wanted)
-    reset = v_reset if v_reset is not None else v_threshold if reset_amount is None else reset_amount
-    levels, counts = options.levels, rules.surrogate == INTEGER
-    if counts:
-        width, v_threshold = v_threshold, 1 / levels
-    numbers: list[float] = []
-    parameters: list[Tensor | None] = []
-    for value in (width, decay, v_threshold, reset, input_gain, input_bias, input_mean):
-        if type(value) is float:
-            numbers.append(value)
-            parameters.append(None)
-        elif isinstance(value, Tensor):
-            numbers.append(0.0)
-            parameters.append(value if value.dtype is real else value.to(real))
-        else:
-            numbers.append(float(value))
-            parameters.append(None)
-    if parameters[0] is not None and not rules.log_width:
-        check_width_tensor(parameters[0], caller, _THRESHOLD_OF_LEVELS if counts else "width")
-    if rules.multi_spike and parameters[2] is not None:
-        check_threshold(parameters[2], "multi_spike", caller)
+    plan = (_adaptive_plan_of if "adaptation" in given else _plan_of)(caller, x_seq, given)
+    backend = choose_backend(given["backend"], x_seq.device, caller)
+    fused = BACKENDS[backend].operators is not None
+    real, rules, sources = plan.real, plan.rules, plan.sources
+    if not fused and (rules.log_width or rules.logit_decay):
+        rules = rules.changed(log_width=0, logit_decay=0)
+        plan = make_plan(x_seq, rules, plan.numbers, plan.wanted)
+    v_init, rng_state, generator = given["v_init"], given["rng_state"], given["generator"]
     if v_init is not None:
         if not rules.adaptation:
             check_v_init(v_init, x_seq, rules.time_dim, caller)
         v_init = v_init.to(real)
-    numbers += float(options.residual_gain), float(options.v_rest), float(options.surrogate_gain)
-    numbers.append(float(options.v_min or 0))
-    if rules.analog_below or rng_state is not None or generator is not None:
-        rng_state = _noise(caller, x_seq, rules.analog_below, analog_prob, rng_state, generator, backend, together)
     if not is_dense(x_seq, rules.time_dim):
         x_seq = x_seq.contiguous()
-    parameters.append(None if residual is None else in_memory_order(residual, x_seq, rules.time_dim))
-    return Call(backend, plan, numbers, x_seq, v_init, rng_state, parameters)
+    parameters, residual = _CONSTANT, given["residual"]
+    if sources or residual is not None:
+        by_name: Any = given
+        values = [name if name is None else in_type(by_name[name], real, fused) for name in sources] or _CONSTANT[:-1]
+        if residual is not None:
+            residual = in_memory_order(residual, x_seq, rules.time_dim)
+        parameters = Parameters(*[*values, residual])
+        if parameters.width is not None and not rules.log_width:
+            name = _THRESHOLD_OF_LEVELS if rules.surrogate == INTEGER else "width"
+            check_width_tensor(parameters.width, caller, name)
+        if rules.multi_spike and parameters.v_threshold is not None:
+            check_threshold(parameters.v_threshold, "multi_spike", caller)
+    # Last: refused calls draw nothing.
+    if rules.analog_below or rng_state is not None or generator is not None:
+        rng_state = _noise(caller, x_seq, rules.analog_below, given, backend, together)
+    return Call(backend, plan, rng_state, x_seq, v_init, parameters)
 
 
 def _noise(
-    caller: str,
-    x_seq: Tensor,
-    analog_below: int,
-    analog_prob: Any,
-    rng_state: Any,
-    generator: Any,
-    backend: str,
-    together: bool,
+    caller: str, x_seq: Tensor, analog_below: int, given: Arguments, backend: str, together: bool
 ) -> Tensor | None:
     """The rng_state of the operators, drawn unless given; None where no element draws.
 
     analog_prob as data is rng_state's third element, marked by BELOW_IN_STATE in the rules: an extra tensor in the
     schemas would slow all calls.
     """
-    below = check_analog_prob_tensor(analog_prob, x_seq, caller) if analog_below == BELOW_IN_STATE else None
+    rng_state, generator, analog_prob = given["rng_state"], given["generator"], given["analog_prob"]
+    below = check_analog_prob_tensor(analog_prob, x_seq, caller) if isinstance(analog_prob, Tensor) else None
     if rng_state is not None:
         check_rng_state(rng_state, x_seq, caller)
         if generator is not None:
@@ -416,16 +459,11 @@ def _draw_rng_state(x_seq: Tensor, generator: torch.Generator | None, backend: s
 
 def computed(caller: str, x_seq: Tensor, given: Arguments) -> Tensor | LIFOutput:
     """The result of `lif`."""
-    return run(checked_call(caller, x_seq, given), caller)
-
-
-def run(call: Call, caller: str) -> Tensor | LIFOutput:
-    """The result of a call."""
-    backend, plan, numbers, x_seq, v_init, rng_state, parameters = call
-    if BACKENDS[backend].operators is None:
+    call = checked_call(caller, x_seq, given)
+    if BACKENDS[call.backend].operators is None:
         return call.output(call.reference())
-    if is_differentiated((x_seq, v_init, *parameters), caller):
-        inputs = backend, plan, numbers, x_seq, v_init, rng_state, *parameters
+    if is_differentiated((call.x_seq, call.v_init, *call.parameters), caller):
+        inputs = None, call.backend, call.plan, call.rng_state, call.x_seq, call.v_init, *call.parameters
         if recompute.open_contexts or recompute.traced_contexts:
             outputs = recompute.applied(apply, LIFFunction, inputs, call.remember)
         else:

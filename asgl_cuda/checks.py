@@ -9,10 +9,12 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from .layout import state_shape
@@ -181,11 +183,11 @@ def check_multi_spike(v_reset: Any, analog_prob: Any, caller: str) -> None:
 MOST_LEVELS = 256  # the last integer up to which bfloat16 has all
 
 
-def check_levels(levels: Any, caller: str) -> int:
+def check_levels(name: str, value: Any, caller: str) -> int:
     """A number of spikes a step."""
-    if isinstance(levels, bool) or not isinstance(levels, Integral) or not 1 <= int(levels) <= MOST_LEVELS:
-        raise ValueError(f"{caller}: levels must be None or an int in [1, {MOST_LEVELS}], got {shown(levels)}")
-    return int(levels)
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= MOST_LEVELS:
+        raise ValueError(f"{caller}: {name} must be None or an int in [1, {MOST_LEVELS}], got {shown(value)}")
+    return int(value)
 
 
 def check_counting(v_reset: Any, surrogate: str, caller: str) -> None:
@@ -236,7 +238,7 @@ def can_be_seen(value: Tensor) -> bool:
         type(value) in PLAIN_TENSORS
         and value.is_cpu
         and value.numel() > 0
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)
     )
 
@@ -306,6 +308,43 @@ def check_not_nan(name: str, value: Any, caller: str, expected: str = "a float")
     return number
 
 
+def optional(check: Callable[..., Any]) -> Callable[..., Any]:
+    """The check, which lets None pass."""
+    return lambda name, value, caller: None if value is None else check(name, value, caller)
+
+
+def in_range(check: Callable[..., float], expected: str, least: float, most: float = math.inf) -> Callable[..., float]:
+    """The check of a number, which must also be in [least, most]; `expected` says so."""
+
+    def checked(name: str, value: Any, caller: str) -> float:
+        number = check(name, value, caller)
+        if not least <= number <= most:
+            raise ValueError(f"{caller}: {name} must be {expected}, got {number}")
+        return number
+
+    return checked
+
+
+def check_options(given: Any, checks: Mapping[str, Callable[..., Any]], caller: str) -> dict[str, Any]:
+    """The given options that `checks` has, as `check(name, value, caller)` returns them."""
+    return {name: check(name, given[name], caller) for name, check in checks.items()}
+
+
+def check_values(given: Any, names: Iterable[str], x_seq: Tensor, caller: str) -> dict[str, float | None]:
+    """Parameters of neurons, a float or a tensor each: the floats by name, None for a tensor."""
+    constants: dict[str, float | None] = {}
+    for name in names:
+        value = given[name]
+        tensor = value.stored if isinstance(value, (Logarithm, Logit)) else value
+        if isinstance(tensor, Tensor):
+            check_parameter(name, tensor, x_seq, caller)
+            constants[name] = None
+        else:
+            check = check_number if name == "width" else check_not_nan
+            constants[name] = check(name, value, caller, "a float or a tensor")
+    return constants
+
+
 def check_device(name: str, value: Tensor, x_seq: Tensor, caller: str) -> None:
     """The device of x_seq."""
     if value.device != x_seq.device:
@@ -362,10 +401,7 @@ def check_residual(residual: Any, x_seq: Tensor, caller: str) -> None:
 
 def check_analog_prob(analog_prob: float, caller: str) -> int:
     """In [0, 1]; returns the limit for draws, round(analog_prob * DRAWS)."""
-    analog_prob = check_number("analog_prob", analog_prob, caller)
-    if not 0 <= analog_prob <= 1:
-        raise ValueError(f"{caller}: analog_prob must be in [0, 1], got {analog_prob}")
-    return round(analog_prob * DRAWS)
+    return round(in_range(check_number, "in [0, 1]", 0, 1)("analog_prob", analog_prob, caller) * DRAWS)
 
 
 def check_analog_prob_tensor(analog_prob: Tensor, x_seq: Tensor, caller: str) -> Tensor:
@@ -470,42 +506,50 @@ def level_of_user() -> int:
 
 
 Plan = TypeVar("Plan")
-Check = Callable[[str, Any, Any, Any], Plan]
+Check = Callable[[str, Any, Any], Plan]
 _MOST_PLANS = 1000
+_LEARNED = (Logarithm, Logit)
 
 
-def cached_by_signature(check: Check[Plan]) -> Check[Plan]:
-    """Caches the result of `check(caller, x_seq, values, options)` for calls of the same signature.
+def cached_by_signature(values: Sequence[str], options: Sequence[str]) -> Callable[[Check[Plan]], Check[Plan]]:
+    """Caches the result of `check(caller, x_seq, given)` for calls of the same signature.
 
-    The check may depend on the caller, on hashable options, on values that are floats or None, and on type, shape,
-    dtype and device of tensors, x_seq included, never on tensor values.
+    The check may depend on the caller, on `given` options, which are hashable, on `given` values that are floats or
+    None, and on type, shape, dtype and device of tensors, x_seq included, never on tensor values.
     """
-    plans: dict[Any, Plan] = {}
+    values_of, options_of = itemgetter(*values), itemgetter(*options)
 
-    @functools.wraps(check)
-    def cached(caller: str, x_seq: Any, values: tuple[Any, ...], options: tuple[Any, ...]) -> Plan:
-        if torch.compiler.is_compiling():
-            return check(caller, x_seq, values, options)
-        try:
-            kinds = [value if type(value) is float or value is None else _kind(value) for value in values]
-            # With the types of options, since True == 1 == 1.0.
-            key = (caller, _kind(x_seq), options, *map(type, options), *kinds)
-            plan = plans.get(key)
-        except TypeError:
-            return check(caller, x_seq, values, options)
-        if plan is None:
-            plan = check(caller, x_seq, values, options)
-            if len(plans) >= _MOST_PLANS:
-                plans.clear()
-            plans[key] = plan
-        return plan
+    def with_cache(check: Check[Plan]) -> Check[Plan]:
+        plans: dict[Any, Plan] = {}
 
-    return cached
+        @functools.wraps(check)
+        def cached(caller: str, x_seq: Any, given: Any) -> Plan:
+            if is_compiling():
+                return check(caller, x_seq, given)
+            try:
+                chosen = options_of(given)
+                kinds = [value if type(value) is float or value is None else _kind(value) for value in values_of(given)]
+                # With the types of options, since True == 1 == 1.0.
+                key = (caller, _kind(x_seq), chosen, *map(type, chosen), *kinds)
+                plan = plans.get(key)
+            except TypeError:
+                return check(caller, x_seq, given)
+            if plan is None:
+                plan = check(caller, x_seq, given)
+                if len(plans) >= _MOST_PLANS:
+                    plans.clear()
+                plans[key] = plan
+            return plan
+
+        return cached
+
+    return with_cache
 
 
 def _kind(value: Any) -> Any:
     """The signature of a tensor; TypeError where a check may depend on more."""
-    tensor = value.stored if isinstance(value, (Logarithm, Logit)) else value
+    kind = type(value)
+    tensor = value.stored if kind in _LEARNED else value
     if type(tensor) not in PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:
         raise TypeError
-    return type(value), tensor.shape, tensor.dtype, tensor.device
+    return kind, tensor.shape, tensor.dtype, tensor.device

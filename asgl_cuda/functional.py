@@ -6,45 +6,14 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
-from typing_extensions import TypedDict
 
-from .call import Arguments, LIFOutput, Options, Values, computed
+from .call import Arguments, LIFOutput, computed
 from .checks import PLAIN_TENSORS, check_analog_prob, check_input, check_keywords, check_levels, check_rng_state
 from .pending import tensor_of
 from .reference import analog_mask_below
 from .transforms import transforming
 
 _CALLER = "asgl_cuda.lif"
-
-
-class NeuronArguments(TypedDict, total=False):
-    """Common arguments of `lif` and `batch_norm_lif`, documented in `lif`."""
-
-    decay: Tensor | float
-    v_threshold: Tensor | float
-    v_reset: Tensor | float | None
-    reset_amount: Tensor | float | None
-    width: Tensor | float
-    surrogate: str
-    surrogate_gain: float
-    analog_prob: Tensor | float
-    residual: Tensor | None
-    residual_gain: float
-    rng_state: Tensor | None
-    generator: torch.Generator | None
-    v_rest: float
-    strict_threshold: bool
-    scale_output: bool
-    detach_reset: bool
-    levels: int | None
-    multi_spike: bool
-    v_min: float | None
-    v_init: Tensor | None
-    time_dim: int
-    return_v_last: bool
-    return_v_seq: bool
-    return_h_seq: bool
-    backend: str | None
 
 
 def lif(
@@ -173,16 +142,17 @@ def lif(
     """
     if unknown:
         check_keywords(unknown, LIF_DEFAULTS, _CALLER)
-    values = Values(
-        width, decay, v_threshold, v_reset, reset_amount, input_gain, input_bias, input_mean, analog_prob,
-        tensor_of(residual, _CALLER),
-    )  # fmt: skip
-    options = Options(
-        surrogate, surrogate_gain, v_rest, v_min, levels, multi_spike, strict_threshold, detach_reset, scale_output,
-        time_dim, return_v_last, return_v_seq, return_h_seq, residual_gain,
-    )  # fmt: skip
-    x_seq = tensor_of(x_seq, _CALLER)
-    return computed(_CALLER, x_seq, Arguments(values, options, v_init, rng_state, generator, backend))
+    given: Arguments = {
+        "decay": decay, "v_threshold": v_threshold, "v_reset": v_reset, "reset_amount": reset_amount, "v_rest": v_rest,
+        "width": width, "surrogate": surrogate, "surrogate_gain": surrogate_gain, "analog_prob": analog_prob,
+        "rng_state": rng_state, "generator": generator, "input_gain": input_gain, "input_bias": input_bias,
+        "input_mean": input_mean, "residual": None if residual is None else tensor_of(residual, _CALLER),
+        "residual_gain": residual_gain, "strict_threshold": strict_threshold, "scale_output": scale_output,
+        "detach_reset": detach_reset, "levels": levels, "multi_spike": multi_spike, "v_min": v_min, "v_init": v_init,
+        "time_dim": time_dim, "return_v_last": return_v_last, "return_v_seq": return_v_seq,
+        "return_h_seq": return_h_seq, "backend": backend,
+    }  # fmt: skip
+    return computed(_CALLER, tensor_of(x_seq, _CALLER), given)
 
 
 def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
@@ -216,7 +186,7 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
     time_dim = check_input(s_seq, time_dim, caller, "s_seq")
     if levels is None:
         raise ValueError(f"{caller}: levels must be an int, got None")
-    levels = check_levels(levels, caller)
+    levels = check_levels("levels", levels, caller)
     with torch.no_grad():
         has_values = type(s_seq) in PLAIN_TENSORS and not s_seq.is_meta
         if has_values and not torch.compiler.is_compiling() and not transforming():
@@ -230,7 +200,7 @@ def unroll_levels(s_seq: Tensor, levels: int, time_dim: int = 0) -> Tensor:
         return (s_seq.unsqueeze(time_dim + 1) > below).to(s_seq.dtype).flatten(time_dim, time_dim + 1)
 
 
-LIF_DEFAULTS = lif.__kwdefaults__ or {}
+LIF_DEFAULTS: Arguments = lif.__kwdefaults__ or {}  # type: ignore[assignment]
 
 
 def analog_mask(x_seq: Tensor, analog_prob: float, rng_state: Tensor, time_dim: int = 0) -> Tensor:

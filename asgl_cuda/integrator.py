@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .backends import BACKENDS, backend_of, choose_backend, operators_of
+from .call import Gradients, Plan, in_type, make_plan
 from .checks import (
     cached_by_signature,
     check_bool,
     check_input,
     check_keywords,
     check_not_nan,
-    check_parameter,
+    check_options,
     check_v_init,
+    check_values,
 )
 from .derivatives import DERIVATIVES
 from .layer import Granularity, NeuronLayer
-from .layout import is_dense, real_type
+from .layout import is_dense
 from .learned import Logit
 from .ops import ForwardResult, with_gaps
 from .pending import tensor_of
@@ -29,6 +30,7 @@ from .reference import Numbers, Parameters, Rules, integrator_reference
 from .transforms import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
 
 _RULES = Rules(*[0] * len(Rules._fields))
+_NUMBERS = dict.fromkeys(Numbers._fields, 0.0)
 
 
 class IntegratorOutput(NamedTuple):
@@ -42,30 +44,49 @@ class IntegratorOutput(NamedTuple):
     v_last: Tensor
 
 
-# The options of `leaky_integrator`, unchecked, except backend.
-_Options = namedtuple("_Options", "v_rest delay time_dim return_v_last")
+# All arguments of `leaky_integrator` except x_seq, by name; decay may be a Logit.
+_Arguments = dict[str, Any]
 
 
-def _all_parameters(decay: Any, input_gain: Any, others: Any = None) -> tuple[Any, ...]:
-    """The neuron's parameters, as operators take them."""
-    return others, decay, others, others, input_gain, others, others, others
+class _Plan(NamedTuple):
+    """All of a call that does not depend on tensors' values."""
+
+    neuron: Plan
+    delay: bool
+
+
+_OPTIONS: dict[str, Callable[..., Any]] = {"v_rest": check_not_nan, "delay": check_bool, "return_v_last": check_bool}
+
+
+def _parameters(decay: Any, input_gain: Any, others: Any = None) -> Parameters:
+    """Those of neurons, as operators take them."""
+    return Parameters(
+        width=others, decay=decay, v_threshold=others, reset=others, input_gain=input_gain, input_bias=others,
+        input_mean=others, residual=others,
+    )  # fmt: skip
 
 
 class IntegratorFunction(torch.autograd.Function):
-    """The fused operators of one backend as a differentiable function of x_seq, v_init, decay and input_gain."""
+    """integrator_forward as a differentiable function of x_seq, v_init, decay and input_gain.
+
+    Takes an operator, or None for the backend's.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        backend, numbers, rules, *options, x_seq, v_init, decay, input_gain = inputs
-        operator = operators_of(backend, (x_seq, v_init, decay, input_gain)).integrator_forward
-        parameters = _all_parameters(decay, input_gain)
-        return tuple(operator(x_seq, v_init, parameters, tuple(numbers), tuple(rules), *options))
+    def forward(
+        operator: Any, backend: str, plan: _Plan, x_seq: Tensor, v_init: Any, decay: Any, input_gain: Any
+    ) -> tuple[Tensor, ...]:
+        if operator is None:
+            operator = operators_of(backend, (x_seq, v_init, decay, input_gain)).integrator_forward
+        parameters, neuron = tuple(_parameters(decay, input_gain)), plan.neuron
+        return tuple(operator(x_seq, v_init, parameters, *neuron.packed, plan.delay, *neuron.wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *ctx.options, x_seq, v_init, decay, input_gain = inputs
+        _, ctx.backend, ctx.plan, *tensors = inputs
+        x_seq, v_init, decay, input_gain = tensors
         *_, learns_decay, learns_gain = ctx.needs_input_grad
         ctx.shape, ctx.like = x_seq.shape, {"dtype": x_seq.dtype, "device": x_seq.device}
         kept = (output[0], v_init) if learns_decay else (None, None)
@@ -74,67 +95,49 @@ class IntegratorFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        backend, numbers, rules, delay, wants_v_last = ctx.options
+        neuron, delay = ctx.plan
         saved = saved_tensors(ctx)
-        v_seq, v_init, x_seq, decay, input_gain = saved
-        _, _, _, _, _, wants_x_seq, wants_v_init, wants_decay, wants_gain = ctx.needs_input_grad
-        grad_v_seq, grad_v_last = with_gaps(grads, (True, wants_v_last))
+        v_seq, v_init, x_seq, *values = saved
+        wants_x_seq, wants_v_init, wants_decay, wants_gain = ctx.needs_input_grad[3:]
+        wanted = Gradients(wants_x_seq, wants_v_init, *_parameters(wants_decay, wants_gain, False))
+        grad_v_seq, grad_v_last = with_gaps(grads, (True, *neuron.wanted))
         if grad_v_seq is None:
             grad_v_seq = torch.zeros(ctx.shape, **ctx.like)
-        if not is_dense(grad_v_seq, rules.time_dim):
+        if not is_dense(grad_v_seq, neuron.rules.time_dim):
             grad_v_seq = grad_v_seq.contiguous()
-        found = operators_of(backend, (*saved, *grads)).integrator_backward(
-            grad_v_seq, grad_v_last, v_seq, x_seq, v_init, _all_parameters(decay, input_gain), tuple(numbers),
-            tuple(rules), delay, (wants_x_seq, wants_v_init, *_all_parameters(wants_decay, wants_gain, False)),
+        found = operators_of(ctx.backend, (*saved, *grads)).integrator_backward(
+            grad_v_seq, grad_v_last, v_seq, x_seq, v_init, tuple(_parameters(*values)), *neuron.packed,
+            delay, tuple(wanted),
         )  # fmt: skip
-        gradients = once_differentiable(found, (*saved, *grads))
-        asked = wants_x_seq, wants_v_init, wants_decay, wants_gain
-        return None, None, None, None, None, *with_gaps(gradients, asked)
+        gradients = Gradients(*with_gaps(once_differentiable(found, (*saved, *grads)), wanted))
+        return None, None, None, gradients.x_seq, gradients.v_init, gradients.decay, gradients.input_gain
 
 
-class _OperatorFunction(IntegratorFunction):
-    """`IntegratorFunction` for a bare operator below autograd, paired with its backend."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        (_, below), numbers, rules, *options, x_seq, v_init, decay, input_gain = inputs
-        parameters = _all_parameters(decay, input_gain)
-        return tuple(below(x_seq, v_init, parameters, tuple(numbers), tuple(rules), *options))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        (backend, _), *others = inputs
-        IntegratorFunction.setup_context(ctx, (backend, *others), output)
-
-
-def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
-    """The operator integrator_forward with its derivative."""
-    x_seq, v_init, parameters, numbers, rules, *options = arguments
+def _differentiated(
+    operator: Any, below: Any, x_seq: Tensor, v_init: Any, parameters: Any, *constants: Any
+) -> ForwardResult:
+    """A bare integrator_forward with its derivative."""
+    numbers, rules, delay, wants_v_last = constants
     given = Parameters(*parameters)
-    named = Numbers(*numbers), Rules(*rules)
-    tensors = x_seq, v_init, given.decay, given.input_gain
-    return list(apply_here(_OperatorFunction, (backend_of(operator), below), *named, *options, *tensors))
+    plan = _Plan(make_plan(x_seq, Rules(*rules), Numbers(*numbers), (wants_v_last,)), delay)
+    inputs = below, backend_of(operator), plan, x_seq, v_init, given.decay, given.input_gain
+    return list(apply_here(IntegratorFunction, *inputs))
 
 
 DERIVATIVES["integrator_forward"] = _differentiated
 
 
-@cached_by_signature
-def _rules_of(caller: str, x_seq: Tensor, values: tuple[Any, Any], options: _Options) -> Rules:
+@cached_by_signature(("decay", "input_gain"), ("time_dim", *_OPTIONS))
+def _plan_of(caller: str, x_seq: Tensor, given: _Arguments) -> _Plan:
     """Checks everything independent of tensor values."""
-    decay, input_gain = values
-    v_rest, delay, time_dim, return_v_last = options
-    time_dim = check_input(x_seq, time_dim, caller)
-    check_bool("delay", delay, caller)
-    check_bool("return_v_last", return_v_last, caller)
-    for name, value in (("decay", decay), ("input_gain", input_gain)):
-        tensor = value.stored if isinstance(value, Logit) else value
-        if isinstance(tensor, Tensor):
-            check_parameter(name, tensor, x_seq, caller)
-        else:
-            check_not_nan(name, tensor, caller, "a float or a tensor")
-    check_not_nan("v_rest", v_rest, caller)
-    return _RULES.changed(logit_decay=int(isinstance(decay, Logit)), time_dim=time_dim)
+    time_dim = check_input(x_seq, given["time_dim"], caller)
+    options = check_options(given, _OPTIONS, caller)
+    constants = check_values(given, ("decay", "input_gain"), x_seq, caller)
+    rules = _RULES.changed(logit_decay=int(isinstance(given["decay"], Logit)), time_dim=time_dim)
+    values = {name: 0.0 if constant is None else constant for name, constant in constants.items()}
+    numbers = Numbers(**{**_NUMBERS, "v_rest": options["v_rest"], **values})
+    sources = [name if constant is None else None for name, constant in constants.items()]
+    return _Plan(make_plan(x_seq, rules, numbers, (options["return_v_last"],), sources), options["delay"])
 
 
 def leaky_integrator(
@@ -186,35 +189,37 @@ def leaky_integrator(
     caller = "asgl_cuda.leaky_integrator"
     if unknown:
         check_keywords(unknown, ("decay", *(leaky_integrator.__kwdefaults__ or {})), caller)
-    options = _Options(v_rest, delay, time_dim, return_v_last)
-    return _computed(caller, tensor_of(x_seq, caller), decay, input_gain, v_init, options, backend)
+    given: _Arguments = {
+        "decay": decay, "input_gain": input_gain, "v_rest": v_rest, "v_init": v_init, "delay": delay,
+        "time_dim": time_dim, "return_v_last": return_v_last, "backend": backend,
+    }  # fmt: skip
+    return _computed(caller, tensor_of(x_seq, caller), given)
 
 
-def _computed(
-    caller: str, x_seq: Tensor, decay: Any, input_gain: Any, v_init: Any, options: _Options, backend: str | None
-) -> Tensor | IntegratorOutput:
-    """The result of `leaky_integrator`; decay may be a Logit."""
-    rules = _rules_of(caller, x_seq, (decay, input_gain), options)
-    v_rest, delay, wants_v_last = float(options.v_rest), bool(options.delay), bool(options.return_v_last)
-    time_dim, real = rules.time_dim, real_type(x_seq.dtype)
-    backend = choose_backend(backend, x_seq.device, caller)
+def _computed(caller: str, x_seq: Tensor, given: _Arguments) -> Tensor | IntegratorOutput:
+    """The result of `leaky_integrator`."""
+    plan = _plan_of(caller, x_seq, given)
+    neuron, time_dim = plan.neuron, plan.neuron.rules.time_dim
+    backend = choose_backend(given["backend"], x_seq.device, caller)
+    v_init = given["v_init"]
     if v_init is not None:
         check_v_init(v_init, x_seq, time_dim, caller)
-        v_init = v_init.to(real)
-    if BACKENDS[backend].operators is None:
-        decay = decay.value() if isinstance(decay, Logit) else decay
-        outputs: Any = integrator_reference(x_seq, v_init, decay, input_gain, v_rest, delay, time_dim)
-    else:
-        decay = decay.stored if isinstance(decay, Logit) else decay
-        constants = [0.0 if isinstance(each, Tensor) else float(each) for each in (decay, input_gain)]
-        values = 1.0, constants[0], 1.0, 0.0, constants[1], 0.0, 0.0
-        numbers = Numbers(*values, residual_gain=1.0, v_rest=v_rest, surrogate_gain=1.0, v_min=0.0)
-        decay, input_gain = (each.to(real) if isinstance(each, Tensor) else None for each in (decay, input_gain))
-        tensors = x_seq if is_dense(x_seq, time_dim) else x_seq.contiguous(), v_init, decay, input_gain
-        inputs = backend, numbers, rules, delay, wants_v_last, *tensors
-        differentiated = is_differentiated(tensors, caller)
+        v_init = v_init.to(neuron.real)
+    fused = BACKENDS[backend].operators is not None
+    tensors = [name if name is None else in_type(given[name], neuron.real, fused) for name in neuron.sources]
+    decay, input_gain = tensors
+    if fused:
+        x_seq = x_seq if is_dense(x_seq, time_dim) else x_seq.contiguous()
+        inputs = None, backend, plan, x_seq, v_init, decay, input_gain
+        differentiated = is_differentiated((x_seq, v_init, decay, input_gain), caller)
         outputs = apply(IntegratorFunction, *inputs) if differentiated else IntegratorFunction.forward(*inputs)
-    return IntegratorOutput(*outputs) if wants_v_last else outputs[0]
+    else:
+        numbers = neuron.numbers
+        outputs = integrator_reference(
+            x_seq, v_init, numbers.decay if decay is None else decay,
+            numbers.input_gain if input_gain is None else input_gain, numbers.v_rest, plan.delay, time_dim,
+        )  # fmt: skip
+    return IntegratorOutput(*outputs) if given["return_v_last"] else outputs[0]
 
 
 class LeakyIntegrator(NeuronLayer):
@@ -290,9 +295,12 @@ class LeakyIntegrator(NeuronLayer):
         decay = self._decay_value()
         if self.num_features:
             decay = self._broadcast(decay, x_seq, check_input(x_seq, self.time_dim, self._caller))
-        options = _Options(self.v_rest, self.delay, self.time_dim, self.stateful)
-        v_init = self._carried() if with_state else None
-        result = _computed(self._caller, x_seq, decay, self.input_gain, v_init, options, self.backend)
+        given: _Arguments = {
+            "decay": decay, "input_gain": self.input_gain, "v_rest": self.v_rest, "delay": self.delay,
+            "v_init": self._carried() if with_state else None, "time_dim": self.time_dim,
+            "return_v_last": self.stateful, "backend": self.backend,
+        }  # fmt: skip
+        result = _computed(self._caller, x_seq, given)
         if isinstance(result, IntegratorOutput):
             result, self.v = result
         return result

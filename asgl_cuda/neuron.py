@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NoReturn
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch_norm import check_process_group, module_batch_norm_lif
-from .call import FLAGS, Arguments, LIFOutput, Options, Values, computed
+from .call import FLAGS, Arguments, LIFOutput, computed
 from .checks import (
     check_bool,
     check_counting,
@@ -19,10 +19,13 @@ from .checks import (
     check_input,
     check_keywords,
     check_levels,
+    check_options,
     check_sizes,
     check_surrogate,
     check_threshold,
     check_width,
+    in_range,
+    optional,
     read_finite,
     read_number,
     shown,
@@ -37,144 +40,63 @@ _CALLER = "asgl_cuda.LIF"
 _LEAST_WIDTH, _LARGEST_WIDTH = math.exp(-BOUND), math.exp(BOUND)
 
 
-class LIF(NeuronLayer, Noisy):
-    """Leaky integrate-and-fire neurons with adaptive smoothing gradients, over all time steps in one call.
+_LEARNS = dict.fromkeys(("learn_width", "learn_decay", "learn_threshold"), check_bool)
 
-    Args:
-        num_features: number of channels for granularity "channel", number of neurons or their shape `[C, H, W]` for
-            "neuron"; None for "layer".
-        decay: share of the potential left after a step, in [0, 1], in (0, 1) if learned (stored as a logit).
-        v_threshold, v_rest: threshold and resting potential, in units of the input.
-        v_reset: potential after a spike, below the threshold, or None to subtract `reset_amount` instead (soft reset).
-        reset_amount: amount that a spike subtracts under the soft reset; default the threshold.
-        input_gain: factor on the input.
-        width: initial width of the surrogate, > 0 (kept as its logarithm).
-        surrogate: the name of a surrogate, see `asgl_cuda.lif`.
-        surrogate_gain: factor on the surrogate gradient.
-        analog_prob: share of elements that emit the smooth value in training; evaluation has only hard spikes. Default
-            0.2, as in the paper, 0 in the function `asgl_cuda.lif`; 0 is better where the width begins at 10 or more.
-        granularity: one value of each learned parameter per layer, per channel or per neuron.
-        learn_width, learn_decay, learn_threshold: which values are parameters; the others are constants.
-        strict_threshold: fire above the threshold, not at it.
-        detach_reset: let no gradient flow through the spike inside the reset.
-        scale_output: emit `v_threshold` instead of 1 for a spike, with levels `1 / levels`.
-        levels: emit up to `levels` spikes a step, rounded (I-LIF); needs `v_reset=None`. No width is learned: the
-            threshold takes its place. With multi_spike only a limit.
-        multi_spike: emit several spikes a step; needs `v_reset=None` and always `analog_prob=0`.
-        v_min: floor of the potential after reset, in units of the input; None for none.
-        stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Not for
-            activation checkpointing, which calls twice. `step(x_t)`, one step without time, always carries `v`.
-        store_v_seq: keep the potentials after reset of the last call as `v_seq`, in the shape of the input.
-        time_dim: time dimension of inputs.
-        backend: see `asgl_cuda.lif`.
-        device, dtype: of the parameters.
 
-    Floats may also be tensors of one value; a tensor that requires a gradient, such as a Parameter, can only initialise
-    a learned parameter. `width`, `decay` and `v_threshold` can be read at any time, and set to one value for all
-    neurons. A learned width or decay has the same bits in every backend, equal to `torch.exp` and `torch.sigmoid` up to
-    the last bits.
+class Neurons(NeuronLayer, Noisy):
+    """A layer of spiking neurons: width, decay and threshold, constant or learned, the reset, and the noise.
 
-    Shapes: input and output `[T, N, ...]`, or with time at `time_dim`. Without time, the channels are the second
-    dimension, and the neurons are the last ones.
-
-    `layer(x_seq, residual)` is `layer(x_seq + residual)`, without the sum in memory; `residual` has shape and type of
-    x_seq.
-
-    A state dict holds only learned parameters: `log_width`, `logit_decay`, `threshold`; as in torch's layers, no
-    constants, flags, `analog_prob` or potentials. State dicts load silently into a layer with another constant decay.
-    `AnalogProbSchedule.state_dict()` has the noise.
-
-    SpikingJelly's `LIFNode(tau=tau)` has `decay=1 - 1 / tau, input_gain=1 / tau`.
-
-    Processes with the same seed draw the same noise; `torch.manual_seed(seed + rank)` after creating the model gives
-    each its own.
-
-    Raises ValueError or TypeError for arguments out of range, otherwise as `asgl_cuda.lif`. Warns once per process if
-    neurons at rest fire (`v_threshold` at `v_rest` or below), if a soft reset does not lower the potential, and if
-    `surrogate_gain` is 0.
-
-    Example::
-
-        model = nn.Sequential(
-            nn.Linear(64, 128),
-            asgl_cuda.LIF(decay=0.9),  # one learned width
-            nn.Linear(128, 128),
-            asgl_cuda.LIF(128, granularity="channel", learn_decay=True),  # a width and a decay for each channel
-        )
-        s_seq = model(torch.randn(4, 32, 64))  # [T, B, 64] to [T, B, 128]
-
-    The same in PyTorch: `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`, whose docstring has the loop.
+    Layers add options to `_options`: without, neurons emit one spike a step, of height 1, and have no floor.
     """
 
-    _caller = _CALLER
-    _function = "asgl_cuda.lif"
     _potentials: ClassVar[tuple[str, ...]] = ("v", "v_seq")
+    # The constructor's options that are kept as they are checked: `check(name, value, caller)`.
+    _options: ClassVar[dict[str, Callable[..., Any]]] = {
+        **dict.fromkeys(("v_reset", "reset_amount"), optional(read_finite)),
+        "surrogate_gain": read_finite,
+        **dict.fromkeys(("strict_threshold", "detach_reset", "store_v_seq"), check_bool),
+    }
     v_seq: Tensor | None
+    v_reset: float | None
+    reset_amount: float | None
+    surrogate_gain: float
+    strict_threshold: bool
+    detach_reset: bool
+    scale_output: bool
+    multi_spike: bool
+    levels: int | None
+    v_min: float | None
 
-    def __init__(
-        self,
-        num_features: int | Sequence[int] | None = None,
-        *,
-        decay: float = 0.5,
-        v_threshold: float = 1.0,
-        v_reset: float | None = 0.0,
-        reset_amount: float | None = None,
-        v_rest: float = 0.0,
-        input_gain: float = 1.0,
-        width: float = 1.0,
-        surrogate: str = "rectangle",
-        surrogate_gain: float = 1.0,
-        analog_prob: float = 0.2,
-        granularity: Granularity = "layer",
-        learn_width: bool = True,
-        learn_decay: bool = False,
-        learn_threshold: bool = False,
-        strict_threshold: bool = False,
-        detach_reset: bool = False,
-        scale_output: bool = False,
-        levels: int | None = None,
-        multi_spike: bool = False,
-        v_min: float | None = None,
-        stateful: bool = False,
-        store_v_seq: bool = False,
-        time_dim: int = 0,
-        backend: str | None = None,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **unknown: NoReturn,
-    ) -> None:
-        super().__init__()
+    def _set_up_neurons(self, given: Mapping[str, Any]) -> None:
+        """Checks the constructor's arguments, keeps options and makes parameters."""
         caller = self._caller
-        check_keywords(unknown, LIF.__init__.__kwdefaults__ or {}, caller)
-        self._set_up(num_features, granularity, v_rest, input_gain, stateful, time_dim, backend, device, dtype)
-        self.multi_spike = check_bool("multi_spike", multi_spike, caller)
-        check_surrogate(surrogate, caller, self.multi_spike)
-        self.levels = None if levels is None else check_levels(levels, caller)
-        if self._counts:
-            check_counting(v_reset, surrogate, caller)
-        if reset_amount is not None and v_reset is not None:
+        set_up = "num_features", "granularity", "v_rest", "input_gain", "stateful", "time_dim", "backend"
+        device, dtype = given["device"], given["dtype"]
+        self._set_up(**{name: given[name] for name in set_up}, device=device, dtype=dtype)
+        if given["reset_amount"] is not None and given["v_reset"] is not None:
             raise ValueError(
-                f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset {shown(v_reset)}"
+                f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset "
+                f"{shown(given['v_reset'])}"
             )
-        self.v_reset = None if v_reset is None else read_finite("v_reset", v_reset, caller)
-        self._set_analog_prob(analog_prob)
-        self.reset_amount = None if reset_amount is None else read_finite("reset_amount", reset_amount, caller)
-        self.v_min = None if v_min is None else read_finite("v_min", v_min, caller)
-        self.surrogate = surrogate
-        self.surrogate_gain = read_finite("surrogate_gain", surrogate_gain, caller)
-        self.strict_threshold = check_bool("strict_threshold", strict_threshold, caller)
-        self.detach_reset = check_bool("detach_reset", detach_reset, caller)
-        self.scale_output = check_bool("scale_output", scale_output, caller)
-        self.store_v_seq = check_bool("store_v_seq", store_v_seq, caller)
+        self.scale_output, self.multi_spike, self.levels, self.v_min = False, False, None, None
+        for name, value in check_options(given, self._options, caller).items():
+            setattr(self, name, value)
+        self.surrogate = given["surrogate"]
+        check_surrogate(self.surrogate, caller, self.multi_spike)
+        if self._counts:
+            check_counting(self.v_reset, self.surrogate, caller)
+        self._set_analog_prob(given["analog_prob"])
+        learns = check_options(
+            given, dict.fromkeys(("learn_width", "learn_decay", "learn_threshold"), check_bool), caller
+        )
         # [1] for a whole layer: torch's fully_shard refuses parameters without a dimension.
         empty = partial(torch.empty, self.num_features or 1, device=device, dtype=dtype)
-        learn_width = check_bool("learn_width", learn_width, caller) and not self._counts
-        self.log_width = nn.Parameter(empty()) if learn_width else None
-        self.logit_decay = nn.Parameter(empty()) if check_bool("learn_decay", learn_decay, caller) else None
-        self.threshold = nn.Parameter(empty()) if check_bool("learn_threshold", learn_threshold, caller) else None
-        self._set_width(width)
-        self._set_decay(decay)
-        self._set_threshold(v_threshold)
+        self.log_width = nn.Parameter(empty()) if learns["learn_width"] and not self._counts else None
+        self.logit_decay = nn.Parameter(empty()) if learns["learn_decay"] else None
+        self.threshold = nn.Parameter(empty()) if learns["learn_threshold"] else None
+        self._set_width(given["width"])
+        self._set_decay(given["decay"])
+        self._set_threshold(given["v_threshold"])
         if self.surrogate_gain == 0:
             warn_once("surrogate_gain", f"{caller}: surrogate_gain 0 lets no gradient through the spikes")
 
@@ -269,23 +191,6 @@ class LIF(NeuronLayer, Noisy):
             self._v_threshold if threshold is None else threshold,
         )
 
-    def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Spikes of `x_seq` `[T, ...]`, plus `residual` of the same shape: an output of the same shape."""
-        x_seq, more = self._inputs(x_seq, residual)
-        return self._call(x_seq, **more)
-
-    def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
-        """The arguments of `_lif` that a call of the layer gives."""
-        name, residual = type(self).__name__, tensor_of(residual, type(self).__name__)
-        if isinstance(x_seq, Pending) and residual is not None:
-            is_sum = isinstance(residual, Tensor) and (residual.shape, residual.dtype) == (x_seq.shape, x_seq.dtype)
-            x_seq, residual = (x_seq + residual, None) if is_sum else (x_seq.tensor(name), residual)
-        if isinstance(x_seq, Pending):
-            if type(self)._lif is LIF._lif and type(self)._given is LIF._given:
-                return x_seq.x, {"pending": x_seq}
-            x_seq = x_seq.tensor(name)
-        return x_seq, {} if residual is None else {"residual": residual}
-
     def _run(self, x_seq: Tensor, with_state: bool, **residual: Any) -> Tensor:
         if not with_state:
             return self._lif(x_seq, **residual)  # type: ignore[return-value]
@@ -299,11 +204,9 @@ class LIF(NeuronLayer, Noisy):
             return result.s_seq
         return result
 
-    def _lif(self, x_seq: Tensor, update: bool = True, **options: Any) -> Tensor | LIFOutput:
-        """Calls `asgl_cuda.lif`; without `update` the layer's state stays unchanged."""
-        pending: Pending | None = options.pop("pending", None)
-        given = self._given(x_seq, self.input_gain, **options)
-        return computed(_CALLER, x_seq, given) if pending is None else pending.lif(given, self, _CALLER, update)
+    def _lif(self, x_seq: Tensor, **options: Any) -> Tensor | LIFOutput:
+        """Calls `asgl_cuda.lif`."""
+        return computed(_CALLER, x_seq, self._given(x_seq, self.input_gain, **options))
 
     def _given(
         self,
@@ -317,23 +220,22 @@ class LIF(NeuronLayer, Noisy):
         residual: Tensor | None = None,
     ) -> Arguments:
         """The arguments of `asgl_cuda.lif`: the layer's and the given ones."""
-        width, decay, v_threshold = self._values()
+        values: tuple[Any, Any, Any] = self._values()
         if self.num_features:
             time_dim = check_input(x_seq, self.time_dim, _CALLER)
-            width, decay, v_threshold = (
-                self._broadcast(value, x_seq, time_dim) for value in (width, decay, v_threshold)
-            )
-        values = Values(
-            width, decay, v_threshold, self.v_reset, self.reset_amount, input_gain, 0.0, 0.0,
-            self.analog_prob_of_call(x_seq), residual,
-        )  # fmt: skip
-        options = Options(
-            self.surrogate, self.surrogate_gain, self.v_rest, self.v_min, self.levels, self.multi_spike,
-            self.strict_threshold,
-            self.detach_reset, self.scale_output, self.time_dim, return_v_last, return_v_seq, return_h_seq,
-            1.0 if residual is None else input_gain,
-        )  # fmt: skip
-        return Arguments(values, options, v_init, None, generator, self.backend)
+            values = tuple(self._broadcast(value, x_seq, time_dim) for value in values)  # type: ignore[assignment]
+        width, decay, v_threshold = values
+        return {
+            "decay": decay, "v_threshold": v_threshold, "v_reset": self.v_reset, "reset_amount": self.reset_amount,
+            "v_rest": self.v_rest, "width": width, "surrogate": self.surrogate, "surrogate_gain": self.surrogate_gain,
+            "analog_prob": self.analog_prob_of_call(x_seq), "rng_state": None, "generator": generator,
+            "input_gain": input_gain, "input_bias": 0.0, "input_mean": 0.0, "residual": residual,
+            "residual_gain": 1.0 if residual is None else input_gain, "strict_threshold": self.strict_threshold,
+            "scale_output": self.scale_output, "detach_reset": self.detach_reset, "levels": self.levels,
+            "multi_spike": self.multi_spike, "v_min": self.v_min, "v_init": v_init, "time_dim": self.time_dim,
+            "return_v_last": return_v_last, "return_v_seq": return_v_seq, "return_h_seq": return_h_seq,
+            "backend": self.backend,
+        }  # fmt: skip
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *options: Any) -> None:
         if not self.num_features:
@@ -361,6 +263,152 @@ class LIF(NeuronLayer, Noisy):
         if self.time_dim:
             parts.append(f"time_dim={self.time_dim}")
         return features + ", ".join(parts)
+
+
+class LIF(Neurons):
+    """Leaky integrate-and-fire neurons with adaptive smoothing gradients, over all time steps in one call.
+
+    Args:
+        num_features: number of channels for granularity "channel", number of neurons or their shape `[C, H, W]` for
+            "neuron"; None for "layer".
+        decay: share of the potential left after a step, in [0, 1], in (0, 1) if learned (stored as a logit).
+        v_threshold, v_rest: threshold and resting potential, in units of the input.
+        v_reset: potential after a spike, below the threshold, or None to subtract `reset_amount` instead (soft reset).
+        reset_amount: amount that a spike subtracts under the soft reset; default the threshold.
+        input_gain: factor on the input.
+        width: initial width of the surrogate, > 0 (kept as its logarithm).
+        surrogate: the name of a surrogate, see `asgl_cuda.lif`.
+        surrogate_gain: factor on the surrogate gradient.
+        analog_prob: share of elements that emit the smooth value in training; evaluation has only hard spikes. Default
+            0.2, as in the paper, 0 in the function `asgl_cuda.lif`; 0 is better where the width begins at 10 or more.
+        granularity: one value of each learned parameter per layer, per channel or per neuron.
+        learn_width, learn_decay, learn_threshold: which values are parameters; the others are constants.
+        strict_threshold: fire above the threshold, not at it.
+        detach_reset: let no gradient flow through the spike inside the reset.
+        scale_output: emit `v_threshold` instead of 1 for a spike, with levels `1 / levels`.
+        levels: emit up to `levels` spikes a step, rounded (I-LIF); needs `v_reset=None`. No width is learned: the
+            threshold takes its place. With multi_spike only a limit.
+        multi_spike: emit several spikes a step; needs `v_reset=None` and always `analog_prob=0`.
+        v_min: floor of the potential after reset, in units of the input; None for none.
+        stateful: carry the potential from call to call, as `v`, until `reset()` or `asgl_cuda.reset(model)`. Not for
+            activation checkpointing, which calls twice. `step(x_t)`, one step without time, always carries `v`.
+        store_v_seq: keep the potentials after reset of the last call as `v_seq`, in the shape of the input.
+        time_dim: time dimension of inputs.
+        backend: see `asgl_cuda.lif`.
+        device, dtype: of the parameters.
+
+    Floats may also be tensors of one value; a tensor that requires a gradient, such as a Parameter, can only initialise
+    a learned parameter. `width`, `decay` and `v_threshold` can be read at any time, and set to one value for all
+    neurons. A learned width or decay has the same bits in every backend, equal to `torch.exp` and `torch.sigmoid` up to
+    the last bits.
+
+    Shapes: input and output `[T, N, ...]`, or with time at `time_dim`. Without time, the channels are the second
+    dimension, and the neurons are the last ones.
+
+    `layer(x_seq, residual)` is `layer(x_seq + residual)`, without the sum in memory; `residual` has shape and type of
+    x_seq.
+
+    A state dict holds only learned parameters: `log_width`, `logit_decay`, `threshold`; as in torch's layers, no
+    constants, flags, `analog_prob` or potentials. State dicts load silently into a layer with another constant decay.
+    `AnalogProbSchedule.state_dict()` has the noise.
+
+    SpikingJelly's `LIFNode(tau=tau)` has `decay=1 - 1 / tau, input_gain=1 / tau`.
+
+    Processes with the same seed draw the same noise; `torch.manual_seed(seed + rank)` after creating the model gives
+    each its own.
+
+    Raises ValueError or TypeError for arguments out of range, otherwise as `asgl_cuda.lif`. Warns once per process if
+    neurons at rest fire (`v_threshold` at `v_rest` or below), if a soft reset does not lower the potential, and if
+    `surrogate_gain` is 0.
+
+    Example::
+
+        model = nn.Sequential(
+            nn.Linear(64, 128),
+            asgl_cuda.LIF(decay=0.9),  # one learned width
+            nn.Linear(128, 128),
+            asgl_cuda.LIF(128, granularity="channel", learn_decay=True),  # a width and a decay for each channel
+        )
+        s_seq = model(torch.randn(4, 32, 64))  # [T, B, 64] to [T, B, 128]
+
+    The same in PyTorch: `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`, whose docstring has the loop.
+    """
+
+    _caller = _CALLER
+    _function = "asgl_cuda.lif"
+    _options: ClassVar[dict[str, Callable[..., Any]]] = {
+        **dict.fromkeys(("multi_spike", "scale_output"), check_bool),
+        "levels": optional(check_levels),
+        "v_min": optional(read_finite),
+        **Neurons._options,
+    }
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int] | None = None,
+        *,
+        decay: float = 0.5,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        reset_amount: float | None = None,
+        v_rest: float = 0.0,
+        input_gain: float = 1.0,
+        width: float = 1.0,
+        surrogate: str = "rectangle",
+        surrogate_gain: float = 1.0,
+        analog_prob: float = 0.2,
+        granularity: Granularity = "layer",
+        learn_width: bool = True,
+        learn_decay: bool = False,
+        learn_threshold: bool = False,
+        strict_threshold: bool = False,
+        detach_reset: bool = False,
+        scale_output: bool = False,
+        levels: int | None = None,
+        multi_spike: bool = False,
+        v_min: float | None = None,
+        stateful: bool = False,
+        store_v_seq: bool = False,
+        time_dim: int = 0,
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **unknown: NoReturn,
+    ) -> None:
+        super().__init__()
+        check_keywords(unknown, LIF.__init__.__kwdefaults__ or {}, self._caller)
+        self._set_up_neurons(locals())
+
+    def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Spikes of `x_seq` `[T, ...]`, plus `residual` of the same shape: an output of the same shape."""
+        x_seq, more = self._inputs(x_seq, residual)
+        return self._call(x_seq, **more)
+
+    def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """The arguments of `_lif` that a call of the layer gives."""
+        name, residual = type(self).__name__, tensor_of(residual, type(self).__name__)
+        if isinstance(x_seq, Pending) and residual is not None:
+            is_sum = isinstance(residual, Tensor) and (residual.shape, residual.dtype) == (x_seq.shape, x_seq.dtype)
+            x_seq, residual = (x_seq + residual, None) if is_sum else (x_seq.tensor(name), residual)
+        if isinstance(x_seq, Pending):
+            if type(self)._lif is LIF._lif and type(self)._given is LIF._given:
+                return x_seq.x, {"pending": x_seq}
+            x_seq = x_seq.tensor(name)
+        return x_seq, {} if residual is None else {"residual": residual}
+
+    def _lif(self, x_seq: Tensor, update: bool = True, **options: Any) -> Tensor | LIFOutput:
+        """Calls `asgl_cuda.lif`; without `update` the layer's state stays unchanged."""
+        pending: Pending | None = options.pop("pending", None)
+        given = self._given(x_seq, self.input_gain, **options)
+        return computed(_CALLER, x_seq, given) if pending is None else pending.lif(given, self, _CALLER, update)
+
+
+_NORM_OPTIONS = {
+    "eps": in_range(read_finite, ">= 0", 0),
+    "momentum": optional(in_range(read_number, "in [0, 1] or None", 0, 1)),
+    "input_scale": read_finite,
+    **dict.fromkeys(("affine", "track_running_stats"), check_bool),
+}
 
 
 class BatchNormLIF(LIF):
@@ -405,6 +453,11 @@ class BatchNormLIF(LIF):
 
     _caller = "asgl_cuda.BatchNormLIF"
     _weights = ("weight", "bias")
+    eps: float
+    momentum: float | None
+    input_scale: float
+    affine: bool
+    track_running_stats: bool
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
@@ -436,19 +489,11 @@ class BatchNormLIF(LIF):
         in_layer = isinstance(granularity, str) and granularity == "layer"
         if in_layer and others:
             raise ValueError(f"{caller}: num_features must be one number for granularity 'layer', got {num_features}")
-        eps = read_finite("eps", eps, caller)
-        if eps < 0:
-            raise ValueError(f"{caller}: eps must be >= 0, got {eps}")
-        momentum = None if momentum is None else read_number("momentum", momentum, caller)
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise ValueError(f"{caller}: momentum must be in [0, 1] or None, got {momentum}")
+        own = check_options(locals(), _NORM_OPTIONS, caller)
         super().__init__(None if in_layer else num_features, device=device, dtype=dtype, **lif_options)
         self.num_channels = channels
-        self.eps = eps
-        self.momentum = momentum
-        self.affine = check_bool("affine", affine, caller)
-        self.track_running_stats = check_bool("track_running_stats", track_running_stats, caller)
-        self.input_scale = read_finite("input_scale", input_scale, caller)
+        for name, value in own.items():
+            setattr(self, name, value)
         check_process_group(process_group, caller)
         self.process_group = process_group
         empty = partial(torch.empty, channels, device=device, dtype=dtype)

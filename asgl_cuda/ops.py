@@ -13,9 +13,10 @@ numbers and rules: decay, input_gain, v_rest, logit_decay and time_dim. v_seq an
 decay, x_seq for the gradient of input_gain.
 
 recurrent_forward takes `parameters`, [6, N]: width, decay, v_threshold, reset, bias and syn_decay, unused without a
-synapse; numbers and rules are the neuron's. It returns s_seq, and where wanted `emitted` (s in the type of the arithmetic,
-before scale_output), h_seq, v_seq, i_seq, v_last, s_last and i_last; recurrent_backward the wanted gradients of x_seq (in
-that type, too), weight, parameters, v_init, s_init and i_init. i_seq is for the gradient of syn_decay.
+synapse; numbers and rules are the neuron's. It returns s_seq, and where wanted `emitted` (s in the type of the
+arithmetic, before scale_output), h_seq, v_seq, i_seq, v_last, s_last and i_last; recurrent_backward the wanted
+gradients of x_seq (in that type, too), weight, parameters, v_init, s_init and i_init. i_seq is for the gradient of
+syn_decay.
 
 batch_norm_coefficients returns `coefficients`, [4, C, 1, ...], which broadcast against x_seq: input_mean, input_gain
 and input_bias of the neuron, and the unbiased variance; and `total`, [C, 3] in float64: count, mean and biased

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .call import Arguments, LIFOutput, computed
+from .call import VALUES, Arguments, LIFOutput, computed
 from .layout import channel_dim
 
 _SWAPS, _MOVES = ("transpose", "swapaxes", "swapdims"), ("movedim", "moveaxis")
@@ -268,7 +268,6 @@ class Pending:
         self.check()
         if self.was_asked and not torch.compiler.is_compiling():
             raise self.norm.refusal("code, or a backward hook, asked whether its output is a Tensor, which it is not")
-        values, options, v_init, *rest = given
         order, why = self._order(given)
         why = why or self.norm.reason_against(self, given)
         if why:
@@ -277,12 +276,13 @@ class Pending:
         residual = self.residual
         is_moved = order != sorted(order)
         if is_moved:
-            time_dim = options.time_dim % x.dim()
+            time_dim = given["time_dim"] % x.dim()
             of_state = [dim - (dim > time_dim) for dim in order if dim != time_dim]
             x, residual = (each if each is None else each.contiguous().permute(order) for each in (x, residual))
-            v_init = None if v_init is None else v_init.permute(of_state)
-        if residual is not None or is_moved:
-            given = Arguments(values._replace(residual=residual), options, v_init, *rest)
+            v_init = given["v_init"]
+            given = {**given, "v_init": None if v_init is None else v_init.permute(of_state)}
+        if residual is not None:
+            given = {**given, "residual": residual}
         output = self.norm.neurons(x, given, update)
         if update:
             self.call.taken = True
@@ -298,7 +298,7 @@ class Pending:
 
     def _order(self, given: Arguments) -> tuple[list[int], str]:
         """The dimensions with the channels where the operator expects them, or why there is no such order."""
-        x, time_dim = self.x, given.options.time_dim
+        x, time_dim = self.x, given["time_dim"]
         if not -x.dim() <= time_dim < x.dim():
             return [], f"whose time_dim is {time_dim}"
         time_dim = time_dim % x.dim()
@@ -307,10 +307,11 @@ class Pending:
         if channel >= x.dim() or order[time_dim] != time_dim:
             return [], f"which has time in dimension {time_dim}, with the channels in {self.channel} of {list(x.shape)}"
         if self.channel != channel:
-            values = [getattr(each, "stored", each) for each in given.values]
+            by_name: Any = given
+            values = [getattr(by_name[name], "stored", by_name[name]) for name in VALUES]
             if any(isinstance(each, Tensor) and each.numel() > 1 for each in values):
                 return [], f"whose parameters differ, for channels in dimension {channel}, not {self.channel}"
-            analog_prob = given.values.analog_prob
+            analog_prob = given["analog_prob"]
             if not x.is_contiguous() and (isinstance(analog_prob, Tensor) or analog_prob > 0):
                 return [], "whose noise would fall on other elements in this layout"
         return order, ""

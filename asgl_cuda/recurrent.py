@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .backends import BACKENDS, backend_of, operators_of
-from .call import checked_call, grouped
+from .call import Arguments, NeuronArguments, checked_call
 from .checks import (
     check_bool,
     check_device,
     check_finite,
     check_floating,
     check_input,
+    check_int,
     check_keywords,
     check_name,
     check_not_nan,
@@ -25,19 +26,18 @@ from .checks import (
     check_v_init,
 )
 from .derivatives import DERIVATIVES
-from .functional import LIF_DEFAULTS, NeuronArguments
-from .layer import NeuronLayer
+from .functional import LIF_DEFAULTS
 from .layout import real_type
 from .learned import Logarithm, Logit
-from .neuron import LIF
+from .neuron import LIF, Neurons
 from .ops import ForwardResult, with_gaps
 from .pending import tensor_of
-from .reference import Numbers, recurrent_reference
+from .reference import recurrent_reference
 from .transforms import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
 
 _CALLER = "asgl_cuda.recurrent_lif"
 # Rules of `lif` that recurrent neurons lack.
-_WITHOUT = {"residual", "residual_gain", "levels", "multi_spike", "v_min", "input_bias", "input_mean"}
+_WITHOUT = {"residual", "residual_gain", "levels", "multi_spike", "v_min"}
 _NEURON = [name for name in NeuronArguments.__annotations__ if name not in _WITHOUT]
 
 
@@ -77,18 +77,22 @@ class _Plan(NamedTuple):
 
 
 class RecurrentFunction(torch.autograd.Function):
-    """The fused operators of one backend as a differentiable function of all tensors but rng_state."""
+    """recurrent_forward as a differentiable function of all tensors but rng_state.
+
+    Takes an operator, or None for the backend's, a plan and the tensors of the operator.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(plan: _Plan, *tensors: Any) -> tuple[Tensor, ...]:
-        operator = operators_of(plan.backend, tensors).recurrent_forward
+    def forward(operator: Any, plan: _Plan, *tensors: Any) -> tuple[Tensor, ...]:
+        if operator is None:
+            operator = operators_of(plan.backend, tensors).recurrent_forward
         return tuple(operator(*tensors, plan.numbers, plan.rules, plan.has_synapse, plan.outputs()))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.plan, x_seq, *tensors = inputs
+        _, ctx.plan, x_seq, *tensors = inputs
         ctx.dtype = x_seq.dtype
         s_seq, *others = output
         emitted, h_seq, _, i_seq, *_ = with_gaps(others, ctx.plan.outputs())
@@ -100,41 +104,26 @@ class RecurrentFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         plan: _Plan = ctx.plan
         saved = saved_tensors(ctx)
-        grad_s_seq, *others = with_gaps(grads, (True, *plan.outputs()))
-        _, grad_h_seq, grad_v_seq, _, *grads_last = others
-        _, *wanted, _ = ctx.needs_input_grad
+        grad_s_seq, _, grad_h_seq, grad_v_seq, _, *grads_last = with_gaps(grads, (True, *plan.outputs()))
+        wanted = ctx.needs_input_grad[2:-1]
         inputs = (*saved, *grads)
         found = operators_of(plan.backend, inputs).recurrent_backward(
             grad_s_seq, grad_v_seq, grad_h_seq, *grads_last, *saved, plan.numbers, plan.rules, plan.has_synapse,
             plan.detach_recurrent, wanted,
         )  # fmt: skip
         grad_x_seq, *gradients = with_gaps(once_differentiable(found, inputs), wanted)
-        return None, None if grad_x_seq is None else grad_x_seq.to(ctx.dtype), *gradients, None
-
-
-class _OperatorFunction(RecurrentFunction):
-    """`RecurrentFunction` for a bare operator below autograd, with what it is asked for."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        (plan, below), *tensors = inputs
-        return tuple(below(*tensors, plan.numbers, plan.rules, plan.has_synapse, plan.outputs()))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        (plan, _), *tensors = inputs
-        RecurrentFunction.setup_context(ctx, (plan, *tensors), output)
+        return None, None, None if grad_x_seq is None else grad_x_seq.to(ctx.dtype), *gradients, None
 
 
 def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
-    """The operator recurrent_forward with its derivative, which all but emitted and i_seq have."""
+    """A bare recurrent_forward with its derivative, which all results have but emitted and i_seq."""
     *tensors, numbers, rules, has_synapse, wanted = arguments
     _, _, wants_v_seq, _, *wants_last = wanted
     plan = _Plan(
         backend_of(operator), tuple(numbers), tuple(rules), has_synapse, False, any(wants_last), wants_v_seq,
         keeps_i_seq=has_synapse, keeps_emitted=True,
     )  # fmt: skip
-    s_seq, *outputs = apply_here(_OperatorFunction, (plan, below), *tensors)
+    s_seq, *outputs = apply_here(RecurrentFunction, below, plan, *tensors)
     named = with_gaps(outputs, plan.outputs())
     return [s_seq, *(each for each, asked in zip(named, wanted, strict=True) if asked)]
 
@@ -209,12 +198,12 @@ def recurrent_lif(
     memory and learning-to-learn in networks of spiking neurons, NeurIPS 2018; Cramer, Stradmann, Schemmel, Zenke: The
     Heidelberg spiking data sets for the systematic evaluation of spiking neural networks, IEEE TNNLS 2022.
     """
-    known = [*_NEURON, "input_gain"]
     for name in sorted(_WITHOUT & neuron.keys()):
         raise TypeError(f"{_CALLER}: recurrent neurons have no {name}")
-    check_keywords(neuron, known, _CALLER)
-    recurrence = _Recurrence(weight, bias, syn_decay, input_gain, s_init, i_init, detach_recurrent)
-    return _computed(tensor_of(x_seq, _CALLER), recurrence, {**LIF_DEFAULTS, **neuron})
+    check_keywords(neuron, [*_NEURON, *(recurrent_lif.__kwdefaults__ or {})], _CALLER)
+    recurrence = _Recurrence(weight, bias, syn_decay, s_init, i_init, detach_recurrent)
+    given: Arguments = {**LIF_DEFAULTS, **neuron, "input_gain": input_gain}
+    return _computed(tensor_of(x_seq, _CALLER), recurrence, given)
 
 
 class _Recurrence(NamedTuple):
@@ -223,15 +212,14 @@ class _Recurrence(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     syn_decay: Tensor | float | None
-    input_gain: float
     s_init: Tensor | None
     i_init: Tensor | None
     detach_recurrent: bool
 
 
-def _check(x_seq: Tensor, given: _Recurrence, time_dim: Any) -> None:
+def _check(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> None:
     """Refuses what does not fit x_seq."""
-    time_dim = check_input(x_seq, time_dim, _CALLER)
+    time_dim = check_input(x_seq, neuron["time_dim"], _CALLER)
     if x_seq.dim() != 3 or time_dim > 1:
         raise ValueError(
             f"{_CALLER}: x_seq must have shape [T, B, N], or [B, T, N] with time_dim=1, got {list(x_seq.shape)} with "
@@ -242,7 +230,7 @@ def _check(x_seq: Tensor, given: _Recurrence, time_dim: Any) -> None:
     if given.bias is not None:
         _check_shape("bias", given.bias, x_seq, [count])
     check_bool("detach_recurrent", given.detach_recurrent, _CALLER)
-    check_finite("input_gain", given.input_gain, _CALLER)
+    check_finite("input_gain", neuron["input_gain"], _CALLER)
     if given.i_init is not None and given.syn_decay is None:
         raise ValueError(f"{_CALLER}: i_init needs syn_decay, got i_init without a synapse")
     for name, state in (("s_init", given.s_init), ("i_init", given.i_init)):
@@ -272,39 +260,38 @@ def _row(name: str, value: Any, x_seq: Tensor) -> Tensor:
     return value.to(real).reshape(-1).expand(count)
 
 
-def _parameters(x_seq: Tensor, given: _Recurrence, neuron: dict[str, Any]) -> Tensor:
+def _parameters(x_seq: Tensor, given: _Recurrence, neuron: Any) -> Tensor:
     """The operators' parameters, `[6, N]`."""
-    resets = "v_reset", "reset_amount", "v_threshold"
-    reset = next(name for name in resets if neuron[name] is not None)
+    reset = next(name for name in ("v_reset", "reset_amount", "v_threshold") if neuron[name] is not None)
     rows = [_row(name, neuron[name], x_seq) for name in ("width", "decay", "v_threshold", reset)]
     rows.append(_row("bias", 0.0 if given.bias is None else given.bias, x_seq))
     rows.append(_row("syn_decay", 0.0 if given.syn_decay is None else given.syn_decay, x_seq))
     return torch.stack(rows)
 
 
-def _computed(x_seq: Tensor, given: _Recurrence, neuron: dict[str, Any]) -> Tensor | RecurrentLIFOutput:
+def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | RecurrentLIFOutput:
     """The result of `recurrent_lif`; width, decay and syn_decay may be a Logarithm and Logits."""
-    _check(x_seq, given, neuron["time_dim"])
+    _check(x_seq, given, neuron)
     parameters = _parameters(x_seq, given, neuron)
-    call = checked_call(_CALLER, x_seq, grouped({**neuron, "input_gain": float(given.input_gain)}), together=False)
-    real, has_synapse = parameters.dtype, given.syn_decay is not None
+    call = checked_call(_CALLER, x_seq, neuron, together=False)
+    real, has_synapse, numbers = parameters.dtype, given.syn_decay is not None, call.plan.numbers
     rules = call.plan.rules.changed(log_width=0, logit_decay=0)
     wants_v_last, wants_v_seq, wants_h_seq = call.plan.wanted
     states = [None if state is None else state.to(real) for state in (call.v_init, given.s_init, given.i_init)]
     tensors: list[Any] = [x_seq.contiguous(), given.weight.to(real), parameters, *states, call.rng_state]
     if BACKENDS[call.backend].operators is None:
-        arguments: list[Any] = [*tensors, Numbers(*call.numbers), rules, has_synapse, given.detach_recurrent]
+        arguments: list[Any] = [*tensors, numbers, rules, has_synapse, given.detach_recurrent]
         outputs: Any = recurrent_reference(*arguments)
     else:
         differentiated = is_differentiated(tensors, _CALLER)
         learns_syn_decay = isinstance(given.syn_decay, (Tensor, Logit))
         plan = _Plan(
-            call.backend, tuple(call.numbers), tuple(rules), has_synapse, given.detach_recurrent, wants_v_last,
+            call.backend, tuple(numbers), tuple(rules), has_synapse, given.detach_recurrent, wants_v_last,
             wants_v_seq, keeps_i_seq=differentiated and learns_syn_decay,
             keeps_emitted=differentiated and (bool(rules.scale_output) or real != x_seq.dtype),
         )  # fmt: skip
         run = partial(apply, RecurrentFunction) if differentiated else RecurrentFunction.forward
-        outputs = with_gaps(run(plan, *tensors), (True, *plan.outputs()))
+        outputs = with_gaps(run(None, plan, *tensors), (True, *plan.outputs()))
     if not (wants_v_last or wants_v_seq or wants_h_seq):
         return outputs[0]  # type: ignore[no-any-return]
     s_seq, _, h_seq, v_seq, _, v_last, s_last, i_last = outputs
@@ -318,7 +305,7 @@ def _computed(x_seq: Tensor, given: _Recurrence, neuron: dict[str, Any]) -> Tens
     )
 
 
-class RecurrentLIF(LIF):
+class RecurrentLIF(Neurons):
     """Recurrent leaky integrate-and-fire neurons: `LIF` whose spikes enter the next step's current.
 
     Args:
@@ -362,6 +349,7 @@ class RecurrentLIF(LIF):
     _potentials = ("v", "s", "i", "v_seq")
     _states = ("v", "s", "i")
     _weights = ("recurrent_weight", "recurrent_bias")
+    _options: ClassVar[dict[str, Any]] = {"scale_output": check_bool, **Neurons._options}
     s: Tensor | None
     i: Tensor | None
 
@@ -379,15 +367,13 @@ class RecurrentLIF(LIF):
         dtype: torch.dtype | None = None,
         **lif_options: Any,
     ) -> None:
+        super().__init__()
         caller = self._caller
-        check_keywords(
-            lif_options, [name for name in LIF.__init__.__kwdefaults__ or {} if name not in _WITHOUT], caller
-        )
-        (count,) = check_sizes("hidden_size", hidden_size, caller)[:1]
-        if not isinstance(hidden_size, int):
-            raise TypeError(f"{caller}: hidden_size must be an int, got {hidden_size!r}")
-        by_layer = lif_options.get("granularity", "layer") == "layer"
-        super().__init__(None if by_layer else count, device=device, dtype=dtype, **lif_options)
+        defaults = LIF.__init__.__kwdefaults__ or {}
+        check_keywords(lif_options, [name for name in defaults if name not in _WITHOUT], caller)
+        (count,) = check_sizes("hidden_size", check_int("hidden_size", hidden_size, caller), caller)
+        given = {**defaults, **lif_options, "device": device, "dtype": dtype}
+        self._set_up_neurons({**given, "num_features": None if given["granularity"] == "layer" else count})
         check_name("recurrent", recurrent, ("dense", "elementwise"), caller)
         self.hidden_size = count
         self.recurrent = recurrent
@@ -424,8 +410,6 @@ class RecurrentLIF(LIF):
         """The synapse's decay per step, a tensor in the shape of the parameter if learned; None without a synapse."""
         return self._syn_decay if self.logit_syn_decay is None else Logit(self.logit_syn_decay).value()
 
-    forward = NeuronLayer.forward  # type: ignore[assignment]  # no residual
-
     def _run(self, x_seq: Tensor, with_state: bool, **more: Any) -> Tensor:
         carried: dict[str, Any] = {}
         if with_state:
@@ -441,25 +425,14 @@ class RecurrentLIF(LIF):
         return result.s_seq
 
     def _lif(  # type: ignore[override]
-        self,
-        x_seq: Tensor,
-        update: bool = True,
-        s_init: Tensor | None = None,
-        i_init: Tensor | None = None,
-        **options: Any,
+        self, x_seq: Tensor, s_init: Tensor | None = None, i_init: Tensor | None = None, **options: Any
     ) -> Tensor | RecurrentLIFOutput:
         """Calls `asgl_cuda.recurrent_lif`."""
         weight: Tensor = self.recurrent_weight
         if not self.autapses:
             weight = weight.masked_fill(torch.eye(self.hidden_size, dtype=torch.bool, device=weight.device), 0.0)
-        syn_decay = self.syn_decay
-        given = self._given(x_seq, **options)
-        recurrence = _Recurrence(
-            weight, self.recurrent_bias, syn_decay, self.input_gain, s_init, i_init, self.detach_recurrent
-        )
-        named = {**given.values._asdict(), **given.options._asdict()}
-        others = {name: getattr(given, name) for name in ("v_init", "rng_state", "generator", "backend")}
-        return _computed(x_seq, recurrence, {**named, **others})
+        recurrence = _Recurrence(weight, self.recurrent_bias, self.syn_decay, s_init, i_init, self.detach_recurrent)
+        return _computed(x_seq, recurrence, self._given(x_seq, self.input_gain, **options))
 
     def extra_repr(self) -> str:
         parts = [f"{self.hidden_size}", f"recurrent={self.recurrent}"]

@@ -48,7 +48,7 @@ def is_differentiated(tensors: Sequence[Tensor | None], caller: str) -> bool:
         return torch.is_grad_enabled() or not torch.compiler.is_compiling()
     if in_forward_mode():
         refuse_tangents(tensors, caller)
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and True in [tensor.requires_grad for tensor in tensors if tensor is not None]
 
 
 def refuse_tangents(tensors: Sequence[Tensor | None], caller: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..adaptive import AdaptiveLIFOutput, adaptive_lif, run_adaptive
-from ..call import LIFOutput, grouped
+from ..call import LIFOutput
 from ..checks import HALF_TYPES, PLAIN_TENSORS, shown
 from ..functional import LIF_DEFAULTS, lif
 from ..integrator import IntegratorOutput, leaky_integrator
@@ -320,8 +320,9 @@ class Converted(Overlay, Noisy):
     ) -> LIFOutput:
         """`lif` with a second state w, which is added to the amount of a soft reset alone."""
         self.check()
-        given = grouped({**LIF_DEFAULTS, **self._all(x_seq, options)})
-        output = run_adaptive(x_seq, given, (adapt_decay, 0.0, adapt_spike), IN_RESET, w_init)
+        adaptation = {"adapt_decay": adapt_decay, "adapt_potential": 0.0, "adapt_spike": adapt_spike}
+        given: Any = {**LIF_DEFAULTS, **self._all(x_seq, options), **adaptation, "adaptation": IN_RESET}
+        output = run_adaptive(x_seq, given, w_init)
         assert isinstance(output, AdaptiveLIFOutput)
         assert output.v_last is not None
         v_last = output.v_last.clone()  # not a view of both states, which detach_() would refuse
@@ -370,7 +371,8 @@ class Converted(Overlay, Noisy):
     def compute(self, x_seq: Tensor, **options: Any) -> Tensor | LIFOutput:
         """`asgl_cuda.lif`, with the normalisation in front that `fuse` has left to the layer."""
         if isinstance(x_seq, Pending):
-            return x_seq.lif(grouped({**LIF_DEFAULTS, **options}), self, "asgl_cuda.lif")
+            given: Any = {**LIF_DEFAULTS, **options}
+            return x_seq.lif(given, self, "asgl_cuda.lif")
         return lif(x_seq, **options)
 
     def input_terms(self) -> tuple[Tensor | float, Tensor | float]:

@@ -189,8 +189,8 @@ class Fused(Overlay):
             return "which has gradients, while it was called without"
         if self.training != pending.call.training:
             return "behind a change of its mode (training)"
-        back = pending.x.dim() - channel_dim(given.options.time_dim % pending.x.dim())
-        for value in (given.values.input_gain, given.values.input_bias):
+        back = pending.x.dim() - channel_dim(given["time_dim"] % pending.x.dim())
+        for value in (given["input_gain"], given["input_bias"]):
             if isinstance(value, Tensor) and not _varies_by_channel(value, back):
                 return f"whose input gain or bias has shape {list(value.shape)}"
         return ""
@@ -198,8 +198,9 @@ class Fused(Overlay):
     def neurons(self, x_seq: Tensor, given: Arguments, update: bool) -> Tensor | LIFOutput:
         """`asgl_cuda.batch_norm_lif` of input_gain (y + residual) + input_bias, with y the normalised input."""
         weight, bias, scale = self.weight, self.bias, 1.0
-        input_gain, input_bias, residual = given.values.input_gain, given.values.input_bias, given.values.residual
-        residual_gain = input_gain
+        input_gain: Any
+        input_gain, input_bias, residual = given["input_gain"], given["input_bias"], given["residual"]
+        residual_gain: Any = input_gain
         if isinstance(input_gain, float) and isinstance(input_bias, float) and input_bias == 0:
             scale = input_gain
         else:
@@ -213,10 +214,9 @@ class Fused(Overlay):
         # None: this process alone.
         group = (self.process_group or "world") if isinstance(self, nn.SyncBatchNorm) else None
         if residual is not None or weight is not self.weight or scale != 1:
-            given = given._replace(
-                values=given.values._replace(input_gain=1.0, input_bias=0.0, residual=residual),
-                options=given.options._replace(residual_gain=1.0 if residual is None else residual_gain),
-            )
+            residual_gain = 1.0 if residual is None else residual_gain
+            given = {**given, "input_gain": 1.0, "input_bias": 0.0, "residual": residual}
+            given["residual_gain"] = residual_gain
         return module_batch_norm_lif(
             self, x_seq, given=given, weight=weight, bias=bias, update=update, input_scale=scale, process_group=group
         )

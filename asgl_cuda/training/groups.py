@@ -21,7 +21,6 @@ from ..layer import asgl_layers, check_module
 WIDTH_LR = 0.03
 NEURON_LR = 3e-3  # of decays, thresholds and adaptation: at 0.03 they leave their range
 # Parameters of layers that are trained as those of linear layers and normalisations.
-_WEIGHTS = {BatchNormLIF: ("weight", "bias"), RecurrentLIF: ("recurrent_weight", "recurrent_bias")}
 _BY_ADAM = "by_adam"  # the key of a group whose step is Adam's
 _ADAM = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam)
 

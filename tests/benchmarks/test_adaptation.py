@@ -22,7 +22,7 @@ def test_recall():
 @pytest.mark.parametrize("neuron", adaptation.NEURONS)
 def test_networks(neuron):
     net = adaptation.network(41, 4, 2, neuron)
-    layers = [each for each in net if isinstance(each, asgl_cuda.LIF)]
+    layers = [each for each in net if isinstance(each, (asgl_cuda.LIF, asgl_cuda.AdaptiveLIF))]
     assert [isinstance(each, asgl_cuda.AdaptiveLIF) for each in layers] == [neuron in ("adLIF", "ALIF")] * 2
     assert [each.to_threshold for each in layers if neuron != "adLIF" and "LIF," not in neuron] == (
         [True, True] if neuron == "ALIF" else []

@@ -354,7 +354,7 @@ def test_the_second_call_is_of_the_layers_backend(monkeypatch):
     asked = []
     computed = asgl_cuda.neuron.computed
     monkeypatch.setattr(
-        asgl_cuda.neuron, "computed", lambda *given: asked.append(given[2].backend) or computed(*given)
+        asgl_cuda.neuron, "computed", lambda *given: asked.append(given[2]["backend"]) or computed(*given)
     )  # fmt: skip
     model = nn.Sequential(LIF(backend="reference"), LIF())
     with Monitor(model):

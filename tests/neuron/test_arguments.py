@@ -104,6 +104,7 @@ BAD = [
     ({"tau": 2.0}, TypeError, ["'tau'", "tau=2.0 is decay=0.5", "divides the input", "input_gain=0.5"]),
     ({"v_treshold": 2.0}, TypeError, ["'v_treshold'", "did you mean v_threshold?"]),
     ({"reset_amount": 1.0}, ValueError, ["reset_amount", "v_reset=None"]),
+    ({"width": torch.zeros(3), "analog_prob": 0.5}, ValueError, ["width must be > 0", "got 0.0"]),
     ({"reset_amount": torch.ones(5), "v_reset": None}, ValueError, ["reset_amount", "[4, 6, 3]", "[5]"]),
 ]
 

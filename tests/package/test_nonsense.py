@@ -12,7 +12,7 @@ from torch import nn
 
 import asgl_cuda
 from asgl_cuda import LIF, AdaptiveLIF, AnalogProbSchedule, BatchNormLIF, LeakyIntegrator, OverTime
-from asgl_cuda.functional import NeuronArguments
+from asgl_cuda.call import NeuronArguments
 
 
 class Contrary:
