@@ -337,7 +337,11 @@ def noise(report: dict[str, Any]) -> str:
     ]
     for arm in SHARES:
         if arm != QUIET:
-            shown = ("digits, T = 1, 60 steps, width 1", "digits, T = 4, 250 steps, width 1")
+            shown = (
+                "digits, T = 1, 60 steps, width 1",
+                "digits, T = 4, 250 steps, width 1",
+                "tones, 250 steps, width 1",
+            )
             lines += ["", f"`analog_prob={arm}`:", "", *digest(NOISE_HEAD, list(noise_rows(report, arm)), shown)]
     controls = markdown_table(control_head(), list(control_rows(report)))
     return "\n".join((*lines, "", *folded(f"Controls, gains on {named(CONTROLLED)}", controls)))
