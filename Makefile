@@ -4,6 +4,7 @@ ifeq ($(if $(filter default, $(origin CXX)),,$(strip $(CXX))),)
 override CXX := c++
 endif
 
+TORCH ?= torch>=2.6
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip -q --disable-pip-version-check
@@ -45,7 +46,8 @@ lint: setup  ## check style, formatting, types and workflows
 	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	@$(RUN) -m mypy
 	@$(VENV)/bin/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	@$(VENV)/bin/zizmor -q --offline .github/workflows
+	@$(VENV)/bin/check-jsonschema -q --builtin-schema vendor.dependabot .github/dependabot.yml
+	@$(VENV)/bin/zizmor -q --offline .github
 
 docs: $(VENV)/documented  ## build the documentation into build/docs and execute its tutorials; warnings are errors
 	@OMP_WAIT_POLICY=passive $(RUN) -m sphinx -q -W --keep-going -d build/docs-parsed docs build/docs
@@ -71,10 +73,7 @@ $(VENV)/created:
 	@$(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing PyTorch: a large download the first time"
 	@# Build requirements of asgl_cuda and Norse, a source distribution, both built without isolation.
-	@# With NVRTC of nvcc's version, to compare what they make, since torch needs one, too: installed later, it would replace
-	@# torch by another version than csrc was compiled for.
-	@$(PIP) install "setuptools>=77" "setuptools-scm>=8" "torch>=2.6" ninja \
-	  "nvidia-cuda-nvrtc==13.0.*; sys_platform == 'linux'"
+	@$(PIP) install "setuptools>=77" "setuptools-scm>=8" "$(TORCH)" ninja
 	@touch $@
 
 $(VENV)/built: $(VENV)/created setup.py asgl_cuda/extension/compilation.py asgl_cuda/extension/build_notes.py pyproject.toml MANIFEST.in $(shell find csrc -type f -not -name '*.md')
@@ -84,6 +83,9 @@ $(VENV)/built: $(VENV)/created setup.py asgl_cuda/extension/compilation.py asgl_
 	@$(PIP) install pbr && $(PIP) install --no-deps "sinabs>=3.1"
 	@# Published models import its clock_driven, which the current version of the same name does not have.
 	@$(PIP) install --no-deps --upgrade --target $(VENV)/spikingjelly-0.0.0.0.12 "spikingjelly==0.0.0.0.12"
+	@# NVRTC of nvcc's version, to compare what they make. A torch for CUDA requires one of its own: without --no-deps
+	@# this would replace torch by a version that csrc was not compiled for, and earlier it would hold torch back.
+	@$(PIP) install --no-deps "nvidia-cuda-nvrtc==13.0.*; sys_platform == 'linux'"
 	@touch $@
 
 $(VENV)/documented: $(VENV)/built docs/requirements.txt

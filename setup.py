@@ -70,13 +70,16 @@ class BuildWithoutExtension(BuildPackage):
 def main() -> None:
     require_setuptools()
     compilation = load_compilation()
+    version = import_module("asgl_cuda._version").__version__
     wanted = compilation.wanted_build()
     if wanted == "none":
-        setup(cmdclass={"build_py": BuildWithoutExtension})
+        setup(version=version, cmdclass={"build_py": BuildWithoutExtension})
         return
     planned = compilation.plan(Path("csrc"), wanted)
     commands = {"build_py": BuildPackage, "build_ext": compilation.builder(planned, PACKAGE)}
-    setup(ext_modules=[planned.extension], cmdclass=commands)
+    if "sdist" not in sys.argv:  # the archive fits every torch
+        version += f"+{compilation.build_notes.local_version(compilation.torch.__version__, planned.cuda)}"
+    setup(version=version, ext_modules=[planned.extension], cmdclass=commands)
 
 
 if __name__ == "__main__":

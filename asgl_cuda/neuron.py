@@ -332,6 +332,9 @@ class LIF(Neurons):
         s_seq = model(torch.randn(4, 32, 64))  # [T, B, 64] to [T, B, 128]
 
     The same in PyTorch: `asgl_cuda.lif(x_seq, width=log_width.exp(), ...)`, whose docstring has the loop.
+
+    Without a normalisation deeper layers are silent under torch's first weights, and learn nothing:
+    :doc:`/tutorials/stalled-network`, by `asgl_cuda.Monitor` and `asgl_cuda.calibrate`.
     """
 
     _caller = _CALLER
@@ -380,7 +383,7 @@ class LIF(Neurons):
         self._set_up_neurons(locals())
 
     def forward(self, x_seq: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Spikes of `x_seq` `[T, ...]`, plus `residual` of the same shape: an output of the same shape."""
+        """The spikes of `x_seq` `[T, ...]`, in its shape. A `residual` of that shape is added to the input current."""
         x_seq, more = self._inputs(x_seq, residual)
         return self._call(x_seq, **more)
 

@@ -49,6 +49,7 @@ class OverTime(nn.Module):
         self.layer = layer
 
     def forward(self, x_seq: Tensor) -> Tensor:
+        """The layer's output for all steps of `x_seq` `[T, B, ...]`, with T and B in front as well."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             _check_input(x_seq, self.layer)
             if not torch.compiler.is_compiling():

@@ -2,8 +2,8 @@
 
 - asgl_cuda-*.tar.gz: all tracked files except NOT_SHIPPED.
 - asgl_cuda-*-none-any.whl: pure Python, for every supported Python and torch.
-- asgl_cuda-*-linux_*.whl: compiled, for this Python and torch's minor version. ASGL_CUDA_BUILD=cuda requires CUDA
-  kernels, which are else compiled where torch and a toolkit allow.
+- asgl_cuda-*-linux_*.whl: compiled, for this Python and torch's minor version, which its own version names.
+  ASGL_CUDA_BUILD=cuda requires CUDA kernels, which are else compiled where torch and a toolkit allow.
 
 The wheels are built from the archive, not the checkout. Each artefact is installed in a fresh environment by the
 README's commands, and compared with the reference by `python -m asgl_cuda check`.

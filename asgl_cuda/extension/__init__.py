@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 from .. import ops  # noqa: F401  # defines the operators that the extension looks up when it is loaded
+from .._version import __version__
 from . import build_notes
 from .build_notes import EXTENSION, NOTES, BuildInfo
 
@@ -36,14 +37,11 @@ def no_sources() -> str:
     return f"the sources, which were installed with asgl_cuda, are gone. To install them again: {remedy()}"
 
 
-def _minor(version: str) -> str:
-    return ".".join(version.split("+")[0].split(".")[:2])
-
-
 def _misfit(info: BuildInfo) -> str | None:
     """An extension loads in any torch of the minor version that it was built for."""
-    if _minor(info.torch_version) != _minor(torch.__version__):
-        return f"it was built for torch {info.torch_version}, and this is torch {torch.__version__}"
+    if build_notes.minor_version(info.torch_version) != build_notes.minor_version(torch.__version__):
+        name = f"asgl_cuda {__version__}+{build_notes.local_version(info.torch_version, info.cuda)}"
+        return f"{name} was built for torch {info.torch_version}, and this is torch {torch.__version__}"
     sources = source_directory()
     if sources is not None and info.sources != build_notes.digest_of_build(sources, PACKAGE):
         return f"it was built from other sources than those in {sources}"

@@ -31,6 +31,16 @@ class BuildInfo(NamedTuple):
     checksum: int
 
 
+def minor_version(torch_version: str) -> str:
+    return ".".join(torch_version.split("+")[0].split(".")[:2])
+
+
+def local_version(torch_version: str, cuda: str | None) -> str:
+    """The torch that an extension fits, in the version of its wheel: torch2.13.cpu, torch2.13.cu130."""
+    build = (torch_version.partition("+")[2] or "cuda") if cuda else "cpu"
+    return f"torch{minor_version(torch_version)}.{build}"
+
+
 @functools.cache
 def digest_of_sources(directory: Path) -> bytes:
     digest = hashlib.sha256()

@@ -31,7 +31,7 @@ _TOLERANCE = 0.01  # relative to the rate
 _MORE_RUNS = 5  # than layers: for weights also in front of earlier layers, and inputs not linear in their weight
 _WIDEST = 12  # factors from 2^-12 to 2^12 are tried; larger ones would scale rounding errors
 _NARROWEST = 2**-14  # an interval of log2(factor); a rate that changes in it by more than the tolerance jumps
-_NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, BatchNormLIF)
+NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, BatchNormLIF)
 
 
 class CalibratedLayer(NamedTuple):
@@ -131,7 +131,7 @@ class _Trial:
         for name in dict(asgl_layers(model)).keys() - dict(asgl_layers(self._model)).keys():
             convert(self._model.get_submodule(name), inplace=True)  # as fuse had done
         for mine, other in zip(self._model.eval().modules(), model.modules(), strict=True):
-            if isinstance(mine, _NORMALISATIONS):
+            if isinstance(mine, NORMALISATIONS):
                 mine.training = other.training
         self._parameters = dict(self._model.named_parameters())
         self._names = {id(value): name for name, value in self._parameters.items()}
@@ -157,7 +157,7 @@ class _Trial:
             for name, value in module.named_parameters(path, recurse=False):
                 if is_lazy(value):
                     raise ValueError(f"{_CALLER}: {name} has no shape yet: call the model once before")
-                if name.endswith("weight") and (value.dim() > 1 or isinstance(module, _NORMALISATIONS)):
+                if name.endswith("weight") and (value.dim() > 1 or isinstance(module, NORMALISATIONS)):
                     self._weights[name] = value
                 if not value.requires_grad or value.is_inference() or hasattr(value, "to_local"):
                     self._problems[name] = "frozen, sharded or made in inference mode"

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..checks import read_number
+from ..checks import read_number, warn_once
 from ..integrator import LeakyIntegrator
 from ..layer import asgl_layers, check_module
+from ..neuron import LIF, BatchNormLIF
+from .calibration import NORMALISATIONS
 
 WIDTH_LR = 0.03
 NEURON_LR = 3e-3  # of decays, thresholds and adaptation: at 0.03 they leave their range
-# Parameters of layers that are trained as those of linear layers and normalisations.
 _BY_ADAM = "by_adam"  # the key of a group whose step is Adam's
 _ADAM = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam)
 
@@ -54,7 +55,9 @@ def parameter_groups(
     weights and biases of recurrences. Every parameter is in one group, once, also if shared or frozen: optimizers skip
     frozen parameters. Empty groups are omitted.
 
-    Raises ValueError for a negative rate or decay, TypeError where `model` is no module.
+    Raises ValueError for a negative rate or decay, TypeError where `model` is no module. Warns once per process of a
+    model with several layers of `LIF`, no normalisation and torch's first weights: its deeper layers are likely silent,
+    and then learn nothing.
 
     Example::
 
@@ -71,6 +74,13 @@ def parameter_groups(
         if not read_number(name, value, caller) >= 0:
             raise ValueError(f"{caller}: {name} must be >= 0, got {value}")
     layers = [layer for _, layer in asgl_layers(model)]
+    if sum(isinstance(layer, LIF) for layer in layers) > 1 and _is_likely_silent(model):
+        warn_once(
+            "silent",
+            f"{caller}: several layers of LIF, no normalisation, and torch's first weights: deeper layers are likely "
+            "silent, and then learn nothing. BatchNormLIF helps, or asgl_cuda.calibrate(model, x_seq) before the "
+            "training; asgl_cuda.Monitor shows the firing rates",
+        )
     layers += (module for module in model.modules() if isinstance(module, LeakyIntegrator))
     neurons = {id(each): (name, each) for layer in layers for name, each in layer._neuron_parameters()}
     norms: dict[int, nn.Parameter] = {}
@@ -93,6 +103,20 @@ def parameter_groups(
         {"name": "widths", "params": widths, "lr": WIDTH_LR, **own},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _is_likely_silent(model: nn.Module) -> bool:
+    """Whether nothing normalises, and all weights are as torch draws them: uniform, up to 1 / sqrt(inputs).
+
+    The largest of 256 uniform values and more is close to that bound, of calibrated or trained weights it is elsewhere.
+    Read once, before a training.
+    """
+    weights = [each.weight for each in model.modules() if isinstance(each, nn.Linear | nn.modules.conv._ConvNd)]
+    weights = [each for each in weights if type(each) is nn.Parameter and not each.is_meta and each.numel() >= 256]
+    if not weights or any(isinstance(each, NORMALISATIONS) for each in model.modules()):
+        return False
+    with torch.no_grad():
+        return all(0.95 < float(each.abs().max()) * each.shape[1:].numel() ** 0.5 < 1.01 for each in weights)
 
 
 def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:

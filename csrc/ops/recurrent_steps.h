@@ -28,6 +28,7 @@ std::vector<Tensor> recurrent_forward(const Kernels& kernels, const Tensor& x_se
                                       const OptionalTensor& rng_state, at::ArrayRef<double> numbers,
                                       at::IntArrayRef rules, bool has_synapse, std::array<bool, 7> wanted) {
   const RecurrentCall call(x_seq, weight, parameters, v_init, s_init, i_init, rng_state, numbers, rules, has_synapse);
+  const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);  // products, too
   const std::vector<Tensor> row = call.parameters().unbind();
   const auto steps = x_seq.unbind(call.rules().time_dim);
   const auto states = states_of_steps(rng_state, static_cast<int64_t>(steps.size()));
@@ -77,6 +78,7 @@ std::vector<Tensor> recurrent_backward(const Kernels& kernels, const OptionalTen
   const auto [wants_x_seq, wants_weight, wants_parameters, wants_v_init, wants_s_init, wants_i_init] = wanted;
   const int64_t time_dim = call.rules().time_dim, steps = h_seq.size(time_dim);
   const bool elementwise = weight.dim() == 1;
+  const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);  // products, too
   const std::vector<Tensor> row = call.parameters().unbind();
   const auto states = states_of_steps(rng_state, steps);
   const c10::List<OptionalTensor> neuron = call.neuron(std::nullopt);

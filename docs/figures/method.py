@@ -1,7 +1,8 @@
-"""Draws docs/figures/method.png, the method in one figure, from runs of the library: `python -m docs.figures.method`.
+"""Draws the method in one figure, from runs of the library: `python -m docs.figures.method`.
 
 Top: one neuron of a call of `asgl_cuda.lif`, with potential, surrogate window and output. Bottom: the smooth value and
-its slope at the first and the last width of a training on digits, and the learned widths.
+its slope at the first and the last width of a training on digits, and the learned widths. method.png has them side by
+side, method_narrow.png, for phones, below each other.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def trained_widths(epochs: int, seed: int = 0) -> list[list[float]]:
     return widths
 
 
-def draw_potential(panel: Any, neuron: Neuron) -> None:
-    """The potential over time, the threshold, and the window in which a gradient passes."""
+def draw_potential(panel: Any, neuron: Neuron, margin: float) -> None:
+    """The potential over time, the threshold, and the window in which a gradient passes; text in the margin."""
     low, high = THRESHOLD - WIDTH / 2, THRESHOLD + WIDTH / 2
     panel.fill_between([-1, STEPS], low, high, facecolor=palette.SKY, alpha=0.28, linewidth=0)
     panel.plot([-1, STEPS], [THRESHOLD, THRESHOLD], color=palette.BLACK, linewidth=1, linestyle="--")
@@ -86,18 +87,16 @@ def draw_potential(panel: Any, neuron: Neuron) -> None:
             panel.plot(t, h, "D", color=palette.VERMILION, markerfacecolor="white", markersize=7, zorder=3)
         elif s == 1:
             panel.plot(t, h, "o", color=palette.BLACK, markersize=6, zorder=3)
-    panel.set(xlim=(-1, STEPS + 5.6), ylim=(-0.15, 1.85), ylabel="potential", yticks=(0, THRESHOLD))
+    panel.set(xlim=(-1, STEPS + margin), ylim=(-0.15, 1.85), ylabel="potential", yticks=(0, THRESHOLD))
     panel.set_yticklabels(["0", "threshold"])
-    panel.set_title(
-        f"One neuron in training, analog_prob = {ANALOG_PROB}; dotted: the reset, whole or in part", loc="left"
-    )
+    panel.set_title(f"A neuron, analog_prob = {ANALOG_PROB}; dotted: resets", loc="left")
     arrow = {"arrowstyle": "<->", "color": palette.BLUE, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.5}
     panel.annotate("", (STEPS + 0.4, low), (STEPS + 0.4, high), arrowprops=arrow)
     text = "window of the\nsurrogate: here\na gradient passes.\nIts width is learned"
     panel.text(STEPS + 0.8, THRESHOLD, text, va="center", fontsize=9.5, color=palette.BLUE)
 
 
-def draw_output(panel: Any, neuron: Neuron) -> None:
+def draw_output(panel: Any, neuron: Neuron, margin: float) -> None:
     """The output: solid bars for spikes, hatched bars with diamonds for smooth values."""
     for t, (s, analog) in enumerate(zip(neuron.s_seq.tolist(), neuron.analog.tolist(), strict=True)):
         if analog:
@@ -107,13 +106,14 @@ def draw_output(panel: Any, neuron: Neuron) -> None:
             )
         elif s:
             panel.bar(t, s, 0.62, color=palette.BLACK)
-    panel.set(xlim=(-1, STEPS + 5.6), ylim=(0, 1.25), ylabel="output", yticks=(0, 1), xlabel="time step")
+    panel.set(xlim=(-1, STEPS + margin), ylim=(0, 1.25), ylabel="output", yticks=(0, 1), xlabel="time step")
     panel.set_xticks(range(0, STEPS, 5))
     handles = [
-        mpl.patches.Patch(facecolor=palette.BLACK, label="hard: spike, or none"),
+        mpl.patches.Patch(facecolor=palette.BLACK, label="hard: spike,\nor none"),
         mpl.patches.Patch(facecolor="white", edgecolor=palette.VERMILION, hatch="////", label="analog: H(u)"),
     ]
-    panel.legend(handles=handles, loc="center left", bbox_to_anchor=(STEPS / (STEPS + 6.6) + 0.012, 0.5), fontsize=9.5)
+    right = (STEPS + 0.4) / (STEPS + 1 + margin)
+    panel.legend(handles=handles, loc="center left", bbox_to_anchor=(right, 0.5), fontsize=9.5, borderaxespad=0.2)
 
 
 def draw_surrogate(value: Any, slope: Any, widths: list[list[float]]) -> None:
@@ -157,26 +157,29 @@ def draw_widths(panel: Any, widths: list[list[float]]) -> None:
     panel.set_title("Training shrinks windows that begin too wide", loc="left")
 
 
-def draw(neuron: Neuron, widths: list[list[float]], file: Path) -> None:
+def draw(neuron: Neuron, widths: list[list[float]], file: Path, narrow: bool = False) -> None:
     with mpl.rc_context({**palette.STYLE, "axes.grid": False, "axes.titlesize": 10.5, "axes.titleweight": "bold"}):
-        figure = Figure(figsize=(9, 6.3))
-        above, below = figure.subfigures(2, 1, height_ratios=(3.3, 2.7))
+        figure = Figure(figsize=(4.8, 8.6) if narrow else (9, 6.3))
+        above, below = figure.subfigures(2, 1, height_ratios=(3.3, 5.3) if narrow else (3.3, 2.7))
         potential, output = above.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
-        left, right = below.subfigures(1, 2)
-        draw_potential(potential, neuron)
-        draw_output(output, neuron)
-        draw_surrogate(*left.subplots(2, 1, sharex=True, height_ratios=(1.6, 1)), widths)
-        draw_widths(right.subplots(), widths)
-        figure.savefig(file, dpi=200)
+        first, second = below.subfigures(*((2, 1) if narrow else (1, 2)))
+        margin = 12.5 if narrow else 5.6  # steps, for the text beside the last
+        draw_potential(potential, neuron, margin)
+        draw_output(output, neuron, margin)
+        draw_surrogate(*first.subplots(2, 1, sharex=True, height_ratios=(1.6, 1)), widths)
+        draw_widths(second.subplots(), widths)
+        figure.savefig(file, dpi=150 if narrow else 200)
 
 
 def main() -> int:
     """Runs the neuron and the training, and draws."""
     parser = argparse.ArgumentParser(prog="python -m docs.figures.method", description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--figure", type=Path, default=Path(__file__).with_suffix(".png"))
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
-    draw(one_neuron(), trained_widths(arguments.epochs), arguments.figure)
+    neuron, widths = one_neuron(), trained_widths(arguments.epochs)
+    draw(neuron, widths, arguments.folder / "method.png")
+    draw(neuron, widths, arguments.folder / "method_narrow.png", narrow=True)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -286,3 +287,53 @@ def test_weights_of_recurrent_neurons_are_weights():
         "neurons": {named[name] for name in ("logit_decay", "threshold", "logit_syn_decay")},
         "widths": {named["log_width"]},
     }
+
+
+def plain(*between, layers=2):
+    torch.manual_seed(0)
+    blocks = [[nn.Linear(64, 64), *between, LIF()] for _ in range(layers)]
+    return nn.Sequential(*(each for block in blocks for each in block), nn.Linear(64, 10))
+
+
+def calibrated():
+    model = plain()
+    asgl_cuda.calibrate(model, torch.rand(4, 32, 64))
+    return model
+
+
+def of_another_initialisation():
+    model = plain()
+    for layer in model[::2]:
+        nn.init.uniform_(layer.weight, -0.1, 0.1)
+    return model
+
+
+def test_a_model_that_is_likely_silent_is_named_once(monkeypatch):
+    monkeypatch.setattr(asgl_cuda.checks, "_warned", set())
+    with pytest.warns(
+        UserWarning, match=r"asgl_cuda\.parameter_groups: several .* silent.* asgl_cuda\.calibrate"
+    ) as found:
+        parameter_groups(plain(), 0.1)
+    assert found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parameter_groups(plain(), 0.1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        calibrated,
+        of_another_initialisation,
+        lambda: plain(layers=1),
+        lambda: plain(nn.LayerNorm(64)),
+        lambda: nn.Sequential(plain(), asgl_cuda.BatchNormLIF(10)),
+        lambda: plain().to("meta"),
+    ],
+    ids=["calibrated", "another initialisation", "one layer", "LayerNorm", "BatchNormLIF", "meta"],
+)
+def test_others_are_not(make, monkeypatch):
+    monkeypatch.setattr(asgl_cuda.checks, "_warned", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parameter_groups(make(), 0.1)

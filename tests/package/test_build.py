@@ -13,6 +13,7 @@ import torch
 from setuptools import Distribution
 from torch.utils import cpp_extension
 
+import asgl_cuda
 from asgl_cuda.extension import build_notes, compilation
 
 ROOT = Path(__file__).parents[2]
@@ -268,6 +269,33 @@ def test_compiler_that_make_takes(monkeypatch, place, asked, taken):
         monkeypatch.setenv("CXX", asked)
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.stdout == f"[{taken}]\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "name"),
+    [
+        ("2.13.0+cpu", None, "torch2.13.cpu"),
+        ("2.13.1+cu130", "CUDA 13.0, sm_90", "torch2.13.cu130"),
+        ("2.6.0+cu124", None, "torch2.6.cpu"),
+        ("2.15.0", "CUDA 13.2, sm_90", "torch2.15.cuda"),
+    ],
+)
+def test_version_of_a_wheel_names_its_torch(version, cuda, name):
+    assert build_notes.local_version(version, cuda) == name
+
+
+@pytest.mark.parametrize(("wanted", "command"), [("cpu", "dist_info"), ("cpu", "sdist"), ("none", "dist_info")])
+def test_version_of_what_setup_makes(tmp_path, wanted, command):
+    folder = {"dist_info": "--output-dir", "sdist": "--dist-dir"}[command]
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, command, folder, tmp_path],
+        cwd=ROOT, env={**os.environ, "ASGL_CUDA_BUILD": wanted}, check=True, capture_output=True,
+    )  # fmt: skip
+    version = asgl_cuda.__version__
+    if (wanted, command) == ("cpu", "dist_info"):
+        version += f"+{build_notes.local_version(torch.__version__, None)}"
+    names = {"dist_info": f"asgl_cuda-{version}.dist-info", "sdist": f"asgl_cuda-{version}.tar.gz"}
+    assert (tmp_path / names[command]).exists(), sorted(tmp_path.iterdir())
 
 
 OLD_SETUPTOOLS = """

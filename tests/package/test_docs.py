@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -71,6 +72,14 @@ def test_search_finds(word: str):
     """The site's search puts main index entries first."""
     entries = re.findall(r"^```\{index\} (.*)$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
     assert [each.strip().lower() for line in entries for each in line.split(",")].count(f"!{word}") == 1
+
+
+@pytest.mark.parametrize(
+    "layer", [each for each in vars(asgl_cuda).values() if isinstance(each, type) and issubclass(each, torch.nn.Module)]
+)
+def test_help_of_a_call(layer: type[torch.nn.Module]):
+    """A method without a docstring shows torch's: to be overridden by all subclasses."""
+    assert "x_seq" in (inspect.getdoc(layer.forward) or "")
 
 
 @pytest.mark.parametrize("name", [*asgl_cuda.__all__, "interop.snntorch.MultiStep"])

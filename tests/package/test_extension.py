@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import asgl_cuda
 from asgl_cuda import backends, extension
 from asgl_cuda.extension import build_notes
 
@@ -79,7 +80,10 @@ DAMAGE = {
         lambda package: [(package / name).unlink() for name in (NOTES, EXTENSION)],
         "it was not built with this installation",
     ),
-    "another torch": (lambda package: note(package, OTHER), f"it was built for torch 1.2.3, and this is torch {HERE}"),
+    "another torch": (
+        lambda package: note(package, OTHER),
+        f"asgl_cuda {asgl_cuda.__version__}+torch1.2.cpu was built for torch 1.2.3, and this is torch {HERE}",
+    ),
     "another Python": (
         lambda package: (package / EXTENSION).rename(package / "_C.another.so"),
         f"this Python loads {EXTENSION}",

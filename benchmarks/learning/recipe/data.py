@@ -121,7 +121,7 @@ class Frames(Samples):
     def _read(self, file: Path) -> tuple[Tensor, int]:
         try:
             if file.suffix == ".pt":
-                content, label = torch.load(file)
+                content, label = torch.load(file, weights_only=True)
             else:
                 content, label = np.load(file)["frames"], self.labels[file.parent.name]
             content, label = torch.as_tensor(content), int(label)

@@ -61,7 +61,7 @@ def checkpoint_of(file: Path, device: torch.device) -> dict[str, Any]:
     """What a checkpoint holds, of this program's or of the authors', who call the network `best_net`."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # theirs may hold the arguments
-            saved = torch.load(file, map_location=device)
+            saved = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # by files, pickle, zipfile and torch
         raise SystemExit(f"{file} is no checkpoint that can be read: {in_a_line(error)}") from None
     if not isinstance(saved, dict) or not ({"network", "settings"} <= saved.keys() or "best_net" in saved):
