@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..checks import read_number, warn_once
 from ..integrator import LeakyIntegrator
 from ..layer import asgl_layers, check_module
-from ..neuron import LIF, BatchNormLIF
+from ..neuron import LIF
 from .calibration import NORMALISATIONS
 
 WIDTH_LR = 0.03
