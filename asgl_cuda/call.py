@@ -368,12 +368,14 @@ def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
         time_dim=time_dim,
         **{name: int(options[name]) for name in FLAGS},
     )
+    found = {name: constants[argument] for name, argument in arguments.items()}
+    values = {name: 0.0 if number is None else number for name, number in found.items()}
     numbers = Numbers(
         residual_gain=options["residual_gain"],
         v_rest=options["v_rest"],
         surrogate_gain=options["surrogate_gain"],
         v_min=options["v_min"] or 0.0,
-        **{name: 0.0 if (value := constants[argument]) is None else value for name, argument in arguments.items()},
+        **values,
     )
     sources = [argument if constants[argument] is None else None for argument in arguments.values()]
     sources = sources if any(sources) else []
