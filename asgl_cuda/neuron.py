@@ -204,6 +204,10 @@ class Neurons(NeuronLayer, Noisy):
             return result.s_seq
         return result
 
+    def _inputs(self, x_seq: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The arguments of `_lif` that a call of the layer gives."""
+        return tensor_of(x_seq, type(self).__name__), {}
+
     def _lif(self, x_seq: Tensor, **options: Any) -> Tensor | LIFOutput:
         """Calls `asgl_cuda.lif`."""
         return computed(_CALLER, x_seq, self._given(x_seq, self.input_gain, **options))
@@ -388,7 +392,6 @@ class LIF(Neurons):
         return self._call(x_seq, **more)
 
     def _inputs(self, x_seq: Tensor, residual: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
-        """The arguments of `_lif` that a call of the layer gives."""
         name, residual = type(self).__name__, tensor_of(residual, type(self).__name__)
         if isinstance(x_seq, Pending) and residual is not None:
             is_sum = isinstance(residual, Tensor) and (residual.shape, residual.dtype) == (x_seq.shape, x_seq.dtype)

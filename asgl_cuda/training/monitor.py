@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..batch_norm import sharing
 from ..layer import some_asgl_layers
 from ..layout import channel_dim
-from ..neuron import LIF, BatchNormLIF
+from ..neuron import LIF, BatchNormLIF, Neurons
 from ..recurrent import RecurrentLIF
 from ..reference import batch_statistics
 from ..surrogate import SURROGATES
@@ -60,12 +60,14 @@ class _Tally:
 
 
 def _shares_of_lif(
-    layer: LIF, x_seq: Tensor, more: dict[str, Any], states: dict[str, Any], rng_state: Tensor | None, s_seq: Tensor
+    layer: Neurons, x_seq: Tensor, more: dict[str, Any], states: dict[str, Any], rng_state: Tensor | None, s_seq: Tensor
 ) -> dict[str, Tensor]:
     """Repeats the call for its potentials, with the same states and noise."""
     generator = None if rng_state is None else torch.Generator(x_seq.device).set_state(rng_state)
     time_dim = layer.time_dim % x_seq.dim()
-    again: Any = layer._lif(x_seq, update=False, generator=generator, return_h_seq=True, **states, **more)
+    if isinstance(layer, LIF):  # whose running statistics a call may update
+        more = {**more, "update": False}
+    again: Any = layer._lif(x_seq, generator=generator, return_h_seq=True, **states, **more)
     h_seq = again.h_seq
     values: list[Any] = [layer._broadcast(each, x_seq, time_dim) for each in (layer.width, layer.v_threshold)]
     # In the dtype of the computation, for equal spikes.
