@@ -133,7 +133,7 @@ def _fake_integrator_backward(grad_v_seq: Tensor, *others: Any) -> BackwardResul
 
 
 def _fake_recurrent_forward(x_seq: Tensor, weight: Tensor, *others: Any) -> ForwardResult:
-    *_, rules, _, wanted = others
+    *_, rules, _, _, wanted = others
     state = state_shape(x_seq, Rules(*rules).time_dim)
     shapes = [x_seq.shape] * 4 + [state] * 3
     return [x_seq.new_empty(x_seq.shape)] + [
@@ -173,7 +173,8 @@ _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementation
     "Tensor?[] parameters, float[] numbers, int[] rules, bool delay, bool[] wanted) -> Tensor[]":
         _fake_integrator_backward,
     "recurrent_forward(Tensor x_seq, Tensor weight, Tensor parameters, Tensor? v_init, Tensor? s_init, Tensor? i_init, "
-    "Tensor? rng_state, float[] numbers, int[] rules, bool has_synapse, bool[] wanted) -> Tensor[]":
+    "Tensor? rng_state, float[] numbers, int[] rules, bool has_synapse, bool detach_recurrent, bool[] wanted) -> "
+    "Tensor[]":
         _fake_recurrent_forward,
     "recurrent_backward(Tensor? grad_s_seq, Tensor? grad_v_seq, Tensor? grad_h_seq, Tensor? grad_v_last, "
     "Tensor? grad_s_last, Tensor? grad_i_last, Tensor h_seq, Tensor emitted, Tensor? i_seq, Tensor weight, "

@@ -88,7 +88,8 @@ class RecurrentFunction(torch.autograd.Function):
     def forward(operator: Any, plan: _Plan, *tensors: Any) -> tuple[Tensor, ...]:
         if operator is None:
             operator = operators_of(plan.backend, tensors).recurrent_forward
-        return tuple(operator(*tensors, plan.numbers, plan.rules, plan.has_synapse, plan.outputs()))
+        of_plan = plan.numbers, plan.rules, plan.has_synapse, plan.detach_recurrent, plan.outputs()
+        return tuple(operator(*tensors, *of_plan))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -117,10 +118,10 @@ class RecurrentFunction(torch.autograd.Function):
 
 def _differentiated(operator: Any, below: Any, *arguments: Any) -> ForwardResult:
     """A bare recurrent_forward with its derivative, which all results have but emitted and i_seq."""
-    *tensors, numbers, rules, has_synapse, wanted = arguments
+    *tensors, numbers, rules, has_synapse, detach_recurrent, wanted = arguments
     _, _, wants_v_seq, _, *wants_last = wanted
     plan = _Plan(
-        backend_of(operator), tuple(numbers), tuple(rules), has_synapse, False, any(wants_last), wants_v_seq,
+        backend_of(operator), tuple(numbers), tuple(rules), has_synapse, detach_recurrent, any(wants_last), wants_v_seq,
         keeps_i_seq=has_synapse, keeps_emitted=True,
     )  # fmt: skip
     s_seq, *outputs = apply_here(RecurrentFunction, below, plan, *tensors)

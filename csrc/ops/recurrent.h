@@ -143,7 +143,8 @@ inline std::vector<Tensor> recurrent_forward_on_cpu(const Tensor& x_seq, const T
                                                     const OptionalTensor& v_init, const OptionalTensor& s_init,
                                                     const OptionalTensor& i_init, const OptionalTensor& rng_state,
                                                     at::ArrayRef<double> numbers, at::IntArrayRef rules,
-                                                    bool has_synapse, std::array<bool, 7> wanted) {
+                                                    bool has_synapse, bool /*detach_recurrent*/,
+                                                    std::array<bool, 7> wanted) {
   const RecurrentCall call(x_seq, weight, parameters, v_init, s_init, i_init, rng_state, numbers, rules, has_synapse);
   std::vector<Tensor> results = {in_huge_pages(at::empty(x_seq.sizes(), x_seq.options()))};
   std::array<Tensor, 7> others;

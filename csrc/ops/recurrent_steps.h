@@ -26,7 +26,8 @@ std::vector<Tensor> recurrent_forward(const Kernels& kernels, const Tensor& x_se
                                       const Tensor& parameters, const OptionalTensor& v_init,
                                       const OptionalTensor& s_init, const OptionalTensor& i_init,
                                       const OptionalTensor& rng_state, at::ArrayRef<double> numbers,
-                                      at::IntArrayRef rules, bool has_synapse, std::array<bool, 7> wanted) {
+                                      at::IntArrayRef rules, bool has_synapse, bool /*detach_recurrent*/,
+                                      std::array<bool, 7> wanted) {
   const RecurrentCall call(x_seq, weight, parameters, v_init, s_init, i_init, rng_state, numbers, rules, has_synapse);
   const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);  // products, too
   const std::vector<Tensor> row = call.parameters().unbind();

@@ -338,6 +338,21 @@ def test_compiled(backend, device):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("detach_recurrent", [False, True])
+def test_exported_and_trained(backend, device, detach_recurrent):
+    """Gradients of an exported program are those of the layer."""
+    layer = asgl_cuda.RecurrentLIF(
+        6, syn_decay=0.5, learn_syn_decay=True, detach_recurrent=detach_recurrent, analog_prob=0.0, backend=backend
+    ).to(device)
+    x_seq = torch.randn(5, 3, 6, device=device)
+    exported = torch.export.export(layer, (x_seq,)).module()
+    modules = layer, exported  # which share their parameters
+    found = [torch.autograd.grad(each(x_seq).square().sum(), list(layer.parameters())) for each in modules]
+    for ours, theirs in zip(*found, strict=True):
+        assert theirs.abs().sum() > 0
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_transforms(backend, device):
     """Vmap over weights, grad inside, and an ensemble of layers, are loops."""
     x_seq, weights = rand(4, 3, 6, device=device), rand(5, 6, 6, device=device)

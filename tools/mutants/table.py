@@ -74,6 +74,9 @@ MUTANTS = {
         'together=True', "neuron/test_recurrent.py noise_under"),
     "recurrent: a width by step passes": recurrent('or value.numel() != count',
         'or False', "neuron/test_recurrent.py errors"),
+    "recurrent: an exported program's gradient through detached spikes": recurrent(
+        "has_synapse, detach_recurrent, any(wants_last)", "has_synapse, False, any(wants_last)",
+        "neuron/test_recurrent.py exported"),
     "recurrent: second derivatives pass": recurrent('with_gaps(once_differentiable(found, inputs), wanted)',
         'with_gaps(found, wanted)', "neuron/test_recurrent.py second"),
     # ---- reference ----
