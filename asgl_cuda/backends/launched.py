@@ -31,12 +31,11 @@ def implement(namespace: str, device: str, launcher: Launcher) -> Any:
     """Defines the operators in this namespace for tensors on `device`, "CPU" or "CUDA".
 
     Returns an object with the operators as functions (csrc/ops/direct_calls.h); None, and operators without kernels,
-    where the extension is missing.
+    where the extension is missing or older.
     """
     define_operators(namespace)
-    if extension.module is None:
-        return None
-    return extension.module.implement(namespace, device, launcher.launch, launcher.resident_threads)
+    with_kernels = getattr(extension.module, "implement", None)
+    return None if with_kernels is None else with_kernels(namespace, device, launcher.launch, launcher.resident_threads)
 
 
 def kernel_names() -> list[str]:

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ..checks import read_number, warn_once
 from ..integrator import LeakyIntegrator
-from ..layer import asgl_layers, check_module
+from ..layer import Settable, asgl_layers, check_module
 from ..neuron import LIF
 from .calibration import NORMALISATIONS
 
@@ -82,7 +82,7 @@ def parameter_groups(
             "training; asgl_cuda.Monitor shows the firing rates",
         )
     layers += (module for module in model.modules() if isinstance(module, LeakyIntegrator))
-    neurons = {id(each): (name, each) for layer in layers for name, each in layer._neuron_parameters()}
+    neurons = {id(each): (name, each) for layer in layers for name, each in _neuron_parameters(layer)}
     norms: dict[int, nn.Parameter] = {}
     if norm_weight_decay is not None:
         norms = {
@@ -103,6 +103,13 @@ def parameter_groups(
         {"name": "widths", "params": widths, "lr": WIDTH_LR, **own},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _neuron_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are neurons'; all of an ASGL layer that is not this package's."""
+    if isinstance(layer, Settable):
+        return layer._neuron_parameters()
+    return list(layer.named_parameters(recurse=False))
 
 
 def _is_likely_silent(model: nn.Module) -> bool:

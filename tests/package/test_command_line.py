@@ -121,7 +121,7 @@ def flip_one(tensor: torch.Tensor) -> torch.Tensor:
 
 def only(monkeypatch, backends):
     """Replaces the table in every module: removing rows would change the order of preference."""
-    for module in ("backends", "call", "integrator", "selfcheck"):
+    for module in ("backends", "call", "integrator", "recurrent", "selfcheck"):
         monkeypatch.setattr(f"asgl_cuda.{module}.BACKENDS", backends)
 
 
@@ -138,6 +138,8 @@ def parameters_grown(result):
         ("lif_backward", parameters_grown, "grad_width"),
         ("integrator_forward", lambda result: (flip_one(result[0]), *result[1:]), "v_seq"),
         ("integrator_backward", parameters_grown, "grad_decay"),
+        ("recurrent_forward", lambda result: (flip_one(result[0]), *result[1:]), "s_seq"),
+        ("recurrent_backward", lambda result: (result[0], 1.1 * result[1], *result[2:]), "grad_weight"),
     ],
     ids=lambda value: value if isinstance(value, str) else "broken",
 )
@@ -150,7 +152,9 @@ def test_check_finds_one_wrong_element(backend, monkeypatch, capsys, operator, b
     assert asgl_cuda.__main__.check() == 1
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith(backend)]
-    of_it = [line for line in lines if ("leaky_integrator" in line) == operator.startswith("integrator")]
+    words = {"integrator": "leaky_integrator", "recurrent": "recurrent_lif"}
+    word = words.get(operator.partition("_")[0])
+    of_it = [line for line in lines if (word in line if word else not any(each in line for each in words.values()))]
     assert of_it
     assert all("MISMATCH" in line and quantity in line for line in of_it)
     assert f"{len(lines) - len(of_it)} cases agree, {len(of_it)} do not" in out
