@@ -224,9 +224,9 @@ def _make_context(driver: Any, device_index: int) -> None:
 
 LAUNCHER = CupyLauncher()
 FUNCTIONS = launched.implement(NAMESPACE, "CUDA", LAUNCHER)
-if extension.build_info is not None and extension.build_info.cuda is None and extension.module is not None:
+if extension.build_info is not None and extension.build_info.cuda is None:
     # No kernels of nvcc's: those of CuPy serve the operators of exported programs and of C++, too.
-    extension.module.implement("asgl_cuda", "CUDA", LAUNCHER.launch, LAUNCHER.resident_threads)
+    launched.give_kernels("asgl_cuda", "CUDA", LAUNCHER)
 
 
 def description() -> str:

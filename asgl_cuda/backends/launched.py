@@ -34,6 +34,11 @@ def implement(namespace: str, device: str, launcher: Launcher) -> Any:
     where the extension is missing or older.
     """
     define_operators(namespace)
+    return give_kernels(namespace, device, launcher)
+
+
+def give_kernels(namespace: str, device: str, launcher: Launcher) -> Any:
+    """The same for operators that are defined."""
     with_kernels = getattr(extension.module, "implement", None)
     return None if with_kernels is None else with_kernels(namespace, device, launcher.launch, launcher.resident_threads)
 
