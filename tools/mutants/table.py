@@ -538,7 +538,7 @@ MUTANTS = {
     # ---- monitor ----
     "monitor: sees what other hooks made": monitor("(self._look, prepend=True)",
         "(self._look)", "layer/test_monitor.py hooks"),
-    "monitor: a second call updates": monitor("x_seq, update=False, generator", "x_seq, update=True, generator",
+    "monitor: a second call updates": monitor('more, "update": False}', 'more, "update": True}',
         "neuron/test_batch_norm_layer.py monitor"),
     "monitor: one spike is none": monitor("(counts == 0).sum()", "(counts <= 1).sum()", "layer/test_monitor.py dead"),
     "monitor: a batch is neurons": monitor("(spikes.dim() > before + 1)", "(spikes.dim() > before + 2)",
