@@ -39,7 +39,6 @@ _CALLER = "asgl_cuda.LIF"
 
 _LEAST_WIDTH, _LARGEST_WIDTH = math.exp(-BOUND), math.exp(BOUND)
 
-
 _LEARNS = dict.fromkeys(("learn_width", "learn_decay", "learn_threshold"), check_bool)
 
 
@@ -86,9 +85,7 @@ class Neurons(NeuronLayer, Noisy):
         if self._counts:
             check_counting(self.v_reset, self.surrogate, caller)
         self._set_analog_prob(given["analog_prob"])
-        learns = check_options(
-            given, dict.fromkeys(("learn_width", "learn_decay", "learn_threshold"), check_bool), caller
-        )
+        learns = check_options(given, _LEARNS, caller)
         # [1] for a whole layer: torch's fully_shard refuses parameters without a dimension.
         empty = partial(torch.empty, self.num_features or 1, device=device, dtype=dtype)
         self.log_width = nn.Parameter(empty()) if learns["learn_width"] and not self._counts else None

@@ -135,7 +135,7 @@ class RepeatedNeurons {
         length_(std::clamp<int64>(kTile / params.neurons, 1, kRecurrentRows) * params.neurons),
         rows_(kRecurrentParameters + 3, length_) {
     for (int id = 0; id < kRecurrentParameters; ++id) fill(params.parameters + id * period_);
-    for (Real& width : span(kRecurrentWidth)) width = inverse_of_width(width);
+    run<InverseLoop<Real>>({rows_.row(kRecurrentWidth), length_});
     std::fill_n(rows_.take(), length_, params.input_gain);
     std::fill_n(rows_.take(), length_, Real(0));
   }
@@ -162,12 +162,6 @@ class RepeatedNeurons {
     Real* row = rows_.take();
     for (int64 n = 0; n < length_; n += period_) std::copy_n(values, period_, row + n);
   }
-  struct Span {
-    Real *first, *last;
-    Real* begin() const { return first; }
-    Real* end() const { return last; }
-  };
-  Span span(int id) { return {rows_.row(id), rows_.row(id) + length_}; }
 
   int64 period_, length_;
   Rows<Real> rows_;
@@ -225,6 +219,14 @@ bool all_finite(const Real* values, int64 length) {
   return result;
 }
 
+// out = a W of a diagonal W
+template <class Real>
+void multiply_diagonal(const Real* a, int64 rows, const Real* weight, int64 neurons, Real* out) {
+  for (int64 row = 0; row < rows; ++row) {
+    run<MultiplyLoop<Real>>({a + row * neurons, {weight, Real(0)}, out + row * neurons, neurons});
+  }
+}
+
 // out = s W^T, [rows, N]
 template <class Scalar>
 class SpikeProduct {
@@ -242,12 +244,7 @@ class SpikeProduct {
 
   // `indices` and `values` have room for as many elements as `s`.
   void multiply(const Real* s, int64 rows, int32_t* indices, Real* values, Real* out) const {
-    if (elementwise_) {
-      for (int64 row = 0; row < rows; ++row) {
-        run<MultiplyLoop<Real>>({s + row * neurons_, {weight_, Real(0)}, out + row * neurons_, neurons_});
-      }
-      return;
-    }
+    if (elementwise_) return multiply_diagonal(s, rows, weight_, neurons_, out);
     std::array<int64, kRecurrentRows> counts{};
     for (int64 row = 0; row < rows && skips_zeros_; ++row) {
       const int64 first = row * neurons_;
@@ -292,9 +289,9 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const SpikeProd
     repeated.for_each_part(chunk, [&](int64 offset, int64 length) {
       run<RecurrentCurrentLoop<Real>>({x + offset, repeated[kRecurrentBias], repeated[kRecurrentSynDecay],
                                        params.has_synapse, current + offset, i + offset, length});
-      run<StepLoop<Real, Model, NeuronRows<Real>>>(
-          {repeated.neurons(), params.options, params.noise.analog_below, length, current + offset,
-           draws + (params.noise.drawn() ? offset : 0), v + offset, v + offset, h + offset, s + offset, Ahead{}});
+      run<StepLoop<Real, Model, NeuronRows<Real>>>({repeated.neurons(), params.options, params.noise.analog_below,
+                                                    length, current + offset, draws + offset, v + offset, v + offset,
+                                                    h + offset, s + offset, Ahead{}});
       if (params.options.scale_output) {
         run<MultiplyLoop<Real>>({s + offset, {repeated[kRecurrentThreshold], Real(0)}, out + offset, length});
       }
@@ -413,10 +410,7 @@ class ChunkBackward {
     }
     has_feedback_ = true;
     if (params_.elementwise) {
-      for (int64 row = 0; row < chunk_.count; ++row) {
-        const int64 offset = row * chunk_.neurons;
-        cpu::run<MultiplyLoop<Real>>({dj_ + offset, {params_.weight, Real(0)}, feedback_ + offset, chunk_.neurons});
-      }
+      multiply_diagonal(dj_, chunk_.count, params_.weight, chunk_.neurons, feedback_);
     } else {
       run_vectors<DenseProductLoop, Real>({dj_, chunk_.count, chunk_.neurons, chunk_.neurons, panels_, feedback_});
     }
@@ -555,7 +549,7 @@ void for_each_chunk(const Params& params, Task&& task) {
   with_model(
       options,
       [&](auto model) {
-        at::parallel_for(0, recurrent_chunks(params), 1, [&](int64_t begin, int64_t end) {
+        at::parallel_for(0, recurrent_chunks(params.batch), 1, [&](int64_t begin, int64_t end) {
           for (int64 index = begin; index < end; ++index) {
             const int64 first = index * kRecurrentRows;
             task(model, Chunk{first, std::min(kRecurrentRows, params.batch - first), params.neurons});

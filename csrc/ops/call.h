@@ -83,6 +83,50 @@ Fields unpacked(at::ArrayRef<Element> list, const char* name) {
   return fields;
 }
 
+// The inverse of unpacked.
+template <class Element = int64_t, class Fields>
+at::ArrayRef<Element> packed(const Fields& fields) {
+  static_assert(std::is_trivially_copyable_v<Fields> && sizeof(Fields) % sizeof(Element) == 0);
+  return {reinterpret_cast<const Element*>(&fields), sizeof(Fields) / sizeof(Element)};
+}
+
+inline void check_noise(const Rules& rules, const OptionalTensor& rng_state, const Tensor& x_seq) {
+  const int64_t below = rules.analog_below;
+  TORCH_CHECK_VALUE(0 <= below && below <= kAnalogBelowInState, "asgl_cuda: analog_below must be in [0, ",
+                    kAnalogBelowInState, "], got ", below);
+  if ((below > 0 && below != kAlwaysAnalog) || rng_state.has_value()) {
+    const int64_t elements = below == kAnalogBelowInState ? 3 : 2;
+    TORCH_CHECK_VALUE(
+        rng_state.has_value() && rng_state->scalar_type() == at::kLong && rng_state->numel() == elements &&
+            rng_state->is_contiguous() && rng_state->device() == x_seq.device(),
+        "asgl_cuda: rng_state must be a contiguous int64 tensor of ", elements, " elements on ", x_seq.device());
+  }
+}
+
+inline NoiseParams noise_of(const Rules& rules, const OptionalTensor& rng_state) {
+  return {rng_state.has_value() ? reinterpret_cast<const int64*>(rng_state->const_data_ptr<int64_t>()) : nullptr,
+          static_cast<uint32>(rules.analog_below)};
+}
+
+template <class Real>
+LIFByOptions<Real> options_of(const Rules& rules, const Numbers& numbers) {
+  return {static_cast<Real>(numbers.v_rest),
+          static_cast<Real>(numbers.surrogate_gain),
+          static_cast<Surrogate>(rules.surrogate),
+          rules.hard_reset != 0,
+          rules.strict_threshold != 0,
+          rules.scale_output != 0,
+          rules.detach_reset != 0,
+          rules.log_width != 0,
+          rules.logit_decay != 0,
+          static_cast<uint16>(rules.levels),
+          static_cast<Real>(numbers.v_min),
+          rules.multi_spike != 0,
+          rules.periodic != 0,
+          rules.floored != 0,
+          static_cast<uint8>(rules.adaptation)};
+}
+
 // The arguments that forward and backward share, checked.
 class Call {
  public:
@@ -114,16 +158,7 @@ class Call {
     }
     TORCH_CHECK_VALUE(0 <= rules_.levels && rules_.levels <= std::numeric_limits<uint16>::max(),
                       "asgl_cuda: levels must have 16 bits, got ", rules_.levels);
-    const int64_t below = rules_.analog_below;
-    TORCH_CHECK_VALUE(0 <= below && below <= kAnalogBelowInState, "asgl_cuda: analog_below must be in [0, ",
-                      kAnalogBelowInState, "], got ", below);
-    if ((below > 0 && below != kAlwaysAnalog) || rng_state.has_value()) {
-      const int64_t elements = below == kAnalogBelowInState ? 3 : 2;
-      TORCH_CHECK_VALUE(
-          rng_state.has_value() && rng_state->scalar_type() == at::kLong && rng_state->numel() == elements &&
-              rng_state->is_contiguous() && rng_state->device() == x_seq.device(),
-          "asgl_cuda: rng_state must be a contiguous int64 tensor of ", elements, " elements on ", x_seq.device());
-    }
+    check_noise(rules_, rng_state, x_seq);
     for (int id = 0; id < kNumParameters; ++id) {
       const OptionalTensor parameter = parameters.get(id);
       if (parameter.has_value()) {
@@ -150,24 +185,8 @@ class Call {
     using Real = Real_t<Scalar>;
     params.shape = layout_.shape();
     for (int id = 0; id < kNumParameters; ++id) params.parameters[id] = view<Real>(id);
-    params.options = {static_cast<Real>(numbers_.v_rest),
-                      static_cast<Real>(numbers_.surrogate_gain),
-                      static_cast<Surrogate>(rules_.surrogate),
-                      rules_.hard_reset != 0,
-                      rules_.strict_threshold != 0,
-                      rules_.scale_output != 0,
-                      rules_.detach_reset != 0,
-                      rules_.log_width != 0,
-                      rules_.logit_decay != 0,
-                      static_cast<uint16>(rules_.levels),
-                      static_cast<Real>(numbers_.v_min),
-                      rules_.multi_spike != 0,
-                      rules_.periodic != 0,
-                      rules_.floored != 0,
-                      static_cast<uint8>(rules_.adaptation)};
-    params.noise = {
-        rng_state_.has_value() ? reinterpret_cast<const int64*>(rng_state_->const_data_ptr<int64_t>()) : nullptr,
-        static_cast<uint32>(rules_.analog_below)};
+    params.options = options_of<Real>(rules_, numbers_);
+    params.noise = noise_of(rules_, rng_state_);
     params.x_seq = const_pointer<Scalar>(x_seq_);
     params.v_init = const_pointer<Real>(v_init_);
     params.residual = const_pointer<Scalar>(residual_);

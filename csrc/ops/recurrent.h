@@ -8,13 +8,6 @@
 
 namespace asgl::ops {
 
-// As a list of the operators.
-template <class Element = int64_t, class Fields>
-at::ArrayRef<Element> packed(const Fields& fields) {
-  static_assert(std::is_trivially_copyable_v<Fields> && sizeof(Fields) % sizeof(Element) == 0);
-  return {reinterpret_cast<const Element*>(&fields), sizeof(Fields) / sizeof(Element)};
-}
-
 // The arguments that forward and backward share, checked. `sequence` is x_seq, or a sequence of its shape.
 class RecurrentCall {
  public:
@@ -26,6 +19,7 @@ class RecurrentCall {
         sequence_(sequence),
         weight_(weight.contiguous()),
         parameters_(parameters.contiguous()),
+        rng_state_(rng_state),
         has_synapse_(has_synapse) {
     TORCH_CHECK_VALUE(sequence.dim() == 3 && sequence.is_contiguous(),
                       "asgl_cuda: x_seq must be contiguous and have 3 dimensions, got shape ", sequence.sizes());
@@ -43,16 +37,7 @@ class RecurrentCall {
     v_init_ = state(v_init, "v_init");
     s_init_ = state(s_init, "s_init");
     i_init_ = state(i_init, "i_init");
-    const int64_t below = rules_.analog_below, elements = below == kAnalogBelowInState ? 3 : 2;
-    TORCH_CHECK_VALUE(0 <= below && below <= kAnalogBelowInState, "asgl_cuda: analog_below must be in [0, ",
-                      kAnalogBelowInState, "], got ", below);
-    if (below > 0 && below != kAlwaysAnalog) {
-      TORCH_CHECK_VALUE(
-          rng_state.has_value() && rng_state->scalar_type() == at::kLong && rng_state->numel() == elements &&
-              rng_state->is_contiguous() && rng_state->device() == sequence.device(),
-          "asgl_cuda: rng_state must be a contiguous int64 tensor of ", elements, " elements on ", sequence.device());
-      rng_state_ = rng_state;
-    }
+    check_noise(rules_, rng_state, sequence);
   }
 
   int64_t batch() const { return sequence_.size(1 - rules_.time_dim); }
@@ -66,7 +51,9 @@ class RecurrentCall {
 
   Tensor empty_sequence() const { return in_huge_pages(at::empty(sequence_.sizes(), real_options())); }
   Tensor empty_state() const { return at::empty({batch(), neurons()}, real_options()); }
-  Tensor zero_state() const { return at::zeros({batch(), neurons()}, real_options()); }
+  Tensor or_zero(const OptionalTensor& state) const {
+    return state.has_value() ? *state : at::zeros({batch(), neurons()}, real_options());
+  }
 
   // The arguments of the operators of the neuron for one step, [1, B, N].
   Rules rules_of_step() const {
@@ -101,17 +88,9 @@ class RecurrentCall {
     // Not strides of the tensor, which are any number where a size is 1.
     params.step_stride = params.neurons * (rules_.time_dim == 0 ? params.batch : 1);
     params.row_stride = params.neurons * (rules_.time_dim == 0 ? 1 : params.steps);
-    params.options.v_rest = static_cast<Real>(numbers_.v_rest);
-    params.options.surrogate_gain = static_cast<Real>(numbers_.surrogate_gain);
-    params.options.surrogate = static_cast<Surrogate>(rules_.surrogate);
-    params.options.hard_reset = rules_.hard_reset != 0;
-    params.options.strict_threshold = rules_.strict_threshold != 0;
-    params.options.scale_output = rules_.scale_output != 0;
-    params.options.detach_reset = rules_.detach_reset != 0;
+    params.options = options_of<Real>(rules_, numbers_);
     params.input_gain = static_cast<Real>(numbers_.constants[kInputGain]);
-    params.noise = {
-        rng_state_.has_value() ? reinterpret_cast<const int64*>(rng_state_->const_data_ptr<int64_t>()) : nullptr,
-        static_cast<uint32>(rules_.analog_below)};
+    params.noise = noise_of(rules_, rng_state_);
     params.elementwise = weight_.dim() == 1;
     params.has_synapse = has_synapse_;
     params.weight = weight_.const_data_ptr<Real>();
@@ -134,7 +113,7 @@ class RecurrentCall {
   Rules rules_;
   Numbers numbers_;
   Tensor sequence_, weight_, parameters_;
-  OptionalTensor v_init_, s_init_, i_init_, rng_state_;
+  OptionalTensor rng_state_, v_init_, s_init_, i_init_;
   bool has_synapse_;
 };
 
@@ -195,7 +174,7 @@ inline std::vector<Tensor> recurrent_backward_on_cpu(
   const Tensor grad_v_init = wants_v_init ? call.empty_state() : Tensor();
   const Tensor grad_s_init = wants_s_init ? call.empty_state() : Tensor();
   const Tensor grad_i_init = wants_i_init ? call.empty_state() : Tensor();
-  const int64_t chunks = (call.batch() + kRecurrentRows - 1) / kRecurrentRows;
+  const int64_t chunks = recurrent_chunks(call.batch());
   const Tensor sums = wants_sums ? at::zeros({chunks, kRecurrentSums, call.neurons()}, at::kDouble) : Tensor();
   if (!call.empty()) {
     with_scalar(type, [&](auto scalar) {

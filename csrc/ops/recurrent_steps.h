@@ -36,7 +36,7 @@ std::vector<Tensor> recurrent_forward(const Kernels& kernels, const Tensor& x_se
   const c10::List<OptionalTensor> neuron = call.neuron(row[kRecurrentDecay]);
   const Rules rules_of_step = call.rules_of_step();
   OptionalTensor v = v_init;
-  Tensor s = s_init.value_or(call.zero_state()), i = i_init.value_or(call.zero_state());
+  Tensor s = call.or_zero(s_init), i = has_synapse ? call.or_zero(i_init) : Tensor();
   std::array<std::vector<Tensor>, 4> sequences;  // emitted, h, v and i
   for (size_t t = 0; t < steps.size(); ++t) {
     const Tensor j = steps[t] + (weighted(s, call.weight()) + row[kRecurrentBias]);
@@ -150,7 +150,7 @@ std::vector<Tensor> recurrent_backward(const Kernels& kernels, const OptionalTen
   }
   const OptionalTensor of_states[] = {dv, feedback, di};
   for (size_t k = 0; k < 3; ++k) {
-    if (wanted[3 + k]) results.push_back(of_states[k].value_or(call.zero_state()).clone());
+    if (wanted[3 + k]) results.push_back(call.or_zero(of_states[k]).clone());
   }
   return results;
 }

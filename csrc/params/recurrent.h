@@ -67,9 +67,6 @@ struct RecurrentBackwardParams : RecurrentParams<Scalar> {
 
 // Rows of the batch that a task computes through all steps, whose state and weight then stay in the cache.
 constexpr int64 kRecurrentRows = 16;
-template <class Params>
-int64 recurrent_chunks(const Params& params) {
-  return (params.batch + kRecurrentRows - 1) / kRecurrentRows;
-}
+inline int64 recurrent_chunks(int64 batch) { return (batch + kRecurrentRows - 1) / kRecurrentRows; }
 
 }  // namespace asgl

@@ -560,7 +560,7 @@ CPU_MUTANTS = {
         "no gradient through the synapse": recurrent("args.di[n] = @ * dj", "args.syn_decay[n]", "Real(0)"),
         "noise of the first step": recurrent("(rng_state_[1]) + @)", "static_cast<uint64>(t)", "uint64(0)"),
         "noise of the first rows": recurrent("draws + (@)", "first - 4 * group", "int64(0)"),
-        "noise of the chunk's first rows": recurrent("draws + (@)", "params.noise.drawn() ? offset : 0", "int64(0)"),
+        "noise of the chunk's first rows": recurrent("draws + @,", "offset", "int64(0)"),
         "zeros hide a NaN of the weight": recurrent(
             "(elementwise_ || @)", "all_finite(params.weight, params.neurons * params.neurons)", "true"
         ),

@@ -79,7 +79,7 @@ class Trial {
     gh_ = input<Real>(random_.toss(), elements, -1, 1);
     for (Buffer<Real>* each : {&gv_last_, &gs_last_, &gi_last_}) *each = input<Real>(random_.toss(), states, -1, 1);
     if (!params_.has_synapse) gi_last_ = {};
-    const int64 chunks = recurrent_chunks(params_);
+    const int64 chunks = recurrent_chunks(params_.batch);
     Buffer<double> sums(random_.once_in(3) ? 0 : chunks * kRecurrentSums * shape_.neurons, 0);
     for (int64 i = 0; i < sums.size(); ++i) sums.set(i, 0);
     Buffer<Real> dj(elements, 0), d_weight(params_.elementwise || random_.once_in(3) ? 0 : weight_.size(), 0);
