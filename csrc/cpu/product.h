@@ -7,7 +7,8 @@
 #include <immintrin.h>
 #endif
 
-#include <cmath>
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -64,7 +65,7 @@ ASGL_HOST_DEVICE void load(const Real* from, Vector& to) {
   std::memcpy(&to, from, sizeof(Vector));
 }
 
-// Columns of a panel: a matrix [depth, columns] is stored as [columns / kPanel, depth, kPanel], padded by zeros, so
+// Columns of a panel: a matrix [depth, columns] is stored as [columns / kPanel, depth, kPanel], padded, so
 // that a panel's rows follow each other in the cache. Two vectors of the widest kind.
 template <class Real>
 constexpr int64 kPanel = 128 / static_cast<int64>(sizeof(Real));
@@ -74,32 +75,52 @@ int64 panels_size(int64 depth, int64 columns) {
   return (columns + kPanel<Real> - 1) / kPanel<Real> * kPanel<Real> * depth;
 }
 
-// Stores the matrix whose element (k, j) is matrix[k * row_stride + j * column_stride] in panels, which are zero.
+// Copies `count` elements, up to kMost.
+template <int64 kMost, class Real>
+ASGL_HOST_DEVICE void copy(const void* from, void* to, int64 count) {
+  if (count >= kMost) {
+    std::memcpy(to, from, kMost * sizeof(Real));
+  } else {
+    std::memcpy(to, from, static_cast<size_t>(count) * sizeof(Real));
+  }
+}
+
+// Stores the matrix whose element (k, j) is matrix[k * row_stride + j * column_stride] in panels. What pads them is left
+// as it is, and enters no result.
 template <class Real>
 void fill_panels(const Real* matrix, int64 row_stride, int64 column_stride, int64 depth, int64 columns, Real* panels) {
   for (int64 first = 0; first < columns; first += kPanel<Real>) {
-    const int64 width = columns - first < kPanel<Real> ? columns - first : kPanel<Real>;
+    const int64 width = std::min(columns - first, kPanel<Real>);
     Real* panel = panels + first * depth;
     for (int64 k = 0; k < depth; ++k) {
       const Real* row = matrix + k * row_stride + first * column_stride;
-      for (int64 j = 0; j < width; ++j) panel[k * kPanel<Real> + j] = row[j * column_stride];
+      Real* to = panel + k * kPanel<Real>;
+      if (column_stride == 1) {
+        copy<kPanel<Real>, Real>(row, to, width);
+      } else {
+        for (int64 j = 0; j < width; ++j) to[j] = row[j * column_stride];
+      }
     }
   }
 }
 
-// out[i, j] = sum over k of a[i, k] * b[k, j]
+// The rows of a product at most.
+constexpr int64 kProductRows = 16;
+
+// out[i, j] (+)= sum over k of a[i, k] * b[k, j]
 template <class Real>
-struct DenseProduct {
-  const Real* a;  // [rows, depth]
-  int64 rows, depth, columns;
-  const Real* panels;  // of b
-  Real* out;           // [rows, columns]
+struct Product {
+  const Real* a;                         // [rows, depth]
+  int64 a_stride, rows, depth, columns;  // a_stride: elements between rows of a
+  const Real* panels;                    // of b
+  bool accumulate;
+  Real* out;  // [rows, columns]
 };
 
 // In tiles of six rows and two vectors: twelve sums in registers hide the latency of an addition.
 template <class Real, int kBytes>
 struct DenseProductLoop {
-  using Args = DenseProduct<Real>;
+  using Args = Product<Real>;
   using Vector = typename VectorOf<Real, kBytes>::type;
   static constexpr int64 kLanes = kBytes / static_cast<int64>(sizeof(Real)), kColumns = 2 * kLanes;
   static_assert(kPanel<Real> % kColumns == 0);
@@ -117,40 +138,34 @@ struct DenseProductLoop {
  private:
   template <int kRows>
   static ASGL_HOST_DEVICE void tile(const Args& args, int64 row, int64 column) {
-    const int64 in_panel = column % kPanel<Real>;
+    const int64 in_panel = column % kPanel<Real>, width = args.columns - column;
     const Real* b = args.panels + (column - in_panel) * args.depth + in_panel;
-    const Real* a = args.a + row * args.depth;
+    const Real* a = args.a + row * args.a_stride;
+    Real* out = args.out + row * args.columns + column;
     Vector sums[kRows][2] = {};
+    for (int i = 0; i < kRows && args.accumulate; ++i) copy<kColumns, Real>(out + i * args.columns, &sums[i], width);
     for (int64 k = 0; k < args.depth; ++k) {
       Vector b0, b1;
       load(b + k * kPanel<Real>, b0);
       load(b + k * kPanel<Real> + kLanes, b1);
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i) {
-        const Vector factor = a[i * args.depth + k] - Vector{};
+        const Vector factor = a[i * args.a_stride + k] - Vector{};
         multiply_add(factor, b0, sums[i][0]);
         multiply_add(factor, b1, sums[i][1]);
       }
     }
-    const int64 width = args.columns - column < kColumns ? args.columns - column : kColumns;
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-      Real* out = args.out + (row + i) * args.columns + column;
-      std::memcpy(out, &sums[i], width == kColumns ? sizeof(sums[i]) : static_cast<size_t>(width) * sizeof(Real));
-    }
+    for (int i = 0; i < kRows; ++i) copy<kColumns, Real>(&sums[i], out + i * args.columns, width);
   }
 };
 
-// out[j] (+)= sum over n of values[n] * b[indices[n], j]
+// A product of one row of which only the listed elements count.
 template <class Real>
 struct GatheredProduct {
+  Product<Real> product;
   const int32_t* indices;
-  const Real* values;
-  int64 count, columns;
-  const Real* b;
-  int64 row_stride, panel_stride;  // of b: elements between rows, and between panels of kPanel columns
-  bool accumulate;
-  Real* out;
+  int64 count;
 };
 
 template <class Real, int kBytes>
@@ -161,45 +176,34 @@ struct GatheredProductLoop {
 
   static ASGL_HOST_DEVICE void run(Args args) {
     int64 column = 0;
-    for (; column + 8 * kLanes <= args.columns; column += 8 * kLanes) block<8>(args, column);
-    for (; column + 2 * kLanes <= args.columns; column += 2 * kLanes) block<2>(args, column);
-    for (; column < args.columns; ++column) single(args, column);
+    for (; column + 8 * kLanes <= args.product.columns; column += 8 * kLanes) block<8>(args, column);
+    for (; column < args.product.columns; column += 2 * kLanes) block<2>(args, column);
   }
 
  private:
-  static ASGL_HOST_DEVICE const Real* at(const Args& args, int64 column) {
-    return args.b + column / kPanel<Real> * args.panel_stride + column % kPanel<Real>;
-  }
-
   template <int kVectors>
   static ASGL_HOST_DEVICE void block(const Args& args, int64 column) {
+    const Product<Real>& product = args.product;
+    const int64 width = product.columns - column;
     Vector sums[kVectors] = {};
-    Real* out = args.out + column;
-    if (args.accumulate) std::memcpy(&sums, out, sizeof(sums));
+    if (product.accumulate) copy<kVectors * kLanes, Real>(product.out + column, &sums, width);
     const Real* b[kVectors];
 #pragma GCC unroll 8
-    for (int i = 0; i < kVectors; ++i) b[i] = at(args, column + i * kLanes);
+    for (int i = 0; i < kVectors; ++i) {
+      const int64 in_panel = (column + i * kLanes) % kPanel<Real>;
+      b[i] = product.panels + (column + i * kLanes - in_panel) * product.depth + in_panel;
+    }
     for (int64 n = 0; n < args.count; ++n) {
-      const int64 offset = args.indices[n] * args.row_stride;
-      const Vector factor = args.values[n] - Vector{};
+      const int64 k = args.indices[n];
+      const Vector factor = product.a[k] - Vector{};
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors; ++i) {
         Vector row;
-        load(b[i] + offset, row);
+        load(b[i] + k * kPanel<Real>, row);
         multiply_add(factor, row, sums[i]);
       }
     }
-    std::memcpy(out, &sums, sizeof(sums));
-  }
-
-  static ASGL_HOST_DEVICE void single(const Args& args, int64 column) {
-    const Real* b = at(args, column);
-    Real sum = args.accumulate ? args.out[column] : Real(0);
-    for (int64 n = 0; n < args.count; ++n) {
-      const Real element = b[args.indices[n] * args.row_stride];
-      sum = kBytes > 16 ? std::fma(args.values[n], element, sum) : args.values[n] * element + sum;
-    }
-    args.out[column] = sum;
+    copy<kVectors * kLanes, Real>(&sums, product.out + column, width);
   }
 };
 
@@ -220,23 +224,88 @@ void run_vectors(const typename Loop<Real, 16>::Args& args) {
   run_baseline<Loop<Real, 16>>(args);
 }
 
-// Lists the elements of a row that are not zero; NaN is listed. Returns their number.
+// Lists the elements of a row that are not zero, from `first` on; NaN is listed. Returns the length of the list.
 template <class Real>
-int64 list_nonzero(const Real* row, int64 length, int32_t* indices, Real* values) {
+int64 list_nonzero_after(int64 first, const Real* row, int64 length, int32_t* indices, int64 count) {
   using Bits = std::conditional_t<sizeof(Real) == 4, uint32, uint64>;
-  int64 count = 0;
-  for (int64 i = 0; i < length; ++i) {
+  for (int64 i = first; i < length; ++i) {
     indices[count] = static_cast<int32_t>(i);
-    values[count] = row[i];
     count += (bit_cast<Bits>(row[i]) << 1) != 0;  // without the sign
   }
   return count;
 }
 
+#if defined(__x86_64__)
+// The positions of the bits of each byte, a byte each.
+constexpr auto kPositions = [] {
+  std::array<uint64, 256> positions{};
+  for (int byte = 0; byte < 256; ++byte) {
+    for (int bit = 7; bit >= 0; --bit) {
+      if ((byte >> bit & 1) != 0) positions[byte] = positions[byte] << 8 | static_cast<uint64>(bit);
+    }
+  }
+  return positions;
+}();
+
+__attribute__((target("avx2"))) inline int which_nonzero(const float* row) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(row), _mm256_setzero_ps(), _CMP_NEQ_UQ));
+}
+__attribute__((target("avx2"))) inline int which_nonzero(const double* row) {
+  const __m256d zero = _mm256_setzero_pd();
+  return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(row), zero, _CMP_NEQ_UQ)) |
+         _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(row + 4), zero, _CMP_NEQ_UQ)) << 4;
+}
+
+// Eight elements at once, without a branch: 0.1 ns an element instead of 1.
 template <class Real>
-int64 list_all(const Real* row, int64 length, int32_t* indices, Real* values) {
-  for (int64 i = 0; i < length; ++i) indices[i] = static_cast<int32_t>(i), values[i] = row[i];
-  return length;
+__attribute__((target("avx2,popcnt"))) int64 list_nonzero_avx2(const Real* row, int64 length, int32_t* indices) {
+  int64 count = 0, i = 0;
+  for (; i + 8 <= length; i += 8) {
+    const int which = which_nonzero(row + i);
+    const __m256i positions = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kPositions[which])));
+    const __m256i elements = _mm256_add_epi32(positions, _mm256_set1_epi32(static_cast<int>(i)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(indices + count), elements);
+    count += __builtin_popcount(static_cast<unsigned>(which));
+  }
+  return list_nonzero_after(i, row, length, indices, count);
+}
+#endif
+
+// `indices` has room for all elements.
+template <class Real>
+int64 list_nonzero(const Real* row, int64 length, int32_t* indices) {
+#if defined(__x86_64__)
+  if (instruction_set() != InstructionSet::kBaseline) return list_nonzero_avx2(row, length, indices);
+#endif
+  return list_nonzero_after(0, row, length, indices, 0);
+}
+
+// A gathered element takes the time of four in a dense product: 10 and 40 GMAC/s in float32 on one core with AVX2.
+constexpr int64 kDenseShare = 4;
+
+// By the elements of a that are not zero, if few are not and `skips_zeros`: zeros may be left out where all of b is
+// finite. `indices` has room for all of a.
+template <class Real>
+void multiply(const Product<Real>& product, bool skips_zeros, int32_t* indices) {
+  const auto row_of = [&](int64 row) {
+    Product<Real> one = product;
+    one.rows = 1;
+    one.a += row * product.a_stride;
+    one.out += row * product.columns;
+    return one;
+  };
+  std::array<int64, kProductRows> counts;
+  int64 total = 0;
+  for (int64 row = 0; row < product.rows && skips_zeros; ++row) {
+    counts[row] = list_nonzero(product.a + row * product.a_stride, product.depth, indices + row * product.depth);
+    total += counts[row];
+  }
+  if (!skips_zeros || total * kDenseShare > product.rows * product.depth) {
+    return run_vectors<DenseProductLoop, Real>(product);
+  }
+  for (int64 row = 0; row < product.rows; ++row) {
+    run_vectors<GatheredProductLoop, Real>({row_of(row), indices + row * product.depth, counts[row]});
+  }
 }
 
 }  // namespace asgl::cpu

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <array>
-#include <numeric>
 #include <vector>
 
 #include "cpu/loops.h"
@@ -18,9 +17,6 @@
 
 namespace asgl::cpu {
 namespace {
-
-// A gathered element takes the time of four in a dense product: 10 and 40 GMAC/s in float32 on one core with AVX2.
-constexpr int64 kDenseShare = 4;
 
 // i[t] and the current j[t] = x[t] + (product + bias), which it replaces.
 template <class Real>
@@ -82,47 +78,59 @@ struct ResetLoop {
   }
 };
 
-// The rows [first, first + count) of the batch.
-struct Chunk {
-  int64 first, count, neurons;
+// The gradient of what was emitted: scale * g + feedback, where scale is v_threshold or 1.
+template <class Real>
+struct SpikeGradientLoop {
+  struct Args {
+    const Real* g;
+    Operand<Real> scale;
+    const Real* feedback;
+    Real* out;
+    int64 length;
+  };
 
-  int64 length() const { return count * neurons; }
-
-  // Calls f(element of a sequence, offset, length) for each contiguous piece of step t: all rows, or one.
-  template <class Params, class F>
-  void for_each_piece(const Params& params, int64 t, F&& f) const {
-    const int64 rows = params.row_stride == neurons ? count : 1;
-    for (int64 row = 0; row < count; row += rows) {
-      f(t * params.step_stride + (first + row) * params.row_stride, row * neurons, rows * neurons);
+  template <bool kRow>
+  static ASGL_HOST_DEVICE void loop(Args args) {
+#pragma GCC ivdep
+    for (int64 n = 0; n < args.length; ++n) {
+      args.out[n] = args.g[n] * args.scale.template at<kRow>(n) + args.feedback[n];
     }
   }
+
+  static ASGL_HOST_DEVICE void run(Args args) { args.scale.row != nullptr ? loop<true>(args) : loop<false>(args); }
 };
 
-template <class Params, class From, class To>
-void read_rows(const Params& params, const Chunk& chunk, int64 t, const From* sequence, To* rows) {
-  chunk.for_each_piece(params, t, [&](int64 element, int64 offset, int64 length) {
-    run<ConvertLoop<From, To>>({sequence + element, rows + offset, length});
-  });
+// Rows of the batch: a tile of `count` times N neurons.
+struct Chunk : Tile {
+  int64 count;
+
+  template <class Scalar>
+  Chunk(const RecurrentParams<Scalar>& params, int64 index)
+      : Tile(params.shape(), index, kRecurrentRows * params.neurons), count(length / params.neurons) {}
+};
+
+// The rows of a state [B, N]; where there is none, `buffer`, filled.
+template <class Real>
+const Real* state_or(const Real* state, const Chunk& chunk, Real otherwise, Real* buffer) {
+  if (state != nullptr) return state + chunk.first;
+  std::fill_n(buffer, chunk.length, otherwise);
+  return buffer;
 }
 
-template <class Params, class From, class To>
-void write_rows(const Params& params, const Chunk& chunk, int64 t, const From* rows, To* sequence) {
-  if (sequence == nullptr) return;
-  chunk.for_each_piece(params, t, [&](int64 element, int64 offset, int64 length) {
-    run<ConvertLoop<From, To>>({rows + offset, sequence + element, length});
-  });
-}
-
+// In a buffer that steps update.
 template <class Real>
 void read_state(const Real* state, const Chunk& chunk, Real otherwise, Real* rows) {
-  if (state == nullptr) return std::fill_n(rows, chunk.length(), otherwise), void();
-  std::copy_n(state + chunk.first * chunk.neurons, chunk.length(), rows);
+  const Real* from = state_or(state, chunk, otherwise, rows);
+  if (from != rows) std::copy_n(from, chunk.length, rows);
 }
 
 template <class Real>
 void write_state(const Real* rows, const Chunk& chunk, Real* state) {
-  if (state != nullptr) std::copy_n(rows, chunk.length(), state + chunk.first * chunk.neurons);
+  if (state != nullptr) std::copy_n(rows, chunk.length, state + chunk.first);
 }
+
+// Elements of a loop at least, whose operands stay in the L1 cache.
+constexpr int64 kPart = 256;
 
 // The parameters of adjacent rows of the batch, repeated for each, so that loops are long.
 template <class Scalar>
@@ -132,7 +140,7 @@ class RepeatedNeurons {
  public:
   explicit RepeatedNeurons(const RecurrentParams<Scalar>& params)
       : period_(params.neurons),
-        length_(std::clamp<int64>(kTile / params.neurons, 1, kRecurrentRows) * params.neurons),
+        length_(std::clamp<int64>(kPart / params.neurons, 1, kRecurrentRows) * params.neurons),
         rows_(kRecurrentParameters + 3, length_) {
     for (int id = 0; id < kRecurrentParameters; ++id) fill(params.parameters + id * period_);
     run<InverseLoop<Real>>({rows_.row(kRecurrentWidth), length_});
@@ -152,8 +160,8 @@ class RepeatedNeurons {
   // Calls f(offset, length) for parts of a chunk.
   template <class F>
   void for_each_part(const Chunk& chunk, F&& f) const {
-    for (int64 offset = 0; offset < chunk.length(); offset += length_) {
-      f(offset, std::min(length_, chunk.length() - offset));
+    for (int64 offset = 0; offset < chunk.length; offset += length_) {
+      f(offset, std::min(length_, chunk.length - offset));
     }
   }
 
@@ -182,12 +190,12 @@ class ChunkNoise {
   const uint16* row(const Chunk& chunk, int64 t) {
     const auto* draws = reinterpret_cast<const uint16*>(rows_.row(0));
     if (!drawn_) return draws;
-    const int64 first = chunk.first * chunk.neurons, group = first / 4 / kNoiseGroups * kNoiseGroups;
+    const int64 group = chunk.first / 4 / kNoiseGroups * kNoiseGroups;
     const int64 state[2] = {rng_state_[0],
                             static_cast<int64>(static_cast<uint64>(rng_state_[1]) + static_cast<uint64>(t))};
-    const int64 groups = (first + chunk.length() + 3) / 4 - group;
+    const int64 groups = (chunk.first + chunk.length + 3) / 4 - group;
     run<NoiseLoop>({noise_key(state), static_cast<uint64>(group), groups, 0, rows_.row(0), rows_.row(1)});
-    return draws + (first - 4 * group);
+    return draws + (chunk.first - 4 * group);
   }
 
  private:
@@ -242,24 +250,11 @@ class SpikeProduct {
     if (!elementwise_) fill_panels(weight_, 1, neurons_, neurons_, neurons_, panels_.data());
   }
 
-  // `indices` and `values` have room for as many elements as `s`.
-  void multiply(const Real* s, int64 rows, int32_t* indices, Real* values, Real* out) const {
+  // `indices` has room for as many elements as `s`.
+  void multiply(const Real* s, int64 rows, int32_t* indices, Real* out) const {
     if (elementwise_) return multiply_diagonal(s, rows, weight_, neurons_, out);
-    std::array<int64, kRecurrentRows> counts{};
-    for (int64 row = 0; row < rows && skips_zeros_; ++row) {
-      const int64 first = row * neurons_;
-      counts[row] = list_nonzero(s + first, neurons_, indices + first, values + first);
-    }
-    const int64 spikes = std::accumulate(counts.begin(), counts.end(), int64{0});
-    if (!skips_zeros_ || spikes * kDenseShare > rows * neurons_) {
-      return run_vectors<DenseProductLoop, Real>({s, rows, neurons_, neurons_, panels_.data(), out});
-    }
-    for (int64 row = 0; row < rows; ++row) {
-      const int64 first = row * neurons_;
-      run_vectors<GatheredProductLoop, Real>({indices + first, values + first, counts[row], neurons_, panels_.data(),
-                                              kPanel<Real>, neurons_ * kPanel<Real>, /*accumulate=*/false,
-                                              out + first});
-    }
+    cpu::multiply<Real>({s, neurons_, rows, neurons_, neurons_, panels_.data(), /*accumulate=*/false, out},
+                        skips_zeros_, indices);
   }
 
  private:
@@ -273,18 +268,26 @@ template <class Model, class Scalar>
 void forward_chunk(const RecurrentForwardParams<Scalar>& params, const SpikeProduct<Scalar>& product,
                    const Chunk& chunk) {
   using Real = Real_t<Scalar>;
-  Rows<Real> rows(8, chunk.length());
-  Real *x = rows.take(), *current = rows.take(), *v = rows.take(), *i = rows.take(), *h = rows.take();
-  Real *s = rows.take(), *out = rows.take(), *values = rows.take();
-  std::vector<int32_t> indices(static_cast<size_t>(chunk.length()));
+  Rows<Real> buffers(7, chunk.length);
+  Real *const x_buffer = buffers.take(), *const current_buffer = buffers.take(), *const h_buffer = buffers.take();
+  Real *const s_buffer = buffers.take(), *const out_buffer = buffers.take();
+  Real *const v = buffers.take(), *const i = buffers.take();
+  std::vector<int32_t> indices(static_cast<size_t>(chunk.length));
   RepeatedNeurons<Scalar> repeated(params);
   ChunkNoise<Scalar> noise(params);
   read_state(params.v_init, chunk, params.options.v_rest, v);
-  read_state(params.s_init, chunk, Real(0), s);
   read_state(params.i_init, chunk, Real(0), i);
+  const Real* s_before = state_or(params.s_init, chunk, Real(0), s_buffer);
+  const bool scales = params.options.scale_output;
   for (int64 t = 0; t < params.steps; ++t) {
-    product.multiply(s, chunk.count, indices.data(), values, current);
-    read_rows(params, chunk, t, params.x_seq, x);
+    Real* const current = start_row(params.i_seq, chunk, t, current_buffer);
+    product.multiply(s_before, chunk.count, indices.data(), current);
+    const Real* const x = read_row(params.x_seq, chunk, t, x_buffer);
+    Real* const h = start_row(params.h_seq, chunk, t, h_buffer);
+    Real* const out = start_row(params.s_seq, chunk, t, scales ? out_buffer : s_buffer);
+    Real* const s = params.emitted != nullptr ? start_row(params.emitted, chunk, t, s_buffer)
+                    : scales                  ? s_buffer
+                                              : out;
     const uint16* draws = noise.row(chunk, t);
     repeated.for_each_part(chunk, [&](int64 offset, int64 length) {
       run<RecurrentCurrentLoop<Real>>({x + offset, repeated[kRecurrentBias], repeated[kRecurrentSynDecay],
@@ -292,18 +295,17 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const SpikeProd
       run<StepLoop<Real, Model, NeuronRows<Real>>>({repeated.neurons(), params.options, params.noise.analog_below,
                                                     length, current + offset, draws + offset, v + offset, v + offset,
                                                     h + offset, s + offset, Ahead{}});
-      if (params.options.scale_output) {
-        run<MultiplyLoop<Real>>({s + offset, {repeated[kRecurrentThreshold], Real(0)}, out + offset, length});
-      }
+      if (scales) run<MultiplyLoop<Real>>({s + offset, {repeated[kRecurrentThreshold], Real(0)}, out + offset, length});
     });
-    write_rows(params, chunk, t, params.options.scale_output ? out : s, params.s_seq);
-    write_rows(params, chunk, t, s, params.emitted);
-    write_rows(params, chunk, t, h, params.h_seq);
-    write_rows(params, chunk, t, v, params.v_seq);
-    write_rows(params, chunk, t, current, params.i_seq);
+    finish_row(scales ? out : s, params.s_seq, chunk, t);
+    finish_row(s, params.emitted, chunk, t);
+    finish_row(h, params.h_seq, chunk, t);
+    finish_row(v, params.v_seq, chunk, t);
+    finish_row(current, params.i_seq, chunk, t);
+    s_before = s;
   }
   write_state(v, chunk, params.v_last);
-  write_state(s, chunk, params.s_last);
+  write_state(s_before, chunk, params.s_last);
   write_state(i, chunk, params.i_last);
 }
 
@@ -321,37 +323,38 @@ class ChunkBackward {
     read_state(params_.grad_v_last, chunk_, Real(0), dv_);
     read_state(params_.grad_i_last, chunk_, Real(0), di_);
     read_state(params_.grad_s_last, chunk_, Real(0), feedback_);
-    carried_ = params_.grad_v_last != nullptr;
-    has_feedback_ = params_.grad_s_last != nullptr;
+    std::fill_n(zeros_, chunk_.length, Real(0));
     std::fill_n(sums_, kRecurrentSums * sums_stride(), Real(0));
+    carried_ = params_.grad_v_last != nullptr;
     read_before(params_.steps);
     for (int64 t = params_.steps - 1; t >= 0; --t) walk_back(t);
     write_state(dv_, chunk_, params_.grad_v_init);
     write_state(di_, chunk_, params_.grad_i_init);
-    if (params_.grad_s_init != nullptr) {
-      if (!has_feedback_) std::fill_n(feedback_, chunk_.length(), Real(0));
-      write_state(feedback_, chunk_, params_.grad_s_init);
-    }
+    write_state(feedback_, chunk_, params_.grad_s_init);
     if (params_.grad_parameters != nullptr) store_sums();
   }
 
  private:
+  // What a step left: v is that of h and s, but for v_init.
+  struct Step {
+    const Real *h, *s, *v, *i;
+  };
+
   int64 sums_stride() const { return repeated_.length(); }
   Real* sums(int id) { return sums_ + id * sums_stride(); }
 
   bool wants_syn_decay() const { return params_.grad_parameters != nullptr && params_.i_seq != nullptr; }
 
-  // What the step before t left, in the buffers of t's parity.
+  // What the step before t left, in place or in the buffers of t's parity.
   void read_before(int64 t) {
     if (t == 0) {
-      read_state(params_.v_init, chunk_, params_.options.v_rest, v_);
-      read_state(params_.s_init, chunk_, Real(0), s_[0]);
-      read_state(params_.i_init, chunk_, Real(0), i_);
+      before_ = {nullptr, state_or(params_.s_init, chunk_, Real(0), s_[0]),
+                 state_or(params_.v_init, chunk_, params_.options.v_rest, h_[0]),
+                 state_or(params_.i_init, chunk_, Real(0), i_)};
       return;
     }
-    if (wants_syn_decay()) read_rows(params_, chunk_, t - 1, params_.i_seq, i_);
-    read_rows(params_, chunk_, t - 1, params_.h_seq, h_[t % 2]);
-    read_rows(params_, chunk_, t - 1, params_.emitted, s_[t % 2]);
+    before_ = {read_row(params_.h_seq, chunk_, t - 1, h_[t % 2]), read_row(params_.emitted, chunk_, t - 1, s_[t % 2]),
+               nullptr, wants_syn_decay() ? read_row(params_.i_seq, chunk_, t - 1, i_) : nullptr};
   }
 
   void accumulate(int id, int64 length, Real factor, const Real* a, Operand<Real> b, Operand<Real> c = {nullptr, 0}) {
@@ -359,90 +362,83 @@ class ChunkBackward {
   }
 
   void walk_back(int64 t) {
-    const Real *h = h_[(t + 1) % 2], *s = s_[(t + 1) % 2];
-    const bool scales = params_.options.scale_output;
+    const Step now = before_;
     read_before(t);
-    if (params_.grad_s_seq != nullptr) {
-      read_rows(params_, chunk_, t, params_.grad_s_seq, g_);
-    } else {
-      std::fill_n(g_, chunk_.length(), Real(0));
-    }
-    if (params_.grad_h_seq != nullptr) read_rows(params_, chunk_, t, params_.grad_h_seq, gh_);
+    const bool scales = params_.options.scale_output;
+    const Real* g = params_.grad_s_seq == nullptr ? zeros_ : read_row(params_.grad_s_seq, chunk_, t, g_);
+    const Real* gh = params_.grad_h_seq == nullptr ? zeros_ : read_row(params_.grad_h_seq, chunk_, t, gh_);
     if (params_.grad_v_seq != nullptr) {
-      read_rows(params_, chunk_, t, params_.grad_v_seq, dh_);
-      cpu::run<AccumulateLoop<Real>>({chunk_.length(), Real(1), dh_, kOne, kZero, dv_});
+      const Real* gv = read_row(params_.grad_v_seq, chunk_, t, gv_);
+      cpu::run<AccumulateLoop<Real>>({chunk_.length, Real(1), gv, kOne, kZero, dv_});
       carried_ = true;
     }
+    Real* const dj = start_row(params_.grad_j_seq, chunk_, t, dj_);
     repeated_.for_each_part(chunk_, [&](int64 offset, int64 length) {
       const Operand<Real> v_threshold = {repeated_[kRecurrentThreshold], Real(0)};
       if (scales && params_.grad_parameters != nullptr) {
-        accumulate(kRecurrentThreshold, length, Real(1), g_ + offset, {s + offset, Real(0)});
+        accumulate(kRecurrentThreshold, length, Real(1), g + offset, {now.s + offset, Real(0)});
       }
-      if (scales) cpu::run<MultiplyLoop<Real>>({g_ + offset, v_threshold, g_ + offset, length});
-      if (has_feedback_) {
-        cpu::run<AccumulateLoop<Real>>({length, Real(1), feedback_ + offset, kOne, kZero, g_ + offset});
-      }
+      cpu::run<SpikeGradientLoop<Real>>(
+          {g + offset, scales ? v_threshold : kOne, feedback_ + offset, d_emitted_, length});
       cpu::run<AdjointLoop<Real, Model, NeuronRows<Real>, Sums::kNone>>({.neurons = repeated_.neurons(),
                                                                          .options = params_.options,
                                                                          .length = length,
                                                                          .carried = carried_,
-                                                                         .g = g_ + offset,
-                                                                         .gh = gh_ + offset,
-                                                                         .h = h + offset,
-                                                                         .s = s + offset,
+                                                                         .g = d_emitted_,
+                                                                         .gh = gh + offset,
+                                                                         .h = now.h + offset,
+                                                                         .s = now.s + offset,
                                                                          .dv = dv_ + offset,
-                                                                         .d_reset = d_reset_ + offset,
-                                                                         .distance = distance_ + offset,
-                                                                         .dy = dy_ + offset,
-                                                                         .dh = dh_ + offset,
-                                                                         .dx = dj_ + offset,
+                                                                         .d_reset = d_reset_,
+                                                                         .distance = distance_,
+                                                                         .dy = dy_,
+                                                                         .dh = dh_,
+                                                                         .dx = dj + offset,
                                                                          .ahead = {}});
       if (params_.has_synapse) {
-        cpu::run<SynapseAdjointLoop<Real>>({repeated_[kRecurrentSynDecay], dj_ + offset, di_ + offset, length});
+        cpu::run<SynapseAdjointLoop<Real>>({repeated_[kRecurrentSynDecay], dj + offset, di_ + offset, length});
       }
-      if (params_.grad_parameters != nullptr) add_gradients(t, offset, length);
+      if (params_.grad_parameters != nullptr) add_gradients(dj, offset, length);
     });
     carried_ = true;
-    write_rows(params_, chunk_, t, dj_, params_.grad_j_seq);
-    if (params_.detach_recurrent || (t == 0 && params_.grad_s_init == nullptr)) {
-      has_feedback_ = false;
-      return;
-    }
-    has_feedback_ = true;
-    if (params_.elementwise) {
-      multiply_diagonal(dj_, chunk_.count, params_.weight, chunk_.neurons, feedback_);
-    } else {
-      run_vectors<DenseProductLoop, Real>({dj_, chunk_.count, chunk_.neurons, chunk_.neurons, panels_, feedback_});
+    finish_row(dj, params_.grad_j_seq, chunk_, t);
+    if (params_.detach_recurrent) {
+      std::fill_n(feedback_, chunk_.length, Real(0));
+    } else if (params_.elementwise) {
+      multiply_diagonal(dj, chunk_.count, params_.weight, params_.neurons, feedback_);
+    } else if (t > 0 || params_.grad_s_init != nullptr) {
+      run_vectors<DenseProductLoop, Real>({dj, params_.neurons, chunk_.count, params_.neurons, params_.neurons, panels_,
+                                           /*accumulate=*/false, feedback_});
     }
   }
 
-  void add_gradients(int64 t, int64 offset, int64 length) {
-    accumulate(kRecurrentWidth, length, Real(1), dy_ + offset, {distance_ + offset, Real(0)});
-    accumulate(kRecurrentThreshold, length, Real(-1), dy_ + offset, {repeated_[kRecurrentWidth], Real(0)});
-    if (carried_) accumulate(kRecurrentReset, length, Real(1), d_reset_ + offset, kOne);
-    accumulate(kRecurrentBias, length, Real(1), dj_ + offset, kOne);
-    if (t > 0) {
-      cpu::run<ResetLoop<Real, Model>>(
-          {repeated_.neurons(), h_[t % 2] + offset, s_[t % 2] + offset, v_ + offset, length});
+  void add_gradients(const Real* dj, int64 offset, int64 length) {
+    const Operand<Real> one = {nullptr, Real(1)};
+    accumulate(kRecurrentWidth, length, Real(1), dy_, {distance_, Real(0)});
+    accumulate(kRecurrentThreshold, length, Real(-1), dy_, {repeated_[kRecurrentWidth], Real(0)});
+    if (carried_) accumulate(kRecurrentReset, length, Real(1), d_reset_, one);
+    accumulate(kRecurrentBias, length, Real(1), dj + offset, one);
+    if (before_.v == nullptr) {
+      cpu::run<ResetLoop<Real, Model>>({repeated_.neurons(), before_.h + offset, before_.s + offset, v_, length});
     }
-    accumulate(kRecurrentDecay, length, Real(1), dh_ + offset, {v_ + offset, Real(0)},
-               {nullptr, params_.options.v_rest});
-    if (wants_syn_decay()) accumulate(kRecurrentSynDecay, length, Real(1), dj_ + offset, {i_ + offset, Real(0)});
+    const Real* v = before_.v == nullptr ? v_ : before_.v + offset;
+    accumulate(kRecurrentDecay, length, Real(1), dh_, {v, Real(0)}, {nullptr, params_.options.v_rest});
+    if (wants_syn_decay()) accumulate(kRecurrentSynDecay, length, Real(1), dj + offset, {before_.i + offset, Real(0)});
     if (params_.elementwise) {
-      accumulate(kRecurrentWeight, length, Real(1), dj_ + offset, {s_[t % 2] + offset, Real(0)});
+      accumulate(kRecurrentWeight, length, Real(1), dj + offset, {before_.s + offset, Real(0)});
     }
   }
 
   void store_sums() {
-    double* totals = params_.grad_parameters + chunk_.first / kRecurrentRows * kRecurrentSums * chunk_.neurons;
+    double* totals = params_.grad_parameters + chunk_.index * kRecurrentSums * params_.neurons;
     for (int id = 0; id < kRecurrentSums; ++id) {
       for (int64 n = 0; n < sums_stride(); ++n) {
-        totals[id * chunk_.neurons + n % chunk_.neurons] += static_cast<double>(sums(id)[n]);
+        totals[id * params_.neurons + n % params_.neurons] += static_cast<double>(sums(id)[n]);
       }
     }
-    for (int64 n = 0; n < chunk_.neurons; ++n) {  // from the gradient of 1 / width
-      double& width = totals[kRecurrentWidth * chunk_.neurons + n];
-      width = gradient_of_width(width, static_cast<double>(params_.parameters[kRecurrentWidth * chunk_.neurons + n]));
+    for (int64 n = 0; n < params_.neurons; ++n) {  // from the gradient of 1 / width
+      double& width = totals[kRecurrentWidth * params_.neurons + n];
+      width = gradient_of_width(width, static_cast<double>(params_.parameters[kRecurrentWidth * params_.neurons + n]));
     }
   }
 
@@ -452,92 +448,62 @@ class ChunkBackward {
   const Real* panels_;
   Chunk chunk_;
   RepeatedNeurons<Scalar> repeated_{params_};
-  Rows<Real> rows_{16, chunk_.length()};
+  Rows<Real> rows_{13, chunk_.length};
   Real *const h_[2] = {rows_.take(), rows_.take()}, *const s_[2] = {rows_.take(), rows_.take()};
-  Real *const v_ = rows_.take(), *const g_ = rows_.take(), *const dv_ = rows_.take(), *const di_ = rows_.take();
-  Real *const feedback_ = rows_.take(), *const d_reset_ = rows_.take(), *const distance_ = rows_.take();
-  Real *const dy_ = rows_.take(), *const dh_ = rows_.take(), *const dj_ = rows_.take(), *const i_ = rows_.take();
-  Real* const gh_ = [this] {
-    Real* row = rows_.take();
-    std::fill_n(row, chunk_.length(), Real(0));
-    return row;
-  }();
-  Rows<Real> sums_rows_{1, kRecurrentSums * repeated_.length()};
-  Real* const sums_ = sums_rows_.take();
-  bool carried_ = false, has_feedback_ = false;
+  Real *const g_ = rows_.take(), *const gh_ = rows_.take(), *const gv_ = rows_.take(), *const i_ = rows_.take();
+  Real *const dj_ = rows_.take(), *const zeros_ = rows_.take();
+  Real *const dv_ = rows_.take(), *const di_ = rows_.take(), *const feedback_ = rows_.take();
+  Rows<Real> parts_{6 + kRecurrentSums, repeated_.length()};
+  Real *const d_emitted_ = parts_.take(), *const d_reset_ = parts_.take(), *const distance_ = parts_.take();
+  Real *const dy_ = parts_.take(), *const dh_ = parts_.take(), *const v_ = parts_.take();
+  Real* const sums_ = parts_.take(kRecurrentSums);
+  Step before_{};
+  bool carried_ = false;
 };
 
-// The sequence's rows, [N] each, in memory order. s[t-1] is `lag` rows before dj[t].
+// The weight's gradient of the presynaptic neurons [first, last), from blocks of rows of the sequence, [N] each, in
+// memory order: dj of a block stays in the L2 cache, 256 KiB for 256 neurons.
 template <class Scalar>
-struct SequenceRows {
-  const RecurrentBackwardParams<Scalar>& params;
-  int64 lag = params.step_stride / params.neurons, count = params.steps * params.batch;
-
-  std::vector<Real_t<Scalar>> zeros = std::vector<Real_t<Scalar>>(params.neurons);
-
-  // s[t-1], [N]
-  const Real_t<Scalar>* spikes_before(int64 row) const {
-    if (row / lag % params.steps > 0) return params.emitted + (row - lag) * params.neurons;
-    if (params.s_init == nullptr) return zeros.data();
-    return params.s_init + (lag == 1 ? row / params.steps : row) * params.neurons;
-  }
-};
-
-// The weight's gradient of the presynaptic neurons [first, last), from the rows in which they spiked. `finite`: whether
-// all of dj is, for each block of rows.
-constexpr int64 kRowsInBlock = 256;  // whose dj for 256 neurons takes 256 KiB
-template <class Scalar>
-void weight_gradient(const RecurrentBackwardParams<Scalar>& params, const uint8* finite, int64 first, int64 last) {
+void weight_gradient(const RecurrentBackwardParams<Scalar>& params, int64 first, int64 last) {
   using Real = Real_t<Scalar>;
-  const SequenceRows<Scalar> rows{params};
-  const int64 neurons = params.neurons, width = last - first;
-  // Lists of the rows in which a neuron spiked, at a stride that is no power of two: else they share cache lines.
-  constexpr int64 kStride = kRowsInBlock + 16, kLine = 64 / static_cast<int64>(sizeof(Real));
-  std::vector<int32_t> indices(static_cast<size_t>(width * kStride)), spiking(static_cast<size_t>(width));
-  std::vector<Real> values(indices.size()), spikes(spiking.size()), transposed(static_cast<size_t>(width * neurons));
-  std::vector<int64> counts(spiking.size());
-  for (int64 begin = 0; begin < rows.count; begin += kRowsInBlock) {
-    const int64 end = std::min(rows.count, begin + kRowsInBlock);
-    std::fill(counts.begin(), counts.end(), 0);
-    for (int64 row = begin; row < end; ++row) {
-      // A task reads a part of each row, which hardware prefetchers do not expect.
-      const Real *s = rows.spikes_before(row) + first, *ahead = rows.spikes_before(std::min(row + 8, rows.count - 1));
-      for (int64 k = first; k < last; k += kLine) __builtin_prefetch(ahead + k);
-      const int64 count = finite[begin / kRowsInBlock] != 0 ? list_nonzero(s, width, spiking.data(), spikes.data())
-                                                            : list_all(s, width, spiking.data(), spikes.data());
-      for (int64 n = 0; n < count; ++n) {
-        const int64 slot = spiking[n] * kStride + counts[spiking[n]]++;
-        indices[slot] = static_cast<int32_t>(row - begin);
-        values[slot] = spikes[n];
+  constexpr int64 kBlock = 256, kStride = kBlock + 16;  // no power of two: else rows share cache lines
+  const int64 neurons = params.neurons, count = params.steps * params.batch;
+  const int64 lag = params.batch_first ? 1 : params.batch;  // s[t-1] is as many rows before dj[t]
+  const std::vector<Real> zeros(static_cast<size_t>(neurons));
+  const auto spikes_before = [&](int64 row) -> const Real* {
+    if (row / lag % params.steps > 0) return params.emitted + (row - lag) * neurons;
+    if (params.s_init == nullptr) return zeros.data();
+    return params.s_init + (params.batch_first ? row / params.steps : row) * neurons;
+  };
+  std::array<const Real*, kBlock> s;
+  std::vector<Real> panels(static_cast<size_t>(panels_size<Real>(kBlock, neurons)));
+  std::vector<Real> spikes(kProductRows * kStride), transposed(static_cast<size_t>((last - first) * neurons));
+  std::vector<int32_t> indices(kProductRows * kBlock);
+  for (int64 begin = 0; begin < count; begin += kBlock) {
+    const int64 rows = std::min(kBlock, count - begin);
+    const Real* dj = params.grad_j_seq + begin * neurons;
+    const bool skips_zeros = all_finite(dj, rows * neurons);
+    fill_panels(dj, neurons, 1, rows, neurons, panels.data());
+    for (int64 row = 0; row < rows; ++row) s[row] = spikes_before(begin + row);
+    for (int64 k = first; k < last; k += kProductRows) {
+      const int64 width = std::min(kProductRows, last - k);
+      for (int64 row = 0; row < rows; ++row) {
+        for (int64 i = 0; i < width; ++i) spikes[i * kStride + row] = s[row][k + i];
       }
-    }
-    for (int64 k = 0; k < width; ++k) {
-      run_vectors<GatheredProductLoop, Real>({&indices[k * kStride], &values[k * kStride], counts[k], neurons,
-                                              params.grad_j_seq + begin * neurons, neurons, kPanel<Real>,
-                                              /*accumulate=*/true, &transposed[k * neurons]});
+      multiply<Real>({spikes.data(), kStride, width, rows, neurons, panels.data(), /*accumulate=*/true,
+                      &transposed[(k - first) * neurons]},
+                     skips_zeros, indices.data());
     }
   }
-  for (int64 k = 0; k < width; ++k) {
-    for (int64 n = 0; n < neurons; ++n) params.grad_weight[n * neurons + first + k] = transposed[k * neurons + n];
+  for (int64 k = first; k < last; ++k) {
+    for (int64 n = 0; n < neurons; ++n) params.grad_weight[n * neurons + k] = transposed[(k - first) * neurons + n];
   }
 }
 
 template <class Scalar>
 void weight_gradient(const RecurrentBackwardParams<Scalar>& params) {
-  constexpr int64 kNeuronsAtOnce = 32;
-  const int64 rows = params.steps * params.batch, blocks = (rows + kRowsInBlock - 1) / kRowsInBlock;
-  std::vector<uint8> finite(static_cast<size_t>(blocks));
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64 block = begin; block < end; ++block) {
-      const int64 first = block * kRowsInBlock, count = std::min(kRowsInBlock, rows - first);
-      finite[block] = all_finite(params.grad_j_seq + first * params.neurons, count * params.neurons);
-    }
-  });
-  at::parallel_for(0, (params.neurons + kNeuronsAtOnce - 1) / kNeuronsAtOnce, 1, [&](int64_t begin, int64_t end) {
-    for (int64 part = begin; part < end; ++part) {
-      weight_gradient(params, finite.data(), part * kNeuronsAtOnce,
-                      std::min(params.neurons, (part + 1) * kNeuronsAtOnce));
-    }
+  at::parallel_for(0, (params.neurons + kProductRows - 1) / kProductRows, 1, [&](int64_t begin, int64_t end) {
+    weight_gradient(params, begin * kProductRows, std::min(params.neurons, end * kProductRows));
   });
 }
 
@@ -551,8 +517,7 @@ void for_each_chunk(const Params& params, Task&& task) {
       [&](auto model) {
         at::parallel_for(0, recurrent_chunks(params.batch), 1, [&](int64_t begin, int64_t end) {
           for (int64 index = begin; index < end; ++index) {
-            const int64 first = index * kRecurrentRows;
-            task(model, Chunk{first, std::min(kRecurrentRows, params.batch - first), params.neurons});
+            task(model, Chunk(params, index));
           }
         });
       },

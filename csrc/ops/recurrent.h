@@ -85,9 +85,7 @@ class RecurrentCall {
     params.steps = sequence_.size(rules_.time_dim);
     params.batch = batch();
     params.neurons = neurons();
-    // Not strides of the tensor, which are any number where a size is 1.
-    params.step_stride = params.neurons * (rules_.time_dim == 0 ? params.batch : 1);
-    params.row_stride = params.neurons * (rules_.time_dim == 0 ? 1 : params.steps);
+    params.batch_first = rules_.time_dim == 1;
     params.options = options_of<Real>(rules_, numbers_);
     params.input_gain = static_cast<Real>(numbers_.constants[kInputGain]);
     params.noise = noise_of(rules_, rng_state_);

@@ -26,12 +26,12 @@ enum RecurrentParameterId : int {
   kRecurrentSums
 };
 
-// Sequences are [T, B, N] with these strides, states and gradients of states [B, N].
+// Sequences are [T, B, N], or [B, T, N]; states and gradients of states [B, N].
 template <class Scalar>
 struct RecurrentParams {
   using Real = Real_t<Scalar>;
   int64 steps, batch, neurons;
-  int64 step_stride, row_stride;  // elements between steps, and between rows of the batch
+  bool batch_first;
   LIFByOptions<Real> options;
   Real input_gain;
   NoiseParams noise;  // step t draws as a sequence of one step with rng_state [seed, offset + t]
@@ -40,6 +40,10 @@ struct RecurrentParams {
   const Real* weight;
   const Real* parameters;
   const Real *v_init, *s_init, *i_init;  // null: v_rest, 0 and 0
+
+  SequenceShape shape() const {
+    return batch_first ? SequenceShape{batch, steps, neurons} : SequenceShape{1, steps, batch * neurons};
+  }
 };
 
 // Null outputs are not stored.

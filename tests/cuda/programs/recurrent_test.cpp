@@ -127,8 +127,7 @@ class Trial {
     params.steps = shape_.steps;
     params.batch = shape_.batch;
     params.neurons = shape_.neurons;
-    params.step_stride = shape_.neurons * (batch_first_ ? 1 : shape_.batch);
-    params.row_stride = shape_.neurons * (batch_first_ ? shape_.steps : 1);
+    params.batch_first = batch_first_;
     params.options.v_rest = Real(random_.toss() ? 0 : -0.1);
     params.options.surrogate_gain = 1;
     params.options.surrogate = random_.toss() ? Surrogate::kRectangle : Surrogate::kSigmoid;
@@ -147,7 +146,7 @@ class Trial {
     asgl::with_model(static_cast<const NeuronOptions<Real>&>(params_.options), f, std::integer_sequence<int, 0, 2>{});
   }
 
-  int64 element(int64 b, int64 n, int64 t) const { return t * params_.step_stride + b * params_.row_stride + n; }
+  int64 element(int64 b, int64 n, int64 t) const { return params_.shape().element(b * shape_.neurons + n, t); }
   Real parameter(int id, int64 n) const { return parameters_.data()[id * shape_.neurons + n]; }
   Neuron<Real> neuron(int64 n) const {
     return {parameter(kRecurrentDecay, n),
