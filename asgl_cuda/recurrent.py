@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -21,9 +22,9 @@ from .checks import (
     check_int,
     check_keywords,
     check_name,
-    check_not_nan,
     check_sizes,
     check_v_init,
+    check_values,
 )
 from .derivatives import DERIVATIVES
 from .functional import LIF_DEFAULTS
@@ -32,13 +33,14 @@ from .learned import Logarithm, Logit
 from .neuron import LIF, Neurons
 from .ops import ForwardResult, with_gaps
 from .pending import tensor_of
-from .reference import recurrent_reference
+from .reference import Numbers, recurrent_reference
 from .transforms import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
 
 _CALLER = "asgl_cuda.recurrent_lif"
 # Rules of `lif` that recurrent neurons lack.
 _WITHOUT = {"residual", "residual_gain", "levels", "multi_spike", "v_min"}
 _NEURON = [name for name in NeuronArguments.__annotations__ if name not in _WITHOUT]
+_ROWS = "width", "decay", "v_threshold", "v_reset", "reset_amount"
 
 
 class RecurrentLIFOutput(NamedTuple):
@@ -199,9 +201,7 @@ def recurrent_lif(
     memory and learning-to-learn in networks of spiking neurons, NeurIPS 2018; Cramer, Stradmann, Schemmel, Zenke: The
     Heidelberg spiking data sets for the systematic evaluation of spiking neural networks, IEEE TNNLS 2022.
     """
-    for name in sorted(_WITHOUT & neuron.keys()):
-        raise TypeError(f"{_CALLER}: recurrent neurons have no {name}")
-    check_keywords(neuron, [*_NEURON, *(recurrent_lif.__kwdefaults__ or {})], _CALLER)
+    _check_options(neuron, [*_NEURON, *(recurrent_lif.__kwdefaults__ or {})], _CALLER)
     recurrence = _Recurrence(weight, bias, syn_decay, s_init, i_init, detach_recurrent)
     given: Arguments = {**LIF_DEFAULTS, **neuron, "input_gain": input_gain}
     return _computed(tensor_of(x_seq, _CALLER), recurrence, given)
@@ -218,8 +218,15 @@ class _Recurrence(NamedTuple):
     detach_recurrent: bool
 
 
-def _check(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> None:
-    """Refuses what does not fit x_seq."""
+def _check_options(given: Mapping[str, Any], known: Collection[str], caller: str) -> None:
+    """Refuses options that recurrent neurons lack, and unknown ones."""
+    for name in sorted(_WITHOUT & given.keys()):
+        raise TypeError(f"{caller}: recurrent neurons have no {name}")
+    check_keywords(given, known, caller)
+
+
+def _check(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
+    """Refuses what does not fit x_seq, also where `lif` would take it. Returns syn_decay, 0 if no constant."""
     time_dim = check_input(x_seq, neuron["time_dim"], _CALLER)
     if x_seq.dim() != 3 or time_dim > 1:
         raise ValueError(
@@ -230,6 +237,10 @@ def _check(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> None:
     _check_shape("weight", given.weight, x_seq, [count, count], [count])
     if given.bias is not None:
         _check_shape("bias", given.bias, x_seq, [count])
+    rows = {**{name: neuron[name] for name in _ROWS}, "syn_decay": given.syn_decay}
+    for name, value in rows.items():
+        if isinstance(value, Tensor) and value.numel() != 1 and (value.shape[-1] != count or value.numel() != count):
+            raise ValueError(f"{_CALLER}: {name} must have one value or shape [{count}], got {list(value.shape)}")
     check_bool("detach_recurrent", given.detach_recurrent, _CALLER)
     check_finite("input_gain", neuron["input_gain"], _CALLER)
     if given.i_init is not None and given.syn_decay is None:
@@ -237,6 +248,9 @@ def _check(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> None:
     for name, state in (("s_init", given.s_init), ("i_init", given.i_init)):
         if state is not None:
             check_v_init(state, x_seq, time_dim, _CALLER, name)
+    if given.syn_decay is None:
+        return 0.0
+    return check_values(rows, ["syn_decay"], x_seq, _CALLER)["syn_decay"] or 0.0
 
 
 def _check_shape(name: str, value: Tensor, x_seq: Tensor, *shapes: list[int]) -> None:
@@ -246,36 +260,30 @@ def _check_shape(name: str, value: Tensor, x_seq: Tensor, *shapes: list[int]) ->
     check_device(name, value, x_seq, _CALLER)
 
 
-def _row(name: str, value: Any, x_seq: Tensor) -> Tensor:
-    """One value for each neuron, `[N]`."""
+def _row(value: Any, constant: float, x_seq: Tensor) -> Tensor:
+    """One value for each neuron, `[N]`: those of a tensor, or the constant."""
     count, real = x_seq.shape[2], real_type(x_seq.dtype)
     if isinstance(value, (Logarithm, Logit)):
         value = value.value()
-    if not isinstance(value, Tensor):
-        number = check_not_nan(name, value, _CALLER, "a float or a tensor")
-        return torch.full((count,), number, dtype=real, device=x_seq.device)
-    check_floating(name, value, _CALLER)
-    check_device(name, value, x_seq, _CALLER)
-    if value.numel() != 1 and (value.shape[-1] != count or value.numel() != count):
-        raise ValueError(f"{_CALLER}: {name} must have one value or shape [{count}], got {list(value.shape)}")
-    return value.to(real).reshape(-1).expand(count)
+    if isinstance(value, Tensor):
+        return value.to(real).reshape(-1).expand(count)
+    return torch.full((count,), constant, dtype=real, device=x_seq.device)
 
 
-def _parameters(x_seq: Tensor, given: _Recurrence, neuron: Any) -> Tensor:
-    """The operators' parameters, `[6, N]`."""
+def _parameters(x_seq: Tensor, given: _Recurrence, neuron: Any, numbers: Numbers, syn_decay: float) -> Tensor:
+    """The operators' parameters, `[6, N]`, of checked values and their constants."""
     reset = next(name for name in ("v_reset", "reset_amount", "v_threshold") if neuron[name] is not None)
-    rows = [_row(name, neuron[name], x_seq) for name in ("width", "decay", "v_threshold", reset)]
-    rows.append(_row("bias", 0.0 if given.bias is None else given.bias, x_seq))
-    rows.append(_row("syn_decay", 0.0 if given.syn_decay is None else given.syn_decay, x_seq))
-    return torch.stack(rows)
+    values = *(neuron[name] for name in ("width", "decay", "v_threshold", reset)), given.bias, given.syn_decay
+    constants = numbers.width, numbers.decay, numbers.v_threshold, numbers.reset, 0.0, syn_decay
+    return torch.stack([_row(*each, x_seq) for each in zip(values, constants, strict=True)])
 
 
 def _computed(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> Tensor | RecurrentLIFOutput:
     """The result of `recurrent_lif`; width, decay and syn_decay may be a Logarithm and Logits."""
-    _check(x_seq, given, neuron)
-    parameters = _parameters(x_seq, given, neuron)
+    syn_decay = _check(x_seq, given, neuron)
     call = checked_call(_CALLER, x_seq, neuron, together=False)
-    real, has_synapse, numbers = parameters.dtype, given.syn_decay is not None, call.plan.numbers
+    real, has_synapse, numbers = call.plan.real, given.syn_decay is not None, call.plan.numbers
+    parameters = _parameters(x_seq, given, neuron, numbers, syn_decay)
     rules = call.plan.rules.changed(log_width=0, logit_decay=0)
     wants_v_last, wants_v_seq, wants_h_seq = call.plan.wanted
     states = [None if state is None else state.to(real) for state in (call.v_init, given.s_init, given.i_init)]
@@ -371,7 +379,7 @@ class RecurrentLIF(Neurons):
         super().__init__()
         caller = self._caller
         defaults = LIF.__init__.__kwdefaults__ or {}
-        check_keywords(lif_options, [name for name in defaults if name not in _WITHOUT], caller)
+        _check_options(lif_options, [name for name in defaults if name not in _WITHOUT], caller)
         (count,) = check_sizes("hidden_size", check_int("hidden_size", hidden_size, caller), caller)
         given = {**defaults, **lif_options, "device": device, "dtype": dtype}
         self._set_up_neurons({**given, "num_features": None if given["granularity"] == "layer" else count})

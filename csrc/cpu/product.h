@@ -85,8 +85,8 @@ ASGL_HOST_DEVICE void copy(const void* from, void* to, int64 count) {
   }
 }
 
-// Stores the matrix whose element (k, j) is matrix[k * row_stride + j * column_stride] in panels. What pads them is left
-// as it is, and enters no result.
+// Stores the matrix whose element (k, j) is matrix[k * row_stride + j * column_stride] in panels. What pads them is
+// left as it is, and enters no result.
 template <class Real>
 void fill_panels(const Real* matrix, int64 row_stride, int64 column_stride, int64 depth, int64 columns, Real* panels) {
   for (int64 first = 0; first < columns; first += kPanel<Real>) {

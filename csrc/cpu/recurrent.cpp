@@ -9,10 +9,8 @@
 #include <array>
 #include <vector>
 
-#include "cpu/loops.h"
-#include "cpu/philox_simd.h"
 #include "cpu/product.h"
-#include "cpu/rows.h"
+#include "cpu/tile.h"
 #include "launch.h"
 
 namespace asgl::cpu {
@@ -117,21 +115,6 @@ const Real* state_or(const Real* state, const Chunk& chunk, Real otherwise, Real
   return buffer;
 }
 
-// In a buffer that steps update.
-template <class Real>
-void read_state(const Real* state, const Chunk& chunk, Real otherwise, Real* rows) {
-  const Real* from = state_or(state, chunk, otherwise, rows);
-  if (from != rows) std::copy_n(from, chunk.length, rows);
-}
-
-template <class Real>
-void write_state(const Real* rows, const Chunk& chunk, Real* state) {
-  if (state != nullptr) std::copy_n(rows, chunk.length, state + chunk.first);
-}
-
-// Elements of a loop at least, whose operands stay in the L1 cache.
-constexpr int64 kPart = 256;
-
 // The parameters of adjacent rows of the batch, repeated for each, so that loops are long.
 template <class Scalar>
 class RepeatedNeurons {
@@ -140,7 +123,7 @@ class RepeatedNeurons {
  public:
   explicit RepeatedNeurons(const RecurrentParams<Scalar>& params)
       : period_(params.neurons),
-        length_(std::clamp<int64>(kPart / params.neurons, 1, kRecurrentRows) * params.neurons),
+        length_(std::clamp<int64>(kTile / params.neurons, 1, kRecurrentRows) * params.neurons),
         rows_(kRecurrentParameters + 3, length_) {
     for (int id = 0; id < kRecurrentParameters; ++id) fill(params.parameters + id * period_);
     run<InverseLoop<Real>>({rows_.row(kRecurrentWidth), length_});
@@ -235,6 +218,8 @@ void multiply_diagonal(const Real* a, int64 rows, const Real* weight, int64 neur
   }
 }
 
+static_assert(kRecurrentRows <= kProductRows);
+
 // out = s W^T, [rows, N]
 template <class Scalar>
 class SpikeProduct {
@@ -275,8 +260,8 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const SpikeProd
   std::vector<int32_t> indices(static_cast<size_t>(chunk.length));
   RepeatedNeurons<Scalar> repeated(params);
   ChunkNoise<Scalar> noise(params);
-  read_state(params.v_init, chunk, params.options.v_rest, v);
-  read_state(params.i_init, chunk, Real(0), i);
+  load_state(params.v_init, chunk.first, params.options.v_rest, chunk.length, v);
+  load_state(params.i_init, chunk.first, Real(0), chunk.length, i);
   const Real* s_before = state_or(params.s_init, chunk, Real(0), s_buffer);
   const bool scales = params.options.scale_output;
   for (int64 t = 0; t < params.steps; ++t) {
@@ -285,9 +270,7 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const SpikeProd
     const Real* const x = read_row(params.x_seq, chunk, t, x_buffer);
     Real* const h = start_row(params.h_seq, chunk, t, h_buffer);
     Real* const out = start_row(params.s_seq, chunk, t, scales ? out_buffer : s_buffer);
-    Real* const s = params.emitted != nullptr ? start_row(params.emitted, chunk, t, s_buffer)
-                    : scales                  ? s_buffer
-                                              : out;
+    Real* const s = params.emitted != nullptr ? start_row(params.emitted, chunk, t, s_buffer) : scales ? s_buffer : out;
     const uint16* draws = noise.row(chunk, t);
     repeated.for_each_part(chunk, [&](int64 offset, int64 length) {
       run<RecurrentCurrentLoop<Real>>({x + offset, repeated[kRecurrentBias], repeated[kRecurrentSynDecay],
@@ -304,9 +287,9 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const SpikeProd
     finish_row(current, params.i_seq, chunk, t);
     s_before = s;
   }
-  write_state(v, chunk, params.v_last);
-  write_state(s_before, chunk, params.s_last);
-  write_state(i, chunk, params.i_last);
+  store_state(v, chunk.length, params.v_last, chunk.first);
+  store_state(s_before, chunk.length, params.s_last, chunk.first);
+  store_state(i, chunk.length, params.i_last, chunk.first);
 }
 
 // Backward of a chunk, with the sums of its parameters' gradients.
@@ -320,17 +303,17 @@ class ChunkBackward {
       : params_(params), panels_(panels), chunk_(chunk) {}
 
   void run() {
-    read_state(params_.grad_v_last, chunk_, Real(0), dv_);
-    read_state(params_.grad_i_last, chunk_, Real(0), di_);
-    read_state(params_.grad_s_last, chunk_, Real(0), feedback_);
+    load_state(params_.grad_v_last, chunk_.first, Real(0), chunk_.length, dv_);
+    load_state(params_.grad_i_last, chunk_.first, Real(0), chunk_.length, di_);
+    load_state(params_.grad_s_last, chunk_.first, Real(0), chunk_.length, feedback_);
     std::fill_n(zeros_, chunk_.length, Real(0));
     std::fill_n(sums_, kRecurrentSums * sums_stride(), Real(0));
     carried_ = params_.grad_v_last != nullptr;
     read_before(params_.steps);
     for (int64 t = params_.steps - 1; t >= 0; --t) walk_back(t);
-    write_state(dv_, chunk_, params_.grad_v_init);
-    write_state(di_, chunk_, params_.grad_i_init);
-    write_state(feedback_, chunk_, params_.grad_s_init);
+    store_state(dv_, chunk_.length, params_.grad_v_init, chunk_.first);
+    store_state(di_, chunk_.length, params_.grad_i_init, chunk_.first);
+    store_state(feedback_, chunk_.length, params_.grad_s_init, chunk_.first);
     if (params_.grad_parameters != nullptr) store_sums();
   }
 

@@ -239,10 +239,11 @@ def test_extra_repr():
     ({"learn_syn_decay": True}, ValueError, "learn_syn_decay needs syn_decay"),
     ({"syn_decay": 1.5}, ValueError, "syn_decay must be in"),
     ({"syn_decay": 1.0, "learn_syn_decay": True}, ValueError, "a learned syn_decay must be in"),
-    ({"levels": 4}, TypeError, "levels"),
-    ({"multi_spike": True}, TypeError, "multi_spike"),
-    ({"v_min": -1.0}, TypeError, "v_min"),
-    ({"num_features": 4}, TypeError, "num_features"),
+    ({"levels": 4}, TypeError, "recurrent neurons have no levels"),
+    ({"multi_spike": True}, TypeError, "recurrent neurons have no multi_spike"),
+    ({"v_min": -1.0}, TypeError, "recurrent neurons have no v_min"),
+    ({"residual": None}, TypeError, "recurrent neurons have no residual"),
+    ({"num_features": 4}, TypeError, "unexpected keyword argument 'num_features'"),
 ])  # fmt: skip
 def test_errors(given, error, message):
     with pytest.raises(error, match=message) as raised:

@@ -16,7 +16,7 @@ from asgl_cuda.selfcheck import EXACT_SURROGATES
 from asgl_cuda.surrogate import SURROGATES
 
 NAMES = ("s_seq", "v_last", "s_last", "i_last", "v_seq", "h_seq")
-SIZES = [(1, 1, 1), (2, 3, 5), (5, 1, 63), (17, 2, 65), (4, 17, 10), (3, 33, 130), (6, 16, 64), (2, 5, 1030)]
+SIZES = [(1, 1, 1), (2, 3, 5), (5, 1, 63), (17, 2, 65), (9, 33, 10), (3, 33, 130), (6, 16, 64), (2, 5, 1030)]
 
 
 def rand(*shape, low=-1.0, high=1.0, dtype=torch.float64, device="cpu"):
@@ -201,9 +201,9 @@ def test_steps_are_the_sequence(backend, device, recurrent, by_reference):
 @pytest.mark.parametrize("rate", [0.05, 0.9])
 def test_bits_do_not_depend_on_threads_or_batch(rate):
     torch.manual_seed(2)
-    x_seq = rand(5, 50, 70, high=2 * rate, low=-2 * (1 - rate), dtype=torch.float32).requires_grad_()
+    x_seq = rand(7, 50, 70, high=2 * rate, low=-2 * (1 - rate), dtype=torch.float32).requires_grad_()
     weight = rand(70, 70, dtype=torch.float32).requires_grad_()
-    grads = torch.randn(5, 50, 70)
+    grads = torch.randn(7, 50, 70)
 
     def run(threads):
         before = torch.get_num_threads()
@@ -218,6 +218,26 @@ def test_bits_do_not_depend_on_threads_or_batch(rate):
         assert torch.equal(one, two)
     s_seq = asgl_cuda.recurrent_lif(x_seq, weight, width=4.0, backend="cpu")
     assert torch.equal(asgl_cuda.recurrent_lif(x_seq[:, 17:19], weight, width=4.0, backend="cpu"), s_seq[:, 17:19])
+
+
+@pytest.mark.parametrize("time_dim", [0, 1])
+def test_bits_do_not_depend_on_the_product(time_dim):
+    """Products are gathered or dense by the spikes of 16 neurons; here half of them are connected to none."""
+    torch.manual_seed(6)
+    count, half, grads = 40, slice(0, 8), torch.randn(9, 40, 40)
+    x_seq = rand(9, 40, count, low=-2.0, high=1.2, dtype=torch.float32)
+    weight = torch.zeros(count, count)
+    weight[half, half] = rand(8, 8, dtype=torch.float32)
+    found = []
+    for others in (-100.0, 100.0):  # which never spike, and always
+        x_seq[..., 8:] = others
+        leaves = [x_seq.clone().requires_grad_(), weight.clone().requires_grad_()]
+        s_seq = asgl_cuda.recurrent_lif(*leaves, time_dim=time_dim, width=3.0, backend="cpu")
+        dx, dw = torch.autograd.grad(s_seq, leaves, grads)
+        found.append((s_seq[..., half], dx[..., half], dw[half, half]))
+    assert 0.05 < found[0][0].mean() < 0.25
+    for gathered, dense in zip(*found, strict=True):
+        assert torch.equal(gathered, dense)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -305,6 +325,18 @@ WRONG = {
     ),
     "current without a synapse": ({"i_init": torch.zeros(3, 4)}, "i_init needs syn_decay"),
     "state of another shape": ({"s_init": torch.zeros(4)}, "s_init must have shape [3, 4], got [4]"),
+    "synapse by step": (
+        {"syn_decay": torch.ones(5, 1, 1)},
+        "syn_decay must have one value or shape [4], got [5, 1, 1]",
+    ),
+    "synapse of integers": (
+        {"syn_decay": torch.ones(4, dtype=torch.int64)},
+        "syn_decay must be of a floating type, got torch.int64",
+    ),
+    "synapse that is no number": ({"syn_decay": float("nan")}, "syn_decay must be a number, got nan"),
+    "reset by sample": ({"v_reset": torch.zeros(3, 1)}, "v_reset must have one value or shape [4], got [3, 1]"),
+    "width that is no number": ({"width": "wide"}, "width must be"),
+    "width of integers": ({"width": torch.ones(4, dtype=torch.int64)}, "width must be of a floating type"),
     "levels": ({"levels": 4}, "recurrent neurons have no levels"),
     "residual": ({"residual": torch.zeros(5, 3, 4)}, "recurrent neurons have no residual"),
     "floor": ({"v_min": 0.0}, "recurrent neurons have no v_min"),

@@ -146,7 +146,9 @@ class Trial {
     asgl::with_model(static_cast<const NeuronOptions<Real>&>(params_.options), f, std::integer_sequence<int, 0, 2>{});
   }
 
-  int64 element(int64 b, int64 n, int64 t) const { return params_.shape().element(b * shape_.neurons + n, t); }
+  int64 element(int64 b, int64 n, int64 t) const {
+    return (batch_first_ ? b * shape_.steps + t : t * shape_.batch + b) * shape_.neurons + n;
+  }
   Real parameter(int id, int64 n) const { return parameters_.data()[id * shape_.neurons + n]; }
   Neuron<Real> neuron(int64 n) const {
     return {parameter(kRecurrentDecay, n),
