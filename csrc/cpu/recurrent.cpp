@@ -115,6 +115,26 @@ const Real* state_or(const Real* state, const Chunk& chunk, Real otherwise, Real
   return buffer;
 }
 
+// Rows whose stride is no power of two: at 4 or 8 KiB all rows would share eight lines of the L1 cache.
+template <class Real>
+Rows<Real> rows_apart(int64 count, int64 length) {
+  return Rows<Real>(count, length + 16);
+}
+
+// Row t of each sequence, from `offset` on.
+template <class... Elements>
+Ahead ahead_of(const Chunk& chunk, int64 t, int64 offset, const Elements*... sequences) {
+  if (t < 0 || t >= chunk.shape.steps) return {};
+  const auto part = [&](const auto* sequence) {
+    const char* row = row_ahead(sequence, chunk, t);
+    return row == nullptr ? row : row + offset * static_cast<int64>(sizeof(*sequence));
+  };
+  return {sizeof(float), {part(sequences)...}};
+}
+
+// Elements of a loop, whose operands, some 16 rows, stay in the L1 cache.
+constexpr int64 kPart = 256;
+
 // The parameters of adjacent rows of the batch, repeated for each, so that loops are long.
 template <class Scalar>
 class RepeatedNeurons {
@@ -123,8 +143,8 @@ class RepeatedNeurons {
  public:
   explicit RepeatedNeurons(const RecurrentParams<Scalar>& params)
       : period_(params.neurons),
-        length_(std::clamp<int64>(kTile / params.neurons, 1, kRecurrentRows) * params.neurons),
-        rows_(kRecurrentParameters + 3, length_) {
+        length_(std::clamp<int64>(kPart / params.neurons, 1, kRecurrentRows) * params.neurons),
+        rows_(rows_apart<Real>(kRecurrentParameters + 3, length_)) {
     for (int id = 0; id < kRecurrentParameters; ++id) fill(params.parameters + id * period_);
     run<InverseLoop<Real>>({rows_.row(kRecurrentWidth), length_});
     std::fill_n(rows_.take(), length_, params.input_gain);
@@ -253,7 +273,7 @@ template <class Model, class Scalar>
 void forward_chunk(const RecurrentForwardParams<Scalar>& params, const SpikeProduct<Scalar>& product,
                    const Chunk& chunk) {
   using Real = Real_t<Scalar>;
-  Rows<Real> buffers(7, chunk.length);
+  Rows<Real> buffers = rows_apart<Real>(7, chunk.length);
   Real *const x_buffer = buffers.take(), *const current_buffer = buffers.take(), *const h_buffer = buffers.take();
   Real *const s_buffer = buffers.take(), *const out_buffer = buffers.take();
   Real *const v = buffers.take(), *const i = buffers.take();
@@ -275,9 +295,10 @@ void forward_chunk(const RecurrentForwardParams<Scalar>& params, const SpikeProd
     repeated.for_each_part(chunk, [&](int64 offset, int64 length) {
       run<RecurrentCurrentLoop<Real>>({x + offset, repeated[kRecurrentBias], repeated[kRecurrentSynDecay],
                                        params.has_synapse, current + offset, i + offset, length});
-      run<StepLoop<Real, Model, NeuronRows<Real>>>({repeated.neurons(), params.options, params.noise.analog_below,
-                                                    length, current + offset, draws + offset, v + offset, v + offset,
-                                                    h + offset, s + offset, Ahead{}});
+      run<StepLoop<Real, Model, NeuronRows<Real>>>(
+          {repeated.neurons(), params.options, params.noise.analog_below, length, current + offset, draws + offset,
+           v + offset, v + offset, h + offset, s + offset,
+           ahead_of(chunk, t + 1, offset, params.x_seq, params.h_seq, params.s_seq)});
       if (scales) run<MultiplyLoop<Real>>({s + offset, {repeated[kRecurrentThreshold], Real(0)}, out + offset, length});
     });
     finish_row(scales ? out : s, params.s_seq, chunk, t);
@@ -307,7 +328,7 @@ class ChunkBackward {
     load_state(params_.grad_i_last, chunk_.first, Real(0), chunk_.length, di_);
     load_state(params_.grad_s_last, chunk_.first, Real(0), chunk_.length, feedback_);
     std::fill_n(zeros_, chunk_.length, Real(0));
-    std::fill_n(sums_, kRecurrentSums * sums_stride(), Real(0));
+    std::fill_n(sums_, kRecurrentSums * parts_.stride(), Real(0));
     carried_ = params_.grad_v_last != nullptr;
     read_before(params_.steps);
     for (int64 t = params_.steps - 1; t >= 0; --t) walk_back(t);
@@ -323,8 +344,7 @@ class ChunkBackward {
     const Real *h, *s, *v, *i;
   };
 
-  int64 sums_stride() const { return repeated_.length(); }
-  Real* sums(int id) { return sums_ + id * sums_stride(); }
+  Real* sums(int id) { return sums_ + id * parts_.stride(); }
 
   bool wants_syn_decay() const { return params_.grad_parameters != nullptr && params_.i_seq != nullptr; }
 
@@ -363,21 +383,23 @@ class ChunkBackward {
       }
       cpu::run<SpikeGradientLoop<Real>>(
           {g + offset, scales ? v_threshold : kOne, feedback_ + offset, d_emitted_, length});
-      cpu::run<AdjointLoop<Real, Model, NeuronRows<Real>, Sums::kNone>>({.neurons = repeated_.neurons(),
-                                                                         .options = params_.options,
-                                                                         .length = length,
-                                                                         .carried = carried_,
-                                                                         .g = d_emitted_,
-                                                                         .gh = gh + offset,
-                                                                         .h = now.h + offset,
-                                                                         .s = now.s + offset,
-                                                                         .dv = dv_ + offset,
-                                                                         .d_reset = d_reset_,
-                                                                         .distance = distance_,
-                                                                         .dy = dy_,
-                                                                         .dh = dh_,
-                                                                         .dx = dj + offset,
-                                                                         .ahead = {}});
+      cpu::run<AdjointLoop<Real, Model, NeuronRows<Real>, Sums::kNone>>(
+          {.neurons = repeated_.neurons(),
+           .options = params_.options,
+           .length = length,
+           .carried = carried_,
+           .g = d_emitted_,
+           .gh = gh + offset,
+           .h = now.h + offset,
+           .s = now.s + offset,
+           .dv = dv_ + offset,
+           .d_reset = d_reset_,
+           .distance = distance_,
+           .dy = dy_,
+           .dh = dh_,
+           .dx = dj + offset,
+           .ahead = ahead_of(chunk_, t - 1, offset, params_.grad_s_seq, params_.h_seq, params_.emitted,
+                             params_.grad_j_seq)});
       if (params_.has_synapse) {
         cpu::run<SynapseAdjointLoop<Real>>({repeated_[kRecurrentSynDecay], dj + offset, di_ + offset, length});
       }
@@ -415,7 +437,7 @@ class ChunkBackward {
   void store_sums() {
     double* totals = params_.grad_parameters + chunk_.index * kRecurrentSums * params_.neurons;
     for (int id = 0; id < kRecurrentSums; ++id) {
-      for (int64 n = 0; n < sums_stride(); ++n) {
+      for (int64 n = 0; n < repeated_.length(); ++n) {
         totals[id * params_.neurons + n % params_.neurons] += static_cast<double>(sums(id)[n]);
       }
     }
@@ -431,12 +453,12 @@ class ChunkBackward {
   const Real* panels_;
   Chunk chunk_;
   RepeatedNeurons<Scalar> repeated_{params_};
-  Rows<Real> rows_{13, chunk_.length};
+  Rows<Real> rows_ = rows_apart<Real>(13, chunk_.length);
   Real *const h_[2] = {rows_.take(), rows_.take()}, *const s_[2] = {rows_.take(), rows_.take()};
   Real *const g_ = rows_.take(), *const gh_ = rows_.take(), *const gv_ = rows_.take(), *const i_ = rows_.take();
   Real *const dj_ = rows_.take(), *const zeros_ = rows_.take();
   Real *const dv_ = rows_.take(), *const di_ = rows_.take(), *const feedback_ = rows_.take();
-  Rows<Real> parts_{6 + kRecurrentSums, repeated_.length()};
+  Rows<Real> parts_ = rows_apart<Real>(6 + kRecurrentSums, repeated_.length());
   Real *const d_emitted_ = parts_.take(), *const d_reset_ = parts_.take(), *const distance_ = parts_.take();
   Real *const dy_ = parts_.take(), *const dh_ = parts_.take(), *const v_ = parts_.take();
   Real* const sums_ = parts_.take(kRecurrentSums);
