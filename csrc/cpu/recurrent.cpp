@@ -230,36 +230,33 @@ bool all_finite(const Real* values, int64 length) {
   return result;
 }
 
-// out = a W of a diagonal W
-template <class Real>
-void multiply_diagonal(const Real* a, int64 rows, const Real* weight, int64 neurons, Real* out) {
-  for (int64 row = 0; row < rows; ++row) {
-    run<MultiplyLoop<Real>>({a + row * neurons, {weight, Real(0)}, out + row * neurons, neurons});
-  }
-}
-
 static_assert(kRecurrentRows <= kProductRows);
 
-// out = s W^T, [rows, N]
+// out = s W^T forward, dj W backward, [rows, N]. Gradients are not sparse.
 template <class Scalar>
-class SpikeProduct {
+class WeightProduct {
   using Real = Real_t<Scalar>;
 
  public:
-  explicit SpikeProduct(const RecurrentParams<Scalar>& params)
+  WeightProduct(const RecurrentParams<Scalar>& params, bool forward)
       : neurons_(params.neurons),
         weight_(params.weight),
         elementwise_(params.elementwise),
-        skips_zeros_(elementwise_ || all_finite(params.weight, params.neurons * params.neurons)),
+        skips_zeros_(forward && (elementwise_ || all_finite(params.weight, params.neurons * params.neurons))),
         panels_(elementwise_ ? 0 : panels_size<Real>(neurons_, neurons_)) {
-    if (!elementwise_) fill_panels(weight_, 1, neurons_, neurons_, neurons_, panels_.data());
+    if (elementwise_) return;
+    fill_panels(weight_, forward ? 1 : neurons_, forward ? neurons_ : 1, neurons_, neurons_, panels_.data());
   }
 
-  // `indices` has room for as many elements as `s`.
-  void multiply(const Real* s, int64 rows, int32_t* indices, Real* out) const {
-    if (elementwise_) return multiply_diagonal(s, rows, weight_, neurons_, out);
-    cpu::multiply<Real>({s, neurons_, rows, neurons_, neurons_, panels_.data(), /*accumulate=*/false, out},
-                        skips_zeros_, indices);
+  // `indices` has room for as many elements as `a`, forward.
+  void multiply(const Real* a, int64 rows, int32_t* indices, Real* out) const {
+    if (!elementwise_) {
+      return cpu::multiply<Real>({a, neurons_, rows, neurons_, neurons_, panels_.data(), /*accumulate=*/false, out},
+                                 skips_zeros_, indices);
+    }
+    for (int64 row = 0; row < rows; ++row, a += neurons_, out += neurons_) {
+      run<MultiplyLoop<Real>>({a, {weight_, Real(0)}, out, neurons_});
+    }
   }
 
  private:
@@ -270,7 +267,7 @@ class SpikeProduct {
 };
 
 template <class Model, class Scalar>
-void forward_chunk(const RecurrentForwardParams<Scalar>& params, const SpikeProduct<Scalar>& product,
+void forward_chunk(const RecurrentForwardParams<Scalar>& params, const WeightProduct<Scalar>& product,
                    const Chunk& chunk) {
   using Real = Real_t<Scalar>;
   Rows<Real> buffers = rows_apart<Real>(7, chunk.length);
@@ -319,9 +316,8 @@ class ChunkBackward {
   using Real = Real_t<Scalar>;
 
  public:
-  // `panels` are those of W for the product dj W.
-  ChunkBackward(const RecurrentBackwardParams<Scalar>& params, const Real* panels, const Chunk& chunk)
-      : params_(params), panels_(panels), chunk_(chunk) {}
+  ChunkBackward(const RecurrentBackwardParams<Scalar>& params, const WeightProduct<Scalar>& product, const Chunk& chunk)
+      : params_(params), product_(product), chunk_(chunk) {}
 
   void run() {
     load_state(params_.grad_v_last, chunk_.first, Real(0), chunk_.length, dv_);
@@ -409,11 +405,8 @@ class ChunkBackward {
     finish_row(dj, params_.grad_j_seq, chunk_, t);
     if (params_.detach_recurrent) {
       std::fill_n(feedback_, chunk_.length, Real(0));
-    } else if (params_.elementwise) {
-      multiply_diagonal(dj, chunk_.count, params_.weight, params_.neurons, feedback_);
     } else if (t > 0 || params_.grad_s_init != nullptr) {
-      run_vectors<DenseProductLoop, Real>({dj, params_.neurons, chunk_.count, params_.neurons, params_.neurons, panels_,
-                                           /*accumulate=*/false, feedback_});
+      product_.multiply(dj, chunk_.count, nullptr, feedback_);
     }
   }
 
@@ -450,7 +443,7 @@ class ChunkBackward {
   static constexpr Operand<Real> kZero = {nullptr, Real(0)}, kOne = {nullptr, Real(1)};
 
   const RecurrentBackwardParams<Scalar>& params_;
-  const Real* panels_;
+  const WeightProduct<Scalar>& product_;
   Chunk chunk_;
   RepeatedNeurons<Scalar> repeated_{params_};
   Rows<Real> rows_ = rows_apart<Real>(13, chunk_.length);
@@ -535,19 +528,16 @@ template <class Scalar>
 void recurrent_forward(const RecurrentForwardParams<Scalar>& given) {
   RecurrentForwardParams<Scalar> params = given;
   params.noise = params.noise.resolved();
-  const SpikeProduct<Scalar> product(params);
+  const WeightProduct<Scalar> product(params, /*forward=*/true);
   for_each_chunk(params,
                  [&](auto model, const Chunk& chunk) { forward_chunk<decltype(model)>(params, product, chunk); });
 }
 
 template <class Scalar>
 void recurrent_backward(const RecurrentBackwardParams<Scalar>& params) {
-  using Real = Real_t<Scalar>;
-  const int64 neurons = params.neurons;
-  std::vector<Real> panels(params.elementwise ? 0 : panels_size<Real>(neurons, neurons));
-  if (!params.elementwise) fill_panels(params.weight, neurons, 1, neurons, neurons, panels.data());
+  const WeightProduct<Scalar> product(params, /*forward=*/false);
   for_each_chunk(params, [&](auto model, const Chunk& chunk) {
-    ChunkBackward<decltype(model), Scalar>(params, panels.data(), chunk).run();
+    ChunkBackward<decltype(model), Scalar>(params, product, chunk).run();
   });
   if (params.grad_weight != nullptr) weight_gradient(params);
 }
