@@ -1,9 +1,7 @@
 """The translator of PTX and the machine that runs it, on small kernels; mistakes in kernels are found."""
 
-import operator
 import re
 from ctypes import Structure, addressof, c_uint64, sizeof
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -72,187 +70,6 @@ def run(machine, kernel, threads, *words, buffers=(), blocks=1):
     return machine.run(kernel, blocks, threads, addressof(params), sizeof(params), ranges)
 
 
-# ---- instructions ----
-
-N = 1024  # threads, each with operands of its own
-NUMPY = {
-    "f16": np.float16, "f32": np.float32, "f64": np.float64, "s8": np.int8, "s16": np.int16, "u16": np.uint16,
-    "s32": np.int32, "u32": np.uint32, "s64": np.int64, "u64": np.uint64, "x2": np.uint32, "pred": np.uint32,
-}  # fmt: skip
-REGISTERS = {1: "rs", 2: "rs", 4: "r", 8: "rd"}
-WHOLE = [0, 1, 2, 7, 15, 16, 31, 32, 33, 63, 64, 255, 256, 300, 2**15, 2**16 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]
-# With ties of rounding to float16, bfloat16 and integers.
-REAL = [sign * a for a in (0.0, 0.5, 1.0, 1.5, 2.5, np.inf, 2.0**-149, 2.0**-126) for sign in (1, -1)]
-REAL += [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 65520.0, 2.0**-25, 0.1, np.nan]
-
-
-def column(kind, number):
-    """Operands: random bits and, in another order for each operand, special values."""
-    dtype = np.dtype(NUMPY[kind])
-    generator = np.random.default_rng(number)
-    found = generator.integers(0, 2**64, N, np.uint64, endpoint=False).astype(f"u{dtype.itemsize}").view(dtype)
-    with np.errstate(over="ignore"):
-        special = np.array(REAL).astype(dtype) if dtype.kind == "f" else np.array(WHOLE, np.uint64).astype(dtype)
-    found[: N * 3 // 4] = generator.choice(special, N * 3 // 4)
-    return found
-
-
-def by_element(function):
-    """A function of Python's integers, whose low bits count."""
-
-    def apply(*columns):
-        values = [int(function(*row)) % 2**64 for row in zip(*(each.tolist() for each in columns), strict=True)]
-        return np.array(values, np.uint64)
-
-    return apply
-
-
-def halves(dtype):
-    """Bits of two values; a device's NaN, not torch's."""
-
-    def bits(a):
-        half = torch.from_numpy(a).to(dtype)
-        return torch.where(half.isnan(), 0x7FFF, half.view(torch.int16)).numpy().view(np.uint16).astype(np.uint32)
-
-    return lambda high, low: bits(high) << 16 | bits(low)
-
-
-def flushed(a):
-    return np.where(np.abs(a) < np.finfo(a.dtype).tiny, np.copysign(a.dtype.type(0), a), a)
-
-
-def upper_half(a):
-    return (a.view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
-
-
-def larger(a, b):
-    """0 is larger than -0."""
-    return np.where(a == b, np.where(np.signbit(a), b, a), np.maximum(a, b))
-
-
-def quotient(a, b):
-    return -1 if b == 0 else abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)  # by 0 undefined on a device
-
-
-def mask(length):
-    return 2 ** (length & 255) - 1
-
-
-def unordered(compare):
-    return lambda a, b: compare(a, b) | np.isnan(a) | np.isnan(b)
-
-
-NOT_EQUAL = {"ne": lambda a, b: (a < b) | (a > b)}
-COMPARED = {**{name: getattr(operator, name) for name in ("eq", "lt", "le", "gt", "ge")}, **NOT_EQUAL}
-# Operands a, b, c; the result d. Plain operations of C++ are left to the kernels of the package.
-INSTRUCTIONS = [
-    ("mul.wide.s16 d, a, b", "s16 s16", "s32", by_element(operator.mul)),
-    ("mul.hi.s32 d, a, b", "s32 s32", "s32", by_element(lambda a, b: a * b >> 32)),
-    ("mul.hi.u32 d, a, b", "u32 u32", "u32", by_element(lambda a, b: a * b >> 32)),
-    ("div.s32 d, a, b", "s32 s32", "s32", by_element(quotient)),
-    ("rem.s64 d, a, b", "s64 s64", "s64", by_element(lambda a, b: -1 if b == 0 else a - quotient(a, b) * b)),
-    ("shl.b32 d, a, b", "u32 u32", "u32", by_element(lambda a, b: a << b if b < 32 else 0)),
-    ("shr.s32 d, a, b", "s32 u32", "s32", by_element(lambda a, b: a >> b)),
-    ("shr.u64 d, a, b", "u64 u32", "u64", by_element(lambda a, b: a >> b)),
-    ("bfi.b32 d, a, b, 3, c", "u32 u32 u32", "u32",
-     by_element(lambda a, b, c: b & ~(mask(c) << 3) | (a << 3 & mask(c) << 3))),
-    ("bfe.u64 d, a, b, 9", "u64 u32", "u64", by_element(lambda a, b: a >> (b & 255) & mask(9))),
-    ("cvt.s64.s8 d, a", "s8", "s64", by_element(lambda a: a)),
-    ("cvt.s8.s32 %rs5, a; cvt.s32.s16 d, %rs5", "s32", "s32", lambda a: a.astype(np.int8).astype(np.int32)),
-    ("mov.b64 {%r5, %r6}, a; mov.b64 d, {%r6, %r5}", "u64", "u64", by_element(lambda a: a >> 32 | a << 32)),
-    ("setp.gt.u32 %p2, c, 2; setp.le.u32 %p3, c, 7; and.pred %p2, %p2, %p3; selp.b32 d, a, b, %p2", "u32 u32 u32",
-     "u32", by_element(lambda a, b, c: a if 2 < c <= 7 else b)),
-    ("mov.pred %p4, -1; setp.eq.u32 %p2, a, b; not.pred %p3, %p2; xor.pred d, %p3, %p4", "u32 u32", "pred",
-     operator.eq),
-    *((f"setp.{name}.f32 d, a, b", "f32 f32", "pred", compare) for name, compare in COMPARED.items()),
-    *((f"setp.{name}u.f32 d, a, b", "f32 f32", "pred", unordered(compare)) for name, compare in COMPARED.items()),
-    ("setp.nan.f64 d, a, b", "f64 f64", "pred", lambda a, b: np.isnan(a) | np.isnan(b)),
-    ("add.rn.f32 d, a, b", "f32 f32", "f32", np.add),
-    ("div.rn.f64 d, a, b", "f64 f64", "f64", np.divide),
-    ("rcp.rn.f32 d, a", "f32", "f32", lambda a: np.float32(1) / a),
-    ("copysign.f32 d, a, b", "f32 f32", "f32", lambda sign, a: np.copysign(a, sign)),
-    ("abs.f32 d, a", "f32", "f32", np.abs),
-    ("max.NaN.f32 d, a, b", "f32 f32", "f32", larger),
-    ("min.NaN.f32 d, a, b", "f32 f32", "f32", lambda a, b: -larger(-a, -b)),
-    ("cvt.rn.f32.s64 d, a", "s64", "f32", lambda a: a.astype(np.float32)),
-    ("cvt.rn.f32.f64 d, a", "f64", "f32", lambda a: a.astype(np.float32)),
-    ("cvt.f32.f16 d, a", "f16", "f32", lambda a: a.astype(np.float32)),
-    ("cvt.rn.f16.f32 d, a", "f32", "f16", lambda a: a.astype(np.float16)),
-    ("cvt.rn.f16x2.f32 d, a, b", "f32 f32", "x2", halves(torch.float16)),
-    ("cvt.rn.bf16x2.f32 d, a, b", "f32 f32", "x2", halves(torch.bfloat16)),
-    ("cvt.rni.f32.f32 d, a", "f32", "f32", np.rint),
-    ("cvt.rzi.f64.f64 d, a", "f64", "f64", np.trunc),
-    ("cvt.sat.f32.f32 d, a", "f32", "f32", lambda a: np.where(a > 0, np.minimum(a, 1), np.float32(0))),
-    ("ex2.approx.ftz.f32 d, a", "f32", "f32", lambda a: flushed(np.exp2(np.float64(flushed(a))).astype(np.float32))),
-    ("rcp.approx.ftz.f32 d, a", "f32", "f32", lambda a: flushed((1 / np.float64(flushed(a))).astype(np.float32))),
-    ("rcp.approx.ftz.f64 d, a", "f64", "f64", lambda a: upper_half(flushed(1 / upper_half(flushed(a))))),
-    ("fma.rm.f32 d, a, b, c", "f32 f32 f32", "f32", None),
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def results():
-    """The operands and results of all instructions, by one kernel."""
-    body = ["mad.lo.u32 %r12, %r10, 8, 0;", "cvt.u64.u32 %rd14, %r12;"]
-    body += ["add.s64 %rd8, %rd10, %rd14;", "add.s64 %rd9, %rd11, %rd14;"]
-    columns, operands = [], []
-    for row, (text, kinds, kind, _) in enumerate(INSTRUCTIONS):
-        names = {}
-        operands.append([column(each, i) for i, each in enumerate(kinds.split())])
-        for i, each in enumerate(operands[-1]):
-            size = max(2, each.itemsize)
-            names["abc"[i]] = f"%{REGISTERS[size]}{i + 1}"
-            body.append(f"ld.global.b{8 * size} {names['abc'[i]]}, [%rd8+{8 * N * len(columns)}];")
-            # Set bits above an 8-bit operand in its 16-bit register.
-            bits = each.view(f"u{each.itemsize}").astype(np.uint64)
-            columns.append(bits | (0xA500 if each.itemsize == 1 else 0))
-        size = max(2, np.dtype(NUMPY[kind]).itemsize)
-        names["d"] = "%p1" if kind == "pred" else f"%{REGISTERS[size]}4"
-        body.append(re.sub(r"\b[abcd]\b(?!\.)", lambda name, names=names: names[name[0]], text) + ";")
-        body.append("selp.b32 %r4, 1, 0, %p1;" if kind == "pred" else "")
-        body.append(f"st.global.b{8 * size} [%rd9+{8 * N * row}], %{REGISTERS[size]}4;")
-    found = np.full((len(INSTRUCTIONS), N), 0xDBDBDBDBDBDBDBDB, np.uint64)
-    assert run(ptx.Machine(), translated(module("\n".join(body))), N, np.array(columns, np.uint64), found) is None
-    dtypes = [np.dtype(NUMPY[kind]) for _, _, kind, _ in INSTRUCTIONS]
-    typed = [each.astype(f"u{dtype.itemsize}").view(dtype) for each, dtype in zip(found, dtypes, strict=True)]
-    return list(zip(operands, typed, strict=True))
-
-
-@pytest.mark.parametrize("row", range(len(INSTRUCTIONS)), ids=[text for text, *_ in INSTRUCTIONS])
-def test_instruction(results, row):
-    text, _, kind, function = INSTRUCTIONS[row]
-    operands, actual = results[row]
-    if function is None:
-        with np.errstate(over="ignore"):
-            above = np.nextafter(actual, np.float32(np.inf))
-        for *each, found, next_one in zip(*operands, actual, above, strict=True):
-            if np.isfinite([*each, found]).all():
-                a, b, c = map(Fraction, map(float, each))
-                assert float(found) <= a * b + c < float(next_one), "rounded down"
-        return
-    with np.errstate(all="ignore"):
-        expected = function(*operands).astype(actual.dtype)
-    as_bits = f"u{actual.itemsize}"
-    same = actual.view(as_bits) == expected.view(as_bits)
-    if actual.dtype.kind == "f":
-        same |= np.isnan(actual) & np.isnan(expected)
-        if kind == "f32" and not text.startswith(("abs", "copysign")):
-            assert (actual.view(as_bits)[np.isnan(actual)] == 0x7FFFFFFF).all()  # a device's NaN
-    assert not [(*(each[i] for each in operands), actual[i], expected[i]) for i in np.flatnonzero(~same)[:5]]
-
-
-def test_error_of_approximations():
-    """The machine's settings are in units in the last place."""
-    body = "ld.global.b32 %r1, [%rd10]; rcp.approx.ftz.f32 %r2, %r1; ex2.approx.ftz.f32 %r3, %r1;"
-    kernel = translated(module(f"{body} st.global.v2.b32 [%rd11], {{%r2, %r3}};"))
-    near, off = ptx.Machine(), ptx.Machine()
-    off.rcp_units, off.ex2_units = 1, -2
-    found = np.zeros((2, 2), np.uint32)
-    for each, to in ((near, found[0]), (off, found[1])):
-        assert run(each, kernel, 1, np.array([3], np.float32), to) is None
-    assert (found[1].astype(int) - found[0]).tolist() == [1, -2]
-
-
 # ---- warps, blocks and memory ----
 
 # Mode, operands and source lane of shuffles; no source lane in another segment.
@@ -306,6 +123,18 @@ st.global.v2.b32 [%rd1], {%r5, %r9};
     assert run(machine, translated(text), 128, found, blocks=3) is None
     assert found[:, :, 0].tolist() == [[128 * block + 127 - thread for thread in range(128)] for block in range(3)]
     assert np.isnan(found[:, :, 1].view(np.float32)).all()
+
+
+def test_error_of_approximations():
+    """The machine's settings are in units in the last place."""
+    body = "ld.global.b32 %r1, [%rd10]; rcp.approx.ftz.f32 %r2, %r1; ex2.approx.ftz.f32 %r3, %r1;"
+    kernel = translated(module(f"{body} st.global.v2.b32 [%rd11], {{%r2, %r3}};"))
+    near, off = ptx.Machine(), ptx.Machine()
+    off.rcp_units, off.ex2_units = 1, -2
+    found = np.zeros((2, 2), np.uint32)
+    for each, to in ((near, found[0]), (off, found[1])):
+        assert run(each, kernel, 1, np.array([3], np.float32), to) is None
+    assert (found[1].astype(int) - found[0]).tolist() == [1, -2]
 
 
 # ---- mistakes ----
