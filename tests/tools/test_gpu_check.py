@@ -59,87 +59,45 @@ def test_order_and_time_of_steps():
     assert suite.environment == {"ASGL_TEST_BACKENDS": "cupy"}
 
 
-def run_all(todo, whole):
-    log, found = io.StringIO(), []
-    # As the program's handler: steps must not inherit an ignored SIGINT.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        check.run_all(todo, whole, log, found.append, {"WORD": "heard"})
-    finally:
-        signal.signal(signal.SIGINT, before)
-    return found, log.getvalue()
-
-
 def bash(name, text, seconds=60.0, *words, **options):
     return Step(name, ["bash", "-c", text, "bash", *words], seconds, {}, **options)
 
 
 def test_stopped_and_failing_steps(monkeypatch):
+    """A step is interrupted at its limit, then killed; what it wrote before is kept."""
     monkeypatch.setattr(check, "GRACE", 1)
     deaf = bash("deaf", "trap '' INT; echo begun; (sleep 60; echo waited) & sleep 60; echo waited", 2)
+    writes = 'trap "echo 3 passed in 1.0s; exit 0" INT; echo "{\\"seconds\\": $2}" > $1; while true; do sleep 1; done'
+    slow = bash("slow", writes, 4, steps.RESULT, steps.SECONDS)
     failing = bash("failing", "echo FAILED one; echo '1 failed, 2 passed in 0.5s'; exit 3")
     silent = bash("silent", "echo 4 skipped in 0.1s", objection=steps.nothing_passed)
-    found, log = run_all([deaf, failing, silent, bash("good", "echo $WORD")], 182)
-    assert "waited" not in log.splitlines()
-    assert found[0].ended.startswith("stopped after")
-    assert [outcome.ended for outcome in found[1:]] == ["failed with status 3", "no test was run", "passed"]
-    assert [outcome.passed for outcome in found] == [False, False, False, True]
-    assert [outcome.complete for outcome in found] == [False, True, True, True]
-    assert (found[1].tests, found[1].failures) == ("1 failed, 2 passed in 0.5s", ["FAILED one"])
-    assert "begun\n" in log
-    assert log.endswith("heard\n")
+    log, found = io.StringIO(), []
+    # As the program's handler: steps must not inherit an ignored SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        todo = [deaf, slow, failing, silent, bash("good", "echo $WORD")]
+        check.run_all(todo, 186, log, found.append, {"WORD": "heard"})
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "waited" not in log.getvalue().splitlines()
+    assert all(outcome.ended.startswith("stopped after ") for outcome in found[:2])
+    assert [outcome.ended for outcome in found[2:]] == ["failed with status 3", "no test was run", "passed"]
+    assert [outcome.passed for outcome in found] == [False, False, False, False, True]
+    assert [outcome.complete for outcome in found] == [False, False, True, True, True]
+    assert found[1].tests == "3 passed in 1.0s"
+    assert 0 < found[1].result["seconds"] < 4
+    assert (found[2].tests, found[2].failures) == ("1 failed, 2 passed in 0.5s", ["FAILED one"])
+    assert "begun\n" in log.getvalue()
+    assert log.getvalue().endswith("heard\n")
 
 
-def test_results_of_a_stopped_step_are_kept():
-    text = """
-trap 'echo 3 passed in 1.0s; exit 0' INT
-echo "{\\"seconds\\": $2}" > $1
-while true; do sleep 1; done
-"""
-    (outcome,), _ = run_all([bash("slow", text, 4, steps.RESULT, steps.SECONDS)], 4)
-    assert outcome.ended.startswith("stopped after ")
-    assert (outcome.tests, outcome.result) == ("3 passed in 1.0s", {"seconds": 3})
-
-
-# The last test waits until the others are reported.
-KILLED = {
-    "test_some.py": """
-import os, pathlib, pytest, signal, time
-@pytest.mark.parametrize("word", ["a b", "c", "d"])
-def test_it(word):
-    assert word != "c"
-def test_killed():
-    while not pathlib.Path(__file__).with_name("reported 3").exists():
-        time.sleep(0.1)
-    os.killpg(0, signal.SIGKILL)
-""",
-    "conftest.py": """
-import pathlib, pytest
-reported, worker = [], False
-def pytest_configure(config):
-    global worker
-    worker = hasattr(config, "workerinput")
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_logreport(report):
-    if report.when == "call" and not worker:
-        reported.append(report)
-        pathlib.Path(__file__).with_name(f"reported {len(reported)}").touch()
-""",
-}
-
-
-@pytest.mark.parametrize("processes", [[], ["-n", "2"]])
-def test_results_of_a_killed_pytest(tmp_path, processes):
-    if processes:
-        pytest.importorskip("xdist")
-    for name, text in KILLED.items():
-        (tmp_path / name).write_text(text)
-    (pytest_step,) = (step for step in steps.steps(Machine.here("cpu")) if step.name == "suite-cpu")
-    command = [*pytest_step.command[: pytest_step.command.index("-m", 2)], "-p", "no:cacheprovider", *processes]
-    (found,), log = run_all([Step("suite", [*command, "-c", os.devnull, "-q", str(tmp_path)], 60, {})], 60)
-    assert found.tests == "2 passed, 1 failed, then killed", log
-    assert [line for line in found.failures if "FAILED" in line and "test_it[c]" in line] == found.failures
-    assert len(found.failures) == 1
+@pytest.mark.parametrize("line", ["tests/a.py::test_it[{}] {} [ 25%]", "[gw0] [ 25%] {1} tests/a.py::test_it[{0}] "])
+def test_results_of_a_killed_pytest(line):
+    """As it prints them, alone and with xdist."""
+    lines = [line.format(name, word) for name, word in (("a b", "PASSED"), ("c", "FAILED"), ("d", "PASSED"))]
+    lines.insert(1, "tests/a.py::test_killed ")
+    assert check.counts_in(lines) == "2 passed, 1 failed, then killed"
+    assert check.failures_in(lines) == [lines[2]]
 
 
 def test_extension_is_built_once(monkeypatch, capsys):
@@ -313,14 +271,13 @@ def test_share_of_a_copy():
 # ---- bars ----
 
 OURS, THEIRS = "asgl_cuda cuda", bars.CUPY_KERNELS
-# Seconds forward and backward by size and row; the verdicts on them.
+# Seconds forward and backward by row; and verdicts on them. 36 bytes are 2.25 copies of 16, 44 with a residual 2.75.
 JUDGED = {
-    (4, 24, "float32"): {"multiply": (1, 1.5), OURS: (1.1, 1.9), "reference": (20, 30), THEIRS: (1.12, 2)},
-    (128, 19, "bfloat16"): {"multiply": (1, 1.5), OURS: (1.35, 1.7), "reference": (10, 20)},
-    (32, "float32", "time first", False): {"copy": (1, 1), OURS: (2.1, 3), THEIRS: (2.2, 3)},
-    (256, "float32", "channels_last", False): {"copy": (1, 1), OURS: (2.1, 3)},
-    (256, "bfloat16", "time first", False): {"copy": (1, 1), OURS: (2.1, 4.2)},
-    (256, "float32", "time first", True): {"copy": (1, 1), OURS: (2.3, 3.2)},
+    Size(4, 2**24, "float32"): {"multiply": (1, 1.5), OURS: (1.1, 1.9), "reference": (20, 30), THEIRS: (1.12, 2)},
+    Size(128, 2**19, "bfloat16"): {"multiply": (1, 1.5), OURS: (1.35, 1.7), "reference": (10, 20)},
+    Block((4, 32, 64, 32, 32), "float32"): {"copy": (1, 1), OURS: (2.1, 3), THEIRS: (2.2, 3)},
+    Block((4, 256, 64, 32, 32), "bfloat16"): {"copy": (1, 1), OURS: (2.1, 4.2)},
+    Block((4, 256, 64, 32, 32), "float32", residual=True): {"copy": (1, 1), OURS: (2.3, 3.2)},
 }
 FIRST, LAST = "T = 4, N = 16777216, float32: ", "T = 128, N = 524288, bfloat16: "
 VERDICTS = {
@@ -333,12 +290,11 @@ VERDICTS = {
     f"{LAST}forward over x * 2": (1.35, False),
     f"{LAST}backward over x * g": (1.133, True),
     f"{LAST}reference over ours": (9.836, False),
-    "block [4, 32, 64, 32, 32], float32: nvcc over copies": (1.133, True),  # 36 bytes are 2.25 copies of 16
+    "block [4, 32, 64, 32, 32], float32: nvcc over copies": (1.133, True),
     "block [4, 32, 64, 32, 32], float32: CuPy over copies": (1.156, False),
     "block [4, 256, 64, 32, 32], bfloat16: nvcc over copies": (1.4, False),
     "block [4, 256, 64, 32, 32], bfloat16: CuPy over copies": (None, False),
-    "block [4, 256, 64, 32, 32], float32, channels_last: nvcc over copies": (1.133, True),
-    "block [4, 256, 64, 32, 32], float32, residual: nvcc over copies": (1.0, True),  # 44 bytes
+    "block [4, 256, 64, 32, 32], float32, residual: nvcc over copies": (1.0, True),
     "a call: CuPy over its launchers": (1.55, False),
 }
 
@@ -349,18 +305,13 @@ def seconds(rows):
 
 def test_verdicts(monkeypatch):
     monkeypatch.setattr(bars.importlib.util, "find_spec", lambda name: object())
-    sizes = {Size(steps, 2**power, dtype): JUDGED[steps, power, dtype] for steps, power, dtype in list(JUDGED)[:2]}
-    blocks = {
-        Block((4, batch, 64, 32, 32), dtype, layout, residual=residual): rows
-        for (batch, dtype, layout, residual), rows in list(JUDGED.items())[2:]
-    }
-    judged = {
-        "sizes": [{**size.description(), "seconds": seconds(rows)} for size, rows in sizes.items()],
-        "blocks": [{**block.description(), "seconds": seconds(rows)} for block, rows in blocks.items()],
-        "call_microseconds": {OURS: 12.0, THEIRS: 93.0, "launched in Python": 60.0},
-    }
-    rows = {OURS: (1.1, 1.9), "torch.compile": (1, 1.9)}
-    compiled = {"sizes": [{**next(iter(sizes)).description(), "seconds": seconds(rows)}]}
+    of = {kind: [size for size in JUDGED if isinstance(size, kind)] for kind in (Size, Block)}
+    sizes, blocks = (
+        [{**each.description(), "seconds": seconds(JUDGED[each])} for each in those] for those in of.values()
+    )
+    calls = {OURS: 12.0, THEIRS: 93.0, "launched in Python": 60.0}
+    judged = {"sizes": sizes, "blocks": blocks, "call_microseconds": calls}
+    compiled = {"sizes": [{**sizes[0], "seconds": seconds({OURS: (1.1, 1.9), "torch.compile": (1, 1.9)})}]}
     found = bars.bars(torch.device("cuda"), judged, compiled)
     verdicts = {bar.what: (bar.measured and round(bar.measured, 3), bar.passed) for bar in found}
     assert VERDICTS.items() <= verdicts.items()
