@@ -18,6 +18,8 @@ void fake_set_device(int device) {
   context = 1;
 }
 
+void fake_lose_context() { context = 0; }
+
 int cuModuleLoadData(void** module, const void* image) {
   std::printf("module %.5s\n", (const char*)image);
   *module = (void*)0x10;

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comparison import real_of, rng_state
+from comparison import real_of
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -14,22 +14,18 @@ from asgl_cuda.reference import Numbers, Rules
 pytestmark = pytest.mark.skipif(extension.module is None, reason=str(extension.problem))
 
 CUDA = torch.device("cuda", 0)
-EVERY = {"return_v_last": True, "return_v_seq": True, "return_h_seq": True}
 
 
 @pytest.fixture
-def cuda_backend(monkeypatch):
-    """The backend of a build with CUDA; fake tensors never reach its kernels."""
-    backend = backends.Backend(("cuda",), backends.operators_in("asgl_cuda"), lambda: None)
-    monkeypatch.setitem(backends.BACKENDS, "cuda", backend)
+def operators(monkeypatch):
+    """Those of a build with CUDA; fake tensors never reach its kernels."""
+    found = backends.operators_in("asgl_cuda")
+    monkeypatch.setitem(backends.BACKENDS, "cuda", backends.Backend(("cuda",), found, lambda: None))
+    return found
 
 
-def described(tensors):
-    return [(tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors]
-
-
-def calls(device, steps, layout, dtype):
-    """Arguments of lif_forward, and of lif_backward as a function of its results."""
+def results(operators, device, steps, layout, dtype):
+    """The results of lif_forward and lif_backward."""
     sizes = {"channels_last": (steps, 2, 4, 5, 3), "batch first": (2, steps, 3, 4, 5)}.get(layout, (steps, 2, 3, 4, 5))
     x_seq, time_dim = torch.rand(sizes, dtype=dtype, device=device), int(layout == "batch first")
     if layout == "channels_last":
@@ -38,38 +34,29 @@ def calls(device, steps, layout, dtype):
     width, v_threshold = (torch.ones(sizes, dtype=real, device=device) for sizes in ((3, 1, 1), ()))
     parameters = [width, None, v_threshold, None, None, None, None, torch.zeros_like(x_seq)]
     v_init = torch.zeros(2, 3, 4, 5, dtype=real, device=device)
-    state = rng_state(device=device)
+    state = operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=device))
     numbers = Numbers(0.0, 0.5, 0.0, 0.0, 1.0, 0.0, 0.0, residual_gain=1.0, v_rest=0.0, surrogate_gain=1.0, v_min=0.0)
     rules = Rules(0, 1, *[0] * 8, analog_below=20000, levels=0, adaptation=0, time_dim=time_dim)
-    forward = (x_seq, v_init, state, parameters, numbers, rules, [True] * 4)
-
-    def backward(*outputs):
-        *grads, checkpoints = outputs
-        wanted = [True, True, True, False, True, False, False, False, False, True]
-        return grads, x_seq, v_init, state, checkpoints, parameters, numbers, rules, wanted
-
-    return forward, backward
+    *outputs, kept = operators.lif_forward(x_seq, v_init, state, parameters, numbers, rules, [True] * 4)
+    wanted = [True, True, True, False, True, False, False, False, False, True]
+    grads = operators.lif_backward(outputs, x_seq, v_init, state, kept, parameters, numbers, rules, wanted)
+    return [state, *outputs, kept, *grads]
 
 
-@pytest.mark.parametrize("steps", [4, 20])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "batch first"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_operators_describe_their_results(steps, layout, dtype):
+@pytest.mark.parametrize(
+    ("steps", "layout", "dtype"),
+    [(4, "contiguous", torch.float32), (20, "contiguous", torch.float16), (20, "channels_last", torch.float64),
+     (20, "batch first", torch.float32)],
+)  # fmt: skip
+def test_operators_describe_their_results(operators, steps, layout, dtype):
     """On the device of x, otherwise as from the kernels on the CPU."""
-    operators = backends.operators_in("asgl_cuda")
-
-    def run(device):
-        forward, backward = calls(device, steps, layout, dtype)
-        outputs = operators.lif_forward(*forward)
-        gradients = operators.lif_backward(*backward(*outputs))
-        drawn = operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=device))
-        return [*outputs, *gradients, drawn]
-
-    real = run("cpu")
+    real = results(operators, "cpu", steps, layout, dtype)
     with FakeTensorMode():
-        fake = run("cuda")
-    assert described(fake) == described(real)
-    assert {tensor.device for tensor in fake} == {CUDA}
+        fake = results(operators, "cuda", steps, layout, dtype)
+    for ours, theirs in zip(fake, real, strict=True):
+        assert (ours.shape, ours.dtype, ours.stride(), ours.device) == (
+            theirs.shape, theirs.dtype, theirs.stride(), CUDA,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("namespace", ["asgl_cuda", cupy.NAMESPACE])
@@ -80,15 +67,7 @@ def test_every_build_has_kernels_for_cuda(namespace, key):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key)
 
 
-@pytest.mark.usefixtures("cuda_backend")
-def test_default_backend_on_cuda():
-    with FakeTensorMode():
-        output = asgl_cuda.lif(torch.rand(4, 3, 5, device="cuda").bfloat16(), analog_prob=0.3, **EVERY)
-    assert [tensor.device for tensor in output] == [CUDA] * 4
-    assert [tensor.dtype for tensor in output] == [torch.bfloat16, *[torch.float32] * 3]
-
-
-@pytest.mark.usefixtures("cuda_backend")
+@pytest.mark.usefixtures("operators")
 def test_parameter_on_another_device_is_refused():
     with (
         FakeTensorMode(),
@@ -101,29 +80,22 @@ def targets(graph):
     return [node.target for node in graph.nodes if node.op == "call_function"]
 
 
-@pytest.mark.usefixtures("cuda_backend")
-def test_traced_by_make_fx():
-    operators = backends.operators_in("asgl_cuda")
-
-    def function(x_seq, grad):
+def test_traced_by_make_fx(operators):
+    def function(x_seq):
         state = operators.draw_rng_state(torch.empty(2, dtype=torch.int64, device=x_seq.device))
-        output = asgl_cuda.lif(x_seq, analog_prob=0.3, rng_state=state, return_v_last=True)
-        return output.s_seq * grad, output.v_last
+        return tuple(asgl_cuda.lif(x_seq, analog_prob=0.3, rng_state=state, return_v_last=True)[:2])
 
     with FakeTensorMode():
-        x_seq = torch.rand(20, 3, 5, device="cuda")
-        graph = make_fx(function)(x_seq, x_seq).graph
-    assert operators.draw_rng_state in targets(graph)
-    assert operators.lif_forward in targets(graph)
+        graph = make_fx(function)(torch.rand(20, 3, 5, device="cuda").bfloat16()).graph
+    assert {operators.draw_rng_state, operators.lif_forward} <= set(targets(graph))
     (result,) = (node for node in graph.nodes if node.op == "output")
-    assert [node.meta["val"].shape for node in result.args[0]] == [(20, 3, 5), (3, 5)]
-    assert {node.meta["val"].device for node in result.args[0]} == {CUDA}
+    found = [node.meta["val"] for node in result.args[0]]
+    assert [(each.shape, each.dtype) for each in found] == [((20, 3, 5), torch.bfloat16), ((3, 5), torch.float32)]
+    assert {each.device for each in found} == {CUDA}
 
 
-@pytest.mark.usefixtures("cuda_backend")
 @pytest.mark.parametrize("training", [False, True])
-def test_exported(training):
-    operators = backends.operators_in("asgl_cuda")
+def test_exported(operators, training):
     layer = asgl_cuda.LIF(learn_width=False, analog_prob=0.3).train(training)
     with FakeTensorMode():
         x_seq = torch.rand(20, 3, 5, device="cuda")
@@ -134,12 +106,11 @@ def test_exported(training):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="autograd needs the device itself")
-@pytest.mark.usefixtures("cuda_backend")
+@pytest.mark.usefixtures("operators")
 def test_gradients():
     with FakeTensorMode():
         x_seq = torch.rand(20, 3, 5, device="cuda", requires_grad=True)
         width = torch.ones(5, device="cuda", requires_grad=True)
         s_seq = asgl_cuda.lif(x_seq, width=width, analog_prob=0.3)
         grads = torch.autograd.grad(s_seq.sum(), (x_seq, width))
-    assert described(grads) == described((x_seq, width))
-    assert {grad.device for grad in grads} == {CUDA}
+    assert [(grad.shape, grad.device) for grad in grads] == [(x_seq.shape, CUDA), (width.shape, CUDA)]

@@ -20,9 +20,6 @@ class Recorder:
 
     def __init__(self) -> None:
         self.refused = "nothing"  # part of a kernel's name
-        self.forget()
-
-    def forget(self) -> None:
         self.kernels: list[str] = []
         self.threads: set[int] = set()
         self.asked: list[torch.device] = []
@@ -50,50 +47,44 @@ def recorder(request, monkeypatch) -> Recorder:
     direct = backends.direct_operators(FUNCTIONS) if request.param == "direct" else None
     backend = backends.Backend(("cpu",), backends.operators_in(NAMESPACE), lambda: None, direct)
     monkeypatch.setitem(backends.BACKENDS, "recording", backend)
-    monkeypatch.setattr(RECORDER, "refused", "nothing")
-    RECORDER.forget()
+    RECORDER.__init__()
     return RECORDER
 
 
-def test_launches_in_order(recorder):
+def step(steps: int = 4) -> None:
+    """Forward and backward with a learned width."""
     width = uniform(low=0.5, high=1.0)
-    asgl_cuda.lif(random_input(4, 8), width=width, backend="recording").sum().backward()
+    asgl_cuda.lif(random_input(steps, 8), width=width, backend="recording").sum().backward()
+
+
+def test_launches_in_order(recorder):
+    """The size of the device is asked only where it decides."""
+    step()
     assert recorder.kernels == ["lif_forward_kernel", "lif_backward_settled_kernel", "gradient_sum_kernel"]
-
-
-def test_size_of_the_device_is_asked_only_where_it_decides(recorder):
-    asgl_cuda.lif(random_input(4, 8), backend="recording")
     assert recorder.asked == []
-    asgl_cuda.lif(random_input(17, 8), backend="recording")
-    assert recorder.asked == [torch.device("cpu")]
+    step(17)
+    assert set(recorder.asked) == {torch.device("cpu")}
 
 
 @pytest.mark.parametrize("refused", ["lif_forward", "lif_backward", "gradient_sum"])
 def test_errors_reach_the_caller(recorder, refused):
     recorder.refused = refused
-    width = uniform(low=0.5, high=1.0)
     with pytest.raises(ArithmeticError, match=f"refused: asgl::{refused}"):
-        asgl_cuda.lif(random_input(4, 8), width=width, backend="recording").sum().backward()
+        step()
     recorder.refused = "nothing"
-    recorder.forget()
-    asgl_cuda.lif(random_input(4, 8), backend="recording")
-    assert recorder.kernels == ["lif_forward_kernel"]
+    step()
+    assert recorder.kernels[-3:] == ["lif_forward_kernel", "lif_backward_settled_kernel", "gradient_sum_kernel"]
 
 
 def test_several_threads(recorder):
     """Each waits for the interpreter's lock in its launches, and none for another thread."""
-
-    def step() -> None:
-        for _ in range(50):
-            asgl_cuda.lif(random_input(4, 8), backend="recording").sum().backward()
-
-    threads = [threading.Thread(target=step) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: [step() for _ in range(20)]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
     assert not any(thread.is_alive() for thread in threads)
-    assert len(recorder.kernels) == 4 * 50 * 2
+    assert len(recorder.kernels) == 4 * 20 * 3
     assert len(recorder.threads) == 4
 
 

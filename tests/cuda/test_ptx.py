@@ -1,7 +1,8 @@
 """The PTX of the CUDA kernels computes the same bits as their source, kernel by kernel, from every front end."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ pytestmark = [pytest.mark.ptx, pytest.mark.skipif(ptx.missing() is not None, rea
 
 # All kernels take minutes to compile.
 ALL = "ptx" in os.environ.get("ASGL_TEST_BACKENDS", "").split(",")
+only_all = pytest.mark.skipif(not ALL, reason="ASGL_TEST_BACKENDS=ptx compiles all of them")
 HALF_TYPES = (torch.float16, torch.bfloat16)
 STEPS = (1, 4, 5, 16, 17, 33)
 INPUTS = ("plain", "normalised", "general")
@@ -32,22 +34,17 @@ NEURONS = {
 
 
 @pytest.fixture
-def with_launcher(monkeypatch, emulation) -> Iterator[Callable[..., ptx.Launcher]]:
+def with_launcher(monkeypatch, emulation) -> Callable[..., ptx.Machine]:
     """Installs a launcher as the backend `tried`; the emulation gets the same multiprocessors."""
 
-    def install(machine: ptx.Machine, multiprocessors: int = emulated.TINY, **options) -> ptx.Launcher:
-        launcher = ptx.Launcher(machine, multiprocessors, **options)
-        operators = backends.Operators(**launcher.operators())
+    def install(multiprocessors: int = emulated.TINY, **options) -> ptx.Machine:
+        machine = ptx.Machine()
+        operators = backends.Operators(**ptx.Launcher(machine, multiprocessors, **options).operators())
         monkeypatch.setitem(backends.BACKENDS, "tried", backends.Backend(("cpu",), operators, lambda: None))
         emulation.set_multiprocessors(multiprocessors)
-        return launcher
+        return machine
 
     return install
-
-
-@pytest.fixture(scope="module")
-def machine() -> ptx.Machine:
-    return ptx.Machine()
 
 
 def results(backend: str, dtype: torch.dtype, surrogate: str, reset: str, steps: int, input: str, analog_prob: float):
@@ -79,54 +76,52 @@ def results(backend: str, dtype: torch.dtype, surrogate: str, reset: str, steps:
     return (*outputs, *torch.autograd.grad(outputs, leaves, grads))
 
 
-def assert_same_bits(first, second) -> None:
-    for one, other in zip(first, second, strict=True):
+def assert_same_bits(call: Callable[..., tuple[torch.Tensor, ...]], *arguments) -> None:
+    for one, other in zip(call("tried", *arguments), call("emulated", *arguments), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ptx.BACKENDS)
 @pytest.mark.parametrize(("dtype", "surrogate", "reset"), ptx.CHOSEN)
-def test_chosen_kernels(machine, with_launcher, name, dtype, surrogate, reset):
-    with_launcher(machine, ptx.BACKENDS[name])
-    for steps in STEPS:
-        for input in INPUTS:
-            for analog_prob in (0.0, 0.3, 1.0):
-                call = dtype, surrogate, reset, steps, input, analog_prob
-                assert_same_bits(results("tried", *call), results("emulated", *call))
+def test_chosen_kernels(with_launcher, name, dtype, surrogate, reset):
+    with_launcher(ptx.BACKENDS[name])
+    for (steps, input), analog_prob in zip(product(STEPS, INPUTS), cycle((0.3, 0.0, 0.3, 1.0)), strict=False):
+        assert_same_bits(results, dtype, surrogate, reset, steps, input, analog_prob)
 
 
-@pytest.mark.parametrize("name", ptx.BACKENDS)
-def test_sums_of_gradients(machine, with_launcher, name):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_gradients(with_launcher, dtype):
     """A value has few slots, summed by a thread, or many, summed by a block."""
-    with_launcher(machine, ptx.BACKENDS[name])
+    with_launcher()
+
+    def gradients(backend, shape, sizes):
+        torch.manual_seed(0)
+        width, decay = (uniform(*sizes, low=0.5, high=0.9, dtype=dtype) for _ in range(2))
+        x_seq = random_input(*shape, dtype=dtype)
+        output = asgl_cuda.lif(x_seq, width=width, decay=decay, backend=backend, **NEURONS[dtype])
+        return torch.autograd.grad(output, (x_seq, width, decay), torch.randn(shape).to(output))
+
     for shape, sizes in (((2, 300 * 512), ()), ((3, 4, 6, 68), (6, 1)), ((3, 6, 68), (6, 68)), ((2, 5, 7), (2, 1, 1))):
-        for dtype in (torch.float32, torch.float64):
-            found = []
-            for backend in ("tried", "emulated"):
-                torch.manual_seed(0)
-                width, decay = (uniform(*sizes, low=0.5, high=0.9, dtype=dtype) for _ in range(2))
-                x_seq = random_input(*shape, dtype=dtype)
-                output = asgl_cuda.lif(x_seq, width=width, decay=decay, backend=backend, **NEURONS[dtype])
-                found.append(torch.autograd.grad(output, (x_seq, width, decay), torch.randn(shape).to(output)))
-            assert_same_bits(*found)
+        assert_same_bits(gradients, shape, sizes)
 
 
 @pytest.mark.parametrize("dtype", NEURONS)
-def test_batch_normalisation(machine, with_launcher, dtype):
+def test_batch_normalisation(with_launcher, dtype):
     """Four columns a thread, and one; channels that share a tile, or span several; two values a channel."""
-    with_launcher(machine)
+    with_launcher()
+
+    def normalised(backend, *shape):
+        torch.manual_seed(0)
+        x_seq = random_input(*shape, dtype=dtype)
+        weight = uniform(shape[2], low=0.5, high=1.5, dtype=real_of(dtype))
+        output = asgl_cuda.batch_norm_lif(
+            x_seq, weight=weight, training=True, analog_prob=0.3, rng_state=rng_state(), backend=backend,
+            **NEURONS[dtype],
+        )  # fmt: skip
+        return output, *torch.autograd.grad(output, (x_seq, weight), torch.randn(shape).to(output))
+
     for shape in ((3, 2, 6, 4, 8), (3, 2, 5, 2, 3), (3, 2, 130, 1), (1, 70, 3, 600), (2, 1, 4)):
-        found = []
-        for backend in ("tried", "emulated"):
-            torch.manual_seed(0)
-            x_seq = random_input(*shape, dtype=dtype)
-            weight = uniform(shape[2], low=0.5, high=1.5, dtype=real_of(dtype))
-            output = asgl_cuda.batch_norm_lif(
-                x_seq, weight=weight, training=True, analog_prob=0.3, rng_state=rng_state(), backend=backend,
-                **NEURONS[dtype],
-            )  # fmt: skip
-            found.append((output, *torch.autograd.grad(output, (x_seq, weight), torch.randn(shape).to(output))))
-        assert_same_bits(*found)
+        assert_same_bits(normalised, *shape)
 
 
 # ---- other compilers ----
@@ -153,64 +148,58 @@ COMPILERS = {
 }
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
-@pytest.mark.parametrize(("dtype", "surrogate", "reset"), ptx.CHOSEN)
-def test_other_compilers(machine, with_launcher, compiler, dtype, surrogate, reset):
-    options, types, steps_by_default = COMPILERS[compiler]
-    if not ALL and dtype not in types:
-        pytest.skip("ASGL_TEST_BACKENDS=ptx compiles all of them")
+@pytest.mark.parametrize(
+    ("compiler", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if dtype in types else only_all, id=f"{name}, {dtype}")
+        for name, (_, types, _) in COMPILERS.items()
+        for dtype in NEURONS
+    ],
+)
+def test_other_compilers(with_launcher, compiler, dtype):
+    options, _, steps_by_default = COMPILERS[compiler]
     if compiler == "nvcc" and Nvcc.find() is None:
         pytest.skip("no nvcc on the PATH")
-    with_launcher(machine, **options)
-    for steps in STEPS if ALL else steps_by_default:
-        for input in INPUTS if ALL else ("plain",):
-            call = dtype, surrogate, reset, steps, input, 0.3
-            assert_same_bits(results("tried", *call), results("emulated", *call))
+    with_launcher(**options)
+    (chosen,) = (each for each in ptx.CHOSEN if each[0] == dtype and each[1] == NEURONS[dtype]["surrogate"])
+    for steps, input in product(STEPS, INPUTS) if ALL else product(steps_by_default, ("plain",)):
+        assert_same_bits(results, *chosen, steps, input, 0.3)
 
 
 # ---- exp, erf, atan and the reciprocal ----
 
+KINDS = [
+    pytest.param(dtype, reset, marks=[] if (dtype, reset) == (torch.float32, "hard") else only_all)
+    for dtype in (torch.float32, *HALF_TYPES)
+    for reset in ("hard", "soft")
+]
+
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("reset", ["hard", "soft"])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES])
-def test_all_surrogates_with_the_functions_of_the_host(machine, with_launcher, surrogate, reset, dtype):
+@pytest.mark.parametrize(("dtype", "reset"), KINDS)
+def test_all_surrogates_with_the_functions_of_the_host(with_launcher, surrogate, dtype, reset):
     """Device and host differ in libdevice and the approximate reciprocal alone."""
-    if not ALL and (dtype, reset) != (torch.float32, "hard"):
-        pytest.skip("ASGL_TEST_BACKENDS=ptx compiles all of them")
-    with_launcher(machine, options=("-DASGL_HOST_FUNCTIONS",))
-    for steps in (4, 17) if ALL else (4,):
-        for input in ("plain", "general") if ALL else ("plain",):
-            call = dtype, surrogate, reset, steps, input, 0.3
-            assert_same_bits(results("tried", *call), results("emulated", *call))
+    with_launcher(options=("-DASGL_HOST_FUNCTIONS",))
+    for steps, input in product((4, 17), ("plain", "general")) if ALL else [(4, "plain")]:
+        assert_same_bits(results, dtype, surrogate, reset, steps, input, 0.3)
 
 
-INEXACT = [surrogate for surrogate in SURROGATES if surrogate not in EXACT_SURROGATES]
-
-
-@pytest.mark.parametrize("surrogate", INEXACT)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES])
-def test_approximations_at_their_error_bounds(with_launcher, surrogate, dtype):
+@pytest.mark.parametrize("surrogate", [each for each in SURROGATES if each not in EXACT_SURROGATES])
+@pytest.mark.parametrize(("dtype", "reset"), [each for each in KINDS if each.values[1] == "hard"])
+def test_approximations_at_their_error_bounds(with_launcher, surrogate, dtype, reset):
     """The suite's tolerances hold with a device's errors: one ulp in the reciprocal, two ulps in the power of two."""
-    if not ALL and dtype != torch.float32:
-        pytest.skip("ASGL_TEST_BACKENDS=ptx compiles all of them")
-    machine = ptx.Machine()
-    with_launcher(machine)
-    for machine.rcp_units, machine.ex2_units in ((0, 0), (1, 2), (1, -2), (-1, 2), (-1, -2)):
-        for steps in STEPS if ALL else (4,):
-            for analog_prob in (0.3, 1.0):
-                assert_equals_reference(
-                    random_input(steps, 5, 68, dtype=dtype), "tried", surrogate=surrogate, outputs=("s_seq",),
-                    width=uniform(low=0.7, high=1.5), analog_prob=analog_prob, rng_state=rng_state(),
-                )  # fmt: skip
+    machine = with_launcher()
 
-
-def test_larger_errors_of_approximations_are_found(with_launcher):
-    machine = ptx.Machine()
-    with_launcher(machine)
-    machine.rcp_units = 200
-    with pytest.raises(AssertionError, match="allowed 1e-06"):
+    def compare(steps: int, surrogate: str) -> None:
         assert_equals_reference(
-            random_input(4, 5, 68), "tried", surrogate="sigmoid", outputs=("s_seq",), analog_prob=1.0,
+            random_input(steps, 5, 68, dtype=dtype), "tried", surrogate=surrogate, outputs=("s_seq",), analog_prob=0.7,
             width=uniform(low=0.7, high=1.5), rng_state=rng_state(),
         )  # fmt: skip
+
+    for machine.rcp_units, machine.ex2_units in product((1, -1), (2, -2)):
+        for steps in STEPS if ALL else (4,):
+            compare(steps, surrogate)
+    if surrogate == "sigmoid":
+        machine.rcp_units = 200
+        with pytest.raises(AssertionError, match="allowed"):
+            compare(4, surrogate)

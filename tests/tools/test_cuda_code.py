@@ -5,26 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
-from sass import sass
 
-from asgl_cuda.backends import launched
 from tools.kernels import cuda_compile, resources
-from tools.kernels.code_checks import sass_problems
+from tools.kernels.code_checks import arithmetic_problems, ptx_problems
 from tools.kernels.cuda_code import Kernel, Usage, reported_usages
 from tools.kernels.resources import Resources
+from tools.ptx import accesses
 
 FORWARD = Kernel("forward plain, 4 neurons", "float32", "rectangle", "hard")
 BACKWARD = Kernel("backward plain, T = 4", "bfloat16", "sigmoid", "soft")
-GENERAL = Kernel("backward, 1 neuron", "float32", "erf", "hard")
 OTHER = Kernel("backward, 4 neurons", "float16", "erf", "soft")
 FINE = Usage(40, 16, 0, 0, 0)
 SPILLING = Usage(168, 16, 8, 4, 12)
-
-
-def compared(now: Resources, committed: Resources, version: str = "13.0.88") -> resources.Findings:
-    """The findings against figures after a JSON round trip."""
-    figures = json.loads(json.dumps({"nvcc": "13.0.88", "sections": resources.sections(committed)}))
-    return resources.compare(resources.sections(now), version, figures)
 
 
 @pytest.mark.parametrize(
@@ -33,17 +25,13 @@ def compared(now: Resources, committed: Resources, version: str = "13.0.88") -> 
         ("lif_forward_kernel<float, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)2, 0>", FORWARD),
         ("lif_backward_settled_kernel<asgl::BFloat16, asgl::LIF<(asgl::Surrogate)2, false>, 4, (asgl::Input)2, 4>",
          BACKWARD),
-        ("lif_backward_settled_kernel<asgl::Half, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)1, 0>",
-         Kernel("backward normalised, 4 neurons", "float16", "rectangle", "hard")),
         ("lif_backward_kernel<double, 1, (asgl::Input)0>",
          Kernel("backward, 1 neuron", "float64", "any surrogate", "any reset")),
-        ("lif_backward_settled_kernel<float, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)3, 4>",
-         Kernel("backward normalised with residual, T = 4", "float32", "rectangle", "hard")),
+        ("lif_backward_settled_kernel<asgl::Half, asgl::LIF<(asgl::Surrogate)0, true>, 4, (asgl::Input)3, 4>",
+         Kernel("backward normalised with residual, T = 4", "float16", "rectangle", "hard")),
         ("gradient_sum_kernel<double>", Kernel("gradient sum", "float64")),
-        ("batch_moments_kernel<asgl::BFloat16, 4>", Kernel("moments, 4 columns", "bfloat16")),
         ("integrator_kernel<asgl::Half, 4, (asgl::Pass)2>",
          Kernel("integrator backward with sums, 4 neurons", "float16")),
-        ("batch_norm_coefficients_kernel<float>", Kernel("coefficients, a block each", "float32")),
     ],
 )  # fmt: skip
 def test_kernel_of_symbol(symbol, kernel):
@@ -62,6 +50,12 @@ ptxas info    : Function properties for _Zb
 ptxas info    : Used 39 registers, used 0 barriers
 """
     assert reported_usages(log) == {"_Za": SPILLING, "_Zb": Usage(39, 0, 0, 0, 0)}
+
+
+def compared(now: Resources, committed: Resources, version: str = "13.0.88") -> resources.Findings:
+    """The findings against figures after a JSON round trip."""
+    figures = json.loads(json.dumps({"nvcc": "13.0.88", "sections": resources.sections(committed)}))
+    return resources.compare(resources.sections(now), version, figures)
 
 
 def test_differences_from_the_committed_figures():
@@ -83,76 +77,90 @@ def test_architectures_that_no_longer_have_the_code_of_another():
     assert list(resources.same_code_problems(other)) == [f"sm_89 no longer has the code of sm_86: {FORWARD}"]
 
 
-def test_default_paths_exist_and_do_not_spill():
-    found = {kernel: {80: FINE, 90: FINE} for kernel in cuda_compile.default_paths()}
-    assert list(cuda_compile.default_path_problems(found)) == []
-    found[BACKWARD] = {80: FINE, 90: SPILLING}
-    del found[FORWARD]
-    problems = sorted(cuda_compile.default_path_problems(found))
-    assert [problem.split()[3:5] for problem in problems] == [["is", "gone,"], ["spills:", "backward"]]
-
-
-GOOD = "LDG.E.128 R4, [R2.64]\n" * 8 + "LDG.E R1, [R2.64]\n" * 6 + "STG.E.128 [R2.64], R4\n" * 4
-
-
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [
-        (GOOD, []),
-        (GOOD + "STL [R1], R4", ["1 accesses to local memory"]),
-        (GOOD + "LDL.64 R4, [R1]", ["1 accesses to local memory"]),
-        (GOOD + "STG.E [R2.64], R4\n" * 3, ["3 stores of fewer than 128 bits, expected at most 2"]),
-        (GOOD + "LDG.E.64 R4, [R2.64]\n" * 6, ["12 loads of fewer than 128 bits, expected at most 11"]),
-        (GOOD.replace(".128 R4", " R4", 6), ["2 loads of 128 bits, expected at least 4", "12 loads of fewer than 128"]),
-    ],
-)
-def test_disassembly_of_a_hot_kernel(code, expected):
-    found = list(sass_problems(FORWARD, sass(code)))
-    assert len(found) == len(expected)
-    assert all(one.startswith(other) for one, other in zip(found, expected, strict=True))
-
-
-# ---- NVRTC against nvcc ----
-
-
-def nvrtc_problems(ours: Resources, same_version: bool = True) -> list[str]:
-    theirs = {FORWARD: {90: FINE, 120: FINE}, GENERAL: {90: FINE._replace(registers=110), 120: FINE}}
-    return cuda_compile.compare_compilers({**theirs, **ours}, theirs, same_version)
-
-
 def test_faults_of_nvrtc():
-    assert not nvrtc_problems({})
-    other = FINE._replace(registers=42)
-    (problem,) = nvrtc_problems({FORWARD: {90: other}})
-    assert problem.startswith(f"other registers by NVRTC: {FORWARD}, sm_90: ")
-    assert not nvrtc_problems({FORWARD: {90: other}}, same_version=False)
-    assert not nvrtc_problems({FORWARD: {120: other}})
-    for same_version in (False, True):
-        (problem,) = nvrtc_problems({GENERAL: {120: SPILLING}}, same_version)
-        assert problem.startswith(f"a spill of NVRTC's: {GENERAL}, sm_120: ")
-    assert nvrtc_problems({OTHER: {90: FINE}}) == [f"nvcc's build lacks what NVRTC was asked for: {OTHER}"]
-    missing = cuda_compile.compare_compilers({}, {OTHER: {90: FINE}}, True)
-    assert missing == [f"the operators never ask for {OTHER}"]
+    theirs = {FORWARD: {90: FINE, 120: FINE}, OTHER: {90: SPILLING}}
+    assert not cuda_compile.compare_compilers(theirs, theirs)
+    (problem,) = cuda_compile.compare_compilers({**theirs, FORWARD: {120: SPILLING}}, theirs)
+    assert problem.startswith(f"a spill of NVRTC's: {FORWARD}, sm_120: ")
+    assert cuda_compile.compare_compilers({BACKWARD: {90: FINE}}, {FORWARD: {90: FINE}}) == [
+        f"nvcc's build lacks what NVRTC was asked for: {BACKWARD}", f"the operators never ask for {FORWARD}",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [resources.PAGE, accesses.PAGE], ids=lambda page: page.path.name)
+def test_page_is_drawn_from_its_figures(page):
+    """After a change of the text alone, the page's program redraws the page with --draw."""
+    assert page.text(page.figures) == page.path.read_text()
+
+
+# ---- arithmetic in PTX ----
+
+ENTRY = """
+.visible .entry {symbol}(
+	.param .align 8 .b8 {symbol}_param_0[600]
+)
+{{
+	.reg .pred 	%p<2>;
+{code}
+	ret;
+
+}}
+"""
+SYMBOL = "_ZN4asgl18lif_forward_kernelIfNS_3LIFILNS_9SurrogateE0ELb1EEELi4ELNS_5InputE2ELi0EEEvNS_13ForwardParamsIT_EE"
+FAULTS = [
+    "add.f32 \t%f1, %f2, %f3;", "@%p1 sub.f32 %f1, %f2, %f3;", "mul.f32 %f1, %f2, %f3;", "mul.rz.f32 %f1, %f2, %f3;",
+    "add.f64 %fd1, %fd2, %fd3;", "mul.rn.ftz.f32 %f1, %f2, %f3;", "fma.rn.f32 %f1, %f2, %f3, %f4;",
+    "fma.rn.f64 %fd1, %fd2, %fd3, %fd4;", "fma.rn.bf16x2 %r1, %r2, %r3, %r4;", "div.approx.f32 %f1, %f2, %f3;",
+    "div.full.f32 %f1, %f2, %f3;", "rcp.approx.ftz.f32 %f1, %f2;", "ex2.approx.ftz.f32 %f1, %f2;",
+    "sqrt.approx.f32 %f1, %f2;", "setp.lt.ftz.f32 %p1, %f1, %f2;", "cvt.ftz.s32.f32 %r1, %f1;",
+    "$L__BB0_1:\n\tadd.f32 %f1, %f2, %f3;", "call.uni (retval0),\n\tslow_path,\n\t(param0);",
+]  # fmt: skip
+CORRECT = """
+	add.rn.f32 	%f1, %f2, %f3;
+	sub.rn.f64 	%fd1, %fd2, %fd3;
+	@!%p1 mul.rn.f32 	%f1, %f2, 0fBF800000;
+	div.rn.f64 	%fd1, %fd2, %fd3;
+	rcp.rn.f32 	%f1, %f2;
+	mad.lo.s32 	%r1, %r2, %r3, %r4;
+	add.s64 	%rd1, %rd2, 8;
+	max.NaN.f32 	%f1, %f2, %f3;
+	cvt.rn.bf16x2.f32 %r1, %f1, %f2;
+"""
+
+
+def test_other_arithmetic_than_the_references():
+    """Each fault, among correct kernels, is named with its kernel."""
+    soft = SYMBOL.replace("Lb1", "Lb0")
+    for fault in FAULTS:
+        code = ENTRY.format(symbol=SYMBOL, code=CORRECT) + ENTRY.format(symbol=soft, code=CORRECT + fault)
+        opcode = fault.split()[1 if fault[0] in "@$" else 0]
+        (problem,) = ptx_problems(code)
+        assert problem.startswith(f"{FORWARD._replace(reset='soft')}: {opcode} ")
+        assert problem.endswith(", 1 times")
+
+
+ROUNDED_OTHERWISE = {
+    "fma.rn.f32", "fma.rn.f64", "fma.rz.f32", "fma.rm.f32", "ex2.approx.ftz.f32", "rcp.approx.ftz.f32",
+    "rcp.approx.ftz.f64", "add.f32",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "registers", "accepted"),
+    ("kind", "surrogate", "allowed"),
     [
-        ("backward, 4 neurons", "float16", 146, True),  # its launch bounds ask for three blocks
-        ("backward, 4 neurons", "float16", 170, False),
-        ("backward plain, 4 neurons", "float32", 130, True),
-        ("backward plain, 4 neurons", "bfloat16", 130, False),  # four blocks
-        ("backward plain, T = 4", "bfloat16", 120, True),
-        ("integrator backward with sums, 1 neuron", "float16", 130, False),
-        ("forward plain, T = 4", "bfloat16", 120, False),
+        ("forward", "sigmoid", ["fma.rn", "fma.rm", "ex2.approx.ftz", "rcp.approx.ftz"]),
+        ("forward", "arctan", ["fma.rn", "rcp.approx.ftz"]),
+        ("forward", "erf", ["fma.rn", "fma.rm", "ex2.approx.ftz"]),
+        ("forward", "fast_sigmoid", ["rcp.approx.ftz"]),
+        ("forward", "laplace", ["fma.rn", "fma.rm", "ex2.approx.ftz"]),
+        ("forward", "rectangle", []),
+        ("forward", "triangle", []),
+        ("input gradient, 4 columns", "", []),
+        ("moments, 4 columns", "", ["fma.rn"]),  # exact products
     ],
 )
-def test_registers_of_nvrtc_within_launch_bounds(kind, dtype, registers, accepted):
-    kernel = Kernel(kind, dtype, "erf", "hard")
-    ours, theirs = ({kernel: {80: FINE._replace(registers=number)}} for number in (registers, 128))
-    assert bool(cuda_compile.compare_compilers(ours, theirs, True)) != accepted
-
-
-def test_names_of_kernels_asked_for_are_unique():
-    names = launched.kernel_names()
-    assert len(set(names)) == len(names) == 926
+def test_operations_allowed_to_a_kernel(kind, surrogate, allowed):
+    found = arithmetic_problems(Kernel(kind, "float32", surrogate, "hard"), ROUNDED_OTHERWISE)
+    assert {problem.split()[0] for problem in found} == {
+        opcode for opcode in ROUNDED_OTHERWISE if opcode.rpartition(".")[0] not in allowed
+    }

@@ -8,17 +8,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from asgl_cuda.backends import launched
-from benchmarks.speed.rates import Rates
-from tools.gpu_check import bars, card, check, kernel_times, prepare, steps
+from benchmarks.speed.sizes import Block, Size
+from tools.gpu_check import bars, check, kernel_times, prepare, small_calls, steps
 from tools.gpu_check.check import Findings, Outcome
 from tools.gpu_check.steps import Machine, Step
-from tools.roofline.prediction import RESIDUAL_KERNELS
 
 ORIGIN = {"code": "0123", "torch": "2.11.0", "gpu": "a card", "capability": "9.0"}
 # Without the variables that mark a worker of this pytest.
@@ -30,6 +28,20 @@ def python(*arguments, **environment):
         [sys.executable, *map(str, arguments)], cwd=check.ROOT, capture_output=True, text=True, timeout=600,
         env={**ENVIRONMENT, **environment},
     )  # fmt: skip
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """The program, called in this process; its signal handlers go."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["check", *map(str, arguments)])
+        return check.main()
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 # ---- steps ----
@@ -47,91 +59,45 @@ def test_order_and_time_of_steps():
     assert suite.environment == {"ASGL_TEST_BACKENDS": "cupy"}
 
 
-def run_all(todo, whole):
+def bash(name, text, seconds=60.0, *words, **options):
+    return Step(name, ["bash", "-c", text, "bash", *words], seconds, {}, **options)
+
+
+def test_stopped_and_failing_steps(monkeypatch):
+    """A step is interrupted at its limit, then killed; what it wrote before is kept."""
+    monkeypatch.setattr(check, "GRACE", 1)
+    deaf = bash("deaf", "trap '' INT; echo begun; (sleep 60; echo waited) & sleep 60; echo waited", 2)
+    writes = 'trap "echo 3 passed in 1.0s; exit 0" INT; echo "{\\"seconds\\": $2}" > $1; while true; do sleep 1; done'
+    slow = bash("slow", writes, 4, steps.RESULT, steps.SECONDS)
+    failing = bash("failing", "echo FAILED one; echo '1 failed, 2 passed in 0.5s'; exit 3")
+    silent = bash("silent", "echo 4 skipped in 0.1s", objection=steps.nothing_passed)
     log, found = io.StringIO(), []
     # As the program's handler: steps must not inherit an ignored SIGINT.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        check.run_all(todo, whole, log, found.append, {"WORD": "heard"})
+        todo = [deaf, slow, failing, silent, bash("good", "echo $WORD")]
+        check.run_all(todo, 186, log, found.append, {"WORD": "heard"})
     finally:
         signal.signal(signal.SIGINT, before)
-    return found, log.getvalue()
+    assert "waited" not in log.getvalue().splitlines()
+    assert all(outcome.ended.startswith("stopped after ") for outcome in found[:2])
+    assert [outcome.ended for outcome in found[2:]] == ["failed with status 3", "no test was run", "passed"]
+    assert [outcome.passed for outcome in found] == [False, False, False, False, True]
+    assert [outcome.complete for outcome in found] == [False, False, True, True, True]
+    assert found[1].tests == "3 passed in 1.0s"
+    assert 0 < found[1].result["seconds"] < 4
+    assert (found[2].tests, found[2].failures) == ("1 failed, 2 passed in 0.5s", ["FAILED one"])
+    assert "begun\n" in log.getvalue()
+    assert log.getvalue().endswith("heard\n")
 
 
-def test_stopped_and_failing_steps(monkeypatch):
-    monkeypatch.setattr(check, "GRACE", 1)
-    sleeps = "trap '' INT; echo begun; (sleep 60; echo waited) & sleep 60; echo waited"
-    deaf = Step("deaf", ["bash", "-c", sleeps], 2, {})
-    failing = Step("failing", ["bash", "-c", "echo FAILED one; echo '1 failed, 2 passed in 0.5s'; exit 3"], 60, {})
-    silent = Step("silent", ["bash", "-c", "echo 4 skipped in 0.1s"], 60, {}, steps.nothing_passed)
-    good = Step("good", ["bash", "-c", "echo $WORD"], 60, {})
-    found, log = run_all([deaf, failing, silent, good], 182)
-    assert "waited" not in log.splitlines()
-    assert found[0].ended.startswith("stopped after")
-    assert [outcome.ended for outcome in found[1:]] == ["failed with status 3", "no test was run", "passed"]
-    assert [outcome.passed for outcome in found] == [False, False, False, True]
-    assert [outcome.complete for outcome in found] == [False, True, True, True]
-    assert (found[1].tests, found[1].failures) == ("1 failed, 2 passed in 0.5s", ["FAILED one"])
-    assert "begun\n" in log
-    assert log.endswith("heard\n")
-
-
-WRITES_AND_WAITS = """
-trap 'echo 3 passed in 1.0s; exit 0' INT
-echo "{\\"seconds\\": $2}" > $1
-while true; do sleep 1; done
-"""
-
-
-def test_results_of_a_stopped_step_are_kept():
-    step = Step("slow", ["bash", "-c", WRITES_AND_WAITS, "bash", steps.RESULT, steps.SECONDS], 4, {})
-    (outcome,), _ = run_all([step], 4)
-    assert outcome.ended.startswith("stopped after ")
-    assert (outcome.tests, outcome.result) == ("3 passed in 1.0s", {"seconds": 3})
-
-
-# The last test waits until the others are reported.
-KILLED = {
-    "test_some.py": """
-import os, pathlib, pytest, signal, time
-@pytest.mark.parametrize("word", ["a b", "c", "d"])
-def test_it(word):
-    assert word != "c"
-def test_killed():
-    while not pathlib.Path(__file__).with_name("reported 3").exists():
-        time.sleep(0.1)
-    os.killpg(0, signal.SIGKILL)
-""",
-    "conftest.py": """
-import pathlib, pytest
-reported, worker = [], False
-def pytest_configure(config):
-    global worker
-    worker = hasattr(config, "workerinput")
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_logreport(report):
-    if report.when == "call" and not worker:
-        reported.append(report)
-        pathlib.Path(__file__).with_name(f"reported {len(reported)}").touch()
-""",
-}
-
-
-@pytest.mark.parametrize("processes", [[], ["-n", "2"]])
-def test_results_of_a_killed_pytest(tmp_path, processes):
-    if processes:
-        pytest.importorskip("xdist")
-    for name, text in KILLED.items():
-        (tmp_path / name).write_text(text)
-    (pytest_step,) = (step for step in steps.steps(Machine.here("cpu")) if step.name == "suite-cpu")
-    command = [*pytest_step.command[: pytest_step.command.index("-m", 2)], "-p", "no:cacheprovider", *processes]
-    (found,), log = run_all([Step("suite", [*command, "-c", os.devnull, "-q", str(tmp_path)], 60, {})], 60)
-    assert found.tests == "2 passed, 1 failed, then killed", log
-    assert [line for line in found.failures if "FAILED" in line and "test_it[c]" in line] == found.failures
-    assert len(found.failures) == 1
-
-
-# ---- preparation ----
+@pytest.mark.parametrize("line", ["tests/a.py::test_it[{}] {} [ 25%]", "[gw0] [ 25%] {1} tests/a.py::test_it[{0}] "])
+def test_results_of_a_killed_pytest(line):
+    """As it prints them, alone and with xdist."""
+    lines = [line.format(name, word) for name, word in (("a b", "PASSED"), ("c", "FAILED"), ("d", "PASSED"))]
+    lines.insert(1, "tests/a.py::test_killed ")
+    assert check.counts_in(lines) == "2 passed, 1 failed, then killed"
+    assert check.failures_in(lines) == [lines[2]]
 
 
 def test_extension_is_built_once(monkeypatch, capsys):
@@ -157,9 +123,8 @@ def test_second_run_continues_a_killed_one(tmp_path):
         first.note(each)  # writes the file
     second = Findings(tmp_path / "gpu_check.json", ORIGIN)
     assert second.read() is None
-    assert [second.is_done(name) for name in ("extension", "gpu-tests", "kernels", "judged")] == [
-        False, True, False, False,
-    ]  # fmt: skip
+    done = [second.is_done(name) for name in ("extension", "gpu-tests", "kernels", "judged")]
+    assert done == [False, True, False, False]
     second.note(outcome("kernels", machine={"gpu": "a card"}))
     assert second.about == {"gpu": "a card"}
     assert second.failed() == ["gpu-tests"]
@@ -174,12 +139,11 @@ def test_second_run_continues_a_killed_one(tmp_path):
          "is of gpu another, and this is a card"),
     ],
 )  # fmt: skip
-def test_other_results_are_refused(tmp_path, monkeypatch, capsys, content, words):
+def test_other_results_are_refused(main, tmp_path, monkeypatch, capsys, content, words):
     file = tmp_path / "gpu_check.json"
     file.write_text(content)
     monkeypatch.setattr(check, "origin", lambda dry_run: ORIGIN)
-    monkeypatch.setattr(sys, "argv", ["check", str(tmp_path), "--dry-run"])
-    assert check.main() == 1
+    assert main(tmp_path, "--dry-run") == 1
     message = capsys.readouterr().err
     assert message.startswith(f"gpu-check: {file} {words}")
     assert message.endswith("--again\n")
@@ -187,19 +151,16 @@ def test_other_results_are_refused(tmp_path, monkeypatch, capsys, content, words
 
 
 @pytest.mark.parametrize(("origin", "left"), [(ORIGIN, ["kernels", "check"]), ({**ORIGIN, "code": "9999"}, ["check"])])
-def test_again_keeps_other_steps_of_the_same_code(tmp_path, monkeypatch, origin, left):
+def test_again_keeps_other_steps_of_the_same_code(main, tmp_path, monkeypatch, origin, left):
     before = Findings(tmp_path / "gpu_check.json", origin)
     before.note(outcome("kernels"))
     before.note(outcome("check", passed=False))
-    monkeypatch.setattr(check, "origin", lambda dry_run: ORIGIN)
-    monkeypatch.setattr(check, "steps", lambda machine: [Step("check", ["true"], 5, {})])
-    monkeypatch.setattr(sys, "argv", ["gpu_check", str(tmp_path), "--dry-run", "--only", "check", "--again"])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        assert check.main() == 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    for name, value in (
+        ("origin", lambda dry_run: ORIGIN), ("slowness", lambda: 1.0),
+        ("steps", lambda machine: [Step("check", ["true"], 5, {})]),
+    ):  # fmt: skip
+        monkeypatch.setattr(check, name, value)
+    assert main(tmp_path, "--dry-run", "--only", "check", "--again") == 0
     after = Findings(tmp_path / "gpu_check.json", ORIGIN)
     assert after.read() is None
     assert list(after.outcomes) == left
@@ -207,7 +168,7 @@ def test_again_keeps_other_steps_of_the_same_code(tmp_path, monkeypatch, origin,
 
 
 @pytest.mark.parametrize(("dry_run", "expected"), [(["--dry-run"], (15, 300)), ([], (5, 100))])
-def test_limits_of_a_dry_run_grow_on_a_busy_machine(tmp_path, monkeypatch, dry_run, expected):
+def test_limits_of_a_dry_run_grow_on_a_busy_machine(main, tmp_path, monkeypatch, dry_run, expected):
     found = []
     for name, value in (
         ("slowness", lambda: 3.0),
@@ -217,24 +178,16 @@ def test_limits_of_a_dry_run_grow_on_a_busy_machine(tmp_path, monkeypatch, dry_r
         ("run_all", lambda todo, whole, *_: found.append((todo[0].seconds, whole))),
     ):
         monkeypatch.setattr(check, name, value)
-    monkeypatch.setattr(check.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["check", str(tmp_path), "--seconds", "100", *dry_run])
-    check.main()
+    main(tmp_path, "--seconds", 100, *dry_run)
     assert found == [expected]
 
 
-@pytest.mark.parametrize(("seconds", "slower"), [(0.5 * check.IMPORT, 1), (3 * check.IMPORT, 3)])
-def test_slowness(monkeypatch, seconds, slower):
-    monkeypatch.setattr(check, "time", SimpleNamespace(monotonic=iter([0.0, 0.0, seconds]).__next__))
-    assert check.slowness() == pytest.approx(slower)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_error_without_a_gpu(tmp_path):
-    result = python("-m", "tools.gpu_check.check", tmp_path / "out")
-    assert result.returncode == 1
-    assert result.stderr.startswith("gpu-check: torch ")
-    assert result.stderr.count("\n") == 1
+def test_error_without_a_gpu(main, tmp_path, capsys):
+    assert main(tmp_path / "out") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("gpu-check: torch ")
+    assert message.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -252,30 +205,31 @@ def test_dry_run(tmp_path):
     assert found["machine"]["torch"] == torch.__version__
     results = {name: step["result"] for name, step in found["steps"].items()}
     assert results["judged"]["call_microseconds"]["launched in Python"] > 0
-    of_calls = {kernel["kernel"] for call in results["kernels"]["calls"] for kernel in call["kernels"]}
+    kernels = [kernel for call in results["kernels"]["calls"] for kernel in call["kernels"]]
     of_layers = {name for layer in results["layers"]["layers"] for name in layer["launched"]}
-    assert of_calls < of_layers == set(kernel_times.STAND_INS)
+    assert {kernel["kernel"] for kernel in kernels} < of_layers == set(kernel_times.STAND_INS)
+    assert all(kernel["share_of_copy"] > 0 for kernel in kernels)
     assert results["layers"]["layers"][0]["launches"] == 2
-    assert any(bar["measured"] and bar["predicted"] for bar in found["bars"])
-    again = python("-m", "tools.gpu_check.check", tmp_path, "--dry-run", "--only", "judged")
-    assert "---" not in again.stdout, "it was complete"
+    assert any(bar["measured"] for bar in found["bars"])
 
 
-def test_calls_for_the_sanitizer():
-    result = python("-m", "tools.gpu_check.small_calls", "--device", "cpu", "--backend", "cpu")
-    assert result.returncode == 0, result.stderr
-    *lines, last = result.stdout.splitlines()
+def test_calls_for_the_sanitizer(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["small_calls", "--device", "cpu", "--backend", "cpu"])
+    assert small_calls.main() == 0
+    *lines, last = capsys.readouterr().out.splitlines()
     assert last == "done"
     assert len(lines) == 5 * len({line.partition(":")[0] for line in lines}), "each call with each input"
-    assert not re.search(r"\b(nan|inf)\b", result.stdout)
+    assert not re.search(r"\b(nan|inf)\b", "\n".join(lines))
 
 
-# ---- names of kernels ----
+# ---- kernels ----
 
 
 def test_every_kernel_is_named_and_counted():
     """By torch's profiler and by Nsight Compute, with and without the namespace."""
-    for kernel in launched.kernel_names():
+    names = launched.kernel_names()
+    assert len(set(names)) == len(names) == 926
+    for kernel in names:
         assert re.search(kernel_times.OUR_KERNELS, kernel)
         assert re.search(kernel_times.OUR_KERNELS, kernel.removeprefix("asgl::"))
         assert "<" not in kernel_times.kind_of(f"void {kernel}(asgl::Params)")[1], "not in _KINDS of cuda_code.py"
@@ -295,80 +249,74 @@ def test_counters():
     assert found == {name: scale * (1000.5 + 1000 * i) for i, (name, scale) in enumerate(scales.items())}
 
 
+def test_share_of_a_copy():
+    """By the bytes of sequences and potentials: 4.22 an element forward in bfloat16 for 128 steps."""
+    size, block = Size(128, 1024, "bfloat16"), Block((4, 2, 8, 8, 8), "float32", residual=True)
+    kinds = ("forward", "backward", "forward normalised", "moments", "gradient sum")
+    expected = [round(size.elements * each) for each in (4 + 4 * 7 / 128, 6 + 4 * 7 / 128, 4 + 4 * 7 / 128, 2)]
+    assert [kernel_times.bytes_of(kind, size) for kind in kinds] == [*expected, None]
+    added = ("moments", *(f"{each} with residual" for each in ("forward normalised", "backward normalised",
+                                                                "input gradient")))  # fmt: skip
+    assert sum(kernel_times.bytes_of(kind, block) for kind in added) == 44 * block.elements
+    assert sum(kernel_times.MOVED[kind.removesuffix(" with residual")] for kind in added) == 9
+    kernel = "void asgl::batch_moments_kernel<float, 4>(asgl::MomentsParams<float>)"
+    found = kernel_times.entry(kernel, [3.0, 1.0, 2.0], 3, block, bandwidth=4e9)
+    assert found == {
+        "kernel": "moments, 4 columns, float32", "count": 1, "microseconds": 2.0, "bytes": 16384, "gb_a_second": 8.192,
+        "share_of_copy": 2.048,
+    }  # fmt: skip
+    assert "205%" in kernel_times.table({"case": "a block", "row": "ours", "kernels": [found]})
+
+
 # ---- bars ----
+
+OURS, THEIRS = "asgl_cuda cuda", bars.CUPY_KERNELS
+# Seconds forward and backward by row; and verdicts on them. 36 bytes are 2.25 copies of 16, 44 with a residual 2.75.
+JUDGED = {
+    Size(4, 2**24, "float32"): {"multiply": (1, 1.5), OURS: (1.1, 1.9), "reference": (20, 30), THEIRS: (1.12, 2)},
+    Size(128, 2**19, "bfloat16"): {"multiply": (1, 1.5), OURS: (1.35, 1.7), "reference": (10, 20)},
+    Block((4, 32, 64, 32, 32), "float32"): {"copy": (1, 1), OURS: (2.1, 3), THEIRS: (2.2, 3)},
+    Block((4, 256, 64, 32, 32), "bfloat16"): {"copy": (1, 1), OURS: (2.1, 4.2)},
+    Block((4, 256, 64, 32, 32), "float32", residual=True): {"copy": (1, 1), OURS: (2.3, 3.2)},
+}
+FIRST, LAST = "T = 4, N = 16777216, float32: ", "T = 128, N = 524288, bfloat16: "
+VERDICTS = {
+    f"{FIRST}forward over x * 2": (1.1, True),
+    f"{FIRST}backward over x * g": (1.267, False),
+    f"{FIRST}reference over ours": (16.667, True),
+    f"{FIRST}torch.compile over ours": (0.967, False),
+    f"{FIRST}CuPy over nvcc, forward": (1.018, True),
+    f"{FIRST}CuPy over nvcc, backward": (1.053, False),
+    f"{LAST}forward over x * 2": (1.35, False),
+    f"{LAST}backward over x * g": (1.133, True),
+    f"{LAST}reference over ours": (9.836, False),
+    "block [4, 32, 64, 32, 32], float32: nvcc over copies": (1.133, True),
+    "block [4, 32, 64, 32, 32], float32: CuPy over copies": (1.156, False),
+    "block [4, 256, 64, 32, 32], bfloat16: nvcc over copies": (1.4, False),
+    "block [4, 256, 64, 32, 32], bfloat16: CuPy over copies": (None, False),
+    "block [4, 256, 64, 32, 32], float32, residual: nvcc over copies": (1.0, True),
+    "a call: CuPy over its launchers": (1.55, False),
+}
+
+
+def seconds(rows):
+    return {name: {"forward": f, "backward": b, "both": f + b} for name, (f, b) in rows.items()}
 
 
 def test_verdicts(monkeypatch):
-    def seconds(rows):
-        return {name: {"forward": f, "backward": b, "both": f + b} for name, (f, b) in rows.items()}
-
-    def measured(steps, power, dtype, **rows):
-        common = {"layout": "time first", "learned": "width"}
-        return {"steps": steps, "neurons": 2**power, "dtype": dtype, **common, "seconds": seconds(rows)}
-
-    def block(shape, dtype, layout="time first", residual=False, **rows):
-        return {"shape": shape, "dtype": dtype, "layout": layout, "residual": residual, "seconds": seconds(rows)}
-
-    ours, theirs = "asgl_cuda cuda", bars.CUPY_KERNELS
     monkeypatch.setattr(bars.importlib.util, "find_spec", lambda name: object())
-    judged = {
-        "card": {"bandwidth": 3.35e12, "cycles": 132 * 1.755e9},
-        "sizes": [
-            measured(
-                4, 24, "float32",
-                **{"multiply": (1, 1.5), ours: (1.1, 1.9), "reference": (20, 30), theirs: (1.12, 2)},
-            ),
-            measured(128, 19, "bfloat16", **{"multiply": (1, 1.5), ours: (1.35, 1.7), "reference": (10, 20)}),
-        ],
-        "blocks": [
-            block([4, 32, 64, 32, 32], "float32", **{"copy": (1, 1), ours: (2.1, 3), theirs: (2.2, 3)}),
-            block([4, 256, 64, 32, 32], "float32", "channels_last", **{"copy": (1, 1), ours: (2.1, 3)}),
-            block([4, 256, 64, 32, 32], "bfloat16", **{"copy": (1, 1), ours: (2.1, 4.2)}),
-            block([4, 256, 64, 32, 32], "float32", residual=True, **{"copy": (1, 1), ours: (2.3, 3.2)}),
-        ],
-        "call_microseconds": {ours: 12.0, theirs: 93.0, "launched in Python": 60.0},
-    }  # fmt: skip
-    compiled = {"sizes": [measured(4, 24, "float32", **{ours: (1.1, 1.9), "torch.compile": (1, 1.9)})]}
-    found = bars.bars(torch.device("cuda"), judged, compiled, 90)
+    of = {kind: [size for size in JUDGED if isinstance(size, kind)] for kind in (Size, Block)}
+    sizes, blocks = (
+        [{**each.description(), "seconds": seconds(JUDGED[each])} for each in those] for those in of.values()
+    )
+    calls = {OURS: 12.0, THEIRS: 93.0, "launched in Python": 60.0}
+    judged = {"sizes": sizes, "blocks": blocks, "call_microseconds": calls}
+    compiled = {"sizes": [{**sizes[0], "seconds": seconds({OURS: (1.1, 1.9), "torch.compile": (1, 1.9)})}]}
+    found = bars.bars(torch.device("cuda"), judged, compiled)
     verdicts = {bar.what: (bar.measured and round(bar.measured, 3), bar.passed) for bar in found}
-    first, last = "T = 4, N = 16777216, float32: ", "T = 128, N = 524288, bfloat16: "
-    assert verdicts[first + "forward over x * 2"] == (1.1, True)
-    assert verdicts[first + "backward over x * g"] == (1.267, False)
-    assert verdicts[first + "reference over ours"] == (16.667, True)
-    assert verdicts[first + "torch.compile over ours"] == (0.967, False)
-    assert verdicts[first + "CuPy over nvcc, forward"] == (1.018, True)
-    assert verdicts[first + "CuPy over nvcc, backward"] == (1.053, False)
-    assert verdicts[last + "forward over x * 2"] == (1.35, False)
-    assert verdicts[last + "backward over x * g"] == (1.133, True)
-    assert verdicts[last + "reference over ours"] == (9.836, False)
-    assert last + "torch.compile over ours" not in verdicts
-    # 36 bytes are 2.25 copies of 16.
-    assert verdicts["block [4, 32, 64, 32, 32], float32: nvcc over copies"] == (1.133, True)
-    assert verdicts["block [4, 32, 64, 32, 32], float32: CuPy over copies"] == (1.156, False)
-    assert verdicts["block [4, 256, 64, 32, 32], bfloat16: nvcc over copies"] == (1.4, False)
-    assert verdicts["block [4, 256, 64, 32, 32], bfloat16: CuPy over copies"] == (None, False)
-    assert verdicts["block [4, 256, 64, 32, 32], float32, channels_last: nvcc over copies"] == (1.133, True)
-    assert verdicts["block [4, 256, 64, 32, 32], float32, residual: nvcc over copies"] == (1.0, True)  # 44 bytes
-    assert verdicts["a call: CuPy over its launchers"] == (1.55, False)
+    assert VERDICTS.items() <= verdicts.items()
+    assert f"{LAST}torch.compile over ours" not in verdicts
     json.dumps([bar._asdict() for bar in found])
-
-
-def test_predictions_by_card():
-    """In float32 memory binds everywhere, in bfloat16 instructions bind on an H200."""
-    cycles = 132 * 1.755e9
-
-    def predicted(kernel, dtype, bandwidth, architecture=90):
-        roof = bars.Roof(card.roofline(architecture), Rates(bandwidth, cycles))
-        return round(roof.prediction((kernel,), dtype, 4), 2)
-
-    for kernel, h100, h200 in (("forward", 1.0, 1.3), ("backward", 1.0, 1.39)):
-        assert predicted(kernel, "float32", 3.35e12) == predicted(kernel, "float32", 4.8e12) == 1
-        assert predicted(kernel, "bfloat16", 3.35e12) == pytest.approx(h100, abs=0.011)
-        assert predicted(kernel, "bfloat16", 4.8e12) == pytest.approx(h200, abs=0.011)
-        assert predicted(kernel, "bfloat16", 4.8e12, architecture=120) == 1, "an unknown card"
-    roof = bars.Roof(card.roofline(90), Rates(3.35e12, cycles))
-    assert roof.prediction(RESIDUAL_KERNELS, "float32", 4) == pytest.approx(1, abs=0.01)
-    assert bars.Roof(card.roofline(90), None).prediction(("forward",), "float32", 4) is None
 
 
 # ---- the suite of a device ----

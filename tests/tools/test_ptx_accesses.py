@@ -31,17 +31,12 @@ def one_each(addresses: list[int], size: int = 4, where: str = "ld", block: int 
     return [ptx.Access(where, block, thread, False, size, address) for thread, address in enumerate(addresses)]
 
 
-# ---- counting ----
-
-
 @pytest.mark.parametrize(
     ("addresses", "size", "expected"),
     [
         ([4 * lane for lane in reversed(range(32))], 4, Sectors(4, 4)),
-        ([16 * lane for lane in range(32)], 16, Sectors(16, 16)),
         ([4 * lane + 4 for lane in range(32)], 4, Sectors(5, 4)),  # not aligned to a sector
-        ([8 * lane for lane in range(32)], 4, Sectors(8, 4)),
-        ([4096 * lane for lane in range(32)], 16, Sectors(32, 16)),
+        ([16 * lane for lane in range(32)], 4, Sectors(16, 4)),  # narrow accesses of four neighbours
         ([8 * (lane // 16) for lane in range(32)], 8, Sectors(1, 1)),
         ([30], 2, Sectors(1, 1)),
     ],
@@ -51,27 +46,20 @@ def test_sectors(addresses, size, expected):
 
 
 def test_accesses_of_warps():
-    """By instruction, block and round, in any order of threads."""
+    """By instruction, block and round, in any order of threads; loads and stores of sequences and others apart."""
     adjacent, apart = [4 * thread for thread in range(64)], [4096 + 32 * thread for thread in range(64)]
     rounds = [*one_each(adjacent), *one_each(apart), *one_each(adjacent, where="another"), *one_each(adjacent, block=1)]
     for order in (rounds, sorted(rounds, key=lambda access: access.thread)):
         sizes = sorted(accesses.sectors(each).touched for each in accesses.warp_accesses(order))
         assert sizes == [4] * 6 + [32] * 2
-
-
-def test_columns():
-    loads, apart = one_each([4 * thread for thread in range(32)]), one_each([1024 + 8 * thread for thread in range(32)])
-    stores = [each._replace(where="st", stores=True) for each in loads]
-    others = [each._replace(where="ld of another") for each in apart]
-    expected = Counts(Sectors(4, 4), Sectors(4, 4), Sectors(8, 4), Sectors())
-    assert accesses.count([*loads, *stores, *others], [range(0, 128)]) == expected
-
-
-# ---- kernels ----
+    stores = [each._replace(where="st", stores=True) for each in one_each(adjacent)]
+    expected = Counts(Sectors(24, 24), Sectors(8, 8), Sectors(64, 8), Sectors())
+    assert accesses.count([*rounds, *stores], [range(0, 256)]) == expected
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_settled_neurons_touch_the_fewest_sectors(dtype):
+def test_sectors_of_kernels(dtype):
+    """Settled neurons touch the fewest; all as committed."""
     found = 0
     for kernel, case, counts in traced(dtype):
         if re.search("plain|normalised|by neuron", kernel.kind) is None:
@@ -84,13 +72,9 @@ def test_settled_neurons_touch_the_fewest_sectors(dtype):
         assert counts.loads == Sectors(loads * sequence, loads * sequence), f"{kernel}, {case.shape}"
         assert counts.stores == Sectors(sequence, sequence), f"{kernel}, {case.shape}"
     assert found == 2 + (0 if dtype == torch.float64 else 4 * len(accesses.STEPS) + 8)
-
-
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_counts_are_the_committed_ones(dtype):
     name = str(dtype).removeprefix("torch.")
-    found = accesses.figures(traced(dtype))[name]
-    assert found == accesses.PAGE.figures[name], "after an intended change: python -m tools.ptx.accesses --write"
+    now = accesses.figures(traced(dtype))[name]
+    assert now == accesses.PAGE.figures[name], "after an intended change: python -m tools.ptx.accesses --write"
 
 
 def test_stride_between_neighbouring_threads_shows():

@@ -212,9 +212,7 @@ class Findings:
         judged, compiled = (
             self.outcomes[name].result if name in self.outcomes else None for name in ("judged", "compiled")
         )
-        capability = self._origin["capability"]
-        architecture = int(capability.replace(".", "")) if capability else None
-        return bars(torch.device("cuda" if capability else "cpu"), judged, compiled, architecture)
+        return bars(torch.device("cuda" if self._origin["capability"] else "cpu"), judged, compiled)
 
     def judged(self) -> list[Any]:
         """The bars, none in a dry run: times on a CPU say nothing about them."""
@@ -242,11 +240,11 @@ class Findings:
         lines += [f"{outcome.name:<72}{outcome.seconds:>8.0f} s  {outcome.ended}" for outcome in outcomes]
         judged = self.judged()
         if judged:
-            lines.append(f"{'':<62}{'predicted':>10}{'goal':>16}{'measured':>10}")
+            lines.append(f"{'':<62}{'goal':>16}{'measured':>10}")
         for bar in judged:
-            predicted, measured = ("" if each is None else f"{each:.2f}" for each in (bar.predicted, bar.measured))
+            measured = "" if bar.measured is None else f"{bar.measured:.2f}"
             verdict = "passed" if bar.passed else "missed" if bar.measured is not None else "not measured"
-            lines.append(f"{bar.what:<62}{predicted:>10}{bar.goal:>16}{measured:>10}  {verdict}")
+            lines.append(f"{bar.what:<62}{bar.goal:>16}{measured:>10}  {verdict}")
         failed, all_of_them = len(self.failed()), len(outcomes) + len(judged)
         return "\n".join(
             [*lines, f"gpu-check: {failed} of {all_of_them} failed" if failed else "gpu-check: all passed"]

@@ -1,9 +1,8 @@
 """The time of every kernel of the judged calls, by torch's profiler, and its counters, by Nsight Compute.
 
 The judged calls are the neuron and the block, forward and backward, in every backend of the device. For each kernel:
-launches a call, median microseconds, necessary bytes a second as a share of the rate of a copy in the same run, and the
-microseconds that the roofline predicts for this card. On a CPU operators stand in for kernels, and small sizes for
-large ones.
+launches a call, median microseconds, and necessary bytes a second as a share of the rate of a copy in the same run. On
+a CPU operators stand in for kernels, and small sizes for large ones.
 """
 
 from __future__ import annotations
@@ -25,18 +24,24 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from asgl_cuda.layout import CHECKPOINT_STEPS
 from benchmarks import ROOT
 from benchmarks.common import device_of, in_time, parser_of, write_json
 from benchmarks.speed.clocks import Row, Sample, silence
 from benchmarks.speed.microbench import rows_of
-from benchmarks.speed.rates import Rates, measured_rates
+from benchmarks.speed.rates import measured_rates
 from benchmarks.speed.sizes import Block, Size, samples, sweep
 
 from ..kernels.cuda_code import Kernel
-from ..roofline.prediction import name_of
-from .card import Work, roofline
 
 ROUNDS = 10
+# Elements that a kernel reads and writes for each element of x.
+MOVED = {
+    "forward": 2, "backward": 3, "forward normalised": 2, "backward normalised": 3, "forward by neuron": 2,
+    "backward by neuron": 3, "forward normalised with residual": 3, "backward normalised with residual": 4,
+    "moments": 1, "input gradient": 3, "input gradient with residual": 3,
+}  # fmt: skip
+STATE_BYTES = 4  # of a potential, in the judged types
 STAND_INS = {
     "asgl_cuda::lif_forward": "forward",
     "asgl_cuda::lif_backward": "backward",
@@ -92,12 +97,23 @@ def launches(work: Callable[[], object], device: torch.device) -> dict[str, list
 
 
 def kind_of(name: str) -> tuple[str, str]:
-    """The kernel's name in the roofline, if it has one, and its readable name."""
+    """The kernel's kind, and its readable name."""
     kernel = Kernel.from_symbol(name)
-    return STAND_INS.get(name, name_of(kernel)), str(kernel)
+    return STAND_INS.get(name, kernel.kind.split(",")[0].removesuffix(" plain")), str(kernel)
 
 
-def measure(size: Size | Block, device: torch.device, rates: Rates, works: dict[Any, Work]) -> list[dict[str, Any]]:
+def bytes_of(kind: str, size: Size | Block) -> int | None:
+    """The bytes that a kernel must move; None where they are not those of tensors of the layer's size.
+
+    Sequences, and for neurons a potential at every CHECKPOINT_STEPS-th step but the last.
+    """
+    if kind not in MOVED:
+        return None
+    kept = (size.steps - 1) // CHECKPOINT_STEPS if kind.startswith(("forward", "backward")) else 0
+    return MOVED[kind] * size.bytes + STATE_BYTES * kept * size.elements // size.steps
+
+
+def measure(size: Size | Block, device: torch.device, bandwidth: float) -> list[dict[str, Any]]:
     """One entry for each backend."""
     torch.manual_seed(0)
     inputs = samples(size, device)
@@ -107,42 +123,30 @@ def measure(size: Size | Block, device: torch.device, rates: Rates, works: dict[
             call(row, sample)
         rounds = max(ROUNDS, len(inputs))
         seen = launches(lambda row=row, n=rounds: [call(row, inputs[i % len(inputs)]) for i in range(n)], device)
-        kernels = [entry(name, times, rounds, size, rates, works) for name, times in seen.items()]
+        kernels = [entry(name, times, rounds, size, bandwidth) for name, times in seen.items()]
         found.append({"case": str(size), **size.description(), "row": row.name, "kernels": kernels})
     return found
 
 
-def entry(
-    name: str, times: list[float], rounds: int, size: Size | Block, rates: Rates, works: dict[Any, Work]
-) -> dict[str, Any]:
-    """The measurements of one kernel; bytes and prediction only where it moves tensors of the layer's size."""
+def entry(name: str, times: list[float], rounds: int, size: Size | Block, bandwidth: float) -> dict[str, Any]:
+    """The measurements of one kernel."""
     kind, readable = kind_of(name)
     microseconds = statistics.median(times)
     found: dict[str, Any] = {"kernel": readable, "count": len(times) / rounds, "microseconds": microseconds}
-    work = works.get((kind, size.dtype, size.steps)) or works.get((kind, size.dtype, 0))
-    if work is not None:
-        moved = work.bytes * size.elements
+    moved = bytes_of(kind, size)
+    if moved is not None:
         a_second = moved / microseconds * 1e6
-        found |= {"bytes": round(moved), "gb_a_second": a_second / 1e9, "share_of_copy": a_second / rates.bandwidth}
-        found["predicted_microseconds"] = 1e6 * work.seconds(rates) * size.elements
+        found |= {"bytes": moved, "gb_a_second": a_second / 1e9, "share_of_copy": a_second / bandwidth}
     return found
 
 
 def table(measured: dict[str, Any]) -> str:
     """The measurements of one call as text."""
-    lines = [f"{measured['case']}: {measured['row']}"]
-    lines.append(f"  {'':<64}{'count':>6}{'µs':>10}{'predicted':>11}{'GB/s':>8}{'of copy':>9}")
+    lines = [f"{measured['case']}: {measured['row']}", f"  {'':<64}{'count':>6}{'µs':>10}{'GB/s':>8}{'of copy':>9}"]
     for kernel in measured["kernels"]:
-        known = "share_of_copy" in kernel
-        cells = (
-            f"{kernel['predicted_microseconds']:.1f}" if known else "",
-            f"{kernel['gb_a_second']:.0f}" if known else "",
-            f"{kernel['share_of_copy']:.0%}" if known else "",
-        )
-        lines.append(
-            f"  {kernel['kernel'][:64]:<64}{kernel['count']:>6g}{kernel['microseconds']:>10.1f}"
-            f"{cells[0]:>11}{cells[1]:>8}{cells[2]:>9}"
-        )
+        line = f"  {kernel['kernel'][:64]:<64}{kernel['count']:>6g}{kernel['microseconds']:>10.1f}"
+        known = f"{kernel['gb_a_second']:>8.0f}{kernel['share_of_copy']:>9.0%}" if "bytes" in kernel else ""
+        lines.append(line + known)
     return "\n".join(lines)
 
 
@@ -223,14 +227,11 @@ def main() -> int:
         print("\n".join(json.dumps(each) for each in found))
         write_json(arguments.json, {"counters": found})
         return 0
-    on_gpu = device.type == "cuda"
     rates = measured_rates(device)
-    major, minor = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
-    works = roofline(10 * major + minor)
     report: dict[str, Any] = {"card": rates._asdict(), "calls": []}
     print(f"a copy moves {rates.bandwidth / 1e9:.0f} GB/s" + (f", {rates.cycles:.3g} cycles/s" if rates.cycles else ""))
     for size in in_time(sweep("judged", device), started, arguments.seconds, report):
-        for measured in measure(size, device, rates, works):
+        for measured in measure(size, device, rates.bandwidth):
             print(table(measured), flush=True)
             report["calls"].append(measured)
         write_json(arguments.json, report)

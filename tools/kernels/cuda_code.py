@@ -1,4 +1,4 @@
-"""Compilation of the CUDA kernels by nvcc, ptxas reports, disassembly; needs no GPU."""
+"""Compilation of the CUDA kernels by nvcc, their names, and the reports of ptxas; needs no GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,31 +122,10 @@ class Usage(NamedTuple):
         return self.stack, self.spill_stores, self.spill_loads
 
 
-class Instruction(NamedTuple):
-    """An instruction of SASS."""
-
-    address: int
-    guard: str  # the predicate, or empty
-    opcode: str
-    operands: str
-
-    @property
-    def name(self) -> str:
-        return self.opcode.split(".")[0]
-
-    @property
-    def bits(self) -> int:
-        """The width of a load or store."""
-        widths = re.findall(r"\.[US]?(8|16|64|128|256)\b", self.opcode)
-        return int(widths[-1]) if widths else 32
-
-
-def run(command: Iterable[str | Path], environment: dict[str, str] | None = None) -> str:
+def run(command: Iterable[str | Path]) -> str:
     """Standard output and error of a command that must succeed."""
     words = [str(word) for word in command]
-    result = subprocess.run(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False
-    )
+    result = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if result.returncode != 0:
         raise SystemExit(f"{' '.join(words)}\n{result.stdout}")
     return result.stdout
@@ -192,13 +170,11 @@ class Nvcc:
         run([*command, "-c", source, "-o", directory / f"{source.stem}.o"])
         return [directory / f"{source.stem}.compute_{v}.ptx" for v in self._virtual]
 
-    def to_cubin(self, directory: Path, stem: str, architecture: int) -> tuple[Path, str]:
-        """Compiles the PTX of `to_ptx` to `<stem>.sm_90.cubin`; returns it and the report of ptxas."""
+    def report(self, directory: Path, stem: str, architecture: int) -> str:
+        """The report of ptxas on the PTX of `to_ptx`."""
         virtual = max(v for v in self._virtual if v <= architecture)
-        cubin = directory / f"{stem}.sm_{architecture}.cubin"
-        ptx = directory / f"{stem}.compute_{virtual}.ptx"
-        log = run([self.path, *self.flags, f"-arch=sm_{architecture}", "-Xptxas=-v", "-cubin", ptx, "-o", cubin])
-        return cubin, log
+        ptx, cubin = directory / f"{stem}.compute_{virtual}.ptx", directory / f"{stem}.sm_{architecture}.cubin"
+        return run([self.path, *self.flags, f"-arch=sm_{architecture}", "-Xptxas=-v", "-cubin", ptx, "-o", cubin])
 
 
 @lru_cache
@@ -226,30 +202,3 @@ def reported_usages(log: str) -> dict[str, Usage]:
         )
         for match in _REPORT.finditer(log)
     }
-
-
-class Disassembler:
-    """cuobjdump, which calls nvdisasm; `Disassembler.find()` is None without both."""
-
-    def __init__(self, directories: str) -> None:
-        self._environment = {**os.environ, "PATH": directories}
-
-    @classmethod
-    def find(cls) -> Disassembler | None:
-        # The PATH comes first, then the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
-        spec = find_spec("nvidia")
-        folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
-        wheels = [str(path) for folder in folders for path in Path(folder).glob("*/bin")]
-        directories = os.pathsep.join([os.environ["PATH"], *wheels])
-        found = all(shutil.which(tool, path=directories) for tool in ("cuobjdump", "nvdisasm"))
-        return cls(directories) if found else None
-
-    def instructions(self, cubin: Path, symbols: Iterable[str]) -> dict[str, list[Instruction]]:
-        """The code of each of these kernels."""
-        text = run(["cuobjdump", "-sass", "-fun", ",".join(symbols), cubin], self._environment)
-        functions = re.split(r"^\s*Function : (\S+)$", text, flags=re.MULTILINE)[1:]
-        line = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([\w.]+)([^;]*);", re.MULTILINE)
-        return {
-            symbol: [Instruction(int(m[1], 16), m[2] or "", m[3], m[4].strip()) for m in line.finditer(code)]
-            for symbol, code in zip(functions[::2], functions[1::2], strict=True)
-        }

@@ -125,8 +125,7 @@ have none.
 """,
     NVRTC: """\
 NVRTC makes this of the same source, in registers against the tables above. Only kernels that loop
-over steps or sums have others, whose values its front end orders otherwise; no fewer blocks fit than
-of nvcc's, or than are asked for.
+over steps or sums have others, whose values its front end orders otherwise.
 On sm_120 all may have: NVRTC makes PTX for compute_120, nvcc for compute_80.
 """,
 }

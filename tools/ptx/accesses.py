@@ -8,9 +8,7 @@ may touch more.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,18 +22,13 @@ from asgl_cuda.batch_norm import batch_norm_lif
 from asgl_cuda.functional import lif
 
 from ..emulation.emulated import LARGE, TINY
-from ..kernels.cuda_code import SCALARS, Kernel
-from ..kernels.structures import structure_of
+from ..kernels.cuda_code import Kernel
 from ..pages import Page, prose, table
 from .backend import ARCHITECTURE, CHOSEN, Access, Launcher, Machine, missing
 
 SECTOR_BYTES = 32
 WARP_THREADS = 32
 BACKEND = "traced"
-# Members of params structs: sequences of x_seq's type, and of the state's.
-SEQUENCES = ("x_seq", "residual", "s_seq", "grad_s_seq", "grad_x_seq", "grad_residual")
-REAL_SEQUENCES = ("v_seq", "h_seq", "grad_v_seq", "grad_h_seq")
-_BYTES = {scalar: dtype.itemsize for dtype, scalar in SCALARS.items()}
 
 
 class Sectors(NamedTuple):
@@ -87,31 +80,22 @@ def count(accesses: Iterable[Access], sequences: Iterable[range]) -> Counts:
     return Counts(*found)
 
 
-def sequences_of(kernel: str, params: ctypes.Structure) -> list[range]:
-    """The addresses of the sequences among a kernel's parameters."""
-    element = _BYTES[re.findall(r"<([\w:]+)", kernel)[0]]
-    shape = params.tiles.shape if hasattr(params.tiles, "shape") else params.shape
-    elements = math.prod(getattr(shape, name) for name, _ in shape._fields_)
-    sizes = {**dict.fromkeys(SEQUENCES, element), **dict.fromkeys(REAL_SEQUENCES, max(element, 4))}
-    begins = {name: getattr(params, name, None) for name in sizes}
-    return [range(begin, begin + elements * sizes[name]) for name, begin in begins.items() if begin]
-
-
 class TracingLauncher(Launcher):
-    """Counts the accesses of the kernels for which `is_wanted` is true; the others run untraced."""
+    """Counts the accesses of the kernels for which `is_wanted` is true; the others run untraced.
 
-    def __init__(self, machine: Machine, multiprocessors: int, is_wanted: Callable[[Kernel], bool]) -> None:
+    Sequences are the call's storages of at least `sequence_bytes`.
+    """
+
+    def __init__(
+        self, machine: Machine, multiprocessors: int, is_wanted: Callable[[Kernel], bool], sequence_bytes: int
+    ) -> None:
         super().__init__(machine, multiprocessors)
-        self._is_wanted = is_wanted
+        self._is_wanted, self._sequence_bytes = is_wanted, sequence_bytes
         self.found: list[tuple[Kernel, Counts]] = []
 
     def launch(self, device: torch.device, kernel: str, blocks: int, threads: int, params: int, size: int) -> None:
         name = Kernel.from_symbol(f"void {kernel}(")
-        if not self._is_wanted(name):
-            super().launch(device, kernel, blocks, threads, params, size)
-            return
-        self.machine.take_accesses()
-        self.machine.traced = True
+        self.machine.traced = self._is_wanted(name)
         try:
             super().launch(device, kernel, blocks, threads, params, size)
         finally:
@@ -119,9 +103,9 @@ class TracingLauncher(Launcher):
         # A generic address may point to parameters, outside global memory.
         own = range(params, params + size)
         accesses = [access for access in self.machine.take_accesses() if access.address not in own]
-        given = structure_of(kernel).from_buffer_copy(ctypes.string_at(params, size))
-        sequences = sequences_of(kernel, given) if hasattr(given, "tiles") else []
-        self.found.append((name, count(accesses, sequences)))
+        if self._is_wanted(name):
+            storages = (range(*each) for each in self._local.storages.ranges)
+            self.found.append((name, count(accesses, [each for each in storages if len(each) >= self._sequence_bytes])))
 
 
 # ---- cases ----
@@ -239,7 +223,10 @@ def few_cases() -> Iterator[Case]:
 def trace(case: Case, machine: Machine) -> list[Row]:
     """Runs forward and backward."""
     multiprocessors = LARGE if case.one else TINY
-    launcher = TracingLauncher(machine, multiprocessors, lambda kernel: kernel.kind.startswith(case.kernels))
+    launcher = TracingLauncher(
+        machine, multiprocessors, lambda kernel: kernel.kind.startswith(case.kernels),
+        math.prod(case.shape) * case.dtype.itemsize,
+    )  # fmt: skip
     operators = backends.Operators(**launcher.operators())
     backends.BACKENDS[BACKEND] = backends.Backend(("cpu",), operators, lambda: None)
     try:

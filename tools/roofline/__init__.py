@@ -1,1 +1,0 @@
-"""The bound of each CUDA kernel from its bytes and instructions."""
