@@ -319,10 +319,10 @@ HEADLINE = (
     f"Forward and backward, nanoseconds an element, float32, {ON}. ASGL has noise and a learned width, all others are "
     "ordinary LIF. {peers} `BatchNormLIF` is {gains} times faster than `nn.BatchNorm2d` before `LIF`, by type and "
     "layout, a training step of convolutional networks {steps} times; without a residual it keeps {kept:.1f} instead "
-    "of {kept_apart:.1f} bytes an element. With `asgl_cuda.recompute_spikes()` backward computes spikes again: a VGG-like "
-    "network keeps {memory:.2f} of its bytes, in {time:.2f} times the time of a step. `RecurrentLIF` takes {products} "
-    "times the matrix products of its recurrence, the recurrent layers of the four libraries {faster} times as long as "
-    "it. [All measurements](docs/measured.md):"
+    "of {kept_apart:.1f} bytes an element. With `asgl_cuda.recompute_spikes()` backward computes spikes again: a "
+    "VGG-like network keeps {memory:.2f} of its bytes, in {time:.2f} times the time of a step. `RecurrentLIF` takes "
+    "{products} times the matrix products of its recurrence, the recurrent layers of the four libraries {faster} times "
+    "as long as it. [All measurements](docs/measured.md):"
 )
 ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
 SECTIONS = {

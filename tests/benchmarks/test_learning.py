@@ -35,7 +35,7 @@ from benchmarks.learning import batched, demo, neurons, noise, studies, widths
 from benchmarks.learning.batched import Networks, Setting
 from benchmarks.learning.data import SOURCES, Data
 from benchmarks.learning.optimizers import ADAM, MOMENTUM, SGD, WEIGHT_DECAY
-from benchmarks.learning.studies import Study, text_of
+from benchmarks.learning.studies import Study
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (3, 1, 2)
@@ -120,6 +120,8 @@ def alone(found, setting, seed):
 )
 def test_networks_at_once_equal_trainings_of_one(doubles, time, options):
     found = data(time)
+    arms = [Networks(5, 3, SEEDS, Setting(width)) for width in (1.0, 5.0)]
+    assert all(map(torch.equal, *(each.weights for each in arms))), "arms begin with the same weights"
     setting = Setting(2.0, steps=8, batch=12, time_steps=3, **options)
     networks = batched.trained(found, setting, SEEDS).eval()
     together = networks(found.test[None]).detach()
@@ -129,12 +131,6 @@ def test_networks_at_once_equal_trainings_of_one(doubles, time, options):
         expected = [float(torch.as_tensor(layer.width).detach().mean()) for _, layer in asgl_cuda.asgl_layers(model)]
         assert networks.widths()[number] == pytest.approx(expected, abs=1e-4)
         assert (expected == [2.0] * setting.layers) == (not setting.learned)
-
-
-def test_seeds_differ_and_arms_begin_with_the_same_weights():
-    one, other = (Networks(5, 3, SEEDS, setting) for setting in (Setting(1.0), Setting(5.0, learned=False)))
-    assert all(map(torch.equal, one.weights, other.weights))
-    assert not torch.equal(one.weights[0][0], one.weights[0][1])
 
 
 def test_accuracies_are_by_hard_spikes_without_dropout(doubles):
@@ -265,21 +261,6 @@ def test_parameters_of_the_residual_network():
     assert counted == neurons.RESIDUAL["parameters"]
 
 
-def test_every_rule_moves_the_width_by_its_rate(small_data):
-    """In four steps of Adam at most the sum of the rates, which fall along a cosine; not at all where it is fixed."""
-    moved = {}
-    for (optimizer, rate), rule in itertools.product(widths.FASTEST, widths.RULES):
-        run = widths.Step("digits", "rectangle", 6, 4, "width", optimizer, rate, 5.0, rule)
-        found = torch.tensor(widths.train_by_rule(run, 2)["widths"])
-        moved[optimizer, rule] = abs(found.div(5).log()).max().item()
-    for optimizer in (SGD, ADAM):
-        assert moved[optimizer, "fixed"] == 0
-        assert moved[optimizer, "Adam 0.01"] < moved[optimizer, "Adam 0.03"] < moved[optimizer, "Adam 0.1"] <= 0.26
-        assert moved[optimizer, "Adam 7 / steps"] > 1
-    assert 0 < moved[ADAM, "3e-4"] <= 0.0009
-    assert moved[ADAM, "lr / 10"] == pytest.approx(moved[ADAM, "3e-4"])
-
-
 def test_recall_is_learned():
     x_seq, labels = neurons.recall(400, 20, torch.Generator().manual_seed(0))
     assert x_seq.shape == (35, 400, 41)
@@ -292,7 +273,7 @@ def test_recall_is_learned():
     assert accuracy > 60
 
 
-# ---- designs and choices ----
+# ---- designs ----
 
 
 @pytest.mark.parametrize("name", program.STUDIES)
@@ -310,77 +291,12 @@ def test_every_committed_run_is_of_the_design(name):
     assert all(report[key] == value for key, value in study.settings.items())
 
 
-def test_paired():
-    gain, half = studies.paired([3.0, 5.0, 4.0], [1.0, 2.0, 3.0])
-    assert gain == 2.0
-    assert half == pytest.approx(4.3027 / 3**0.5, abs=1e-3)  # Student's t with 2 degrees of freedom, deviation 1
-
-
-CELL = ("digits", 4, 60, 1.0, SGD, "sigmoid")
-RATES = noise.TRIED[SGD]
-
-
-def noise_report(best):
-    """Validation prefers these rates of the arms; the test prefers others."""
-    runs = {}
-    for arm, (number, rate) in itertools.product(best, enumerate(RATES)):
-        test = [80.0 + number, 82.0 + number] if arm == noise.QUIET else [90.0 - number / 2, 92.0 - 1.5 * number]
-        runs[text_of((*CELL, rate, arm))] = {"validation": 90.0 - abs(number - best[arm]), "test": test}
-    return {"runs": runs}
-
-
-@pytest.mark.parametrize(
-    ("quiet", "noisy", "gain", "at_edge"), [(0, 4, 6.0, True), (1, 2, 7.0, False), (2, 0, 8.0, True)]
-)
-def test_rates_are_chosen_by_validation(quiet, noisy, gain, at_edge):
-    report = noise_report({noise.QUIET: quiet, "0.2": noisy})
-    found = noise.gain_of(report, CELL, "0.2")
-    assert (found.quiet, found.mean, found.at_edge) == (81.0 + quiet, gain, at_edge)
-    assert str(found).endswith(noise.EDGE) == at_edge
-    assert noise.gain_of(report, CELL, noise.QUIET)[1:3] == (0, 0)
-    assert noise.gain_of(report, CELL, "0.5") is None
-    ((name, *cells),) = noise.noise_rows(report, "0.2")
-    assert name == "digits, T = 4, 60 steps, width 1"
-    assert [each for each in cells if each] == [cells[noise.HEAD.index("SGD, sigmoid") - 1]] == [
-        f"{81 + quiet:.1f}, {found}"
-    ]  # fmt: skip
-    assert f"{81 + quiet:.1f}, " in next(noise.noise_rows(report, "0.5")), "an arm that was not trained"
-    assert not any(cell for row in noise.control_rows(report) for cell in row[1:])
-
-
 def test_samples_of_validation_are_no_samples_of_training():
     few, validation, _ = noise.read_with_validation("digits")
     whole = SOURCES["digits"].read(None)
     assert len(few.train) + len(validation) == len(whole.train)
     assert torch.equal(torch.cat([few.train, validation]).sum(0), whole.train.sum(0))
     assert torch.equal(few.test, whole.test)
-
-
-def test_tables_of_the_widths():
-    runs = {
-        text_of(("digits", "sigmoid", "Adam", method, width)): {"accuracies": [each - less for each in values]}
-        for method, less in ((widths.ASGL, 0), (widths.SG, 1))
-        for width, values in {10.0: [90.0, 94.0], 0.5: [97.0, 98.0]}.items()
-    }
-    head, rows = widths.robustness_rows({"runs": runs})
-    assert head == ["", "0.5", "10", "best - worst"]
-    assert rows == [
-        ["digits, sigmoid, Adam, SG", "96.5 ± 0.7", "91.0 ± 2.8", "5.5"],
-        ["digits, sigmoid, Adam, ASGL", "97.5 ± 0.7", "92.0 ± 2.8", "5.5"],
-    ]
-    assert widths.robustness_summary({"runs": runs}) == (
-        ["", "0.5", "10"],
-        [["Adam, sigmoid, SG", "96.5", "91.0"], ["Adam, sigmoid, ASGL", "97.5", "92.0"]],
-    )
-    runs = {
-        text_of((*widths.BASE, SGD, 0.2, width, "Adam 0.03")): {"test": [90.0 - less, 92.0 - less]}
-        for less, width in ((0, 1.0), (3, 5.0), (7, 30.0))
-    }
-    (row,) = widths.step_rows({"runs": runs})
-    assert row == [
-        "digits, rectangle, 6 layers, 250 steps", "SGD 0.2", "Adam 0.03", "91.0", "3.0 ± 0.0", "", "7.0 ± 0.0"
-    ]  # fmt: skip
-    assert len(row) == len(widths.STEP_HEAD)
 
 
 # ---- observations ----
