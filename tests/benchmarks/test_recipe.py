@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from functools import partial
 
 import pytest
 
@@ -288,7 +287,7 @@ def widths_of(network):
     ("name", "changes", "count"),
     [
         ("cifar10-vgg13", {}, 320),
-        ("dvs-cifar10-vggsnn2", {"steps": 3, "channels": 0.0625}, 160),
+        pytest.param("dvs-cifar10-vggsnn2", {"steps": 3, "channels": 0.0625}, 160, marks=pytest.mark.slow),
     ],
 )
 def test_learns(name, changes, count):
@@ -337,22 +336,14 @@ def test_recomputed_spikes_change_nothing(monkeypatch):
 
 
 def test_bfloat16_and_compiled(monkeypatch):
-    plain = tiny("cifar10-vgg13")
-    half = tiny("cifar10-vgg13", options=Options(CPU, amp=True))
+    plain, half = (tiny("cifar10-vgg13", options=Options(CPU, amp=each)) for each in (False, True))
     assert half.losses != plain.losses
     assert half.losses == pytest.approx(plain.losses, rel=0.2)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    torch._dynamo.reset()
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     again = tiny("cifar10-vgg13", options=Options(CPU, compiled=True))
-    assert len(graphs) == 1
-    assert again.losses == pytest.approx(plain.losses, rel=1e-3)
-    assert again.network.state_dict().keys() == plain.network.state_dict().keys()
+    assert compiled == [again.network]
+    assert again.losses == plain.losses
 
 
 # ---- the program ----
@@ -386,7 +377,7 @@ def bits_of(saved):
     return [bits_of(value) for value in saved] if isinstance(saved, list) else saved
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_resumed_with_the_same_bits(frames, tmp_path, monkeypatch, capsys, workers):
     """Interrupted in the second epoch; augmentation, noise, shuffling and optimizers go on as they would have."""
     common = ("dvs-cifar10-vggsnn2", *QUICK, "--data-root", frames, "--workers", workers, "--out")
@@ -479,7 +470,7 @@ def test_checkpoints_that_cannot_be_read(tmp_path, monkeypatch):
     training = tiny("cifar10-vgg13")
     file = tmp_path / "out" / "last.pt"
     file.parent.mkdir()
-    common = ("cifar10-vgg13", "--synthetic", 16, "--workers", 0, "--out", file.parent)
+    common = ("cifar10-vgg13", *QUICK, "--synthetic", 16, "--out", file.parent)
     with pytest.raises(SystemExit, match=f"^{file} is no checkpoint that can be read: FileNotFoundError: .*$"):
         call(monkeypatch, *common, "--evaluate", file)
     training.save(file)
