@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: arguments, a description of the machine, results as JSON."""
+"""Shared by the benchmarks: arguments, a description of the machine, results as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +31,6 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "repeats": {"type": int, "default": 11, "help": "rounds, whose median is reported (default: %(default)s)"},
     "seconds": {"type": float, "default": math.inf, "help": "start nothing after this time"},
     "json": {"type": Path, "metavar": "FILE", "help": "also write the results to FILE"},
-    "plot": {"type": Path, "metavar": "FILE.png", "help": "draw the results"},
 }
 
 
@@ -125,8 +124,13 @@ def write_json(file: Path | None, content: Any) -> None:
         part.replace(file)
 
 
-def text_row(name: str, cells: Iterable[str], name_width: int, cell_width: int) -> str:
-    return f"{name:<{name_width}}" + "".join(f" {cell:>{cell_width - 1}}" for cell in cells)
+def text_table(*rows: Sequence[str]) -> str:
+    """The rows, of which the first is the head, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        f"{name:<{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        for name, *cells in rows
+    )
 
 
 def in_time(work: Sequence[Work], started: float, seconds: float, report: dict[str, Any]) -> Iterator[Work]:

@@ -6,12 +6,10 @@ for black and white.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
-
-Draw = TypeVar("Draw", bound=Callable[..., Any])
+from typing import Any
 
 BLACK = "#000000"
 BLUE = "#0072b2"
@@ -47,17 +45,16 @@ def line(number: int, **options: Any) -> dict[str, Any]:
     return {**style, **({"markerfacecolor": "white"} if cycle else {}), **options}
 
 
-def styled(draw: Draw) -> Draw:
-    """Runs a drawing function under STYLE."""
+@contextmanager
+def panels(file: Path, rows: int, columns: int, size: tuple[float, float], **options: Any) -> Iterator[Any]:
+    """The panels of a figure `[rows, columns]` in the project's style, written to a file when they are drawn."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    @functools.wraps(draw)
-    def wrapped(*arguments: Any, **options: Any) -> Any:
-        import matplotlib
-
-        with matplotlib.rc_context(STYLE):
-            return draw(*arguments, **options)
-
-    return wrapped  # type: ignore[return-value]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size)
+        yield figure.subplots(rows, columns, squeeze=False, **options)
+        figure.savefig(file, dpi=80)
 
 
 def write_matplotlibrc(file: Path) -> Path:

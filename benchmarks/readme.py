@@ -6,36 +6,34 @@ import json
 import math
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import ROOT
-from .learning.adaptation import rows as adaptation_rows
-from .learning.calibration import summary as calibration_summary
+from .learning import noise, widths
 from .learning.data import SOURCES
-from .learning.gradients import rows as gradients_rows
-from .learning.noise import CONTROLLED, EDGE, QUIET, SHARES, control_head, control_rows, named
-from .learning.noise import HEAD as NOISE_HEAD
-from .learning.noise import rows as noise_rows
-from .learning.residual_network import rows as residual_rows
-from .learning.smoothing import rows as smoothing_rows
-from .learning.width_robustness import rows as width_rows
-from .learning.width_robustness import summary as width_summary
-from .learning.width_step import CELLS
-from .learning.width_step import HEAD as STEP_HEAD
-from .learning.width_step import rows as step_rows
+from .learning.neurons import adaptation_rows, calibration_rows, residual_rows
+from .speed import convert
 from .speed.end_to_end import FUSED_BLOCK, NEURONS
+from .speed.memory import HEAD as MEMORY_HEAD
 from .speed.memory import KEPT, RECOMPUTED
+from .speed.memory import rows as memory_rows
 from .speed.microbench import COMPILED, FLOOR, LOOP, PAIR, PLAIN, REFERENCE, SIGMOID
 from .speed.recurrent import PRODUCTS, WITH_INPUT
 from .speed.sizes import LAYOUTS
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
+OURS = "asgl_cuda cpu"
+Report = dict[str, Any]
+Rows = list[list[str]]
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+# ---- tables ----
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     rule = ["--:" if i else "---" for i in range(len(header))]
     return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
 
@@ -45,32 +43,57 @@ def folded(title: str, table: list[str]) -> list[str]:
     return ["<details>", f"<summary>{title}</summary>", "", *table, "", "</details>"]
 
 
-def digest(header: list[str], rows: list[list[str]], shown: Collection[str], title: str = "More rows") -> list[str]:
+def digest(header: Sequence[str], rows: Rows, shown: Collection[str], title: str = "More rows") -> list[str]:
     """The rows whose first cells are those, versions left out, and the others folded."""
-    first: list[list[str]] = []
-    others: list[list[str]] = []
+    first: Rows = []
+    others: Rows = []
     for row in rows:
         cells = [re.sub(r" \d+\.\d+\.\d+", "", cell) for cell in row]
         names = {", ".join(cells[:count]) for count in range(1, len(cells))}
         (others if names.isdisjoint(shown) else first).append(row)
-    if len(first) != len(shown):
-        raise ValueError(f"benchmarks.readme: expected one row each for {shown}, got {[row[0] for row in first]}")
+    if not first:
+        return markdown_table(header, rows)
     return [*markdown_table(header, first), "", *folded(title, markdown_table(header, others))]
-
-
-def nanoseconds(size: dict[str, Any], row: str) -> float | None:
-    """The time of an element, forward and backward."""
-    timing = size["seconds"].get(row)
-    elements = math.prod(size["shape"]) if "shape" in size else size["steps"] * size["neurons"]
-    return None if timing is None else 1e9 * timing["both"] / elements
 
 
 def number(value: float | None) -> str:
     return "" if value is None else f"{value:.{2 if value < 10 else 1}f}"
 
 
+def between(values: list[float], first: str = ".2f", last: str = ".2f") -> str:
+    return f"{min(values):{first}} to {max(values):{last}}"
+
+
 def power_of_two(value: int) -> str:
     return f"2^{value.bit_length() - 1}" if value & (value - 1) == 0 else str(value)
+
+
+def named(size: Report) -> str:
+    return f"T = {size['steps']}, N = {power_of_two(size['neurons'])}"
+
+
+# ---- measurements of a layer ----
+
+
+def elements(size: Report) -> int:
+    return math.prod(size["shape"]) if "shape" in size else size["steps"] * size["neurons"]
+
+
+def nanoseconds(size: Report, row: str) -> float | None:
+    """The time of an element, forward and backward."""
+    timing = size["seconds"].get(row)
+    return None if timing is None else 1e9 * timing["both"] / elements(size)
+
+
+def kept_bytes(size: Report, row: str) -> float | None:
+    saved = size["rows"][row]["saved_bytes"]
+    return None if saved is None else saved / elements(size)
+
+
+def compared(report: Report) -> tuple[list[Report], list[str]]:
+    """The sizes with rows of the ordinary neuron, and these rows."""
+    sizes = [size for size in report["sizes"] if f"{PLAIN}{OURS}" in size["seconds"]]
+    return sizes, [name for name in sizes[0]["seconds"] if name.startswith(PLAIN)]
 
 
 def peers_in_words(rows: Collection[str]) -> str:
@@ -86,400 +109,297 @@ def peers_in_words(rows: Collection[str]) -> str:
     )
 
 
-def headline(report: dict[str, Any]) -> str:
+def headline(report: Report) -> list[str]:
     """The layer compared with a multiply and the libraries: time, and bytes kept for backward."""
-    about = report["machine"]
-    ours = "asgl_cuda cpu"
-    compared = [size for size in report["sizes"] if f"{PLAIN}{ours}" in size["seconds"]]
-    peers = [name for name in compared[0]["seconds"] if name.startswith(PLAIN)]
-    words = {ours: "asgl_cuda, LIF", REFERENCE: "loop in PyTorch"}
-    columns = {"two multiplies": FLOOR, "asgl_cuda, ASGL": ours}
+    sizes, peers = compared(report)
+    words = {OURS: "asgl_cuda, LIF", REFERENCE: "loop in PyTorch"}
+    columns = {"two multiplies": FLOOR, "asgl_cuda, ASGL": OURS}
     columns |= {words.get(name.removeprefix(PLAIN), name.removeprefix(PLAIN)): name for name in peers}
-    rows = []
-    for size in compared:
-        name = f"T = {size['steps']}, N = {power_of_two(size['neurons'])}"
-        rows.append([name, *(number(nanoseconds(size, row)) for row in columns.values())])
-    first = compared[0]
-    elements = first["steps"] * first["neurons"]
-    kept = [first["rows"][row].get("saved_bytes") for row in columns.values()]
-    name = f"bytes kept for backward, T = {first['steps']}"
-    rows.append([name, *("" if each is None else f"{each / elements:.1f}" for each in kept)])
-    gains = [nanoseconds(block, f"{PAIR}{ours}") / nanoseconds(block, ours) for block in report["blocks"]]
-    (block,) = (
-        each
-        for each in report["blocks"]
-        if each["dtype"] == "float32" and each["layout"] == LAYOUTS[0] and not each.get("residual")
-    )
-    kept_by = [block["rows"][name]["saved_bytes"] / math.prod(block["shape"]) for name in (ours, f"{PAIR}{ours}")]
-    networks = json.loads((RESULTS / "end_to_end_cpu.json").read_text())["networks"]
-    variants = [each["variants"] for each in networks.values() if f"{ours}{FUSED_BLOCK}" in each["variants"]]
-    steps = [each[ours]["seconds"] / each[f"{ours}{FUSED_BLOCK}"]["seconds"] for each in variants]
-    vgg = json.loads((RESULTS / "memory_cpu.json").read_text())["networks"]["VGG, T = 4"]
-    memory, time = (vgg[RECOMPUTED][key] / vgg[KEPT][key] for key in ("kept_bytes", "seconds"))
-    products, faster = recurrent_ratios(json.loads((RESULTS / "recurrent_cpu.json").read_text()))
-    lines = [
-        f"Forward and backward, nanoseconds an element, float32, on {about['processor']}, {about['threads']} threads, "
-        f"torch {about['torch']}, {about['date']}. ASGL has noise and a learned width, all others are ordinary LIF. "
-        f"{peers_in_words(peers)} `BatchNormLIF` is {min(gains):.2f} to {max(gains):.2f} times faster than "
-        "`nn.BatchNorm2d` before `LIF`, by type and layout, a training step of convolutional networks "
-        f"{min(steps):.2f} to {max(steps):.2f} times; without a residual it keeps {kept_by[0]:.1f} instead of "
-        f"{kept_by[1]:.1f} bytes an element. With `asgl_cuda.recompute_spikes()` backward "
-        f"computes spikes again: a VGG-like network keeps {memory:.2f} of its bytes, in {time:.2f} times the time of a "
-        f"step. `RecurrentLIF` takes {min(products):.2f} to {max(products):.2f} times the matrix products of its "
-        f"recurrence, the recurrent layers of the four libraries {min(faster):.1f} to {max(faster):.0f} times as long "
-        "as it. [All measurements](docs/measured.md):",
-        "",
-        *markdown_table(["", *columns], rows),
-    ]
-    return "\n".join(lines)
+    rows = [[named(size), *(number(nanoseconds(size, row)) for row in columns.values())] for size in sizes]
+    kept = (kept_bytes(sizes[0], row) for row in columns.values())
+    name = f"bytes kept for backward, T = {sizes[0]['steps']}"
+    rows.append([name, *("" if each is None else f"{each:.1f}" for each in kept)])
+    return markdown_table(["", *columns], rows)
 
 
-def microbench(report: dict[str, Any]) -> str:
+def headline_values(report: Report) -> Report:
+    blocks = report["blocks"]
+    gains = [block["seconds"][f"{PAIR}{OURS}"]["both"] / block["seconds"][OURS]["both"] for block in blocks]
+    plain = {"dtype": "float32", "layout": LAYOUTS[0], "residual": False}
+    (block,) = (each for each in blocks if plain.items() <= each.items())
+    networks = [each["variants"] for each in read_report("end_to_end")["networks"].values()]
+    fused = [each for each in networks if f"{OURS}{FUSED_BLOCK}" in each]
+    vgg = read_report("memory")["networks"]["VGG, T = 4"]
+    products, faster = recurrent_ratios(read_report("recurrent"))
+    return {
+        "peers": peers_in_words(compared(report)[1]),
+        "gains": between(gains),
+        "steps": between([each[OURS]["seconds"] / each[f"{OURS}{FUSED_BLOCK}"]["seconds"] for each in fused]),
+        "kept": kept_bytes(block, OURS),
+        "kept_apart": kept_bytes(block, f"{PAIR}{OURS}"),
+        **{
+            name: vgg[RECOMPUTED][key] / vgg[KEPT][key] for name, key in (("memory", "kept_bytes"), ("time", "seconds"))
+        },
+        "products": between(products),
+        "faster": between(faster, ".1f", ".0f"),
+    }
+
+
+def microbench(report: Report) -> list[str]:
     """ASGL over sizes, then the ordinary neuron of every library."""
-    about = report["machine"]
-    ours = "asgl_cuda cpu"
     rows = []
     for size in report["sizes"]:
-        floor, mine, compiled, reference, loop = (
-            nanoseconds(size, name) for name in (FLOOR, ours, COMPILED, REFERENCE, LOOP)
-        )
-        name = f"T = {size['steps']}, N = {power_of_two(size['neurons'])}, {size['dtype']}"
-        rows.append([name, *map(number, (floor, mine, mine / floor, compiled, loop, reference))])
+        floor, mine, *others = (nanoseconds(size, name) for name in (FLOOR, OURS, COMPILED, LOOP, REFERENCE))
+        rows.append([f"{named(size)}, {size['dtype']}", *map(number, (floor, mine, mine / floor, *others))])
     head = ["", "two multiplies", "asgl_cuda", "times multiplies", "torch.compile", "author's loop", "reference"]
-    where = f"{about['processor']}, {about['threads']} threads, {about['instruction_set']}, torch {about['torch']}"
-    lines = [
-        f"Forward and backward, nanoseconds an element, on {where}, {about['date']}:",
-        "",
+    sizes, peers = compared(report)
+    plain = [[f"T = {size['steps']}", *(number(nanoseconds(size, name)) for name in peers)] for size in sizes]
+    calls = report["call_microseconds"]
+    return [
         *markdown_table(head, rows),
         "",
-    ]
-    compared = [size for size in report["sizes"] if f"{PLAIN}{ours}" in size["seconds"]]
-    names = [name for name in compared[0]["seconds"] if name.startswith(PLAIN)]
-    lines += [
         "The same as an ordinary LIF neuron, without noise and learned width, which is what the other libraries have. "
-        f"{peers_in_words(names)}",
+        f"{peers_in_words(peers)}",
         "",
-    ]
-    rows = [[f"T = {size['steps']}", *(number(nanoseconds(size, name)) for name in names)] for size in compared]
-    lines += markdown_table(["", *(name.removeprefix(PLAIN) for name in names)], rows)
-    calls = report["call_microseconds"]
-    noisy = calls[f"{ours} with noise"]
-    lines += [
+        *markdown_table(["", *(name.removeprefix(PLAIN) for name in peers)], plain),
         "",
-        f"One call on `[4, 64]` without gradients: {calls[ours]:.1f} µs, with noise {noisy:.1f} µs, "
-        f"`x * 2` {calls[FLOOR]:.1f} µs.",
+        f"One call on `[4, 64]` without gradients: {calls[OURS]:.1f} µs, with noise {calls[f'{OURS} with noise']:.1f} "
+        f"µs, `x * 2` {calls[FLOOR]:.1f} µs.",
     ]
-    return "\n".join(lines)
 
 
-def adaptive(report: dict[str, Any]) -> str:
+def adaptive(report: Report) -> list[str]:
     """Every adaptive neuron of every implementation, and as a multiple of LIF's time."""
-    about, sizes = report["machine"], report["sizes"]
-    lif = f"{PLAIN}asgl_cuda cpu"
-    rows, head = [], [""]
-    for size in sizes:
-        head += [f"T = {size['steps']}, N = {power_of_two(size['neurons'])}", "times LIF"]
+    sizes = report["sizes"]
+    rows = []
     for name in sizes[0]["seconds"]:
-        if name == FLOOR:
-            continue
-        rows.append([name])
-        for size in sizes:
-            time = nanoseconds(size, name)
-            rows[-1] += [number(time), number(time / nanoseconds(size, lif))]
-    words = (
-        f"Adaptive neurons beside `LIF`, forward and backward, nanoseconds an element, {sizes[0]['dtype']}, on "
-        f"{about['processor']}, {about['threads']} threads, torch {about['torch']}, {about['date']}:"
-    )
+        times = [(nanoseconds(size, name), nanoseconds(size, f"{PLAIN}{OURS}")) for size in sizes]
+        rows.append([name, *(number(each) for time, lif in times for each in (time, time / lif))])
+    head = ["", *(cell for size in sizes for cell in (named(size), "times LIF"))]
     shown = ("LIF: asgl_cuda cpu", "ALIF: asgl_cuda cpu", "ALIF: loop", "ALIF: Norse")
-    return "\n".join((words, "", *digest(head, rows, shown)))
+    return digest(head, [row for row in rows if row[0] != FLOOR], shown)
 
 
-def recurrent_ratios(report: dict[str, Any]) -> tuple[list[float], list[float]]:
+def block(report: Report) -> list[str]:
+    """Normalisation and neurons as one and as two layers, and the bytes kept for backward."""
+    names = (FLOOR, OURS, f"{PAIR}{OURS}", f"{PAIR}{COMPILED}", f"{PAIR}{REFERENCE}")
+    rows = []
+    for each in report["blocks"]:
+        times = floor, fused, pair, _, reference = [nanoseconds(each, name) for name in names]
+        kept = (kept_bytes(each, name) for name in (OURS, f"{PAIR}{OURS}"))
+        layout = "" if each["layout"] == LAYOUTS[0] else f", {each['layout']}"
+        name = f"{each['dtype']}{layout}{', residual' if each['residual'] else ''}"
+        rows.append([name, *map(number, (*times, fused / floor, pair / fused, reference / fused, *kept))])
+    head = ["", "floor", "fused", "pair", "pair, torch.compile", "pair, reference"]
+    head += ["times floor", "faster than pair", "than reference", "kept, fused", "kept, pair"]
+    return markdown_table(head, rows)
+
+
+def recurrent_ratios(report: Report) -> tuple[list[float], list[float]]:
     """The layer's time as a multiple of its products', and the other libraries' as multiples of the layer's."""
-    ours, peers = "asgl_cuda cpu", report["machine"]["peers"]
     products, faster = [], []
     for seconds in (size["seconds"] for size in report["sizes"]):
-        products.append(seconds[ours] / seconds[PRODUCTS])
-        by_input = {end: seconds[f"{ours}{end}"] for end in ("", WITH_INPUT)}
-        names = [(f"{peer}{end}", time) for peer in peers for end, time in by_input.items()]
-        faster += [seconds[name] / time for name, time in names if name in seconds]
+        products.append(seconds[OURS] / seconds[PRODUCTS])
+        for end in ("", WITH_INPUT):
+            names = (f"{peer}{end}" for peer in report["machine"]["peers"])
+            faster += [seconds[name] / seconds[f"{OURS}{end}"] for name in names if name in seconds]
     return products, faster
 
 
-def recurrent(report: dict[str, Any]) -> str:
+def recurrent(report: Report) -> list[str]:
     """Every recurrent layer: milliseconds by size and threads, and bytes kept for backward."""
-    about, sizes = report["machine"], report["sizes"]
-    head = ["", *(f"{size['steps']}, {size['batch']}, {size['neurons']}; {size['threads']}" for size in sizes)]
-    last = sizes[-1]
-    elements = last["steps"] * last["batch"] * last["neurons"]
+    sizes = report["sizes"]
+    head = ["", *(f"{size['steps']}, {size['batch']}, {size['neurons']}; {size['threads']}" for size in sizes), "kept"]
+    count = sizes[-1]["steps"] * sizes[-1]["batch"] * sizes[-1]["neurons"]
     rows = []
     for name in sizes[0]["seconds"]:
-        kept = last["saved_bytes"].get(name)
+        kept = sizes[-1]["saved_bytes"].get(name)
         times = (number(1e3 * size["seconds"][name]) for size in sizes)
-        rows.append([name, *times, number(None if kept is None else kept / elements)])
-    rates = [size["rate"] for size in sizes]
-    words = (
-        "Recurrent neurons, forward and backward, milliseconds by T, B, N and number of threads, float32, on "
-        f"{about['processor']}, torch {about['torch']}, {about['date']}; {min(rates):.1%} to {max(rates):.1%} of the "
-        f"elements spike, except in the row that says so. Layers with *{WITH_INPUT.removeprefix(', ')}* multiply the "
-        "input with a weight, too. Last: bytes an element kept for backward at the last size, input and weights "
-        "included."
-    )
-    return "\n".join((words, "", *markdown_table([*head, "kept"], rows)))
+        rows.append([name, *times, number(None if kept is None else kept / count)])
+    return markdown_table(head, rows)
 
 
-def block(report: dict[str, Any]) -> str:
-    """Normalisation and neurons as one and as two layers, and the bytes kept for backward."""
-    ours = "asgl_cuda cpu"
-    names = (FLOOR, ours, f"{PAIR}{ours}", f"{PAIR}{COMPILED}", f"{PAIR}{REFERENCE}")
-    rows = []
-    for each in report["blocks"]:
-        floor, fused, pair, compiled, reference = (nanoseconds(each, name) for name in names)
-        kept = (each["rows"][name]["saved_bytes"] / math.prod(each["shape"]) for name in (ours, f"{PAIR}{ours}"))
-        layout = "" if each["layout"] == LAYOUTS[0] else f", {each['layout']}"
-        rows.append(
-            [
-                f"{each['dtype']}{layout}{', residual' if each.get('residual') else ''}",
-                *map(number, (floor, fused, pair, compiled, reference)),
-                *map(number, (fused / floor, pair / fused, reference / fused)),
-                *map(number, kept),
-            ]
-        )
-    shape = report["blocks"][0]["shape"]
-    assert all(each["shape"] == shape for each in report["blocks"])
-    has_residual = any(each.get("residual") for each in report["blocks"])
-    more = ", 44 with a residual added between the two" if has_residual else ""
-    head = ["", "floor", "fused", "pair", "pair, torch.compile", "pair, reference"]
-    head += ["times floor", "faster than pair", "than reference", "kept, fused", "kept, pair"]
-    return "\n".join(
-        (
-            f"Batch normalisation and noisy neurons in training, `{shape}`, forward and backward, nanoseconds an "
-            "element, on the same machine: fused, and as a pair of `nn.BatchNorm2d` and the neurons. The floor, a sum "
-            f"and three multiplies, moves what the fused one must move, 36 bytes an element in float32{more}. "
-            "Kept: bytes an element, for backward.",
-            "",
-            *markdown_table(head, rows),
-        )
-    )
+# ---- networks, libraries, studies ----
 
 
-def end_to_end(report: dict[str, Any]) -> str:
+def end_to_end(report: Report) -> list[str]:
     """Milliseconds of a training step and the share of the neuron layers, by network and variant."""
-    widest_first = sorted(report["networks"].values(), key=lambda each: len(each["variants"]), reverse=True)
-    variants = list(dict.fromkeys(name for each in widest_first for name in each["variants"]))
+    networks = report["networks"]
+    widest_first = sorted(networks.values(), key=lambda each: len(each["variants"]), reverse=True)
     rows = []
-    for variant in variants:
-        cells = []
-        for network in report["networks"].values():
-            found = network["variants"].get(variant)
-            cells.append("" if found is None else f"{1e3 * found['seconds']:.0f} ms, {found['shares'][NEURONS]:.0%}")
+    for variant in dict.fromkeys(name for each in widest_first for name in each["variants"]):
+        found = (network["variants"].get(variant) for network in networks.values())
+        cells = (f"{1e3 * each['seconds']:.0f} ms, {each['shares'][NEURONS]:.0%}" if each else "" for each in found)
         rows.append([variant, *cells])
-    heads = [f"{name}, {report['networks'][name]['input_shape']}" for name in report["networks"]]
-    return "\n".join(
-        (
-            "A whole training step, and the share of the neuron layers in it, on the same machine; in a fused block "
-            "the share includes the batch normalisations:",
-            "",
-            *digest(["", *heads], rows, (f"{PLAIN}asgl_cuda cpu", f"{PLAIN}SpikingJelly")),
-        )
-    )
+    head = ["", *(f"{name}, {each['input_shape']}" for name, each in networks.items())]
+    return digest(head, rows, (f"{PLAIN}{OURS}", f"{PLAIN}SpikingJelly"))
 
 
-def memory(report: dict[str, Any]) -> str:
-    """Bytes and time of each network and variant, against the first."""
-    about = report["machine"]
-    rows = []
-    for network, found in report["networks"].items():
-        base = found[KEPT]
-        for variant, each in found.items():
-            shares = [f"{each[key] / base[key]:.2f}" for key in ("kept_bytes", "peak_bytes", "seconds")]
-            values = [f"{each['kept_bytes'] / 1e6:.0f} MB", f"{each['peak_bytes'] / 1e6:.0f} MB"]
-            values.append(f"{1e3 * each['seconds']:.0f} ms")
-            rows.append([f"{network}: {variant}", *map("{}, {}".format, values, shares)])
-    lines = [
-        f"Kept for backward, peak and time of a step, batch {report['batch']} unless said, float32, and as shares "
-        f"of the first variant's; on {about['processor']}, {about['threads']} threads, torch {about['torch']}, "
-        f"{about['date']}:",
-        "",
-        *digest(["", "kept", "peak", "step"], rows, (f"VGG, T = 4: {KEPT}", f"VGG, T = 4: {RECOMPUTED}")),
-    ]
-    return "\n".join(lines)
+def memory(report: Report) -> list[str]:
+    rows = [row for name, found in report["networks"].items() for row in memory_rows(name, found)]
+    return digest(MEMORY_HEAD, rows, (f"VGG, T = 4: {KEPT}", f"VGG, T = 4: {RECOMPUTED}"))
 
 
-def smoothing(report: dict[str, Any]) -> str:
-    """Width and smoothing error, means over the layers, and both losses, at the start and at the end."""
-    words = (
-        f"Over {report['epochs']} epochs on handwritten digits, means over the layers and {report['seeds']} seeds, "
-        "± standard deviation of the seeds:"
-    )
-    shown = [
-        f"SGD, {surrogate}, width 5, {arm}" for surrogate in ("rectangle", "sigmoid") for arm in ("noise", "no noise")
-    ]
-    return "\n".join((words, "", *digest(*smoothing_rows(report), shown)))
-
-
-def width_robustness(report: dict[str, Any]) -> str:
-    """Mean accuracy over the sets by width; and, folded, each set with the deviations over the seeds."""
-    about = report["settings"]
-    seeds, rates = about["seeds"], about["rates"]
-    names = dict.fromkeys(key.split()[0] for key in report["runs"])
-    kinds = ", ".join(f"{name} ({SOURCES[name].kind})" for name in names)
-    trainings = ", ".join(f"{name} at {rate:g}" for name, rate in rates.items())
-    words = (
-        f"Test accuracy in percent over the width at the start after {about['steps']} steps, mean of {kinds} and "
-        f"{seeds} seeds; {trainings}. {seeds * len(report['runs']):,} trainings took {report['seconds'] / 60:.0f} "
-        "minutes of one core:"
-    )
-    every = folded("Each set, mean ± standard deviation of the seeds", markdown_table(*width_rows(report)))
-    shown = [f"{optimizer}, rectangle, {arm}" for optimizer in rates for arm in ("SG", "learned")]
-    return "\n".join((words, "", *digest(*width_summary(report), shown), "", *every))
-
-
-def width_step(report: dict[str, Any]) -> str:
-    """Accuracies from width 1 and losses from wider starts, by rule."""
-    seeds = report["settings"]["seeds"]
-    words = (
-        f"Test accuracy in percent from a first width of 1, mean of {seeds} seeds, and what wider starts lose against "
-        f"it, with 95 % intervals. {seeds * len(report['runs']):,} trainings took {report['seconds'] / 60:.0f} minutes "
-        "of one core:"
-    )
-    first, *others = CELLS
-    base, others = (list(step_rows(report, cells)) for cells in ([first], others))
-    shown = [
-        f"{base[0][0]}, {weights}, {rule}" for weights in ("SGD 0.2", "Adam 0.003") for rule in ("fixed", "Adam 0.03")
-    ]
-    table = digest(STEP_HEAD, base, shown, "More learning rates and rules")
-    return "\n".join((words, "", *table, "", *folded("Other tasks and parameters", markdown_table(STEP_HEAD, others))))
-
-
-def residual_network(report: dict[str, Any]) -> str:
-    """Accuracies after some epochs, by optimizer, first width and arm."""
-    about = report["settings"]
-    words = (
-        f"Test accuracy in percent on mnist of a residual network of nine convolutions ({about['parameters']:,} "
-        f"parameters, T = {about['time_steps']}, {about['surrogate']}), mean of {about['seeds']} seeds (least to "
-        f"most). {len(report['runs'])} trainings took {report['seconds'] / 60:.0f} minutes of one core:"
-    )
-    shown = [f"{optimizer}, width 10, {arm}" for optimizer in ("SGD", "Adam") for arm in ("SG", "learned")]
-    return "\n".join((words, "", *digest(*residual_rows(report), shown)))
-
-
-def noise(report: dict[str, Any]) -> str:
-    """Accuracy of learned widths without noise and the gain of each share, by task, optimizer and surrogate."""
-    seeds = report["settings"]["seeds"]
-    lines = [
-        "Test accuracy in percent of learned widths without noise at the learning rate that validation chose, mean of "
-        f"{seeds} seeds, and what a share of analog elements gains on it, at its own rate, with 95 % intervals;"
-        f"{EDGE}: one of the two chose the least or the largest rate. {seeds * len(report['runs']):,} trainings took "
-        f"{report['seconds'] / 60:.0f} minutes of one core.",
-    ]
-    for arm in SHARES:
-        if arm != QUIET:
-            shown = (
-                "digits, T = 1, 60 steps, width 1",
-                "digits, T = 4, 250 steps, width 1",
-                "tones, 250 steps, width 1",
-            )
-            lines += ["", f"`analog_prob={arm}`:", "", *digest(NOISE_HEAD, list(noise_rows(report, arm)), shown)]
-    controls = markdown_table(control_head(), list(control_rows(report)))
-    return "\n".join((*lines, "", *folded(f"Controls, gains on {named(CONTROLLED)}", controls)))
-
-
-def gradients(report: dict[str, Any]) -> str:
-    """Measured by predicted changes of the loss."""
-    words = (
-        f"Measured by predicted change of the loss on {report['data']}, means of {report['seeds']} seeds, and by how "
-        "much noise changes the distance from 1, with 95 % intervals of paired differences:"
-    )
-    kinds = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
-    shown = [f"{optimizer}, {surrogate}, width 5, step 20" for optimizer, surrogate in kinds]
-    return "\n".join((words, "", *digest(*gradients_rows(report), shown)))
-
-
-def adaptation(report: dict[str, Any]) -> str:
-    """Accuracies by neuron and task."""
-    seeds = report["settings"]["seeds"]
-    words = (
-        f"Test accuracy in percent, mean of {seeds} seeds (least to most). {seeds * len(report['runs'])} trainings "
-        f"took {report['seconds'] / 60:.0f} minutes of one core:"
-    )
-    return "\n".join((words, "", *markdown_table(*adaptation_rows(report))))
-
-
-def convert(report: dict[str, Any]) -> str:
-    """Speedups by layer and steps."""
-    names = [f"{each['library']} {each['layer']}" for each in report["sizes"][0]["layers"]]
-    rows = []
-    for number, name in enumerate(names):
-        timings = [size["layers"][number]["seconds"] for size in report["sizes"]]
-        rows.append([name, *(f"{each['before'] / each['after']:.1f}" for each in timings)])
-    head = [f"T = {size['steps']}" for size in report["sizes"]]
-    return "\n".join(
-        (
-            f"How many times faster the layers are, forward and backward, on {report['elements']:,} elements, "
-            f"{report['machine']['processor']}, {report['machine']['threads']} threads, {report['machine']['date']}:",
-            "",
-            *digest(
-                ["", *head], rows, ("spikingjelly LIFNode", "snntorch Leaky in MultiStep", "norse LIF", "sinabs LIF")
-            ),
-        )
-    )
-
-
-def calibration(report: dict[str, Any]) -> str:
-    """Accuracies by the calibrated rate."""
-    head, rows = calibration_summary(report)
-    settings = report["settings"]
+def calibrated(report: Report) -> list[str]:
+    """Accuracies by the calibrated rate, and how far usual rates are apart."""
+    head, rows = calibration_rows(report)
     usual = [column for column, name in enumerate(head) if name in ("0.05", "0.1", "0.2")]
-    deep: list[float] = []
-    shallow: list[float] = []
+    apart: dict[bool, list[float]] = {False: [], True: []}
     for row in rows:
         accuracies = [float(row[column]) for column in usual]
-        (deep if "12 layers" in row[0] else shallow).append(max(accuracies) - min(accuracies))
-    return "\n".join(
-        (
-            f"Test accuracy in percent after {settings['steps']} steps, means of {settings['seeds']} seeds, as the "
-            f"network was made and calibrated to a rate. {len(report['runs'])} trainings took "
-            f"{report['seconds'] / 60:.0f} minutes:",
-            "",
-            *digest(head, rows, ("digits, 6 layers, SGD", "digits, 6 layers, Adam")),
-            "",
-            f"Among 0.05, 0.1 and 0.2 the best and the worst rate are {min(shallow):.1f} to {max(shallow):.1f} points "
-            f"apart at up to six layers, {min(deep):.1f} to {max(deep):.1f} at twelve.",
-        )
+        apart["12 layers" in row[0]].append(max(accuracies) - min(accuracies))
+    shallow, deep = (between(each, ".1f", ".1f") for each in apart.values())
+    return [
+        *digest(head, rows, ("digits, 6 layers, SGD", "digits, 6 layers, Adam")),
+        "",
+        f"Among 0.05, 0.1 and 0.2 the best and the worst rate are {shallow} points apart at up to six layers, {deep} "
+        "at twelve.",
+    ]
+
+
+def robustness(report: Report) -> list[str]:
+    """Mean accuracy over the sets by width; and, folded, each set with the deviations over the seeds."""
+    every = folded("Each set, mean ± standard deviation of the seeds", markdown_table(*widths.robustness_rows(report)))
+    shown = [f"{optimizer}, rectangle, {arm}" for optimizer in ("SGD", "Adam") for arm in ("SG", "learned")]
+    return [*digest(*widths.robustness_summary(report), shown), "", *every]
+
+
+def robustness_values(report: Report) -> Report:
+    sets = dict.fromkeys(key.split()[0] for key in report["runs"])
+    return {
+        "kinds": ", ".join(f"{name} ({SOURCES[name].kind})" for name in sets),
+        "optimizers": ", ".join(f"{name} at {rate:g}" for name, rate in report["settings"]["rates"].items()),
+    }
+
+
+def width_step(report: Report) -> list[str]:
+    """Accuracies from width 1 and losses from wider starts, by rule."""
+    first, *others = widths.CELLS
+    base, others = (list(widths.step_rows(report, cells)) for cells in ([first], others))
+    rules = [(weights, rule) for weights in ("SGD 0.2", "Adam 0.003") for rule in ("fixed", "Adam 0.03")]
+    table = digest(
+        widths.STEP_HEAD, base, [", ".join((base[0][0], *each)) for each in rules], "More learning rates and rules"
     )
+    return [*table, "", *folded("Other tasks and parameters", markdown_table(widths.STEP_HEAD, others))]
 
 
-MAKERS = {
-    "headline": ("microbench", headline),
-    "microbench": ("microbench", microbench),
-    "adaptive": ("microbench_adaptive", adaptive),
-    "recurrent": ("recurrent", recurrent),
-    "block": ("microbench", block),
-    "end_to_end": ("end_to_end", end_to_end),
-    "memory": ("memory", memory),
-    "smoothing": ("smoothing", smoothing),
-    "width_robustness": ("width_robustness", width_robustness),
-    "width_step": ("width_step", width_step),
-    "residual_network": ("residual_network", residual_network),
-    "noise": ("noise", noise),
-    "gradients": ("gradients", gradients),
-    "adaptation": ("adaptation", adaptation),
-    "calibration": ("calibration", calibration),
-    "convert": ("convert", convert),
+def noisy(report: Report) -> list[str]:
+    """Accuracy of learned widths without noise and the gain of each share, by task, optimizer and surrogate."""
+    tasks = ("digits, T = 1, 60 steps", "digits, T = 4, 250 steps", "tones, 250 steps")
+    shown = [f"{task}, width 1" for task in tasks]
+    lines: list[str] = []
+    for arm in list(noise.SHARES)[1:]:
+        lines += [f"`analog_prob={arm}`:", "", *digest(noise.HEAD, list(noise.noise_rows(report, arm)), shown), ""]
+    controls = markdown_table(noise.HEAD, noise.control_rows(report))
+    return [*lines, *folded(f"Controls, gains on {noise.named(noise.CONTROLLED)}", controls)]
+
+
+def study(rows: Callable[[Report], tuple[list[str], Rows]], *shown: str) -> Callable[[Report], list[str]]:
+    """The table of a study, all of it or, of its rows, those that are shown first."""
+    return lambda report: digest(*rows(report), shown) if shown else markdown_table(*rows(report))
+
+
+# ---- sections ----
+
+
+class Section(NamedTuple):
+    """A part of a page: its result file, what it shows, and a line about that, with values of the report in braces."""
+
+    file: str
+    body: Callable[[Report], list[str]]
+    words: str
+    values: Callable[[Report], Report] = lambda report: {}
+
+
+ON = "on {processor}, {threads} threads, torch {torch}, {date}"
+LAYER = f"Forward and backward, nanoseconds an element, {ON}:"
+COST = "trainings took {minutes:.0f} minutes of one core:"
+STUDIED = f"Mean of {{seeds}} seeds; {{trainings:,}} {COST}"
+HEADLINE = (
+    f"Forward and backward, nanoseconds an element, float32, {ON}. ASGL has noise and a learned width, all others are "
+    "ordinary LIF. {peers} `BatchNormLIF` is {gains} times faster than `nn.BatchNorm2d` before `LIF`, by type and "
+    "layout, a training step of convolutional networks {steps} times; without a residual it keeps {kept:.1f} instead "
+    "of {kept_apart:.1f} bytes an element. With `asgl_cuda.recompute_spikes()` backward computes spikes again: a "
+    "VGG-like network keeps {memory:.2f} of its bytes, in {time:.2f} times the time of a step. `RecurrentLIF` takes "
+    "{products} times the matrix products of its recurrence, the recurrent layers of the four libraries {faster} times "
+    "as long as it. [All measurements](docs/measured.md):"
+)
+ARMS = [(optimizer, surrogate) for optimizer in ("SGD", "Adam") for surrogate in ("rectangle", "sigmoid")]
+SECTIONS = {
+    "headline": Section("microbench", headline, HEADLINE, headline_values),
+    "microbench": Section("microbench", microbench, LAYER),
+    "adaptive": Section("microbench_adaptive", adaptive, LAYER),
+    "recurrent": Section(
+        "recurrent",
+        recurrent,
+        "Milliseconds, float32, on {processor}, torch {torch}, {date}; {rates} of elements spike, except in one row:",
+        lambda report: {"rates": between([size["rate"] for size in report["sizes"]], ".1%", ".1%")},
+    ),
+    "block": Section("microbench", block, f"`{{blocks[0][shape]}}`, nanoseconds an element, {ON}:"),
+    "end_to_end": Section("end_to_end", end_to_end, f"Milliseconds of a step, share of the neurons, {ON}:"),
+    "memory": Section("memory", memory, f"Batch {{batch}} unless said, float32, {ON}:"),
+    "convert": Section(
+        "convert",
+        study(convert.rows, "spikingjelly LIFNode", "snntorch Leaky in MultiStep", "norse LIF", "sinabs LIF"),
+        f"Times faster, {{elements:,}} elements, {ON}:",
+    ),
+    "calibration": Section(
+        "calibration", calibrated, f"After {{steps}} steps, mean of {{seeds}} seeds; {{count}} {COST}"
+    ),
+    "width_robustness": Section(
+        "width_robustness",
+        robustness,
+        f"After {{steps}} steps, mean of {{kinds}} and {{seeds}} seeds; {{optimizers}}. {{trainings:,}} {COST}",
+        robustness_values,
+    ),
+    "width_step": Section("width_step", width_step, STUDIED),
+    "residual_network": Section(
+        "residual_network",
+        study(residual_rows, *(f"{each}, width 10, {arm}" for each in ("SGD", "Adam") for arm in ("SG", "learned"))),
+        f"{{parameters:,}} parameters, T = {{time_steps}}, {{surrogate}}, {{seeds}} seeds; {{count}} {COST}",
+    ),
+    "noise": Section("noise", noisy, STUDIED),
+    "gradients": Section(
+        "gradients",
+        study(noise.gradient_rows, *(f"{', '.join(each)}, width 5, step 20" for each in ARMS)),
+        "On {data}, means of {seeds} seeds:",
+    ),
+    "adaptation": Section("adaptation", study(adaptation_rows), STUDIED),
+    "smoothing": Section(
+        "smoothing",
+        study(
+            noise.smoothing_rows,
+            *(f"SGD, {each}, width 5, {arm}" for each in ("rectangle", "sigmoid") for arm in ("noise", "no noise")),
+        ),
+        "Over {epochs} epochs, {seeds} seeds:",
+    ),
 }
 
 
-def sections() -> Iterator[tuple[str, str]]:
-    """Names, and the text between `<!-- name -->` and `<!-- /name -->`."""
-    for name, (file, make) in MAKERS.items():
-        yield name, make(json.loads((RESULTS / f"{file}_cpu.json").read_text()))
+def read_report(name: str) -> Report:
+    report: Report = json.loads((RESULTS / f"{name}_cpu.json").read_text())
+    return report
+
+
+def values(report: Report) -> Report:
+    """What words may name: the machine, the settings, and the number of trainings and their time."""
+    found = {**report["machine"], **report, **report.get("settings", {})}
+    if "runs" in report:
+        found["count"] = len(report["runs"])
+        found["trainings"], found["minutes"] = found["seeds"] * found["count"], found.get("seconds", 0) / 60
+    return found
+
+
+def text_of(section: Section, report: Report) -> str:
+    words = section.words.format(**{**values(report), **section.values(report)})
+    return "\n".join((words, "", *section.body(report)))
 
 
 def pages(texts: dict[Path, str]) -> dict[Path, str]:
-    """The pages with regenerated sections; each section is in exactly one page."""
+    """The pages with regenerated sections, each between `<!-- name -->` and `<!-- /name -->` of exactly one page."""
     found = dict(texts)
-    for name, content in sections():
+    for name, section in SECTIONS.items():
+        content = text_of(section, read_report(section.file))
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         (page,) = (page for page, text in found.items() if pattern.search(text))
         found[page] = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", found[page])

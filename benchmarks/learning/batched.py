@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional
 
 import asgl_cuda
 
-from .data import Data
+from .data import SOURCES, Data
 from .optimizers import MOMENTUM, SGD, WEIGHT_DECAY
 
 HIDDEN = 64
@@ -135,6 +136,12 @@ def shortened(data: Data) -> Data:
     even = data.train.shape[1] // 2 * 2
     train, test = (part[:, :even].unflatten(1, (-1, 2)).mean(2) for part in (data.train, data.test))
     return data._replace(train=train, test=test)
+
+
+@cache
+def read(name: str, root: Path | None = None) -> Data:
+    """A data set in short, read once a process."""
+    return shortened(SOURCES[name].read(root))
 
 
 def flat(samples: Tensor) -> Tensor:

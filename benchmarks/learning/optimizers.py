@@ -1,9 +1,12 @@
-"""The optimizers of the studies, with the groups of `asgl_cuda.parameter_groups`."""
+"""What trainings of one network share: optimizers with the groups of `asgl_cuda.parameter_groups`, steps, accuracy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import asgl_cuda
 
@@ -18,3 +21,28 @@ def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
         return torch.optim.Adam(asgl_cuda.parameter_groups(model, RATES[name]))
     groups = asgl_cuda.parameter_groups(model, RATES[name], weight_decay=WEIGHT_DECAY)
     return torch.optim.SGD(groups, momentum=MOMENTUM)
+
+
+def fit(loss_of: Callable[[Any], Tensor], batches: Iterable[Any], optimizer: Any, *schedules: Any) -> list[float]:
+    """Trains a step on each batch; returns the losses."""
+    losses = []
+    for batch in batches:
+        loss = loss_of(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        for stepper in (optimizer, *schedules):
+            stepper.step()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def accuracy_of(
+    model: nn.Module, scores_of: Callable[[Tensor], Tensor], samples: Tensor, labels: Tensor, dim: int = 0
+) -> float:
+    """Percent of the samples that a network recognises by hard spikes; samples are along `dim`."""
+    model.eval()
+    parts = zip(samples.split(256, dim), labels.split(256), strict=True)
+    right = torch.cat([scores_of(part).argmax(1) == wanted for part, wanted in parts])
+    model.train()
+    return 100 * right.float().mean().item()

@@ -8,20 +8,17 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 Name = TypeVar("Name", bound=Hashable)
 
 PARTS = ("forward", "backward", "both")
 MOST_SAMPLES = 16
-# More than any cache of a CPU.
-COLD_BYTES = 2**28
 
 
 def keep_memory() -> bool:
@@ -48,6 +45,11 @@ class Sample(NamedTuple):
         return (self.leaf,) if self.residual_leaf is None else (self.leaf, self.residual_leaf)
 
 
+def sample_of(x: Tensor, grad: Tensor, residual: Tensor | None = None) -> Sample:
+    residual_leaf = None if residual is None else residual.detach().requires_grad_()
+    return Sample(x, x.detach().requires_grad_(), grad, residual, residual_leaf)
+
+
 class Row(NamedTuple):
     """The timed functions; backward gets the result of forward."""
 
@@ -55,28 +57,34 @@ class Row(NamedTuple):
     forward: Callable[[Sample], Tensor]
     backward: Callable[[Sample, Tensor], Any]
 
+    def call(self, part: str, sample: Sample, out: Tensor | None = None) -> Any:
+        """Forward, backward or both; `out` is the result of forward for backward alone."""
+        if part == "forward":
+            return self.forward(sample)
+        return self.backward(sample, self.forward(sample) if out is None else out)
 
-# Timed statement and setup, by part.
-CPU_STATEMENTS = {
-    "forward": ("row.forward(sample)", "pass"),
-    "backward": ("row.backward(sample, out)", "out = row.forward(sample)"),
-    "both": ("row.backward(sample, row.forward(sample))", "pass"),
-}
+
+def row_of(name: str, function: Callable[..., Tensor], *parameters: Tensor) -> Row:
+    """A layer, with gradients of its inputs and parameters."""
+
+    def backward(sample: Sample, out: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, (*sample.leaves, *parameters), sample.grad, retain_graph=True)
+
+    return Row(name, lambda sample: function(*sample.leaves), backward)
 
 
 class CpuClock:
-    """Seconds of a call of forward, backward or both; `cold`: with caches filled by other data."""
+    """Seconds of a call of forward, backward or both."""
 
-    def __init__(self, row: Row, part: str, inputs: list[Sample], cold: bool) -> None:
-        self._elsewhere = torch.empty(COLD_BYTES, dtype=torch.uint8) if cold else None
-        names = {"row": row, "sample": inputs[0]}
-        self._timer = Timer(*CPU_STATEMENTS[part], globals=names, num_threads=torch.get_num_threads())
+    def __init__(self, row: Row, part: str, inputs: list[Sample]) -> None:
+        self._row, self._part, self._sample = row, part, inputs[0]
         self.seconds()  # compiles, loads, fills caches
 
     def seconds(self) -> float:
-        if self._elsewhere is not None:
-            self._elsewhere.fill_(1)
-        return self._timer.timeit(1).mean
+        out = self._row.forward(self._sample) if self._part == "backward" else None
+        started = time.perf_counter()
+        self._row.call(self._part, self._sample, out)
+        return time.perf_counter() - started
 
 
 class GpuClock:
@@ -86,13 +94,8 @@ class GpuClock:
     LONGEST = 0.02  # seconds of the calls in a row, and of the wait
 
     def __init__(self, row: Row, part: str, inputs: list[Sample]) -> None:
-        outs = [row.forward(sample) for sample in inputs] if part == "backward" else []
-        self._call = {
-            "forward": lambda i: row.forward(inputs[i]),
-            "backward": lambda i: row.backward(inputs[i], outs[i]),
-            "both": lambda i: row.backward(inputs[i], row.forward(inputs[i])),
-        }[part]
-        self._samples, self._next = len(inputs), 0
+        outs = [row.forward(sample) if part == "backward" else None for sample in inputs]
+        self._row, self._part, self._inputs, self._next = row, part, list(zip(inputs, outs, strict=True)), 0
         self._run(1)  # compiles, loads
         torch.cuda.synchronize()
         started = time.perf_counter()
@@ -105,8 +108,8 @@ class GpuClock:
 
     def _run(self, count: int) -> None:
         for _ in range(count):
-            self._call(self._next)
-            self._next = (self._next + 1) % self._samples
+            self._row.call(self._part, *self._inputs[self._next])
+            self._next = (self._next + 1) % len(self._inputs)
 
     def seconds(self) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -118,17 +121,31 @@ class GpuClock:
         return start.elapsed_time(end) / 1e3 / self._count
 
 
-def clock_of(row: Row, part: str, inputs: list[Sample], cold: bool = False) -> CpuClock | GpuClock:
-    return GpuClock(row, part, inputs) if inputs[0].x.device.type == "cuda" else CpuClock(row, part, inputs, cold)
+def clock_of(row: Row, part: str, inputs: list[Sample]) -> Callable[[], float]:
+    return (GpuClock if inputs[0].x.device.type == "cuda" else CpuClock)(row, part, inputs).seconds
 
 
-def in_turns(clocks: Mapping[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:
-    """Seconds by each clock; the clocks take turns, so that a drift of the machine's speed affects all alike."""
+class Times(NamedTuple):
+    """Seconds of a call; half the interquartile range, as a share of the median."""
+
+    median: float
+    spread: float
+
+
+def times_of(values: list[float]) -> Times:
+    if len(values) < 2:
+        return Times(values[0], 0.0)
+    lower, median, upper = statistics.quantiles(values, n=4)
+    return Times(median, (upper - lower) / 2 / median)
+
+
+def in_turns(clocks: Mapping[Name, Callable[[], float]], repeats: int) -> dict[Name, Times]:
+    """Times by each clock; the clocks take turns, so that a drift of the machine's speed affects all alike."""
     seconds: dict[Name, list[float]] = {name: [] for name in clocks}
     for _ in range(repeats):
         for name, clock in clocks.items():
             seconds[name].append(clock())
-    return seconds
+    return {name: times_of(values) for name, values in seconds.items()}
 
 
 def saved_storages(call: Callable[[], object]) -> dict[int, int]:
@@ -160,13 +177,8 @@ def silence() -> Iterator[None]:
         os.close(kept)
 
 
-def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """The peak of a call's allocations, beyond those before it."""
-    return allocated_bytes(call, device)[0]
-
-
 def allocated_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:
-    """The peak of a call's allocations, and the bytes that it leaves while its result lives.
+    """The peak of a call's allocations beyond those before it, and the bytes that it leaves while its result lives.
 
     Freeing memory from before the call lowers both.
     """
@@ -189,11 +201,3 @@ def allocated_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int,
         now += event.nbytes()
         peak = max(peak, now)
     return peak, now
-
-
-def spread(values: Sequence[float]) -> float:
-    """Half the interquartile range, as a share of the median."""
-    if len(values) < 2:
-        return 0.0
-    lower, median, upper = statistics.quantiles(values, n=4)
-    return (upper - lower) / 2 / median

@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import importlib.util
-import statistics
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +18,10 @@ from torch import Tensor, nn
 
 import asgl_cuda
 
-from ..common import device_of, in_words, parser_of, write_json
-from .clocks import Row, Sample, clock_of, in_turns, keep_memory, spread
-from .peers import machine_and_peers, step_by_step
+from .clocks import Sample, clock_of, in_turns, row_of, sample_of
+from .peers import by_sinabs, by_spikingjelly, step_by_step
+
+STEPS, ELEMENTS = (4, 16, 128), 2**22  # elements: steps times neurons
 
 
 class Case(NamedTuple):
@@ -37,10 +37,6 @@ class Case(NamedTuple):
 def spikingjelly() -> Iterator[Case]:
     from spikingjelly.activation_based import functional, neuron
 
-    def whole(node: Any, x_seq: Tensor) -> Tensor:
-        functional.reset_net(node)
-        return node(x_seq)  # type: ignore[no-any-return]
-
     def by_step(node: Any, x_seq: Tensor) -> Tensor:
         functional.reset_net(node)
         return torch.stack([node(x) for x in x_seq])
@@ -48,13 +44,14 @@ def spikingjelly() -> Iterator[Case]:
     def decoded(node: Any, x_seq: Tensor) -> Tensor:
         return node(x_seq).expand_as(x_seq)  # type: ignore[no-any-return]
 
+    case = partial(Case, "spikingjelly")
     for make in (neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode):
-        yield Case("spikingjelly", make.__name__, make(step_mode="m"), whole)
-    yield Case("spikingjelly", "LIFNode, a step a call", neuron.LIFNode(step_mode="s"), by_step)
+        yield case(make.__name__, make(step_mode="m"), by_spikingjelly)
+    yield case("LIFNode, a step a call", neuron.LIFNode(step_mode="s"), by_step)
     current = neuron.CUBALIFNode()
     current.step_mode = "m"
-    yield Case("spikingjelly", "CUBALIFNode", current, whole)
-    yield Case("spikingjelly", "NonSpikingLIFNode", neuron.NonSpikingLIFNode(decode="mean-mem"), decoded)
+    yield case("CUBALIFNode", current, by_spikingjelly)
+    yield case("NonSpikingLIFNode", neuron.NonSpikingLIFNode(decode="mean-mem"), decoded)
 
 
 def snntorch() -> Iterator[Case]:
@@ -62,24 +59,22 @@ def snntorch() -> Iterator[Case]:
 
     from asgl_cuda.interop.snntorch import MultiStep
 
-    def spikes(layer: Any, x_seq: Tensor) -> Tensor:
-        whole = isinstance(layer, MultiStep)
-        count = 2 if isinstance(layer.layer if whole else layer, Synaptic) else 1
-        states: Any = [torch.zeros_like(x_seq[0])] * count
-        if whole:
-            return layer(x_seq, *states)[0]  # type: ignore[no-any-return]
-        s_seq = []
-        for x in x_seq:
-            s, *states = layer(x, *states)
-            s_seq.append(s)
-        return torch.stack(s_seq)
+    def spikes(layer: Any, x_seq: Tensor, states: int) -> Tensor:
+        state = (torch.zeros_like(x_seq[0]),) * states
+        if isinstance(layer, MultiStep):
+            return layer(x_seq, *state)[0]  # type: ignore[no-any-return]
 
-    for make in (Leaky, Synaptic):
-        name, options = make.__name__, {"beta": 0.5} | ({"alpha": 0.5} if make is Synaptic else {})
-        yield Case("snntorch", f"{name}, a step a call", make(**options), spikes)
-        yield Case(
-            "snntorch", f"{name} in MultiStep", make(**options), spikes, lambda layer: MultiStep(copy.deepcopy(layer))
-        )
+        def cell(x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+            s, *after = layer(x, *state)
+            return s, tuple(after)
+
+        return step_by_step(cell, x_seq, state)
+
+    for make, options in ((Leaky, {"beta": 0.5}), (Synaptic, {"alpha": 0.5, "beta": 0.5})):
+        call = partial(spikes, states=len(options))
+        yield Case("snntorch", f"{make.__name__}, a step a call", make(**options), call)
+        whole: Callable[[nn.Module], nn.Module] = lambda layer: MultiStep(copy.deepcopy(layer))  # noqa: E731
+        yield Case("snntorch", f"{make.__name__} in MultiStep", make(**options), call, whole)
 
 
 def norse() -> Iterator[Case]:
@@ -100,23 +95,20 @@ def sinabs() -> Iterator[Case]:
     from sinabs import layers
     from sinabs.activation import SingleSpike
 
-    def spikes(layer: Any, x_seq: Tensor) -> Tensor:
-        layer.reset_states()
-        return layer(x_seq[None])[0]  # type: ignore[no-any-return]
-
-    yield Case("sinabs", "LIF", layers.LIF(2.0, spike_fn=SingleSpike, norm_input=False), spikes)
-    yield Case("sinabs", "IAF", layers.IAF(spike_fn=SingleSpike), spikes)
-    yield Case("sinabs", "IAF, MultiSpike", layers.IAF(min_v_mem=-1.0), spikes)
-    yield Case("sinabs", "LIF, MultiSpike, tau_syn", layers.LIF(2.0, tau_syn=2.0, norm_input=False), spikes)
-    yield Case("sinabs", "ExpLeak", layers.ExpLeak(2.0), spikes)
+    for name, layer in {
+        "LIF": layers.LIF(2.0, spike_fn=SingleSpike, norm_input=False),
+        "IAF": layers.IAF(spike_fn=SingleSpike),
+        "IAF, MultiSpike": layers.IAF(min_v_mem=-1.0),
+        "LIF, MultiSpike, tau_syn": layers.LIF(2.0, tau_syn=2.0, norm_input=False),
+        "ExpLeak": layers.ExpLeak(2.0),
+    }.items():
+        yield Case("sinabs", name, layer, by_sinabs)
 
 
 def cases() -> Iterator[Case]:
     """Layers of the installed libraries."""
     for library in (spikingjelly, snntorch, norse, sinabs):
-        if importlib.util.find_spec(library.__name__) is None:
-            print(f'not installed: {library.__name__} (pip install ".[bench]")')
-        else:
+        if importlib.util.find_spec(library.__name__) is not None:
             yield from library()
 
 
@@ -129,53 +121,35 @@ def measure(case: Case, sample: Sample, repeats: int) -> dict[str, Any]:
     # Spikes differ where a potential is within rounding of the threshold.
     if (~torch.isclose(before, after, rtol=1e-3, atol=1e-4)).float().mean() > 1e-4:
         raise RuntimeError(f"{case.library} {case.name} emits other spikes when it is converted")
-
-    def row(layer: nn.Module) -> Row:
-        return Row(
-            case.name,
-            lambda sample: case.spikes(layer, sample.leaf),
-            lambda sample, out: torch.autograd.grad(out, sample.leaf, sample.grad),
-        )
-
-    seconds = in_turns(
-        {name: clock_of(row(layer), "both", [sample]).seconds for name, layer in layers.items()}, repeats
-    )
+    rows = {name: row_of(name, partial(case.spikes, layer)) for name, layer in layers.items()}
+    times = in_turns({name: clock_of(row, "both", [sample]) for name, row in rows.items()}, repeats)
     return {
         "library": f"{case.library} {importlib.metadata.version(case.library)}",
         "layer": case.name,
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "spread": {name: spread(values) for name, values in seconds.items()},
+        "seconds": {name: each.median for name, each in times.items()},
+        "spread": {name: each.spread for name, each in times.items()},
     }
 
 
-def main() -> int:
-    """Measures every layer at every number of steps."""
-    parser = parser_of("benchmarks.speed.convert", __doc__, "device", "repeats", "json")
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 16, 128], help="time steps (default 4 16 128)")
-    parser.add_argument("--elements", type=int, default=2**22, help="steps times neurons (default 2^22)")
-    arguments = parser.parse_args()
-    device = device_of(parser, arguments.device)
-    keep_memory()
-    about = machine_and_peers(device)
-    print(f"{in_words(about)}; forward and backward, medians of {arguments.repeats}")
-    print(f"{'':<40}{'T':>6}{'before, ms':>14}{'after, ms':>14}{'faster':>10}", flush=True)
-    report: dict[str, Any] = {"machine": about, "elements": arguments.elements, "sizes": []}
-    for steps in arguments.steps:
+def rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: how many times faster each layer is, by number of steps."""
+    found: dict[str, list[str]] = {}
+    for size in report["sizes"]:
+        for each in size["layers"]:
+            faster = each["seconds"]["before"] / each["seconds"]["after"]
+            found.setdefault(f"{each['library']} {each['layer']}", []).append(f"{faster:.1f}")
+    return ["", *(f"T = {size['steps']}" for size in report["sizes"])], [
+        [name, *cells] for name, cells in found.items()
+    ]
+
+
+def measurements(report: dict[str, Any], device: torch.device, repeats: int) -> Iterator[str]:
+    """Every layer at every number of steps."""
+    report |= {"elements": ELEMENTS, "sizes": []}
+    for steps in STEPS:
         torch.manual_seed(0)
-        x = torch.randn(steps, arguments.elements // steps, device=device)
-        sample = Sample(x, x.clone().requires_grad_(), torch.randn_like(x))
-        found = []
-        for case in cases():
-            each = measure(case, sample, arguments.repeats)
-            found.append(each)
-            before, after = each["seconds"]["before"], each["seconds"]["after"]
-            name = f"{each['library']} {each['layer']}"
-            cells = f"{1e3 * before:>14.2f}{1e3 * after:>14.2f}{before / after:>10.1f}"
-            print(f"{name:<40}{steps:>6}{cells}", flush=True)
-        report["sizes"].append({"steps": steps, "neurons": arguments.elements // steps, "layers": found})
-        write_json(arguments.json, report)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        shape = steps, ELEMENTS // steps
+        sample = sample_of(*(torch.randn(shape, device=device) for _ in range(2)))
+        layers = [measure(case, sample, repeats) for case in cases()]
+        report["sizes"].append({"steps": steps, "neurons": shape[1], "layers": layers})
+        yield f"T = {steps}"

@@ -23,56 +23,39 @@ On a GPU the time is the device's, between two CUDA events, while the host runs 
 from __future__ import annotations
 
 import math
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch._functorch.config
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 import asgl_cuda
 from asgl_cuda import OverTime
 from asgl_cuda.selfcheck import THRESHOLD_BAND
 
-from .. import palette
-from ..common import device_of, fused_backends, in_time, in_words, parser_of, write_json
+from ..common import device_of, fused_backends, in_time, parser_of, text_table, write_json
 from . import host
-from .clocks import (
-    PARTS,
-    CpuClock,
-    GpuClock,
-    Row,
-    Sample,
-    clock_of,
-    in_turns,
-    keep_memory,
-    peak_bytes,
-    saved_storages,
-    spread,
-)
+from .clocks import PARTS, Row, Sample, allocated_bytes, clock_of, in_turns, keep_memory, row_of, saved_storages
 from .peers import (
     ADLIF,
     ALIF,
     DECAY,
     Peer,
-    adaptive_loop,
-    adaptive_peers,
     adaptive_step,
     asgl_loop,
     installed_peers,
-    machine_and_peers,
+    introduced,
+    loop,
 )
 from .rates import measured_rates
-from .sizes import DTYPES, HOST, LAYOUTS, SWEEPS, Block, Size, samples, sweep, usual_sizes
+from .sizes import LAYOUTS, SWEEPS, Block, Size, description, samples, sweep, usual_sizes
 
-ANALOG_PROB = 0.2
+ANALOG_PROB = host.ANALOG_PROB
 FLOOR = "multiply"
 COPY = "copy"
 YARDSTICKS = (FLOOR, COPY)
@@ -94,24 +77,6 @@ MOST_STEPS_TO_COMPILE = 16
 REFERENCE_BYTES_AN_ELEMENT = 100
 
 
-class Timing(NamedTuple):
-    """Median seconds of one row."""
-
-    forward: float
-    backward: float
-    both: float
-
-
-class Measurement(NamedTuple):
-    """The measurements of one row."""
-
-    timing: Timing
-    spread: float  # half the interquartile range of `both`, as a share of its median
-    saved_bytes: int | None
-    peak_bytes: int | None
-    first_seconds: float  # first call, forward and backward
-
-
 class Pair(nn.Sequential):
     """A normalisation and neurons apart, with a residual added between the two."""
 
@@ -122,13 +87,7 @@ class Pair(nn.Sequential):
         return spikes
 
 
-def row_of(name: str, function: Callable[..., Tensor], *parameters: Tensor) -> Row:
-    """A layer, with gradients of its inputs and parameters."""
-
-    def backward(sample: Sample, out: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, (*sample.leaves, *parameters), sample.grad, retain_graph=True)
-
-    return Row(name, lambda sample: function(*sample.leaves), backward)
+# ---- rows ----
 
 
 def reset_compiler() -> None:
@@ -138,19 +97,10 @@ def reset_compiler() -> None:
     torch._dynamo.reset()
 
 
-def compiled_rows(
-    size: Size | Block,
-    name: str,
-    function: Callable[..., Tensor],
-    *parameters: Tensor,
-    modes: Sequence[str | None] = (None,),
-) -> Iterator[Row]:
-    """The layer under torch.compile, in each of the modes; None is the default."""
-    if not size.compiled or size.steps > MOST_STEPS_TO_COMPILE:
-        return
-    for mode in modes:
-        compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
-        yield row_of(name if mode is None else f"{name} max-autotune", compiled, *parameters)
+def compiled_rows(size: Size | Block, name: str, function: Callable[..., Tensor], *parameters: Tensor) -> Iterator[Row]:
+    """The layer under torch.compile, where that does not take too long."""
+    if size.compiled and size.steps <= MOST_STEPS_TO_COMPILE:
+        yield row_of(name, torch.compile(function, fullgraph=True, dynamic=False), *parameters)
 
 
 def reference_fits(size: Size | Block, device: torch.device) -> bool:
@@ -158,23 +108,26 @@ def reference_fits(size: Size | Block, device: torch.device) -> bool:
     return size.elements * REFERENCE_BYTES_AN_ELEMENT <= memory / 2
 
 
+def floor_row() -> Row:
+    return Row(FLOOR, lambda sample: sample.x * 2, lambda sample, out: sample.x * sample.grad)
+
+
 def neuron_rows(size: Size, device: torch.device) -> Iterator[Row]:
     """The floor; every implementation of ASGL; every implementation of the ordinary LIF neuron."""
     learned = size.parameters(device)
-    width = learned["width"]
+    width, values = learned["width"], learned.values()
+    asgl = {**learned, "analog_prob": ANALOG_PROB}
 
     def layer(backend: str, **options: Any) -> Callable[[Tensor], Tensor]:
         return partial(asgl_cuda.lif, **{"decay": DECAY, **options}, time_dim=size.time_dim, backend=backend)
 
-    asgl = {**learned, "analog_prob": ANALOG_PROB}
-    yield Row(FLOOR, lambda sample: sample.x * 2, lambda sample, out: sample.x * sample.grad)
+    yield floor_row()
     for backend in fused_backends(device):
-        yield row_of(f"asgl_cuda {backend}", layer(backend, **asgl), *learned.values())
+        yield row_of(f"asgl_cuda {backend}", layer(backend, **asgl), *values)
     if not reference_fits(size, device):
         return
-    yield row_of(REFERENCE, layer(REFERENCE, **asgl), *learned.values())
-    modes = (None, "max-autotune-no-cudagraphs") if device.type == "cuda" and size.peers else (None,)
-    yield from compiled_rows(size, COMPILED, layer(REFERENCE, **asgl), *learned.values(), modes=modes)
+    yield row_of(REFERENCE, layer(REFERENCE, **asgl), *values)
+    yield from compiled_rows(size, COMPILED, layer(REFERENCE, **asgl), *values)
     if size.layout != LAYOUTS[0] or not size.peers:
         return
     yield row_of(LOOP, lambda x_seq: asgl_loop(x_seq, width, ANALOG_PROB), width)
@@ -182,14 +135,15 @@ def neuron_rows(size: Size, device: torch.device) -> Iterator[Row]:
         yield row_of(f"{PLAIN}asgl_cuda {backend}", layer(backend))
         yield row_of(f"{PLAIN}asgl_cuda {backend}{SIGMOID}", layer(backend, surrogate="sigmoid"))
     yield row_of(f"{PLAIN}{REFERENCE}", layer(REFERENCE))
-    for peer in installed_peers(device)[0]:
-        yield row_of(f"{PLAIN}{peer.name}", peer.spikes)
-        if peer.name.startswith(COMPILED_PEER):
-            yield from compiled_rows(size, f"{PLAIN}{peer.name}, {COMPILED}", peer.spikes)
-    integer: dict[str, Any] = {"v_reset": None, "levels": 4}
-    for backend in fused_backends(device):
-        yield row_of(f"{INTEGER}asgl_cuda {backend}", layer(backend, **integer))
-    yield row_of(f"{INTEGER}{REFERENCE}", layer(REFERENCE, **integer))
+    for name, peer in installed_peers("LIF", width).items():
+        yield row_of(f"{PLAIN}{name}", peer.spikes)
+        if name.startswith(COMPILED_PEER):
+            yield from compiled_rows(size, f"{PLAIN}{name}, {COMPILED}", peer.spikes)
+    for name, backend in {
+        **{f"asgl_cuda {each}": each for each in fused_backends(device)},
+        REFERENCE: REFERENCE,
+    }.items():
+        yield row_of(f"{INTEGER}{name}", layer(backend, v_reset=None, levels=4))
 
 
 def adaptive_rows(size: Size, device: torch.device) -> Iterator[Row]:
@@ -202,20 +156,20 @@ def adaptive_rows(size: Size, device: torch.device) -> Iterator[Row]:
         for name, backend in backends.items():
             yield row_of(f"{prefix}{name}", partial(function, decay=DECAY, backend=backend, **options))
 
-    yield Row(FLOOR, lambda sample: sample.x * 2, lambda sample, out: sample.x * sample.grad)
+    yield floor_row()
     yield from layers(PLAIN, asgl_cuda.lif)
     for prefix, options in ADAPTIVE.items():
         yield from layers(prefix, asgl_cuda.adaptive_lif, **options)
         if REFERENCE not in backends:
             continue
-        yield row_of(f"{prefix}{PLAIN_LOOP}", partial(adaptive_loop, **options))
+        yield row_of(f"{prefix}{PLAIN_LOOP}", partial(loop, step=adaptive_step, **options))
         if size.compiled:
             # The whole sequence in one function compiles for minutes: see MOST_STEPS_TO_COMPILE.
             step = torch.compile(partial(adaptive_step, **options), fullgraph=True, dynamic=False)
-            yield row_of(f"{prefix}{COMPILED_STEP}", partial(adaptive_loop, step=step))
+            yield row_of(f"{prefix}{COMPILED_STEP}", partial(loop, step=step))
         if size.peers and options is ALIF:
-            for peer in adaptive_peers(device):
-                yield row_of(f"{prefix}{peer.name}", peer.spikes)
+            for name, peer in installed_peers("ALIF", torch.zeros((), device=device)).items():
+                yield row_of(f"{prefix}{name}", peer.spikes)
 
 
 def block_rows(block: Block, device: torch.device) -> Iterator[Row]:
@@ -244,11 +198,10 @@ def block_rows(block: Block, device: torch.device) -> Iterator[Row]:
         yield row(f"asgl_cuda {backend}", asgl_cuda.BatchNormLIF(channels, **neuron, backend=backend).to(device))
     for backend in fused_backends(device):
         yield row(f"{PAIR}asgl_cuda {backend}", pair(backend))
-    if not reference_fits(block, device):
-        return
-    yield row(f"{PAIR}{REFERENCE}", pair(REFERENCE))
-    module = pair(REFERENCE)
-    yield from compiled_rows(block, f"{PAIR}{COMPILED}", module, *module.parameters())
+    if reference_fits(block, device):
+        yield row(f"{PAIR}{REFERENCE}", pair(REFERENCE))
+        module = pair(REFERENCE)
+        yield from compiled_rows(block, f"{PAIR}{COMPILED}", module, *module.parameters())
 
 
 def rows_of(size: Size | Block, device: torch.device) -> Iterator[Row]:
@@ -258,44 +211,35 @@ def rows_of(size: Size | Block, device: torch.device) -> Iterator[Row]:
     return (adaptive_rows if size.adaptive else neuron_rows)(size, device)
 
 
-def refuse_other_spikes(
-    name: str, spikes: Tensor, expected: Tensor | asgl_cuda.LIFOutput | asgl_cuda.AdaptiveLIFOutput, than: str
-) -> None:
+# ---- the same spikes ----
+
+
+def refuse_other_spikes(name: str, spikes: Tensor, expected: Any, than: str) -> None:
     """Raises where spikes differ, except at potentials within rounding of the threshold."""
-    assert isinstance(expected, asgl_cuda.LIFOutput | asgl_cuda.AdaptiveLIFOutput)
-    assert expected.h_seq is not None
     sure = ((expected.h_seq - 1).abs() > THRESHOLD_BAND).all(0)
     differ = ((spikes - expected.s_seq).abs() > THRESHOLD_BAND) & sure
     if differ.any():
-        raise RuntimeError(f"{name} emits other spikes than {than}, at {int(differ.sum())} elements")
+        raise RuntimeError(f"{name} emits other spikes than asgl_cuda.{than}, at {int(differ.sum())} elements")
 
 
 @torch.no_grad()
 def check_peers(device: torch.device) -> None:
-    """Checks that peers do the same work: their spikes are ours."""
-    x_seq = torch.randn(20, 4096, device=device)
+    """Checks that loops and peers do the same work: their spikes are ours."""
+    x_seq, width = torch.randn(20, 4096, device=device), torch.ones((), device=device)
     state = torch.tensor([1, 2], device=device)
     mask = asgl_cuda.analog_mask(x_seq, ANALOG_PROB, state)
-    width = torch.ones((), device=device)
     noisy = {"width": width, "analog_prob": ANALOG_PROB, "rng_state": state}
-    loop = Peer(LOOP, lambda x: asgl_loop(x, width, ANALOG_PROB, mask), noisy)
-    for peer in (loop, *installed_peers(device)[0]):
-        options = {"decay": DECAY, "return_h_seq": True, **peer.same_neuron}
-        expected = asgl_cuda.lif(x_seq, backend=REFERENCE, **options)
-        refuse_other_spikes(peer.name, peer.spikes(x_seq), expected, "asgl_cuda.lif")
-
-
-@torch.no_grad()
-def check_adaptive_peers(device: torch.device) -> None:
-    """As `check_peers`, for adaptive neurons."""
-    x_seq = torch.randn(20, 4096, device=device)
-    loops = (Peer(f"{prefix}{PLAIN_LOOP}", partial(adaptive_loop, **each), each) for prefix, each in ADAPTIVE.items())
-    for peer in (*loops, *adaptive_peers(device)):
+    compared = {LOOP: Peer(lambda x: asgl_loop(x, width, ANALOG_PROB, mask), noisy)}
+    for prefix, options in ADAPTIVE.items():
+        compared[f"{prefix}{PLAIN_LOOP}"] = Peer(partial(loop, step=adaptive_step, **options), options)
+    compared |= installed_peers("LIF", width)
+    compared |= {f"ALIF: {name}": peer for name, peer in installed_peers("ALIF", width).items()}
+    for name, peer in compared.items():
         neuron = dict(peer.same_neuron)
         current = neuron.pop("input_gain", 1) * x_seq
-        options = {"decay": DECAY, "return_h_seq": True, **neuron}
-        expected = asgl_cuda.adaptive_lif(current, backend=REFERENCE, **options)
-        refuse_other_spikes(peer.name, peer.spikes(x_seq), expected, "asgl_cuda.adaptive_lif")
+        function: Any = asgl_cuda.adaptive_lif if "adapt_decay" in neuron else asgl_cuda.lif
+        expected = function(current, decay=DECAY, return_h_seq=True, backend=REFERENCE, **neuron)
+        refuse_other_spikes(name, peer.spikes(x_seq), expected, function.__name__)
 
 
 @torch.no_grad()
@@ -309,253 +253,111 @@ def check_blocks(device: torch.device) -> None:
         x_seq = 2 * block.random(device) + 1
         residual = block.random(device) if with_residual else None
         sample = Sample(x_seq, x_seq, x_seq, residual, residual)
-
-        def seeded(function: Callable[[], Any]) -> Any:
-            torch.manual_seed(0)  # the noise
-            return function()
-
-        expected = seeded(
-            lambda sample=sample: asgl_cuda.batch_norm_lif(
-                sample.x, training=True, decay=DECAY, analog_prob=ANALOG_PROB, residual=sample.residual,
-                return_h_seq=True, backend=REFERENCE,
-            )
-        )  # fmt: skip
+        options: dict[str, Any] = {"decay": DECAY, "analog_prob": ANALOG_PROB, "backend": REFERENCE}
+        torch.manual_seed(0)  # the noise
+        expected = asgl_cuda.batch_norm_lif(x_seq, training=True, residual=residual, return_h_seq=True, **options)
         for row in block_rows(block, device):
+            torch.manual_seed(0)
             if row.name not in YARDSTICKS:
-                spikes = seeded(lambda row=row, sample=sample: row.forward(sample))
-                refuse_other_spikes(row.name, spikes, expected, "asgl_cuda.batch_norm_lif")
+                refuse_other_spikes(row.name, row.forward(sample), expected, "batch_norm_lif")
 
 
-class Clocks(NamedTuple):
-    """The clocks of a warmed up row."""
-
-    parts: dict[str, CpuClock | GpuClock]
-    saved_bytes: int | None
-    peak_bytes: int | None
-    first_seconds: float
+# ---- measurement ----
 
 
-def clocks_of(row: Row, inputs: list[Sample], cold: bool) -> Clocks | None:
-    """The clocks of a row; None where a peer does not work."""
-    device = inputs[0].x.device
-
-    def call() -> None:
-        row.backward(inputs[0], row.forward(inputs[0]))
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    try:
-        started = time.perf_counter()
-        call()
-        first = time.perf_counter() - started
-        parts = {part: clock_of(row, part, inputs, cold) for part in PARTS}
-        saved = None if row.name in YARDSTICKS else sum(saved_storages(lambda: row.forward(inputs[0])).values())
-        return Clocks(parts, saved, peak_bytes(call, device), first)
-    except RuntimeError as error:
-        if "asgl_cuda" in row.name or row.name in YARDSTICKS:
-            raise
-        print(f"{row.name} does not work here: {str(error).splitlines()[0]}")
-        return None
-
-
-def measure(size: Size | Block, device: torch.device, repeats: int, cold: bool = False) -> dict[str, Measurement]:
-    """Measures all rows, which take turns."""
+def measure(size: Size | Block, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Median seconds of all rows, which take turns; of `both` the spread, and what a row keeps and allocates."""
     torch.manual_seed(0)
     torch.cuda.empty_cache()  # the memory of the previous size; without effect on a CPU
     inputs = samples(size, device)
-    clocks = {row.name: found for row in rows_of(size, device) if (found := clocks_of(row, inputs, cold)) is not None}
-    parts = {(name, part): clock.seconds for name, found in clocks.items() for part, clock in found.parts.items()}
-    seconds = in_turns(parts, repeats)
+    clocks: dict[tuple[str, str], Callable[[], float]] = {}
+    about: dict[str, dict[str, Any]] = {}
+    for row in rows_of(size, device):
+
+        def call(row: Row = row) -> None:
+            row.call("both", inputs[0])
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        try:
+            started = time.perf_counter()
+            call()
+            first = time.perf_counter() - started
+            found = {(row.name, part): clock_of(row, part, inputs) for part in PARTS}
+            saved = None if row.name in YARDSTICKS else sum(saved_storages(partial(row.forward, inputs[0])).values())
+            about[row.name] = {"saved_bytes": saved, "peak_bytes": allocated_bytes(call, device)[0]}
+            about[row.name]["first_seconds"] = first
+            clocks |= found
+        except RuntimeError as error:
+            if "asgl_cuda" in row.name or row.name in YARDSTICKS:
+                raise
+            print(f"{row.name} does not work here: {str(error).splitlines()[0]}")
+    times = in_turns(clocks, repeats)
     return {
-        name: Measurement(
-            Timing(*(statistics.median(seconds[name, part]) for part in PARTS)),
-            spread(seconds[name, "both"]),
-            found.saved_bytes,
-            found.peak_bytes,
-            found.first_seconds,
-        )
-        for name, found in clocks.items()
+        **description(size),
+        "seconds": {name: {part: times[name, part].median for part in PARTS} for name in about},
+        "rows": {name: {"spread": times[name, "both"].spread, **each} for name, each in about.items()},
     }
 
 
-HEAD = (
-    "", "forward", "backward", "both, ms", "+-", "ns/el.", "GB/s", "x * 2", "x * g", "both", "LIF", "faster", "saved",
-    "peak", "first, s",
-)  # fmt: skip
-
-
-def table(size: Size | Block, found: dict[str, Measurement]) -> str:
-    """The measurement as text."""
-    lines = [HEAD]
-    floor = found[FLOOR].timing
-    prefixes = (PLAIN, INTEGER, *ADAPTIVE, PAIR, "")
-    slowest = {name: found[f"{name}{REFERENCE}"] for name in prefixes if f"{name}{REFERENCE}" in found}
-    for name, (timing, spread_, saved, peak, first) in found.items():
-        multiples = [seconds / least for seconds, least in zip(timing, floor, strict=True)]
-        prefix = next(each for each in prefixes if name.startswith(each))
-        reference = slowest.get(prefix, slowest.get(PAIR))
-        plain = found.get(f"{PLAIN}{name.removeprefix(prefix)}") if prefix in (INTEGER, *ADAPTIVE) else None
+def table(size: Size | Block, found: dict[str, Any]) -> str:
+    """The measurement as text; a row's reference is that of its kind, such as PLAIN."""
+    lines = [(str(size), *PARTS, "+-", "ns/el.", "multiplies", "faster", "saved", "peak", "first, s")]
+    seconds = found["seconds"]
+    for name, by_part in seconds.items():
+        both, about = by_part["both"], found["rows"][name]
+        kind = next((each for each in (PLAIN, INTEGER, *ADAPTIVE, PAIR) if name.startswith(each)), "")
+        reference = seconds.get(f"{kind}{REFERENCE}") or seconds.get(f"{PAIR}{REFERENCE}")
+        kept = (about[key] for key in ("saved_bytes", "peak_bytes"))
         lines.append(
             (
                 name,
-                *(f"{1e3 * seconds:.3f}" for seconds in timing),
-                f"{100 * spread_:.0f} %",
-                f"{1e9 * timing.both / size.elements:.3f}",
-                f"{size.accesses * size.bytes / timing.both / 1e9:.1f}",
-                *(f"{multiple:.{2 if multiple < 100 else 0}f}" for multiple in multiples),
-                f"{timing.both / plain.timing.both:.2f}" if plain else "",
-                f"{reference.timing.both / timing.both:.1f}" if reference else "",
-                "" if saved is None else f"{saved / size.elements:.1f}",
-                "" if peak is None else f"{peak / size.elements:.1f}",
-                f"{first:.2f}",
+                *(f"{1e3 * by_part[part]:.3f}" for part in PARTS),
+                f"{100 * about['spread']:.0f} %",
+                f"{1e9 * both / size.elements:.3f}",
+                f"{both / seconds[FLOOR]['both']:.2f}",
+                f"{reference['both'] / both:.1f}" if reference else "",
+                *("" if each is None else f"{each / size.elements:.1f}" for each in kept),
+                f"{about['first_seconds']:.2f}",
             )
         )
-    widths = (9, 10, 10, 6, 9, 7, 7, 7, 7, 7, 7, 7, 7, 9)
-    name_width = max(24, *(len(name) for name in found))
-    text = [
-        f"{name:<{name_width}}" + "".join(f" {cell:>{width - 1}}" for cell, width in zip(cells, widths, strict=True))
-        for name, *cells in lines
-    ]
-    return "\n".join((str(size), *text, ""))
-
-
-@palette.styled
-def plot(report: dict[str, Any], file: Path) -> None:
-    """Nanoseconds an element over T and over N, each at the other's most frequent value; I-LIF takes as long as LIF."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5))
-    panels = figure.subplots(1, 2, sharey=True)
-    measured = [size for size in report["sizes"] if size["dtype"] == "float32" and size["layout"] == LAYOUTS[0]]
-    names = dict.fromkeys(name for size in measured for name in size["seconds"] if not name.startswith(INTEGER))
-    for panel, along, fixed, label in (
-        (panels[0], "steps", "neurons", "time steps T"),
-        (panels[1], "neurons", "steps", "neurons N"),
-    ):
-        values = [size[fixed] for size in measured]
-        chosen = max(sorted(set(values)), key=values.count)
-        sizes = sorted((size for size in measured if size[fixed] == chosen), key=lambda size: size[along])
-        for number, name in enumerate(names):
-            points = [
-                (size[along], 1e9 * size["seconds"][name]["both"] / (size["steps"] * size["neurons"]))
-                for size in sizes
-                if name in size["seconds"]
-            ]
-            style = palette.line(number - 1, linewidth=2.4 if "asgl_cuda" in name else 1.2)
-            if name == FLOOR:
-                style = {"color": palette.BLACK, "linewidth": 1.6}
-            if points:
-                panel.plot(*zip(*points, strict=True), label="two multiplies" if name == FLOOR else name, **style)
-        panel.set(yscale="log", xlabel=label, title=f"{'N' if fixed == 'neurons' else 'T'} = {chosen}")
-        panel.set_xscale("log", base=2)
-    panels[0].set_ylabel("forward and backward, ns an element")
-    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5), handlelength=4)
-    about = report["machine"]
-    figure.suptitle(f"{about.get('gpu') or about['processor']}, torch {about['torch']}, float32")
-    figure.savefig(file)
-
-
-def call_overhead(device: torch.device, repeats: int, calls: int = 2000) -> dict[str, float]:
-    """Microseconds of a call on a tiny tensor without gradients; of launchers in Python alone on the host."""
-    x_seq = torch.randn(4, 64, device=device)
-    functions: dict[str, Callable[[], Tensor]] = {FLOOR: lambda: x_seq * 2}
-    for backend in fused_backends(device):
-        functions[f"asgl_cuda {backend}"] = partial(asgl_cuda.lif, x_seq, backend=backend)
-        noisy = partial(asgl_cuda.lif, x_seq, analog_prob=ANALOG_PROB, backend=backend)
-        functions[f"asgl_cuda {backend} with noise"] = noisy
-    functions[host.IN_PYTHON] = partial(asgl_cuda.lif, x_seq.cpu(), backend=host.RECORDED)
-
-    def clock(function: Callable[[], Tensor]) -> Callable[[], float]:
-        timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-        return lambda: timer.timeit(calls).mean
-
-    with torch.no_grad(), host.recorded_backend():
-        seconds = in_turns({name: clock(function) for name, function in functions.items()}, repeats)
-    return {name: 1e6 * statistics.median(values) for name, values in seconds.items()}
+    return f"{text_table(*lines)}\n"
 
 
 def main() -> int:
     """Measures the requested sizes and prints a table for each."""
-    parser = parser_of("benchmarks.speed.microbench", __doc__, "device", "seconds", "repeats", "json", "plot")
+    parser = parser_of("benchmarks.speed.microbench", __doc__, "device", "seconds", "repeats", "json")
     parser.set_defaults(repeats=15)
-    parser.add_argument("--steps", type=int, help="time steps; with --neurons, measures this size alone")
-    parser.add_argument("--neurons", type=int, help="neurons, batch included")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, help="what to vary (with --plot by default T and N)")
-    parser.add_argument("--cold", action="store_true", help="fill the CPU's caches with other data before each call")
+    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, help="what to vary")
     parser.add_argument(
         "--fresh", action="store_true", help="the C library's defaults: large memory is fresh at each call"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     arguments = parser.parse_args()
     started = time.monotonic()
-    if (arguments.steps is None) != (arguments.neurons is None):
-        parser.error("--steps and --neurons go together")
-    for name in ("steps", "neurons", "repeats", "threads"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be >= 1, got {value}")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    if arguments.repeats < 1:
+        parser.error(f"--repeats must be >= 1, got {arguments.repeats}")
     device = device_of(parser, arguments.device)
-    sweeps = arguments.sweep or (["T", "N"] if arguments.plot and arguments.steps is None else [])
-    sizes = [size for name in sweeps for size in sweep(name, device)]
-    if arguments.steps is not None:
-        sizes = [Size(arguments.steps, arguments.neurons, arguments.dtype)]
-    if HOST not in sweeps:
-        sizes = sizes or usual_sizes(device)
-
+    sweeps = arguments.sweep or []
+    sizes = [size for name in sweeps for size in sweep(name, device)] if sweeps else usual_sizes(device)
     kept = not arguments.fresh and keep_memory()
-    about = machine_and_peers(device)
-    print(f"{in_words(about)}; medians of {arguments.repeats}, {'cold' if arguments.cold else 'warm'} caches")
-    if device.type == "cpu":
-        print(f"the C library {'keeps' if kept else 'may return'} freed memory")
-    print(f"rectangle, hard reset, analog_prob {ANALOG_PROB}, learned width; gradients of x and width")
-    print(f"{PLAIN}without noise and learned width, as in the other libraries; default surrogates; gradient of x")
-    print("+-: half the interquartile range; GB/s: of 5 accesses to an element, in a block 9, with a residual 11")
-    print("x * 2, x * g, both: forward, backward and both as multiples of these multiplies, and of their sum")
-    print("faster: both, than the reference in eager mode; torch.compile: of the reference; column LIF: both, as a")
-    print("multiple of LIF's; compiled step: one step of the loop is compiled, since a sequence takes minutes")
-    print("saved: bytes an element kept for backward; peak: bytes an element allocated; first: the first call")
-    print("block: batch normalisation and neurons in training, fused, or as a pair of nn.BatchNorm2d and the neurons;")
-    print("gradients of x, weight, bias and width; its multiplies: x.sum() and x * 2, (x * g).mul_(x)")
-    print("residual: r is added between the two; x + r, and torch.addcmul(x, r, g), in place of x * 2 and x * g")
-    missing = installed_peers(device)[1]
-    if missing:
-        print(f'not installed: {", ".join(missing)} (pip install ".[bench]")')
+    about = introduced(device, f"milliseconds, medians of {arguments.repeats}")
+    print(f"asgl_cuda, {REFERENCE}, {LOOP}: noise and a learned width; {PLAIN}without, as the other libraries have it")
+    print(f"multiplies: as a multiple of {FLOOR}'s time; faster: than the reference; saved, peak: bytes an element")
     check_peers(device)
-    check_adaptive_peers(device)
     check_blocks(device)
     print("the spikes of the loops, of each peer and of the pairs are ours\n", flush=True)
-    report: dict[str, Any] = {"machine": about, "analog_prob": ANALOG_PROB, "cold": arguments.cold}
-    report["memory_kept"] = kept
+    report: dict[str, Any] = {"machine": about, "analog_prob": ANALOG_PROB, "memory_kept": kept}
     report |= {"sizes": [], "blocks": []}
     if "judged" in sweeps:
         report["card"] = measured_rates(device)._asdict()
-    if HOST in sweeps:
-        times = host.host_times(device, arguments.repeats)
-        print(host.table(times), flush=True)
-        report["host_microseconds"] = times._asdict()
-    report["call_microseconds"] = overhead = call_overhead(device, arguments.repeats)
+    report["call_microseconds"] = overhead = host.call_overhead(device, arguments.repeats, FLOOR)
     for size in in_time(sizes, started, arguments.seconds, report):
-        found = measure(size, device, arguments.repeats, arguments.cold)
+        found = measure(size, device, arguments.repeats)
         print(table(size, found), flush=True)
-        report["blocks" if isinstance(size, Block) else "sizes"].append(
-            {
-                **size.description(),
-                "seconds": {name: each.timing._asdict() for name, each in found.items()},
-                "rows": {
-                    name: {key: value for key, value in each._asdict().items() if key != "timing"}
-                    for name, each in found.items()
-                },
-            }
-        )
+        report["blocks" if isinstance(size, Block) else "sizes"].append(found)
         write_json(arguments.json, report)  # already here: the program may be killed
     write_json(arguments.json, report)
     print("one call on [4, 64], no_grad: " + ", ".join(f"{name} {us:.1f} µs" for name, us in overhead.items()))
-    if arguments.plot:
-        plot(report, arguments.plot)
-        print(f"wrote {arguments.plot}")
     return 0
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from .clocks import Row, Sample, clock_of, in_turns
+
 COPIED_BYTES = {"cuda": 2**30, "cpu": 2**22}  # on a GPU several times its cache
 CYCLES = 50_000_000  # some 25 ms
+REPEATS = 11
 
 
 class Rates(NamedTuple):
@@ -22,29 +23,16 @@ class Rates(NamedTuple):
 
 def measured_rates(device: torch.device) -> Rates:
     """Times a copy, and a kernel that counts cycles of the clock."""
-    copied_bytes = COPIED_BYTES[device.type]
+    copied_bytes, on_gpu = COPIED_BYTES[device.type], device.type == "cuda"
     x = torch.randint(256, (copied_bytes,), dtype=torch.uint8, device=device)
-    out = torch.zeros_like(x)
-    bandwidth = 2 * copied_bytes / seconds_of(lambda: out.copy_(x), device)
-    if device.type != "cuda":
+    sample = Sample(x, x, torch.zeros_like(x))
+    calls: dict[str, Callable[[Sample], Any]] = {"copy": lambda sample: sample.grad.copy_(sample.x)}
+    if on_gpu:
+        calls["wait"] = lambda sample: torch.cuda._sleep(CYCLES)
+    rows = [Row(name, call, lambda sample, out: None) for name, call in calls.items()]
+    times = in_turns({row.name: clock_of(row, "forward", [sample]) for row in rows}, REPEATS)
+    bandwidth = 2 * copied_bytes / times["copy"].median
+    if not on_gpu:
         return Rates(bandwidth, None)
-    clock = CYCLES / seconds_of(lambda: torch.cuda._sleep(CYCLES), device)
-    return Rates(bandwidth, clock * torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 11) -> float:
-    """The median of single calls, after two warm-up calls."""
-    found = []
-    for _ in range(repeats + 2):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end) / 1e3)
-        else:
-            started = time.perf_counter()
-            call()
-            found.append(time.perf_counter() - started)
-    return statistics.median(found[2:])
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Rates(bandwidth, CYCLES / times["wait"].median * multiprocessors)

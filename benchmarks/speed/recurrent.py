@@ -12,10 +12,8 @@ reported. Gradients are those of input and weights.
 
 from __future__ import annotations
 
+import itertools
 import math
-import statistics
-import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,10 +24,10 @@ from torch.nn.functional import linear
 
 import asgl_cuda
 
-from ..common import device_of, fused_backends, in_time, in_words, parser_of, text_row, write_json
-from .clocks import Row, Sample, clock_of, in_turns, keep_memory, saved_storages, spread
-from .microbench import COMPILED_STEP, PLAIN_LOOP, REFERENCE, reset_compiler, row_of
-from .peers import DECAY, RecurrentPeer, machine_and_peers, recurrent_loop, recurrent_peers, recurrent_step
+from ..common import fused_backends
+from .clocks import Row, Sample, clock_of, in_turns, row_of, sample_of, saved_storages
+from .microbench import COMPILED_STEP, PLAIN_LOOP, REFERENCE, reset_compiler
+from .peers import DECAY, Peer, installed_peers, loop, recurrent_step
 
 PRODUCTS = "products alone"
 ALL_SPIKE = ", all spike"  # suffix: at a threshold that all neurons reach at each step
@@ -45,15 +43,12 @@ class Size(NamedTuple):
     batch: int
     neurons: int
 
-    @classmethod
-    def parsed(cls, text: str) -> Size:
-        return cls(*map(int, text.split(",")))
-
     def __str__(self) -> str:
         return f"T = {self.steps}, B = {self.batch}, N = {self.neurons}"
 
 
 SIZES = (Size(16, 64, 64), Size(100, 128, 128), Size(100, 128, 256), Size(250, 32, 512))
+THREADS = (1, 2)  # of a CPU
 
 
 def weights(neurons: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -63,10 +58,9 @@ def weights(neurons: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return weight, torch.nn.init.orthogonal_(torch.empty_like(weight))
 
 
-def sample_of(size: Size, device: torch.device) -> Sample:
+def sample_at(size: Size, device: torch.device) -> Sample:
     x, grad = torch.randn(2, *size, device=device)
-    x *= INPUT_DEVIATION
-    return Sample(x, x.clone().requires_grad_(), grad)
+    return sample_of(INPUT_DEVIATION * x, grad)
 
 
 def layer(x_seq: Tensor, weight: Tensor, input_weight: Tensor | None = None, **options: Any) -> Tensor:
@@ -95,10 +89,6 @@ def products_row(weight: Tensor, s_seq: Tensor) -> Row:
     return Row(PRODUCTS, forward, backward)
 
 
-def peer_row(name: str, peer: RecurrentPeer) -> Row:
-    return row_of(f"{name}{WITH_INPUT if peer.has_input else ''}", peer.spikes, *peer.weights)
-
-
 def rows_of(size: Size, device: torch.device, s_seq: Tensor, compiled: bool = True) -> Iterator[Row]:
     """The products; every implementation; then those with the product of the input."""
     weight, input_weight = (each.requires_grad_() for each in weights(size.neurons, device))
@@ -107,27 +97,29 @@ def rows_of(size: Size, device: torch.device, s_seq: Tensor, compiled: bool = Tr
     for name, function in ours.items():
         yield row_of(name, partial(function, weight=weight), weight)
         yield row_of(f"{name}{ALL_SPIKE}", partial(function, weight=weight, v_threshold=-100.0), weight)
-    yield row_of(PLAIN_LOOP, partial(recurrent_loop, weight=weight), weight)
+    yield row_of(PLAIN_LOOP, partial(loop, step=recurrent_step, weight=weight), weight)
     if compiled:
         reset_compiler()
         step = torch.compile(recurrent_step, fullgraph=True, dynamic=False)
-        yield row_of(COMPILED_STEP, partial(recurrent_loop, weight=weight, step=step), weight)
-    peers = recurrent_peers(weight.detach(), input_weight.detach())
-    yield from (peer_row(name, peer) for name, peer in peers.items() if not peer.has_input)
+        yield row_of(COMPILED_STEP, partial(loop, step=step, weight=weight), weight)
+    peers = installed_peers("recurrent", weight.detach(), input_weight.detach())
+    yield from (row_of(name, peer.spikes, *peer.weights) for name, peer in peers.items() if not peer.has_input)
     for name, function in ours.items():
         both = partial(function, weight=weight, input_weight=input_weight)
         yield row_of(f"{name}{WITH_INPUT}", both, weight, input_weight)
-    yield from (peer_row(name, peer) for name, peer in peers.items() if peer.has_input)
+    for name, peer in peers.items():
+        if peer.has_input:
+            yield row_of(f"{name}{WITH_INPUT}", peer.spikes, *peer.weights)
 
 
 @torch.no_grad()
 def check_peers(device: torch.device) -> None:
     """Raises where the loop or a peer emits other spikes than ours, of few bits, whose sums are exact in any order."""
     size = Size(*CHECKED)
-    x, *both = ((16 * each).round() / 16 for each in (sample_of(size, device).x, *weights(size.neurons, device)))
+    x, *both = ((16 * each).round() / 16 for each in (sample_at(size, device).x, *weights(size.neurons, device)))
     x_seq = x + 1 / 32  # no potential is at the threshold, where the decay of `sinabs` rounds
-    loop = RecurrentPeer(partial(recurrent_loop, weight=both[0]), (), {})
-    for name, peer in {PLAIN_LOOP: loop, **recurrent_peers(*both)}.items():
+    plain = Peer(partial(loop, step=recurrent_step, weight=both[0]), {})
+    for name, peer in {PLAIN_LOOP: plain, **installed_peers("recurrent", *both)}.items():
         given = both if peer.has_input else both[:1]
         expected = layer(x_seq, *given, backend=REFERENCE, **peer.same_neuron)
         if not torch.equal(peer.spikes(x_seq), expected):
@@ -137,61 +129,27 @@ def check_peers(device: torch.device) -> None:
 def measure(size: Size, device: torch.device, repeats: int, compiled: bool = True) -> dict[str, Any]:
     """Median seconds of all rows, which take turns; their spread; bytes kept for backward; the spikes' rate."""
     torch.manual_seed(0)
-    sample = sample_of(size, device)
+    sample = sample_at(size, device)
     with torch.no_grad():
         s_seq = layer(sample.x, weights(size.neurons, device)[0])
-    rows = list(rows_of(size, device, s_seq, compiled))
-    seconds = in_turns({row.name: clock_of(row, "both", [sample]).seconds for row in rows}, repeats)
-    kept = {
-        row.name: sum(saved_storages(partial(row.forward, sample)).values()) for row in rows if row.name != PRODUCTS
-    }
+    found = list(rows_of(size, device, s_seq, compiled))
+    times = in_turns({row.name: clock_of(row, "both", [sample]) for row in found}, repeats)
+    layers = [row for row in found if row.name != PRODUCTS]
     return {
         **size._asdict(),
         "threads": torch.get_num_threads(),
         "rate": s_seq.mean().item(),
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "spread": {name: spread(values) for name, values in seconds.items()},
-        "saved_bytes": kept,
+        "seconds": {name: each.median for name, each in times.items()},
+        "spread": {name: each.spread for name, each in times.items()},
+        "saved_bytes": {row.name: sum(saved_storages(partial(row.forward, sample)).values()) for row in layers},
     }
 
 
-def table(size: Size, found: dict[str, Any]) -> str:
-    """The measurement as text."""
-    seconds = found["seconds"]
-    lines = [f"{size}, {found['threads']} threads, rate {found['rate']:.3f}"]
-    lines.append(text_row("", ("both, ms", "+-", "products", "kept"), 32, 11))
-    for name, each in seconds.items():
-        kept = found["saved_bytes"].get(name)
-        cells = [f"{1e3 * each:.2f}", f"{100 * found['spread'][name]:.0f} %", f"{each / seconds[PRODUCTS]:.2f}"]
-        cells.append("" if kept is None else f"{kept / math.prod(size):.1f}")
-        lines.append(text_row(name, cells, 32, 11))
-    return "\n".join((*lines, ""))
-
-
-def main() -> int:
-    """Measures all sizes with each number of threads and prints a table for each."""
-    parser = parser_of("benchmarks.speed.recurrent", __doc__, "device", "repeats", "seconds", "json")
-    parser.set_defaults(repeats=5)
-    parser.add_argument("--sizes", type=Size.parsed, nargs="+", default=SIZES, metavar="T,B,N")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads (default: 1 2)")
-    arguments = parser.parse_args()
-    started = time.monotonic()
-    device = device_of(parser, arguments.device)
-    keep_memory()
+def measurements(report: dict[str, Any], device: torch.device, repeats: int) -> Iterator[str]:
+    """Every size with each number of threads; the spikes of the loop and of each peer are ours."""
     check_peers(device)
-    report: dict[str, Any] = {"machine": machine_and_peers(device), "sizes": []}
-    print(f"{in_words(report['machine'])}; forward and backward, medians of {arguments.repeats}")
-    print("products: times the products alone; kept: bytes an element for backward, with input and weight")
-    print("the spikes of the loop and of each peer are ours\n", flush=True)
-    work = [(size, threads) for threads in arguments.threads for size in arguments.sizes]
-    for size, threads in in_time(work, started, arguments.seconds, report):
+    report["sizes"] = []
+    for threads, size in itertools.product(THREADS, SIZES):
         torch.set_num_threads(threads)
-        found = measure(size, device, arguments.repeats)
-        print(table(size, found), flush=True)
-        report["sizes"].append(found)
-        write_json(arguments.json, report)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        report["sizes"].append(measure(size, device, repeats))
+        yield f"{size}, {threads} threads"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .clocks import MOST_SAMPLES, Sample
+from .clocks import MOST_SAMPLES, Sample, sample_of
 from .peers import DECAY
 
 LAYOUTS = ("time first", "batch first", "channels_last")
@@ -77,11 +77,6 @@ class Size(NamedTuple):
         shape = shapes.get(self.learned.rsplit(" ", maxsplit=1)[-1], ())
         return {name: torch.full(shape, value, device=device, requires_grad=True) for name, value in values.items()}
 
-    def description(self) -> dict[str, Any]:
-        sizes = {"steps": self.steps, "neurons": self.neurons}
-        kind = {"layout": self.layout, "learned": self.learned, "adaptive": self.adaptive}
-        return {**sizes, "dtype": self.dtype, **kind}
-
     def __str__(self) -> str:
         layout = "" if self.layout == LAYOUTS[0] else f", {self.layout}"
         learned = "" if self.learned == LEARNED[0] else f", learned {self.learned}"
@@ -119,9 +114,6 @@ class Block(NamedTuple):
             steps, batch, channels, *space = self.shape
             return normal(device, self.dtype, steps, batch, *space, channels).movedim(-1, 2)
         return normal(device, self.dtype, *self.shape)
-
-    def description(self) -> dict[str, Any]:
-        return {"shape": self.shape, "dtype": self.dtype, "layout": self.layout, "residual": self.residual}
 
     def __str__(self) -> str:
         layout = "" if self.layout == LAYOUTS[0] else f", {self.layout}"
@@ -186,6 +178,11 @@ GPU_SWEEP = GPU_ADAPTIVE + tuple(
 COMPILED_SIZES = (*GPU_SIZES, *GPU_BLOCKS, *(Size(16, 2**22, dtype, peers=False) for dtype in ("float32", "bfloat16")))
 
 
+def description(size: Size | Block) -> dict[str, Any]:
+    """The fields of a size in a report."""
+    return {name: value for name, value in size._asdict().items() if name not in ("compiled", "peers")}
+
+
 def small(size: Size | Block) -> Size | Block:
     """A small size of the same kind, for a CPU in place of a GPU."""
     if isinstance(size, Block):
@@ -193,12 +190,8 @@ def small(size: Size | Block) -> Size | Block:
     return size._replace(steps=min(size.steps, 8), neurons=min(size.neurons, 2**12))
 
 
-def blocks(device: torch.device) -> Sequence[Block]:
-    return (*GPU_BLOCKS, *GPU_RESIDUAL_BLOCKS) if device.type == "cuda" else CPU_BLOCKS
-
-
 def usual_sizes(device: torch.device) -> Sequence[Size | Block]:
-    return (*(GPU_SIZES if device.type == "cuda" else CPU_SIZES), *blocks(device))
+    return (*GPU_SIZES, *GPU_BLOCKS, *GPU_RESIDUAL_BLOCKS) if device.type == "cuda" else (*CPU_SIZES, *CPU_BLOCKS)
 
 
 def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
@@ -210,7 +203,6 @@ def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
     return {
         "T": [Size(steps, 2 ** (15 + more), "float32") for steps in (1, 2, 4, 8, 16, 32, 64, 128)],
         "N": [Size(4, 2 ** (power + more), "float32") for power in range(8, 23, 2)],
-        "dtype": [Size(4, 2 ** (20 + more), dtype, peers=False) for dtype in DTYPES],
         "layout": [Size(4, 2 ** (20 + more), "float32", peers=False, layout=layout) for layout in LAYOUTS],
         "learned": [
             Size(steps, neurons << more, "float32", compiled=False, peers=False, learned=learned)
@@ -219,15 +211,11 @@ def sweep(name: str, device: torch.device) -> Sequence[Size | Block]:
         ],
         "large": [Size(*size, "float32", compiled=False, peers=False) for size in ((4, 2**23), (16, 2**20))],
         "adaptive": [Size(*size, "float32", adaptive=True) for size in ((128, 2 ** (15 + more)), (100, 64 * 700))],
-        "block": blocks(device),
-        HOST: [],
     }[name]
 
 
 FOR_GPUS = {"judged": JUDGED, "gpu": GPU_SWEEP, "compiled": COMPILED_SIZES}
-HOST = "host"  # by host.py, with its own size
-SWEEPS = ("T", "N", "dtype", "layout", "learned", "large", "adaptive", "block", HOST, *FOR_GPUS)
-DTYPES = ("float16", "bfloat16", "float32", "float64")
+SWEEPS = ("T", "N", "layout", "learned", "large", "adaptive", *FOR_GPUS)
 
 
 def samples(size: Size | Block, device: torch.device) -> list[Sample]:
@@ -236,12 +224,5 @@ def samples(size: Size | Block, device: torch.device) -> list[Sample]:
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         count = min(math.ceil(2 * cache / size.bytes), MOST_SAMPLES)
-    result = []
-    for _ in range(count):
-        x, grad = size.random(device), size.random(device)
-        sample = Sample(x, x.detach().requires_grad_(), grad)
-        if isinstance(size, Block) and size.residual:
-            residual = size.random(device)
-            sample = sample._replace(residual=residual, residual_leaf=residual.detach().requires_grad_())
-        result.append(sample)
-    return result
+    tensors = 3 if isinstance(size, Block) and size.residual else 2
+    return [sample_of(*(size.random(device) for _ in range(tensors))) for _ in range(count)]

@@ -4,9 +4,7 @@ import pytest
 
 pytest.importorskip("aeon")
 pytest.importorskip("librosa")
-pytest.importorskip("matplotlib")
 pytest.importorskip("mlxtend")
-pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 pytest.importorskip("tonic")
 
@@ -41,7 +39,8 @@ def check(found, shape, classes):
 def test_sets_without_download(name, shape, classes):
     found = SOURCES[name].read(None)
     check(found, shape, classes)
-    assert torch.equal(found.train, SOURCES[name].read(None).train), "the same each time"
+    if name != "mnist":  # takes seconds
+        assert torch.equal(found.train, SOURCES[name].read(None).train), "the same each time"
 
 
 @pytest.mark.slow
@@ -77,8 +76,8 @@ def test_spectrogram_shows_the_pitch():
     import librosa
 
     centres = librosa.mel_frequencies(n_mels=BANDS + 2, fmax=RATE / 2)[1:-1]
-    time = np.arange(round(1.5 * RATE)) / RATE
-    for pitch in (440, 1500, 5000):
+    time = np.arange(RATE // 4) / RATE
+    for pitch in (440, 5000):
         loudest = data.spectrogram(np.sin(2 * np.pi * pitch * time).astype(np.float32)).mean(0).argmax()
         assert abs(centres[loudest] / pitch - 1) < 0.1
 

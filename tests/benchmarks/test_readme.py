@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
@@ -42,8 +41,9 @@ def test_python_blocks_run(capsys):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("analog_prob", [0.2, 1.0])
-@pytest.mark.parametrize("options", [{}, {"decay": 0.9, "v_threshold": 0.8, "v_reset": -0.1}])
+@pytest.mark.parametrize(
+    ("analog_prob", "options"), [(1.0, {}), (0.2, {"decay": 0.9, "v_threshold": 0.8, "v_reset": -0.1})]
+)
 def test_the_loop_has_the_bits_of_the_kernels(backend, device, dtype, analog_prob, options):
     """Spikes and input gradients, at widths whose reciprocals are rounded."""
     (block,) = (each for each in blocks("python") if "def lif(" in each)
@@ -78,9 +78,17 @@ def test_links_exist():
 
 
 def test_figures_are_those_of_the_results():
-    """Written by `python -m benchmarks.readme`."""
+    """Written by `python -m benchmarks.readme`, which finds a figure of each section that was changed by hand."""
     texts = readme.read()
-    assert readme.pages(texts) == texts
+    changed = dict(texts)
+    for name in readme.SECTIONS:
+        (page,) = (page for page, text in texts.items() if f"<!-- {name} -->" in text)
+        text = changed[page]
+        begin = text.index("--: |\n", text.index(f"<!-- {name} -->"))
+        figure = re.compile(r"\| [^|]*(\d)[^|\d]*\|\n").search(text, begin)
+        assert figure.end() < text.index(f"<!-- /{name} -->")
+        changed[page] = text[: figure.start(1)] + str((int(figure[1]) + 1) % 10) + text[figure.end(1) :]
+    assert changed != texts == readme.pages(changed)
 
 
 def test_every_file_of_results_has_a_command():
@@ -89,7 +97,6 @@ def test_every_file_of_results_has_a_command():
     commands = dict(re.findall(r"^\| `(\w+\.json)`.*\| (.+) \|$", page, re.MULTILINE))
     assert sorted(commands) == sorted(file.name for file in readme.RESULTS.glob("*_cpu.json"))
     reports = {name: json.loads((readme.RESULTS / name).read_text()) for name in commands}
-    assert f"--epochs {reports['smoothing_cpu.json']['epochs']} " in commands["smoothing_cpu.json"]
     dirty = [name for name, report in sorted(reports.items()) if report["machine"]["commit"].endswith("-dirty")]
     assert " and ".join(f"`{name}`" for name in dirty) in page.split("`-dirty`:")[-1].split(". ")[0]
 
@@ -102,15 +109,3 @@ def test_what_the_comparison_leaves_out():
     words = readme.peers_in_words([*rows, "LIF: asgl_cuda cpu, sigmoid", "LIF: snnTorch 1.0.0, torch.compile"])
     assert "a rectangle, which costs little, and with a sigmoid." in words
     assert words.endswith("and snnTorch 1.0.0 alone is shown under torch.compile.")
-
-
-def test_figures_changed_by_hand_are_found():
-    texts = readme.read()
-    for name in readme.MAKERS:
-        (page,) = (page for page, text in texts.items() if f"<!-- {name} -->" in text)
-        text = texts[page]
-        begin = text.index("--: |\n", text.index(f"<!-- {name} -->"))
-        figure = re.compile(r"\| [^|]*(\d)[^|\d]*\|\n").search(text, begin)
-        assert figure.end() < text.index(f"<!-- /{name} -->")
-        changed = text[: figure.start(1)] + str((int(figure[1]) + 1) % 10) + text[figure.end(1) :]
-        assert readme.pages({**texts, page: changed}) == texts

@@ -8,8 +8,6 @@ import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from functools import partial
-from itertools import pairwise
 
 import pytest
 
@@ -102,36 +100,28 @@ class LoopBlock(nn.Module):
         return self.spike2(out + self.shortcut(x))
 
 
-def loop_resnet(settings, widths, depths, classes):
+def loop_resnet19(settings, widths, classes):
     first = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
     stages, inputs = {}, widths[0]
-    for number, (width, depth) in enumerate(zip(widths, depths, strict=True), start=1):
+    for number, (width, depth) in enumerate(zip(widths, (3, 3, 2), strict=True), start=1):
         strides = [1 if number == 1 else 2] + [1] * (depth - 1)
         blocks = [LoopBlock(inputs if i == 0 else width, width, stride, settings) for i, stride in enumerate(strides)]
         stages[f"layer{number}"] = nn.Sequential(*blocks)
         inputs = width
-    if len(widths) == 4:
-        classifier = [OverSteps(nn.Linear(inputs, classes))]
-    else:
-        classifier = [
-            OverSteps(nn.Linear(inputs, 256, bias=False)), LoopNeurons(settings),
-            OverSteps(nn.Linear(256, classes, bias=False)),
-        ]  # fmt: skip
+    hidden, last = (OverSteps(nn.Linear(*pair, bias=False)) for pair in ((inputs, 256), (256, classes)))
     return Holder(
         conv0=nn.Sequential(OverSteps(first), OverSteps(nn.BatchNorm2d(widths[0])), LoopNeurons(settings)),
         **stages,
         avg_pool=OverSteps(nn.AdaptiveAvgPool2d(1)),
-        classifier=nn.Sequential(*classifier),
+        classifier=nn.Sequential(hidden, LoopNeurons(settings), last),
     )
 
 
 def loop_vgg(settings, plan, inputs, features, classes):
     layers = []
     for each in plan.split():
-        if each == "A":
-            layers.append(OverSteps(nn.AvgPool2d(2)))
-        elif each == "AA":
-            layers.append(OverSteps(nn.AdaptiveAvgPool2d(1)))
+        if each.startswith("A"):
+            layers.append(OverSteps(nn.AvgPool2d(2) if each == "A" else nn.AdaptiveAvgPool2d(1)))
         else:
             layers.append(OverSteps(nn.Conv2d(inputs, int(each), 3, 1, 1, bias=False)))
             layers += [OverSteps(nn.BatchNorm2d(int(each))), LoopNeurons(settings)]
@@ -147,18 +137,20 @@ def loop_output(model, x):
     return model.classifier(x.flatten(2))
 
 
-# An eighth of the channels; 256 hidden neurons of ResNet-19 stay in both.
+# An eighth of the channels, but all hidden neurons; and some names that the state dict must have.
 STAND_INS = {
-    "cifar100-resnet18": lambda settings: loop_resnet(settings, (8, 16, 32, 64), (2, 2, 2, 2), 100),
-    "cifar10-resnet19": lambda settings: loop_resnet(settings, (16, 32, 64), (3, 3, 2), 10),
-    "cifar10-vgg13": lambda settings: loop_vgg(settings, "8 8 A 16 16 A 32 32 A 64 64 64 A 64 AA", 3, 64, 10),
-    "dvs-cifar10-vggsnn2": lambda settings: loop_vgg(settings, "8 16 A 32 32 A 64 64 A 64 64 A", 2, 64 * 9, 10),
-}
-NAMES = {
-    "cifar100-resnet18": ["conv0.2.cell.decay", "layer2.0.shortcut.1.layer.running_var", "classifier.0.layer.bias"],
-    "cifar10-resnet19": ["classifier.1.cell.spike_fn.inv_sg.alpha", "layer3.1.spike2.cell.decay"],
-    "cifar10-vgg13": ["feature.1.layer.num_batches_tracked", "feature.29.cell.decay"],
-    "dvs-cifar10-vggsnn2": ["feature.26.cell.spike_fn.inv_sg.alpha", "classifier.0.layer.weight"],
+    "cifar10-resnet19": (
+        lambda settings: loop_resnet19(settings, (16, 32, 64), 10),
+        {"classifier.1.cell.spike_fn.inv_sg.alpha", "layer2.0.shortcut.1.layer.running_var"},
+    ),
+    "cifar10-vgg13": (
+        lambda settings: loop_vgg(settings, "8 8 A 16 16 A 32 32 A 64 64 64 A 64 AA", 3, 64, 10),
+        {"feature.1.layer.num_batches_tracked", "feature.29.cell.decay"},
+    ),
+    "dvs-cifar10-vggsnn2": (
+        lambda settings: loop_vgg(settings, "8 16 A 32 32 A 64 64 A 64 64 A", 2, 64 * 9, 10),
+        {"feature.26.cell.spike_fn.inv_sg.alpha", "classifier.0.layer.weight"},
+    ),
 }
 
 
@@ -168,8 +160,8 @@ def small(name, **changes):
 
 @pytest.mark.parametrize("name", STAND_INS)
 def test_checkpoint_in_the_authors_naming(name, tmp_path):
-    settings = small(name, steps=3)
-    theirs = STAND_INS[name](settings).double().eval()
+    settings, (make, names) = small(name, steps=3), STAND_INS[name]
+    theirs = make(settings).double().eval()
     widths = []
     for key, value in theirs.state_dict().items():
         if key.endswith("alpha"):
@@ -179,7 +171,7 @@ def test_checkpoint_in_the_authors_naming(name, tmp_path):
             value.uniform_(0.5, 1.5)
         elif key.startswith("classifier"):
             value.mul_(20)  # the hidden neurons of ResNet-19 have no normalisation, and would be silent
-    assert {*NAMES[name]} <= theirs.state_dict().keys()
+    assert names <= theirs.state_dict().keys()
     file = tmp_path / "theirs.pth"
     config = argparse.Namespace(T=3, thresh=settings.threshold, decay=0.5, p=1, cmd=["python main.py"])
     torch.save({"best_acc": torch.tensor(0.5), "best_net": theirs.state_dict(), "config": config}, file)
@@ -242,28 +234,21 @@ def test_published_commands():
 
 @pytest.mark.parametrize(
     ("name", "millions", "layers"),
-    [("cifar100-resnet18", 11.2, 17), ("cifar10-resnet19", 12.7, 18), ("cifar10-vgg13", 9.4, 10),
-     ("dvs-cifar10-vggsnn2", 9.3, 8)],
-)  # fmt: skip
+    [("cifar100-resnet18", 11.2, 17), ("cifar10-resnet19", 12.7, 18), ("cifar10-vgg13", 9.4, 10)],
+)
 def test_sizes(name, millions, layers):
-    with torch.device("meta"):
-        network = network_of(PRESETS[name])
+    network = network_of(PRESETS[name])
     assert sum(each.numel() for each in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
     assert len(list(asgl_cuda.asgl_layers(network))) == layers
     for _, layer in asgl_cuda.asgl_layers(network):
         assert layer.scale_output
         assert layer.v_reset == 0
-
-
-def test_weights_of_vgg():
-    network = network_of(PRESETS["dvs-cifar10-vggsnn2"])
-    weights = [each.weight for each in network.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
-    assert len(weights) == 9
-    assert [float(each.detach().std()) for each in weights] == pytest.approx([0.5] * 9, rel=0.05)
+    if "vgg" in name:
+        weights = [each.weight for each in network.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
+        assert [float(each.detach().std()) for each in weights] == pytest.approx([0.5] * (layers + 1), rel=0.05)
 
 
 def test_loss():
-    torch.manual_seed(0)
     scores, labels = torch.randn(3, 4, 5), torch.randint(5, (4,))
     by_step = sum(functional.cross_entropy(step, labels) for step in scores) / 3
     expected = 0.999 * by_step + 0.001 * functional.mse_loss(scores, torch.ones(3, 4, 5))
@@ -277,21 +262,18 @@ def test_optimizers():
     settings = small("cifar100-resnet18", epochs=3, batch=8)
     training = Training(settings, data.samples_of(settings, None, 8), Options(CPU))
     names = {id(each): name for name, each in training.network.named_parameters()}
-    sgd, adam = training.optimizers
-    assert (type(sgd), type(adam)) == (torch.optim.SGD, torch.optim.Adam)
-    weights, norms = sgd.param_groups
-    assert (weights["weight_decay"], norms["weight_decay"], sgd.defaults["momentum"]) == (5e-4, 0.0, 0.9)
+    (weights, norms), (neurons,) = (each.param_groups for each in training.optimizers)
+    assert (weights["weight_decay"], norms["weight_decay"], neurons["weight_decay"]) == (5e-4, 0, 0)
     assert all(names[id(each)].endswith("layer.weight") and each.dim() > 1 for each in weights["params"])
     assert len(norms["params"]) == 2 * (9 + 11) + 1  # normalisations, and the bias of the classifier
-    neurons = adam.param_groups[0]
     assert {names[id(each)].rsplit(".")[-1] for each in neurons["params"]} == {"alpha", "logit_decay"}
-    training.train_epoch()
-    first = list(training.sampler)
-    assert training.train_epoch() > 0
-    assert sorted(training.sampler) == sorted(first)
-    assert list(training.sampler) != first
+    orders = []
+    for _ in range(2):
+        training.train_epoch()
+        orders.append(list(training.sampler))
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] != orders[1]
     assert [group["lr"] for group in (weights, norms, neurons)] == pytest.approx([0.025, 0.025, 3e-4])
-    assert neurons["weight_decay"] == 0
 
 
 # ---- trainings ----
@@ -304,9 +286,8 @@ def widths_of(network):
 @pytest.mark.parametrize(
     ("name", "changes", "count"),
     [
-        ("cifar10-resnet18", {}, 320),
         ("cifar10-vgg13", {}, 320),
-        ("dvs-cifar10-vggsnn2", {"steps": 3, "channels": 0.0625}, 160),
+        pytest.param("dvs-cifar10-vggsnn2", {"steps": 3, "channels": 0.0625}, 160, marks=pytest.mark.slow),
     ],
 )
 def test_learns(name, changes, count):
@@ -334,21 +315,14 @@ def test_baselines(baseline):
     assert {layer.analog_prob for layer in layers} == ({0.2} if baseline == "per-step" else {0.0})
     training.train_epoch()
     widths = widths_of(training.network)
+    factors = [scheduled_width(replace(training.settings, epochs=11, width=2.0), epoch) / 2 for epoch in range(11)]
+    assert factors == pytest.approx([0.1 ** (epoch / 10) for epoch in range(11)])
     if baseline in ("fixed", "schedule"):
         torch.testing.assert_close(torch.stack(widths), torch.full((18,), 0.5 if baseline == "fixed" else 0.05))
     elif baseline == "no-noise":
         assert all(width != 0.5 for width in widths)
     else:
         assert all(width.shape == (2,) and width[0] != width[1] for width in widths)
-
-
-def test_schedule_of_the_width():
-    settings = replace(PRESETS["cifar10-resnet18"], epochs=11, width=2.0)
-    widths = [scheduled_width(settings, epoch) for epoch in range(11)]
-    assert widths[0] == 2.0
-    assert widths[-1] == pytest.approx(0.2)
-    ratios = [after / before for before, after in pairwise(widths)]
-    assert ratios == pytest.approx([0.1**0.1] * 10)
 
 
 def test_recomputed_spikes_change_nothing(monkeypatch):
@@ -362,22 +336,14 @@ def test_recomputed_spikes_change_nothing(monkeypatch):
 
 
 def test_bfloat16_and_compiled(monkeypatch):
-    plain = tiny("cifar10-vgg13")
-    half = tiny("cifar10-vgg13", options=Options(CPU, amp=True))
+    plain, half = (tiny("cifar10-vgg13", options=Options(CPU, amp=each)) for each in (False, True))
     assert half.losses != plain.losses
     assert half.losses == pytest.approx(plain.losses, rel=0.2)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    torch._dynamo.reset()
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     again = tiny("cifar10-vgg13", options=Options(CPU, compiled=True))
-    assert len(graphs) == 1
-    assert again.losses == pytest.approx(plain.losses, rel=1e-3)
-    assert again.network.state_dict().keys() == plain.network.state_dict().keys()
+    assert compiled == [again.network]
+    assert again.losses == plain.losses
 
 
 # ---- the program ----
@@ -389,7 +355,7 @@ def call(monkeypatch, *arguments):
     return program.main()
 
 
-QUICK = ("--channels", "0.0625", "--workers", 0, "--epochs", 3, "--batch", 8, "--steps", 2, "--device", "cpu")
+QUICK = ("--channels", "0.0625", "--workers", 0, "--epochs", 2, "--batch", 8, "--steps", 2, "--device", "cpu")
 
 
 @pytest.fixture
@@ -411,7 +377,7 @@ def bits_of(saved):
     return [bits_of(value) for value in saved] if isinstance(saved, list) else saved
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_resumed_with_the_same_bits(frames, tmp_path, monkeypatch, capsys, workers):
     """Interrupted in the second epoch; augmentation, noise, shuffling and optimizers go on as they would have."""
     common = ("dvs-cifar10-vggsnn2", *QUICK, "--data-root", frames, "--workers", workers, "--out")
@@ -436,31 +402,17 @@ def test_resumed_with_the_same_bits(frames, tmp_path, monkeypatch, capsys, worke
     assert call(monkeypatch, *common, tmp_path / "parts", "--resume") == 0
     whole, parts = (torch.load(tmp_path / name / "last.pt") for name in ("whole", "parts"))
     assert bits_of(parts) == bits_of(whole)
-    assert whole["epoch"] == 3
-    assert "epoch 3/3: loss" in capsys.readouterr().out
-
-
-def last_line(monkeypatch, capsys, *arguments):
-    """The line with which the program refuses its arguments."""
-    with pytest.raises(SystemExit) as refused:
-        call(monkeypatch, *arguments)
-    return capsys.readouterr().err.splitlines()[-1] if refused.value.code == 2 else refused.value.code
+    assert whole["epoch"] == 2
+    assert "epoch 2/2: loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--batch 0", "--batch must be at least 1, got 0"),
-        ("--steps 0", "--steps must be at least 1, got 0"),
-        ("--epochs 0", "--epochs must be at least 1, got 0"),
         ("--epochs -1", "--epochs must be at least 1, got -1"),
         ("--channels 0", "--channels must be from 1e-06 to 1e+06, got 0.0"),
-        ("--width 0", "--width must be from 1e-06 to 1e+06, got 0.0"),
         ("--width nan", "--width must be from 1e-06 to 1e+06, got nan"),
-        ("--threshold -1", "--threshold must be from 1e-06 to 1e+06, got -1.0"),
-        ("--rate -0.1", "--rate must be from 0 to 1e+06, got -0.1"),
         ("--width-rate inf", "--width-rate must be from 0 to 1e+06, got inf"),
-        ("--weight-decay -1", "--weight-decay must be from 0 to 1e+06, got -1.0"),
         ("--analog-prob 2", "--analog-prob must be from 0 to 1, got 2.0"),
         ("--decay 1", "--decay must be from 1e-06 to 0.999999, got 1.0"),
         ("--no-learn-decay --decay 2", "--decay must be from 0 to 1, got 2.0"),
@@ -468,32 +420,25 @@ def last_line(monkeypatch, capsys, *arguments):
         ("--surrogate foo", "argument --surrogate: invalid choice: 'foo'"),
         ("--frames la", "--frames la is of dvs-cifar10, whose frames have two channels, not of cifar10"),
         ("--synthetic 0", "argument --synthetic: must be at least 2, got 0"),
-        ("--synthetic -3", "argument --synthetic: must be at least 2, got -3"),
         ("--workers -1", "argument --workers: must be at least 0, got -1"),
         ("--data-root nothing", "argument --data-root: not allowed with argument --synthetic"),
         ("--resume --evaluate last.pt", "argument --evaluate: not allowed with argument --resume"),
-        ("--device foo", "--device must be cpu, cuda, or cuda:1 and so on, got foo"),
         ("--device meta", "--device must be cpu, cuda, or cuda:1 and so on, got meta"),
         ("--device cuda:99", "--device cuda:99 "),
         ("--out FILE", "--out FILE: File exists"),
         ("--out FILE/folder", "--out FILE/folder: Not a directory"),
-        ("--tensorboard FILE", "--tensorboard FILE: File exists"),
+        ("--out guarded", "--out guarded cannot be written to"),
     ],
 )
 def test_arguments_that_make_no_training(monkeypatch, capsys, tmp_path, arguments, expected):
-    if "tensorboard" in arguments:
-        pytest.importorskip("tensorboard")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("")
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "guarded" or mode != os.W_OK)
     common = ("cifar10-vgg13", *QUICK, "--synthetic", 4, *arguments.split())
-    assert expected in last_line(monkeypatch, capsys, *common)
-    assert not (tmp_path / "runs" / "cifar10-vgg13" / "last.pt").exists()
-
-
-def test_a_folder_that_cannot_be_written_to_is_refused_before_the_training(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    common = ("cifar10-vgg13", *QUICK, "--synthetic", 4, "--out", tmp_path / "out")
-    assert last_line(monkeypatch, capsys, *common).endswith(f"--out {tmp_path / 'out'} cannot be written to")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *common)
+    assert expected in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.rglob("last.pt"))
 
 
 def test_evaluated_by_the_settings_of_the_checkpoint(tmp_path, monkeypatch, capsys):
@@ -525,12 +470,12 @@ def test_checkpoints_that_cannot_be_read(tmp_path, monkeypatch):
     training = tiny("cifar10-vgg13")
     file = tmp_path / "out" / "last.pt"
     file.parent.mkdir()
-    common = ("cifar10-vgg13", "--synthetic", 16, "--workers", 0, "--out", file.parent)
+    common = ("cifar10-vgg13", *QUICK, "--synthetic", 16, "--out", file.parent)
     with pytest.raises(SystemExit, match=f"^{file} is no checkpoint that can be read: FileNotFoundError: .*$"):
         call(monkeypatch, *common, "--evaluate", file)
     training.save(file)
     content = file.read_bytes()
-    for damaged in (b"", b"hello", content[:100], content[: len(content) // 2], content[:-10]):
+    for damaged in (b"", b"hello", content[: len(content) // 2], content[:-10]):
         file.write_bytes(damaged)
         for option in (("--evaluate", file), ("--resume",)):
             with pytest.raises(SystemExit, match=f"^{file} is no checkpoint that can be read: .*$"):
@@ -542,18 +487,6 @@ def test_checkpoints_that_cannot_be_read(tmp_path, monkeypatch):
     torch.save({"best_net": training.network.state_dict()}, file)
     with pytest.raises(SystemExit, match=f"^{file} is of the authors' program, --resume goes on from this program's$"):
         call(monkeypatch, *common, "--resume")
-
-
-def test_tensorboard(tmp_path, monkeypatch):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    common = ("cifar10-vgg13", *QUICK, "--epochs", 2, "--synthetic", 16, "--tensorboard", tmp_path / "log", "--out")
-    call(monkeypatch, *common, tmp_path / "out")
-    found = events.EventAccumulator(str(tmp_path / "log")).Reload()
-    assert {"loss", "accuracy", "rate", "width/feature.2"} <= {*found.Tags()["scalars"]}
-    assert [each.value for each in found.Scalars("rate")] == pytest.approx([0.1, 0.05])
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(SystemExit, match="--tensorboard needs TensorBoard: pip install tensorboard"):
-        call(monkeypatch, *common, tmp_path / "other")
 
 
 @pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")
@@ -657,46 +590,25 @@ def test_frames(frames, tmp_path):
         data.samples_of(settings, None, None)
 
 
-def sparse_events():
-    """Frames of 128 x 128 pixels with an event in every seventeenth, at random, for each polarity."""
-    torch.manual_seed(0)
-    return torch.rand(3, 2, 128, 128).lt(0.06).float()
-
-
-def test_frames_as_the_authors_resize_them(frames):
+def test_frames_as_the_authors_resize_them(frames, monkeypatch):
     """By torchvision's transforms of each step, which take two channels for grey and alpha."""
-    transforms, events = pytest.importorskip("torchvision.transforms"), sparse_events()
+    transforms = pytest.importorskip("torchvision.transforms")
+    events = torch.rand(3, 2, 128, 128).lt(0.06).float()
     chain = transforms.Compose([transforms.ToPILImage(), transforms.Resize((48, 48)), transforms.ToTensor()])
     assert torch.equal(data.resized_as_la(events), torch.stack([chain(step) for step in events]))
     settings = small("dvs-cifar10-vggsnn2", steps=2, frames="la")
     _, test = data.samples_of(settings, frames, None)
     stored = torch.load(frames / "test" / "1.pt")[0].gt(0).float()
     assert torch.equal(test[1][0], torch.stack([chain(step) for step in stored]))
-
-
-def test_grey_is_multiplied_by_alpha():
-    """Channel 1 is as ever; of channel 0 counts what has an event of channel 1 in its pixel, divided by channel 1."""
-    pytest.importorskip("PIL")
-    events = sparse_events()
-    both = torch.stack((events[:, 0] * events[:, 1], events[:, 1]), 1)
-    apart, found = data.resized(both), data.resized_as_la(events)
-    torch.testing.assert_close(found[:, 1], apart[:, 1], rtol=0, atol=1.01 / 255)
-    clear = apart[:, 1] > 0.05  # rounded to 255 levels before the division
-    torch.testing.assert_close(found[:, 0][clear], (apart[:, 0] / apart[:, 1])[clear], rtol=0, atol=0.1)
-    lost = found[:, 0].eq(0) & data.resized(events)[:, 0].gt(0)
-    assert lost.sum() > 0.8 * data.resized(events)[:, 0].gt(0).sum()
-
-
-def test_pillow_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(SystemExit, match="--frames la resizes by Pillow: pip install pillow"):
-        data.resized_as_la(torch.zeros(2, 2, 4, 4))
+        data.resized_as_la(events)
 
 
 def test_augmented_frames():
     torch.manual_seed(0)
     frames = torch.zeros(3, 2, 48, 48)
     frames[:, :, 20, 10] = 1
-    found = {tuple(data.augment_frames(frames)[0, 0].nonzero()[0].tolist()) for _ in range(2000)}
+    found = {tuple(data.augment_frames(frames)[0, 0].nonzero()[0].tolist()) for _ in range(1000)}
     assert {row for row, _ in found} == set(range(15, 26))
     assert {column for _, column in found} == {*range(5, 16), *range(32, 43)}

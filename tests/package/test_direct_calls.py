@@ -15,17 +15,17 @@ CPU = BACKENDS["cpu"]
 pytestmark = pytest.mark.skipif(CPU.direct is None, reason="this build has no extension")
 
 
-def spikes(x_seq, state):
+def spikes(x_seq):
     width = torch.rand(5, 1, generator=torch.Generator().manual_seed(1)).add_(0.5).requires_grad_()
     out = asgl_cuda.lif(
-        x_seq, width=width, v_init=torch.zeros_like(x_seq[0]), analog_prob=0.3, rng_state=state, backend="cpu",
-        return_v_last=True, return_v_seq=True, return_h_seq=True,
+        x_seq, width=width, v_init=torch.zeros_like(x_seq[0]), analog_prob=0.3, rng_state=torch.tensor([2, 9]),
+        backend="cpu", return_v_last=True, return_v_seq=True, return_h_seq=True,
     )  # fmt: skip
     sum((each * each).sum() for each in out).backward()
     return *out, x_seq.grad, width.grad
 
 
-def normalised_spikes(x_seq, state):
+def normalised_spikes(x_seq):
     layer = asgl_cuda.BatchNormLIF(5, backend="cpu")
     torch.manual_seed(3)
     s_seq = layer(x_seq)
@@ -34,56 +34,52 @@ def normalised_spikes(x_seq, state):
     return s_seq, x_seq.grad, layer.weight.grad, layer.running_mean, layer.running_var, layer.eval()(x_seq)
 
 
-def potentials(x_seq, state):
+def potentials(x_seq):
     decay = torch.full((5, 1), 0.7, requires_grad=True)
     v_seq = asgl_cuda.leaky_integrator(x_seq, decay=decay, backend="cpu")
     v_seq.square().sum().backward()
     return v_seq, x_seq.grad, decay.grad
 
 
-class Recorder:
-    """Operators that record the names of called operators."""
+def recording(operators, called):
+    """The operators, which record the names of those that are called."""
 
-    def __init__(self, operators):
-        self.called = set()
-        self.operators = Operators(*(self._noting(*each) for each in operators._asdict().items()))
+    def noted(name, operator):
+        return lambda *arguments: called.add(name) or operator(*arguments)
 
-    def _noting(self, name, operator):
-        def call(*arguments):
-            self.called.add(name)
-            return operator(*arguments)
-
-        return call
+    return Operators(*(noted(*each) for each in operators._asdict().items()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("compute", [spikes, normalised_spikes, potentials])
+@pytest.mark.parametrize(
+    ("compute", "dtype"),
+    [
+        (spikes, torch.float32),
+        (spikes, torch.float64),
+        (normalised_spikes, torch.bfloat16),
+        (potentials, torch.float32),
+    ],
+)
 def test_both_ways_give_the_same_bits(monkeypatch, compute, dtype):
-    by_ops, direct = Recorder(CPU.operators), Recorder(CPU.direct)
-    backend = CPU._replace(operators=by_ops.operators, direct=direct.operators)
-    monkeypatch.setitem(BACKENDS, "cpu", backend)
-
-    def run():
+    by_ops, direct = set(), set()
+    both = CPU._replace(operators=recording(CPU.operators, by_ops), direct=recording(CPU.direct, direct))
+    found = []
+    for backend in (both, both._replace(direct=None)):
+        monkeypatch.setitem(BACKENDS, "cpu", backend)
         torch.manual_seed(5)
-        x_seq = torch.randn(20, 3, 5, 7).to(dtype).requires_grad_()
-        return compute(x_seq, torch.tensor([2, 9]))
-
-    found = run()
-    assert direct.called
-    assert not by_ops.called
-    monkeypatch.setitem(BACKENDS, "cpu", backend._replace(direct=None))
-    expected = run()
-    assert by_ops.called == direct.called
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        found.append(compute(torch.randn(20, 3, 5, 7).to(dtype).requires_grad_()))
+        assert (not by_ops) == (backend is both)
+    assert by_ops == direct != set()
+    assert all(map(torch.equal, *found))
 
 
 def test_every_operator_is_there():
     operators = Operators(*(getattr(torch.ops.asgl_cuda, name) for name in Operators._fields))
     assert len(CPU.direct) == len(operators) == len(set(map(id, CPU.direct)))
-    torch.manual_seed(1)
-    drawn = CPU.direct.draw_rng_state(torch.empty(2, dtype=torch.int64))
-    torch.manual_seed(1)
-    assert torch.equal(drawn, operators.draw_rng_state(torch.empty(2, dtype=torch.int64)))
+    drawn = []
+    for each in (CPU.direct, operators):
+        torch.manual_seed(1)
+        drawn.append(each.draw_rng_state(torch.empty(2, dtype=torch.int64)))
+    assert torch.equal(*drawn)
 
 
 class Subclass(torch.Tensor):
@@ -97,37 +93,32 @@ class Subclass(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-def test_a_subclass_sees_the_operator_and_gets_its_own_type_back():
+def test_subclasses_and_modes_of_functions_ask_for_operators():
+    """Any input can; a subclass gets its own type back."""
     s_seq = asgl_cuda.lif(torch.rand(4, 7).as_subclass(Subclass), backend="cpu")
     assert type(s_seq) is Subclass
     assert CPU.operators.lif_forward in Subclass.seen
-
-
-@pytest.mark.parametrize("place", range(3))
-def test_any_input_can_ask_for_torch_ops(place):
     inputs = [torch.rand(3), None, torch.rand(3)]
     assert operators_of("cpu", inputs) is CPU.direct
     with BaseTorchFunctionMode():
         assert operators_of("cpu", inputs) is CPU.operators
-    inputs[place] = torch.rand(3).as_subclass(Subclass)
-    assert operators_of("cpu", inputs) is CPU.operators
+    for place in range(3):
+        some = [*inputs[:place], torch.rand(3).as_subclass(Subclass), *inputs[place + 1 :]]
+        assert operators_of("cpu", some) is CPU.operators
 
 
 def test_a_mode_of_the_dispatcher_sees_direct_calls():
-    class Seen(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.functions = []
+    functions = []
 
+    class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.functions.append(function)
+            functions.append(function)
             return function(*args, **(kwargs or {}))
 
     x_seq = torch.rand(4, 7, requires_grad=True)
-    with Seen() as seen:
+    with Seen():
         asgl_cuda.lif(x_seq, backend="cpu").sum().backward()
-    assert CPU.operators.lif_forward in seen.functions
-    assert CPU.operators.lif_backward in seen.functions
+    assert {CPU.operators.lif_forward, CPU.operators.lif_backward} <= set(functions)
 
 
 @pytest.mark.parametrize("way", ["operators", "direct"])

@@ -1,19 +1,32 @@
-"""The documentation's sources: the Python of its pages runs, the Reference is complete, its figure can be drawn."""
+"""What users read: Python in pages and docstrings runs, the Reference is complete; names, hints and figures."""
 
 from __future__ import annotations
 
+import doctest
 import inspect
+import pydoc
 import re
+import textwrap
+import types
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import asgl_cuda
+from asgl_cuda.backends import cupy
+from asgl_cuda.interop.nir import neurons
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page != DOCS / "README.md"]
 IMPORTS = ("matplotlib", "sklearn", "spikingjelly", "snntorch", "norse", "sinabs", "nir", "mlxtend", "tonic")
+
+# ---- pages ----
 
 
 def python_of(page: Path) -> list[str]:
@@ -34,11 +47,12 @@ WITH_PYTHON = [page for page in PAGES if python_of(page)]
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=[str(page.relative_to(DOCS)) for page in WITH_PYTHON])
-def test_python_of_page_runs(page: Path, capsys: pytest.CaptureFixture[str]):
+def test_python_of_page_runs(page: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     code = python_of(page)
     for library in IMPORTS:
         if re.search(rf"^(?:import|from) {library}\b", "\n".join(code), re.MULTILINE):
             pytest.importorskip(library)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # C++ takes half a minute
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": "page"}
     for block in code:
@@ -52,62 +66,179 @@ def test_python_of_page_runs(page: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_first_network_is_the_program_of_the_readme():
     """On the front page as it stands; in the first tutorial line by line, among lines that look at it."""
-    program = python_of(DOCS.parent / "README.md")[0].strip("\n").splitlines()
+    program = python_of(ROOT / "README.md")[0].strip("\n").splitlines()
     assert python_of(DOCS / "index.md")[0].strip("\n").splitlines() == program
     tutorial = (DOCS / "start" / "first-network.md").read_text()
     cells = re.findall(r"^```{code-cell} python\n(.*?)^```$", tutorial, re.MULTILINE | re.DOTALL)
-    missing = {*program} - {*"".join(cells).splitlines()}
-    assert not missing
+    assert not {*program} - {*"".join(cells).splitlines()}
 
 
-@pytest.mark.parametrize(
-    "word",
-    [
-        "batch first", "dataset", "energy", "firing rate regularization", "freeze width", "gpu", "lifrecurrent",
-        "membrane potential", "nan", "onnx", "padding", "poisson", "recurrent", "rleaky", "rlif", "rsnn", "shd", "tau",
-        "tensorboard", "variable length",
-    ],
+SEARCHED = (
+    "batch first", "dataset", "energy", "firing rate regularization", "freeze width", "gpu", "lifrecurrent",
+    "membrane potential", "nan", "onnx", "padding", "poisson", "recurrent", "rleaky", "rlif", "rsnn", "shd", "tau",
+    "tensorboard", "variable length",
 )  # fmt: skip
-def test_search_finds(word: str):
+
+
+def test_search_finds():
     """The site's search puts main index entries first."""
-    entries = re.findall(r"^```\{index\} (.*)$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
-    assert [each.strip().lower() for line in entries for each in line.split(",")].count(f"!{word}") == 1
+    lines = re.findall(r"^```\{index\} (.*)$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
+    entries = [each.strip().lower() for line in lines for each in line.split(",")]
+    assert [word for word in SEARCHED if entries.count(f"!{word}") != 1] == []
 
 
-@pytest.mark.parametrize(
-    "layer", [each for each in vars(asgl_cuda).values() if isinstance(each, type) and issubclass(each, torch.nn.Module)]
-)
-def test_help_of_a_call(layer: type[torch.nn.Module]):
-    """A method without a docstring shows torch's: to be overridden by all subclasses."""
-    assert "x_seq" in (inspect.getdoc(layer.forward) or "")
-
-
-@pytest.mark.parametrize("name", [*asgl_cuda.__all__, "interop.snntorch.MultiStep"])
-def test_reference_has(name: str):
+def test_reference_is_complete():
+    """And a method without a docstring would show torch's: to be overridden by all subclasses."""
     reference = "\n".join(page.read_text() for page in sorted((DOCS / "reference").glob("*.md")))
-    assert re.search(
-        rf"^\.\. (?:autofunction|autoclass|py:data):: (?:asgl_cuda\.)?{re.escape(name)}$", reference, re.MULTILINE
-    )
+    listed = re.findall(r"^\.\. (?:autofunction|autoclass|py:data):: (?:asgl_cuda\.)?(.*)$", reference, re.MULTILINE)
+    assert {*asgl_cuda.__all__, "interop.snntorch.MultiStep"} - {*listed} == set()
+    layers = [each for each in vars(asgl_cuda).values() if isinstance(each, type) and issubclass(each, nn.Module)]
+    assert [layer for layer in layers if "x_seq" not in (inspect.getdoc(layer.forward) or "")] == []
 
 
-def test_figure_of_the_method(tmp_path: Path):
-    pytest.importorskip("matplotlib")
+# ---- docstrings ----
+
+# Returned tuples and a version; examples of functions that convert models need libraries, which may be missing.
+NO_EXAMPLE_NEEDED = {
+    "AdaptiveLIFOutput", "IntegratorOutput", "LIFOutput", "RecurrentLIFOutput", "__version__", "convert", "from_nir",
+    "fuse", "lightning_callback", "revert", "to_nir", "unfuse",
+}  # fmt: skip
+
+
+def public_docstrings() -> Iterator[tuple[str, str]]:
+    """Names and docstrings of exports, and of the public members of exported classes."""
+    for name in asgl_cuda.__all__:
+        thing = getattr(asgl_cuda, name)
+        if not callable(thing):
+            continue
+        yield name, inspect.getdoc(thing) or ""
+        for member, value in vars(thing).items() if inspect.isclass(thing) else ():
+            if not member.startswith("_"):
+                yield f"{name}.{member}", inspect.getdoc(value) or ""
+
+
+def examples_in(docstring: str) -> list[str]:
+    """The code of each `Example::`, and of lines that begin with >>>, with their output."""
+    blocks = re.findall(r"^Examples?:+\n\n?((?:(?: .*)?\n)+)", docstring + "\n", re.MULTILINE)
+    return [textwrap.dedent(block) for block in blocks]
+
+
+EXAMPLES = [(name, code) for name, docstring in public_docstrings() for code in examples_in(docstring)]
+PRINTED = {"asgl_layers": "1 2.0 0.2", "AnalogProbSchedule": "{'1': 0.0}"}
+
+
+@pytest.mark.parametrize(("name", "code"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
+def test_example_runs(name: str, code: str, capsys: pytest.CaptureFixture[str]):
+    if name.split(".")[0] in NO_EXAMPLE_NEEDED:
+        for library in ("spikingjelly", "nir", "nirtorch"):
+            pytest.importorskip(library)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), asgl_cuda.LIF(), nn.Linear(32, 10))
+    known: dict[str, Any] = {each: getattr(asgl_cuda, each) for each in asgl_cuda.__all__}
+    known |= {"asgl_cuda": asgl_cuda, "model": model, "nn": nn, "torch": torch, "x_seq": torch.rand(4, 8, 64)}
+    if ">>>" in code:
+        found = doctest.DocTestParser().get_doctest(code, known, name, None, 0)
+        assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(found).failed == 0
+        return
+    exec(compile(code, f"the docstring of {name}", "exec"), known)
+    if name in PRINTED:
+        assert f"# {PRINTED[name]}\n" in code
+        assert capsys.readouterr().out == f"{PRINTED[name]}\n"
+
+
+def test_every_public_name_has_an_example():
+    assert set(asgl_cuda.__all__) - NO_EXAMPLE_NEEDED - {name for name, _ in EXAMPLES} == set()
+
+
+NEURON = {"decay": 0.9, "v_threshold": 0.8}
+ADAPTATION = {"adapt_decay": 0.97, "adapt_potential": 0.1, "adapt_spike": 0.3}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lif", {**NEURON, "v_reset": -0.1, "width": 1.1, "analog_prob": 0.5}),
+        ("adaptive_lif", {**NEURON, **ADAPTATION, "to_threshold": False}),
+        ("adaptive_lif", {**NEURON, **ADAPTATION, "to_threshold": True}),
+        ("leaky_integrator", {"decay": 0.9, "input_gain": 0.7, "v_rest": 0.1, "delay": False}),
+        ("leaky_integrator", {"decay": 0.9, "input_gain": 0.7, "v_rest": 0.1, "delay": True}),
+    ],
+)
+def test_the_same_in_pytorch_is_the_same(name: str, options: dict[str, Any], dtype: torch.dtype):
+    """The loop has every bit, at values that round: an order of operations or a quotient would show."""
+    function, state = getattr(asgl_cuda, name), torch.tensor([2023, 0])
+    loop = (inspect.getdoc(function) or "").split("The same in PyTorch")[1].split("::\n\n")[1].split("\n\n")[0]
+    x_seq = torch.randn(30, 8, 64, dtype=dtype)
+    written = torch.empty_like(x_seq)
+    values = {"x_seq": x_seq, "T": len(x_seq), "s": written, "out": written, "torch": torch, **options}
+    noise = {"rng_state": state} if "analog_prob" in options else {}
+    if noise:
+        values["mask"] = asgl_cuda.analog_mask(x_seq, options["analog_prob"], state)
+    exec(textwrap.dedent(loop), values)
+    output = function(x_seq, **options, **noise, return_v_last=True)
+    assert torch.equal(written, output[0])
+    for potential in {"v", "w"} & values.keys():
+        assert torch.equal(values[potential], getattr(output, f"{potential}_last")), potential
+
+
+# ---- names and hints ----
+
+
+def test_names_and_help():
+    """`dir` has the public names, and help is short, and names them all."""
+    names = dir(asgl_cuda)
+    public = sorted(name for name in (*asgl_cuda.__all__, "interop") if not name.startswith("__"))
+    assert [name for name in names if not name.startswith("__")] == public
+    assert {"__all__", "__doc__", "__file__", "__name__", "__path__", "__spec__", "__version__"} < set(names)
+    modules = [name for name in public if isinstance(getattr(asgl_cuda, name), types.ModuleType)]
+    assert modules == ["interop"]
+    text = pydoc.plain(pydoc.render_doc(asgl_cuda))
+    assert text.count("\n") < 120
+    words = text.partition("PACKAGE CONTENTS")[0].replace(",", " ").split()
+    assert {name for name in asgl_cuda.__all__ if not name.startswith("__")} - {*words} == set()
+    assert "nn.Module" not in text
+    assert "analog_prob" in pydoc.plain(pydoc.render_doc(asgl_cuda.LIF))
+
+
+@pytest.mark.parametrize("name", ["nir", "cupy", "cupy12"])
+def test_install_commands_name_what_the_extra_has(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cupy.torch.version, "cuda", "12.8" if name == "cupy12" else "13.0")
+    (listed,) = re.findall(rf"^{name} = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    command = neurons.INSTALL if name == "nir" else cupy.install_command()
+    assert command == "pip install " + " ".join(re.findall(r'"[^"]+"', listed))
+
+
+def test_nothing_says_to_install_this_package_from_an_index():
+    lines = (line for path in (ROOT / "asgl_cuda").rglob("*.py") for line in path.read_text().splitlines())
+    assert [line for line in lines if re.search(r"pip install.*\basgl_cuda\b", line)] == []
+
+
+# ---- figures ----
+
+
+def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The method's, and those of the measurements from their results."""
     pytest.importorskip("sklearn")
     pytest.importorskip("rich")
-    from docs.figures import method
+    matplotlib = pytest.importorskip("matplotlib")
+    from benchmarks import palette
+    from docs.figures import measured, method
 
     neuron = method.one_neuron()
     hard, analog = neuron.s_seq[~neuron.analog], neuron.s_seq[neuron.analog]
     assert set(hard.tolist()) == {0.0, 1.0}
     assert ((analog > 0.2) & (analog < 0.8)).sum() >= 3  # enough that the figure shows smooth values
     method.draw(neuron, [[5.0, 5.0, 5.0], [2.0, 2.5, 3.0]], tmp_path / "method.png")
-    assert (tmp_path / "method.png").stat().st_size > 10_000
-
-
-def test_palette_is_a_style_of_matplotlib(tmp_path: Path):
-    matplotlib = pytest.importorskip("matplotlib")
-    from benchmarks import palette
-
+    committed = {file.name for file in measured.RESULTS.glob("*.png")}
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    monkeypatch.setitem(palette.STYLE, "figure.constrained_layout.use", False)  # takes ten seconds
+    smoothing = measured.read_report("smoothing")
+    monkeypatch.setitem(measured.FIGURES, "smoothing", lambda _, file: measured.smoothing(two_runs, file))
+    two_runs = {**smoothing, "runs": smoothing["runs"][:2]}
+    measured.main()
+    drawn = {file.name for file in tmp_path.glob("*.png") if file.stat().st_size > 10_000}
+    assert drawn == {*committed, "method.png"}
     style = matplotlib.rc_params_from_file(palette.write_matplotlibrc(tmp_path / "style"))
     assert [each["color"] for each in style["axes.prop_cycle"]] == list(palette.CYCLE)
     assert len(palette.CYCLE) == len(palette.LINES) == len(palette.MARKERS)

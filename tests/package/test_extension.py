@@ -94,13 +94,9 @@ DAMAGE = {
     "cut off": (lambda package: os.truncate(package / EXTENSION, 5), "it has 5 bytes, and 12 were built"),
     "changed": (replaced(EXTENSION, b"An extension"), "its checksum is another"),
     "unreadable": (replaced(EXTENSION), "Is a directory"),
-    "unreadable notes": (replaced(NOTES), "Is a directory"),
     "empty notes": (replaced(NOTES, b""), "is damaged (Expecting value"),
-    "notes cut off": (replaced(NOTES, b'{"torch_ver'), "is damaged (Unterminated string"),
     "program": (replaced(NOTES, b"import sys; sys.exit(3)"), "is damaged (Expecting value"),
-    "bytes": (replaced(NOTES, b"\xff\xfe"), "can't decode"),
     "deep": (replaced(NOTES, b"[" * 200_000), "recursion depth"),
-    "no object": (replaced(NOTES, b"[1]"), "is damaged ("),
     "nothing noted": (replaced(NOTES, b"{}"), "is damaged ("),
     "more noted": (rewritten(color=1), "is damaged ("),
     "checksum": (rewritten(checksum=None), "its checksum is another"),
@@ -137,8 +133,8 @@ def test_remedy_in_a_checkout(package):
 
 
 @pytest.mark.skipif(extension.module is None, reason="no extension")
-@pytest.mark.parametrize("size", [100, 1_000_000])
-def test_process_that_imports_a_truncated_extension_goes_on(tmp_path, size):
+def test_process_that_imports_a_truncated_extension_goes_on(tmp_path):
+    size = 1_000_000
     package = tmp_path / "asgl_cuda"
     shutil.copytree(extension.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "_C.*", "_build_info.*"))
     shutil.copytree(extension.source_directory(), tmp_path / "csrc")

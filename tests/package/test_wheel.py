@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import asgl_cuda
+from asgl_cuda.extension import build_notes
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 # These test the reference and the errors; the rest needs a fused backend or a checkout.
@@ -40,9 +43,8 @@ def wheel(tmp_path_factory) -> Path:
     shutil.copytree(ROOT, directory / "tree", ignore=ignored)
     for leftover in ("_C.leftover.so", "_build_info.json", "_build_info.py"):
         (directory / "tree" / "asgl_cuda" / leftover).touch()
-    options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check")
-    command = (sys.executable, "-m", "pip", "wheel", *options, "-w", directory, directory / "tree")
-    run(*command, cwd=directory, ASGL_CUDA_BUILD="none")
+    command = (sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", directory)
+    run(*command, cwd=directory / "tree", ASGL_CUDA_BUILD="none")
     (found,) = directory.glob("*.whl")
     return found
 
@@ -69,7 +71,7 @@ def see_packages_of_this(python: Path) -> None:
 
 
 def test_content(wheel):
-    assert wheel.name.endswith("-py3-none-any.whl")
+    assert wheel.name == f"asgl_cuda-{asgl_cuda.__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {f"asgl_cuda/{path.relative_to(ROOT)}" for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".md"}
     assert {"asgl_cuda/backends/cupy.py", *sources} <= names
@@ -121,6 +123,8 @@ def test_readme_says_how(tmp_path):
     for command in (install, info):
         out = run("sh", "-c", command, cwd=tmp_path / "checkout", PATH=path, ASGL_CUDA_BUILD="cpu", **offline)
     assert ["cpu", "works"] in [line.split() for line in out.splitlines()]
+    version = f"{asgl_cuda.__version__}+{build_notes.local_version(torch.__version__, None)}"
+    assert list(python.parents[1].rglob(f"asgl_cuda-{version}.dist-info")), "the version names the torch that it fits"
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,6 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import track
-
-import asgl_cuda
 
 from ...common import device_of, parser_of
 from .data import samples_of
@@ -57,7 +54,6 @@ def arguments_of() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     start.add_argument(
         "--evaluate", type=Path, metavar="FILE", help="only test a checkpoint, ours or the authors', by its settings"
     )
-    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="log loss, accuracy, rate and widths to DIR")
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--recompute-spikes", action="store_true", help="less memory, see asgl_cuda.recompute_spikes")
@@ -80,24 +76,10 @@ def settings_of(arguments: argparse.Namespace, base: Settings) -> Settings:
     return replace(base, **{**BASELINES.get(arguments.baseline, {}), **given})
 
 
-def writer_of(folder: Path | None) -> Any:
-    if folder is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise SystemExit("--tensorboard needs TensorBoard: pip install tensorboard") from None
-    try:
-        return SummaryWriter(str(folder))
-    except OSError as error:
-        raise SystemExit(f"--tensorboard {folder}: {error.strerror}") from None
-
-
-def run(training: Training, out: Path, writer: Any) -> None:
+def run(training: Training, out: Path) -> None:
     bar = partial(track, console=console, transient=True, disable=training.rank > 0 or not console.is_terminal)
     while training.epoch < training.settings.epochs:
         started, head = time.perf_counter(), f"epoch {training.epoch + 1}/{training.settings.epochs}"
-        rate = training.optimizers[0].param_groups[0]["lr"]
         loss = training.train_epoch(partial(bar, description=head))
         if training.rank > 0:  # the others wait in their next step
             continue
@@ -107,11 +89,6 @@ def run(training: Training, out: Path, writer: Any) -> None:
             training.save(out / name)
         seconds = time.perf_counter() - started
         console.print(f"{head}: loss {loss:.4f}, test accuracy {accuracy:.2f} %, {seconds:.0f} s")
-        if writer is not None:
-            for name, value in (("loss", loss), ("accuracy", accuracy), ("rate", rate)):
-                writer.add_scalar(name, value, training.epoch)
-            for name, layer in asgl_cuda.asgl_layers(training.network):
-                writer.add_scalar(f"width/{name}", float(layer.width.detach().mean()), training.epoch)
 
 
 def main() -> int:
@@ -146,11 +123,10 @@ def main() -> int:
         parser.error(f"--out {out}: {error.strerror}")
     if not os.access(out, os.W_OK):
         parser.error(f"--out {out} cannot be written to")
-    with writer_of(arguments.tensorboard if training.rank == 0 else None) or nullcontext() as writer:
-        try:
-            run(training, out, writer)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(*([f"--resume goes on from {last}"] if last.exists() else [])) from None
+    try:
+        run(training, out)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*([f"--resume goes on from {last}"] if last.exists() else [])) from None
     if training.rank == 0:
         console.print(f"best test accuracy {training.best:.2f} %, in {out}", soft_wrap=True)
     if dist.is_initialized():

@@ -1,0 +1,43 @@
+"""Trains the networks of a study, prints its table: `python -m benchmarks.learning STUDY`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from ..common import parser_of
+from ..readme import SECTIONS, text_of
+from .neurons import ADAPTATION, CALIBRATION, RESIDUAL_NETWORK
+from .noise import GRADIENTS, NOISE, SMOOTHING
+from .widths import WIDTH_STEP, width_robustness
+
+STUDIES = {
+    study.name: study
+    for study in (
+        width_robustness(), WIDTH_STEP, NOISE, GRADIENTS, SMOOTHING, ADAPTATION, CALIBRATION, RESIDUAL_NETWORK
+    )
+}  # fmt: skip
+
+
+def main() -> int:
+    """Trains what the result file lacks."""
+    parser = parser_of("benchmarks.learning", str(__doc__), "json")
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time (default: cores)")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="the folder of real sets, for width_robustness")
+    arguments = parser.parse_args()
+    root, study = arguments.data_root, STUDIES[arguments.study]
+    if root is not None:
+        if not root.is_dir():
+            parser.error(f"--data-root must be a folder that exists, got {root}")
+        study = width_robustness(root)
+    file = arguments.json or Path("build") / f"{study.name}.json"
+    file.parent.mkdir(exist_ok=True)
+    report = study.conduct(file, arguments.jobs)
+    print(f"{text_of(SECTIONS[study.name], report)}\n\nin {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
