@@ -9,7 +9,7 @@ import sinabs.layers
 import snntorch
 import torch
 from comparison import Stack
-from conversions import B, C, T, history, reasons, scattered
+from conversions import B, C, T, history, scattered
 from spikingjelly.activation_based import layer, neuron
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -36,6 +36,11 @@ def network(forward=plain, **parts):
     lif = asgl_cuda.LIF(analog_prob=0.0, surrogate="sigmoid")
     parts = {"conv": nn.Conv2d(C, C, 1), "bn": nn.BatchNorm2d(C), "lif": lif} | parts
     return scattered(Stack(forward, **parts))
+
+
+def reasons(model, *example):
+    _, report = asgl_cuda.fuse(model, *example)
+    return {row.path: row.reason for row in report.left}
 
 
 # ---- other uses: equal, or an error ----
