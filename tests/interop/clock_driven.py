@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from spikingjelly.clock_driven import functional, layer, neuron, rnn, surrogate
+from spikingjelly.clock_driven import functional, layer, neuron, surrogate
 from torch import nn
 
 import asgl_cuda
@@ -52,24 +52,10 @@ def in_double():
     torch.set_default_dtype(torch.float64)
 
 
-class Mine(neuron.MultiStepLIFNode):
-    """Changes only __init__."""
-
-    def __init__(self, **options):
-        super().__init__(tau=1.5, **options)
-
-
-class Charged(Mine):
-    """Changes an equation."""
-
-    def neuronal_charge(self, x):
-        self.v = self.v + x
-
-
-KINDS = (Mine, *(
+KINDS = [
     getattr(neuron, multi + kind)
     for multi, kind in itertools.product(("MultiStep", ""), ("IFNode", "LIFNode", "ParametricLIFNode"))
-))  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -88,21 +74,13 @@ def by_lava(node):
     return node
 
 
-STATEFUL = "it is no neuron that convert knows, but carries a state"
 LEFT = {
     "MultiStepEIFNode": (neuron.MultiStepEIFNode, "asgl_cuda has no such neuron"),
     "smooth": (
         lambda: neuron.MultiStepLIFNode(surrogate_function=surrogate.ATan(spiking=False)),
         "its surrogate function does not spike (spiking=False)",
     ),
-    "a surrogate of none": (
-        lambda: neuron.IFNode(surrogate_function=surrogate.S2NN()),
-        "its surrogate, S2NN, is none of those of asgl_cuda",
-    ),
     "lava": (lambda: by_lava(neuron.MultiStepLIFNode()), 'it is computed by Lava (backend="lava")'),
-    "SynapseFilter": (layer.SynapseFilter, STATEFUL),
-    "GRU": (lambda: rnn.SpikingGRU(3, 2, 1), STATEFUL),
-    "charged": (Charged, "its neuronal_charge is not that of MultiStepLIFNode, which convert knows, but of Charged"),
 }  # fmt: skip
 
 
@@ -174,20 +152,3 @@ def test_a_node_of_0_0_0_0_8(multi):
     assert torch.equal(converted(x_seq), expected)
     assert torch.equal(converted.spike, expected[-1] if multi else expected)
     assert torch.equal(converted.spike_seq, expected) if multi else converted.spike_seq is None
-
-
-def test_noise_and_a_normalisation_in_a_container():
-    """The way of published models."""
-    node = neuron.MultiStepLIFNode(surrogate_function=surrogate.ATan(), detach_reset=True)
-    noisy, _ = asgl_cuda.convert(node, asgl={"analog_prob": 0.5})
-    assert 0.2 < (noisy(torch.randn(T, B, N)) % 1 != 0).float().mean() < 0.8
-    with torch.no_grad():
-        noisy.log_width.fill_(0.0)
-    back, report = asgl_cuda.revert(noisy)
-    assert (back.surrogate_function.alpha, report.left) == (1.0, [])
-    model = nn.Sequential(layer.SeqToANNContainer(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), node)
-    x_seq = torch.randn(T, B, 2, 5, 5)
-    fast, report = asgl_cuda.fuse(asgl_cuda.convert(model)[0], x_seq)
-    assert (len(report.replaced), report.left) == (1, [])
-    assert torch.equal(fast(x_seq), model(x_seq))
-    torch.testing.assert_close(fast[1].v_seq, model[1].v_seq)

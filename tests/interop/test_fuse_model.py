@@ -177,7 +177,7 @@ def test_models_are_freed_without_the_collector():
 
 
 FORMS = {
-    "y + x": operator.add, "x + y": lambda y, x: x + y, "y.add_(x)": lambda y, x: y.add_(x),
+    "x + y": lambda y, x: x + y,
     "views": lambda y, x: (y.flatten(0, 1) + x.flatten(0, 1)).view(T, B, C, 16).transpose(2, 3),
     "one step": lambda y, x: y + x[:1],
 }  # fmt: skip
@@ -186,7 +186,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_compiled(form):
     torch._dynamo.reset()
-    own = form in ("y + x", "y.add_(x)")
+    own = form == "views"
     lif = (lambda: asgl_cuda.LIF(analog_prob=0.0)) if own else lambda: neuron.LIFNode(step_mode="m")
     x_seq, seen = 2 * torch.randn(SHAPE), []
     model = scattered(on(asgl_cuda.convert(Block(lif(), FORMS[form]))[0], "cpu"))
@@ -327,11 +327,3 @@ def test_calibrate_and_to_nir():
     for name, node in expected.nodes.items():
         for key in ("weight", "bias"):
             assert torch.equal(*(torch.as_tensor(getattr(each, key, ())) for each in (graph.nodes[name], node)))
-
-
-def test_errors():
-    fused = joined(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF()), torch.randn(T, B, C))
-    with pytest.raises(ValueError, match=r"asgl_cuda\.batch_norm_lif: running_mean must have shape \[4\]"):
-        fused.eval()(torch.randn(T, B, 4))
-    with pytest.raises(ValueError, match="needs more than one value a channel"):
-        fused.train()(torch.randn(1, 1, C))

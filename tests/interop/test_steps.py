@@ -214,10 +214,3 @@ def test_changes_between_two_calls(change, reset_mechanism):
         s, mem = layer(x[1], mem)
         results.append((s.detach(), mem.detach(), *torch.autograd.grad((s + mem).sum(), [x, layer.beta])))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["Leaky", "Leaky, zero, at once", "Synaptic", "LIFCell"])
-def test_one_neuron_without_dimensions(name):
-    layer, converted = STEPS[name](), asgl_cuda.convert(STEPS[name]())[0]
-    x_seq = currents()[:, 0, 0]
-    torch.testing.assert_close(with_gradients(converted, x_seq), with_gradients(layer, x_seq))
