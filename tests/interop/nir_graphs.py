@@ -4,21 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
-
-from asgl_cuda.over_time import OverTime
 
 nir = pytest.importorskip("nir", minversion="1.0.7")
 np = pytest.importorskip("numpy")
 pytest.importorskip("nirtorch", minversion="2.6")
 
-
 NUMBERS = ("tau", "tau_syn", "tau_mem", "r", "w_in", "v_leak", "v_threshold", "v_reset")
-
-
-def convolutional(layer):
-    """Takes [T, B, 2, 6, 5]; the layer has 4 channels of 6 x 5 neurons."""
-    return nn.Sequential(OverTime(nn.Conv2d(2, 4, 3, padding=1)), layer, nn.Flatten(2), nn.Linear(120, 7))
 
 
 def rewritten(graph, path, type_check=True):
@@ -43,10 +34,6 @@ def euler(node, x_seq, dt=1e-4):
         out.append(v if s is None else s)
         v = v if s is None else torch.where(s, v_reset, v)
     return torch.stack(out).float()
-
-
-def public_types(layer):
-    return {name: type(value) for name, value in vars(layer).items() if not name.startswith("_")}
 
 
 def fires(s_seq):

@@ -10,8 +10,8 @@ import sinabs.layers
 import snntorch
 import torch
 from comparison import Stack
-from conversions import SINGLE, B, C, T, assert_alike, assert_same_sums, authors_layer, history, on, scattered
-from spikingjelly.activation_based import layer, neuron, surrogate
+from conversions import SINGLE, B, C, T, assert_alike, history, of_authors, on, scattered
+from spikingjelly.activation_based import functional, layer, neuron
 from spikingjelly.activation_based.model import spiking_resnet
 from torch import nn
 
@@ -23,11 +23,6 @@ pytestmark = pytest.mark.usefixtures("in_double")
 
 H = 4
 SHAPE = (T, B, C, H, H)
-
-
-def call(model, x):
-    """For neurons whose state is reset between calls."""
-    return model(x)
 
 
 # ---- neurons ----
@@ -69,11 +64,9 @@ NEURONS = {
     ),
     "all steps noisy": (ours(nn.BatchNorm2d(C), analog_prob=1.0), SHAPE),
     "LIFNode": (lambda: jelly(layer.BatchNorm2d(C), neuron.LIFNode(tau=1.5, v_reset=0.1)), SHAPE),
-    "ParametricLIFNode": (lambda: jelly(layer.BatchNorm2d(C), neuron.ParametricLIFNode(v_reset=None)), SHAPE),
     "ParametricLIFNode, no affine": (
         lambda: jelly(layer.BatchNorm2d(C, affine=False), neuron.ParametricLIFNode()), SHAPE,
     ),
-    "IFNode": (lambda: jelly(layer.BatchNorm2d(C), neuron.IFNode(surrogate_function=surrogate.ATan())), SHAPE),
     "tdBN": (lambda: jelly(layer.ThresholdDependentBatchNorm2d(0.7, 1.0, C), neuron.LIFNode(tau=1.5)), SHAPE),
     "SeqToANNContainer": (
         lambda: jelly(layer.SeqToANNContainer(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)), neuron.LIFNode()), SHAPE,
@@ -83,9 +76,9 @@ NEURONS = {
         (T, B, C),
     ),
     "tdLayer": (
-        lambda: nn.Sequential(authors_code.tdLayer(nn.BatchNorm2d(C), T), authors_layer(T, retain_v=False)), SHAPE,
+        lambda: nn.Sequential(authors_code.tdLayer(nn.BatchNorm2d(C), T), of_authors(made=False, retain_v=False)),
+        SHAPE,
     ),
-    "sinabs' LIF": (lambda: sinabs_with(sinabs.layers.LIF(3.0, norm_input=True, **ONE)), (B * T, C, 2, 2)),
     "sinabs' LIF by channel": (
         lambda: sinabs_with(sinabs.layers.LIF(torch.arange(2.0, 2.0 + C)[:, None, None], norm_input=True, **SEVERAL)),
         (B * T, C, 2, 2),
@@ -103,7 +96,7 @@ def test_neurons(name, backend):
     model = make()
     if name == "tdLayer":
         model(torch.randn(shape))  # the width becomes a parameter
-    assert_alike(on(model.double(), backend), 2 * torch.randn(shape), 1, backend, None if "lif" in name else call)
+    assert_alike(on(model.double(), backend), 2 * torch.randn(shape), 1, backend)
 
 
 # ---- views ----
@@ -171,38 +164,6 @@ def test_noise_falls_on_the_same_elements(backend):
             torch.testing.assert_close(history(on(fused, backend), x), expected)
 
 
-class Attention(nn.Module):
-    """Queries, keys and values of spikes, as published transformers have them."""
-
-    def __init__(self):
-        super().__init__()
-        self.convs = nn.ModuleList([nn.Conv1d(8, 8, 1, bias=False) for _ in range(4)])
-        self.norms = nn.ModuleList([nn.BatchNorm1d(8) for _ in range(4)])
-        self.lifs = nn.ModuleList([neuron.LIFNode(v_threshold=0.4, step_mode="m") for _ in range(5)])
-
-    def forward(self, x):
-        parts = []
-        for conv, norm, lif in zip(self.convs[:3], self.norms[:3], self.lifs[:3], strict=True):
-            s = lif(norm(conv(x.flatten(3).flatten(0, 1))).reshape(*x.shape[:3], -1))
-            parts.append(s.unflatten(2, (2, 4)).transpose(-1, -2))
-        q, k, v = parts
-        y = self.lifs[3](((q @ k.transpose(-1, -2)) @ v / 8).transpose(-1, -2).reshape(*x.shape[:3], -1))
-        return self.lifs[4](self.norms[3](self.convs[3](y.flatten(0, 1))).reshape(x.shape) + x)
-
-
-def test_a_transformer(backend):
-    assert_alike(Attention(), 2 * torch.randn(T, B, 8, 3, 2), 4, backend, call)
-
-
-def test_an_attention_of_spikingjelly(backend):
-    attention = pytest.importorskip("spikingjelly.activation_based.layer.attention")
-    model = attention.SpikingSelfAttention(8, 2)
-    for module in model.modules():
-        if isinstance(module, neuron.LIFNode):
-            module.v_threshold = 0.2
-    assert_alike(model, 3 * torch.randn(T, B, 8, 6), 2, backend, call)
-
-
 # ---- sums ----
 
 
@@ -226,7 +187,6 @@ FORMS = {
     "x + y": lambda y, x: x + y,
     "y += x": in_place,
     "torch.add(y, x)": torch.add,
-    "torch.add(x, y)": lambda y, x: torch.add(x, y),
     "y.add(x), alpha 1": lambda y, x: y.add(x, alpha=1),
     "y.add_(x)": lambda y, x: y.add_(x),
     "expanded": lambda y, x: y + x[:1].expand_as(x),
@@ -248,7 +208,7 @@ SUMMING = {
     ),
     "ParametricLIFNode": lambda: block(lif=neuron.ParametricLIFNode(v_reset=0.1, step_mode="m")),
     "MultiStep": lambda: block(lif=MultiStep(snntorch.Leaky(beta=0.9, init_hidden=True))),
-    "tdLayer": lambda: block(lif=authors_layer(T, retain_v=False), branch=authors_code.tdLayer(conv_bn(), T)),
+    "tdLayer": lambda: block(lif=of_authors(made=False, retain_v=False), branch=authors_code.tdLayer(conv_bn(), T)),
     "SeqToANNContainer": lambda: block(
         lif=nn.Sequential(neuron.IFNode(step_mode="m")), branch=layer.SeqToANNContainer(*conv_bn())
     ),
@@ -267,7 +227,7 @@ def test_neurons_that_add(name, backend):
         if hasattr(module, "reset_mem"):
             module.reset_mem()
     asgl_cuda.reset(model)
-    assert_alike(on(model.double(), backend), x_seq, 1, backend, call)
+    assert_alike(on(model.double(), backend), x_seq, 1, backend)
 
 
 @pytest.mark.parametrize("first", ["branch", "shortcut"])
@@ -287,38 +247,27 @@ def test_two_normalisations_in_a_sum(first, backend):
     )
 
 
-@pytest.mark.parametrize(("name", "fused", "norms"), [("18", 17, 20), ("50", 49, 53)])
-def test_spiking_resnets(name, fused, norms):
+def test_a_spiking_resnet(backend):
     """The downsampling branches are second operands. In float64 no spike flips."""
-    model = getattr(spiking_resnet, f"spiking_resnet{name}")(
-        spiking_neuron=neuron.LIFNode, num_classes=4, step_mode="m"
-    )
-    for module in model.modules():
-        if hasattr(module, "step_mode"):
-            module.step_mode = "m"
-    x_seq = torch.randn(2, 2, 3, 32, 32)
-    model = asgl_cuda.convert(scattered(model))[0]
+    model = spiking_resnet.spiking_resnet18(spiking_neuron=neuron.LIFNode, num_classes=4, step_mode="m")
+    functional.set_step_mode(model, "m")
+    x_seq = torch.randn(2, 2, 3, 16, 16)
+    model = on(asgl_cuda.convert(scattered(model))[0], backend)
     made, report = asgl_cuda.fuse(model, x_seq)
-    assert (len(report.replaced), len(report.left)) == (fused, norms - fused)
+    assert (len(report.replaced), len(report.left)) == (17, 3)
     assert all("downsample" in row.path for row in report.left)
-    if name == "18":
-        found, expected = (history(each, x_seq, call) for each in (made, model))
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    results = []
+    for net in (made, model):
+        x = x_seq.clone().requires_grad_()
+        out = net(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *net.parameters()]), *net.buffers()])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
 
 
 # ---- types and modes ----
 
 
-def test_float32(backend):
-    """With analog_prob 1 nothing is rounded to a spike."""
-    model = scattered(block(lif=asgl_cuda.LIF(analog_prob=1.0))).float()
-    x_seq = torch.randn(SHAPE, dtype=torch.float32)
-    fused, report = asgl_cuda.fuse(model, x_seq)
-    assert len(report.replaced) == 1
-    assert_same_sums(history(on(fused, backend), x_seq), history(model, x_seq))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_autocast(dtype, backend):
     """The convolution gives bfloat16: other summands are added by torch."""
     model = scattered(block(lambda y, x: y + x.to(dtype), asgl_cuda.LIF(analog_prob=1.0))).float()
@@ -330,15 +279,6 @@ def test_autocast(dtype, backend):
             torch.manual_seed(1)
             found.append(made(x_seq))
     torch.testing.assert_close(found[0], found[1], rtol=0.02, atol=0.04)
-
-
-def test_half_types_of_spikingjelly(backend):
-    """Spikes are of a type of their own, to which the input is converted: this does not compute the value."""
-    model = jelly(layer.BatchNorm2d(C), neuron.LIFNode(surrogate_function=surrogate.ATan(), step_mode="m")).bfloat16()
-    x_seq = torch.randn(SHAPE, dtype=torch.bfloat16)
-    fused, report = asgl_cuda.fuse(model, x_seq)
-    assert len(report.replaced) == 1
-    assert (on(fused, backend)(x_seq) != asgl_cuda.convert(model)[0](x_seq)).double().mean() < 0.02
 
 
 def test_modes_of_both_layers(backend):
@@ -356,20 +296,3 @@ def test_modes_of_both_layers(backend):
         torch.testing.assert_close(fused(x_seq), expected)
         assert expected.frac().any() == (frozen == 0)
         torch.testing.assert_close(fused[0].layer.running_var, model[0].layer.running_var)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_an_empty_batch(training, backend):
-    """Empty spikes, zero gradients and, in training, a counted batch, as in separate layers."""
-    model = nn.Sequential(OverTime(nn.BatchNorm2d(C)), asgl_cuda.LIF())
-    results = []
-    for net in (model, asgl_cuda.fuse(model, torch.randn(SHAPE))[0]):
-        x_seq = torch.zeros(T, 0, C, 4, 4, requires_grad=True)
-        out = on(net, backend).train(training)(x_seq)
-        out.sum().backward()
-        norm = net[0].layer
-        results.append(
-            (out.shape, x_seq.grad.shape, *(value.tolist() for value in norm.buffers()), norm.weight.grad.tolist())
-        )
-        assert int(norm.num_batches_tracked) == training
-    assert results[1] == results[0]

@@ -9,7 +9,7 @@ import sinabs.layers
 import snntorch
 import torch
 from comparison import Stack
-from conversions import B, C, T, history, reasons, scattered
+from conversions import B, C, T, history, scattered
 from spikingjelly.activation_based import layer, neuron
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -36,6 +36,11 @@ def network(forward=plain, **parts):
     lif = asgl_cuda.LIF(analog_prob=0.0, surrogate="sigmoid")
     parts = {"conv": nn.Conv2d(C, C, 1), "bn": nn.BatchNorm2d(C), "lif": lif} | parts
     return scattered(Stack(forward, **parts))
+
+
+def reasons(model, *example):
+    _, report = asgl_cuda.fuse(model, *example)
+    return {row.path: row.reason for row in report.left}
 
 
 # ---- other uses: equal, or an error ----
@@ -129,14 +134,9 @@ USES = {
     "a number": (of_two(lambda y, x: 1 + y), "its output goes to radd"),
     "alpha": (of_two(lambda y, x: torch.add(y, x, alpha=2)), "its output goes to add"),
     "one step": (of_two(lambda y, x: y + x[:1]), "its output goes to add"),
-    "in place of the shortcut": (of_two(lambda y, x: (x * 1).add_(y)), "its output goes to add"),
     "a difference": (of_two(lambda y, x: x - y), "its output goes to sub"),
-    "a product": (of_two(lambda y, x: y * 2), "its output goes to mul"),
     "a function": (of_two(lambda y, x: (y + x).relu()), SUM + "goes to relu"),
-    "by keyword": (of_two(lambda y, x: torch.add(x, other=y)), "its output goes to add"),
     "in a list": (of_two(lambda y, x: torch.cat([y, x])), "its output goes to cat"),
-    "an index": (of_two(lambda y, x: y[:2]), "its output goes to getitem"),
-    "as a type": (of_two(lambda y, x: y.float().double()), "its output goes to float"),
     "expanded": (of_two(lambda y, x: y.unsqueeze(1).expand(T, 2, B, C, 4, 4)), "its output goes to expand"),
     "channels joined": (of_two(lambda y, x: y.flatten(2)), "its output goes to flatten"),
     "channels joined behind others": (
@@ -146,9 +146,7 @@ USES = {
     "in numpy": (with_value(lambda net, y, x: net.lif(y) * float(y.detach().numpy().sum())), AGAIN + "detach"),
     "functional": (with_value(lambda net, y, x: asgl_cuda.lif(y, surrogate="sigmoid")), "its output goes to asgl_cuda"),
     "the residual": (with_value(lambda net, y, x: net.lif(x, y)), "its output goes to LIF"),
-    "an integrator": (with_value(lambda net, y, x: asgl_cuda.leaky_integrator(y)), "its output goes to asgl_cuda"),
     "*=": (with_value(lambda net, y, x: net.lif(y.__imul__(2))), "its output goes to imul"),
-    "[...] =": (with_value(lambda net, y, x: (y.__setitem__(0, 0), net.lif(y))[1]), "its output goes to setitem"),
     "relu in place": (with_value(lambda net, y, x: (torch.relu_(y), net.lif(y))[1]), "its output goes to relu"),
     "+= of an alias": (with_value(alias_of_a_change), SUM + "is used again, by add"),
     "+= of a view": (with_value(change_of_an_alias), VIEW, VIEW),
@@ -238,16 +236,6 @@ def test_operands_that_change_in_between():
             fused(x_seq)
 
 
-def test_replaced_neurons_get_the_value():
-    x_seq = torch.randn(SHAPE)
-    model = network()
-    fused = asgl_cuda.fuse(model, x_seq)[0]
-    for made in (model, fused):
-        made.lif = nn.ReLU()
-    torch.testing.assert_close(history(fused, x_seq), history(model, x_seq), rtol=0, atol=0)
-    assert type(fused.bn).__name__ == "FusedBatchNorm2d"
-
-
 def test_code_that_takes_tensors_alone():
     """Left, as only the value that was in its hands."""
 
@@ -269,13 +257,6 @@ def test_code_that_takes_tensors_alone():
 # ---- neurons ----
 
 
-class Louder(asgl_cuda.LIF):
-    """Passes its input on."""
-
-    def forward(self, x_seq):
-        return 2 * super().forward(x_seq)
-
-
 class Slower(asgl_cuda.LIF):
     """Uses its input."""
 
@@ -294,7 +275,6 @@ NEURONS = {
     "of a subclass": (Slower(), "Slower"),
     "with a normalisation": (asgl_cuda.BatchNormLIF(C), "BatchNormLIF"),
     "adaptive": (asgl_cuda.AdaptiveLIF(), "AdaptiveLIF"),
-    "integrators": (asgl_cuda.LeakyIntegrator(), "LeakyIntegrator"),
     "by channel elsewhere": (
         nn.Sequential(nn.Flatten(3), Stack(
             lambda net, x: net.lif(x.transpose(2, 3)), lif=asgl_cuda.LIF(16, granularity="channel", analog_prob=0.0)
@@ -302,7 +282,6 @@ NEURONS = {
     ),
     "of a wrong time_dim": (asgl_cuda.LIF(time_dim=1), None),
     "unknown": (jelly(neuron.QIFNode()), "getitem"),
-    "with another reset": (sinabs.layers.LIF(2.0, spike_fn=sinabs.activation.MaxSpike(300)), "getitem"),
     "with a gain of each neuron": (
         sinabs.layers.LIF(torch.full((C, 4, 4), 2.0)), f"LIF, whose input gain or bias has shape [{C}, 4, 4]",
     ),
@@ -331,14 +310,6 @@ def test_neurons(name):
     assert [type(module) for module in left.modules()] == classes or goes_to is None
     assert asgl_cuda.unfuse(asgl_cuda.fuse(model)[0])[1].replaced
     asgl_cuda.reset(model)
-
-
-def test_a_subclass_that_passes_its_input_on(backend):
-    model = network(lif=Louder(analog_prob=0.0, backend=backend))
-    fused, report = asgl_cuda.fuse(model, torch.randn(SHAPE))
-    assert len(report.replaced) == 1
-    x_seq = torch.randn(SHAPE)
-    torch.testing.assert_close(history(fused, x_seq), history(model, x_seq), rtol=1e-9, atol=1e-11)
 
 
 # ---- normalisations ----

@@ -11,10 +11,9 @@ import pytest
 import snntorch
 import torch
 from comparison import Stack
-from conversions import B, C, T, history, monitored, on, reset, scattered
+from conversions import B, C, T, history, on, reset, scattered
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
-from torch.nn.utils.fusion import fuse_linear_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
@@ -55,10 +54,6 @@ def joined(model, *example):
     fused, report = asgl_cuda.fuse(model, *example)
     assert not report.left, report
     return fused
-
-
-def call(model, x):
-    return model(x)
 
 
 X = torch.randn(T, B, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -144,16 +139,14 @@ def test_without_an_example():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-@pytest.mark.parametrize("lif", [asgl_cuda.LIF, lambda: neuron.LIFNode(step_mode="m")])
-def test_copies(copied, lif):
+def test_copies(copied):
     x_seq = 2 * torch.randn(SHAPE)
-    fused = joined(scattered(Block(lif())), x_seq)
+    fused = joined(scattered(Block(neuron.LIFNode(step_mode="m"))), x_seq)
     fused(x_seq)  # potentials are inside a graph now
     functional.reset_net(fused)
     twin = copied(fused)
-    torch.testing.assert_close(history(twin, x_seq, call), history(fused, x_seq, call))
-    back = asgl_cuda.unfuse(twin)[0]
-    assert [type(module) for module in back.modules()] == [type(module) for module in Block(lif()).modules()]
+    torch.testing.assert_close(history(twin, x_seq), history(fused, x_seq))
+    assert type(asgl_cuda.unfuse(twin)[0].lif) is neuron.LIFNode
 
 
 def test_convert_and_revert_know_fused_layers():
@@ -165,20 +158,6 @@ def test_convert_and_revert_know_fused_layers():
     torch.testing.assert_close(plain(X), fused(X))  # the library's own neurons get the value
     part, report = asgl_cuda.unfuse(fused[:1])
     assert (type(part[0].layer[1]), len(report.replaced)) == (nn.BatchNorm1d, 1)
-
-
-def folded(model):
-    model[0].layer[0] = fuse_linear_bn_eval(*model[0].layer)
-    model[0].layer[1] = nn.Identity()
-
-
-@pytest.mark.parametrize("exchange", [nn.SyncBatchNorm.convert_sync_batchnorm, folded])
-def test_exchanged_normalisations(exchange):
-    model = net()[:2].eval()
-    fused = joined(model, X).eval()
-    for made in (model, fused):
-        exchange(made)
-    assert torch.equal(fused(X), model(X))
 
 
 def test_models_are_freed_without_the_collector():
@@ -198,16 +177,17 @@ def test_models_are_freed_without_the_collector():
 
 
 FORMS = {
-    "y + x": operator.add, "x + y": lambda y, x: x + y, "y.add_(x)": lambda y, x: y.add_(x),
+    "x + y": lambda y, x: x + y,
     "views": lambda y, x: (y.flatten(0, 1) + x.flatten(0, 1)).view(T, B, C, 16).transpose(2, 3),
     "one step": lambda y, x: y + x[:1],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("lif", [lambda: asgl_cuda.LIF(analog_prob=0.0), lambda: neuron.LIFNode(step_mode="m")])
-def test_compiled(form, lif):
+def test_compiled(form):
     torch._dynamo.reset()
+    own = form == "views"
+    lif = (lambda: asgl_cuda.LIF(analog_prob=0.0)) if own else lambda: neuron.LIFNode(step_mode="m")
     x_seq, seen = 2 * torch.randn(SHAPE), []
     model = scattered(on(asgl_cuda.convert(Block(lif(), FORMS[form]))[0], "cpu"))
     fused = joined(scattered(on(asgl_cuda.convert(Block(lif()))[0], "cpu")), x_seq)
@@ -218,9 +198,9 @@ def test_compiled(form, lif):
         seen.append(" ".join(str(node.target) for node in graph.graph.nodes))
         return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
-    found = history(torch.compile(fused, backend=look, fullgraph=True), x_seq, call)
+    found = history(torch.compile(fused, backend=look, fullgraph=True), x_seq)
     found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
-    torch.testing.assert_close(found, history(model, x_seq, call), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found, history(model, x_seq), rtol=1e-9, atol=1e-11)
     assert all(("batch_norm " in names) == (form == "one step") for names in seen), seen
     torch._dynamo.reset()
 
@@ -294,7 +274,12 @@ def test_monitored(backend):
     """The repeated call has the residual, and changes no statistics."""
     model, x_seq = scattered(Block(asgl_cuda.LIF(analog_prob=0.5, backend=backend))), torch.randn(SHAPE)
     fused = joined(model, x_seq)
-    found = [monitored(made, x_seq, "lif") for made in (model, fused)]
+    found = []
+    for made in (model, fused):
+        torch.manual_seed(0)
+        with asgl_cuda.Monitor(made) as monitor:
+            made(x_seq)
+        found.append(monitor.result()["lif"])
     assert found[1].pop("constant") == 0  # of the normalisation's channels
     assert found[1] == pytest.approx(found[0])
     assert found[0]["analog_share"] > 0
@@ -308,9 +293,9 @@ def test_spikes_recomputed(monkeypatch):
     first, x_seq = nn.Sequential(OverTime(nn.Conv2d(C, C, 1)), asgl_cuda.LIF()), torch.randn(SHAPE)
     model = on(scattered(nn.Sequential(first, Block(), Block(), OverTime(nn.Conv2d(C, C, 1)))), "cpu")
     fused = joined(model, x_seq)
-    expected = history(copy.deepcopy(fused), x_seq, call)
+    expected = history(copy.deepcopy(fused), x_seq)
     with asgl_cuda.recompute_spikes():
-        found = history(fused, x_seq, call)
+        found = history(fused, x_seq)
     assert len(computed) == 3 * 3
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
@@ -342,11 +327,3 @@ def test_calibrate_and_to_nir():
     for name, node in expected.nodes.items():
         for key in ("weight", "bias"):
             assert torch.equal(*(torch.as_tensor(getattr(each, key, ())) for each in (graph.nodes[name], node)))
-
-
-def test_errors():
-    fused = joined(nn.Sequential(OverTime(nn.BatchNorm1d(C)), asgl_cuda.LIF()), torch.randn(T, B, C))
-    with pytest.raises(ValueError, match=r"asgl_cuda\.batch_norm_lif: running_mean must have shape \[4\]"):
-        fused.eval()(torch.randn(T, B, 4))
-    with pytest.raises(ValueError, match="needs more than one value a channel"):
-        fused.train()(torch.randn(1, 1, C))

@@ -1,6 +1,7 @@
 """Foreign graphs are read by NIR's equations; other libraries read and write the same neuron."""
 
 import copy
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -13,29 +14,24 @@ from asgl_cuda import LIF, LeakyIntegrator, OverTime, step
 from asgl_cuda.interop.nir import from_nir, to_nir
 
 SOME = np.array([2, 3, 2, 4, 5, 3])
-FOREIGN = {
-    "gain": {"r": 1.3},
-    "rest": {"v_leak": 0.2, "r": 1.5},
-    "a gain for each": {"r": SOME / 2},
-    "a tau for each": {"tau": SOME * 1e-4, "r": SOME},
-    "a threshold for each": {"v_threshold": SOME / 4},
-    "a reset": {"v_reset": -0.5, "r": 1.5, "v_leak": 0.1},
+
+
+def integrator(kind, **numbers):
+    return kind(**{name: np.full(6, value) for name, value in numbers.items()})
+
+
+EQUATIONS = {
+    "gain": nir_lif(r=1.3),
+    "rest": nir_lif(v_leak=0.2, r=1.5),
+    "gains for each": nir_lif(r=SOME / 2),
+    "tau for each": nir_lif(tau=SOME * 1e-4, r=SOME),
+    "thresholds for each": nir_lif(v_threshold=SOME / 4),
+    "a reset": nir_lif(v_reset=-0.5, r=1.5, v_leak=0.1),
+    "integrator": integrator(nir.LI, r=1.5, tau=3e-4, v_leak=0.3),
+    "integrator, tau for each": integrator(nir.LI, r=1.5, tau=SOME * 1e-4, v_leak=0.0),
+    "sum, gains for each": integrator(nir.I, r=-SOME),
+    "sum": integrator(nir.I, r=2e3),
 }
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_nodes_of_others_are_read_by_their_equations(name):
-    node = nir_lif(**FOREIGN[name])
-    back = from_nir(graph_of(node))
-    layer = back.get_submodule("0")
-    x_seq = random_input(40, 5, 6).detach()
-    s_seq = euler(node, x_seq)
-    assert fires(s_seq)
-    assert torch.equal(back(x_seq), s_seq)
-    assert layer.granularity == ("channel" if "for each" in name else "layer")
-    assert [parameter for parameter in layer.parameters() if parameter.requires_grad] == [layer.log_width]
-
-
 CURRENTS = {
     "numbers alike": {},
     "a gain and a rest": {"r": 1.5, "w_in": 2.5, "v_leak": 0.2},
@@ -45,30 +41,29 @@ CURRENTS = {
 }
 
 
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_nodes_of_others_are_read_by_their_equations(name):
+    node, x_seq = EQUATIONS[name], random_input(40, 5, 6).detach()
+    back, expected = from_nir(graph_of(node)), euler(node, x_seq)
+    torch.testing.assert_close(back(x_seq), expected, rtol=1e-5, atol=1e-5)
+    if isinstance(node, nir.LIF):
+        layer = back.get_submodule("0")
+        assert fires(expected)
+        assert layer.granularity == ("channel" if "for each" in name else "layer")
+        assert [parameter for parameter in layer.parameters() if parameter.requires_grad] == [layer.log_width]
+
+
 @pytest.mark.parametrize("kind", [nir.CubaLIF, nir.CubaLI])
 @pytest.mark.parametrize("name", CURRENTS)
 def test_currents_of_others_are_read_by_their_equations(name, kind):
-    node = cuba(kind, **CURRENTS[name])
-    x_seq = random_input(40, 5, 6).detach()
-    back = from_nir(graph_of(node))
+    node, x_seq = cuba(kind, **CURRENTS[name]), random_input(40, 5, 6).detach()
+    back, expected = from_nir(graph_of(node)), euler(node, x_seq)
     integrators = [layer for layer in back.modules() if isinstance(layer, LeakyIntegrator)]
     assert len(integrators) == 1 + (kind is nir.CubaLI)
     assert integrators[0].granularity == ("channel" if name == "time constants for each" else "layer")
-    expected = euler(node, x_seq)
-    if kind is nir.CubaLIF:
-        assert fires(expected)
-        assert torch.equal(back(x_seq), expected)
+    assert kind is nir.CubaLI or fires(expected)
     torch.testing.assert_close(back(x_seq), expected, rtol=1e-5, atol=1e-5)
-    again = from_nir(to_nir(back, x_seq))
-    assert torch.equal(again(x_seq), back(x_seq)), "written as nodes of their own"
-
-
-@pytest.mark.parametrize("numbers", [{"tau": 3e-4, "v_leak": 0.3}, {"tau": SOME * 1e-4}, {"r": -SOME}, {}])
-def test_integrators_of_others(numbers):
-    fields = {"r": 1.5, "v_leak": 0.0} | numbers if "tau" in numbers else {"r": 2e3} | numbers
-    node = (nir.LI if "tau" in numbers else nir.I)(**{name: np.full(6, value) for name, value in fields.items()})
-    x_seq = random_input(20, 5, 6).detach()
-    torch.testing.assert_close(from_nir(graph_of(node))(x_seq), euler(node, x_seq), rtol=1e-5, atol=1e-5)
+    assert torch.equal(from_nir(to_nir(back, x_seq))(x_seq), back(x_seq)), "written as nodes of their own"
 
 
 def test_float64_weights_become_the_type_of_the_model():
@@ -267,9 +262,8 @@ def test_the_scale_of_scaled_output_must_be_there():
 def network():
     """Linear and LIF, twice, with weights under which both layers fire."""
     model = nn.Sequential(nn.Linear(8, 16), LIF(decay=0.75), nn.Linear(16, 12), LIF(v_threshold=0.7)).eval()
-    with torch.no_grad():
-        for linear in (model[0], model[2]):
-            linear.weight *= 3
+    for linear in (model[0], model[2]):
+        linear.weight.data *= 3
     return model, random_input(20, 5, 8).detach()
 
 
@@ -290,118 +284,115 @@ def assert_same_spikes(model, x_seq, s_seq):
         output = layer._lif(inputs[0], update=False, return_h_seq=True)
         margins.append((output.h_seq - layer.v_threshold).abs().min())
 
-    layers = [layer for layer in model.modules() if isinstance(layer, LIF)]
-    hooks = [layer.register_forward_pre_hook(measure) for layer in layers]
+    for layer in (layer for layer in model.modules() if isinstance(layer, LIF)):
+        layer.register_forward_pre_hook(measure)
     expected = model(x_seq)
-    for hook in hooks:
-        hook.remove()
     assert min(margins) > 1e-5
     assert fires(expected)
     assert torch.equal(s_seq, expected)
 
 
-def test_snntorch_reads_it():
-    module = pytest.importorskip("snntorch.import_nir")
-    model, x_seq = network()
-    with torch.no_grad():
-        s_seq = stepped(module.import_from_nir(to_nir(model, x_seq)), x_seq)
-    assert_same_spikes(model, x_seq, s_seq)
+def by_snntorch(graph, path, x_seq):
+    return stepped(pytest.importorskip("snntorch.import_nir").import_from_nir(graph), x_seq)
 
 
+def by_norse(graph, path, x_seq):
+    nir.write(path, graph)
+    return stepped(pytest.importorskip("norse.torch").from_nir(nir.read(path), dt=1e-4), x_seq)
+
+
+def by_spikingjelly(graph, path, x_seq):
+    nir.write(path, graph)
+    read = pytest.importorskip("spikingjelly.activation_based.nir_exchange").import_from_nir
+    return stepped(read(path, step_mode="s"), x_seq)
+
+
+@torch.no_grad()
 @pytest.mark.filterwarnings("ignore:nirtorch")
-def test_norse_reads_it(tmp_path):
-    """It ignores r, v_reset, and weights without a bias."""
-    norse = pytest.importorskip("norse.torch")
+@pytest.mark.parametrize("read", [by_snntorch, by_norse, by_spikingjelly])
+def test_others_read_it(read, tmp_path):
+    """Norse ignores r, v_reset, and weights without a bias."""
     model, x_seq = network()
-    model.extend([
-        nn.Linear(12, 6, bias=False), LIF(6, granularity="channel", learn_decay=True, input_gain=0.3, v_threshold=0.05),
-        nn.Linear(6, 5), LIF(decay=1.0, input_gain=0.5, v_threshold=0.1), nn.Linear(5, 4), LIF(v_rest=0.2, v_reset=0.2),
-    ]).eval()  # fmt: skip
-    with torch.no_grad():
+    if read is by_norse:
+        model.extend([
+            nn.Linear(12, 6, bias=False),
+            LIF(6, granularity="channel", learn_decay=True, input_gain=0.3, v_threshold=0.05),
+            nn.Linear(6, 5), LIF(decay=1.0, input_gain=0.5, v_threshold=0.1), nn.Linear(5, 4),
+            LIF(v_rest=0.2, v_reset=0.2),
+        ]).eval()  # fmt: skip
         model[5].logit_decay += torch.linspace(-1, 2, 6)
         model[8].weight *= 3
-    nir.write(tmp_path / "model.nir", to_nir(model, x_seq))
-    with torch.no_grad():
-        assert_same_spikes(model, x_seq, stepped(norse.from_nir(nir.read(tmp_path / "model.nir"), dt=1e-4), x_seq))
+    elif read is by_spikingjelly:
+        model.extend([nn.Linear(12, 6), LIF(decay=1.0, v_threshold=0.1)]).eval()
+    assert_same_spikes(model, x_seq, read(to_nir(model, x_seq), tmp_path / "model.nir", x_seq))
 
 
-@pytest.mark.parametrize("step_mode", ["s", "m"])
-def test_spikingjelly_reads_it(step_mode, tmp_path):
-    module = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
-    model, x_seq = network()
-    model.extend([nn.Linear(12, 6), LIF(decay=1.0, v_threshold=0.1)]).eval()
-    nir.write(tmp_path / "model.nir", to_nir(model, x_seq))
-    with torch.no_grad():
-        other = module.import_from_nir(tmp_path / "model.nir", step_mode=step_mode)
-        s_seq = other(x_seq)[0] if step_mode == "m" else stepped(other, x_seq)
-    assert_same_spikes(model, x_seq, s_seq)
-
-
-@pytest.mark.filterwarnings("ignore:nirtorch")
-def test_norse_writes_currents_and_reads_the_same():
+def of_norse(model, x_seq):
+    """Its own reader gives the spikes; it writes tau as dt / tau_mem_inv."""
     norse = pytest.importorskip("norse.torch")
-    model, x_seq = network()
     p = norse.LIFParameters(tau_mem_inv=torch.tensor(200.0), v_th=torch.tensor(0.1))
+    for linear in (model[0], model[2]):
+        linear.weight *= 8
     other = norse.SequentialState(model[0], norse.LIFCell(p), model[2], norse.LIFCell())
-    with torch.no_grad():
-        for linear in (model[0], model[2]):
-            linear.weight *= 8
-        graph = norse.to_nir(other, x_seq[0], dt=1.0)  # Norse writes tau as dt / tau_mem_inv
-        assert sum(isinstance(node, nir.CubaLIF) for node in graph.nodes.values()) == 2
-        expected = stepped(norse.from_nir(graph, dt=1e-3), x_seq)
-        assert_same_spikes(from_nir(graph, dt=1e-3), x_seq, expected)
+    graph = norse.to_nir(other, x_seq[0], dt=1.0)
+    assert sum(isinstance(node, nir.CubaLIF) for node in graph.nodes.values()) == 2
+    return graph, stepped(norse.from_nir(graph, dt=1e-3), x_seq), 1e-3
 
 
-@pytest.mark.parametrize("kind", ["Leaky", "Synaptic"])
-def test_snntorch_writes_it(kind):
+def of_snntorch(kind, model, x_seq):
     snntorch, module = pytest.importorskip("snntorch"), pytest.importorskip("snntorch.export_nir")
 
-    def neuron(size):
-        alone = {"threshold": torch.full((size,), 0.8)}
-        current = {"alpha": torch.linspace(0.3, 0.8, size), "threshold": torch.full((size,), 1.5)}
+    def neurons(size):
+        current = {"alpha": torch.linspace(0.3, 0.8, size)} if kind == "Synaptic" else {}
         return getattr(snntorch, kind)(
-            beta=torch.full((size,), 0.75), reset_mechanism="zero", reset_delay=False, init_hidden=True,
-            **(alone if kind == "Leaky" else current),
+            beta=torch.full((size,), 0.75), threshold=torch.full((size,), 1.5 if current else 0.8), **current,
+            reset_mechanism="zero", reset_delay=False, init_hidden=True,
         )  # fmt: skip
 
-    model, x_seq = network()
-    other = nn.Sequential(model[0], neuron(16), model[2], neuron(12))
+    other = nn.Sequential(model[0], neurons(16), model[2], neurons(12))
     graph = module.export_to_nir(other, x_seq[:1, 0], ignore_dims=[0])
     for index in (1, 3):
         other[index].reset_mem()
-    with torch.no_grad():
-        assert_same_spikes(from_nir(graph), x_seq, torch.stack([other(x) for x in x_seq]))
+    return graph, torch.stack([other(x) for x in x_seq]), None
 
 
-def test_sinabs_writes_it():
-    layers = pytest.importorskip("sinabs.layers")
-    sinabs_nir = pytest.importorskip("sinabs.nir")
+def of_sinabs(model, x_seq):
+    """It writes r = 1, in steps."""
+    layers, sinabs_nir = pytest.importorskip("sinabs.layers"), pytest.importorskip("sinabs.nir")
     activation = pytest.importorskip("sinabs.activation")
-    model, x_seq = network()
-    neuron = layers.IAFSqueeze(
+    neurons = layers.IAFSqueeze(
         batch_size=5, spike_fn=activation.SingleSpike, reset_fn=activation.MembraneReset(),
         spike_threshold=torch.tensor(3.0),
     )  # fmt: skip
-    other = nn.Sequential(model[0], neuron)
-    batch_first = x_seq.transpose(0, 1).flatten(0, 1)
+    other, batch_first = nn.Sequential(model[0], neurons), x_seq.transpose(0, 1).flatten(0, 1)
     graph = sinabs_nir.to_nir(other, batch_first)
-    neuron.reset_states()
-    with torch.no_grad():
-        s_seq = other(batch_first).unflatten(0, (5, 20)).transpose(0, 1)
-        # dt = 1: sinabs writes r = 1, in steps.
-        assert_same_spikes(from_nir(graph, dt=1.0), x_seq, s_seq)
+    neurons.reset_states()
+    return graph, other(batch_first).unflatten(0, (5, 20)).transpose(0, 1), 1.0
 
 
-def test_spikingjelly_writes_it():
+def of_spikingjelly(model, x_seq):
     module = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
     from spikingjelly.activation_based import functional, neuron
 
-    model, x_seq = network()
     other = nn.Sequential(
         model[0], neuron.LIFNode(tau=3.0, v_reset=0.1, v_threshold=0.4), model[2], neuron.LIFNode(decay_input=False)
     )
     functional.set_step_mode(other, "m")
     graph = module.export_to_nir(other, x_seq)
     functional.reset_net(other)
-    with torch.no_grad():
-        assert_same_spikes(from_nir(graph), x_seq, other(x_seq))
+    return graph, other(x_seq), None
+
+
+WRITERS = {
+    "norse": of_norse, "snntorch, Leaky": partial(of_snntorch, "Leaky"), "sinabs": of_sinabs,
+    "snntorch, Synaptic": partial(of_snntorch, "Synaptic"), "spikingjelly": of_spikingjelly,
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:nirtorch")
+@pytest.mark.parametrize("name", WRITERS)
+def test_others_write_it(name):
+    model, x_seq = network()
+    graph, s_seq, dt = WRITERS[name](model, x_seq)
+    assert_same_spikes(from_nir(graph, dt=dt), x_seq, s_seq)

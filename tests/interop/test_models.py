@@ -1,0 +1,429 @@
+"""Models of other libraries as a whole: trainings, rates, a time step a call, and states that are detached."""
+
+import norse.torch as norse
+import pytest
+import sinabs.layers
+import snntorch
+import torch
+from comparison import Stack
+from conversions import SINGLE, B, N, T, losses, node, of_authors
+from sinabs.activation import MembraneReset, PeriodicExponential
+from sinabs.from_torch import from_model
+from spikingjelly.activation_based import functional, layer, neuron, rnn, surrogate
+from torch import nn
+
+import asgl_cuda
+from asgl_cuda import LIF, OverTime
+from asgl_cuda.interop.snntorch import MultiStep
+
+HIDDEN = {"init_hidden": True}
+
+
+def spikingjelly(*layers, step_mode="m"):
+    model = nn.Sequential(*layers)
+    functional.set_step_mode(model, step_mode)
+    return model
+
+
+# ---- trainings ----
+
+
+def over_steps(model, x_seq):
+    """The sum of the outputs of steps, and of the last potentials of Norse's."""
+    found, state = 0, ()
+    for x in x_seq:
+        out, *state = out if isinstance(out := model(x, *state), tuple) else (out,)
+        state = state if isinstance(model, norse.SequentialState) else ()
+        found = found + out + (state[0][-1].v if state else 0)
+    return found / len(x_seq)
+
+
+def vgg(pool):
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), pool,
+        nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10), nn.ReLU(), nn.Linear(10, 3),
+    )  # fmt: skip
+    with torch.no_grad():
+        for module in net:
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.weight *= 3
+    return net
+
+
+def that_was_in_nir():
+    """NIR makes one threshold and one least potential for each neuron."""
+    sinabs_nir = pytest.importorskip("sinabs.nir")
+    model = from_model(vgg(sinabs.layers.SumPool2d(2)), input_shape=(2, 8, 8), batch_size=6)
+    back = sinabs_nir.from_nir(sinabs_nir.to_nir(model.spiking_model, torch.rand(30, 2, 8, 8)), batch_size=6)
+    assert max(value.numel() for name, value in back.named_parameters() if "spike_threshold" in name) > 1
+    return back
+
+
+def by_batch(net, x):
+    out = out[0] if isinstance(out := net(x), tuple) else out
+    return out.unflatten(0, (6, 5)).mean(1)
+
+
+LOW = {"batch_size": 6, "spike_threshold": torch.tensor(0.1), **SINGLE}
+# A model, the shape and scale of its input, its scores, and the number of neurons' layers; then of those to fuse.
+NETS = {
+    "spikingjelly, normalised": (
+        lambda: spikingjelly(
+            layer.Conv2d(1, 4, 3, padding=1), layer.BatchNorm2d(4), neuron.LIFNode(),
+            layer.AvgPool2d(2), layer.Conv2d(4, 6, 3, padding=1), layer.BatchNorm2d(6), neuron.ParametricLIFNode(),
+            layer.Flatten(), layer.Linear(96, 3), neuron.IFNode(v_threshold=0.2, surrogate_function=surrogate.ATan()),
+        ), (5, 6, 1, 8, 8), 4, lambda net, x: net(x).mean(0), 3, 2,
+    ),
+    "spikingjelly, a current and a read-out": (
+        lambda: spikingjelly(
+            layer.Conv2d(1, 4, 3, padding=1), neuron.CUBALIFNode(), layer.AvgPool2d(2),
+            layer.Conv2d(4, 6, 3, padding=1), neuron.SimpleLIFNode(2.0, False), layer.Flatten(),
+            layer.Linear(96, 3), neuron.NonSpikingLIFNode(decode="mean-mem"),
+        ), (5, 6, 1, 8, 8), 2, lambda net, x: 10 * net(x), 3,
+    ),
+    "snntorch": (
+        lambda: nn.Sequential(
+            nn.Linear(8, 10), snntorch.Leaky(beta=0.9, learn_beta=True, **HIDDEN),
+            nn.Linear(10, 10), snntorch.Synaptic(alpha=0.8, beta=0.9, learn_alpha=True, **HIDDEN),
+            nn.Linear(10, 6), snntorch.Lapicque(beta=0.8, **HIDDEN),
+            nn.Linear(6, 3), snntorch.Leaky(beta=0.8, reset_mechanism="none", **HIDDEN, output=True),
+        ), (7, 6, 8), 2, lambda net, x: sum(sum(net(step)) for step in x) / len(x), 4,
+    ),
+    "norse": (
+        lambda: norse.SequentialState(*(
+            each for sizes in ((8, 10), (10, 3)) for each in (
+                nn.Linear(*sizes), norse.LIFBoxCell(norse.LIFBoxParameters(tau_mem_inv=torch.tensor(400.0))),
+            )
+        )), (7, 6, 8), 6, over_steps, 2,
+    ),
+    "sinabs": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1), sinabs.layers.IAFSqueeze(**LOW), nn.AvgPool2d(2),
+            nn.Flatten(), nn.Linear(4 * 16, 3), sinabs.layers.LIFSqueeze(tau_mem=3.0, **LOW),
+        ), (30, 2, 8, 8), 3, by_batch, 2,
+    ),
+    "sinabs, from_model": (
+        lambda: from_model(
+            vgg(nn.AvgPool2d(2)), batch_size=6, min_v_mem=None, surrogate_grad_fn=PeriodicExponential(),
+            add_spiking_output=True,
+        ), (30, 2, 8, 8), 4, by_batch, 5,
+    ),
+    "sinabs, from_model, single spikes": (
+        lambda: from_model(
+            vgg(nn.AvgPool2d(2)), batch_size=6, input_shape=(2, 8, 8), spike_threshold=torch.tensor(0.5), **SINGLE
+        ), (30, 2, 8, 8), 4, by_batch, 4,
+    ),
+    "sinabs, from_model, time and batch apart": (
+        lambda: from_model(
+            nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)), batch_size=6,
+            spike_layer_class=sinabs.layers.IAF,
+        ), (6, 5, 8), 4, lambda net, x: net(x).mean(1), 1,
+    ),
+    "sinabs, from NIR": (that_was_in_nir, (30, 2, 8, 8), 4, by_batch, 4),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:nirtorch")
+@pytest.mark.usefixtures("in_double", "spikes_in_double")
+@pytest.mark.parametrize("name", NETS)
+def test_networks_train_alike(name):
+    """The same losses, in float64, where no rounding flips a spike; also of fused layers."""
+    make, shape, scale, scores, layers, *pairs = NETS[name]
+    model = make().double()
+    x = scale * torch.rand(shape)
+    converted, report = asgl_cuda.convert(model)
+    assert (len(report.replaced), report.left) == (layers, [])
+    made = [converted]
+    for count in pairs:
+        fused, report = asgl_cuda.fuse(model, x)
+        assert (len(report.replaced), report.left) == (count, [])
+        made.append(fused)
+    expected = losses(model, lambda net: scores(net, x))
+    for each in made:
+        found = losses(each, lambda net: scores(net, x))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
+# ---- rates ----
+
+
+def steps_of(*layers):
+    """A step at a time, as models of snnTorch and Norse's cells are written."""
+
+    def forward(model, x_seq):
+        states, outputs = [()] * len(layers), []
+        for x in x_seq.flatten(2):
+            for number, each in enumerate(model.layers):
+                if isinstance(each, nn.Linear):
+                    x = each(x)
+                else:
+                    x, *states[number] = each(x, *states[number])
+            outputs.append(x)
+        return torch.stack(outputs)
+
+    return Stack(forward, layers=nn.ModuleList(layers))
+
+
+def jelly_net(step_mode):
+    model = spikingjelly(
+        layer.Conv2d(1, 8, 3, padding=1), neuron.LIFNode(tau=2.0), layer.MaxPool2d(2),
+        layer.Conv2d(8, 8, 3), layer.BatchNorm2d(8), neuron.ParametricLIFNode(), layer.Flatten(),
+        layer.Linear(32, 30), neuron.CUBALIFNode(0.7, 0.7), layer.Dropout(0.5), layer.Linear(30, 30), neuron.IFNode(),
+        step_mode=step_mode,
+    )  # fmt: skip
+    return model if step_mode == "m" else Stack(lambda m, x_seq: torch.stack([m.model(x) for x in x_seq]), model=model)
+
+
+def wide():
+    return nn.Linear(64, 50)
+
+
+ASGL = {"surrogate": "sigmoid", "width": 1.0}
+RATES = {
+    "SpikingJelly, fused": (lambda: jelly_net("m"), None, 1),
+    "SpikingJelly, sequences": (lambda: jelly_net("m"), ASGL, 4),
+    "SpikingJelly, steps": (lambda: jelly_net("s"), ASGL, 4),
+    "snnTorch": (
+        lambda: steps_of(wide(), snntorch.Leaky(0.9), nn.Linear(50, 50), snntorch.Synaptic(0.8, 0.8)), ASGL, 2,
+    ),
+    "Norse, cells": (lambda: steps_of(wide(), norse.LIFCell(), nn.Linear(50, 50), norse.LIFBoxCell()), ASGL, 2),
+    "Norse": (
+        lambda: norse.SequentialState(nn.Flatten(2), wide(), norse.LIF(), nn.Linear(50, 50), norse.IAF()), None, 2,
+    ),
+    "sinabs": (
+        lambda: nn.Sequential(
+            Stack(lambda _, x_seq: x_seq.transpose(0, 1)), nn.Flatten(2), wide(),
+            sinabs.layers.LIF(tau_mem=5.0, **SINGLE), nn.Linear(50, 50), sinabs.layers.IAF(**SINGLE),
+        ), None, 2,
+    ),
+    "behind neurons that stay": (
+        lambda: spikingjelly(nn.Flatten(2), wide(), neuron.QIFNode(), nn.Linear(50, 50), neuron.LIFNode()), None, 1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_converted_layers_fire_at_the_rate(name):
+    torch.manual_seed(3)
+    x_seq = torch.rand(1, 12, 1, 8, 8, generator=torch.Generator().manual_seed(5)).expand(4, -1, -1, -1, -1)
+    make, asgl, layers = RATES[name]
+    model = make()
+    if name == "SpikingJelly, fused":
+        nn.init.normal_(model[0].weight)  # in front of neurons that stay as they are
+        model, _ = asgl_cuda.fuse(model, x_seq)  # converts those that it joins, and no others
+    else:
+        model, _ = asgl_cuda.convert(model, asgl=asgl)
+    if name == "behind neurons that stay":
+        model[1].weight.data *= 20
+    calibrated = asgl_cuda.calibrate(model, x_seq)
+    assert len(calibrated.layers) == layers
+    for row in calibrated.layers:
+        assert row.rate_after == pytest.approx(0.2, rel=0.02), row
+    if name == "behind neurons that stay":  # weights in front of those are not assigned to later layers
+        assert [row.weight for row in calibrated.layers] == ["3.weight"]
+    assert all(row.factor == pytest.approx(1, rel=0.03) for row in asgl_cuda.calibrate(model, x_seq).layers)
+    asgl_cuda.reset(model.eval())
+    model(x_seq)
+
+
+# ---- a time step a call ----
+
+
+def network(*neurons, linear=nn.Linear):
+    """Neurons with weights in front of each, whose sums are exact for any number of rows; most cause spikes."""
+    layers = [each for size, made in zip([4] + [N] * len(neurons), neurons, strict=False)
+              for each in (linear(size, N), made)]  # fmt: skip
+    with torch.no_grad():
+        for value in (value for made in layers[::2] for value in made.parameters()):
+            value.copy_((value * 16).round() / 4 + 0.5)
+    return nn.Sequential(*layers)
+
+
+def converted(model):
+    return asgl_cuda.convert(model, inplace=True)[0]
+
+
+def nodes(step_mode, *more):
+    made = neuron.LIFNode(v_reset=None), neuron.ParametricLIFNode(), neuron.CUBALIFNode(), neuron.QIFNode()
+    return spikingjelly(*network(*made, *more, linear=layer.Linear), step_mode=step_mode)
+
+
+def of_sinabs():
+    return network(
+        sinabs.layers.LIF(2.0, tau_syn=3.0, **SINGLE), sinabs.layers.ALIF(5.0, 5.0, reset_fn=MembraneReset()),
+        sinabs.layers.ExpLeak(4.0),
+    )  # fmt: skip
+
+
+def squeezed():
+    return sinabs.layers.IAFSqueeze(batch_size=B, **SINGLE)
+
+
+# A model and the time dimension of its sequences: None where it takes a step a call.
+STREAMED = {
+    "spikingjelly m": (lambda: nodes("m"), 0),
+    "spikingjelly s": (lambda: nodes("s"), None),
+    "spikingjelly steps over time": (lambda: network(layer.MultiStepContainer(neuron.LIFNode()), LIF()), 0),
+    "spikingjelly filter": (
+        lambda: network(spikingjelly(neuron.IFNode(), layer.SynapseFilter(2.0), layer.Dropout()), nn.Identity()), 0,
+    ),
+    "spikingjelly beside ours, fused": (
+        lambda: asgl_cuda.fuse(
+            network(LIF(), node("LIFNode"), spikingjelly(layer.BatchNorm1d(N), neuron.LIFNode()), OverTime(nn.ReLU()))
+        )[0], 0,
+    ),
+    "spikingjelly, spikes that return": (
+        lambda: network(layer.LinearRecurrentContainer(neuron.LIFNode(), N, N, step_mode="m")), 0,
+    ),
+    "snntorch": (
+        lambda: network(snntorch.Leaky(0.9, **HIDDEN), snntorch.Synaptic(0.8, 0.7, **HIDDEN, output=True)), None,
+    ),
+    "snntorch over time": (lambda: network(LIF(), MultiStep(snntorch.Leaky(0.9))), 0),
+    "snntorch, spikes that return": (lambda: network(snntorch.RLeaky(0.8, linear_features=N, **HIDDEN)), None),
+    "sinabs": (of_sinabs, 1),
+    "sinabs with time and batch in one, over time": (
+        lambda: network(OverTime(squeezed()), sinabs.layers.ExpLeak(4.0)), 1,
+    ),
+    "sinabs with time and batch in one": (lambda: network(squeezed()), None),
+}  # fmt: skip
+CHANGES = pytest.mark.parametrize("change", [lambda model: model, converted], ids=["original", "converted"])
+
+
+def parts(output):
+    return output if isinstance(output, tuple) else (output,)
+
+
+@CHANGES
+@pytest.mark.parametrize(("make", "time_dim"), STREAMED.values(), ids=STREAMED)
+def test_steps_are_one_sequence(make, time_dim, change):
+    model = change(make()).eval()
+    x_seq = torch.randint(-1, 6, (T, B, 4)).float()
+    with torch.no_grad():
+        if time_dim is None:  # the only way to compute it
+            whole = [torch.stack(each) for each in zip(*(parts(model(x_t)) for x_t in x_seq), strict=True)]
+        else:
+            whole = [part.movedim(time_dim, 0) for part in parts(model(x_seq.movedim(0, time_dim)))]
+        assert any(part.any() for part in whole)
+        for _ in range(2):
+            asgl_cuda.reset(model)
+            steps = [parts(asgl_cuda.step(model, x_t)) for x_t in x_seq]
+            for ours, theirs in zip(zip(*steps, strict=True), whole, strict=True):
+                torch.testing.assert_close(torch.stack(ours), theirs, rtol=0, atol=1e-6)
+
+
+def test_a_model_that_goes_over_time_itself():
+    class Loop(nn.Module):
+        def __init__(self, keeps):
+            super().__init__()
+            self.linear, self.lif, self.keeps = nn.Linear(4, N), snntorch.Leaky(0.9, init_hidden=keeps), keeps
+
+        def forward(self, x_seq):
+            if self.keeps:
+                return torch.stack([self.lif(self.linear(x)) for x in x_seq])
+            return torch.stack([self.lif(self.linear(x), self.lif.reset_mem())[0] for x in x_seq])
+
+    model, x_seq = Loop(True), torch.randint(-1, 9, (T, B, 4)).float()
+    whole = model(x_seq)
+    asgl_cuda.reset(model)
+    assert torch.equal(torch.stack([asgl_cuda.step(model, x_t, time_dim=0) for x_t in x_seq]), whole)
+    with pytest.raises(RuntimeError, match=r"Leaky at 'lif' is called twice .* time_dim must say where time is"):
+        asgl_cuda.step(model, x_seq[0])
+    with pytest.raises(RuntimeError, match=r"Leaky at 'lif' gets its state from the model's forward.*init_hidden=True"):
+        asgl_cuda.step(Loop(False), x_seq[0], time_dim=0)
+    with pytest.raises(ValueError, match=r"LIFNode at '0' takes a step a call, LIF at '1' has time at 0"):
+        asgl_cuda.step(nn.Sequential(neuron.LIFNode(), LIF()), x_seq[0])
+
+
+REFUSED = {
+    "norse": (lambda: nn.Sequential(nn.Linear(4, N), norse.LIFCell()), r"LIFCell at '1' .*: Norse hands its state on"),
+    "norse sequence": (lambda: norse.SequentialState(norse.LIF()), "LIF at '0' .*: Norse hands its state on"),
+    "norse recurrent": (lambda: norse.LIFRecurrentCell(4, N), "LIFRecurrentCell can't .*: Norse hands its state on"),
+    "not spiking": (neuron.NonSpikingLIFNode, "NonSpikingLIFNode can't take a step .* carries no potential"),
+    "parallel": (lambda: nn.Sequential(neuron.PSN(T)), "PSN at '0' can't take a step .* carries no potential"),
+    "sinabs recurrent": (
+        lambda: sinabs.layers.IAFRecurrent(rec_connect=nn.Linear(4, 4)), "IAFRecurrent .* its recurrent input",
+    ),
+    "an adaptive current": (
+        lambda: sinabs.layers.ALIF(5.0, 5.0, 3.0, reset_fn=MembraneReset()), r"ALIF .* its current \(tau_syn\)",
+    ),
+    "fixed steps": (lambda: sinabs.layers.IAFSqueeze(num_timesteps=T), "IAFSqueeze .*num_timesteps=5; with batch_size"),
+    "authors": (lambda: of_authors(made=False), "LIFLayer can't take a step .* begins at rest with each call"),
+}  # fmt: skip
+
+
+@CHANGES
+@pytest.mark.parametrize(("make", "words"), REFUSED.values(), ids=REFUSED)
+def test_errors_of_models_that_can_not_be_streamed(make, words, change):
+    with pytest.raises(RuntimeError, match=rf"asgl_cuda\.step: (Converted)?{words}"):
+        asgl_cuda.step(change(make()), torch.rand(B, 4))
+
+
+CARRYING = [
+    lambda: node("LIFNode"), lambda: neuron.PSN(4), lambda: layer.SynapseFilter(2.0), lambda: snntorch.Leaky(0.9),
+    lambda: snntorch.SLSTM(3, 3), norse.LIF, norse.LICell, lambda: norse.LIFRecurrentCell(3, 3),
+    lambda: sinabs.layers.LIF(2.0), lambda: sinabs.layers.ExpLeak(2.0), lambda: of_authors(made=False),
+    lambda: MultiStep(snntorch.Leaky(0.9)), lambda: layer.MultiStepContainer(neuron.IFNode()),
+    lambda: rnn.SpikingLSTM(3, 3, 1),
+]  # fmt: skip
+
+
+def test_over_time_refuses_neurons_of_all_libraries():
+    for make in CARRYING:
+        for change in (lambda model: model, converted):
+            model = change(nn.Sequential(nn.Linear(3, 3), make()))
+            with pytest.raises(TypeError, match=r"OverTime: layer must know no time, got \w+ at '1(\.\w+)?'"):
+                OverTime(model)
+            wrapper = OverTime(nn.Sequential(nn.Linear(3, 3)))
+            wrapper.layer.append(model)
+            with pytest.raises(TypeError, match=r"OverTime: layer must know no time, got \w+ at '1\.1(\.\w+)?', "):
+                wrapper(torch.rand(T, B, 3))
+
+
+def test_over_time_takes_stateless_layers():
+    for module in (
+        layer.Conv2d(1, 1, 1), layer.BatchNorm2d(1), layer.Dropout(), squeezed(), OverTime(nn.Conv2d(1, 1, 1)),
+        layer.SeqToANNContainer(nn.Conv2d(1, 1, 1)), norse.Lift(nn.Identity()),
+    ):  # fmt: skip
+        OverTime(nn.Sequential(module))
+
+
+# ---- detach ----
+
+
+CUT = {
+    "spikingjelly m": (lambda: nodes("m", LIF(stateful=True), layer.SynapseFilter(2.0)), 0),
+    "spikingjelly s": (lambda: nodes("s"), None),
+    "spikingjelly delay": (
+        lambda: spikingjelly(*network(layer.Delay(1), nn.Identity(), linear=layer.Linear), step_mode="s"), None,
+    ),
+    "snntorch": (
+        lambda: network(
+            snntorch.Leaky(0.5, **HIDDEN), snntorch.Alpha(0.9, 0.8, **HIDDEN),
+            snntorch.RLeaky(0.5, linear_features=N, **HIDDEN), snntorch.Synaptic(0.9, 0.8, **HIDDEN),
+            snntorch.Leaky(0.5, **HIDDEN, reset_delay=False, learn_beta=True, learn_threshold=True),
+        ), None,
+    ),
+    "sinabs": (of_sinabs, 1),
+}  # fmt: skip
+
+
+@CHANGES
+@pytest.mark.parametrize(("make", "time_dim"), CUT.values(), ids=CUT)
+def test_detached_states_keep_their_values_and_lose_their_graph(make, time_dim, change):
+    def run(cut):
+        torch.manual_seed(0)
+        model = change(make())
+        x = torch.rand(4, T, B, 4, requires_grad=True)
+        for part in x:
+            output = model(part.movedim(0, time_dim or 0) if time_dim is not None else part[0])
+            cut(model)
+        return output, x, model
+
+    untouched, _, _ = run(lambda model: None)
+    output, x, model = run(asgl_cuda.detach)
+    assert torch.equal(output, untouched)
+    assert output.any()
+    (grad,) = torch.autograd.grad(output.sum(), x, allow_unused=True)
+    assert grad is None or not grad[:3].any()  # a Delay leaves nothing
+    assert any(value.requires_grad for value in model.parameters())
+    model(x[0, 0] if time_dim is None else x[0].movedim(0, time_dim)).sum().backward()
