@@ -210,15 +210,15 @@ class Call:
         plan = self.plan
         wanted = (*plan.wanted, keep_checkpoints)
         return operator(  # type: ignore[no-any-return]
-            self.x_seq, self.v_init, self.rng_state, tuple(self.parameters), *plan.packed, wanted
+            self.x_seq, self.v_init, self.rng_state, *self.parameters, *plan.packed, wanted
         )
 
     def backward(self, grads: Sequence[Tensor | None], checkpoints: Tensor, wanted: Sequence[bool]) -> BackwardResult:
         """Runs lif_backward for the gradients of the results of forward; those of `wanted`, as in Gradients."""
         plan = self.plan
         return self.operators(*grads).lif_backward(
-            with_gaps(grads, (True, *plan.wanted)), self.x_seq, self.v_init, self.rng_state, checkpoints,
-            tuple(self.parameters), *plan.packed, tuple(wanted),
+            *with_gaps(grads, (True, *plan.wanted)), self.x_seq, self.v_init, self.rng_state, checkpoints,
+            *self.parameters, *plan.packed, tuple(wanted),
         )  # fmt: skip
 
     def with_input(self, gain: Tensor, bias: Tensor, mean: Tensor) -> Call:
@@ -304,10 +304,10 @@ class LIFFunction(torch.autograd.Function):
 
 
 def _differentiated(
-    operator: Any, below: Any, x_seq: Tensor, v_init: Any, rng_state: Any, parameters: Any, *constants: Any
+    operator: Any, below: Any, x_seq: Tensor, v_init: Any, rng_state: Any, *others: Any
 ) -> ForwardResult:
     """A bare lif_forward with its derivative."""
-    numbers, rules, (*of_outputs, keeps_checkpoints) = constants
+    *parameters, numbers, rules, (*of_outputs, keeps_checkpoints) = others
     plan = make_plan(x_seq, Rules(*rules), Numbers(*numbers), of_outputs)
     inputs = below, backend_of(operator), plan, rng_state, x_seq, v_init, *parameters
     *outputs, checkpoints = apply_here(LIFFunction, *inputs)

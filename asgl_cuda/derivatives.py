@@ -5,7 +5,7 @@ Functions and layers of this package wrap the operators in a torch.autograd.Func
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
     """The operator's autograd kernel; csrc/ops/autograd.h is a faster one for calls without gradients."""
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        tensors = tuple(tensors_in(arguments))
+        tensors = tensors_in(arguments)
         if in_forward_mode():
             refuse_tangents(tensors, f"asgl_cuda.{name}")
 
@@ -46,11 +46,8 @@ def _without_derivative(operator: Any, below: Callable[..., Any], *arguments: An
     results = below(*arguments)
     if results is None:  # batch_norm_update
         return None
-    return type(results)(once_differentiable(results, tuple(tensors_in(arguments)), apply_here))
+    return type(results)(once_differentiable(results, tensors_in(arguments), apply_here))
 
 
-def tensors_in(arguments: Sequence[Any]) -> Iterator[Tensor]:
-    for argument in arguments:
-        for each in argument if isinstance(argument, (list, tuple)) else (argument,):
-            if isinstance(each, Tensor):
-                yield each
+def tensors_in(arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+    return tuple(each for each in arguments if isinstance(each, Tensor))
