@@ -1,6 +1,11 @@
-"""Autograd of bare operators, as in graphs of torch.export; `lif` has its own, LIFFunction in call.py.
+"""Autograd of bare operators. The derivatives are the autograd functions in call, batch_norm, integrator and recurrent.
 
-Functions and layers of this package wrap the operators in a torch.autograd.Function and call them below autograd.
+| who differentiates | by |
+|---|---|
+| eager mode, torch.func | the function, around pybind11 functions that call the operator below autograd |
+| torch.compile | the same, traced around torch.ops |
+| a graph of torch.export, torch.ops | the operator's autograd kernel, `at_autograd`, which looks it up in DERIVATIVES |
+| a backward operator | nobody: a second derivative raises an error |
 """
 
 from __future__ import annotations

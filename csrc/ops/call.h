@@ -111,21 +111,23 @@ inline NoiseParams noise_of(const Rules& rules, const OptionalTensor& rng_state)
 
 template <class Real>
 LIFByOptions<Real> options_of(const Rules& rules, const Numbers& numbers) {
-  return {static_cast<Real>(numbers.v_rest),
-          static_cast<Real>(numbers.surrogate_gain),
-          static_cast<Surrogate>(rules.surrogate),
-          rules.hard_reset != 0,
-          rules.strict_threshold != 0,
-          rules.scale_output != 0,
-          rules.detach_reset != 0,
-          rules.log_width != 0,
-          rules.logit_decay != 0,
-          static_cast<uint16>(rules.levels),
-          static_cast<Real>(numbers.v_min),
-          rules.multi_spike != 0,
-          rules.periodic != 0,
-          rules.floored != 0,
-          static_cast<uint8>(rules.adaptation)};
+  LIFByOptions<Real> options{};
+  options.v_rest = static_cast<Real>(numbers.v_rest);
+  options.surrogate_gain = static_cast<Real>(numbers.surrogate_gain);
+  options.surrogate = static_cast<Surrogate>(rules.surrogate);
+  options.hard_reset = rules.hard_reset != 0;
+  options.strict_threshold = rules.strict_threshold != 0;
+  options.scale_output = rules.scale_output != 0;
+  options.detach_reset = rules.detach_reset != 0;
+  options.log_width = rules.log_width != 0;
+  options.logit_decay = rules.logit_decay != 0;
+  options.levels = static_cast<uint16>(rules.levels);
+  options.v_min = static_cast<Real>(numbers.v_min);
+  options.multi_spike = rules.multi_spike != 0;
+  options.periodic = rules.periodic != 0;
+  options.floored = rules.floored != 0;
+  options.adaptation = static_cast<uint8>(rules.adaptation);
+  return options;
 }
 
 using Parameters = std::array<OptionalTensor, kNumParameters>;  // by ParameterId, none for a constant
