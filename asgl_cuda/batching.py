@@ -16,9 +16,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .layout import channel_dim, is_dense
-from .reference import Rules
+from .reference import Parameters, Rules
 
 Rule = Callable[..., tuple[Any, Any]]  # takes info, in_dims and the operator's arguments; returns outputs and out_dims
+
+
+# Arguments of operators that are sequences, and that are states.
+_SEQUENCES = "x_seq", "v_seq", "residual", "grad_s_seq", "grad_v_seq", "grad_h_seq"
+_STATES = "v_init", "grad_v_last"
 
 
 def batching_rules(library: Any) -> dict[str, Rule]:
@@ -37,7 +42,8 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
     """One call for all samples, which are the first dimension."""
     names, count = [each.name for each in operator._schema.arguments], info.batch_size
     given, dims = dict(zip(names, arguments, strict=True)), dict(zip(names, in_dims, strict=True))
-    rules, rng_state, rng_dim = Rules(*given["rules"]), given.get("rng_state"), dims.get("rng_state")
+    rules = Rules(*given["rules"])
+    rng_state, rng_dim = given.get("rng_state"), dims.get("rng_state")
     # The neurons of all samples are numbered consecutively only if `draw_under_transforms` mapped the noise.
     if rng_state is not None and (rng_dim is None or rng_state.dim() != 3):
         return _one_by_one(operator, info, in_dims, *arguments, time_dim=rules.time_dim)
@@ -60,21 +66,19 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
         sizes = _shape_of_one(value, dim)
         return front(value, dim).reshape(count, *(1,) * (sequence.dim() - 1 - len(sizes)), *sizes)
 
-    first = "grad_v_seq" if "grad_v_seq" in given else "x_seq"
+    is_backward = "grad_v_seq" in given
+    first = "grad_v_seq" if is_backward and "checkpoints" not in given else "x_seq"
     sequence = front(given[first], dims[first]).contiguous()
     neurons = sequence.numel() // max(count * sequence.shape[rules.time_dim + 1], 1)
-    is_backward = first == "grad_v_seq" or "grads" in given
-    asked = given["wanted"][2:] if is_backward else [False] * len(given["parameters"])
-    *parameters, residual = zip(given["parameters"], dims["parameters"], asked, strict=True)
-    taken = {name: front(given[name], dims[name]) for name in ("x_seq", "v_seq") if name in given} | {first: sequence}
-    taken |= {name: state(given[name], dims[name]) for name in ("v_init", "grad_v_last") if name in given}
-    taken["parameters"] = [*(parameter(*each) for each in parameters), front(*residual[:2])]
+    parameters = [name for name in Parameters._fields if name in given]
+    asked = dict(zip(parameters, given["wanted"][2:], strict=True)) if is_backward else dict.fromkeys(parameters, False)
+    taken = {name: front(given[name], dims[name]) for name in _SEQUENCES if name in given} | {first: sequence}
+    taken |= {name: state(given[name], dims[name]) for name in _STATES if name in given}
+    taken |= {name: parameter(given[name], dims[name], asked[name]) for name in parameters if name not in _SEQUENCES}
     taken["rules"] = rules.changed(time_dim=rules.time_dim + 1)
     if rng_state is not None:
         taken["rng_state"] = rng_state.narrow(rng_dim, 0, 1).squeeze(rng_dim) if count else rng_state.new_zeros((1, 2))
-    if "grads" in given:
-        grads = zip((front, state, front, front), given["grads"], dims["grads"], strict=True)
-        taken["grads"] = [place(grad, dim) for place, grad, dim in grads]
+    if "checkpoints" in given:
         kept = front(given["checkpoints"], dims["checkpoints"])
         segments = kept[:, :-2].reshape(count, (kept.shape[1] - 2) // max(neurons, 1), neurons).movedim(1, 0)
         taken["checkpoints"] = torch.cat([segments.flatten(), kept.new_zeros(2)])
@@ -82,7 +86,7 @@ def _together(operator: Any, info: Any, in_dims: tuple[Any, ...], *arguments: An
     if is_backward:
         wants_x_seq, wants_state, *_ = given["wanted"]
         shapes = [
-            _shape_of_one(value, dim) for value, dim, each in (*parameters, residual) if each and value is not None
+            _shape_of_one(given[name], dims[name]) for name in parameters if asked[name] and given[name] is not None
         ]
         before = len(results) - len(shapes)
         results[before:] = [grad.reshape(count, *shape) for grad, shape in zip(results[before:], shapes, strict=True)]

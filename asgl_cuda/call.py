@@ -7,7 +7,7 @@ rng_state; no mask is stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -210,15 +210,15 @@ class Call:
         plan = self.plan
         wanted = (*plan.wanted, keep_checkpoints)
         return operator(  # type: ignore[no-any-return]
-            self.x_seq, self.v_init, self.rng_state, tuple(self.parameters), *plan.packed, wanted
+            self.x_seq, self.v_init, self.rng_state, *self.parameters, *plan.packed, wanted
         )
 
     def backward(self, grads: Sequence[Tensor | None], checkpoints: Tensor, wanted: Sequence[bool]) -> BackwardResult:
         """Runs lif_backward for the gradients of the results of forward; those of `wanted`, as in Gradients."""
         plan = self.plan
         return self.operators(*grads).lif_backward(
-            with_gaps(grads, (True, *plan.wanted)), self.x_seq, self.v_init, self.rng_state, checkpoints,
-            tuple(self.parameters), *plan.packed, tuple(wanted),
+            *with_gaps(grads, (True, *plan.wanted)), self.x_seq, self.v_init, self.rng_state, checkpoints,
+            *self.parameters, *plan.packed, tuple(wanted),
         )  # fmt: skip
 
     def with_input(self, gain: Tensor, bias: Tensor, mean: Tensor) -> Call:
@@ -304,10 +304,10 @@ class LIFFunction(torch.autograd.Function):
 
 
 def _differentiated(
-    operator: Any, below: Any, x_seq: Tensor, v_init: Any, rng_state: Any, parameters: Any, *constants: Any
+    operator: Any, below: Any, x_seq: Tensor, v_init: Any, rng_state: Any, *others: Any
 ) -> ForwardResult:
     """A bare lif_forward with its derivative."""
-    numbers, rules, (*of_outputs, keeps_checkpoints) = constants
+    *parameters, numbers, rules, (*of_outputs, keeps_checkpoints) = others
     plan = make_plan(x_seq, Rules(*rules), Numbers(*numbers), of_outputs)
     inputs = below, backend_of(operator), plan, rng_state, x_seq, v_init, *parameters
     *outputs, checkpoints = apply_here(LIFFunction, *inputs)
@@ -317,36 +317,41 @@ def _differentiated(
 DERIVATIVES["lif_forward"] = _differentiated
 
 
-def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
-    """Checks everything independent of tensor values."""
-    time_dim = check_input(x_seq, given["time_dim"], caller)
-    options = check_options(given, OPTIONS, caller)
-    surrogate, multi_spike, levels = given["surrogate"], options["multi_spike"], options["levels"]
-    check_surrogate(surrogate, caller, multi_spike)
-    v_reset, reset_amount, analog_prob = given["v_reset"], given["reset_amount"], given["analog_prob"]
+def _check_combination(caller: str, x_seq: Tensor, given: Arguments, options: Mapping[str, Any], counts: bool) -> None:
+    """Refuses options that exclude each other, or lack another."""
+    surrogate, v_reset, residual = given["surrogate"], given["v_reset"], given["residual"]
+    check_surrogate(surrogate, caller, options["multi_spike"])
+    reset_amount = given["reset_amount"]
     if reset_amount is not None and v_reset is not None:
         raise ValueError(
             f"{caller}: reset_amount is for the soft reset and needs v_reset=None, got v_reset and reset_amount"
         )
-    if multi_spike:
-        check_multi_spike(v_reset, analog_prob, caller)
-    counts = levels is not None and not multi_spike
+    if options["multi_spike"]:
+        check_multi_spike(v_reset, given["analog_prob"], caller)
     if counts:
         check_counting(v_reset, surrogate, caller)
-    residual = given["residual"]
     if residual is not None:
         check_residual(residual, x_seq, caller)
     elif options["residual_gain"] != 1:
         raise ValueError(f"{caller}: residual_gain needs a residual, got {given['residual_gain']} without one")
-    adaptation, real = given.get("adaptation", 0), real_type(x_seq.dtype)
-    reset = "v_reset" if v_reset is not None else "v_threshold" if reset_amount is None else "reset_amount"
+
+
+def _parameters(
+    caller: str, x_seq: Tensor, given: Arguments, options: Mapping[str, Any], counts: bool
+) -> tuple[dict[str, str], dict[str, float | None]]:
+    """The argument that is each parameter of the operators; the arguments that are constants, None for tensors.
+
+    With levels width is the threshold, and v_threshold the factor of scale_output.
+    """
+    soft = "v_threshold" if given["reset_amount"] is None else "reset_amount"
+    reset = soft if given["v_reset"] is None else "v_reset"
     arguments = {"width": "width", "decay": "decay", "v_threshold": "v_threshold", "reset": reset}
-    arguments.update(_ADAPTATION if adaptation else _INPUT)
-    constants = check_values(given, arguments.values(), x_seq, caller)
+    arguments.update(_ADAPTATION if given.get("adaptation", 0) else _INPUT)
+    constants, real = check_values(given, arguments.values(), x_seq, caller), real_type(x_seq.dtype)
     if constants["width"] is not None:
         check_width(constants["width"], caller, real)
     threshold = constants["v_threshold"]
-    if multi_spike and threshold is not None:
+    if options["multi_spike"] and threshold is not None:
         check_threshold(threshold, "multi_spike", caller)
     if counts:
         if constants["width"] != 1:
@@ -354,17 +359,28 @@ def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
         if threshold is not None:
             check_width(threshold, caller, real, _THRESHOLD_OF_LEVELS)
         arguments["width"], arguments["v_threshold"] = "v_threshold", _HEIGHT
-        constants[_HEIGHT] = 1 / levels
+        constants[_HEIGHT] = 1 / options["levels"]
+    return arguments, constants
+
+
+def _checked(caller: str, x_seq: Any, given: Arguments) -> Plan:
+    """Checks everything independent of tensor values."""
+    time_dim = check_input(x_seq, given["time_dim"], caller)
+    options = check_options(given, OPTIONS, caller)
+    surrogate, analog_prob = given["surrogate"], given["analog_prob"]
+    counts = options["levels"] is not None and not options["multi_spike"]
+    _check_combination(caller, x_seq, given, options, counts)
+    arguments, constants = _parameters(caller, x_seq, given, options, counts)
     rules = Rules(
         surrogate=INTEGER if counts else SURROGATES["laplace" if surrogate == PERIODIC else surrogate].id,
-        hard_reset=int(v_reset is not None),
+        hard_reset=int(given["v_reset"] is not None),
         periodic=int(surrogate == PERIODIC),
         floored=int(options["v_min"] is not None),
         log_width=int(isinstance(given["width"], Logarithm)),
         logit_decay=int(isinstance(given["decay"], Logit)),
         analog_below=BELOW_IN_STATE if isinstance(analog_prob, Tensor) else check_analog_prob(analog_prob, caller),
-        levels=levels or 0,
-        adaptation=adaptation,
+        levels=options["levels"] or 0,
+        adaptation=given.get("adaptation", 0),
         time_dim=time_dim,
         **{name: int(options[name]) for name in FLAGS},
     )

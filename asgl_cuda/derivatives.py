@@ -1,11 +1,16 @@
-"""Autograd of bare operators, as in graphs of torch.export; `lif` has its own, LIFFunction in call.py.
+"""Autograd of bare operators. The derivatives are the autograd functions in call, batch_norm, integrator and recurrent.
 
-Functions and layers of this package wrap the operators in a torch.autograd.Function and call them below autograd.
+| who differentiates | by |
+|---|---|
+| eager mode, torch.func | the function, around pybind11 functions that call the operator below autograd |
+| torch.compile | the same, traced around torch.ops |
+| a graph of torch.export, torch.ops | the operator's autograd kernel, `at_autograd`, which looks it up in DERIVATIVES |
+| a backward operator | nobody: a second derivative raises an error |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +28,7 @@ def at_autograd(operator: Any, name: str) -> Callable[..., Any]:
     """The operator's autograd kernel; csrc/ops/autograd.h is a faster one for calls without gradients."""
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        tensors = tuple(tensors_in(arguments))
+        tensors = tensors_in(arguments)
         if in_forward_mode():
             refuse_tangents(tensors, f"asgl_cuda.{name}")
 
@@ -46,11 +51,8 @@ def _without_derivative(operator: Any, below: Callable[..., Any], *arguments: An
     results = below(*arguments)
     if results is None:  # batch_norm_update
         return None
-    return type(results)(once_differentiable(results, tuple(tensors_in(arguments)), apply_here))
+    return type(results)(once_differentiable(results, tensors_in(arguments), apply_here))
 
 
-def tensors_in(arguments: Sequence[Any]) -> Iterator[Tensor]:
-    for argument in arguments:
-        for each in argument if isinstance(argument, (list, tuple)) else (argument,):
-            if isinstance(each, Tensor):
-                yield each
+def tensors_in(arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+    return tuple(each for each in arguments if isinstance(each, Tensor))

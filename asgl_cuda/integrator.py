@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import BACKENDS, backend_of, choose_backend, operators_of
-from .call import Gradients, Plan, in_type, make_plan
+from .call import Plan, in_type, make_plan
 from .checks import (
     cached_by_signature,
     check_bool,
@@ -26,7 +26,7 @@ from .layout import is_dense
 from .learned import Logit
 from .ops import ForwardResult, with_gaps
 from .pending import tensor_of
-from .reference import Numbers, Parameters, Rules, integrator_reference
+from .reference import Numbers, Rules, integrator_reference
 from .transforms import apply, apply_here, grads_are_zeros, is_differentiated, once_differentiable, saved_tensors
 
 _RULES = Rules(*[0] * len(Rules._fields))
@@ -58,14 +58,6 @@ class _Plan(NamedTuple):
 _OPTIONS: dict[str, Callable[..., Any]] = {"v_rest": check_not_nan, "delay": check_bool, "return_v_last": check_bool}
 
 
-def _parameters(decay: Any, input_gain: Any, others: Any = None) -> Parameters:
-    """Those of neurons, as operators take them."""
-    return Parameters(
-        width=others, decay=decay, v_threshold=others, reset=others, input_gain=input_gain, input_bias=others,
-        input_mean=others, residual=others,
-    )  # fmt: skip
-
-
 class IntegratorFunction(torch.autograd.Function):
     """integrator_forward as a differentiable function of x_seq, v_init, decay and input_gain.
 
@@ -80,8 +72,8 @@ class IntegratorFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         if operator is None:
             operator = operators_of(backend, (x_seq, v_init, decay, input_gain)).integrator_forward
-        parameters, neuron = tuple(_parameters(decay, input_gain)), plan.neuron
-        return tuple(operator(x_seq, v_init, parameters, *neuron.packed, plan.delay, *neuron.wanted))
+        neuron, delay = plan
+        return tuple(operator(x_seq, v_init, decay, input_gain, *neuron.packed, delay, *neuron.wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -97,31 +89,24 @@ class IntegratorFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         neuron, delay = ctx.plan
         saved = saved_tensors(ctx)
-        v_seq, v_init, x_seq, *values = saved
-        wants_x_seq, wants_v_init, wants_decay, wants_gain = ctx.needs_input_grad[3:]
-        wanted = Gradients(wants_x_seq, wants_v_init, *_parameters(wants_decay, wants_gain, False))
+        v_seq, v_init, x_seq, decay, input_gain = saved
+        wanted = ctx.needs_input_grad[3:]
         grad_v_seq, grad_v_last = with_gaps(grads, (True, *neuron.wanted))
         if grad_v_seq is None:
             grad_v_seq = torch.zeros(ctx.shape, **ctx.like)
         if not is_dense(grad_v_seq, neuron.rules.time_dim):
             grad_v_seq = grad_v_seq.contiguous()
         found = operators_of(ctx.backend, (*saved, *grads)).integrator_backward(
-            grad_v_seq, grad_v_last, v_seq, x_seq, v_init, tuple(_parameters(*values)), *neuron.packed,
-            delay, tuple(wanted),
-        )  # fmt: skip
-        gradients = Gradients(*with_gaps(once_differentiable(found, (*saved, *grads)), wanted))
-        return None, None, None, gradients.x_seq, gradients.v_init, gradients.decay, gradients.input_gain
+            grad_v_seq, grad_v_last, v_seq, x_seq, v_init, decay, input_gain, *neuron.packed, delay, wanted
+        )
+        return None, None, None, *with_gaps(once_differentiable(found, (*saved, *grads)), wanted)
 
 
-def _differentiated(
-    operator: Any, below: Any, x_seq: Tensor, v_init: Any, parameters: Any, *constants: Any
-) -> ForwardResult:
+def _differentiated(operator: Any, below: Any, x_seq: Tensor, *others: Any) -> ForwardResult:
     """A bare integrator_forward with its derivative."""
-    numbers, rules, delay, wants_v_last = constants
-    given = Parameters(*parameters)
+    *tensors, numbers, rules, delay, wants_v_last = others
     plan = _Plan(make_plan(x_seq, Rules(*rules), Numbers(*numbers), (wants_v_last,)), delay)
-    inputs = below, backend_of(operator), plan, x_seq, v_init, given.decay, given.input_gain
-    return list(apply_here(IntegratorFunction, *inputs))
+    return list(apply_here(IntegratorFunction, below, backend_of(operator), plan, x_seq, *tensors))
 
 
 DERIVATIVES["integrator_forward"] = _differentiated

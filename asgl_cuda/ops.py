@@ -2,15 +2,15 @@
 
 Each backend has its own namespace; C++ and CUDA kernels share `torch.ops.asgl_cuda`.
 
-`parameters`, `numbers` and `rules` of lif_forward and lif_backward are Parameters (None for a constant), Numbers and
-Rules of reference.py. The last of the parameters is the residual.
-`wanted` selects the results: in forward, beside s_seq, v_last, v_seq, h_seq and checkpoints, in
-backward the gradients of x_seq, v_init and each parameter that is a tensor. `grads` has the gradients of s_seq, v_last,
-v_seq and h_seq, None for zero. States of adaptive neurons are pairs, `[2, ...]`: v, and w for the next step.
+Parameters, from width to residual, are tensors, or None for a constant. `numbers` and `rules` are Numbers and Rules of
+reference.py, as lists: numbers one by one would cost each call 7 us. `wanted` selects the results: in forward, beside
+s_seq, v_last, v_seq, h_seq and checkpoints, in backward the gradients of x_seq, v_init and each parameter that is a
+tensor. Gradients of results are None for zero. States of adaptive neurons are pairs, `[2, ...]`: v, and w for the next
+step.
 
-integrator_forward returns v_seq, and v_last if wanted, integrator_backward results as lif_backward. Used of parameters,
-numbers and rules: decay, input_gain, v_rest, logit_decay and time_dim. v_seq and v_init are needed for the gradient of
-decay, x_seq for the gradient of input_gain.
+integrator_forward returns v_seq, and v_last if wanted, integrator_backward the wanted gradients of x_seq, v_init, decay
+and input_gain. Used of numbers and rules: decay, input_gain, v_rest, logit_decay and time_dim. v_seq and v_init are
+needed for the gradient of decay, x_seq for the gradient of input_gain.
 
 recurrent_forward takes `parameters`, [6, N]: width, decay, v_threshold, reset, bias and syn_decay, unused without a
 synapse; numbers and rules are the neuron's. It returns s_seq, and where wanted `emitted` (s in the type of the
@@ -42,8 +42,7 @@ from torch._functorch import config as functorch_config
 from .batching import batching_rules
 from .derivatives import at_autograd, tensors_in
 from .layout import channel_dim, checkpoint_elements, empty_state, real_type, state_shape
-from .lazy_values import LAZY_KEYS, on_memory
-from .reference import Rules
+from .reference import Parameters, Rules
 
 ForwardResult = list[Tensor]  # s_seq, then v_last, v_seq, h_seq, checkpoints where wanted
 BackwardResult = list[Tensor]  # gradients of x_seq, v_init and the parameters where wanted
@@ -71,19 +70,15 @@ def empty_outputs(x_seq: Tensor, time_dim: int, wanted: Sequence[bool], members:
 def empty_gradients(
     x_seq: Tensor, time_dim: int, parameters: Sequence[Tensor | None], wanted: Sequence[bool], members: int = 1
 ) -> BackwardResult:
-    """Uninitialised results of lif_backward."""
+    """Uninitialised gradients of x_seq, the initial state and parameters."""
     real = real_type(x_seq.dtype)
     wants_x_seq, wants_v_init, *wants_parameters = wanted
     results = [torch.empty_like(x_seq)] if wants_x_seq else []
     if wants_v_init:
         results.append(empty_state(x_seq, time_dim, members))
-    *parameters, residual = parameters
-    *wants_parameters, wants_residual = wants_parameters
     for parameter, asked in zip(parameters, wants_parameters, strict=True):
         if asked and parameter is not None:
             results.append(x_seq.new_empty(parameter.shape, dtype=real))
-    if wants_residual and residual is not None:
-        results.append(torch.empty_like(x_seq))
     return results
 
 
@@ -116,10 +111,11 @@ def _fake_lif_forward(x_seq: Tensor, *others: Any) -> ForwardResult:
     return empty_outputs(x_seq, rules.time_dim, wanted, rules.members())
 
 
-def _fake_lif_backward(grads: Sequence[Tensor | None], x_seq: Tensor, *others: Any) -> BackwardResult:
-    *_, parameters, _, rules, wanted = others
+def _fake_lif_backward(*arguments: Any) -> BackwardResult:
+    _, _, _, _, x_seq, _, _, _, *parameters, residual, _, rules, (*wanted, wants_residual) = arguments
     rules = Rules(*rules)
-    return empty_gradients(x_seq, rules.time_dim, parameters, wanted, rules.members())
+    results = empty_gradients(x_seq, rules.time_dim, parameters, wanted, rules.members())
+    return [*results, torch.empty_like(x_seq)] if wants_residual and residual is not None else results
 
 
 def _fake_integrator_forward(x_seq: Tensor, *others: Any) -> ForwardResult:
@@ -128,8 +124,8 @@ def _fake_integrator_forward(x_seq: Tensor, *others: Any) -> ForwardResult:
 
 
 def _fake_integrator_backward(grad_v_seq: Tensor, *others: Any) -> BackwardResult:
-    *_, parameters, _, rules, _, wanted = others
-    return empty_gradients(grad_v_seq, Rules(*rules).time_dim, parameters, wanted)
+    *_, decay, input_gain, _, rules, _, wanted = others
+    return empty_gradients(grad_v_seq, Rules(*rules).time_dim, (decay, input_gain), wanted)
 
 
 def _fake_recurrent_forward(x_seq: Tensor, weight: Tensor, *others: Any) -> ForwardResult:
@@ -161,25 +157,29 @@ def _fake_batch_norm_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return grad_gain.new_empty(grad_gain.shape[:1]), grad_bias.new_empty(grad_bias.shape[:1])
 
 
+_PARAMETERS = ", ".join(f"Tensor? {name}" for name in Parameters._fields)
+_CONSTANTS = "float[] numbers, int[] rules"
 _OPERATORS: dict[str, Callable[..., Any]] = {  # schemas and fake implementations
     "draw_rng_state(Tensor fresh) -> Tensor": _fake_draw_rng_state,
-    "lif_forward(Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor?[] parameters, float[] numbers, int[] rules, "
-    "bool[] wanted) -> Tensor[]": _fake_lif_forward,
-    "lif_backward(Tensor?[] grads, Tensor x_seq, Tensor? v_init, Tensor? rng_state, Tensor checkpoints, "
-    "Tensor?[] parameters, float[] numbers, int[] rules, bool[] wanted) -> Tensor[]": _fake_lif_backward,
-    "integrator_forward(Tensor x_seq, Tensor? v_init, Tensor?[] parameters, float[] numbers, int[] rules, bool delay, "
-    "bool wants_v_last) -> Tensor[]": _fake_integrator_forward,
+    f"lif_forward(Tensor x_seq, Tensor? v_init, Tensor? rng_state, {_PARAMETERS}, {_CONSTANTS}, bool[] wanted) -> "
+    "Tensor[]":
+        _fake_lif_forward,
+    "lif_backward(Tensor? grad_s_seq, Tensor? grad_v_last, Tensor? grad_v_seq, Tensor? grad_h_seq, Tensor x_seq, "
+    f"Tensor? v_init, Tensor? rng_state, Tensor checkpoints, {_PARAMETERS}, {_CONSTANTS}, bool[] wanted) -> Tensor[]":
+        _fake_lif_backward,
+    f"integrator_forward(Tensor x_seq, Tensor? v_init, Tensor? decay, Tensor? input_gain, {_CONSTANTS}, bool delay, "
+    "bool wants_v_last) -> Tensor[]":
+        _fake_integrator_forward,
     "integrator_backward(Tensor grad_v_seq, Tensor? grad_v_last, Tensor? v_seq, Tensor? x_seq, Tensor? v_init, "
-    "Tensor?[] parameters, float[] numbers, int[] rules, bool delay, bool[] wanted) -> Tensor[]":
+    f"Tensor? decay, Tensor? input_gain, {_CONSTANTS}, bool delay, bool[] wanted) -> Tensor[]":
         _fake_integrator_backward,
     "recurrent_forward(Tensor x_seq, Tensor weight, Tensor parameters, Tensor? v_init, Tensor? s_init, Tensor? i_init, "
-    "Tensor? rng_state, float[] numbers, int[] rules, bool has_synapse, bool detach_recurrent, bool[] wanted) -> "
-    "Tensor[]":
+    f"Tensor? rng_state, {_CONSTANTS}, bool has_synapse, bool detach_recurrent, bool[] wanted) -> Tensor[]":
         _fake_recurrent_forward,
     "recurrent_backward(Tensor? grad_s_seq, Tensor? grad_v_seq, Tensor? grad_h_seq, Tensor? grad_v_last, "
     "Tensor? grad_s_last, Tensor? grad_i_last, Tensor h_seq, Tensor emitted, Tensor? i_seq, Tensor weight, "
-    "Tensor parameters, Tensor? v_init, Tensor? s_init, Tensor? i_init, Tensor? rng_state, float[] numbers, "
-    "int[] rules, bool has_synapse, bool detach_recurrent, bool[] wanted) -> Tensor[]":
+    f"Tensor parameters, Tensor? v_init, Tensor? s_init, Tensor? i_init, Tensor? rng_state, {_CONSTANTS}, "
+    "bool has_synapse, bool detach_recurrent, bool[] wanted) -> Tensor[]":
         _fake_recurrent_backward,
     "batch_norm_coefficients(Tensor x_seq, Tensor? statistics, Tensor? mean, Tensor? variance, Tensor? weight, "
     "Tensor? bias, float eps, float input_scale, int time_dim) -> (Tensor coefficients, Tensor total)":
@@ -208,8 +208,6 @@ def define_operators(namespace: str) -> torch.library.Library:
         torch.library.register_fake(f"{namespace}::{name}", _on_one_device(name, fake), lib=library)
         operator = getattr(getattr(torch.ops, namespace), name).default
         library.impl(name, at_autograd(operator, name), "Autograd", with_keyset=True)
-        for key in LAZY_KEYS:
-            library.impl(name, on_memory(operator), key)
     for name, rule in batching_rules(getattr(torch.ops, namespace)).items():
         torch.library.register_vmap(f"{namespace}::{name}", rule, lib=library)
     return library

@@ -1,4 +1,5 @@
-// The launchers, between operators and kernels. Arguments are checked in ops.
+// The choice of a model, and the CPU's launchers; launch_of in cuda/plan.h chooses a CUDA kernel. Arguments are checked
+// in ops.
 #pragma once
 
 #include <type_traits>

@@ -98,7 +98,7 @@ def operators_of(backend: str, inputs: Sequence[torch.Tensor | None]) -> Operato
 
 
 def backend_of(operator: Any) -> str:
-    """The name of a backend with this operator."""
+    """The name of a backend with this operator; several may have it, as the dispatcher chooses by device."""
     return next(name for name, each in BACKENDS.items() if each.operators is not None and operator in each.operators)
 
 

@@ -1,4 +1,4 @@
-// The launchers of the neuron and of its gradient sums, which name every kernel for nvcc. launch_*.cu instantiate them,
+// The launchers of the neuron, which name every kernel for nvcc. launch_*.cu instantiate them,
 // one file a type, so that they compile in parallel.
 #pragma once
 

@@ -14,18 +14,11 @@ inline bool is_differentiated(const at::Tensor& tensor) {
   return (tensor.requires_grad() && at::GradMode::is_enabled()) || tensor._fw_grad(/*level=*/0).defined();
 }
 
-inline bool is_differentiated(const c10::IValue& value) {
-  if (value.isTensor()) return is_differentiated(value.toTensor());
-  if (!value.isList()) return false;
-  for (const c10::IValue& element : value.toListRef()) {
-    if (element.isTensor() && is_differentiated(element.toTensor())) return true;
-  }
-  return false;
-}
-
 inline void differentiate_if_asked(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   for (const c10::IValue& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
-    if (is_differentiated(argument)) return op.callBoxedForDispatchKey(c10::DispatchKey::Autograd, *stack);
+    if (argument.isTensor() && is_differentiated(argument.toTensor())) {
+      return op.callBoxedForDispatchKey(c10::DispatchKey::Autograd, *stack);
+    }
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);

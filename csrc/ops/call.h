@@ -63,18 +63,22 @@ inline void check_type(const Tensor& tensor, at::ScalarType type, const Tensor& 
                     tensor.device());
 }
 
-// Unpacked from lists, in the order of the fields of Rules and Numbers in asgl_cuda/reference.py.
-struct Rules {
-  int64_t surrogate, hard_reset, strict_threshold, scale_output, detach_reset, multi_spike, periodic, floored,
-      log_width, logit_decay, analog_below, levels, adaptation, time_dim;
-};
+// Arguments of operators, in the order of the fields of Numbers and Rules in asgl_cuda/reference.py.
 struct Numbers {
   double constants[kNumParameters];  // in the order of ParameterId, 0 where the parameter is a tensor
   double residual_gain, v_rest, surrogate_gain, v_min;
 };
+struct Rules {
+  int64_t surrogate, hard_reset, strict_threshold, scale_output, detach_reset, multi_spike, periodic, floored,
+      log_width, logit_decay, analog_below, levels, adaptation, time_dim;
+};
+struct Constants {
+  Numbers numbers;
+  Rules rules;
+};
 
 template <class Fields, class Element>
-Fields unpacked(at::ArrayRef<Element> list, const char* name) {
+Fields fields_of(at::ArrayRef<Element> list, const char* name) {
   static_assert(std::is_trivially_copyable_v<Fields> && sizeof(Fields) % sizeof(Element) == 0);
   TORCH_CHECK_VALUE(list.size() == sizeof(Fields) / sizeof(Element), "asgl_cuda: expected ",
                     sizeof(Fields) / sizeof(Element), " ", name, ", got ", list.size());
@@ -83,11 +87,8 @@ Fields unpacked(at::ArrayRef<Element> list, const char* name) {
   return fields;
 }
 
-// The inverse of unpacked.
-template <class Element = int64_t, class Fields>
-at::ArrayRef<Element> packed(const Fields& fields) {
-  static_assert(std::is_trivially_copyable_v<Fields> && sizeof(Fields) % sizeof(Element) == 0);
-  return {reinterpret_cast<const Element*>(&fields), sizeof(Fields) / sizeof(Element)};
+inline Constants constants_of(at::ArrayRef<double> numbers, at::IntArrayRef rules) {
+  return {fields_of<Numbers>(numbers, "numbers"), fields_of<Rules>(rules, "rules")};
 }
 
 inline void check_noise(const Rules& rules, const OptionalTensor& rng_state, const Tensor& x_seq) {
@@ -110,35 +111,37 @@ inline NoiseParams noise_of(const Rules& rules, const OptionalTensor& rng_state)
 
 template <class Real>
 LIFByOptions<Real> options_of(const Rules& rules, const Numbers& numbers) {
-  return {static_cast<Real>(numbers.v_rest),
-          static_cast<Real>(numbers.surrogate_gain),
-          static_cast<Surrogate>(rules.surrogate),
-          rules.hard_reset != 0,
-          rules.strict_threshold != 0,
-          rules.scale_output != 0,
-          rules.detach_reset != 0,
-          rules.log_width != 0,
-          rules.logit_decay != 0,
-          static_cast<uint16>(rules.levels),
-          static_cast<Real>(numbers.v_min),
-          rules.multi_spike != 0,
-          rules.periodic != 0,
-          rules.floored != 0,
-          static_cast<uint8>(rules.adaptation)};
+  LIFByOptions<Real> options{};
+  options.v_rest = static_cast<Real>(numbers.v_rest);
+  options.surrogate_gain = static_cast<Real>(numbers.surrogate_gain);
+  options.surrogate = static_cast<Surrogate>(rules.surrogate);
+  options.hard_reset = rules.hard_reset != 0;
+  options.strict_threshold = rules.strict_threshold != 0;
+  options.scale_output = rules.scale_output != 0;
+  options.detach_reset = rules.detach_reset != 0;
+  options.log_width = rules.log_width != 0;
+  options.logit_decay = rules.logit_decay != 0;
+  options.levels = static_cast<uint16>(rules.levels);
+  options.v_min = static_cast<Real>(numbers.v_min);
+  options.multi_spike = rules.multi_spike != 0;
+  options.periodic = rules.periodic != 0;
+  options.floored = rules.floored != 0;
+  options.adaptation = static_cast<uint8>(rules.adaptation);
+  return options;
 }
+
+using Parameters = std::array<OptionalTensor, kNumParameters>;  // by ParameterId, none for a constant
 
 // The arguments that forward and backward share, checked.
 class Call {
  public:
-  Call(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state,
-       const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> numbers, at::IntArrayRef rules)
-      : rules_(unpacked<Rules>(rules, "rules")),
-        numbers_(unpacked<Numbers>(numbers, "numbers")),
+  Call(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& rng_state, const Parameters& parameters,
+       const OptionalTensor& residual, const Constants& constants)
+      : rules_(constants.rules),
+        numbers_(constants.numbers),
         x_seq_(x_seq),
         layout_(x_seq, rules_.time_dim),
         rng_state_(rng_state) {
-    TORCH_CHECK_VALUE(parameters.size() == kNumParameters + 1, "asgl_cuda: expected ", kNumParameters,
-                      " parameters and a residual, got ", parameters.size());
     TORCH_CHECK_VALUE(0 <= rules_.surrogate && rules_.surrogate < kNumSurrogates,
                       "asgl_cuda: no surrogate has the number ", rules_.surrogate);
     const int64_t place = rules_.adaptation;
@@ -151,7 +154,6 @@ class Call {
       check_type(*v_init, real_type(x_seq), x_seq, "v_init");
       v_init_ = layout_.match_state(*v_init, "v_init", members());
     }
-    const OptionalTensor residual = parameters.get(kNumParameters);
     if (residual.has_value()) {
       check_type(*residual, x_seq.scalar_type(), x_seq, "residual");
       residual_ = layout_.match_sequence(*residual, "residual");
@@ -160,11 +162,9 @@ class Call {
                       "asgl_cuda: levels must have 16 bits, got ", rules_.levels);
     check_noise(rules_, rng_state, x_seq);
     for (int id = 0; id < kNumParameters; ++id) {
-      const OptionalTensor parameter = parameters.get(id);
-      if (parameter.has_value()) {
-        check_type(*parameter, real_type(x_seq), x_seq, "a parameter");
-        parameters_[id].emplace(*parameter, layout_);
-      }
+      if (!parameters[id].has_value()) continue;
+      check_type(*parameters[id], real_type(x_seq), x_seq, "a parameter");
+      parameters_[id].emplace(*parameters[id], layout_);
     }
     for (const auto& [id, learned] : {std::pair(kWidth, rules_.log_width), std::pair(kDecay, rules_.logit_decay)}) {
       TORCH_CHECK_VALUE(learned == 0 || (parameters_[id].has_value() && !parameters_[id]->per_step()),
@@ -173,6 +173,7 @@ class Call {
     TORCH_CHECK_VALUE(rules_.adaptation == 0 || !residual.has_value(), "asgl_cuda: adaptive neurons have no residual");
   }
 
+  const Tensor& x_seq() const { return x_seq_; }
   const Layout& layout() const { return layout_; }
   bool has_residual() const { return residual_.has_value(); }
   int64_t members() const { return rules_.adaptation == 0 ? 1 : 2; }  // of the state
@@ -215,9 +216,6 @@ class Call {
   std::optional<ParameterTensor> parameters_[kNumParameters];
 };
 
-// Whether lif_backward wants the gradients of x_seq, v_init, the parameters and the residual.
-using WantedGradients = std::array<bool, 3 + kNumParameters>;
-
 template <class F>
 void with_scalar(at::ScalarType type, F&& f) {
   switch (type) {
@@ -234,12 +232,14 @@ void with_scalar(at::ScalarType type, F&& f) {
   }
 }
 
+using WantedParameters = std::array<bool, kNumParameters>;
+
 // The wanted gradients of parameter tensors, each [steps or 1, count].
 class ParameterGradients {
  public:
-  ParameterGradients(const Call& call, const WantedGradients& wanted) : call_(call) {
+  ParameterGradients(const Call& call, const WantedParameters& wanted) : call_(call) {
     for (int id = 0; id < kNumParameters; ++id) {
-      if (!wanted[2 + id] || !call.has_parameter(id)) continue;
+      if (!wanted[id] || !call.has_parameter(id)) continue;
       ids_.push_back(id);
       sums_.push_back(call.parameter(id).empty_gradient());
       if (call.layout().shape().neurons() == 0) sums_.back().zero_();

@@ -26,16 +26,6 @@ struct FromPython<at::ArrayRef<Element>> {
   using type = std::vector<Element>;
   static at::ArrayRef<Element> taken(const type& given) { return given; }
 };
-template <>
-struct FromPython<const c10::List<OptionalTensor>&> {
-  using type = std::vector<OptionalTensor>;
-  static c10::List<OptionalTensor> taken(const type& given) {
-    c10::List<OptionalTensor> list;
-    list.reserve(given.size());
-    for (const OptionalTensor& tensor : given) list.push_back(tensor);
-    return list;
-  }
-};
 
 // Mimics torch::Library's interface, but exports each operator of a namespace as a pybind11 function. Kernels only give
 // the types: the dispatcher chooses the kernel.

@@ -6,12 +6,21 @@
 
 namespace asgl::ops {
 
+inline Call integrator_call(const Tensor& x_seq, const OptionalTensor& v_init, const OptionalTensor& decay,
+                            const OptionalTensor& input_gain, at::ArrayRef<double> numbers, at::IntArrayRef rules) {
+  Parameters parameters;
+  parameters[kDecay] = decay;
+  parameters[kInputGain] = input_gain;
+  return {x_seq, v_init, std::nullopt, parameters, std::nullopt, constants_of(numbers, rules)};
+}
+
 // Returns v_seq, and v_last if wanted.
 template <class Kernels>
 std::vector<Tensor> integrator_forward(const Kernels& kernels, const Tensor& x_seq, const OptionalTensor& v_init,
-                                       const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> numbers,
-                                       at::IntArrayRef rules, bool delay, bool wants_v_last) {
-  const Call call(x_seq, v_init, std::nullopt, parameters, numbers, rules);
+                                       const OptionalTensor& decay, const OptionalTensor& input_gain,
+                                       at::ArrayRef<double> numbers, at::IntArrayRef rules, bool delay,
+                                       bool wants_v_last) {
+  const Call call = integrator_call(x_seq, v_init, decay, input_gain, numbers, rules);
   const auto backend = kernels.on(x_seq);
   std::vector<Tensor> results = {call.layout().empty_sequence(x_seq.options())};
   if (wants_v_last) results.push_back(call.layout().empty_state(call.real_options()));
@@ -33,20 +42,22 @@ template <class Kernels>
 std::vector<Tensor> integrator_backward(const Kernels& kernels, const Tensor& grad_v_seq,
                                         const OptionalTensor& grad_v_last, const OptionalTensor& v_seq,
                                         const OptionalTensor& x_seq, const OptionalTensor& v_init,
-                                        const c10::List<OptionalTensor>& parameters, at::ArrayRef<double> numbers,
-                                        at::IntArrayRef rules, bool delay, WantedGradients wanted) {
-  const Call call(grad_v_seq, v_init, std::nullopt, parameters, numbers, rules);
+                                        const OptionalTensor& decay, const OptionalTensor& input_gain,
+                                        at::ArrayRef<double> numbers, at::IntArrayRef rules, bool delay,
+                                        std::array<bool, 4> wanted) {
+  const Call call = integrator_call(grad_v_seq, v_init, decay, input_gain, numbers, rules);
+  const auto [wants_x_seq, wants_v_init, wants_decay, wants_input_gain] = wanted;
   const Layout& layout = call.layout();
-  const auto sequence_for = [&](int id, const OptionalTensor& given, const char* name) -> OptionalTensor {
-    TORCH_CHECK_VALUE(given.has_value() || !wanted[2 + id],
+  const auto sequence_if = [&](bool needed, const OptionalTensor& given, const char* name) -> OptionalTensor {
+    TORCH_CHECK_VALUE(given.has_value() || !needed,
                       "asgl_cuda: a gradient of decay needs v_seq and one of input_gain x_seq, like grad_v_seq");
     if (!given.has_value()) return std::nullopt;
     check_type(*given, grad_v_seq.scalar_type(), grad_v_seq, name);
     const Tensor dense = layout.match_sequence(*given, name);
-    return wanted[2 + id] ? OptionalTensor(dense) : std::nullopt;
+    return needed ? OptionalTensor(dense) : std::nullopt;
   };
-  const OptionalTensor potentials = sequence_for(kDecay, v_seq, "v_seq");
-  const OptionalTensor inputs = sequence_for(kInputGain, x_seq, "x_seq");
+  const OptionalTensor potentials = sequence_if(wants_decay, v_seq, "v_seq");
+  const OptionalTensor inputs = sequence_if(wants_input_gain, x_seq, "x_seq");
   OptionalTensor grad_last;
   if (grad_v_last.has_value()) {
     check_type(*grad_v_last, real_type(grad_v_seq), grad_v_seq, "grad_v_last");
@@ -54,9 +65,12 @@ std::vector<Tensor> integrator_backward(const Kernels& kernels, const Tensor& gr
   }
   const auto backend = kernels.on(grad_v_seq);
   std::vector<Tensor> results;
-  if (wanted[0]) results.push_back(layout.empty_sequence(grad_v_seq.options()));
-  if (wanted[1]) results.push_back(layout.empty_state(call.real_options()));
-  const ParameterGradients gradients(call, wanted);
+  if (wants_x_seq) results.push_back(layout.empty_sequence(grad_v_seq.options()));
+  if (wants_v_init) results.push_back(layout.empty_state(call.real_options()));
+  WantedParameters wants_parameters{};
+  wants_parameters[kDecay] = wants_decay;
+  wants_parameters[kInputGain] = wants_input_gain;
+  const ParameterGradients gradients(call, wants_parameters);
   if (layout.shape().neurons() > 0) {
     with_scalar(grad_v_seq.scalar_type(), [&](auto scalar) {
       using Scalar = decltype(scalar);
@@ -68,8 +82,8 @@ std::vector<Tensor> integrator_backward(const Kernels& kernels, const Tensor& gr
       params.v_seq = const_cast<Scalar*>(const_pointer<Scalar>(potentials));  // backward only reads it
       params.grad_v_seq = const_pointer<Scalar>(grad_v_seq);
       params.grad_v_last = const_pointer<Real>(grad_last);
-      if (wanted[0]) params.grad_x_seq = pointer<Scalar>(results.front());
-      if (wanted[1]) params.grad_v_init = pointer<Real>(results.back());
+      if (wants_x_seq) params.grad_x_seq = pointer<Scalar>(results.front());
+      if (wants_v_init) params.grad_v_init = pointer<Real>(results.back());
       gradients.compute(backend, params);
     });
   }

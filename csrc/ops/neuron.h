@@ -8,10 +8,8 @@ namespace asgl::ops {
 
 // Returns s_seq and the other wanted outputs.
 template <class Kernels>
-std::vector<Tensor> lif_forward(const Kernels& kernels, const Tensor& x_seq, const OptionalTensor& v_init,
-                                const OptionalTensor& rng_state, const c10::List<OptionalTensor>& parameters,
-                                at::ArrayRef<double> numbers, at::IntArrayRef rules, std::array<bool, 4> wanted) {
-  const Call call(x_seq, v_init, rng_state, parameters, numbers, rules);
+std::vector<Tensor> forward(const Kernels& kernels, const Call& call, std::array<bool, 4> wanted) {
+  const Tensor& x_seq = call.x_seq();
   const auto [wants_v_last, wants_v_seq, wants_h_seq, wants_checkpoints] = wanted;
   const auto backend = kernels.on(x_seq);
   const Layout& layout = call.layout();
@@ -49,37 +47,50 @@ std::vector<Tensor> lif_forward(const Kernels& kernels, const Tensor& x_seq, con
   return results;
 }
 
+// The gradients of the results of lif_forward, none for zero.
+struct OutputGradients {
+  OptionalTensor s_seq, v_last, v_seq, h_seq;
+};
+struct WantedGradients {
+  bool x_seq, v_init;
+  WantedParameters parameters;
+  bool residual;
+};
+
 // Returns the wanted gradients.
 template <class Kernels>
-std::vector<Tensor> lif_backward(const Kernels& kernels, const c10::List<OptionalTensor>& grads, const Tensor& x_seq,
-                                 const OptionalTensor& v_init, const OptionalTensor& rng_state,
-                                 const Tensor& checkpoints, const c10::List<OptionalTensor>& parameters,
-                                 at::ArrayRef<double> numbers, at::IntArrayRef rules, WantedGradients wanted) {
-  const Call call(x_seq, v_init, rng_state, parameters, numbers, rules);
-  TORCH_CHECK_VALUE(grads.size() == 4, "asgl_cuda: expected 4 gradients, got ", grads.size());
+std::vector<Tensor> backward(const Kernels& kernels, const Call& call, const OutputGradients& grads,
+                             const Tensor& checkpoints, const WantedGradients& wanted) {
+  const Tensor& x_seq = call.x_seq();
   const Layout& layout = call.layout();
   const SequenceShape& shape = layout.shape();
   const at::TensorOptions real = call.real_options();
   check_type(checkpoints, real_type(x_seq), x_seq, "checkpoints");
   TORCH_CHECK_VALUE(checkpoints.is_contiguous() && checkpoints.numel() == checkpoint_elements(shape, call.members()),
                     "asgl_cuda: checkpoints do not belong to this x_seq");
-  const auto given = [&](int which, const char* name) -> OptionalTensor {
-    const OptionalTensor grad = grads[which];
+  const auto sequence = [&](const OptionalTensor& grad, at::ScalarType type, const char* name) -> OptionalTensor {
     if (!grad.has_value()) return std::nullopt;
-    check_type(*grad, which == 0 ? x_seq.scalar_type() : real_type(x_seq), x_seq, name);
-    return which == 1 ? layout.match_state(*grad, name, call.members()) : layout.match_sequence(*grad, name);
+    check_type(*grad, type, x_seq, name);
+    return layout.match_sequence(*grad, name);
   };
-  const OptionalTensor grad_s_seq = given(0, "grad_s_seq"), grad_v_last = given(1, "grad_v_last");
-  const OptionalTensor grad_v_seq = given(2, "grad_v_seq"), grad_h_seq = given(3, "grad_h_seq");
+  const OptionalTensor grad_s_seq = sequence(grads.s_seq, x_seq.scalar_type(), "grad_s_seq");
+  const OptionalTensor grad_v_seq = sequence(grads.v_seq, real_type(x_seq), "grad_v_seq");
+  const OptionalTensor grad_h_seq = sequence(grads.h_seq, real_type(x_seq), "grad_h_seq");
+  OptionalTensor grad_v_last;
+  if (grads.v_last.has_value()) {
+    check_type(*grads.v_last, real_type(x_seq), x_seq, "grad_v_last");
+    grad_v_last = layout.match_state(*grads.v_last, "grad_v_last", call.members());
+  }
 
   const auto backend = kernels.on(x_seq);
-  const Tensor grad_x_seq = wanted[0] ? layout.empty_sequence(x_seq.options()) : Tensor();
-  const Tensor grad_v_init = wanted[1] ? layout.empty_state(real, call.members()) : Tensor();
-  const Tensor grad_residual = wanted.back() && call.has_residual() ? layout.empty_sequence(x_seq.options()) : Tensor();
+  const Tensor grad_x_seq = wanted.x_seq ? layout.empty_sequence(x_seq.options()) : Tensor();
+  const Tensor grad_v_init = wanted.v_init ? layout.empty_state(real, call.members()) : Tensor();
+  const bool wants_residual = wanted.residual && call.has_residual();
+  const Tensor grad_residual = wants_residual ? layout.empty_sequence(x_seq.options()) : Tensor();
   std::vector<Tensor> results;
-  if (wanted[0]) results.push_back(grad_x_seq);
-  if (wanted[1]) results.push_back(grad_v_init);
-  const ParameterGradients gradients(call, wanted);
+  if (wanted.x_seq) results.push_back(grad_x_seq);
+  if (wanted.v_init) results.push_back(grad_v_init);
+  const ParameterGradients gradients(call, wanted.parameters);
   if (shape.neurons() > 0) {
     with_scalar(x_seq.scalar_type(), [&](auto scalar) {
       using Scalar = decltype(scalar);
@@ -100,6 +111,36 @@ std::vector<Tensor> lif_backward(const Kernels& kernels, const c10::List<Optiona
   gradients.append_to(results);
   if (grad_residual.defined()) results.push_back(grad_residual);
   return results;
+}
+
+template <class Kernels>
+std::vector<Tensor> lif_forward(const Kernels& kernels, const Tensor& x_seq, const OptionalTensor& v_init,
+                                const OptionalTensor& rng_state, const OptionalTensor& width,
+                                const OptionalTensor& decay, const OptionalTensor& v_threshold,
+                                const OptionalTensor& reset, const OptionalTensor& input_gain,
+                                const OptionalTensor& input_bias, const OptionalTensor& input_mean,
+                                const OptionalTensor& residual, at::ArrayRef<double> numbers, at::IntArrayRef rules,
+                                std::array<bool, 4> wanted) {
+  const Parameters parameters = {width, decay, v_threshold, reset, input_gain, input_bias, input_mean};
+  return forward(kernels, Call(x_seq, v_init, rng_state, parameters, residual, constants_of(numbers, rules)), wanted);
+}
+
+template <class Kernels>
+std::vector<Tensor> lif_backward(const Kernels& kernels, const OptionalTensor& grad_s_seq,
+                                 const OptionalTensor& grad_v_last, const OptionalTensor& grad_v_seq,
+                                 const OptionalTensor& grad_h_seq, const Tensor& x_seq, const OptionalTensor& v_init,
+                                 const OptionalTensor& rng_state, const Tensor& checkpoints,
+                                 const OptionalTensor& width, const OptionalTensor& decay,
+                                 const OptionalTensor& v_threshold, const OptionalTensor& reset,
+                                 const OptionalTensor& input_gain, const OptionalTensor& input_bias,
+                                 const OptionalTensor& input_mean, const OptionalTensor& residual,
+                                 at::ArrayRef<double> numbers, at::IntArrayRef rules,
+                                 std::array<bool, 3 + kNumParameters> wanted) {
+  const Parameters parameters = {width, decay, v_threshold, reset, input_gain, input_bias, input_mean};
+  const Call call(x_seq, v_init, rng_state, parameters, residual, constants_of(numbers, rules));
+  WantedGradients gradients{wanted[0], wanted[1], {}, wanted.back()};
+  std::copy_n(wanted.begin() + 2, kNumParameters, gradients.parameters.begin());
+  return backward(kernels, call, {grad_s_seq, grad_v_last, grad_v_seq, grad_h_seq}, checkpoints, gradients);
 }
 
 // Draws (seed, offset) from the device's default generator; an operator, so that compiled graphs draw as eager mode

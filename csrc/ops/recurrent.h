@@ -13,9 +13,9 @@ class RecurrentCall {
  public:
   RecurrentCall(const Tensor& sequence, const Tensor& weight, const Tensor& parameters, const OptionalTensor& v_init,
                 const OptionalTensor& s_init, const OptionalTensor& i_init, const OptionalTensor& rng_state,
-                at::ArrayRef<double> numbers, at::IntArrayRef rules, bool has_synapse)
-      : rules_(unpacked<Rules>(rules, "rules")),
-        numbers_(unpacked<Numbers>(numbers, "numbers")),
+                const Constants& constants, bool has_synapse)
+      : rules_(constants.rules),
+        numbers_(constants.numbers),
         sequence_(sequence),
         weight_(weight.contiguous()),
         parameters_(parameters.contiguous()),
@@ -61,10 +61,9 @@ class RecurrentCall {
     rules.time_dim = rules.scale_output = 0;
     return rules;
   }
-  c10::List<OptionalTensor> neuron(const OptionalTensor& decay) const {
+  Parameters neuron(const OptionalTensor& decay) const {
     const auto row = [&](int id) -> OptionalTensor { return parameters_[id]; };
-    return c10::List<OptionalTensor>({row(kRecurrentWidth), decay, row(kRecurrentThreshold), row(kRecurrentReset),
-                                      std::nullopt, std::nullopt, std::nullopt, std::nullopt});
+    return {row(kRecurrentWidth), decay, row(kRecurrentThreshold), row(kRecurrentReset)};
   }
 
   OptionalTensor state(const OptionalTensor& given, const char* name) const {
@@ -122,7 +121,8 @@ inline std::vector<Tensor> recurrent_forward_on_cpu(const Tensor& x_seq, const T
                                                     at::ArrayRef<double> numbers, at::IntArrayRef rules,
                                                     bool has_synapse, bool /*detach_recurrent*/,
                                                     std::array<bool, 7> wanted) {
-  const RecurrentCall call(x_seq, weight, parameters, v_init, s_init, i_init, rng_state, numbers, rules, has_synapse);
+  const RecurrentCall call(x_seq, weight, parameters, v_init, s_init, i_init, rng_state, constants_of(numbers, rules),
+                           has_synapse);
   std::vector<Tensor> results = {in_huge_pages(at::empty(x_seq.sizes(), x_seq.options()))};
   std::array<Tensor, 7> others;
   for (size_t i = 0; i < wanted.size(); ++i) {
@@ -154,7 +154,8 @@ inline std::vector<Tensor> recurrent_backward_on_cpu(
     const Tensor& parameters, const OptionalTensor& v_init, const OptionalTensor& s_init, const OptionalTensor& i_init,
     const OptionalTensor& rng_state, at::ArrayRef<double> numbers, at::IntArrayRef rules, bool has_synapse,
     bool detach_recurrent, std::array<bool, 6> wanted) {
-  const RecurrentCall call(h_seq, weight, parameters, v_init, s_init, i_init, rng_state, numbers, rules, has_synapse);
+  const RecurrentCall call(h_seq, weight, parameters, v_init, s_init, i_init, rng_state, constants_of(numbers, rules),
+                           has_synapse);
   const auto [wants_x_seq, wants_weight, wants_parameters, wants_v_init, wants_s_init, wants_i_init] = wanted;
   const at::ScalarType real = h_seq.scalar_type();
   const at::ScalarType type = grad_s_seq.has_value() ? grad_s_seq->scalar_type() : real;

@@ -28,21 +28,22 @@ std::vector<Tensor> recurrent_forward(const Kernels& kernels, const Tensor& x_se
                                       const OptionalTensor& rng_state, at::ArrayRef<double> numbers,
                                       at::IntArrayRef rules, bool has_synapse, bool /*detach_recurrent*/,
                                       std::array<bool, 7> wanted) {
-  const RecurrentCall call(x_seq, weight, parameters, v_init, s_init, i_init, rng_state, numbers, rules, has_synapse);
+  const RecurrentCall call(x_seq, weight, parameters, v_init, s_init, i_init, rng_state, constants_of(numbers, rules),
+                           has_synapse);
   const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);  // products, too
   const std::vector<Tensor> row = call.parameters().unbind();
   const auto steps = x_seq.unbind(call.rules().time_dim);
   const auto states = states_of_steps(rng_state, static_cast<int64_t>(steps.size()));
-  const c10::List<OptionalTensor> neuron = call.neuron(row[kRecurrentDecay]);
-  const Rules rules_of_step = call.rules_of_step();
+  const Parameters neuron = call.neuron(row[kRecurrentDecay]);
+  const Constants constants_of_step = {call.numbers(), call.rules_of_step()};
   OptionalTensor v = v_init;
   Tensor s = call.or_zero(s_init), i = has_synapse ? call.or_zero(i_init) : Tensor();
   std::array<std::vector<Tensor>, 4> sequences;  // emitted, h, v and i
   for (size_t t = 0; t < steps.size(); ++t) {
     const Tensor j = steps[t] + (weighted(s, call.weight()) + row[kRecurrentBias]);
     i = has_synapse ? row[kRecurrentSynDecay] * i + j : j;
-    const auto found = lif_forward(kernels, i.unsqueeze(0), v, states[t], neuron, numbers, packed(rules_of_step),
-                                   {/*v_last=*/true, false, /*h_seq=*/true, false});
+    const Call step(i.unsqueeze(0), v, states[t], neuron, std::nullopt, constants_of_step);
+    const auto found = ops::forward(kernels, step, {/*v_last=*/true, false, /*h_seq=*/true, false});
     s = found[0].squeeze(0);
     v = found[1];
     const Tensor each[] = {s, found[2].squeeze(0), found[1], i};
@@ -75,21 +76,20 @@ std::vector<Tensor> recurrent_backward(const Kernels& kernels, const OptionalTen
                                        const OptionalTensor& i_init, const OptionalTensor& rng_state,
                                        at::ArrayRef<double> numbers, at::IntArrayRef rules, bool has_synapse,
                                        bool detach_recurrent, std::array<bool, 6> wanted) {
-  const RecurrentCall call(h_seq, weight, parameters, v_init, s_init, i_init, rng_state, numbers, rules, has_synapse);
+  const RecurrentCall call(h_seq, weight, parameters, v_init, s_init, i_init, rng_state, constants_of(numbers, rules),
+                           has_synapse);
   const auto [wants_x_seq, wants_weight, wants_parameters, wants_v_init, wants_s_init, wants_i_init] = wanted;
   const int64_t time_dim = call.rules().time_dim, steps = h_seq.size(time_dim);
   const bool elementwise = weight.dim() == 1;
   const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);  // products, too
   const std::vector<Tensor> row = call.parameters().unbind();
   const auto states = states_of_steps(rng_state, steps);
-  const c10::List<OptionalTensor> neuron = call.neuron(std::nullopt);
-  const Rules rules_of_step = call.rules_of_step();
-  Numbers numbers_of_h = call.numbers();
-  numbers_of_h.constants[kDecay] = numbers_of_h.v_rest = 0;
-  numbers_of_h.constants[kInputGain] = 1;
-  WantedGradients wanted_of_step{};
-  wanted_of_step[0] = true;
-  for (const int id : {kWidth, kThreshold, kReset}) wanted_of_step[2 + id] = wants_parameters;
+  const Parameters neuron = call.neuron(std::nullopt);
+  Constants constants_of_h = {call.numbers(), call.rules_of_step()};
+  constants_of_h.numbers.constants[kDecay] = constants_of_h.numbers.v_rest = 0;
+  constants_of_h.numbers.constants[kInputGain] = 1;
+  WantedGradients wanted_of_step{/*x_seq=*/true};
+  for (const int id : {kWidth, kThreshold, kReset}) wanted_of_step.parameters[id] = wants_parameters;
   const Tensor no_checkpoints = at::zeros({2}, h_seq.options());
   const Tensor g_seq = grad_s_seq.has_value() ? grad_s_seq->to(h_seq.scalar_type()) : Tensor();
   const auto at_step = [&](const OptionalTensor& sequence, int64_t t) -> OptionalTensor {
@@ -103,9 +103,9 @@ std::vector<Tensor> recurrent_backward(const Kernels& kernels, const OptionalTen
     OptionalTensor g = at_step(g_seq, t);
     if (g.has_value() && call.rules().scale_output) g = *g * row[kRecurrentThreshold];
     if (feedback.has_value()) g = g.has_value() ? *g + *feedback : feedback->unsqueeze(0);
-    const c10::List<OptionalTensor> grads({g, dv, at_step(grad_v_seq, t), at_step(grad_h_seq, t)});
-    const auto found = lif_backward(kernels, grads, *at_step(h_seq, t), std::nullopt, states[t], no_checkpoints, neuron,
-                                    packed<double>(numbers_of_h), packed(rules_of_step), wanted_of_step);
+    const Call step(*at_step(h_seq, t), std::nullopt, states[t], neuron, std::nullopt, constants_of_h);
+    const OutputGradients grads{g, dv, at_step(grad_v_seq, t), at_step(grad_h_seq, t)};
+    const auto found = ops::backward(kernels, step, grads, no_checkpoints, wanted_of_step);
     for (size_t k = 1; k < found.size(); ++k) of_parameters[k - 1].push_back(found[k]);
     const Tensor dh = found[0].squeeze(0);
     Tensor dj = call.numbers().constants[kInputGain] == 1 ? dh : dh * call.numbers().constants[kInputGain];
