@@ -14,6 +14,7 @@ from .backends import BACKENDS, backend_of, operators_of
 from .call import Arguments, NeuronArguments, checked_call
 from .checks import (
     check_bool,
+    check_dense,
     check_device,
     check_finite,
     check_floating,
@@ -241,6 +242,7 @@ def _check(x_seq: Tensor, given: _Recurrence, neuron: Arguments) -> None:
 
 def _check_shape(name: str, value: Tensor, x_seq: Tensor, *shapes: list[int]) -> None:
     check_floating(name, value, _CALLER)
+    check_dense(name, value, _CALLER)
     if list(value.shape) not in shapes:
         raise ValueError(f"{_CALLER}: {name} must have shape {' or '.join(map(str, shapes))}, got {list(value.shape)}")
     check_device(name, value, x_seq, _CALLER)
@@ -255,6 +257,7 @@ def _row(name: str, value: Any, x_seq: Tensor) -> Tensor:
         number = check_not_nan(name, value, _CALLER, "a float or a tensor")
         return torch.full((count,), number, dtype=real, device=x_seq.device)
     check_floating(name, value, _CALLER)
+    check_dense(name, value, _CALLER)
     check_device(name, value, x_seq, _CALLER)
     if value.numel() != 1 and (value.shape[-1] != count or value.numel() != count):
         raise ValueError(f"{_CALLER}: {name} must have one value or shape [{count}], got {list(value.shape)}")

@@ -203,6 +203,7 @@ BAD = [
         ("time_dim", 2, {}, ValueError, "got [4, 6, 3] with time_dim=2"),
         ("weight", torch.zeros(3, 2), {}, ValueError, "weight must have shape [3, 3] or [3], got [3, 2]"),
         ("weight", torch.zeros(3, 3).int(), {}, TypeError, "weight must be of a floating type, got torch.int32"),
+        ("weight", torch.zeros(3, 3).to_sparse(), {}, TypeError, "weight must be a dense tensor"),
         ("bias", torch.zeros(4), {}, ValueError, "bias must have shape [3], got [4]"),
         ("width", torch.ones(4, 1, 1), {}, ValueError, "width must have one value or shape [3], got [4, 1, 1]"),
         ("width", torch.ones(6, 1), {}, ValueError, "width must have one value or shape [3], got [6, 1]"),
