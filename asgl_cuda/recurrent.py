@@ -15,6 +15,7 @@ from .backends import BACKENDS, backend_of, operators_of
 from .call import Arguments, NeuronArguments, checked_call
 from .checks import (
     check_bool,
+    check_dense,
     check_device,
     check_finite,
     check_floating,
@@ -255,6 +256,7 @@ def _check(x_seq: Tensor, given: _Recurrence, neuron: Any) -> float:
 
 def _check_shape(name: str, value: Tensor, x_seq: Tensor, *shapes: list[int]) -> None:
     check_floating(name, value, _CALLER)
+    check_dense(name, value, _CALLER)
     if list(value.shape) not in shapes:
         raise ValueError(f"{_CALLER}: {name} must have shape {' or '.join(map(str, shapes))}, got {list(value.shape)}")
     check_device(name, value, x_seq, _CALLER)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +40,7 @@ if WANTED is None or "ptx" in _WANTED_NAMES:
         others = EMULATION if WANTED is None else None  # runs the other kernels
         for each, multiprocessors in ptx.BACKENDS.items():
             ptx.register(each, ptx.Launcher(PTX_MACHINE, multiprocessors, emulation=others))
-PTX_FILES = {
-    f"test_{name}.py" for name in ("equivalence", "properties", "layouts", "gradients", "integrator", "multi_spike")
-}
+PTX_FILES = {f"test_{name}.py" for name in ("features", "properties", "gradients", "multi_spike")}
 
 # Each is compared with the reference by the whole suite.
 FUSED_BACKENDS = [
@@ -49,6 +48,13 @@ FUSED_BACKENDS = [
     for name in asgl_cuda.available_backends()
     if name != "reference" and (WANTED is None or name in _WANTED_NAMES or (name in ptx.BACKENDS and PTX_MACHINE))
 ]
+
+
+def _surrogate_of(item: pytest.Item, params: dict[str, Any]) -> str | None:
+    """Of questions to all features only the cases run as PTX, which reach every kernel."""
+    if item.path.name == "test_features.py":
+        return getattr(params.get("case"), "surrogate", None)
+    return str(params.get("surrogate", "rectangle"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -65,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             runs = WANTED is not None or (
                 params["backend"] == "ptx"
                 and item.path.name in PTX_FILES
-                and params.get("surrogate", "rectangle") in EXACT_SURROGATES
+                and _surrogate_of(item, params) in EXACT_SURROGATES
             )
         (kept if runs else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)

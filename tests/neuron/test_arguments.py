@@ -1,4 +1,4 @@
-"""Invalid arguments: the type of the error, the expected value and the given one."""
+"""Invalid arguments of all functions: the type of the error, the expected value and the given one."""
 
 import inspect
 import warnings
@@ -11,116 +11,252 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import asgl_cuda
-from asgl_cuda import backends, call, checks, extension
+from asgl_cuda import LIF, backends, call, checks, extension
+from asgl_cuda.adaptive import _NEURON as OF_ADAPTIVE
 from asgl_cuda.checks import shown
+from asgl_cuda.functional import LIF_DEFAULTS
+from asgl_cuda.recurrent import _NEURON as OF_RECURRENT
 
 X = torch.zeros(4, 6, 3)
 STATE = torch.zeros(2, dtype=torch.int64)
+NAN, INF = float("nan"), float("inf")
+SOFT = {"v_reset": None}
+SEVERAL = {"multi_spike": True, **SOFT}
+TRAINING = {"training": True}
 
 with_extension = pytest.mark.skipif(extension.module is None, reason=str(extension.problem))
 
+
+def names_of(function, *others):
+    return {*inspect.signature(function).parameters, *others} - {"neuron", "unknown"}
+
+
+# By name: the function with what it needs, and its arguments.
+FUNCTIONS = {
+    "lif": (asgl_cuda.lif, {*names_of(asgl_cuda.lif)}),
+    "batch_norm_lif": (
+        partial(asgl_cuda.batch_norm_lif, training=True),
+        names_of(asgl_cuda.batch_norm_lif, *(LIF_DEFAULTS.keys() - {"input_gain", "input_bias", "input_mean"})),
+    ),
+    "adaptive_lif": (
+        partial(asgl_cuda.adaptive_lif, adapt_decay=0.9),
+        names_of(asgl_cuda.adaptive_lif, *OF_ADAPTIVE),
+    ),
+    "recurrent_lif": (
+        partial(asgl_cuda.recurrent_lif, weight=torch.zeros(3, 3)),
+        names_of(asgl_cuda.recurrent_lif, *OF_RECURRENT),
+    ),
+    "leaky_integrator": (asgl_cuda.leaky_integrator, names_of(asgl_cuda.leaky_integrator)),
+}
+BROADCASTS = "lif batch_norm_lif adaptive_lif leaky_integrator"  # recurrent neurons have one value or one by neuron
+# The layer LIF refuses these, too.
+OF_THE_LAYER = {"levels", "multi_spike", "v_min", "surrogate", "v_reset", "analog_prob"}
+
 BAD = [
-    # Options, error, and words of the message.
-    ({"x_seq": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, ["x_seq", "float32", "torch.int64"]),
-    ({"x_seq": torch.zeros(4, 3, dtype=torch.complex64)}, TypeError, ["x_seq", "float32", "complex64"]),
-    ({"x_seq": [[1.0]]}, TypeError, ["x_seq", "tensor", "list"]),
-    ({"x_seq": torch.tensor(1.0)}, ValueError, ["x_seq", "at least one dimension"]),
-    ({"x_seq": torch.zeros(0, 3)}, ValueError, ["x_seq", "time step", "[0, 3]"]),
-    ({"time_dim": 3}, ValueError, ["time_dim", "[-3, 2]", "got 3"]),
-    ({"time_dim": -4}, ValueError, ["time_dim", "got -4"]),
-    ({"time_dim": 1.0}, TypeError, ["time_dim", "int", "float"]),
+    # Options, error, words of the message; and the functions, by default all that have the arguments.
+    ({"x_seq": torch.zeros(4, 6, 3, dtype=torch.int64)}, TypeError, "x_seq must be float16, bfloat16, float32"),
+    ({"x_seq": torch.zeros(4, 6, 3, dtype=torch.complex64)}, TypeError, "x_seq must be float16|torch.complex64"),
+    ({"x_seq": [[1.0]]}, TypeError, "x_seq must be a tensor, got list"),
+    ({"x_seq": torch.tensor(1.0)}, ValueError, "x_seq|at least one dimension"),
+    ({"x_seq": torch.zeros(0, 6, 3)}, ValueError, "x_seq|time step|[0, 6, 3]"),
+    ({"x_seq": X.to_sparse()}, TypeError, "x_seq|dense|sparse"),
+    ({"x_seq": X.to_mkldnn()}, TypeError, "x_seq|dense|mkldnn"),
+    ({"x_seq": torch.nested.nested_tensor([torch.zeros(3)])}, TypeError, "x_seq|dense|nested"),
+    ({"time_dim": 3}, ValueError, "time_dim must be in [-3, 2]|got 3"),
+    ({"time_dim": -4}, ValueError, "time_dim|got -4"),
+    ({"time_dim": 1.0}, TypeError, "time_dim|int|float"),
+    ({"time_dim": 10**5000}, ValueError, "time_dim|[-3, 2]"),
     *(
-        ({name: torch.ones(5)}, ValueError, [name, "[4, 6, 3]", "[5]"])
-        for name in ("width", "decay", "v_threshold", "v_reset", "input_gain", "input_bias", "input_mean")
+        ({name: torch.ones(5)}, ValueError, f"{name} must broadcast against x_seq of shape [4, 6, 3]|[5]", BROADCASTS)
+        for name in ("width", "decay", "v_threshold", "v_reset", "input_gain", "input_bias", "input_mean",
+                     "adapt_decay", "adapt_potential", "adapt_spike")
     ),
-    ({"decay": torch.ones(2, 4, 6, 3)}, ValueError, ["decay", "[4, 6, 3]", "[2, 4, 6, 3]"]),
-    ({"width": torch.ones(1, 4, 6, 3)}, ValueError, ["width", "[4, 6, 3]", "[1, 4, 6, 3]"]),
-    ({"width": torch.ones(3, dtype=torch.int32)}, TypeError, ["width", "floating", "torch.int32"]),
-    ({"decay": torch.ones((), dtype=torch.bool)}, TypeError, ["decay", "floating", "torch.bool"]),
-    ({"v_threshold": torch.ones(3, dtype=torch.complex64)}, TypeError, ["v_threshold", "floating"]),
-    ({"width": torch.ones(3, device="meta")}, ValueError, ["width", "cpu", "meta"]),
-    ({"width": "1"}, TypeError, ["width", "float or a tensor", "str"]),
-    ({"decay": None}, TypeError, ["decay", "float or a tensor", "NoneType"]),
-    ({"width": True}, TypeError, ["width", "bool"]),
-    ({"width": 0.0}, ValueError, ["width", "> 0", "0.0"]),
-    ({"width": -1}, ValueError, ["width", "> 0", "-1"]),
-    ({"width": float("nan")}, ValueError, ["width", "> 0", "nan"]),
-    ({"width": float("inf")}, ValueError, ["width", "finite", "inf"]),
-    ({"width": 1e-40}, ValueError, ["width", "1.08e-19", "1e-40"]),
-    ({"width": torch.tensor(-0.5)}, ValueError, ["width", "> 0", "-0.5"]),
-    ({"width": torch.tensor([1.0, 0.0, 1.0])}, ValueError, ["width", "> 0", "0.0"]),
-    ({"width": torch.tensor([1.0, float("nan"), 1.0])}, ValueError, ["width", "> 0", "nan"]),
-    ({"width": torch.full((3,), 1e-40)}, ValueError, ["width", "1.08e-19"]),
-    ({"width": torch.tensor([1.0, float("inf"), 1.0])}, ValueError, ["width", "finite", "inf"]),
-    ({"width": torch.tensor([1e-40, float("inf"), 1.0])}, ValueError, ["width", "1.08e-19"]),
-    ({"width": torch.tensor([[float("inf")]])}, ValueError, ["width", "finite", "inf"]),
-    ({"width": torch.tensor([float("inf"), float("nan")])[:, None].expand(2, 3)[:1]}, ValueError, ["width", "inf"]),
-    ({"width": 10**400}, ValueError, ["width", "float", "beyond"]),
-    ({"decay": -(10**400)}, ValueError, ["decay", "float", "beyond"]),
-    ({"v_rest": 10**5000}, ValueError, ["v_rest", "float", "beyond"]),
-    ({"time_dim": 10**5000}, ValueError, ["time_dim", "[-3, 2]"]),
-    ({"backend": ["cpu"]}, ValueError, ["backend", "cpu, reference", "['cpu']"]),
-    ({"backend": {"cpu": 1}}, ValueError, ["backend", "cpu, reference", "{'cpu': 1}"]),
-    ({"surrogate": ["arctan"]}, ValueError, ["surrogate", "arctan", "['arctan']"]),
-    ({"rng_state": STATE.to_sparse()}, TypeError, ["rng_state", "dense", "sparse"]),
-    ({"multi_spike": True, "v_reset": None, "analog_prob": [0.1]}, TypeError, ["analog_prob", "float", "list"]),
+    ({"reset_amount": torch.ones(5), **SOFT}, ValueError, "reset_amount|[4, 6, 3]|[5]", BROADCASTS),
+    ({"decay": torch.ones(2, 4, 6, 3)}, ValueError, "decay|[4, 6, 3]|[2, 4, 6, 3]", BROADCASTS),
+    ({"width": torch.ones(1, 4, 6, 3)}, ValueError, "width|[4, 6, 3]|[1, 4, 6, 3]", BROADCASTS),
+    ({"width": torch.ones(3, dtype=torch.int32)}, TypeError, "width must be of a floating type|torch.int32"),
+    ({"decay": torch.ones((), dtype=torch.bool)}, TypeError, "decay|floating|torch.bool"),
+    ({"v_threshold": torch.ones(3, dtype=torch.complex64)}, TypeError, "v_threshold|floating"),
+    ({"width": torch.ones(3, device="meta")}, ValueError, "width must be on cpu|meta"),
+    ({"width": torch.ones(3).to_sparse()}, TypeError, "width|dense|sparse"),
+    ({"width": "1"}, TypeError, "width must be a float or a tensor, got str"),
+    ({"decay": None}, TypeError, "decay must be a float or a tensor, got NoneType"),
+    ({"width": True}, TypeError, "width|bool"),
+    *(({"width": width}, ValueError, f"width must be|{width}") for width in (0.0, -1, NAN)),
     *(
-        ({name: float("nan")}, ValueError, [name, "a number", "nan"])
-        for name in ("decay", "v_threshold", "v_rest", "surrogate_gain")
+        ({"width": torch.tensor(values)}, ValueError, f"width|{words}")
+        for values, words in ((-0.5, "> 0|-0.5"), ([1.0, 0.0, 1.0], "> 0|0.0"), ([1.0, NAN, 1.0], "> 0|nan"),
+                              ([1e-40] * 3, "1.08e-19"), ([1.0, INF, 1.0], "finite|inf"),
+                              ([1e-40, INF, 1.0], "1.08e-19"), ([[INF]], "finite|inf"))
     ),
-    ({"strict_threshold": "no"}, TypeError, ["strict_threshold", "bool", "str"]),
-    ({"return_v_seq": 1}, TypeError, ["return_v_seq", "bool", "int"]),
-    ({"generator": 3}, TypeError, ["generator", "torch.Generator", "int"]),
-    ({"x_seq": torch.zeros(4, 3).to_sparse()}, TypeError, ["x_seq", "dense", "sparse"]),
-    ({"x_seq": torch.zeros(4, 3).to_mkldnn()}, TypeError, ["x_seq", "dense", "mkldnn"]),
-    ({"x_seq": torch.nested.nested_tensor([torch.zeros(3)])}, TypeError, ["x_seq", "dense", "nested"]),
-    ({"width": torch.ones(3).to_sparse()}, TypeError, ["width", "dense", "sparse"]),
-    ({"analog_prob": 1.5}, ValueError, ["analog_prob", "[0, 1]", "1.5"]),
-    ({"analog_prob": -0.1}, ValueError, ["analog_prob", "[0, 1]", "-0.1"]),
-    ({"analog_prob": float("nan")}, ValueError, ["analog_prob", "[0, 1]", "nan"]),
-    ({"analog_prob": torch.ones(2)}, TypeError, ["analog_prob", "float", "tensor of one", "[2]"]),
-    ({"analog_prob": torch.tensor(1)}, TypeError, ["analog_prob", "float", "int64"]),
-    ({"analog_prob": torch.tensor(1.5)}, ValueError, ["analog_prob", "[0, 1]", "1.5"]),
-    ({"analog_prob": torch.tensor(0.5, device="meta")}, ValueError, ["analog_prob", "cpu", "meta"]),
-    ({"surrogate": "gaussian"}, ValueError, ["surrogate", "rectangle, triangle, sigmoid", "'gaussian'"]),
-    ({"surrogate_gain": "2"}, TypeError, ["surrogate_gain", "str"]),
-    ({"v_rest": torch.zeros(3)}, TypeError, ["v_rest", "float", "Tensor"]),
-    ({"backend": "gpu"}, ValueError, ["backend", "cpu", "reference", "'gpu'"]),
-    ({"rng_state": (1, 2)}, TypeError, ["rng_state", "int64", "tuple"]),
-    ({"rng_state": torch.zeros(2)}, TypeError, ["rng_state", "int64", "float32"]),
-    ({"rng_state": torch.zeros(3, dtype=torch.int64)}, ValueError, ["rng_state", "[2]", "[3]"]),
-    ({"rng_state": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, ["rng_state", "cpu", "meta"]),
-    ({"rng_state": STATE, "generator": torch.Generator()}, ValueError, ["rng_state", "generator"]),
-    ({"v_init": torch.zeros(6, 4)}, ValueError, ["v_init", "[6, 3]", "[6, 4]"]),
-    ({"v_init": torch.zeros(3)}, ValueError, ["v_init", "[6, 3]", "[3]"]),
-    ({"v_init": 0.0}, TypeError, ["v_init", "tensor", "float"]),
-    ({"v_init": torch.zeros(6, 3, dtype=torch.int64)}, TypeError, ["v_init", "floating", "int64"]),
-    ({"v_init": torch.zeros(6, 3, device="meta")}, ValueError, ["v_init", "cpu", "meta"]),
-    ({"residual_gain": 0.5}, ValueError, ["residual_gain needs a residual", "0.5"]),
+    ({"width": torch.zeros(3), "analog_prob": 0.5}, ValueError, "width must be > 0|got 0.0"),
+    ({"width": INF}, ValueError, "width|finite|inf"),
+    ({"width": 1e-40}, ValueError, "width|1.08e-19|1e-40"),
+    ({"width": 10**400}, ValueError, "width|float|beyond"),
+    ({"decay": -(10**400)}, ValueError, "decay|float|beyond"),
+    ({"v_rest": 10**5000}, ValueError, "v_rest|float|beyond"),
+    *(({name: NAN}, ValueError, f"{name} must be a number, got nan")
+      for name in ("decay", "v_threshold", "v_rest", "surrogate_gain", "adapt_potential")),
+    ({"v_rest": torch.zeros(3)}, TypeError, "v_rest must be a float|Tensor"),
+    ({"surrogate_gain": "2"}, TypeError, "surrogate_gain|str"),
+    ({"strict_threshold": "no"}, TypeError, "strict_threshold must be a bool, got str"),
+    ({"return_v_seq": 1}, TypeError, "return_v_seq|bool|int"),
+    ({"return_v_last": None}, TypeError, "return_v_last must be a bool"),
+    ({"to_threshold": 1}, TypeError, "to_threshold must be a bool"),
+    ({"delay": 1}, TypeError, "delay must be a bool, got int"),
+    ({"generator": 3}, TypeError, "generator|torch.Generator|int"),
+    ({"analog_prob": 1.5}, ValueError, "analog_prob must be in [0, 1], got 1.5"),
+    ({"analog_prob": -0.1}, ValueError, "analog_prob|[0, 1]|-0.1"),
+    ({"analog_prob": NAN}, ValueError, "analog_prob|[0, 1]|nan"),
+    ({"analog_prob": torch.ones(2)}, TypeError, "analog_prob|float|tensor of one|[2]"),
+    ({"analog_prob": torch.tensor(1)}, TypeError, "analog_prob|float|int64"),
+    ({"analog_prob": torch.tensor(1.5)}, ValueError, "analog_prob|[0, 1]|1.5"),
+    ({"analog_prob": torch.tensor(0.5, device="meta")}, ValueError, "analog_prob|cpu|meta"),
+    ({"surrogate": "gaussian"}, ValueError, "surrogate must be one of rectangle, triangle, sigmoid|'gaussian'"),
+    ({"surrogate": ["arctan"]}, ValueError, "surrogate|arctan|['arctan']"),
+    ({"surrogate": "periodic_exponential", **SOFT}, ValueError, "'periodic_exponential' needs multi_spike=True"),
+    ({"backend": "gpu"}, ValueError, "backend must be one of|cpu|reference|'gpu'"),
+    ({"backend": {"cpu": 1}}, ValueError, "backend|cpu|{'cpu': 1}"),
+    ({"rng_state": (1, 2)}, TypeError, "rng_state|int64|tuple"),
+    ({"rng_state": torch.zeros(2)}, TypeError, "rng_state|int64|float32"),
+    ({"rng_state": torch.zeros(3, dtype=torch.int64)}, ValueError, "rng_state|[2]|[3]"),
+    ({"rng_state": STATE.to("meta")}, ValueError, "rng_state|cpu|meta"),
+    ({"rng_state": STATE.to_sparse()}, TypeError, "rng_state|dense|sparse"),
+    ({"rng_state": STATE, "generator": torch.Generator()}, ValueError, "rng_state|generator"),
     *(
-        ({"multi_spike": True, "v_reset": None, "v_threshold": value}, ValueError, ["v_threshold > 0", "multi_spike"])
-        for value in (0.0, -1, torch.tensor([1.0, 0.0, 1.0]), torch.tensor(float("nan")))
+        row
+        for name, needs in (("v_init", {}), ("w_init", {}), ("s_init", {}), ("i_init", {"syn_decay": 0.5}))
+        for row in (
+            ({name: torch.zeros(6, 4), **needs}, ValueError, f"{name} must have shape [6, 3], got [6, 4]"),
+            ({name: torch.zeros(3), **needs}, ValueError, f"{name}|[6, 3]|[3]"),
+            ({name: 0.0, **needs}, TypeError, f"{name}|tensor|float"),
+            ({name: torch.zeros(6, 3, dtype=torch.int64), **needs}, TypeError, f"{name}|floating|int64"),
+            ({name: torch.zeros(6, 3, device="meta"), **needs}, ValueError, f"{name}|cpu|meta"),
+        )
     ),
-    ({"tau": 2.0}, TypeError, ["'tau'", "tau=2.0 is decay=0.5", "divides the input", "input_gain=0.5"]),
-    ({"v_treshold": 2.0}, TypeError, ["'v_treshold'", "did you mean v_threshold?"]),
-    ({"reset_amount": 1.0}, ValueError, ["reset_amount", "v_reset=None"]),
-    ({"width": torch.zeros(3), "analog_prob": 0.5}, ValueError, ["width must be > 0", "got 0.0"]),
-    ({"reset_amount": torch.ones(5), "v_reset": None}, ValueError, ["reset_amount", "[4, 6, 3]", "[5]"]),
+    ({"reset_amount": 1.0}, ValueError, "reset_amount|v_reset=None"),
+    ({"tau": 2.0}, TypeError, "'tau'", "lif batch_norm_lif adaptive_lif recurrent_lif leaky_integrator"),
+    ({"tau": 2.0}, TypeError, "tau=2.0 is decay=0.5|divides the input|input_gain=0.5", "lif"),
+    ({"v_treshold": 2.0}, TypeError, "'v_treshold'|did you mean v_threshold?", "lif"),
+    # A residual.
+    ({"residual": X[0]}, ValueError, "residual must have x_seq's shape [4, 6, 3], got [6, 3]"),
+    ({"residual": X[:, :1]}, ValueError, "got [4, 1, 3]; residual.expand_as(x_seq)"),
+    ({"residual": X.half()}, TypeError, "residual must have x_seq's type torch.float32, got torch.float16"),
+    ({"residual": 1.0}, TypeError, "residual must be a tensor or None, got float"),
+    ({"residual": X.to_sparse()}, TypeError, "residual must be a dense tensor"),
+    ({"residual": X.to("meta")}, ValueError, "residual must be on cpu as x_seq, got meta"),
+    ({"residual": X, "residual_gain": "one"}, TypeError, "residual_gain must be a float"),
+    ({"residual": X, "residual_gain": NAN}, ValueError, "residual_gain must be a number"),
+    ({"residual_gain": 0.5}, ValueError, "residual_gain needs a residual|0.5"),
+    # Several spikes a step, levels, and a floor.
+    ({"multi_spike": True}, ValueError, "needs v_reset=None, got v_reset 0.0"),
+    ({"multi_spike": 1, **SOFT}, TypeError, "multi_spike must be a bool, got int"),
+    ({**SEVERAL, "analog_prob": 0.2}, ValueError, "needs analog_prob=0, got 0.2: |no smooth number of spikes"),
+    ({**SEVERAL, "analog_prob": torch.zeros(())}, ValueError, "needs analog_prob=0, got 0", "lif batch_norm_lif"),
+    ({**SEVERAL, "analog_prob": [0.1]}, TypeError, "analog_prob|float|list"),
+    *(({**SEVERAL, "v_threshold": value}, ValueError, "v_threshold > 0|multi_spike")
+      for value in (0.0, -1, torch.tensor([1.0, 0.0, 1.0]), torch.tensor(NAN))),
+    ({"v_reset": 0.0, "levels": 4}, ValueError, "levels is for the soft reset and needs v_reset=None, got v_reset 0.0"),
+    *(({**SOFT, "levels": levels}, ValueError, f"levels must be None or an int in [1, 256], got {levels}")
+      for levels in (0, 257, 4.0, True)),
+    ({**SOFT, "levels": 4, "surrogate": "sigmoid"}, ValueError, "takes no other, got 'sigmoid'"),
+    *(({**SOFT, "levels": 4, "v_threshold": value}, ValueError, "v_threshold|> 0")
+      for value in (0.0, -1.0, torch.zeros(3))),
+    *(({**SOFT, "levels": 4, "width": width}, ValueError, "the threshold is the width", "lif batch_norm_lif")
+      for width in (2.0, torch.ones(()), torch.ones(3))),
+    ({"v_min": NAN}, ValueError, "v_min must be finite, got nan"),
+    ({"v_min": -INF}, ValueError, "v_min must be finite, got -inf"),
+    ({"v_min": "0"}, TypeError, "v_min must be a float, got str"),
+    # What some neurons lack.
+    *(({name: value}, TypeError, f"unexpected keyword argument '{name}'", "adaptive_lif")
+      for name, value in (("levels", 4), ("residual", X), ("v_min", 0.0))),
+    *(({name: value}, TypeError, f"recurrent neurons have no {name}", "recurrent_lif")
+      for name, value in (("levels", 4), ("residual", X), ("v_min", 0.0))),
+    ({"input_gain": 2.0}, TypeError, "'input_gain'", "batch_norm_lif"),
+    # Normalised.
+    *(({"weight": value}, error, words, "batch_norm_lif") for value, error, words in (
+        (torch.ones(4), ValueError, "weight must have shape [3]|got [4]"),
+        (torch.ones(3).int(), TypeError, "weight must be of a floating type"),
+        (1.0, TypeError, "weight must be a tensor, got float"),
+        (torch.ones(3, device="meta"), ValueError, "weight must be on cpu|got meta"),
+        (torch.ones(3).to_sparse(), TypeError, "weight must be a dense tensor"))),
+    ({"bias": torch.ones(1, 3)}, ValueError, "bias must have shape [3]|got [1, 3]", "batch_norm_lif"),
+    ({"training": False}, ValueError, "evaluation|needs running_mean and running_var", "batch_norm_lif"),
+    ({"running_mean": torch.zeros(3)}, ValueError, "must both be given"),
+    ({"x_seq": X[:, 0]}, ValueError, "must have a dimension of channels|got shape [4, 3]", "batch_norm_lif"),
+    ({"x_seq": X[:1, :1]}, ValueError, "more than one value a channel, got x_seq of shape [1, 1, 3]", "batch_norm_lif"),
+    ({"eps": "small"}, TypeError, "eps must be a float, got str"),
+    ({"eps": -1.0}, ValueError, "eps must be >= 0, got -1.0"),
+    ({"eps": INF}, ValueError, "eps must be finite, got inf"),
+    ({"input_scale": None}, TypeError, "input_scale must be a float, got NoneType"),
+    ({"momentum": None}, TypeError, "momentum must be a float or a tensor, got NoneType"),
+    ({"momentum": INF}, ValueError, "momentum must be finite, got inf"),
+    ({"momentum": torch.tensor(NAN)}, ValueError, "momentum must be finite, got nan"),
+    ({"momentum": torch.ones(2)}, ValueError, "momentum|tensor of one value|shape [2]"),
+    ({"momentum": torch.ones(())[None][:0]}, ValueError, "momentum|shape [0]"),
+    ({"momentum": torch.tensor(1j)}, TypeError, "momentum must be of a floating type"),
+    ({"momentum": torch.ones((), device="meta")}, ValueError, "momentum must be on cpu|meta"),
+    ({"process_group": [1, 2]}, TypeError, "process_group must be|got [1, 2]"),
+    # Recurrent.
+    *(({name: value, **needs}, error, words, "recurrent_lif") for name, value, needs, error, words in (
+        ("x_seq", torch.zeros(2, 3, 4, 3), {}, ValueError, "x_seq must have shape [T, B, N]"),
+        ("time_dim", 2, {}, ValueError, "got [4, 6, 3] with time_dim=2"),
+        ("weight", torch.zeros(3, 2), {}, ValueError, "weight must have shape [3, 3] or [3], got [3, 2]"),
+        ("weight", torch.zeros(3, 3).int(), {}, TypeError, "weight must be of a floating type, got torch.int32"),
+        ("weight", torch.zeros(3, 3).to_sparse(), {}, TypeError, "weight must be a dense tensor"),
+        ("bias", torch.zeros(4), {}, ValueError, "bias must have shape [3], got [4]"),
+        ("width", torch.ones(4, 1, 1), {}, ValueError, "width must have one value or shape [3], got [4, 1, 1]"),
+        ("width", torch.ones(6, 1), {}, ValueError, "width must have one value or shape [3], got [6, 1]"),
+        ("width", torch.ones(4, 1, 3), {}, ValueError, "width must have one value or shape [3], got [4, 1, 3]"),
+        ("i_init", torch.zeros(6, 3), {}, ValueError, "i_init needs syn_decay"),
+        ("input_gain", NAN, {}, ValueError, "input_gain must be"))),
+]  # fmt: skip
+ROWS = [
+    pytest.param(name, *row[:3], id=f"{name} {shown(row[0])[:40]}")
+    for row in BAD
+    for name, (_, takes) in FUNCTIONS.items()
+    if (len(row) < 4 or name in row[3].split()) and (row[0].keys() <= takes or (row[1] is TypeError and len(row) > 3))
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "words"), BAD, ids=lambda value: shown(value)[:40])
-@pytest.mark.parametrize("backend", [None, "reference"])
-def test_bad_arguments(options, error, words, backend):
-    options = {"backend": backend, **options}
+@pytest.mark.parametrize(("name", "options", "error", "words"), ROWS)
+def test_bad_arguments(name, options, error, words):
+    """Refused before anything is drawn or computed."""
+    function, _ = FUNCTIONS[name]
+    given = {"x_seq": X, **options}
     state = torch.get_rng_state()
     with pytest.raises(error) as caught:
-        asgl_cuda.lif(options.pop("x_seq", X), **options)
+        function(given.pop("x_seq"), **given)
     message = str(caught.value)
-    assert message.startswith("asgl_cuda.lif: ")
-    for word in words:
-        assert word in message, message
-    assert torch.equal(state, torch.get_rng_state()), "the generator must not have been advanced"
+    assert f"asgl_cuda.{name}" in message
+    for word in words.split("|"):
+        assert word in message
+    assert torch.equal(state, torch.get_rng_state())
+    if (
+        name == "lif"
+        and options.keys() <= OF_THE_LAYER
+        and not any(isinstance(each, torch.Tensor) for each in options.values())
+    ):
+        with pytest.raises(error) as caught:
+            LIF(**{"analog_prob": 0.0, **options})
+        assert words.split("|")[-1] in str(caught.value)
+        assert "asgl_cuda.LIF" in str(caught.value)
+
+
+def test_bad_arguments_of_layers():
+    with pytest.raises(ValueError, match=r"needs analog_prob=0, got 0\.2"):  # the default
+        LIF(**SEVERAL)
+    layer = LIF(**SEVERAL, analog_prob=0.0)
+    with pytest.raises(ValueError, match=r"needs analog_prob=0, got 0\.1"):
+        layer.analog_prob = 0.1
+    assert layer.analog_prob == 0
+    layer = asgl_cuda.BatchNormLIF(5)
+    with pytest.raises(ValueError, match=r"running_mean must have shape \[3\] .* got \[5\]"):
+        layer(torch.randn(4, 2, 3, 6))
+    assert int(layer.num_batches_tracked) == 0
+    for wrong in (0, [], "3", True):
+        with pytest.raises(ValueError, match="num_features must be a number of channels or begin with it"):
+            asgl_cuda.BatchNormLIF(wrong)
 
 
 def test_accepted_arguments_stand_for_no_others(monkeypatch):
@@ -271,22 +407,11 @@ def test_where_the_square_overflows_there_is_no_gradient(backend, device, surrog
 
 
 def test_nan_in_the_input_shows_in_the_gradients_of_parameters(backend, device):
-    """NaN gives no spike and no gradient of x, but NaN in parameter gradients, as in a layer that multiplies.
-
-    NaN in a parameter's gradient shows the user, and torch.amp.GradScaler, the NaN in the input.
-    """
-    x_seq = torch.tensor([[0.5, 0.9], [float("nan"), 0.3], [1.0, 0.7]], device=device)
-    found = {}
-    for name in (backend, "reference"):
-        x = x_seq.clone().requires_grad_()
-        width, decay = (torch.tensor(value, device=device, requires_grad=True) for value in (1.0, 0.5))
-        s_seq = asgl_cuda.lif(x, width=width, decay=decay, backend=name)
-        s_seq.sum().backward()
-        found[name] = (s_seq, x.grad, width.grad, decay.grad)
-    for ours, theirs in zip(found[backend], found["reference"], strict=True):
-        assert torch.equal(ours.isnan(), theirs.isnan())
-        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
-    s_seq, grad_x_seq, grad_width, _ = found[backend]
-    assert s_seq[:, 0].tolist() == [0, 0, 0]
-    assert grad_x_seq[1:, 0].tolist() == [0, 0]
-    assert grad_width.isnan()
+    """NaN gives no spike and no gradient of x, but NaN in parameter gradients, which torch.amp.GradScaler sees."""
+    x_seq = torch.tensor([[0.5], [NAN], [1.0]], device=device, requires_grad=True)
+    width = torch.ones((), device=device, requires_grad=True)
+    s_seq = asgl_cuda.lif(x_seq, width=width, backend=backend)
+    s_seq.sum().backward()
+    assert not s_seq.any()
+    assert not x_seq.grad[1:].any()
+    assert width.grad.isnan()

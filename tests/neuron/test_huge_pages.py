@@ -35,16 +35,12 @@ def asked_for(tensor: Tensor) -> bool:
     raise AssertionError("the tensor lies in no mapping")
 
 
-def test_large_outputs_ask_for_huge_pages():
+def test_what_is_large_asks_for_huge_pages():
     x_seq = torch.randn(32, LARGE // 16, requires_grad=True)
-    v_init = torch.zeros(LARGE // 16)
-    found = asgl_cuda.lif(x_seq, v_init=v_init, return_v_seq=True, return_h_seq=True, backend="cpu")
+    found = asgl_cuda.lif(x_seq, return_v_seq=True, return_h_seq=True, backend="cpu")
     (grad,) = torch.autograd.grad(found.s_seq, x_seq, torch.ones_like(x_seq))
     for tensor in (found.s_seq, found.v_seq, found.h_seq, grad):
         assert asked_for(tensor)
-
-
-def test_gradients_behind_a_residual_ask_for_huge_pages():
     x_seq, residual = (torch.randn(4, 16, LARGE // 64, requires_grad=True) for _ in range(2))
     s_seq = asgl_cuda.batch_norm_lif(x_seq, training=True, residual=residual, backend="cpu")
     for grad in torch.autograd.grad(s_seq, (x_seq, residual), torch.ones_like(s_seq)):
@@ -53,8 +49,7 @@ def test_gradients_behind_a_residual_ask_for_huge_pages():
 
 def test_states_and_checkpoints_ask_for_huge_pages():
     """Each is as large as one step of the sequence."""
-    x_seq = torch.randn(17, LARGE, requires_grad=True)
-    output = asgl_cuda.lif(x_seq, return_v_last=True, backend="cpu")
+    output = asgl_cuda.lif(torch.randn(17, LARGE, requires_grad=True), return_v_last=True, backend="cpu")
     saved = [tensor for tensor in output.s_seq.grad_fn.saved_tensors if tensor is not None]
     (checkpoints,) = (tensor for tensor in saved if tensor.dim() == 1 and tensor.numel() >= LARGE)
     assert asked_for(output.v_last)

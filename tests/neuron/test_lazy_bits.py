@@ -1,13 +1,11 @@
-"""Tensors whose memory does not hold their values: torch's negative and conjugate bits, or no memory."""
+"""Tensors whose memory does not hold their values, beside those of test_features.py."""
 
 import pytest
 import torch
-from comparison import random_input, rng_state, uniform
+from comparison import random_input, uniform
 
 import asgl_cuda
 from asgl_cuda.backends import BACKENDS
-
-PARAMETERS = ("width", "decay", "v_threshold", "v_reset", "reset_amount", "input_gain", "input_bias", "input_mean")
 
 
 def negated(value):
@@ -18,13 +16,6 @@ def negated(value):
     return lazy.requires_grad_(value.requires_grad)
 
 
-def imaginary(value):
-    """The same values as the imaginary part of a conjugate, which has the negative bit; one value is dense."""
-    lazy = torch.complex(torch.zeros_like(value), -value.detach()).conj().imag
-    assert lazy.is_neg()
-    return lazy.requires_grad_(value.requires_grad)
-
-
 @pytest.fixture(params=["direct", "torch.ops"])
 def way(request, backend, monkeypatch):
     """Both ways of calling the operators."""
@@ -32,84 +23,6 @@ def way(request, backend, monkeypatch):
         monkeypatch.setitem(BACKENDS, backend, BACKENDS[backend]._replace(direct=None))
     elif BACKENDS[backend].direct is None:
         pytest.skip("there is one way only")
-
-
-def copied(value):
-    return value.detach().clone().requires_grad_(value.requires_grad)
-
-
-def assert_equal_with(lazy, function, x_seq, tensors, chosen):
-    """Outputs and gradients of function(x_seq, **tensors) are the same with the tensors in `chosen` lazy."""
-
-    def results(changed):
-        given = {"x_seq": x_seq, **tensors}.items()
-        leaves = {name: (changed if name in chosen else copied)(value) for name, value in given}
-        outputs = [each for each in function(**leaves) if each is not None]
-        generator = torch.Generator().manual_seed(0)
-        grads = [torch.randn(each.shape, generator=generator).to(each) for each in outputs]
-        if "grads" in chosen:
-            grads = [changed(each) for each in grads]
-        wanted = [each for each in leaves.values() if each.requires_grad]
-        return *outputs, *torch.autograd.grad(outputs, wanted, grads)
-
-    for ours, theirs in zip(results(lazy), results(copied), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("lazy", [negated, imaginary])
-@pytest.mark.parametrize("chosen", ["x_seq", "v_init", "rng_state", *PARAMETERS, "grads", "analog_prob"])
-def test_lif(backend, device, way, lazy, chosen):
-    soft = chosen == "reset_amount"
-
-    def function(x_seq, **tensors):
-        reset = {"v_reset": None} if soft else {}
-        every = {"return_v_last": True, "return_v_seq": True, "return_h_seq": True}
-        return asgl_cuda.lif(x_seq, **tensors, **reset, **every, surrogate="triangle", backend=backend)
-
-    names = [name for name in PARAMETERS if name != ("v_reset" if soft else "reset_amount")]
-    tensors = {name: uniform(31, low=0.3, high=0.9, device=device) for name in names}
-    tensors["v_init"] = uniform(3, 31, low=-1, high=1, device=device)
-    tensors["rng_state"] = rng_state(device=device)
-    tensors["analog_prob"] = torch.tensor(0.3, device=device)
-    if chosen == "rng_state":
-        lazy = negated  # integers have no imaginary part
-    assert_equal_with(lazy, function, random_input(20, 3, 31, device=device), tensors, {chosen})
-
-
-@pytest.mark.parametrize("chosen", ["x_seq", "v_init", "decay", "input_gain", "grads"])
-def test_integrator(backend, device, way, chosen):
-    def function(x_seq, **tensors):
-        return asgl_cuda.leaky_integrator(x_seq, **tensors, return_v_last=True, backend=backend)
-
-    tensors = {name: uniform(31, low=0.3, high=0.9, device=device) for name in ("decay", "input_gain")}
-    tensors["v_init"] = uniform(3, 31, low=-1, high=1, device=device)
-    assert_equal_with(negated, function, random_input(20, 3, 31, device=device), tensors, {chosen})
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(
-    "chosen", ["x_seq", "v_init", "weight", "bias", "running_mean", "running_var", "width", "grads", "all"]
-)
-def test_batch_norm(backend, device, way, training, chosen):
-    x_seq = random_input(5, 3, 4, 6, device=device)
-    tensors = {name: uniform(4, low=0.3, high=0.9, device=device) for name in ("weight", "bias")}
-    tensors["width"] = uniform(low=0.3, high=0.9, device=device)
-    tensors["v_init"] = uniform(3, 4, 6, low=-1, high=1, device=device)
-    for name in ("running_mean", "running_var"):
-        tensors[name] = uniform(4, low=0.3, high=0.9, device=device).detach()
-
-    def function(x_seq, running_mean, running_var, **tensors):
-        out = asgl_cuda.batch_norm_lif(
-            x_seq, running_mean, running_var, **tensors, training=training, return_v_last=True, backend=backend
-        )
-        statistics.append((running_mean.clone(), running_var.clone()))
-        return out
-
-    statistics = []
-    every = {"x_seq", *tensors, "grads"} if chosen == "all" else {chosen}
-    assert_equal_with(negated, function, x_seq, tensors, every)
-    for ours, theirs in zip(*statistics, strict=True):
-        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked"])

@@ -1,17 +1,16 @@
-"""Integer spikes, `levels`: against the reference, the published arithmetic, and binary spikes."""
+"""Integer spikes, `levels`: values, the published arithmetic, and binary spikes."""
 
 import copy
 
 import pytest
 import torch
-from comparison import assert_equals_reference, random_input, real_of, rng_state, uniform
+from comparison import random_input, rng_state
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import asgl_cuda
-from asgl_cuda import LIF, BatchNormLIF, Monitor, batch_norm_lif, lif, unroll_levels
+from asgl_cuda import LIF, Monitor, lif, unroll_levels
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SOFT = {"v_reset": None, "levels": 4}
 
 
@@ -28,49 +27,6 @@ def published(x_seq, decay, levels, threshold=1.0, detach=True):
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("steps", [1, 4, 7, 16, 18, 35])
-@pytest.mark.parametrize("neurons", [(4, 68), (5, 33), (1, 1)])
-def test_equals_reference(backend, device, dtype, steps, neurons):
-    x_seq = (3 * random_input(steps, *neurons, dtype=dtype, device=device)).detach().requires_grad_()
-    threshold = uniform(low=0.5, high=1.5, dtype=real_of(dtype), device=device)
-    for options in (
-        {"levels": 4},
-        {"levels": 1, "analog_prob": 0.3},
-        {"levels": 7, "detach_reset": True, "analog_prob": 1.0},
-        {"levels": 256, "decay": 0.9},
-    ):
-        assert_equals_reference(
-            x_seq, backend, outputs=("s_seq",), v_reset=None, v_threshold=threshold, rng_state=rng_state(device=device),
-            **options,
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"by_channel": ("v_threshold", "decay")},
-        {"by_channel": ("input_gain", "input_bias"), "detach_reset": True},
-        {"by_step": ("v_threshold", "input_gain")},
-        {"by_channel": ("v_threshold",), "scale_output": True, "outputs": ("s_seq", "v_last", "v_seq", "h_seq")},
-        {"by_channel": ("reset_amount",), "v_rest": 0.2, "outputs": ("s_seq", "h_seq")},
-        {"v_min": -0.2, "surrogate_gain": 0.5},
-        {"strict_threshold": True, "time_dim": 1},
-    ],
-)
-@pytest.mark.parametrize("residual", [False, True])
-def test_equals_reference_with_the_options_of_lif(backend, device, dtype, options, residual):
-    options = {"analog_prob": 0.3, "rng_state": rng_state(device=device), **SOFT, **options}
-    x_seq = (3 * random_input(18, 3, 8, 2, 6, dtype=dtype, device=device)).detach().requires_grad_()
-    real = {"low": 0.7, "high": 1.2, "dtype": real_of(dtype), "device": device}
-    options |= {name: uniform(8, 1, 1, **real) for name in options.pop("by_channel", ())}
-    options |= {name: uniform(18, 1, 1, 1, 1, **real) for name in options.pop("by_step", ())}
-    if residual:
-        options["residual"] = uniform(*x_seq.shape, low=-0.5, high=0.5, dtype=dtype, device=device)
-    assert_equals_reference(x_seq, backend, **options)
-
-
 def test_ties_and_edges(backend, device):
     h = torch.tensor([-1, -0.0, 0, 0.49999997, 0.5, 0.50000006, 1.5, 2.5, 3.5, 3.9, 4, 4.5, 1e9, torch.inf, -torch.inf])
     x_seq = torch.cat([h, torch.tensor([torch.nan])])[None].to(device).requires_grad_()
@@ -84,8 +40,7 @@ def test_ties_and_edges(backend, device):
 
 
 @pytest.mark.parametrize("detach", [False, True])
-@pytest.mark.parametrize("threshold", [1.0, 0.75, 2.0])
-@pytest.mark.parametrize("levels", [1, 4, 6, 8])
+@pytest.mark.parametrize(("levels", "threshold"), [(1, 1.0), (4, 0.75), (8, 2.0)])
 def test_equals_published_arithmetic(backend, device, detach, threshold, levels):
     x_seq = (2 * threshold * random_input(6, 5, 33, dtype=torch.float64, device=device)).detach().requires_grad_()
     found = lif(
@@ -98,19 +53,6 @@ def test_equals_published_arithmetic(backend, device, detach, threshold, levels)
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_gradcheck(backend, device):
-    """Every element analog: the function is smooth but for its kinks, which no potential is near."""
-    real = {"dtype": torch.float64, "device": device}
-    x_seq = uniform(6, 3, 4, low=0.3, high=0.8, **real)
-    threshold, decay = uniform(4, low=0.9, high=1.1, **real), uniform(low=0.1, high=0.2, **real)
-
-    def smooth(*inputs):
-        x_seq, v_threshold, decay = inputs
-        return lif(x_seq, v_threshold=v_threshold, decay=decay, analog_prob=1.0, backend=backend, **SOFT)
-
-    assert torch.autograd.gradcheck(smooth, (x_seq, threshold, decay))
-
-
 def test_noise_replaces_the_rounding():
     x_seq, state = 3 * torch.rand(8, 4, 256), rng_state()
     s_seq = lif(x_seq, analog_prob=0.25, rng_state=state, **SOFT)
@@ -120,16 +62,11 @@ def test_noise_replaces_the_rounding():
     assert torch.equal(s_seq, torch.where(mask, smooth, smooth.round()))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("surrogate", ["laplace", "periodic_exponential"])
-def test_limits_multi_spike(backend, device, dtype, surrogate):
-    x_seq = (6 * random_input(18, 3, 40, dtype=dtype, device=device)).detach().requires_grad_()
-    threshold = uniform(40, low=0.5, high=1.5, dtype=real_of(dtype), device=device)
-    options = {**SOFT, "multi_spike": True, "surrogate": surrogate, "v_threshold": threshold}
-    assert_equals_reference(x_seq, backend, width=1.3, **options)
-    limited = lif(x_seq, backend=backend, **options)
+def test_a_limit_to_several_spikes(backend, device):
+    options = {"v_reset": None, "multi_spike": True, "surrogate": "laplace", "backend": backend}
+    x_seq = 6 * random_input(18, 3, 40, device=device)
+    limited, free = lif(x_seq, levels=4, **options), lif(x_seq, **options)
     assert limited.max() == 4
-    free = lif(x_seq, backend=backend, **{**options, "levels": None})
     assert torch.equal(limited[0], free[0].clamp(max=4))
 
 
@@ -179,37 +116,6 @@ def test_unrolling_compiles_without_the_check():
     assert torch.equal(compiled(s_seq, 4), unroll_levels(s_seq, 4))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"v_reset": 0.0, "levels": 4}, "levels is for the soft reset and needs v_reset=None, got v_reset 0.0"),
-        ({"levels": 0}, r"levels must be None or an int in \[1, 256\], got 0"),
-        ({"levels": 257}, r"levels must be None or an int in \[1, 256\], got 257"),
-        ({"levels": 4.0}, r"levels must be None or an int in \[1, 256\], got 4.0"),
-        ({"levels": True}, r"levels must be None or an int in \[1, 256\], got True"),
-        ({"levels": 4, "surrogate": "sigmoid"}, "takes no other, got 'sigmoid'"),
-        ({"levels": 4, "v_threshold": 0.0}, "v_threshold"),
-        ({"levels": 4, "v_threshold": -1.0}, "v_threshold"),
-    ],
-)
-@pytest.mark.parametrize("call", ["function", "layer"])
-def test_refuses(options, message, call):
-    options = {"v_reset": None, **options}
-    with pytest.raises(ValueError, match=message):
-        lif(torch.zeros(2, 3), **options) if call == "function" else LIF(**options)
-
-
-@pytest.mark.parametrize("width", [2.0, torch.ones(()), torch.ones(3)])
-def test_refuses_a_width(width):
-    with pytest.raises(ValueError, match="with levels the threshold is the width"):
-        lif(torch.zeros(2, 3), width=width, **SOFT)
-
-
-def test_refuses_a_threshold_tensor_that_is_not_positive():
-    with pytest.raises(ValueError, match=r"v_threshold with levels must be > 0, got 0\.0"):
-        lif(torch.zeros(2, 3), v_threshold=torch.zeros(3), **SOFT)
-
-
 def test_layer():
     layer = LIF(12, granularity="channel", learn_threshold=True, analog_prob=0.0, **SOFT)
     assert layer.log_width is None
@@ -222,18 +128,6 @@ def test_layer():
     assert torch.equal(copy.deepcopy(layer)(x_seq), s_seq)
     stepwise = torch.stack([layer.step(x) for x in x_seq])
     assert torch.equal(stepwise, s_seq)
-
-
-def test_batch_norm(backend, device):
-    x_seq = random_input(4, 6, 8, 3, 5, device=device)
-    weight, bias = (uniform(8, low=0.5, high=2, device=device) for _ in range(2))
-    found = batch_norm_lif(x_seq, None, None, weight, bias, training=True, backend=backend, **SOFT)
-    expected = batch_norm_lif(x_seq, None, None, weight, bias, training=True, backend="reference", **SOFT)
-    assert torch.equal(found, expected)
-    norm = nn.BatchNorm2d(8, dtype=torch.float64)
-    layer = BatchNormLIF(8, dtype=torch.float64, analog_prob=0.0, **SOFT)
-    x_seq = random_input(4, 6, 8, 3, 5, dtype=torch.float64)
-    assert torch.equal(layer(x_seq), lif(norm(x_seq.flatten(0, 1)).unflatten(0, (4, 6)), **SOFT))
 
 
 def test_monitor():
@@ -253,20 +147,3 @@ def test_monitor():
     inside = (output.h_seq >= 0) & (output.h_seq <= 2)
     assert values["inside"] == pytest.approx(inside.float().mean().item(), abs=1e-6)
     assert values["width"] == 0.5
-
-
-def test_learns():
-    """A network of integer spikes learns to tell two classes from each other."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 32), LIF(**SOFT), nn.Linear(32, 2))
-    x, target = torch.randn(128, 8), torch.arange(128) % 2
-    x[target == 1, :4] += 1
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(100):
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x.expand(4, -1, -1)).mean(0), target)
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        accuracy = (model.eval()(x.expand(4, -1, -1)).mean(0).argmax(1) == target).float().mean()
-    assert accuracy > 0.9

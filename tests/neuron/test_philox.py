@@ -41,14 +41,13 @@ def analog_elements(x_seq, backend, analog_prob, state, time_dim=0):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (5, 1031), (33, 7, 3), (4, 2, 3, 4, 5)])
-@pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 7, -(2**62)])
-@pytest.mark.parametrize("offset", [0, 3, 2**32 + 3, -5])
+@pytest.mark.parametrize(("seed", "offset"), [(0, 0), (1, 3), (-1, 2**32 + 3), (2**40 + 7, -5), (-(2**62), 3)])
 def test_mask_of_backend_is_analog_mask(backend, device, shape, seed, offset):
+    """Only the low 32 bits of the offset count."""
     x_seq = torch.empty(shape, device=device)
     state = rng_state(seed, offset, device)
     mask = asgl_cuda.analog_mask(x_seq, 0.4, state)
     assert torch.equal(mask, analog_elements(x_seq, backend, 0.4, state))
-    # Only the low 32 bits of the offset count.
     assert torch.equal(mask, asgl_cuda.analog_mask(x_seq, 0.4, rng_state(seed, offset % 2**32, device)))
 
 
