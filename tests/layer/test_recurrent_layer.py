@@ -185,6 +185,7 @@ def test_state_dict_copies_and_first_values():
 def test_meta_device():
     layer = RecurrentLIF(N, **LEARNED, device="meta")
     assert all(parameter.is_meta for parameter in layer.parameters())
+    assert layer(torch.zeros(T, B, N, device="meta")).is_meta
     layer.to_empty(device="cpu")
     layer.reset_parameters()
     assert 0 < layer.recurrent_weight.abs().max() <= N**-0.5
@@ -216,6 +217,14 @@ def test_parameter_groups():
         "neurons": {"1.logit_decay", "1.threshold", "1.logit_syn_decay"},
         "widths": {"1.log_width", "3.log_width"},
     }
+
+
+def test_a_parameter_is_the_first_value_of_syn_decay():
+    given = nn.Parameter(torch.tensor(0.25))
+    layer = RecurrentLIF(N, syn_decay=given, learn_syn_decay=True)
+    assert layer.syn_decay.item() == pytest.approx(0.25)
+    assert "_syn_decay" not in dict(layer.named_parameters())
+    assert RecurrentLIF(N, syn_decay=given.requires_grad_(False)).syn_decay == 0.25
 
 
 def test_extra_repr():
