@@ -179,12 +179,10 @@ def test_the_same_bits_without_the_spikes(name):
     torch.manual_seed(1)
     model, x, expected_to_stay = PATTERNS[name]()
     twin = copy.deepcopy(model)
-    x = x.requires_grad_()
     without, y = storages_of_spikes(model, x, usual())
     assert name == "dropout and concatenation" or not all(storage.expired() for storage in without)
     expected = y.detach(), *backward(y, x, model)
     assert any(each is not None and each.any() for each in expected[2:])
-    x = x.detach().clone().requires_grad_()
     found, y = storages_of_spikes(twin, x, recompute_spikes())
     assert [not storage.expired() for storage in found] == expected_to_stay
     assert_same((y.detach(), *backward(y, x, twin)), expected)
