@@ -516,6 +516,18 @@ def test_detached_recurrence_keeps_the_gradient_of_the_weight(backend, device):
     assert not one[..., 1:].any()
 
 
+def test_recurrent_layers_are_left_by_fuse_and_refused_by_to_nir():
+    x_seq = inputs().detach()
+    model = nn.Sequential(nn.Linear(N, N), asgl_cuda.OverTime(nn.BatchNorm1d(N)), recurrent("reference", "cpu"))
+    fused, report = asgl_cuda.fuse(model, x_seq)
+    assert not report.replaced
+    assert [row.path for row in report.left] == ["1.layer"]
+    assert torch.equal(fused(x_seq), copy.deepcopy(model)(x_seq))
+    pytest.importorskip("nirtorch")
+    with pytest.raises(ValueError, match=r"asgl_cuda\.to_nir: .*\(RecurrentLIF\).*can't be represented in NIR"):
+        asgl_cuda.to_nir(nn.Sequential(nn.Linear(N, N), model[2]), x_seq)
+
+
 def test_statistics_of_averaged_weights():
     """The docstring of BatchNormLIF replaces torch.optim.swa_utils.update_bn by a loop that gives the same values."""
     norm, fused = nn.BatchNorm1d(4), BatchNormLIF(4, analog_prob=0.0)

@@ -271,20 +271,6 @@ def test_frozen_widths_and_parameters_without_gradient_stay():
     assert not torch.equal(model[3].log_width, before[2])
 
 
-def test_a_wide_start_is_left_under_sgd():
-    """Where the optimizer's own step stays: the width's gradient is small."""
-    found = {}
-    for name, options in {"Adam's": {}, "SGD's": {"width_lr": 3e-4}}.items():
-        model = network()
-        optimizer = sgd(model, groups=options)
-        for seed in range(30):
-            gradients(seed, model)
-            optimizer.step()
-        found[name] = (model[3].width / 9).log().abs().max().item()
-    assert found["Adam's"] > 0.1
-    assert found["SGD's"] < 0.005
-
-
 def test_nothing_keeps_the_model():
     model = network()
     optimizer = sgd(model)
